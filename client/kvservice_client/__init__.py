@@ -1,0 +1,45 @@
+"""The client of KVService: finds, loads and saves KV blocks from within an engine's process.
+
+    client = Client("127.0.0.1:7070", name="my-engine")
+    blocks = client.open_layout(layout)
+    chain = block_chain(layout, token_ids)
+
+    with blocks.lookup(chain) as lease:               # the load path: lookup, then layer by layer
+        if lease.hit_blocks:
+            for layer in lease.load():
+                ...                                   # layer.index, layer.data
+
+    blocks.save(chain[lease.hit_blocks:], layers)     # the save path
+
+Load path: ``block_cache`` -> ``lease`` -> ``transports/grpc``. Save path: ``block_cache`` ->
+``transports/grpc``. Everything that can go wrong is a ``KVError``, and means: recompute.
+"""
+
+from kvservice_api.errors import KVError
+from kvservice_api.keys import BlockChain, block_chain
+from kvservice_api.layout import Layout, Rotary, Shard
+from kvservice_client.admin import Admin, Tier
+from kvservice_client.block_cache import BlockCache, Durability, SaveResult
+from kvservice_client.client import DEFAULT_ADDRESS, Client, EvictResult, PrefetchResult
+from kvservice_client.lease import Lease, LoadedLayer, ResidencyRun
+
+__all__ = [
+    "DEFAULT_ADDRESS",
+    "Admin",
+    "BlockCache",
+    "BlockChain",
+    "Client",
+    "Durability",
+    "EvictResult",
+    "KVError",
+    "Layout",
+    "Lease",
+    "LoadedLayer",
+    "PrefetchResult",
+    "ResidencyRun",
+    "Rotary",
+    "SaveResult",
+    "Shard",
+    "Tier",
+    "block_chain",
+]

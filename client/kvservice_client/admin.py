@@ -1,0 +1,102 @@
+"""What operators ask of a daemon: what it holds, and to drop or verify it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from enum import StrEnum
+from itertools import islice
+
+from kvservice_api.v1 import admin_pb2 as pb
+from kvservice_api.v1 import types_pb2
+from kvservice_client.channel import ADMIN
+from kvservice_client.connection import Connection
+from kvservice_client.retry import Deadline
+
+_PAGE_BLOCKS = 1000
+_SCRUB_TIMEOUT_S = 7 * 86400.0  # A full reading at a low speed takes days; a dead daemon is noticed at once.
+
+
+class Tier(StrEnum):
+    """A medium that holds blocks."""
+
+    DRAM = "dram"
+    SSD = "ssd"
+
+
+TIERS = {None: types_pb2.TIER_UNSPECIFIED, Tier.DRAM: types_pb2.TIER_DRAM, Tier.SSD: types_pb2.TIER_SSD}
+
+
+class Admin:
+    """`Client.admin`. Answers are the messages of ``admin.proto``, which says what their fields mean."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def status(self, timeout_s: float | None = None) -> pb.StatusResponse:
+        deadline = self._connection.deadline(timeout_s)
+        return self._connection.ask(ADMIN + "Status", pb.StatusRequest(), pb.StatusResponse, deadline)
+
+    def list_blocks(
+        self, tier: Tier | None = None, layout_fingerprint: bytes = b"", timeout_s: float | None = None
+    ) -> Iterator[pb.StoredBlock]:
+        """All stored objects, page by page; `timeout_s` is for one page."""
+        request = pb.ListBlocksRequest(tier=TIERS[tier], layout_fingerprint=layout_fingerprint, page_size=_PAGE_BLOCKS)
+        while True:
+            deadline = self._connection.deadline(timeout_s)
+            page = self._connection.ask(ADMIN + "ListBlocks", request, pb.ListBlocksResponse, deadline)
+            yield from page.blocks
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def inspect(self, key: bytes, timeout_s: float | None = None) -> pb.InspectResponse:
+        """Raises BlockNotFound."""
+        deadline = self._connection.deadline(timeout_s)
+        return self._connection.ask(ADMIN + "Inspect", pb.InspectRequest(key=key), pb.InspectResponse, deadline)
+
+    def discard(self, keys: Iterable[bytes], timeout_s: float | None = None) -> pb.DiscardResponse:
+        """Drop blocks from every tier. `timeout_s` is for one request; many keys take several."""
+        total = pb.DiscardResponse()
+        remaining = iter(keys)
+        while some := list(islice(remaining, _PAGE_BLOCKS)):
+            answer = self._discard(pb.DiscardRequest(keys=b"".join(some)), timeout_s)
+            total.discarded += answer.discarded
+            total.missing += answer.missing
+        return total
+
+    def discard_all(
+        self,
+        layout_fingerprint: bytes | None = None,
+        progress: Callable[[int], None] = lambda discarded: None,
+        timeout_s: float | None = None,
+    ) -> pb.DiscardResponse:
+        """Drop all blocks of a layout, or all there are.
+
+        In small steps, each told to `progress`, so that no request takes long; `timeout_s` is for one.
+        """
+        total = pb.DiscardResponse()
+        while True:
+            blocks = islice(self.list_blocks(None, layout_fingerprint or b"", timeout_s), _PAGE_BLOCKS)
+            keys = dict.fromkeys(block.key for block in blocks)  # Shards of one block share a key.
+            answer = self.discard(keys, timeout_s)
+            total.discarded += answer.discarded
+            if not answer.discarded:
+                break
+            progress(total.discarded)
+        if layout_fingerprint is None:
+            last = self._discard(pb.DiscardRequest(everything=True), timeout_s)
+        else:
+            last = self._discard(pb.DiscardRequest(layout_fingerprint=layout_fingerprint), timeout_s)
+        total.discarded += last.discarded
+        return total
+
+    def scrub(
+        self, tier: Tier | None = None, bytes_per_second: int = 0, timeout_s: float = _SCRUB_TIMEOUT_S
+    ) -> Iterator[pb.ScrubResponse]:
+        """Verify everything stored. Yields about twice a second; the last message has `done`."""
+        request = pb.ScrubRequest(tier=TIERS[tier], bytes_per_second=bytes_per_second)
+        return self._connection.channel.stream(ADMIN + "Scrub", request, pb.ScrubResponse, Deadline(timeout_s))
+
+    def _discard(self, request: pb.DiscardRequest, timeout_s: float | None) -> pb.DiscardResponse:
+        deadline = self._connection.deadline(timeout_s)
+        return self._connection.ask(ADMIN + "Discard", request, pb.DiscardResponse, deadline)

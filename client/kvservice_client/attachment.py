@@ -1,0 +1,114 @@
+"""The client's life line: the Attach stream, kept open by a background thread.
+
+Leases and uploads hang on the stream and end with it. When it breaks, the thread attaches again;
+another boot epoch tells that the daemon is another process. A client that holds nothing of the
+old attachment does not notice.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, KVError
+from kvservice_api.v1 import blocks_pb2 as pb
+from kvservice_client.channel import BLOCKS, Channel
+from kvservice_client.retry import Deadline
+
+_PAUSE_FIRST_S = 0.05
+_PAUSE_MAX_S = 1.0
+
+
+class Attachment(NamedTuple):
+    """What the daemon calls this client, for as long as the stream lives."""
+
+    client_id: bytes
+    boot_epoch: int
+
+
+class LifeLine:
+    """Keeps one attachment alive. The thread starts with the first question for it."""
+
+    def __init__(self, channel: Channel, client_name: str) -> None:
+        self._channel = channel
+        self._client_name = client_name
+        self._changed = threading.Condition()
+        self._attachment: Attachment | None = None
+        self._error: KVError = DaemonUnavailable("not attached yet")
+        self._attempts_failed = 0
+        self._thread: threading.Thread | None = None
+        self._wanted = threading.Event()  # Somebody waits: end the pause between attempts.
+        self._closed = threading.Event()
+        self._over = threading.Event()  # The stream of the moment has ended, or shall.
+
+    def current(self, deadline: Deadline) -> Attachment:
+        """The attachment. Where there is none, waits for the next attempt to end, and raises why it failed."""
+        attachment = self._attachment
+        if attachment is not None:
+            return attachment
+        with self._changed:
+            if self._closed.is_set():
+                raise DaemonUnavailable("the client is closed")
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="kvservice-attach", daemon=True)
+                self._thread.start()
+            attempt = self._attempts_failed + 1
+            self._wanted.set()
+            has_ended = self._changed.wait_for(
+                lambda: self._attachment or self._attempts_failed >= attempt or self._closed.is_set(),
+                deadline.remaining_s,
+            )
+            if self._attachment is not None:
+                return self._attachment
+            if not has_ended:
+                raise DeadlineExceeded(f"the daemon at {self._channel.address} did not answer in time")
+            raise type(self._error)(self._error.message)
+
+    def is_current(self, attachment: Attachment) -> bool:
+        return self._attachment == attachment
+
+    def close(self) -> None:
+        """End the stream, and with it all leases. The channel must be closed after this."""
+        with self._changed:
+            self._closed.set()
+            self._over.set()
+            self._wanted.set()
+            self._changed.notify_all()
+
+    def join(self, timeout_s: float) -> None:
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        pause_s = _PAUSE_FIRST_S
+        while not self._closed.is_set():
+            self._wanted.clear()
+            was_attached = False
+            over = self._over = threading.Event()
+            try:
+                for answer in self._channel.converse(BLOCKS + "Attach", self._requests(over), pb.AttachResponse):
+                    was_attached = True
+                    self._set(Attachment(answer.client_id, answer.boot_epoch))
+                self._lose(DaemonUnavailable(f"the daemon at {self._channel.address} let this client go"))
+            except KVError as error:
+                self._lose(error)
+            finally:
+                over.set()
+            pause_s = _PAUSE_FIRST_S if was_attached else min(2 * pause_s, _PAUSE_MAX_S)
+            self._wanted.wait(pause_s)
+
+    def _requests(self, over: threading.Event) -> Iterator[pb.AttachRequest]:
+        yield pb.AttachRequest(client_name=self._client_name)
+        over.wait()  # On gRPC's own thread: half-close would end the stream, and without an end it would leak.
+
+    def _set(self, attachment: Attachment) -> None:
+        with self._changed:
+            self._attachment = attachment
+            self._changed.notify_all()
+
+    def _lose(self, error: KVError) -> None:
+        with self._changed:
+            self._attachment, self._error = None, error
+            self._attempts_failed += 1
+            self._changed.notify_all()

@@ -1,0 +1,132 @@
+"""Ours over the wire: loads, saves, an empty call, a lookup, by the client library as it is shipped."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from kvservice_api.errors import TierFull
+from kvservice_api.keys import BlockChain, block_chain
+from kvservice_api.layout import Layout
+from kvservice_client.client import Client
+
+# Llama-3-8B in bf16 with blocks of 256 tokens: slices of 1 MiB, 32 MiB a block.
+LAYOUT = Layout("bench", "bfloat16", layers=32, kv_heads=8, k_head_dim=128, v_head_dim=128)
+_SMALL_LAYOUT = Layout("bench-small", "uint8", layers=1, kv_heads=1, k_head_dim=8, v_head_dim=8, block_tokens=1)
+_LOOKUP_KEYS = 512
+
+
+class Wire:
+    """Measures against one daemon. `pid` is the daemon's, where it runs on this host: for its CPU time."""
+
+    def __init__(self, client: Client, *, blocks: int, runs: int, pid: int | None) -> None:
+        self._client = client
+        self._cache = client.open_layout(LAYOUT)
+        self._block_count = blocks
+        self._runs = runs
+        self._pid = pid
+        self._size_bytes = blocks * LAYOUT.block_tokens * LAYOUT.bytes_per_token
+        layer_bytes = self._size_bytes // LAYOUT.layers
+        self._layers = [np.frombuffer(secrets.token_bytes(1 << 20) * (layer_bytes >> 20), np.uint8)] * LAYOUT.layers
+        self._into = [np.ones(layer_bytes, np.uint8) for _ in range(LAYOUT.layers)]
+        self._salt = secrets.token_bytes(16)  # Nobody else's blocks.
+        self._turn = 0
+
+    def load(self) -> dict[str, float]:
+        """GB/s into faulted-in memory from DRAM, lookup included, and CPU seconds of both sides a GB."""
+        chain = self._save()
+        self._until_written(chain)
+        speeds, cpu = [], []
+        for _ in range(self._runs):
+            speed, cpu_s = self._timed(lambda: self._load(chain))
+            speeds.append(speed)
+            cpu.append(cpu_s)
+        self._client.admin.discard(chain)
+        return {"gbps": median(speeds), "cpu_s_per_gb": median(cpu)}
+
+    def save(self) -> dict[str, float]:
+        """GB/s into DRAM, acknowledged there, and CPU seconds of both sides a GB."""
+        speeds, cpu = [], []
+        for _ in range(self._runs):
+            chains: list[BlockChain] = []
+            speed, cpu_s = self._timed(lambda chains=chains: chains.append(self._save()))  # type: ignore[misc]
+            speeds.append(speed)
+            cpu.append(cpu_s)
+            self._until_written(chains[0])
+            self._client.admin.discard(chains[0])
+        return {"gbps": median(speeds), "cpu_s_per_gb": median(cpu)}
+
+    def empty_call_us(self, count: int) -> float:
+        """Median time of a call that asks for nothing and changes nothing."""
+        return _median_us(self._client.capabilities, count)
+
+    def lookup_us(self, count: int) -> float:
+        """Median time of a lookup of 512 stored keys that grants a lease."""
+        cache = self._client.open_layout(_SMALL_LAYOUT)
+        chain = block_chain(_SMALL_LAYOUT, np.arange(_LOOKUP_KEYS), salt=self._salt)
+        result = cache.save(chain, [np.zeros(_LOOKUP_KEYS * 16, np.uint8)])
+        if result.refused:
+            raise result.refused[0][1]
+        leases = []
+        found = _median_us(lambda: leases.append(cache.lookup(chain)), count, after=lambda: leases.pop().release())
+        self._client.admin.discard(chain)
+        return found
+
+    def _save(self) -> BlockChain:
+        self._turn += 1
+        tokens = np.arange(self._block_count * LAYOUT.block_tokens) + self._turn
+        chain = block_chain(LAYOUT, tokens, salt=self._salt)
+        result = self._cache.save(chain, self._layers, timeout_s=120)
+        if result.refused:
+            raise result.refused[0][1]
+        if result.stored != len(chain):
+            raise TierFull(f"only {result.stored} of {len(chain)} blocks were stored")
+        return chain
+
+    def _load(self, chain: BlockChain) -> None:
+        with self._cache.lookup(chain, lease_ttl_s=120) as lease:
+            if lease.hit_blocks != len(chain):
+                raise TierFull(f"the daemon kept only {lease.hit_blocks} of {len(chain)} blocks: its DRAM is too small")
+            for _ in lease.load(into=self._into, timeout_s=120):
+                pass
+
+    def _until_written(self, chain: BlockChain) -> None:
+        """Wait until write-behind is done with these blocks: it would take part in what comes next."""
+        if not self._client.admin.status().ssd.capacity_bytes:
+            return
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with self._cache.lookup(chain) as lease:
+                if all(run.ssd for run in lease.residency):
+                    return
+            time.sleep(0.02)
+
+    def _timed(self, work: Callable[[], None]) -> tuple[float, float]:
+        cpu_before, started = self._cpu_s(), time.perf_counter()
+        work()
+        seconds = time.perf_counter() - started
+        gigabytes = self._size_bytes / 1e9
+        return gigabytes / seconds, (self._cpu_s() - cpu_before) / gigabytes
+
+    def _cpu_s(self) -> float:
+        ours = time.process_time()
+        if self._pid is None:
+            return ours
+        fields = Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()
+        return ours + (int(fields[11]) + int(fields[12])) / 100  # utime and stime, in ticks of 10 ms.
+
+
+def _median_us(work: Callable[[], object], count: int, after: Callable[[], None] | None = None) -> float:
+    times = []
+    for _ in range(count):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+        if after is not None:
+            after()
+    return median(times) * 1e6

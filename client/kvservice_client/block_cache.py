@@ -1,0 +1,209 @@
+"""The blocks of one layout and shard: look a prefix up, save what is new."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvservice_api.errors import IndexFull, InvalidRequest, KVError, TierFull, from_status
+from kvservice_api.keys import KEY_BYTES, BlockChain
+from kvservice_api.layout import Layout, Shard
+from kvservice_api.v1 import blocks_pb2 as pb
+from kvservice_api.v1 import types_pb2
+from kvservice_client.buffers import Bytes, Source, readable
+from kvservice_client.channel import BLOCKS
+from kvservice_client.connection import Connection, Session
+from kvservice_client.lease import TRANSFER_BYTES_PER_S_MIN, Lease
+from kvservice_client.retry import Deadline
+from kvservice_client.transports.base import SaveOrder, Transport
+
+# NumPy has no bfloat16 or float8: their elements show as integers of the same size.
+_VIEW_DTYPES = {"bfloat16": "int16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
+
+
+class Durability(StrEnum):
+    """When a save is acknowledged."""
+
+    DRAM = "dram"  # The block survives the death of the daemon, but not of the host.
+    SSD = "ssd"  # It survives a power cut too.
+
+
+_DURABILITY = {Durability.DRAM: types_pb2.DURABILITY_DRAM, Durability.SSD: types_pb2.DURABILITY_SSD}
+
+
+@dataclass(frozen=True, slots=True)
+class SaveResult:
+    """What became of the blocks of a save. Counts, except for `refused`: (position in the chain, why)."""
+
+    stored: int
+    already_stored: int
+    refused: list[tuple[int, KVError]]
+
+    @property
+    def is_complete(self) -> bool:
+        return not self.refused
+
+
+class BlockCache:
+    """What an engine's rank works with. Thread-safe. Made by `Client.open_layout`."""
+
+    def __init__(self, connection: Connection, transport: Transport, layout: Layout, shard: Shard) -> None:
+        self._connection = connection
+        self._transport = transport
+        self.layout = layout
+        self.shard = shard
+
+    def contains(self, chain: BlockChain, timeout_s: float | None = None) -> int:
+        """How many leading blocks of the chain are stored. No lease: they may be gone the next moment."""
+        if not len(chain):
+            return 0
+        deadline = self._connection.deadline(timeout_s)
+        return self._connection.retried(lambda: self._look_up(chain, 0, deadline)[1].hit_blocks, deadline)
+
+    def lookup(self, chain: BlockChain, lease_ttl_s: float = 30.0, timeout_s: float | None = None) -> Lease:
+        """Lease the stored part of a prefix. Of a chain longer than the daemon's limit, the part within it."""
+        deadline = self._connection.deadline(timeout_s)
+        ttl_ms = max(1, round(lease_ttl_s * 1e3))
+
+        def attempt() -> Lease:
+            asked_at_s = time.monotonic()
+            session, answer = self._look_up(chain, ttl_ms, deadline)
+            return Lease(
+                self._connection,
+                self._transport,
+                self.layout,
+                self.shard,
+                chain.token_counts,
+                session.attachment,
+                answer,
+                asked_at_s,
+            )
+
+        return self._connection.retried(attempt, deadline)
+
+    def save(
+        self,
+        chain: BlockChain,
+        layers: Sequence[Source | Sequence[Source]],
+        durability: Durability = Durability.DRAM,
+        timeout_s: float | None = None,
+    ) -> SaveResult:
+        """Store the blocks of a chain. Those that are stored already succeed without being looked at.
+
+        `layers` has one entry a layer: a contiguous buffer of all blocks' slices, or a list with one
+        buffer a block. Each slice is `[K, V][head][token][dim]`. The buffers must not change until
+        this returns. `timeout_s` is for the whole save; by default the client's timeout and a
+        second more for each 128 MiB. A save may be sent twice where the daemon restarts meanwhile.
+        """
+        slices = self._slices(chain, layers)
+        if timeout_s is None:
+            size_bytes = sum(len(piece) for layer in slices for piece in layer)
+            timeout_s = self._connection.timeout_s + size_bytes / TRANSFER_BYTES_PER_S_MIN
+        deadline = Deadline(timeout_s)
+        limits = self._connection.retried(lambda: self._connection.limits(deadline), deadline)
+        total = SaveResult(0, 0, [])
+        blocks_max = max(1, min(limits.max_save_blocks, limits.max_save_slices // self.shard.layers))
+        for first in range(0, len(chain), blocks_max):
+            part = slice(first, first + blocks_max)
+            result = self._save(chain[part], [layer[part] for layer in slices], durability, deadline)
+            refused = [*total.refused, *((first + block, error) for block, error in result.refused)]
+            total = SaveResult(total.stored + result.stored, total.already_stored + result.already_stored, refused)
+            if refused and isinstance(refused[-1][1], (TierFull, IndexFull)):
+                # What continues a block that found no space is of no use: it need not be sent.
+                later = range(first + blocks_max, len(chain))
+                refused.extend((block, refused[-1][1]) for block in later)
+                break
+        return total
+
+    def _save(
+        self, chain: BlockChain, slices: list[list[Bytes]], durability: Durability, deadline: Deadline
+    ) -> SaveResult:
+        """As many blocks as the daemon takes in one save."""
+        header = pb.SaveHeader(
+            layout_fingerprint=self.layout.fingerprint,
+            shard=self.shard.to_proto(),
+            parent_key=chain.parent,
+            keys=chain.packed_keys,
+            last_block_tokens=chain.token_counts[-1],
+            durability=_DURABILITY[Durability(durability)],
+        )
+        order: SaveOrder | None = None
+
+        def attempt() -> pb.SaveBlocksResponse:
+            nonlocal order
+            session = self._connection.session(self.layout, deadline)
+            header.client_id = session.attachment.client_id
+            if order is None:
+                order = SaveOrder(header, slices, session.limits.max_frame_bytes)
+            return self._transport.save(order, deadline)
+
+        answer = self._connection.retried(attempt, deadline)
+        refused = [(each.block, from_status(each.status)) for each in answer.refused]
+        return SaveResult(answer.stored, answer.already_stored, refused)
+
+    def slice_bytes(self, token_count: int) -> int:
+        """The size of one layer of one block in this shard."""
+        return self.layout.slice_bytes(self.shard.heads, token_count)
+
+    def layer_arrays(
+        self, layer: Source, token_counts: Sequence[int]
+    ) -> list[tuple[NDArray[np.generic], NDArray[np.generic]]]:
+        """Views of one layer's bytes: for each block, K and V as `[head, token, dim]`.
+
+        The element type is the layout's; bfloat16 shows as int16, float8 as uint8.
+        """
+        sizes = [self.slice_bytes(count) for count in token_counts]
+        flat = readable(layer, "layer", sum(sizes))
+        dtype = np.dtype(_VIEW_DTYPES.get(self.layout.dtype, self.layout.dtype))
+        arrays = []
+        for data, tokens in zip(_cut(flat, sizes), token_counts, strict=True):
+            elements = data.view(dtype)
+            k_end = self.shard.heads * tokens * self.layout.k_head_dim
+            keys = elements[:k_end].reshape(self.shard.heads, tokens, self.layout.k_head_dim)
+            values = elements[k_end:].reshape(self.shard.heads, tokens, self.layout.v_head_dim)
+            arrays.append((keys, values))
+        return arrays
+
+    def _look_up(
+        self, chain: BlockChain, lease_ttl_ms: int, deadline: Deadline
+    ) -> tuple[Session, pb.LookupPrefixResponse]:
+        session = self._connection.session(self.layout, deadline)
+        request = pb.LookupPrefixRequest(
+            client_id=session.attachment.client_id,
+            layout_fingerprint=self.layout.fingerprint,
+            shard=self.shard.to_proto(),
+            keys=chain.packed_keys[: session.limits.max_keys * KEY_BYTES],
+            lease_ttl_ms=min(lease_ttl_ms, session.limits.max_lease_ttl_ms),
+        )
+        call = self._connection.channel.call
+        return session, call(BLOCKS + "LookupPrefix", request, pb.LookupPrefixResponse, deadline)
+
+    def _slices(self, chain: BlockChain, layers: Sequence[Source | Sequence[Source]]) -> list[list[Bytes]]:
+        """Flat views, layer by layer and in each block by block. Raises InvalidRequest for wrong sizes."""
+        if not len(chain):
+            raise InvalidRequest("the chain has no block", field="chain")
+        if len(layers) != self.shard.layers:
+            raise InvalidRequest(f"{len(layers)} layers are given; the shard has {self.shard.layers}", field="layers")
+        sizes = [self.slice_bytes(count) for count in chain.token_counts]
+        slices = []
+        for index, layer in enumerate(layers):
+            name = f"layers[{index}]"
+            if not isinstance(layer, (list, tuple)):
+                slices.append(_cut(readable(layer, name, sum(sizes)), sizes))
+                continue
+            if len(layer) != len(sizes):
+                raise InvalidRequest(f"{name} has {len(layer)} buffers; the chain has {len(sizes)} blocks", field=name)
+            pairs = zip(layer, sizes, strict=True)
+            slices.append([readable(each, f"{name}[{block}]", size) for block, (each, size) in enumerate(pairs)])
+        return slices
+
+
+def _cut(data: Bytes, sizes: Sequence[int]) -> list[Bytes]:
+    ends = np.cumsum([0, *sizes]).tolist()
+    return [data[start:end] for start, end in pairwise(ends)]

@@ -1,0 +1,61 @@
+"""``kvctl``: one verb a file, found by the entry-point group ``kvctl.commands``.
+
+A verb is a function with typer's annotations; its docstring is its help. The client's own verbs and
+those of other packages are registered in the same way, in a package's ``pyproject.toml``.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import EntryPoint, entry_points
+
+import typer
+
+from kvservice_api.errors import KVError
+from kvservice_client.cli.advice import advice
+
+GROUP = "kvctl.commands"
+
+
+def main() -> None:
+    """The ``kvctl`` program. Exit code 0: done; 1: failed, stderr says why; 2: wrong usage."""
+    try:
+        app(sys.argv[1:2])()
+    except KVError as error:
+        print(f"kvctl: {error.message.rstrip('.')}. {advice(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def app(first_arguments: list[str]) -> typer.Typer:
+    """The program with all verbs, or with only the one that the first argument names: it starts faster."""
+    program = typer.Typer(
+        help="Looks after a KVService daemon.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    program.callback()(_nothing)  # With it, a program of one verb still takes the verb's name.
+    verbs = sorted(entry_points(group=GROUP), key=lambda verb: verb.name)
+    for verb in [each for each in verbs if [each.name] == first_arguments] or verbs:
+        _add(program, verb)
+    return program
+
+
+def _nothing() -> None:
+    pass
+
+
+def _add(program: typer.Typer, verb: EntryPoint) -> None:
+    try:
+        program.command(verb.name)(verb.load())
+    except ImportError as error:
+        reason = f"kvctl: {verb.name} cannot run here: {error}. Install what it needs: pip install 'kvservice[daemon]'."
+
+        @program.command(
+            verb.name,
+            help="Not available: its packages are not installed.",
+            context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+        )
+        def refuse() -> None:
+            print(reason, file=sys.stderr)
+            raise typer.Exit(1)

@@ -1,0 +1,49 @@
+"""``kvctl inspect``: all about one block."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kvservice_client.cli import output
+from kvservice_client.cli.options import Address, AsJson, Timeout, connect, digest
+from kvservice_client.client import DEFAULT_ADDRESS
+
+
+def inspect(
+    key: Annotated[str, typer.Argument(help="The block's key, 64 hexadecimal digits.")],
+    address: Address = DEFAULT_ADDRESS,
+    timeout: Timeout = 5.0,
+    as_json: AsJson = False,
+) -> None:
+    """Show one block: its layout, and where each of its shards lies."""
+    with connect(address, timeout) as client:
+        answer = client.admin.inspect(digest(key, "key"))
+    if as_json:
+        output.print_json(output.plain(answer))
+        return
+    console, layout, first = output.console(), answer.layout, answer.shards[0]
+    console.print(f"key     {first.key.hex()}")
+    console.print(f"parent  {first.parent_key.hex()}")
+    console.print(f"layout  {first.layout_fingerprint.hex()}")
+    console.print(
+        f"        {layout.model_id} {layout.model_revision}: {layout.layers} layers, {layout.kv_heads} KV heads, "
+        f"{layout.k_head_dim}+{layout.v_head_dim} {layout.dtype}, {layout.block_tokens} tokens a block\n",
+        markup=False,
+    )
+    numbers = ("tokens", "size", "hits", "leases")
+    rows = output.table("layers", "heads", "tokens", "size", "tiers", "stored", "used", "hits", "leases", right=numbers)
+    for block in answer.shards:
+        rows.add_row(
+            f"{block.shard.layer_begin}..{block.shard.layer_end}",
+            f"{block.shard.head_begin}..{block.shard.head_end}",
+            str(block.token_count),
+            output.size(block.size_bytes),
+            output.tiers(block.in_dram, block.on_ssd),
+            f"{output.age(block.stored_at)} ago",
+            f"{output.age(block.used_at)} ago",
+            str(block.hits),
+            str(block.leases),
+        )
+    console.print(rows)

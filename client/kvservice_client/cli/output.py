@@ -1,0 +1,99 @@
+"""How verbs print: tables for people, one JSON document for programs, progress on a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+_TABLE_WIDTH_MIN = 120  # A key has 64 digits: rows are rather broken by the terminal than cut off.
+
+
+def print_json(document: object) -> None:
+    print(json.dumps(document, indent=2))
+
+
+def plain(message: Message) -> dict[str, Any]:
+    """A message as JSON types, all fields shown: bytes and fixed64 in hexadecimal, times in ISO 8601."""
+    return {field.name: _plain_field(field, getattr(message, field.name)) for field in message.DESCRIPTOR.fields}
+
+
+def _plain_field(field: Any, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(sorted(value.items()))
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return [_plain_value(field, each) for each in value]
+    return _plain_value(field, value)
+
+
+def _plain_value(field: Any, value: Any) -> Any:
+    if isinstance(value, Timestamp):
+        return moment(value).isoformat(timespec="milliseconds") if value.seconds else None
+    if isinstance(value, Message):
+        return plain(value)
+    if isinstance(value, bytes):
+        return value.hex()
+    if field.type == FieldDescriptor.TYPE_FIXED64:
+        return f"{value:016x}"
+    return value
+
+
+def moment(timestamp: Timestamp) -> datetime:
+    return timestamp.ToDatetime(UTC)
+
+
+def age(timestamp: Timestamp) -> str:
+    """How long ago, in its largest unit."""
+    passed = datetime.now(UTC) - moment(timestamp)
+    for unit, name in ((timedelta(days=1), "d"), (timedelta(hours=1), "h"), (timedelta(minutes=1), "min")):
+        if passed >= unit:
+            return f"{passed // unit} {name}"
+    return f"{max(0, passed // timedelta(seconds=1))} s"
+
+
+def size(size_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size_bytes < 1024:
+            return f"{size_bytes:.4g} {unit}"
+        size_bytes /= 1024
+    return f"{size_bytes:.4g} TiB"
+
+
+def tiers(in_dram: bool, on_ssd: bool) -> str:
+    return "+".join(name for name, held in (("dram", in_dram), ("ssd", on_ssd)) if held) or "-"
+
+
+def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for name in columns:
+        made.add_column(name, justify="right" if name in right else "left", no_wrap=True)
+    return made
+
+
+def console() -> Console:
+    found = Console(highlight=False)
+    found.width = max(found.width, _TABLE_WIDTH_MIN)
+    return found
+
+
+def progress() -> Progress:
+    """On stderr, and only on a terminal."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )

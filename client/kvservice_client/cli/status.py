@@ -1,0 +1,52 @@
+"""``kvctl status``: how the daemon is."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from kvservice_api.v1 import admin_pb2 as pb
+from kvservice_client.cli import output
+from kvservice_client.cli.options import Address, AsJson, Timeout, connect
+from kvservice_client.client import DEFAULT_ADDRESS
+
+
+def status(address: Address = DEFAULT_ADDRESS, timeout: Timeout = 5.0, as_json: AsJson = False) -> None:
+    """Show tiers, index, clients and traffic."""
+    with connect(address, timeout) as client:
+        answer = client.admin.status()
+    if as_json:
+        output.print_json(output.plain(answer))
+        return
+    console = output.console()
+    since = output.age(answer.started_at)
+    console.print(f"kvservice {answer.version} at {address}: {answer.state}, up {since}, store {answer.store_id.hex()}")
+    console.print(
+        f"{answer.blocks} blocks of {answer.layouts} layouts, {answer.clients} clients, "
+        f"{answer.leases} leases, {answer.uploads} uploads\n"
+    )
+    console.print(_spaces(answer))
+    for name, tier in (("DRAM", answer.dram), ("SSD", answer.ssd)):
+        if tier.refusing_because:
+            console.print(f"[bold red]{name} takes no new blocks:[/] {tier.refusing_because}")
+    counters = output.table("since the start", "", right=("",))
+    for name, value in sorted(answer.counters.items()):
+        if value:
+            counters.add_row(name, f"{value:,.15g}")
+    if counters.row_count:
+        console.print()
+        console.print(counters)
+
+
+def _spaces(answer: pb.StatusResponse) -> Table:
+    """What is used of what there is."""
+    index = answer.index
+    spaces = output.table("space", "used", "of", "share", "blocks", right=("used", "of", "share", "blocks"))
+    for name, used, capacity, blocks in (
+        ("dram", answer.dram.used_bytes, answer.dram.capacity_bytes, str(answer.dram.blocks)),
+        ("ssd", answer.ssd.used_bytes, answer.ssd.capacity_bytes, str(answer.ssd.blocks)),
+        ("index of dram", index.volatile_used_bytes, index.volatile_map_bytes, ""),
+        ("index of ssd", index.durable_used_bytes, index.durable_map_bytes, ""),
+    ):
+        share = f"{used / capacity:.1%}" if capacity else "-"
+        spaces.add_row(name, output.size(used), output.size(capacity), share, blocks)
+    return spaces

@@ -1,0 +1,127 @@
+"""The client: one daemon, from one process."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from kvservice_api.layout import Layout, Shard
+from kvservice_api.v1 import blocks_pb2 as pb
+from kvservice_client.admin import TIERS, Admin, Tier
+from kvservice_client.block_cache import BlockCache
+from kvservice_client.channel import BLOCKS
+from kvservice_client.connection import Connection
+from kvservice_client.retry import Deadline
+from kvservice_client.transports.grpc import GrpcTransport
+
+DEFAULT_ADDRESS = "127.0.0.1:7070"
+
+
+class PrefetchResult(NamedTuple):
+    """Counts of blocks. `failed` is known only where the client waited."""
+
+    missing: int
+    in_dram: int
+    promoted: int
+    failed: int
+
+
+class EvictResult(NamedTuple):
+    """Counts of copies (`evicted`, `held`) and of keys (`missing`)."""
+
+    evicted: int
+    held: int
+    missing: int
+
+
+class Client:
+    """Synchronous and thread-safe. Connects with the first call, and again by itself. A context manager.
+
+    Every call ends within its timeout, by default `timeout_s`, and raises only KVErrors. While the
+    daemon is away, calls wait at most `reconnect_wait_s` for it before they raise DaemonUnavailable.
+    """
+
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        name: str = "",
+        timeout_s: float = 5.0,
+        reconnect_wait_s: float = 0.5,
+    ) -> None:
+        """`address` is host:port or the path of a UNIX socket; `name` is what operators see of this client."""
+        name = name or f"{socket.gethostname()}/{os.getpid()}"
+        self._connection = Connection(address, name, timeout_s, reconnect_wait_s)
+        self._transport = GrpcTransport(self._connection.channel)
+        self.admin = Admin(self._connection)
+
+    @property
+    def address(self) -> str:
+        return self._connection.channel.address
+
+    def close(self) -> None:
+        """End all leases and the connection. What this client handed out is of no use after this."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def capabilities(self, timeout_s: float | None = None) -> pb.GetCapabilitiesResponse:
+        """The daemon's version, boot epoch, limits and transports, asked for anew."""
+        deadline = self._connection.deadline(timeout_s)
+        request = pb.GetCapabilitiesRequest()
+        return self._connection.ask(BLOCKS + "GetCapabilities", request, pb.GetCapabilitiesResponse, deadline)
+
+    def open_layout(self, layout: Layout, shard: Shard | None = None) -> BlockCache:
+        """The blocks of one layout, as one rank sees them; the whole of each block where no shard is given.
+
+        Asks the daemon nothing yet. The layout is made known to it with the first call, and again
+        after it restarted.
+        """
+        shard = Shard.whole(layout) if shard is None else shard.check(layout)
+        return BlockCache(self._connection, self._transport, layout, shard)
+
+    def prefetch(
+        self, keys: Iterable[bytes], *, wait: bool = False, deadline_s: float = 0.0, timeout_s: float | None = None
+    ) -> PrefetchResult:
+        """Ask for blocks to be copied up to DRAM, those with the nearest `deadline_s` first."""
+        deadline = self._connection.deadline(timeout_s)
+        total = PrefetchResult(0, 0, 0, 0)
+        for packed in self._packed(keys, deadline):
+            request = pb.PrefetchRequest(keys=packed, deadline_ms=round(deadline_s * 1e3), wait=wait)
+            answer = self._connection.ask(BLOCKS + "Prefetch", request, pb.PrefetchResponse, deadline)
+            total = PrefetchResult(
+                total.missing + answer.missing,
+                total.in_dram + answer.in_dram,
+                total.promoted + answer.promoted,
+                total.failed + answer.failed,
+            )
+        return total
+
+    def evict(self, keys: Iterable[bytes], tier: Tier | str, timeout_s: float | None = None) -> EvictResult:
+        """Drop blocks from one tier. Those that are leased or busy stay."""
+        deadline = self._connection.deadline(timeout_s)
+        total = EvictResult(0, 0, 0)
+        for packed in self._packed(keys, deadline):
+            request = pb.EvictRequest(keys=packed, tier=TIERS[Tier(tier)])
+            answer = self._connection.ask(BLOCKS + "Evict", request, pb.EvictResponse, deadline)
+            total = EvictResult(
+                total.evicted + answer.evicted, total.held + answer.held, total.missing + answer.missing
+            )
+        return total
+
+    def _packed(self, keys: Iterable[bytes], deadline: Deadline) -> Iterator[bytes]:
+        """The keys, in requests that the daemon accepts."""
+        limits = self._connection.retried(lambda: self._connection.limits(deadline), deadline)
+        remaining = iter(keys)
+        while some := list(islice(remaining, limits.max_keys)):
+            yield b"".join(some)

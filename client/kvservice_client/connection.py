@@ -1,0 +1,91 @@
+"""What a client knows of its daemon: the attachment, the limits, the layouts opened there."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+from google.protobuf.message import Message
+
+from kvservice_api.errors import DaemonUnavailable, KVError, UnknownClient, UnknownLayout
+from kvservice_api.layout import Layout
+from kvservice_api.v1 import blocks_pb2 as pb
+from kvservice_client.attachment import Attachment, LifeLine
+from kvservice_client.channel import BLOCKS, Channel
+from kvservice_client.retry import Deadline, retry
+
+M = TypeVar("M", bound=Message)
+T = TypeVar("T")
+
+_MAY_PASS = (DaemonUnavailable, UnknownClient, UnknownLayout)
+
+
+class Session(NamedTuple):
+    """All that a request about blocks needs. Good for one attachment."""
+
+    attachment: Attachment
+    limits: pb.GetCapabilitiesResponse
+
+
+class Connection:
+    """Shared by everything that one client hands out, and closed when the last of it is gone.
+
+    Thread-safe; holds no lock during a call.
+    """
+
+    def __init__(self, address: str, name: str, timeout_s: float, reconnect_wait_s: float) -> None:
+        self.channel = Channel(address)
+        self.life_line = LifeLine(self.channel, name)
+        self.timeout_s = timeout_s
+        self._reconnect_wait_s = reconnect_wait_s
+        self._limits: pb.GetCapabilitiesResponse | None = None
+        self._opened: dict[bytes, int] = {}  # Layout fingerprint -> the boot epoch it was opened in.
+        self.close = weakref.finalize(self, _close, self.life_line, self.channel)
+
+    def deadline(self, timeout_s: float | None) -> Deadline:
+        return Deadline(self.timeout_s if timeout_s is None else timeout_s)
+
+    def ask(self, method: str, request: Message, answer: type[M], deadline: Deadline) -> M:
+        """One call of what may run twice, tried again while the daemon restarts."""
+        return self.retried(lambda: self.channel.call(method, request, answer, deadline), deadline)
+
+    def retried(self, attempt: Callable[[], T], deadline: Deadline) -> T:
+        """What `attempt` returns, after as many attempts as a restart of the daemon takes, if it is a short one."""
+
+        def repair(error: KVError) -> bool:
+            if isinstance(error, UnknownLayout):
+                self._opened.clear()
+            return type(error) in _MAY_PASS
+
+        return retry(attempt, deadline, self._reconnect_wait_s, repair)
+
+    def session(self, layout: Layout, deadline: Deadline) -> Session:
+        """Attach and open the layout, as far as that is not done yet."""
+        attachment = self.life_line.current(deadline)
+        limits = self.limits(deadline, attachment.boot_epoch)
+        self.open_layout(layout, attachment.boot_epoch, deadline)
+        return Session(attachment, limits)
+
+    def limits(self, deadline: Deadline, boot_epoch: int | None = None) -> pb.GetCapabilitiesResponse:
+        """The daemon's limits, asked for once an epoch."""
+        limits = self._limits
+        if limits is None or (boot_epoch is not None and limits.boot_epoch != boot_epoch):
+            request = pb.GetCapabilitiesRequest()
+            limits = self.channel.call(BLOCKS + "GetCapabilities", request, pb.GetCapabilitiesResponse, deadline)
+            self._limits = limits
+        return limits
+
+    def open_layout(self, layout: Layout, boot_epoch: int, deadline: Deadline) -> None:
+        fingerprint = layout.fingerprint
+        if self._opened.get(fingerprint) == boot_epoch:
+            return
+        request = pb.OpenLayoutRequest(layout=layout.to_proto(), fingerprint=fingerprint)
+        self.channel.call(BLOCKS + "OpenLayout", request, pb.OpenLayoutResponse, deadline)
+        self._opened[fingerprint] = boot_epoch
+
+
+def _close(life_line: LifeLine, channel: Channel) -> None:
+    life_line.close()
+    channel.close()
+    life_line.join(1.0)

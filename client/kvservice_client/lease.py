@@ -1,0 +1,173 @@
+"""A lease on the stored part of a prefix: its blocks stay put until it ends, and can be loaded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import accumulate
+from types import TracebackType
+from typing import Self
+
+from kvservice_api.errors import BlockNotFound, InvalidRequest, KVError, LeaseExpired
+from kvservice_api.layout import Layout, Shard
+from kvservice_api.v1 import blocks_pb2 as pb
+from kvservice_client.attachment import Attachment
+from kvservice_client.buffers import Bytes, Source, writable
+from kvservice_client.channel import BLOCKS
+from kvservice_client.connection import Connection
+from kvservice_client.retry import Deadline
+from kvservice_client.transports.base import LoadOrder, Transport
+
+# What a transfer is given beyond the client's timeout: slower than this, recomputing is faster.
+TRANSFER_BYTES_PER_S_MIN = 128 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class ResidencyRun:
+    """Consecutive blocks held by the same tiers."""
+
+    count: int
+    dram: bool
+    ssd: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedLayer:
+    """One layer of the loaded blocks: slice after slice, each `[K, V][head][token][dim]`."""
+
+    index: int
+    data: Bytes
+
+
+class Lease:
+    """The answer of a lookup. A context manager: leaving it releases the lease.
+
+    A lease ends when it is released, when its time is over, or with the client's attachment, so
+    a restart of the daemon ends it too. `load` then raises LeaseExpired: look the prefix up again.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        transport: Transport,
+        layout: Layout,
+        shard: Shard,
+        token_counts: Sequence[int],
+        attachment: Attachment,
+        answer: pb.LookupPrefixResponse,
+        asked_at_s: float,
+    ) -> None:
+        self._connection = connection
+        self._transport = transport
+        self._layout = layout
+        self._shard = shard
+        self._attachment = attachment
+        self._lease_id = answer.lease_id
+        self._ttl_s = answer.lease_ttl_ms / 1e3
+        self._end_s = asked_at_s + self._ttl_s  # Counted from before the question: never later than the daemon's.
+        self.token_counts = tuple(token_counts[: answer.hit_blocks])
+        self.residency = [ResidencyRun(run.count, run.dram, run.ssd) for run in answer.runs]
+
+    @property
+    def hit_blocks(self) -> int:
+        """How many leading blocks of the prefix are stored."""
+        return len(self.token_counts)
+
+    @property
+    def hit_tokens(self) -> int:
+        return sum(self.token_counts)
+
+    @property
+    def remaining_s(self) -> float:
+        """How long the lease goes on unless it is renewed; 0 once it has ended."""
+        if not self._lease_id or not self._connection.life_line.is_current(self._attachment):
+            return 0.0
+        return max(0.0, self._end_s - time.monotonic())
+
+    def layer_bytes(self, first_block: int = 0, block_count: int | None = None) -> int:
+        """The size of one layer of these blocks: what a buffer for `load` must have."""
+        return self._block_starts(first_block, block_count)[-1]
+
+    def load(
+        self,
+        into: Sequence[Source] | None = None,
+        first_block: int = 0,
+        block_count: int | None = None,
+        timeout_s: float | None = None,
+    ) -> Iterator[LoadedLayer]:
+        """The blocks' layers in order, each as soon as its last byte is there.
+
+        `into` has one writable buffer a layer, filled in place; without it each layer gets a new
+        array. `timeout_s` is for the whole load; by default the client's timeout and a second more
+        for each 128 MiB. The lease is renewed meanwhile where needed. Raises LeaseExpired,
+        ChecksumMismatch, StorageFailed, DaemonUnavailable, DeadlineExceeded: layers that were
+        yielded are right all the same. Leaving the iterator ends the load.
+        """
+        starts = self._block_starts(first_block, block_count)
+        size_bytes, layer_count = starts[-1], self._shard.layers
+        if into is not None and len(into) != layer_count:
+            raise InvalidRequest(f"into has {len(into)} buffers; it must have one a layer, {layer_count}", field="into")
+        targets = [writable(each, f"into[{layer}]", size_bytes) for layer, each in enumerate(into)] if into else None
+        order = LoadOrder(self._attachment.client_id, self._lease_id, first_block, starts, layer_count, targets)
+        if timeout_s is None:
+            timeout_s = self._connection.timeout_s + size_bytes * layer_count / TRANSFER_BYTES_PER_S_MIN
+        return self._layers(order, Deadline(timeout_s))
+
+    def _layers(self, order: LoadOrder, deadline: Deadline) -> Iterator[LoadedLayer]:
+        self._keep(deadline)
+        for index, data in enumerate(self._transport.load(order, deadline)):
+            yield LoadedLayer(index, data)
+            with suppress(KVError):  # The daemon holds what it is sending: the load itself needs the lease no more.
+                self._keep(deadline)
+
+    def renew(self, ttl_s: float | None = None, timeout_s: float | None = None) -> float:
+        """Extend the lease to `ttl_s` from now, by default what it had. What was granted, in seconds."""
+        self._renew(self._ttl_s if ttl_s is None else ttl_s, self._connection.deadline(timeout_s))
+        return self._ttl_s
+
+    def release(self) -> None:
+        """End the lease. Never raises: a lease that cannot be released ends by itself."""
+        if self.remaining_s:
+            request = pb.ReleaseLeaseRequest(client_id=self._attachment.client_id, lease_id=self._lease_id)
+            deadline = Deadline(min(1.0, self._connection.timeout_s))
+            with suppress(KVError):
+                self._connection.channel.call(BLOCKS + "ReleaseLease", request, pb.ReleaseLeaseResponse, deadline)
+        self._lease_id = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def _block_starts(self, first_block: int, block_count: int | None) -> list[int]:
+        if not self.hit_blocks:
+            raise BlockNotFound("nothing of this prefix is stored")
+        end = self.hit_blocks if block_count is None else first_block + block_count
+        if not 0 <= first_block < end <= self.hit_blocks:
+            raise InvalidRequest(f"blocks {first_block}..{end} do not lie in the {self.hit_blocks} that were hit")
+        sizes = (self._layout.slice_bytes(self._shard.heads, count) for count in self.token_counts[first_block:end])
+        return list(accumulate(sizes, initial=0))
+
+    def _keep(self, deadline: Deadline) -> None:
+        """Renew where less than half is left and the load may take longer."""
+        remaining_s = self.remaining_s
+        if not remaining_s:
+            raise LeaseExpired("the lease has ended; look the prefix up again")
+        if remaining_s < min(self._ttl_s / 2, deadline.remaining_s):
+            self._renew(self._ttl_s, deadline)
+
+    def _renew(self, ttl_s: float, deadline: Deadline) -> None:
+        if not self.remaining_s:
+            raise LeaseExpired("the lease has ended; look the prefix up again")
+        asked_at_s = time.monotonic()
+        request = pb.RenewLeaseRequest(
+            client_id=self._attachment.client_id, lease_id=self._lease_id, ttl_ms=max(1, round(ttl_s * 1e3))
+        )
+        answer = self._connection.channel.call(BLOCKS + "RenewLease", request, pb.RenewLeaseResponse, deadline)
+        self._ttl_s = answer.ttl_ms / 1e3
+        self._end_s = asked_at_s + self._ttl_s

@@ -1,0 +1,54 @@
+"""How long a call may take, and what is tried again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from kvservice_api.errors import DeadlineExceeded, KVError
+
+T = TypeVar("T")
+
+_PAUSE_FIRST_S = 0.01
+_PAUSE_MAX_S = 0.1
+
+
+class Deadline:
+    """A moment on the monotonic clock: a wall clock that jumps moves no deadline."""
+
+    def __init__(self, seconds: float) -> None:
+        self.allowed_s = seconds
+        self._end_s = time.monotonic() + seconds
+
+    @property
+    def remaining_s(self) -> float:
+        return max(0.0, self._end_s - time.monotonic())
+
+    def check(self) -> None:
+        if not self.remaining_s:
+            raise DeadlineExceeded(f"the {self.allowed_s:.3g} s allowed for this call have passed")
+
+
+def retry(
+    attempt: Callable[[], T],
+    deadline: Deadline,
+    patience_s: float,
+    repair: Callable[[KVError], bool],
+) -> T:
+    """What `attempt` returns. Only for what may run twice.
+
+    After an error, `repair` says whether another attempt can help. Attempts end with the deadline,
+    or after `patience_s`, whichever comes first: an engine recomputes sooner than it waits.
+    """
+    patience = Deadline(min(patience_s, deadline.remaining_s))
+    pause_s = _PAUSE_FIRST_S
+    while True:
+        deadline.check()
+        try:
+            return attempt()
+        except KVError as error:
+            if not repair(error) or patience.remaining_s < pause_s:
+                raise
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _PAUSE_MAX_S)

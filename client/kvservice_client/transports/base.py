@@ -1,0 +1,73 @@
+"""What a transport does: move the bytes of one load or one save."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvservice_api.layout import checksum
+from kvservice_api.v1 import blocks_pb2 as pb
+from kvservice_client.buffers import Bytes
+from kvservice_client.retry import Deadline
+
+
+@dataclass(frozen=True)
+class LoadOrder:
+    """Blocks to load, and where their bytes go: one buffer a layer, block after block."""
+
+    client_id: bytes
+    lease_id: int
+    first_block: int
+    block_starts: Sequence[int]  # Where each block's slice starts in a layer's buffer, and the end of the last.
+    layer_count: int
+    into: Sequence[Bytes] | None  # None: a new buffer a layer.
+
+    @property
+    def block_count(self) -> int:
+        return len(self.block_starts) - 1
+
+    def buffer(self, layer: int) -> Bytes:
+        return self.into[layer] if self.into is not None else np.empty(self.block_starts[-1], np.uint8)
+
+
+@dataclass(frozen=True)
+class SaveOrder:
+    """Blocks to save: for each layer, the slice of each block. Checksums are computed once, on the way."""
+
+    header: pb.SaveHeader
+    layers: Sequence[Sequence[Bytes]]
+    max_frame_bytes: int
+    _checksums: NDArray[np.uint64] = field(init=False)
+    _is_summed: list[bool] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_checksums", np.empty((len(self.layers[0]), len(self.layers)), "<u8"))
+        object.__setattr__(self, "_is_summed", [False] * len(self.layers))
+
+    def sum_layer(self, layer: int) -> None:
+        """Compute a layer's checksums. Best right before it is sent: the bytes are read once from memory."""
+        if not self._is_summed[layer]:
+            self._checksums[:, layer] = [checksum(piece.data) for piece in self.layers[layer]]
+            self._is_summed[layer] = True
+
+    def checksums(self) -> bytes:
+        """Block by block, and in each by layer, as SaveCommit wants them."""
+        for layer in range(len(self.layers)):
+            self.sum_layer(layer)
+        return self._checksums.tobytes()
+
+
+class Transport(Protocol):
+    """Thread-safe. Errors are KVErrors; neither method tries again."""
+
+    name: str
+
+    def load(self, order: LoadOrder, deadline: Deadline) -> Iterator[Bytes]:
+        """Each layer's buffer, in order, as soon as its last byte is there. Leaving the iterator ends the load."""
+
+    def save(self, order: SaveOrder, deadline: Deadline) -> pb.SaveBlocksResponse:
+        """Send everything and commit. The buffers may change once this has returned."""

@@ -1,0 +1,1 @@
+"""One module an engine. Each imports its engine's package, and no other module does."""

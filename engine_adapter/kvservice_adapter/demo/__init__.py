@@ -1,0 +1,9 @@
+"""A real conversation with a real model, whose history comes back from the daemon (`make demo`).
+
+* ``script``: what is said, and what happens between the turns.
+* ``conversation``: runs it. It starts a daemon and an engine, kills both halfway, and starts them again.
+* ``processes``: the daemon and the engine as child processes.
+* ``engine``: the engine's process. It keeps nothing from one turn to the next.
+* ``model``: finds and loads the language model.
+* ``report``: the table, and the JSON object.
+"""

@@ -1,0 +1,94 @@
+"""Runs the script: a conversation, other readers in between, and SIGKILL for daemon and engine halfway."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from kvservice_adapter.demo.processes import DaemonProcess, EngineProcess, ProcessFailed
+from kvservice_adapter.demo.protocol import ANSWER_TOKENS_MAX, BLOCK_TOKENS, Loaded, Turn
+from kvservice_adapter.demo.script import (
+    KILL_AFTER,
+    OTHERS_SPEAK_AFTER,
+    READERS,
+    SYSTEM,
+    TURNS,
+    Message,
+    assistant,
+    user,
+)
+
+_MIB = 2**20
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+def hold_conversation(model: str, note: Callable[[str], None]) -> Iterator[Turn]:
+    """Each turn of the script, as soon as it is answered. `note` hears what happens in between."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvservice-demo-")))
+        address = DaemonProcess.address_in(folder)
+        note("The engine loads the model.")
+        engine = stack.enter_context(EngineProcess(address, model))
+        loaded = engine.loaded()
+        dram_bytes, ssd_bytes = _tier_sizes(engine, loaded)
+        dram_folder = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="kvservice-demo-", dir=_dram_place(dram_bytes))
+        )
+
+        def start_daemon() -> DaemonProcess:
+            return stack.enter_context(DaemonProcess(folder, Path(dram_folder), dram_bytes, ssd_bytes))
+
+        daemon = start_daemon()
+        note(f"{loaded.model_id}; DRAM tier {dram_bytes // _MIB} MiB, SSD tier {ssd_bytes // _MIB} MiB.")
+        conversation: list[Message] = [{"role": "system", "content": SYSTEM}]
+        others = [reader.opening() for reader in READERS]
+        rounds = iter(zip(*(reader.questions for reader in READERS), strict=True))
+        for number, text in enumerate(TURNS, start=1):
+            yield _said(engine, conversation, text, compare=True)
+            if number in OTHERS_SPEAK_AFTER:
+                note(
+                    "Other readers ask about the whole book; what the daemon brings up for them pushes this out to SSD."
+                )
+                for other, question in zip(others, next(rounds), strict=True):
+                    _said(engine, other, question, compare=False)
+            if number == KILL_AFTER:
+                note("SIGKILL for the daemon and the engine. Both start again as new processes.")
+                daemon.kill()
+                engine.kill()
+                daemon = start_daemon()
+                engine = stack.enter_context(EngineProcess(address, model))
+                engine.loaded()
+
+
+def _said(engine: EngineProcess, conversation: list[Message], text: str, *, compare: bool) -> Turn:
+    conversation.append(user(text))
+    turn = engine.answer(conversation, compare=compare)
+    conversation.append(assistant(turn.answer))
+    return turn
+
+
+def _tier_sizes(engine: EngineProcess, loaded: Loaded) -> tuple[int, int]:
+    """DRAM for this conversation but not for the others' besides; SSD for all of them."""
+    scripts = [[{"role": "system", "content": SYSTEM}, *_exchange(TURNS)]]
+    scripts += [[*reader.opening(), *_exchange(reader.questions)] for reader in READERS]
+    counts = engine.count_tokens(scripts)
+    tokens = [count + ANSWER_TOKENS_MAX * len(script) // 2 for count, script in zip(counts, scripts, strict=True)]
+    if 0 < loaded.context_tokens < max(tokens):
+        raise ProcessFailed(f"{loaded.model_id} takes {loaded.context_tokens} tokens; the demo needs {max(tokens)}")
+    sizes = [math.ceil(count / BLOCK_TOKENS) * loaded.block_bytes for count in tokens]
+    # What the tiers keep free, what extents are rounded up by, and the index: a fifth, and some MiB.
+    return int(1.2 * sizes[0]) + 8 * _MIB, int(1.2 * sum(sizes)) + 16 * _MIB
+
+
+def _exchange(questions: Sequence[str]) -> list[Message]:
+    return [message for question in questions for message in (user(question), assistant(""))]
+
+
+def _dram_place(size_bytes: int) -> Path | None:
+    """Shared memory, unless there is too little of it, as in many containers; then the temporary directory."""
+    has_room = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > size_bytes + 16 * _MIB
+    return _SHARED_MEMORY if has_room else None

@@ -1,0 +1,183 @@
+"""The engine of the demo: a process that answers one turn at a time, and keeps nothing in between.
+
+It reads one JSON object a line from standard input, and writes one a line to standard output:
+first what it has loaded, then a `Turn` for each request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple, TextIO
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from kvservice_adapter.connectors.transformers import Restored, Saved, TransformersConnector, UnsupportedModel
+from kvservice_adapter.demo.model import LoadedModel, ModelNotFound, load_model
+from kvservice_adapter.demo.protocol import ANSWER_TOKENS_MAX, ANSWER_TOKENS_MIN, BLOCK_TOKENS, Loaded, Turn
+from kvservice_adapter.demo.script import Message, assistant
+from kvservice_api.layout import Shard, block_geometry
+from kvservice_client import Client
+
+
+class _Run(NamedTuple):
+    prompt: torch.Tensor
+    output: list[int]  # Prompt and answer.
+    ttft_s: float
+    history: Restored | None
+
+
+class _FirstToken(BaseStreamer):
+    """Notes when `generate` hands out the first new token. The prompt comes before it."""
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self.at_s = 0.0
+
+    def put(self, value: torch.Tensor) -> None:
+        self._calls += 1
+        if self._calls == 2:
+            self.at_s = time.perf_counter()
+
+    def end(self) -> None:
+        pass
+
+
+class Engine:
+    def __init__(self, loaded: LoadedModel, connector: TransformersConnector) -> None:
+        self._model, self._tokenizer = loaded.model, loaded.tokenizer
+        self._connector = connector
+
+    def warm_up(self) -> None:
+        """Let the libraries do once what they do only once, so that no turn pays for it."""
+        self._model.generate(torch.arange(1, 65)[None], max_new_tokens=2)
+
+    def answer(self, messages: Sequence[Message], *, compare: bool) -> Turn:
+        """Answer the last message: if asked, first as if there were no KVService, and then with it."""
+        recomputed = self._run(messages, reuse=False) if compare else None
+        run = self._run(messages, reuse=True)
+        assert run.history is not None
+        prompt_tokens = run.prompt.shape[1]
+        answer_ids = run.output[prompt_tokens:]
+        text = self._tokenizer.decode(answer_ids, skip_special_tokens=True).strip()
+        saved = self._save([*messages, assistant(text)], run)
+        before = any(message["role"] == "assistant" for message in messages)
+        history_tokens = _common(self._ids(messages[:-1], to_answer=False)[0], run.prompt[0]) if before else 0
+        error = run.history.error or saved.error
+        return Turn(
+            answer=text,
+            answer_tokens=len(answer_ids),
+            history_tokens=history_tokens,
+            new_tokens=prompt_tokens - history_tokens,
+            reused_tokens=run.history.tokens,
+            tier=run.history.tier,
+            bytes=run.history.size_bytes,
+            ttft_reuse_s=run.ttft_s,
+            ttft_recompute_s=recomputed.ttft_s if recomputed else None,
+            identical=recomputed.output == run.output if recomputed else None,
+            trouble=f"{error.reason}: {error}" if error else "",
+        )
+
+    def count_tokens(self, messages: Sequence[Message]) -> int:
+        return self._ids(messages, to_answer=False).shape[1]
+
+    def _run(self, messages: Sequence[Message], *, reuse: bool) -> _Run:
+        first_token = _FirstToken()
+        began_s = time.perf_counter()
+        prompt = self._ids(messages, to_answer=True)
+        history = self._connector.restore(prompt) if reuse else None
+        output = self._model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            past_key_values=history.cache if history else None,
+            streamer=first_token,
+            do_sample=False,
+            min_new_tokens=ANSWER_TOKENS_MIN,
+            max_new_tokens=ANSWER_TOKENS_MAX,
+        )
+        return _Run(prompt, output[0].tolist(), first_token.at_s - began_s, history)
+
+    def _save(self, messages: Sequence[Message], run: _Run) -> Saved:
+        """Save what the next turn's prompt will begin with.
+
+        That is not quite what is in the cache: the answer ends with tokens that were never fed to
+        the model, and as text it may be cut into other tokens than the model has chosen.
+        """
+        assert run.history is not None
+        cache = run.history.cache
+        history = self._ids(messages, to_answer=False)
+        known = min(_common(history[0], run.output), cache.get_seq_length())
+        cache.crop(known - cache.get_seq_length())
+        if known < history.shape[1]:
+            with torch.inference_mode():
+                self._model(history[:, known:], past_key_values=cache, logits_to_keep=1)
+        return self._connector.save(history, cache)
+
+    def _ids(self, messages: Sequence[Message], *, to_answer: bool) -> torch.Tensor:
+        text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=to_answer)
+        ids: torch.Tensor = self._tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+        return ids
+
+
+def _common(first: Iterable[Any], second: Iterable[Any]) -> int:
+    """How many leading tokens two sequences share."""
+    count = 0
+    for one, other in zip(first, second, strict=False):
+        if int(one) != int(other):
+            break
+        count += 1
+    return count
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--address", required=True)
+    parser.add_argument("--model", default="")
+    arguments = parser.parse_args()
+
+    # Whatever a library prints must not get between the lines of the protocol.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    warnings.filterwarnings("ignore")
+    try:
+        loaded = load_model(arguments.model)
+        with Client(arguments.address, name="demo engine") as client:
+            connector = TransformersConnector(
+                client,
+                loaded.model,
+                model_id=loaded.model_id,
+                model_revision=loaded.model_revision,
+                block_tokens=BLOCK_TOKENS,
+            )
+            _serve(Engine(loaded, connector), loaded, connector, answers)
+    except (ModelNotFound, UnsupportedModel, OSError) as error:
+        print(f"the engine cannot work: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _serve(engine: Engine, loaded: LoadedModel, connector: TransformersConnector, answers: TextIO) -> None:
+    engine.warm_up()
+    layout = connector.layout
+    geometry = block_geometry(layout, Shard.whole(layout), layout.block_tokens)
+    context_tokens = getattr(loaded.model.config, "max_position_embeddings", 0)
+    greeting = Loaded(loaded.model_id, geometry.image_bytes, context_tokens)
+    print(json.dumps(asdict(greeting)), file=answers)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "count" in request:
+            reply: Any = [engine.count_tokens(messages) for messages in request["count"]]
+        else:
+            reply = asdict(engine.answer(request["messages"], compare=request["compare"]))
+        print(json.dumps(reply), file=answers)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

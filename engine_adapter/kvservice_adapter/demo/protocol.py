@@ -1,0 +1,34 @@
+"""What the engine's process says to the demo, one JSON object a line. Free of torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BLOCK_TOKENS = 16  # Small blocks: less of the history is left over to be computed again.
+ANSWER_TOKENS_MIN, ANSWER_TOKENS_MAX = 24, 32
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Said once, when the engine can answer."""
+
+    model_id: str
+    block_bytes: int  # What one block takes in a tier.
+    context_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One answered turn. Times count from text in hand to the first token."""
+
+    answer: str
+    answer_tokens: int
+    history_tokens: int
+    new_tokens: int
+    reused_tokens: int
+    tier: str  # "dram", "ssd", "mixed" or "none".
+    bytes: int
+    ttft_reuse_s: float
+    ttft_recompute_s: float | None  # None, as `identical`, where the turn was not computed a second time.
+    identical: bool | None
+    trouble: str  # Why nothing was reused, or not all was saved. Empty where all went well.

@@ -1,0 +1,73 @@
+"""What the demo prints: a row a turn and totals, or one JSON object."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kvservice_adapter.demo.protocol import BLOCK_TOKENS, Turn
+from kvservice_adapter.demo.script import KILL_AFTER
+
+_COLUMNS = ("turn", "history", "reused", "tier", "MiB", "TTFT recompute", "TTFT reuse", "ratio", "identical")
+_WIDTHS = tuple(max(7, len(name)) for name in _COLUMNS)
+
+
+def header() -> str:
+    return _row(*_COLUMNS)
+
+
+def row(number: int, turn: Turn) -> str:
+    recompute_s = turn.ttft_recompute_s or 0.0
+    return _row(
+        str(number),
+        str(turn.history_tokens),
+        str(turn.reused_tokens),
+        turn.tier,
+        f"{turn.bytes / 2**20:.1f}",
+        f"{recompute_s:.3f} s",
+        f"{turn.ttft_reuse_s:.3f} s",
+        f"{turn.ttft_reuse_s / recompute_s:.3f}",
+        "yes" if turn.identical else "NO",
+    )
+
+
+def totals(turns: Sequence[Turn]) -> str:
+    summary = summarized(turns)
+    recompute_s = sum(turn.ttft_recompute_s or 0.0 for turn in turns)
+    reuse_s = sum(turn.ttft_reuse_s for turn in turns)
+    return (
+        f"{summary['turns']} turns; {summary['reused_fraction']:.1%} of the history reused; "
+        f"TTFT {recompute_s:.2f} s recomputing, {reuse_s:.2f} s reusing; "
+        f"at the last turn {summary['ttft_ratio_last']:.3f} of recomputing; "
+        f"answers {'all identical' if summary['all_identical'] else 'NOT all identical'}."
+    )
+
+
+def as_object(turns: Sequence[Turn]) -> dict[str, Any]:
+    """The object of ``--json``."""
+    names = (
+        "history_tokens new_tokens answer_tokens reused_tokens tier bytes ttft_recompute_s ttft_reuse_s identical"
+    ).split()
+    return {
+        "turns": [
+            {"turn": number, **{name: getattr(turn, name) for name in names}, "after_kill": number == KILL_AFTER + 1}
+            for number, turn in enumerate(turns, start=1)
+        ],
+        "summary": summarized(turns),
+    }
+
+
+def summarized(turns: Sequence[Turn]) -> dict[str, Any]:
+    last = turns[-1]
+    history_tokens = sum(turn.history_tokens for turn in turns)
+    return {
+        "turns": len(turns),
+        "block_tokens": BLOCK_TOKENS,
+        "reused_fraction": sum(turn.reused_tokens for turn in turns) / history_tokens,
+        "ttft_ratio_last": last.ttft_reuse_s / (last.ttft_recompute_s or float("nan")),
+        "all_identical": all(turn.identical for turn in turns),
+    }
+
+
+def _row(*cells: str) -> str:
+    return "  ".join(cell.rjust(width) for cell, width in zip(cells, _WIDTHS, strict=True))

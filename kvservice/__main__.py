@@ -1,0 +1,73 @@
+"""The command line: ``kvservice serve`` and ``kvservice check``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import uvloop
+
+from kvservice import __version__, daemon, logs
+from kvservice.config import ConfigError, load_settings
+from kvservice.index.errors import StoreError
+from kvservice.tiers.base import StoreMismatch
+from kvservice_api.errors import KVError
+
+_USAGE = """\
+usage: kvservice COMMAND [OPTIONS]
+
+commands:
+  serve      run the daemon; --help lists its settings
+  check      verify a stopped store, and repair it with --repair
+  bench      measure disk, SSD tier and index; for `kvctl bench`
+
+options:
+  --version  print the version
+  --help     print this text
+
+To look at a running daemon: kvctl --help
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 failed (or `check` found problems), 2 used wrongly."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if command == "serve":
+        return _serve(rest)
+    if command == "check":
+        from kvservice import check
+
+        return check.main(rest)
+    if command == "bench":
+        from kvservice import bench
+
+        return bench.main(rest)
+    if command == "--version":
+        print(f"kvservice {__version__}")
+        return 0
+    asked = command in ("--help", "-h")
+    if not asked:
+        print(f"kvservice: {f'{command!r} is no command' if command else 'a command is missing'}", file=sys.stderr)
+    print(_USAGE, end="", file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
+
+
+def _serve(argv: Sequence[str]) -> int:
+    try:
+        settings = load_settings(argv, os.environ)
+    except ConfigError as error:
+        print(f"kvservice serve: {error}", file=sys.stderr)
+        return 2
+    logs.set_up(settings.log.level, settings.log.format)
+    try:
+        uvloop.run(daemon.run(settings))
+    except (StoreError, StoreMismatch, KVError, OSError, RuntimeError) as error:
+        print(f"kvservice serve: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""The SSD tier in its place: write-behind and promotion of the real store, verification on.
+
+No network is in the way: blocks are put into DRAM first, then the time is taken that their SSD
+copies need, and then the time that bringing them up again needs. Flushes and commits count.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import uvloop
+
+from kvservice.blocks import TierName
+from kvservice.config import load_settings
+from kvservice.daemon import Daemon, tune_process
+from kvservice.store.block_store import BlockStore
+from kvservice.store.leases import Client
+from kvservice_api.frames import Frame
+from kvservice_api.keys import block_chain
+from kvservice_api.layout import Layout, checksum
+
+# Llama-3-8B in bf16 with blocks of 256 tokens: slices of 1 MiB, 32 MiB a block.
+_LAYOUT = Layout("bench", "bfloat16", layers=32, kv_heads=8, k_head_dim=128, v_head_dim=128)
+_BLOCK_BYTES = 32 << 20
+
+
+def measure(directory: Path, size_bytes: int) -> dict[str, Any]:
+    """GB/s of write-behind and promotion."""
+    tune_process()
+    with tempfile.TemporaryDirectory(prefix="kvservice-bench-", dir="/dev/shm") as arena:
+        return uvloop.run(_run(directory, arena, size_bytes))
+
+
+async def _run(directory: Path, arena: str, size_bytes: int) -> dict[str, Any]:
+    settings = load_settings(
+        [
+            f"--store.path={directory}",
+            f"--dram.path={arena}",
+            "--server.address=127.0.0.1:0",
+            "--server.unix_socket=off",
+            "--server.metrics_address=",
+            f"--dram.capacity_bytes={size_bytes + (256 << 20)}",
+            f"--ssd.capacity_bytes={size_bytes + (256 << 20)}",
+        ],
+        {},
+    )
+
+    daemon = await Daemon.open(settings)
+    try:
+        return await _measure(daemon, size_bytes // _BLOCK_BYTES)
+    finally:
+        await daemon.close()
+
+
+async def _measure(daemon: Daemon, block_count: int) -> dict[str, Any]:
+    store = daemon.store
+    assert store.write_behind is not None and store.ssd is not None
+    store.dram.start()
+    needed_bytes = (block_count + 2) * _BLOCK_BYTES
+    while store.dram.capacity_bytes < needed_bytes and not store.dram.short_because:  # noqa: ASYNC110  (once)
+        await asyncio.sleep(0.01)
+    await store.open_layout(_LAYOUT)
+    client = store.leases.attach("bench")
+    store.write_behind.start()
+    for turn in range(2):
+        # The first pass over a new file converts its preallocated blocks: only the second one is counted.
+        keys = await _fill(store, client, block_count, first_token=turn)
+        started = time.perf_counter()
+        store.write_behind.add(store.blocks.rows_of_keys(keys).tolist())
+        await store.write_behind.idle()
+        write_s = time.perf_counter() - started
+        await store.evict(keys, TierName.DRAM)
+        started = time.perf_counter()
+        outcome = await store.prefetch(keys, within_s=0, wait=True)
+        read_s = time.perf_counter() - started
+        assert outcome.promoted == block_count, outcome
+        await store.discard(keys)
+    store.leases.detach(client)
+    moved = block_count * _BLOCK_BYTES
+    return {
+        "write_gbps": moved / write_s / 1e9,
+        "read_gbps": moved / read_s / 1e9,
+        "is_direct": store.ssd.is_direct,
+        "io_threads": daemon.settings.ssd.io_threads,
+    }
+
+
+async def _fill(store: BlockStore, client: Client, block_count: int, *, first_token: int) -> list[bytes]:
+    """Put blocks into DRAM, as a save would."""
+    chain = block_chain(_LAYOUT, np.arange(block_count * _LAYOUT.block_tokens) + first_token)
+    slice_bytes = _BLOCK_BYTES // _LAYOUT.layers
+    payload = memoryview(os.urandom(slice_bytes))
+    sums = np.full(block_count * _LAYOUT.layers, checksum(payload), np.uint64)
+    fingerprint = _LAYOUT.fingerprint
+    parent = secrets.token_bytes(32)
+    async with store.begin_save(client.client_id, fingerprint, None, parent, chain.keys, 0) as ingest:
+        for block in range(block_count):
+            for layer in range(_LAYOUT.layers):
+                ingest.write(Frame(layer, block, 0, payload))
+            await asyncio.sleep(0)
+        # Not queued for write-behind yet: the clock is not running.
+        outcome = await ingest.commit(sums, on_ssd=False, then_write=False)
+    assert len(outcome.stored) == block_count, outcome
+    return list(chain.keys)

@@ -1,0 +1,340 @@
+"""The nouns of the store: tiers by name, extents, and the table of all blocks in memory.
+
+A block is never a Python object of its own: it is a row in arrays, found by its key. A million
+objects would cost the garbage collector a third of a second.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from enum import StrEnum
+from itertools import repeat
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvservice_api.keys import KEY_BYTES
+from kvservice_api.layout import Shard
+
+OBJECT_KEY_BYTES = KEY_BYTES + 8
+
+Rows = NDArray[np.int64]
+NO_ROW = -1
+_NOWHERE = -1
+
+
+class TierName(StrEnum):
+    DRAM = "dram"
+    SSD = "ssd"
+
+
+class Extent(NamedTuple):
+    """A place in one tier. `segment` is the number of the file; a tier with one file has segment 0."""
+
+    segment: int
+    offset_bytes: int
+    size_bytes: int
+
+
+def object_key(key: bytes, shard: Shard) -> bytes:
+    """What names one stored object: the block's key and the shard."""
+    return key + shard.encode()
+
+
+_COLUMNS: dict[str, str] = {
+    "key": "V32",
+    "parent_key": "V32",
+    "shard": "V8",  # Shard.encode(); the next four are the same in parts.
+    "layer_begin": "u2",
+    "layer_end": "u2",
+    "head_begin": "u2",
+    "head_end": "u2",
+    "layout_id": "u4",
+    "token_count": "u4",
+    "size_bytes": "u8",  # Of the image.
+    "trailer_checksum": "u8",
+    "stored_at_ms": "u8",
+    "used_at_ms": "u8",
+    "access_seq": "i8",
+    "hits": "u4",
+    "dram_offset": "i8",
+    "dram_size": "u8",
+    "ssd_segment": "u2",
+    "ssd_offset": "i8",
+    "ssd_size": "u8",
+    "leases": "i4",  # Leases that hold the row.
+    "holds": "i4",  # Running I/O that holds the row.
+    "next_shard": "i8",  # The next row of the same block key, or NO_ROW.
+    "generation": "u4",  # Raised when the row is freed, so that a stale row number is noticed.
+    "used_since_flush": "?",
+    "unwanted_on_ssd": "?",  # Was evicted from SSD; not written again until used again.
+    "live": "?",  # Linked: lookups find it.
+}
+_OBJECT_KEY = np.dtype([("key", "V32"), ("shard", "V8")])
+assert _OBJECT_KEY.itemsize == OBJECT_KEY_BYTES
+
+
+_decode_shard = functools.lru_cache(maxsize=4096)(Shard.decode)
+
+
+class BlockTable:
+    """All stored objects, as rows of arrays. Rows are numbers; a freed one is used again.
+
+    Arrays grow by replacement: read them through the table, never keep one across an await.
+    """
+
+    key: NDArray[np.void]
+    parent_key: NDArray[np.void]
+    shard: NDArray[np.void]
+    layer_begin: NDArray[np.uint16]
+    layer_end: NDArray[np.uint16]
+    head_begin: NDArray[np.uint16]
+    head_end: NDArray[np.uint16]
+    layout_id: NDArray[np.uint32]
+    token_count: NDArray[np.uint32]
+    size_bytes: NDArray[np.uint64]
+    trailer_checksum: NDArray[np.uint64]
+    stored_at_ms: NDArray[np.uint64]
+    used_at_ms: NDArray[np.uint64]
+    access_seq: NDArray[np.int64]
+    hits: NDArray[np.uint32]
+    dram_offset: NDArray[np.int64]
+    dram_size: NDArray[np.uint64]
+    ssd_segment: NDArray[np.uint16]
+    ssd_offset: NDArray[np.int64]
+    ssd_size: NDArray[np.uint64]
+    leases: NDArray[np.int32]
+    holds: NDArray[np.int32]
+    next_shard: NDArray[np.int64]
+    generation: NDArray[np.uint32]
+    used_since_flush: NDArray[np.bool_]
+    unwanted_on_ssd: NDArray[np.bool_]
+    live: NDArray[np.bool_]
+
+    def __init__(self, row_capacity: int = 1024) -> None:
+        """Rows take memory once they are used. Growing past `row_capacity` takes a second a million."""
+        self._first_row: dict[bytes, int] = {}  # Block key -> its first row.
+        self._free: list[int] = []
+        self.row_end = 0  # Rows at and above it were never used.
+        self.live_count = 0
+        self.next_access_seq = 1
+        for name, dtype in _COLUMNS.items():
+            setattr(self, name, np.zeros(row_capacity, dtype))
+
+    # Finding
+
+    def rows_of_keys(self, keys: Sequence[bytes]) -> Rows:
+        """The first row of each block key; NO_ROW where nothing is stored."""
+        found = map(self._first_row.get, keys, repeat(NO_ROW))
+        return np.fromiter(found, np.int64, len(keys))
+
+    def shards_of(self, row: int) -> Iterator[int]:
+        """This row and the further rows of its block key."""
+        while row != NO_ROW:
+            yield row
+            row = int(self.next_shard[row])
+
+    def row_of(self, key: bytes, shard: Shard) -> int:
+        """The row of exactly this object, or NO_ROW."""
+        wanted = shard.encode()
+        for row in self.shards_of(self._first_row.get(key, NO_ROW)):
+            if self.shard[row].tobytes() == wanted:
+                return row
+        return NO_ROW
+
+    def cover(self, rows: Rows, shard: Shard) -> NDArray[np.bool_]:
+        """Which rows hold all of `shard`."""
+        covered: NDArray[np.bool_] = (
+            (self.layer_begin[rows] <= shard.layer_begin)
+            & (self.layer_end[rows] >= shard.layer_end)
+            & (self.head_begin[rows] <= shard.head_begin)
+            & (self.head_end[rows] >= shard.head_end)
+        )
+        return covered
+
+    def key_of(self, row: int) -> bytes:
+        return bytes(self.key[row].tobytes())
+
+    def shard_of(self, row: int) -> Shard:
+        return _decode_shard(self.shard[row].tobytes())
+
+    def object_key_of(self, row: int) -> bytes:
+        return bytes(self.key[row].tobytes() + self.shard[row].tobytes())
+
+    def live_rows(self) -> Rows:
+        return np.flatnonzero(self.live[: self.row_end])
+
+    # Residency
+
+    def extent(self, row: int, tier: TierName) -> Extent | None:
+        """Where the row's bytes lie in `tier`, if they do."""
+        if tier is TierName.DRAM:
+            offset = int(self.dram_offset[row])
+            return None if offset == _NOWHERE else Extent(0, offset, int(self.dram_size[row]))
+        offset = int(self.ssd_offset[row])
+        return None if offset == _NOWHERE else Extent(int(self.ssd_segment[row]), offset, int(self.ssd_size[row]))
+
+    def set_extent(self, row: int, tier: TierName, extent: Extent | None) -> None:
+        offset, size = (extent.offset_bytes, extent.size_bytes) if extent else (_NOWHERE, 0)
+        if tier is TierName.DRAM:
+            self.dram_offset[row], self.dram_size[row] = offset, size
+        else:
+            self.ssd_offset[row], self.ssd_size[row] = offset, size
+            self.ssd_segment[row] = extent.segment if extent else 0
+
+    def resident(self, tier: TierName) -> NDArray[np.bool_]:
+        """Which of the rows below `row_end` have a copy in `tier`."""
+        offsets = self.dram_offset if tier is TierName.DRAM else self.ssd_offset
+        mask: NDArray[np.bool_] = offsets[: self.row_end] != _NOWHERE
+        return mask
+
+    def is_resident(self, row: int, tier: TierName) -> bool:
+        offsets = self.dram_offset if tier is TierName.DRAM else self.ssd_offset
+        return bool(offsets[row] != _NOWHERE)
+
+    # Changing
+
+    def add(
+        self,
+        key: bytes,
+        shard: Shard,
+        *,
+        parent_key: bytes,
+        layout_id: int,
+        token_count: int,
+        size_bytes: int,
+        trailer_checksum: int,
+        now_ms: int,
+    ) -> int:
+        """A row for a new object. It has no residency yet, and no lookup finds it before `link`."""
+        row = self._take_row()
+        self.key[row] = key
+        self.parent_key[row] = parent_key
+        self.layout_id[row] = layout_id
+        self.token_count[row] = token_count
+        self.size_bytes[row] = size_bytes
+        self.trailer_checksum[row] = trailer_checksum
+        self.stored_at_ms[row] = self.used_at_ms[row] = now_ms
+        self._set_shard(row, shard)
+        return row
+
+    def link(self, row: int) -> None:
+        """Let lookups find the row."""
+        key = self.key_of(row)
+        assert not self.live[row] and self.row_of(key, self.shard_of(row)) == NO_ROW, "an object has one row"
+        self.next_shard[row] = self._first_row.get(key, NO_ROW)
+        self._first_row[key] = row
+        self.live[row] = True
+        self.live_count += 1
+
+    def unlink(self, row: int) -> None:
+        """Make the row invisible to lookups. It keeps its residency until `free`."""
+        assert self.live[row]
+        key = self.key_of(row)
+        rows = [other for other in self.shards_of(self._first_row[key]) if other != row]
+        if rows:
+            self._first_row[key] = rows[0]
+            for this, following in zip(rows, [*rows[1:], NO_ROW], strict=True):
+                self.next_shard[this] = following
+        else:
+            del self._first_row[key]
+        self.next_shard[row] = NO_ROW
+        self.live[row] = False
+        self.live_count -= 1
+
+    def free(self, row: int) -> None:
+        """Give an unlinked, unheld row without residency back."""
+        assert not self.live[row] and not self.leases[row] and not self.holds[row]
+        assert self.dram_offset[row] == _NOWHERE and self.ssd_offset[row] == _NOWHERE
+        self.access_seq[row] = self.hits[row] = 0
+        self.used_since_flush[row] = self.unwanted_on_ssd[row] = False
+        self.generation[row] += 1
+        self._free.append(row)
+
+    def touch(self, rows: Rows, now_ms: int) -> None:
+        """Mark as used now. Earlier rows count as used later: a suffix is worth less than its prefix."""
+        count = len(rows)
+        if not count:
+            return
+        self.access_seq[rows] = np.arange(self.next_access_seq + count - 1, self.next_access_seq - 1, -1)
+        self.next_access_seq += count
+        self.used_at_ms[rows] = now_ms
+        self.used_since_flush[rows] = True
+        self.unwanted_on_ssd[rows] = False
+
+    def ancestors(self, row: int, limit: int = 1024) -> list[int]:
+        """Rows of the stored blocks that this one continues, from its parent on; at most `limit`.
+
+        Where a block is stored in several shards, the row of the same shard, else any.
+        """
+        shard = self.shard[row].tobytes()
+        found: dict[int, None] = {}  # Parents are what clients say they are: they may form a circle.
+        parent = self._parent_row(row, shard)
+        while parent != NO_ROW and parent not in found and len(found) < limit:
+            found[parent] = None
+            parent = self._parent_row(parent, shard)
+        return list(found)
+
+    def _parent_row(self, row: int, shard: bytes) -> int:
+        first = self._first_row.get(self.parent_key[row].tobytes(), NO_ROW)
+        if first == NO_ROW or self.next_shard[first] == NO_ROW:
+            return first
+        return next((row for row in self.shards_of(first) if self.shard[row].tobytes() == shard), first)
+
+    def add_many(self, object_keys: Sequence[bytes], columns: dict[str, NDArray[np.generic]]) -> Rows:
+        """Rows for recovered objects, none of which is in the table yet. Sets `columns` as given."""
+        count = len(object_keys)
+        while len(self.key) < self.row_end + count:
+            self._grow()
+        assert not self._free, "recovery fills an empty table"
+        rows = np.arange(self.row_end, self.row_end + count, dtype=np.int64)
+        self.row_end += count
+        self.dram_offset[rows] = self.ssd_offset[rows] = _NOWHERE
+        self.next_shard[rows] = NO_ROW
+        packed = np.frombuffer(b"".join(object_keys), _OBJECT_KEY)
+        self.key[rows] = packed["key"]
+        self.shard[rows] = packed["shard"]
+        parts = np.ascontiguousarray(packed["shard"]).view(">u8").astype(np.uint64)
+        for place, name in enumerate(("layer_begin", "layer_end", "head_begin", "head_end")):
+            getattr(self, name)[rows] = (parts >> np.uint64(48 - 16 * place)) & np.uint64(0xFFFF)
+        for name, values in columns.items():
+            getattr(self, name)[rows] = values
+        self.live[rows] = True
+        self.live_count += count
+        self._link_many(rows, object_keys)
+        if count:
+            self.next_access_seq = max(self.next_access_seq, int(self.access_seq[rows].max()) + 1)
+        return rows
+
+    def _link_many(self, rows: Rows, object_keys: Iterable[bytes]) -> None:
+        first_row = self._first_row
+        for row, name in zip(rows.tolist(), object_keys, strict=True):
+            key = name[:KEY_BYTES]
+            before = first_row.setdefault(key, row)
+            if before != row:
+                self.next_shard[row] = before
+                first_row[key] = row
+
+    def _set_shard(self, row: int, shard: Shard) -> None:
+        self.shard[row] = shard.encode()
+        self.layer_begin[row], self.layer_end[row] = shard.layer_begin, shard.layer_end
+        self.head_begin[row], self.head_end[row] = shard.head_begin, shard.head_end
+
+    def _take_row(self) -> int:
+        if self._free:
+            row = self._free.pop()
+        else:
+            if self.row_end == len(self.key):
+                self._grow()
+            row = self.row_end
+            self.row_end += 1
+        self.dram_offset[row] = self.ssd_offset[row] = _NOWHERE
+        self.next_shard[row] = NO_ROW
+        return row  # The other columns are set by `add`, or are zero: of a new array, or since `free`.
+
+    def _grow(self) -> None:
+        for name in _COLUMNS:
+            column = getattr(self, name)
+            setattr(self, name, np.concatenate([column, np.zeros_like(column)]))

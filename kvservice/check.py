@@ -1,0 +1,297 @@
+"""``kvservice check``: verifies a stopped store, and repairs it.
+
+Every record, extent, trailer and slice of every tier is read and compared, and the free space is
+counted. The store says itself where its files lie. What is damaged is a miss to a running daemon;
+``--repair`` deletes its records, which is all that is needed to have the space back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from kvservice.blocks import Extent, TierName
+from kvservice.index.block_index import BlockIndex
+from kvservice.index.errors import StoreDamaged, StoreError
+from kvservice.index.store_lock import StoreLock
+from kvservice.store import pieces
+from kvservice.store.load import scratch
+from kvservice.tiers.arena import Arena, examine
+from kvservice.tiers.base import StoreMismatch, Tier
+from kvservice.tiers.dram import DramTier
+from kvservice.tiers.ssd import SsdTier
+from kvservice_api.errors import InvalidRequest, KVError, StorageFailed
+from kvservice_api.keys import KEY_BYTES
+from kvservice_api.layout import PAGE_BYTES, BlockGeometry, Shard, block_geometry
+
+_PIECE_BYTES = 4 << 20
+_BLOCKS_AT_ONCE = 8
+_DELETES_AT_ONCE = 4096
+_MAP_BYTES_MIN = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """`key` is an object's (block key and shard), a layout's fingerprint, or empty for a tier as a whole."""
+
+    tier: str
+    key: str
+    what: str
+
+
+@dataclass(slots=True)
+class TierReport:
+    """`not_checked` says why a tier was left out; the rest is then zero."""
+
+    not_checked: str = ""
+    blocks: int = 0
+    bytes_checked: int = 0
+    capacity_bytes: int = 0
+    used_bytes: int = 0
+    free_bytes: int = 0
+
+
+@dataclass(slots=True)
+class Report:
+    store: str
+    store_id: str = ""
+    layouts: int = 0
+    tiers: dict[str, TierReport] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    repaired: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """A block in one tier, its record sound so far."""
+
+    key: bytes
+    extent: Extent
+    shard: Shard
+    geometry: BlockGeometry
+    trailer_checksum: int
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit codes: 0 clean, 1 problems found (repaired or not), 2 not checked."""
+    parser = argparse.ArgumentParser(prog="kvservice check", description="Verify a stopped store.")
+    parser.add_argument("store", type=Path, help="folder of the store, `store.path` of the daemon")
+    parser.add_argument("--repair", action="store_true", help="delete the records of what is damaged")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(argv)
+    try:
+        report = asyncio.run(check(options.store.absolute(), repair=options.repair))
+    except (StoreError, StoreMismatch, KVError, OSError) as error:
+        print(f"kvservice check: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(asdict(report), indent=2) if options.json else "\n".join(_lines(report)))
+    return 1 if report.problems else 0
+
+
+async def check(store: Path, *, repair: bool = False) -> Report:
+    """Look at everything. Raises StoreLocked, StoreTooNew, OSError; damage is in the report."""
+    index_directory = store / "index"
+    if not (index_directory / "data.mdb").is_file():
+        raise FileNotFoundError(f"there is no store in {store}")
+    report = Report(str(store))
+    with ExitStack() as opened:
+        lock = StoreLock(store / "lock")
+        opened.callback(lock.release)
+        try:
+            index = BlockIndex.open(index_directory, map_bytes=_map_bytes(index_directory))
+            opened.callback(index.close)
+            report.store_id = index.store_id.hex()
+            report.layouts = len(index.layouts)
+            await _Check(store, index, report, opened).run(repair)
+        except StoreDamaged as error:
+            report.problems.append(Problem("index", "", f"{error}; it cannot be repaired: start a new store"))
+    return report
+
+
+class _Check:
+    """One check of an open store."""
+
+    def __init__(self, store: Path, index: BlockIndex, report: Report, opened: ExitStack) -> None:
+        self._store = store
+        self._index = index
+        self._report = report
+        self._opened = opened
+        self._bad: dict[TierName, list[bytes]] = {tier: [] for tier in TierName}
+        self._trailers: dict[bytes, int] = {}  # Of the copies on SSD.
+
+    async def run(self, repair: bool) -> None:
+        for fingerprint in self._index.damaged_layouts:
+            self._report.problems.append(Problem("index", fingerprint.hex(), "its layout's entry is damaged"))
+        await self._check_tier(TierName.SSD, self._open_ssd())
+        await self._check_tier(TierName.DRAM, self._open_dram())
+        if repair:
+            await self._repair()
+
+    async def _check_tier(self, name: TierName, tier: Tier | str) -> None:
+        report = self._report.tiers[name] = TierReport()
+        if isinstance(tier, str):
+            report.not_checked = tier
+            return
+        copies = self._sound_copies(name, tier)
+        report.blocks = len(copies)
+        report.capacity_bytes = tier.capacity_bytes
+        report.used_bytes = tier.used_bytes
+        report.free_bytes = tier.capacity_bytes - tier.used_bytes
+        waiting = iter(copies)
+        await asyncio.gather(*(self._verify_all(name, tier, waiting) for _ in range(_BLOCKS_AT_ONCE)))
+
+    def _sound_copies(self, name: TierName, tier: Tier) -> list[_Copy]:
+        """The copies whose records agree with themselves, their layout, the tier and each other."""
+        found = self._index.load(name)
+        for key, what in found.damaged.items():
+            self._complain(name, key, what)
+        records = found.records
+        places = (records["segment"], records["offset_bytes"], records["size_bytes"])
+        within = tier.holds(*places)
+        tier.adopt(*(column[within] for column in places))
+        copies = []
+        for row, key in enumerate(found.keys):
+            copy = self._copy_of(key, records[row]) if within[row] else "its extent lies outside the tier"
+            if isinstance(copy, str):
+                self._complain(name, key, copy)
+            elif self._trailers.setdefault(key, copy.trailer_checksum) != copy.trailer_checksum:
+                self._complain(name, key, "its copy on SSD has other bytes")
+            else:
+                copies.append(copy)
+        return copies
+
+    def _copy_of(self, key: bytes, record: np.void) -> _Copy | str:
+        extent = Extent(int(record["segment"]), int(record["offset_bytes"]), int(record["size_bytes"]))
+        layout = self._index.layouts[int(record["layout_id"])]
+        try:
+            shard = Shard.decode(key[KEY_BYTES:]).check(layout)
+            geometry = block_geometry(layout, shard, int(record["token_count"]))
+        except InvalidRequest as error:
+            return f"its record does not fit its layout: {error.message}"
+        if geometry.image_bytes > extent.size_bytes:
+            return f"its extent has {extent.size_bytes} bytes and needs {geometry.image_bytes}"
+        return _Copy(key, extent, shard, geometry, int(record["trailer_checksum"]))
+
+    async def _verify_all(self, name: TierName, tier: Tier, copies: Iterator[_Copy]) -> None:
+        for copy in copies:
+            try:
+                what = await _damage(tier, copy)
+            except StorageFailed as error:
+                what = error.message
+            self._report.tiers[name].bytes_checked += copy.geometry.image_bytes
+            if what:
+                self._complain(name, copy.key, what)
+
+    def _complain(self, tier: TierName, key: bytes, what: str) -> None:
+        self._report.problems.append(Problem(tier, key.hex(), what))
+        self._bad[tier].append(key)
+
+    async def _repair(self) -> None:
+        repaired = len(self._index.damaged_layouts)
+        await self._index.delete_damaged_layouts()
+        for tier, keys in self._bad.items():
+            for start in range(0, len(keys), _DELETES_AT_ONCE):
+                await self._index.delete(tier, keys[start : start + _DELETES_AT_ONCE])
+            repaired += len(keys)
+        self._report.repaired = repaired
+
+    def _open_ssd(self) -> Tier | str:
+        """The tier, or why it is not checked. Files that are there and cannot be used are a problem."""
+        files = self._index.ssd_files or sorted(self._store.glob("ssd-*.kv"))
+        if not files:
+            if self._index.load(TierName.SSD).keys:
+                self._report.problems.append(Problem(TierName.SSD, "", "there are records, and no file is known"))
+            return "no SSD file is known"
+        try:
+            sizes = [file.stat().st_size for file in files]  # OSError: the tier would make what is missing.
+            tier = SsdTier.open(
+                files, store_id=self._index.store_id, capacity_bytes=sizes[0] * len(files), io_threads=_BLOCKS_AT_ONCE
+            )
+        except (StoreMismatch, OSError) as error:
+            self._report.problems.append(Problem(TierName.SSD, "", str(error)))
+            return str(error)
+        self._opened.callback(tier.close)
+        return tier
+
+    def _open_dram(self) -> Tier | str:
+        """The tier, or why it is not checked: a daemon would then start with an empty one."""
+        directory = self._index.volatile_directory
+        if directory is None:
+            return "no daemon has run on the store"
+        path = directory.parent / "arena"
+        size = path.stat().st_size if path.exists() else 0
+        arena_id, why_not = examine(path, self._index.store_id, size - PAGE_BYTES)
+        why_not = why_not or self._index.adopt_volatile(directory, arena_id, map_bytes=_map_bytes(directory))
+        if why_not:
+            return f"the arena is not this store's any more: {why_not}"
+        arena = Arena.open(path.parent.parent, self._index.store_id, size)
+        self._opened.callback(arena.close)
+        assert not arena.why_new, "what was examined is opened as it is"
+        return DramTier(arena)
+
+
+async def _damage(tier: Tier, copy: _Copy) -> str:
+    """What of the copy's bytes is damaged; empty where nothing is."""
+    geometry = copy.geometry
+    start = pieces.trailer_start(geometry)
+    trailer = await tier.read(
+        copy.extent,
+        start,
+        scratch(geometry.image_bytes - start),
+        lambda end: pieces.read_trailer(end, geometry, copy.key[:KEY_BYTES], copy.trailer_checksum),
+    )
+    if trailer is None or trailer.shard != copy.shard:
+        return "its trailer is damaged"
+    for piece in pieces.cut(geometry, _PIECE_BYTES):
+        layers = range(piece.layer_begin, piece.layer_end)
+        damaged = await tier.read(
+            copy.extent,
+            piece.start,
+            scratch(piece.end - piece.start),
+            lambda pages, layers=layers, start=piece.start: pieces.damaged_layers(  # type: ignore[misc]
+                pages, start, geometry, layers, trailer.checksums
+            ),
+        )
+        if damaged:
+            return f"layer {copy.shard.layer_begin + damaged[0]} is damaged"
+    return ""
+
+
+def _map_bytes(directory: Path) -> int:
+    """As large as the daemon made it: the file is allocated whole."""
+    try:
+        return max((directory / "data.mdb").stat().st_size, _MAP_BYTES_MIN)
+    except FileNotFoundError:
+        return _MAP_BYTES_MIN
+
+
+def _lines(report: Report) -> Iterator[str]:
+    """The report for people."""
+    yield f"store    {report.store}, id {report.store_id or 'unknown'}"
+    yield f"layouts  {report.layouts}"
+    for name, tier in report.tiers.items():
+        if tier.not_checked:
+            yield f"{name:<8} not checked: {tier.not_checked}"
+            continue
+        yield (
+            f"{name:<8} {tier.blocks} blocks, {_mib(tier.bytes_checked)} verified; {_mib(tier.used_bytes)} of "
+            f"{_mib(tier.capacity_bytes)} used, {_mib(tier.free_bytes)} free"
+        )
+    for problem in report.problems:
+        yield f"problem  {problem.tier} {problem.key}{': ' if problem.key else ''}{problem.what}"
+    if not report.problems:
+        yield "clean"
+    else:
+        yield f"{len(report.problems)} problems found, {report.repaired} repaired"
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**20:,.1f} MiB"

@@ -1,0 +1,469 @@
+"""Every setting: its description, unit, default, and where it may come from.
+
+A setting is a field of a section, such as ``server.address``. Flags go before the environment, the
+environment before the TOML file, and that before the defaults::
+
+    --server.address 127.0.0.1:7070     KVSERVICE_SERVER__ADDRESS=...     [server]
+                                                                          address = "..."
+
+The file is named by ``--config`` or ``KVSERVICE_CONFIG``. A name that is no setting is refused.
+``docs/configuration.md`` is generated from this file by ``make docs``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import ipaddress
+import os
+import re
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+ENVIRONMENT_PREFIX = "KVSERVICE_"
+CONFIG_VARIABLE = "KVSERVICE_CONFIG"
+
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+_SOCKET_PATH_BYTES_MAX = 107
+_MAP_BYTES_MIN, _MAP_BYTES_MAX = 4 * MIB, 1 * GIB
+
+# Kubernetes puts these into every container beside a Service called "kvservice"; they are no settings.
+_SERVICE_LINK = re.compile(r"KVSERVICE_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_[A-Z]+(_\w+)?)?)")
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used. The message names the setting and where it came from."""
+
+
+class Address(NamedTuple):
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        host, _, port = text.rpartition(":")
+        if not host or not port.isdecimal() or int(port) > 65535:
+            raise ValueError(f"{text!r} is not host:port")
+        return cls(host.removeprefix("[").removesuffix("]"), int(port))
+
+    @property
+    def is_loopback(self) -> bool:
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
+def _checked_address(text: str) -> str:
+    if text:
+        Address.parse(text)
+    return text
+
+
+def _split_paths(value: object) -> object:
+    return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
+
+
+AddressText = Annotated[str, AfterValidator(_checked_address)]
+Paths = Annotated[tuple[Path, ...], BeforeValidator(_split_paths)]
+Size = Annotated[ByteSize, Field(ge=0)]
+
+
+def _setting(default: object, description: str, *, unit: str = "", **limits: Any) -> Any:
+    return Field(default, description=description, json_schema_extra={"unit": unit}, **limits)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, hide_input_in_errors=True)
+
+
+class Store(_Section):
+    """Where the store lies."""
+
+    path: Path = _setting(
+        Path("kvservice-data"),
+        "Folder of the store: its lock, the durable index and, unless `ssd.paths` says otherwise, the SSD files. "
+        "Created where it is missing.",
+    )
+
+
+class Server(_Section):
+    """How clients reach the daemon, and how much they may ask of it."""
+
+    address: AddressText = _setting(
+        "127.0.0.1:7070", "Where gRPC listens. Port 0 takes any free port.", unit="host:port", min_length=1
+    )
+    unix_socket: str = _setting(
+        "",
+        "UNIX socket where gRPC listens too. Empty means `kvservice.sock` in the store's folder, left out where that "
+        "path is longer than the 107 bytes a socket's may have; `off` means none.",
+        unit="path",
+    )
+    insecure: bool = _setting(
+        False,
+        "Allow an address that other hosts can reach. Traffic is not encrypted and nobody is asked who they are: "
+        "whoever reaches the address reads and drops every conversation.",
+    )
+    metrics_address: AddressText = _setting(
+        "127.0.0.1:9464",
+        "Where Prometheus reads metrics, by HTTP at `/metrics`. Empty means nowhere.",
+        unit="host:port",
+    )
+    drain_timeout_s: float = _setting(
+        30.0, "How long running loads and saves may go on after SIGTERM.", unit="seconds", ge=0, le=86400
+    )
+    clients_max: int = _setting(1024, "Clients attached at one time.", unit="clients", ge=1, le=1_000_000)
+    loads_max: int = _setting(
+        256, "Loads open at one time. Further ones are refused with OVERLOADED.", unit="loads", ge=1, le=1_000_000
+    )
+    saves_max: int = _setting(
+        256, "Saves open at one time. Further ones are refused with OVERLOADED.", unit="saves", ge=1, le=1_000_000
+    )
+    transfer_slots: int = _setting(
+        4,
+        "Data streams that move bytes at one time; the others wait for their turn. More slots only make the event "
+        "loop's turns longer.",
+        unit="streams",
+        ge=1,
+        le=256,
+    )
+    frame_bytes: Size = _setting(
+        ByteSize(MIB),
+        "Largest frame sent or accepted. 1 to 2 MiB is fastest; gRPC's own limit is 4 MiB.",
+        unit="bytes",
+        ge=4 * KIB,
+        le=3 * MIB,
+    )
+    keys_max: int = _setting(16_384, "Block keys in one request.", unit="keys", ge=1, le=100_000)
+
+
+class Dram(_Section):
+    """The DRAM tier: one shared-memory file, the arena."""
+
+    capacity_bytes: Size = _setting(
+        ByteSize(GIB),
+        "Shared memory that the arena and the volatile index may take. Where the file system has less, the tier is "
+        "smaller.",
+        unit="bytes",
+    )
+    path: Path = _setting(
+        Path("/dev/shm"),
+        "A tmpfs. Blocks in it survive a restart of the daemon, not of the host. In a container this is "
+        "a volume in memory, for `/dev/shm` goes with the container.",
+    )
+
+
+class Ssd(_Section):
+    """The SSD tier: files of fixed size, allocated whole when the store is created."""
+
+    capacity_bytes: Size = _setting(
+        ByteSize(10 * GIB), "Space that the files and the durable index may take. 0 means no SSD tier.", unit="bytes"
+    )
+    paths: Paths = _setting(
+        (),
+        "Folders of the SSD files, one file each: one folder a drive. Empty means one file in the store's folder. As "
+        "a flag or in the environment they are joined by colons.",
+    )
+    io_threads: int = _setting(4, "Threads that read and write the files.", unit="threads", ge=1, le=256)
+    direct: Literal["auto", "off"] = _setting(
+        "auto", "`auto` goes past the page cache (O_DIRECT) where the file system can; `off` never does."
+    )
+
+
+class Index(_Section):
+    """The index: two LMDB environments, one on disk and one in the arena's tmpfs."""
+
+    durable_map_bytes: Size = _setting(
+        ByteSize(0),
+        "Size of the index of blocks on SSD, part of `ssd.capacity_bytes`. 0 means 1/64 of that, at least 4 MiB and "
+        "at most 1 GiB. A full map refuses saves and nothing else.",
+        unit="bytes",
+    )
+    volatile_map_bytes: Size = _setting(
+        ByteSize(0),
+        "Size of the index of blocks in DRAM, part of `dram.capacity_bytes`. 0 means 1/64 of that, within the same "
+        "limits.",
+        unit="bytes",
+    )
+    recency_flush_s: float = _setting(
+        60.0,
+        "How often times of use are written to the index. After a crash, uses since then are not known.",
+        unit="seconds",
+        ge=1,
+        le=86400,
+    )
+
+
+class Mover(_Section):
+    """What is kept, and what is copied between the tiers."""
+
+    policy: Literal["lru"] = _setting("lru", "Which blocks go first when a tier runs full.")
+    dram_free_low: float = _setting(0.05, "Eviction from DRAM starts below this.", unit="free share", ge=0, lt=1)
+    dram_free_high: float = _setting(0.1, "Eviction from DRAM stops above this.", unit="free share", ge=0, lt=1)
+    ssd_free_low: float = _setting(0.02, "Eviction from SSD starts below this.", unit="free share", ge=0, lt=1)
+    ssd_free_high: float = _setting(0.05, "Eviction from SSD stops above this.", unit="free share", ge=0, lt=1)
+    writes_in_flight: int = _setting(4, "Blocks copied to SSD at one time.", unit="blocks", ge=1, le=1024)
+    reads_in_flight: int = _setting(4, "Blocks copied up to DRAM at one time.", unit="blocks", ge=1, le=1024)
+
+
+class Leases(_Section):
+    """Promises to clients that blocks stay where they are."""
+
+    ttl_max_s: float = _setting(300.0, "Longest lease granted.", unit="seconds", gt=0, le=86400)
+    per_client_max: int = _setting(1024, "Leases one client may hold.", unit="leases", ge=1, le=1_000_000)
+
+
+class Scrub(_Section):
+    """Reading everything again to find damage."""
+
+    bytes_per_second: Size = _setting(
+        ByteSize(200 * MIB), "Reading speed of a scrub that names none.", unit="bytes per second", ge=1
+    )
+
+
+class Log(_Section):
+    """Logs go to standard error, one line an event."""
+
+    level: Literal["debug", "info", "warning", "error"] = _setting("info", "Least severity that is written.")
+    format: Literal["json", "text"] = _setting("json", "`json` for machines, `text` for people.")
+
+
+class Settings(BaseSettings):
+    """All settings of a daemon. Nothing of it changes while the daemon runs."""
+
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    store: Store = Store()
+    server: Server = Server()
+    dram: Dram = Dram()
+    ssd: Ssd = Ssd()
+    index: Index = Index()
+    mover: Mover = Mover()
+    leases: Leases = Leases()
+    scrub: Scrub = Scrub()
+    log: Log = Log()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what is handed in: `load_settings` reads the sources, so that an error can say which one is wrong."""
+        return (init_settings,)
+
+    def model_post_init(self, context: Any, /) -> None:
+        if not Address.parse(self.server.address).is_loopback and not self.server.insecure:
+            raise ValueError(
+                f"server.address {self.server.address} can be reached from other hosts, without encryption or login; "
+                "set server.insecure if that is wanted"
+            )
+        for tier in ("dram", "ssd"):
+            low, high = getattr(self.mover, f"{tier}_free_low"), getattr(self.mover, f"{tier}_free_high")
+            if low > high:
+                raise ValueError(f"mover.{tier}_free_low ({low}) is above mover.{tier}_free_high ({high})")
+        for name, map_name, map_bytes in (
+            ("dram", "volatile", self.volatile_map_bytes),
+            ("ssd", "durable", self.durable_map_bytes),
+        ):
+            capacity_bytes = getattr(self, name).capacity_bytes
+            if map_bytes < MIB:
+                raise ValueError(f"index.{map_name}_map_bytes is {map_bytes}; an index needs 1 MiB at least")
+            if 0 < capacity_bytes <= map_bytes or (name == "dram" and not capacity_bytes):
+                raise ValueError(
+                    f"{name}.capacity_bytes ({capacity_bytes}) leaves nothing for blocks: "
+                    f"the index takes {map_bytes} bytes of it"
+                )
+        if len(self._unix_socket_name.encode()) > _SOCKET_PATH_BYTES_MAX and self.server.unix_socket:
+            raise ValueError(f"server.unix_socket is longer than {_SOCKET_PATH_BYTES_MAX} bytes")
+
+    @property
+    def durable_map_bytes(self) -> int:
+        return self.index.durable_map_bytes or _auto_map_bytes(self.ssd.capacity_bytes)
+
+    @property
+    def volatile_map_bytes(self) -> int:
+        return self.index.volatile_map_bytes or _auto_map_bytes(self.dram.capacity_bytes)
+
+    @property
+    def ssd_directories(self) -> tuple[Path, ...]:
+        return self.ssd.paths or (self.store.path,)
+
+    @property
+    def unix_socket_path(self) -> Path | None:
+        name = self._unix_socket_name
+        is_usable = name != "off" and len(name.encode()) <= _SOCKET_PATH_BYTES_MAX
+        return Path(name) if is_usable else None
+
+    @property
+    def _unix_socket_name(self) -> str:
+        return self.server.unix_socket or str((self.store.path / "kvservice.sock").absolute())
+
+
+def _auto_map_bytes(capacity_bytes: int) -> int:
+    return min(max(_MAP_BYTES_MIN, capacity_bytes // 64), _MAP_BYTES_MAX)
+
+
+class Setting(NamedTuple):
+    """One row of the documentation."""
+
+    name: str
+    section: type[BaseModel]
+    description: str
+    unit: str
+    default: Any
+
+
+def _all_settings() -> dict[str, Setting]:
+    found = {}
+    for section_name, section_field in Settings.model_fields.items():
+        section = section_field.annotation
+        assert isinstance(section, type) and issubclass(section, BaseModel)
+        for field_name, field in section.model_fields.items():
+            name = f"{section_name}.{field_name}"
+            extra = field.json_schema_extra
+            assert field.description and isinstance(extra, dict), name
+            found[name] = Setting(name, section, field.description, str(extra["unit"]), field.default)
+    return found
+
+
+SETTINGS: Mapping[str, Setting] = _all_settings()
+
+
+def load_settings(argv: Sequence[str], environ: Mapping[str, str], *, prog: str = "kvservice serve") -> Settings:
+    """The settings from flags, environment, TOML file and defaults. Raises ConfigError; `--help` exits."""
+    flags = _from_flags(argv, prog)
+    file = flags.pop("config", None) or environ.get(CONFIG_VARIABLE)
+
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for layer, origin in (
+        (_from_toml(file) if file else {}, f"in {file}"),
+        (_from_environment(environ), "in the environment"),
+        (flags, "among the flags"),
+    ):
+        values |= layer
+        origins |= dict.fromkeys(layer, origin)
+
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        section, _, field = name.partition(".")
+        sections.setdefault(section, {})[field] = value
+    try:
+        return Settings.model_validate(sections)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explained(problem, origins) for problem in error.errors())) from error
+
+
+def _from_flags(argv: Sequence[str], prog: str) -> dict[str, Any]:
+    values, unknown = _flag_parser(prog).parse_known_args(argv)
+    if unknown:
+        given_name = unknown[0].partition("=")[0]
+        raise _unknown(given_name, given_name.lstrip("-"), "among the flags", written=flag_name)
+    return vars(values)
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    values = {}
+    for variable, value in environ.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable == CONFIG_VARIABLE:
+            continue
+        if _SERVICE_LINK.fullmatch(variable):
+            continue
+        name = variable.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
+        if name not in SETTINGS:
+            raise _unknown(variable, name, "in the environment", written=environment_name)
+        values[name] = value
+    return values
+
+
+def _from_toml(file: str) -> dict[str, Any]:
+    try:
+        document = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"the configuration file {file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"the configuration file {file} is not TOML: {error}") from error
+    values = {}
+    for section, fields in document.items():
+        if not isinstance(fields, dict):
+            raise _unknown(section, section, f"in {file}")
+        for field, value in fields.items():
+            name = f"{section}.{field}"
+            if name not in SETTINGS:
+                raise _unknown(name, name, f"in {file}")
+            values[name] = value
+    return values
+
+
+def environment_name(name: str) -> str:
+    """The environment variable of a setting: KVSERVICE_SERVER__ADDRESS for server.address."""
+    return ENVIRONMENT_PREFIX + name.replace(".", "__").upper()
+
+
+def flag_name(name: str) -> str:
+    return f"--{name}"
+
+
+def _unknown(given: str, name: str, origin: str, *, written: Callable[[str], str] = str) -> ConfigError:
+    nearest = difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0)[0]
+    return ConfigError(f"{given} {origin} is no setting; the nearest one is {written(nearest)}")
+
+
+def _explained(problem: Mapping[str, Any], origins: Mapping[str, str]) -> str:
+    name = ".".join(str(part) for part in problem["loc"][:2])
+    reason = str(problem["msg"]).removeprefix("Value error, ")
+    return f"{name} {origins[name]}: {reason[0].lower()}{reason[1:]}" if name else reason
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ConfigError(message)
+
+
+def _flag_parser(prog: str) -> _Parser:
+    parser = _Parser(
+        prog=prog,
+        usage=f"{prog} [--config FILE] [--SECTION.SETTING VALUE ...]",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE", help="TOML file with settings")
+    groups: dict[type[BaseModel], Any] = {}
+    for setting in SETTINGS.values():
+        if setting.section not in groups:
+            groups[setting.section] = parser.add_argument_group(setting.name.partition(".")[0], setting.section.__doc__)
+        optional: dict[str, Any] = {"nargs": "?", "const": "true"} if isinstance(setting.default, bool) else {}
+        groups[setting.section].add_argument(
+            flag_name(setting.name),
+            dest=setting.name,
+            metavar=(setting.unit or "value").upper().replace(" ", "_"),
+            help=f"{setting.description} Default: {default_text(setting)}.".replace("%", "%%"),
+            **optional,
+        )
+    return parser
+
+
+def default_text(setting: Setting) -> str:
+    """A default as one would write it."""
+    default = setting.default
+    if isinstance(default, ByteSize):
+        for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+            if default and default % size == 0:
+                return f"{default // size} {unit}"
+        return str(int(default))
+    if isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, float):
+        return f"{default:g}"
+    if default in ("", ()):
+        return "empty"
+    return str(default)

@@ -1,0 +1,70 @@
+"""What the daemon counts, as plain numbers that any floor may raise.
+
+``metrics.py`` turns them into Prometheus metrics and ``Status`` reports them by the same names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the daemon's start. Each field's ``help`` stands in ``HELP``."""
+
+    lookup_blocks_asked: int = 0
+    lookup_blocks_hit: int = 0
+    load_blocks: int = 0
+    load_bytes: int = 0
+    loads_failed: int = 0
+    save_blocks_stored: int = 0
+    save_blocks_already_stored: int = 0
+    save_blocks_refused: int = 0
+    save_bytes: int = 0
+    saves_abandoned: int = 0
+    written_behind_blocks: int = 0
+    written_behind_bytes: int = 0
+    promoted_blocks: int = 0
+    promoted_bytes: int = 0
+    read_through_bytes: int = 0
+    evicted_dram_blocks: int = 0
+    evicted_ssd_blocks: int = 0
+    lost_unwritten_blocks: int = 0
+    discarded_blocks: int = 0
+    quarantined_blocks: int = 0
+    scrubbed_bytes: int = 0
+    storage_errors: int = 0
+    leases_granted: int = 0
+    leases_expired: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+HELP: dict[str, str] = {
+    "lookup_blocks_asked": "Blocks that lookups asked for.",
+    "lookup_blocks_hit": "Blocks that lookups found, up to the first missing one.",
+    "load_blocks": "Blocks sent whole to clients.",
+    "load_bytes": "Payload bytes sent to clients.",
+    "loads_failed": "Loads that ended with an error of the store.",
+    "save_blocks_stored": "Blocks stored by saves.",
+    "save_blocks_already_stored": "Blocks that a save brought and the store already had.",
+    "save_blocks_refused": "Blocks that a save brought and the store did not take.",
+    "save_bytes": "Payload bytes stored by saves.",
+    "saves_abandoned": "Saves that ended without a commit.",
+    "written_behind_blocks": "Blocks copied from DRAM to SSD.",
+    "written_behind_bytes": "Bytes copied from DRAM to SSD.",
+    "promoted_blocks": "Blocks copied from SSD to DRAM.",
+    "promoted_bytes": "Bytes copied from SSD to DRAM.",
+    "read_through_bytes": "Bytes sent from SSD to a client without a place in DRAM.",
+    "evicted_dram_blocks": "Copies dropped from DRAM.",
+    "evicted_ssd_blocks": "Copies dropped from SSD.",
+    "lost_unwritten_blocks": "Blocks evicted from DRAM before they were on SSD.",
+    "discarded_blocks": "Blocks dropped everywhere on request.",
+    "quarantined_blocks": "Blocks taken out of service because their bytes were damaged.",
+    "scrubbed_bytes": "Bytes that scrubs have verified.",
+    "storage_errors": "Reads, writes and commits that the operating system refused.",
+    "leases_granted": "Leases granted.",
+    "leases_expired": "Leases that ended by time.",
+}
+assert set(HELP) == {field.name for field in fields(Counters)}

@@ -1,0 +1,236 @@
+"""The composition root: the one module that names every concrete class and puts a daemon together.
+
+The order of opening: lock, durable index (it has the store's id), SSD files, arena, volatile
+index (it belongs to the arena), then the block table from the records of both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import gc
+import logging
+import os
+import secrets
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from kvservice import __version__
+from kvservice.blocks import TierName
+from kvservice.clock import Clock, SystemClock
+from kvservice.config import Settings
+from kvservice.counters import Counters
+from kvservice.index.block_index import BlockIndex
+from kvservice.index.store_lock import StoreLock
+from kvservice.metrics import Heartbeat, MetricsServer
+from kvservice.policy import POLICIES
+from kvservice.rpc.admin import AdminService
+from kvservice.rpc.blocks import BlockService, ServiceLimits
+from kvservice.rpc.server import Server
+from kvservice.store.block_store import BlockStore, StoreLimits
+from kvservice.store.recovery import recover
+from kvservice.store.room import Watermarks
+from kvservice.tiers.arena import Arena
+from kvservice.tiers.dram import DramTier
+from kvservice.tiers.files import FileCalls
+from kvservice.tiers.ssd import SsdTier
+
+log = logging.getLogger(__name__)
+
+
+class Daemon:
+    """One running daemon. ``await Daemon.open(settings)``, `serve`, and `close` in the end."""
+
+    def __init__(
+        self, settings: Settings, store: BlockStore, resources: ExitStack, executor: ThreadPoolExecutor
+    ) -> None:
+        """Use `open`."""
+        self.settings = settings
+        self.store = store
+        self._resources = resources
+        self._executor = executor
+        self.boot_epoch = secrets.randbits(63) | 1
+        self.registry = CollectorRegistry()
+        self.heartbeat = Heartbeat(self.registry)
+        server = settings.server
+        limits = ServiceLimits(
+            version=__version__,
+            boot_epoch=self.boot_epoch,
+            frame_bytes=int(server.frame_bytes),
+            keys_max=server.keys_max,
+            loads_max=server.loads_max,
+            saves_max=server.saves_max,
+            transfer_slots=server.transfer_slots,
+        )
+        addresses = [server.address]
+        if settings.unix_socket_path is not None:
+            addresses.append(f"unix:{settings.unix_socket_path}")
+        admin = AdminService(store, version=__version__, boot_epoch=self.boot_epoch, counters=self._counters)
+        self._server = Server(BlockService(store, limits), admin, addresses, frame_bytes=int(server.frame_bytes))
+        self.port = self._server.ports[0]
+        self._metrics = MetricsServer(server.metrics_address, store, self.registry) if server.metrics_address else None
+        self.metrics_port = self._metrics.port if self._metrics else 0
+
+    @classmethod
+    async def open(cls, settings: Settings, *, clock: Clock | None = None, files: FileCalls | None = None) -> Daemon:
+        """Open or create the store and put the daemon together. Raises StoreError, StoreMismatch, OSError."""
+        with ExitStack() as opening:
+            store, executor = _open_store(settings, clock or SystemClock(), files or FileCalls(), opening)
+            daemon = cls(settings, store, opening, executor)
+            daemon._resources = opening.pop_all()
+            return daemon
+
+    async def serve(self) -> None:
+        """Begin to work and to answer."""
+        self.store.dram.start()
+        self.store.start()
+        await self._server.start()
+        # Objects of the start live for ever: the garbage collector need not look at them again.
+        gc.collect()
+        gc.freeze()
+        self.store.tasks.start(self.heartbeat.run(), "heartbeat")
+        ports = {"port": self.port, "metrics_port": self.metrics_port}
+        log.info("serving", extra={**ports, "blocks": self.store.blocks.live_count, "pid": os.getpid()})
+
+    async def drain(self) -> None:
+        """Let what runs end, while new saves are refused. Returns when all is done or the time is over."""
+        self.store.draining = True
+        await self._server.refuse_new_work()
+        timeout_s = self.settings.server.drain_timeout_s
+        log.info("draining", extra={"timeout_s": timeout_s})
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._until_quiet()
+        except TimeoutError:
+            log.warning("the drain timeout is over; what still runs is cut off")
+
+    async def _until_quiet(self) -> None:
+        while self.store.loads.open_count or self.store.ingests.uploads:  # noqa: ASYNC110  (once in a life)
+            await asyncio.sleep(0.02)
+
+    async def close(self) -> None:
+        """Stop answering, write what is pending, and let go of everything."""
+        await self._server.stop(0.5)
+        await self.store.stop()
+        if self._metrics is not None:
+            self._metrics.close()
+        self._executor.shutdown()
+        self._resources.close()
+        log.info("stopped")
+
+    def _counters(self) -> dict[str, float]:
+        return {**self.store.counters.as_dict(), "event_loop_delay_ms_max": self.heartbeat.latest_ms}
+
+
+async def run(settings: Settings) -> None:
+    """A daemon's whole life: open, serve until SIGTERM or SIGINT, drain, close."""
+    tune_process()
+    daemon = await Daemon.open(settings)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    try:
+        await daemon.serve()
+        await stop.wait()
+        await daemon.drain()
+    finally:
+        await daemon.close()
+
+
+def tune_process() -> None:
+    """Settings of the whole process that a daemon wants: for memory and for threads."""
+    # I/O threads and committers take the GIL for microseconds, often: 5 ms is too long to wait for it.
+    sys.setswitchinterval(0.0005)
+    _keep_large_buffers()
+
+
+def _keep_large_buffers() -> None:
+    """Have glibc keep freed megabytes instead of unmapping them: a fresh page costs more than its copy."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return  # Not glibc: its allocator has its own ways.
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    mallopt(m_mmap_threshold, 64 << 20)
+    mallopt(m_trim_threshold, 512 << 20)
+
+
+def _open_store(
+    settings: Settings, clock: Clock, files: FileCalls, opening: ExitStack
+) -> tuple[BlockStore, ThreadPoolExecutor]:
+    path = settings.store.path.absolute()
+    path.mkdir(parents=True, exist_ok=True)
+    lock = StoreLock(path / "lock")
+    opening.callback(lock.release)
+    has_ssd = bool(settings.ssd.capacity_bytes)
+    ssd: SsdTier | None = None
+
+    def make_bytes_durable() -> None:
+        if ssd is not None:
+            ssd.sync()
+
+    index = BlockIndex.open(
+        path / "index", map_bytes=settings.durable_map_bytes, before_commit=make_bytes_durable if has_ssd else None
+    )
+    opening.callback(index.close)
+    if has_ssd:
+        ssd = SsdTier.open(
+            _ssd_files(settings),
+            store_id=index.store_id,
+            capacity_bytes=int(settings.ssd.capacity_bytes) - settings.durable_map_bytes,
+            io_threads=settings.ssd.io_threads,
+            calls=files,
+            direct=settings.ssd.direct,
+        )
+        opening.callback(ssd.close)
+        index.remember_ssd_files(_ssd_files(settings))
+    arena = Arena.open(
+        settings.dram.path, index.store_id, int(settings.dram.capacity_bytes) - settings.volatile_map_bytes, calls=files
+    )
+    opening.callback(arena.close)
+    dram = DramTier(arena)
+    emptied = index.open_volatile(arena.directory / "index", arena.arena_id, map_bytes=settings.volatile_map_bytes)
+    if arena.why_new or emptied:
+        log.info("the DRAM tier starts empty", extra={"why": arena.why_new or f"its index: {emptied}"})
+
+    blocks = recover(index, {TierName.SSD: ssd, TierName.DRAM: dram} if ssd else {TierName.DRAM: dram})
+    executor = ThreadPoolExecutor(max(2, min(settings.server.transfer_slots, 8)), thread_name_prefix="transfer")
+    store = BlockStore(
+        blocks,
+        dram,
+        ssd,
+        index,
+        POLICIES[settings.mover.policy](),
+        clock,
+        Counters(),
+        executor,
+        limits=_limits(settings),
+        watermarks={
+            TierName.DRAM: Watermarks(settings.mover.dram_free_low, settings.mover.dram_free_high),
+            TierName.SSD: Watermarks(settings.mover.ssd_free_low, settings.mover.ssd_free_high),
+        },
+    )
+    return store, executor
+
+
+def _ssd_files(settings: Settings) -> list[Path]:
+    return [directory.absolute() / f"ssd-{number:03}.kv" for number, directory in enumerate(settings.ssd_directories)]
+
+
+def _limits(settings: Settings) -> StoreLimits:
+    return StoreLimits(
+        clients_max=settings.server.clients_max,
+        leases_per_client_max=settings.leases.per_client_max,
+        lease_ttl_max_s=settings.leases.ttl_max_s,
+        frame_bytes=int(settings.server.frame_bytes),
+        transfer_slots=settings.server.transfer_slots,
+        writes_in_flight=settings.mover.writes_in_flight,
+        reads_in_flight=settings.mover.reads_in_flight,
+        recency_flush_s=settings.index.recency_flush_s,
+        scrub_bytes_per_second=int(settings.scrub.bytes_per_second),
+    )

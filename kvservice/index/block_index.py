@@ -1,0 +1,263 @@
+"""Which blocks lie where, in two LMDB environments of one schema.
+
+* durable: in the store's directory, synced. Layouts, and a record of every block on SSD.
+* volatile: beside the arena, on its tmpfs. A record of every block in DRAM. It lives and dies with
+  the arena: where store, schema and arena are not those it was made for, it is emptied.
+
+Opening goes in two steps, because the arena needs the store's id and the volatile index the arena's::
+
+    index = BlockIndex.open(store / "index", ...)     index.store_id    (opens or makes the arena)
+    index.open_volatile(arena_directory / "index", arena_id, ...)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from zlib import crc32
+
+from google.protobuf.message import DecodeError
+
+from kvservice.blocks import TierName
+from kvservice.index import recovery
+from kvservice.index.environment import BLOCKS, LAYOUTS, META, Environment
+from kvservice.index.errors import StoreDamaged, StoreTooNew
+from kvservice.index.records import Records, encode_records
+from kvservice_api.errors import KVError, StorageFailed
+from kvservice_api.layout import Layout
+from kvservice_api.v1 import types_pb2 as pb
+
+SCHEMA = 1
+
+_SCHEMA_KEY = b"schema"
+_STORE_KEY = b"store_id"
+_ARENA_KEY = b"arena_id"
+_NEXT_LAYOUT_KEY = b"next_layout_id"
+_SSD_FILES_KEY = b"ssd_files"
+_VOLATILE_DIRECTORY_KEY = b"volatile_directory"
+_ID_BYTES = 16
+
+#  | layout id u32 | serialized pb.Layout | crc u32 |     one layout, under its fingerprint; little-endian,
+#                                                        the crc over fingerprint, id and message
+_U32 = struct.Struct("<I")
+
+
+class BlockIndex:
+    """The index of one store. All methods are for the event loop's thread."""
+
+    def __init__(self, directory: Path, durable: Environment, meta: dict[bytes, bytes]) -> None:
+        """Use ``open``."""
+        self._directory = directory
+        self.store_id = meta[_STORE_KEY]
+        self._meta = meta
+        self._environments: dict[TierName, Environment] = {TierName.SSD: durable}
+        self._layouts: dict[int, Layout] = {}
+        self._layout_ids: dict[bytes, int] = {}
+        self._layouts_in_flight: dict[bytes, asyncio.Future[tuple[None, None]]] = {}
+        self._next_layout_id = 1
+        self.damaged_layouts: list[bytes] = []  # Fingerprints. Their blocks are damaged, too.
+        self._read_layouts()
+
+    @classmethod
+    def open(cls, directory: Path, *, map_bytes: int, before_commit: Callable[[], None] | None = None) -> BlockIndex:
+        """Open the durable index, or make an empty one with a store id of its own.
+
+        `before_commit` makes the bytes of blocks durable; it runs on the committer thread before the
+        commit of their records. Raises StoreTooNew, StoreDamaged, StorageFailed.
+        """
+        durable = Environment(directory, map_bytes=map_bytes, durable=True, before_commit=before_commit)
+        try:
+            meta = _read_meta(durable)
+            if not meta:
+                meta = {_SCHEMA_KEY: str(SCHEMA).encode(), _STORE_KEY: os.urandom(_ID_BYTES)}
+                durable.write_now(META, meta)
+            _check_schema(directory, meta)
+            if len(meta.get(_STORE_KEY, b"")) != _ID_BYTES:
+                raise StoreDamaged(f"the index {directory} names no store")
+            return cls(directory, durable, meta)
+        except BaseException:
+            durable.close()
+            raise
+
+    def open_volatile(self, directory: Path, arena_id: bytes, *, map_bytes: int) -> str:
+        """Open the index of the arena. Returns why it was emptied, or "" where it was kept."""
+        why_emptied = self.adopt_volatile(directory, arena_id, map_bytes=map_bytes)
+        if why_emptied:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(directory)
+            volatile = Environment(directory, map_bytes=map_bytes, durable=False)
+            volatile.write_now(META, self._volatile_meta(arena_id))
+            self._environments[TierName.DRAM] = volatile
+        self._remember(_VOLATILE_DIRECTORY_KEY, os.fsencode(directory.absolute()))
+        return why_emptied
+
+    def adopt_volatile(self, directory: Path, arena_id: bytes, *, map_bytes: int) -> str:
+        """Open the index of the arena as it is. Returns why it cannot be used and is not open, or ""."""
+        assert TierName.DRAM not in self._environments
+        if not (directory / "data.mdb").exists():
+            return "there is none"
+        try:
+            volatile = Environment(directory, map_bytes=map_bytes, durable=False)
+            found = _read_meta(volatile)
+        except (StoreDamaged, StorageFailed) as error:
+            return str(error)
+        wrong = [key.decode() for key, value in self._volatile_meta(arena_id).items() if found.get(key) != value]
+        if wrong:
+            volatile.close()
+            return f"{', '.join(wrong)} differs"
+        self._environments[TierName.DRAM] = volatile
+        return ""
+
+    def _volatile_meta(self, arena_id: bytes) -> dict[bytes, bytes]:
+        assert len(arena_id) == _ID_BYTES
+        return {_SCHEMA_KEY: str(SCHEMA).encode(), _STORE_KEY: self.store_id, _ARENA_KEY: arena_id}
+
+    # Where the rest of the store lies, so that ``kvservice check`` finds it without the daemon's settings.
+
+    @property
+    def volatile_directory(self) -> Path | None:
+        """Where the volatile index was when it was opened last."""
+        found = self._meta.get(_VOLATILE_DIRECTORY_KEY)
+        return Path(os.fsdecode(found)) if found else None
+
+    @property
+    def ssd_files(self) -> list[Path]:
+        """The SSD files in their order, as noted last."""
+        names = self._meta.get(_SSD_FILES_KEY, b"").split(b"\0")
+        return [self._directory.parent / os.fsdecode(name) for name in names if name]
+
+    def remember_ssd_files(self, files: Sequence[Path]) -> None:
+        """Note where the SSD files lie, in their order. To be called while nothing waits for a commit.
+
+        Those in the store's folder may move with it.
+        """
+        store = self._directory.parent
+        names = [file.relative_to(store) if file.is_relative_to(store) else file.absolute() for file in files]
+        self._remember(_SSD_FILES_KEY, b"\0".join(map(os.fsencode, names)))
+
+    def _remember(self, key: bytes, value: bytes) -> None:
+        if self._meta.get(key, b"") != value:
+            self._environments[TierName.SSD].write_now(META, {key: value})
+            self._meta[key] = value
+
+    def load(self, tier: TierName) -> recovery.Recovered:
+        """All records of a tier. For the start: it takes a second a million, on the caller's thread."""
+        return recovery.load(self._environments[tier], self._layouts)
+
+    def put(self, tier: TierName, keys: Sequence[bytes], records: Records) -> asyncio.Future[None]:
+        """Record blocks whose bytes are complete in `tier`. Done once committed.
+
+        Errors: IndexFull, StorageFailed. A failed put may still have reached the disk: delete the
+        keys before their extents are lent again. `records` must not change until then. Changes of a
+        tier are applied in the order of submission.
+        """
+        return self._environments[tier].put(BLOCKS, keys, lambda: encode_records(keys, records))
+
+    def delete(self, tier: TierName, keys: Sequence[bytes]) -> asyncio.Future[None]:
+        """Forget blocks in `tier`. Their extents may be lent again only once this is done."""
+        return self._environments[tier].delete(BLOCKS, keys)
+
+    @property
+    def layouts(self) -> Mapping[int, Layout]:
+        """All layouts that were ever opened in this store, by id."""
+        return MappingProxyType(self._layouts)
+
+    def layout_id(self, fingerprint: bytes) -> int | None:
+        return self._layout_ids.get(fingerprint)
+
+    async def put_layout(self, layout: Layout) -> int:
+        """The layout's id in this store; a new layout gets one, and is durable on return."""
+        fingerprint = layout.fingerprint
+        if fingerprint not in self._layout_ids:
+            commit = self._layouts_in_flight.get(fingerprint) or self._commit_layout(layout)
+            await asyncio.shield(commit)  # Another caller may wait for the same.
+        return self._layout_ids[fingerprint]
+
+    def _commit_layout(self, layout: Layout) -> asyncio.Future[tuple[None, None]]:
+        fingerprint = layout.fingerprint
+        layout_id = self._next_layout_id
+        self._next_layout_id += 1  # Never given twice: a record of a lost layout must not find another.
+        value = _encode_layout(layout_id, layout)
+        durable = self._environments[TierName.SSD]
+        commit = asyncio.gather(
+            durable.put(META, [_NEXT_LAYOUT_KEY], lambda: [_U32.pack(layout_id + 1)]),
+            durable.put(LAYOUTS, [fingerprint], lambda: [value]),
+        )
+
+        def settle(commit: asyncio.Future[tuple[None, None]]) -> None:
+            del self._layouts_in_flight[fingerprint]
+            if not commit.cancelled() and commit.exception() is None:
+                self._layouts[layout_id] = layout
+                self._layout_ids[fingerprint] = layout_id
+
+        self._layouts_in_flight[fingerprint] = commit
+        commit.add_done_callback(settle)
+        return commit
+
+    async def delete_damaged_layouts(self) -> None:
+        await self._environments[TierName.SSD].delete(LAYOUTS, self.damaged_layouts)
+        self.damaged_layouts.clear()
+
+    def used_bytes(self, tier: TierName) -> int:
+        return self._environments[tier].used_bytes
+
+    def map_bytes(self, tier: TierName) -> int:
+        return self._environments[tier].map_bytes
+
+    def commits(self, tier: TierName) -> int:
+        """Transactions since the start."""
+        return self._environments[tier].commits
+
+    def close(self) -> None:
+        """Commit what is pending, then close."""
+        for environment in self._environments.values():
+            environment.close()
+
+    def _read_layouts(self) -> None:
+        durable = self._environments[TierName.SSD]
+        counter = self._meta.get(_NEXT_LAYOUT_KEY)
+        for fingerprints, values in durable.read(LAYOUTS):
+            for fingerprint, value in zip(fingerprints, values, strict=True):
+                decoded = _decode_layout(fingerprint, value)
+                if decoded is None:
+                    self.damaged_layouts.append(fingerprint)
+                    continue
+                layout_id, layout = decoded
+                self._layouts[layout_id] = layout
+                self._layout_ids[fingerprint] = layout_id
+        after_known = max(self._layouts, default=0) + 1
+        self._next_layout_id = max(after_known, _U32.unpack(counter)[0] if counter else 1)
+
+
+def _read_meta(environment: Environment) -> dict[bytes, bytes]:
+    return {key: value for keys, values in environment.read(META) for key, value in zip(keys, values, strict=True)}
+
+
+def _check_schema(directory: Path, meta: Mapping[bytes, bytes]) -> None:
+    text = meta.get(_SCHEMA_KEY, b"").decode(errors="replace")
+    if not text.isdigit():
+        raise StoreDamaged(f"the index {directory} has no schema version")
+    if int(text) > SCHEMA:
+        raise StoreTooNew(f"the store's schema is version {text}; this program knows versions up to {SCHEMA}")
+
+
+def _encode_layout(layout_id: int, layout: Layout) -> bytes:
+    body = _U32.pack(layout_id) + layout.to_proto().SerializeToString(deterministic=True)
+    return body + _U32.pack(crc32(body, crc32(layout.fingerprint)))
+
+
+def _decode_layout(fingerprint: bytes, value: bytes) -> tuple[int, Layout] | None:
+    """None where anything is wrong: the crc, the message, or the fingerprint."""
+    body, crc = value[:-4], value[-4:]
+    if len(body) < _U32.size or crc != _U32.pack(crc32(body, crc32(fingerprint))):
+        return None
+    try:
+        return _U32.unpack_from(body)[0], Layout.from_proto(pb.Layout.FromString(body[4:]), fingerprint)
+    except (DecodeError, KVError):
+        return None

@@ -1,0 +1,352 @@
+"""One LMDB environment, and the thread that commits to it.
+
+Changes are submitted from the event loop and wait in a queue. The committer takes whatever is
+there, makes the blocks' bytes durable (``before_commit``), commits once, and wakes all waiters::
+
+    put, delete --> queue --> merge by key --> before_commit --> one transaction --> wake
+
+What fails a batch fails its puts; its deletes are then tried again by themselves. A tenth of the map
+is kept free for them: LMDB writes changed pages anew, so even a delete needs space.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import lmdb
+
+from kvservice.index.errors import StoreDamaged
+from kvservice_api.errors import IndexFull, StorageFailed
+
+META = b"meta"
+LAYOUTS = b"layouts"
+BLOCKS = b"blocks"
+_DATABASES = (META, LAYOUTS, BLOCKS)
+
+_BATCH_KEYS_MIN, _BATCH_KEYS_MAX = 16, 4096
+_READ_CHUNK = 8192
+_PAGE_BYTES = os.sysconf("SC_PAGESIZE")
+_FREE_BYTES_FEW = 1 << 20
+
+Encode = Callable[[], Sequence[bytes]]
+
+
+@dataclass(slots=True, eq=False)
+class _Change:
+    database: bytes
+    keys: Sequence[bytes]
+    encode: Encode | None  # Makes the values, on the committer thread. None deletes.
+    done: asyncio.Future[None]
+
+
+@dataclass(slots=True)
+class _Items:
+    """What a batch comes to in one database. Deletes go first: a key may be in both."""
+
+    puts: dict[bytes, bytes] = field(default_factory=dict)
+    deletes: set[bytes] = field(default_factory=set)
+
+
+_Merged = dict[bytes, _Items]
+
+
+class Environment:
+    """An open environment. All methods are for the event loop's thread.
+
+    `durable` commits are synced to the disk. Others survive the process, not the machine: right for
+    an index on a tmpfs. `before_commit` is called on the committer thread, before a commit that holds
+    puts; a KVError or OSError from it fails them.
+
+    Raises StoreDamaged where the file is not LMDB's, StorageFailed where it cannot be read or made.
+    """
+
+    def __init__(
+        self, path: Path, *, map_bytes: int, durable: bool, before_commit: Callable[[], None] | None = None
+    ) -> None:
+        self.path = path
+        self.map_bytes = map_bytes // _PAGE_BYTES * _PAGE_BYTES
+        self.used_bytes = 0  # Pages that hold something, as of the last commit.
+        self.commits = 0
+        self._durable = durable
+        self._before_commit = before_commit
+        self._queue: queue.SimpleQueue[_Change | None] = queue.SimpleQueue()
+        self._batch_keys_max = _BATCH_KEYS_MIN
+        self._env_lock = threading.Lock()  # LMDB's own locks are off: they break between containers.
+        self._env: lmdb.Environment | None = None
+        self._open()
+        with _as_store_errors(path):
+            self._allocate()
+        self._committer = threading.Thread(target=self._run, name=f"kvservice-commit-{path.parent.name}", daemon=True)
+        self._committer.start()
+
+    def put(self, database: bytes, keys: Sequence[bytes], encode: Encode) -> asyncio.Future[None]:
+        """Store `encode()`'s values under `keys`. Done once committed; IndexFull, StorageFailed.
+
+        Changes are applied in the order of submission. A put that failed may still have reached the
+        disk, and cancelling the future cancels the waiting only: delete the keys before what they
+        name is used for something else.
+        """
+        return self._submit(_Change(database, keys, encode, asyncio.get_running_loop().create_future()))
+
+    def delete(self, database: bytes, keys: Sequence[bytes]) -> asyncio.Future[None]:
+        """Remove keys. Done once committed; StorageFailed. A key that is not there is no error."""
+        return self._submit(_Change(database, keys, None, asyncio.get_running_loop().create_future()))
+
+    def read(self, database: bytes) -> Iterator[tuple[list[bytes], list[bytes]]]:
+        """All keys and values, in chunks. Commits wait meanwhile: never await one before the end."""
+        with self._env_lock, _as_store_errors(self.path):
+            if self._env is None:
+                raise StorageFailed(f"the index {self.path} could not be opened again")
+            with self._env.begin(db=self._handles[database]) as txn:
+                # Two cursors side by side: a million pairs would be a million tuples for the collector.
+                keys, values = txn.cursor().iternext(values=False), txn.cursor().iternext(keys=False)
+                while chunk := list(islice(keys, _READ_CHUNK)):
+                    yield chunk, list(islice(values, _READ_CHUNK))
+
+    def write_now(self, database: bytes, items: dict[bytes, bytes]) -> None:
+        """Store a few items while nothing else is pending: at open, before there is an event loop."""
+        self._write({database: _Items(items)})
+
+    def close(self) -> None:
+        """Commit what is pending, then close. Waiters are woken when the loop runs next."""
+        self._queue.put(None)
+        self._committer.join()
+        with self._env_lock:
+            if self._env is not None:
+                self._env.close()
+            self._env = None
+
+    def _submit(self, change: _Change) -> asyncio.Future[None]:
+        assert self._committer.is_alive(), "the environment is closed"
+        if change.keys:
+            self._queue.put(change)
+        else:
+            change.done.set_result(None)
+        return change.done
+
+    # The committer thread
+
+    def _run(self) -> None:
+        while batch := self._next_batch():
+            self._carry_out(batch)
+
+    def _next_batch(self) -> list[_Change]:
+        """The changes that are pending, at least one. Empty when the environment closes."""
+        first = self._queue.get()
+        if first is None:
+            return []
+        batch = [first]
+        count = len(first.keys)
+        with contextlib.suppress(queue.Empty):
+            while count < self._batch_keys_max:
+                change = self._queue.get_nowait()
+                if change is None:
+                    self._queue.put(None)  # Last in the queue: nothing is submitted after close.
+                    break
+                batch.append(change)
+                count += len(change.keys)
+        return batch
+
+    def _carry_out(self, batch: list[_Change]) -> None:
+        failure = self._attempt(batch)
+        if failure is None:
+            _wake(batch, None)
+            return
+        deletes = [change for change in batch if change.encode is None]
+        _wake([change for change in batch if change.encode is not None], failure)
+        if deletes:
+            failure = self._attempt(deletes)
+            _wake(deletes, StorageFailed(failure.message) if isinstance(failure, IndexFull) else failure)
+
+    def _attempt(self, batch: list[_Change]) -> Exception | None:
+        """Carry the batch out, or say why not: the thread lives on, and the waiters learn it."""
+        try:
+            if self._before_commit is not None and any(change.encode is not None for change in batch):
+                self._before_commit()
+            self._write_in_parts(_merge(batch))
+        except OSError as error:
+            return StorageFailed(f"a block's bytes could not be made durable: {error}")
+        except Exception as error:
+            return error
+        return None
+
+    def _write_in_parts(self, merged: _Merged) -> None:
+        """One transaction; several where its changed pages do not fit beside those they replace."""
+        try:
+            self._write(merged)
+        except lmdb.MapFullError:
+            halves = _halves(merged)
+            if halves is None:
+                raise IndexFull(f"the index {self.path} has no space in its map of {self.map_bytes} bytes") from None
+            for half in halves:
+                self._write_in_parts(half)
+
+    def _write(self, merged: _Merged) -> None:
+        """One transaction. Raises lmdb.MapFullError, IndexFull or StorageFailed."""
+        if self._env is None:
+            self._reopen()
+        assert self._env is not None
+        try:
+            with self._env_lock, self._env.begin(write=True) as txn:
+                used_before = self._used_pages(txn)
+                for database, items in merged.items():
+                    _apply(txn, self._handles[database], items)
+                used_after = self._used_pages(txn)
+                if used_after > max(used_before, self.map_bytes // _PAGE_BYTES * 9 // 10):
+                    raise IndexFull(f"the index {self.path} has reached 90 % of its map of {self.map_bytes} bytes")
+        except lmdb.MapFullError:
+            raise
+        except lmdb.Error as error:
+            with contextlib.suppress(StorageFailed, StoreDamaged):
+                self._reopen()  # After a failed write of its meta page, LMDB refuses everything else.
+            raise StorageFailed(f"the index {self.path} could not be written: {_why(self.path, error)}") from error
+        self._account(used_after)
+        self.commits += 1
+
+    def _account(self, used_pages: int) -> None:
+        self.used_bytes = used_pages * _PAGE_BYTES
+        # A key changes a page or two, each is written anew, and pages freed by one transaction can
+        # be used only by the one after the next: so a batch takes an eighth of what is free.
+        free_pages = self.map_bytes // _PAGE_BYTES - used_pages
+        self._batch_keys_max = min(max(free_pages // 8, _BATCH_KEYS_MIN), _BATCH_KEYS_MAX)
+
+    def _used_pages(self, txn: lmdb.Transaction) -> int:
+        """Pages in use: LMDB itself only tells the highest page it ever used."""
+        used = 2  # The meta pages.
+        for handle in (None, *self._handles.values()):
+            stat = txn.stat(handle) if handle is not None else txn.stat()
+            used += stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
+        return used
+
+    def _open(self) -> None:
+        with _as_store_errors(self.path), contextlib.ExitStack() as opening:
+            self.path.mkdir(parents=True, exist_ok=True)
+            env = opening.enter_context(
+                lmdb.open(
+                    str(self.path),
+                    map_size=self.map_bytes,
+                    max_dbs=len(_DATABASES),
+                    lock=False,
+                    readahead=False,
+                    sync=self._durable,
+                    metasync=self._durable,
+                )
+            )
+            self._handles = {name: env.open_db(name) for name in _DATABASES}
+            with env.begin() as txn:
+                self._account(self._used_pages(txn))
+            self._env = env
+            opening.pop_all()  # It stays open.
+
+    def _reopen(self) -> None:
+        with self._env_lock:
+            if self._env is not None:
+                self._env.close()
+            self._env = None
+            self._open()
+
+    def _allocate(self) -> None:
+        """Claim the whole map's space, so that a disk filled by others fails no delete.
+
+        Best effort: without it, commits fail with StorageFailed when the disk is full.
+        """
+        with _opened(self.path / "data.mdb", os.O_RDWR) as fd:
+            if os.fstat(fd).st_blocks * 512 >= self.map_bytes:
+                return
+            with contextlib.suppress(OSError):
+                os.posix_fallocate(fd, 0, self.map_bytes)
+        if self._durable:
+            for path in (self.path / "data.mdb", self.path, self.path.parent):  # LMDB syncs no directory.
+                with _opened(path, os.O_RDONLY) as fd:
+                    os.fsync(fd)
+
+
+def _apply(txn: lmdb.Transaction, handle: lmdb._Database, items: _Items) -> None:
+    for key in items.deletes:
+        txn.delete(key, db=handle)
+    if items.puts:
+        txn.cursor(handle).putmulti(items.puts.items())
+
+
+def _merge(batch: Sequence[_Change]) -> _Merged:
+    """The last word on each key."""
+    merged: _Merged = {}
+    for change in batch:
+        items = merged.setdefault(change.database, _Items())
+        if change.encode is not None:
+            items.puts.update(zip(change.keys, change.encode(), strict=True))
+        else:
+            items.deletes.update(change.keys)
+            if items.puts:
+                for key in change.keys:
+                    items.puts.pop(key, None)
+    return merged
+
+
+def _halves(merged: _Merged) -> tuple[_Merged, _Merged] | None:
+    puts = [(name, key, value) for name, items in merged.items() for key, value in items.puts.items()]
+    deletes = [(name, key) for name, items in merged.items() for key in items.deletes]
+    middle = (len(puts) + len(deletes)) // 2
+    if middle == 0:
+        return None
+    halves: tuple[_Merged, _Merged] = {}, {}
+    for number, (name, key) in enumerate(deletes):  # First, for they make room.
+        halves[number >= middle].setdefault(name, _Items()).deletes.add(key)
+    for number, (name, key, value) in enumerate(puts, len(deletes)):
+        halves[number >= middle].setdefault(name, _Items()).puts[key] = value
+    return halves
+
+
+def _wake(changes: Sequence[_Change], failure: Exception | None) -> None:
+    """Settle the futures on their loop's thread, with one call."""
+    if not changes:
+        return
+
+    def settle() -> None:
+        for change in changes:
+            if change.done.done():  # Its waiter was cancelled.
+                continue
+            if failure is None:
+                change.done.set_result(None)
+            else:
+                change.done.set_exception(failure)
+
+    with contextlib.suppress(RuntimeError):  # The loop has closed: nobody waits any more.
+        changes[0].done.get_loop().call_soon_threadsafe(settle)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    fd = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _why(path: Path, error: Exception) -> str:
+    """LMDB calls a write that a full disk cut short an input/output error: say what it does not."""
+    with contextlib.suppress(OSError):
+        stat = os.statvfs(path)
+        free_bytes = stat.f_bavail * stat.f_frsize
+        if free_bytes < _FREE_BYTES_FEW and "No space left" not in str(error):
+            return f"{error} (no space left: the file system has {free_bytes} bytes)"
+    return str(error)
+
+
+@contextlib.contextmanager
+def _as_store_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.VersionMismatchError) as error:
+        raise StoreDamaged(f"the index {path} is damaged: {error}") from error
+    except (lmdb.Error, OSError) as error:
+        raise StorageFailed(f"the index {path} cannot be used: {_why(path, error)}") from error

@@ -1,0 +1,25 @@
+"""Why a store's index cannot be opened. Failures of a running index are ``KVError``.
+
+* StoreError
+  x StoreLocked   stop the other process, or name another store
+  x StoreTooNew   run the KVService that wrote the store, or a newer one
+  x StoreDamaged  start a new store, or restore this one from a copy
+"""
+
+from __future__ import annotations
+
+
+class StoreError(Exception):
+    """Base of what keeps a store from being opened. The message says what the operator can do."""
+
+
+class StoreLocked(StoreError):
+    """Another process uses the store."""
+
+
+class StoreTooNew(StoreError):
+    """The store was written by a newer schema than this program knows."""
+
+
+class StoreDamaged(StoreError):
+    """The index is no LMDB file, or its pages contradict each other."""

@@ -1,0 +1,178 @@
+"""AdminService: what operators ask and do, for ``kvctl``."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import aclosing
+
+import numpy as np
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from kvservice.blocks import NO_ROW, TierName
+from kvservice.rpc.interceptors import Context
+from kvservice.store.block_store import BlockStore
+from kvservice.tiers.base import Tier
+from kvservice_api.errors import BlockNotFound, InvalidRequest
+from kvservice_api.keys import KEY_BYTES, split_keys
+from kvservice_api.v1 import admin_pb2 as pb
+from kvservice_api.v1 import types_pb2
+
+_PAGE_SIZE, _PAGE_SIZE_MAX = 100, 1000
+_DISCARD_KEYS_MAX = 65536
+_ROWS_A_TURN = 64  # Of the event loop.
+_TIERS: dict[int, list[TierName]] = {types_pb2.TIER_DRAM: [TierName.DRAM], types_pb2.TIER_SSD: [TierName.SSD]}
+
+
+class AdminService:
+    def __init__(
+        self, store: BlockStore, *, version: str, boot_epoch: int, counters: Callable[[], dict[str, float]]
+    ) -> None:
+        self._store = store
+        self._version = version
+        self._boot_epoch = boot_epoch
+        self._counters = counters
+        self._started_at_ms = store.clock.wall_ms()
+
+    async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:
+        store = self._store
+        index = store.index
+        return pb.StatusResponse(
+            version=self._version,
+            store_id=index.store_id,
+            boot_epoch=self._boot_epoch,
+            started_at=_timestamp(self._started_at_ms),
+            state="draining" if store.draining else "serving",
+            dram=self._tier(TierName.DRAM, store.dram),
+            ssd=self._tier(TierName.SSD, store.ssd),
+            index=pb.IndexStatus(
+                durable_map_bytes=index.map_bytes(TierName.SSD),
+                durable_used_bytes=index.used_bytes(TierName.SSD),
+                volatile_map_bytes=index.map_bytes(TierName.DRAM),
+                volatile_used_bytes=index.used_bytes(TierName.DRAM),
+            ),
+            blocks=store.blocks.live_count,
+            layouts=len(index.layouts),
+            clients=store.leases.client_count,
+            leases=store.leases.count,
+            uploads=len(store.ingests.uploads),
+            counters=self._counters(),
+        )
+
+    async def ListBlocks(self, request: pb.ListBlocksRequest, context: Context) -> pb.ListBlocksResponse:
+        blocks = self._store.blocks
+        size = request.page_size or _PAGE_SIZE
+        if size > _PAGE_SIZE_MAX:
+            raise InvalidRequest(f"page_size is {size}; at most {_PAGE_SIZE_MAX} are allowed", field="page_size")
+        start = self._page_start(request.page_token)
+        shown = blocks.live[start : blocks.row_end].copy()
+        if request.layout_fingerprint:
+            shown &= blocks.layout_id[start : blocks.row_end] == self._layout_id(request.layout_fingerprint)
+        for tier in _tiers(request.tier, []):
+            shown &= blocks.resident(tier)[start:]
+        rows = np.flatnonzero(shown)[: size + 1] + start
+        more = len(rows) > size
+        listed = []
+        for count, row in enumerate(rows[:size].tolist()):
+            if count % _ROWS_A_TURN == 0:
+                await asyncio.sleep(0)
+            if blocks.live[row]:
+                listed.append(self._stored_block(row))
+        return pb.ListBlocksResponse(
+            blocks=listed,
+            next_page_token=f"{self._boot_epoch:x}.{rows[size]:x}" if more else "",
+        )
+
+    async def Inspect(self, request: pb.InspectRequest, context: Context) -> pb.InspectResponse:
+        if len(request.key) != KEY_BYTES:
+            raise InvalidRequest(f"a key has {KEY_BYTES} bytes, not {len(request.key)}", field="key")
+        first = int(self._store.blocks.rows_of_keys([request.key])[0])
+        if first == NO_ROW:
+            raise BlockNotFound(f"nothing is stored under {request.key.hex()}", key=request.key.hex())
+        layout = self._store.index.layouts[int(self._store.blocks.layout_id[first])]
+        shards = [self._stored_block(row) for row in self._store.blocks.shards_of(first)]
+        return pb.InspectResponse(shards=shards, layout=layout.to_proto())
+
+    async def Discard(self, request: pb.DiscardRequest, context: Context) -> pb.DiscardResponse:
+        given = [bool(request.keys), bool(request.layout_fingerprint), request.everything]
+        if sum(given) != 1:
+            raise InvalidRequest("give exactly one of keys, layout_fingerprint and everything", field="keys")
+        if request.keys:
+            keys = split_keys(request.keys, field="keys", count_max=_DISCARD_KEYS_MAX)
+            discarded, missing = await self._store.discard(keys)
+            return pb.DiscardResponse(discarded=discarded, missing=missing)
+        if request.layout_fingerprint:
+            self._layout_id(request.layout_fingerprint)
+        return pb.DiscardResponse(discarded=await self._store.discard_layout(request.layout_fingerprint or None))
+
+    async def Scrub(self, request: pb.ScrubRequest, context: Context) -> None:
+        tiers = _tiers(request.tier, list(self._store.residency.tiers))
+        async with aclosing(self._store.scrub.run(tiers, request.bytes_per_second)) as progress:
+            async for step in progress:
+                await context.write(
+                    pb.ScrubResponse(
+                        blocks_total=step.copies_total,
+                        blocks_checked=step.copies_checked,
+                        bytes_checked=step.bytes_checked,
+                        damaged=step.damaged,
+                        done=step.done,
+                    )
+                )
+
+    def _tier(self, name: TierName, tier: Tier | None) -> pb.TierStatus:
+        if tier is None:
+            return pb.TierStatus()
+        blocks = self._store.blocks
+        count = int((blocks.resident(name) & blocks.live[: blocks.row_end]).sum())
+        return pb.TierStatus(
+            capacity_bytes=tier.capacity_bytes,
+            used_bytes=tier.used_bytes,
+            blocks=count,
+            refusing_because=tier.refusing_because,
+        )
+
+    def _stored_block(self, row: int) -> pb.StoredBlock:
+        blocks = self._store.blocks
+        return pb.StoredBlock(
+            key=blocks.key_of(row),
+            parent_key=blocks.parent_key[row].tobytes(),
+            layout_fingerprint=self._store.index.layouts[int(blocks.layout_id[row])].fingerprint,
+            shard=blocks.shard_of(row).to_proto(),
+            token_count=int(blocks.token_count[row]),
+            size_bytes=int(blocks.size_bytes[row]),
+            in_dram=blocks.is_resident(row, TierName.DRAM),
+            on_ssd=blocks.is_resident(row, TierName.SSD),
+            stored_at=_timestamp(int(blocks.stored_at_ms[row])),
+            used_at=_timestamp(int(blocks.used_at_ms[row])),
+            hits=int(blocks.hits[row]),
+            leases=int(blocks.leases[row]),
+        )
+
+    def _layout_id(self, fingerprint: bytes) -> int:
+        if len(fingerprint) != 32:
+            raise InvalidRequest(f"a fingerprint has 32 bytes, not {len(fingerprint)}", field="layout_fingerprint")
+        layout_id = self._store.index.layout_id(fingerprint)
+        return -1 if layout_id is None else layout_id  # A layout nobody opened has no blocks.
+
+    def _page_start(self, token: str) -> int:
+        if not token:
+            return 0
+        epoch, _, row = token.partition(".")
+        try:
+            if int(epoch, 16) == self._boot_epoch and 0 <= (start := int(row, 16)) <= self._store.blocks.row_end:
+                return start
+        except ValueError:
+            pass
+        raise InvalidRequest("this daemon gave no such page token: start from the first page", field="page_token")
+
+
+def _tiers(tier: int, where_unspecified: list[TierName]) -> list[TierName]:
+    if tier == types_pb2.TIER_UNSPECIFIED:
+        return where_unspecified
+    if tier not in _TIERS:
+        raise InvalidRequest(f"no tier has the number {tier}", field="tier")
+    return _TIERS[tier]
+
+
+def _timestamp(wall_ms: int) -> Timestamp:
+    return Timestamp(seconds=wall_ms // 1000, nanos=wall_ms % 1000 * 1_000_000)

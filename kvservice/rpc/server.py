@@ -1,0 +1,98 @@
+"""The gRPC server: our services, health and reflection, on grpc.aio.
+
+Messages that carry tensor bytes pass as raw bytes and are read and written by the frame codec, so
+that protobuf copies none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+from google.protobuf import message_factory
+from google.protobuf.descriptor import ServiceDescriptor
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from kvservice.rpc.admin import AdminService
+from kvservice.rpc.blocks import BlockService
+from kvservice.rpc.interceptors import guarded
+from kvservice_api.v1 import admin_pb2, blocks_pb2
+
+_RAW_REQUESTS = {"SaveBlocks"}
+_RAW_RESPONSES = {"LoadBlocks"}
+_CONTROL_BYTES_MAX = 4 << 20  # Keys of a request, mostly.
+
+
+class Server:
+    """Serves until `stop`. `addresses` are grpc's: ``host:port`` or ``unix:path``."""
+
+    def __init__(
+        self, blocks: BlockService, admin: AdminService, addresses: Sequence[str], *, frame_bytes: int
+    ) -> None:
+        self._server = grpc.aio.server(options=_options(frame_bytes))
+        services = {
+            blocks_pb2.DESCRIPTOR.services_by_name["BlockService"]: blocks,
+            admin_pb2.DESCRIPTOR.services_by_name["AdminService"]: admin,
+        }
+        for descriptor, servicer in services.items():
+            self._server.add_generic_rpc_handlers([_handlers(descriptor, servicer)])
+        names = [descriptor.full_name for descriptor in services]
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._health_names = ["", *names]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
+        self.ports = [self._server.add_insecure_port(address) for address in addresses]
+
+    async def start(self) -> None:
+        await self._server.start()
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    async def refuse_new_work(self) -> None:
+        """Tell load balancers and probes to look elsewhere. What runs goes on."""
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no new calls; give running ones `grace_s` to end."""
+        await self._server.stop(grace_s)
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for name in self._health_names:
+            await self._health.set(name, status)
+
+
+def _handlers(descriptor: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHandler[Any, Any]:
+    methods = {}
+    for method in descriptor.methods:
+        request = message_factory.GetMessageClass(method.input_type)
+        response = message_factory.GetMessageClass(method.output_type)
+        make = {
+            (False, False): grpc.unary_unary_rpc_method_handler,
+            (False, True): grpc.unary_stream_rpc_method_handler,
+            (True, False): grpc.stream_unary_rpc_method_handler,
+            (True, True): grpc.stream_stream_rpc_method_handler,
+        }[method.client_streaming, method.server_streaming]
+        is_stream = method.client_streaming
+        methods[method.name] = make(
+            guarded(getattr(servicer, method.name), parse=None if is_stream else request.FromString),
+            request_deserializer=request.FromString if is_stream and method.name not in _RAW_REQUESTS else None,
+            response_serializer=None if method.name in _RAW_RESPONSES else response.SerializeToString,
+        )
+    return grpc.method_handlers_generic_handler(descriptor.full_name, methods)
+
+
+def _options(frame_bytes: int) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", max(frame_bytes + 65536, _CONTROL_BYTES_MAX)),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.http2.max_frame_size", 16_777_215),
+        ("grpc.http2.lookahead_bytes", 16 << 20),
+        ("grpc.http2.write_buffer_size", 8 << 20),
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.so_reuseport", 0),  # A second daemon on this address is an error, not a twin.
+        ("grpc.keepalive_time_ms", 20_000),  # A client whose host is gone is noticed within half a minute.
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]

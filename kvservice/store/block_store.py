@@ -1,0 +1,364 @@
+"""The store as its users see it: layouts, lookups, leases, loads, saves, and what operators ask.
+
+Everything is called on the event loop's thread. Keys in, rows inside, bytes out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from kvservice.blocks import NO_ROW, BlockTable, Rows, TierName
+from kvservice.clock import Clock
+from kvservice.counters import Counters
+from kvservice.index.block_index import BlockIndex
+from kvservice.policy.base import Policy
+from kvservice.store.coverage import cover
+from kvservice.store.ingest import Ingest, Ingests, SaveRequest
+from kvservice.store.leases import Lease, Leases
+from kvservice.store.load import Loads
+from kvservice.store.promotion import Promotion
+from kvservice.store.residency import Residency
+from kvservice.store.room import Room, Watermarks
+from kvservice.store.scrub import Scrub
+from kvservice.store.tasks import Tasks
+from kvservice.store.write_behind import WriteBehind
+from kvservice.tiers.base import Tier
+from kvservice.tiers.dram import DramTier
+from kvservice.tiers.ssd import SsdTier
+from kvservice_api.errors import Draining, InvalidRequest, KVError, UnknownLayout
+from kvservice_api.keys import KEY_BYTES
+from kvservice_api.layout import Layout, Shard
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_EXPIRE_EVERY_S = 0.25
+_PART = 256
+
+
+@dataclass(frozen=True, slots=True)
+class StoreLimits:
+    """What bounds the store, besides the tiers' capacities. Times in seconds."""
+
+    clients_max: int = 1024
+    leases_per_client_max: int = 4096
+    lease_ttl_max_s: float = 300.0
+    frame_bytes: int = 1 << 20
+    transfer_slots: int = 4
+    writes_in_flight: int = 4
+    reads_in_flight: int = 4
+    reserve_wait_s: float = 5.0
+    upload_wait_s: float = 10.0
+    recency_flush_s: float = 60.0
+    scrub_bytes_per_second: int = 200 << 20
+
+
+class Hit(NamedTuple):
+    """The answer to a lookup. `runs` are (count, in DRAM, on SSD) over the leading hits."""
+
+    blocks: int
+    runs: list[tuple[int, bool, bool]]
+    lease: Lease | None
+
+
+class PrefetchOutcome(NamedTuple):
+    missing: int
+    in_dram: int
+    promoted: int
+    failed: int
+
+
+class EvictOutcome(NamedTuple):
+    evicted: int
+    held: int
+    missing: int
+
+
+class BlockStore:
+    def __init__(
+        self,
+        blocks: BlockTable,
+        dram: DramTier,
+        ssd: SsdTier | None,
+        index: BlockIndex,
+        policy: Policy,
+        clock: Clock,
+        counters: Counters,
+        executor: Executor,
+        *,
+        limits: StoreLimits,
+        watermarks: dict[TierName, Watermarks],
+    ) -> None:
+        self.blocks = blocks
+        self.dram = dram
+        self.ssd = ssd
+        self.index = index
+        self.clock = clock
+        self.counters = counters
+        self.limits = limits
+        self.draining = False
+        self.tasks = Tasks()
+        tiers: dict[TierName, Tier] = {TierName.DRAM: dram}
+        if ssd is not None:
+            tiers[TierName.SSD] = ssd
+        self.residency = Residency(blocks, tiers, index, counters, self.tasks)
+        self.room = Room(
+            self.residency,
+            policy,
+            clock,
+            self.tasks,
+            watermarks={tier: watermarks[tier] for tier in tiers},
+            wait_s=limits.reserve_wait_s,
+        )
+        self.write_behind: WriteBehind | None = None
+        self.promotion: Promotion | None = None
+        if ssd is not None:
+            shared = (self.residency, self.room, dram, ssd, policy, clock, counters, self.tasks)
+            self.write_behind = WriteBehind(*shared, writes_in_flight=limits.writes_in_flight)
+            self.promotion = Promotion(*shared, reads_in_flight=limits.reads_in_flight)
+        self.leases = Leases(
+            self.residency,
+            clock,
+            counters,
+            clients_max=limits.clients_max,
+            per_client_max=limits.leases_per_client_max,
+        )
+        self.ingests = Ingests(
+            self.residency, self.room, dram, self.write_behind, clock, counters, wait_s=limits.upload_wait_s
+        )
+        self.loads = Loads(
+            self.residency,
+            dram,
+            ssd,
+            self.promotion,
+            counters,
+            executor,
+            slots=limits.transfer_slots,
+            frame_bytes=limits.frame_bytes,
+        )
+        self.scrub = Scrub(
+            self.residency, dram, ssd, clock, counters, executor, bytes_per_second=limits.scrub_bytes_per_second
+        )
+
+    def start(self) -> None:
+        """Begin the background work: room, write-behind, lease expiry, recency."""
+        self.room.start(self.write_behind)
+        if self.write_behind is not None:
+            self.write_behind.start()
+        self.tasks.start(self._expire_forever(), "lease expiry")
+        self.tasks.start(self._flush_forever(), "recency flush")
+
+    async def stop(self) -> None:
+        """Finish what is quick, write recency, stop the rest. No upload or load may run any more."""
+        try:
+            await self.residency.flush_recency()
+        except KVError as error:
+            log.warning("use times were not written", extra={"why": error.message})
+        await self.tasks.stop()
+
+    # Layouts
+
+    async def open_layout(self, layout: Layout) -> bool:
+        """Make a layout known. True where it was not."""
+        if self.index.layout_id(layout.fingerprint) is not None:
+            return False
+        await self.index.put_layout(layout)
+        return True
+
+    def layout(self, fingerprint: bytes) -> tuple[int, Layout]:
+        layout_id = self.index.layout_id(fingerprint)
+        if layout_id is None:
+            raise UnknownLayout(
+                f"no layout with fingerprint {fingerprint.hex() or '(empty)'} was opened here: call OpenLayout"
+            )
+        return layout_id, self.index.layouts[layout_id]
+
+    # Finding
+
+    def lookup(
+        self, client_id: bytes, fingerprint: bytes, shard: Shard | None, keys: Sequence[bytes], lease_ttl_s: float
+    ) -> Hit:
+        """How many leading blocks are stored; leases them where `lease_ttl_s` is not 0."""
+        layout_id, layout = self.layout(fingerprint)
+        wanted = Shard.whole(layout) if shard is None else shard.check(layout)
+        client = self.leases.client(client_id) if lease_ttl_s else None
+        rows, parts = self._hits(keys, layout_id, wanted)
+        held = rows
+        if parts:
+            held = np.array([*rows, *(row for more in parts.values() for row in more[1:])], np.int64)
+        self.counters.lookup_blocks_asked += len(keys)
+        self.counters.lookup_blocks_hit += len(rows)
+        lease = None
+        if len(rows):
+            self.blocks.touch(held, self.clock.wall_ms())
+            self.blocks.hits[held] += 1
+            if client is not None:
+                ttl_s = min(lease_ttl_s, self.limits.lease_ttl_max_s)
+                lease = self.leases.grant(client, layout, wanted, rows, parts, held, ttl_s)
+        return Hit(len(rows), self._runs(rows), lease)
+
+    def _hits(self, keys: Sequence[bytes], layout_id: int, wanted: Shard) -> tuple[Rows, dict[int, tuple[int, ...]]]:
+        blocks = self.blocks
+        rows = blocks.rows_of_keys(keys)
+        absent = np.flatnonzero(rows == NO_ROW)
+        if len(absent):
+            rows = rows[: absent[0]]
+        resident = (blocks.dram_offset[rows] >= 0) | (blocks.ssd_offset[rows] >= 0)
+        whole = resident & blocks.cover(rows, wanted) & (blocks.layout_id[rows] == layout_id)
+        if whole.all():
+            return rows, {}
+        parts: dict[int, tuple[int, ...]] = {}
+        for block in np.flatnonzero(~whole).tolist():
+            found = self._parts(int(rows[block]), layout_id, wanted)
+            if not found:
+                rows = rows[:block]
+                break
+            rows[block] = found[0]
+            if len(found) > 1:
+                parts[block] = found
+        return rows, parts
+
+    def _parts(self, first_row: int, layout_id: int, wanted: Shard) -> tuple[int, ...]:
+        """The rows of one block that together hold `wanted`; none where they do not."""
+        blocks = self.blocks
+        rows = [
+            row
+            for row in blocks.shards_of(first_row)
+            if blocks.layout_id[row] == layout_id and any(blocks.is_resident(row, tier) for tier in TierName)
+        ]
+        for row in rows:
+            if blocks.shard_of(row).covers(wanted):
+                return (row,)
+        plan = cover([blocks.shard_of(row) for row in rows], wanted)
+        if plan is None:
+            return ()
+        return tuple(rows[source] for source in sorted({run.source for layer in plan for run in layer}))
+
+    def _runs(self, rows: Rows) -> list[tuple[int, bool, bool]]:
+        if not len(rows):
+            return []
+        dram = self.blocks.dram_offset[rows] >= 0
+        ssd = self.blocks.ssd_offset[rows] >= 0
+        changes = np.flatnonzero((dram[1:] != dram[:-1]) | (ssd[1:] != ssd[:-1])) + 1
+        starts = [0, *changes.tolist()]
+        ends = [*changes.tolist(), len(rows)]
+        return [(end - start, bool(dram[start]), bool(ssd[start])) for start, end in zip(starts, ends, strict=True)]
+
+    # Saving
+
+    def begin_save(
+        self,
+        client_id: bytes,
+        fingerprint: bytes,
+        shard: Shard | None,
+        parent_key: bytes,
+        keys: Sequence[bytes],
+        last_block_tokens: int,
+    ) -> Ingest:
+        """An upload, to be used as ``async with``. Raises Draining once the daemon is stopping."""
+        if self.draining:
+            raise Draining("the daemon is stopping and takes no new saves")
+        layout_id, layout = self.layout(fingerprint)
+        client = self.leases.client(client_id)
+        if len(parent_key) != KEY_BYTES:
+            raise InvalidRequest(f"parent_key has {len(parent_key)} bytes, not {KEY_BYTES}", field="parent_key")
+        last = last_block_tokens or layout.block_tokens
+        counts = [*[layout.block_tokens] * (len(keys) - 1), last]
+        part = Shard.whole(layout) if shard is None else shard.check(layout)
+        return self.ingests.begin(client, SaveRequest(layout_id, layout, part, parent_key, keys, counts))
+
+    # Moving and dropping
+
+    async def prefetch(self, keys: Sequence[bytes], *, within_s: float, wait: bool) -> PrefetchOutcome:
+        """Copy blocks up to DRAM ahead of their load."""
+        blocks = self.blocks
+        first = blocks.rows_of_keys(list(dict.fromkeys(keys)))
+        missing = int((first == NO_ROW).sum())
+        rows = [row for start in first.tolist() for row in blocks.shards_of(start)]
+        wanted = [row for row in rows if not blocks.is_resident(row, TierName.DRAM)]
+        in_dram = len(rows) - len(wanted)
+        if self.promotion is None or not wanted:
+            return PrefetchOutcome(missing, in_dram, 0, len(wanted))
+        begin = self.promotion.begin(wanted, within_s=within_s)
+        if not wait:
+            self.tasks.start(begin, "prefetch")
+            return PrefetchOutcome(missing, in_dram, len(wanted), 0)
+        landings = await begin
+        for landing in landings.values():
+            await landing.done.wait()
+        promoted = sum(blocks.is_resident(row, TierName.DRAM) for row in wanted)
+        return PrefetchOutcome(missing, in_dram, promoted, len(wanted) - promoted)
+
+    async def evict(self, keys: Sequence[bytes], tier: TierName) -> EvictOutcome:
+        """Drop copies from one tier. What is leased or busy stays."""
+        blocks = self.blocks
+        evicted = held = missing = 0
+        for part in _parts_of(list(dict.fromkeys(keys))):
+            rows: list[int] = []
+            for first in blocks.rows_of_keys(part).tolist():
+                copies = [row for row in blocks.shards_of(first) if blocks.is_resident(row, tier)]
+                missing += not copies
+                free = [row for row in copies if self.residency.is_free(row)]
+                held += len(copies) - len(free)
+                rows += free
+            await self.residency.evict(rows, tier)
+            evicted += len(rows)
+        return EvictOutcome(evicted, held, missing)
+
+    async def discard(self, keys: Sequence[bytes]) -> tuple[int, int]:
+        """Forget blocks everywhere: how many objects, and how many keys had none."""
+        discarded = missing = 0
+        for part in _parts_of(list(dict.fromkeys(keys))):
+            first = self.blocks.rows_of_keys(part)
+            rows = [row for start in first.tolist() for row in self.blocks.shards_of(start)]
+            await self._discard(rows)
+            discarded += len(rows)
+            missing += int((first == NO_ROW).sum())
+        return discarded, missing
+
+    async def discard_layout(self, fingerprint: bytes | None) -> int:
+        """Forget all blocks of a layout, or all blocks there are."""
+        blocks = self.blocks
+        rows = blocks.live_rows()
+        if fingerprint is not None:
+            rows = rows[blocks.layout_id[rows] == self.layout(fingerprint)[0]]
+        marks = blocks.generation[rows]
+        discarded = 0
+        for part in _parts_of(range(len(rows))):
+            there = rows[part][blocks.live[rows[part]] & (blocks.generation[rows[part]] == marks[part])]
+            await self._discard(there.tolist())
+            discarded += len(there)
+        return discarded
+
+    async def _discard(self, rows: list[int]) -> None:
+        await self.residency.discard(rows)
+        self.counters.discarded_blocks += len(rows)
+
+    # Time
+
+    async def _expire_forever(self) -> None:
+        while True:
+            await asyncio.sleep(_EXPIRE_EVERY_S)
+            self.leases.expire()
+
+    async def _flush_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self.limits.recency_flush_s)
+            try:
+                await self.residency.flush_recency()
+            except KVError as error:
+                log.warning("use times were not written", extra={"why": error.message})
+
+
+def _parts_of(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    """What one turn of the event loop can take, again and again."""
+    for start in range(0, len(items), _PART):
+        yield items[start : start + _PART]

@@ -1,0 +1,152 @@
+"""Attached clients, and the leases that hang on them.
+
+A lease keeps blocks in their place for a client. It ends by release, by expiry, or with its
+client. Time comes from the clock that is handed in; `expire` is called by whoever owns the time.
+"""
+
+from __future__ import annotations
+
+import heapq
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kvservice.blocks import Rows
+from kvservice.clock import Clock
+from kvservice.counters import Counters
+from kvservice.store.residency import Residency
+from kvservice_api.errors import InvalidRequest, LeaseExpired, LeaseNotYours, Overloaded, UnknownClient
+from kvservice_api.layout import Layout, Shard
+
+
+@dataclass(slots=True, eq=False)
+class Client:
+    """One attached client. Gone when its Attach stream ends."""
+
+    client_id: bytes
+    name: str
+    leases: set[int] = field(default_factory=set)
+    on_detach: set[Callable[[], None]] = field(default_factory=set)  # Ends what else hangs on the client.
+
+
+@dataclass(slots=True, frozen=True)
+class Lease:
+    """Blocks of a prefix that stay put. `parts` has the rows of blocks that several shards make up."""
+
+    lease_id: int
+    client: Client
+    layout: Layout
+    shard: Shard
+    rows: Rows  # One a block: the one that holds the whole shard, or the first of `parts`.
+    parts: dict[int, tuple[int, ...]]
+    held_rows: Rows  # All rows, parts included.
+
+
+class Leases:
+    def __init__(
+        self, residency: Residency, clock: Clock, counters: Counters, *, clients_max: int, per_client_max: int
+    ) -> None:
+        self._residency = residency
+        self._clock = clock
+        self._counters = counters
+        self._clients_max = clients_max
+        self._per_client_max = per_client_max
+        self._clients: dict[bytes, Client] = {}
+        self._leases: dict[int, Lease] = {}
+        self._ends_at_s: dict[int, float] = {}
+        self._by_end: list[tuple[float, int]] = []  # Old entries of renewed leases stay until they come up.
+        self._next_lease_id = secrets.randbits(48) << 8  # A number of a daemon before this one means nothing here.
+
+    @property
+    def client_count(self) -> int:
+        return len(self._clients)
+
+    @property
+    def count(self) -> int:
+        return len(self._leases)
+
+    # Clients
+
+    def attach(self, name: str) -> Client:
+        if len(name) > 200:
+            raise InvalidRequest("client_name is longer than 200 characters", field="client_name")
+        if len(self._clients) >= self._clients_max:
+            raise Overloaded(f"{self._clients_max} clients are attached, the most that this daemon takes")
+        client = Client(secrets.token_bytes(16), name)
+        self._clients[client.client_id] = client
+        return client
+
+    def detach(self, client: Client) -> None:
+        """End the client's leases, and whatever else hangs on it."""
+        del self._clients[client.client_id]
+        for lease_id in list(client.leases):
+            self._end(self._leases[lease_id])
+        for callback in list(client.on_detach):
+            callback()
+
+    def client(self, client_id: bytes) -> Client:
+        client = self._clients.get(client_id)
+        if client is None:
+            raise UnknownClient("no attached client has this id: attach, then ask again", field="client_id")
+        return client
+
+    # Leases
+
+    def grant(
+        self, client: Client, layout: Layout, shard: Shard, rows: Rows, parts: dict[int, tuple[int, ...]], held: Rows,
+        ttl_s: float,
+    ) -> Lease:  # fmt: skip
+        if len(client.leases) >= self._per_client_max:
+            raise Overloaded(f"the client holds {self._per_client_max} leases, the most it may: release some")
+        self._next_lease_id += 1
+        lease = Lease(self._next_lease_id, client, layout, shard, rows, parts, held)
+        self._residency.lease(held)
+        self._leases[lease.lease_id] = lease
+        client.leases.add(lease.lease_id)
+        self._set_end(lease.lease_id, ttl_s)
+        self._counters.leases_granted += 1
+        return lease
+
+    def get(self, client_id: bytes, lease_id: int) -> Lease:
+        """The lease. Raises LeaseExpired once its time is over, whether or not `expire` has run."""
+        client = self.client(client_id)
+        lease = self._leases.get(lease_id)
+        if lease is None or self._ends_at_s[lease_id] <= self._clock.monotonic_s():
+            raise LeaseExpired("the lease has ended: look the prefix up again", lease_id=lease_id)
+        if lease.client is not client:
+            raise LeaseNotYours("the lease belongs to another client", lease_id=lease_id)
+        return lease
+
+    def renew(self, client_id: bytes, lease_id: int, ttl_s: float) -> None:
+        self._set_end(self.get(client_id, lease_id).lease_id, ttl_s)
+
+    def release(self, client_id: bytes, lease_id: int) -> None:
+        lease = self._leases.get(lease_id)
+        if lease is None:
+            return
+        if lease.client.client_id != client_id:
+            raise LeaseNotYours("the lease belongs to another client", lease_id=lease_id)
+        self._end(lease)
+
+    def expire(self) -> None:
+        """End the leases whose time is over."""
+        now_s = self._clock.monotonic_s()
+        while self._by_end and self._by_end[0][0] <= now_s:
+            _, lease_id = heapq.heappop(self._by_end)
+            if lease_id in self._leases and self._ends_at_s[lease_id] <= now_s:
+                self._counters.leases_expired += 1
+                self._end(self._leases[lease_id])
+
+    def _set_end(self, lease_id: int, ttl_s: float) -> None:
+        end_s = self._clock.monotonic_s() + ttl_s
+        self._ends_at_s[lease_id] = end_s
+        heapq.heappush(self._by_end, (end_s, lease_id))
+        if len(self._by_end) > 2 * len(self._ends_at_s) + 1024:  # Mostly entries of what was renewed or released.
+            self._by_end = [(end_s, lease_id) for lease_id, end_s in self._ends_at_s.items()]
+            heapq.heapify(self._by_end)
+
+    def _end(self, lease: Lease) -> None:
+        del self._leases[lease.lease_id]
+        del self._ends_at_s[lease.lease_id]
+        lease.client.leases.discard(lease.lease_id)
+        self._residency.unlease(lease.held_rows)

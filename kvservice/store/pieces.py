@@ -1,0 +1,74 @@
+"""How an image is cut into pieces of I/O, and how its bytes are verified."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvservice_api.layout import PAGE_BYTES, BlockGeometry, Trailer, checksum
+
+
+class Piece(NamedTuple):
+    """Whole layers of one image, and the pages they lie on."""
+
+    layer_begin: int
+    layer_end: int
+    start: int  # Bytes from the image's start; a multiple of 4 KiB, as is the end.
+    end: int
+
+
+@functools.lru_cache(maxsize=1024)
+def cut(geometry: BlockGeometry, piece_bytes: int) -> tuple[Piece, ...]:
+    """The layers in order, in pieces of at least `piece_bytes` where there are enough of them.
+
+    Small slices do not start on pages, so neighbouring pieces may share a page; both carry the
+    same bytes of it.
+    """
+    layers = max(1, -(-piece_bytes // geometry.slice_stride))
+    pieces = []
+    for begin in range(0, geometry.slice_count, layers):
+        end = min(begin + layers, geometry.slice_count)
+        pieces.append(Piece(begin, end, *page_range(geometry, begin, end)))
+    return tuple(pieces)
+
+
+def page_range(geometry: BlockGeometry, layer_begin: int, layer_end: int) -> tuple[int, int]:
+    """The pages that layers `layer_begin` to `layer_end` lie on."""
+    start = geometry.slice_range(layer_begin)[0]
+    end = geometry.slice_range(layer_end - 1)[1]
+    return start // PAGE_BYTES * PAGE_BYTES, -(-end // PAGE_BYTES) * PAGE_BYTES
+
+
+def trailer_start(geometry: BlockGeometry) -> int:
+    """Where the pages begin that the trailer lies on."""
+    return geometry.trailer_offset // PAGE_BYTES * PAGE_BYTES
+
+
+def read_trailer(image_end: memoryview, geometry: BlockGeometry, key: bytes, expected: int) -> Trailer | None:
+    """The trailer at the end of `image_end`, or None where it is damaged or another block's.
+
+    `expected` is the trailer's checksum in the index record.
+    """
+    data = image_end[len(image_end) - Trailer.size_bytes(geometry.slice_count) :]
+    if checksum(data) != expected:
+        return None
+    try:
+        trailer = Trailer.decode(data)
+    except ValueError:
+        return None
+    return trailer if trailer.key == key and len(trailer.checksums) == geometry.slice_count else None
+
+
+def damaged_layers(
+    pages: memoryview, start: int, geometry: BlockGeometry, layers: range, checksums: NDArray[np.uint64]
+) -> list[int]:
+    """Which of `layers` do not match their checksums. `pages` begins at byte `start` of the image."""
+    damaged = []
+    for layer in layers:
+        begin, end = geometry.slice_range(layer)
+        if checksum(pages[begin - start : end - start]) != int(checksums[layer]):
+            damaged.append(layer)
+    return damaged

@@ -1,0 +1,52 @@
+"""Background tasks that are kept alive, named, and never fail unseen."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from kvservice_api.errors import KVError
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+class Tasks:
+    """Running background work. `stop` cancels what never ends by itself."""
+
+    def __init__(self) -> None:
+        self._running: set[asyncio.Task[Any]] = set()
+
+    def start(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._running.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def start_quietly(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
+        """The same for work whose failure its waiters handle; without any, an expected one passes."""
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._running.add(task)
+        task.add_done_callback(self._ended_quietly)
+        return task
+
+    async def stop(self) -> None:
+        while tasks := list(self._running):  # The end of one may start another.
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.sleep(0)  # Their callbacks take them off the list.
+
+    def _ended_quietly(self, task: asyncio.Task[Any]) -> None:
+        if not task.cancelled() and isinstance(task.exception(), KVError):
+            self._running.discard(task)
+        else:
+            self._ended(task)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("background work failed: %s", task.get_name(), exc_info=error)

@@ -1,0 +1,293 @@
+"""Write-behind: gives every block in DRAM its SSD copy soon, so that leaving DRAM costs no I/O.
+
+The second third of the mover. Bytes of several blocks are written at a time, and blocks whose
+bytes are written share index commits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvservice.blocks import Extent, TierName
+from kvservice.clock import Clock
+from kvservice.counters import Counters
+from kvservice.policy.base import Policy
+from kvservice.store import pieces
+from kvservice.store.residency import Residency
+from kvservice.store.room import Room
+from kvservice.store.tasks import Tasks
+from kvservice.tiers.dram import DramTier
+from kvservice.tiers.ssd import SsdTier
+from kvservice_api.errors import BlockNotFound, ChecksumMismatch, IndexFull, KVError, StorageFailed, TierFull
+from kvservice_api.layout import BlockGeometry, Trailer
+
+log = logging.getLogger(__name__)
+
+_PIECE_BYTES = 4 << 20
+_UNRECORDED_MAX = 1024  # Blocks whose bytes are written and whose commit is still to come.
+# A commit flushes the disk's cache, and writes stall meanwhile: nobody waiting, many blocks share one.
+_COMMIT_AFTER_S = 0.2
+_COMMIT_AFTER_BYTES = 512 << 20
+_PAUSE_AFTER_FAILURE_S = 1.0
+_TRY_AGAIN_S = 30.0  # Where SSD or its index had no space that could be made.
+
+
+class WriteBehind:
+    def __init__(
+        self,
+        residency: Residency,
+        room: Room,
+        dram: DramTier,
+        ssd: SsdTier,
+        policy: Policy,
+        clock: Clock,
+        counters: Counters,
+        tasks: Tasks,
+        *,
+        writes_in_flight: int,
+    ) -> None:
+        self._residency = residency
+        self._blocks = residency.blocks
+        self._room = room
+        self._dram = dram
+        self._ssd = ssd
+        self._policy = policy
+        self._clock = clock
+        self._counters = counters
+        self._tasks = tasks
+        self._writes_in_flight = writes_in_flight
+        self._queue: deque[tuple[int, int]] = deque()  # (row, generation)
+        self._queued = asyncio.Event()
+        self._pending = 0  # Queued or under way.
+        self._writing: dict[tuple[int, int], asyncio.Task[None]] = {}
+        self._unrecorded = asyncio.Semaphore(_UNRECORDED_MAX)
+        self._progress = asyncio.Condition()
+        self._copied: list[_Copied] = []
+        self._copied_bytes = 0
+        self._failing_because = ""
+        self._awaited = 0  # Saves that wait for their blocks to be on SSD.
+        self._some_copied = asyncio.Event()
+        self._enough_copied = asyncio.Event()
+
+    def start(self) -> None:
+        """Queue what an earlier daemon left unwritten, oldest first, and begin to work."""
+        blocks = self._blocks
+        only_dram = blocks.resident(TierName.DRAM) & ~blocks.resident(TierName.SSD) & blocks.live[: blocks.row_end]
+        rows = np.flatnonzero(only_dram)
+        self.add(rows[np.argsort(blocks.access_seq[rows])].tolist())
+        for number in range(self._writes_in_flight):
+            self._tasks.start(self._write_forever(), f"write-behind {number}")
+        self._tasks.start(self._record_forever(), "write-behind records")
+
+    def add(self, rows: Sequence[int]) -> None:
+        """Queue blocks in DRAM for their SSD copy."""
+        self._queue.extend((row, int(self._blocks.generation[row])) for row in rows)
+        self._pending += len(rows)
+        self._queued.set()
+
+    async def written(self, row: int) -> None:
+        """Wait until the block is on SSD and recorded there, as soon as possible. Raises why it can't be."""
+        self._awaited += 1
+        self._enough_copied.set()
+        try:
+            if not self._blocks.is_resident(row, TierName.SSD):
+                await asyncio.shield(self._begin(row))
+        finally:
+            self._awaited -= 1
+
+    async def idle(self) -> None:
+        """Wait until nothing is left to write."""
+        async with self._progress:
+            await self._progress.wait_for(lambda: not self._pending)
+
+    def can_progress(self) -> bool:
+        return self._pending > 0 and not self._failing_because and not self._ssd.refusing_because
+
+    async def progress(self) -> None:
+        async with self._progress:
+            await self._progress.wait()
+
+    async def _write_forever(self) -> None:
+        while True:
+            while not self._queue:
+                self._queued.clear()
+                await self._queued.wait()
+            row, generation = self._queue.popleft()
+            if self._failing_because and self._is_wanted(row, generation):
+                await asyncio.sleep(_PAUSE_AFTER_FAILURE_S)
+            if not self._is_wanted(row, generation):
+                await self._one_less()
+                continue
+            await self._unrecorded.acquire()
+            copied = asyncio.Event()
+            writing = self._begin(row, copied)
+            self._tasks.start(self._settle(writing, row, generation), "end of a write-behind")
+            await copied.wait()  # Not until it is recorded: many blocks share one commit.
+
+    def _is_wanted(self, row: int, generation: int) -> bool:
+        """Whether the queued block is still there, and shall have a copy on SSD."""
+        same = self._blocks.generation[row] == generation and bool(self._blocks.live[row])
+        return same and self._policy.wants_on_ssd(self._blocks, row, self._clock.monotonic_s())
+
+    async def _settle(self, writing: asyncio.Task[None], row: int, generation: int) -> None:
+        """Wait for a queued write; where it failed and may yet succeed, queue it again."""
+        try:
+            await writing
+            self._note_failure("")
+        except (BlockNotFound, ChecksumMismatch):
+            pass  # Gone.
+        except (TierFull, IndexFull):
+            # Meanwhile it may leave DRAM like any other: waiting for it would help nobody.
+            asyncio.get_running_loop().call_later(_TRY_AGAIN_S, self._add_again, row, generation)
+        except KVError as error:
+            self._counters.storage_errors += isinstance(error, StorageFailed)
+            self._note_failure(error.message)
+            self._add_again(row, generation)
+        finally:
+            self._unrecorded.release()
+            await self._one_less()
+
+    def _add_again(self, row: int, generation: int) -> None:
+        blocks = self._blocks
+        if blocks.generation[row] == generation and blocks.live[row] and not blocks.is_resident(row, TierName.SSD):
+            self.add([row])
+
+    def _note_failure(self, why: str) -> None:
+        """While writes or their commits fail, blocks are tried one by one; the log hears of it once."""
+        if why and not self._failing_because:
+            log.warning("blocks cannot be written to SSD; trying again", extra={"why": why})
+        elif self._failing_because and not why:
+            log.info("blocks can be written to SSD again")
+        self._failing_because = why
+
+    async def _one_less(self) -> None:
+        self._pending -= 1
+        async with self._progress:
+            self._progress.notify_all()
+
+    def _begin(self, row: int, copied: asyncio.Event | None = None) -> asyncio.Task[None]:
+        """The write of this row: a new one, or the one that runs."""
+        mark = (row, int(self._blocks.generation[row]))
+        writing = self._writing.get(mark)
+        if writing is None:
+            writing = self._writing[mark] = self._tasks.start_quietly(self._write(row, copied), "write one block")
+            writing.add_done_callback(lambda _: self._writing.pop(mark))
+        if copied is not None:
+            writing.add_done_callback(lambda _: copied.set())
+        return writing
+
+    async def _write(self, row: int, copied: asyncio.Event | None) -> None:
+        blocks = self._blocks
+        source = blocks.extent(row, TierName.DRAM) if blocks.live[row] else None
+        if source is None:
+            raise BlockNotFound("the block left before it was written")
+        if blocks.is_resident(row, TierName.SSD):
+            return
+        self._residency.hold([row])
+        try:
+            geometry = self._residency.geometry(row)
+            image = self._dram.view(source)[: geometry.image_bytes]
+            trailer = pieces.read_trailer(image, geometry, blocks.key_of(row), int(blocks.trailer_checksum[row]))
+            if trailer is None:
+                raise ChecksumMismatch("the trailer was damaged in DRAM before the block was written")
+            extent = await self._copy(image, geometry, trailer)
+            if copied is not None:
+                copied.set()
+            await self._record(row, extent)
+            self._counters.written_behind_blocks += 1
+            self._counters.written_behind_bytes += geometry.image_bytes
+        except ChecksumMismatch as error:
+            await self._residency.quarantine(row, TierName.DRAM, error.message)
+            raise
+        finally:
+            self._residency.unhold([row])
+
+    async def _copy(self, image: memoryview, geometry: BlockGeometry, trailer: Trailer) -> Extent:
+        extent = await self._room.reserve(TierName.SSD, geometry.image_bytes)
+        with _released_on_error(self._ssd, extent):
+            for piece in pieces.cut(geometry, _PIECE_BYTES):
+
+                def verify(pages: memoryview, piece: pieces.Piece = piece) -> None:
+                    layers = range(piece.layer_begin, piece.layer_end)
+                    if pieces.damaged_layers(pages, piece.start, geometry, layers, trailer.checksums):
+                        raise ChecksumMismatch("a layer was damaged in DRAM before the block was written")
+
+                await self._ssd.write(extent, piece.start, image[piece.start : piece.end], verify)
+            start = pieces.trailer_start(geometry)
+            await self._ssd.write(extent, start, image[start:])
+            await self._ssd.seal(extent)
+        return extent
+
+    async def _record(self, row: int, extent: Extent) -> None:
+        """Wait until the index names the extent. Releases it where that cannot be."""
+        copied = _Copied(row, extent, asyncio.get_running_loop().create_future())
+        self._copied.append(copied)
+        self._some_copied.set()
+        self._copied_bytes += extent.size_bytes
+        # The last ones, or someone waits, or they are many: no reason to wait for more.
+        last = not self._queue and len(self._writing) <= len(self._copied)
+        if self._awaited or last or self._copied_bytes >= _COMMIT_AFTER_BYTES:
+            self._enough_copied.set()
+        await copied.recorded
+
+    async def _record_forever(self) -> None:
+        while True:
+            await self._some_copied.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_COMMIT_AFTER_S):
+                    await self._enough_copied.wait()
+            batch, self._copied, self._copied_bytes = self._copied, [], 0
+            self._some_copied.clear()
+            self._enough_copied.clear()
+            self._tasks.start(self._record_batch(batch), "record blocks on SSD")
+
+    async def _record_batch(self, batch: list[_Copied]) -> None:
+        try:
+            await self._residency.settled([self._blocks.object_key_of(copied.row) for copied in batch])
+        except KVError as error:
+            self._give_up(batch, error)
+            return
+        gone = [copied for copied in batch if not self._blocks.live[copied.row]]
+        self._give_up(gone, BlockNotFound("the block was discarded while it was written"))
+        batch = [copied for copied in batch if not copied.recorded.done()]
+        if not batch:
+            return
+        rows, extents = [copied.row for copied in batch], [copied.extent for copied in batch]
+        try:
+            await self._residency.place(rows, TierName.SSD, extents)
+        except KVError as error:
+            for copied in batch:
+                copied.recorded.set_exception(error)
+        else:
+            for copied in batch:
+                copied.recorded.set_result(None)
+
+    def _give_up(self, batch: list[_Copied], error: KVError) -> None:
+        for copied in batch:
+            self._ssd.release(copied.extent)  # No record names it.
+            copied.recorded.set_exception(error)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Copied:
+    """A block whose bytes are on SSD, and whose record is not committed yet."""
+
+    row: int
+    extent: Extent
+    recorded: asyncio.Future[None]
+
+
+@contextlib.contextmanager
+def _released_on_error(ssd: SsdTier, extent: Extent) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        ssd.release(extent)  # No record names it yet.
+        raise

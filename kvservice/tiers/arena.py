@@ -1,0 +1,214 @@
+"""The arena: one shared-memory file that outlives the daemon.
+
+Its first page is a header; extents count from the page behind it. Space is lent only from the part
+that the kernel has promised (``posix_fallocate``), so a full tmpfs means a smaller tier and never
+SIGBUS. The promise is asked for in the background, and the pages are then faulted in, without
+writing to them: they may hold live blocks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import logging
+import mmap
+import os
+import secrets
+import struct
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from kvservice.tiers.base import StoreMismatch
+from kvservice.tiers.files import FileCalls
+from kvservice_api.layout import PAGE_BYTES
+
+log = logging.getLogger(__name__)
+
+#  | "KVARENA1" | arena id 16 | store id 16 | capacity u64 |     the header's first 48 bytes, little-endian
+_HEADER = struct.Struct("<8s16s16sQ")
+_MAGIC = b"KVARENA1"
+assert _HEADER.size == 48
+
+_STEP_BYTES = 64 << 20
+_STEP_BYTES_MIN = 1 << 20  # What is left below it is left to others: an engine needs shared memory too.
+
+# A call through ctypes does not hold the GIL; mmap.madvise does. It holds the process's lock of its
+# memory map though, for which every thread waits that wants memory: so only a little at a time.
+_FAULT_IN_BYTES = 1 << 20
+_MADV_POPULATE_WRITE = 23
+_madvise = ctypes.CDLL(None, use_errno=True).madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+class Arena:
+    """An open arena. `data` is all of it behind the header; only `ready_bytes` of that may be touched.
+
+    `capacity_bytes` counts without the header.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        lock_fd: int,
+        fd: int,
+        capacity_bytes: int,
+        arena_id: bytes,
+        why_new: str,
+        calls: FileCalls,
+    ) -> None:
+        """Use `open`."""
+        self.directory = directory
+        self.capacity_bytes = capacity_bytes
+        self.arena_id = arena_id
+        self.why_new = why_new
+        self.short_because = ""  # Why the arena stayed smaller than asked for.
+        self.ready_bytes = 0
+        self._may_have_holes = True
+        self._calls = calls
+        self._lock_fd = lock_fd
+        self._fd = fd
+        self._map = mmap.mmap(fd, PAGE_BYTES + capacity_bytes)
+        self._whole = memoryview(self._map)
+        self.data = self._whole[PAGE_BYTES:]
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @classmethod
+    def open(cls, parent: Path, store_id: bytes, capacity_bytes: int, *, calls: FileCalls | None = None) -> Arena:
+        """Open the store's arena, or make one. An arena of another store, size or version is replaced.
+
+        `capacity_bytes` is what the file may take, its header included. Raises StoreMismatch where another
+        daemon has it, OSError where not even a first page can be had.
+        """
+        calls = calls or FileCalls()
+        capacity_bytes = max(0, capacity_bytes // PAGE_BYTES * PAGE_BYTES - PAGE_BYTES)
+        directory = parent / f"kvservice-{store_id.hex()[:16]}"
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock_fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StoreMismatch(f"another daemon uses the arena in {directory}: stop it first") from None
+            path = directory / "arena"
+            arena_id, why_new = examine(path, store_id, capacity_bytes)
+            if why_new:
+                arena_id = _create(path, store_id, capacity_bytes, calls)
+            fd = calls.open(path, os.O_RDWR)
+            try:
+                arena = cls(directory, lock_fd, fd, capacity_bytes, arena_id, why_new, calls)
+            except BaseException:
+                os.close(fd)
+                raise
+        except BaseException:
+            os.close(lock_fd)
+            raise
+        if not why_new:
+            # It was allocated from its start on, so what it has of pages is how far it got.
+            allocated = os.fstat(fd).st_blocks * 512 // PAGE_BYTES * PAGE_BYTES - PAGE_BYTES
+            arena.ready_bytes = min(max(allocated, 0), capacity_bytes)
+            arena._may_have_holes = arena.ready_bytes < capacity_bytes
+        return arena
+
+    def prepare_first_step(self) -> None:
+        """Allocate as much as takes no time worth mentioning, so that the tier is never without space.
+
+        Half of what the file system has is left: the index of the arena's blocks needs its part.
+        """
+        file_system = os.fstatvfs(self._fd)
+        half_free = file_system.f_bavail * file_system.f_frsize // 2 // PAGE_BYTES * PAGE_BYTES
+        if (size := min(_STEP_BYTES, self.capacity_bytes - self.ready_bytes, half_free)) > 0:
+            self._allocate(self.ready_bytes, self.ready_bytes + size)
+            self.short_because = ""  # Asked again in `prepare`.
+
+    def prepare(self, on_more: Callable[[int], None]) -> None:
+        """Allocate and fault in on a thread. `on_more` hears there how many bytes are ready."""
+        self._thread = threading.Thread(target=self._prepare, args=(on_more,), name="arena", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join()
+        os.close(self._fd)
+        os.close(self._lock_fd)
+        # Views of the map may live on in tests and tracebacks; the map goes with the last of them.
+        del self.data, self._whole, self._map
+
+    def _prepare(self, on_more: Callable[[int], None]) -> None:
+        start = 0
+        while start < self.capacity_bytes and not self._stopping.is_set():
+            end = min(start + _STEP_BYTES, self.capacity_bytes)
+            if self._may_have_holes:
+                end = self._allocate(start, end)
+                on_more(self.ready_bytes)
+            if end == start:
+                log.warning("the DRAM tier stays smaller than asked for", extra={"why": self.short_because})
+                return
+            self._fault_in(start, end)
+            start = end
+
+    def _allocate(self, start: int, end: int) -> int:
+        """Have the kernel promise the pages behind `start`, which is ready at most; returns up to where it did.
+
+        Live blocks among them stay as they are.
+        """
+        while True:
+            try:
+                self._calls.posix_fallocate(self._fd, PAGE_BYTES + start, end - start)
+            except OSError as error:
+                half = (end - start) // 2 // PAGE_BYTES * PAGE_BYTES
+                if half < _STEP_BYTES_MIN:
+                    self.short_because = (
+                        f"{error.strerror}: {self.directory} had space for {self.ready_bytes} of "
+                        f"{self.capacity_bytes} bytes"
+                    )
+                    return start
+                end = start + half
+            else:
+                self.ready_bytes = max(self.ready_bytes, end)
+                return end
+
+    def _fault_in(self, start: int, end: int) -> None:
+        """Map the pages, for reading and writing, without changing them. Only spares later page faults."""
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._map)) + PAGE_BYTES
+        for offset in range(start, end, _FAULT_IN_BYTES):
+            size = min(_FAULT_IN_BYTES, end - offset)
+            if _madvise(address + offset, size, _MADV_POPULATE_WRITE):
+                return  # Kernels before 5.14 do not know it: no harm done.
+
+
+def examine(path: Path, store_id: bytes, capacity_bytes: int) -> tuple[bytes, str]:
+    """The arena's id, and why it cannot be used: empty where it can."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(_HEADER.size)
+            size = os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        return b"", "there is no arena"
+    if len(header) < _HEADER.size:
+        return b"", "its header is cut off"
+    magic, arena_id, found_store_id, found_capacity = _HEADER.unpack(header)
+    if magic != _MAGIC:
+        return b"", "it is no arena of this version"
+    if found_store_id != store_id:
+        return b"", "it belongs to another store"
+    if found_capacity != capacity_bytes:
+        return b"", f"its capacity is {found_capacity} bytes, not {capacity_bytes}"
+    if size != PAGE_BYTES + capacity_bytes:
+        return b"", f"it has {size} bytes instead of {PAGE_BYTES + capacity_bytes}"
+    return arena_id, ""
+
+
+def _create(path: Path, store_id: bytes, capacity_bytes: int, calls: FileCalls) -> bytes:
+    path.unlink(missing_ok=True)  # A new file: whoever still maps the old one keeps the old one.
+    arena_id = secrets.token_bytes(16)
+    fd = calls.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    try:
+        calls.posix_fallocate(fd, 0, PAGE_BYTES)
+        os.ftruncate(fd, PAGE_BYTES + capacity_bytes)
+        os.pwrite(fd, _HEADER.pack(_MAGIC, arena_id, store_id, capacity_bytes), 0)
+    finally:
+        os.close(fd)
+    return arena_id

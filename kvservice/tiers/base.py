@@ -1,0 +1,80 @@
+"""What every storage medium promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvservice.blocks import Extent
+
+T = TypeVar("T")
+
+
+class StoreMismatch(ValueError):
+    """A file belongs to another store, or is no file of ours. The message names it and the way out."""
+
+
+class Tier(Protocol):
+    """One storage medium: it lends space and gives back bytes.
+
+    A tier does not know keys, recency, leases, or other tiers. ``store`` decides what to keep,
+    promote, and evict; a tier carries the decision out. All calls come from one thread.
+    """
+
+    @property
+    def capacity_bytes(self) -> int: ...
+
+    @property
+    def used_bytes(self) -> int: ...
+
+    @property
+    def refusing_because(self) -> str:
+        """Why the last write failed; empty once one succeeded again."""
+
+    def could_hold(self, size_bytes: int) -> bool:
+        """Whether an extent of this size has a place while the tier is empty."""
+
+    async def grown(self) -> bool:
+        """Wait for space that is still being prepared. False, at once, where none is."""
+
+    def reserve(self, size_bytes: int) -> Extent:
+        """Set space aside. Raises TierFull; never evicts to make room."""
+
+    def release(self, extent: Extent) -> None:
+        """Free the extent, sealed or not. Releasing twice is a caller's bug: it asserts."""
+
+    def holds(
+        self, segments: NDArray[np.generic], offsets: NDArray[np.generic], sizes: NDArray[np.generic]
+    ) -> NDArray[np.bool_]:
+        """Which of these extents lie within the tier."""
+
+    def adopt(self, segments: NDArray[np.generic], offsets: NDArray[np.generic], sizes: NDArray[np.generic]) -> None:
+        """Take the extents of an earlier start, all at once and first of all. Raises ValueError on overlap."""
+
+    async def write(
+        self, extent: Extent, offset_bytes: int, data: memoryview, first: Callable[[memoryview], object] | None = None
+    ) -> None:
+        """Fill part of a reserved extent. Parts may arrive in any order. Raises StorageFailed.
+
+        `first` sees the data on the writing thread; where it raises, nothing is written.
+        """
+
+    async def seal(self, extent: Extent) -> None:
+        """Nothing will be written to the extent any more."""
+
+    async def read(
+        self,
+        extent: Extent,
+        offset_bytes: int,
+        into: memoryview,
+        then: Callable[[memoryview], T] | None = None,
+        *,
+        priority: float = 0.0,
+    ) -> T | None:
+        """Fill `into` from a part of an extent. Raises StorageFailed.
+
+        `then` sees the bytes on the reading thread; its result is the answer. Lower priorities go first.
+        """

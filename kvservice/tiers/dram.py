@@ -1,0 +1,138 @@
+"""The DRAM tier: extents of the arena, readable and writable in place."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvservice.blocks import Extent
+from kvservice.tiers.arena import Arena
+from kvservice.tiers.extents import SpaceMap, extent_size, lie_within
+from kvservice.tiers.io_pool import ended
+
+T = TypeVar("T")
+
+
+class DramTier:
+    """The tier over an arena. Its capacity grows while the arena is being prepared."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        arena.prepare_first_step()
+        self._space = SpaceMap(arena.ready_bytes)
+        self._is_started = False
+        self._more = asyncio.Event()
+
+    def start(self) -> None:
+        """Prepare the rest of the arena in the background. Needs a running event loop."""
+        loop = asyncio.get_running_loop()
+
+        def grow(ready_bytes: int) -> None:
+            self._space.grow(ready_bytes)
+            self._more.set()
+            self._more = asyncio.Event()
+
+        def on_more(ready_bytes: int) -> None:
+            with contextlib.suppress(RuntimeError):  # The loop is closed.
+                loop.call_soon_threadsafe(grow, ready_bytes)
+
+        self._is_started = True
+        self._arena.prepare(on_more)
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self._space.capacity_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        return self._space.used_bytes
+
+    @property
+    def refusing_because(self) -> str:
+        return "" if self.capacity_bytes else self._arena.short_because
+
+    @property
+    def short_because(self) -> str:
+        """Why the tier is smaller than configured; empty where it is not."""
+        return self._arena.short_because
+
+    def view(self, extent: Extent) -> memoryview:
+        """The extent's bytes themselves, writable. Valid until its release."""
+        return self._arena.data[extent.offset_bytes : extent.offset_bytes + extent.size_bytes]
+
+    def could_hold(self, size_bytes: int) -> bool:
+        return extent_size(size_bytes) <= (self._arena.capacity_bytes if self._is_growing else self.capacity_bytes)
+
+    async def grown(self) -> bool:
+        if not self._is_growing:
+            return False
+        await self._more.wait()
+        return True
+
+    @property
+    def _is_growing(self) -> bool:
+        return self._is_started and self.capacity_bytes < self._arena.capacity_bytes and not self.short_because
+
+    def reserve(self, size_bytes: int) -> Extent:
+        return Extent(0, self._space.reserve(size_bytes), extent_size(size_bytes))
+
+    def release(self, extent: Extent) -> None:
+        self._space.release(extent.offset_bytes, extent.size_bytes)
+
+    def holds(
+        self, segments: NDArray[np.generic], offsets: NDArray[np.generic], sizes: NDArray[np.generic]
+    ) -> NDArray[np.bool_]:
+        inside: NDArray[np.bool_] = (segments == 0) & lie_within(offsets, sizes, np.uint64(self.capacity_bytes))
+        return inside
+
+    def adopt(self, segments: NDArray[np.generic], offsets: NDArray[np.generic], sizes: NDArray[np.generic]) -> None:
+        self._space.adopt(offsets.astype(np.int64), sizes.astype(np.int64))
+
+    async def write(
+        self, extent: Extent, offset_bytes: int, data: memoryview, first: Callable[[memoryview], object] | None = None
+    ) -> None:
+        assert offset_bytes + len(data) <= extent.size_bytes
+        target = self.view(extent)[offset_bytes : offset_bytes + len(data)]
+
+        def work() -> None:
+            if first is not None:
+                first(data)
+            np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(data, np.uint8))
+
+        await _on_thread(work)
+
+    async def seal(self, extent: Extent) -> None:
+        pass
+
+    async def read(
+        self,
+        extent: Extent,
+        offset_bytes: int,
+        into: memoryview,
+        then: Callable[[memoryview], T] | None = None,
+        *,
+        priority: float = 0.0,
+    ) -> T | None:
+        assert offset_bytes + len(into) <= extent.size_bytes
+        source = self.view(extent)[offset_bytes : offset_bytes + len(into)]
+
+        def work() -> T | None:
+            np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(source, np.uint8))
+            return then(into) if then is not None else None
+
+        return await _on_thread(work)
+
+
+async def _on_thread(work: Callable[[], T]) -> T:
+    """The copy's result. Cancelled, it ends first: the memory is the caller's again when he hears of it."""
+    job = asyncio.get_running_loop().run_in_executor(None, work)
+    try:
+        return await asyncio.shield(job)
+    except asyncio.CancelledError:
+        await ended(job)
+        raise

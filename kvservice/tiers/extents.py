@@ -1,0 +1,157 @@
+"""Which parts of a tier are free: a best-fit allocator whose free runs join with their neighbours.
+
+Sizes are rounded up to a step of 1/32 of themselves (4 KiB at least), so that at most 3.1 % is
+wasted from 128 KiB up, and blocks of nearly the same size can take each other's place. Free runs
+are found by size with a sorted list of the sizes there are, and by place with one of their starts.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvservice_api.errors import TierFull
+from kvservice_api.layout import PAGE_BYTES
+
+_STEPS_PER_OCTAVE = 32
+
+
+def extent_size(size_bytes: int) -> int:
+    """What an extent for `size_bytes` takes."""
+    assert size_bytes > 0
+    octave = 1 << (size_bytes.bit_length() - 1)
+    step = max(PAGE_BYTES, octave // _STEPS_PER_OCTAVE)
+    return -(-size_bytes // step) * step
+
+
+def lie_within(
+    offsets: NDArray[np.generic], sizes: NDArray[np.generic], capacities: NDArray[np.uint64] | np.uint64
+) -> NDArray[np.bool_]:
+    """Which of these extents could be one of a `SpaceMap`. Numbers are as found on disk: anything."""
+    starts, lengths = offsets.astype(np.uint64), sizes.astype(np.uint64)
+    page = np.uint64(PAGE_BYTES)
+    inside: NDArray[np.bool_] = (
+        (starts <= capacities)
+        & (lengths <= capacities - np.minimum(starts, capacities))  # A sum could overflow.
+        & (starts % page == 0)
+        & (lengths % page == 0)
+        & (lengths > 0)
+    )
+    return inside
+
+
+class SpaceMap:
+    """The free runs of one file or memory range of `capacity_bytes`."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        assert capacity_bytes % PAGE_BYTES == 0
+        self.capacity_bytes = capacity_bytes
+        self.used_bytes = 0
+        self._starts: list[int] = []  # Of the free runs, sorted.
+        self._size_at: dict[int, int] = {}  # Start of a free run -> its size.
+        self._sizes: list[int] = []  # Sorted; those that have at least one run.
+        self._starts_of_size: dict[int, set[int]] = {}
+        if capacity_bytes:
+            self._put(0, 0, capacity_bytes)
+
+    @property
+    def largest_free_bytes(self) -> int:
+        return self._sizes[-1] if self._sizes else 0
+
+    def reserve(self, size_bytes: int) -> int:
+        """The offset of a free range of `extent_size(size_bytes)`. Raises TierFull where none is long enough."""
+        size = extent_size(size_bytes)
+        at = bisect_left(self._sizes, size)
+        if at == len(self._sizes):
+            raise TierFull(f"no free run of {size} bytes; the longest has {self.largest_free_bytes}")
+        found = self._sizes[at]
+        start = next(iter(self._starts_of_size[found]))
+        place = bisect_left(self._starts, start)
+        self._take(place)
+        if found > size:
+            self._put(place, start + size, found - size)
+        self.used_bytes += size
+        return start
+
+    def release(self, offset: int, size: int) -> None:
+        """Free a range that `reserve` or `adopt` took."""
+        assert 0 <= offset < offset + size <= self.capacity_bytes
+        self._free(offset, size)
+        self.used_bytes -= size
+        assert self.used_bytes >= 0
+
+    def grow(self, capacity_bytes: int) -> None:
+        """Add space at the end."""
+        assert capacity_bytes >= self.capacity_bytes and capacity_bytes % PAGE_BYTES == 0
+        old, self.capacity_bytes = self.capacity_bytes, capacity_bytes
+        if capacity_bytes > old:
+            self._free(old, capacity_bytes - old)
+
+    def adopt(self, offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> None:
+        """Take ranges that are in use since before the start. Nothing may be taken yet.
+
+        Raises ValueError where ranges overlap or `lie_within` denies one; nothing is taken then.
+        """
+        assert not self.used_bytes, "extents are adopted once, before anything is reserved"
+        if not lie_within(offsets, sizes, np.uint64(self.capacity_bytes)).all():
+            raise ValueError("an extent lies outside its tier")
+        order = np.argsort(offsets)
+        starts, ends = offsets[order], offsets[order] + sizes[order]
+        if (starts[1:] < ends[:-1]).any():
+            raise ValueError("two extents overlap")
+        run_starts = np.concatenate([np.zeros(1, np.int64), ends])
+        run_sizes = np.append(starts, self.capacity_bytes) - run_starts
+        self._reset(run_starts[run_sizes > 0], run_sizes[run_sizes > 0])
+        self.used_bytes = int(sizes.sum())
+
+    def _reset(self, starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> None:
+        """Have exactly these free runs. There may be a million of them."""
+        self._starts = starts.tolist()
+        self._size_at = dict(zip(self._starts, sizes.tolist(), strict=True))
+        order = np.argsort(sizes, kind="stable")
+        distinct, first = np.unique(sizes[order], return_index=True)
+        groups = np.split(starts[order], first[1:]) if len(distinct) else []
+        self._sizes = distinct.tolist()
+        self._starts_of_size = {size: set(group.tolist()) for size, group in zip(self._sizes, groups, strict=True)}
+
+    def _free(self, start: int, size: int) -> None:
+        """Add a free run, joined with those that touch it."""
+        place = bisect_left(self._starts, start)
+        end = start + size
+        if place < len(self._starts):
+            following = self._starts[place]
+            assert end <= following, "an extent is released once"
+            if following == end:
+                end += self._take(place)
+        if place:
+            before = self._starts[place - 1]
+            before_end = before + self._size_at[before]
+            assert before_end <= start, "an extent is released once"
+            if before_end == start:
+                place -= 1
+                self._take(place)
+                start = before
+        self._put(place, start, end - start)
+
+    def _put(self, place: int, start: int, size: int) -> None:
+        self._starts.insert(place, start)
+        self._size_at[start] = size
+        starts = self._starts_of_size.get(size)
+        if starts is None:
+            self._starts_of_size[size] = {start}
+            insort(self._sizes, size)
+        else:
+            starts.add(start)
+
+    def _take(self, place: int) -> int:
+        """Remove a free run; its size is the answer."""
+        start = self._starts.pop(place)
+        size = self._size_at.pop(start)
+        starts = self._starts_of_size[size]
+        starts.discard(start)
+        if not starts:
+            del self._starts_of_size[size]
+            del self._sizes[bisect_left(self._sizes, size)]
+        return size

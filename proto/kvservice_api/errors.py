@@ -1,0 +1,197 @@
+"""What can go wrong, the status it travels as, and what the caller does next.
+
+* KVError
+  x InvalidRequest     INVALID_ARGUMENT     fix the caller; the message names the field
+  x InvalidLayout      INVALID_ARGUMENT     fix the caller; the message names the dimension
+  x InvalidFrame       INVALID_ARGUMENT     fix the caller; nothing of the save was kept
+  x IncompleteSave     FAILED_PRECONDITION  send all of it, then commit; nothing was kept
+  x LayoutMismatch     FAILED_PRECONDITION  update the older side; retrying cannot help
+  x UnknownLayout      FAILED_PRECONDITION  call OpenLayout, then ask again
+  x UnknownClient      FAILED_PRECONDITION  attach again, then ask again
+  x LeaseExpired       FAILED_PRECONDITION  look the prefix up again
+  x ScrubRunning       FAILED_PRECONDITION  wait for the scrub that runs
+  x LeaseNotYours      PERMISSION_DENIED    use the lease of your own lookup
+  x BlockNotFound      NOT_FOUND            recompute
+  x TierFull           RESOURCE_EXHAUSTED   skip this save; a cache is allowed to be full
+  x IndexFull          RESOURCE_EXHAUSTED   skip this save; raise the index's map size
+  x Overloaded         RESOURCE_EXHAUSTED   recompute, or retry after the time given
+  x ChecksumMismatch   DATA_LOSS            recompute; the daemon has dropped the block
+  x UploadCorrupted    DATA_LOSS            send the block again
+  x StorageFailed      UNAVAILABLE          recompute; retry later, the operator's log says more
+  x Draining           UNAVAILABLE          skip this save; attach again later
+  x DaemonUnavailable  UNAVAILABLE          recompute; the client reconnects on its own
+  x DeadlineExceeded   DEADLINE_EXCEEDED    recompute
+
+On the wire an error is its status code, its message, and a ``google.rpc.ErrorInfo`` with the
+domain "kvservice" and the reason derived from the class name. Where waiting helps there is a
+``google.rpc.RetryInfo`` too.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+DOMAIN = "kvservice"
+
+
+class KVError(Exception):
+    """Base of every expected failure. Anything else reaching the wire is our bug.
+
+    ``details`` are short strings that travel beside the message, such as the offending field.
+    """
+
+    code: ClassVar[grpc.StatusCode]
+    reason: ClassVar[str]  # Travels as ErrorInfo.reason; derived below, so it cannot drift.
+    by_reason: ClassVar[dict[str, type[KVError]]] = {}
+    retry_after_s: float | None = None
+
+    def __init_subclass__(cls, code: grpc.StatusCode) -> None:
+        cls.code = code
+        cls.reason = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).upper()
+        cls.by_reason[cls.reason] = cls
+
+    def __init__(self, message: str, **details: object) -> None:
+        super().__init__(message)
+        self.message = message
+        self.details = {name: str(value) for name, value in details.items()}
+
+
+class InvalidRequest(KVError, code=grpc.StatusCode.INVALID_ARGUMENT):
+    """A field is missing, malformed or out of range."""
+
+
+class InvalidLayout(KVError, code=grpc.StatusCode.INVALID_ARGUMENT):
+    """A layout's dimension is zero, too large, or contradicts another."""
+
+
+class InvalidFrame(KVError, code=grpc.StatusCode.INVALID_ARGUMENT):
+    """A frame is out of range, overlaps another, is too large, or is cut off."""
+
+
+class IncompleteSave(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+    """A save was committed before all its bytes arrived, or ended without a commit."""
+
+
+class LayoutMismatch(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+    """A fingerprint is not that of the layout it came with."""
+
+
+class UnknownLayout(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+    """No layout with this fingerprint was opened in this store."""
+
+
+class UnknownClient(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+    """The client is not attached, or no longer."""
+
+
+class LeaseExpired(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+    """The lease has ended, or there never was one of this number."""
+
+
+class ScrubRunning(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+    """Another scrub is under way."""
+
+
+class LeaseNotYours(KVError, code=grpc.StatusCode.PERMISSION_DENIED):
+    """The lease belongs to another client."""
+
+
+class BlockNotFound(KVError, code=grpc.StatusCode.NOT_FOUND):
+    """Nothing is stored under this key."""
+
+
+class TierFull(KVError, code=grpc.StatusCode.RESOURCE_EXHAUSTED):
+    """A tier has no space, and nothing in it may be evicted now."""
+
+
+class IndexFull(KVError, code=grpc.StatusCode.RESOURCE_EXHAUSTED):
+    """The index's map has no space for another record."""
+
+
+class Overloaded(KVError, code=grpc.StatusCode.RESOURCE_EXHAUSTED):
+    """A limit on clients, leases or running transfers is reached."""
+
+    retry_after_s = 1.0
+
+
+class ChecksumMismatch(KVError, code=grpc.StatusCode.DATA_LOSS):
+    """Stored bytes are not those that were saved. The block has been dropped."""
+
+
+class UploadCorrupted(KVError, code=grpc.StatusCode.DATA_LOSS):
+    """The bytes of an upload do not match the checksums of its commit."""
+
+
+class StorageFailed(KVError, code=grpc.StatusCode.UNAVAILABLE):
+    """The operating system refused to read or write a tier or the index."""
+
+
+class Draining(KVError, code=grpc.StatusCode.UNAVAILABLE):
+    """The daemon is stopping and takes no new saves."""
+
+
+class DaemonUnavailable(KVError, code=grpc.StatusCode.UNAVAILABLE):
+    """The client cannot reach the daemon. Raised on the client's side only."""
+
+
+class DeadlineExceeded(KVError, code=grpc.StatusCode.DEADLINE_EXCEEDED):
+    """The time that the caller allowed has passed."""
+
+
+def to_status(error: KVError) -> status_pb2.Status:
+    """The error as the ``google.rpc.Status`` that travels."""
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.details)
+    details = [_packed(info)]
+    if error.retry_after_s is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+        details.append(_packed(retry))
+    return status_pb2.Status(code=error.code.value[0], message=error.message, details=details)
+
+
+def from_status(status: status_pb2.Status) -> KVError:
+    """The error that a status stands for. An unknown reason becomes its code's nearest class."""
+    for detail in status.details:
+        info = error_details_pb2.ErrorInfo()
+        if detail.Unpack(info) and info.domain == DOMAIN:
+            kind = KVError.by_reason.get(info.reason)
+            if kind is not None:
+                return kind(status.message, **dict(info.metadata))
+    return _by_code(status.code, status.message)
+
+
+def from_rpc_error(error: grpc.RpcError) -> KVError:
+    """The error that a failed call stands for."""
+    call: Any = error  # grpc raises objects that are both RpcError and Call; its types do not say so.
+    try:
+        status = rpc_status.from_call(call)
+    except ValueError:  # Code and message contradict the details: trust neither, keep the code.
+        status = None
+    if status is not None:
+        return from_status(status)
+    return _by_code(call.code().value[0], call.details() or "")
+
+
+_BY_CODE: dict[int, type[KVError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT.value[0]: InvalidRequest,
+    grpc.StatusCode.DEADLINE_EXCEEDED.value[0]: DeadlineExceeded,
+    grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]: Overloaded,
+    grpc.StatusCode.NOT_FOUND.value[0]: BlockNotFound,
+}
+
+
+def _by_code(code: int, message: str) -> KVError:
+    # Without a reason of ours the peer is another program, a proxy, or gone: not available either way.
+    return _BY_CODE.get(code, DaemonUnavailable)(message)
+
+
+def _packed(message: error_details_pb2.ErrorInfo | error_details_pb2.RetryInfo) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed

@@ -1,0 +1,253 @@
+from google.rpc import status_pb2 as _status_pb2
+from kvservice_api.v1 import types_pb2 as _types_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class GetCapabilitiesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetCapabilitiesResponse(_message.Message):
+    __slots__ = ("version", "boot_epoch", "store_id", "max_frame_bytes", "max_keys", "max_lease_ttl_ms", "transports", "max_save_blocks", "max_save_slices")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    BOOT_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STORE_ID_FIELD_NUMBER: _ClassVar[int]
+    MAX_FRAME_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_KEYS_FIELD_NUMBER: _ClassVar[int]
+    MAX_LEASE_TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
+    MAX_SAVE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    MAX_SAVE_SLICES_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    boot_epoch: int
+    store_id: bytes
+    max_frame_bytes: int
+    max_keys: int
+    max_lease_ttl_ms: int
+    transports: _containers.RepeatedScalarFieldContainer[str]
+    max_save_blocks: int
+    max_save_slices: int
+    def __init__(self, version: _Optional[str] = ..., boot_epoch: _Optional[int] = ..., store_id: _Optional[bytes] = ..., max_frame_bytes: _Optional[int] = ..., max_keys: _Optional[int] = ..., max_lease_ttl_ms: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., max_save_blocks: _Optional[int] = ..., max_save_slices: _Optional[int] = ...) -> None: ...
+
+class OpenLayoutRequest(_message.Message):
+    __slots__ = ("layout", "fingerprint")
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    layout: _types_pb2.Layout
+    fingerprint: bytes
+    def __init__(self, layout: _Optional[_Union[_types_pb2.Layout, _Mapping]] = ..., fingerprint: _Optional[bytes] = ...) -> None: ...
+
+class OpenLayoutResponse(_message.Message):
+    __slots__ = ("created",)
+    CREATED_FIELD_NUMBER: _ClassVar[int]
+    created: bool
+    def __init__(self, created: bool = ...) -> None: ...
+
+class AttachRequest(_message.Message):
+    __slots__ = ("client_name",)
+    CLIENT_NAME_FIELD_NUMBER: _ClassVar[int]
+    client_name: str
+    def __init__(self, client_name: _Optional[str] = ...) -> None: ...
+
+class AttachResponse(_message.Message):
+    __slots__ = ("client_id", "boot_epoch")
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    BOOT_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    client_id: bytes
+    boot_epoch: int
+    def __init__(self, client_id: _Optional[bytes] = ..., boot_epoch: _Optional[int] = ...) -> None: ...
+
+class LookupPrefixRequest(_message.Message):
+    __slots__ = ("client_id", "layout_fingerprint", "shard", "keys", "lease_ttl_ms")
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    LEASE_TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    client_id: bytes
+    layout_fingerprint: bytes
+    shard: _types_pb2.Shard
+    keys: bytes
+    lease_ttl_ms: int
+    def __init__(self, client_id: _Optional[bytes] = ..., layout_fingerprint: _Optional[bytes] = ..., shard: _Optional[_Union[_types_pb2.Shard, _Mapping]] = ..., keys: _Optional[bytes] = ..., lease_ttl_ms: _Optional[int] = ...) -> None: ...
+
+class LookupPrefixResponse(_message.Message):
+    __slots__ = ("hit_blocks", "lease_id", "lease_ttl_ms", "runs")
+    HIT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    LEASE_TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    hit_blocks: int
+    lease_id: int
+    lease_ttl_ms: int
+    runs: _containers.RepeatedCompositeFieldContainer[ResidencyRun]
+    def __init__(self, hit_blocks: _Optional[int] = ..., lease_id: _Optional[int] = ..., lease_ttl_ms: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[ResidencyRun, _Mapping]]] = ...) -> None: ...
+
+class ResidencyRun(_message.Message):
+    __slots__ = ("count", "dram", "ssd")
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    DRAM_FIELD_NUMBER: _ClassVar[int]
+    SSD_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    dram: bool
+    ssd: bool
+    def __init__(self, count: _Optional[int] = ..., dram: bool = ..., ssd: bool = ...) -> None: ...
+
+class LoadBlocksRequest(_message.Message):
+    __slots__ = ("client_id", "lease_id", "first_block", "block_count", "first_layer", "layer_count")
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_COUNT_FIELD_NUMBER: _ClassVar[int]
+    FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    LAYER_COUNT_FIELD_NUMBER: _ClassVar[int]
+    client_id: bytes
+    lease_id: int
+    first_block: int
+    block_count: int
+    first_layer: int
+    layer_count: int
+    def __init__(self, client_id: _Optional[bytes] = ..., lease_id: _Optional[int] = ..., first_block: _Optional[int] = ..., block_count: _Optional[int] = ..., first_layer: _Optional[int] = ..., layer_count: _Optional[int] = ...) -> None: ...
+
+class LoadBlocksResponse(_message.Message):
+    __slots__ = ("layer", "first_block", "first_offset_bytes", "payload")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    FIRST_OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    first_block: int
+    first_offset_bytes: int
+    payload: bytes
+    def __init__(self, layer: _Optional[int] = ..., first_block: _Optional[int] = ..., first_offset_bytes: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class SaveBlocksRequest(_message.Message):
+    __slots__ = ("layer", "first_block", "first_offset_bytes", "header", "commit", "payload")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    FIRST_OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    first_block: int
+    first_offset_bytes: int
+    header: SaveHeader
+    commit: SaveCommit
+    payload: bytes
+    def __init__(self, layer: _Optional[int] = ..., first_block: _Optional[int] = ..., first_offset_bytes: _Optional[int] = ..., header: _Optional[_Union[SaveHeader, _Mapping]] = ..., commit: _Optional[_Union[SaveCommit, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class SaveHeader(_message.Message):
+    __slots__ = ("client_id", "layout_fingerprint", "shard", "parent_key", "keys", "last_block_tokens", "durability")
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    PARENT_KEY_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    LAST_BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    client_id: bytes
+    layout_fingerprint: bytes
+    shard: _types_pb2.Shard
+    parent_key: bytes
+    keys: bytes
+    last_block_tokens: int
+    durability: _types_pb2.Durability
+    def __init__(self, client_id: _Optional[bytes] = ..., layout_fingerprint: _Optional[bytes] = ..., shard: _Optional[_Union[_types_pb2.Shard, _Mapping]] = ..., parent_key: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., last_block_tokens: _Optional[int] = ..., durability: _Optional[_Union[_types_pb2.Durability, str]] = ...) -> None: ...
+
+class SaveCommit(_message.Message):
+    __slots__ = ("checksums",)
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    checksums: bytes
+    def __init__(self, checksums: _Optional[bytes] = ...) -> None: ...
+
+class SaveBlocksResponse(_message.Message):
+    __slots__ = ("stored", "already_stored", "refused")
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    ALREADY_STORED_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    stored: int
+    already_stored: int
+    refused: _containers.RepeatedCompositeFieldContainer[RefusedBlock]
+    def __init__(self, stored: _Optional[int] = ..., already_stored: _Optional[int] = ..., refused: _Optional[_Iterable[_Union[RefusedBlock, _Mapping]]] = ...) -> None: ...
+
+class RefusedBlock(_message.Message):
+    __slots__ = ("block", "status")
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    block: int
+    status: _status_pb2.Status
+    def __init__(self, block: _Optional[int] = ..., status: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
+
+class RenewLeaseRequest(_message.Message):
+    __slots__ = ("client_id", "lease_id", "ttl_ms")
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    client_id: bytes
+    lease_id: int
+    ttl_ms: int
+    def __init__(self, client_id: _Optional[bytes] = ..., lease_id: _Optional[int] = ..., ttl_ms: _Optional[int] = ...) -> None: ...
+
+class RenewLeaseResponse(_message.Message):
+    __slots__ = ("ttl_ms",)
+    TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    ttl_ms: int
+    def __init__(self, ttl_ms: _Optional[int] = ...) -> None: ...
+
+class ReleaseLeaseRequest(_message.Message):
+    __slots__ = ("client_id", "lease_id")
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    client_id: bytes
+    lease_id: int
+    def __init__(self, client_id: _Optional[bytes] = ..., lease_id: _Optional[int] = ...) -> None: ...
+
+class ReleaseLeaseResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PrefetchRequest(_message.Message):
+    __slots__ = ("keys", "deadline_ms", "wait")
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    WAIT_FIELD_NUMBER: _ClassVar[int]
+    keys: bytes
+    deadline_ms: int
+    wait: bool
+    def __init__(self, keys: _Optional[bytes] = ..., deadline_ms: _Optional[int] = ..., wait: bool = ...) -> None: ...
+
+class PrefetchResponse(_message.Message):
+    __slots__ = ("missing", "in_dram", "promoted", "failed")
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    IN_DRAM_FIELD_NUMBER: _ClassVar[int]
+    PROMOTED_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    missing: int
+    in_dram: int
+    promoted: int
+    failed: int
+    def __init__(self, missing: _Optional[int] = ..., in_dram: _Optional[int] = ..., promoted: _Optional[int] = ..., failed: _Optional[int] = ...) -> None: ...
+
+class EvictRequest(_message.Message):
+    __slots__ = ("keys", "tier")
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    keys: bytes
+    tier: _types_pb2.Tier
+    def __init__(self, keys: _Optional[bytes] = ..., tier: _Optional[_Union[_types_pb2.Tier, str]] = ...) -> None: ...
+
+class EvictResponse(_message.Message):
+    __slots__ = ("evicted", "held", "missing")
+    EVICTED_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    evicted: int
+    held: int
+    missing: int
+    def __init__(self, evicted: _Optional[int] = ..., held: _Optional[int] = ..., missing: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,51 @@
+"""``kvctl bench`` runs and prints what it promises. What it measures is for people to judge."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KVCTL = [sys.executable, "-c", "from kvservice_client.cli import main; main()"]
+
+FIGURES = (
+    "memcpy_gbps tcp_gbps grpc_load_ratio grpc_save_ratio rpc_empty_us_p50 lookup_512_ratio index_put_ratio "
+    "index_get_ratio"
+).split()
+DISK_FIGURES = "odirect_read_gbps odirect_write_gbps ssd_read_ratio ssd_write_ratio".split()
+
+
+@pytest.mark.slow
+def test_a_quick_run_prints_every_figure_as_json_and_writes_the_table(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    command = [*KVCTL, "bench", "--quick", "--json", "--directory", str(tmp_path), "--write", str(page)]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+
+    report = json.loads(done.stdout)
+    assert all(report[name] > 0 for name in FIGURES)
+    on_disk = [report[name] for name in DISK_FIGURES]
+    assert all(on_disk) or on_disk == [None] * 4, "all of them, or none on a tmpfs"
+    assert report["settings"]["tcp_gbps"]
+    assert report["spreads"]["tcp_gbps"] >= 0
+    assert "`grpc_load_ratio`" in page.read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.md"], "what it wrote elsewhere is gone"
+
+
+def test_a_folder_that_is_not_there_is_refused() -> None:
+    done = subprocess.run([*KVCTL, "bench", "--directory", "/nowhere"], capture_output=True, text=True, timeout=60)
+
+    assert done.returncode == 2
+    assert "/nowhere is no folder" in done.stderr
+
+
+def test_a_daemon_that_is_not_there_is_said_so() -> None:
+    command = [*KVCTL, "bench", "--quick", "--address", "127.0.0.1:1"]
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    assert done.returncode == 1
+    assert "127.0.0.1:1" in done.stderr

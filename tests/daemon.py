@@ -1,0 +1,213 @@
+"""A real daemon in a process of its own, as users run it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from kvservice_client import Client
+
+MIB = 2**20
+
+_ROOT = Path(__file__).resolve().parent.parent
+_TIMEOUT_S = 30.0
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> float:
+    """Wait for something that another process does. How long it took, in seconds."""
+    start_s = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start_s < timeout_s, "it did not come about"
+        time.sleep(0.002)
+    return time.monotonic() - start_s
+
+
+class DaemonProcess:
+    """``kvservice serve`` on a store. Can be killed, and started again on the same store, arena and port.
+
+    A context manager: entering starts the daemon, leaving kills it and takes its shared memory away.
+    """
+
+    def __init__(
+        self, folder: Path, *, port: int = 0, program: Sequence[str] = ("-m", "kvservice"), **settings: object
+    ) -> None:
+        """`settings` are the daemon's, with two underscores for the dot: ``ssd__capacity_bytes=0``.
+
+        `program` is what Python runs instead of the daemon, with the daemon's arguments.
+        """
+        self.folder = folder
+        self.store = folder / "store"
+        self.shared_memory = Path(tempfile.mkdtemp(prefix="kvservice-test-", dir="/dev/shm"))
+        self.port = port
+        self.lines: list[str] = []  # Standard error of the running daemon, or of the last one.
+        self._program = program
+        self.settings: dict[str, object] = {  # May be changed between two starts.
+            "store.path": self.store,
+            "server.metrics_address": "",
+            "dram.path": self.shared_memory,
+            "dram.capacity_bytes": 64 * MIB,
+            "ssd.capacity_bytes": 256 * MIB,
+            "log.format": "json",
+            **{name.replace("__", "."): value for name, value in settings.items()},
+        }
+        self._process: subprocess.Popen[str] | None = None
+        self._reader: threading.Thread | None = None
+        self._log_ended = True
+        self._more_lines = threading.Condition()
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def socket_path(self) -> Path:
+        return self.store / "kvservice.sock"
+
+    @property
+    def arena_folder(self) -> Path:
+        """Where arena and volatile index lie. There once the daemon has run."""
+        (folder,) = self.shared_memory.glob("kvservice-*")
+        return folder
+
+    @property
+    def process(self) -> subprocess.Popen[str]:
+        assert self._process is not None, "the daemon was never started"
+        return self._process
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """The JSON log lines so far, as objects."""
+        return [json.loads(line) for line in list(self.lines) if line.startswith("{")]
+
+    def start(self, *, environment: dict[str, str] | None = None, pass_fds: Sequence[int] = ()) -> Self:
+        """Returns once the daemon serves. A restart takes the same port again."""
+        self.launch(environment=environment, pass_fds=pass_fds)
+        self.port = self.wait_for_log("serving")["port"]
+        return self
+
+    def launch(self, *, environment: dict[str, str] | None = None, pass_fds: Sequence[int] = ()) -> None:
+        """Start the process, and do not wait for it to serve."""
+        assert self._process is None or self._process.poll() is not None, "it runs already"
+        self._join_reader()
+        settings = {"server.address": self.address, **self.settings}
+        flags = [f"--{name}={value}" for name, value in settings.items()]
+        self.lines, self._log_ended = [], False
+        self._process = subprocess.Popen(
+            [sys.executable, *self._program, "serve", *flags],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": _python_path(), **(environment or {})},
+            pass_fds=pass_fds,
+        )
+        self._reader = threading.Thread(target=self._read, args=(self._process, self.lines), name="daemon log")
+        self._reader.start()
+
+    def wait_for_log(self, event: str, timeout_s: float = _TIMEOUT_S, **fields: object) -> dict[str, Any]:
+        """The first log line of this event, with these fields, since the start; waits for it."""
+        end_s = time.monotonic() + timeout_s
+        with self._more_lines:
+            while not (found := self.logged(event, **fields)):
+                text = "".join(self.lines)
+                assert not self._log_ended, f"ended without {event!r}:\n{text}"
+                assert self._more_lines.wait(end_s - time.monotonic()), f"no {event!r} in {timeout_s:g} s:\n{text}"
+        return found[0]
+
+    def logged(self, event: str, **fields: object) -> list[dict[str, Any]]:
+        """The log lines of this event, with these fields, so far."""
+        wanted = {"event": event, **fields}
+        return [line for line in self.log if wanted.items() <= line.items()]
+
+    def serves(self) -> bool:
+        """Wait until the daemon serves or has ended. Whether it serves."""
+        with self._more_lines:
+            assert self._more_lines.wait_for(lambda: self._log_ended or self.logged("serving"), _TIMEOUT_S)
+        if found := self.logged("serving"):
+            self.port = found[0]["port"]
+        return bool(found)
+
+    def wait_for_end(self, timeout_s: float = _TIMEOUT_S) -> int:
+        """Wait for the process to end by itself. Its exit code."""
+        code = self.process.wait(timeout_s)
+        self._join_reader()
+        return code
+
+    def kill(self) -> None:
+        """SIGKILL: nothing of the daemon runs after this."""
+        self.process.kill()
+        self.wait_for_end()
+
+    def terminate(self) -> None:
+        """SIGTERM, without waiting."""
+        self.process.terminate()
+
+    def stop(self, timeout_s: float = _TIMEOUT_S) -> int:
+        """SIGTERM, and wait. The exit code."""
+        self.terminate()
+        return self.wait_for_end(timeout_s)
+
+    def remove(self) -> None:
+        """Kill the daemon, if it runs, and take its shared memory away."""
+        if self._process is not None:
+            self.kill()
+        shutil.rmtree(self.shared_memory, ignore_errors=True)
+
+    def client(self, name: str = "test", **options: Any) -> Client:
+        """A client of this daemon. Close it, or use it as a context manager."""
+        return Client(self.address, name=name, **options)
+
+    def check(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """``kvservice check`` on the stopped store."""
+        return subprocess.run(
+            [sys.executable, "-m", "kvservice", "check", *arguments, str(self.store)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": _python_path()},
+            timeout=120,
+            check=False,
+        )
+
+    def __enter__(self) -> Self:
+        try:
+            return self.start()
+        except BaseException:
+            self.remove()
+            raise
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+    def _read(self, process: subprocess.Popen[str], lines: list[str]) -> None:
+        assert process.stderr is not None
+        with process.stderr:
+            for line in process.stderr:
+                with self._more_lines:
+                    lines.append(line)
+                    self._more_lines.notify_all()
+        with self._more_lines:
+            self._log_ended = True
+            self._more_lines.notify_all()
+
+    def _join_reader(self) -> None:
+        if self._reader is not None:
+            self._reader.join(_TIMEOUT_S)
+
+
+def eventually(condition: Callable[[], bool], within_s: float = 15.0) -> None:
+    """Ask until it is true: for what the daemon does by itself and tells nobody."""
+    end_s = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end_s, "it did not come true in time"
+        time.sleep(0.02)
+
+
+def _python_path() -> str:
+    return os.pathsep.join(str(_ROOT / name) for name in ("", "proto", "client", "engine_adapter"))

@@ -1,0 +1,63 @@
+"""``python -m tests.faulty_daemon serve ...``: the real daemon, on files that fail when a test says so.
+
+The environment variable TEST_FAULTS names a folder. A file in it that is named like one of the
+file calls makes that call fail with the errno whose name it holds; ``SHORT`` makes the call
+transfer less than it was asked to. Delete the file, and the call works again.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvservice import __main__, daemon
+from kvservice.tiers.files import FileCalls
+from kvservice_api.layout import PAGE_BYTES
+
+
+class FaultyFileCalls(FileCalls):
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        return super().preadv(fd, self._cut("preadv", buffers), offset)
+
+    def pwritev(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        return super().pwritev(fd, self._cut("pwritev", buffers), offset)
+
+    def fdatasync(self, fd: int) -> None:
+        self._fail("fdatasync")
+        super().fdatasync(fd)
+
+    def posix_fallocate(self, fd: int, offset: int, length: int) -> None:
+        self._fail("posix_fallocate")
+        super().posix_fallocate(fd, offset, length)
+
+    def _cut(self, call: str, buffers: Sequence[memoryview]) -> Sequence[memoryview]:
+        if self._fail(call) == "SHORT" and len(buffers[0]) > PAGE_BYTES:
+            return [buffers[0][:PAGE_BYTES]]
+        return buffers
+
+    def _fail(self, call: str) -> str:
+        try:
+            fault = (self._folder / call).read_text()
+        except FileNotFoundError:
+            return ""
+        if fault != "SHORT":
+            number = getattr(errno, fault)
+            raise OSError(number, os.strerror(number))
+        return fault
+
+
+def main() -> int:
+    files = FaultyFileCalls(Path(os.environ.pop("TEST_FAULTS")))
+    daemon.Daemon.open = functools.partial(daemon.Daemon.open, files=files)  # type: ignore[method-assign]
+    return __main__.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

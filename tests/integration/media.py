@@ -1,0 +1,62 @@
+"""The daemon's files seen from outside: where a block lies, and how to damage it there.
+
+A block's bytes follow from its key, so its place in a file is found by looking for them.
+"""
+
+from __future__ import annotations
+
+import mmap
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+from kvservice_api.layout import Trailer
+from kvservice_client import Layout
+from tests.daemon import DaemonProcess
+from tests.integration.known_blocks import slice_bytes, slice_of
+
+_KEY_IN_TRAILER = 8  # Behind the trailer's magic, version and count.
+
+
+class Medium:
+    """A file that holds blocks, seen from outside."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def flip(self, position: int, bit: int) -> None:
+        with self._path.open("r+b") as file:
+            file.seek(position)
+            (byte,) = file.read(1)
+            file.seek(position)
+            file.write(bytes([byte ^ 1 << bit]))
+
+    def find(self, pattern: bytes) -> int:
+        """Where the file has these bytes; it has them once."""
+        with self._path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as whole:
+            position = whole.find(pattern)
+            assert position >= 0, "the bytes are not in the file"
+            assert whole.find(pattern, position + 1) < 0, "the bytes are in the file twice"
+            return position
+
+
+Flip = Callable[[Medium, Layout, bytes, random.Random], None]
+
+
+def flip_data(medium: Medium, layout: Layout, key: bytes, chooser: random.Random) -> None:
+    layer, place = chooser.randrange(layout.layers), chooser.randrange(slice_bytes(layout))
+    start = medium.find(slice_of(key, layer, slice_bytes(layout)).tobytes())
+    medium.flip(start + place, chooser.randrange(8))
+
+
+def flip_trailer(medium: Medium, layout: Layout, key: bytes, chooser: random.Random) -> None:
+    start = medium.find(key) - _KEY_IN_TRAILER
+    medium.flip(start + chooser.randrange(Trailer.size_bytes(layout.layers)), chooser.randrange(8))
+
+
+def ssd_file(daemon: DaemonProcess) -> Medium:
+    return Medium(daemon.store / "ssd-000.kv")
+
+
+def arena(daemon: DaemonProcess) -> Medium:
+    return Medium(daemon.arena_folder / "arena")

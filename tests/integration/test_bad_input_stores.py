@@ -1,0 +1,144 @@
+"""A daemon that cannot use its store or its configuration says why, changes nothing, and exits."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvservice.index.environment import META, Environment
+from kvservice_client import Client, Durability
+from tests.daemon import MIB, DaemonProcess
+from tests.integration.known_blocks import SMALL, new_chain, save, verify
+
+
+def refuses(daemon: DaemonProcess, *, code: int = 1) -> str:
+    """The daemon ends by itself, with this exit code. What it said."""
+    daemon.launch()
+    assert daemon.wait_for_end() == code
+    assert "Traceback" not in "".join(daemon.lines)
+    return "".join(daemon.lines)
+
+
+def fingerprints(folder: Path) -> dict[str, str]:
+    """Of all files below, by name."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("lock", "lock.mdb")]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def set_schema(store: Path, version: bytes) -> None:
+    index = Environment(store / "index", map_bytes=4 * MIB, durable=True)
+    index.write_now(META, {b"schema": version})
+    index.close()
+
+
+def test_a_store_of_a_newer_schema_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    chain = new_chain(SMALL, 3)
+    with DaemonProcess(tmp_path, ssd__capacity_bytes=16 * MIB, dram__capacity_bytes=16 * MIB) as daemon:
+        with daemon.client() as client:
+            save(client, SMALL, chain, Durability.SSD)
+        assert daemon.stop() == 0
+        set_schema(daemon.store, b"2")
+        before = fingerprints(daemon.store), fingerprints(daemon.shared_memory)
+
+        assert "the store's schema is version 2; this program knows versions up to 1" in refuses(daemon)
+        assert (fingerprints(daemon.store), fingerprints(daemon.shared_memory)) == before
+
+        set_schema(daemon.store, b"1")
+        daemon.start()
+        with daemon.client() as client:
+            verify(client, SMALL, chain)
+            assert client.admin.status().dram.blocks == 3
+
+
+def test_a_second_daemon_on_one_store_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    chain, more = new_chain(SMALL, 3), new_chain(SMALL, 3)
+    with DaemonProcess(tmp_path) as first, first.client() as client:
+        save(client, SMALL, chain, Durability.SSD)
+        second = DaemonProcess(tmp_path)
+        try:
+            message = refuses(second)
+            assert f"{second.store} is in use by process {first.process.pid}" in message
+            verify(client, SMALL, chain)
+            save(client, SMALL, more, Durability.SSD)
+            with Client(str(first.socket_path)) as by_socket:
+                verify(by_socket, SMALL, more)
+
+            first.kill()  # The lock goes with its holder.
+            second.start()
+            with second.client() as client_of_second:
+                verify(client_of_second, SMALL, chain)
+                verify(client_of_second, SMALL, more)
+        finally:
+            second.remove()
+
+
+def test_a_second_daemon_on_one_address_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    chain = new_chain(SMALL)
+    with DaemonProcess(tmp_path / "first") as first, first.client() as client:
+        save(client, SMALL, chain)
+        second = DaemonProcess(tmp_path / "second", server__address=first.address)
+        try:
+            assert first.address in refuses(second)
+        finally:
+            second.remove()
+        verify(client, SMALL, chain)
+
+
+def test_a_file_of_another_store_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    chain = new_chain(SMALL)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    with DaemonProcess(tmp_path / "first", ssd__paths=disk, ssd__capacity_bytes=16 * MIB) as first:
+        with first.client() as client:
+            save(client, SMALL, chain, Durability.SSD)
+        first.stop()
+        before = fingerprints(disk)
+        second = DaemonProcess(tmp_path / "second", ssd__paths=disk, ssd__capacity_bytes=16 * MIB)
+        try:
+            assert str(disk / "ssd-000.kv") in refuses(second)
+        finally:
+            second.remove()
+        assert fingerprints(disk) == before
+        first.start()
+        with first.client() as client:
+            verify(client, SMALL, chain)
+
+
+@pytest.mark.parametrize(
+    ("environment", "toml", "flags", "message"),
+    [
+        ({}, "", {"dram__capasity_bytes": 1}, "--dram.capasity_bytes among the flags is no setting; the nearest one is "
+                                              "--dram.capacity_bytes"),
+        ({"KVSERVICE_SERVER__ADRESS": "x"}, "", {}, "KVSERVICE_SERVER__ADRESS in the environment is no setting; the "
+                                                    "nearest one is KVSERVICE_SERVER__ADDRESS"),
+        ({}, "[mover]\npolitics = 'lru'\n", {}, "is no setting; the nearest one is mover.policy"),
+        ({}, "[ssds]\npaths = []\n", {}, "is no setting; the nearest one is ssd.paths"),
+        ({}, "", {"mover__policy": "lrü"}, "mover.policy among the flags: input should be 'lru'"),
+        ({}, "", {"ssd__capacity_bytes": "ten"}, "ssd.capacity_bytes among the flags: "),
+        ({}, "", {"server__address": "0.0.0.0:0"}, "can be reached from other hosts"),
+    ],
+    ids=["a flag", "a variable", "a line of the file", "a section of the file", "a value", "a size", "an open door"],
+)  # fmt: skip
+def test_a_mistyped_configuration_is_named_with_the_nearest_valid_one(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    toml: str,
+    flags: dict[str, Any],
+    message: str,
+) -> None:
+    file = tmp_path / "kvservice.toml"
+    file.write_text(toml)
+    for name, value in {"KVSERVICE_CONFIG": str(file), **environment}.items():
+        monkeypatch.setenv(name, value)
+    daemon = DaemonProcess(tmp_path, **flags)
+    try:
+        assert message in refuses(daemon, code=2)
+        assert not daemon.store.exists()
+        assert not os.listdir(daemon.shared_memory)
+    finally:
+        daemon.remove()

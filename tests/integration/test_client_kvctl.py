@@ -1,0 +1,189 @@
+"""``kvctl`` as operators run it: one JSON document on stdout, one line on stderr, an exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvservice_client import BlockChain, Client, Durability
+from tests.daemon import DaemonProcess
+from tests.integration.conversations import layers_of, new_chain, small_layout
+
+KVCTL = Path(sys.executable).with_name("kvctl")
+
+
+def kvctl(*arguments: str, address: str = "", **how: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "KVCTL_ADDRESS": address, "COLUMNS": "80"}
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
+    return subprocess.run([KVCTL, *arguments], env=environment, text=True, timeout=60, check=False, **streams)
+
+
+@pytest.fixture
+def ask(daemon: DaemonProcess) -> Callable[..., Any]:
+    """Runs a verb with ``--json``; the document it prints."""
+
+    def run(*arguments: str) -> Any:
+        done = kvctl(*arguments, "--json", address=daemon.address)
+        assert (done.returncode, done.stderr) == (0, "")
+        return json.loads(done.stdout)
+
+    return run
+
+
+@pytest.fixture
+def chain(daemon: DaemonProcess) -> Iterator[BlockChain]:
+    """Three blocks in both tiers, and nothing else."""
+    layout = small_layout()
+    with Client(daemon.address) as client:
+        blocks, chain = client.open_layout(layout), new_chain(layout, 3 * layout.block_tokens)
+        blocks.save(chain, layers_of(blocks, chain), Durability.SSD)
+        yield chain
+        client.admin.discard_all()
+
+
+def test_status_tells_what_is_held(ask: Callable[..., Any], chain: BlockChain) -> None:
+    status = ask("status")
+    assert (status["state"], status["blocks"], status["clients"], status["ssd"]["blocks"]) == ("serving", 3, 1, 3)
+    assert status["dram"]["used_bytes"] > 0
+    assert len(status["store_id"]) == 32
+    assert status["started_at"].endswith("+00:00")
+    assert status["counters"]["save_blocks_stored"] >= 3
+
+
+def test_ls_and_inspect_tell_of_each_block(ask: Callable[..., Any], chain: BlockChain) -> None:
+    listed = ask("ls")
+    assert {block["key"] for block in listed["blocks"]} == {key.hex() for key in chain}
+    assert not listed["has_more"]
+    assert ask("ls", "--limit", "2")["has_more"]
+    assert len(ask("ls", "--tier", "ssd", "--layout", small_layout().fingerprint.hex())["blocks"]) == 3
+    assert ask("ls", "--layout", "00" * 32)["blocks"] == []
+
+    shown = ask("inspect", chain.keys[1].hex())
+    assert shown["layout"]["model_id"] == "small"
+    assert [shard["parent_key"] for shard in shown["shards"]] == [chain.keys[0].hex()]
+    assert shown["shards"][0]["shard"] == {"layer_begin": 0, "layer_end": 4, "head_begin": 0, "head_end": 2}
+
+
+def test_evict_drops_from_one_tier_and_discard_from_all(ask: Callable[..., Any], chain: BlockChain) -> None:
+    first, second, _ = (key.hex() for key in chain)
+    assert ask("evict", first, second, "--tier", "dram") == {"evicted": 2, "held": 0, "missing": 0}
+    assert not ask("inspect", first)["shards"][0]["in_dram"]
+    assert ask("discard", first, "ab" * 32) == {"discarded": 1, "missing": 1}
+    assert ask("discard", "--layout", small_layout().fingerprint.hex(), "--yes") == {"discarded": 2, "missing": 0}
+    assert ask("ls")["blocks"] == []
+
+
+def test_discard_takes_as_many_steps_as_there_are_blocks(ask: Callable[..., Any], daemon: DaemonProcess) -> None:
+    layout = small_layout("many")
+    with Client(daemon.address) as client:
+        blocks, chain = client.open_layout(layout), new_chain(layout, 2100 * layout.block_tokens)
+        blocks.save(chain, layers_of(blocks, chain))
+    assert ask("discard", "--everything", "-y") == {"discarded": 2100, "missing": 0}
+    assert ask("status")["blocks"] == 0
+
+
+def test_scrub_reads_every_copy(ask: Callable[..., Any], chain: BlockChain) -> None:
+    scrubbed = ask("scrub")
+    assert (scrubbed["blocks_checked"], scrubbed["damaged"], scrubbed["done"]) == (6, 0, True)
+    assert ask("scrub", "--tier", "ssd")["blocks_checked"] == 3
+
+
+def test_scrub_ends_with_1_where_it_found_damage(
+    daemon: DaemonProcess, ask: Callable[..., Any], chain: BlockChain
+) -> None:
+    with Client(daemon.address) as client:
+        saved = layers_of(client.open_layout(small_layout()), chain)[0][:64].tobytes()
+    [arena] = daemon.shared_memory.glob("kvservice-*/arena")
+    with arena.open("r+b") as file:
+        file.seek(file.read().index(saved))
+        file.write(bytes([saved[0] ^ 1]))
+
+    done = kvctl("scrub", "--json", address=daemon.address)
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["damaged"] == 1
+    assert ask("scrub")["damaged"] == 0
+
+
+def test_people_get_tables(daemon: DaemonProcess, chain: BlockChain) -> None:
+    for arguments, expected in (
+        (["status"], "3 blocks of"),
+        (["ls"], f"{chain.keys[0].hex()}  {small_layout().fingerprint.hex()[:8]}"),
+        (["inspect", chain.keys[0].hex()], "small : 4 layers, 2 KV heads, 16+16 bfloat16, 8 tokens a block"),
+        (["evict", chain.keys[0].hex(), "--tier", "dram"], "evicted 1 from dram"),
+        (["scrub"], "checked 5 copies of blocks"),
+        (["discard", chain.keys[0].hex()], "discarded 1, 0 were not there"),
+    ):
+        done = kvctl(*arguments, address=daemon.address)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert expected in done.stdout
+
+
+def test_progress_shows_on_a_terminal_only_and_never_in_the_output(daemon: DaemonProcess, chain: BlockChain) -> None:
+    ours, theirs = pty.openpty()
+    done = kvctl("scrub", "--json", address=daemon.address, stderr=theirs)
+    os.close(theirs)
+    assert json.loads(done.stdout)["done"]
+    assert b"scrubbing" in os.read(ours, 65536)
+    os.close(ours)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "address", "line"),
+    [
+        (
+            ["status"],
+            "127.0.0.1:1",
+            r"kvctl: no answer from the daemon at 127\.0\.0\.1:1.*kvservice serve.*--address\.\n",
+        ),
+        (
+            ["inspect", "ab" * 32],
+            "",
+            r"kvctl: nothing is stored under (ab){32}\. See what is stored with `kvctl ls`\.\n",
+        ),
+    ],
+    ids=["no daemon", "no such block"],
+)
+def test_an_error_is_one_line_that_says_what_to_do(
+    daemon: DaemonProcess, arguments: list[str], address: str, line: str
+) -> None:
+    done = kvctl(*arguments, "--json", address=address or daemon.address)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(line, done.stderr)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["inspect", "xyz"], ["evict", "ab" * 32], ["discard"], ["discard", "ab" * 32, "--everything"], ["scurb"]],
+    ids=" ".join,
+)
+def test_wrong_usage_ends_with_2(daemon: DaemonProcess, arguments: list[str]) -> None:
+    done = kvctl(*arguments, address=daemon.address)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Usage: kvctl" in done.stderr
+
+
+def test_nothing_is_dropped_without_a_yes(daemon: DaemonProcess, ask: Callable[..., Any], chain: BlockChain) -> None:
+    done = kvctl("discard", "--everything", address=daemon.address)
+    assert done.returncode == 1
+    assert len(ask("ls")["blocks"]) == 3
+
+
+def test_a_verb_whose_packages_are_missing_says_what_to_install(tmp_path: Path) -> None:
+    package = tmp_path / "others-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: others\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text("[kvctl.commands]\nother = not_installed.at_all:run\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for arguments in (["other", "--json"], ["other"]):
+        done = subprocess.run([KVCTL, *arguments], env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "other cannot run here: No module named 'not_installed'" in done.stderr

@@ -1,0 +1,102 @@
+"""A daemon that is told to stop finishes what runs, takes nothing new, and exits 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from kvservice_api.errors import Draining
+from kvservice_api.v1 import blocks_pb2
+from kvservice_client import Client
+from tests.daemon import MIB, DaemonProcess, until
+from tests.integration.known_blocks import LARGE, SMALL, layers_of, new_chain, save, verify
+from tests.integration.wire import Feed, Upload, Wire, refused
+
+_BLOCKS = 128  # 24 MiB: far more than a connection buffers.
+NewDaemon = Callable[..., DaemonProcess]
+
+
+class LoadUnderWay:
+    """A load of many blocks of which one frame has been read. A context manager."""
+
+    def __init__(self, daemon: DaemonProcess) -> None:
+        self.wire = Wire(daemon.address)
+        self.wire.attach()
+        self.wire.open_layout(LARGE)
+        self.wire.open_layout(SMALL)
+        self.chain = new_chain(LARGE, _BLOCKS)
+        until(lambda: self.wire.status().dram.capacity_bytes > 32 * MIB)
+        assert self.wire.save(Upload.of(self.wire, LARGE, self.chain).messages()).stored == _BLOCKS
+        lease_id = self.wire.lookup(LARGE, self.chain).lease_id
+        request = blocks_pb2.LoadBlocksRequest(client_id=self.wire.client_id, lease_id=lease_id)
+        self._load = self.wire.blocks.LoadBlocks(request)
+        self._loaded = [next(self._load).payload]
+
+    def rest_is_right(self) -> bool:
+        """Read what is left, and compare all of it."""
+        self._loaded += [frame.payload for frame in self._load]
+        expected = b"".join(data.tobytes() for layer in layers_of(LARGE, self.chain) for data in layer)
+        return b"".join(self._loaded) == expected
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.wire.__exit__(*exc)
+
+
+def test_what_runs_at_sigterm_completes_while_new_saves_are_refused(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon()
+    with LoadUnderWay(daemon) as load:
+        wire, before, after = load.wire, new_chain(SMALL, 2), new_chain(SMALL, 2)
+        messages = Upload.of(wire, SMALL, before).messages()
+        feed = Feed(*messages[:3])
+        saving = wire.begin_save(feed)
+        until(lambda: wire.status().uploads == 2)
+
+        daemon.terminate()
+        until(lambda: wire.status().state == "draining")
+        health = health_pb2_grpc.HealthStub(wire.channel).Check(health_pb2.HealthCheckRequest())
+        assert health.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        with refused(Draining, "the daemon is stopping and takes no new saves"):
+            wire.save(Upload.of(wire, SMALL, after).messages())
+        with Client(daemon.address) as client, pytest.raises(Draining):
+            save(client, SMALL, after)
+
+        feed.send(*messages[3:])
+        feed.end()
+        assert saving.result().stored == 2
+        assert daemon.process.poll() is None, "it left in the middle of a load"
+        assert load.rest_is_right()
+    assert daemon.wait_for_end() == 0
+
+    daemon.start()
+    with Client(daemon.address) as client:
+        verify(client, SMALL, before)
+        assert client.open_layout(SMALL).contains(after) == 0
+
+
+def test_a_load_that_nobody_reads_is_cut_off_when_the_drain_timeout_is_over(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon(server__drain_timeout_s=0.3)
+    with LoadUnderWay(daemon) as load:
+        assert daemon.stop() == 0
+        with pytest.raises(grpc.RpcError) as caught:
+            load.rest_is_right()
+        assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+    assert [line for line in daemon.log if "drain timeout" in line["event"]]
+
+
+def test_clients_that_are_only_attached_do_not_hold_a_daemon_up(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon()
+    with Wire(daemon.address) as wire:
+        wire.attach()
+        wire.open_layout(SMALL)
+        chain = new_chain(SMALL)
+        wire.save(Upload.of(wire, SMALL, chain).messages())
+        wire.lookup(SMALL, chain)
+        assert daemon.stop() == 0
+    assert not [line for line in daemon.log if line["level"] in ("warning", "error")]

@@ -1,0 +1,149 @@
+"""Clients that ask for much, and read little of it, cost the daemon a few frames each and nobody else any time."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from kvservice_api.v1 import blocks_pb2
+from kvservice_client import Client, Durability, Layout
+from tests.daemon import MIB, DaemonProcess, until
+from tests.integration.known_blocks import LARGE, new_chain, save
+from tests.integration.wire import Upload, Wire
+
+_READERS = 64
+_BLOCKS = 192  # 36 MiB for each reader.
+# One being put together, one that waits for its turn, one in gRPC's hands, and what is around them.
+_FRAMES_PER_READER_MAX = 4
+_LATE_S = 0.02
+_ROUNDS = 3
+_STRANGERS_MAX = 0.2  # Processors that other programs may use while we measure.
+
+
+@contextmanager
+def slow_readers(daemon: DaemonProcess, salt: str) -> Iterator[None]:
+    """Each a client of its own that loads the same blocks, has read one frame, and stops."""
+    with ExitStack() as opened, ThreadPoolExecutor(_READERS) as threads:
+        loads = []
+
+        def start(wire: Wire) -> None:
+            wire.attach("slow")
+            lease_id = wire.lookup(LARGE, new_chain(LARGE, _BLOCKS, salt)).lease_id
+            request = blocks_pb2.LoadBlocksRequest(client_id=wire.client_id, lease_id=lease_id)
+            loads.append(wire.blocks.LoadBlocks(request))
+            next(loads[-1])
+
+        wires = [opened.enter_context(Wire(daemon.address)) for _ in range(_READERS)]
+        list(threads.map(start, wires))
+        until_still(wires[0])
+        yield
+
+
+def until_still(wire: Wire) -> None:
+    """Wait until the daemon sends no more."""
+    sent = [-1.0] * 50
+
+    def is_still() -> bool:
+        sent.append(wire.status().counters["load_bytes"])
+        return sent[-1] == sent[-50]
+
+    until(is_still, 30)
+
+
+def private_bytes(daemon: DaemonProcess) -> int:
+    """Memory of the daemon's own, the arena not counted."""
+    status = Path(f"/proc/{daemon.process.pid}/status").read_text()
+    found = re.search(r"RssAnon:\s+(\d+) kB", status)
+    assert found
+    return int(found[1]) * 1024
+
+
+def late_beats(daemon: DaemonProcess) -> int:
+    """How many heartbeats of the event loop came more than 20 ms late."""
+    port = daemon.wait_for_log("serving")["metrics_port"]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
+        text = response.read().decode()
+    beats = dict(re.findall(r'kvservice_event_loop_delay_seconds_bucket\{le="(\S+)"\} (\S+)', text))
+    return int(float(beats["+Inf"]) - float(beats[f"{_LATE_S:g}"]))
+
+
+class Strangers:
+    """How much of the processors goes to programs that are no part of this test."""
+
+    def __init__(self, daemon: DaemonProcess) -> None:
+        self._daemon = Path(f"/proc/{daemon.process.pid}/stat")
+        self._since_s, self._used_s = time.monotonic(), self._now_s()
+
+    def _now_s(self) -> float:
+        user, nice, system, _idle, _iowait, _irq, _softirq, steal = map(
+            int, Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
+        )
+        daemon_user, daemon_system = map(int, self._daemon.read_text().rpartition(")")[2].split()[11:13])
+        ticks = user + nice + system + steal - daemon_user - daemon_system
+        return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+    def processors(self) -> float:
+        """As an average since this was made."""
+        return (self._now_s() - self._used_s) / (time.monotonic() - self._since_s)
+
+
+def keeps_time(daemon: DaemonProcess, work: Callable[[], object]) -> None:
+    """No heartbeat comes late while `work` is done. What others do to this machine is no fault of the daemon's."""
+    busy = 0.0
+    for _ in range(_ROUNDS):
+        strangers, late = Strangers(daemon), late_beats(daemon)
+        work()
+        if late_beats(daemon) == late:
+            return
+        busy = strangers.processors()
+        assert busy > _STRANGERS_MAX, f"{late_beats(daemon) - late} late heartbeats while others used {busy:.2f} CPUs"
+    pytest.skip(f"other programs use {busy:.1f} of this machine's processors")
+
+
+def test_64_slow_readers_cost_bounded_memory_and_no_heartbeat_comes_late(
+    new_daemon: Callable[..., DaemonProcess],
+) -> None:
+    daemon = new_daemon(ssd__capacity_bytes=0, server__metrics_address="127.0.0.1:0")
+    with Wire(daemon.address) as wire:
+        wire.attach("quick")
+        wire.open_layout(LARGE)
+        chain = new_chain(LARGE, _BLOCKS, "read slowly")
+        until(lambda: wire.status().dram.capacity_bytes > 48 * MIB)
+        assert wire.save(Upload.of(wire, LARGE, chain).messages()).stored == _BLOCKS
+        assert wire.has(LARGE, chain)
+        before, own_bytes = wire.state(), private_bytes(daemon)
+
+        def read_slowly() -> None:
+            with slow_readers(daemon, "read slowly"):
+                assert wire.status().leases == wire.status().clients - 1 == _READERS
+                assert private_bytes(daemon) - own_bytes < _READERS * _FRAMES_PER_READER_MAX * MIB
+                assert wire.has(LARGE, chain[:64])  # Who reads is served meanwhile.
+            until(lambda: wire.state() == before)
+
+        keeps_time(daemon, read_slowly)
+
+
+def test_a_prefix_of_thousands_of_blocks_keeps_nobody_else_waiting(new_daemon: Callable[..., DaemonProcess]) -> None:
+    layout = Layout("tiny", "uint8", layers=2, kv_heads=1, k_head_dim=8, v_head_dim=8, block_tokens=4)
+    daemon = new_daemon(server__metrics_address="127.0.0.1:0")
+    with Client(daemon.address, timeout_s=60) as client:
+        blocks, chain = client.open_layout(layout), new_chain(layout, 2048)
+        assert save(client, layout, chain, Durability.SSD).stored == len(chain)
+        until(lambda: client.admin.status().ssd.blocks == len(chain))
+
+        def use_all_of_it() -> None:
+            with blocks.lookup(chain) as lease:
+                assert sum(len(layer.data) for layer in lease.load()) == layout.layers * len(chain) * 64
+            assert client.evict(chain, "dram").held == 0
+            assert client.prefetch(chain, wait=True).promoted == len(chain)
+            assert len(list(client.admin.list_blocks())) == len(chain)
+
+        keeps_time(daemon, use_all_of_it)

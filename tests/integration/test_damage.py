@@ -1,0 +1,206 @@
+"""One flipped bit, wherever it is, is found by the next load that copies: quarantined, counted, a miss.
+
+Bits are flipped from outside, in the files of a running daemon.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from kvservice_api.errors import ChecksumMismatch
+from kvservice_client import BlockChain, Client, Durability, Layout, Tier
+from tests.daemon import MIB, DaemonProcess
+from tests.integration.known_blocks import LARGE, SMALL, compare, new_chain, save, tiers_of, verify
+from tests.integration.media import Flip, arena, flip_data, flip_trailer, ssd_file
+
+_PLACES = 12  # Blocks damaged in each test, each at another random place.
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    folder = tmp_path_factory.mktemp("damage")
+    with DaemonProcess(folder, dram__capacity_bytes=24 * MIB, ssd__capacity_bytes=64 * MIB) as process:
+        yield process
+
+
+@pytest.fixture
+def client(daemon: DaemonProcess) -> Iterator[Client]:
+    """A client of an empty store."""
+    with daemon.client() as made:
+        made.admin.discard_all()
+        yield made
+
+
+def quarantined(client: Client) -> int:
+    return int(client.admin.status().counters["quarantined_blocks"])
+
+
+def expect_quarantine(daemon: DaemonProcess, client: Client, layout: Layout, chain: BlockChain) -> None:
+    """The load fails, then the block is a miss, and can be stored again."""
+    before = quarantined(client)
+    with client.open_layout(layout).lookup(chain) as lease:
+        assert lease.hit_blocks == 1
+        with pytest.raises(ChecksumMismatch):
+            compare(lease, layout, chain)
+    assert quarantined(client) == before + 1
+    (key,) = chain.keys
+    daemon.wait_for_log("a damaged block was taken out of service", key=key.hex())
+    assert client.open_layout(layout).contains(chain) == 0
+    assert save(client, layout, chain).stored == 1
+    verify(client, layout, chain)
+
+
+@pytest.mark.parametrize("layout", [LARGE, SMALL], ids=["large", "small"])
+@pytest.mark.parametrize("flip", [flip_data, flip_trailer])
+def test_a_flipped_bit_on_ssd_is_caught_on_the_way_up(
+    daemon: DaemonProcess, client: Client, layout: Layout, flip: Flip
+) -> None:
+    chooser = random.Random(1)
+    chains = [new_chain(layout) for _ in range(_PLACES)]
+    for chain in chains:
+        assert save(client, layout, chain, Durability.SSD).is_complete
+        client.evict(chain, Tier.DRAM)
+    for chain in chains[1:]:
+        flip(ssd_file(daemon), layout, chain.keys[0], chooser)
+    for chain in chains[1:]:
+        assert tiers_of(client, layout, chain) == ["ssd"]
+        expect_quarantine(daemon, client, layout, chain)
+    verify(client, layout, chains[0])
+
+
+@pytest.mark.parametrize("layout", [LARGE, SMALL], ids=["large", "small"])
+@pytest.mark.parametrize("flip", [flip_data, flip_trailer])
+def test_a_flipped_bit_on_ssd_is_caught_where_dram_has_no_room(
+    daemon: DaemonProcess, client: Client, layout: Layout, flip: Flip
+) -> None:
+    chooser = random.Random(2)
+    chains = [new_chain(layout) for _ in range(_PLACES)]
+    for chain in chains:
+        assert save(client, layout, chain, Durability.SSD).is_complete
+        client.evict(chain, Tier.DRAM)
+    with DramFilled(client):
+        verify(client, layout, chains[0])
+        assert client.admin.status().counters["read_through_bytes"] > 0
+        for chain in chains[1:]:
+            flip(ssd_file(daemon), layout, chain.keys[0], chooser)
+            before = quarantined(client)
+            with client.open_layout(layout).lookup(chain) as lease, pytest.raises(ChecksumMismatch):
+                compare(lease, layout, chain)
+            assert quarantined(client) == before + 1
+            assert client.open_layout(layout).contains(chain) == 0
+
+
+@pytest.mark.parametrize("on_ssd", [False, True], ids=["only there", "on SSD too"])
+@pytest.mark.parametrize("layout", [LARGE, SMALL], ids=["large", "small"])
+@pytest.mark.parametrize("flip", [flip_data, flip_trailer])
+def test_a_flipped_bit_in_the_arena_is_caught_by_the_next_load(
+    daemon: DaemonProcess, client: Client, layout: Layout, flip: Flip, on_ssd: bool
+) -> None:
+    chooser = random.Random(3)
+    chains = [new_chain(layout) for _ in range(_PLACES)]
+    for chain in chains:
+        assert save(client, layout, chain, Durability.SSD).is_complete
+        if not on_ssd:
+            client.evict(chain, Tier.SSD)
+    for chain in chains[1:]:
+        flip(arena(daemon), layout, chain.keys[0], chooser)
+    for chain in chains[1:]:
+        assert tiers_of(client, layout, chain) == ["dram+ssd" if on_ssd else "dram"]
+        expect_quarantine(daemon, client, layout, chain)
+    verify(client, layout, chains[0])
+
+
+def test_one_damaged_block_of_a_chain_ends_the_prefix_there_and_costs_no_other_block(
+    daemon: DaemonProcess, client: Client
+) -> None:
+    chain = new_chain(LARGE, 6)
+    assert save(client, LARGE, chain, Durability.SSD).is_complete
+    client.evict(chain, Tier.DRAM)
+    flip_data(ssd_file(daemon), LARGE, chain.keys[3], random.Random(4))
+    with client.open_layout(LARGE).lookup(chain) as lease, pytest.raises(ChecksumMismatch):
+        compare(lease, LARGE, chain)
+    assert client.open_layout(LARGE).contains(chain) == 3
+    for position in (0, 1, 2, 4, 5):
+        verify(client, LARGE, chain[position : position + 1])
+
+
+def test_a_prefetch_brings_no_damaged_block_up(daemon: DaemonProcess, client: Client) -> None:
+    chain = new_chain(LARGE, 4)
+    assert save(client, LARGE, chain, Durability.SSD).is_complete
+    client.evict(chain, Tier.DRAM)
+    flip_data(ssd_file(daemon), LARGE, chain.keys[1], random.Random(5))
+    before = quarantined(client)
+    result = client.prefetch(chain, wait=True)
+    assert (result.promoted, result.failed) == (3, 1)
+    assert quarantined(client) == before + 1
+    assert client.open_layout(LARGE).contains(chain) == 1
+
+
+def test_a_scrub_finds_every_damaged_copy(daemon: DaemonProcess, client: Client) -> None:
+    chooser = random.Random(6)
+    chains = [new_chain(layout) for layout in (LARGE, SMALL) * 4]
+    for chain, layout in zip(chains, (LARGE, SMALL) * 4, strict=True):
+        assert save(client, layout, chain, Durability.SSD).is_complete
+    for number, (chain, layout) in enumerate(zip(chains, (LARGE, SMALL) * 4, strict=True)):
+        if number < 6:
+            flip = (flip_data, flip_trailer)[number % 4 // 2]
+            flip((arena, ssd_file)[number // 3](daemon), layout, chain.keys[0], chooser)
+    before = quarantined(client)
+    *_, last = client.admin.scrub()
+    assert (last.damaged, last.done) == (6, True)
+    assert quarantined(client) == before + 6
+    assert client.admin.status().blocks == 2
+
+
+@pytest.mark.parametrize("tier", list(Tier))
+def test_a_bit_that_flipped_while_no_daemon_ran_is_caught_all_the_same(
+    daemon: DaemonProcess, client: Client, tier: Tier
+) -> None:
+    chooser = random.Random(7)
+    chains = [new_chain(LARGE) for _ in range(4)]
+    for chain in chains:
+        assert save(client, LARGE, chain, Durability.SSD).is_complete
+        client.evict(chain, Tier.SSD if tier is Tier.DRAM else Tier.DRAM)
+    daemon.kill()
+    medium = arena(daemon) if tier is Tier.DRAM else ssd_file(daemon)
+    for flip, chain in zip((flip_data, flip_trailer), chains[1:3], strict=True):
+        flip(medium, LARGE, chain.keys[0], chooser)
+    checked = daemon.check()
+    assert checked.returncode == 1
+    assert all(chain.keys[0].hex() in checked.stdout for chain in chains[1:3])
+    assert not any(chain.keys[0].hex() in checked.stdout for chain in (chains[0], chains[3]))
+    daemon.start()
+    for chain in chains[1:3]:
+        with client.open_layout(LARGE).lookup(chain) as lease:
+            if lease.hit_blocks:  # Unless the write-behind found it first.
+                with pytest.raises(ChecksumMismatch):
+                    compare(lease, LARGE, chain)
+        assert client.open_layout(LARGE).contains(chain) == 0
+    assert quarantined(client) == 2
+    verify(client, LARGE, chains[0])
+    verify(client, LARGE, chains[3])
+
+
+class DramFilled:
+    """Leases on all that DRAM holds, so that nothing comes up from SSD."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._leases: list[object] = []
+
+    def __enter__(self) -> None:
+        for layout in (LARGE, SMALL):
+            while True:
+                chain = new_chain(layout)
+                if not save(self._client, layout, chain).is_complete:
+                    break
+                lease = self._client.open_layout(layout).lookup(chain, lease_ttl_s=60.0)
+                assert lease.hit_blocks == 1
+                self._leases.append(lease)
+
+    def __exit__(self, *exc: object) -> None:
+        for lease in self._leases:
+            lease.release()  # type: ignore[attr-defined]

@@ -1,0 +1,87 @@
+"""The demo as users run it: a real model, a real daemon, SIGKILL halfway. It must show what the project promises."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_SHARED_MEMORY = Path("/dev/shm")
+_LEFT_BEHIND = "kvservice-demo-*"
+_BYTES_PER_TOKEN = 2 * 30 * 3 * 64 * 4  # K and V, layers, heads, dims, fp32: SmolLM2-135M.
+
+
+def run_demo(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """With `folder` as its temporary directory. Whatever happens, it leaves nothing behind."""
+    before = set(_SHARED_MEMORY.glob(_LEFT_BEHIND))
+    done = subprocess.run(
+        [sys.executable, "-m", "kvservice_adapter.demo", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+        env={**os.environ, "TMPDIR": str(folder), **environment},
+    )
+    assert not list(folder.glob(_LEFT_BEHIND))
+    assert set(_SHARED_MEMORY.glob(_LEFT_BEHIND)) <= before
+    return done
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The demo's object: standard output holds it and nothing else."""
+    done = run_demo(tmp_path_factory.mktemp("demo"), "--json")
+    assert done.returncode == 0, done.stderr
+    shown: dict[str, Any] = json.loads(done.stdout)
+    return shown
+
+
+def test_the_conversation_is_as_long_as_a_real_one(shown: dict[str, Any]) -> None:
+    turns = shown["turns"]
+
+    assert shown["summary"]["turns"] == len(turns) >= 8
+    assert turns[-1]["history_tokens"] >= 2000
+    assert min(turn["new_tokens"] for turn in turns) >= 30
+    assert min(turn["answer_tokens"] for turn in turns) >= 24
+
+
+def test_every_answer_is_the_one_of_plain_transformers(shown: dict[str, Any]) -> None:
+    assert all(turn["identical"] is True for turn in shown["turns"])
+    assert shown["summary"]["all_identical"] is True
+
+
+def test_all_full_blocks_of_the_history_are_reused_at_every_turn(shown: dict[str, Any]) -> None:
+    block_tokens = shown["summary"]["block_tokens"]
+
+    for turn in shown["turns"]:
+        assert turn["reused_tokens"] == turn["history_tokens"] // block_tokens * block_tokens, turn
+        assert turn["bytes"] == turn["reused_tokens"] * _BYTES_PER_TOKEN
+
+
+def test_both_tiers_serve_and_dram_survives_the_kill(shown: dict[str, Any]) -> None:
+    tiers = [turn["tier"] for turn in shown["turns"]]
+    [after_kill] = [turn for turn in shown["turns"] if turn["after_kill"]]
+
+    assert tiers[0] == "none"
+    assert tiers.count("ssd") >= 2
+    assert after_kill["tier"] == "dram"
+
+
+def test_the_first_token_of_the_last_turn_comes_in_a_fraction_of_the_time(shown: dict[str, Any]) -> None:
+    last = shown["turns"][-1]
+
+    assert shown["summary"]["ttft_ratio_last"] == pytest.approx(last["ttft_reuse_s"] / last["ttft_recompute_s"])
+    assert shown["summary"]["ttft_ratio_last"] <= 0.15
+
+
+def test_a_model_that_is_not_there_is_said_so(tmp_path: Path) -> None:
+    done = run_demo(tmp_path, "--json", "--model", "nobody/nothing", HF_HUB_OFFLINE="1")
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "nobody/nothing" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,151 @@
+"""Every RPC of AdminService, called over the wire: each test is named after one, and checks its effect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from kvservice_api.errors import BlockNotFound
+from kvservice_api.keys import BlockChain
+from kvservice_api.layout import Layout
+from kvservice_api.v1 import admin_pb2 as pb
+from kvservice_api.v1 import blocks_pb2, types_pb2
+from tests.daemon import DaemonProcess
+from tests.integration.known_blocks import SMALL, new_chain
+from tests.integration.wire import Upload, Wire, refused
+
+DRAM, SSD = types_pb2.TIER_DRAM, types_pb2.TIER_SSD
+
+
+@pytest.fixture
+def wire(daemon: DaemonProcess, request: pytest.FixtureRequest) -> Iterator[Wire]:
+    """A client of a daemon that holds no block."""
+    with Wire(daemon.address) as wire:
+        wire.admin.Discard(pb.DiscardRequest(everything=True))
+        wire.attach()
+        wire.open_layout(SMALL)
+        wire.called.clear()
+        yield wire
+    method = request.function.__name__.split("_")[1]
+    assert f"/kvservice_api.v1.AdminService/{method}" in wire.called, "the test does not call what it is named after"
+
+
+def saved(wire: Wire, blocks: int = 3, layout: Layout = SMALL) -> BlockChain:
+    """A new chain in both tiers."""
+    chain = new_chain(layout, blocks)
+    assert wire.save(Upload.of(wire, layout, chain, types_pb2.DURABILITY_SSD).messages()).stored == blocks
+    return chain
+
+
+def evict_from_dram(wire: Wire, chain: BlockChain) -> None:
+    wire.blocks.Evict(blocks_pb2.EvictRequest(keys=chain.packed_keys, tier=DRAM))
+
+
+def test_Status_tells_what_is_held_and_what_was_done(wire: Wire) -> None:
+    before = wire.status()
+    chain = saved(wire)
+    evict_from_dram(wire, chain[:1])
+    wire.lookup(SMALL, chain)
+
+    status = wire.status()
+    assert status.state == "serving"
+    assert (status.blocks, status.dram.blocks, status.ssd.blocks) == (3, 2, 3)
+    assert (status.clients, status.leases, status.uploads) == (before.clients, before.leases + 1, 0)
+    assert status.dram.used_bytes * 3 == status.ssd.used_bytes * 2 > 0
+    assert status.dram.used_bytes < status.dram.capacity_bytes
+    assert status.counters["save_blocks_stored"] == before.counters["save_blocks_stored"] + 3
+    assert status.counters["lookup_blocks_hit"] == before.counters["lookup_blocks_hit"] + 3
+    assert 0 < status.index.durable_used_bytes < status.index.durable_map_bytes
+    assert status.started_at == before.started_at
+
+
+def test_ListBlocks_goes_through_all_blocks_page_by_page(wire: Wire) -> None:
+    other = Layout("listed", "int8", layers=2, kv_heads=1, k_head_dim=8, v_head_dim=8, block_tokens=4)
+    wire.open_layout(other)
+    chain, others = saved(wire, 5), saved(wire, 2, other)
+    evict_from_dram(wire, chain[:2])
+
+    def listed(**filters: Any) -> list[set[bytes]]:
+        pages, request = [], pb.ListBlocksRequest(page_size=3, **filters)
+        while True:
+            page = wire.admin.ListBlocks(request)
+            pages.append({block.key for block in page.blocks})
+            request.page_token = page.next_page_token
+            if not request.page_token:
+                return pages
+
+    pages = listed()
+    assert [len(page) for page in pages] == [3, 3, 1]
+    assert set.union(*pages) == {*chain, *others}
+    assert listed(layout_fingerprint=other.fingerprint) == [set(others)]
+    assert set.union(*listed(tier=DRAM)) == {*chain[2:], *others}
+    assert set.union(*listed(tier=SSD)) == {*chain, *others}
+
+
+def test_Inspect_tells_all_about_one_block(wire: Wire) -> None:
+    chain = saved(wire)
+    evict_from_dram(wire, chain[1:2])
+    wire.lookup(SMALL, chain)
+
+    answer = wire.admin.Inspect(pb.InspectRequest(key=chain.keys[1]))
+    assert answer.layout == SMALL.to_proto()
+    [shard] = answer.shards
+    assert (shard.key, shard.parent_key) == (chain.keys[1], chain.keys[0])
+    assert shard.layout_fingerprint == SMALL.fingerprint
+    assert (shard.shard.layer_end, shard.shard.head_end) == (SMALL.layers, SMALL.kv_heads)
+    assert (shard.in_dram, shard.on_ssd, shard.hits, shard.leases) == (False, True, 1, 1)
+    assert shard.size_bytes == 16 * 1024
+    assert wire.status().started_at.seconds <= shard.stored_at.seconds <= shard.used_at.seconds
+
+
+def test_Discard_forgets_by_key_by_layout_and_everything(wire: Wire) -> None:
+    other = Layout("discarded", "int8", layers=2, kv_heads=1, k_head_dim=8, v_head_dim=8, block_tokens=4)
+    wire.open_layout(other)
+    chain, more, others = saved(wire, 4), saved(wire, 2), saved(wire, 2, other)
+
+    keys = chain[2:].packed_keys + new_chain(SMALL).packed_keys
+    assert wire.admin.Discard(pb.DiscardRequest(keys=keys)) == pb.DiscardResponse(discarded=2, missing=1)
+    assert wire.lookup(SMALL, chain, ttl_ms=0).hit_blocks == 2
+
+    answer = wire.admin.Discard(pb.DiscardRequest(layout_fingerprint=other.fingerprint))
+    assert answer.discarded == 2
+    with refused(BlockNotFound, others.keys[0].hex()):
+        wire.admin.Inspect(pb.InspectRequest(key=others.keys[0]))
+    assert wire.has(SMALL, more)
+
+    assert wire.admin.Discard(pb.DiscardRequest(everything=True)).discarded == 4
+    state = wire.state()
+    assert state["blocks"] == state["DRAM bytes"] == state["SSD bytes"] == 0
+
+
+def test_Discard_leaves_the_bytes_of_a_leased_block_in_place_until_its_lease_ends(wire: Wire) -> None:
+    chain = saved(wire)
+    lease_id = wire.lookup(SMALL, chain).lease_id
+    used = wire.state()["DRAM bytes"]
+
+    assert wire.admin.Discard(pb.DiscardRequest(keys=chain.packed_keys)).discarded == 3
+    assert wire.lookup(SMALL, chain).hit_blocks == 0
+    assert wire.state()["DRAM bytes"] == used
+    assert len(wire.load(lease_id)) == SMALL.layers
+
+    wire.release(lease_id)
+    assert wire.state()["DRAM bytes"] == 0
+
+
+def test_Scrub_reads_every_copy_of_the_tiers_it_is_told(wire: Wire) -> None:
+    chain = saved(wire, 4)
+    evict_from_dram(wire, chain[:1])
+    before = wire.status().counters["scrubbed_bytes"]
+
+    def scrub(**how: Any) -> pb.ScrubResponse:
+        *_, last = wire.admin.Scrub(pb.ScrubRequest(**how))
+        assert isinstance(last, pb.ScrubResponse)
+        return last
+
+    both = scrub()
+    assert (both.blocks_total, both.blocks_checked, both.damaged, both.done) == (7, 7, 0, True)
+    assert scrub(tier=DRAM).blocks_checked == 3
+    assert scrub(tier=SSD, bytes_per_second=2**30).blocks_checked == 4
+    assert wire.status().counters["scrubbed_bytes"] == before + 2 * both.bytes_checked

@@ -1,0 +1,209 @@
+"""Every RPC of BlockService, called over the wire: each test is named after one, and checks its effect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from kvservice_api.errors import BlockNotFound, LeaseExpired
+from kvservice_api.frames import HEAD_BYTES_MAX
+from kvservice_api.keys import BlockChain
+from kvservice_api.layout import Layout
+from kvservice_api.v1 import admin_pb2, types_pb2
+from kvservice_api.v1 import blocks_pb2 as pb
+from tests.daemon import DaemonProcess, until
+from tests.integration.known_blocks import SMALL, layers_of, new_chain, slice_bytes, slice_of
+from tests.integration.wire import Upload, Wire, refused
+
+DRAM, SSD = types_pb2.TIER_DRAM, types_pb2.TIER_SSD
+
+
+@pytest.fixture
+def wire(daemon: DaemonProcess, request: pytest.FixtureRequest) -> Iterator[Wire]:
+    with Wire(daemon.address) as wire:
+        wire.attach()
+        wire.open_layout(SMALL)
+        wire.called.clear()
+        yield wire
+    method = request.function.__name__.split("_")[1]
+    assert f"/kvservice_api.v1.BlockService/{method}" in wire.called, "the test does not call what it is named after"
+
+
+def saved(wire: Wire, blocks: int = 3) -> BlockChain:
+    """A new chain in both tiers."""
+    chain = new_chain(SMALL, blocks)
+    assert wire.save(Upload.of(wire, SMALL, chain, types_pb2.DURABILITY_SSD).messages()).stored == blocks
+    return chain
+
+
+def evict(wire: Wire, chain: BlockChain, tier: types_pb2.Tier) -> pb.EvictResponse:
+    answer: pb.EvictResponse = wire.blocks.Evict(pb.EvictRequest(keys=chain.packed_keys, tier=tier))
+    return answer
+
+
+def residency(wire: Wire, chain: BlockChain) -> list[tuple[int, bool, bool]]:
+    """Runs of blocks: how many, in DRAM, on SSD."""
+    return [(run.count, run.dram, run.ssd) for run in wire.lookup(SMALL, chain, ttl_ms=0).runs]
+
+
+def test_GetCapabilities_tells_identity_and_the_limits_that_hold(wire: Wire) -> None:
+    answer, status = wire.capabilities(), wire.status()
+
+    assert (answer.version, answer.boot_epoch, answer.store_id) == (status.version, status.boot_epoch, status.store_id)
+    assert answer.max_frame_bytes == 2**20 + HEAD_BYTES_MAX
+    assert (answer.max_lease_ttl_ms, list(answer.transports)) == (300_000, ["grpc"])
+    assert wire.renew(wire.lookup(SMALL, saved(wire)).lease_id, ttl_ms=2**32 - 1).ttl_ms == answer.max_lease_ttl_ms
+
+
+def test_OpenLayout_makes_a_layout_known_once(wire: Wire) -> None:
+    layout = Layout("opened", "uint8", layers=1, kv_heads=1, k_head_dim=8, v_head_dim=8, block_tokens=4)
+    known = wire.status().layouts
+
+    assert wire.open_layout(layout).created
+    assert not wire.open_layout(layout).created
+    assert wire.status().layouts == known + 1
+    chain = new_chain(layout)
+    assert wire.save(Upload.of(wire, layout, chain).messages()).stored == 1
+    assert wire.has(layout, chain)
+
+
+def test_Attach_names_the_client_until_its_stream_ends(wire: Wire, daemon: DaemonProcess) -> None:
+    chain, before = saved(wire), wire.state()
+
+    with Wire(daemon.address) as other:
+        answer = other.attach("another")
+        assert len(answer.client_id) == 16
+        assert answer.client_id != wire.client_id
+        assert answer.boot_epoch == wire.status().boot_epoch
+        other.lookup(SMALL, chain)
+        assert wire.status().clients == before["clients"] + 1
+        assert wire.status().leases == before["leases"] + 1
+
+    until(lambda: wire.state() == before)
+    wire.attach()  # For the fixture to see: the other connection is gone.
+
+
+def test_LookupPrefix_counts_the_unbroken_prefix_and_leases_it(wire: Wire) -> None:
+    chain = saved(wire, 5)
+    evict(wire, chain[:2], DRAM)
+    evict(wire, chain[2:3], SSD)
+    evict(wire, chain[4:], DRAM)
+    evict(wire, chain[4:], SSD)
+
+    answer = wire.lookup(SMALL, chain, ttl_ms=20_000)
+    assert answer.hit_blocks == 4
+    assert [(run.count, run.dram, run.ssd) for run in answer.runs] == [
+        (2, False, True), (1, True, False), (1, True, True)
+    ]  # fmt: skip
+    assert answer.lease_id
+    assert answer.lease_ttl_ms == 20_000
+    assert evict(wire, chain, DRAM).held == 2
+    assert wire.lookup(SMALL, new_chain(SMALL)) == pb.LookupPrefixResponse()
+
+
+def test_LoadBlocks_streams_the_leased_bytes_layer_by_layer(wire: Wire) -> None:
+    chain = saved(wire, 4)
+    evict(wire, chain[1:2], DRAM)
+    lease_id = wire.lookup(SMALL, chain).lease_id
+    expected = [np.concatenate(slices).tobytes() for slices in layers_of(SMALL, chain)]
+
+    frames = wire.load(lease_id)
+    assert [frame.layer for frame in frames] == sorted(frame.layer for frame in frames)
+    for layer, data in enumerate(expected):
+        mine = [frame for frame in frames if frame.layer == layer]
+        assert b"".join(frame.payload for frame in mine) == data
+        assert (mine[0].first_block, mine[0].first_offset_bytes) == (0, 0)
+
+    size = slice_bytes(SMALL)
+    part = wire.load(lease_id, first_block=1, block_count=2, first_layer=3, layer_count=1)
+    assert {frame.layer for frame in part} == {3}
+    assert b"".join(frame.payload for frame in part) == expected[3][size : 3 * size]
+
+
+def test_SaveBlocks_stores_what_is_new_as_durably_as_was_asked(wire: Wire) -> None:
+    chain = new_chain(SMALL, 3)
+
+    upload = Upload.of(wire, SMALL, chain[:2], types_pb2.DURABILITY_SSD)
+    assert wire.save(upload.messages()) == pb.SaveBlocksResponse(stored=2)
+    assert residency(wire, chain) == [(2, True, True)]
+
+    assert wire.save(Upload.of(wire, SMALL, chain).messages()) == pb.SaveBlocksResponse(stored=1, already_stored=2)
+    assert wire.has(SMALL, chain)
+    shard = wire.admin.Inspect(admin_pb2.InspectRequest(key=chain.keys[2])).shards[0]
+    assert (shard.parent_key, shard.token_count) == (chain.keys[1], SMALL.block_tokens)
+
+
+def test_RenewLease_keeps_a_lease_that_would_have_ended(wire: Wire) -> None:
+    chain = saved(wire)
+    renewed, left = (wire.lookup(SMALL, chain, ttl_ms=300).lease_id for _ in range(2))
+    leases = wire.status().leases
+
+    assert wire.renew(renewed, ttl_ms=20_000).ttl_ms == 20_000
+    until(lambda: wire.status().leases < leases)
+    assert len(wire.load(renewed)) == SMALL.layers
+    with refused(LeaseExpired, "look the prefix up again"):
+        wire.load(left)
+
+
+def test_ReleaseLease_lets_blocks_go_and_may_come_twice(wire: Wire) -> None:
+    chain = saved(wire)
+    lease_id = wire.lookup(SMALL, chain).lease_id
+    assert evict(wire, chain, DRAM) == pb.EvictResponse(held=3)
+
+    wire.release(lease_id)
+    assert evict(wire, chain, DRAM) == pb.EvictResponse(evicted=3)
+    with refused(LeaseExpired, "the lease has ended"):
+        wire.load(lease_id)
+    wire.release(lease_id)
+
+
+def test_Prefetch_brings_blocks_up_to_DRAM(wire: Wire) -> None:
+    chain, stranger = saved(wire), new_chain(SMALL)
+    evict(wire, chain[1:], DRAM)
+
+    request = pb.PrefetchRequest(keys=chain.packed_keys + stranger.packed_keys, wait=True)
+    assert wire.blocks.Prefetch(request) == pb.PrefetchResponse(missing=1, in_dram=1, promoted=2)
+    assert residency(wire, chain) == [(3, True, True)]
+
+    evict(wire, chain, DRAM)
+    request = pb.PrefetchRequest(keys=chain.packed_keys, deadline_ms=100)
+    assert wire.blocks.Prefetch(request) == pb.PrefetchResponse(promoted=3)
+    until(lambda: residency(wire, chain) == [(3, True, True)])
+    assert wire.has(SMALL, chain)
+
+
+def test_Evict_drops_copies_from_one_tier_only(wire: Wire) -> None:
+    chain = saved(wire)
+
+    assert evict(wire, chain[:2], DRAM) == pb.EvictResponse(evicted=2)
+    assert evict(wire, chain, DRAM) == pb.EvictResponse(evicted=1, missing=2)
+    assert residency(wire, chain) == [(3, False, True)]
+    assert wire.has(SMALL, chain)
+
+    until(lambda: residency(wire, chain) == [(3, True, True)])
+    assert evict(wire, chain, SSD) == pb.EvictResponse(evicted=3)
+    assert wire.has(SMALL, chain)
+    assert evict(wire, chain[2:], DRAM) == pb.EvictResponse(evicted=1)
+    assert wire.lookup(SMALL, chain).hit_blocks == 2
+    with refused(BlockNotFound, "nothing is stored under"):
+        wire.admin.Inspect(admin_pb2.InspectRequest(key=chain.keys[2]))
+
+
+def test_SaveBlocks_takes_frames_in_any_order_and_of_any_size(wire: Wire) -> None:
+    chain, size = new_chain(SMALL, 2), slice_bytes(SMALL)
+    upload = Upload.of(wire, SMALL, chain)
+    upload.frames = []
+    for layer in range(SMALL.layers):
+        whole = b"".join(slice_of(key, layer, size).tobytes() for key in chain)
+        for start in range(0, len(whole), 1000):  # Across the border between the blocks, too.
+            block, offset = divmod(start, size)
+            payload = whole[start : start + 1000]
+            upload.frames.append(
+                pb.SaveBlocksRequest(layer=layer, first_block=block, first_offset_bytes=offset, payload=payload)
+            )
+    upload.frames.reverse()
+
+    assert wire.save(upload.messages()).stored == 2
+    assert wire.has(SMALL, chain)

@@ -1,0 +1,313 @@
+"""Real stores for tests: LMDB, an arena, SSD files and threads, on a clock that the test moves.
+
+A store can be closed, or killed as by SIGKILL, and opened again on what it left behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from kvservice.blocks import Extent, TierName, object_key
+from kvservice.counters import Counters
+from kvservice.index.block_index import BlockIndex
+from kvservice.policy import LruPolicy, Policy
+from kvservice.store.block_store import BlockStore, StoreLimits
+from kvservice.store.ingest import Ingest, SaveOutcome
+from kvservice.store.leases import Client, Lease
+from kvservice.store.load import Part
+from kvservice.store.recovery import recover
+from kvservice.store.room import Watermarks
+from kvservice.tiers.arena import Arena
+from kvservice.tiers.base import Tier
+from kvservice.tiers.dram import DramTier
+from kvservice.tiers.files import FileCalls
+from kvservice.tiers.ssd import SsdTier
+from kvservice_api.frames import Frame
+from kvservice_api.keys import BlockChain, block_chain
+from kvservice_api.layout import Layout, Shard, block_geometry, checksum
+from tests.clock import FakeClock
+
+KIB, MIB = 2**10, 2**20
+
+# A whole block of it takes 12 KiB: two slices of 4 KiB and the trailer's page.
+LAYOUT = Layout(model_id="test", dtype="float32", layers=2, kv_heads=2, k_head_dim=16, v_head_dim=16, block_tokens=16)
+WHOLE = Shard.whole(LAYOUT)
+
+NO_WATERMARKS = Watermarks(0.0, 0.0)  # Nothing is evicted ahead of need.
+LIMITS = StoreLimits(reserve_wait_s=2.0, upload_wait_s=2.0)
+
+
+@dataclass
+class StoreFiles:
+    """What outlives a process: a store's folder, its arena's, and how the store is set up."""
+
+    folder: Path
+    dram_bytes: int = 1 * MIB
+    ssd_bytes: int = 4 * MIB  # 0 means no SSD tier.
+    ssd_files: int = 1
+    map_bytes: int = 1 * MIB
+    watermarks: Watermarks = NO_WATERMARKS
+    limits: StoreLimits = LIMITS
+    clock: FakeClock = field(default_factory=FakeClock)
+    policy: Policy = field(default_factory=LruPolicy)
+    calls: FileCalls = field(default_factory=FileCalls)
+    shared_memory: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.shared_memory = Path(tempfile.mkdtemp(prefix="kvservice-test-", dir="/dev/shm"))
+
+    def open(self, *, started: bool = True) -> OpenStore:
+        """Open the store, or create it. Needs a running event loop."""
+        opened = OpenStore(self)
+        if started:
+            opened.store.dram.start()
+            opened.store.start()
+        return opened
+
+    def lose_power(self) -> None:
+        """What was in memory is gone."""
+        shutil.rmtree(self.shared_memory)
+        self.shared_memory.mkdir()
+
+    def remove(self) -> None:
+        shutil.rmtree(self.shared_memory, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class OpenStore:
+    """One life of a store, put together as the daemon does it, without gRPC."""
+
+    def __init__(self, files: StoreFiles) -> None:
+        """Use `StoreFiles.open`."""
+        self.files = files
+        self.is_over = False
+        self.ssd: SsdTier | None = None
+
+        def make_bytes_durable() -> None:
+            if self.ssd is not None:
+                self.ssd.sync()
+
+        folder = files.folder
+        self.index = BlockIndex.open(
+            folder / "index", map_bytes=files.map_bytes, before_commit=make_bytes_durable if files.ssd_bytes else None
+        )
+        if files.ssd_bytes:
+            self.ssd = SsdTier.open(
+                [folder / f"ssd-{number}.kv" for number in range(files.ssd_files)],
+                store_id=self.index.store_id,
+                capacity_bytes=files.ssd_bytes,
+                io_threads=2,
+                calls=files.calls,
+            )
+        self.arena = Arena.open(files.shared_memory, self.index.store_id, files.dram_bytes, calls=files.calls)
+        self.dram = DramTier(self.arena)
+        self.index.open_volatile(self.arena.directory / "index", self.arena.arena_id, map_bytes=files.map_bytes)
+        tiers: dict[TierName, Tier] = {TierName.SSD: self.ssd} if self.ssd else {}
+        tiers[TierName.DRAM] = self.dram
+        self.executor = ThreadPoolExecutor(2)
+        self.store = BlockStore(
+            recover(self.index, tiers),
+            self.dram,
+            self.ssd,
+            self.index,
+            files.policy,
+            files.clock,
+            Counters(),
+            self.executor,
+            limits=files.limits,
+            watermarks=dict.fromkeys(TierName, files.watermarks),
+        )
+
+    async def close(self) -> None:
+        """As at SIGTERM. Once it is over, nothing."""
+        if not self.is_over:
+            await self.store.stop()
+            self._let_go()
+
+    async def kill(self) -> None:
+        """As by SIGKILL: what is not committed yet never will be; the rest of the process only looks on."""
+        for environment in self.index._environments.values():
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    environment._queue.get_nowait()
+        self.index.close()  # The commit that runs may end.
+        logging.disable()  # What is cut off complains about the index.
+        await self.store.tasks.stop()
+        logging.disable(logging.NOTSET)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self.is_over = True
+        self.executor.shutdown()
+        self.index.close()
+        if self.ssd is not None:
+            self.ssd.close()
+        self.arena.close()
+
+    # What tests ask and do often
+
+    @contextlib.contextmanager
+    def commits_held(self, tier: TierName) -> Iterator[None]:
+        """No commit to this tier's index ends before the block is left."""
+        with self.index._environments[tier]._env_lock:
+            yield
+
+    def extents(self, tier: TierName) -> dict[int, Extent]:
+        """Row -> where it lies in `tier`, forgotten rows that are still held included."""
+        blocks = self.store.blocks
+        rows = np.flatnonzero(blocks.resident(tier)).tolist()
+        return {row: extent for row in rows if (extent := blocks.extent(row, tier)) is not None}
+
+    def records(self, tier: TierName) -> dict[bytes, Extent]:
+        """Object key -> where the index says it lies in `tier`."""
+        found = self.index.load(tier)
+        assert not found.damaged
+        places = found.records[["segment", "offset_bytes", "size_bytes"]].tolist()
+        return {key: Extent(*place) for key, place in zip(found.keys, places, strict=True)}
+
+    def residency(self, key: bytes, shard: Shard = WHOLE) -> set[TierName]:
+        blocks = self.store.blocks
+        row = blocks.row_of(key, shard)
+        return {tier for tier in TierName if row >= 0 and blocks.is_resident(row, tier)}
+
+    async def save(
+        self,
+        client: Client,
+        chain: BlockChain,
+        images: Sequence[bytes],
+        *,
+        shard: Shard = WHOLE,
+        layout: Layout = LAYOUT,
+        on_ssd: bool = False,
+    ) -> SaveOutcome:
+        """`images`: of each block all its slices, one after the other."""
+        async with self.begin_save(client, chain, shard=shard, layout=layout) as ingest:
+            for frame in frames_of(layout, shard, chain, images):
+                ingest.write(frame)
+            return await ingest.commit(checksums_of(shard, images), on_ssd=on_ssd)
+
+    def begin_save(self, client: Client, chain: BlockChain, *, shard: Shard = WHOLE, layout: Layout = LAYOUT) -> Ingest:
+        return self.store.begin_save(
+            client.client_id, layout.fingerprint, shard, chain.parent, chain.keys, chain.token_counts[-1]
+        )
+
+    def lookup(
+        self, client: Client, keys: Sequence[bytes], *, shard: Shard = WHOLE, layout: Layout = LAYOUT, ttl_s: float = 30
+    ) -> Lease | None:
+        return self.store.lookup(client.client_id, layout.fingerprint, shard, keys, ttl_s).lease
+
+    def hits(self, keys: Sequence[bytes], *, shard: Shard = WHOLE, layout: Layout = LAYOUT) -> int:
+        return self.store.lookup(b"", layout.fingerprint, shard, keys, 0).blocks
+
+    async def load(self, lease: Lease, blocks: range | None = None, layers: range | None = None) -> list[bytes]:
+        """The asked-for layers of the asked-for blocks: of each layer all blocks' bytes, one after the other."""
+        blocks = range(len(lease.rows)) if blocks is None else blocks
+        layers = range(lease.shard.layers) if layers is None else layers
+        found = dict.fromkeys(layers, b"")
+        async with contextlib.aclosing(self.frames(lease, blocks, layers)) as frames:
+            async for layer, payload in frames:
+                found[layer] += payload
+        return list(found.values())
+
+    def frames(self, lease: Lease, blocks: range, layers: range) -> AsyncGenerator[tuple[int, bytes], None]:
+        def encode(part: Part) -> tuple[int, bytes]:
+            return part.layer, b"".join(part.runs)
+
+        return self.store.loads.run(lease, blocks, layers, encode)
+
+    async def settle(self) -> None:
+        """Wait until everything that runs in the background has ended."""
+        if self.store.write_behind is not None:
+            await self.store.write_behind.idle()
+        await until(lambda: not self.unsettled())
+
+    def unsettled(self) -> str:
+        """In which way space, table and records do not agree yet; empty where they do."""
+        tiers = [TierName.DRAM, TierName.SSD] if self.ssd else [TierName.DRAM]
+        blocks = self.store.blocks
+        for tier in tiers:
+            extents = self.extents(tier)
+            lent = list(extents.values())
+            if tier is TierName.DRAM:
+                lent += self.uploads()
+            used = self.store.residency.tiers[tier].used_bytes
+            if used != sum(extent.size_bytes for extent in lent):
+                return f"{tier}: {used} bytes are in use, and the table knows of {sum(e.size_bytes for e in lent)}"
+            if self.index.load(tier).damaged:
+                return f"{tier}: records that were dropped are still being removed"
+            recorded = self.records(tier)
+            known = {blocks.object_key_of(row): extent for row, extent in extents.items() if blocks.live[row]}
+            if recorded != known:
+                return f"{tier}: records and table differ in {recorded.items() ^ known.items()}"
+        return ""
+
+    def uploads(self) -> list[Extent]:
+        """The space that unfinished saves have."""
+        queues = self.store.ingests.uploads.values()
+        return [upload.extent for uploads in queues for upload in uploads if upload.extent is not None]
+
+
+def some_chain(blocks: int, *, seed: int = 0, tail_tokens: int = 0, layout: Layout = LAYOUT) -> BlockChain:
+    """A conversation of so many full blocks, and of a last one with `tail_tokens`."""
+    tokens = np.random.default_rng(seed).integers(0, 50_000, blocks * layout.block_tokens + tail_tokens)
+    return block_chain(layout, tokens, with_partial=True)
+
+
+def some_images(chain: BlockChain, *, seed: int = 0, shard: Shard = WHOLE, layout: Layout = LAYOUT) -> list[bytes]:
+    """Random contents for each block of a chain."""
+    random = np.random.default_rng(seed)
+    return [random.bytes(block_geometry(layout, shard, count).payload_bytes) for count in chain.token_counts]
+
+
+def layer_of(image: bytes, layer: int, *, shard: Shard = WHOLE) -> bytes:
+    size = len(image) // shard.layers
+    return image[layer * size : (layer + 1) * size]
+
+
+def layers_of(images: Iterable[bytes], *, shard: Shard = WHOLE) -> list[bytes]:
+    """What a load of these blocks gives: layer by layer, all blocks of each."""
+    images = list(images)
+    return [b"".join(layer_of(image, layer, shard=shard) for image in images) for layer in range(shard.layers)]
+
+
+def frames_of(
+    layout: Layout, shard: Shard, chain: BlockChain, images: Sequence[bytes], *, frame_bytes: int = 5000
+) -> list[Frame]:
+    """A save's frames in order. The odd size has them begin and end inside blocks."""
+    frames = []
+    starts = np.cumsum([0, *(block_geometry(layout, shard, count).slice_bytes for count in chain.token_counts)])
+    for layer, data in enumerate(layers_of(images, shard=shard)):
+        for start in range(0, len(data), frame_bytes):
+            block = int(np.searchsorted(starts, start, "right")) - 1
+            payload = memoryview(data)[start : start + frame_bytes]
+            frames.append(Frame(layer, block, start - int(starts[block]), payload))
+    return frames
+
+
+def checksums_of(shard: Shard, images: Sequence[bytes]) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+    slices = [layer_of(image, layer, shard=shard) for image in images for layer in range(shard.layers)]
+    return np.array([checksum(data) for data in slices], np.uint64)
+
+
+def names_of(chain: BlockChain, shard: Shard = WHOLE) -> list[bytes]:
+    return [object_key(key, shard) for key in chain.keys]
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Let the event loop go round until `condition` holds."""
+    end_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end_s, "it never came true"
+        await asyncio.sleep(0.001)

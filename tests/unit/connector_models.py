@@ -1,0 +1,117 @@
+"""Tiny models with random weights, and blocks kept in this process instead of a daemon."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from kvservice_adapter.connectors.transformers import TransformersConnector
+from kvservice_client import BlockChain, Durability, KVError, Layout, LoadedLayer, ResidencyRun, SaveResult
+
+BLOCK_TOKENS = 4
+
+
+def tiny_llama(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **{
+            "vocab_size": 97,
+            "hidden_size": 48,
+            "intermediate_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            **options,
+        }
+    )
+    model: Any = LlamaForCausalLM(config)
+    return model.to(dtype).eval()
+
+
+def connector(client: Any, model: Any, **options: Any) -> TransformersConnector:
+    given = {"model_id": "tiny", "model_revision": "1", "block_tokens": BLOCK_TOKENS, **options}
+    return TransformersConnector(client, model, **given)
+
+
+def prompt(token_count: int) -> torch.Tensor:
+    return torch.randint(0, 97, (1, token_count), generator=torch.Generator().manual_seed(token_count))
+
+
+def computed(model: Any, token_ids: torch.Tensor) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(token_ids, past_key_values=cache)
+    return cache
+
+
+def states(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of each layer."""
+    each: Any = cache
+    return [(keys, values) for keys, values, _ in each]
+
+
+class KeptBlocks:
+    """A client and its blocks at once: what was saved, block by block and layer by layer, in a dict."""
+
+    def __init__(self) -> None:
+        self.stored: dict[bytes, list[bytes]] = {}
+        self.saves: list[int] = []  # How many blocks each save brought.
+        self.failing: KVError | None = None
+        self.layout: Layout | None = None
+
+    def open_layout(self, layout: Layout) -> Self:
+        self.layout = layout
+        return self
+
+    def contains(self, chain: BlockChain) -> int:
+        self._fail()
+        hits = 0
+        while hits < len(chain) and chain.keys[hits] in self.stored:
+            hits += 1
+        return hits
+
+    def save(self, chain: BlockChain, layers: Sequence[torch.Tensor], durability: Durability) -> SaveResult:
+        self._fail()
+        assert len(layers) == self._layout.layers
+        self.saves.append(len(chain))
+        for block, key in enumerate(chain):
+            self.stored[key] = [layer[block].view(torch.uint8).numpy().tobytes() for layer in layers]
+        return SaveResult(len(chain), 0, [])
+
+    def lookup(self, chain: BlockChain) -> KeptLease:
+        return KeptLease([self.stored[key] for key in chain.keys[: self.contains(chain)]], self._layout)
+
+    @property
+    def _layout(self) -> Layout:
+        assert self.layout is not None
+        return self.layout
+
+    def _fail(self) -> None:
+        if self.failing is not None:
+            raise self.failing
+
+
+class KeptLease:
+    def __init__(self, blocks: list[list[bytes]], layout: Layout) -> None:
+        self._blocks, self._layout = blocks, layout
+        self.hit_blocks = len(blocks)
+        self.hit_tokens = len(blocks) * layout.block_tokens
+        self.residency = [ResidencyRun(len(blocks), dram=True, ssd=False)]
+
+    def load(self) -> Iterator[LoadedLayer]:
+        for layer in range(self._layout.layers):
+            data = b"".join(block[layer] for block in self._blocks)
+            yield LoadedLayer(layer, np.frombuffer(bytearray(data), np.uint8))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass

@@ -1,0 +1,410 @@
+"""``kvservice check``: finds every kind of damage in a stopped store, and repairs what can be repaired."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvservice import check
+from kvservice.blocks import Extent, TierName, object_key
+from kvservice.index.block_index import BlockIndex
+from kvservice.index.environment import BLOCKS, LAYOUTS, META, Environment
+from kvservice.index.records import RECORD, Records, encode_records, new_records
+from kvservice.index.store_lock import StoreLock
+from kvservice.store.load import scratch
+from kvservice.tiers.arena import Arena
+from kvservice.tiers.base import Tier
+from kvservice.tiers.dram import DramTier
+from kvservice.tiers.ssd import SsdTier
+from kvservice_api.keys import block_chain
+from kvservice_api.layout import PAGE_BYTES, Layout, Shard, Trailer, block_geometry, checksum
+
+MIB = 2**20
+FILE_BYTES = 4 * MIB + PAGE_BYTES  # A header, and 4 MiB for blocks.
+LAYOUT = Layout("model", "float16", layers=3, kv_heads=2, k_head_dim=64, v_head_dim=64, block_tokens=64)
+SHARD, OTHER_SHARD = Shard(0, 3, 0, 1), Shard(0, 3, 1, 2)
+CHAIN = block_chain(LAYOUT, range(4 * 64))
+KEYS = [object_key(key, SHARD) for key in CHAIN]
+GEOMETRY = block_geometry(LAYOUT, SHARD, 64)
+
+
+@dataclass
+class Store:
+    """A stopped store with four blocks on SSD, the first three of them in DRAM too."""
+
+    path: Path
+    shared_memory: Path
+    extents: dict[TierName, list[Extent]]
+
+    @property
+    def ssd_file(self) -> Path:
+        return self.path / "ssd-000.kv"
+
+    @property
+    def arena_file(self) -> Path:
+        [path] = self.shared_memory.glob("*/arena")
+        return path
+
+    def index_of(self, tier: TierName) -> Path:
+        return self.path / "index" if tier is TierName.SSD else self.arena_file.parent / "index"
+
+    def file_of(self, tier: TierName) -> Path:
+        return self.ssd_file if tier is TierName.SSD else self.arena_file
+
+    def flip(self, tier: TierName, block: int, offset: int, bit: int = 0) -> None:
+        """Change one bit of a block's image."""
+        with self.file_of(tier).open("r+b") as file:
+            position = PAGE_BYTES + self.extents[tier][block].offset_bytes + offset
+            file.seek(position)
+            [byte] = file.read(1)
+            file.seek(position)
+            file.write(bytes([byte ^ 1 << bit]))
+
+    def change(self, tier: TierName, database: bytes, change: Callable[[dict[bytes, bytes]], None]) -> None:
+        """Change a database of an index past the rules."""
+        with opened_environment(self.index_of(tier)) as environment:
+            items = contents(environment, database)
+            change(items)
+            environment.write_now(database, items)
+
+    def change_record(self, tier: TierName, block: int, **fields: int) -> None:
+        """Change a record so that its crc is right and its content is not."""
+
+        def change(items: dict[bytes, bytes]) -> None:
+            record = np.frombuffer(items[KEYS[block]], RECORD).copy()
+            for name, value in fields.items():
+                record[name] = value
+            [items[KEYS[block]]] = encode_records([KEYS[block]], record)
+
+        self.change(tier, BLOCKS, change)
+
+    def check(self, *arguments: str) -> tuple[int, dict[str, Any]]:
+        """Exit code and JSON report of a check."""
+        with pytest.MonkeyPatch.context() as patch:
+            printed: list[str] = []
+            patch.setattr("builtins.print", lambda text, file=None: printed.append(str(text)))
+            code = check.main([str(self.path), "--json", *arguments])
+        return code, json.loads(printed[0]) if code < 2 else {"error": printed[0]}
+
+
+@contextmanager
+def opened_environment(directory: Path) -> Iterator[Environment]:
+    environment = Environment(directory, map_bytes=MIB, durable=False)
+    yield environment
+    environment.close()
+
+
+def contents(environment: Environment, database: bytes) -> dict[bytes, bytes]:
+    return {k: v for keys, values in environment.read(database) for k, v in zip(keys, values, strict=True)}
+
+
+def image_of(block: int) -> tuple[memoryview, int]:
+    """A block's image and its trailer's checksum."""
+    image = scratch(GEOMETRY.image_bytes)
+    data = np.frombuffer(image, np.uint8)
+    data[:] = 0
+    data[: GEOMETRY.payload_bytes] = np.random.default_rng(block).integers(0, 256, GEOMETRY.payload_bytes)
+    slices = [image[slice(*GEOMETRY.slice_range(layer))] for layer in range(LAYOUT.layers)]
+    trailer = Trailer(CHAIN.keys[block], SHARD, np.array(list(map(checksum, slices)), np.uint64)).encode()
+    data[GEOMETRY.trailer_offset :] = np.frombuffer(trailer, np.uint8)
+    return image, checksum(trailer)
+
+
+async def make_store(path: Path, shared_memory: Path) -> Store:
+    path.mkdir()
+    index = BlockIndex.open(path / "index", map_bytes=MIB)
+    store = Store(path, shared_memory, {})
+    ssd = SsdTier.open([store.ssd_file], store_id=index.store_id, capacity_bytes=FILE_BYTES, io_threads=1)
+    index.remember_ssd_files([store.ssd_file])
+    arena = Arena.open(shared_memory, index.store_id, FILE_BYTES)
+    index.open_volatile(arena.directory / "index", arena.arena_id, map_bytes=MIB)
+    layout_id = await index.put_layout(LAYOUT)
+    tiers: list[tuple[TierName, Tier, int]] = [(TierName.SSD, ssd, 4), (TierName.DRAM, DramTier(arena), 3)]
+    for name, tier, count in tiers:
+        records: Records = new_records(count)
+        extents = []
+        for block in range(count):
+            image, trailer_checksum = image_of(block)
+            extent = tier.reserve(len(image))
+            await tier.write(extent, 0, image)
+            extents.append(extent)
+            records[block]["trailer_checksum"] = trailer_checksum
+        records["layout_id"], records["token_count"] = layout_id, 64
+        for column, field in enumerate(("segment", "offset_bytes", "size_bytes")):
+            records[field] = [extent[column] for extent in extents]
+        await index.put(name, KEYS[:count], records)
+        store.extents[name] = extents
+    index.close()
+    ssd.close()
+    arena.close()
+    return store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    shared_memory = Path(tempfile.mkdtemp(prefix="kvservice-test-", dir="/dev/shm"))
+    yield asyncio.run(make_store(tmp_path / "store", shared_memory))
+    shutil.rmtree(shared_memory)
+
+
+def problems(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    return [(problem["tier"], problem["key"], problem["what"]) for problem in report["problems"]]
+
+
+def repaired(store: Store, *bad: tuple[TierName, int]) -> None:
+    """Check, repair, and check again: the damage is gone, and nothing else is."""
+    code, report = store.check("--repair")
+    assert code == 1
+    assert report["repaired"] == len(bad)
+
+    code, report = store.check()
+    assert (code, problems(report)) == (0, [])
+    for tier in TierName:
+        with opened_environment(store.index_of(tier)) as environment:
+            expected = {KEYS[at] for at in range(len(store.extents[tier])) if (tier, at) not in bad}
+            assert set(contents(environment, BLOCKS)) == expected
+
+
+def test_a_sound_store_is_clean_and_counted(store: Store) -> None:
+    code, report = store.check()
+
+    assert code == 0
+    assert (report["problems"], report["repaired"], report["layouts"]) == ([], 0, 1)
+    size = store.extents[TierName.SSD][0].size_bytes
+    for tier, count in ((TierName.SSD, 4), (TierName.DRAM, 3)):
+        found = report["tiers"][tier]
+        assert found["not_checked"] == ""
+        assert (found["blocks"], found["bytes_checked"]) == (count, count * GEOMETRY.image_bytes)
+        assert (found["used_bytes"], found["capacity_bytes"]) == (count * size, 4 * MIB)
+        assert found["free_bytes"] == 4 * MIB - count * size
+
+
+@pytest.mark.parametrize("tier", TierName)
+@pytest.mark.parametrize("layer", range(3))
+def test_a_flipped_bit_in_a_layer_is_found_and_the_block_dropped(store: Store, tier: TierName, layer: int) -> None:
+    start, end = GEOMETRY.slice_range(layer)
+    store.flip(tier, 1, start if layer % 2 else end - 1, bit=layer)
+
+    assert problems(store.check()[1]) == [(tier, KEYS[1].hex(), f"layer {layer} is damaged")]
+    repaired(store, (tier, 1))
+
+
+@pytest.mark.parametrize("tier", TierName)
+@pytest.mark.parametrize("offset", [0, 4, 6, 8, 40, 48, Trailer.size_bytes(3) - 1])
+def test_a_flipped_bit_in_a_trailer_is_found_and_the_block_dropped(store: Store, tier: TierName, offset: int) -> None:
+    store.flip(tier, 2, GEOMETRY.trailer_offset + offset)
+
+    assert problems(store.check()[1]) == [(tier, KEYS[2].hex(), "its trailer is damaged")]
+    repaired(store, (tier, 2))
+
+
+@pytest.mark.parametrize("tier", TierName)
+def test_a_flipped_bit_in_a_record_is_found_and_the_record_dropped(store: Store, tier: TierName) -> None:
+    def flip(items: dict[bytes, bytes]) -> None:
+        items[KEYS[0]] = bytes([items[KEYS[0]][0], items[KEYS[0]][1] ^ 8]) + items[KEYS[0]][2:]
+
+    store.change(tier, BLOCKS, flip)
+
+    assert problems(store.check()[1]) == [(tier, KEYS[0].hex(), "its record does not match its crc")]
+    repaired(store, (tier, 0))
+
+
+@pytest.mark.parametrize("tier", TierName)
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"offset_bytes": 4 * MIB}, "lies outside the tier"),
+        ({"segment": 7}, "lies outside the tier"),
+        ({"size_bytes": PAGE_BYTES}, "has 4096 bytes and needs"),
+        ({"token_count": 65}, "does not fit its layout"),
+        ({"token_count": 63}, "trailer is damaged"),
+        ({"layout_id": 9}, "layout is unknown"),
+        ({"trailer_checksum": 1}, "trailer is damaged"),
+    ],
+)
+def test_a_record_that_contradicts_the_store_is_found_and_dropped(
+    store: Store, tier: TierName, fields: dict[str, int], what: str
+) -> None:
+    if tier is TierName.DRAM and "trailer_checksum" in fields:
+        what = "copy on SSD has other bytes"
+    block = 2 if tier is TierName.DRAM else 3  # A block that the other tier's copy says nothing about.
+    store.change_record(tier, block, **fields)
+
+    [(found_tier, key, found)] = problems(store.check()[1])
+    assert (found_tier, key) == (tier, KEYS[block].hex())
+    assert what in found
+    repaired(store, (tier, block))
+
+
+def test_the_bytes_of_another_shard_are_not_taken_for_those_of_this_one(store: Store) -> None:
+    other = object_key(CHAIN.keys[3], OTHER_SHARD)
+
+    def move(items: dict[bytes, bytes]) -> None:
+        [items[other]] = encode_records([other], np.frombuffer(items[KEYS[3]], RECORD))
+
+    store.change(TierName.SSD, BLOCKS, move)
+    with opened_environment(store.index_of(TierName.SSD)) as environment:
+        asyncio.run(delete(environment, KEYS[3]))
+
+    assert problems(store.check()[1]) == [("ssd", other.hex(), "its trailer is damaged")]
+
+
+async def delete(environment: Environment, key: bytes) -> None:
+    await environment.delete(BLOCKS, [key])
+
+
+def test_of_two_blocks_in_one_place_neither_is_kept(store: Store) -> None:
+    store.change_record(TierName.SSD, 1, offset_bytes=store.extents[TierName.SSD][0].offset_bytes)
+
+    found = problems(store.check()[1])
+    assert {key for _, key, _ in found} == {KEYS[0].hex(), KEYS[1].hex()}
+    assert {what for _, _, what in found} == {"its extent overlaps another"}
+    repaired(store, (TierName.SSD, 0), (TierName.SSD, 1))
+
+
+def test_blocks_of_a_lost_layout_are_dropped_with_it(store: Store) -> None:
+    def damage(items: dict[bytes, bytes]) -> None:
+        items[LAYOUT.fingerprint] = items[LAYOUT.fingerprint][:-1] + b"\0"
+
+    store.change(TierName.SSD, LAYOUTS, damage)
+
+    code, report = store.check("--repair")
+    assert (code, report["repaired"]) == (1, 1 + 4 + 3)
+    assert ("index", LAYOUT.fingerprint.hex(), "its layout's entry is damaged") in problems(report)
+    assert store.check()[0] == 0
+
+
+def test_looking_changes_nothing(store: Store) -> None:
+    store.flip(TierName.SSD, 0, 0)
+    store.flip(TierName.DRAM, 1, 0)
+
+    assert store.check() == store.check()
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "of another store"])
+def test_ssd_files_that_cannot_be_used_are_a_problem_that_costs_no_record(
+    store: Store, tmp_path: Path, damage: str
+) -> None:
+    kept = tmp_path / "kept"
+    shutil.copy(store.ssd_file, kept)
+    if damage == "missing":
+        store.ssd_file.unlink()
+    else:
+        with store.ssd_file.open("r+b") as file:
+            if damage == "truncated":
+                file.truncate(MIB)
+            else:
+                file.seek(8)
+                file.write(bytes(16))
+
+    code, report = store.check("--repair")
+    assert (code, report["repaired"]) == (1, 0)
+    assert str(store.ssd_file) in report["tiers"]["ssd"]["not_checked"]
+    assert (damage == "missing") == (not store.ssd_file.exists()), "no file is made"
+
+    kept.replace(store.ssd_file)
+    assert store.check()[0] == 0
+
+
+def test_records_without_any_ssd_file_are_a_problem(store: Store) -> None:
+    store.change(TierName.SSD, META, lambda items: items.update({b"ssd_files": b""}))
+    store.ssd_file.unlink()
+
+    code, report = store.check("--repair")
+
+    assert (code, report["repaired"]) == (1, 0)
+    assert problems(report) == [("ssd", "", "there are records, and no file is known")]
+
+
+@pytest.mark.parametrize("damage", ["deleted", "truncated", "of another store", "index deleted", "index of another"])
+def test_an_arena_that_is_not_the_stores_is_left_alone_and_no_problem(store: Store, damage: str) -> None:
+    arena = store.arena_file
+    if damage == "deleted":
+        arena.unlink()
+    elif damage == "truncated":
+        with arena.open("r+b") as file:
+            file.truncate(MIB)
+    elif damage == "of another store":
+        with arena.open("r+b") as file:
+            file.seek(24)
+            file.write(bytes(16))
+    elif damage == "index deleted":
+        shutil.rmtree(arena.parent / "index")
+    else:
+        store.change(TierName.DRAM, META, lambda items: items.update({b"arena_id": bytes(16)}))
+    files = {path: path.stat().st_mtime_ns for path in store.shared_memory.rglob("*") if path.is_file()}
+
+    code, report = store.check("--repair")
+
+    assert (code, report["problems"]) == (0, [])
+    assert report["tiers"]["dram"]["not_checked"]
+    assert report["tiers"]["ssd"]["blocks"] == 4
+    assert {path: path.stat().st_mtime_ns for path in store.shared_memory.rglob("*") if path.is_file()} == files
+
+
+def test_a_store_that_moved_is_checked_where_it_is_now(store: Store, tmp_path: Path) -> None:
+    moved = Store(tmp_path / "moved", store.shared_memory, store.extents)
+    shutil.copytree(store.path, moved.path)
+    moved.flip(TierName.SSD, 0, 0)
+
+    assert store.check()[0] == 0
+    assert problems(moved.check()[1]) == [("ssd", KEYS[0].hex(), "layer 0 is damaged")]
+
+
+def test_a_store_in_use_is_not_checked(store: Store) -> None:
+    lock = StoreLock(store.path / "lock")
+    code, report = store.check()
+    lock.release()
+
+    assert code == 2
+    assert "in use by process" in report["error"]
+    assert store.check()[0] == 0
+
+
+def test_a_store_of_a_newer_schema_is_not_checked(store: Store) -> None:
+    store.change(TierName.SSD, META, lambda items: items.update({b"schema": b"99"}))
+
+    code, report = store.check("--repair")
+
+    assert code == 2
+    assert "99" in report["error"]
+
+
+def test_a_folder_without_a_store_stays_as_it_is(tmp_path: Path) -> None:
+    code, report = Store(tmp_path, tmp_path, {}).check()
+
+    assert code == 2
+    assert "no store" in report["error"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_index_that_is_no_index_is_a_problem_without_repair(store: Store) -> None:
+    (store.path / "index" / "data.mdb").write_bytes(b"\xff" * 65536)
+
+    code, report = store.check("--repair")
+
+    assert (code, report["repaired"]) == (1, 0)
+    assert "cannot be repaired" in report["problems"][0]["what"]
+
+
+def test_people_read_lines(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check.main([str(store.path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"store    {store.path}, id ")
+    assert lines[2].startswith("ssd      4 blocks, ")
+    assert lines[-1] == "clean"
+
+    store.flip(TierName.DRAM, 0, 0)
+    assert check.main([str(store.path), "--repair"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == [f"problem  dram {KEYS[0].hex()}: layer 0 is damaged", "1 problems found, 1 repaired"]

@@ -1,0 +1,209 @@
+"""Where settings come from, and how a wrong one is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvservice.config import SETTINGS, ConfigError, Settings, environment_name, load_settings
+from kvservice.policy import POLICIES
+
+GIB = 2**30
+
+
+def refusal(argv: list[str] | None = None, environ: dict[str, str] | None = None) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_settings(argv or [], environ or {})
+    return str(error.value)
+
+
+def written(folder: Path, text: str) -> str:
+    file = folder / "kvservice.toml"
+    file.write_text(text)
+    return str(file)
+
+
+def test_every_setting_has_a_default_that_is_valid() -> None:
+    assert load_settings([], {}) == Settings()
+
+
+def test_flags_go_before_the_environment_before_the_file_before_the_defaults(tmp_path: Path) -> None:
+    file = written(tmp_path, "[server]\nclients_max = 1\nloads_max = 1\nkeys_max = 1\n")
+    environ = {"KVSERVICE_CONFIG": file, "KVSERVICE_SERVER__CLIENTS_MAX": "2", "KVSERVICE_SERVER__LOADS_MAX": "2"}
+
+    server = load_settings(["--server.clients_max", "3"], environ).server
+
+    assert (server.clients_max, server.loads_max, server.keys_max, server.transfer_slots) == (3, 2, 1, 4)
+
+
+def test_the_flag_names_another_file_than_the_environment(tmp_path: Path) -> None:
+    file = written(tmp_path, "[log]\nlevel = 'debug'\n")
+
+    assert load_settings(["--config", file], {"KVSERVICE_CONFIG": "/nowhere"}).log.level == "debug"
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"), [("4GiB", 4 * GIB), ("4 gib", 4 * GIB), ("1.5GiB", 3 * GIB // 2), ("4GB", 4 * 10**9)]
+)
+def test_sizes_are_written_as_people_write_them(tmp_path: Path, text: str, size_bytes: int) -> None:
+    file = written(tmp_path, f"[dram]\ncapacity_bytes = '{text}'\n")
+
+    assert load_settings(["--config", file], {}).dram.capacity_bytes == size_bytes
+    assert load_settings(["--dram.capacity_bytes", text], {}).dram.capacity_bytes == size_bytes
+    assert load_settings([], {"KVSERVICE_DRAM__CAPACITY_BYTES": text}).dram.capacity_bytes == size_bytes
+    assert load_settings([], {"KVSERVICE_DRAM__CAPACITY_BYTES": str(size_bytes)}).dram.capacity_bytes == size_bytes
+
+
+def test_several_drives_are_a_list_or_joined_by_colons(tmp_path: Path) -> None:
+    drives = (Path("/drives/a"), Path("/drives/b"))
+    file = written(tmp_path, "[ssd]\npaths = ['/drives/a', '/drives/b']\n")
+
+    assert load_settings(["--config", file], {}).ssd_directories == drives
+    assert load_settings(["--ssd.paths", "/drives/a:/drives/b"], {}).ssd_directories == drives
+    assert load_settings([], {"KVSERVICE_STORE__PATH": "/store"}).ssd_directories == (Path("/store"),)
+
+
+class TestTypos:
+    def test_in_a_flag(self) -> None:
+        assert refusal(["--server.adress", "x"]) == (
+            "--server.adress among the flags is no setting; the nearest one is --server.address"
+        )
+        assert "--dram.capacity_bytes" in refusal(["--dram.capacity-bytes=4GiB"])
+        assert "--server.address" in refusal(["--server.addr", "x"])  # Nothing is completed by guessing.
+
+    def test_in_the_environment(self) -> None:
+        assert refusal(environ={"KVSERVICE_SERVER__ADRESS": "x"}) == (
+            "KVSERVICE_SERVER__ADRESS in the environment is no setting; the nearest one is KVSERVICE_SERVER__ADDRESS"
+        )
+        assert "KVSERVICE_SERVER__ADDRESS" in refusal(environ={"KVSERVICE_SERVER_ADDRESS": "x"})
+        assert "KVSERVICE_DRAM__CAPACITY_BYTES" in refusal(environ={"KVSERVICE_DRM__CAPACITY_BYTES": "1"})
+
+    def test_in_the_file(self, tmp_path: Path) -> None:
+        file = written(tmp_path, "[server]\nadress = 'x'\n")
+
+        message = refusal(["--config", file])
+
+        assert message == f"server.adress in {file} is no setting; the nearest one is server.address"
+
+    @pytest.mark.parametrize(
+        ("text", "nearest"),
+        [
+            ("[sever]\naddress = 'x'\n", "server.address"),
+            ("capacity_bytes = 1\n", "capacity_bytes"),
+            ("[mover.policy]\nname = 'lru'\n", "mover.policy"),
+            ("[ssd]\nio_thread = 4\n", "ssd.io_threads"),
+        ],
+    )
+    def test_in_the_file_at_any_place(self, tmp_path: Path, text: str, nearest: str) -> None:
+        assert nearest in refusal(["--config", written(tmp_path, text)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--server.clients_max", "0"], "server.clients_max among the flags"),
+        (["--server.clients_max", "many"], "server.clients_max among the flags"),
+        (["--dram.capacity_bytes", "4 GoB"], "dram.capacity_bytes among the flags"),
+        (["--dram.capacity_bytes", "-1"], "dram.capacity_bytes"),
+        (["--dram.capacity_bytes", "0"], "dram.capacity_bytes"),
+        (["--dram.capacity_bytes", "4MiB"], "leaves nothing for blocks"),
+        (["--ssd.capacity_bytes", "4MiB"], "leaves nothing for blocks"),
+        (["--index.volatile_map_bytes", "4KiB"], "index.volatile_map_bytes"),
+        (["--server.address", ""], "server.address among the flags"),
+        (["--server.address", "7070"], "'7070' is not host:port"),
+        (["--server.address", "127.0.0.1:70700"], "'127.0.0.1:70700' is not host:port"),
+        (["--server.metrics_address", "localhost"], "server.metrics_address"),
+        (["--server.frame_bytes", "8MiB"], "server.frame_bytes"),
+        (["--server.unix_socket", "/" + "x" * 107], "server.unix_socket"),
+        (["--mover.policy", "mru"], "mover.policy"),
+        (["--mover.dram_free_low", "0.2"], "mover.dram_free_low (0.2) is above mover.dram_free_high (0.1)"),
+        (["--mover.ssd_free_low", "1"], "mover.ssd_free_low"),
+        (["--log.level", "loud"], "log.level"),
+        (["--log.level"], "log.level"),
+        (["--config", "/nowhere/kvservice.toml"], "/nowhere/kvservice.toml cannot be read: No such file"),
+        (["serve"], "serve"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_the_name_of_its_setting(flags: list[str], named: str) -> None:
+    assert named in refusal(flags)
+
+
+def test_a_file_that_is_not_toml_is_refused(tmp_path: Path) -> None:
+    assert "is not TOML" in refusal(["--config", written(tmp_path, "[server")])
+
+
+def test_every_problem_is_told_at_once() -> None:
+    message = refusal(["--log.level", "loud"], {"KVSERVICE_SERVER__KEYS_MAX": "0"})
+
+    assert "log.level among the flags" in message
+    assert "server.keys_max in the environment" in message
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:7070", "10.0.0.1:7070", "[::]:7070", "kv.example.com:7070"])
+def test_an_address_that_others_can_reach_needs_a_word(address: str) -> None:
+    assert "server.insecure" in refusal(["--server.address", address])
+    assert load_settings(["--server.address", address, "--server.insecure"], {}).server.address == address
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "127.8.9.1:7070", "[::1]:7070", "localhost:7070"])
+def test_an_address_on_this_host_needs_none(address: str) -> None:
+    assert load_settings(["--server.address", address], {}).server.address == address
+
+
+def test_what_kubernetes_sets_beside_a_service_of_our_name_is_passed_over() -> None:
+    environ = {
+        "KVSERVICE_SERVICE_HOST": "10.0.0.1",
+        "KVSERVICE_SERVICE_PORT": "7070",
+        "KVSERVICE_SERVICE_PORT_GRPC": "7070",
+        "KVSERVICE_PORT": "tcp://10.0.0.1:7070",
+        "KVSERVICE_PORT_7070_TCP": "tcp://10.0.0.1:7070",
+        "KVSERVICE_PORT_7070_TCP_ADDR": "10.0.0.1",
+        "KVSERVICE_METRICS_SERVICE_HOST": "10.0.0.2",
+    }
+
+    assert load_settings([], environ) == Settings()
+
+
+def test_every_setting_can_be_given_as_a_flag_and_in_the_environment() -> None:
+    for name, setting in SETTINGS.items():
+        default = setting.default
+        if default in ("", ()):
+            continue
+        text = str(int(default)) if isinstance(default, int) else str(default)
+        assert load_settings([f"--{name}={text}"], {}) == Settings()
+        assert load_settings([], {environment_name(name): text}) == Settings()
+
+
+def test_every_policy_can_be_chosen() -> None:
+    for name in POLICIES:
+        assert load_settings(["--mover.policy", name], {}).mover.policy == name
+
+
+def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load_settings(["--help"], {})
+    shown = capsys.readouterr().out
+
+    assert all(f"--{name} " in shown for name in SETTINGS)
+
+
+class TestWhatFollowsFromSettings:
+    def test_index_maps_are_a_64th_of_their_tier_within_limits(self) -> None:
+        def maps(dram: str, ssd: str) -> tuple[int, int]:
+            settings = load_settings(["--dram.capacity_bytes", dram, "--ssd.capacity_bytes", ssd], {})
+            return settings.volatile_map_bytes, settings.durable_map_bytes
+
+        assert maps("64MiB", "0") == (4 * 2**20, 4 * 2**20)
+        assert maps("1GiB", "10GiB") == (16 * 2**20, 160 * 2**20)
+        assert maps("128GiB", "4TiB") == (GIB, GIB)
+        assert load_settings(["--index.durable_map_bytes", "8MiB"], {}).durable_map_bytes == 8 * 2**20
+
+    def test_the_unix_socket_lies_in_the_store_unless_told_otherwise(self) -> None:
+        def socket(*flags: str) -> Path | None:
+            return load_settings(["--store.path", "/store", *flags], {}).unix_socket_path
+
+        assert socket() == Path("/store/kvservice.sock")
+        assert socket("--server.unix_socket", "/run/kv.sock") == Path("/run/kv.sock")
+        assert socket("--server.unix_socket", "off") is None
+        assert socket("--store.path", "/" + "x" * 100) is None

@@ -1,0 +1,55 @@
+"""The reference pages under docs/ are what the code says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("docs")
+    subprocess.run([sys.executable, ROOT / "tools" / "generate_docs.py", folder], check=True)
+    return folder
+
+
+@pytest.mark.parametrize("page", ["configuration.md", "errors.md"])
+def test_the_page_is_what_make_docs_writes(pages: Path, page: str) -> None:
+    assert (ROOT / "docs" / page).read_text() == (pages / page).read_text(), "run `make docs`"
+
+
+def named_in(page: str, pattern: str) -> set[str]:
+    return set(re.findall(pattern, (ROOT / page).read_text()))
+
+
+@pytest.mark.parametrize("page", ["README.md", "ARCHITECTURE.md", "CHANGELOG.md"])
+def test_every_file_that_a_page_links_to_exists(page: str) -> None:
+    missing = {link for link in named_in(page, r"\]\((?!https?:)([^)#]+)") if not (ROOT / link).exists()}
+
+    assert not missing
+
+
+def test_every_source_file_that_the_architecture_names_exists() -> None:
+    roots = [ROOT / folder for folder in ("kvservice", "proto", "client", "engine_adapter")]
+    files = {f"/{file.relative_to(ROOT)}" for root in roots for file in root.rglob("*.py")}
+    missing = {
+        name
+        for name in named_in("ARCHITECTURE.md", r"`([\w/]+\.py)`")
+        if not any(file.endswith(f"/{name}") for file in files)
+    }
+
+    assert not missing
+
+
+def test_the_example_in_the_readme_is_python_and_imports_what_there_is() -> None:
+    (example,) = named_in("README.md", r"```python\n((?s:.*?))```")
+    imports = example.partition("\n\n")[0]
+
+    compile(example, "README.md", "exec")
+    exec(imports, {})

@@ -1,0 +1,243 @@
+"""The block index: two environments of one store, its layouts, and what is refused or emptied at open."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from kvservice.blocks import TierName
+from kvservice.index.block_index import SCHEMA, BlockIndex
+from kvservice.index.environment import LAYOUTS, META, Environment
+from kvservice.index.errors import StoreDamaged, StoreTooNew
+from kvservice_api.errors import IndexFull, StorageFailed
+from kvservice_api.layout import Rotary
+from tests.unit.index_samples import LAYOUT, some_keys, some_records
+
+MIB = 2**20
+ARENA, OTHER_ARENA = b"a" * 16, b"b" * 16
+OTHER_LAYOUT = dataclasses.replace(LAYOUT, rotary=Rotary("yarn", "half", 8, 10000.0, (("factor", 4.0),)), layers=3)
+
+
+@contextmanager
+def opened(path: Path, *, before_commit: Callable[[], None] | None = None) -> Iterator[BlockIndex]:
+    index = BlockIndex.open(path / "index", map_bytes=4 * MIB, before_commit=before_commit)
+    try:
+        yield index
+    finally:
+        index.close()
+
+
+async def change(directory: Path, database: bytes, items: dict[bytes, bytes | None]) -> None:
+    """Write into a closed index past the rules."""
+    environment = Environment(directory, map_bytes=4 * MIB, durable=False)
+    for key, value in items.items():
+        if value is None:
+            await environment.delete(database, [key])
+        else:
+            await environment.put(database, [key], lambda value=value: [value])  # type: ignore[misc]
+    environment.close()
+
+
+def stored(directory: Path, database: bytes) -> dict[bytes, bytes]:
+    """What lies in a closed index."""
+    environment = Environment(directory, map_bytes=4 * MIB, durable=False)
+    found = {key: value for keys, values in environment.read(database) for key, value in zip(keys, values, strict=True)}
+    environment.close()
+    return found
+
+
+async def given_dram_record(store: Path, arena: Path, arena_id: bytes = ARENA) -> None:
+    with opened(store) as index:
+        index.open_volatile(arena, arena_id, map_bytes=4 * MIB)
+        await index.put_layout(LAYOUT)
+        await index.put(TierName.DRAM, some_keys(2), some_records(2))
+
+
+def dram_keys(store: Path, arena: Path, arena_id: bytes = ARENA) -> tuple[str, list[bytes]]:
+    with opened(store) as index:
+        why_emptied = index.open_volatile(arena, arena_id, map_bytes=4 * MIB)
+        return why_emptied, sorted(index.load(TierName.DRAM).keys)
+
+
+def test_a_store_keeps_its_id(tmp_path: Path) -> None:
+    with opened(tmp_path / "one") as one, opened(tmp_path / "two") as two:
+        first, second = one.store_id, two.store_id
+
+    with opened(tmp_path / "one") as one:
+        assert one.store_id == first
+    assert len(first) == 16
+    assert first != second
+
+
+async def test_records_of_both_tiers_survive_and_do_not_mix(tmp_path: Path) -> None:
+    with opened(tmp_path) as index:
+        index.open_volatile(tmp_path / "arena", ARENA, map_bytes=4 * MIB)
+        await index.put_layout(LAYOUT)
+        await asyncio.gather(
+            index.put(TierName.SSD, some_keys(3), some_records(3)),
+            index.put(TierName.DRAM, some_keys(4), some_records(4)),
+        )
+        await index.delete(TierName.SSD, some_keys(1))
+
+    with opened(tmp_path) as index:
+        assert index.open_volatile(tmp_path / "arena", ARENA, map_bytes=4 * MIB) == ""
+        assert sorted(index.load(TierName.SSD).keys) == sorted(some_keys(3)[1:])
+        found = index.load(TierName.DRAM)
+        assert sorted(found.keys) == sorted(some_keys(4))
+        assert not found.damaged
+        for key, record in zip(found.keys, found.records, strict=True):
+            assert record["trailer_checksum"] == some_keys(4).index(key) + 7
+
+
+async def test_only_records_of_bytes_on_disk_wait_for_the_disk(tmp_path: Path) -> None:
+    synced: list[int] = []
+    with opened(tmp_path, before_commit=lambda: synced.append(1)) as index:
+        index.open_volatile(tmp_path / "arena", ARENA, map_bytes=4 * MIB)
+        await index.put(TierName.DRAM, some_keys(1), some_records(1))
+        assert not synced
+
+        await index.put(TierName.SSD, some_keys(1), some_records(1))
+        assert synced
+
+
+async def test_a_store_of_a_newer_schema_is_refused_and_keeps_what_it_has(tmp_path: Path) -> None:
+    with opened(tmp_path) as index:
+        await index.put_layout(LAYOUT)
+        await index.put(TierName.SSD, some_keys(1), some_records(1))
+    await change(tmp_path / "index", META, {b"schema": b"99"})
+
+    with pytest.raises(StoreTooNew, match=rf"99.*{SCHEMA}"):
+        BlockIndex.open(tmp_path / "index", map_bytes=4 * MIB)
+
+    await change(tmp_path / "index", META, {b"schema": b"%d" % SCHEMA})
+    with opened(tmp_path) as index:
+        assert index.load(TierName.SSD).keys == some_keys(1)
+
+
+@pytest.mark.parametrize(
+    "damage", [{b"schema": None}, {b"schema": b"one"}, {b"store_id": None}, {b"store_id": b"short"}]
+)
+async def test_a_store_that_does_not_say_what_it_is_is_refused(
+    tmp_path: Path, damage: dict[bytes, bytes | None]
+) -> None:
+    with opened(tmp_path):
+        pass
+    await change(tmp_path / "index", META, damage)
+
+    with pytest.raises(StoreDamaged):
+        BlockIndex.open(tmp_path / "index", map_bytes=4 * MIB)
+
+
+async def test_the_index_of_an_arena_that_is_gone_is_emptied(tmp_path: Path) -> None:
+    await given_dram_record(tmp_path, tmp_path / "arena")
+
+    assert dram_keys(tmp_path, tmp_path / "arena") == ("", sorted(some_keys(2)))
+    assert dram_keys(tmp_path, tmp_path / "arena", OTHER_ARENA) == ("arena_id differs", [])
+    assert dram_keys(tmp_path, tmp_path / "arena", OTHER_ARENA) == ("", [])
+
+
+async def test_the_arena_index_of_another_store_is_emptied(tmp_path: Path) -> None:
+    await given_dram_record(tmp_path / "one", tmp_path / "arena")
+
+    assert dram_keys(tmp_path / "two", tmp_path / "arena") == ("store_id differs", [])
+
+
+async def test_the_arena_index_of_another_schema_is_emptied(tmp_path: Path) -> None:
+    await given_dram_record(tmp_path, tmp_path / "arena")
+    await change(tmp_path / "arena", META, {b"schema": b"99"})
+
+    assert dram_keys(tmp_path, tmp_path / "arena") == ("schema differs", [])
+
+
+async def test_an_arena_index_that_is_garbage_is_made_anew(tmp_path: Path) -> None:
+    await given_dram_record(tmp_path, tmp_path / "arena")
+    (tmp_path / "arena" / "data.mdb").write_bytes(os.urandom(65536))
+
+    why_emptied, keys = dram_keys(tmp_path, tmp_path / "arena")
+
+    assert "damaged" in why_emptied
+    assert keys == []
+
+
+async def test_layouts_get_ids_and_keep_them(tmp_path: Path) -> None:
+    with opened(tmp_path) as index:
+        assert index.layout_id(LAYOUT.fingerprint) is None
+        ids = [await index.put_layout(layout) for layout in (LAYOUT, OTHER_LAYOUT, LAYOUT)]
+        assert ids[0] == ids[2] != ids[1]
+
+    with opened(tmp_path) as index:
+        assert dict(index.layouts) == {ids[0]: LAYOUT, ids[1]: OTHER_LAYOUT}
+        assert index.layout_id(OTHER_LAYOUT.fingerprint) == ids[1]
+        assert await index.put_layout(OTHER_LAYOUT) == ids[1]
+
+
+async def test_a_layout_opened_by_many_at_once_gets_one_id(tmp_path: Path) -> None:
+    with opened(tmp_path) as index:
+        given_up = asyncio.ensure_future(index.put_layout(LAYOUT))
+        others = [asyncio.ensure_future(index.put_layout(LAYOUT)) for _ in range(9)]
+        await asyncio.sleep(0)
+        given_up.cancel()
+        ids = await asyncio.gather(*others)
+
+        assert dict(index.layouts) == dict.fromkeys(ids, LAYOUT)
+
+    with opened(tmp_path) as index:
+        assert dict(index.layouts) == dict.fromkeys(ids, LAYOUT)
+
+
+async def test_a_layout_that_could_not_be_stored_is_unknown_and_may_be_tried_again(tmp_path: Path) -> None:
+    failures = [StorageFailed("the drive is gone")]
+
+    def before_commit() -> None:
+        if failures:
+            raise failures[0]
+
+    with opened(tmp_path, before_commit=before_commit) as index:
+        with pytest.raises(StorageFailed):
+            await index.put_layout(LAYOUT)
+        assert not index.layouts
+
+        failures.clear()
+        layout_id = await index.put_layout(LAYOUT)
+        assert index.layouts[layout_id] == LAYOUT
+
+
+async def test_a_damaged_layout_is_left_out_and_its_id_is_not_given_again(tmp_path: Path) -> None:
+    with opened(tmp_path) as index:
+        await index.put_layout(OTHER_LAYOUT)
+        lost = await index.put_layout(LAYOUT)
+        await index.put(TierName.SSD, some_keys(1), some_records(1, layout_id=lost))
+    value = stored(tmp_path / "index", LAYOUTS)[LAYOUT.fingerprint]
+    for position in range(len(value)):
+        damaged = bytearray(value)
+        damaged[position] ^= 1
+        await change(tmp_path / "index", LAYOUTS, {LAYOUT.fingerprint: bytes(damaged)})
+        with opened(tmp_path) as index:
+            assert index.damaged_layouts == [LAYOUT.fingerprint]
+            assert list(index.layouts.values()) == [OTHER_LAYOUT]
+
+    with opened(tmp_path) as index:
+        assert index.load(TierName.SSD).damaged == {some_keys(1)[0]: "its layout is unknown"}
+        assert await index.put_layout(LAYOUT) == lost + 1
+
+
+async def test_a_full_index_says_so_and_takes_records_again_once_others_are_gone(tmp_path: Path) -> None:
+    with opened(tmp_path) as index:
+        index.open_volatile(tmp_path / "arena", ARENA, map_bytes=MIB)
+        count, refused = 0, False
+        while not refused:
+            try:
+                await index.put(TierName.DRAM, some_keys(100, count), some_records(100, count))
+                count += 100
+            except IndexFull:
+                refused = True
+        assert index.used_bytes(TierName.DRAM) <= 0.9 * index.map_bytes(TierName.DRAM)
+
+        await index.delete(TierName.DRAM, some_keys(count + 100))
+        await index.put(TierName.DRAM, some_keys(100), some_records(100))

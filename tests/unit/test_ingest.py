@@ -1,0 +1,469 @@
+"""The save path: frames in any order, all or nothing, one upload of a block at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvservice.blocks import TierName
+from kvservice.store.block_store import StoreLimits
+from kvservice.store.ingest import Ingest, SaveOutcome, _Slices
+from kvservice.store.leases import Client
+from kvservice_api.errors import (
+    Draining,
+    IncompleteSave,
+    InvalidFrame,
+    InvalidRequest,
+    KVError,
+    Overloaded,
+    StorageFailed,
+    TierFull,
+    UnknownClient,
+    UnknownLayout,
+    UploadCorrupted,
+)
+from kvservice_api.frames import Frame
+from kvservice_api.keys import BlockChain
+from kvservice_api.layout import Layout, Shard, block_geometry
+from tests.file_faults import FaultyCalls
+from tests.stores import (
+    KIB,
+    LAYOUT,
+    MIB,
+    WHOLE,
+    OpenStore,
+    checksums_of,
+    frames_of,
+    layers_of,
+    some_chain,
+    some_images,
+    until,
+)
+
+SLICE = block_geometry(LAYOUT, WHOLE, 16).slice_bytes
+BLOCK = 12 * KIB
+HEADER = 4 * KIB
+
+
+async def loaded(opened: OpenStore, client: Client, chain: BlockChain) -> list[bytes]:
+    lease = opened.lookup(client, chain.keys)
+    assert lease is not None and len(lease.rows) == len(chain)
+    try:
+        return await opened.load(lease)
+    finally:
+        opened.store.leases.release(client.client_id, lease.lease_id)
+
+
+async def nothing_left(opened: OpenStore, used_before: int = 0) -> None:
+    assert not opened.store.ingests.uploads
+    assert not opened.uploads()
+    await until(lambda: opened.dram.used_bytes == used_before)
+
+
+# Frames
+
+
+@given(st.data())
+def test_a_slice_is_complete_once_every_byte_came_in_whatever_order(data: st.DataObject) -> None:
+    slices = _Slices(block_geometry(LAYOUT, WHOLE, 16))
+    cuts = sorted({0, SLICE, *data.draw(st.lists(st.integers(1, SLICE - 1), max_size=12))})
+    parts = data.draw(st.permutations(list(itertools.pairwise(cuts))))
+    arrived = np.zeros(SLICE, np.bool_)
+    for number, (start, end) in enumerate(parts):
+        complete = slices.add(1, start, end)
+        arrived[start:end] = True
+        assert complete == (number == len(parts) - 1)
+        again = data.draw(st.integers(0, SLICE - 1))
+        if arrived[again]:  # Whatever has a byte that came before is refused, and changes nothing.
+            with pytest.raises(InvalidFrame):
+                slices.add(1, data.draw(st.integers(0, again)), data.draw(st.integers(again + 1, SLICE)))
+    assert slices.missing == 1
+
+
+async def test_a_save_may_come_in_any_order_and_in_frames_of_any_size(opened: OpenStore, client: Client) -> None:
+    for seed, frame_bytes in enumerate((1, 700, 4096, 5000, 1 << 20)):
+        chain = some_chain(2 if frame_bytes == 1 else 5, seed=seed, tail_tokens=3)
+        images = some_images(chain, seed=seed)
+        frames = frames_of(LAYOUT, WHOLE, chain, images, frame_bytes=frame_bytes)
+        np.random.default_rng(seed).shuffle(frames)
+        async with opened.begin_save(client, chain) as ingest:
+            for frame in frames:
+                ingest.write(frame)
+            outcome = await ingest.commit(checksums_of(WHOLE, images), on_ssd=False)
+        assert outcome.stored == list(range(len(chain)))
+        assert await loaded(opened, client, chain) == layers_of(images)
+
+
+def frame(layer: int, block: int, offset: int, size: int) -> Frame:
+    return Frame(layer, block, offset, memoryview(bytes(size)))
+
+
+@pytest.mark.parametrize(
+    ("frames", "reason"),
+    [
+        ([frame(2, 0, 0, 10)], "outside the save"),
+        ([frame(0, 3, 0, 10)], "outside the save"),
+        ([frame(2**32 - 1, 0, 0, 10)], "outside the save"),
+        ([frame(0, 0, SLICE, 10)], "starts behind"),
+        ([frame(0, 0, 2**63, 10)], "starts behind"),
+        ([frame(0, 0, 0, 0)], "empty"),
+        ([frame(0, 2, SLICE - 9, 10)], "beyond the last block"),
+        ([frame(0, 0, 0, 3 * SLICE + 1)], "beyond the last block"),
+        ([frame(0, 0, 0, 10), frame(0, 0, 0, 10)], "arrived before"),
+        ([frame(0, 0, 0, 10), frame(0, 0, 9, 10)], "arrived before"),
+        ([frame(0, 0, 50, 10), frame(0, 0, 45, 10)], "arrived before"),
+        ([frame(0, 0, 50, 10), frame(0, 0, 0, 100)], "arrived before"),
+        ([frame(0, 1, 0, SLICE), frame(0, 0, SLICE - 1, 2)], "arrived before"),
+    ],
+)
+async def test_a_frame_that_is_out_of_range_or_overlaps_ends_the_save_and_nothing_is_kept(
+    opened: OpenStore, client: Client, frames: list[Frame], reason: str
+) -> None:
+    chain = some_chain(3)
+
+    async def save() -> None:
+        async with opened.begin_save(client, chain) as ingest:
+            for each in frames:
+                ingest.write(each)
+
+    with pytest.raises(InvalidFrame, match=reason):
+        await save()
+    await nothing_left(opened)
+    assert opened.hits(chain.keys) == 0
+    assert opened.store.counters.saves_abandoned == 1
+
+
+async def test_bytes_of_blocks_that_are_stored_already_are_not_looked_at(opened: OpenStore, client: Client) -> None:
+    chain, images = some_chain(3), some_images(some_chain(3))
+    await opened.save(client, chain[:2], images[:2])
+    outcome = await opened.save(client, chain, [b"x" * len(image) for image in images[:2]] + images[2:])
+    assert (outcome.stored, outcome.already_stored) == ([2], [0, 1])
+    assert await loaded(opened, client, chain) == layers_of(images)
+
+
+# Commits
+
+
+async def commit(
+    opened: OpenStore, client: Client, chain: BlockChain, frames: list[Frame], checksums: np.ndarray[Any, Any]
+) -> SaveOutcome:
+    async with opened.begin_save(client, chain) as ingest:
+        for each in frames:
+            ingest.write(each)
+        return await ingest.commit(checksums, on_ssd=False)
+
+
+async def test_a_commit_before_all_bytes_came_stores_nothing(opened: OpenStore, client: Client) -> None:
+    chain, images = some_chain(2), some_images(some_chain(2))
+    frames, checksums = frames_of(LAYOUT, WHOLE, chain, images), checksums_of(WHOLE, images)
+    for some in ([], frames[:-1], frames[1:], frames[:1]):
+        with pytest.raises(IncompleteSave):
+            await commit(opened, client, chain, some, checksums)
+        await nothing_left(opened)
+    assert opened.hits(chain.keys) == 0
+
+
+async def test_a_commit_with_too_few_or_too_many_checksums_stores_nothing(opened: OpenStore, client: Client) -> None:
+    chain, images = some_chain(2), some_images(some_chain(2))
+    checksums = checksums_of(WHOLE, images)
+    for wrong in (checksums[:-1], np.append(checksums, checksums[:1]), checksums[:0]):
+        with pytest.raises(InvalidRequest, match="checksums"):
+            await commit(opened, client, chain, frames_of(LAYOUT, WHOLE, chain, images), wrong)
+    await nothing_left(opened)
+
+
+async def test_a_block_that_does_not_match_its_checksums_is_refused_and_the_others_are_stored(
+    opened: OpenStore, client: Client
+) -> None:
+    chain, images = some_chain(3), some_images(some_chain(3))
+    checksums = checksums_of(WHOLE, images)
+    checksums[3] ^= np.uint64(1)  # Layer 1 of block 1.
+    outcome = await commit(opened, client, chain, frames_of(LAYOUT, WHOLE, chain, images), checksums)
+    assert outcome.stored == [0, 2]
+    assert isinstance(outcome.refused[1], UploadCorrupted) and "layer 1 of block 1" in outcome.refused[1].message
+    assert opened.hits(chain.keys) == 1
+    await nothing_left(opened, 2 * BLOCK)
+
+
+async def test_a_second_commit_is_refused_while_the_first_one_runs_and_after_it(
+    opened: OpenStore, client: Client
+) -> None:
+    chain, images = some_chain(1), some_images(some_chain(1))
+    checksums = checksums_of(WHOLE, images)
+    async with opened.begin_save(client, chain) as ingest:
+        for each in frames_of(LAYOUT, WHOLE, chain, images):
+            ingest.write(each)
+        with opened.commits_held(TierName.DRAM):
+            first = asyncio.create_task(ingest.commit(checksums, on_ssd=False))
+            await asyncio.sleep(0)
+            with pytest.raises(IncompleteSave):
+                await ingest.commit(checksums, on_ssd=False)
+        assert (await first).stored == [0]
+        with pytest.raises(IncompleteSave):
+            await ingest.commit(checksums, on_ssd=False)
+    assert opened.hits(chain.keys) == 1
+    await opened.settle()
+
+
+async def test_slices_too_large_to_be_hashed_at_once_are_hashed_on_threads(open_store: Callable[..., Any]) -> None:
+    opened: OpenStore = await open_store(dram_bytes=8 * MIB, ssd_bytes=16 * MIB)
+    client = opened.store.leases.attach("test")
+    layout = Layout(
+        model_id="large", dtype="float32", layers=2, kv_heads=1, k_head_dim=8192, v_head_dim=8192, block_tokens=17
+    )
+    await opened.store.open_layout(layout)
+    chain, shard = some_chain(1, layout=layout), Shard.whole(layout)
+    images = some_images(chain, shard=shard, layout=layout)
+    assert len(images[0]) > 2 * MIB
+    checksums = checksums_of(shard, images)
+    for wrong, stored in ((1, []), (0, [0])):
+        async with opened.begin_save(client, chain, shard=shard, layout=layout) as ingest:
+            for each in frames_of(layout, shard, chain, images, frame_bytes=1 << 20):
+                ingest.write(each)
+            outcome = await ingest.commit(checksums ^ np.uint64(wrong), on_ssd=False)
+        assert outcome.stored == stored
+
+
+# The end of a client
+
+
+async def half_saved(opened: OpenStore, client: Client, chain: BlockChain) -> Ingest:
+    ingest = opened.begin_save(client, chain)
+    await ingest.__aenter__()
+    for each in frames_of(LAYOUT, WHOLE, chain, some_images(chain))[:2]:
+        ingest.write(each)
+    return ingest
+
+
+async def test_a_client_that_goes_in_the_middle_leaves_nothing_at_once(opened: OpenStore, client: Client) -> None:
+    chain = some_chain(3)
+    ingest = await half_saved(opened, client, chain)
+    assert opened.dram.used_bytes == 3 * BLOCK
+
+    opened.store.leases.detach(client)
+    assert opened.dram.used_bytes == 0
+    with pytest.raises(IncompleteSave):
+        await ingest.commit(checksums_of(WHOLE, some_images(chain)), on_ssd=False)
+    await ingest.__aexit__(None, None, None)
+    await nothing_left(opened)
+
+
+async def test_a_client_that_goes_while_its_save_is_committed_holds_nobody_up(
+    opened: OpenStore, client: Client
+) -> None:
+    """The save is complete: it goes on, and whoever saves the same meanwhile finds it stored."""
+    chain, images = some_chain(2), some_images(some_chain(2))
+    other = opened.store.leases.attach("other")
+    with opened.commits_held(TierName.DRAM):
+        first = asyncio.create_task(opened.save(client, chain, images))
+        await until(lambda: opened.store.blocks.row_end > 0)
+        opened.store.leases.detach(client)
+        second = asyncio.create_task(opened.save(other, chain, images))
+        for _ in range(10):
+            await asyncio.sleep(0)
+    assert (await first).stored == [0, 1]
+    assert (await second).already_stored == [0, 1]
+    await nothing_left(opened, 2 * BLOCK)
+
+
+async def test_a_client_that_goes_while_it_waits_for_another_or_for_room_is_let_go_at_once(
+    open_store: Callable[..., Any],
+) -> None:
+    opened: OpenStore = await open_store(dram_bytes=3 * BLOCK + HEADER)
+    owner, waiting = (opened.store.leases.attach(name) for name in ("owner", "waiting"))
+    chain = some_chain(2)
+    ingest = await half_saved(opened, owner, chain)
+    save = asyncio.create_task(opened.save(waiting, chain, some_images(chain)))
+    await asyncio.sleep(0.01)
+    assert not save.done()
+
+    opened.store.leases.detach(waiting)
+    with pytest.raises(IncompleteSave, match="gone"):
+        await asyncio.wait_for(save, 1)
+    await ingest.__aexit__(None, None, None)
+    await nothing_left(opened)
+
+
+@pytest.mark.parametrize("turns", range(12))
+async def test_a_save_that_is_cancelled_anywhere_leaves_nothing_half_done(
+    opened: OpenStore, client: Client, turns: int
+) -> None:
+    chain, images = some_chain(3), some_images(some_chain(3))
+    saving = asyncio.create_task(opened.save(client, chain, images))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    saving.cancel()
+    await asyncio.gather(saving, return_exceptions=True)
+    await opened.settle()
+    assert not opened.store.ingests.uploads
+    assert opened.hits(chain.keys) in (0, 3)
+    assert not (await opened.save(client, chain, images)).refused
+
+
+# Several saves of one block
+
+
+async def test_of_two_clients_that_save_the_same_one_stores_it_and_the_other_finds_it_stored(
+    opened: OpenStore, client: Client
+) -> None:
+    chain = some_chain(4)
+    mine, others = some_images(chain, seed=1), some_images(chain, seed=2)
+    outcomes = await asyncio.gather(
+        opened.save(client, chain, mine), opened.save(opened.store.leases.attach("other"), chain, others)
+    )
+    assert [outcome.stored for outcome in outcomes] == [[0, 1, 2, 3], []]
+    assert outcomes[1].already_stored == [0, 1, 2, 3]
+    assert await loaded(opened, client, chain) == layers_of(mine)
+    await nothing_left(opened, 4 * BLOCK)
+
+
+async def test_who_waits_takes_over_where_the_first_one_gives_up(opened: OpenStore, client: Client) -> None:
+    chain = some_chain(2)
+    first = await half_saved(opened, client, chain)
+    waiting = [asyncio.create_task(opened.save(client, chain, some_images(chain, seed=seed))) for seed in (1, 2)]
+    await asyncio.sleep(0.01)
+    await first.__aexit__(None, None, None)
+    outcomes = await asyncio.gather(*waiting)
+    assert [len(outcome.stored) for outcome in outcomes] == [2, 0]
+    assert outcomes[1].already_stored == [0, 1]
+    assert await loaded(opened, client, chain) == layers_of(some_images(chain, seed=1))
+
+
+async def test_waiting_for_another_save_ends_in_time_and_costs_only_what_it_stores(
+    open_store: Callable[..., Any],
+) -> None:
+    opened: OpenStore = await open_store(limits=StoreLimits(upload_wait_s=0.02))
+    client, chain = opened.store.leases.attach("test"), some_chain(3)
+    slow = await half_saved(opened, client, chain[:2])
+    outcome = await opened.save(client, chain, some_images(chain))
+    assert outcome.stored == [2]
+    assert [type(error) for error in outcome.refused.values()] == [Overloaded, Overloaded]
+    await slow.__aexit__(None, None, None)
+
+
+async def test_saves_that_wait_for_one_another_form_no_circle(opened: OpenStore, client: Client) -> None:
+    """One holds A and waits for B, which is given up: another one that wants both must not take B before it."""
+    chain = some_chain(2)
+    a, b = chain[:1], chain[1:]
+    gives_up = await half_saved(opened, client, b)
+    # The first holds A and waits for B, the second waits for both.
+    both = [asyncio.create_task(opened.save(client, chain, some_images(chain, seed=seed))) for seed in (1, 2)]
+    await asyncio.sleep(0.01)
+    third = asyncio.create_task(opened.save(client, b, some_images(b, seed=3)))
+    await gives_up.__aexit__(None, None, None)
+    fourth = asyncio.create_task(opened.save(client, a, some_images(a, seed=4)))
+    outcomes = await asyncio.wait_for(asyncio.gather(*both, third, fourth), 1)
+    assert [outcome.stored for outcome in outcomes] == [[0, 1], [], [], []]
+    assert not any(outcome.refused for outcome in outcomes)
+
+
+async def test_shards_of_one_block_are_uploaded_side_by_side(opened: OpenStore, client: Client) -> None:
+    chain = some_chain(2)
+    halves = (Shard(0, 2, 0, 1), Shard(0, 2, 1, 2))
+    ingests = [opened.begin_save(client, chain, shard=half) for half in halves]
+    for half, ingest in zip(halves, ingests, strict=True):
+        await asyncio.wait_for(ingest.__aenter__(), 1)
+        images = some_images(chain, shard=half)
+        for each in frames_of(LAYOUT, half, chain, images):
+            ingest.write(each)
+    for half, ingest in zip(halves, ingests, strict=True):
+        await ingest.commit(checksums_of(half, some_images(chain, shard=half)), on_ssd=False)
+        await ingest.__aexit__(None, None, None)
+    assert opened.hits(chain.keys) == 2
+
+
+# Room and durability
+
+
+async def test_blocks_that_find_no_room_are_refused_and_those_before_them_stored(
+    open_store: Callable[..., Any],
+) -> None:
+    opened: OpenStore = await open_store(dram_bytes=3 * BLOCK + HEADER)
+    client, chain = opened.store.leases.attach("test"), some_chain(5)
+    outcome = await asyncio.wait_for(opened.save(client, chain, some_images(chain)), 1)
+    assert outcome.stored == [0, 1, 2]
+    assert [type(error) for error in outcome.refused.values()] == [TierFull, TierFull]
+    assert opened.hits(chain.keys) == 3
+
+
+async def test_an_acknowledgement_from_ssd_holds_for_blocks_that_others_had_stored_in_dram(
+    open_store: Callable[..., Any],
+) -> None:
+    calls = FaultyCalls()
+    opened: OpenStore = await open_store(calls=calls)
+    client, chain = opened.store.leases.attach("test"), some_chain(2)
+    images = some_images(chain)
+    with calls.held("pwritev"):
+        await opened.save(client, chain, images)
+        durable = asyncio.create_task(opened.save(client, chain, images, on_ssd=True))
+        await asyncio.sleep(0.02)
+        assert not durable.done()
+    assert (await durable).already_stored == [0, 1]
+    assert opened.residency(chain.keys[0]) == {TierName.DRAM, TierName.SSD}
+
+
+async def test_where_the_ssd_refuses_a_durable_save_says_so_and_dram_has_the_block(
+    open_store: Callable[..., Any],
+) -> None:
+    calls = FaultyCalls()
+    opened: OpenStore = await open_store(calls=calls)
+    client, chain = opened.store.leases.attach("test"), some_chain(2)
+    calls.failing["pwritev"] = 28
+    outcome = await opened.save(client, chain, some_images(chain), on_ssd=True)
+    assert not outcome.stored
+    assert [type(error) for error in outcome.refused.values()] == [StorageFailed, StorageFailed]
+    assert opened.hits(chain.keys) == 2
+    calls.failing.clear()
+
+
+async def test_without_an_ssd_tier_a_durable_save_is_refused(open_store: Callable[..., Any]) -> None:
+    opened: OpenStore = await open_store(ssd_bytes=0)
+    chain = some_chain(1)
+    outcome = await opened.save(opened.store.leases.attach("test"), chain, some_images(chain), on_ssd=True)
+    assert isinstance(outcome.refused[0], TierFull) and not outcome.stored
+
+
+# What is refused before it begins
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"client_id": b"nobody"}, UnknownClient),
+        ({"fingerprint": bytes(32)}, UnknownLayout),
+        ({"fingerprint": b""}, UnknownLayout),
+        ({"shard": Shard(0, 3, 0, 2)}, InvalidRequest),
+        ({"shard": Shard(1, 1, 0, 2)}, InvalidRequest),
+        ({"parent_key": bytes(31)}, InvalidRequest),
+        ({"last_block_tokens": 17}, InvalidRequest),
+        ({"keys": [bytes(32), bytes(32)]}, InvalidRequest),
+    ],
+)
+async def test_a_save_of_what_cannot_be_is_refused(
+    opened: OpenStore, client: Client, change: dict[str, Any], error: type[KVError]
+) -> None:
+    chain = some_chain(2)
+    request: dict[str, Any] = {
+        "client_id": client.client_id,
+        "fingerprint": LAYOUT.fingerprint,
+        "shard": WHOLE,
+        "parent_key": chain.parent,
+        "keys": list(chain.keys),
+        "last_block_tokens": 0,
+    }
+    with pytest.raises(error):
+        opened.store.begin_save(**{**request, **change})
+    assert not opened.store.ingests.uploads and not client.on_detach
+
+
+async def test_a_daemon_that_stops_takes_no_new_saves(opened: OpenStore, client: Client) -> None:
+    opened.store.draining = True
+    with pytest.raises(Draining):
+        opened.begin_save(client, some_chain(1))

@@ -1,0 +1,245 @@
+"""Leases keep blocks in their place, and end: by release, by time, or with their client."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from kvservice.blocks import TierName
+from kvservice.counters import Counters
+from kvservice.store.leases import Client, Lease, Leases
+from kvservice_api.errors import InvalidRequest, KVError, LeaseExpired, LeaseNotYours, Overloaded, UnknownClient
+from tests.clock import FakeClock
+from tests.stores import LAYOUT, WHOLE, OpenStore, layers_of, some_chain, some_images
+
+
+@dataclass
+class CountingResidency:
+    """Takes the place of the residency where only the number of leases a row has matters."""
+
+    leased: dict[int, int]
+
+    def lease(self, rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
+        for row in rows.tolist():
+            self.leased[row] = self.leased.get(row, 0) + 1
+
+    def unlease(self, rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
+        for row in rows.tolist():
+            self.leased[row] -= 1
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def residency() -> CountingResidency:
+    return CountingResidency({})
+
+
+@pytest.fixture
+def leases(residency: CountingResidency, clock: FakeClock) -> Leases:
+    return Leases(residency, clock, Counters(), clients_max=3, per_client_max=5)  # type: ignore[arg-type]
+
+
+def granted(leases: Leases, client: Client, rows: list[int], ttl_s: float = 30.0) -> Lease:
+    held = np.array(rows, np.int64)
+    return leases.grant(client, LAYOUT, WHOLE, held, {}, held, ttl_s)
+
+
+# Their end
+
+
+def test_a_lease_ends_exactly_when_its_time_is_over(leases: Leases, clock: FakeClock) -> None:
+    client = leases.attach("test")
+    lease = granted(leases, client, [1], ttl_s=30)
+
+    clock.advance(seconds=29.999)
+    assert leases.get(client.client_id, lease.lease_id) is lease
+
+    clock.advance(seconds=0.002)
+    with pytest.raises(LeaseExpired):  # Whether or not somebody has looked meanwhile.
+        leases.get(client.client_id, lease.lease_id)
+    with pytest.raises(LeaseExpired):
+        leases.renew(client.client_id, lease.lease_id, 30)
+
+
+def test_expiry_ends_what_is_over_and_nothing_else(
+    leases: Leases, clock: FakeClock, residency: CountingResidency
+) -> None:
+    client = leases.attach("test")
+    granted(leases, client, [1, 2], ttl_s=10)
+    granted(leases, client, [2, 3], ttl_s=20)
+
+    clock.advance(seconds=15)
+    leases.expire()
+    assert residency.leased == {1: 0, 2: 1, 3: 1}
+    assert leases.count == 1 and len(client.leases) == 1
+
+    clock.advance(seconds=5)
+    leases.expire()
+    assert residency.leased == {1: 0, 2: 0, 3: 0}
+    assert leases.count == 0 and not client.leases
+
+
+def test_a_renewed_lease_lives_from_the_renewal_on_longer_or_shorter(leases: Leases, clock: FakeClock) -> None:
+    client = leases.attach("test")
+    longer, shorter = granted(leases, client, [1], 10), granted(leases, client, [2], 100)
+    clock.advance(seconds=5)
+    leases.renew(client.client_id, longer.lease_id, 30)
+    leases.renew(client.client_id, shorter.lease_id, 1)
+
+    clock.advance(seconds=6)  # The first end of the longer one is over.
+    leases.expire()
+    assert leases.get(client.client_id, longer.lease_id) is longer
+    with pytest.raises(LeaseExpired):
+        leases.get(client.client_id, shorter.lease_id)
+    assert leases.count == 1
+
+    clock.advance(seconds=24)
+    leases.expire()
+    assert leases.count == 0
+
+
+def test_a_released_lease_is_over_and_may_be_released_again(leases: Leases, residency: CountingResidency) -> None:
+    client = leases.attach("test")
+    lease = granted(leases, client, [1, 2])
+    leases.release(client.client_id, lease.lease_id)
+    leases.release(client.client_id, lease.lease_id)
+    assert residency.leased == {1: 0, 2: 0}
+    with pytest.raises(LeaseExpired):
+        leases.get(client.client_id, lease.lease_id)
+
+
+def test_a_clients_leases_end_with_it_and_others_stay(leases: Leases, residency: CountingResidency) -> None:
+    gone, stays = leases.attach("gone"), leases.attach("stays")
+    granted(leases, gone, [1, 2])
+    granted(leases, gone, [2])
+    kept = granted(leases, stays, [2])
+    ended: list[str] = []
+    gone.on_detach.add(lambda: ended.append("save"))
+
+    leases.detach(gone)
+
+    assert residency.leased == {1: 0, 2: 1}
+    assert ended == ["save"], "what else hangs on the client ends, too"
+    assert leases.get(stays.client_id, kept.lease_id) is kept
+    with pytest.raises(UnknownClient):
+        leases.client(gone.client_id)
+    assert (leases.client_count, leases.count) == (1, 1)
+
+
+# Whose they are
+
+
+@pytest.mark.parametrize("call", ["get", "renew", "release"])
+def test_another_clients_lease_is_refused_and_stays(leases: Leases, call: str) -> None:
+    owner, other = leases.attach("owner"), leases.attach("other")
+    lease = granted(leases, owner, [1])
+    more = (30.0,) if call == "renew" else ()
+    with pytest.raises(LeaseNotYours):
+        getattr(leases, call)(other.client_id, lease.lease_id, *more)
+    assert leases.get(owner.client_id, lease.lease_id) is lease
+
+
+@pytest.mark.parametrize("lease_id", [0, 1, 2**63])
+def test_a_number_that_was_never_given_is_an_expired_lease(leases: Leases, lease_id: int) -> None:
+    client = leases.attach("test")
+    with pytest.raises(LeaseExpired):
+        leases.get(client.client_id, lease_id)
+
+
+def test_numbers_of_another_daemon_mean_nothing_here(clock: FakeClock) -> None:
+    numbers = set()
+    for _ in range(20):
+        leases = Leases(CountingResidency({}), clock, Counters(), clients_max=1, per_client_max=1)  # type: ignore[arg-type]
+        numbers.add(granted(leases, leases.attach("test"), [1]).lease_id)
+    assert len(numbers) == 20 and 0 not in numbers
+
+
+# Limits
+
+
+def test_clients_names_and_leases_are_bounded(leases: Leases) -> None:
+    with pytest.raises(InvalidRequest):
+        leases.attach("n" * 201)
+    clients = [leases.attach(str(number)) for number in range(3)]
+    with pytest.raises(Overloaded):
+        leases.attach("one more")
+    for _ in range(5):
+        granted(leases, clients[0], [1])
+    with pytest.raises(Overloaded):
+        granted(leases, clients[0], [1])
+    granted(leases, clients[1], [1])
+
+
+def test_many_short_leases_leave_nothing_behind(leases: Leases) -> None:
+    client = leases.attach("test")
+    for _ in range(10_000):
+        lease = granted(leases, client, [1], ttl_s=300)
+        leases.renew(client.client_id, lease.lease_id, 300)
+        leases.release(client.client_id, lease.lease_id)
+    assert len(leases._by_end) < 5000
+
+
+def test_what_is_forgotten_of_old_ends_is_never_a_lease_that_lives(leases: Leases, clock: FakeClock) -> None:
+    client = leases.attach("test")
+    kept = [granted(leases, client, [1], ttl_s=10 * number) for number in (1, 2, 3)]
+    for _ in range(5000):
+        leases.renew(client.client_id, kept[2].lease_id, 30)
+    for number in (2, 1, 0):
+        assert leases.count == number + 1
+        clock.advance(seconds=10)
+        leases.expire()
+    assert leases.count == 0
+
+
+# In a store
+
+
+async def test_a_leased_block_survives_pressure_until_its_lease_expires(opened: OpenStore, client: Client) -> None:
+    chain = some_chain(2)
+    await opened.save(client, chain, some_images(chain), on_ssd=True)
+    lease = opened.lookup(client, chain.keys, ttl_s=30)
+    assert lease is not None
+    places = [opened.store.blocks.extent(row, TierName.DRAM) for row in lease.rows.tolist()]
+
+    await fill_dram(opened, client)
+    assert [opened.store.blocks.extent(row, TierName.DRAM) for row in lease.rows.tolist()] == places
+
+    opened.files.clock.advance(seconds=31)
+    opened.store.leases.expire()
+    await fill_dram(opened, client)
+    assert opened.residency(chain.keys[0]) == {TierName.SSD}
+
+
+async def test_a_leased_block_that_is_discarded_can_be_loaded_until_its_lease_ends(
+    opened: OpenStore, client: Client
+) -> None:
+    chain, images = some_chain(2), some_images(some_chain(2))
+    await opened.save(client, chain, images, on_ssd=True)
+    lease = opened.lookup(client, chain.keys)
+    assert lease is not None
+    used = opened.dram.used_bytes
+
+    await opened.store.discard(chain.keys)
+    assert opened.hits(chain.keys) == 0
+    assert opened.dram.used_bytes == used
+    await fill_dram(opened, client)
+    assert await opened.load(lease) == layers_of(images)
+
+    opened.store.leases.release(client.client_id, lease.lease_id)
+    with pytest.raises(KVError):
+        opened.store.leases.get(client.client_id, lease.lease_id)
+    await opened.settle()
+
+
+async def fill_dram(opened: OpenStore, client: Client) -> None:
+    """More than DRAM holds, so that whatever may leave it leaves."""
+    for _ in range(12):
+        seed = int(opened.store.blocks.next_access_seq) + 1000
+        chain = some_chain(10, seed=seed)
+        await opened.save(client, chain, some_images(chain, seed=seed))

@@ -1,0 +1,125 @@
+"""The order in which the disk's threads take their work, and what cancelling does to it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Awaitable
+
+import pytest
+
+from kvservice.tiers.io_pool import WRITE, IoPool
+
+
+class OneThread:
+    """A pool of one thread that is kept busy until `go`, so that work queues up behind it."""
+
+    def __init__(self) -> None:
+        self.pool = IoPool(1)
+        self.done: list[str] = []
+        self._gate = threading.Event()
+        self._busy = threading.Event()
+
+    async def start(self) -> None:
+        self._first = asyncio.ensure_future(self.pool.run(0.0, self._wait))
+        await asyncio.to_thread(self._busy.wait)
+
+    def queue(self, name: str, priority: float) -> asyncio.Task[None]:
+        return asyncio.ensure_future(self.pool.run(priority, lambda: self.done.append(name)))
+
+    async def go(self, *queued: Awaitable[object]) -> None:
+        self._gate.set()
+        await self._first
+        await asyncio.gather(*queued)
+
+    def _wait(self) -> None:
+        self._busy.set()
+        assert self._gate.wait(10)
+
+
+@pytest.fixture
+async def thread() -> AsyncIterator[OneThread]:
+    busy = OneThread()
+    await busy.start()
+    yield busy
+    busy._gate.set()
+    busy.pool.close()
+
+
+async def queued(tasks: list[asyncio.Task[None]]) -> list[asyncio.Task[None]]:
+    await asyncio.sleep(0)  # A task queues its work in its first step.
+    return tasks
+
+
+async def test_reads_go_before_writes_and_urgent_ones_first(thread: OneThread) -> None:
+    names = {"write": WRITE, "later": 30.0, "now": 10.0, "soon": 20.0, "soon too": 20.0, "write too": WRITE}
+    tasks = await queued([thread.queue(name, priority) for name, priority in names.items()])
+
+    await thread.go(*tasks)
+
+    assert thread.done == ["now", "soon", "soon too", "later", "write", "write too"]
+
+
+async def test_reads_without_end_do_not_keep_writes_off_the_disk(thread: OneThread) -> None:
+    tasks = [thread.queue("write", WRITE)] + [thread.queue("read", 0.0) for _ in range(100)]
+
+    await thread.go(*await queued(tasks))
+
+    assert thread.done.count("read") == 100
+    assert 20 < thread.done.index("write") < 50
+
+
+async def test_work_that_did_not_begin_is_called_off_by_cancelling(thread: OneThread) -> None:
+    called_off, kept = await queued([thread.queue("called off", 0.0), thread.queue("kept", 0.0)])
+
+    called_off.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await called_off
+    await thread.go(kept)
+
+    assert thread.done == ["kept"]
+
+
+async def test_the_outcome_of_a_cancelled_call_disturbs_nobody() -> None:
+    pool = IoPool(2)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def fail() -> None:
+        begun.set()
+        assert go_on.wait(10)
+        raise LookupError("too late to matter")
+
+    task = asyncio.ensure_future(pool.run(0.0, fail))
+    await asyncio.to_thread(begun.wait)
+    task.cancel()
+    await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await pool.run(0.0, lambda: "next") == "next"
+    pool.close()
+
+
+async def test_closing_finishes_what_is_queued(thread: OneThread) -> None:
+    tasks = await queued([thread.queue("read", 0.0), thread.queue("write", WRITE)])
+    closing = asyncio.ensure_future(asyncio.to_thread(thread.pool.close))
+
+    await thread.go(*tasks, closing)
+
+    assert thread.done == ["read", "write"]
+
+
+def test_a_loop_that_was_closed_meanwhile_harms_no_thread() -> None:
+    pool = IoPool(1)
+    go_on = threading.Event()
+    done: list[bool] = []
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(pool.run(0.0, lambda: done.append(go_on.wait(10))))
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+
+    go_on.set()
+    pool.close()
+
+    assert done == [True]
+    assert not task.done()

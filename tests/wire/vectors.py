@@ -1,0 +1,23 @@
+"""Golden vectors: bytes that were computed once and never change, for they lie on disks and in other programs.
+
+A test that needs a changed vector needs a new version of what it describes instead.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kvservice_api.layout import Layout, Rotary
+
+_FOLDER = Path(__file__).parent / "golden"
+
+
+def golden(name: str) -> Any:
+    return json.loads((_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def layout_of(fields: dict[str, Any]) -> Layout:
+    rotary = dict(fields["rotary"])
+    return Layout(**fields | {"rotary": Rotary(**rotary | {"parameters": tuple(rotary["parameters"].items())})})

@@ -1,0 +1,89 @@
+"""Writes the reference pages that are derived from the code: `python tools/generate_docs.py [FOLDER]`.
+
+Run by `make docs`, and by the test that compares `docs/` with what comes out here.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from itertools import groupby
+from pathlib import Path
+
+from kvservice.config import SETTINGS, Setting, default_text, environment_name
+from kvservice_api import errors
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+CONFIGURATION_HEAD = """\
+# Configuration
+
+<!-- Generated from kvservice/config.py by `make docs`. -->
+
+A setting comes from, in this order: a flag of `kvservice serve`, the environment, a TOML file, its default. The file
+is named by `--config FILE` or by `KVSERVICE_CONFIG`. The setting `server.address` is written
+
+| Where | How |
+|---|---|
+| as a flag | `--server.address 127.0.0.1:7070` |
+| in the environment | `KVSERVICE_SERVER__ADDRESS=127.0.0.1:7070` |
+| in the file | `address = "127.0.0.1:7070"`, below `[server]` |
+
+A name that is no setting is refused, and the nearest one named. Sizes are numbers of bytes or text such as `"4GiB"`
+(2^30) and `"4GB"` (10^9). A flag without a value switches a setting on.
+"""
+
+ERRORS_HEAD = """\
+# Errors
+
+<!-- Generated from proto/kvservice_api/errors.py by `make docs`. -->
+
+A failed call ends with a canonical gRPC status code and a `google.rpc.ErrorInfo` of the domain `kvservice`, whose
+reason names the condition. Where waiting helps there is a `google.rpc.RetryInfo` too. In Python each reason is a class
+in `kvservice_api.errors`.
+
+| Reason | Code | What has happened | What the caller does next |
+|---|---|---|---|
+"""
+
+_TABLE_ROW = re.compile(r"^ +x (\w+) +([A-Z_]+) +(.+)$", re.MULTILINE)
+
+
+def configuration_page() -> str:
+    parts = [CONFIGURATION_HEAD]
+    for section, settings in groupby(SETTINGS.values(), key=lambda setting: setting.name.partition(".")[0]):
+        rows = list(settings)
+        parts.append(f"\n## {section}\n\n{rows[0].section.__doc__}\n\n")
+        parts.append("| Setting | Default | Unit | What it does |\n|---|---|---|---|\n")
+        parts += [_setting_row(row) for row in rows]
+    return "".join(parts)
+
+
+def _setting_row(setting: Setting) -> str:
+    default = default_text(setting)
+    shown = default if default == "empty" else f"`{default}`"
+    names = f"`{setting.name}`<br>`{environment_name(setting.name)}`"
+    return f"| {names} | {shown} | {setting.unit} | {setting.description} |\n"
+
+
+def errors_page() -> str:
+    rows = []
+    for name, code, recovery in error_table():
+        kind = getattr(errors, name)
+        rows.append(f"| {kind.reason} | {code} | {kind.__doc__} | {recovery} |\n")
+    return ERRORS_HEAD + "".join(rows)
+
+
+def error_table() -> list[tuple[str, str, str]]:
+    """Class, code and recovery, as the docstring of errors.py draws them."""
+    assert errors.__doc__
+    return _TABLE_ROW.findall(errors.__doc__)
+
+
+def generate(into: Path) -> None:
+    (into / "configuration.md").write_text(configuration_page(), encoding="utf-8")
+    (into / "errors.md").write_text(errors_page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    generate(Path(sys.argv[1]) if len(sys.argv) > 1 else DOCS)
