@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import Message
+from grpc.experimental import ChannelOptions
 
 from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, KVError, from_rpc_error
 from kvservice_client.retry import Deadline
@@ -22,7 +23,7 @@ OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.max_receive_message_length", -1),  # Frames are bounded by the daemon's max_frame_bytes.
     ("grpc.max_send_message_length", -1),
     ("grpc.http2.max_frame_size", 16_777_215),  # Fewer, larger pieces: each costs a call and a copy's start.
-    ("grpc.http2.lookahead_bytes", 16 * _MIB),  # What the daemon may send ahead of the reader.
+    ("grpc.http2.lookahead_bytes", 4 * _MIB),  # Sent ahead of the reader; more would leave the caches.
     ("grpc.http2.write_buffer_size", 8 * _MIB),
     ("grpc.http2.bdp_probe", 0),  # With it, gRPC goes by its own guess instead of lookahead_bytes.
     ("grpc.initial_reconnect_backoff_ms", 100),  # A daemon that restarts is found within this time.
@@ -33,6 +34,7 @@ OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.http2.max_pings_without_data", 0),  # 0: an idle client's pings are not held back to one a minute.
     ("grpc.enable_retries", 0),  # What is tried again is decided in retry.py.
     ("grpc.enable_http_proxy", 0),
+    (ChannelOptions.SingleThreadedUnaryStream, 1),  # A load's reader receives for itself.
     ("grpc.use_local_subchannel_pool", 1),
 )
 

@@ -23,6 +23,7 @@ from kvservice.store.coverage import cover
 from kvservice.store.ingest import Ingest, Ingests, SaveRequest
 from kvservice.store.leases import Lease, Leases
 from kvservice.store.load import Loads
+from kvservice.store.pace import Pace
 from kvservice.store.promotion import Promotion
 from kvservice.store.residency import Residency
 from kvservice.store.room import Room, Watermarks
@@ -106,6 +107,7 @@ class BlockStore:
         self.limits = limits
         self.draining = False
         self.tasks = Tasks()
+        self.pace = Pace()
         tiers: dict[TierName, Tier] = {TierName.DRAM: dram}
         if ssd is not None:
             tiers[TierName.SSD] = ssd
@@ -121,7 +123,7 @@ class BlockStore:
         self.write_behind: WriteBehind | None = None
         self.promotion: Promotion | None = None
         if ssd is not None:
-            shared = (self.residency, self.room, dram, ssd, policy, clock, counters, self.tasks)
+            shared = (self.residency, self.room, dram, ssd, policy, clock, counters, self.tasks, self.pace)
             self.write_behind = WriteBehind(*shared, writes_in_flight=limits.writes_in_flight)
             self.promotion = Promotion(*shared, reads_in_flight=limits.reads_in_flight)
         self.leases = Leases(
@@ -141,6 +143,7 @@ class BlockStore:
             self.promotion,
             counters,
             executor,
+            self.pace,
             slots=limits.transfer_slots,
             frame_bytes=limits.frame_bytes,
         )

@@ -20,6 +20,7 @@ from kvservice.counters import Counters
 from kvservice.store import pieces
 from kvservice.store.coverage import HeadRun, cover
 from kvservice.store.leases import Lease
+from kvservice.store.pace import Pace
 from kvservice.store.promotion import Landing, Promotion
 from kvservice.store.residency import Residency
 from kvservice.tiers.dram import DramTier
@@ -86,6 +87,7 @@ class Loads:
         promotion: Promotion | None,
         counters: Counters,
         executor: Executor,
+        pace: Pace,
         *,
         slots: int,
         frame_bytes: int,
@@ -96,6 +98,7 @@ class Loads:
         self.promotion = promotion
         self.counters = counters
         self.executor = executor
+        self.pace = pace
         self.slots = asyncio.Semaphore(slots)
         self.frame_bytes = frame_bytes
         self.open_count = 0
@@ -185,11 +188,11 @@ class _Load:
             geometry = loads.residency.geometry(row)
             self._sources[row] = _Source(row, table.shard_of(row), geometry, landing.image, landing=landing)
         for count, row in enumerate(self.rows):
-            await _breath(count)
+            await self._breath(count)
             if row not in landings:
                 self._sources[row] = self._source(row)
         for count, rows in enumerate(self._rows_of_block):
-            await _breath(count)
+            await self._breath(count)
             self._plans.append(self._plan(rows))
         resident = [source for source in self._sources.values() if source.image is not None and not source.landing]
         await self._on_thread(lambda: self._read_trailers(resident))
@@ -225,6 +228,11 @@ class _Load:
             if source.landing is not None:
                 source.landing.end_reading()
 
+    async def _breath(self, count: int) -> None:
+        """The event loop goes round now and then: a load may have thousands of blocks, and loads may be many."""
+        if count % _ROWS_A_TURN == 0:
+            await self._loads.pace.turn()
+
     async def _on_thread(self, work: Callable[[], T]) -> T:
         job = asyncio.get_running_loop().run_in_executor(self._loads.executor, work)
         self._jobs.add(job)
@@ -258,7 +266,7 @@ class _Load:
         slices: dict[int, Slice] = {}
         coming: list[_Source] = []
         for count, source in enumerate(self._sources.values()):
-            await _breath(count)
+            await self._breath(count)
             if not source.shard.layer_begin <= layer < source.shard.layer_end:
                 continue
             if source.is_at_hand:
@@ -297,7 +305,7 @@ class _Load:
         current = Part(layer, 0, 0, [], [])
         room = self._loads.frame_bytes
         for block in range(len(self._rows_of_block)):
-            await _breath(block)
+            await self._breath(block)
             verify = [
                 slices[row] for row in self._rows_of_block[block] if row in slices and slices[row].expected is not None
             ]
@@ -355,12 +363,6 @@ class _Load:
         key = self._blocks_table.key_of(row).hex()
         await self._loads.residency.quarantine(row, tier, what)
         raise ChecksumMismatch(f"{what} of block {key} is damaged in {tier}; the block was dropped", key=key)
-
-
-async def _breath(count: int) -> None:
-    """The event loop goes round now and then: a load may have thousands of blocks."""
-    if count % _ROWS_A_TURN == _ROWS_A_TURN - 1:
-        await asyncio.sleep(0)
 
 
 async def _gather(work: Callable[[_Source], Awaitable[T]], sources: Sequence[_Source]) -> list[T]:

@@ -19,6 +19,7 @@ from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.policy.base import Policy
 from kvservice.store import pieces
+from kvservice.store.pace import Pace
 from kvservice.store.residency import Residency
 from kvservice.store.room import Room
 from kvservice.store.tasks import Tasks
@@ -103,6 +104,7 @@ class Promotion:
         clock: Clock,
         counters: Counters,
         tasks: Tasks,
+        pace: Pace,
         *,
         reads_in_flight: int,
     ) -> None:
@@ -115,6 +117,7 @@ class Promotion:
         self._clock = clock
         self._counters = counters
         self._tasks = tasks
+        self._pace = pace
         self._reads_in_flight = reads_in_flight
         self._landings: dict[int, Landing] = {}
         self._reserving: dict[int, asyncio.Future[None]] = {}
@@ -131,7 +134,7 @@ class Promotion:
         try:
             for count, row in enumerate(dict.fromkeys(rows)):
                 if count % _ROWS_A_TURN == 0:
-                    await asyncio.sleep(0)  # Where there is room nothing below waits.
+                    await self._pace.turn()  # Where there is room nothing below waits.
                 while row in self._reserving:
                     await asyncio.wait({self._reserving[row]})
                 if row not in self._landings and self._wanted(row):
