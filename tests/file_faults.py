@@ -28,6 +28,7 @@ class FaultyCalls(FileCalls):
     def __init__(self) -> None:
         self.made: list[Call] = []
         self.failing: dict[str, int] = {}  # Name of a call -> the errno it fails with.
+        self.failing_once: dict[str, int] = {}  # The same for one call.
         self.most_bytes: int | None = None  # What one preadv or pwritev moves at most.
         self._gates: dict[str, threading.Event] = {}
         self._waiting = threading.Semaphore(0)
@@ -78,7 +79,7 @@ class FaultyCalls(FileCalls):
         if gate := self._gates.get(name):
             self._waiting.release()
             gate.wait()
-        if number := self.failing.get(name):
+        if number := self.failing_once.pop(name, 0) or self.failing.get(name):
             self.made.append(Call(name, fd, offset, size, number))
             raise OSError(number, os.strerror(number))
 

@@ -17,7 +17,7 @@ import contextlib
 import os
 import shutil
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from zlib import crc32
@@ -104,8 +104,12 @@ class BlockIndex:
             return "there is none"
         try:
             volatile = Environment(directory, map_bytes=map_bytes, durable=False)
+        except (StoreDamaged, StorageFailed) as error:
+            return str(error)
+        try:
             found = _read_meta(volatile)
         except (StoreDamaged, StorageFailed) as error:
+            volatile.close()
             return str(error)
         wrong = [key.decode() for key, value in self._volatile_meta(arena_id).items() if found.get(key) != value]
         if wrong:
@@ -150,18 +154,31 @@ class BlockIndex:
         """All records of a tier. For the start: it takes a second a million, on the caller's thread."""
         return recovery.load(self._environments[tier], self._layouts)
 
-    def put(self, tier: TierName, keys: Sequence[bytes], records: Records) -> asyncio.Future[None]:
+    def put(
+        self, tier: TierName, keys: Sequence[bytes], records: Records, check: Callable[[], None] | None = None
+    ) -> asyncio.Future[None]:
         """Record blocks whose bytes are complete in `tier`. Done once committed.
 
-        Errors: IndexFull, StorageFailed. A failed put may still have reached the disk: delete the
-        keys before their extents are lent again. `records` must not change until then. Changes of a
-        tier are applied in the order of submission.
+        `check` is called on the committer thread when the tier's bytes have been made durable, and fails the
+        commit with the KVError that it raises. Errors: IndexFull, StorageFailed. A failed put may still have
+        reached the disk: delete the keys before their extents are lent again. `records` must not change until
+        then. Changes of a tier are applied in the order of submission.
         """
-        return self._environments[tier].put(BLOCKS, keys, lambda: encode_records(keys, records))
+
+        def encode() -> list[bytes]:
+            if check is not None:
+                check()
+            return encode_records(keys, records)
+
+        return self._environments[tier].put(BLOCKS, keys, encode)
 
     def delete(self, tier: TierName, keys: Sequence[bytes]) -> asyncio.Future[None]:
         """Forget blocks in `tier`. Their extents may be lent again only once this is done."""
         return self._environments[tier].delete(BLOCKS, keys)
+
+    def delete_now(self, tier: TierName, keys: Iterable[bytes]) -> None:
+        """The same for the start, before anything waits for a commit. Raises StorageFailed."""
+        self._environments[tier].delete_now(BLOCKS, keys)
 
     @property
     def layouts(self) -> Mapping[int, Layout]:

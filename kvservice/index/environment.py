@@ -16,7 +16,7 @@ import contextlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -114,6 +114,13 @@ class Environment:
     def write_now(self, database: bytes, items: dict[bytes, bytes]) -> None:
         """Store a few items while nothing else is pending: at open, before there is an event loop."""
         self._write({database: _Items(items)})
+
+    def delete_now(self, database: bytes, keys: Iterable[bytes]) -> None:
+        """Remove keys while nothing else is pending. Raises StorageFailed."""
+        try:
+            self._write_in_parts({database: _Items(deletes=set(keys))})
+        except IndexFull as error:
+            raise StorageFailed(error.message) from error
 
     def close(self) -> None:
         """Commit what is pending, then close. Waiters are woken when the loop runs next."""
@@ -273,7 +280,8 @@ def _apply(txn: lmdb.Transaction, handle: lmdb._Database, items: _Items) -> None
     for key in items.deletes:
         txn.delete(key, db=handle)
     if items.puts:
-        txn.cursor(handle).putmulti(items.puts.items())
+        # In the order of their keys: neighbours share pages, which halves the time of a large batch.
+        txn.cursor(handle).putmulti(sorted(items.puts.items()))
 
 
 def _merge(batch: Sequence[_Change]) -> _Merged:

@@ -31,6 +31,7 @@ def recover(index: BlockIndex, tiers: Mapping[TierName, Tier]) -> BlockTable:
     """Fill a new table, and tell each tier which of its space is taken.
 
     Records that contradict their tier, their layout or each other are dropped: their blocks are misses.
+    Raises StorageFailed where those cannot be removed from the index.
     """
     rows_likely = sum(tier.capacity_bytes for tier in tiers.values()) // _LIKELY_BLOCK_BYTES
     blocks = BlockTable(min(max(rows_likely, _ROWS_MIN), _ROWS_MAX))
@@ -48,7 +49,7 @@ def recover(index: BlockIndex, tiers: Mapping[TierName, Tier]) -> BlockTable:
             dropped += [keys[at] for at in np.flatnonzero(~sound).tolist()]
         if dropped:
             log.error("records that cannot be trusted are dropped", extra={"tier": name, "count": len(dropped)})
-            index.delete(name, dropped)  # Committed before any later record, which may name the same space.
+            index.delete_now(name, dropped)  # Before any later record, which may name the same space.
         records, rows, sizes = records[sound], rows[sound], sizes[sound]
         keys = [keys[at] for at in np.flatnonzero(sound).tolist()]
         tier.adopt(records["segment"], records["offset_bytes"], records["size_bytes"])

@@ -70,10 +70,12 @@ class Residency:
         self._settle(rows)
 
     def lease(self, rows: Rows) -> None:
-        self.blocks.leases[rows] += 1
+        """Begin leases on the rows, one for each time that a row is named. Pair with `unlease`."""
+        np.add.at(self.blocks.leases, rows, 1)
 
     def unlease(self, rows: Rows) -> None:
-        self.blocks.leases[rows] -= 1
+        """End leases on the rows, one for each time that a row is named."""
+        np.subtract.at(self.blocks.leases, rows, 1)
         self._settle(rows)
 
     # Placing
@@ -97,16 +99,17 @@ class Residency:
         tier: TierName,
         extents: Sequence[Extent],
         unread: Callable[[], Awaitable[None]] | None = None,
+        check: Callable[[], None] | None = None,
     ) -> None:
         """Record that the rows' bytes lie complete in `extents`, then let lookups find them there.
 
-        Where the index refuses, the error goes to the caller and the extents are released, once
-        `unread` says that nobody reads them.
+        Where the index or `check` (see `BlockIndex.put`) refuses, the error goes to the caller and the
+        extents are released, once `unread` says that nobody reads them.
         """
         names = [self.blocks.object_key_of(row) for row in rows]
         self.hold(rows)
         try:
-            await self._index.put(tier, names, self._records(rows, extents))
+            await self._index.put(tier, names, self._records(rows, extents), check)
         except BaseException:
             # A failed or abandoned commit may have reached the disk: its record must go before reuse.
             removal = _Removal(self._leaving, names)

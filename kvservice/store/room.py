@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 _RANK_IN_THREAD_ROWS = 50_000  # Ranking more rows than this would keep the event loop for too long.
 _VICTIMS_AHEAD = 1024
 _VICTIMS_AT_A_TIME = 128
+_SHED_BLOCKS_MIN, _SHED_PART = 256, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ class Room:
         self._victims: dict[TierName, deque[tuple[int, int, int]]] = {tier: deque() for tier in residency.tiers}
         self._locks = {tier: asyncio.Lock() for tier in residency.tiers}
         self._waiting = dict.fromkeys(residency.tiers, 0)
+        self._shedding = dict.fromkeys(residency.tiers, False)
         self._taken = asyncio.Event()
 
     def start(self, cleaner: Cleaner | None) -> None:
@@ -96,6 +98,27 @@ class Room:
             raise TierFull(f"no space came free in the {tier} tier in {wait_s:g} s", tier=tier) from error
         finally:
             self._waiting[tier] -= 1
+
+    def shed(self, tier: TierName) -> None:
+        """Begin to evict a small part of a tier whose index is full: their number counts then, not their size."""
+        if not self._shedding[tier]:
+            self._shedding[tier] = True
+            self._tasks.start(self._shed(tier), "make room in an index")
+
+    async def _shed(self, tier: TierName) -> None:
+        missing = max(_SHED_BLOCKS_MIN, int(np.count_nonzero(self._blocks.resident(tier))) // _SHED_PART)
+        try:
+            while missing > 0:
+                async with self._locks[tier]:
+                    rows = await self._choose(tier, self._residency.tiers[tier].capacity_bytes)
+                    await self._residency.evict(rows, tier)
+                if not rows:
+                    return
+                missing -= len(rows)
+        except StorageFailed as error:
+            log.warning("no room could be made in the index", extra={"tier": tier, "why": error.message})
+        finally:
+            self._shedding[tier] = False
 
     async def _reserve_in_turn(self, tier: TierName, size_bytes: int) -> Extent:
         while True:

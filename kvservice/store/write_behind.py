@@ -39,7 +39,8 @@ _COMMIT_AFTER_BYTES = 512 << 20
 _AWAITED_AT_ONCE = 16  # To begin or end a write takes a tenth of a millisecond of the event loop.
 _ENDED_A_TURN = 32
 _PAUSE_AFTER_FAILURE_S = 1.0
-_TRY_AGAIN_S = 30.0  # Where SSD or its index had no space that could be made.
+_TRY_AGAIN_S = 30.0  # Where SSD had no space that could be made.
+_TRY_AGAIN_SHED_S = 5.0  # Where its index had none, and some is being made.
 
 
 class WriteBehind:
@@ -153,9 +154,13 @@ class WriteBehind:
             self._note_failure("")
         except (BlockNotFound, ChecksumMismatch):
             pass  # Gone.
-        except (TierFull, IndexFull):
+        except (TierFull, IndexFull) as error:
             # Meanwhile it may leave DRAM like any other: waiting for it would help nobody.
-            asyncio.get_running_loop().call_later(_TRY_AGAIN_S, self._add_again, row, generation)
+            again_s = _TRY_AGAIN_S
+            if isinstance(error, IndexFull):
+                self._room.shed(TierName.SSD)
+                again_s = _TRY_AGAIN_SHED_S
+            asyncio.get_running_loop().call_later(again_s, self._add_again, row, generation)
         except KVError as error:
             self._counters.storage_errors += isinstance(error, StorageFailed)
             self._note_failure(error.message)
@@ -207,10 +212,10 @@ class WriteBehind:
             trailer = pieces.read_trailer(image, geometry, blocks.key_of(row), int(blocks.trailer_checksum[row]))
             if trailer is None:
                 raise ChecksumMismatch("the trailer was damaged in DRAM before the block was written")
-            extent = await self._copy(image, geometry, trailer)
+            extent, flush_failures = await self._copy(image, geometry, trailer)
             if copied is not None:
                 copied.set()
-            await self._record(row, extent)
+            await self._record(row, extent, flush_failures)
             self._counters.written_behind_blocks += 1
             self._counters.written_behind_bytes += geometry.image_bytes
         except ChecksumMismatch as error:
@@ -219,8 +224,10 @@ class WriteBehind:
         finally:
             self._residency.unhold([row])
 
-    async def _copy(self, image: memoryview, geometry: BlockGeometry, trailer: Trailer) -> Extent:
+    async def _copy(self, image: memoryview, geometry: BlockGeometry, trailer: Trailer) -> tuple[Extent, int]:
+        """The copy's place, and how often its file had failed to be flushed before."""
         extent = await self._room.reserve(TierName.SSD, geometry.image_bytes)
+        flush_failures = self._ssd.flush_failures(extent)
         with _released_on_error(self._ssd, extent):
             for piece in pieces.cut(geometry, _PIECE_BYTES):
 
@@ -233,11 +240,11 @@ class WriteBehind:
             start = pieces.trailer_start(geometry)
             await self._ssd.write(extent, start, image[start:])
             await self._ssd.seal(extent)
-        return extent
+        return extent, flush_failures
 
-    async def _record(self, row: int, extent: Extent) -> None:
+    async def _record(self, row: int, extent: Extent, flush_failures: int) -> None:
         """Wait until the index names the extent. Releases it where that cannot be."""
-        copied = _Copied(row, extent, asyncio.get_running_loop().create_future())
+        copied = _Copied(row, extent, flush_failures, asyncio.get_running_loop().create_future())
         self._copied.append(copied)
         self._some_copied.set()
         self._copied_bytes += extent.size_bytes
@@ -270,8 +277,13 @@ class WriteBehind:
         if not batch:
             return
         rows, extents = [copied.row for copied in batch], [copied.extent for copied in batch]
+
+        def check() -> None:
+            if any(self._ssd.flush_failures(copied.extent) != copied.flush_failures for copied in batch):
+                raise StorageFailed("a file was not flushed after blocks were written to it; they are written anew")
+
         try:
-            await self._residency.place(rows, TierName.SSD, extents)
+            await self._residency.place(rows, TierName.SSD, extents, check=check)
         except KVError as error:
             for copied in batch:
                 copied.recorded.set_exception(error)
@@ -293,6 +305,7 @@ class _Copied:
 
     row: int
     extent: Extent
+    flush_failures: int  # Of its file, from before the first write.
     recorded: asyncio.Future[None]
 
 

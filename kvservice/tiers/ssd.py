@@ -146,6 +146,14 @@ class SsdTier:
 
         await self._pool.run(WRITE, work)
 
+    def flush_failures(self, extent: Extent) -> int:
+        """How often the extent's file could not be flushed.
+
+        What was written before such a failure may be lost, and no later flush says so: the kernel
+        reports an error once. An extent is sound only where this is what it was before its first write.
+        """
+        return self._files[extent.segment].flush_failures
+
     async def seal(self, extent: Extent) -> None:
         """Nothing to do: bytes become durable in `sync`, for all extents of a commit at once."""
 
@@ -197,6 +205,7 @@ class _File:
         self.space = SpaceMap(size)
         self._write_refused = ""
         self._flush_refused = ""
+        self.flush_failures = 0
         if not path.exists():
             _create(path, header, size, calls)
         _check(path, header, size)
@@ -229,6 +238,7 @@ class _File:
         try:
             self._calls.fdatasync(self._fd)
         except OSError as error:
+            self.flush_failures += 1
             failure = self._failure("could not flush", error)
             self._flush_refused = failure.message
             raise failure from error

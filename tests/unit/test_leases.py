@@ -243,3 +243,16 @@ async def fill_dram(opened: OpenStore, client: Client) -> None:
         seed = int(opened.store.blocks.next_access_seq) + 1000
         chain = some_chain(10, seed=seed)
         await opened.save(client, chain, some_images(chain, seed=seed))
+
+
+async def test_a_block_that_is_named_twice_in_a_lookup_is_free_once_its_lease_ends(
+    opened: OpenStore, client: Client
+) -> None:
+    chain = some_chain(2)
+    await opened.save(client, chain, some_images(chain))
+    assert opened.lookup(client, [chain.keys[0], chain.keys[1], chain.keys[1]]) is not None
+    assert opened.lookup(client, chain.keys) is not None
+
+    opened.store.leases.detach(client)
+
+    assert not opened.store.blocks.leases.any()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import errno
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from kvservice.blocks import TierName
 from kvservice.index.records import Records
 from kvservice.store import write_behind
 from kvservice_api.errors import IndexFull, KVError, StorageFailed
-from tests.stores import LAYOUT, OpenStore, StoreFiles, some_chain, some_images, until
+from tests.file_faults import FaultyCalls
+from tests.stores import LAYOUT, MIB, OpenStore, StoreFiles, some_chain, some_images, until
 
 
 class RefusingIndex:
@@ -23,13 +25,15 @@ class RefusingIndex:
         self.error: KVError | None = None
         self.refused = 0
 
-    def put(self, tier: TierName, keys: Sequence[bytes], records: Records) -> asyncio.Future[None]:
+    def put(
+        self, tier: TierName, keys: Sequence[bytes], records: Records, check: Callable[[], None] | None = None
+    ) -> asyncio.Future[None]:
         if tier is TierName.SSD and self.error is not None:
             self.refused += 1
             failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             failed.set_exception(self.error)
             return failed
-        return self._put(tier, keys, records)
+        return self._put(tier, keys, records, check)
 
 
 @pytest.fixture
@@ -96,3 +100,62 @@ async def test_while_commits_fail_blocks_are_not_all_written_again_and_again(
         await asyncio.sleep(0)
 
     assert index.refused <= 16, "each block was tried once at most, and then one at a time"
+
+
+async def test_bytes_written_before_a_failed_flush_are_written_anew_though_the_next_flush_succeeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel reports an error of its write-back once, to one flush, whosever bytes were lost."""
+    monkeypatch.setattr(write_behind, "_PAUSE_AFTER_FAILURE_S", 0.01)
+    calls = FaultyCalls()
+    files = StoreFiles(tmp_path / "store", calls=calls)
+    files.folder.mkdir()
+    opened = files.open()
+
+    def writes() -> int:
+        return calls.names().count("pwritev")
+
+    try:
+        await opened.store.open_layout(LAYOUT)
+        client = opened.store.leases.attach("test")
+        first, second = some_chain(1, seed=1), some_chain(1, seed=2)
+        before = writes()
+        with calls.held("fdatasync") as flushing:
+            await opened.save(client, first, some_images(first, seed=1))
+            await asyncio.to_thread(flushing.acquire)
+            of_one = writes() - before
+            await opened.save(client, second, some_images(second, seed=2))
+            commits_waiting = opened.index._environments[TierName.SSD]._queue
+            await until(lambda: writes() == before + 2 * of_one and not commits_waiting.empty())
+            calls.failing_once["fdatasync"] = errno.EIO  # The one that is held.
+
+        for chain in (first, second):
+            await until(lambda chain=chain: opened.residency(chain.keys[0]) == {TierName.DRAM, TierName.SSD})
+        assert writes() == before + 4 * of_one
+        await opened.settle()
+    finally:
+        await opened.close()
+        files.remove()
+
+
+async def test_where_the_index_of_the_ssd_is_full_old_blocks_leave_it_and_new_ones_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write_behind, "_TRY_AGAIN_SHED_S", 0.01)
+    files = StoreFiles(tmp_path / "store", ssd_bytes=128 * MIB, dram_bytes=4 * MIB)
+    files.folder.mkdir()
+    opened = files.open()
+    try:
+        await opened.store.open_layout(LAYOUT)
+        client = opened.store.leases.attach("test")
+        for seed in range(30):  # The map has space for three thousand records, SSD for ten thousand blocks.
+            chain = some_chain(200, seed=seed)
+            outcome = await opened.save(client, chain, some_images(chain, seed=seed))
+            assert not outcome.refused
+            await until(lambda chain=chain: opened.residency(chain.keys[-1]) >= {TierName.SSD})
+        assert opened.store.counters.evicted_ssd_blocks
+        assert opened.ssd is not None and opened.ssd.used_bytes < opened.ssd.capacity_bytes // 2
+        await opened.settle()
+    finally:
+        await opened.close()
+        files.remove()
