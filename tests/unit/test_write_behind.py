@@ -145,6 +145,10 @@ async def test_where_the_index_of_the_ssd_is_full_old_blocks_leave_it_and_new_on
     files = StoreFiles(tmp_path / "store", ssd_bytes=128 * MIB, dram_bytes=4 * MIB)
     files.folder.mkdir()
     opened = files.open()
+
+    async def on_ssd(key: bytes) -> None:
+        await until(lambda: TierName.SSD in opened.residency(key))
+
     try:
         await opened.store.open_layout(LAYOUT)
         client = opened.store.leases.attach("test")
@@ -152,9 +156,7 @@ async def test_where_the_index_of_the_ssd_is_full_old_blocks_leave_it_and_new_on
             chain = some_chain(200, seed=seed)
             outcome = await opened.save(client, chain, some_images(chain, seed=seed))
             assert not outcome.refused
-            last = chain.keys[-1]
-            while TierName.SSD not in opened.residency(last):
-                await asyncio.sleep(0.002)
+            await on_ssd(chain.keys[-1])
         assert opened.store.counters.evicted_ssd_blocks
         assert opened.ssd is not None and opened.ssd.used_bytes < opened.ssd.capacity_bytes // 2
         await opened.settle()
