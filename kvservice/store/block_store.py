@@ -283,11 +283,16 @@ class BlockStore:
     async def prefetch(self, keys: Sequence[bytes], *, within_s: float, wait: bool) -> PrefetchOutcome:
         """Copy blocks up to DRAM ahead of their load."""
         blocks = self.blocks
-        first = blocks.rows_of_keys(list(dict.fromkeys(keys)))
-        missing = int((first == NO_ROW).sum())
-        rows = [row for start in first.tolist() for row in blocks.shards_of(start)]
-        wanted = [row for row in rows if not blocks.is_resident(row, TierName.DRAM)]
-        in_dram = len(rows) - len(wanted)
+        wanted: list[int] = []
+        missing = in_dram = 0
+        for part in _parts_of(list(dict.fromkeys(keys))):
+            await self.pace.turn()
+            first = blocks.rows_of_keys(part)
+            rows = [row for start in first.tolist() for row in blocks.shards_of(start)]
+            absent = [row for row in rows if not blocks.is_resident(row, TierName.DRAM)]
+            missing += int((first == NO_ROW).sum())
+            in_dram += len(rows) - len(absent)
+            wanted += absent
         if self.promotion is None or not wanted:
             return PrefetchOutcome(missing, in_dram, 0, len(wanted))
         begin = self.promotion.begin(wanted, within_s=within_s)

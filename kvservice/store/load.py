@@ -181,8 +181,8 @@ class _Load:
         table, loads = self._blocks_table, self._loads
         landings: dict[int, Landing] = {}
         if loads.promotion is not None:
-            missing = [row for row in self.rows if not table.is_resident(row, TierName.DRAM)]
-            landings = await loads.promotion.begin(missing)
+            rows = np.array(self.rows, np.int64)
+            landings = await loads.promotion.begin(rows[table.dram_offset[rows] < 0].tolist())
         for row, landing in landings.items():  # Before anything else is awaited: images of landings are given away.
             landing.begin_reading()
             geometry = loads.residency.geometry(row)
@@ -191,9 +191,9 @@ class _Load:
             await self._breath(count)
             if row not in landings:
                 self._sources[row] = self._source(row)
-        for count, rows in enumerate(self._rows_of_block):
+        for count, rows_of_block in enumerate(self._rows_of_block):
             await self._breath(count)
-            self._plans.append(self._plan(rows))
+            self._plans.append(self._plan(rows_of_block))
         resident = [source for source in self._sources.values() if source.image is not None and not source.landing]
         await self._on_thread(lambda: self._read_trailers(resident))
         for source in resident:

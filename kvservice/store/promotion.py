@@ -43,6 +43,7 @@ class Landing:
     def __init__(self, row: int, geometry: BlockGeometry, extent: Extent, image: memoryview) -> None:
         self.row = row
         self.geometry = geometry
+        self.pieces = pieces.cut(geometry, _PIECE_BYTES)
         self.extent = extent
         self.image = image
         self.trailer: Trailer | None = None
@@ -178,7 +179,7 @@ class Promotion:
     async def _bring_up(self, landings: list[Landing], due_s: float) -> None:
         """Read all, some pieces at a time, and end each landing when its last piece is there."""
         await self._each(landings, lambda landing: self._read_trailer(landing, due_s))
-        missing = {landing.row: len(pieces.cut(landing.geometry, _PIECE_BYTES)) for landing in landings}
+        missing = {landing.row: len(landing.pieces) for landing in landings}
 
         async def read(job: tuple[Landing, pieces.Piece]) -> None:
             landing, piece = job
@@ -275,9 +276,7 @@ class Promotion:
 
 def _layer_major(landings: Sequence[Landing]) -> Iterator[tuple[Landing, pieces.Piece]]:
     """Every landing's first piece, then every second one, and so on."""
-    pieces_max = max(len(pieces.cut(landing.geometry, _PIECE_BYTES)) for landing in landings)
-    for number in range(pieces_max):
+    for number in range(max(len(landing.pieces) for landing in landings)):
         for landing in landings:
-            of_landing = pieces.cut(landing.geometry, _PIECE_BYTES)
-            if number < len(of_landing):
-                yield landing, of_landing[number]
+            if number < len(landing.pieces):
+                yield landing, landing.pieces[number]

@@ -115,7 +115,7 @@ def test_a_prefix_of_thousands_of_blocks_keeps_nobody_else_waiting(new_daemon: C
     layout = Layout("tiny", "uint8", layers=2, kv_heads=1, k_head_dim=8, v_head_dim=8, block_tokens=4)
     daemon = new_daemon(server__metrics_address="127.0.0.1:0")
     with Client(daemon.address, timeout_s=60) as client:
-        blocks, chain = client.open_layout(layout), new_chain(layout, 2048)
+        blocks, chain = client.open_layout(layout), new_chain(layout, 8192)
         assert save(client, layout, chain, Durability.SSD).stored == len(chain)
         until(lambda: client.admin.status().ssd.blocks == len(chain))
 
