@@ -433,6 +433,8 @@ class StoreMachine(RuleBasedStateMachine):
                     self.versions.pop(name, None)
                     if found and self.opened.residency(*name):
                         self.versions[name] = found
+                    elif found:  # The policy may have evicted it meanwhile, and its record may still be there.
+                        self.doubtful.setdefault(name, set()).update(found)
 
     # Life and death
 
