@@ -20,6 +20,7 @@
   x StorageFailed      UNAVAILABLE          recompute; retry later, the operator's log says more
   x Draining           UNAVAILABLE          skip this save; attach again later
   x DaemonUnavailable  UNAVAILABLE          recompute; the client reconnects on its own
+  x TlsFileUnusable    FAILED_PRECONDITION  correct the file that the message names
   x DeadlineExceeded   DEADLINE_EXCEEDED    recompute
 
 On the wire an error is its status code, its message, and a ``google.rpc.ErrorInfo`` with the
@@ -138,6 +139,10 @@ class Draining(KVError, code=grpc.StatusCode.UNAVAILABLE):
 
 class DaemonUnavailable(KVError, code=grpc.StatusCode.UNAVAILABLE):
     """The client cannot reach the daemon. Raised on the client's side only."""
+
+
+class TlsFileUnusable(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+    """A certificate, key or CA file of the client cannot be used. Raised on the client's side only."""
 
 
 class DeadlineExceeded(KVError, code=grpc.StatusCode.DEADLINE_EXCEEDED):
