@@ -119,17 +119,14 @@ def read_identity(files: Tls) -> Identity:
     trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # A client that trusts just this certificate.
     trust.check_hostname = False
     trust.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | ssl.VerifyFlags(_NO_CHECK_TIME)
-    try:
-        trust.load_verify_locations(cadata=_ascii(certificate))
-    except ssl.SSLError as error:
-        raise _unusable(files, "certificate", f"holds no certificate in PEM: {_reason(error)}") from error
+    _trust(trust, files, "certificate", certificate)
     _load_pair(context, files, certificate, key)
     try:
         seen = _shown_in_handshake(context, trust)
     except ssl.SSLError as error:
         raise _unusable(files, "certificate", f"cannot be used: {_reason(error)}") from error
     _check_time(files, "certificate", [seen])
-    if client_ca:
+    if files.client_ca:
         _require_client_certificates(context, files, client_ca)
     return Identity(certificate, key, client_ca, _time_s(seen, "notAfter"), context)
 
@@ -139,6 +136,14 @@ def _read(files: Tls, name: str) -> bytes:
         return Path(getattr(files, name)).read_bytes()
     except OSError as error:
         raise _unusable(files, name, f"cannot be read: {error.strerror}") from error
+
+
+def _trust(context: ssl.SSLContext, files: Tls, name: str, certificates: bytes) -> None:
+    text = certificates.decode("ascii", "ignore")  # Comments between them may be in any language.
+    try:
+        context.load_verify_locations(cadata=text or " ")
+    except ssl.SSLError as error:
+        raise _unusable(files, name, f"holds no certificate in PEM: {_reason(error)}") from error
 
 
 def _load_pair(context: ssl.SSLContext, files: Tls, certificate: bytes, key: bytes) -> None:
@@ -159,10 +164,7 @@ def _load_pair(context: ssl.SSLContext, files: Tls, certificate: bytes, key: byt
 
 def _require_client_certificates(context: ssl.SSLContext, files: Tls, client_ca: bytes) -> None:
     context.verify_mode = ssl.CERT_REQUIRED
-    try:
-        context.load_verify_locations(cadata=_ascii(client_ca))
-    except ssl.SSLError as error:
-        raise _unusable(files, "client_ca", f"holds no certificate in PEM: {_reason(error)}") from error
+    _trust(context, files, "client_ca", client_ca)
     authorities = context.get_ca_certs()
     if not authorities:
         raise _unusable(files, "client_ca", "holds no certificate of a CA, one that may sign others")
@@ -226,10 +228,6 @@ def _unusable(files: Tls, name: str, reason: str) -> ConfigError:
 
 def _reason(error: ssl.SSLError) -> str:
     return str(error.args[-1]).partition(" (_ssl.c")[0]
-
-
-def _ascii(content: bytes) -> str:
-    return content.decode("ascii", "ignore")  # Comments between certificates may be in any language.
 
 
 def _time_s(certificate: Mapping[str, object], name: str) -> float:
