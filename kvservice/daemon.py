@@ -38,7 +38,7 @@ from kvservice.store.recovery import recover
 from kvservice.store.room import Watermarks
 from kvservice.tiers.arena import Arena
 from kvservice.tiers.dram import DramTier
-from kvservice.tiers.files import FileCalls
+from kvservice.tiers.files import FileCalls, file_system_of
 from kvservice.tiers.ssd import SsdTier
 
 log = logging.getLogger(__name__)
@@ -215,6 +215,9 @@ def _open_store(
         settings.dram.path, index.store_id, int(settings.dram.capacity_bytes) - settings.volatile_map_bytes, calls=files
     )
     opening.callback(arena.close)
+    kind = file_system_of(arena.directory)
+    if kind not in ("", "tmpfs", "ramfs", "hugetlbfs"):
+        log.warning("the arena lies on a disk: dram.path is meant for a tmpfs", extra={"file_system": kind})
     dram = DramTier(arena)
     emptied = index.open_volatile(arena.directory / "index", arena.arena_id, map_bytes=settings.volatile_map_bytes)
     if arena.why_new or emptied:

@@ -10,6 +10,7 @@
   x UnknownClient      FAILED_PRECONDITION  attach again, then ask again
   x LeaseExpired       FAILED_PRECONDITION  look the prefix up again
   x ScrubRunning       FAILED_PRECONDITION  wait for the scrub that runs
+  x TlsFileUnusable    FAILED_PRECONDITION  correct the file that the message names
   x LeaseNotYours      PERMISSION_DENIED    use the lease of your own lookup
   x BlockNotFound      NOT_FOUND            recompute
   x TierFull           RESOURCE_EXHAUSTED   skip this save; a cache is allowed to be full
@@ -20,7 +21,6 @@
   x StorageFailed      UNAVAILABLE          recompute; retry later, the operator's log says more
   x Draining           UNAVAILABLE          skip this save; attach again later
   x DaemonUnavailable  UNAVAILABLE          recompute; the client reconnects on its own
-  x TlsFileUnusable    FAILED_PRECONDITION  correct the file that the message names
   x DeadlineExceeded   DEADLINE_EXCEEDED    recompute
 
 On the wire an error is its status code, its message, and a ``google.rpc.ErrorInfo`` with the
@@ -99,6 +99,10 @@ class ScrubRunning(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
     """Another scrub is under way."""
 
 
+class TlsFileUnusable(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+    """A certificate, key or CA file of the client cannot be used. Raised on the client's side only."""
+
+
 class LeaseNotYours(KVError, code=grpc.StatusCode.PERMISSION_DENIED):
     """The lease belongs to another client."""
 
@@ -139,10 +143,6 @@ class Draining(KVError, code=grpc.StatusCode.UNAVAILABLE):
 
 class DaemonUnavailable(KVError, code=grpc.StatusCode.UNAVAILABLE):
     """The client cannot reach the daemon. Raised on the client's side only."""
-
-
-class TlsFileUnusable(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
-    """A certificate, key or CA file of the client cannot be used. Raised on the client's side only."""
 
 
 class DeadlineExceeded(KVError, code=grpc.StatusCode.DEADLINE_EXCEEDED):

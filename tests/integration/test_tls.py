@@ -494,7 +494,7 @@ class TestKvctl:
         done = kvctl("ls", "--address", strict_daemon.address)
 
         assert (done.returncode, done.stdout) == (1, "")
-        assert "one that speaks TLS needs --tls-ca" in done.stderr
+        assert "give --tls-ca if it speaks TLS" in done.stderr
 
     def test_with_a_wrong_ca_says_so(self, strict_daemon: DaemonProcess, folder: Path, stranger: Authority) -> None:
         done = kvctl("ls", "--address", strict_daemon.address, "--tls-ca", stranger.write(folder, "stranger"))

@@ -16,8 +16,8 @@ from kvservice_api.errors import (
 
 _ADVICE: dict[type[KVError], str] = {
     BlockNotFound: "See what is stored with `kvctl ls`.",
-    DaemonUnavailable: "Start a daemon with `kvservice serve`, or name another one with --address; "
-    "one that speaks TLS needs --tls-ca.",
+    DaemonUnavailable: "Start a daemon with `kvservice serve`, give --tls-ca if it speaks TLS, "
+    "or name another one with --address.",
     DeadlineExceeded: "The daemon is busy or out of reach; allow more time with --timeout.",
     Draining: "The daemon is stopping; ask again once it is back.",
     Overloaded: "Try again in a moment.",
