@@ -12,7 +12,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import pytest
 from cryptography import x509
 
 from kvservice_api.errors import DaemonUnavailable, TlsFileUnusable
-from kvservice_client import Client, TlsFiles
+from kvservice_client import Client, Tier, TlsFiles
 from tests.certificates import Authority, Pair, replace
 from tests.daemon import DaemonProcess, eventually, until
 from tests.integration.conversations import large_layout, layers_of, new_chain, same, small_layout
@@ -268,6 +268,27 @@ class TestClientCertificates:
             assert client.admin.status().clients == 1
         eventually(lambda: not connections_to(daemon))
 
+    def test_that_changed_close_the_former_connection_with_the_last_call_on_it(
+        self, daemon: DaemonProcess, folder: Path, authority: Authority
+    ) -> None:
+        layout, files = small_layout(), files_of(folder, authority, authority.issue("client"))
+        with daemon.client(tls=files) as other:
+            blocks, chain = other.open_layout(layout), new_chain(layout, 100 * layout.block_tokens)
+            blocks.save(chain, layers_of(blocks, chain))
+        eventually(lambda: not connections_to(daemon))
+        with daemon.client(tls=files) as client:
+            scrub = client.admin.scrub(Tier.DRAM, bytes_per_second=8192)  # A minute, one block of 4 KiB after another.
+            next(scrub)
+            (before,) = connections_to(daemon)
+            authority.issue("client").write(folder, "client")
+            eventually(lambda: works(client) and len(connections_to(daemon)) == 2)
+            assert before in connections_to(daemon)
+
+            del scrub  # Cancels it.
+
+            eventually(lambda: before not in connections_to(daemon))
+            assert works(client)
+
     def test_that_changed_leave_no_connection_behind_on_which_nothing_runs(
         self, daemon: DaemonProcess, folder: Path, authority: Authority
     ) -> None:
@@ -377,10 +398,13 @@ class TestOffLoopback:
         with Client(address, tls=files) as client:
             assert client.capabilities().version
 
-    def test_metrics_are_served_while_another_client_says_nothing(
+    def test_metrics_are_served_while_other_clients_say_nothing(
         self, open_daemon: DaemonProcess, authority: Authority
     ) -> None:
-        with socket.create_connection(("127.0.0.1", open_daemon.logged("serving")[0]["metrics_port"])):
+        port = open_daemon.logged("serving")[0]["metrics_port"]
+        with ExitStack() as silent:  # So many that the patience with all of them would outlast ours.
+            for _ in range(5):
+                silent.enter_context(socket.create_connection(("127.0.0.1", port)))
             assert "kvservice_tls_certificate_expires_seconds" in scraped(open_daemon, authority)
 
 
