@@ -235,9 +235,15 @@ class TestClientCertificates:
         assert "kvservice_blocks 0.0" in scraped(daemon, authority, authority.issue("prometheus").write(folder, "p"))
 
     def test_are_read_again_when_the_client_reconnects(
-        self, daemon: DaemonProcess, folder: Path, authority: Authority, stranger: Authority
+        self,
+        daemon: DaemonProcess,
+        folder: Path,
+        authority: Authority,
+        stranger: Authority,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """The daemon comes to ask for another CA's: only the client's new files get in after a restart."""
+        monkeypatch.setattr("kvservice_client.tls._LOOK_EVERY_S", 3600.0)  # Not because time has passed.
         files = files_of(folder, authority, authority.issue("client"))
         with daemon.client(tls=files) as client:
             assert client.capabilities().version
