@@ -23,7 +23,7 @@ import pytest
 from cryptography import x509
 
 from kvservice_api.errors import DaemonUnavailable, TlsFileUnusable
-from kvservice_client import Client, Tier, TlsFiles
+from kvservice_client import Client, Durability, Tier, TlsFiles
 from tests.certificates import Authority, Pair, replace
 from tests.daemon import DaemonProcess, eventually, until
 from tests.integration.conversations import large_layout, layers_of, new_chain, same, small_layout
@@ -448,6 +448,19 @@ class TestAtStart:
             daemon.remove()
 
 
+def test_no_file_of_a_store_or_an_arena_can_be_read_by_other_users(new_daemon: Callable[..., DaemonProcess]) -> None:
+    daemon, layout = new_daemon(), small_layout()
+    with daemon.client() as client:
+        blocks, chain = client.open_layout(layout), new_chain(layout, layout.block_tokens)
+        blocks.save(chain, layers_of(blocks, chain), Durability.SSD)
+
+    files = [path for folder in (daemon.store, daemon.shared_memory) for path in folder.rglob("*") if path.is_file()]
+    readable = {path.name for path in files if path.stat().st_mode & 0o077}
+
+    assert readable == {"lock"}  # The daemon's process id.
+    assert len(files) >= 4
+
+
 class TestTheUnixSocket:
     @pytest.mark.parametrize(("access", "mode"), [("user", 0o600), ("group", 0o660), ("all", 0o666)])
     def test_has_the_mode_that_its_setting_names(
@@ -548,7 +561,8 @@ def kvctl(*arguments: object, environment: dict[str, str] | None = None) -> subp
 
 def scraped(daemon: DaemonProcess, authority: Authority, own: tuple[Path, Path] | None = None) -> str:
     """The metrics, as Prometheus reads them."""
-    context = ssl.create_default_context(cadata=authority.certificate.decode())
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(cadata=authority.certificate.decode())
     if own is not None:
         context.load_cert_chain(*own)
     address = f"https://localhost:{daemon.logged('serving')[0]['metrics_port']}/metrics"

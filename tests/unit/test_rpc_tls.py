@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,6 +16,8 @@ from kvservice.config import ConfigError, Tls
 from kvservice.counters import Counters
 from kvservice.rpc.tls import Certificates, read_identity
 from tests.certificates import Authority, replace
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +204,17 @@ class TestFilesThatChange:
         certificates.look(counters)
 
         assert certificates.latest.certificate == new.certificate
+
+
+def test_what_the_commands_in_the_docs_make_is_taken(tmp_path: Path) -> None:
+    bash, openssl = shutil.which("bash"), shutil.which("openssl")
+    if not (bash and openssl):
+        pytest.skip("bash and openssl are needed")
+    (commands,) = re.findall(r"```sh\n(openssl (?s:.*?))```", (ROOT / "docs" / "security.md").read_text())
+
+    subprocess.run([bash, "-ec", commands], cwd=tmp_path, check=True, capture_output=True)
+
+    files = (str(tmp_path / name) for name in ("daemon.crt", "daemon.key", "ca.crt"))
+    read_identity(Tls(**dict(zip(("certificate", "key", "client_ca"), files, strict=True))))
+    strictly = ["verify", "-x509_strict", "-CAfile", "ca.crt", "daemon.crt", "engine.crt"]
+    subprocess.run([openssl, *strictly], cwd=tmp_path, check=True, capture_output=True)
