@@ -31,6 +31,7 @@ lint: .venv/installed-dev ## Style, types, and who may import whom
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
 
 test: .venv/installed-dev ## The fast tests, under 10 minutes on 2 cores
 	$(BIN)/python -m pytest $(ARGS)

@@ -63,6 +63,9 @@ def _serve(argv: Sequence[str]) -> int:
     logs.set_up(settings.log.level, settings.log.format)
     try:
         uvloop.run(daemon.run(settings))
+    except ConfigError as error:  # What the settings name cannot be used.
+        print(f"kvservice serve: {error}", file=sys.stderr)
+        return 2
     except (StoreError, StoreMismatch, KVError, OSError, RuntimeError) as error:
         print(f"kvservice serve: {error}", file=sys.stderr)
         return 1

@@ -32,6 +32,8 @@ KIB, MIB, GIB = 2**10, 2**20, 2**30
 _SOCKET_PATH_BYTES_MAX = 107
 _MAP_BYTES_MIN, _MAP_BYTES_MAX = 4 * MIB, 1 * GIB
 
+_SHORT_FLAGS = {"server.insecure": ("--insecure",)}
+
 # Kubernetes puts these into every container beside a Service called "kvservice"; they are no settings.
 _SERVICE_LINK = re.compile(r"KVSERVICE_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_[A-Z]+(_\w+)?)?)")
 
@@ -104,14 +106,19 @@ class Server(_Section):
         "path is longer than the 107 bytes a socket's may have; `off` means none.",
         unit="path",
     )
+    unix_socket_access: Literal["user", "group", "all"] = _setting(
+        "user",
+        "Who may connect to the UNIX socket: processes of the daemon's user, of its group too, or of every user. "
+        "It is never encrypted.",
+    )
     insecure: bool = _setting(
         False,
-        "Allow an address that other hosts can reach. Traffic is not encrypted and nobody is asked who they are: "
-        "whoever reaches the address reads and drops every conversation.",
+        "Allow addresses that other hosts can reach without TLS; `--insecure` for short. Traffic is not encrypted and "
+        "nobody is asked who they are: whoever reaches the address reads and drops every conversation.",
     )
     metrics_address: AddressText = _setting(
         "127.0.0.1:9464",
-        "Where Prometheus reads metrics, by HTTP at `/metrics`. Empty means nowhere.",
+        "Where Prometheus reads metrics, by HTTP at `/metrics` (HTTPS where TLS is on). Empty means nowhere.",
         unit="host:port",
     )
     drain_timeout_s: float = _setting(
@@ -140,6 +147,20 @@ class Server(_Section):
         le=3 * MIB,
     )
     keys_max: int = _setting(16_384, "Block keys in one request.", unit="keys", ge=1, le=100_000)
+
+
+class Tls(_Section):
+    """TLS on every TCP port, gRPC and metrics, once a certificate is set. PEM files, read again as they change."""
+
+    certificate: str = _setting(
+        "", "The daemon's certificate, then those between it and the CA that clients trust.", unit="path"
+    )
+    key: str = _setting("", "The certificate's private key, without a passphrase.", unit="path")
+    client_ca: str = _setting(
+        "",
+        "CA certificates for clients. With it every client must show a certificate that one of them has signed.",
+        unit="path",
+    )
 
 
 class Dram(_Section):
@@ -240,6 +261,7 @@ class Settings(BaseSettings):
 
     store: Store = Store()
     server: Server = Server()
+    tls: Tls = Tls()
     dram: Dram = Dram()
     ssd: Ssd = Ssd()
     index: Index = Index()
@@ -261,11 +283,18 @@ class Settings(BaseSettings):
         return (init_settings,)
 
     def model_post_init(self, context: Any, /) -> None:
-        if not Address.parse(self.server.address).is_loopback and not self.server.insecure:
-            raise ValueError(
-                f"server.address {self.server.address} can be reached from other hosts, without encryption or login; "
-                "set server.insecure if that is wanted"
-            )
+        if bool(self.tls.certificate) != bool(self.tls.key):
+            raise ValueError("tls.certificate and tls.key go together: one is set and the other is not")
+        if self.tls.client_ca and not self.tls.certificate:
+            raise ValueError("tls.client_ca is of use only together with tls.certificate and tls.key")
+        is_protected = bool(self.tls.certificate) or self.server.insecure
+        for name in ("address", "metrics_address"):
+            address = getattr(self.server, name)
+            if address and not is_protected and not Address.parse(address).is_loopback:
+                raise ValueError(
+                    f"server.{name} {address} can be reached from other hosts, without encryption or login; "
+                    "set tls.certificate and tls.key, or server.insecure if that is wanted"
+                )
         for tier in ("dram", "ssd"):
             low, high = getattr(self.mover, f"{tier}_free_low"), getattr(self.mover, f"{tier}_free_high")
             if low > high:
@@ -444,6 +473,7 @@ def _flag_parser(prog: str) -> _Parser:
         optional: dict[str, Any] = {"nargs": "?", "const": "true"} if isinstance(setting.default, bool) else {}
         groups[setting.section].add_argument(
             flag_name(setting.name),
+            *_SHORT_FLAGS.get(setting.name, ()),
             dest=setting.name,
             metavar=(setting.unit or "value").upper().replace(" ", "_"),
             help=f"{setting.description} Default: {default_text(setting)}.".replace("%", "%%"),

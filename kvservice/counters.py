@@ -36,6 +36,8 @@ class Counters:
     storage_errors: int = 0
     leases_granted: int = 0
     leases_expired: int = 0
+    tls_reloads: int = 0
+    tls_reloads_refused: int = 0
 
     def as_dict(self) -> dict[str, int]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -66,5 +68,7 @@ HELP: dict[str, str] = {
     "storage_errors": "Reads, writes and commits that the operating system refused.",
     "leases_granted": "Leases granted.",
     "leases_expired": "Leases that ended by time.",
+    "tls_reloads": "Times that changed TLS files came into use.",
+    "tls_reloads_refused": "Times that changed TLS files could not be used, and the former ones stayed.",
 }
 assert set(HELP) == {field.name for field in fields(Counters)}

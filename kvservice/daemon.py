@@ -31,26 +31,35 @@ from kvservice.metrics import Heartbeat, MetricsServer
 from kvservice.policy import POLICIES
 from kvservice.rpc.admin import AdminService
 from kvservice.rpc.blocks import BlockService, ServiceLimits
-from kvservice.rpc.server import Server
+from kvservice.rpc.server import Server, UnixSocket
+from kvservice.rpc.tls import Certificates
 from kvservice.store.block_store import BlockStore, StoreLimits
 from kvservice.store.recovery import recover
 from kvservice.store.room import Watermarks
 from kvservice.tiers.arena import Arena
 from kvservice.tiers.dram import DramTier
-from kvservice.tiers.files import FileCalls
+from kvservice.tiers.files import FileCalls, file_system_of
 from kvservice.tiers.ssd import SsdTier
 
 log = logging.getLogger(__name__)
+
+_SOCKET_MODES = {"user": 0o600, "group": 0o660, "all": 0o666}
 
 
 class Daemon:
     """One running daemon. ``await Daemon.open(settings)``, `serve`, and `close` in the end."""
 
     def __init__(
-        self, settings: Settings, store: BlockStore, resources: ExitStack, executor: ThreadPoolExecutor
+        self,
+        settings: Settings,
+        store: BlockStore,
+        resources: ExitStack,
+        executor: ThreadPoolExecutor,
+        certificates: Certificates | None,
     ) -> None:
         """Use `open`."""
         self.settings = settings
+        self._certificates = certificates
         self.store = store
         self._resources = resources
         self._executor = executor
@@ -67,21 +76,32 @@ class Daemon:
             saves_max=server.saves_max,
             transfer_slots=server.transfer_slots,
         )
-        addresses = [server.address]
-        if settings.unix_socket_path is not None:
-            addresses.append(f"unix:{settings.unix_socket_path}")
         admin = AdminService(store, version=__version__, boot_epoch=self.boot_epoch, counters=self._counters)
-        self._server = Server(BlockService(store, limits), admin, addresses, frame_bytes=int(server.frame_bytes))
+        path = settings.unix_socket_path
+        self._server = Server(
+            BlockService(store, limits),
+            admin,
+            [server.address],
+            frame_bytes=int(server.frame_bytes),
+            unix_socket=UnixSocket(path, _SOCKET_MODES[server.unix_socket_access]) if path is not None else None,
+            credentials=certificates.server_credentials() if certificates else None,
+        )
         self.port = self._server.ports[0]
-        self._metrics = MetricsServer(server.metrics_address, store, self.registry) if server.metrics_address else None
+        self._metrics: MetricsServer | None = None
+        if server.metrics_address:
+            self._metrics = MetricsServer(server.metrics_address, store, self.registry, certificates)
         self.metrics_port = self._metrics.port if self._metrics else 0
 
     @classmethod
     async def open(cls, settings: Settings, *, clock: Clock | None = None, files: FileCalls | None = None) -> Daemon:
-        """Open or create the store and put the daemon together. Raises StoreError, StoreMismatch, OSError."""
+        """Open or create the store and put the daemon together.
+
+        Raises ConfigError, StoreError, StoreMismatch, OSError.
+        """
+        certificates = Certificates(settings.tls) if settings.tls.certificate else None
         with ExitStack() as opening:
             store, executor = _open_store(settings, clock or SystemClock(), files or FileCalls(), opening)
-            daemon = cls(settings, store, opening, executor)
+            daemon = cls(settings, store, opening, executor, certificates)
             daemon._resources = opening.pop_all()
             return daemon
 
@@ -94,6 +114,8 @@ class Daemon:
         gc.collect()
         gc.freeze()
         self.store.tasks.start(self.heartbeat.run(), "heartbeat")
+        if self._certificates is not None:
+            self.store.tasks.start(self._certificates.watch(self.store.counters), "TLS files")
         ports = {"port": self.port, "metrics_port": self.metrics_port}
         log.info("serving", extra={**ports, "blocks": self.store.blocks.live_count, "pid": os.getpid()})
 
@@ -193,6 +215,9 @@ def _open_store(
         settings.dram.path, index.store_id, int(settings.dram.capacity_bytes) - settings.volatile_map_bytes, calls=files
     )
     opening.callback(arena.close)
+    kind = file_system_of(arena.directory)
+    if kind not in ("", "tmpfs", "ramfs", "hugetlbfs"):
+        log.warning("the arena lies on a disk: dram.path is meant for a tmpfs", extra={"file_system": kind})
     dram = DramTier(arena)
     emptied = index.open_volatile(arena.directory / "index", arena.arena_id, map_bytes=settings.volatile_map_bytes)
     if arena.why_new or emptied:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import os
+import socket
 import time
 from collections.abc import Iterator
+from socketserver import ThreadingMixIn
 from threading import Thread
-from typing import Self
-from wsgiref.simple_server import WSGIServer
+from typing import Any, Self
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from prometheus_client import CollectorRegistry, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Gauge, Histogram, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
@@ -21,9 +24,13 @@ from prometheus_client.registry import Collector
 from kvservice.blocks import TierName
 from kvservice.config import Address
 from kvservice.counters import HELP
+from kvservice.rpc.tls import Certificates
 from kvservice.store.block_store import BlockStore
 
+log = logging.getLogger(__name__)
+
 _HEARTBEAT_S = 0.005
+_PATIENCE_S = 10.0  # How long a request for metrics may be silent.
 _PREFIX = "kvservice_"
 
 
@@ -113,21 +120,58 @@ class StoreCollector(Collector):
 
 
 class MetricsServer:
-    """HTTP for Prometheus, on a thread of its own."""
+    """HTTP for Prometheus, on threads of its own; with TLS where there are `certificates`."""
 
-    def __init__(self, address: str, store: BlockStore, registry: CollectorRegistry) -> None:
-        host, port = Address.parse(address)
+    def __init__(
+        self, address: str, store: BlockStore, registry: CollectorRegistry, certificates: Certificates | None = None
+    ) -> None:
         registry.register(StoreCollector(store))
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         if hasattr(gc, "callbacks"):
             GCCollector(registry=registry)
-        self._server: WSGIServer
-        self._thread: Thread
-        self._server, self._thread = start_http_server(port, host, registry)
+        if certificates is not None:
+            Gauge(
+                _PREFIX + "tls_certificate_expires_seconds",
+                "When the certificate in use expires, since the epoch.",
+                registry=registry,
+            ).set_function(lambda: certificates.latest.expires_at_s)
+        self._server = _HttpServer(*Address.parse(address), certificates)
+        self._server.set_app(make_wsgi_app(registry))
         self.port = self._server.server_port
+        self._thread = Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+class _HttpServer(ThreadingMixIn, WSGIServer):
+    """A thread a connection: one that says nothing holds up no other."""
+
+    daemon_threads = True
+
+    def __init__(self, host: str, port: int, certificates: Certificates | None) -> None:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        self.address_family = found[0][0]
+        self._certificates = certificates
+        super().__init__((str(found[0][4][0]), port), _SilentHandler)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, peer = super().get_request()
+        connection.settimeout(_PATIENCE_S)
+        if self._certificates is not None:
+            # The handshake comes with the first read: on the connection's thread, not on the one that accepts.
+            context = self._certificates.latest.context
+            connection = context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+        return connection, peer
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        log.debug("a request for metrics failed", exc_info=True)
+
+
+class _SilentHandler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  (its name there)
+        pass

@@ -94,7 +94,13 @@ class DaemonProcess:
         self.port = self.wait_for_log("serving")["port"]
         return self
 
-    def launch(self, *, environment: dict[str, str] | None = None, pass_fds: Sequence[int] = ()) -> None:
+    def launch(
+        self,
+        *,
+        environment: dict[str, str] | None = None,
+        pass_fds: Sequence[int] = (),
+        more_flags: Sequence[str] = (),
+    ) -> None:
         """Start the process, and do not wait for it to serve."""
         assert self._process is None or self._process.poll() is not None, "it runs already"
         self._join_reader()
@@ -102,7 +108,7 @@ class DaemonProcess:
         flags = [f"--{name}={value}" for name, value in settings.items()]
         self.lines, self._log_ended = [], False
         self._process = subprocess.Popen(
-            [sys.executable, *self._program, "serve", *flags],
+            [sys.executable, *self._program, "serve", *flags, *more_flags],
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": _python_path(), **(environment or {})},

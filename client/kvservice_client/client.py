@@ -16,6 +16,7 @@ from kvservice_client.block_cache import BlockCache
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection
 from kvservice_client.retry import Deadline
+from kvservice_client.tls import TlsFiles
 from kvservice_client.transports.grpc import GrpcTransport
 
 DEFAULT_ADDRESS = "127.0.0.1:7070"
@@ -52,10 +53,14 @@ class Client:
         name: str = "",
         timeout_s: float = 5.0,
         reconnect_wait_s: float = 0.5,
+        tls: TlsFiles | None = None,
     ) -> None:
-        """`address` is host:port or the path of a UNIX socket; `name` is what operators see of this client."""
+        """`address` is host:port or the path of a UNIX socket; `name` is what operators see of this client.
+
+        With `tls`, host:port is spoken to by TLS. Raises TlsFileUnusable.
+        """
         name = name or f"{socket.gethostname()}/{os.getpid()}"
-        self._connection = Connection(address, name, timeout_s, reconnect_wait_s)
+        self._connection = Connection(address, name, timeout_s, reconnect_wait_s, tls)
         self._transport = GrpcTransport(self._connection.channel)
         self.admin = Admin(self._connection)
 

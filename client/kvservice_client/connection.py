@@ -14,6 +14,7 @@ from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client.attachment import Attachment, LifeLine
 from kvservice_client.channel import BLOCKS, Channel
 from kvservice_client.retry import Deadline, retry
+from kvservice_client.tls import TlsFiles
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
@@ -34,8 +35,10 @@ class Connection:
     Thread-safe; holds no lock during a call.
     """
 
-    def __init__(self, address: str, name: str, timeout_s: float, reconnect_wait_s: float) -> None:
-        self.channel = Channel(address)
+    def __init__(
+        self, address: str, name: str, timeout_s: float, reconnect_wait_s: float, tls: TlsFiles | None = None
+    ) -> None:
+        self.channel = Channel(address, tls)
         self.life_line = LifeLine(self.channel, name)
         self.timeout_s = timeout_s
         self._reconnect_wait_s = reconnect_wait_s

@@ -242,6 +242,7 @@ class Environment:
                     map_size=self.map_bytes,
                     max_dbs=len(_DATABASES),
                     lock=False,
+                    mode=0o600,
                     readahead=False,
                     sync=self._durable,
                     metasync=self._durable,

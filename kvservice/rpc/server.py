@@ -6,8 +6,10 @@ that protobuf copies none of them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import grpc
 from google.protobuf import message_factory
@@ -25,11 +27,34 @@ _RAW_RESPONSES = {"LoadBlocks"}
 _CONTROL_BYTES_MAX = 4 << 20  # Keys of a request, mostly.
 
 
+class UnixSocket(NamedTuple):
+    """A socket for this host, in plain: its mode says who may connect."""
+
+    path: Path
+    mode: int
+
+    def listen(self, server: grpc.aio.Server) -> None:
+        """Have the socket made. Nobody gets in between the making and the mode."""
+        before = os.umask(0o177)
+        try:
+            server.add_insecure_port(f"unix:{self.path}")
+        finally:
+            os.umask(before)
+        self.path.chmod(self.mode)
+
+
 class Server:
-    """Serves until `stop`. `addresses` are grpc's: ``host:port`` or ``unix:path``."""
+    """Serves until `stop`. `addresses` are grpc's: ``host:port``, with TLS where there are `credentials`."""
 
     def __init__(
-        self, blocks: BlockService, admin: AdminService, addresses: Sequence[str], *, frame_bytes: int
+        self,
+        blocks: BlockService,
+        admin: AdminService,
+        addresses: Sequence[str],
+        *,
+        frame_bytes: int,
+        unix_socket: UnixSocket | None = None,
+        credentials: grpc.ServerCredentials | None = None,
     ) -> None:
         self._server = grpc.aio.server(options=_options(frame_bytes))
         services = {
@@ -43,7 +68,14 @@ class Server:
         self._health_names = ["", *names]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
-        self.ports = [self._server.add_insecure_port(address) for address in addresses]
+        self.ports = [self._listen(address, credentials) for address in addresses]
+        if unix_socket is not None:
+            unix_socket.listen(self._server)
+
+    def _listen(self, address: str, credentials: grpc.ServerCredentials | None) -> int:
+        if credentials is None:
+            return self._server.add_insecure_port(address)
+        return self._server.add_secure_port(address, credentials)
 
     async def start(self) -> None:
         await self._server.start()
@@ -95,4 +127,5 @@ def _options(frame_bytes: int) -> list[tuple[str, int]]:
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.server_handshake_timeout_ms", 10_000),  # Who connects and says nothing is shown out.
     ]

@@ -7,6 +7,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
+
+
+def file_system_of(path: Path) -> str:
+    """The kind of file system that the path lies on, such as ``ext4``; empty where the kernel does not tell."""
+    device = os.stat(path).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    # 36 35 98:0 /root /mount/point options [tags ...] - kind source options
+    kinds = (fields[fields.index("-") + 1] for line in mounts.splitlines() if (fields := line.split())[2] == number)
+    return next(kinds, "")
 
 
 class FileCalls:

@@ -10,6 +10,7 @@
   x UnknownClient      FAILED_PRECONDITION  attach again, then ask again
   x LeaseExpired       FAILED_PRECONDITION  look the prefix up again
   x ScrubRunning       FAILED_PRECONDITION  wait for the scrub that runs
+  x TlsFileUnusable    FAILED_PRECONDITION  correct the file that the message names
   x LeaseNotYours      PERMISSION_DENIED    use the lease of your own lookup
   x BlockNotFound      NOT_FOUND            recompute
   x TierFull           RESOURCE_EXHAUSTED   skip this save; a cache is allowed to be full
@@ -96,6 +97,10 @@ class LeaseExpired(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
 
 class ScrubRunning(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
     """Another scrub is under way."""
+
+
+class TlsFileUnusable(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+    """A certificate, key or CA file of the client cannot be used. Raised on the client's side only."""
 
 
 class LeaseNotYours(KVError, code=grpc.StatusCode.PERMISSION_DENIED):

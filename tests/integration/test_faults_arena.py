@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kvservice.tiers.files import file_system_of
 from kvservice_client import BlockChain, Durability, Tier
 from tests.daemon import MIB, DaemonProcess
 from tests.integration.known_blocks import LARGE, SMALL, new_chain, save, tiers_of, verify
@@ -178,3 +179,12 @@ def test_any_flipped_bit_in_the_arenas_header_empties_the_dram_tier(daemon: Daem
         Medium(daemon.arena_folder / "arena").flip(first + chooser.randrange(12), chooser.randrange(8))
         daemon.start()
         expect_empty_dram(daemon, on_ssd, in_dram)
+
+
+def test_an_arena_on_a_disk_is_warned_of(tmp_path: Path) -> None:
+    if file_system_of(tmp_path) in ("", "tmpfs"):
+        pytest.skip("the temporary folder lies in memory")
+    on_disk = new_daemon(tmp_path)
+    on_disk.settings["dram.path"] = tmp_path / "arena"
+    with on_disk:
+        on_disk.wait_for_log("the arena lies on a disk: dram.path is meant for a tmpfs")

@@ -140,15 +140,30 @@ def test_every_problem_is_told_at_once() -> None:
     assert "server.keys_max in the environment" in message
 
 
-@pytest.mark.parametrize("address", ["0.0.0.0:7070", "10.0.0.1:7070", "[::]:7070", "kv.example.com:7070"])
-def test_an_address_that_others_can_reach_needs_a_word(address: str) -> None:
-    assert "server.insecure" in refusal(["--server.address", address])
-    assert load_settings(["--server.address", address, "--server.insecure"], {}).server.address == address
+@pytest.mark.parametrize("setting", ["server.address", "server.metrics_address"])
+class TestAnAddress:
+    @pytest.mark.parametrize("address", ["0.0.0.0:7070", "10.0.0.1:7070", "[::]:7070", "kv.example.com:7070"])
+    def test_that_others_can_reach_needs_a_certificate_or_a_word(self, setting: str, address: str) -> None:
+        flags = [f"--{setting}", address]
+        assert refusal(flags).startswith(f"{setting} {address} can be reached from other hosts")
+        for enough in (["--server.insecure"], ["--insecure"], ["--tls.certificate", "a", "--tls.key", "b"]):
+            load_settings([*flags, *enough], {})
+
+    @pytest.mark.parametrize("address", ["127.0.0.1:0", "127.8.9.1:7070", "[::1]:7070", "localhost:7070"])
+    def test_on_this_host_needs_neither(self, setting: str, address: str) -> None:
+        load_settings([f"--{setting}", address], {})
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:0", "127.8.9.1:7070", "[::1]:7070", "localhost:7070"])
-def test_an_address_on_this_host_needs_none(address: str) -> None:
-    assert load_settings(["--server.address", address], {}).server.address == address
+@pytest.mark.parametrize("missing", ["certificate", "key"])
+def test_a_certificate_and_its_key_go_together(missing: str) -> None:
+    flags = ["--tls.certificate", "a", "--tls.key", "b"]
+    del flags[(index := flags.index(f"--tls.{missing}")) : index + 2]
+
+    assert "tls.certificate and tls.key go together" in refusal(flags)
+
+
+def test_a_client_ca_alone_is_refused_for_nothing_would_ask_for_it() -> None:
+    assert "tls.client_ca is of use only together with" in refusal(["--tls.client_ca", "a"])
 
 
 def test_what_kubernetes_sets_beside_a_service_of_our_name_is_passed_over() -> None:

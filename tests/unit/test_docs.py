@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from kvservice.config import SETTINGS, environment_name
+from kvservice.counters import HELP
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -28,9 +31,12 @@ def named_in(page: str, pattern: str) -> set[str]:
     return set(re.findall(pattern, (ROOT / page).read_text()))
 
 
-@pytest.mark.parametrize("page", ["README.md", "ARCHITECTURE.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "docs/container.md", "docs/security.md"]
+)
 def test_every_file_that_a_page_links_to_exists(page: str) -> None:
-    missing = {link for link in named_in(page, r"\]\((?!https?:)([^)#]+)") if not (ROOT / link).exists()}
+    folder = (ROOT / page).parent
+    missing = {link for link in named_in(page, r"\]\((?!https?:)([^)#]+)") if not (folder / link).exists()}
 
     assert not missing
 
@@ -45,6 +51,18 @@ def test_every_source_file_that_the_architecture_names_exists() -> None:
     }
 
     assert not missing
+
+
+@pytest.mark.parametrize("page", ["docs/container.md", "docs/security.md"])
+def test_every_setting_and_metric_that_a_page_names_exists(page: str) -> None:
+    sections = "|".join({name.partition(".")[0] for name in SETTINGS})
+    settings = named_in(page, rf"`((?:{sections})\.[a-z_]+)`")
+    variables = named_in(page, r"(KVSERVICE_\w+__\w+)")
+    counters = named_in(page, r"kvservice_(\w+)_total")
+
+    assert settings <= set(SETTINGS)
+    assert variables <= {environment_name(name) for name in SETTINGS}
+    assert counters <= set(HELP)
 
 
 def test_the_example_in_the_readme_is_python_and_imports_what_there_is() -> None:

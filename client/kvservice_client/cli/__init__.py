@@ -13,6 +13,7 @@ import typer
 
 from kvservice_api.errors import KVError
 from kvservice_client.cli.advice import advice
+from kvservice_client.cli.options import with_tls_options
 
 GROUP = "kvctl.commands"
 
@@ -47,7 +48,7 @@ def _nothing() -> None:
 
 def _add(program: typer.Typer, verb: EntryPoint) -> None:
     try:
-        program.command(verb.name)(verb.load())
+        program.command(verb.name)(with_tls_options(verb.load()))
     except ImportError as error:
         reason = f"kvctl: {verb.name} cannot run here: {error}. Install what it needs: pip install 'kvservice[daemon]'."
 

@@ -11,15 +11,18 @@ from kvservice_api.errors import (
     Overloaded,
     ScrubRunning,
     StorageFailed,
+    TlsFileUnusable,
 )
 
 _ADVICE: dict[type[KVError], str] = {
     BlockNotFound: "See what is stored with `kvctl ls`.",
-    DaemonUnavailable: "Start a daemon with `kvservice serve`, or name another one with --address.",
+    DaemonUnavailable: "Start a daemon with `kvservice serve`, give --tls-ca if it speaks TLS, "
+    "or name another one with --address.",
     DeadlineExceeded: "The daemon is busy or out of reach; allow more time with --timeout.",
     Draining: "The daemon is stopping; ask again once it is back.",
     Overloaded: "Try again in a moment.",
     ScrubRunning: "Wait for the scrub that runs, then try again.",
+    TlsFileUnusable: "Correct the file, or name another one; see `kvctl COMMAND --help`.",
     StorageFailed: "The daemon's log says which file failed; check the disk.",
 }
 

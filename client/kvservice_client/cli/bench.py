@@ -15,7 +15,7 @@ from kvservice_client.bench import limits, parts, rounds
 from kvservice_client.bench.report import Report
 from kvservice_client.bench.wire import LAYOUT, Wire
 from kvservice_client.cli import output
-from kvservice_client.cli.options import AsJson
+from kvservice_client.cli.options import AsJson, connect
 from kvservice_client.client import Client
 
 _BLOCK_BYTES = LAYOUT.block_tokens * LAYOUT.bytes_per_token
@@ -80,10 +80,13 @@ class _Bench:
         self._memory()
         blocks = 4 if self._quick else 8
         pid = None
-        if not address:
+        if address:
+            client = connect(address, 30, name="kvctl bench")
+        else:
             self._step(1, "starting a daemon")
             address, pid = self._stack.enter_context(parts.daemon(folder, dram_path, (2 * blocks + 4) * _BLOCK_BYTES))
-        client = self._stack.enter_context(Client(address, name="kvctl bench", timeout_s=30))
+            client = Client(address, name="kvctl bench", timeout_s=30)
+        self._stack.enter_context(client)
         self._wire(Wire(client, blocks=blocks, runs=3 if self._quick else 5, pid=pid))
         if pid is not None:
             with parts.parts(folder, quick=self._quick) as programs:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import functools
+import inspect
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Annotated, Any
 
 import typer
 
 from kvservice_api.keys import KEY_BYTES
 from kvservice_client.admin import Tier
 from kvservice_client.client import Client
+from kvservice_client.tls import TlsFiles
 
 Address = Annotated[
     str,
@@ -20,9 +25,49 @@ TierOption = Annotated[Tier | None, typer.Option("--tier", help="Only this tier.
 LayoutOption = Annotated[str, typer.Option("--layout", metavar="FINGERPRINT", help="Only blocks of this layout.")]
 Keys = Annotated[list[str], typer.Argument(metavar="KEY...", help="Block keys, 64 hexadecimal digits each.")]
 
+_PANEL = "TLS, for a daemon at host:port"
 
-def connect(address: str, timeout_s: float) -> Client:
-    return Client(address, name="kvctl", timeout_s=timeout_s)
+
+def _tls_option(flag: str, text: str, metavar: str = "FILE") -> Any:
+    variable = f"KVCTL_{flag.removeprefix('--').replace('-', '_').upper()}"
+    return Annotated[str, typer.Option(flag, envvar=variable, metavar=metavar, help=text, rich_help_panel=_PANEL)]
+
+
+TLS_OPTIONS: dict[str, Any] = {  # Of every verb that has an --address.
+    "tls_ca": _tls_option("--tls-ca", "CA certificates that vouch for the daemon; use TLS."),
+    "tls_certificate": _tls_option("--tls-certificate", "Our own certificate, where the daemon asks for one."),
+    "tls_key": _tls_option("--tls-key", "The private key of our certificate."),
+    "tls_server_name": _tls_option("--tls-server-name", "The name in the daemon's certificate.", "NAME"),
+}
+
+
+_tls: ContextVar[TlsFiles | None] = ContextVar("tls", default=None)
+
+
+def with_tls_options(verb: Callable[..., None]) -> Callable[..., None]:
+    """The verb with TLS_OPTIONS, if it has an --address. The verb itself never sees them: `connect` does."""
+    signature = inspect.signature(verb, eval_str=True)
+    if "address" not in signature.parameters:
+        return verb
+
+    @functools.wraps(verb)
+    def run(**arguments: Any) -> None:
+        ca, certificate, key, server_name = (arguments.pop(name) for name in TLS_OPTIONS)
+        if ca or certificate or key or server_name:
+            _tls.set(TlsFiles(ca, certificate, key, server_name))
+        verb(**arguments)
+
+    def option(name: str, kind: Any) -> inspect.Parameter:
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default="", annotation=kind)
+
+    ours = [option(name, kind) for name, kind in TLS_OPTIONS.items()]
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *ours])  # type: ignore[attr-defined]
+    return run
+
+
+def connect(address: str, timeout_s: float, *, name: str = "kvctl") -> Client:
+    """A client with the TLS options of the verb that runs."""
+    return Client(address, name=name, timeout_s=timeout_s, tls=_tls.get())
 
 
 def digest(text: str, what: str) -> bytes:

@@ -1,0 +1,134 @@
+"""The client's TLS files: where they are, what they hold, and whether that has changed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import ssl
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from kvservice_api.errors import TlsFileUnusable
+
+log = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class TlsFiles:
+    """How to know the daemon, and how to be known by it. Paths of PEM files; empty ones are not used.
+
+    `ca` holds the authorities that may vouch for the daemon; without it, those that gRPC knows of.
+    `certificate` and `key` (without a passphrase) are this client's own, for a daemon that asks for
+    them. `server_name` is the name that the daemon's certificate must have, where it is not the address's.
+
+    The files are read again when they change: the connections that are opened after that use them.
+    """
+
+    ca: str | os.PathLike[str] = ""
+    certificate: str | os.PathLike[str] = ""
+    key: str | os.PathLike[str] = ""
+    server_name: str = ""
+
+    def read(self) -> TlsContents:
+        """Raises TlsFileUnusable, naming file and reason."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        ca = certificate = key = None
+        if self.ca:
+            ca = _read("CA", self.ca)
+            try:
+                context.load_verify_locations(self.ca)
+            except ssl.SSLError as error:
+                raise _unusable("CA", self.ca, "holds no certificate in PEM") from error
+        if bool(self.certificate) != bool(self.key):
+            raise TlsFileUnusable("a TLS certificate and its key go together, and only one of them is given")
+        if self.certificate:
+            certificate, key = _read("certificate", self.certificate), _read("key", self.key)
+            self._check_pair(context)
+        return TlsContents(ca, certificate, key)
+
+    def _check_pair(self, context: ssl.SSLContext) -> None:
+        def passphrase() -> str:
+            raise _unusable("key", self.key, "has a passphrase, and nobody is there to type it")
+
+        try:
+            context.load_cert_chain(self.certificate, self.key, passphrase)
+        except ssl.SSLError as error:
+            if error.reason == "KEY_VALUES_MISMATCH":
+                raise _unusable("key", self.key, f"is not the key of the certificate {self.certificate}") from error
+            reason = f"and its key {self.key} cannot be used, one of them holds no PEM of its kind"
+            raise _unusable("certificate", self.certificate, reason) from error
+        except OSError as error:
+            raise _unusable("certificate", self.certificate, f"or its key cannot be read: {error.strerror}") from error
+
+    def stamps(self) -> tuple[object, ...]:
+        """Differs after each change of a file, be it in place, by renaming, or of a link on its way."""
+        return tuple(_stamp(path) for path in (self.ca, self.certificate, self.key) if path)
+
+
+class TlsContents(NamedTuple):
+    """PEM, or None for what is not used."""
+
+    ca: bytes | None
+    certificate: bytes | None
+    key: bytes | None
+
+
+class TlsWatch:
+    """Says what the files hold now, once after each change. For one thread at a time."""
+
+    def __init__(self, files: TlsFiles) -> None:
+        """Raises TlsFileUnusable."""
+        self.files = files
+        self._stamps = files.stamps()
+        self.latest = files.read()
+        self._refused: tuple[object, ...] = ()
+        self._next_look_s = time.monotonic() + _LOOK_EVERY_S
+
+    def look_soon(self) -> None:
+        """A connection broke: do not wait with the next look."""
+        self._next_look_s = 0.0
+
+    def newer(self) -> TlsContents | None:
+        """What has replaced `latest`; None where nothing has, or nothing usable. Cheap: it looks once a second."""
+        now_s = time.monotonic()
+        if now_s < self._next_look_s:
+            return None
+        self._next_look_s = now_s + _LOOK_EVERY_S
+        stamps = self.files.stamps()
+        if stamps == self._stamps:
+            return None
+        try:
+            contents = self.files.read()
+        except TlsFileUnusable as error:
+            if stamps != self._refused:
+                self._refused = stamps
+                log.warning("changed TLS files refused, the former ones stay in use: %s", error.message)
+            return None
+        self._stamps = stamps
+        if contents == self.latest:
+            return None
+        self.latest = contents
+        return contents
+
+
+def _read(what: str, path: str | os.PathLike[str]) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise _unusable(what, path, f"cannot be read: {error.strerror}") from error
+
+
+def _stamp(path: str | os.PathLike[str]) -> tuple[int, ...] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def _unusable(what: str, path: str | os.PathLike[str], reason: str) -> TlsFileUnusable:
+    return TlsFileUnusable(f"the TLS {what} {os.fspath(path)} {reason}")

@@ -1,0 +1,238 @@
+"""TLS: the certificate, key and client CA that handshakes use, from files that may change meanwhile.
+
+They are read at the start, and again whenever a look at them, once a second, finds them changed. What
+has changed is taken only once a handshake with it works; until then the former ones serve. gRPC asks
+for the latest before each handshake, on threads of its own; the metrics server takes their `context`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import ssl
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import grpc
+
+from kvservice.config import ConfigError, Tls
+from kvservice.counters import Counters
+
+log = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 1.0
+_NO_CHECK_TIME = 0x200000  # X509_V_FLAG_NO_CHECK_TIME: we compare times ourselves, to say which one has passed.
+
+Stamps = tuple[object, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What the files held at one time, proven by a handshake. PEM; `client_ca` is empty where clients need none."""
+
+    certificate: bytes
+    key: bytes
+    client_ca: bytes
+    expires_at_s: float  # Of the certificate, since the epoch.
+    context: ssl.SSLContext
+
+    @property
+    def configuration(self) -> grpc.ServerCertificateConfiguration:
+        pairs = [(self.key, self.certificate)]
+        return grpc.ssl_server_certificate_configuration(pairs, self.client_ca or None)
+
+
+class Certificates:
+    """The latest usable state of the files that the settings name."""
+
+    def __init__(self, files: Tls) -> None:
+        """Read the files. Raises ConfigError, naming setting, file and reason."""
+        self._files = files
+        self._stamps = _stamps(files)
+        self.latest = read_identity(files)
+        self._doubt: tuple[Stamps, str] | None = None
+        self._has_told = False
+
+    def server_credentials(self) -> grpc.ServerCredentials:
+        """For one port: gRPC remembers there what it was given last."""
+        given = self.latest
+
+        def newer() -> Any:  # grpc's types forget that None says: nothing new.
+            nonlocal given
+            if given is self.latest:
+                return None
+            given = self.latest
+            return given.configuration
+
+        return grpc.dynamic_ssl_server_credentials(
+            given.configuration, newer, require_client_authentication=bool(self._files.client_ca)
+        )
+
+    async def watch(self, counters: Counters) -> NoReturn:
+        """Look at the files for ever. The looks run on a thread: the files may lie on a slow disk."""
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            await asyncio.to_thread(self.look, counters)
+
+    def look(self, counters: Counters) -> None:
+        """Take the files' contents if they changed and can be used.
+
+        What cannot is looked at again each time. It is refused, and counted, once it was found the same
+        twice: the first time, somebody may be half way through writing.
+        """
+        stamps = _stamps(self._files)
+        if stamps == self._stamps:
+            return
+        try:
+            identity = read_identity(self._files)
+        except ConfigError as error:
+            self._refuse((stamps, str(error)), counters)
+            return
+        self._stamps, self._doubt = stamps, None
+        former, now = self.latest, identity
+        if (former.certificate, former.key, former.client_ca) == (now.certificate, now.key, now.client_ca):
+            return
+        self.latest = identity
+        counters.tls_reloads += 1
+        log.info("TLS files changed", extra={"expires_at": _written(identity.expires_at_s)})
+
+    def _refuse(self, doubt: tuple[Stamps, str], counters: Counters) -> None:
+        if doubt != self._doubt:
+            self._doubt, self._has_told = doubt, False
+        elif not self._has_told:
+            self._has_told = True
+            counters.tls_reloads_refused += 1
+            log.warning("changed TLS files refused, the former ones stay in use", extra={"why": doubt[1]})
+
+
+def read_identity(files: Tls) -> Identity:
+    """The files' contents, once they are known to work. Raises ConfigError, naming setting, file and reason."""
+    certificate, key = _read(files, "certificate"), _read(files, "key")
+    client_ca = _read(files, "client_ca") if files.client_ca else b""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # A client that trusts just this certificate.
+    trust.check_hostname = False
+    trust.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | ssl.VerifyFlags(_NO_CHECK_TIME)
+    _trust(trust, files, "certificate", certificate)
+    _load_pair(context, files, certificate, key)
+    try:
+        seen = _shown_in_handshake(context, trust)
+    except ssl.SSLError as error:
+        raise _unusable(files, "certificate", f"cannot be used: {_reason(error)}") from error
+    _check_time(files, "certificate", [seen])
+    if files.client_ca:
+        _require_client_certificates(context, files, client_ca)
+    return Identity(certificate, key, client_ca, _time_s(seen, "notAfter"), context)
+
+
+def _read(files: Tls, name: str) -> bytes:
+    try:
+        return Path(getattr(files, name)).read_bytes()
+    except OSError as error:
+        raise _unusable(files, name, f"cannot be read: {error.strerror}") from error
+
+
+def _trust(context: ssl.SSLContext, files: Tls, name: str, certificates: bytes) -> None:
+    text = certificates.decode("ascii", "ignore")  # Comments between them may be in any language.
+    try:
+        context.load_verify_locations(cadata=text or " ")
+    except ssl.SSLError as error:
+        raise _unusable(files, name, f"holds no certificate in PEM: {_reason(error)}") from error
+
+
+def _load_pair(context: ssl.SSLContext, files: Tls, certificate: bytes, key: bytes) -> None:
+    def passphrase() -> str:
+        raise _unusable(files, "key", "has a passphrase, and nobody is there to type it")
+
+    with _as_file(certificate) as certificate_path, _as_file(key) as key_path:
+        try:
+            context.load_cert_chain(certificate_path, key_path, passphrase)
+        except ssl.SSLError as error:
+            if error.reason == "KEY_VALUES_MISMATCH":
+                reason = f"is not the key of tls.certificate {files.certificate}"
+                raise _unusable(files, "key", reason) from error
+            if error.reason is None:  # OpenSSL found no key between its lines.
+                raise _unusable(files, "key", "holds no private key in PEM") from error
+            raise _unusable(files, "certificate", f"cannot be used: {_reason(error)}") from error
+
+
+def _require_client_certificates(context: ssl.SSLContext, files: Tls, client_ca: bytes) -> None:
+    context.verify_mode = ssl.CERT_REQUIRED
+    _trust(context, files, "client_ca", client_ca)
+    authorities = context.get_ca_certs()
+    if not authorities:
+        raise _unusable(files, "client_ca", "holds no certificate of a CA, one that may sign others")
+    _check_time(files, "client_ca", authorities)
+
+
+def _shown_in_handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> Mapping[str, object]:
+    """The server's certificate as the client has verified it: a whole handshake, in memory."""
+    upwards, downwards = ssl.MemoryBIO(), ssl.MemoryBIO()
+    asking = client.wrap_bio(downwards, upwards)
+    unfinished = [asking, server.wrap_bio(upwards, downwards, server_side=True)]
+    while unfinished:
+        for side in list(unfinished):
+            try:
+                side.do_handshake()
+                unfinished.remove(side)
+            except ssl.SSLWantReadError:
+                pass
+    return asking.getpeercert() or {}
+
+
+def _check_time(files: Tls, name: str, certificates: Sequence[Mapping[str, object]]) -> None:
+    """Raises ConfigError where none of them is valid now."""
+    now_s = time.time()  # The clock on the wall, as clients read it; not one that stood still at our start.
+    latest = max(certificates, key=lambda each: _time_s(each, "notAfter"))
+    if (end_s := _time_s(latest, "notAfter")) <= now_s:
+        raise _unusable(files, name, f"expired on {_written(end_s)}")
+    start_s = min(_time_s(each, "notBefore") for each in certificates)
+    if start_s > now_s:
+        raise _unusable(files, name, f"is not valid before {_written(start_s)}")
+
+
+@contextmanager
+def _as_file(content: bytes) -> Iterator[str]:
+    """A path to these very bytes: OpenSSL reads pairs from files only, and ours may change between two readings."""
+    fd = os.memfd_create("kvservice-tls")
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(content)
+        yield f"/proc/self/fd/{fd}"
+    finally:
+        os.close(fd)
+
+
+def _stamps(files: Tls) -> Stamps:
+    """Differs after each change of the files, be it in place, by renaming, or of a link on their way."""
+    return tuple(_stamp(path) for path in (files.certificate, files.key, files.client_ca) if path)
+
+
+def _stamp(path: str) -> tuple[int, ...] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def _unusable(files: Tls, name: str, reason: str) -> ConfigError:
+    return ConfigError(f"tls.{name} {getattr(files, name)} {reason}")
+
+
+def _reason(error: ssl.SSLError) -> str:
+    return str(error.args[-1]).partition(" (_ssl.c")[0]
+
+
+def _time_s(certificate: Mapping[str, object], name: str) -> float:
+    return ssl.cert_time_to_seconds(str(certificate[name]))
+
+
+def _written(time_s: float) -> str:
+    return f"{datetime.fromtimestamp(time_s, UTC):%Y-%m-%d %H:%M:%S} UTC"

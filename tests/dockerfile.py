@@ -1,0 +1,59 @@
+"""What the Dockerfile says, as the tests of the image need it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Instruction(NamedTuple):
+    name: str
+    value: str
+
+    @property
+    def words(self) -> list[str]:
+        """The JSON form's words, or those that a shell would see."""
+        found = re.search(r"\[.*\]$", self.value)
+        return json.loads(found[0]) if found else shlex.split(self.value)
+
+
+class Stage(NamedTuple):
+    """From one FROM to the next."""
+
+    instructions: list[Instruction]
+
+    def all(self, name: str) -> list[Instruction]:
+        return [each for each in self.instructions if each.name == name]
+
+    def only(self, name: str) -> Instruction:
+        (found,) = self.all(name)
+        return found
+
+    @property
+    def environment(self) -> dict[str, str]:
+        pairs = (word.partition("=") for each in self.all("ENV") for word in each.words)
+        return {name: value for name, _, value in pairs}
+
+
+def stages() -> list[Stage]:
+    """The first one is what stands before the first FROM."""
+    text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE).replace("\\\n", " ")
+    found = [Stage([])]
+    for line in filter(None, map(str.strip, text.splitlines())):
+        name, _, value = line.partition(" ")
+        if name == "FROM":
+            found.append(Stage([]))
+        found[-1].instructions.append(Instruction(name, re.sub(r"\s+", " ", value.strip())))
+    return found
+
+
+def let_through() -> set[str]:
+    """What .dockerignore leaves of the repository's root."""
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    assert "*" in lines
+    return {line.removeprefix("!") for line in lines if line.startswith("!")}
