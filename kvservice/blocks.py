@@ -7,7 +7,7 @@ objects would cost the garbage collector a third of a second.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import StrEnum
 from itertools import repeat
 from typing import NamedTuple
@@ -120,8 +120,14 @@ class BlockTable:
         self.row_end = 0  # Rows at and above it were never used.
         self.live_count = 0
         self.next_access_seq = 1
+        self.on_change: Callable[[int], None] | None = None  # Hears of each row once `_tell` says so.
         for name, dtype in _COLUMNS.items():
             setattr(self, name, np.zeros(row_capacity, dtype))
+
+    @property
+    def row_capacity(self) -> int:
+        """Rows that there is space for before the arrays grow."""
+        return len(self.key)
 
     # Finding
 
@@ -183,6 +189,7 @@ class BlockTable:
         else:
             self.ssd_offset[row], self.ssd_size[row] = offset, size
             self.ssd_segment[row] = extent.segment if extent else 0
+        self._tell(row)
 
     def resident(self, tier: TierName) -> NDArray[np.bool_]:
         """Which of the rows below `row_end` have a copy in `tier`."""
@@ -228,6 +235,7 @@ class BlockTable:
         self._first_row[key] = row
         self.live[row] = True
         self.live_count += 1
+        self._tell(row)
 
     def unlink(self, row: int) -> None:
         """Make the row invisible to lookups. It keeps its residency until `free`."""
@@ -243,6 +251,7 @@ class BlockTable:
         self.next_shard[row] = NO_ROW
         self.live[row] = False
         self.live_count -= 1
+        self._tell(row)
 
     def free(self, row: int) -> None:
         """Give an unlinked, unheld row without residency back."""
@@ -321,6 +330,11 @@ class BlockTable:
         self.shard[row] = shard.encode()
         self.layer_begin[row], self.layer_end[row] = shard.layer_begin, shard.layer_end
         self.head_begin[row], self.head_end[row] = shard.head_begin, shard.head_end
+
+    def _tell(self, row: int) -> None:
+        """Lookups find the row from now on, or no longer, or find another residency."""
+        if self.on_change is not None:
+            self.on_change(row)
 
     def _take_row(self) -> int:
         if self._free:

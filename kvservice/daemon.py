@@ -33,6 +33,7 @@ from kvservice.rpc.admin import AdminService
 from kvservice.rpc.blocks import BlockService, ServiceLimits
 from kvservice.rpc.server import Server
 from kvservice.store.block_store import BlockStore, StoreLimits
+from kvservice.store.directory import ResidencyDirectory
 from kvservice.store.recovery import recover
 from kvservice.store.room import Watermarks
 from kvservice.tiers.arena import Arena
@@ -47,7 +48,12 @@ class Daemon:
     """One running daemon. ``await Daemon.open(settings)``, `serve`, and `close` in the end."""
 
     def __init__(
-        self, settings: Settings, store: BlockStore, resources: ExitStack, executor: ThreadPoolExecutor
+        self,
+        settings: Settings,
+        store: BlockStore,
+        resources: ExitStack,
+        executor: ThreadPoolExecutor,
+        files: FileCalls,
     ) -> None:
         """Use `open`."""
         self.settings = settings
@@ -67,11 +73,23 @@ class Daemon:
             saves_max=server.saves_max,
             transfer_slots=server.transfer_slots,
         )
+        self.directory = ResidencyDirectory(
+            store.blocks,
+            store.index.layouts,
+            store.dram.folder,
+            store_id=store.index.store_id,
+            arena_id=store.dram.arena_id,
+            boot_epoch=self.boot_epoch,
+            bytes_max=int(settings.dram.directory_bytes_max),
+            calls=files,
+        )
+        resources.callback(self.directory.close)
         addresses = [server.address]
         if settings.unix_socket_path is not None:
             addresses.append(f"unix:{settings.unix_socket_path}")
         admin = AdminService(store, version=__version__, boot_epoch=self.boot_epoch, counters=self._counters)
-        self._server = Server(BlockService(store, limits), admin, addresses, frame_bytes=int(server.frame_bytes))
+        blocks = BlockService(store, limits, self.directory)
+        self._server = Server(blocks, admin, addresses, frame_bytes=int(server.frame_bytes))
         self.port = self._server.ports[0]
         self._metrics = MetricsServer(server.metrics_address, store, self.registry) if server.metrics_address else None
         self.metrics_port = self._metrics.port if self._metrics else 0
@@ -80,8 +98,9 @@ class Daemon:
     async def open(cls, settings: Settings, *, clock: Clock | None = None, files: FileCalls | None = None) -> Daemon:
         """Open or create the store and put the daemon together. Raises StoreError, StoreMismatch, OSError."""
         with ExitStack() as opening:
-            store, executor = _open_store(settings, clock or SystemClock(), files or FileCalls(), opening)
-            daemon = cls(settings, store, opening, executor)
+            files = files or FileCalls()
+            store, executor = _open_store(settings, clock or SystemClock(), files, opening)
+            daemon = cls(settings, store, opening, executor, files)
             daemon._resources = opening.pop_all()
             return daemon
 
@@ -94,6 +113,7 @@ class Daemon:
         gc.collect()
         gc.freeze()
         self.store.tasks.start(self.heartbeat.run(), "heartbeat")
+        self.store.tasks.start(self.directory.keep(), "residency directory")
         ports = {"port": self.port, "metrics_port": self.metrics_port}
         log.info("serving", extra={**ports, "blocks": self.store.blocks.live_count, "pid": os.getpid()})
 

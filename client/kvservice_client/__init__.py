@@ -22,6 +22,7 @@ from kvservice_client.admin import Admin, Tier
 from kvservice_client.block_cache import BlockCache, Durability, SaveResult
 from kvservice_client.client import DEFAULT_ADDRESS, Client, EvictResult, PrefetchResult
 from kvservice_client.lease import Lease, LoadedLayer, ResidencyRun
+from kvservice_client.local_directory import LocalHit
 
 __all__ = [
     "DEFAULT_ADDRESS",
@@ -35,6 +36,7 @@ __all__ = [
     "Layout",
     "Lease",
     "LoadedLayer",
+    "LocalHit",
     "PrefetchResult",
     "ResidencyRun",
     "Rotary",

@@ -13,6 +13,7 @@ from kvservice_api.layout import Layout
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client.attachment import Attachment, LifeLine
 from kvservice_client.channel import BLOCKS, Channel
+from kvservice_client.local_directory import LocalDirectory
 from kvservice_client.retry import Deadline, retry
 
 M = TypeVar("M", bound=Message)
@@ -37,6 +38,7 @@ class Connection:
     def __init__(self, address: str, name: str, timeout_s: float, reconnect_wait_s: float) -> None:
         self.channel = Channel(address)
         self.life_line = LifeLine(self.channel, name)
+        self.local_directory = LocalDirectory()
         self.timeout_s = timeout_s
         self._reconnect_wait_s = reconnect_wait_s
         self._limits: pb.GetCapabilitiesResponse | None = None
