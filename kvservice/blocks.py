@@ -7,7 +7,7 @@ objects would cost the garbage collector a third of a second.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from itertools import repeat
 from typing import NamedTuple
@@ -43,6 +43,17 @@ def object_key(key: bytes, shard: Shard) -> bytes:
     return key + shard.encode()
 
 
+OBJECT_KEY = np.dtype([("key", "V32"), ("shard", "V8")])
+assert OBJECT_KEY.itemsize == OBJECT_KEY_BYTES
+
+ObjectKeys = NDArray[np.void]
+
+
+def pack_object_keys(names: Sequence[bytes]) -> ObjectKeys:
+    """Object keys as one array, with their two parts as its fields."""
+    return np.frombuffer(b"".join(names), OBJECT_KEY)
+
+
 _COLUMNS: dict[str, str] = {
     "key": "V32",
     "parent_key": "V32",
@@ -72,9 +83,6 @@ _COLUMNS: dict[str, str] = {
     "unwanted_on_ssd": "?",  # Was evicted from SSD; not written again until used again.
     "live": "?",  # Linked: lookups find it.
 }
-_OBJECT_KEY = np.dtype([("key", "V32"), ("shard", "V8")])
-assert _OBJECT_KEY.itemsize == OBJECT_KEY_BYTES
-
 
 _decode_shard = functools.lru_cache(maxsize=4096)(Shard.decode)
 
@@ -149,6 +157,16 @@ class BlockTable:
             if self.shard[row].tobytes() == wanted:
                 return row
         return NO_ROW
+
+    def rows_of_objects(self, object_keys: ObjectKeys) -> Rows:
+        """The row of exactly each of these objects; NO_ROW where it is not stored."""
+        if not self._first_row:
+            return np.full(len(object_keys), NO_ROW)
+        rows = self.rows_of_keys(object_keys["key"].tolist())
+        wanted = object_keys["shard"]
+        while len(others := np.flatnonzero((rows != NO_ROW) & (self.shard[rows] != wanted))):
+            rows[others] = self.next_shard[rows[others]]
+        return rows
 
     def cover(self, rows: Rows, shard: Shard) -> NDArray[np.bool_]:
         """Which rows hold all of `shard`."""
@@ -292,7 +310,7 @@ class BlockTable:
             return first
         return next((row for row in self.shards_of(first) if self.shard[row].tobytes() == shard), first)
 
-    def add_many(self, object_keys: Sequence[bytes], columns: dict[str, NDArray[np.generic]]) -> Rows:
+    def add_many(self, object_keys: ObjectKeys, columns: dict[str, NDArray[np.generic]]) -> Rows:
         """Rows for recovered objects, none of which is in the table yet. Sets `columns` as given."""
         count = len(object_keys)
         while len(self.key) < self.row_end + count:
@@ -302,25 +320,30 @@ class BlockTable:
         self.row_end += count
         self.dram_offset[rows] = self.ssd_offset[rows] = _NOWHERE
         self.next_shard[rows] = NO_ROW
-        packed = np.frombuffer(b"".join(object_keys), _OBJECT_KEY)
-        self.key[rows] = packed["key"]
-        self.shard[rows] = packed["shard"]
-        parts = np.ascontiguousarray(packed["shard"]).view(">u8").astype(np.uint64)
+        self.key[rows] = object_keys["key"]
+        self.shard[rows] = object_keys["shard"]
+        parts = np.ascontiguousarray(object_keys["shard"]).view(">u8").astype(np.uint64)
         for place, name in enumerate(("layer_begin", "layer_end", "head_begin", "head_end")):
             getattr(self, name)[rows] = (parts >> np.uint64(48 - 16 * place)) & np.uint64(0xFFFF)
         for name, values in columns.items():
             getattr(self, name)[rows] = values
         self.live[rows] = True
         self.live_count += count
-        self._link_many(rows, object_keys)
+        self._link_many(rows, object_keys["key"].tolist())
         if count:
             self.next_access_seq = max(self.next_access_seq, int(self.access_seq[rows].max()) + 1)
         return rows
 
-    def _link_many(self, rows: Rows, object_keys: Iterable[bytes]) -> None:
+    def _link_many(self, rows: Rows, keys: Sequence[bytes]) -> None:
         first_row = self._first_row
-        for row, name in zip(rows.tolist(), object_keys, strict=True):
-            key = name[:KEY_BYTES]
+        new = dict(zip(keys, rows.tolist(), strict=True))
+        if len(new) == len(keys) and first_row.keys().isdisjoint(new):
+            if first_row:
+                first_row.update(new)
+            else:
+                self._first_row = new
+            return
+        for row, key in zip(rows.tolist(), keys, strict=True):  # Several shards of a block: a fifth of the speed.
             before = first_row.setdefault(key, row)
             if before != row:
                 self.next_shard[row] = before

@@ -7,6 +7,7 @@ index (it belongs to the arena), then the block table from the records of both.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import gc
 import logging
@@ -112,6 +113,7 @@ class Daemon:
         # Objects of the start live for ever: the garbage collector need not look at them again.
         gc.collect()
         gc.freeze()
+        _give_back_freed_memory()
         self.store.tasks.start(self.heartbeat.run(), "heartbeat")
         self.store.tasks.start(self.directory.keep(), "residency directory")
         ports = {"port": self.port, "metrics_port": self.metrics_port}
@@ -178,6 +180,12 @@ def _keep_large_buffers() -> None:
     m_trim_threshold, m_mmap_threshold = -1, -3
     mallopt(m_mmap_threshold, 64 << 20)
     mallopt(m_trim_threshold, 512 << 20)
+
+
+def _give_back_freed_memory() -> None:
+    """Reading a million records takes a quarter of a gigabyte that nobody needs any more."""
+    with contextlib.suppress(OSError, AttributeError):  # Not glibc.
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _open_store(
