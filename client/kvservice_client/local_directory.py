@@ -31,8 +31,8 @@ from kvservice_api.residency_directory import (
 )
 
 _KEYS_AT_A_TIME = 1024
-_SLOTS_AT_A_TIME = 4
-_STEPS_MAX = 256  # Further than that nobody searches: the daemon knows at once.
+_SLOTS_FIRST, _SLOTS_AT_A_TIME = 4, 64  # Most searches end at once; those that do not are for many shards.
+_SLOTS_MAX = 1024  # Further than that nobody searches: the daemon knows at once.
 _ATTEMPTS_MAX = 3  # For slots that are being written.
 
 Flags = NDArray[np.uint32]
@@ -122,9 +122,10 @@ class Mapping:
         flags = np.zeros(len(keys), np.uint32)
         is_partial, is_torn = np.zeros((2, len(keys)), np.bool_)
         searched = np.arange(len(keys))
-        ahead = np.arange(_SLOTS_AT_A_TIME)
-        for step in range(_STEPS_MAX):
-            places = (homes[searched, None] + (_SLOTS_AT_A_TIME * step + ahead)) & last
+        first, count = 0, _SLOTS_FIRST
+        while len(searched) and first < _SLOTS_MAX:
+            places = (homes[searched, None] + np.arange(first, first + count)) & last
+            first, count = first + count, min(2 * count, _SLOTS_AT_A_TIME)
             before = self._sequences[places]
             slots = self._slots[places]
             after = self._sequences[places]
@@ -141,8 +142,6 @@ class Mapping:
             is_torn[searched] |= torn.any(1)
             ends = (slots[..., 1] & np.uint64(0xFFFF_FFFF) == 0) & ~torn
             searched = searched[(flags[searched] == 0) & ~ends.any(1)]
-            if not len(searched):
-                break
         is_partial[searched] = True  # Nobody knows what comes behind.
         is_miss = flags == 0
         return flags, (is_partial | is_torn) & is_miss, is_torn & is_miss

@@ -60,6 +60,7 @@ class ResidencyDirectory:
         arena_id: bytes,
         boot_epoch: int,
         bytes_max: int,
+        slots_min: int = _SLOTS_MIN,
         calls: FileCalls | None = None,
     ) -> None:
         """Make the file, marked as being built, in place of one that an earlier daemon left. Never fails."""
@@ -69,6 +70,7 @@ class ResidencyDirectory:
         self._next_file = folder / f"{FILE_NAME}.next"
         self._identity = (store_id, arena_id, boot_epoch)
         self._bytes_max = bytes_max
+        self._slots_min = slots_min
         self._calls = calls or FileCalls()
         self._current: DirectoryTable | None = None  # What stands under the file's name.
         self._next: DirectoryTable | None = None  # What is going to.
@@ -147,17 +149,21 @@ class ResidencyDirectory:
     def _first_slots(self) -> int:
         """As many as the block table is going to have rows, where there is space for them. 0 means none."""
         blocks = self._blocks
-        least = _slots_for(blocks.live_count)
+        least = self._slots_for(blocks.live_count)
         if HEADER_BYTES + SLOT_BYTES * least > self._bytes_max:
             if self._bytes_max:
                 log.warning("no residency directory", extra={"why": f"{self._bytes_max} bytes are too few for it"})
             return 0
         file_system = os.statvfs(self._file.parent)
         size_max = min(self._bytes_max, file_system.f_bavail * file_system.f_frsize // _FREE_SHARE) - HEADER_BYTES
-        slots = _slots_for(max(blocks.row_capacity, blocks.live_count))
+        slots = self._slots_for(max(blocks.row_capacity, blocks.live_count))
         while slots > least and SLOT_BYTES * slots > size_max:
             slots //= 2
         return slots
+
+    def _slots_for(self, rows: int) -> int:
+        """A power of two of slots in which so many rows leave room for some more."""
+        return max(self._slots_min, 1 << int(rows / _FILL_MAX).bit_length())
 
     def _make(self, path: Path, slots: int) -> DirectoryTable:
         return DirectoryTable(path, Header(*self._identity, slots, State.BUILDING), self._calls)
@@ -226,11 +232,6 @@ class ResidencyDirectory:
     def _give_up(self, why: str) -> None:
         log.warning("no residency directory", extra={"why": why})
         self.close()
-
-
-def _slots_for(rows: int) -> int:
-    """A power of two of slots in which so many rows leave room for some more."""
-    return max(_SLOTS_MIN, 1 << int(rows / _FILL_MAX).bit_length())
 
 
 def _retire(path: Path) -> None:
