@@ -84,13 +84,10 @@ class Mapping:
 
     def __init__(self, fd: int) -> None:
         """Raises OSError or ValueError where it is no whole directory. The file may be closed after this."""
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise ValueError("it is no file")
         self.header = Header.decode(os.pread(fd, HEADER_BYTES, 0))
-        if found.st_size != self.header.file_bytes:
-            raise ValueError("it is cut off")  # And reading what is not there would be a SIGBUS.
-        data = mmap.mmap(fd, self.header.file_bytes, prot=mmap.PROT_READ)
+        data = mmap.mmap(fd, self.header.file_bytes, prot=mmap.PROT_READ)  # A ValueError where the file has less.
         words = np.frombuffer(data, "<u4")
         self._state = words[STATE_WORD : STATE_WORD + 1]
         self._sequences = words[HEADER_BYTES // 4 :: SLOT_BYTES // 4]

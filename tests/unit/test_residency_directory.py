@@ -141,7 +141,7 @@ async def test_readers_in_other_processes_never_find_what_is_not_stored(folder: 
     for number in range(ALWAYS):
         made.put(*object_of(number))
     task = await kept(made)
-    command = [sys.executable, "-m", "tests.directory_reader", made.directory.path, str(made.epoch), "2000"]
+    command = [sys.executable, "-m", "tests.directory_reader", made.directory.path, str(made.epoch), "1000"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     readers = [
         await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, env=environment) for _ in range(2)
@@ -166,8 +166,8 @@ async def test_readers_in_other_processes_never_find_what_is_not_stored(folder: 
 
     for answer in answers:
         assert answer.get("wrong", 0) == answer.get("lost", 0) == 0
-        assert answer["hits"] > 50
-        assert answer["misses"] > 300
+        assert answer["hits"] > 20
+        assert answer["misses"] > 100
 
 
 async def _one_slot(folder: Path) -> tuple[DirectoryFixture, int]:
@@ -207,6 +207,24 @@ async def test_a_slot_whose_parts_do_not_belong_together_is_no_hit_and_the_answe
         _flip(made, slot + 9)
 
     assert look_up(made, LocalDirectory(), [KEYS[4]]) is None
+
+
+@pytest.mark.parametrize("order", [1, -1, 7, 11])
+async def test_what_leaves_hides_nothing_that_stays_and_leaves_no_trace_in_the_end(folder: Path, order: int) -> None:
+    made = DirectoryFixture(folder, slots_min=64)
+    keys = [(60).to_bytes(8, "little") + bytes([number] * 24) for number in range(40)]  # All have the same home.
+    for key in keys:
+        made.put(key)
+    task = await kept(made)
+    left = set(keys)
+    for number in range(len(keys)):
+        leaving = keys[number * order % len(keys)]
+        made.drop(leaving)
+        left.remove(leaving)
+        assert all(look_up(made, LocalDirectory(), [key]) == (1, 1, 0) for key in left)
+
+    assert made.fill == 0
+    task.cancel()
 
 
 async def test_an_answer_ends_at_the_first_block_that_is_missing_however_long_the_question(folder: Path) -> None:
