@@ -316,22 +316,23 @@ class BlockTable:
         while len(self.key) < self.row_end + count:
             self._grow()
         assert not self._free, "recovery fills an empty table"
-        rows = np.arange(self.row_end, self.row_end + count, dtype=np.int64)
+        new = slice(self.row_end, self.row_end + count)
+        rows = np.arange(new.start, new.stop, dtype=np.int64)
         self.row_end += count
-        self.dram_offset[rows] = self.ssd_offset[rows] = _NOWHERE
-        self.next_shard[rows] = NO_ROW
-        self.key[rows] = object_keys["key"]
-        self.shard[rows] = object_keys["shard"]
+        self.dram_offset[new] = self.ssd_offset[new] = _NOWHERE
+        self.next_shard[new] = NO_ROW
+        self.key[new] = object_keys["key"]
+        self.shard[new] = object_keys["shard"]
         parts = np.ascontiguousarray(object_keys["shard"]).view(">u8").astype(np.uint64)
         for place, name in enumerate(("layer_begin", "layer_end", "head_begin", "head_end")):
-            getattr(self, name)[rows] = (parts >> np.uint64(48 - 16 * place)) & np.uint64(0xFFFF)
+            getattr(self, name)[new] = (parts >> np.uint64(48 - 16 * place)) & np.uint64(0xFFFF)
         for name, values in columns.items():
-            getattr(self, name)[rows] = values
-        self.live[rows] = True
+            getattr(self, name)[new] = values
+        self.live[new] = True
         self.live_count += count
         self._link_many(rows, object_keys["key"].tolist())
         if count:
-            self.next_access_seq = max(self.next_access_seq, int(self.access_seq[rows].max()) + 1)
+            self.next_access_seq = max(self.next_access_seq, int(self.access_seq[new].max()) + 1)
         return rows
 
     def _link_many(self, rows: Rows, keys: Sequence[bytes]) -> None:

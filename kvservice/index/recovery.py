@@ -9,9 +9,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice.blocks import ObjectKeys, pack_object_keys
+from kvservice.blocks import OBJECT_KEY, ObjectKeys, pack_object_keys
 from kvservice.index.environment import BLOCKS, Environment
-from kvservice.index.records import Records, decode_records, new_records
+from kvservice.index.records import RECORD, Records, decode_records
 
 _OFFSET_BITS = 48
 _SEGMENT_BITS = 15  # Segment and offset together stay a positive 64-bit number.
@@ -40,8 +40,9 @@ def load(environment: Environment, layout_ids: Collection[int]) -> Recovered:
     Damaged is a record whose crc is wrong, whose layout is unknown, or whose extent overlaps another:
     of two records for the same bytes at least one is wrong, and nothing says which.
     """
-    key_parts: list[ObjectKeys] = [pack_object_keys([])]
-    parts: list[Records] = [new_records(0)]
+    count = environment.count(BLOCKS)
+    all_keys, all_records = np.empty(count, OBJECT_KEY), np.empty(count, RECORD)  # Filled in, for joining takes space.
+    end = 0
     damaged: dict[bytes, str] = {}
     known_layouts = np.fromiter(layout_ids, np.uint32, len(layout_ids))
     for names, values in environment.read(BLOCKS):
@@ -52,9 +53,9 @@ def load(environment: Environment, layout_ids: Collection[int]) -> Recovered:
         keys = pack_object_keys(names)
         unknown = ~np.isin(records["layout_id"], known_layouts)
         keys, records = _drop(keys, records, unknown, "its layout is unknown", damaged)
-        key_parts.append(keys)
-        parts.append(records)
-    keys, records = np.concatenate(key_parts), np.concatenate(parts)
+        start, end = end, end + len(keys)
+        all_keys[start:end], all_records[start:end] = keys, records
+    keys, records = all_keys[:end], all_records[:end]
     keys, records = _drop(keys, records, overlaps(records), "its extent overlaps another", damaged)
     return Recovered(keys, records, damaged)
 

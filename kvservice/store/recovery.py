@@ -62,6 +62,9 @@ def recover(index: BlockIndex, tiers: Mapping[TierName, Tier]) -> BlockTable:
 def _add_new(blocks: BlockTable, keys: ObjectKeys, records: Records, rows: Rows, sizes: NDArray[np.uint64]) -> None:
     """Add the objects that are not in the table yet, and note their `rows` in place."""
     old = rows >= 0
+    if not old.any():  # As in the first tier: nothing needs to be picked out.
+        rows[:] = blocks.add_many(keys, {name: records[name] for name in _COPIED} | {"size_bytes": sizes})
+        return
     for name in ("access_seq", "used_at_ms", "hits"):
         column = getattr(blocks, name)
         column[rows[old]] = np.maximum(column[rows[old]], records[name][old].astype(column.dtype))
