@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 _FILL_MAX = 0.7
 _SLOTS_MIN = 1 << 12
 _FREE_SHARE = 16  # At the start it takes no more than this part of what the tmpfs has left: the arena needs it.
-_ROWS_A_TURN = 1024  # Two milliseconds of the event loop.
+_ROWS_A_TURN = 512  # A millisecond of the event loop.
 
 
 class ResidencyDirectory:
