@@ -177,6 +177,12 @@ class Dram(_Section):
         "A tmpfs. Blocks in it survive a restart of the daemon, not of the host. In a container this is "
         "a volume in memory, for `/dev/shm` goes with the container.",
     )
+    directory_bytes_max: Size = _setting(
+        ByteSize(256 * MIB),
+        "Shared memory that the residency directory may take beside the arena, 64 to 128 bytes a block and half as "
+        "much again while it grows. Where it does not fit, or at 0, clients on this host look blocks up by a call.",
+        unit="bytes",
+    )
 
 
 class Ssd(_Section):

@@ -22,6 +22,7 @@ from kvservice_client.admin import Admin, Tier
 from kvservice_client.block_cache import BlockCache, Durability, SaveResult
 from kvservice_client.client import DEFAULT_ADDRESS, Client, EvictResult, PrefetchResult
 from kvservice_client.lease import Lease, LoadedLayer, ResidencyRun
+from kvservice_client.local_directory import LocalHit
 from kvservice_client.tls import TlsFiles
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "Layout",
     "Lease",
     "LoadedLayer",
+    "LocalHit",
     "PrefetchResult",
     "ResidencyRun",
     "Rotary",

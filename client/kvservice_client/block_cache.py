@@ -20,6 +20,7 @@ from kvservice_client.buffers import Bytes, Source, readable
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection, Session
 from kvservice_client.lease import TRANSFER_BYTES_PER_S_MIN, Lease
+from kvservice_client.local_directory import LocalHit
 from kvservice_client.retry import Deadline
 from kvservice_client.transports.base import SaveOrder, Transport
 
@@ -60,11 +61,29 @@ class BlockCache:
         self.shard = shard
 
     def contains(self, chain: BlockChain, timeout_s: float | None = None) -> int:
-        """How many leading blocks of the chain are stored. No lease: they may be gone the next moment."""
+        """How many leading blocks of the chain are stored. No lease: they may be gone the next moment.
+
+        Asks the daemon only where `lookup_local` does not know.
+        """
         if not len(chain):
             return 0
         deadline = self._connection.deadline(timeout_s)
-        return self._connection.retried(lambda: self._look_up(chain, 0, deadline)[1].hit_blocks, deadline)
+
+        def attempt() -> int:
+            local = self._look_up_locally(chain, deadline)
+            return self._look_up(chain, 0, deadline)[1].hit_blocks if local is None else local.blocks
+
+        return self._connection.retried(attempt, deadline)
+
+    def lookup_local(self, chain: BlockChain, timeout_s: float | None = None) -> LocalHit | None:
+        """What the daemon's residency directory in shared memory says of the chain's leading blocks.
+
+        No call is made once this client is attached, and the blocks do not count as used. None where there
+        is no telling: the daemon is on another host or keeps no directory, it has not filled it yet since
+        its start, or blocks are stored in several parts. Raises as `contains` does where it cannot be reached.
+        """
+        deadline = self._connection.deadline(timeout_s)
+        return self._connection.retried(lambda: self._look_up_locally(chain, deadline), deadline)
 
     def lookup(self, chain: BlockChain, lease_ttl_s: float = 30.0, timeout_s: float | None = None) -> Lease:
         """Lease the stored part of a prefix. Of a chain longer than the daemon's limit, the part within it."""
@@ -169,6 +188,18 @@ class BlockCache:
             values = elements[k_end:].reshape(self.shard.heads, tokens, self.layout.v_head_dim)
             arrays.append((keys, values))
         return arrays
+
+    def _look_up_locally(self, chain: BlockChain, deadline: Deadline) -> LocalHit | None:
+        connection = self._connection
+        attachment, limits = connection.session(self.layout, deadline)
+        return connection.local_directory.look_up(
+            limits.residency_directory,
+            limits.store_id,
+            attachment.boot_epoch,
+            chain.packed_keys,
+            self.layout.fingerprint,
+            self.shard,
+        )
 
     def _look_up(
         self, chain: BlockChain, lease_ttl_ms: int, deadline: Deadline

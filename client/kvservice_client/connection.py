@@ -13,6 +13,7 @@ from kvservice_api.layout import Layout
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client.attachment import Attachment, LifeLine
 from kvservice_client.channel import BLOCKS, Channel
+from kvservice_client.local_directory import LocalDirectory
 from kvservice_client.retry import Deadline, retry
 from kvservice_client.tls import TlsFiles
 
@@ -40,6 +41,7 @@ class Connection:
     ) -> None:
         self.channel = Channel(address, tls)
         self.life_line = LifeLine(self.channel, name)
+        self.local_directory = LocalDirectory()
         self.timeout_s = timeout_s
         self._reconnect_wait_s = reconnect_wait_s
         self._limits: pb.GetCapabilitiesResponse | None = None

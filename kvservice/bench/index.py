@@ -13,7 +13,7 @@ from typing import Any
 import lmdb
 import numpy as np
 
-from kvservice.blocks import OBJECT_KEY_BYTES, BlockTable, TierName
+from kvservice.blocks import OBJECT_KEY_BYTES, BlockTable, TierName, pack_object_keys
 from kvservice.index.block_index import BlockIndex
 from kvservice.index.records import encode_records, new_records
 
@@ -50,7 +50,7 @@ async def _ours(directory: Path, batches: list[list[bytes]]) -> tuple[float, flo
     finally:
         index.close()
     table = BlockTable()
-    table.add_many([key for keys in batches for key in keys], {})
+    table.add_many(pack_object_keys([key for keys in batches for key in keys]), {})
     for keys in batches:
         found = [key[:32] for key in keys]
         started = time.perf_counter()

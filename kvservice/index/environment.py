@@ -111,6 +111,14 @@ class Environment:
                 while chunk := list(islice(keys, _READ_CHUNK)):
                     yield chunk, list(islice(values, _READ_CHUNK))
 
+    def count(self, database: bytes) -> int:
+        """How many keys there are."""
+        with self._env_lock, _as_store_errors(self.path):
+            if self._env is None:
+                raise StorageFailed(f"the index {self.path} could not be opened again")
+            with self._env.begin() as txn:
+                return int(txn.stat(self._handles[database])["entries"])
+
     def write_now(self, database: bytes, items: dict[bytes, bytes]) -> None:
         """Store a few items while nothing else is pending: at open, before there is an event loop."""
         self._write({database: _Items(items)})

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvservice.blocks import OBJECT_KEY, ObjectKeys, pack_object_keys
 from kvservice.index.environment import BLOCKS, Environment
-from kvservice.index.records import Records, decode_records, new_records
+from kvservice.index.records import RECORD, Records, decode_records
 
 _OFFSET_BITS = 48
 _SEGMENT_BITS = 15  # Segment and offset together stay a positive 64-bit number.
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Recovered:
     """The sound records of one tier, and the keys of the others with what is wrong.
 
     A damaged record is not served and its space counts as free. Delete it before that space is lent.
     """
 
-    keys: list[bytes]
+    object_keys: ObjectKeys
     records: Records
     damaged: dict[bytes, str]
+
+    @cached_property
+    def keys(self) -> list[bytes]:
+        """The object keys one by one; a million take 100 MB."""
+        return [key.tobytes() for key in self.object_keys]
 
 
 def load(environment: Environment, layout_ids: Collection[int]) -> Recovered:
@@ -33,29 +40,33 @@ def load(environment: Environment, layout_ids: Collection[int]) -> Recovered:
     Damaged is a record whose crc is wrong, whose layout is unknown, or whose extent overlaps another:
     of two records for the same bytes at least one is wrong, and nothing says which.
     """
-    keys: list[bytes] = []
-    parts: list[Records] = [new_records(0)]
+    count = environment.count(BLOCKS)
+    all_keys, all_records = np.empty(count, OBJECT_KEY), np.empty(count, RECORD)  # Filled in, for joining takes space.
+    end = 0
     damaged: dict[bytes, str] = {}
     known_layouts = np.fromiter(layout_ids, np.uint32, len(layout_ids))
     for names, values in environment.read(BLOCKS):
         sound, records = decode_records(names, values)
-        names, records = _drop(names, records, ~sound, "its record does not match its crc", damaged)
+        if not sound.all():
+            damaged.update((names[row], "its record does not match its crc") for row in np.flatnonzero(~sound).tolist())
+            names, records = [names[row] for row in np.flatnonzero(sound).tolist()], records[sound]
+        keys = pack_object_keys(names)
         unknown = ~np.isin(records["layout_id"], known_layouts)
-        names, records = _drop(names, records, unknown, "its layout is unknown", damaged)
-        keys += names
-        parts.append(records)
-    records = np.concatenate(parts)
+        keys, records = _drop(keys, records, unknown, "its layout is unknown", damaged)
+        start, end = end, end + len(keys)
+        all_keys[start:end], all_records[start:end] = keys, records
+    keys, records = all_keys[:end], all_records[:end]
     keys, records = _drop(keys, records, overlaps(records), "its extent overlaps another", damaged)
     return Recovered(keys, records, damaged)
 
 
 def _drop(
-    keys: list[bytes], records: Records, wrong: NDArray[np.bool_], why: str, damaged: dict[bytes, str]
-) -> tuple[list[bytes], Records]:
+    keys: ObjectKeys, records: Records, wrong: NDArray[np.bool_], why: str, damaged: dict[bytes, str]
+) -> tuple[ObjectKeys, Records]:
     if not wrong.any():
         return keys, records
-    damaged.update((keys[row], why) for row in np.flatnonzero(wrong).tolist())
-    return [keys[row] for row in np.flatnonzero(~wrong).tolist()], records[~wrong]
+    damaged.update((key.tobytes(), why) for key in keys[wrong])
+    return keys[~wrong], records[~wrong]
 
 
 def overlaps(records: Records) -> NDArray[np.bool_]:

@@ -12,6 +12,7 @@ import numpy as np
 from kvservice.blocks import TierName
 from kvservice.rpc.interceptors import Context
 from kvservice.store.block_store import BlockStore
+from kvservice.store.directory import ResidencyDirectory
 from kvservice.store.ingest import Ingest, SaveOutcome
 from kvservice.store.load import Part
 from kvservice_api.errors import IncompleteSave, InvalidFrame, InvalidRequest, Overloaded, to_status
@@ -45,8 +46,9 @@ class ServiceLimits:
 
 
 class BlockService:
-    def __init__(self, store: BlockStore, limits: ServiceLimits) -> None:
+    def __init__(self, store: BlockStore, limits: ServiceLimits, directory: ResidencyDirectory) -> None:
         self._store = store
+        self._directory = directory
         self._limits = limits
         self._saves = 0
         self._save_turns = asyncio.Semaphore(limits.transfer_slots)
@@ -62,6 +64,7 @@ class BlockService:
             max_save_slices=_SAVE_SLICES_MAX,
             max_lease_ttl_ms=int(self._store.limits.lease_ttl_max_s * 1000),
             transports=["grpc"],
+            residency_directory=self._directory.path,
         )
 
     async def OpenLayout(self, request: pb.OpenLayoutRequest, context: Context) -> pb.OpenLayoutResponse:

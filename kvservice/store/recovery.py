@@ -11,18 +11,18 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice.blocks import BlockTable, Rows, TierName
+from kvservice.blocks import BlockTable, ObjectKeys, Rows, TierName
 from kvservice.index.block_index import BlockIndex
 from kvservice.index.records import Records
 from kvservice.tiers.base import Tier
 from kvservice_api.errors import InvalidRequest
-from kvservice_api.keys import KEY_BYTES
 from kvservice_api.layout import Layout, Shard, block_geometry
 
 log = logging.getLogger(__name__)
 
 _LIKELY_BLOCK_BYTES = 64 << 10  # Should blocks be smaller, the table grows while the daemon serves.
 _ROWS_MIN, _ROWS_MAX = 1 << 12, 1 << 23
+_ROOM_FOR_MORE = 1.25  # Times the rows there are: unused ones take no memory.
 
 _COPIED = "layout_id token_count trailer_checksum parent_key stored_at_ms used_at_ms access_seq hits".split()
 
@@ -34,48 +34,44 @@ def recover(index: BlockIndex, tiers: Mapping[TierName, Tier]) -> BlockTable:
     Raises StorageFailed where those cannot be removed from the index.
     """
     rows_likely = sum(tier.capacity_bytes for tier in tiers.values()) // _LIKELY_BLOCK_BYTES
-    blocks = BlockTable(min(max(rows_likely, _ROWS_MIN), _ROWS_MAX))
-    known: dict[bytes, int] = {}  # Object key -> row.
+    rows_likely = min(max(rows_likely, _ROWS_MIN), _ROWS_MAX)
+    blocks: BlockTable | None = None
     for name, tier in tiers.items():
         found = index.load(name)
-        keys, records, dropped = found.keys, found.records, list(found.damaged)
+        if blocks is None:
+            blocks = BlockTable(max(rows_likely, int(len(found.records) * _ROOM_FOR_MORE)))
+        keys, records, dropped = found.object_keys, found.records, list(found.damaged)
         sizes = _image_sizes(keys, records, index.layouts)
         sound = tier.holds(records["segment"], records["offset_bytes"], records["size_bytes"])
         sound &= (sizes > 0) & (sizes <= records["size_bytes"])
-        rows = np.fromiter((known.get(key, -1) for key in keys), np.int64, len(keys))
+        rows = blocks.rows_of_objects(keys)
         # The same object in another tier must be the same bytes.
         sound &= (rows < 0) | (blocks.trailer_checksum[rows] == records["trailer_checksum"])
         if not sound.all():
-            dropped += [keys[at] for at in np.flatnonzero(~sound).tolist()]
+            dropped += [key.tobytes() for key in keys[~sound]]
         if dropped:
             log.error("records that cannot be trusted are dropped", extra={"tier": name, "count": len(dropped)})
             index.delete_now(name, dropped)  # Before any later record, which may name the same space.
-        records, rows, sizes = records[sound], rows[sound], sizes[sound]
-        keys = [keys[at] for at in np.flatnonzero(sound).tolist()]
+            keys, records, rows, sizes = keys[sound], records[sound], rows[sound], sizes[sound]
         tier.adopt(records["segment"], records["offset_bytes"], records["size_bytes"])
-        _add_new(blocks, known, keys, records, rows, sizes)
+        _add_new(blocks, keys, records, rows, sizes)
         _set_extents(blocks, name, rows, records)
+    assert blocks is not None, "a store has a tier"
     return blocks
 
 
-def _add_new(
-    blocks: BlockTable,
-    known: dict[bytes, int],
-    keys: list[bytes],
-    records: Records,
-    rows: Rows,
-    sizes: NDArray[np.uint64],
-) -> None:
+def _add_new(blocks: BlockTable, keys: ObjectKeys, records: Records, rows: Rows, sizes: NDArray[np.uint64]) -> None:
     """Add the objects that are not in the table yet, and note their `rows` in place."""
     old = rows >= 0
+    if not old.any():  # As in the first tier: nothing needs to be picked out.
+        rows[:] = blocks.add_many(keys, {name: records[name] for name in _COPIED} | {"size_bytes": sizes})
+        return
     for name in ("access_seq", "used_at_ms", "hits"):
         column = getattr(blocks, name)
         column[rows[old]] = np.maximum(column[rows[old]], records[name][old].astype(column.dtype))
     new = np.flatnonzero(~old)
-    names = [keys[at] for at in new.tolist()]
     columns = {name: records[name][new] for name in _COPIED}
-    rows[new] = blocks.add_many(names, {**columns, "size_bytes": sizes[new]})
-    known.update(zip(names, rows[new].tolist(), strict=True))
+    rows[new] = blocks.add_many(keys[new], {**columns, "size_bytes": sizes[new]})
     blocks.next_access_seq = max(blocks.next_access_seq, int(records["access_seq"].max(initial=0)) + 1)
 
 
@@ -87,18 +83,20 @@ def _set_extents(blocks: BlockTable, tier: TierName, rows: Rows, records: Record
         blocks.ssd_offset[rows], blocks.ssd_size[rows] = records["offset_bytes"], records["size_bytes"]
 
 
-def _image_sizes(keys: list[bytes], records: Records, layouts: Mapping[int, Layout]) -> NDArray[np.uint64]:
+def _image_sizes(keys: ObjectKeys, records: Records, layouts: Mapping[int, Layout]) -> NDArray[np.uint64]:
     """The image size that layout, shard and token count give; 0 where they contradict each other."""
-    shards = np.frombuffer(b"".join(key[KEY_BYTES:] for key in keys), ">u8").astype(np.uint64)
-    kinds = np.empty(len(keys), np.dtype([("layout", "u4"), ("tokens", "u4"), ("shard", "u8")]))
-    kinds["layout"], kinds["tokens"], kinds["shard"] = records["layout_id"], records["token_count"], shards
-    unique, which = np.unique(kinds, return_inverse=True)
-    sizes = np.zeros(len(unique), np.uint64)
-    for at, (layout_id, tokens, shard) in enumerate(unique.tolist()):
-        layout = layouts[layout_id]
+    # Found among plain numbers, one after the other: of structures, a million take a second to sort.
+    shards, which_shard = np.unique(np.ascontiguousarray(keys["shard"]).view(">u8"), return_inverse=True)
+    lengths = records["layout_id"].astype(np.uint64) << np.uint64(32) | records["token_count"]
+    lengths, which_length = np.unique(lengths, return_inverse=True)
+    kinds, which = np.unique(which_length * len(shards) + which_shard, return_inverse=True)
+    sizes = np.zeros(len(kinds), np.uint64)
+    for at, kind in enumerate(kinds.tolist()):
+        length, shard = int(lengths[kind // len(shards)]), int(shards[kind % len(shards)])
+        layout = layouts[length >> 32]
         try:
-            part = Shard.decode(int(shard).to_bytes(8, "big")).check(layout)
-            sizes[at] = block_geometry(layout, part, tokens).image_bytes
+            part = Shard.decode(shard.to_bytes(8, "big")).check(layout)
+            sizes[at] = block_geometry(layout, part, length & 0xFFFF_FFFF).image_bytes
         except InvalidRequest:
             continue
     return sizes[which]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -43,6 +44,15 @@ class DramTier:
 
         self._is_started = True
         self._arena.prepare(on_more)
+
+    @property
+    def folder(self) -> Path:
+        """Where the arena lies, for what is to live beside it."""
+        return self._arena.directory
+
+    @property
+    def arena_id(self) -> bytes:
+        return self._arena.arena_id
 
     @property
     def capacity_bytes(self) -> int:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvservice.blocks import NO_ROW, BlockTable, Extent, TierName
+from kvservice.blocks import NO_ROW, BlockTable, Extent, TierName, pack_object_keys
 from kvservice_api.layout import Shard
 
 WHOLE = Shard(0, 4, 0, 4)
@@ -143,7 +143,7 @@ def test_recovered_objects_are_found_with_all_their_shards() -> None:
     table = BlockTable(row_capacity=2)
     names = [(key, shard) for key in KEYS[:3] for shard in SHARDS]
     rows = table.add_many(
-        [key + shard.encode() for key, shard in names],
+        pack_object_keys([key + shard.encode() for key, shard in names]),
         {"token_count": np.arange(12), "access_seq": np.arange(100, 112)},
     )
     for (key, shard), row, tokens in zip(names, rows.tolist(), range(12), strict=True):

@@ -19,6 +19,7 @@ BUDGETS: dict[str, tuple[str, float]] = {
     "ssd_read_ratio": ("at least", 0.85),
     "ssd_write_ratio": ("at least", 0.80),
     "lookup_512_ratio": ("at most", 2.0),
+    "local_lookup_us_per_key": ("at most", 5.0),
     "index_put_ratio": ("at least", 0.70),
     "index_get_ratio": ("at least", 0.70),
 }
@@ -45,6 +46,7 @@ class Report:
     rpc_empty_us_p50: float | None = None
     lookup_512_us_p50: float | None = None
     lookup_512_ratio: float | None = None
+    local_lookup_us_per_key: float | None = None
     index_put_ratio: float | None = None
     index_get_ratio: float | None = None
     settings: dict[str, str] = field(default_factory=dict)  # How each limit was reached.

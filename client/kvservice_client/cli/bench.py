@@ -125,6 +125,7 @@ class _Bench:
         self._note("rpc_empty_us_p50", calls)
         report.rpc_empty_us_p50 = calls.limit.value
         report.lookup_512_us_p50, report.lookup_512_ratio = calls.ours["us"], calls.ours["us"] / calls.limit.value
+        report.local_lookup_us_per_key = wire.local_lookup_us_per_key(count)
 
     def _ssd(self, programs: parts.Parts) -> None:
         report = self._report

@@ -1,0 +1,245 @@
+"""Publishes the block table's residency to clients on this host: ``kvservice_api/residency_directory.py``.
+
+The table tells of every row that is linked, unlinked, or gains or loses a copy, and the slot is
+changed before that call returns. So a block is published after lookups find it, and withdrawn
+before the commit that allows its bytes to be lent again. Clients may see a slot late: a stale hit
+costs them a lookup that misses.
+
+A directory is a convenience. Where there is no space for it there is none, and nothing else fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from kvservice.blocks import BlockTable, Rows, TierName
+from kvservice.store.directory_table import DirectoryTable, TableFull
+from kvservice.tiers.files import FileCalls
+from kvservice.tiers.io_pool import ended
+from kvservice_api.layout import Layout
+from kvservice_api.residency_directory import (
+    FILE_NAME,
+    HEADER_BYTES,
+    IN_DRAM,
+    ON_SSD,
+    SLOT,
+    SLOT_BYTES,
+    Header,
+    Slots,
+    State,
+    encode_slot,
+    layout_mark,
+)
+
+log = logging.getLogger(__name__)
+
+_FILL_MAX = 0.7
+_SLOTS_MIN = 1 << 12
+_FREE_SHARE = 16  # At the start it takes no more than this part of what the tmpfs has left: the arena needs it.
+_ROWS_A_TURN = 512  # A millisecond of the event loop.
+
+
+class ResidencyDirectory:
+    """The directory of one life of a daemon. `path` is empty where there is none."""
+
+    def __init__(
+        self,
+        blocks: BlockTable,
+        layouts: Mapping[int, Layout],
+        folder: Path,
+        *,
+        store_id: bytes,
+        arena_id: bytes,
+        boot_epoch: int,
+        bytes_max: int,
+        slots_min: int = _SLOTS_MIN,
+        calls: FileCalls | None = None,
+    ) -> None:
+        """Make the file, marked as being built, in place of one that an earlier daemon left. Never fails."""
+        self._blocks = blocks
+        self._layouts = layouts
+        self._file = folder / FILE_NAME
+        self._next_file = folder / f"{FILE_NAME}.next"
+        self._identity = (store_id, arena_id, boot_epoch)
+        self._bytes_max = bytes_max
+        self._slots_min = slots_min
+        self._calls = calls or FileCalls()
+        self._current: DirectoryTable | None = None  # What stands under the file's name.
+        self._next: DirectoryTable | None = None  # What is going to.
+        self._crowded = asyncio.Event()
+        self._mark = functools.cache(lambda layout_id: layout_mark(layouts[layout_id].fingerprint))
+        self._open()
+
+    @property
+    def path(self) -> str:
+        """Where clients find it; empty where there is none."""
+        return str(self._file.absolute()) if self._current is not None else ""
+
+    async def keep(self) -> None:
+        """Fill the directory, and put another one in its place whenever it runs full. Ends where there is none."""
+        if self._current is not None and await self._fill(self._current):
+            self._current.set_state(State.LIVE)
+        while self._current is not None:
+            await self._crowded.wait()
+            self._crowded.clear()
+            await self._replace()
+
+    def close(self) -> None:
+        """Tell readers that nothing is kept up to date any more, and give the memory back."""
+        self._blocks.on_change = None
+        for table in (self._current, self._next):
+            if table is not None:
+                table.close(State.CLOSED)
+        self._current = self._next = None
+        for path in (self._file, self._next_file):
+            path.unlink(missing_ok=True)
+
+    # What the block table tells
+
+    def _changed(self, row: int) -> None:
+        try:
+            for table in (self._current, self._next):
+                if table is not None:
+                    self._update(table, row)
+        except TableFull:  # It should have been replaced long ago.
+            self._give_up("it ran full before a larger one was ready")
+
+    def _update(self, table: DirectoryTable, row: int) -> None:
+        flags = self._flags(row)
+        if flags:
+            blocks = self._blocks
+            key = blocks.key[row].tobytes()
+            mark = self._mark(int(blocks.layout_id[row]))
+            slot = encode_slot(flags, int(blocks.token_count[row]), mark, blocks.shard[row].tobytes(), key)
+            table.put(row, key, slot)
+            if table.fill > _FILL_MAX:
+                self._crowded.set()
+        elif table.has(row):
+            table.withdraw(row)
+
+    def _flags(self, row: int) -> int:
+        blocks = self._blocks
+        if not blocks.live[row]:
+            return 0
+        return IN_DRAM * blocks.is_resident(row, TierName.DRAM) | ON_SSD * blocks.is_resident(row, TierName.SSD)
+
+    # Files
+
+    def _open(self) -> None:
+        slots = self._first_slots()
+        if not slots:
+            return
+        try:
+            _retire(self._file)
+            self._next_file.unlink(missing_ok=True)  # A daemon that was killed may have left it.
+            self._current = self._make(self._file, slots)
+        except OSError as error:
+            self._give_up(str(error))
+            return
+        self._blocks.on_change = self._changed
+
+    def _first_slots(self) -> int:
+        """As many as the block table is going to have rows, where there is space for them. 0 means none."""
+        blocks = self._blocks
+        least = self._slots_for(blocks.live_count)
+        if HEADER_BYTES + SLOT_BYTES * least > self._bytes_max:
+            if self._bytes_max:
+                log.warning("no residency directory", extra={"why": f"{self._bytes_max} bytes are too few for it"})
+            return 0
+        file_system = os.statvfs(self._file.parent)
+        size_max = min(self._bytes_max, file_system.f_bavail * file_system.f_frsize // _FREE_SHARE) - HEADER_BYTES
+        slots = self._slots_for(max(blocks.row_capacity, blocks.live_count))
+        while slots > least and SLOT_BYTES * slots > size_max:
+            slots //= 2
+        return slots
+
+    def _slots_for(self, rows: int) -> int:
+        """A power of two of slots in which so many rows leave room for some more."""
+        return max(self._slots_min, 1 << int(rows / _FILL_MAX).bit_length())
+
+    def _make(self, path: Path, slots: int) -> DirectoryTable:
+        return DirectoryTable(path, Header(*self._identity, slots, State.BUILDING), self._calls)
+
+    async def _made(self, path: Path, slots: int) -> DirectoryTable:
+        """On a thread: the kernel clears all pages first. Cancelled, it ends first, so that `close` finds the file."""
+        making = asyncio.get_running_loop().run_in_executor(None, self._make, path, slots)
+        try:
+            return await asyncio.shield(making)
+        except asyncio.CancelledError:
+            await ended(making)
+            raise
+
+    async def _fill(self, table: DirectoryTable) -> bool:
+        """Publish every row there is; False where the table was given up. What changes meanwhile it is told as well."""
+        blocks = self._blocks
+        for start in range(0, blocks.row_end, _ROWS_A_TURN):
+            if table not in (self._current, self._next):
+                return False
+            rows = np.arange(start, min(start + _ROWS_A_TURN, blocks.row_end))
+            rows = table.missing(rows[blocks.live[rows]])
+            slots = self._slots(rows)
+            stored = slots["flags"] != 0
+            try:
+                table.put_all(rows[stored], slots[stored])
+            except TableFull:
+                self._give_up("it ran full while it was filled")
+                return False
+            await asyncio.sleep(0)
+        return table in (self._current, self._next)
+
+    def _slots(self, rows: Rows) -> Slots:
+        """Slots without sequence and crc. Flags are 0 where a row has no copy."""
+        blocks = self._blocks
+        slots = np.zeros(len(rows), SLOT)
+        dram, ssd = (blocks.resident(tier)[rows] for tier in (TierName.DRAM, TierName.SSD))
+        slots["flags"] = IN_DRAM * dram | ON_SSD * ssd
+        for name in ("token_count", "shard", "key"):
+            slots[name] = getattr(blocks, name)[rows]
+        ids, which = np.unique(blocks.layout_id[rows], return_inverse=True)
+        slots["layout"] = np.array([self._mark(layout_id) for layout_id in ids.tolist()], "V8")[which]
+        return slots
+
+    async def _replace(self) -> None:
+        """Put another file under the name: twice as large, or free of withdrawn slots where that is enough."""
+        old = self._current
+        if old is None or old.fill <= _FILL_MAX:
+            return
+        slots = old.slot_count * 2 if old.used_slots > old.slot_count * _FILL_MAX / 2 else old.slot_count
+        if HEADER_BYTES + SLOT_BYTES * slots > self._bytes_max:
+            self._give_up(f"{old.used_slots} blocks would take more than the {self._bytes_max} bytes allowed")
+            return
+        try:
+            table = self._next = await self._made(self._next_file, slots)
+            if not await self._fill(table):
+                return
+            table.set_state(State.LIVE)
+            self._next_file.replace(self._file)
+        except OSError as error:
+            self._give_up(str(error))
+            return
+        old.close(State.REPLACED)  # Not before: who reads this looks for the new one.
+        self._current, self._next = table, None
+        log.info("the residency directory was replaced", extra={"slots": slots, "blocks": table.used_slots})
+
+    def _give_up(self, why: str) -> None:
+        log.warning("no residency directory", extra={"why": why})
+        self.close()
+
+
+def _retire(path: Path) -> None:
+    """Have readers let go of a file that a killed daemon left behind."""
+    try:
+        with path.open("r+b") as file:
+            header = Header.decode(file.read(HEADER_BYTES))
+            file.seek(0)
+            file.write(dataclasses.replace(header, state=State.CLOSED).encode())
+    except (FileNotFoundError, ValueError):
+        return
