@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import Message
-from grpc.experimental import ChannelOptions
 
 from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, KVError, from_rpc_error
 from kvservice_client.retry import Deadline
@@ -37,7 +36,6 @@ OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.http2.max_pings_without_data", 0),  # 0: an idle client's pings are not held back to one a minute.
     ("grpc.enable_retries", 0),  # What is tried again is decided in retry.py.
     ("grpc.enable_http_proxy", 0),
-    (ChannelOptions.SingleThreadedUnaryStream, 1),  # A load's reader receives for itself.
     ("grpc.use_local_subchannel_pool", 1),
 )
 
