@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from kvservice.blocks import BlockTable, Rows, TierName
 from kvservice.index.block_index import BlockIndex
 from kvservice.index.records import Records
+from kvservice.store.history import History
 from kvservice.tiers.base import Tier
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.keys import KEY_BYTES
@@ -24,14 +25,18 @@ log = logging.getLogger(__name__)
 _LIKELY_BLOCK_BYTES = 64 << 10  # Should blocks be smaller, the table grows while the daemon serves.
 _ROWS_MIN, _ROWS_MAX = 1 << 12, 1 << 23
 
-_COPIED = "layout_id token_count trailer_checksum parent_key stored_at_ms used_at_ms access_seq hits".split()
+_MERGED = ("access_seq", "used_at_ms", "hits", "pinned_until_ms")  # Of two records of one object the greater counts.
+_COPIED = ("layout_id", "token_count", "trailer_checksum", "parent_key", "stored_at_ms", *_MERGED)
 
 
-def recover(index: BlockIndex, tiers: Mapping[TierName, Tier]) -> BlockTable:
+def recover(index: BlockIndex, tiers: Mapping[TierName, Tier], history: History | None = None) -> BlockTable:
     """Fill a new table, and tell each tier which of its space is taken.
 
-    Records that contradict their tier, their layout or each other are dropped: their blocks are misses.
+    Records that contradict their tier, their layout or each other are dropped: their blocks are misses,
+    and `history` is told of them, as of those that an emptied DRAM tier had.
     """
+    if history is not None:
+        history.note_lost(TierName.DRAM, index.emptied_keys)
     rows_likely = sum(tier.capacity_bytes for tier in tiers.values()) // _LIKELY_BLOCK_BYTES
     blocks = BlockTable(min(max(rows_likely, _ROWS_MIN), _ROWS_MAX))
     known: dict[bytes, int] = {}  # Object key -> row.
@@ -48,6 +53,8 @@ def recover(index: BlockIndex, tiers: Mapping[TierName, Tier]) -> BlockTable:
             dropped += [keys[at] for at in np.flatnonzero(~sound).tolist()]
         if dropped:
             log.error("records that cannot be trusted are dropped", extra={"tier": name, "count": len(dropped)})
+            if history is not None:
+                history.note_lost(name, dropped)
             index.delete(name, dropped)  # Committed before any later record, which may name the same space.
         records, rows, sizes = records[sound], rows[sound], sizes[sound]
         keys = [keys[at] for at in np.flatnonzero(sound).tolist()]
@@ -67,7 +74,7 @@ def _add_new(
 ) -> None:
     """Add the objects that are not in the table yet, and note their `rows` in place."""
     old = rows >= 0
-    for name in ("access_seq", "used_at_ms", "hits"):
+    for name in _MERGED:
         column = getattr(blocks, name)
         column[rows[old]] = np.maximum(column[rows[old]], records[name][old].astype(column.dtype))
     new = np.flatnonzero(~old)
