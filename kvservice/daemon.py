@@ -121,7 +121,11 @@ class Daemon:
         log.info("stopped")
 
     def _counters(self) -> dict[str, float]:
-        return {**self.store.counters.as_dict(), "event_loop_delay_ms_max": self.heartbeat.latest_ms}
+        return {
+            **self.store.counters.as_dict(),
+            "event_loop_delay_ms_max": self.heartbeat.latest_ms,
+            "event_loop_delay_ms_recent": self.heartbeat.recent_ms,
+        }
 
 
 async def run(settings: Settings) -> None:

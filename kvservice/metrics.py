@@ -22,6 +22,7 @@ from kvservice.counters import HELP
 from kvservice.store.block_store import BlockStore
 
 _HEARTBEAT_S = 0.005
+_WINDOW_S = 3.0
 _PREFIX = "kvservice_"
 
 
@@ -30,6 +31,8 @@ class Heartbeat:
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.latest_ms = 0.0  # The worst since the start.
+        self._recent_ms = [0.0, 0.0]  # The worst of the last whole window, and of the one that runs.
+        self._window_ends_s = 0.0
         self._histogram = Histogram(
             _PREFIX + "event_loop_delay_seconds",
             "How much later than due a heartbeat of the event loop came.",
@@ -44,6 +47,15 @@ class Heartbeat:
             late_s = max(0.0, time.monotonic() - due)
             self._histogram.observe(late_s)
             self.latest_ms = max(self.latest_ms, late_s * 1000)
+            if due >= self._window_ends_s:
+                self._recent_ms = [self._recent_ms[1], 0.0]
+                self._window_ends_s = due + _WINDOW_S
+            self._recent_ms[1] = max(self._recent_ms[1], late_s * 1000)
+
+    @property
+    def recent_ms(self) -> float:
+        """The worst of the last few seconds."""
+        return max(self._recent_ms)
 
 
 class StoreCollector(Collector):

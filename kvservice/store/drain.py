@@ -77,10 +77,11 @@ class Drain:
         return self._progress(True)
 
     async def progress(self) -> AsyncGenerator[DrainProgress, None]:
-        """How far it is, about twice a second, and a last one with `done`. Raises Draining where it was undone."""
+        """How far it is, about twice a second, and a last one with `done`; without, where it was undone."""
         while True:
             if not self.is_draining:
-                raise Draining("the drain was undone meanwhile")
+                yield self._progress(False)
+                return
             writing = self._writing
             done = writing is None or writing.done()
             yield self._progress(done)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Annotated
 
 import typer
@@ -9,6 +11,8 @@ import typer
 from kvservice_api.keys import KEY_BYTES
 from kvservice_client.admin import Tier
 from kvservice_client.client import Client
+
+_SPAN_MAX_S = 1e9  # Some thirty years.
 
 Address = Annotated[
     str,
@@ -19,6 +23,19 @@ Timeout = Annotated[float, typer.Option("--timeout", min=0.001, help="Seconds th
 TierOption = Annotated[Tier | None, typer.Option("--tier", help="Only this tier.")]
 LayoutOption = Annotated[str, typer.Option("--layout", metavar="FINGERPRINT", help="Only blocks of this layout.")]
 Keys = Annotated[list[str], typer.Argument(metavar="KEY...", help="Block keys, 64 hexadecimal digits each.")]
+
+
+_UNITS_S = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d)")
+
+
+def seconds(text: str, what: str) -> float:
+    """A span of time from text such as ``90s``, ``15min``, ``2h`` or ``7d``."""
+    found = _SPAN.fullmatch(text.strip())
+    span_s = float(found[1]) * _UNITS_S[found[2]] if found else math.inf
+    if span_s > _SPAN_MAX_S:
+        raise typer.BadParameter(f"{what} {text!r} is no span of time such as 90s, 15min, 2h or 7d")
+    return span_s
 
 
 def connect(address: str, timeout_s: float) -> Client:

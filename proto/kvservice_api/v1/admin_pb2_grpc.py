@@ -172,11 +172,11 @@ class AdminServiceServicer(object):
     def Drain(self, request, context):
         """Begins to drain the daemon: it takes no more saves (UNAVAILABLE DRAINING), lets those that run
         end, and copies to SSD what only DRAM holds. Reports about twice a second, and a last time with
-        `done`; ending the call early does not end the drain. The daemon then goes on to serve loads.
+        `done`, or without where somebody undid the drain; ending the call early does not end the drain.
+        The daemon then goes on to serve loads.
         With DRAIN_ACTION_UNDO it takes saves again, and reports once. Errors:
         * INVALID_ARGUMENT INVALID_REQUEST: no action is named.
-        * UNAVAILABLE DRAINING: the daemon is stopping, which cannot be undone; or somebody undid the
-        drain whose progress was asked for.
+        * UNAVAILABLE DRAINING: the daemon is stopping, which cannot be undone.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
