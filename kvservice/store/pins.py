@@ -68,7 +68,8 @@ class Pins:
         """
         if not 0 < ttl_ms <= self._ttl_max_ms:
             raise InvalidRequest(
-                f"a pin of {ttl_ms / 1000:g} s is not granted: above 0 and up to {self._ttl_max_ms / 1000:g} s are",
+                f"a pin of {ttl_ms / 1000:.15g} s is not granted; it must last more than 0 s, "
+                f"and at most {self._ttl_max_ms / 1000:.15g} s",
                 field="ttl_ms",
             )
         rows, missing = self._rows(keys)

@@ -80,7 +80,7 @@ def _print_request(request: pb.ExplainedRequest, console: Console) -> None:
         layout, shard = lookup.layout, lookup.shard
         say(
             f"lookup at {output.when(lookup.at)} by {lookup.client_name or 'no attached client'}: layout "
-            f"{lookup.layout_fingerprint.hex()[:16]} ({layout.model_id} {layout.model_revision}), "
+            f"{lookup.layout_fingerprint.hex()[:16]} ({f'{layout.model_id} {layout.model_revision}'.strip()}), "
             f"layers {shard.layer_begin}..{shard.layer_end}, heads {shard.head_begin}..{shard.head_end}"
         )
         say(
