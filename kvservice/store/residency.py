@@ -56,6 +56,7 @@ class Residency:
         self._tasks = tasks
         self.history = history
         self._leaving: dict[bytes, asyncio.Future[None]] = {}  # Objects whose records are being removed.
+        self._placing: dict[tuple[int, TierName], asyncio.Future[None]] = {}  # Rows whose records are being written.
 
     # About one row
 
@@ -116,6 +117,8 @@ class Residency:
         `unread` says that nobody reads them.
         """
         names = [self.blocks.object_key_of(row) for row in rows]
+        placed = asyncio.get_running_loop().create_future()
+        self._placing |= dict.fromkeys(((row, tier) for row in rows), placed)
         self.hold(rows)
         try:
             records = self._records(rows, extents)
@@ -134,6 +137,9 @@ class Residency:
                 self.blocks.set_extent(row, tier, extent)
             self._note_arrival(np.asarray(rows, np.int64), tier)
         finally:
+            for row in rows:
+                del self._placing[row, tier]
+            placed.set_result(None)
             self.unhold(rows)
 
     def _note_arrival(self, rows: Rows, tier: TierName) -> None:
@@ -179,9 +185,12 @@ class Residency:
                     raise
 
     async def write_records(self, rows: Sequence[int]) -> None:
-        """Write the records of these rows as the table has them now, in every tier that holds them."""
+        """Write the records of these rows as the table has them now, in every tier that holds them, or soon will."""
         writes = [self._write_records(rows, tier) for tier in self.tiers]
         await asyncio.gather(*writes)
+        placing = {self._placing[row, tier] for row in rows for tier in self.tiers if (row, tier) in self._placing}
+        if placing:  # Their records were made before, and are made again by `place`.
+            await asyncio.wait(placing)
 
     def _write_records(self, rows: Sequence[int], tier: TierName) -> asyncio.Future[None]:
         blocks = self.blocks

@@ -164,7 +164,11 @@ def ask(
     opened: OpenStore, keys: list[bytes], request_id: str = "r", *, layout: Layout = LAYOUT, shard: Shard = WHOLE
 ) -> Any:
     opened.store.lookup(b"", layout.fingerprint, shard, keys, 0, request_id)
-    return opened.store.explain.lookups(opened.store.requests.get(request_id))[-1]
+    return told(opened, request_id)[-1]
+
+
+def told(opened: OpenStore, request_id: str = "r") -> list[Any]:
+    return list(opened.store.explain.lookups(opened.store.requests.get(request_id)))
 
 
 async def test_a_miss_is_told_as_of_the_time_of_the_lookup(opened: OpenStore, client: Client) -> None:
@@ -181,7 +185,7 @@ async def test_a_miss_is_told_as_of_the_time_of_the_lookup(opened: OpenStore, cl
     await opened.settle()
     await opened.store.evict(keys[1:], TierName.DRAM)
     await opened.store.evict(keys[1:], TierName.SSD)
-    (again,) = opened.store.explain.lookups(opened.store.requests.get("r"))
+    (again,) = told(opened)
     assert again.missing.why is Miss.DISCARDED, "what came later does not count"
     assert opened.store.explain.missing(keys[1]).why is Miss.EVICTED
 
@@ -191,7 +195,7 @@ async def test_a_block_that_was_stored_after_the_miss_says_so(opened: OpenStore,
     assert ask(opened, keys).missing.why is Miss.NEVER_STORED
     opened.files.clock.advance(seconds=5)
     await saved(opened, client, 1)
-    (lookup,) = opened.store.explain.lookups(opened.store.requests.get("r"))
+    (lookup,) = told(opened)
     assert lookup.missing.why is Miss.NEVER_STORED
     assert lookup.missing.stored_since_ms == lookup.record.at_ms + 5000
 
@@ -225,7 +229,7 @@ async def test_other_layout_is_told_only_where_this_one_has_nothing_and_the_mode
     await opened.save(client, chain, some_images(chain, layout=other), layout=other)
     absent = list(some_chain(1, seed=9, layout=other).keys)
     assert ask(opened, absent, layout=other).missing.why is Miss.NEVER_STORED, "the layout has blocks of its own"
-    (before, *_) = opened.store.explain.lookups(opened.store.requests.get("r"))
+    (before, *_) = told(opened)
     assert before.missing.why is Miss.OTHER_LAYOUT, "as of then"
 
 

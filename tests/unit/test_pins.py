@@ -257,14 +257,14 @@ async def test_a_pin_that_changes_while_a_copy_is_recorded_is_in_that_record_too
         )
         for _ in range(20):
             await asyncio.sleep(0.001)  # The record is on its way, with the old pin.
-        if first_pinned:
-            await pins.unpin(keys)
-        else:
-            await pins.pin(keys, HOUR_MS)
-    await promoting
+        changing = asyncio.create_task(pins.unpin(keys) if first_pinned else pins.pin(keys, HOUR_MS))
+        await asyncio.sleep(0.05)
+        assert not changing.done(), "that record still says otherwise: whoever died now would find it"
+    await changing
     expected = 0 if first_pinned else opened.files.clock.wall_ms() + HOUR_MS
     for tier in TierName:
         assert records_pinned(opened, tier) == {keys[0]: expected}
+    await promoting
 
 
 async def test_a_block_discarded_while_it_is_pinned_leaves_no_record(opened: OpenStore, client: Client) -> None:
