@@ -161,6 +161,15 @@ def test_explain_tells_of_a_request(
     )
 
 
+@pytest.fixture
+def undrained(client: Client) -> Iterator[None]:
+    """An empty store that takes saves, before and after."""
+    client.admin.discard_all()
+    yield
+    client.admin.undo_drain()
+
+
+@pytest.mark.usefixtures("undrained")
 def test_drain_and_back(ask: Callable[..., Any], daemon: DaemonProcess, client: Client) -> None:
     save(client, SMALL, new_chain(SMALL, 3))
     drained = ask("drain")
@@ -182,6 +191,7 @@ def test_drain_ends_with_1_where_only_dram_holds_blocks(new_daemon: Callable[...
     assert done.stdout.startswith("drained, but 2 blocks (32 KiB) are only in DRAM")
 
 
+@pytest.mark.usefixtures("undrained")
 def test_a_drain_goes_on_when_kvctl_is_interrupted(ask: Callable[..., Any], daemon: DaemonProcess) -> None:
     with Wire(daemon.address) as wire:
         wire.attach()
@@ -202,7 +212,6 @@ def test_a_drain_goes_on_when_kvctl_is_interrupted(ask: Callable[..., Any], daem
         feed.end()
         assert saving.result(timeout=20).stored == 1, "what ran may end"
         assert ask("drain")["done"]
-        ask("drain", "--undo")
 
 
 def test_top_prints_one_object_a_look(daemon: DaemonProcess, client: Client, chain: BlockChain) -> None:
