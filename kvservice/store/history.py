@@ -1,7 +1,7 @@
 """What is remembered of blocks that left, or that were never taken: for `explain`.
 
 A ring of arrays, not an object an event. It is fed at the one place where each thing happens, and asked
-by key: the first eight bytes of all its keys are compared at once, which takes 0.1 ms.
+by key: the first eight bytes of all its keys are compared at once, a third of a millisecond.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import pytest
 
 from kvservice.blocks import TierName
 from kvservice.index.records import Records
+from kvservice.store import room
 from kvservice.store.block_store import StoreLimits
 from kvservice.store.leases import Client
 from kvservice.store.room import Watermarks
@@ -19,7 +20,7 @@ from tests.stores import KIB, LAYOUT, LIMITS, OpenStore, StoreFiles, some_chain,
 
 BLOCK = 12 * KIB  # Of the tests' layout.
 HEADER = 4 * KIB  # Of the arena, and of each SSD file.
-ALL = StoreLimits(reserve_wait_s=0.2, upload_wait_s=2.0, pin_fraction_max=1.0)
+ALL = StoreLimits(reserve_wait_s=10.0, upload_wait_s=2.0, pin_fraction_max=1.0)
 HOUR_MS = 3_600_000
 
 
@@ -77,6 +78,31 @@ async def test_where_everything_is_pinned_saves_are_refused(open_store: Callable
     await opened.store.pins.unpin(keys[3:])
     assert not (await opened.save(client, chain, some_images(chain))).refused
     assert opened.hits(keys) == 3
+
+
+async def test_a_block_that_is_pinned_once_it_was_chosen_to_leave_stays(open_store: Callable[..., Any]) -> None:
+    opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER, ssd_bytes=0, limits=ALL)
+    client = opened.store.leases.attach("test")
+    first, second, third, _ = [(await saved(opened, client, 1, seed=seed, on_ssd=False))[0] for seed in range(4)]
+    await saved(opened, client, 1, seed=4, on_ssd=False)
+    assert opened.hits([first]) == 0, "all four are ranked now"
+    await opened.store.pins.pin([second], HOUR_MS)
+    await saved(opened, client, 1, seed=5, on_ssd=False)
+    assert (opened.hits([second]), opened.hits([third])) == (1, 0)
+
+
+@pytest.mark.parametrize("ssd_bytes", [0, 8 * BLOCK + HEADER])
+async def test_many_pinned_blocks_do_not_hide_the_others_from_eviction(
+    open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, ssd_bytes: int
+) -> None:
+    monkeypatch.setattr(room, "_VICTIMS_AHEAD", 2)
+    opened: OpenStore = await open_store(dram_bytes=8 * BLOCK + HEADER, ssd_bytes=ssd_bytes, limits=ALL)
+    client = opened.store.leases.attach("test")
+    pinned = await saved(opened, client, 4, seed=1, on_ssd=bool(ssd_bytes))
+    await saved(opened, client, 4, seed=2, on_ssd=bool(ssd_bytes))
+    await opened.store.pins.pin(pinned, HOUR_MS)
+    await saved(opened, client, 3, seed=3, on_ssd=bool(ssd_bytes))
+    assert opened.hits(pinned) == 4
 
 
 async def test_watermarks_do_not_evict_pinned_blocks(open_store: Callable[..., Any]) -> None:
