@@ -117,7 +117,9 @@ class BlockService:
         if header.durability not in _ON_SSD:  # Never promise less than was asked for.
             raise InvalidRequest(f"no durability has the number {header.durability}", field="durability")
         if self._saves >= self._limits.saves_max:
-            raise Overloaded(f"{self._limits.saves_max} saves are open, the most that this daemon takes")
+            keys = split_keys(header.keys, field="keys", count_max=_SAVE_BLOCKS_MAX)
+            error = Overloaded(f"{self._limits.saves_max} saves are open, the most that this daemon takes")
+            raise self._store.refusal(keys, error)
         self._saves += 1
         try:
             return _save_response(await self._save(header, requests))

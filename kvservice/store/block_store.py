@@ -303,8 +303,7 @@ class BlockStore:
     ) -> Ingest:
         """An upload, to be used as ``async with``. Raises Draining once the daemon is stopping."""
         if self.draining:
-            self.history.note_keys(keys, Reason.REFUSED, Draining.reason)
-            raise Draining("the daemon is draining and takes no new saves")
+            raise self.refusal(keys, Draining("the daemon is draining and takes no new saves"))
         layout_id, layout = self.layout(fingerprint)
         client = self.leases.client(client_id)
         if len(parent_key) != KEY_BYTES:
@@ -313,6 +312,11 @@ class BlockStore:
         counts = [*[layout.block_tokens] * (len(keys) - 1), last]
         part = Shard.whole(layout) if shard is None else shard.check(layout)
         return self.ingests.begin(client, SaveRequest(layout_id, layout, part, parent_key, keys, counts))
+
+    def refusal(self, keys: Sequence[bytes], error: KVError) -> KVError:
+        """The error with which a save of these blocks ends before it has begun; it is remembered."""
+        self.history.note_keys(keys, Reason.REFUSED, error.reason)
+        return error
 
     # Moving and dropping
 

@@ -17,7 +17,7 @@ from kvservice_client import BlockChain, Client, Durability, Layout, Tier, block
 from tests.daemon import MIB, DaemonProcess, until
 from tests.integration.known_blocks import LARGE, SMALL, compare, new_chain, save
 from tests.integration.media import flip_data, ssd_file
-from tests.integration.wire import Upload, Wire
+from tests.integration.wire import Feed, Upload, Wire
 
 _RECORD_BEHIND_KEY = 60  # Bytes from the start of an object's key in the index to somewhere in its record.
 
@@ -97,6 +97,35 @@ def test_dropped_at_save_because_it_ended_without_a_commit(daemon: DaemonProcess
     miss = miss_of(client, chain)
     assert miss.reason == pb.MISS_REASON_DROPPED_AT_SAVE
     assert miss.event.kind == pb.EVENT_KIND_ABANDONED
+
+
+def test_dropped_at_save_because_too_many_saves_ran(new_daemon: Callable[..., DaemonProcess]) -> None:
+    daemon = new_daemon(server__saves_max=1)
+    with Wire(daemon.address) as wire, daemon.client() as client:
+        wire.attach()
+        wire.open_layout(SMALL)
+        saving = wire.begin_save(Feed(*Upload.of(wire, SMALL, new_chain(SMALL)).messages()[:2]))
+        until(lambda: wire.status().uploads == 1)
+        chain = new_chain(SMALL)
+        with pytest.raises(Exception, match="1 saves are open"):
+            wire.save(Upload.of(wire, SMALL, chain).messages())
+        miss = miss_of(client, chain)
+        assert (miss.reason, miss.event.detail) == (pb.MISS_REASON_DROPPED_AT_SAVE, "OVERLOADED")
+        saving.cancel()
+
+
+def test_dropped_at_save_because_the_daemon_was_drained(daemon: DaemonProcess, client: Client) -> None:
+    with Wire(daemon.address) as wire:
+        wire.attach()
+        wire.open_layout(SMALL)
+        *_, last = client.admin.drain()
+        assert last.done
+        chain = new_chain(SMALL)
+        with pytest.raises(Exception, match="draining"):
+            wire.save(Upload.of(wire, SMALL, chain).messages())
+        client.admin.undo_drain()
+    miss = miss_of(client, chain)
+    assert (miss.reason, miss.event.detail) == (pb.MISS_REASON_DROPPED_AT_SAVE, "DRAINING")
 
 
 def test_evicted_by_the_policy(small_daemon: DaemonProcess) -> None:

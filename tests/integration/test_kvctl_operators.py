@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -234,6 +238,39 @@ def test_top_shows_people_a_picture(daemon: DaemonProcess, chain: BlockChain) ->
     assert done.stdout.count("kvservice 0") == 1, "the last look only, where there is no terminal"
     for part in ("serving", "hit ratio", "evicted from dram", "loads", "ssd"):
         assert part in done.stdout
+
+
+def test_top_on_a_terminal_outlives_a_restart_of_the_daemon(new_daemon: Callable[..., DaemonProcess]) -> None:
+    daemon, (ours, theirs) = new_daemon(), pty.openpty()
+    seen = bytearray()
+
+    def read() -> None:
+        with suppress(OSError):  # The terminal is closed.
+            while some := os.read(ours, 65536):
+                seen.extend(some)
+
+    def shows_again(word: bytes) -> None:
+        seen.clear()
+        until(lambda: word in seen, 20)
+
+    command = [str(KVCTL), "top", "--interval", "0.1", "--timeout", "1", "--address", daemon.address]
+    reader = Thread(target=read)
+    with subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE, text=True) as watching:
+        reader.start()
+        try:
+            shows_again(b"serving")
+            daemon.kill()
+            shows_again(b"no answer from the daemon")
+            daemon.start()
+            shows_again(b"serving")
+            watching.send_signal(signal.SIGINT)
+            _, err = watching.communicate(timeout=20)
+            assert (watching.returncode, err) == (0, "")
+        finally:
+            watching.kill()
+            os.close(theirs)
+            reader.join()
+            os.close(ours)
 
 
 def test_top_without_a_daemon_is_an_error(daemon: DaemonProcess) -> None:

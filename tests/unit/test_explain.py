@@ -233,6 +233,27 @@ async def test_other_layout_is_told_only_where_this_one_has_nothing_and_the_mode
     assert before.missing.why is Miss.OTHER_LAYOUT, "as of then"
 
 
+async def test_other_layout_is_told_of_a_layout_that_is_empty_again_and_after_a_restart(
+    store_files: Callable[..., StoreFiles],
+) -> None:
+    other = replace(LAYOUT, dtype="float16")
+    chain = some_chain(2, layout=other)
+    files = store_files()
+    opened = files.open()
+    client = opened.store.leases.attach("test")
+    for layout in (LAYOUT, other):
+        await opened.store.open_layout(layout)
+    await saved(opened, client, 2)
+    await opened.save(client, chain, some_images(chain, layout=other), layout=other)
+    await opened.store.discard_layout(other.fingerprint)
+    absent = list(some_chain(1, seed=9, layout=other).keys)
+    assert ask(opened, absent, layout=other).missing.why is Miss.OTHER_LAYOUT
+    await opened.kill()
+    opened = files.open()
+    assert ask(opened, absent, layout=other).missing.why is Miss.OTHER_LAYOUT
+    await opened.close()
+
+
 def test_layouts_differ_in_the_fields_of_their_rotation_too() -> None:
     rotated = replace(LAYOUT, rotary=Rotary("yarn", dims=8, base=5e5, parameters=(("factor", 4.0),)))
     assert differences(rotated, LAYOUT) == {

@@ -310,6 +310,7 @@ async def test_a_pin_that_the_index_refuses_changes_nothing_and_the_next_flush_p
 ) -> None:
     keys = await saved(opened, client, 2)
     before = await opened.store.pins.pin(keys[:1], 1000)
+    await opened.store.residency.flush_recency()
     put = opened.index.put
 
     def failing(tier: TierName, names: list[bytes], records: Records) -> asyncio.Future[None]:

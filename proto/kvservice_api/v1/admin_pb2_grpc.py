@@ -112,8 +112,8 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Discard(self, request, context):
-        """Drops blocks from every tier. Leased and busy ones are dropped once they are free, and are
-        invisible at once. Errors:
+        """Drops blocks from every tier, pinned ones too. Leased and busy ones are dropped once they are
+        free, and are invisible at once. Errors:
         * INVALID_ARGUMENT INVALID_REQUEST: not exactly one selector is given, or it is malformed.
         * FAILED_PRECONDITION UNKNOWN_LAYOUT: no such layout was opened here, so there is nothing to drop.
         * UNAVAILABLE STORAGE_FAILED: the index could not be written; retry later.
