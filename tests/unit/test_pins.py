@@ -278,11 +278,7 @@ async def test_a_pin_that_changes_while_a_copy_is_recorded_is_in_that_record_too
     await opened.store.evict(keys, TierName.DRAM)
     with opened.commits_held(TierName.DRAM):
         promoting = asyncio.create_task(opened.store.prefetch(keys, within_s=0, wait=True))
-        await until(
-            lambda: opened.dram.used_bytes > 0 and bool(opened.index._environments[TierName.DRAM]._queue.empty())
-        )
-        for _ in range(20):
-            await asyncio.sleep(0.001)  # The record is on its way, with the old pin.
+        await until(lambda: bool(opened.store.residency._placing))  # The record is on its way, with the old pin.
         changing = asyncio.create_task(pins.unpin(keys) if first_pinned else pins.pin(keys, HOUR_MS))
         await asyncio.sleep(0.05)
         assert not changing.done(), "that record still says otherwise: whoever died now would find it"
@@ -305,17 +301,36 @@ async def test_a_block_discarded_while_it_is_pinned_leaves_no_record(opened: Ope
     assert opened.records(TierName.SSD) == opened.records(TierName.DRAM) == {}
 
 
+async def test_a_block_discarded_while_its_pin_waits_for_a_copys_record_leaves_none(
+    opened: OpenStore, client: Client
+) -> None:
+    keys = await saved(opened, client, 1)
+    await opened.store.evict(keys, TierName.DRAM)
+    with opened.commits_held(TierName.DRAM):
+        promoting = asyncio.create_task(opened.store.prefetch(keys, within_s=0, wait=True))
+        await until(lambda: bool(opened.store.residency._placing))
+        pinning = asyncio.create_task(opened.store.pins.pin(keys, HOUR_MS))
+        await until(lambda: bool(opened.store.blocks.pinned(0).any()))
+        discarding = asyncio.create_task(opened.store.discard(keys))
+        await until(lambda: opened.store.blocks.live_count == 0)
+        await asyncio.sleep(0.01)  # The removal is on its way: what is recorded behind it would stay for ever.
+    await asyncio.gather(promoting, pinning, discarding)
+    await opened.settle()
+    assert opened.records(TierName.SSD) == opened.records(TierName.DRAM) == {}
+
+
 async def test_a_pin_that_the_index_refuses_changes_nothing_and_the_next_flush_puts_the_records_right(
     opened: OpenStore, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = await saved(opened, client, 2)
     before = await opened.store.pins.pin(keys[:1], 1000)
     await opened.store.residency.flush_recency()
-    put = opened.index.put
+    put, puts = opened.index.put, []
 
     def failing(tier: TierName, names: list[bytes], records: Records) -> asyncio.Future[None]:
         if tier is TierName.DRAM:
-            return put(tier, names, records)  # One tier has it, the other not.
+            puts.append(put(tier, names, records))  # One tier has it, the other not.
+            return puts[-1]
         failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         failed.set_exception(StorageFailed("the disk is gone"))
         return failed
@@ -324,6 +339,7 @@ async def test_a_pin_that_the_index_refuses_changes_nothing_and_the_next_flush_p
         patched.setattr(opened.index, "put", failing)
         with pytest.raises(StorageFailed):
             await opened.store.pins.pin(keys, HOUR_MS)
+    await asyncio.gather(*puts)
     rows = opened.store.blocks.rows_of_keys(keys)
     assert opened.store.blocks.pinned_until_ms[rows].tolist() == [before.until_ms, 0]
     await opened.store.residency.flush_recency()
