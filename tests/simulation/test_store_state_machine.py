@@ -386,6 +386,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert self.do(self.store.discard_layout(layout.fingerprint)) == len(gone)
             for name in gone:
                 del self.versions[name]
+                self.pins.pop(name, None)
         else:
             gone = [name for name in self.versions if name[0] in part.keys]
             missing = len(set(part.keys) - {key for key, _ in gone})
