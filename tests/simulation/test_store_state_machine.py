@@ -126,7 +126,9 @@ class StoreMachine(RuleBasedStateMachine):
         super().__init__()
         self.loop = asyncio.new_event_loop()
         self.folder = Path(tempfile.mkdtemp(prefix="kvservice-test-", dir="/dev/shm"))
-        limits = StoreLimits(reserve_wait_s=1.0, upload_wait_s=0.02, frame_bytes=7000, leases_per_client_max=64)
+        limits = StoreLimits(
+            reserve_wait_s=1.0, upload_wait_s=0.02, frame_bytes=7000, leases_per_client_max=64, pin_fraction_max=0.9
+        )
         self.files = StoreFiles(
             self.folder, dram_bytes=self.dram_bytes, ssd_bytes=self.ssd_bytes, ssd_files=2,
             watermarks=self.watermarks, limits=limits,
