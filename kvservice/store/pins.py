@@ -94,13 +94,15 @@ class Pins:
     def _bounded(self, rows: Rows) -> tuple[int, int]:
         """What all pinned blocks take with these, and may take. Raises PinsFull."""
         blocks = self._blocks
-        pinned = blocks.pinned(self._clock.wall_ms()) & blocks.live[: blocks.row_end]
-        pinned[rows] = True
-        only_dram = pinned & ~blocks.resident(TierName.SSD)
+        mask = blocks.pinned(self._clock.wall_ms())
+        mask[rows] = True
+        pinned = np.flatnonzero(mask)  # Few, mostly: what follows looks at no other row.
+        pinned = pinned[blocks.live[pinned]]
+        only_dram = pinned[blocks.ssd_offset[pinned] < 0]
         last = TierName.SSD if TierName.SSD in self._residency.tiers else TierName.DRAM
         taken = max_bytes = 0
-        for tier, mask in ((TierName.DRAM, only_dram), (last, pinned)):
-            taken = int(blocks.size_bytes[: blocks.row_end][mask].sum())
+        for tier, part in ((TierName.DRAM, only_dram), (last, pinned)):
+            taken = int(blocks.size_bytes[part].sum())
             max_bytes = int(self._fraction_max * self._residency.tiers[tier].capacity_bytes)
             if taken > max_bytes:
                 raise PinsFull(
