@@ -7,6 +7,7 @@ does damage: the bytes of a pin are not trusted more than others.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from kvservice.store.write_behind import WriteBehind
 from kvservice_api.errors import InvalidRequest, KVError, PinsFull
 
 _ROWS_A_TURN = 256  # A millisecond of the event loop.
+_ROWS_BEFORE_A_THREAD = 20_000
 
 
 class PinOutcome(NamedTuple):
@@ -55,6 +57,7 @@ class Pins:
         self._clock = clock
         self._ttl_max_ms = int(ttl_max_s * 1000)
         self._fraction_max = fraction_max
+        self._pinning = asyncio.Lock()
         # A clock that was set back meanwhile would keep what an earlier daemon pinned for years.
         latest = np.uint64(clock.wall_ms() + self._ttl_max_ms)
         used = slice(self._blocks.row_end)
@@ -72,10 +75,13 @@ class Pins:
                 f"and at most {self._ttl_max_ms / 1000:.15g} s",
                 field="ttl_ms",
             )
-        rows, missing = self._rows(keys)
-        until_ms = self._clock.wall_ms() + ttl_ms
-        pinned_bytes, pinned_bytes_max = self._bounded(rows)
-        await self._set(rows, until_ms)
+        async with self._pinning:  # Two at one time would each find the same space free.
+            asked, _ = self._rows(keys)
+            pinned_bytes, pinned_bytes_max = await self._bounded(asked)
+            rows, missing = self._rows(keys)
+            rows = rows[np.isin(rows, asked)]  # Those that are still there.
+            until_ms = self._clock.wall_ms() + ttl_ms
+            await self._set(rows, until_ms)
         self._write_soon(rows)
         return PinOutcome(len(rows), missing, until_ms, pinned_bytes, pinned_bytes_max)
 
@@ -91,18 +97,17 @@ class Pins:
         rows = [row for start in first.tolist() for row in self._blocks.shards_of(start)]
         return np.array(rows, np.int64), int((first == NO_ROW).sum())
 
-    def _bounded(self, rows: Rows) -> tuple[int, int]:
+    async def _bounded(self, rows: Rows) -> tuple[int, int]:
         """What all pinned blocks take with these, and may take. Raises PinsFull."""
         blocks = self._blocks
         mask = blocks.pinned(self._clock.wall_ms())
         mask[rows] = True
-        pinned = np.flatnonzero(mask)  # Few, mostly: what follows looks at no other row.
-        pinned = pinned[blocks.live[pinned]]
-        only_dram = pinned[blocks.ssd_offset[pinned] < 0]
+        pinned = np.flatnonzero(mask)
+        in_thread = len(pinned) > _ROWS_BEFORE_A_THREAD
+        sizes = await asyncio.to_thread(_sizes, blocks, pinned) if in_thread else _sizes(blocks, pinned)
         last = TierName.SSD if TierName.SSD in self._residency.tiers else TierName.DRAM
         taken = max_bytes = 0
-        for tier, part in ((TierName.DRAM, only_dram), (last, pinned)):
-            taken = int(blocks.size_bytes[part].sum())
+        for tier, taken in zip((TierName.DRAM, last), sizes, strict=True):
             max_bytes = int(self._fraction_max * self._residency.tiers[tier].capacity_bytes)
             if taken > max_bytes:
                 raise PinsFull(
@@ -133,3 +138,10 @@ class Pins:
         only_dram = [row for row in rows.tolist() if blocks.live[row] and not blocks.is_resident(row, TierName.SSD)]
         blocks.unwanted_on_ssd[only_dram] = False
         self._write_behind.add(only_dram)
+
+
+def _sizes(blocks: BlockTable, rows: Rows) -> tuple[int, int]:
+    """What these blocks take: those of them that only DRAM holds, and all. They may be of any number."""
+    rows = rows[blocks.live[rows]]
+    sizes = blocks.size_bytes[rows]
+    return int(sizes[blocks.ssd_offset[rows] < 0].sum()), int(sizes.sum())

@@ -11,9 +11,10 @@ import pytest
 
 from kvservice.blocks import TierName
 from kvservice.index.records import Records
-from kvservice.store import room
+from kvservice.store import pins, room
 from kvservice.store.block_store import StoreLimits
 from kvservice.store.leases import Client
+from kvservice.store.pins import PinOutcome
 from kvservice.store.room import Watermarks
 from kvservice_api.errors import InvalidRequest, PinsFull, StorageFailed, TierFull
 from tests.stores import KIB, LAYOUT, LIMITS, OpenStore, StoreFiles, some_chain, some_images, until
@@ -264,6 +265,32 @@ async def test_pins_take_a_share_of_dram_at_most_where_there_is_no_ssd(open_stor
     assert (await opened.store.pins.pin(keys[:4], HOUR_MS)).pinned == 4
 
 
+@pytest.mark.parametrize("in_thread", [False, True])
+async def test_two_pins_at_one_time_do_not_both_take_the_last_space(
+    open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, in_thread: bool
+) -> None:
+    monkeypatch.setattr(pins, "_ROWS_BEFORE_A_THREAD", 0 if in_thread else 1000)
+    opened: OpenStore = await open_store(ssd_bytes=8 * BLOCK + HEADER, limits=StoreLimits(pin_fraction_max=0.5))
+    keys = await saved(opened, opened.store.leases.attach("test"), 6)
+    both = [opened.store.pins.pin(part, HOUR_MS) for part in (keys[:3], keys[3:])]
+    outcomes = await asyncio.gather(*both, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [PinOutcome, PinsFull]
+    assert np.count_nonzero(opened.store.blocks.pinned(opened.files.clock.wall_ms())) == 3
+
+
+async def test_a_block_that_goes_while_the_bound_is_computed_is_missing(
+    opened: OpenStore, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pins, "_ROWS_BEFORE_A_THREAD", 0)
+    keys = await saved(opened, client, 2)
+    pinning = asyncio.create_task(opened.store.pins.pin(keys, HOUR_MS))
+    await asyncio.sleep(0)
+    assert not pinning.done()
+    await opened.store.discard(keys[1:])
+    outcome = await pinning
+    assert (outcome.pinned, outcome.missing) == (1, 1)
+
+
 # Beside other changes
 
 
@@ -272,14 +299,14 @@ async def test_a_pin_that_changes_while_a_copy_is_recorded_is_in_that_record_too
     opened: OpenStore, client: Client, first_pinned: bool
 ) -> None:
     keys = await saved(opened, client, 1)
-    pins = opened.store.pins
     if first_pinned:
-        await pins.pin(keys, HOUR_MS)
+        await opened.store.pins.pin(keys, HOUR_MS)
     await opened.store.evict(keys, TierName.DRAM)
     with opened.commits_held(TierName.DRAM):
         promoting = asyncio.create_task(opened.store.prefetch(keys, within_s=0, wait=True))
         await until(lambda: bool(opened.store.residency._placing))  # The record is on its way, with the old pin.
-        changing = asyncio.create_task(pins.unpin(keys) if first_pinned else pins.pin(keys, HOUR_MS))
+        change: Any = opened.store.pins.unpin(keys) if first_pinned else opened.store.pins.pin(keys, HOUR_MS)
+        changing: asyncio.Task[Any] = asyncio.create_task(change)
         await asyncio.sleep(0.05)
         assert not changing.done(), "that record still says otherwise: whoever died now would find it"
     await changing
