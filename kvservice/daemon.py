@@ -100,13 +100,13 @@ class Daemon:
 
     async def drain(self) -> None:
         """Let what runs end, while new saves are refused. Returns when all is done or the time is over."""
-        self.store.drain.is_draining = True
+        self.store.drain.begin_stop()
         await self._server.refuse_new_work()
         timeout_s = self.settings.server.drain_timeout_s
         log.info("draining", extra={"timeout_s": timeout_s})
         try:
             async with asyncio.timeout(timeout_s):
-                await self.store.drain.stop()
+                await self.store.drain.quiet()
         except TimeoutError:
             log.warning("the drain timeout is over; what still runs is cut off")
 

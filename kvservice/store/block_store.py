@@ -303,7 +303,7 @@ class BlockStore:
     ) -> Ingest:
         """An upload, to be used as ``async with``. Raises Draining once the daemon is stopping."""
         if self.draining:
-            raise self.refusal(keys, Draining("the daemon is draining and takes no new saves"))
+            raise self.refusal(keys, Draining(f"the daemon is {self.drain.word} and takes no new saves"))
         layout_id, layout = self.layout(fingerprint)
         client = self.leases.client(client_id)
         if len(parent_key) != KEY_BYTES:

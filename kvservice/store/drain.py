@@ -53,9 +53,17 @@ class Drain:
 
     # When the daemon stops
 
-    async def stop(self) -> None:
-        """Refuse saves for good, and wait for what runs. What only DRAM holds stays there: it is found at the start."""
+    def begin_stop(self) -> None:
+        """Refuse saves for good. What only DRAM holds stays there: it is found at the next start."""
         self.is_draining = self._stopping = True
+
+    @property
+    def word(self) -> str:
+        """What the daemon is doing, while it drains."""
+        return "stopping" if self._stopping else "draining"
+
+    async def quiet(self) -> None:
+        """Wait until no load and no save runs."""
         while self._loads.open_count or self._ingests.uploads:  # noqa: ASYNC110  (once in a life)
             await asyncio.sleep(_LOOK_EVERY_S)
 

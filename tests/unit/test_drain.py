@@ -100,7 +100,8 @@ async def test_what_had_failed_for_want_of_space_is_tried_again_at_once(open_sto
 
 
 async def test_a_daemon_that_stops_cannot_be_undrained(opened: OpenStore) -> None:
-    await opened.store.drain.stop()
+    opened.store.drain.begin_stop()
+    await opened.store.drain.quiet()
     with pytest.raises(Draining, match="stopping"):
         opened.store.drain.undo()
     assert opened.store.draining
