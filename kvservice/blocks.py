@@ -7,6 +7,7 @@ objects would cost the garbage collector a third of a second.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from itertools import repeat
@@ -70,11 +71,14 @@ _COLUMNS: dict[str, str] = {
     "used_at_ms": "u8",
     "access_seq": "i8",
     "hits": "u4",
+    "pinned_until_ms": "u8",  # By the wall clock; 0 where nobody pinned it.
     "dram_offset": "i8",
     "dram_size": "u8",
+    "dram_since_ms": "u8",  # When the copy came there; 0 where that was before this daemon's start.
     "ssd_segment": "u2",
     "ssd_offset": "i8",
     "ssd_size": "u8",
+    "ssd_since_ms": "u8",
     "leases": "i4",  # Leases that hold the row.
     "holds": "i4",  # Running I/O that holds the row.
     "next_shard": "i8",  # The next row of the same block key, or NO_ROW.
@@ -108,11 +112,14 @@ class BlockTable:
     used_at_ms: NDArray[np.uint64]
     access_seq: NDArray[np.int64]
     hits: NDArray[np.uint32]
+    pinned_until_ms: NDArray[np.uint64]
     dram_offset: NDArray[np.int64]
     dram_size: NDArray[np.uint64]
+    dram_since_ms: NDArray[np.uint64]
     ssd_segment: NDArray[np.uint16]
     ssd_offset: NDArray[np.int64]
     ssd_size: NDArray[np.uint64]
+    ssd_since_ms: NDArray[np.uint64]
     leases: NDArray[np.int32]
     holds: NDArray[np.int32]
     next_shard: NDArray[np.int64]
@@ -127,6 +134,7 @@ class BlockTable:
         self._free: list[int] = []
         self.row_end = 0  # Rows at and above it were never used.
         self.live_count = 0
+        self.live_of_layout: Counter[int] = Counter()  # Layout id -> live rows.
         self.next_access_seq = 1
         self.on_change: Callable[[int], None] | None = None  # Hears of each row once `_tell` says so.
         for name, dtype in _COLUMNS.items():
@@ -219,6 +227,23 @@ class BlockTable:
         offsets = self.dram_offset if tier is TierName.DRAM else self.ssd_offset
         return bool(offsets[row] != _NOWHERE)
 
+    def since_ms(self, tier: TierName) -> NDArray[np.uint64]:
+        """The column that says when each row's copy came to `tier`."""
+        return self.dram_since_ms if tier is TierName.DRAM else self.ssd_since_ms
+
+    # Pins: a pinned block keeps one copy, the one on SSD where there is one.
+
+    def pinned(self, now_ms: int) -> NDArray[np.bool_]:
+        """Which of the rows below `row_end` are pinned."""
+        mask: NDArray[np.bool_] = self.pinned_until_ms[: self.row_end] > np.uint64(now_ms)
+        return mask
+
+    def pin_keeps(self, row: int, tier: TierName, now_ms: int) -> bool:
+        """Whether a pin keeps the row's copy in `tier`."""
+        if self.pinned_until_ms[row] <= now_ms:
+            return False
+        return tier is TierName.SSD or not self.is_resident(row, TierName.SSD)
+
     # Changing
 
     def add(
@@ -253,6 +278,7 @@ class BlockTable:
         self._first_row[key] = row
         self.live[row] = True
         self.live_count += 1
+        self.live_of_layout[int(self.layout_id[row])] += 1
         self._tell(row)
 
     def unlink(self, row: int) -> None:
@@ -269,13 +295,15 @@ class BlockTable:
         self.next_shard[row] = NO_ROW
         self.live[row] = False
         self.live_count -= 1
+        self.live_of_layout[int(self.layout_id[row])] -= 1
         self._tell(row)
 
     def free(self, row: int) -> None:
         """Give an unlinked, unheld row without residency back."""
         assert not self.live[row] and not self.leases[row] and not self.holds[row]
         assert self.dram_offset[row] == _NOWHERE and self.ssd_offset[row] == _NOWHERE
-        self.access_seq[row] = self.hits[row] = 0
+        self.access_seq[row] = self.hits[row] = self.pinned_until_ms[row] = 0
+        self.dram_since_ms[row] = self.ssd_since_ms[row] = 0
         self.used_since_flush[row] = self.unwanted_on_ssd[row] = False
         self.generation[row] += 1
         self._free.append(row)
@@ -330,6 +358,8 @@ class BlockTable:
             getattr(self, name)[new] = values
         self.live[new] = True
         self.live_count += count
+        layout_ids, counts = np.unique(self.layout_id[rows], return_counts=True)
+        self.live_of_layout.update(dict(zip(layout_ids.tolist(), counts.tolist(), strict=True)))
         self._link_many(rows, object_keys["key"].tolist())
         if count:
             self.next_access_seq = max(self.next_access_seq, int(self.access_seq[new].max()) + 1)

@@ -245,6 +245,35 @@ class Leases(_Section):
     per_client_max: int = _setting(1024, "Leases one client may hold.", unit="leases", ge=1, le=1_000_000)
 
 
+class Pins(_Section):
+    """Operators' wishes to keep blocks (`kvctl pin`)."""
+
+    ttl_max_s: float = _setting(30 * 86400.0, "Longest pin granted.", unit="seconds", gt=0, le=3660 * 86400)
+    fraction_max: float = _setting(
+        0.5,
+        "Share of a tier that pinned blocks may take: of SSD all of them together, of DRAM those without a copy on "
+        "SSD. A pin past it is refused with PINS_FULL.",
+        unit="share",
+        ge=0,
+        le=1,
+    )
+
+
+class History(_Section):
+    """What `kvctl explain` remembers of blocks that are gone, and of requests. In memory only."""
+
+    events_max: int = _setting(
+        262_144,
+        "Events kept: why blocks left a tier or were not stored. Each takes 60 bytes. 0 means none.",
+        unit="events",
+        ge=0,
+        le=4_194_304,
+    )
+    requests_max: int = _setting(
+        4096, "Requests kept: lookups that came with a request id. 0 means none.", unit="requests", ge=0, le=1_000_000
+    )
+
+
 class Scrub(_Section):
     """Reading everything again to find damage."""
 
@@ -273,6 +302,8 @@ class Settings(BaseSettings):
     index: Index = Index()
     mover: Mover = Mover()
     leases: Leases = Leases()
+    pins: Pins = Pins()
+    history: History = History()
     scrub: Scrub = Scrub()
     log: Log = Log()
 

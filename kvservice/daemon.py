@@ -36,6 +36,7 @@ from kvservice.rpc.server import Server, UnixSocket
 from kvservice.rpc.tls import Certificates
 from kvservice.store.block_store import BlockStore, StoreLimits
 from kvservice.store.directory import ResidencyDirectory
+from kvservice.store.history import History
 from kvservice.store.recovery import recover
 from kvservice.store.room import Watermarks
 from kvservice.tiers.arena import Arena
@@ -138,19 +139,15 @@ class Daemon:
 
     async def drain(self) -> None:
         """Let what runs end, while new saves are refused. Returns when all is done or the time is over."""
-        self.store.draining = True
+        self.store.drain.begin_stop()
         await self._server.refuse_new_work()
         timeout_s = self.settings.server.drain_timeout_s
         log.info("draining", extra={"timeout_s": timeout_s})
         try:
             async with asyncio.timeout(timeout_s):
-                await self._until_quiet()
+                await self.store.drain.quiet()
         except TimeoutError:
             log.warning("the drain timeout is over; what still runs is cut off")
-
-    async def _until_quiet(self) -> None:
-        while self.store.loads.open_count or self.store.ingests.uploads:  # noqa: ASYNC110  (once in a life)
-            await asyncio.sleep(0.02)
 
     async def close(self) -> None:
         """Stop answering, write what is pending, and let go of everything."""
@@ -163,7 +160,11 @@ class Daemon:
         log.info("stopped")
 
     def _counters(self) -> dict[str, float]:
-        return {**self.store.counters.as_dict(), "event_loop_delay_ms_max": self.heartbeat.latest_ms}
+        return {
+            **self.store.counters.as_dict(),
+            "event_loop_delay_ms_max": self.heartbeat.latest_ms,
+            "event_loop_delay_ms_recent": self.heartbeat.recent_ms,
+        }
 
 
 async def run(settings: Settings) -> None:
@@ -242,11 +243,18 @@ def _open_store(
     if kind not in ("", "tmpfs", "ramfs", "hugetlbfs"):
         log.warning("the arena lies on a disk: dram.path is meant for a tmpfs", extra={"file_system": kind})
     dram = DramTier(arena)
-    emptied = index.open_volatile(arena.directory / "index", arena.arena_id, map_bytes=settings.volatile_map_bytes)
+    emptied = index.open_volatile(
+        arena.directory / "index",
+        arena.arena_id,
+        map_bytes=settings.volatile_map_bytes,
+        now_ms=clock.wall_ms(),
+        why_new=arena.why_new,
+    )
     if arena.why_new or emptied:
         log.info("the DRAM tier starts empty", extra={"why": arena.why_new or f"its index: {emptied}"})
 
-    blocks = recover(index, {TierName.SSD: ssd, TierName.DRAM: dram} if ssd else {TierName.DRAM: dram})
+    history = History(clock, settings.history.events_max)
+    blocks = recover(index, {TierName.SSD: ssd, TierName.DRAM: dram} if ssd else {TierName.DRAM: dram}, history)
     executor = ThreadPoolExecutor(max(2, min(settings.server.transfer_slots, 8)), thread_name_prefix="transfer")
     store = BlockStore(
         blocks,
@@ -262,6 +270,7 @@ def _open_store(
             TierName.DRAM: Watermarks(settings.mover.dram_free_low, settings.mover.dram_free_high),
             TierName.SSD: Watermarks(settings.mover.ssd_free_low, settings.mover.ssd_free_high),
         },
+        history=history,
     )
     return store, executor
 
@@ -281,4 +290,7 @@ def _limits(settings: Settings) -> StoreLimits:
         reads_in_flight=settings.mover.reads_in_flight,
         recency_flush_s=settings.index.recency_flush_s,
         scrub_bytes_per_second=int(settings.scrub.bytes_per_second),
+        pin_ttl_max_s=settings.pins.ttl_max_s,
+        pin_fraction_max=settings.pins.fraction_max,
+        requests_remembered=settings.history.requests_max,
     )

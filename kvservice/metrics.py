@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 _HEARTBEAT_S = 0.005
 _PATIENCE_S = 10.0  # How long a request for metrics may be silent.
+_WINDOW_S = 3.0
 _PREFIX = "kvservice_"
 
 
@@ -43,6 +44,8 @@ class Heartbeat:
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.latest_ms = 0.0  # The worst since the start.
+        self._recent_ms = [0.0, 0.0]  # The worst of the last whole window, and of the one that runs.
+        self._window_ends_s = 0.0
         buckets = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 1.0)
         self._delay = Histogram(
             _PREFIX + "event_loop_delay_seconds",
@@ -67,6 +70,15 @@ class Heartbeat:
                 self._delay.observe(late_s)
                 self._own_delay.observe(max(0.0, late_s - (processor_wait.total_s() - waited_s)))
                 self.latest_ms = max(self.latest_ms, late_s * 1000)
+                if due >= self._window_ends_s:
+                    self._recent_ms = [self._recent_ms[1], 0.0]
+                    self._window_ends_s = due + _WINDOW_S
+                self._recent_ms[1] = max(self._recent_ms[1], late_s * 1000)
+
+    @property
+    def recent_ms(self) -> float:
+        """The worst of the last few seconds."""
+        return max(self._recent_ms)
 
 
 class _ProcessorWait:

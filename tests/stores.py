@@ -24,6 +24,7 @@ from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.policy import LruPolicy, Policy
 from kvservice.store.block_store import BlockStore, StoreLimits
+from kvservice.store.history import History
 from kvservice.store.ingest import Ingest, SaveOutcome
 from kvservice.store.leases import Client, Lease
 from kvservice.store.load import Part
@@ -113,12 +114,19 @@ class OpenStore:
             )
         self.arena = Arena.open(files.shared_memory, self.index.store_id, files.dram_bytes, calls=files.calls)
         self.dram = DramTier(self.arena)
-        self.index.open_volatile(self.arena.directory / "index", self.arena.arena_id, map_bytes=files.map_bytes)
+        self.index.open_volatile(
+            self.arena.directory / "index",
+            self.arena.arena_id,
+            map_bytes=files.map_bytes,
+            now_ms=files.clock.wall_ms(),
+            why_new=self.arena.why_new,
+        )
         tiers: dict[TierName, Tier] = {TierName.SSD: self.ssd} if self.ssd else {}
         tiers[TierName.DRAM] = self.dram
         self.executor = ThreadPoolExecutor(2)
+        history = History(files.clock, 1000)
         self.store = BlockStore(
-            recover(self.index, tiers),
+            recover(self.index, tiers, history),
             self.dram,
             self.ssd,
             self.index,
@@ -128,6 +136,7 @@ class OpenStore:
             self.executor,
             limits=files.limits,
             watermarks=dict.fromkeys(TierName, files.watermarks),
+            history=history,
         )
 
     async def close(self) -> None:

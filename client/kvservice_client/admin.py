@@ -13,6 +13,8 @@ from kvservice_client.connection import Connection
 from kvservice_client.retry import Deadline
 
 _PAGE_BLOCKS = 1000
+_PIN_KEYS = 4096
+_DRAIN_TIMEOUT_S = 3600.0
 _SCRUB_TIMEOUT_S = 7 * 86400.0  # A full reading at a low speed takes days; a dead daemon is noticed at once.
 
 
@@ -97,6 +99,66 @@ class Admin:
         request = pb.ScrubRequest(tier=TIERS[tier], bytes_per_second=bytes_per_second)
         return self._connection.channel.stream(ADMIN + "Scrub", request, pb.ScrubResponse, Deadline(timeout_s))
 
+    def pin(self, keys: Iterable[bytes], ttl_s: float, timeout_s: float | None = None) -> pb.PinResponse:
+        """Keep blocks from being evicted for `ttl_s` from now. Those that are not stored are counted.
+
+        More than 4,096 keys take several requests, each with its own `timeout_s`: where one is refused,
+        those before it have been pinned. Raises InvalidRequest, PinsFull, StorageFailed.
+        """
+        total = pb.PinResponse()
+        for packed in _packed(keys):
+            request = pb.PinRequest(keys=packed, ttl_ms=round(ttl_s * 1e3))
+            answer = self._connection.ask(ADMIN + "Pin", request, pb.PinResponse, self._connection.deadline(timeout_s))
+            answer.pinned += total.pinned
+            answer.missing += total.missing
+            total = answer
+        return total
+
+    def unpin(self, keys: Iterable[bytes], timeout_s: float | None = None) -> pb.UnpinResponse:
+        """End pins before their time. `timeout_s` is for one request; many keys take several."""
+        total = pb.UnpinResponse()
+        for packed in _packed(keys):
+            deadline = self._connection.deadline(timeout_s)
+            answer = self._connection.ask(ADMIN + "Unpin", pb.UnpinRequest(keys=packed), pb.UnpinResponse, deadline)
+            total.unpinned += answer.unpinned
+            total.not_pinned += answer.not_pinned
+            total.missing += answer.missing
+        return total
+
+    def explain_block(self, key: bytes, timeout_s: float | None = None) -> pb.ExplainedBlock:
+        """Where a block is and why, or why it is not there."""
+        return self._explain(pb.ExplainRequest(key=key), timeout_s).block
+
+    def explain_request(self, request_id: str, timeout_s: float | None = None) -> pb.ExplainedRequest:
+        """What became of the lookups with this request id. Raises RequestNotFound."""
+        return self._explain(pb.ExplainRequest(request_id=request_id), timeout_s).request
+
+    def _explain(self, request: pb.ExplainRequest, timeout_s: float | None) -> pb.ExplainResponse:
+        deadline = self._connection.deadline(timeout_s)
+        return self._connection.ask(ADMIN + "Explain", request, pb.ExplainResponse, deadline)
+
+    def drain(self, timeout_s: float = _DRAIN_TIMEOUT_S) -> Iterator[pb.DrainResponse]:
+        """Have the daemon take no more saves and write everything to SSD; it goes on to serve loads.
+
+        Yields about twice a second; the last message has `done`, unless somebody undid the drain.
+        Leaving the iterator does not end the drain.
+        """
+        request = pb.DrainRequest(action=pb.DRAIN_ACTION_BEGIN)
+        return self._connection.channel.stream(ADMIN + "Drain", request, pb.DrainResponse, Deadline(timeout_s))
+
+    def undo_drain(self, timeout_s: float | None = None) -> pb.DrainResponse:
+        """Have the daemon take saves again. Raises Draining where it is stopping."""
+        request, deadline = pb.DrainRequest(action=pb.DRAIN_ACTION_UNDO), self._connection.deadline(timeout_s)
+        (answer,) = self._connection.channel.stream(ADMIN + "Drain", request, pb.DrainResponse, deadline)
+        return answer
+
     def _discard(self, request: pb.DiscardRequest, timeout_s: float | None) -> pb.DiscardResponse:
         deadline = self._connection.deadline(timeout_s)
         return self._connection.ask(ADMIN + "Discard", request, pb.DiscardResponse, deadline)
+
+
+def _packed(keys: Iterable[bytes]) -> Iterator[bytes]:
+    """The keys, in requests that the daemon accepts."""
+    remaining = iter(keys)
+    while some := list(islice(remaining, _PIN_KEYS)):
+        yield b"".join(some)

@@ -85,14 +85,20 @@ class BlockCache:
         deadline = self._connection.deadline(timeout_s)
         return self._connection.retried(lambda: self._look_up_locally(chain, deadline), deadline)
 
-    def lookup(self, chain: BlockChain, lease_ttl_s: float = 30.0, timeout_s: float | None = None) -> Lease:
-        """Lease the stored part of a prefix. Of a chain longer than the daemon's limit, the part within it."""
+    def lookup(
+        self, chain: BlockChain, lease_ttl_s: float = 30.0, timeout_s: float | None = None, *, request_id: str = ""
+    ) -> Lease:
+        """Lease the stored part of a prefix. Of a chain longer than the daemon's limit, the part within it.
+
+        `request_id` is the engine's name of the request, at most 200 bytes: `kvctl explain` then tells what
+        of it was reused, and why the rest was not.
+        """
         deadline = self._connection.deadline(timeout_s)
         ttl_ms = max(1, round(lease_ttl_s * 1e3))
 
         def attempt() -> Lease:
             asked_at_s = time.monotonic()
-            session, answer = self._look_up(chain, ttl_ms, deadline)
+            session, answer = self._look_up(chain, ttl_ms, deadline, request_id)
             return Lease(
                 self._connection,
                 self._transport,
@@ -202,7 +208,7 @@ class BlockCache:
         )
 
     def _look_up(
-        self, chain: BlockChain, lease_ttl_ms: int, deadline: Deadline
+        self, chain: BlockChain, lease_ttl_ms: int, deadline: Deadline, request_id: str = ""
     ) -> tuple[Session, pb.LookupPrefixResponse]:
         session = self._connection.session(self.layout, deadline)
         request = pb.LookupPrefixRequest(
@@ -211,6 +217,7 @@ class BlockCache:
             shard=self.shard.to_proto(),
             keys=chain.packed_keys[: session.limits.max_keys * KEY_BYTES],
             lease_ttl_ms=min(lease_ttl_ms, session.limits.max_lease_ttl_ms),
+            request_id=request_id,
         )
         call = self._connection.channel.call
         return session, call(BLOCKS + "LookupPrefix", request, pb.LookupPrefixResponse, deadline)

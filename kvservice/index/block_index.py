@@ -20,6 +20,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 from zlib import crc32
 
 from google.protobuf.message import DecodeError
@@ -41,11 +42,22 @@ _ARENA_KEY = b"arena_id"
 _NEXT_LAYOUT_KEY = b"next_layout_id"
 _SSD_FILES_KEY = b"ssd_files"
 _VOLATILE_DIRECTORY_KEY = b"volatile_directory"
+_EMPTIED_KEY = b"dram_emptied"
 _ID_BYTES = 16
 
 #  | layout id u32 | serialized pb.Layout | crc u32 |     one layout, under its fingerprint; little-endian,
 #                                                        the crc over fingerprint, id and message
 _U32 = struct.Struct("<I")
+
+#  | when, ms u64 | why, UTF-8 |     the last time that the DRAM tier lost what it had; little-endian
+_EMPTIED_AT = struct.Struct("<Q")
+
+
+class Emptied(NamedTuple):
+    """The last time that the DRAM tier lost what it had."""
+
+    at_ms: int
+    why: str
 
 
 class BlockIndex:
@@ -61,6 +73,7 @@ class BlockIndex:
         self._layout_ids: dict[bytes, int] = {}
         self._layouts_in_flight: dict[bytes, asyncio.Future[tuple[None, None]]] = {}
         self._next_layout_id = 1
+        self.emptied_keys: list[bytes] = []  # Objects that the DRAM tier had when it was emptied at this start.
         self.damaged_layouts: list[bytes] = []  # Fingerprints. Their blocks are damaged, too.
         self._read_layouts()
 
@@ -85,10 +98,18 @@ class BlockIndex:
             durable.close()
             raise
 
-    def open_volatile(self, directory: Path, arena_id: bytes, *, map_bytes: int) -> str:
-        """Open the index of the arena. Returns why it was emptied, or "" where it was kept."""
+    def open_volatile(
+        self, directory: Path, arena_id: bytes, *, map_bytes: int, now_ms: int = 0, why_new: str = ""
+    ) -> str:
+        """Open the index of the arena. Returns why it was emptied, or "" where it was kept.
+
+        Where there was one before, it is noted for good that it was emptied, and why: `why_new`, if the
+        arena itself is new. Its keys are then in `emptied_keys`, if it can still be read.
+        """
         why_emptied = self.adopt_volatile(directory, arena_id, map_bytes=map_bytes)
         if why_emptied:
+            if self.volatile_directory is not None:
+                self._remember(_EMPTIED_KEY, _EMPTIED_AT.pack(now_ms) + (why_new or why_emptied).encode())
             with contextlib.suppress(FileNotFoundError):
                 shutil.rmtree(directory)
             volatile = Environment(directory, map_bytes=map_bytes, durable=False)
@@ -113,6 +134,8 @@ class BlockIndex:
             return str(error)
         wrong = [key.decode() for key, value in self._volatile_meta(arena_id).items() if found.get(key) != value]
         if wrong:
+            if wrong == [_ARENA_KEY.decode()]:
+                self.emptied_keys = [key for keys, _ in volatile.read(BLOCKS) for key in keys]
             volatile.close()
             return f"{', '.join(wrong)} differs"
         self._environments[TierName.DRAM] = volatile
@@ -129,6 +152,14 @@ class BlockIndex:
         """Where the volatile index was when it was opened last."""
         found = self._meta.get(_VOLATILE_DIRECTORY_KEY)
         return Path(os.fsdecode(found)) if found else None
+
+    @property
+    def dram_emptied(self) -> Emptied | None:
+        """None where the DRAM tier never lost anything by a restart."""
+        found = self._meta.get(_EMPTIED_KEY, b"")
+        if len(found) < _EMPTIED_AT.size:
+            return None
+        return Emptied(_EMPTIED_AT.unpack_from(found)[0], found[_EMPTIED_AT.size :].decode(errors="replace"))
 
     @property
     def ssd_files(self) -> list[Path]:

@@ -10,11 +10,12 @@ A record is the value that LMDB keeps under an object key (block key and shard):
     | stored at, ms u64      | used at, ms u64      | access number u64    |
     64                                                               96
     | parent key, 32 bytes                                            |
-    96                                                       116     120
-    | zeros: room for expiry and pin                         | crc u32 |
+    96                       104                             116     120
+    | pinned until, ms u64   | zeros: room for expiry        | crc u32 |
 
 Little-endian. The crc is CRC-32 over the object key and the record before it, so a record that was
-damaged, or stands under another key, is found.
+damaged, or stands under another key, is found. Records of before there were pins have zeros there:
+not pinned.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ RECORD = np.dtype(
         ("used_at_ms", "<u8"),
         ("access_seq", "<u8"),
         ("parent_key", "V32"),  # V, not S: an S loses the zero bytes at a key's end.
-        ("reserved", "V20"),
+        ("pinned_until_ms", "<u8"),  # 0: not pinned.
+        ("reserved", "V12"),
         ("crc", "<u4"),
     ]
 )

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from contextlib import aclosing
 
 import numpy as np
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from kvservice.blocks import NO_ROW, TierName
+from kvservice.rpc import explained
+from kvservice.rpc.explained import stored_block, timestamp
 from kvservice.rpc.interceptors import Context
 from kvservice.store.block_store import BlockStore
 from kvservice.tiers.base import Tier
@@ -20,6 +21,7 @@ from kvservice_api.v1 import types_pb2
 
 _PAGE_SIZE, _PAGE_SIZE_MAX = 100, 1000
 _DISCARD_KEYS_MAX = 65536
+_PIN_KEYS_MAX = 4096
 _ROWS_A_TURN = 64  # Of the event loop.
 _TIERS: dict[int, list[TierName]] = {types_pb2.TIER_DRAM: [TierName.DRAM], types_pb2.TIER_SSD: [TierName.SSD]}
 
@@ -41,7 +43,7 @@ class AdminService:
             version=self._version,
             store_id=index.store_id,
             boot_epoch=self._boot_epoch,
-            started_at=_timestamp(self._started_at_ms),
+            started_at=timestamp(self._started_at_ms),
             state="draining" if store.draining else "serving",
             dram=self._tier(TierName.DRAM, store.dram),
             ssd=self._tier(TierName.SSD, store.ssd),
@@ -77,20 +79,19 @@ class AdminService:
             if count % _ROWS_A_TURN == 0:
                 await asyncio.sleep(0)
             if blocks.live[row]:
-                listed.append(self._stored_block(row))
+                listed.append(stored_block(self._store, row))
         return pb.ListBlocksResponse(
             blocks=listed,
             next_page_token=f"{self._boot_epoch:x}.{rows[size]:x}" if more else "",
         )
 
     async def Inspect(self, request: pb.InspectRequest, context: Context) -> pb.InspectResponse:
-        if len(request.key) != KEY_BYTES:
-            raise InvalidRequest(f"a key has {KEY_BYTES} bytes, not {len(request.key)}", field="key")
+        _check_key(request.key)
         first = int(self._store.blocks.rows_of_keys([request.key])[0])
         if first == NO_ROW:
             raise BlockNotFound(f"nothing is stored under {request.key.hex()}", key=request.key.hex())
         layout = self._store.index.layouts[int(self._store.blocks.layout_id[first])]
-        shards = [self._stored_block(row) for row in self._store.blocks.shards_of(first)]
+        shards = [stored_block(self._store, row) for row in self._store.blocks.shards_of(first)]
         return pb.InspectResponse(shards=shards, layout=layout.to_proto())
 
     async def Discard(self, request: pb.DiscardRequest, context: Context) -> pb.DiscardResponse:
@@ -119,6 +120,41 @@ class AdminService:
                     )
                 )
 
+    async def Pin(self, request: pb.PinRequest, context: Context) -> pb.PinResponse:
+        keys = split_keys(request.keys, field="keys", count_max=_PIN_KEYS_MAX)
+        outcome = await self._store.pins.pin(keys, request.ttl_ms)
+        return pb.PinResponse(
+            pinned=outcome.pinned,
+            missing=outcome.missing,
+            pinned_until=timestamp(outcome.until_ms),
+            pinned_bytes=outcome.pinned_bytes,
+            pinned_bytes_max=outcome.pinned_bytes_max,
+        )
+
+    async def Unpin(self, request: pb.UnpinRequest, context: Context) -> pb.UnpinResponse:
+        outcome = await self._store.pins.unpin(split_keys(request.keys, field="keys", count_max=_PIN_KEYS_MAX))
+        return pb.UnpinResponse(**outcome._asdict())
+
+    async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
+        if bool(request.key) == bool(request.request_id):
+            raise InvalidRequest("give exactly one of key and request_id", field="key")
+        if request.request_id:
+            return pb.ExplainResponse(request=explained.request(self._store, request.request_id))
+        _check_key(request.key)
+        return pb.ExplainResponse(block=explained.block(self._store, request.key))
+
+    async def Drain(self, request: pb.DrainRequest, context: Context) -> None:
+        drain = self._store.drain
+        if request.action == pb.DRAIN_ACTION_UNDO:
+            await context.write(explained.drain(drain.undo()))
+            return
+        if request.action != pb.DRAIN_ACTION_BEGIN:
+            raise InvalidRequest("name the action: DRAIN_ACTION_BEGIN or DRAIN_ACTION_UNDO", field="action")
+        drain.begin()
+        async with aclosing(drain.progress()) as progress:
+            async for step in progress:
+                await context.write(explained.drain(step))
+
     def _tier(self, name: TierName, tier: Tier | None) -> pb.TierStatus:
         if tier is None:
             return pb.TierStatus()
@@ -129,23 +165,6 @@ class AdminService:
             used_bytes=tier.used_bytes,
             blocks=count,
             refusing_because=tier.refusing_because,
-        )
-
-    def _stored_block(self, row: int) -> pb.StoredBlock:
-        blocks = self._store.blocks
-        return pb.StoredBlock(
-            key=blocks.key_of(row),
-            parent_key=blocks.parent_key[row].tobytes(),
-            layout_fingerprint=self._store.index.layouts[int(blocks.layout_id[row])].fingerprint,
-            shard=blocks.shard_of(row).to_proto(),
-            token_count=int(blocks.token_count[row]),
-            size_bytes=int(blocks.size_bytes[row]),
-            in_dram=blocks.is_resident(row, TierName.DRAM),
-            on_ssd=blocks.is_resident(row, TierName.SSD),
-            stored_at=_timestamp(int(blocks.stored_at_ms[row])),
-            used_at=_timestamp(int(blocks.used_at_ms[row])),
-            hits=int(blocks.hits[row]),
-            leases=int(blocks.leases[row]),
         )
 
     def _layout_id(self, fingerprint: bytes) -> int:
@@ -166,13 +185,14 @@ class AdminService:
         raise InvalidRequest("this daemon gave no such page token: start from the first page", field="page_token")
 
 
+def _check_key(key: bytes) -> None:
+    if len(key) != KEY_BYTES:
+        raise InvalidRequest(f"a key has {KEY_BYTES} bytes, not {len(key)}", field="key")
+
+
 def _tiers(tier: int, where_unspecified: list[TierName]) -> list[TierName]:
     if tier == types_pb2.TIER_UNSPECIFIED:
         return where_unspecified
     if tier not in _TIERS:
         raise InvalidRequest(f"no tier has the number {tier}", field="tier")
     return _TIERS[tier]
-
-
-def _timestamp(wall_ms: int) -> Timestamp:
-    return Timestamp(seconds=wall_ms // 1000, nanos=wall_ms % 1000 * 1_000_000)

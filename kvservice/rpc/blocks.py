@@ -91,6 +91,7 @@ class BlockService:
             _shard(request),
             split_keys(request.keys, field="keys", count_max=self._limits.keys_max),
             request.lease_ttl_ms / 1000,
+            request.request_id,
         )
         runs = [pb.ResidencyRun(count=count, dram=dram, ssd=ssd) for count, dram, ssd in hit.runs]
         if hit.lease is None:
@@ -106,9 +107,11 @@ class BlockService:
         layers = _range(request.first_layer, request.layer_count, lease.shard.layers, "layer")
         if self._store.loads.open_count >= self._limits.loads_max:
             raise Overloaded(f"{self._limits.loads_max} loads are open, the most that this daemon takes")
-        async with aclosing(self._store.loads.run(lease, blocks, layers, _encode)) as frames:
-            async for frame in frames:
-                await context.write(frame)
+        with self._store.requests.load(lease, blocks, layers) as record:
+            async with aclosing(self._store.loads.run(lease, blocks, layers, _encode)) as frames:
+                async for frame in frames:
+                    await context.write(frame)
+                    record.sent_bytes += len(frame)
 
     async def SaveBlocks(self, requests: AsyncIterator[bytes], context: Context) -> pb.SaveBlocksResponse:
         header = await _next_message(requests)
@@ -117,7 +120,9 @@ class BlockService:
         if header.durability not in _ON_SSD:  # Never promise less than was asked for.
             raise InvalidRequest(f"no durability has the number {header.durability}", field="durability")
         if self._saves >= self._limits.saves_max:
-            raise Overloaded(f"{self._limits.saves_max} saves are open, the most that this daemon takes")
+            keys = split_keys(header.keys, field="keys", count_max=_SAVE_BLOCKS_MAX)
+            error = Overloaded(f"{self._limits.saves_max} saves are open, the most that this daemon takes")
+            raise self._store.refusal(keys, error)
         self._saves += 1
         try:
             return _save_response(await self._save(header, requests))

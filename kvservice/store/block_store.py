@@ -20,11 +20,16 @@ from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.policy.base import Policy
 from kvservice.store.coverage import cover
+from kvservice.store.drain import Drain
+from kvservice.store.explain import Explain
+from kvservice.store.history import History, Reason
 from kvservice.store.ingest import Ingest, Ingests, SaveRequest
 from kvservice.store.leases import Lease, Leases
 from kvservice.store.load import Loads
 from kvservice.store.pace import Pace
+from kvservice.store.pins import Pins
 from kvservice.store.promotion import Promotion
+from kvservice.store.requests import Requests
 from kvservice.store.residency import Residency
 from kvservice.store.room import Room, Watermarks
 from kvservice.store.scrub import Scrub
@@ -60,6 +65,9 @@ class StoreLimits:
     upload_wait_s: float = 10.0
     recency_flush_s: float = 60.0
     scrub_bytes_per_second: int = 200 << 20
+    pin_ttl_max_s: float = 30 * 86400.0
+    pin_fraction_max: float = 0.5
+    requests_remembered: int = 4096
 
 
 class Hit(NamedTuple):
@@ -97,6 +105,7 @@ class BlockStore:
         *,
         limits: StoreLimits,
         watermarks: dict[TierName, Watermarks],
+        history: History | None = None,
     ) -> None:
         self.blocks = blocks
         self.dram = dram
@@ -105,13 +114,13 @@ class BlockStore:
         self.clock = clock
         self.counters = counters
         self.limits = limits
-        self.draining = False
+        self.history = History(clock, 0) if history is None else history
         self.tasks = Tasks()
         self.pace = Pace()
         tiers: dict[TierName, Tier] = {TierName.DRAM: dram}
         if ssd is not None:
             tiers[TierName.SSD] = ssd
-        self.residency = Residency(blocks, tiers, index, counters, self.tasks)
+        self.residency = Residency(blocks, tiers, index, counters, self.tasks, self.history)
         self.room = Room(
             self.residency,
             policy,
@@ -150,6 +159,16 @@ class BlockStore:
         self.scrub = Scrub(
             self.residency, dram, ssd, clock, counters, executor, bytes_per_second=limits.scrub_bytes_per_second
         )
+        self.pins = Pins(
+            self.residency,
+            self.write_behind,
+            clock,
+            ttl_max_s=limits.pin_ttl_max_s,
+            fraction_max=limits.pin_fraction_max,
+        )
+        self.requests = Requests(blocks, clock, limits.requests_remembered)
+        self.explain = Explain(blocks, index, self.history, self.ingests)
+        self.drain = Drain(blocks, self.ingests, self.loads, self.write_behind, self.tasks)
 
     def start(self) -> None:
         """Begin the background work: room, write-behind, lease expiry, recency."""
@@ -166,6 +185,11 @@ class BlockStore:
         except KVError as error:
             log.warning("use times were not written", extra={"why": error.message})
         await self.tasks.stop()
+
+    @property
+    def draining(self) -> bool:
+        """Whether no save may begin."""
+        return self.drain.is_draining
 
     # Layouts
 
@@ -187,9 +211,19 @@ class BlockStore:
     # Finding
 
     def lookup(
-        self, client_id: bytes, fingerprint: bytes, shard: Shard | None, keys: Sequence[bytes], lease_ttl_s: float
+        self,
+        client_id: bytes,
+        fingerprint: bytes,
+        shard: Shard | None,
+        keys: Sequence[bytes],
+        lease_ttl_s: float,
+        request_id: str = "",
     ) -> Hit:
-        """How many leading blocks are stored; leases them where `lease_ttl_s` is not 0."""
+        """How many leading blocks are stored; leases them where `lease_ttl_s` is not 0.
+
+        With a `request_id` it is remembered for a while what was asked and found.
+        """
+        self.requests.check_id(request_id)
         layout_id, layout = self.layout(fingerprint)
         wanted = Shard.whole(layout) if shard is None else shard.check(layout)
         client = self.leases.client(client_id) if lease_ttl_s else None
@@ -206,7 +240,11 @@ class BlockStore:
             if client is not None:
                 ttl_s = min(lease_ttl_s, self.limits.lease_ttl_max_s)
                 lease = self.leases.grant(client, layout, wanted, rows, parts, held, ttl_s)
-        return Hit(len(rows), self._runs(rows), lease)
+        hit = Hit(len(rows), self._runs(rows), lease)
+        if request_id:
+            who = self.leases.name_of(client_id)
+            self.requests.note_lookup(request_id, self.index.layouts, layout_id, wanted, who, keys, hit.runs, lease)
+        return hit
 
     def _hits(self, keys: Sequence[bytes], layout_id: int, wanted: Shard) -> tuple[Rows, dict[int, tuple[int, ...]]]:
         blocks = self.blocks
@@ -268,7 +306,7 @@ class BlockStore:
     ) -> Ingest:
         """An upload, to be used as ``async with``. Raises Draining once the daemon is stopping."""
         if self.draining:
-            raise Draining("the daemon is stopping and takes no new saves")
+            raise self.refusal(keys, Draining(f"the daemon is {self.drain.word} and takes no new saves"))
         layout_id, layout = self.layout(fingerprint)
         client = self.leases.client(client_id)
         if len(parent_key) != KEY_BYTES:
@@ -277,6 +315,11 @@ class BlockStore:
         counts = [*[layout.block_tokens] * (len(keys) - 1), last]
         part = Shard.whole(layout) if shard is None else shard.check(layout)
         return self.ingests.begin(client, SaveRequest(layout_id, layout, part, parent_key, keys, counts))
+
+    def refusal(self, keys: Sequence[bytes], error: KVError) -> KVError:
+        """The error with which a save of these blocks ends before it has begun; it is remembered."""
+        self.history.note_keys(keys, Reason.REFUSED, error.reason)
+        return error
 
     # Moving and dropping
 
@@ -306,7 +349,7 @@ class BlockStore:
         return PrefetchOutcome(missing, in_dram, promoted, len(wanted) - promoted)
 
     async def evict(self, keys: Sequence[bytes], tier: TierName) -> EvictOutcome:
-        """Drop copies from one tier. What is leased or busy stays."""
+        """Drop copies from one tier. What is leased, busy or kept by a pin stays."""
         blocks = self.blocks
         evicted = held = missing = 0
         for part in _parts_of(list(dict.fromkeys(keys))):
@@ -314,7 +357,10 @@ class BlockStore:
             for first in blocks.rows_of_keys(part).tolist():
                 copies = [row for row in blocks.shards_of(first) if blocks.is_resident(row, tier)]
                 missing += not copies
-                free = [row for row in copies if self.residency.is_free(row)]
+                now_ms = self.clock.wall_ms()
+                free = [
+                    row for row in copies if self.residency.is_free(row) and not blocks.pin_keeps(row, tier, now_ms)
+                ]
                 held += len(copies) - len(free)
                 rows += free
             await self.residency.evict(rows, tier)
@@ -322,7 +368,7 @@ class BlockStore:
         return EvictOutcome(evicted, held, missing)
 
     async def discard(self, keys: Sequence[bytes]) -> tuple[int, int]:
-        """Forget blocks everywhere: how many objects, and how many keys had none."""
+        """Forget blocks everywhere, pinned or not: how many objects, and how many keys had none."""
         discarded = missing = 0
         for part in _parts_of(list(dict.fromkeys(keys))):
             first = self.blocks.rows_of_keys(part)

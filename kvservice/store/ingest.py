@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from kvservice.blocks import NO_ROW, BlockTable, Extent, TierName, object_key
 from kvservice.clock import Clock
 from kvservice.counters import Counters
+from kvservice.store.history import Reason
 from kvservice.store.leases import Client
 from kvservice.store.residency import Residency
 from kvservice.store.room import Room
@@ -401,6 +402,13 @@ class Ingest:
         counters.save_blocks_refused += len(outcome.refused)
         counters.save_bytes += sum(u.geometry.payload_bytes for u in good if u.position in outcome.stored)
         self._committed = True
+        self._note_refused()
+
+    def _note_refused(self) -> None:
+        refused = self._outcome.refused
+        for reason in {error.reason for error in refused.values()}:
+            keys = [self._request.keys[position] for position, error in refused.items() if error.reason == reason]
+            self._all.residency.history.note_keys(keys, Reason.REFUSED, reason)
 
     def _abandon(self) -> None:
         """The client has gone."""
@@ -412,7 +420,11 @@ class Ingest:
         if not self._over:
             self._over = True
             self._client.on_detach.discard(self._abandon)
-            self._all.counters.saves_abandoned += not self._committed
+            if not self._committed:
+                self._all.counters.saves_abandoned += 1
+                self._note_refused()
+                keys = [self._request.keys[position] for position in self._uploads]
+                self._all.residency.history.note_keys(keys, Reason.ABANDONED)
         for upload in list(self._uploads.values()):
             self._end(upload)
 

@@ -91,6 +91,11 @@ class Leases:
             raise UnknownClient("no attached client has this id: attach, then ask again", field="client_id")
         return client
 
+    def name_of(self, client_id: bytes) -> str:
+        """What the client calls itself; empty where no such client is attached."""
+        client = self._clients.get(client_id)
+        return client.name if client is not None else ""
+
     # Leases
 
     def grant(

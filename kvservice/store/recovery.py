@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from kvservice.blocks import BlockTable, ObjectKeys, Rows, TierName
 from kvservice.index.block_index import BlockIndex
 from kvservice.index.records import Records
+from kvservice.store.history import History
 from kvservice.tiers.base import Tier
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.layout import Layout, Shard, block_geometry
@@ -24,15 +25,19 @@ _LIKELY_BLOCK_BYTES = 64 << 10  # Should blocks be smaller, the table grows whil
 _ROWS_MIN, _ROWS_MAX = 1 << 12, 1 << 23
 _ROOM_FOR_MORE = 1.25  # Times the rows there are: unused ones take no memory.
 
-_COPIED = "layout_id token_count trailer_checksum parent_key stored_at_ms used_at_ms access_seq hits".split()
+_MERGED = ("access_seq", "used_at_ms", "hits", "pinned_until_ms")  # Of two records of one object the greater counts.
+_COPIED = ("layout_id", "token_count", "trailer_checksum", "parent_key", "stored_at_ms", *_MERGED)
 
 
-def recover(index: BlockIndex, tiers: Mapping[TierName, Tier]) -> BlockTable:
+def recover(index: BlockIndex, tiers: Mapping[TierName, Tier], history: History | None = None) -> BlockTable:
     """Fill a new table, and tell each tier which of its space is taken.
 
-    Records that contradict their tier, their layout or each other are dropped: their blocks are misses.
+    Records that contradict their tier, their layout or each other are dropped: their blocks are misses,
+    and `history` is told of them, as of those that an emptied DRAM tier had.
     Raises StorageFailed where those cannot be removed from the index.
     """
+    if history is not None:
+        history.note_lost(TierName.DRAM, index.emptied_keys)
     rows_likely = sum(tier.capacity_bytes for tier in tiers.values()) // _LIKELY_BLOCK_BYTES
     rows_likely = min(max(rows_likely, _ROWS_MIN), _ROWS_MAX)
     blocks: BlockTable | None = None
@@ -51,6 +56,8 @@ def recover(index: BlockIndex, tiers: Mapping[TierName, Tier]) -> BlockTable:
             dropped += [key.tobytes() for key in keys[~sound]]
         if dropped:
             log.error("records that cannot be trusted are dropped", extra={"tier": name, "count": len(dropped)})
+            if history is not None:
+                history.note_lost(name, dropped)
             index.delete_now(name, dropped)  # Before any later record, which may name the same space.
             keys, records, rows, sizes = keys[sound], records[sound], rows[sound], sizes[sound]
         tier.adopt(records["segment"], records["offset_bytes"], records["size_bytes"])
@@ -66,7 +73,7 @@ def _add_new(blocks: BlockTable, keys: ObjectKeys, records: Records, rows: Rows,
     if not old.any():  # As in the first tier: nothing needs to be picked out.
         rows[:] = blocks.add_many(keys, {name: records[name] for name in _COPIED} | {"size_bytes": sizes})
         return
-    for name in ("access_seq", "used_at_ms", "hits"):
+    for name in _MERGED:
         column = getattr(blocks, name)
         column[rows[old]] = np.maximum(column[rows[old]], records[name][old].astype(column.dtype))
     new = np.flatnonzero(~old)

@@ -20,6 +20,7 @@ from kvservice.blocks import BlockTable, Extent, Rows, TierName
 from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.index.records import Records, new_records
+from kvservice.store.history import History, Reason
 from kvservice.store.tasks import Tasks
 from kvservice.tiers.base import Tier
 from kvservice_api.errors import KVError, StorageFailed
@@ -31,19 +32,31 @@ _RETRY_S = 1.0
 _SETTLED_WITHIN_S = 5.0
 _FLUSH_ROWS = 1024  # A few milliseconds of the event loop.
 
+_COPIED = (
+    "layout_id token_count hits trailer_checksum stored_at_ms used_at_ms access_seq parent_key pinned_until_ms".split()
+)
+
 
 class Residency:
     """The block table, the tiers' space and the index's records, changed together."""
 
     def __init__(
-        self, blocks: BlockTable, tiers: Mapping[TierName, Tier], index: BlockIndex, counters: Counters, tasks: Tasks
+        self,
+        blocks: BlockTable,
+        tiers: Mapping[TierName, Tier],
+        index: BlockIndex,
+        counters: Counters,
+        tasks: Tasks,
+        history: History,
     ) -> None:
         self.blocks = blocks
         self.tiers = tiers
         self._index = index
         self._counters = counters
         self._tasks = tasks
+        self.history = history
         self._leaving: dict[bytes, asyncio.Future[None]] = {}  # Objects whose records are being removed.
+        self._placing: dict[tuple[int, TierName], asyncio.Future[None]] = {}  # Rows whose records are being written.
 
     # About one row
 
@@ -107,9 +120,15 @@ class Residency:
         extents are released, once `unread` says that nobody reads them.
         """
         names = [self.blocks.object_key_of(row) for row in rows]
+        placed = asyncio.get_running_loop().create_future()
+        self._placing |= dict.fromkeys(((row, tier) for row in rows), placed)
         self.hold(rows)
         try:
-            await self._index.put(tier, names, self._records(rows, extents), check)
+            records = self._records(rows, extents)
+            await self._index.put(tier, names, records, check)
+            while len(late := self._pinned_meanwhile(rows, records)):
+                records[late] = self._records([rows[at] for at in late], [extents[at] for at in late])
+                await self._index.put(tier, [names[at] for at in late], records[late])
         except BaseException:
             # A failed or abandoned commit may have reached the disk: its record must go before reuse.
             removal = _Removal(self._leaving, names)
@@ -119,8 +138,28 @@ class Residency:
         else:
             for row, extent in zip(rows, extents, strict=True):
                 self.blocks.set_extent(row, tier, extent)
+            self._note_arrival(np.asarray(rows, np.int64), tier)
         finally:
+            for row in rows:
+                del self._placing[row, tier]
+            placed.set_result(None)
             self.unhold(rows)
+
+    def _note_arrival(self, rows: Rows, tier: TierName) -> None:
+        """Since when the copies are there: as long as the block itself where it is new, else a later time."""
+        stored_ms = self.blocks.stored_at_ms[rows]
+        later_ms = np.maximum(stored_ms + np.uint64(1), np.uint64(self.history.now_ms))
+        self.blocks.since_ms(tier)[rows] = np.where(self.blocks.live[rows], later_ms, stored_ms)
+
+    def _pinned_meanwhile(self, rows: Sequence[int], records: Records) -> list[int]:
+        """Positions of rows that were pinned or unpinned after these records: `write_records` did not know of them.
+
+        Not of those that were discarded: the removal of their records has been submitted.
+        """
+        array = np.asarray(rows, np.int64)
+        other = self.blocks.pinned_until_ms[array] != records["pinned_until_ms"]
+        found: list[int] = np.flatnonzero(other & self.blocks.live[array]).tolist()
+        return found
 
     async def admit(self, rows: Sequence[int], extents: Sequence[Extent]) -> None:
         """Record new objects, whose bytes lie complete in DRAM, then make them visible.
@@ -142,23 +181,35 @@ class Residency:
         blocks.used_since_flush[used] = False
         for start in range(0, len(used), _FLUSH_ROWS):
             for tier in self.tiers:
-                # Asked anew for each part: blocks leave and move while the part before is committed.
-                part = used[start : start + _FLUSH_ROWS]
-                rows = [row for row in part if blocks.live[row] and blocks.is_resident(row, tier)]
-                extents = [extent for row in rows if (extent := blocks.extent(row, tier))]
-                names = [blocks.object_key_of(row) for row in rows]
                 try:
-                    await self._index.put(tier, names, self._records(rows, extents))
+                    await self._write_records(used[start : start + _FLUSH_ROWS], tier)
                 except KVError:
                     blocks.used_since_flush[used[start:]] = True  # Next time.
                     raise
 
+    async def write_records(self, rows: Sequence[int]) -> None:
+        """Write the records of these rows as the table has them now, in every tier that holds them, or soon will."""
+        writes = [self._write_records(rows, tier) for tier in self.tiers]
+        await asyncio.gather(*writes)
+        placing = {self._placing[row, tier] for row in rows for tier in self.tiers if (row, tier) in self._placing}
+        if placing:  # Their records were made before, and are made again by `place`.
+            await asyncio.wait(placing)
+
+    def _write_records(self, rows: Sequence[int], tier: TierName) -> asyncio.Future[None]:
+        blocks = self.blocks
+        # Asked anew each time: blocks leave and move while others are committed.
+        there = [row for row in rows if blocks.live[row] and blocks.is_resident(row, tier)]
+        extents = [extent for row in there if (extent := blocks.extent(row, tier))]
+        names = [blocks.object_key_of(row) for row in there]
+        return self._index.put(tier, names, self._records(there, extents))
+
     # Dropping
 
-    async def evict(self, rows: Sequence[int], tier: TierName) -> None:
+    async def evict(self, rows: Sequence[int], tier: TierName, policy: str = "") -> None:
         """Drop copies that nothing holds from one tier. A block without another copy is forgotten.
 
-        Raises StorageFailed where the records could not be removed; the copies then leave later.
+        `policy` is what chose them; empty where someone asked for it. Raises StorageFailed where the
+        records could not be removed; the copies then leave later.
         """
         blocks = self.blocks
         other = TierName.SSD if tier is TierName.DRAM else TierName.DRAM
@@ -179,13 +230,17 @@ class Residency:
             self._counters.lost_unwritten_blocks += len(last_copies)
         else:
             self._counters.evicted_ssd_blocks += len(rows)
+        why = Reason.EVICTED if policy else Reason.EVICTED_ON_REQUEST
+        for part, last_copy in ((demoted, False), (last_copies, True)):
+            self.history.note_rows(blocks, part, why, tier=tier, word=policy, last_copy=last_copy)
         # Both begin before anything is awaited: nobody finds half of it done, or can cancel half of it.
         removals = [self._begin_removal({tier: freed}, demoted), self._begin_discard(last_copies)]
         for removal in removals:
             await removal.recorded()
 
-    async def discard(self, rows: Sequence[int]) -> None:
+    async def discard(self, rows: Sequence[int], why: Reason = Reason.DISCARDED) -> None:
         """Forget blocks everywhere: invisible at once, records next, bytes when nothing holds them."""
+        self.history.note_rows(self.blocks, rows, why)
         await self._begin_discard(rows).recorded()
 
     async def quarantine(self, row: int, tier: TierName, what: str) -> None:
@@ -197,8 +252,9 @@ class Residency:
         )
         if self.blocks.live[row]:
             self._counters.quarantined_blocks += 1
+            self.history.note_rows(self.blocks, [row], Reason.QUARANTINED, tier=tier)
             with contextlib.suppress(StorageFailed):  # It is invisible already; its records leave later.
-                await self.discard([row])
+                await self._begin_discard([row]).recorded()
 
     def _begin_discard(self, rows: Sequence[int]) -> _Removal:
         for row in rows:
@@ -260,7 +316,7 @@ class Residency:
     def _records(self, rows: Sequence[int], extents: Sequence[Extent]) -> Records:
         blocks = self.blocks
         records = new_records(len(rows))
-        for name in "layout_id token_count hits trailer_checksum stored_at_ms used_at_ms access_seq parent_key".split():
+        for name in _COPIED:
             records[name] = getattr(blocks, name)[list(rows)]
         for field, place in (("segment", 0), ("offset_bytes", 1), ("size_bytes", 2)):
             records[field] = [extent[place] for extent in extents]

@@ -133,7 +133,7 @@ class Room:
         if await self._residency.tiers[tier].grown():
             return True
         if rows := await self._choose(tier, size_bytes):
-            await self._residency.evict(rows, tier)
+            await self._residency.evict(rows, tier, self._policy.name)
             return True
         if tier is TierName.DRAM and self._cleaner is not None and self._cleaner.can_progress():
             await self._cleaner.progress()
@@ -162,18 +162,21 @@ class Room:
 
     def _may_leave(self, row: int, tier: TierName) -> bool:
         blocks = self._blocks
-        return bool(blocks.live[row]) and blocks.is_resident(row, tier) and self._residency.is_free(row)
+        free = bool(blocks.live[row]) and blocks.is_resident(row, tier) and self._residency.is_free(row)
+        return free and not blocks.pin_keeps(row, tier, self._clock.wall_ms())
 
     async def _rank(self, tier: TierName) -> bool:
         """Fill the queue of victims, the least valuable first. False where there is none."""
         blocks = self._blocks
         end = blocks.row_end
         free = blocks.resident(tier) & blocks.live[:end] & (blocks.leases[:end] == 0) & (blocks.holds[:end] == 0)
+        pinned = blocks.pinned(self._clock.wall_ms())
         if tier is TierName.DRAM:
             rows = np.flatnonzero(free & blocks.resident(TierName.SSD))  # These leave without loss.
             if not len(rows) and not (self._cleaner is not None and self._cleaner.can_progress()):
-                rows = np.flatnonzero(free)
+                rows = np.flatnonzero(free & ~pinned)
         else:
+            free &= ~pinned
             rows = np.flatnonzero(free & ~blocks.resident(TierName.DRAM))
             if not len(rows):
                 rows = np.flatnonzero(free)
@@ -210,7 +213,7 @@ class Room:
                     rows = [row for row in rows if self._blocks.is_resident(row, TierName.SSD)]
                 if not rows:
                     return
-                await self._residency.evict(rows, tier)
+                await self._residency.evict(rows, tier, self._policy.name)
                 until = marks.high
 
 

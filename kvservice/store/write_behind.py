@@ -113,6 +113,16 @@ class WriteBehind:
         finally:
             self._awaited -= 1
 
+    @property
+    def pending(self) -> int:
+        """Blocks that are queued or under way."""
+        return self._pending
+
+    @property
+    def failing_because(self) -> str:
+        """Why nothing can be written just now; empty while it can."""
+        return self._failing_because
+
     async def idle(self) -> None:
         """Wait until nothing is left to write."""
         async with self._progress:

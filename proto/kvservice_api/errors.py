@@ -13,8 +13,10 @@
   x TlsFileUnusable    FAILED_PRECONDITION  correct the file that the message names
   x LeaseNotYours      PERMISSION_DENIED    use the lease of your own lookup
   x BlockNotFound      NOT_FOUND            recompute
+  x RequestNotFound    NOT_FOUND            ask for a later one; only the last lookups are remembered
   x TierFull           RESOURCE_EXHAUSTED   skip this save; a cache is allowed to be full
   x IndexFull          RESOURCE_EXHAUSTED   skip this save; raise the index's map size
+  x PinsFull           RESOURCE_EXHAUSTED   unpin others first, or raise pins.fraction_max
   x Overloaded         RESOURCE_EXHAUSTED   recompute, or retry after the time given
   x ChecksumMismatch   DATA_LOSS            recompute; the daemon has dropped the block
   x UploadCorrupted    DATA_LOSS            send the block again
@@ -111,12 +113,20 @@ class BlockNotFound(KVError, code=grpc.StatusCode.NOT_FOUND):
     """Nothing is stored under this key."""
 
 
+class RequestNotFound(KVError, code=grpc.StatusCode.NOT_FOUND):
+    """No lookup with this request id is remembered."""
+
+
 class TierFull(KVError, code=grpc.StatusCode.RESOURCE_EXHAUSTED):
     """A tier has no space, and nothing in it may be evicted now."""
 
 
 class IndexFull(KVError, code=grpc.StatusCode.RESOURCE_EXHAUSTED):
     """The index's map has no space for another record."""
+
+
+class PinsFull(KVError, code=grpc.StatusCode.RESOURCE_EXHAUSTED):
+    """The blocks would take more of their tier than pins may."""
 
 
 class Overloaded(KVError, code=grpc.StatusCode.RESOURCE_EXHAUSTED):

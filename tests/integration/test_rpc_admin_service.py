@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from kvservice_api.errors import BlockNotFound
+from kvservice_api.errors import BlockNotFound, Draining, InvalidRequest, PinsFull, RequestNotFound
 from kvservice_api.keys import BlockChain
 from kvservice_api.layout import Layout
 from kvservice_api.v1 import admin_pb2 as pb
@@ -149,3 +149,96 @@ def test_Scrub_reads_every_copy_of_the_tiers_it_is_told(wire: Wire) -> None:
     assert scrub(tier=DRAM).blocks_checked == 3
     assert scrub(tier=SSD, bytes_per_second=2**30).blocks_checked == 4
     assert wire.status().counters["scrubbed_bytes"] == before + 2 * both.bytes_checked
+
+
+def test_Pin_keeps_blocks_from_leaving_and_says_until_when(wire: Wire) -> None:
+    chain = saved(wire)
+    keys = chain[:2].packed_keys + new_chain(SMALL).packed_keys
+    answer = wire.admin.Pin(pb.PinRequest(keys=keys, ttl_ms=60_000))
+    assert (answer.pinned, answer.missing) == (2, 1)
+    assert answer.pinned_bytes == 2 * 16 * 1024 < answer.pinned_bytes_max
+    shown = [wire.admin.Inspect(pb.InspectRequest(key=key)).shards[0] for key in chain]
+    assert [shard.pinned_until == answer.pinned_until for shard in shown] == [True, True, False]
+    assert 0 < answer.pinned_until.seconds - shown[0].stored_at.seconds <= 61
+
+    evict = blocks_pb2.EvictRequest(keys=chain.packed_keys, tier=SSD)
+    assert wire.blocks.Evict(evict) == blocks_pb2.EvictResponse(evicted=1, held=2)
+    assert wire.has(SMALL, chain)
+
+
+def test_Pin_refuses_what_makes_no_sense(wire: Wire) -> None:
+    chain = saved(wire)
+    before = wire.state()
+    for ttl_ms in (0, 30 * 86_400_000 + 1, 2**64 - 1):
+        with refused(InvalidRequest, "more than 0 s, and at most 2592000 s", field="ttl_ms"):
+            wire.admin.Pin(pb.PinRequest(keys=chain.packed_keys, ttl_ms=ttl_ms))
+    for keys, message in ((b"", "keys of 32"), (b"x" * 31, "keys of 32"), (bytes(32 * 4097), "4096")):
+        with refused(InvalidRequest, message, field="keys"):
+            wire.admin.Pin(pb.PinRequest(keys=keys, ttl_ms=1000))
+    assert wire.state() == before
+    assert not wire.admin.Inspect(pb.InspectRequest(key=chain.keys[0])).shards[0].HasField("pinned_until")
+
+
+def test_Pin_refuses_more_than_the_share_of_pins(new_daemon: Callable[..., DaemonProcess], wire: Wire) -> None:
+    wire.admin.Pin(pb.PinRequest(keys=saved(wire).packed_keys, ttl_ms=1000))
+    with Wire(new_daemon(pins__fraction_max=0).address) as other:
+        other.attach()
+        other.open_layout(SMALL)
+        with refused(PinsFull, "may take 0"):
+            other.admin.Pin(pb.PinRequest(keys=saved(other).packed_keys, ttl_ms=1000))
+
+
+def test_Unpin_ends_pins_and_counts_the_rest(wire: Wire) -> None:
+    chain = saved(wire)
+    wire.admin.Pin(pb.PinRequest(keys=chain[:2].packed_keys, ttl_ms=60_000))
+    keys = chain[1:].packed_keys + new_chain(SMALL).packed_keys
+    assert wire.admin.Unpin(pb.UnpinRequest(keys=keys)) == pb.UnpinResponse(unpinned=1, not_pinned=1, missing=1)
+    assert wire.blocks.Evict(blocks_pb2.EvictRequest(keys=chain.packed_keys, tier=SSD)).held == 1
+    with refused(InvalidRequest, "keys of 32", field="keys"):
+        wire.admin.Unpin(pb.UnpinRequest(keys=b"x"))
+
+
+def test_Explain_answers_what_it_is_asked(wire: Wire) -> None:
+    chain = saved(wire)
+    wire.blocks.LookupPrefix(
+        blocks_pb2.LookupPrefixRequest(
+            layout_fingerprint=SMALL.fingerprint, keys=chain.packed_keys, request_id="request"
+        )
+    )
+    block = wire.admin.Explain(pb.ExplainRequest(key=chain.keys[0]))
+    assert block.HasField("block")
+    assert not block.HasField("request")
+    assert [shard.block.key for shard in block.block.shards] == [chain.keys[0]]
+    request = wire.admin.Explain(pb.ExplainRequest(request_id="request"))
+    assert not request.HasField("block")
+    assert [lookup.hit_blocks for lookup in request.request.lookups] == [3]
+    assert request.request.lookups[0].client_name == ""
+
+    with refused(InvalidRequest, "exactly one"):
+        wire.admin.Explain(pb.ExplainRequest())
+    with refused(InvalidRequest, "exactly one"):
+        wire.admin.Explain(pb.ExplainRequest(key=chain.keys[0], request_id="request"))
+    with refused(InvalidRequest, "32 bytes, not 31", field="key"):
+        wire.admin.Explain(pb.ExplainRequest(key=bytes(31)))
+    with refused(RequestNotFound, "'another'", request_id="another"):
+        wire.admin.Explain(pb.ExplainRequest(request_id="another"))
+
+
+def test_Drain_refuses_saves_until_it_is_undone_and_serves_loads_meanwhile(wire: Wire) -> None:
+    chain = new_chain(SMALL, 3)
+    assert wire.save(Upload.of(wire, SMALL, chain).messages()).stored == 3
+    upload = Upload.of(wire, SMALL, new_chain(SMALL))
+    *_, last = wire.admin.Drain(pb.DrainRequest(action=pb.DRAIN_ACTION_BEGIN))
+    assert (last.done, last.blocks_only_in_dram, last.unwritten) == (True, 0, 0)
+    assert wire.state()["blocks on SSD"] == 3
+    assert wire.status().state == "draining"
+    with refused(Draining, "draining"):
+        wire.save(upload.messages())
+    assert wire.has(SMALL, chain)
+
+    assert len(list(wire.admin.Drain(pb.DrainRequest(action=pb.DRAIN_ACTION_UNDO)))) == 1
+    assert wire.status().state == "serving"
+    assert wire.save(upload.messages()).stored == 1
+    with refused(InvalidRequest, "DRAIN_ACTION_BEGIN", field="action"):
+        list(wire.admin.Drain(pb.DrainRequest()))
+    assert wire.status().state == "serving"

@@ -29,7 +29,7 @@ from kvservice.store.block_store import StoreLimits
 from kvservice.store.ingest import Ingest, SaveOutcome
 from kvservice.store.leases import Client, Lease
 from kvservice.store.room import Watermarks
-from kvservice_api.errors import BlockNotFound, LeaseExpired, Overloaded, TierFull, UploadCorrupted
+from kvservice_api.errors import BlockNotFound, LeaseExpired, Overloaded, PinsFull, TierFull, UploadCorrupted
 from kvservice_api.frames import Frame
 from kvservice_api.keys import BlockChain, block_chain
 from kvservice_api.layout import Layout, Shard
@@ -126,7 +126,9 @@ class StoreMachine(RuleBasedStateMachine):
         super().__init__()
         self.loop = asyncio.new_event_loop()
         self.folder = Path(tempfile.mkdtemp(prefix="kvservice-test-", dir="/dev/shm"))
-        limits = StoreLimits(reserve_wait_s=1.0, upload_wait_s=0.02, frame_bytes=7000, leases_per_client_max=64)
+        limits = StoreLimits(
+            reserve_wait_s=1.0, upload_wait_s=0.02, frame_bytes=7000, leases_per_client_max=64, pin_fraction_max=0.9
+        )
         self.files = StoreFiles(
             self.folder, dram_bytes=self.dram_bytes, ssd_bytes=self.ssd_bytes, ssd_files=2,
             watermarks=self.watermarks, limits=limits,
@@ -134,6 +136,7 @@ class StoreMachine(RuleBasedStateMachine):
         # The model
         self.versions: dict[Object, set[int]] = {}  # What is visible, and which of the saved contents it may have.
         self.doubtful: dict[Object, set[int]] = {}  # What a crash may bring back, or not.
+        self.pins: dict[Object, int] = {}  # When they end, by the wall clock.
         self.last_version = 0
         self.evictions_seen = 0
         self.clients: list[Client] = []
@@ -385,6 +388,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert self.do(self.store.discard_layout(layout.fingerprint)) == len(gone)
             for name in gone:
                 del self.versions[name]
+                self.pins.pop(name, None)
         else:
             gone = [name for name in self.versions if name[0] in part.keys]
             missing = len(set(part.keys) - {key for key, _ in gone})
@@ -399,6 +403,21 @@ class StoreMachine(RuleBasedStateMachine):
             objects = [name for name in self.versions if name[0] in part.keys]
             assert outcome.failed == 0 and outcome.in_dram + outcome.promoted == len(objects)
             assert all(TierName.DRAM in self.opened.residency(*name) for name in objects)
+
+    @rule(chain=chains, first=firsts, count=counts, ttl_s=st.sampled_from([0, 5, 50, 500]))
+    def pin_or_unpin(self, chain: int, first: int, count: int, ttl_s: int) -> None:
+        _, part = self.part(chain, first, count)
+        until_ms = 0
+        try:
+            if ttl_s:
+                until_ms = self.do(self.store.pins.pin(part.keys, ttl_s * 1000)).until_ms
+            else:
+                self.do(self.store.pins.unpin(part.keys))
+        except PinsFull:
+            assert not self.ample
+            return
+        self.reconcile()
+        self.pins |= {name: until_ms for name in self.versions if name[0] in part.keys}
 
     @rule(what=st.sampled_from(["settle", "recency", "scrub"]))
     def upkeep(self, what: str) -> None:
@@ -513,6 +532,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert found >= set(self.versions), "a restart lost what was there"
         for name in found - set(self.versions):
             self.versions[name] = self.doubtful[name]  # KeyError: it was never saved, or was gone for good.
+            self.pins[name] = self.pinned_until_ms(name)  # It comes back as it was, pinned or not.
         self.doubtful = {}
         assert self.do(self._scrub()) == 0, "a restart brought back a block with other bytes"
 
@@ -532,6 +552,10 @@ class StoreMachine(RuleBasedStateMachine):
                 assert apart or one.segment != following.segment, "two blocks share bytes"
             arrays = np.array(extents, np.int64).reshape(-1, 3).T
             assert space.holds(*arrays).all()
+        for name in self.versions:
+            now_ms = self.files.clock.wall_ms()
+            until_ms, expected_ms = self.pinned_until_ms(name), self.pins.get(name, 0)
+            assert until_ms == expected_ms or max(until_ms, expected_ms) <= now_ms, "a pin is not what it was"
         for held in self.leases:
             for row in held.lease.held_rows.tolist():
                 for tier in TierName:
@@ -550,6 +574,8 @@ class StoreMachine(RuleBasedStateMachine):
             assert not lost
         assert len(lost) <= evictions - self.evictions_seen, "a block is gone that nobody evicted"
         self.evictions_seen = evictions
+        now_ms = self.files.clock.wall_ms()
+        assert not any(self.pins.get(name, 0) > now_ms for name in lost), "a pinned block was evicted"
         self.go(list(lost))
 
     # What rules are made of
@@ -557,6 +583,10 @@ class StoreMachine(RuleBasedStateMachine):
     def visible(self) -> set[Object]:
         blocks = self.store.blocks
         return {(blocks.key_of(row), blocks.shard_of(row)) for row in blocks.live_rows().tolist()}
+
+    def pinned_until_ms(self, name: Object) -> int:
+        row = self.store.blocks.row_of(*name)
+        return int(self.store.blocks.pinned_until_ms[row])
 
     def client(self, number: int) -> Client:
         return self.clients[number % len(self.clients)]
@@ -663,7 +693,8 @@ class StoreMachine(RuleBasedStateMachine):
         blocks = self.store.blocks
         rows = [row for first in set(blocks.rows_of_keys(chain.keys).tolist()) for row in blocks.shards_of(first)]
         copies = [row for row in rows if blocks.is_resident(row, tier)]
-        leaving = [row for row in copies if not blocks.leases[row] and not blocks.holds[row]]
+        free = [row for row in copies if not blocks.leases[row] and not blocks.holds[row]]
+        leaving = [row for row in free if not self.pin_keeps((blocks.key_of(row), blocks.shard_of(row)), tier)]
         names = [(blocks.key_of(row), blocks.shard_of(row)) for row in leaving]
         gone = [name for name in names if self.opened.residency(*name) == {tier}]
         self.go(gone)
@@ -671,9 +702,16 @@ class StoreMachine(RuleBasedStateMachine):
         assert (outcome.evicted, outcome.held) == (len(leaving), len(copies) - len(leaving))
         self.gone(gone)
 
+    def pin_keeps(self, name: Object, tier: TierName) -> bool:
+        """A pinned block's copy on SSD stays, and so does one that only DRAM has."""
+        if self.pins.get(name, 0) <= self.files.clock.wall_ms():
+            return False
+        return tier is TierName.SSD or TierName.SSD not in self.opened.residency(*name)
+
     def go(self, names: list[Object]) -> None:
         """They are invisible, and a crash may bring them back until their records are gone."""
         for name in names:
+            self.pins.pop(name, None)
             self.doubtful.setdefault(name, set()).update(self.versions.pop(name))
 
     def gone(self, names: list[Object]) -> None:

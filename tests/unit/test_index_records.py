@@ -18,6 +18,10 @@ GOLDEN_VALUE = (
 )
 
 
+# Of a version that knew no pins, which is that of GOLDEN_VALUE: zeros where the end of a pin stands now.
+PINNED_AT = 96
+
+
 def golden_record() -> Records:
     record = new_records(1)
     for name, value in {
@@ -45,9 +49,29 @@ def test_the_bytes_on_disk_are_the_golden_ones() -> None:
     assert value[-4:].hex() == "4052a2ba"
 
 
+def test_the_end_of_a_pin_stands_where_older_versions_had_zeros() -> None:
+    pinned = golden_record()
+    pinned["pinned_until_ms"] = 0x0102030405060708
+
+    [value] = encode_records([GOLDEN_KEY], pinned)
+
+    assert value[PINNED_AT : PINNED_AT + 8].hex() == "0807060504030201"
+    assert value[:PINNED_AT].hex() + bytes(8).hex() + value[PINNED_AT + 8 : -4].hex() == GOLDEN_VALUE
+
+
+def test_a_record_of_before_there_were_pins_is_read_as_unpinned() -> None:
+    old = bytes.fromhex(GOLDEN_VALUE) + bytes.fromhex("4052a2ba")
+
+    sound, records = decode_records([GOLDEN_KEY], [old])
+
+    assert sound.all()
+    assert records["pinned_until_ms"].tolist() == [0]
+    assert records["trailer_checksum"].tolist() == [0x0123456789ABCDEF]
+
+
 def test_records_come_back_as_they_were() -> None:
     keys, records = some_keys(100), some_records(100)
-    records["access_seq"] = 2**64 - 1
+    records["access_seq"] = records["pinned_until_ms"] = 2**64 - 1
     records["parent_key"][5] = np.void(b"ends in zeros" + bytes(19))
 
     sound, decoded = decode_records(keys, encode_records(keys, records))

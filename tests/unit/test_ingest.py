@@ -464,6 +464,6 @@ async def test_a_save_of_what_cannot_be_is_refused(
 
 
 async def test_a_daemon_that_stops_takes_no_new_saves(opened: OpenStore, client: Client) -> None:
-    opened.store.draining = True
+    opened.store.drain.begin()
     with pytest.raises(Draining):
         opened.begin_save(client, some_chain(1))

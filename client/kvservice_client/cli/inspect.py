@@ -47,3 +47,6 @@ def inspect(
             str(block.leases),
         )
     console.print(rows)
+    for block in answer.shards:
+        if block.HasField("pinned_until"):
+            console.print(f"pinned until {output.when(block.pinned_until)}")

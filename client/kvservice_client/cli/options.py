@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
+import re
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Annotated, Any
@@ -14,6 +16,8 @@ from kvservice_api.keys import KEY_BYTES
 from kvservice_client.admin import Tier
 from kvservice_client.client import Client
 from kvservice_client.tls import TlsFiles
+
+_SPAN_MAX_S = 1e9  # Some thirty years.
 
 Address = Annotated[
     str,
@@ -26,6 +30,18 @@ LayoutOption = Annotated[str, typer.Option("--layout", metavar="FINGERPRINT", he
 Keys = Annotated[list[str], typer.Argument(metavar="KEY...", help="Block keys, 64 hexadecimal digits each.")]
 
 _PANEL = "TLS, for a daemon at host:port"
+
+_UNITS_S = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d)")
+
+
+def seconds(text: str, what: str) -> float:
+    """A span of time from text such as ``90s``, ``15min``, ``2h`` or ``7d``."""
+    found = _SPAN.fullmatch(text.strip())
+    span_s = float(found[1]) * _UNITS_S[found[2]] if found else math.inf
+    if span_s > _SPAN_MAX_S:
+        raise typer.BadParameter(f"{what} {text!r} is no span of time such as 90s, 15min, 2h or 7d")
+    return span_s
 
 
 def _tls_option(flag: str, text: str, metavar: str = "FILE") -> Any:

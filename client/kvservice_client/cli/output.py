@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from rich.console import Console
@@ -23,8 +23,16 @@ def print_json(document: object) -> None:
 
 
 def plain(message: Message) -> dict[str, Any]:
-    """A message as JSON types, all fields shown: bytes and fixed64 in hexadecimal, times in ISO 8601."""
-    return {field.name: _plain_field(field, getattr(message, field.name)) for field in message.DESCRIPTOR.fields}
+    """A message as JSON types, all fields shown: bytes and fixed64 in hexadecimal, times in ISO 8601.
+
+    An absent message is None, and the values of enums are their names.
+    """
+    return {
+        field.name: _plain_field(field, getattr(message, field.name))
+        if field.message_type is None or not field.has_presence or message.HasField(field.name)
+        else None
+        for field in message.DESCRIPTOR.fields
+    }
 
 
 def _plain_field(field: Any, value: Any) -> Any:
@@ -44,11 +52,27 @@ def _plain_value(field: Any, value: Any) -> Any:
         return value.hex()
     if field.type == FieldDescriptor.TYPE_FIXED64:
         return f"{value:016x}"
+    if field.type == FieldDescriptor.TYPE_ENUM:
+        return enum_name(field.enum_type, value)
     return value
+
+
+def enum_name(kind: EnumDescriptor, value: int) -> str:
+    """The value's name without its kind's: ``evicted`` for MISS_REASON_EVICTED."""
+    zero: str = kind.values_by_number[0].name
+    if value not in kind.values_by_number:  # Of a newer daemon.
+        return str(value)
+    name: str = kind.values_by_number[value].name
+    return name.removeprefix(zero.removesuffix("UNSPECIFIED")).lower()
 
 
 def moment(timestamp: Timestamp) -> datetime:
     return timestamp.ToDatetime(UTC)
+
+
+def when(timestamp: Timestamp) -> str:
+    """The moment by the clock on the wall, for people."""
+    return moment(timestamp).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def age(timestamp: Timestamp) -> str:

@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from kvservice_api.v1 import types_pb2 as kvservice__api_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckvservice_api/v1/admin.proto\x12\x10kvservice_api.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1ckvservice_api/v1/types.proto\"\x0f\n\rStatusRequest\"\xd1\x03\n\x0eStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08store_id\x18\x02 \x01(\x0c\x12\x12\n\nboot_epoch\x18\x03 \x01(\x06\x12.\n\nstarted_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05state\x18\x05 \x01(\t\x12*\n\x04\x64ram\x18\x06 \x01(\x0b\x32\x1c.kvservice_api.v1.TierStatus\x12)\n\x03ssd\x18\x07 \x01(\x0b\x32\x1c.kvservice_api.v1.TierStatus\x12,\n\x05index\x18\x08 \x01(\x0b\x32\x1d.kvservice_api.v1.IndexStatus\x12\x0e\n\x06\x62locks\x18\t \x01(\x04\x12\x0f\n\x07layouts\x18\n \x01(\r\x12\x0f\n\x07\x63lients\x18\x0b \x01(\r\x12\x0e\n\x06leases\x18\x0c \x01(\r\x12\x0f\n\x07uploads\x18\r \x01(\r\x12@\n\x08\x63ounters\x18\x0e \x03(\x0b\x32..kvservice_api.v1.StatusResponse.CountersEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"b\n\nTierStatus\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x01 \x01(\x04\x12\x12\n\nused_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x03 \x01(\x04\x12\x18\n\x10refusing_because\x18\x04 \x01(\t\"}\n\x0bIndexStatus\x12\x19\n\x11\x64urable_map_bytes\x18\x01 \x01(\x04\x12\x1a\n\x12\x64urable_used_bytes\x18\x02 \x01(\x04\x12\x1a\n\x12volatile_map_bytes\x18\x03 \x01(\x04\x12\x1b\n\x13volatile_used_bytes\x18\x04 \x01(\x04\"|\n\x11ListBlocksRequest\x12\x1a\n\x12layout_fingerprint\x18\x01 \x01(\x0c\x12$\n\x04tier\x18\x02 \x01(\x0e\x32\x16.kvservice_api.v1.Tier\x12\x11\n\tpage_size\x18\x03 \x01(\r\x12\x12\n\npage_token\x18\x04 \x01(\t\"\\\n\x12ListBlocksResponse\x12-\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x1d.kvservice_api.v1.StoredBlock\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xb6\x02\n\x0bStoredBlock\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x12\n\nparent_key\x18\x02 \x01(\x0c\x12\x1a\n\x12layout_fingerprint\x18\x03 \x01(\x0c\x12&\n\x05shard\x18\x04 \x01(\x0b\x32\x17.kvservice_api.v1.Shard\x12\x13\n\x0btoken_count\x18\x05 \x01(\r\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\x12\x0f\n\x07in_dram\x18\x07 \x01(\x08\x12\x0e\n\x06on_ssd\x18\x08 \x01(\x08\x12-\n\tstored_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07used_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04hits\x18\x0b \x01(\r\x12\x0e\n\x06leases\x18\x0c \x01(\r\"\x1d\n\x0eInspectRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\"j\n\x0fInspectResponse\x12-\n\x06shards\x18\x01 \x03(\x0b\x32\x1d.kvservice_api.v1.StoredBlock\x12(\n\x06layout\x18\x02 \x01(\x0b\x32\x18.kvservice_api.v1.Layout\"N\n\x0e\x44iscardRequest\x12\x0c\n\x04keys\x18\x01 \x01(\x0c\x12\x1a\n\x12layout_fingerprint\x18\x02 \x01(\x0c\x12\x12\n\neverything\x18\x03 \x01(\x08\"5\n\x0f\x44iscardResponse\x12\x11\n\tdiscarded\x18\x01 \x01(\r\x12\x0f\n\x07missing\x18\x02 \x01(\r\"N\n\x0cScrubRequest\x12$\n\x04tier\x18\x01 \x01(\x0e\x32\x16.kvservice_api.v1.Tier\x12\x18\n\x10\x62ytes_per_second\x18\x02 \x01(\x04\"s\n\rScrubResponse\x12\x14\n\x0c\x62locks_total\x18\x01 \x01(\x04\x12\x16\n\x0e\x62locks_checked\x18\x02 \x01(\x04\x12\x15\n\rbytes_checked\x18\x03 \x01(\x04\x12\x0f\n\x07\x64\x61maged\x18\x04 \x01(\x04\x12\x0c\n\x04\x64one\x18\x05 \x01(\x08\x32\xa0\x03\n\x0c\x41\x64minService\x12K\n\x06Status\x12\x1f.kvservice_api.v1.StatusRequest\x1a .kvservice_api.v1.StatusResponse\x12W\n\nListBlocks\x12#.kvservice_api.v1.ListBlocksRequest\x1a$.kvservice_api.v1.ListBlocksResponse\x12N\n\x07Inspect\x12 .kvservice_api.v1.InspectRequest\x1a!.kvservice_api.v1.InspectResponse\x12N\n\x07\x44iscard\x12 .kvservice_api.v1.DiscardRequest\x1a!.kvservice_api.v1.DiscardResponse\x12J\n\x05Scrub\x12\x1e.kvservice_api.v1.ScrubRequest\x1a\x1f.kvservice_api.v1.ScrubResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckvservice_api/v1/admin.proto\x12\x10kvservice_api.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1ckvservice_api/v1/types.proto\"\x0f\n\rStatusRequest\"\xd1\x03\n\x0eStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08store_id\x18\x02 \x01(\x0c\x12\x12\n\nboot_epoch\x18\x03 \x01(\x06\x12.\n\nstarted_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05state\x18\x05 \x01(\t\x12*\n\x04\x64ram\x18\x06 \x01(\x0b\x32\x1c.kvservice_api.v1.TierStatus\x12)\n\x03ssd\x18\x07 \x01(\x0b\x32\x1c.kvservice_api.v1.TierStatus\x12,\n\x05index\x18\x08 \x01(\x0b\x32\x1d.kvservice_api.v1.IndexStatus\x12\x0e\n\x06\x62locks\x18\t \x01(\x04\x12\x0f\n\x07layouts\x18\n \x01(\r\x12\x0f\n\x07\x63lients\x18\x0b \x01(\r\x12\x0e\n\x06leases\x18\x0c \x01(\r\x12\x0f\n\x07uploads\x18\r \x01(\r\x12@\n\x08\x63ounters\x18\x0e \x03(\x0b\x32..kvservice_api.v1.StatusResponse.CountersEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"b\n\nTierStatus\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x01 \x01(\x04\x12\x12\n\nused_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x03 \x01(\x04\x12\x18\n\x10refusing_because\x18\x04 \x01(\t\"}\n\x0bIndexStatus\x12\x19\n\x11\x64urable_map_bytes\x18\x01 \x01(\x04\x12\x1a\n\x12\x64urable_used_bytes\x18\x02 \x01(\x04\x12\x1a\n\x12volatile_map_bytes\x18\x03 \x01(\x04\x12\x1b\n\x13volatile_used_bytes\x18\x04 \x01(\x04\"|\n\x11ListBlocksRequest\x12\x1a\n\x12layout_fingerprint\x18\x01 \x01(\x0c\x12$\n\x04tier\x18\x02 \x01(\x0e\x32\x16.kvservice_api.v1.Tier\x12\x11\n\tpage_size\x18\x03 \x01(\r\x12\x12\n\npage_token\x18\x04 \x01(\t\"\\\n\x12ListBlocksResponse\x12-\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x1d.kvservice_api.v1.StoredBlock\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xe8\x02\n\x0bStoredBlock\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x12\n\nparent_key\x18\x02 \x01(\x0c\x12\x1a\n\x12layout_fingerprint\x18\x03 \x01(\x0c\x12&\n\x05shard\x18\x04 \x01(\x0b\x32\x17.kvservice_api.v1.Shard\x12\x13\n\x0btoken_count\x18\x05 \x01(\r\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\x12\x0f\n\x07in_dram\x18\x07 \x01(\x08\x12\x0e\n\x06on_ssd\x18\x08 \x01(\x08\x12-\n\tstored_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07used_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04hits\x18\x0b \x01(\r\x12\x0e\n\x06leases\x18\x0c \x01(\r\x12\x30\n\x0cpinned_until\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x1d\n\x0eInspectRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\"j\n\x0fInspectResponse\x12-\n\x06shards\x18\x01 \x03(\x0b\x32\x1d.kvservice_api.v1.StoredBlock\x12(\n\x06layout\x18\x02 \x01(\x0b\x32\x18.kvservice_api.v1.Layout\"N\n\x0e\x44iscardRequest\x12\x0c\n\x04keys\x18\x01 \x01(\x0c\x12\x1a\n\x12layout_fingerprint\x18\x02 \x01(\x0c\x12\x12\n\neverything\x18\x03 \x01(\x08\"5\n\x0f\x44iscardResponse\x12\x11\n\tdiscarded\x18\x01 \x01(\r\x12\x0f\n\x07missing\x18\x02 \x01(\r\"N\n\x0cScrubRequest\x12$\n\x04tier\x18\x01 \x01(\x0e\x32\x16.kvservice_api.v1.Tier\x12\x18\n\x10\x62ytes_per_second\x18\x02 \x01(\x04\"s\n\rScrubResponse\x12\x14\n\x0c\x62locks_total\x18\x01 \x01(\x04\x12\x16\n\x0e\x62locks_checked\x18\x02 \x01(\x04\x12\x15\n\rbytes_checked\x18\x03 \x01(\x04\x12\x0f\n\x07\x64\x61maged\x18\x04 \x01(\x04\x12\x0c\n\x04\x64one\x18\x05 \x01(\x08\"*\n\nPinRequest\x12\x0c\n\x04keys\x18\x01 \x01(\x0c\x12\x0e\n\x06ttl_ms\x18\x02 \x01(\x04\"\x90\x01\n\x0bPinResponse\x12\x0e\n\x06pinned\x18\x01 \x01(\r\x12\x0f\n\x07missing\x18\x02 \x01(\r\x12\x30\n\x0cpinned_until\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0cpinned_bytes\x18\x04 \x01(\x04\x12\x18\n\x10pinned_bytes_max\x18\x05 \x01(\x04\"\x1c\n\x0cUnpinRequest\x12\x0c\n\x04keys\x18\x01 \x01(\x0c\"F\n\rUnpinResponse\x12\x10\n\x08unpinned\x18\x01 \x01(\r\x12\x12\n\nnot_pinned\x18\x02 \x01(\r\x12\x0f\n\x07missing\x18\x03 \x01(\r\"1\n\x0e\x45xplainRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"w\n\x0f\x45xplainResponse\x12/\n\x05\x62lock\x18\x01 \x01(\x0b\x32 .kvservice_api.v1.ExplainedBlock\x12\x33\n\x07request\x18\x02 \x01(\x0b\x32\".kvservice_api.v1.ExplainedRequest\"\x82\x02\n\x0e\x45xplainedBlock\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12(\n\x06layout\x18\x02 \x01(\x0b\x32\x18.kvservice_api.v1.Layout\x12\x30\n\x06shards\x18\x03 \x03(\x0b\x32 .kvservice_api.v1.ExplainedShard\x12$\n\x04miss\x18\x04 \x01(\x0b\x32\x16.kvservice_api.v1.Miss\x12,\n\x06\x65vents\x18\x05 \x03(\x0b\x32\x1c.kvservice_api.v1.BlockEvent\x12\x33\n\x0fremembers_since\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"v\n\x0e\x45xplainedShard\x12,\n\x05\x62lock\x18\x01 \x01(\x0b\x32\x1d.kvservice_api.v1.StoredBlock\x12\'\n\x06places\x18\x02 \x03(\x0b\x32\x17.kvservice_api.v1.Place\x12\r\n\x05holds\x18\x03 \x01(\r\"\x84\x01\n\x05Place\x12$\n\x04tier\x18\x01 \x01(\x0e\x32\x16.kvservice_api.v1.Tier\x12*\n\x07\x61rrival\x18\x02 \x01(\x0e\x32\x19.kvservice_api.v1.Arrival\x12)\n\x05since\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xda\x01\n\nBlockEvent\x12)\n\x04kind\x18\x01 \x01(\x0e\x32\x1b.kvservice_api.v1.EventKind\x12&\n\x02\x61t\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12$\n\x04tier\x18\x03 \x01(\x0e\x32\x16.kvservice_api.v1.Tier\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x11\n\tlast_copy\x18\x05 \x01(\x08\x12\x30\n\x0cpin_ended_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa8\x02\n\x04Miss\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12,\n\x06reason\x18\x02 \x01(\x0e\x32\x1c.kvservice_api.v1.MissReason\x12+\n\x05\x65vent\x18\x03 \x01(\x0b\x32\x1c.kvservice_api.v1.BlockEvent\x12\x33\n\x0fremembers_since\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0f\x64ram_emptied_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1c\n\x14\x64ram_emptied_because\x18\x06 \x01(\t\x12\x30\n\x0cstored_since\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"p\n\x10\x45xplainedRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x32\n\x07lookups\x18\x02 \x03(\x0b\x32!.kvservice_api.v1.ExplainedLookup\x12\x14\n\x0clookups_more\x18\x03 \x01(\r\"\xbd\x03\n\x0f\x45xplainedLookup\x12&\n\x02\x61t\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0b\x63lient_name\x18\x02 \x01(\t\x12\x1a\n\x12layout_fingerprint\x18\x03 \x01(\x0c\x12(\n\x06layout\x18\x04 \x01(\x0b\x32\x18.kvservice_api.v1.Layout\x12&\n\x05shard\x18\x05 \x01(\x0b\x32\x17.kvservice_api.v1.Shard\x12\x14\n\x0c\x61sked_blocks\x18\x06 \x01(\r\x12\x12\n\nhit_blocks\x18\x07 \x01(\r\x12\x1a\n\x12hit_blocks_in_dram\x18\x08 \x01(\r\x12\x19\n\x11hit_blocks_on_ssd\x18\t \x01(\r\x12$\n\x04miss\x18\n \x01(\x0b\x32\x16.kvservice_api.v1.Miss\x12\x34\n\rother_layouts\x18\x0b \x03(\x0b\x32\x1d.kvservice_api.v1.OtherLayout\x12.\n\x05loads\x18\x0c \x03(\x0b\x32\x1f.kvservice_api.v1.ExplainedLoad\x12\x12\n\nloads_more\x18\r \x01(\r\"b\n\x0bOtherLayout\x12\x1a\n\x12layout_fingerprint\x18\x01 \x01(\x0c\x12\x37\n\x0b\x64ifferences\x18\x02 \x03(\x0b\x32\".kvservice_api.v1.LayoutDifference\"@\n\x10LayoutDifference\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x0e\n\x06stored\x18\x02 \x01(\t\x12\r\n\x05\x61sked\x18\x03 \x01(\t\"\xc6\x01\n\rExplainedLoad\x12,\n\x08\x62\x65gan_at\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\x12\x0e\n\x06layers\x18\x03 \x01(\r\x12\x18\n\x10\x62locks_from_dram\x18\x04 \x01(\r\x12\x17\n\x0f\x62locks_from_ssd\x18\x05 \x01(\r\x12\x12\n\nsent_bytes\x18\x06 \x01(\x04\x12\x0f\n\x07took_ms\x18\x07 \x01(\x01\x12\x0f\n\x07outcome\x18\x08 \x01(\t\"=\n\x0c\x44rainRequest\x12-\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\x1d.kvservice_api.v1.DrainAction\"\xa2\x01\n\rDrainResponse\x12\x0f\n\x07uploads\x18\x01 \x01(\r\x12\r\n\x05loads\x18\x02 \x01(\r\x12\x1b\n\x13\x62locks_only_in_dram\x18\x03 \x01(\x04\x12\x1a\n\x12\x62ytes_only_in_dram\x18\x04 \x01(\x04\x12\x11\n\tunwritten\x18\x05 \x01(\x04\x12\x17\n\x0fwaiting_because\x18\x06 \x01(\t\x12\x0c\n\x04\x64one\x18\x07 \x01(\x08*y\n\x07\x41rrival\x12\x17\n\x13\x41RRIVAL_UNSPECIFIED\x10\x00\x12\x11\n\rARRIVAL_SAVED\x10\x01\x12\x14\n\x10\x41RRIVAL_PROMOTED\x10\x02\x12\x1a\n\x16\x41RRIVAL_WRITTEN_BEHIND\x10\x03\x12\x10\n\x0c\x41RRIVAL_KEPT\x10\x04*\xf7\x01\n\tEventKind\x12\x1a\n\x16\x45VENT_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12\x45VENT_KIND_REFUSED\x10\x01\x12\x18\n\x14\x45VENT_KIND_ABANDONED\x10\x02\x12\x16\n\x12\x45VENT_KIND_EVICTED\x10\x03\x12!\n\x1d\x45VENT_KIND_EVICTED_ON_REQUEST\x10\x04\x12\x18\n\x14\x45VENT_KIND_DISCARDED\x10\x05\x12\x1a\n\x16\x45VENT_KIND_QUARANTINED\x10\x06\x12\x13\n\x0f\x45VENT_KIND_LOST\x10\x07\x12\x16\n\x12\x45VENT_KIND_EXPIRED\x10\x08*\xed\x02\n\nMissReason\x12\x1b\n\x17MISS_REASON_UNSPECIFIED\x10\x00\x12\x1c\n\x18MISS_REASON_NEVER_STORED\x10\x01\x12\x1f\n\x1bMISS_REASON_DROPPED_AT_SAVE\x10\x02\x12\x17\n\x13MISS_REASON_EVICTED\x10\x03\x12\x17\n\x13MISS_REASON_EXPIRED\x10\x04\x12\x19\n\x15MISS_REASON_DISCARDED\x10\x05\x12\x1b\n\x17MISS_REASON_QUARANTINED\x10\x06\x12\x1c\n\x18MISS_REASON_OTHER_LAYOUT\x10\x07\x12\x1f\n\x1bMISS_REASON_LOST_IN_RESTART\x10\x08\x12$\n MISS_REASON_NEVER_STORED_OR_LOST\x10\t\x12\x17\n\x13MISS_REASON_IN_PART\x10\n\x12\x1b\n\x17MISS_REASON_BEING_SAVED\x10\x0b*Z\n\x0b\x44rainAction\x12\x1c\n\x18\x44RAIN_ACTION_UNSPECIFIED\x10\x00\x12\x16\n\x12\x44RAIN_ACTION_BEGIN\x10\x01\x12\x15\n\x11\x44RAIN_ACTION_UNDO\x10\x02\x32\xca\x05\n\x0c\x41\x64minService\x12K\n\x06Status\x12\x1f.kvservice_api.v1.StatusRequest\x1a .kvservice_api.v1.StatusResponse\x12W\n\nListBlocks\x12#.kvservice_api.v1.ListBlocksRequest\x1a$.kvservice_api.v1.ListBlocksResponse\x12N\n\x07Inspect\x12 .kvservice_api.v1.InspectRequest\x1a!.kvservice_api.v1.InspectResponse\x12N\n\x07\x44iscard\x12 .kvservice_api.v1.DiscardRequest\x1a!.kvservice_api.v1.DiscardResponse\x12J\n\x05Scrub\x12\x1e.kvservice_api.v1.ScrubRequest\x1a\x1f.kvservice_api.v1.ScrubResponse0\x01\x12\x42\n\x03Pin\x12\x1c.kvservice_api.v1.PinRequest\x1a\x1d.kvservice_api.v1.PinResponse\x12H\n\x05Unpin\x12\x1e.kvservice_api.v1.UnpinRequest\x1a\x1f.kvservice_api.v1.UnpinResponse\x12N\n\x07\x45xplain\x12 .kvservice_api.v1.ExplainRequest\x1a!.kvservice_api.v1.ExplainResponse\x12J\n\x05\x44rain\x12\x1e.kvservice_api.v1.DrainRequest\x1a\x1f.kvservice_api.v1.DrainResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,6 +35,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_STATUSRESPONSE_COUNTERSENTRY']._loaded_options = None
   _globals['_STATUSRESPONSE_COUNTERSENTRY']._serialized_options = b'8\001'
+  _globals['_ARRIVAL']._serialized_start=4537
+  _globals['_ARRIVAL']._serialized_end=4658
+  _globals['_EVENTKIND']._serialized_start=4661
+  _globals['_EVENTKIND']._serialized_end=4908
+  _globals['_MISSREASON']._serialized_start=4911
+  _globals['_MISSREASON']._serialized_end=5276
+  _globals['_DRAINACTION']._serialized_start=5278
+  _globals['_DRAINACTION']._serialized_end=5368
   _globals['_STATUSREQUEST']._serialized_start=113
   _globals['_STATUSREQUEST']._serialized_end=128
   _globals['_STATUSRESPONSE']._serialized_start=131
@@ -50,19 +58,55 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTBLOCKSRESPONSE']._serialized_start=951
   _globals['_LISTBLOCKSRESPONSE']._serialized_end=1043
   _globals['_STOREDBLOCK']._serialized_start=1046
-  _globals['_STOREDBLOCK']._serialized_end=1356
-  _globals['_INSPECTREQUEST']._serialized_start=1358
-  _globals['_INSPECTREQUEST']._serialized_end=1387
-  _globals['_INSPECTRESPONSE']._serialized_start=1389
-  _globals['_INSPECTRESPONSE']._serialized_end=1495
-  _globals['_DISCARDREQUEST']._serialized_start=1497
-  _globals['_DISCARDREQUEST']._serialized_end=1575
-  _globals['_DISCARDRESPONSE']._serialized_start=1577
-  _globals['_DISCARDRESPONSE']._serialized_end=1630
-  _globals['_SCRUBREQUEST']._serialized_start=1632
-  _globals['_SCRUBREQUEST']._serialized_end=1710
-  _globals['_SCRUBRESPONSE']._serialized_start=1712
-  _globals['_SCRUBRESPONSE']._serialized_end=1827
-  _globals['_ADMINSERVICE']._serialized_start=1830
-  _globals['_ADMINSERVICE']._serialized_end=2246
+  _globals['_STOREDBLOCK']._serialized_end=1406
+  _globals['_INSPECTREQUEST']._serialized_start=1408
+  _globals['_INSPECTREQUEST']._serialized_end=1437
+  _globals['_INSPECTRESPONSE']._serialized_start=1439
+  _globals['_INSPECTRESPONSE']._serialized_end=1545
+  _globals['_DISCARDREQUEST']._serialized_start=1547
+  _globals['_DISCARDREQUEST']._serialized_end=1625
+  _globals['_DISCARDRESPONSE']._serialized_start=1627
+  _globals['_DISCARDRESPONSE']._serialized_end=1680
+  _globals['_SCRUBREQUEST']._serialized_start=1682
+  _globals['_SCRUBREQUEST']._serialized_end=1760
+  _globals['_SCRUBRESPONSE']._serialized_start=1762
+  _globals['_SCRUBRESPONSE']._serialized_end=1877
+  _globals['_PINREQUEST']._serialized_start=1879
+  _globals['_PINREQUEST']._serialized_end=1921
+  _globals['_PINRESPONSE']._serialized_start=1924
+  _globals['_PINRESPONSE']._serialized_end=2068
+  _globals['_UNPINREQUEST']._serialized_start=2070
+  _globals['_UNPINREQUEST']._serialized_end=2098
+  _globals['_UNPINRESPONSE']._serialized_start=2100
+  _globals['_UNPINRESPONSE']._serialized_end=2170
+  _globals['_EXPLAINREQUEST']._serialized_start=2172
+  _globals['_EXPLAINREQUEST']._serialized_end=2221
+  _globals['_EXPLAINRESPONSE']._serialized_start=2223
+  _globals['_EXPLAINRESPONSE']._serialized_end=2342
+  _globals['_EXPLAINEDBLOCK']._serialized_start=2345
+  _globals['_EXPLAINEDBLOCK']._serialized_end=2603
+  _globals['_EXPLAINEDSHARD']._serialized_start=2605
+  _globals['_EXPLAINEDSHARD']._serialized_end=2723
+  _globals['_PLACE']._serialized_start=2726
+  _globals['_PLACE']._serialized_end=2858
+  _globals['_BLOCKEVENT']._serialized_start=2861
+  _globals['_BLOCKEVENT']._serialized_end=3079
+  _globals['_MISS']._serialized_start=3082
+  _globals['_MISS']._serialized_end=3378
+  _globals['_EXPLAINEDREQUEST']._serialized_start=3380
+  _globals['_EXPLAINEDREQUEST']._serialized_end=3492
+  _globals['_EXPLAINEDLOOKUP']._serialized_start=3495
+  _globals['_EXPLAINEDLOOKUP']._serialized_end=3940
+  _globals['_OTHERLAYOUT']._serialized_start=3942
+  _globals['_OTHERLAYOUT']._serialized_end=4040
+  _globals['_LAYOUTDIFFERENCE']._serialized_start=4042
+  _globals['_LAYOUTDIFFERENCE']._serialized_end=4106
+  _globals['_EXPLAINEDLOAD']._serialized_start=4109
+  _globals['_EXPLAINEDLOAD']._serialized_end=4307
+  _globals['_DRAINREQUEST']._serialized_start=4309
+  _globals['_DRAINREQUEST']._serialized_end=4370
+  _globals['_DRAINRESPONSE']._serialized_start=4373
+  _globals['_DRAINRESPONSE']._serialized_end=4535
+  _globals['_ADMINSERVICE']._serialized_start=5371
+  _globals['_ADMINSERVICE']._serialized_end=6085
 # @@protoc_insertion_point(module_scope)

@@ -3,12 +3,83 @@ import datetime
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from kvservice_api.v1 import types_pb2 as _types_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class Arrival(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ARRIVAL_UNSPECIFIED: _ClassVar[Arrival]
+    ARRIVAL_SAVED: _ClassVar[Arrival]
+    ARRIVAL_PROMOTED: _ClassVar[Arrival]
+    ARRIVAL_WRITTEN_BEHIND: _ClassVar[Arrival]
+    ARRIVAL_KEPT: _ClassVar[Arrival]
+
+class EventKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    EVENT_KIND_UNSPECIFIED: _ClassVar[EventKind]
+    EVENT_KIND_REFUSED: _ClassVar[EventKind]
+    EVENT_KIND_ABANDONED: _ClassVar[EventKind]
+    EVENT_KIND_EVICTED: _ClassVar[EventKind]
+    EVENT_KIND_EVICTED_ON_REQUEST: _ClassVar[EventKind]
+    EVENT_KIND_DISCARDED: _ClassVar[EventKind]
+    EVENT_KIND_QUARANTINED: _ClassVar[EventKind]
+    EVENT_KIND_LOST: _ClassVar[EventKind]
+    EVENT_KIND_EXPIRED: _ClassVar[EventKind]
+
+class MissReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MISS_REASON_UNSPECIFIED: _ClassVar[MissReason]
+    MISS_REASON_NEVER_STORED: _ClassVar[MissReason]
+    MISS_REASON_DROPPED_AT_SAVE: _ClassVar[MissReason]
+    MISS_REASON_EVICTED: _ClassVar[MissReason]
+    MISS_REASON_EXPIRED: _ClassVar[MissReason]
+    MISS_REASON_DISCARDED: _ClassVar[MissReason]
+    MISS_REASON_QUARANTINED: _ClassVar[MissReason]
+    MISS_REASON_OTHER_LAYOUT: _ClassVar[MissReason]
+    MISS_REASON_LOST_IN_RESTART: _ClassVar[MissReason]
+    MISS_REASON_NEVER_STORED_OR_LOST: _ClassVar[MissReason]
+    MISS_REASON_IN_PART: _ClassVar[MissReason]
+    MISS_REASON_BEING_SAVED: _ClassVar[MissReason]
+
+class DrainAction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DRAIN_ACTION_UNSPECIFIED: _ClassVar[DrainAction]
+    DRAIN_ACTION_BEGIN: _ClassVar[DrainAction]
+    DRAIN_ACTION_UNDO: _ClassVar[DrainAction]
+ARRIVAL_UNSPECIFIED: Arrival
+ARRIVAL_SAVED: Arrival
+ARRIVAL_PROMOTED: Arrival
+ARRIVAL_WRITTEN_BEHIND: Arrival
+ARRIVAL_KEPT: Arrival
+EVENT_KIND_UNSPECIFIED: EventKind
+EVENT_KIND_REFUSED: EventKind
+EVENT_KIND_ABANDONED: EventKind
+EVENT_KIND_EVICTED: EventKind
+EVENT_KIND_EVICTED_ON_REQUEST: EventKind
+EVENT_KIND_DISCARDED: EventKind
+EVENT_KIND_QUARANTINED: EventKind
+EVENT_KIND_LOST: EventKind
+EVENT_KIND_EXPIRED: EventKind
+MISS_REASON_UNSPECIFIED: MissReason
+MISS_REASON_NEVER_STORED: MissReason
+MISS_REASON_DROPPED_AT_SAVE: MissReason
+MISS_REASON_EVICTED: MissReason
+MISS_REASON_EXPIRED: MissReason
+MISS_REASON_DISCARDED: MissReason
+MISS_REASON_QUARANTINED: MissReason
+MISS_REASON_OTHER_LAYOUT: MissReason
+MISS_REASON_LOST_IN_RESTART: MissReason
+MISS_REASON_NEVER_STORED_OR_LOST: MissReason
+MISS_REASON_IN_PART: MissReason
+MISS_REASON_BEING_SAVED: MissReason
+DRAIN_ACTION_UNSPECIFIED: DrainAction
+DRAIN_ACTION_BEGIN: DrainAction
+DRAIN_ACTION_UNDO: DrainAction
 
 class StatusRequest(_message.Message):
     __slots__ = ()
@@ -98,7 +169,7 @@ class ListBlocksResponse(_message.Message):
     def __init__(self, blocks: _Optional[_Iterable[_Union[StoredBlock, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class StoredBlock(_message.Message):
-    __slots__ = ("key", "parent_key", "layout_fingerprint", "shard", "token_count", "size_bytes", "in_dram", "on_ssd", "stored_at", "used_at", "hits", "leases")
+    __slots__ = ("key", "parent_key", "layout_fingerprint", "shard", "token_count", "size_bytes", "in_dram", "on_ssd", "stored_at", "used_at", "hits", "leases", "pinned_until")
     KEY_FIELD_NUMBER: _ClassVar[int]
     PARENT_KEY_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -111,6 +182,7 @@ class StoredBlock(_message.Message):
     USED_AT_FIELD_NUMBER: _ClassVar[int]
     HITS_FIELD_NUMBER: _ClassVar[int]
     LEASES_FIELD_NUMBER: _ClassVar[int]
+    PINNED_UNTIL_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     parent_key: bytes
     layout_fingerprint: bytes
@@ -123,7 +195,8 @@ class StoredBlock(_message.Message):
     used_at: _timestamp_pb2.Timestamp
     hits: int
     leases: int
-    def __init__(self, key: _Optional[bytes] = ..., parent_key: _Optional[bytes] = ..., layout_fingerprint: _Optional[bytes] = ..., shard: _Optional[_Union[_types_pb2.Shard, _Mapping]] = ..., token_count: _Optional[int] = ..., size_bytes: _Optional[int] = ..., in_dram: bool = ..., on_ssd: bool = ..., stored_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., used_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., hits: _Optional[int] = ..., leases: _Optional[int] = ...) -> None: ...
+    pinned_until: _timestamp_pb2.Timestamp
+    def __init__(self, key: _Optional[bytes] = ..., parent_key: _Optional[bytes] = ..., layout_fingerprint: _Optional[bytes] = ..., shard: _Optional[_Union[_types_pb2.Shard, _Mapping]] = ..., token_count: _Optional[int] = ..., size_bytes: _Optional[int] = ..., in_dram: bool = ..., on_ssd: bool = ..., stored_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., used_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., hits: _Optional[int] = ..., leases: _Optional[int] = ..., pinned_until: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class InspectRequest(_message.Message):
     __slots__ = ("key",)
@@ -178,3 +251,229 @@ class ScrubResponse(_message.Message):
     damaged: int
     done: bool
     def __init__(self, blocks_total: _Optional[int] = ..., blocks_checked: _Optional[int] = ..., bytes_checked: _Optional[int] = ..., damaged: _Optional[int] = ..., done: bool = ...) -> None: ...
+
+class PinRequest(_message.Message):
+    __slots__ = ("keys", "ttl_ms")
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    keys: bytes
+    ttl_ms: int
+    def __init__(self, keys: _Optional[bytes] = ..., ttl_ms: _Optional[int] = ...) -> None: ...
+
+class PinResponse(_message.Message):
+    __slots__ = ("pinned", "missing", "pinned_until", "pinned_bytes", "pinned_bytes_max")
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    PINNED_UNTIL_FIELD_NUMBER: _ClassVar[int]
+    PINNED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PINNED_BYTES_MAX_FIELD_NUMBER: _ClassVar[int]
+    pinned: int
+    missing: int
+    pinned_until: _timestamp_pb2.Timestamp
+    pinned_bytes: int
+    pinned_bytes_max: int
+    def __init__(self, pinned: _Optional[int] = ..., missing: _Optional[int] = ..., pinned_until: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., pinned_bytes: _Optional[int] = ..., pinned_bytes_max: _Optional[int] = ...) -> None: ...
+
+class UnpinRequest(_message.Message):
+    __slots__ = ("keys",)
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    keys: bytes
+    def __init__(self, keys: _Optional[bytes] = ...) -> None: ...
+
+class UnpinResponse(_message.Message):
+    __slots__ = ("unpinned", "not_pinned", "missing")
+    UNPINNED_FIELD_NUMBER: _ClassVar[int]
+    NOT_PINNED_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    unpinned: int
+    not_pinned: int
+    missing: int
+    def __init__(self, unpinned: _Optional[int] = ..., not_pinned: _Optional[int] = ..., missing: _Optional[int] = ...) -> None: ...
+
+class ExplainRequest(_message.Message):
+    __slots__ = ("key", "request_id")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    request_id: str
+    def __init__(self, key: _Optional[bytes] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class ExplainResponse(_message.Message):
+    __slots__ = ("block", "request")
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    block: ExplainedBlock
+    request: ExplainedRequest
+    def __init__(self, block: _Optional[_Union[ExplainedBlock, _Mapping]] = ..., request: _Optional[_Union[ExplainedRequest, _Mapping]] = ...) -> None: ...
+
+class ExplainedBlock(_message.Message):
+    __slots__ = ("key", "layout", "shards", "miss", "events", "remembers_since")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    MISS_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    REMEMBERS_SINCE_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    layout: _types_pb2.Layout
+    shards: _containers.RepeatedCompositeFieldContainer[ExplainedShard]
+    miss: Miss
+    events: _containers.RepeatedCompositeFieldContainer[BlockEvent]
+    remembers_since: _timestamp_pb2.Timestamp
+    def __init__(self, key: _Optional[bytes] = ..., layout: _Optional[_Union[_types_pb2.Layout, _Mapping]] = ..., shards: _Optional[_Iterable[_Union[ExplainedShard, _Mapping]]] = ..., miss: _Optional[_Union[Miss, _Mapping]] = ..., events: _Optional[_Iterable[_Union[BlockEvent, _Mapping]]] = ..., remembers_since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class ExplainedShard(_message.Message):
+    __slots__ = ("block", "places", "holds")
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    PLACES_FIELD_NUMBER: _ClassVar[int]
+    HOLDS_FIELD_NUMBER: _ClassVar[int]
+    block: StoredBlock
+    places: _containers.RepeatedCompositeFieldContainer[Place]
+    holds: int
+    def __init__(self, block: _Optional[_Union[StoredBlock, _Mapping]] = ..., places: _Optional[_Iterable[_Union[Place, _Mapping]]] = ..., holds: _Optional[int] = ...) -> None: ...
+
+class Place(_message.Message):
+    __slots__ = ("tier", "arrival", "since")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    ARRIVAL_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    tier: _types_pb2.Tier
+    arrival: Arrival
+    since: _timestamp_pb2.Timestamp
+    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., arrival: _Optional[_Union[Arrival, str]] = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class BlockEvent(_message.Message):
+    __slots__ = ("kind", "at", "tier", "detail", "last_copy", "pin_ended_at")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    AT_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    LAST_COPY_FIELD_NUMBER: _ClassVar[int]
+    PIN_ENDED_AT_FIELD_NUMBER: _ClassVar[int]
+    kind: EventKind
+    at: _timestamp_pb2.Timestamp
+    tier: _types_pb2.Tier
+    detail: str
+    last_copy: bool
+    pin_ended_at: _timestamp_pb2.Timestamp
+    def __init__(self, kind: _Optional[_Union[EventKind, str]] = ..., at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., detail: _Optional[str] = ..., last_copy: bool = ..., pin_ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class Miss(_message.Message):
+    __slots__ = ("key", "reason", "event", "remembers_since", "dram_emptied_at", "dram_emptied_because", "stored_since")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    EVENT_FIELD_NUMBER: _ClassVar[int]
+    REMEMBERS_SINCE_FIELD_NUMBER: _ClassVar[int]
+    DRAM_EMPTIED_AT_FIELD_NUMBER: _ClassVar[int]
+    DRAM_EMPTIED_BECAUSE_FIELD_NUMBER: _ClassVar[int]
+    STORED_SINCE_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    reason: MissReason
+    event: BlockEvent
+    remembers_since: _timestamp_pb2.Timestamp
+    dram_emptied_at: _timestamp_pb2.Timestamp
+    dram_emptied_because: str
+    stored_since: _timestamp_pb2.Timestamp
+    def __init__(self, key: _Optional[bytes] = ..., reason: _Optional[_Union[MissReason, str]] = ..., event: _Optional[_Union[BlockEvent, _Mapping]] = ..., remembers_since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., dram_emptied_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., dram_emptied_because: _Optional[str] = ..., stored_since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class ExplainedRequest(_message.Message):
+    __slots__ = ("request_id", "lookups", "lookups_more")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    LOOKUPS_FIELD_NUMBER: _ClassVar[int]
+    LOOKUPS_MORE_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    lookups: _containers.RepeatedCompositeFieldContainer[ExplainedLookup]
+    lookups_more: int
+    def __init__(self, request_id: _Optional[str] = ..., lookups: _Optional[_Iterable[_Union[ExplainedLookup, _Mapping]]] = ..., lookups_more: _Optional[int] = ...) -> None: ...
+
+class ExplainedLookup(_message.Message):
+    __slots__ = ("at", "client_name", "layout_fingerprint", "layout", "shard", "asked_blocks", "hit_blocks", "hit_blocks_in_dram", "hit_blocks_on_ssd", "miss", "other_layouts", "loads", "loads_more")
+    AT_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_NAME_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    ASKED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    HIT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    HIT_BLOCKS_IN_DRAM_FIELD_NUMBER: _ClassVar[int]
+    HIT_BLOCKS_ON_SSD_FIELD_NUMBER: _ClassVar[int]
+    MISS_FIELD_NUMBER: _ClassVar[int]
+    OTHER_LAYOUTS_FIELD_NUMBER: _ClassVar[int]
+    LOADS_FIELD_NUMBER: _ClassVar[int]
+    LOADS_MORE_FIELD_NUMBER: _ClassVar[int]
+    at: _timestamp_pb2.Timestamp
+    client_name: str
+    layout_fingerprint: bytes
+    layout: _types_pb2.Layout
+    shard: _types_pb2.Shard
+    asked_blocks: int
+    hit_blocks: int
+    hit_blocks_in_dram: int
+    hit_blocks_on_ssd: int
+    miss: Miss
+    other_layouts: _containers.RepeatedCompositeFieldContainer[OtherLayout]
+    loads: _containers.RepeatedCompositeFieldContainer[ExplainedLoad]
+    loads_more: int
+    def __init__(self, at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., client_name: _Optional[str] = ..., layout_fingerprint: _Optional[bytes] = ..., layout: _Optional[_Union[_types_pb2.Layout, _Mapping]] = ..., shard: _Optional[_Union[_types_pb2.Shard, _Mapping]] = ..., asked_blocks: _Optional[int] = ..., hit_blocks: _Optional[int] = ..., hit_blocks_in_dram: _Optional[int] = ..., hit_blocks_on_ssd: _Optional[int] = ..., miss: _Optional[_Union[Miss, _Mapping]] = ..., other_layouts: _Optional[_Iterable[_Union[OtherLayout, _Mapping]]] = ..., loads: _Optional[_Iterable[_Union[ExplainedLoad, _Mapping]]] = ..., loads_more: _Optional[int] = ...) -> None: ...
+
+class OtherLayout(_message.Message):
+    __slots__ = ("layout_fingerprint", "differences")
+    LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    DIFFERENCES_FIELD_NUMBER: _ClassVar[int]
+    layout_fingerprint: bytes
+    differences: _containers.RepeatedCompositeFieldContainer[LayoutDifference]
+    def __init__(self, layout_fingerprint: _Optional[bytes] = ..., differences: _Optional[_Iterable[_Union[LayoutDifference, _Mapping]]] = ...) -> None: ...
+
+class LayoutDifference(_message.Message):
+    __slots__ = ("field", "stored", "asked")
+    FIELD_FIELD_NUMBER: _ClassVar[int]
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    ASKED_FIELD_NUMBER: _ClassVar[int]
+    field: str
+    stored: str
+    asked: str
+    def __init__(self, field: _Optional[str] = ..., stored: _Optional[str] = ..., asked: _Optional[str] = ...) -> None: ...
+
+class ExplainedLoad(_message.Message):
+    __slots__ = ("began_at", "blocks", "layers", "blocks_from_dram", "blocks_from_ssd", "sent_bytes", "took_ms", "outcome")
+    BEGAN_AT_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FROM_DRAM_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FROM_SSD_FIELD_NUMBER: _ClassVar[int]
+    SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOOK_MS_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    began_at: _timestamp_pb2.Timestamp
+    blocks: int
+    layers: int
+    blocks_from_dram: int
+    blocks_from_ssd: int
+    sent_bytes: int
+    took_ms: float
+    outcome: str
+    def __init__(self, began_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., blocks: _Optional[int] = ..., layers: _Optional[int] = ..., blocks_from_dram: _Optional[int] = ..., blocks_from_ssd: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., took_ms: _Optional[float] = ..., outcome: _Optional[str] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("action",)
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    action: DrainAction
+    def __init__(self, action: _Optional[_Union[DrainAction, str]] = ...) -> None: ...
+
+class DrainResponse(_message.Message):
+    __slots__ = ("uploads", "loads", "blocks_only_in_dram", "bytes_only_in_dram", "unwritten", "waiting_because", "done")
+    UPLOADS_FIELD_NUMBER: _ClassVar[int]
+    LOADS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_ONLY_IN_DRAM_FIELD_NUMBER: _ClassVar[int]
+    BYTES_ONLY_IN_DRAM_FIELD_NUMBER: _ClassVar[int]
+    UNWRITTEN_FIELD_NUMBER: _ClassVar[int]
+    WAITING_BECAUSE_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    uploads: int
+    loads: int
+    blocks_only_in_dram: int
+    bytes_only_in_dram: int
+    unwritten: int
+    waiting_because: str
+    done: bool
+    def __init__(self, uploads: _Optional[int] = ..., loads: _Optional[int] = ..., blocks_only_in_dram: _Optional[int] = ..., bytes_only_in_dram: _Optional[int] = ..., unwritten: _Optional[int] = ..., waiting_because: _Optional[str] = ..., done: bool = ...) -> None: ...

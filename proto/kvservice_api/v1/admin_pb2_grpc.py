@@ -60,6 +60,26 @@ class AdminServiceStub(object):
                 request_serializer=kvservice__api_dot_v1_dot_admin__pb2.ScrubRequest.SerializeToString,
                 response_deserializer=kvservice__api_dot_v1_dot_admin__pb2.ScrubResponse.FromString,
                 _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/kvservice_api.v1.AdminService/Pin',
+                request_serializer=kvservice__api_dot_v1_dot_admin__pb2.PinRequest.SerializeToString,
+                response_deserializer=kvservice__api_dot_v1_dot_admin__pb2.PinResponse.FromString,
+                _registered_method=True)
+        self.Unpin = channel.unary_unary(
+                '/kvservice_api.v1.AdminService/Unpin',
+                request_serializer=kvservice__api_dot_v1_dot_admin__pb2.UnpinRequest.SerializeToString,
+                response_deserializer=kvservice__api_dot_v1_dot_admin__pb2.UnpinResponse.FromString,
+                _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/kvservice_api.v1.AdminService/Explain',
+                request_serializer=kvservice__api_dot_v1_dot_admin__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=kvservice__api_dot_v1_dot_admin__pb2.ExplainResponse.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_stream(
+                '/kvservice_api.v1.AdminService/Drain',
+                request_serializer=kvservice__api_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+                response_deserializer=kvservice__api_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -92,8 +112,8 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Discard(self, request, context):
-        """Drops blocks from every tier. Leased and busy ones are dropped once they are free, and are
-        invisible at once. Errors:
+        """Drops blocks from every tier, pinned ones too. Leased and busy ones are dropped once they are
+        free, and are invisible at once. Errors:
         * INVALID_ARGUMENT INVALID_REQUEST: not exactly one selector is given, or it is malformed.
         * FAILED_PRECONDITION UNKNOWN_LAYOUT: no such layout was opened here, so there is nothing to drop.
         * UNAVAILABLE STORAGE_FAILED: the index could not be written; retry later.
@@ -107,6 +127,56 @@ class AdminServiceServicer(object):
         about twice a second, and a last one with `done`. Errors:
         * INVALID_ARGUMENT INVALID_REQUEST: no such tier.
         * FAILED_PRECONDITION SCRUB_RUNNING: another scrub runs; wait for it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Pin(self, request, context):
+        """Keeps blocks from being evicted, for a time, over restarts too: one copy of each stays, the one
+        on SSD where there is one. A pin replaces an earlier one of the same block. Answered once the
+        index has it. Discarding a pinned block drops it all the same, and so does damage. Errors:
+        * INVALID_ARGUMENT INVALID_REQUEST: keys empty, too many or not a multiple of 32 bytes, or a
+        time of 0 or beyond the setting `pins.ttl_max_s`.
+        * RESOURCE_EXHAUSTED PINS_FULL: pinned blocks would take more of their tier than
+        `pins.fraction_max`; nothing was pinned. Unpin others first.
+        * RESOURCE_EXHAUSTED INDEX_FULL, UNAVAILABLE STORAGE_FAILED: the index could not be written;
+        nothing is pinned now, but some may be after a restart. Retry later.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unpin(self, request, context):
+        """Ends pins before their time. Errors:
+        * INVALID_ARGUMENT INVALID_REQUEST: keys empty, too many or not a multiple of 32 bytes.
+        * RESOURCE_EXHAUSTED INDEX_FULL, UNAVAILABLE STORAGE_FAILED: the index could not be written;
+        retry later.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Explain(self, request, context):
+        """Tells where a block is and why, or why it is not there; or what became of a request. What is
+        gone is remembered in memory, as far as `history.events_max` and `history.requests_max`
+        allow. Errors:
+        * INVALID_ARGUMENT INVALID_REQUEST: not exactly one of the questions is asked, or the key is
+        not 32 bytes.
+        * NOT_FOUND REQUEST_NOT_FOUND: no lookup with this request id is remembered.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Begins to drain the daemon: it takes no more saves (UNAVAILABLE DRAINING), lets those that run
+        end, and copies to SSD what only DRAM holds. Reports about twice a second, and a last time with
+        `done`, or without where somebody undid the drain; ending the call early does not end the drain.
+        The daemon then goes on to serve loads.
+        With DRAIN_ACTION_UNDO it takes saves again, and reports once. Errors:
+        * INVALID_ARGUMENT INVALID_REQUEST: no action is named.
+        * UNAVAILABLE DRAINING: the daemon is stopping, which cannot be undone.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -139,6 +209,26 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.Scrub,
                     request_deserializer=kvservice__api_dot_v1_dot_admin__pb2.ScrubRequest.FromString,
                     response_serializer=kvservice__api_dot_v1_dot_admin__pb2.ScrubResponse.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=kvservice__api_dot_v1_dot_admin__pb2.PinRequest.FromString,
+                    response_serializer=kvservice__api_dot_v1_dot_admin__pb2.PinResponse.SerializeToString,
+            ),
+            'Unpin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unpin,
+                    request_deserializer=kvservice__api_dot_v1_dot_admin__pb2.UnpinRequest.FromString,
+                    response_serializer=kvservice__api_dot_v1_dot_admin__pb2.UnpinResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=kvservice__api_dot_v1_dot_admin__pb2.ExplainRequest.FromString,
+                    response_serializer=kvservice__api_dot_v1_dot_admin__pb2.ExplainResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_stream_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=kvservice__api_dot_v1_dot_admin__pb2.DrainRequest.FromString,
+                    response_serializer=kvservice__api_dot_v1_dot_admin__pb2.DrainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -277,6 +367,114 @@ class AdminService(object):
             '/kvservice_api.v1.AdminService/Scrub',
             kvservice__api_dot_v1_dot_admin__pb2.ScrubRequest.SerializeToString,
             kvservice__api_dot_v1_dot_admin__pb2.ScrubResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvservice_api.v1.AdminService/Pin',
+            kvservice__api_dot_v1_dot_admin__pb2.PinRequest.SerializeToString,
+            kvservice__api_dot_v1_dot_admin__pb2.PinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unpin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvservice_api.v1.AdminService/Unpin',
+            kvservice__api_dot_v1_dot_admin__pb2.UnpinRequest.SerializeToString,
+            kvservice__api_dot_v1_dot_admin__pb2.UnpinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvservice_api.v1.AdminService/Explain',
+            kvservice__api_dot_v1_dot_admin__pb2.ExplainRequest.SerializeToString,
+            kvservice__api_dot_v1_dot_admin__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvservice_api.v1.AdminService/Drain',
+            kvservice__api_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+            kvservice__api_dot_v1_dot_admin__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

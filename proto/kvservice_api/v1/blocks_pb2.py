@@ -26,7 +26,7 @@ from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from kvservice_api.v1 import types_pb2 as kvservice__api_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dkvservice_api/v1/blocks.proto\x12\x10kvservice_api.v1\x1a\x17google/rpc/status.proto\x1a\x1ckvservice_api/v1/types.proto\"\x18\n\x16GetCapabilitiesRequest\"\xf8\x01\n\x17GetCapabilitiesResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x12\n\nboot_epoch\x18\x02 \x01(\x06\x12\x10\n\x08store_id\x18\x03 \x01(\x0c\x12\x17\n\x0fmax_frame_bytes\x18\x04 \x01(\r\x12\x10\n\x08max_keys\x18\x05 \x01(\r\x12\x18\n\x10max_lease_ttl_ms\x18\x06 \x01(\r\x12\x12\n\ntransports\x18\x07 \x03(\t\x12\x17\n\x0fmax_save_blocks\x18\x08 \x01(\r\x12\x17\n\x0fmax_save_slices\x18\t \x01(\r\x12\x1b\n\x13residency_directory\x18\x1e \x01(\t\"R\n\x11OpenLayoutRequest\x12(\n\x06layout\x18\x01 \x01(\x0b\x32\x18.kvservice_api.v1.Layout\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\x0c\"%\n\x12OpenLayoutResponse\x12\x0f\n\x07\x63reated\x18\x01 \x01(\x08\"$\n\rAttachRequest\x12\x13\n\x0b\x63lient_name\x18\x01 \x01(\t\"7\n\x0e\x41ttachResponse\x12\x11\n\tclient_id\x18\x01 \x01(\x0c\x12\x12\n\nboot_epoch\x18\x02 \x01(\x06\"\x90\x01\n\x13LookupPrefixRequest\x12\x11\n\tclient_id\x18\x01 \x01(\x0c\x12\x1a\n\x12layout_fingerprint\x18\x02 \x01(\x0c\x12&\n\x05shard\x18\x03 \x01(\x0b\x32\x17.kvservice_api.v1.Shard\x12\x0c\n\x04keys\x18\x04 \x01(\x0c\x12\x14\n\x0clease_ttl_ms\x18\x05 \x01(\r\"\x80\x01\n\x14LookupPrefixResponse\x12\x12\n\nhit_blocks\x18\x01 \x01(\r\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\x12\x14\n\x0clease_ttl_ms\x18\x03 \x01(\r\x12,\n\x04runs\x18\x04 \x03(\x0b\x32\x1e.kvservice_api.v1.ResidencyRun\"8\n\x0cResidencyRun\x12\r\n\x05\x63ount\x18\x01 \x01(\r\x12\x0c\n\x04\x64ram\x18\x02 \x01(\x08\x12\x0b\n\x03ssd\x18\x03 \x01(\x08\"\x8c\x01\n\x11LoadBlocksRequest\x12\x11\n\tclient_id\x18\x01 \x01(\x0c\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\x12\x13\n\x0b\x66irst_block\x18\x03 \x01(\r\x12\x13\n\x0b\x62lock_count\x18\x04 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x05 \x01(\r\x12\x13\n\x0blayer_count\x18\x06 \x01(\r\"e\n\x12LoadBlocksResponse\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x1a\n\x12\x66irst_offset_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"\xc0\x01\n\x11SaveBlocksRequest\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x1a\n\x12\x66irst_offset_bytes\x18\x03 \x01(\x04\x12,\n\x06header\x18\x04 \x01(\x0b\x32\x1c.kvservice_api.v1.SaveHeader\x12,\n\x06\x63ommit\x18\x05 \x01(\x0b\x32\x1c.kvservice_api.v1.SaveCommit\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"\xd2\x01\n\nSaveHeader\x12\x11\n\tclient_id\x18\x01 \x01(\x0c\x12\x1a\n\x12layout_fingerprint\x18\x02 \x01(\x0c\x12&\n\x05shard\x18\x03 \x01(\x0b\x32\x17.kvservice_api.v1.Shard\x12\x12\n\nparent_key\x18\x04 \x01(\x0c\x12\x0c\n\x04keys\x18\x05 \x01(\x0c\x12\x19\n\x11last_block_tokens\x18\x06 \x01(\r\x12\x30\n\ndurability\x18\x07 \x01(\x0e\x32\x1c.kvservice_api.v1.Durability\"\x1f\n\nSaveCommit\x12\x11\n\tchecksums\x18\x01 \x01(\x0c\"m\n\x12SaveBlocksResponse\x12\x0e\n\x06stored\x18\x01 \x01(\r\x12\x16\n\x0e\x61lready_stored\x18\x02 \x01(\r\x12/\n\x07refused\x18\x03 \x03(\x0b\x32\x1e.kvservice_api.v1.RefusedBlock\"A\n\x0cRefusedBlock\x12\r\n\x05\x62lock\x18\x01 \x01(\r\x12\"\n\x06status\x18\x02 \x01(\x0b\x32\x12.google.rpc.Status\"H\n\x11RenewLeaseRequest\x12\x11\n\tclient_id\x18\x01 \x01(\x0c\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\x12\x0e\n\x06ttl_ms\x18\x03 \x01(\r\"$\n\x12RenewLeaseResponse\x12\x0e\n\x06ttl_ms\x18\x01 \x01(\r\":\n\x13ReleaseLeaseRequest\x12\x11\n\tclient_id\x18\x01 \x01(\x0c\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\"\x16\n\x14ReleaseLeaseResponse\"B\n\x0fPrefetchRequest\x12\x0c\n\x04keys\x18\x01 \x01(\x0c\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x02 \x01(\r\x12\x0c\n\x04wait\x18\x03 \x01(\x08\"V\n\x10PrefetchResponse\x12\x0f\n\x07missing\x18\x01 \x01(\r\x12\x0f\n\x07in_dram\x18\x02 \x01(\r\x12\x10\n\x08promoted\x18\x03 \x01(\r\x12\x0e\n\x06\x66\x61iled\x18\x04 \x01(\r\"B\n\x0c\x45victRequest\x12\x0c\n\x04keys\x18\x01 \x01(\x0c\x12$\n\x04tier\x18\x02 \x01(\x0e\x32\x16.kvservice_api.v1.Tier\"?\n\rEvictResponse\x12\x0f\n\x07\x65victed\x18\x01 \x01(\r\x12\x0c\n\x04held\x18\x02 \x01(\r\x12\x0f\n\x07missing\x18\x03 \x01(\r2\x8a\x07\n\x0c\x42lockService\x12\x66\n\x0fGetCapabilities\x12(.kvservice_api.v1.GetCapabilitiesRequest\x1a).kvservice_api.v1.GetCapabilitiesResponse\x12W\n\nOpenLayout\x12#.kvservice_api.v1.OpenLayoutRequest\x1a$.kvservice_api.v1.OpenLayoutResponse\x12O\n\x06\x41ttach\x12\x1f.kvservice_api.v1.AttachRequest\x1a .kvservice_api.v1.AttachResponse(\x01\x30\x01\x12]\n\x0cLookupPrefix\x12%.kvservice_api.v1.LookupPrefixRequest\x1a&.kvservice_api.v1.LookupPrefixResponse\x12Y\n\nLoadBlocks\x12#.kvservice_api.v1.LoadBlocksRequest\x1a$.kvservice_api.v1.LoadBlocksResponse0\x01\x12Y\n\nSaveBlocks\x12#.kvservice_api.v1.SaveBlocksRequest\x1a$.kvservice_api.v1.SaveBlocksResponse(\x01\x12W\n\nRenewLease\x12#.kvservice_api.v1.RenewLeaseRequest\x1a$.kvservice_api.v1.RenewLeaseResponse\x12]\n\x0cReleaseLease\x12%.kvservice_api.v1.ReleaseLeaseRequest\x1a&.kvservice_api.v1.ReleaseLeaseResponse\x12Q\n\x08Prefetch\x12!.kvservice_api.v1.PrefetchRequest\x1a\".kvservice_api.v1.PrefetchResponse\x12H\n\x05\x45vict\x12\x1e.kvservice_api.v1.EvictRequest\x1a\x1f.kvservice_api.v1.EvictResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dkvservice_api/v1/blocks.proto\x12\x10kvservice_api.v1\x1a\x17google/rpc/status.proto\x1a\x1ckvservice_api/v1/types.proto\"\x18\n\x16GetCapabilitiesRequest\"\xf8\x01\n\x17GetCapabilitiesResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x12\n\nboot_epoch\x18\x02 \x01(\x06\x12\x10\n\x08store_id\x18\x03 \x01(\x0c\x12\x17\n\x0fmax_frame_bytes\x18\x04 \x01(\r\x12\x10\n\x08max_keys\x18\x05 \x01(\r\x12\x18\n\x10max_lease_ttl_ms\x18\x06 \x01(\r\x12\x12\n\ntransports\x18\x07 \x03(\t\x12\x17\n\x0fmax_save_blocks\x18\x08 \x01(\r\x12\x17\n\x0fmax_save_slices\x18\t \x01(\r\x12\x1b\n\x13residency_directory\x18\x1e \x01(\t\"R\n\x11OpenLayoutRequest\x12(\n\x06layout\x18\x01 \x01(\x0b\x32\x18.kvservice_api.v1.Layout\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\x0c\"%\n\x12OpenLayoutResponse\x12\x0f\n\x07\x63reated\x18\x01 \x01(\x08\"$\n\rAttachRequest\x12\x13\n\x0b\x63lient_name\x18\x01 \x01(\t\"7\n\x0e\x41ttachResponse\x12\x11\n\tclient_id\x18\x01 \x01(\x0c\x12\x12\n\nboot_epoch\x18\x02 \x01(\x06\"\xa4\x01\n\x13LookupPrefixRequest\x12\x11\n\tclient_id\x18\x01 \x01(\x0c\x12\x1a\n\x12layout_fingerprint\x18\x02 \x01(\x0c\x12&\n\x05shard\x18\x03 \x01(\x0b\x32\x17.kvservice_api.v1.Shard\x12\x0c\n\x04keys\x18\x04 \x01(\x0c\x12\x14\n\x0clease_ttl_ms\x18\x05 \x01(\r\x12\x12\n\nrequest_id\x18\n \x01(\t\"\x80\x01\n\x14LookupPrefixResponse\x12\x12\n\nhit_blocks\x18\x01 \x01(\r\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\x12\x14\n\x0clease_ttl_ms\x18\x03 \x01(\r\x12,\n\x04runs\x18\x04 \x03(\x0b\x32\x1e.kvservice_api.v1.ResidencyRun\"8\n\x0cResidencyRun\x12\r\n\x05\x63ount\x18\x01 \x01(\r\x12\x0c\n\x04\x64ram\x18\x02 \x01(\x08\x12\x0b\n\x03ssd\x18\x03 \x01(\x08\"\x8c\x01\n\x11LoadBlocksRequest\x12\x11\n\tclient_id\x18\x01 \x01(\x0c\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\x12\x13\n\x0b\x66irst_block\x18\x03 \x01(\r\x12\x13\n\x0b\x62lock_count\x18\x04 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x05 \x01(\r\x12\x13\n\x0blayer_count\x18\x06 \x01(\r\"e\n\x12LoadBlocksResponse\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x1a\n\x12\x66irst_offset_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"\xc0\x01\n\x11SaveBlocksRequest\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x1a\n\x12\x66irst_offset_bytes\x18\x03 \x01(\x04\x12,\n\x06header\x18\x04 \x01(\x0b\x32\x1c.kvservice_api.v1.SaveHeader\x12,\n\x06\x63ommit\x18\x05 \x01(\x0b\x32\x1c.kvservice_api.v1.SaveCommit\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"\xd2\x01\n\nSaveHeader\x12\x11\n\tclient_id\x18\x01 \x01(\x0c\x12\x1a\n\x12layout_fingerprint\x18\x02 \x01(\x0c\x12&\n\x05shard\x18\x03 \x01(\x0b\x32\x17.kvservice_api.v1.Shard\x12\x12\n\nparent_key\x18\x04 \x01(\x0c\x12\x0c\n\x04keys\x18\x05 \x01(\x0c\x12\x19\n\x11last_block_tokens\x18\x06 \x01(\r\x12\x30\n\ndurability\x18\x07 \x01(\x0e\x32\x1c.kvservice_api.v1.Durability\"\x1f\n\nSaveCommit\x12\x11\n\tchecksums\x18\x01 \x01(\x0c\"m\n\x12SaveBlocksResponse\x12\x0e\n\x06stored\x18\x01 \x01(\r\x12\x16\n\x0e\x61lready_stored\x18\x02 \x01(\r\x12/\n\x07refused\x18\x03 \x03(\x0b\x32\x1e.kvservice_api.v1.RefusedBlock\"A\n\x0cRefusedBlock\x12\r\n\x05\x62lock\x18\x01 \x01(\r\x12\"\n\x06status\x18\x02 \x01(\x0b\x32\x12.google.rpc.Status\"H\n\x11RenewLeaseRequest\x12\x11\n\tclient_id\x18\x01 \x01(\x0c\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\x12\x0e\n\x06ttl_ms\x18\x03 \x01(\r\"$\n\x12RenewLeaseResponse\x12\x0e\n\x06ttl_ms\x18\x01 \x01(\r\":\n\x13ReleaseLeaseRequest\x12\x11\n\tclient_id\x18\x01 \x01(\x0c\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\"\x16\n\x14ReleaseLeaseResponse\"B\n\x0fPrefetchRequest\x12\x0c\n\x04keys\x18\x01 \x01(\x0c\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x02 \x01(\r\x12\x0c\n\x04wait\x18\x03 \x01(\x08\"V\n\x10PrefetchResponse\x12\x0f\n\x07missing\x18\x01 \x01(\r\x12\x0f\n\x07in_dram\x18\x02 \x01(\r\x12\x10\n\x08promoted\x18\x03 \x01(\r\x12\x0e\n\x06\x66\x61iled\x18\x04 \x01(\r\"B\n\x0c\x45victRequest\x12\x0c\n\x04keys\x18\x01 \x01(\x0c\x12$\n\x04tier\x18\x02 \x01(\x0e\x32\x16.kvservice_api.v1.Tier\"?\n\rEvictResponse\x12\x0f\n\x07\x65victed\x18\x01 \x01(\r\x12\x0c\n\x04held\x18\x02 \x01(\r\x12\x0f\n\x07missing\x18\x03 \x01(\r2\x8a\x07\n\x0c\x42lockService\x12\x66\n\x0fGetCapabilities\x12(.kvservice_api.v1.GetCapabilitiesRequest\x1a).kvservice_api.v1.GetCapabilitiesResponse\x12W\n\nOpenLayout\x12#.kvservice_api.v1.OpenLayoutRequest\x1a$.kvservice_api.v1.OpenLayoutResponse\x12O\n\x06\x41ttach\x12\x1f.kvservice_api.v1.AttachRequest\x1a .kvservice_api.v1.AttachResponse(\x01\x30\x01\x12]\n\x0cLookupPrefix\x12%.kvservice_api.v1.LookupPrefixRequest\x1a&.kvservice_api.v1.LookupPrefixResponse\x12Y\n\nLoadBlocks\x12#.kvservice_api.v1.LoadBlocksRequest\x1a$.kvservice_api.v1.LoadBlocksResponse0\x01\x12Y\n\nSaveBlocks\x12#.kvservice_api.v1.SaveBlocksRequest\x1a$.kvservice_api.v1.SaveBlocksResponse(\x01\x12W\n\nRenewLease\x12#.kvservice_api.v1.RenewLeaseRequest\x1a$.kvservice_api.v1.RenewLeaseResponse\x12]\n\x0cReleaseLease\x12%.kvservice_api.v1.ReleaseLeaseRequest\x1a&.kvservice_api.v1.ReleaseLeaseResponse\x12Q\n\x08Prefetch\x12!.kvservice_api.v1.PrefetchRequest\x1a\".kvservice_api.v1.PrefetchResponse\x12H\n\x05\x45vict\x12\x1e.kvservice_api.v1.EvictRequest\x1a\x1f.kvservice_api.v1.EvictResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,41 +46,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ATTACHRESPONSE']._serialized_start=544
   _globals['_ATTACHRESPONSE']._serialized_end=599
   _globals['_LOOKUPPREFIXREQUEST']._serialized_start=602
-  _globals['_LOOKUPPREFIXREQUEST']._serialized_end=746
-  _globals['_LOOKUPPREFIXRESPONSE']._serialized_start=749
-  _globals['_LOOKUPPREFIXRESPONSE']._serialized_end=877
-  _globals['_RESIDENCYRUN']._serialized_start=879
-  _globals['_RESIDENCYRUN']._serialized_end=935
-  _globals['_LOADBLOCKSREQUEST']._serialized_start=938
-  _globals['_LOADBLOCKSREQUEST']._serialized_end=1078
-  _globals['_LOADBLOCKSRESPONSE']._serialized_start=1080
-  _globals['_LOADBLOCKSRESPONSE']._serialized_end=1181
-  _globals['_SAVEBLOCKSREQUEST']._serialized_start=1184
-  _globals['_SAVEBLOCKSREQUEST']._serialized_end=1376
-  _globals['_SAVEHEADER']._serialized_start=1379
-  _globals['_SAVEHEADER']._serialized_end=1589
-  _globals['_SAVECOMMIT']._serialized_start=1591
-  _globals['_SAVECOMMIT']._serialized_end=1622
-  _globals['_SAVEBLOCKSRESPONSE']._serialized_start=1624
-  _globals['_SAVEBLOCKSRESPONSE']._serialized_end=1733
-  _globals['_REFUSEDBLOCK']._serialized_start=1735
-  _globals['_REFUSEDBLOCK']._serialized_end=1800
-  _globals['_RENEWLEASEREQUEST']._serialized_start=1802
-  _globals['_RENEWLEASEREQUEST']._serialized_end=1874
-  _globals['_RENEWLEASERESPONSE']._serialized_start=1876
-  _globals['_RENEWLEASERESPONSE']._serialized_end=1912
-  _globals['_RELEASELEASEREQUEST']._serialized_start=1914
-  _globals['_RELEASELEASEREQUEST']._serialized_end=1972
-  _globals['_RELEASELEASERESPONSE']._serialized_start=1974
-  _globals['_RELEASELEASERESPONSE']._serialized_end=1996
-  _globals['_PREFETCHREQUEST']._serialized_start=1998
-  _globals['_PREFETCHREQUEST']._serialized_end=2064
-  _globals['_PREFETCHRESPONSE']._serialized_start=2066
-  _globals['_PREFETCHRESPONSE']._serialized_end=2152
-  _globals['_EVICTREQUEST']._serialized_start=2154
-  _globals['_EVICTREQUEST']._serialized_end=2220
-  _globals['_EVICTRESPONSE']._serialized_start=2222
-  _globals['_EVICTRESPONSE']._serialized_end=2285
-  _globals['_BLOCKSERVICE']._serialized_start=2288
-  _globals['_BLOCKSERVICE']._serialized_end=3194
+  _globals['_LOOKUPPREFIXREQUEST']._serialized_end=766
+  _globals['_LOOKUPPREFIXRESPONSE']._serialized_start=769
+  _globals['_LOOKUPPREFIXRESPONSE']._serialized_end=897
+  _globals['_RESIDENCYRUN']._serialized_start=899
+  _globals['_RESIDENCYRUN']._serialized_end=955
+  _globals['_LOADBLOCKSREQUEST']._serialized_start=958
+  _globals['_LOADBLOCKSREQUEST']._serialized_end=1098
+  _globals['_LOADBLOCKSRESPONSE']._serialized_start=1100
+  _globals['_LOADBLOCKSRESPONSE']._serialized_end=1201
+  _globals['_SAVEBLOCKSREQUEST']._serialized_start=1204
+  _globals['_SAVEBLOCKSREQUEST']._serialized_end=1396
+  _globals['_SAVEHEADER']._serialized_start=1399
+  _globals['_SAVEHEADER']._serialized_end=1609
+  _globals['_SAVECOMMIT']._serialized_start=1611
+  _globals['_SAVECOMMIT']._serialized_end=1642
+  _globals['_SAVEBLOCKSRESPONSE']._serialized_start=1644
+  _globals['_SAVEBLOCKSRESPONSE']._serialized_end=1753
+  _globals['_REFUSEDBLOCK']._serialized_start=1755
+  _globals['_REFUSEDBLOCK']._serialized_end=1820
+  _globals['_RENEWLEASEREQUEST']._serialized_start=1822
+  _globals['_RENEWLEASEREQUEST']._serialized_end=1894
+  _globals['_RENEWLEASERESPONSE']._serialized_start=1896
+  _globals['_RENEWLEASERESPONSE']._serialized_end=1932
+  _globals['_RELEASELEASEREQUEST']._serialized_start=1934
+  _globals['_RELEASELEASEREQUEST']._serialized_end=1992
+  _globals['_RELEASELEASERESPONSE']._serialized_start=1994
+  _globals['_RELEASELEASERESPONSE']._serialized_end=2016
+  _globals['_PREFETCHREQUEST']._serialized_start=2018
+  _globals['_PREFETCHREQUEST']._serialized_end=2084
+  _globals['_PREFETCHRESPONSE']._serialized_start=2086
+  _globals['_PREFETCHRESPONSE']._serialized_end=2172
+  _globals['_EVICTREQUEST']._serialized_start=2174
+  _globals['_EVICTREQUEST']._serialized_end=2240
+  _globals['_EVICTRESPONSE']._serialized_start=2242
+  _globals['_EVICTRESPONSE']._serialized_end=2305
+  _globals['_BLOCKSERVICE']._serialized_start=2308
+  _globals['_BLOCKSERVICE']._serialized_end=3214
 # @@protoc_insertion_point(module_scope)

@@ -65,18 +65,20 @@ class AttachResponse(_message.Message):
     def __init__(self, client_id: _Optional[bytes] = ..., boot_epoch: _Optional[int] = ...) -> None: ...
 
 class LookupPrefixRequest(_message.Message):
-    __slots__ = ("client_id", "layout_fingerprint", "shard", "keys", "lease_ttl_ms")
+    __slots__ = ("client_id", "layout_fingerprint", "shard", "keys", "lease_ttl_ms", "request_id")
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     LEASE_TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     client_id: bytes
     layout_fingerprint: bytes
     shard: _types_pb2.Shard
     keys: bytes
     lease_ttl_ms: int
-    def __init__(self, client_id: _Optional[bytes] = ..., layout_fingerprint: _Optional[bytes] = ..., shard: _Optional[_Union[_types_pb2.Shard, _Mapping]] = ..., keys: _Optional[bytes] = ..., lease_ttl_ms: _Optional[int] = ...) -> None: ...
+    request_id: str
+    def __init__(self, client_id: _Optional[bytes] = ..., layout_fingerprint: _Optional[bytes] = ..., shard: _Optional[_Union[_types_pb2.Shard, _Mapping]] = ..., keys: _Optional[bytes] = ..., lease_ttl_ms: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class LookupPrefixResponse(_message.Message):
     __slots__ = ("hit_blocks", "lease_id", "lease_ttl_ms", "runs")

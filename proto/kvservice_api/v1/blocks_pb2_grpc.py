@@ -129,7 +129,7 @@ class BlockServiceServicer(object):
         The answer stops at the first missing block: an engine reuses only an unbroken prefix.
         A block counts only where stored shards cover the whole range that is asked for. Errors:
         * INVALID_ARGUMENT INVALID_REQUEST: keys empty, too many or not a multiple of 32 bytes,
-        or a shard outside the layout.
+        a shard outside the layout, or a request_id that is too long.
         * FAILED_PRECONDITION UNKNOWN_LAYOUT: call OpenLayout, then ask again.
         * FAILED_PRECONDITION UNKNOWN_CLIENT: a lease was asked for by a client that is not
         attached; attach (again), then ask again.
@@ -202,7 +202,8 @@ class BlockServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Evict(self, request, context):
-        """Drops blocks from one tier. Leased and busy blocks stay and are counted. Errors:
+        """Drops blocks from one tier. Leased and busy blocks, and copies that a pin keeps, stay and are
+        counted. Errors:
         * INVALID_ARGUMENT INVALID_REQUEST: as for Prefetch, or no tier is named.
         * UNAVAILABLE STORAGE_FAILED: the index could not be written; retry later.
         """

@@ -1,0 +1,71 @@
+"""Why a block is where it is, or is not there, in sentences for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvservice_api.v1 import admin_pb2 as pb
+from kvservice_client.admin import TIERS
+from kvservice_client.cli import output
+
+
+def _tier(tier: int) -> str:
+    return next((str(name) for name, number in TIERS.items() if name and number == tier), "a tier")
+
+
+def arrival(place: pb.Place) -> str:
+    """How a copy came to its tier: ``in dram since ..., by its save``."""
+    tier = _tier(place.tier)
+    where = "on ssd" if tier == "ssd" else f"in {tier}"
+    how = {
+        pb.ARRIVAL_SAVED: "by its save",
+        pb.ARRIVAL_PROMOTED: "brought up from ssd for a load or a prefetch",
+        pb.ARRIVAL_WRITTEN_BEHIND: "written behind from dram",
+    }.get(place.arrival, "it was there when the daemon started")
+    return f"{where} since {output.when(place.since)}, {how}" if place.HasField("since") else f"{where}: {how}"
+
+
+def event(event: pb.BlockEvent) -> str:
+    """What happened, where and when."""
+    tier = _tier(event.tier)
+    at = output.when(event.at)
+    ended = f" after its pin had ended at {output.when(event.pin_ended_at)}" if event.HasField("pin_ended_at") else ""
+    sentences = {
+        pb.EVENT_KIND_REFUSED: f"a save brought it at {at} and was refused: {event.detail}",
+        pb.EVENT_KIND_ABANDONED: f"the save that brought it ended at {at} without a commit",
+        pb.EVENT_KIND_EVICTED: f"evicted from {tier} at {at} by the policy {event.detail}{ended}",
+        pb.EVENT_KIND_EVICTED_ON_REQUEST: f"evicted from {tier} at {at} on request{ended}",
+        pb.EVENT_KIND_DISCARDED: f"discarded at {at} on request",
+        pb.EVENT_KIND_QUARANTINED: f"taken out of service at {at}: its bytes in {tier} were damaged",
+        pb.EVENT_KIND_LOST: f"lost from {tier} when the daemon started at {at}",
+        pb.EVENT_KIND_EXPIRED: f"its time was over at {at}",
+    }
+    return sentences.get(event.kind, f"something that this kvctl does not know happened at {at}")
+
+
+def miss(miss: pb.Miss, others: Sequence[pb.OtherLayout] = ()) -> str:
+    """Why the block is not there, or was not."""
+    since = output.when(miss.remembers_since)
+    emptied = ""
+    if miss.HasField("dram_emptied_at"):
+        emptied = f"the DRAM tier was emptied at {output.when(miss.dram_emptied_at)} ({miss.dram_emptied_because})"
+    if miss.reason == pb.MISS_REASON_LOST_IN_RESTART and emptied:
+        return f"{event(miss.event)}; {emptied}"
+    if miss.reason == pb.MISS_REASON_IN_PART:
+        past = f" ({event(miss.event)})" if miss.HasField("event") else ""
+        return f"stored in part only: not all of the range that was asked for{past}"
+    if miss.HasField("event"):
+        return event(miss.event)
+    if miss.reason == pb.MISS_REASON_OTHER_LAYOUT:
+        return "other layout: nothing is stored under this one. " + " ".join(map(other_layout, others))
+    if miss.reason == pb.MISS_REASON_BEING_SAVED:
+        return "not there yet: a save brings it right now"
+    if miss.reason == pb.MISS_REASON_NEVER_STORED_OR_LOST:
+        return f"never stored here, or lost when {emptied}; what was before {since} is not remembered"
+    return f"never stored here, as far as is remembered: since {since}"
+
+
+def other_layout(other: pb.OtherLayout) -> str:
+    """Where blocks of the model are, and what is different there."""
+    differences = ", ".join(f"{each.field} {each.stored} (asked: {each.asked})" for each in other.differences)
+    return f"Blocks of this model are stored under layout {other.layout_fingerprint.hex()[:16]}: {differences}."

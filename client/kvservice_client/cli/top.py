@@ -1,0 +1,151 @@
+"""``kvctl top``: what a daemon does right now."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import typer
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded
+from kvservice_api.v1 import admin_pb2 as pb
+from kvservice_client.cli import output
+from kvservice_client.cli.options import Address, AsJson, Timeout, connect
+from kvservice_client.client import DEFAULT_ADDRESS, Client
+
+_RATES = (
+    "load_blocks load_bytes save_blocks_stored save_bytes save_blocks_refused evicted_dram_blocks evicted_ssd_blocks "
+    "lost_unwritten_blocks promoted_blocks promoted_bytes written_behind_blocks written_behind_bytes "
+    "quarantined_blocks storage_errors"
+).split()
+_SHOWN = (  # What, counter of blocks, counter of bytes.
+    ("loads", "load_blocks", "load_bytes"),
+    ("saves", "save_blocks_stored", "save_bytes"),
+    ("saves refused", "save_blocks_refused", ""),
+    ("up to dram", "promoted_blocks", "promoted_bytes"),
+    ("down to ssd", "written_behind_blocks", "written_behind_bytes"),
+    ("evicted from dram", "evicted_dram_blocks", ""),
+    ("evicted from ssd", "evicted_ssd_blocks", ""),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One moment, and the time since the moment before."""
+
+    status: pb.StatusResponse
+    per_second: dict[str, float]
+    hit_ratio: float | None  # None where nobody looked anything up.
+
+    @classmethod
+    def between(cls, before: pb.StatusResponse, after: pb.StatusResponse, elapsed_s: float) -> View:
+        """Of a daemon that was started anew meanwhile, what it has done since."""
+        old = before.counters if before.boot_epoch == after.boot_epoch else {}
+
+        def grown(name: str) -> float:
+            return after.counters[name] - old.get(name, 0.0)
+
+        asked = grown("lookup_blocks_asked")
+        ratio = grown("lookup_blocks_hit") / asked if asked else None
+        return cls(after, {name: grown(name) / elapsed_s for name in _RATES}, ratio)
+
+    def as_json(self) -> dict[str, Any]:
+        status = output.plain(self.status)
+        return {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            **{name: status[name] for name in "state dram ssd blocks clients leases uploads".split()},
+            "per_second": {name: round(value, 3) for name, value in self.per_second.items()},
+            "hit_ratio": None if self.hit_ratio is None else round(self.hit_ratio, 4),
+            "event_loop_delay_ms": self.status.counters["event_loop_delay_ms_recent"],
+            "event_loop_delay_ms_max": self.status.counters["event_loop_delay_ms_max"],
+        }
+
+
+def top(
+    interval: Annotated[float, typer.Option(min=0.05, help="Seconds between two looks.")] = 1.0,
+    count: Annotated[int, typer.Option(min=0, help="Looks; 0 means until interrupted.")] = 0,
+    address: Address = DEFAULT_ADDRESS,
+    timeout: Timeout = 5.0,
+    as_json: AsJson = False,
+) -> None:
+    """Show what the daemon does right now, again and again. With --json one line a look."""
+    with connect(address, timeout) as client, suppress(KeyboardInterrupt):
+        if as_json:
+            for view in _views(client, interval, count):
+                print(json.dumps(view.as_json()), flush=True)
+        else:
+            _watch(client, address, interval, count)
+
+
+def _views(client: Client, interval_s: float, count: int) -> Iterator[View]:
+    before, before_s = client.admin.status(), time.monotonic()
+    number = 0
+    while not count or number < count:
+        time.sleep(interval_s)
+        after, after_s = client.admin.status(), time.monotonic()
+        yield View.between(before, after, after_s - before_s)
+        before, before_s = after, after_s
+        number += 1
+
+
+def _watch(client: Client, address: str, interval_s: float, count: int) -> None:
+    """On a terminal in place; a daemon that goes away may come back. Elsewhere only the last look is printed."""
+    with Live(console=output.console(), auto_refresh=False, transient=False) as live:
+        shown = 0
+        while not count or shown < count:
+            try:
+                for view in _views(client, interval_s, count - shown if count else 0):
+                    live.update(_picture(view, address), refresh=True)
+                    shown += 1
+            except (DaemonUnavailable, DeadlineExceeded) as error:
+                if not shown:
+                    raise
+                live.update(f"[bold red]{error.message}[/]", refresh=True)
+                time.sleep(interval_s)
+
+
+def _picture(view: View, address: str) -> RenderableType:
+    status = view.status
+    delay = f"{status.counters['event_loop_delay_ms_recent']:.1f} ms"
+    hits = "-" if view.hit_ratio is None else f"{view.hit_ratio:.1%}"
+    head = f"kvservice {status.version} at {address}: [bold]{status.state}[/], up {output.age(status.started_at)}"
+    counts = (
+        f"{status.blocks} blocks, {status.clients} clients, {status.leases} leases, {status.uploads} uploads, "
+        f"hit ratio {hits}, event loop late by {delay} at most"
+    )
+    parts: list[RenderableType] = [head, counts, "", _tiers(status), "", _rates(view)]
+    for name, tier in (("DRAM", status.dram), ("SSD", status.ssd)):
+        if tier.refusing_because:
+            parts.append(f"[bold red]{name} takes no new blocks:[/] {tier.refusing_because}")
+    return Group(*parts)
+
+
+def _tiers(status: pb.StatusResponse) -> Table:
+    table = output.table("tier", "used", "of", "share", "", "blocks", right=("used", "of", "share", "blocks"))
+    for name, tier in (("dram", status.dram), ("ssd", status.ssd)):
+        if tier.capacity_bytes:
+            table.add_row(
+                name,
+                output.size(tier.used_bytes),
+                output.size(tier.capacity_bytes),
+                f"{tier.used_bytes / tier.capacity_bytes:.1%}",
+                ProgressBar(tier.capacity_bytes, tier.used_bytes, width=30),
+                str(tier.blocks),
+            )
+    return table
+
+
+def _rates(view: View) -> Table:
+    table = output.table("a second", "blocks", "bytes", right=("blocks", "bytes"))
+    for what, blocks, size in _SHOWN:
+        table.add_row(what, f"{view.per_second[blocks]:,.1f}", output.size(view.per_second[size]) if size else "")
+    return table

@@ -1,0 +1,153 @@
+"""What became of the last requests that came with an id: for `explain`.
+
+A request is what an engine calls one; its id is the engine's. It may look up several times, once a rank
+for example, and load from each lease several times.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from kvservice.blocks import NO_ROW, BlockTable
+from kvservice.clock import Clock
+from kvservice.store.leases import Lease
+from kvservice_api.errors import InvalidRequest, KVError, RequestNotFound
+from kvservice_api.layout import Layout, Shard
+
+_ID_BYTES_MAX = 200
+_LOOKUPS_MAX, _LOADS_MAX = 64, 16  # Of one request, of one lookup; later ones are counted only.
+
+
+@dataclass(slots=True)
+class LoadRecord:
+    """`outcome` is "running", "done", "cancelled", or the reason of an error. Counts are of blocks."""
+
+    began_ms: int
+    blocks: int
+    layers: int
+    from_dram: int
+    from_ssd: int
+    sent_bytes: int = 0
+    took_ms: float = 0.0
+    outcome: str = "running"
+
+
+@dataclass(slots=True)
+class LookupRecord:
+    at_ms: int
+    layout_id: int
+    shard: Shard
+    client: str
+    asked: int
+    hit: int
+    in_dram: int  # Of the hits; those in both tiers count here.
+    on_ssd: int  # Those that are only there.
+    first_missing_key: bytes = b""
+    is_partial: bool = False  # Some shards of the first missing block were stored, but not all that was asked for.
+    other_layout_ids: Sequence[int] = ()  # Of the same model, with blocks stored, where this layout had none.
+    loads: list[LoadRecord] = field(default_factory=list)
+    loads_more: int = 0
+    lease_id: int = 0
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    lookups: list[LookupRecord] = field(default_factory=list)
+    lookups_more: int = 0
+
+
+class Requests:
+    """The last `requests_max` requests, by id. None where that is 0."""
+
+    def __init__(self, blocks: BlockTable, clock: Clock, requests_max: int) -> None:
+        self._blocks = blocks
+        self._clock = clock
+        self._requests_max = requests_max
+        self._records: OrderedDict[str, RequestRecord] = OrderedDict()
+        self._by_lease: dict[int, LookupRecord] = {}
+
+    @staticmethod
+    def check_id(request_id: str) -> None:
+        """Raises InvalidRequest."""
+        if len(request_id.encode()) > _ID_BYTES_MAX:
+            raise InvalidRequest(f"request_id is longer than {_ID_BYTES_MAX} bytes", field="request_id")
+
+    def get(self, request_id: str) -> RequestRecord:
+        """Raises RequestNotFound."""
+        if request_id not in self._records:
+            raise RequestNotFound(
+                f"no lookup with the request id {request_id!r} is among the last {self._requests_max} remembered "
+                "since the daemon's start",
+                request_id=request_id,
+            )
+        return self._records[request_id]
+
+    def note_lookup(
+        self,
+        request_id: str,
+        layouts: Mapping[int, Layout],
+        layout_id: int,
+        shard: Shard,
+        client: str,
+        keys: Sequence[bytes],
+        runs: Sequence[tuple[int, bool, bool]],
+        lease: Lease | None,
+    ) -> None:
+        """`runs` are those of the answer."""
+        if not self._requests_max:
+            return
+        hit = sum(count for count, _, _ in runs)
+        in_dram = sum(count for count, dram, _ in runs if dram)
+        record = LookupRecord(self._clock.wall_ms(), layout_id, shard, client, len(keys), hit, in_dram, hit - in_dram)
+        if hit < len(keys):
+            record.first_missing_key = keys[hit]
+            record.is_partial = bool(self._blocks.rows_of_keys(keys[hit : hit + 1])[0] != NO_ROW)
+        stored = self._blocks.live_of_layout
+        if not hit and not stored[layout_id]:
+            model = layouts[layout_id].model_id
+            same = (other for other, layout in layouts.items() if layout.model_id == model and stored[other])
+            record.other_layout_ids = tuple(same)
+        self._add(request_id, record, lease)
+
+    def _add(self, request_id: str, record: LookupRecord, lease: Lease | None) -> None:
+        request = self._records.setdefault(request_id, RequestRecord())
+        self._records.move_to_end(request_id)
+        if len(request.lookups) == _LOOKUPS_MAX:
+            request.lookups_more += 1
+            return
+        request.lookups.append(record)
+        if lease is not None:
+            record.lease_id = lease.lease_id
+            self._by_lease[lease.lease_id] = record
+        if len(self._records) > self._requests_max:
+            _, forgotten = self._records.popitem(last=False)
+            for lookup in forgotten.lookups:
+                self._by_lease.pop(lookup.lease_id, None)
+
+    @contextmanager
+    def load(self, lease: Lease, blocks: range, layers: range) -> Iterator[LoadRecord]:
+        """Notes a load of the lease while it runs, and how it ended. The caller counts `sent_bytes`."""
+        lookup = self._by_lease.get(lease.lease_id)
+        rows = lease.rows[blocks.start : blocks.stop]
+        from_dram = int((self._blocks.dram_offset[rows] >= 0).sum()) if lookup is not None else 0
+        record = LoadRecord(self._clock.wall_ms(), len(blocks), len(layers), from_dram, len(blocks) - from_dram)
+        if lookup is not None:
+            if len(lookup.loads) < _LOADS_MAX:
+                lookup.loads.append(record)
+            else:
+                lookup.loads_more += 1
+        began_s = self._clock.monotonic_s()
+        try:
+            yield record
+            record.outcome = "done"
+        except KVError as error:
+            record.outcome = error.reason.lower()
+            raise
+        except BaseException:
+            record.outcome = "cancelled"
+            raise
+        finally:
+            record.took_ms = (self._clock.monotonic_s() - began_s) * 1000

@@ -1,0 +1,290 @@
+"""``kvctl top``, ``pin``, ``unpin``, ``drain`` and ``explain`` as operators run them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from kvservice_client import BlockChain, Client, Durability, Tier
+from tests.daemon import DaemonProcess, until
+from tests.integration.known_blocks import SMALL, compare, new_chain, save
+from tests.integration.test_client_kvctl import KVCTL, kvctl
+from tests.integration.wire import Feed, Upload, Wire
+
+ABSENT = "ab" * 32
+
+
+@pytest.fixture
+def ask(daemon: DaemonProcess) -> Callable[..., Any]:
+    """Runs a verb with ``--json``; the document it prints."""
+
+    def run(*arguments: str, code: int = 0) -> Any:
+        done = kvctl(*arguments, "--json", address=daemon.address)
+        assert (done.returncode, done.stderr) == (code, "")
+        return json.loads(done.stdout)
+
+    return run
+
+
+@pytest.fixture
+def client(daemon: DaemonProcess) -> Iterator[Client]:
+    with daemon.client("engine") as made:
+        yield made
+
+
+@pytest.fixture
+def chain(client: Client) -> BlockChain:
+    """Three blocks in both tiers."""
+    chain = new_chain(SMALL, 3)
+    save(client, SMALL, chain, Durability.SSD)
+    return chain
+
+
+def test_pin_and_unpin_say_what_they_did(ask: Callable[..., Any], daemon: DaemonProcess, chain: BlockChain) -> None:
+    first, second, third = (key.hex() for key in chain)
+    pinned = ask("pin", first, second, "--ttl", "2h")
+    assert (pinned["pinned"], pinned["missing"]) == (2, 0)
+    assert ask("explain", first)["shards"][0]["block"]["pinned_until"] == pinned["pinned_until"]
+    assert ask("evict", first, third, "--tier", "ssd") == {"evicted": 1, "held": 1, "missing": 0}
+    assert ask("unpin", first, third, ABSENT) == {"unpinned": 1, "not_pinned": 1, "missing": 1}
+
+    done = kvctl("pin", second, ABSENT, "--ttl", "1.5min", address=daemon.address)
+    assert (done.returncode, done.stderr) == (1, ""), "not all of them could be pinned"
+    assert re.match(
+        r"pinned 1 until \d{4}-\d\d-\d\d \d\d:\d\d:\d\d, 1 were not there\nall pins take 16 KiB of", done.stdout
+    )
+    done = kvctl("inspect", second, address=daemon.address)
+    assert "pinned until" in done.stdout
+    done = kvctl("unpin", second, address=daemon.address)
+    assert done.stdout == "unpinned 1, 0 were not pinned, 0 were not there\n"
+
+
+@pytest.mark.parametrize(
+    ("ttl", "code", "message"),
+    [
+        ("5x", 2, "no span of time such as 90s"),
+        ("", 2, "no span of time"),
+        ("-3s", 2, "no span of time"),
+        ("99999999d", 2, "no span of time"),
+        ("0s", 1, "must last more than 0 s, and at most 2592000 s. Correct what was given"),
+        ("31d", 1, "must last more than 0 s, and at most 2592000 s"),
+    ],
+)
+def test_an_odd_time_to_live_is_refused(
+    daemon: DaemonProcess, chain: BlockChain, ttl: str, code: int, message: str
+) -> None:
+    done = kvctl("pin", chain.keys[0].hex(), f"--ttl={ttl}", "--json", address=daemon.address)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert message in " ".join(done.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["pin", "xyz", "--ttl", "1h"], ["pin", ABSENT], ["pin", "--ttl", "1h"], ["unpin"], ["unpin", "ab"], ["explain"],
+     ["explain", ""], ["top", "--interval", "0"], ["drain", "now"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_wrong_usage_ends_with_2(daemon: DaemonProcess, arguments: list[str]) -> None:
+    done = kvctl(*arguments, address=daemon.address)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Usage: kvctl" in done.stderr
+
+
+def test_pins_past_their_share_are_refused_in_one_line(new_daemon: Callable[..., DaemonProcess]) -> None:
+    daemon = new_daemon(pins__fraction_max=0)
+    with daemon.client() as client:
+        chain = new_chain(SMALL)
+        save(client, SMALL, chain, Durability.SSD)
+    done = kvctl("pin", chain.keys[0].hex(), "--ttl", "1h", "--json", address=daemon.address)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(
+        r"kvctl: pinned blocks would take .*may take 0\. Unpin others .*pins\.fraction_max`\.\n", done.stderr
+    )
+
+
+def test_explain_tells_of_a_block(
+    ask: Callable[..., Any], daemon: DaemonProcess, client: Client, chain: BlockChain
+) -> None:
+    key = chain.keys[0].hex()
+    client.evict(chain, Tier.DRAM)
+    stored = ask("explain", key.upper())
+    assert stored["miss"] is None
+    (shard,) = stored["shards"]
+    assert [(place["tier"], place["arrival"]) for place in shard["places"]] == [("ssd", "written_behind")]
+    assert [(event["kind"], event["tier"]) for event in stored["events"]] == [("evicted_on_request", "dram")]
+    done = kvctl("explain", key, address=daemon.address)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"on ssd since .*, written behind from dram", done.stdout)
+    assert re.search(r"before: evicted from dram at .* on request", done.stdout)
+
+    client.admin.discard(chain)
+    gone = ask("explain", key)
+    assert (gone["miss"]["reason"], gone["miss"]["event"]["kind"]) == ("discarded", "discarded")
+    assert gone["shards"] == []
+    done = kvctl("explain", key, address=daemon.address)
+    assert re.search(r"not stored: discarded at .* on request", done.stdout)
+    done = kvctl("explain", ABSENT, address=daemon.address)
+    assert "not stored: never stored here, as far as is remembered: since" in done.stdout
+
+
+def test_explain_tells_of_a_request(
+    ask: Callable[..., Any], daemon: DaemonProcess, client: Client, chain: BlockChain
+) -> None:
+    client.admin.discard(chain.keys[2:])
+    with client.open_layout(SMALL).lookup(chain, request_id="cmpl-7[x]") as lease:
+        compare(lease, SMALL, chain)
+    (lookup,) = ask("explain", "cmpl-7[x]")["lookups"]
+    assert (lookup["asked_blocks"], lookup["hit_blocks"], lookup["miss"]["reason"]) == (3, 2, "discarded")
+    done = kvctl("explain", "cmpl-7[x]", address=daemon.address)
+    assert "request cmpl-7[x]\n" in done.stdout
+    assert "2 of 3 blocks were there: 2 in dram, 0 on ssd only" in done.stdout
+    assert re.search(r"load of 2 blocks, 5 layers: done, .* in .* ms, 2 blocks from dram, 0 from ssd", done.stdout)
+    assert re.search(
+        rf"the rest was a miss, for block {chain.keys[2].hex()}:\n +discarded at .* on request", done.stdout
+    )
+
+    with client.open_layout(SMALL).lookup(chain, request_id=ABSENT):
+        pass
+    assert ask("explain", ABSENT)["miss"]["reason"] == "never_stored", "it looks like a key"
+    assert ask("explain", ABSENT, "--request")["request_id"] == ABSENT
+
+    done = kvctl("explain", ABSENT[:63], "--json", address=daemon.address)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(
+        r"kvctl: no lookup with the request id .* a block's key has 64 hexadecimal digits\.\n", done.stderr
+    )
+
+
+@pytest.fixture
+def undrained(client: Client) -> Iterator[None]:
+    """An empty store that takes saves, before and after."""
+    client.admin.discard_all()
+    yield
+    client.admin.undo_drain()
+
+
+@pytest.mark.usefixtures("undrained")
+def test_drain_and_back(ask: Callable[..., Any], daemon: DaemonProcess, client: Client) -> None:
+    save(client, SMALL, new_chain(SMALL, 3))
+    drained = ask("drain")
+    assert (drained["done"], drained["blocks_only_in_dram"]) == (True, 0)
+    assert ask("status")["state"] == "draining"
+    assert ask("top", "--count", "1", "--interval", "0.05")["state"] == "draining"
+    done = kvctl("drain", address=daemon.address)
+    assert (done.returncode, done.stdout) == (0, "drained: everything is on SSD; 0 loads run\n")
+    assert kvctl("drain", "--undo", address=daemon.address).stdout == "the daemon takes saves again\n"
+    assert ask("status")["state"] == "serving"
+
+
+def test_drain_ends_with_1_where_only_dram_holds_blocks(new_daemon: Callable[..., DaemonProcess]) -> None:
+    daemon = new_daemon(ssd__capacity_bytes=0)
+    with daemon.client() as client:
+        save(client, SMALL, new_chain(SMALL, 2))
+    done = kvctl("drain", address=daemon.address)
+    assert done.returncode == 1
+    assert done.stdout.startswith("drained, but 2 blocks (32 KiB) are only in DRAM")
+
+
+@pytest.mark.usefixtures("undrained")
+def test_a_drain_goes_on_when_kvctl_is_interrupted(ask: Callable[..., Any], daemon: DaemonProcess) -> None:
+    with Wire(daemon.address) as wire:
+        wire.attach()
+        wire.open_layout(SMALL)
+        upload = Upload.of(wire, SMALL, new_chain(SMALL))
+        feed = Feed(*upload.messages()[:2])
+        saving = wire.begin_save(feed)
+        until(lambda: wire.status().uploads == 1)
+        watching = subprocess.Popen(
+            [KVCTL, "drain", "--address", daemon.address], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        until(lambda: wire.status().state == "draining", 20)
+        watching.send_signal(signal.SIGINT)
+        out, err = watching.communicate(timeout=20)
+        assert (watching.returncode, out) == (130, "")
+        assert "goes on draining" in err
+        feed.send(*upload.messages()[2:])
+        feed.end()
+        assert saving.result(timeout=20).stored == 1, "what ran may end"
+        assert ask("drain")["done"]
+
+
+def test_top_prints_one_object_a_look(daemon: DaemonProcess, client: Client, chain: BlockChain) -> None:
+    done = kvctl("top", "--json", "--count", "3", "--interval", "0.1", address=daemon.address)
+    assert (done.returncode, done.stderr) == (0, "")
+    looks = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(looks) == 3
+    for look in looks:
+        assert look["state"] == "serving"
+        assert look["blocks"] >= 3
+        assert look["ssd"]["used_bytes"] >= 3 * 16 * 1024
+        assert look["hit_ratio"] is None
+        assert look["per_second"]["load_bytes"] == 0
+        assert 0 <= look["event_loop_delay_ms"] <= look["event_loop_delay_ms_max"]
+
+
+def test_top_shows_people_a_picture(daemon: DaemonProcess, chain: BlockChain) -> None:
+    done = kvctl("top", "--count", "2", "--interval", "0.1", address=daemon.address)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("kvservice 0") == 1, "the last look only, where there is no terminal"
+    for part in ("serving", "hit ratio", "evicted from dram", "loads", "ssd"):
+        assert part in done.stdout
+
+
+def test_top_on_a_terminal_outlives_a_restart_of_the_daemon(new_daemon: Callable[..., DaemonProcess]) -> None:
+    daemon, (ours, theirs) = new_daemon(), pty.openpty()
+    seen = bytearray()
+
+    def read() -> None:
+        with suppress(OSError):  # The terminal is closed.
+            while some := os.read(ours, 65536):
+                seen.extend(some)
+
+    def shows_again(word: bytes) -> None:
+        seen.clear()
+        until(lambda: word in seen, 20)
+
+    command = [str(KVCTL), "top", "--interval", "0.1", "--timeout", "1", "--address", daemon.address]
+    reader = Thread(target=read)
+    with subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE, text=True) as watching:
+        reader.start()
+        try:
+            shows_again(b"serving")
+            daemon.kill()
+            shows_again(b"no answer from the daemon")
+            daemon.start()
+            shows_again(b"serving")
+            watching.send_signal(signal.SIGINT)
+            _, err = watching.communicate(timeout=20)
+            assert (watching.returncode, err) == (0, "")
+        finally:
+            watching.kill()
+            os.close(theirs)
+            reader.join()
+            os.close(ours)
+
+
+def test_top_without_a_daemon_is_an_error(daemon: DaemonProcess) -> None:
+    for way in ([], ["--json"]):
+        done = kvctl("top", *way, "--count", "1", address="127.0.0.1:1")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "no answer from the daemon" in done.stderr
+
+
+def test_top_ends_quietly_when_it_is_interrupted(daemon: DaemonProcess) -> None:
+    command = [str(KVCTL), "top", "--json", "--interval", "0.05", "--address", daemon.address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watching:
+        assert watching.stdout is not None
+        assert json.loads(watching.stdout.readline())["state"] == "serving"
+        watching.send_signal(signal.SIGINT)
+        _, err = watching.communicate(timeout=20)
+    assert (watching.returncode, err) == (0, "")
