@@ -36,6 +36,9 @@ class Counters:
     storage_errors: int = 0
     leases_granted: int = 0
     leases_expired: int = 0
+    sessions_begun: int = 0
+    sessions_expired: int = 0
+    session_changes_refused: int = 0
 
     def as_dict(self) -> dict[str, int]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -66,5 +69,8 @@ HELP: dict[str, str] = {
     "storage_errors": "Reads, writes and commits that the operating system refused.",
     "leases_granted": "Leases granted.",
     "leases_expired": "Leases that ended by time.",
+    "sessions_begun": "Sessions begun or forked.",
+    "sessions_expired": "Sessions forgotten because nobody used them.",
+    "session_changes_refused": "Changes of sessions refused because they started from another revision.",
 }
 assert set(HELP) == {field.name for field in fields(Counters)}

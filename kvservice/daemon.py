@@ -32,9 +32,11 @@ from kvservice.policy import POLICIES
 from kvservice.rpc.admin import AdminService
 from kvservice.rpc.blocks import BlockService, ServiceLimits
 from kvservice.rpc.server import Server
+from kvservice.rpc.sessions import SessionService
 from kvservice.store.block_store import BlockStore, StoreLimits
 from kvservice.store.recovery import recover
 from kvservice.store.room import Watermarks
+from kvservice.store.sessions import SessionLimits
 from kvservice.tiers.arena import Arena
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.files import FileCalls
@@ -71,7 +73,10 @@ class Daemon:
         if settings.unix_socket_path is not None:
             addresses.append(f"unix:{settings.unix_socket_path}")
         admin = AdminService(store, version=__version__, boot_epoch=self.boot_epoch, counters=self._counters)
-        self._server = Server(BlockService(store, limits), admin, addresses, frame_bytes=int(server.frame_bytes))
+        sessions = SessionService(store, keys_max=server.keys_max)
+        self._server = Server(
+            BlockService(store, limits), sessions, admin, addresses, frame_bytes=int(server.frame_bytes)
+        )
         self.port = self._server.ports[0]
         self._metrics = MetricsServer(server.metrics_address, store, self.registry) if server.metrics_address else None
         self.metrics_port = self._metrics.port if self._metrics else 0
@@ -233,4 +238,10 @@ def _limits(settings: Settings) -> StoreLimits:
         reads_in_flight=settings.mover.reads_in_flight,
         recency_flush_s=settings.index.recency_flush_s,
         scrub_bytes_per_second=int(settings.scrub.bytes_per_second),
+        session=SessionLimits(
+            ttl_s=settings.session.ttl_s,
+            sessions_max=settings.session.sessions_max,
+            slices_max=settings.session.slices_max,
+            flush_s=settings.index.recency_flush_s,
+        ),
     )

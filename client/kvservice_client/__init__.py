@@ -22,6 +22,7 @@ from kvservice_client.admin import Admin, Tier
 from kvservice_client.block_cache import BlockCache, Durability, SaveResult
 from kvservice_client.client import DEFAULT_ADDRESS, Client, EvictResult, PrefetchResult
 from kvservice_client.lease import Lease, LoadedLayer, ResidencyRun
+from kvservice_client.session import Session, SessionHistory, SessionState, Slice
 
 __all__ = [
     "DEFAULT_ADDRESS",
@@ -39,7 +40,11 @@ __all__ = [
     "ResidencyRun",
     "Rotary",
     "SaveResult",
+    "Session",
+    "SessionHistory",
+    "SessionState",
     "Shard",
+    "Slice",
     "Tier",
     "block_chain",
 ]

@@ -62,6 +62,8 @@ class BlockService:
             max_save_slices=_SAVE_SLICES_MAX,
             max_lease_ttl_ms=int(self._store.limits.lease_ttl_max_s * 1000),
             transports=["grpc"],
+            max_session_slices=self._store.limits.session.slices_max,
+            session_ttl_ms=int(self._store.limits.session.ttl_s * 1000),
         )
 
     async def OpenLayout(self, request: pb.OpenLayoutRequest, context: Context) -> pb.OpenLayoutResponse:

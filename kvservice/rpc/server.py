@@ -18,7 +18,8 @@ from grpc_reflection.v1alpha import reflection
 from kvservice.rpc.admin import AdminService
 from kvservice.rpc.blocks import BlockService
 from kvservice.rpc.interceptors import guarded
-from kvservice_api.v1 import admin_pb2, blocks_pb2
+from kvservice.rpc.sessions import SessionService
+from kvservice_api.v1 import admin_pb2, blocks_pb2, sessions_pb2
 
 _RAW_REQUESTS = {"SaveBlocks"}
 _RAW_RESPONSES = {"LoadBlocks"}
@@ -29,11 +30,18 @@ class Server:
     """Serves until `stop`. `addresses` are grpc's: ``host:port`` or ``unix:path``."""
 
     def __init__(
-        self, blocks: BlockService, admin: AdminService, addresses: Sequence[str], *, frame_bytes: int
+        self,
+        blocks: BlockService,
+        sessions: SessionService,
+        admin: AdminService,
+        addresses: Sequence[str],
+        *,
+        frame_bytes: int,
     ) -> None:
         self._server = grpc.aio.server(options=_options(frame_bytes))
         services = {
             blocks_pb2.DESCRIPTOR.services_by_name["BlockService"]: blocks,
+            sessions_pb2.DESCRIPTOR.services_by_name["SessionService"]: sessions,
             admin_pb2.DESCRIPTOR.services_by_name["AdminService"]: admin,
         }
         for descriptor, servicer in services.items():

@@ -23,10 +23,11 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from kvservice_api.v1 import sessions_pb2 as kvservice__api_dot_v1_dot_sessions__pb2
 from kvservice_api.v1 import types_pb2 as kvservice__api_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckvservice_api/v1/admin.proto\x12\x10kvservice_api.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1ckvservice_api/v1/types.proto\"\x0f\n\rStatusRequest\"\xd1\x03\n\x0eStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08store_id\x18\x02 \x01(\x0c\x12\x12\n\nboot_epoch\x18\x03 \x01(\x06\x12.\n\nstarted_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05state\x18\x05 \x01(\t\x12*\n\x04\x64ram\x18\x06 \x01(\x0b\x32\x1c.kvservice_api.v1.TierStatus\x12)\n\x03ssd\x18\x07 \x01(\x0b\x32\x1c.kvservice_api.v1.TierStatus\x12,\n\x05index\x18\x08 \x01(\x0b\x32\x1d.kvservice_api.v1.IndexStatus\x12\x0e\n\x06\x62locks\x18\t \x01(\x04\x12\x0f\n\x07layouts\x18\n \x01(\r\x12\x0f\n\x07\x63lients\x18\x0b \x01(\r\x12\x0e\n\x06leases\x18\x0c \x01(\r\x12\x0f\n\x07uploads\x18\r \x01(\r\x12@\n\x08\x63ounters\x18\x0e \x03(\x0b\x32..kvservice_api.v1.StatusResponse.CountersEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"b\n\nTierStatus\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x01 \x01(\x04\x12\x12\n\nused_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x03 \x01(\x04\x12\x18\n\x10refusing_because\x18\x04 \x01(\t\"}\n\x0bIndexStatus\x12\x19\n\x11\x64urable_map_bytes\x18\x01 \x01(\x04\x12\x1a\n\x12\x64urable_used_bytes\x18\x02 \x01(\x04\x12\x1a\n\x12volatile_map_bytes\x18\x03 \x01(\x04\x12\x1b\n\x13volatile_used_bytes\x18\x04 \x01(\x04\"|\n\x11ListBlocksRequest\x12\x1a\n\x12layout_fingerprint\x18\x01 \x01(\x0c\x12$\n\x04tier\x18\x02 \x01(\x0e\x32\x16.kvservice_api.v1.Tier\x12\x11\n\tpage_size\x18\x03 \x01(\r\x12\x12\n\npage_token\x18\x04 \x01(\t\"\\\n\x12ListBlocksResponse\x12-\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x1d.kvservice_api.v1.StoredBlock\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xb6\x02\n\x0bStoredBlock\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x12\n\nparent_key\x18\x02 \x01(\x0c\x12\x1a\n\x12layout_fingerprint\x18\x03 \x01(\x0c\x12&\n\x05shard\x18\x04 \x01(\x0b\x32\x17.kvservice_api.v1.Shard\x12\x13\n\x0btoken_count\x18\x05 \x01(\r\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\x12\x0f\n\x07in_dram\x18\x07 \x01(\x08\x12\x0e\n\x06on_ssd\x18\x08 \x01(\x08\x12-\n\tstored_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07used_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04hits\x18\x0b \x01(\r\x12\x0e\n\x06leases\x18\x0c \x01(\r\"\x1d\n\x0eInspectRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\"j\n\x0fInspectResponse\x12-\n\x06shards\x18\x01 \x03(\x0b\x32\x1d.kvservice_api.v1.StoredBlock\x12(\n\x06layout\x18\x02 \x01(\x0b\x32\x18.kvservice_api.v1.Layout\"N\n\x0e\x44iscardRequest\x12\x0c\n\x04keys\x18\x01 \x01(\x0c\x12\x1a\n\x12layout_fingerprint\x18\x02 \x01(\x0c\x12\x12\n\neverything\x18\x03 \x01(\x08\"5\n\x0f\x44iscardResponse\x12\x11\n\tdiscarded\x18\x01 \x01(\r\x12\x0f\n\x07missing\x18\x02 \x01(\r\"N\n\x0cScrubRequest\x12$\n\x04tier\x18\x01 \x01(\x0e\x32\x16.kvservice_api.v1.Tier\x12\x18\n\x10\x62ytes_per_second\x18\x02 \x01(\x04\"s\n\rScrubResponse\x12\x14\n\x0c\x62locks_total\x18\x01 \x01(\x04\x12\x16\n\x0e\x62locks_checked\x18\x02 \x01(\x04\x12\x15\n\rbytes_checked\x18\x03 \x01(\x04\x12\x0f\n\x07\x64\x61maged\x18\x04 \x01(\x04\x12\x0c\n\x04\x64one\x18\x05 \x01(\x08\x32\xa0\x03\n\x0c\x41\x64minService\x12K\n\x06Status\x12\x1f.kvservice_api.v1.StatusRequest\x1a .kvservice_api.v1.StatusResponse\x12W\n\nListBlocks\x12#.kvservice_api.v1.ListBlocksRequest\x1a$.kvservice_api.v1.ListBlocksResponse\x12N\n\x07Inspect\x12 .kvservice_api.v1.InspectRequest\x1a!.kvservice_api.v1.InspectResponse\x12N\n\x07\x44iscard\x12 .kvservice_api.v1.DiscardRequest\x1a!.kvservice_api.v1.DiscardResponse\x12J\n\x05Scrub\x12\x1e.kvservice_api.v1.ScrubRequest\x1a\x1f.kvservice_api.v1.ScrubResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckvservice_api/v1/admin.proto\x12\x10kvservice_api.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fkvservice_api/v1/sessions.proto\x1a\x1ckvservice_api/v1/types.proto\"\x0f\n\rStatusRequest\"\xe3\x03\n\x0eStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08store_id\x18\x02 \x01(\x0c\x12\x12\n\nboot_epoch\x18\x03 \x01(\x06\x12.\n\nstarted_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05state\x18\x05 \x01(\t\x12*\n\x04\x64ram\x18\x06 \x01(\x0b\x32\x1c.kvservice_api.v1.TierStatus\x12)\n\x03ssd\x18\x07 \x01(\x0b\x32\x1c.kvservice_api.v1.TierStatus\x12,\n\x05index\x18\x08 \x01(\x0b\x32\x1d.kvservice_api.v1.IndexStatus\x12\x0e\n\x06\x62locks\x18\t \x01(\x04\x12\x0f\n\x07layouts\x18\n \x01(\r\x12\x0f\n\x07\x63lients\x18\x0b \x01(\r\x12\x0e\n\x06leases\x18\x0c \x01(\r\x12\x0f\n\x07uploads\x18\r \x01(\r\x12@\n\x08\x63ounters\x18\x0e \x03(\x0b\x32..kvservice_api.v1.StatusResponse.CountersEntry\x12\x10\n\x08sessions\x18( \x01(\r\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"b\n\nTierStatus\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x01 \x01(\x04\x12\x12\n\nused_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x03 \x01(\x04\x12\x18\n\x10refusing_because\x18\x04 \x01(\t\"}\n\x0bIndexStatus\x12\x19\n\x11\x64urable_map_bytes\x18\x01 \x01(\x04\x12\x1a\n\x12\x64urable_used_bytes\x18\x02 \x01(\x04\x12\x1a\n\x12volatile_map_bytes\x18\x03 \x01(\x04\x12\x1b\n\x13volatile_used_bytes\x18\x04 \x01(\x04\"|\n\x11ListBlocksRequest\x12\x1a\n\x12layout_fingerprint\x18\x01 \x01(\x0c\x12$\n\x04tier\x18\x02 \x01(\x0e\x32\x16.kvservice_api.v1.Tier\x12\x11\n\tpage_size\x18\x03 \x01(\r\x12\x12\n\npage_token\x18\x04 \x01(\t\"\\\n\x12ListBlocksResponse\x12-\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x1d.kvservice_api.v1.StoredBlock\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xb6\x02\n\x0bStoredBlock\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x12\n\nparent_key\x18\x02 \x01(\x0c\x12\x1a\n\x12layout_fingerprint\x18\x03 \x01(\x0c\x12&\n\x05shard\x18\x04 \x01(\x0b\x32\x17.kvservice_api.v1.Shard\x12\x13\n\x0btoken_count\x18\x05 \x01(\r\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\x12\x0f\n\x07in_dram\x18\x07 \x01(\x08\x12\x0e\n\x06on_ssd\x18\x08 \x01(\x08\x12-\n\tstored_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07used_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04hits\x18\x0b \x01(\r\x12\x0e\n\x06leases\x18\x0c \x01(\r\"\x1d\n\x0eInspectRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\"j\n\x0fInspectResponse\x12-\n\x06shards\x18\x01 \x03(\x0b\x32\x1d.kvservice_api.v1.StoredBlock\x12(\n\x06layout\x18\x02 \x01(\x0b\x32\x18.kvservice_api.v1.Layout\"N\n\x0e\x44iscardRequest\x12\x0c\n\x04keys\x18\x01 \x01(\x0c\x12\x1a\n\x12layout_fingerprint\x18\x02 \x01(\x0c\x12\x12\n\neverything\x18\x03 \x01(\x08\"5\n\x0f\x44iscardResponse\x12\x11\n\tdiscarded\x18\x01 \x01(\r\x12\x0f\n\x07missing\x18\x02 \x01(\r\"N\n\x0cScrubRequest\x12$\n\x04tier\x18\x01 \x01(\x0e\x32\x16.kvservice_api.v1.Tier\x12\x18\n\x10\x62ytes_per_second\x18\x02 \x01(\x04\"s\n\rScrubResponse\x12\x14\n\x0c\x62locks_total\x18\x01 \x01(\x04\x12\x16\n\x0e\x62locks_checked\x18\x02 \x01(\x04\x12\x15\n\rbytes_checked\x18\x03 \x01(\x04\x12\x0f\n\x07\x64\x61maged\x18\x04 \x01(\x04\x12\x0c\n\x04\x64one\x18\x05 \x01(\x08\"l\n\x13ListSessionsRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x1a\n\x12layout_fingerprint\x18\x02 \x01(\x0c\x12\x11\n\tpage_size\x18\x03 \x01(\r\x12\x12\n\npage_token\x18\x04 \x01(\t\"\\\n\x14ListSessionsResponse\x12+\n\x08sessions\x18\x01 \x03(\x0b\x32\x19.kvservice_api.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xff\x03\n\x0c\x41\x64minService\x12K\n\x06Status\x12\x1f.kvservice_api.v1.StatusRequest\x1a .kvservice_api.v1.StatusResponse\x12W\n\nListBlocks\x12#.kvservice_api.v1.ListBlocksRequest\x1a$.kvservice_api.v1.ListBlocksResponse\x12N\n\x07Inspect\x12 .kvservice_api.v1.InspectRequest\x1a!.kvservice_api.v1.InspectResponse\x12N\n\x07\x44iscard\x12 .kvservice_api.v1.DiscardRequest\x1a!.kvservice_api.v1.DiscardResponse\x12J\n\x05Scrub\x12\x1e.kvservice_api.v1.ScrubRequest\x1a\x1f.kvservice_api.v1.ScrubResponse0\x01\x12]\n\x0cListSessions\x12%.kvservice_api.v1.ListSessionsRequest\x1a&.kvservice_api.v1.ListSessionsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,34 +36,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_STATUSRESPONSE_COUNTERSENTRY']._loaded_options = None
   _globals['_STATUSRESPONSE_COUNTERSENTRY']._serialized_options = b'8\001'
-  _globals['_STATUSREQUEST']._serialized_start=113
-  _globals['_STATUSREQUEST']._serialized_end=128
-  _globals['_STATUSRESPONSE']._serialized_start=131
-  _globals['_STATUSRESPONSE']._serialized_end=596
-  _globals['_STATUSRESPONSE_COUNTERSENTRY']._serialized_start=549
-  _globals['_STATUSRESPONSE_COUNTERSENTRY']._serialized_end=596
-  _globals['_TIERSTATUS']._serialized_start=598
-  _globals['_TIERSTATUS']._serialized_end=696
-  _globals['_INDEXSTATUS']._serialized_start=698
-  _globals['_INDEXSTATUS']._serialized_end=823
-  _globals['_LISTBLOCKSREQUEST']._serialized_start=825
-  _globals['_LISTBLOCKSREQUEST']._serialized_end=949
-  _globals['_LISTBLOCKSRESPONSE']._serialized_start=951
-  _globals['_LISTBLOCKSRESPONSE']._serialized_end=1043
-  _globals['_STOREDBLOCK']._serialized_start=1046
-  _globals['_STOREDBLOCK']._serialized_end=1356
-  _globals['_INSPECTREQUEST']._serialized_start=1358
-  _globals['_INSPECTREQUEST']._serialized_end=1387
-  _globals['_INSPECTRESPONSE']._serialized_start=1389
-  _globals['_INSPECTRESPONSE']._serialized_end=1495
-  _globals['_DISCARDREQUEST']._serialized_start=1497
-  _globals['_DISCARDREQUEST']._serialized_end=1575
-  _globals['_DISCARDRESPONSE']._serialized_start=1577
-  _globals['_DISCARDRESPONSE']._serialized_end=1630
-  _globals['_SCRUBREQUEST']._serialized_start=1632
-  _globals['_SCRUBREQUEST']._serialized_end=1710
-  _globals['_SCRUBRESPONSE']._serialized_start=1712
-  _globals['_SCRUBRESPONSE']._serialized_end=1827
-  _globals['_ADMINSERVICE']._serialized_start=1830
-  _globals['_ADMINSERVICE']._serialized_end=2246
+  _globals['_STATUSREQUEST']._serialized_start=146
+  _globals['_STATUSREQUEST']._serialized_end=161
+  _globals['_STATUSRESPONSE']._serialized_start=164
+  _globals['_STATUSRESPONSE']._serialized_end=647
+  _globals['_STATUSRESPONSE_COUNTERSENTRY']._serialized_start=600
+  _globals['_STATUSRESPONSE_COUNTERSENTRY']._serialized_end=647
+  _globals['_TIERSTATUS']._serialized_start=649
+  _globals['_TIERSTATUS']._serialized_end=747
+  _globals['_INDEXSTATUS']._serialized_start=749
+  _globals['_INDEXSTATUS']._serialized_end=874
+  _globals['_LISTBLOCKSREQUEST']._serialized_start=876
+  _globals['_LISTBLOCKSREQUEST']._serialized_end=1000
+  _globals['_LISTBLOCKSRESPONSE']._serialized_start=1002
+  _globals['_LISTBLOCKSRESPONSE']._serialized_end=1094
+  _globals['_STOREDBLOCK']._serialized_start=1097
+  _globals['_STOREDBLOCK']._serialized_end=1407
+  _globals['_INSPECTREQUEST']._serialized_start=1409
+  _globals['_INSPECTREQUEST']._serialized_end=1438
+  _globals['_INSPECTRESPONSE']._serialized_start=1440
+  _globals['_INSPECTRESPONSE']._serialized_end=1546
+  _globals['_DISCARDREQUEST']._serialized_start=1548
+  _globals['_DISCARDREQUEST']._serialized_end=1626
+  _globals['_DISCARDRESPONSE']._serialized_start=1628
+  _globals['_DISCARDRESPONSE']._serialized_end=1681
+  _globals['_SCRUBREQUEST']._serialized_start=1683
+  _globals['_SCRUBREQUEST']._serialized_end=1761
+  _globals['_SCRUBRESPONSE']._serialized_start=1763
+  _globals['_SCRUBRESPONSE']._serialized_end=1878
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=1880
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=1988
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1990
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=2082
+  _globals['_ADMINSERVICE']._serialized_start=2085
+  _globals['_ADMINSERVICE']._serialized_end=2596
 # @@protoc_insertion_point(module_scope)
