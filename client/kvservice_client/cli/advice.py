@@ -10,6 +10,7 @@ from kvservice_api.errors import (
     KVError,
     Overloaded,
     ScrubRunning,
+    SessionNotFound,
     StorageFailed,
 )
 
@@ -20,6 +21,7 @@ _ADVICE: dict[type[KVError], str] = {
     Draining: "The daemon is stopping; ask again once it is back.",
     Overloaded: "Try again in a moment.",
     ScrubRunning: "Wait for the scrub that runs, then try again.",
+    SessionNotFound: "See which there are with `kvctl sessions`.",
     StorageFailed: "The daemon's log says which file failed; check the disk.",
 }
 

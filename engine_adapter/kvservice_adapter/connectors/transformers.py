@@ -218,10 +218,11 @@ class TransformersConnector:
         # [block][K, V][head][token][dim]
         blocks = elements[:tail_at].view(full, 2, layout.kv_heads, layout.block_tokens, layout.k_head_dim)
         tail = elements[tail_at:].view(2, layout.kv_heads, rest, layout.k_head_dim)
+        shape = (layout.kv_heads, full, layout.block_tokens, layout.k_head_dim)
         found = []
         for part in (0, 1):
             states = torch.empty(layout.kv_heads, token_count, layout.k_head_dim, dtype=self._dtype)
-            whole = states[:, : token_count - rest].unflatten(1, (full, layout.block_tokens))
+            whole = states[:, : token_count - rest].view(shape)
             whole.copy_(blocks[:, part].transpose(0, 1))
             states[:, token_count - rest :] = tail[part]
             found.append(states[None].to(self._device))
@@ -242,7 +243,7 @@ class TransformersConnector:
         slices = memory[: full * tokens * token_elements].view(full, 2, layout.kv_heads, tokens, layout.k_head_dim)
         tail = memory[full * tokens * token_elements :].view(2, layout.kv_heads, rest, layout.k_head_dim)
         for part, states in enumerate(layer):
-            new = states[0, :, first:end].unflatten(1, (full, tokens))
+            new = states[0, :, first:end].view(layout.kv_heads, full, tokens, layout.k_head_dim)
             slices[:, part].copy_(new.transpose(0, 1))
             tail[part].copy_(states[0, :, end : end + rest])
         return memory
