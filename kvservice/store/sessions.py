@@ -363,7 +363,7 @@ class Sessions:
         return error
 
     def _check_room(self) -> None:
-        if len(self._manifests) >= self.limits.sessions_max:
+        if len(self._manifests) - sum(1 for _ in self._expired()) >= self.limits.sessions_max:
             raise SessionsFull(f"there are {self.limits.sessions_max} sessions, the most that this daemon keeps")
 
     def _lock(self, name: Name) -> asyncio.Lock:
