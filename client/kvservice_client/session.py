@@ -85,7 +85,7 @@ class SessionHistory:
         hit_blocks = lease.hit_blocks if lease is not None else 0
         self._block_of_slice = [block for block in block_of_slice if block < hit_blocks]
         self.state = state
-        self.slices = state.slices[: next((at for at, block in enumerate(block_of_slice) if block >= hit_blocks), None)]
+        self.slices = state.slices[: len(self._block_of_slice)]
 
     @property
     def lease(self) -> Lease | None:
@@ -193,11 +193,15 @@ class Session:
 
         The chain's parent is the session's tip, and where it has an open tail, the first block begins
         with the tail's tokens. Where keys were rotated elsewhere than where they will be read,
-        `stored_position` tells where the first one was, or `stored_positions` where each was.
+        `stored_position` tells where the first one was, or `stored_positions` where each was. Tried again
+        where the connection breaks; a first attempt that was carried out all the same is recognized.
         """
         deadline = self._connection.deadline(timeout_s)
+        attempts = 0
 
         def attempt() -> pb.Session:
+            nonlocal attempts
+            attempts += 1
             request = pb.AppendTurnRequest(
                 **self._named(deadline),
                 expected_revision=expected_revision,
@@ -208,14 +212,23 @@ class Session:
                 stored_positions=stored_positions,
             )
             call = self._connection.channel.call
-            return call(SESSIONS + "AppendTurn", request, pb.AppendTurnResponse, deadline).session
+            try:
+                return call(SESSIONS + "AppendTurn", request, pb.AppendTurnResponse, deadline).session
+            except SessionChanged as error:
+                now = error.attached
+                if attempts > 1 and now is not None and self._is_ours(now, chain, expected_revision, deadline):
+                    return now
+                raise
 
-        return state_of(self._connection.retried(attempt, deadline))
+        return replace(state_of(self._connection.retried(attempt, deadline)), slices=())
 
     def truncate(
         self, keep: Sequence[tuple[int, int]], expected_revision: int, timeout_s: float | None = None
     ) -> SessionState:
-        """Keep only these ranges of tokens, (first, count) each: ascending and disjoint."""
+        """Keep only these ranges of tokens, (first, count) each: ascending and disjoint.
+
+        Where the connection broke meanwhile, SessionChanged may bring the outcome of this very call.
+        """
         deadline = self._connection.deadline(timeout_s)
 
         def attempt() -> pb.Session:
@@ -232,7 +245,10 @@ class Session:
     def fork(
         self, new_session_id: str, expected_revision: int = 0, timeout_s: float | None = None
     ) -> tuple[Session, SessionState]:
-        """A second session with the same history so far. Revision 0 takes whichever there is."""
+        """A second session with the same history so far. Revision 0 takes whichever there is.
+
+        Where the connection broke meanwhile, SessionChanged may bring the outcome of this very call.
+        """
         deadline = self._connection.deadline(timeout_s)
 
         def attempt() -> pb.Session:
@@ -263,12 +279,22 @@ class Session:
         `state` is what `get` told, if it was asked before; without it, it is asked now.
         """
         state = self.get(timeout_s) if state is None else state
+        slices = state.slices[: state.stored_slices]  # The daemon has seen that these blocks have as many tokens.
         place: dict[bytes, int] = {}  # After a truncation a block may have several slices; it is loaded once.
-        block_of_slice = [place.setdefault(each.key, len(place)) for each in state.slices]
-        tokens = {each.key: each.block_tokens for each in state.slices}
+        block_of_slice = [place.setdefault(each.key, len(place)) for each in slices]
+        tokens = {each.key: each.block_tokens for each in slices}
         chain = BlockChain(b"", tuple(place), tuple(tokens[key] for key in place))
         lease = self._blocks.lookup(chain, lease_ttl_s, timeout_s) if len(chain) else None
         return SessionHistory(self._blocks, state, lease, block_of_slice)
+
+    def _is_ours(self, now: pb.Session, chain: BlockChain, expected_revision: int, deadline: Deadline) -> bool:
+        """Whether the session is what an append of ours made of it, whose answer was lost."""
+        if now.revision == expected_revision + 1 and not now.HasField("slices"):
+            request = pb.GetSessionRequest(**self._named(deadline))
+            now = self._connection.channel.call(
+                SESSIONS + "GetSession", request, pb.GetSessionResponse, deadline
+            ).session
+        return now.revision == expected_revision + 1 and now.slices.keys.endswith(chain.packed_keys)
 
     def _named(self, deadline: Deadline) -> dict[str, Any]:
         """The fields that every request has; the layout is known to the daemon once they are given."""

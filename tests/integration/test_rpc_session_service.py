@@ -93,7 +93,7 @@ def test_AppendTurn_refuses_a_stale_revision_with_the_session_as_it_is(wire: Wir
     for stale in (0, 1, 3, 2**64 - 1):
         with pytest.raises(grpc.RpcError) as caught:
             wire.append(session_id, SMALL, chain[2:], stale)
-        assert caught.value.code() is grpc.StatusCode.ABORTED  # type: ignore[attr-defined]
+        assert caught.value.code() is grpc.StatusCode.ABORTED
         current = attached_to(caught.value)
         assert (current.revision, current.tip) == (2, now.tip)
         assert [row[0] for row in columns(current)] == list(chain[:2])
@@ -142,9 +142,9 @@ def test_AppendTurn_refuses_what_does_not_continue_the_session(
             wire.append(session_id, SMALL, BlockChain(before.tip, (bytes(32),), (16,)), 1, stored_positions=[1, 2])
         with refused(SessionNotFound, "never begun"):
             wire.append("nobody", SMALL, chain, 1)
-        keys = tuple(number.to_bytes(32, "big") for number in range(9000))
+            many = tuple(number.to_bytes(32, "big") for number in range(9000))
         with refused(SessionsFull, "at most 8192"):
-            wire.append("too-long", SMALL, BlockChain(bytes(32), keys, (16,) * 9000))
+            wire.append("too-long", SMALL, BlockChain(bytes(32), many, (16,) * 9000))
         now = wire.get_session(session_id, SMALL).session
         assert (now.revision, now.tip, now.tail_tokens) == (1, before.tip, 9)
 

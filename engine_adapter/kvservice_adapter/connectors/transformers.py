@@ -206,7 +206,7 @@ class TransformersConnector:
             self._fill(layers[loaded.index], loaded.data, lease.hit_tokens)
             size_bytes += loaded.data.nbytes
         if lease.hit_tokens > tokens_max:
-            cache.crop(tokens_max)
+            cache.crop(tokens_max - lease.hit_tokens)  # Negative: how many leave.
         return Restored(cache, min(lease.hit_tokens, tokens_max), size_bytes, _tier(lease))
 
     def _fill(self, layer: DynamicLayer, data: NDArray[np.uint8], token_count: int) -> None:
