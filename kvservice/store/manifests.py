@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,11 +108,10 @@ def truncated(manifest: Manifest, keep: Sequence[tuple[int, int]]) -> Manifest:
     kept["positions_at"][listed] += skipped[listed].astype(np.int32)
     kept, positions = _packed(kept, manifest.positions)
     tip = slices["key"][-1].tobytes() if manifest.has_tail else manifest.tip
-    ranges = list(zip(firsts.tolist(), counts.tolist(), strict=True))
     return dataclasses.replace(
         manifest,
         revision=manifest.revision + 1,
-        tip=cut_key(tip, ranges),
+        tip=cut_key(tip, np.stack([firsts, counts], axis=1)),
         slices=kept,
         positions=positions,
         has_tail=False,
@@ -192,8 +192,8 @@ def _packed(slices: Slices, positions: Positions) -> tuple[Slices, Positions]:
 def _checked(keep: Sequence[tuple[int, int]], token_count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     if not keep:
         raise InvalidRequest("keep is empty: to drop everything, end the session", field="keep")
-    ranges = np.array(keep, np.uint64)
-    firsts, counts = ranges[:, 0], ranges[:, 1]
+    ranges = np.fromiter(chain.from_iterable(keep), np.uint64, 2 * len(keep))
+    firsts, counts = ranges[::2], ranges[1::2]
     if not counts.all():
         raise InvalidRequest("a range of keep is empty", field="keep")
     total = np.uint64(token_count)

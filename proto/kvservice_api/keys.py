@@ -59,7 +59,7 @@ def block_key(parent: bytes, token_ids: ArrayLike, extra: bytes = b"") -> bytes:
     return digest.digest()
 
 
-def cut_key(tip: bytes, keep: Sequence[tuple[int, int]]) -> bytes:
+def cut_key(tip: bytes, keep: Sequence[tuple[int, int]] | NDArray[np.int64]) -> bytes:
     """What the next block continues once only the token ranges `keep`, (first, count) each, are left.
 
     `tip` is the key of the last block before the cut, a partial one included: all tokens so far.

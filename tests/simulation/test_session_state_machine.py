@@ -261,9 +261,10 @@ class SessionMachine(RuleBasedStateMachine):
             assert now is not None
             assert (now.revision, now.tip, now.token_count) == (talk.revision, talk.tip, len(talk.tokens))
 
-    @rule(session_id=ids)
-    def read(self, session_id: str) -> None:
+    @rule(session_id=ids, after_s=st.sampled_from([0, 10, 40]))
+    def read(self, session_id: str, after_s: int) -> None:
         """What is usable is what is stored up to the first block that is not, and its bytes are right."""
+        self.files.clock.advance(seconds=after_s)
         talk = self.alive(session_id)
         if talk is None:
             with pytest.raises(SessionNotFound):
@@ -290,7 +291,7 @@ class SessionMachine(RuleBasedStateMachine):
             keys = list(dict.fromkeys(token.key for token in talk.tokens))
             self.do(self.store.discard([keys[at % len(keys)]]))
 
-    @rule(seconds=st.sampled_from([1, 30, TTL_S, 2 * TTL_S]))
+    @rule(seconds=st.sampled_from([1, 10, 40, 40, 2 * TTL_S]))
     def let_time_pass(self, seconds: int) -> None:
         self.files.clock.advance(seconds=seconds)
 

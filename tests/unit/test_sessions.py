@@ -134,14 +134,15 @@ async def test_a_session_that_an_index_has_no_space_for_is_as_it_was(open_store:
         await opened.store.sessions.append(LAYOUT.fingerprint, now.session_id, 1, long)
 
     await grow("one")
+    await grow("two")
     with pytest.raises(IndexFull):
-        await grow("two")
+        await grow("three")
 
     assert same(get(opened), first)
-    assert [len(get(opened, name).slices) for name in ("one", "two")] == [8002, 3]
+    assert [len(get(opened, name).slices) for name in ("one", "two", "three")] == [8002, 8002, 3]
     again = await reopened(opened)
     assert same(get(again), first)
-    assert [len(get(again, name).slices) for name in ("one", "two")] == [8002, 3]
+    assert [len(get(again, name).slices) for name in ("one", "two", "three")] == [8002, 8002, 3]
     await again.close()
 
 
@@ -256,6 +257,17 @@ async def test_a_session_expires_when_nobody_used_it_for_its_time(opened: OpenSt
     assert opened.store.sessions.count == 1
     again = await reopened(opened)
     assert again.store.sessions.count == 1
+    await again.close()
+
+
+async def test_a_use_counts_after_a_restart(opened: OpenStore) -> None:
+    await begin(opened)
+    opened.files.clock.advance(seconds=TTL_S - 1)
+    get(opened)
+
+    again = await reopened(opened)
+    opened.files.clock.advance(seconds=TTL_S - 1)
+    get(again)
     await again.close()
 
 

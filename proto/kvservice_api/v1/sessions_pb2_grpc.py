@@ -117,7 +117,8 @@ class SessionServiceServicer(object):
         """Drops tokens out of a session's history: only `keep` is left of it. Moves no byte. What is appended
         later goes on from a cut key (see keys.py) in a new block, so that a truncated history is never found
         as an ordinary prefix. Keeping everything changes nothing. Errors:
-        * INVALID_ARGUMENT INVALID_REQUEST: `keep` is empty, descends, overlaps, or ends past the last token.
+        * INVALID_ARGUMENT INVALID_REQUEST: `keep` is empty, has more than 4,096 ranges, descends, overlaps, or
+        ends past the last token.
         * NOT_FOUND SESSION_NOT_FOUND, ABORTED SESSION_CHANGED: as for AppendTurn.
         * RESOURCE_EXHAUSTED SESSIONS_FULL: the ranges would make too many slices; keep longer ones.
         * RESOURCE_EXHAUSTED INDEX_FULL, UNAVAILABLE STORAGE_FAILED: the session is as it was; retry later.
