@@ -142,7 +142,7 @@ def test_AppendTurn_refuses_what_does_not_continue_the_session(
             wire.append(session_id, SMALL, BlockChain(before.tip, (bytes(32),), (16,)), 1, stored_positions=[1, 2])
         with refused(SessionNotFound, "never begun"):
             wire.append("nobody", SMALL, chain, 1)
-            many = tuple(number.to_bytes(32, "big") for number in range(9000))
+        many = tuple(number.to_bytes(32, "big") for number in range(9000))
         with refused(SessionsFull, "at most 8192"):
             wire.append("too-long", SMALL, BlockChain(bytes(32), many, (16,) * 9000))
         now = wire.get_session(session_id, SMALL).session
