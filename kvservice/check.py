@@ -40,7 +40,7 @@ _MAP_BYTES_MIN = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """`key` is an object's (block key and shard), a layout's fingerprint, or empty for a tier as a whole."""
+    """`key` is an object's (block key and shard), a layout's fingerprint, a session's name in the index, or empty."""
 
     tier: str
     key: str
@@ -64,6 +64,7 @@ class Report:
     store: str
     store_id: str = ""
     layouts: int = 0
+    sessions: int = 0
     tiers: dict[str, TierReport] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     repaired: int = 0
@@ -130,6 +131,9 @@ class _Check:
     async def run(self, repair: bool) -> None:
         for fingerprint in self._index.damaged_layouts:
             self._report.problems.append(Problem("index", fingerprint.hex(), "its layout's entry is damaged"))
+        self._report.sessions = len(self._index.load_sessions())
+        for name in self._index.damaged_sessions:
+            self._report.problems.append(Problem("index", name.hex(), "its session's record is damaged"))
         await self._check_tier(TierName.SSD, self._open_ssd())
         await self._check_tier(TierName.DRAM, self._open_dram())
         if repair:
@@ -195,8 +199,9 @@ class _Check:
         self._bad[tier].append(key)
 
     async def _repair(self) -> None:
-        repaired = len(self._index.damaged_layouts)
+        repaired = len(self._index.damaged_layouts) + len(self._index.damaged_sessions)
         await self._index.delete_damaged_layouts()
+        await self._index.delete_sessions(self._index.damaged_sessions)  # Of lost layouts too.
         for tier, keys in self._bad.items():
             for start in range(0, len(keys), _DELETES_AT_ONCE):
                 await self._index.delete(tier, keys[start : start + _DELETES_AT_ONCE])
@@ -276,7 +281,7 @@ def _map_bytes(directory: Path) -> int:
 def _lines(report: Report) -> Iterator[str]:
     """The report for people."""
     yield f"store    {report.store}, id {report.store_id or 'unknown'}"
-    yield f"layouts  {report.layouts}"
+    yield f"layouts  {report.layouts}, sessions {report.sessions}"
     for name, tier in report.tiers.items():
         if tier.not_checked:
             yield f"{name:<8} not checked: {tier.not_checked}"

@@ -274,6 +274,26 @@ class History(_Section):
     )
 
 
+class Session(_Section):
+    """Conversations whose history the daemon knows by name."""
+
+    ttl_s: float = _setting(
+        3600.0, "A session that nobody used for this long is forgotten.", unit="seconds", ge=1, le=365 * 86400
+    )
+    sessions_max: int = _setting(
+        16_384, "Sessions kept at one time. Further ones are refused with SESSIONS_FULL.", unit="sessions", ge=1,
+        le=100_000,
+    )  # fmt: skip
+    slices_max: int = _setting(
+        8192,
+        "Slices of one session: its blocks, and one more for each piece that a truncation makes. No more than "
+        "`server.keys_max` of use.",
+        unit="slices",
+        ge=1,
+        le=16_384,
+    )
+
+
 class Scrub(_Section):
     """Reading everything again to find damage."""
 
@@ -304,6 +324,7 @@ class Settings(BaseSettings):
     leases: Leases = Leases()
     pins: Pins = Pins()
     history: History = History()
+    session: Session = Session()
     scrub: Scrub = Scrub()
     log: Log = Log()
 

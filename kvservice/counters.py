@@ -38,6 +38,9 @@ class Counters:
     leases_expired: int = 0
     tls_reloads: int = 0
     tls_reloads_refused: int = 0
+    sessions_begun: int = 0
+    sessions_expired: int = 0
+    session_changes_refused: int = 0
 
     def as_dict(self) -> dict[str, int]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -70,5 +73,8 @@ HELP: dict[str, str] = {
     "leases_expired": "Leases that ended by time.",
     "tls_reloads": "Times that changed TLS files came into use.",
     "tls_reloads_refused": "Times that changed TLS files could not be used, and the former ones stayed.",
+    "sessions_begun": "Sessions begun or forked.",
+    "sessions_expired": "Sessions forgotten because nobody used them.",
+    "session_changes_refused": "Changes of sessions refused because they started from another revision.",
 }
 assert set(HELP) == {field.name for field in fields(Counters)}

@@ -33,12 +33,14 @@ from kvservice.policy import POLICIES
 from kvservice.rpc.admin import AdminService
 from kvservice.rpc.blocks import BlockService, ServiceLimits
 from kvservice.rpc.server import Server, UnixSocket
+from kvservice.rpc.sessions import SessionService
 from kvservice.rpc.tls import Certificates
 from kvservice.store.block_store import BlockStore, StoreLimits
 from kvservice.store.directory import ResidencyDirectory
 from kvservice.store.history import History
 from kvservice.store.recovery import recover
 from kvservice.store.room import Watermarks
+from kvservice.store.sessions import SessionLimits
 from kvservice.tiers.arena import Arena
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.files import FileCalls, file_system_of
@@ -92,9 +94,11 @@ class Daemon:
         )
         resources.callback(self.directory.close)
         admin = AdminService(store, version=__version__, boot_epoch=self.boot_epoch, counters=self._counters)
+        sessions = SessionService(store, keys_max=server.keys_max)
         path = settings.unix_socket_path
         self._server = Server(
             BlockService(store, limits, self.directory),
+            sessions,
             admin,
             [server.address],
             frame_bytes=int(server.frame_bytes),
@@ -293,4 +297,10 @@ def _limits(settings: Settings) -> StoreLimits:
         pin_ttl_max_s=settings.pins.ttl_max_s,
         pin_fraction_max=settings.pins.fraction_max,
         requests_remembered=settings.history.requests_max,
+        session=SessionLimits(
+            ttl_s=settings.session.ttl_s,
+            sessions_max=settings.session.sessions_max,
+            slices_max=settings.session.slices_max,
+            flush_s=settings.index.recency_flush_s,
+        ),
     )

@@ -23,6 +23,7 @@ from kvservice_client.block_cache import BlockCache, Durability, SaveResult
 from kvservice_client.client import DEFAULT_ADDRESS, Client, EvictResult, PrefetchResult
 from kvservice_client.lease import Lease, LoadedLayer, ResidencyRun
 from kvservice_client.local_directory import LocalHit
+from kvservice_client.session import Session, SessionHistory, SessionState, Slice
 from kvservice_client.tls import TlsFiles
 
 __all__ = [
@@ -42,7 +43,11 @@ __all__ = [
     "ResidencyRun",
     "Rotary",
     "SaveResult",
+    "Session",
+    "SessionHistory",
+    "SessionState",
     "Shard",
+    "Slice",
     "Tier",
     "TlsFiles",
     "block_chain",

@@ -7,8 +7,8 @@ from enum import StrEnum
 from itertools import islice
 
 from kvservice_api.v1 import admin_pb2 as pb
-from kvservice_api.v1 import types_pb2
-from kvservice_client.channel import ADMIN
+from kvservice_api.v1 import sessions_pb2, types_pb2
+from kvservice_client.channel import ADMIN, SESSIONS
 from kvservice_client.connection import Connection
 from kvservice_client.retry import Deadline
 
@@ -50,6 +50,29 @@ class Admin:
             if not page.next_page_token:
                 return
             request.page_token = page.next_page_token
+
+    def list_sessions(
+        self, session_id: str = "", layout_fingerprint: bytes = b"", timeout_s: float | None = None
+    ) -> Iterator[sessions_pb2.Session]:
+        """All sessions, or those of one id, without their slices, page by page; `timeout_s` is for one page."""
+        request = pb.ListSessionsRequest(
+            session_id=session_id, layout_fingerprint=layout_fingerprint, page_size=_PAGE_BLOCKS
+        )
+        while True:
+            deadline = self._connection.deadline(timeout_s)
+            page = self._connection.ask(ADMIN + "ListSessions", request, pb.ListSessionsResponse, deadline)
+            yield from page.sessions
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def get_session(
+        self, session_id: str, layout_fingerprint: bytes, timeout_s: float | None = None
+    ) -> sessions_pb2.GetSessionResponse:
+        """One session with all its slices, whoever's it is. Counts as a use. Raises SessionNotFound."""
+        deadline = self._connection.deadline(timeout_s)
+        request = sessions_pb2.GetSessionRequest(session_id=session_id, layout_fingerprint=layout_fingerprint)
+        return self._connection.ask(SESSIONS + "GetSession", request, sessions_pb2.GetSessionResponse, deadline)
 
     def inspect(self, key: bytes, timeout_s: float | None = None) -> pb.InspectResponse:
         """Raises BlockNotFound."""

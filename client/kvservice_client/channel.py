@@ -16,6 +16,7 @@ from kvservice_client.tls import TlsFiles, TlsWatch
 
 BLOCKS = "/kvservice_api.v1.BlockService/"
 ADMIN = "/kvservice_api.v1.AdminService/"
+SESSIONS = "/kvservice_api.v1.SessionService/"
 
 M = TypeVar("M", bound=Message)
 R = TypeVar("R")

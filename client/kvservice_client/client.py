@@ -16,6 +16,7 @@ from kvservice_client.block_cache import BlockCache
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection
 from kvservice_client.retry import Deadline
+from kvservice_client.session import Session
 from kvservice_client.tls import TlsFiles
 from kvservice_client.transports.grpc import GrpcTransport
 
@@ -94,6 +95,14 @@ class Client:
         """
         shard = Shard.whole(layout) if shard is None else shard.check(layout)
         return BlockCache(self._connection, self._transport, layout, shard)
+
+    def session(self, layout: Layout, session_id: str, shard: Shard | None = None) -> Session:
+        """A conversation whose history the daemon knows by this id. Asks the daemon nothing yet.
+
+        `session_id` has 1 to 200 letters, digits and ``-_.:@/+=~``. Sessions of one id in several layouts
+        are several sessions. The ranks of one model share a session: one of them changes it.
+        """
+        return Session(self._connection, self.open_layout(layout, shard), session_id)
 
     def prefetch(
         self, keys: Iterable[bytes], *, wait: bool = False, deadline_s: float = 0.0, timeout_s: float | None = None

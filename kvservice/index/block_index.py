@@ -1,6 +1,6 @@
 """Which blocks lie where, in two LMDB environments of one schema.
 
-* durable: in the store's directory, synced. Layouts, and a record of every block on SSD.
+* durable: in the store's directory, synced. Layouts, sessions, and a record of every block on SSD.
 * volatile: beside the arena, on its tmpfs. A record of every block in DRAM. It lives and dies with
   the arena: where store, schema and arena are not those it was made for, it is emptied.
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import shutil
 import struct
@@ -27,14 +28,18 @@ from google.protobuf.message import DecodeError
 
 from kvservice.blocks import TierName
 from kvservice.index import recovery
-from kvservice.index.environment import BLOCKS, LAYOUTS, META, Environment
+from kvservice.index.environment import BLOCKS, LAYOUTS, META, SESSIONS, Environment
 from kvservice.index.errors import StoreDamaged, StoreTooNew
 from kvservice.index.records import Records, encode_records
+from kvservice.index.session_records import Manifest, decode_manifest, encode_manifest
 from kvservice_api.errors import KVError, StorageFailed
 from kvservice_api.layout import Layout
 from kvservice_api.v1 import types_pb2 as pb
 
-SCHEMA = 1
+log = logging.getLogger(__name__)
+
+# 2 added the database of sessions. Records of blocks are those of 1: an older store is opened, and is of 2 then.
+SCHEMA = 2
 
 _SCHEMA_KEY = b"schema"
 _STORE_KEY = b"store_id"
@@ -75,6 +80,7 @@ class BlockIndex:
         self._next_layout_id = 1
         self.emptied_keys: list[bytes] = []  # Objects that the DRAM tier had when it was emptied at this start.
         self.damaged_layouts: list[bytes] = []  # Fingerprints. Their blocks are damaged, too.
+        self.damaged_sessions: list[bytes] = []  # Names, as of the last `load_sessions`.
         self._read_layouts()
 
     @classmethod
@@ -90,7 +96,7 @@ class BlockIndex:
             if not meta:
                 meta = {_SCHEMA_KEY: str(SCHEMA).encode(), _STORE_KEY: os.urandom(_ID_BYTES)}
                 durable.write_now(META, meta)
-            _check_schema(directory, meta)
+            _upgrade(directory, durable, meta)
             if len(meta.get(_STORE_KEY, b"")) != _ID_BYTES:
                 raise StoreDamaged(f"the index {directory} names no store")
             return cls(directory, durable, meta)
@@ -132,12 +138,16 @@ class BlockIndex:
         except (StoreDamaged, StorageFailed) as error:
             volatile.close()
             return str(error)
-        wrong = [key.decode() for key, value in self._volatile_meta(arena_id).items() if found.get(key) != value]
-        if wrong:
+        expected = self._volatile_meta(arena_id)
+        older = _schema_of(found) in range(1, SCHEMA)  # What lies in a volatile index has not changed since 1.
+        wrong = [key.decode() for key, value in expected.items() if found.get(key) != value]
+        if wrong and not (older and wrong == [_SCHEMA_KEY.decode()]):
             if wrong == [_ARENA_KEY.decode()]:
                 self.emptied_keys = [key for keys, _ in volatile.read(BLOCKS) for key in keys]
             volatile.close()
             return f"{', '.join(wrong)} differs"
+        if older:
+            volatile.write_now(META, {_SCHEMA_KEY: expected[_SCHEMA_KEY]})
         self._environments[TierName.DRAM] = volatile
         return ""
 
@@ -248,6 +258,31 @@ class BlockIndex:
         commit.add_done_callback(settle)
         return commit
 
+    # Sessions
+
+    def load_sessions(self) -> list[Manifest]:
+        """All sound manifests of known layouts. For the start; see `damaged_sessions` for the others."""
+        found: list[Manifest] = []
+        self.damaged_sessions = []
+        for names, values in self._environments[TierName.SSD].read(SESSIONS):
+            for name, value in zip(names, values, strict=True):
+                manifest = decode_manifest(name, value)
+                if manifest is None or manifest.layout_id not in self._layouts:
+                    self.damaged_sessions.append(name)
+                else:
+                    found.append(manifest)
+        if self.damaged_sessions:
+            log.error("sessions that cannot be trusted are not loaded", extra={"count": len(self.damaged_sessions)})
+        return found
+
+    def put_session(self, manifest: Manifest) -> asyncio.Future[None]:
+        """Record a session in the place of what it was. Done once on disk. IndexFull, StorageFailed."""
+        return self._environments[TierName.SSD].put(SESSIONS, [manifest.name], lambda: [encode_manifest(manifest)])
+
+    def delete_sessions(self, names: Sequence[bytes]) -> asyncio.Future[None]:
+        """Forget sessions, by `Manifest.name`. Done once on disk. StorageFailed."""
+        return self._environments[TierName.SSD].delete(SESSIONS, names)
+
     async def delete_damaged_layouts(self) -> None:
         await self._environments[TierName.SSD].delete(LAYOUTS, self.damaged_layouts)
         self.damaged_layouts.clear()
@@ -287,12 +322,23 @@ def _read_meta(environment: Environment) -> dict[bytes, bytes]:
     return {key: value for keys, values in environment.read(META) for key, value in zip(keys, values, strict=True)}
 
 
-def _check_schema(directory: Path, meta: Mapping[bytes, bytes]) -> None:
+def _schema_of(meta: Mapping[bytes, bytes]) -> int:
+    """0 where there is none."""
     text = meta.get(_SCHEMA_KEY, b"").decode(errors="replace")
-    if not text.isdigit():
+    return int(text) if text.isdecimal() else 0
+
+
+def _upgrade(directory: Path, durable: Environment, meta: dict[bytes, bytes]) -> None:
+    """Make an older store one of this schema. `Environment` has made the databases that it did not have."""
+    schema = _schema_of(meta)
+    if not schema:
         raise StoreDamaged(f"the index {directory} has no schema version")
-    if int(text) > SCHEMA:
-        raise StoreTooNew(f"the store's schema is version {text}; this program knows versions up to {SCHEMA}")
+    if schema > SCHEMA:
+        raise StoreTooNew(f"the store's schema is version {schema}; this program knows versions up to {SCHEMA}")
+    if schema < SCHEMA:
+        log.info("the store is upgraded", extra={"from_schema": schema, "to_schema": SCHEMA})
+        meta[_SCHEMA_KEY] = str(SCHEMA).encode()
+        durable.write_now(META, {_SCHEMA_KEY: meta[_SCHEMA_KEY]})
 
 
 def _encode_layout(layout_id: int, layout: Layout) -> bytes:

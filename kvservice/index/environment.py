@@ -29,7 +29,8 @@ from kvservice_api.errors import IndexFull, StorageFailed
 META = b"meta"
 LAYOUTS = b"layouts"
 BLOCKS = b"blocks"
-_DATABASES = (META, LAYOUTS, BLOCKS)
+SESSIONS = b"sessions"
+_DATABASES = (META, LAYOUTS, BLOCKS, SESSIONS)
 
 _BATCH_KEYS_MIN, _BATCH_KEYS_MAX = 16, 4096
 _READ_CHUNK = 8192

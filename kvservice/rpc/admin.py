@@ -13,6 +13,7 @@ from kvservice.rpc import explained
 from kvservice.rpc.explained import stored_block, timestamp
 from kvservice.rpc.interceptors import Context
 from kvservice.store.block_store import BlockStore
+from kvservice.store.session_messages import session_message
 from kvservice.tiers.base import Tier
 from kvservice_api.errors import BlockNotFound, InvalidRequest
 from kvservice_api.keys import KEY_BYTES, split_keys
@@ -59,14 +60,13 @@ class AdminService:
             leases=store.leases.count,
             uploads=len(store.ingests.uploads),
             counters=self._counters(),
+            sessions=store.sessions.count,
         )
 
     async def ListBlocks(self, request: pb.ListBlocksRequest, context: Context) -> pb.ListBlocksResponse:
         blocks = self._store.blocks
-        size = request.page_size or _PAGE_SIZE
-        if size > _PAGE_SIZE_MAX:
-            raise InvalidRequest(f"page_size is {size}; at most {_PAGE_SIZE_MAX} are allowed", field="page_size")
-        start = self._page_start(request.page_token)
+        size = _page_size(request.page_size)
+        start = self._number_in(request.page_token, self._store.blocks.row_end)
         shown = blocks.live[start : blocks.row_end].copy()
         if request.layout_fingerprint:
             shown &= blocks.layout_id[start : blocks.row_end] == self._layout_id(request.layout_fingerprint)
@@ -155,6 +155,17 @@ class AdminService:
             async for step in progress:
                 await context.write(explained.drain(step))
 
+    async def ListSessions(self, request: pb.ListSessionsRequest, context: Context) -> pb.ListSessionsResponse:
+        size = _page_size(request.page_size)
+        layout_id = self._layout_id(request.layout_fingerprint) if request.layout_fingerprint else None
+        start = self._number_in(request.page_token)
+        found, following = await self._store.sessions.page(start, size, request.session_id, layout_id)
+        layouts = self._store.index.layouts
+        return pb.ListSessionsResponse(
+            sessions=[session_message(each, layouts[each.layout_id], bytes_max=0) for each in found],
+            next_page_token="" if following is None else f"{self._boot_epoch:x}.{following:x}",
+        )
+
     def _tier(self, name: TierName, tier: Tier | None) -> pb.TierStatus:
         if tier is None:
             return pb.TierStatus()
@@ -173,12 +184,13 @@ class AdminService:
         layout_id = self._store.index.layout_id(fingerprint)
         return -1 if layout_id is None else layout_id  # A layout nobody opened has no blocks.
 
-    def _page_start(self, token: str) -> int:
+    def _number_in(self, token: str, number_max: int = 2**62) -> int:
+        """The number that a page token carries; 0 of none."""
         if not token:
             return 0
-        epoch, _, row = token.partition(".")
+        epoch, _, number = token.partition(".")
         try:
-            if int(epoch, 16) == self._boot_epoch and 0 <= (start := int(row, 16)) <= self._store.blocks.row_end:
+            if int(epoch, 16) == self._boot_epoch and 0 <= (start := int(number, 16)) <= number_max:
                 return start
         except ValueError:
             pass
@@ -188,6 +200,12 @@ class AdminService:
 def _check_key(key: bytes) -> None:
     if len(key) != KEY_BYTES:
         raise InvalidRequest(f"a key has {KEY_BYTES} bytes, not {len(key)}", field="key")
+
+
+def _page_size(asked: int) -> int:
+    if asked > _PAGE_SIZE_MAX:
+        raise InvalidRequest(f"page_size is {asked}; at most {_PAGE_SIZE_MAX} are allowed", field="page_size")
+    return asked or _PAGE_SIZE
 
 
 def _tiers(tier: int, where_unspecified: list[TierName]) -> list[TierName]:

@@ -65,6 +65,8 @@ class BlockService:
             max_lease_ttl_ms=int(self._store.limits.lease_ttl_max_s * 1000),
             transports=["grpc"],
             residency_directory=self._directory.path,
+            max_session_slices=self._store.limits.session.slices_max,
+            session_ttl_ms=int(self._store.limits.session.ttl_s * 1000),
         )
 
     async def OpenLayout(self, request: pb.OpenLayoutRequest, context: Context) -> pb.OpenLayoutResponse:

@@ -20,7 +20,8 @@ from grpc_reflection.v1alpha import reflection
 from kvservice.rpc.admin import AdminService
 from kvservice.rpc.blocks import BlockService
 from kvservice.rpc.interceptors import guarded
-from kvservice_api.v1 import admin_pb2, blocks_pb2
+from kvservice.rpc.sessions import SessionService
+from kvservice_api.v1 import admin_pb2, blocks_pb2, sessions_pb2
 
 _RAW_REQUESTS = {"SaveBlocks"}
 _RAW_RESPONSES = {"LoadBlocks"}
@@ -49,6 +50,7 @@ class Server:
     def __init__(
         self,
         blocks: BlockService,
+        sessions: SessionService,
         admin: AdminService,
         addresses: Sequence[str],
         *,
@@ -59,6 +61,7 @@ class Server:
         self._server = grpc.aio.server(options=_options(frame_bytes))
         services = {
             blocks_pb2.DESCRIPTOR.services_by_name["BlockService"]: blocks,
+            sessions_pb2.DESCRIPTOR.services_by_name["SessionService"]: sessions,
             admin_pb2.DESCRIPTOR.services_by_name["AdminService"]: admin,
         }
         for descriptor, servicer in services.items():

@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -18,6 +18,7 @@ from kvservice.blocks import NO_ROW, BlockTable, Rows, TierName
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
+from kvservice.index.session_records import Manifest
 from kvservice.policy.base import Policy
 from kvservice.store.coverage import cover
 from kvservice.store.drain import Drain
@@ -33,6 +34,7 @@ from kvservice.store.requests import Requests
 from kvservice.store.residency import Residency
 from kvservice.store.room import Room, Watermarks
 from kvservice.store.scrub import Scrub
+from kvservice.store.sessions import SessionLimits, Sessions
 from kvservice.store.tasks import Tasks
 from kvservice.store.write_behind import WriteBehind
 from kvservice.tiers.base import Tier
@@ -68,6 +70,7 @@ class StoreLimits:
     pin_ttl_max_s: float = 30 * 86400.0
     pin_fraction_max: float = 0.5
     requests_remembered: int = 4096
+    session: SessionLimits = field(default_factory=SessionLimits)
 
 
 class Hit(NamedTuple):
@@ -169,6 +172,7 @@ class BlockStore:
         self.requests = Requests(blocks, clock, limits.requests_remembered)
         self.explain = Explain(blocks, index, self.history, self.ingests)
         self.drain = Drain(blocks, self.ingests, self.loads, self.write_behind, self.tasks)
+        self.sessions = Sessions(index, self.residency, clock, counters, self.tasks, self.layout, limits.session)
 
     def start(self) -> None:
         """Begin the background work: room, write-behind, lease expiry, recency."""
@@ -177,6 +181,7 @@ class BlockStore:
             self.write_behind.start()
         self.tasks.start(self._expire_forever(), "lease expiry")
         self.tasks.start(self._flush_forever(), "recency flush")
+        self.sessions.start()
 
     async def stop(self) -> None:
         """Finish what is quick, write recency, stop the rest. No upload or load may run any more."""
@@ -184,6 +189,7 @@ class BlockStore:
             await self.residency.flush_recency()
         except KVError as error:
             log.warning("use times were not written", extra={"why": error.message})
+        await self.sessions.stop()
         await self.tasks.stop()
 
     @property
@@ -245,6 +251,17 @@ class BlockStore:
             who = self.leases.name_of(client_id)
             self.requests.note_lookup(request_id, self.index.layouts, layout_id, wanted, who, keys, hit.runs, lease)
         return hit
+
+    def session_history(
+        self, fingerprint: bytes, session_id: str, shard: Shard | None
+    ) -> tuple[Manifest, int, list[tuple[int, bool, bool]]]:
+        """A session, how many of its leading slices are stored, and where these lie, as in `Hit`."""
+        layout_id, layout = self.layout(fingerprint)
+        wanted = Shard.whole(layout) if shard is None else shard.check(layout)
+        manifest = self.sessions.get(fingerprint, session_id)
+        rows, _ = self._hits(manifest.slices["key"].tolist(), layout_id, wanted)
+        usable = self.sessions.usable_slices(manifest, rows)
+        return manifest, usable, self._runs(rows[:usable])
 
     def _hits(self, keys: Sequence[bytes], layout_id: int, wanted: Shard) -> tuple[Rows, dict[int, tuple[int, ...]]]:
         blocks = self.blocks

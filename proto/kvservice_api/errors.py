@@ -14,9 +14,12 @@
   x LeaseNotYours      PERMISSION_DENIED    use the lease of your own lookup
   x BlockNotFound      NOT_FOUND            recompute
   x RequestNotFound    NOT_FOUND            ask for a later one; only the last lookups are remembered
+  x SessionNotFound    NOT_FOUND            begin it again: append the whole conversation
+  x SessionChanged     ABORTED              go on from the session that travels with this error
   x TierFull           RESOURCE_EXHAUSTED   skip this save; a cache is allowed to be full
   x IndexFull          RESOURCE_EXHAUSTED   skip this save; raise the index's map size
   x PinsFull           RESOURCE_EXHAUSTED   unpin others first, or raise pins.fraction_max
+  x SessionsFull       RESOURCE_EXHAUSTED   go on without a session; end or truncate some
   x Overloaded         RESOURCE_EXHAUSTED   recompute, or retry after the time given
   x ChecksumMismatch   DATA_LOSS            recompute; the daemon has dropped the block
   x UploadCorrupted    DATA_LOSS            send the block again
@@ -27,7 +30,7 @@
 
 On the wire an error is its status code, its message, and a ``google.rpc.ErrorInfo`` with the
 domain "kvservice" and the reason derived from the class name. Where waiting helps there is a
-``google.rpc.RetryInfo`` too.
+``google.rpc.RetryInfo`` too; SessionChanged brings the ``Session`` as it is now.
 """
 
 from __future__ import annotations
@@ -37,8 +40,11 @@ from typing import Any, ClassVar
 
 import grpc
 from google.protobuf import any_pb2
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
+
+from kvservice_api.v1 import sessions_pb2
 
 DOMAIN = "kvservice"
 
@@ -53,6 +59,8 @@ class KVError(Exception):
     reason: ClassVar[str]  # Travels as ErrorInfo.reason; derived below, so it cannot drift.
     by_reason: ClassVar[dict[str, type[KVError]]] = {}
     retry_after_s: float | None = None
+    attached_type: ClassVar[type[Message] | None] = None
+    attached: Any = None  # A message of `attached_type` that travels along, or None.
 
     def __init_subclass__(cls, code: grpc.StatusCode) -> None:
         cls.code = code
@@ -117,6 +125,17 @@ class RequestNotFound(KVError, code=grpc.StatusCode.NOT_FOUND):
     """No lookup with this request id is remembered."""
 
 
+class SessionNotFound(KVError, code=grpc.StatusCode.NOT_FOUND):
+    """There is no such session: it was never begun, was ended, or nobody used it for its time to live."""
+
+
+class SessionChanged(KVError, code=grpc.StatusCode.ABORTED):
+    """The session is not at the revision that the caller expected, or exists already."""
+
+    attached_type = sessions_pb2.Session
+    attached: sessions_pb2.Session | None = None
+
+
 class TierFull(KVError, code=grpc.StatusCode.RESOURCE_EXHAUSTED):
     """A tier has no space, and nothing in it may be evicted now."""
 
@@ -127,6 +146,10 @@ class IndexFull(KVError, code=grpc.StatusCode.RESOURCE_EXHAUSTED):
 
 class PinsFull(KVError, code=grpc.StatusCode.RESOURCE_EXHAUSTED):
     """The blocks would take more of their tier than pins may."""
+
+
+class SessionsFull(KVError, code=grpc.StatusCode.RESOURCE_EXHAUSTED):
+    """A limit on sessions, or on the slices of one session, is reached."""
 
 
 class Overloaded(KVError, code=grpc.StatusCode.RESOURCE_EXHAUSTED):
@@ -167,6 +190,8 @@ def to_status(error: KVError) -> status_pb2.Status:
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromNanoseconds(int(error.retry_after_s * 1e9))
         details.append(_packed(retry))
+    if error.attached is not None:
+        details.append(_packed(error.attached))
     return status_pb2.Status(code=error.code.value[0], message=error.message, details=details)
 
 
@@ -177,7 +202,9 @@ def from_status(status: status_pb2.Status) -> KVError:
         if detail.Unpack(info) and info.domain == DOMAIN:
             kind = KVError.by_reason.get(info.reason)
             if kind is not None:
-                return kind(status.message, **dict(info.metadata))
+                error = kind(status.message, **dict(info.metadata))
+                error.attached = _attached(kind, status)
+                return error
     return _by_code(status.code, status.message)
 
 
@@ -206,7 +233,14 @@ def _by_code(code: int, message: str) -> KVError:
     return _BY_CODE.get(code, DaemonUnavailable)(message)
 
 
-def _packed(message: error_details_pb2.ErrorInfo | error_details_pb2.RetryInfo) -> any_pb2.Any:
+def _attached(kind: type[KVError], status: status_pb2.Status) -> Message | None:
+    if kind.attached_type is None:
+        return None
+    message = kind.attached_type()
+    return next((message for detail in status.details if detail.Unpack(message)), None)
+
+
+def _packed(message: Message) -> any_pb2.Any:
     packed = any_pb2.Any()
     packed.Pack(message)
     return packed

@@ -6,6 +6,11 @@ same conversation finds the same blocks whatever engine, host or daemon stored t
 
     root      = SHA-256("kvservice/root/1",  fingerprint, u32 len, salt)
     block key = SHA-256("kvservice/block/1", parent, u32 n, n x u32 token id, u32 len, extra)
+    cut key   = SHA-256("kvservice/cut/1",   tip, u32 n, n x (u64 first, u64 count))
+
+A cut key is what a chain goes on from where tokens were dropped out of its middle: a session that was
+truncated. It names the whole history before the cut and what was kept of it, so what follows a cut can
+never be found as the continuation of an ordinary prefix.
 
 All integers are big-endian. Golden vectors: ``tests/wire/``.
 """
@@ -30,6 +35,7 @@ KEY_BYTES = 32
 
 _ROOT_TAG = b"kvservice/root/1"
 _BLOCK_TAG = b"kvservice/block/1"
+_CUT_TAG = b"kvservice/cut/1"
 _U32 = struct.Struct(">I")
 _U32_MAX = 2**32 - 1
 
@@ -51,6 +57,15 @@ def block_key(parent: bytes, token_ids: ArrayLike, extra: bytes = b"") -> bytes:
     digest.update(tokens.astype(">u4").tobytes())
     digest.update(_U32.pack(len(extra)) + extra)
     return digest.digest()
+
+
+def cut_key(tip: bytes, keep: Sequence[tuple[int, int]] | NDArray[np.int64]) -> bytes:
+    """What the next block continues once only the token ranges `keep`, (first, count) each, are left.
+
+    `tip` is the key of the last block before the cut, a partial one included: all tokens so far.
+    """
+    ranges = np.array(keep, ">u8").tobytes()
+    return hashlib.sha256(_CUT_TAG + tip + _U32.pack(len(keep)) + ranges).digest()
 
 
 def extra_identity(lora_id: str = "", media_hashes: Sequence[bytes] = ()) -> bytes:

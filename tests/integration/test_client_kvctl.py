@@ -82,6 +82,43 @@ def test_evict_drops_from_one_tier_and_discard_from_all(ask: Callable[..., Any],
     assert ask("ls")["blocks"] == []
 
 
+def test_sessions_are_listed_and_warmed(ask: Callable[..., Any], daemon: DaemonProcess, chain: BlockChain) -> None:
+    layout = small_layout()
+    with Client(daemon.address) as client:
+        session = client.session(layout, "chat/1")
+        session.append(chain)
+        session.truncate([(0, 4), (6, 18)], 1)
+        client.session(layout, "chat/2").append(chain[:1])
+        client.evict(chain.keys[:2], "dram")
+
+    listed = ask("sessions")
+    assert [(each["session_id"], each["token_count"]) for each in listed["sessions"]] == [("chat/1", 22), ("chat/2", 8)]
+    assert not listed["has_more"]
+    first = listed["sessions"][0]
+    assert (first["revision"], first["cuts"], first["slice_count"], first["tail_tokens"]) == (2, 1, 4, 0)
+    assert first["expires_at"] > first["used_at"] >= first["created_at"]
+    assert ask("sessions", "--limit", "1")["has_more"]
+    assert len(ask("sessions", "chat/2")["sessions"]) == 1
+    assert ask("sessions", "--layout", "00" * 32)["sessions"] == []
+
+    warmed = {"sessions": 1, "blocks": 3, "missing": 0, "in_dram": 1, "promoted": 2, "failed": 0}
+    assert ask("warm", "chat/1") == warmed
+    assert ask("warm", "chat/1") == {**warmed, "in_dram": 3, "promoted": 0}
+    ask("discard", chain.keys[1].hex())
+    assert ask("warm", "chat/1") == {**warmed, "in_dram": 2, "promoted": 0, "missing": 1}
+
+    for arguments, expected in (
+        (["sessions"], "chat/1   "),
+        (["warm", "chat/1"], "brought 0 up, 2 were in DRAM, 1 are not stored"),
+    ):
+        done = kvctl(*arguments, address=daemon.address)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert expected in done.stdout
+    for session_id in ("chat/1", "chat/2"):
+        with Client(daemon.address) as client:
+            client.session(layout, session_id).end()
+
+
 def test_discard_takes_as_many_steps_as_there_are_blocks(ask: Callable[..., Any], daemon: DaemonProcess) -> None:
     layout = small_layout("many")
     with Client(daemon.address) as client:
@@ -149,8 +186,13 @@ def test_progress_shows_on_a_terminal_only_and_never_in_the_output(daemon: Daemo
             "",
             r"kvctl: nothing is stored under (ab){32}\. See what is stored with `kvctl ls`\.\n",
         ),
+        (
+            ["warm", "nobody"],
+            "",
+            r"kvctl: there is no session 'nobody'\. See which there are with `kvctl sessions`\.\n",
+        ),
     ],
-    ids=["no daemon", "no such block"],
+    ids=["no daemon", "no such block", "no such session"],
 )
 def test_an_error_is_one_line_that_says_what_to_do(
     daemon: DaemonProcess, arguments: list[str], address: str, line: str

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
+from kvservice_adapter.connectors.transformers import TransformersConnector
+from kvservice_api.errors import InvalidRequest
 from kvservice_client import Client, Durability
-from tests.daemon import DaemonProcess
+from tests.daemon import DaemonProcess, eventually
 from tests.unit.connector_models import BLOCK_TOKENS, computed, connector, prompt, states, tiny_llama
 
 
@@ -47,3 +50,108 @@ def test_the_tier_that_served_is_named(daemon: DaemonProcess) -> None:
         assert subject.restore(tokens).tier == "mixed"
         client.evict(keys, "dram")
         assert subject.restore(tokens).tier == "ssd"
+
+
+def turns(subject: TransformersConnector, model: Any, lengths: Sequence[int], session_id: str) -> list[int]:
+    """A conversation that grows to each of these lengths. How many tokens each turn found."""
+    tokens, found = prompt(40), []
+    first: list[tuple[torch.Tensor, torch.Tensor]] = []  # What was saved first: computed again, it may differ a bit.
+    for length in lengths:
+        restored = subject.restore(tokens[:, :length], session_id=session_id)
+        assert restored.error is None
+        if restored.tokens:
+            for there, back in zip(first, states(restored.cache), strict=True):
+                assert torch.equal(there[0][:, :, : restored.tokens], back[0])
+                assert torch.equal(there[1][:, :, : restored.tokens], back[1])
+        with torch.inference_mode():
+            model(tokens[:, restored.tokens : length], past_key_values=restored.cache)
+        saved = subject.save(tokens[:, :length], restored.cache, session_id=session_id)
+        assert (saved.refused, saved.error) == (0, None)
+        found.append(restored.tokens)
+        known = first[0][0].shape[2] if first else 0
+        new = [(keys[:, :, known:], values[:, :, known:]) for keys, values in states(restored.cache)]
+        pairs = zip(first, new, strict=bool(first))
+        first = [(torch.cat([k, more_k], 2), torch.cat([v, more_v], 2)) for (k, v), (more_k, more_v) in pairs] or new
+    return found
+
+
+def test_with_a_session_the_whole_history_comes_back_at_every_turn(daemon: DaemonProcess) -> None:
+    model = tiny_llama()
+    lengths = [3, 5, 6, 8, 9, 17, 31]
+    with Client(daemon.address) as client:
+        subject = connector(
+            client, model, model_revision="whole"
+        )  # Its blocks are counted: no other test has the layout.
+
+        assert turns(subject, model, lengths, "whole") == [0, *lengths[:-1]]
+        state = client.session(subject.layout, "whole").get()
+        assert (state.token_count, state.tail_tokens, state.revision) == (31, 3, 7)
+        # Seven full blocks and the tail: those of earlier turns are gone.
+        eventually(lambda: sum(1 for _ in client.admin.list_blocks(None, subject.layout.fingerprint)) == 8)
+
+
+def test_the_tail_survives_the_death_of_engine_and_daemon(new_daemon: Callable[..., DaemonProcess]) -> None:
+    daemon, model, tokens = new_daemon(), tiny_llama(), prompt(40)
+    with Client(daemon.address) as client:
+        turns(connector(client, model), model, [4, 11], "killed")
+    daemon.kill()
+    daemon.start()
+    with Client(daemon.address) as client:
+        other = connector(client, model).restore(prompt(20), session_id="killed")
+        assert (other.tokens, other.tier) == (0, "none"), "another conversation is not this session's"
+        restored = connector(client, model).restore(tokens, session_id="killed")
+        assert (restored.tokens, restored.tier) == (11, "dram")
+
+
+def test_the_same_prompt_again_leaves_its_last_token_to_compute(daemon: DaemonProcess) -> None:
+    model = tiny_llama()
+    with Client(daemon.address) as client:
+        assert turns(connector(client, model, salt=b"again"), model, [10, 10, 12, 12], "again") == [0, 9, 10, 11]
+
+
+def test_a_conversation_that_went_another_way_is_begun_anew(daemon: DaemonProcess) -> None:
+    model = tiny_llama()
+    with Client(daemon.address) as client:
+        subject = connector(client, model, salt=b"edited")
+        turns(subject, model, [14], "edited")
+        edited = prompt(40)[:, :14]
+        edited[0, 9:] = 1
+        longer = torch.cat([edited, edited[:, :5]], dim=1)
+
+        assert subject.restore(edited, session_id="edited").tokens == 8
+        subject.save(edited, computed(model, edited), session_id="edited")
+        assert subject.restore(longer, session_id="edited").tokens == 14
+        shorter = longer[:, :6]
+        subject.save(shorter, computed(model, shorter), session_id="edited")
+        assert client.session(subject.layout, "edited").get().token_count == 6
+
+
+def test_a_session_that_was_truncated_is_left_as_it_is(daemon: DaemonProcess) -> None:
+    model, tokens = tiny_llama(), prompt(40)[:, :14]
+    with Client(daemon.address) as client:
+        subject = connector(client, model, salt=b"cut")
+        turns(subject, model, [14], "cut")
+        cut = client.session(subject.layout, "cut").truncate([(4, 10)], 1)
+
+        assert subject.restore(tokens, session_id="cut").tokens == 12, "whole blocks are found by their tokens"
+        assert subject.save(tokens, computed(model, tokens), session_id="cut").error is None
+        assert client.session(subject.layout, "cut").get().tip == cut.tip
+
+
+def test_without_a_session_only_whole_blocks_are_kept(daemon: DaemonProcess) -> None:
+    model, tokens = tiny_llama(num_hidden_layers=2), prompt(15)
+    with Client(daemon.address) as client:
+        subject = connector(client, model)
+
+        assert subject.save(tokens, computed(model, tokens)).stored == 3
+        assert subject.restore(tokens).tokens == 12
+        assert subject.restore(tokens, session_id="nobody").tokens == 12
+
+
+def test_what_the_session_could_not_be_told_is_in_the_answer(daemon: DaemonProcess) -> None:
+    model, tokens = tiny_llama(), prompt(9)
+    with Client(daemon.address) as client:
+        saved = connector(client, model).save(tokens, computed(model, tokens), session_id="a b")
+
+        assert saved.refused == 0
+        assert isinstance(saved.error, InvalidRequest)

@@ -55,11 +55,12 @@ def test_every_answer_is_the_one_of_plain_transformers(shown: dict[str, Any]) ->
     assert shown["summary"]["all_identical"] is True
 
 
-def test_all_full_blocks_of_the_history_are_reused_at_every_turn(shown: dict[str, Any]) -> None:
-    block_tokens = shown["summary"]["block_tokens"]
-
+def test_the_history_is_reused_at_every_turn_the_last_partial_block_too(shown: dict[str, Any]) -> None:
+    assert shown["summary"]["block_tokens"] == 256
+    assert any(turn["history_tokens"] >= 256 for turn in shown["turns"])
     for turn in shown["turns"]:
-        assert turn["reused_tokens"] == turn["history_tokens"] // block_tokens * block_tokens, turn
+        if turn["history_tokens"] >= 256:
+            assert 0.95 * turn["history_tokens"] <= turn["reused_tokens"] <= turn["history_tokens"], turn
         assert turn["bytes"] == turn["reused_tokens"] * _BYTES_PER_TOKEN
 
 
@@ -76,7 +77,7 @@ def test_the_first_token_of_the_last_turn_comes_in_a_fraction_of_the_time(shown:
     last = shown["turns"][-1]
 
     assert shown["summary"]["ttft_ratio_last"] == pytest.approx(last["ttft_reuse_s"] / last["ttft_recompute_s"])
-    assert shown["summary"]["ttft_ratio_last"] <= 0.15
+    assert shown["summary"]["ttft_ratio_last"] <= 0.08
 
 
 def test_a_model_that_is_not_there_is_said_so(tmp_path: Path) -> None:

@@ -84,6 +84,33 @@ def test_ListBlocks_goes_through_all_blocks_page_by_page(wire: Wire) -> None:
     assert set.union(*listed(tier=SSD)) == {*chain, *others}
 
 
+def test_ListSessions_goes_through_all_sessions_page_by_page(wire: Wire) -> None:
+    other = Layout("listed", "int8", layers=2, kv_heads=1, k_head_dim=8, v_head_dim=8, block_tokens=4)
+    wire.open_layout(other)
+    for number in range(5):
+        wire.append(f"listed-{number}", SMALL, new_chain(SMALL, 2))
+    wire.append("listed-0", other, new_chain(other, 1))
+
+    def listed(**filters: Any) -> list[list[str]]:
+        pages, request = [], pb.ListSessionsRequest(page_size=3, **filters)
+        while True:
+            page = wire.admin.ListSessions(request)
+            pages.append([session.session_id for session in page.sessions])
+            assert not any(session.HasField("slices") for session in page.sessions)
+            request.page_token = page.next_page_token
+            if not request.page_token:
+                return pages
+
+    assert listed() == [["listed-0", "listed-1", "listed-2"], ["listed-3", "listed-4", "listed-0"]]
+    assert listed(session_id="listed-0") == [["listed-0", "listed-0"]]
+    assert listed(layout_fingerprint=other.fingerprint) == [["listed-0"]]
+    assert listed(session_id="nobody") == [[]]
+    assert wire.status().sessions == 6
+    for wrong in ({"page_size": 1001}, {"page_token": "1.2"}, {"layout_fingerprint": b"short"}):
+        with refused(InvalidRequest, "page|32 bytes"):
+            wire.admin.ListSessions(pb.ListSessionsRequest(**wrong))
+
+
 def test_Inspect_tells_all_about_one_block(wire: Wire) -> None:
     chain = saved(wire)
     evict_from_dram(wire, chain[1:2])

@@ -19,7 +19,15 @@ from grpc_status import rpc_status
 from kvservice_api.errors import DOMAIN, KVError
 from kvservice_api.keys import BlockChain
 from kvservice_api.layout import Layout, Shard, checksum
-from kvservice_api.v1 import admin_pb2, admin_pb2_grpc, blocks_pb2, blocks_pb2_grpc, types_pb2
+from kvservice_api.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    blocks_pb2,
+    blocks_pb2_grpc,
+    sessions_pb2,
+    sessions_pb2_grpc,
+    types_pb2,
+)
 from tests.daemon import until
 from tests.integration.known_blocks import SMALL, layers_of, new_chain
 
@@ -73,6 +81,7 @@ class Wire:
         self.channel = grpc.intercept_channel(grpc.insecure_channel(address, _OPTIONS), _Recorder(self.called))
         self.blocks = blocks_pb2_grpc.BlockServiceStub(self.channel)
         self.admin = admin_pb2_grpc.AdminServiceStub(self.channel)
+        self.sessions = sessions_pb2_grpc.SessionServiceStub(self.channel)
         self._save = self.channel.stream_unary(_SAVE, None, blocks_pb2.SaveBlocksResponse.FromString)
         self._leaving = threading.Event()
         self._life_lines: list[Any] = []
@@ -131,6 +140,36 @@ class Wire:
 
     def release(self, lease_id: int) -> None:
         self.blocks.ReleaseLease(blocks_pb2.ReleaseLeaseRequest(client_id=self.client_id, lease_id=lease_id))
+
+    def append(
+        self, session_id: str, layout: Layout, chain: BlockChain, revision: int = 0, **more: Any
+    ) -> sessions_pb2.Session:
+        request = sessions_pb2.AppendTurnRequest(
+            session_id=session_id,
+            layout_fingerprint=layout.fingerprint,
+            expected_revision=revision,
+            parent_key=chain.parent,
+            keys=chain.packed_keys,
+            last_block_tokens=chain.token_counts[-1],
+            **more,
+        )
+        session: sessions_pb2.Session = self.sessions.AppendTurn(request).session
+        return session
+
+    def truncate(self, session_id: str, layout: Layout, revision: int, *keep: tuple[int, int]) -> sessions_pb2.Session:
+        request = sessions_pb2.TruncateSessionRequest(
+            session_id=session_id,
+            layout_fingerprint=layout.fingerprint,
+            expected_revision=revision,
+            keep=[sessions_pb2.TokenRange(first=first, count=count) for first, count in keep],
+        )
+        session: sessions_pb2.Session = self.sessions.TruncateSession(request).session
+        return session
+
+    def get_session(self, session_id: str, layout: Layout) -> sessions_pb2.GetSessionResponse:
+        request = sessions_pb2.GetSessionRequest(session_id=session_id, layout_fingerprint=layout.fingerprint)
+        answer: sessions_pb2.GetSessionResponse = self.sessions.GetSession(request)
+        return answer
 
     def status(self) -> admin_pb2.StatusResponse:
         answer: admin_pb2.StatusResponse = self.admin.Status(admin_pb2.StatusRequest())

@@ -82,11 +82,17 @@ class KeptBlocks:
         assert len(layers) == self._layout.layers
         self.saves.append(len(chain))
         for block, key in enumerate(chain):
-            self.stored[key] = [layer[block].view(torch.uint8).numpy().tobytes() for layer in layers]
+            start = sum(chain.token_counts[:block]) * self._token_bytes
+            end = start + chain.token_counts[block] * self._token_bytes
+            self.stored[key] = [layer.view(torch.uint8)[start:end].numpy().tobytes() for layer in layers]
         return SaveResult(len(chain), 0, [])
 
     def lookup(self, chain: BlockChain) -> KeptLease:
         return KeptLease([self.stored[key] for key in chain.keys[: self.contains(chain)]], self._layout)
+
+    @property
+    def _token_bytes(self) -> int:
+        return self._layout.slice_bytes(self._layout.kv_heads, 1)
 
     @property
     def _layout(self) -> Layout:

@@ -18,8 +18,9 @@ import pytest
 from kvservice import check
 from kvservice.blocks import Extent, TierName, object_key
 from kvservice.index.block_index import BlockIndex
-from kvservice.index.environment import BLOCKS, LAYOUTS, META, Environment
+from kvservice.index.environment import BLOCKS, LAYOUTS, META, SESSIONS, Environment
 from kvservice.index.records import RECORD, Records, encode_records, new_records
+from kvservice.index.session_records import session_name
 from kvservice.index.store_lock import StoreLock
 from kvservice.store.load import scratch
 from kvservice.tiers.arena import Arena
@@ -281,6 +282,16 @@ def test_blocks_of_a_lost_layout_are_dropped_with_it(store: Store) -> None:
     code, report = store.check("--repair")
     assert (code, report["repaired"]) == (1, 1 + 4 + 3)
     assert ("index", LAYOUT.fingerprint.hex(), "its layout's entry is damaged") in problems(report)
+    assert store.check()[0] == 0
+
+
+def test_a_damaged_session_is_found_and_dropped(store: Store) -> None:
+    name = session_name(1, "chat")
+    store.change(TierName.SSD, SESSIONS, lambda items: items.update({name: b"damaged"}))
+
+    code, report = store.check("--repair")
+    assert (code, report["repaired"], report["sessions"]) == (1, 1, 0)
+    assert ("index", name.hex(), "its session's record is damaged") in problems(report)
     assert store.check()[0] == 0
 
 

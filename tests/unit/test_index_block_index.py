@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import lmdb
 import pytest
 
 from kvservice.blocks import TierName
 from kvservice.index.block_index import SCHEMA, BlockIndex
-from kvservice.index.environment import LAYOUTS, META, Environment
+from kvservice.index.environment import LAYOUTS, META, SESSIONS, Environment
 from kvservice.index.errors import StoreDamaged, StoreTooNew
 from kvservice_api.errors import IndexFull, StorageFailed
 from kvservice_api.layout import Rotary
@@ -118,6 +119,31 @@ async def test_a_store_of_a_newer_schema_is_refused_and_keeps_what_it_has(tmp_pa
     await change(tmp_path / "index", META, {b"schema": b"%d" % SCHEMA})
     with opened(tmp_path) as index:
         assert index.load(TierName.SSD).keys == some_keys(1)
+
+
+async def test_a_store_of_the_schema_before_sessions_is_upgraded_and_loses_nothing(tmp_path: Path) -> None:
+    await given_dram_record(tmp_path, tmp_path / "arena")
+    with opened(tmp_path) as index:
+        await index.put(TierName.SSD, some_keys(1), some_records(1))
+    as_it_was = (tmp_path / "index", tmp_path / "arena")
+    for directory in as_it_was:
+        await change(directory, META, {b"schema": b"1"})
+        without_database(directory, SESSIONS)
+
+    with opened(tmp_path) as index:
+        assert index.open_volatile(tmp_path / "arena", ARENA, map_bytes=4 * MIB) == ""
+        assert index.load(TierName.SSD).keys == some_keys(1)
+        assert sorted(index.load(TierName.DRAM).keys) == sorted(some_keys(2))
+        assert index.load_sessions() == []
+    for directory in as_it_was:
+        assert stored(directory, META)[b"schema"] == b"%d" % SCHEMA
+
+
+def without_database(directory: Path, name: bytes) -> None:
+    with lmdb.open(str(directory), map_size=4 * MIB, max_dbs=8, lock=False) as environment:
+        database = environment.open_db(name)
+        with environment.begin(write=True) as transaction:
+            transaction.drop(database)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from kvservice_api import errors
+from kvservice_api.v1 import sessions_pb2
 from tests.wire.vectors import golden
 
 ERRORS = golden("errors")
@@ -29,3 +30,14 @@ class TestStatus:
         assert status.code == grpc.StatusCode[vector["code"]].value[0]
         assert (status.message, info.reason, info.domain) == (vector["message"], vector["reason"], "kvservice")
         assert dict(info.metadata) == vector["details"]
+
+
+def test_a_session_travels_with_SESSION_CHANGED() -> None:
+    error = errors.SessionChanged("it is at revision 3", revision=3)
+    error.attached = sessions_pb2.Session(session_id="chat", revision=3)
+    status = errors.to_status(error)
+    plain = sessions_pb2.Session()
+
+    assert any(detail.Unpack(plain) for detail in status.details)
+    assert plain == error.attached
+    assert errors.from_status(status).attached == error.attached

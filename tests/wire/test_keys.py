@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvservice_api.keys import block_chain, block_key, extra_identity, root_key
+from kvservice_api.keys import block_chain, block_key, cut_key, extra_identity, root_key
 from tests.wire.vectors import golden, layout_of
 
 KEYS = golden("keys")
@@ -36,6 +36,15 @@ def test_block_keys_are_the_golden_ones(vector: dict[str, Any]) -> None:
 
     assert extra.hex() == vector["extra"]
     assert block_key(parent, tokens, extra).hex() == by_hand.hexdigest() == vector["key"]
+
+
+@pytest.mark.parametrize("vector", KEYS["cuts"])
+def test_cut_keys_are_the_golden_ones(vector: dict[str, Any]) -> None:
+    tip, keep = bytes.fromhex(vector["tip"]), [tuple(part) for part in vector["keep"]]
+    by_hand = hashlib.sha256(b"kvservice/cut/1" + tip + u32(len(keep)))
+    by_hand.update(b"".join(struct.pack(">QQ", *part) for part in keep))
+
+    assert cut_key(tip, keep).hex() == by_hand.hexdigest() == vector["key"]
 
 
 @pytest.mark.parametrize("dtype", ["int64", "uint32", "int32", ">i8", "uint64"])

@@ -14,6 +14,7 @@ from kvservice_api.errors import (
     PinsFull,
     RequestNotFound,
     ScrubRunning,
+    SessionNotFound,
     StorageFailed,
     TlsFileUnusable,
 )
@@ -30,6 +31,7 @@ _ADVICE: dict[type[KVError], str] = {
     PinsFull: "Unpin others with `kvctl unpin`, or raise the setting `pins.fraction_max`.",
     RequestNotFound: "Engines name their requests when they look up; a block's key has 64 hexadecimal digits.",
     ScrubRunning: "Wait for the scrub that runs, then try again.",
+    SessionNotFound: "See which there are with `kvctl sessions`.",
     TlsFileUnusable: "Correct the file, or name another one; see `kvctl COMMAND --help`.",
     StorageFailed: "The daemon's log says which file failed; check the disk.",
 }

@@ -77,11 +77,20 @@ def when(timestamp: Timestamp) -> str:
 
 def age(timestamp: Timestamp) -> str:
     """How long ago, in its largest unit."""
-    passed = datetime.now(UTC) - moment(timestamp)
+    return _in_its_largest_unit(datetime.now(UTC) - moment(timestamp))
+
+
+def _in_its_largest_unit(passed: timedelta) -> str:
     for unit, name in ((timedelta(days=1), "d"), (timedelta(hours=1), "h"), (timedelta(minutes=1), "min")):
         if passed >= unit:
             return f"{passed // unit} {name}"
     return f"{max(0, passed // timedelta(seconds=1))} s"
+
+
+def ahead(timestamp: Timestamp) -> str:
+    """In how long, in its largest unit."""
+    left = moment(timestamp) - datetime.now(UTC)
+    return _in_its_largest_unit(max(left, timedelta(0)))
 
 
 def size(size_bytes: float) -> str:

@@ -6,6 +6,9 @@
     output = model.generate(input_ids, past_key_values=history.cache)      # prefills what was not restored
     connector.save(output[0, : history.cache.get_seq_length()], history.cache)
 
+Both take a `session_id`: then the last block is kept too, though it is not full, and all of a
+conversation's history is there again at its next turn.
+
 A `DynamicLayer` holds keys and values as ``[1, head, token, dim]``; a stored slice is
 ``[K, V][head][token][dim]`` of one block. Either way each byte is copied once here.
 """
@@ -15,7 +18,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,10 +27,10 @@ from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kvservice_api.errors import KVError
+from kvservice_api.errors import KVError, SessionNotFound
 from kvservice_api.keys import BlockChain, block_chain, extra_identity
 from kvservice_api.layout import DTYPE_BYTES, Layout, Rotary
-from kvservice_client import Client, Durability, Lease, SaveResult
+from kvservice_client import Client, Durability, Lease, SaveResult, SessionState
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +57,7 @@ class Restored:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What became of a save: counts of blocks, and why the first one that was not stored was not."""
+    """What became of a save: counts of blocks, and why the first one was not stored, or the session not continued."""
 
     stored: int = 0
     already_stored: int = 0
@@ -89,6 +92,7 @@ class TransformersConnector:
         if not lora_id and _has_adapters(model):
             raise UnsupportedModel("the model has adapters loaded; name the active one by lora_id")
         self.layout = layout_of(model, model_id=model_id, model_revision=model_revision, block_tokens=block_tokens)
+        self._client = client
         self._blocks = client.open_layout(self.layout)
         self._config = model.config
         self._device = model.device
@@ -96,72 +100,153 @@ class TransformersConnector:
         self._extra = extra_identity(lora_id)
         self._salt = salt
 
-    def restore(self, token_ids: TokenIds) -> Restored:
-        """A cache with the longest stored prefix of `token_ids` in whole blocks, to hand to `generate`.
+    def restore(self, token_ids: TokenIds, *, session_id: str = "") -> Restored:
+        """A cache with the longest stored prefix of `token_ids`, to hand to `generate`.
 
-        `token_ids` is one prompt from its first token on, without padding. At least one token is left
-        to compute, for the model has to give its logits.
+        In whole blocks, but for the end of what was saved under `session_id`. `token_ids` is one prompt
+        from its first token on, without padding. At least one token is left to compute, for the model
+        has to give its logits.
         """
-        chain = self._chain(_as_array(token_ids)[:-1])
-        if len(chain):
-            try:
+        tokens = _as_array(token_ids)
+        chain = self._chain(tokens[:-1])
+        try:
+            if session_id:
+                chain = self._chain_of_session(tokens, session_id) or chain
+            if len(chain):
                 with self._blocks.lookup(chain) as lease:
                     if lease.hit_blocks:
-                        return self._load(lease)
-            except KVError as error:
-                log.warning("the history is computed again", extra={"reason": error.reason, "why": error.message})
-                return Restored(DynamicCache(config=self._config), error=error)
+                        return self._load(lease, tokens_max=len(tokens) - 1)
+        except KVError as error:
+            log.warning("the history is computed again", extra={"reason": error.reason, "why": error.message})
+            return Restored(DynamicCache(config=self._config), error=error)
         return Restored(DynamicCache(config=self._config))
 
-    def save(self, token_ids: TokenIds, cache: Cache, durability: Durability = Durability.DRAM) -> Saved:
-        """Store the whole blocks of `token_ids` that are not stored yet. `cache` starts with these tokens' KV."""
+    def save(
+        self,
+        token_ids: TokenIds,
+        cache: Cache,
+        durability: Durability = Durability.DRAM,
+        *,
+        session_id: str = "",
+    ) -> Saved:
+        """Store the blocks of `token_ids` that are not stored yet. `cache` starts with these tokens' KV.
+
+        Whole blocks only, unless a `session_id` is given: then the last one too, which belongs to the
+        session until a later turn brings a fuller one. A session that was truncated is left as it is.
+        """
         states = self._states(cache)
-        chain = self._chain(_as_array(token_ids)[: cache.get_seq_length()])
+        chain = self._chain(_as_array(token_ids)[: cache.get_seq_length()], with_partial=bool(session_id))
         if not len(chain):
             return Saved()
         try:
             stored_before = self._blocks.contains(chain)
-            if stored_before == len(chain):
-                return Saved(already_stored=stored_before)
-            slices = [self._slices(layer, stored_before, len(chain)) for layer in states]
-            result = self._blocks.save(chain[stored_before:], slices, durability)
+            result = SaveResult(0, 0, [])
+            if stored_before < len(chain):
+                new = chain[stored_before:]
+                slices = [self._slices(layer, stored_before, new.token_counts) for layer in states]
+                result = self._blocks.save(new, slices, durability)
         except KVError as error:
             log.warning("a turn was not saved", extra={"reason": error.reason, "why": error.message})
             return Saved(refused=len(chain), error=error)
-        return _saved(result, stored_before)
+        saved = _saved(result, stored_before)
+        if not session_id:
+            return saved
+        kept = stored_before + result.refused[0][0] if result.refused else len(chain)
+        try:
+            self._remember(session_id, chain[:kept])
+        except KVError as error:
+            log.warning("a session was not continued", extra={"session_id": session_id, "why": error.message})
+            return replace(saved, error=saved.error or error)
+        return saved
 
-    def _chain(self, token_ids: NDArray[Any]) -> BlockChain:
-        block_count = len(token_ids) // self.layout.block_tokens
-        return block_chain(self.layout, token_ids, salt=self._salt, extras=[self._extra] * block_count)
+    def _chain(self, token_ids: NDArray[Any], *, with_partial: bool = False) -> BlockChain:
+        block_count = -(-len(token_ids) // self.layout.block_tokens)
+        extras = [self._extra] * block_count
+        return block_chain(self.layout, token_ids, salt=self._salt, extras=extras, with_partial=with_partial)
 
-    def _load(self, lease: Lease) -> Restored:
+    def _chain_of_session(self, token_ids: NDArray[Any], session_id: str) -> BlockChain | None:
+        """The session's history, tail included, as far as `token_ids` begin with it; None where they do not."""
+        state = self._state_of(session_id)
+        if state is None or state.cuts:  # What is left after a cut cannot be told from the tokens.
+            return None
+        chain = self._chain(token_ids[: state.token_count], with_partial=True)
+        return chain[: _common_blocks(chain, state)] or None
+
+    def _remember(self, session_id: str, chain: BlockChain) -> None:
+        """Have the session name these stored blocks. One that went another way before is begun anew."""
+        session = self._client.session(self.layout, session_id)
+        state = self._state_of(session_id)
+        if state is not None and state.cuts:
+            log.info("a truncated session is left as it is", extra={"session_id": session_id})
+            return
+        first_new = 0
+        if state is not None:
+            first_new = state.slice_count - bool(state.tail_tokens)
+            common = _common_blocks(chain, state)
+            if common == len(chain) == state.slice_count:
+                return  # It names them all.
+            next_tokens = chain.token_counts[first_new] if first_new < len(chain) else 0
+            if common < first_new or next_tokens <= (state.tail_tokens if common == first_new else 0):
+                session.end()
+                state, first_new = None, 0
+        if len(chain) > first_new:
+            session.append(chain[first_new:], state.revision if state is not None else 0)
+
+    def _state_of(self, session_id: str) -> SessionState | None:
+        try:
+            return self._client.session(self.layout, session_id).get()
+        except SessionNotFound:
+            return None
+
+    def _load(self, lease: Lease, tokens_max: int) -> Restored:
         cache = DynamicCache(config=self._config)
         layers = _dynamic_layers(cache, self.layout.layers)
         size_bytes = 0
         for loaded in lease.load():
-            self._fill(layers[loaded.index], loaded.data)
+            self._fill(layers[loaded.index], loaded.data, lease.hit_tokens)
             size_bytes += loaded.data.nbytes
-        return Restored(cache, lease.hit_tokens, size_bytes, _tier(lease))
+        if lease.hit_tokens > tokens_max:
+            cache.crop(tokens_max - lease.hit_tokens)  # Negative: how many leave.
+        return Restored(cache, min(lease.hit_tokens, tokens_max), size_bytes, _tier(lease))
 
-    def _fill(self, layer: DynamicLayer, data: NDArray[np.uint8]) -> None:
+    def _fill(self, layer: DynamicLayer, data: NDArray[np.uint8], token_count: int) -> None:
         """Put the blocks of one layer, one after another, into a cache layer that is still empty."""
         layout = self.layout
+        full, rest = divmod(token_count, layout.block_tokens)
         elements = torch.from_numpy(data).view(self._dtype)
+        tail_at = elements.numel() // token_count * (token_count - rest)
         # [block][K, V][head][token][dim]
-        blocks = elements.view(-1, 2, layout.kv_heads, layout.block_tokens, layout.k_head_dim)
-        keys, values = (blocks[:, part].transpose(0, 1).flatten(1, 2)[None].to(self._device) for part in (0, 1))
+        blocks = elements[:tail_at].view(full, 2, layout.kv_heads, layout.block_tokens, layout.k_head_dim)
+        tail = elements[tail_at:].view(2, layout.kv_heads, rest, layout.k_head_dim)
+        shape = (layout.kv_heads, full, layout.block_tokens, layout.k_head_dim)
+        found = []
+        for part in (0, 1):
+            states = torch.empty(layout.kv_heads, token_count, layout.k_head_dim, dtype=self._dtype)
+            whole = states[:, : token_count - rest].view(shape)
+            whole.copy_(blocks[:, part].transpose(0, 1))
+            states[:, token_count - rest :] = tail[part]
+            found.append(states[None].to(self._device))
+        keys, values = found
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values  # `update` would copy them once more.
 
-    def _slices(self, layer: tuple[torch.Tensor, torch.Tensor], first_block: int, block_end: int) -> torch.Tensor:
+    def _slices(
+        self, layer: tuple[torch.Tensor, torch.Tensor], first_block: int, token_counts: Sequence[int]
+    ) -> torch.Tensor:
         """The slices of some blocks of one layer, one after another in new memory of the host."""
         layout = self.layout
-        count, tokens = block_end - first_block, layout.block_tokens
-        slices = torch.empty(count, 2, layout.kv_heads, tokens, layout.k_head_dim, dtype=self._dtype)
+        count, tokens = len(token_counts), layout.block_tokens
+        full, rest = count - (token_counts[-1] < tokens), token_counts[-1] % tokens
+        first, end = first_block * tokens, (first_block + full) * tokens
+        token_elements = 2 * layout.kv_heads * layout.k_head_dim
+        memory = torch.empty(sum(token_counts) * token_elements, dtype=self._dtype)
+        slices = memory[: full * tokens * token_elements].view(full, 2, layout.kv_heads, tokens, layout.k_head_dim)
+        tail = memory[full * tokens * token_elements :].view(2, layout.kv_heads, rest, layout.k_head_dim)
         for part, states in enumerate(layer):
-            new = states[0, :, first_block * tokens : block_end * tokens]
-            slices[:, part].copy_(new.view(layout.kv_heads, count, tokens, -1).transpose(0, 1))
-        return slices
+            new = states[0, :, first:end].view(layout.kv_heads, full, tokens, layout.k_head_dim)
+            slices[:, part].copy_(new.transpose(0, 1))
+            tail[part].copy_(states[0, :, end : end + rest])
+        return memory
 
     def _states(self, cache: Cache) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of each layer. Raises UnsupportedModel where they are not what the layout describes."""
@@ -251,6 +336,12 @@ def _dynamic_layers(cache: Cache, layer_count: int) -> list[DynamicLayer]:
     if len(layers) != layer_count:
         raise UnsupportedModel(f"the cache has {len(layers)} layers; the model has {layer_count}")
     return layers
+
+
+def _common_blocks(chain: BlockChain, state: SessionState) -> int:
+    """How many leading blocks a chain and an uncut session share."""
+    pairs = zip(chain.keys, state.slices, strict=False)
+    return next((at for at, (key, each) in enumerate(pairs) if key != each.key), min(len(chain), len(state.slices)))
 
 
 def _has_adapters(model: PreTrainedModel) -> bool:

@@ -48,13 +48,13 @@ def hold_conversation(model: str, note: Callable[[str], None]) -> Iterator[Turn]
         others = [reader.opening() for reader in READERS]
         rounds = iter(zip(*(reader.questions for reader in READERS), strict=True))
         for number, text in enumerate(TURNS, start=1):
-            yield _said(engine, conversation, text, compare=True)
+            yield _said(engine, "conversation", conversation, text, compare=True)
             if number in OTHERS_SPEAK_AFTER:
                 note(
                     "Other readers ask about the whole book; what the daemon brings up for them pushes this out to SSD."
                 )
-                for other, question in zip(others, next(rounds), strict=True):
-                    _said(engine, other, question, compare=False)
+                for reader, (other, question) in enumerate(zip(others, next(rounds), strict=True)):
+                    _said(engine, f"reader-{reader}", other, question, compare=False)
             if number == KILL_AFTER:
                 note("SIGKILL for the daemon and the engine. Both start again as new processes.")
                 daemon.kill()
@@ -64,9 +64,9 @@ def hold_conversation(model: str, note: Callable[[str], None]) -> Iterator[Turn]
                 engine.loaded()
 
 
-def _said(engine: EngineProcess, conversation: list[Message], text: str, *, compare: bool) -> Turn:
+def _said(engine: EngineProcess, session_id: str, conversation: list[Message], text: str, *, compare: bool) -> Turn:
     conversation.append(user(text))
-    turn = engine.answer(conversation, compare=compare)
+    turn = engine.answer(conversation, session_id=session_id, compare=compare)
     conversation.append(assistant(turn.answer))
     return turn
 

@@ -59,15 +59,15 @@ class Engine:
         """Let the libraries do once what they do only once, so that no turn pays for it."""
         self._model.generate(torch.arange(1, 65)[None], max_new_tokens=2)
 
-    def answer(self, messages: Sequence[Message], *, compare: bool) -> Turn:
+    def answer(self, messages: Sequence[Message], *, session_id: str, compare: bool) -> Turn:
         """Answer the last message: if asked, first as if there were no KVService, and then with it."""
-        recomputed = self._run(messages, reuse=False) if compare else None
-        run = self._run(messages, reuse=True)
+        recomputed = self._run(messages) if compare else None
+        run = self._run(messages, session_id)
         assert run.history is not None
         prompt_tokens = run.prompt.shape[1]
         answer_ids = run.output[prompt_tokens:]
         text = self._tokenizer.decode(answer_ids, skip_special_tokens=True).strip()
-        saved = self._save([*messages, assistant(text)], run)
+        saved = self._save([*messages, assistant(text)], run, session_id)
         before = any(message["role"] == "assistant" for message in messages)
         history_tokens = _common(self._ids(messages[:-1], to_answer=False)[0], run.prompt[0]) if before else 0
         error = run.history.error or saved.error
@@ -88,11 +88,12 @@ class Engine:
     def count_tokens(self, messages: Sequence[Message]) -> int:
         return self._ids(messages, to_answer=False).shape[1]
 
-    def _run(self, messages: Sequence[Message], *, reuse: bool) -> _Run:
+    def _run(self, messages: Sequence[Message], session_id: str = "") -> _Run:
+        """Without a session nothing is reused."""
         first_token = _FirstToken()
         began_s = time.perf_counter()
         prompt = self._ids(messages, to_answer=True)
-        history = self._connector.restore(prompt) if reuse else None
+        history = self._connector.restore(prompt, session_id=session_id) if session_id else None
         output = self._model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
@@ -104,7 +105,7 @@ class Engine:
         )
         return _Run(prompt, output[0].tolist(), first_token.at_s - began_s, history)
 
-    def _save(self, messages: Sequence[Message], run: _Run) -> Saved:
+    def _save(self, messages: Sequence[Message], run: _Run, session_id: str) -> Saved:
         """Save what the next turn's prompt will begin with.
 
         That is not quite what is in the cache: the answer ends with tokens that were never fed to
@@ -118,7 +119,7 @@ class Engine:
         if known < history.shape[1]:
             with torch.inference_mode():
                 self._model(history[:, known:], past_key_values=cache, logits_to_keep=1)
-        return self._connector.save(history, cache)
+        return self._connector.save(history, cache, session_id=session_id)
 
     def _ids(self, messages: Sequence[Message], *, to_answer: bool) -> torch.Tensor:
         text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=to_answer)
@@ -175,7 +176,8 @@ def _serve(engine: Engine, loaded: LoadedModel, connector: TransformersConnector
         if "count" in request:
             reply: Any = [engine.count_tokens(messages) for messages in request["count"]]
         else:
-            reply = asdict(engine.answer(request["messages"], compare=request["compare"]))
+            turn = engine.answer(request["messages"], session_id=request["session_id"], compare=request["compare"])
+            reply = asdict(turn)
         print(json.dumps(reply), file=answers)
 
 

@@ -130,9 +130,9 @@ class EngineProcess(Process):
         counts: list[int] = self._ask({"count": conversations})
         return counts
 
-    def answer(self, messages: Sequence[Message], *, compare: bool) -> Turn:
+    def answer(self, messages: Sequence[Message], *, session_id: str, compare: bool) -> Turn:
         """The answer to the last message; with `compare` computed a second time without KVService."""
-        return Turn(**self._ask({"messages": messages, "compare": compare}))
+        return Turn(**self._ask({"messages": messages, "session_id": session_id, "compare": compare}))
 
     def _ask(self, request: Any) -> Any:
         assert self._child.stdin is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BLOCK_TOKENS = 16  # Small blocks: less of the history is left over to be computed again.
+BLOCK_TOKENS = 256  # What is left over at the end of a history is kept by its session.
 ANSWER_TOKENS_MIN, ANSWER_TOKENS_MAX = 24, 32
 
 

@@ -80,6 +80,11 @@ class AdminServiceStub(object):
                 request_serializer=kvservice__api_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
                 response_deserializer=kvservice__api_dot_v1_dot_admin__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.ListSessions = channel.unary_unary(
+                '/kvservice_api.v1.AdminService/ListSessions',
+                request_serializer=kvservice__api_dot_v1_dot_admin__pb2.ListSessionsRequest.SerializeToString,
+                response_deserializer=kvservice__api_dot_v1_dot_admin__pb2.ListSessionsResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -182,6 +187,15 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListSessions(self, request, context):
+        """Lists sessions, page by page. Sessions begun or ended meanwhile may be missed. Errors:
+        * INVALID_ARGUMENT INVALID_REQUEST: a page token that this daemon did not give, too large a page,
+        or a fingerprint that is not 32 bytes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -229,6 +243,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=kvservice__api_dot_v1_dot_admin__pb2.DrainRequest.FromString,
                     response_serializer=kvservice__api_dot_v1_dot_admin__pb2.DrainResponse.SerializeToString,
+            ),
+            'ListSessions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSessions,
+                    request_deserializer=kvservice__api_dot_v1_dot_admin__pb2.ListSessionsRequest.FromString,
+                    response_serializer=kvservice__api_dot_v1_dot_admin__pb2.ListSessionsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -475,6 +494,33 @@ class AdminService(object):
             '/kvservice_api.v1.AdminService/Drain',
             kvservice__api_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
             kvservice__api_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSessions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvservice_api.v1.AdminService/ListSessions',
+            kvservice__api_dot_v1_dot_admin__pb2.ListSessionsRequest.SerializeToString,
+            kvservice__api_dot_v1_dot_admin__pb2.ListSessionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -13,7 +13,7 @@ class GetCapabilitiesRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetCapabilitiesResponse(_message.Message):
-    __slots__ = ("version", "boot_epoch", "store_id", "max_frame_bytes", "max_keys", "max_lease_ttl_ms", "transports", "max_save_blocks", "max_save_slices", "residency_directory")
+    __slots__ = ("version", "boot_epoch", "store_id", "max_frame_bytes", "max_keys", "max_lease_ttl_ms", "transports", "max_save_blocks", "max_save_slices", "residency_directory", "max_session_slices", "session_ttl_ms")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BOOT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     STORE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +24,8 @@ class GetCapabilitiesResponse(_message.Message):
     MAX_SAVE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     MAX_SAVE_SLICES_FIELD_NUMBER: _ClassVar[int]
     RESIDENCY_DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    MAX_SESSION_SLICES_FIELD_NUMBER: _ClassVar[int]
+    SESSION_TTL_MS_FIELD_NUMBER: _ClassVar[int]
     version: str
     boot_epoch: int
     store_id: bytes
@@ -34,7 +36,9 @@ class GetCapabilitiesResponse(_message.Message):
     max_save_blocks: int
     max_save_slices: int
     residency_directory: str
-    def __init__(self, version: _Optional[str] = ..., boot_epoch: _Optional[int] = ..., store_id: _Optional[bytes] = ..., max_frame_bytes: _Optional[int] = ..., max_keys: _Optional[int] = ..., max_lease_ttl_ms: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., max_save_blocks: _Optional[int] = ..., max_save_slices: _Optional[int] = ..., residency_directory: _Optional[str] = ...) -> None: ...
+    max_session_slices: int
+    session_ttl_ms: int
+    def __init__(self, version: _Optional[str] = ..., boot_epoch: _Optional[int] = ..., store_id: _Optional[bytes] = ..., max_frame_bytes: _Optional[int] = ..., max_keys: _Optional[int] = ..., max_lease_ttl_ms: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., max_save_blocks: _Optional[int] = ..., max_save_slices: _Optional[int] = ..., residency_directory: _Optional[str] = ..., max_session_slices: _Optional[int] = ..., session_ttl_ms: _Optional[int] = ...) -> None: ...
 
 class OpenLayoutRequest(_message.Message):
     __slots__ = ("layout", "fingerprint")

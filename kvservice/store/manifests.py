@@ -1,0 +1,220 @@
+"""How a session's manifest changes. Pure functions: no store, no clock, no I/O.
+
+A history is its slices, one after another: slice i is read at the sum of the token counts before it::
+
+    block        | A: 256 tokens       | B: 256 tokens       | C: 40, open tail |
+    truncate keep       0..4, 500..552
+    slices       | A 0..4 | B 244..256 | C 0..40 |     tip: the cut's key; C is closed now
+    read at      0        4            16
+    stored at    0        500          512             what was rotated there is turned by the difference
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvservice.index.session_records import SLICE, Manifest, Positions, Slices
+from kvservice_api.errors import InvalidRequest
+from kvservice_api.keys import cut_key
+from kvservice_api.layout import Layout
+
+_POSITION_MAX = 2**62  # Sums of positions and counts stay inside 63 bits.
+NO_POSITIONS: Positions = np.empty(0, np.uint64)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What an append brings: blocks that continue `parent_key`, all full but the last.
+
+    Where their keys were rotated: from `stored_position` on, or at one of `stored_positions` for each
+    token, or, with neither, at the places in the history where they are read.
+    """
+
+    parent_key: bytes
+    keys: Sequence[bytes]
+    last_block_tokens: int = 0  # 0 means full.
+    stored_position: int | None = None
+    stored_positions: Positions = dataclasses.field(default_factory=lambda: NO_POSITIONS)
+
+
+def begun(session_id: str, layout_id: int, layout: Layout, turn: Turn, now_ms: int) -> Manifest:
+    """A new session of one turn. Raises InvalidRequest."""
+    slices, positions = _slices_of(turn, layout, read_at=0)
+    tip, has_tail = _end(turn, slices, layout)
+    return Manifest(session_id, layout_id, 1, tip, slices, positions, has_tail, 0, now_ms, now_ms, now_ms)
+
+
+def appended(manifest: Manifest, layout: Layout, turn: Turn) -> Manifest:
+    """With the turn's blocks at its end, in the place of an open tail. Raises InvalidRequest."""
+    if turn.parent_key != manifest.tip:
+        raise InvalidRequest(
+            f"parent_key is {turn.parent_key.hex()}; the session goes on from {manifest.tip.hex()}", field="parent_key"
+        )
+    before = manifest.slices[:-1] if manifest.has_tail else manifest.slices
+    slices, positions = _slices_of(turn, layout, read_at=int(before["token_count"].sum(dtype=np.uint64)))
+    if manifest.has_tail:
+        tail, first = manifest.slices[-1], slices[0]
+        same = tail["key"].tobytes() == first["key"].tobytes()
+        if not same and tail["block_tokens"] >= first["block_tokens"]:
+            raise InvalidRequest(
+                f"the first block has {first['block_tokens']} tokens; it must extend the session's open tail, "
+                f"which has {tail['block_tokens']}",
+                field="keys",
+            )
+    kept, kept_positions = _packed(before, manifest.positions)
+    moved = slices.copy()
+    moved["positions_at"][slices["positions_at"] >= 0] += len(kept_positions)
+    tip, has_tail = _end(turn, slices, layout)
+    return dataclasses.replace(
+        manifest,
+        revision=manifest.revision + 1,
+        tip=tip,
+        slices=np.concatenate([kept, moved]),
+        positions=np.concatenate([kept_positions, positions]),
+        has_tail=has_tail,
+    )
+
+
+def truncated(manifest: Manifest, keep: Sequence[tuple[int, int]]) -> Manifest:
+    """With only the token ranges `keep`, (first, count) each. Itself where that is everything.
+
+    Raises InvalidRequest where they are none, empty, descending, overlapping, or past the end.
+    """
+    firsts, counts = _checked(keep, manifest.token_count)
+    firsts, counts = _joined(firsts, counts)
+    if len(firsts) == 1 and counts[0] == manifest.token_count:
+        return manifest
+    slices = manifest.slices
+    ends = np.cumsum(slices["token_count"].astype(np.int64))
+    starts = ends - slices["token_count"]
+    # Each range takes the slices from the one that holds its first token to the one that holds its last.
+    lowest = np.searchsorted(ends, firsts, "right")
+    taken = np.searchsorted(starts, firsts + counts, "left") - lowest
+    which = np.repeat(lowest - (np.cumsum(taken) - taken), taken) + np.arange(int(taken.sum()))
+    first = np.maximum(np.repeat(firsts, taken), starts[which])
+    count = np.minimum(np.repeat(firsts + counts, taken), ends[which]) - first
+    skipped = first - starts[which]  # Of the slice's tokens, before those that are kept.
+    kept = slices[which].copy()
+    kept["first_token"] += skipped.astype(np.uint32)
+    kept["token_count"] = count
+    kept["stored_position"][kept["stored_position"] >= 0] += skipped[kept["stored_position"] >= 0]
+    listed = kept["positions_at"] >= 0
+    kept["positions_at"][listed] += skipped[listed].astype(np.int32)
+    kept, positions = _packed(kept, manifest.positions)
+    tip = slices["key"][-1].tobytes() if manifest.has_tail else manifest.tip
+    return dataclasses.replace(
+        manifest,
+        revision=manifest.revision + 1,
+        tip=cut_key(tip, np.stack([firsts, counts], axis=1)),
+        slices=kept,
+        positions=positions,
+        has_tail=False,
+        cuts=manifest.cuts + 1,
+    )
+
+
+def forked(manifest: Manifest, session_id: str, now_ms: int) -> Manifest:
+    """The same history under another id. Slices are shared: nobody changes them."""
+    return dataclasses.replace(
+        manifest, session_id=session_id, revision=1, created_at_ms=now_ms, used_at_ms=now_ms, expires_at_ms=now_ms
+    )
+
+
+def partial_keys(manifest: Manifest, layout: Layout) -> set[bytes]:
+    """The partial blocks that it names: of use to sessions only."""
+    slices = manifest.slices
+    return set(slices["key"][slices["block_tokens"] < layout.block_tokens].tolist())
+
+
+def _slices_of(turn: Turn, layout: Layout, *, read_at: int) -> tuple[Slices, Positions]:
+    count = len(turn.keys)
+    last = turn.last_block_tokens or layout.block_tokens
+    if last > layout.block_tokens:
+        raise InvalidRequest(
+            f"last_block_tokens is {last}; a block has at most {layout.block_tokens}", field="last_block_tokens"
+        )
+    slices = np.zeros(count, SLICE)
+    slices["key"] = np.frombuffer(b"".join(turn.keys), "V32")
+    slices["token_count"] = slices["block_tokens"] = layout.block_tokens
+    slices["token_count"][-1] = slices["block_tokens"][-1] = last
+    slices["positions_at"] = slices["stored_position"] = -1
+    starts = np.cumsum(slices["token_count"].astype(np.int64)) - slices["token_count"]
+    if not layout.rotated:
+        if turn.stored_position is not None or len(turn.stored_positions):
+            raise InvalidRequest("keys of this layout are not rotated: they have no position", field="stored_position")
+        return slices, NO_POSITIONS
+    if len(turn.stored_positions):
+        tokens = int(slices["token_count"].sum(dtype=np.uint64))
+        if turn.stored_position is not None or len(turn.stored_positions) != tokens:
+            raise InvalidRequest(
+                f"give stored_position, or one of stored_positions for each of {tokens} tokens; "
+                f"{len(turn.stored_positions)} came",
+                field="stored_positions",
+            )
+        if int(turn.stored_positions.max()) >= _POSITION_MAX:
+            raise InvalidRequest("a position is too large", field="stored_positions")
+        slices["positions_at"] = starts
+        return slices, turn.stored_positions
+    first = read_at if turn.stored_position is None else turn.stored_position
+    if first >= _POSITION_MAX:
+        raise InvalidRequest("stored_position is too large", field="stored_position")
+    slices["stored_position"] = first + starts
+    return slices, NO_POSITIONS
+
+
+def _end(turn: Turn, slices: Slices, layout: Layout) -> tuple[bytes, bool]:
+    """The tip after a turn, and whether its last block is an open tail."""
+    if slices["block_tokens"][-1] == layout.block_tokens:
+        return turn.keys[-1], False
+    return (turn.keys[-2] if len(turn.keys) > 1 else turn.parent_key), True
+
+
+def _packed(slices: Slices, positions: Positions) -> tuple[Slices, Positions]:
+    """The slices with the positions that they name, and no others."""
+    listed = slices["positions_at"] >= 0
+    if not listed.any():
+        return slices, NO_POSITIONS
+    counts = slices["token_count"][listed].astype(np.int64)
+    ends = np.cumsum(counts)
+    starts = ends - counts
+    source = np.repeat(slices["positions_at"][listed] - starts, counts) + np.arange(int(ends[-1]))
+    packed = slices.copy()
+    packed["positions_at"][listed] = starts
+    return packed, positions[source]
+
+
+def _checked(keep: Sequence[tuple[int, int]], token_count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    if not keep:
+        raise InvalidRequest("keep is empty: to drop everything, end the session", field="keep")
+    ranges = np.fromiter(chain.from_iterable(keep), np.uint64, 2 * len(keep))
+    firsts, counts = ranges[::2], ranges[1::2]
+    if not counts.all():
+        raise InvalidRequest("a range of keep is empty", field="keep")
+    total = np.uint64(token_count)
+    past = (firsts >= total) | (counts > total - np.minimum(firsts, total))
+    if past.any():
+        at = int(np.flatnonzero(past)[0])
+        raise InvalidRequest(
+            f"keep[{at}] is tokens {keep[at][0]}..{keep[at][0] + keep[at][1]}; the session has {token_count}",
+            field="keep",
+        )
+    wrong = np.flatnonzero(firsts[1:] < (firsts + counts)[:-1])
+    if len(wrong):
+        at = int(wrong[0]) + 1
+        what = "descends" if firsts[at] < firsts[at - 1] else "overlaps the one before"
+        raise InvalidRequest(f"keep[{at}] {what}: ranges must be ascending and disjoint", field="keep")
+    return firsts.astype(np.int64), counts.astype(np.int64)
+
+
+def _joined(firsts: NDArray[np.int64], counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Ranges that touch become one, so that what is kept has one key however it was written down."""
+    begins = np.ones(len(firsts), np.bool_)
+    begins[1:] = firsts[1:] != (firsts + counts)[:-1]
+    at = np.flatnonzero(begins)
+    return firsts[at], np.add.reduceat(counts, at)
