@@ -147,14 +147,19 @@ class Dram(_Section):
 
     capacity_bytes: Size = _setting(
         ByteSize(GIB),
-        "Shared memory that the arena and the volatile index may take. Where the file system has less, the tier is "
-        "smaller.",
+        "Shared memory that the arena, its generations and the volatile index may take. Where the file system has "
+        "less, the tier is smaller.",
         unit="bytes",
     )
     path: Path = _setting(
         Path("/dev/shm"),
         "A tmpfs. Blocks in it survive a restart of the daemon, not of the host. In a container this is "
         "a volume in memory, for `/dev/shm` goes with the container.",
+    )
+    share: Literal["writable", "read-only", "off"] = _setting(
+        "writable",
+        "What clients on this host may do with the arena: read and write blocks in place, only read them, or neither. "
+        "The files can be opened by the daemon's own user only. Clients that write in place trust one another.",
     )
 
 

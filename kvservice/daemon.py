@@ -35,7 +35,7 @@ from kvservice.rpc.server import Server
 from kvservice.store.block_store import BlockStore, StoreLimits
 from kvservice.store.recovery import recover
 from kvservice.store.room import Watermarks
-from kvservice.tiers.arena import Arena
+from kvservice.tiers.arena import Arena, without_generations
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.files import FileCalls
 from kvservice.tiers.ssd import SsdTier
@@ -110,7 +110,8 @@ class Daemon:
             log.warning("the drain timeout is over; what still runs is cut off")
 
     async def _until_quiet(self) -> None:
-        while self.store.loads.open_count or self.store.ingests.uploads:  # noqa: ASYNC110  (once in a life)
+        store = self.store
+        while store.loads.open_count or store.locates.open_count or store.ingests.uploads:  # noqa: ASYNC110  (once in a life)
             await asyncio.sleep(0.02)
 
     async def close(self) -> None:
@@ -189,11 +190,12 @@ def _open_store(
         )
         opening.callback(ssd.close)
         index.remember_ssd_files(_ssd_files(settings))
-    arena = Arena.open(
-        settings.dram.path, index.store_id, int(settings.dram.capacity_bytes) - settings.volatile_map_bytes, calls=files
-    )
+    arena_bytes = without_generations(int(settings.dram.capacity_bytes) - settings.volatile_map_bytes)
+    arena = Arena.open(settings.dram.path, index.store_id, arena_bytes, calls=files)
     opening.callback(arena.close)
     dram = DramTier(arena)
+    if settings.dram.share != "off":
+        dram.share()
     emptied = index.open_volatile(arena.directory / "index", arena.arena_id, map_bytes=settings.volatile_map_bytes)
     if arena.why_new or emptied:
         log.info("the DRAM tier starts empty", extra={"why": arena.why_new or f"its index: {emptied}"})
@@ -233,4 +235,5 @@ def _limits(settings: Settings) -> StoreLimits:
         reads_in_flight=settings.mover.reads_in_flight,
         recency_flush_s=settings.index.recency_flush_s,
         scrub_bytes_per_second=int(settings.scrub.bytes_per_second),
+        writes_in_place=settings.dram.share == "writable",
     )

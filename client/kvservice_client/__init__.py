@@ -11,8 +11,8 @@
 
     blocks.save(chain[lease.hit_blocks:], layers)     # the save path
 
-Load path: ``block_cache`` -> ``lease`` -> ``transports/grpc``. Save path: ``block_cache`` ->
-``transports/grpc``. Everything that can go wrong is a ``KVError``, and means: recompute.
+Load path: ``block_cache`` -> ``lease`` -> ``transports/shm`` or ``transports/grpc``. Save path:
+``block_cache`` -> the same. ``lease.view()`` gives blocks in place, without a copy. Everything that can go wrong is a ``KVError``, and means: recompute.
 """
 
 from kvservice_api.errors import KVError
@@ -22,6 +22,8 @@ from kvservice_client.admin import Admin, Tier
 from kvservice_client.block_cache import BlockCache, Durability, SaveResult
 from kvservice_client.client import DEFAULT_ADDRESS, Client, EvictResult, PrefetchResult
 from kvservice_client.lease import Lease, LoadedLayer, ResidencyRun
+from kvservice_client.traffic import Stats
+from kvservice_client.transports.in_place import View
 
 __all__ = [
     "DEFAULT_ADDRESS",
@@ -40,6 +42,8 @@ __all__ = [
     "Rotary",
     "SaveResult",
     "Shard",
+    "Stats",
     "Tier",
+    "View",
     "block_chain",
 ]

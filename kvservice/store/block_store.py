@@ -21,9 +21,11 @@ from kvservice.index.block_index import BlockIndex
 from kvservice.policy.base import Policy
 from kvservice.store.coverage import cover
 from kvservice.store.ingest import Ingest, Ingests, SaveRequest
-from kvservice.store.leases import Lease, Leases
+from kvservice.store.leases import Client, Lease, Leases
 from kvservice.store.load import Loads
+from kvservice.store.locate import Locates
 from kvservice.store.promotion import Promotion
+from kvservice.store.reservations import Reservations
 from kvservice.store.residency import Residency
 from kvservice.store.room import Room, Watermarks
 from kvservice.store.scrub import Scrub
@@ -59,6 +61,7 @@ class StoreLimits:
     upload_wait_s: float = 10.0
     recency_flush_s: float = 60.0
     scrub_bytes_per_second: int = 200 << 20
+    writes_in_place: bool = True
 
 
 class Hit(NamedTuple):
@@ -144,6 +147,8 @@ class BlockStore:
             slots=limits.transfer_slots,
             frame_bytes=limits.frame_bytes,
         )
+        self.locates = Locates(self.residency, dram, self.promotion, executor)
+        self.reservations = Reservations(self.ingests, dram, self.tasks, offered=limits.writes_in_place)
         self.scrub = Scrub(
             self.residency, dram, ssd, clock, counters, executor, bytes_per_second=limits.scrub_bytes_per_second
         )
@@ -151,6 +156,7 @@ class BlockStore:
     def start(self) -> None:
         """Begin the background work: room, write-behind, lease expiry, recency."""
         self.room.start(self.write_behind)
+        self.reservations.start()
         if self.write_behind is not None:
             self.write_behind.start()
         self.tasks.start(self._expire_forever(), "lease expiry")
@@ -264,6 +270,19 @@ class BlockStore:
         last_block_tokens: int,
     ) -> Ingest:
         """An upload, to be used as ``async with``. Raises Draining once the daemon is stopping."""
+        client, request = self.save_request(client_id, fingerprint, shard, parent_key, keys, last_block_tokens)
+        return self.ingests.begin(client, request)
+
+    def save_request(
+        self,
+        client_id: bytes,
+        fingerprint: bytes,
+        shard: Shard | None,
+        parent_key: bytes,
+        keys: Sequence[bytes],
+        last_block_tokens: int,
+    ) -> tuple[Client, SaveRequest]:
+        """Who saves what. Raises Draining, UnknownLayout, UnknownClient, InvalidRequest."""
         if self.draining:
             raise Draining("the daemon is stopping and takes no new saves")
         layout_id, layout = self.layout(fingerprint)
@@ -273,7 +292,7 @@ class BlockStore:
         last = last_block_tokens or layout.block_tokens
         counts = [*[layout.block_tokens] * (len(keys) - 1), last]
         part = Shard.whole(layout) if shard is None else shard.check(layout)
-        return self.ingests.begin(client, SaveRequest(layout_id, layout, part, parent_key, keys, counts))
+        return client, SaveRequest(layout_id, layout, part, parent_key, keys, counts)
 
     # Moving and dropping
 

@@ -4,6 +4,8 @@ Its first page is a header; extents count from the page behind it. Space is lent
 that the kernel has promised (``posix_fallocate``), so a full tmpfs means a smaller tier and never
 SIGBUS. The promise is asked for in the background, and the pages are then faulted in, without
 writing to them: they may hold live blocks.
+
+The formats of the arena and of the files beside it are in ``kvservice_api/arena.py``.
 """
 
 from __future__ import annotations
@@ -14,21 +16,17 @@ import logging
 import mmap
 import os
 import secrets
-import struct
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 from kvservice.tiers.base import StoreMismatch
 from kvservice.tiers.files import FileCalls
+from kvservice.tiers.generations import Generations
+from kvservice_api.arena import ARENA_NAME, HEADER_BYTES, WRITERS_NAME, ArenaHeader, generations_file_bytes
 from kvservice_api.layout import PAGE_BYTES
 
 log = logging.getLogger(__name__)
-
-#  | "KVARENA1" | arena id 16 | store id 16 | capacity u64 |     the header's first 48 bytes, little-endian
-_HEADER = struct.Struct("<8s16s16sQ")
-_MAGIC = b"KVARENA1"
-assert _HEADER.size == 48
 
 _STEP_BYTES = 64 << 20
 _STEP_BYTES_MIN = 1 << 20  # What is left below it is left to others: an engine needs shared memory too.
@@ -63,6 +61,8 @@ class Arena:
         self.arena_id = arena_id
         self.why_new = why_new
         self.short_because = ""  # Why the arena stayed smaller than asked for.
+        self.generations: Generations | None = None  # None: nobody was ever told to read in place.
+        self.not_shared_because = "dram.share is off"
         self.ready_bytes = 0
         self._may_have_holes = True
         self._calls = calls
@@ -91,7 +91,7 @@ class Arena:
                 fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise StoreMismatch(f"another daemon uses the arena in {directory}: stop it first") from None
-            path = directory / "arena"
+            path = directory / ARENA_NAME
             arena_id, why_new = examine(path, store_id, capacity_bytes)
             if why_new:
                 arena_id = _create(path, store_id, capacity_bytes, calls)
@@ -109,7 +109,23 @@ class Arena:
             allocated = os.fstat(fd).st_blocks * 512 // PAGE_BYTES * PAGE_BYTES - PAGE_BYTES
             arena.ready_bytes = min(max(allocated, 0), capacity_bytes)
             arena._may_have_holes = arena.ready_bytes < capacity_bytes
+            if _read_header(path).has_generations:
+                arena.generations = Generations(directory, capacity_bytes, calls)
         return arena
+
+    def share(self) -> None:
+        """Let clients read in place, where there is space for the generations; else `not_shared_because` says why."""
+        try:
+            (self.directory / WRITERS_NAME).mkdir(mode=0o700, exist_ok=True)
+            if self.generations is None:
+                Generations.create(self.directory, self.arena_id, self.capacity_bytes, self._calls)
+                header = ArenaHeader.decode(os.pread(self._fd, HEADER_BYTES, 0))
+                os.pwrite(self._fd, header._replace(has_generations=True).encode(), 0)
+                self.generations = Generations(self.directory, self.capacity_bytes, self._calls)
+            self.not_shared_because = ""
+        except OSError as error:
+            self.not_shared_because = f"{error.strerror}: no space for the generations in {self.directory}"
+            log.warning("clients cannot read in place", extra={"why": self.not_shared_because})
 
     def prepare_first_step(self) -> None:
         """Allocate as much as takes no time worth mentioning, so that the tier is never without space.
@@ -179,26 +195,36 @@ class Arena:
                 return  # Kernels before 5.14 do not know it: no harm done.
 
 
+def without_generations(size_bytes: int) -> int:
+    """What the arena may take of `size_bytes` that are for it and its generations."""
+    arena_bytes = size_bytes * PAGE_BYTES // (PAGE_BYTES + 4) // PAGE_BYTES * PAGE_BYTES
+    while arena_bytes > 0 and arena_bytes + generations_file_bytes(arena_bytes - PAGE_BYTES) > size_bytes:
+        arena_bytes -= PAGE_BYTES
+    return max(0, arena_bytes)
+
+
 def examine(path: Path, store_id: bytes, capacity_bytes: int) -> tuple[bytes, str]:
     """The arena's id, and why it cannot be used: empty where it can."""
     try:
-        with path.open("rb") as file:
-            header = file.read(_HEADER.size)
-            size = os.fstat(file.fileno()).st_size
+        header, size = _read_header(path), path.stat().st_size
     except FileNotFoundError:
         return b"", "there is no arena"
-    if len(header) < _HEADER.size:
-        return b"", "its header is cut off"
-    magic, arena_id, found_store_id, found_capacity = _HEADER.unpack(header)
-    if magic != _MAGIC:
-        return b"", "it is no arena of this version"
-    if found_store_id != store_id:
+    except ValueError as error:
+        return b"", str(error)
+    if header.store_id != store_id:
         return b"", "it belongs to another store"
-    if found_capacity != capacity_bytes:
-        return b"", f"its capacity is {found_capacity} bytes, not {capacity_bytes}"
+    if header.capacity_bytes != capacity_bytes:
+        return b"", f"its capacity is {header.capacity_bytes} bytes, not {capacity_bytes}"
     if size != PAGE_BYTES + capacity_bytes:
         return b"", f"it has {size} bytes instead of {PAGE_BYTES + capacity_bytes}"
-    return arena_id, ""
+    if header.has_generations and (why := Generations.examine(path.parent, header.arena_id, capacity_bytes)):
+        return b"", why
+    return header.arena_id, ""
+
+
+def _read_header(path: Path) -> ArenaHeader:
+    with path.open("rb") as file:
+        return ArenaHeader.decode(file.read(HEADER_BYTES))
 
 
 def _create(path: Path, store_id: bytes, capacity_bytes: int, calls: FileCalls) -> bytes:
@@ -208,7 +234,7 @@ def _create(path: Path, store_id: bytes, capacity_bytes: int, calls: FileCalls) 
     try:
         calls.posix_fallocate(fd, 0, PAGE_BYTES)
         os.ftruncate(fd, PAGE_BYTES + capacity_bytes)
-        os.pwrite(fd, _HEADER.pack(_MAGIC, arena_id, store_id, capacity_bytes), 0)
+        os.pwrite(fd, ArenaHeader(arena_id, store_id, capacity_bytes, has_generations=False).encode(), 0)
     finally:
         os.close(fd)
     return arena_id

@@ -10,7 +10,11 @@
   x UnknownClient      FAILED_PRECONDITION  attach again, then ask again
   x LeaseExpired       FAILED_PRECONDITION  look the prefix up again
   x ScrubRunning       FAILED_PRECONDITION  wait for the scrub that runs
+  x NotShared          FAILED_PRECONDITION  use a transport that needs no shared memory
+  x NoWriterLock       FAILED_PRECONDITION  lock your file beside the arena, then ask again
+  x ReservationEnded   FAILED_PRECONDITION  reserve again, and write again
   x LeaseNotYours      PERMISSION_DENIED    use the lease of your own lookup
+  x ReservationNotYours PERMISSION_DENIED   use the reservation that you made
   x BlockNotFound      NOT_FOUND            recompute
   x TierFull           RESOURCE_EXHAUSTED   skip this save; a cache is allowed to be full
   x IndexFull          RESOURCE_EXHAUSTED   skip this save; raise the index's map size
@@ -98,8 +102,24 @@ class ScrubRunning(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
     """Another scrub is under way."""
 
 
+class NotShared(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+    """The arena cannot be read or written in place: by this client, or by any."""
+
+
+class NoWriterLock(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+    """The client does not hold the lock that tells the daemon that it may be writing."""
+
+
+class ReservationEnded(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+    """The reservation was committed or abandoned, ended with its client, or never was."""
+
+
 class LeaseNotYours(KVError, code=grpc.StatusCode.PERMISSION_DENIED):
     """The lease belongs to another client."""
+
+
+class ReservationNotYours(KVError, code=grpc.StatusCode.PERMISSION_DENIED):
+    """The reservation belongs to another client."""
 
 
 class BlockNotFound(KVError, code=grpc.StatusCode.NOT_FOUND):
