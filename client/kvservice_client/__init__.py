@@ -12,7 +12,8 @@
     blocks.save(chain[lease.hit_blocks:], layers)     # the save path
 
 Load path: ``block_cache`` -> ``lease`` -> ``transports/shm`` or ``transports/grpc``. Save path:
-``block_cache`` -> the same. ``lease.view()`` gives blocks in place, without a copy. Everything that can go wrong is a ``KVError``, and means: recompute.
+``block_cache`` -> the same. ``lease.view()`` gives blocks in place, without a copy. Everything that
+can go wrong is a ``KVError``, and means: recompute.
 """
 
 from kvservice_api.errors import KVError

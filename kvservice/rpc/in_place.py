@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import aclosing
 
 import numpy as np
@@ -12,7 +11,7 @@ from kvservice.rpc.messages import ON_SSD, block_range, checksums_of, save_reque
 from kvservice.store.block_store import BlockStore
 from kvservice.store.ingest import SaveOutcome
 from kvservice.store.locate import Located, NotInPlace
-from kvservice_api.errors import LeaseExpired, to_status
+from kvservice_api.errors import to_status
 from kvservice_api.v1 import blocks_pb2 as pb
 
 
@@ -26,26 +25,19 @@ class InPlaceRpcs:
         store = self._store
         lease = store.leases.get(request.client_id, request.lease_id)
         blocks = block_range(request.first_block, request.block_count, len(lease.rows), "block")
-        left = asyncio.Event()
-        lease.client.on_detach.add(left.set)
-        try:
-            found = store.locates.run(lease, blocks, verify=request.verify, open_max=self._loads_max)
-            async with aclosing(found) as steps:
-                first = await anext(steps)
-                if isinstance(first, NotInPlace):
-                    await context.write(pb.LocateBlocksResponse(not_in_place_because=first.why))
-                    return
-                assert isinstance(first, Located)
-                answer = self._places(first)
-                async for layers_ready in steps:
-                    assert isinstance(layers_ready, int)
-                    answer.layers_ready = layers_ready
-                    await context.write(answer)
-                    answer = pb.LocateBlocksResponse()
-                await left.wait()  # Or until the client ends the call: the blocks stay where they are meanwhile.
-                raise LeaseExpired("the client's Attach stream has ended, and its leases with it")
-        finally:
-            lease.client.on_detach.discard(left.set)
+        found = store.locates.run(lease, blocks, verify=request.verify, open_max=self._loads_max)
+        async with aclosing(found) as steps:
+            answer = pb.LocateBlocksResponse()
+            async for step in steps:
+                if isinstance(step, Located):
+                    answer = self._places(step)
+                    continue
+                if isinstance(step, NotInPlace):
+                    answer.not_in_place_because = step.why
+                else:
+                    answer.layers_ready = step
+                await context.write(answer)
+                answer = pb.LocateBlocksResponse()
 
     async def ReserveBlocks(self, request: pb.ReserveBlocksRequest, context: Context) -> pb.ReserveBlocksResponse:
         store = self._store

@@ -147,7 +147,7 @@ class BlockStore:
             slots=limits.transfer_slots,
             frame_bytes=limits.frame_bytes,
         )
-        self.locates = Locates(self.residency, dram, self.promotion, executor)
+        self.locates = Locates(self.residency, dram, self.promotion, counters, executor)
         self.reservations = Reservations(self.ingests, dram, self.tasks, offered=limits.writes_in_place)
         self.scrub = Scrub(
             self.residency, dram, ssd, clock, counters, executor, bytes_per_second=limits.scrub_bytes_per_second

@@ -13,13 +13,14 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from kvservice.blocks import Extent, Rows, TierName
+from kvservice.counters import Counters
 from kvservice.store import pieces
 from kvservice.store.leases import Lease
 from kvservice.store.promotion import Landing, Promotion
 from kvservice.store.residency import Residency
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.io_pool import ended
-from kvservice_api.errors import ChecksumMismatch, LeaseExpired, NotShared, Overloaded
+from kvservice_api.errors import ChecksumMismatch, KVError, LeaseExpired, NotShared, Overloaded
 
 _ROWS_A_TURN = 256
 
@@ -48,19 +49,22 @@ class Locates:
         residency: Residency,
         dram: DramTier,
         promotion: Promotion | None,
+        counters: Counters,
         executor: Executor,
     ) -> None:
         self._residency = residency
         self._blocks = residency.blocks
         self._dram = dram
         self._promotion = promotion
+        self._counters = counters
         self._executor = executor
         self.open_count = 0
 
     async def run(
         self, lease: Lease, blocks: range, *, verify: bool, open_max: int
     ) -> AsyncGenerator[Located | NotInPlace | int, None]:
-        """First the places, then how many layers are there, until all are. The rows stay until it is closed.
+        """First the places, then how many layers are there, until all are. Then nothing more: the rows stay
+        in their places until this is closed, or the client is gone.
 
         Raises NotShared, Overloaded, LeaseExpired, ChecksumMismatch, StorageFailed.
         """
@@ -73,26 +77,36 @@ class Locates:
             return
         rows = lease.rows[blocks.start : blocks.stop]
         landings: dict[int, Landing] = {}
+        left = asyncio.Event()
+        lease.client.on_detach.add(left.set)
         self._residency.hold(rows)
         self.open_count += 1
         try:
-            missing = rows[self._blocks.dram_offset[rows] < 0].tolist()
-            if missing and self._promotion is not None:
-                landings = await self._promotion.begin(missing)
-                for landing in landings.values():  # Before anything else is awaited: images of landings are given away.
-                    landing.begin_reading()
-            if verify:
-                await self._verify(rows)
-            extents = await self._extents(rows, landings)
-            if isinstance(extents, NotInPlace):
-                yield extents
-                return
-            yield Located(rows, extents, [self._dram.generation(extent) for extent in extents])
-            async for ready in self._layers(lease, landings):
-                yield ready
+            try:
+                missing = rows[self._blocks.dram_offset[rows] < 0].tolist()
+                if missing and self._promotion is not None:
+                    landings = await self._promotion.begin(missing)
+                    for landing in landings.values():  # Before anything else is awaited: images are given away.
+                        landing.begin_reading()
+                if verify:
+                    await self._verify(rows)
+                extents = await self._extents(rows, landings)
+                if isinstance(extents, NotInPlace):
+                    yield extents
+                    return
+                yield Located(rows, extents, [self._dram.generation(extent) for extent in extents])
+                async for ready in self._layers(lease, landings):
+                    yield ready
+            except KVError:
+                self._counters.loads_failed += 1
+                raise
+            self._counters.located_blocks += len(rows)
+            await left.wait()  # Or until this is closed: the blocks stay where they are meanwhile.
+            raise LeaseExpired("the client's Attach stream has ended, and its leases with it")
         finally:
             for landing in landings.values():
                 landing.end_reading()
+            lease.client.on_detach.discard(left.set)
             self.open_count -= 1
             self._residency.unhold(rows)
 

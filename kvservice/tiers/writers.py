@@ -14,7 +14,8 @@ from pathlib import Path
 
 from kvservice.blocks import Extent
 from kvservice_api.arena import WRITER_HEADER_BYTES, WRITER_NOTE, encode_writer_header, writer_notes
-from kvservice_api.errors import NoWriterLock
+from kvservice_api.errors import NotShared, NoWriterLock
+from kvservice_api.layout import PAGE_BYTES
 
 
 class Writer:
@@ -30,7 +31,10 @@ class Writer:
 
     @classmethod
     def open(cls, directory: Path, client_id: bytes, arena_id: bytes) -> Writer:
-        """The file of a client that asks to write. Raises NoWriterLock where nobody holds its lock."""
+        """The file of a client that asks to write.
+
+        Raises NoWriterLock where nobody holds its lock, NotShared where there is no space to note anything.
+        """
         path = directory / client_id.hex()
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -40,9 +44,12 @@ class Writer:
         try:
             writer.check_locked()
             os.ftruncate(fd, 0)
+            os.posix_fallocate(fd, 0, PAGE_BYTES)
             os.pwrite(fd, encode_writer_header(arena_id), 0)
-        except BaseException:
+        except BaseException as error:
             os.close(fd)
+            if isinstance(error, OSError):
+                raise NotShared(f"{path} has no space for a writer's notes: {error.strerror}") from error
             raise
         return writer
 
@@ -65,13 +72,17 @@ class Writer:
             raise NoWriterLock(f"nobody holds the lock of {self._path}")
 
     def note(self, extent: Extent) -> None:
-        """The client may write here from now on."""
+        """The client may write here from now on. Raises NotShared where there is no space for the note."""
+        place = self._free[-1] if self._free else self._end
+        try:
+            os.pwrite(self._fd, WRITER_NOTE.pack(extent.offset_bytes, extent.size_bytes), place)
+        except OSError as error:
+            raise NotShared(f"{self._path} has no space for a writer's notes: {error.strerror}") from error
         if self._free:
-            place = self._free.pop()
+            self._free.pop()
         else:
-            place, self._end = self._end, self._end + WRITER_NOTE.size
+            self._end += WRITER_NOTE.size
         self._places[extent] = place
-        os.pwrite(self._fd, WRITER_NOTE.pack(extent.offset_bytes, extent.size_bytes), place)
 
     def forget(self, extent: Extent) -> None:
         """The client has said that it writes here no more."""

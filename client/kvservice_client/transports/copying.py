@@ -61,9 +61,9 @@ class Copiers:
         self._lock = threading.Lock()
 
     def begin(self) -> Batch:
-        return Batch(self._pool)
+        return Batch(self.pool)
 
-    def _pool(self) -> ThreadPoolExecutor:
+    def pool(self) -> ThreadPoolExecutor:
         with self._lock:
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="kvservice-copy")

@@ -144,7 +144,8 @@ class ShmTransport:
                 )
                 return self._call("CommitBlocks", commit, pb.SaveBlocksResponse, deadline)
             except BaseException:
-                self._abandon(client_id, reservation_id)
+                # Nobody waits for a daemon that may not answer: what it never hears of ends with the attachment.
+                self._copiers.pool().submit(self._abandon, client_id, reservation_id)
                 raise
 
     def _write(
@@ -167,7 +168,7 @@ class ShmTransport:
         return sums
 
     def _abandon(self, client_id: bytes, reservation_id: int) -> None:
-        """Nothing is written any more. Where the daemon cannot be told, it notices the end of the attachment."""
+        """Nothing is written any more."""
         request = pb.AbandonBlocksRequest(client_id=client_id, reservation_id=reservation_id)
         with suppress(KVError):
             self._call("AbandonBlocks", request, pb.AbandonBlocksResponse, Deadline(_ABANDON_S))
