@@ -45,6 +45,7 @@ def write(address: str, salt: str, blocks: int, ttl_s: float) -> bool:
     """Writes half of it before, then something else over all of it, and commits."""
     with Wire(address) as wire:
         wire.attach("stopped")
+        wire.open_layout(LARGE)
         reserved = InPlaceWriter(wire, LARGE).reserve(new_chain(LARGE, blocks, salt))
         reserved.write(range(1))
         pause()

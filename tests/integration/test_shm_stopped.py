@@ -27,6 +27,9 @@ class Stopped:
         arguments = [daemon.address, what, salt, str(blocks), str(ttl_s)]
         command = [sys.executable, "-m", stopped_client.__name__, *arguments]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def stop(self) -> None:
+        """Once it is in the middle."""
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == "in the middle\n"
         self.process.send_signal(signal.SIGSTOP)
@@ -43,6 +46,7 @@ def stop() -> Iterator[Callable[..., Stopped]]:
 
     def make(*arguments: object, **options: object) -> Stopped:
         made.append(Stopped(*arguments, **options))  # type: ignore[arg-type]
+        made[-1].stop()
         return made[-1]
 
     yield make
