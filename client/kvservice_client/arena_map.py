@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import mmap
 import os
@@ -26,14 +25,11 @@ from kvservice_api.arena import (
 )
 from kvservice_api.errors import NotShared
 from kvservice_api.layout import PAGE_BYTES
+from kvservice_api.mapping import Mapping
 from kvservice_client.buffers import Bytes
 
-# A call through ctypes does not hold the GIL. It holds the lock of the process's memory map though, for
-# which every thread waits that wants memory: so only a little at a time.
-_FAULT_IN_BYTES = 1 << 20
-_MADV_HUGEPAGE, _MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 14, 22, 23
-_madvise = ctypes.CDLL(None, use_errno=True).madvise
-_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+# The process's lock of its memory map is held meanwhile, and every thread waits that wants memory.
+_FAULT_IN_BYTES = 2 << 20
 
 _GROWS_EVERY_S = 0.1
 _GROWS_WITHIN_S = 2.0  # The daemon prepares a new arena in the background: more of it comes soon, or never.
@@ -59,7 +55,7 @@ class ArenaMap:
                 if os.fstat(fd).st_size != size_bytes or not are_generations_of(os.pread(fd, PAGE_BYTES, 0), arena_id):
                     raise ValueError("its generations are another arena's")
                 generations = mmap.mmap(fd, size_bytes, prot=mmap.PROT_READ)
-            self.data = self._map(os.O_RDONLY, mmap.PROT_READ, _MADV_POPULATE_READ)
+            self.data = self._map(writable=False)
         except (OSError, ValueError) as error:
             raise NotShared(f"the arena in {directory} cannot be mapped: {error}") from error
         self._words: NDArray[np.uint32] = np.frombuffer(generations, "<u4", capacity_bytes // PAGE_BYTES, PAGE_BYTES)
@@ -75,19 +71,19 @@ class ArenaMap:
         with self._lock:
             if self._writable is None:
                 try:
-                    self._writable = self._map(os.O_RDWR, mmap.PROT_READ | mmap.PROT_WRITE, _MADV_POPULATE_WRITE)
+                    self._writable = self._map(writable=True)
                 except (OSError, ValueError) as error:
                     raise NotShared(f"the arena in {self.directory} cannot be written: {error}") from error
             return self._writable
 
-    def _map(self, flags: int, protection: int, advice: int) -> Bytes:
+    def _map(self, *, writable: bool) -> Bytes:
         """The bytes behind the header. Faulted in in the background: a first pass over them would be slow."""
-        with _opened(self.directory / ARENA_NAME, flags) as fd:
+        with _opened(self.directory / ARENA_NAME, os.O_RDWR if writable else os.O_RDONLY) as fd:
             _check(fd, self.arena_id, self._capacity_bytes)
-            mapping = mmap.mmap(fd, PAGE_BYTES + self._capacity_bytes, prot=protection)
-            arguments = (mapping, os.dup(fd), advice, self._closing)
+            mapping = Mapping(fd, PAGE_BYTES + self._capacity_bytes, writable=writable)
+            arguments = (mapping, os.dup(fd), self._closing)
         threading.Thread(target=_fault_in, args=arguments, name="kvservice-arena", daemon=True).start()
-        return np.frombuffer(mapping, np.uint8)[PAGE_BYTES:]
+        return mapping.bytes[PAGE_BYTES:]
 
 
 class WriterLock:
@@ -131,23 +127,19 @@ def _check(fd: int, arena_id: bytes, capacity_bytes: int) -> None:
         raise ValueError("its size is not what its header says")
 
 
-def _fault_in(mapping: mmap.mmap, fd: int, advice: int, closing: threading.Event) -> None:
+def _fault_in(mapping: Mapping, fd: int, closing: threading.Event) -> None:
     """Map the pages there are, in small steps. `fd` is closed in the end.
 
     Only what the daemon has allocated: touching more would take memory that nobody promised.
     """
-    size_bytes = len(mapping)
-    address = np.frombuffer(mapping, np.uint8).ctypes.data
-    _madvise(address, size_bytes, _MADV_HUGEPAGE)  # Where the tmpfs has huge pages; refused elsewhere.
     done, idle_s = 0, 0.0
     with _closed_after(fd):
-        while done < size_bytes and idle_s < _GROWS_WITHIN_S:
-            allocated = min(os.fstat(fd).st_blocks * 512, size_bytes)
+        while done < mapping.size_bytes and idle_s < _GROWS_WITHIN_S:
+            allocated = min(os.fstat(fd).st_blocks * 512, mapping.size_bytes)
             for start in range(done, allocated, _FAULT_IN_BYTES):
-                size = min(_FAULT_IN_BYTES, allocated - start)
-                if closing.is_set() or _madvise(address + start, size, advice):
-                    return  # Kernels before 5.14 do not know it: no harm done.
+                if closing.is_set() or not mapping.fault_in(start, min(start + _FAULT_IN_BYTES, allocated)):
+                    return  # Kernels before 5.14 cannot: no harm done.
             idle_s = 0.0 if allocated > done else idle_s + _GROWS_EVERY_S
             done = max(done, allocated)
-            if done < size_bytes and closing.wait(_GROWS_EVERY_S):
+            if done < mapping.size_bytes and closing.wait(_GROWS_EVERY_S):
                 return

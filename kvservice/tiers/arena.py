@@ -10,10 +10,8 @@ The formats of the arena and of the files beside it are in ``kvservice_api/arena
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import logging
-import mmap
 import os
 import secrets
 import threading
@@ -25,18 +23,16 @@ from kvservice.tiers.files import FileCalls
 from kvservice.tiers.generations import Generations
 from kvservice_api.arena import ARENA_NAME, HEADER_BYTES, WRITERS_NAME, ArenaHeader, generations_file_bytes
 from kvservice_api.layout import PAGE_BYTES
+from kvservice_api.mapping import HUGE_PAGE_BYTES, Mapping
 
 log = logging.getLogger(__name__)
 
 _STEP_BYTES = 64 << 20
 _STEP_BYTES_MIN = 1 << 20  # What is left below it is left to others: an engine needs shared memory too.
 
-# A call through ctypes does not hold the GIL; mmap.madvise does. It holds the process's lock of its
-# memory map though, for which every thread waits that wants memory: so only a little at a time.
+# Either holds the process's lock of its memory map, for which every thread waits that wants memory: so only
+# a little at a time.
 _FAULT_IN_BYTES = 1 << 20
-_MADV_POPULATE_WRITE = 23
-_madvise = ctypes.CDLL(None, use_errno=True).madvise
-_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class Arena:
@@ -68,9 +64,9 @@ class Arena:
         self._calls = calls
         self._lock_fd = lock_fd
         self._fd = fd
-        self._map = mmap.mmap(fd, PAGE_BYTES + capacity_bytes)
-        self._whole = memoryview(self._map)
-        self.data = self._whole[PAGE_BYTES:]
+        self._map = Mapping(fd, PAGE_BYTES + capacity_bytes, writable=True)
+        self.data = memoryview(self._map.bytes)[PAGE_BYTES:]  # type: ignore[arg-type]
+        self._has_huge_pages = True  # Until the kernel says otherwise.
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -150,7 +146,7 @@ class Arena:
         os.close(self._fd)
         os.close(self._lock_fd)
         # Views of the map may live on in tests and tracebacks; the map goes with the last of them.
-        del self.data, self._whole, self._map
+        del self.data, self._map
 
     def _prepare(self, on_more: Callable[[int], None]) -> None:
         start = 0
@@ -158,7 +154,10 @@ class Arena:
             end = min(start + _STEP_BYTES, self.capacity_bytes)
             if self._may_have_holes:
                 end = self._allocate(start, end)
+                self._join_pages(start, end)
                 on_more(self.ready_bytes)
+            else:
+                self._join_pages(start, end)
             if end == start:
                 log.warning("the DRAM tier stays smaller than asked for", extra={"why": self.short_because})
                 return
@@ -186,13 +185,21 @@ class Arena:
                 self.ready_bytes = max(self.ready_bytes, end)
                 return end
 
+    def _join_pages(self, start: int, end: int) -> None:
+        """Have huge pages where these bytes fill whole ones. What lies there stays as it is."""
+        first = -(-(PAGE_BYTES + start) // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+        if start == 0:
+            first = 0  # With the header.
+        for offset in range(first, PAGE_BYTES + end - HUGE_PAGE_BYTES + 1, HUGE_PAGE_BYTES):
+            if self._stopping.is_set() or not self._has_huge_pages:
+                return
+            self._has_huge_pages = self._map.collapse(offset)
+
     def _fault_in(self, start: int, end: int) -> None:
         """Map the pages, for reading and writing, without changing them. Only spares later page faults."""
-        address = ctypes.addressof(ctypes.c_char.from_buffer(self._map)) + PAGE_BYTES
         for offset in range(start, end, _FAULT_IN_BYTES):
-            size = min(_FAULT_IN_BYTES, end - offset)
-            if _madvise(address + offset, size, _MADV_POPULATE_WRITE):
-                return  # Kernels before 5.14 do not know it: no harm done.
+            if not self._map.fault_in(PAGE_BYTES + offset, PAGE_BYTES + min(offset + _FAULT_IN_BYTES, end)):
+                return  # Kernels before 5.14 cannot: no harm done.
 
 
 def without_generations(size_bytes: int) -> int:

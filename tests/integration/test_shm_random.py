@@ -13,14 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from kvservice_api.errors import KVError, LeaseExpired, NotShared, Overloaded, TierFull
+from kvservice_api.errors import BlockNotFound, KVError, LeaseExpired, NotShared, Overloaded, TierFull
 from kvservice_client import BlockChain, Client, Durability, Layout, Shard
 from tests.daemon import MIB, DaemonProcess
 from tests.integration.known_blocks import LARGE, SMALL, layers_of, new_chain
 
 _CLIENTS = 3
 _CHAINS = 24  # A layout. Together 24 MiB of blocks.
-_PERMITTED = (LeaseExpired, Overloaded, TierFull, NotShared)  # A cache may forget. It may not be wrong.
+_PERMITTED = (BlockNotFound, LeaseExpired, Overloaded, TierFull, NotShared)  # A cache may forget, but not be wrong.
 
 
 class Actor:

@@ -124,7 +124,7 @@ def test_an_arena_that_lost_its_generations_is_replaced(open_tier: Callable[...,
 def test_a_tmpfs_without_space_for_the_generations_has_an_arena_all_the_same(open_tier: Callable[..., DramTier]) -> None:
     calls = FaultyCalls()
     tier = open_tier(share=False, calls=calls)
-    calls.fail("posix_fallocate", errno.ENOSPC)
+    calls.failing["posix_fallocate"] = errno.ENOSPC
     tier.share()
     assert "No space left" in tier.not_shared_because
     tier.release(tier.reserve(PAGE_BYTES))

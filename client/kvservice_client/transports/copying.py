@@ -15,6 +15,7 @@ from kvservice_client.buffers import Bytes
 from kvservice_client.retry import Deadline
 
 PIECE_BYTES = 256 << 10  # Stays in a core's own cache together with its copy.
+_AT_ONCE_BYTES = 32 << 10
 _TASK_BYTES = 2 << 20  # Less work than this is not worth handing to a thread.
 _THREADS = 2  # One core seldom fills the memory bus while it also computes checksums.
 
@@ -22,14 +23,11 @@ _THREADS = 2  # One core seldom fills the memory bus while it also computes chec
 def copy_and_sum(source: Bytes, target: Bytes) -> int:
     """Copy all of it; the answer is the checksum of the copy, read back from the cache."""
     size = len(source)
-    if size <= PIECE_BYTES:
+    if size <= _AT_ONCE_BYTES:
         np.copyto(target, source)
         return checksum(target.data)
     digest = xxhash.xxh3_64()
-    for start in range(0, size, PIECE_BYTES):
-        piece = target[start : start + PIECE_BYTES]
-        np.copyto(piece, source[start : start + PIECE_BYTES])
-        digest.update(piece.data)
+    _copy_in_pieces(source, target, digest.update)
     return digest.intdigest()
 
 
@@ -42,15 +40,28 @@ def copy_runs_and_sum(source: Bytes, runs: Sequence[tuple[int, int]], target: By
     filled = position = 0
     for start, end in runs:
         digest.update(source[position:start].data)
-        for at in range(start, end, PIECE_BYTES):
-            piece = source[at : min(at + PIECE_BYTES, end)]
-            copied = target[filled : filled + len(piece)]
-            np.copyto(copied, piece)
-            digest.update(copied.data)
-            filled += len(piece)
-        position = end
+        _copy_in_pieces(source[start:end], target[filled : filled + end - start], digest.update)
+        filled, position = filled + end - start, end
     digest.update(source[position:].data)
     return digest.intdigest()
+
+
+def _copy_in_pieces(source: Bytes, target: Bytes, look: Callable[[memoryview], object]) -> None:
+    """`look` sees each piece of the copy while it is in the cache.
+
+    Processors copy strings at a third of their speed where source and target lie badly to each other, as a
+    buffer from malloc and a page of the arena do: 16 bytes apart, but for whole pages. NumPy's own loop over
+    words does not care.
+    """
+    distance = target.__array_interface__["data"][0] - source.__array_interface__["data"][0]
+    by_words = distance % 32 and not distance % 8 and not len(source) % 8
+    for start in range(0, len(source), PIECE_BYTES):
+        piece, copied = source[start : start + PIECE_BYTES], target[start : start + PIECE_BYTES]
+        if by_words:
+            np.positive(piece.view(np.uint64), out=copied.view(np.uint64))
+        else:
+            np.copyto(copied, piece)
+        look(copied.data)
 
 
 class Copiers:
