@@ -51,7 +51,10 @@ class TransportContract:
     @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.model_id)
     def test_what_either_side_saved_both_load_bit_for_bit(self, client: Client, other: Client, layout: Layout) -> None:
         for saver, loader in ((client, client), (client, other), (other, client)):
-            blocks, chain = saver.open_layout(layout), new_chain(layout, 2 * layout.block_tokens + layout.block_tokens // 2)
+            blocks, chain = (
+                saver.open_layout(layout),
+                new_chain(layout, 2 * layout.block_tokens + layout.block_tokens // 2),
+            )
             layers = layers_of(blocks, chain)
             assert blocks.save(chain, layers).stored == 3
             with loader.open_layout(layout).lookup(chain) as lease:
@@ -145,7 +148,9 @@ class TransportContract:
         lease.release()
         until(lambda: client.evict(chain, "dram").held == 0)
 
-    def test_a_block_larger_than_dram_is_refused_and_nothing_is_lost(self, new_daemon: Callable[..., DaemonProcess]) -> None:
+    def test_a_block_larger_than_dram_is_refused_and_nothing_is_lost(
+        self, new_daemon: Callable[..., DaemonProcess]
+    ) -> None:
         daemon = new_daemon(dram__capacity_bytes=12 * MIB, index__volatile_map_bytes=4 * MIB)
         with daemon.client(transport=self.transport) as client:
             small, layout = client.open_layout(small_layout()), large_layout()

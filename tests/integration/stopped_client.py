@@ -38,7 +38,9 @@ def load(address: str, salt: str, blocks: int, ttl_s: float) -> bool:
         loaded = [next(layers).data]
         pause()
         loaded += [layer.data for layer in layers]
-    return [layer.tobytes() for layer in loaded] == [np.concatenate(slices).tobytes() for slices in layers_of(LARGE, chain)]
+    return [layer.tobytes() for layer in loaded] == [
+        np.concatenate(slices).tobytes() for slices in layers_of(LARGE, chain)
+    ]
 
 
 def write(address: str, salt: str, blocks: int, ttl_s: float) -> bool:

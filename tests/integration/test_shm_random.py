@@ -132,9 +132,7 @@ def run(daemon: DaemonProcess, seed: int, count: int) -> Counter[str]:
 
 @pytest.fixture
 def daemon(new_daemon: Callable[..., DaemonProcess]) -> DaemonProcess:
-    return new_daemon(
-        dram__capacity_bytes=12 * MIB, index__volatile_map_bytes=4 * MIB, ssd__capacity_bytes=40 * MIB
-    )
+    return new_daemon(dram__capacity_bytes=12 * MIB, index__volatile_map_bytes=4 * MIB, ssd__capacity_bytes=40 * MIB)
 
 
 @pytest.mark.parametrize("seed", [1])

@@ -70,7 +70,9 @@ def test_a_replaced_arena_cannot_be_mapped_by_its_old_name(daemon: DaemonProcess
         ArenaMap(daemon.arena_folder, old.arena_id, old.arena_capacity_bytes)
 
 
-def test_a_load_goes_on_without_its_daemon_as_long_as_its_bytes_are_there(daemon: DaemonProcess, client: Client) -> None:
+def test_a_load_goes_on_without_its_daemon_as_long_as_its_bytes_are_there(
+    daemon: DaemonProcess, client: Client
+) -> None:
     chain = new_chain(LARGE, 8)
     save(client, LARGE, chain)
     layers = client.open_layout(LARGE).lookup(chain).load()
@@ -81,7 +83,9 @@ def test_a_load_goes_on_without_its_daemon_as_long_as_its_bytes_are_there(daemon
     assert [layer.tobytes() for layer in loaded] == expected
 
 
-def test_a_view_ends_when_its_blocks_were_discarded_before_the_daemon_died(daemon: DaemonProcess, client: Client) -> None:
+def test_a_view_ends_when_its_blocks_were_discarded_before_the_daemon_died(
+    daemon: DaemonProcess, client: Client
+) -> None:
     """Their records were gone and their space was not free yet: to the next daemon it is."""
     chain = new_chain(LARGE, 8)
     save(client, LARGE, chain)

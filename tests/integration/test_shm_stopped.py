@@ -23,7 +23,9 @@ _BLOCKS = 16
 class Stopped:
     """A client process in the middle of something, stopped by SIGSTOP."""
 
-    def __init__(self, daemon: DaemonProcess, what: str, salt: str, *, blocks: int = _BLOCKS, ttl_s: float = 30) -> None:
+    def __init__(
+        self, daemon: DaemonProcess, what: str, salt: str, *, blocks: int = _BLOCKS, ttl_s: float = 30
+    ) -> None:
         arguments = [daemon.address, what, salt, str(blocks), str(ttl_s)]
         command = [sys.executable, "-m", stopped_client.__name__, *arguments]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -205,7 +205,10 @@ async def test_a_block_that_could_never_fit_is_refused_before_it_is_written(
     _, request = opened.store.save_request(*asked)
     reservation, places = await opened.store.reservations.reserve(1, client, request, on_ssd=False)
     assert len(places) == 1
-    assert {position: type(error) for position, error in reservation.outcome.refused.items()} == {1: TierFull, 2: TierFull}
+    assert {position: type(error) for position, error in reservation.outcome.refused.items()} == {
+        1: TierFull,
+        2: TierFull,
+    }
     lock.release()
 
 

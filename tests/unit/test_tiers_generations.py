@@ -104,7 +104,9 @@ def test_an_arena_that_was_never_shared_has_no_generations_until_it_is(open_tier
     arena_id = open_tier(share=False).arena_id
     tier = open_tier()
     assert (tier.arena_id, tier.not_shared_because) == (arena_id, "")
-    assert (tier.arena_directory / GENERATIONS_NAME).stat().st_blocks * 512 >= generations_file_bytes(CAPACITY - PAGE_BYTES)
+    assert (tier.arena_directory / GENERATIONS_NAME).stat().st_blocks * 512 >= generations_file_bytes(
+        CAPACITY - PAGE_BYTES
+    )
 
 
 @pytest.mark.parametrize("damage", ["gone", "short", "another arena's"])
@@ -121,7 +123,9 @@ def test_an_arena_that_lost_its_generations_is_replaced(open_tier: Callable[...,
     assert open_tier().arena_id != arena_id
 
 
-def test_a_tmpfs_without_space_for_the_generations_has_an_arena_all_the_same(open_tier: Callable[..., DramTier]) -> None:
+def test_a_tmpfs_without_space_for_the_generations_has_an_arena_all_the_same(
+    open_tier: Callable[..., DramTier],
+) -> None:
     calls = FaultyCalls()
     tier = open_tier(share=False, calls=calls)
     calls.failing["posix_fallocate"] = errno.ENOSPC
