@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import sys
 
+import grpc
 import numpy as np
 
+from kvservice_api.errors import from_rpc_error
 from kvservice_client import Client, KVError
 from tests.integration.by_hand import InPlaceWriter
 from tests.integration.known_blocks import LARGE, layers_of, new_chain
@@ -68,8 +70,8 @@ def main() -> None:
         print("right" if right else "WRONG", flush=True)
     except KVError as error:
         print(type(error).__name__, flush=True)
-    except Exception as error:  # What a raw stub raises.
-        print(getattr(error, "code", lambda: error)(), flush=True)
+    except grpc.RpcError as error:  # What a raw stub raises.
+        print(type(from_rpc_error(error)).__name__, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,7 +142,7 @@ def test_SaveBlocks_stores_what_is_new_as_durably_as_was_asked(wire: Wire) -> No
     assert (shard.parent_key, shard.token_count) == (chain.keys[1], SMALL.block_tokens)
 
 
-def locate(wire: Wire, lease_id: int, **request: int) -> list[pb.LocateBlocksResponse]:
+def locate(wire: Wire, lease_id: int, **request: Any) -> list[pb.LocateBlocksResponse]:
     """All answers; the call is left when the last layer is there."""
     call = wire.blocks.LocateBlocks(pb.LocateBlocksRequest(client_id=wire.client_id, lease_id=lease_id, **request))
     answers = []

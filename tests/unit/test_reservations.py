@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -273,7 +274,7 @@ async def test_the_daemon_after_this_one_sets_aside_what_a_living_client_may_be_
         assert taken == sum(place.extent.size_bytes for place in open_still)
         aside = {place.extent for place in open_still}
         lent: set[Extent] = set()
-        with pytest.raises(TierFull):
+        with contextlib.suppress(TierFull):
             while True:
                 lent.add(opened.dram.reserve(GEOMETRY.image_bytes))
         assert not lent & aside

@@ -31,7 +31,7 @@ from kvservice_client.connection import Connection
 from kvservice_client.retry import Deadline
 from kvservice_client.traffic import Traffic
 from kvservice_client.transports.base import LoadOrder, SaveOrder, Transport
-from kvservice_client.transports.copying import Copiers, copy_and_sum, copy_runs_and_sum
+from kvservice_client.transports.copying import Copiers, copy_and_sum, copy_runs_and_sum, sum_and_copy
 from kvservice_client.transports.in_place import InDoubt, InPlace, View
 
 M = TypeVar("M", bound=Message)
@@ -202,7 +202,7 @@ def _write_slice(
 ) -> None:
     block, offset, geometry = places[number]
     begin, end = geometry.slice_range(layer)
-    sums[number, layer] = copy_and_sum(order.layers[layer][block], arena[offset + begin : offset + end])
+    sums[number, layer] = sum_and_copy(order.layers[layer][block], arena[offset + begin : offset + end])
 
 
 class _Arenas:
