@@ -94,7 +94,7 @@ class Locates:
                 if isinstance(extents, NotInPlace):
                     yield extents
                     return
-                yield Located(rows, extents, [self._dram.generation(extent) for extent in extents])
+                yield Located(rows, extents, self._dram.generations(extents))
                 async for ready in self._layers(lease, landings):
                     yield ready
             except KVError:

@@ -33,6 +33,9 @@ _STEP_BYTES_MIN = 1 << 20  # What is left below it is left to others: an engine 
 # Either holds the process's lock of its memory map, for which every thread waits that wants memory: so only
 # a little at a time.
 _FAULT_IN_BYTES = 1 << 20
+_REFUSALS_MAX = (
+    16  # A page may be busy; a kernel without huge pages, or without free ones, need not be asked on and on.
+)
 
 
 class Arena:
@@ -66,7 +69,7 @@ class Arena:
         self._fd = fd
         self._map = Mapping(fd, PAGE_BYTES + capacity_bytes, writable=True)
         self.data = memoryview(self._map.bytes)[PAGE_BYTES:]  # type: ignore[arg-type]
-        self._has_huge_pages = True  # Until the kernel says otherwise.
+        self._refusals = 0  # Of huge pages.
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -191,9 +194,9 @@ class Arena:
         if start == 0:
             first = 0  # With the header.
         for offset in range(first, PAGE_BYTES + end - HUGE_PAGE_BYTES + 1, HUGE_PAGE_BYTES):
-            if self._stopping.is_set() or not self._has_huge_pages:
+            if self._stopping.is_set() or self._refusals == _REFUSALS_MAX:
                 return
-            self._has_huge_pages = self._map.collapse(offset)
+            self._refusals += not self._map.collapse(offset)
 
     def _fault_in(self, start: int, end: int) -> None:
         """Map the pages, for reading and writing, without changing them. Only spares later page faults."""

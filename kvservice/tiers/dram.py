@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -128,10 +128,15 @@ class DramTier:
         """Of the file behind its header, prepared or not."""
         return self._arena.capacity_bytes
 
-    def generation(self, extent: Extent) -> int:
-        """The extent's generation, for who reads it in place."""
+    def generations(self, extents: Sequence[Extent]) -> list[int]:
+        """The extents' generations, for who reads them in place."""
         assert self._arena.generations is not None
-        return self._arena.generations.get(extent.offset_bytes)
+        offsets = np.fromiter((extent.offset_bytes for extent in extents), np.int64, len(extents))
+        found: list[int] = self._arena.generations.get_many(offsets).tolist()
+        return found
+
+    def generation(self, extent: Extent) -> int:
+        return self.generations([extent])[0]
 
     async def write(
         self, extent: Extent, offset_bytes: int, data: memoryview, first: Callable[[memoryview], object] | None = None

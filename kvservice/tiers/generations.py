@@ -68,9 +68,10 @@ class Generations:
         finally:
             os.close(fd)
 
-    def get(self, offset_bytes: int) -> int:
-        """The generation of the extent that begins here."""
-        return int(self._words[generation_index(offset_bytes)])
+    def get_many(self, offsets: NDArray[np.int64]) -> NDArray[np.uint32]:
+        """Those of the extents that begin at `offsets`."""
+        found: NDArray[np.uint32] = self._words[offsets // PAGE_BYTES]
+        return found
 
     def raise_(self, offset_bytes: int) -> None:
         """The extent that began here is no more: before its space is lent again."""

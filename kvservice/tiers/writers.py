@@ -56,7 +56,7 @@ class Writer:
     @classmethod
     def left_behind(cls, directory: Path, arena_id: bytes) -> Iterator[Writer]:
         """Those of an earlier daemon's clients that may still be writing, with what was noted for them."""
-        for path in sorted(directory.iterdir()) if directory.exists() else ():
+        for path in sorted(filter(Path.is_file, directory.iterdir())) if directory.exists() else ():
             writer = cls(path, os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW))
             if writer.remove_if_unlocked():
                 continue

@@ -83,14 +83,21 @@ def test_an_arena_that_is_not_on_this_host_is_used_by_grpc(new_daemon: NewDaemon
             save(insisting, SMALL, new_chain(SMALL))
 
 
-def test_another_daemons_arena_in_the_same_place_is_not_taken_for_the_right_one(new_daemon: NewDaemon) -> None:
+@pytest.mark.parametrize("taken", ["the folder", "the arena alone", "the generations alone"])
+def test_another_daemons_arena_in_the_same_place_is_not_taken_for_the_right_one(
+    new_daemon: NewDaemon, taken: str
+) -> None:
     daemon, other = new_daemon(), new_daemon()
     with moved_away(folder := daemon.arena_folder):
         shutil.copytree(other.arena_folder, folder)
+        mine = {"the arena alone": "generations", "the generations alone": "arena"}.get(taken)
+        if mine:
+            shutil.copyfile(folder.with_name("aside") / mine, folder / mine)
         with daemon.client() as client:
             move_some(client)
             assert ways(client) == ({"grpc"}, {"grpc"})
-            assert "generations are another arena's" in client.stats().shm_refused_because
+            why = "another arena than the daemon's" if mine == "generations" else "generations are another arena's"
+            assert why in client.stats().shm_refused_because
 
 
 def test_blocks_that_dram_has_no_room_for_are_streamed(new_daemon: NewDaemon) -> None:
