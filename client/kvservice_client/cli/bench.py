@@ -91,7 +91,7 @@ class _Bench:
         self._wire(Wire(client, blocks=blocks, runs=runs, pid=pid))
         self._step(3, "shared memory")
         sharing = self._stack.enter_context(Client(address, name="kvctl bench", timeout_s=30, transport="shm"))
-        self._shared_memory(Memory(sharing, blocks=blocks, runs=runs))
+        self._shared_memory(Memory(sharing, blocks=2 * blocks, runs=runs))
         if pid is not None:
             with parts.parts(folder, quick=self._quick) as programs:
                 self._step(4, "the SSD tier")
