@@ -85,6 +85,7 @@ _COLUMNS: dict[str, str] = {
     "generation": "u4",  # Raised when the row is freed, so that a stale row number is noticed.
     "used_since_flush": "?",
     "unwanted_on_ssd": "?",  # Was evicted from SSD; not written again until used again.
+    "verified": "?",  # This daemon has seen that the copy in DRAM matches its checksums.
     "live": "?",  # Linked: lookups find it.
 }
 
@@ -126,6 +127,7 @@ class BlockTable:
     generation: NDArray[np.uint32]
     used_since_flush: NDArray[np.bool_]
     unwanted_on_ssd: NDArray[np.bool_]
+    verified: NDArray[np.bool_]
     live: NDArray[np.bool_]
 
     def __init__(self, row_capacity: int = 1024) -> None:
@@ -212,6 +214,7 @@ class BlockTable:
         offset, size = (extent.offset_bytes, extent.size_bytes) if extent else (_NOWHERE, 0)
         if tier is TierName.DRAM:
             self.dram_offset[row], self.dram_size[row] = offset, size
+            self.verified[row] = False  # Whoever knows better says so.
         else:
             self.ssd_offset[row], self.ssd_size[row] = offset, size
             self.ssd_segment[row] = extent.segment if extent else 0
@@ -304,7 +307,7 @@ class BlockTable:
         assert self.dram_offset[row] == _NOWHERE and self.ssd_offset[row] == _NOWHERE
         self.access_seq[row] = self.hits[row] = self.pinned_until_ms[row] = 0
         self.dram_since_ms[row] = self.ssd_since_ms[row] = 0
-        self.used_since_flush[row] = self.unwanted_on_ssd[row] = False
+        self.used_since_flush[row] = self.unwanted_on_ssd[row] = self.verified[row] = False
         self.generation[row] += 1
         self._free.append(row)
 

@@ -168,8 +168,8 @@ class Dram(_Section):
 
     capacity_bytes: Size = _setting(
         ByteSize(GIB),
-        "Shared memory that the arena and the volatile index may take. Where the file system has less, the tier is "
-        "smaller.",
+        "Shared memory that the arena, its generations and the volatile index may take. Where the file system has "
+        "less, the tier is smaller.",
         unit="bytes",
     )
     path: Path = _setting(
@@ -182,6 +182,11 @@ class Dram(_Section):
         "Shared memory that the residency directory may take beside the arena, 64 to 128 bytes a block and half as "
         "much again while it grows. Where it does not fit, or at 0, clients on this host look blocks up by a call.",
         unit="bytes",
+    )
+    share: Literal["writable", "read-only", "off"] = _setting(
+        "writable",
+        "What clients on this host may do with the arena: read and write blocks in place, only read them, or neither. "
+        "The files can be opened by the daemon's own user only. Clients that write in place trust one another.",
     )
 
 

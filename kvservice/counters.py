@@ -16,6 +16,7 @@ class Counters:
     lookup_blocks_hit: int = 0
     load_blocks: int = 0
     load_bytes: int = 0
+    located_blocks: int = 0
     loads_failed: int = 0
     save_blocks_stored: int = 0
     save_blocks_already_stored: int = 0
@@ -51,6 +52,7 @@ HELP: dict[str, str] = {
     "lookup_blocks_hit": "Blocks that lookups found, up to the first missing one.",
     "load_blocks": "Blocks sent whole to clients.",
     "load_bytes": "Payload bytes sent to clients.",
+    "located_blocks": "Blocks whose places in the arena clients were told, to read them there.",
     "loads_failed": "Loads that ended with an error of the store.",
     "save_blocks_stored": "Blocks stored by saves.",
     "save_blocks_already_stored": "Blocks that a save brought and the store already had.",

@@ -41,7 +41,7 @@ from kvservice.store.history import History
 from kvservice.store.recovery import recover
 from kvservice.store.room import Watermarks
 from kvservice.store.sessions import SessionLimits
-from kvservice.tiers.arena import Arena
+from kvservice.tiers.arena import Arena, without_generations
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.files import FileCalls, file_system_of
 from kvservice.tiers.ssd import SsdTier
@@ -85,7 +85,7 @@ class Daemon:
         self.directory = ResidencyDirectory(
             store.blocks,
             store.index.layouts,
-            store.dram.folder,
+            store.dram.arena_directory,
             store_id=store.index.store_id,
             arena_id=store.dram.arena_id,
             boot_epoch=self.boot_epoch,
@@ -239,14 +239,15 @@ def _open_store(
         )
         opening.callback(ssd.close)
         index.remember_ssd_files(_ssd_files(settings))
-    arena = Arena.open(
-        settings.dram.path, index.store_id, int(settings.dram.capacity_bytes) - settings.volatile_map_bytes, calls=files
-    )
+    arena_bytes = without_generations(int(settings.dram.capacity_bytes) - settings.volatile_map_bytes)
+    arena = Arena.open(settings.dram.path, index.store_id, arena_bytes, calls=files)
     opening.callback(arena.close)
     kind = file_system_of(arena.directory)
     if kind not in ("", "tmpfs", "ramfs", "hugetlbfs"):
         log.warning("the arena lies on a disk: dram.path is meant for a tmpfs", extra={"file_system": kind})
     dram = DramTier(arena)
+    if settings.dram.share != "off":
+        dram.share()
     emptied = index.open_volatile(
         arena.directory / "index",
         arena.arena_id,
@@ -303,4 +304,5 @@ def _limits(settings: Settings) -> StoreLimits:
             slices_max=settings.session.slices_max,
             flush_s=settings.index.recency_flush_s,
         ),
+        writes_in_place=settings.dram.share == "writable",
     )

@@ -64,6 +64,7 @@ class StoreFiles:
     clock: FakeClock = field(default_factory=FakeClock)
     policy: Policy = field(default_factory=LruPolicy)
     calls: FileCalls = field(default_factory=FileCalls)
+    share: bool = False  # Whether clients may map the arena.
     shared_memory: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -114,6 +115,8 @@ class OpenStore:
             )
         self.arena = Arena.open(files.shared_memory, self.index.store_id, files.dram_bytes, calls=files.calls)
         self.dram = DramTier(self.arena)
+        if files.share:
+            self.dram.share()
         self.index.open_volatile(
             self.arena.directory / "index",
             self.arena.arena_id,

@@ -11,8 +11,9 @@
 
     blocks.save(chain[lease.hit_blocks:], layers)     # the save path
 
-Load path: ``block_cache`` -> ``lease`` -> ``transports/grpc``. Save path: ``block_cache`` ->
-``transports/grpc``. Everything that can go wrong is a ``KVError``, and means: recompute.
+Load path: ``block_cache`` -> ``lease`` -> ``transports/shm`` or ``transports/grpc``. Save path:
+``block_cache`` -> the same. ``lease.view()`` gives blocks in place, without a copy. Everything that
+can go wrong is a ``KVError``, and means: recompute.
 """
 
 from kvservice_api.errors import KVError
@@ -25,6 +26,8 @@ from kvservice_client.lease import Lease, LoadedLayer, ResidencyRun
 from kvservice_client.local_directory import LocalHit
 from kvservice_client.session import Session, SessionHistory, SessionState, Slice
 from kvservice_client.tls import TlsFiles
+from kvservice_client.traffic import Stats
+from kvservice_client.transports.in_place import View
 
 __all__ = [
     "DEFAULT_ADDRESS",
@@ -48,7 +51,9 @@ __all__ = [
     "SessionState",
     "Shard",
     "Slice",
+    "Stats",
     "Tier",
     "TlsFiles",
+    "View",
     "block_chain",
 ]

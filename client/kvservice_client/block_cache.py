@@ -165,7 +165,8 @@ class BlockCache:
             session = self._connection.session(self.layout, deadline)
             header.client_id = session.attachment.client_id
             if order is None:
-                order = SaveOrder(header, slices, session.limits.max_frame_bytes)
+                frame_bytes = session.limits.max_frame_bytes
+                order = SaveOrder(header, slices, frame_bytes, self.layout, self.shard, chain.token_counts)
             return self._transport.save(order, deadline)
 
         answer = self._connection.retried(attempt, deadline)

@@ -90,7 +90,7 @@ class Channel:
             response: M = self._guarded(lambda: call(request, timeout=deadline.remaining_s))
         return response
 
-    def stream(self, method: str, request: Message, answer: type[M], deadline: Deadline) -> Iterator[M]:
+    def stream(self, method: str, request: Message, answer: type[M], deadline: Deadline) -> Generator[M, None, None]:
         """One request, many answers. Leaving the iterator cancels the call."""
         with self._calling() as link:
             call = link.callable(method, lambda grpc: grpc.unary_stream(method, _to_bytes, answer.FromString))

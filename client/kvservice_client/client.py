@@ -7,8 +7,9 @@ import socket
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
+from kvservice_api.errors import InvalidRequest
 from kvservice_api.layout import Layout, Shard
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client.admin import TIERS, Admin, Tier
@@ -18,7 +19,10 @@ from kvservice_client.connection import Connection
 from kvservice_client.retry import Deadline
 from kvservice_client.session import Session
 from kvservice_client.tls import TlsFiles
+from kvservice_client.traffic import Metered, Stats, Traffic
+from kvservice_client.transports.base import Transport
 from kvservice_client.transports.grpc import GrpcTransport
+from kvservice_client.transports.shm import ShmTransport
 
 DEFAULT_ADDRESS = "127.0.0.1:7070"
 
@@ -55,14 +59,23 @@ class Client:
         timeout_s: float = 5.0,
         reconnect_wait_s: float = 0.5,
         tls: TlsFiles | None = None,
+        transport: Literal["auto", "shm", "grpc"] = "auto",
     ) -> None:
         """`address` is host:port or the path of a UNIX socket; `name` is what operators see of this client.
 
-        With `tls`, host:port is spoken to by TLS. Raises TlsFileUnusable.
+        With `tls`, host:port is spoken to by TLS. `transport` is how bytes travel: by shared memory wherever that
+        works, and else by gRPC ("auto"); never by shared memory ("grpc"); or as in "auto", but a daemon whose arena
+        is not here is an error ("shm"). Raises TlsFileUnusable.
         """
         name = name or f"{socket.gethostname()}/{os.getpid()}"
         self._connection = Connection(address, name, timeout_s, reconnect_wait_s, tls)
-        self._transport = GrpcTransport(self._connection.channel)
+        self._traffic = Traffic()
+        self._transport: Transport = Metered(GrpcTransport(self._connection.channel), self._traffic)
+        if transport not in ("auto", "shm", "grpc"):
+            raise InvalidRequest(f"no transport is called {transport!r}", field="transport")
+        if transport != "grpc":
+            insists = transport == "shm"
+            self._transport = ShmTransport(self._connection, self._transport, self._traffic, insists=insists)
         self.admin = Admin(self._connection)
 
     @property
@@ -72,6 +85,12 @@ class Client:
     def close(self) -> None:
         """End all leases and the connection. What this client handed out is of no use after this."""
         self._connection.close()
+        if isinstance(self._transport, ShmTransport):
+            self._transport.close()
+
+    def stats(self) -> Stats:
+        """Which transports moved how many bytes so far."""
+        return self._traffic.stats()
 
     def __enter__(self) -> Self:
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from types import TracebackType
 from typing import Self
@@ -19,9 +19,11 @@ from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection
 from kvservice_client.retry import Deadline
 from kvservice_client.transports.base import LoadOrder, Transport
+from kvservice_client.transports.in_place import View
 
 # What a transfer is given beyond the client's timeout: slower than this, recomputing is faster.
 TRANSFER_BYTES_PER_S_MIN = 128 * 2**20
+_SPARED = 0.2  # Of a lease's time: bytes in place are not used that late, for clocks do not run alike.
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,15 +107,50 @@ class Lease:
         ChecksumMismatch, StorageFailed, DaemonUnavailable, DeadlineExceeded: layers that were
         yielded are right all the same. Leaving the iterator ends the load.
         """
-        starts = self._block_starts(first_block, block_count)
-        size_bytes, layer_count = starts[-1], self._shard.layers
+        order = self._order(first_block, block_count)
+        size_bytes, layer_count = order.block_starts[-1], order.layer_count
         if into is not None and len(into) != layer_count:
             raise InvalidRequest(f"into has {len(into)} buffers; it must have one a layer, {layer_count}", field="into")
-        targets = [writable(each, f"into[{layer}]", size_bytes) for layer, each in enumerate(into)] if into else None
-        order = LoadOrder(self._attachment.client_id, self._lease_id, first_block, starts, layer_count, targets)
+        if into is not None:
+            targets = [writable(each, f"into[{layer}]", size_bytes) for layer, each in enumerate(into)]
+            order = replace(order, into=targets)
         if timeout_s is None:
             timeout_s = self._connection.timeout_s + size_bytes * layer_count / TRANSFER_BYTES_PER_S_MIN
         return self._layers(order, Deadline(timeout_s))
+
+    def view(self, first_block: int = 0, block_count: int | None = None, timeout_s: float | None = None) -> View:
+        """The blocks where the daemon has them, read-only and without a copy; blocks on SSD come up first.
+
+        Their bytes have been verified, by the daemon where they were not before. A context manager. The view
+        lasts as long as the lease, less a fifth of it: renew the lease in time. Raises NotShared where the
+        blocks cannot be read in place (then `load` them), LeaseExpired, ChecksumMismatch, StorageFailed.
+        """
+        order = self._order(first_block, block_count)
+        if timeout_s is None:
+            size_bytes = order.block_starts[-1] * order.layer_count
+            timeout_s = self._connection.timeout_s + size_bytes / TRANSFER_BYTES_PER_S_MIN
+        deadline = Deadline(timeout_s)
+        self._keep(deadline)
+        return self._transport.view(order, deadline)
+
+    def _order(self, first_block: int, block_count: int | None) -> LoadOrder:
+        starts = self._block_starts(first_block, block_count)
+        return LoadOrder(
+            self._attachment.client_id,
+            self._lease_id,
+            first_block,
+            starts,
+            self._shard.layers,
+            None,
+            self._layout,
+            self._shard,
+            self.token_counts[first_block : first_block + len(starts) - 1],
+            self._usable_until_s,
+        )
+
+    def _usable_until_s(self) -> float:
+        """Until when bytes in place may be used, whether or not the daemon is still there to say so."""
+        return self._end_s - _SPARED * self._ttl_s if self._lease_id else 0.0
 
     def _layers(self, order: LoadOrder, deadline: Deadline) -> Iterator[LoadedLayer]:
         self._keep(deadline)
@@ -158,7 +195,7 @@ class Lease:
         remaining_s = self.remaining_s
         if not remaining_s:
             raise LeaseExpired("the lease has ended; look the prefix up again")
-        if remaining_s < min(self._ttl_s / 2, deadline.remaining_s):
+        if remaining_s < min(self._ttl_s / 2, deadline.remaining_s + _SPARED * self._ttl_s):
             self._renew(self._ttl_s, deadline)
 
     def _renew(self, ttl_s: float, deadline: Deadline) -> None:

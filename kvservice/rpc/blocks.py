@@ -7,30 +7,31 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
 
-import numpy as np
-
 from kvservice.blocks import TierName
+from kvservice.rpc.in_place import InPlaceRpcs
 from kvservice.rpc.interceptors import Context
+from kvservice.rpc.messages import (
+    ON_SSD,
+    SAVE_BLOCKS_MAX,
+    SAVE_SLICES_MAX,
+    block_range,
+    checksums_of,
+    save_request,
+    save_response,
+    shard_of,
+)
 from kvservice.store.block_store import BlockStore
 from kvservice.store.directory import ResidencyDirectory
-from kvservice.store.ingest import Ingest, SaveOutcome
+from kvservice.store.ingest import SaveOutcome
 from kvservice.store.load import Part
-from kvservice_api.errors import IncompleteSave, InvalidFrame, InvalidRequest, Overloaded, to_status
+from kvservice_api.errors import IncompleteSave, InvalidFrame, InvalidRequest, Overloaded
 from kvservice_api.frames import HEAD_BYTES_MAX, Frame, decode_save, encode_frame
 from kvservice_api.keys import split_keys
-from kvservice_api.layout import Layout, Shard
+from kvservice_api.layout import Layout
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_api.v1 import types_pb2
 
-# Claiming and recording more in one save would keep the event loop for over 5 ms.
-_SAVE_BLOCKS_MAX = 256
-_SAVE_SLICES_MAX = 32768
 _SAVE_IDLE_S = 60.0  # A save whose client sends nothing for this long is abandoned.
-_ON_SSD: dict[int, bool] = {
-    types_pb2.DURABILITY_UNSPECIFIED: False,
-    types_pb2.DURABILITY_DRAM: False,
-    types_pb2.DURABILITY_SSD: True,
-}
 _TIERS = {types_pb2.TIER_DRAM: TierName.DRAM, types_pb2.TIER_SSD: TierName.SSD}
 
 
@@ -45,25 +46,32 @@ class ServiceLimits:
     transfer_slots: int
 
 
-class BlockService:
+class BlockService(InPlaceRpcs):
     def __init__(self, store: BlockStore, limits: ServiceLimits, directory: ResidencyDirectory) -> None:
         self._store = store
         self._directory = directory
         self._limits = limits
+        self._loads_max = limits.loads_max
         self._saves = 0
         self._save_turns = asyncio.Semaphore(limits.transfer_slots)
 
     async def GetCapabilities(self, request: pb.GetCapabilitiesRequest, context: Context) -> pb.GetCapabilitiesResponse:
+        dram, not_shared = self._store.dram, self._store.dram.not_shared_because
         return pb.GetCapabilitiesResponse(
             version=self._limits.version,
             boot_epoch=self._limits.boot_epoch,
             store_id=self._store.index.store_id,
             max_frame_bytes=self._limits.frame_bytes + HEAD_BYTES_MAX,
             max_keys=self._limits.keys_max,
-            max_save_blocks=_SAVE_BLOCKS_MAX,
-            max_save_slices=_SAVE_SLICES_MAX,
+            max_save_blocks=SAVE_BLOCKS_MAX,
+            max_save_slices=SAVE_SLICES_MAX,
             max_lease_ttl_ms=int(self._store.limits.lease_ttl_max_s * 1000),
-            transports=["grpc"],
+            transports=["grpc"] if not_shared else ["shm", "grpc"],
+            arena_directory="" if not_shared else str(dram.arena_directory.absolute()),
+            arena_id=b"" if not_shared else dram.arena_id,
+            arena_capacity_bytes=0 if not_shared else dram.arena_capacity_bytes,
+            arena_writable=not self._store.reservations.refused_because,
+            arena_not_shared_because=not_shared,
             residency_directory=self._directory.path,
             max_session_slices=self._store.limits.session.slices_max,
             session_ttl_ms=int(self._store.limits.session.ttl_s * 1000),
@@ -90,7 +98,7 @@ class BlockService:
         hit = self._store.lookup(
             request.client_id,
             request.layout_fingerprint,
-            _shard(request),
+            shard_of(request),
             split_keys(request.keys, field="keys", count_max=self._limits.keys_max),
             request.lease_ttl_ms / 1000,
             request.request_id,
@@ -105,8 +113,8 @@ class BlockService:
 
     async def LoadBlocks(self, request: pb.LoadBlocksRequest, context: Context) -> None:
         lease = self._store.leases.get(request.client_id, request.lease_id)
-        blocks = _range(request.first_block, request.block_count, len(lease.rows), "block")
-        layers = _range(request.first_layer, request.layer_count, lease.shard.layers, "layer")
+        blocks = block_range(request.first_block, request.block_count, len(lease.rows), "block")
+        layers = block_range(request.first_layer, request.layer_count, lease.shard.layers, "layer")
         if self._store.loads.open_count >= self._limits.loads_max:
             raise Overloaded(f"{self._limits.loads_max} loads are open, the most that this daemon takes")
         with self._store.requests.load(lease, blocks, layers) as record:
@@ -119,20 +127,19 @@ class BlockService:
         header = await _next_message(requests)
         if not isinstance(header, pb.SaveHeader):
             raise InvalidRequest("the first message of a save must be its header", field="header")
-        if header.durability not in _ON_SSD:  # Never promise less than was asked for.
-            raise InvalidRequest(f"no durability has the number {header.durability}", field="durability")
         if self._saves >= self._limits.saves_max:
-            keys = split_keys(header.keys, field="keys", count_max=_SAVE_BLOCKS_MAX)
+            keys = split_keys(header.keys, field="keys", count_max=SAVE_BLOCKS_MAX)
             error = Overloaded(f"{self._limits.saves_max} saves are open, the most that this daemon takes")
             raise self._store.refusal(keys, error)
         self._saves += 1
         try:
-            return _save_response(await self._save(header, requests))
+            return save_response(await self._save(header, requests))
         finally:
             self._saves -= 1
 
     async def _save(self, header: pb.SaveHeader, requests: AsyncIterator[bytes]) -> SaveOutcome:
-        async with self._begin_save(header) as ingest:
+        client, request = save_request(self._store, header)
+        async with self._store.ingests.begin(client, request) as ingest:
             message = await _next_message(requests)
             while isinstance(message, Frame):
                 async with self._save_turns:
@@ -144,10 +151,7 @@ class BlockService:
                 raise InvalidRequest("a save has one header", field="header")
             if await _next_data(requests) is not None:
                 raise InvalidRequest("nothing may follow the commit", field="commit")
-            if len(message.checksums) % 8:
-                raise InvalidRequest("checksums must have 8 bytes each", field="checksums")
-            checksums = np.frombuffer(message.checksums, "<u8").astype(np.uint64)
-            return await ingest.commit(checksums, on_ssd=_ON_SSD[header.durability])
+            return await ingest.commit(checksums_of(message.checksums), on_ssd=ON_SSD[header.durability])
 
     async def RenewLease(self, request: pb.RenewLeaseRequest, context: Context) -> pb.RenewLeaseResponse:
         if not request.ttl_ms:
@@ -175,26 +179,6 @@ class BlockService:
         outcome = await self._store.evict(keys, _TIERS[request.tier])
         return pb.EvictResponse(**outcome._asdict())
 
-    def _begin_save(self, header: pb.SaveHeader) -> Ingest:
-        keys = split_keys(header.keys, field="keys", count_max=_SAVE_BLOCKS_MAX)
-        layers = self._store.layout(header.layout_fingerprint)[1].layers
-        if header.HasField("shard"):
-            layers = max(0, header.shard.layer_end - header.shard.layer_begin)
-        if len(keys) * layers > _SAVE_SLICES_MAX:
-            raise InvalidRequest(
-                f"{len(keys)} blocks of {layers} layers are {len(keys) * layers} slices; "
-                f"at most {_SAVE_SLICES_MAX} are allowed in one save",
-                field="keys",
-            )
-        return self._store.begin_save(
-            header.client_id,
-            header.layout_fingerprint,
-            _shard(header),
-            header.parent_key,
-            keys,
-            header.last_block_tokens,
-        )
-
     def _check_size(self, frame: Frame) -> None:
         if len(frame.payload) > self._limits.frame_bytes:
             raise InvalidFrame(
@@ -204,18 +188,6 @@ class BlockService:
 
 def _encode(part: Part) -> bytes:
     return encode_frame(part.layer, part.first_block, part.first_offset_bytes, part.runs)
-
-
-def _shard(request: pb.LookupPrefixRequest | pb.SaveHeader) -> Shard | None:
-    return Shard.from_proto(request.shard) if request.HasField("shard") else None
-
-
-def _range(first: int, count: int, end: int, what: str) -> range:
-    """`count` from `first` on, 0 meaning all that are left."""
-    last = first + count if count else end
-    if not first < last <= end:
-        raise InvalidRequest(f"{what}s {first}..{last} are not in the lease's {end}", field=f"first_{what}")
-    return range(first, last)
 
 
 async def _next_data(requests: AsyncIterator[bytes]) -> bytes | None:
@@ -231,12 +203,3 @@ async def _next_message(requests: AsyncIterator[bytes]) -> Frame | pb.SaveHeader
     if data is None:
         raise IncompleteSave("the stream ended without a commit")
     return decode_save(data)
-
-
-def _save_response(outcome: SaveOutcome) -> pb.SaveBlocksResponse:
-    refused = [
-        pb.RefusedBlock(block=block, status=to_status(error)) for block, error in sorted(outcome.refused.items())
-    ]
-    return pb.SaveBlocksResponse(
-        stored=len(outcome.stored), already_stored=len(outcome.already_stored), refused=refused
-    )

@@ -25,12 +25,14 @@ from kvservice.store.drain import Drain
 from kvservice.store.explain import Explain
 from kvservice.store.history import History, Reason
 from kvservice.store.ingest import Ingest, Ingests, SaveRequest
-from kvservice.store.leases import Lease, Leases
+from kvservice.store.leases import Client, Lease, Leases
 from kvservice.store.load import Loads
+from kvservice.store.locate import Locates
 from kvservice.store.pace import Pace
 from kvservice.store.pins import Pins
 from kvservice.store.promotion import Promotion
 from kvservice.store.requests import Requests
+from kvservice.store.reservations import Reservations
 from kvservice.store.residency import Residency
 from kvservice.store.room import Room, Watermarks
 from kvservice.store.scrub import Scrub
@@ -71,6 +73,7 @@ class StoreLimits:
     pin_fraction_max: float = 0.5
     requests_remembered: int = 4096
     session: SessionLimits = field(default_factory=SessionLimits)
+    writes_in_place: bool = True
 
 
 class Hit(NamedTuple):
@@ -159,6 +162,8 @@ class BlockStore:
             slots=limits.transfer_slots,
             frame_bytes=limits.frame_bytes,
         )
+        self.locates = Locates(self.residency, dram, self.promotion, counters, executor)
+        self.reservations = Reservations(self.ingests, dram, self.tasks, offered=limits.writes_in_place)
         self.scrub = Scrub(
             self.residency, dram, ssd, clock, counters, executor, bytes_per_second=limits.scrub_bytes_per_second
         )
@@ -171,12 +176,13 @@ class BlockStore:
         )
         self.requests = Requests(blocks, clock, limits.requests_remembered)
         self.explain = Explain(blocks, index, self.history, self.ingests)
-        self.drain = Drain(blocks, self.ingests, self.loads, self.write_behind, self.tasks)
+        self.drain = Drain(blocks, self.ingests, self.loads, self.locates, self.write_behind, self.tasks)
         self.sessions = Sessions(index, self.residency, clock, counters, self.tasks, self.layout, limits.session)
 
     def start(self) -> None:
         """Begin the background work: room, write-behind, lease expiry, recency."""
         self.room.start(self.write_behind)
+        self.reservations.start()
         if self.write_behind is not None:
             self.write_behind.start()
         self.tasks.start(self._expire_forever(), "lease expiry")
@@ -322,6 +328,19 @@ class BlockStore:
         last_block_tokens: int,
     ) -> Ingest:
         """An upload, to be used as ``async with``. Raises Draining once the daemon is stopping."""
+        client, request = self.save_request(client_id, fingerprint, shard, parent_key, keys, last_block_tokens)
+        return self.ingests.begin(client, request)
+
+    def save_request(
+        self,
+        client_id: bytes,
+        fingerprint: bytes,
+        shard: Shard | None,
+        parent_key: bytes,
+        keys: Sequence[bytes],
+        last_block_tokens: int,
+    ) -> tuple[Client, SaveRequest]:
+        """Who saves what. Raises Draining, UnknownLayout, UnknownClient, InvalidRequest."""
         if self.draining:
             raise self.refusal(keys, Draining(f"the daemon is {self.drain.word} and takes no new saves"))
         layout_id, layout = self.layout(fingerprint)
@@ -331,7 +350,7 @@ class BlockStore:
         last = last_block_tokens or layout.block_tokens
         counts = [*[layout.block_tokens] * (len(keys) - 1), last]
         part = Shard.whole(layout) if shard is None else shard.check(layout)
-        return self.ingests.begin(client, SaveRequest(layout_id, layout, part, parent_key, keys, counts))
+        return client, SaveRequest(layout_id, layout, part, parent_key, keys, counts)
 
     def refusal(self, keys: Sequence[bytes], error: KVError) -> KVError:
         """The error with which a save of these blocks ends before it has begun; it is remembered."""

@@ -14,6 +14,7 @@ import numpy as np
 from kvservice.blocks import BlockTable, Rows, TierName
 from kvservice.store.ingest import Ingests
 from kvservice.store.load import Loads
+from kvservice.store.locate import Locates
 from kvservice.store.tasks import Tasks
 from kvservice.store.write_behind import WriteBehind
 from kvservice_api.errors import Draining
@@ -40,11 +41,18 @@ class Drain:
     """`is_draining` says that no save may begin."""
 
     def __init__(
-        self, blocks: BlockTable, ingests: Ingests, loads: Loads, write_behind: WriteBehind | None, tasks: Tasks
+        self,
+        blocks: BlockTable,
+        ingests: Ingests,
+        loads: Loads,
+        locates: Locates,
+        write_behind: WriteBehind | None,
+        tasks: Tasks,
     ) -> None:
         self._blocks = blocks
         self._ingests = ingests
         self._loads = loads
+        self._locates = locates
         self._write_behind = write_behind
         self._tasks = tasks
         self._writing: asyncio.Task[None] | None = None
@@ -64,7 +72,7 @@ class Drain:
 
     async def quiet(self) -> None:
         """Wait until no load and no save runs."""
-        while self._loads.open_count or self._ingests.uploads:  # noqa: ASYNC110  (once in a life)
+        while self._loads.open_count or self._locates.open_count or self._ingests.uploads:  # noqa: ASYNC110  (once in a life)
             await asyncio.sleep(_LOOK_EVERY_S)
 
     # When an operator asks

@@ -126,9 +126,13 @@ class Ingests:
 
     def begin(self, client: Client, request: SaveRequest) -> Ingest:
         """Use it as ``async with``: leaving without `commit` abandons the upload. Raises InvalidRequest."""
+        self.check(request)
+        return Ingest(self, client, request)
+
+    def check(self, request: SaveRequest) -> None:
+        """Raises InvalidRequest where the request contradicts itself."""
         if len(set(request.keys)) != len(request.keys):
             raise InvalidRequest("a key appears twice in one save", field="keys")
-        return Ingest(self, client, request)
 
 
 class Ingest:
@@ -229,6 +233,14 @@ class Ingest:
         assert extent is not None
         upload.extent = extent
         upload.image = self._all.dram.view(extent)[: upload.geometry.image_bytes]
+        self._lent(extent)
+
+    def _lent(self, extent: Extent) -> None:
+        """Space is the upload's from now on."""
+
+    def _give_back(self, extent: Extent) -> None:
+        """Space that no record ever named is not needed any more."""
+        self._all.dram.release(extent)
 
     def _refuse(self, upload: _Upload, error: KVError) -> None:
         self._outcome.refused[upload.position] = error
@@ -307,12 +319,17 @@ class Ingest:
             await asyncio.wait(self._hashing)
         good = [upload for upload in self._uploads.values() if self._matches(upload, checksums)]
         rows = await self._record(good)
+        self._all.blocks.verified[rows] = True
+        await self._finish(good, rows, on_ssd=on_ssd, then_write=then_write)
+        return self._outcome
+
+    async def _finish(self, good: list[_Upload], rows: list[int], *, on_ssd: bool, then_write: bool = True) -> None:
+        """What follows the records."""
         self._count(good)
         if self._all.write_behind is not None and then_write:
             self._all.write_behind.add(rows)
         if on_ssd:
             await self._until_on_ssd(good, rows)
-        return self._outcome
 
     def _matches(self, upload: _Upload, checksums: NDArray[np.uint64]) -> bool:
         layers = upload.geometry.slice_count
@@ -430,7 +447,7 @@ class Ingest:
 
     def _end(self, upload: _Upload) -> None:
         if upload.extent is not None:
-            self._all.dram.release(upload.extent)  # A hash that still runs reads what nobody will ask for.
+            self._give_back(upload.extent)  # A hash that still runs reads what nobody will ask for.
             upload.extent = upload.image = None
         del self._uploads[upload.position]
         queue = self._all.uploads[upload.name]

@@ -72,3 +72,12 @@ def damaged_layers(
         if checksum(pages[begin - start : end - start]) != int(checksums[layer]):
             damaged.append(layer)
     return damaged
+
+
+def damage(image: memoryview, geometry: BlockGeometry, key: bytes, expected: int) -> str:
+    """What of a whole image does not match its checksums; empty where all does. `expected` is the trailer's."""
+    trailer = read_trailer(image, geometry, key, expected)
+    if trailer is None:
+        return "the trailer"
+    damaged = damaged_layers(image, 0, geometry, range(geometry.slice_count), trailer.checksums)
+    return f"layer {damaged[0]}" if damaged else ""

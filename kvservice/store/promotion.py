@@ -260,6 +260,7 @@ class Promotion:
                     raise BlockNotFound("the block was discarded while it was promoted")
                 placed = True  # From here on `place` owns the extent.
                 await self._residency.place([row], TierName.DRAM, [landing.extent], landing.unread)
+                blocks.verified[row] = blocks.is_resident(row, TierName.DRAM)
                 self._counters.promoted_blocks += 1
                 self._counters.promoted_bytes += landing.geometry.image_bytes
         except KVError as error:

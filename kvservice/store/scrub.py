@@ -102,6 +102,8 @@ class Scrub:
             what = await (self._check_dram(row) if tier is TierName.DRAM else self._check_ssd(row))
             if what is not None:
                 await self._residency.quarantine(row, tier, what)
+            elif tier is TierName.DRAM:
+                self._blocks.verified[row] = True
             return what is not None
         except StorageFailed:
             self._counters.storage_errors += 1

@@ -223,6 +223,7 @@ class WriteBehind:
             if trailer is None:
                 raise ChecksumMismatch("the trailer was damaged in DRAM before the block was written")
             extent, flush_failures = await self._copy(image, geometry, trailer)
+            blocks.verified[row] = True  # Held, so it is still this copy.
             if copied is not None:
                 copied.set()
             await self._record(row, extent, flush_failures)

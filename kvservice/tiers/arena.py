@@ -4,41 +4,38 @@ Its first page is a header; extents count from the page behind it. Space is lent
 that the kernel has promised (``posix_fallocate``), so a full tmpfs means a smaller tier and never
 SIGBUS. The promise is asked for in the background, and the pages are then faulted in, without
 writing to them: they may hold live blocks.
+
+The formats of the arena and of the files beside it are in ``kvservice_api/arena.py``.
 """
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import logging
-import mmap
 import os
 import secrets
-import struct
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 from kvservice.tiers.base import StoreMismatch
 from kvservice.tiers.files import FileCalls
+from kvservice.tiers.generations import Generations
+from kvservice_api.arena import ARENA_NAME, HEADER_BYTES, WRITERS_NAME, ArenaHeader, generations_file_bytes
 from kvservice_api.layout import PAGE_BYTES
+from kvservice_api.mapping import HUGE_PAGE_BYTES, Mapping
 
 log = logging.getLogger(__name__)
-
-#  | "KVARENA1" | arena id 16 | store id 16 | capacity u64 |     the header's first 48 bytes, little-endian
-_HEADER = struct.Struct("<8s16s16sQ")
-_MAGIC = b"KVARENA1"
-assert _HEADER.size == 48
 
 _STEP_BYTES = 64 << 20
 _STEP_BYTES_MIN = 1 << 20  # What is left below it is left to others: an engine needs shared memory too.
 
-# A call through ctypes does not hold the GIL; mmap.madvise does. It holds the process's lock of its
-# memory map though, for which every thread waits that wants memory: so only a little at a time.
+# Either holds the process's lock of its memory map, for which every thread waits that wants memory: so only
+# a little at a time.
 _FAULT_IN_BYTES = 1 << 20
-_MADV_POPULATE_WRITE = 23
-_madvise = ctypes.CDLL(None, use_errno=True).madvise
-_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_REFUSALS_MAX = (
+    16  # A page may be busy; a kernel without huge pages, or without free ones, need not be asked on and on.
+)
 
 
 class Arena:
@@ -63,14 +60,16 @@ class Arena:
         self.arena_id = arena_id
         self.why_new = why_new
         self.short_because = ""  # Why the arena stayed smaller than asked for.
+        self.generations: Generations | None = None  # None: nobody was ever told to read in place.
+        self.not_shared_because = "dram.share is off"
         self.ready_bytes = 0
         self._may_have_holes = True
         self._calls = calls
         self._lock_fd = lock_fd
         self._fd = fd
-        self._map = mmap.mmap(fd, PAGE_BYTES + capacity_bytes)
-        self._whole = memoryview(self._map)
-        self.data = self._whole[PAGE_BYTES:]
+        self._map = Mapping(fd, PAGE_BYTES + capacity_bytes, writable=True)
+        self.data = memoryview(self._map.bytes)[PAGE_BYTES:]  # type: ignore[arg-type]
+        self._refusals = 0  # Of huge pages.
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -91,7 +90,7 @@ class Arena:
                 fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise StoreMismatch(f"another daemon uses the arena in {directory}: stop it first") from None
-            path = directory / "arena"
+            path = directory / ARENA_NAME
             arena_id, why_new = examine(path, store_id, capacity_bytes)
             if why_new:
                 arena_id = _create(path, store_id, capacity_bytes, calls)
@@ -109,7 +108,23 @@ class Arena:
             allocated = os.fstat(fd).st_blocks * 512 // PAGE_BYTES * PAGE_BYTES - PAGE_BYTES
             arena.ready_bytes = min(max(allocated, 0), capacity_bytes)
             arena._may_have_holes = arena.ready_bytes < capacity_bytes
+            if _read_header(path).has_generations:
+                arena.generations = Generations(directory, capacity_bytes, calls)
         return arena
+
+    def share(self) -> None:
+        """Let clients read in place, where there is space for the generations; else `not_shared_because` says why."""
+        try:
+            (self.directory / WRITERS_NAME).mkdir(mode=0o700, exist_ok=True)
+            if self.generations is None:
+                Generations.create(self.directory, self.arena_id, self.capacity_bytes, self._calls)
+                header = ArenaHeader.decode(os.pread(self._fd, HEADER_BYTES, 0))
+                os.pwrite(self._fd, header._replace(has_generations=True).encode(), 0)
+                self.generations = Generations(self.directory, self.capacity_bytes, self._calls)
+            self.not_shared_because = ""
+        except OSError as error:
+            self.not_shared_because = f"{error.strerror}: no space for the generations in {self.directory}"
+            log.warning("clients cannot read in place", extra={"why": self.not_shared_because})
 
     def prepare_first_step(self) -> None:
         """Allocate as much as takes no time worth mentioning, so that the tier is never without space.
@@ -134,7 +149,7 @@ class Arena:
         os.close(self._fd)
         os.close(self._lock_fd)
         # Views of the map may live on in tests and tracebacks; the map goes with the last of them.
-        del self.data, self._whole, self._map
+        del self.data, self._map
 
     def _prepare(self, on_more: Callable[[int], None]) -> None:
         start = 0
@@ -142,7 +157,10 @@ class Arena:
             end = min(start + _STEP_BYTES, self.capacity_bytes)
             if self._may_have_holes:
                 end = self._allocate(start, end)
+                self._join_pages(start, end)
                 on_more(self.ready_bytes)
+            else:
+                self._join_pages(start, end)
             if end == start:
                 log.warning("the DRAM tier stays smaller than asked for", extra={"why": self.short_because})
                 return
@@ -170,35 +188,53 @@ class Arena:
                 self.ready_bytes = max(self.ready_bytes, end)
                 return end
 
+    def _join_pages(self, start: int, end: int) -> None:
+        """Have huge pages where these bytes fill whole ones. What lies there stays as it is."""
+        first = -(-(PAGE_BYTES + start) // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+        if start == 0:
+            first = 0  # With the header.
+        for offset in range(first, PAGE_BYTES + end - HUGE_PAGE_BYTES + 1, HUGE_PAGE_BYTES):
+            if self._stopping.is_set() or self._refusals == _REFUSALS_MAX:
+                return
+            self._refusals += not self._map.collapse(offset)
+
     def _fault_in(self, start: int, end: int) -> None:
         """Map the pages, for reading and writing, without changing them. Only spares later page faults."""
-        address = ctypes.addressof(ctypes.c_char.from_buffer(self._map)) + PAGE_BYTES
         for offset in range(start, end, _FAULT_IN_BYTES):
-            size = min(_FAULT_IN_BYTES, end - offset)
-            if _madvise(address + offset, size, _MADV_POPULATE_WRITE):
-                return  # Kernels before 5.14 do not know it: no harm done.
+            if not self._map.fault_in(PAGE_BYTES + offset, PAGE_BYTES + min(offset + _FAULT_IN_BYTES, end)):
+                return  # Kernels before 5.14 cannot: no harm done.
+
+
+def without_generations(size_bytes: int) -> int:
+    """What the arena may take of `size_bytes` that are for it and its generations."""
+    arena_bytes = size_bytes * PAGE_BYTES // (PAGE_BYTES + 4) // PAGE_BYTES * PAGE_BYTES
+    while arena_bytes > 0 and arena_bytes + generations_file_bytes(arena_bytes - PAGE_BYTES) > size_bytes:
+        arena_bytes -= PAGE_BYTES
+    return max(0, arena_bytes)
 
 
 def examine(path: Path, store_id: bytes, capacity_bytes: int) -> tuple[bytes, str]:
     """The arena's id, and why it cannot be used: empty where it can."""
     try:
-        with path.open("rb") as file:
-            header = file.read(_HEADER.size)
-            size = os.fstat(file.fileno()).st_size
+        header, size = _read_header(path), path.stat().st_size
     except FileNotFoundError:
         return b"", "there is no arena"
-    if len(header) < _HEADER.size:
-        return b"", "its header is cut off"
-    magic, arena_id, found_store_id, found_capacity = _HEADER.unpack(header)
-    if magic != _MAGIC:
-        return b"", "it is no arena of this version"
-    if found_store_id != store_id:
+    except ValueError as error:
+        return b"", str(error)
+    if header.store_id != store_id:
         return b"", "it belongs to another store"
-    if found_capacity != capacity_bytes:
-        return b"", f"its capacity is {found_capacity} bytes, not {capacity_bytes}"
+    if header.capacity_bytes != capacity_bytes:
+        return b"", f"its capacity is {header.capacity_bytes} bytes, not {capacity_bytes}"
     if size != PAGE_BYTES + capacity_bytes:
         return b"", f"it has {size} bytes instead of {PAGE_BYTES + capacity_bytes}"
-    return arena_id, ""
+    if header.has_generations and (why := Generations.examine(path.parent, header.arena_id, capacity_bytes)):
+        return b"", why
+    return header.arena_id, ""
+
+
+def _read_header(path: Path) -> ArenaHeader:
+    with path.open("rb") as file:
+        return ArenaHeader.decode(file.read(HEADER_BYTES))
 
 
 def _create(path: Path, store_id: bytes, capacity_bytes: int, calls: FileCalls) -> bytes:
@@ -208,7 +244,7 @@ def _create(path: Path, store_id: bytes, capacity_bytes: int, calls: FileCalls) 
     try:
         calls.posix_fallocate(fd, 0, PAGE_BYTES)
         os.ftruncate(fd, PAGE_BYTES + capacity_bytes)
-        os.pwrite(fd, _HEADER.pack(_MAGIC, arena_id, store_id, capacity_bytes), 0)
+        os.pwrite(fd, ArenaHeader(arena_id, store_id, capacity_bytes, has_generations=False).encode(), 0)
     finally:
         os.close(fd)
     return arena_id

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -46,15 +46,6 @@ class DramTier:
         self._arena.prepare(on_more)
 
     @property
-    def folder(self) -> Path:
-        """Where the arena lies, for what is to live beside it."""
-        return self._arena.directory
-
-    @property
-    def arena_id(self) -> bytes:
-        return self._arena.arena_id
-
-    @property
     def capacity_bytes(self) -> int:
         return self._space.capacity_bytes
 
@@ -92,6 +83,8 @@ class DramTier:
         return Extent(0, self._space.reserve(size_bytes), extent_size(size_bytes))
 
     def release(self, extent: Extent) -> None:
+        if self._arena.generations is not None:
+            self._arena.generations.raise_(extent.offset_bytes)  # First: who still reads in place shall notice.
         self._space.release(extent.offset_bytes, extent.size_bytes)
 
     def holds(
@@ -102,6 +95,48 @@ class DramTier:
 
     def adopt(self, segments: NDArray[np.generic], offsets: NDArray[np.generic], sizes: NDArray[np.generic]) -> None:
         self._space.adopt(offsets.astype(np.int64), sizes.astype(np.int64))
+        if self._arena.generations is not None:
+            self._arena.generations.raise_all_but(offsets.astype(np.int64))
+
+    def set_aside(self, offset_bytes: int, size_bytes: int) -> Extent | None:
+        """Take a range that somebody may be writing since before the start; None where a record has a part of it."""
+        places = np.array([offset_bytes], np.uint64), np.array([size_bytes], np.uint64)
+        if not self.holds(np.zeros(1, np.uint64), *places).all() or not self._space.take(offset_bytes, size_bytes):
+            return None
+        return Extent(0, offset_bytes, size_bytes)
+
+    # Sharing: clients of the same host read extents in place, and write those reserved for them.
+
+    def share(self) -> None:
+        """Offer that, where it can be; else `not_shared_because` says why."""
+        self._arena.share()
+
+    @property
+    def not_shared_because(self) -> str:
+        return self._arena.not_shared_because
+
+    @property
+    def arena_id(self) -> bytes:
+        return self._arena.arena_id
+
+    @property
+    def arena_directory(self) -> Path:
+        return self._arena.directory
+
+    @property
+    def arena_capacity_bytes(self) -> int:
+        """Of the file behind its header, prepared or not."""
+        return self._arena.capacity_bytes
+
+    def generations(self, extents: Sequence[Extent]) -> list[int]:
+        """The extents' generations, for who reads them in place."""
+        assert self._arena.generations is not None
+        offsets = np.fromiter((extent.offset_bytes for extent in extents), np.int64, len(extents))
+        found: list[int] = self._arena.generations.get_many(offsets).tolist()
+        return found
+
+    def generation(self, extent: Extent) -> int:
+        return self.generations([extent])[0]
 
     async def write(
         self, extent: Extent, offset_bytes: int, data: memoryview, first: Callable[[memoryview], object] | None = None

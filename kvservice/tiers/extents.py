@@ -7,7 +7,7 @@ are found by size with a sorted list of the sizes there are, and by place with o
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +74,21 @@ class SpaceMap:
             self._put(place, start + size, found - size)
         self.used_bytes += size
         return start
+
+    def take(self, offset: int, size: int) -> bool:
+        """Take exactly this range. False, and nothing is changed, where a part of it is in use."""
+        assert size > 0 and offset % PAGE_BYTES == size % PAGE_BYTES == 0
+        place = bisect_right(self._starts, offset) - 1
+        if place < 0 or (end := self._starts[place] + self._size_at[self._starts[place]]) < offset + size:
+            return False
+        start = self._starts[place]
+        self._take(place)
+        if end > offset + size:
+            self._put(place, offset + size, end - offset - size)
+        if start < offset:
+            self._put(place, start, offset - start)
+        self.used_bytes += size
+        return True
 
     def release(self, offset: int, size: int) -> None:
         """Free a range that `reserve` or `adopt` took."""

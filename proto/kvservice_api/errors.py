@@ -11,7 +11,11 @@
   x LeaseExpired       FAILED_PRECONDITION  look the prefix up again
   x ScrubRunning       FAILED_PRECONDITION  wait for the scrub that runs
   x TlsFileUnusable    FAILED_PRECONDITION  correct the file that the message names
+  x NotShared          FAILED_PRECONDITION  use a transport that needs no shared memory
+  x NoWriterLock       FAILED_PRECONDITION  lock your file beside the arena, then ask again
+  x ReservationEnded   FAILED_PRECONDITION  reserve again, and write again
   x LeaseNotYours      PERMISSION_DENIED    use the lease of your own lookup
+  x ReservationNotYours PERMISSION_DENIED   use the reservation that you made
   x BlockNotFound      NOT_FOUND            recompute
   x RequestNotFound    NOT_FOUND            ask for a later one; only the last lookups are remembered
   x SessionNotFound    NOT_FOUND            begin it again: append the whole conversation
@@ -113,8 +117,24 @@ class TlsFileUnusable(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
     """A certificate, key or CA file of the client cannot be used. Raised on the client's side only."""
 
 
+class NotShared(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+    """The arena cannot be read or written in place: by this client, or by any."""
+
+
+class NoWriterLock(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+    """The client does not hold the lock that tells the daemon that it may be writing."""
+
+
+class ReservationEnded(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+    """The reservation was committed or abandoned, ended with its client, or never was."""
+
+
 class LeaseNotYours(KVError, code=grpc.StatusCode.PERMISSION_DENIED):
     """The lease belongs to another client."""
+
+
+class ReservationNotYours(KVError, code=grpc.StatusCode.PERMISSION_DENIED):
+    """The reservation belongs to another client."""
 
 
 class BlockNotFound(KVError, code=grpc.StatusCode.NOT_FOUND):

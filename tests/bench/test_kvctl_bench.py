@@ -12,8 +12,8 @@ import pytest
 KVCTL = [sys.executable, "-c", "from kvservice_client.cli import main; main()"]
 
 FIGURES = (
-    "memcpy_gbps tcp_gbps grpc_load_ratio grpc_save_ratio rpc_empty_us_p50 lookup_512_ratio local_lookup_us_per_key "
-    "index_put_ratio index_get_ratio"
+    "memcpy_gbps tcp_gbps grpc_load_ratio grpc_save_ratio shm_load_ratio shm_save_ratio shm_view_ms_1gib "
+    "rpc_empty_us_p50 lookup_512_ratio local_lookup_us_per_key index_put_ratio index_get_ratio"
 ).split()
 DISK_FIGURES = "odirect_read_gbps odirect_write_gbps ssd_read_ratio ssd_write_ratio".split()
 

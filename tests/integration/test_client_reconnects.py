@@ -81,7 +81,7 @@ def test_while_the_daemon_is_away_calls_fail_soon_and_clearly(new_daemon: NewDae
 
 def test_a_load_that_a_kill_cuts_off_raises_and_what_it_yielded_is_right(new_daemon: NewDaemon) -> None:
     daemon, layout = new_daemon(server__frame_bytes=4096), small_layout(layers=512)
-    with Client(daemon.address) as client:
+    with Client(daemon.address, transport="grpc") as client:
         blocks, chain = client.open_layout(layout), new_chain(layout, 64 * layout.block_tokens)
         layers = layers_of(blocks, chain)
         blocks.save(chain, layers)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from kvservice_api.errors import BlockNotFound, LeaseExpired
+from kvservice_api.arena import HEADER_BYTES, ArenaHeader
+from kvservice_api.errors import BlockNotFound, InvalidRequest, LeaseExpired, ReservationEnded
 from kvservice_api.frames import HEAD_BYTES_MAX
 from kvservice_api.keys import BlockChain
-from kvservice_api.layout import Layout
+from kvservice_api.layout import Layout, Shard, Trailer, block_geometry, checksum
 from kvservice_api.v1 import admin_pb2, types_pb2
 from kvservice_api.v1 import blocks_pb2 as pb
 from tests.daemon import DaemonProcess, until
+from tests.integration.by_hand import InPlaceWriter
 from tests.integration.known_blocks import SMALL, layers_of, new_chain, slice_bytes, slice_of
 from tests.integration.wire import Upload, Wire, refused
 
@@ -53,8 +57,11 @@ def test_GetCapabilities_tells_identity_and_the_limits_that_hold(wire: Wire) -> 
 
     assert (answer.version, answer.boot_epoch, answer.store_id) == (status.version, status.boot_epoch, status.store_id)
     assert answer.max_frame_bytes == 2**20 + HEAD_BYTES_MAX
-    assert (answer.max_lease_ttl_ms, list(answer.transports)) == (300_000, ["grpc"])
+    assert (answer.max_lease_ttl_ms, list(answer.transports)) == (300_000, ["shm", "grpc"])
     assert wire.renew(wire.lookup(SMALL, saved(wire)).lease_id, ttl_ms=2**32 - 1).ttl_ms == answer.max_lease_ttl_ms
+    header = ArenaHeader.decode((Path(answer.arena_directory) / "arena").read_bytes()[:HEADER_BYTES])
+    assert (header.arena_id, header.store_id) == (answer.arena_id, answer.store_id)
+    assert (header.capacity_bytes, answer.arena_writable) == (answer.arena_capacity_bytes, True)
 
 
 def test_OpenLayout_makes_a_layout_known_once(wire: Wire) -> None:
@@ -133,6 +140,93 @@ def test_SaveBlocks_stores_what_is_new_as_durably_as_was_asked(wire: Wire) -> No
     assert wire.has(SMALL, chain)
     shard = wire.admin.Inspect(admin_pb2.InspectRequest(key=chain.keys[2])).shards[0]
     assert (shard.parent_key, shard.token_count) == (chain.keys[1], SMALL.block_tokens)
+
+
+def locate(wire: Wire, lease_id: int, **request: Any) -> list[pb.LocateBlocksResponse]:
+    """All answers; the call is left when the last layer is there."""
+    call = wire.blocks.LocateBlocks(pb.LocateBlocksRequest(client_id=wire.client_id, lease_id=lease_id, **request))
+    answers = []
+    for answer in call:
+        answers.append(answer)
+        if answer.layers_ready == SMALL.layers:
+            call.cancel()
+            break
+    return answers
+
+
+def test_LocateBlocks_tells_where_leased_blocks_lie_and_keeps_them_there(wire: Wire) -> None:
+    chain = saved(wire, 4)
+    evict(wire, chain[1:2], DRAM)
+    lease_id = wire.lookup(SMALL, chain).lease_id
+    arena = InPlaceWriter(wire, locked=False).arena
+
+    first, *others = locate(wire, lease_id)
+    assert [answer.layers_ready for answer in [first, *others]] == list(range(1, SMALL.layers + 1))
+    geometry = block_geometry(SMALL, Shard.whole(SMALL), SMALL.block_tokens)
+    for block, (key, offset) in enumerate(zip(chain, first.offsets, strict=True)):
+        for layer in range(SMALL.layers):
+            begin, end = geometry.slice_range(layer)
+            assert np.array_equal(arena.data[offset + begin : offset + end], slice_of(key, layer, slice_bytes(SMALL)))
+        trailer = arena.data[offset + geometry.trailer_offset : offset + geometry.image_bytes].tobytes()
+        assert (checksum(trailer), Trailer.decode(trailer).key) == (first.trailer_checksums[block], key)
+    assert arena.generations(np.array(first.offsets, np.int64)).tolist() == list(first.generations)
+    assert (list(first.token_counts), first.shards) == ([16] * 4, Shard.whole(SMALL).encode() * 4)
+
+    until(lambda: residency(wire, chain) == [(4, True, True)])
+    [part] = locate(wire, lease_id, first_block=1, block_count=2, verify=True)
+    assert (list(part.offsets), part.layers_ready) == (list(first.offsets)[1:3], SMALL.layers)
+
+    call = wire.blocks.LocateBlocks(pb.LocateBlocksRequest(client_id=wire.client_id, lease_id=lease_id))
+    next(call)
+    wire.release(lease_id)
+    assert evict(wire, chain, DRAM).held == 4, "the open call holds them"
+    call.cancel()
+    until(lambda: evict(wire, chain, DRAM).held == 0)
+    assert (arena.generations(np.array(first.offsets, np.int64)) != first.generations).all(), "they have left"
+
+
+def test_ReserveBlocks_sets_space_aside_for_what_is_not_stored(wire: Wire) -> None:
+    chain = new_chain(SMALL, 3)
+    assert wire.save(Upload.of(wire, SMALL, chain[:1]).messages()).stored == 1
+    used = wire.status().dram.used_bytes
+    writer = InPlaceWriter(wire)
+
+    reserved = writer.reserve(chain)
+
+    assert list(reserved.answer.blocks) == [1, 2]
+    assert not reserved.answer.refused
+    assert wire.status().dram.used_bytes == used + 2 * block_geometry(SMALL, Shard.whole(SMALL), 16).image_bytes
+    assert wire.lookup(SMALL, chain).hit_blocks == 1
+    with refused(InvalidRequest, "in use", field="reservation_id"):
+        writer.reserve(new_chain(SMALL), reserved.number)
+    reserved.abandon()
+
+
+def test_CommitBlocks_makes_visible_what_was_written_in_place(wire: Wire) -> None:
+    chain = new_chain(SMALL, 3)
+    reserved = InPlaceWriter(wire).reserve(chain, durability=types_pb2.DURABILITY_SSD)
+    reserved.write()
+    assert wire.lookup(SMALL, chain).hit_blocks == 0
+
+    assert reserved.commit() == pb.SaveBlocksResponse(stored=3)
+
+    assert residency(wire, chain) == [(3, True, True)]
+    assert wire.has(SMALL, chain)
+    with refused(ReservationEnded, "reserve again"):
+        reserved.commit()
+
+
+def test_AbandonBlocks_gives_the_space_back_and_may_come_twice(wire: Wire) -> None:
+    chain, used = new_chain(SMALL, 3), wire.status().dram.used_bytes
+    reserved = InPlaceWriter(wire).reserve(chain)
+    reserved.write()
+
+    reserved.abandon()
+    assert wire.status().dram.used_bytes == used
+    assert wire.lookup(SMALL, chain).hit_blocks == 0
+    with refused(ReservationEnded, "no such reservation"):
+        reserved.commit()
+    reserved.abandon()
 
 
 def test_RenewLease_keeps_a_lease_that_would_have_ended(wire: Wire) -> None:

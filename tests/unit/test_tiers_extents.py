@@ -55,6 +55,15 @@ class SpaceMapMachine(RuleBasedStateMachine):
         rest = min(fitting) - taken // PAGE
         assert sorted(self.runs()) == sorted([*before, rest] if rest else before)
 
+    @rule(first=st.integers(0, 599), count=st.integers(1, 40))
+    def take(self, first: int, count: int) -> None:
+        pages = self.pages[first : first + count]
+        taken = self.space.take(first * PAGE, count * PAGE)
+        assert taken == (len(pages) == count and not any(pages))
+        if taken:
+            self.mark(first * PAGE, count * PAGE, True)
+            self.lent.append((first * PAGE, count * PAGE))
+
     @precondition(lambda self: self.lent)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:

@@ -16,6 +16,9 @@ BEGIN, END = "<!-- kvctl bench: begin -->", "<!-- kvctl bench: end -->"
 BUDGETS: dict[str, tuple[str, float]] = {
     "grpc_load_ratio": ("at least", 0.35),
     "grpc_save_ratio": ("at least", 0.30),
+    "shm_load_ratio": ("at least", 0.85),
+    "shm_save_ratio": ("at least", 0.80),
+    "shm_view_ms_1gib": ("under", 5),
     "ssd_read_ratio": ("at least", 0.85),
     "ssd_write_ratio": ("at least", 0.80),
     "lookup_512_ratio": ("at most", 2.0),
@@ -27,7 +30,7 @@ BUDGETS: dict[str, tuple[str, float]] = {
 
 @dataclass(slots=True)
 class Report:
-    """Speeds in GB/s (10^9 bytes), times in microseconds. None: could not be measured here."""
+    """Speeds in GB/s (10^9 bytes), times in microseconds or as named. None: could not be measured here."""
 
     memcpy_gbps: float | None = None
     tcp_gbps: float | None = None
@@ -39,6 +42,11 @@ class Report:
     grpc_save_gbps: float | None = None
     grpc_save_ratio: float | None = None
     grpc_save_cpu_s_per_gb: float | None = None
+    shm_load_gbps: float | None = None
+    shm_load_ratio: float | None = None
+    shm_save_gbps: float | None = None
+    shm_save_ratio: float | None = None
+    shm_view_ms_1gib: float | None = None
     ssd_read_gbps: float | None = None
     ssd_read_ratio: float | None = None
     ssd_write_gbps: float | None = None

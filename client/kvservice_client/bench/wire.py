@@ -41,7 +41,7 @@ class Wire:
     def load(self) -> dict[str, float]:
         """GB/s into faulted-in memory from DRAM, lookup included, and CPU seconds of both sides a GB."""
         chain = self._save()
-        self._until_written(chain)
+        until_written(self._client, self._cache, chain)
         speeds, cpu = [], []
         for _ in range(self._runs):
             speed, cpu_s = self._timed(lambda: self._load(chain))
@@ -58,7 +58,7 @@ class Wire:
             speed, cpu_s = self._timed(lambda chains=chains: chains.append(self._save()))  # type: ignore[misc]
             speeds.append(speed)
             cpu.append(cpu_s)
-            self._until_written(chains[0])
+            until_written(self._client, self._cache, chains[0])
             self._client.admin.discard(chains[0])
         return {"gbps": median(speeds), "cpu_s_per_gb": median(cpu)}
 
@@ -115,17 +115,6 @@ class Wire:
             for _ in lease.load(into=self._into, timeout_s=120):
                 pass
 
-    def _until_written(self, chain: BlockChain) -> None:
-        """Wait until write-behind is done with these blocks: it would take part in what comes next."""
-        if not self._client.admin.status().ssd.capacity_bytes:
-            return
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            with self._cache.lookup(chain) as lease:
-                if all(run.ssd for run in lease.residency):
-                    return
-            time.sleep(0.02)
-
     def _timed(self, work: Callable[[], None]) -> tuple[float, float]:
         cpu_before, started = self._cpu_s(), time.perf_counter()
         work()
@@ -139,6 +128,18 @@ class Wire:
             return ours
         fields = Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()
         return ours + (int(fields[11]) + int(fields[12])) / 100  # utime and stime, in ticks of 10 ms.
+
+
+def until_written(client: Client, cache: BlockCache, chain: BlockChain) -> None:
+    """Wait until write-behind is done with these blocks: it would take part in what comes next."""
+    if not client.admin.status().ssd.capacity_bytes:
+        return
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with cache.lookup(chain) as lease:
+            if all(run.ssd for run in lease.residency):
+                return
+        time.sleep(0.02)
 
 
 def _median_us(work: Callable[[], object], count: int, after: Callable[[], None] | None = None) -> float:

@@ -11,12 +11,13 @@ from typing import Annotated
 import typer
 from rich.progress import Progress
 
+from kvservice_api.errors import NotShared
 from kvservice_client.bench import limits, parts, rounds
+from kvservice_client.bench.memory import VIEW_BYTES, Memory
 from kvservice_client.bench.report import Report
 from kvservice_client.bench.wire import LAYOUT, Wire
 from kvservice_client.cli import output
 from kvservice_client.cli.options import AsJson, connect
-from kvservice_client.client import Client
 
 _BLOCK_BYTES = LAYOUT.block_tokens * LAYOUT.bytes_per_token
 
@@ -69,7 +70,7 @@ class _Bench:
         self._quick = quick
         self._attempts_max = 3 if quick else 6
         self._progress = progress
-        self._task = progress.add_task("", total=5)
+        self._task = progress.add_task("", total=6)
 
     def _step(self, done: int, what: str) -> None:
         self._progress.update(self._task, completed=done, description=what)
@@ -84,15 +85,19 @@ class _Bench:
             client = connect(address, 30, name="kvctl bench")
         else:
             self._step(1, "starting a daemon")
-            address, pid = self._stack.enter_context(parts.daemon(folder, dram_path, (2 * blocks + 4) * _BLOCK_BYTES))
-            client = Client(address, name="kvctl bench", timeout_s=30)
-        self._stack.enter_context(client)
-        self._wire(Wire(client, blocks=blocks, runs=3 if self._quick else 5, pid=pid))
+            dram_bytes = (2 * blocks + 4) * _BLOCK_BYTES + VIEW_BYTES
+            address, pid = self._stack.enter_context(parts.daemon(folder, dram_path, dram_bytes))
+        runs = 3 if self._quick else 5
+        client = self._stack.enter_context(connect(address, 30, name="kvctl bench", transport="grpc"))
+        self._wire(Wire(client, blocks=blocks, runs=runs, pid=pid))
+        self._step(3, "shared memory")
+        sharing = self._stack.enter_context(connect(address, 30, name="kvctl bench", transport="shm"))
+        self._shared_memory(Memory(sharing, blocks=2 * blocks, runs=runs))
         if pid is not None:
             with parts.parts(folder, quick=self._quick) as programs:
-                self._step(3, "the SSD tier")
+                self._step(4, "the SSD tier")
                 self._ssd(programs)
-                self._step(4, "the index")
+                self._step(5, "the index")
                 self._index(programs)
 
     def _memory(self) -> None:
@@ -126,6 +131,25 @@ class _Bench:
         report.rpc_empty_us_p50 = calls.limit.value
         report.lookup_512_us_p50, report.lookup_512_ratio = calls.ours["us"], calls.ours["us"] / calls.limit.value
         report.local_lookup_us_per_key = wire.local_lookup_us_per_key(count)
+
+    def _shared_memory(self, memory: Memory) -> None:
+        report = self._report
+        size_bytes = (256 if self._quick else 1024) << 20
+
+        def limit() -> dict[str, float]:
+            return limits.memcpy(size_bytes)
+
+        try:
+            load = rounds.compare(limit, memory.load, attempts_max=self._attempts_max)
+            save = rounds.compare(limit, memory.save, attempts_max=self._attempts_max)
+            report.shm_view_ms_1gib = memory.view_ms()
+            memory.check()
+        except NotShared:
+            return  # A daemon on another host, or one that does not share: there is nothing to measure.
+        self._note("shm_load_ratio", load)
+        self._note("shm_save_ratio", save)
+        report.shm_load_gbps, report.shm_load_ratio = load.ours["gbps"], load.ours["gbps"] / load.limit.value
+        report.shm_save_gbps, report.shm_save_ratio = save.ours["gbps"], save.ours["gbps"] / save.limit.value
 
     def _ssd(self, programs: parts.Parts) -> None:
         report = self._report

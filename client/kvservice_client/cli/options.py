@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -81,9 +81,11 @@ def with_tls_options(verb: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def connect(address: str, timeout_s: float, *, name: str = "kvctl") -> Client:
+def connect(
+    address: str, timeout_s: float, *, name: str = "kvctl", transport: Literal["auto", "shm", "grpc"] = "auto"
+) -> Client:
     """A client with the TLS options of the verb that runs."""
-    return Client(address, name=name, timeout_s=timeout_s, tls=_tls.get())
+    return Client(address, name=name, timeout_s=timeout_s, tls=_tls.get(), transport=transport)
 
 
 def digest(text: str, what: str) -> bytes:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice_api.layout import checksum
+from kvservice_api.layout import Layout, Shard, checksum
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client.buffers import Bytes
 from kvservice_client.retry import Deadline
+
+if TYPE_CHECKING:
+    from kvservice_client.transports.in_place import View
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,11 @@ class LoadOrder:
     block_starts: Sequence[int]  # Where each block's slice starts in a layer's buffer, and the end of the last.
     layer_count: int
     into: Sequence[Bytes] | None  # None: a new buffer a layer.
+    layout: Layout
+    shard: Shard  # What was looked up.
+    token_counts: Sequence[int]  # Of each block.
+    usable_until_s: Callable[[], float]  # Monotonic: how long bytes in place may be used under the lease.
+    first_layer: int = 0  # Those before it are there already.
 
     @property
     def block_count(self) -> int:
@@ -41,6 +49,9 @@ class SaveOrder:
     header: pb.SaveHeader
     layers: Sequence[Sequence[Bytes]]
     max_frame_bytes: int
+    layout: Layout
+    shard: Shard
+    token_counts: Sequence[int]  # Of each block.
     _checksums: NDArray[np.uint64] = field(init=False)
     _is_summed: list[bool] = field(init=False)
 
@@ -62,12 +73,15 @@ class SaveOrder:
 
 
 class Transport(Protocol):
-    """Thread-safe. Errors are KVErrors; neither method tries again."""
+    """Thread-safe. Errors are KVErrors; no method tries again."""
 
     name: str
 
     def load(self, order: LoadOrder, deadline: Deadline) -> Iterator[Bytes]:
         """Each layer's buffer, in order, as soon as its last byte is there. Leaving the iterator ends the load."""
+
+    def view(self, order: LoadOrder, deadline: Deadline) -> View:
+        """The blocks where they lie, without a copy. Raises NotShared where this transport moves bytes."""
 
     def save(self, order: SaveOrder, deadline: Deadline) -> pb.SaveBlocksResponse:
         """Send everything and commit. The buffers may change once this has returned."""

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from kvservice_api.errors import InvalidFrame, KVError
+from kvservice_api.errors import InvalidFrame, KVError, NotShared
 from kvservice_api.frames import HEAD_BYTES_MAX, decode_frame, encode_frame
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client.buffers import Bytes
@@ -15,6 +15,7 @@ from kvservice_client.channel import BLOCKS, Channel
 from kvservice_client.malloc import keep_large_buffers
 from kvservice_client.retry import Deadline
 from kvservice_client.transports.base import LoadOrder, SaveOrder, Transport
+from kvservice_client.transports.in_place import View
 
 _PAYLOAD_BYTES_WANTED = 2**20  # Larger ones leave the caches before they are copied on.
 
@@ -32,11 +33,12 @@ class GrpcTransport(Transport):
             lease_id=order.lease_id,
             first_block=order.first_block,
             block_count=order.block_count,
+            first_layer=order.first_layer,
         )
         messages = self._channel.stream_frames(BLOCKS + "LoadBlocks", request, deadline)
         starts, size = order.block_starts, order.block_starts[-1]
         try:
-            for layer in range(order.layer_count):
+            for layer in range(order.first_layer, order.layer_count):
                 target = order.buffer(layer)
                 filled = 0
                 while filled < size:
@@ -55,6 +57,9 @@ class GrpcTransport(Transport):
                 next(messages, None)
         finally:
             messages.close()
+
+    def view(self, order: LoadOrder, deadline: Deadline) -> View:
+        raise NotShared("frames of a stream cannot be viewed in place: load the blocks")
 
     def save(self, order: SaveOrder, deadline: Deadline) -> pb.SaveBlocksResponse:
         keep_large_buffers()

@@ -13,7 +13,7 @@ class GetCapabilitiesRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetCapabilitiesResponse(_message.Message):
-    __slots__ = ("version", "boot_epoch", "store_id", "max_frame_bytes", "max_keys", "max_lease_ttl_ms", "transports", "max_save_blocks", "max_save_slices", "residency_directory", "max_session_slices", "session_ttl_ms")
+    __slots__ = ("version", "boot_epoch", "store_id", "max_frame_bytes", "max_keys", "max_lease_ttl_ms", "transports", "max_save_blocks", "max_save_slices", "arena_directory", "arena_id", "arena_capacity_bytes", "arena_writable", "arena_not_shared_because", "residency_directory", "max_session_slices", "session_ttl_ms")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BOOT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     STORE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -23,6 +23,11 @@ class GetCapabilitiesResponse(_message.Message):
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     MAX_SAVE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     MAX_SAVE_SLICES_FIELD_NUMBER: _ClassVar[int]
+    ARENA_DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    ARENA_ID_FIELD_NUMBER: _ClassVar[int]
+    ARENA_CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ARENA_WRITABLE_FIELD_NUMBER: _ClassVar[int]
+    ARENA_NOT_SHARED_BECAUSE_FIELD_NUMBER: _ClassVar[int]
     RESIDENCY_DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     MAX_SESSION_SLICES_FIELD_NUMBER: _ClassVar[int]
     SESSION_TTL_MS_FIELD_NUMBER: _ClassVar[int]
@@ -35,10 +40,15 @@ class GetCapabilitiesResponse(_message.Message):
     transports: _containers.RepeatedScalarFieldContainer[str]
     max_save_blocks: int
     max_save_slices: int
+    arena_directory: str
+    arena_id: bytes
+    arena_capacity_bytes: int
+    arena_writable: bool
+    arena_not_shared_because: str
     residency_directory: str
     max_session_slices: int
     session_ttl_ms: int
-    def __init__(self, version: _Optional[str] = ..., boot_epoch: _Optional[int] = ..., store_id: _Optional[bytes] = ..., max_frame_bytes: _Optional[int] = ..., max_keys: _Optional[int] = ..., max_lease_ttl_ms: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., max_save_blocks: _Optional[int] = ..., max_save_slices: _Optional[int] = ..., residency_directory: _Optional[str] = ..., max_session_slices: _Optional[int] = ..., session_ttl_ms: _Optional[int] = ...) -> None: ...
+    def __init__(self, version: _Optional[str] = ..., boot_epoch: _Optional[int] = ..., store_id: _Optional[bytes] = ..., max_frame_bytes: _Optional[int] = ..., max_keys: _Optional[int] = ..., max_lease_ttl_ms: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., max_save_blocks: _Optional[int] = ..., max_save_slices: _Optional[int] = ..., arena_directory: _Optional[str] = ..., arena_id: _Optional[bytes] = ..., arena_capacity_bytes: _Optional[int] = ..., arena_writable: bool = ..., arena_not_shared_because: _Optional[str] = ..., residency_directory: _Optional[str] = ..., max_session_slices: _Optional[int] = ..., session_ttl_ms: _Optional[int] = ...) -> None: ...
 
 class OpenLayoutRequest(_message.Message):
     __slots__ = ("layout", "fingerprint")
@@ -191,6 +201,82 @@ class RefusedBlock(_message.Message):
     block: int
     status: _status_pb2.Status
     def __init__(self, block: _Optional[int] = ..., status: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
+
+class LocateBlocksRequest(_message.Message):
+    __slots__ = ("client_id", "lease_id", "first_block", "block_count", "verify")
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_COUNT_FIELD_NUMBER: _ClassVar[int]
+    VERIFY_FIELD_NUMBER: _ClassVar[int]
+    client_id: bytes
+    lease_id: int
+    first_block: int
+    block_count: int
+    verify: bool
+    def __init__(self, client_id: _Optional[bytes] = ..., lease_id: _Optional[int] = ..., first_block: _Optional[int] = ..., block_count: _Optional[int] = ..., verify: bool = ...) -> None: ...
+
+class LocateBlocksResponse(_message.Message):
+    __slots__ = ("arena_id", "not_in_place_because", "offsets", "generations", "trailer_checksums", "token_counts", "shards", "layers_ready")
+    ARENA_ID_FIELD_NUMBER: _ClassVar[int]
+    NOT_IN_PLACE_BECAUSE_FIELD_NUMBER: _ClassVar[int]
+    OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    TRAILER_CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_READY_FIELD_NUMBER: _ClassVar[int]
+    arena_id: bytes
+    not_in_place_because: str
+    offsets: _containers.RepeatedScalarFieldContainer[int]
+    generations: _containers.RepeatedScalarFieldContainer[int]
+    trailer_checksums: _containers.RepeatedScalarFieldContainer[int]
+    token_counts: _containers.RepeatedScalarFieldContainer[int]
+    shards: bytes
+    layers_ready: int
+    def __init__(self, arena_id: _Optional[bytes] = ..., not_in_place_because: _Optional[str] = ..., offsets: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., trailer_checksums: _Optional[_Iterable[int]] = ..., token_counts: _Optional[_Iterable[int]] = ..., shards: _Optional[bytes] = ..., layers_ready: _Optional[int] = ...) -> None: ...
+
+class ReserveBlocksRequest(_message.Message):
+    __slots__ = ("header", "reservation_id")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
+    header: SaveHeader
+    reservation_id: int
+    def __init__(self, header: _Optional[_Union[SaveHeader, _Mapping]] = ..., reservation_id: _Optional[int] = ...) -> None: ...
+
+class ReserveBlocksResponse(_message.Message):
+    __slots__ = ("arena_id", "blocks", "offsets", "refused")
+    ARENA_ID_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    arena_id: bytes
+    blocks: _containers.RepeatedScalarFieldContainer[int]
+    offsets: _containers.RepeatedScalarFieldContainer[int]
+    refused: _containers.RepeatedCompositeFieldContainer[RefusedBlock]
+    def __init__(self, arena_id: _Optional[bytes] = ..., blocks: _Optional[_Iterable[int]] = ..., offsets: _Optional[_Iterable[int]] = ..., refused: _Optional[_Iterable[_Union[RefusedBlock, _Mapping]]] = ...) -> None: ...
+
+class CommitBlocksRequest(_message.Message):
+    __slots__ = ("client_id", "reservation_id", "checksums")
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    client_id: bytes
+    reservation_id: int
+    checksums: bytes
+    def __init__(self, client_id: _Optional[bytes] = ..., reservation_id: _Optional[int] = ..., checksums: _Optional[bytes] = ...) -> None: ...
+
+class AbandonBlocksRequest(_message.Message):
+    __slots__ = ("client_id", "reservation_id")
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
+    client_id: bytes
+    reservation_id: int
+    def __init__(self, client_id: _Optional[bytes] = ..., reservation_id: _Optional[int] = ...) -> None: ...
+
+class AbandonBlocksResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class RenewLeaseRequest(_message.Message):
     __slots__ = ("client_id", "lease_id", "ttl_ms")

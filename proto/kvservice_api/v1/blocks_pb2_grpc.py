@@ -67,6 +67,26 @@ class BlockServiceStub(object):
                 request_serializer=kvservice__api_dot_v1_dot_blocks__pb2.SaveBlocksRequest.SerializeToString,
                 response_deserializer=kvservice__api_dot_v1_dot_blocks__pb2.SaveBlocksResponse.FromString,
                 _registered_method=True)
+        self.LocateBlocks = channel.unary_stream(
+                '/kvservice_api.v1.BlockService/LocateBlocks',
+                request_serializer=kvservice__api_dot_v1_dot_blocks__pb2.LocateBlocksRequest.SerializeToString,
+                response_deserializer=kvservice__api_dot_v1_dot_blocks__pb2.LocateBlocksResponse.FromString,
+                _registered_method=True)
+        self.ReserveBlocks = channel.unary_unary(
+                '/kvservice_api.v1.BlockService/ReserveBlocks',
+                request_serializer=kvservice__api_dot_v1_dot_blocks__pb2.ReserveBlocksRequest.SerializeToString,
+                response_deserializer=kvservice__api_dot_v1_dot_blocks__pb2.ReserveBlocksResponse.FromString,
+                _registered_method=True)
+        self.CommitBlocks = channel.unary_unary(
+                '/kvservice_api.v1.BlockService/CommitBlocks',
+                request_serializer=kvservice__api_dot_v1_dot_blocks__pb2.CommitBlocksRequest.SerializeToString,
+                response_deserializer=kvservice__api_dot_v1_dot_blocks__pb2.SaveBlocksResponse.FromString,
+                _registered_method=True)
+        self.AbandonBlocks = channel.unary_unary(
+                '/kvservice_api.v1.BlockService/AbandonBlocks',
+                request_serializer=kvservice__api_dot_v1_dot_blocks__pb2.AbandonBlocksRequest.SerializeToString,
+                response_deserializer=kvservice__api_dot_v1_dot_blocks__pb2.AbandonBlocksResponse.FromString,
+                _registered_method=True)
         self.RenewLease = channel.unary_unary(
                 '/kvservice_api.v1.BlockService/RenewLease',
                 request_serializer=kvservice__api_dot_v1_dot_blocks__pb2.RenewLeaseRequest.SerializeToString,
@@ -175,6 +195,65 @@ class BlockServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LocateBlocks(self, request, context):
+        """Says where leased blocks lie in the arena, for a client that maps it. The first answer has
+        the places; where blocks are still coming up from SSD, further ones tell how many layers are
+        there. The blocks stay in their places for as long as the stream is open: keep it until the
+        last byte was used, then compare the generations. Errors:
+        * INVALID_ARGUMENT INVALID_REQUEST: a range of blocks outside the lease.
+        * FAILED_PRECONDITION NOT_SHARED: this daemon does not share its arena; use LoadBlocks.
+        * FAILED_PRECONDITION LEASE_EXPIRED: look the prefix up again.
+        * PERMISSION_DENIED LEASE_NOT_YOURS: the lease belongs to another client.
+        * DATA_LOSS CHECKSUM_MISMATCH: a block is damaged and has been dropped; look the prefix up
+        again, or recompute.
+        * UNAVAILABLE STORAGE_FAILED: the SSD could not be read; recompute.
+        * RESOURCE_EXHAUSTED OVERLOADED: too many of these streams are open; recompute or retry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReserveBlocks(self, request, context):
+        """Sets space aside in the arena for blocks that the client then writes in place. The client
+        holds an flock on `writers/<client id in hex>` beside the arena, before it asks and for as long
+        as it may write: the space is lent to nobody else before the reservation was committed or
+        abandoned, or that lock is gone. A reservation ends with the client's Attach stream.
+        Blocks that another client uploads are waited for, as in a save. Errors:
+        * INVALID_ARGUMENT INVALID_REQUEST: the header is wrong, or the reservation's number is in use.
+        * FAILED_PRECONDITION NOT_SHARED: clients do not write into this arena; use SaveBlocks.
+        * FAILED_PRECONDITION NO_WRITER_LOCK: lock your file in the arena's folder, then ask again.
+        * FAILED_PRECONDITION UNKNOWN_LAYOUT, UNKNOWN_CLIENT: as for LookupPrefix.
+        * UNAVAILABLE DRAINING: the daemon is stopping; skip this save.
+        * RESOURCE_EXHAUSTED OVERLOADED: the client holds too many reservations; skip this save.
+        Per block, in `refused`: as for SaveBlocks, before any byte of it was written.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CommitBlocks(self, request, context):
+        """Makes the blocks of a reservation visible, and ends it. The client has stopped writing.
+        The daemon does not read the bytes: each load that copies verifies them. Errors:
+        * INVALID_ARGUMENT INVALID_REQUEST: not one checksum a slice of what was reserved; the
+        reservation goes on.
+        * FAILED_PRECONDITION RESERVATION_ENDED: reserve again, and write again.
+        * PERMISSION_DENIED RESERVATION_NOT_YOURS: the reservation is another client's.
+        Per block, in `refused`: RESOURCE_EXHAUSTED INDEX_FULL or TIER_FULL (skip this save),
+        UNAVAILABLE STORAGE_FAILED (retry later).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AbandonBlocks(self, request, context):
+        """Gives the space of a reservation back. The client has stopped writing. Abandoning one that
+        has ended is a success. Errors:
+        * PERMISSION_DENIED RESERVATION_NOT_YOURS: the reservation is another client's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RenewLease(self, request, context):
         """Extends a lease that has not ended. Errors:
         * INVALID_ARGUMENT INVALID_REQUEST: no time to live is given.
@@ -243,6 +322,26 @@ def add_BlockServiceServicer_to_server(servicer, server):
                     servicer.SaveBlocks,
                     request_deserializer=kvservice__api_dot_v1_dot_blocks__pb2.SaveBlocksRequest.FromString,
                     response_serializer=kvservice__api_dot_v1_dot_blocks__pb2.SaveBlocksResponse.SerializeToString,
+            ),
+            'LocateBlocks': grpc.unary_stream_rpc_method_handler(
+                    servicer.LocateBlocks,
+                    request_deserializer=kvservice__api_dot_v1_dot_blocks__pb2.LocateBlocksRequest.FromString,
+                    response_serializer=kvservice__api_dot_v1_dot_blocks__pb2.LocateBlocksResponse.SerializeToString,
+            ),
+            'ReserveBlocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReserveBlocks,
+                    request_deserializer=kvservice__api_dot_v1_dot_blocks__pb2.ReserveBlocksRequest.FromString,
+                    response_serializer=kvservice__api_dot_v1_dot_blocks__pb2.ReserveBlocksResponse.SerializeToString,
+            ),
+            'CommitBlocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.CommitBlocks,
+                    request_deserializer=kvservice__api_dot_v1_dot_blocks__pb2.CommitBlocksRequest.FromString,
+                    response_serializer=kvservice__api_dot_v1_dot_blocks__pb2.SaveBlocksResponse.SerializeToString,
+            ),
+            'AbandonBlocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.AbandonBlocks,
+                    request_deserializer=kvservice__api_dot_v1_dot_blocks__pb2.AbandonBlocksRequest.FromString,
+                    response_serializer=kvservice__api_dot_v1_dot_blocks__pb2.AbandonBlocksResponse.SerializeToString,
             ),
             'RenewLease': grpc.unary_unary_rpc_method_handler(
                     servicer.RenewLease,
@@ -430,6 +529,114 @@ class BlockService(object):
             '/kvservice_api.v1.BlockService/SaveBlocks',
             kvservice__api_dot_v1_dot_blocks__pb2.SaveBlocksRequest.SerializeToString,
             kvservice__api_dot_v1_dot_blocks__pb2.SaveBlocksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LocateBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvservice_api.v1.BlockService/LocateBlocks',
+            kvservice__api_dot_v1_dot_blocks__pb2.LocateBlocksRequest.SerializeToString,
+            kvservice__api_dot_v1_dot_blocks__pb2.LocateBlocksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReserveBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvservice_api.v1.BlockService/ReserveBlocks',
+            kvservice__api_dot_v1_dot_blocks__pb2.ReserveBlocksRequest.SerializeToString,
+            kvservice__api_dot_v1_dot_blocks__pb2.ReserveBlocksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CommitBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvservice_api.v1.BlockService/CommitBlocks',
+            kvservice__api_dot_v1_dot_blocks__pb2.CommitBlocksRequest.SerializeToString,
+            kvservice__api_dot_v1_dot_blocks__pb2.SaveBlocksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AbandonBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvservice_api.v1.BlockService/AbandonBlocks',
+            kvservice__api_dot_v1_dot_blocks__pb2.AbandonBlocksRequest.SerializeToString,
+            kvservice__api_dot_v1_dot_blocks__pb2.AbandonBlocksResponse.FromString,
             options,
             channel_credentials,
             insecure,

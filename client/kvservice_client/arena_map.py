@@ -1,0 +1,145 @@
+"""The daemon's arena, mapped into this process: bytes in place, and the generations that guard them."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvservice_api.arena import (
+    ARENA_NAME,
+    GENERATIONS_NAME,
+    HEADER_BYTES,
+    WRITERS_NAME,
+    ArenaHeader,
+    are_generations_of,
+    generations_file_bytes,
+)
+from kvservice_api.errors import NotShared
+from kvservice_api.layout import PAGE_BYTES
+from kvservice_api.mapping import Mapping
+from kvservice_client.buffers import Bytes
+
+# The process's lock of its memory map is held meanwhile, and every thread waits that wants memory.
+_FAULT_IN_BYTES = 2 << 20
+
+_GROWS_EVERY_S = 0.1
+_GROWS_WITHIN_S = 2.0  # The daemon prepares a new arena in the background: more of it comes soon, or never.
+
+
+class ArenaMap:
+    """One arena, as long as somebody uses it. The files may be gone meanwhile: the memory stays.
+
+    `data` has the bytes behind the arena's header, read-only.
+    """
+
+    def __init__(self, directory: Path, arena_id: bytes, capacity_bytes: int) -> None:
+        """Raises NotShared where that arena cannot be mapped here."""
+        self.directory = directory
+        self.arena_id = arena_id
+        self._capacity_bytes = capacity_bytes
+        self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._writable: Bytes | None = None
+        try:
+            with _opened(directory / GENERATIONS_NAME, os.O_RDONLY) as fd:
+                size_bytes = generations_file_bytes(capacity_bytes)
+                if os.fstat(fd).st_size != size_bytes or not are_generations_of(os.pread(fd, PAGE_BYTES, 0), arena_id):
+                    raise ValueError("its generations are another arena's")
+                generations = mmap.mmap(fd, size_bytes, prot=mmap.PROT_READ)
+            self.data = self._map(writable=False)
+        except (OSError, ValueError) as error:
+            raise NotShared(f"the arena in {directory} cannot be mapped: {error}") from error
+        self._words: NDArray[np.uint32] = np.frombuffer(generations, "<u4", capacity_bytes // PAGE_BYTES, PAGE_BYTES)
+        weakref.finalize(self, self._closing.set)
+
+    def generations(self, offsets: NDArray[np.int64]) -> NDArray[np.uint32]:
+        """The generations, now, of the extents that begin at `offsets`."""
+        found: NDArray[np.uint32] = self._words[offsets // PAGE_BYTES]
+        return found
+
+    def writable(self) -> Bytes:
+        """As `data`, to be written where the daemon has reserved space. Raises NotShared."""
+        with self._lock:
+            if self._writable is None:
+                try:
+                    self._writable = self._map(writable=True)
+                except (OSError, ValueError) as error:
+                    raise NotShared(f"the arena in {self.directory} cannot be written: {error}") from error
+            return self._writable
+
+    def _map(self, *, writable: bool) -> Bytes:
+        """The bytes behind the header. Faulted in in the background: a first pass over them would be slow."""
+        with _opened(self.directory / ARENA_NAME, os.O_RDWR if writable else os.O_RDONLY) as fd:
+            _check(fd, self.arena_id, self._capacity_bytes)
+            mapping = Mapping(fd, PAGE_BYTES + self._capacity_bytes, writable=writable)
+            arguments = (mapping, os.dup(fd), self._closing)
+        threading.Thread(target=_fault_in, args=arguments, name="kvservice-arena", daemon=True).start()
+        return mapping.bytes[PAGE_BYTES:]
+
+
+class WriterLock:
+    """The lock that tells the daemon that this process may be writing. The kernel drops it with the process."""
+
+    def __init__(self, directory: Path, client_id: bytes) -> None:
+        """Raises NotShared where there is no place for it."""
+        self._path = directory / WRITERS_NAME / client_id.hex()
+        try:
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+        except OSError as error:
+            raise NotShared(f"{self._path} cannot be locked: {error.strerror}") from error
+
+    def release(self) -> None:
+        """Nothing will be written any more. Whatever is reserved goes back to the daemon."""
+        with suppress(OSError):  # The arena may be gone, and its folder with it.
+            self._path.unlink(missing_ok=True)
+        fcntl.flock(self._fd, fcntl.LOCK_UN)  # A forked child has the file open too.
+        os.close(self._fd)
+
+
+@contextmanager
+def _closed_after(fd: int) -> Iterator[int]:
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _opened(path: Path, flags: int) -> AbstractContextManager[int]:
+    return _closed_after(os.open(path, flags | os.O_CLOEXEC))
+
+
+def _check(fd: int, arena_id: bytes, capacity_bytes: int) -> None:
+    """Raises ValueError where the file is not that arena: of another host, container, or time."""
+    header = ArenaHeader.decode(os.pread(fd, HEADER_BYTES, 0))
+    if header.arena_id != arena_id or header.capacity_bytes != capacity_bytes:
+        raise ValueError("it is another arena than the daemon's")
+    if os.fstat(fd).st_size != PAGE_BYTES + capacity_bytes:
+        raise ValueError("its size is not what its header says")
+
+
+def _fault_in(mapping: Mapping, fd: int, closing: threading.Event) -> None:
+    """Map the pages there are, in small steps. `fd` is closed in the end.
+
+    Only what the daemon has allocated: touching more would take memory that nobody promised.
+    """
+    done, idle_s = 0, 0.0
+    with _closed_after(fd):
+        while done < mapping.size_bytes and idle_s < _GROWS_WITHIN_S:
+            allocated = min(os.fstat(fd).st_blocks * 512, mapping.size_bytes)
+            for start in range(done, allocated, _FAULT_IN_BYTES):
+                if closing.is_set() or not mapping.fault_in(start, min(start + _FAULT_IN_BYTES, allocated)):
+                    return  # Kernels before 5.14 cannot: no harm done.
+            idle_s = 0.0 if allocated > done else idle_s + _GROWS_EVERY_S
+            done = max(done, allocated)
+            if done < mapping.size_bytes and closing.wait(_GROWS_EVERY_S):
+                return

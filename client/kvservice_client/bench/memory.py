@@ -1,0 +1,116 @@
+"""Ours through shared memory: loads, saves and views, by the client library as it is shipped.
+
+What they are compared with is a plain copy of the same size between two faulted-in arrays.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from statistics import median
+
+import numpy as np
+
+from kvservice_api.errors import NotShared, TierFull
+from kvservice_api.keys import BlockChain, block_chain
+from kvservice_client.bench.wire import LAYOUT, until_written
+from kvservice_client.client import Client
+
+VIEW_BYTES = 1 << 30
+_BLOCK_BYTES = LAYOUT.block_tokens * LAYOUT.bytes_per_token
+
+
+class Memory:
+    """Measures against one daemon on this host. Raises NotShared where its arena cannot be used here."""
+
+    def __init__(self, client: Client, *, blocks: int, runs: int) -> None:
+        self._client = client
+        self._cache = client.open_layout(LAYOUT)
+        self._block_count = blocks
+        self._runs = runs
+        self._size_bytes = blocks * _BLOCK_BYTES
+        layer_bytes = self._size_bytes // LAYOUT.layers
+        random = np.frombuffer(secrets.token_bytes(1 << 20), np.uint8)
+        self._layers = [np.tile(random, layer_bytes >> 20) for _ in range(LAYOUT.layers)]  # No two share memory.
+        self._into = [np.ones(layer_bytes, np.uint8) for _ in range(LAYOUT.layers)]
+        self._salt = secrets.token_bytes(16)  # Nobody else's blocks.
+        self._turn = 0
+
+    def load(self) -> dict[str, float]:
+        """GB/s into faulted-in memory, verified, lookup included."""
+        chain = self._saved()
+        speeds = [self._timed(lambda: self._load(chain)) for _ in range(self._runs + 1)]
+        self._client.admin.discard(chain)
+        return {"gbps": median(speeds[1:])}  # The first one faulted the mapping in.
+
+    def save(self) -> dict[str, float]:
+        """GB/s into the arena, acknowledged at DRAM."""
+        speeds = []
+        for _ in range(self._runs + 1):
+            chains: list[BlockChain] = []
+            speeds.append(self._timed(lambda chains=chains: chains.append(self._save(self._block_count))))  # type: ignore[misc]
+            until_written(self._client, self._cache, chains[0])
+            self._client.admin.discard(chains[0])
+        return {"gbps": median(speeds[1:])}
+
+    def view_ms(self) -> float:
+        """Lease and view of 1 GiB of blocks verified since the daemon's start, until each slice is at hand. Median."""
+        count = VIEW_BYTES // _BLOCK_BYTES
+        chain = self._chain(count)
+        for first in range(0, count, self._block_count):
+            part = chain[first : first + self._block_count]
+            layer_bytes = len(part) * _BLOCK_BYTES // LAYOUT.layers
+            result = self._cache.save(part, [layer[:layer_bytes] for layer in self._layers], timeout_s=120)
+            if result.refused:
+                raise result.refused[0][1]
+        until_written(self._client, self._cache, chain)
+        self._view(chain)  # Verifies them.
+        times = [self._view(chain) for _ in range(2 * self._runs + 1)]
+        self._client.admin.discard(chain)
+        return median(times) * 1e3
+
+    def _view(self, chain: BlockChain) -> float:
+        started = time.perf_counter()
+        with self._cache.lookup(chain, lease_ttl_s=120) as lease:
+            if lease.hit_blocks != len(chain):
+                raise TierFull(f"the daemon kept only {lease.hit_blocks} of {len(chain)} blocks: its DRAM is too small")
+            with lease.view(timeout_s=120) as view:
+                slices = [view.slices(layer) for layer in range(LAYOUT.layers)]
+                seconds = time.perf_counter() - started
+                assert len(slices[-1]) == len(chain)
+        return seconds
+
+    def check(self) -> None:
+        """Raises NotShared where something went another way."""
+        stats = self._client.stats()
+        if set(stats.loaded_bytes) | set(stats.saved_bytes) != {"shm"}:
+            raise NotShared(f"not all of it went through shared memory: {stats.shm_refused_because}")
+
+    def _chain(self, blocks: int) -> BlockChain:
+        self._turn += 1
+        return block_chain(LAYOUT, np.arange(blocks * LAYOUT.block_tokens) + self._turn, salt=self._salt)
+
+    def _save(self, blocks: int) -> BlockChain:
+        chain = self._chain(blocks)
+        result = self._cache.save(chain, self._layers, timeout_s=120)
+        if result.refused:
+            raise result.refused[0][1]
+        return chain
+
+    def _saved(self) -> BlockChain:
+        chain = self._save(self._block_count)
+        until_written(self._client, self._cache, chain)
+        return chain
+
+    def _load(self, chain: BlockChain) -> None:
+        with self._cache.lookup(chain, lease_ttl_s=120) as lease:
+            if lease.hit_blocks != len(chain):
+                raise TierFull(f"the daemon kept only {lease.hit_blocks} of {len(chain)} blocks: its DRAM is too small")
+            for _ in lease.load(into=self._into, timeout_s=120):
+                pass
+
+    def _timed(self, work: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        work()
+        return self._size_bytes / (time.perf_counter() - started) / 1e9

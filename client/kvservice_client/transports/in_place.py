@@ -1,0 +1,189 @@
+"""Leased blocks where they lie in the arena: their slices, their checksums, and the fence that guards them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Sequence
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvservice_api.errors import InvalidFrame, InvalidRequest, LeaseExpired, NotShared
+from kvservice_api.layout import BlockGeometry, Shard, Trailer, block_geometry, checksum
+from kvservice_api.v1 import blocks_pb2 as pb
+from kvservice_client.arena_map import ArenaMap
+from kvservice_client.buffers import Bytes
+from kvservice_client.transports.base import LoadOrder
+
+_SHARD_BYTES = 8
+
+
+class InDoubt(Exception):
+    """Bytes in place are not those that were stored. The daemon finds out why: load them by stream."""
+
+
+class InPlace:
+    """The blocks of a load order, in place. A context manager: leaving it lets the daemon move them.
+
+    Bytes may be used only between a successful look at them and a `check` behind their last use.
+    """
+
+    def __init__(
+        self, arena: ArenaMap, order: LoadOrder, answers: Generator[pb.LocateBlocksResponse, None, None]
+    ) -> None:
+        """`answers` are those of LocateBlocks. Raises NotShared where the blocks are not in this arena."""
+        self._answers = answers
+        first = next(answers, None)
+        if first is None:
+            raise InvalidFrame("the daemon ended the call without an answer")
+        if first.not_in_place_because:
+            raise NotShared(first.not_in_place_because)
+        if first.arena_id != arena.arena_id:
+            raise NotShared("the daemon has replaced its arena")
+        self._arena = arena
+        self._order = order
+        self._offsets: NDArray[np.int64] = np.array(first.offsets, np.int64)
+        self._generations: NDArray[np.uint32] = np.array(first.generations, np.uint32)
+        self._trailer_checksums = list(first.trailer_checksums)
+        self._trailers: dict[int, Trailer] = {}
+        self._shards = [Shard.decode(data) for data in _pieces(first.shards, _SHARD_BYTES)]
+        self._geometries = self._checked(list(first.token_counts))
+        self.layers_ready = first.layers_ready
+
+    def _checked(self, token_counts: list[int]) -> list[BlockGeometry]:
+        """The blocks' geometries. Raises InvalidFrame where the answer does not fit the question."""
+        order, count = self._order, self._order.block_count
+        columns = (self._offsets, self._generations, self._trailer_checksums, self._shards)
+        if token_counts != list(order.token_counts) or any(len(column) != count for column in columns):
+            raise InvalidFrame("the daemon located other blocks than those that were asked for")
+        if not all(shard.covers(order.shard) for shard in self._shards):
+            raise InvalidFrame("the daemon located blocks that lack a part of what was asked for")
+        found = [
+            block_geometry(order.layout, shard, tokens)
+            for shard, tokens in zip(self._shards, token_counts, strict=True)
+        ]
+        ends = self._offsets + [geometry.image_bytes for geometry in found]
+        if (self._offsets < 0).any() or (ends > len(self._arena.data)).any():
+            raise InvalidFrame("the daemon located blocks outside the arena")
+        return found
+
+    @property
+    def block_count(self) -> int:
+        return self._order.block_count
+
+    @property
+    def layer_count(self) -> int:
+        return self._order.layer_count
+
+    def wait_for_layer(self, layer: int) -> None:
+        """Wait until the layer is there, of every block. Raises why it will not come."""
+        while self.layers_ready <= layer:
+            answer = next(self._answers, None)
+            if answer is None:
+                raise InvalidFrame("the daemon ended the call before all layers were there")
+            self.layers_ready = answer.layers_ready
+
+    def slice(self, block: int, layer: int) -> Bytes:
+        """One stored slice, all heads of it. `layer` counts from the first that was asked for."""
+        geometry = self._geometries[block]
+        begin, end = geometry.slice_range(layer + self._order.shard.layer_begin - self._shards[block].layer_begin)
+        offset = int(self._offsets[block])
+        return self._arena.data[offset + begin : offset + end]
+
+    def runs(self, block: int) -> list[tuple[int, int]] | None:
+        """Which bytes of the block's slices were asked for: keys, then values. None where it is all of them."""
+        wanted, stored, geometry = self._order.shard, self._shards[block], self._geometries[block]
+        if stored.heads == wanted.heads:
+            return None
+        k_head = geometry.k_bytes // stored.heads
+        v_head = (geometry.slice_bytes - geometry.k_bytes) // stored.heads
+        first, last = wanted.head_begin - stored.head_begin, wanted.head_end - stored.head_begin
+        keys = (first * k_head, last * k_head)
+        values = (geometry.k_bytes + first * v_head, geometry.k_bytes + last * v_head)
+        return [keys, values]
+
+    def expected(self, block: int, layer: int) -> int:
+        """The slice's checksum. Raises InDoubt where the block's trailer is not the one that was stored."""
+        trailer = self._trailers.get(block)
+        if trailer is None:
+            trailer = self._trailers[block] = self._read_trailer(block)
+        return int(trailer.checksums[layer + self._order.shard.layer_begin - self._shards[block].layer_begin])
+
+    def _read_trailer(self, block: int) -> Trailer:
+        geometry, offset = self._geometries[block], int(self._offsets[block])
+        data = self._arena.data[offset + geometry.trailer_offset : offset + geometry.image_bytes].tobytes()
+        if checksum(data) != self._trailer_checksums[block]:
+            raise InDoubt(f"the trailer of block {block}")
+        trailer = Trailer.decode(data)
+        if trailer.shard != self._shards[block]:
+            raise InDoubt(f"the trailer of block {block}")
+        return trailer
+
+    def check(self) -> None:
+        """Behind the last use of bytes: raises LeaseExpired where they may have been others'."""
+        if (self._arena.generations(self._offsets) != self._generations).any():
+            raise LeaseExpired("blocks left their places while they were read: look the prefix up again")
+        if time.monotonic() > self._order.usable_until_s():
+            raise LeaseExpired("the lease is all but over: bytes in place are not used any more")
+
+    def close(self) -> None:
+        """End the call, and with it the daemon's hold on the blocks."""
+        self._answers.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class View:
+    """Leased blocks in place, verified, without a copy. A context manager: leaving it checks a last time.
+
+    Arrays that it gave out must not be used any more once `check` has raised, once the view was left, or
+    when the lease is nearly over. What was computed from them counts only after a `check` that did not raise.
+    """
+
+    def __init__(self, blocks: InPlace) -> None:
+        """All layers must be there."""
+        self._blocks = blocks
+        self._is_open = True
+
+    @property
+    def block_count(self) -> int:
+        return self._blocks.block_count
+
+    def slices(self, layer: int) -> list[tuple[Bytes, ...]]:
+        """For each block the bytes of one layer, read-only: one array `[K, V][head][token][dim]`.
+
+        Where a block was stored with more heads than were looked up, two: keys, and values. Raises LeaseExpired.
+        """
+        if not 0 <= layer < self._blocks.layer_count:
+            raise InvalidRequest(f"layer {layer} is not one of {self._blocks.layer_count}", field="layer")
+        self.check()
+        return [self._slice(block, layer) for block in range(self.block_count)]
+
+    def _slice(self, block: int, layer: int) -> tuple[Bytes, ...]:
+        whole, runs = self._blocks.slice(block, layer), self._blocks.runs(block)
+        return (whole,) if runs is None else tuple(whole[start:end] for start, end in runs)
+
+    def check(self) -> None:
+        """Raises LeaseExpired where bytes of this view may have become others."""
+        if not self._is_open:
+            raise LeaseExpired("the view was left: its bytes may be others by now")
+        self._blocks.check()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        try:
+            if kind is None:
+                self.check()
+        finally:
+            self._is_open = False
+
+
+def _pieces(data: bytes, size: int) -> Sequence[bytes]:
+    return [data[start : start + size] for start in range(0, len(data), size)]

@@ -1,0 +1,271 @@
+"""Shared memory: loads and saves are one copy between the arena and the caller's memory, views are none.
+
+gRPC carries places and checksums only. What does not lie in place (no room in DRAM, several shards
+make up a block, another host) goes over the other transport, and so does whatever is in doubt: the
+daemon verifies it then.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import weakref
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from google.protobuf.message import Message
+
+from kvservice_api.errors import KVError, NotShared, NoWriterLock
+from kvservice_api.layout import BlockGeometry, block_geometry
+from kvservice_api.v1 import blocks_pb2 as pb
+from kvservice_client.arena_map import ArenaMap, WriterLock
+from kvservice_client.buffers import Bytes
+from kvservice_client.channel import BLOCKS
+from kvservice_client.connection import Connection
+from kvservice_client.retry import Deadline
+from kvservice_client.traffic import Traffic
+from kvservice_client.transports.base import LoadOrder, SaveOrder, Transport
+from kvservice_client.transports.copying import Copiers, copy_and_sum, copy_runs_and_sum, sum_and_copy
+from kvservice_client.transports.in_place import InDoubt, InPlace, View
+
+M = TypeVar("M", bound=Message)
+
+_LAYERS_AHEAD = 1
+_ABANDON_S = 1.0
+
+
+class ShmTransport:
+    name = "shm"
+
+    def __init__(self, connection: Connection, fallback: Transport, traffic: Traffic, *, insists: bool = False) -> None:
+        """`fallback` moves what shared memory cannot. With `insists` a daemon that cannot be reached so is an error."""
+        self._connection = connection
+        self._fallback = fallback
+        self._traffic = traffic
+        self._insists = insists
+        self._copiers = Copiers()
+        self._arenas = _Arenas()
+        self._writers = _Writers()
+        self.close = weakref.finalize(self, self._writers.close)
+
+    # Loading
+
+    def load(self, order: LoadOrder, deadline: Deadline) -> Iterator[Bytes]:
+        layer = order.first_layer
+        try:
+            with self._located(order, deadline) as blocks:
+                try:
+                    for data in self._copied(blocks, order, deadline):
+                        self._traffic.loaded(self.name, len(data))
+                        yield data
+                        layer += 1
+                    return
+                except InDoubt:
+                    blocks.check()  # Others lie there by now: that is no damage.
+        except NotShared as error:
+            self._note_refusal(error)
+        yield from self._fallback.load(replace(order, first_layer=layer), deadline)
+
+    def view(self, order: LoadOrder, deadline: Deadline) -> View:
+        with self._located(order, deadline, verify=True) as blocks:
+            blocks.wait_for_layer(order.layer_count - 1)
+            blocks.check()
+            self._traffic.viewed(order.block_starts[-1] * order.layer_count)
+            return View(blocks)
+
+    def _located(self, order: LoadOrder, deadline: Deadline, *, verify: bool = False) -> InPlace:
+        """Raises NotShared where the blocks are not in place, or not for this client."""
+        arena = self._arenas.get(self._connection.limits(deadline))
+        request = pb.LocateBlocksRequest(
+            client_id=order.client_id,
+            lease_id=order.lease_id,
+            first_block=order.first_block,
+            block_count=order.block_count,
+            verify=verify,
+        )
+        answers = self._connection.channel.stream(BLOCKS + "LocateBlocks", request, pb.LocateBlocksResponse, deadline)
+        try:
+            return InPlace(arena, order, answers)
+        except BaseException:
+            answers.close()
+            raise
+
+    def _copied(self, blocks: InPlace, order: LoadOrder, deadline: Deadline) -> Generator[Bytes, None, None]:
+        """Each layer's buffer, copied and verified; the next layer is on its way meanwhile. Raises InDoubt."""
+        sizes = np.diff(order.block_starts).tolist()
+        started: list[tuple[Bytes, list[Future[None]]]] = []
+        next_layer = order.first_layer
+        with self._copiers.begin() as batch:
+            for layer in range(order.first_layer, order.layer_count):
+                blocks.wait_for_layer(layer)
+                until = min(layer + _LAYERS_AHEAD + 1, order.layer_count, blocks.layers_ready)
+                while next_layer < until:
+                    target = order.buffer(next_layer)
+                    copy = partial(_copy_slice, blocks, order, next_layer, target)
+                    started.append((target, batch.start(copy, sizes)))
+                    next_layer += 1
+                target, jobs = started.pop(0)
+                batch.finish(jobs, deadline)
+                blocks.check()
+                yield target
+
+    # Saving
+
+    def save(self, order: SaveOrder, deadline: Deadline) -> pb.SaveBlocksResponse:
+        try:
+            return self._save(order, deadline)
+        except (NotShared, NoWriterLock) as error:
+            self._note_refusal(error)
+        return self._fallback.save(order, deadline)
+
+    def _save(self, order: SaveOrder, deadline: Deadline) -> pb.SaveBlocksResponse:
+        limits = self._connection.limits(deadline)
+        arena = self._arenas.get(limits)
+        if not limits.arena_writable:
+            raise NotShared("the daemon lets nobody write into its arena")
+        client_id = order.header.client_id
+        with self._writers.lock(arena.directory, client_id):
+            target = arena.writable()
+            reservation_id = secrets.randbits(63) | 1
+            request = pb.ReserveBlocksRequest(header=order.header, reservation_id=reservation_id)
+            try:
+                reserved = self._call("ReserveBlocks", request, pb.ReserveBlocksResponse, deadline)
+                if reserved.arena_id != arena.arena_id:
+                    raise NotShared("the daemon has replaced its arena")
+                sums = self._write(order, reserved, target, deadline)
+                commit = pb.CommitBlocksRequest(
+                    client_id=client_id, reservation_id=reservation_id, checksums=sums.astype("<u8").tobytes()
+                )
+                return self._call("CommitBlocks", commit, pb.SaveBlocksResponse, deadline)
+            except BaseException:
+                # Nobody waits for a daemon that may not answer: what it never hears of ends with the attachment.
+                self._copiers.pool().submit(self._abandon, client_id, reservation_id)
+                raise
+
+    def _write(
+        self, order: SaveOrder, reserved: pb.ReserveBlocksResponse, arena: Bytes, deadline: Deadline
+    ) -> np.ndarray[tuple[int, int], np.dtype[np.uint64]]:
+        """Copy the reserved blocks to their places. The checksums of what was copied, ``[block, layer]``."""
+        geometries = [block_geometry(order.layout, order.shard, order.token_counts[block]) for block in reserved.blocks]
+        places = list(zip(reserved.blocks, reserved.offsets, geometries, strict=True))
+        sums = np.zeros((len(places), len(order.layers)), np.uint64)
+        sizes = [geometry.slice_bytes for geometry in geometries]
+        with self._copiers.begin() as batch:
+            running: list[list[Future[None]]] = []
+            for layer in range(len(order.layers)):
+                running.append(batch.start(partial(_write_slice, order, places, layer, arena, sums), sizes))
+                if len(running) > _LAYERS_AHEAD:
+                    batch.finish(running.pop(0), deadline)
+            for jobs in running:
+                batch.finish(jobs, deadline)
+        self._traffic.saved(self.name, sum(sizes) * len(order.layers))
+        return sums
+
+    def _abandon(self, client_id: bytes, reservation_id: int) -> None:
+        """Nothing is written any more."""
+        request = pb.AbandonBlocksRequest(client_id=client_id, reservation_id=reservation_id)
+        with suppress(KVError):
+            self._call("AbandonBlocks", request, pb.AbandonBlocksResponse, Deadline(_ABANDON_S))
+
+    def _call(self, method: str, request: Message, answer: type[M], deadline: Deadline) -> M:
+        return self._connection.channel.call(BLOCKS + method, request, answer, deadline)
+
+    def _note_refusal(self, error: KVError) -> None:
+        """Why the other transport is taken. Raises it where this one is insisted on, and the arena is not here."""
+        self._traffic.refused(error.message)
+        if self._insists and not self._arenas.is_open:
+            raise error
+
+
+def _copy_slice(blocks: InPlace, order: LoadOrder, layer: int, target: Bytes, block: int) -> None:
+    expected = blocks.expected(block, layer)
+    source, runs = blocks.slice(block, layer), blocks.runs(block)
+    into = target[order.block_starts[block] : order.block_starts[block + 1]]
+    found = copy_and_sum(source, into) if runs is None else copy_runs_and_sum(source, runs, into)
+    if found != expected:
+        raise InDoubt(f"layer {layer} of block {block}")
+
+
+def _write_slice(
+    order: SaveOrder,
+    places: list[tuple[int, int, BlockGeometry]],
+    layer: int,
+    arena: Bytes,
+    sums: np.ndarray[tuple[int, int], np.dtype[np.uint64]],
+    number: int,
+) -> None:
+    block, offset, geometry = places[number]
+    begin, end = geometry.slice_range(layer)
+    sums[number, layer] = sum_and_copy(order.layers[layer][block], arena[offset + begin : offset + end])
+
+
+class _Arenas:
+    """The arena of the daemon at hand: mapped once, and once more where it was replaced."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._mapped: ArenaMap | None = None
+        self._refusal: tuple[bytes, str] = (b"", "")
+
+    @property
+    def is_open(self) -> bool:
+        return self._mapped is not None
+
+    def get(self, limits: pb.GetCapabilitiesResponse) -> ArenaMap:
+        """Raises NotShared where it cannot be mapped here. That is tried once an arena."""
+        if "shm" not in limits.transports:
+            raise NotShared(f"the daemon does not share its arena: {limits.arena_not_shared_because}")
+        with self._lock:
+            if self._mapped is not None and self._mapped.arena_id == limits.arena_id:
+                return self._mapped
+            if self._refusal[0] == limits.arena_id:
+                raise NotShared(self._refusal[1])
+            self._mapped = None
+            try:
+                self._mapped = ArenaMap(Path(limits.arena_directory), limits.arena_id, limits.arena_capacity_bytes)
+            except NotShared as error:
+                self._refusal = (limits.arena_id, error.message)
+                raise
+            return self._mapped
+
+
+class _Writers:
+    """This client's writer locks: one an attachment, held until it has ended and nothing is written under it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: dict[bytes, tuple[WriterLock, int]] = {}  # Client id -> the lock, and how many saves use it.
+        self._current = b""
+
+    @contextmanager
+    def lock(self, directory: Path, client_id: bytes) -> Iterator[None]:
+        """Hold the lock of this attachment, at least while the block runs. Raises NotShared."""
+        with self._lock:
+            self._current = client_id
+            lock, users = self._held.get(client_id) or (WriterLock(directory, client_id), 0)
+            self._held[client_id] = (lock, users + 1)
+            self._release_unused()
+        try:
+            yield
+        finally:
+            with self._lock:
+                lock, users = self._held[client_id]
+                self._held[client_id] = (lock, users - 1)
+                self._release_unused()
+
+    def close(self) -> None:
+        with self._lock:
+            self._current = b""
+            self._release_unused()
+
+    def _release_unused(self) -> None:
+        for client_id, (lock, users) in list(self._held.items()):
+            if not users and client_id != self._current:
+                del self._held[client_id]
+                lock.release()

@@ -1,0 +1,78 @@
+"""The RPCs of BlockService for clients that map the arena: they carry places instead of bytes."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+
+import numpy as np
+
+from kvservice.rpc.interceptors import Context
+from kvservice.rpc.messages import ON_SSD, block_range, checksums_of, save_request, save_response
+from kvservice.store.block_store import BlockStore
+from kvservice.store.ingest import SaveOutcome
+from kvservice.store.locate import Located, NotInPlace
+from kvservice_api.errors import to_status
+from kvservice_api.v1 import blocks_pb2 as pb
+
+
+class InPlaceRpcs:
+    """A part of BlockService."""
+
+    _store: BlockStore
+    _loads_max: int
+
+    async def LocateBlocks(self, request: pb.LocateBlocksRequest, context: Context) -> None:
+        store = self._store
+        lease = store.leases.get(request.client_id, request.lease_id)
+        blocks = block_range(request.first_block, request.block_count, len(lease.rows), "block")
+        found = store.locates.run(lease, blocks, verify=request.verify, open_max=self._loads_max)
+        async with aclosing(found) as steps:
+            answer = pb.LocateBlocksResponse()
+            async for step in steps:
+                if isinstance(step, Located):
+                    answer = self._places(step)
+                    continue
+                if isinstance(step, NotInPlace):
+                    answer.not_in_place_because = step.why
+                else:
+                    answer.layers_ready = step
+                await context.write(answer)
+                answer = pb.LocateBlocksResponse()
+
+    async def ReserveBlocks(self, request: pb.ReserveBlocksRequest, context: Context) -> pb.ReserveBlocksResponse:
+        store = self._store
+        client, save = save_request(store, request.header)
+        on_ssd = ON_SSD[request.header.durability]
+        reservation, places = await store.reservations.reserve(request.reservation_id, client, save, on_ssd=on_ssd)
+        refused = [
+            pb.RefusedBlock(block=block, status=to_status(error))
+            for block, error in sorted(reservation.outcome.refused.items())
+        ]
+        return pb.ReserveBlocksResponse(
+            arena_id=store.dram.arena_id,
+            blocks=[place.position for place in places],
+            offsets=[place.extent.offset_bytes for place in places],
+            refused=refused,
+        )
+
+    async def CommitBlocks(self, request: pb.CommitBlocksRequest, context: Context) -> pb.SaveBlocksResponse:
+        client = self._store.leases.client(request.client_id)
+        checksums = checksums_of(request.checksums)
+        outcome: SaveOutcome = await self._store.reservations.commit(request.reservation_id, client, checksums)
+        return save_response(outcome)
+
+    async def AbandonBlocks(self, request: pb.AbandonBlocksRequest, context: Context) -> pb.AbandonBlocksResponse:
+        client = self._store.leases.client(request.client_id)
+        self._store.reservations.abandon(request.reservation_id, client)
+        return pb.AbandonBlocksResponse()
+
+    def _places(self, located: Located) -> pb.LocateBlocksResponse:
+        blocks, rows = self._store.blocks, located.rows
+        return pb.LocateBlocksResponse(
+            arena_id=self._store.dram.arena_id,
+            offsets=[extent.offset_bytes for extent in located.extents],
+            generations=located.generations,
+            trailer_checksums=blocks.trailer_checksum[rows].tolist(),
+            token_counts=blocks.token_count[rows].tolist(),
+            shards=np.ascontiguousarray(blocks.shard[rows]).tobytes(),
+        )

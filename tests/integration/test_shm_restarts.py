@@ -1,0 +1,166 @@
+"""Reading and writing in place across the end of a daemon: the same arena, or another one in its place."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from kvservice_api.arena import WRITER_NOTE
+from kvservice_api.errors import LeaseExpired, NotShared, UnknownClient
+from kvservice_client import Client, Durability
+from kvservice_client.arena_map import ArenaMap
+from tests.daemon import MIB, DaemonProcess, until
+from tests.integration.by_hand import InPlaceWriter
+from tests.integration.known_blocks import LARGE, layers_of, new_chain, save, verify
+from tests.integration.wire import Wire, refused
+
+
+@pytest.fixture
+def daemon(new_daemon: Callable[..., DaemonProcess]) -> DaemonProcess:
+    return new_daemon(dram__capacity_bytes=16 * MIB, index__volatile_map_bytes=4 * MIB)
+
+
+@pytest.fixture
+def client(daemon: DaemonProcess) -> Iterator[Client]:
+    with daemon.client(transport="shm") as client:
+        yield client
+
+
+def replace_the_arena(daemon: DaemonProcess) -> None:
+    daemon.kill()
+    shutil.rmtree(daemon.arena_folder)
+    daemon.start()
+
+
+def test_a_view_of_a_replaced_arena_keeps_its_bytes(daemon: DaemonProcess, client: Client) -> None:
+    chain = new_chain(LARGE, 8)
+    save(client, LARGE, chain, Durability.SSD)
+    with client.open_layout(LARGE).lookup(chain, lease_ttl_s=300) as lease, lease.view() as view:
+        replace_the_arena(daemon)
+        with daemon.client() as other:
+            for _ in range(10):
+                save(other, LARGE, new_chain(LARGE, 8))
+        found = [[each.copy() for (each,) in view.slices(layer)] for layer in range(LARGE.layers)]
+        view.check()
+    assert np.array_equal(found, layers_of(LARGE, chain))
+
+
+def test_a_client_maps_the_arena_that_replaced_its_own(daemon: DaemonProcess, client: Client) -> None:
+    chain = new_chain(LARGE, 4)
+    save(client, LARGE, chain, Durability.SSD)
+    verify(client, LARGE, chain)
+    replace_the_arena(daemon)
+    verify(client, LARGE, chain)
+    after = new_chain(LARGE, 4)
+    assert save(client, LARGE, after).stored == 4
+    verify(client, LARGE, after)
+    stats = client.stats()
+    assert (set(stats.loaded_bytes), set(stats.saved_bytes)) == ({"shm"}, {"shm"})
+
+
+def test_a_replaced_arena_cannot_be_mapped_by_its_old_name(daemon: DaemonProcess) -> None:
+    with Wire(daemon.address) as wire:
+        wire.attach()
+        old = wire.capabilities()
+    replace_the_arena(daemon)
+    with pytest.raises(NotShared, match="cannot be mapped"):
+        ArenaMap(daemon.arena_folder, old.arena_id, old.arena_capacity_bytes)
+
+
+def test_a_load_goes_on_without_its_daemon_as_long_as_its_bytes_are_there(
+    daemon: DaemonProcess, client: Client
+) -> None:
+    chain = new_chain(LARGE, 8)
+    save(client, LARGE, chain)
+    layers = client.open_layout(LARGE).lookup(chain).load()
+    loaded = [next(layers).data]
+    daemon.kill()
+    loaded += [layer.data for layer in layers]
+    expected = [np.concatenate(slices).tobytes() for slices in layers_of(LARGE, chain)]
+    assert [layer.tobytes() for layer in loaded] == expected
+
+
+def test_a_view_ends_when_its_blocks_were_discarded_before_the_daemon_died(
+    daemon: DaemonProcess, client: Client
+) -> None:
+    """Their records were gone and their space was not free yet: to the next daemon it is."""
+    chain = new_chain(LARGE, 8)
+    save(client, LARGE, chain)
+    with client.open_layout(LARGE).lookup(chain, lease_ttl_s=300) as lease:
+        view = lease.view()
+        assert client.admin.discard(chain).discarded == 8
+        view.check()
+        daemon.kill()
+        daemon.start()
+        with pytest.raises(LeaseExpired):
+            view.slices(0)
+
+
+def test_a_writer_over_a_replaced_arena_writes_into_nothing(daemon: DaemonProcess) -> None:
+    with Wire(daemon.address) as wire:
+        wire.attach()
+        wire.open_layout(LARGE)
+        reserved = InPlaceWriter(wire, LARGE).reserve(new_chain(LARGE, 8))
+        reserved.write(range(1))
+        replace_the_arena(daemon)
+        with daemon.client() as client:
+            chains = [new_chain(LARGE, 8) for _ in range(6)]
+            for chain in chains:
+                save(client, LARGE, chain, Durability.SSD)
+            reserved.scribble()
+            with refused(UnknownClient, "attach"):
+                until(lambda: bool(reserved.commit()))
+            for chain in chains:
+                verify(client, LARGE, chain)
+
+
+def test_space_of_a_living_writer_stays_aside_over_several_restarts(daemon: DaemonProcess, client: Client) -> None:
+    with Wire(daemon.address) as wire:
+        wire.attach()
+        wire.open_layout(LARGE)
+        writer = InPlaceWriter(wire, LARGE)
+        kept, given_back = writer.reserve(new_chain(LARGE, 4)), writer.reserve(new_chain(LARGE, 4))
+        given_back.abandon()
+        for _ in range(3):
+            daemon.kill()
+            daemon.start()
+            until(lambda: client.admin.status().dram.used_bytes == 4 * 200_704)
+        chains = [new_chain(LARGE, 8) for _ in range(10)]
+        for chain in chains:
+            save(client, LARGE, chain, Durability.SSD)
+        kept.scribble()
+        for chain in chains:
+            verify(client, LARGE, chain)
+        assert writer.lock is not None
+        writer.lock.release()
+        client.admin.discard_all()
+        until(lambda: client.admin.status().dram.used_bytes == 0)
+
+
+def test_a_record_wins_over_a_note_of_the_same_space(daemon: DaemonProcess, client: Client) -> None:
+    """As if the daemon had died between the record and the end of the note."""
+    with Wire(daemon.address) as wire:
+        wire.attach()
+        wire.open_layout(LARGE)
+        writer, chain = InPlaceWriter(wire, LARGE), new_chain(LARGE, 4)
+        reserved = writer.reserve(chain)
+        notes = writer.directory / "writers" / wire.client_id.hex()
+        before = notes.read_bytes()
+        reserved.write()
+        assert reserved.commit().stored == 4
+        daemon.kill()
+        notes.write_bytes(before)
+        assert {offset for offset, size in WRITER_NOTE.iter_unpack(before[32:]) if size} == set(reserved.answer.offsets)
+        daemon.start()
+        verify(client, LARGE, chain)
+        used_bytes = client.admin.status().dram.used_bytes
+        assert writer.lock is not None
+        writer.lock.release()
+        until(lambda: not list((writer.directory / "writers").glob(wire.client_id.hex())))
+        assert client.admin.status().dram.used_bytes == used_bytes
+        for _ in range(10):
+            save(client, LARGE, new_chain(LARGE, 8), Durability.SSD)
+        verify(client, LARGE, chain)

@@ -1,0 +1,178 @@
+"""A client that is stopped while it reads or writes in place, and goes on when it is too late.
+
+It returns no wrong byte, and overwrites nobody's.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from kvservice_client import Client, Durability
+from tests.daemon import MIB, DaemonProcess, until
+from tests.integration import stopped_client
+from tests.integration.known_blocks import LARGE, new_chain, save, tiers_of, verify
+
+_BLOCKS = 16
+
+
+class Stopped:
+    """A client process in the middle of something, stopped by SIGSTOP."""
+
+    def __init__(
+        self, daemon: DaemonProcess, what: str, salt: str, *, blocks: int = _BLOCKS, ttl_s: float = 30
+    ) -> None:
+        arguments = [daemon.address, what, salt, str(blocks), str(ttl_s)]
+        command = [sys.executable, "-m", stopped_client.__name__, *arguments]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def stop(self) -> None:
+        """Once it is in the middle."""
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "in the middle\n"
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> str:
+        """How it ended."""
+        self.process.send_signal(signal.SIGCONT)
+        return self.process.communicate("\n", timeout=30)[0].strip()
+
+
+@pytest.fixture
+def stop() -> Iterator[Callable[..., Stopped]]:
+    made: list[Stopped] = []
+
+    def make(*arguments: object, **options: object) -> Stopped:
+        made.append(Stopped(*arguments, **options))  # type: ignore[arg-type]
+        made[-1].stop()
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.process.kill()
+        each.process.communicate()
+
+
+@pytest.fixture
+def daemon(new_daemon: Callable[..., DaemonProcess]) -> DaemonProcess:
+    return new_daemon(dram__capacity_bytes=16 * MIB, index__volatile_map_bytes=4 * MIB)
+
+
+def fill(client: Client, chains: int = 12) -> None:
+    """Others' blocks in all of DRAM that may be had: 12 MiB and more, in chains of 1.5 MiB."""
+    for _ in range(chains):
+        chain = new_chain(LARGE, 8)
+        save(client, LARGE, chain)
+        verify(client, LARGE, chain[: client.open_layout(LARGE).contains(chain)])
+
+
+@pytest.mark.parametrize("what", ["view", "load"])
+def test_a_reader_stopped_past_its_lease_finds_out_when_it_goes_on(
+    daemon: DaemonProcess, stop: Callable[..., Stopped], what: str
+) -> None:
+    with daemon.client() as client:
+        chain = new_chain(LARGE, _BLOCKS, what)
+        save(client, LARGE, chain, Durability.SSD)
+        reader = stop(daemon, what, what, ttl_s=0.5)
+        until(lambda: client.admin.status().leases == 0)
+        if what == "view":  # A load's blocks are held by its open call too.
+            client.evict(chain, "dram")
+            fill(client)
+        assert reader.go_on() == "LeaseExpired"
+
+
+def test_a_reader_that_goes_on_in_time_is_right(daemon: DaemonProcess, stop: Callable[..., Stopped]) -> None:
+    with daemon.client() as client:
+        for what in ("view", "load"):
+            save(client, LARGE, new_chain(LARGE, _BLOCKS, what), Durability.SSD)
+            reader = stop(daemon, what, what)
+            fill(client)
+            assert reader.go_on() == "right"
+
+
+@pytest.mark.parametrize("what", ["view", "load"])
+def test_a_reader_whose_blocks_left_with_the_daemon_finds_out_although_its_lease_would_go_on(
+    daemon: DaemonProcess, stop: Callable[..., Stopped], what: str
+) -> None:
+    """The clock tells it nothing: only the generations do."""
+    with daemon.client() as client:
+        chain = new_chain(LARGE, _BLOCKS, what)
+        save(client, LARGE, chain, Durability.SSD)
+        reader = stop(daemon, what, what, ttl_s=300)
+        daemon.kill()
+        daemon.start()
+        assert tiers_of(client, LARGE, chain) == ["dram+ssd"] * _BLOCKS
+        client.evict(chain, "dram")
+        fill(client)
+        assert reader.go_on() == "LeaseExpired"
+
+
+def test_a_reader_over_a_restart_that_kept_its_blocks_is_right(
+    daemon: DaemonProcess, stop: Callable[..., Stopped]
+) -> None:
+    with daemon.client() as client:
+        save(client, LARGE, new_chain(LARGE, _BLOCKS, "kept"), Durability.SSD)
+        reader = stop(daemon, "view", "kept", ttl_s=300)
+        daemon.kill()
+        daemon.start()
+        assert reader.go_on() == "right"
+
+
+def test_what_a_stopped_writer_reserved_is_lent_to_nobody_however_long_it_takes(
+    daemon: DaemonProcess, stop: Callable[..., Stopped]
+) -> None:
+    with daemon.client() as client:
+        writer = stop(daemon, "write", "written")
+        before = new_chain(LARGE, 4)
+        save(client, LARGE, before)
+        fill(client)
+        verify(client, LARGE, before)
+
+        assert writer.go_on() == "right"
+
+        verify(client, LARGE, new_chain(LARGE, _BLOCKS, "written"))
+        verify(client, LARGE, before)
+
+
+def test_a_stopped_writer_of_an_earlier_daemon_overwrites_nothing(
+    daemon: DaemonProcess, stop: Callable[..., Stopped]
+) -> None:
+    """The new daemon knows of it by the file that it locked, and takes the space back when it is gone."""
+    with daemon.client() as client:
+        empty_bytes = client.admin.status().dram.used_bytes
+        writer = stop(daemon, "write", "written")
+        daemon.kill()
+        daemon.start()
+        reserved_bytes = client.admin.status().dram.used_bytes
+        assert reserved_bytes > empty_bytes
+        chains = [new_chain(LARGE, 8) for _ in range(12)]
+        for chain in chains:
+            assert save(client, LARGE, chain, Durability.SSD).is_complete
+
+        assert writer.go_on() in ("UnknownClient", "DaemonUnavailable")
+
+        for chain in chains:
+            verify(client, LARGE, chain)
+        assert client.open_layout(LARGE).contains(new_chain(LARGE, _BLOCKS, "written")) == 0
+        client.admin.discard_all()
+        until(lambda: client.admin.status().dram.used_bytes == 0)
+
+
+def test_a_stopped_writer_that_is_killed_leaves_nothing_visible_and_its_space_comes_back(
+    daemon: DaemonProcess, stop: Callable[..., Stopped]
+) -> None:
+    with daemon.client() as client:
+        for _ in range(3):
+            writer = stop(daemon, "write", "doomed")
+            assert client.admin.status().dram.used_bytes > 0
+            writer.process.kill()
+            until(lambda: client.admin.status().dram.used_bytes == 0)
+            until(lambda: client.admin.status().uploads == 0)
+            assert client.open_layout(LARGE).contains(new_chain(LARGE, _BLOCKS, "doomed")) == 0
+        assert not list((daemon.arena_folder / "writers").iterdir())
+        save(client, LARGE, new_chain(LARGE, _BLOCKS, "doomed"))
+        verify(client, LARGE, new_chain(LARGE, _BLOCKS, "doomed"))
