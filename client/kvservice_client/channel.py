@@ -68,9 +68,8 @@ class Channel:
         Raises TlsFileUnusable.
         """
         self.address = address
-        is_path = address.startswith(("/", "./"))
-        self._target = f"unix:{address}" if is_path else address
-        self._tls = TlsWatch(tls) if tls is not None and not is_path else None
+        self._target = f"unix:{address}" if address.startswith(("/", "./")) else address
+        self._tls = TlsWatch(tls) if tls is not None and not self._target.startswith("unix:") else None
         self._lock = threading.RLock()  # Re-entrant: an abandoned stream ends wherever the garbage collector runs.
         self._link = _Link(self._open())
         self._retired: set[_Link] = set()
@@ -176,8 +175,8 @@ class Channel:
     def _explained(self, error: grpc.RpcError) -> KVError:
         known = from_rpc_error(error)
         if type(known) is DaemonUnavailable:  # grpc's own words do not always name the address.
-            if self._tls is not None:
-                self._tls.look_soon()
+            if (tls := self._tls) is not None:  # Another thread may be closing us.
+                tls.look_soon()
             return DaemonUnavailable(f"no answer from the daemon at {self.address}: {known.message}")
         if type(known) is DeadlineExceeded:
             return DeadlineExceeded(f"the daemon at {self.address} did not answer in time")

@@ -379,7 +379,15 @@ def open_daemon(tmp_path_factory: pytest.TempPathFactory, authority: Authority) 
 
 class TestOffLoopback:
     @pytest.mark.parametrize("port_name", ["port", "metrics_port"])
-    @pytest.mark.parametrize("sent", [PREFACE, b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n", b"\x00" * 4096])
+    @pytest.mark.parametrize(
+        "sent",
+        [
+            pytest.param(PREFACE, id="HTTP/2"),
+            pytest.param(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n", id="HTTP/1"),
+            pytest.param(b"\x00" * 4096, id="zeros"),
+            pytest.param(b"", id="silence", marks=pytest.mark.slow),  # Shown out after ten seconds.
+        ],
+    )
     def test_no_plain_byte_is_answered(self, open_daemon: DaemonProcess, port_name: str, sent: bytes) -> None:
         port = open_daemon.logged("serving")[0][port_name]
         with socket.create_connection((own_address(), port), timeout=20) as connection:
