@@ -229,6 +229,8 @@ class BlockCache:
             raise InvalidRequest("the chain has no block", field="chain")
         if len(layers) != self.shard.layers:
             raise InvalidRequest(f"{len(layers)} layers are given; the shard has {self.shard.layers}", field="layers")
+        if any(count != self.layout.block_tokens for count in chain.token_counts[:-1]):
+            raise InvalidRequest("only the last block of a save may be partial", field="chain")
         sizes = [self.slice_bytes(count) for count in chain.token_counts]
         slices = []
         for index, layer in enumerate(layers):

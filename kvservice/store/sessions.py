@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from kvservice.blocks import NO_ROW, Rows
+from kvservice.blocks import Rows
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
@@ -213,8 +213,7 @@ class Sessions:
                 if len(after.positions) > _POSITIONS_MAX:
                     raise SessionsFull(f"a session may list {_POSITIONS_MAX} positions, not {len(after.positions)}")
                 after = self._used(after)
-                await self._index.put_session(after)
-                self._replace(name, after)
+                await self._put(name, after)
                 return after
 
         return await self._shielded(work(), "change of a session")
@@ -223,14 +222,23 @@ class Sessions:
         """What has begun is ended, though its caller is gone: memory must not fall behind the disk."""
         return await asyncio.shield(self._tasks.start_quietly(work, what))
 
-    def _replace(self, name: Name, after: Manifest) -> None:
-        layout = self._index.layouts[name[0]]
-        before = self._manifests.get(name)
+    async def _put(self, name: Name, after: Manifest) -> None:
+        """Disk first, then memory. What `after` names is named from now on: nobody may drop it meanwhile."""
+        before, named = self._manifests.get(name), self._partial_keys(after)
+        self._named.update(named)
+        try:
+            await self._index.put_session(after)
+        except BaseException:
+            self._uncount(named)
+            raise
         self._counters.sessions_begun += after.revision == 1
-        old = manifests.partial_keys(before, layout) if before is not None else set()
         self._install(name, after)
         self._touched.pop(name, None)
-        self._name_blocks(manifests.partial_keys(after, layout), old)
+        if before is not None:
+            self._let_go(self._partial_keys(before))
+
+    def _partial_keys(self, manifest: Manifest) -> set[bytes]:
+        return manifests.partial_keys(manifest, self._index.layouts[manifest.layout_id])
 
     def _install(self, name: Name, manifest: Manifest) -> None:
         self._manifests.pop(name, None)  # It becomes the last one: the one that expires last.
@@ -245,26 +253,31 @@ class Sessions:
             manifest = self._manifests.pop(name)
             del self._serials[name]
             self._touched.pop(name, None)
-            self._name_blocks(set(), manifests.partial_keys(manifest, self._index.layouts[name[0]]))
+            self._let_go(self._partial_keys(manifest))
 
-    def _name_blocks(self, named: set[bytes], no_longer: set[bytes]) -> None:
-        """Count who names partial blocks; drop those that nobody does any more."""
-        for key in named - no_longer:
-            self._named[key] += 1
+    def _let_go(self, keys: Iterable[bytes]) -> None:
+        """One manifest fewer names these partial blocks. Those that none names any more are dropped."""
+        if orphans := self._uncount(keys):
+            self._tasks.start(self._drop(orphans), "drop of partial blocks")
+
+    def _uncount(self, keys: Iterable[bytes]) -> list[bytes]:
+        """Those of them that no manifest names any more."""
         orphans = []
-        for key in no_longer - named:
+        for key in keys:
             self._named[key] -= 1
             if not self._named[key]:
                 del self._named[key]
                 orphans.append(key)
-        if orphans:
-            self._tasks.start(self._drop(orphans), "drop of partial blocks")
+        return orphans
 
     async def _drop(self, keys: Sequence[bytes]) -> None:
-        blocks = self._residency.blocks
-        rows = [row for row in blocks.rows_of_keys(keys).tolist() if row != NO_ROW]
+        blocks, layouts = self._residency.blocks, self._index.layouts
+        orphans = [key for key in keys if not self._named[key]]  # Somebody may have named one again.
+        rows = [row for first in blocks.rows_of_keys(orphans).tolist() for row in blocks.shards_of(first)]
+        # Clients say what is partial: a full block is of use to others, whoever calls it a tail.
+        partial = [row for row in rows if blocks.token_count[row] < layouts[int(blocks.layout_id[row])].block_tokens]
         try:
-            await self._residency.discard([each for row in rows for each in blocks.shards_of(row)])
+            await self._residency.discard(partial)
         except StorageFailed as error:  # They are invisible already; their records leave later.
             log.warning("partial blocks of sessions leave late", extra={"why": error.message})
 
@@ -382,4 +395,4 @@ class Sessions:
         for manifest in sorted(found, key=lambda manifest: manifest.expires_at_ms):
             name = manifest.layout_id, manifest.session_id
             self._install(name, manifest)
-            self._named.update(manifests.partial_keys(manifest, self._index.layouts[manifest.layout_id]))
+            self._named.update(self._partial_keys(manifest))

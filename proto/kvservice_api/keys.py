@@ -87,7 +87,8 @@ def extra_identity(lora_id: str = "", media_hashes: Sequence[bytes] = ()) -> byt
 class BlockChain:
     """Consecutive blocks of one conversation: each key continues the one before it.
 
-    `parent` is what the first key continues: a block key or a root. All blocks but the last are full.
+    `parent` is what the first key continues: a block key, a root, or a cut. All blocks but the last are full,
+    unless it stands for the history of a session, which is looked up and never saved as a whole.
     """
 
     parent: bytes

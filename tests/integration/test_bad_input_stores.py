@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from kvservice.index.block_index import SCHEMA
 from kvservice.index.environment import META, Environment
 from kvservice_client import Client, Durability
 from tests.daemon import MIB, DaemonProcess
@@ -41,13 +42,14 @@ def test_a_store_of_a_newer_schema_is_refused_and_left_as_it_is(tmp_path: Path) 
         with daemon.client() as client:
             save(client, SMALL, chain, Durability.SSD)
         assert daemon.stop() == 0
-        set_schema(daemon.store, b"2")
+        set_schema(daemon.store, b"%d" % (SCHEMA + 1))
         before = fingerprints(daemon.store), fingerprints(daemon.shared_memory)
 
-        assert "the store's schema is version 2; this program knows versions up to 1" in refuses(daemon)
+        why = f"the store's schema is version {SCHEMA + 1}; this program knows versions up to {SCHEMA}"
+        assert why in refuses(daemon)
         assert (fingerprints(daemon.store), fingerprints(daemon.shared_memory)) == before
 
-        set_schema(daemon.store, b"1")
+        set_schema(daemon.store, b"%d" % SCHEMA)
         daemon.start()
         with daemon.client() as client:
             verify(client, SMALL, chain)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kvservice_api.errors import InvalidFrame, SessionChanged, SessionNotFound
+from kvservice_api.errors import InvalidFrame, InvalidRequest, SessionChanged, SessionNotFound
 from kvservice_api.keys import BlockChain, block_key
 from kvservice_client import BlockCache, Client, Layout, Session, Shard, block_chain
 from kvservice_client.session import current
@@ -199,6 +199,14 @@ def test_wrong_token_counts_give_no_bytes(client: Client) -> None:
     assert lie.get().stored_slices == 2
     with lie.lookup() as history:
         assert history.token_counts == (8, 8)
+
+
+def test_a_history_with_partial_blocks_in_the_middle_is_no_chain_to_save(client: Client) -> None:
+    blocks = client.open_layout(LAYOUT)
+    history = BlockChain(bytes(32), (bytes(31) + b"1", bytes(31) + b"2"), (5, 8))
+
+    with pytest.raises(InvalidRequest, match="only the last block"):
+        blocks.save(history, [np.zeros(blocks.slice_bytes(13), np.uint8)] * LAYOUT.layers)
 
 
 def test_an_append_whose_answer_was_lost_is_recognized(daemon: DaemonProcess, client: Client) -> None:

@@ -60,6 +60,17 @@ def same(one: Manifest, other: Manifest) -> bool:
     return (one.revision, one.tip, one.slices.tobytes()) == (other.revision, other.tip, other.slices.tobytes())
 
 
+async def some_turns() -> None:
+    """Let the event loop go round, as often as anything that waits for no disk may need."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def drops_ended(opened: OpenStore) -> None:
+    await some_turns()
+    await until(lambda: not any("partial" in task.get_name() for task in opened.store.tasks._running))
+
+
 async def reopened(opened: OpenStore, *, kill: bool = False) -> OpenStore:
     await (opened.kill() if kill else opened.close())
     again = opened.files.open()
@@ -84,7 +95,7 @@ async def test_a_session_is_there_after_a_restart(opened: OpenStore, kill: bool)
 async def test_a_change_is_answered_only_once_it_is_on_disk(opened: OpenStore) -> None:
     with opened.commits_held(TierName.SSD):
         change = asyncio.ensure_future(begin(opened))
-        await asyncio.sleep(0.05)
+        await some_turns()
         assert not change.done()
         with pytest.raises(SessionNotFound):
             get(opened)
@@ -94,7 +105,7 @@ async def test_a_change_is_answered_only_once_it_is_on_disk(opened: OpenStore) -
 async def test_a_change_whose_caller_is_gone_is_ended(opened: OpenStore) -> None:
     with opened.commits_held(TierName.SSD):
         change = asyncio.ensure_future(begin(opened))
-        await asyncio.sleep(0.01)
+        await some_turns()
         change.cancel()
         await asyncio.sleep(0)
     await until(lambda: opened.store.sessions.count == 1)
@@ -164,6 +175,27 @@ async def test_a_session_that_could_not_be_written_is_as_it_was(
     assert same(get(opened), first)
 
 
+async def test_a_tail_whose_turn_could_not_be_written_may_be_appended_again(
+    opened: OpenStore, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = await begin(opened)
+    chain = await saved(opened, client, BlockChain(first.tip, (block_key(first.tip, range(9)),), (9,)))
+
+    async def refuse(*arguments: object) -> None:
+        raise StorageFailed("the drive is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(opened.index, "put_session", refuse)
+        with pytest.raises(StorageFailed):
+            await append(opened, first, chain)
+    await drops_ended(opened)
+    assert stored(opened, chain.keys[0])
+
+    await append(opened, first, chain)
+    await opened.store.sessions.end(LAYOUT.fingerprint, "chat")
+    await until(lambda: not stored(opened, chain.keys[0]))
+
+
 async def test_a_damaged_record_is_not_trusted(opened: OpenStore, caplog: pytest.LogCaptureFixture) -> None:
     await begin(opened, "good")
     bad = await begin(opened, "bad", some_chain(1, seed=5))
@@ -201,7 +233,7 @@ async def test_the_old_tail_is_dropped_once_a_fuller_one_is_named(opened: OpenSt
 
     with opened.commits_held(TierName.SSD):
         change = asyncio.ensure_future(append(opened, first, longer))
-        await asyncio.sleep(0.05)
+        await some_turns()
         assert stored(opened, chain.keys[-1]), "until the manifest that does not name it is on disk, it stays"
     await change
 
@@ -217,7 +249,7 @@ async def test_a_tail_that_a_fork_names_stays_until_the_fork_lets_go_of_it(opene
 
     await append(opened, first, BlockChain(first.tip, (bytes(32),), (16,)))
     await opened.store.sessions.truncate(LAYOUT.fingerprint, "fork", fork.revision, [(0, 33)])
-    await asyncio.sleep(0.05)
+    await drops_ended(opened)
     assert stored(opened, chain.keys[-1]), "one of its tokens is in the fork's history"
 
     again = await reopened(opened)
@@ -225,6 +257,31 @@ async def test_a_tail_that_a_fork_names_stays_until_the_fork_lets_go_of_it(opene
     await again.store.sessions.end(LAYOUT.fingerprint, "fork")
     await until(lambda: not stored(again, chain.keys[-1]))
     await again.close()
+
+
+async def test_a_tail_that_is_named_again_while_it_is_let_go_stays(opened: OpenStore, client: Client) -> None:
+    chain = await saved(opened, client, some_chain(2, tail_tokens=5))
+    await begin(opened, chain=chain)
+
+    with opened.commits_held(TierName.SSD):
+        end = asyncio.ensure_future(opened.store.sessions.end(LAYOUT.fingerprint, "chat"))
+        fork = asyncio.ensure_future(opened.store.sessions.fork(LAYOUT.fingerprint, "chat", "fork", 0))
+        await some_turns()
+    assert await end
+    await fork
+
+    await drops_ended(opened)
+    assert stored(opened, chain.keys[-1])
+
+
+async def test_a_full_block_that_somebody_calls_a_tail_is_not_dropped(opened: OpenStore, client: Client) -> None:
+    chain = await saved(opened, client, some_chain(2))
+    await opened.store.sessions.append(LAYOUT.fingerprint, "chat", 0, Turn(chain.parent, chain.keys, 3))
+
+    await opened.store.sessions.end(LAYOUT.fingerprint, "chat")
+    await drops_ended(opened)
+
+    assert opened.hits(chain.keys) == 2
 
 
 async def test_full_blocks_outlive_their_session(opened: OpenStore, client: Client) -> None:
