@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -330,8 +331,54 @@ async def test_one_that_runs_full_before_it_can_be_replaced_is_closed(folder: Pa
     for number in range(65):
         made.put(hashlib.sha256(bytes([number])).digest())
 
+    await task
     assert made.directory.path == ""
+    assert not list(folder.iterdir())
+
+
+class SlowTmpfs(FileCalls):
+    """Clears the pages of the first file at once, and those of others when it is let."""
+
+    def __init__(self) -> None:
+        self.files = 0
+        self.go_on = threading.Event()
+
+    def posix_fallocate(self, fd: int, offset: int, length: int) -> None:
+        self.files += 1
+        assert self.files == 1 or self.go_on.wait(10)
+        super().posix_fallocate(fd, offset, length)
+
+
+async def test_one_that_runs_full_while_its_successor_is_made_leaves_nothing_behind(folder: Path) -> None:
+    calls = SlowTmpfs()
+    made = DirectoryFixture(folder, slots_min=64, calls=calls)
+    task = await kept(made)
+    for number in range(46):
+        made.put(hashlib.sha256(bytes([number])).digest())
+    await until(lambda: calls.files == 2)
+    for number in range(46, 66):
+        made.put(hashlib.sha256(bytes([number])).digest())
+    calls.go_on.set()
+    await task
+
+    assert made.directory.path == ""
+    assert not list(folder.iterdir())
+
+
+async def test_a_daemon_that_stops_while_a_successor_is_made_leaves_nothing_behind(folder: Path) -> None:
+    calls = SlowTmpfs()
+    made = DirectoryFixture(folder, slots_min=64, calls=calls)
+    task = await kept(made)
+    for number in range(46):
+        made.put(hashlib.sha256(bytes([number])).digest())
+    await until(lambda: calls.files == 2)
     task.cancel()
+    asyncio.get_running_loop().call_later(0.01, calls.go_on.set)
+    await asyncio.wait([task])
+    made.directory.close()
+
+    assert task.cancelled()
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize("bytes_max", [0, HEADER_BYTES + SLOT_BYTES])
