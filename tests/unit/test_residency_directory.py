@@ -337,16 +337,16 @@ async def test_one_that_runs_full_before_it_can_be_replaced_is_closed(folder: Pa
 
 
 class SlowTmpfs(FileCalls):
-    """Clears the pages of the first file at once, and those of others when it is let."""
+    """Makes the first file at once, and others when it is let."""
 
     def __init__(self) -> None:
         self.files = 0
         self.go_on = threading.Event()
 
-    def posix_fallocate(self, fd: int, offset: int, length: int) -> None:
+    def open(self, path: str | os.PathLike[str], flags: int, mode: int = 0o600) -> int:
         self.files += 1
         assert self.files == 1 or self.go_on.wait(10)
-        super().posix_fallocate(fd, offset, length)
+        return super().open(path, flags, mode)
 
 
 async def test_one_that_runs_full_while_its_successor_is_made_leaves_nothing_behind(folder: Path) -> None:
@@ -376,6 +376,7 @@ async def test_a_daemon_that_stops_while_a_successor_is_made_leaves_nothing_behi
     asyncio.get_running_loop().call_later(0.01, calls.go_on.set)
     await asyncio.wait([task])
     made.directory.close()
+    await asyncio.get_running_loop().shutdown_default_executor()
 
     assert task.cancelled()
     assert not list(folder.iterdir())
