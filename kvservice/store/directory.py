@@ -66,7 +66,6 @@ class ResidencyDirectory:
     ) -> None:
         """Make the file, marked as being built, in place of one that an earlier daemon left. Never fails."""
         self._blocks = blocks
-        self._layouts = layouts
         self._file = folder / FILE_NAME
         self._next_file = folder / f"{FILE_NAME}.next"
         self._identity = (store_id, arena_id, boot_epoch)

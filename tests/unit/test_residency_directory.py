@@ -27,6 +27,7 @@ from kvservice_api.residency_directory import HEADER_BYTES, IN_DRAM, ON_SSD, SLO
 from kvservice_client.local_directory import LocalDirectory, LocalHit, Mapping
 from tests.directories import ARENA_ID, LAYOUTS, SHARDS, STORE_ID, DirectoryFixture
 from tests.directory_reader import ALWAYS, NEVER, object_of
+from tests.mounts import tmpfs
 from tests.stores import until
 
 # Homes at both ends of any table, so that searches go round the end.
@@ -392,6 +393,20 @@ def test_a_limit_makes_it_smaller_as_long_as_all_blocks_fit(folder: Path) -> Non
     made = DirectoryFixture(folder, blocks=BlockTable(1 << 16), bytes_max=HEADER_BYTES + 128 * SLOT_BYTES)
 
     assert _mapping(made).header.slot_count == 128
+
+
+def test_of_a_small_tmpfs_it_takes_a_sixteenth_unless_blocks_need_more(tmp_path: Path) -> None:
+    with tmpfs(tmp_path / "shm", 8 << 20) as folder:
+        made = DirectoryFixture(folder, blocks=BlockTable(1 << 16))
+        assert _mapping(made).header.file_bytes <= (8 << 20) // 16
+        assert _mapping(made).header.file_bytes > (8 << 20) // 64
+        for number in range(9000):
+            made.put(hashlib.sha256(number.to_bytes(4, "big")).digest())
+            if number == 2000:
+                made.directory.close()  # It would ask to be replaced: nobody keeps it here.
+        again = DirectoryFixture(folder, blocks=made.blocks)
+        assert _mapping(again).header.slot_count == 16384
+        again.directory.close()
 
 
 async def test_nothing_is_trusted_before_all_blocks_are_in_it(folder: Path) -> None:
