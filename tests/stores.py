@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import queue
 import shutil
@@ -24,6 +25,7 @@ from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.policy import LruPolicy, Policy
 from kvservice.store.block_store import BlockStore, StoreLimits
+from kvservice.store.directory import ResidencyDirectory
 from kvservice.store.history import History
 from kvservice.store.ingest import Ingest, SaveOutcome
 from kvservice.store.leases import Client, Lease
@@ -38,6 +40,7 @@ from kvservice.tiers.ssd import SsdTier
 from kvservice_api.frames import Frame
 from kvservice_api.keys import BlockChain, block_chain
 from kvservice_api.layout import Layout, Shard, block_geometry, checksum
+from kvservice_api.residency_directory import HEADER_BYTES, IN_DRAM, ON_SSD, SLOT, Header, State
 from tests.clock import FakeClock
 
 KIB, MIB = 2**10, 2**20
@@ -45,6 +48,8 @@ KIB, MIB = 2**10, 2**20
 # A whole block of it takes 12 KiB: two slices of 4 KiB and the trailer's page.
 LAYOUT = Layout(model_id="test", dtype="float32", layers=2, kv_heads=2, k_head_dim=16, v_head_dim=16, block_tokens=16)
 WHOLE = Shard.whole(LAYOUT)
+
+_boot_epochs = itertools.count(1)
 
 NO_WATERMARKS = Watermarks(0.0, 0.0)  # Nothing is evicted ahead of need.
 LIMITS = StoreLimits(reserve_wait_s=2.0, upload_wait_s=2.0)
@@ -76,6 +81,7 @@ class StoreFiles:
         if started:
             opened.store.dram.start()
             opened.store.start()
+            opened.store.tasks.start(opened.directory.keep(), "residency directory")
         return opened
 
     def lose_power(self) -> None:
@@ -142,10 +148,21 @@ class OpenStore:
             history=history,
         )
 
+        self.directory = ResidencyDirectory(
+            self.store.blocks,
+            self.index.layouts,
+            self.arena.directory,
+            store_id=self.index.store_id,
+            arena_id=self.arena.arena_id,
+            boot_epoch=next(_boot_epochs),
+            bytes_max=1 * MIB,
+        )
+
     async def close(self) -> None:
         """As at SIGTERM. Once it is over, nothing."""
         if not self.is_over:
             await self.store.stop()
+            self.directory.close()
             self._let_go()
 
     async def kill(self) -> None:
@@ -169,6 +186,18 @@ class OpenStore:
         self.arena.close()
 
     # What tests ask and do often
+
+    def published(self) -> dict[tuple[bytes, Shard], set[TierName]] | None:
+        """What the residency directory tells clients; None while it is being filled."""
+        data = Path(self.directory.path).read_bytes()
+        if Header.decode(data).state is not State.LIVE:
+            return None
+        slots = np.frombuffer(data, SLOT, offset=HEADER_BYTES)
+        flags = {IN_DRAM: {TierName.DRAM}, ON_SSD: {TierName.SSD}, IN_DRAM | ON_SSD: set(TierName)}
+        used = slots[(slots["flags"] & (IN_DRAM | ON_SSD)) != 0]
+        found = {(slot["key"].tobytes(), Shard.decode(slot["shard"].tobytes())): flags[slot["flags"]] for slot in used}
+        assert len(found) == len(used), "an object has one slot"
+        return found
 
     @contextlib.contextmanager
     def commits_held(self, tier: TierName) -> Iterator[None]:

@@ -11,6 +11,7 @@ A directory is a convenience. Where there is no space for it there is none, and 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -65,7 +66,6 @@ class ResidencyDirectory:
     ) -> None:
         """Make the file, marked as being built, in place of one that an earlier daemon left. Never fails."""
         self._blocks = blocks
-        self._layouts = layouts
         self._file = folder / FILE_NAME
         self._next_file = folder / f"{FILE_NAME}.next"
         self._identity = (store_id, arena_id, boot_epoch)
@@ -99,8 +99,10 @@ class ResidencyDirectory:
             if table is not None:
                 table.close(State.CLOSED)
         self._current = self._next = None
+        self._crowded.set()  # Whoever keeps it sees that it is over.
         for path in (self._file, self._next_file):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
 
     # What the block table tells
 
@@ -217,7 +219,12 @@ class ResidencyDirectory:
             self._give_up(f"{old.used_slots} blocks would take more than the {self._bytes_max} bytes allowed")
             return
         try:
-            table = self._next = await self._made(self._next_file, slots)
+            table = await self._made(self._next_file, slots)
+            if self._current is not old:  # Given up meanwhile.
+                table.close(State.CLOSED)
+                self._next_file.unlink(missing_ok=True)
+                return
+            self._next = table
             if not await self._fill(table):
                 return
             table.set_state(State.LIVE)

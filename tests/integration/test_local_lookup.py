@@ -180,7 +180,7 @@ def test_without_a_directory_of_its_own_a_client_asks_the_daemon(
         assert blocks.lookup_local(chain) is None
         assert blocks.contains(chain) == BLOCKS
         assert lookups_asked(daemon) == asked + BLOCKS
-    daemon.stop()
+    assert daemon.stop() == 0
     assert "Traceback" not in "".join(daemon.lines)
 
 

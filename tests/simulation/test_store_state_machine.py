@@ -33,7 +33,7 @@ from kvservice_api.errors import BlockNotFound, LeaseExpired, Overloaded, PinsFu
 from kvservice_api.frames import Frame
 from kvservice_api.keys import BlockChain, block_chain
 from kvservice_api.layout import Layout, Shard
-from tests.stores import KIB, LAYOUT, MIB, StoreFiles, checksums_of, frames_of
+from tests.stores import KIB, LAYOUT, MIB, StoreFiles, checksums_of, frames_of, until
 
 T = TypeVar("T")
 
@@ -154,6 +154,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.opened = self.files.open()
         self.store = self.opened.store
         self.found_at_start = self.visible()  # Before the mover begins to evict.
+        await until(lambda: self.opened.published() is not None)
         for layout in (LAYOUT, LARGE):
             await self.store.open_layout(layout)
         self.clients = [self.store.leases.attach(f"client {number}") for number in range(2)]
@@ -556,6 +557,8 @@ class StoreMachine(RuleBasedStateMachine):
             now_ms = self.files.clock.wall_ms()
             until_ms, expected_ms = self.pinned_until_ms(name), self.pins.get(name, 0)
             assert until_ms == expected_ms or max(until_ms, expected_ms) <= now_ms, "a pin is not what it was"
+        resident = {name: tiers for name in self.visible() if (tiers := self.opened.residency(*name))}
+        assert self.opened.published() == resident, "clients on this host are told something else"
         for held in self.leases:
             for row in held.lease.held_rows.tolist():
                 for tier in TierName:

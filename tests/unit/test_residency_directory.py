@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from kvservice_api.residency_directory import HEADER_BYTES, IN_DRAM, ON_SSD, SLO
 from kvservice_client.local_directory import LocalDirectory, LocalHit, Mapping
 from tests.directories import ARENA_ID, LAYOUTS, SHARDS, STORE_ID, DirectoryFixture
 from tests.directory_reader import ALWAYS, NEVER, object_of
+from tests.mounts import tmpfs
 from tests.stores import until
 
 # Homes at both ends of any table, so that searches go round the end.
@@ -330,8 +332,55 @@ async def test_one_that_runs_full_before_it_can_be_replaced_is_closed(folder: Pa
     for number in range(65):
         made.put(hashlib.sha256(bytes([number])).digest())
 
+    await task
     assert made.directory.path == ""
+    assert not list(folder.iterdir())
+
+
+class SlowTmpfs(FileCalls):
+    """Makes the first file at once, and others when it is let."""
+
+    def __init__(self) -> None:
+        self.files = 0
+        self.go_on = threading.Event()
+
+    def open(self, path: str | os.PathLike[str], flags: int, mode: int = 0o600) -> int:
+        self.files += 1
+        assert self.files == 1 or self.go_on.wait(10)
+        return super().open(path, flags, mode)
+
+
+async def test_one_that_runs_full_while_its_successor_is_made_leaves_nothing_behind(folder: Path) -> None:
+    calls = SlowTmpfs()
+    made = DirectoryFixture(folder, slots_min=64, calls=calls)
+    task = await kept(made)
+    for number in range(46):
+        made.put(hashlib.sha256(bytes([number])).digest())
+    await until(lambda: calls.files == 2)
+    for number in range(46, 66):
+        made.put(hashlib.sha256(bytes([number])).digest())
+    calls.go_on.set()
+    await task
+
+    assert made.directory.path == ""
+    assert not list(folder.iterdir())
+
+
+async def test_a_daemon_that_stops_while_a_successor_is_made_leaves_nothing_behind(folder: Path) -> None:
+    calls = SlowTmpfs()
+    made = DirectoryFixture(folder, slots_min=64, calls=calls)
+    task = await kept(made)
+    for number in range(46):
+        made.put(hashlib.sha256(bytes([number])).digest())
+    await until(lambda: calls.files == 2)
     task.cancel()
+    asyncio.get_running_loop().call_later(0.01, calls.go_on.set)
+    await asyncio.wait([task])
+    made.directory.close()
+    await asyncio.get_running_loop().shutdown_default_executor()
+
+    assert task.cancelled()
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize("bytes_max", [0, HEADER_BYTES + SLOT_BYTES])
@@ -344,6 +393,20 @@ def test_a_limit_makes_it_smaller_as_long_as_all_blocks_fit(folder: Path) -> Non
     made = DirectoryFixture(folder, blocks=BlockTable(1 << 16), bytes_max=HEADER_BYTES + 128 * SLOT_BYTES)
 
     assert _mapping(made).header.slot_count == 128
+
+
+def test_of_a_small_tmpfs_it_takes_a_sixteenth_unless_blocks_need_more(tmp_path: Path) -> None:
+    with tmpfs(tmp_path / "shm", 8 << 20) as folder:
+        made = DirectoryFixture(folder, blocks=BlockTable(1 << 16))
+        assert _mapping(made).header.file_bytes <= (8 << 20) // 16
+        assert _mapping(made).header.file_bytes > (8 << 20) // 64
+        for number in range(9000):
+            made.put(hashlib.sha256(number.to_bytes(4, "big")).digest())
+            if number == 2000:
+                made.directory.close()  # It would ask to be replaced: nobody keeps it here.
+        again = DirectoryFixture(folder, blocks=made.blocks)
+        assert _mapping(again).header.slot_count == 16384
+        again.directory.close()
 
 
 async def test_nothing_is_trusted_before_all_blocks_are_in_it(folder: Path) -> None:
