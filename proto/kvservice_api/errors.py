@@ -262,5 +262,5 @@ def _attached(kind: type[KVError], status: status_pb2.Status) -> Message | None:
 
 def _packed(message: Message) -> any_pb2.Any:
     packed = any_pb2.Any()
-    packed.Pack(message)
+    packed.Pack(message, deterministic=True)
     return packed
