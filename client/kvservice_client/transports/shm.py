@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -61,10 +61,11 @@ class ShmTransport:
         try:
             with self._located(order, deadline) as blocks:
                 try:
-                    for data in self._copied(blocks, order, deadline):
-                        self._traffic.loaded(self.name, len(data))
-                        yield data
-                        layer += 1
+                    with closing(self._copied(blocks, order, deadline)) as layers:
+                        for data in layers:
+                            self._traffic.loaded(self.name, len(data))
+                            yield data
+                            layer += 1
                     return
                 except InDoubt:
                     blocks.check()  # Others lie there by now: that is no damage.
