@@ -36,6 +36,16 @@ def ask(daemon: DaemonProcess) -> Callable[..., Any]:
     return run
 
 
+def started(*arguments: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
+    """A running ``kvctl`` that a SIGINT interrupts, even where the tests themselves run in the background."""
+
+    def heed_interrupts() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    command = [str(KVCTL), *arguments]
+    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
+
+
 @pytest.fixture
 def client(daemon: DaemonProcess) -> Iterator[Client]:
     with daemon.client("engine") as made:
@@ -204,9 +214,7 @@ def test_a_drain_goes_on_when_kvctl_is_interrupted(ask: Callable[..., Any], daem
         feed = Feed(*upload.messages()[:2])
         saving = wire.begin_save(feed)
         until(lambda: wire.status().uploads == 1)
-        watching = subprocess.Popen(
-            [KVCTL, "drain", "--address", daemon.address], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        watching = started("drain", "--address", daemon.address)
         until(lambda: wire.status().state == "draining", 20)
         watching.send_signal(signal.SIGINT)
         out, err = watching.communicate(timeout=20)
@@ -253,9 +261,9 @@ def test_top_on_a_terminal_outlives_a_restart_of_the_daemon(new_daemon: Callable
         seen.clear()
         until(lambda: word in seen, 20)
 
-    command = [str(KVCTL), "top", "--interval", "0.1", "--timeout", "1", "--address", daemon.address]
+    arguments = ["top", "--interval", "0.1", "--timeout", "1", "--address", daemon.address]
     reader = Thread(target=read)
-    with subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE, text=True) as watching:
+    with started(*arguments, stdout=theirs) as watching:
         reader.start()
         try:
             shows_again(b"serving")
@@ -281,8 +289,7 @@ def test_top_without_a_daemon_is_an_error(daemon: DaemonProcess) -> None:
 
 
 def test_top_ends_quietly_when_it_is_interrupted(daemon: DaemonProcess) -> None:
-    command = [str(KVCTL), "top", "--json", "--interval", "0.05", "--address", daemon.address]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watching:
+    with started("top", "--json", "--interval", "0.05", "--address", daemon.address) as watching:
         assert watching.stdout is not None
         assert json.loads(watching.stdout.readline())["state"] == "serving"
         watching.send_signal(signal.SIGINT)
