@@ -382,18 +382,23 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(chain=chains, first=firsts, count=counts, whole_layout=st.sampled_from([False, False, True]))
     def discard(self, chain: int, first: int, count: int, whole_layout: bool) -> None:
         layout, part = self.part(chain, first, count)
-        self.reconcile()
-        if whole_layout:
-            keys = {key for other, whole in CHAINS if other is layout for key in whole.keys}
-            gone = [name for name in self.versions if name[0] in keys]
-            assert self.do(self.store.discard_layout(layout.fingerprint)) == len(gone)
+        keys = {key for other, whole in CHAINS if other is layout for key in whole.keys}
+
+        async def work() -> None:
+            self.reconcile()  # In the same turn of the event loop: else the policy evicts between the two.
+            gone = [name for name in self.versions if name[0] in (keys if whole_layout else part.keys)]
+            if not whole_layout:
+                missing = len(set(part.keys) - {key for key, _ in gone})
+                assert await self._discard(part) == (len(gone), missing)
+                return
+            discarding = self.store.discard_layout(layout.fingerprint)
+            self.go(gone)
+            assert await discarding == len(gone)
+            self.gone(gone)
             for name in gone:
-                del self.versions[name]
                 self.pins.pop(name, None)
-        else:
-            gone = [name for name in self.versions if name[0] in part.keys]
-            missing = len(set(part.keys) - {key for key, _ in gone})
-            assert self.do(self._discard(part)) == (len(gone), missing)
+
+        self.do(work())
 
     @rule(chain=chains, first=firsts, count=counts, wait=st.booleans())
     def prefetch(self, chain: int, first: int, count: int, wait: bool) -> None:
@@ -616,7 +621,10 @@ class StoreMachine(RuleBasedStateMachine):
         return found
 
     def being_saved(self, chain: BlockChain, shard: Shard) -> set[bytes]:
-        return {key for key in chain.keys for save in self.saves if save.shard == shard and key in save.chain.keys}
+        """Of the chain, what open saves bring. Blocks that were stored when a save began are not among them."""
+        saves = [save for save in self.saves if save.shard == shard]
+        brought = {save.chain.keys[at] for save in saves for at in save.ingest._uploads}
+        return brought & set(chain.keys)
 
     def note_save(self, chain: BlockChain, shard: Shard, version: int, outcome: SaveOutcome) -> None:
         assert sorted([*outcome.stored, *outcome.already_stored, *outcome.refused]) == list(range(len(chain)))
