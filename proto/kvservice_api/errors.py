@@ -227,5 +227,5 @@ def _attached(kind: type[KVError], status: status_pb2.Status) -> Message | None:
 
 def _packed(message: Message) -> any_pb2.Any:
     packed = any_pb2.Any()
-    packed.Pack(message)
+    packed.Pack(message, deterministic=True)  # The same bytes each time: the details are a map.
     return packed
