@@ -143,6 +143,7 @@ def _load(load: LoadRecord) -> pb.ExplainedLoad:
         sent_bytes=load.sent_bytes,
         took_ms=load.took_ms,
         outcome=load.outcome,
+        in_place=load.in_place,
     )
 
 

@@ -26,18 +26,21 @@ class InPlaceRpcs:
         lease = store.leases.get(request.client_id, request.lease_id)
         blocks = block_range(request.first_block, request.block_count, len(lease.rows), "block")
         found = store.locates.run(lease, blocks, verify=request.verify, open_max=self._loads_max)
-        async with aclosing(found) as steps:
-            answer = pb.LocateBlocksResponse()
-            async for step in steps:
-                if isinstance(step, Located):
-                    answer = self._places(step)
-                    continue
-                if isinstance(step, NotInPlace):
-                    answer.not_in_place_because = step.why
-                else:
-                    answer.layers_ready = step
-                await context.write(answer)
+        layers = range(lease.shard.layers)
+        with store.requests.load(lease, blocks, layers, in_place=True) as record:
+            async with aclosing(found) as steps:
                 answer = pb.LocateBlocksResponse()
+                async for step in steps:
+                    if isinstance(step, Located):
+                        answer = self._places(step)
+                        continue
+                    if isinstance(step, NotInPlace):
+                        answer.not_in_place_because, record.ends_as = step.why, "not_in_place"
+                    else:
+                        answer.layers_ready = step
+                        record.ends_as = "done" if step == len(layers) else ""
+                    await context.write(answer)
+                    answer = pb.LocateBlocksResponse()
 
     async def ReserveBlocks(self, request: pb.ReserveBlocksRequest, context: Context) -> pb.ReserveBlocksResponse:
         store = self._store

@@ -23,16 +23,18 @@ _LOOKUPS_MAX, _LOADS_MAX = 64, 16  # Of one request, of one lookup; later ones a
 
 @dataclass(slots=True)
 class LoadRecord:
-    """`outcome` is "running", "done", "cancelled", or the reason of an error. Counts are of blocks."""
+    """`outcome` is "running", "done", "cancelled", "not_in_place", or the reason of an error. Counts are of blocks."""
 
     began_ms: int
     blocks: int
     layers: int
     from_dram: int
     from_ssd: int
+    in_place: bool
     sent_bytes: int = 0
     took_ms: float = 0.0
     outcome: str = "running"
+    ends_as: str = ""  # However the call itself ends: a client that reads in place leaves it when it has read.
 
 
 @dataclass(slots=True)
@@ -128,12 +130,13 @@ class Requests:
                 self._by_lease.pop(lookup.lease_id, None)
 
     @contextmanager
-    def load(self, lease: Lease, blocks: range, layers: range) -> Iterator[LoadRecord]:
+    def load(self, lease: Lease, blocks: range, layers: range, *, in_place: bool = False) -> Iterator[LoadRecord]:
         """Notes a load of the lease while it runs, and how it ended. The caller counts `sent_bytes`."""
         lookup = self._by_lease.get(lease.lease_id)
         rows = lease.rows[blocks.start : blocks.stop]
         from_dram = int((self._blocks.dram_offset[rows] >= 0).sum()) if lookup is not None else 0
-        record = LoadRecord(self._clock.wall_ms(), len(blocks), len(layers), from_dram, len(blocks) - from_dram)
+        from_ssd = len(blocks) - from_dram
+        record = LoadRecord(self._clock.wall_ms(), len(blocks), len(layers), from_dram, from_ssd, in_place)
         if lookup is not None:
             if len(lookup.loads) < _LOADS_MAX:
                 lookup.loads.append(record)
@@ -142,12 +145,12 @@ class Requests:
         began_s = self._clock.monotonic_s()
         try:
             yield record
-            record.outcome = "done"
+            record.outcome = record.ends_as or "done"
         except KVError as error:
-            record.outcome = error.reason.lower()
+            record.outcome = record.ends_as or error.reason.lower()
             raise
         except BaseException:
-            record.outcome = "cancelled"
+            record.outcome = record.ends_as or "cancelled"
             raise
         finally:
             record.took_ms = (self._clock.monotonic_s() - began_s) * 1000

@@ -158,7 +158,9 @@ def test_explain_tells_of_a_request(
     done = kvctl("explain", "cmpl-7[x]", address=daemon.address)
     assert "request cmpl-7[x]\n" in done.stdout
     assert "2 of 3 blocks were there: 2 in dram, 0 on ssd only" in done.stdout
-    assert re.search(r"load of 2 blocks, 5 layers: done, .* in .* ms, 2 blocks from dram, 0 from ssd", done.stdout)
+    assert re.search(
+        r"load of 2 blocks, 5 layers: done, in place in .* ms, 2 blocks from dram, 0 from ssd", done.stdout
+    )
     assert re.search(
         rf"the rest was a miss, for block {chain.keys[2].hex()}:\n +discarded at .* on request", done.stdout
     )

@@ -88,10 +88,10 @@ def _print_request(request: pb.ExplainedRequest, console: Console) -> None:
             f"{lookup.hit_blocks_on_ssd} on ssd only"
         )
         for load in lookup.loads:
+            moved = "in place" if load.in_place else output.size(load.sent_bytes)
             say(
-                f"  load of {load.blocks} blocks, {load.layers} layers: {load.outcome}, "
-                f"{output.size(load.sent_bytes)} in {load.took_ms:.1f} ms, {load.blocks_from_dram} blocks from dram, "
-                f"{load.blocks_from_ssd} from ssd"
+                f"  load of {load.blocks} blocks, {load.layers} layers: {load.outcome}, {moved} in "
+                f"{load.took_ms:.1f} ms, {load.blocks_from_dram} blocks from dram, {load.blocks_from_ssd} from ssd"
             )
         if lookup.loads_more:
             say(f"  and {lookup.loads_more} more loads")

@@ -438,7 +438,7 @@ class LayoutDifference(_message.Message):
     def __init__(self, field: _Optional[str] = ..., stored: _Optional[str] = ..., asked: _Optional[str] = ...) -> None: ...
 
 class ExplainedLoad(_message.Message):
-    __slots__ = ("began_at", "blocks", "layers", "blocks_from_dram", "blocks_from_ssd", "sent_bytes", "took_ms", "outcome")
+    __slots__ = ("began_at", "blocks", "layers", "blocks_from_dram", "blocks_from_ssd", "sent_bytes", "took_ms", "outcome", "in_place")
     BEGAN_AT_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
@@ -447,6 +447,7 @@ class ExplainedLoad(_message.Message):
     SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     TOOK_MS_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    IN_PLACE_FIELD_NUMBER: _ClassVar[int]
     began_at: _timestamp_pb2.Timestamp
     blocks: int
     layers: int
@@ -455,7 +456,8 @@ class ExplainedLoad(_message.Message):
     sent_bytes: int
     took_ms: float
     outcome: str
-    def __init__(self, began_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., blocks: _Optional[int] = ..., layers: _Optional[int] = ..., blocks_from_dram: _Optional[int] = ..., blocks_from_ssd: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., took_ms: _Optional[float] = ..., outcome: _Optional[str] = ...) -> None: ...
+    in_place: bool
+    def __init__(self, began_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., blocks: _Optional[int] = ..., layers: _Optional[int] = ..., blocks_from_dram: _Optional[int] = ..., blocks_from_ssd: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., took_ms: _Optional[float] = ..., outcome: _Optional[str] = ..., in_place: bool = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("action",)
