@@ -231,6 +231,7 @@ def _open_store(
             io_threads=settings.ssd.io_threads,
             calls=files,
             direct=settings.ssd.direct,
+            creatable=index.ssd_files_to_create(len(settings.ssd_directories)),
         )
         opening.callback(ssd.close)
         index.remember_ssd_files(_ssd_files(settings))

@@ -131,19 +131,29 @@ class BlockIndex:
         return Path(os.fsdecode(found)) if found else None
 
     @property
-    def ssd_files(self) -> list[Path]:
-        """The SSD files in their order, as noted last."""
+    def ssd_files(self) -> list[Path | None]:
+        """The SSD files in their order, as noted last; None for one that was given up. Empty before the first start."""
         names = self._meta.get(_SSD_FILES_KEY, b"").split(b"\0")
-        return [self._directory.parent / os.fsdecode(name) for name in names if name]
+        return [self._directory.parent / os.fsdecode(name) if name else None for name in names] if any(names) else []
 
-    def remember_ssd_files(self, files: Sequence[Path]) -> None:
+    def ssd_files_to_create(self, count: int) -> list[int]:
+        """Which of `count` SSD files are not there yet. Any other was there, and may be on a drive that is away."""
+        known = self.ssd_files
+        return [number for number in range(count) if not known or (number < len(known) and known[number] is None)]
+
+    def remember_ssd_files(self, files: Sequence[Path | None]) -> None:
         """Note where the SSD files lie, in their order. To be called while nothing waits for a commit.
 
-        Those in the store's folder may move with it.
+        Those in the store's folder may move with it. None gives a file up: it is created at the next start.
         """
         store = self._directory.parent
-        names = [file.relative_to(store) if file.is_relative_to(store) else file.absolute() for file in files]
-        self._remember(_SSD_FILES_KEY, b"\0".join(map(os.fsencode, names)))
+
+        def name(file: Path | None) -> bytes:
+            if file is None:
+                return b""
+            return os.fsencode(file.relative_to(store) if file.is_relative_to(store) else file.absolute())
+
+        self._remember(_SSD_FILES_KEY, b"\0".join(map(name, files)))
 
     def _remember(self, key: bytes, value: bytes) -> None:
         if self._meta.get(key, b"") != value:

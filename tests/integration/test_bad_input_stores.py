@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,59 @@ def test_a_file_of_another_store_is_refused_and_left_as_it_is(tmp_path: Path) ->
         first.start()
         with first.client() as client:
             verify(client, SMALL, chain)
+
+
+def test_a_drive_that_is_away_keeps_the_daemon_from_starting_and_costs_no_block(tmp_path: Path) -> None:
+    drive = tmp_path / "drive"
+    drive.mkdir()
+    chain = new_chain(SMALL, 3)
+    with DaemonProcess(tmp_path, ssd__paths=drive, ssd__capacity_bytes=16 * MIB) as daemon:
+        with daemon.client() as client:
+            save(client, SMALL, chain, Durability.SSD)
+        daemon.stop()
+        for folder in daemon.shared_memory.iterdir():  # As at a reboot of the host.
+            shutil.rmtree(folder)
+        drive.rename(tmp_path / "unmounted")
+        drive.mkdir()
+
+        message = refuses(daemon)
+        assert f"{drive / 'ssd-000.kv'} is missing" in message
+        assert "kvservice check --repair" in message
+        assert not os.listdir(drive)
+        assert daemon.check().returncode == 1
+
+        drive.rmdir()
+        (tmp_path / "unmounted").rename(drive)
+        daemon.start()
+        with daemon.client() as client:
+            verify(client, SMALL, chain)
+
+
+def test_a_drive_that_stays_away_is_given_up_by_repair_and_the_daemon_starts(tmp_path: Path) -> None:
+    drives = [tmp_path / "one", tmp_path / "two"]
+    settings: dict[str, Any] = {"ssd__paths": os.pathsep.join(map(str, drives)), "ssd__capacity_bytes": 16 * MIB}
+    chain = new_chain(SMALL, 8)
+    with DaemonProcess(tmp_path, **settings) as daemon:
+        with daemon.client() as client:
+            save(client, SMALL, chain, Durability.SSD)
+        daemon.stop()
+        for folder in daemon.shared_memory.iterdir():
+            shutil.rmtree(folder)
+        shutil.rmtree(drives[1])
+
+        refuses(daemon)
+        repaired = daemon.check("--repair")
+        assert repaired.returncode == 1
+        assert f"given up {drives[1] / 'ssd-001.kv'} and the 4 blocks in it" in repaired.stdout
+
+        daemon.start()
+        with daemon.client() as client:
+            assert client.admin.status().ssd.blocks == 4
+            again = save(client, SMALL, chain, Durability.SSD)
+            assert again.is_complete
+            verify(client, SMALL, chain)
+        daemon.stop()
+        assert daemon.check().returncode == 0
 
 
 @pytest.mark.parametrize(
