@@ -30,6 +30,7 @@ from kvservice.index.block_index import BlockIndex
 from kvservice.index.store_lock import StoreLock
 from kvservice.metrics import Heartbeat, MetricsServer
 from kvservice.policy import POLICIES
+from kvservice.rpc.addresses import SocketLock
 from kvservice.rpc.admin import AdminService
 from kvservice.rpc.blocks import BlockService, ServiceLimits
 from kvservice.rpc.server import Server, UnixSocket
@@ -92,6 +93,8 @@ class Daemon:
         resources.callback(self.directory.close)
         admin = AdminService(store, version=__version__, boot_epoch=self.boot_epoch, counters=self._counters)
         path = settings.unix_socket_path
+        if path is not None:
+            resources.callback(SocketLock(path).release)  # The last thing to go: until then the socket is ours.
         self._server = Server(
             BlockService(store, limits, self.directory),
             admin,
@@ -110,7 +113,7 @@ class Daemon:
     async def open(cls, settings: Settings, *, clock: Clock | None = None, files: FileCalls | None = None) -> Daemon:
         """Open or create the store and put the daemon together.
 
-        Raises ConfigError, StoreError, StoreMismatch, OSError.
+        Raises ConfigError, StoreError, StoreMismatch, AddressUnusable, OSError.
         """
         certificates = Certificates(settings.tls) if settings.tls.certificate else None
         with ExitStack() as opening:
