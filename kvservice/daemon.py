@@ -223,7 +223,10 @@ def _open_store(
             ssd.sync()
 
     index = BlockIndex.open(
-        path / "index", map_bytes=settings.durable_map_bytes, before_commit=make_bytes_durable if has_ssd else None
+        path / "index",
+        map_bytes=settings.durable_map_bytes,
+        layouts_max=settings.index.layouts_max,
+        before_commit=make_bytes_durable if has_ssd else None,
     )
     opening.callback(index.close)
     if has_ssd:
@@ -250,6 +253,8 @@ def _open_store(
     if arena.why_new or emptied:
         log.info("the DRAM tier starts empty", extra={"why": arena.why_new or f"its index: {emptied}"})
 
+    if forgotten := index.forget_unused_layouts():
+        log.info("layouts without blocks are forgotten: there were too many", extra={"count": forgotten})
     blocks = recover(index, {TierName.SSD: ssd, TierName.DRAM: dram} if ssd else {TierName.DRAM: dram})
     executor = ThreadPoolExecutor(max(2, min(settings.server.transfer_slots, 8)), thread_name_prefix="transfer")
     store = BlockStore(

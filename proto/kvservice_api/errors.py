@@ -14,7 +14,7 @@
   x LeaseNotYours      PERMISSION_DENIED    use the lease of your own lookup
   x BlockNotFound      NOT_FOUND            recompute
   x TierFull           RESOURCE_EXHAUSTED   skip this save; a cache is allowed to be full
-  x IndexFull          RESOURCE_EXHAUSTED   skip this save; raise the index's map size
+  x IndexFull          RESOURCE_EXHAUSTED   skip this save; raise the index's map size or index.layouts_max
   x Overloaded         RESOURCE_EXHAUSTED   recompute, or retry after the time given
   x ChecksumMismatch   DATA_LOSS            recompute; the daemon has dropped the block
   x UploadCorrupted    DATA_LOSS            send the block again
@@ -116,7 +116,7 @@ class TierFull(KVError, code=grpc.StatusCode.RESOURCE_EXHAUSTED):
 
 
 class IndexFull(KVError, code=grpc.StatusCode.RESOURCE_EXHAUSTED):
-    """The index's map has no space for another record."""
+    """The index has no space for another record, or for another layout."""
 
 
 class Overloaded(KVError, code=grpc.StatusCode.RESOURCE_EXHAUSTED):
