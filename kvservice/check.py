@@ -2,7 +2,8 @@
 
 Every record, extent, trailer and slice of every tier is read and compared, and the free space is
 counted. The store says itself where its files lie. What is damaged is a miss to a running daemon;
-``--repair`` deletes its records, which is all that is needed to have the space back.
+``--repair`` deletes its records, which is all that is needed to have the space back. An SSD file that
+is missing keeps the daemon from starting: ``--repair`` gives its blocks up, and the next start makes it anew.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from kvservice.store.load import scratch
 from kvservice.tiers.arena import Arena, examine
 from kvservice.tiers.base import StoreMismatch, Tier
 from kvservice.tiers.dram import DramTier
-from kvservice.tiers.ssd import SsdTier
+from kvservice.tiers.ssd import SsdTier, is_missing
 from kvservice_api.errors import InvalidRequest, KVError, StorageFailed
 from kvservice_api.keys import KEY_BYTES
 from kvservice_api.layout import PAGE_BYTES, BlockGeometry, Shard, block_geometry
@@ -68,6 +69,7 @@ class Report:
     tiers: dict[str, TierReport] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     repaired: int = 0
+    given_up: list[str] = field(default_factory=list)  # What went with the SSD files that are missing.
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,9 @@ def main(argv: Sequence[str]) -> int:
     """Exit codes: 0 clean, 1 problems found (repaired or not), 2 not checked."""
     parser = argparse.ArgumentParser(prog="kvservice check", description="Verify a stopped store.")
     parser.add_argument("store", type=Path, help="folder of the store, `store.path` of the daemon")
-    parser.add_argument("--repair", action="store_true", help="delete the records of what is damaged")
+    parser.add_argument(
+        "--repair", action="store_true", help="delete the records of what is damaged, and of SSD files that are missing"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
     try:
@@ -127,6 +131,7 @@ class _Check:
         self._opened = opened
         self._bad: dict[TierName, list[bytes]] = {tier: [] for tier in TierName}
         self._trailers: dict[bytes, int] = {}  # Of the copies on SSD.
+        self._away: dict[int, Path] = {}  # SSD files that are missing, by number.
 
     async def run(self, repair: bool) -> None:
         for fingerprint in self._index.damaged_layouts:
@@ -206,25 +211,70 @@ class _Check:
             for start in range(0, len(keys), _DELETES_AT_ONCE):
                 await self._index.delete(tier, keys[start : start + _DELETES_AT_ONCE])
             repaired += len(keys)
+        if self._away:
+            repaired += await self._give_up_missing_files()
         self._report.repaired = repaired
 
+    async def _give_up_missing_files(self) -> int:
+        """Delete the records that name missing files, then have the daemon make these anew. How many records."""
+        lost = self._blocks_by_file()
+        for number, path in self._away.items():
+            keys = lost.get(number, [])
+            for start in range(0, len(keys), _DELETES_AT_ONCE):
+                await self._index.delete(TierName.SSD, keys[start : start + _DELETES_AT_ONCE])
+            self._report.given_up.append(
+                f"{path} and the {len(keys)} blocks in it; the daemon makes the file anew at its next start"
+            )
+        # Last: until no record names it, a file is not to be made.
+        files = [None if number in self._away else file for number, file in enumerate(self._index.ssd_files)]
+        self._index.remember_ssd_files(files)
+        return sum(len(lost.get(number, [])) for number in self._away)
+
+    def _blocks_by_file(self) -> dict[int, list[bytes]]:
+        """The object keys of the sound records on SSD, by the number of their file."""
+        found = self._index.load(TierName.SSD)
+        numbers = found.records["segment"]
+        return {
+            number: [key.tobytes() for key in found.object_keys[numbers == number]]
+            for number in np.unique(numbers).tolist()
+        }
+
     def _open_ssd(self) -> Tier | str:
-        """The tier, or why it is not checked. Files that are there and cannot be used are a problem."""
-        files = self._index.ssd_files or sorted(self._store.glob("ssd-*.kv"))
+        """The tier, or why it is not checked. Files that are missing or cannot be used are a problem."""
+        known = self._index.ssd_files
+        if known and None in known:
+            return "an SSD file was given up, and the daemon has not run since"
+        files = [file for file in known if file] or sorted(self._store.glob("ssd-*.kv"))
         if not files:
             if self._index.load(TierName.SSD).keys:
                 self._report.problems.append(Problem(TierName.SSD, "", "there are records, and no file is known"))
             return "no SSD file is known"
         try:
-            sizes = [file.stat().st_size for file in files]  # OSError: the tier would make what is missing.
+            self._away = {number: file for number, file in enumerate(files) if is_missing(file)}
+            if self._away:
+                return self._complain_of_missing_files()
             tier = SsdTier.open(
-                files, store_id=self._index.store_id, capacity_bytes=sizes[0] * len(files), io_threads=_BLOCKS_AT_ONCE
+                files,
+                store_id=self._index.store_id,
+                capacity_bytes=files[0].stat().st_size * len(files),
+                io_threads=_BLOCKS_AT_ONCE,
+                creatable=(),
             )
         except (StoreMismatch, OSError) as error:
             self._report.problems.append(Problem(TierName.SSD, "", str(error)))
             return str(error)
         self._opened.callback(tier.close)
         return tier
+
+    def _complain_of_missing_files(self) -> str:
+        lost = self._blocks_by_file()
+        for number, path in self._away.items():
+            what = (
+                f"{path} is missing, and {len(lost.get(number, []))} blocks with it: mount its drive or bring the file "
+                "back, or give them up with --repair"
+            )
+            self._report.problems.append(Problem(TierName.SSD, "", what))
+        return ", ".join(f"{path} is missing" for path in self._away.values())
 
     def _open_dram(self) -> Tier | str:
         """The tier, or why it is not checked: a daemon would then start with an empty one."""
@@ -292,6 +342,8 @@ def _lines(report: Report) -> Iterator[str]:
         )
     for problem in report.problems:
         yield f"problem  {problem.tier} {problem.key}{': ' if problem.key else ''}{problem.what}"
+    for what in report.given_up:
+        yield f"given up {what}"
     if not report.problems:
         yield "clean"
     else:

@@ -222,6 +222,14 @@ class Index(_Section):
         "limits.",
         unit="bytes",
     )
+    layouts_max: int = _setting(
+        256,
+        "Layouts that the store knows at one time, of a few kilobytes each at most. Further ones are refused with "
+        "INDEX_FULL until a start, which then forgets those without blocks.",
+        unit="layouts",
+        ge=1,
+        le=100_000,
+    )
     recency_flush_s: float = _setting(
         60.0,
         "How often times of use are written to the index. After a crash, uses since then are not known.",

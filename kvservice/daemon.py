@@ -30,6 +30,7 @@ from kvservice.index.block_index import BlockIndex
 from kvservice.index.store_lock import StoreLock
 from kvservice.metrics import Heartbeat, MetricsServer
 from kvservice.policy import POLICIES
+from kvservice.rpc.addresses import SocketLock
 from kvservice.rpc.admin import AdminService
 from kvservice.rpc.blocks import BlockService, ServiceLimits
 from kvservice.rpc.server import Server, UnixSocket
@@ -96,6 +97,8 @@ class Daemon:
         admin = AdminService(store, version=__version__, boot_epoch=self.boot_epoch, counters=self._counters)
         sessions = SessionService(store, keys_max=server.keys_max)
         path = settings.unix_socket_path
+        if path is not None:
+            resources.callback(SocketLock(path).release)  # The last thing to go: until then the socket is ours.
         self._server = Server(
             BlockService(store, limits, self.directory),
             sessions,
@@ -115,7 +118,7 @@ class Daemon:
     async def open(cls, settings: Settings, *, clock: Clock | None = None, files: FileCalls | None = None) -> Daemon:
         """Open or create the store and put the daemon together.
 
-        Raises ConfigError, StoreError, StoreMismatch, OSError.
+        Raises ConfigError, StoreError, StoreMismatch, AddressUnusable, OSError.
         """
         certificates = Certificates(settings.tls) if settings.tls.certificate else None
         with ExitStack() as opening:
@@ -225,7 +228,10 @@ def _open_store(
             ssd.sync()
 
     index = BlockIndex.open(
-        path / "index", map_bytes=settings.durable_map_bytes, before_commit=make_bytes_durable if has_ssd else None
+        path / "index",
+        map_bytes=settings.durable_map_bytes,
+        layouts_max=settings.index.layouts_max,
+        before_commit=make_bytes_durable if has_ssd else None,
     )
     opening.callback(index.close)
     if has_ssd:
@@ -236,6 +242,7 @@ def _open_store(
             io_threads=settings.ssd.io_threads,
             calls=files,
             direct=settings.ssd.direct,
+            creatable=index.ssd_files_to_create(len(settings.ssd_directories)),
         )
         opening.callback(ssd.close)
         index.remember_ssd_files(_ssd_files(settings))
@@ -258,6 +265,8 @@ def _open_store(
     if arena.why_new or emptied:
         log.info("the DRAM tier starts empty", extra={"why": arena.why_new or f"its index: {emptied}"})
 
+    if forgotten := index.forget_unused_layouts():
+        log.info("layouts without blocks are forgotten: there were too many", extra={"count": forgotten})
     history = History(clock, settings.history.events_max)
     blocks = recover(index, {TierName.SSD: ssd, TierName.DRAM: dram} if ssd else {TierName.DRAM: dram}, history)
     executor = ThreadPoolExecutor(max(2, min(settings.server.transfer_slots, 8)), thread_name_prefix="transfer")

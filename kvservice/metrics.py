@@ -24,6 +24,7 @@ from prometheus_client.registry import Collector
 from kvservice.blocks import TierName
 from kvservice.config import Address
 from kvservice.counters import HELP
+from kvservice.rpc.addresses import AddressUnusable, reason
 from kvservice.rpc.tls import Certificates
 from kvservice.store.block_store import BlockStore
 
@@ -148,7 +149,10 @@ class MetricsServer:
                 "When the certificate in use expires, since the epoch.",
                 registry=registry,
             ).set_function(lambda: certificates.latest.expires_at_s)
-        self._server = _HttpServer(*Address.parse(address), certificates)
+        try:
+            self._server = _HttpServer(*Address.parse(address), certificates)
+        except OSError as error:
+            raise AddressUnusable("server.metrics_address", address, reason(error)) from error
         self._server.set_app(make_wsgi_app(registry))
         self.port = self._server.server_port
         self._thread = Thread(target=self._server.serve_forever, name="metrics", daemon=True)

@@ -24,6 +24,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 from zlib import crc32
 
+import numpy as np
 from google.protobuf.message import DecodeError
 
 from kvservice.blocks import TierName
@@ -32,7 +33,7 @@ from kvservice.index.environment import BLOCKS, LAYOUTS, META, SESSIONS, Environ
 from kvservice.index.errors import StoreDamaged, StoreTooNew
 from kvservice.index.records import Records, encode_records
 from kvservice.index.session_records import Manifest, decode_manifest, encode_manifest
-from kvservice_api.errors import KVError, StorageFailed
+from kvservice_api.errors import IndexFull, KVError, StorageFailed
 from kvservice_api.layout import Layout
 from kvservice_api.v1 import types_pb2 as pb
 
@@ -68,9 +69,10 @@ class Emptied(NamedTuple):
 class BlockIndex:
     """The index of one store. All methods are for the event loop's thread."""
 
-    def __init__(self, directory: Path, durable: Environment, meta: dict[bytes, bytes]) -> None:
+    def __init__(self, directory: Path, durable: Environment, meta: dict[bytes, bytes], layouts_max: int) -> None:
         """Use ``open``."""
         self._directory = directory
+        self._layouts_max = layouts_max
         self.store_id = meta[_STORE_KEY]
         self._meta = meta
         self._environments: dict[TierName, Environment] = {TierName.SSD: durable}
@@ -84,9 +86,17 @@ class BlockIndex:
         self._read_layouts()
 
     @classmethod
-    def open(cls, directory: Path, *, map_bytes: int, before_commit: Callable[[], None] | None = None) -> BlockIndex:
+    def open(
+        cls,
+        directory: Path,
+        *,
+        map_bytes: int,
+        layouts_max: int = 256,
+        before_commit: Callable[[], None] | None = None,
+    ) -> BlockIndex:
         """Open the durable index, or make an empty one with a store id of its own.
 
+        `layouts_max` are the layouts that it takes; those that it has are kept, however many they are.
         `before_commit` makes the bytes of blocks durable; it runs on the committer thread before the
         commit of their records. Raises StoreTooNew, StoreDamaged, StorageFailed.
         """
@@ -99,7 +109,7 @@ class BlockIndex:
             _upgrade(directory, durable, meta)
             if len(meta.get(_STORE_KEY, b"")) != _ID_BYTES:
                 raise StoreDamaged(f"the index {directory} names no store")
-            return cls(directory, durable, meta)
+            return cls(directory, durable, meta, layouts_max)
         except BaseException:
             durable.close()
             raise
@@ -172,19 +182,29 @@ class BlockIndex:
         return Emptied(_EMPTIED_AT.unpack_from(found)[0], found[_EMPTIED_AT.size :].decode(errors="replace"))
 
     @property
-    def ssd_files(self) -> list[Path]:
-        """The SSD files in their order, as noted last."""
+    def ssd_files(self) -> list[Path | None]:
+        """The SSD files in their order, as noted last; None for one that was given up. Empty before the first start."""
         names = self._meta.get(_SSD_FILES_KEY, b"").split(b"\0")
-        return [self._directory.parent / os.fsdecode(name) for name in names if name]
+        return [self._directory.parent / os.fsdecode(name) if name else None for name in names] if any(names) else []
 
-    def remember_ssd_files(self, files: Sequence[Path]) -> None:
+    def ssd_files_to_create(self, count: int) -> list[int]:
+        """Which of `count` SSD files are not there yet. Any other was there, and may be on a drive that is away."""
+        known = self.ssd_files
+        return [number for number in range(count) if not known or (number < len(known) and known[number] is None)]
+
+    def remember_ssd_files(self, files: Sequence[Path | None]) -> None:
         """Note where the SSD files lie, in their order. To be called while nothing waits for a commit.
 
-        Those in the store's folder may move with it.
+        Those in the store's folder may move with it. None gives a file up: it is created at the next start.
         """
         store = self._directory.parent
-        names = [file.relative_to(store) if file.is_relative_to(store) else file.absolute() for file in files]
-        self._remember(_SSD_FILES_KEY, b"\0".join(map(os.fsencode, names)))
+
+        def name(file: Path | None) -> bytes:
+            if file is None:
+                return b""
+            return os.fsencode(file.relative_to(store) if file.is_relative_to(store) else file.absolute())
+
+        self._remember(_SSD_FILES_KEY, b"\0".join(map(name, files)))
 
     def _remember(self, key: bytes, value: bytes) -> None:
         if self._meta.get(key, b"") != value:
@@ -223,16 +243,25 @@ class BlockIndex:
 
     @property
     def layouts(self) -> Mapping[int, Layout]:
-        """All layouts that were ever opened in this store, by id."""
+        """The layouts that were opened in this store, by id."""
         return MappingProxyType(self._layouts)
 
     def layout_id(self, fingerprint: bytes) -> int | None:
         return self._layout_ids.get(fingerprint)
 
     async def put_layout(self, layout: Layout) -> int:
-        """The layout's id in this store; a new layout gets one, and is durable on return."""
+        """The layout's id in this store; a new layout gets one, and is durable on return.
+
+        Raises IndexFull, also where the store knows as many layouts as it may; StorageFailed.
+        """
         fingerprint = layout.fingerprint
         if fingerprint not in self._layout_ids:
+            known = self._layout_ids.keys() | self._layouts_in_flight
+            if fingerprint not in known and len(known) >= self._layouts_max:
+                raise IndexFull(
+                    f"the store knows {len(known)} layouts, as many as index.layouts_max allows; those without blocks "
+                    "are forgotten at the daemon's next start"
+                )
             commit = self._layouts_in_flight.get(fingerprint) or self._commit_layout(layout)
             await asyncio.shield(commit)  # Another caller may wait for the same.
         return self._layout_ids[fingerprint]
@@ -257,6 +286,26 @@ class BlockIndex:
         self._layouts_in_flight[fingerprint] = commit
         commit.add_done_callback(settle)
         return commit
+
+    def forget_unused_layouts(self) -> int:
+        """Where the store knows as many layouts as it may, forget those that nothing names. How many these were.
+
+        For the start, once the volatile index is open: nobody has opened one then to store blocks later.
+        Their ids are not given again. Reads all records if there is reason to. Raises StorageFailed.
+        """
+        if len(self._layouts) < self._layouts_max:
+            return 0
+        used: set[int] = set()
+        for environment in self._environments.values():
+            used.update(np.unique(recovery.load(environment, self._layouts).records["layout_id"]).tolist())
+        used.update(manifest.layout_id for manifest in self.load_sessions())
+        unused = [layout_id for layout_id in self._layouts if layout_id not in used]
+        fingerprints = [self._layouts[layout_id].fingerprint for layout_id in unused]
+        if unused:
+            self._environments[TierName.SSD].delete_now(LAYOUTS, fingerprints)
+        for layout_id, fingerprint in zip(unused, fingerprints, strict=True):
+            del self._layouts[layout_id], self._layout_ids[fingerprint]
+        return len(unused)
 
     # Sessions
 

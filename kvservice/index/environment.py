@@ -82,9 +82,10 @@ class Environment:
         self._batch_keys_max = _BATCH_KEYS_MIN
         self._env_lock = threading.Lock()  # LMDB's own locks are off: they break between containers.
         self._env: lmdb.Environment | None = None
-        self._open()
+        self._open(create=True)
         with _as_store_errors(path):
             self._allocate()
+            self._file_id = self._find_file()
         self._committer = threading.Thread(target=self._run, name=f"kvservice-commit-{path.parent.name}", daemon=True)
         self._committer.start()
 
@@ -221,7 +222,7 @@ class Environment:
         except lmdb.MapFullError:
             raise
         except lmdb.Error as error:
-            with contextlib.suppress(StorageFailed, StoreDamaged):
+            with contextlib.suppress(StorageFailed):
                 self._reopen()  # After a failed write of its meta page, LMDB refuses everything else.
             raise StorageFailed(f"the index {self.path} could not be written: {_why(self.path, error)}") from error
         self._account(used_after)
@@ -242,14 +243,16 @@ class Environment:
             used += stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
         return used
 
-    def _open(self) -> None:
+    def _open(self, *, create: bool) -> None:
         with _as_store_errors(self.path), contextlib.ExitStack() as opening:
-            self.path.mkdir(parents=True, exist_ok=True)
+            if create:
+                self.path.mkdir(parents=True, exist_ok=True)
             env = opening.enter_context(
                 lmdb.open(
                     str(self.path),
                     map_size=self.map_bytes,
                     max_dbs=len(_DATABASES),
+                    create=create,
                     lock=False,
                     mode=0o600,
                     readahead=False,
@@ -257,18 +260,37 @@ class Environment:
                     metasync=self._durable,
                 )
             )
-            self._handles = {name: env.open_db(name) for name in _DATABASES}
+            self._handles = {name: env.open_db(name, create=create) for name in _DATABASES}
             with env.begin() as txn:
                 self._account(self._used_pages(txn))
             self._env = env
             opening.pop_all()  # It stays open.
 
     def _reopen(self) -> None:
+        """Open the same file again. Raises StorageFailed where it is not there: what another took would be lost.
+
+        Where the drive was unmounted, LMDB would make an empty index of its mount point.
+        """
         with self._env_lock:
             if self._env is not None:
                 self._env.close()
             self._env = None
-            self._open()
+            try:
+                self._expect_same_file()  # Before, for LMDB makes what is missing.
+                self._open(create=False)
+            except StoreDamaged as error:  # The waiters know failures of a running index only.
+                raise StorageFailed(f"{error}; stop the daemon and run `kvservice check`") from error
+
+    def _expect_same_file(self) -> None:
+        with _as_store_errors(self.path):
+            if self._find_file() == self._file_id:
+                return
+        raise StorageFailed(f"the index {self.path} is another file than at the start: bring it back, or start again")
+
+    def _find_file(self) -> tuple[int, int]:
+        """Which file it is, whatever its name."""
+        found = (self.path / "data.mdb").stat()
+        return found.st_dev, found.st_ino
 
     def _allocate(self) -> None:
         """Claim the whole map's space, so that a disk filled by others fails no delete.

@@ -17,6 +17,8 @@ from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from kvservice.config import Address
+from kvservice.rpc.addresses import AddressUnusable, why_unusable
 from kvservice.rpc.admin import AdminService
 from kvservice.rpc.blocks import BlockService
 from kvservice.rpc.interceptors import guarded
@@ -45,7 +47,10 @@ class UnixSocket(NamedTuple):
 
 
 class Server:
-    """Serves until `stop`. `addresses` are grpc's: ``host:port``, with TLS where there are `credentials`."""
+    """Serves until `stop`. `addresses` are grpc's: ``host:port``, with TLS where there are `credentials`.
+
+    Raises AddressUnusable.
+    """
 
     def __init__(
         self,
@@ -76,9 +81,12 @@ class Server:
             unix_socket.listen(self._server)
 
     def _listen(self, address: str, credentials: grpc.ServerCredentials | None) -> int:
-        if credentials is None:
-            return self._server.add_insecure_port(address)
-        return self._server.add_secure_port(address, credentials)
+        try:
+            if credentials is None:
+                return self._server.add_insecure_port(address)
+            return self._server.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise AddressUnusable("server.address", address, why_unusable(*Address.parse(address))) from error
 
     async def start(self) -> None:
         await self._server.start()

@@ -294,10 +294,15 @@ class Residency:
         while True:
             try:
                 return await self._index.delete(tier, removal.names)
-            except StorageFailed as error:
+            except Exception as error:  # Until they are gone, nothing may take their space, and somebody waits.
                 self._counters.storage_errors += 1
-                log.error("records could not be removed; trying again", extra={"tier": tier, "why": error.message})
-                removal.report(error)
+                expected = isinstance(error, KVError)
+                log.error(
+                    "records could not be removed; trying again",
+                    extra={"tier": tier, "why": str(error)},
+                    exc_info=None if expected else error,
+                )
+                removal.report(error if isinstance(error, StorageFailed) else StorageFailed(str(error)))
                 await asyncio.sleep(_RETRY_S)
 
     def _settle(self, rows: Rows | Sequence[int]) -> None:

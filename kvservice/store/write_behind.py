@@ -279,7 +279,7 @@ class WriteBehind:
     async def _record_batch(self, batch: list[_Copied]) -> None:
         try:
             await self._residency.settled([self._blocks.object_key_of(copied.row) for copied in batch])
-        except KVError as error:
+        except Exception as error:  # Whatever it is, somebody waits to hear of it.
             self._give_up(batch, error)
             return
         gone = [copied for copied in batch if not self._blocks.live[copied.row]]
@@ -295,19 +295,20 @@ class WriteBehind:
 
         try:
             await self._residency.place(rows, TierName.SSD, extents, check=check)
-        except KVError as error:
+        except Exception as error:
             for copied in batch:
-                copied.recorded.set_exception(error)
+                copied.fail(error)
         else:
             for count, copied in enumerate(batch):
                 if count % _ENDED_A_TURN == 0:
                     await self._pace.turn()  # Each has something to do once it is recorded.
-                copied.recorded.set_result(None)
+                if not copied.recorded.done():
+                    copied.recorded.set_result(None)
 
-    def _give_up(self, batch: list[_Copied], error: KVError) -> None:
+    def _give_up(self, batch: list[_Copied], error: Exception) -> None:
         for copied in batch:
             self._ssd.release(copied.extent)  # No record names it.
-            copied.recorded.set_exception(error)
+            copied.fail(error)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -318,6 +319,10 @@ class _Copied:
     extent: Extent
     flush_failures: int  # Of its file, from before the first write.
     recorded: asyncio.Future[None]
+
+    def fail(self, error: Exception) -> None:
+        if not self.recorded.done():  # As where its write was cancelled.
+            self.recorded.set_exception(error)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import mmap
 import os
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -57,18 +57,32 @@ class SsdTier:
         io_threads: int,
         calls: FileCalls | None = None,
         direct: Literal["auto", "off"] = "auto",
+        creatable: Collection[int] | None = None,
     ) -> SsdTier:
         """Open the files, creating those that are missing. `capacity_bytes` is shared evenly among them.
 
-        Raises StoreMismatch for a file of another store or another capacity, OSError where the disk is full.
+        `creatable` are the numbers of the files that may be created; None means all. Nothing is created
+        where any file cannot be used. Raises StoreMismatch for a file of another store or another
+        capacity, and for a missing one that may not be created; OSError where the disk is full.
         """
         calls = calls or FileCalls()
         size = max(0, capacity_bytes // len(paths) // PAGE_BYTES * PAGE_BYTES - PAGE_BYTES)
+        headers = [_HEADER.pack(_MAGIC, store_id, number, len(paths), size) for number in range(len(paths))]
+        missing = [number for number, path in enumerate(paths) if is_missing(path)]
+        for number, path in enumerate(paths):
+            if number not in missing:
+                _check(path, headers[number], size)
+            elif creatable is not None and number not in creatable:
+                raise StoreMismatch(
+                    f"{path} is missing, and the store has blocks in it: mount its drive or bring the file back, or "
+                    "give the blocks up with `kvservice check --repair`"
+                )
         files: list[_File] = []
         try:
             for number, path in enumerate(paths):
-                header = _HEADER.pack(_MAGIC, store_id, number, len(paths), size)
-                files.append(_File(path, header, size, calls, direct=direct == "auto"))
+                if number in missing:
+                    _create(path, headers[number], size, calls)
+                files.append(_File(path, size, calls, direct=direct == "auto"))
         except BaseException:
             for file in files:
                 file.close()
@@ -199,16 +213,13 @@ class SsdTier:
 class _File:
     """One preallocated file and its free space."""
 
-    def __init__(self, path: Path, header: bytes, size: int, calls: FileCalls, *, direct: bool) -> None:
+    def __init__(self, path: Path, size: int, calls: FileCalls, *, direct: bool) -> None:
         self._path = path
         self._calls = calls
         self.space = SpaceMap(size)
         self._write_refused = ""
         self._flush_refused = ""
         self.flush_failures = 0
-        if not path.exists():
-            _create(path, header, size, calls)
-        _check(path, header, size)
         self._fd = calls.open(path, os.O_RDWR)
         self.is_direct = False
         if direct:
@@ -281,6 +292,15 @@ class _File:
         else:
             os.close(fd)
             log.info("O_DIRECT does not work here; the page cache is used", extra={"file": self._path})
+
+
+def is_missing(path: Path) -> bool:
+    """Whether there is no such file. Raises OSError where that cannot be told."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    return False
 
 
 def _create(path: Path, header: bytes, size: int, calls: FileCalls) -> None:

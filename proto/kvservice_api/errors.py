@@ -21,7 +21,7 @@
   x SessionNotFound    NOT_FOUND            begin it again: append the whole conversation
   x SessionChanged     ABORTED              go on from the session that travels with this error
   x TierFull           RESOURCE_EXHAUSTED   skip this save; a cache is allowed to be full
-  x IndexFull          RESOURCE_EXHAUSTED   skip this save; raise the index's map size
+  x IndexFull          RESOURCE_EXHAUSTED   skip this save; raise the index's map size or index.layouts_max
   x PinsFull           RESOURCE_EXHAUSTED   unpin others first, or raise pins.fraction_max
   x SessionsFull       RESOURCE_EXHAUSTED   go on without a session; end or truncate some
   x Overloaded         RESOURCE_EXHAUSTED   recompute, or retry after the time given
@@ -161,7 +161,7 @@ class TierFull(KVError, code=grpc.StatusCode.RESOURCE_EXHAUSTED):
 
 
 class IndexFull(KVError, code=grpc.StatusCode.RESOURCE_EXHAUSTED):
-    """The index's map has no space for another record."""
+    """The index has no space for another record, or for another layout."""
 
 
 class PinsFull(KVError, code=grpc.StatusCode.RESOURCE_EXHAUSTED):

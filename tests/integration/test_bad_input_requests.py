@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import grpc
 import pytest
 
 from kvservice_api.errors import (
+    IndexFull,
     InvalidLayout,
     InvalidRequest,
     KVError,
@@ -23,9 +25,9 @@ from kvservice_api.errors import (
 )
 from kvservice_api.keys import BlockChain
 from kvservice_api.v1 import admin_pb2, blocks_pb2, types_pb2
-from kvservice_client import block_chain
+from kvservice_client import Durability, block_chain
 from tests.daemon import MIB, DaemonProcess, until
-from tests.integration.known_blocks import LARGE, SMALL, new_chain
+from tests.integration.known_blocks import LARGE, SMALL, new_chain, save, verify
 from tests.integration.test_rpc_all import METHODS
 from tests.integration.wire import Upload, Wire, refused, unharmed
 
@@ -343,3 +345,23 @@ def test_one_scrub_runs_at_a_time(wire: Wire) -> None:
         list(wire.admin.Scrub(admin_pb2.ScrubRequest()))
     running.cancel()
     until(lambda: not failed(lambda: list(wire.admin.Scrub(admin_pb2.ScrubRequest()))))
+
+
+def test_more_layouts_than_the_store_may_know_are_refused_until_a_start_forgets_those_without_blocks(
+    new_daemon: NewDaemon,
+) -> None:
+    daemon = new_daemon(index__layouts_max=2)
+    third = replace(SMALL, model_id="third")
+    chain, of_third = new_chain(SMALL), new_chain(third)
+    with daemon.client() as client:
+        save(client, SMALL, chain, Durability.SSD)
+        client.open_layout(replace(SMALL, model_id="second")).contains(chain)
+        with pytest.raises(IndexFull, match=r"2 layouts, as many as index.layouts_max allows"):
+            save(client, third, of_third)
+    daemon.stop()
+    daemon.start()
+    with daemon.client() as client:
+        assert daemon.logged("layouts without blocks are forgotten: there were too many", count=1)
+        assert save(client, third, of_third).is_complete
+        for layout, blocks in ((SMALL, chain), (third, of_third)):
+            verify(client, layout, blocks)

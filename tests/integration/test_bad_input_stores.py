@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -78,16 +80,80 @@ def test_a_second_daemon_on_one_store_is_refused_and_the_first_goes_on(tmp_path:
             second.remove()
 
 
-def test_a_second_daemon_on_one_address_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("setting", ["server.address", "server.metrics_address"])
+def test_a_second_daemon_on_one_address_is_refused_and_the_first_goes_on(tmp_path: Path, setting: str) -> None:
     chain = new_chain(SMALL)
     with DaemonProcess(tmp_path / "first") as first, first.client() as client:
         save(client, SMALL, chain)
-        second = DaemonProcess(tmp_path / "second", server__address=first.address)
+        settings: dict[str, Any] = {setting: first.address}
+        second = DaemonProcess(tmp_path / "second", **settings)
         try:
-            assert first.address in refuses(second)
+            said = refuses(second)
+            assert f"{setting} {first.address}: something else listens there; stop it, or name another" in said
+            assert "GRPC_VERBOSITY" not in said
         finally:
             second.remove()
         verify(client, SMALL, chain)
+
+
+@pytest.mark.parametrize("setting", ["server.address", "server.metrics_address"])
+def test_an_address_of_another_host_is_named_with_its_setting(tmp_path: Path, setting: str) -> None:
+    settings: dict[str, Any] = {setting: "192.0.2.1:7070", "server.insecure": True}
+    daemon = DaemonProcess(tmp_path, **settings)
+    try:
+        assert f"{setting} 192.0.2.1:7070: Cannot assign requested address" in refuses(daemon)
+    finally:
+        daemon.remove()
+
+
+def test_a_second_daemon_on_one_unix_socket_is_refused_and_the_first_keeps_it(tmp_path: Path) -> None:
+    chain = new_chain(SMALL)
+    path = tmp_path / "shared.sock"
+    with DaemonProcess(tmp_path / "first", server__unix_socket=path) as first, Client(str(path)) as client:
+        save(client, SMALL, chain)
+        second = DaemonProcess(tmp_path / "second", server__unix_socket=path)
+        try:
+            assert f"server.unix_socket {path}: another daemon listens there" in refuses(second)
+            with Client(str(path)) as another:
+                verify(another, SMALL, chain)
+
+            first.kill()  # Its socket stays and is nobody's.
+            assert path.is_socket()
+            second.start()
+            with Client(str(path)) as client_of_second:
+                save(client_of_second, SMALL, chain)
+            assert second.stop() == 0
+            assert not path.exists()
+            first.start()
+            with Client(str(path)) as another:
+                assert another.admin.status().state == "serving"
+        finally:
+            second.remove()
+
+
+@pytest.mark.parametrize("in_the_way", ["a program without our lock", "a file", "no folder"])
+def test_a_unix_socket_that_cannot_be_made_is_named_with_the_reason(tmp_path: Path, in_the_way: str) -> None:
+    path = tmp_path / "folder" / "some.sock"
+    daemon = DaemonProcess(tmp_path / "daemon", server__unix_socket=path)
+    try:
+        if in_the_way != "no folder":
+            path.parent.mkdir()
+        if in_the_way == "a file":
+            path.write_bytes(b"precious")
+        with socket.socket(socket.AF_UNIX) as other:
+            if in_the_way == "a program without our lock":
+                other.bind(str(path))
+                other.listen()
+            said = refuses(daemon)
+        assert f"server.unix_socket {path}: " in said
+        assert {
+            "a program without our lock": "another program listens there",
+            "a file": "no socket is in the way",
+            "no folder": "cannot be made: No such file or directory",
+        }[in_the_way] in said
+        assert path.exists() == (in_the_way != "no folder")
+    finally:
+        daemon.remove()
 
 
 def test_a_file_of_another_store_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
@@ -108,6 +174,59 @@ def test_a_file_of_another_store_is_refused_and_left_as_it_is(tmp_path: Path) ->
         first.start()
         with first.client() as client:
             verify(client, SMALL, chain)
+
+
+def test_a_drive_that_is_away_keeps_the_daemon_from_starting_and_costs_no_block(tmp_path: Path) -> None:
+    drive = tmp_path / "drive"
+    drive.mkdir()
+    chain = new_chain(SMALL, 3)
+    with DaemonProcess(tmp_path, ssd__paths=drive, ssd__capacity_bytes=16 * MIB) as daemon:
+        with daemon.client() as client:
+            save(client, SMALL, chain, Durability.SSD)
+        daemon.stop()
+        for folder in daemon.shared_memory.iterdir():  # As at a reboot of the host.
+            shutil.rmtree(folder)
+        drive.rename(tmp_path / "unmounted")
+        drive.mkdir()
+
+        message = refuses(daemon)
+        assert f"{drive / 'ssd-000.kv'} is missing" in message
+        assert "kvservice check --repair" in message
+        assert not os.listdir(drive)
+        assert daemon.check().returncode == 1
+
+        drive.rmdir()
+        (tmp_path / "unmounted").rename(drive)
+        daemon.start()
+        with daemon.client() as client:
+            verify(client, SMALL, chain)
+
+
+def test_a_drive_that_stays_away_is_given_up_by_repair_and_the_daemon_starts(tmp_path: Path) -> None:
+    drives = [tmp_path / "one", tmp_path / "two"]
+    settings: dict[str, Any] = {"ssd__paths": os.pathsep.join(map(str, drives)), "ssd__capacity_bytes": 16 * MIB}
+    chain = new_chain(SMALL, 8)
+    with DaemonProcess(tmp_path, **settings) as daemon:
+        with daemon.client() as client:
+            save(client, SMALL, chain, Durability.SSD)
+        daemon.stop()
+        for folder in daemon.shared_memory.iterdir():
+            shutil.rmtree(folder)
+        shutil.rmtree(drives[1])
+
+        refuses(daemon)
+        repaired = daemon.check("--repair")
+        assert repaired.returncode == 1
+        assert f"given up {drives[1] / 'ssd-001.kv'} and the 4 blocks in it" in repaired.stdout
+
+        daemon.start()
+        with daemon.client() as client:
+            assert client.admin.status().ssd.blocks == 4
+            again = save(client, SMALL, chain, Durability.SSD)
+            assert again.is_complete
+            verify(client, SMALL, chain)
+        daemon.stop()
+        assert daemon.check().returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -302,29 +302,79 @@ def test_looking_changes_nothing(store: Store) -> None:
     assert store.check() == store.check()
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "of another store"])
+@pytest.mark.parametrize("damage", ["truncated", "of another store"])
 def test_ssd_files_that_cannot_be_used_are_a_problem_that_costs_no_record(
     store: Store, tmp_path: Path, damage: str
 ) -> None:
     kept = tmp_path / "kept"
     shutil.copy(store.ssd_file, kept)
-    if damage == "missing":
-        store.ssd_file.unlink()
-    else:
-        with store.ssd_file.open("r+b") as file:
-            if damage == "truncated":
-                file.truncate(MIB)
-            else:
-                file.seek(8)
-                file.write(bytes(16))
+    with store.ssd_file.open("r+b") as file:
+        if damage == "truncated":
+            file.truncate(MIB)
+        else:
+            file.seek(8)
+            file.write(bytes(16))
 
     code, report = store.check("--repair")
     assert (code, report["repaired"]) == (1, 0)
     assert str(store.ssd_file) in report["tiers"]["ssd"]["not_checked"]
-    assert (damage == "missing") == (not store.ssd_file.exists()), "no file is made"
 
     kept.replace(store.ssd_file)
     assert store.check()[0] == 0
+
+
+def test_a_missing_ssd_file_is_a_problem_that_looking_leaves_as_it_is(store: Store, tmp_path: Path) -> None:
+    kept = store.ssd_file.rename(tmp_path / "kept")
+
+    code, report = store.check()
+    assert (code, report["repaired"]) == (1, 0)
+    [(tier, _, what)] = problems(report)
+    assert tier == "ssd"
+    assert f"{store.ssd_file} is missing, and 4 blocks with it: mount its drive" in what
+    assert not store.ssd_file.exists(), "no file is made"
+
+    kept.rename(store.ssd_file)
+    assert store.check()[0] == 0
+
+
+def test_repair_gives_the_blocks_of_a_missing_ssd_file_up_and_says_so(store: Store) -> None:
+    store.ssd_file.unlink()
+
+    code, report = store.check("--repair")
+    assert (code, report["repaired"]) == (1, 4)
+    assert report["given_up"] == [
+        f"{store.ssd_file} and the 4 blocks in it; the daemon makes the file anew at its next start"
+    ]
+
+    assert not store.ssd_file.exists()
+    with opened_environment(store.index_of(TierName.SSD)) as environment:
+        assert contents(environment, BLOCKS) == {}
+    index = BlockIndex.open(store.path / "index", map_bytes=MIB)
+    assert index.ssd_files_to_create(1) == [0]
+    index.close()
+    code, report = store.check()
+    assert (code, report["tiers"]["dram"]["blocks"]) == (0, 3), "what is in DRAM stays"
+
+
+def test_repair_keeps_the_blocks_of_ssd_files_that_are_there(store: Store, tmp_path: Path) -> None:
+    """Two drives, one of them away: the first three blocks lie on the other one."""
+    away = tmp_path / "away" / "ssd-001.kv"
+    store.change_record(TierName.SSD, 3, segment=1)
+    index = BlockIndex.open(store.path / "index", map_bytes=MIB)
+    index.remember_ssd_files([store.ssd_file, away])
+    index.close()
+
+    code, report = store.check("--repair")
+
+    assert (code, report["repaired"]) == (1, 1)
+    assert [what.partition(";")[0] for what in report["given_up"]] == [f"{away} and the 1 blocks in it"]
+    with opened_environment(store.index_of(TierName.SSD)) as environment:
+        assert sorted(contents(environment, BLOCKS)) == sorted(KEYS[:3])
+    index = BlockIndex.open(store.path / "index", map_bytes=MIB)
+    assert index.ssd_files == [store.ssd_file, None]
+    assert index.ssd_files_to_create(2) == [1]
+    index.close()
+    assert store.check()[0] == 0, "the daemon has not made the file yet"
 
 
 def test_records_without_any_ssd_file_are_a_problem(store: Store) -> None:

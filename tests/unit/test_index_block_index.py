@@ -17,7 +17,7 @@ from kvservice.index.block_index import SCHEMA, BlockIndex
 from kvservice.index.environment import LAYOUTS, META, SESSIONS, Environment
 from kvservice.index.errors import StoreDamaged, StoreTooNew
 from kvservice_api.errors import IndexFull, StorageFailed
-from kvservice_api.layout import Rotary
+from kvservice_api.layout import Layout, Rotary
 from tests.unit.index_samples import LAYOUT, some_keys, some_records
 
 MIB = 2**20
@@ -26,8 +26,10 @@ OTHER_LAYOUT = dataclasses.replace(LAYOUT, rotary=Rotary("yarn", "half", 8, 1000
 
 
 @contextmanager
-def opened(path: Path, *, before_commit: Callable[[], None] | None = None) -> Iterator[BlockIndex]:
-    index = BlockIndex.open(path / "index", map_bytes=4 * MIB, before_commit=before_commit)
+def opened(
+    path: Path, *, layouts_max: int = 256, before_commit: Callable[[], None] | None = None
+) -> Iterator[BlockIndex]:
+    index = BlockIndex.open(path / "index", map_bytes=4 * MIB, layouts_max=layouts_max, before_commit=before_commit)
     try:
         yield index
     finally:
@@ -201,6 +203,49 @@ async def test_layouts_get_ids_and_keep_them(tmp_path: Path) -> None:
         assert dict(index.layouts) == {ids[0]: LAYOUT, ids[1]: OTHER_LAYOUT}
         assert index.layout_id(OTHER_LAYOUT.fingerprint) == ids[1]
         assert await index.put_layout(OTHER_LAYOUT) == ids[1]
+
+
+def some_layouts(count: int) -> list[Layout]:
+    return [dataclasses.replace(LAYOUT, model_id=f"model {number}") for number in range(count)]
+
+
+async def test_a_store_takes_so_many_layouts_and_refuses_further_ones(tmp_path: Path) -> None:
+    first, second, third, fourth = some_layouts(4)
+    with opened(tmp_path, layouts_max=3) as index:
+        await index.put_layout(first)
+        found = await asyncio.gather(*map(index.put_layout, (second, third, third, fourth)), return_exceptions=True)
+        assert found[:3] == [2, 3, 3]
+        assert isinstance(found[3], IndexFull)
+        assert "3 layouts, as many as index.layouts_max allows" in found[3].message
+        assert await index.put_layout(second) == 2, "what is known is no further one"
+
+    with opened(tmp_path, layouts_max=2) as index:
+        assert len(index.layouts) == 3, "those that it has are kept"
+
+
+async def test_a_start_at_the_limit_forgets_the_layouts_that_no_record_names_and_gives_no_id_again(
+    tmp_path: Path,
+) -> None:
+    layouts = some_layouts(4)
+    with opened(tmp_path) as index:
+        index.open_volatile(tmp_path / "arena", ARENA, map_bytes=4 * MIB)
+        on_ssd, _, in_dram, last = [await index.put_layout(layout) for layout in layouts]
+        await index.put(TierName.SSD, some_keys(1), some_records(1, layout_id=on_ssd))
+        await index.put(TierName.DRAM, some_keys(1, 1), some_records(1, 1, layout_id=in_dram))
+
+    with opened(tmp_path, layouts_max=5) as index:
+        index.open_volatile(tmp_path / "arena", ARENA, map_bytes=4 * MIB)
+        assert index.forget_unused_layouts() == 0, "there is room for another"
+    with opened(tmp_path, layouts_max=4) as index:
+        index.open_volatile(tmp_path / "arena", ARENA, map_bytes=4 * MIB)
+        assert index.forget_unused_layouts() == 2
+        assert index.layout_id(layouts[3].fingerprint) is None
+    with opened(tmp_path, layouts_max=4) as index:
+        index.open_volatile(tmp_path / "arena", ARENA, map_bytes=4 * MIB)
+        assert dict(index.layouts) == {on_ssd: layouts[0], in_dram: layouts[2]}
+        for tier, key in ((TierName.SSD, some_keys(1)), (TierName.DRAM, some_keys(1, 1))):
+            assert (index.load(tier).keys, index.load(tier).damaged) == (key, {})
+        assert await index.put_layout(layouts[3]) == last + 1
 
 
 async def test_a_layout_opened_by_many_at_once_gets_one_id(tmp_path: Path) -> None:

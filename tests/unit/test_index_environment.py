@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -341,6 +342,51 @@ async def test_an_index_that_cannot_be_opened_again_is_tried_at_every_change(tmp
         await put(environment, (b"after", b"4"))
 
         assert contents(environment) == {b"before": b"1", b"after": b"4"}
+
+
+@pytest.mark.parametrize("instead", ["nothing", "an empty folder", "another index"])
+async def test_an_index_that_is_away_is_not_made_anew(tmp_path: Path, instead: str) -> None:
+    """As where its drive is unmounted under the daemon: what is acknowledged has to be found at the next start."""
+    path, aside = tmp_path / "index", tmp_path / "aside"
+    with opened(path, durable=True) as environment:
+        await put(environment, (b"before", b"1"))
+        path.rename(aside)
+        if instead == "an empty folder":
+            path.mkdir()
+        elif instead == "another index":
+            with opened(path, durable=True):
+                pass
+        found = sorted(tmp_path.rglob("*"))
+        with failing_writes(aside, meta=True, data=True), pytest.raises(StorageFailed):
+            await put(environment, (b"lost", b"2"))
+        for _ in range(2):
+            with pytest.raises(StorageFailed, match=r"cannot be used|is another file"):
+                await put(environment, (b"lost", b"3"))
+        assert sorted(tmp_path.rglob("*")) == found, "nothing was made"
+
+        if instead != "nothing":
+            shutil.rmtree(path)
+        aside.rename(path)
+        await put(environment, (b"after", b"4"))
+
+    with opened(path) as environment:
+        assert contents(environment) == {b"before": b"1", b"after": b"4"}
+
+
+async def test_an_index_that_was_damaged_under_the_daemon_fails_each_change_as_a_disk_does(tmp_path: Path) -> None:
+    path = tmp_path / "index"
+    with opened(path, durable=True) as environment:
+        await put(environment, (b"before", b"1"))
+        with failing_writes(path, meta=True, data=True):
+            with (path / "data.mdb").open("r+b") as file:  # It stays the same file.
+                file.write(b"\xff" * 65536)
+            with pytest.raises(StorageFailed):
+                await put(environment, (b"lost", b"2"))
+        for _ in range(2):
+            with pytest.raises(StorageFailed):
+                await put(environment, (b"lost", b"3"))
+            with pytest.raises(StorageFailed):
+                await environment.delete(BLOCKS, [b"before"])
 
 
 async def test_a_waiter_that_gave_up_disturbs_nobody(tmp_path: Path) -> None:

@@ -200,8 +200,9 @@ async def filled_index(opened: OpenStore) -> list[bytes]:
     return names
 
 
+@pytest.mark.parametrize("error", [StorageFailed("the disk is gone"), RuntimeError("nobody foresaw this")])
 async def test_a_removal_that_fails_is_reported_and_tried_again_until_it_succeeds(
-    opened: OpenStore, client: Client, monkeypatch: pytest.MonkeyPatch
+    opened: OpenStore, client: Client, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     monkeypatch.setattr(residency, "_RETRY_S", 0.001)
     keys = await stored(opened, client, on_ssd=False)
@@ -213,11 +214,11 @@ async def test_a_removal_that_fails_is_reported_and_tried_again_until_it_succeed
         if failures < 0:
             return delete(tier, names)
         failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        failed.set_exception(StorageFailed("the disk is gone"))
+        failed.set_exception(error)
         return failed
 
     monkeypatch.setattr(opened.index, "delete", failing)
-    with pytest.raises(StorageFailed):
+    with pytest.raises(StorageFailed, match=str(error)):
         await opened.store.discard(keys)
     assert opened.hits(keys) == 0, "it is invisible at once"
     await until(lambda: opened.unsettled() == "")

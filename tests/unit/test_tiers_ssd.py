@@ -493,3 +493,24 @@ async def test_space_released_after_a_cancelled_write_is_not_written_any_more(
     again = await stored(tier, data)
     assert again == extent
     assert await content(tier, again, PAGE) == data
+
+
+def test_a_missing_file_that_may_not_be_created_is_refused_and_nothing_is_created(tmp_path: Path) -> None:
+    paths = [tmp_path / f"drive-{number}" / "ssd.kv" for number in range(2)]
+
+    for creatable in ([], [0], [1]):
+        with pytest.raises(StoreMismatch, match=r"is missing.*mount its drive.*kvservice check --repair"):
+            SsdTier.open(paths, store_id=STORE, capacity_bytes=CAPACITY, io_threads=1, creatable=creatable)
+        assert not any(path.exists() for path in paths)
+
+    SsdTier.open(paths, store_id=STORE, capacity_bytes=CAPACITY, io_threads=1, creatable=[0, 1]).close()
+    SsdTier.open(paths, store_id=STORE, capacity_bytes=CAPACITY, io_threads=1, creatable=[]).close()
+
+
+def test_where_one_file_cannot_be_used_no_other_is_created(tmp_path: Path) -> None:
+    paths = [tmp_path / f"ssd-{number}.kv" for number in range(2)]
+    paths[1].write_bytes(b"something else")
+
+    with pytest.raises(StoreMismatch):
+        SsdTier.open(paths, store_id=STORE, capacity_bytes=CAPACITY, io_threads=1)
+    assert not paths[0].exists()

@@ -22,7 +22,7 @@ class RefusingIndex:
 
     def __init__(self, opened: OpenStore) -> None:
         self._put = opened.index.put
-        self.error: KVError | None = None
+        self.error: Exception | None = None
         self.refused = 0
 
     def put(
@@ -100,6 +100,39 @@ async def test_while_commits_fail_blocks_are_not_all_written_again_and_again(
         await asyncio.sleep(0)
 
     assert index.refused <= 16, "each block was tried once at most, and then one at a time"
+
+
+async def test_a_save_to_ssd_ends_and_nothing_stays_held_whatever_fails_its_record(
+    opened: OpenStore, index: RefusingIndex
+) -> None:
+    client, chain = opened.store.leases.attach("test"), some_chain(4)
+    index.error = RuntimeError("nobody foresaw this")
+
+    async with asyncio.timeout(10):
+        with pytest.raises(RuntimeError, match="foresaw"):
+            await opened.save(client, chain, some_images(chain), on_ssd=True)
+
+    await until(lambda: not opened.store.blocks.holds.any() and not opened.unsettled())
+    assert opened.hits(chain.keys) == 4, "they are in DRAM"
+    index.error = None
+    client_of_next, other = opened.store.leases.attach("next"), some_chain(1, seed=7)
+    assert not (await opened.save(client_of_next, other, some_images(other, seed=7), on_ssd=True)).refused
+
+
+async def test_a_save_to_ssd_ends_where_the_index_was_damaged_under_the_daemon(opened: OpenStore) -> None:
+    client, chain = opened.store.leases.attach("test"), some_chain(2)
+    environment = opened.index._environments[TierName.SSD]
+    assert environment._env is not None
+    environment._env.close()  # Stands for any error that LMDB does not recover from.
+    with (opened.files.folder / "index" / "data.mdb").open("r+b") as file:
+        file.write(b"\xff" * 65536)
+
+    for _ in range(2):
+        async with asyncio.timeout(10):
+            outcome = await opened.save(client, chain, some_images(chain), on_ssd=True)
+        assert {type(error) for error in outcome.refused.values()} == {StorageFailed}
+    assert opened.hits(chain.keys) == 2, "DRAM goes on"
+    await until(lambda: not opened.store.blocks.holds.any())
 
 
 async def test_bytes_written_before_a_failed_flush_are_written_anew_though_the_next_flush_succeeds(

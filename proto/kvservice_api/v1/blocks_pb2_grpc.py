@@ -127,7 +127,8 @@ class BlockServiceServicer(object):
         * INVALID_ARGUMENT INVALID_LAYOUT: a dimension is zero or too large; fix the caller.
         * FAILED_PRECONDITION LAYOUT_MISMATCH: the caller's fingerprint is not that of the layout
         it sent; both sides encode differently. Do not retry; update the older one.
-        * RESOURCE_EXHAUSTED INDEX_FULL: no space for another layout; recompute, tell the operator.
+        * RESOURCE_EXHAUSTED INDEX_FULL: no space for another layout, or as many are known as
+        index.layouts_max allows; recompute, tell the operator.
         * UNAVAILABLE STORAGE_FAILED: the index could not be written; retry later.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

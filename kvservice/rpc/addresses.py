@@ -1,0 +1,84 @@
+"""Addresses that cannot be listened on, with the setting that names them and the reason."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import stat
+from pathlib import Path
+
+
+class AddressUnusable(RuntimeError):
+    """A setting names an address where the daemon cannot listen. The message says which, and why."""
+
+    def __init__(self, setting: str, address: object, why: str) -> None:
+        super().__init__(f"{setting} {address}: {why}")
+
+
+def why_unusable(host: str, port: int) -> str:
+    """Why nobody can listen there now, for people: gRPC itself does not tell. Asks by trying."""
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+            probe.listen(1)
+    except OSError as error:
+        return reason(error)
+    return "the address could not be listened on"
+
+
+def reason(error: OSError) -> str:
+    """What is wrong with an address, and what to do where that is known."""
+    if error.errno == errno.EADDRINUSE:
+        return "something else listens there; stop it, or name another address"
+    return error.strerror or str(error)
+
+
+class SocketLock:
+    """Keeps other daemons from taking a UNIX socket over: whoever makes one removes the one before.
+
+    A lock on a file beside the socket, which the kernel drops when its holder dies, so that the socket
+    of a dead daemon is replaced. The file stays. Raises AddressUnusable where a daemon or any other
+    program listens on the socket.
+    """
+
+    def __init__(self, path: Path) -> None:
+        lock = path.with_name(path.name + ".lock")
+        try:
+            self._fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise _unusable(path, f"{lock} cannot be made: {error.strerror}") from error
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _expect_nobody(path)  # Not every program that listens there takes the lock.
+        except BlockingIOError:
+            os.close(self._fd)
+            raise _unusable(path, "another daemon listens there; name another socket, or `off`") from None
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def release(self) -> None:
+        os.close(self._fd)
+
+
+def _expect_nobody(path: Path) -> None:
+    try:
+        is_socket = stat.S_ISSOCK(path.stat().st_mode)
+    except OSError:
+        return  # As a rule there is nothing.
+    if not is_socket:
+        raise _unusable(path, "a file that is no socket is in the way; move it, or name another socket")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)  # One that is busy refuses with EAGAIN instead of keeping us waiting.
+        if probe.connect_ex(str(path)) in (0, errno.EAGAIN):
+            raise _unusable(path, "another program listens there; stop it, or name another socket")
+
+
+def _unusable(path: Path, why: str) -> AddressUnusable:
+    return AddressUnusable("server.unix_socket", path, why)
