@@ -23,6 +23,7 @@ from kvservice.counters import Counters
 from kvservice.store.leases import Client
 from kvservice.store.residency import Residency
 from kvservice.store.room import Room
+from kvservice.store.tasks import all_of
 from kvservice.store.write_behind import WriteBehind
 from kvservice.tiers.dram import DramTier
 from kvservice_api.errors import (
@@ -375,7 +376,7 @@ class Ingest:
         held = [row for row in row_of.values() if row != NO_ROW]
         residency.hold(held)
         try:
-            errors = await asyncio.gather(*(self._written(row) for row in row_of.values()))
+            errors = await all_of(self._written(row) for row in row_of.values())
         finally:
             residency.unhold(held)
         outcome.refused |= {position: error for position, error in zip(row_of, errors, strict=True) if error}
