@@ -243,6 +243,14 @@ class Leases(_Section):
 
     ttl_max_s: float = _setting(300.0, "Longest lease granted.", unit="seconds", gt=0, le=86400)
     per_client_max: int = _setting(1024, "Leases one client may hold.", unit="leases", ge=1, le=1_000_000)
+    blocks_per_client_max: int = _setting(
+        262_144,
+        "Blocks that one client's leases may hold, counted anew for each lease. Further lookups with a lease are "
+        "refused with OVERLOADED.",
+        unit="blocks",
+        ge=1,
+        le=100_000_000,
+    )
 
 
 class Scrub(_Section):

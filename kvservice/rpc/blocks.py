@@ -151,6 +151,7 @@ class BlockService:
 
     async def ReleaseLease(self, request: pb.ReleaseLeaseRequest, context: Context) -> pb.ReleaseLeaseResponse:
         self._store.leases.release(request.client_id, request.lease_id)
+        await self._store.leases.let_go()
         return pb.ReleaseLeaseResponse()
 
     async def Prefetch(self, request: pb.PrefetchRequest, context: Context) -> pb.PrefetchResponse:

@@ -51,6 +51,7 @@ class StoreLimits:
 
     clients_max: int = 1024
     leases_per_client_max: int = 4096
+    leased_blocks_per_client_max: int = 1 << 18
     lease_ttl_max_s: float = 300.0
     frame_bytes: int = 1 << 20
     transfer_slots: int = 4
@@ -130,8 +131,11 @@ class BlockStore:
             self.residency,
             clock,
             counters,
+            self.tasks,
+            self.pace,
             clients_max=limits.clients_max,
             per_client_max=limits.leases_per_client_max,
+            blocks_per_client_max=limits.leased_blocks_per_client_max,
         )
         self.ingests = Ingests(
             self.residency, self.room, dram, self.write_behind, clock, counters, wait_s=limits.upload_wait_s
@@ -355,7 +359,8 @@ class BlockStore:
     async def _expire_forever(self) -> None:
         while True:
             await asyncio.sleep(_EXPIRE_EVERY_S)
-            self.leases.expire()
+            while self.leases.expire():
+                await self.pace.turn()
 
     async def _flush_forever(self) -> None:
         while True:
