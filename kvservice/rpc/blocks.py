@@ -85,7 +85,7 @@ class BlockService:
             self._store.leases.detach(client)
 
     async def LookupPrefix(self, request: pb.LookupPrefixRequest, context: Context) -> pb.LookupPrefixResponse:
-        hit = self._store.lookup(
+        hit = await self._store.lookup_in_turns(
             request.client_id,
             request.layout_fingerprint,
             _shard(request),

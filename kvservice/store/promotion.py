@@ -40,9 +40,7 @@ _ROOM_WAIT_S = 0.2  # Whoever loads is better off reading past DRAM than waiting
 class Landing:
     """One block on its way up. Its verified layers can be read before the last one is there."""
 
-    def __init__(
-        self, row: int, generation: int, geometry: BlockGeometry, extent: Extent, image: memoryview
-    ) -> None:
+    def __init__(self, row: int, generation: int, geometry: BlockGeometry, extent: Extent, image: memoryview) -> None:
         self.row = row
         self.generation = generation
         self.geometry = geometry
