@@ -131,6 +131,14 @@ class Server(_Section):
     saves_max: int = _setting(
         256, "Saves open at one time. Further ones are refused with OVERLOADED.", unit="saves", ge=1, le=1_000_000
     )
+    transfer_idle_s: float = _setting(
+        60.0,
+        "A load whose client takes nothing for this long ends with DEADLINE_EXCEEDED, a save whose client sends "
+        "nothing with INCOMPLETE_SAVE.",
+        unit="seconds",
+        gt=0,
+        le=86400,
+    )
     transfer_slots: int = _setting(
         4,
         "Data streams that move bytes at one time; the others wait for their turn. More slots only make the event "

@@ -77,6 +77,7 @@ class Daemon:
             keys_max=server.keys_max,
             loads_max=server.loads_max,
             saves_max=server.saves_max,
+            transfer_idle_s=server.transfer_idle_s,
             transfer_slots=server.transfer_slots,
         )
         self.directory = ResidencyDirectory(

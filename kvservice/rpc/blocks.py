@@ -15,7 +15,7 @@ from kvservice.store.block_store import BlockStore
 from kvservice.store.directory import ResidencyDirectory
 from kvservice.store.ingest import Ingest, SaveOutcome
 from kvservice.store.load import Part
-from kvservice_api.errors import IncompleteSave, InvalidFrame, InvalidRequest, Overloaded, to_status
+from kvservice_api.errors import DeadlineExceeded, IncompleteSave, InvalidFrame, InvalidRequest, Overloaded, to_status
 from kvservice_api.frames import HEAD_BYTES_MAX, Frame, decode_save, encode_frame
 from kvservice_api.keys import split_keys
 from kvservice_api.layout import Layout, Shard
@@ -25,7 +25,6 @@ from kvservice_api.v1 import types_pb2
 # Claiming and recording more in one save would keep the event loop for over 5 ms.
 _SAVE_BLOCKS_MAX = 256
 _SAVE_SLICES_MAX = 32768
-_SAVE_IDLE_S = 60.0  # A save whose client sends nothing for this long is abandoned.
 _ON_SSD: dict[int, bool] = {
     types_pb2.DURABILITY_UNSPECIFIED: False,
     types_pb2.DURABILITY_DRAM: False,
@@ -43,6 +42,7 @@ class ServiceLimits:
     loads_max: int
     saves_max: int
     transfer_slots: int
+    transfer_idle_s: float
 
 
 class BlockService:
@@ -108,10 +108,16 @@ class BlockService:
             raise Overloaded(f"{self._limits.loads_max} loads are open, the most that this daemon takes")
         async with aclosing(self._store.loads.run(lease, blocks, layers, _encode)) as frames:
             async for frame in frames:
-                await context.write(frame)
+                try:
+                    async with asyncio.timeout(self._limits.transfer_idle_s):
+                        await context.write(frame)
+                except TimeoutError as error:  # Nobody may keep blocks in their place for ever.
+                    raise DeadlineExceeded(
+                        f"the client took nothing for {self._limits.transfer_idle_s:g} s; the load was ended"
+                    ) from error
 
     async def SaveBlocks(self, requests: AsyncIterator[bytes], context: Context) -> pb.SaveBlocksResponse:
-        header = await _next_message(requests)
+        header = await self._next_message(requests)
         if not isinstance(header, pb.SaveHeader):
             raise InvalidRequest("the first message of a save must be its header", field="header")
         if header.durability not in _ON_SSD:  # Never promise less than was asked for.
@@ -126,16 +132,16 @@ class BlockService:
 
     async def _save(self, header: pb.SaveHeader, requests: AsyncIterator[bytes]) -> SaveOutcome:
         async with self._begin_save(header) as ingest:
-            message = await _next_message(requests)
+            message = await self._next_message(requests)
             while isinstance(message, Frame):
                 async with self._save_turns:
                     self._check_size(message)
                     ingest.write(message)
                     await asyncio.sleep(0)  # With the turn in hand: the event loop goes round between frames.
-                message = await _next_message(requests)
+                message = await self._next_message(requests)
             if not isinstance(message, pb.SaveCommit):
                 raise InvalidRequest("a save has one header", field="header")
-            if await _next_data(requests) is not None:
+            if await self._next_data(requests) is not None:
                 raise InvalidRequest("nothing may follow the commit", field="commit")
             if len(message.checksums) % 8:
                 raise InvalidRequest("checksums must have 8 bytes each", field="checksums")
@@ -189,6 +195,19 @@ class BlockService:
             header.last_block_tokens,
         )
 
+    async def _next_data(self, requests: AsyncIterator[bytes]) -> bytes | None:
+        try:
+            async with asyncio.timeout(self._limits.transfer_idle_s):
+                return await anext(requests, None)
+        except TimeoutError as error:
+            raise IncompleteSave(f"nothing came for {self._limits.transfer_idle_s:g} s") from error
+
+    async def _next_message(self, requests: AsyncIterator[bytes]) -> Frame | pb.SaveHeader | pb.SaveCommit:
+        data = await self._next_data(requests)
+        if data is None:
+            raise IncompleteSave("the stream ended without a commit")
+        return decode_save(data)
+
     def _check_size(self, frame: Frame) -> None:
         if len(frame.payload) > self._limits.frame_bytes:
             raise InvalidFrame(
@@ -210,21 +229,6 @@ def _range(first: int, count: int, end: int, what: str) -> range:
     if not first < last <= end:
         raise InvalidRequest(f"{what}s {first}..{last} are not in the lease's {end}", field=f"first_{what}")
     return range(first, last)
-
-
-async def _next_data(requests: AsyncIterator[bytes]) -> bytes | None:
-    try:
-        async with asyncio.timeout(_SAVE_IDLE_S):
-            return await anext(requests, None)
-    except TimeoutError as error:
-        raise IncompleteSave(f"nothing came for {_SAVE_IDLE_S:g} s") from error
-
-
-async def _next_message(requests: AsyncIterator[bytes]) -> Frame | pb.SaveHeader | pb.SaveCommit:
-    data = await _next_data(requests)
-    if data is None:
-        raise IncompleteSave("the stream ended without a commit")
-    return decode_save(data)
 
 
 def _save_response(outcome: SaveOutcome) -> pb.SaveBlocksResponse:

@@ -164,7 +164,7 @@ async def test_what_a_long_lookup_has_found_stays_until_its_lease_has_it(
         opened.store.lookup_in_turns(client.client_id, LAYOUT.fingerprint, WHOLE, [*keys[:-1]] * 40, 30)
     )
     await waiting.wait()
-    rows = [row for row in opened.store.blocks.shards_of(int(opened.store.blocks.rows_of_keys([first])[0]))]
+    rows = list(opened.store.blocks.shards_of(int(opened.store.blocks.rows_of_keys([first])[0])))
     assert (await opened.store.evict([first, last], TierName.DRAM)).evicted == 2, "only what was not found"
     discarding = asyncio.create_task(opened.store.discard([first]))
     await until(lambda: opened.hits([first]) == 0)
@@ -177,7 +177,7 @@ async def test_what_a_long_lookup_has_found_stays_until_its_lease_has_it(
     assert len(await opened.load(hit.lease, range(19))) == 2
     opened.store.leases.release(client.client_id, hit.lease.lease_id)
     await opened.settle()
-    assert NO_ROW == opened.store.blocks.row_of(first, LEFT)
+    assert opened.store.blocks.row_of(first, LEFT) == NO_ROW
 
 
 async def test_a_long_lookup_of_a_client_that_has_gone_leases_nothing(opened: OpenStore, client: Client) -> None:
