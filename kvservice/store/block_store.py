@@ -139,7 +139,7 @@ class BlockStore:
             blocks_per_client_max=limits.leased_blocks_per_client_max,
         )
         self.ingests = Ingests(
-            self.residency, self.room, dram, self.write_behind, clock, counters, wait_s=limits.upload_wait_s
+            self.residency, self.room, dram, self.write_behind, clock, counters, self.pace, wait_s=limits.upload_wait_s
         )
         self.loads = Loads(
             self.residency,
