@@ -16,6 +16,7 @@ from kvservice_api.keys import KEY_BYTES, BlockChain
 from kvservice_api.layout import Layout, Shard
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_api.v1 import types_pb2
+from kvservice_client.attachment import Attachment
 from kvservice_client.buffers import Bytes, Source, readable
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection, Session
@@ -86,7 +87,13 @@ class BlockCache:
         return self._connection.retried(lambda: self._look_up_locally(chain, deadline), deadline)
 
     def lookup(self, chain: BlockChain, lease_ttl_s: float = 30.0, timeout_s: float | None = None) -> Lease:
-        """Lease the stored part of a prefix. Of a chain longer than the daemon's limit, the part within it."""
+        """Lease the stored part of a prefix. Of a chain longer than the daemon's limit, the part within it.
+
+        A chain without blocks, of a prompt shorter than one, is an empty hit: the daemon is not asked.
+        """
+        if not len(chain):
+            answer, nobody = pb.LookupPrefixResponse(), Attachment(b"", 0)
+            return Lease(self._connection, self._transport, self.layout, self.shard, (), nobody, answer, 0.0)
         deadline = self._connection.deadline(timeout_s)
         ttl_ms = max(1, round(lease_ttl_s * 1e3))
 
@@ -119,7 +126,10 @@ class BlockCache:
         buffer a block. Each slice is `[K, V][head][token][dim]`. The buffers must not change until
         this returns. `timeout_s` is for the whole save; by default the client's timeout and a
         second more for each 128 MiB. A save may be sent twice where the daemon restarts meanwhile.
+        Of a chain without blocks nothing is stored, and `layers` is not looked at.
         """
+        if not len(chain):
+            return SaveResult(0, 0, [])
         slices = self._slices(chain, layers)
         if timeout_s is None:
             size_bytes = sum(len(piece) for layer in slices for piece in layer)
@@ -217,8 +227,6 @@ class BlockCache:
 
     def _slices(self, chain: BlockChain, layers: Sequence[Source | Sequence[Source]]) -> list[list[Bytes]]:
         """Flat views, layer by layer and in each block by block. Raises InvalidRequest for wrong sizes."""
-        if not len(chain):
-            raise InvalidRequest("the chain has no block", field="chain")
         if len(layers) != self.shard.layers:
             raise InvalidRequest(f"{len(layers)} layers are given; the shard has {self.shard.layers}", field="layers")
         sizes = [self.slice_bytes(count) for count in chain.token_counts]
