@@ -131,6 +131,14 @@ class Server(_Section):
     saves_max: int = _setting(
         256, "Saves open at one time. Further ones are refused with OVERLOADED.", unit="saves", ge=1, le=1_000_000
     )
+    transfer_idle_s: float = _setting(
+        60.0,
+        "A load whose client takes nothing for this long ends with DEADLINE_EXCEEDED, a save whose client sends "
+        "nothing with INCOMPLETE_SAVE.",
+        unit="seconds",
+        gt=0,
+        le=86400,
+    )
     transfer_slots: int = _setting(
         4,
         "Data streams that move bytes at one time; the others wait for their turn. More slots only make the event "
@@ -256,6 +264,14 @@ class Leases(_Section):
 
     ttl_max_s: float = _setting(300.0, "Longest lease granted.", unit="seconds", gt=0, le=86400)
     per_client_max: int = _setting(1024, "Leases one client may hold.", unit="leases", ge=1, le=1_000_000)
+    blocks_per_client_max: int = _setting(
+        262_144,
+        "Blocks that one client's leases may hold, counted anew for each lease. Further lookups with a lease are "
+        "refused with OVERLOADED.",
+        unit="blocks",
+        ge=1,
+        le=100_000_000,
+    )
 
 
 class Pins(_Section):

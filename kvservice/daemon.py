@@ -81,6 +81,7 @@ class Daemon:
             keys_max=server.keys_max,
             loads_max=server.loads_max,
             saves_max=server.saves_max,
+            transfer_idle_s=server.transfer_idle_s,
             transfer_slots=server.transfer_slots,
         )
         self.directory = ResidencyDirectory(
@@ -297,6 +298,7 @@ def _limits(settings: Settings) -> StoreLimits:
     return StoreLimits(
         clients_max=settings.server.clients_max,
         leases_per_client_max=settings.leases.per_client_max,
+        leased_blocks_per_client_max=settings.leases.blocks_per_client_max,
         lease_ttl_max_s=settings.leases.ttl_max_s,
         frame_bytes=int(settings.server.frame_bytes),
         transfer_slots=settings.server.transfer_slots,

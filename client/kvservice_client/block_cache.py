@@ -16,6 +16,7 @@ from kvservice_api.keys import KEY_BYTES, BlockChain
 from kvservice_api.layout import Layout, Shard
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_api.v1 import types_pb2
+from kvservice_client.attachment import Attachment
 from kvservice_client.buffers import Bytes, Source, readable
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection, Session
@@ -92,7 +93,11 @@ class BlockCache:
 
         `request_id` is the engine's name of the request, at most 200 bytes: `kvctl explain` then tells what
         of it was reused, and why the rest was not.
+        A chain without blocks, of a prompt shorter than one, is an empty hit: the daemon is not asked.
         """
+        if not len(chain):
+            answer, nobody = pb.LookupPrefixResponse(), Attachment(b"", 0)
+            return Lease(self._connection, self._transport, self.layout, self.shard, (), nobody, answer, 0.0)
         deadline = self._connection.deadline(timeout_s)
         ttl_ms = max(1, round(lease_ttl_s * 1e3))
 
@@ -125,7 +130,10 @@ class BlockCache:
         buffer a block. Each slice is `[K, V][head][token][dim]`. The buffers must not change until
         this returns. `timeout_s` is for the whole save; by default the client's timeout and a
         second more for each 128 MiB. A save may be sent twice where the daemon restarts meanwhile.
+        Of a chain without blocks nothing is stored, and `layers` is not looked at.
         """
+        if not len(chain):
+            return SaveResult(0, 0, [])
         slices = self._slices(chain, layers)
         if timeout_s is None:
             size_bytes = sum(len(piece) for layer in slices for piece in layer)
@@ -225,8 +233,6 @@ class BlockCache:
 
     def _slices(self, chain: BlockChain, layers: Sequence[Source | Sequence[Source]]) -> list[list[Bytes]]:
         """Flat views, layer by layer and in each block by block. Raises InvalidRequest for wrong sizes."""
-        if not len(chain):
-            raise InvalidRequest("the chain has no block", field="chain")
         if len(layers) != self.shard.layers:
             raise InvalidRequest(f"{len(layers)} layers are given; the shard has {self.shard.layers}", field="layers")
         if any(count != self.layout.block_tokens for count in chain.token_counts[:-1]):

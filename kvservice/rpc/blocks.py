@@ -24,14 +24,13 @@ from kvservice.store.block_store import BlockStore
 from kvservice.store.directory import ResidencyDirectory
 from kvservice.store.ingest import SaveOutcome
 from kvservice.store.load import Part
-from kvservice_api.errors import IncompleteSave, InvalidFrame, InvalidRequest, Overloaded
+from kvservice_api.errors import DeadlineExceeded, IncompleteSave, InvalidFrame, InvalidRequest, Overloaded
 from kvservice_api.frames import HEAD_BYTES_MAX, Frame, decode_save, encode_frame
 from kvservice_api.keys import split_keys
 from kvservice_api.layout import Layout
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_api.v1 import types_pb2
 
-_SAVE_IDLE_S = 60.0  # A save whose client sends nothing for this long is abandoned.
 _TIERS = {types_pb2.TIER_DRAM: TierName.DRAM, types_pb2.TIER_SSD: TierName.SSD}
 
 
@@ -44,6 +43,7 @@ class ServiceLimits:
     loads_max: int
     saves_max: int
     transfer_slots: int
+    transfer_idle_s: float
 
 
 class BlockService(InPlaceRpcs):
@@ -95,7 +95,7 @@ class BlockService(InPlaceRpcs):
             self._store.leases.detach(client)
 
     async def LookupPrefix(self, request: pb.LookupPrefixRequest, context: Context) -> pb.LookupPrefixResponse:
-        hit = self._store.lookup(
+        hit = await self._store.lookup_in_turns(
             request.client_id,
             request.layout_fingerprint,
             shard_of(request),
@@ -120,11 +120,17 @@ class BlockService(InPlaceRpcs):
         with self._store.requests.load(lease, blocks, layers) as record:
             async with aclosing(self._store.loads.run(lease, blocks, layers, _encode)) as frames:
                 async for frame in frames:
-                    await context.write(frame)
+                    try:
+                        async with asyncio.timeout(self._limits.transfer_idle_s):
+                            await context.write(frame)
+                    except TimeoutError as error:  # Nobody may keep blocks in their place for ever.
+                        raise DeadlineExceeded(
+                            f"the client took nothing for {self._limits.transfer_idle_s:g} s; the load was ended"
+                        ) from error
                     record.sent_bytes += len(frame)
 
     async def SaveBlocks(self, requests: AsyncIterator[bytes], context: Context) -> pb.SaveBlocksResponse:
-        header = await _next_message(requests)
+        header = await self._next_message(requests)
         if not isinstance(header, pb.SaveHeader):
             raise InvalidRequest("the first message of a save must be its header", field="header")
         if self._saves >= self._limits.saves_max:
@@ -140,16 +146,16 @@ class BlockService(InPlaceRpcs):
     async def _save(self, header: pb.SaveHeader, requests: AsyncIterator[bytes]) -> SaveOutcome:
         client, request = save_request(self._store, header)
         async with self._store.ingests.begin(client, request) as ingest:
-            message = await _next_message(requests)
+            message = await self._next_message(requests)
             while isinstance(message, Frame):
                 async with self._save_turns:
                     self._check_size(message)
                     ingest.write(message)
                     await asyncio.sleep(0)  # With the turn in hand: the event loop goes round between frames.
-                message = await _next_message(requests)
+                message = await self._next_message(requests)
             if not isinstance(message, pb.SaveCommit):
                 raise InvalidRequest("a save has one header", field="header")
-            if await _next_data(requests) is not None:
+            if await self._next_data(requests) is not None:
                 raise InvalidRequest("nothing may follow the commit", field="commit")
             return await ingest.commit(checksums_of(message.checksums), on_ssd=ON_SSD[header.durability])
 
@@ -162,6 +168,7 @@ class BlockService(InPlaceRpcs):
 
     async def ReleaseLease(self, request: pb.ReleaseLeaseRequest, context: Context) -> pb.ReleaseLeaseResponse:
         self._store.leases.release(request.client_id, request.lease_id)
+        await self._store.leases.let_go()
         return pb.ReleaseLeaseResponse()
 
     async def Prefetch(self, request: pb.PrefetchRequest, context: Context) -> pb.PrefetchResponse:
@@ -179,6 +186,19 @@ class BlockService(InPlaceRpcs):
         outcome = await self._store.evict(keys, _TIERS[request.tier])
         return pb.EvictResponse(**outcome._asdict())
 
+    async def _next_data(self, requests: AsyncIterator[bytes]) -> bytes | None:
+        try:
+            async with asyncio.timeout(self._limits.transfer_idle_s):
+                return await anext(requests, None)
+        except TimeoutError as error:
+            raise IncompleteSave(f"nothing came for {self._limits.transfer_idle_s:g} s") from error
+
+    async def _next_message(self, requests: AsyncIterator[bytes]) -> Frame | pb.SaveHeader | pb.SaveCommit:
+        data = await self._next_data(requests)
+        if data is None:
+            raise IncompleteSave("the stream ended without a commit")
+        return decode_save(data)
+
     def _check_size(self, frame: Frame) -> None:
         if len(frame.payload) > self._limits.frame_bytes:
             raise InvalidFrame(
@@ -188,18 +208,3 @@ class BlockService(InPlaceRpcs):
 
 def _encode(part: Part) -> bytes:
     return encode_frame(part.layer, part.first_block, part.first_offset_bytes, part.runs)
-
-
-async def _next_data(requests: AsyncIterator[bytes]) -> bytes | None:
-    try:
-        async with asyncio.timeout(_SAVE_IDLE_S):
-            return await anext(requests, None)
-    except TimeoutError as error:
-        raise IncompleteSave(f"nothing came for {_SAVE_IDLE_S:g} s") from error
-
-
-async def _next_message(requests: AsyncIterator[bytes]) -> Frame | pb.SaveHeader | pb.SaveCommit:
-    data = await _next_data(requests)
-    if data is None:
-        raise IncompleteSave("the stream ended without a commit")
-    return decode_save(data)

@@ -20,7 +20,6 @@ from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.index.session_records import Manifest
 from kvservice.policy.base import Policy
-from kvservice.store.coverage import cover
 from kvservice.store.drain import Drain
 from kvservice.store.explain import Explain
 from kvservice.store.history import History, Reason
@@ -28,6 +27,7 @@ from kvservice.store.ingest import Ingest, Ingests, SaveRequest
 from kvservice.store.leases import Client, Lease, Leases
 from kvservice.store.load import Loads
 from kvservice.store.locate import Locates
+from kvservice.store.lookup import Found, find
 from kvservice.store.pace import Pace
 from kvservice.store.pins import Pins
 from kvservice.store.promotion import Promotion
@@ -52,6 +52,7 @@ T = TypeVar("T")
 
 _EXPIRE_EVERY_S = 0.25
 _PART = 256
+_LOOKUP_PART = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ class StoreLimits:
 
     clients_max: int = 1024
     leases_per_client_max: int = 4096
+    leased_blocks_per_client_max: int = 1 << 18
     lease_ttl_max_s: float = 300.0
     frame_bytes: int = 1 << 20
     transfer_slots: int = 4
@@ -145,11 +147,14 @@ class BlockStore:
             self.residency,
             clock,
             counters,
+            self.tasks,
+            self.pace,
             clients_max=limits.clients_max,
             per_client_max=limits.leases_per_client_max,
+            blocks_per_client_max=limits.leased_blocks_per_client_max,
         )
         self.ingests = Ingests(
-            self.residency, self.room, dram, self.write_behind, clock, counters, wait_s=limits.upload_wait_s
+            self.residency, self.room, dram, self.write_behind, clock, counters, self.pace, wait_s=limits.upload_wait_s
         )
         self.loads = Loads(
             self.residency,
@@ -231,7 +236,7 @@ class BlockStore:
         lease_ttl_s: float,
         request_id: str = "",
     ) -> Hit:
-        """How many leading blocks are stored; leases them where `lease_ttl_s` is not 0.
+        """How many leading blocks are stored; leases them where `lease_ttl_s` is not 0. Not for thousands of keys.
 
         With a `request_id` it is remembered for a while what was asked and found.
         """
@@ -239,24 +244,66 @@ class BlockStore:
         layout_id, layout = self.layout(fingerprint)
         wanted = Shard.whole(layout) if shard is None else shard.check(layout)
         client = self.leases.client(client_id) if lease_ttl_s else None
-        rows, parts = self._hits(keys, layout_id, wanted)
-        held = rows
-        if parts:
-            held = np.array([*rows, *(row for more in parts.values() for row in more[1:])], np.int64)
-        self.counters.lookup_blocks_asked += len(keys)
-        self.counters.lookup_blocks_hit += len(rows)
+        found = find(self.blocks, keys, layout_id, wanted)
+        hit = self._hit(client, layout, wanted, len(keys), found, lease_ttl_s)
+        self._note_lookup(request_id, client_id, layout_id, wanted, keys, hit)
+        return hit
+
+    async def lookup_in_turns(
+        self,
+        client_id: bytes,
+        fingerprint: bytes,
+        shard: Shard | None,
+        keys: Sequence[bytes],
+        lease_ttl_s: float,
+        request_id: str = "",
+    ) -> Hit:
+        """`lookup`, of any number of keys. What it has found stays where it is until the answer leases all of it."""
+        if len(keys) <= _LOOKUP_PART:
+            return self.lookup(client_id, fingerprint, shard, keys, lease_ttl_s, request_id)
+        self.requests.check_id(request_id)
+        layout_id, layout = self.layout(fingerprint)
+        wanted = Shard.whole(layout) if shard is None else shard.check(layout)
+        found, held = Found(), []
+        try:
+            for start in range(0, len(keys), _LOOKUP_PART):
+                await self.pace.turn()
+                part = keys[start : start + _LOOKUP_PART]
+                more = find(self.blocks, part, layout_id, wanted)
+                self.residency.hold(more.held)
+                held.append(more.held)
+                found.extend(more)
+                if len(more.rows) < len(part):
+                    break
+            await self.pace.turn()
+            client = self.leases.client(client_id) if lease_ttl_s else None  # It may have gone meanwhile.
+            hit = self._hit(client, layout, wanted, len(keys), found, lease_ttl_s)
+            self._note_lookup(request_id, client_id, layout_id, wanted, keys, hit)
+            return hit
+        finally:
+            for rows in held:
+                self.residency.unhold(rows)
+
+    def _hit(
+        self, client: Client | None, layout: Layout, wanted: Shard, asked: int, found: Found, lease_ttl_s: float
+    ) -> Hit:
+        self.counters.lookup_blocks_asked += asked
+        self.counters.lookup_blocks_hit += len(found.rows)
         lease = None
-        if len(rows):
-            self.blocks.touch(held, self.clock.wall_ms())
-            self.blocks.hits[held] += 1
+        if len(found.rows):
+            self.blocks.touch(found.held, self.clock.wall_ms())
+            self.blocks.hits[found.held] += 1
             if client is not None:
                 ttl_s = min(lease_ttl_s, self.limits.lease_ttl_max_s)
-                lease = self.leases.grant(client, layout, wanted, rows, parts, held, ttl_s)
-        hit = Hit(len(rows), self._runs(rows), lease)
+                lease = self.leases.grant(client, layout, wanted, found.rows, found.parts, found.held, ttl_s)
+        return Hit(len(found.rows), self._runs(found.rows), lease)
+
+    def _note_lookup(
+        self, request_id: str, client_id: bytes, layout_id: int, wanted: Shard, keys: Sequence[bytes], hit: Hit
+    ) -> None:
         if request_id:
             who = self.leases.name_of(client_id)
-            self.requests.note_lookup(request_id, self.index.layouts, layout_id, wanted, who, keys, hit.runs, lease)
-        return hit
+            self.requests.note_lookup(request_id, self.index.layouts, layout_id, wanted, who, keys, hit.runs, hit.lease)
 
     def session_history(
         self, fingerprint: bytes, session_id: str, shard: Shard | None
@@ -265,46 +312,9 @@ class BlockStore:
         layout_id, layout = self.layout(fingerprint)
         wanted = Shard.whole(layout) if shard is None else shard.check(layout)
         manifest = self.sessions.get(fingerprint, session_id)
-        rows, _ = self._hits(manifest.slices["key"].tolist(), layout_id, wanted)
+        rows = find(self.blocks, manifest.slices["key"].tolist(), layout_id, wanted).rows
         usable = self.sessions.usable_slices(manifest, rows)
         return manifest, usable, self._runs(rows[:usable])
-
-    def _hits(self, keys: Sequence[bytes], layout_id: int, wanted: Shard) -> tuple[Rows, dict[int, tuple[int, ...]]]:
-        blocks = self.blocks
-        rows = blocks.rows_of_keys(keys)
-        absent = np.flatnonzero(rows == NO_ROW)
-        if len(absent):
-            rows = rows[: absent[0]]
-        resident = (blocks.dram_offset[rows] >= 0) | (blocks.ssd_offset[rows] >= 0)
-        whole = resident & blocks.cover(rows, wanted) & (blocks.layout_id[rows] == layout_id)
-        if whole.all():
-            return rows, {}
-        parts: dict[int, tuple[int, ...]] = {}
-        for block in np.flatnonzero(~whole).tolist():
-            found = self._parts(int(rows[block]), layout_id, wanted)
-            if not found:
-                rows = rows[:block]
-                break
-            rows[block] = found[0]
-            if len(found) > 1:
-                parts[block] = found
-        return rows, parts
-
-    def _parts(self, first_row: int, layout_id: int, wanted: Shard) -> tuple[int, ...]:
-        """The rows of one block that together hold `wanted`; none where they do not."""
-        blocks = self.blocks
-        rows = [
-            row
-            for row in blocks.shards_of(first_row)
-            if blocks.layout_id[row] == layout_id and any(blocks.is_resident(row, tier) for tier in TierName)
-        ]
-        for row in rows:
-            if blocks.shard_of(row).covers(wanted):
-                return (row,)
-        plan = cover([blocks.shard_of(row) for row in rows], wanted)
-        if plan is None:
-            return ()
-        return tuple(rows[source] for source in sorted({run.source for layer in plan for run in layer}))
 
     def _runs(self, rows: Rows) -> list[tuple[int, bool, bool]]:
         if not len(rows):
@@ -437,7 +447,8 @@ class BlockStore:
     async def _expire_forever(self) -> None:
         while True:
             await asyncio.sleep(_EXPIRE_EVERY_S)
-            self.leases.expire()
+            while self.leases.expire():
+                await self.pace.turn()
 
     async def _flush_forever(self) -> None:
         while True:

@@ -22,8 +22,10 @@ from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.store.history import Reason
 from kvservice.store.leases import Client
+from kvservice.store.pace import Pace
 from kvservice.store.residency import Residency
 from kvservice.store.room import Room
+from kvservice.store.tasks import all_of
 from kvservice.store.write_behind import WriteBehind
 from kvservice.tiers.dram import DramTier
 from kvservice_api.errors import (
@@ -40,6 +42,7 @@ from kvservice_api.frames import Frame
 from kvservice_api.layout import BlockGeometry, Layout, Shard, Trailer, block_geometry, checksum
 
 _HASH_IN_THREAD_BYTES = 1 << 20  # Hashing less than this takes less than handing it to a thread.
+_RESERVED_A_TURN = 64  # A millisecond of the event loop.
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,22 +71,29 @@ class _Slices:
 
     def __init__(self, geometry: BlockGeometry) -> None:
         self._whole = (0, geometry.slice_bytes)
-        self._runs: list[list[tuple[int, int]]] = [[] for _ in range(geometry.slice_count)]  # Sorted, never touching.
+        self._complete = bytearray(geometry.slice_count)
+        # Of slices that came in part: sorted, never touching. A whole one costs no object that would have to be freed.
+        self._runs: dict[int, list[tuple[int, int]]] = {}
         self.missing = geometry.slice_count
 
     def add(self, layer: int, start: int, end: int) -> bool:
         """Note a part of a slice. True when the slice is now complete. Raises InvalidFrame on overlap."""
-        runs = self._runs[layer]
+        if self._complete[layer]:
+            raise InvalidFrame(f"bytes {start}..{end} of layer {layer} arrived before", layer=layer)
+        runs = self._runs.setdefault(layer, []) if (start, end) != self._whole else self._runs.get(layer, [])
         at = bisect_left(runs, (start, end))
         if (at and runs[at - 1][1] > start) or (at < len(runs) and runs[at][0] < end):
             raise InvalidFrame(f"bytes {start}..{end} of layer {layer} arrived before", layer=layer)
         joins_before = at > 0 and runs[at - 1][1] == start
         joins_after = at < len(runs) and runs[at][0] == end
         run = (runs[at - 1][0] if joins_before else start, runs[at][1] if joins_after else end)
-        runs[at - joins_before : at + joins_after] = [run]
-        complete = run == self._whole
-        self.missing -= complete
-        return complete
+        if run != self._whole:
+            runs[at - joins_before : at + joins_after] = [run]
+            return False
+        self._runs.pop(layer, None)
+        self._complete[layer] = True
+        self.missing -= 1
+        return True
 
 
 @dataclass(slots=True, eq=False)
@@ -97,7 +107,6 @@ class _Upload:
     slices: _Slices
     extent: Extent | None = None
     image: memoryview | None = None
-    checksums: dict[int, int] = field(default_factory=dict)
 
 
 class Ingests:
@@ -111,6 +120,7 @@ class Ingests:
         write_behind: WriteBehind | None,
         clock: Clock,
         counters: Counters,
+        pace: Pace,
         *,
         wait_s: float,
     ) -> None:
@@ -121,6 +131,7 @@ class Ingests:
         self.write_behind = write_behind
         self.clock = clock
         self.counters = counters
+        self.pace = pace
         self.wait_s = wait_s
         self.uploads: dict[bytes, deque[_Upload]] = {}  # By object. The first one is under way, the others wait.
 
@@ -144,6 +155,7 @@ class Ingest:
         self._request = request
         self._outcome = SaveOutcome()
         self._uploads: dict[int, _Upload] = {}
+        self._checksums = np.zeros((len(request.keys), request.shard.layers), np.uint64)  # Of what came.
         self._hashing: set[asyncio.Future[int]] = set()
         self._geometries = [block_geometry(request.layout, request.shard, count) for count in request.token_counts]
         starts = np.cumsum([0, *(geometry.slice_bytes for geometry in self._geometries)])
@@ -182,7 +194,9 @@ class Ingest:
         others: list[_Upload] = []
         for upload in self._uploads.values():
             (first if self._is_first(upload) else others).append(upload)
-        for upload in first:
+        for count, upload in enumerate(first):
+            if count % _RESERVED_A_TURN == 0:
+                await self._all.pace.turn()  # Where there is room nothing below waits.
             await self._reserve(upload)
         deadline_s = asyncio.get_running_loop().time() + self._all.wait_s
         for upload in others:
@@ -285,11 +299,11 @@ class Ingest:
     def _hash(self, upload: _Upload, layer: int, data: memoryview) -> None:
         """Take the checksum of what lies in the arena now, while it is still in the processor's cache."""
         if len(data) <= _HASH_IN_THREAD_BYTES:
-            upload.checksums[layer] = checksum(data)
+            self._checksums[upload.position, layer] = checksum(data)
             return
 
         def note(job: asyncio.Future[int]) -> None:
-            upload.checksums[layer] = job.result()
+            self._checksums[upload.position, layer] = job.result()
 
         job = asyncio.get_running_loop().run_in_executor(None, checksum, data)
         job.add_done_callback(note)
@@ -317,7 +331,7 @@ class Ingest:
         self._committing = True  # Whoever detaches the client now leaves the extents to this commit.
         if self._hashing:
             await asyncio.wait(self._hashing)
-        good = [upload for upload in self._uploads.values() if self._matches(upload, checksums)]
+        good = self._matching(checksums)
         rows = await self._record(good)
         self._all.blocks.verified[rows] = True
         await self._finish(good, rows, on_ssd=on_ssd, then_write=then_write)
@@ -331,16 +345,19 @@ class Ingest:
         if on_ssd:
             await self._until_on_ssd(good, rows)
 
-    def _matches(self, upload: _Upload, checksums: NDArray[np.uint64]) -> bool:
-        layers = upload.geometry.slice_count
-        claimed = checksums[upload.position * layers : (upload.position + 1) * layers]
-        ours = np.array([upload.checksums[layer] for layer in range(layers)], np.uint64)
-        wrong = np.flatnonzero(claimed != ours)
-        if len(wrong):
-            self._outcome.refused[upload.position] = UploadCorrupted(
-                f"layer {wrong[0]} of block {upload.position} does not match its checksum", layer=int(wrong[0])
-            )
-        return not len(wrong)
+    def _matching(self, checksums: NDArray[np.uint64]) -> list[_Upload]:
+        """The uploads whose bytes are those that the client's checksums were taken of. The others are refused."""
+        wrong = checksums.reshape(self._checksums.shape) != self._checksums
+        first_wrong = np.where(wrong.any(axis=1), wrong.argmax(axis=1), -1).tolist()
+        good = []
+        for position, upload in self._uploads.items():
+            if (layer := first_wrong[position]) < 0:
+                good.append(upload)
+            else:
+                self._outcome.refused[position] = UploadCorrupted(
+                    f"layer {layer} of block {position} does not match its checksum", layer=layer
+                )
+        return good
 
     async def _record(self, uploads: list[_Upload]) -> list[int]:
         """Trailer, index record, visible. Blocks of one save share a commit."""
@@ -348,9 +365,7 @@ class Ingest:
         rows, extents = [], []
         for upload in uploads:
             key = request.keys[upload.position]
-            trailer = Trailer(
-                key, request.shard, np.array([upload.checksums[n] for n in range(len(upload.checksums))], np.uint64)
-            ).encode()
+            trailer = Trailer(key, request.shard, self._checksums[upload.position]).encode()
             assert upload.image is not None and upload.extent is not None
             upload.image[upload.geometry.trailer_offset :] = trailer
             row = blocks.add(
@@ -393,7 +408,7 @@ class Ingest:
         held = [row for row in row_of.values() if row != NO_ROW]
         residency.hold(held)
         try:
-            errors = await asyncio.gather(*(self._written(row) for row in row_of.values()))
+            errors = await all_of(self._written(row) for row in row_of.values())
         finally:
             residency.unhold(held)
         outcome.refused |= {position: error for position, error in zip(row_of, errors, strict=True) if error}

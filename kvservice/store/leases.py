@@ -1,24 +1,31 @@
 """Attached clients, and the leases that hang on them.
 
 A lease keeps blocks in their place for a client. It ends by release, by expiry, or with its
-client. Time comes from the clock that is handed in; `expire` is called by whoever owns the time.
+client: nobody finds it from then on, and its blocks are let go over the next turns of the event
+loop where they are many. Time comes from the clock that is handed in; `expire` is called by
+whoever owns the time.
 """
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import secrets
+from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-
-import numpy as np
 
 from kvservice.blocks import Rows
 from kvservice.clock import Clock
 from kvservice.counters import Counters
+from kvservice.store.pace import Pace
 from kvservice.store.residency import Residency
+from kvservice.store.tasks import Tasks
 from kvservice_api.errors import InvalidRequest, LeaseExpired, LeaseNotYours, Overloaded, UnknownClient
 from kvservice_api.layout import Layout, Shard
+
+_ROWS_A_TURN = 512  # Two milliseconds of the event loop where all of them have been discarded.
+_LEASES_A_TURN = 1024
 
 
 @dataclass(slots=True, eq=False)
@@ -28,6 +35,7 @@ class Client:
     client_id: bytes
     name: str
     leases: set[int] = field(default_factory=set)
+    leased_rows: int = 0  # A row counts once for each time that a lease names it.
     on_detach: set[Callable[[], None]] = field(default_factory=set)  # Ends what else hangs on the client.
 
 
@@ -46,17 +54,31 @@ class Lease:
 
 class Leases:
     def __init__(
-        self, residency: Residency, clock: Clock, counters: Counters, *, clients_max: int, per_client_max: int
+        self,
+        residency: Residency,
+        clock: Clock,
+        counters: Counters,
+        tasks: Tasks,
+        pace: Pace,
+        *,
+        clients_max: int,
+        per_client_max: int,
+        blocks_per_client_max: int,
     ) -> None:
         self._residency = residency
+        self._tasks = tasks
+        self._pace = pace
         self._clock = clock
         self._counters = counters
         self._clients_max = clients_max
         self._per_client_max = per_client_max
+        self._blocks_per_client_max = blocks_per_client_max
         self._clients: dict[bytes, Client] = {}
         self._leases: dict[int, Lease] = {}
         self._ends_at_s: dict[int, float] = {}
         self._by_end: list[tuple[float, int]] = []  # Old entries of renewed leases stay until they come up.
+        self._over: deque[Rows] = deque()  # Of leases that have ended, and are still to be let go.
+        self._letting_go: asyncio.Task[None] | None = None
         self._next_lease_id = secrets.randbits(48) << 8  # A number of a daemon before this one means nothing here.
 
     @property
@@ -104,11 +126,17 @@ class Leases:
     ) -> Lease:  # fmt: skip
         if len(client.leases) >= self._per_client_max:
             raise Overloaded(f"the client holds {self._per_client_max} leases, the most it may: release some")
+        if client.leased_rows + len(held) > self._blocks_per_client_max:
+            raise Overloaded(
+                f"the client's leases would hold over {self._blocks_per_client_max} blocks, the most they may: "
+                "release some"
+            )
         self._next_lease_id += 1
         lease = Lease(self._next_lease_id, client, layout, shard, rows, parts, held)
         self._residency.lease(held)
         self._leases[lease.lease_id] = lease
         client.leases.add(lease.lease_id)
+        client.leased_rows += len(held)
         self._set_end(lease.lease_id, ttl_s)
         self._counters.leases_granted += 1
         return lease
@@ -134,16 +162,22 @@ class Leases:
             raise LeaseNotYours("the lease belongs to another client", lease_id=lease_id)
         self._end([lease])
 
-    def expire(self) -> None:
-        """End the leases whose time is over."""
+    def expire(self) -> bool:
+        """End leases whose time is over, as many as one turn of the event loop can take. Whether some are left."""
         now_s = self._clock.monotonic_s()
         over: dict[int, Lease] = {}  # A renewed lease may come up twice.
-        while self._by_end and self._by_end[0][0] <= now_s:
+        while self._by_end and self._by_end[0][0] <= now_s and len(over) < _LEASES_A_TURN:
             _, lease_id = heapq.heappop(self._by_end)
             if lease_id in self._leases and self._ends_at_s[lease_id] <= now_s:
                 over[lease_id] = self._leases[lease_id]
         self._counters.leases_expired += len(over)
         self._end(over.values())
+        return bool(self._by_end) and self._by_end[0][0] <= now_s
+
+    async def let_go(self) -> None:
+        """Wait until nothing is held any more by leases that have ended."""
+        while self._over and self._letting_go is not None:
+            await asyncio.wait({self._letting_go})
 
     def _set_end(self, lease_id: int, ttl_s: float) -> None:
         end_s = self._clock.monotonic_s() + ttl_s
@@ -154,10 +188,32 @@ class Leases:
             heapq.heapify(self._by_end)
 
     def _end(self, leases: Collection[Lease]) -> None:
-        """End them all, their blocks in one go: a client that dies may have had a thousand."""
+        """End them all: a client that dies may have had a thousand."""
         for lease in leases:
             del self._leases[lease.lease_id]
             del self._ends_at_s[lease.lease_id]
             lease.client.leases.discard(lease.lease_id)
-        if leases:
-            self._residency.unlease(np.concatenate([lease.held_rows for lease in leases]))
+            lease.client.leased_rows -= len(lease.held_rows)
+            self._over.append(lease.held_rows)
+        if self._letting_go is None:
+            self._let_some_go()
+            if self._over:
+                self._letting_go = self._tasks.start(self._let_all_go(), "end of leases")
+
+    async def _let_all_go(self) -> None:
+        try:
+            while self._over:
+                await self._pace.turn()
+                self._let_some_go()
+        finally:
+            self._letting_go = None
+
+    def _let_some_go(self) -> None:
+        """Of as many rows, and as many leases, as one turn of the event loop can take."""
+        room = _ROWS_A_TURN
+        while self._over and room:
+            rows = self._over.popleft()
+            if len(rows) > room:
+                self._over.appendleft(rows[room:])
+            self._residency.unlease(rows[:room])
+            room -= min(room, max(len(rows), 16))  # Of small leases not too many.

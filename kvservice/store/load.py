@@ -23,6 +23,7 @@ from kvservice.store.leases import Lease
 from kvservice.store.pace import Pace
 from kvservice.store.promotion import Landing, Promotion
 from kvservice.store.residency import Residency
+from kvservice.store.tasks import all_of
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.io_pool import ended
 from kvservice.tiers.ssd import SsdTier
@@ -63,6 +64,7 @@ class _Source:
     """Where one row's slices come from, for the time of a load."""
 
     row: int
+    generation: int  # The row's, to tell whether it still has this block.
     shard: Shard
     geometry: BlockGeometry
     image: memoryview | None  # In DRAM or landing; None where the slices are read from SSD.
@@ -138,8 +140,11 @@ class Loads:
                     yield await ready
             finally:
                 for unneeded in (waiting, parts):
-                    if unneeded is not None and not unneeded.cancel() and not unneeded.cancelled():
-                        unneeded.exception()  # Another one was raised before it.
+                    if unneeded is not None:
+                        unneeded.cancel()
+                        await ended(unneeded)  # It may be reading what is let go of below.
+                        if not unneeded.cancelled():
+                            unneeded.exception()  # Another one was raised before it.
             self.counters.load_blocks += len(blocks)
         except KVError:
             self.counters.loads_failed += 1
@@ -185,8 +190,8 @@ class _Load:
             landings = await loads.promotion.begin(rows[table.dram_offset[rows] < 0].tolist())
         for row, landing in landings.items():  # Before anything else is awaited: images of landings are given away.
             landing.begin_reading()
-            geometry = loads.residency.geometry(row)
-            self._sources[row] = _Source(row, table.shard_of(row), geometry, landing.image, landing=landing)
+            self._sources[row] = source = self._new_source(row)
+            source.image, source.landing = landing.image, landing
         for count, row in enumerate(self.rows):
             await self._breath(count)
             if row not in landings:
@@ -198,7 +203,7 @@ class _Load:
         await self._on_thread(lambda: self._read_trailers(resident))
         for source in resident:
             if source.trailer is None:
-                await self._quarantine(source.row, TierName.DRAM, "the trailer")
+                await self._quarantine(source, TierName.DRAM, "the trailer")
         read_through = [source for source in self._sources.values() if source.ssd_extent is not None]
         # One layer of each is being sent while the next one is being read.
         wanted_bytes = sum(2 * (source.geometry.slice_stride + PAGE_BYTES) for source in read_through)
@@ -208,16 +213,19 @@ class _Load:
 
     def _source(self, row: int) -> _Source:
         """Of a block that is not on its way up."""
-        table, geometry = self._blocks_table, self._loads.residency.geometry(row)
-        source = _Source(row, table.shard_of(row), geometry, None)
+        table, source = self._blocks_table, self._new_source(row)
         dram = table.extent(row, TierName.DRAM)
         if dram is not None:
-            source.image = self._loads.dram.view(dram)[: geometry.image_bytes]
+            source.image = self._loads.dram.view(dram)[: source.geometry.image_bytes]
             return source
         source.ssd_extent = table.extent(row, TierName.SSD)
         if source.ssd_extent is None:
             raise LeaseExpired("a block left the store before its load began: look the prefix up again")
         return source
+
+    def _new_source(self, row: int) -> _Source:
+        table = self._blocks_table
+        return _Source(row, int(table.generation[row]), table.shard_of(row), self._loads.residency.geometry(row), None)
 
     async def close(self) -> None:
         """Wait for threads that still read the blocks' memory, then let go of it."""
@@ -255,7 +263,7 @@ class _Load:
         assert ssd is not None and source.ssd_extent is not None
         source.trailer = await ssd.read(source.ssd_extent, start, pages, lambda end: self._trailer(source, end))
         if source.trailer is None:
-            await self._quarantine(source.row, TierName.SSD, "the trailer")
+            await self._quarantine(source, TierName.SSD, "the trailer")
 
     async def parts(self, layer: int) -> list[Part]:
         """One wanted layer, cut into frames; `layer` counts from the shard's first."""
@@ -354,14 +362,15 @@ class _Load:
         async with loads.slots:
             result = await self._on_thread(work)
         if isinstance(result, Slice):
-            tier = TierName.SSD if self._sources[result.row].ssd_extent else TierName.DRAM
-            await self._quarantine(result.row, tier, f"layer {result.layer}")
+            source = self._sources[result.row]
+            tier = TierName.SSD if source.ssd_extent else TierName.DRAM
+            await self._quarantine(source, tier, f"layer {result.layer}")
         loads.counters.load_bytes += sum(map(len, part.runs))
         return result
 
-    async def _quarantine(self, row: int, tier: TierName, what: str) -> NoReturn:
-        key = self._blocks_table.key_of(row).hex()
-        await self._loads.residency.quarantine(row, tier, what)
+    async def _quarantine(self, source: _Source, tier: TierName, what: str) -> NoReturn:
+        key = self._blocks_table.key_of(source.row).hex()
+        await self._loads.residency.quarantine(source.row, source.generation, tier, what)
         raise ChecksumMismatch(f"{what} of block {key} is damaged in {tier}; the block was dropped", key=key)
 
 
@@ -369,7 +378,7 @@ async def _gather(work: Callable[[_Source], Awaitable[T]], sources: Sequence[_So
     """What `work` gives for each of them, not too many at a time."""
     results: list[T] = []
     for start in range(0, len(sources), _ROWS_A_TURN):
-        results += await asyncio.gather(*map(work, sources[start : start + _ROWS_A_TURN]))
+        results += await all_of(map(work, sources[start : start + _ROWS_A_TURN]))
     return results
 
 

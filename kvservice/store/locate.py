@@ -141,7 +141,7 @@ class Locates:
             extent = blocks.extent(row, TierName.DRAM)
             if extent is None or blocks.verified[row]:
                 continue
-            geometry, key = self._residency.geometry(row), blocks.key_of(row)
+            geometry, key, generation = self._residency.geometry(row), blocks.key_of(row), int(blocks.generation[row])
             image, expected = self._dram.view(extent)[: geometry.image_bytes], int(blocks.trailer_checksum[row])
             verify = functools.partial(pieces.damage, image, geometry, key, expected)
             job = asyncio.get_running_loop().run_in_executor(self._executor, verify)
@@ -150,6 +150,6 @@ class Locates:
             finally:
                 await ended(job)  # The thread reads memory that we are about to let go.
             if what:
-                await self._residency.quarantine(row, TierName.DRAM, what)
+                await self._residency.quarantine(row, generation, TierName.DRAM, what)
                 raise ChecksumMismatch(f"{what} of block {key.hex()} is damaged in dram", key=key.hex())
             blocks.verified[row] = True

@@ -22,7 +22,7 @@ from kvservice.store import pieces
 from kvservice.store.pace import Pace
 from kvservice.store.residency import Residency
 from kvservice.store.room import Room
-from kvservice.store.tasks import Tasks
+from kvservice.store.tasks import Tasks, all_of
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.ssd import SsdTier
 from kvservice_api.errors import BlockNotFound, ChecksumMismatch, KVError, StorageFailed, TierFull
@@ -40,8 +40,9 @@ _ROOM_WAIT_S = 0.2  # Whoever loads is better off reading past DRAM than waiting
 class Landing:
     """One block on its way up. Its verified layers can be read before the last one is there."""
 
-    def __init__(self, row: int, geometry: BlockGeometry, extent: Extent, image: memoryview) -> None:
+    def __init__(self, row: int, generation: int, geometry: BlockGeometry, extent: Extent, image: memoryview) -> None:
         self.row = row
+        self.generation = generation
         self.geometry = geometry
         self.pieces = pieces.cut(geometry, _PIECE_BYTES)
         self.extent = extent
@@ -173,7 +174,7 @@ class Promotion:
             del self._reserving[row]
             reserving.set_result(None)
         image = self._dram.view(extent)[: geometry.image_bytes]
-        landing = self._landings[row] = Landing(row, geometry, extent, image)
+        landing = self._landings[row] = Landing(row, int(self._blocks.generation[row]), geometry, extent, image)
         return landing
 
     async def _bring_up(self, landings: list[Landing], due_s: float) -> None:
@@ -199,7 +200,7 @@ class Promotion:
             for job in shared:
                 await work(job)
 
-        await asyncio.gather(*(worker() for _ in range(self._reads_in_flight)))
+        await all_of(worker() for _ in range(self._reads_in_flight))
 
     async def _read_trailer(self, landing: Landing, due_s: float) -> None:
         source = self._blocks.extent(landing.row, TierName.SSD)
@@ -247,7 +248,7 @@ class Promotion:
         landing.failed(error)
         self._counters.storage_errors += isinstance(error, StorageFailed)
         if isinstance(error, ChecksumMismatch):
-            await self._residency.quarantine(landing.row, TierName.SSD, error.message)
+            await self._residency.quarantine(landing.row, landing.generation, TierName.SSD, error.message)
 
     async def _end(self, landing: Landing) -> None:
         """Make the block resident in DRAM, or give its space back."""

@@ -82,10 +82,8 @@ class Reservation(Ingest):
         self._may_be_written = False
         for place in self.places:
             self._writer.forget(place.extent)  # Before the record: nobody writes there any more, whatever comes next.
-        for upload, sums in zip(
-            uploads, checksums.reshape(len(uploads), self._request.shard.layers).tolist(), strict=True
-        ):
-            upload.checksums = dict(enumerate(sums))
+        positions = [upload.position for upload in uploads]
+        self._checksums[positions] = checksums.reshape(len(uploads), self._request.shard.layers)
         try:
             rows = await self._record(uploads)
             await self._finish(uploads, rows, on_ssd=self._on_ssd)

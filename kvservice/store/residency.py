@@ -243,8 +243,14 @@ class Residency:
         self.history.note_rows(self.blocks, rows, why)
         await self._begin_discard(rows).recorded()
 
-    async def quarantine(self, row: int, tier: TierName, what: str) -> None:
-        """Take a block whose bytes are damaged out of service, in every tier: whatever is in doubt is a miss."""
+    async def quarantine(self, row: int, generation: int, tier: TierName, what: str) -> None:
+        """Take a block whose bytes are damaged out of service, in every tier: whatever is in doubt is a miss.
+
+        `generation` is the row's from when its bytes began to be read. Where it has another one the block
+        is gone, and the row has one that nothing is known against.
+        """
+        if self.blocks.generation[row] != generation:
+            return
         extent = self.blocks.extent(row, tier)
         log.error(
             "a damaged block was taken out of service",

@@ -97,11 +97,12 @@ class Scrub:
 
     async def _check(self, row: int, tier: TierName) -> bool:
         """Whether the copy was damaged; it is then dropped. A disk that cannot be read counts as damage of none."""
+        generation = int(self._blocks.generation[row])
         self._residency.hold([row])
         try:
             what = await (self._check_dram(row) if tier is TierName.DRAM else self._check_ssd(row))
             if what is not None:
-                await self._residency.quarantine(row, tier, what)
+                await self._residency.quarantine(row, generation, tier, what)
             elif tier is TierName.DRAM:
                 self._blocks.verified[row] = True
             return what is not None

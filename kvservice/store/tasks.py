@@ -4,14 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Coroutine, Iterable
 from typing import Any, TypeVar
 
+from kvservice.tiers.io_pool import ended
 from kvservice_api.errors import KVError
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
+
+
+async def all_of(work: Iterable[Awaitable[T]]) -> list[T]:
+    """What each of them gives. Where one fails, or the caller is cancelled, the others are cancelled.
+
+    Returns or raises once all have ended, unlike `asyncio.gather`: whoever lets go then of what they
+    use takes it from nobody.
+    """
+    running = [asyncio.ensure_future(each) for each in work]
+    try:
+        if running:
+            await asyncio.wait(running, return_when=asyncio.FIRST_EXCEPTION)
+        failed = next((each for each in running if each.done() and not each.cancelled() and each.exception()), None)
+        if failed is None:
+            return [await each for each in running]
+        return [await failed]  # Raises.
+    finally:
+        for each in running:
+            each.cancel()
+        for each in running:
+            await ended(each)
+            if not each.cancelled():
+                each.exception()  # Another one was raised before it.
 
 
 class Tasks:

@@ -215,6 +215,7 @@ class WriteBehind:
             raise BlockNotFound("the block left before it was written")
         if blocks.is_resident(row, TierName.SSD):
             return
+        generation = int(blocks.generation[row])
         self._residency.hold([row])
         try:
             geometry = self._residency.geometry(row)
@@ -230,7 +231,7 @@ class WriteBehind:
             self._counters.written_behind_blocks += 1
             self._counters.written_behind_bytes += geometry.image_bytes
         except ChecksumMismatch as error:
-            await self._residency.quarantine(row, TierName.DRAM, error.message)
+            await self._residency.quarantine(row, generation, TierName.DRAM, error.message)
             raise
         finally:
             self._residency.unhold([row])

@@ -199,7 +199,7 @@ class DaemonUnavailable(KVError, code=grpc.StatusCode.UNAVAILABLE):
 
 
 class DeadlineExceeded(KVError, code=grpc.StatusCode.DEADLINE_EXCEEDED):
-    """The time that the caller allowed has passed."""
+    """The time that the caller allowed has passed, or the one that the daemon waits for a client to read on."""
 
 
 def to_status(error: KVError) -> status_pb2.Status:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvservice_api.errors import BlockNotFound, InvalidRequest
-from kvservice_client import Client, Durability, Layout, ResidencyRun, Shard
+from kvservice_api.errors import BlockNotFound, InvalidRequest, LeaseExpired
+from kvservice_client import Client, Durability, Layout, ResidencyRun, SaveResult, Shard, block_chain
 from tests.daemon import MIB, DaemonProcess, until
 from tests.integration.conversations import large_layout, layers_of, new_chain, same, small_layout
 
@@ -101,6 +101,24 @@ def test_nothing_stored_is_an_answer_and_not_an_error(client: Client) -> None:
         assert (lease.hit_blocks, lease.hit_tokens, lease.residency, lease.remaining_s) == (0, 0, [], 0)
         with pytest.raises(BlockNotFound):
             lease.load()
+
+
+def test_a_prompt_shorter_than_a_block_hits_nothing_and_stores_nothing_and_the_daemon_is_not_asked() -> None:
+    layout = small_layout()
+    with Client("127.0.0.1:1", timeout_s=0.2) as client:  # Nobody listens there.
+        blocks = client.open_layout(layout)
+        chain = block_chain(layout, list(range(layout.block_tokens - 1)))
+        assert len(chain) == 0 and blocks.contains(chain) == 0
+        with blocks.lookup(chain) as lease:
+            assert (lease.hit_blocks, lease.hit_tokens, lease.residency, lease.remaining_s) == (0, 0, [], 0)
+            for call in (lease.load, lease.layer_bytes):
+                with pytest.raises(BlockNotFound):
+                    call()
+            with pytest.raises(LeaseExpired):
+                lease.renew()
+        layers = [np.empty(0, np.uint8)] * layout.layers
+        assert blocks.save(chain, layers) == SaveResult(0, 0, [])
+        assert blocks.save(chain, []).is_complete
 
 
 def test_saving_twice_stores_once(client: Client) -> None:

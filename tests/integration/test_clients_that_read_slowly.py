@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from kvservice_api.errors import DeadlineExceeded
 from kvservice_api.v1 import blocks_pb2
 from kvservice_client import Client, Durability, Layout
 from tests.daemon import MIB, DaemonProcess, until
 from tests.integration.known_blocks import LARGE, new_chain, save
-from tests.integration.wire import Upload, Wire
+from tests.integration.wire import Upload, Wire, refused
 
 _READERS = 64
 _BLOCKS = 192  # 36 MiB for each reader.
@@ -127,3 +128,25 @@ def test_a_prefix_of_thousands_of_blocks_keeps_nobody_else_waiting(new_daemon: C
             assert len(list(client.admin.list_blocks())) == len(chain)
 
         keeps_time(daemon, use_all_of_it)
+
+
+def test_a_load_that_nobody_reads_ends_and_lets_its_blocks_go(new_daemon: Callable[..., DaemonProcess]) -> None:
+    daemon = new_daemon(server__transfer_idle_s=0.5, server__loads_max=1)
+    chain = new_chain(LARGE, _BLOCKS, "unread")
+    with Client(daemon.address) as client, Wire(daemon.address) as wire:
+        save(client, LARGE, chain)
+        wire.attach("stalled")
+        lease_id = wire.lookup(LARGE, chain).lease_id
+        request = blocks_pb2.LoadBlocksRequest(client_id=wire.client_id, lease_id=lease_id)
+        load = wire.blocks.LoadBlocks(request)
+        next(load)
+        wire.blocks.ReleaseLease(blocks_pb2.ReleaseLeaseRequest(client_id=wire.client_id, lease_id=lease_id))
+        assert client.evict(chain.keys, "dram").held == _BLOCKS, "the load itself keeps them"
+
+        until(lambda: client.evict(chain.keys, "dram").held == 0, 30)
+        with client.open_layout(LARGE).lookup(chain) as lease:
+            for _ in lease.load():
+                pass  # There is a place for it.
+        with refused(DeadlineExceeded, "took nothing for 0.5 s"):
+            for _ in load:
+                pass  # What was under way still comes.

@@ -199,6 +199,21 @@ def test_a_model_with_adapters_is_refused_unless_they_are_named(kept: KeptBlocks
     assert isinstance(connector(kept, model, lora_id="mine"), TransformersConnector)
 
 
+def test_an_adapter_that_is_loaded_later_is_refused_and_nothing_is_saved_under_the_models_own_keys(
+    kept: KeptBlocks,
+) -> None:
+    model, tokens = tiny_llama(), prompt(9)
+    subject, cache = connector(kept, model), computed(model, tokens)
+    model.peft_config = {"default": object()}
+
+    for call in (lambda: subject.restore(tokens), lambda: subject.save(tokens, cache)):
+        with pytest.raises(UnsupportedModel, match="lora_id"):
+            call()
+    del model.peft_config
+    assert subject.restore(tokens).tokens == 0
+    assert subject.save(tokens, cache).stored == 2
+
+
 def test_the_layout_says_how_keys_were_rotated() -> None:
     scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
     assert layout_for(tiny_llama(rope_parameters=scaled)).rotary == Rotary("linear", "half", 8, 5e5, (("factor", 2.0),))

@@ -87,6 +87,50 @@ def test_a_slice_is_complete_once_every_byte_came_in_whatever_order(data: st.Dat
     assert slices.missing == 1
 
 
+def test_a_slice_that_came_whole_leaves_no_object_behind() -> None:
+    """A save may have tens of thousands, and they would all be freed in one turn of the event loop."""
+    slices = _Slices(block_geometry(LAYOUT, WHOLE, 16))
+    assert slices.add(0, 0, SLICE)
+    assert not slices.add(1, 0, 100) and slices._runs
+    assert slices.add(1, 100, SLICE)
+    assert not slices._runs and not slices.missing
+    with pytest.raises(InvalidFrame):
+        slices.add(0, 0, SLICE)
+    with pytest.raises(InvalidFrame):
+        slices.add(1, 5, 6)
+
+
+async def test_a_save_of_many_blocks_lets_the_event_loop_go_round_while_it_reserves(
+    open_store: Callable[..., Any],
+) -> None:
+    opened: OpenStore = await open_store(dram_bytes=4 * MIB)
+    chain, turns = some_chain(250), 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count())
+    async with opened.begin_save(opened.store.leases.attach("test"), chain):
+        counting.cancel()
+    assert turns >= 2
+
+
+async def test_each_block_of_a_save_is_compared_with_its_own_checksums(opened: OpenStore, client: Client) -> None:
+    chain = some_chain(5)
+    images = some_images(chain)
+    checksums = checksums_of(WHOLE, images)
+    checksums[[2 * 1 + 1, 2 * 3]] += np.uint64(1)  # Layer 1 of block 1, and layer 0 of block 3.
+    async with opened.begin_save(client, chain) as ingest:
+        for frame in frames_of(LAYOUT, WHOLE, chain, images):
+            ingest.write(frame)
+        outcome = await ingest.commit(checksums, on_ssd=False)
+    assert outcome.stored == [0, 2, 4]
+    assert {block: error.details["layer"] for block, error in outcome.refused.items()} == {1: "1", 3: "0"}
+
+
 async def test_a_save_may_come_in_any_order_and_in_frames_of_any_size(opened: OpenStore, client: Client) -> None:
     for seed, frame_bytes in enumerate((1, 700, 4096, 5000, 1 << 20)):
         chain = some_chain(2 if frame_bytes == 1 else 5, seed=seed, tail_tokens=3)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 
 from kvservice.blocks import TierName
 from kvservice.counters import Counters
+from kvservice.store.block_store import StoreLimits
 from kvservice.store.leases import Client, Lease, Leases
+from kvservice.store.pace import Pace
+from kvservice.store.tasks import Tasks
 from kvservice_api.errors import InvalidRequest, KVError, LeaseExpired, LeaseNotYours, Overloaded, UnknownClient
 from tests.clock import FakeClock
-from tests.stores import LAYOUT, WHOLE, OpenStore, layers_of, some_chain, some_images
+from tests.stores import LAYOUT, WHOLE, OpenStore, layers_of, some_chain, some_images, until
 
 
 @dataclass
@@ -42,7 +48,12 @@ def residency() -> CountingResidency:
 
 @pytest.fixture
 def leases(residency: CountingResidency, clock: FakeClock) -> Leases:
-    return Leases(residency, clock, Counters(), clients_max=3, per_client_max=5)  # type: ignore[arg-type]
+    return new_leases(residency, clock)
+
+
+def new_leases(residency: CountingResidency, clock: FakeClock, **limits: int) -> Leases:
+    bounds = {"clients_max": 3, "per_client_max": 5, "blocks_per_client_max": 100_000} | limits
+    return Leases(residency, clock, Counters(), Tasks(), Pace(), **bounds)  # type: ignore[arg-type]
 
 
 def granted(leases: Leases, client: Client, rows: list[int], ttl_s: float = 30.0) -> Lease:
@@ -155,7 +166,7 @@ def test_a_number_that_was_never_given_is_an_expired_lease(leases: Leases, lease
 def test_numbers_of_another_daemon_mean_nothing_here(clock: FakeClock) -> None:
     numbers = set()
     for _ in range(20):
-        leases = Leases(CountingResidency({}), clock, Counters(), clients_max=1, per_client_max=1)  # type: ignore[arg-type]
+        leases = new_leases(CountingResidency({}), clock)
         numbers.add(granted(leases, leases.attach("test"), [1]).lease_id)
     assert len(numbers) == 20 and 0 not in numbers
 
@@ -174,6 +185,21 @@ def test_clients_names_and_leases_are_bounded(leases: Leases) -> None:
     with pytest.raises(Overloaded):
         granted(leases, clients[0], [1])
     granted(leases, clients[1], [1])
+
+
+def test_the_blocks_that_one_clients_leases_hold_are_bounded(clock: FakeClock, residency: CountingResidency) -> None:
+    """However often they are named: each time takes memory, and time to end."""
+    leases = new_leases(residency, clock, blocks_per_client_max=10)
+    greedy, other = leases.attach("greedy"), leases.attach("other")
+    lease = granted(leases, greedy, [1] * 6)
+    with pytest.raises(Overloaded):
+        granted(leases, greedy, [1] * 5)
+    granted(leases, greedy, [2] * 4)
+    granted(leases, other, [1] * 10)
+    assert residency.leased == {1: 16, 2: 4} and len(greedy.leases) == 2
+
+    leases.release(greedy.client_id, lease.lease_id)
+    granted(leases, greedy, [1] * 6)
 
 
 def test_many_short_leases_leave_nothing_behind(leases: Leases) -> None:
@@ -235,6 +261,68 @@ async def test_a_leased_block_that_is_discarded_can_be_loaded_until_its_lease_en
     with pytest.raises(KVError):
         opened.store.leases.get(client.client_id, lease.lease_id)
     await opened.settle()
+
+
+async def test_a_client_with_many_leased_blocks_is_gone_at_once_and_its_blocks_follow_in_short_turns(
+    open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = StoreLimits(leases_per_client_max=100, leased_blocks_per_client_max=100_000)
+    opened: OpenStore = await open_store(limits=limits)
+    client, chain = opened.store.leases.attach("test"), some_chain(2)
+    await opened.save(client, chain, some_images(chain))
+    for _ in range(50):
+        lease = opened.lookup(client, chain.keys[:1] * 2000)
+    assert lease is not None
+    row = int(lease.rows[0])
+    unlease, ended_at_once = opened.store.residency.unlease, []
+
+    def watched(rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
+        ended_at_once.append(len(rows))
+        unlease(rows)
+
+    monkeypatch.setattr(opened.store.residency, "unlease", watched)
+    opened.store.leases.detach(client)
+    assert opened.store.leases.count == 0
+    with pytest.raises(UnknownClient):
+        opened.store.leases.get(client.client_id, lease.lease_id)
+    assert opened.store.blocks.leases[row] > 90_000, "not all of them in this turn"
+
+    await opened.store.leases.let_go()
+    assert not opened.store.blocks.leases.any()
+    assert sum(ended_at_once) == 100_000 and max(ended_at_once) <= 1024
+
+
+async def test_expiry_of_many_leases_takes_several_turns_and_none_of_them_is_found_meanwhile(
+    leases: Leases, clock: FakeClock, residency: CountingResidency
+) -> None:
+    leases = new_leases(residency, clock, per_client_max=5000)
+    client = leases.attach("test")
+    many = [granted(leases, client, [1], ttl_s=10) for _ in range(3000)]
+    clock.advance(seconds=10)
+    turns = 1
+    while leases.expire():
+        turns += 1
+        with pytest.raises(LeaseExpired):
+            leases.get(client.client_id, many[-1].lease_id)
+        await asyncio.sleep(0)
+    assert 2 <= turns <= 3000 and leases.count == 0
+    await leases.let_go()
+    assert residency.leased == {1: 0}
+
+
+async def test_a_lease_that_was_released_with_many_blocks_holds_none_of_them_once_it_is_let_go(
+    opened: OpenStore, client: Client
+) -> None:
+    chain = some_chain(2)
+    await opened.save(client, chain, some_images(chain))
+    lease = opened.lookup(client, chain.keys[:1] * 5000)
+    assert lease is not None
+    await opened.store.discard(chain.keys)
+    opened.store.leases.release(client.client_id, lease.lease_id)
+    with pytest.raises(LeaseExpired):
+        opened.store.leases.get(client.client_id, lease.lease_id)
+    await opened.store.leases.let_go()
+    await until(lambda: opened.dram.used_bytes == 0)
 
 
 async def fill_dram(opened: OpenStore, client: Client) -> None:

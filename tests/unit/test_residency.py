@@ -110,6 +110,39 @@ async def test_a_block_saved_again_waits_until_the_record_of_the_old_one_is_gone
     assert set(opened.records(TierName.DRAM)) == {chain.keys[0] + WHOLE.encode()}
 
 
+async def test_removals_of_one_object_follow_one_another(
+    opened: OpenStore, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a save that waited for the last of them would lose its record to one before."""
+    chain = some_chain(1)
+    await opened.save(client, chain, some_images(chain), on_ssd=True)
+    delete, gate, asked = opened.index.delete, asyncio.Event(), []
+
+    def late(tier: TierName, names: Sequence[bytes]) -> asyncio.Future[None]:
+        asked.append(tier)
+
+        async def work() -> None:
+            await gate.wait()
+            await delete(tier, names)
+
+        return asyncio.ensure_future(work())
+
+    monkeypatch.setattr(opened.index, "delete", late)
+    evicting = asyncio.create_task(opened.store.evict(chain.keys, TierName.DRAM))
+    await until(lambda: asked == [TierName.DRAM])
+    discarding = asyncio.create_task(opened.store.discard(chain.keys))
+    await until(lambda: opened.hits(chain.keys) == 0)
+    saving = asyncio.create_task(opened.save(client, chain, some_images(chain, seed=2)))
+    await turns()
+    assert asked == [TierName.DRAM], "the second removal waits for the first"
+
+    gate.set()
+    await asyncio.gather(evicting, discarding, saving)
+    assert len(asked) == 3
+    await opened.settle()
+    assert set(opened.records(TierName.DRAM)) == {chain.keys[0] + WHOLE.encode()}
+
+
 async def test_where_an_old_record_cannot_be_removed_a_new_save_is_refused_in_time(
     opened: OpenStore, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

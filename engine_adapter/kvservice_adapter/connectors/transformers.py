@@ -69,8 +69,8 @@ class TransformersConnector:
     """One model's caches in one daemon. Thread-safe; keeps nothing between calls.
 
     Neither method raises for what the daemon does, or does not: the engine recomputes, after a wait
-    that the client's timeout bounds. Both raise UnsupportedModel for batches and other caches, and
-    InvalidRequest for what are no token ids.
+    that the client's timeout bounds. Both raise UnsupportedModel for batches, for other caches and once
+    the model has adapters that `lora_id` does not name, and InvalidRequest for what are no token ids.
     """
 
     def __init__(
@@ -89,16 +89,25 @@ class TransformersConnector:
 
         `lora_id` names the adapter that is active, if any. Caches of another `salt` are never found.
         """
-        if not lora_id and _has_adapters(model):
-            raise UnsupportedModel("the model has adapters loaded; name the active one by lora_id")
+        self._model, self._lora_id = model, lora_id
+        self._check_adapters()
         self.layout = layout_of(model, model_id=model_id, model_revision=model_revision, block_tokens=block_tokens)
         self._client = client
         self._blocks = client.open_layout(self.layout)
         self._config = model.config
         self._device = model.device
         self._dtype = model.dtype
-        self._extra = extra_identity(lora_id)
         self._salt = salt
+
+    def _check_adapters(self) -> None:
+        if not self._lora_id and _has_adapters(self._model):
+            raise UnsupportedModel("the model has adapters loaded; name the active one by lora_id")
+
+    @property
+    def _extra(self) -> bytes:
+        """What tells the keys of the adapter apart. Asked for each chain: one may have been loaded meanwhile."""
+        self._check_adapters()
+        return extra_identity(self._lora_id)
 
     def restore(self, token_ids: TokenIds, *, session_id: str = "") -> Restored:
         """A cache with the longest stored prefix of `token_ids`, to hand to `generate`.

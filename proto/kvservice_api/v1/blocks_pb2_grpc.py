@@ -154,7 +154,8 @@ class BlockServiceServicer(object):
         * FAILED_PRECONDITION UNKNOWN_LAYOUT: call OpenLayout, then ask again.
         * FAILED_PRECONDITION UNKNOWN_CLIENT: a lease was asked for by a client that is not
         attached; attach (again), then ask again.
-        * RESOURCE_EXHAUSTED OVERLOADED: the client holds too many leases; release some.
+        * RESOURCE_EXHAUSTED OVERLOADED: the client holds too many leases, or too many blocks by
+        them; release some.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -170,6 +171,8 @@ class BlockServiceServicer(object):
         received of other layers is right; look the prefix up again, or recompute.
         * UNAVAILABLE STORAGE_FAILED: the SSD could not be read; recompute.
         * RESOURCE_EXHAUSTED OVERLOADED: too many loads run; recompute or retry.
+        * DEADLINE_EXCEEDED DEADLINE_EXCEEDED: the client took nothing for the daemon's
+        `server.transfer_idle_s`; a load keeps its blocks in their place, but not for ever.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
