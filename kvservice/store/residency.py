@@ -138,12 +138,12 @@ class Residency:
     async def flush_recency(self) -> None:
         """Write use times and hit counts of the blocks used since the last flush into their records."""
         blocks = self.blocks
-        used = np.flatnonzero(blocks.used_since_flush[: blocks.row_end] & blocks.live[: blocks.row_end]).tolist()
+        used = np.flatnonzero(blocks.used_since_flush[: blocks.row_end] & blocks.live[: blocks.row_end])
         blocks.used_since_flush[used] = False
         for start in range(0, len(used), _FLUSH_ROWS):
             for tier in self.tiers:
                 # Asked anew for each part: blocks leave and move while the part before is committed.
-                part = used[start : start + _FLUSH_ROWS]
+                part = used[start : start + _FLUSH_ROWS].tolist()
                 rows = [row for row in part if blocks.live[row] and blocks.is_resident(row, tier)]
                 extents = [extent for row in rows if (extent := blocks.extent(row, tier))]
                 names = [blocks.object_key_of(row) for row in rows]
