@@ -130,8 +130,12 @@ class BlockTable:
     verified: NDArray[np.bool_]
     live: NDArray[np.bool_]
 
-    def __init__(self, row_capacity: int = 1024) -> None:
-        """Rows take memory once they are used. Growing past `row_capacity` takes a second a million."""
+    def __init__(self, row_capacity: int = 1024, *, rows_likely: int | None = None) -> None:
+        """Rows take memory once they are used. Growing past `row_capacity` copies everything: milliseconds for
+        tens of thousands of rows, on the event loop. So it is for as many as there can be, of which
+        `rows_likely` are expected.
+        """
+        self.rows_likely = row_capacity if rows_likely is None else rows_likely
         self._first_row: dict[bytes, int] = {}  # Block key -> its first row.
         self._free: list[int] = []
         self.row_end = 0  # Rows at and above it were never used.

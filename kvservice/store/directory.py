@@ -149,7 +149,7 @@ class ResidencyDirectory:
         self._blocks.on_change = self._changed
 
     def _first_slots(self) -> int:
-        """As many as the block table is going to have rows, where there is space for them. 0 means none."""
+        """As many as the block table is likely to have rows, where there is space for them. 0 means none."""
         blocks = self._blocks
         least = self._slots_for(blocks.live_count)
         if HEADER_BYTES + SLOT_BYTES * least > self._bytes_max:
@@ -158,7 +158,7 @@ class ResidencyDirectory:
             return 0
         file_system = os.statvfs(self._file.parent)
         size_max = min(self._bytes_max, file_system.f_bavail * file_system.f_frsize // _FREE_SHARE) - HEADER_BYTES
-        slots = self._slots_for(max(blocks.row_capacity, blocks.live_count))
+        slots = self._slots_for(max(blocks.rows_likely, blocks.live_count))
         while slots > least and SLOT_BYTES * slots > size_max:
             slots //= 2
         return slots

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice.blocks import BlockTable, ObjectKeys, Rows, TierName
+from kvservice.blocks import OBJECT_KEY_BYTES, BlockTable, ObjectKeys, Rows, TierName
 from kvservice.index.block_index import BlockIndex
-from kvservice.index.records import Records
+from kvservice.index.records import RECORD, Records
 from kvservice.store.history import History
 from kvservice.tiers.base import Tier
 from kvservice_api.errors import InvalidRequest
@@ -21,9 +21,10 @@ from kvservice_api.layout import Layout, Shard, block_geometry
 
 log = logging.getLogger(__name__)
 
-_LIKELY_BLOCK_BYTES = 64 << 10  # Should blocks be smaller, the table grows while the daemon serves.
-_ROWS_MIN, _ROWS_MAX = 1 << 12, 1 << 23
-_ROOM_FOR_MORE = 1.25  # Times the rows there are: unused ones take no memory.
+_LIKELY_BLOCK_BYTES = 64 << 10
+_LIKELY_ROWS_MIN, _LIKELY_ROWS_MAX = 1 << 12, 1 << 23
+_ROOM_FOR_MORE = 1.25  # Times the rows there are.
+_ROWS_MAX = 1 << 26  # A table of so many takes 20 GB of addresses, and memory for the rows in use.
 
 _MERGED = ("access_seq", "used_at_ms", "hits", "pinned_until_ms")  # Of two records of one object the greater counts.
 _COPIED = ("layout_id", "token_count", "trailer_checksum", "parent_key", "stored_at_ms", *_MERGED)
@@ -39,12 +40,13 @@ def recover(index: BlockIndex, tiers: Mapping[TierName, Tier], history: History 
     if history is not None:
         history.note_lost(TierName.DRAM, index.emptied_keys)
     rows_likely = sum(tier.capacity_bytes for tier in tiers.values()) // _LIKELY_BLOCK_BYTES
-    rows_likely = min(max(rows_likely, _ROWS_MIN), _ROWS_MAX)
+    rows_likely = min(max(rows_likely, _LIKELY_ROWS_MIN), _LIKELY_ROWS_MAX)
     blocks: BlockTable | None = None
     for name, tier in tiers.items():
         found = index.load(name)
         if blocks is None:
-            blocks = BlockTable(max(rows_likely, int(len(found.records) * _ROOM_FOR_MORE)))
+            rows_likely = max(rows_likely, int(len(found.records) * _ROOM_FOR_MORE))
+            blocks = BlockTable(max(rows_likely, _rows_max(index, tiers)), rows_likely=rows_likely)
         keys, records, dropped = found.object_keys, found.records, list(found.damaged)
         sizes = _image_sizes(keys, records, index.layouts)
         sound = tier.holds(records["segment"], records["offset_bytes"], records["size_bytes"])
@@ -65,6 +67,12 @@ def recover(index: BlockIndex, tiers: Mapping[TierName, Tier], history: History 
         _set_extents(blocks, name, rows, records)
     assert blocks is not None, "a store has a tier"
     return blocks
+
+
+def _rows_max(index: BlockIndex, tiers: Mapping[TierName, Tier]) -> int:
+    """As many objects as the indexes can name: LMDB takes more than the bare bytes of a key and its record."""
+    records_max = sum(index.map_bytes(name) for name in tiers) // (OBJECT_KEY_BYTES + RECORD.itemsize)
+    return min(records_max, _ROWS_MAX)
 
 
 def _add_new(blocks: BlockTable, keys: ObjectKeys, records: Records, rows: Rows, sizes: NDArray[np.uint64]) -> None:

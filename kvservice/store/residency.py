@@ -177,12 +177,12 @@ class Residency:
     async def flush_recency(self) -> None:
         """Write use times and hit counts of the blocks used since the last flush into their records."""
         blocks = self.blocks
-        used = np.flatnonzero(blocks.used_since_flush[: blocks.row_end] & blocks.live[: blocks.row_end]).tolist()
+        used = np.flatnonzero(blocks.used_since_flush[: blocks.row_end] & blocks.live[: blocks.row_end])
         blocks.used_since_flush[used] = False
         for start in range(0, len(used), _FLUSH_ROWS):
             for tier in self.tiers:
                 try:
-                    await self._write_records(used[start : start + _FLUSH_ROWS], tier)
+                    await self._write_records(used[start : start + _FLUSH_ROWS].tolist(), tier)
                 except KVError:
                     blocks.used_since_flush[used[start:]] = True  # Next time.
                     raise

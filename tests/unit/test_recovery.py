@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import pytest
 from kvservice.blocks import TierName
 from kvservice.index.records import Records
 from kvservice.store.leases import Client
+from kvservice_api.errors import IndexFull
 from kvservice_api.layout import Shard
 from tests.stores import LAYOUT, WHOLE, OpenStore, StoreFiles, layers_of, some_chain, some_images, until
+from tests.unit.index_samples import some_keys, some_records
 
 BLOCK = 12 * 1024
 
@@ -243,3 +246,18 @@ async def test_damage_in_a_recovered_block_is_found_at_its_first_load(opened: Op
         assert again.hits(keys) == 0 and again.store.counters.quarantined_blocks == 1
     finally:
         await again.close()
+
+
+async def test_the_table_has_rows_from_the_start_for_as_many_blocks_as_the_index_can_name(opened: OpenStore) -> None:
+    """To make more would copy all of it, on the event loop."""
+    blocks, named = opened.store.blocks, 0
+    for tier in TierName:
+        first = named
+        with contextlib.suppress(IndexFull):
+            while True:
+                await opened.index.put(tier, some_keys(200, named), some_records(200, named))
+                named += 200
+        assert named - first > 2000, "it was full"
+
+    assert blocks.row_capacity >= named
+    assert blocks.rows_likely < blocks.row_capacity, "others, who pay for each, go by what is likely"

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import tracemalloc
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
-from kvservice.blocks import TierName
+from kvservice.blocks import OBJECT_KEY, OBJECT_KEY_BYTES, TierName
 from kvservice.index.records import Records, new_records
 from kvservice.store import residency
 from kvservice.store.leases import Client
 from kvservice_api.errors import IndexFull, StorageFailed
+from kvservice_api.keys import KEY_BYTES
 from tests.stores import WHOLE, OpenStore, some_chain, some_images, until
 
 
@@ -278,3 +281,22 @@ async def test_use_times_that_could_not_be_written_are_written_the_next_time(
     for tier in TierName:
         assert opened.index.load(tier).records["hits"].tolist() == [1]
         assert opened.index.load(tier).records["access_seq"].tolist() == [opened.store.blocks.next_access_seq - 1]
+
+
+async def test_use_times_of_very_many_blocks_are_written_in_small_steps(opened: OpenStore) -> None:
+    """Python objects for all of them at once would keep the event loop for long, as their memory tells."""
+    count = 200_000
+    names = np.zeros((count, OBJECT_KEY_BYTES), np.uint8)
+    names[:, :4] = np.arange(count, dtype=">u4").view(np.uint8).reshape(count, 4)
+    names[:, KEY_BYTES:] = np.frombuffer(WHOLE.encode(), np.uint8)
+    rows = opened.store.blocks.add_many(names.view(OBJECT_KEY)[:, 0], {})
+    opened.store.blocks.touch(rows, 1)
+    tracemalloc.start()
+    try:
+        await opened.store.residency.flush_recency()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 16 * count, "the row numbers as an array, and masks of all rows"
+    assert not opened.store.blocks.used_since_flush.any()
