@@ -98,7 +98,7 @@ class Mapping:
         return bool(self._state[0] == State.LIVE and header.boot_epoch == boot_epoch and header.store_id == store_id)
 
     def find(self, packed_keys: bytes, layout: bytes, shard: Shard) -> tuple[Flags, NDArray[np.bool_]]:
-        """For each key the flags of the slots that answer for all of `shard`, and whether their absence is in doubt."""
+        """For each key the flags of the first slots that answer for all of `shard`; and whether a miss is in doubt."""
         keys = np.frombuffer(packed_keys, "<u8").reshape(-1, KEY_BYTES // 8)
         flags = np.zeros(len(keys), np.uint32)
         in_doubt = np.zeros(len(keys), np.bool_)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from kvservice_api.errors import ChecksumMismatch, IndexFull
 from kvservice_api.keys import BlockChain
 from kvservice_api.layout import Layout, Shard, block_geometry
 from tests.file_faults import FaultyCalls
-from tests.stores import KIB, MIB, OpenStore, layers_of, some_chain, some_images, until
+from tests.stores import KIB, LIMITS, MIB, OpenStore, layers_of, some_chain, some_images, until
 
 BLOCK = 12 * KIB
 HEADER = 4 * KIB
@@ -270,7 +271,8 @@ async def test_a_small_slice_is_verified_again_where_a_later_read_has_written_it
     assert geometry.slice_range(shared_layer)[0] < second.start < geometry.slice_range(shared_layer)[1]
 
     calls = DamagingRead()
-    opened: OpenStore = await open_store(calls=calls, dram_bytes=8 * MIB, ssd_bytes=8 * MIB)
+    limits = replace(LIMITS, reads_in_flight=1)  # The first piece is verified before the second one is read.
+    opened: OpenStore = await open_store(calls=calls, limits=limits, dram_bytes=8 * MIB, ssd_bytes=8 * MIB)
     await opened.store.open_layout(layout)
     client, chain = opened.store.leases.attach("test"), some_chain(1, layout=layout)
     images = some_images(chain, shard=whole, layout=layout)

@@ -123,6 +123,7 @@ def _mapping(made: DirectoryFixture) -> Mapping:
 
 
 def _compare(mapping: Mapping, stored: dict[tuple[bytes, Shard], tuple[int, int]], wanted: Shard) -> None:
+    """Where several shards answer, the first one found is enough: the flags are some of theirs."""
     flags, in_doubt = mapping.find(b"".join(KEYS), MARK, wanted)
     for key, found, doubted in zip(KEYS, flags.tolist(), in_doubt.tolist(), strict=True):
         expected = others = 0
@@ -131,7 +132,7 @@ def _compare(mapping: Mapping, stored: dict[tuple[bytes, Shard], tuple[int, int]
                 expected |= resident
             elif other == key:
                 others |= resident
-        assert found == expected
+        assert bool(found) == bool(expected) and not found & ~expected
         assert doubted == (not expected and others != 0)
 
 
