@@ -246,11 +246,15 @@ async def test_a_block_that_is_discarded_on_its_way_up_keeps_its_space_until_its
 
 
 class DamagingRead(FileCalls):
-    """A read at one place brings a flipped bit in its first byte."""
+    """A read at one place waits for the gate, and then brings a flipped bit in its first byte."""
 
-    damaged_at = -1
+    def __init__(self) -> None:
+        self.damaged_at = -1
+        self.gate = threading.Event()
 
     def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if offset == self.damaged_at:
+            self.gate.wait()
         count = super().preadv(fd, buffers, offset)
         if offset == self.damaged_at:
             buffers[0][0] ^= 1
@@ -284,7 +288,10 @@ async def test_a_small_slice_is_verified_again_where_a_later_read_has_written_it
     assert lease is not None
 
     frames = opened.frames(lease, range(1), range(layout.layers))
-    received = [await anext(frames)]
+    try:
+        received = [await anext(frames)]  # The first piece is there, and was verified.
+    finally:
+        calls.gate.set()
     await until(lambda: TierName.DRAM in opened.residency(chain.keys[0], whole))
 
     async def read_on() -> None:
