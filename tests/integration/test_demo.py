@@ -69,6 +69,7 @@ def test_both_tiers_serve_and_dram_survives_the_kill(shown: dict[str, Any]) -> N
     [after_kill] = [turn for turn in shown["turns"] if turn["after_kill"]]
 
     assert tiers[0] == "none"
+    assert {turn["transport"] for turn in shown["turns"] if turn["reused_tokens"]} == {"shm"}
     assert tiers.count("ssd") >= 2
     assert after_kill["tier"] == "dram"
 
@@ -77,7 +78,7 @@ def test_the_first_token_of_the_last_turn_comes_in_a_fraction_of_the_time(shown:
     last = shown["turns"][-1]
 
     assert shown["summary"]["ttft_ratio_last"] == pytest.approx(last["ttft_reuse_s"] / last["ttft_recompute_s"])
-    assert shown["summary"]["ttft_ratio_last"] <= 0.08
+    assert shown["summary"]["ttft_ratio_last"] <= 0.15  # 0.04 where nothing else runs.
 
 
 def test_a_model_that_is_not_there_is_said_so(tmp_path: Path) -> None:

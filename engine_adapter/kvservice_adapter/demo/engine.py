@@ -51,9 +51,11 @@ class _FirstToken(BaseStreamer):
 
 
 class Engine:
-    def __init__(self, loaded: LoadedModel, connector: TransformersConnector) -> None:
+    def __init__(self, loaded: LoadedModel, connector: TransformersConnector, client: Client) -> None:
+        """`client` is the connector's."""
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
         self._connector = connector
+        self._client = client
 
     def warm_up(self) -> None:
         """Let the libraries do once what they do only once, so that no turn pays for it."""
@@ -62,7 +64,10 @@ class Engine:
     def answer(self, messages: Sequence[Message], *, session_id: str, compare: bool) -> Turn:
         """Answer the last message: if asked, first as if there were no KVService, and then with it."""
         recomputed = self._run(messages) if compare else None
+        before_run = self._client.stats().loaded_bytes
         run = self._run(messages, session_id)
+        loaded = self._client.stats().loaded_bytes
+        transports = [name for name, size_bytes in loaded.items() if size_bytes > before_run.get(name, 0)]
         assert run.history is not None
         prompt_tokens = run.prompt.shape[1]
         answer_ids = run.output[prompt_tokens:]
@@ -78,6 +83,7 @@ class Engine:
             new_tokens=prompt_tokens - history_tokens,
             reused_tokens=run.history.tokens,
             tier=run.history.tier,
+            transport="+".join(sorted(transports)) or "none",
             bytes=run.history.size_bytes,
             ttft_reuse_s=run.ttft_s,
             ttft_recompute_s=recomputed.ttft_s if recomputed else None,
@@ -157,7 +163,7 @@ def main() -> int:
                 model_revision=loaded.model_revision,
                 block_tokens=BLOCK_TOKENS,
             )
-            _serve(Engine(loaded, connector), loaded, connector, answers)
+            _serve(Engine(loaded, connector, client), loaded, connector, answers)
     except (ModelNotFound, UnsupportedModel, OSError) as error:
         print(f"the engine cannot work: {error}", file=sys.stderr)
         return 1

@@ -27,6 +27,7 @@ class Turn:
     new_tokens: int
     reused_tokens: int
     tier: str  # "dram", "ssd", "mixed" or "none".
+    transport: str  # By what it came: "shm", "grpc", "grpc+shm" or "none".
     bytes: int
     ttft_reuse_s: float
     ttft_recompute_s: float | None  # None, as `identical`, where the turn was not computed a second time.

@@ -8,7 +8,7 @@ from typing import Any
 from kvservice_adapter.demo.protocol import BLOCK_TOKENS, Turn
 from kvservice_adapter.demo.script import KILL_AFTER
 
-_COLUMNS = ("turn", "history", "reused", "tier", "MiB", "TTFT recompute", "TTFT reuse", "ratio", "identical")
+_COLUMNS = ("turn", "history", "reused", "tier", "by", "MiB", "TTFT recompute", "TTFT reuse", "ratio", "identical")
 _WIDTHS = tuple(max(7, len(name)) for name in _COLUMNS)
 
 
@@ -23,6 +23,7 @@ def row(number: int, turn: Turn) -> str:
         str(turn.history_tokens),
         str(turn.reused_tokens),
         turn.tier,
+        turn.transport,
         f"{turn.bytes / 2**20:.1f}",
         f"{recompute_s:.3f} s",
         f"{turn.ttft_reuse_s:.3f} s",
@@ -46,7 +47,8 @@ def totals(turns: Sequence[Turn]) -> str:
 def as_object(turns: Sequence[Turn]) -> dict[str, Any]:
     """The object of ``--json``."""
     names = (
-        "history_tokens new_tokens answer_tokens reused_tokens tier bytes ttft_recompute_s ttft_reuse_s identical"
+        "history_tokens new_tokens answer_tokens reused_tokens tier transport bytes ttft_recompute_s ttft_reuse_s "
+        "identical"
     ).split()
     return {
         "turns": [
