@@ -36,7 +36,7 @@ from kvservice_client.transports.in_place import InDoubt, InPlace, View
 
 M = TypeVar("M", bound=Message)
 
-_LAYERS_AHEAD = 1
+_LAYERS_AHEAD = 3
 _ABANDON_S = 1.0
 
 
