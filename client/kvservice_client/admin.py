@@ -156,6 +156,10 @@ class Admin:
         """What became of the lookups with this request id. Raises RequestNotFound."""
         return self._explain(pb.ExplainRequest(request_id=request_id), timeout_s).request
 
+    def explain_session(self, session_id: str, timeout_s: float | None = None) -> list[pb.ExplainedSession]:
+        """How much of a session is stored, one entry a layout. Raises SessionNotFound, which says why."""
+        return list(self._explain(pb.ExplainRequest(session_id=session_id), timeout_s).sessions)
+
     def _explain(self, request: pb.ExplainRequest, timeout_s: float | None) -> pb.ExplainResponse:
         deadline = self._connection.deadline(timeout_s)
         return self._connection.ask(ADMIN + "Explain", request, pb.ExplainResponse, deadline)

@@ -136,8 +136,10 @@ class AdminService:
         return pb.UnpinResponse(**outcome._asdict())
 
     async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
-        if bool(request.key) == bool(request.request_id):
-            raise InvalidRequest("give exactly one of key and request_id", field="key")
+        if sum(map(bool, (request.key, request.request_id, request.session_id))) != 1:
+            raise InvalidRequest("give exactly one of key, request_id and session_id", field="key")
+        if request.session_id:
+            return pb.ExplainResponse(sessions=explained.session(self._store, request.session_id))
         if request.request_id:
             return pb.ExplainResponse(request=explained.request(self._store, request.request_id))
         _check_key(request.key)

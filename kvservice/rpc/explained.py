@@ -5,13 +5,16 @@ from __future__ import annotations
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from kvservice.blocks import TierName
+from kvservice.index.session_records import Manifest
 from kvservice.store.block_store import BlockStore
 from kvservice.store.drain import DrainProgress
 from kvservice.store.explain import ExplainedLookup, Missing, OtherLayout
 from kvservice.store.history import Event
 from kvservice.store.requests import LoadRecord
+from kvservice.store.session_messages import session_message
+from kvservice_api.layout import Shard
 from kvservice_api.v1 import admin_pb2 as pb
-from kvservice_api.v1 import types_pb2
+from kvservice_api.v1 import blocks_pb2, types_pb2
 
 _TIERS = {None: types_pb2.TIER_UNSPECIFIED, TierName.DRAM: types_pb2.TIER_DRAM, TierName.SSD: types_pb2.TIER_SSD}
 
@@ -104,6 +107,26 @@ def request(store: BlockStore, request_id: str) -> pb.ExplainedRequest:
         lookups=[_lookup(each) for each in store.explain.lookups(found)],
         lookups_more=found.lookups_more,
     )
+
+
+def session(store: BlockStore, session_id: str) -> list[pb.ExplainedSession]:
+    """One a layout."""
+    return [_session(store, manifest) for manifest in store.sessions.called(session_id)]
+
+
+def _session(store: BlockStore, manifest: Manifest) -> pb.ExplainedSession:
+    layout = store.index.layouts[manifest.layout_id]
+    usable, runs = store.usable_history(manifest, Shard.whole(layout))
+    answer = pb.ExplainedSession(
+        session=session_message(manifest, layout, bytes_max=0),
+        layout=layout.to_proto(),
+        usable_slices=usable,
+        usable_tokens=int(manifest.slices["token_count"][:usable].sum()),
+        runs=[blocks_pb2.ResidencyRun(count=count, dram=dram, ssd=ssd) for count, dram, ssd in runs],
+    )
+    if usable < len(manifest.slices):
+        answer.miss.CopyFrom(_miss(store.explain.missing(manifest.slices["key"][usable].tobytes())))
+    return answer
 
 
 def _lookup(lookup: ExplainedLookup) -> pb.ExplainedLookup:

@@ -309,12 +309,17 @@ class BlockStore:
         self, fingerprint: bytes, session_id: str, shard: Shard | None
     ) -> tuple[Manifest, int, list[tuple[int, bool, bool]]]:
         """A session, how many of its leading slices are stored, and where these lie, as in `Hit`."""
-        layout_id, layout = self.layout(fingerprint)
+        _, layout = self.layout(fingerprint)
         wanted = Shard.whole(layout) if shard is None else shard.check(layout)
         manifest = self.sessions.get(fingerprint, session_id)
-        rows = find(self.blocks, manifest.slices["key"].tolist(), layout_id, wanted).rows
+        usable, runs = self.usable_history(manifest, wanted)
+        return manifest, usable, runs
+
+    def usable_history(self, manifest: Manifest, wanted: Shard) -> tuple[int, list[tuple[int, bool, bool]]]:
+        """How many leading slices of a session are stored, and where these lie, as in `Hit`."""
+        rows = find(self.blocks, manifest.slices["key"].tolist(), manifest.layout_id, wanted).rows
         usable = self.sessions.usable_slices(manifest, rows)
-        return manifest, usable, self._runs(rows[:usable])
+        return usable, self._runs(rows[:usable])
 
     def _runs(self, rows: Rows) -> list[tuple[int, bool, bool]]:
         if not len(rows):

@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import islice
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
@@ -43,6 +44,7 @@ _POSITIONS_MAX = 65536  # Explicit ones, in one session.
 _STATUS_BYTES_MAX = 5120  # Of a session in an error: with base64 and the rest, a status may have 8 KiB.
 _NAMES_A_TURN = 4096
 _TICK_S = 1.0
+_GONE_MAX = 4096  # Sessions whose end is remembered.
 
 T = TypeVar("T")
 
@@ -85,6 +87,7 @@ class Sessions:
         self._next_serial = 1
         self._named: Counter[bytes] = Counter()  # Partial block -> how many manifests name it.
         self._touched: dict[Name, None] = {}  # Used since their times were written.
+        self._gone: dict[str, tuple[int, str]] = {}  # Session id -> when and why it went, for those that ask.
         self._locks: WeakValueDictionary[Name, asyncio.Lock] = WeakValueDictionary()
         self._load()
 
@@ -112,6 +115,17 @@ class Sessions:
         self._install(name, manifest)
         self._touched[name] = None
         return manifest
+
+    def called(self, session_id: str) -> list[Manifest]:
+        """The sessions of this id, in whatever layouts. No use of them. Raises SessionNotFound, which says why."""
+        found = [manifest for each in self._index.layouts if (manifest := self._current((each, session_id)))]
+        if not found:
+            over = [each.expires_at_ms for (_, name), each in self._manifests.items() if name == session_id]
+            at_ms, why = (max(over), "expired") if over else self._gone.get(session_id, (0, ""))
+            when = datetime.fromtimestamp(at_ms / 1000, UTC).isoformat(timespec="seconds") if why else ""
+            told = f"it {why} at {when}" if why else "it was never begun, or went before this daemon's start"
+            raise SessionNotFound(f"there is no session {session_id!r}: {told}", session_id=session_id)
+        return found
 
     def usable_slices(self, manifest: Manifest, hits: Rows) -> int:
         """How many leading slices `hits` gives, the rows that a lookup of their keys found."""
@@ -192,11 +206,18 @@ class Sessions:
                 if name in self._manifests:
                     await self._index.delete_sessions([self._manifests[name].name])
                     self._forget([name])
+                    self._note_gone(name, "was ended" if was_there else "expired")
                 return was_there
 
         return await self._shielded(work(), "end of a session")
 
     # Inside
+
+    def _note_gone(self, name: Name, why: str) -> None:
+        self._gone.pop(name[1], None)
+        self._gone[name[1]] = self._clock.wall_ms(), why
+        if len(self._gone) > _GONE_MAX:
+            del self._gone[next(iter(self._gone))]
 
     async def _change(self, name: Name, change: Callable[[Manifest | None], Manifest]) -> Manifest:
         """Put what `change` makes of a session in its place, on disk first. Where that fails it is as it was."""
@@ -293,6 +314,8 @@ class Sessions:
                 still = [name for name in over if name in self._manifests and self._current(name) is None]
                 await self._index.delete_sessions([self._manifests[name].name for name in still])
                 self._forget(still)
+                for name in still:
+                    self._note_gone(name, "expired")
                 self._counters.sessions_expired += len(still)
             finally:
                 for lock in locks:

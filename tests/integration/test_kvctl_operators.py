@@ -177,6 +177,28 @@ def test_explain_tells_of_a_request(
     )
 
 
+def test_explain_tells_how_much_of_a_session_is_stored(
+    ask: Callable[..., Any], daemon: DaemonProcess, client: Client, chain: BlockChain
+) -> None:
+    client.session(SMALL, "chat/7").append(chain)
+    (whole,) = ask("explain", "chat/7")["sessions"]
+    assert (whole["usable_slices"], whole["usable_tokens"], whole["miss"]) == (3, 3 * SMALL.block_tokens, None)
+    client.admin.discard(chain.keys[1:2])
+
+    (cut,) = ask("explain", "chat/7", "--session")["sessions"]
+    assert (cut["usable_slices"], cut["miss"]["reason"], cut["miss"]["key"]) == (1, "discarded", chain.keys[1].hex())
+    done = kvctl("explain", "chat/7", address=daemon.address)
+    assert re.search(r"session chat/7\nlayout .*, revision 1, \d+ tokens in 3 slices, expires at .*", done.stdout)
+    assert f"  {SMALL.block_tokens} tokens of it can be used: 1 slices, 1 in dram, 0 on ssd only\n" in done.stdout
+    assert re.search(rf"missing, block {chain.keys[1].hex()}:\n +discarded at .* on request", done.stdout)
+
+    client.session(SMALL, "chat/7").end()
+    gone = kvctl("explain", "chat/7", "--session", address=daemon.address)
+    assert gone.returncode == 1 and "it was ended at" in gone.stderr
+    both = kvctl("explain", "chat/7", "--session", "--request", address=daemon.address)
+    assert both.returncode == 2 and "give one of --request and --session" in both.stderr
+
+
 @pytest.fixture
 def undrained(client: Client) -> Iterator[None]:
     """An empty store that takes saves, before and after."""

@@ -328,6 +328,28 @@ async def test_a_use_counts_after_a_restart(opened: OpenStore) -> None:
     await again.close()
 
 
+async def test_who_asks_for_a_session_that_is_not_there_is_told_why(opened: OpenStore) -> None:
+    sessions, clock = opened.store.sessions, opened.files.clock
+    with pytest.raises(SessionNotFound, match="never begun, or went before"):
+        sessions.called("chat")
+    await begin(opened)
+    await begin(opened, "other", some_chain(1, seed=1))
+    used_at_ms = get(opened).used_at_ms
+    clock.advance(seconds=1)
+    assert [each.session_id for each in sessions.called("chat")] == ["chat"]
+    assert sessions._manifests[1, "chat"].used_at_ms == used_at_ms, "to ask is no use of it"
+
+    await sessions.end(LAYOUT.fingerprint, "other")
+    with pytest.raises(SessionNotFound, match=r"'other': it was ended at \d{4}-"):
+        sessions.called("other")
+    clock.advance(seconds=TTL_S)
+    with pytest.raises(SessionNotFound, match=r"'chat': it expired at \d{4}-"):
+        sessions.called("chat")
+    await sessions.expire()
+    with pytest.raises(SessionNotFound, match=r"'chat': it expired at \d{4}-"):
+        sessions.called("chat")
+
+
 async def test_the_daemon_itself_forgets_what_expired(opened: OpenStore) -> None:
     await begin(opened)
     opened.files.clock.advance(seconds=TTL_S)

@@ -1,44 +1,79 @@
-"""``kvctl explain``: why a block is where it is, or why a request was a miss."""
+"""``kvctl explain``: why a block is where it is, why a request was a miss, how much of a session is stored."""
 
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from kvservice_api.errors import RequestNotFound, SessionNotFound
 from kvservice_api.keys import KEY_BYTES
 from kvservice_api.v1 import admin_pb2 as pb
 from kvservice_client.cli import output, reasons
 from kvservice_client.cli.options import Address, AsJson, Timeout, connect
-from kvservice_client.client import DEFAULT_ADDRESS
+from kvservice_client.client import DEFAULT_ADDRESS, Client
+
+Explained = pb.ExplainedBlock | pb.ExplainedRequest | pb.ExplainedSession
 
 
 def explain(
     what: Annotated[
-        str, typer.Argument(metavar="KEY|REQUEST", help="A block's key, 64 hexadecimal digits; or a request's id.")
+        str,
+        typer.Argument(
+            metavar="KEY|SESSION|REQUEST",
+            help="A block's key, 64 hexadecimal digits; or the id of a session or request.",
+        ),
     ],
     is_request: Annotated[bool, typer.Option("--request", help="It is a request's id, even if it looks else.")] = False,
+    is_session: Annotated[bool, typer.Option("--session", help="It is a session's id, even if it looks else.")] = False,
     address: Address = DEFAULT_ADDRESS,
     timeout: Timeout = 5.0,
     as_json: AsJson = False,
 ) -> None:
-    """Tell where a block is and why, or why it is not there; or what became of a request."""
+    """Tell where a block is and why, or why it is not there; how much of a session is stored; what became of a request.
+
+    An id is looked for among the requests first, then among the sessions.
+    """
     if not what:
-        raise typer.BadParameter("give a block's key or a request's id", param_hint="KEY|REQUEST")
-    answer: pb.ExplainedBlock | pb.ExplainedRequest
+        raise typer.BadParameter(
+            "give a block's key, or the id of a session or request", param_hint="KEY|SESSION|REQUEST"
+        )
+    if is_request and is_session:
+        raise typer.BadParameter("give one of --request and --session", param_hint="--session")
     with connect(address, timeout) as client:
-        if _is_key(what) and not is_request:
-            answer = client.admin.explain_block(bytes.fromhex(what))
-        else:
-            answer = client.admin.explain_request(what)
+        answer = _asked(client, what, is_request=is_request, is_session=is_session)
     if as_json:
-        output.print_json(output.plain(answer))
-    elif isinstance(answer, pb.ExplainedBlock):
-        _print_block(answer, output.console())
-    else:
-        _print_request(answer, output.console())
+        plain = [output.plain(each) for each in answer]
+        output.print_json({"sessions": plain} if isinstance(answer[0], pb.ExplainedSession) else plain[0])
+        return
+    for each in answer:
+        if isinstance(each, pb.ExplainedBlock):
+            _print_block(each, output.console())
+        elif isinstance(each, pb.ExplainedRequest):
+            _print_request(each, output.console())
+        else:
+            _print_session(each, output.console())
+
+
+def _asked(client: Client, what: str, *, is_request: bool, is_session: bool) -> Sequence[Explained]:
+    if is_session:
+        return client.admin.explain_session(what)
+    if _is_key(what) and not is_request:
+        return [client.admin.explain_block(bytes.fromhex(what))]
+    try:
+        return [client.admin.explain_request(what)]
+    except RequestNotFound:
+        if is_request:
+            raise
+        try:
+            return client.admin.explain_session(what)
+        except SessionNotFound as error:
+            raise RequestNotFound(
+                f"no lookup with the request id {what!r} is remembered, and {error.message}"
+            ) from None
 
 
 def _is_key(text: str) -> bool:
@@ -69,6 +104,27 @@ def _print_block(block: pb.ExplainedBlock, console: Console) -> None:
     past = block.events if block.shards else block.events[1:]
     for event in past:
         say(f"before: {reasons.event(event)}")
+
+
+def _print_session(session: pb.ExplainedSession, console: Console) -> None:
+    def say(line: str) -> None:
+        console.print(line, markup=False)
+
+    about, layout = session.session, session.layout
+    say(f"session {about.session_id}")
+    say(
+        f"layout {about.layout_fingerprint.hex()[:16]} ({f'{layout.model_id} {layout.model_revision}'.strip()}), "
+        f"revision {about.revision}, {about.token_count} tokens in {about.slice_count} slices, expires at "
+        f"{output.when(about.expires_at)} unless it is used"
+    )
+    in_dram = sum(run.count for run in session.runs if run.dram)
+    say(
+        f"  {session.usable_tokens} tokens of it can be used: {session.usable_slices} slices, {in_dram} in dram, "
+        f"{session.usable_slices - in_dram} on ssd only"
+    )
+    if session.HasField("miss"):
+        say(f"  the next slice is missing, block {session.miss.key.hex()}:")
+        say(f"  {reasons.miss(session.miss)}")
 
 
 def _print_request(request: pb.ExplainedRequest, console: Console) -> None:

@@ -1,6 +1,7 @@
 import datetime
 
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from kvservice_api.v1 import blocks_pb2 as _blocks_pb2
 from kvservice_api.v1 import sessions_pb2 as _sessions_pb2
 from kvservice_api.v1 import types_pb2 as _types_pb2
 from google.protobuf.internal import containers as _containers
@@ -294,20 +295,40 @@ class UnpinResponse(_message.Message):
     def __init__(self, unpinned: _Optional[int] = ..., not_pinned: _Optional[int] = ..., missing: _Optional[int] = ...) -> None: ...
 
 class ExplainRequest(_message.Message):
-    __slots__ = ("key", "request_id")
+    __slots__ = ("key", "request_id", "session_id")
     KEY_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     request_id: str
-    def __init__(self, key: _Optional[bytes] = ..., request_id: _Optional[str] = ...) -> None: ...
+    session_id: str
+    def __init__(self, key: _Optional[bytes] = ..., request_id: _Optional[str] = ..., session_id: _Optional[str] = ...) -> None: ...
 
 class ExplainResponse(_message.Message):
-    __slots__ = ("block", "request")
+    __slots__ = ("block", "request", "sessions")
     BLOCK_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
     block: ExplainedBlock
     request: ExplainedRequest
-    def __init__(self, block: _Optional[_Union[ExplainedBlock, _Mapping]] = ..., request: _Optional[_Union[ExplainedRequest, _Mapping]] = ...) -> None: ...
+    sessions: _containers.RepeatedCompositeFieldContainer[ExplainedSession]
+    def __init__(self, block: _Optional[_Union[ExplainedBlock, _Mapping]] = ..., request: _Optional[_Union[ExplainedRequest, _Mapping]] = ..., sessions: _Optional[_Iterable[_Union[ExplainedSession, _Mapping]]] = ...) -> None: ...
+
+class ExplainedSession(_message.Message):
+    __slots__ = ("session", "layout", "usable_slices", "usable_tokens", "runs", "miss")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    USABLE_SLICES_FIELD_NUMBER: _ClassVar[int]
+    USABLE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    MISS_FIELD_NUMBER: _ClassVar[int]
+    session: _sessions_pb2.Session
+    layout: _types_pb2.Layout
+    usable_slices: int
+    usable_tokens: int
+    runs: _containers.RepeatedCompositeFieldContainer[_blocks_pb2.ResidencyRun]
+    miss: Miss
+    def __init__(self, session: _Optional[_Union[_sessions_pb2.Session, _Mapping]] = ..., layout: _Optional[_Union[_types_pb2.Layout, _Mapping]] = ..., usable_slices: _Optional[int] = ..., usable_tokens: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[_blocks_pb2.ResidencyRun, _Mapping]]] = ..., miss: _Optional[_Union[Miss, _Mapping]] = ...) -> None: ...
 
 class ExplainedBlock(_message.Message):
     __slots__ = ("key", "layout", "shards", "miss", "events", "remembers_since")

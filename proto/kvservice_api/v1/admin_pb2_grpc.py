@@ -163,12 +163,14 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Explain(self, request, context):
-        """Tells where a block is and why, or why it is not there; or what became of a request. What is
-        gone is remembered in memory, as far as `history.events_max` and `history.requests_max`
-        allow. Errors:
+        """Tells where a block is and why, or why it is not there; what became of a request; or how much of
+        a session is stored. What is gone is remembered in memory, as far as `history.events_max` and
+        `history.requests_max` allow. Errors:
         * INVALID_ARGUMENT INVALID_REQUEST: not exactly one of the questions is asked, or the key is
         not 32 bytes.
         * NOT_FOUND REQUEST_NOT_FOUND: no lookup with this request id is remembered.
+        * NOT_FOUND SESSION_NOT_FOUND: there is no session of this id; the message says whether it was
+        ended or expired, and when.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
