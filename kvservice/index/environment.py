@@ -196,15 +196,18 @@ class Environment:
         return None
 
     def _write_in_parts(self, merged: _Merged) -> None:
-        """One transaction; several where its changed pages do not fit beside those they replace."""
-        try:
-            self._write(merged)
-        except lmdb.MapFullError:
-            halves = _halves(merged)
+        """One transaction; several where its changed pages might not fit beside those they replace."""
+        halves = _halves(merged) if _key_count(merged) > self._batch_keys_max else None
+        if halves is None:
+            try:
+                self._write(merged)
+                return
+            except lmdb.MapFullError:
+                halves = _halves(merged)
             if halves is None:
-                raise IndexFull(f"the index {self.path} has no space in its map of {self.map_bytes} bytes") from None
-            for half in halves:
-                self._write_in_parts(half)
+                raise IndexFull(f"the index {self.path} has no space in its map of {self.map_bytes} bytes")
+        for half in halves:
+            self._write_in_parts(half)
 
     def _write(self, merged: _Merged) -> None:
         """One transaction. Raises lmdb.MapFullError, IndexFull or StorageFailed."""
@@ -309,7 +312,7 @@ class Environment:
 
 
 def _apply(txn: lmdb.Transaction, handle: lmdb._Database, items: _Items) -> None:
-    for key in items.deletes:
+    for key in sorted(items.deletes):
         txn.delete(key, db=handle)
     if items.puts:
         # In the order of their keys: neighbours share pages, which halves the time of a large batch.
@@ -331,9 +334,14 @@ def _merge(batch: Sequence[_Change]) -> _Merged:
     return merged
 
 
+def _key_count(merged: _Merged) -> int:
+    return sum(len(items.puts) + len(items.deletes) for items in merged.values())
+
+
 def _halves(merged: _Merged) -> tuple[_Merged, _Merged] | None:
-    puts = [(name, key, value) for name, items in merged.items() for key, value in items.puts.items()]
-    deletes = [(name, key) for name, items in merged.items() for key in items.deletes]
+    # In the order of their keys: neighbours share pages, so half of the changes touches half of the pages.
+    puts = [(name, key, value) for name, items in merged.items() for key, value in sorted(items.puts.items())]
+    deletes = [(name, key) for name, items in merged.items() for key in sorted(items.deletes)]
     middle = (len(puts) + len(deletes)) // 2
     if middle == 0:
         return None
