@@ -24,7 +24,6 @@ from kvservice.index.block_index import BlockIndex
 from kvservice.index.errors import StoreDamaged, StoreError
 from kvservice.index.store_lock import StoreLock
 from kvservice.store import pieces
-from kvservice.store.load import scratch
 from kvservice.tiers.arena import Arena, examine
 from kvservice.tiers.base import StoreMismatch, Tier
 from kvservice.tiers.dram import DramTier
@@ -295,29 +294,9 @@ class _Check:
 
 async def _damage(tier: Tier, copy: _Copy) -> str:
     """What of the copy's bytes is damaged; empty where nothing is."""
-    geometry = copy.geometry
-    start = pieces.trailer_start(geometry)
-    trailer = await tier.read(
-        copy.extent,
-        start,
-        scratch(geometry.image_bytes - start),
-        lambda end: pieces.read_trailer(end, geometry, copy.key[:KEY_BYTES], copy.trailer_checksum),
-    )
-    if trailer is None or trailer.shard != copy.shard:
-        return "its trailer is damaged"
-    for piece in pieces.cut(geometry, _PIECE_BYTES):
-        layers = range(piece.layer_begin, piece.layer_end)
-        damaged = await tier.read(
-            copy.extent,
-            piece.start,
-            scratch(piece.end - piece.start),
-            lambda pages, layers=layers, start=piece.start: pieces.damaged_layers(  # type: ignore[misc]
-                pages, start, geometry, layers, trailer.checksums
-            ),
-        )
-        if damaged:
-            return f"layer {copy.shard.layer_begin + damaged[0]} is damaged"
-    return ""
+    key, shard, expected = copy.key[:KEY_BYTES], copy.shard, copy.trailer_checksum
+    what = await pieces.damage_in(tier, copy.extent, copy.geometry, key, shard, expected, piece_bytes=_PIECE_BYTES)
+    return f"{what} is damaged" if what else ""
 
 
 def _map_bytes(directory: Path) -> int:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from kvservice_api.errors import SessionChanged
+from kvservice_api.errors import BlockNotFound, SessionChanged
 from kvservice_api.keys import KEY_BYTES, BlockChain
 from kvservice_api.layout import Layout, Shard
 from kvservice_api.v1 import sessions_pb2 as pb
@@ -112,7 +112,7 @@ class SessionHistory:
         As `Lease.load`, and with its errors. BlockNotFound where nothing is stored.
         """
         if self._lease is None:
-            return
+            raise BlockNotFound("nothing of this session's history is stored")
         whole = self._block_of_slice == list(range(self._lease.hit_blocks)) and all(s.is_whole for s in self.slices)
         for layer in self._lease.load(timeout_s=timeout_s):
             yield layer if whole else LoadedLayer(layer.index, self._cut(layer.data))

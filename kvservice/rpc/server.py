@@ -72,7 +72,7 @@ class Server:
         for descriptor, servicer in services.items():
             self._server.add_generic_rpc_handlers([_handlers(descriptor, servicer)])
         names = [descriptor.full_name for descriptor in services]
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # Its types leave `aio` out.
         self._health_names = ["", *names]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)

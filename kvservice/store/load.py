@@ -258,7 +258,7 @@ class _Load:
 
     async def _fetch_trailer(self, source: _Source) -> None:
         start = pieces.trailer_start(source.geometry)
-        pages = scratch(source.geometry.image_bytes - start)
+        pages = pieces.scratch(source.geometry.image_bytes - start)
         ssd = self._loads.ssd
         assert ssd is not None and source.ssd_extent is not None
         source.trailer = await ssd.read(source.ssd_extent, start, pages, lambda end: self._trailer(source, end))
@@ -300,7 +300,7 @@ class _Load:
             return Slice(source.row, layer, landing.image[begin:end], expected)
         assert source.trailer is not None
         start, stop = pieces.page_range(source.geometry, layer, layer + 1)
-        pages = scratch(stop - start)
+        pages = pieces.scratch(stop - start)
         ssd = self._loads.ssd
         assert ssd is not None and source.ssd_extent is not None
         await ssd.read(source.ssd_extent, start, pages)
@@ -412,10 +412,3 @@ class _ScratchBudget:
     async def _wake(self) -> None:
         async with self._more:
             self._more.notify_all()
-
-
-def scratch(size_bytes: int) -> memoryview:
-    """Page-aligned memory for reading without the page cache."""
-    memory = np.empty(size_bytes + PAGE_BYTES, np.uint8)
-    skip = -memory.ctypes.data % PAGE_BYTES
-    return memoryview(memory[skip : skip + size_bytes])  # type: ignore[arg-type]

@@ -143,7 +143,7 @@ class Locates:
                 continue
             geometry, key, generation = self._residency.geometry(row), blocks.key_of(row), int(blocks.generation[row])
             image, expected = self._dram.view(extent)[: geometry.image_bytes], int(blocks.trailer_checksum[row])
-            verify = functools.partial(pieces.damage, image, geometry, key, expected)
+            verify = functools.partial(pieces.damage, image, geometry, key, blocks.shard_of(row), expected)
             job = asyncio.get_running_loop().run_in_executor(self._executor, verify)
             try:
                 what = await asyncio.shield(job)

@@ -8,7 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice_api.layout import PAGE_BYTES, BlockGeometry, Trailer, checksum
+from kvservice.blocks import Extent
+from kvservice.tiers.base import Tier
+from kvservice_api.layout import PAGE_BYTES, BlockGeometry, Shard, Trailer, checksum
 
 
 class Piece(NamedTuple):
@@ -74,10 +76,53 @@ def damaged_layers(
     return damaged
 
 
-def damage(image: memoryview, geometry: BlockGeometry, key: bytes, expected: int) -> str:
-    """What of a whole image does not match its checksums; empty where all does. `expected` is the trailer's."""
+def scratch(size_bytes: int) -> memoryview:
+    """Page-aligned memory for reading without the page cache."""
+    memory = np.empty(size_bytes + PAGE_BYTES, np.uint8)
+    skip = -memory.ctypes.data % PAGE_BYTES
+    return memory[skip : skip + size_bytes].data
+
+
+def damage(image: memoryview, geometry: BlockGeometry, key: bytes, shard: Shard, expected: int) -> str:
+    """What of a whole image does not match its checksums; empty where all does. `expected` is the trailer's.
+
+    Layers are counted from the model's first.
+    """
     trailer = read_trailer(image, geometry, key, expected)
-    if trailer is None:
+    if trailer is None or trailer.shard != shard:
         return "the trailer"
     damaged = damaged_layers(image, 0, geometry, range(geometry.slice_count), trailer.checksums)
-    return f"layer {damaged[0]}" if damaged else ""
+    return f"layer {shard.layer_begin + damaged[0]}" if damaged else ""
+
+
+async def damage_in(
+    tier: Tier,
+    extent: Extent,
+    geometry: BlockGeometry,
+    key: bytes,
+    shard: Shard,
+    expected: int,
+    *,
+    piece_bytes: int,
+    priority: float = 0.0,
+) -> str:
+    """The same of a copy in a tier, which is read for it piece by piece. Raises StorageFailed."""
+    start = trailer_start(geometry)
+    trailer = await tier.read(
+        extent,
+        start,
+        scratch(geometry.image_bytes - start),
+        lambda end: read_trailer(end, geometry, key, expected),
+        priority=priority,
+    )
+    if trailer is None or trailer.shard != shard:
+        return "the trailer"
+    for piece in cut(geometry, piece_bytes):
+        layers = range(piece.layer_begin, piece.layer_end)
+        verify = functools.partial(
+            damaged_layers, start=piece.start, geometry=geometry, layers=layers, checksums=trailer.checksums
+        )
+        damaged = await tier.read(extent, piece.start, scratch(piece.end - piece.start), verify, priority=priority)
+        if damaged:
+            return f"layer {shard.layer_begin + damaged[0]}"
+    return ""

@@ -111,7 +111,7 @@ class Room:
             while missing > 0:
                 async with self._locks[tier]:
                     rows = await self._choose(tier, self._residency.tiers[tier].capacity_bytes)
-                    await self._residency.evict(rows, tier)
+                    await self._residency.evict(rows, tier, self._policy.name)
                 if not rows:
                     return
                 missing -= len(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
@@ -13,13 +14,12 @@ from kvservice.blocks import TierName
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.store import pieces
-from kvservice.store.load import scratch
 from kvservice.store.residency import Residency
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.io_pool import ended
 from kvservice.tiers.ssd import SsdTier
 from kvservice_api.errors import ScrubRunning, StorageFailed
-from kvservice_api.layout import BlockGeometry
+from kvservice_api.layout import Shard
 
 _PIECE_BYTES = 4 << 20
 _REPORT_EVERY_S = 0.5
@@ -101,63 +101,38 @@ class Scrub:
         self._residency.hold([row])
         try:
             what = await (self._check_dram(row) if tier is TierName.DRAM else self._check_ssd(row))
-            if what is not None:
+            if what:
                 await self._residency.quarantine(row, generation, tier, what)
             elif tier is TierName.DRAM:
                 self._blocks.verified[row] = True
-            return what is not None
+            return bool(what)
         except StorageFailed:
             self._counters.storage_errors += 1
             return False
         finally:
             self._residency.unhold([row])
 
-    async def _check_dram(self, row: int) -> str | None:
+    async def _check_dram(self, row: int) -> str:
         extent = self._blocks.extent(row, TierName.DRAM)
         assert extent is not None
         geometry = self._residency.geometry(row)
         image = self._dram.view(extent)[: geometry.image_bytes]
-        job = asyncio.get_running_loop().run_in_executor(self._executor, self._verify, row, geometry, image)
+        verify = functools.partial(pieces.damage, image, geometry, *self._identity(row))
+        job = asyncio.get_running_loop().run_in_executor(self._executor, verify)
         try:
             return await asyncio.shield(job)
         finally:
             await ended(job)  # The thread reads memory that we are about to let go.
 
-    async def _check_ssd(self, row: int) -> str | None:
+    async def _check_ssd(self, row: int) -> str:
         extent = self._blocks.extent(row, TierName.SSD)
         assert extent is not None and self._ssd is not None
-        geometry = self._residency.geometry(row)
-        start = pieces.trailer_start(geometry)
-        key, expected = self._blocks.key_of(row), int(self._blocks.trailer_checksum[row])
-        trailer = await self._ssd.read(
-            extent,
-            start,
-            scratch(geometry.image_bytes - start),
-            lambda end: pieces.read_trailer(end, geometry, key, expected),
-            priority=_LAST_PRIORITY,
+        geometry, identity = self._residency.geometry(row), self._identity(row)
+        return await pieces.damage_in(
+            self._ssd, extent, geometry, *identity, piece_bytes=_PIECE_BYTES, priority=_LAST_PRIORITY
         )
-        if trailer is None:
-            return "trailer"
-        for piece in pieces.cut(geometry, _PIECE_BYTES):
-            layers = range(piece.layer_begin, piece.layer_end)
-            damaged = await self._ssd.read(
-                extent,
-                piece.start,
-                scratch(piece.end - piece.start),
-                lambda pages, layers=layers, start=piece.start: pieces.damaged_layers(  # type: ignore[misc]
-                    pages, start, geometry, layers, trailer.checksums
-                ),
-                priority=_LAST_PRIORITY,
-            )
-            if damaged:
-                return f"layer {damaged[0]}"
-        return None
 
-    def _verify(self, row: int, geometry: BlockGeometry, image: memoryview) -> str | None:
-        expected = int(self._blocks.trailer_checksum[row])
-        trailer = pieces.read_trailer(image, geometry, self._blocks.key_of(row), expected)
-        if trailer is None:
-            return "trailer"
-        layers = range(geometry.slice_count)
-        damaged = pieces.damaged_layers(image, 0, geometry, layers, trailer.checksums)
-        return f"layer {damaged[0]}" if damaged else None
+    def _identity(self, row: int) -> tuple[bytes, Shard, int]:
+        """What the row's trailer must say, and its checksum."""
+        blocks = self._blocks
+        return blocks.key_of(row), blocks.shard_of(row), int(blocks.trailer_checksum[row])

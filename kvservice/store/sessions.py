@@ -120,7 +120,8 @@ class Sessions:
         """The sessions of this id, in whatever layouts. No use of them. Raises SessionNotFound, which says why."""
         found = [manifest for each in self._index.layouts if (manifest := self._current((each, session_id)))]
         if not found:
-            over = [each.expires_at_ms for (_, name), each in self._manifests.items() if name == session_id]
+            here = (self._manifests.get((each, session_id)) for each in self._index.layouts)
+            over = [manifest.expires_at_ms for manifest in here if manifest is not None]
             at_ms, why = (max(over), "expired") if over else self._gone.get(session_id, (0, ""))
             when = datetime.fromtimestamp(at_ms / 1000, UTC).isoformat(timespec="seconds") if why else ""
             told = f"it {why} at {when}" if why else "it was never begun, or went before this daemon's start"

@@ -68,7 +68,7 @@ class Arena:
         self._lock_fd = lock_fd
         self._fd = fd
         self._map = Mapping(fd, PAGE_BYTES + capacity_bytes, writable=True)
-        self.data = memoryview(self._map.bytes)[PAGE_BYTES:]  # type: ignore[arg-type]
+        self.data = self._map.bytes.data[PAGE_BYTES:]
         self._refusals = 0  # Of huge pages.
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kvservice_api.errors import InvalidFrame, InvalidRequest, SessionChanged, SessionNotFound
+from kvservice_api.errors import BlockNotFound, InvalidFrame, InvalidRequest, SessionChanged, SessionNotFound
 from kvservice_api.keys import BlockChain, block_key
 from kvservice_client import BlockCache, Client, Layout, Session, Shard, block_chain
 from kvservice_client.session import current
@@ -136,6 +136,8 @@ def test_history_is_usable_up_to_the_first_missing_slice(client: Client) -> None
     client.admin.discard([chain.keys[0]])
     with session.lookup() as history:
         assert (history.tokens, history.slices) == (0, ())
+        with pytest.raises(BlockNotFound):
+            list(history.load())
 
 
 def test_a_rank_reads_its_part_of_a_session_that_another_changed(client: Client) -> None:

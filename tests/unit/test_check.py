@@ -22,7 +22,7 @@ from kvservice.index.environment import BLOCKS, LAYOUTS, META, SESSIONS, Environ
 from kvservice.index.records import RECORD, Records, encode_records, new_records
 from kvservice.index.session_records import session_name
 from kvservice.index.store_lock import StoreLock
-from kvservice.store.load import scratch
+from kvservice.store.pieces import scratch
 from kvservice.tiers.arena import Arena
 from kvservice.tiers.base import Tier
 from kvservice.tiers.dram import DramTier
@@ -205,7 +205,7 @@ def test_a_flipped_bit_in_a_layer_is_found_and_the_block_dropped(store: Store, t
 def test_a_flipped_bit_in_a_trailer_is_found_and_the_block_dropped(store: Store, tier: TierName, offset: int) -> None:
     store.flip(tier, 2, GEOMETRY.trailer_offset + offset)
 
-    assert problems(store.check()[1]) == [(tier, KEYS[2].hex(), "its trailer is damaged")]
+    assert problems(store.check()[1]) == [(tier, KEYS[2].hex(), "the trailer is damaged")]
     repaired(store, (tier, 2))
 
 
@@ -257,7 +257,7 @@ def test_the_bytes_of_another_shard_are_not_taken_for_those_of_this_one(store: S
     with opened_environment(store.index_of(TierName.SSD)) as environment:
         asyncio.run(delete(environment, KEYS[3]))
 
-    assert problems(store.check()[1]) == [("ssd", other.hex(), "its trailer is damaged")]
+    assert problems(store.check()[1]) == [("ssd", other.hex(), "the trailer is damaged")]
 
 
 async def delete(environment: Environment, key: bytes) -> None:

@@ -12,6 +12,7 @@ import pytest
 from kvservice.blocks import TierName
 from kvservice.index.records import Records
 from kvservice.store import write_behind
+from kvservice.store.history import Reason
 from kvservice_api.errors import IndexFull, KVError, StorageFailed
 from tests.file_faults import FaultyCalls
 from tests.stores import LAYOUT, MIB, OpenStore, StoreFiles, some_chain, some_images, until
@@ -191,6 +192,9 @@ async def test_where_the_index_of_the_ssd_is_full_old_blocks_leave_it_and_new_on
             assert not outcome.refused
             await on_ssd(chain.keys[-1])
         assert opened.store.counters.evicted_ssd_blocks
+        keys = [key for seed in range(30) for key in some_chain(200, seed=seed).keys]
+        events = [event for key in keys for event in opened.store.explain.events(key)]
+        assert {(event.reason, event.word) for event in events} == {(Reason.EVICTED, "lru")}, "at nobody's request"
         assert opened.ssd is not None and opened.ssd.used_bytes < opened.ssd.capacity_bytes // 2
         await opened.settle()
     finally:

@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from kvservice_api.errors import NotShared, TierFull
 from kvservice_api.keys import BlockChain, block_chain
 from kvservice_client.bench.wire import LAYOUT, until_written
 from kvservice_client.client import Client
+
+T = TypeVar("T")
 
 VIEW_BYTES = 1 << 30
 _BLOCK_BYTES = LAYOUT.block_tokens * LAYOUT.bytes_per_token
@@ -40,7 +43,7 @@ class Memory:
     def load(self) -> dict[str, float]:
         """GB/s into faulted-in memory, verified, lookup included."""
         chain = self._saved()
-        speeds = [self._timed(lambda: self._load(chain)) for _ in range(self._runs + 1)]
+        speeds = [self._timed(lambda: self._load(chain))[1] for _ in range(self._runs + 1)]
         self._client.admin.discard(chain)
         return {"gbps": median(speeds[1:])}  # The first one faulted the mapping in.
 
@@ -48,10 +51,10 @@ class Memory:
         """GB/s into the arena, acknowledged at DRAM."""
         speeds = []
         for _ in range(self._runs + 1):
-            chains: list[BlockChain] = []
-            speeds.append(self._timed(lambda chains=chains: chains.append(self._save(self._block_count))))  # type: ignore[misc]
-            until_written(self._client, self._cache, chains[0])
-            self._client.admin.discard(chains[0])
+            chain, speed = self._timed(lambda: self._save(self._block_count))
+            speeds.append(speed)
+            until_written(self._client, self._cache, chain)
+            self._client.admin.discard(chain)
         return {"gbps": median(speeds[1:])}
 
     def view_ms(self) -> float:
@@ -110,7 +113,8 @@ class Memory:
             for _ in lease.load(into=self._into, timeout_s=120):
                 pass
 
-    def _timed(self, work: Callable[[], object]) -> float:
+    def _timed(self, work: Callable[[], T]) -> tuple[T, float]:
+        """What `work` returns, and its GB/s."""
         started = time.perf_counter()
-        work()
-        return self._size_bytes / (time.perf_counter() - started) / 1e9
+        result = work()
+        return result, self._size_bytes / (time.perf_counter() - started) / 1e9

@@ -77,6 +77,7 @@ def with_tls_options(verb: Callable[..., None]) -> Callable[..., None]:
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default="", annotation=kind)
 
     ours = [option(name, kind) for name, kind in TLS_OPTIONS.items()]
+    # Typer makes a verb's options from this, as inspect does; no type of a function has it.
     run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *ours])  # type: ignore[attr-defined]
     return run
 
