@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 import xxhash
@@ -14,17 +15,16 @@ from kvservice_api.layout import checksum
 from kvservice_client.buffers import Bytes
 from kvservice_client.retry import Deadline
 
-PIECE_BYTES = 1 << 20  # Larger ones leave the caches before their checksum is taken; smaller ones cost calls.
-_AT_ONCE_BYTES = 32 << 10
-_TASK_BYTES = 8 << 20  # Less work than this is not worth handing to a thread.
-_THREADS = 2  # One core seldom fills the memory bus while it also computes checksums.
+PIECE_BYTES = 512 << 10  # Larger ones leave the caches before their checksum is taken; smaller ones cost calls.
+_BY_WORDS_BYTES_MIN = 32 << 10  # Less is copied before the question is answered.
+_PART_BYTES = 1 << 20
+_HELPERS = 2  # One core seldom fills the memory bus while it also computes checksums.
 
 
 def copy_and_sum(source: Bytes, target: Bytes) -> int:
     """Copy all of it; the answer is the checksum of the copy, read back from the cache."""
-    size = len(source)
-    if size <= _AT_ONCE_BYTES:
-        np.copyto(target, source)
+    if len(source) <= PIECE_BYTES:
+        _copy(source, target, by_words=_copies_by_words(source, target))
         return checksum(target.data)
     digest = xxhash.xxh3_64()
     for _, copied in _copy_in_pieces(source, target):
@@ -34,9 +34,8 @@ def copy_and_sum(source: Bytes, target: Bytes) -> int:
 
 def sum_and_copy(source: Bytes, target: Bytes) -> int:
     """Copy all of it; the answer is the checksum of the source: of what was meant, whatever becomes of the copy."""
-    size = len(source)
-    if size <= _AT_ONCE_BYTES:
-        np.copyto(target, source)
+    if len(source) <= PIECE_BYTES:
+        _copy(source, target, by_words=_copies_by_words(source, target))
         return checksum(source.data)
     digest = xxhash.xxh3_64()
     for piece, _ in _copy_in_pieces(source, target):
@@ -61,25 +60,35 @@ def copy_runs_and_sum(source: Bytes, runs: Sequence[tuple[int, int]], target: By
 
 
 def _copy_in_pieces(source: Bytes, target: Bytes) -> Iterator[tuple[Bytes, Bytes]]:
-    """Each piece and its copy, right after the copying: both are in the cache.
-
-    Processors copy strings at a third of their speed where source and target lie badly to each other, as a
-    buffer from malloc and a page of the arena do: 16 bytes apart, but for whole pages. NumPy's own loop over
-    words does not care.
-    """
-    distance = target.__array_interface__["data"][0] - source.__array_interface__["data"][0]
-    by_words = distance % 32 and not distance % 8 and not len(source) % 8
+    """Each piece and its copy, right after the copying: both are in the cache."""
+    by_words = _copies_by_words(source, target)
     for start in range(0, len(source), PIECE_BYTES):
         piece, copied = source[start : start + PIECE_BYTES], target[start : start + PIECE_BYTES]
-        if by_words:
-            np.positive(piece.view(np.uint64), out=copied.view(np.uint64))
-        else:
-            np.copyto(copied, piece)
+        _copy(piece, copied, by_words=by_words)
         yield piece, copied
 
 
+def _copy(source: Bytes, target: Bytes, *, by_words: bool) -> None:
+    if by_words:
+        np.positive(source.view(np.uint64), out=target.view(np.uint64))
+    else:
+        np.copyto(target, source)
+
+
+def _copies_by_words(source: Bytes, target: Bytes) -> bool:
+    """Whether NumPy's own loop over words is faster, which does not care how the two lie.
+
+    Processors copy strings at a third of their speed where source and target lie badly to each other, as a
+    buffer from malloc and a page of the arena do: 16 bytes apart, but for whole pages.
+    """
+    if len(source) < _BY_WORDS_BYTES_MIN or len(source) % 8:
+        return False
+    distance: int = target.__array_interface__["data"][0] - source.__array_interface__["data"][0]
+    return distance % 32 != 0 and distance % 8 == 0
+
+
 class Copiers:
-    """Threads that copy. NumPy and xxhash let go of the interpreter's lock while they work."""
+    """Threads that help with copies. NumPy and xxhash let go of the interpreter's lock while they work."""
 
     def __init__(self) -> None:
         self._threads: ThreadPoolExecutor | None = None
@@ -91,61 +100,94 @@ class Copiers:
     def pool(self) -> ThreadPoolExecutor:
         with self._lock:
             if self._threads is None:
-                self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="kvservice-copy")
+                self._threads = ThreadPoolExecutor(_HELPERS, thread_name_prefix="kvservice-copy")
             return self._threads
 
 
+class Group:
+    """Parts of one piece of work, which somebody waits for as a whole."""
+
+    def __init__(self, parts: int) -> None:
+        self.left = parts
+        self.error: BaseException | None = None
+        self.done = threading.Event()
+        if not parts:
+            self.done.set()
+
+
 class Batch:
-    """Work of one transfer. A context manager: leaving it waits for what runs, for it uses the caller's memory."""
+    """Work of one transfer, done by whoever waits for it, and by helpers as soon as it is there.
+
+    Handing each part to a thread and waiting for it took a third of the time of a large load.
+    A context manager: leaving it waits for what runs, for it uses the caller's memory.
+    """
 
     def __init__(self, pool: Callable[[], ThreadPoolExecutor]) -> None:
         self._pool = pool
-        self._jobs: set[Future[None]] = set()
-        self.stopping = threading.Event()
+        self._lock = threading.Lock()
+        self._parts: deque[tuple[Group, Callable[[int], None], range]] = deque()
+        self._helping = 0
+        self._helpers: list[Future[None]] = []
 
-    def start(self, work: Callable[[int], None], sizes: Sequence[int]) -> list[Future[None]]:
-        """`work` on all positions in `sizes`, in parts of some MiB; at once and here where there is little to do."""
+    def start(self, work: Callable[[int], None], sizes: Sequence[int]) -> Group:
+        """`work` on all positions in `sizes`, in parts of a MiB and more."""
         parts = list(_parts(sizes))
-        if len(parts) == 1 and sum(sizes) < _TASK_BYTES:
-            done: Future[None] = Future()
-            self._run(work, parts[0])
-            done.set_result(None)
-            return [done]
-        jobs = [self._pool().submit(self._run, work, part) for part in parts]
-        self._jobs.update(jobs)
-        return jobs
+        group = Group(len(parts))
+        with self._lock:
+            self._parts.extend((group, work, part) for part in parts)
+            wanted = min(_HELPERS, len(self._parts) - 1) - self._helping  # Who waits does one of them.
+            self._helping += max(0, wanted)
+        self._helpers += [self._pool().submit(self._help) for _ in range(wanted)]
+        return group
 
-    def finish(self, jobs: Iterable[Future[None]], deadline: Deadline) -> None:
-        """Wait for them. Raises what the first of them to fail raised, or DeadlineExceeded."""
-        jobs = list(jobs)
-        wait(jobs, timeout=deadline.remaining_s, return_when=FIRST_EXCEPTION)
-        for job in jobs:
-            if job.done():
-                job.result()
-        if not all(job.done() for job in jobs):
+    def finish(self, group: Group, deadline: Deadline) -> None:
+        """Do what is there until the group is done. Raises what a part of it raised first, or DeadlineExceeded."""
+        while not group.done.is_set() and deadline.remaining_s and (part := self._next()):
+            self._run(*part)
+        if not group.done.wait(deadline.remaining_s):
             raise DeadlineExceeded(f"the {deadline.allowed_s:.3g} s allowed for this call have passed")
-        self._jobs.difference_update(jobs)
+        if group.error is not None:
+            raise group.error
 
-    def _run(self, work: Callable[[int], None], part: range) -> None:
-        for position in part:
-            if self.stopping.is_set():
-                return
-            work(position)
+    def _help(self) -> None:
+        while part := self._next(helper=True):
+            self._run(*part)
+
+    def _next(self, *, helper: bool = False) -> tuple[Group, Callable[[int], None], range] | None:
+        with self._lock:
+            if self._parts:
+                return self._parts.popleft()
+            self._helping -= helper  # In one step with the look: what is added from now on asks for another.
+            return None
+
+    def _run(self, group: Group, work: Callable[[int], None], part: range) -> None:
+        try:
+            if group.error is None:
+                for position in part:
+                    work(position)
+        except BaseException as error:  # Raised where it is waited for.
+            group.error = group.error or error
+        finally:
+            with self._lock:
+                group.left -= 1
+                if not group.left:
+                    group.done.set()
 
     def __enter__(self) -> Batch:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.stopping.set()
-        wait(self._jobs)
+        with self._lock:
+            self._parts.clear()
+        wait([helper for helper in self._helpers if not helper.cancel()])
 
 
 def _parts(sizes: Sequence[int]) -> Iterable[range]:
-    """Consecutive positions that make up `_TASK_BYTES` or a little more."""
+    """Consecutive positions that make up `_PART_BYTES` or a little more."""
     start = total = 0
     for position, size in enumerate(sizes):
         total += size
-        if total >= _TASK_BYTES:
+        if total >= _PART_BYTES:
             yield range(start, position + 1)
             start, total = position + 1, 0
     if start < len(sizes):

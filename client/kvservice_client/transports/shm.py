@@ -11,7 +11,6 @@ import secrets
 import threading
 import weakref
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -31,7 +30,7 @@ from kvservice_client.connection import Connection
 from kvservice_client.retry import Deadline
 from kvservice_client.traffic import Traffic
 from kvservice_client.transports.base import LoadOrder, SaveOrder, Transport
-from kvservice_client.transports.copying import Copiers, copy_and_sum, copy_runs_and_sum, sum_and_copy
+from kvservice_client.transports.copying import Copiers, Group, copy_and_sum, copy_runs_and_sum, sum_and_copy
 from kvservice_client.transports.in_place import InDoubt, InPlace, View
 
 M = TypeVar("M", bound=Message)
@@ -100,7 +99,7 @@ class ShmTransport:
     def _copied(self, blocks: InPlace, order: LoadOrder, deadline: Deadline) -> Generator[Bytes, None, None]:
         """Each layer's buffer, copied and verified; the next layer is on its way meanwhile. Raises InDoubt."""
         sizes = np.diff(order.block_starts).tolist()
-        started: list[tuple[Bytes, list[Future[None]]]] = []
+        started: list[tuple[Bytes, Group]] = []
         next_layer = order.first_layer
         with self._copiers.begin() as batch:
             for layer in range(order.first_layer, order.layer_count):
@@ -111,8 +110,8 @@ class ShmTransport:
                     copy = partial(_copy_slice, blocks, order, next_layer, target)
                     started.append((target, batch.start(copy, sizes)))
                     next_layer += 1
-                target, jobs = started.pop(0)
-                batch.finish(jobs, deadline)
+                target, group = started.pop(0)
+                batch.finish(group, deadline)
                 blocks.check()
                 yield target
 
@@ -158,13 +157,13 @@ class ShmTransport:
         sums = np.zeros((len(places), len(order.layers)), np.uint64)
         sizes = [geometry.slice_bytes for geometry in geometries]
         with self._copiers.begin() as batch:
-            running: list[list[Future[None]]] = []
+            running: list[Group] = []
             for layer in range(len(order.layers)):
                 running.append(batch.start(partial(_write_slice, order, places, layer, arena, sums), sizes))
                 if len(running) > _LAYERS_AHEAD:
                     batch.finish(running.pop(0), deadline)
-            for jobs in running:
-                batch.finish(jobs, deadline)
+            for group in running:
+                batch.finish(group, deadline)
         self._traffic.saved(self.name, sum(sizes) * len(order.layers))
         return sums
 

@@ -1,0 +1,113 @@
+"""Copies and their checksums, and the work of one transfer shared among threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from kvservice_api.errors import DeadlineExceeded
+from kvservice_api.layout import checksum
+from kvservice_client.retry import Deadline
+from kvservice_client.transports.copying import PIECE_BYTES, Batch, copy_and_sum, copy_runs_and_sum, sum_and_copy
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("size", [1, 4095, 64 << 10, PIECE_BYTES, PIECE_BYTES + 8, 3 * PIECE_BYTES + 5])
+@pytest.mark.parametrize("shift", [0, 1, 8, 16])
+def test_a_copy_has_its_bytes_and_its_checksum_however_the_two_lie(size: int, shift: int) -> None:
+    source = np.random.default_rng(size).integers(0, 256, size + 64, np.uint8)[:size]
+    for copy in (copy_and_sum, sum_and_copy):
+        target = np.zeros(size + 64, np.uint8)[shift : shift + size]
+        assert copy(source, target) == checksum(source.data)
+        assert np.array_equal(source, target)
+
+
+def test_runs_are_copied_and_all_of_the_source_is_summed() -> None:
+    source = np.random.default_rng(1).integers(0, 256, 2 * PIECE_BYTES, np.uint8)
+    runs = [(3, 100), (200, PIECE_BYTES + 300)]
+    target = np.zeros(sum(end - start for start, end in runs), np.uint8)
+    assert copy_runs_and_sum(source, runs, target) == checksum(source.data)
+    assert np.array_equal(target, np.concatenate([source[start:end] for start, end in runs]))
+
+
+def test_who_waits_does_the_work_where_no_thread_helps() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        release = threading.Event()
+        pool.submit(release.wait)
+        done: list[tuple[int, int]] = []
+        with Batch(lambda: pool) as batch:
+            group = batch.start(lambda at: done.append((at, threading.get_ident())), [MIB] * 8)
+            batch.finish(group, Deadline(10))
+            assert [at for at, _ in done] == list(range(8))
+            assert {thread for _, thread in done} == {threading.get_ident()}
+        release.set()
+
+
+def test_helpers_begin_before_anybody_waits(pool: ThreadPoolExecutor) -> None:
+    with Batch(lambda: pool) as batch:
+        helped = threading.Event()
+        group = batch.start(lambda _: helped.set(), [MIB] * 2)
+        assert helped.wait(10)
+        batch.finish(group, Deadline(10))
+
+
+def test_nothing_to_do_is_done(pool: ThreadPoolExecutor) -> None:
+    with Batch(lambda: pool) as batch:
+        batch.finish(batch.start(lambda _: None, []), Deadline(10))
+
+
+def test_an_error_is_raised_where_the_work_is_waited_for_and_ends_it(pool: ThreadPoolExecutor) -> None:
+    began: list[int] = []
+
+    def work(at: int) -> None:
+        began.append(at)
+        raise ValueError(at)
+
+    with Batch(lambda: pool) as batch:
+        group = batch.start(work, [MIB] * 100)
+        with pytest.raises(ValueError, match=r"^\d+$"):
+            batch.finish(group, Deadline(10))
+    assert len(began) <= 3  # One a thread at most.
+
+
+def test_work_that_takes_longer_than_allowed_is_given_up(pool: ThreadPoolExecutor) -> None:
+    hung, helped = threading.Event(), threading.Event()
+
+    def work(at: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            helped.set()
+            hung.wait()
+
+    with Batch(lambda: pool) as batch:
+        group = batch.start(work, [MIB] * 2)
+        assert helped.wait(10)
+        with pytest.raises(DeadlineExceeded):
+            batch.finish(group, Deadline(0.05))
+        hung.set()
+
+
+def test_leaving_a_batch_waits_for_what_runs_and_drops_the_rest(pool: ThreadPoolExecutor) -> None:
+    running, go_on = threading.Event(), threading.Event()
+    done: list[int] = []
+
+    def work(at: int) -> None:
+        running.set()
+        go_on.wait()
+        done.append(at)
+
+    with Batch(lambda: pool) as batch:
+        batch.start(work, [MIB] * 100)
+        assert running.wait(10)
+        threading.Timer(0.05, go_on.set).start()
+    assert 1 <= len(done) <= 3
