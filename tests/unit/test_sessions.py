@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from kvservice.blocks import TierName
 from kvservice.index.environment import SESSIONS
 from kvservice.index.session_records import Manifest
 from kvservice.store.block_store import StoreLimits
+from kvservice.store.explain import Miss
 from kvservice.store.leases import Client
 from kvservice.store.manifests import Turn
 from kvservice.store.sessions import SessionLimits
@@ -282,6 +284,44 @@ async def test_a_full_block_that_somebody_calls_a_tail_is_not_dropped(opened: Op
     await drops_ended(opened)
 
     assert opened.hits(chain.keys) == 2
+
+
+async def test_why_a_partial_block_left_is_remembered(opened: OpenStore, client: Client) -> None:
+    chain = await saved(opened, client, some_chain(2, tail_tokens=5))
+    first = await begin(opened, chain=chain)
+    longer = await saved(opened, client, BlockChain(first.tip, some_chain(0, seed=1, tail_tokens=9).keys, (9,)))
+    await append(opened, first, longer)
+    await until(lambda: not stored(opened, chain.keys[-1]))
+    replaced = opened.store.explain.missing(chain.keys[-1])
+    assert replaced.event is not None
+    assert (replaced.why, replaced.event.word) == (Miss.DISCARDED, "no session names it any more")
+
+    opened.files.clock.advance(seconds=TTL_S)
+    await opened.store.sessions.expire()
+    await until(lambda: not stored(opened, longer.keys[-1]))
+    assert opened.store.explain.missing(longer.keys[-1]).why is Miss.EXPIRED
+
+
+async def test_what_many_sessions_let_go_of_at_a_time_leaves_in_small_steps(
+    open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: OpenStore = await open_store(limits=replace(LIMITS, session=SessionLimits(ttl_s=TTL_S)))
+    client = opened.store.leases.attach("test")
+    chains = [await saved(opened, client, some_chain(0, seed=seed, tail_tokens=3)) for seed in range(70)]
+    for number, chain in enumerate(chains):
+        await begin(opened, f"chat-{number}", chain)
+    steps: list[int] = []
+    discard = opened.store.residency.discard
+
+    async def counted(rows: list[int], *arguments: Any) -> None:
+        steps.append(len(rows))
+        await discard(rows, *arguments)
+
+    monkeypatch.setattr(opened.store.residency, "discard", counted)
+    opened.files.clock.advance(seconds=TTL_S)
+    await opened.store.sessions.expire()
+    await until(lambda: opened.store.blocks.live_count == 0)
+    assert (sum(steps), max(steps)) == (70, 32), "a millisecond of the event loop each"
 
 
 async def test_full_blocks_outlive_their_session(opened: OpenStore, client: Client) -> None:
