@@ -88,6 +88,7 @@ class Sessions:
         self._manifests: dict[Name, Manifest] = {}  # Those that were used longest ago come first.
         self._serials: dict[Name, int] = {}  # In the order of beginning: pages of a list go by them.
         self._next_serial = 1
+        self._arriving = 0  # Sessions that are begun, and not on disk yet.
         self._named: Counter[bytes] = Counter()  # Partial block -> how many manifests name it.
         self._touched: dict[Name, None] = {}  # Used since their times were written.
         self._gone: dict[str, tuple[int, str]] = {}  # Session id -> when and why it went, for those that ask.
@@ -114,10 +115,7 @@ class Sessions:
     def get(self, fingerprint: bytes, session_id: str) -> Manifest:
         """The session's manifest; counts as a use. Raises SessionNotFound."""
         name = self._name(fingerprint, session_id)
-        manifest = self._used(self._found(name))
-        self._install(name, manifest)
-        self._touched[name] = None
-        return manifest
+        return self._use(name, self._found(name))
 
     def called(self, session_id: str) -> list[Manifest]:
         """The sessions of this id, in whatever layouts. No use of them. Raises SessionNotFound, which says why."""
@@ -230,6 +228,8 @@ class Sessions:
             async with self._lock(name):
                 before = self._current(name)
                 after = change(before)
+                if after is before:
+                    return self._use(name, after)
                 if len(after.slices) > self.limits.slices_max:
                     raise SessionsFull(
                         f"the session would have {len(after.slices)} slices; at most {self.limits.slices_max} are "
@@ -251,11 +251,15 @@ class Sessions:
         """Disk first, then memory. What `after` names is named from now on: nobody may drop it meanwhile."""
         before, named = self._manifests.get(name), self._partial_keys(after)
         self._named.update(named)
+        is_new = self._current(name) is None
+        self._arriving += is_new
         try:
             await self._index.put_session(after)
         except BaseException:
             self._uncount(named)
             raise
+        finally:
+            self._arriving -= is_new
         self._counters.sessions_begun += after.revision == 1
         self._install(name, after)
         self._touched.pop(name, None)
@@ -368,6 +372,13 @@ class Sessions:
             except KVError as error:
                 log.warning("sessions could not be written", extra={"why": error.message})
 
+    def _use(self, name: Name, manifest: Manifest) -> Manifest:
+        """Note that the session was used; written later."""
+        manifest = self._used(manifest)
+        self._install(name, manifest)
+        self._touched[name] = None
+        return manifest
+
     def _used(self, manifest: Manifest) -> Manifest:
         now_ms = self._clock.wall_ms()
         return dataclasses.replace(manifest, used_at_ms=now_ms, expires_at_ms=now_ms + round(self.limits.ttl_s * 1000))
@@ -409,7 +420,8 @@ class Sessions:
         return error
 
     def _check_room(self) -> None:
-        if len(self._manifests) - sum(1 for _ in self._expired()) >= self.limits.sessions_max:
+        count = len(self._manifests) + self._arriving - sum(1 for _ in self._expired())
+        if count >= self.limits.sessions_max:
             raise SessionsFull(f"there are {self.limits.sessions_max} sessions, the most that this daemon keeps")
 
     def _lock(self, name: Name) -> asyncio.Lock:

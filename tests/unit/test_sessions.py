@@ -435,6 +435,27 @@ async def test_no_more_sessions_are_kept_than_allowed(opened: OpenStore) -> None
     await begin(opened, "one-more")
 
 
+async def test_sessions_that_are_begun_at_a_time_are_counted_too(opened: OpenStore) -> None:
+    for number in range(2):
+        await begin(opened, f"over-{number}")
+    opened.files.clock.advance(seconds=TTL_S)
+    names = [*(f"over-{number}" for number in range(2)), *(f"chat-{number}" for number in range(6))]
+    done = await asyncio.gather(*(begin(opened, name) for name in names), return_exceptions=True)
+    assert sum(isinstance(each, Manifest) for each in done) == 4
+    assert sum(isinstance(each, SessionsFull) for each in done) == 4
+
+
+async def test_a_truncation_that_keeps_everything_is_a_use_and_no_change(opened: OpenStore) -> None:
+    first = await begin(opened)
+    opened.files.clock.advance(seconds=1)
+    with opened.commits_held(TierName.SSD):
+        async with asyncio.timeout(5):
+            kept = await opened.store.sessions.truncate(LAYOUT.fingerprint, "chat", 1, [(0, 37)])
+    assert same(kept, first)
+    assert kept.expires_at_ms == first.expires_at_ms + 1000
+    assert opened.store.counters.sessions_begun == 1
+
+
 async def test_no_session_has_more_slices_than_allowed(opened: OpenStore) -> None:
     first = await begin(opened, chain=some_chain(15))
 
