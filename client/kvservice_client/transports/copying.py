@@ -137,7 +137,14 @@ class Batch:
 
     def __exit__(self, *exc: object) -> None:
         self.stopping.set()
-        wait(self._jobs)
+        interrupt: BaseException | None = None
+        while not all(job.done() for job in self._jobs):
+            try:
+                wait(self._jobs)
+            except BaseException as error:  # A signal's. No work may outlive this, and what runs ends soon.
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
 
 
 def _parts(sizes: Sequence[int]) -> Iterable[range]:
