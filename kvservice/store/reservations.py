@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvservice.blocks import Extent
+from kvservice.store.history import Reason
 from kvservice.store.ingest import Ingest, Ingests, SaveOutcome, SaveRequest
 from kvservice.store.leases import Client
 from kvservice.store.tasks import Tasks
@@ -153,7 +154,9 @@ class Reservations:
         if not reservation_id or reservation_id in self._open:
             raise InvalidRequest("reservation_id is 0 or in use: draw another", field="reservation_id")
         if sum(each.client is client for each in self._open.values()) >= _PER_CLIENT_MAX:
-            raise Overloaded(f"the client holds {_PER_CLIENT_MAX} reservations, the most it may")
+            error = Overloaded(f"the client holds {_PER_CLIENT_MAX} reservations, the most it may")
+            self._ingests.residency.history.note_keys(request.keys, Reason.REFUSED, error.reason)
+            raise error
         self._ingests.check(request)
         reservation = Reservation(self._ingests, client, request, self.writer(client), on_ssd=on_ssd)
         self._open[reservation_id] = reservation

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kvservice.blocks import Extent, TierName
+from kvservice.store.explain import Miss
 from kvservice.store.ingest import SaveOutcome
 from kvservice.store.leases import Client
 from kvservice.store.reservations import Place
@@ -166,8 +167,10 @@ async def test_numbers_are_drawn_anew_and_reservations_are_bounded(
             await reserve(opened, client, some_chain(1, seed=2), number)
     for number in range(2, 65):
         await reserve(opened, client, some_chain(1, seed=number), number)
+    refused = some_chain(1, seed=99)
     with pytest.raises(Overloaded):
-        await reserve(opened, client, some_chain(1, seed=99), 99)
+        await reserve(opened, client, refused, 99)
+    assert opened.store.explain.missing(refused.keys[0]).why is Miss.DROPPED_AT_SAVE
 
 
 async def test_a_block_that_is_reserved_is_uploaded_by_nobody_else(
