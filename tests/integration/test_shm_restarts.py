@@ -70,6 +70,23 @@ def test_a_replaced_arena_cannot_be_mapped_by_its_old_name(daemon: DaemonProcess
         ArenaMap(daemon.arena_folder, old.arena_id, old.arena_capacity_bytes)
 
 
+def test_places_in_another_arena_than_the_mapped_one_are_neither_read_nor_written(
+    daemon: DaemonProcess, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the client had mapped the old one and then asked the new daemon."""
+    save(client, LARGE, new_chain(LARGE, 4))
+    arenas = client._transport._arenas  # type: ignore[attr-defined]
+    mapped = arenas.get(client.capabilities())
+    replace_the_arena(daemon)
+    monkeypatch.setattr(arenas, "get", lambda limits: mapped)
+    chain = new_chain(LARGE, 4)
+    assert save(client, LARGE, chain).stored == 4
+    verify(client, LARGE, chain)
+    assert "replaced its arena" in client.stats().shm_refused_because
+    with client.open_layout(LARGE).lookup(chain) as lease, pytest.raises(NotShared, match="replaced its arena"):
+        lease.view()
+
+
 def test_a_load_goes_on_without_its_daemon_as_long_as_its_bytes_are_there(
     daemon: DaemonProcess, client: Client
 ) -> None:
