@@ -237,6 +237,22 @@ async def test_space_that_a_lost_client_may_be_writing_comes_back_with_its_lock_
     assert not list((opened.dram.arena_directory / "writers").iterdir())
 
 
+async def test_what_was_committed_stays_where_it_is_when_its_writer_ends(opened: OpenStore, client: Client) -> None:
+    lock = WriterLock(opened.dram.arena_directory, client.client_id)
+    chain = some_chain(2)
+    images = some_images(chain)
+    places = await reserve(opened, client, chain)
+    write(opened, places, images)
+    await commit(opened, client, places, images)
+    used = opened.dram.used_bytes
+
+    opened.store.leases.detach(client)
+    lock.release()
+    await until(lambda: not any("writer" in task.get_name() for task in opened.store.tasks._running))
+    assert opened.dram.used_bytes == used
+    assert await loaded(opened, opened.store.leases.attach("other"), chain) == layers_of(images)
+
+
 async def test_an_index_that_refuses_the_record_costs_the_save_and_no_space(
     opened: OpenStore, client: Client, lock: WriterLock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
