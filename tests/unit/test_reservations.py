@@ -229,6 +229,7 @@ async def test_space_that_a_lost_client_may_be_writing_comes_back_with_its_lock_
         await asyncio.sleep(0.12)  # The daemon looks every 100 ms.
         assert opened.dram.used_bytes == used
     assert not opened.store.ingests.uploads, "others may store these blocks elsewhere"
+    assert not opened.store.reservations._open
     before = [opened.dram.generation(place.extent) for place in places]
 
     lock.release()

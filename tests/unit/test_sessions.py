@@ -406,6 +406,43 @@ async def test_an_expired_session_may_be_begun_again(opened: OpenStore) -> None:
     assert len(get(opened).slices) == 1
 
 
+async def test_a_session_that_is_begun_again_while_it_is_forgotten_stays(opened: OpenStore) -> None:
+    await begin(opened)
+    opened.files.clock.advance(seconds=TTL_S)
+
+    with opened.commits_held(TierName.SSD):
+        again = asyncio.ensure_future(begin(opened, chain=some_chain(1, seed=9)))
+        await some_turns()
+        expiry = asyncio.ensure_future(opened.store.sessions.expire())
+        await some_turns()
+    await again
+    await expiry
+
+    assert len(get(opened).slices) == 1
+
+
+async def test_uses_that_could_not_be_written_are_written_later(
+    opened: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await begin(opened)
+    opened.files.clock.advance(seconds=TTL_S - 1)
+    get(opened)
+
+    async def refuse(*arguments: object) -> None:
+        raise StorageFailed("the drive is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(opened.index, "put_session", refuse)
+        with pytest.raises(StorageFailed):
+            await opened.store.sessions.flush()
+    await opened.store.sessions.flush()
+
+    again = await reopened(opened, kill=True)
+    opened.files.clock.advance(seconds=TTL_S - 1)
+    get(again)
+    await again.close()
+
+
 async def test_a_clock_that_was_set_back_lengthens_no_session_beyond_its_time(opened: OpenStore) -> None:
     await begin(opened)
     files = opened.files
