@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -236,6 +237,34 @@ async def test_space_that_a_lost_client_may_be_writing_comes_back_with_its_lock_
     await until(lambda: opened.dram.used_bytes == 0)
     assert [opened.dram.generation(place.extent) for place in places] == [each + 1 for each in before]
     assert not list((opened.dram.arena_directory / "writers").iterdir())
+
+
+async def test_much_space_of_a_lost_client_comes_back_in_short_turns(
+    open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = await open_store(share=True, dram_bytes=4 * MIB)
+    client = opened.store.leases.attach("test")
+    lock = WriterLock(opened.dram.arena_directory, client.client_id)
+    await reserve(opened, client, some_chain(200))
+    release, turn, released = opened.dram.release, 0, Counter[int]()
+
+    async def count_turns() -> None:
+        nonlocal turn
+        while True:
+            await asyncio.sleep(0)
+            turn += 1
+
+    def counted(extent: Extent) -> None:
+        released[turn] += 1
+        release(extent)
+
+    monkeypatch.setattr(opened.dram, "release", counted)
+    counting = asyncio.create_task(count_turns())
+    opened.store.leases.detach(client)
+    lock.release()
+    await until(lambda: opened.dram.used_bytes == 0)
+    counting.cancel()
+    assert (sum(released.values()), max(released.values())) == (200, 64)
 
 
 async def test_what_was_committed_stays_where_it_is_when_its_writer_ends(opened: OpenStore, client: Client) -> None:
