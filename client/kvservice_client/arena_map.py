@@ -92,6 +92,7 @@ class WriterLock:
     def __init__(self, directory: Path, client_id: bytes) -> None:
         """Raises NotShared where there is no place for it."""
         self._path = directory / WRITERS_NAME / client_id.hex()
+        self._process_id = os.getpid()
         try:
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._fd, fcntl.LOCK_EX)
@@ -99,10 +100,14 @@ class WriterLock:
             raise NotShared(f"{self._path} cannot be locked: {error.strerror}") from error
 
     def release(self) -> None:
-        """Nothing will be written any more. Whatever is reserved goes back to the daemon."""
-        with suppress(OSError):  # The arena may be gone, and its folder with it.
-            self._path.unlink(missing_ok=True)
-        fcntl.flock(self._fd, fcntl.LOCK_UN)  # A forked child has the file open too.
+        """Nothing will be written any more. Whatever is reserved goes back to the daemon.
+
+        A forked child has the file open too, and the lock is its parent's: it only lets go of the file.
+        """
+        if os.getpid() == self._process_id:
+            with suppress(OSError):  # The arena may be gone, and its folder with it.
+                self._path.unlink(missing_ok=True)
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
         os.close(self._fd)
 
 

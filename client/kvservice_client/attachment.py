@@ -68,6 +68,10 @@ class LifeLine:
     def is_current(self, attachment: Attachment) -> bool:
         return self._attachment == attachment
 
+    def is_attached_as(self, client_id: bytes) -> bool:
+        attachment = self._attachment
+        return attachment is not None and attachment.client_id == client_id
+
     def close(self) -> None:
         """End the stream, and with it all leases. The channel must be closed after this."""
         with self._changed:

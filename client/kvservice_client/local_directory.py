@@ -173,6 +173,6 @@ def _opened(path: str, store_id: bytes, boot_epoch: int) -> Mapping | None:
             mapping = Mapping(fd)
         finally:
             os.close(fd)
-    except (OSError, ValueError):
+    except (OSError, ValueError, OverflowError):
         return None  # Another host, another container, another user; or it is damaged.
     return mapping if mapping.is_good_for(store_id, boot_epoch) else None

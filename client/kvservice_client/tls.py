@@ -43,6 +43,8 @@ class TlsFiles:
                 context.load_verify_locations(self.ca)
             except ssl.SSLError as error:
                 raise _unusable("CA", self.ca, "holds no certificate in PEM") from error
+            except OSError as error:  # It was there a moment ago.
+                raise _unusable("CA", self.ca, f"cannot be read: {error.strerror}") from error
         if bool(self.certificate) != bool(self.key):
             raise TlsFileUnusable("a TLS certificate and its key go together, and only one of them is given")
         if self.certificate:

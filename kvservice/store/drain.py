@@ -90,20 +90,20 @@ class Drain:
         self.is_draining = False
         if self._writing is not None:
             self._writing.cancel()
+            self._writing = None  # Who begins anew before it has ended needs another one.
         return self._progress(True)
 
     async def progress(self) -> AsyncGenerator[DrainProgress, None]:
         """How far it is, about twice a second, and a last one with `done`; without, where it was undone."""
         while True:
-            if not self.is_draining:
+            writing = self._writing
+            if not self.is_draining or writing is None:
                 yield self._progress(False)
                 return
-            writing = self._writing
-            done = writing is None or writing.done()
+            done = writing.done()
             yield self._progress(done)
             if done:
                 return
-            assert writing is not None
             await asyncio.wait({writing}, timeout=_REPORT_EVERY_S)
 
     async def _write_all(self) -> None:
@@ -127,7 +127,7 @@ class Drain:
         rows = self._only_in_dram()
         return DrainProgress(
             uploads=len(self._ingests.uploads),
-            loads=self._loads.open_count,
+            loads=self._loads.open_count + self._locates.open_count,
             only_in_dram=len(rows),
             only_in_dram_bytes=int(self._blocks.size_bytes[rows].sum()),
             unwritten=0 if done or self._write_behind is None else self._write_behind.pending,

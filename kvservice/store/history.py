@@ -40,10 +40,10 @@ class Reason(IntEnum):
     ABANDONED = 2  # The save that brought it ended without a commit.
     EVICTED = 3  # The word is the policy.
     EVICTED_ON_REQUEST = 4
-    DISCARDED = 5
+    DISCARDED = 5  # The word is why, where nobody asked for it.
     QUARANTINED = 6
     LOST = 7  # Its record was dropped at start.
-    EXPIRED = 8  # Its time was over.
+    EXPIRED = 8  # A session's partial block: the session's time was over.
 
 
 class Event(NamedTuple):

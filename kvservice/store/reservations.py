@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvservice.blocks import Extent
+from kvservice.store.history import Reason
 from kvservice.store.ingest import Ingest, Ingests, SaveOutcome, SaveRequest
 from kvservice.store.leases import Client
 from kvservice.store.tasks import Tasks
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 0.1
 _PER_CLIENT_MAX = 64
+_RELEASED_A_TURN = 64  # A millisecond of the event loop.
 
 
 class Place(NamedTuple):
@@ -153,7 +155,9 @@ class Reservations:
         if not reservation_id or reservation_id in self._open:
             raise InvalidRequest("reservation_id is 0 or in use: draw another", field="reservation_id")
         if sum(each.client is client for each in self._open.values()) >= _PER_CLIENT_MAX:
-            raise Overloaded(f"the client holds {_PER_CLIENT_MAX} reservations, the most it may")
+            error = Overloaded(f"the client holds {_PER_CLIENT_MAX} reservations, the most it may")
+            self._ingests.residency.history.note_keys(request.keys, Reason.REFUSED, error.reason)
+            raise error
         self._ingests.check(request)
         reservation = Reservation(self._ingests, client, request, self.writer(client), on_ssd=on_ssd)
         self._open[reservation_id] = reservation
@@ -199,7 +203,10 @@ class Reservations:
         except asyncio.CancelledError:
             writer.close()  # The daemon ends: the next one finds the file.
             raise
-        for extent in writer.extents:
+        extents = writer.extents
+        for count, extent in enumerate(extents):
+            if count % _RELEASED_A_TURN == _RELEASED_A_TURN - 1:
+                await asyncio.sleep(0)
             self._dram.release(extent)
-        if writer.extents:
-            log.info("a client ended while it wrote in place", extra={"extents": len(writer.extents)})
+        if extents:
+            log.info("a client ended while it wrote in place", extra={"extents": len(extents)})

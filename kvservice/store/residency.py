@@ -238,9 +238,12 @@ class Residency:
         for removal in removals:
             await removal.recorded()
 
-    async def discard(self, rows: Sequence[int], why: Reason = Reason.DISCARDED) -> None:
-        """Forget blocks everywhere: invisible at once, records next, bytes when nothing holds them."""
-        self.history.note_rows(self.blocks, rows, why)
+    async def discard(self, rows: Sequence[int], why: Reason = Reason.DISCARDED, word: str = "") -> None:
+        """Forget blocks everywhere: invisible at once, records next, bytes when nothing holds them.
+
+        `word` says who let them go where nobody asked for it.
+        """
+        self.history.note_rows(self.blocks, rows, why, word=word)
         await self._begin_discard(rows).recorded()
 
     async def quarantine(self, row: int, generation: int, tier: TierName, what: str) -> None:

@@ -28,6 +28,7 @@ from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.index.session_records import Manifest
 from kvservice.store import manifests
+from kvservice.store.history import Reason
 from kvservice.store.manifests import Turn
 from kvservice.store.residency import Residency
 from kvservice.store.session_messages import session_message
@@ -40,11 +41,13 @@ log = logging.getLogger(__name__)
 _ID = re.compile(r"[A-Za-z0-9_.:@/+=~-]{1,200}")
 _EXPIRED_AT_A_TIME = 256
 _FLUSHED_AT_A_TIME = 64
+_DROPPED_A_TURN = 32  # Of the event loop: a millisecond.
 _POSITIONS_MAX = 65536  # Explicit ones, in one session.
 _STATUS_BYTES_MAX = 5120  # Of a session in an error: with base64 and the rest, a status may have 8 KiB.
 _NAMES_A_TURN = 4096
 _TICK_S = 1.0
 _GONE_MAX = 4096  # Sessions whose end is remembered.
+_LET_GO = "no session names it any more"  # For `explain`, of a partial block that was dropped.
 
 T = TypeVar("T")
 
@@ -85,6 +88,7 @@ class Sessions:
         self._manifests: dict[Name, Manifest] = {}  # Those that were used longest ago come first.
         self._serials: dict[Name, int] = {}  # In the order of beginning: pages of a list go by them.
         self._next_serial = 1
+        self._arriving = 0  # Sessions that are begun, and not on disk yet.
         self._named: Counter[bytes] = Counter()  # Partial block -> how many manifests name it.
         self._touched: dict[Name, None] = {}  # Used since their times were written.
         self._gone: dict[str, tuple[int, str]] = {}  # Session id -> when and why it went, for those that ask.
@@ -111,10 +115,7 @@ class Sessions:
     def get(self, fingerprint: bytes, session_id: str) -> Manifest:
         """The session's manifest; counts as a use. Raises SessionNotFound."""
         name = self._name(fingerprint, session_id)
-        manifest = self._used(self._found(name))
-        self._install(name, manifest)
-        self._touched[name] = None
-        return manifest
+        return self._use(name, self._found(name))
 
     def called(self, session_id: str) -> list[Manifest]:
         """The sessions of this id, in whatever layouts. No use of them. Raises SessionNotFound, which says why."""
@@ -206,7 +207,7 @@ class Sessions:
                 was_there = self._current(name) is not None
                 if name in self._manifests:
                     await self._index.delete_sessions([self._manifests[name].name])
-                    self._forget([name])
+                    self._forget([name], Reason.DISCARDED if was_there else Reason.EXPIRED)
                     self._note_gone(name, "was ended" if was_there else "expired")
                 return was_there
 
@@ -227,6 +228,8 @@ class Sessions:
             async with self._lock(name):
                 before = self._current(name)
                 after = change(before)
+                if after is before:
+                    return self._use(name, after)
                 if len(after.slices) > self.limits.slices_max:
                     raise SessionsFull(
                         f"the session would have {len(after.slices)} slices; at most {self.limits.slices_max} are "
@@ -248,16 +251,20 @@ class Sessions:
         """Disk first, then memory. What `after` names is named from now on: nobody may drop it meanwhile."""
         before, named = self._manifests.get(name), self._partial_keys(after)
         self._named.update(named)
+        is_new = self._current(name) is None
+        self._arriving += is_new
         try:
             await self._index.put_session(after)
         except BaseException:
             self._uncount(named)
             raise
+        finally:
+            self._arriving -= is_new
         self._counters.sessions_begun += after.revision == 1
         self._install(name, after)
         self._touched.pop(name, None)
         if before is not None:
-            self._let_go(self._partial_keys(before))
+            self._let_go(self._partial_keys(before), Reason.DISCARDED)
 
     def _partial_keys(self, manifest: Manifest) -> set[bytes]:
         return manifests.partial_keys(manifest, self._index.layouts[manifest.layout_id])
@@ -269,18 +276,20 @@ class Sessions:
             self._serials[name] = self._next_serial
             self._next_serial += 1
 
-    def _forget(self, names: Sequence[Name]) -> None:
+    def _forget(self, names: Sequence[Name], why: Reason) -> None:
         """Sessions whose records are gone."""
+        named: list[bytes] = []
         for name in names:
             manifest = self._manifests.pop(name)
             del self._serials[name]
             self._touched.pop(name, None)
-            self._let_go(self._partial_keys(manifest))
+            named += self._partial_keys(manifest)
+        self._let_go(named, why)
 
-    def _let_go(self, keys: Iterable[bytes]) -> None:
+    def _let_go(self, keys: Iterable[bytes], why: Reason) -> None:
         """One manifest fewer names these partial blocks. Those that none names any more are dropped."""
         if orphans := self._uncount(keys):
-            self._tasks.start(self._drop(orphans), "drop of partial blocks")
+            self._tasks.start(self._drop(orphans, why), "drop of partial blocks")
 
     def _uncount(self, keys: Iterable[bytes]) -> list[bytes]:
         """Those of them that no manifest names any more."""
@@ -292,16 +301,20 @@ class Sessions:
                 orphans.append(key)
         return orphans
 
-    async def _drop(self, keys: Sequence[bytes]) -> None:
+    async def _drop(self, keys: Sequence[bytes], why: Reason) -> None:
+        for start in range(0, len(keys), _DROPPED_A_TURN):
+            try:
+                await self._residency.discard(self._partial_rows(keys[start : start + _DROPPED_A_TURN]), why, _LET_GO)
+            except StorageFailed as error:  # They are invisible already; their records leave later.
+                log.warning("partial blocks of sessions leave late", extra={"why": error.message})
+
+    def _partial_rows(self, keys: Sequence[bytes]) -> list[int]:
+        """Those of these partial blocks that are stored, and that still no manifest names."""
         blocks, layouts = self._residency.blocks, self._index.layouts
         orphans = [key for key in keys if not self._named[key]]  # Somebody may have named one again.
         rows = [row for first in blocks.rows_of_keys(orphans).tolist() for row in blocks.shards_of(first)]
         # Clients say what is partial: a full block is of use to others, whoever calls it a tail.
-        partial = [row for row in rows if blocks.token_count[row] < layouts[int(blocks.layout_id[row])].block_tokens]
-        try:
-            await self._residency.discard(partial)
-        except StorageFailed as error:  # They are invisible already; their records leave later.
-            log.warning("partial blocks of sessions leave late", extra={"why": error.message})
+        return [row for row in rows if blocks.token_count[row] < layouts[int(blocks.layout_id[row])].block_tokens]
 
     # Time
 
@@ -314,7 +327,7 @@ class Sessions:
             try:
                 still = [name for name in over if name in self._manifests and self._current(name) is None]
                 await self._index.delete_sessions([self._manifests[name].name for name in still])
-                self._forget(still)
+                self._forget(still, Reason.EXPIRED)
                 for name in still:
                     self._note_gone(name, "expired")
                 self._counters.sessions_expired += len(still)
@@ -359,6 +372,13 @@ class Sessions:
             except KVError as error:
                 log.warning("sessions could not be written", extra={"why": error.message})
 
+    def _use(self, name: Name, manifest: Manifest) -> Manifest:
+        """Note that the session was used; written later."""
+        manifest = self._used(manifest)
+        self._install(name, manifest)
+        self._touched[name] = None
+        return manifest
+
     def _used(self, manifest: Manifest) -> Manifest:
         now_ms = self._clock.wall_ms()
         return dataclasses.replace(manifest, used_at_ms=now_ms, expires_at_ms=now_ms + round(self.limits.ttl_s * 1000))
@@ -400,7 +420,8 @@ class Sessions:
         return error
 
     def _check_room(self) -> None:
-        if len(self._manifests) - sum(1 for _ in self._expired()) >= self.limits.sessions_max:
+        count = len(self._manifests) + self._arriving - sum(1 for _ in self._expired())
+        if count >= self.limits.sessions_max:
             raise SessionsFull(f"there are {self.limits.sessions_max} sessions, the most that this daemon keeps")
 
     def _lock(self, name: Name) -> asyncio.Lock:

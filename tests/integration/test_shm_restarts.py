@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from kvservice_api.arena import WRITER_NOTE
 from kvservice_api.errors import LeaseExpired, NotShared, UnknownClient
 from kvservice_client import Client, Durability
 from kvservice_client.arena_map import ArenaMap
+from kvservice_client.transports.shm import ShmTransport
 from tests.daemon import MIB, DaemonProcess, until
 from tests.integration.by_hand import InPlaceWriter
 from tests.integration.known_blocks import LARGE, layers_of, new_chain, save, verify
@@ -68,6 +70,23 @@ def test_a_replaced_arena_cannot_be_mapped_by_its_old_name(daemon: DaemonProcess
     replace_the_arena(daemon)
     with pytest.raises(NotShared, match="cannot be mapped"):
         ArenaMap(daemon.arena_folder, old.arena_id, old.arena_capacity_bytes)
+
+
+def test_places_in_another_arena_than_the_mapped_one_are_neither_read_nor_written(
+    daemon: DaemonProcess, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the client had mapped the old one and then asked the new daemon."""
+    save(client, LARGE, new_chain(LARGE, 4))
+    arenas = client._transport._arenas  # type: ignore[attr-defined]
+    mapped = arenas.get(client.capabilities())
+    replace_the_arena(daemon)
+    monkeypatch.setattr(arenas, "get", lambda limits: mapped)
+    chain = new_chain(LARGE, 4)
+    assert save(client, LARGE, chain).stored == 4
+    verify(client, LARGE, chain)
+    assert "replaced its arena" in client.stats().shm_refused_because
+    with client.open_layout(LARGE).lookup(chain) as lease, pytest.raises(NotShared, match="replaced its arena"):
+        lease.view()
 
 
 def test_a_load_goes_on_without_its_daemon_as_long_as_its_bytes_are_there(
@@ -138,6 +157,28 @@ def test_space_of_a_living_writer_stays_aside_over_several_restarts(daemon: Daem
         writer.lock.release()
         client.admin.discard_all()
         until(lambda: client.admin.status().dram.used_bytes == 0)
+
+
+def test_a_save_over_a_restart_leaves_nothing_set_aside(daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client locks another file for the new attachment, and lets go of the old one."""
+    write = ShmTransport._write
+
+    def restart_and_write(*arguments: Any) -> Any:
+        monkeypatch.undo()
+        daemon.kill()
+        daemon.start()
+        return write(*arguments)
+
+    with daemon.client(transport="shm", timeout_s=20, reconnect_wait_s=20) as client:
+        save(client, LARGE, new_chain(LARGE, 1))
+        writers = daemon.arena_folder / "writers"
+        monkeypatch.setattr(ShmTransport, "_write", restart_and_write)
+        chain = new_chain(LARGE, 4)
+        assert save(client, LARGE, chain).stored == 4
+        verify(client, LARGE, chain)
+        until(lambda: client.admin.status().dram.used_bytes == 5 * 200_704)
+        assert len(list(writers.iterdir())) == 1
+    until(lambda: not list(writers.iterdir()))
 
 
 def test_a_record_wins_over_a_note_of_the_same_space(daemon: DaemonProcess, client: Client) -> None:

@@ -1,6 +1,6 @@
 """A client that is stopped while it reads or writes in place, and goes on when it is too late.
 
-It returns no wrong byte, and overwrites nobody's.
+It returns no wrong byte, and overwrites nobody's. Nor does a daemon that is stopped keep anything of a save for good.
 """
 
 from __future__ import annotations
@@ -8,11 +8,14 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
+from kvservice_api.errors import DeadlineExceeded
 from kvservice_client import Client, Durability
+from kvservice_client.transports.shm import ShmTransport
 from tests.daemon import MIB, DaemonProcess, until
 from tests.integration import stopped_client
 from tests.integration.known_blocks import LARGE, new_chain, save, tiers_of, verify
@@ -176,3 +179,27 @@ def test_a_stopped_writer_that_is_killed_leaves_nothing_visible_and_its_space_co
         assert not list((daemon.arena_folder / "writers").iterdir())
         save(client, LARGE, new_chain(LARGE, _BLOCKS, "doomed"))
         verify(client, LARGE, new_chain(LARGE, _BLOCKS, "doomed"))
+
+
+def test_blocks_whose_save_ended_while_the_daemon_was_stopped_can_be_saved_when_it_goes_on(
+    daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It heard neither of the commit nor, for as long as it was stopped, that the client had given up."""
+    write = ShmTransport._write
+
+    def write_and_stop(*arguments: object) -> object:
+        daemon.process.send_signal(signal.SIGSTOP)
+        return write(*arguments)  # type: ignore[arg-type]
+
+    chain = new_chain(LARGE, 4)
+    with daemon.client(timeout_s=0.5) as client, daemon.client() as other:
+        save(client, LARGE, new_chain(LARGE, 1))
+        monkeypatch.setattr(ShmTransport, "_write", write_and_stop)
+        with pytest.raises(DeadlineExceeded):
+            save(client, LARGE, chain)
+        monkeypatch.undo()
+        time.sleep(1.5)
+        daemon.process.send_signal(signal.SIGCONT)
+        until(lambda: other.admin.status().uploads == 0)
+        assert save(other, LARGE, chain).is_complete
+        verify(client, LARGE, chain)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +13,20 @@ import pytest
 
 from kvservice_api.errors import DeadlineExceeded
 from kvservice_api.layout import checksum
+from kvservice_client.buffers import Bytes
 from kvservice_client.retry import Deadline
-from kvservice_client.transports.copying import PIECE_BYTES, Batch, copy_and_sum, copy_runs_and_sum, sum_and_copy
+from kvservice_client.transports import copying
+from kvservice_client.transports.copying import (
+    PIECE_BYTES,
+    Batch,
+    Copiers,
+    copy_and_sum,
+    copy_runs_and_sum,
+    sum_and_copy,
+)
 
 MIB = 1 << 20
+_COPY = copying._copy
 
 
 @pytest.fixture
@@ -39,6 +51,24 @@ def test_runs_are_copied_and_all_of_the_source_is_summed() -> None:
     target = np.zeros(sum(end - start for start, end in runs), np.uint8)
     assert copy_runs_and_sum(source, runs, target) == checksum(source.data)
     assert np.array_equal(target, np.concatenate([source[start:end] for start, end in runs]))
+
+
+def damaged(source: Bytes, target: Bytes, *, by_words: bool) -> None:
+    """Copies, and gets one bit of the copy wrong."""
+    _COPY(source, target, by_words=by_words)
+    target[len(target) // 2] ^= 1
+
+
+@pytest.mark.parametrize("size", [100_000, 3 * PIECE_BYTES])
+def test_a_load_is_verified_by_what_arrived_and_a_save_by_what_was_meant(
+    monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    source = np.frombuffer(np.random.default_rng(1).bytes(size), np.uint8)
+    meant = checksum(source.data)
+    monkeypatch.setattr(copying, "_copy", damaged)
+    assert copy_and_sum(source, np.empty_like(source)) != meant
+    assert copy_runs_and_sum(source, [(0, size // 2)], np.empty(size // 2, np.uint8)) != meant
+    assert sum_and_copy(source, np.empty_like(source)) == meant
 
 
 def test_who_waits_does_the_work_where_no_thread_helps() -> None:
@@ -111,3 +141,28 @@ def test_leaving_a_batch_waits_for_what_runs_and_drops_the_rest(pool: ThreadPool
         assert running.wait(10)
         threading.Timer(0.05, go_on.set).start()
     assert 1 <= len(done) <= 3
+
+
+def test_a_batch_that_is_interrupted_is_left_once_its_work_has_ended() -> None:
+    go_on = threading.Event()
+    written: list[int] = []
+
+    def work(position: int) -> None:
+        go_on.wait(10)
+        written.append(position)
+
+    timers = [threading.Timer(0.1 * number, os.kill, (os.getpid(), signal.SIGINT)) for number in (1, 2)]
+    timers.append(threading.Timer(0.4, go_on.set))
+
+    def interrupted() -> None:
+        with Copiers().begin() as batch:
+            batch.start(work, [MIB] * 100)
+            for timer in timers:
+                timer.start()
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert go_on.is_set()
+    assert sorted(written) == [0, 1], "what ran has ended, and what waited was not begun"
+    for timer in timers:
+        timer.join()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import aclosing
 from typing import Any
 
 import pytest
@@ -62,6 +63,33 @@ async def test_undone_it_takes_saves_again_and_whoever_watches_hears_of_it(opene
         assert not opened.store.draining
     assert not (await opened.save(client, chain, some_images(chain))).refused
     assert (await drained(opened)).done, "and it can be drained again"
+
+
+async def test_a_drain_that_follows_an_undone_one_at_once_writes_everything(opened: OpenStore, client: Client) -> None:
+    drain, chain = opened.store.drain, some_chain(2)
+    images = some_images(chain)
+    async with opened.begin_save(client, chain) as ingest:
+        drain.begin()
+        await asyncio.sleep(0.05)
+        for frame in frames_of(LAYOUT, WHOLE, chain, images):
+            ingest.write(frame)
+        await ingest.commit(checksums_of(WHOLE, images), on_ssd=False, then_write=False)
+        drain.undo()
+        drain.begin()
+    last = (await _all(drain))[-1]
+    assert (last.done, last.only_in_dram) == (True, 0)
+
+
+async def test_reads_in_place_are_loads_that_run(open_store: Callable[..., Any]) -> None:
+    opened: OpenStore = await open_store(share=True)
+    client, chain = opened.store.leases.attach("test"), some_chain(2)
+    await opened.save(client, chain, some_images(chain))
+    lease = opened.lookup(client, chain.keys)
+    assert lease is not None
+    async with aclosing(opened.store.locates.run(lease, range(2), verify=False, open_max=9)) as steps:
+        await anext(steps)
+        assert (await drained(opened)).loads == 1
+    assert (await drained(opened)).loads == 0
 
 
 async def _all(drain: Any) -> list[DrainProgress]:

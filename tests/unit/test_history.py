@@ -16,6 +16,7 @@ from tests.clock import FakeClock
 SHARD = Shard(0, 2, 0, 2)
 KEYS = [hashlib.sha256(b"%d" % number).digest() for number in range(6)]
 KEYS.append(KEYS[0][:8] + bytes(24))  # Begins as another one does.
+KEYS.append(bytes(32))  # As a place that was never written.
 
 reasons = st.sampled_from(list(Reason))
 tiers = st.sampled_from([None, *TierName])

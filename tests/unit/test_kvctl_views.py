@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from io import StringIO
+
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
+from rich.console import Console
 
 from kvservice_api.v1 import admin_pb2 as pb
 from kvservice_api.v1 import types_pb2
 from kvservice_client.cli import output, reasons
-from kvservice_client.cli.top import View
+from kvservice_client.cli.top import View, _picture
 
 NOON = Timestamp(seconds=1_700_000_000)
 
@@ -29,6 +33,24 @@ def test_of_a_daemon_that_was_restarted_between_two_looks_nothing_is_negative() 
     view = View.between(status(load_bytes=1000, lookup_blocks_asked=5), status(2, load_bytes=30), 2.0)
     assert view.per_second["load_bytes"] == 15
     assert view.hit_ratio is None
+
+
+def picture(view: View, address: str) -> str:
+    console = Console(file=StringIO(), width=200)
+    console.print(_picture(view, address))
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue()
+
+
+def test_what_is_read_in_place_is_shown_beside_what_is_sent() -> None:
+    view = View.between(status(), status(located_blocks=8, load_blocks=3), 2.0)
+    assert view.as_json()["per_second"]["located_blocks"] == 4
+    assert re.search(r"loads by stream +1\.5 .*\nread in place +4\.0", picture(view, "here"))
+
+
+@pytest.mark.parametrize("address", ["[fd00::1]:7070", "/run/[/x]/kvservice.sock"])
+def test_an_address_is_shown_as_it_is_written(address: str) -> None:
+    assert f"at {address}: " in picture(View.between(status(), status(), 1.0), address)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in pb.EventKind.values() if kind])

@@ -11,7 +11,7 @@ import pytest
 from kvservice.blocks import TierName
 from kvservice.store.leases import Client, Lease
 from kvservice.store.locate import Located, NotInPlace
-from kvservice_api.errors import ChecksumMismatch, LeaseExpired, NotShared, Overloaded
+from kvservice_api.errors import ChecksumMismatch, LeaseExpired, NotShared, Overloaded, StorageFailed
 from kvservice_api.keys import BlockChain
 from kvservice_api.layout import Shard, block_geometry
 from tests.stores import KIB, LAYOUT, WHOLE, OpenStore, layer_of, some_chain, some_images, until
@@ -78,6 +78,35 @@ async def test_blocks_on_ssd_come_up_layer_by_layer(opened: OpenStore, client: C
     await until(lambda: all(opened.store.blocks.is_resident(int(row), DRAM) for row in leased.rows))
     assert [opened.store.blocks.extent(int(row), DRAM) for row in leased.rows] == located.extents
     assert opened.store.blocks.verified[leased.rows].all(), "the first by its upload, the others on their way up"
+
+
+async def test_a_block_that_came_up_and_got_no_record_stays_while_it_is_read(
+    opened: OpenStore, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain, images, lease = await saved(opened, client)
+    opened.store.leases.release(client.client_id, lease.lease_id)
+    await opened.store.evict(chain.keys, DRAM)
+    leased, promotion = opened.lookup(client, chain.keys), opened.store.promotion
+    assert leased is not None and promotion is not None
+    put = opened.index.put
+
+    def refuse_dram(tier: TierName, *arguments: Any) -> Any:
+        if tier is DRAM:
+            raise StorageFailed("the index is broken")
+        return put(tier, *arguments)
+
+    monkeypatch.setattr(opened.index, "put", refuse_dram)
+    steps = run(opened, leased)
+    located = await anext(steps)
+    for layer in range(LAYOUT.layers):
+        assert await anext(steps) == layer + 1
+    await until(lambda: not promotion._landings)
+    await asyncio.sleep(0.05)
+    assert [opened.dram.generation(extent) for extent in located.extents] == located.generations
+    assert [bytes_at(opened, located, block, 0) for block in range(3)] == [layer_of(image, 0) for image in images]
+    await steps.aclose()
+    await until(lambda: opened.dram.used_bytes == 0)
+    assert [opened.dram.generation(extent) - 1 for extent in located.extents] == located.generations
 
 
 async def test_the_end_of_the_client_ends_the_call(opened: OpenStore, client: Client) -> None:

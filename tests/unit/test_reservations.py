@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from kvservice.blocks import Extent, TierName
+from kvservice.store.explain import Miss
 from kvservice.store.ingest import SaveOutcome
 from kvservice.store.leases import Client
 from kvservice.store.reservations import Place
@@ -166,8 +168,10 @@ async def test_numbers_are_drawn_anew_and_reservations_are_bounded(
             await reserve(opened, client, some_chain(1, seed=2), number)
     for number in range(2, 65):
         await reserve(opened, client, some_chain(1, seed=number), number)
+    refused = some_chain(1, seed=99)
     with pytest.raises(Overloaded):
-        await reserve(opened, client, some_chain(1, seed=99), 99)
+        await reserve(opened, client, refused, 99)
+    assert opened.store.explain.missing(refused.keys[0]).why is Miss.DROPPED_AT_SAVE
 
 
 async def test_a_block_that_is_reserved_is_uploaded_by_nobody_else(
@@ -226,12 +230,57 @@ async def test_space_that_a_lost_client_may_be_writing_comes_back_with_its_lock_
         await asyncio.sleep(0.12)  # The daemon looks every 100 ms.
         assert opened.dram.used_bytes == used
     assert not opened.store.ingests.uploads, "others may store these blocks elsewhere"
+    assert not opened.store.reservations._open
     before = [opened.dram.generation(place.extent) for place in places]
 
     lock.release()
     await until(lambda: opened.dram.used_bytes == 0)
     assert [opened.dram.generation(place.extent) for place in places] == [each + 1 for each in before]
     assert not list((opened.dram.arena_directory / "writers").iterdir())
+
+
+async def test_much_space_of_a_lost_client_comes_back_in_short_turns(
+    open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = await open_store(share=True, dram_bytes=4 * MIB)
+    client = opened.store.leases.attach("test")
+    lock = WriterLock(opened.dram.arena_directory, client.client_id)
+    await reserve(opened, client, some_chain(200))
+    release, turn, released = opened.dram.release, 0, Counter[int]()
+
+    async def count_turns() -> None:
+        nonlocal turn
+        while True:
+            await asyncio.sleep(0)
+            turn += 1
+
+    def counted(extent: Extent) -> None:
+        released[turn] += 1
+        release(extent)
+
+    monkeypatch.setattr(opened.dram, "release", counted)
+    counting = asyncio.create_task(count_turns())
+    opened.store.leases.detach(client)
+    lock.release()
+    await until(lambda: opened.dram.used_bytes == 0)
+    counting.cancel()
+    assert (sum(released.values()), max(released.values())) == (200, 64)
+
+
+async def test_what_was_committed_stays_where_it_is_when_its_writer_ends(opened: OpenStore, client: Client) -> None:
+    lock = WriterLock(opened.dram.arena_directory, client.client_id)
+    chain = some_chain(2)
+    images = some_images(chain)
+    places = await reserve(opened, client, chain)
+    write(opened, places, images)
+    await commit(opened, client, places, images)
+    used = opened.dram.used_bytes
+
+    opened.store.leases.detach(client)
+    lock.release()
+    await until(lambda: not any("writer" in task.get_name() for task in opened.store.tasks._running))
+    assert opened.dram.used_bytes == used
+    assert await loaded(opened, opened.store.leases.attach("other"), chain) == layers_of(images)
 
 
 async def test_an_index_that_refuses_the_record_costs_the_save_and_no_space(

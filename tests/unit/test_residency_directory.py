@@ -485,6 +485,12 @@ def test_a_cut_off_file_is_no_directory(folder: Path, size: int) -> None:
     assert LocalDirectory().look_up(str(path), STORE_ID, 7, KEYS[0], MARK, SHARDS[0]) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("slots", [1 << 40, 1 << 63])
+def test_a_header_of_more_slots_than_can_be_is_no_directory(folder: Path, slots: int) -> None:
+    path = _directory_file(folder, Header(STORE_ID, ARENA_ID, 7, slots, State.LIVE).encode().ljust(HEADER_BYTES, b"\0"))
+    assert LocalDirectory().look_up(str(path), STORE_ID, 7, KEYS[0], MARK, SHARDS[0]) is None
+
+
 def test_what_is_no_file_is_no_directory_and_nobody_waits_for_it(folder: Path) -> None:
     os.mkfifo(folder / "directory")
     for path in (folder / "directory", folder, folder / "nothing", "", "/proc/self/mem"):

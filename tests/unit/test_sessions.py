@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from kvservice.blocks import TierName
 from kvservice.index.environment import SESSIONS
 from kvservice.index.session_records import Manifest
 from kvservice.store.block_store import StoreLimits
+from kvservice.store.explain import Miss
 from kvservice.store.leases import Client
 from kvservice.store.manifests import Turn
 from kvservice.store.sessions import SessionLimits
@@ -284,6 +286,44 @@ async def test_a_full_block_that_somebody_calls_a_tail_is_not_dropped(opened: Op
     assert opened.hits(chain.keys) == 2
 
 
+async def test_why_a_partial_block_left_is_remembered(opened: OpenStore, client: Client) -> None:
+    chain = await saved(opened, client, some_chain(2, tail_tokens=5))
+    first = await begin(opened, chain=chain)
+    longer = await saved(opened, client, BlockChain(first.tip, some_chain(0, seed=1, tail_tokens=9).keys, (9,)))
+    await append(opened, first, longer)
+    await until(lambda: not stored(opened, chain.keys[-1]))
+    replaced = opened.store.explain.missing(chain.keys[-1])
+    assert replaced.event is not None
+    assert (replaced.why, replaced.event.word) == (Miss.DISCARDED, "no session names it any more")
+
+    opened.files.clock.advance(seconds=TTL_S)
+    await opened.store.sessions.expire()
+    await until(lambda: not stored(opened, longer.keys[-1]))
+    assert opened.store.explain.missing(longer.keys[-1]).why is Miss.EXPIRED
+
+
+async def test_what_many_sessions_let_go_of_at_a_time_leaves_in_small_steps(
+    open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: OpenStore = await open_store(limits=replace(LIMITS, session=SessionLimits(ttl_s=TTL_S)))
+    client = opened.store.leases.attach("test")
+    chains = [await saved(opened, client, some_chain(0, seed=seed, tail_tokens=3)) for seed in range(70)]
+    for number, chain in enumerate(chains):
+        await begin(opened, f"chat-{number}", chain)
+    steps: list[int] = []
+    discard = opened.store.residency.discard
+
+    async def counted(rows: list[int], *arguments: Any) -> None:
+        steps.append(len(rows))
+        await discard(rows, *arguments)
+
+    monkeypatch.setattr(opened.store.residency, "discard", counted)
+    opened.files.clock.advance(seconds=TTL_S)
+    await opened.store.sessions.expire()
+    await until(lambda: opened.store.blocks.live_count == 0)
+    assert (sum(steps), max(steps)) == (70, 32), "a millisecond of the event loop each"
+
+
 async def test_full_blocks_outlive_their_session(opened: OpenStore, client: Client) -> None:
     chain = await saved(opened, client, some_chain(2, tail_tokens=5))
     await begin(opened, chain=chain)
@@ -366,6 +406,43 @@ async def test_an_expired_session_may_be_begun_again(opened: OpenStore) -> None:
     assert len(get(opened).slices) == 1
 
 
+async def test_a_session_that_is_begun_again_while_it_is_forgotten_stays(opened: OpenStore) -> None:
+    await begin(opened)
+    opened.files.clock.advance(seconds=TTL_S)
+
+    with opened.commits_held(TierName.SSD):
+        again = asyncio.ensure_future(begin(opened, chain=some_chain(1, seed=9)))
+        await some_turns()
+        expiry = asyncio.ensure_future(opened.store.sessions.expire())
+        await some_turns()
+    await again
+    await expiry
+
+    assert len(get(opened).slices) == 1
+
+
+async def test_uses_that_could_not_be_written_are_written_later(
+    opened: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await begin(opened)
+    opened.files.clock.advance(seconds=TTL_S - 1)
+    get(opened)
+
+    async def refuse(*arguments: object) -> None:
+        raise StorageFailed("the drive is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(opened.index, "put_session", refuse)
+        with pytest.raises(StorageFailed):
+            await opened.store.sessions.flush()
+    await opened.store.sessions.flush()
+
+    again = await reopened(opened, kill=True)
+    opened.files.clock.advance(seconds=TTL_S - 1)
+    get(again)
+    await again.close()
+
+
 async def test_a_clock_that_was_set_back_lengthens_no_session_beyond_its_time(opened: OpenStore) -> None:
     await begin(opened)
     files = opened.files
@@ -393,6 +470,27 @@ async def test_no_more_sessions_are_kept_than_allowed(opened: OpenStore) -> None
 
     await opened.store.sessions.end(LAYOUT.fingerprint, "chat-3")
     await begin(opened, "one-more")
+
+
+async def test_sessions_that_are_begun_at_a_time_are_counted_too(opened: OpenStore) -> None:
+    for number in range(2):
+        await begin(opened, f"over-{number}")
+    opened.files.clock.advance(seconds=TTL_S)
+    names = [*(f"over-{number}" for number in range(2)), *(f"chat-{number}" for number in range(6))]
+    done = await asyncio.gather(*(begin(opened, name) for name in names), return_exceptions=True)
+    assert sum(isinstance(each, Manifest) for each in done) == 4
+    assert sum(isinstance(each, SessionsFull) for each in done) == 4
+
+
+async def test_a_truncation_that_keeps_everything_is_a_use_and_no_change(opened: OpenStore) -> None:
+    first = await begin(opened)
+    opened.files.clock.advance(seconds=1)
+    with opened.commits_held(TierName.SSD):
+        async with asyncio.timeout(5):
+            kept = await opened.store.sessions.truncate(LAYOUT.fingerprint, "chat", 1, [(0, 37)])
+    assert same(kept, first)
+    assert kept.expires_at_ms == first.expires_at_ms + 1000
+    assert opened.store.counters.sessions_begun == 1
 
 
 async def test_no_session_has_more_slices_than_allowed(opened: OpenStore) -> None:

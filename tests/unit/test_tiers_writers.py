@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,23 @@ def test_who_holds_no_lock_may_not_write(folder: Path) -> None:
     with pytest.raises(NoWriterLock, match="nobody holds"):
         writer.check_locked()
     writer.close()
+
+
+def test_a_forked_child_that_ends_leaves_the_lock_to_its_parent(folder: Path) -> None:
+    lock = WriterLock(folder.parent, CLIENT)
+    writer = Writer.open(folder, CLIENT, ARENA)
+    child = os.fork()
+    if not child:
+        try:
+            lock.release()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    writer.check_locked()
+    assert left_behind(folder) == [[]], "the file is there, and locked"
+    writer.close()
+    lock.release()
+    assert left_behind(folder) == []
 
 
 def test_what_is_noted_and_not_forgotten_is_known_to_the_next_daemon(folder: Path) -> None:

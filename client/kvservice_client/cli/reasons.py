@@ -30,15 +30,16 @@ def event(event: pb.BlockEvent) -> str:
     tier = _tier(event.tier)
     at = output.when(event.at)
     ended = f" after its pin had ended at {output.when(event.pin_ended_at)}" if event.HasField("pin_ended_at") else ""
+    because = f": {event.detail}" if event.detail else " on request"
     sentences = {
         pb.EVENT_KIND_REFUSED: f"a save brought it at {at} and was refused: {event.detail}",
         pb.EVENT_KIND_ABANDONED: f"the save that brought it ended at {at} without a commit",
         pb.EVENT_KIND_EVICTED: f"evicted from {tier} at {at} by the policy {event.detail}{ended}",
         pb.EVENT_KIND_EVICTED_ON_REQUEST: f"evicted from {tier} at {at} on request{ended}",
-        pb.EVENT_KIND_DISCARDED: f"discarded at {at} on request",
+        pb.EVENT_KIND_DISCARDED: f"discarded at {at}{because}",
         pb.EVENT_KIND_QUARANTINED: f"taken out of service at {at}: its bytes in {tier} were damaged",
         pb.EVENT_KIND_LOST: f"lost from {tier} when the daemon started at {at}",
-        pb.EVENT_KIND_EXPIRED: f"its time was over at {at}",
+        pb.EVENT_KIND_EXPIRED: f"the last session that named it expired at {at}",
     }
     return sentences.get(event.kind, f"something that this kvctl does not know happened at {at}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.markup import escape
 from rich.table import Table
 
 from kvservice_api.v1 import admin_pb2 as pb
@@ -19,7 +20,10 @@ def status(address: Address = DEFAULT_ADDRESS, timeout: Timeout = 5.0, as_json: 
         return
     console = output.console()
     since = output.age(answer.started_at)
-    console.print(f"kvservice {answer.version} at {address}: {answer.state}, up {since}, store {answer.store_id.hex()}")
+    console.print(
+        f"kvservice {answer.version} at {address}: {answer.state}, up {since}, store {answer.store_id.hex()}",
+        markup=False,
+    )
     console.print(
         f"{answer.blocks} blocks of {answer.layouts} layouts, {answer.clients} clients, "
         f"{answer.leases} leases, {answer.uploads} uploads\n"
@@ -27,7 +31,7 @@ def status(address: Address = DEFAULT_ADDRESS, timeout: Timeout = 5.0, as_json: 
     console.print(_spaces(answer))
     for name, tier in (("DRAM", answer.dram), ("SSD", answer.ssd)):
         if tier.refusing_because:
-            console.print(f"[bold red]{name} takes no new blocks:[/] {tier.refusing_because}")
+            console.print(f"[bold red]{name} takes no new blocks:[/] {escape(tier.refusing_because)}")
     counters = output.table("since the start", "", right=("",))
     for name, value in sorted(answer.counters.items()):
         if value:

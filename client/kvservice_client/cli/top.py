@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
@@ -23,12 +24,13 @@ from kvservice_client.cli.options import Address, AsJson, Timeout, connect
 from kvservice_client.client import DEFAULT_ADDRESS, Client
 
 _RATES = (
-    "load_blocks load_bytes save_blocks_stored save_bytes save_blocks_refused evicted_dram_blocks evicted_ssd_blocks "
-    "lost_unwritten_blocks promoted_blocks promoted_bytes written_behind_blocks written_behind_bytes "
-    "quarantined_blocks storage_errors"
+    "load_blocks load_bytes located_blocks save_blocks_stored save_bytes save_blocks_refused evicted_dram_blocks "
+    "evicted_ssd_blocks lost_unwritten_blocks promoted_blocks promoted_bytes written_behind_blocks "
+    "written_behind_bytes quarantined_blocks storage_errors"
 ).split()
 _SHOWN = (  # What, counter of blocks, counter of bytes.
-    ("loads", "load_blocks", "load_bytes"),
+    ("loads by stream", "load_blocks", "load_bytes"),
+    ("read in place", "located_blocks", ""),
     ("saves", "save_blocks_stored", "save_bytes"),
     ("saves refused", "save_blocks_refused", ""),
     ("up to dram", "promoted_blocks", "promoted_bytes"),
@@ -109,7 +111,7 @@ def _watch(client: Client, address: str, interval_s: float, count: int) -> None:
             except (DaemonUnavailable, DeadlineExceeded) as error:
                 if not shown:
                     raise
-                live.update(f"[bold red]{error.message}[/]", refresh=True)
+                live.update(f"[bold red]{escape(error.message)}[/]", refresh=True)
                 time.sleep(interval_s)
 
 
@@ -117,7 +119,9 @@ def _picture(view: View, address: str) -> RenderableType:
     status = view.status
     delay = f"{status.counters['event_loop_delay_ms_recent']:.1f} ms"
     hits = "-" if view.hit_ratio is None else f"{view.hit_ratio:.1%}"
-    head = f"kvservice {status.version} at {address}: [bold]{status.state}[/], up {output.age(status.started_at)}"
+    head = (
+        f"kvservice {status.version} at {escape(address)}: [bold]{status.state}[/], up {output.age(status.started_at)}"
+    )
     counts = (
         f"{status.blocks} blocks, {status.clients} clients, {status.leases} leases, {status.uploads} uploads, "
         f"hit ratio {hits}, event loop late by {delay} at most"
@@ -125,7 +129,7 @@ def _picture(view: View, address: str) -> RenderableType:
     parts: list[RenderableType] = [head, counts, "", _tiers(status), "", _rates(view)]
     for name, tier in (("DRAM", status.dram), ("SSD", status.ssd)):
         if tier.refusing_because:
-            parts.append(f"[bold red]{name} takes no new blocks:[/] {tier.refusing_because}")
+            parts.append(f"[bold red]{name} takes no new blocks:[/] {escape(tier.refusing_because)}")
     return Group(*parts)
 
 

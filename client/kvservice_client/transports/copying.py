@@ -179,7 +179,15 @@ class Batch:
     def __exit__(self, *exc: object) -> None:
         with self._lock:
             self._parts.clear()
-        wait([helper for helper in self._helpers if not helper.cancel()])
+        running = [helper for helper in self._helpers if not helper.cancel()]
+        interrupt: BaseException | None = None
+        while not all(helper.done() for helper in running):
+            try:
+                wait(running)
+            except BaseException as error:  # A signal's. No work may outlive this, and what runs ends soon.
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
 
 
 def _parts(sizes: Sequence[int]) -> Iterable[range]:

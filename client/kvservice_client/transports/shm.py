@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import secrets
 import threading
+import time
 import weakref
+from collections import deque
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import TypeVar
 import numpy as np
 from google.protobuf.message import Message
 
-from kvservice_api.errors import KVError, NotShared, NoWriterLock
+from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, KVError, NotShared, NoWriterLock
 from kvservice_api.layout import BlockGeometry, block_geometry
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client.arena_map import ArenaMap, WriterLock
@@ -36,7 +38,8 @@ from kvservice_client.transports.in_place import InDoubt, InPlace, View
 M = TypeVar("M", bound=Message)
 
 _LAYERS_AHEAD = 3
-_ABANDON_S = 1.0
+_ABANDON_S = 1.0  # One attempt to tell the daemon that a reservation is given up.
+_ABANDON_PAUSE_S = 0.2
 
 
 class ShmTransport:
@@ -51,6 +54,7 @@ class ShmTransport:
         self._copiers = Copiers()
         self._arenas = _Arenas()
         self._writers = _Writers()
+        self._given_up = _GivenUp(connection)
         self.close = weakref.finalize(self, self._writers.close)
 
     # Loading
@@ -144,8 +148,8 @@ class ShmTransport:
                 )
                 return self._call("CommitBlocks", commit, pb.SaveBlocksResponse, deadline)
             except BaseException:
-                # Nobody waits for a daemon that may not answer: what it never hears of ends with the attachment.
-                self._copiers.pool().submit(self._abandon, client_id, reservation_id)
+                # Nothing is written any more. Nobody waits for a daemon that may not answer.
+                self._given_up.add(pb.AbandonBlocksRequest(client_id=client_id, reservation_id=reservation_id))
                 raise
 
     def _write(
@@ -166,12 +170,6 @@ class ShmTransport:
                 batch.finish(group, deadline)
         self._traffic.saved(self.name, sum(sizes) * len(order.layers))
         return sums
-
-    def _abandon(self, client_id: bytes, reservation_id: int) -> None:
-        """Nothing is written any more."""
-        request = pb.AbandonBlocksRequest(client_id=client_id, reservation_id=reservation_id)
-        with suppress(KVError):
-            self._call("AbandonBlocks", request, pb.AbandonBlocksResponse, Deadline(_ABANDON_S))
 
     def _call(self, method: str, request: Message, answer: type[M], deadline: Deadline) -> M:
         return self._connection.channel.call(BLOCKS + method, request, answer, deadline)
@@ -203,6 +201,47 @@ def _write_slice(
     block, offset, geometry = places[number]
     begin, end = geometry.slice_range(layer)
     sums[number, layer] = sum_and_copy(order.layers[layer][block], arena[offset + begin : offset + end])
+
+
+class _GivenUp:
+    """Reservations that the daemon has still to hear the end of: until it does, nobody else can save their blocks.
+
+    A thread says so, however long the daemon does not answer, unless the attachment ends before: that says it too.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._waiting: deque[pb.AbandonBlocksRequest] = deque()
+        self._is_running = False
+
+    def add(self, request: pb.AbandonBlocksRequest) -> None:
+        with self._lock:
+            self._waiting.append(request)
+            if self._is_running:
+                return
+            self._is_running = True
+        threading.Thread(target=self._run, name="kvservice-abandon", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._is_running = False
+                    return
+                request = self._waiting.popleft()
+            while not self._is_said(request):
+                time.sleep(_ABANDON_PAUSE_S)
+
+    def _is_said(self, request: pb.AbandonBlocksRequest) -> bool:
+        if not self._connection.life_line.is_attached_as(request.client_id):
+            return True
+        call = self._connection.channel.call
+        try:
+            call(BLOCKS + "AbandonBlocks", request, pb.AbandonBlocksResponse, Deadline(_ABANDON_S))
+        except KVError as error:
+            return not isinstance(error, (DaemonUnavailable, DeadlineExceeded))
+        return True
 
 
 class _Arenas:
