@@ -79,7 +79,7 @@ def test_a_daemon_that_was_killed_is_left_alone_and_found_again(new_daemon: NewD
 @pytest.mark.parametrize("transport", ["shm", "grpc"])
 def test_a_daemon_that_hangs_costs_two_bounded_waits_and_is_found_again(new_daemon: NewDaemon, transport: str) -> None:
     daemon, layout = new_daemon(), small_layout()
-    with Client(daemon.address, transport=transport) as client:
+    with daemon.client(transport=transport) as client:
         blocks = client.open_layout(layout)
         chain = saved(blocks)
         with Breaker(probe_of(blocks)) as breaker:
