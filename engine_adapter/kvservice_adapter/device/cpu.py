@@ -6,9 +6,13 @@ that calls it; a stream's team would spin beside the engine's, on the same cores
 
 from __future__ import annotations
 
+import atexit
+import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import accumulate
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -37,35 +41,56 @@ class CpuDevice(Device):
 
 
 class CpuEvent(Event):
-    def __init__(self, future: Future[None]) -> None:
-        self._future = future
+    def __init__(self) -> None:
+        self._done = threading.Event()
+        self._error: Exception | None = None
 
     @property
     def is_done(self) -> bool:
-        return self._future.done()
+        return self._done.is_set()
 
     @property
     def error(self) -> Exception | None:
-        error = self._future.exception() if self._future.done() else None
-        assert error is None or isinstance(error, Exception)
-        return error
+        return self._error
 
     def wait(self, timeout_s: float) -> bool:
-        return self._future.done() or bool(wait([self._future], timeout_s).done)
+        return self._done.wait(timeout_s)
+
+    def end(self, error: Exception | None) -> None:
+        self._error = error
+        self._done.set()
+
+
+_Queue = SimpleQueue[tuple[Callable[[], None], CpuEvent] | None]
 
 
 class CpuStream(Stream):
-    """A thread that starts with the first work, and ends when the stream is closed or dropped."""
+    """A thread that starts with the first work, and ends when the stream is closed or dropped.
+
+    Work may be given from a destructor, wherever the garbage collector runs it: no lock here is one that the
+    same thread could wait for twice.
+    """
 
     def __init__(self, device: Device, name: str) -> None:
         self._device = device
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._lock = threading.RLock()
+        self._queue: _Queue = SimpleQueue()
+        self._thread = threading.Thread(target=_do_work, args=(self._queue,), name=name, daemon=True)
+        self._closed = False
+        self._started = False
+        _at_exit.add(self)
+        weakref.finalize(self, self._queue.put, None).atexit = False
 
     def submit(self, work: Callable[[], None]) -> CpuEvent:
-        try:
-            return CpuEvent(self._thread.submit(work))
-        except RuntimeError as error:  # Closed, or the interpreter ends.
-            raise StreamClosed(str(error)) from None
+        event = CpuEvent()
+        with self._lock:
+            if self._closed:
+                raise StreamClosed(f"the stream {self._thread.name} takes no more work")
+            self._queue.put((work, event))
+            if not self._started:
+                self._started = True
+                self._thread.start()
+        return event
 
     def scatter(
         self, slices: Bytes, token_counts: Sequence[int], pages: Pages, rotation: Rotation | None = None
@@ -108,7 +133,42 @@ class CpuStream(Stream):
         return self.submit(work)
 
     def close(self) -> None:
-        self._thread.shutdown(wait=False)
+        with self._lock:
+            self._closed = True
+            self._queue.put(None)
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for a closed stream's thread to end, at most that long."""
+        if self._started:
+            self._thread.join(timeout_s)
+
+
+def _do_work(queue: _Queue) -> None:
+    """The thread of a stream. It does not know the stream, so that one can be dropped."""
+    while (item := queue.get()) is not None:
+        work, event = item
+        error = None
+        try:
+            work()
+        except Exception as raised:
+            error = raised
+        del item, work  # An event that is kept keeps no tensor.
+        event.end(error)
+
+
+_at_exit: weakref.WeakSet[CpuStream] = weakref.WeakSet()
+_EXIT_S = 1.0
+
+
+@atexit.register
+def _close_all() -> None:
+    """A thread that still works when the interpreter goes away takes it down: let them end, if they can."""
+    end_s = time.monotonic() + _EXIT_S
+    streams = list(_at_exit)
+    for stream in streams:
+        stream.close()
+    for stream in streams:
+        stream.join(max(0.0, end_s - time.monotonic()))
 
 
 def _bits(tensor: torch.Tensor) -> _Bits:
