@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def stored_token(
     """Keys and values of one token as stored: block after block, each ``[K, V][head][token][dim]``."""
     elements = torch.from_numpy(slices).view(dtype)
     start = 0
-    for count in counts:
+    for count in token_counts:
         size = count * HEADS * (K_DIM + V_DIM)
         if token < count:
             keys = elements[start : start + count * HEADS * K_DIM].view(HEADS, count, K_DIM)
@@ -92,7 +93,7 @@ class DeviceContract:
     def test_work_is_done_in_the_order_in_which_it_was_given(self, device: Device) -> None:
         stream, done = device.stream("test"), list[int]()
 
-        events = [stream.submit(lambda number=number: done.append(number)) for number in range(100)]
+        events = [stream.submit(partial(done.append, number)) for number in range(100)]
 
         assert events[-1].wait(WAIT_S)
         assert done == list(range(100))
