@@ -61,35 +61,82 @@ class CpuEvent(Event):
         self._done.set()
 
 
-_Queue = SimpleQueue[tuple[Callable[[], None], CpuEvent] | None]
+class _Worker:
+    """Does work in order, on a thread that is there while it is needed. It does not know its stream.
+
+    Work may be given from a destructor, wherever the garbage collector runs it, and after the collector has
+    told the thread to end: it runs destructors last. No lock here is one that a thread could wait for twice.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._lock = threading.RLock()
+        self._queue: SimpleQueue[tuple[Callable[[], None], CpuEvent] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._closed = self._dropped = False
+
+    def give(self, work: Callable[[], None], event: CpuEvent) -> None:
+        with self._lock:
+            if self._closed:
+                raise StreamClosed(f"the stream {self._name} takes no more work")
+            self._queue.put((work, event))
+            if self._dropped:
+                self._queue.put(None)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
+
+    def close(self) -> None:
+        """Take no more work, and let the thread go once all is done that was given."""
+        with self._lock:
+            self._closed = True
+            self.drop()
+
+    def drop(self) -> None:
+        """Let the thread go whenever there is no work: the stream is gone, but for destructors."""
+        with self._lock:
+            self._dropped = True
+            if self._thread is not None:
+                self._queue.put(None)
+
+    def join(self, timeout_s: float) -> bool:
+        thread = self._thread
+        if thread is not None:
+            thread.join(timeout_s)
+        return self._thread is None
+
+    def _run(self) -> None:
+        while True:
+            item = self._queue.get()
+            if item is None:
+                with self._lock:
+                    self._thread = None
+                    if self._queue.empty() or self._thread is not None:
+                        return
+                    self._thread = threading.current_thread()
+                continue
+            work, event = item
+            error = None
+            try:
+                work()
+            except Exception as raised:
+                error = raised
+            del item, work  # An event that is kept keeps no tensor.
+            event.end(error)
 
 
 class CpuStream(Stream):
-    """A thread that starts with the first work, and ends when the stream is closed or dropped.
-
-    Work may be given from a destructor, wherever the garbage collector runs it: no lock here is one that the
-    same thread could wait for twice.
-    """
+    """One thread, from the first work on until the stream is closed or dropped."""
 
     def __init__(self, device: Device, name: str) -> None:
         self._device = device
-        self._lock = threading.RLock()
-        self._queue: _Queue = SimpleQueue()
-        self._thread = threading.Thread(target=_do_work, args=(self._queue,), name=name, daemon=True)
-        self._closed = False
-        self._started = False
-        _at_exit.add(self)
-        weakref.finalize(self, self._queue.put, None).atexit = False
+        self._worker = _Worker(name)
+        _workers.add(self._worker)
+        weakref.finalize(self, self._worker.drop).atexit = False
 
     def submit(self, work: Callable[[], None]) -> CpuEvent:
         event = CpuEvent()
-        with self._lock:
-            if self._closed:
-                raise StreamClosed(f"the stream {self._thread.name} takes no more work")
-            self._queue.put((work, event))
-            if not self._started:
-                self._started = True
-                self._thread.start()
+        self._worker.give(work, event)
         return event
 
     def scatter(
@@ -133,42 +180,26 @@ class CpuStream(Stream):
         return self.submit(work)
 
     def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            self._queue.put(None)
+        self._worker.close()
 
-    def join(self, timeout_s: float) -> None:
-        """Wait for a closed stream's thread to end, at most that long."""
-        if self._started:
-            self._thread.join(timeout_s)
+    def join(self, timeout_s: float) -> bool:
+        """Wait for a closed stream's thread to end, at most that long. Whether it has."""
+        return self._worker.join(timeout_s)
 
 
-def _do_work(queue: _Queue) -> None:
-    """The thread of a stream. It does not know the stream, so that one can be dropped."""
-    while (item := queue.get()) is not None:
-        work, event = item
-        error = None
-        try:
-            work()
-        except Exception as raised:
-            error = raised
-        del item, work  # An event that is kept keeps no tensor.
-        event.end(error)
-
-
-_at_exit: weakref.WeakSet[CpuStream] = weakref.WeakSet()
+_workers: weakref.WeakSet[_Worker] = weakref.WeakSet()
 _EXIT_S = 1.0
 
 
 @atexit.register
-def _close_all() -> None:
-    """A thread that still works when the interpreter goes away takes it down: let them end, if they can."""
+def _end_all() -> None:
+    """A thread that still works when the interpreter goes away may take it down: let them end, if they can."""
     end_s = time.monotonic() + _EXIT_S
-    streams = list(_at_exit)
-    for stream in streams:
-        stream.close()
-    for stream in streams:
-        stream.join(max(0.0, end_s - time.monotonic()))
+    workers = list(_workers)
+    for worker in workers:
+        worker.close()
+    for worker in workers:
+        worker.join(max(0.0, end_s - time.monotonic()))
 
 
 def _bits(tensor: torch.Tensor) -> _Bits:
