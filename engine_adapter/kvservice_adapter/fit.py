@@ -79,9 +79,7 @@ class Fit:
             weights = 1 / np.maximum(np.abs(rows @ found - 1), _SAME)
         return found
 
-    def _of_one_order(
-        self, rows: Array, measured: Array, terms: int
-    ) -> Array:
+    def _of_one_order(self, rows: Array, measured: Array, terms: int) -> Array:
         found = np.zeros(terms)
         fixed_s = min(self._fixed_s_max, float(measured.min()) / 2)
         first = rows[:, 0] * measured

@@ -89,6 +89,12 @@ class Conversation:
         """Since the last cut."""
         return self._said
 
+    def copy(self) -> Conversation:
+        """As it is now."""
+        same = Conversation(self.session_id)
+        same._parts, same._kept, same._said = list(self._parts), self._kept, self._said
+        return same
+
     def extend(self, token_ids: Any) -> None:
         """Tokens ``[token]`` follow."""
         self._said = np.concatenate([self._said, np.asarray(token_ids).astype(np.uint32)])

@@ -11,6 +11,9 @@ Columns that were written once are not written again. So whoever saves them may 
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -22,12 +25,26 @@ _ROOM_TOKENS_MIN = 64
 Tensors = tuple[torch.Tensor, torch.Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """What a model is asked to compute: tokens ``[row, token]``, and how they are placed, where it is told."""
+
+    input_ids: torch.Tensor | None
+    attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor | None
+
+
 class History(Protocol):
     """What a cache begins with."""
 
     columns: int
     dtype: torch.dtype
     device: torch.device
+    error: BaseException | None  # Why some of it was computed again.
+    lost_s: float  # How long forwards were kept so far.
+
+    def begin(self) -> None:
+        """The request runs: layers will be taken one after another."""
 
     def layer(self, index: int) -> Tensors:
         """Keys and values, buffers of at least `columns` columns. Waits for them, and never raises a KVError."""
@@ -35,6 +52,12 @@ class History(Protocol):
 
 class Writing(Protocol):
     """Is told what the model computes."""
+
+    def begin(self, forward: Forward, first: int) -> None:
+        """A forward begins whose first token will be in column `first`."""
+
+    def end(self, *, is_whole: bool) -> None:
+        """It has ended; `is_whole` where it raised nothing."""
 
     def layer(self, index: int, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """A layer's buffers have the KV of new tokens, from column `first` on. Must return at once."""
@@ -46,8 +69,10 @@ class Writing(Protocol):
         """What the cache holds from now on is not what its tokens say."""
 
 
-class StoredLayer(DynamicLayer):
+class StoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library's own class hook has no types.
     """One layer. Whoever touches its keys or values first waits for the history."""
+
+    is_initialized = False
 
     def __init__(self, index: int, history: History, writing: Writing) -> None:
         self._index = index
@@ -57,7 +82,7 @@ class StoredLayer(DynamicLayer):
         self._values: torch.Tensor | None = None
         self._buffers: Tensors | None = None  # What `_keys` and `_values` are the beginning of, where there is room.
         self._is_awaited = False
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         if history.columns:
             self.dtype, self.device = history.dtype, history.device
             self.is_initialized = self._is_awaited = True
@@ -153,16 +178,42 @@ class StoredLayer(DynamicLayer):
 class StoredCache(DynamicCache):
     """A `DynamicCache` of such layers. A copy of it (`copy.deepcopy`) is a plain one that holds the same."""
 
-    def __init__(self, config: PretrainedConfig, history: History, writing: Writing) -> None:
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        history: History,
+        writing: Writing,
+        on_forward: Callable[[int, int, float], None] = lambda new_tokens, context_tokens, seconds: None,
+    ) -> None:
+        """`on_forward` is told of each forward that ended well: its tokens, those before, seconds without waits."""
         super().__init__(config=config)
         self.history = history
         self.writing = writing
         self.layers = [StoredLayer(index, history, writing) for index in range(len(self.layers))]
+        self._on_forward = on_forward
+        self._began = 0, 0.0, 0.0
+
+    def begin(self, forward: Forward) -> None:
+        """A forward with this cache begins."""
+        columns = self.get_seq_length()
+        if columns == self.history.columns:
+            self.history.begin()
+        self.writing.begin(forward, columns)
+        self._began = columns, time.perf_counter(), self.history.lost_s
+
+    def end(self, *, is_whole: bool) -> None:
+        """It has ended; `is_whole` where it raised nothing."""
+        self.writing.end(is_whole=is_whole)
+        columns, began_s, lost_s = self._began
+        if is_whole:
+            taken_s = time.perf_counter() - began_s - (self.history.lost_s - lost_s)
+            self._on_forward(self.get_seq_length() - columns, columns, taken_s)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DynamicCache:
         copied = DynamicCache()
         for index, layer in enumerate(self.layers):
-            if layer.keys is not None:
+            assert isinstance(layer, StoredLayer)
+            if layer.keys is not None and layer.values is not None:
                 copied.update(layer.keys.clone(), layer.values.clone(), index)
         return copied
 
@@ -172,10 +223,10 @@ def room(columns: int) -> int:
     return max(_ROOM_TOKENS_MIN, columns // 8)
 
 
-def empty_buffer(rows: int, heads: int, columns: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def empty_buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     # Not as an inference tensor, whatever mode it is made in: those cannot be written to in another.
     with torch.inference_mode(False):
-        return torch.empty(rows, heads, columns, dim, dtype=dtype, device=device)
+        return torch.empty(*shape, dtype=dtype, device=device)
 
 
 def _continues(states: torch.Tensor, new: torch.Tensor) -> bool:
@@ -191,6 +242,6 @@ def _continues(states: torch.Tensor, new: torch.Tensor) -> bool:
 
 def _grown(states: torch.Tensor, columns: int, columns_needed: int) -> torch.Tensor:
     rows, heads, _, dim = states.shape
-    grown = empty_buffer(rows, heads, columns_needed + room(columns_needed), dim, states.dtype, states.device)
+    grown = empty_buffer((rows, heads, columns_needed + room(columns_needed), dim), states.dtype, states.device)
     grown[..., :columns, :].copy_(states[..., :columns, :])
     return grown

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from transformers import PreTrainedModel
 
-from kvservice_adapter.connectors.transformers.cache import StoredCache
+from kvservice_adapter.connectors.transformers.cache import Forward, StoredCache
 
 _WATCHED: WeakSet[torch.nn.Module] = WeakSet()
-
-
-@dataclass(frozen=True, slots=True)
-class Forward:
-    """What a model is asked to compute: tokens ``[row, token]``, and how they are placed, where it is told."""
-
-    input_ids: torch.Tensor | None
-    attention_mask: torch.Tensor | None
-    position_ids: torch.Tensor | None
 
 
 def watch(model: PreTrainedModel) -> None:
@@ -36,12 +26,12 @@ def watch(model: PreTrainedModel) -> None:
         if isinstance(cache, StoredCache):
             embedded = given.get("inputs_embeds") is not None
             input_ids = None if embedded else given.get("input_ids")
-            cache.flow.begin(Forward(input_ids, given.get("attention_mask"), given.get("position_ids")))
+            cache.begin(Forward(input_ids, given.get("attention_mask"), given.get("position_ids")))
 
     def after(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         cache = {**dict(zip(names, args, strict=False)), **kwargs}.get("past_key_values")
         if isinstance(cache, StoredCache):
-            cache.flow.end(is_whole=output is not None)
+            cache.end(is_whole=output is not None)
 
     model.register_forward_pre_hook(before, with_kwargs=True)
     model.register_forward_hook(after, with_kwargs=True, always_call=True)  # Of one that raised too.

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 
 from kvservice_adapter.connectors.transformers.cache import Tensors, empty_buffer, room
-from kvservice_adapter.load import LayerLoader, LoadFailed
 from kvservice_adapter.device.base import Pages
+from kvservice_adapter.load import LayerLoader, LoadFailed
 from kvservice_api.layout import Layout
 
 log = logging.getLogger(__name__)
@@ -46,14 +46,15 @@ class Buffers:
             del self._layers[index]
         return buffers
 
-    def pages(self, index: int, row: int, column: int) -> Pages:
-        """A row's, from a column on."""
+    def pages(self, row: int, column: int, index: int) -> Pages:
+        """A row's of a layer, from a column on."""
         keys, values = self.of(index)
         return Pages(keys, values, [row], column)
 
     def _new(self, dim: int) -> torch.Tensor:
         columns = self._columns + room(self._columns)
-        buffer = empty_buffer(len(self._pads), self._layout.kv_heads, columns, dim, self._dtype, self._device)
+        shape = len(self._pads), self._layout.kv_heads, columns, dim
+        buffer = empty_buffer(shape, self._dtype, self._device)
         for row, pad in enumerate(self._pads):
             buffer[row, :, :pad].zero_()
         return buffer
@@ -88,7 +89,7 @@ class LoadedHistory:
         """
         self.columns = columns
         self.dtype, self.device = dtype, device
-        self.waited_s = 0.0
+        self.lost_s = 0.0
         self.recompute_s = 0.0
         self.error: BaseException | None = None  # Why some of it was computed again.
         self._buffers = buffers
@@ -117,10 +118,10 @@ class LoadedHistory:
                     loader.wait(index)
             except LoadFailed as error:
                 self.error = error.__cause__ or error
-                self.waited_s += time.perf_counter() - begin_s
+                self.lost_s += time.perf_counter() - begin_s
                 self._compute(index)
             else:
-                self.waited_s += time.perf_counter() - begin_s
+                self.lost_s += time.perf_counter() - begin_s
                 return self._loaded(index)
         assert self._again is not None
         return self._again[index]
@@ -147,6 +148,7 @@ class LoadedHistory:
         begin_s = time.perf_counter()
         self._again = list(self._recompute())
         self.recompute_s = time.perf_counter() - begin_s
+        self.lost_s += self.recompute_s
         self._on_end(self)
 
 
@@ -154,7 +156,8 @@ class NoHistory:
     """Of a cache that begins empty."""
 
     columns = 0
-    waited_s = recompute_s = 0.0
+    lost_s = 0.0
+    error: BaseException | None = None
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device

@@ -37,7 +37,8 @@ def replayed(model: PreTrainedModel, conversation: Conversation, rope: Rope | No
     cache = DynamicCache(config=model.config)
     for part in conversation.parts:
         _forward(model, part.said[None], cache)
-        for layer in cache.layers:
+        layers: list[Any] = cache.layers
+        for layer in layers:
             layer.keys, layer.values = _cut(layer.keys, layer.values, part.kept, rope)
     _forward(model, conversation.said[None, : token_count - conversation.kept_tokens], cache)
     return _layers(cache)
@@ -68,8 +69,5 @@ def _forward(model: PreTrainedModel, token_ids: NDArray[Any], cache: DynamicCach
 
 
 def _layers(cache: DynamicCache) -> list[Tensors]:
-    found: list[Tensors] = []
-    for layer in cache.layers:
-        assert layer.keys is not None and layer.values is not None
-        found.append((layer.keys, layer.values))
-    return found
+    layers: list[Any] = cache.layers
+    return [(layer.keys, layer.values) for layer in layers]

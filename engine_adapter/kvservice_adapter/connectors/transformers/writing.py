@@ -14,13 +14,14 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvservice_adapter.connectors.transformers.forwards import Forward
+from kvservice_adapter.connectors.transformers.cache import Forward
 from kvservice_adapter.device.base import Pages
 from kvservice_adapter.save import LayerSaver, SaveJob
 from kvservice_adapter.session import Keys
@@ -70,6 +71,7 @@ class BackgroundWriting:
         self._jobs: list[tuple[SaveJob, int, int]] = []  # With the row, and the column of its first token.
         self._forward: tuple[int, int] | None = None  # The columns of the one that runs.
         self._stopped = ""
+        self._misplaced = ""
         self._changed = threading.Condition()
         self._under_way = 0
         self._stored: set[bytes] = set()
@@ -79,6 +81,11 @@ class BackgroundWriting:
     def stopped(self) -> str:
         """Why nothing is saved any more. Empty while it is."""
         return self._stopped
+
+    @property
+    def misplaced(self) -> str:
+        """Why the cache's KV is not what its tokens give. Empty where it is, as far as is known."""
+        return self._misplaced
 
     def token_ids(self, row: int) -> NDArray[Any]:
         """What is known of a row, from its first token on."""
@@ -99,7 +106,8 @@ class BackgroundWriting:
             return
         end = first + ids.shape[1]
         if not self._placed_as_told(forward, first, end):
-            self.stop("tokens were masked or placed in another way than the history")
+            self._misplaced = "tokens were masked or placed in another way than restore was told"
+            self.stop(self._misplaced)
             return
         self._known.append(ids)
         self._columns = end
@@ -131,7 +139,7 @@ class BackgroundWriting:
             with self._changed:
                 self._under_way += 1
             try:
-                job.commit(on_done=lambda outcome, keys=job.chain.keys: self._done(keys, outcome))
+                job.commit(on_done=partial(self._done, job.chain.keys))
             except ValueError:  # A layer did not tell: the model has layers of other kinds.
                 self._done((), KVError("not every layer of a forward came"))
                 self.stop("not every layer of a forward came")
