@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from kvservice_adapter.device.base import Device, Event, Pages, Rotation, Stream, StreamClosed
@@ -41,7 +41,7 @@ class LoadReport:
     total_s: float = 0.0  # From the start to the last layer that came.
     busy_s: float = 0.0  # Of it, loading: without the pauses of a full buffer.
     waited_s: list[float] = field(default_factory=list)  # By layer: how long the engine was kept.
-    error: BaseException | None = None
+    error: Exception | None = None
 
     @property
     def bytes_per_s(self) -> float:
@@ -80,8 +80,9 @@ class LayerLoader:
         )
         self._device = device
         self._wait_s = wait_s
-        finalizer = weakref.finalize(self, self._load.cancel)
-        finalizer.atexit = False
+
+    def __del__(self) -> None:
+        self.cancel()
 
     def start(self) -> None:
         """Begin to load, as far as the buffer goes. To be called once."""
@@ -153,7 +154,7 @@ class _Load:
         self._iterator: Iterator[LoadedLayer] | None = None
         self._on_stream = False  # A piece of work of ours is there: no second one is given.
         self._ended = False
-        self._started_s = time.monotonic()
+        self._started_s = 0.0
         self.is_done = False
         self.report = LoadReport(waited_s=[0.0] * buffer.layer_count)
 
@@ -189,16 +190,14 @@ class _Load:
             if self._on_stream or self.is_done or not (self._ended or self._buffer.may_load):
                 return
             self._on_stream = True
+            self._started_s = self._started_s or time.monotonic()
         try:
             self._stream.submit(self._next)
         except StreamClosed as error:
-            # Ending the load may take a call to the daemon: not on the engine's thread.
-            threading.Thread(target=self._end, args=(error,), name="kvservice-load-end", daemon=True).start()
+            self._stop(error)  # The lease ends by itself: giving it back is a call, and nobody is there to make it.
 
     def cancel(self) -> None:
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
+        self._stop(None)
         self.go_on()
 
     # On the stream's thread
@@ -235,23 +234,32 @@ class _Load:
         report.size_bytes += size_bytes
         report.layers += 1
         if report.layers == self._buffer.layer_count:
+            assert self._iterator is not None
+            with suppress(Exception):
+                next(self._iterator, None)  # A load that is let run to its end is not one that was broken off.
             self._end()
             return
         with self._changed:
             self._on_stream = False
         self.go_on()
 
-    def _end(self, error: BaseException | None = None) -> None:
+    def _end(self, error: Exception | None = None) -> None:
         """Close the load and free the lease; nothing of ours is on the stream any more."""
+        if self.is_done:
+            return
+        self._stop(error)
+        close, self._iterator = getattr(self._iterator, "close", None), None
+        for last in (close, self._release):
+            if last is not None:
+                with suppress(Exception):
+                    last()
+        with self._changed:
+            self.is_done = True
+            self._changed.notify_all()
+
+    def _stop(self, error: Exception | None) -> None:
+        """Load nothing more, and let the engine know."""
         with self._changed:
             self.report.error = self.report.error or error
             self._ended = True
-            self._changed.notify_all()
-        close = getattr(self._iterator, "close", None)
-        if close is not None:
-            close()
-        if self._release is not None:
-            self._release()
-        with self._changed:
-            self.is_done = True
             self._changed.notify_all()

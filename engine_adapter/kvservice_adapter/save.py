@@ -3,7 +3,7 @@
     job = saver.begin(chain)                    # None: there is no room for it now
     for layer in model:                         # in the engine's forward pass
         job.layer(layer, pages)                 # gathered on the write stream while the next layer computes
-    job.commit()                                # sent on a thread of the saver's
+    job.commit()                                # sent from a thread of the saver's
 
 What waits to be sent lies in staging, which is bounded. Where it is full a save is dropped and counted:
 the engine never waits, and never sees an error of the daemon's.
@@ -15,7 +15,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from kvservice_adapter.device.base import Device, Event, Pages, Rotation, StreamClosed
@@ -44,16 +44,17 @@ class SaverStats:
 
 
 class LayerSaver:
-    """Saves of one rank. Thread-safe. One thread gathers, `workers` send."""
+    """Saves of one rank, one after another. Thread-safe. One thread gathers, another sends."""
 
-    def __init__(self, device: Device, blocks: BlockCache, *, staging_bytes: int, workers: int = 1) -> None:
+    def __init__(self, device: Device, blocks: BlockCache, *, staging_bytes: int) -> None:
         self._blocks = blocks
         self._staging = device.staging(staging_bytes)
-        self._stream = device.stream("kvservice-gather")
-        self._senders = ThreadPoolExecutor(workers, thread_name_prefix="kvservice-save")
+        self._gathering = device.stream("kvservice-gather")
+        self._sending = device.stream("kvservice-save")
         self._changed = threading.Condition()
         self._stats = SaverStats()
-        self._under_way = 0  # Jobs that were committed or abandoned, and still have staging.
+        self._jobs = 0  # That hold staging.
+        self._ending = 0  # Of them, those that were committed or abandoned.
         self._closed = False
 
     @property
@@ -77,47 +78,51 @@ class LayerSaver:
         None where staging has no room, or the saver is closed: the save is dropped, and counted.
         """
         layer_bytes = sum(map(self._blocks.slice_bytes, chain.token_counts))
-        memory = None if self._closed else self._staging.reserve(layer_bytes * self._blocks.shard.layers)
-        if memory is None:
-            self._count(dropped=1, dropped_blocks=len(chain))
-            return None
+        with self._changed:
+            memory = None if self._closed else self._staging.reserve(layer_bytes * self._blocks.shard.layers)
+            if memory is None:
+                self._count(dropped=1, dropped_blocks=len(chain))
+                return None
+            self._jobs += 1
         return SaveJob(self, chain, memory.reshape(self._blocks.shard.layers, layer_bytes))
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until what was committed so far, or abandoned, has ended. Whether it has."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._under_way, timeout_s)
+            return self._changed.wait_for(lambda: not self._ending, timeout_s)
 
     def close(self) -> None:
-        """Take no more saves. What was committed is still sent: `flush` first to wait for it."""
-        self._closed = True
-        self._stream.submit(lambda: self._senders.shutdown(wait=False))
-        self._stream.close()
+        """Take no more saves. What was begun may still be committed, and is sent: `flush` waits for that."""
+        with self._changed:
+            self._closed = True
+            self._close_if_idle()
 
-    # For jobs
+    def _close_if_idle(self) -> None:
+        if self._closed and not self._jobs:
+            self._gathering.close()
+            self._sending.close()
+
+    # A job on its way
 
     def _gather(self, pages: Pages, chain: BlockChain, into: Bytes, rotation: Rotation | None) -> Event:
-        return self._stream.gather(pages, chain.token_counts, into, rotation)
+        return self._gathering.gather(pages, chain.token_counts, into, rotation)
 
     def _end(self, work: _Work) -> None:
         """A job is given no more layers: once those it has are gathered, it is sent, or its staging is free."""
         with self._changed:
-            self._under_way += 1
-        try:
-            self._stream.submit(lambda: self._gathered(work))
-        except StreamClosed as error:
-            self._ended(work, error)
+            self._ending += 1
+        with suppress(StreamClosed):  # Only when the interpreter ends.
+            self._gathering.submit(lambda: self._gathered(work))
 
     def _gathered(self, work: _Work) -> None:
-        """On the stream's thread: nothing writes into the job's staging any more."""
+        """On the write stream: nothing writes into the job's staging any more."""
         error = next((event.error for event in work.events.values() if event.error is not None), None)
-        if error is not None or not work.is_committed:
+        if not work.is_committed:
+            self._ended(work, None)
+        elif error is not None:
             self._ended(work, error)
-            return
-        try:
-            self._senders.submit(self._send, work)
-        except RuntimeError as closed:
-            self._ended(work, closed)
+        else:
+            self._sending.submit(lambda: self._send(work))
 
     def _send(self, work: _Work) -> None:
         try:
@@ -128,29 +133,29 @@ class LayerSaver:
             self._ended(work, result)
 
     def _ended(self, work: _Work, outcome: SaveResult | Exception | None) -> None:
-        size_bytes, block_count = work.memory.size, len(work.chain)
         self._staging.release(work.memory)
         if isinstance(outcome, SaveResult):
-            refused = len(outcome.refused)
             self._count(
                 saved=1,
                 stored_blocks=outcome.stored,
                 already_stored_blocks=outcome.already_stored,
-                refused_blocks=refused,
-                sent_bytes=size_bytes,
+                refused_blocks=len(outcome.refused),
+                sent_bytes=work.memory.size,
             )
-        elif outcome is None:
-            self._count(abandoned=1)
+        elif outcome is not None:
+            log.warning("a save failed", extra={"blocks": len(work.chain), "why": str(outcome)})
+            self._count(failed=1, failed_blocks=len(work.chain))
         else:
-            log.warning("a save failed", extra={"blocks": block_count, "why": str(outcome)})
-            self._count(failed=1, failed_blocks=block_count)
+            self._count(abandoned=1)
         if work.on_done is not None and outcome is not None:
             try:
                 work.on_done(outcome)
             except Exception:
                 log.exception("what was to follow a save failed")
         with self._changed:
-            self._under_way -= 1
+            self._jobs -= 1
+            self._ending -= 1
+            self._close_if_idle()
             self._changed.notify_all()
 
     def _count(self, **more: int) -> None:

@@ -122,7 +122,8 @@ class StreamClosed(RuntimeError):
 class Stream(ABC):
     """Work in order, beside the engine's computing. Thread-safe.
 
-    Nothing here waits: what the work raises is in its event. A stream that is dropped is closed.
+    Nothing here waits: what the work raises is in its event. A stream that is dropped is closed. Work may be
+    given from a destructor.
     """
 
     @abstractmethod

@@ -6,9 +6,13 @@ that calls it; a stream's team would spin beside the engine's, on the same cores
 
 from __future__ import annotations
 
+import atexit
+import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import accumulate
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -37,35 +41,103 @@ class CpuDevice(Device):
 
 
 class CpuEvent(Event):
-    def __init__(self, future: Future[None]) -> None:
-        self._future = future
+    def __init__(self) -> None:
+        self._done = threading.Event()
+        self._error: Exception | None = None
 
     @property
     def is_done(self) -> bool:
-        return self._future.done()
+        return self._done.is_set()
 
     @property
     def error(self) -> Exception | None:
-        error = self._future.exception() if self._future.done() else None
-        assert error is None or isinstance(error, Exception)
-        return error
+        return self._error
 
     def wait(self, timeout_s: float) -> bool:
-        return self._future.done() or bool(wait([self._future], timeout_s).done)
+        return self._done.wait(timeout_s)
+
+    def end(self, error: Exception | None) -> None:
+        self._error = error
+        self._done.set()
+
+
+class _Worker:
+    """Does work in order, on a thread that is there while it is needed. It does not know its stream.
+
+    Work may be given from a destructor, wherever the garbage collector runs it, and after the collector has
+    told the thread to end: it runs destructors last. No lock here is one that a thread could wait for twice.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._lock = threading.RLock()
+        self._queue: SimpleQueue[tuple[Callable[[], None], CpuEvent] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._closed = self._dropped = False
+
+    def give(self, work: Callable[[], None], event: CpuEvent) -> None:
+        with self._lock:
+            if self._closed:
+                raise StreamClosed(f"the stream {self._name} takes no more work")
+            self._queue.put((work, event))
+            if self._dropped:
+                self._queue.put(None)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
+
+    def close(self) -> None:
+        """Take no more work, and let the thread go once all is done that was given."""
+        with self._lock:
+            self._closed = True
+            self.drop()
+
+    def drop(self) -> None:
+        """Let the thread go whenever there is no work: the stream is gone, but for destructors."""
+        with self._lock:
+            self._dropped = True
+            if self._thread is not None:
+                self._queue.put(None)
+
+    def join(self, timeout_s: float) -> bool:
+        thread = self._thread
+        if thread is not None:
+            thread.join(timeout_s)
+        return self._thread is None
+
+    def _run(self) -> None:
+        while True:
+            item = self._queue.get()
+            if item is None:
+                with self._lock:
+                    self._thread = None
+                    if self._queue.empty() or self._thread is not None:
+                        return
+                    self._thread = threading.current_thread()
+                continue
+            work, event = item
+            error = None
+            try:
+                work()
+            except Exception as raised:
+                error = raised
+            del item, work  # An event that is kept keeps no tensor.
+            event.end(error)
 
 
 class CpuStream(Stream):
-    """A thread that starts with the first work, and ends when the stream is closed or dropped."""
+    """One thread, from the first work on until the stream is closed or dropped."""
 
     def __init__(self, device: Device, name: str) -> None:
         self._device = device
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._worker = _Worker(name)
+        _workers.add(self._worker)
+        weakref.finalize(self, self._worker.drop).atexit = False
 
     def submit(self, work: Callable[[], None]) -> CpuEvent:
-        try:
-            return CpuEvent(self._thread.submit(work))
-        except RuntimeError as error:  # Closed, or the interpreter ends.
-            raise StreamClosed(str(error)) from None
+        event = CpuEvent()
+        self._worker.give(work, event)
+        return event
 
     def scatter(
         self, slices: Bytes, token_counts: Sequence[int], pages: Pages, rotation: Rotation | None = None
@@ -108,7 +180,26 @@ class CpuStream(Stream):
         return self.submit(work)
 
     def close(self) -> None:
-        self._thread.shutdown(wait=False)
+        self._worker.close()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for a closed stream's thread to end, at most that long. Whether it has."""
+        return self._worker.join(timeout_s)
+
+
+_workers: weakref.WeakSet[_Worker] = weakref.WeakSet()
+_EXIT_S = 1.0
+
+
+@atexit.register
+def _end_all() -> None:
+    """A thread that still works when the interpreter goes away may take it down: let them end, if they can."""
+    end_s = time.monotonic() + _EXIT_S
+    workers = list(_workers)
+    for worker in workers:
+        worker.close()
+    for worker in workers:
+        worker.join(max(0.0, end_s - time.monotonic()))
 
 
 def _bits(tensor: torch.Tensor) -> _Bits:
