@@ -204,7 +204,7 @@ class Rope:
 
 @torch.inference_mode()  # Keys may have been computed in it, and are then changed nowhere else.
 def turn(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairing: str) -> None:
-    """Turn pairs of the first dims of `keys`, ``[..., token, dim]``: (a, b) -> (a cos - b sin, b cos + a sin), in place.
+    """Turn pairs of the first dims of ``keys[..., token, dim]`` in place: (a, b) -> (a cos - b sin, b cos + a sin).
 
     `cos` and `sin` are ``[1 or token, dims / 2]``, fp32. Products and sums are fp32, rounded once to the keys' dtype.
     """
