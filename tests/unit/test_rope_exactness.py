@@ -22,6 +22,8 @@ from tests.unit.rotary_models import (
     tokens_of,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HISTORY_TOKENS, NEW_TOKENS = 128, 16
 KEPT = {
     "the oldest half leaves": keep_on_overflow(HISTORY_TOKENS, window=130, new_tokens=NEW_TOKENS, sink_tokens=0),
