@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvservice_adapter.rope_frequencies import UnsupportedRotation, frequencies_of, kind_of
-from kvservice_adapter.rope_of_model import pairing_of, rotary_modules
+from kvservice_adapter.rope_of_model import pairing_of, rotary_modules, rotated_by
 
 __all__ = ["Rope", "Rotation", "Stretch", "UnsupportedRotation"]
 
@@ -80,7 +80,7 @@ class Rope:
 
     `frequencies`: angle a position in radians, fp32 ``[dims / 2]``; `attention_scaling`: the factor on rotated
     keys. Above `tokens_max` tokens in one prompt the frequencies are others (dynamic NTK): neither save nor
-    reuse KV there. None: they never change.
+    reuse KV there. None: they never change. `rotates_in_fp32`: whether the engine does, whatever its keys are.
     """
 
     frequencies: torch.Tensor
@@ -88,6 +88,7 @@ class Rope:
     attention_scaling: float = 1.0
     kind: str = "default"
     tokens_max: int | None = None
+    rotates_in_fp32: bool = False
     _exact: torch.Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -131,7 +132,7 @@ class Rope:
         tokens_max = _tokens_max(kind, getattr(model.config, "max_position_embeddings", None))
         rope = cls(frequencies, pairing_of(model), scaling, kind, tokens_max)
         rope._try_on(model)
-        return rope
+        return replace(rope, rotates_in_fp32=not rope._rotates_as(model, torch.bfloat16))
 
     @property
     def dims(self) -> int:
@@ -167,9 +168,12 @@ class Rope:
         return Rotation(tuple(stretches), self.pairing)
 
     def rotate(self, keys: torch.Tensor, positions: Positions) -> None:
-        """Rotate keys ``[..., token, dim]``, which were captured before rotation, in place, as the model does."""
-        cos, sin = self._angles(positions)
-        turn(keys, cos * self.attention_scaling, sin * self.attention_scaling, self.pairing)
+        """Rotate keys ``[..., token, dim]``, which were captured before rotation, in place.
+
+        With the model's own arithmetic, so that the keys are those that it would have cached, bit for bit.
+        """
+        cos, sin = ((part * self.attention_scaling).to(keys.dtype) for part in self._angles(positions))
+        turn(keys, cos, sin, self.pairing, in_fp32=self.rotates_in_fp32)
 
     def unrotate(self, keys: torch.Tensor, positions: Positions) -> None:
         """Take the model's rotation, and its factor, from keys ``[..., token, dim]``, in place."""
@@ -180,6 +184,15 @@ class Rope:
         """fp32 throughout, as models compute them: what is rotated here is to be what the model rotates."""
         angles = torch.from_numpy(np.asarray(positions, np.float32))[:, None] * self.frequencies
         return angles.cos(), angles.sin()
+
+    def _rotates_as(self, model: Any, dtype: torch.dtype) -> bool:
+        """Whether the model's code rotates keys of this dtype as `rotate` does: bit for bit."""
+        given = torch.linspace(-3.0, 3.0, _PROBE_TOKENS * self.dims).view(1, 1, _PROBE_TOKENS, self.dims).to(dtype)
+        positions = range(1, _PROBE_TOKENS + 1)
+        theirs = rotated_by(model, given, positions)
+        ours = given.clone()
+        self.rotate(ours, positions)
+        return theirs is not None and torch.equal(theirs.cpu(), ours)
 
     def _try_on(self, model: Any) -> None:
         limit = self.tokens_max or getattr(model.config, "max_position_embeddings", None) or 2 * _PROBE_SHIFT
@@ -203,10 +216,11 @@ class Rope:
 
 
 @torch.inference_mode()  # Keys may have been computed in it, and are then changed nowhere else.
-def turn(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairing: str) -> None:
-    """Turn pairs of the first dims of `keys`, ``[..., token, dim]``: (a, b) -> (a cos - b sin, b cos + a sin), in place.
+def turn(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairing: str, *, in_fp32: bool = True) -> None:
+    """Turn pairs of the first dims of ``keys[..., token, dim]`` in place: (a, b) -> (a cos - b sin, b cos + a sin).
 
-    `cos` and `sin` are ``[1 or token, dims / 2]``, fp32. Products and sums are fp32, rounded once to the keys' dtype.
+    `cos` and `sin` are ``[1 or token, dims / 2]``. Products and sums are fp32 and rounded once to the keys' dtype;
+    without `in_fp32` each is rounded to it. Raises UnsupportedRotation for quantized keys.
     """
     if keys.dtype not in _DTYPES:
         raise UnsupportedRotation(f"keys of {keys.dtype} cannot be turned; recompute them")
@@ -215,8 +229,9 @@ def turn(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairing: str)
         first, second = keys[..., :half], keys[..., half : 2 * half]
     else:
         first, second = keys[..., 0 : 2 * half : 2], keys[..., 1 : 2 * half : 2]
-    cos, sin = cos.to(keys.device), sin.to(keys.device)
-    a, b = first.float(), second.float()
+    dtype = torch.float32 if in_fp32 else keys.dtype
+    cos, sin = cos.to(keys.device, dtype), sin.to(keys.device, dtype)
+    a, b = first.to(dtype), second.to(dtype)
     turned = a * cos - b * sin
     second.copy_(b * cos + a * sin)  # Before `first`: `a` may be a view of it.
     first.copy_(turned)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,6 +51,21 @@ def pairing_of(model: Any) -> str:
     if tuple(rotated) not in known:
         raise UnsupportedRotation(f"{type(model).__name__} pairs the dims of its rotary encoding in an unknown way")
     return known[tuple(rotated)]
+
+
+@torch.inference_mode()
+def rotated_by(model: Any, keys: torch.Tensor, positions: Sequence[int]) -> torch.Tensor | None:
+    """Keys ``[1, head, token, rotary dim]``, rotated by the model's own code; None where it is called another way."""
+    rotate = getattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb", None)
+    if rotate is None:
+        return None
+    keys = keys.to(model.device)
+    try:
+        cos, sin = rotary_modules(model)[0](keys, torch.tensor(positions, device=keys.device)[None])
+        _, rotated = rotate(keys, keys, cos, sin)
+    except (TypeError, ValueError, RuntimeError):  # It is called in another way.
+        return None
+    return rotated if isinstance(rotated, torch.Tensor) else None
 
 
 def rotary_modules(model: Any) -> list[Any]:
