@@ -11,6 +11,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from enum import StrEnum
+from typing import Self
+
+from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, KVError
+from kvservice_client import BlockCache
+
+_PROBE_TIMEOUT_S = 0.25
 
 
 class State(StrEnum):
@@ -101,8 +107,23 @@ class Breaker:
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout_s)
 
-    def __enter__(self) -> Breaker:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def probe_of(blocks: BlockCache, timeout_s: float = _PROBE_TIMEOUT_S) -> Callable[[], bool]:
+    """A probe that does what a request would: attach, make the layout known, and hear from the daemon."""
+
+    def probe() -> bool:
+        blocks.ping(timeout_s)
+        return True
+
+    return probe
+
+
+def answered(error: KVError | None) -> bool:
+    """Whether the daemon answered a request that ended so. A refusal is an answer too."""
+    return type(error) not in (DaemonUnavailable, DeadlineExceeded)

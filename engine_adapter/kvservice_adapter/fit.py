@@ -69,53 +69,59 @@ class Fit:
 
     def _fitted(self, terms: int) -> Array:
         observations = [each for kept in self._kept.values() for each in kept]
+        rows = np.array([each.terms for each in observations])
         measured = np.array([each.seconds for each in observations])
-        rows = np.array([each.terms for each in observations]) / measured[:, None]  # Errors count by their share.
         if len(self._kept) == 1:
-            return self._of_one_order(rows, measured, terms)
-        weights = np.ones(len(rows))
+            return self._of_one_order(rows, measured)
+        found = np.zeros(terms)
+        found[0] = np.median(measured / rows[:, 0])
         for _ in range(_ROUNDS):
-            found = _not_negative(rows, weights, min(terms, len(self._kept)))
-            weights = 1 / np.maximum(np.abs(rows @ found - 1), _SAME)
+            expected = rows @ found
+            scale = np.maximum(measured, expected)  # Five times too fast is as far off as five times too slow.
+            errors = np.abs(measured - expected) / scale
+            weights = 1 / np.maximum(errors, _SAME) / scale**2
+            found = _not_negative(rows, measured, weights, min(terms, len(self._kept)))
         return found
 
-    def _of_one_order(self, rows: Array, measured: Array, terms: int) -> Array:
-        found = np.zeros(terms)
+    def _of_one_order(self, rows: Array, measured: Array) -> Array:
+        found = np.zeros(rows.shape[1])
         fixed_s = min(self._fixed_s_max, float(measured.min()) / 2)
-        first = rows[:, 0] * measured
-        found[0] = np.median((measured - fixed_s) / first)
+        found[0] = np.median((measured - fixed_s) / rows[:, 0])
         if fixed_s:
             found[1] = fixed_s
         return found
 
 
-def _not_negative(rows: Array, weights: Array, terms_max: int) -> Array:
-    """The best coefficients for ``rows @ coefficients = 1`` of which none is negative, at most so many of them used.
+def _not_negative(rows: Array, measured: Array, weights: Array, terms_max: int) -> Array:
+    """The coefficients of the least weighted squares of ``rows @ coefficients - measured``, none of them negative and
+    at most so many used.
 
     There are few terms: every choice of them is tried, each by its normal equations.
     """
-    scale = np.maximum(rows.max(axis=0), np.finfo(float).tiny)
-    scaled = rows / scale
-    product, right = ((scaled.T * weights) @ scaled).tolist(), (scaled.T @ weights).tolist()
+    unit = np.maximum(rows.max(axis=0), np.finfo(float).tiny)
+    scaled = rows / unit
+    product, right = ((scaled.T * weights) @ scaled).tolist(), ((scaled.T * weights) @ measured).tolist()
+    total = float(weights @ measured**2)
     best, best_error = np.zeros(rows.shape[1]), math.inf
     for count in range(1, terms_max + 1):
         for chosen in combinations(range(rows.shape[1]), count):
             some = _solved([[product[row][column] for column in chosen] + [right[row]] for row in chosen])
             if some is None or min(some) < 0:
                 continue
-            error = float(weights.sum()) - sum(each * right[row] for each, row in zip(some, chosen, strict=True))
+            error = total - sum(each * right[row] for each, row in zip(some, chosen, strict=True))
             if error < best_error * (1 - _SAME):  # More terms only where they explain more.
                 best, best_error = np.zeros(rows.shape[1]), error
                 best[list(chosen)] = some
-    return np.asarray(best / scale)
+    return np.asarray(best / unit)
 
 
 def _solved(equations: list[list[float]]) -> list[float] | None:
     """Gauss-Jordan for a small positive definite matrix, the right side as its last column. None where it has no one
     solution."""
+    diagonals = [equation[row] for row, equation in enumerate(equations)]
     for pivot, equation in enumerate(equations):
         diagonal = equation[pivot]
-        if diagonal < _SINGULAR:
+        if diagonal <= _SINGULAR * diagonals[pivot]:
             return None
         equation[:] = [value / diagonal for value in equation]
         for other in equations:
