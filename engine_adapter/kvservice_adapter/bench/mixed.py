@@ -112,7 +112,7 @@ def _measure(*, quick: bool) -> Section:
         alone_s = rig.median([subject.turn(None).seconds for _ in range(3)])
         rate = history_tokens * bytes_per_token / alone_s
         with (
-            Client(address, name="adapter bench", throttle_bytes_per_s=rate) as client,
+            Client(address, name="adapter bench", timeout_s=_WAIT_S, throttle_bytes_per_s=rate) as client,
             subject.connector(client, learned) as connector,
             subject.connector(client, Rates()) as unlearned,
         ):
