@@ -16,6 +16,7 @@ from kvservice_client.admin import TIERS, Admin, Tier
 from kvservice_client.block_cache import BlockCache
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection
+from kvservice_client.reports import RequestReport
 from kvservice_client.retry import Deadline
 from kvservice_client.session import Session
 from kvservice_client.tls import TlsFiles
@@ -23,6 +24,7 @@ from kvservice_client.traffic import Metered, Stats, Traffic
 from kvservice_client.transports.base import Transport
 from kvservice_client.transports.grpc import GrpcTransport
 from kvservice_client.transports.shm import ShmTransport
+from kvservice_client.transports.throttled import Throttled
 
 DEFAULT_ADDRESS = "127.0.0.1:7070"
 
@@ -60,12 +62,14 @@ class Client:
         reconnect_wait_s: float = 0.5,
         tls: TlsFiles | None = None,
         transport: Literal["auto", "shm", "grpc"] = "auto",
+        throttle_bytes_per_s: float = 0.0,
     ) -> None:
         """`address` is host:port or the path of a UNIX socket; `name` is what operators see of this client.
 
         With `tls`, host:port is spoken to by TLS. `transport` is how bytes travel: by shared memory wherever that
         works, and else by gRPC ("auto"); never by shared memory ("grpc"); or as in "auto", but a daemon whose arena
-        is not here is an error ("shm"). Raises TlsFileUnusable.
+        is not here is an error ("shm"). With `throttle_bytes_per_s` blocks travel no faster than that, which is for
+        measurements and tests. Raises TlsFileUnusable.
         """
         name = name or f"{socket.gethostname()}/{os.getpid()}"
         self._connection = Connection(address, name, timeout_s, reconnect_wait_s, tls)
@@ -73,9 +77,13 @@ class Client:
         self._transport: Transport = Metered(GrpcTransport(self._connection.channel), self._traffic)
         if transport not in ("auto", "shm", "grpc"):
             raise InvalidRequest(f"no transport is called {transport!r}", field="transport")
+        self._shm: ShmTransport | None = None
         if transport != "grpc":
             insists = transport == "shm"
-            self._transport = ShmTransport(self._connection, self._transport, self._traffic, insists=insists)
+            self._shm = ShmTransport(self._connection, self._transport, self._traffic, insists=insists)
+            self._transport = self._shm
+        if throttle_bytes_per_s:
+            self._transport = Throttled(self._transport, throttle_bytes_per_s)
         self.admin = Admin(self._connection)
 
     @property
@@ -85,8 +93,8 @@ class Client:
     def close(self) -> None:
         """End all leases and the connection. What this client handed out is of no use after this."""
         self._connection.close()
-        if isinstance(self._transport, ShmTransport):
-            self._transport.close()
+        if self._shm is not None:
+            self._shm.close()
 
     def stats(self) -> Stats:
         """Which transports moved how many bytes so far."""
@@ -122,6 +130,14 @@ class Client:
         are several sessions. The ranks of one model share a session: one of them changes it.
         """
         return Session(self._connection, self.open_layout(layout, shard), session_id)
+
+    def report_request(self, report: RequestReport) -> None:
+        """Tell the daemon, in the background, what became of a request: `kvctl explain` shows it.
+
+        Waits for nobody and raises for nothing that the daemon does. While it is away, the last 256 reports are
+        kept. Raises InvalidRequest for a plan that does not exist.
+        """
+        self._connection.reporter.report(report)
 
     def prefetch(
         self, keys: Iterable[bytes], *, wait: bool = False, deadline_s: float = 0.0, timeout_s: float | None = None

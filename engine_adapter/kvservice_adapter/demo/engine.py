@@ -88,7 +88,7 @@ class Engine:
             ttft_reuse_s=run.ttft_s,
             ttft_recompute_s=recomputed.ttft_s if recomputed else None,
             identical=recomputed.output == run.output if recomputed else None,
-            trouble=f"{error.reason}: {error}" if error else "",
+            trouble=f"{type(error).__name__}: {error}" if error else "",
         )
 
     def count_tokens(self, messages: Sequence[Message]) -> int:

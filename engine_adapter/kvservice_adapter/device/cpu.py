@@ -1,0 +1,247 @@
+"""The CPU as a device: a stream is one thread, and its copies let go of the interpreter's lock.
+
+Copies are NumPy's, not torch's. A torch operation of some size wants a team of threads for each thread
+that calls it; a stream's team would spin beside the engine's, on the same cores.
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvservice_adapter.device.base import Device, Event, Pages, Piece, Rotation, Staging, Stream, StreamClosed
+from kvservice_client.buffers import Bytes
+
+# Numbers are copied as integers of their size: NumPy has no bfloat16 or float8.
+_TORCH_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_NUMPY_BITS = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
+
+_Bits = NDArray[Any]
+
+
+class CpuDevice(Device):
+    def stream(self, name: str) -> CpuStream:
+        return CpuStream(self, name)
+
+    def staging(self, size_bytes: int) -> Staging:
+        return Staging(np.empty(size_bytes, np.uint8))
+
+    def wait_in_compute(self, event: Event, timeout_s: float) -> bool:
+        return event.wait(timeout_s)
+
+
+class CpuEvent(Event):
+    def __init__(self) -> None:
+        self._done = threading.Event()
+        self._error: Exception | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self._done.is_set()
+
+    @property
+    def error(self) -> Exception | None:
+        return self._error
+
+    def wait(self, timeout_s: float) -> bool:
+        return self._done.wait(timeout_s)
+
+    def end(self, error: Exception | None) -> None:
+        self._error = error
+        self._done.set()
+
+
+class _Worker:
+    """Does work in order, on a thread that is there while it is needed. It does not know its stream.
+
+    Work may be given from a destructor, wherever the garbage collector runs it, and after the collector has
+    told the thread to end: it runs destructors last. No lock here is one that a thread could wait for twice.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._lock = threading.RLock()
+        self._queue: SimpleQueue[tuple[Callable[[], None], CpuEvent] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._closed = self._dropped = False
+
+    def give(self, work: Callable[[], None], event: CpuEvent) -> None:
+        with self._lock:
+            if self._closed:
+                raise StreamClosed(f"the stream {self._name} takes no more work")
+            self._queue.put((work, event))
+            if self._dropped:
+                self._queue.put(None)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
+
+    def close(self) -> None:
+        """Take no more work, and let the thread go once all is done that was given."""
+        with self._lock:
+            self._closed = True
+            self.drop()
+
+    def drop(self) -> None:
+        """Let the thread go whenever there is no work: the stream is gone, but for destructors."""
+        with self._lock:
+            self._dropped = True
+            if self._thread is not None:
+                self._queue.put(None)
+
+    def join(self, timeout_s: float) -> bool:
+        thread = self._thread
+        if thread is not None:
+            thread.join(timeout_s)
+        return self._thread is None
+
+    def _run(self) -> None:
+        while True:
+            item = self._queue.get()
+            if item is None:
+                with self._lock:
+                    self._thread = None
+                    if self._queue.empty() or self._thread is not None:
+                        return
+                    self._thread = threading.current_thread()
+                continue
+            work, event = item
+            error = None
+            try:
+                work()
+            except Exception as raised:
+                error = raised
+            del item, work  # An event that is kept keeps no tensor.
+            event.end(error)
+
+
+class CpuStream(Stream):
+    """One thread, from the first work on until the stream is closed or dropped."""
+
+    def __init__(self, device: Device, name: str) -> None:
+        self._device = device
+        self._worker = _Worker(name)
+        _workers.add(self._worker)
+        weakref.finalize(self, self._worker.drop).atexit = False
+
+    def submit(self, work: Callable[[], None]) -> CpuEvent:
+        event = CpuEvent()
+        self._worker.give(work, event)
+        return event
+
+    def scatter(
+        self, slices: Bytes, token_counts: Sequence[int], pages: Pages, rotation: Rotation | None = None
+    ) -> CpuEvent:
+        def work() -> None:
+            token = 0
+            for piece in pages.pieces(token_counts):
+                for stored, paged in zip(
+                    _stored(slices, token_counts, pages, piece), _paged(pages, piece), strict=True
+                ):
+                    np.copyto(paged, stored)
+                tokens = piece.blocks * piece.tokens
+                if rotation is not None:
+                    keys = pages.keys[piece.page_id, :, piece.token_of_page : piece.token_of_page + tokens]
+                    self._device.rotate(keys, rotation, token)
+                token += tokens
+
+        return self.submit(work)
+
+    def gather(
+        self, pages: Pages, token_counts: Sequence[int], into: Bytes, rotation: Rotation | None = None
+    ) -> CpuEvent:
+        def work() -> None:
+            for piece in pages.pieces(token_counts):
+                stored = _stored(into, token_counts, pages, piece)
+                for source, target in zip(_paged(pages, piece), stored, strict=True):
+                    np.copyto(target, source)
+            if rotation is not None:
+                for first_token, keys in _stored_keys(into, token_counts, pages):
+                    self._device.rotate(keys, rotation, first_token)
+
+        return self.submit(work)
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> CpuEvent:
+        def work() -> None:
+            if source.shape != target.shape or source.dtype != target.dtype:
+                raise ValueError(f"{tuple(source.shape)} {source.dtype} is not {tuple(target.shape)} {target.dtype}")
+            np.copyto(_bits(target), _bits(source))
+
+        return self.submit(work)
+
+    def close(self) -> None:
+        self._worker.close()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for a closed stream's thread to end, at most that long. Whether it has."""
+        return self._worker.join(timeout_s)
+
+
+_workers: weakref.WeakSet[_Worker] = weakref.WeakSet()
+_EXIT_S = 1.0
+
+
+@atexit.register
+def _end_all() -> None:
+    """A thread that still works when the interpreter goes away may take it down: let them end, if they can."""
+    end_s = time.monotonic() + _EXIT_S
+    workers = list(_workers)
+    for worker in workers:
+        worker.close()
+    for worker in workers:
+        worker.join(max(0.0, end_s - time.monotonic()))
+
+
+def _bits(tensor: torch.Tensor) -> _Bits:
+    array: _Bits = tensor.detach().view(_TORCH_BITS[tensor.element_size()]).numpy()
+    return array
+
+
+def _paged(pages: Pages, piece: Piece) -> Iterator[_Bits]:
+    """A piece's keys, then its values, where the engine has them: ``[head, block, token, dim]``."""
+    for states in (pages.keys, pages.values):
+        heads, _, dim = states.shape[1:]
+        tokens = slice(piece.token_of_page, piece.token_of_page + piece.blocks * piece.tokens)
+        yield _bits(states)[piece.page_id, :, tokens].reshape(heads, piece.blocks, piece.tokens, dim)
+
+
+def _stored(slices: Bytes, token_counts: Sequence[int], pages: Pages, piece: Piece) -> Iterator[_Bits]:
+    """A piece's keys, then its values, as they are stored: ``[head, block, token, dim]``."""
+    _check_size(slices, token_counts, pages)
+    count, heads = token_counts[piece.block], pages.keys.shape[1]
+    start = sum(token_counts[: piece.block]) * pages.token_bytes
+    end = start + piece.blocks * count * pages.token_bytes
+    blocks = slices[start:end].view(_NUMPY_BITS[pages.keys.element_size()]).reshape(piece.blocks, -1)
+    tokens = slice(piece.token_of_block, piece.token_of_block + piece.tokens)
+    first = 0
+    for states in (pages.keys, pages.values):
+        size = heads * count * states.shape[3]
+        part = blocks[:, first : first + size].reshape(piece.blocks, heads, count, states.shape[3])
+        yield part[:, :, tokens].transpose(1, 0, 2, 3)
+        first += size
+
+
+def _stored_keys(slices: Bytes, token_counts: Sequence[int], pages: Pages) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each block's first token and its keys, ``[head, token, dim]``, as they are stored."""
+    heads, dim = pages.keys.shape[1], pages.keys.shape[3]
+    elements = torch.from_numpy(slices).view(pages.keys.dtype)
+    token_elements = pages.token_bytes // pages.keys.element_size()
+    for first_token, count in zip(accumulate(token_counts, initial=0), token_counts, strict=False):
+        start = first_token * token_elements
+        yield first_token, elements[start : start + heads * count * dim].view(heads, count, dim)
+
+
+def _check_size(slices: Bytes, token_counts: Sequence[int], pages: Pages) -> None:
+    expected = sum(token_counts) * pages.token_bytes
+    if slices.size != expected:
+        raise ValueError(f"{slices.size} bytes are given; these {sum(token_counts)} tokens have {expected}")

@@ -1,0 +1,223 @@
+"""Asynchronous saving: what the engine has computed is copied and sent while it goes on.
+
+    job = saver.begin(chain)                    # None: there is no room for it now
+    for layer in model:                         # in the engine's forward pass
+        job.layer(layer, pages)                 # gathered on the write stream while the next layer computes
+    job.commit()                                # sent from a thread of the saver's
+
+What waits to be sent lies in staging, which is bounded. Where it is full a save is dropped and counted:
+the engine never waits, and never sees an error of the daemon's.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from kvservice_adapter.device.base import Device, Event, Pages, Rotation, StreamClosed
+from kvservice_client import BlockCache, BlockChain, Durability, SaveResult
+from kvservice_client.buffers import Bytes
+
+log = logging.getLogger(__name__)
+
+OnDone = Callable[["SaveResult | Exception"], None]
+
+
+@dataclass(slots=True)
+class SaverStats:
+    """Counts since the saver was made. A save is one job; each ends as one of these."""
+
+    saved: int = 0  # The daemon answered; single blocks may have been refused.
+    dropped: int = 0  # Staging had no room.
+    abandoned: int = 0  # By the engine.
+    failed: int = 0  # The daemon could not be reached, or the copy failed.
+    stored_blocks: int = 0
+    already_stored_blocks: int = 0
+    refused_blocks: int = 0
+    dropped_blocks: int = 0
+    failed_blocks: int = 0
+    sent_bytes: int = 0  # Of the saves that were answered.
+
+
+class LayerSaver:
+    """Saves of one rank, one after another. Thread-safe. One thread gathers, another sends."""
+
+    def __init__(self, device: Device, blocks: BlockCache, *, staging_bytes: int) -> None:
+        self._blocks = blocks
+        self._staging = device.staging(staging_bytes)
+        self._gathering = device.stream("kvservice-gather")
+        self._sending = device.stream("kvservice-save")
+        self._changed = threading.Condition()
+        self._stats = SaverStats()
+        self._jobs = 0  # That hold staging.
+        self._ending = 0  # Of them, those that were committed or abandoned.
+        self._closed = False
+
+    @property
+    def stats(self) -> SaverStats:
+        with self._changed:
+            return replace(self._stats)
+
+    @property
+    def staging_bytes(self) -> int:
+        """The size of all staging: a save of more than this is always dropped."""
+        return self._staging.size_bytes
+
+    @property
+    def staged_bytes(self) -> int:
+        """How much of it is in use."""
+        return self._staging.lent_bytes
+
+    def begin(self, chain: BlockChain) -> SaveJob | None:
+        """Room for the blocks of a chain, of which only the last may be partial. Never waits.
+
+        None where staging has no room, or the saver is closed: the save is dropped, and counted.
+        """
+        layer_bytes = sum(map(self._blocks.slice_bytes, chain.token_counts))
+        with self._changed:
+            memory = None if self._closed else self._staging.reserve(layer_bytes * self._blocks.shard.layers)
+            if memory is None:
+                self._count(dropped=1, dropped_blocks=len(chain))
+                return None
+            self._jobs += 1
+        return SaveJob(self, chain, memory.reshape(self._blocks.shard.layers, layer_bytes))
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until what was committed so far, or abandoned, has ended. Whether it has."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._ending, timeout_s)
+
+    def close(self) -> None:
+        """Take no more saves. What was begun may still be committed, and is sent: `flush` waits for that."""
+        with self._changed:
+            self._closed = True
+            self._close_if_idle()
+
+    def _close_if_idle(self) -> None:
+        if self._closed and not self._jobs:
+            self._gathering.close()
+            self._sending.close()
+
+    # A job on its way
+
+    def _gather(self, pages: Pages, chain: BlockChain, into: Bytes, rotation: Rotation | None) -> Event:
+        return self._gathering.gather(pages, chain.token_counts, into, rotation)
+
+    def _end(self, work: _Work) -> None:
+        """A job is given no more layers: once those it has are gathered, it is sent, or its staging is free."""
+        with self._changed:
+            self._ending += 1
+        with suppress(StreamClosed):  # Only when the interpreter ends.
+            self._gathering.submit(lambda: self._gathered(work))
+
+    def _gathered(self, work: _Work) -> None:
+        """On the write stream: nothing writes into the job's staging any more."""
+        error = next((event.error for event in work.events.values() if event.error is not None), None)
+        if not work.is_committed:
+            self._ended(work, None)
+        elif error is not None:
+            self._ended(work, error)
+        else:
+            self._sending.submit(lambda: self._send(work))
+
+    def _send(self, work: _Work) -> None:
+        try:
+            result = self._blocks.save(work.chain, list(work.memory), work.durability)
+        except Exception as error:
+            self._ended(work, error)
+        else:
+            self._ended(work, result)
+
+    def _ended(self, work: _Work, outcome: SaveResult | Exception | None) -> None:
+        self._staging.release(work.memory)
+        if isinstance(outcome, SaveResult):
+            self._count(
+                saved=1,
+                stored_blocks=outcome.stored,
+                already_stored_blocks=outcome.already_stored,
+                refused_blocks=len(outcome.refused),
+                sent_bytes=work.memory.size,
+            )
+        elif outcome is not None:
+            log.warning("a save failed", extra={"blocks": len(work.chain), "why": str(outcome)})
+            self._count(failed=1, failed_blocks=len(work.chain))
+        else:
+            self._count(abandoned=1)
+        if work.on_done is not None and outcome is not None:
+            try:
+                work.on_done(outcome)
+            except Exception:
+                log.exception("what was to follow a save failed")
+        with self._changed:
+            self._jobs -= 1
+            self._ending -= 1
+            self._close_if_idle()
+            self._changed.notify_all()
+
+    def _count(self, **more: int) -> None:
+        with self._changed:
+            for name, value in more.items():
+                setattr(self._stats, name, getattr(self._stats, name) + value)
+
+
+@dataclass(slots=True)
+class _Work:
+    """What of a job outlives it."""
+
+    chain: BlockChain
+    memory: Bytes  # [layer, byte], lent by staging.
+    events: dict[int, Event]
+    is_committed: bool = False
+    durability: Durability = Durability.DRAM
+    on_done: OnDone | None = None
+
+
+class SaveJob:
+    """One save: staging for some blocks of a chain. A job that is dropped is abandoned."""
+
+    def __init__(self, saver: LayerSaver, chain: BlockChain, memory: Bytes) -> None:
+        self._saver = saver
+        self._work = _Work(chain, memory, {})
+        self._abandon = weakref.finalize(self, saver._end, self._work)
+        self._abandon.atexit = False
+
+    @property
+    def chain(self) -> BlockChain:
+        return self._work.chain
+
+    def layer(self, index: int, pages: Pages, rotation: Rotation | None = None) -> Event:
+        """Have a layer gathered: the chain's tokens lie in `pages`. Takes no time; each layer once.
+
+        The job refers to the tensors until the event is done. An engine that writes into the same pages again
+        must not do so before; one whose tensors stay as they are need not look at it. `rotation` turns the
+        gathered keys, not the engine's.
+        """
+        if index in self._work.events:
+            raise ValueError(f"layer {index} was given before")
+        event = self._saver._gather(pages, self._work.chain, self._work.memory[index], rotation)
+        self._work.events[index] = event
+        return event
+
+    def commit(self, durability: Durability = Durability.DRAM, on_done: OnDone | None = None) -> None:
+        """All layers are given: send them. Waits for nothing.
+
+        `on_done` is called on a thread of the saver's, with the daemon's answer or what went wrong. Raises
+        ValueError where a layer is missing; the job is abandoned then.
+        """
+        work = self._work
+        if not self._abandon.alive:
+            raise ValueError("the job has ended")
+        if len(work.events) != len(work.memory):
+            self.abandon()
+            raise ValueError(f"{len(work.events)} of {len(work.memory)} layers were given")
+        work.durability, work.on_done = durability, on_done
+        work.is_committed = True
+        self._abandon()
+
+    def abandon(self) -> None:
+        """Forget the save; nothing of it is sent. Once it has ended, nothing happens."""
+        self._abandon()

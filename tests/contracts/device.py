@@ -1,0 +1,355 @@
+"""What every device promises. Subclass it, provide `device` and `place`, inherit the specification."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvservice_adapter.device.base import Device, Pages, StreamClosed
+from kvservice_client.buffers import Bytes
+
+HEADS, K_DIM, V_DIM = 2, 8, 4
+WAIT_S = 10.0
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
+
+
+def noise(size_bytes: int, seed: int = 0) -> Bytes:
+    """Any bits at all: numbers that are none among them."""
+    return np.random.default_rng(seed).integers(0, 256, size_bytes, np.uint8)
+
+
+def pages_of(
+    page_count: int,
+    page_tokens: int,
+    page_ids: Sequence[int],
+    first_token: int = 0,
+    *,
+    place: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Pages:
+    """Pages full of ones."""
+    keys = torch.ones(page_count, HEADS, page_tokens, K_DIM, device=place).to(dtype)
+    values = torch.ones(page_count, HEADS, page_tokens, V_DIM, device=place).to(dtype)
+    return Pages(keys, values, page_ids, first_token)
+
+
+def read_token(pages: Pages, token: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of one token of the run, ``[head, dim]``: what `Pages` says, word for word."""
+    page, at = divmod(pages.first_token + token, pages.page_tokens)
+    page_id = pages.page_ids[page]
+    return pages.keys[page_id, :, at].cpu(), pages.values[page_id, :, at].cpu()
+
+
+def stored_token(
+    slices: Bytes, token_counts: Sequence[int], token: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    """Keys and values of one token as stored: block after block, each ``[K, V][head][token][dim]``."""
+    elements = torch.from_numpy(slices).view(dtype)
+    start = 0
+    for count in token_counts:
+        size = count * HEADS * (K_DIM + V_DIM)
+        if token < count:
+            keys = elements[start : start + count * HEADS * K_DIM].view(HEADS, count, K_DIM)
+            values = elements[start + count * HEADS * K_DIM : start + size].view(HEADS, count, V_DIM)
+            return keys[:, token], values[:, token]
+        token, start = token - count, start + size
+    raise IndexError(token)
+
+
+def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return torch.equal(ours.contiguous().view(torch.uint8), theirs.contiguous().view(torch.uint8))
+
+
+def holding(gate: threading.Event) -> Callable[[], None]:
+    """Work that goes on until the gate is open."""
+
+    def work() -> None:
+        assert gate.wait(WAIT_S)
+
+    return work
+
+
+class Numbering:
+    """A rotation that can be read back: it adds to each key its number in the run, and one."""
+
+    def apply(self, keys: torch.Tensor, first_token: int = 0) -> None:
+        keys += torch.arange(first_token + 1, first_token + 1 + keys.shape[-2], device=keys.device)[:, None]
+
+
+class DeviceContract:
+    """`place` is what torch calls where the engine's tensors are."""
+
+    place = "cpu"
+
+    # Streams and events
+
+    def test_work_is_done_in_the_order_in_which_it_was_given(self, device: Device) -> None:
+        stream, done = device.stream("test"), list[int]()
+
+        events = [stream.submit(partial(done.append, number)) for number in range(100)]
+
+        assert events[-1].wait(WAIT_S)
+        assert done == list(range(100))
+        assert all(event.is_done and event.error is None for event in events)
+
+    def test_giving_work_waits_for_nothing_and_so_does_another_stream(self, device: Device) -> None:
+        stream, other, gate = device.stream("test"), device.stream("other"), threading.Event()
+        slices = noise(5 * HEADS * (K_DIM + V_DIM) * 4)
+
+        held = stream.submit(holding(gate))
+        copied = stream.scatter(slices, [5], pages_of(1, 5, [0], place=self.place))
+
+        assert other.submit(lambda: None).wait(WAIT_S)
+        assert not held.is_done
+        assert not copied.is_done
+        gate.set()
+        assert copied.wait(WAIT_S)
+
+    def test_a_wait_ends_with_its_time(self, device: Device) -> None:
+        gate = threading.Event()
+        event = device.stream("test").submit(holding(gate))
+
+        assert not event.wait(0.0)
+        assert not event.wait(0.01)
+        gate.set()
+        assert event.wait(WAIT_S)
+
+    def test_what_work_raises_is_in_its_event_and_later_work_is_done_all_the_same(self, device: Device) -> None:
+        stream, error = device.stream("test"), KeyError("gone")
+
+        def fail() -> None:
+            raise error
+
+        failed, later = stream.submit(fail), stream.submit(lambda: None)
+
+        assert later.wait(WAIT_S)
+        assert failed.is_done
+        assert failed.error is error
+        assert later.error is None
+
+    def test_the_engines_computing_waits_for_an_event(self, device: Device) -> None:
+        stream, slices = device.stream("test"), noise(300 * HEADS * (K_DIM + V_DIM) * 4)
+        pages = pages_of(1, 300, [0], place=self.place)
+
+        event = stream.scatter(slices, [300], pages)
+
+        assert device.wait_in_compute(event, WAIT_S)
+        computed = pages.keys.clone()
+        assert same_bits(computed[0, :, 299].cpu(), stored_token(slices, [300], 299, torch.float32)[0])
+
+    def test_a_closed_stream_does_what_it_was_given_and_takes_no_more(self, device: Device) -> None:
+        stream, gate = device.stream("test"), threading.Event()
+        held, given = stream.submit(holding(gate)), stream.submit(lambda: None)
+
+        stream.close()
+
+        with pytest.raises(StreamClosed):
+            stream.submit(lambda: None)
+        gate.set()
+        assert given.wait(WAIT_S)
+        assert held.error is given.error is None
+
+    # Between stored slices and an engine's pages
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_every_bit_of_a_slice_goes_into_the_pages_and_back(self, device: Device, dtype: torch.dtype) -> None:
+        stream, counts = device.stream("test"), [16, 16, 16, 5]
+        slices = noise(sum(counts) * HEADS * (K_DIM + V_DIM) * dtype.itemsize)
+        pages, back = pages_of(6, 16, [4, 0, 5, 2], 7, place=self.place, dtype=dtype), np.zeros_like(slices)
+
+        stream.scatter(slices, counts, pages)
+        event = stream.gather(pages, counts, back)
+
+        assert event.wait(WAIT_S)
+        assert event.error is None
+        for token in (0, 8, 9, 31, 32, 52):
+            for ours, theirs in zip(read_token(pages, token), stored_token(slices, counts, token, dtype), strict=True):
+                assert same_bits(ours, theirs), token
+        assert np.array_equal(back, slices)
+
+    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(
+        counts=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+        page_tokens=st.integers(1, 40),
+        first_token=st.integers(0, 20),
+        shuffle=st.randoms(use_true_random=False),
+    )
+    def test_each_token_is_where_the_pages_say_whatever_their_size(
+        self, device: Device, counts: list[int], page_tokens: int, first_token: int, shuffle: object
+    ) -> None:
+        page_count = -(-(first_token + sum(counts)) // page_tokens)
+        page_ids = list(range(page_count + 1))
+        shuffle.shuffle(page_ids)  # type: ignore[attr-defined]
+        pages = pages_of(page_count + 1, page_tokens, page_ids, first_token, place=self.place)
+        slices = np.random.default_rng(1).random(sum(counts) * HEADS * (K_DIM + V_DIM), np.float32).view(np.uint8)
+        stream, back = device.stream("test"), np.zeros_like(slices)
+
+        stream.scatter(slices, counts, pages)
+        event = stream.gather(pages, counts, back)
+
+        assert event.wait(WAIT_S)
+        assert event.error is None
+        for token in range(sum(counts)):
+            for ours, theirs in zip(
+                read_token(pages, token), stored_token(slices, counts, token, torch.float32), strict=True
+            ):
+                assert torch.equal(ours, theirs), token
+        beside = (page_count + 1) * page_tokens - sum(counts)
+        assert int((pages.keys == 1).sum()) == beside * HEADS * K_DIM  # Random numbers stay below it.
+        assert int((pages.values == 1).sum()) == beside * HEADS * V_DIM
+        assert np.array_equal(back, slices)
+        stream.close()
+
+    def test_the_tensors_may_have_any_strides(self, device: Device) -> None:
+        stream, counts = device.stream("test"), [4, 4, 3]
+        slices, back = noise(11 * HEADS * (K_DIM + V_DIM) * 4), np.zeros(11 * HEADS * (K_DIM + V_DIM) * 4, np.uint8)
+        # [K, V][page][token][head][dim], as some engines have them, every other one left out.
+        memory = torch.zeros(2, 8, 4, HEADS, K_DIM, device=self.place)
+        keys, values = memory[0, ::2].transpose(1, 2), memory[1, ::2, :, :, :V_DIM].transpose(1, 2)
+        pages = Pages(keys, values, [3, 1, 0])
+
+        stream.scatter(slices, counts, pages)
+        event = stream.gather(pages, counts, back)
+
+        assert event.wait(WAIT_S)
+        assert event.error is None
+        assert same_bits(memory[0, 0, 2].cpu(), stored_token(slices, counts, 10, torch.float32)[0])
+        assert np.array_equal(back, slices)
+        assert not memory[:, 1::2].any()
+
+    @pytest.mark.parametrize(("page_tokens", "page_ids"), [(64, [1]), (16, [3, 1, 2]), (5, [2, 3, 7, 1, 9, 4, 5])])
+    def test_a_rotation_turns_each_key_once_by_its_place_in_the_run(
+        self, device: Device, page_tokens: int, page_ids: list[int]
+    ) -> None:
+        stream, counts = device.stream("test"), [8, 8, 8, 3]
+        slices = np.zeros(27 * HEADS * (K_DIM + V_DIM) * 4, np.uint8)
+        pages = pages_of(10, page_tokens, page_ids, 2, place=self.place)
+
+        event = stream.scatter(slices, counts, pages, Numbering())
+
+        assert event.wait(WAIT_S)
+        assert event.error is None
+        for token in range(27):
+            keys, values = read_token(pages, token)
+            assert torch.all(keys == token + 1), token
+            assert torch.all(values == 0), token
+        assert not slices.any()
+
+    def test_a_rotation_turns_what_is_gathered_and_not_the_engines_keys(self, device: Device) -> None:
+        stream, counts = device.stream("test"), [8, 8, 3]
+        pages = pages_of(1, 32, [0], 5, place=self.place)
+        into = np.zeros(19 * HEADS * (K_DIM + V_DIM) * 4, np.uint8)
+
+        event = stream.gather(pages, counts, into, Numbering())
+
+        assert event.wait(WAIT_S)
+        assert event.error is None
+        for token in range(19):
+            keys, values = stored_token(into, counts, token, torch.float32)
+            assert torch.all(keys == token + 2), token
+            assert torch.all(values == 1), token
+        assert torch.all(pages.keys == 1)
+
+    @pytest.mark.parametrize(
+        ("size", "counts", "ids", "first"),
+        [(9, [4, 4], [0], 0), (8, [4, 4], [0], 1), (8, [4, 4], [], 0), (8, [4, 4], [0], -1)],
+        ids=["too many bytes", "past the last page", "no page", "before the first page"],
+    )
+    def test_what_does_not_fit_is_an_error_and_nothing_is_written(
+        self, device: Device, size: int, counts: list[int], ids: list[int], first: int
+    ) -> None:
+        stream, slices = device.stream("test"), np.zeros(size * HEADS * (K_DIM + V_DIM) * 4, np.uint8)
+        pages = pages_of(2, 8, ids, first, place=self.place)
+
+        scattered, gathered = stream.scatter(slices, counts, pages), stream.gather(pages, counts, slices)
+
+        assert gathered.wait(WAIT_S)
+        assert isinstance(scattered.error, ValueError)
+        assert isinstance(gathered.error, ValueError)
+        assert torch.all(pages.keys == 1)
+        assert torch.all(pages.values == 1)
+        assert not slices.any()
+
+    def test_keys_and_values_of_other_shapes_are_an_error(self, device: Device) -> None:
+        pages = Pages(torch.zeros(1, 2, 8, 4, device=self.place), torch.zeros(1, 3, 8, 4, device=self.place), [0])
+
+        event = device.stream("test").scatter(np.zeros(8 * 5 * 4 * 4, np.uint8), [8], pages)
+
+        assert event.wait(WAIT_S)
+        assert isinstance(event.error, ValueError)
+
+    def test_one_tensor_is_copied_onto_another(self, device: Device) -> None:
+        stream = device.stream("test")
+        source, target = torch.randn(3, 5).t(), torch.zeros(5, 3, device=self.place)
+
+        event, wrong = stream.copy(source, target), stream.copy(source, torch.zeros(3, 5, device=self.place))
+
+        assert wrong.wait(WAIT_S)
+        assert event.error is None
+        assert torch.equal(target.cpu(), source)
+        assert isinstance(wrong.error, ValueError)
+
+    # Staging
+
+    def test_staging_lends_what_it_has_and_no_more(self, device: Device) -> None:
+        staging = device.staging(1 << 20)
+
+        parts = [staging.reserve(256 << 10) for _ in range(5)]
+
+        assert [part is not None for part in parts] == [True, True, True, True, False]
+        assert staging.size_bytes == staging.lent_bytes == 1 << 20
+        for number, part in enumerate(parts[:4]):
+            assert part is not None
+            part.fill(number)
+        assert [int(part.min()) for part in parts[:4] if part is not None] == [0, 1, 2, 3]
+
+    def test_staging_that_came_back_is_lent_again_in_any_size(self, device: Device) -> None:
+        staging = device.staging(1 << 20)
+        parts = [staging.reserve(200_000) for _ in range(5)]
+
+        for number in (3, 0, 4, 2, 1):
+            part = parts[number]
+            assert part is not None
+            staging.release(part)
+
+        assert staging.lent_bytes == 0
+        assert staging.reserve(1 << 20) is not None
+
+    def test_staging_is_given_back_once(self, device: Device) -> None:
+        staging = device.staging(1 << 20)
+        part = staging.reserve(10)
+        assert part is not None
+        staging.release(part)
+
+        with pytest.raises(KeyError):
+            staging.release(part)
+
+    def test_no_byte_of_staging_is_lent_to_two_at_a_time(self, device: Device) -> None:
+        staging, wrong = device.staging(1 << 20), list[int]()
+
+        def borrow(number: int) -> None:
+            sizes = np.random.default_rng(number).integers(1, 300_000, 300)
+            for size in sizes.tolist():
+                part = staging.reserve(size)
+                if part is not None:
+                    part.fill(number)
+                    if part.min() != number or part.max() != number:
+                        wrong.append(number)
+                    staging.release(part)
+
+        threads = [threading.Thread(target=borrow, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+        assert not wrong
+        assert staging.lent_bytes == 0
+        assert staging.reserve(1 << 20) is not None

@@ -1,0 +1,51 @@
+"""A throttled client: the same bytes, no faster than it was told."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from kvservice_api.errors import DeadlineExceeded, NotShared
+from tests.daemon import DaemonProcess
+from tests.integration.conversations import large_layout, layers_of, new_chain
+
+LAYOUT = large_layout()
+RATE = 100e6
+
+
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
+def test_bytes_arrive_no_faster_than_the_throttle_lets_them(daemon: DaemonProcess, transport: str) -> None:
+    chain = new_chain(LAYOUT, 2 * LAYOUT.block_tokens)
+    with daemon.client(transport=transport, throttle_bytes_per_s=RATE) as client:
+        blocks = client.open_layout(LAYOUT)
+        layers = layers_of(blocks, chain)
+        layer_s = layers[0].nbytes / RATE
+
+        begin_s = time.monotonic()
+        assert blocks.save(chain, layers).stored == 2
+        assert time.monotonic() - begin_s >= layer_s * LAYOUT.layers
+
+        with blocks.lookup(chain) as lease:
+            load = lease.load()
+            for index in range(LAYOUT.layers):
+                begin_s = time.monotonic()
+                loaded = next(load)
+                # Each from when it is asked for: a link that idles saves nothing up.
+                assert time.monotonic() - begin_s >= 0.99 * layer_s
+                assert np.array_equal(loaded.data, layers[index])
+            assert next(load, None) is None
+
+
+def test_a_load_that_the_throttle_makes_too_slow_ends_with_its_time(daemon: DaemonProcess) -> None:
+    chain = new_chain(LAYOUT, LAYOUT.block_tokens)
+    with daemon.client() as client:
+        client.open_layout(LAYOUT).save(chain, layers_of(client.open_layout(LAYOUT), chain))
+    with daemon.client(throttle_bytes_per_s=1000.0) as client, client.open_layout(LAYOUT).lookup(chain) as lease:
+        begin_s = time.monotonic()
+        with pytest.raises(DeadlineExceeded):
+            list(lease.load(timeout_s=0.1))
+        assert time.monotonic() - begin_s < 5.0
+        with pytest.raises(NotShared):
+            lease.view()

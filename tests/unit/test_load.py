@@ -1,0 +1,392 @@
+"""Layer-wise pre-loading on the CPU: how far it runs ahead, and how every load ends."""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kvservice_adapter.device.base import Pages, Stream
+from kvservice_adapter.device.cpu import CpuDevice
+from kvservice_adapter.load import LayerLoader, LoadFailed
+from kvservice_adapter.schedule import ReadBuffer
+from kvservice_api.errors import ChecksumMismatch
+from kvservice_client import LoadedLayer
+from tests.contracts.device import HEADS, K_DIM, V_DIM, WAIT_S, Numbering, noise, same_bits, stored_token
+from tests.daemon import until
+
+LAYERS, COUNTS = 6, (16, 16, 5)
+LAYER_BYTES = sum(COUNTS) * HEADS * (K_DIM + V_DIM) * 4
+DEVICE = CpuDevice()
+
+
+class History:
+    """Some layers, as a lease gives them. Each may be held back or fail; how the load ended is written down."""
+
+    def __init__(self, layers: int = LAYERS) -> None:
+        self.data = [noise(LAYER_BYTES, seed) for seed in range(layers)]
+        self.gates = [threading.Event() for _ in range(layers)]
+        self.failing: dict[int, Exception] = {}
+        self.asked = 0
+        self.ended: list[str] = []
+        for gate in self.gates:
+            gate.set()
+
+    def load(self) -> Iterator[LoadedLayer]:
+        try:
+            for index, data in enumerate(self.data):
+                self.asked = index + 1
+                assert self.gates[index].wait(WAIT_S)
+                if index in self.failing:
+                    raise self.failing[index]
+                yield LoadedLayer(index, data)
+        finally:
+            self.ended.append("closed")
+
+    def release(self) -> None:
+        self.ended.append("released")
+
+
+def empty_pages(layer: int) -> Pages:
+    tokens = sum(COUNTS)
+    return Pages(torch.zeros(1, HEADS, tokens, K_DIM), torch.zeros(1, HEADS, tokens, V_DIM), [0])
+
+
+def loader_of(history: History, stream: Stream | None = None, **options: Any) -> LayerLoader:
+    options = {"layer_count": len(history.data), "release": history.release, "wait_s": WAIT_S, **options}
+    targets = options.pop("targets", empty_pages)
+    return LayerLoader(DEVICE, stream or DEVICE.stream("test-load"), history.load, targets, COUNTS, **options)
+
+
+def check(history: History, layer: int, pages: Pages) -> None:
+    for token in (0, 15, 16, 36):
+        keys, values = stored_token(history.data[layer], COUNTS, token, torch.float32)
+        assert same_bits(pages.keys[0, :, token], keys)
+        assert same_bits(pages.values[0, :, token], values)
+
+
+def settle(stream: Stream, loader: LayerLoader) -> int:
+    """How many layers are there once nothing more happens by itself: each turn of the queue is a step."""
+    loaded, still = -1, 0
+    while still < 6:
+        assert stream.submit(lambda: None).wait(WAIT_S)
+        still = still + 1 if loader.report.layers == loaded else 0
+        loaded = loader.report.layers
+    return loaded
+
+
+def test_each_layer_is_in_its_pages_when_its_wait_returns_and_the_lease_is_free_in_the_end() -> None:
+    history = History()
+    loader = loader_of(history)
+
+    loader.start()
+    for layer in range(LAYERS):
+        check(history, layer, loader.wait(layer))
+
+    until(lambda: loader.is_done)
+    assert history.ended == ["closed", "released"]
+    report = loader.report
+    assert (report.layers, report.size_bytes, report.error) == (LAYERS, LAYERS * LAYER_BYTES, None)
+    assert 0 < report.first_layer_s <= report.total_s
+    assert report.bytes_per_s == report.size_bytes / report.busy_s
+    check(history, 2, loader.wait(2))  # What was loaded stays.
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 5, 6, 9])
+def test_loading_runs_ahead_as_far_as_the_buffer_goes(k: int) -> None:
+    stream, history = DEVICE.stream("test-load"), History()
+    loader = loader_of(history, stream, buffer_layers=k)
+    rule = ReadBuffer(LAYERS, k)
+
+    def expected() -> int:
+        while rule.may_load:
+            rule.loaded += 1
+        return rule.loaded
+
+    loader.start()
+    assert settle(stream, loader) == expected() == min(k, LAYERS)
+    loader.request_runs()
+    rule.is_running = True
+    assert settle(stream, loader) == expected()
+    for layer in range(LAYERS):
+        loader.wait(layer)
+        rule.taken += 1
+        assert settle(stream, loader) == expected() == min(LAYERS, layer + 1 + max(1, k))
+
+
+def test_the_pauses_of_a_full_buffer_do_not_count_as_loading() -> None:
+    stream, history, pause = DEVICE.stream("test-load"), History(2), threading.Event()
+    loader = loader_of(history, stream, buffer_layers=1)
+    loader.start()
+    settle(stream, loader)
+
+    pause.wait(0.05)
+    loader.wait(0)
+    loader.wait(1)
+    settle(stream, loader)
+
+    assert loader.report.total_s - loader.report.busy_s >= 0.05
+
+
+def test_a_wait_ends_with_its_bound_and_layers_that_came_stay() -> None:
+    history = History()
+    history.gates[2].clear()
+    loader = loader_of(history, wait_s=0.02)
+    loader.start()
+    loader.wait(0, WAIT_S)
+    loader.wait(1, WAIT_S)
+
+    with pytest.raises(LoadFailed, match="layer 2 did not come in time"):
+        loader.wait(2)
+    with pytest.raises(LoadFailed, match="layer 3 did not come in time"):
+        loader.wait(3, 0.0)
+
+    check(history, 1, loader.wait(1))
+    assert loader.report.waited_s[2] >= 0.02
+    history.gates[2].set()
+    check(history, 2, loader.wait(2, WAIT_S))
+
+
+def test_a_copy_that_takes_too_long_ends_the_wait_as_well() -> None:
+    history, gate = History(), threading.Event()
+
+    class Slow(Numbering):
+        def apply(self, keys: torch.Tensor, first_token: int = 0) -> None:
+            gate.wait(WAIT_S)
+
+    loader = loader_of(history, rotation=Slow())
+
+    with pytest.raises(LoadFailed, match=r"layer 0 (was not copied|did not come) in time"):
+        loader.wait(0, 0.1)
+    gate.set()
+    loader.wait(0)
+
+
+@pytest.mark.parametrize("k", [0, 6])
+def test_a_failure_reaches_the_engine_at_its_layer_with_its_cause_and_no_later(k: int) -> None:
+    history = History()
+    history.failing[2] = ChecksumMismatch("damaged")
+    loader = loader_of(history, buffer_layers=k)
+
+    loader.start()
+
+    for layer in (0, 1):
+        check(history, layer, loader.wait(layer))
+    for layer in (2, 3, 5):
+        with pytest.raises(LoadFailed, match="damaged") as raised:
+            loader.wait(layer, 1000.0)
+        assert raised.value.__cause__ is history.failing[2]
+    check(history, 1, loader.wait(1))
+    until(lambda: loader.is_done)
+    assert history.ended == ["closed", "released"]
+    assert loader.report.error is history.failing[2]
+
+
+def test_pages_that_cannot_be_had_are_a_failure() -> None:
+    history, error = History(), MemoryError("no pages")
+
+    def targets(layer: int) -> Pages:
+        if layer:
+            raise error
+        return empty_pages(layer)
+
+    loader = loader_of(history, targets=targets)
+
+    loader.wait(0)
+    with pytest.raises(LoadFailed, match="no pages") as raised:
+        loader.wait(1)
+    assert raised.value.__cause__ is error
+
+
+def test_pages_that_do_not_fit_are_a_failure() -> None:
+    loader = loader_of(
+        History(), targets=lambda layer: Pages(torch.zeros(1, HEADS, 8, K_DIM), torch.zeros(1, HEADS, 8, V_DIM), [0])
+    )
+
+    with pytest.raises(LoadFailed, match="layer 0 could not be copied"):
+        loader.wait(0)
+
+
+@pytest.mark.parametrize("given", [0, 3])
+def test_a_load_that_ends_early_is_a_failure(given: int) -> None:
+    history = History(given)
+    loader = loader_of(history, layer_count=LAYERS)
+
+    for layer in range(given):
+        check(history, layer, loader.wait(layer))
+    with pytest.raises(LoadFailed, match=f"layer {given} was to come"):
+        loader.wait(given)
+
+
+def test_a_cancelled_load_ends_and_its_layers_stay() -> None:
+    history = History()
+    loader = loader_of(history, buffer_layers=2)
+    loader.start()
+    loader.wait(0)
+    loader.wait(1)
+
+    loader.cancel()
+
+    until(lambda: loader.is_done)
+    assert history.ended == ["closed", "released"]
+    assert history.asked < LAYERS
+    check(history, 1, loader.wait(1))
+    with pytest.raises(LoadFailed, match="ended before"):
+        loader.wait(LAYERS - 1, 1000.0)
+    assert loader.report.error is None
+
+
+def test_a_load_that_never_began_frees_its_lease_all_the_same() -> None:
+    history = History()
+    loader = loader_of(history)
+
+    loader.cancel()
+
+    until(lambda: loader.is_done)
+    assert history.ended == ["released"]
+
+
+def test_cancelling_waits_for_nothing_while_a_layer_is_on_its_way() -> None:
+    history = History()
+    history.gates[1].clear()
+    loader = loader_of(history, buffer_layers=4)
+    loader.start()
+    loader.wait(0)
+    until(lambda: history.asked == 2)
+
+    loader.cancel()
+
+    assert not loader.is_done
+    with pytest.raises(LoadFailed, match="ended before"):
+        loader.wait(1, 1000.0)
+    history.gates[1].set()
+    until(lambda: loader.is_done)
+    assert (history.asked, history.ended) == (2, ["closed", "released"])
+
+
+def test_a_wait_that_is_under_way_ends_when_the_load_is_cancelled() -> None:
+    history = History()
+    history.gates[0].clear()
+    loader, raised = loader_of(history), list[LoadFailed]()
+
+    def wait() -> None:
+        try:
+            loader.wait(0, 1000.0)
+        except LoadFailed as error:
+            raised.append(error)
+
+    engine = threading.Thread(target=wait)
+    engine.start()
+    until(lambda: history.asked == 1)
+    loader.cancel()
+    engine.join(WAIT_S)
+
+    assert len(raised) == 1
+    history.gates[0].set()
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_loader_that_is_dropped_frees_its_lease_and_its_thread(begun: bool) -> None:
+    class Cache:
+        """The pages' owner knows the loader, and the loader's targets know the owner."""
+
+        loader: LayerLoader
+
+        def targets(self, layer: int) -> Pages:
+            return empty_pages(layer)
+
+    history, cache, stream = History(), Cache(), DEVICE.stream("dropped-load")
+    cache.loader = loader_of(history, stream, buffer_layers=2, targets=cache.targets)
+    if begun:
+        cache.loader.start()
+        assert settle(stream, cache.loader) == 2
+
+    del cache, stream
+    gc.collect()
+
+    until(lambda: "released" in history.ended)
+    until(lambda: not [each for each in threading.enumerate() if each.name == "dropped-load"])
+
+
+def test_loads_take_turns_on_a_stream_and_a_full_buffer_keeps_nobody() -> None:
+    stream, first, second = DEVICE.stream("test-load"), History(), History()
+    paused, going = loader_of(first, stream, buffer_layers=2), loader_of(second, stream)
+
+    paused.start()
+    going.start()
+
+    for layer in range(LAYERS):
+        check(second, layer, going.wait(layer))
+    assert settle(stream, paused) == 2
+    for layer in range(LAYERS):
+        check(first, layer, paused.wait(layer))
+
+
+def test_a_stream_that_is_closed_under_a_load_is_a_failure_at_once() -> None:
+    stream, history = DEVICE.stream("test-load"), History()
+    loader = loader_of(history, stream, buffer_layers=1)
+    loader.start()
+    settle(stream, loader)
+
+    stream.close()
+
+    check(history, 0, loader.wait(0))
+    with pytest.raises(LoadFailed, match="takes no more work"):
+        loader.wait(1, 1000.0)
+
+
+def test_keys_are_turned_to_where_they_are_read() -> None:
+    history = History()
+    history.data = [np.zeros(LAYER_BYTES, np.uint8) for _ in range(LAYERS)]
+    loader = loader_of(history, rotation=Numbering())
+
+    for layer in range(LAYERS):
+        pages = loader.wait(layer)
+        assert torch.equal(pages.keys, torch.arange(1.0, 38.0)[:, None].expand(1, HEADS, 37, K_DIM))
+        assert not pages.values.any()
+
+
+def test_many_loads_at_a_time_all_bring_what_is_theirs_or_end() -> None:
+    """Several engines' threads, shared streams, cancels and failures at any moment."""
+    streams = [DEVICE.stream("test-load") for _ in range(2)]
+    wrong: list[BaseException] = []
+    histories: list[History] = []
+
+    def run(seed: int) -> None:
+        chance = random.Random(seed)
+        try:
+            for _ in range(15):
+                history = History(4)
+                histories.append(history)
+                cancelled_at, failing_at = chance.randrange(12), chance.randrange(12)
+                if failing_at < 4:
+                    history.failing[failing_at] = ChecksumMismatch("damaged")
+                loader = loader_of(history, chance.choice(streams), buffer_layers=chance.randrange(6))
+                if chance.random() < 0.5:
+                    loader.start()
+                for layer in range(4):
+                    if layer == cancelled_at:
+                        loader.cancel()
+                    try:
+                        check(history, layer, loader.wait(layer))
+                        assert layer < failing_at
+                    except LoadFailed:
+                        assert layer >= min(cancelled_at, failing_at)
+        except BaseException as error:
+            wrong.append(error)
+
+    engines = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
+    for engine in engines:
+        engine.start()
+    for engine in engines:
+        engine.join(60)
+
+    assert not wrong
+    gc.collect()
+    until(lambda: all("released" in history.ended for history in histories))
