@@ -12,7 +12,7 @@ rest is used in one of four ways. Every token after the first overflow is scored
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
