@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import time
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvservice_adapter.breaker import Breaker
+from kvservice_adapter.breaker import Breaker, answered, probe_of
 from kvservice_adapter.connectors.transformers import remembering
 from kvservice_adapter.connectors.transformers.cache import StoredCache, Tensors
 from kvservice_adapter.connectors.transformers.finding import Finder, Found
@@ -55,8 +54,6 @@ from kvservice_client.retry import Deadline
 log = logging.getLogger(__name__)
 
 _MIB = 2**20
-_UNREACHED = (DaemonUnavailable, DeadlineExceeded)  # What says that the daemon does not answer.
-_PROBE_TIMEOUT_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,11 +157,14 @@ class TransformersConnector:
         self._copies = self._device.stream("kvservice-copy")
         self._work = self._device.stream("kvservice-save")  # In order: what a turn saves, the next one finds.
         self._saver = LayerSaver(self._device, self._blocks, staging_bytes=staging_bytes)
-        self._breaker = Breaker(partial(_answers, client))
-        streams = (self._copies, self._work, self._saver)
-        self.close = weakref.finalize(self, _close, self._breaker, streams)
-        self.close.atexit = False
+        self._breaker = Breaker(probe_of(self._blocks))
         watch(model)
+
+    def close(self) -> None:
+        """Take no more saves; what is under way is still sent. Caches go on working. Waits for nothing."""
+        self._breaker.close(0.0)
+        self._saver.close()
+        self._work.close()
 
     def restore(
         self,
@@ -199,7 +199,7 @@ class TransformersConnector:
                 found = self._find(given, keys, session_id, conversation, request_id)
             except KVError as raised:
                 error = raised
-            self._breaker.record(not isinstance(error, _UNREACHED))
+            self._breaker.record(answered(error))
         if error is not None:
             log.warning("the history is computed again", extra={"reason": error.reason, "why": error.message})
         restored = self._restored(given, keys, found, conversation, began_s)
@@ -268,7 +268,7 @@ class TransformersConnector:
                 remembering.truncate(self._client, keys, before, ranges)
                 outcome.append(True)
             except KVError as error:
-                self._breaker.record(not isinstance(error, _UNREACHED))
+                self._breaker.record(answered(error))
                 log.warning("a session was not cut", extra={"session_id": before.session_id, "why": error.message})
 
         return self._breaker.allow() and self._wait_for(work, self._save_wait_s) and bool(outcome)
@@ -374,7 +374,6 @@ class TransformersConnector:
         )
         rows = [_row(pad, each, tokens, keys) for pad, each, tokens in zip(given.pads, found, reused, strict=True)]
         cache = self._cache(history, rows, given.ids[:, :columns])
-        weakref.finalize(cache, history.close).atexit = False
         size_bytes = (sum(reused) - head_tokens) * self.layout.bytes_per_token
         return Restored(cache, sum(reused), size_bytes, tier, chosen)
 
@@ -419,7 +418,7 @@ class TransformersConnector:
             for loader in history.loaders:
                 self.rates.observe_load(loader.report.size_bytes, loader.report.busy_s, tier)
             return
-        is_late = not isinstance(error, KVError) or isinstance(error, _UNREACHED)
+        is_late = not isinstance(error, KVError) or not answered(error)
         self._breaker.record(not is_late)
         if is_late:  # Its thread may still be waiting for the daemon: later loads do not queue behind it.
             self._loads.close()
@@ -487,7 +486,7 @@ class TransformersConnector:
                 stored, already_stored, refused = result.stored, result.already_stored, result.refused
             self._breaker.record(True)
         except KVError as error:
-            self._breaker.record(not isinstance(error, _UNREACHED))
+            self._breaker.record(answered(error))
             log.warning("a turn was not saved", extra={"reason": error.reason, "why": error.message})
             return Saved(refused=len(chain), error=error)
         meanwhile = writing.take_stored(chain) if writing is not None else 0
@@ -606,14 +605,3 @@ def _of_row(session_id: str | Sequence[str], row: int) -> str:
 def _forward_ended(rates: Rates, rows: int, new_tokens: int, context_tokens: int, seconds: float) -> None:
     if rows == 1 and new_tokens > 1:
         rates.observe_prefill(new_tokens, context_tokens, seconds)
-
-
-def _answers(client: Client) -> bool:
-    client.capabilities(timeout_s=_PROBE_TIMEOUT_S)
-    return True
-
-
-def _close(breaker: Breaker, streams: Sequence[Any]) -> None:
-    breaker.close(0.0)
-    for stream in streams:
-        stream.close()

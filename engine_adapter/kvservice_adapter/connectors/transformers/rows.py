@@ -10,6 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from kvservice_adapter.connectors.transformers.model_layout import UnsupportedModel
+from kvservice_api.errors import InvalidRequest
+
+_TOKEN_ID_MAX = 2**32 - 1
 
 TokenIds = Sequence[int] | NDArray[Any] | torch.Tensor
 
@@ -31,13 +34,18 @@ class Sequences(NamedTuple):
 
 
 def sequences(token_ids: TokenIds, attention_mask: Any = None) -> Sequences:
-    """`token_ids` are one sequence, or ``[row, column]``; the mask has their shape, with 0 for padding.
+    """Token ids and padding, as they are given.
 
-    Raises UnsupportedModel for a batch without a mask, and for padding that is not on the left.
+    `token_ids` are one sequence, or ``[row, column]``; the mask has their shape, with 0 for padding.
+
+    Raises InvalidRequest for what are no token ids; UnsupportedModel for a batch without a mask, and for padding
+    that is not on the left.
     """
     ids = np.atleast_2d(_array(token_ids))
     if ids.ndim != 2:
         raise UnsupportedModel(f"token ids are [row, column], not {ids.ndim}-dimensional")
+    if ids.size and (ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() > _TOKEN_ID_MAX):
+        raise InvalidRequest(f"token ids are integers from 0 to {_TOKEN_ID_MAX}", field="token_ids")
     if attention_mask is None:
         if len(ids) != 1:
             raise UnsupportedModel(f"a batch of {len(ids)} sequences needs its attention_mask")
