@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from kvservice_adapter.bench.report import Section
 from kvservice_adapter.demo.in_memory import HistoryInMemory
+from kvservice_adapter.demo.model import load_model
 from kvservice_adapter.rope import Rope
 from kvservice_adapter.truncation import Ranges, keep_on_overflow, kept_tokens
 
@@ -58,7 +60,31 @@ def text_tokens(tokenizer: Any, count: int) -> torch.Tensor:
     return torch.tensor(ids[:count])
 
 
-def measure(model: Any, token_ids: torch.Tensor, window: int, step_tokens: int = STEP_TOKENS) -> Quality:
+def measure(*, quick: bool) -> Section:
+    loaded = load_model()
+    scored_tokens = 512 if quick else SCORED_TOKENS
+    section = Section(
+        "truncation",
+        "Quality after truncation",
+        f"Perplexity of {loaded.model_id} (fp32) on the text of Python's `pydoc_data.topics`, read {STEP_TOKENS} "
+        f"tokens at a time; the {scored_tokens} tokens after the first overflow of the window are scored. At each "
+        "overflow the oldest half leaves. What is left is reused with its keys turned to their new positions (with the "
+        "first 4 tokens kept, and without), or computed anew (the same tokens as with sinks), or reused naively: keys "
+        "as they were, new tokens numbered from half the window.",
+    )
+    for window in WINDOWS[:1] if quick else WINDOWS:
+        found = quality(loaded.model, text_tokens(loaded.tokenizer, window + scored_tokens + 1), window)
+        where = f"{found.overflows} overflows"
+        section.add(f"perplexity_{window}_sinks", found.with_sinks, note=where)
+        section.add(f"perplexity_{window}_no_sinks", found.without_sinks)
+        section.add(f"perplexity_{window}_recomputed", found.recomputed)
+        section.add(f"perplexity_{window}_naive", found.naive)
+        section.add(f"perplexity_{window}_difference", found.difference, "at most 0.1", "sinks against recomputed")
+        section.add(f"perplexity_{window}_naive_ratio", found.naive / found.with_sinks, "at least 5", "against sinks")
+    return section
+
+
+def quality(model: Any, token_ids: torch.Tensor, window: int, step_tokens: int = STEP_TOKENS) -> Quality:
     """Score all of `token_ids` after the first `window`, in each of the four ways."""
     rope = Rope.from_model(model)
     with_sinks = _score(model, token_ids, window, step_tokens, sink_tokens=4, reuse=_Turned(rope))

@@ -25,6 +25,9 @@ from kvservice_adapter.demo.script import (
 
 _MIB = 2**20
 _SHARED_MEMORY = Path("/dev/shm")
+# What a cut has left cannot be computed from its tokens alone as it was: where the daemon is too slow for an
+# engine's patience, an answer may be another one. It is to be seen that it is the same.
+_PATIENCE_S = 10.0
 
 
 def hold_conversation(model: str, note: Callable[[str], None]) -> Iterator[Turn]:
@@ -71,7 +74,7 @@ def hold_overflowing_conversation(model: str, window: int, note: Callable[[str],
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvservice-demo-")))
         address = DaemonProcess.address_in(folder)
         note("Two engines load the model: one with the daemon, and one that keeps the history in its memory.")
-        engine, in_memory = (stack.enter_context(EngineProcess(address, model)) for _ in range(2))
+        engine, in_memory = (stack.enter_context(EngineProcess(address, model, _PATIENCE_S)) for _ in range(2))
         loaded = engine.loaded()
         in_memory.loaded()
         size_bytes = _enough_for(engine, loaded, window)
@@ -102,7 +105,7 @@ def hold_overflowing_conversation(model: str, window: int, note: Callable[[str],
                 daemon.kill()
                 engine.kill()
                 daemon = start_daemon()
-                engine = stack.enter_context(EngineProcess(address, model))
+                engine = stack.enter_context(EngineProcess(address, model, _PATIENCE_S))
                 engine.loaded()
 
 

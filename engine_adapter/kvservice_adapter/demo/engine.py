@@ -123,7 +123,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--address", required=True)
     parser.add_argument("--model", default="")
+    parser.add_argument("--wait-s", type=float, help="for the daemon, each time")
     arguments = parser.parse_args()
+    wait_s = arguments.wait_s
 
     # Whatever a library prints must not get between the lines of the protocol.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
@@ -138,6 +140,7 @@ def main() -> int:
                 model_id=loaded.model_id,
                 model_revision=loaded.model_revision,
                 block_tokens=BLOCK_TOKENS,
+                **({} if wait_s is None else {"wait_s": wait_s, "save_wait_s": wait_s}),
             )
             engine = Engine(loaded, connector, client)
             _serve(engine, WindowedEngine(loaded, connector, client), loaded, connector, answers)

@@ -111,8 +111,10 @@ class DaemonProcess(Process):
 class EngineProcess(Process):
     """``engine.py`` in a process of its own, asked over its standard input and output."""
 
-    def __init__(self, address: str, model: str) -> None:
+    def __init__(self, address: str, model: str, wait_s: float | None = None) -> None:
+        """`wait_s` is how long it waits for the daemon each time, before it computes in place of loading."""
         command = [sys.executable, "-m", "kvservice_adapter.demo.engine", "--address", address, "--model", model]
+        command += [] if wait_s is None else ["--wait-s", str(wait_s)]
         environment = {
             **os.environ,
             "TQDM_DISABLE": "1",
