@@ -20,6 +20,8 @@ def main() -> int:
     parser.add_argument("--overflow", action="store_true", help="in a window that the conversation overflows")
     parser.add_argument("--window", type=int, default=1024, help="tokens, with --overflow (default: %(default)s)")
     arguments = parser.parse_args()
+    if arguments.window < 1:
+        parser.error("--window must be a number of tokens")
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # So that the daemon does not stay.
 

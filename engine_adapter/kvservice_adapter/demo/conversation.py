@@ -25,8 +25,8 @@ from kvservice_adapter.demo.script import (
 
 _MIB = 2**20
 _SHARED_MEMORY = Path("/dev/shm")
-# What a cut has left cannot be computed from its tokens alone as it was: where the daemon is too slow for an
-# engine's patience, an answer may be another one. It is to be seen that it is the same.
+# What a cut has left cannot be computed from its tokens alone as it was: an engine that did so, because the daemon is
+# slow or computing is fast, might answer otherwise. It is to be seen that what is loaded gives the same answer.
 _PATIENCE_S = 10.0
 
 

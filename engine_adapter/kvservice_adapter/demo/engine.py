@@ -23,7 +23,7 @@ from kvservice_adapter.demo.generation import generate
 from kvservice_adapter.demo.model import LoadedModel, ModelNotFound, load_model
 from kvservice_adapter.demo.protocol import BLOCK_TOKENS, Loaded, Turn
 from kvservice_adapter.demo.script import Message, assistant
-from kvservice_adapter.demo.windowed import EngineInMemory, WindowedEngine
+from kvservice_adapter.demo.windowed import EngineInMemory, OnlyLoads, WindowedEngine
 from kvservice_api.layout import Shard, block_geometry
 from kvservice_client import Client
 
@@ -123,7 +123,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--address", required=True)
     parser.add_argument("--model", default="")
-    parser.add_argument("--wait-s", type=float, help="for the daemon, each time")
+    parser.add_argument("--wait-s", type=float, help="for the daemon, each time; all that is stored is then loaded")
     arguments = parser.parse_args()
     wait_s = arguments.wait_s
 
@@ -140,7 +140,7 @@ def main() -> int:
                 model_id=loaded.model_id,
                 model_revision=loaded.model_revision,
                 block_tokens=BLOCK_TOKENS,
-                **({} if wait_s is None else {"wait_s": wait_s, "save_wait_s": wait_s}),
+                **({} if wait_s is None else {"wait_s": wait_s, "save_wait_s": wait_s, "rates": OnlyLoads()}),
             )
             engine = Engine(loaded, connector, client)
             _serve(engine, WindowedEngine(loaded, connector, client), loaded, connector, answers)

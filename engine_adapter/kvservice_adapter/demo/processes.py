@@ -112,7 +112,7 @@ class EngineProcess(Process):
     """``engine.py`` in a process of its own, asked over its standard input and output."""
 
     def __init__(self, address: str, model: str, wait_s: float | None = None) -> None:
-        """`wait_s` is how long it waits for the daemon each time, before it computes in place of loading."""
+        """With `wait_s` it loads all that is stored, even where computing is faster, and waits as long each time."""
         command = [sys.executable, "-m", "kvservice_adapter.demo.engine", "--address", address, "--model", model]
         command += [] if wait_s is None else ["--wait-s", str(wait_s)]
         environment = {

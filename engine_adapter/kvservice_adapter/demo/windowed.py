@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from kvservice_adapter.connectors.transformers import TransformersConnector
+from kvservice_adapter.cost import Rates
 from kvservice_adapter.demo.generation import generate
 from kvservice_adapter.demo.in_memory import HistoryInMemory
 from kvservice_adapter.demo.model import LoadedModel
@@ -24,6 +26,17 @@ from kvservice_adapter.rope import Rope
 from kvservice_adapter.session import Conversation
 from kvservice_adapter.truncation import Ranges, keep_on_overflow, kept_tokens
 from kvservice_client import Client
+
+
+class OnlyLoads(Rates):
+    """Never learns what computing takes, so that whatever is stored is loaded.
+
+    Else a connector may find that computing what a cut has left is faster: as good, but not the same, for it
+    is then computed without what was cut.
+    """
+
+    def observe_prefill(self, new_tokens: int, context_tokens: int, seconds: float) -> None:
+        pass
 
 
 class WindowedEngine:
@@ -81,6 +94,10 @@ class EngineInMemory:
         self._history = HistoryInMemory(Rope.from_model(loaded.model))
         self._token_ids: list[int] = []
         self._unread: list[int] = []
+
+    def cache(self) -> DynamicCache:
+        """All that is left of the conversation, as the model goes on with it."""
+        return self._history.cache()
 
     def answer(self, messages: Sequence[Message], *, window: int) -> InMemory:
         """Answer the last message, and measure how long the first token takes with all that is left computed again."""
