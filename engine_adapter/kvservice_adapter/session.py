@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvservice_api.errors import InvalidRequest
 from kvservice_api.keys import BlockChain, block_chain, cut_key, root_key
 from kvservice_api.layout import Layout
 from kvservice_client import SessionState
@@ -102,8 +103,11 @@ class Conversation:
     def truncate(self, keep: Sequence[tuple[int, int]]) -> None:
         """Only these ranges of tokens stay, (first, count) each: ascending, disjoint, inside the history.
 
-        Raises ValueError where they are not.
+        With none of them everything leaves, and what follows begins anew. Raises InvalidRequest.
         """
+        if not keep:
+            self.begin_anew()
+            return
         kept = joined(keep, self.token_count)
         if kept == ((0, self.token_count),):
             return
@@ -139,18 +143,18 @@ class Conversation:
 
 
 def joined(keep: Sequence[tuple[int, int]], token_count: int) -> Ranges:
-    """Ranges of tokens, those that touch made one, as the daemon names a cut. Raises ValueError."""
+    """Ranges of tokens, those that touch made one, as the daemon names a cut. Raises InvalidRequest."""
     found: list[tuple[int, int]] = []
     for first, count in keep:
         end = sum(found[-1]) if found else 0
         if count < 1 or first < end or first + count > token_count:
-            raise ValueError(f"ranges of {token_count} tokens must be ascending, disjoint and not empty: {list(keep)}")
+            raise InvalidRequest(
+                f"ranges of {token_count} tokens must be ascending, disjoint and not empty: {list(keep)}", field="keep"
+            )
         if found and first == end:
             found[-1] = (found[-1][0], found[-1][1] + count)
         else:
             found.append((first, count))
-    if not found:
-        raise ValueError("nothing is kept: end the session instead")
     return tuple((int(first), int(count)) for first, count in found)
 
 

@@ -12,7 +12,18 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvservice_adapter.connectors.transformers import TransformersConnector
 from kvservice_adapter.cost import Rates
-from kvservice_client import BlockChain, Durability, KVError, Layout, LoadedLayer, ResidencyRun, SaveResult, Shard
+from kvservice_client import (
+    BlockChain,
+    Durability,
+    KVError,
+    Layout,
+    LoadedLayer,
+    RequestReport,
+    ResidencyRun,
+    SaveResult,
+    Shard,
+    Stats,
+)
 
 BLOCK_TOKENS = 4
 
@@ -78,6 +89,7 @@ class KeptBlocks:
         self.saves: list[int] = []  # How many blocks each save brought.
         self.failing: KVError | None = None
         self.layout: Layout | None = None
+        self.reports: list[RequestReport] = []
 
     def open_layout(self, layout: Layout) -> Self:
         self.layout = layout
@@ -85,6 +97,12 @@ class KeptBlocks:
 
     def ping(self, timeout_s: float) -> None:
         self._fail()
+
+    def stats(self) -> Stats:
+        return Stats({}, {}, 0, "")
+
+    def report_request(self, report: RequestReport) -> None:
+        self.reports.append(report)
 
     @property
     def shard(self) -> Shard:

@@ -4,12 +4,15 @@
 * ``cache``: the cache that a model computes with. It waits for each layer, and tells what is new.
 * ``forwards``: tells the cache which tokens a forward computes.
 * ``history``: the layers on their way; ``recompute``: what becomes of them where they do not come.
-* ``writing``: the blocks that a forward completes are saved meanwhile.
-* ``finding``, ``remembering``: what of a prompt is stored; what a session is to know.
-* ``rows``: batches. ``model_layout``: which models, and how their KV lies.
+* ``finding``, ``restoring``: what of a prompt is stored, and the cache that is made of it.
+* ``writing``, ``saving``, ``remembering``: the blocks that a forward completes are saved meanwhile, the rest at
+  the end, and what a session is to know.
+* ``requests``: what is learned from each request, and reported. ``rows``: batches. ``model_layout``: which models.
 """
 
-from kvservice_adapter.connectors.transformers.connector import Restored, Saved, TransformersConnector
+from kvservice_adapter.connectors.transformers.connector import TransformersConnector
 from kvservice_adapter.connectors.transformers.model_layout import UnsupportedModel, layout_of
+from kvservice_adapter.connectors.transformers.restoring import Restored
+from kvservice_adapter.connectors.transformers.saving import Saved
 
 __all__ = ["Restored", "Saved", "TransformersConnector", "UnsupportedModel", "layout_of"]

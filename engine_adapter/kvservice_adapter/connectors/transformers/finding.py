@@ -33,6 +33,7 @@ class Found:
     parent: bytes  # What the first of those continues.
     kept_tokens: int = 0  # Before it: what a cut has left.
     rotation: Rotation | None = None
+    may_begin_later: bool = True  # Whether `load` can leave slices out.
 
     @property
     def tier(self) -> str:
@@ -109,6 +110,7 @@ class Finder:
             parent,
             conversation.kept_tokens,
             rotation,
+            may_begin_later=False,
         )
 
     def _of_session(

@@ -57,9 +57,8 @@ class BackgroundWriting:
         tokens_max: int | None = None,
     ) -> None:
         """`token_ids`, ``[row, column]``, are what the cache holds already. Nothing is saved any more once
-        a row has more than `tokens_max` tokens: its keys are rotated in another way then.
-
-        `keys` may raise ValueError where the model is not what it was.
+        a row has more than `tokens_max` tokens: its keys are rotated in another way then. `keys` raises ValueError
+        where the model is not what it was.
         """
         self._saver = saver
         self._keys = keys
@@ -169,6 +168,10 @@ class BackgroundWriting:
         """Wait until what was sent is answered. Whether it is."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._under_way, timeout_s)
+
+    def continues(self, row: int, column: int, parent: bytes) -> bool:
+        """Whether a chain that begins in a column of a row, behind `parent`, is of what the cache holds."""
+        return (self._rows[row].first, self._rows[row].parent) == (column, parent)
 
     def take_stored(self, chain: BlockChain) -> int:
         """How many blocks of a chain were stored from here since the last call."""
