@@ -80,16 +80,16 @@ class Rig:
             wait_s=_LOAD_S,
             release=lease.release,
         )
+        wait: rig.Wait = loader.wait
         begin_s = time.perf_counter()
         loader.start()
         if buffer_layers is None:
-            for layer in range(self.layers):
-                loader.wait(layer)
+            wait = [loader.wait(layer) for layer in range(self.layers)].__getitem__
         else:
             while loader.report.layers < min(buffer_layers, self.layers):
                 time.sleep(0.001)
             begin_s = time.perf_counter()  # What came in before took nothing of the request's time.
-        logits = self._forward(loader.wait)
+        logits = self._forward(wait)
         total_s = time.perf_counter() - begin_s
         assert torch.equal(logits, self.logits), "the loaded history is not the one that was saved"
         report = loader.report
