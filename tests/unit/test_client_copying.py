@@ -166,3 +166,28 @@ def test_a_batch_that_is_interrupted_is_left_once_its_work_has_ended() -> None:
     assert sorted(written) == [0, 1], "what ran has ended, and what waited was not begun"
     for timer in timers:
         timer.join()
+
+
+def test_an_interrupt_is_raised_at_once_though_it_hit_the_work_of_others() -> None:
+    """Who waits for one group does the parts of the next ones meanwhile."""
+    hung, helped = threading.Event(), threading.Event()
+
+    def first(at: int) -> None:
+        if at == 0:
+            helped.set()
+            hung.wait(10)
+
+    def second(at: int) -> None:
+        raise KeyboardInterrupt
+
+    def interrupted(pool: ThreadPoolExecutor) -> None:
+        with Batch(lambda: pool) as batch:
+            group = batch.start(first, [MIB] * 2)
+            assert helped.wait(10)
+            batch.start(second, [MIB])
+            threading.Timer(0.2, hung.set).start()
+            batch.finish(group, Deadline(5))
+            raise AssertionError("the interrupt was kept for later")
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(KeyboardInterrupt):
+        interrupted(pool)
