@@ -30,6 +30,14 @@ _COPY = copying._copy
 
 
 @pytest.fixture
+def interrupts() -> Iterator[None]:
+    """SIGINT interrupts: a shell has its background jobs, and so their tests, ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
 def pool() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(2) as pool:
         yield pool
@@ -143,6 +151,7 @@ def test_leaving_a_batch_waits_for_what_runs_and_drops_the_rest(pool: ThreadPool
     assert 1 <= len(done) <= 3
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_a_batch_that_is_interrupted_is_left_once_its_work_has_ended() -> None:
     go_on = threading.Event()
     written: list[int] = []
@@ -166,3 +175,29 @@ def test_a_batch_that_is_interrupted_is_left_once_its_work_has_ended() -> None:
     assert sorted(written) == [0, 1], "what ran has ended, and what waited was not begun"
     for timer in timers:
         timer.join()
+
+
+@pytest.mark.usefixtures("interrupts")
+def test_an_interrupt_is_raised_at_once_though_it_hit_the_work_of_others() -> None:
+    """Who waits for one group does the parts of the next ones meanwhile."""
+    hung, helped = threading.Event(), threading.Event()
+
+    def first(at: int) -> None:
+        if at == 0:
+            helped.set()
+            hung.wait(10)
+
+    def second(at: int) -> None:
+        raise KeyboardInterrupt
+
+    def interrupted(pool: ThreadPoolExecutor) -> None:
+        with Batch(lambda: pool) as batch:
+            group = batch.start(first, [MIB] * 2)
+            assert helped.wait(10)
+            batch.start(second, [MIB])
+            threading.Timer(0.2, hung.set).start()
+            batch.finish(group, Deadline(5))
+            raise AssertionError("the interrupt was kept for later")
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(KeyboardInterrupt):
+        interrupted(pool)

@@ -165,8 +165,10 @@ class Batch:
             if group.error is None:
                 for position in part:
                     work(position)
-        except BaseException as error:  # Raised where it is waited for.
+        except BaseException as error:  # Raised where it is waited for; an interrupt at once, whosever part this was.
             group.error = group.error or error
+            if not isinstance(error, Exception):
+                raise
         finally:
             with self._lock:
                 group.left -= 1
