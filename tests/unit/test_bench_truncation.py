@@ -14,7 +14,7 @@ SCORED_TOKENS = 160
 
 
 @pytest.fixture(scope="module")
-def told() -> Quality:
+def told(one_thread: None) -> Quality:
     """stories260K reads its own stories, in a window of 64 tokens."""
     model = stories_model("half")
     torch.manual_seed(0)
@@ -25,7 +25,6 @@ def told() -> Quality:
     return quality(model, stories, window=64, step_tokens=16)
 
 
-@pytest.mark.usefixtures("one_thread")
 class TestATinyModel:
     def test_turned_keys_serve_as_well_as_keys_computed_again(self, told: Quality) -> None:
         assert told.with_sinks.overflows == told.recomputed.overflows >= 4

@@ -71,9 +71,9 @@ def measure(*, quick: bool) -> Section:
         "Quality after truncation",
         f"Perplexity of {loaded.model_id} (fp32) on the text of Python's `pydoc_data.topics`: {parts} parts of it, "
         f"{STEP_TOKENS} tokens at a time, of each the {part_tokens} tokens after the first overflow of the window. At "
-        "each overflow the oldest half leaves. What is left is reused with its keys turned to their new positions (with "
-        "the first 4 tokens kept, and without), or computed anew (the same tokens as with sinks), or reused naively: "
-        "keys as they were, new tokens numbered from half the window.",
+        "each overflow the oldest half leaves. What is left is reused with its keys turned to their new positions "
+        "(with the first 4 tokens kept, and without), or computed anew (the same tokens as with sinks), or reused "
+        "naively: keys as they were, new tokens numbered from half the window.",
     )
     for window in WINDOWS[:1] if quick else WINDOWS:
         texts = text_tokens(loaded.tokenizer, parts, window + part_tokens + 1)
