@@ -155,6 +155,7 @@ class _Load:
         self._changed = threading.Condition()
         self._landed: list[tuple[Event, Pages] | None] = []  # None: taken. The pages are held no longer than that.
         self._iterator: Iterator[LoadedLayer] | None = None
+        self._awaited = -1  # The layer that the engine asked for last.
         self._on_stream = False  # A piece of work of ours is there: no second one is given.
         self._ended = False
         self._started_s = 0.0
@@ -172,6 +173,7 @@ class _Load:
     def landed(self, layer: int, end_s: float) -> tuple[Event, Pages]:
         """The copy of a layer, which may not be done yet. Raises LoadFailed."""
         with self._changed:
+            self._awaited = layer
             while len(self._landed) <= layer:
                 if self.report.error is not None:
                     error = self.report.error
@@ -251,6 +253,8 @@ class _Load:
             return
         with self._changed:
             self._on_stream = False
+            if self._awaited >= report.layers - 1:  # Taken as soon as the engine's thread wakes: go on before that.
+                self._buffer.taken = max(self._buffer.taken, report.layers)
         self.go_on()
 
     def _end(self, error: Exception | None = None) -> None:
