@@ -85,7 +85,10 @@ class LayerLoader:
         self.cancel()
 
     def start(self) -> None:
-        """Begin to load, as far as the buffer goes. To be called once."""
+        """Begin to load, as far as the buffer goes. To be called once.
+
+        A load that begins long before its request runs needs a lease and a timeout that last as long.
+        """
         self._load.go_on()
 
     def request_runs(self) -> None:
@@ -93,10 +96,10 @@ class LayerLoader:
         self._load.request_runs()
 
     def wait(self, layer: int, timeout_s: float | None = None) -> Pages:
-        """The pages of a layer, filled. Layers are taken in order.
+        """The pages of a layer, filled: they are the engine's from now on. Layers are taken in order, each once.
 
         Raises LoadFailed where it is not there after `timeout_s`, or where loading has failed or was ended
-        before; then within no time. Layers that came before stay as they are.
+        before; then within no time. Layers that came stay as they are, and those not taken yet may be.
         """
         begin_s = time.monotonic()
         end_s = begin_s + (self._wait_s if timeout_s is None else timeout_s)
@@ -150,7 +153,7 @@ class _Load:
         self._buffer = buffer
         self._release = release
         self._changed = threading.Condition()
-        self._landed: list[tuple[Event, Pages]] = []
+        self._landed: list[tuple[Event, Pages] | None] = []  # None: taken. The pages are held no longer than that.
         self._iterator: Iterator[LoadedLayer] | None = None
         self._on_stream = False  # A piece of work of ours is there: no second one is given.
         self._ended = False
@@ -177,11 +180,15 @@ class _Load:
                     raise LoadFailed(f"layer {layer} is not loaded: the load was ended before")
                 if not self._changed.wait(end_s - time.monotonic()):
                     raise LoadFailed(f"layer {layer} did not come in time")
-            return self._landed[layer]
+            landed = self._landed[layer]
+        if landed is None:
+            raise LoadFailed(f"layer {layer} was taken before")
+        return landed
 
     def took(self, layer: int) -> None:
         with self._changed:
             self._buffer.taken = max(self._buffer.taken, layer + 1)
+            self._landed[layer] = None
         self.go_on()
 
     def go_on(self) -> None:
@@ -216,7 +223,7 @@ class _Load:
                 raise ValueError(f"layer {self._buffer.loaded} was to come; {loaded and loaded.index} did")
             pages = self._targets(loaded.index)
             event = self._stream.scatter(loaded.data, self._token_counts, pages, self._rotation)
-            self._stream.submit(lambda: self._copied(begin_s, loaded.data.nbytes))
+            self._stream.submit(lambda: self._copied(event, begin_s, loaded.data.nbytes))
         except Exception as error:
             self._end(error)
             return
@@ -225,8 +232,11 @@ class _Load:
             self._landed.append((event, pages))
             self._changed.notify_all()
 
-    def _copied(self, begin_s: float, size_bytes: int) -> None:
+    def _copied(self, event: Event, begin_s: float, size_bytes: int) -> None:
         """A layer is in the engine's pages. The next one, if it is time; others' work may come first."""
+        if event.error is not None:
+            self._end(event.error)
+            return
         report, now_s = self.report, time.monotonic()
         report.busy_s += now_s - begin_s
         report.total_s = now_s - self._started_s

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -12,7 +15,7 @@ import torch
 
 from kvservice_adapter.device.base import Pages
 from kvservice_adapter.device.cpu import CpuDevice
-from tests.contracts.device import WAIT_S, DeviceContract
+from tests.contracts.device import WAIT_S, DeviceContract, Numbering, pages_of
 from tests.daemon import until
 
 
@@ -68,3 +71,32 @@ def test_tensors_with_gradients_are_copied_as_any_others() -> None:
     assert event.wait(WAIT_S)
     assert event.error is None
     assert np.all(into.view(np.float32) == 1)
+
+
+def test_turning_many_keys_starts_no_threads_beside_the_streams_own() -> None:
+    stream, tokens = CpuDevice().stream("test"), 4096
+    pages = pages_of(1, tokens, [0])
+    assert stream.submit(lambda: None).wait(WAIT_S)
+    before = len(os.listdir("/proc/self/task"))
+
+    event = stream.scatter(np.zeros(tokens * pages.token_bytes, np.uint8), [tokens], pages, Numbering())
+
+    assert event.wait(WAIT_S)
+    assert len(os.listdir("/proc/self/task")) == before
+    assert torch.equal(pages.keys, torch.arange(1.0, tokens + 1)[:, None].expand_as(pages.keys))
+
+
+def test_a_process_ends_while_its_streams_are_at_work() -> None:
+    program = """
+import threading
+from kvservice_adapter.device.cpu import CpuDevice
+
+idle, busy, started = CpuDevice().stream("idle"), CpuDevice().stream("busy"), threading.Event()
+idle.submit(print).wait(10)
+busy.submit(lambda: (started.set(), threading.Event().wait()))
+busy.submit(lambda: print("never"))
+started.wait()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")

@@ -99,11 +99,21 @@ class Report:
 
     def write_into(self, path: Path) -> None:
         """Replace the part of a Markdown file between the two marks, or append it with them."""
-        part = f"{BEGIN}\n{self.markdown()}\n{END}"
-        text = path.read_text() if path.exists() else "# Benchmarks\n\n"
-        marked = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-        text = marked.sub(lambda _: part, text) if marked.search(text) else f"{text.rstrip()}\n\n{part}\n"
-        path.write_text(text)
+        write_section(path, BEGIN, self.markdown(), END)
+
+
+def write_section(path: Path, begin: str, markdown: str, end: str) -> None:
+    """Replace the part of a Markdown file between two marks, or append it with them."""
+    part = f"{begin}\n{markdown}\n{end}"
+    text = path.read_text() if path.exists() else "# Benchmarks\n\n"
+    marked = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
+    text = marked.sub(lambda _: part, text) if marked.search(text) else f"{text.rstrip()}\n\n{part}\n"
+    path.write_text(text)
+
+
+def where_and_when() -> str:
+    """The commit, the time and the machine, as each section begins with them."""
+    return f"Commit {_commit()}, {datetime.now(UTC):%Y-%m-%d %H:%M UTC}, {_cpu()}."
 
 
 def _rounded(value: Any) -> Any:

@@ -24,7 +24,7 @@ from kvservice_client.buffers import Bytes
 class Rotation(Protocol):
     """Turns keys from where they were rotated to where they are read."""
 
-    def apply(self, keys: torch.Tensor, first_token: int = 0) -> None:
+    def apply(self, keys: torch.Tensor, first_token: int = 0, /) -> None:
         """Turn ``keys[..., token, dim]`` in place: the tokens of the run from its `first_token`-th on."""
 
 

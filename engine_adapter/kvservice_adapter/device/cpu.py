@@ -26,6 +26,8 @@ from kvservice_client.buffers import Bytes
 _TORCH_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NUMPY_BITS = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
 
+_TORCH_GRAIN = 32768  # at::internal::GRAIN_SIZE: operations on fewer elements want no team.
+
 _Bits = NDArray[Any]
 
 
@@ -38,6 +40,13 @@ class CpuDevice(Device):
 
     def wait_in_compute(self, event: Event, timeout_s: float) -> bool:
         return event.wait(timeout_s)
+
+    def rotate(self, keys: torch.Tensor, rotation: Rotation, first_token: int = 0) -> None:
+        """In parts so small that torch does them on the calling thread."""
+        token_elements = max(1, keys[..., :1, :].numel())
+        tokens = max(1, _TORCH_GRAIN // token_elements)
+        for first in range(0, keys.shape[-2], tokens):
+            super().rotate(keys[..., first : first + tokens, :], rotation, first_token + first)
 
 
 class CpuEvent(Event):
