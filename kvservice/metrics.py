@@ -113,6 +113,14 @@ class StoreCollector(Collector):
         store = self._store
         for name, value in store.counters.as_dict().items():
             yield CounterMetricFamily(_PREFIX + name, HELP[name], value=value)
+        reported = CounterMetricFamily(
+            _PREFIX + "requests_reported",
+            "Requests whose engine told what became of their history, by plan and outcome.",
+            labels=["plan", "outcome"],
+        )
+        for (plan, outcome), count in list(store.requests.reported.items()):
+            reported.add_metric([plan, outcome], count)
+        yield reported
         capacity = GaugeMetricFamily(_PREFIX + "tier_capacity_bytes", "What extents may take.", labels=["tier"])
         used = GaugeMetricFamily(_PREFIX + "tier_used_bytes", "What extents take.", labels=["tier"])
         refusing = GaugeMetricFamily(_PREFIX + "tier_refusing", "1 while a tier takes no blocks.", labels=["tier"])

@@ -24,6 +24,7 @@ from kvservice_client.block_cache import BlockCache, Durability, SaveResult
 from kvservice_client.client import DEFAULT_ADDRESS, Client, EvictResult, PrefetchResult
 from kvservice_client.lease import Lease, LoadedLayer, ResidencyRun
 from kvservice_client.local_directory import LocalHit
+from kvservice_client.reports import Outcome, RequestReport
 from kvservice_client.session import Session, SessionHistory, SessionState, Slice
 from kvservice_client.tls import TlsFiles
 from kvservice_client.traffic import Stats
@@ -42,7 +43,9 @@ __all__ = [
     "Lease",
     "LoadedLayer",
     "LocalHit",
+    "Outcome",
     "PrefetchResult",
+    "RequestReport",
     "ResidencyRun",
     "Rotary",
     "SaveResult",

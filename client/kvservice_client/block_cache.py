@@ -61,6 +61,17 @@ class BlockCache:
         self.layout = layout
         self.shard = shard
 
+    def ping(self, timeout_s: float | None = None) -> None:
+        """Be answered: attach and make the layout known, as far as that is not done, and ask for a sign of life.
+
+        After this the next request pays for none of it. Raises DaemonUnavailable or DeadlineExceeded where the
+        daemon is away.
+        """
+        deadline = self._connection.deadline(timeout_s)
+        self._connection.retried(lambda: self._connection.session(self.layout, deadline), deadline)
+        request = pb.GetCapabilitiesRequest()
+        self._connection.channel.call(BLOCKS + "GetCapabilities", request, pb.GetCapabilitiesResponse, deadline)
+
     def contains(self, chain: BlockChain, timeout_s: float | None = None) -> int:
         """How many leading blocks of the chain are stored. No lease: they may be gone the next moment.
 

@@ -16,6 +16,7 @@ from kvservice_client.admin import TIERS, Admin, Tier
 from kvservice_client.block_cache import BlockCache
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection
+from kvservice_client.reports import RequestReport
 from kvservice_client.retry import Deadline
 from kvservice_client.session import Session
 from kvservice_client.tls import TlsFiles
@@ -129,6 +130,14 @@ class Client:
         are several sessions. The ranks of one model share a session: one of them changes it.
         """
         return Session(self._connection, self.open_layout(layout, shard), session_id)
+
+    def report_request(self, report: RequestReport) -> None:
+        """Tell the daemon, in the background, what became of a request: `kvctl explain` shows it.
+
+        Waits for nobody and raises for nothing that the daemon does. While it is away, the last 256 reports are
+        kept. Raises InvalidRequest for a plan that does not exist.
+        """
+        self._connection.reporter.report(report)
 
     def prefetch(
         self, keys: Iterable[bytes], *, wait: bool = False, deadline_s: float = 0.0, timeout_s: float | None = None

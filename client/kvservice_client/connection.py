@@ -14,12 +14,14 @@ from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client.attachment import Attachment, LifeLine
 from kvservice_client.channel import BLOCKS, Channel
 from kvservice_client.local_directory import LocalDirectory
+from kvservice_client.reports import Reporter
 from kvservice_client.retry import Deadline, retry
 from kvservice_client.tls import TlsFiles
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 
+_REPORTS_S = 0.5  # How long closing waits for what is still to be reported.
 _MAY_PASS = (DaemonUnavailable, UnknownClient, UnknownLayout)
 
 
@@ -41,12 +43,13 @@ class Connection:
     ) -> None:
         self.channel = Channel(address, tls)
         self.life_line = LifeLine(self.channel, name)
+        self.reporter = Reporter(self.channel, name)
         self.local_directory = LocalDirectory()
         self.timeout_s = timeout_s
         self._reconnect_wait_s = reconnect_wait_s
         self._limits: pb.GetCapabilitiesResponse | None = None
         self._opened: dict[bytes, int] = {}  # Layout fingerprint -> the boot epoch it was opened in.
-        self.close = weakref.finalize(self, _close, self.life_line, self.channel)
+        self.close = weakref.finalize(self, _close, self.life_line, self.reporter, self.channel)
 
     def deadline(self, timeout_s: float | None) -> Deadline:
         return Deadline(self.timeout_s if timeout_s is None else timeout_s)
@@ -90,7 +93,9 @@ class Connection:
         self._opened[fingerprint] = boot_epoch
 
 
-def _close(life_line: LifeLine, channel: Channel) -> None:
+def _close(life_line: LifeLine, reporter: Reporter, channel: Channel) -> None:
+    reporter.close()
+    reporter.join(_REPORTS_S)
     life_line.close()
     channel.close()
     life_line.join(1.0)

@@ -23,6 +23,7 @@ from kvservice_client.transports.in_place import View
 
 # What a transfer is given beyond the client's timeout: slower than this, recomputing is faster.
 TRANSFER_BYTES_PER_S_MIN = 128 * 2**20
+_RELEASE_S = 1.0
 _SPARED = 0.2  # Of a lease's time: bytes in place are not used that late, for clocks do not run alike.
 
 
@@ -164,11 +165,14 @@ class Lease:
         self._renew(self._ttl_s if ttl_s is None else ttl_s, self._connection.deadline(timeout_s))
         return self._ttl_s
 
-    def release(self) -> None:
-        """End the lease. Never raises: a lease that cannot be released ends by itself."""
+    def release(self, timeout_s: float | None = None) -> None:
+        """End the lease. Never raises: a lease that cannot be released ends by itself.
+
+        Waits at most `timeout_s`, by default the client's, and never longer than a second.
+        """
         if self.remaining_s:
             request = pb.ReleaseLeaseRequest(client_id=self._attachment.client_id, lease_id=self._lease_id)
-            deadline = Deadline(min(1.0, self._connection.timeout_s))
+            deadline = Deadline(min(_RELEASE_S, self._connection.timeout_s if timeout_s is None else timeout_s))
             with suppress(KVError):
                 self._connection.channel.call(BLOCKS + "ReleaseLease", request, pb.ReleaseLeaseResponse, deadline)
         self._lease_id = 0

@@ -127,10 +127,10 @@ class SessionHistory:
             parts += [np.ascontiguousarray(part[:, tokens]).reshape(-1).view(np.uint8) for part in arrays[block]]
         return np.concatenate(parts)
 
-    def release(self) -> None:
-        """End the lease. Never raises."""
+    def release(self, timeout_s: float | None = None) -> None:
+        """End the lease, as `Lease.release`. Never raises."""
         if self._lease is not None:
-            self._lease.release()
+            self._lease.release(timeout_s)
 
     def __enter__(self) -> Self:
         return self

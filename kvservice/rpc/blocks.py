@@ -20,6 +20,7 @@ from kvservice.rpc.messages import (
     save_response,
     shard_of,
 )
+from kvservice.rpc.reports import report_record
 from kvservice.store.block_store import BlockStore
 from kvservice.store.directory import ResidencyDirectory
 from kvservice.store.ingest import SaveOutcome
@@ -185,6 +186,14 @@ class BlockService(InPlaceRpcs):
             raise InvalidRequest("name the tier to evict from: TIER_DRAM or TIER_SSD", field="tier")
         outcome = await self._store.evict(keys, _TIERS[request.tier])
         return pb.EvictResponse(**outcome._asdict())
+
+    async def ReportRequest(self, request: pb.ReportRequestRequest, context: Context) -> pb.ReportRequestResponse:
+        requests, report = self._store.requests, request.report
+        requests.check_id(report.request_id)
+        if not report.request_id:
+            raise InvalidRequest("a report names its request", field="request_id")
+        requests.note_report(report.request_id, report_record(report, self._store.clock.wall_ms()))
+        return pb.ReportRequestResponse()
 
     async def _next_data(self, requests: AsyncIterator[bytes]) -> bytes | None:
         try:

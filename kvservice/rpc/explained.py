@@ -6,6 +6,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from kvservice.blocks import TierName
 from kvservice.index.session_records import Manifest
+from kvservice.rpc.reports import report_message
 from kvservice.store.block_store import BlockStore
 from kvservice.store.drain import DrainProgress
 from kvservice.store.explain import ExplainedLookup, Missing, OtherLayout
@@ -106,6 +107,11 @@ def request(store: BlockStore, request_id: str) -> pb.ExplainedRequest:
         request_id=request_id,
         lookups=[_lookup(each) for each in store.explain.lookups(found)],
         lookups_more=found.lookups_more,
+        reports=[
+            pb.ExplainedReport(at=timestamp(each.began_ms), report=report_message(request_id, each))
+            for each in found.reports
+        ],
+        reports_more=found.reports_more,
     )
 
 

@@ -1,12 +1,13 @@
 """What became of the last requests that came with an id: for `explain`.
 
 A request is what an engine calls one; its id is the engine's. It may look up several times, once a rank
-for example, and load from each lease several times.
+for example, and load from each lease several times. What the engine's side reports of it comes behind all
+that, or alone: a request that found the daemon away never asked it anything.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from kvservice_api.layout import Layout, Shard
 
 _ID_BYTES_MAX = 200
 _LOOKUPS_MAX, _LOADS_MAX = 64, 16  # Of one request, of one lookup; later ones are counted only.
+_REPORTS_MAX = 64  # Of one request.
 
 
 @dataclass(slots=True)
@@ -55,10 +57,34 @@ class LookupRecord:
     lease_id: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class ReportRecord:
+    """What the engine's side tells of a request. `estimates_ms` and `times_ms` have the names that it gave them."""
+
+    report_id: int  # The same one again is the same report; 0 is nobody's.
+    began_ms: int
+    client: str
+    plan: str  # "load", "recompute", "mixed", or "none".
+    plan_reason: str
+    outcome: str  # "done", "miss", "failed_over" or "breaker_open".
+    outcome_reason: str
+    history_tokens: int
+    new_tokens: int
+    loaded_tokens: int
+    computed_tokens: int
+    loaded_bytes: int
+    tier: str
+    transport: str
+    estimates_ms: Mapping[str, float]
+    times_ms: Mapping[str, float]
+
+
 @dataclass(slots=True)
 class RequestRecord:
     lookups: list[LookupRecord] = field(default_factory=list)
     lookups_more: int = 0
+    reports: list[ReportRecord] = field(default_factory=list)
+    reports_more: int = 0
 
 
 class Requests:
@@ -70,6 +96,7 @@ class Requests:
         self._requests_max = requests_max
         self._records: OrderedDict[str, RequestRecord] = OrderedDict()
         self._by_lease: dict[int, LookupRecord] = {}
+        self.reported: Counter[tuple[str, str]] = Counter()  # (plan, outcome) of all reports since the start.
 
     @staticmethod
     def check_id(request_id: str) -> None:
@@ -81,7 +108,7 @@ class Requests:
         """Raises RequestNotFound."""
         if request_id not in self._records:
             raise RequestNotFound(
-                f"no lookup with the request id {request_id!r} is among the last {self._requests_max} remembered "
+                f"no request with the id {request_id!r} is among the last {self._requests_max} remembered "
                 "since the daemon's start",
                 request_id=request_id,
             )
@@ -114,9 +141,30 @@ class Requests:
             record.other_layout_ids = tuple(same)
         self._add(request_id, record, lease)
 
-    def _add(self, request_id: str, record: LookupRecord, lease: Lease | None) -> None:
+    def note_report(self, request_id: str, report: ReportRecord) -> None:
+        """One that was noted before, under the same id of its own, is not noted again."""
+        if self._requests_max:
+            request = self._record(request_id)
+            if report.report_id and any(report.report_id == each.report_id for each in request.reports):
+                return
+            if len(request.reports) < _REPORTS_MAX:
+                request.reports.append(report)
+            else:
+                request.reports_more += 1
+        self.reported[report.plan, report.outcome] += 1
+
+    def _record(self, request_id: str) -> RequestRecord:
+        """The record of this id, the youngest from now on. Where it is a new one, the oldest is forgotten for it."""
         request = self._records.setdefault(request_id, RequestRecord())
         self._records.move_to_end(request_id)
+        if len(self._records) > self._requests_max:
+            _, forgotten = self._records.popitem(last=False)
+            for lookup in forgotten.lookups:
+                self._by_lease.pop(lookup.lease_id, None)
+        return request
+
+    def _add(self, request_id: str, record: LookupRecord, lease: Lease | None) -> None:
+        request = self._record(request_id)
         if len(request.lookups) == _LOOKUPS_MAX:
             request.lookups_more += 1
             return
@@ -124,10 +172,6 @@ class Requests:
         if lease is not None:
             record.lease_id = lease.lease_id
             self._by_lease[lease.lease_id] = record
-        if len(self._records) > self._requests_max:
-            _, forgotten = self._records.popitem(last=False)
-            for lookup in forgotten.lookups:
-                self._by_lease.pop(lookup.lease_id, None)
 
     @contextmanager
     def load(self, lease: Lease, blocks: range, layers: range, *, in_place: bool = False) -> Iterator[LoadRecord]:

@@ -125,8 +125,9 @@ def block_chain(
     salt: bytes = b"",
     extras: Sequence[bytes] | None = None,
     with_partial: bool = False,
+    parent: bytes | None = None,
 ) -> BlockChain:
-    """The chain of `token_ids`, from the root on.
+    """The chain of `token_ids`, from the root on, or from where `parent` ends: a block's key, or a cut's.
 
     Only full blocks, unless `with_partial`. `extras` has one `extra_identity` a block, and may be
     shorter than the chain. Raises InvalidRequest for ids that are not 32-bit unsigned integers.
@@ -134,15 +135,15 @@ def block_chain(
     tokens = _as_u32(token_ids)
     size = layout.block_tokens
     end = len(tokens) if with_partial else len(tokens) // size * size
-    parent = root = root_key(layout.fingerprint, salt)
+    start = tip = root_key(layout.fingerprint, salt) if parent is None else parent
     keys: list[bytes] = []
     counts: list[int] = []
-    for block, start in enumerate(range(0, end, size)):
-        part = tokens[start : start + size]
-        parent = block_key(parent, part, extras[block] if extras and block < len(extras) else b"")
-        keys.append(parent)
+    for block, first in enumerate(range(0, end, size)):
+        part = tokens[first : first + size]
+        tip = block_key(tip, part, extras[block] if extras and block < len(extras) else b"")
+        keys.append(tip)
         counts.append(len(part))
-    return BlockChain(root, tuple(keys), tuple(counts))
+    return BlockChain(start, tuple(keys), tuple(counts))
 
 
 def split_keys(packed: bytes, *, field: str, count_max: int) -> list[bytes]:

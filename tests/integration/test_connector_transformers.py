@@ -10,7 +10,7 @@ import torch
 from kvservice_adapter.connectors.transformers import TransformersConnector
 from kvservice_api.errors import InvalidRequest
 from kvservice_client import Client, Durability
-from tests.daemon import DaemonProcess, eventually
+from tests.daemon import DaemonProcess, eventually, until
 from tests.unit.connector_models import BLOCK_TOKENS, computed, connector, prompt, states, tiny_llama
 
 
@@ -31,6 +31,7 @@ def test_a_history_survives_the_daemon_and_its_absence_only_costs_time(
         assert away.error is not None
 
         daemon.start()
+        until(lambda: subject.restore(tokens).tokens > 0)
         back = subject.restore(tokens)
         assert (back.tokens, back.tier, back.error) == (6 * BLOCK_TOKENS, "dram", None)
         for before, after in zip(states(cache), states(back.cache), strict=True):
@@ -46,9 +47,9 @@ def test_the_tier_that_served_is_named(daemon: DaemonProcess) -> None:
         keys = [block.key for block in client.admin.list_blocks(layout_fingerprint=subject.layout.fingerprint)]
         assert subject.restore(tokens).tier == "dram"
 
-        client.evict(keys[:1], "dram")
+        eventually(lambda: client.evict(keys[:1], "dram").evicted == 1)  # Once the load has ended.
         assert subject.restore(tokens).tier == "mixed"
-        client.evict(keys, "dram")
+        eventually(lambda: client.evict(keys, "dram").held == 0)
         assert subject.restore(tokens).tier == "ssd"
 
 

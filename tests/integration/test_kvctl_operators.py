@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from kvservice_client import BlockChain, Client, Durability, Tier
+from kvservice_client import BlockChain, Client, Durability, Outcome, RequestReport, Tier
 from tests.daemon import DaemonProcess, until
 from tests.integration.known_blocks import SMALL, compare, new_chain, save
 from tests.integration.test_client_kvctl import KVCTL, kvctl
@@ -172,9 +172,46 @@ def test_explain_tells_of_a_request(
 
     done = kvctl("explain", ABSENT[:63], "--json", address=daemon.address)
     assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(
-        r"kvctl: no lookup with the request id .* a block's key has 64 hexadecimal digits\.\n", done.stderr
+    assert re.fullmatch(r"kvctl: no request with the id .* a block's key has 64 hexadecimal digits\.\n", done.stderr)
+
+
+def test_explain_tells_what_the_engine_reported(
+    ask: Callable[..., Any], daemon: DaemonProcess, client: Client, chain: BlockChain
+) -> None:
+    with client.open_layout(SMALL).lookup(chain, request_id="cmpl-8"):
+        pass
+    client.report_request(
+        RequestReport(
+            request_id="cmpl-8",
+            outcome=Outcome.FAILED_OVER,
+            outcome_reason="DEADLINE_EXCEEDED",
+            plan="mixed",
+            plan_reason="the first [512] tokens are computed while the rest comes in",
+            estimate_s={"load": 0.9, "mixed": 0.6},
+            history_tokens=1000,
+            new_tokens=40,
+            loaded_tokens=488,
+            computed_tokens=512,
+            loaded_bytes=2**20,
+            tier="dram",
+            transport="shm",
+            lookup_s=0.001,
+            waited_s=0.25,
+            first_token_s=0.85,
+        )
     )
+    until(lambda: len(ask("explain", "cmpl-8")["reports"]) == 1)
+    told = ask("explain", "cmpl-8")
+    assert len(told["lookups"]) == 1
+    (explained,) = told["reports"]
+    assert explained["report"]["estimates"] == {"load_ms": 900, "recompute_ms": None, "mixed_ms": 600}
+    done = kvctl("explain", "cmpl-8", address=daemon.address)
+    assert "what was to be loaded was computed instead: DEADLINE_EXCEEDED" in done.stdout
+    assert "the first [512] tokens are computed while the rest comes in" in done.stdout
+    assert "history of 1000 tokens: 488 loaded (1 MiB from dram by shm), 512 computed; 40 new tokens" in done.stdout
+    rows = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert {"load 900.0 ms", "recompute -", "mixed 600.0 ms 850.0 ms"} <= set(rows)
+    assert "lookup 1.0 ms, waited 250.0 ms\n" in done.stdout
 
 
 def test_explain_tells_how_much_of_a_session_is_stored(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from kvservice_api.arena import HEADER_BYTES, ArenaHeader
-from kvservice_api.errors import BlockNotFound, InvalidRequest, LeaseExpired, ReservationEnded
+from kvservice_api.errors import BlockNotFound, InvalidRequest, LeaseExpired, RequestNotFound, ReservationEnded
 from kvservice_api.frames import HEAD_BYTES_MAX
 from kvservice_api.keys import BlockChain
 from kvservice_api.layout import Layout, Shard, Trailer, block_geometry, checksum
@@ -301,3 +302,65 @@ def test_SaveBlocks_takes_frames_in_any_order_and_of_any_size(wire: Wire) -> Non
 
     assert wire.save(upload.messages()).stored == 2
     assert wire.has(SMALL, chain)
+
+
+def test_ReportRequest_is_told_by_Explain_once_with_or_without_a_lookup(wire: Wire) -> None:
+    report = pb.RequestReport(
+        report_id=7,
+        request_id="reported",
+        client_name="engine",
+        ago_ms=5000,
+        plan=pb.REQUEST_PLAN_MIXED,
+        plan_reason="both at once",
+        outcome=pb.REQUEST_OUTCOME_FAILED_OVER,
+        outcome_reason="DEADLINE_EXCEEDED",
+        history_tokens=1000,
+        new_tokens=40,
+        loaded_tokens=488,
+        computed_tokens=512,
+        loaded_bytes=2**20,
+        tier="ssd",
+        transport="shm",
+        estimates=pb.PlanEstimates(load_ms=900, mixed_ms=0),
+        times=pb.RequestTimes(lookup_ms=0.5, first_token_ms=700),
+    )
+    for _ in range(2):
+        wire.blocks.ReportRequest(pb.ReportRequestRequest(report=report))
+    told = wire.admin.Explain(admin_pb2.ExplainRequest(request_id="reported")).request
+    (explained,) = told.reports
+    report.ago_ms = 0
+    assert explained.report == report
+    assert 4 <= time.time() - explained.at.seconds <= 60
+    assert not told.lookups
+    assert not explained.report.estimates.HasField("recompute_ms"), "what nobody knew is not 0"
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"request_id": ""}, "request_id"),
+        ({"request_id": "x" * 201}, "request_id"),
+        ({"outcome": 0}, "outcome"),
+        ({"outcome": 99}, "outcome"),
+        ({"plan": 99}, "plan"),
+        ({"plan_reason": "x" * 201}, "plan_reason"),
+        ({"client_name": "\x1b[2J"}, "client_name"),
+        ({"tier": "a\nb"}, "tier"),
+        ({"estimates": pb.PlanEstimates(load_ms=float("nan"))}, "load_ms"),
+        ({"times": pb.RequestTimes(waited_ms=-1)}, "waited_ms"),
+        ({"times": pb.RequestTimes(first_token_ms=float("inf"))}, "first_token_ms"),
+    ],
+)
+def test_ReportRequest_refuses_what_cannot_be_told(wire: Wire, changes: dict[str, Any], field: str) -> None:
+    fields: dict[str, Any] = {"request_id": "odd", "outcome": pb.REQUEST_OUTCOME_DONE, **changes}
+    with refused(InvalidRequest, "", field=field):
+        wire.blocks.ReportRequest(pb.ReportRequestRequest(report=pb.RequestReport(**fields)))
+    with refused(RequestNotFound, "no request with the id"):
+        wire.admin.Explain(admin_pb2.ExplainRequest(request_id=fields["request_id"] or "odd"))
+
+
+def test_ReportRequest_takes_times_from_before_the_epoch_as_long_ago(wire: Wire) -> None:
+    report = pb.RequestReport(request_id="old", outcome=pb.REQUEST_OUTCOME_DONE, ago_ms=2**64 - 1)
+    wire.blocks.ReportRequest(pb.ReportRequestRequest(report=report))
+    (told,) = wire.admin.Explain(admin_pb2.ExplainRequest(request_id="old")).request.reports
+    assert 0 < told.at.seconds < time.time() - 86400

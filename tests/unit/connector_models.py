@@ -7,10 +7,23 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvservice_adapter.connectors.transformers import TransformersConnector
-from kvservice_client import BlockChain, Durability, KVError, Layout, LoadedLayer, ResidencyRun, SaveResult
+from kvservice_adapter.cost import Rates
+from kvservice_client import (
+    BlockChain,
+    Durability,
+    KVError,
+    Layout,
+    LoadedLayer,
+    RequestReport,
+    ResidencyRun,
+    SaveResult,
+    Shard,
+    Stats,
+)
 
 BLOCK_TOKENS = 4
 
@@ -35,8 +48,19 @@ def tiny_llama(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     return model.to(dtype).eval()
 
 
+class NothingMeasured(Rates):
+    """Learns nothing, so that what is stored is loaded, however fast it could be computed."""
+
+    def observe_load(self, *measured: Any, **more: Any) -> None:
+        pass
+
+    def observe_prefill(self, *measured: Any) -> None:
+        pass
+
+
 def connector(client: Any, model: Any, **options: Any) -> TransformersConnector:
     given = {"model_id": "tiny", "model_revision": "1", "block_tokens": BLOCK_TOKENS, **options}
+    given.setdefault("rates", NothingMeasured())
     return TransformersConnector(client, model, **given)
 
 
@@ -65,10 +89,27 @@ class KeptBlocks:
         self.saves: list[int] = []  # How many blocks each save brought.
         self.failing: KVError | None = None
         self.layout: Layout | None = None
+        self.reports: list[RequestReport] = []
 
     def open_layout(self, layout: Layout) -> Self:
         self.layout = layout
         return self
+
+    def ping(self, timeout_s: float) -> None:
+        self._fail()
+
+    def stats(self) -> Stats:
+        return Stats({}, {}, 0, "")
+
+    def report_request(self, report: RequestReport) -> None:
+        self.reports.append(report)
+
+    @property
+    def shard(self) -> Shard:
+        return Shard.whole(self._layout)
+
+    def slice_bytes(self, token_count: int) -> int:
+        return self._layout.slice_bytes(self._layout.kv_heads, token_count)
 
     def contains(self, chain: BlockChain) -> int:
         self._fail()
@@ -77,17 +118,17 @@ class KeptBlocks:
             hits += 1
         return hits
 
-    def save(self, chain: BlockChain, layers: Sequence[torch.Tensor], durability: Durability) -> SaveResult:
+    def save(self, chain: BlockChain, layers: Sequence[NDArray[np.uint8]], durability: Durability) -> SaveResult:
         self._fail()
         assert len(layers) == self._layout.layers
         self.saves.append(len(chain))
         for block, key in enumerate(chain):
             start = sum(chain.token_counts[:block]) * self._token_bytes
             end = start + chain.token_counts[block] * self._token_bytes
-            self.stored[key] = [layer.view(torch.uint8)[start:end].numpy().tobytes() for layer in layers]
+            self.stored[key] = [layer[start:end].tobytes() for layer in layers]
         return SaveResult(len(chain), 0, [])
 
-    def lookup(self, chain: BlockChain) -> KeptLease:
+    def lookup(self, chain: BlockChain, *, timeout_s: float, request_id: str) -> KeptLease:
         return KeptLease([self.stored[key] for key in chain.keys[: self.contains(chain)]], self._layout)
 
     @property
@@ -109,15 +150,13 @@ class KeptLease:
         self._blocks, self._layout = blocks, layout
         self.hit_blocks = len(blocks)
         self.hit_tokens = len(blocks) * layout.block_tokens
+        self.token_counts = (layout.block_tokens,) * len(blocks)
         self.residency = [ResidencyRun(len(blocks), dram=True, ssd=False)]
 
-    def load(self) -> Iterator[LoadedLayer]:
+    def load(self, first_block: int, block_count: int) -> Iterator[LoadedLayer]:
         for layer in range(self._layout.layers):
-            data = b"".join(block[layer] for block in self._blocks)
+            data = b"".join(block[layer] for block in self._blocks[first_block : first_block + block_count])
             yield LoadedLayer(layer, np.frombuffer(bytearray(data), np.uint8))
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def release(self) -> None:
         pass

@@ -171,6 +171,16 @@ def test_caches_of_another_kind_or_type_are_refused(kept: KeptBlocks) -> None:
 _TINY: dict[str, Any] = {"vocab_size": 97, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
 
 
+_LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "factor": 2.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+    "original_max_position_embeddings": 128,
+}
+
+
 @pytest.mark.parametrize(
     ("model", "why"),
     [
@@ -180,7 +190,7 @@ _TINY: dict[str, Any] = {"vocab_size": 97, "num_hidden_layers": 2, "num_attentio
             ),
             "Sliding",
         ),
-        (lambda: tiny_llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "dynamic"),
+        (lambda: tiny_llama(rope_parameters=_LONGROPE), "longrope"),
         (lambda: T5ForConditionalGeneration(T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2)), "tokens"),
     ],
     ids=["sliding window", "rotary encoding that depends on the length", "encoder"],

@@ -13,7 +13,7 @@ from kvservice.blocks import TierName
 from kvservice.store.explain import Arrival, Miss, OtherLayout, Place, differences
 from kvservice.store.history import Reason
 from kvservice.store.leases import Client
-from kvservice.store.requests import Requests
+from kvservice.store.requests import ReportRecord, Requests
 from kvservice_api.errors import InvalidRequest, RequestNotFound
 from kvservice_api.layout import Layout, Rotary, Shard
 from tests.stores import KIB, LAYOUT, WHOLE, OpenStore, StoreFiles, frames_of, some_chain, some_images, until
@@ -291,6 +291,43 @@ async def test_only_the_last_requests_are_remembered_and_only_so_much_of_each(
     store.lookup(b"", LAYOUT.fingerprint, WHOLE, keys, 0, "none")
     with pytest.raises(RequestNotFound):
         store.requests.get("none")
+
+
+def report(report_id: int = 0, plan: str = "load") -> ReportRecord:
+    return ReportRecord(report_id, 0, "engine", plan, "", "done", "", 0, 0, 0, 0, 0, "", "", {}, {})
+
+
+async def test_reports_are_bounded_and_one_that_comes_twice_counts_once(opened: OpenStore) -> None:
+    requests = Requests(opened.store.blocks, opened.files.clock, 2)
+    for report_id in (1, 2, 1, 0, 0):
+        requests.note_report("r", report(report_id))
+    assert [each.report_id for each in requests.get("r").reports] == [1, 2, 0, 0]
+    assert requests.reported == {("load", "done"): 4}
+    for _ in range(100):
+        requests.note_report("r", report(plan="mixed"))
+    found = requests.get("r")
+    assert (len(found.reports), found.reports_more) == (64, 40)
+    assert requests.reported["mixed", "done"] == 100
+
+    requests.note_report("s", report())
+    requests.note_report("t", report())
+    with pytest.raises(RequestNotFound, match="'r'"):
+        requests.get("r")
+
+    none = Requests(opened.store.blocks, opened.files.clock, 0)
+    none.note_report("r", report(1))
+    assert none.reported == {("load", "done"): 1}
+    with pytest.raises(RequestNotFound):
+        none.get("r")
+
+
+async def test_a_report_stands_beside_the_lookups_of_its_request(opened: OpenStore, client: Client) -> None:
+    keys = await saved(opened, client, 1)
+    opened.store.requests.note_report("r", report(1))
+    ask(opened, keys, "r")
+    opened.store.requests.note_report("r", report(2))
+    found = opened.store.requests.get("r")
+    assert (len(found.lookups), len(found.reports)) == (1, 2)
 
 
 async def test_a_request_id_that_is_too_long_is_refused(opened: OpenStore) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from kvservice_api.errors import RequestNotFound, SessionNotFound
 from kvservice_api.keys import KEY_BYTES
 from kvservice_api.v1 import admin_pb2 as pb
+from kvservice_api.v1 import blocks_pb2
 from kvservice_client.cli import output, reasons
 from kvservice_client.cli.options import Address, AsJson, Timeout, connect
 from kvservice_client.client import DEFAULT_ADDRESS, Client
@@ -71,9 +72,7 @@ def _asked(client: Client, what: str, *, is_request: bool, is_session: bool) -> 
         try:
             return client.admin.explain_session(what)
         except SessionNotFound as error:
-            raise RequestNotFound(
-                f"no lookup with the request id {what!r} is remembered, and {error.message}"
-            ) from None
+            raise RequestNotFound(f"no request with the id {what!r} is remembered, and {error.message}") from None
 
 
 def _is_key(text: str) -> bool:
@@ -158,3 +157,53 @@ def _print_request(request: pb.ExplainedRequest, console: Console) -> None:
                 say(f"  it is stored since {output.when(lookup.miss.stored_since)}")
     if request.lookups_more:
         say(f"and {request.lookups_more} more lookups")
+    for each in request.reports:
+        _print_report(each, console)
+    if request.reports_more:
+        say(f"and {request.reports_more} more reports")
+
+
+_OUTCOMES = {
+    blocks_pb2.REQUEST_OUTCOME_DONE: "as planned",
+    blocks_pb2.REQUEST_OUTCOME_MISS: "nothing was stored, all was computed",
+    blocks_pb2.REQUEST_OUTCOME_FAILED_OVER: "what was to be loaded was computed instead",
+    blocks_pb2.REQUEST_OUTCOME_BREAKER_OPEN: "the daemon was not asked, the circuit breaker was open",
+}
+
+
+def _print_report(explained: pb.ExplainedReport, console: Console) -> None:
+    def say(line: str) -> None:
+        console.print(line, markup=False)
+
+    report = explained.report
+    how = _OUTCOMES.get(report.outcome, f"outcome {report.outcome}")
+    say(f"report of a request that began at {output.when(explained.at)}, by {report.client_name or 'a client'}:")
+    say(f"  {how}{': ' if report.outcome_reason else ''}{report.outcome_reason}")
+    if report.plan_reason:
+        say(f"  {report.plan_reason}")
+    loaded = f"{report.loaded_tokens} loaded"
+    if report.loaded_bytes:
+        loaded += f" ({output.size(report.loaded_bytes)} from {report.tier or '?'} by {report.transport or '?'})"
+    say(
+        f"  history of {report.history_tokens} tokens: {loaded}, {report.computed_tokens} computed; "
+        f"{report.new_tokens} new tokens"
+    )
+    expected = {name.removesuffix("_ms"): value for name, value in output.plain(report.estimates).items()}
+    chosen = output.enum_name(blocks_pb2.RequestPlan.DESCRIPTOR, report.plan)
+    first_token_ms = output.plain(report.times)["first_token_ms"]
+    if report.plan:
+        table = output.table("  plan", "expected", "took", right=("expected", "took"))
+        for plan, expected_ms in expected.items():
+            table.add_row(f"  {plan}", _ms(expected_ms), _ms(first_token_ms) if plan == chosen else "")
+        console.print(table)
+    elif first_token_ms is not None:
+        say(f"  the first token took {_ms(first_token_ms)}")
+    parts = {name: value for name, value in output.plain(report.times).items() if value is not None}
+    parts.pop("first_token_ms", None)
+    if parts:
+        named = (f"{name.removesuffix('_ms').replace('_', ' ')} {_ms(value)}" for name, value in parts.items())
+        say(f"  of that: {', '.join(named)}")
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} ms"

@@ -25,11 +25,11 @@ def print_json(document: object) -> None:
 def plain(message: Message) -> dict[str, Any]:
     """A message as JSON types, all fields shown: bytes and fixed64 in hexadecimal, times in ISO 8601.
 
-    An absent message is None, and the values of enums are their names.
+    What is absent, a message or a number, is None, and the values of enums are their names.
     """
     return {
         field.name: _plain_field(field, getattr(message, field.name))
-        if field.message_type is None or not field.has_presence or message.HasField(field.name)
+        if not field.has_presence or message.HasField(field.name)
         else None
         for field in message.DESCRIPTOR.fields
     }

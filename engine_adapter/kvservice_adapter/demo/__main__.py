@@ -8,7 +8,7 @@ import signal
 import sys
 
 from kvservice_adapter.demo import report
-from kvservice_adapter.demo.conversation import hold_conversation
+from kvservice_adapter.demo.conversation import hold_conversation, hold_overflowing_conversation
 from kvservice_adapter.demo.processes import ProcessFailed
 
 
@@ -17,26 +17,42 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     parser.add_argument("--model", default="", help="a GGUF file, a folder, or a model of the hub")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--overflow", action="store_true", help="in a window that the conversation overflows")
+    parser.add_argument("--window", type=int, default=1024, help="tokens, with --overflow (default: %(default)s)")
     arguments = parser.parse_args()
+    if arguments.window < 1:
+        parser.error("--window must be a number of tokens")
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # So that the daemon does not stay.
 
     if not arguments.json:
-        print(report.header())
+        print(report.header(arguments.overflow))
     turns = []
+
+    def note(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
     try:
-        for turn in hold_conversation(arguments.model, note=lambda text: print(text, file=sys.stderr, flush=True)):
+        for turn in (
+            hold_overflowing_conversation(arguments.model, arguments.window, note)
+            if arguments.overflow
+            else hold_conversation(arguments.model, note)
+        ):
             turns.append(turn)
             if turn.trouble:
                 print(turn.trouble, file=sys.stderr)
             if not arguments.json:
-                print(report.row(len(turns), turn), flush=True)
+                print(report.row(len(turns), turn, arguments.overflow), flush=True)
     except ProcessFailed as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    print(json.dumps(report.as_object(turns), indent=2) if arguments.json else report.totals(turns))
+    print(
+        json.dumps(report.as_object(turns, arguments.overflow), indent=2)
+        if arguments.json
+        else report.totals(turns, arguments.overflow)
+    )
     return 0 if all(turn.identical for turn in turns) else 1
 
 

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from kvservice_adapter.demo.processes import DaemonProcess, EngineProcess, ProcessFailed
@@ -24,6 +25,9 @@ from kvservice_adapter.demo.script import (
 
 _MIB = 2**20
 _SHARED_MEMORY = Path("/dev/shm")
+# What a cut has left cannot be computed from its tokens alone as it was: an engine that did so, because the daemon is
+# slow or computing is fast, might answer otherwise. It is to be seen that what is loaded gives the same answer.
+_PATIENCE_S = 10.0
 
 
 def hold_conversation(model: str, note: Callable[[str], None]) -> Iterator[Turn]:
@@ -62,6 +66,58 @@ def hold_conversation(model: str, note: Callable[[str], None]) -> Iterator[Turn]
                 daemon = start_daemon()
                 engine = stack.enter_context(EngineProcess(address, model))
                 engine.loaded()
+
+
+def hold_overflowing_conversation(model: str, window: int, note: Callable[[str], None]) -> Iterator[Turn]:
+    """The same conversation in a window that it overflows. A second engine, which is not killed, keeps it in memory."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvservice-demo-")))
+        address = DaemonProcess.address_in(folder)
+        note("Two engines load the model: one with the daemon, and one that keeps the history in its memory.")
+        engine, in_memory = (stack.enter_context(EngineProcess(address, model, _PATIENCE_S)) for _ in range(2))
+        loaded = engine.loaded()
+        in_memory.loaded()
+        size_bytes = _enough_for(engine, loaded, window)
+        dram_folder = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="kvservice-demo-", dir=_dram_place(size_bytes))
+        )
+
+        def start_daemon() -> DaemonProcess:
+            return stack.enter_context(DaemonProcess(folder, Path(dram_folder), size_bytes, size_bytes))
+
+        daemon = start_daemon()
+        note(f"{loaded.model_id}; a window of {window} tokens; 4 of them, and the latest, stay when it overflows.")
+        conversation: list[Message] = [{"role": "system", "content": SYSTEM}]
+        state = ""
+        for number, text in enumerate(TURNS, start=1):
+            conversation.append(user(text))
+            expected = in_memory.answer_in_memory(conversation, window=window)
+            answered = engine.answer_in_window(conversation, session_id="conversation", window=window, state=state)
+            conversation.append(assistant(answered.turn.answer))
+            state = answered.state
+            yield replace(
+                answered.turn,
+                ttft_recompute_s=expected.ttft_recompute_s,
+                identical=answered.answer_ids == expected.answer_ids,
+            )
+            if number == KILL_AFTER:
+                note("SIGKILL for the daemon and its engine. Both start again as new processes.")
+                daemon.kill()
+                engine.kill()
+                daemon = start_daemon()
+                engine = stack.enter_context(EngineProcess(address, model, _PATIENCE_S))
+                engine.loaded()
+
+
+def _enough_for(engine: EngineProcess, loaded: Loaded, window: int) -> int:
+    """Bytes of a tier that holds the whole script. Raises ProcessFailed where the window is too small, or too large."""
+    first, *others = engine.count_tokens([[{"role": "system", "content": SYSTEM}, user(text)] for text in TURNS])
+    longest, total = max(first, *others), sum((first, *others)) + ANSWER_TOKENS_MAX * len(TURNS)
+    if window < 2 * (longest + ANSWER_TOKENS_MAX):
+        raise ProcessFailed(f"a window of {window} tokens is too small for turns of {longest} tokens; take twice that")
+    if 0 < loaded.context_tokens < window:
+        raise ProcessFailed(f"{loaded.model_id} takes {loaded.context_tokens} tokens; the window has {window}")
+    return int(1.2 * math.ceil(total / BLOCK_TOKENS + len(TURNS)) * loaded.block_bytes) + 16 * _MIB
 
 
 def _said(engine: EngineProcess, session_id: str, conversation: list[Message], text: str, *, compare: bool) -> Turn:

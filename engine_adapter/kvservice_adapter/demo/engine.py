@@ -17,12 +17,13 @@ from dataclasses import asdict
 from typing import Any, NamedTuple, TextIO
 
 import torch
-from transformers.generation.streamers import BaseStreamer
 
 from kvservice_adapter.connectors.transformers import Restored, Saved, TransformersConnector, UnsupportedModel
+from kvservice_adapter.demo.generation import generate
 from kvservice_adapter.demo.model import LoadedModel, ModelNotFound, load_model
-from kvservice_adapter.demo.protocol import ANSWER_TOKENS_MAX, ANSWER_TOKENS_MIN, BLOCK_TOKENS, Loaded, Turn
+from kvservice_adapter.demo.protocol import BLOCK_TOKENS, Loaded, Turn
 from kvservice_adapter.demo.script import Message, assistant
+from kvservice_adapter.demo.windowed import EngineInMemory, OnlyLoads, WindowedEngine
 from kvservice_api.layout import Shard, block_geometry
 from kvservice_client import Client
 
@@ -32,22 +33,6 @@ class _Run(NamedTuple):
     output: list[int]  # Prompt and answer.
     ttft_s: float
     history: Restored | None
-
-
-class _FirstToken(BaseStreamer):
-    """Notes when `generate` hands out the first new token. The prompt comes before it."""
-
-    def __init__(self) -> None:
-        self._calls = 0
-        self.at_s = 0.0
-
-    def put(self, value: torch.Tensor) -> None:
-        self._calls += 1
-        if self._calls == 2:
-            self.at_s = time.perf_counter()
-
-    def end(self) -> None:
-        pass
 
 
 class Engine:
@@ -88,7 +73,7 @@ class Engine:
             ttft_reuse_s=run.ttft_s,
             ttft_recompute_s=recomputed.ttft_s if recomputed else None,
             identical=recomputed.output == run.output if recomputed else None,
-            trouble=f"{error.reason}: {error}" if error else "",
+            trouble=f"{type(error).__name__}: {error}" if error else "",
         )
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
@@ -96,20 +81,11 @@ class Engine:
 
     def _run(self, messages: Sequence[Message], session_id: str = "") -> _Run:
         """Without a session nothing is reused."""
-        first_token = _FirstToken()
         began_s = time.perf_counter()
         prompt = self._ids(messages, to_answer=True)
         history = self._connector.restore(prompt, session_id=session_id) if session_id else None
-        output = self._model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            past_key_values=history.cache if history else None,
-            streamer=first_token,
-            do_sample=False,
-            min_new_tokens=ANSWER_TOKENS_MIN,
-            max_new_tokens=ANSWER_TOKENS_MAX,
-        )
-        return _Run(prompt, output[0].tolist(), first_token.at_s - began_s, history)
+        answered = generate(self._model, prompt, history.cache if history else None)
+        return _Run(prompt, answered.token_ids, answered.first_token_at_s - began_s, history)
 
     def _save(self, messages: Sequence[Message], run: _Run, session_id: str) -> Saved:
         """Save what the next turn's prompt will begin with.
@@ -147,7 +123,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--address", required=True)
     parser.add_argument("--model", default="")
+    parser.add_argument("--wait-s", type=float, help="for the daemon, each time; all that is stored is then loaded")
     arguments = parser.parse_args()
+    wait_s = arguments.wait_s
 
     # Whatever a library prints must not get between the lines of the protocol.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
@@ -162,25 +140,39 @@ def main() -> int:
                 model_id=loaded.model_id,
                 model_revision=loaded.model_revision,
                 block_tokens=BLOCK_TOKENS,
+                **({} if wait_s is None else {"wait_s": wait_s, "save_wait_s": wait_s, "rates": OnlyLoads()}),
             )
-            _serve(Engine(loaded, connector, client), loaded, connector, answers)
+            engine = Engine(loaded, connector, client)
+            _serve(engine, WindowedEngine(loaded, connector, client), loaded, connector, answers)
     except (ModelNotFound, UnsupportedModel, OSError) as error:
         print(f"the engine cannot work: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _serve(engine: Engine, loaded: LoadedModel, connector: TransformersConnector, answers: TextIO) -> None:
+def _serve(
+    engine: Engine,
+    windowed: WindowedEngine,
+    loaded: LoadedModel,
+    connector: TransformersConnector,
+    answers: TextIO,
+) -> None:
     engine.warm_up()
     layout = connector.layout
     geometry = block_geometry(layout, Shard.whole(layout), layout.block_tokens)
     context_tokens = getattr(loaded.model.config, "max_position_embeddings", 0)
     greeting = Loaded(loaded.model_id, geometry.image_bytes, context_tokens)
     print(json.dumps(asdict(greeting)), file=answers)
+    in_memory: EngineInMemory | None = None
     for line in sys.stdin:
         request = json.loads(line)
         if "count" in request:
             reply: Any = [engine.count_tokens(messages) for messages in request["count"]]
+        elif "state" in request:
+            reply = asdict(windowed.answer(**request))
+        elif "window" in request:
+            in_memory = in_memory or EngineInMemory(loaded)
+            reply = asdict(in_memory.answer(**request))
         else:
             turn = engine.answer(request["messages"], session_id=request["session_id"], compare=request["compare"])
             reply = asdict(turn)

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from kvservice_adapter.demo.protocol import Loaded, Turn
+from kvservice_adapter.demo.protocol import InMemory, Loaded, Turn, WindowedTurn
 from kvservice_adapter.demo.script import Message
 from kvservice_client import Client, KVError
 
@@ -111,8 +111,10 @@ class DaemonProcess(Process):
 class EngineProcess(Process):
     """``engine.py`` in a process of its own, asked over its standard input and output."""
 
-    def __init__(self, address: str, model: str) -> None:
+    def __init__(self, address: str, model: str, wait_s: float | None = None) -> None:
+        """With `wait_s` it loads all that is stored, even where computing is faster, and waits as long each time."""
         command = [sys.executable, "-m", "kvservice_adapter.demo.engine", "--address", address, "--model", model]
+        command += [] if wait_s is None else ["--wait-s", str(wait_s)]
         environment = {
             **os.environ,
             "TQDM_DISABLE": "1",
@@ -133,6 +135,17 @@ class EngineProcess(Process):
     def answer(self, messages: Sequence[Message], *, session_id: str, compare: bool) -> Turn:
         """The answer to the last message; with `compare` computed a second time without KVService."""
         return Turn(**self._ask({"messages": messages, "session_id": session_id, "compare": compare}))
+
+    def answer_in_window(
+        self, messages: Sequence[Message], *, session_id: str, window: int, state: str
+    ) -> WindowedTurn:
+        """As `answer`, in a window that the conversation may overflow. `state` is what the last turn returned."""
+        reply = self._ask({"messages": messages, "session_id": session_id, "window": window, "state": state})
+        return WindowedTurn(Turn(**reply["turn"]), reply["answer_ids"], reply["state"])
+
+    def answer_in_memory(self, messages: Sequence[Message], *, window: int) -> InMemory:
+        """The same without the daemon. To be asked from the first turn on: this process keeps the history itself."""
+        return InMemory(**self._ask({"messages": messages, "window": window}))
 
     def _ask(self, request: Any) -> Any:
         assert self._child.stdin is not None

@@ -33,3 +33,21 @@ class Turn:
     ttft_recompute_s: float | None  # None, as `identical`, where the turn was not computed a second time.
     identical: bool | None
     trouble: str  # Why nothing was reused, or not all was saved. Empty where all went well.
+    dropped_tokens: int = 0  # What left the history before this turn, because it had overflowed its window.
+
+
+@dataclass(frozen=True, slots=True)
+class WindowedTurn:
+    """A turn of a conversation that may overflow its window."""
+
+    turn: Turn
+    answer_ids: list[int]
+    state: str  # What the engine has to be told with the next turn.
+
+
+@dataclass(frozen=True, slots=True)
+class InMemory:
+    """The same turn by the engine that keeps its history in memory."""
+
+    answer_ids: list[int]
+    ttft_recompute_s: float  # With all that the window has left computed again.

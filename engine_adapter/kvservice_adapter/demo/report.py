@@ -9,16 +9,15 @@ from kvservice_adapter.demo.protocol import BLOCK_TOKENS, Turn
 from kvservice_adapter.demo.script import KILL_AFTER
 
 _COLUMNS = ("turn", "history", "reused", "tier", "by", "MiB", "TTFT recompute", "TTFT reuse", "ratio", "identical")
-_WIDTHS = tuple(max(7, len(name)) for name in _COLUMNS)
 
 
-def header() -> str:
-    return _row(*_COLUMNS)
+def header(overflow: bool = False) -> str:
+    return _row(_columns(overflow), overflow)
 
 
-def row(number: int, turn: Turn) -> str:
+def row(number: int, turn: Turn, overflow: bool = False) -> str:
     recompute_s = turn.ttft_recompute_s or 0.0
-    return _row(
+    cells = (
         str(number),
         str(turn.history_tokens),
         str(turn.reused_tokens),
@@ -30,36 +29,39 @@ def row(number: int, turn: Turn) -> str:
         f"{turn.ttft_reuse_s / recompute_s:.3f}",
         "yes" if turn.identical else "NO",
     )
+    return _row((*cells[:1], str(turn.dropped_tokens), *cells[1:]) if overflow else cells, overflow)
 
 
-def totals(turns: Sequence[Turn]) -> str:
-    summary = summarized(turns)
+def totals(turns: Sequence[Turn], overflow: bool = False) -> str:
+    summary = summarized(turns, overflow)
     recompute_s = sum(turn.ttft_recompute_s or 0.0 for turn in turns)
     reuse_s = sum(turn.ttft_reuse_s for turn in turns)
+    overflows = f" {summary['overflows']} overflows;" if overflow else ""
     return (
-        f"{summary['turns']} turns; {summary['reused_fraction']:.1%} of the history reused; "
+        f"{summary['turns']} turns;{overflows} {summary['reused_fraction']:.1%} of the history reused; "
         f"TTFT {recompute_s:.2f} s recomputing, {reuse_s:.2f} s reusing; "
         f"at the last turn {summary['ttft_ratio_last']:.3f} of recomputing; "
         f"answers {'all identical' if summary['all_identical'] else 'NOT all identical'}."
     )
 
 
-def as_object(turns: Sequence[Turn]) -> dict[str, Any]:
+def as_object(turns: Sequence[Turn], overflow: bool = False) -> dict[str, Any]:
     """The object of ``--json``."""
     names = (
         "history_tokens new_tokens answer_tokens reused_tokens tier transport bytes ttft_recompute_s ttft_reuse_s "
         "identical"
     ).split()
+    names += ["dropped_tokens"] if overflow else []
     return {
         "turns": [
             {"turn": number, **{name: getattr(turn, name) for name in names}, "after_kill": number == KILL_AFTER + 1}
             for number, turn in enumerate(turns, start=1)
         ],
-        "summary": summarized(turns),
+        "summary": summarized(turns, overflow),
     }
 
 
-def summarized(turns: Sequence[Turn]) -> dict[str, Any]:
+def summarized(turns: Sequence[Turn], overflow: bool = False) -> dict[str, Any]:
     last = turns[-1]
     history_tokens = sum(turn.history_tokens for turn in turns)
     return {
@@ -68,8 +70,15 @@ def summarized(turns: Sequence[Turn]) -> dict[str, Any]:
         "reused_fraction": sum(turn.reused_tokens for turn in turns) / history_tokens,
         "ttft_ratio_last": last.ttft_reuse_s / (last.ttft_recompute_s or float("nan")),
         "all_identical": all(turn.identical for turn in turns),
+        **({"overflows": sum(turn.dropped_tokens > 0 for turn in turns)} if overflow else {}),
     }
 
 
-def _row(*cells: str) -> str:
-    return "  ".join(cell.rjust(width) for cell, width in zip(cells, _WIDTHS, strict=True))
+def _columns(overflow: bool) -> tuple[str, ...]:
+    """Where a conversation overflows, what has left it stands before what is there."""
+    return (*_COLUMNS[:1], "dropped", *_COLUMNS[1:]) if overflow else _COLUMNS
+
+
+def _row(cells: Sequence[str], overflow: bool) -> str:
+    widths = (max(7, len(name)) for name in _columns(overflow))
+    return "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))

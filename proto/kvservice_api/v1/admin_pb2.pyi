@@ -401,14 +401,26 @@ class Miss(_message.Message):
     def __init__(self, key: _Optional[bytes] = ..., reason: _Optional[_Union[MissReason, str]] = ..., event: _Optional[_Union[BlockEvent, _Mapping]] = ..., remembers_since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., dram_emptied_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., dram_emptied_because: _Optional[str] = ..., stored_since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class ExplainedRequest(_message.Message):
-    __slots__ = ("request_id", "lookups", "lookups_more")
+    __slots__ = ("request_id", "lookups", "lookups_more", "reports", "reports_more")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     LOOKUPS_FIELD_NUMBER: _ClassVar[int]
     LOOKUPS_MORE_FIELD_NUMBER: _ClassVar[int]
+    REPORTS_FIELD_NUMBER: _ClassVar[int]
+    REPORTS_MORE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     lookups: _containers.RepeatedCompositeFieldContainer[ExplainedLookup]
     lookups_more: int
-    def __init__(self, request_id: _Optional[str] = ..., lookups: _Optional[_Iterable[_Union[ExplainedLookup, _Mapping]]] = ..., lookups_more: _Optional[int] = ...) -> None: ...
+    reports: _containers.RepeatedCompositeFieldContainer[ExplainedReport]
+    reports_more: int
+    def __init__(self, request_id: _Optional[str] = ..., lookups: _Optional[_Iterable[_Union[ExplainedLookup, _Mapping]]] = ..., lookups_more: _Optional[int] = ..., reports: _Optional[_Iterable[_Union[ExplainedReport, _Mapping]]] = ..., reports_more: _Optional[int] = ...) -> None: ...
+
+class ExplainedReport(_message.Message):
+    __slots__ = ("at", "report")
+    AT_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    at: _timestamp_pb2.Timestamp
+    report: _blocks_pb2.RequestReport
+    def __init__(self, at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., report: _Optional[_Union[_blocks_pb2.RequestReport, _Mapping]] = ...) -> None: ...
 
 class ExplainedLookup(_message.Message):
     __slots__ = ("at", "client_name", "layout_fingerprint", "layout", "shard", "asked_blocks", "hit_blocks", "hit_blocks_in_dram", "hit_blocks_on_ssd", "miss", "other_layouts", "loads", "loads_more")

@@ -1,12 +1,37 @@
 from google.rpc import status_pb2 as _status_pb2
 from kvservice_api.v1 import types_pb2 as _types_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class RequestPlan(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REQUEST_PLAN_UNSPECIFIED: _ClassVar[RequestPlan]
+    REQUEST_PLAN_LOAD: _ClassVar[RequestPlan]
+    REQUEST_PLAN_RECOMPUTE: _ClassVar[RequestPlan]
+    REQUEST_PLAN_MIXED: _ClassVar[RequestPlan]
+
+class RequestOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REQUEST_OUTCOME_UNSPECIFIED: _ClassVar[RequestOutcome]
+    REQUEST_OUTCOME_DONE: _ClassVar[RequestOutcome]
+    REQUEST_OUTCOME_MISS: _ClassVar[RequestOutcome]
+    REQUEST_OUTCOME_FAILED_OVER: _ClassVar[RequestOutcome]
+    REQUEST_OUTCOME_BREAKER_OPEN: _ClassVar[RequestOutcome]
+REQUEST_PLAN_UNSPECIFIED: RequestPlan
+REQUEST_PLAN_LOAD: RequestPlan
+REQUEST_PLAN_RECOMPUTE: RequestPlan
+REQUEST_PLAN_MIXED: RequestPlan
+REQUEST_OUTCOME_UNSPECIFIED: RequestOutcome
+REQUEST_OUTCOME_DONE: RequestOutcome
+REQUEST_OUTCOME_MISS: RequestOutcome
+REQUEST_OUTCOME_FAILED_OVER: RequestOutcome
+REQUEST_OUTCOME_BREAKER_OPEN: RequestOutcome
 
 class GetCapabilitiesRequest(_message.Message):
     __slots__ = ()
@@ -345,3 +370,77 @@ class EvictResponse(_message.Message):
     held: int
     missing: int
     def __init__(self, evicted: _Optional[int] = ..., held: _Optional[int] = ..., missing: _Optional[int] = ...) -> None: ...
+
+class ReportRequestRequest(_message.Message):
+    __slots__ = ("report",)
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    report: RequestReport
+    def __init__(self, report: _Optional[_Union[RequestReport, _Mapping]] = ...) -> None: ...
+
+class ReportRequestResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RequestReport(_message.Message):
+    __slots__ = ("report_id", "request_id", "client_name", "ago_ms", "plan", "plan_reason", "outcome", "outcome_reason", "history_tokens", "new_tokens", "loaded_tokens", "computed_tokens", "loaded_bytes", "tier", "transport", "estimates", "times")
+    REPORT_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_NAME_FIELD_NUMBER: _ClassVar[int]
+    AGO_MS_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    PLAN_REASON_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_REASON_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOADED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOADED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATES_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
+    report_id: int
+    request_id: str
+    client_name: str
+    ago_ms: int
+    plan: RequestPlan
+    plan_reason: str
+    outcome: RequestOutcome
+    outcome_reason: str
+    history_tokens: int
+    new_tokens: int
+    loaded_tokens: int
+    computed_tokens: int
+    loaded_bytes: int
+    tier: str
+    transport: str
+    estimates: PlanEstimates
+    times: RequestTimes
+    def __init__(self, report_id: _Optional[int] = ..., request_id: _Optional[str] = ..., client_name: _Optional[str] = ..., ago_ms: _Optional[int] = ..., plan: _Optional[_Union[RequestPlan, str]] = ..., plan_reason: _Optional[str] = ..., outcome: _Optional[_Union[RequestOutcome, str]] = ..., outcome_reason: _Optional[str] = ..., history_tokens: _Optional[int] = ..., new_tokens: _Optional[int] = ..., loaded_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., loaded_bytes: _Optional[int] = ..., tier: _Optional[str] = ..., transport: _Optional[str] = ..., estimates: _Optional[_Union[PlanEstimates, _Mapping]] = ..., times: _Optional[_Union[RequestTimes, _Mapping]] = ...) -> None: ...
+
+class PlanEstimates(_message.Message):
+    __slots__ = ("load_ms", "recompute_ms", "mixed_ms")
+    LOAD_MS_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTE_MS_FIELD_NUMBER: _ClassVar[int]
+    MIXED_MS_FIELD_NUMBER: _ClassVar[int]
+    load_ms: float
+    recompute_ms: float
+    mixed_ms: float
+    def __init__(self, load_ms: _Optional[float] = ..., recompute_ms: _Optional[float] = ..., mixed_ms: _Optional[float] = ...) -> None: ...
+
+class RequestTimes(_message.Message):
+    __slots__ = ("lookup_ms", "first_layer_ms", "load_ms", "waited_ms", "head_ms", "first_token_ms")
+    LOOKUP_MS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_LAYER_MS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_MS_FIELD_NUMBER: _ClassVar[int]
+    WAITED_MS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_MS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_MS_FIELD_NUMBER: _ClassVar[int]
+    lookup_ms: float
+    first_layer_ms: float
+    load_ms: float
+    waited_ms: float
+    head_ms: float
+    first_token_ms: float
+    def __init__(self, lookup_ms: _Optional[float] = ..., first_layer_ms: _Optional[float] = ..., load_ms: _Optional[float] = ..., waited_ms: _Optional[float] = ..., head_ms: _Optional[float] = ..., first_token_ms: _Optional[float] = ...) -> None: ...

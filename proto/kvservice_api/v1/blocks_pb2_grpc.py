@@ -107,6 +107,11 @@ class BlockServiceStub(object):
                 request_serializer=kvservice__api_dot_v1_dot_blocks__pb2.EvictRequest.SerializeToString,
                 response_deserializer=kvservice__api_dot_v1_dot_blocks__pb2.EvictResponse.FromString,
                 _registered_method=True)
+        self.ReportRequest = channel.unary_unary(
+                '/kvservice_api.v1.BlockService/ReportRequest',
+                request_serializer=kvservice__api_dot_v1_dot_blocks__pb2.ReportRequestRequest.SerializeToString,
+                response_deserializer=kvservice__api_dot_v1_dot_blocks__pb2.ReportRequestResponse.FromString,
+                _registered_method=True)
 
 
 class BlockServiceServicer(object):
@@ -294,6 +299,17 @@ class BlockServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportRequest(self, request, context):
+        """Tells what was planned for a request's history, what was expected of it, and what it took: for
+        AdminService.Explain. Comes behind the request, or long after it where the daemon was away, also
+        of requests that never asked the daemon anything. Nothing depends on it. Errors:
+        * INVALID_ARGUMENT INVALID_REQUEST: no request_id or outcome; a text that is too long or cannot
+        be printed; a time that is negative or no number; drop the report.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BlockServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -366,6 +382,11 @@ def add_BlockServiceServicer_to_server(servicer, server):
                     servicer.Evict,
                     request_deserializer=kvservice__api_dot_v1_dot_blocks__pb2.EvictRequest.FromString,
                     response_serializer=kvservice__api_dot_v1_dot_blocks__pb2.EvictResponse.SerializeToString,
+            ),
+            'ReportRequest': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportRequest,
+                    request_deserializer=kvservice__api_dot_v1_dot_blocks__pb2.ReportRequestRequest.FromString,
+                    response_serializer=kvservice__api_dot_v1_dot_blocks__pb2.ReportRequestResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -749,6 +770,33 @@ class BlockService(object):
             '/kvservice_api.v1.BlockService/Evict',
             kvservice__api_dot_v1_dot_blocks__pb2.EvictRequest.SerializeToString,
             kvservice__api_dot_v1_dot_blocks__pb2.EvictResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportRequest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvservice_api.v1.BlockService/ReportRequest',
+            kvservice__api_dot_v1_dot_blocks__pb2.ReportRequestRequest.SerializeToString,
+            kvservice__api_dot_v1_dot_blocks__pb2.ReportRequestResponse.FromString,
             options,
             channel_credentials,
             insecure,

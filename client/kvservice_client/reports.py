@@ -1,0 +1,185 @@
+"""What an engine tells the daemon of its requests, so that `kvctl explain` can tell it others.
+
+    client.report_request(RequestReport(request_id="cmpl-7", outcome=Outcome.DONE, plan="load", ...))
+
+Nobody waits for a report: a thread sends it. Where the daemon is away the last ones are kept until it is back.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, InvalidRequest, KVError
+from kvservice_api.v1 import blocks_pb2 as pb
+from kvservice_client.channel import BLOCKS, Channel
+from kvservice_client.retry import Deadline
+
+_QUEUE_MAX = 256
+_SEND_S = 1.0
+_PAUSE_S = 1.0  # After a report that the daemon did not answer.
+_TEXT_BYTES_MAX = 200
+_PLANS = {
+    "": pb.REQUEST_PLAN_UNSPECIFIED,
+    "load": pb.REQUEST_PLAN_LOAD,
+    "recompute": pb.REQUEST_PLAN_RECOMPUTE,
+    "mixed": pb.REQUEST_PLAN_MIXED,
+}
+
+
+class Outcome(StrEnum):
+    """How a request with a history went."""
+
+    DONE = "done"  # As planned.
+    MISS = "miss"  # Nothing was stored: all was computed.
+    FAILED_OVER = "failed_over"  # What was to be loaded was computed instead.
+    BREAKER_OPEN = "breaker_open"  # The daemon was not asked.
+
+
+_OUTCOMES = {
+    Outcome.DONE: pb.REQUEST_OUTCOME_DONE,
+    Outcome.MISS: pb.REQUEST_OUTCOME_MISS,
+    Outcome.FAILED_OVER: pb.REQUEST_OUTCOME_FAILED_OVER,
+    Outcome.BREAKER_OPEN: pb.REQUEST_OUTCOME_BREAKER_OPEN,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestReport:
+    """One request. Seconds are None where there were none, or nobody measured them; longer texts are cut."""
+
+    request_id: str
+    outcome: Outcome
+    outcome_reason: str = ""  # Why it did not go as planned.
+    plan: str = ""  # "load", "recompute", "mixed"; empty where none was made.
+    plan_reason: str = ""
+    estimate_s: Mapping[str, float] = field(default_factory=dict)  # By plan: what the first token was expected to take.
+    history_tokens: int = 0  # Stored ones, as far as was known.
+    new_tokens: int = 0
+    loaded_tokens: int = 0
+    computed_tokens: int = 0  # Of the history.
+    loaded_bytes: int = 0
+    tier: str = ""
+    transport: str = ""
+    began_s: float | None = None  # When, by `time.monotonic`. Else as of the moment of the report.
+    lookup_s: float | None = None
+    first_layer_s: float | None = None  # From the load's call.
+    load_s: float | None = None
+    waited_s: float | None = None  # The engine, for layers.
+    head_s: float | None = None  # Computing the head of a mixed plan, or in place of a load that failed.
+    first_token_s: float | None = None  # From the request's begin.
+
+
+class Reporter:
+    """Sends reports, one after another, on a thread that starts with the first. Thread-safe."""
+
+    def __init__(self, channel: Channel, client_name: str) -> None:
+        self._channel = channel
+        self._client_name = client_name
+        self._queue: deque[tuple[float, pb.RequestReport]] = deque(maxlen=_QUEUE_MAX)
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._is_closed = False
+        self.dropped = 0  # Reports that the daemon will never see.
+
+    def report(self, report: RequestReport) -> None:
+        """Queue a report; where the queue is full the oldest one leaves. Waits for nobody. Raises InvalidRequest."""
+        message = _message(report, self._client_name)
+        began_s = time.monotonic() if report.began_s is None else report.began_s
+        with self._changed:
+            if self._is_closed:
+                self.dropped += 1
+                return
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="kvservice-reports", daemon=True)
+                self._thread.start()
+            self.dropped += len(self._queue) == _QUEUE_MAX
+            self._queue.append((began_s, message))
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Take no more reports. What is queued is still sent, if the daemon answers; `join` waits for that."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+    def join(self, timeout_s: float) -> None:
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while (next_one := self._next()) is not None:
+            began_s, message = next_one
+            message.ago_ms = max(0, round((time.monotonic() - began_s) * 1e3))
+            request = pb.ReportRequestRequest(report=message)
+            try:
+                self._channel.call(BLOCKS + "ReportRequest", request, pb.ReportRequestResponse, Deadline(_SEND_S))
+            except (DaemonUnavailable, DeadlineExceeded):
+                if not self._put_back(next_one):
+                    return
+            except KVError:  # The daemon does not want it, or is too old to know what it is.
+                self.dropped += 1
+
+    def _next(self) -> tuple[float, pb.RequestReport] | None:
+        """The oldest report, once there is one; None after the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._is_closed)
+            return self._queue.popleft() if self._queue else None
+
+    def _put_back(self, report: tuple[float, pb.RequestReport]) -> bool:
+        """Keep a report that was not answered, and pause. False where nobody waits for the daemon any more."""
+        with self._changed:
+            if len(self._queue) < _QUEUE_MAX:
+                self._queue.appendleft(report)
+            else:
+                self.dropped += 1
+            if self._changed.wait_for(lambda: self._is_closed, _PAUSE_S):
+                self.dropped += len(self._queue)
+                self._queue.clear()
+                return False
+        return True
+
+
+def _message(report: RequestReport, client_name: str) -> pb.RequestReport:
+    if report.plan not in _PLANS:
+        raise InvalidRequest(f"no plan is called {report.plan!r}", field="plan")
+    return pb.RequestReport(
+        report_id=secrets.randbits(64) | 1,
+        request_id=report.request_id,
+        client_name=_cut(client_name),
+        plan=_PLANS[report.plan],
+        plan_reason=_cut(report.plan_reason),
+        outcome=_OUTCOMES[Outcome(report.outcome)],
+        outcome_reason=_cut(report.outcome_reason),
+        history_tokens=report.history_tokens,
+        new_tokens=report.new_tokens,
+        loaded_tokens=report.loaded_tokens,
+        computed_tokens=report.computed_tokens,
+        loaded_bytes=report.loaded_bytes,
+        tier=_cut(report.tier),
+        transport=_cut(report.transport),
+        estimates=pb.PlanEstimates(**{f"{plan}_ms": _ms(seconds) for plan, seconds in report.estimate_s.items()}),
+        times=pb.RequestTimes(
+            lookup_ms=_ms(report.lookup_s),
+            first_layer_ms=_ms(report.first_layer_s),
+            load_ms=_ms(report.load_s),
+            waited_ms=_ms(report.waited_s),
+            head_ms=_ms(report.head_s),
+            first_token_ms=_ms(report.first_token_s),
+        ),
+    )
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1e3
+
+
+def _cut(text: str) -> str:
+    """What the daemon takes of a text: one line of so many bytes."""
+    printable = "".join(each if each.isprintable() else " " for each in text)
+    return printable.encode()[:_TEXT_BYTES_MAX].decode(errors="ignore")

@@ -1,0 +1,129 @@
+"""A circuit breaker: once the daemon does not answer, requests stop asking it, and a thread finds out when it does.
+
+*Closed*: requests ask the daemon. After `failures` failed ones in a row it *opens*: requests are computed as
+if there were no cache, and ask nobody. A thread that exists only while it is open probes the daemon every
+`probe_s`; while a probe runs the breaker is *half-open*, which for requests is the same as open: none of
+them pays for the probe. The first probe that succeeds closes it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Self
+
+from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, KVError
+from kvservice_client import BlockCache
+
+_PROBE_TIMEOUT_S = 0.25
+
+
+class State(StrEnum):
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half_open"
+
+
+class Breaker:
+    """Thread-safe. `close` it, or use it as a context manager: its thread does not outlive it."""
+
+    def __init__(
+        self,
+        probe: Callable[[], bool],
+        *,
+        failures: int = 2,
+        probe_s: float = 0.5,
+        wait: Callable[[threading.Event, float], bool] = threading.Event.wait,
+    ) -> None:
+        """`probe` asks the daemon, within a time of its own, and tells whether it answered; what it raises is a no.
+
+        `wait` waits for the event for so many seconds; it tells whether the event came.
+        """
+        if failures < 1 or probe_s <= 0:
+            raise ValueError("a breaker needs at least one failure, and time between its probes")
+        self._probe = probe
+        self._failures_max = failures
+        self._probe_s = probe_s
+        self._wait = wait
+        self._lock = threading.Lock()
+        self._failures = 0
+        self._state = State.CLOSED
+        self._opened = 0
+        self._thread: threading.Thread | None = None
+        self._ends = threading.Event()
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @property
+    def times_opened(self) -> int:
+        return self._opened
+
+    def allow(self) -> bool:
+        """Whether to ask the daemon. Asks nobody itself, and takes no lock."""
+        return self._state is State.CLOSED
+
+    def record(self, ok: bool) -> None:
+        """What became of a request that was allowed. Answers of any kind are `ok`; no answer in time is not.
+
+        While the breaker is open only a probe can close it: what comes late from before says nothing.
+        """
+        if ok and not self._failures:
+            return
+        with self._lock:
+            if self._state is not State.CLOSED or self._ends.is_set():
+                return
+            self._failures = 0 if ok else self._failures + 1
+            if self._failures >= self._failures_max:
+                self._open()
+
+    def _open(self) -> None:
+        self._state = State.OPEN
+        self._opened += 1
+        self._thread = threading.Thread(target=self._run, name="kvservice-breaker", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._wait(self._ends, self._probe_s):
+            self._state = State.HALF_OPEN
+            try:
+                answered = self._probe()
+            except Exception:  # Whatever the probe runs into, the daemon was of no use to it.
+                answered = False
+            with self._lock:
+                if answered:
+                    self._failures, self._thread = 0, None
+                    self._state = State.CLOSED
+                    return
+                self._state = State.OPEN
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """End the thread, once a probe that runs has ended. The breaker stays as it is."""
+        self._ends.set()
+        with self._lock:
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout_s)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def probe_of(blocks: BlockCache, timeout_s: float = _PROBE_TIMEOUT_S) -> Callable[[], bool]:
+    """A probe that does what a request would: attach, make the layout known, and hear from the daemon."""
+
+    def probe() -> bool:
+        blocks.ping(timeout_s)
+        return True
+
+    return probe
+
+
+def answered(error: KVError | None) -> bool:
+    """Whether the daemon answered a request that ended so. A refusal is an answer too."""
+    return type(error) not in (DaemonUnavailable, DeadlineExceeded)

@@ -1,0 +1,247 @@
+"""The cache that a model computes with: its history may still be on its way, and what is new is saved meanwhile.
+
+A layer's keys and values lie in buffers with room behind them, ``[row, head, column, dim]``::
+
+    | history: loaded, or computed again | new tokens ...        | room |
+    0                                    history.columns         |
+                                                        keys.shape[-2]
+
+Columns that were written once are not written again. So whoever saves them may read them later, on another thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+_ROOM_TOKENS_MIN = 64
+
+Tensors = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """What a model is asked to compute: tokens ``[row, token]``, and how they are placed, where it is told."""
+
+    input_ids: torch.Tensor | None
+    attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor | None
+
+
+class History(Protocol):
+    """What a cache begins with."""
+
+    columns: int
+    dtype: torch.dtype
+    device: torch.device
+    error: BaseException | None  # Why some of it was computed again.
+    lost_s: float  # How long forwards were kept so far.
+
+    def begin(self) -> None:
+        """The request runs: layers will be taken one after another."""
+
+    def layer(self, index: int) -> Tensors:
+        """Keys and values, buffers of at least `columns` columns. Waits for them, and never raises a KVError."""
+
+
+class Writing(Protocol):
+    """Is told what the model computes."""
+
+    def begin(self, forward: Forward, first: int) -> None:
+        """A forward begins whose first token will be in column `first`."""
+
+    def end(self, *, is_whole: bool) -> None:
+        """It has ended; `is_whole` where it raised nothing."""
+
+    def layer(self, index: int, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """A layer's buffers have the KV of new tokens, from column `first` on. Must return at once."""
+
+    def crop(self, columns: int) -> None:
+        """Columns from this one on were dropped from a layer."""
+
+    def stop(self, reason: str) -> None:
+        """What the cache holds from now on is not what its tokens say."""
+
+
+class StoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library's own class hook has no types.
+    """One layer. Whoever touches its keys or values first waits for the history."""
+
+    is_initialized = False
+
+    def __init__(self, index: int, history: History, writing: Writing) -> None:
+        self._index = index
+        self._history = history
+        self._writing = writing
+        self._keys: torch.Tensor | None = None
+        self._values: torch.Tensor | None = None
+        self._buffers: Tensors | None = None  # What `_keys` and `_values` are the beginning of, where there is room.
+        self._is_awaited = False
+        super().__init__()  # type: ignore[no-untyped-call]
+        if history.columns:
+            self.dtype, self.device = history.dtype, history.device
+            self.is_initialized = self._is_awaited = True
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        self._arrive()
+        return self._keys
+
+    @keys.setter
+    def keys(self, states: torch.Tensor | None) -> None:
+        self._change(states is None)
+        self._keys = states
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        self._arrive()
+        return self._values
+
+    @values.setter
+    def values(self, states: torch.Tensor | None) -> None:
+        self._change(states is None)
+        self._values = states
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._keys, self._values = key_states[..., :0, :], value_states[..., :0, :]
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        if self._is_awaited:
+            return self._history.columns
+        if self._keys is None or self._keys.numel() == 0:
+            return 0
+        return int(self._keys.shape[-2])
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the new tokens' states `[row, head, token, dim]`. What the layer has then."""
+        self._arrive()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self._keys is not None and self._values is not None
+        if not (_continues(self._keys, key_states) and _continues(self._values, value_states)):
+            self._writing.stop("states of another kind were added to the cache")
+            self._buffers = None
+            self._keys = torch.cat([self._keys, key_states], dim=-2)
+            self._values = torch.cat([self._values, value_states], dim=-2)
+            return self._keys, self._values
+        first = self.get_seq_length()
+        end = first + key_states.shape[-2]
+        if self._buffers is None or end > min(each.shape[-2] for each in self._buffers):
+            self._buffers = _grown(self._keys, first, end), _grown(self._values, first, end)
+        keys, values = self._buffers
+        keys[..., first:end, :].copy_(key_states)
+        values[..., first:end, :].copy_(value_states)
+        self._keys, self._values = keys[..., :end, :], values[..., :end, :]
+        self._writing.layer(self._index, first, keys, values)
+        return self._keys, self._values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove >= 0 or not self.is_initialized:
+            super().crop(tokens_to_remove)  # It does nothing, or says what is wrong.
+            return
+        self._arrive()
+        assert self._keys is not None and self._values is not None
+        self._keys = self._keys[..., :tokens_to_remove, :]
+        self._values = self._values[..., :tokens_to_remove, :]
+        self._buffers = None  # What lies behind may be being saved: it must not be written over.
+        self._writing.crop(self.get_seq_length())
+
+    def reset(self) -> None:
+        self._is_awaited = False
+        super().reset()
+
+    def _arrive(self) -> None:
+        if self._is_awaited:
+            keys, values = self._history.layer(self._index)
+            columns = self._history.columns
+            self._buffers = keys, values
+            self._keys, self._values = keys[..., :columns, :], values[..., :columns, :]
+            self._is_awaited = False
+
+    def _change(self, is_dropped: bool) -> None:
+        """Keys or values are replaced from outside: rows were reordered, repeated, selected, or moved."""
+        self._buffers = None
+        if self.is_initialized or not is_dropped:
+            self._arrive()
+            self._writing.stop("the cache was changed from outside")
+
+
+class StoredCache(DynamicCache):
+    """A `DynamicCache` of such layers. A copy of it (`copy.deepcopy`) is a plain one that holds the same."""
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        history: History,
+        writing: Writing,
+        on_forward: Callable[[int, int, float], None] = lambda new_tokens, context_tokens, seconds: None,
+    ) -> None:
+        """`on_forward` is told of each forward that ended well: its tokens, those before, seconds without waits."""
+        super().__init__(config=config)
+        self.history = history
+        self.writing = writing
+        self.layers = [StoredLayer(index, history, writing) for index in range(len(self.layers))]
+        self._on_forward = on_forward
+        self._began = 0, 0.0, 0.0
+
+    def begin(self, forward: Forward) -> None:
+        """A forward with this cache begins."""
+        columns = self.get_seq_length()
+        if columns == self.history.columns:
+            self.history.begin()
+        self.writing.begin(forward, columns)
+        self._began = columns, time.perf_counter(), self.history.lost_s
+
+    def end(self, *, is_whole: bool) -> None:
+        """It has ended; `is_whole` where it raised nothing."""
+        self.writing.end(is_whole=is_whole)
+        columns, began_s, lost_s = self._began
+        if is_whole:
+            taken_s = time.perf_counter() - began_s - (self.history.lost_s - lost_s)
+            self._on_forward(self.get_seq_length() - columns, columns, taken_s)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DynamicCache:
+        copied = DynamicCache()
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, StoredLayer)
+            if layer.keys is not None and layer.values is not None:
+                copied.update(layer.keys.clone(), layer.values.clone(), index)
+        return copied
+
+
+def room(columns: int) -> int:
+    """How many columns more than these a buffer should have, so that it need not grow with every token."""
+    return max(_ROOM_TOKENS_MIN, columns // 8)
+
+
+def empty_buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    # Not as an inference tensor, whatever mode it is made in: those cannot be written to in another.
+    with torch.inference_mode(False):
+        return torch.empty(*shape, dtype=dtype, device=device)
+
+
+def _continues(states: torch.Tensor, new: torch.Tensor) -> bool:
+    """Whether new states can be written behind these: one kind of tensor, and nobody wants a gradient of them."""
+    return (
+        states.shape[:2] == new.shape[:2]
+        and states.shape[-1] == new.shape[-1]
+        and states.dtype == new.dtype
+        and states.device == new.device
+        and not (torch.is_grad_enabled() and (new.requires_grad or states.requires_grad))
+    )
+
+
+def _grown(states: torch.Tensor, columns: int, columns_needed: int) -> torch.Tensor:
+    rows, heads, _, dim = states.shape
+    grown = empty_buffer((rows, heads, columns_needed + room(columns_needed), dim), states.dtype, states.device)
+    grown[..., :columns, :].copy_(states[..., :columns, :])
+    return grown

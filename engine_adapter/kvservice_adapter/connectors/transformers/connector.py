@@ -1,0 +1,298 @@
+"""Keeps the KV of Hugging Face transformers models: it comes in while the model computes, and is saved meanwhile.
+
+    connector = TransformersConnector(client, model, model_id="SmolLM2-135M-Instruct", model_revision=revision)
+
+    history = connector.restore(input_ids)
+    output = model.generate(input_ids, past_key_values=history.cache)      # prefills what is not there
+    connector.save(output[0, : history.cache.get_seq_length()], history.cache)
+
+Both take a `session_id`: then the last block is kept too, though it is not full, and all of a
+conversation's history is there again at its next turn. With a `Conversation` it may also be cut.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from kvservice_adapter.breaker import Breaker, answered, probe_of
+from kvservice_adapter.connectors.transformers import remembering
+from kvservice_adapter.connectors.transformers.cache import Tensors
+from kvservice_adapter.connectors.transformers.finding import Finder, Found
+from kvservice_adapter.connectors.transformers.forwards import watch
+from kvservice_adapter.connectors.transformers.model_layout import UnsupportedModel, has_adapters, layout_of
+from kvservice_adapter.connectors.transformers.recompute import replayed
+from kvservice_adapter.connectors.transformers.requests import Request
+from kvservice_adapter.connectors.transformers.restoring import Restored, Restorer
+from kvservice_adapter.connectors.transformers.rows import Sequences, TokenIds, sequences
+from kvservice_adapter.connectors.transformers.saving import Saved, TurnSaver, writing_of
+from kvservice_adapter.cost import Rates
+from kvservice_adapter.device.base import StreamClosed
+from kvservice_adapter.device.cpu import CpuDevice
+from kvservice_adapter.rope import Rope
+from kvservice_adapter.save import LayerSaver
+from kvservice_adapter.session import Conversation, Keys
+from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, InvalidRequest, KVError
+from kvservice_api.keys import extra_identity
+from kvservice_client import Client, Durability
+from kvservice_client.retry import Deadline
+
+log = logging.getLogger(__name__)
+
+_MIB = 2**20
+
+
+class TransformersConnector:
+    """One model's caches in one daemon. Thread-safe; keeps nothing of a conversation between calls.
+
+    No method raises for what the daemon does, or does not: the engine computes, after waits that `wait_s`
+    bounds. They raise UnsupportedModel for caches of other kinds and once the model has adapters that
+    `lora_id` does not name, and InvalidRequest for what are no token ids.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        model: PreTrainedModel,
+        *,
+        model_id: str,
+        model_revision: str,
+        block_tokens: int = 256,
+        lora_id: str = "",
+        salt: bytes = b"",
+        wait_s: float = 0.25,
+        save_wait_s: float = 1.0,
+        staging_bytes: int = 256 * _MIB,
+        rates: Rates | None = None,
+    ) -> None:
+        """`model_revision` tells weights apart that share a name: a commit, or a hash of the files, and
+        how they were quantized, if the engine did that.
+
+        `lora_id` names the adapter that is active, if any. Caches of another `salt` are never found.
+        `wait_s` bounds each wait for the daemon: for what it has, and for each layer; `save_wait_s` how long
+        `save` and `truncate` wait for what goes on without them. `staging_bytes` of memory hold what is being
+        saved. `rates` may be shared by connectors of one model on one machine.
+        """
+        self._model, self._lora_id = model, lora_id
+        self._check_adapters()
+        self.layout = layout_of(model, model_id=model_id, model_revision=model_revision, block_tokens=block_tokens)
+        self.rates = rates or Rates()
+        self._client = client
+        self._blocks = client.open_layout(self.layout)
+        self._salt = salt
+        self._wait_s, self._save_wait_s = wait_s, save_wait_s
+        self._rope: Rope | None = None
+        self._tokens_max = self._rope_of_model().tokens_max if self.layout.rotary.kind == "dynamic" else None
+        self._finder = Finder(client, self._blocks, self._rope_of_model)
+        self._breaker = Breaker(probe_of(self._blocks))
+        device = CpuDevice()
+        self._saver = LayerSaver(device, self._blocks, staging_bytes=staging_bytes)
+        self._restorer = Restorer(
+            model,
+            self.layout,
+            device,
+            self._saver,
+            self._breaker,
+            self.rates,
+            self._keys,
+            wait_s=wait_s,
+            tokens_max=self._tokens_max,
+        )
+        self._turns = TurnSaver(client, self._blocks, model, device, self._breaker, self._tokens_max)
+        self._work = device.stream("kvservice-save")  # In order: what a turn saves, the next one finds.
+        watch(model)
+
+    def close(self) -> None:
+        """Take no more saves; what is under way is still sent. Caches go on working. Waits for nothing."""
+        self._breaker.close(0.0)
+        self._saver.close()
+        self._work.close()
+
+    def restore(
+        self,
+        token_ids: TokenIds,
+        *,
+        session_id: str | Sequence[str] = "",
+        conversation: Conversation | None = None,
+        attention_mask: Any = None,
+        request_id: str = "",
+    ) -> Restored:
+        """A cache with the longest stored prefix of `token_ids`, to hand to `generate`.
+
+        Returns at once: the model waits for each layer when it comes to it. In whole blocks, but for the end of
+        what was saved under `session_id`, or by `conversation`. `token_ids` is one prompt from its first token
+        on, or a batch ``[row, column]`` with its `attention_mask`, padded on the left; then `session_id` has one
+        a row, if any. At least one token is left to compute, for the model has to give its logits.
+        `request_id` names the request to `kvctl explain`.
+        """
+        given = sequences(token_ids, attention_mask)
+        if conversation is not None and len(given.pads) != 1:
+            raise UnsupportedModel("a conversation is restored by itself, not in a batch")
+        if conversation is not None and not conversation.leads_to(given.tokens(0)):
+            conversation.begin_anew()
+        names = _names(session_id, len(given.pads))
+        keys = self._keys()
+        request = Request(self._client, self.rates, request_id)
+        found: list[Found | None] = [None] * len(given.pads)
+        error: KVError | None = None
+        if self._breaker.allow():
+            try:
+                found = self._find(given, keys, names, conversation, request_id)
+            except KVError as raised:
+                error = raised
+            self._breaker.record(answered(error))
+            request.looked_up()
+        else:
+            error = DaemonUnavailable("the daemon did not answer lately: it is not asked")
+            request.was_asked = False
+        if error is not None:
+            log.warning("the history is computed again", extra={"reason": error.reason, "why": error.message})
+        request.not_found = error
+        replay = None
+        if conversation is not None and conversation.parts:
+            replay = partial(self._replay, conversation.copy(), found[0].tokens if found[0] is not None else 0)
+        restored = self._restorer.restored(given, keys, found, request, replay)
+        if replay is not None and conversation is not None and not restored.tokens:
+            conversation.begin_anew()  # What is left of it is computed without what was cut.
+        return replace(restored, not_found=error)
+
+    def save(
+        self,
+        token_ids: TokenIds,
+        cache: Cache,
+        durability: Durability = Durability.DRAM,
+        *,
+        session_id: str | Sequence[str] = "",
+        conversation: Conversation | None = None,
+        attention_mask: Any = None,
+        wait_s: float | None = None,
+    ) -> Saved:
+        """Store the blocks of `token_ids` that are not stored yet. `cache` starts with these tokens' KV.
+
+        Whole blocks only, unless a `session_id` or a `conversation` is given: then the last one too, which belongs
+        to the session until a later turn brings a fuller one. A session that was cut goes on with its
+        conversation only. Waits at most `wait_s` (by default what the connector was made with); what is not done
+        by then goes on, and the answer has DeadlineExceeded.
+        """
+        given = sequences(token_ids, attention_mask)
+        states = self._turns.states(cache, len(given.pads))
+        savings = self._turns.prepare(given, cache, self._keys(), _names(session_id, len(given.pads)), conversation)
+        block_count = sum(len(each.chain) for each in savings)
+        if not block_count:
+            return Saved()
+        writing = writing_of(cache)
+        if writing is not None and writing.misplaced:
+            return Saved(refused=block_count, error=InvalidRequest(writing.misplaced))
+        if not self._breaker.allow():
+            error: KVError = DaemonUnavailable("the daemon did not answer lately: nothing is sent to it")
+            return Saved(refused=block_count, error=error)
+        saved: list[Saved] = []
+
+        def work() -> None:
+            saved.extend(self._turns.save(each, states, writing, durability) for each in savings)
+
+        if not self._in_background(work, self._save_wait_s if wait_s is None else wait_s):
+            error = DeadlineExceeded("the save is not done yet; it goes on in the background")
+            return Saved(refused=block_count, error=error)
+        return sum(saved, Saved())
+
+    def truncate(self, conversation: Conversation, keep: Sequence[tuple[int, int]]) -> bool:
+        """Cut a conversation that was saved: only these ranges of its tokens, (first, count) each, stay.
+
+        `truncation.keep_on_overflow` gives those that a full context window leaves. Its next `restore` gives the
+        KV of `conversation.token_ids`, at the positions where they are now. False where the daemon could not be
+        told in time: the conversation is cut all the same, and computed again. Raises ValueError for ranges
+        that are not ascending, disjoint and inside the conversation.
+        """
+        before = conversation.copy()
+        conversation.truncate(keep)
+        if not conversation.parts or conversation.parts == before.parts:
+            return True
+        keys, ranges = self._keys(), [(int(first), int(count)) for first, count in keep]
+        outcome: list[bool] = []
+
+        def work() -> None:
+            try:
+                remembering.truncate(self._client, keys, before, ranges)
+                outcome.append(True)
+            except KVError as error:
+                self._breaker.record(answered(error))
+                log.warning("a session was not cut", extra={"session_id": before.session_id, "why": error.message})
+
+        return self._breaker.allow() and self._in_background(work, self._save_wait_s) and bool(outcome)
+
+    def flush(self, timeout_s: float = 5.0) -> bool:
+        """Wait for all that is being saved. Whether it is done."""
+        deadline = Deadline(timeout_s)
+        return self._saver.flush(timeout_s) and self._in_background(lambda: None, deadline.remaining_s)
+
+    def _find(
+        self,
+        given: Sequences,
+        keys: Keys,
+        session_ids: Sequence[str],
+        conversation: Conversation | None,
+        request_id: str,
+    ) -> list[Found | None]:
+        """For each row what is stored of it, leased. Raises KVError."""
+        deadline = Deadline(self._wait_s)
+        found: list[Found | None] = []
+        try:
+            for row in range(len(given.pads)):
+                tokens = given.tokens(row)
+                tokens_max = len(tokens) - 1
+                if self._tokens_max is not None and len(tokens) > self._tokens_max:
+                    tokens_max = 0  # The whole prompt is rotated in another way.
+                if conversation is not None and conversation.parts:
+                    found.append(self._finder.of_conversation(conversation, tokens_max, keys, deadline))
+                else:
+                    name = session_ids[row] if conversation is None else conversation.session_id
+                    found.append(self._finder.of_tokens(tokens, tokens_max, keys, name, deadline, request_id))
+        except KVError:
+            self._restorer.release(found)
+            raise
+        return found
+
+    def _in_background(self, work: Callable[[], None], timeout_s: float) -> bool:
+        """Have it done on the connector's own thread, after what was given to it before. Whether it is done in time."""
+        try:
+            event = self._work.submit(work)
+        except StreamClosed:
+            return False
+        is_done = event.wait(timeout_s)
+        if is_done and event.error is not None:
+            raise event.error
+        return is_done
+
+    def _check_adapters(self) -> None:
+        if not self._lora_id and has_adapters(self._model):
+            raise UnsupportedModel("the model has adapters loaded; name the active one by lora_id")
+
+    def _keys(self) -> Keys:
+        """What keys depend on. Asked for each chain: an adapter may have been loaded meanwhile."""
+        self._check_adapters()
+        return Keys(self.layout, self._salt, extra_identity(self._lora_id))
+
+    def _rope_of_model(self) -> Rope:
+        """Raises UnsupportedRotation."""
+        if self._rope is None:
+            self._rope = Rope.from_model(self._model)
+        return self._rope
+
+    def _replay(self, conversation: Conversation, token_count: int) -> list[Tensors]:
+        turns = self.layout.rotary.kind != "none"
+        return replayed(self._model, conversation, self._rope_of_model() if turns else None, token_count)
+
+
+def _names(session_id: str | Sequence[str], rows: int) -> Sequence[str]:
+    """A session's name for each row."""
+    names = [session_id] * rows if not session_id else [session_id] if isinstance(session_id, str) else session_id
+    if len(names) != rows:
+        raise InvalidRequest(f"{len(names)} sessions are named for {rows} sequences", field="session_id")
+    return [str(name) for name in names]

@@ -1,0 +1,172 @@
+"""The KV that a cache begins with: on its way from the daemon, and computed again where it does not come."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from kvservice_adapter.connectors.transformers.cache import Tensors, empty_buffer, room
+from kvservice_adapter.device.base import Pages
+from kvservice_adapter.load import LayerLoader, LoadFailed
+from kvservice_api.layout import Layout
+
+log = logging.getLogger(__name__)
+
+Recompute = Callable[[], Sequence[Tensors]]
+
+
+class Buffers:
+    """Each layer's keys and values ``[row, head, column, dim]``, made when its first bytes are there. Thread-safe."""
+
+    def __init__(self, layout: Layout, pads: Sequence[int], columns: int, dtype: torch.dtype, device: torch.device):
+        """`columns` are those that loads fill, at most; a row's first `pads` stay zero. There is room behind them."""
+        self._layout = layout
+        self._pads = pads
+        self._columns = columns
+        self._dtype = dtype
+        self._device = device
+        self._lock = threading.Lock()
+        self._layers: dict[int, Tensors] = {}
+
+    def of(self, index: int) -> Tensors:
+        with self._lock:
+            if index not in self._layers:
+                self._layers[index] = self._new(self._layout.k_head_dim), self._new(self._layout.v_head_dim)
+            return self._layers[index]
+
+    def take(self, index: int) -> Tensors:
+        """They are the caller's from now on."""
+        buffers = self.of(index)
+        with self._lock:
+            del self._layers[index]
+        return buffers
+
+    def pages(self, row: int, column: int, index: int) -> Pages:
+        """A row's of a layer, from a column on."""
+        keys, values = self.of(index)
+        return Pages(keys, values, [row], column)
+
+    def _new(self, dim: int) -> torch.Tensor:
+        columns = self._columns + room(self._columns)
+        shape = len(self._pads), self._layout.kv_heads, columns, dim
+        buffer = empty_buffer(shape, self._dtype, self._device)
+        for row, pad in enumerate(self._pads):
+            buffer[row, :, :pad].zero_()
+        return buffer
+
+
+class Head(NamedTuple):
+    """What was computed of the history, while the rest of it came: its first tokens."""
+
+    layers: list[Tensors]
+    tokens: int
+
+
+class LoadedHistory:
+    """The history of one cache. For the engine's thread."""
+
+    def __init__(
+        self,
+        buffers: Buffers,
+        columns: int,
+        loaders: Sequence[LayerLoader],
+        recompute: Recompute,
+        *,
+        layer_count: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        head: Head | None = None,
+        on_end: Callable[[LoadedHistory], None] = lambda history: None,
+    ) -> None:
+        """`recompute` gives every layer's keys and values, ``[row, head, column, dim]`` of `columns` columns.
+
+        `on_end` is called once: when the last layer has come, or the first has failed.
+        """
+        self.columns = columns
+        self.dtype, self.device = dtype, device
+        self.lost_s = 0.0
+        self.recompute_s = 0.0
+        self.error: BaseException | None = None  # Why some of it was computed again.
+        self._buffers = buffers
+        self._loaders = loaders
+        self._recompute = recompute
+        self._layer_count = layer_count
+        self._head = head
+        self._on_end = on_end
+        self._again: list[Tensors] | None = None
+
+    @property
+    def loaders(self) -> Sequence[LayerLoader]:
+        return self._loaders
+
+    def begin(self) -> None:
+        """The request runs: layers will be taken one after another."""
+        for loader in self._loaders:
+            loader.request_runs()
+
+    def layer(self, index: int) -> Tensors:
+        """A layer's buffers; the history is their first `columns` columns. Waits within the loaders' bound."""
+        if self._again is None:
+            begin_s = time.perf_counter()
+            try:
+                for loader in self._loaders:
+                    loader.wait(index)
+            except LoadFailed as error:
+                self.error = error.__cause__ or error
+                self.lost_s += time.perf_counter() - begin_s
+                self._compute(index)
+            else:
+                self.lost_s += time.perf_counter() - begin_s
+                return self._loaded(index)
+        assert self._again is not None
+        return self._again[index]
+
+    def close(self) -> None:
+        """Nobody will ask for the rest. Waits for nothing."""
+        for loader in self._loaders:
+            loader.close()
+
+    def _loaded(self, index: int) -> Tensors:
+        keys, values = self._buffers.take(index)
+        if self._head is not None:
+            head_keys, head_values = self._head.layers[index]
+            keys[:, :, : self._head.tokens].copy_(head_keys)
+            values[:, :, : self._head.tokens].copy_(head_values)
+        if index == self._layer_count - 1:
+            self._on_end(self)
+        return keys, values
+
+    def _compute(self, index: int) -> None:
+        """All layers from this one on. Into other memory: what comes late may still be written into the buffers."""
+        log.warning("a history is computed again", extra={"layer": index, "why": str(self.error)})
+        self.close()
+        begin_s = time.perf_counter()
+        self._again = list(self._recompute())
+        self.recompute_s = time.perf_counter() - begin_s
+        self.lost_s += self.recompute_s
+        self._on_end(self)
+
+
+class NoHistory:
+    """Of a cache that begins empty."""
+
+    columns = 0
+    lost_s = 0.0
+    error: BaseException | None = None
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+
+    def begin(self) -> None:
+        pass
+
+    def layer(self, index: int) -> Tensors:
+        raise AssertionError("there is nothing to wait for")
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,73 @@
+"""Computes the KV of a history in place of loading it, in the middle of a forward if need be.
+
+The model is entered once more, beneath its head and without the cache of the forward that waits. Its
+modules keep nothing between layers, so the outer forward goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import DynamicCache, PreTrainedModel
+
+from kvservice_adapter.connectors.transformers.cache import Tensors
+from kvservice_adapter.rope import Rope
+from kvservice_adapter.session import Conversation
+
+
+@torch.no_grad()
+def computed(model: PreTrainedModel, token_ids: NDArray[Any], pads: Sequence[int]) -> list[Tensors]:
+    """Each layer's keys and values of tokens ``[row, column]``, of which the first `pads` of a row are padding."""
+    cache = DynamicCache(config=model.config)
+    _forward(model, token_ids, cache, pads)
+    return _layers(cache)
+
+
+@torch.no_grad()
+def replayed(model: PreTrainedModel, conversation: Conversation, rope: Rope | None, token_count: int) -> list[Tensors]:
+    """As `computed`, of the first `token_count` tokens of a conversation, cut where it was cut.
+
+    What a cut has dropped is computed too: the rest was computed with it in sight.
+    """
+    cache = DynamicCache(config=model.config)
+    for part in conversation.parts:
+        _forward(model, part.said[None], cache)
+        layers: list[Any] = cache.layers
+        for layer in layers:
+            layer.keys, layer.values = _cut(layer.keys, layer.values, part.kept, rope)
+    _forward(model, conversation.said[None, : token_count - conversation.kept_tokens], cache)
+    return _layers(cache)
+
+
+def _cut(keys: torch.Tensor, values: torch.Tensor, kept: Sequence[tuple[int, int]], rope: Rope | None) -> Tensors:
+    at = np.concatenate([np.arange(first, first + count) for first, count in kept])
+    index = torch.from_numpy(at).to(keys.device)
+    keys, values = keys.index_select(2, index), values.index_select(2, index)
+    rotation = rope.rotation(at, np.arange(len(at))) if rope is not None else None
+    if rotation is not None:
+        rotation.apply(keys)
+    return keys, values
+
+
+def _forward(model: PreTrainedModel, token_ids: NDArray[Any], cache: DynamicCache, pads: Sequence[int] = ()) -> None:
+    if not token_ids.shape[1]:
+        return
+    body: Any = model.base_model
+    ids = torch.from_numpy(token_ids.astype(np.int64)).to(model.device)
+    given: dict[str, Any] = {}
+    if any(pads):
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        placed = columns - torch.tensor(list(pads), device=ids.device)[:, None]
+        given = {"attention_mask": (placed >= 0).long(), "position_ids": placed.clamp(min=0)}
+        given = {name: value for name, value in given.items() if name in inspect.signature(body.forward).parameters}
+    body(input_ids=ids, past_key_values=cache, use_cache=True, **given)
+
+
+def _layers(cache: DynamicCache) -> list[Tensors]:
+    layers: list[Any] = cache.layers
+    return [(layer.keys, layer.values) for layer in layers]

@@ -1,0 +1,81 @@
+"""Has a session name the blocks of its conversation."""
+
+from __future__ import annotations
+
+import logging
+
+from kvservice_adapter.connectors.transformers.finding import common_blocks
+from kvservice_adapter.session import Conversation, Keys
+from kvservice_api.errors import SessionChanged, SessionNotFound
+from kvservice_api.keys import BlockChain
+from kvservice_client import Client, Layout, SessionState
+from kvservice_client.session import Session
+
+log = logging.getLogger(__name__)
+
+
+def remember(client: Client, layout: Layout, session_id: str, chain: BlockChain) -> None:
+    """Stored blocks from the conversation's first token on. One that went another way before is begun anew.
+
+    A session that was cut is left as it is: from tokens alone nobody can tell what was cut. Raises KVError.
+    """
+    session = client.session(layout, session_id)
+    state = _state(session)
+    if state is not None and state.cuts:
+        log.info("a truncated session is left as it is", extra={"session_id": session_id})
+        return
+    _continue(session, state, chain, 0)
+
+
+def remember_conversation(
+    client: Client, layout: Layout, session_id: str, chain: BlockChain, cuts: int, kept_tokens: int
+) -> None:
+    """Stored blocks of what a conversation said since the last of `cuts` cuts, behind the `kept_tokens` that it left.
+
+    A session that was cut otherwise is begun anew, if the conversation has no cut. Raises KVError.
+    """
+    session = client.session(layout, session_id)
+    state = _state(session)
+    if cuts:
+        is_cut_alike = state is not None and state.cuts == cuts and state.token_count >= kept_tokens
+        if not is_cut_alike:
+            raise SessionChanged("the session was not cut as the conversation was: it is begun anew with the next turn")
+    elif state is not None and state.cuts:
+        session.end()
+        state = None
+    _continue(session, state, chain, kept_tokens)
+
+
+def truncate(client: Client, keys: Keys, conversation: Conversation, keep: list[tuple[int, int]]) -> None:
+    """Cut the session as the conversation is to be cut. Raises KVError, SessionChanged where it is another one's."""
+    session = client.session(keys.layout, conversation.session_id)
+    state = session.get()
+    if not conversation.is_of(state, keys) or state.token_count != conversation.token_count:
+        raise SessionChanged("the session does not have all of this conversation: it cannot be cut with it")
+    session.truncate(keep, state.revision)
+
+
+def _continue(session: Session, state: SessionState | None, chain: BlockChain, kept_tokens: int) -> None:
+    """Name the blocks of a chain that begins behind the session's first `kept_tokens`."""
+    first_new = 0
+    if state is not None:
+        since = -(-(state.token_count - kept_tokens) // session.layout.block_tokens)  # Slices since the last cut.
+        first_new = since - bool(state.tail_tokens)
+        common = common_blocks(chain.keys, state, state.slice_count - since)
+        if common == len(chain) == since:
+            return  # It names them all.
+        next_tokens = chain.token_counts[first_new] if first_new < len(chain) else 0
+        if common < first_new or next_tokens <= (state.tail_tokens if common == first_new else 0):
+            if state.cuts:
+                raise SessionChanged("the session went another way since its last cut")
+            session.end()
+            state, first_new = None, 0
+    if len(chain) > first_new:
+        session.append(chain[first_new:], state.revision if state is not None else 0)
+
+
+def _state(session: Session) -> SessionState | None:
+    try:
+        return session.get()
+    except SessionNotFound:
+        return None

@@ -1,0 +1,241 @@
+"""Saves the blocks of one cache while the model computes them.
+
+Which tokens a forward computes is told before it (`begin`). The blocks that it completes are given to the
+saver layer by layer, as the layers are computed, and are sent when the forward has ended. So a prefill's
+blocks are gathered one layer behind it, and while it decodes, each block as it fills.
+
+A key may stand only for what its tokens give. So nothing is saved any more once the cache holds anything
+else: tokens that were not told, placed or masked in another way, rows that were moved.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvservice_adapter.breaker import Breaker, answered
+from kvservice_adapter.connectors.transformers.cache import Forward
+from kvservice_adapter.device.base import Pages
+from kvservice_adapter.save import LayerSaver, SaveJob
+from kvservice_adapter.session import Keys
+from kvservice_api.errors import KVError
+from kvservice_api.keys import BlockChain
+from kvservice_client import SaveResult
+
+log = logging.getLogger(__name__)
+
+_JOB_SHARE = 4  # Of the staging, at most, for one save: a long prefill is sent in several.
+
+
+@dataclass(slots=True)
+class Row:
+    """One sequence of the batch, and which of its blocks are given to the saver already."""
+
+    pad: int  # Columns before its first token.
+    first: int  # The column where `parent`'s next block begins: the sequence's first, or behind a cut.
+    parent: bytes
+    keys: list[bytes] = field(default_factory=list)  # Of the blocks from there on that need not be saved any more.
+
+
+class BackgroundWriting:
+    """For one cache, whose forwards come one after another. `wait` and `take_stored` may be called by any thread."""
+
+    def __init__(
+        self,
+        saver: LayerSaver,
+        breaker: Breaker,
+        keys: Callable[[], Keys],
+        rows: Sequence[Row],
+        token_ids: NDArray[Any],
+        block_tokens: int,
+        tokens_max: int | None = None,
+    ) -> None:
+        """`token_ids`, ``[row, column]``, are what the cache holds already. Nothing is saved any more once
+        a row has more than `tokens_max` tokens: its keys are rotated in another way then. `keys` raises ValueError
+        where the model is not what it was.
+        """
+        self._saver = saver
+        self._breaker = breaker
+        self._keys = keys
+        self._rows = rows
+        self._block_tokens = block_tokens
+        self._tokens_max = tokens_max
+        self._known: list[Any] = [np.asarray(token_ids)]  # [row, some columns], one after another.
+        self._columns = token_ids.shape[1]
+        self._jobs: list[tuple[SaveJob, int, int]] = []  # With the row, and the column of its first token.
+        self._forward: tuple[int, int] | None = None  # The columns of the one that runs.
+        self._stopped = ""
+        self._misplaced = ""
+        self._changed = threading.Condition()
+        self._under_way = 0
+        self._stored: set[bytes] = set()
+
+    @property
+    def stopped(self) -> str:
+        """Why nothing is saved any more. Empty while it is."""
+        return self._stopped
+
+    @property
+    def misplaced(self) -> str:
+        """Why the cache's KV is not what its tokens give. Empty where it is, as far as is known."""
+        return self._misplaced
+
+    def token_ids(self, row: int) -> NDArray[Any]:
+        """What is known of a row, from its first token on."""
+        self._known = [np.concatenate([_on_host(each) for each in self._known], axis=1)]
+        ids: NDArray[Any] = self._known[0][row, self._rows[row].pad :]
+        return ids
+
+    # Told by the cache
+
+    def begin(self, forward: Forward, first: int) -> None:
+        """A forward begins; its first token will be in column `first`."""
+        if self._stopped:
+            return
+        self._forward = None
+        ids = forward.input_ids
+        if ids is None or ids.ndim != 2 or len(ids) != len(self._rows) or first != self._columns:
+            self.stop("the tokens of a forward are not known")
+            return
+        end = first + ids.shape[1]
+        if not self._placed_as_told(forward, first, end):
+            self._misplaced = "tokens were masked or placed in another way than restore was told"
+            self.stop(self._misplaced)
+            return
+        self._known.append(ids)
+        self._columns = end
+        self._forward = (first, end)
+        try:
+            for number, row in enumerate(self._rows):
+                self._open(number, row, end)
+        except ValueError as error:
+            self.stop(str(error))
+
+    def layer(self, index: int, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        if self._stopped:
+            return
+        if self._forward is None or self._forward[0] != first:
+            self.stop("states came from elsewhere than a forward of the model")
+            return
+        for job, row, column in self._jobs:
+            job.layer(index, Pages(keys, values, [row], column))
+
+    def end(self, *, is_whole: bool) -> None:
+        """The forward has ended; `is_whole` where it raised nothing."""
+        jobs, self._jobs, self._forward = self._jobs, [], None
+        if not is_whole:
+            self.stop("a forward failed")
+        for job, _, _ in jobs:
+            if self._stopped:
+                job.abandon()
+                continue
+            with self._changed:
+                self._under_way += 1
+            try:
+                job.commit(on_done=partial(self._done, job.chain.keys))
+            except ValueError:  # A layer did not tell: the model has layers of other kinds.
+                self._done((), KVError("not every layer of a forward came"))
+                self.stop("not every layer of a forward came")
+
+    def crop(self, columns: int) -> None:
+        if self._stopped or columns >= self._columns:
+            return
+        self._known = [np.concatenate([_on_host(each) for each in self._known], axis=1)[:, :columns]]
+        self._columns = columns
+        for row in self._rows:
+            if columns < row.first:
+                self.stop("the cache was cropped to before its last cut")
+                return
+            del row.keys[(columns - row.first) // self._block_tokens :]
+
+    def stop(self, reason: str) -> None:
+        if not self._stopped:
+            log.info("nothing more of this cache is saved while it grows", extra={"why": reason})
+            self._stopped = reason
+        for job, _, _ in self._jobs:
+            job.abandon()
+        self._jobs = []
+
+    # Asked by the connector
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until what was sent is answered. Whether it is."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._under_way, timeout_s)
+
+    def continues(self, row: int, column: int, parent: bytes) -> bool:
+        """Whether a chain that begins in a column of a row, behind `parent`, is of what the cache holds."""
+        return (self._rows[row].first, self._rows[row].parent) == (column, parent)
+
+    def take_stored(self, chain: BlockChain) -> int:
+        """How many blocks of a chain were stored from here since the last call."""
+        with self._changed:
+            found = self._stored.intersection(chain.keys)
+            self._stored -= found
+        return len(found)
+
+    def _placed_as_told(self, forward: Forward, first: int, end: int) -> bool:
+        """Whether tokens lie as the history's do: each row behind its padding, one position after another."""
+        mask, positions = forward.attention_mask, forward.position_ids
+        pads = [row.pad for row in self._rows]
+        if mask is None:
+            if any(pads):
+                return False
+        else:
+            if mask.ndim != 2 or tuple(mask.shape) != (len(pads), end):
+                return False
+            columns = torch.arange(end, device=mask.device)
+            if not torch.equal(mask.bool(), columns >= torch.tensor(pads, device=mask.device)[:, None]):
+                return False
+        if positions is None:
+            return not any(pads)  # The model would count columns.
+        if positions.ndim != 2 or positions.shape[1] != end - first:
+            return False
+        columns = torch.arange(first, end, device=positions.device)
+        expected = columns - torch.tensor(pads, device=positions.device)[:, None]
+        return bool(((positions == expected) | (expected < 0)).all())
+
+    def _open(self, number: int, row: Row, end: int) -> None:
+        """Begin to save the blocks of a row that this forward completes."""
+        keys = self._keys()
+        tokens = self._block_tokens
+        if self._tokens_max is not None and end - row.pad > self._tokens_max:
+            raise ValueError(f"from {self._tokens_max} tokens on the model rotates its keys in another way")
+        column = row.first + len(row.keys) * tokens
+        count = (end - column) // tokens
+        if count < 1:
+            return
+        ids = self.token_ids(number)[column - row.pad : column - row.pad + count * tokens]
+        chain = keys.chain(ids, row.keys[-1] if row.keys else row.parent)
+        row.keys.extend(chain.keys)
+        if not self._breaker.allow():
+            return
+        per_job = max(1, self._saver.staging_bytes // _JOB_SHARE // (tokens * keys.layout.bytes_per_token))
+        for first in range(0, count, per_job):
+            job = self._saver.begin(chain[first : first + per_job])
+            if job is None:  # Staging is full. What is left at the end, the connector saves.
+                return
+            self._jobs.append((job, number, column + first * tokens))
+
+    def _done(self, keys: Sequence[bytes], outcome: SaveResult | Exception) -> None:
+        self._breaker.record(answered(outcome if isinstance(outcome, KVError) else None))
+        with self._changed:
+            if isinstance(outcome, SaveResult):
+                refused = {block for block, _ in outcome.refused}
+                kept = [key for block, key in enumerate(keys) if block not in refused]
+                if outcome.stored:
+                    self._stored.update(kept[len(kept) - outcome.stored :])
+            self._under_way -= 1
+            self._changed.notify_all()
+
+
+def _on_host(token_ids: Any) -> NDArray[Any]:
+    return token_ids.numpy(force=True) if isinstance(token_ids, torch.Tensor) else token_ids

@@ -1,0 +1,248 @@
+"""Load a history, compute it again, or both at once: decided for each request from what was measured.
+
+    rates = Rates()
+    rates.observe_prefill(new_tokens=900, context_tokens=0, seconds=1.4)       # after each forward over a prompt
+    rates.observe_load(size_bytes, seconds, "dram", "shm")                     # after each load
+
+    chosen = plan(rates, history_tokens=2048, new_tokens=40, bytes_per_token=46_080, tier="dram",
+                  transport="shm", block_tokens=256, layers=30)
+    chosen.kind, chosen.compute_tokens, chosen.load_tokens, chosen.estimate_s, chosen.reason
+
+The mixed plan is that of Cake (ICML '25): the history's first `compute_tokens` are computed while the
+blocks behind them come in.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from operator import ge
+
+from kvservice_adapter.fit import Fit
+
+_MEMORY_S = 600.0
+_FIXED_LOAD_S_MAX = 0.005
+_RECENT_OVERHEADS = 5
+_LEARN_S_MIN = 0.005  # What is computed faster than this is not worth a load to find out how long loads take.
+_MARGIN = 0.05  # By how much the mixed plan has to be faster: it is the one with the most that can go wrong.
+
+
+class Kind(StrEnum):
+    """What becomes of a history."""
+
+    LOAD = "load"
+    RECOMPUTE = "recompute"
+    MIXED = "mixed"
+
+
+class Rates:
+    """What loads and computing cost here, learned from each of them. Thread-safe; at most a few hundred numbers.
+
+    Loads by another transport, or from another tier, are measured apart. A load takes a fixed time and one that
+    grows with its bytes. Computing `n` new tokens that attend to `c` earlier ones takes
+
+        a + b * n + g * n * (c + n / 2)
+
+    for each forward has its costs, each token its matrices, and each pair of tokens its attention.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, memory_s: float = _MEMORY_S) -> None:
+        """Where nothing was loaded for `memory_s`, loads are measured anew: else what was slow once were never tried
+        again."""
+        self._clock = clock
+        self._memory_s = memory_s
+        self._lock = threading.Lock()
+        self._prefill = Fit()
+        self._loads: dict[tuple[str, str], Fit] = {}
+        self._loaded_at_s: dict[tuple[str, str], float] = {}
+        self._overheads_s: list[float] = []
+
+    def observe_load(
+        self, size_bytes: int, seconds: float, tier: str, transport: str = "", loads_ahead: int = 0
+    ) -> None:
+        """A load of so many bytes took so long, from the call to the last byte, waits for the engine left out.
+
+        `tier` is where the bytes lay ("dram", "ssd", "mixed"), `loads_ahead` with how many others it shared the way.
+        """
+        key = (tier, transport)
+        with self._lock:
+            fit = self._loads.setdefault(key, Fit(_FIXED_LOAD_S_MAX))
+            self._forget_what_is_old(key)
+            self._loaded_at_s[key] = self._clock()
+            fit.observe((size_bytes.bit_length(),), (float(size_bytes), 1.0), seconds / (1 + loads_ahead))
+
+    def observe_prefill(self, new_tokens: int, context_tokens: int, seconds: float) -> None:
+        """A forward over so many new tokens, behind so many whose KV was there, took so long without waits."""
+        order = (new_tokens.bit_length(), context_tokens.bit_length())
+        with self._lock:
+            self._prefill.observe(order, _prefill_terms(new_tokens, context_tokens), seconds)
+
+    def observe_overhead(self, seconds: float) -> None:
+        """What a request that loads pays besides the load: preparing it, and putting the cache together."""
+        with self._lock:
+            self._overheads_s = [*self._overheads_s[1 - _RECENT_OVERHEADS :], seconds]
+
+    def overhead_s(self) -> float:
+        """0 until it is known."""
+        with self._lock:
+            known = sorted(self._overheads_s)
+        return known[len(known) // 2] if known else 0.0
+
+    def load_s(self, size_bytes: int, tier: str, transport: str = "", loads_ahead: int = 0) -> float | None:
+        """How long a load will take, the overhead left out. None where none was measured lately."""
+        key = (tier, transport)
+        with self._lock:
+            self._forget_what_is_old(key)
+            fit = self._loads.get(key)
+            if fit is None or not fit.is_known:
+                return None
+            return (1 + loads_ahead) * fit.seconds((float(size_bytes), 1.0)) if size_bytes else 0.0
+
+    def prefill_s(self, new_tokens: int, context_tokens: int = 0) -> float | None:
+        """How long computing so many tokens will take. None where it was never measured."""
+        with self._lock:
+            if not self._prefill.is_known:
+                return None
+            return self._prefill.seconds(_prefill_terms(new_tokens, context_tokens)) if new_tokens else 0.0
+
+    def _forget_what_is_old(self, key: tuple[str, str]) -> None:
+        if key in self._loaded_at_s and self._clock() - self._loaded_at_s[key] > self._memory_s:
+            self._loads[key].forget()
+
+
+def _prefill_terms(new_tokens: int, context_tokens: int) -> tuple[float, float, float]:
+    return float(new_tokens), 1.0, new_tokens * (context_tokens + new_tokens / 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Tokens [0, `compute_tokens`) of the history are computed, the `load_tokens` behind them are loaded.
+
+    `estimate_s` is for each kind the time to the first token, from now on, as far as there is one: seconds.
+    """
+
+    kind: Kind
+    compute_tokens: int
+    load_tokens: int
+    estimate_s: Mapping[Kind, float]
+    reason: str
+
+    @property
+    def load_first_token(self) -> int:
+        return self.compute_tokens
+
+
+def plan(
+    rates: Rates,
+    history_tokens: int,
+    new_tokens: int,
+    bytes_per_token: int,
+    tier: str,
+    block_tokens: int,
+    *,
+    transport: str = "",
+    layers: int = 1,
+    loads_ahead: int = 0,
+    edges: Sequence[int] = (),
+    may_mix: bool = True,
+) -> Plan:
+    """The fastest way to a history of stored tokens and the `new_tokens` behind it. Pure, but for what `rates` knows.
+
+    `bytes_per_token` is that of all layers together. The new tokens are computed layer by layer while the layers of
+    the history come in; with `layers` 1, only once all is there. `edges` tell where the history's blocks begin, where
+    they are not all of `block_tokens`. Where nothing was measured yet the history is loaded: so it gets measured.
+    """
+    if not history_tokens:
+        return Plan(Kind.RECOMPUTE, 0, 0, {}, "there is no history")
+    estimates = _Estimates(rates, history_tokens, new_tokens, bytes_per_token, tier, transport, layers, loads_ahead)
+    recompute_s, load_s = estimates.recompute_s(), estimates.load_s()
+    if load_s is None:
+        by = f" by {transport}" if transport else ""
+        if recompute_s is not None and recompute_s - (rates.prefill_s(new_tokens) or 0.0) < _LEARN_S_MIN:
+            why = f"it is short, and no load from {tier}{by} was measured lately"
+            return Plan(Kind.RECOMPUTE, history_tokens, 0, {Kind.RECOMPUTE: recompute_s}, why)
+        known = {Kind.RECOMPUTE: recompute_s} if recompute_s is not None else {}
+        return Plan(Kind.LOAD, 0, history_tokens, known, f"no load from {tier}{by} was measured lately: this one is")
+    if recompute_s is None:
+        return Plan(Kind.LOAD, 0, history_tokens, {}, "how fast this model computes was not measured yet")
+    estimate_s = {Kind.LOAD: load_s, Kind.RECOMPUTE: recompute_s}
+    pure = Kind.LOAD if load_s <= recompute_s else Kind.RECOMPUTE
+    starts = [start for start in edges or range(0, history_tokens, block_tokens) if 0 < start < history_tokens]
+    best = _best_head(starts, estimates) if may_mix else None
+    if best is not None:
+        head_tokens, estimate_s[Kind.MIXED] = best
+        if estimate_s[Kind.MIXED] < (1 - _MARGIN) * estimate_s[pure]:
+            why = f"the first {head_tokens} tokens are computed while the rest comes in"
+            return Plan(Kind.MIXED, head_tokens, history_tokens - head_tokens, estimate_s, why)
+    if pure is Kind.RECOMPUTE:
+        return Plan(pure, history_tokens, 0, estimate_s, "computing the history again is faster than its load")
+    return Plan(pure, 0, history_tokens, estimate_s, "loading the history is faster than computing it again")
+
+
+class _Estimates:
+    """Seconds from now to the end of the forward over the new tokens."""
+
+    def __init__(
+        self,
+        rates: Rates,
+        history_tokens: int,
+        new_tokens: int,
+        bytes_per_token: int,
+        tier: str,
+        transport: str,
+        layers: int,
+        loads_ahead: int,
+    ) -> None:
+        self._rates = rates
+        self._history_tokens = history_tokens
+        self._new_tokens = new_tokens
+        self._bytes_per_token = bytes_per_token
+        self._from = (tier, transport, loads_ahead)
+        self._layers = layers
+        self._overhead_s = rates.overhead_s()
+
+    def recompute_s(self) -> float | None:
+        return self._rates.prefill_s(self._history_tokens + self._new_tokens)
+
+    def load_s(self) -> float | None:
+        """None where loads were not measured. Computing that was not measured counts nothing."""
+        parts = self.parts_s(0)
+        return None if parts is None else max(parts)
+
+    def parts_s(self, head_tokens: int) -> tuple[float, float] | None:
+        """When the new tokens would be there if loads took no time, and when if the head took none.
+
+        Of n layers that each take l to load and c to compute, the last is computed after l + n c or n l + c,
+        whichever is later.
+        """
+        size_bytes = (self._history_tokens - head_tokens) * self._bytes_per_token
+        last_s = self._rates.load_s(size_bytes, *self._from)
+        first_s = self._rates.load_s(size_bytes // self._layers, *self._from)
+        if last_s is None or first_s is None:
+            return None
+        head_s = self._rates.prefill_s(head_tokens) or 0.0
+        new_s = self._rates.prefill_s(self._new_tokens, self._history_tokens) or 0.0
+        loaded_s = max(first_s + new_s, last_s + new_s / self._layers)
+        return self._overhead_s + head_s + new_s, self._overhead_s + loaded_s
+
+
+def _best_head(starts: Sequence[int], estimates: _Estimates) -> tuple[int, float] | None:
+    """The block's edge up to which to compute, and what that takes. None where there is no edge.
+
+    The further the edge, the later the head is there and the earlier the rest: best is where they meet.
+    """
+
+    def parts_s(index: int) -> tuple[float, float]:
+        return estimates.parts_s(starts[index]) or (math.inf, math.inf)
+
+    if not starts:
+        return None
+    head_is_later = bisect_left(range(len(starts)), True, key=lambda index: ge(*parts_s(index)))
+    around = {max(0, head_is_later - 1), min(head_is_later, len(starts) - 1)}
+    takes_s, index = min((max(parts_s(index)), index) for index in around)
+    return starts[index], takes_s

@@ -1,0 +1,100 @@
+"""What a transformers model says, and what its code tells, about how it rotates keys."""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from kvservice_adapter.rope_frequencies import UnsupportedRotation, frequencies_of, kind_of
+from kvservice_api.layout import Rotary
+
+
+def rotary_of(model: Any) -> Rotary:
+    """How the model rotates its keys, for a layout. Raises UnsupportedRotation where no prefix could be reused.
+
+    A model that computes with other frequencies than its configuration gives (`model.to(bfloat16)` rounds
+    them) is told apart by a checksum of them.
+    """
+    parameters = getattr(model.config, "rope_parameters", None) or {}
+    if not parameters and not _frequency_modules(model):
+        return Rotary()
+    kind = kind_of(parameters)
+    frequencies = rotary_modules(model)[0].inv_freq
+    if kind == "dynamic":
+        frequencies = rotary_modules(model)[0].original_inv_freq
+    numbers = {name: value for name, value in parameters.items() if name not in ("rope_type", "type", "rope_theta")}
+    if not all(value is None or isinstance(value, (int, float)) for value in numbers.values()):
+        raise UnsupportedRotation(f"the rotary parameters {numbers} are not plain numbers")
+    given = [(name, float(value)) for name, value in numbers.items() if value is not None]
+    if not _as_configured(model, frequencies):
+        given.append(("frequencies_crc32", float(_checksum(frequencies))))
+    return Rotary(
+        kind=kind,
+        pairing=pairing_of(model),
+        dims=2 * frequencies.numel(),
+        base=float(parameters["rope_theta"]),
+        parameters=tuple(given),
+    )
+
+
+def pairing_of(model: Any) -> str:
+    """Which two dims turn together, asked of the model's own code: no configuration says it."""
+    rotate_half = getattr(sys.modules[type(model).__module__], "rotate_half", None)
+    if rotate_half is None:
+        raise UnsupportedRotation(f"how {type(model).__name__} pairs the dims of its rotary encoding is not known")
+    rotated = rotate_half(torch.arange(1.0, 5.0)).tolist()
+    known = {(-3.0, -4.0, 1.0, 2.0): "half", (-2.0, 1.0, -4.0, 3.0): "interleaved"}
+    if tuple(rotated) not in known:
+        raise UnsupportedRotation(f"{type(model).__name__} pairs the dims of its rotary encoding in an unknown way")
+    return known[tuple(rotated)]
+
+
+@torch.inference_mode()
+def rotated_by(model: Any, keys: torch.Tensor, positions: Sequence[int]) -> torch.Tensor | None:
+    """Keys ``[1, head, token, rotary dim]``, rotated by the model's own code; None where it is called another way."""
+    rotate = getattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb", None)
+    if rotate is None:
+        return None
+    keys = keys.to(model.device)
+    try:
+        cos, sin = rotary_modules(model)[0](keys, torch.tensor(positions, device=keys.device)[None])
+        _, rotated = rotate(keys, keys, cos, sin)
+    except (TypeError, ValueError, RuntimeError):  # It is called in another way.
+        return None
+    return rotated if isinstance(rotated, torch.Tensor) else None
+
+
+def rotary_modules(model: Any) -> list[Any]:
+    """The modules that keep the model's frequencies: one at least, all of the same.
+
+    Raises UnsupportedRotation where there is none, or where they differ.
+    """
+    modules = _frequency_modules(model)
+    if not modules:
+        raise UnsupportedRotation(f"{type(model).__name__} keeps no rotary frequencies")
+    first = modules[0].inv_freq
+    if not all(torch.equal(first, each.inv_freq) for each in modules[1:]):
+        raise UnsupportedRotation("the rotary encoding differs from layer to layer")
+    return modules
+
+
+def _frequency_modules(model: Any) -> list[Any]:
+    return [each for each in model.modules() if isinstance(getattr(each, "inv_freq", None), torch.Tensor)]
+
+
+def _as_configured(model: Any, frequencies: torch.Tensor) -> bool:
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    configured, _ = frequencies_of(config.rope_parameters, head_dim, getattr(config, "max_position_embeddings", None))
+    own = frequencies.to("cpu", torch.float32)
+    # Processors differ in the last bits of a power; a rounded frequency differs by far more.
+    return configured.shape == own.shape and torch.allclose(configured, own, rtol=1e-5, atol=0.0)
+
+
+def _checksum(frequencies: torch.Tensor) -> int:
+    """Of the frequencies to about four digits, that every processor may find the same."""
+    return zlib.crc32((frequencies.double().cpu().log2() * 4096).round().to(torch.int32).numpy().tobytes())

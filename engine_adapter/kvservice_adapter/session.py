@@ -1,0 +1,161 @@
+"""A conversation as its engine knows it: every token that was said, and where it was cut.
+
+    conversation = Conversation("chat-17")
+    history = connector.restore(input_ids, conversation=conversation)
+    ...
+    connector.save(output_ids, history.cache, conversation=conversation)
+    connector.truncate(conversation, keep)           # the context overflows: some tokens leave
+    input_ids = [*conversation.token_ids, *new]      # what is left, and what is said next
+
+The tokens that are left do not tell what was dropped, and the KV of those that are left was computed
+with it in sight. So the log keeps all of them, four bytes each: it gives the key that the session's tip
+must be. Where it is another one, that session is not this conversation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvservice_api.errors import InvalidRequest
+from kvservice_api.keys import BlockChain, block_chain, cut_key, root_key
+from kvservice_api.layout import Layout
+from kvservice_client import SessionState
+
+Tokens = NDArray[np.uint32]
+Ranges = tuple[tuple[int, int], ...]
+
+
+class Keys(NamedTuple):
+    """What a chain of keys depends on besides its tokens."""
+
+    layout: Layout
+    salt: bytes = b""
+    extra: bytes = b""
+
+    @property
+    def root(self) -> bytes:
+        return root_key(self.layout.fingerprint, self.salt)
+
+    def chain(self, token_ids: Any, parent: bytes | None = None, *, with_partial: bool = False) -> BlockChain:
+        """The blocks of tokens, from the root or from `parent` on. Raises InvalidRequest for what is no token id."""
+        extras = [self.extra] * -(-len(token_ids) // self.layout.block_tokens)
+        return block_chain(
+            self.layout, token_ids, salt=self.salt, extras=extras, with_partial=with_partial, parent=parent
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What was said up to a cut, and what the cut kept of all that was there then: (first, count) each."""
+
+    said: Tokens
+    kept: Ranges
+
+
+class Conversation:
+    """Grows by `extend`, and loses its middle by `truncate`. For one thread at a time; can be pickled."""
+
+    def __init__(self, session_id: str) -> None:
+        self.session_id = session_id
+        self._parts: list[Part] = []
+        self._kept = _NOTHING  # By the last cut.
+        self._said = _NOTHING  # Since.
+
+    @property
+    def token_ids(self) -> Tokens:
+        """The history as it is now, uint32 ``[token]``."""
+        return np.concatenate([self._kept, self._said])
+
+    @property
+    def token_count(self) -> int:
+        return len(self._kept) + len(self._said)
+
+    @property
+    def kept_tokens(self) -> int:
+        """How many of them the last cut has left: the first ones. 0 where there was none."""
+        return len(self._kept)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What was said up to each cut. What was said since is the history behind `kept_tokens`."""
+        return tuple(self._parts)
+
+    @property
+    def said(self) -> Tokens:
+        """Since the last cut."""
+        return self._said
+
+    def copy(self) -> Conversation:
+        """As it is now."""
+        same = Conversation(self.session_id)
+        same._parts, same._kept, same._said = list(self._parts), self._kept, self._said
+        return same
+
+    def extend(self, token_ids: Any) -> None:
+        """Tokens ``[token]`` follow."""
+        self._said = np.concatenate([self._said, np.asarray(token_ids).astype(np.uint32)])
+
+    def truncate(self, keep: Sequence[tuple[int, int]]) -> None:
+        """Only these ranges of tokens stay, (first, count) each: ascending, disjoint, inside the history.
+
+        With none of them everything leaves, and what follows begins anew. Raises InvalidRequest.
+        """
+        if not keep:
+            self.begin_anew()
+            return
+        kept = joined(keep, self.token_count)
+        if kept == ((0, self.token_count),):
+            return
+        left = self.token_ids[np.concatenate([np.arange(first, first + count) for first, count in kept])]
+        self._parts.append(Part(self._said, kept))
+        self._kept, self._said = left, _NOTHING
+
+    def begin_anew(self) -> None:
+        """Nothing was said: what follows is computed without what was there before."""
+        self._parts, self._kept, self._said = [], _NOTHING, _NOTHING
+
+    def leads_to(self, token_ids: NDArray[Any]) -> bool:
+        """Whether the tokens begin with this history."""
+        return len(token_ids) >= self.token_count and bool((token_ids[: self.token_count] == self.token_ids).all())
+
+    def parent(self, keys: Keys) -> bytes:
+        """The key that the first block since the last cut continues."""
+        parent = keys.root
+        for part in self._parts:
+            chain = keys.chain(part.said, parent, with_partial=True)
+            parent = cut_key(chain.keys[-1] if len(chain) else parent, part.kept)
+        return parent
+
+    def is_of(self, state: SessionState, keys: Keys) -> bool:
+        """Whether the session's history is the beginning of this conversation, cut as it was."""
+        since = state.token_count - self.kept_tokens
+        if state.cuts != len(self._parts) or not 0 <= since <= len(self._said):
+            return False
+        chain = keys.chain(self._said[:since], self.parent(keys), with_partial=True)
+        listed = tuple(each.key for each in state.slices[len(state.slices) - len(chain) :])
+        closed = chain[: len(chain) - bool(state.tail_tokens)]
+        return listed == chain.keys and state.tip == (closed.keys[-1] if len(closed) else closed.parent)
+
+
+def joined(keep: Sequence[tuple[int, int]], token_count: int) -> Ranges:
+    """Ranges of tokens, those that touch made one, as the daemon names a cut. Raises InvalidRequest."""
+    found: list[tuple[int, int]] = []
+    for first, count in keep:
+        end = sum(found[-1]) if found else 0
+        if count < 1 or first < end or first + count > token_count:
+            raise InvalidRequest(
+                f"ranges of {token_count} tokens must be ascending, disjoint and not empty: {list(keep)}", field="keep"
+            )
+        if found and first == end:
+            found[-1] = (found[-1][0], found[-1][1] + count)
+        else:
+            found.append((first, count))
+    return tuple((int(first), int(count)) for first, count in found)
+
+
+_NOTHING = np.empty(0, np.uint32)

@@ -1,0 +1,90 @@
+"""Wire to domain, and back, for what the engine's side reports of its requests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from google.protobuf.message import Message
+
+from kvservice.store.requests import ReportRecord
+from kvservice_api.errors import InvalidRequest
+from kvservice_api.v1 import blocks_pb2 as pb
+
+_TEXT_BYTES_MAX = 200
+_TEXTS = ("client_name", "plan_reason", "outcome_reason", "tier", "transport")
+_AGO_MS_MAX = 30 * 86_400_000
+_PLANS: Mapping[pb.RequestPlan, str] = {
+    pb.REQUEST_PLAN_UNSPECIFIED: "none",
+    pb.REQUEST_PLAN_LOAD: "load",
+    pb.REQUEST_PLAN_RECOMPUTE: "recompute",
+    pb.REQUEST_PLAN_MIXED: "mixed",
+}
+_OUTCOMES: Mapping[pb.RequestOutcome, str] = {
+    pb.REQUEST_OUTCOME_DONE: "done",
+    pb.REQUEST_OUTCOME_MISS: "miss",
+    pb.REQUEST_OUTCOME_FAILED_OVER: "failed_over",
+    pb.REQUEST_OUTCOME_BREAKER_OPEN: "breaker_open",
+}
+_PLAN_NUMBERS = {name: number for number, name in _PLANS.items()}
+_OUTCOME_NUMBERS = {name: number for number, name in _OUTCOMES.items()}
+
+
+def report_record(report: pb.RequestReport, now_ms: int) -> ReportRecord:
+    """Raises InvalidRequest. The request's id is the caller's to check."""
+    if report.plan not in _PLANS:
+        raise InvalidRequest(f"no plan has the number {report.plan}", field="plan")
+    if report.outcome not in _OUTCOMES:
+        raise InvalidRequest(f"no outcome has the number {report.outcome}", field="outcome")
+    for name in _TEXTS:
+        text = getattr(report, name)
+        if len(text.encode()) > _TEXT_BYTES_MAX or not text.isprintable():
+            raise InvalidRequest(f"{name} is longer than {_TEXT_BYTES_MAX} bytes, or cannot be printed", field=name)
+    return ReportRecord(
+        report_id=report.report_id,
+        began_ms=max(0, now_ms - min(report.ago_ms, _AGO_MS_MAX)),
+        client=report.client_name,
+        plan=_PLANS[report.plan],
+        plan_reason=report.plan_reason,
+        outcome=_OUTCOMES[report.outcome],
+        outcome_reason=report.outcome_reason,
+        history_tokens=report.history_tokens,
+        new_tokens=report.new_tokens,
+        loaded_tokens=report.loaded_tokens,
+        computed_tokens=report.computed_tokens,
+        loaded_bytes=report.loaded_bytes,
+        tier=report.tier,
+        transport=report.transport,
+        estimates_ms=_durations(report.estimates),
+        times_ms=_durations(report.times),
+    )
+
+
+def _durations(message: Message) -> dict[str, float]:
+    """The fields that are there, by name."""
+    found: dict[str, float] = {field.name: value for field, value in message.ListFields()}
+    for name, value in found.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise InvalidRequest(f"{name} is {value}; it must be a time", field=name)
+    return found
+
+
+def report_message(request_id: str, record: ReportRecord) -> pb.RequestReport:
+    return pb.RequestReport(
+        report_id=record.report_id,
+        request_id=request_id,
+        client_name=record.client,
+        plan=_PLAN_NUMBERS[record.plan],
+        plan_reason=record.plan_reason,
+        outcome=_OUTCOME_NUMBERS[record.outcome],
+        outcome_reason=record.outcome_reason,
+        history_tokens=record.history_tokens,
+        new_tokens=record.new_tokens,
+        loaded_tokens=record.loaded_tokens,
+        computed_tokens=record.computed_tokens,
+        loaded_bytes=record.loaded_bytes,
+        tier=record.tier,
+        transport=record.transport,
+        estimates=pb.PlanEstimates(**record.estimates_ms),
+        times=pb.RequestTimes(**record.times_ms),
+    )

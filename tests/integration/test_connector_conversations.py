@@ -1,0 +1,251 @@
+"""Conversations that overflow their window: what is left is reused at its new positions, and goes on from there."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache
+
+from kvservice_adapter.connectors.transformers import TransformersConnector
+from kvservice_adapter.rope import Rope
+from kvservice_adapter.session import Conversation
+from kvservice_adapter.truncation import keep_on_overflow, keep_without
+from kvservice_api.errors import InvalidRequest
+from kvservice_client import Client
+from tests.daemon import DaemonProcess, until
+from tests.unit.connector_models import BLOCK_TOKENS, connector, prompt, states, tiny_llama
+
+_WINDOW, _NEW, _ANSWER = 64, 9, 5
+_GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
+_TURNS = [prompt(_NEW + 100 * turn)[:, :_NEW] for turn in range(14)]
+
+
+@pytest.fixture
+def client(daemon: DaemonProcess) -> Iterator[Client]:
+    with daemon.client() as client:
+        yield client
+
+
+def overflow(token_count: int, **options: Any) -> list[tuple[int, int]]:
+    return keep_on_overflow(token_count, window=_WINDOW, new_tokens=_NEW + _ANSWER + 1, **options)
+
+
+def answered(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    """The prompt with its answer."""
+    asked = model.generate(
+        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=_ANSWER, **_GREEDY
+    )
+    assert isinstance(asked, torch.Tensor)
+    return asked
+
+
+def cut(cache: DynamicCache, keep: list[tuple[int, int]], rope: Rope) -> None:
+    """The truncation done in memory: keys are turned to where they are read."""
+    at = np.concatenate([np.arange(first, first + count) for first, count in keep])
+    rotation = rope.rotation(at, np.arange(len(at)))
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        layer.keys, layer.values = (part[:, :, torch.from_numpy(at)].clone() for part in (layer.keys, layer.values))
+        if rotation is not None:
+            rotation.apply(layer.keys)
+
+
+def in_memory(model: Any, **options: Any) -> list[list[int]]:
+    """Every answer of the conversation, computed with one cache that is never stored."""
+    cache, rope, said = DynamicCache(config=model.config), Rope.from_model(model), torch.empty(1, 0, dtype=torch.long)
+    answers = []
+    for new in _TURNS:
+        keep = overflow(cache.get_seq_length(), **options)
+        if keep != [(0, cache.get_seq_length())] and cache.get_seq_length():
+            cut(cache, keep, rope)
+            left = torch.cat([said[:, first : first + count] for first, count in keep], 1)
+            said = torch.cat([left, said[:, -1:]], 1)  # The answer's last token was never computed.
+        output = answered(model, torch.cat([said, new], 1), cache)
+        answers.append(output[0, -_ANSWER:].tolist())
+        said = output
+    return answers
+
+
+def stored(
+    subject: TransformersConnector,
+    model: Any,
+    conversation: Conversation,
+    on_turn: Callable[[int], Any] = int,
+    **options: Any,
+) -> tuple[list[list[int]], list[tuple[int, int]]]:
+    """The same with a new cache each turn. The answers, and for each turn how much there was, and was reused."""
+    answers, reused = [], []
+    last = torch.empty(1, 0, dtype=torch.long)
+    for turn, new in enumerate(_TURNS):
+        on_turn(turn)
+        keep = overflow(conversation.token_count, **options)
+        if conversation.token_count and keep != [(0, conversation.token_count)]:
+            subject.truncate(conversation, keep)
+        before = torch.from_numpy(conversation.token_ids.astype(np.int64))[None]
+        ids = torch.cat([before, last, new], 1)
+        history = subject.restore(ids, conversation=conversation)
+        reused.append((before.shape[1], history.tokens))
+        output = answered(model, ids, history.cache)
+        saved = subject.save(output, history.cache, conversation=conversation, wait_s=30.0)
+        assert (saved.refused, saved.error) == (0, None)
+        answers.append(output[0, -_ANSWER:].tolist())
+        last = output[:, -1:]
+    return answers, reused
+
+
+@pytest.mark.parametrize("options", [{}, {"sink_tokens": 0}, {"block_tokens": BLOCK_TOKENS}, {"ratio": 0.3}], ids=str)
+def test_a_conversation_that_overflows_several_times_answers_as_if_it_had_been_cut_in_memory(
+    client: Client, options: dict[str, Any]
+) -> None:
+    model = tiny_llama()
+    conversation = Conversation(f"overflows-{'-'.join(options)}")
+    subject = connector(client, model, model_revision=str(options))
+
+    answers, reused = stored(subject, model, conversation, **options)
+
+    assert answers == in_memory(model, **options)
+    assert len(conversation.parts) >= 3
+    assert all(found == there for there, found in reused), reused
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_was_not_moved_by_a_cut_comes_back_bit_for_bit(client: Client, dtype: torch.dtype) -> None:
+    model, ids = tiny_llama(dtype), prompt(40)
+    subject, conversation = connector(client, model, model_revision=f"bits {dtype}"), Conversation(f"bits-{dtype}")
+    first = subject.restore(ids[:, :30], conversation=conversation).cache
+    with torch.inference_mode():
+        model(ids[:, :30], past_key_values=first)
+    subject.save(ids[:, :30], first, conversation=conversation, wait_s=30.0)
+    assert subject.truncate(conversation, [(0, 17), (20, 10)])
+
+    again = subject.restore(torch.cat([ids[:, :17], ids[:, 20:]], 1), conversation=conversation)
+
+    assert again.tokens == 27
+    for (keys, values), (keys_again, values_again) in zip(states(first), states(again.cache), strict=True):
+        assert torch.equal(keys[:, :, :17], keys_again[:, :, :17])
+        assert torch.equal(torch.cat([values[:, :, :17], values[:, :, 20:30]], 2), values_again)
+        assert not torch.equal(keys[:, :, 20:30], keys_again[:, :, 17:])
+
+
+def test_a_list_of_tokens_to_discard_is_a_cut_like_another(client: Client) -> None:
+    model, ids = tiny_llama(), prompt(40)
+    subject, conversation = connector(client, model, model_revision="discard"), Conversation("discard")
+    cache = subject.restore(ids[:, :30], conversation=conversation).cache
+    with torch.inference_mode():
+        model(ids[:, :30], past_key_values=cache)
+    subject.save(ids[:, :30], cache, conversation=conversation, wait_s=30.0)
+    keep = keep_without(30, [3, 9, 10, 11, 25])
+    plain = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(ids[:, :30], past_key_values=plain)
+        cut(plain, keep, Rope.from_model(model))
+
+    assert subject.truncate(conversation, keep)
+    again = subject.restore(np.append(conversation.token_ids, ids[0, 30:]), conversation=conversation)
+
+    assert again.tokens == 25 == plain.get_seq_length()
+    with torch.inference_mode():
+        logits = [model(ids[:, 30:], past_key_values=each).logits for each in (plain, again.cache)]
+    assert (logits[0] - logits[1]).abs().max() <= 1e-4
+
+
+def test_after_a_restart_of_daemon_and_engine_a_cut_conversation_goes_on(
+    new_daemon: Callable[..., DaemonProcess],
+) -> None:
+    daemon, model = new_daemon(), tiny_llama()
+    conversation = Conversation("restarted")
+    with daemon.client() as client:
+        subject = connector(client, model)
+
+        def on_turn(turn: int) -> None:
+            if turn == 9:
+                subject.flush()
+                daemon.kill()
+                daemon.start()
+                until(lambda: subject.restore(prompt(5)).error is None)
+
+        answers, reused = stored(subject, model, conversation, on_turn)
+    assert answers == in_memory(model)
+    assert all(found == there for there, found in reused), reused
+
+    same = pickle.loads(pickle.dumps(conversation))
+    with daemon.client() as client:
+        ids = np.append(same.token_ids, [1, 2, 3])
+        assert connector(client, model).restore(ids, conversation=same).tokens == conversation.token_count
+
+
+def test_a_history_that_is_not_its_sessions_is_a_miss_and_begun_anew(client: Client) -> None:
+    model, ids = tiny_llama(), prompt(40)
+    subject, conversation = connector(client, model, model_revision="anew"), Conversation("anew")
+
+    def save(until_token: int) -> None:
+        given = np.append(conversation.token_ids, ids[0, conversation.token_count : until_token])
+        cache = subject.restore(given, conversation=conversation).cache
+        with torch.inference_mode():
+            model(torch.from_numpy(given.astype(np.int64))[None, cache.get_seq_length() :], past_key_values=cache)
+        assert subject.save(given, cache, conversation=conversation, wait_s=30.0).error is None
+
+    save(30)
+    assert subject.truncate(conversation, [(0, 4), (16, 14)])
+    other = conversation.copy()  # As if another engine had cut it once more.
+    assert subject.truncate(other, [(0, 10)])
+
+    left = conversation.token_ids
+    missed = subject.restore(np.append(left, [5, 6]), conversation=conversation)
+
+    assert (missed.tokens, missed.error) == (0, None)
+    assert (conversation.token_count, conversation.parts) == (0, ())
+    with torch.inference_mode():
+        model(torch.from_numpy(np.append(left, [5, 6]).astype(np.int64))[None], past_key_values=missed.cache)
+    assert subject.save(np.append(left, [5, 6]), missed.cache, conversation=conversation, wait_s=30.0).error is None
+    state = client.session(subject.layout, "anew").get()
+    assert (state.cuts, state.token_count) == (0, len(left) + 2)
+    assert subject.restore(np.append(left, [5, 6, 7]), conversation=conversation).tokens == len(left) + 2
+
+
+def test_a_cut_history_that_does_not_come_is_computed_as_it_was(daemon: DaemonProcess) -> None:
+    model = tiny_llama()
+    conversation = Conversation("late")
+    with daemon.client() as client, daemon.client(throttle_bytes_per_s=1000.0) as slow_client:
+        subject = connector(client, model, model_revision="late")
+        late = connector(slow_client, model, model_revision="late", wait_s=0.05)
+        stored(subject, model, conversation)
+        assert len(conversation.parts) >= 3
+        ids = torch.from_numpy(np.append(conversation.token_ids, [1, 2, 3]).astype(np.int64))[None]
+
+        there = subject.restore(ids, conversation=conversation)
+        absent = late.restore(ids, conversation=conversation)
+        new = ids[:, there.tokens :]
+        with torch.inference_mode():
+            logits = [model(new, past_key_values=each.cache).logits for each in (there, absent)]
+
+        assert there.tokens == absent.tokens == conversation.token_count
+        assert there.error is None and absent.error is not None
+        assert (logits[0] - logits[1]).abs().max() <= 1e-4
+
+
+def test_a_history_that_was_cut_is_never_saved_as_a_prompts(client: Client) -> None:
+    model, ids = tiny_llama(), prompt(40)
+    subject, conversation = connector(client, model, model_revision="never"), Conversation("never")
+    cache = subject.restore(ids[:, :30], conversation=conversation).cache
+    with torch.inference_mode():
+        model(ids[:, :30], past_key_values=cache)
+    subject.save(ids[:, :30], cache, conversation=conversation, wait_s=30.0)
+    subject.truncate(conversation, [(0, 4), (16, 14)])
+    given = np.append(conversation.token_ids, ids[0, 30:])
+    cache = subject.restore(given, conversation=conversation).cache
+    with torch.inference_mode():
+        model(ids[:, 30:], past_key_values=cache)
+    assert subject.flush()
+    stored_before = sum(1 for _ in client.admin.list_blocks(layout_fingerprint=subject.layout.fingerprint))
+
+    for way in ({}, {"session_id": "another"}, {"conversation": Conversation("another")}):
+        with pytest.raises(InvalidRequest, match="cut"):
+            subject.save(given, cache, wait_s=30.0, **way)
+    assert stored_before == sum(1 for _ in client.admin.list_blocks(layout_fingerprint=subject.layout.fingerprint))
+    assert subject.restore(given).tokens == 4, "the sinks are the beginning of the first block"

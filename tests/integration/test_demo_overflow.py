@@ -1,0 +1,160 @@
+"""A conversation that overflows its window, in the daemon and in memory: the same KV, and the same answers.
+
+With tiny models and a daemon that is killed in between; and once, slowly, as users run it.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvservice_adapter.connectors.transformers import TransformersConnector
+from kvservice_adapter.demo.model import LoadedModel
+from kvservice_adapter.demo.windowed import EngineInMemory, OnlyLoads, WindowedEngine
+from kvservice_adapter.session import Conversation
+from kvservice_client import Client
+from tests.daemon import DaemonProcess
+from tests.unit.rotary_models import OPTIONS, rotary_model, states
+from tests.unit.test_demo_windowed import Letters
+
+WINDOW_TOKENS, BLOCK_TOKENS, PATIENCE_S = 200, 16, 20.0
+_QUESTIONS = ("Which engines are there?", "What became of the first one?", "And who drove it, on which line?")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class LettersOf97(Letters):
+    """Of as many as the tiny models know."""
+
+    eos_token_id = 96
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        ids = [ord(letter) % OPTIONS["vocab_size"] for letter in text]
+        return type("Ids", (), {"input_ids": ids})
+
+    def decode(self, token_ids: list[int], **options: Any) -> str:
+        return "".join(chr(token + 160) for token in token_ids)
+
+
+def connected(address: str, loaded: LoadedModel) -> tuple[WindowedEngine, TransformersConnector, Client]:
+    """What an engine's process has when it has just begun."""
+    client = Client(address, timeout_s=PATIENCE_S)
+    connector = TransformersConnector(
+        client,
+        loaded.model,
+        model_id=loaded.model_id,
+        model_revision=loaded.model_revision,
+        block_tokens=BLOCK_TOKENS,
+        wait_s=PATIENCE_S,
+        save_wait_s=PATIENCE_S,
+        rates=OnlyLoads(),
+    )
+    return WindowedEngine(loaded, connector, client), connector, client
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "glm, interleaved, half of the dims", "llama, yarn"])
+def test_over_several_overflows_and_a_kill_the_daemon_gives_what_memory_has_bit_for_bit(
+    name: str, dtype: torch.dtype, new_daemon: Callable[..., DaemonProcess], one_thread: None
+) -> None:
+    daemon, loaded = new_daemon(), LoadedModel(rotary_model(name, dtype), LettersOf97(), "tiny", "1")
+    engine, connector, client = connected(daemon.address, loaded)
+    in_memory = EngineInMemory(loaded)
+    messages, state, dropped = [{"role": "system", "content": "Be kind."}], "", []
+    for turn in range(9):
+        messages.append({"role": "user", "content": _QUESTIONS[turn % 3]})
+        expected = in_memory.answer(messages, window=WINDOW_TOKENS)
+
+        answered = engine.answer(messages, session_id="chat", window=WINDOW_TOKENS, state=state)
+
+        assert answered.turn.trouble == ""
+        assert answered.answer_ids == expected.answer_ids
+        assert answered.turn.reused_tokens == answered.turn.history_tokens
+        assert answered.turn.history_tokens + answered.turn.new_tokens + 32 <= WINDOW_TOKENS
+        messages.append({"role": "assistant", "content": answered.turn.answer})
+        state = answered.state
+        dropped.append(answered.turn.dropped_tokens)
+        if turn == 5:
+            daemon.kill()
+            connector.close()
+            client.close()
+            daemon.start()
+            engine, connector, client = connected(daemon.address, loaded)
+
+    assert sum(count > 0 for count in dropped) >= 3
+    assert any(dropped[6:])  # After the kill too.
+    conversation: Conversation
+    conversation, _ = pickle.loads(base64.b64decode(state))
+    history = connector.restore([*conversation.token_ids, 5], conversation=conversation)
+    with torch.inference_mode():
+        loaded.model(torch.tensor([[5]]), past_key_values=history.cache)
+    for (keys, values), (kept_keys, kept_values) in zip(states(history.cache), states(in_memory.cache()), strict=True):
+        assert torch.equal(keys[:, :, :-1], kept_keys)
+        assert torch.equal(values[:, :, :-1], kept_values)
+    connector.close()
+    client.close()
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The object of the demo with the real model, which nothing else may be printed with."""
+    done = subprocess.run(
+        [sys.executable, "-m", "kvservice_adapter.demo", "--overflow", "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+        env={**os.environ, "TMPDIR": str(tmp_path_factory.mktemp("demo"))},
+    )
+    assert done.returncode == 0, done.stderr
+    shown: dict[str, Any] = json.loads(done.stdout)
+    return shown
+
+
+@pytest.mark.slow
+def test_every_answer_is_that_of_the_same_truncation_in_memory(shown: dict[str, Any]) -> None:
+    assert shown["summary"]["turns"] == len(shown["turns"]) >= 8
+    assert shown["summary"]["all_identical"] is True
+
+
+@pytest.mark.slow
+def test_the_window_overflows_several_times_and_all_that_stays_is_reused(shown: dict[str, Any]) -> None:
+    turns = shown["turns"]
+    after_kill = next(at for at, turn in enumerate(turns) if turn["after_kill"])
+
+    assert shown["summary"]["overflows"] == sum(turn["dropped_tokens"] > 0 for turn in turns) >= 3
+    assert any(turn["dropped_tokens"] for turn in turns[:after_kill])
+    assert any(turn["dropped_tokens"] for turn in turns[after_kill:])
+    for turn in turns:
+        assert turn["reused_tokens"] == turn["history_tokens"]
+        assert turn["history_tokens"] + turn["new_tokens"] + 32 <= 1024
+
+
+def test_a_window_in_which_turns_do_not_fit_is_refused(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kvservice_adapter.demo", "--overflow", "--window", "0"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+
+    assert done.returncode == 2
+    assert "--window" in done.stderr
