@@ -76,7 +76,14 @@ class LayerLoader:
         `wait` unless it says otherwise.
         """
         self._load = _Load(
-            stream, layers, targets, tuple(token_counts), rotation, ReadBuffer(layer_count, buffer_layers), release
+            device,
+            stream,
+            layers,
+            targets,
+            tuple(token_counts),
+            rotation,
+            ReadBuffer(layer_count, buffer_layers),
+            release,
         )
         self._device = device
         self._wait_s = wait_s
@@ -137,6 +144,7 @@ class _Load:
 
     def __init__(
         self,
+        device: Device,
         stream: Stream,
         layers: Layers,
         targets: Callable[[int], Pages],
@@ -145,6 +153,7 @@ class _Load:
         buffer: ReadBuffer,
         release: Callable[[], None] | None,
     ) -> None:
+        self._device = device
         self._stream = stream
         self._layers = layers
         self._targets = targets
@@ -203,7 +212,9 @@ class _Load:
         try:
             self._stream.submit(self._next)
         except StreamClosed as error:
-            self._stop(error)  # The lease ends by itself: giving it back is a call, and nobody is there to make it.
+            self._stop(error)
+            with suppress(RuntimeError):  # No thread can be started when the interpreter ends.
+                self._device.stream("kvservice-load-end").submit(self._end)
 
     def cancel(self) -> None:
         self._stop(None)

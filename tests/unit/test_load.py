@@ -368,6 +368,9 @@ def test_a_stream_that_is_closed_under_a_load_is_a_failure_at_once() -> None:
     check(history, 0, loader.wait(0))
     with pytest.raises(LoadFailed, match="takes no more work"):
         loader.wait(1, 20.0)
+    until(lambda: loader.is_done)
+    assert history.ended == ["closed", "released"]
+    until(lambda: not [each for each in threading.enumerate() if each.name == "kvservice-load-end"])
 
 
 def test_keys_are_turned_to_where_they_are_read() -> None:
