@@ -147,13 +147,13 @@ def test_a_cache_may_be_copied_cropped_reset_and_reordered(kept: FailingBlocks) 
     assert cropped.get_seq_length() == 14
     assert answer(model, ids, cropped) == answer(model, ids)
 
-    repeated = subject.restore(ids).cache
+    repeated: Any = subject.restore(ids).cache
     repeated.batch_repeat_interleave(3)
     repeated.reorder_cache(torch.tensor([2, 0, 1]))
     assert [tuple(keys.shape) for keys, _ in states(repeated)] == [(3, 2, 24, 8)] * 3
     assert answer(model, ids.repeat(3, 1), repeated) == 3 * answer(model, ids)
 
-    emptied = subject.restore(ids).cache
+    emptied: Any = subject.restore(ids).cache
     emptied.reset()
     assert emptied.get_seq_length() == 0
     assert answer(model, ids, emptied) == answer(model, ids)

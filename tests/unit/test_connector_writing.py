@@ -154,7 +154,7 @@ def test_a_cache_whose_rows_were_moved_is_saved_no_more(kept: KeptBlocks, change
         "repeat": lambda: cache.batch_repeat_interleave(2),
         "select": lambda: cache.batch_select_indices(torch.tensor([0])),
         "assign": lambda: setattr(cache.layers[1], "keys", cache.layers[1].keys * 2),
-        "reset": lambda: cache.reset(),
+        "reset": cache.reset,
     }[change]()
 
     with torch.inference_mode():

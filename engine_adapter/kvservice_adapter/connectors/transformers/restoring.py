@@ -204,7 +204,7 @@ class Restorer:
     ) -> StoredCache:
         request.rows = len(rows)
         writing = BackgroundWriting(
-            self._saver, self._keys, rows, token_ids, self._layout.block_tokens, self._tokens_max
+            self._saver, self._breaker, self._keys, rows, token_ids, self._layout.block_tokens, self._tokens_max
         )
         return StoredCache(self._model.config, history, writing, partial(request.forward_ended, history))
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvservice_adapter.breaker import Breaker, answered
 from kvservice_adapter.connectors.transformers.cache import Forward
 from kvservice_adapter.device.base import Pages
 from kvservice_adapter.save import LayerSaver, SaveJob
@@ -50,6 +51,7 @@ class BackgroundWriting:
     def __init__(
         self,
         saver: LayerSaver,
+        breaker: Breaker,
         keys: Callable[[], Keys],
         rows: Sequence[Row],
         token_ids: NDArray[Any],
@@ -61,6 +63,7 @@ class BackgroundWriting:
         where the model is not what it was.
         """
         self._saver = saver
+        self._breaker = breaker
         self._keys = keys
         self._rows = rows
         self._block_tokens = block_tokens
@@ -74,7 +77,6 @@ class BackgroundWriting:
         self._changed = threading.Condition()
         self._under_way = 0
         self._stored: set[bytes] = set()
-        self._error: KVError | None = None
 
     @property
     def stopped(self) -> str:
@@ -214,6 +216,8 @@ class BackgroundWriting:
         ids = self.token_ids(number)[column - row.pad : column - row.pad + count * tokens]
         chain = keys.chain(ids, row.keys[-1] if row.keys else row.parent)
         row.keys.extend(chain.keys)
+        if not self._breaker.allow():
+            return
         per_job = max(1, self._saver.staging_bytes // _JOB_SHARE // (tokens * keys.layout.bytes_per_token))
         for first in range(0, count, per_job):
             job = self._saver.begin(chain[first : first + per_job])
@@ -222,14 +226,13 @@ class BackgroundWriting:
             self._jobs.append((job, number, column + first * tokens))
 
     def _done(self, keys: Sequence[bytes], outcome: SaveResult | Exception) -> None:
+        self._breaker.record(answered(outcome if isinstance(outcome, KVError) else None))
         with self._changed:
             if isinstance(outcome, SaveResult):
                 refused = {block for block, _ in outcome.refused}
                 kept = [key for block, key in enumerate(keys) if block not in refused]
                 if outcome.stored:
                     self._stored.update(kept[len(kept) - outcome.stored :])
-            elif isinstance(outcome, KVError):
-                self._error = outcome
             self._under_way -= 1
             self._changed.notify_all()
 
