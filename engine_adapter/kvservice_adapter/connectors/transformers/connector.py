@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -113,6 +113,12 @@ class TransformersConnector:
         self._breaker.close(0.0)
         self._saver.close()
         self._work.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def restore(
         self,
