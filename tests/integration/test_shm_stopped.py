@@ -80,7 +80,7 @@ def test_a_reader_stopped_past_its_lease_finds_out_when_it_goes_on(
     with daemon.client() as client:
         chain = new_chain(LARGE, _BLOCKS, what)
         save(client, LARGE, chain, Durability.SSD)
-        reader = stop(daemon, what, what, ttl_s=0.5)
+        reader = stop(daemon, what, what, ttl_s=2)
         until(lambda: client.admin.status().leases == 0)
         if what == "view":  # A load's blocks are held by its open call too.
             client.evict(chain, "dram")
