@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, cycle
 from typing import Any, Literal
 
 import torch
+from transformers import DynamicCache
 
 from kvservice_adapter.bench import rig
 from kvservice_adapter.bench.report import Section
+from kvservice_adapter.connectors.transformers import TransformersConnector
 from kvservice_adapter.device.base import Pages
 from kvservice_adapter.device.cpu import CpuDevice
 from kvservice_adapter.save import LayerSaver, SaveJob
@@ -43,9 +46,12 @@ class Rig:
         self.save_bytes = prompt_tokens * self.layout.bytes_per_token
         self._seeds = count()
 
+    def new_prompt(self) -> torch.Tensor:
+        return rig.some_tokens(self.model, self.prompt_tokens, seed=next(self._seeds))
+
     def request(self, saver: LayerSaver, way: Way, *, decode_steps: int = 0) -> Request:
         """A prompt that nobody has seen, and some answer."""
-        prompt = rig.some_tokens(self.model, self.prompt_tokens, seed=next(self._seeds))
+        prompt = self.new_prompt()
         chain = block_chain(self.layout, prompt[0].numpy(), with_partial=True)
         begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
         job = saver.begin(chain) if way == "behind" else None
@@ -77,7 +83,7 @@ class Rig:
 def measure(*, quick: bool) -> Section:
     """Medians; a slowdown is the median of each round's own ratio."""
     subject = Rig(rig.QUICK_SHAPE if quick else rig.SHAPE, 512 if quick else 1100)
-    rounds = 4 if quick else 10
+    rounds = 4 if quick else 8
     section = Section(
         "saving",
         "Saving behind the forward pass",
@@ -90,6 +96,7 @@ def measure(*, quick: bool) -> Section:
         with Client(address, name="adapter bench", timeout_s=_SAVE_S) as client:
             blocks = client.open_layout(subject.layout)
             _measure_forward(section, subject, blocks, rounds)
+            _measure_connector(section, subject, client, rounds)
             plain_s = _measure_request(section, subject, blocks, rounds // 2, "")
         with Client(
             address,
@@ -116,6 +123,30 @@ def _measure_forward(section: Section, subject: Rig, blocks: BlockCache, rounds:
     section.add("prefill_slowdown", _more(off, on), "under 0.02")
     section.add("prefill_cpu_more", _more(off, on, "prefill_cpu_s"), "", "CPU time that saving adds to the forward")
     section.add("dropped_layers", stats.dropped * subject.layout.layers, "0", f"of {stats.saved} saves")
+
+
+def _measure_connector(section: Section, subject: Rig, client: Client, rounds: int) -> None:
+    """The same with all that a connector does besides: finding the prompt's blocks, naming them, its cache's layers."""
+    connector = TransformersConnector(
+        client, subject.model, model_id="bench/connector", model_revision="1", staging_bytes=4 * subject.save_bytes
+    )
+    blocks = client.open_layout(connector.layout)
+    off: list[float] = []
+    on: list[float] = []
+    missing = 0
+    for number in range(rounds + 1):
+        for kept in (False, True) if number % 2 else (True, False):
+            prompt = subject.new_prompt()
+            cache = connector.restore(prompt).cache if kept else DynamicCache(config=subject.model.config)
+            (on if kept else off).append(rig.seconds(partial(rig.forward, subject.model, prompt, cache)))
+            assert connector.flush(_SAVE_S)
+            if kept:
+                chain = block_chain(connector.layout, prompt[0].numpy())
+                missing += blocks.contains(chain) < len(chain)
+    connector.close()
+    ratios = [b / a for a, b in zip(off[1:], on[1:], strict=True)]
+    section.add("connector_prefill_slowdown", rig.median(ratios) - 1, "under 0.02", "of the transformers connector")
+    section.add("connector_incomplete_saves", missing, "0", f"of {len(on)}, in whole blocks")
 
 
 def _measure_saturated(section: Section, subject: Rig, blocks: BlockCache, rounds: int) -> None:
