@@ -208,6 +208,17 @@ def test_a_history_that_is_not_its_sessions_is_a_miss_and_begun_anew(client: Cli
     assert subject.restore(np.append(left, [5, 6, 7]), conversation=conversation).tokens == len(left) + 2
 
 
+def test_keys_that_are_stored_unrotated_answer_alike(client: Client) -> None:
+    model, conversation = tiny_llama(), Conversation("unrotated")
+    subject = connector(client, model, model_revision="unrotated", rotated=False)
+
+    answers, reused = stored(subject, model, conversation)
+
+    assert answers == in_memory(model)
+    assert len(conversation.parts) >= 3
+    assert all(found == there for there, found in reused), reused
+
+
 def test_a_cut_history_that_does_not_come_is_computed_as_it_was(daemon: DaemonProcess) -> None:
     model = tiny_llama()
     conversation = Conversation("late")

@@ -15,6 +15,8 @@ from kvservice_adapter.connectors.transformers import TransformersConnector
 from kvservice_adapter.connectors.transformers.cache import StoredCache
 from kvservice_adapter.connectors.transformers.history import LoadedHistory
 from kvservice_api.errors import ChecksumMismatch
+from kvservice_api.v1 import admin_pb2 as pb
+from kvservice_api.v1 import blocks_pb2
 from tests.daemon import DaemonProcess, until
 from tests.integration.media import arena
 from tests.unit.connector_models import computed, connector, prompt, states, tiny_llama
@@ -144,17 +146,31 @@ def test_a_layer_that_fails_its_checksum_is_computed_and_its_block_is_dropped(
         until(lambda: subject.restore(ids).tokens == 4)  # The blocks before it.
 
 
+def test_a_request_is_explained_with_its_plan_and_what_it_took(new_daemon: Callable[..., DaemonProcess]) -> None:
+    daemon, model, ids = new_daemon(), tiny_llama(), prompt(_TOKENS)
+    with daemon.client(transport="shm") as client:
+        subject = connector(client, model)
+        subject.save(ids, computed(model, ids), wait_s=30.0)
+        answer(model, ids, subject.restore(ids, request_id="asked").cache)
+
+        until(lambda: len(client.admin.explain_request("asked").reports) > 0)
+        report = client.admin.explain_request("asked").reports[0].report
+        assert (report.plan, report.outcome) == (blocks_pb2.REQUEST_PLAN_LOAD, blocks_pb2.REQUEST_OUTCOME_DONE)
+        assert (report.history_tokens, report.loaded_tokens, report.tier, report.transport) == (32, 32, "dram", "shm")
+        assert report.loaded_bytes == 32 * subject.layout.bytes_per_token
+        assert 0 < report.times.first_layer_ms <= report.times.load_ms
+
+
 @pytest.mark.parametrize(
-    "other",
+    ("other", "field"),
     [
-        {"num_hidden_layers": 5},
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
-        {"num_key_value_heads": 6},
-        {"dtype": torch.bfloat16},
+        ({"num_hidden_layers": 5}, "layers"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rotary.base"),
+        ({"num_key_value_heads": 6}, "kv_heads"),
+        ({"dtype": torch.bfloat16}, "dtype"),
     ],
-    ids=["layers", "rotary base", "heads", "dtype"],
 )
-def test_what_another_model_has_stored_is_never_used(daemon: DaemonProcess, other: dict[str, Any]) -> None:
+def test_what_another_model_has_stored_is_never_used(daemon: DaemonProcess, other: dict[str, Any], field: str) -> None:
     ids = prompt(_TOKENS)
     one, another = tiny_llama(num_hidden_layers=6), tiny_llama(**{"num_hidden_layers": 6, **other})
     with daemon.client() as client:
@@ -162,6 +178,11 @@ def test_what_another_model_has_stored_is_never_used(daemon: DaemonProcess, othe
         subject.save(ids, computed(one, ids), session_id="other", wait_s=30.0)
         assert subject.restore(ids, session_id="other").tokens == 33
 
-        missed = connector(client, another, model_revision="other").restore(ids, session_id="other")
+        name = f"other {field}"
+        missed = connector(client, another, model_revision="other").restore(ids, session_id="other", request_id=name)
         assert (missed.tokens, missed.error) == (0, None)
+        [lookup] = client.admin.explain_request(name).lookups
+        assert lookup.miss.reason == pb.MISS_REASON_OTHER_LAYOUT
+        stored = next(each for each in lookup.other_layouts if each.layout_fingerprint == subject.layout.fingerprint)
+        assert field in [each.field for each in stored.differences]
         assert answer(another, ids, missed.cache) == answer(another, ids)

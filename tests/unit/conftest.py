@@ -57,7 +57,7 @@ def client(opened: OpenStore) -> Client:
     return opened.store.leases.attach("test")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """torch computes on one: threads that share work this small mostly wait for each other."""
     import torch

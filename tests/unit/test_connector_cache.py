@@ -250,12 +250,12 @@ def test_a_batch_in_which_one_row_has_nothing_is_computed(kept: FailingBlocks) -
 
 def test_a_model_that_wants_no_positions_and_one_that_learned_them_are_answered_alike(kept: FailingBlocks) -> None:
     torch.manual_seed(0)
-    for model in (
-        GPT2LMHeadModel(
-            GPT2Config(vocab_size=97, n_embd=32, n_layer=3, n_head=4, bos_token_id=None, eos_token_id=None)
-        ),
-        BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=32, n_layer=3, n_head=4, eos_token_id=None)),
-    ):
+    shape: dict[str, Any] = {"vocab_size": 97, "n_layer": 3, "n_head": 4, "bos_token_id": None, "eos_token_id": None}
+    models: list[Any] = [
+        GPT2LMHeadModel(GPT2Config(n_embd=32, **shape)),
+        BloomForCausalLM(BloomConfig(hidden_size=32, **shape)),
+    ]
+    for model in models:
         ids = prompt(22)
         subject = connector(kept, model.eval(), model_id=type(model).__name__)
         subject.save(ids, computed(model, ids))

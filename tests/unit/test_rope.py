@@ -324,6 +324,20 @@ def test_a_part_of_the_sequence_is_turned_as_it_is_in_the_whole(data: st.DataObj
     assert torch.equal(part[:, cut[1] :], untouched[:, cut[1] :])
 
 
+def test_tokens_that_do_not_move_keep_their_bits_whatever_these_are() -> None:
+    """The sign of a zero, and what is no number: arithmetic by an angle of 0 would change them."""
+    rotation = rope_of({}).rotation([0, 1, 2, 3], [0, 1, 1, 2])
+    assert rotation is not None
+    keys = random_keys(4)
+    keys[:, 0], keys[:, 1, ::3] = -0.0, torch.inf
+    before = keys.clone()
+
+    rotation.apply(keys)
+
+    assert torch.equal(keys[:, :2].view(torch.int32), before[:, :2].view(torch.int32))
+    assert not torch.equal(keys[:, 2:], before[:, 2:])
+
+
 def test_keys_are_turned_in_place_whatever_their_strides() -> None:
     rope = rope_of({}, pairing="interleaved")
     rotation = rope.rotation(range(6), range(5, 11))

@@ -139,7 +139,7 @@ def test_turning_twice_is_turning_once_by_the_sum(name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def story() -> torch.Tensor:
+def story(one_thread: None) -> torch.Tensor:
     begin = torch.tensor([[BEGIN]])
     told: torch.Tensor = stories_model("half").generate(
         begin, attention_mask=torch.ones_like(begin), do_sample=False, max_new_tokens=119, pad_token_id=0

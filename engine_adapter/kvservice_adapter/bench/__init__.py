@@ -4,4 +4,4 @@ A measurement is a module here with a ``measure(quick: bool) -> Section``, named
 section of its own. What several of them need is in ``rig``: a daemon, a model, a cache that waits and hands over.
 """
 
-MEASUREMENTS = ("preload", "saving", "truncation", "estimates", "mixed")
+MEASUREMENTS = ("preload", "saving", "truncation", "ttft", "estimates", "mixed")

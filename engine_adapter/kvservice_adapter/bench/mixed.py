@@ -61,6 +61,13 @@ class Rig:
         assert saved.error is None and not saved.refused, saved
         assert connector.flush(_WAIT_S)
 
+    def loaded(self, client: Client) -> Turn:
+        """Answer the prompt as one who has measured nothing yet: by a load."""
+        with self.connector(client, Rates()) as connector:
+            turn = self.turn(connector)
+        assert turn.plan is not None and turn.plan.kind is Kind.LOAD
+        return turn
+
     def turn(self, connector: TransformersConnector | None) -> Turn:
         """Answer the prompt; None: without the daemon."""
         restored: list[Restored] = []
@@ -114,15 +121,13 @@ def _measure(*, quick: bool) -> Section:
         with (
             Client(address, name="adapter bench", timeout_s=_WAIT_S, throttle_bytes_per_s=rate) as client,
             subject.connector(client, learned) as connector,
-            subject.connector(client, Rates()) as unlearned,
         ):
             _learn(subject, connector, alone_s)
             found: dict[Kind, list[Turn]] = {kind: [] for kind in Kind}
             for number in range(rounds):
-                unlearned.rates = Rates()  # Who knows nothing loads.
                 turns = [
                     (Kind.RECOMPUTE, partial(subject.turn, None)),
-                    (Kind.LOAD, partial(subject.turn, unlearned)),
+                    (Kind.LOAD, partial(subject.loaded, client)),
                     (Kind.MIXED, partial(subject.turn, connector)),
                 ]
                 for kind, turn in turns[number % 3 :] + turns[: number % 3]:

@@ -1,7 +1,7 @@
-"""What a model still understands after its oldest tokens were dropped: perplexity on a long text.
+"""What a model still understands after its oldest tokens were dropped: perplexity on a long text (PAPER T15).
 
-A text is read in steps. When the next one would overflow the window, the oldest half leaves, and the
-rest is used in one of four ways. Every token after the first overflow is scored.
+Some parts of a text are read side by side, in steps. When the next step would overflow the window, the
+oldest half leaves, and the rest is used in one of four ways. Every token after the first overflow is scored.
 
     with sinks      the first 4 tokens and the latest half, their keys turned to their new positions
     without sinks   only the latest half, turned (the rule of CachedAttention, arXiv 2403.19708, 3.4)
@@ -26,91 +26,92 @@ from kvservice_adapter.rope import Rope
 from kvservice_adapter.truncation import Ranges, keep_on_overflow, kept_tokens
 
 WINDOWS = (512, 1024)
-SCORED_TOKENS = 2048
+PARTS, PART_TOKENS = 4, 2048  # Of the text, and of each of them scored.
 STEP_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Quality:
-    """Perplexities in one window; lower is better."""
+class Score:
+    """How well a model foretold a text: the loss of each token in nats, ``[part, token]``."""
 
-    window: int
-    scored_tokens: int
+    losses: torch.Tensor
     overflows: int
-    with_sinks: float
-    without_sinks: float
-    recomputed: float
-    naive: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(float(self.losses.mean()))
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """The four ways in one window."""
+
+    with_sinks: Score
+    without_sinks: Score
+    recomputed: Score
+    naive: Score
 
     @property
     def difference(self) -> float:
-        """How far reuse is from computing the same tokens again."""
-        return abs(self.with_sinks - self.recomputed)
+        """How far the perplexity of reuse is from that of computing the same tokens again."""
+        return abs(self.with_sinks.perplexity - self.recomputed.perplexity)
 
-
-def text_tokens(tokenizer: Any, count: int) -> torch.Tensor:
-    """The first tokens of Python's own language reference, ``[token]``."""
-    from pydoc_data.topics import topics
-
-    ids: list[int] = []
-    for name in sorted(topics):
-        ids += tokenizer(topics[name] + "\n\n")["input_ids"]
-        if len(ids) >= count:
-            break
-    return torch.tensor(ids[:count])
+    @property
+    def standard_error(self) -> float:
+        """Of that difference: of its mean over tokens, taken pair by pair."""
+        pairs = (self.with_sinks.losses - self.recomputed.losses).flatten()
+        return self.recomputed.perplexity * float(pairs.std()) / math.sqrt(len(pairs))
 
 
 def measure(*, quick: bool) -> Section:
     loaded = load_model()
-    scored_tokens = 512 if quick else SCORED_TOKENS
+    parts, part_tokens = (2, 512) if quick else (PARTS, PART_TOKENS)
     section = Section(
         "truncation",
         "Quality after truncation",
-        f"Perplexity of {loaded.model_id} (fp32) on the text of Python's `pydoc_data.topics`, read {STEP_TOKENS} "
-        f"tokens at a time; the {scored_tokens} tokens after the first overflow of the window are scored. At each "
-        "overflow the oldest half leaves. What is left is reused with its keys turned to their new positions (with the "
-        "first 4 tokens kept, and without), or computed anew (the same tokens as with sinks), or reused naively: keys "
-        "as they were, new tokens numbered from half the window.",
+        f"Perplexity of {loaded.model_id} (fp32) on the text of Python's `pydoc_data.topics`: {parts} parts of it, "
+        f"{STEP_TOKENS} tokens at a time, of each the {part_tokens} tokens after the first overflow of the window. At "
+        "each overflow the oldest half leaves. What is left is reused with its keys turned to their new positions "
+        "(with the first 4 tokens kept, and without), or computed anew (the same tokens as with sinks), or reused "
+        "naively: keys as they were, new tokens numbered from half the window.",
     )
     for window in WINDOWS[:1] if quick else WINDOWS:
-        found = quality(loaded.model, text_tokens(loaded.tokenizer, window + scored_tokens + 1), window)
-        where = f"{found.overflows} overflows"
-        section.add(f"perplexity_{window}_sinks", found.with_sinks, note=where)
-        section.add(f"perplexity_{window}_no_sinks", found.without_sinks)
-        section.add(f"perplexity_{window}_recomputed", found.recomputed)
-        section.add(f"perplexity_{window}_naive", found.naive)
-        section.add(f"perplexity_{window}_difference", found.difference, "at most 0.1", "sinks against recomputed")
-        section.add(f"perplexity_{window}_naive_ratio", found.naive / found.with_sinks, "at least 5", "against sinks")
+        texts = text_tokens(loaded.tokenizer, parts, window + part_tokens + 1)
+        found = quality(loaded.model, texts, window)
+        sinks = found.with_sinks
+        scored = f"{sinks.losses.numel()} tokens, {sinks.overflows} overflows of each part"
+        section.add(f"perplexity_{window}_sinks", sinks.perplexity, note=scored)
+        section.add(f"perplexity_{window}_recomputed", found.recomputed.perplexity)
+        error = f"sinks against recomputed; standard error {found.standard_error:.2f}"
+        section.add(f"perplexity_{window}_difference", found.difference, "at most 0.1", error)
+        section.add(f"perplexity_{window}_no_sinks", found.without_sinks.perplexity)
+        section.add(f"perplexity_{window}_naive", found.naive.perplexity)
+        ratio = found.naive.perplexity / sinks.perplexity
+        section.add(f"perplexity_{window}_naive_ratio", ratio, "at least 5", "against sinks")
     return section
 
 
-def quality(model: Any, token_ids: torch.Tensor, window: int, step_tokens: int = STEP_TOKENS) -> Quality:
-    """Score all of `token_ids` after the first `window`, in each of the four ways."""
+def text_tokens(tokenizer: Any, parts: int, count: int) -> torch.Tensor:
+    """So many tokens each from so many places of Python's language reference, evenly apart, ``[part, token]``."""
+    from pydoc_data.topics import topics
+
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    starts = (len(text) * part // parts for part in range(parts))
+    # No token of this text is longer than 16 letters on average.
+    ids = [tokenizer(text[start : start + 16 * count], add_special_tokens=False).input_ids for start in starts]
+    return torch.tensor([each[:count] for each in ids])
+
+
+def quality(model: Any, texts: torch.Tensor, window: int, step_tokens: int = STEP_TOKENS) -> Quality:
+    """Score `texts`, ``[part, token]``, from the first overflow of the window on, in each of the four ways."""
     rope = Rope.from_model(model)
-    with_sinks = _score(model, token_ids, window, step_tokens, sink_tokens=4, reuse=_Turned(rope))
-    without = _score(model, token_ids, window, step_tokens, sink_tokens=0, reuse=_Turned(rope))
-    recomputed = _score(model, token_ids, window, step_tokens, sink_tokens=4, reuse=_Recomputed(model))
-    naive = _score(model, token_ids, window, step_tokens, sink_tokens=0, reuse=_Turned(None))
+    full = _Full(model, texts, window, step_tokens)
     return Quality(
-        window,
-        with_sinks.scored_tokens,
-        with_sinks.overflows,
-        with_sinks.perplexity,
-        without.perplexity,
-        recomputed.perplexity,
-        naive.perplexity,
+        with_sinks=full.score(_Turned(rope), sink_tokens=4),
+        without_sinks=full.score(_Turned(rope), sink_tokens=0),
+        recomputed=full.score(_Recomputed(model), sink_tokens=4),
+        naive=full.score(_Turned(None), sink_tokens=0),
     )
-
-
-@dataclass(slots=True)
-class _Score:
-    loss: float = 0.0
-    scored_tokens: int = 0
-    overflows: int = 0
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.loss / self.scored_tokens)
 
 
 # Given the cache that overflows, the tokens in it and the ranges that stay: the cache to go on with.
@@ -121,7 +122,7 @@ class _Turned:
     def __init__(self, rope: Rope | None) -> None:
         self._history = HistoryInMemory(rope)
 
-    def __call__(self, cache: DynamicCache, tokens: torch.Tensor, keep: Ranges) -> DynamicCache:
+    def __call__(self, cache: DynamicCache, held: torch.Tensor, keep: Ranges) -> DynamicCache:
         self._history.extend(cache)
         self._history.cut(keep)
         return self._history.cache()
@@ -131,29 +132,39 @@ class _Recomputed:
     def __init__(self, model: Any) -> None:
         self._model = model
 
-    def __call__(self, cache: DynamicCache, tokens: torch.Tensor, keep: Ranges) -> DynamicCache:
+    def __call__(self, cache: DynamicCache, held: torch.Tensor, keep: Ranges) -> DynamicCache:
         anew = DynamicCache()
-        self._model(tokens[torch.from_numpy(kept_tokens(keep))][None], past_key_values=anew)
+        kept = held[:, torch.from_numpy(kept_tokens(keep))]
+        self._model(kept, past_key_values=anew, logits_to_keep=1)
         return anew
 
 
-@torch.inference_mode()
-def _score(
-    model: Any, token_ids: torch.Tensor, window: int, step_tokens: int, *, sink_tokens: int, reuse: _Reuse
-) -> _Score:
-    cache, held, score = DynamicCache(), token_ids[:0], _Score()
-    for begin in range(0, len(token_ids) - 1, step_tokens):
-        step, following = (token_ids[first : first + step_tokens] for first in (begin, begin + 1))
-        step = step[: len(following)]
-        keep = keep_on_overflow(len(held), window=window, new_tokens=len(step), sink_tokens=sink_tokens)
-        kept = held[torch.from_numpy(kept_tokens(keep))]
-        if len(kept) < len(held):
-            cache = reuse(cache, held, keep)
-            score.overflows += 1
-        positions = torch.arange(len(kept), len(kept) + len(step))[None]
-        logits = model(step[None], past_key_values=cache, position_ids=positions).logits[0]
-        held = torch.cat([kept, step])
-        if score.overflows:
-            score.loss += float(torch.nn.functional.cross_entropy(logits.float(), following, reduction="sum"))
-            score.scored_tokens += len(step)
-    return score
+class _Full:
+    """The texts up to where the window is full: the same for all ways to go on."""
+
+    @torch.inference_mode()
+    def __init__(self, model: Any, texts: torch.Tensor, window: int, step_tokens: int) -> None:
+        self._model, self._window, self._step_tokens = model, window, step_tokens
+        first = window // step_tokens * step_tokens
+        self._held, self._rest = texts[:, :first], texts[:, first:]
+        self._cache = DynamicCache()
+        for step in torch.split(self._held, step_tokens, dim=1):
+            model(step, past_key_values=self._cache, logits_to_keep=1)
+
+    @torch.inference_mode()
+    def score(self, reuse: _Reuse, *, sink_tokens: int) -> Score:
+        """The loss of each token that follows one that was read after the first overflow."""
+        cache, held, losses, overflows = self._cache, self._held, [], 0
+        for first in range(0, self._rest.shape[1] - 1, self._step_tokens):
+            following = self._rest[:, first + 1 : first + 1 + self._step_tokens]
+            step = self._rest[:, first : first + following.shape[1]]
+            count = held.shape[1]
+            keep = keep_on_overflow(count, window=self._window, new_tokens=step.shape[1], sink_tokens=sink_tokens)
+            if sum(kept for _, kept in keep) < count:
+                cache = reuse(cache, held, keep)
+                held = held[:, torch.from_numpy(kept_tokens(keep))]
+                overflows += 1
+            logits = self._model(step, past_key_values=cache).logits  # Numbered from the cache's length on.
+            held = torch.cat([held, step], dim=1)
+            losses.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), following, reduction="none"))
+        return Score(torch.cat(losses, dim=1), overflows)

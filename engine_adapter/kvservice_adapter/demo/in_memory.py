@@ -26,7 +26,7 @@ class HistoryInMemory:
     def __init__(self, rope: Rope | None) -> None:
         """Without a `rope` keys are never turned: wrong after a cut, and there to show how wrong."""
         self._rope = rope
-        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []  # [1, head, token, dim] each.
+        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []  # [row, head, token, dim] each.
         self._positions = np.empty(0, np.int64)
 
     @property

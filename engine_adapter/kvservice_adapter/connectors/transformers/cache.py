@@ -49,6 +49,9 @@ class History(Protocol):
     def layer(self, index: int) -> Tensors:
         """Keys and values, buffers of at least `columns` columns. Waits for them, and never raises a KVError."""
 
+    def raw_keys(self, index: int) -> torch.Tensor | None:
+        """As `layer`, after it: the keys before rotation, where the layout keeps those."""
+
 
 class Writing(Protocol):
     """Is told what the model computes."""
@@ -136,12 +139,12 @@ class StoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library
         first = self.get_seq_length()
         end = first + key_states.shape[-2]
         if self._buffers is None or end > min(each.shape[-2] for each in self._buffers):
-            self._buffers = _grown(self._keys, first, end), _grown(self._values, first, end)
+            self._buffers = grown(self._keys, first, end), grown(self._values, first, end)
         keys, values = self._buffers
         keys[..., first:end, :].copy_(key_states)
         values[..., first:end, :].copy_(value_states)
         self._keys, self._values = keys[..., :end, :], values[..., :end, :]
-        self._writing.layer(self._index, first, keys, values)
+        self._wrote(first, keys, values)
         return self._keys, self._values
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -166,6 +169,9 @@ class StoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library
             self._buffers = keys, values
             self._keys, self._values = keys[..., :columns, :], values[..., :columns, :]
             self._is_awaited = False
+
+    def _wrote(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self._writing.layer(self._index, first, keys, values)
 
     def _change(self, is_dropped: bool) -> None:
         """Keys or values are replaced from outside: rows were reordered, repeated, selected, or moved."""
@@ -240,8 +246,9 @@ def _continues(states: torch.Tensor, new: torch.Tensor) -> bool:
     )
 
 
-def _grown(states: torch.Tensor, columns: int, columns_needed: int) -> torch.Tensor:
+def grown(states: torch.Tensor, columns: int, columns_needed: int) -> torch.Tensor:
+    """The first columns of ``[row, head, column, dim]`` in a buffer that holds as many as are needed, and some more."""
     rows, heads, _, dim = states.shape
-    grown = empty_buffer((rows, heads, columns_needed + room(columns_needed), dim), states.dtype, states.device)
-    grown[..., :columns, :].copy_(states[..., :columns, :])
-    return grown
+    buffer = empty_buffer((rows, heads, columns_needed + room(columns_needed), dim), states.dtype, states.device)
+    buffer[..., :columns, :].copy_(states[..., :columns, :])
+    return buffer

@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -32,10 +32,11 @@ from kvservice_adapter.connectors.transformers.requests import Request
 from kvservice_adapter.connectors.transformers.restoring import Restored, Restorer
 from kvservice_adapter.connectors.transformers.rows import Sequences, TokenIds, sequences
 from kvservice_adapter.connectors.transformers.saving import Saved, TurnSaver, writing_of
+from kvservice_adapter.connectors.transformers.unrotated import watch_keys
 from kvservice_adapter.cost import Rates
 from kvservice_adapter.device.base import StreamClosed
 from kvservice_adapter.device.cpu import CpuDevice
-from kvservice_adapter.rope import Rope
+from kvservice_adapter.rope import Rope, UnsupportedRotation
 from kvservice_adapter.save import LayerSaver
 from kvservice_adapter.session import Conversation, Keys
 from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, InvalidRequest, KVError
@@ -69,6 +70,7 @@ class TransformersConnector:
         wait_s: float = 0.25,
         save_wait_s: float = 1.0,
         staging_bytes: int = 256 * _MIB,
+        rotated: bool = True,
         rates: Rates | None = None,
     ) -> None:
         """`model_revision` tells weights apart that share a name: a commit, or a hash of the files, and
@@ -77,18 +79,23 @@ class TransformersConnector:
         `lora_id` names the adapter that is active, if any. Caches of another `salt` are never found.
         `wait_s` bounds each wait for the daemon: for what it has, and for each layer; `save_wait_s` how long
         `save` and `truncate` wait for what goes on without them. `staging_bytes` of memory hold what is being
-        saved. `rates` may be shared by connectors of one model on one machine.
+        saved. With `rotated=False` keys are stored as they are before rotation, which is best for codecs, and rotated
+        when they are loaded. `rates` may be shared by connectors of one model on one machine.
         """
         self._model, self._lora_id = model, lora_id
         self._check_adapters()
-        self.layout = layout_of(model, model_id=model_id, model_revision=model_revision, block_tokens=block_tokens)
+        self.layout = layout_of(
+            model, model_id=model_id, model_revision=model_revision, block_tokens=block_tokens, rotated=rotated
+        )
         self.rates = rates or Rates()
         self._client = client
         self._blocks = client.open_layout(self.layout)
         self._salt = salt
         self._wait_s, self._save_wait_s = wait_s, save_wait_s
         self._rope: Rope | None = None
-        self._tokens_max = self._rope_of_model().tokens_max if self.layout.rotary.kind == "dynamic" else None
+        self._tokens_max = self._rope_for_all().tokens_max if self.layout.rotary.kind == "dynamic" else None
+        if not rotated:
+            watch_keys(model, self.layout, self._rope_for_all())
         self._finder = Finder(client, self._blocks, self._rope_of_model)
         self._breaker = Breaker(probe_of(self._blocks))
         device = CpuDevice()
@@ -103,6 +110,7 @@ class TransformersConnector:
             self._keys,
             wait_s=wait_s,
             tokens_max=self._tokens_max,
+            rope=None if rotated else self._rope,
         )
         self._turns = TurnSaver(client, self._blocks, model, device, self._breaker, self._tokens_max)
         self._work = device.stream("kvservice-save")  # In order: what a turn saves, the next one finds.
@@ -113,6 +121,12 @@ class TransformersConnector:
         self._breaker.close(0.0)
         self._saver.close()
         self._work.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def restore(
         self,
@@ -284,6 +298,13 @@ class TransformersConnector:
         if self._rope is None:
             self._rope = Rope.from_model(self._model)
         return self._rope
+
+    def _rope_for_all(self) -> Rope:
+        """For layouts whose keys are rotated whenever they are loaded. Raises UnsupportedModel."""
+        try:
+            return self._rope_of_model()
+        except UnsupportedRotation as error:
+            raise UnsupportedModel(str(error)) from error
 
     def _replay(self, conversation: Conversation, token_count: int) -> list[Tensors]:
         turns = self.layout.rotary.kind != "none"

@@ -32,12 +32,24 @@ class Buffers:
         self._device = device
         self._lock = threading.Lock()
         self._layers: dict[int, Tensors] = {}
+        self._raw: dict[int, torch.Tensor] = {}
 
     def of(self, index: int) -> Tensors:
         with self._lock:
             if index not in self._layers:
                 self._layers[index] = self._new(self._layout.k_head_dim), self._new(self._layout.v_head_dim)
             return self._layers[index]
+
+    def raw_keys(self, index: int) -> torch.Tensor:
+        """Keys before rotation, for layouts that keep those."""
+        with self._lock:
+            if index not in self._raw:
+                self._raw[index] = self._new(self._layout.k_head_dim)
+            return self._raw[index]
+
+    def take_raw_keys(self, index: int) -> torch.Tensor | None:
+        with self._lock:
+            return self._raw.pop(index, None)
 
     def take(self, index: int) -> Tensors:
         """They are the caller's from now on."""
@@ -81,10 +93,12 @@ class LoadedHistory:
         dtype: torch.dtype,
         device: torch.device,
         head: Head | None = None,
+        unrotate: Callable[[torch.Tensor], torch.Tensor] | None = None,
         on_end: Callable[[LoadedHistory], None] = lambda history: None,
     ) -> None:
         """`recompute` gives every layer's keys and values, ``[row, head, column, dim]`` of `columns` columns.
 
+        `unrotate` is for layouts that keep keys before rotation: it gives those of keys that were computed again.
         `on_end` is called once: when the last layer has come, or the first has failed.
         """
         self.columns = columns
@@ -97,6 +111,7 @@ class LoadedHistory:
         self._recompute = recompute
         self._layer_count = layer_count
         self._head = head
+        self._unrotate = unrotate
         self._on_end = on_end
         self._again: list[Tensors] | None = None
 
@@ -125,6 +140,11 @@ class LoadedHistory:
                 return self._loaded(index)
         assert self._again is not None
         return self._again[index]
+
+    def raw_keys(self, index: int) -> torch.Tensor | None:
+        if self._again is None:
+            return self._buffers.take_raw_keys(index)
+        return self._unrotate(self._again[index][0]) if self._unrotate is not None else None
 
     def close(self) -> None:
         """Nobody will ask for the rest. Waits for nothing."""
@@ -167,6 +187,9 @@ class NoHistory:
 
     def layer(self, index: int) -> Tensors:
         raise AssertionError("there is nothing to wait for")
+
+    def raw_keys(self, index: int) -> torch.Tensor | None:
+        return None
 
     def close(self) -> None:
         pass

@@ -10,14 +10,14 @@ from kvservice_adapter.rope_frequencies import UnsupportedRotation
 from kvservice_adapter.rope_of_model import rotary_of
 from kvservice_api.layout import DTYPE_BYTES, Layout, Rotary
 
-_KINDS = (DynamicLayer, StoredLayer)
-
 
 class UnsupportedModel(ValueError):
     """The model, or its cache, is of a kind whose KV this connector cannot keep and give back exactly."""
 
 
-def layout_of(model: PreTrainedModel, *, model_id: str, model_revision: str, block_tokens: int) -> Layout:
+def layout_of(
+    model: PreTrainedModel, *, model_id: str, model_revision: str, block_tokens: int, rotated: bool = True
+) -> Layout:
     """The layout of a model's KV. Raises UnsupportedModel where blocks could not be given back exactly."""
     config = model.config
     if config.is_encoder_decoder or config.get_text_config() is not config:
@@ -40,19 +40,24 @@ def layout_of(model: PreTrainedModel, *, model_id: str, model_revision: str, blo
         v_head_dim=head_dim,
         block_tokens=block_tokens,
         rotary=_rotary(model),
+        rotated=rotated,
     )
 
 
 def dynamic_layers(cache: Cache, layer_count: int) -> list[DynamicLayer]:
     """The cache's layers. Raises UnsupportedModel where they are of another kind or number."""
     # Not isinstance: sliding, quantized and indexed layers are subclasses, and keep less, or more.
-    layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer) and type(layer) in _KINDS]
+    layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer) and _is_kept(layer)]
     if len(layers) != len(cache.layers):
-        strange = {type(layer).__name__ for layer in cache.layers} - {kind.__name__ for kind in _KINDS}
+        strange = {type(layer).__name__ for layer in cache.layers if layer not in layers}
         raise UnsupportedModel(f"cache layers of kind {', '.join(sorted(strange))} cannot be kept, only DynamicLayer")
     if len(layers) != layer_count:
         raise UnsupportedModel(f"the cache has {len(layers)} layers; the model has {layer_count}")
     return layers
+
+
+def _is_kept(layer: DynamicLayer) -> bool:
+    return type(layer) is DynamicLayer or isinstance(layer, StoredLayer)
 
 
 def _rotary(model: PreTrainedModel) -> Rotary:

@@ -65,7 +65,8 @@ def _continue(session: Session, state: SessionState | None, chain: BlockChain, k
         if common == len(chain) == since:
             return  # It names them all.
         next_tokens = chain.token_counts[first_new] if first_new < len(chain) else 0
-        if common < first_new or next_tokens <= (state.tail_tokens if common == first_new else 0):
+        goes_on = common >= first_new and chain[first_new:].parent == state.tip
+        if not goes_on or next_tokens <= (state.tail_tokens if common == first_new else 0):
             if state.cuts:
                 raise SessionChanged("the session went another way since its last cut")
             session.end()

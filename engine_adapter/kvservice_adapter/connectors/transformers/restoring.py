@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 
@@ -18,10 +20,12 @@ from kvservice_adapter.connectors.transformers.history import Buffers, Head, Loa
 from kvservice_adapter.connectors.transformers.recompute import computed
 from kvservice_adapter.connectors.transformers.requests import Request
 from kvservice_adapter.connectors.transformers.rows import Sequences
+from kvservice_adapter.connectors.transformers.unrotated import RotatesOnLoad, UnrotatedCache
 from kvservice_adapter.connectors.transformers.writing import BackgroundWriting, Row
 from kvservice_adapter.cost import Kind, Plan, Rates, plan
 from kvservice_adapter.device.base import Device, Stream
 from kvservice_adapter.load import LayerLoader
+from kvservice_adapter.rope import Rope
 from kvservice_adapter.save import LayerSaver
 from kvservice_adapter.schedule import perfect_buffer_layers
 from kvservice_adapter.session import Keys
@@ -72,7 +76,9 @@ class Restorer:
         *,
         wait_s: float,
         tokens_max: int | None,
+        rope: Rope | None,
     ) -> None:
+        """`rope` is for layouts that keep keys before rotation."""
         self._model = model
         self._layout = layout
         self._device = device
@@ -82,6 +88,7 @@ class Restorer:
         self._keys = keys
         self._wait_s = wait_s
         self._tokens_max = tokens_max
+        self._rope = rope
         self._loads: Stream = device.stream("kvservice-load")
         self._releases = device.stream("kvservice-release")
         self._transport = ""  # Of the last load.
@@ -104,13 +111,10 @@ class Restorer:
         chosen = request.plan = self._plan(given, found, reused) if any(reused) else None
         if chosen is None or chosen.kind is Kind.RECOMPUTE:
             self.release(found)
-            cache = self._cache(
-                NoHistory(self._model.dtype, self._model.device),
-                [Row(pad, pad, keys.root) for pad in given.pads],
-                given.ids[:, :0],
-                request,
-            )
-            return Restored(cache, plan=chosen)
+            plain = [each if each is not None and not each.kept_tokens else None for each in found]
+            rows = [_row(pad, each, _tokens(each), keys) for pad, each in zip(given.pads, plain, strict=True)]
+            nothing = NoHistory(self._model.dtype, self._model.device)
+            return Restored(self._cache(nothing, rows, given.ids[:, :0], request), plan=chosen)
         began_s = time.perf_counter()
         request.tier = tier = _tier(found)
         head_tokens = chosen.compute_tokens
@@ -122,15 +126,21 @@ class Restorer:
         buffer_layers = self._layout.layers  # While a head is computed, all have time to come.
         if not head_tokens:
             buffer_layers = self._buffer_layers(sum(reused), given.columns - columns, columns, tier)
+        unrotated = None
+        if self._rope is not None:
+            places = zip(begins, given.pads, strict=True)
+            unrotated = [
+                RotatesOnLoad(buffers, row, begin, begin - pad, self._rope) for row, (begin, pad) in enumerate(places)
+            ]
         loaders = [
             LayerLoader(
                 self._device,
                 self._loads,
                 partial(each.load, part.first, len(part.token_counts)),
-                partial(buffers.pages, row, begins[row]),
+                partial(buffers.pages, row, begins[row]) if unrotated is None else unrotated[row].pages,
                 part.token_counts,
                 layer_count=self._layout.layers,
-                rotation=each.rotation,
+                rotation=each.rotation if unrotated is None else unrotated[row],
                 buffer_layers=buffer_layers,
                 wait_s=self._wait_s,
                 release=each.release,
@@ -150,6 +160,7 @@ class Restorer:
             dtype=self._model.dtype,
             device=self._model.device,
             head=self._head(given, head_tokens, request) if head_tokens else None,
+            unrotate=partial(_unrotated, self._rope, given.pads) if self._rope is not None else None,
             on_end=partial(self._history_ended, tier, request),
         )
         rows = [_row(pad, each, tokens, keys) for pad, each, tokens in zip(given.pads, found, reused, strict=True)]
@@ -175,7 +186,7 @@ class Restorer:
             self._layout.block_tokens,
             transport=self._transport,
             layers=self._layout.layers,
-            may_mix=len(found) == 1 and found[0] is not None and found[0].may_begin_later,
+            may_mix=self._rope is None and len(found) == 1 and found[0] is not None and found[0].may_begin_later,
         )
 
     def _buffer_layers(self, load_tokens: int, new_tokens: int, context_tokens: int, tier: str) -> int:
@@ -206,7 +217,8 @@ class Restorer:
         writing = BackgroundWriting(
             self._saver, self._breaker, self._keys, rows, token_ids, self._layout.block_tokens, self._tokens_max
         )
-        return StoredCache(self._model.config, history, writing, partial(request.forward_ended, history))
+        made = self._model.config, history, writing, partial(request.forward_ended, history)
+        return StoredCache(*made) if self._rope is None else UnrotatedCache(self._layout, *made)
 
     def _history_ended(self, tier: str, request: Request, history: LoadedHistory) -> None:
         """What there is to learn from a history that came, or did not."""
@@ -222,6 +234,14 @@ class Restorer:
         if is_late:  # Its thread may still be waiting for the daemon: later loads do not queue behind it.
             self._loads.close()
             self._loads = self._device.stream("kvservice-load")
+
+
+def _unrotated(rope: Rope, pads: Sequence[int], keys: torch.Tensor) -> torch.Tensor:
+    """Keys ``[row, head, column, dim]`` as they were before the model rotated them, up to rounding."""
+    raw = keys.clone()
+    for row, pad in enumerate(pads):
+        rope.unrotate(raw[row, :, pad:], np.arange(raw.shape[2] - pad))
+    return raw
 
 
 def _tokens(found: Found | None) -> int:

@@ -17,6 +17,7 @@ from kvservice_adapter.connectors.transformers import remembering
 from kvservice_adapter.connectors.transformers.cache import StoredCache, Tensors
 from kvservice_adapter.connectors.transformers.model_layout import UnsupportedModel, dynamic_layers
 from kvservice_adapter.connectors.transformers.rows import Sequences, common_tokens
+from kvservice_adapter.connectors.transformers.unrotated import UnrotatedLayer
 from kvservice_adapter.connectors.transformers.writing import BackgroundWriting
 from kvservice_adapter.device.base import Device, Pages
 from kvservice_adapter.session import Conversation, Keys
@@ -159,6 +160,10 @@ class TurnSaver:
         found = []
         for index, layer in enumerate(dynamic_layers(cache, layout.layers)):
             keys, values = layer.keys, layer.values
+            if keys is not None and not layout.rotated:
+                keys = layer.raw_keys if isinstance(layer, UnrotatedLayer) else None
+                if keys is None:
+                    raise UnsupportedModel(f"the keys of layer {index} were not seen before they were rotated")
             if keys is None or values is None:
                 raise UnsupportedModel(f"layer {index} of the cache is empty")
             for states in (keys, values):
