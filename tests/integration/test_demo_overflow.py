@@ -68,8 +68,15 @@ def connected(address: str, loaded: LoadedModel) -> tuple[WindowedEngine, Transf
     return WindowedEngine(loaded, connector, client), connector, client
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["llama", "glm, interleaved, half of the dims", "llama, yarn"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("llama", torch.bfloat16),
+        ("llama, yarn", torch.float32),
+        ("glm, interleaved, half of the dims", torch.float32),
+    ],
+    ids=str,
+)
 def test_over_several_overflows_and_a_kill_the_daemon_gives_what_memory_has_bit_for_bit(
     name: str, dtype: torch.dtype, new_daemon: Callable[..., DaemonProcess], one_thread: None
 ) -> None:

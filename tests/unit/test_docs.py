@@ -32,7 +32,8 @@ def named_in(page: str, pattern: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "docs/container.md", "docs/security.md"]
+    "page",
+    ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "docs/container.md", "docs/positions.md", "docs/security.md"],
 )
 def test_every_file_that_a_page_links_to_exists(page: str) -> None:
     folder = (ROOT / page).parent

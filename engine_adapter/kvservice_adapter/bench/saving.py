@@ -83,7 +83,7 @@ class Rig:
 def measure(*, quick: bool) -> Section:
     """Medians; a slowdown is the median of each round's own ratio."""
     subject = Rig(rig.QUICK_SHAPE if quick else rig.SHAPE, 512 if quick else 1100)
-    rounds = 4 if quick else 10
+    rounds = 4 if quick else 8
     section = Section(
         "saving",
         "Saving behind the forward pass",
