@@ -31,6 +31,11 @@ def client(daemon: DaemonProcess) -> Iterator[Client]:
         yield client
 
 
+def minded() -> Any:
+    """A model whose answers depend on where its keys are: its weights are larger than those of a new one."""
+    return tiny_llama(initializer_range=0.3)
+
+
 def overflow(token_count: int, **options: Any) -> list[tuple[int, int]]:
     return keep_on_overflow(token_count, window=_WINDOW, new_tokens=_NEW + _ANSWER + 1, **options)
 
@@ -102,7 +107,7 @@ def stored(
 def test_a_conversation_that_overflows_several_times_answers_as_if_it_had_been_cut_in_memory(
     client: Client, options: dict[str, Any]
 ) -> None:
-    model = tiny_llama()
+    model = minded()
     conversation = Conversation(f"overflows-{'-'.join(options)}")
     subject = connector(client, model, model_revision=str(options))
 
@@ -157,7 +162,7 @@ def test_a_list_of_tokens_to_discard_is_a_cut_like_another(client: Client) -> No
 def test_after_a_restart_of_daemon_and_engine_a_cut_conversation_goes_on(
     new_daemon: Callable[..., DaemonProcess],
 ) -> None:
-    daemon, model = new_daemon(), tiny_llama()
+    daemon, model = new_daemon(), minded()
     conversation = Conversation("restarted")
     with daemon.client() as client:
         subject = connector(client, model)
@@ -209,7 +214,7 @@ def test_a_history_that_is_not_its_sessions_is_a_miss_and_begun_anew(client: Cli
 
 
 def test_keys_that_are_stored_unrotated_answer_alike(client: Client) -> None:
-    model, conversation = tiny_llama(), Conversation("unrotated")
+    model, conversation = minded(), Conversation("unrotated")
     subject = connector(client, model, model_revision="unrotated", rotated=False)
 
     answers, reused = stored(subject, model, conversation)
@@ -222,9 +227,9 @@ def test_keys_that_are_stored_unrotated_answer_alike(client: Client) -> None:
 def test_a_cut_history_that_does_not_come_is_computed_as_it_was(daemon: DaemonProcess) -> None:
     model = tiny_llama()
     conversation = Conversation("late")
-    with daemon.client() as client, daemon.client(throttle_bytes_per_s=1000.0) as slow_client:
+    with daemon.client() as client, daemon.client(throttle_bytes_per_s=200.0) as slow_client:
         subject = connector(client, model, model_revision="late")
-        late = connector(slow_client, model, model_revision="late", wait_s=0.05)
+        late = connector(slow_client, model, model_revision="late")
         stored(subject, model, conversation)
         assert len(conversation.parts) >= 3
         ids = torch.from_numpy(np.append(conversation.token_ids, [1, 2, 3]).astype(np.int64))[None]
@@ -238,6 +243,27 @@ def test_a_cut_history_that_does_not_come_is_computed_as_it_was(daemon: DaemonPr
         assert there.tokens == absent.tokens == conversation.token_count
         assert there.error is None and absent.error is not None
         assert (logits[0] - logits[1]).abs().max() <= 1e-4
+
+
+def test_a_history_is_another_one_if_other_tokens_were_dropped_from_it(client: Client) -> None:
+    model, ids = tiny_llama(), prompt(40)
+    subject, conversation = connector(client, model, model_revision="dropped"), Conversation("dropped")
+    cache = subject.restore(ids[:, :30], conversation=conversation).cache
+    with torch.inference_mode():
+        model(ids[:, :30], past_key_values=cache)
+    assert subject.save(ids[:, :30], cache, conversation=conversation, wait_s=30.0).error is None
+    keep = [(0, 4), (16, 14)]
+    assert subject.truncate(conversation, keep)
+    dropped = ids[0, :30].clone()
+    dropped[7] += 1
+    other = Conversation("dropped")
+    other.extend(dropped.numpy())
+    other.truncate(keep)
+    assert np.array_equal(other.token_ids, conversation.token_ids)
+
+    prompt_ids = np.append(conversation.token_ids, [1, 2])
+    assert subject.restore(prompt_ids, conversation=other).tokens == 0
+    assert subject.restore(prompt_ids, conversation=conversation).tokens == 18
 
 
 def test_a_history_that_was_cut_is_never_saved_as_a_prompts(client: Client) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +36,7 @@ class FailingBlocks(KeptBlocks):
     def __init__(self) -> None:
         super().__init__()
         self.fails_after: int | None = None
+        self.hangs: threading.Event | None = None
         self.error: Exception = ChecksumMismatch("a bit is not what it was")
 
     def lookup(self, chain: BlockChain, **options: Any) -> KeptLease:
@@ -44,6 +46,8 @@ class FailingBlocks(KeptBlocks):
         def failing(first_block: int, block_count: int) -> Iterator[LoadedLayer]:
             for layer in load(first_block, block_count):
                 if layer.index == self.fails_after:
+                    if self.hangs is not None:
+                        self.hangs.wait(30.0)
                     raise self.error
                 yield layer
 
@@ -84,6 +88,25 @@ def test_a_layer_that_does_not_come_is_computed_inside_the_forward(
     [report] = kept.reports
     assert (report.outcome, report.computed_tokens, report.loaded_tokens) == (Outcome.FAILED_OVER, 24, 0)
     assert report.outcome_reason == (error.reason if isinstance(error, KVError) else str(error))
+
+
+def test_a_load_that_hangs_holds_up_no_other(kept: FailingBlocks) -> None:
+    model, ids = tiny_llama(num_hidden_layers=_LAYERS), prompt(6 * BLOCK_TOKENS + 2)
+    subject = connector(kept, model, wait_s=0.05)
+    subject.save(ids, computed(model, ids))
+    kept.fails_after, kept.hangs = 2, threading.Event()
+    expected = answer(model, ids)
+    try:
+        hung = subject.restore(ids)
+        assert answer(model, ids, hung.cache) == expected
+        assert hung.error is not None
+
+        kept.fails_after = None
+        after = subject.restore(ids)
+        assert answer(model, ids, after.cache) == expected
+        assert after.error is None
+    finally:
+        kept.hangs.set()
 
 
 def test_layers_that_came_stay_as_they_are(kept: FailingBlocks) -> None:

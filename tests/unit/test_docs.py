@@ -66,9 +66,9 @@ def test_every_setting_and_metric_that_a_page_names_exists(page: str) -> None:
     assert counters <= set(HELP)
 
 
-def test_the_example_in_the_readme_is_python_and_imports_what_there_is() -> None:
-    (example,) = named_in("README.md", r"```python\n((?s:.*?))```")
-    imports = example.partition("\n\n")[0]
-
-    compile(example, "README.md", "exec")
-    exec(imports, {})
+@pytest.mark.parametrize("page", ["README.md", "docs/transformers.md"])
+def test_the_examples_of_a_page_are_python_and_import_what_there_is(page: str) -> None:
+    for example in named_in(page, r"```python\n((?s:.*?))```"):
+        compile(example, page, "exec")
+        lines = [line for line in example.splitlines() if line.startswith(("import ", "from "))]
+        exec("\n".join(lines), {})

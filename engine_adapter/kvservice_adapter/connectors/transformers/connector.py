@@ -23,7 +23,6 @@ from transformers.cache_utils import Cache
 
 from kvservice_adapter.breaker import Breaker, answered, probe_of
 from kvservice_adapter.connectors.transformers import remembering
-from kvservice_adapter.connectors.transformers.cache import Tensors
 from kvservice_adapter.connectors.transformers.finding import Finder, Found
 from kvservice_adapter.connectors.transformers.forwards import watch
 from kvservice_adapter.connectors.transformers.model_layout import UnsupportedModel, has_adapters, layout_of
@@ -170,7 +169,8 @@ class TransformersConnector:
         request.not_found = error
         replay = None
         if conversation is not None and conversation.parts:
-            replay = partial(self._replay, conversation.copy(), found[0].tokens if found[0] is not None else 0)
+            tokens = found[0].tokens if found[0] is not None else 0
+            replay = partial(replayed, self._model, conversation.copy(), self._rope_of_model, tokens)
         restored = self._restorer.restored(given, keys, found, request, replay)
         if replay is not None and conversation is not None and not restored.tokens:
             conversation.begin_anew()  # What is left of it is computed without what was cut.
@@ -305,10 +305,6 @@ class TransformersConnector:
             return self._rope_of_model()
         except UnsupportedRotation as error:
             raise UnsupportedModel(str(error)) from error
-
-    def _replay(self, conversation: Conversation, token_count: int) -> list[Tensors]:
-        turns = self.layout.rotary.kind != "none"
-        return replayed(self._model, conversation, self._rope_of_model() if turns else None, token_count)
 
 
 def _names(session_id: str | Sequence[str], rows: int) -> Sequence[str]:

@@ -75,7 +75,7 @@ class Buffers:
 class Head(NamedTuple):
     """What was computed of the history, while the rest of it came: its first tokens."""
 
-    layers: list[Tensors]
+    layers: dict[int, Tensors]  # Each is forgotten once it is joined with the rest.
     tokens: int
 
 
@@ -113,7 +113,8 @@ class LoadedHistory:
         self._head = head
         self._unrotate = unrotate
         self._on_end = on_end
-        self._again: list[Tensors] | None = None
+        self._again: dict[int, Tensors] | None = None  # What was computed, and is not taken yet.
+        self._raw_again: dict[int, torch.Tensor] = {}
 
     @property
     def loaders(self) -> Sequence[LayerLoader]:
@@ -139,12 +140,15 @@ class LoadedHistory:
                 self.lost_s += time.perf_counter() - begin_s
                 return self._loaded(index)
         assert self._again is not None
-        return self._again[index]
+        keys, values = self._again.pop(index)
+        if self._unrotate is not None:
+            self._raw_again[index] = self._unrotate(keys)
+        return keys, values
 
     def raw_keys(self, index: int) -> torch.Tensor | None:
         if self._again is None:
             return self._buffers.take_raw_keys(index)
-        return self._unrotate(self._again[index][0]) if self._unrotate is not None else None
+        return self._raw_again.pop(index, None)
 
     def close(self) -> None:
         """Nobody will ask for the rest. Waits for nothing."""
@@ -154,7 +158,7 @@ class LoadedHistory:
     def _loaded(self, index: int) -> Tensors:
         keys, values = self._buffers.take(index)
         if self._head is not None:
-            head_keys, head_values = self._head.layers[index]
+            head_keys, head_values = self._head.layers.pop(index)
             keys[:, :, : self._head.tokens].copy_(head_keys)
             values[:, :, : self._head.tokens].copy_(head_values)
         if index == self._layer_count - 1:
@@ -166,7 +170,7 @@ class LoadedHistory:
         log.warning("a history is computed again", extra={"layer": index, "why": str(self.error)})
         self.close()
         begin_s = time.perf_counter()
-        self._again = list(self._recompute())
+        self._again = dict(enumerate(self._recompute()))
         self.recompute_s = time.perf_counter() - begin_s
         self.lost_s += self.recompute_s
         self._on_end(self)

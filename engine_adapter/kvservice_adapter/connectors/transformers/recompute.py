@@ -7,7 +7,7 @@ modules keep nothing between layers, so the outer forward goes on as if nothing 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,13 @@ def computed(model: PreTrainedModel, token_ids: NDArray[Any], pads: Sequence[int
 
 
 @torch.no_grad()
-def replayed(model: PreTrainedModel, conversation: Conversation, rope: Rope | None, token_count: int) -> list[Tensors]:
+def replayed(
+    model: PreTrainedModel, conversation: Conversation, rope: Callable[[], Rope], token_count: int
+) -> list[Tensors]:
     """As `computed`, of the first `token_count` tokens of a conversation, cut where it was cut.
 
-    What a cut has dropped is computed too: the rest was computed with it in sight.
+    What a cut has dropped is computed too: the rest was computed with it in sight. `rope` is asked where keys
+    are to be turned.
     """
     cache = DynamicCache(config=model.config)
     for part in conversation.parts:
@@ -44,13 +47,17 @@ def replayed(model: PreTrainedModel, conversation: Conversation, rope: Rope | No
     return _layers(cache)
 
 
-def _cut(keys: torch.Tensor, values: torch.Tensor, kept: Sequence[tuple[int, int]], rope: Rope | None) -> Tensors:
+def _cut(
+    keys: torch.Tensor, values: torch.Tensor, kept: Sequence[tuple[int, int]], rope: Callable[[], Rope]
+) -> Tensors:
     at = np.concatenate([np.arange(first, first + count) for first, count in kept])
     index = torch.from_numpy(at).to(keys.device)
     keys, values = keys.index_select(2, index), values.index_select(2, index)
-    rotation = rope.rotation(at, np.arange(len(at))) if rope is not None else None
-    if rotation is not None:
-        rotation.apply(keys)
+    places = np.arange(len(at))
+    if (at != places).any():
+        rotation = rope().rotation(at, places)
+        if rotation is not None:
+            rotation.apply(keys)
     return keys, values
 
 

@@ -204,7 +204,7 @@ class Restorer:
         layers = computed(self._model, given.ids[:, :tokens], given.pads)
         request.head_s = time.perf_counter() - began_s
         self._rates.observe_prefill(tokens, 0, request.head_s)
-        return Head(layers, tokens)
+        return Head(dict(enumerate(layers)), tokens)
 
     def _cache(
         self,

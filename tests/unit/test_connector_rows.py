@@ -1,0 +1,58 @@
+"""Which sequences a batch holds, and what is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kvservice_adapter.connectors.transformers import UnsupportedModel
+from kvservice_adapter.connectors.transformers.rows import common_tokens, sequences
+from kvservice_api.errors import InvalidRequest
+
+
+def test_a_batch_is_known_by_its_padding() -> None:
+    ids = torch.tensor([[0, 0, 5, 6], [1, 2, 3, 4]])
+    given = sequences(ids, torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]))
+
+    assert given.pads == (2, 0)
+    assert given.tokens(0).tolist() == [5, 6]
+    assert given.tokens(1, 3).tolist() == [1, 2, 3]
+    assert given.columns == 4
+
+
+def test_one_sequence_needs_no_mask() -> None:
+    for same in ([1, 2, 3], np.array([[1, 2, 3]]), torch.tensor([1, 2, 3])):
+        assert sequences(same).tokens(0).tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("mask", "why"),
+    [
+        (None, "attention_mask"),
+        ([[1, 1, 0], [1, 1, 1]], "left"),
+        ([[1, 0, 1], [1, 1, 1]], "left"),
+        ([[0, 0, 0], [1, 1, 1]], "left"),
+        ([[1, 1, 1]], "attention mask is"),
+    ],
+    ids=["none", "padded on the right", "a hole", "nothing but padding", "of other rows"],
+)
+def test_what_is_padded_elsewhere_than_on_the_left_is_refused(mask: Any, why: str) -> None:
+    with pytest.raises(UnsupportedModel, match=why):
+        sequences([[1, 2, 3], [4, 5, 6]], mask)
+
+
+@pytest.mark.parametrize("ids", [[1.5], [-1], [2**32], ["a"]], ids=str)
+def test_what_is_no_token_id_is_refused(ids: Any) -> None:
+    with pytest.raises(InvalidRequest):
+        sequences(ids)
+
+
+def test_common_tokens_are_counted_from_the_first_one() -> None:
+    first = np.array([1, 2, 3, 4])
+    assert common_tokens(first, first) == 4
+    assert common_tokens(first, first[:2]) == 2
+    assert common_tokens(first, np.array([1, 2, 9, 4])) == 2
+    assert common_tokens(first, np.array([], np.int64)) == 0
