@@ -59,7 +59,7 @@ class NothingMeasured(Rates):
 
 
 def connector(client: Any, model: Any, **options: Any) -> TransformersConnector:
-    given = {"model_id": "tiny", "model_revision": "1", "block_tokens": BLOCK_TOKENS, **options}
+    given = {"model_id": "tiny", "model_revision": "1", "block_tokens": BLOCK_TOKENS, "wait_s": 10.0, **options}
     given.setdefault("rates", NothingMeasured())
     return TransformersConnector(client, model, **given)
 
