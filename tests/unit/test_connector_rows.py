@@ -41,7 +41,7 @@ def test_one_sequence_needs_no_mask() -> None:
 )
 def test_what_is_padded_elsewhere_than_on_the_left_is_refused(mask: Any, why: str) -> None:
     with pytest.raises(UnsupportedModel, match=why):
-        sequences([[1, 2, 3], [4, 5, 6]], mask)
+        sequences(torch.tensor([[1, 2, 3], [4, 5, 6]]), mask)
 
 
 @pytest.mark.parametrize("ids", [[1.5], [-1], [2**32], ["a"]], ids=str)

@@ -101,6 +101,18 @@ def test_a_long_prefill_is_sent_in_parts_that_fit_the_staging(kept: KeptBlocks) 
     assert_right(kept, model, ids)
 
 
+def test_a_prefill_in_chunks_is_saved_as_a_whole_one(kept: KeptBlocks) -> None:
+    model, ids = tiny_llama(), prompt(18)
+    subject = connector(kept, model)
+
+    output = answer(model, ids, subject.restore(ids).cache, prefill_chunk_size=3)
+    assert subject.flush()
+
+    assert torch.equal(output, answer(model, ids))
+    assert sum(kept.saves) == len(kept.stored) == 29 // BLOCK_TOKENS
+    assert_right(kept, model, output)
+
+
 def test_tokens_that_were_cropped_are_forgotten(kept: KeptBlocks) -> None:
     model, ids = tiny_llama(), prompt(18)
     subject = connector(kept, model)

@@ -20,6 +20,8 @@ import torch
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
+from kvservice_adapter.device.base import Pages
+
 _ROOM_TOKENS_MIN = 64
 
 Tensors = tuple[torch.Tensor, torch.Tensor]
@@ -244,6 +246,19 @@ def _continues(states: torch.Tensor, new: torch.Tensor) -> bool:
         and states.device == new.device
         and not (torch.is_grad_enabled() and (new.requires_grad or states.requires_grad))
     )
+
+
+def pages_on_host(keys: torch.Tensor, values: torch.Tensor, row: int, column: int, count: int) -> Pages:
+    """Columns of a row, for the streams of the CPU: where they are, or a copy of them from an accelerator."""
+    if keys.device.type == "cpu":
+        return Pages(keys, values, [row], column)
+    part = slice(row, row + 1), slice(None), slice(column, column + count)
+    return Pages(keys[part].cpu(), values[part].cpu(), [0])
+
+
+def moved(states: torch.Tensor, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return states.to(device)
 
 
 def grown(states: torch.Tensor, columns: int, columns_needed: int) -> torch.Tensor:

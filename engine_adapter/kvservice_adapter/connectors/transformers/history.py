@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from kvservice_adapter.connectors.transformers.cache import Tensors, empty_buffer, room
+from kvservice_adapter.connectors.transformers.cache import Tensors, empty_buffer, moved, room
 from kvservice_adapter.device.base import Pages
 from kvservice_adapter.load import LayerLoader, LoadFailed
 from kvservice_api.layout import Layout
@@ -23,13 +23,15 @@ Recompute = Callable[[], Sequence[Tensors]]
 class Buffers:
     """Each layer's keys and values ``[row, head, column, dim]``, made when its first bytes are there. Thread-safe."""
 
-    def __init__(self, layout: Layout, pads: Sequence[int], columns: int, dtype: torch.dtype, device: torch.device):
-        """`columns` are those that loads fill, at most; a row's first `pads` stay zero. There is room behind them."""
+    def __init__(self, layout: Layout, pads: Sequence[int], columns: int, dtype: torch.dtype) -> None:
+        """`columns` are those that loads fill, at most; a row's first `pads` stay zero. There is room behind them.
+
+        They lie in the host's memory, wherever the model computes.
+        """
         self._layout = layout
         self._pads = pads
         self._columns = columns
         self._dtype = dtype
-        self._device = device
         self._lock = threading.Lock()
         self._layers: dict[int, Tensors] = {}
         self._raw: dict[int, torch.Tensor] = {}
@@ -66,7 +68,7 @@ class Buffers:
     def _new(self, dim: int) -> torch.Tensor:
         columns = self._columns + room(self._columns)
         shape = len(self._pads), self._layout.kv_heads, columns, dim
-        buffer = empty_buffer(shape, self._dtype, self._device)
+        buffer = empty_buffer(shape, self._dtype, torch.device("cpu"))
         for row, pad in enumerate(self._pads):
             buffer[row, :, :pad].zero_()
         return buffer
@@ -147,7 +149,8 @@ class LoadedHistory:
 
     def raw_keys(self, index: int) -> torch.Tensor | None:
         if self._again is None:
-            return self._buffers.take_raw_keys(index)
+            raw = self._buffers.take_raw_keys(index)
+            return moved(raw, self.device) if raw is not None else None
         return self._raw_again.pop(index, None)
 
     def close(self) -> None:
@@ -156,7 +159,7 @@ class LoadedHistory:
             loader.close()
 
     def _loaded(self, index: int) -> Tensors:
-        keys, values = self._buffers.take(index)
+        keys, values = (moved(states, self.device) for states in self._buffers.take(index))
         if self._head is not None:
             head_keys, head_values = self._head.layers.pop(index)
             keys[:, :, : self._head.tokens].copy_(head_keys)

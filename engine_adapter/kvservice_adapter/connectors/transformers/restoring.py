@@ -122,7 +122,7 @@ class Restorer:
         self.release([each for each, part in zip(found, parts, strict=True) if part is None])
         begins = [pad + head_tokens for pad in given.pads]
         ends = [begin + sum(part.token_counts) for begin, part in zip(begins, parts, strict=True) if part is not None]
-        buffers = Buffers(self._layout, given.pads, max(columns, *ends), self._model.dtype, self._model.device)
+        buffers = Buffers(self._layout, given.pads, max(columns, *ends), self._model.dtype)
         buffer_layers = self._layout.layers  # While a head is computed, all have time to come.
         if not head_tokens:
             buffer_layers = self._buffer_layers(sum(reused), given.columns - columns, columns, tier)

@@ -14,12 +14,12 @@ from transformers.cache_utils import Cache
 
 from kvservice_adapter.breaker import Breaker, answered
 from kvservice_adapter.connectors.transformers import remembering
-from kvservice_adapter.connectors.transformers.cache import StoredCache, Tensors
+from kvservice_adapter.connectors.transformers.cache import StoredCache, Tensors, pages_on_host
 from kvservice_adapter.connectors.transformers.model_layout import UnsupportedModel, dynamic_layers
 from kvservice_adapter.connectors.transformers.rows import Sequences, common_tokens
 from kvservice_adapter.connectors.transformers.unrotated import UnrotatedLayer
 from kvservice_adapter.connectors.transformers.writing import BackgroundWriting
-from kvservice_adapter.device.base import Device, Pages
+from kvservice_adapter.device.base import Device
 from kvservice_adapter.session import Conversation, Keys
 from kvservice_api.errors import InvalidRequest, KVError, StorageFailed
 from kvservice_api.keys import BlockChain
@@ -189,7 +189,7 @@ class TurnSaver:
         size_bytes = sum(map(self._blocks.slice_bytes, chain.token_counts))
         layers = [np.empty(size_bytes, np.uint8) for _ in states]
         events = [
-            self._copies.gather(Pages(keys, values, [row], column), chain.token_counts, into)
+            self._copies.gather(pages_on_host(keys, values, row, column, chain.token_count), chain.token_counts, into)
             for (keys, values), into in zip(states, layers, strict=True)
         ]
         for event in events:

@@ -22,8 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvservice_adapter.breaker import Breaker, answered
-from kvservice_adapter.connectors.transformers.cache import Forward
-from kvservice_adapter.device.base import Pages
+from kvservice_adapter.connectors.transformers.cache import Forward, pages_on_host
 from kvservice_adapter.save import LayerSaver, SaveJob
 from kvservice_adapter.session import Keys
 from kvservice_api.errors import KVError
@@ -126,7 +125,7 @@ class BackgroundWriting:
             self.stop("states came from elsewhere than a forward of the model")
             return
         for job, row, column in self._jobs:
-            job.layer(index, Pages(keys, values, [row], column))
+            job.layer(index, pages_on_host(keys, values, row, column, job.chain.token_count))
 
     def end(self, *, is_whole: bool) -> None:
         """The forward has ended; `is_whole` where it raised nothing."""
