@@ -90,6 +90,19 @@ def test_a_layer_that_does_not_come_is_computed_inside_the_forward(
     assert report.outcome_reason == (error.reason if isinstance(error, KVError) else str(error))
 
 
+def test_a_prompt_may_be_written_over_once_it_was_restored(kept: FailingBlocks) -> None:
+    model, ids = tiny_llama(num_hidden_layers=_LAYERS), prompt(6 * BLOCK_TOKENS + 2)
+    subject = connector(kept, model)
+    subject.save(ids, computed(model, ids))
+    kept.fails_after = 0
+
+    given = ids.clone()
+    history = subject.restore(given)
+    given.zero_()
+
+    assert answer(model, ids, history.cache) == answer(model, ids)
+
+
 def test_a_load_that_hangs_holds_up_no_other(kept: FailingBlocks) -> None:
     model, ids = tiny_llama(num_hidden_layers=_LAYERS), prompt(6 * BLOCK_TOKENS + 2)
     subject = connector(kept, model, wait_s=0.05)

@@ -113,6 +113,24 @@ def test_a_prefill_in_chunks_is_saved_as_a_whole_one(kept: KeptBlocks) -> None:
     assert_right(kept, model, output)
 
 
+def test_tokens_are_those_that_were_computed_though_their_tensors_are_used_again(kept: KeptBlocks) -> None:
+    model, ids = tiny_llama(), prompt(10)
+    subject = connector(kept, model)
+    given, token, said = ids.clone(), torch.zeros(1, 1, dtype=torch.long), [ids]
+    cache = subject.restore(given).cache
+    with torch.inference_mode():
+        model(given, past_key_values=cache)
+        given.zero_()
+        for each in range(20, 29):
+            token.fill_(each)
+            said.append(token.clone())
+            model(token, past_key_values=cache)
+    assert subject.flush()
+
+    assert len(kept.stored) == 19 // BLOCK_TOKENS
+    assert_right(kept, model, torch.cat([*said, token], 1))
+
+
 def test_tokens_that_were_cropped_are_forgotten(kept: KeptBlocks) -> None:
     model, ids = tiny_llama(), prompt(18)
     subject = connector(kept, model)

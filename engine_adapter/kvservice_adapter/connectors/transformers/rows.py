@@ -67,4 +67,5 @@ def common_tokens(first: NDArray[Any], second: NDArray[Any]) -> int:
 
 
 def _array(values: Any) -> NDArray[Any]:
-    return values.numpy(force=True) if isinstance(values, torch.Tensor) else np.asarray(values)
+    """A copy: the caller may write other tokens into the same memory, before these are used for the last time."""
+    return np.array(values.numpy(force=True) if isinstance(values, torch.Tensor) else values)

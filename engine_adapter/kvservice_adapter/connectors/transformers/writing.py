@@ -109,7 +109,7 @@ class BackgroundWriting:
             self._misplaced = "tokens were masked or placed in another way than restore was told"
             self.stop(self._misplaced)
             return
-        self._known.append(ids)
+        self._known.append(ids.clone())  # Engines may write the next tokens into the same tensor.
         self._columns = end
         self._forward = (first, end)
         try:
