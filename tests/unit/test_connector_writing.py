@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from kvservice_api.errors import DaemonUnavailable, InvalidRequest
 from tests.unit.connector_models import BLOCK_TOKENS, KeptBlocks, computed, connector, prompt, states, tiny_llama
@@ -17,6 +17,11 @@ _ASK: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12, "pad_token_id"
 @pytest.fixture
 def kept() -> KeptBlocks:
     return KeptBlocks()
+
+
+def tiny_qwen2() -> Any:
+    sizes = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 32, "num_hidden_layers": 2}
+    return Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=6, num_key_value_heads=2)).eval()
 
 
 def answer(model: Any, ids: torch.Tensor, cache: Any = None, **more: Any) -> torch.Tensor:
@@ -208,11 +213,12 @@ def masked(length: int, *holes: int) -> torch.Tensor:
         {"attention_mask": masked(18, 0, 1)},
         {"position_ids": torch.arange(18)[None] + 3},
         {"attention_mask": torch.zeros(1, 1, 18, 18)},
+        {"attention_mask": {"full_attention": None}},
     ],
-    ids=["a hole", "padding that restore was not told", "other positions", "a mask of its own"],
+    ids=["a hole", "padding that restore was not told", "other positions", "a mask of its own", "a mask for each kind"],
 )
 def test_tokens_that_are_masked_or_placed_otherwise_are_not_saved(kept: KeptBlocks, given: dict[str, Any]) -> None:
-    model, ids = tiny_llama(), prompt(18)
+    model, ids = tiny_qwen2(), prompt(18)
     subject = connector(kept, model)
     cache = subject.restore(ids).cache
 
@@ -238,6 +244,37 @@ def test_states_of_unknown_tokens_are_not_saved_until_they_are_named(kept: KeptB
     assert_right(kept, model, ids)
 
 
+@pytest.mark.parametrize("embedded", [8, 18], ids=["and named ones follow at other positions", "at other positions"])
+def test_states_of_unknown_tokens_that_are_placed_otherwise_are_not_saved(kept: KeptBlocks, embedded: int) -> None:
+    model, ids = tiny_llama(), prompt(18)
+    subject = connector(kept, model)
+    cache = subject.restore(ids).cache
+    embeds, positions = model.get_input_embeddings()(ids), torch.arange(18)[None]
+    positions[:, 10:] += 3
+    with torch.inference_mode():
+        model(
+            inputs_embeds=embeds[:, :embedded], past_key_values=cache, position_ids=positions[:, :embedded].contiguous()
+        )
+        if embedded < 18:
+            model(ids[:, embedded:], past_key_values=cache, position_ids=positions[:, embedded:])
+
+    assert isinstance(subject.save(ids, cache).error, InvalidRequest)
+    assert not kept.stored
+
+
+def test_what_a_model_in_training_mode_computes_is_not_saved(kept: KeptBlocks) -> None:
+    model, ids = tiny_llama(attention_dropout=0.5).train(), prompt(18)
+    subject = connector(kept, model)
+    cache = subject.restore(ids).cache
+
+    with torch.inference_mode():
+        model(ids, past_key_values=cache)
+    saved = subject.save(ids, cache)
+
+    assert not kept.stored
+    assert saved.refused == 4 and "training" in str(saved.error)
+
+
 def test_tokens_that_are_not_those_of_the_cache_are_refused(kept: KeptBlocks) -> None:
     model, ids = tiny_llama(), prompt(18)
     subject = connector(kept, model)
@@ -260,6 +297,25 @@ def test_a_forward_that_fails_leaves_nothing_behind(kept: KeptBlocks) -> None:
     with torch.inference_mode(), pytest.raises(ZeroDivisionError):
         model(ids, past_key_values=cache)
     fails.remove()
+    assert subject.flush()
+
+    assert not kept.stored
+
+
+def test_a_forward_that_is_broken_off_is_followed_by_others(kept: KeptBlocks) -> None:
+    def break_off(module: Any, args: Any) -> None:
+        raise KeyboardInterrupt
+
+    model, ids = tiny_llama(), prompt(18)
+    subject = connector(kept, model)
+    cache = subject.restore(ids).cache
+    breaks = model.model.layers[2].register_forward_pre_hook(break_off)
+    with torch.inference_mode(), pytest.raises(KeyboardInterrupt):
+        model(ids, past_key_values=cache)
+    breaks.remove()
+
+    with torch.inference_mode():
+        model(ids[:, :1], past_key_values=cache)
     assert subject.flush()
 
     assert not kept.stored

@@ -29,11 +29,16 @@ Tensors = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """What a model is asked to compute: tokens ``[row, token]``, and how they are placed, where it is told."""
+    """What a model is asked to compute: tokens ``[row, token]``, and how they are placed, where it is told.
+
+    The mask and the positions may be of any kind that some model understands.
+    """
 
     input_ids: torch.Tensor | None
-    attention_mask: torch.Tensor | None
-    position_ids: torch.Tensor | None
+    inputs_embeds: torch.Tensor | None  # In place of ids.
+    attention_mask: Any
+    position_ids: Any
+    is_training: bool  # The model may drop states at random.
 
 
 class History(Protocol):

@@ -24,9 +24,10 @@ def watch(model: PreTrainedModel) -> None:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         cache = given.get("past_key_values")
         if isinstance(cache, StoredCache):
-            embedded = given.get("inputs_embeds") is not None
-            input_ids = None if embedded else given.get("input_ids")
-            cache.begin(Forward(input_ids, given.get("attention_mask"), given.get("position_ids")))
+            embeds = given.get("inputs_embeds")
+            input_ids = given.get("input_ids") if embeds is None else None
+            placed = given.get("attention_mask"), given.get("position_ids")
+            cache.begin(Forward(input_ids, embeds, *placed, module.training))
 
     def after(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         cache = {**dict(zip(names, args, strict=False)), **kwargs}.get("past_key_values")

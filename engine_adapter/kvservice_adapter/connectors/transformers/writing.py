@@ -97,18 +97,18 @@ class BackgroundWriting:
 
     def begin(self, forward: Forward, first: int) -> None:
         """A forward begins; its first token will be in column `first`."""
-        if self._stopped:
-            return
-        self._forward = None
+        self._misplaced = self._misplaced or self._other_than_told(forward, first)
+        if self._misplaced:
+            self.stop(self._misplaced)
+        elif self._forward is not None:
+            self.stop("a forward was broken off")  # By something like KeyboardInterrupt: it did not end.
         ids = forward.input_ids
         if ids is None or ids.ndim != 2 or len(ids) != len(self._rows) or first != self._columns:
             self.stop("the tokens of a forward are not known")
+        if self._stopped:
             return
+        assert ids is not None
         end = first + ids.shape[1]
-        if not self._placed_as_told(forward, first, end):
-            self._misplaced = "tokens were masked or placed in another way than restore was told"
-            self.stop(self._misplaced)
-            return
         self._known.append(ids.clone())  # Engines may write the next tokens into the same tensor.
         self._columns = end
         self._forward = (first, end)
@@ -181,10 +181,27 @@ class BackgroundWriting:
             self._stored -= found
         return len(found)
 
-    def _placed_as_told(self, forward: Forward, first: int, end: int) -> bool:
+    def _other_than_told(self, forward: Forward, first: int) -> str:
+        """Why the forward's KV is not what its tokens give, whichever they are. Empty where it is."""
+        if forward.is_training:
+            return "the model is in training mode, in which it may drop states at random"
+        given = forward.input_ids if forward.input_ids is not None else forward.inputs_embeds
+        if given is None or given.ndim < 2:
+            return "what a forward computes is not known"
+        if not self._placed_as_told(forward, len(given), first, first + given.shape[1]):
+            return "tokens were masked or placed in another way than restore was told"
+        return ""
+
+    def _placed_as_told(self, forward: Forward, rows: int, first: int, end: int) -> bool:
         """Whether tokens lie as the history's do: each row behind its padding, one position after another."""
         mask, positions = forward.attention_mask, forward.position_ids
         pads = [row.pad for row in self._rows]
+        if rows != len(pads):
+            if any(pads):
+                return False
+            pads = [0] * rows
+        if not all(each is None or isinstance(each, torch.Tensor) for each in (mask, positions)):
+            return False
         if mask is None:
             if any(pads):
                 return False
