@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from kvservice_adapter.cost import Kind, Rates
 from kvservice_client import Outcome
@@ -125,3 +126,31 @@ def test_keys_of_dynamic_rotary_encoding_are_reused_below_the_length_at_which_it
     assert subject.flush()
     assert subject.save(output, missed.cache).stored == 0
     assert len(kept.stored) == 47 // BLOCK_TOKENS
+
+
+@pytest.mark.parametrize("given", ["a part of its tokens", "cropped", "in a batch"])
+def test_no_key_of_dynamic_rotary_encoding_is_saved_that_a_longer_prompt_has_turned(
+    kept: KeptBlocks, given: str
+) -> None:
+    parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    model = tiny_llama(rope_parameters=parameters, max_position_embeddings=48)
+    subject = connector(kept, model)
+    long = prompt(60)
+    cache: Any = computed(model, long)
+    if given == "cropped":
+        cache = subject.restore(long).cache
+        with torch.inference_mode():
+            model(long, past_key_values=cache)
+        cache.crop(-40)
+    if given == "in a batch":
+        mask = torch.ones(2, 60, dtype=torch.long)
+        mask[0, :40] = 0
+        cache, both = DynamicCache(config=model.config), long.repeat(2, 1)
+        with torch.inference_mode():
+            model(both, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache)
+        subject.save(both, cache, attention_mask=mask)
+    else:
+        subject.save(long[:, :20], cache)
+
+    assert subject.flush()
+    assert not kept.stored

@@ -97,15 +97,17 @@ class TurnSaver:
     ) -> list[Saving]:
         """What of each row is to be stored. Raises InvalidRequest where the tokens are not those of the cache."""
         writing = writing_of(cache)
+        columns = cache.get_seq_length()
+        longest = columns - min(given.pads)
         found = []
         for row, pad in enumerate(given.pads):
-            tokens = given.tokens(row, cache.get_seq_length())
+            tokens = given.tokens(row, columns)
             if writing is not None and not writing.stopped:
                 known = writing.token_ids(row)
                 common = common_tokens(tokens, known)
                 if common < min(len(tokens), len(known)):
                     raise InvalidRequest(f"token {common} is not the one that the cache was computed with")
-            if self._tokens_max is not None and len(tokens) > self._tokens_max:
+            if self._tokens_max is not None and longest > self._tokens_max:
                 tokens = tokens[:0]  # The last ones are rotated in another way, and nobody knows since when.
             if conversation is None:
                 name = session_ids[row]

@@ -58,7 +58,7 @@ class BackgroundWriting:
         tokens_max: int | None = None,
     ) -> None:
         """`token_ids`, ``[row, column]``, are what the cache holds already. Nothing is saved any more once
-        a row has more than `tokens_max` tokens: its keys are rotated in another way then. `keys` raises ValueError
+        a row has more than `tokens_max` tokens: all keys are rotated in another way then. `keys` raises ValueError
         where the model is not what it was.
         """
         self._saver = saver
@@ -190,6 +190,9 @@ class BackgroundWriting:
             return "what a forward computes is not known"
         if not self._placed_as_told(forward, len(given), first, first + given.shape[1]):
             return "tokens were masked or placed in another way than restore was told"
+        longest = first + given.shape[1] - min(row.pad for row in self._rows)
+        if self._tokens_max is not None and longest > self._tokens_max:
+            return f"from {self._tokens_max} tokens on the model rotates its keys in another way"
         return ""
 
     def _placed_as_told(self, forward: Forward, rows: int, first: int, end: int) -> bool:
@@ -223,8 +226,6 @@ class BackgroundWriting:
         """Begin to save the blocks of a row that this forward completes."""
         keys = self._keys()
         tokens = self._block_tokens
-        if self._tokens_max is not None and end - row.pad > self._tokens_max:
-            raise ValueError(f"from {self._tokens_max} tokens on the model rotates its keys in another way")
         column = row.first + len(row.keys) * tokens
         count = (end - column) // tokens
         if count < 1:
