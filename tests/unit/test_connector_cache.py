@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -120,6 +121,23 @@ def test_a_load_that_hangs_holds_up_no_other(kept: FailingBlocks) -> None:
         assert after.error is None
     finally:
         kept.hangs.set()
+
+
+def test_rows_of_a_batch_are_waited_for_together(kept: FailingBlocks) -> None:
+    model = tiny_llama()
+    ids = torch.stack([prompt(10)[0].roll(each) for each in range(4)])
+    subject = connector(kept, model, wait_s=0.4)
+    for row in ids:
+        subject.save(row[None], computed(model, row[None]))
+    history = loaded(subject.restore(ids, attention_mask=torch.ones_like(ids)).cache)
+    waits: list[float | None] = []
+    for loader in history.loaders:
+        loader.wait = lambda layer, timeout_s=None: (waits.append(timeout_s), time.sleep(0.1))  # type: ignore[assignment]
+
+    history.layer(0)
+
+    assert None not in waits
+    assert sorted(waits, reverse=True) == waits and waits[-1] <= 0.1 < waits[0] <= 0.4
 
 
 def test_layers_that_came_stay_as_they_are(kept: FailingBlocks) -> None:

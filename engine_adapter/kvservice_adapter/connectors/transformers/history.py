@@ -92,6 +92,7 @@ class LoadedHistory:
         recompute: Recompute,
         *,
         layer_count: int,
+        wait_s: float,
         dtype: torch.dtype,
         device: torch.device,
         head: Head | None = None,
@@ -100,6 +101,7 @@ class LoadedHistory:
     ) -> None:
         """`recompute` gives every layer's keys and values, ``[row, head, column, dim]`` of `columns` columns.
 
+        `wait_s` bounds the wait for a layer, of all rows together.
         `unrotate` is for layouts that keep keys before rotation: it gives those of keys that were computed again.
         `on_end` is called once: when the last layer has come, or the first has failed.
         """
@@ -112,6 +114,7 @@ class LoadedHistory:
         self._loaders = loaders
         self._recompute = recompute
         self._layer_count = layer_count
+        self._wait_s = wait_s
         self._head = head
         self._unrotate = unrotate
         self._on_end = on_end
@@ -128,12 +131,12 @@ class LoadedHistory:
             loader.request_runs()
 
     def layer(self, index: int) -> Tensors:
-        """A layer's buffers; the history is their first `columns` columns. Waits within the loaders' bound."""
+        """A layer's buffers; the history is their first `columns` columns. Waits within the bound."""
         if self._again is None:
             begin_s = time.perf_counter()
             try:
                 for loader in self._loaders:
-                    loader.wait(index)
+                    loader.wait(index, max(0.0, begin_s + self._wait_s - time.perf_counter()))
             except LoadFailed as error:
                 self.error = error.__cause__ or error
                 self.lost_s += time.perf_counter() - begin_s

@@ -142,7 +142,6 @@ class Restorer:
                 layer_count=self._layout.layers,
                 rotation=each.rotation if unrotated is None else unrotated[row],
                 buffer_layers=buffer_layers,
-                wait_s=self._wait_s,
                 release=each.release,
             )
             for row, (each, part) in enumerate(zip(found, parts, strict=True))
@@ -157,6 +156,7 @@ class Restorer:
             loaders,
             recompute_cut or partial(computed, self._model, given.ids[:, :columns], given.pads),
             layer_count=self._layout.layers,
+            wait_s=self._wait_s,
             dtype=self._model.dtype,
             device=self._model.device,
             head=self._head(given, head_tokens, request) if head_tokens else None,
