@@ -140,6 +140,26 @@ def test_rows_of_a_batch_are_waited_for_together(kept: FailingBlocks) -> None:
     assert sorted(waits, reverse=True) == waits and waits[-1] <= 0.1 < waits[0] <= 0.4
 
 
+def test_a_closed_connector_has_no_threads_and_its_caches_go_on(kept: FailingBlocks) -> None:
+    model, ids = tiny_llama(), prompt(6 * BLOCK_TOKENS + 2)
+    others = set(threading.enumerate())
+    subject = connector(kept, model)
+    subject.save(ids, computed(model, ids))
+    subject.restore(ids[:, :1])
+    history = subject.restore(ids)
+
+    subject.close()
+    subject.close()
+
+    assert answer(model, ids, history.cache) == answer(model, ids)
+    assert history.error is None
+    del history
+    end_s = time.monotonic() + 10.0
+    while left := set(threading.enumerate()) - others:
+        assert time.monotonic() < end_s, left
+        time.sleep(0.01)
+
+
 def test_layers_that_came_stay_as_they_are(kept: FailingBlocks) -> None:
     model, ids = tiny_llama(num_hidden_layers=_LAYERS), prompt(6 * BLOCK_TOKENS + 2)
     subject, whole = connector(kept, model), computed(model, ids)

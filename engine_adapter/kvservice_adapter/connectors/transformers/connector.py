@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Self
@@ -119,6 +120,9 @@ class TransformersConnector:
         """Take no more saves; what is under way is still sent. Caches go on working. Waits for nothing."""
         self._breaker.close(0.0)
         self._saver.close()
+        self._restorer.close()
+        with suppress(StreamClosed):  # It was closed before.
+            self._work.submit(self._turns.close)
         self._work.close()
 
     def __enter__(self) -> Self:

@@ -89,9 +89,15 @@ class Restorer:
         self._wait_s = wait_s
         self._tokens_max = tokens_max
         self._rope = rope
-        self._loads: Stream = device.stream("kvservice-load")
-        self._releases = device.stream("kvservice-release")
+        self._loads: Stream
+        self._releases: Stream
+        self.close()
         self._transport = ""  # Of the last load.
+
+    def close(self) -> None:
+        """Let the threads go, once what is under way has come. Later caches have others."""
+        self._loads = self._device.stream("kvservice-load")
+        self._releases = self._device.stream("kvservice-release")
 
     def restored(
         self,

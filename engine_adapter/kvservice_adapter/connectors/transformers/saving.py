@@ -87,6 +87,10 @@ class TurnSaver:
     def _layout(self) -> Layout:
         return self._blocks.layout
 
+    def close(self) -> None:
+        """There is nothing more to save."""
+        self._copies.close()
+
     def prepare(
         self,
         given: Sequences,
