@@ -135,7 +135,7 @@ def test_a_closed_breaker_leaves_no_thread_though_the_daemon_hangs(new_daemon: N
             request_of(breaker, blocks, chain)
             until(lambda: breaker.state is State.HALF_OPEN)
             breaker.close()
-            assert "kvservice-breaker" not in [thread.name for thread in threading.enumerate()]
+            until(lambda: "kvservice-breaker" not in [thread.name for thread in threading.enumerate()])
 
 
 def test_a_lease_is_released_within_the_time_given_by_a_daemon_that_hangs(new_daemon: NewDaemon) -> None:
