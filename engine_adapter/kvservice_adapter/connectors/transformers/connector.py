@@ -26,7 +26,12 @@ from kvservice_adapter.breaker import Breaker, answered, probe_of
 from kvservice_adapter.connectors.transformers import remembering
 from kvservice_adapter.connectors.transformers.finding import Finder, Found
 from kvservice_adapter.connectors.transformers.forwards import watch
-from kvservice_adapter.connectors.transformers.model_layout import UnsupportedModel, has_adapters, layout_of
+from kvservice_adapter.connectors.transformers.model_layout import (
+    UnsupportedModel,
+    has_adapters,
+    layout_of,
+    torch_dtype,
+)
 from kvservice_adapter.connectors.transformers.recompute import replayed
 from kvservice_adapter.connectors.transformers.requests import Request
 from kvservice_adapter.connectors.transformers.restoring import Restored, Restorer
@@ -54,7 +59,7 @@ class TransformersConnector:
 
     No method raises for what the daemon does, or does not: the engine computes, after waits that `wait_s`
     bounds. They raise UnsupportedModel for caches of other kinds and once the model has adapters that
-    `lora_id` does not name, and InvalidRequest for what are no token ids.
+    `lora_id` does not name, or another dtype, and InvalidRequest for what are no token ids.
     """
 
     def __init__(
@@ -293,8 +298,10 @@ class TransformersConnector:
             raise UnsupportedModel("the model has adapters loaded; name the active one by lora_id")
 
     def _keys(self) -> Keys:
-        """What keys depend on. Asked for each chain: an adapter may have been loaded meanwhile."""
+        """What keys depend on. Asked for each chain: the model may have got an adapter, or another dtype, meanwhile."""
         self._check_adapters()
+        if self._model.dtype != torch_dtype(self.layout):
+            raise UnsupportedModel(f"the model computes in {self._model.dtype} now; its layout has {self.layout.dtype}")
         return Keys(self.layout, self._salt, extra_identity(self._lora_id))
 
     def _rope_of_model(self) -> Rope:
