@@ -130,13 +130,18 @@ def test_rows_of_a_batch_are_waited_for_together(kept: FailingBlocks) -> None:
     for row in ids:
         subject.save(row[None], computed(model, row[None]))
     history = loaded(subject.restore(ids, attention_mask=torch.ones_like(ids)).cache)
-    waits: list[float | None] = []
+    waits: list[float] = []
+
+    def wait(layer: int, timeout_s: float) -> None:
+        waits.append(timeout_s)
+        time.sleep(0.1)
+
     for loader in history.loaders:
-        loader.wait = lambda layer, timeout_s=None: (waits.append(timeout_s), time.sleep(0.1))  # type: ignore[assignment]
+        loader.wait = wait  # type: ignore[method-assign, assignment]
 
     history.layer(0)
 
-    assert None not in waits
+    assert len(waits) == 4
     assert sorted(waits, reverse=True) == waits and waits[-1] <= 0.1 < waits[0] <= 0.4
 
 

@@ -22,8 +22,9 @@ def kept() -> KeptBlocks:
 
 
 def tiny_qwen2() -> Any:
-    sizes = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 32, "num_hidden_layers": 2}
-    return Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=6, num_key_value_heads=2)).eval()
+    sizes: dict[str, Any] = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 32, "num_hidden_layers": 2}
+    model: Any = Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=6, num_key_value_heads=2))
+    return model.eval()
 
 
 def answer(model: Any, ids: torch.Tensor, cache: Any = None, **more: Any) -> torch.Tensor:
