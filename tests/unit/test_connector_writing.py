@@ -10,6 +10,7 @@ from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from kvservice_adapter.connectors.transformers import UnsupportedModel
 from kvservice_adapter.connectors.transformers.cache import Forward
+from kvservice_adapter.session import Conversation
 from kvservice_api.errors import DaemonUnavailable, InvalidRequest
 from tests.unit.connector_models import BLOCK_TOKENS, KeptBlocks, computed, connector, prompt, states, tiny_llama
 
@@ -289,6 +290,20 @@ def test_tokens_that_are_not_those_of_the_cache_are_refused(kept: KeptBlocks) ->
 
     with pytest.raises(InvalidRequest, match="token 13"):
         subject.save(other, cache)
+
+
+def test_a_conversation_that_was_cut_takes_no_cache_that_knows_nothing_of_the_cut(kept: KeptBlocks) -> None:
+    model, conversation = tiny_llama(), Conversation("chat")
+    subject = connector(kept, model)
+    conversation.extend(prompt(20)[0])
+    conversation.truncate([(0, 2), (12, 8)])
+    ids = torch.cat([torch.from_numpy(conversation.token_ids.astype("int64"))[None], prompt(9)], 1)
+
+    with pytest.raises(InvalidRequest, match="cut"):
+        subject.save(ids, computed(model, ids), conversation=conversation)
+
+    assert conversation.token_count == 10
+    assert not kept.stored
 
 
 def test_a_forward_that_fails_leaves_nothing_behind(kept: KeptBlocks) -> None:

@@ -200,8 +200,8 @@ class TransformersConnector:
 
         Whole blocks only, unless a `session_id` or a `conversation` is given: then the last one too, which belongs
         to the session until a later turn brings a fuller one. A session that was cut goes on with its
-        conversation only. Waits at most `wait_s` (by default what the connector was made with); what is not done
-        by then goes on, and the answer has DeadlineExceeded.
+        conversation only, and with the cache that `restore` gave. Waits at most `wait_s` (by default what the
+        connector was made with); what is not done by then goes on, and the answer has DeadlineExceeded.
         """
         given = sequences(token_ids, attention_mask)
         states = self._turns.states(cache, len(given.pads))
@@ -230,7 +230,7 @@ class TransformersConnector:
 
         `truncation.keep_on_overflow` gives those that a full context window leaves. Its next `restore` gives the
         KV of `conversation.token_ids`, at the positions where they are now. False where the daemon could not be
-        told in time: the conversation is cut all the same, and computed again. Raises ValueError for ranges
+        told in time: the conversation is cut all the same, and computed again. Raises InvalidRequest for ranges
         that are not ascending, disjoint and inside the conversation.
         """
         before = conversation.copy()
