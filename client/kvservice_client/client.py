@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections.abc import Iterable, Iterator
@@ -82,6 +83,8 @@ class Client:
             insists = transport == "shm"
             self._shm = ShmTransport(self._connection, self._transport, self._traffic, insists=insists)
             self._transport = self._shm
+        if not 0 <= throttle_bytes_per_s < math.inf:
+            raise InvalidRequest("a throttle is a number of bytes per second, 0 for none", field="throttle_bytes_per_s")
         if throttle_bytes_per_s:
             self._transport = Throttled(self._transport, throttle_bytes_per_s)
         self.admin = Admin(self._connection)

@@ -7,7 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from kvservice_api.errors import DeadlineExceeded, NotShared
+from kvservice_api.errors import DeadlineExceeded, InvalidRequest, NotShared
+from kvservice_client import Client
 from tests.daemon import DaemonProcess
 from tests.integration.conversations import large_layout, layers_of, new_chain
 
@@ -49,3 +50,9 @@ def test_a_load_that_the_throttle_makes_too_slow_ends_with_its_time(daemon: Daem
         assert time.monotonic() - begin_s < 5.0
         with pytest.raises(NotShared):
             lease.view()
+
+
+@pytest.mark.parametrize("rate", [-1.0, float("nan"), float("inf")])
+def test_what_is_no_rate_is_refused(rate: float) -> None:
+    with pytest.raises(InvalidRequest, match="throttle"):
+        Client(throttle_bytes_per_s=rate)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvservice_adapter.bench import MEASUREMENTS
+from kvservice_adapter.bench import __main__ as bench
 from kvservice_adapter.bench.report import Section
 
 
@@ -60,3 +61,25 @@ def test_a_measurement_that_is_not_there_is_refused_with_those_that_are() -> Non
 
     assert done.returncode == 2
     assert f"no measurement is called nonsense; there are {', '.join(MEASUREMENTS)}" in done.stderr
+
+
+def test_a_file_in_a_folder_that_is_not_there_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    page = tmp_path / "missing" / "page.md"
+    command = [sys.executable, "-m", "kvservice_adapter.bench", "truncation", "--write", str(page)]
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    assert done.returncode == 2
+    assert f"there is no folder {page.parent}" in done.stderr
+
+
+def test_a_model_that_is_not_installed_is_said_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("kvservice_adapter.demo.model._PACKAGE", "no_such_package")
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)
+    monkeypatch.setattr(sys, "argv", ["bench", "truncation", "--quick"])
+
+    assert bench.main() == 1
+
+    assert "truncation cannot be measured: the model is not installed" in capsys.readouterr().err

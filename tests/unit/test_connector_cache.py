@@ -141,6 +141,7 @@ def test_rows_of_a_batch_are_waited_for_together(kept: FailingBlocks) -> None:
 
     history.layer(0)
 
+    assert len(waits) == 4
     assert sorted(waits, reverse=True) == waits and waits[-1] <= 0.1 < waits[0] <= 0.4
 
 

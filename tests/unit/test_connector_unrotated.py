@@ -163,6 +163,25 @@ def test_caches_of_others_and_rows_that_were_moved_are_refused(kept: FailingBloc
         subject.save(ids, cache)
 
 
+def test_no_keys_are_left_behind_for_a_forward_that_was_broken_off(kept: FailingBlocks) -> None:
+    def break_off(module: Any, args: Any) -> None:
+        raise KeyboardInterrupt
+
+    model, ids = tiny_llama(), prompt(18)
+    subject = connector(kept, model, rotated=False)
+    broken: Any = subject.restore(ids).cache
+    breaks = model.model.layers[2].register_forward_pre_hook(break_off)
+    with torch.inference_mode(), pytest.raises(KeyboardInterrupt):
+        model(ids, past_key_values=broken)
+    breaks.remove()
+    broken.captured.clear()
+
+    answer(model, ids, subject.restore(ids).cache)
+    answer(model, ids)
+
+    assert not broken.captured
+
+
 def test_a_model_that_shows_no_keys_before_rotation_is_refused(kept: FailingBlocks) -> None:
     model = GPTNeoXForCausalLM(
         GPTNeoXConfig(**{name: value for name, value in _SHAPE.items() if name != "num_key_value_heads"})

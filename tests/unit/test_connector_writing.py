@@ -8,6 +8,9 @@ import pytest
 import torch
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
+from kvservice_adapter.connectors.transformers import UnsupportedModel
+from kvservice_adapter.connectors.transformers.cache import Forward
+from kvservice_adapter.session import Conversation
 from kvservice_api.errors import DaemonUnavailable, InvalidRequest
 from tests.unit.connector_models import BLOCK_TOKENS, KeptBlocks, computed, connector, prompt, states, tiny_llama
 
@@ -289,6 +292,20 @@ def test_tokens_that_are_not_those_of_the_cache_are_refused(kept: KeptBlocks) ->
         subject.save(other, cache)
 
 
+def test_a_conversation_that_was_cut_takes_no_cache_that_knows_nothing_of_the_cut(kept: KeptBlocks) -> None:
+    model, conversation = tiny_llama(), Conversation("chat")
+    subject = connector(kept, model)
+    conversation.extend(prompt(20)[0])
+    conversation.truncate([(0, 2), (12, 8)])
+    ids = torch.cat([torch.from_numpy(conversation.token_ids.astype("int64"))[None], prompt(9)], 1)
+
+    with pytest.raises(InvalidRequest, match="cut"):
+        subject.save(ids, computed(model, ids), conversation=conversation)
+
+    assert conversation.token_count == 10
+    assert not kept.stored
+
+
 def test_a_forward_that_fails_leaves_nothing_behind(kept: KeptBlocks) -> None:
     model, ids = tiny_llama(), prompt(18)
     subject = connector(kept, model)
@@ -331,6 +348,36 @@ def test_an_adapter_that_is_loaded_meanwhile_stops_the_saves(kept: KeptBlocks) -
     answer(model, ids, cache)
     assert subject.flush()
 
+    assert not kept.stored
+
+
+def test_a_model_that_was_moved_to_another_dtype_is_refused_and_its_caches_are_not_saved(kept: KeptBlocks) -> None:
+    model, ids = tiny_llama(torch.bfloat16), prompt(18)
+    subject = connector(kept, model)
+    cache = subject.restore(ids).cache
+    model.half()
+
+    answer(model, ids, cache)
+    with pytest.raises(UnsupportedModel, match="float16"):
+        subject.save(ids, cache)
+    with pytest.raises(UnsupportedModel, match="float16"):
+        subject.restore(ids)
+
+    assert subject.flush()
+    assert not kept.stored
+
+
+def test_states_of_another_dtype_of_the_same_size_are_not_saved(kept: KeptBlocks) -> None:
+    model, ids = tiny_llama(torch.bfloat16), prompt(18)
+    subject = connector(kept, model)
+    cache: Any = subject.restore(ids).cache
+    cache.begin(Forward(ids, None, None, None, is_training=False))
+    for index in range(model.config.num_hidden_layers):
+        states_there = torch.ones(1, 2, 18, 8, dtype=torch.float16)  # As autocast gives them.
+        cache.update(states_there, states_there, index)
+    cache.end(is_whole=True)
+
+    assert subject.flush()
     assert not kept.stored
 
 

@@ -16,10 +16,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from kvservice_adapter.bench import MEASUREMENTS
 from kvservice_adapter.bench.report import Section
+from kvservice_adapter.demo.model import ModelNotFound
 
 
 def main() -> int:
-    """Measure, print, and write what is asked for. Exit code 0 once all is measured, whatever the figures are."""
+    """Measure, print, and write what is asked for.
+
+    Exit codes: 0 once all is measured, whatever the figures are; 1 where the model is not installed.
+    """
     names = ", ".join(MEASUREMENTS)
     parser = argparse.ArgumentParser(prog="python -m kvservice_adapter.bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {names}; all of them if none is given")
@@ -29,12 +33,18 @@ def main() -> int:
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(MEASUREMENTS):
         parser.error(f"no measurement is called {', '.join(sorted(unknown))}; there are {names}")
+    if arguments.write is not None and not arguments.write.parent.is_dir():  # Not found out at the end.
+        parser.error(f"--write: there is no folder {arguments.write.parent}")
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # So that no daemon stays.
     found: dict[str, Section] = {}
     for name in arguments.names or MEASUREMENTS:
         print(f"measuring {name}", file=sys.stderr, flush=True)
-        section = importlib.import_module(f"kvservice_adapter.bench.{name}").measure(quick=arguments.quick)
+        try:
+            section = importlib.import_module(f"kvservice_adapter.bench.{name}").measure(quick=arguments.quick)
+        except ModelNotFound as error:
+            print(f"{name} cannot be measured: {error}", file=sys.stderr)
+            return 1
         command = f"python -m kvservice_adapter.bench {name}{' --quick' if arguments.quick else ''}"
         if arguments.write is not None:
             section.write_into(arguments.write, command)

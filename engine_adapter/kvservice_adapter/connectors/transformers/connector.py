@@ -26,7 +26,12 @@ from kvservice_adapter.breaker import Breaker, answered, probe_of
 from kvservice_adapter.connectors.transformers import remembering
 from kvservice_adapter.connectors.transformers.finding import Finder, Found
 from kvservice_adapter.connectors.transformers.forwards import watch
-from kvservice_adapter.connectors.transformers.model_layout import UnsupportedModel, has_adapters, layout_of
+from kvservice_adapter.connectors.transformers.model_layout import (
+    UnsupportedModel,
+    has_adapters,
+    layout_of,
+    torch_dtype,
+)
 from kvservice_adapter.connectors.transformers.recompute import replayed
 from kvservice_adapter.connectors.transformers.requests import Request
 from kvservice_adapter.connectors.transformers.restoring import Restored, Restorer
@@ -54,7 +59,7 @@ class TransformersConnector:
 
     No method raises for what the daemon does, or does not: the engine computes, after waits that `wait_s`
     bounds. They raise UnsupportedModel for caches of other kinds and once the model has adapters that
-    `lora_id` does not name, and InvalidRequest for what are no token ids.
+    `lora_id` does not name, or another dtype, and InvalidRequest for what are no token ids.
     """
 
     def __init__(
@@ -195,8 +200,8 @@ class TransformersConnector:
 
         Whole blocks only, unless a `session_id` or a `conversation` is given: then the last one too, which belongs
         to the session until a later turn brings a fuller one. A session that was cut goes on with its
-        conversation only. Waits at most `wait_s` (by default what the connector was made with); what is not done
-        by then goes on, and the answer has DeadlineExceeded.
+        conversation only, and with the cache that `restore` gave. Waits at most `wait_s` (by default what the
+        connector was made with); what is not done by then goes on, and the answer has DeadlineExceeded.
         """
         given = sequences(token_ids, attention_mask)
         states = self._turns.states(cache, len(given.pads))
@@ -225,7 +230,7 @@ class TransformersConnector:
 
         `truncation.keep_on_overflow` gives those that a full context window leaves. Its next `restore` gives the
         KV of `conversation.token_ids`, at the positions where they are now. False where the daemon could not be
-        told in time: the conversation is cut all the same, and computed again. Raises ValueError for ranges
+        told in time: the conversation is cut all the same, and computed again. Raises InvalidRequest for ranges
         that are not ascending, disjoint and inside the conversation.
         """
         before = conversation.copy()
@@ -293,8 +298,10 @@ class TransformersConnector:
             raise UnsupportedModel("the model has adapters loaded; name the active one by lora_id")
 
     def _keys(self) -> Keys:
-        """What keys depend on. Asked for each chain: an adapter may have been loaded meanwhile."""
+        """What keys depend on. Asked for each chain: the model may have got an adapter, or another dtype, meanwhile."""
         self._check_adapters()
+        if self._model.dtype != torch_dtype(self.layout):
+            raise UnsupportedModel(f"the model computes in {self._model.dtype} now; its layout has {self.layout.dtype}")
         return Keys(self.layout, self._salt, extra_identity(self._lora_id))
 
     def _rope_of_model(self) -> Rope:

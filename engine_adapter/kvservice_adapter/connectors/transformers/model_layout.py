@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -42,6 +43,11 @@ def layout_of(
         rotary=_rotary(model),
         rotated=rotated,
     )
+
+
+def torch_dtype(layout: Layout) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, layout.dtype)
+    return dtype
 
 
 def dynamic_layers(cache: Cache, layer_count: int) -> list[DynamicLayer]:

@@ -17,6 +17,7 @@ from kvservice_adapter.breaker import Breaker, answered
 from kvservice_adapter.connectors.transformers.cache import StoredCache
 from kvservice_adapter.connectors.transformers.finding import Found
 from kvservice_adapter.connectors.transformers.history import Buffers, Head, LoadedHistory, NoHistory, Recompute
+from kvservice_adapter.connectors.transformers.model_layout import torch_dtype
 from kvservice_adapter.connectors.transformers.recompute import computed
 from kvservice_adapter.connectors.transformers.requests import Request
 from kvservice_adapter.connectors.transformers.rows import Sequences
@@ -221,7 +222,14 @@ class Restorer:
     ) -> StoredCache:
         request.rows = len(rows)
         writing = BackgroundWriting(
-            self._saver, self._breaker, self._keys, rows, token_ids, self._layout.block_tokens, self._tokens_max
+            self._saver,
+            self._breaker,
+            self._keys,
+            rows,
+            token_ids,
+            self._layout.block_tokens,
+            torch_dtype(self._layout),
+            self._tokens_max,
         )
         made = self._model.config, history, writing, partial(request.forward_ended, history)
         return StoredCache(*made) if self._rope is None else UnrotatedCache(self._layout, *made)

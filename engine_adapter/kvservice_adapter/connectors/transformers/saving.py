@@ -101,6 +101,10 @@ class TurnSaver:
     ) -> list[Saving]:
         """What of each row is to be stored. Raises InvalidRequest where the tokens are not those of the cache."""
         writing = writing_of(cache)
+        if writing is None and conversation is not None and conversation.parts:
+            raise InvalidRequest(
+                "a conversation that was cut is saved with the cache that restore gave: only that knows"
+            )
         columns = cache.get_seq_length()
         longest = columns - min(given.pads)
         found = []

@@ -163,15 +163,13 @@ class UnrotatedCache(StoredCache):
         super().__init__(*given)
         self.captured: dict[int, torch.Tensor] = {}
         self.layers = [UnrotatedLayer(index, self, layout) for index in range(layout.layers)]
-        self._before: Any = None
 
     def begin(self, forward: Any) -> None:
-        self._before = getattr(_CAPTURED, "into", None)
         _CAPTURED.into = self.captured
         super().begin(forward)
 
     def end(self, *, is_whole: bool) -> None:
-        _CAPTURED.into = self._before
+        _CAPTURED.into = None  # Whatever was there is of a forward that was broken off: they are not nested.
         self.captured.clear()
         super().end(is_whole=is_whole)
 

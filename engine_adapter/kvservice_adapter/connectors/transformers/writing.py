@@ -55,6 +55,7 @@ class BackgroundWriting:
         rows: Sequence[Row],
         token_ids: NDArray[Any],
         block_tokens: int,
+        dtype: torch.dtype,
         tokens_max: int | None = None,
     ) -> None:
         """`token_ids`, ``[row, column]``, are what the cache holds already. Nothing is saved any more once
@@ -66,6 +67,7 @@ class BackgroundWriting:
         self._keys = keys
         self._rows = rows
         self._block_tokens = block_tokens
+        self._dtype = dtype
         self._tokens_max = tokens_max
         self._known: list[Any] = [np.asarray(token_ids)]  # [row, some columns], one after another.
         self._columns = token_ids.shape[1]
@@ -124,6 +126,8 @@ class BackgroundWriting:
         if self._forward is None or self._forward[0] != first:
             self.stop("states came from elsewhere than a forward of the model")
             return
+        if self._jobs and {keys.dtype, values.dtype} != {self._dtype}:
+            self.stop("states are not of the layout's dtype")  # Those of autocast, for one.
         for job, row, column in self._jobs:
             job.layer(index, pages_on_host(keys, values, row, column, job.chain.token_count))
 
