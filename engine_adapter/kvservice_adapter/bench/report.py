@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,11 @@ class Section:
         return next(figure.value for figure in self.figures if figure.name == name)
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        found = asdict(self)
+        for figure in found["figures"]:
+            if not math.isfinite(figure["value"]):  # Nothing of the kind was seen; JSON has no NaN.
+                figure["value"] = None
+        return found
 
     def markdown(self, command: str) -> str:
         rows = [f"| `{each.name}` | {each.text} | {each.goal} | {each.note} |" for each in self.figures]

@@ -24,6 +24,7 @@ from kvservice_adapter.demo.model import LoadedModel, ModelNotFound, load_model
 from kvservice_adapter.demo.protocol import BLOCK_TOKENS, Loaded, Turn
 from kvservice_adapter.demo.script import Message, assistant
 from kvservice_adapter.demo.windowed import EngineInMemory, OnlyLoads, WindowedEngine
+from kvservice_adapter.rope import UnsupportedRotation
 from kvservice_api.layout import Shard, block_geometry
 from kvservice_client import Client
 
@@ -144,7 +145,7 @@ def main() -> int:
             )
             engine = Engine(loaded, connector, client)
             _serve(engine, WindowedEngine(loaded, connector, client), loaded, connector, answers)
-    except (ModelNotFound, UnsupportedModel, OSError) as error:
+    except (ModelNotFound, UnsupportedModel, UnsupportedRotation, OSError) as error:
         print(f"the engine cannot work: {error}", file=sys.stderr)
         return 1
     return 0
