@@ -9,6 +9,7 @@ them pays for the probe. The first probe that succeeds closes it.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Self
@@ -52,6 +53,7 @@ class Breaker:
         self._opened = 0
         self._thread: threading.Thread | None = None
         self._ends = threading.Event()
+        weakref.finalize(self, self._ends.set)  # One that is dropped without `close` leaves no thread either.
 
     @property
     def state(self) -> State:
@@ -82,22 +84,22 @@ class Breaker:
     def _open(self) -> None:
         self._state = State.OPEN
         self._opened += 1
-        self._thread = threading.Thread(target=self._run, name="kvservice-breaker", daemon=True)
+        arguments = (weakref.ref(self), self._ends, self._probe_s, self._wait)
+        self._thread = threading.Thread(target=_run, args=arguments, name="kvservice-breaker", daemon=True)
         self._thread.start()
 
-    def _run(self) -> None:
-        while not self._wait(self._ends, self._probe_s):
-            self._state = State.HALF_OPEN
-            try:
-                answered = self._probe()
-            except Exception:  # Whatever the probe runs into, the daemon was of no use to it.
-                answered = False
-            with self._lock:
-                if answered:
-                    self._failures, self._thread = 0, None
-                    self._state = State.CLOSED
-                    return
-                self._state = State.OPEN
+    def _probed(self) -> bool:
+        """Probe once. Whether the breaker is closed."""
+        self._state = State.HALF_OPEN
+        try:
+            answered = self._probe()
+        except Exception:  # Whatever the probe runs into, the daemon was of no use to it.
+            answered = False
+        with self._lock:
+            self._state = State.CLOSED if answered else State.OPEN
+            if answered:
+                self._failures, self._thread = 0, None
+        return answered
 
     def close(self, timeout_s: float = 5.0) -> None:
         """End the thread, once a probe that runs has ended. The breaker stays as it is."""
@@ -112,6 +114,20 @@ class Breaker:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _run(
+    breaker: weakref.ref[Breaker],
+    ends: threading.Event,
+    probe_s: float,
+    wait: Callable[[threading.Event, float], bool],
+) -> None:
+    """Probe until the breaker is closed, or gone: nothing here keeps it while the thread waits."""
+    while not wait(ends, probe_s):
+        open_breaker = breaker()
+        if open_breaker is None or open_breaker._probed():
+            return
+        del open_breaker
 
 
 def probe_of(blocks: BlockCache, timeout_s: float = _PROBE_TIMEOUT_S) -> Callable[[], bool]:

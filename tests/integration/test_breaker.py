@@ -131,11 +131,12 @@ def test_a_closed_breaker_leaves_no_thread_though_the_daemon_hangs(new_daemon: N
         blocks = client.open_layout(layout)
         chain = saved(blocks)
         breaker = Breaker(probe_of(blocks), failures=1, probe_s=0.01)
+        before = set(threading.enumerate())
         with hanging(daemon):
             request_of(breaker, blocks, chain)
             until(lambda: breaker.state is State.HALF_OPEN)
             breaker.close()
-            until(lambda: "kvservice-breaker" not in [thread.name for thread in threading.enumerate()])
+            assert "kvservice-breaker" not in [each.name for each in set(threading.enumerate()) - before]
 
 
 def test_a_lease_is_released_within_the_time_given_by_a_daemon_that_hangs(new_daemon: NewDaemon) -> None:

@@ -61,8 +61,18 @@ def breaker(daemon: Daemon) -> Iterator[Breaker]:
         yield breaker
 
 
+_others: set[threading.Thread] = set()
+
+
+@pytest.fixture(autouse=True)
+def others() -> None:
+    """Threads that were there before the test."""
+    _others.clear()
+    _others.update(threading.enumerate())
+
+
 def threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "kvservice-breaker"]
+    return [each for each in set(threading.enumerate()) - _others if each.name == "kvservice-breaker"]
 
 
 def opened(breaker: Breaker) -> Breaker:
@@ -183,3 +193,11 @@ def test_a_refusal_is_an_answer_and_silence_is_none() -> None:
     assert answered(None)
     for refusal in (Overloaded, LeaseExpired, BlockNotFound, StorageFailed, Draining):
         assert answered(refusal("so"))
+
+
+def test_one_that_is_dropped_while_it_is_open_leaves_no_thread() -> None:
+    breaker = Breaker(lambda: False, failures=1, probe_s=0.01)
+    breaker.record(False)
+    assert len(threads()) == 1
+    del breaker
+    until(lambda: not threads())
