@@ -61,8 +61,7 @@ def test_the_history_is_reused_at_every_turn_the_last_partial_block_too(shown: d
     for turn in shown["turns"]:
         if turn["history_tokens"] >= 256:
             assert 0.95 * turn["history_tokens"] <= turn["reused_tokens"] <= turn["history_tokens"], turn
-        assert turn["bytes"] <= turn["reused_tokens"] * _BYTES_PER_TOKEN, "a head may have been computed meanwhile"
-        assert (turn["bytes"] > 0) == (turn["reused_tokens"] > 0)
+        assert turn["bytes"] == turn["reused_tokens"] * _BYTES_PER_TOKEN
 
 
 def test_both_tiers_serve_and_dram_survives_the_kill(shown: dict[str, Any]) -> None:
@@ -71,7 +70,7 @@ def test_both_tiers_serve_and_dram_survives_the_kill(shown: dict[str, Any]) -> N
 
     assert tiers[0] == "none"
     assert {turn["transport"] for turn in shown["turns"] if turn["reused_tokens"]} == {"shm"}
-    assert sum(tier in ("ssd", "mixed") for tier in tiers) >= 2
+    assert tiers.count("ssd") >= 2
     assert after_kill["tier"] == "dram"
 
 

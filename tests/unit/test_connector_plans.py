@@ -63,7 +63,7 @@ def test_the_fastest_plan_is_made_and_reported(
     subject, history = planned(kept, model, ids, loads, computes, request_id="plan")
 
     assert history.plan.kind is kind
-    assert history.plan.load_tokens == loaded_tokens
+    assert history.plan.load_tokens == history.loaded_tokens == loaded_tokens
     assert history.size_bytes == loaded_tokens * subject.layout.bytes_per_token
     assert history.cache.get_seq_length() == (0 if kind is Kind.RECOMPUTE else _STORED)
     output = answer(model, ids, history.cache)

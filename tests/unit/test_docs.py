@@ -66,9 +66,11 @@ def test_every_setting_and_metric_that_a_page_names_exists(page: str) -> None:
     assert counters <= set(HELP)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/transformers.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/positions.md", "docs/transformers.md"])
 def test_the_examples_of_a_page_are_python_and_import_what_there_is(page: str) -> None:
-    for example in named_in(page, r"```python\n((?s:.*?))```"):
+    examples = named_in(page, r"```python\n((?s:.*?))```")
+    assert examples
+    for example in examples:
         compile(example, page, "exec")
         lines = [line for line in example.splitlines() if line.startswith(("import ", "from "))]
         exec("\n".join(lines), {})

@@ -41,11 +41,18 @@ class Restored:
     """A cache for the next turn, and what of it comes from the daemon."""
 
     cache: DynamicCache
-    tokens: int = 0  # Of all rows together. The cache has `cache.get_seq_length()` columns.
+    tokens: int = 0  # Of all rows together, computed heads included. The cache has `cache.get_seq_length()` columns.
     size_bytes: int = 0
     tier: str = "none"  # Where it lay when asked for: "dram", "ssd", "mixed", or "none".
     plan: Plan | None = None  # None where nothing was found.
     not_found: KVError | None = None
+
+    @property
+    def loaded_tokens(self) -> int:
+        """Of `tokens`, those that come from the daemon: without a mixed plan's head. 0 once all was computed again."""
+        if self.error is not None or self.plan is None:
+            return 0
+        return self.tokens - (self.plan.compute_tokens if self.plan.kind is Kind.MIXED else 0)
 
     @property
     def error(self) -> BaseException | None:
