@@ -50,5 +50,5 @@ def retry(
         except KVError as error:
             if not repair(error) or patience.remaining_s < pause_s:
                 raise
-        time.sleep(pause_s)
+        time.sleep(pause_s)  # Less than what patience and deadline leave: both were asked above.
         pause_s = min(2 * pause_s, _PAUSE_MAX_S)

@@ -127,7 +127,7 @@ class LayerSaver:
     def _send(self, work: _Work) -> None:
         try:
             result = self._blocks.save(work.chain, list(work.memory), work.durability)
-        except Exception as error:
+        except Exception as error:  # Counted and told there; the engine never sees it.
             self._ended(work, error)
         else:
             self._ended(work, result)
@@ -150,7 +150,7 @@ class LayerSaver:
         if work.on_done is not None and outcome is not None:
             try:
                 work.on_done(outcome)
-            except Exception:
+            except Exception:  # Others' code: it must not end the thread that sends, nor keep the staging's count.
                 log.exception("what was to follow a save failed")
         with self._changed:
             self._jobs -= 1

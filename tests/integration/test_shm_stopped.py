@@ -8,13 +8,14 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from kvservice_api.errors import DeadlineExceeded
+from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client import Client, Durability
+from kvservice_client.transports import shm
 from kvservice_client.transports.shm import ShmTransport
 from tests.daemon import MIB, DaemonProcess, until
 from tests.integration import stopped_client
@@ -192,13 +193,21 @@ def test_blocks_whose_save_ended_while_the_daemon_was_stopped_can_be_saved_when_
         return write(*arguments)  # type: ignore[arg-type]
 
     chain = new_chain(LARGE, 4)
+    said: list[bool] = []
+    is_said = shm._GivenUp._is_said
+
+    def tried(self: shm._GivenUp, request: pb.AbandonBlocksRequest) -> bool:
+        said.append(is_said(self, request))
+        return said[-1]
+
+    monkeypatch.setattr(shm._GivenUp, "_is_said", tried)
     with daemon.client(timeout_s=0.5) as client, daemon.client() as other:
         save(client, LARGE, new_chain(LARGE, 1))
-        monkeypatch.setattr(ShmTransport, "_write", write_and_stop)
-        with pytest.raises(DeadlineExceeded):
-            save(client, LARGE, chain)
-        monkeypatch.undo()
-        time.sleep(1.5)
+        with monkeypatch.context() as patched:
+            patched.setattr(ShmTransport, "_write", write_and_stop)
+            with pytest.raises(DeadlineExceeded):
+                save(client, LARGE, chain)
+        until(lambda: False in said)
         daemon.process.send_signal(signal.SIGCONT)
         until(lambda: other.admin.status().uploads == 0)
         assert save(other, LARGE, chain).is_complete

@@ -16,6 +16,7 @@ from kvservice_adapter.connectors.transformers.cache import StoredCache
 from kvservice_adapter.connectors.transformers.history import LoadedHistory
 from kvservice_api.errors import ChecksumMismatch, KVError, LeaseExpired
 from kvservice_client import BlockChain, LoadedLayer, Outcome
+from tests.daemon import until
 from tests.unit.connector_models import (
     BLOCK_TOKENS,
     KeptBlocks,
@@ -159,10 +160,7 @@ def test_a_closed_connector_has_no_threads_and_its_caches_go_on(kept: FailingBlo
     assert answer(model, ids, history.cache) == answer(model, ids)
     assert history.error is None
     del history
-    end_s = time.monotonic() + 10.0
-    while left := set(threading.enumerate()) - others:
-        assert time.monotonic() < end_s, left
-        time.sleep(0.01)
+    until(lambda: not set(threading.enumerate()) - others)
 
 
 def test_layers_that_came_stay_as_they_are(kept: FailingBlocks) -> None:

@@ -92,7 +92,7 @@ def _views(client: Client, interval_s: float, count: int) -> Iterator[View]:
     before, before_s = client.admin.status(), time.monotonic()
     number = 0
     while not count or number < count:
-        time.sleep(interval_s)
+        time.sleep(interval_s)  # As long as was asked for.
         after, after_s = client.admin.status(), time.monotonic()
         yield View.between(before, after, after_s - before_s)
         before, before_s = after, after_s
@@ -112,7 +112,7 @@ def _watch(client: Client, address: str, interval_s: float, count: int) -> None:
                 if not shown:
                     raise
                 live.update(f"[bold red]{escape(error.message)}[/]", refresh=True)
-                time.sleep(interval_s)
+                time.sleep(interval_s)  # The daemon may be back at the next look.
 
 
 def _picture(view: View, address: str) -> RenderableType:

@@ -231,7 +231,7 @@ class _GivenUp:
                     return
                 request = self._waiting.popleft()
             while not self._is_said(request):
-                time.sleep(_ABANDON_PAUSE_S)
+                time.sleep(_ABANDON_PAUSE_S)  # Nobody waits for this thread.
 
     def _is_said(self, request: pb.AbandonBlocksRequest) -> bool:
         if not self._connection.life_line.is_attached_as(request.client_id):

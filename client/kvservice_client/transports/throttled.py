@@ -28,6 +28,7 @@ class Throttled:
         self._down, self._up = _Link(bytes_per_s), _Link(bytes_per_s)
 
     def load(self, order: LoadOrder, deadline: Deadline) -> Iterator[Bytes]:
+        # Loads of transports are generators: leaving one ends it.
         with closing(iter(self._transport.load(order, deadline))) as layers:  # type: ignore[type-var]
             while True:
                 begin_s = time.monotonic()
@@ -61,6 +62,7 @@ class _Link:
         with self._lock:
             self._free_at_s = max(self._free_at_s, begin_s) + size_bytes / self._bytes_per_s
             end_s = self._free_at_s
+        # This is what slows it down.
         time.sleep(max(0.0, min(end_s - time.monotonic(), deadline.remaining_s)))
         if time.monotonic() < end_s:
             deadline.check()

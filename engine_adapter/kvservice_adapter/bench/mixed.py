@@ -6,8 +6,6 @@ both halves it. What is measured is the connector as engines use it; which plan 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -38,9 +36,8 @@ class Rig:
         self.prompt = rig.some_tokens(model, history_tokens + new_tokens, seed=1)
         self.history_tokens = history_tokens
 
-    @contextmanager
-    def connector(self, client: Client, rates: Rates) -> Iterator[TransformersConnector]:
-        made = TransformersConnector(
+    def connector(self, client: Client, rates: Rates) -> TransformersConnector:
+        return TransformersConnector(
             client,
             self.model,
             model_id="bench/mixed",
@@ -50,8 +47,6 @@ class Rig:
             save_wait_s=_WAIT_S,
             rates=rates,
         )
-        with closing(_Closing(made)):
-            yield made
 
     def save(self, connector: TransformersConnector) -> None:
         """Prefill the whole prompt, and save it. The connector sees how long that takes."""
@@ -88,21 +83,10 @@ class Rig:
         return Turn(seconds, int(logits[0].argmax()), plan)
 
 
-class _Closing:
-    """A connector's end, as `closing` wants it."""
-
-    def __init__(self, connector: TransformersConnector) -> None:
-        self.close = connector.close
-
-
 def measure(*, quick: bool) -> Section:
-    """Medians of rounds in which every plan has its turn. One core is left to loading, where there are two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads - 1))
-    try:
+    """Medians of rounds in which every plan has its turn."""
+    with rig.a_core_for_loading():
         return _measure(quick=quick)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _measure(*, quick: bool) -> Section:

@@ -87,7 +87,7 @@ class Rig:
             wait = [loader.wait(layer) for layer in range(self.layers)].__getitem__
         else:
             while loader.report.layers < min(buffer_layers, self.layers):
-                time.sleep(0.001)
+                time.sleep(0.001)  # Nothing tells of it: an engine runs its other requests meanwhile.
             begin_s = time.perf_counter()  # What came in before took nothing of the request's time.
         logits = self._forward(wait)
         total_s = time.perf_counter() - begin_s
@@ -106,13 +106,9 @@ class Rig:
 
 
 def measure(*, quick: bool) -> Section:
-    """Medians of rounds in which every buffer has its turn. One core is left to loading, where there are two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads - 1))
-    try:
+    """Medians of rounds in which every buffer has its turn."""
+    with rig.a_core_for_loading():
         return _measure(quick=quick)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _measure(*, quick: bool) -> Section:

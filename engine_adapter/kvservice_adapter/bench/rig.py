@@ -62,7 +62,7 @@ class WatchedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The librar
     """Waits for its history when it is used first, and hands over what the model computed."""
 
     def __init__(self, index: int, history_tokens: int, wait: Wait | None, hand_over: HandOver | None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # Nor has its `__init__`.
         self._index = index
         self._history_tokens = history_tokens
         self._wait = wait
@@ -115,6 +115,17 @@ def seconds(work: Callable[[], object]) -> float:
 
 def median(values: list[float]) -> float:
     return float(np.median(values))
+
+
+@contextmanager
+def a_core_for_loading() -> Iterator[None]:
+    """The model computes on one core less, where it has two or more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

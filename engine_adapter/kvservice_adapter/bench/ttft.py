@@ -74,12 +74,12 @@ def measure(*, quick: bool) -> Section:
     with ExitStack() as stack:
         address = stack.enter_context(rig.daemon(dram_bytes=3 << 30))
         ways = {_PLAIN: Way(loaded.model, None)}
-        for name, options in {
-            "shm": {"transport": "shm"},
-            "grpc": {"transport": "grpc"},
-            _SLOW: {"throttle_bytes_per_s": _THROTTLE_BYTES_PER_S},
+        for name, client in {
+            "shm": Client(address, name="adapter bench", transport="shm"),
+            "grpc": Client(address, name="adapter bench", transport="grpc"),
+            _SLOW: Client(address, name="adapter bench", throttle_bytes_per_s=_THROTTLE_BYTES_PER_S),
         }.items():
-            client = stack.enter_context(Client(address, name="adapter bench", **options))  # type: ignore[arg-type]
+            stack.enter_context(client)
             connector = TransformersConnector(
                 client,
                 loaded.model,
@@ -89,11 +89,12 @@ def measure(*, quick: bool) -> Section:
             )
             ways[name] = Way(loaded.model, stack.enter_context(connector))
         order = itertools.cycle(ways)
-        _hold(ways, order, conversations.pop(), turns, conversation_count, "warm-up", defaultdict(list), tokens)
+        _hold(ways, order, conversations.pop(), turns, conversation_count, "warm-up", defaultdict(list), tokens, 100)
         tokens.clear()
+        first_tokens = itertools.count(101)
         for number in range(rounds):
             for index, ids in enumerate(conversations):
-                _hold(ways, order, ids, turns, index, f"round-{number}-{index}", found, tokens)
+                _hold(ways, order, ids, turns, index, f"round-{number}-{index}", found, tokens, next(first_tokens))
     section = Section(
         "ttft",
         "Time to the first token",
@@ -117,9 +118,10 @@ def _hold(
     session_id: str,
     found: dict[tuple[str, Turn], list[float]],
     tokens: dict[Turn, set[int]],
+    first_token: int,
 ) -> None:
-    """One conversation, in every way at once. Each round begins with another token, so that nothing is stored yet."""
-    ids = torch.cat([torch.tensor([[hash(session_id) % 40_000 + 100]]), ids[:, 1:]], 1)
+    """One conversation, in every way at once. Each begins with a token of its own, so that nothing is stored yet."""
+    ids = torch.cat([torch.tensor([[first_token]]), ids[:, 1:]], 1)
     history = 0
     for number, new in enumerate(turns):
         turn = Turn(conversation, number, history)

@@ -92,7 +92,7 @@ class StoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library
         self._values: torch.Tensor | None = None
         self._buffers: Tensors | None = None  # What `_keys` and `_values` are the beginning of, where there is room.
         self._is_awaited = False
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # Nor has its `__init__`.
         if history.columns:
             self.dtype, self.device = history.dtype, history.device
             self.is_initialized = self._is_awaited = True
