@@ -153,9 +153,10 @@ def test_the_window_overflows_several_times_and_all_that_stays_is_reused(shown: 
         assert turn["history_tokens"] + turn["new_tokens"] + 32 <= 1024
 
 
-def test_a_window_in_which_turns_do_not_fit_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [["--overflow", "--window", "0"], ["--window", "512"]], ids="empty without".split())
+def test_a_window_that_means_nothing_is_refused(options: list[str], tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "kvservice_adapter.demo", "--overflow", "--window", "0"],
+        [sys.executable, "-m", "kvservice_adapter.demo", *options],
         capture_output=True,
         text=True,
         check=False,

@@ -11,6 +11,8 @@ from kvservice_adapter.demo import report
 from kvservice_adapter.demo.conversation import hold_conversation, hold_overflowing_conversation
 from kvservice_adapter.demo.processes import ProcessFailed
 
+_WINDOW_TOKENS = 1024
+
 
 def main() -> int:
     """Exit codes: 0 all answers identical, 1 not, or the demo could not run."""
@@ -18,9 +20,12 @@ def main() -> int:
     parser.add_argument("--model", default="", help="a GGUF file, a folder, or a model of the hub")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--overflow", action="store_true", help="in a window that the conversation overflows")
-    parser.add_argument("--window", type=int, default=1024, help="tokens, with --overflow (default: %(default)s)")
+    parser.add_argument("--window", type=int, help=f"tokens, with --overflow (default: {_WINDOW_TOKENS})")
     arguments = parser.parse_args()
-    if arguments.window < 1:
+    if arguments.window is not None and not arguments.overflow:
+        parser.error("--window goes with --overflow")
+    window_tokens = _WINDOW_TOKENS if arguments.window is None else arguments.window
+    if window_tokens < 1:
         parser.error("--window must be a number of tokens")
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # So that the daemon does not stay.
@@ -34,7 +39,7 @@ def main() -> int:
 
     try:
         for turn in (
-            hold_overflowing_conversation(arguments.model, arguments.window, note)
+            hold_overflowing_conversation(arguments.model, window_tokens, note)
             if arguments.overflow
             else hold_conversation(arguments.model, note)
         ):
