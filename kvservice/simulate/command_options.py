@@ -1,0 +1,299 @@
+"""What ``kvctl simulate`` and ``kvctl plan`` are told alike: the load, and the machine. Impossible values are refused."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import sys
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import typer
+
+from kvservice.simulate import generate, traces
+from kvservice.simulate.generated_hints import typing_hints
+from kvservice.simulate.settings import GIB, MIB, Machine
+from kvservice.simulate.think_times import SHAPES
+from kvservice.simulate.workload import Workload
+
+GENERATORS = ("sharegpt", "people")
+
+_SIZE_MAX_GB = 1e9  # An exabyte: bytes stay within 64 bits, with room to add them up.
+_LOAD, _MACHINE, _GPU = "The load", "The machine", "The GPU's model, in place of --service-turns-per-s"
+
+NumberT = TypeVar("NumberT", int, float)
+
+
+def fail(reason: str) -> NoReturn:
+    """End with one line on stderr and exit code 1."""
+    print(f"kvctl: {reason}", file=sys.stderr)
+    raise typer.Exit(1)
+
+
+def number(
+    flag: str, text: str, panel: str | None = None, *, least: float = 0.0, most: float = 1e12, above: bool = False,
+    below: bool = False, **how: Any,
+) -> Any:  # fmt: skip
+    """An option for one number from `least` to `most`; without the ends themselves where `above` or `below` say so."""
+
+    def check(value: NumberT | None) -> NumberT | None:
+        if value is None:
+            return None
+        low, high = f"{'above' if above else 'at least'} {least:g}", f"{'below' if below else 'at most'} {most:g}"
+        if not math.isfinite(value):
+            raise typer.BadParameter(f"{value} is no number; it has to be {low}")
+        if value < least or (above and value == least):
+            raise typer.BadParameter(f"{value:g} is too small; it has to be {low}")
+        if value > most or (below and value == most):
+            raise typer.BadParameter(f"{value:g} is too large; it has to be {high}")
+        return value
+
+    return typer.Option(flag, help=text, rich_help_panel=panel, callback=check, **how)
+
+
+def span(text: str) -> tuple[float, float]:
+    """Two numbers of seconds from text such as ``2:5``."""
+    first, colon, last = text.partition(":")
+    try:
+        low, high = float(first), float(last)
+    except ValueError:
+        colon = ""
+    if not colon:
+        raise typer.BadParameter(f"{text!r} is not of the form A:B, such as 2:5")
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise typer.BadParameter(f"{text!r} has an end that is no number")
+    if low < 0:
+        raise typer.BadParameter(f"{text!r} begins below 0")
+    if low > high:
+        raise typer.BadParameter(f"{text!r} ends before it begins")
+    return low, high
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """A trace, or what a generator is asked for. None: not said."""
+
+    trace: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE|sharegpt|people",
+            help="A file of turns; or generated: conversations as in ShareGPT, or short turns of people at a real service.",
+        ),
+    ]
+    format: Annotated[str, typer.Option(help=f"How the file is written: {', '.join(traces.FORMATS)}.")] = "auto"
+    warmup_turns: Annotated[int, number("--warmup-turns", "Turns that are played before it is measured.")] = 0
+    seed: Annotated[int, number("--seed", "Another number, another load of the same kind.", _LOAD)] = 0
+    sessions: Annotated[
+        int | None,
+        number("--sessions", "Of generated load.", _LOAD, least=1, most=1e8, show_default="9000; people: 2000"),
+    ] = None
+    session_rate: Annotated[
+        float | None,
+        number("--session-rate", "Sessions that begin a second.", _LOAD, above=True, show_default="1; people: 0.2"),
+    ] = None
+    think_s: Annotated[
+        float | None,
+        number("--think-s", "Mean time from an answer to the next request.", _LOAD, most=1e9, show_default="30; people: as at the service"),
+    ] = None
+    think_shape: Annotated[
+        str | None,
+        typer.Option(
+            help=f"How think times are spread: {', '.join(SHAPES)}.",
+            rich_help_panel=_LOAD,
+            show_default="people",
+        ),
+    ] = None
+    context: Annotated[
+        int | None,
+        number("--context", "The model's window in tokens; 0: no limit.", _LOAD, most=1e9, show_default="4096; people, files: no limit"),
+    ] = None
+    typing_lead_s: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            metavar="A:B",
+            parser=span,
+            help="Hints: that somebody types is told A to B seconds before the request.",
+            rich_help_panel=_LOAD,
+        ),
+    ] = None
+    false_hints: Annotated[
+        float, number("--false-hints", "The share of hints that are wrong.", _LOAD, most=1, below=True)
+    ] = 0.0
+
+    def workload(self) -> Workload:
+        """The turns. Ends the program where the trace is bad, refuses what does not go together."""
+        if self.false_hints and self.typing_lead_s is None:
+            raise typer.BadParameter("says how many hints are wrong: give --typing-lead-s too", param_hint="--false-hints")
+        workload = self._generated() if self.trace in GENERATORS else self._read()
+        if self.warmup_turns >= workload.turns:
+            left = f"{self.warmup_turns} leaves nothing to measure: there are {workload.turns} turns"
+            raise typer.BadParameter(left, param_hint="--warmup-turns")
+        return workload
+
+    def _generated(self) -> Workload:
+        if self.format != "auto":
+            raise typer.BadParameter(f"is for files; {self.trace} is generated", param_hint="--format")
+        shape = self.think_shape or "people"
+        if shape not in SHAPES:
+            known = ", ".join(SHAPES)
+            raise typer.BadParameter(f"no shape is called {shape!r}; there are {known}", param_hint="--think-shape")
+        if self.trace == "people":
+            return generate.people(
+                users=self.sessions or 2000,
+                user_rate=self.session_rate or 0.2,
+                think_s=self.think_s,
+                shape=shape,
+                context_tokens=self.context or 0,
+                typing_lead_s=self.typing_lead_s,
+                false_hints=self.false_hints,
+                seed=self.seed,
+            )
+        return generate.sharegpt(
+            sessions=self.sessions or 9000,
+            session_rate=self.session_rate or 1.0,
+            think_s=30.0 if self.think_s is None else self.think_s,
+            shape=shape,
+            context_tokens=4096 if self.context is None else self.context,
+            typing_lead_s=self.typing_lead_s,
+            false_hints=self.false_hints,
+            seed=self.seed,
+        )
+
+    def _read(self) -> Workload:
+        for name in ("sessions", "session_rate", "think_s", "think_shape"):
+            if getattr(self, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise typer.BadParameter(f"is for generated load; {self.trace} is a file", param_hint=flag)
+        if self.format not in traces.FORMATS:
+            known = ", ".join(traces.FORMATS)
+            raise typer.BadParameter(f"no format is called {self.format!r}; there are {known}", param_hint="--format")
+        try:
+            workload = traces.read_trace(Path(self.trace), self.format)
+        except traces.TraceError as error:
+            fail(f"--trace: {error}")
+        except OSError as error:
+            fail(f"--trace: {self.trace} cannot be read: {error.strerror}")
+        if self.context is not None:
+            workload = replace(workload, context_tokens=self.context)
+        if self.typing_lead_s is not None:
+            workload = generate.with_hints(workload, self.typing_lead_s, self.false_hints, seed=self.seed)
+        return workload
+
+
+@dataclass(frozen=True)
+class RateOptions:
+    """All of the machine but the sizes of its tiers."""
+
+    ssd_gbps: Annotated[
+        float, number("--ssd-gbps", "GiB that the SSD moves a second, reads and writes together.", _MACHINE, above=True)
+    ] = 5.0
+    kv_mb_per_token: Annotated[
+        float,
+        number("--kv-mb-per-token", "MiB of KV a token has: 0.78125 for 13B, 2.5 for 65B.", _MACHINE, most=1e5),
+    ] = 0.78125
+    link_gbps: Annotated[
+        float, number("--link-gbps", "GiB that go from DRAM to the GPU in a second.", _MACHINE, above=True)
+    ] = 24.2
+    service_turns_per_s: Annotated[
+        float | None,
+        number(
+            "--service-turns-per-s",
+            "A server that takes so many turns a second.",
+            _MACHINE,
+            above=True,
+            show_default="the GPU's model",
+        ),
+    ] = None
+    prefill_tokens_per_s: Annotated[
+        float, number("--prefill-tokens-per-s", "How fast prompts are computed.", _MACHINE, above=True)
+    ] = 8000.0
+    gpus: Annotated[int, number("--gpus", "How many the machine has, for its cost.", _MACHINE, least=1, most=1e6)] = 1
+    readiness_aware: Annotated[
+        bool,
+        typer.Option(
+            "--readiness-aware",
+            help="A waiting request whose KV is in DRAM may go before one that waits for the SSD.",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = False
+    overflow_drops: Annotated[
+        bool,
+        typer.Option(
+            "--overflow-drops",
+            help="Positions are coupled to keys: a conversation that outgrows the window loses its KV.",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = False
+    session_ttl_s: Annotated[
+        float | None,
+        number("--session-ttl-s", "A session that is idle for so long ends.", _MACHINE, above=True, show_default="never"),
+    ] = None
+    decode_tokens_per_s: Annotated[
+        float | None,
+        number("--decode-tokens-per-s", "Of each sequence in a batch.", _GPU, above=True, show_default="25"),
+    ] = None
+    batch: Annotated[
+        int | None, number("--batch", "Sequences that decode at a time.", _GPU, least=1, most=1e6, show_default="24")
+    ] = None
+
+    def machine(self, dram_gb: float, ssd_gb: float) -> Machine:
+        kv_bytes_per_token = round(self.kv_mb_per_token * MIB)
+        if kv_bytes_per_token < 1:
+            raise typer.BadParameter(
+                f"{self.kv_mb_per_token:g} MiB is less than a byte", param_hint="--kv-mb-per-token"
+            )
+        if self.service_turns_per_s is not None:
+            for name in ("decode_tokens_per_s", "batch"):
+                if getattr(self, name) is not None:
+                    flag = f"--{name.replace('_', '-')}"
+                    raise typer.BadParameter("is of the GPU's model; --service-turns-per-s replaces it", param_hint=flag)
+        return Machine(
+            dram_bytes=round(dram_gb * GIB),
+            ssd_bytes=round(ssd_gb * GIB),
+            ssd_bytes_per_s=self.ssd_gbps * GIB,
+            kv_bytes_per_token=kv_bytes_per_token,
+            link_bytes_per_s=self.link_gbps * GIB,
+            service_turns_per_s=self.service_turns_per_s,
+            prefill_tokens_per_s=self.prefill_tokens_per_s,
+            decode_tokens_per_s=self.decode_tokens_per_s or 25.0,
+            batch=self.batch or 24,
+            readiness_aware=self.readiness_aware,
+            overflow_keeps=not self.overflow_drops,
+            session_ttl_s=math.inf if self.session_ttl_s is None else self.session_ttl_s,
+            gpus=self.gpus,
+        )
+
+
+@dataclass(frozen=True)
+class SizeOptions:
+    dram_gb: Annotated[float, number("--dram-gb", "GiB of DRAM for KV; 0: none.", _MACHINE, most=_SIZE_MAX_GB)] = 128.0
+    ssd_gb: Annotated[float, number("--ssd-gb", "GiB of SSD for KV; 0: none.", _MACHINE, most=_SIZE_MAX_GB)] = 10240.0
+
+
+def with_options(verb: Callable[..., None]) -> Callable[..., None]:
+    """The verb, with an option for each field in the place of a parameter that is one of the classes above."""
+    parameters = inspect.signature(verb, eval_str=True).parameters.values()
+    groups = {each.name: each.annotation for each in parameters if is_dataclass(each.annotation)}
+
+    @functools.wraps(verb)
+    def run(**arguments: Any) -> None:
+        for name, group in groups.items():
+            arguments[name] = group(**{field: arguments.pop(field) for field in group.__dataclass_fields__})
+        verb(**arguments)
+
+    shown: list[inspect.Parameter] = []
+    for each in parameters:
+        shown += _options_of(each.annotation) if each.name in groups else [each.replace(kind=each.KEYWORD_ONLY)]
+    # Typer makes a verb's options from this, as inspect does; no type of a function has it.
+    run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    return run
+
+
+def _options_of(group: Any) -> list[inspect.Parameter]:
+    hints = typing.get_type_hints(group, include_extras=True)
+    parameters = inspect.signature(group).parameters.values()
+    return [each.replace(kind=each.KEYWORD_ONLY, annotation=hints[each.name]) for each in parameters]

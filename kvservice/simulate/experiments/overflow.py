@@ -1,0 +1,33 @@
+"""What it costs where positions are coupled to keys: a conversation that outgrows its window loses its KV."""
+
+from __future__ import annotations
+
+from kvservice.simulate.experiments import Options
+from kvservice.simulate.experiments.report import Section
+from kvservice.simulate.experiments.runs import COLUMNS, paper_load, paper_machine, play, points, row, shrunk
+
+MODELS = (("13B, a window of 4,096", 0.78125, 4096, (15, 20)), ("65B, a window of 2,048", 2.5, 2048, (35, 45)))
+
+
+def measure(options: Options) -> Section:
+    scale = shrunk(options.quick)
+    section = Section(
+        "overflow",
+        "Conversations that outgrow the window",
+        f"The overload's load with {10 * scale:g} TiB of SSD. Cut by half of the window, a session's KV is reused at its new "
+        "positions; where positions are coupled to keys (`--overflow-drops`) it is lost. The paper loses 17.6 and 41.5 points.",
+    )
+    table = []
+    for title, kv_mb, context, (least, most) in MODELS:
+        load, warmup = paper_load(options.quick, 1.0, context)
+        hits = []
+        for keeps in (True, False):
+            machine = paper_machine(10 * scale, 128 * scale, kv_mb=kv_mb, overflow_keeps=keeps)
+            result = play(load, machine, "lookahead", warmup)
+            table.append((title, "kept" if keeps else "lost", *row(result)))
+            hits.append(result.hit_rate)
+        lost = points(hits[0], hits[1])
+        section.at_least(f"{title}: hits lost", lost, least, " points")
+        section.at_most(f"{title}: hits lost", lost, most, " points")
+    section.table("In percent:", ("Model", "KV at a cut", *COLUMNS), table)
+    return section
