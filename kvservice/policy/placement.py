@@ -21,6 +21,8 @@ class Placement:
     """
 
     name: ClassVar[str]
+    #: Whether a session leaves a tier whole, as in the paper, or only as much of its end as is needed.
+    whole_items: ClassVar[bool] = False
     #: The next time to ask for promotions; a method that is told something may bring it forward to `now_s`.
     look_at_s: float = math.inf
 
