@@ -38,6 +38,9 @@ class Placement:
     def hinted(self, items: ItemTable, row: int, hint: Hint, now_s: float) -> None:
         """The application said something about the item's session."""
 
+    def arrived(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
+        """The first bytes of the item came into `tier`, which had none. Of one request's items the suffix is first."""
+
     def left(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
         """Bytes of the item left `tier` to make room: its end, or all of it."""
 
