@@ -9,13 +9,12 @@ import sys
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
 from kvservice.simulate import generate, traces
-from kvservice.simulate.generated_hints import typing_hints
+from kvservice.simulate.generated_hints import with_typing_hints
 from kvservice.simulate.settings import GIB, MIB, Machine
 from kvservice.simulate.think_times import SHAPES
 from kvservice.simulate.workload import Workload
@@ -172,15 +171,13 @@ class LoadOptions:
             known = ", ".join(traces.FORMATS)
             raise typer.BadParameter(f"no format is called {self.format!r}; there are {known}", param_hint="--format")
         try:
-            workload = traces.read_trace(Path(self.trace), self.format)
+            workload = traces.read(self.trace, self.format)
         except traces.TraceError as error:
             fail(f"--trace: {error}")
-        except OSError as error:
-            fail(f"--trace: {self.trace} cannot be read: {error.strerror}")
         if self.context is not None:
             workload = replace(workload, context_tokens=self.context)
         if self.typing_lead_s is not None:
-            workload = generate.with_hints(workload, self.typing_lead_s, self.false_hints, seed=self.seed)
+            workload = with_typing_hints(workload, self.typing_lead_s, self.false_hints, self.seed)
         return workload
 
 

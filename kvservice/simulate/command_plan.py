@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from kvservice.simulate import command_output as output
+from kvservice.simulate import cost
 from kvservice.simulate.command_options import LoadOptions, RateOptions, fail, number, with_options
 from kvservice.simulate.engine import CONTENDERS, simulate
 from kvservice.simulate.plan import Mix, Prices, footprint_tokens, mixes
@@ -43,9 +44,9 @@ def plan(
     policy: Annotated[
         str, typer.Option("--policy", metavar="NAME", parser=contender, help="Who places the KV.")
     ] = "foresight",
-    dram_price: Annotated[float, number("--dram-price", "A GiB of DRAM.", _PRICES)] = 0.0088,
-    ssd_price: Annotated[float, number("--ssd-price", "A GiB of SSD.", _PRICES)] = 0.000082,
-    gpu_price: Annotated[float, number("--gpu-price", "A GPU.", _PRICES)] = 5.0,
+    dram_price: Annotated[float, number("--dram-price", "A GiB of DRAM.", _PRICES)] = cost.DRAM_GB_DOLLARS,
+    ssd_price: Annotated[float, number("--ssd-price", "A GiB of SSD.", _PRICES)] = cost.SSD_GB_DOLLARS,
+    gpu_price: Annotated[float, number("--gpu-price", "A GPU.", _PRICES)] = cost.GPU_DOLLARS,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
 ) -> None:
     """Find the cheapest DRAM and SSD that reach a hit rate, by simulating a load on one size after another.

@@ -26,7 +26,7 @@ EXPERIMENTS = (
     "overflow",
     "cost",
     "short_queues",
-    "typing",
+    "typing_events",
     "shared_prefixes",
     "speed",
 )
