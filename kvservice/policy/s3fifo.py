@@ -99,9 +99,9 @@ class _Queues:
             column = getattr(self, name)
             setattr(self, name, np.concatenate([column, np.zeros(more, column.dtype)]))
         # Single elements come from a memoryview in a third of the time.
-        self._queue, self._freq = memoryview(self._queues), memoryview(self._freqs)
-        self._seq, self._size = memoryview(self._seqs), memoryview(self._sizes)
-        self._older, self._newer = memoryview(self._olders), memoryview(self._newers)
+        self._queue, self._freq = self._queues.data, self._freqs.data
+        self._seq, self._size = self._seqs.data, self._sizes.data
+        self._older, self._newer = self._olders.data, self._newers.data
 
     # What happens
 
