@@ -10,7 +10,7 @@ import typer
 
 from kvservice.simulate import command_output as output
 from kvservice.simulate import plot
-from kvservice.simulate.command_options import LoadOptions, RateOptions, SizeOptions, fail, with_options
+from kvservice.simulate.command_options import LoadOptions, RateOptions, SizeOptions, fail, policies, with_options
 from kvservice.simulate.engine import CONTENDERS, simulate as run
 from kvservice.simulate.result import Result
 from kvservice.simulate.settings import Machine
@@ -22,23 +22,11 @@ SWEEP = (0.25, 0.5, 1.0, 2.0, 4.0)
 Sweep = Literal["dram", "ssd"]
 
 
-def policies(text: str) -> list[str]:
-    """Names from text such as ``lru,foresight``. Each is known, and there once."""
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in CONTENDERS:
-            raise typer.BadParameter(f"no policy is called {name!r}; there are {', '.join(CONTENDERS)}")
-        if names.count(name) > 1:
-            raise typer.BadParameter(f"{name!r} is there more than once")
-    return names
-
-
 @with_options
 def simulate(
     load: LoadOptions,
     policy: Annotated[
-        list[str],
-        typer.Option("--policy", metavar="NAME[,NAME...]", parser=policies, help=f"Of {', '.join(CONTENDERS)}."),
+        str, typer.Option("--policy", metavar="NAME[,NAME...]", help=f"Who places the KV: {', '.join(CONTENDERS)}.")
     ],
     sizes: SizeOptions,
     rates: RateOptions,
@@ -55,11 +43,14 @@ def simulate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
 ) -> None:
-    """Play a load against placement policies, and tell what each would have had in DRAM in time.
+    """Play a load against placement policies, and tell what each has in DRAM in time.
 
-    GB and MB are binary, GiB and MiB. Beside the policies there are bounds: none (recompute everything), infinite
-    (an endless DRAM), optimum (knows the future) and distribution-bound (knows the distribution of return times).
+    Sizes are binary: a GB is a GiB, an MB a MiB.
+
+    Among the names are bounds. none recomputes everything, infinite has an endless DRAM.
+    optimum knows the future, distribution-bound the true distribution of return times.
     """
+    names = policies(policy)
     if plot_file is None and sweep is not None:
         raise typer.BadParameter("says what --plot draws: give --plot too", param_hint="--sweep")
     swept: Sweep = sweep or "dram"
@@ -68,17 +59,17 @@ def simulate(
     machine = rates.machine(sizes.dram_gb, sizes.ssd_gb)
     workload = load.workload()
     factors = SWEEP if plot_file is not None else (1.0,)
-    found = _play(workload, machine, policy, load.warmup_turns, swept, factors)
+    found = _play(workload, machine, names, load.warmup_turns, swept, factors)
     if plot_file is not None:
         capacities_gb = [factor * (sizes.dram_gb if swept == "dram" else sizes.ssd_gb) for factor in factors]
         plot.against_capacity(
             plot_file,
-            [(name, [found[name, factor] for factor in factors]) for name in policy],
+            [(name, [found[name, factor] for factor in factors]) for name in names],
             capacities_gb,
             tier=swept,
             title=workload.name,
         )
-    results = [found[name, 1.0] for name in policy]
+    results = [found[name, 1.0] for name in names]
     if as_json:
         output.print_json([output.as_json(each) for each in results])
     else:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import typer
 
 from kvservice.simulate import generate, traces
+from kvservice.simulate.engine import CONTENDERS
 from kvservice.simulate.generated_hints import with_typing_hints
 from kvservice.simulate.settings import GIB, MIB, Machine
 from kvservice.simulate.think_times import SHAPES
@@ -54,21 +55,37 @@ def number(
     return typer.Option(flag, help=text, rich_help_panel=panel, callback=check, **how)
 
 
-def span(text: str) -> tuple[float, float]:
+def policies(text: str) -> list[str]:
+    """Names from text such as ``lru,foresight``. Each is known, and there once."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in CONTENDERS:
+            known = ", ".join(CONTENDERS)
+            raise typer.BadParameter(f"no policy is called {name!r}; there are {known}", param_hint="--policy")
+        if names.count(name) > 1:
+            raise typer.BadParameter(f"{name!r} is there more than once", param_hint="--policy")
+    return names
+
+
+def span(text: str, flag: str) -> tuple[float, float]:
     """Two numbers of seconds from text such as ``2:5``."""
+
+    def refuse(reason: str) -> NoReturn:
+        raise typer.BadParameter(f"{text!r} {reason}", param_hint=flag)
+
     first, colon, last = text.partition(":")
     try:
         low, high = float(first), float(last)
     except ValueError:
         colon = ""
     if not colon:
-        raise typer.BadParameter(f"{text!r} is not of the form A:B, such as 2:5")
+        refuse("is not of the form A:B, such as 2:5")
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise typer.BadParameter(f"{text!r} has an end that is no number")
+        refuse("has an end that is no number")
     if low < 0:
-        raise typer.BadParameter(f"{text!r} begins below 0")
+        refuse("begins below 0")
     if low > high:
-        raise typer.BadParameter(f"{text!r} ends before it begins")
+        refuse("ends before it begins")
     return low, high
 
 
@@ -88,7 +105,7 @@ class LoadOptions:
     seed: Annotated[int, number("--seed", "Another number, another load of the same kind.", _LOAD)] = 0
     sessions: Annotated[
         int | None,
-        number("--sessions", "Of generated load.", _LOAD, least=1, most=1e8, show_default="9000; people: 2000"),
+        number("--sessions", "Of generated load.", _LOAD, least=1, most=1e7, show_default="9000; people: 2000"),
     ] = None
     session_rate: Annotated[
         float | None,
@@ -111,10 +128,9 @@ class LoadOptions:
         number("--context", "The model's window in tokens; 0: no limit.", _LOAD, most=1e9, show_default="4096; people, files: no limit"),
     ] = None
     typing_lead_s: Annotated[
-        tuple[float, float] | None,
+        str | None,
         typer.Option(
             metavar="A:B",
-            parser=span,
             help="Hints: that somebody types is told A to B seconds before the request.",
             rich_help_panel=_LOAD,
         ),
@@ -127,13 +143,14 @@ class LoadOptions:
         """The turns. Ends the program where the trace is bad, refuses what does not go together."""
         if self.false_hints and self.typing_lead_s is None:
             raise typer.BadParameter("says how many hints are wrong: give --typing-lead-s too", param_hint="--false-hints")
-        workload = self._generated() if self.trace in GENERATORS else self._read()
+        lead_s = None if self.typing_lead_s is None else span(self.typing_lead_s, "--typing-lead-s")
+        workload = self._generated(lead_s) if self.trace in GENERATORS else self._read(lead_s)
         if self.warmup_turns >= workload.turns:
             left = f"{self.warmup_turns} leaves nothing to measure: there are {workload.turns} turns"
             raise typer.BadParameter(left, param_hint="--warmup-turns")
         return workload
 
-    def _generated(self) -> Workload:
+    def _generated(self, lead_s: tuple[float, float] | None) -> Workload:
         if self.format != "auto":
             raise typer.BadParameter(f"is for files; {self.trace} is generated", param_hint="--format")
         shape = self.think_shape or "people"
@@ -147,7 +164,7 @@ class LoadOptions:
                 think_s=self.think_s,
                 shape=shape,
                 context_tokens=self.context or 0,
-                typing_lead_s=self.typing_lead_s,
+                typing_lead_s=lead_s,
                 false_hints=self.false_hints,
                 seed=self.seed,
             )
@@ -157,12 +174,12 @@ class LoadOptions:
             think_s=30.0 if self.think_s is None else self.think_s,
             shape=shape,
             context_tokens=4096 if self.context is None else self.context,
-            typing_lead_s=self.typing_lead_s,
+            typing_lead_s=lead_s,
             false_hints=self.false_hints,
             seed=self.seed,
         )
 
-    def _read(self) -> Workload:
+    def _read(self, lead_s: tuple[float, float] | None) -> Workload:
         for name in ("sessions", "session_rate", "think_s", "think_shape"):
             if getattr(self, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
@@ -176,8 +193,11 @@ class LoadOptions:
             fail(f"--trace: {error}")
         if self.context is not None:
             workload = replace(workload, context_tokens=self.context)
-        if self.typing_lead_s is not None:
-            workload = with_typing_hints(workload, self.typing_lead_s, self.false_hints, self.seed)
+        if lead_s is not None:
+            try:
+                workload = with_typing_hints(workload, lead_s, self.false_hints, self.seed)
+            except ValueError as error:
+                raise typer.BadParameter(str(error), param_hint="--typing-lead-s") from None
         return workload
 
 

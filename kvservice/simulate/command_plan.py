@@ -9,7 +9,7 @@ import typer
 
 from kvservice.simulate import command_output as output
 from kvservice.simulate import cost
-from kvservice.simulate.command_options import LoadOptions, RateOptions, fail, number, with_options
+from kvservice.simulate.command_options import LoadOptions, RateOptions, fail, number, policies, with_options
 from kvservice.simulate.engine import CONTENDERS, simulate
 from kvservice.simulate.plan import Mix, Prices, footprint_tokens, mixes
 from kvservice.simulate.result import Result
@@ -26,12 +26,6 @@ _WORDS: dict[Share, str] = {
 _PRICES = "Prices in dollars an hour: the paper's, of AWS on demand"
 
 
-def contender(name: str) -> str:
-    if name not in CONTENDERS:
-        raise typer.BadParameter(f"no policy is called {name!r}; there are {', '.join(CONTENDERS)}")
-    return name
-
-
 @with_options
 def plan(
     load: LoadOptions,
@@ -42,7 +36,7 @@ def plan(
         typer.Option("--of", help="Hits of turns with history; of these, hits that are in DRAM on time; of all turns."),
     ] = "history",
     policy: Annotated[
-        str, typer.Option("--policy", metavar="NAME", parser=contender, help="Who places the KV.")
+        str, typer.Option("--policy", metavar="NAME", help=f"Who places the KV: {', '.join(CONTENDERS)}.")
     ] = "foresight",
     dram_price: Annotated[float, number("--dram-price", "A GiB of DRAM.", _PRICES)] = cost.DRAM_GB_DOLLARS,
     ssd_price: Annotated[float, number("--ssd-price", "A GiB of SSD.", _PRICES)] = cost.SSD_GB_DOLLARS,
@@ -53,6 +47,8 @@ def plan(
 
     Exit code 1, and a line that says how far one gets, where no size reaches it.
     """
+    if policies(policy) != [policy]:
+        raise typer.BadParameter("one policy is planned for", param_hint="--policy")
     prices = Prices(dram_price, ssd_price, gpu_price)
     rates.machine(0, 0)  # Refuses what does not go together before a long trace is read.
     workload = load.workload()
