@@ -1,20 +1,15 @@
-"""What ``kvctl simulate`` and ``kvctl plan`` are told alike: the load, and the machine. Impossible values are refused."""
+"""What ``kvctl simulate`` and ``kvctl plan`` are told alike: the load and the machine. The impossible is refused."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
-import sys
-import typing
-from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass, replace
-from typing import Annotated, Any, NoReturn, TypeVar
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import typer
 
 from kvservice.simulate import generate, traces
-from kvservice.simulate.engine import CONTENDERS
+from kvservice.simulate.command_parts import fail, number, span
 from kvservice.simulate.generated_hints import with_typing_hints
 from kvservice.simulate.settings import GIB, MIB, Machine
 from kvservice.simulate.think_times import SHAPES
@@ -25,69 +20,6 @@ GENERATORS = ("sharegpt", "people")
 _SIZE_MAX_GB = 1e9  # An exabyte: bytes stay within 64 bits, with room to add them up.
 _LOAD, _MACHINE, _GPU = "The load", "The machine", "The GPU's model, in place of --service-turns-per-s"
 
-NumberT = TypeVar("NumberT", int, float)
-
-
-def fail(reason: str) -> NoReturn:
-    """End with one line on stderr and exit code 1."""
-    print(f"kvctl: {reason}", file=sys.stderr)
-    raise typer.Exit(1)
-
-
-def number(
-    flag: str, text: str, panel: str | None = None, *, least: float = 0.0, most: float = 1e12, above: bool = False,
-    below: bool = False, **how: Any,
-) -> Any:  # fmt: skip
-    """An option for one number from `least` to `most`; without the ends themselves where `above` or `below` say so."""
-
-    def check(value: NumberT | None) -> NumberT | None:
-        if value is None:
-            return None
-        low, high = f"{'above' if above else 'at least'} {least:g}", f"{'below' if below else 'at most'} {most:g}"
-        if not math.isfinite(value):
-            raise typer.BadParameter(f"{value} is no number; it has to be {low}")
-        if value < least or (above and value == least):
-            raise typer.BadParameter(f"{value:g} is too small; it has to be {low}")
-        if value > most or (below and value == most):
-            raise typer.BadParameter(f"{value:g} is too large; it has to be {high}")
-        return value
-
-    return typer.Option(flag, help=text, rich_help_panel=panel, callback=check, **how)
-
-
-def policies(text: str) -> list[str]:
-    """Names from text such as ``lru,foresight``. Each is known, and there once."""
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in CONTENDERS:
-            known = ", ".join(CONTENDERS)
-            raise typer.BadParameter(f"no policy is called {name!r}; there are {known}", param_hint="--policy")
-        if names.count(name) > 1:
-            raise typer.BadParameter(f"{name!r} is there more than once", param_hint="--policy")
-    return names
-
-
-def span(text: str, flag: str) -> tuple[float, float]:
-    """Two numbers of seconds from text such as ``2:5``."""
-
-    def refuse(reason: str) -> NoReturn:
-        raise typer.BadParameter(f"{text!r} {reason}", param_hint=flag)
-
-    first, colon, last = text.partition(":")
-    try:
-        low, high = float(first), float(last)
-    except ValueError:
-        colon = ""
-    if not colon:
-        refuse("is not of the form A:B, such as 2:5")
-    if not (math.isfinite(low) and math.isfinite(high)):
-        refuse("has an end that is no number")
-    if low < 0:
-        refuse("begins below 0")
-    if low > high:
-        refuse("ends before it begins")
-    return low, high
-
 
 @dataclass(frozen=True)
 class LoadOptions:
@@ -97,7 +29,7 @@ class LoadOptions:
         str,
         typer.Option(
             metavar="FILE|sharegpt|people",
-            help="A file of turns; or generated: conversations as in ShareGPT, or short turns of people at a real service.",
+            help="A file of turns; or generated: conversations as in ShareGPT, or the people at a real service.",
         ),
     ]
     format: Annotated[str, typer.Option(help=f"How the file is written: {', '.join(traces.FORMATS)}.")] = "auto"
@@ -113,7 +45,13 @@ class LoadOptions:
     ] = None
     think_s: Annotated[
         float | None,
-        number("--think-s", "Mean time from an answer to the next request.", _LOAD, most=1e9, show_default="30; people: as at the service"),
+        number(
+            "--think-s",
+            "Mean time from an answer to the next request.",
+            _LOAD,
+            most=1e9,
+            show_default="30; people: as at the service",
+        ),
     ] = None
     think_shape: Annotated[
         str | None,
@@ -125,7 +63,13 @@ class LoadOptions:
     ] = None
     context: Annotated[
         int | None,
-        number("--context", "The model's window in tokens; 0: no limit.", _LOAD, most=1e9, show_default="4096; people, files: no limit"),
+        number(
+            "--context",
+            "The model's window in tokens; 0: no limit.",
+            _LOAD,
+            most=1e9,
+            show_default="4096; people, files: no limit",
+        ),
     ] = None
     typing_lead_s: Annotated[
         str | None,
@@ -142,7 +86,9 @@ class LoadOptions:
     def workload(self) -> Workload:
         """The turns. Ends the program where the trace is bad, refuses what does not go together."""
         if self.false_hints and self.typing_lead_s is None:
-            raise typer.BadParameter("says how many hints are wrong: give --typing-lead-s too", param_hint="--false-hints")
+            raise typer.BadParameter(
+                "says how many hints are wrong: give --typing-lead-s too", param_hint="--false-hints"
+            )
         lead_s = None if self.typing_lead_s is None else span(self.typing_lead_s, "--typing-lead-s")
         workload = self._generated(lead_s) if self.trace in GENERATORS else self._read(lead_s)
         if self.warmup_turns >= workload.turns:
@@ -247,7 +193,9 @@ class RateOptions:
     ] = False
     session_ttl_s: Annotated[
         float | None,
-        number("--session-ttl-s", "A session that is idle for so long ends.", _MACHINE, above=True, show_default="never"),
+        number(
+            "--session-ttl-s", "A session that is idle for so long ends.", _MACHINE, above=True, show_default="never"
+        ),
     ] = None
     decode_tokens_per_s: Annotated[
         float | None,
@@ -267,7 +215,9 @@ class RateOptions:
             for name in ("decode_tokens_per_s", "batch"):
                 if getattr(self, name) is not None:
                     flag = f"--{name.replace('_', '-')}"
-                    raise typer.BadParameter("is of the GPU's model; --service-turns-per-s replaces it", param_hint=flag)
+                    raise typer.BadParameter(
+                        "is of the GPU's model; --service-turns-per-s replaces it", param_hint=flag
+                    )
         return Machine(
             dram_bytes=round(dram_gb * GIB),
             ssd_bytes=round(ssd_gb * GIB),
@@ -289,28 +239,3 @@ class RateOptions:
 class SizeOptions:
     dram_gb: Annotated[float, number("--dram-gb", "GiB of DRAM for KV; 0: none.", _MACHINE, most=_SIZE_MAX_GB)] = 128.0
     ssd_gb: Annotated[float, number("--ssd-gb", "GiB of SSD for KV; 0: none.", _MACHINE, most=_SIZE_MAX_GB)] = 10240.0
-
-
-def with_options(verb: Callable[..., None]) -> Callable[..., None]:
-    """The verb, with an option for each field in the place of a parameter that is one of the classes above."""
-    parameters = inspect.signature(verb, eval_str=True).parameters.values()
-    groups = {each.name: each.annotation for each in parameters if is_dataclass(each.annotation)}
-
-    @functools.wraps(verb)
-    def run(**arguments: Any) -> None:
-        for name, group in groups.items():
-            arguments[name] = group(**{field: arguments.pop(field) for field in group.__dataclass_fields__})
-        verb(**arguments)
-
-    shown: list[inspect.Parameter] = []
-    for each in parameters:
-        shown += _options_of(each.annotation) if each.name in groups else [each.replace(kind=each.KEYWORD_ONLY)]
-    # Typer makes a verb's options from this, as inspect does; no type of a function has it.
-    run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
-    return run
-
-
-def _options_of(group: Any) -> list[inspect.Parameter]:
-    hints = typing.get_type_hints(group, include_extras=True)
-    parameters = inspect.signature(group).parameters.values()
-    return [each.replace(kind=each.KEYWORD_ONLY, annotation=hints[each.name]) for each in parameters]

@@ -9,7 +9,8 @@ import typer
 
 from kvservice.simulate import command_output as output
 from kvservice.simulate import cost
-from kvservice.simulate.command_options import LoadOptions, RateOptions, fail, number, policies, with_options
+from kvservice.simulate.command_options import LoadOptions, RateOptions
+from kvservice.simulate.command_parts import fail, number, policies, with_options
 from kvservice.simulate.engine import CONTENDERS, simulate
 from kvservice.simulate.plan import Mix, Prices, footprint_tokens, mixes
 from kvservice.simulate.result import Result
@@ -29,7 +30,9 @@ _PRICES = "Prices in dollars an hour: the paper's, of AWS on demand"
 @with_options
 def plan(
     load: LoadOptions,
-    target_hit: Annotated[float, number("--target-hit", "The share of hits to reach, such as 0.8.", above=True, most=1)],
+    target_hit: Annotated[
+        float, number("--target-hit", "The share of hits to reach, such as 0.8.", above=True, most=1)
+    ],
     rates: RateOptions,
     of: Annotated[
         Share,
@@ -144,6 +147,7 @@ def _print(document: dict[str, Any], of: Share) -> None:
     )
     out.print(rows)
     out.print(
-        f"\nThe last row is the cheapest mix that was found. The load costs ${without['dollars']:,.2f} without storage, "
+        f"\nThe last row is the cheapest mix that was found. The load costs ${without['dollars']:,.2f} without "
+        "storage, "
         f"so this saves {saved:.0%}."
     )

@@ -53,7 +53,9 @@ def mixes(measure: Measure, reaches: Reaches, footprint_gb: float, prices: Price
     if dram_gb is None:
         return
     best = math.inf
-    more = (dram_gb[0] * each for each in _DRAM_FACTORS) if dram_gb[0] else (footprint_gb * each for each in _DRAM_SHARES)
+    more = (
+        (dram_gb[0] * each for each in _DRAM_FACTORS) if dram_gb[0] else (footprint_gb * each for each in _DRAM_SHARES)
+    )
     for each_gb in (dram_gb[0], *more):
         each_gb = min(each_gb, footprint_gb)
         left = best - each_gb * prices.dram_gb  # What an SSD may cost for the mix to be cheaper.

@@ -24,12 +24,14 @@ def is_available() -> bool:
 def against_capacity(
     file: Path, lines: Sequence[tuple[str, Sequence[Result]]], capacities_gb: Sequence[float], *, tier: str, title: str
 ) -> None:
-    """One line a policy over the capacities of a tier (GiB): on time in DRAM, in any tier, and TTFT's p50 and p99."""
+    """One line a policy over the capacities of a tier (GiB): hits on time, hits, and times to the first token."""
     panels: list[tuple[str, str]] = [
         ("dram_on_time", "in DRAM on time, of turns with history"),
         ("hit_rate_history", "in DRAM or on SSD, of turns with history"),
         ("ttft_p50_s", "time to first token, p50 (s)"),
         ("ttft_p99_s", "time to first token, p99 (s)"),
+        ("service_ttft_p50_s", "the same without the queue, p50 (s)"),
+        ("service_ttft_p99_s", "the same without the queue, p99 (s)"),
     ]
     series = [
         (text, [(name, [getattr(each, field) for each in results]) for name, results in lines])
@@ -67,7 +69,9 @@ def draw(
 
 
 def _line(axes: Axes, name: str, y: Sequence[float]) -> Any:
-    (line,) = axes.plot(range(len(y)), y, marker="o", markersize=3, linestyle="--" if name in _BOUNDS else "-", label=name)
+    (line,) = axes.plot(
+        range(len(y)), y, marker="o", markersize=3, linestyle="--" if name in _BOUNDS else "-", label=name
+    )
     return line
 
 

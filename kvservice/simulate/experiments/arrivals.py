@@ -15,7 +15,8 @@ def measure(options: Options) -> Section:
     section = Section(
         "arrivals",
         "Arrivals",
-        f"0.5 to 2 sessions a second, {10 * scale:g} TiB of SSD: at 1.9 turns a second, which is overload throughout, and at 20, "
+        f"0.5 to 2 sessions a second, {10 * scale:g} TiB of SSD: at 1.9 turns a second, which is overload "
+        "throughout, and at 20, "
         "where there is no queue.",
     )
     hits: dict[tuple[str, float], float] = {}

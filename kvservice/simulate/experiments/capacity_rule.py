@@ -34,7 +34,8 @@ def measure(options: Options) -> Section:
         "capacity_rule",
         "How much is enough",
         f"Sessions end after an hour without a request. In an hour {distinct:.0f} distinct ones come, of at most "
-        f"{load.context_tokens} tokens: together they could fill {need_gb / 1024:.1f} TiB. Both tiers together have a share of "
+        f"{load.context_tokens} tokens: together they could fill {need_gb / 1024:.1f} TiB. Both tiers together "
+        "have a share of "
         f"that, {128 * scale:g} GiB of it DRAM. The paper: 51 % at 0.1, 98 % at 0.25.",
     )
     names = ("lru", "lookahead", "foresight")
@@ -55,7 +56,7 @@ def measure(options: Options) -> Section:
 
 
 def distinct_sessions(load: Workload, turns_per_s: float, window_s: float, warmup_turns: int) -> float:
-    """How many sessions have a turn in a window, in the mean, where a server takes `turns_per_s` in order of arrival."""
+    """How many sessions have a turn in a window, in the mean, where a server takes `turns_per_s` as they come."""
     session, count = load.session, load.turns
     waiting = [(float(load.arrives_s[turn]), turn) for turn in np.flatnonzero(np.diff(session, prepend=-1)).tolist()]
     heapq.heapify(waiting)

@@ -20,7 +20,8 @@ def measure(options: Options) -> Section:
     section = Section(
         "cost",
         "Cost",
-        "A GPU at $5 an hour, a GB of DRAM at $0.0088 and of SSD at $0.000082; 128 GB and 10 TB. First the paper's speedups "
+        "A GPU at $5 an hour, a GB of DRAM at $0.0088 and of SSD at $0.000082; 128 GB and 10 TB. First the "
+        "paper's speedups "
         "through our formula; then what the simulator finds for the overload's load.",
     )
     table = []
@@ -38,7 +39,16 @@ def measure(options: Options) -> Section:
     scale = shrunk(options.quick)
     machine, bare = paper_machine(10 * scale, 128 * scale), paper_machine(0, 0)
     without = play(load, bare, "none", warmup)
-    rows = [("`none`", f"{without.gpu_hours:.2f}", "1", f"{without.prefill_tokens_per_s:,.0f}", f"{without.cost_dollars:.2f}", "")]
+    rows = [
+        (
+            "`none`",
+            f"{without.gpu_hours:.2f}",
+            "1",
+            f"{without.prefill_tokens_per_s:,.0f}",
+            f"{without.cost_dollars:.2f}",
+            "",
+        )
+    ]
     for name in ("lru", "lookahead", "foresight"):
         found = play(load, machine, name, warmup)
         rows.append(

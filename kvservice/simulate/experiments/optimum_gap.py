@@ -15,7 +15,8 @@ def measure(options: Options) -> Section:
     section = Section(
         "optimum_gap",
         "The distance to the optimum",
-        "The same load and sizes; a server that is overloaded (1.9 turns a second), nearly keeps up (5.2), and never has a "
+        "The same load and sizes; a server that is overloaded (1.9 turns a second), nearly keeps up (5.2), and "
+        "never has a "
         "queue (20). `optimum` has the same tiers and bandwidth and knows every future request.",
     )
     names = (*POLICIES, "optimum")
@@ -32,7 +33,8 @@ def measure(options: Options) -> Section:
                     section.at_most(f"`lookahead` below `optimum`, `{what}`, {ssd_tb * scale:g} TiB", gap, 3, " points")
     section.table("In percent:", ("Turns/s / SSD (TiB)", "", *(f"`{name}`" for name in names)), table)
     section.notes.append(
-        "With an empty queue `lookahead` sees nothing: it falls back to what it would do for sessions without a request, "
+        "With an empty queue `lookahead` sees nothing: it falls back to what it would do for sessions without a "
+        "request, "
         "and its fetches begin when the request's turn has come."
     )
     return section

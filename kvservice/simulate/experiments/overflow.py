@@ -14,8 +14,10 @@ def measure(options: Options) -> Section:
     section = Section(
         "overflow",
         "Conversations that outgrow the window",
-        f"The overload's load with {10 * scale:g} TiB of SSD. Cut by half of the window, a session's KV is reused at its new "
-        "positions; where positions are coupled to keys (`--overflow-drops`) it is lost. The paper loses 17.6 and 41.5 points.",
+        f"The overload's load with {10 * scale:g} TiB of SSD. Cut by half of the window, a session's KV is "
+        "reused at its new "
+        "positions; where positions are coupled to keys (`--overflow-drops`) it is lost. The paper loses 17.6 "
+        "and 41.5 points.",
     )
     table = []
     for title, kv_mb, context, (least, most) in MODELS:

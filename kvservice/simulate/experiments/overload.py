@@ -27,7 +27,8 @@ def measure(options: Options) -> Section:
     section = Section(
         "overload",
         "Overload: the queue knows what comes",
-        f"{load.sessions:,} conversations, one a second, at 1.9 turns a second ({load.turns:,} turns, {warmup:,} of them to "
+        f"{load.sessions:,} conversations, one a second, at 1.9 turns a second ({load.turns:,} turns, "
+        f"{warmup:,} of them to "
         f"warm up); {128 * scale:g} GiB of DRAM, an SSD that moves 5 GiB/s, 0.78 MiB of KV a token.",
     )
     found = {}
@@ -37,7 +38,9 @@ def measure(options: Options) -> Section:
         section.table(f"{ssd_tb * scale:g} TiB of SSD, shares in percent:", COLUMNS, rows(found[ssd_tb]))
     limited = found[2.0]
     ahead = limited["lookahead"].hit_rate
-    section.at_least("`lookahead` over `lru`, 2 TiB, hits of all turns", points(ahead, limited["lru"].hit_rate), 27, " points")
+    section.at_least(
+        "`lookahead` over `lru`, 2 TiB, hits of all turns", points(ahead, limited["lru"].hit_rate), 27, " points"
+    )
     section.at_least("`lookahead` over `fifo`, 2 TiB", points(ahead, limited["fifo"].hit_rate), 31, " points")
     section.at_least(
         "`lookahead`'s hits in DRAM on time, least of the three",

@@ -31,8 +31,10 @@ def measure(options: Options) -> Section | None:
     section = Section(
         "shared_prefixes",
         "Shared prefixes, by the block",
-        f"Mooncake's conversation trace: {load.turns:,} requests, blocks of {load.block_tokens} tokens, {footprint / GIB:,.0f} GiB "
-        "of KV in all (128 KiB a token). DRAM for a share of that and no SSD: the share of blocks found, of all blocks asked "
+        f"Mooncake's conversation trace: {load.turns:,} requests, blocks of {load.block_tokens} tokens, "
+        f"{footprint / GIB:,.0f} GiB "
+        "of KV in all (128 KiB a token). DRAM for a share of that and no SSD: the share of blocks found, of all "
+        "blocks asked "
         "for, in percent. A path's hits end at its first block that is missing.",
         needs_traces=True,
     )
@@ -54,7 +56,9 @@ def measure(options: Options) -> Section | None:
         ours = 100 * (found["foresight"].hit_rate - best)
         section.at_least(f"DRAM {share:.0%}: `foresight` over the best of the others", ours, -1, " points")
         most = max(found[name].hit_rate for name in POLICIES)
-        section.at_least(f"DRAM {share:.0%}: `optimum` over the best", 100 * (found["optimum"].hit_rate - most), 0, " points")
+        section.at_least(
+            f"DRAM {share:.0%}: `optimum` over the best", 100 * (found["optimum"].hit_rate - most), 0, " points"
+        )
     section.table("", ("DRAM", *(f"`{name}`" for name in (*POLICIES, "optimum", "infinite"))), table)
     if options.pictures is not None:
         section.pictures = ["policies-shared-prefixes.svg"]

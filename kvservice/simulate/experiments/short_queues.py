@@ -58,8 +58,10 @@ def measure(options: Options) -> Section:
     section = Section(
         "short_queues",
         "Short queues: only return times tell",
-        f"{users:,} people at a service ({users * 22:,} turns; gaps of 6/12/18/43/87/140 s at p1/p5/p10/p50/p90/p99), a server "
-        "that keeps up, DRAM for a share of the KV of those who are there, an SSD of 5 GiB/s with room for all. The share of "
+        f"{users:,} people at a service ({users * 22:,} turns; gaps of 6/12/18/43/87/140 s at "
+        "p1/p5/p10/p50/p90/p99), a server "
+        "that keeps up, DRAM for a share of the KV of those who are there, an SSD of 5 GiB/s with room for all. "
+        "The share of "
         f"turns with history whose KV is in DRAM on time, mean of {len(seeds)} seeds, in percent.",
     )
     curves: dict[float, dict[str, list[Result]]] = {}
@@ -67,7 +69,7 @@ def measure(options: Options) -> Section:
         table = []
         curves[utilisation] = {name: [] for name in NAMES}
         for share in SHARES:
-            found = {name: [] for name in NAMES}
+            found: dict[str, list[Result]] = {name: [] for name in NAMES}
             for seed in seeds:
                 setting = Setting.of(_people(users, "people", seed), utilisation, share)
                 for name in NAMES:
@@ -75,14 +77,19 @@ def measure(options: Options) -> Section:
             for name in NAMES:
                 curves[utilisation][name].append(found[name][0])
             table.append((f"{share:.0%}", *(percent(_on_time(found[name])) for name in NAMES), _written(found)))
-            _judge(section, f"{utilisation:g} of capacity, DRAM {share:.0%}", found, factor=2.0 if share < 0.4 else None)
+            _judge(
+                section, f"{utilisation:g} of capacity, DRAM {share:.0%}", found, factor=2.0 if share < 0.4 else None
+            )
         columns = ("DRAM", *(f"`{name}`" for name in NAMES), "Written: `foresight` / `lru`")
         section.table(f"At {utilisation:g} of the server's capacity:", columns, table)
     _other_shapes(section, options, users)
     if options.pictures is not None:
         section.pictures = ["policies-short-queues.svg"]
         panels = [
-            (f"in DRAM on time, server at {utilisation:g}", [(n, [r.dram_on_time for r in rs]) for n, rs in lines.items()])
+            (
+                f"in DRAM on time, server at {utilisation:g}",
+                [(n, [r.dram_on_time for r in rs]) for n, rs in lines.items()],
+            )
             for utilisation, lines in curves.items()
         ]
         x = [100 * share for share in SHARES]
@@ -106,7 +113,9 @@ def _other_shapes(section: Section, options: Options, users: int) -> None:
             found = {name: [setting.play(name)] for name in NAMES}
             table.append((kind, f"{share:.0%}", *(percent(_on_time(found[name])) for name in NAMES), _written(found)))
             bound = _on_time(found["distribution-bound"])
-            section.at_least(f"{kind}, DRAM {share:.0%}: `foresight`, of the bound", _on_time(found["foresight"]) / bound, 0.9)
+            section.at_least(
+                f"{kind}, DRAM {share:.0%}: `foresight`, of the bound", _on_time(found["foresight"]) / bound, 0.9
+            )
     columns = ("Gaps", "DRAM", *(f"`{name}`" for name in NAMES), "Written: `foresight` / `lru`")
     section.table("Other people, at 0.7 of the server's capacity:", columns, table)
 
@@ -136,6 +145,8 @@ def _judge(section: Section, where: str, found: dict[str, list[Result]], factor:
     section.at_least(f"{where}: `foresight`, of the bound", ours / bound, 0.9)
     if factor is not None:
         section.at_least(f"{where}: `foresight`, times the best of the others", ours / best, factor)
-    section.at_least(f"{where}: learning is worth", 100 * (ours - _on_time(found["foresight-unlearned"])), 10, " points")
+    section.at_least(
+        f"{where}: learning is worth", 100 * (ours - _on_time(found["foresight-unlearned"])), 10, " points"
+    )
     written = [fmean(each.ssd_written_gb for each in found[name]) for name in ("foresight", "lru")]
     section.at_most(f"{where}: written to SSD, of what `lru` writes", written[0] / written[1], 1.0)

@@ -38,7 +38,8 @@ def measure(options: Options) -> Section:
     section = Section(
         "speed",
         "The simulator's speed",
-        f"On one core, medians of {ROUNDS} rounds. Overload: thousands wait; people: a short queue, DRAM for 10 % of the live set.",
+        f"On one core, medians of {ROUNDS} rounds. Overload: thousands wait; people: a short queue, DRAM for 10 "
+        "% of the live set.",
     )
     scale = shrunk(options.quick)
     overload, _ = paper_load(options.quick)

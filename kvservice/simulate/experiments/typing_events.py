@@ -50,12 +50,23 @@ def measure(options: Options) -> Section:
             section.at_most(f"{where}: written, of `lru`'s", ours["true"].ssd_written_gb / lru.ssd_written_gb, 1.0)
     section.table(
         "`foresight` beside `optimum` and `lru`:",
-        ("Server", "DRAM", "True", f"{FALSE_SHARE:.0%} false", "None", "`optimum`", "`lru`", "SSD reads", "Written / `lru`'s"),
+        (
+            "Server",
+            "DRAM",
+            "True",
+            f"{FALSE_SHARE:.0%} false",
+            "None",
+            "`optimum`",
+            "`lru`",
+            "SSD reads",
+            "Written / `lru`'s",
+        ),
         table,
     )
     section.commands = [
         f"kvctl simulate --trace people --sessions {users} --session-rate {USER_RATE:g} --typing-lead-s 2:5 "
-        "--false-hints 0.6 --policy foresight,optimum,lru --dram-gb 8 --ssd-gb 102400 --ssd-gbps 5 --kv-mb-per-token 0.125 "
+        "--false-hints 0.6 --policy foresight,optimum,lru --dram-gb 8 --ssd-gb 102400 --ssd-gbps 5 "
+        "--kv-mb-per-token 0.125 "
         "--service-turns-per-s 4.9"
     ]
     return section
