@@ -35,22 +35,23 @@ def typing_hints(
     if not 0 <= false_share < 1:
         raise ValueError(f"the share of false hints must be 0 or more and below 1, not {false_share}")
     hinted = np.flatnonzero(session[1:] == session[:-1]) + 1
-    lead = np.minimum(rng.uniform(least, most, len(hinted)), think_s[hinted])
+    thinks = think_s[hinted]
+    lead = np.minimum(rng.uniform(least, most, len(hinted)), thinks)
 
-    thinking = np.cumsum(think_s[hinted])
-    wrong = round(len(hinted) * false_share / (1 - false_share)) if len(hinted) and thinking[-1] > 0 else 0
-    moments = rng.uniform(0.0, thinking[-1] if wrong else 0.0, wrong)
-    which = np.minimum(np.searchsorted(thinking, moments, side="right"), len(hinted) - 1)
-    since_answer = moments - (thinking[which] - think_s[hinted[which]])
-
-    # In the order of the answers that they follow, then of time: the order in which one session says them.
-    answer = np.concatenate([hinted, hinted[which]]) - 1
-    at = np.concatenate([think_s[hinted] - lead, since_answer])
-    order = np.lexsort((at, answer))
+    # One clock that runs through all think times, one after the other: a moment of it is a moment of a session that
+    # thinks, and its order is that of the answers and, after each, of time.
+    ends = np.cumsum(thinks)
+    begins = np.concatenate([[0.0], ends])[: len(ends)]
+    true = np.maximum(ends - lead, begins)
+    wrong = np.empty(0)
+    if len(ends) and ends[-1] > 0:
+        wrong = rng.uniform(0.0, ends[-1], round(len(hinted) * false_share / (1 - false_share)))
+    which = np.minimum(np.searchsorted(ends, wrong, side="right"), len(ends) - 1)
+    order = np.argsort(np.concatenate([true, wrong]), kind="stable")
     return Hints(
-        turn=np.concatenate([hinted, -hinted[which]])[order],  # -answer - 1
+        turn=np.concatenate([hinted, -hinted[which]])[order],  # `hinted - 1` is the turn whose answer it follows.
         kind=np.full(len(order), _TYPING, np.int8),
-        lead_s=np.concatenate([lead, since_answer])[order],
+        lead_s=np.concatenate([lead, wrong - begins[which]])[order],
     )
 
 
