@@ -41,86 +41,77 @@ class Engine:
         self.workload = workload
         self.machine = machine
         self.policy = policy
-        self.next_turn, self._firsts = _turns_of_sessions(workload)
-        first_at = workload.arrives_s[self._firsts]
+        self.next_turn, firsts = _turns_of_sessions(workload)
+        first_at = workload.arrives_s[firsts]
         if np.isnan(first_at).any():
             raise ValueError("a session's first turn has no time of arrival")
         order = np.argsort(first_at, kind="stable")
-        self._firsts = self._firsts[order]
+        self._firsts = firsts[order]
         self._first_at = first_at[order]
+        self._gap_hints, self._hint_begins = _hints_by_gap(workload, self.next_turn)
         self.now_s = float(self._first_at[0]) if len(order) else 0.0
         self.conditions = Conditions(machine.dram_bytes, machine.ssd_bytes, machine.ssd_bytes_per_s)
         self.server = server_of(machine)
-        self.items = ItemTable(workload.sessions, self.conditions)
-        self.mover = Mover(self.items, machine, policy, 0, self.now_s)
+        row_count = len(workload.item_blocks) if workload.shares_prefixes else workload.sessions
+        self.items = ItemTable(row_count, self.conditions)
+        block_bytes = workload.block_tokens * machine.kv_bytes_per_token
+        self.mover = Mover(self.items, machine, policy, block_bytes, self.now_s)
         self.account = Account(workload, machine, warmup_turns)
-        self.reads = SessionTurns(workload, machine, policy, self.items, self.mover, self.account)
+        kind = PrefixTurns if workload.shares_prefixes else SessionTurns
+        self.reads = kind(workload, machine, policy, self.items, self.mover, self.account)
+        self._queue: deque[int] = deque()
+        self._rows: deque[int] = deque()  # The same by rows, for a policy that looks ahead.
+        self._called: list[_Called] = []
+        self._looks = overrides(policy, "promotions")
+        self._came_at_s = memoryview(np.zeros(workload.sessions))
+        self._measured_s, self._measured_read_s = self.now_s, 0.0
 
     def run(self) -> Result:
-        workload, policy, items, server = self.workload, self.policy, self.items, self.server
-        reads, mover, account, conditions = self.reads, self.mover, self.account, self.conditions
-        channel, machine = mover.channel, self.machine
-        advance = channel.advance
-        tells_queued = overrides(policy, "queued")
+        """Play the workload to its end."""
+        workload, machine, policy = self.workload, self.machine, self.policy
+        reads, server, conditions, queue, called = self.reads, self.server, self.conditions, self._queue, self._called
+        advance = self.mover.channel.advance
+        dispatch = self._dispatch_ready if machine.readiness_aware else self._dispatch_first
         turn_count = workload.turns
-        session = memoryview(workload.session)
+        hint_count = len(self._gap_hints)
+        session, came_at_s = memoryview(workload.session), self._came_at_s
         arrives_s, think_s = memoryview(workload.arrives_s), memoryview(workload.think_s)
-        next_turn, outputs = memoryview(self.next_turn), memoryview(workload.output_tokens)
-        new_tokens = memoryview(workload.new_tokens)
+        next_turn = memoryview(self.next_turn)
         firsts, first_at_s = memoryview(self._firsts), memoryview(self._first_at)
-        came_at_s = memoryview(np.zeros(workload.sessions))
-        queue: deque[int] = deque()
-        rows: deque[int] = deque()
-        # Times with what happens: below `turn_count` the turn's answer ends, below twice that it comes, then hints.
+        foretell = getattr(policy, "foretell", None)
+        ttl_s = machine.session_ttl_s
+        expires = math.isfinite(ttl_s)
+        # When what happens: a turn's answer ends (below `turn_count`), it comes, a hint comes, its session expires.
         events: list[tuple[float, int]] = []
-        first, ended, came = 0, 0, 0
+        push, pop = heapq.heappush, heapq.heappop
+        first = ended = came = 0
         next_first_s = first_at_s[0] if turn_count else math.inf
         now_s = self.now_s
-        account.start(mover, now_s)
-        link_s = machine.kv_bytes_per_token / machine.link_bytes_per_s
-        token_s = 1.0 / machine.prefill_tokens_per_s
-        conditions.turns_per_s = server.turns_per_s()
+        self.account.start(self.mover, now_s)
+        conditions.turns_per_s = server.turns_per_s
         while ended < turn_count:
             when = events[0][0] if events else math.inf
             if next_first_s < when:
                 when = next_first_s
             look_at_s = policy.look_at_s
-            if queue:
+            if queue or called:
                 at = server.free_at_s
                 if at < now_s:
                     at = now_s
+                if called and not queue:
+                    at = max(at, called[0].loaded_s)
                 if at < when and at <= look_at_s:
                     now_s = at
                     advance(now_s)
-                    turn = queue.popleft()
-                    rows.popleft()
-                    number = account.dispatched
-                    if number == account.warmup_turns:
-                        account.start(mover, now_s)
-                    wanted = reads.dispatch(turn, now_s)
-                    loaded_s = channel.demand(wanted) if wanted else now_s
-                    history, missing = account.history_tokens[number], account.missing_tokens[number]
-                    prefill_s = max((history - missing) * link_s, (new_tokens[turn] + missing) * token_s)
-                    begins_s, ends_s = server.take(now_s, loaded_s, prefill_s, outputs[turn])
-                    heapq.heappush(events, (ends_s, turn))
-                    account.turn[number] = turn
-                    account.wait_s[number] = now_s - came_at_s[session[turn]]
-                    account.load_s[number] = begins_s - now_s
-                    account.queued[number] = len(queue)
-                    account.dispatched = number + 1
-                    conditions.served = number + 1
-                    conditions.queued = len(queue)
+                    taken = dispatch(now_s)
+                    if taken is not None:
+                        push(events, taken)
                     continue
             if look_at_s < when:
                 if look_at_s > now_s:
                     now_s = look_at_s
                 advance(now_s)
-                conditions.read_backlog_s = channel.read_backlog_s()
-                conditions.written_bytes = channel.written_bytes
-                for row, deadline_s, worth in policy.promotions(items, rows, now_s):
-                    mover.promote(row, deadline_s, worth)
-                if policy.look_at_s <= now_s:
-                    raise RuntimeError(f"{policy.name} did not say when to ask it again")
+                self._look(now_s)
                 continue
             now_s = when
             advance(now_s)
@@ -129,29 +120,124 @@ class Engine:
                 first += 1
                 next_first_s = first_at_s[first] if first < len(firsts) else math.inf
             else:
-                turn = heapq.heappop(events)[1]
+                turn = pop(events)[1]
                 if turn < turn_count:
                     ended += 1
-                    server.ended(now_s)
+                    server.ended()
                     following = next_turn[turn]
-                    reads.stored(turn, following < 0, now_s)
+                    at = math.inf
                     if following >= 0:
                         at = arrives_s[following]
                         if at != at:
                             at = now_s + think_s[following]
-                        heapq.heappush(events, (at if at > now_s else now_s, turn_count + following))
+                        elif at < now_s:
+                            at = now_s
+                        push(events, (at, turn_count + following))
+                    if foretell is not None:
+                        foretell(session[turn], at)
+                    reads.stored(turn, following < 0, now_s)
+                    if hint_count:
+                        self._plan_hints(events, turn, at, now_s)
+                    if expires:
+                        push(events, (now_s + ttl_s, 2 * turn_count + hint_count + turn))
                     continue
                 turn -= turn_count
+                if turn >= turn_count:
+                    turn -= turn_count
+                    if turn < hint_count:
+                        hint = self._gap_hints[turn]
+                        reads.hinted(hint.after, hint.kind, now_s)
+                    else:
+                        reads.expire(turn - hint_count, now_s - ttl_s + _LATER_S, now_s)
+                    continue
             came_at_s[session[turn]] = now_s
             queue.append(turn)
-            rows.append(reads.queue_row(turn))
-            reads.came(turn, came)
-            came += 1
+            if self._looks:
+                self._rows.extend(reads.rows(turn))
             conditions.queued = len(queue)
-            if tells_queued:
-                policy.queued(items, reads.queue_row(turn), now_s)
+            reads.came(turn, came, now_s)
+            came += 1
         advance(now_s)
-        return account.result(policy.name, mover, now_s)
+        return self.account.result(policy.name, self.mover, now_s)
+
+    def _dispatch_first(self, now_s: float) -> tuple[float, int]:
+        """The first in the queue gets the server. Returns when its answer ends, and the turn."""
+        turn, number, loaded_s = self._call(now_s)
+        return self._take(turn, number, now_s, loaded_s, now_s)
+
+    def _dispatch_ready(self, now_s: float) -> tuple[float, int] | None:
+        """The server goes to the first whose KV is there, unless one that waits for its own was passed over enough.
+
+        None where the first in the queue was called only: its KV is read, and another may have the server.
+        """
+        called = self._called
+        if called:
+            soonest = called[0]
+            impatient = any(other.passed >= PASSED_OVER for other in called)
+            if soonest.loaded_s <= now_s or impatient or len(called) >= PASSED_OVER or not self._queue:
+                heapq.heappop(called)
+                return self._take(soonest.turn, soonest.number, soonest.called_s, soonest.loaded_s, now_s)
+        turn, number, loaded_s = self._call(now_s)
+        if loaded_s > now_s:
+            heapq.heappush(called, _Called(loaded_s, turn, number, now_s))
+            return None
+        for other in called:
+            other.passed += 1
+        return self._take(turn, number, now_s, loaded_s, now_s)
+
+    def _call(self, now_s: float) -> tuple[int, int, float]:
+        """The time of the first in the queue has come. Returns its turn, its number, and when its KV is there."""
+        account, conditions = self.account, self.conditions
+        turn = self._queue.popleft()
+        number = account.dispatched
+        if number == account.warmup_turns:
+            account.start(self.mover, now_s)
+        if self._looks:
+            for _ in self.reads.rows(turn):
+                self._rows.popleft()
+            self._measure(now_s)
+        conditions.served = number + 1
+        conditions.queued = len(self._queue)
+        wanted = self.reads.dispatch(turn, now_s)
+        account.turn[number] = turn
+        account.wait_s[number] = now_s - self._came_at_s[self.workload_session[turn]]
+        account.queued[number] = len(self._queue)
+        account.dispatched = number + 1
+        return turn, number, self.mover.channel.demand(wanted) if wanted else now_s
+
+    def _take(self, turn: int, number: int, called_s: float, loaded_s: float, now_s: float) -> tuple[float, int]:
+        account = self.account
+        prefill_s = account.prefill_s(turn, number)
+        begins_s, ends_s = self.server.take(now_s, loaded_s, prefill_s, self._outputs[turn])
+        self.conditions.turns_per_s = self.server.turns_per_s
+        account.load_s[number] = begins_s - called_s
+        return ends_s, turn
+
+    def _look(self, now_s: float) -> None:
+        policy, mover = self.policy, self.mover
+        self._measure(now_s)
+        for row, deadline_s, worth in policy.promotions(self.items, self._rows, now_s):
+            mover.promote(row, deadline_s, worth)
+        if policy.look_at_s <= now_s:
+            raise RuntimeError(f"{policy.name} did not say when to ask it again")
+
+    def _measure(self, now_s: float) -> None:
+        """What a policy may know of the channel."""
+        channel, conditions = self.mover.channel, self.conditions
+        conditions.read_backlog_s = channel.read_backlog_s()
+        conditions.written_bytes = channel.written_bytes
+        passed_s = now_s - self._measured_s
+        if passed_s >= _MEASURE_S / 64:
+            share = min(1.0, (channel.read_s - self._measured_read_s) / passed_s)
+            conditions.read_busy += (share - conditions.read_busy) * -math.expm1(-passed_s / _MEASURE_S)
+            self._measured_s, self._measured_read_s = now_s, channel.read_s
+
+    def _plan_hints(self, events: list[tuple[float, int]], turn: int, next_at_s: float, now_s: float) -> None:
+        for index in range(self._hint_begins[turn], self._hint_begins[turn + 1]):
+            hint = self._gap_hints[index]
+            at = now_s + hint.lead_s if hint.is_wrong else max(now_s, next_at_s - hint.lead_s)
+            if at < next_at_s:
+                heapq.heappush(events, (at, 2 * self.workload.turns + index))
 
 
 def _turns_of_sessions(workload: Workload) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

@@ -155,9 +155,10 @@ class Mover:
 
     def promote(self, row: int, deadline_s: float, worth: float) -> None:
         """Ask for what SSD has of the item and DRAM lacks, or change what was asked."""
-        if row in self._worth or (self._ssd[row] > self._dram[row] and not self._in_use[row]):
+        lacks = self._ssd[row] - self._dram[row]
+        if row in self._worth or (lacks > 0 and not self._in_use[row]):
             self._worth[row] = worth
-            self.channel.promote(row, deadline_s)
+            self.channel.promote(row, deadline_s, lacks)
 
     def is_asked_for(self, row: int) -> bool:
         return row in self._worth
