@@ -1,11 +1,24 @@
 """Placement policies: pure functions of (state, now). No I/O, no clock, no lock, no tier.
 
-A policy decides, the store's mover carries out. ``base`` is the interface; one file a policy.
+A policy decides, a mover carries out. ``base`` is the interface, ``placement`` what policies over ``items``
+(sessions, shared prefixes) hear and answer besides; one file a policy.
 """
 
+from collections.abc import Callable
+
+from kvservice.blocks import BlockTable
 from kvservice.policy.base import Policy
+from kvservice.policy.fifo import FifoPolicy
 from kvservice.policy.lru import LruPolicy
+from kvservice.policy.placement import Placement
 
-POLICIES: dict[str, type[Policy]] = {"lru": LruPolicy}
+#: By name, what makes each policy over items. Each run has an instance of its own.
+PLACEMENTS: dict[str, Callable[[], Placement]] = {
+    "lru": LruPolicy,
+    "fifo": FifoPolicy,
+}
 
-__all__ = ["POLICIES", "LruPolicy", "Policy"]
+#: Those that also rank single blocks: what the daemon can run.
+POLICIES: dict[str, type[Policy[BlockTable]]] = {"lru": LruPolicy}
+
+__all__ = ["PLACEMENTS", "POLICIES", "FifoPolicy", "LruPolicy", "Placement", "Policy"]

@@ -21,6 +21,8 @@ class Placement:
     """
 
     name: ClassVar[str]
+    #: Whether a session leaves a tier whole, as in the paper, or only as much of its end as is needed.
+    whole_items: ClassVar[bool] = False
     #: The next time to ask for promotions; a method that is told something may bring it forward to `now_s`.
     look_at_s: float = math.inf
 
@@ -35,6 +37,9 @@ class Placement:
 
     def hinted(self, items: ItemTable, row: int, hint: Hint, now_s: float) -> None:
         """The application said something about the item's session."""
+
+    def arrived(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
+        """The first bytes of the item came into `tier`, which had none. Of one request's items the suffix is first."""
 
     def left(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
         """Bytes of the item left `tier` to make room: its end, or all of it."""
