@@ -1,0 +1,182 @@
+"""The SSD's channel: so many bytes a second for reads and writes together, and who gets them first."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections import deque
+from typing import Protocol
+
+NO_ROW = -1
+#: Writes that a demotion waits for may be this far behind, in seconds of the channel. What would come on top is lost.
+OWED_LIMIT_S = 10.0
+
+
+class Transfers(Protocol):
+    """Who is told when bytes move. `now_s` is the moment itself, which may lie before the caller's."""
+
+    def begin_read(self, row: int, now_s: float) -> int:
+        """A promotion's turn has come: returns the bytes to read, 0 to drop it. May call `Channel.owe`."""
+
+    def end_read(self, row: int, size_bytes: int, now_s: float) -> None: ...
+
+    def begin_write(self, row: int, now_s: float) -> int:
+        """A copy's turn has come: returns the bytes to write, 0 to drop it."""
+
+    def end_write(self, row: int, size_bytes: int, now_s: float) -> None: ...
+
+
+class Channel:
+    """Evaluated when somebody asks: `advance` does all that happened since it was last called.
+
+    First come the reads that a running request waits for, then writes without which a place in DRAM that was
+    given away would not be free, then promotions by deadline, then write-behind in the order in which it was
+    asked for. What comes first interrupts what comes later, which keeps what it has done.
+    """
+
+    __slots__ = (
+        "_demand_until_s", "_left", "_owed_s", "_promotions", "_rate", "_sizes", "_transfers", "_write_left",
+        "_write_size", "_writes", "deadlines", "now_s", "read_bytes", "read_s", "write_row", "written_bytes",
+    )  # fmt: skip
+
+    def __init__(self, bytes_per_s: float, transfers: Transfers, start_s: float = 0.0) -> None:
+        self._rate = bytes_per_s
+        self._transfers = transfers
+        self.now_s = start_s
+        self._demand_until_s = start_s
+        self._owed_s = 0.0
+        self._promotions: list[tuple[float, int]] = []  # Sorted.
+        self.deadlines: dict[int, float] = {}  # Of every promotion that has not ended, by row.
+        self._left: dict[int, float] = {}  # Bytes, of those that have begun.
+        self._sizes: dict[int, int] = {}
+        self._writes: deque[int] = deque()
+        self.write_row = NO_ROW
+        self._write_size = 0
+        self._write_left = 0.0
+        self.read_bytes = 0
+        self.written_bytes = 0
+        self.read_s = 0.0  # How long it has read.
+
+    def advance(self, now_s: float) -> None:
+        """Do what happens until `now_s`."""
+        at = self.now_s
+        if now_s <= at:
+            return
+        if self._demand_until_s > at:
+            at = min(self._demand_until_s, now_s)
+        rate = self._rate
+        while at < now_s:
+            self.now_s = at
+            if self._owed_s > 0.0:
+                step = min(self._owed_s, now_s - at)
+                self._owed_s = 0.0 if step == self._owed_s else self._owed_s - step
+                at += step
+            elif self._promotions:
+                row = self._promotions[0][1]
+                if row not in self._left:
+                    size = self._transfers.begin_read(row, at)
+                    if size <= 0:
+                        self._forget(row)
+                        continue
+                    self._left[row] = size
+                    self._sizes[row] = size
+                    continue  # Making room for it may have to wait for writes.
+                left = self._left[row]
+                end = at + left / rate
+                if end > now_s:
+                    self._left[row] = left - (now_s - at) * rate
+                    self.read_s += now_s - at
+                    break
+                self.read_s += end - at
+                at = self.now_s = end
+                size = self._sizes[row]
+                self._forget(row)
+                self.read_bytes += size
+                self._transfers.end_read(row, size, at)
+            elif self.write_row >= 0:
+                end = at + self._write_left / rate
+                if end > now_s:
+                    self._write_left -= (now_s - at) * rate
+                    break
+                at = self.now_s = end
+                self._end_write(at)
+            elif self._writes:
+                row = self._writes.popleft()
+                size = self._transfers.begin_write(row, at)
+                if size > 0:
+                    self.write_row = row
+                    self._write_size = size
+                    self._write_left = size
+            else:
+                break
+        self.now_s = now_s
+
+    def demand(self, size_bytes: int) -> float:
+        """A running request waits for these bytes. Returns when they are there."""
+        start = max(self.now_s, self._demand_until_s)
+        self._demand_until_s = start + size_bytes / self._rate
+        self.read_bytes += size_bytes
+        self.read_s += size_bytes / self._rate
+        return self._demand_until_s
+
+    def may_owe(self, size_bytes: int) -> bool:
+        """Whether so much more may wait to be written without a place in DRAM."""
+        return self._owed_s + size_bytes / self._rate <= OWED_LIMIT_S
+
+    def owe(self, size_bytes: int) -> None:
+        """Write bytes whose place in DRAM is given away at once."""
+        self._owed_s += size_bytes / self._rate
+        self.written_bytes += size_bytes
+
+    def write(self, row: int) -> None:
+        """Copy the row's bytes when there is nothing better to do."""
+        self._writes.append(row)
+
+    def finish_write(self) -> None:
+        """End the running copy at once: what is left of it is owed."""
+        self._owed_s += self._write_left / self._rate
+        self._end_write(self.now_s)
+
+    def _end_write(self, now_s: float) -> None:
+        row, size = self.write_row, self._write_size
+        self.write_row = NO_ROW
+        self.written_bytes += size
+        self._transfers.end_write(row, size, now_s)
+
+    def promote(self, row: int, deadline_s: float) -> None:
+        """Read the row's bytes by the deadline, or change the deadline of what was asked for before."""
+        old = self.deadlines.get(row)
+        if old is not None:
+            if old == deadline_s:
+                return
+            self._drop(row, old)
+        self.deadlines[row] = deadline_s
+        bisect.insort(self._promotions, (deadline_s, row))
+
+    def cancel(self, row: int) -> tuple[int, int]:
+        """Stop a promotion. Returns the bytes that had come and those that had been asked for in all, 0 before it began."""
+        self._forget_queued(row)
+        size = self._sizes.pop(row, 0)
+        left = self._left.pop(row, 0.0)
+        done = max(0, size - math.ceil(left))
+        self.read_bytes += done
+        return done, size
+
+    def latest_reading(self) -> int:
+        """The row of the promotion that has begun and has the latest deadline, or NO_ROW."""
+        return max(self._left, key=lambda row: (self.deadlines[row], row), default=NO_ROW)
+
+    def read_backlog_s(self) -> float:
+        """How long it will read what it was asked for and has begun, or what a request waits for."""
+        return max(0.0, self._demand_until_s - self.now_s) + sum(self._left.values()) / self._rate
+
+    def _forget(self, row: int) -> None:
+        self._forget_queued(row)
+        self._left.pop(row, None)
+        self._sizes.pop(row, None)
+
+    def _forget_queued(self, row: int) -> None:
+        self._drop(row, self.deadlines.pop(row))
+
+    def _drop(self, row: int, deadline_s: float) -> None:
+        del self._promotions[bisect.bisect_left(self._promotions, (deadline_s, row))]

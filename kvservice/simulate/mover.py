@@ -1,0 +1,340 @@
+"""Carries out what a policy decides: bytes between DRAM and SSD, within each tier's capacity at every moment.
+
+A tier holds a prefix of an item. What is in DRAM and not on SSD is copied there in the background, the same for
+every policy. What leaves DRAM before that is written at once where the policy wants it on SSD (the channel is busy
+with it later: the place is free now), and lost where it does not or where too much waits to be written.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from kvservice.blocks import TierName
+from kvservice.policy.items import NOT_QUEUED, ItemTable
+from kvservice.policy.placement import Placement
+from kvservice.simulate.channel import Channel
+from kvservice.simulate.settings import Machine
+from kvservice.simulate.space import NO_ROW, Space, Touches
+
+#: Where blocks do not say it, an item's end is cut by this share of it.
+_CUTS = 64
+
+
+def overrides(policy: Placement, method: str) -> bool:
+    """Whether the policy has an answer of its own."""
+    return getattr(type(policy), method) is not getattr(Placement, method)
+
+
+class Mover:
+    """Owns what is where. The engine tells it of requests, the channel of transfers."""
+
+    def __init__(
+        self, items: ItemTable, machine: Machine, policy: Placement, block_bytes: int, start_s: float = 0.0
+    ) -> None:
+        self.items = items
+        self.policy = policy
+        self._block_bytes = block_bytes  # 0 for sessions.
+        self._whole = policy.whole_items and not block_bytes
+        self.touches = Touches(items.row_count)
+        self.touched = self.touches.last
+        self.dram = Space(TierName.DRAM, machine.dram_bytes, items, policy, self.touches)
+        self.ssd = Space(TierName.SSD, machine.ssd_bytes, items, policy, self.touches)
+        self.channel = Channel(machine.ssd_bytes_per_s, self, start_s)
+        self._size = memoryview(items.size_bytes)
+        self._dram = memoryview(items.dram_bytes)
+        self._ssd = memoryview(items.ssd_bytes)
+        self._coming = memoryview(items.coming_bytes)
+        self._in_use = memoryview(items.in_use)
+        self._queue_seq = memoryview(items.queue_seq)
+        self._dram_seq = memoryview(items.dram_seq)
+        self._ssd_seq = memoryview(items.ssd_seq)
+        self._unwanted = memoryview(items.unwanted_on_ssd)
+        self._live = memoryview(items.live)
+        self._held = memoryview(np.zeros(items.row_count, np.int32))  # Requests and transfers that run on it.
+        self._to_write = memoryview(np.zeros(items.row_count, np.bool_))
+        self._promoted = memoryview(np.zeros(items.row_count, np.int64))  # Its end in DRAM that nobody used since.
+        self._worth: dict[int, float] = {}  # Of promotions.
+        self._arrivals = 0
+        self.promoted_unused_bytes = 0
+        self._tells_arrived = overrides(policy, "arrived")
+        self._tells_left = overrides(policy, "left")
+        self._tells_forgotten = overrides(policy, "forgotten")
+        self._asks_ssd = overrides(policy, "wants_on_ssd")
+
+    # What a request does.
+
+    def hold(self, row: int) -> None:
+        """Nothing of the row leaves until it is released."""
+        held = self._held[row]
+        self._held[row] = held + 1
+        if not held:
+            self.dram.discard(row)
+            self.ssd.discard(row)
+
+    def release(self, row: int) -> None:
+        held = self._held[row] - 1
+        self._held[row] = held
+        if not held:
+            if self._dram[row]:
+                self.dram.add(row)
+            if self._ssd[row]:
+                self.ssd.add(row)
+
+    def stop_promotion(self, row: int) -> None:
+        """What has come of a promotion counts; the rest is not read any more."""
+        del self._worth[row]
+        done, size = self.channel.cancel(row)
+        if size:
+            self._arrive(row, self._aligned(done), size)
+            self.release(row)
+
+    def mark_used(self, row: int) -> None:
+        self._promoted[row] = 0
+
+    def grow(self, row: int, size_bytes: int, now_s: float) -> None:
+        """The whole item is in DRAM, which may be too full by that: `settle` follows."""
+        have = self._dram[row]
+        self._dram[row] = size_bytes
+        self._size[row] = size_bytes
+        self.dram.used_bytes += size_bytes - have
+        if not have and size_bytes:
+            self._came_to_dram(row, now_s)
+
+    def make_room(self, size_bytes: int, now_s: float) -> bool:
+        """Let go what nothing holds until so much is free in DRAM. False: it is not, though something may have left."""
+        return self._free_dram(size_bytes, math.inf, now_s)
+
+    def settle(self, now_s: float) -> None:
+        """Let go what is worth least until DRAM is within its capacity. What was just stored may be among it."""
+        dram, channel = self.dram, self.channel
+        if dram.used_bytes <= dram.capacity_bytes:
+            return
+        while not self._free_dram(0, math.inf, now_s):
+            if channel.write_row >= 0:
+                channel.finish_write()
+            else:
+                self.stop_promotion(channel.latest_reading())
+
+    def write_behind(self, row: int) -> None:
+        """Copy what SSD lacks of it, some time."""
+        if self.ssd.capacity_bytes and not self._to_write[row] and self._dram[row] > self._ssd[row]:
+            self._to_write[row] = True
+            self.channel.write(row)
+
+    def store_on_ssd(self, row: int, size_bytes: int, now_s: float) -> None:
+        """The item does not get a place in DRAM: what SSD lacks is written past it, or lost."""
+        self._size[row] = size_bytes
+        self._write_now(row, size_bytes, now_s)
+
+    def cut_front(self, row: int, cut_bytes: int, now_s: float) -> None:
+        """The oldest bytes of the item are of no use any more: the rest counts from 0."""
+        if self.channel.write_row == row:
+            self.channel.finish_write()
+        size, dram, ssd = self._size[row], self._dram[row], self._ssd[row]
+        self._size[row] = max(0, size - cut_bytes)
+        self.dram.used_bytes -= dram - max(0, dram - cut_bytes)
+        self.ssd.used_bytes -= ssd - max(0, ssd - cut_bytes)
+        self._dram[row] = max(0, dram - cut_bytes)
+        self._ssd[row] = max(0, ssd - cut_bytes)
+        if not self._dram[row]:
+            self.dram.discard(row)
+        if not self._ssd[row]:
+            self.ssd.discard(row)
+
+    def drop(self, row: int, now_s: float) -> None:
+        """The session has ended: nothing of it is kept anywhere."""
+        if row in self._worth:
+            self.stop_promotion(row)
+        self.cut_front(row, self._size[row], now_s)
+        self._size[row] = 0
+        self._forget_if_gone(row, now_s)
+
+    # Promotions.
+
+    def promote(self, row: int, deadline_s: float, worth: float) -> None:
+        """Ask for what SSD has of the item and DRAM lacks, or change what was asked."""
+        if row in self._worth or (self._ssd[row] > self._dram[row] and not self._in_use[row]):
+            self._worth[row] = worth
+            self.channel.promote(row, deadline_s)
+
+    def is_asked_for(self, row: int) -> bool:
+        return row in self._worth
+
+    def begin_read(self, row: int, now_s: float) -> int:
+        lacks = self._ssd[row] - self._dram[row]
+        worth = self._worth[row]
+        if lacks <= 0:
+            del self._worth[row]
+            return 0
+        self.hold(row)
+        if not self._free_dram(lacks, worth, now_s):
+            room = self.dram.capacity_bytes - self.dram.used_bytes
+            lacks = 0 if self._whole else self._aligned(max(0, room))
+            if not lacks:
+                del self._worth[row]
+                self.release(row)
+                return 0
+        self.dram.used_bytes += lacks
+        self._coming[row] = lacks
+        return lacks
+
+    def end_read(self, row: int, size_bytes: int, now_s: float) -> None:
+        del self._worth[row]
+        self._arrive(row, size_bytes, size_bytes)
+        self.release(row)
+
+    def _arrive(self, row: int, come_bytes: int, lent_bytes: int) -> None:
+        self._coming[row] = 0
+        self.dram.used_bytes -= lent_bytes - come_bytes
+        have = self._dram[row]
+        self._dram[row] = have + come_bytes
+        self._promoted[row] += come_bytes
+        if come_bytes and not have:
+            self._came_to_dram(row, self.channel.now_s)
+
+    # Write-behind.
+
+    def begin_write(self, row: int, now_s: float) -> int:
+        self._to_write[row] = False
+        lacks = self._dram[row] - self._ssd[row]
+        if lacks <= 0 or (self._asks_ssd and not self.policy.wants_on_ssd(self.items, row, now_s)):
+            return 0
+        self.hold(row)
+        if not self._free_ssd(lacks, now_s):
+            self.release(row)
+            return 0
+        self.ssd.used_bytes += lacks
+        return lacks
+
+    def end_write(self, row: int, size_bytes: int, now_s: float) -> None:
+        self._came_to_ssd(row, size_bytes, now_s)
+        self.release(row)
+
+    def _write_now(self, row: int, end_bytes: int, now_s: float) -> None:
+        """Write up to `end_bytes` of the item in the books, if there is room and time for it. The row is held."""
+        lacks = end_bytes - self._ssd[row]
+        if lacks <= 0 or not self.ssd.capacity_bytes:
+            return
+        if self._asks_ssd and not self.policy.wants_on_ssd(self.items, row, now_s):
+            return
+        if self.channel.may_owe(lacks) and self._free_ssd(lacks, now_s):
+            self.channel.owe(lacks)
+            self.ssd.used_bytes += lacks
+            self._came_to_ssd(row, lacks, now_s)
+
+    # Making room.
+
+    def _free_dram(self, wanted_bytes: int, worth: float, now_s: float) -> bool:
+        """Let go what is worth less than `worth` until there is room."""
+        dram = self.dram
+        excess = dram.used_bytes + wanted_bytes - dram.capacity_bytes
+        if excess <= 0:
+            return True
+        dram.ask()
+        while excess > 0:
+            row = dram.lowest(now_s)
+            if row < 0:
+                return False
+            if dram.retention >= worth:
+                dram.put_back(row)
+                return False
+            have = self._dram[row]
+            keep = self._keep(have, excess, self._size[row])
+            self._leave_dram(row, keep, now_s)
+            if keep:
+                dram.put_back(row)
+            excess -= have - keep
+        return True
+
+    def _free_ssd(self, wanted_bytes: int, now_s: float) -> bool:
+        ssd = self.ssd
+        excess = ssd.used_bytes + wanted_bytes - ssd.capacity_bytes
+        if excess <= 0:
+            return True
+        if wanted_bytes > ssd.capacity_bytes:
+            return False
+        ssd.ask()
+        while excess > 0:
+            row = ssd.lowest(now_s)
+            if row < 0:
+                return False
+            have = self._ssd[row]
+            keep = self._keep(have, excess, self._size[row])
+            self._ssd[row] = keep
+            ssd.used_bytes -= have - keep
+            self._unwanted[row] = True
+            if keep:
+                ssd.put_back(row)
+            else:
+                ssd.discard(row)
+            excess -= have - keep
+            if self._tells_left:
+                self.policy.left(self.items, row, TierName.SSD, now_s)
+            self._forget_if_gone(row, now_s)
+        return True
+
+    def _leave_dram(self, row: int, keep_bytes: int, now_s: float) -> None:
+        have = self._dram[row]
+        if self._ssd[row] < have:
+            self._held[row] += 1  # Its SSD copy makes no room for itself.
+            self.ssd.discard(row)
+            self._write_now(row, have, now_s)
+            self._held[row] -= 1
+            if self._ssd[row]:
+                self.ssd.add(row)
+        self._dram[row] = keep_bytes
+        self.dram.used_bytes -= have - keep_bytes
+        promoted = self._promoted[row]
+        if promoted:
+            unused = min(promoted, have - keep_bytes)
+            self._promoted[row] = promoted - unused
+            self.promoted_unused_bytes += unused
+        if not keep_bytes:
+            self.dram.discard(row)
+        if self._tells_left:
+            self.policy.left(self.items, row, TierName.DRAM, now_s)
+        self._forget_if_gone(row, now_s)
+
+    def _keep(self, have_bytes: int, excess_bytes: int, size_bytes: int) -> int:
+        if self._whole or excess_bytes >= have_bytes:
+            return 0
+        grain = self._block_bytes or max(1, size_bytes // _CUTS)
+        return (have_bytes - excess_bytes) // grain * grain
+
+    def _aligned(self, size_bytes: int) -> int:
+        return size_bytes // self._block_bytes * self._block_bytes if self._block_bytes else size_bytes
+
+    # Bookkeeping.
+
+    def _came_to_dram(self, row: int, now_s: float) -> None:
+        self._arrivals += 1
+        self._dram_seq[row] = self._arrivals
+        if not self._held[row]:
+            self.dram.add(row)
+        if self._tells_arrived:
+            self.policy.arrived(self.items, row, TierName.DRAM, now_s)
+
+    def _came_to_ssd(self, row: int, size_bytes: int, now_s: float) -> None:
+        have = self._ssd[row]
+        self._ssd[row] = have + size_bytes
+        if not have:
+            self._arrivals += 1
+            self._ssd_seq[row] = self._arrivals
+            if not self._held[row]:
+                self.ssd.add(row)
+            if self._tells_arrived:
+                self.policy.arrived(self.items, row, TierName.SSD, now_s)
+
+    def _forget_if_gone(self, row: int, now_s: float) -> None:
+        if self._dram[row] or self._ssd[row] or self._coming[row] or self._in_use[row]:
+            return
+        if self._queue_seq[row] != NOT_QUEUED or not self._live[row]:
+            return
+        self._live[row] = False
+        if self._tells_forgotten:
+            self.policy.forgotten(self.items, row, now_s)
+
+
+__all__ = ["NO_ROW", "Mover", "overrides"]

@@ -1,0 +1,151 @@
+"""Turns of sessions: each reads its session's item, which grows by the request and the answer."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvservice.policy.items import NOT_QUEUED, ItemTable
+from kvservice.policy.placement import Placement
+from kvservice.simulate.account import Account
+from kvservice.simulate.mover import Mover, overrides
+from kvservice.simulate.settings import Machine
+from kvservice.simulate.workload import Workload
+
+
+class SessionTurns:
+    """What happens to a session's item with each of its requests."""
+
+    def __init__(
+        self, workload: Workload, machine: Machine, policy: Placement, items: ItemTable, mover: Mover, account: Account
+    ) -> None:
+        self._items = items
+        self._policy = policy
+        self._mover = mover
+        self._account = account
+        self._kv_bytes = machine.kv_bytes_per_token
+        self._context = workload.context_tokens
+        self._overflow_keeps = machine.overflow_keeps
+        self._session = memoryview(workload.session)
+        self._new = memoryview(workload.new_tokens)
+        self._output = memoryview(workload.output_tokens)
+        self._tokens = memoryview(np.zeros(items.row_count, np.int64))
+        self._bypass = memoryview(np.zeros(items.row_count, np.bool_))
+        self._size = memoryview(items.size_bytes)
+        self._dram = memoryview(items.dram_bytes)
+        self._ssd = memoryview(items.ssd_bytes)
+        self._in_use = memoryview(items.in_use)
+        self._access_seq = memoryview(items.access_seq)
+        self._unwanted = memoryview(items.unwanted_on_ssd)
+        self._used_at = memoryview(items.used_at_s)
+        self._uses = memoryview(items.uses)
+        self._answer = memoryview(items.answer_tokens)
+        self._queue_seq = memoryview(items.queue_seq)
+        self._hint = memoryview(items.hint)
+        self._ended = memoryview(items.ended)
+        self._live = memoryview(items.live)
+        self._accesses = 0
+        self._asks_dram = overrides(policy, "wants_in_dram")
+        self._tells_used = overrides(policy, "used")
+        self._tells_stored = overrides(policy, "stored")
+
+    def queue_row(self, turn: int) -> int:
+        """The row by which the queue shows the request."""
+        return self._session[turn]
+
+    def came(self, turn: int, number: int) -> None:
+        """The request waits now, as the `number`th of all that came."""
+        row = self._session[turn]
+        self._queue_seq[row] = number
+        self._live[row] = True
+        self._mover.touched[row] = self._mover.touches.epoch
+
+    def dispatch(self, turn: int, now_s: float) -> int:
+        """The request's turn has come: counts what is where. Returns the bytes to read from SSD."""
+        mover, account = self._mover, self._account
+        row = self._session[turn]
+        size = self._size[row]
+        uses = self._uses[row]
+        asked_for = mover.is_asked_for(row)
+        if asked_for:
+            mover.stop_promotion(row)
+        mover.touched[row] = mover.touches.epoch
+        mover.hold(row)
+        history = self._tokens[row]
+        if history and self._context and history + self._new[turn] > self._context:
+            history = self._overflow(row, history, self._new[turn], now_s)
+            size = history * self._kv_bytes
+        dram = self._dram[row]
+        ssd = self._ssd[row] - dram
+        if ssd < 0:
+            ssd = 0
+        miss = size - dram - ssd
+        number = account.dispatched
+        account.history_tokens[number] = history
+        account.missing_tokens[number] = miss // self._kv_bytes
+        if number >= account.warmup_turns:
+            account.units += 1
+            if size:
+                account.turns_with_history += 1
+                account.units_with_history += 1
+                if dram == size:
+                    account.on_time += 1.0
+                elif miss == size:
+                    account.miss += 1.0
+                else:
+                    account.on_time += dram / size
+                    account.miss += miss / size
+                    if asked_for:
+                        account.late += ssd / size
+                    else:
+                        account.ssd += ssd / size
+        if ssd and self._asks_dram:
+            self._bypass[row] = not self._policy.wants_in_dram(self._items, row, now_s)
+        self._in_use[row] = 1
+        self._uses[row] = uses + 1
+        self._accesses += 1
+        self._access_seq[row] = self._accesses
+        self._unwanted[row] = False
+        mover.mark_used(row)
+        if self._tells_used:
+            self._policy.used(self._items, row, now_s)
+        self._queue_seq[row] = NOT_QUEUED
+        self._hint[row] = 0
+        self._ended[row] = False
+        return ssd
+
+    def stored(self, turn: int, is_last: bool, now_s: float) -> None:
+        """The answer has ended: the item is in DRAM, with its new tokens, and what is worth least leaves."""
+        mover = self._mover
+        row = self._session[turn]
+        output = self._output[turn]
+        tokens = self._tokens[row] + self._new[turn] + output
+        old = self._size[row]
+        size = tokens * self._kv_bytes
+        self._tokens[row] = tokens
+        self._answer[row] = output
+        self._used_at[row] = now_s
+        mover.touched[row] = mover.touches.epoch
+        self._account.live(-old if is_last else size - old, now_s)
+        self._in_use[row] = 0
+        if self._bypass[row]:
+            self._bypass[row] = False
+            mover.store_on_ssd(row, size, now_s)
+        else:
+            mover.grow(row, size, now_s)
+        mover.release(row)
+        if self._tells_stored:
+            self._policy.stored(self._items, row, now_s)
+        mover.settle(now_s)
+        mover.write_behind(row)
+
+    def _overflow(self, row: int, history: int, new: int, now_s: float) -> int:
+        """Drop half a window from the front until the request fits. Returns the tokens of history that are left."""
+        half = max(1, self._context // 2)
+        cut = min(history, -(-(history + new - self._context) // half) * half)
+        cut_bytes = cut * self._kv_bytes if self._overflow_keeps else self._size[row]
+        left = history - cut
+        self._account.live(-cut * self._kv_bytes, now_s)
+        self._mover.cut_front(row, cut_bytes, now_s)
+        self._size[row] = left * self._kv_bytes
+        self._tokens[row] = left
+        return left
