@@ -5,10 +5,12 @@ A policy decides, a mover carries out. ``base`` is the interface, ``placement`` 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 from kvservice.blocks import BlockTable
 from kvservice.policy.base import Policy
 from kvservice.policy.fifo import FifoPolicy
+from kvservice.policy.foresight import ForesightPolicy
 from kvservice.policy.lru import LruPolicy
 from kvservice.policy.placement import Placement
 
@@ -16,9 +18,11 @@ from kvservice.policy.placement import Placement
 PLACEMENTS: dict[str, Callable[[], Placement]] = {
     "lru": LruPolicy,
     "fifo": FifoPolicy,
+    "foresight": ForesightPolicy,
+    "foresight-unlearned": partial(ForesightPolicy, learning=False),
 }
 
 #: Those that also rank single blocks: what the daemon can run.
 POLICIES: dict[str, type[Policy[BlockTable]]] = {"lru": LruPolicy}
 
-__all__ = ["PLACEMENTS", "POLICIES", "FifoPolicy", "LruPolicy", "Placement", "Policy"]
+__all__ = ["PLACEMENTS", "POLICIES", "FifoPolicy", "ForesightPolicy", "LruPolicy", "Placement", "Policy"]

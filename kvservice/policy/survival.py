@@ -1,7 +1,7 @@
 """How likely an event is at each age: learned from the ages at which it came, and at which it had not come yet.
 
 The hazard (the rate of the event among those for which it has not come) by age, in bins that are equal in the
-logarithm of the age: from milliseconds to days with a hundred numbers. What is still waited for counts as well
+logarithm of the age: from milliseconds to days with ninety numbers. What is still waited for counts as well
 as what came (Nelson's estimator: events over time at risk), else whoever never returns would seem not to exist.
 """
 
@@ -16,8 +16,8 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 BINS_PER_OCTAVE = 4
-_FIRST_OCTAVE = -8  # The first bin ends at 2**-8 seconds, the last begins at 2**18 (three days).
-_OCTAVES = 26
+_FIRST_OCTAVE = -5  # The first bin ends at 2**-5 seconds, the last begins at 2**17 (a day and a half).
+_OCTAVES = 22
 BIN_COUNT = _OCTAVES * BINS_PER_OCTAVE + 2
 
 #: Where each bin begins, in seconds, and how long it is. The last one has no end; it counts as one of ten octaves.
@@ -31,6 +31,13 @@ def bin_of(age_s: float) -> int:
     if age_s <= BEGINS[1]:
         return 0
     return min(int((math.log2(age_s) - _FIRST_OCTAVE) * BINS_PER_OCTAVE) + 1, BIN_COUNT - 1)
+
+
+def places_of(ages_s: Floats) -> Floats:
+    """Ages as bins and parts of bins, so that the middle of a bin is its number: where to read between bins."""
+    octaves = np.log2(np.maximum(ages_s, BEGINS[1] / 2)) - _FIRST_OCTAVE
+    places: Floats = np.clip(octaves * BINS_PER_OCTAVE + 0.5, 0.0, BIN_COUNT - 1.001)
+    return places
 
 
 def bins_of(ages_s: Floats) -> Ints:
@@ -64,6 +71,11 @@ class Survival:
         at = bin_of(age_s)
         self._ceased[in_class, at] += 1.0
         self._within_s[in_class, at] += age_s - BEGINS[at]
+
+    def quantile(self, share: float) -> float:
+        """The age below which `share` of the events came; 0 while there was none."""
+        came = np.cumsum(self._came.sum(axis=0))
+        return BEGINS.item(int(np.searchsorted(came, share * came[-1], side="right"))) if came[-1] else 0.0
 
     def weight(self, since_events: Ints) -> Floats:
         """What one that waits since there were so many events counts beside a new one: they fade alike."""

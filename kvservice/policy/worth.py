@@ -12,8 +12,8 @@ import numpy as np
 
 from kvservice.policy.survival import WIDTHS, Floats
 
-_RENTS = 48
-_RENT_RANGE = 1e-4  # The least rent that is looked at, of the greatest that could ever be right.
+_RENTS = 64
+_RENT_RANGE = 1e-6  # The least rent that is looked at, of the greatest that could ever be right.
 
 
 def fetchable(hazards: Floats, prices: Floats, widths_s: Floats = WIDTHS) -> tuple[Floats, Floats]:
@@ -25,8 +25,9 @@ def fetchable(hazards: Floats, prices: Floats, widths_s: Floats = WIDTHS) -> tup
     """
     returns, stays_s = _passage(hazards, widths_s)
     price = prices[:, None]
-    rents = hazards.max() * (1 + price) * np.geomspace(_RENT_RANGE, 1.0, _RENTS)
     classes, bins = hazards.shape
+    most = hazards.max(axis=1)[:, None, None] * (1 + price)
+    rents = most * np.geomspace(_RENT_RANGE, 1.0, _RENTS)  # (class, price, rent)
     gains = np.empty((bins, classes, len(prices), _RENTS))
     value_in = value_out = np.zeros(gains.shape[1:])
     for at in reversed(range(bins)):
@@ -36,8 +37,9 @@ def fetchable(hazards: Floats, prices: Floats, widths_s: Floats = WIDTHS) -> tup
         gains[at] = hold - wait
         value_in, value_out = np.maximum(hold, wait), np.maximum(wait, hold - price)
     in_order = gains.transpose(1, 2, 0, 3)
-    rents = rents[None, :, None, :]
-    return _break_even(in_order, rents), _break_even(in_order - price[..., None], rents)
+    rents = rents[:, :, None, :]
+    hold = np.maximum(_break_even(in_order, rents), hazards[:, None, :])  # Holding for a moment is always an option.
+    return hold, _break_even(in_order - price[..., None], rents)
 
 
 def losable(hazards: Floats, widths_s: Floats = WIDTHS) -> Floats:
