@@ -5,10 +5,12 @@ A policy decides, a mover carries out. ``base`` is the interface, ``placement`` 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 from kvservice.blocks import BlockTable
 from kvservice.policy.base import Policy
 from kvservice.policy.fifo import FifoPolicy
+from kvservice.policy.foresight import ForesightPolicy
 from kvservice.policy.lookahead import LookaheadPolicy
 from kvservice.policy.lru import LruPolicy
 from kvservice.policy.placement import Placement
@@ -20,6 +22,8 @@ PLACEMENTS: dict[str, Callable[[], Placement]] = {
     "fifo": FifoPolicy,
     "s3fifo": S3FifoPolicy,
     "lookahead": LookaheadPolicy,
+    "foresight": ForesightPolicy,
+    "foresight-unlearned": partial(ForesightPolicy, learning=False),
 }
 
 #: Those that also rank single blocks: what the daemon can run.
@@ -29,6 +33,7 @@ __all__ = [
     "PLACEMENTS",
     "POLICIES",
     "FifoPolicy",
+    "ForesightPolicy",
     "LookaheadPolicy",
     "LruPolicy",
     "Placement",

@@ -1,0 +1,287 @@
+"""Our own policy: keep what is likely to come back before its space is needed, by the byte; fetch it in time.
+
+What an item in a tier is worth is the rate of hits that it earns there a second and byte. An item whose request
+waits comes back at a known time. One that its user thinks about comes back as those before it did
+(`return_times`), or as hints had it (`hint_times`), and is worth what `worth` makes of that. A memory that keeps
+the greatest worths lets go of a session soon after its answer, since people do not come back at once, and has it
+read again shortly before they do.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from kvservice.blocks import Rows, TierName
+from kvservice.policy.base import Hint, Promotion
+from kvservice.policy.hint_times import ENDED, HintTimes
+from kvservice.policy.items import NOT_QUEUED, ItemTable
+from kvservice.policy.placement import Placement
+from kvservice.policy.return_times import CLASSES, ReturnTimes
+from kvservice.policy.survival import Floats, bin_of
+from kvservice.policy.scores import Scores
+
+_LEAST_S = 1e-6  # A request that is about to run is this far away.
+_LOOKS = 64  # All scores are taken anew when one event came for so many live items...
+_LOOK_EVENTS = 8  # ... but not for fewer events than this.
+_LEARNS = 8  # What was seen becomes scores when there is an eighth more of it...
+_LEARN_RETURNS = (16, 512)  # ... within these numbers of returns.
+_PRICES = (0.01, 1.0)  # Of reading a typical item, in hits.
+_BUSY = 0.75  # The share of its time that the SSD may read before the price rises.
+_PRICE_STEP = 1.05
+
+
+class ForesightPolicy(Placement):
+    """Learns online; begins with recency. `learning=False`: recency and the queue alone."""
+
+    name: ClassVar[str] = "foresight"
+
+    def __init__(self, learning: bool = True) -> None:
+        self._learning = learning
+        self._started = False
+
+    def _start(self, items: ItemTable) -> None:
+        self._started = True
+        self._returns, self._hints = self._start_learning(items.row_count)
+        self._scores = Scores(self._returns.hazards, self._hints.hazards)
+        self._in_dram = np.zeros(items.row_count)
+        self._on_ssd = np.zeros(items.row_count)
+        self._price = _PRICES[0]
+        self._mean_bytes = 1.0
+        self._level = 0.0  # The worth of what leaves DRAM next.
+        self._ssd_level = 0.0
+        self._events = 0
+        self._events_due = _LOOK_EVENTS
+        self._looked_at_s = -math.inf
+        self._next_look_s = -math.inf
+        self._learn_at = _LEARN_RETURNS[0]
+        self._passed = 0  # Requests whose turn has come since the queue was looked at.
+        self._window = 1
+
+    def _start_learning(self, row_count: int) -> tuple[ReturnTimes, HintTimes]:
+        return ReturnTimes(row_count, self._learning), HintTimes(row_count)
+
+    # What happens.
+
+    def queued(self, items: ItemTable, row: int, now_s: float) -> None:
+        if not self._started:
+            self._start(items)
+        returns = self._returns
+        since_s = returns.since_s.item(row)
+        if self._learning and since_s == since_s:
+            factor = returns.factor.item(row)
+            hazard = returns.hazards[returns.in_class[row], bin_of((now_s - since_s) / factor)].item() / factor
+            self._hints.came(row, hazard, items.size_bytes.item(row) / items.conditions.ssd_bytes_per_s, now_s)
+        returns.came(row, now_s)
+        self._happened(now_s)
+        if items.dram_bytes[row] < items.ssd_bytes[row]:
+            self.look_at_s = now_s
+
+    def used(self, items: ItemTable, row: int, now_s: float) -> None:
+        self._passed += 1
+        if items.conditions.queued and self._passed * 8 >= self._window:
+            self.look_at_s = now_s
+
+    def stored(self, items: ItemTable, row: int, now_s: float) -> None:
+        if not self._started:
+            self._start(items)
+        self._returns.waits(row, items.uses.item(row), items.answer_tokens.item(row), now_s)
+        self._hints.kind[row] = -1
+        self._rescore(items, row, now_s)
+        self._happened(now_s)
+
+    def hinted(self, items: ItemTable, row: int, hint: Hint, now_s: float) -> None:
+        if not self._started or not self._learning:
+            return
+        self._hints.hinted(row, hint, now_s)
+        self._rescore(items, row, now_s)
+        self._happened(now_s)
+        if hint is not Hint.ENDED and items.dram_bytes[row] < items.ssd_bytes[row]:
+            self._next_look_s = self.look_at_s = now_s
+
+    def left(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
+        if tier is TierName.SSD:
+            self._ssd_level = self._on_ssd.item(row)
+
+    def forgotten(self, items: ItemTable, row: int, now_s: float) -> None:
+        if self._started:
+            self._returns.forgotten(row, now_s)
+            self._hints.ceased(row, now_s)
+
+    def _happened(self, now_s: float) -> None:
+        self._events += 1
+        if self._events >= self._events_due:
+            self._next_look_s = now_s
+        if self._next_look_s < self.look_at_s:
+            self.look_at_s = self._next_look_s
+
+    # What it is worth.
+
+    def retention(self, items: ItemTable, rows: Rows, tier: TierName, now_s: float) -> Floats:
+        if not self._started:
+            return items.access_seq[rows].astype(np.float64)
+        lost = tier is TierName.SSD or not items.conditions.ssd_capacity_bytes
+        worth = (self._on_ssd if lost else self._in_dram)[rows]
+        waiting = np.flatnonzero(items.queue_seq[rows] != NOT_QUEUED)
+        if len(waiting):
+            worth[waiting] = self._worth_queued(items, rows[waiting])
+        return worth
+
+    def wants_in_dram(self, items: ItemTable, row: int, now_s: float) -> bool:
+        return self._started and self._in_dram.item(row) >= self._level
+
+    def wants_on_ssd(self, items: ItemTable, row: int, now_s: float) -> bool:
+        return not self._started or self._on_ssd.item(row) > self._ssd_level
+
+    def _worth_queued(self, items: ItemTable, rows: Rows) -> Floats:
+        conditions = items.conditions
+        ahead = items.queue_seq[rows] - conditions.served
+        coming_s = np.maximum(ahead / conditions.turns_per_s, _LEAST_S)
+        worth: Floats = items.value[rows] / (np.maximum(items.size_bytes[rows], 1) * coming_s)
+        return worth
+
+    def _rescore(self, items: ItemTable, row: int, now_s: float) -> None:
+        self._score(items, np.array((row,)), now_s)
+
+    def _score(self, items: ItemTable, rows: Rows, now_s: float) -> Floats:
+        """Takes the worths of `rows` anew. Returns what it would be worth to fetch each of them now."""
+        conditions = items.conditions
+        returns, hints, scores = self._returns, self._hints, self._scores
+        sizes = np.maximum(items.size_bytes[rows], 1)
+        reading_s = conditions.read_backlog_s + (sizes - items.dram_bytes[rows]) / conditions.ssd_bytes_per_s
+        surprising = hints.surprising
+        price = sizes * (self._price / self._mean_bytes)
+
+        factor = returns.factor[rows]
+        age_s = now_s - returns.since_s[rows]
+        np.copyto(age_s, 0.0, where=np.isnan(age_s))
+        rates = scores.rates(returns.in_class[rows], age_s / factor, (age_s + reading_s) / factor, price / surprising)
+        rates[0:2] *= surprising
+        rates /= factor
+
+        hinted = np.flatnonzero(hints.kind[rows] >= 0)
+        if len(hinted):
+            kind = hints.kind[rows[hinted]]
+            age_s = now_s - hints.since_s[rows[hinted]]
+            told = scores.rates(CLASSES + kind, age_s, age_s + reading_s[hinted], price[hinted])
+            rates[:, hinted] = np.where(kind == ENDED, told, np.maximum(told, rates[:, hinted]))
+
+        wait_s = conditions.queued / conditions.turns_per_s
+        worth = items.value[rows] / (sizes * (1 / np.maximum(rates, 1e-30) + wait_s))
+        self._in_dram[rows], self._on_ssd[rows] = worth[0], worth[2]
+        return worth[1]
+
+    # What shall come.
+
+    def promotions(self, items: ItemTable, queue: Sequence[int], now_s: float) -> Sequence[Promotion]:
+        if not self._started:
+            self._start(items)
+        wanted = self._queued_soon(items, queue, now_s) if queue else []
+        if now_s >= self._next_look_s or self._events >= self._events_due:
+            wanted += self._look(items, now_s)
+        self.look_at_s = self._next_look_s
+        return wanted
+
+    def _queued_soon(self, items: ItemTable, queue: Sequence[int], now_s: float) -> list[Promotion]:
+        """Of the requests that wait, as many from the head as DRAM has room for."""
+        conditions = items.conditions
+        self._passed = 0
+        most = 16 + int(2 * conditions.dram_capacity_bytes / self._mean_bytes)
+        rows = np.fromiter(itertools.islice(queue, most), np.int64)
+        fits = np.cumsum(items.size_bytes[rows]) <= conditions.dram_capacity_bytes
+        self._window = max(1, int(np.count_nonzero(fits)))
+        ahead = np.flatnonzero(fits & (items.ssd_bytes[rows] > items.dram_bytes[rows] + items.coming_bytes[rows]))
+        if not len(ahead):
+            return []
+        rows = rows[ahead]
+        worths = self._worth_queued(items, rows).tolist()
+        deadlines = (now_s + ahead / conditions.turns_per_s).tolist()
+        return [Promotion(*wanted) for wanted in zip(rows.tolist(), deadlines, worths, strict=True)]
+
+    def _look(self, items: ItemTable, now_s: float) -> list[Promotion]:
+        """Takes all worths anew, and matches what is worth fetching with what would leave for it."""
+        conditions = items.conditions
+        returns = self._returns
+        rows = np.flatnonzero(items.live)
+        thinking = rows[~np.isnan(returns.since_s[rows])]
+        self._learn_if_due(thinking, now_s)
+        self._plan_next_look(len(rows), now_s)
+        if not len(thinking):
+            return []
+        self._mean_bytes = max(float(items.size_bytes[thinking].mean()), 1.0)
+        self._set_price(conditions.read_busy)
+        fetch = self._score(items, thinking, now_s)
+
+        in_dram = rows[(items.dram_bytes[rows] > 0) & (items.in_use[rows] == 0)]
+        worths = self.retention(items, in_dram, TierName.DRAM, now_s)
+        order = np.argsort(worths)
+        leaves = worths[order]
+        free = conditions.dram_capacity_bytes - int((items.dram_bytes[rows] + items.coming_bytes[rows]).sum())
+        room = free + np.cumsum(items.dram_bytes[in_dram[order]])  # Once this one and all before it have left.
+        self._level = self._level_at(conditions.dram_capacity_bytes / _LOOKS, free, room, leaves)
+        if int(items.ssd_bytes[rows].sum()) < 0.95 * conditions.ssd_capacity_bytes:
+            self._ssd_level = 0.0
+
+        lacks = items.ssd_bytes[thinking] - items.dram_bytes[thinking] - items.coming_bytes[thinking]
+        wanted = np.flatnonzero((lacks > 0) & (items.in_use[thinking] == 0) & (fetch > self._level))
+        if not len(wanted):
+            return []
+        wanted = wanted[np.argsort(-fetch[wanted])]
+        after = np.cumsum(lacks[wanted])
+        leaving = np.searchsorted(room, after)  # The last one that must leave for each, if all before it come.
+        costs = np.concatenate([leaves, [math.inf]])[leaving]
+        costs = np.where(after <= free, 0.0, costs)
+        readable = conditions.ssd_bytes_per_s * (2 * (self._next_look_s - now_s) - conditions.read_backlog_s)
+        wanted = wanted[(fetch[wanted] > costs) & (after - lacks[wanted] < readable)]
+        deadlines = self._deadlines(items, thinking[wanted], fetch[wanted], now_s)
+        return [
+            Promotion(*each)
+            for each in zip(thinking[wanted].tolist(), deadlines.tolist(), fetch[wanted].tolist(), strict=True)
+        ]
+
+    @staticmethod
+    def _level_at(wanted_bytes: float, free_bytes: int, room: Floats, leaves: Floats) -> float:
+        """What the last one is worth that leaves to make room for so much."""
+        if free_bytes >= wanted_bytes or not len(room):
+            return 0.0
+        return leaves.item(min(int(np.searchsorted(room, wanted_bytes)), len(leaves) - 1))
+
+    def _deadlines(self, items: ItemTable, rows: Rows, worths: Floats, now_s: float) -> Floats:
+        """Hinted requests are needed as early as such requests come; others in the mean time until they come."""
+        hints = self._hints
+        deadlines = now_s + items.value[rows] / (worths * np.maximum(items.size_bytes[rows], 1))
+        for kind in range(ENDED):
+            hinted = np.flatnonzero(hints.kind[rows] == kind)
+            if len(hinted):
+                soonest = hints.since_s[rows[hinted]] + hints.soonest_s(kind)
+                deadlines[hinted] = np.minimum(deadlines[hinted], np.maximum(soonest, now_s))
+        return deadlines
+
+    def _learn_if_due(self, thinking: Rows, now_s: float) -> None:
+        seen = self._returns.survival.events
+        if seen < self._learn_at:
+            return
+        least, most = _LEARN_RETURNS
+        self._learn_at = seen + min(max(seen // _LEARNS, least), most)
+        self._returns.learn(thinking, now_s)
+        self._hints.learn(thinking, now_s)
+        self._scores.learn(self._returns.hazards, self._hints.hazards)
+
+    def _plan_next_look(self, live: int, now_s: float) -> None:
+        self._events_due = max(live // _LOOKS, _LOOK_EVENTS)
+        between_s = (now_s - self._looked_at_s) / max(self._events, 1)  # Of events.
+        if not math.isfinite(between_s):
+            between_s = 0.0
+        self._next_look_s = now_s + max(between_s * self._events_due, _LEAST_S)
+        self._looked_at_s = now_s
+        self._events = 0
+
+    def _set_price(self, read_busy: float) -> None:
+        """Reading gets dearer while the SSD has no time left for it."""
+        least, most = _PRICES
+        step = _PRICE_STEP if read_busy > _BUSY else 1 / _PRICE_STEP
+        self._price = min(max(self._price * step, least), most)
