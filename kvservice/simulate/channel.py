@@ -160,7 +160,7 @@ class Channel:
         bisect.insort(self._promotions, (deadline_s, row))
 
     def cancel(self, row: int) -> tuple[int, int]:
-        """Stop a promotion. Returns the bytes that have come, and those that it began to read, 0 if it did not begin."""
+        """Stop a promotion. Returns the bytes that have come, and those it was to read: 0 where it had not begun."""
         size, left = self._sizes[row], self._left.get(row)
         self._forget(row)
         if left is None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice.policy.items import HINTS, NOT_QUEUED, Conditions, ItemTable
+from kvservice.policy.items import Conditions, ItemTable
 from kvservice.policy.placement import Placement
 from kvservice.simulate.account import Account
+from kvservice.simulate.bounds import Bound
 from kvservice.simulate.mover import Mover, overrides
 from kvservice.simulate.policies import CONTENDERS, make
+from kvservice.simulate.prefixes import PrefixTurns
 from kvservice.simulate.result import Result
-from kvservice.simulate.server import server_of
+from kvservice.simulate.server import PASSED_OVER, server_of
 from kvservice.simulate.sessions import SessionTurns
 from kvservice.simulate.settings import Machine
 from kvservice.simulate.workload import Workload
@@ -31,24 +34,57 @@ def simulate(
     """
     if isinstance(policy, str):
         policy = make(policy, workload, machine)
-    return Engine(workload, machine, policy, warmup_turns).run()
+    played_on = policy.plays_on(machine) if isinstance(policy, Bound) else machine
+    paid = machine if played_on.dram_bytes > machine.dram_bytes else played_on
+    return Engine(workload, played_on, policy, warmup_turns, paid).run()
+
+
+#: The busy share of the channel is a mean over about so long.
+_MEASURE_S = 60.0
+#: Two sums of the same seconds may differ by so much.
+_LATER_S = 1e-6
+
+
+@dataclass(slots=True, order=True)
+class _Called:
+    """A turn whose time came before its KV was there, where others may go first."""
+
+    loaded_s: float
+    turn: int
+    number: int
+    called_s: float
+    passed: int = 0
 
 
 class Engine:
     """One run."""
 
-    def __init__(self, workload: Workload, machine: Machine, policy: Placement, warmup_turns: int = 0) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        machine: Machine,
+        policy: Placement,
+        warmup_turns: int = 0,
+        paid: Machine | None = None,
+    ) -> None:
+        """The cost is that of the machine `paid`, where it is not the one that is played on."""
         self.workload = workload
         self.machine = machine
         self.policy = policy
-        self.next_turn, firsts = _turns_of_sessions(workload)
+        session = workload.session
+        firsts = np.flatnonzero(np.diff(session, prepend=-1)).astype(np.int32)
         first_at = workload.arrives_s[firsts]
+        if (np.diff(session) < 0).any():
+            raise ValueError("a session's turns do not stand together")
         if np.isnan(first_at).any():
             raise ValueError("a session's first turn has no time of arrival")
         order = np.argsort(first_at, kind="stable")
         self._firsts = firsts[order]
         self._first_at = first_at[order]
-        self._gap_hints, self._hint_begins = _hints_by_gap(workload, self.next_turn)
+        after, begins = _hints_by_gap(workload)
+        self._hint_after, self._hint_begins = memoryview(after), memoryview(begins)
+        self._hint_turn, self._hint_lead_s = memoryview(workload.hints.turn), memoryview(workload.hints.lead_s)
+        self._hint_kind = memoryview(workload.hints.kind)
         self.now_s = float(self._first_at[0]) if len(order) else 0.0
         self.conditions = Conditions(machine.dram_bytes, machine.ssd_bytes, machine.ssd_bytes_per_s)
         self.server = server_of(machine)
@@ -56,13 +92,14 @@ class Engine:
         self.items = ItemTable(row_count, self.conditions)
         block_bytes = workload.block_tokens * machine.kv_bytes_per_token
         self.mover = Mover(self.items, machine, policy, block_bytes, self.now_s)
-        self.account = Account(workload, machine, warmup_turns)
+        self.account = Account(workload, paid or machine, warmup_turns)
         kind = PrefixTurns if workload.shares_prefixes else SessionTurns
         self.reads = kind(workload, machine, policy, self.items, self.mover, self.account)
         self._queue: deque[int] = deque()
         self._rows: deque[int] = deque()  # The same by rows, for a policy that looks ahead.
         self._called: list[_Called] = []
         self._looks = overrides(policy, "promotions")
+        self._session, self._outputs = memoryview(session), memoryview(workload.output_tokens)
         self._came_at_s = memoryview(np.zeros(workload.sessions))
         self._measured_s, self._measured_read_s = self.now_s, 0.0
 
@@ -73,10 +110,9 @@ class Engine:
         advance = self.mover.channel.advance
         dispatch = self._dispatch_ready if machine.readiness_aware else self._dispatch_first
         turn_count = workload.turns
-        hint_count = len(self._gap_hints)
-        session, came_at_s = memoryview(workload.session), self._came_at_s
+        hint_count = len(self._hint_after)
+        session, came_at_s = self._session, self._came_at_s
         arrives_s, think_s = memoryview(workload.arrives_s), memoryview(workload.think_s)
-        next_turn = memoryview(self.next_turn)
         firsts, first_at_s = memoryview(self._firsts), memoryview(self._first_at)
         foretell = getattr(policy, "foretell", None)
         ttl_s = machine.session_ttl_s
@@ -124,9 +160,10 @@ class Engine:
                 if turn < turn_count:
                     ended += 1
                     server.ended()
-                    following = next_turn[turn]
+                    following = turn + 1
                     at = math.inf
-                    if following >= 0:
+                    goes_on = following < turn_count and session[following] == session[turn]
+                    if goes_on:
                         at = arrives_s[following]
                         if at != at:
                             at = now_s + think_s[following]
@@ -135,7 +172,7 @@ class Engine:
                         push(events, (at, turn_count + following))
                     if foretell is not None:
                         foretell(session[turn], at)
-                    reads.stored(turn, following < 0, now_s)
+                    reads.stored(turn, not goes_on, now_s)
                     if hint_count:
                         self._plan_hints(events, turn, at, now_s)
                     if expires:
@@ -145,8 +182,7 @@ class Engine:
                 if turn >= turn_count:
                     turn -= turn_count
                     if turn < hint_count:
-                        hint = self._gap_hints[turn]
-                        reads.hinted(hint.after, hint.kind, now_s)
+                        reads.hinted(self._hint_after[turn], self._hint_kind[turn], now_s)
                     else:
                         reads.expire(turn - hint_count, now_s - ttl_s + _LATER_S, now_s)
                     continue
@@ -200,7 +236,7 @@ class Engine:
         conditions.queued = len(self._queue)
         wanted = self.reads.dispatch(turn, now_s)
         account.turn[number] = turn
-        account.wait_s[number] = now_s - self._came_at_s[self.workload_session[turn]]
+        account.wait_s[number] = now_s - self._came_at_s[self._session[turn]]
         account.queued[number] = len(self._queue)
         account.dispatched = number + 1
         return turn, number, self.mover.channel.demand(wanted) if wanted else now_s
@@ -234,21 +270,19 @@ class Engine:
 
     def _plan_hints(self, events: list[tuple[float, int]], turn: int, next_at_s: float, now_s: float) -> None:
         for index in range(self._hint_begins[turn], self._hint_begins[turn + 1]):
-            hint = self._gap_hints[index]
-            at = now_s + hint.lead_s if hint.is_wrong else max(now_s, next_at_s - hint.lead_s)
+            lead_s = self._hint_lead_s[index]
+            at = now_s + lead_s if self._hint_turn[index] < 0 else max(now_s, next_at_s - lead_s)
             if at < next_at_s:
                 heapq.heappush(events, (at, 2 * self.workload.turns + index))
 
 
-def _turns_of_sessions(workload: Workload) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Each turn's next of its session (-1 after the last), and the first turns."""
-    order = np.argsort(workload.session, kind="stable").astype(np.int32)
-    of = workload.session[order]
-    same = of[1:] == of[:-1]
-    following = np.full(workload.turns, -1, np.int32)
-    following[order[:-1][same]] = order[1:][same]
-    firsts = order[np.concatenate([[True], ~same])] if workload.turns else order
-    return following, firsts
+def _hints_by_gap(workload: Workload) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """The turn whose answer each hint follows, by which hints are sorted, and where each turn's begin."""
+    turn = workload.hints.turn
+    if not len(turn):
+        return np.empty(0, np.int32), np.empty(0, np.int64)
+    after = np.where(turn >= 0, turn - 1, -turn - 1).astype(np.int32)
+    return after, np.searchsorted(after, np.arange(workload.turns + 1))
 
 
-__all__ = ["CONTENDERS", "HINTS", "NOT_QUEUED", "Engine", "simulate"]
+__all__ = ["CONTENDERS", "Engine", "simulate"]

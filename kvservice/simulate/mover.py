@@ -37,6 +37,7 @@ class Mover:
         self.policy = policy
         self._block_bytes = block_bytes  # 0 for sessions.
         self._whole = policy.whole_items and not block_bytes
+        self._kept_free = int(policy.dram_kept_free * machine.dram_bytes)
         self.touches = Touches(items.row_count)
         self.touched = self.touches.last
         self.dram = Space(TierName.DRAM, machine.dram_bytes, items, policy, self.touches)
@@ -179,6 +180,8 @@ class Mover:
                 return 0
         self.dram.used_bytes += lacks
         self._coming[row] = lacks
+        if self._kept_free:
+            self._free_dram(self._kept_free, worth, now_s)
         return lacks
 
     def end_read(self, row: int, size_bytes: int, now_s: float) -> None:
