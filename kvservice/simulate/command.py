@@ -105,7 +105,8 @@ def _play(
             for factor in factors:
                 progress.update(task, description=name)
                 sized = scaled(machine, sweep, factor)
-                found[name, factor] = run(workload, sized, name, warmup_turns=warmup_turns)
+                result = run(workload, sized, name, warmup_turns=warmup_turns)
+                found[name, factor] = replace(result, policy=name)  # A policy has variants by other names.
                 progress.advance(task)
     return found
 

@@ -73,20 +73,21 @@ def plan(
         if not ceiling >= target_hit:
             fail(_beyond(target_hit, of, ceiling, "even an endless DRAM"))
         measure = functools.partial(simulated, policy)
-        found = list(mixes(measure, lambda result: share(result) >= target_hit, footprint_gb, prices))
+        found = mixes(measure, lambda result: share(result) >= target_hit, footprint_gb, prices, rates.gpus)
         if not found:
             most = share(measure(footprint_gb, footprint_gb))
             fail(_beyond(target_hit, of, most, f"{policy} with room for all that is ever stored"))
         without = simulated("none", 0.0, 0.0)
+    cheapest, *others = (_mix(each) for each in found)
     document = {
         "policy": policy,
         "target_hit": target_hit,
         "of": of,
         "ceiling": ceiling,
         "footprint_gb": footprint_gb,
-        "without_storage": _costs(without, prices, rates.gpus, 0.0),
-        **_mix(found[-1], prices, rates.gpus),
-        "dearer": [_mix(each, prices, rates.gpus) for each in found[:-1]],
+        **cheapest,
+        "others": others,
+        "without_storage": {"dollars": prices.dollars(without, 0.0, rates.gpus), **_figures(without)},
     }
     if as_json:
         output.print_json(document)
@@ -98,39 +99,33 @@ def _beyond(target_hit: float, of: Share, most: float, who: str) -> str:
     return f"no size reaches {target_hit:g} {_WORDS[of]}: {who} has {most:.3f}. Ask for less with --target-hit."
 
 
-def _mix(mix: Mix, prices: Prices, gpus: int) -> dict[str, Any]:
+def _mix(mix: Mix) -> dict[str, Any]:
     return {
         "dram_gb": mix.dram_gb,
         "ssd_gb": mix.ssd_gb,
-        "storage_dollars_per_h": mix.dollars_per_h,
-        **_costs(mix.result, prices, gpus, mix.dollars_per_h),
+        "storage_dollars_per_h": mix.storage_dollars_per_h,
+        "dollars": mix.dollars,
+        **_figures(mix.result),
     }
 
 
-def _costs(result: Result, prices: Prices, gpus: int, storage_per_h: float) -> dict[str, Any]:
-    """What the measured part of the load costs, and what users get for it."""
-    gpu_dollars = result.gpu_hours * prices.gpu
-    return {
-        "dollars": gpu_dollars + result.gpu_hours / gpus * storage_per_h,
-        "gpu_hours": result.gpu_hours,
-        **{
-            name: output.plain(getattr(result, name))
-            for name in (
-                "hit_rate", "hit_rate_history", "dram_on_time", "dram_late", "ssd", "miss",
-                "ttft_p50_s", "ttft_p99_s", "ssd_written_gb", "moved_gb",
-            )
-        },
-    }  # fmt: skip
+def _figures(result: Result) -> dict[str, Any]:
+    whole = output.as_json(result)
+    names = (
+        "hit_rate", "hit_rate_history", "dram_on_time", "dram_late", "ssd", "miss", "ttft_p50_s", "ttft_p99_s",
+        "gpu_hours", "ssd_written_gb", "moved_gb",
+    )  # fmt: skip
+    return {name: whole[name] for name in names}
 
 
 def _print(document: dict[str, Any], of: Share) -> None:
     columns = ("dram", "ssd", "storage", "the load", "hits of history", "on time", "ttft p50", "p99")
     rows = output.table(*columns, right=columns)
-    for each in (*document["dearer"], document):
+    for each in (document, *document["others"]):
         rows.add_row(
             output.size(each["dram_gb"]),
             output.size(each["ssd_gb"]),
-            f"${each['storage_dollars_per_h']:.4g}/h",
+            f"${each['storage_dollars_per_h']:.3f}/h",
             f"${each['dollars']:,.2f}",
             output.share(each["hit_rate_history"]),
             output.share(each["dram_on_time"]),
@@ -143,11 +138,10 @@ def _print(document: dict[str, Any], of: Share) -> None:
     out.print(
         f"With {document['policy']}, {document['target_hit']:g} {_WORDS[of]} takes "
         f"{output.size(document['dram_gb'])} of DRAM and {output.size(document['ssd_gb'])} of SSD, for "
-        f"${document['storage_dollars_per_h']:.4g} an hour. An endless store has {document['ceiling']:.3f}.\n"
+        f"${document['storage_dollars_per_h']:.3f} an hour. An endless store has {document['ceiling']:.3f}.\n"
     )
     out.print(rows)
     out.print(
-        f"\nThe last row is the cheapest mix that was found. The load costs ${without['dollars']:,.2f} without "
-        "storage, "
-        f"so this saves {saved:.0%}."
+        f"\nThe load costs ${without['dollars']:,.2f} where nothing is stored, so the first of these saves {saved:.0%}. "
+        f"Its cost is the GPUs' for as long as they load, prefill and decode, and the storage's for the same time."
     )

@@ -6,6 +6,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 
 from kvservice.simulate.engine import simulate
@@ -52,7 +53,8 @@ def play(load: Workload, machine: Machine, name: str, warmup_turns: int) -> Resu
     """One run. The same again is not run again."""
     key = (id(load), machine, name, warmup_turns)
     if key not in _runs:
-        found = _runs[key] = simulate(load, machine, name, warmup_turns=warmup_turns)
+        result = simulate(load, machine, name, warmup_turns=warmup_turns)
+        found = _runs[key] = replace(result, policy=name)  # A policy has variants by other names.
         _kept.append(load)
         print(
             f"  {load.name}, {machine.dram_bytes / GIB:.0f}+{machine.ssd_bytes / GIB:.0f} GiB, {name}: on time "
