@@ -142,6 +142,7 @@ def _print(document: dict[str, Any], of: Share) -> None:
     )
     out.print(rows)
     out.print(
-        f"\nThe load costs ${without['dollars']:,.2f} where nothing is stored, so the first of these saves {saved:.0%}. "
+        f"\nThe load costs ${without['dollars']:,.2f} where nothing is stored, so the first of these saves "
+        f"{saved:.0%}. "
         f"Its cost is the GPUs' for as long as they load, prefill and decode, and the storage's for the same time."
     )

@@ -64,14 +64,15 @@ def mixes(measure: Measure, reaches: Reaches, footprint_gb: float, prices: Price
     least = _smallest(lambda gb: measure(gb, footprint_gb), reaches, footprint_gb)
     if least is None:
         return []
-    found = []
     ssd = _smallest(lambda gb: measure(least[0], gb), reaches, footprint_gb)
     assert ssd is not None  # It was reached with `footprint_gb` of it.
-    found.append(mix(least[0], *ssd))
+    found = [mix(least[0], *ssd)]
     more = (least[0] * each for each in _DRAM_FACTORS) if least[0] else (footprint_gb * each for each in _DRAM_SHARES)
-    for dram_gb in more:
-        if dram_gb <= footprint_gb and reaches(result := measure(dram_gb, ssd[0])):
-            found.append(mix(dram_gb, ssd[0], result))
+    found += [
+        mix(dram_gb, ssd[0], result)
+        for dram_gb in more
+        if dram_gb <= footprint_gb and reaches(result := measure(dram_gb, ssd[0]))
+    ]
     best = min(found, key=lambda each: each.dollars)
     less = _smallest(lambda gb: measure(best.dram_gb, gb), reaches, best.ssd_gb)
     if less is not None and less[0] < best.ssd_gb:

@@ -19,10 +19,11 @@ def measure(options: Options) -> Section:
         "throughout, and at 20, "
         "where there is no queue.",
     )
+    rates = (0.5, 2.0) if options.quick else RATES
     hits: dict[tuple[str, float], float] = {}
     for service in (1.9, 20.0):
         table = []
-        for rate in RATES:
+        for rate in rates:
             load, warmup = paper_load(options.quick, rate)
             machine = paper_machine(10 * scale, 128 * scale, service_turns_per_s=service)
             for name in NAMES:
@@ -32,6 +33,6 @@ def measure(options: Options) -> Section:
                     hits[name, rate] = result.hit_rate
         section.table(f"{service:g} turns a second, in percent:", ("Sessions/s", *COLUMNS), table)
     for name in ("lookahead", "foresight"):
-        worst = max(points(hits[name, 0.5], hits[name, rate]) for rate in RATES)
+        worst = max(points(hits[name, 0.5], hits[name, rate]) for rate in rates)
         section.at_most(f"`{name}`, hits lost from 0.5 to 2 sessions a second, in overload", worst, 8, " points")
     return section

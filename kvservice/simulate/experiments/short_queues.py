@@ -55,6 +55,7 @@ def machine(dram_bytes: int, utilisation: float) -> Machine:
 def measure(options: Options) -> Section:
     users = 300 if options.quick else 1000
     seeds = (0,) if options.quick else (0, 1, 2)
+    shares = quick_shares(options)
     section = Section(
         "short_queues",
         "Short queues: only return times tell",
@@ -68,7 +69,7 @@ def measure(options: Options) -> Section:
     for utilisation in LOADS:
         table = []
         curves[utilisation] = {name: [] for name in NAMES}
-        for share in SHARES:
+        for share in shares:
             found: dict[str, list[Result]] = {name: [] for name in NAMES}
             for seed in seeds:
                 setting = Setting.of(_people(users, "people", seed), utilisation, share)
@@ -92,9 +93,13 @@ def measure(options: Options) -> Section:
             )
             for utilisation, lines in curves.items()
         ]
-        x = [100 * share for share in SHARES]
+        x = [100 * share for share in shares]
         plot.draw(options.pictures / section.pictures[0], panels, x, "DRAM, % of the live set", "Short queues")
     return section
+
+
+def quick_shares(options: Options) -> tuple[float, ...]:
+    return (0.1, 0.4) if options.quick else SHARES
 
 
 def _other_shapes(section: Section, options: Options, users: int) -> None:

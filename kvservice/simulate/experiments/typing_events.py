@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvservice.simulate.experiments import Options
 from kvservice.simulate.experiments.report import Section, percent
-from kvservice.simulate.experiments.short_queues import LOADS, SHARES, USER_RATE, Setting
+from kvservice.simulate.experiments.short_queues import LOADS, USER_RATE, Setting, quick_shares
 from kvservice.simulate.generate import people
 
 LEAD_S = (2.0, 5.0)
@@ -26,7 +26,7 @@ def measure(options: Options) -> Section:
     }
     table = []
     for utilisation in LOADS:
-        for share in SHARES:
+        for share in quick_shares(options):
             settings = {kind: Setting.of(load, utilisation, share) for kind, load in loads.items()}
             ours = {kind: setting.play("foresight") for kind, setting in settings.items()}
             optimum, lru = settings["true"].play("optimum"), settings["true"].play("lru")
