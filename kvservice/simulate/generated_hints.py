@@ -1,11 +1,13 @@
-"""Typing hints for generated load: true ones ahead of each request, and wrong ones among them."""
+"""Typing hints for load that has none: true ones ahead of each request, and wrong ones among them."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice.simulate.workload import Hints
+from kvservice.simulate.workload import Hints, Workload
 
 _TYPING = 1  # Its place in `kvservice.policy.items.HINTS`.
 
@@ -51,3 +53,21 @@ def typing_hints(
         kind=np.full(len(order), _TYPING, np.int8),
         lead_s=np.concatenate([lead, wrong - begins[which]])[order],
     )
+
+
+def with_typing_hints(workload: Workload, lead_s: tuple[float, float], false_share: float, seed: int) -> Workload:
+    """A trace of sessions with hints as `typing_hints` makes them. Where a trace tells no think times, the time from
+    a request to the next is taken for one: a wrong hint may then come later than it would have.
+
+    Raises ValueError for shared prefixes, where nothing is known of who types, and for a trace with hints of its own.
+    """
+    if workload.shares_prefixes:
+        raise ValueError("shared prefixes have no sessions that somebody could type in")
+    if len(workload.hints.turn):
+        raise ValueError("the trace has hints of its own")
+    arrives = workload.arrives_s
+    since_request = np.diff(arrives, prepend=arrives[:1])
+    gaps = np.where(np.isnan(since_request), workload.think_s, since_request)
+    gaps[np.flatnonzero(np.diff(workload.session, prepend=-1))] = 0.0
+    hints = typing_hints(workload.session, gaps, lead_s, false_share, np.random.default_rng(seed))
+    return replace(workload, hints=hints)
