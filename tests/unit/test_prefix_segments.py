@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -34,7 +36,8 @@ def cut_naively(paths: Chains) -> list[list[tuple[int, ...]]]:
     cut: list[list[tuple[int, ...]]] = []
     for path in paths:
         runs: list[list[int]] = []
-        for before, block in zip([None, *path], path, strict=False):
+        for before, block in pairwise([None, *path]):
+            assert block is not None
             if before is not None and users[before] == users[block]:
                 runs[-1].append(block)
             else:
@@ -49,7 +52,7 @@ def test_an_item_is_a_longest_run_of_blocks_that_the_same_requests_use(paths: Ch
 
     number: dict[tuple[int, ...], int] = {}
     expected = [[number.setdefault(run, len(number)) for run in runs] for runs in cut_naively(paths)]
-    assert [items[begin:end].tolist() for begin, end in zip(begins, begins[1:], strict=False)] == expected
+    assert [items[begin:end].tolist() for begin, end in pairwise(begins)] == expected
     assert lengths.tolist() == [len(run) for run in number]
 
 
