@@ -26,7 +26,7 @@ def refused(path: Path, format: str = "auto") -> TraceError:  # noqa: A002
     error = caught.value
     assert isinstance(error, ValueError)
     assert error.path == path
-    where = str(path) if error.line is None else f"{path}:{error.line}"
+    where = str(path) if error.line is None else f"{path}: line {error.line}"
     assert str(error) == f"{where}: {error.reason}"
     return error
 
