@@ -1,4 +1,4 @@
-"""A table of items and a mover for tests: it moves whole items at once, as a policy says, and writes down what it did."""
+"""A table of items and a mover for tests: moves whole items at once, as a policy says, and writes down what it did."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice.blocks import Rows, TierName
+from kvservice.blocks import NO_ROW, Rows, TierName
 from kvservice.policy import Placement
 from kvservice.policy.items import NOT_QUEUED, Conditions, ItemTable
 
@@ -38,6 +38,7 @@ class SmallMover:
         self.now_s = 0.0
         self.row_of: dict[int, int] = {}
         self.item_of: dict[int, int] = {}
+        self._written = NO_ROW  # Goes to SSD now: the copy that it has there makes no room for it.
         self._reuse = reuse
         self._free_rows = list(range(row_count))[::-1]
         self._sequence = 0
@@ -149,6 +150,7 @@ class SmallMover:
 
     def _victims(self, tier: TierName) -> list[int]:
         rows = self.idle_in(tier)
+        rows = rows[rows != self._written]
         worth = self.policy.retention(self.table, rows, tier, self.now_s)
         return [int(row) for row in rows[np.argsort(worth, kind="stable")]]
 
@@ -186,10 +188,10 @@ class SmallMover:
         table = self.table
         if self.policy.wants_on_ssd(table, row, self.now_s):
             missing_bytes = int(table.dram_bytes[row] - table.ssd_bytes[row])
-            held, table.in_use[row] = int(table.in_use[row]), 1  # Its own copy is not what makes room for it.
+            self._written = row
             if self._make_room(SSD, missing_bytes):
                 self._come(row, SSD, int(table.dram_bytes[row]))
-            table.in_use[row] = held
+            self._written = NO_ROW
 
     def _come(self, row: int, tier: TierName, size_bytes: int) -> None:
         table = self.table

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from kvservice.blocks import TierName
 from kvservice.policy import LookaheadPolicy, Placement
@@ -96,11 +97,12 @@ class Watched(SmallMover):
 
     one_size = False
 
-    def outside(self) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    def outside(self) -> NDArray[np.bool_]:
         policy, seq = self.policy, self.table.queue_seq
         assert isinstance(policy, LookaheadPolicy)
         end = self.conditions.served + policy.eviction_window(self.table)
-        return (seq == NOT_QUEUED) | (seq >= end)
+        outside: NDArray[np.bool_] = (seq == NOT_QUEUED) | (seq >= end)
+        return outside
 
     def _leave(self, row: int, tier: TierName) -> None:
         outside, table = self.outside(), self.table
@@ -196,6 +198,36 @@ def test_ssd_gives_up_a_copy_of_what_dram_has_before_the_only_one_of_a_session_t
     for item in (3, 1, 2):
         mover.request(item, look=False)
     assert mover.evict(SSD, 3) == [3, 2, 1]
+
+
+def test_what_runs_makes_no_room_on_ssd() -> None:
+    mover = SmallMover(LookaheadPolicy(), 8, 2)
+    for item in (1, 2):
+        mover.place(item, SSD, 1)
+        mover.request(item)
+    mover.begin()
+    mover.place(3, DRAM, 1)
+    mover.request(3, look=False)
+    row = mover.row_of[3]
+    assert mover.policy.wants_on_ssd(mover.table, row, 0.0), "DRAM has KV2 as well: it is not lost with its copy"
+    mover.begin()
+    assert not mover.policy.wants_on_ssd(mover.table, row, 0.0)
+
+
+def test_only_what_is_needed_sooner_takes_the_place_of_another_that_is_needed() -> None:
+    mover = SmallMover(LookaheadPolicy(), 2, 2)
+    for item, tier in ((1, DRAM), (2, SSD), (3, SSD), (4, DRAM)):
+        mover.place(item, tier, 1)
+    for item in (1, 2, 3, 4):
+        mover.request(item, look=False)
+    wants = [mover.policy.wants_on_ssd(mover.table, mover.row_of[item], 0.0) for item in (1, 4)]
+    assert wants == [True, False]
+
+
+def test_what_is_larger_than_the_ssd_is_not_wanted_there() -> None:
+    mover = SmallMover(LookaheadPolicy(), 8, 2)
+    mover.place(1, DRAM, 3)
+    assert not mover.policy.wants_on_ssd(mover.table, mover.row_of[1], 0.0)
 
 
 # What comes
