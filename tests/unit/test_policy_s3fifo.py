@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvservice.blocks import TierName
@@ -105,6 +105,20 @@ def compare(capacity_bytes: int, sizes: dict[int, int], steps: Iterable[tuple[in
     return reference
 
 
+@example(  # Two move to the main queue before one of them leaves it.
+    15,
+    [1, 1, 1, 1, 2, 6, 1, 6] + [1] * 12,
+    [
+        (1, 3, False),
+        (4, 2, True),
+        (7, 2, True),
+        (0, 3, False),
+        (5, 2, False),
+        (0, 1, False),
+        (5, 1, False),
+        (1, 1, False),
+    ],
+)
 @given(
     capacity_bytes=st.integers(5, 60),
     sizes=st.lists(st.integers(1, 6), min_size=20, max_size=20),
