@@ -14,13 +14,16 @@ AFTER_ANSWER = math.nan
 
 @dataclass(frozen=True, slots=True)
 class Hints:
-    """Hints by time. One that belongs to a turn (`turn` >= 0) comes `lead_s` before that turn's request, one that
-    does not (`turn` < 0) at `at_s` after the end of the last answer of the session's turn `-turn - 1`, and is wrong.
+    """Hints by the turn that they follow, then by time.
+
+    One with `turn` >= 0 comes `lead_s` before the request of that turn, which is not its session's first.
+    One with `turn` < 0 comes `lead_s` after the end of the answer of turn `-turn - 1`: it is a wrong one, or a
+    session's last word.
     """
 
     turn: NDArray[np.int64]
     kind: NDArray[np.int8]  # See `kvservice.policy.items.HINTS`.
-    lead_s: NDArray[np.float64]
+    lead_s: NDArray[np.float64]  # 0 or more.
 
     @staticmethod
     def none() -> Hints:
@@ -29,16 +32,17 @@ class Hints:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Turns, numbered in an order in which each session's come one after the other.
+    """Turns, numbered so that those of a session stand together, one after the other.
 
     Two kinds. *Sessions*: every turn reads one item, the session's, which grows by `new_tokens` and
     `output_tokens`; `path_*` are empty. *Shared prefixes*: turn `n` reads the items
     `path_items[path_begins[n] : path_begins[n + 1]]`, from the first block on; each is a run of blocks that no
-    request enters or leaves in its middle, `item_blocks` long, so that a block and its item are used alike.
+    request enters or leaves in its middle, `item_blocks` long, so that a block and its item are used alike; every
+    turn is a session of its own, and its `new_tokens` are the whole prompt. The last block may not be full.
     """
 
     name: str
-    session: NDArray[np.int32]  # Of each turn; sessions are numbered from 0.
+    session: NDArray[np.int32]  # Of each turn, ascending; sessions are numbered from 0, by their first request.
     arrives_s: NDArray[np.float64]  # When its request comes, or AFTER_ANSWER.
     think_s: NDArray[np.float64]  # From the end of the session's answer before it, where it is AFTER_ANSWER.
     new_tokens: NDArray[np.int32]  # Of the request, without its history.
