@@ -1,4 +1,4 @@
-"""A table of items and a mover for tests: it moves whole items at once, as a policy says, and writes down what it did."""
+"""A table of items and a mover for tests: moves whole items at once, as a policy says, and writes down what it did."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice.blocks import Rows, TierName
+from kvservice.blocks import NO_ROW, Rows, TierName
 from kvservice.policy import Placement
 from kvservice.policy.items import NOT_QUEUED, Conditions, ItemTable
 
@@ -38,6 +38,7 @@ class SmallMover:
         self.now_s = 0.0
         self.row_of: dict[int, int] = {}
         self.item_of: dict[int, int] = {}
+        self._written = NO_ROW  # Goes to SSD now: the copy that it has there makes no room for it.
         self._reuse = reuse
         self._free_rows = list(range(row_count))[::-1]
         self._sequence = 0
@@ -45,8 +46,8 @@ class SmallMover:
 
     # What the engine does
 
-    def request(self, item: int) -> None:
-        """A request that continues the item comes and waits."""
+    def request(self, item: int, *, look: bool = True) -> None:
+        """A request that continues the item comes and waits. Whether the policy may ask for promotions at once."""
         row = self._row(item)
         table = self.table
         assert table.queue_seq[row] == NOT_QUEUED and not table.in_use[row], "a session has one request at a time"
@@ -57,7 +58,8 @@ class SmallMover:
         self.queue.append(row)
         self.conditions.queued = len(self.queue)
         self.policy.queued(table, row, self.now_s)
-        self._look()
+        if look:
+            self.look()
 
     def begin(self) -> int:
         """The turn of the queue's first request has come: what SSD has of it is read. Returns the item."""
@@ -73,7 +75,7 @@ class SmallMover:
         missing_bytes = int(table.ssd_bytes[row] - table.dram_bytes[row])
         if missing_bytes > 0 and self._make_room(DRAM, missing_bytes):
             self._come(row, DRAM, int(table.ssd_bytes[row]))
-        self._look()
+        self.look()
         return self.item_of[row]
 
     def end(self, item: int, size_bytes: int) -> None:
@@ -90,7 +92,7 @@ class SmallMover:
         if in_dram:
             self._write(row)
         self._forget(row)
-        self._look()
+        self.look()
 
     def turn(self, item: int, size_bytes: int) -> None:
         """A request that nothing else waits with."""
@@ -131,20 +133,24 @@ class SmallMover:
         capacity_bytes = conditions.dram_capacity_bytes if tier is DRAM else conditions.ssd_capacity_bytes
         return capacity_bytes - int(self.bytes_in(tier).sum())
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Read what the policy wants in DRAM, if it has something to say."""
         while self.policy.look_at_s <= self.now_s:
-            for row, _, worth in sorted(self.policy.promotions(self.table, self.queue, self.now_s), key=lambda p: p[1]):
+            kept_free_bytes = int(self.policy.dram_kept_free * self.conditions.dram_capacity_bytes)
+            asked = self.policy.promotions(self.table, self.queue, self.now_s)
+            for row, _, worth in sorted(asked, key=lambda promotion: promotion.deadline_s):
                 missing_bytes = int(self.table.ssd_bytes[row] - self.table.dram_bytes[row])
-                if missing_bytes > 0 and self._make_room(DRAM, missing_bytes, worth):
+                if missing_bytes > 0 and self._make_room(DRAM, max(missing_bytes, kept_free_bytes), worth):
                     self._fetch(row)
-                    self._make_room(DRAM, int(self.policy.dram_kept_free * self.conditions.dram_capacity_bytes), worth)
+                    self._make_room(DRAM, kept_free_bytes, worth)
 
     def _fetch(self, row: int) -> None:
-        self._come(row, DRAM, int(self.table.ssd_bytes[row]))
         self.note(Move("fetch", self.item_of[row]))
+        self._come(row, DRAM, int(self.table.ssd_bytes[row]))
 
     def _victims(self, tier: TierName) -> list[int]:
         rows = self.idle_in(tier)
+        rows = rows[rows != self._written]
         worth = self.policy.retention(self.table, rows, tier, self.now_s)
         return [int(row) for row in rows[np.argsort(worth, kind="stable")]]
 
@@ -182,10 +188,10 @@ class SmallMover:
         table = self.table
         if self.policy.wants_on_ssd(table, row, self.now_s):
             missing_bytes = int(table.dram_bytes[row] - table.ssd_bytes[row])
-            held, table.in_use[row] = int(table.in_use[row]), 1  # Its own copy is not what makes room for it.
+            self._written = row
             if self._make_room(SSD, missing_bytes):
                 self._come(row, SSD, int(table.dram_bytes[row]))
-            table.in_use[row] = held
+            self._written = NO_ROW
 
     def _come(self, row: int, tier: TierName, size_bytes: int) -> None:
         table = self.table

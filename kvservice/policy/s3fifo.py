@@ -139,9 +139,8 @@ class _Queues:
                     self._remember(row, int(items.size_bytes[row]), ghost_share_bytes)
                 return
             self._move_to_main(row)
-        else:
-            self._sift(NO_ROW, self._over_share_seq, items, resident_bytes)
-            self._turn(row, items, resident_bytes)
+        self._sift(NO_ROW, self._over_share_seq, items, resident_bytes)
+        self._turn(row, items, resident_bytes)
         if gone:
             self._unlink(row)
 

@@ -18,7 +18,9 @@ from tests.items import SmallMover
 ITEMS = 40
 
 
-def played(policy: Placement, *, seed: int, turns: int = 150, reuse: bool = False, comebacks: bool = True) -> SmallMover:
+def played(
+    policy: Placement, *, seed: int, turns: int = 150, reuse: bool = False, comebacks: bool = True
+) -> SmallMover:
     """A mover after some turns of sessions of different sizes, with a queue and more than the tiers can hold.
 
     Without `comebacks`, an item that was dropped is never asked for again.
@@ -122,9 +124,7 @@ class PlacementContract:
             assert mover.policy.look_at_s > mover.now_s, "it says when to ask again"
 
     @pytest.mark.parametrize("seed", range(4))
-    def test_a_row_tells_nothing_of_the_item_that_had_it_before(
-        self, make: Callable[[], Placement], seed: int
-    ) -> None:
+    def test_a_row_tells_nothing_of_the_item_that_had_it_before(self, make: Callable[[], Placement], seed: int) -> None:
         apart = played(make(), seed=seed, comebacks=False)
         reused = played(make(), seed=seed, comebacks=False, reuse=True)
         assert max(reused.item_of) < max(apart.item_of), "rows were used again"
