@@ -35,9 +35,10 @@ def bin_of(age_s: float) -> int:
 
 def places_of(ages_s: Floats) -> Floats:
     """Ages as bins and parts of bins, so that the middle of a bin is its number: where to read between bins."""
-    octaves = np.log2(np.maximum(ages_s, BEGINS[1] / 2)) - _FIRST_OCTAVE
-    places: Floats = np.clip(octaves * BINS_PER_OCTAVE + 0.5, 0.0, BIN_COUNT - 1.001)
-    return places
+    places: Floats = np.log2(np.maximum(ages_s, BEGINS[1] / 2))
+    places *= BINS_PER_OCTAVE
+    places -= _FIRST_OCTAVE * BINS_PER_OCTAVE - 0.5
+    return np.minimum(np.maximum(places, 0.0), BIN_COUNT - 1.001)
 
 
 def bins_of(ages_s: Floats) -> Ints:
