@@ -11,13 +11,17 @@ from kvservice.blocks import BlockTable
 from kvservice.policy.base import Policy
 from kvservice.policy.fifo import FifoPolicy
 from kvservice.policy.foresight import ForesightPolicy
+from kvservice.policy.lookahead import LookaheadPolicy
 from kvservice.policy.lru import LruPolicy
 from kvservice.policy.placement import Placement
+from kvservice.policy.s3fifo import S3FifoPolicy
 
 #: By name, what makes each policy over items. Each run has an instance of its own.
 PLACEMENTS: dict[str, Callable[[], Placement]] = {
     "lru": LruPolicy,
     "fifo": FifoPolicy,
+    "s3fifo": S3FifoPolicy,
+    "lookahead": LookaheadPolicy,
     "foresight": ForesightPolicy,
     "foresight-unlearned": partial(ForesightPolicy, learning=False),
 }
@@ -25,4 +29,14 @@ PLACEMENTS: dict[str, Callable[[], Placement]] = {
 #: Those that also rank single blocks: what the daemon can run.
 POLICIES: dict[str, type[Policy[BlockTable]]] = {"lru": LruPolicy}
 
-__all__ = ["PLACEMENTS", "POLICIES", "FifoPolicy", "ForesightPolicy", "LruPolicy", "Placement", "Policy"]
+__all__ = [
+    "PLACEMENTS",
+    "POLICIES",
+    "FifoPolicy",
+    "ForesightPolicy",
+    "LookaheadPolicy",
+    "LruPolicy",
+    "Placement",
+    "Policy",
+    "S3FifoPolicy",
+]

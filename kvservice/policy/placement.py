@@ -23,6 +23,9 @@ class Placement:
     name: ClassVar[str]
     #: Whether a session leaves a tier whole, as in the paper, or only as much of its end as is needed.
     whole_items: ClassVar[bool] = False
+    #: The share of DRAM to keep free ahead of need: once a promotion has taken its room, others leave until it is
+    #: free again.
+    dram_kept_free: float = 0.0
     #: The next time to ask for promotions; a method that is told something may bring it forward to `now_s`.
     look_at_s: float = math.inf
 

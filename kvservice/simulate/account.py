@@ -40,6 +40,10 @@ class Account:
         self.turn, self.wait_s, self.load_s = views["turn"], views["wait_s"], views["load_s"]
         self.history_tokens, self.missing_tokens = views["history_tokens"], views["missing_tokens"]
         self.queued = views["queued"]
+        self._new = memoryview(workload.new_tokens)
+        self._new_is_prompt = workload.shares_prefixes
+        self._link_token_s = machine.kv_bytes_per_token / machine.link_bytes_per_s
+        self._token_s = 1.0 / machine.prefill_tokens_per_s
         self.dispatched = 0
         # All that follows is of the measured turns.
         self.units = 0  # Turns, or blocks.
@@ -63,6 +67,14 @@ class Account:
         channel = mover.channel
         self._start_bytes = (channel.read_bytes, channel.written_bytes, mover.promoted_unused_bytes, channel.read_s)
 
+    def prefill_s(self, turn: int, number: int) -> float:
+        """How long the prefill of the dispatch takes, with its history's way from DRAM to the GPU beside it."""
+        history, missing = self.history_tokens[number], self.missing_tokens[number]
+        new = self._new[turn]
+        if self._new_is_prompt:
+            new = max(0, new - history)
+        return max((history - missing) * self._link_token_s, (new + missing) * self._token_s)
+
     def live(self, change_bytes: int, now_s: float) -> None:
         """The KV of sessions that go on grew, or shrank where one ended."""
         self._live_byte_s += self._live_bytes * (now_s - self._live_since_s)
@@ -74,9 +86,9 @@ class Account:
         self.live(0, now_s)
         measured = slice(self.warmup_turns, self.dispatched)
         turn, wait_s, load_s, history, missing, queued = (self._columns[c][measured] for c in _COLUMNS)
-        new = workload.new_tokens[turn] if not workload.shares_prefixes else np.zeros(len(turn), np.int32)
+        new = workload.new_tokens[turn]
         if workload.shares_prefixes:
-            new = prompt_tokens(workload)[turn] - history
+            new = np.maximum(new - history, 0)
         loaded_s = (history - missing) * (machine.kv_bytes_per_token / machine.link_bytes_per_s)
         computed_s = (new + missing) / machine.prefill_tokens_per_s
         service_s = load_s + np.maximum(loaded_s, computed_s)
@@ -128,13 +140,6 @@ class Account:
             seconds=seconds,
             turns_simulated_per_s=self.dispatched / max(seconds, 1e-9),
         )
-
-
-def prompt_tokens(workload: Workload) -> NDArray[np.int64]:
-    """Of each turn of a workload with shared prefixes: its blocks, the last one taken as full."""
-    blocks = workload.item_blocks[workload.path_items].astype(np.int64)
-    ends = np.concatenate([[0], np.cumsum(blocks)])[workload.path_begins]
-    return np.diff(ends) * workload.block_tokens
 
 
 def _mean(values: NDArray[Any]) -> float:

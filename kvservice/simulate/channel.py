@@ -35,8 +35,9 @@ class Channel:
     """
 
     __slots__ = (
-        "_demand_until_s", "_left", "_owed_s", "_promotions", "_rate", "_sizes", "_transfers", "_write_left",
-        "_write_size", "_writes", "deadlines", "now_s", "read_bytes", "read_s", "write_row", "written_bytes",
+        "_asked_bytes", "_demand_until_s", "_left", "_owed_s", "_promotions", "_rate", "_sizes", "_transfers",
+        "_write_left", "_write_size", "_writes", "deadlines", "now_s", "read_bytes", "read_s", "write_row",
+        "written_bytes",
     )  # fmt: skip
 
     def __init__(self, bytes_per_s: float, transfers: Transfers, start_s: float = 0.0) -> None:
@@ -48,7 +49,8 @@ class Channel:
         self._promotions: list[tuple[float, int]] = []  # Sorted.
         self.deadlines: dict[int, float] = {}  # Of every promotion that has not ended, by row.
         self._left: dict[int, float] = {}  # Bytes, of those that have begun.
-        self._sizes: dict[int, int] = {}
+        self._sizes: dict[int, int] = {}  # Bytes, of all promotions.
+        self._asked_bytes = 0  # The sum of them.
         self._writes: deque[int] = deque()
         self.write_row = NO_ROW
         self._write_size = 0
@@ -79,6 +81,7 @@ class Channel:
                         self._forget(row)
                         continue
                     self._left[row] = size
+                    self._asked_bytes += size - self._sizes[row]
                     self._sizes[row] = size
                     continue  # Making room for it may have to wait for writes.
                 left = self._left[row]
@@ -143,21 +146,25 @@ class Channel:
         self.written_bytes += size
         self._transfers.end_write(row, size, now_s)
 
-    def promote(self, row: int, deadline_s: float) -> None:
+    def promote(self, row: int, deadline_s: float, size_bytes: int) -> None:
         """Read the row's bytes by the deadline, or change the deadline of what was asked for before."""
         old = self.deadlines.get(row)
-        if old is not None:
-            if old == deadline_s:
-                return
+        if old is None:
+            self._sizes[row] = size_bytes
+            self._asked_bytes += size_bytes
+        elif old == deadline_s:
+            return
+        else:
             self._drop(row, old)
         self.deadlines[row] = deadline_s
         bisect.insort(self._promotions, (deadline_s, row))
 
     def cancel(self, row: int) -> tuple[int, int]:
-        """Stop a promotion. Returns the bytes that had come and those that had been asked for in all, 0 before it began."""
-        self._forget_queued(row)
-        size = self._sizes.pop(row, 0)
-        left = self._left.pop(row, 0.0)
+        """Stop a promotion. Returns the bytes that have come, and those it was to read: 0 where it had not begun."""
+        size, left = self._sizes[row], self._left.get(row)
+        self._forget(row)
+        if left is None:
+            return 0, 0
         done = max(0, size - math.ceil(left))
         self.read_bytes += done
         return done, size
@@ -167,16 +174,14 @@ class Channel:
         return max(self._left, key=lambda row: (self.deadlines[row], row), default=NO_ROW)
 
     def read_backlog_s(self) -> float:
-        """How long it will read what it was asked for and has begun, or what a request waits for."""
-        return max(0.0, self._demand_until_s - self.now_s) + sum(self._left.values()) / self._rate
+        """How long it will read what it was asked for."""
+        done = sum(self._sizes[row] - left for row, left in self._left.items())
+        return max(0.0, self._demand_until_s - self.now_s) + (self._asked_bytes - done) / self._rate
 
     def _forget(self, row: int) -> None:
-        self._forget_queued(row)
-        self._left.pop(row, None)
-        self._sizes.pop(row, None)
-
-    def _forget_queued(self, row: int) -> None:
         self._drop(row, self.deadlines.pop(row))
+        self._asked_bytes -= self._sizes.pop(row)
+        self._left.pop(row, None)
 
     def _drop(self, row: int, deadline_s: float) -> None:
         del self._promotions[bisect.bisect_left(self._promotions, (deadline_s, row))]

@@ -5,17 +5,20 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice.policy.items import HINTS, NOT_QUEUED, Conditions, ItemTable
+from kvservice.policy.items import Conditions, ItemTable
 from kvservice.policy.placement import Placement
 from kvservice.simulate.account import Account
+from kvservice.simulate.bounds import Bound
 from kvservice.simulate.mover import Mover, overrides
 from kvservice.simulate.policies import CONTENDERS, make
+from kvservice.simulate.prefixes import PrefixTurns
 from kvservice.simulate.result import Result
-from kvservice.simulate.server import server_of
+from kvservice.simulate.server import PASSED_OVER, server_of
 from kvservice.simulate.sessions import SessionTurns
 from kvservice.simulate.settings import Machine
 from kvservice.simulate.workload import Workload
@@ -31,96 +34,120 @@ def simulate(
     """
     if isinstance(policy, str):
         policy = make(policy, workload, machine)
-    return Engine(workload, machine, policy, warmup_turns).run()
+    played_on = policy.plays_on(machine) if isinstance(policy, Bound) else machine
+    paid = machine if played_on.dram_bytes > machine.dram_bytes else played_on
+    return Engine(workload, played_on, policy, warmup_turns, paid).run()
+
+
+#: The busy share of the channel is a mean over about so long.
+_MEASURE_S = 60.0
+#: Two sums of the same seconds may differ by so much.
+_LATER_S = 1e-6
+
+
+@dataclass(slots=True, order=True)
+class _Called:
+    """A turn whose time came before its KV was there, where others may go first."""
+
+    loaded_s: float
+    turn: int
+    number: int
+    called_s: float
+    passed: int = 0
 
 
 class Engine:
     """One run."""
 
-    def __init__(self, workload: Workload, machine: Machine, policy: Placement, warmup_turns: int = 0) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        machine: Machine,
+        policy: Placement,
+        warmup_turns: int = 0,
+        paid: Machine | None = None,
+    ) -> None:
+        """The cost is that of the machine `paid`, where it is not the one that is played on."""
         self.workload = workload
         self.machine = machine
         self.policy = policy
-        self.next_turn, self._firsts = _turns_of_sessions(workload)
-        first_at = workload.arrives_s[self._firsts]
+        session = workload.session
+        firsts = np.flatnonzero(np.diff(session, prepend=-1)).astype(np.int32)
+        first_at = workload.arrives_s[firsts]
+        if (np.diff(session) < 0).any():
+            raise ValueError("a session's turns do not stand together")
         if np.isnan(first_at).any():
             raise ValueError("a session's first turn has no time of arrival")
         order = np.argsort(first_at, kind="stable")
-        self._firsts = self._firsts[order]
+        self._firsts = firsts[order]
         self._first_at = first_at[order]
+        after, begins = _hints_by_gap(workload)
+        self._hint_after, self._hint_begins = memoryview(after), memoryview(begins)
+        self._hint_turn, self._hint_lead_s = memoryview(workload.hints.turn), memoryview(workload.hints.lead_s)
+        self._hint_kind = memoryview(workload.hints.kind)
         self.now_s = float(self._first_at[0]) if len(order) else 0.0
         self.conditions = Conditions(machine.dram_bytes, machine.ssd_bytes, machine.ssd_bytes_per_s)
         self.server = server_of(machine)
-        self.items = ItemTable(workload.sessions, self.conditions)
-        self.mover = Mover(self.items, machine, policy, 0, self.now_s)
-        self.account = Account(workload, machine, warmup_turns)
-        self.reads = SessionTurns(workload, machine, policy, self.items, self.mover, self.account)
+        row_count = len(workload.item_blocks) if workload.shares_prefixes else workload.sessions
+        self.items = ItemTable(row_count, self.conditions)
+        block_bytes = workload.block_tokens * machine.kv_bytes_per_token
+        self.mover = Mover(self.items, machine, policy, block_bytes, self.now_s)
+        self.account = Account(workload, paid or machine, warmup_turns)
+        kind = PrefixTurns if workload.shares_prefixes else SessionTurns
+        self.reads = kind(workload, machine, policy, self.items, self.mover, self.account)
+        self._queue: deque[int] = deque()
+        self._rows: deque[int] = deque()  # The same by rows, for a policy that looks ahead.
+        self._called: list[_Called] = []
+        self._looks = overrides(policy, "promotions")
+        self._session, self._outputs = memoryview(session), memoryview(workload.output_tokens)
+        self._came_at_s = memoryview(np.zeros(workload.sessions))
+        self._measured_s, self._measured_read_s = self.now_s, 0.0
 
     def run(self) -> Result:
-        workload, policy, items, server = self.workload, self.policy, self.items, self.server
-        reads, mover, account, conditions = self.reads, self.mover, self.account, self.conditions
-        channel, machine = mover.channel, self.machine
-        advance = channel.advance
-        tells_queued = overrides(policy, "queued")
+        """Play the workload to its end."""
+        workload, machine, policy = self.workload, self.machine, self.policy
+        reads, server, conditions, queue, called = self.reads, self.server, self.conditions, self._queue, self._called
+        advance = self.mover.channel.advance
+        dispatch = self._dispatch_ready if machine.readiness_aware else self._dispatch_first
         turn_count = workload.turns
-        session = memoryview(workload.session)
+        hint_count = len(self._hint_after)
+        session, came_at_s = self._session, self._came_at_s
         arrives_s, think_s = memoryview(workload.arrives_s), memoryview(workload.think_s)
-        next_turn, outputs = memoryview(self.next_turn), memoryview(workload.output_tokens)
-        new_tokens = memoryview(workload.new_tokens)
         firsts, first_at_s = memoryview(self._firsts), memoryview(self._first_at)
-        came_at_s = memoryview(np.zeros(workload.sessions))
-        queue: deque[int] = deque()
-        rows: deque[int] = deque()
-        # Times with what happens: below `turn_count` the turn's answer ends, below twice that it comes, then hints.
+        foretell = getattr(policy, "foretell", None)
+        ttl_s = machine.session_ttl_s
+        expires = math.isfinite(ttl_s)
+        # When what happens: a turn's answer ends (below `turn_count`), it comes, a hint comes, its session expires.
         events: list[tuple[float, int]] = []
-        first, ended, came = 0, 0, 0
+        push, pop = heapq.heappush, heapq.heappop
+        first = ended = came = 0
         next_first_s = first_at_s[0] if turn_count else math.inf
         now_s = self.now_s
-        account.start(mover, now_s)
-        link_s = machine.kv_bytes_per_token / machine.link_bytes_per_s
-        token_s = 1.0 / machine.prefill_tokens_per_s
-        conditions.turns_per_s = server.turns_per_s()
+        self.account.start(self.mover, now_s)
+        conditions.turns_per_s = server.turns_per_s
         while ended < turn_count:
             when = events[0][0] if events else math.inf
             if next_first_s < when:
                 when = next_first_s
             look_at_s = policy.look_at_s
-            if queue:
+            if queue or called:
                 at = server.free_at_s
                 if at < now_s:
                     at = now_s
+                if called and not queue:
+                    at = max(at, called[0].loaded_s)
                 if at < when and at <= look_at_s:
                     now_s = at
                     advance(now_s)
-                    turn = queue.popleft()
-                    rows.popleft()
-                    number = account.dispatched
-                    if number == account.warmup_turns:
-                        account.start(mover, now_s)
-                    wanted = reads.dispatch(turn, now_s)
-                    loaded_s = channel.demand(wanted) if wanted else now_s
-                    history, missing = account.history_tokens[number], account.missing_tokens[number]
-                    prefill_s = max((history - missing) * link_s, (new_tokens[turn] + missing) * token_s)
-                    begins_s, ends_s = server.take(now_s, loaded_s, prefill_s, outputs[turn])
-                    heapq.heappush(events, (ends_s, turn))
-                    account.turn[number] = turn
-                    account.wait_s[number] = now_s - came_at_s[session[turn]]
-                    account.load_s[number] = begins_s - now_s
-                    account.queued[number] = len(queue)
-                    account.dispatched = number + 1
-                    conditions.served = number + 1
-                    conditions.queued = len(queue)
+                    taken = dispatch(now_s)
+                    if taken is not None:
+                        push(events, taken)
                     continue
             if look_at_s < when:
                 if look_at_s > now_s:
                     now_s = look_at_s
                 advance(now_s)
-                conditions.read_backlog_s = channel.read_backlog_s()
-                conditions.written_bytes = channel.written_bytes
-                for row, deadline_s, worth in policy.promotions(items, rows, now_s):
-                    mover.promote(row, deadline_s, worth)
-                if policy.look_at_s <= now_s:
-                    raise RuntimeError(f"{policy.name} did not say when to ask it again")
+                self._look(now_s)
                 continue
             now_s = when
             advance(now_s)
@@ -129,40 +156,133 @@ class Engine:
                 first += 1
                 next_first_s = first_at_s[first] if first < len(firsts) else math.inf
             else:
-                turn = heapq.heappop(events)[1]
+                turn = pop(events)[1]
                 if turn < turn_count:
                     ended += 1
-                    server.ended(now_s)
-                    following = next_turn[turn]
-                    reads.stored(turn, following < 0, now_s)
-                    if following >= 0:
+                    server.ended()
+                    following = turn + 1
+                    at = math.inf
+                    goes_on = following < turn_count and session[following] == session[turn]
+                    if goes_on:
                         at = arrives_s[following]
                         if at != at:
                             at = now_s + think_s[following]
-                        heapq.heappush(events, (at if at > now_s else now_s, turn_count + following))
+                        elif at < now_s:
+                            at = now_s
+                        push(events, (at, turn_count + following))
+                    if foretell is not None:
+                        foretell(session[turn], at)
+                    reads.stored(turn, not goes_on, now_s)
+                    if hint_count:
+                        self._plan_hints(events, turn, at, now_s)
+                    if expires:
+                        push(events, (now_s + ttl_s, 2 * turn_count + hint_count + turn))
                     continue
                 turn -= turn_count
+                if turn >= turn_count:
+                    turn -= turn_count
+                    if turn < hint_count:
+                        reads.hinted(self._hint_after[turn], self._hint_kind[turn], now_s)
+                    else:
+                        reads.expire(turn - hint_count, now_s - ttl_s + _LATER_S, now_s)
+                    continue
             came_at_s[session[turn]] = now_s
             queue.append(turn)
-            rows.append(reads.queue_row(turn))
-            reads.came(turn, came)
-            came += 1
+            if self._looks:
+                self._rows.extend(reads.rows(turn))
             conditions.queued = len(queue)
-            if tells_queued:
-                policy.queued(items, reads.queue_row(turn), now_s)
+            reads.came(turn, came, now_s)
+            came += 1
         advance(now_s)
-        return account.result(policy.name, mover, now_s)
+        return self.account.result(policy.name, self.mover, now_s)
+
+    def _dispatch_first(self, now_s: float) -> tuple[float, int]:
+        """The first in the queue gets the server. Returns when its answer ends, and the turn."""
+        turn, number, loaded_s = self._call(now_s)
+        return self._take(turn, number, now_s, loaded_s, now_s)
+
+    def _dispatch_ready(self, now_s: float) -> tuple[float, int] | None:
+        """The server goes to the first whose KV is there, unless one that waits for its own was passed over enough.
+
+        None where the first in the queue was called only: its KV is read, and another may have the server.
+        """
+        called = self._called
+        if called:
+            soonest = called[0]
+            impatient = any(other.passed >= PASSED_OVER for other in called)
+            if soonest.loaded_s <= now_s or impatient or len(called) >= PASSED_OVER or not self._queue:
+                heapq.heappop(called)
+                return self._take(soonest.turn, soonest.number, soonest.called_s, soonest.loaded_s, now_s)
+        turn, number, loaded_s = self._call(now_s)
+        if loaded_s > now_s:
+            heapq.heappush(called, _Called(loaded_s, turn, number, now_s))
+            return None
+        for other in called:
+            other.passed += 1
+        return self._take(turn, number, now_s, loaded_s, now_s)
+
+    def _call(self, now_s: float) -> tuple[int, int, float]:
+        """The time of the first in the queue has come. Returns its turn, its number, and when its KV is there."""
+        account, conditions = self.account, self.conditions
+        turn = self._queue.popleft()
+        number = account.dispatched
+        if number == account.warmup_turns:
+            account.start(self.mover, now_s)
+        if self._looks:
+            for _ in self.reads.rows(turn):
+                self._rows.popleft()
+            self._measure(now_s)
+        conditions.served = number + 1
+        conditions.queued = len(self._queue)
+        wanted = self.reads.dispatch(turn, now_s)
+        account.turn[number] = turn
+        account.wait_s[number] = now_s - self._came_at_s[self._session[turn]]
+        account.queued[number] = len(self._queue)
+        account.dispatched = number + 1
+        return turn, number, self.mover.channel.demand(wanted) if wanted else now_s
+
+    def _take(self, turn: int, number: int, called_s: float, loaded_s: float, now_s: float) -> tuple[float, int]:
+        account = self.account
+        prefill_s = account.prefill_s(turn, number)
+        begins_s, ends_s = self.server.take(now_s, loaded_s, prefill_s, self._outputs[turn])
+        self.conditions.turns_per_s = self.server.turns_per_s
+        account.load_s[number] = begins_s - called_s
+        return ends_s, turn
+
+    def _look(self, now_s: float) -> None:
+        policy, mover = self.policy, self.mover
+        self._measure(now_s)
+        for row, deadline_s, worth in policy.promotions(self.items, self._rows, now_s):
+            mover.promote(row, deadline_s, worth)
+        if policy.look_at_s <= now_s:
+            raise RuntimeError(f"{policy.name} did not say when to ask it again")
+
+    def _measure(self, now_s: float) -> None:
+        """What a policy may know of the channel."""
+        channel, conditions = self.mover.channel, self.conditions
+        conditions.read_backlog_s = channel.read_backlog_s()
+        conditions.written_bytes = channel.written_bytes
+        passed_s = now_s - self._measured_s
+        if passed_s >= _MEASURE_S / 64:
+            share = min(1.0, (channel.read_s - self._measured_read_s) / passed_s)
+            conditions.read_busy += (share - conditions.read_busy) * -math.expm1(-passed_s / _MEASURE_S)
+            self._measured_s, self._measured_read_s = now_s, channel.read_s
+
+    def _plan_hints(self, events: list[tuple[float, int]], turn: int, next_at_s: float, now_s: float) -> None:
+        for index in range(self._hint_begins[turn], self._hint_begins[turn + 1]):
+            lead_s = self._hint_lead_s[index]
+            at = now_s + lead_s if self._hint_turn[index] < 0 else max(now_s, next_at_s - lead_s)
+            if at < next_at_s:
+                heapq.heappush(events, (at, 2 * self.workload.turns + index))
 
 
-def _turns_of_sessions(workload: Workload) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Each turn's next of its session (-1 after the last), and the first turns."""
-    order = np.argsort(workload.session, kind="stable").astype(np.int32)
-    of = workload.session[order]
-    same = of[1:] == of[:-1]
-    following = np.full(workload.turns, -1, np.int32)
-    following[order[:-1][same]] = order[1:][same]
-    firsts = order[np.concatenate([[True], ~same])] if workload.turns else order
-    return following, firsts
+def _hints_by_gap(workload: Workload) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """The turn whose answer each hint follows, by which hints are sorted, and where each turn's begin."""
+    turn = workload.hints.turn
+    if not len(turn):
+        return np.empty(0, np.int32), np.empty(0, np.int64)
+    after = np.where(turn >= 0, turn - 1, -turn - 1).astype(np.int32)
+    return after, np.searchsorted(after, np.arange(workload.turns + 1))
 
 
-__all__ = ["CONTENDERS", "HINTS", "NOT_QUEUED", "Engine", "simulate"]
+__all__ = ["CONTENDERS", "Engine", "simulate"]

@@ -37,6 +37,7 @@ class Mover:
         self.policy = policy
         self._block_bytes = block_bytes  # 0 for sessions.
         self._whole = policy.whole_items and not block_bytes
+        self._kept_free = int(policy.dram_kept_free * machine.dram_bytes)
         self.touches = Touches(items.row_count)
         self.touched = self.touches.last
         self.dram = Space(TierName.DRAM, machine.dram_bytes, items, policy, self.touches)
@@ -155,9 +156,10 @@ class Mover:
 
     def promote(self, row: int, deadline_s: float, worth: float) -> None:
         """Ask for what SSD has of the item and DRAM lacks, or change what was asked."""
-        if row in self._worth or (self._ssd[row] > self._dram[row] and not self._in_use[row]):
+        lacks = self._ssd[row] - self._dram[row]
+        if row in self._worth or (lacks > 0 and not self._in_use[row]):
             self._worth[row] = worth
-            self.channel.promote(row, deadline_s)
+            self.channel.promote(row, deadline_s, lacks)
 
     def is_asked_for(self, row: int) -> bool:
         return row in self._worth
@@ -178,6 +180,8 @@ class Mover:
                 return 0
         self.dram.used_bytes += lacks
         self._coming[row] = lacks
+        if self._kept_free:
+            self._free_dram(self._kept_free, worth, now_s)
         return lacks
 
     def end_read(self, row: int, size_bytes: int, now_s: float) -> None:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from kvservice.policy import PLACEMENTS
 from kvservice.policy.placement import Placement
+from kvservice.simulate.bounds import EverythingKept, NothingKept
 from kvservice.simulate.distribution_bound import DistributionBound
 from kvservice.simulate.settings import Machine
 from kvservice.simulate.think_times import return_times
 from kvservice.simulate.workload import Workload
 
-CONTENDERS = (*PLACEMENTS, DistributionBound.name)
+BOUNDS: dict[str, Callable[[Workload, Machine], Placement]] = {
+    "none": lambda workload, machine: NothingKept(),
+    "distribution-bound": lambda workload, machine: DistributionBound(*return_times(workload)),
+    "infinite": lambda workload, machine: EverythingKept(),
+}
+
+#: All names, in the order of a table.
+CONTENDERS = ("none", *PLACEMENTS, *(name for name in BOUNDS if name != "none"))
 
 
 def make(name: str, workload: Workload, machine: Machine) -> Placement:
     """A fresh policy for one run. Raises ValueError for an unknown name."""
     if name in PLACEMENTS:
         return PLACEMENTS[name]()
-    if name == DistributionBound.name:
-        return DistributionBound(*return_times(workload))
+    if name in BOUNDS:
+        return BOUNDS[name](workload, machine)
     raise ValueError(f"no policy is called {name!r}: choose among {', '.join(CONTENDERS)}")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from kvservice.policy.items import NOT_QUEUED, ItemTable
+from kvservice.policy.base import Hint
+from kvservice.policy.items import HINTS, NOT_QUEUED, ItemTable
 from kvservice.policy.placement import Placement
 from kvservice.simulate.account import Account
 from kvservice.simulate.mover import Mover, overrides
@@ -44,26 +47,30 @@ class SessionTurns:
         self._ended = memoryview(items.ended)
         self._live = memoryview(items.live)
         self._accesses = 0
+        self._hinted_at = memoryview(items.hinted_at_s)
         self._asks_dram = overrides(policy, "wants_in_dram")
+        self._tells_queued = overrides(policy, "queued")
+        self._tells_hinted = overrides(policy, "hinted")
         self._tells_used = overrides(policy, "used")
         self._tells_stored = overrides(policy, "stored")
 
-    def queue_row(self, turn: int) -> int:
-        """The row by which the queue shows the request."""
-        return self._session[turn]
+    def rows(self, turn: int) -> Sequence[int]:
+        """The rows by which the queue shows the request."""
+        return (self._session[turn],)
 
-    def came(self, turn: int, number: int) -> None:
+    def came(self, turn: int, number: int, now_s: float) -> None:
         """The request waits now, as the `number`th of all that came."""
         row = self._session[turn]
         self._queue_seq[row] = number
         self._live[row] = True
         self._mover.touched[row] = self._mover.touches.epoch
+        if self._tells_queued:
+            self._policy.queued(self._items, row, now_s)
 
     def dispatch(self, turn: int, now_s: float) -> int:
         """The request's turn has come: counts what is where. Returns the bytes to read from SSD."""
         mover, account = self._mover, self._account
         row = self._session[turn]
-        size = self._size[row]
         uses = self._uses[row]
         asked_for = mover.is_asked_for(row)
         if asked_for:
@@ -73,7 +80,7 @@ class SessionTurns:
         history = self._tokens[row]
         if history and self._context and history + self._new[turn] > self._context:
             history = self._overflow(row, history, self._new[turn], now_s)
-            size = history * self._kv_bytes
+        size = history * self._kv_bytes
         dram = self._dram[row]
         ssd = self._ssd[row] - dram
         if ssd < 0:
@@ -118,8 +125,8 @@ class SessionTurns:
         mover = self._mover
         row = self._session[turn]
         output = self._output[turn]
+        old = self._tokens[row] * self._kv_bytes
         tokens = self._tokens[row] + self._new[turn] + output
-        old = self._size[row]
         size = tokens * self._kv_bytes
         self._tokens[row] = tokens
         self._answer[row] = output
@@ -137,6 +144,24 @@ class SessionTurns:
             self._policy.stored(self._items, row, now_s)
         mover.settle(now_s)
         mover.write_behind(row)
+
+    def hinted(self, turn: int, kind: int, now_s: float) -> None:
+        """The session whose last request was `turn` sent a hint. One that comes after its next request says nothing."""
+        row = self._session[turn]
+        if self._queue_seq[row] != NOT_QUEUED or self._in_use[row]:
+            return
+        self._hint[row] = kind
+        self._hinted_at[row] = now_s
+        self._ended[row] = HINTS[kind] == Hint.ENDED
+        self._mover.touched[row] = self._mover.touches.epoch
+        if self._tells_hinted:
+            self._policy.hinted(self._items, row, Hint(HINTS[kind]), now_s)
+
+    def expire(self, turn: int, used_at_s: float, now_s: float) -> None:
+        """Forget the session if nobody used it since the answer of `turn`."""
+        row = self._session[turn]
+        if self._used_at[row] <= used_at_s and self._queue_seq[row] == NOT_QUEUED and not self._in_use[row]:
+            self._mover.drop(row, now_s)
 
     def _overflow(self, row: int, history: int, new: int, now_s: float) -> int:
         """Drop half a window from the front until the request fits. Returns the tokens of history that are left."""

@@ -21,7 +21,7 @@ class Machine:
     prefill_tokens_per_s: float = 8000.0
     decode_tokens_per_s: float = 25.0  # Of each sequence in a batch.
     batch: int = 24  # Sequences that decode at a time.
-    readiness_aware: bool = False  # Among those that wait, one whose KV is in DRAM may go before one that waits for SSD.
-    overflow_keeps: bool = True  # False: positions are coupled to keys, so that a cut loses the session's KV (ablation OF).
+    readiness_aware: bool = False  # One whose KV is there may go before one that waits for SSD.
+    overflow_keeps: bool = True  # False: positions are coupled to keys: a cut loses the session's KV.
     session_ttl_s: float = float("inf")  # Idle sessions end after it.
     gpus: int = 1

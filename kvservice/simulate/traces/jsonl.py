@@ -15,6 +15,7 @@ from kvservice.simulate.traces.lines import TOKENS_MAX, BadLine, Lines, seconds,
 from kvservice.simulate.traces.sessions import Events, Turns
 from kvservice.simulate.workload import Workload
 
+FIELDS = frozenset(("t", "session", "turn", "new_tokens", "output_tokens", "event"))
 TURNS_MAX = 2**31 - 1
 _EVENTS = HINTS[1:]
 
@@ -83,10 +84,9 @@ def one_of(name: str, value: object, names: Sequence[str]) -> str:
     return value
 
 
-def wrong_turn(session: str, turn: int, expected: int) -> str:
-    """Why `turn` cannot be the next one of a session."""
+def wrong_turn(owner: str, turn: int, expected: int, what: str = "turn") -> str:
+    """Why `turn` cannot be the next one of `owner`, which is a session's or a user's name."""
     if turn == expected - 1:
-        return f"turn {turn} of session {shown(session)} comes twice"
-    if turn > expected:
-        return f"turn {turn} of session {shown(session)} comes after turn {expected - 1}: turns between are missing"
-    return f"turn {turn} of session {shown(session)} comes after turn {expected - 1}"
+        return f"{what} {turn} of {shown(owner)} comes twice"
+    missing = ": some between are missing" if turn > expected else ""
+    return f"{what} {turn} of {shown(owner)} comes after {what} {expected - 1}{missing}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,6 +83,7 @@ class Lines:
 def whole_number(name: str, value: object, most: int) -> int:
     """`value` where it is an int from 0 to `most`. Raises BadLine."""
     if type(value) is not int:
+        _refuse_missing(name, value)
         raise BadLine(f"{name} must be a whole number, not {shown(value)}")
     if value < 0:
         raise BadLine(f"{name} is negative: {shown(value)}")
@@ -92,18 +92,24 @@ def whole_number(name: str, value: object, most: int) -> int:
     return value
 
 
-def seconds(name: str, value: object, least: float) -> float:
-    """`value` where it is a time in seconds, not before `least`. Raises BadLine."""
+def seconds(name: str, value: object, least_s: float, unit_s: float = 1.0) -> float:
+    """`value` times `unit_s` where it is a time, not before `least_s`. Raises BadLine."""
     if type(value) is not float and type(value) is not int:
+        _refuse_missing(name, value)
         raise BadLine(f"{name} must be a number, not {shown(value)}")
     if value < 0:
         raise BadLine(f"{name} is negative: {shown(value)}")
-    if not value <= TIME_MAX_S:
-        what = "is beyond what can be" if math.isfinite(value) else "is not a finite number"
-        raise BadLine(f"{name} {what}: {shown(value)}; times are in seconds, at most {TIME_MAX_S:.0f}")
-    if value < least:
-        raise BadLine(f"{name} is before the line above: {shown(value)} after {least:.6f}")
-    return float(value)
+    if not value <= TIME_MAX_S / unit_s:
+        raise BadLine(f"{name} is beyond what can be: {shown(value)}, at most {TIME_MAX_S / unit_s:.0f}")
+    time_s = value * unit_s
+    if time_s < least_s:
+        raise BadLine(f"{name} goes back: {shown(value)} after {least_s / unit_s:.12g}; lines must ascend in time")
+    return time_s
+
+
+def _refuse_missing(name: str, value: object) -> None:
+    if value is None:
+        raise BadLine(f"{name} is missing; the line may be of another format")
 
 
 def shown(value: object) -> str:
