@@ -23,11 +23,14 @@ from kvservice.policy.items import NOT_QUEUED, ItemTable
 from kvservice.policy.placement import Placement
 from kvservice.policy.return_times import CLASSES, ReturnTimes
 from kvservice.policy.survival import Floats, bin_of
-from kvservice.policy.scores import Scores
+from kvservice.policy.scores import FETCH, HOLD, KEEP, LATER, Scores
 
+_LEAST_RATE = 1e-30  # Returns a second: never.
 _LEAST_S = 1e-6  # A request that is about to run is this far away.
-_LOOKS = 64  # All scores are taken anew when one event came for so many live items...
-_LOOK_EVENTS = 8  # ... but not for fewer events than this.
+_LOOKS = 48  # Scores are taken anew when one event came for so many items...
+_LOOK_EVENTS = 16  # ... but not for fewer events than this.
+_ALL = 4  # So it is with those that DRAM has no use for: one event for so many live items.
+_DOZE = 0.5  # DRAM has no use for those that will not be worth this share of what leaves it now.
 _LEARNS = 8  # What was seen becomes scores when there is an eighth more of it...
 _LEARN_RETURNS = (16, 512)  # ... within these numbers of returns.
 _PRICES = (0.01, 1.0)  # Of reading a typical item, in hits.
@@ -50,8 +53,11 @@ class ForesightPolicy(Placement):
         self._scores = Scores(self._returns.hazards, self._hints.hazards)
         self._in_dram = np.zeros(items.row_count)
         self._on_ssd = np.zeros(items.row_count)
+        self._awake = np.zeros(items.row_count, np.bool_)  # In DRAM, or soon worth to be there.
+        self._since_all = 0  # Events since all live items were scored, awake or not.
         self._price = _PRICES[0]
         self._mean_bytes = 1.0
+        self._all_due = 0
         self._level = 0.0  # The worth of what leaves DRAM next.
         self._ssd_level = 0.0
         self._events = 0
@@ -91,17 +97,18 @@ class ForesightPolicy(Placement):
             self._start(items)
         self._returns.waits(row, items.uses.item(row), items.answer_tokens.item(row), now_s)
         self._hints.kind[row] = -1
-        self._rescore(items, row, now_s)
+        self._score_stored(items, row)
+        self._awake[row] = True
         self._happened(now_s)
 
     def hinted(self, items: ItemTable, row: int, hint: Hint, now_s: float) -> None:
         if not self._started or not self._learning:
             return
         self._hints.hinted(row, hint, now_s)
-        self._rescore(items, row, now_s)
+        self._awake[row] = True
+        if hint is Hint.ENDED:
+            self._score(items, np.array((row,)), now_s)
         self._happened(now_s)
-        if hint is not Hint.ENDED and items.dram_bytes[row] < items.ssd_bytes[row]:
-            self._next_look_s = self.look_at_s = now_s
 
     def left(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
         if tier is TierName.SSD:
@@ -144,23 +151,30 @@ class ForesightPolicy(Placement):
         worth: Floats = items.value[rows] / (np.maximum(items.size_bytes[rows], 1) * coming_s)
         return worth
 
-    def _rescore(self, items: ItemTable, row: int, now_s: float) -> None:
-        self._score(items, np.array((row,)), now_s)
+    def _score_stored(self, items: ItemTable, row: int) -> None:
+        """The worths of what was just used, as `_score` takes them at age 0."""
+        returns, conditions = self._returns, items.conditions
+        size = max(items.size_bytes.item(row), 1)
+        surprising, factor = self._hints.surprising, returns.factor.item(row)
+        hold, keep = self._scores.at_once(returns.in_class.item(row), size * self._price / self._mean_bytes / surprising)
+        wait_s = conditions.queued / conditions.turns_per_s
+        dense = items.value.item(row) / size
+        self._in_dram[row] = dense / (factor / (hold * surprising) + wait_s)
+        self._on_ssd[row] = dense / (factor / keep + wait_s)
 
-    def _score(self, items: ItemTable, rows: Rows, now_s: float) -> Floats:
-        """Takes the worths of `rows` anew. Returns what it would be worth to fetch each of them now."""
+    def _score(self, items: ItemTable, rows: Rows, now_s: float) -> tuple[Floats, Floats]:
+        """Takes the worths of `rows` anew. Returns what it is worth to fetch each of them now, and at best later."""
         conditions = items.conditions
         returns, hints, scores = self._returns, self._hints, self._scores
         sizes = np.maximum(items.size_bytes[rows], 1)
-        reading_s = conditions.read_backlog_s + (sizes - items.dram_bytes[rows]) / conditions.ssd_bytes_per_s
+        reading_s = (sizes - items.dram_bytes[rows]) * (1 / conditions.ssd_bytes_per_s) + conditions.read_backlog_s
         surprising = hints.surprising
         price = sizes * (self._price / self._mean_bytes)
 
         factor = returns.factor[rows]
         age_s = now_s - returns.since_s[rows]
-        np.copyto(age_s, 0.0, where=np.isnan(age_s))
         rates = scores.rates(returns.in_class[rows], age_s / factor, (age_s + reading_s) / factor, price / surprising)
-        rates[0:2] *= surprising
+        rates *= np.array(((surprising,), (surprising,), (1.0,), (surprising,)))
         rates /= factor
 
         hinted = np.flatnonzero(hints.kind[rows] >= 0)
@@ -171,9 +185,9 @@ class ForesightPolicy(Placement):
             rates[:, hinted] = np.where(kind == ENDED, told, np.maximum(told, rates[:, hinted]))
 
         wait_s = conditions.queued / conditions.turns_per_s
-        worth = items.value[rows] / (sizes * (1 / np.maximum(rates, 1e-30) + wait_s))
-        self._in_dram[rows], self._on_ssd[rows] = worth[0], worth[2]
-        return worth[1]
+        worth = items.value[rows] / sizes / (1 / np.maximum(rates, _LEAST_RATE) + wait_s)
+        self._in_dram[rows], self._on_ssd[rows] = worth[HOLD], worth[KEEP]
+        return worth[FETCH], worth[LATER]
 
     # What shall come.
 
@@ -206,15 +220,24 @@ class ForesightPolicy(Placement):
         """Takes all worths anew, and matches what is worth fetching with what would leave for it."""
         conditions = items.conditions
         returns = self._returns
-        rows = np.flatnonzero(items.live)
-        thinking = rows[~np.isnan(returns.since_s[rows])]
-        self._learn_if_due(thinking, now_s)
+        self._since_all += self._events
+        if self._since_all >= self._all_due or self._returns.survival.events >= self._learn_at:
+            rows = np.flatnonzero(items.live)
+            self._awake[rows] = True
+            self._since_all = 0
+            self._all_due = len(rows) // _ALL
+            thinking = rows[returns.since_s[rows] <= now_s]
+            self._learn_if_due(thinking, now_s)
+        else:
+            rows = np.flatnonzero(self._awake)
+            thinking = rows[returns.since_s[rows] <= now_s]
         self._plan_next_look(len(rows), now_s)
         if not len(thinking):
             return []
-        self._mean_bytes = max(float(items.size_bytes[thinking].mean()), 1.0)
+        sizes = items.size_bytes[thinking]
+        self._mean_bytes = max(float(sizes.sum()) / len(sizes), 1.0)
         self._set_price(conditions.read_busy)
-        fetch = self._score(items, thinking, now_s)
+        fetch, later = self._score(items, thinking, now_s)
 
         in_dram = rows[(items.dram_bytes[rows] > 0) & (items.in_use[rows] == 0)]
         worths = self.retention(items, in_dram, TierName.DRAM, now_s)
@@ -223,7 +246,8 @@ class ForesightPolicy(Placement):
         free = conditions.dram_capacity_bytes - int((items.dram_bytes[rows] + items.coming_bytes[rows]).sum())
         room = free + np.cumsum(items.dram_bytes[in_dram[order]])  # Once this one and all before it have left.
         self._level = self._level_at(conditions.dram_capacity_bytes / _LOOKS, free, room, leaves)
-        if int(items.ssd_bytes[rows].sum()) < 0.95 * conditions.ssd_capacity_bytes:
+        self._awake[thinking] = (items.dram_bytes[thinking] > 0) | (later >= _DOZE * self._level)
+        if int(items.ssd_bytes.sum()) < 0.95 * conditions.ssd_capacity_bytes:
             self._ssd_level = 0.0
 
         lacks = items.ssd_bytes[thinking] - items.dram_bytes[thinking] - items.coming_bytes[thinking]

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from kvservice.policy.survival import BIN_COUNT, Floats, Ints, places_of
 from kvservice.policy.worth import fetchable, losable
 
 _LEAST_PRICE = 0.01
-_PRICE_STEP = 10**0.5
-_PRICES = _LEAST_PRICE * _PRICE_STEP ** np.arange(8)  # Of one read, in hits.
+_PRICE_COUNT = 8  # Half an order of magnitude apart. Of one read, in hits.
+_LEVELS_PER_E = 2 / math.log(10)
+_PRICES = _LEAST_PRICE * np.exp(np.arange(_PRICE_COUNT) / _LEVELS_PER_E)
+
+HOLD, FETCH, KEEP, LATER = range(4)
 
 
 class Scores:
-    """Indices by class, price and age, in returns a second: of holding, of fetching, of holding what leaving loses."""
+    """Indices by class, price and age, in returns a second.
+
+    HOLD: of staying where what leaves can be read again. FETCH: of being read now. KEEP: of staying where what leaves
+    is lost. LATER: the highest FETCH at this age or any later one.
+    """
 
     def __init__(self, *hazards: Floats) -> None:
         self.learn(*hazards)
@@ -22,27 +31,31 @@ class Scores:
         """`hazards` (classes, bins), one group of classes after the other."""
         every = np.concatenate(hazards)
         hold, fetch = fetchable(every, _PRICES)
-        self._hold, self._fetch = hold.reshape(-1), fetch.reshape(-1)
-        self._lost = losable(every).reshape(-1)
+        later = np.maximum.accumulate(fetch[..., ::-1], axis=-1)[..., ::-1]
+        keep = np.broadcast_to(losable(every)[:, None, :], hold.shape)
+        self._table = np.stack([hold, fetch, keep, later]).reshape(-1)
+        self._kind = hold.size
 
     def rates(self, classes: Ints, ages_s: Floats, ready_s: Floats, prices: Floats) -> Floats:
-        """For items of these classes and ages: three rows, of holding it, of fetching it so that it is there at age
-        `ready_s`, and of holding it where leaving loses it."""
-        levels = np.rint(np.log(prices * (1 / _LEAST_PRICE)) * (1 / np.log(_PRICE_STEP)))
-        levels = np.clip(levels, 0, len(_PRICES) - 1).astype(np.int64)
-        priced = (classes * len(_PRICES) + levels) * BIN_COUNT
-        now, ready = places_of(ages_s), places_of(ready_s)
-        return np.stack(
-            [
-                _between(self._hold, priced, now),
-                _between(self._fetch, priced, ready),
-                _between(self._lost, classes * BIN_COUNT, now),
-            ]
-        )
+        """Four rows, for items of these classes and ages; fetched now, one would be there at age `ready_s`."""
+        levels = np.rint(np.log(prices * (1 / _LEAST_PRICE)) * _LEVELS_PER_E)
+        begins = classes * _PRICE_COUNT + np.minimum(np.maximum(levels, 0.0), _PRICE_COUNT - 1.0).astype(np.int64)
+        begins *= BIN_COUNT
+        places = places_of(np.array((ages_s, ready_s)))
+        bins = places.astype(np.int64)
+        places -= bins
+        bins += begins
+        low = bins[_PLACE_OF_KIND] + self._kind * _KINDS
+        rates = self._table[low]
+        rates += places[_PLACE_OF_KIND] * (self._table[low + 1] - rates)
+        return rates
+
+    def at_once(self, in_class: int, price: float) -> tuple[float, float]:
+        """HOLD and KEEP at age 0."""
+        level = min(max(round(math.log(price / _LEAST_PRICE) * _LEVELS_PER_E), 0), _PRICE_COUNT - 1)
+        begins = (in_class * _PRICE_COUNT + level) * BIN_COUNT
+        return self._table.item(begins), self._table.item(begins + KEEP * self._kind)
 
 
-def _between(table: Floats, begins: Ints, places: Floats) -> Floats:
-    whole = places.astype(np.int64)
-    low = begins + whole
-    read: Floats = table[low] + (places - whole) * (table[low + 1] - table[low])
-    return read
+_KINDS = np.arange(4)[:, None]
+_PLACE_OF_KIND = np.array((0, 1, 0, 1))  # HOLD and KEEP are read at the age now, the others when it would be there.

@@ -35,14 +35,18 @@ def bin_of(age_s: float) -> int:
 
 def places_of(ages_s: Floats) -> Floats:
     """Ages as bins and parts of bins, so that the middle of a bin is its number: where to read between bins."""
-    octaves = np.log2(np.maximum(ages_s, BEGINS[1] / 2)) - _FIRST_OCTAVE
-    places: Floats = np.clip(octaves * BINS_PER_OCTAVE + 0.5, 0.0, BIN_COUNT - 1.001)
-    return places
+    places: Floats = np.log2(np.maximum(ages_s, BEGINS[1] / 2))
+    places *= BINS_PER_OCTAVE
+    places -= _FIRST_OCTAVE * BINS_PER_OCTAVE - 0.5
+    return np.minimum(np.maximum(places, 0.0), BIN_COUNT - 1.001)
 
 
 def bins_of(ages_s: Floats) -> Ints:
     octaves = np.log2(np.maximum(ages_s, BEGINS[1] / 2)) - _FIRST_OCTAVE
     return np.clip(np.floor(octaves * BINS_PER_OCTAVE) + 1, 0, BIN_COUNT - 1).astype(np.int64)
+
+
+_LEAN = 8.0  # Events: a bin with as many believes its neighbours, and a class all classes, as much as itself.
 
 
 class Survival:
@@ -93,8 +97,9 @@ class Survival:
         ended = self._came + self._ceased + waiting
         outlived = np.cumsum(ended[:, ::-1], axis=1)[:, ::-1] - ended  # Whoever was at risk through the whole bin.
         passed = outlived + (self._within_s + waiting_s) / WIDTHS  # Time at risk, in lengths of the bin.
-        overall = _rate(self._came.sum(axis=0), passed.sum(axis=0), self._prior, 0.5)
-        return _rate(self._came, passed, overall, 4.0)
+        came, everyone = self._came.sum(axis=0), passed.sum(axis=0)
+        rough = _rate(_blurred(came), _blurred(everyone), self._prior, 0.5)
+        return _rate(self._came, passed, _rate(came, everyone, rough, _LEAN), _LEAN)
 
     def _fade(self) -> None:
         kept = math.exp((self._faded_at - self.events) / self._memory)
@@ -104,13 +109,13 @@ class Survival:
 
 
 def _rate(came: Floats, passed: Floats, prior: Floats, prior_events: float) -> Floats:
-    """Events over time at risk, neighbours blurred into each other, leaning on `prior` as if it had shown some."""
-    came, passed = _blurred(came), _blurred(passed)
+    """Events over time at risk, with so many events more as `prior` would have had them."""
     rate: Floats = (came + prior_events) / (passed * WIDTHS + prior_events / prior)
     return rate
 
 
 def _blurred(values: Floats) -> Floats:
+    """Each bin mixed with its neighbours."""
     padded = np.concatenate([values[..., :1], values, values[..., -1:]], axis=-1)
     mixed: Floats = 0.25 * padded[..., :-2] + 0.5 * padded[..., 1:-1] + 0.25 * padded[..., 2:]
     return mixed
