@@ -15,7 +15,7 @@ from rich.table import Table
 
 from kvservice.simulate.result import Result
 
-_TABLE_WIDTH_MIN = 120
+_TABLE_WIDTH_MIN = 140
 
 
 def print_json(document: object) -> None:

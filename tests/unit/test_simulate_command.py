@@ -185,11 +185,11 @@ def test_an_unknown_format_is_refused_with_those_there_are(tmp_path: Path) -> No
     ("lines", "reason"),
     [
         ([], "is empty"),
-        ([turn(5, "a", 0), turn(4, "b", 0)], ":2: "),
-        ([turn(0, "a", 0), turn(1, "a", 0)], ":2: "),
-        ([turn(0, "a", 0), turn(1, "a", 1, new_tokens=-3)], ":2: "),
-        ([turn(0, "a", 0), '{"t": 1, "session": "a", "tu'], ":2: "),
-        (["some words"], ":1: "),
+        ([turn(5, "a", 0), turn(4, "b", 0)], ": line 2: "),
+        ([turn(0, "a", 0), turn(1, "a", 0)], ": line 2: "),
+        ([turn(0, "a", 0), turn(1, "a", 1, new_tokens=-3)], ": line 2: "),
+        ([turn(0, "a", 0), '{"t": 1, "session": "a", "tu'], ": line 2: "),
+        (["some words"], ": line 1: "),
     ],
 )
 def test_a_bad_trace_is_refused_in_one_line_that_names_the_file_the_line_and_the_reason(
