@@ -7,11 +7,13 @@ from collections.abc import Callable
 from kvservice.policy import PLACEMENTS
 from kvservice.policy.placement import Placement
 from kvservice.simulate.bounds import EverythingKept, NothingKept
+from kvservice.simulate.clairvoyant import Clairvoyant
 from kvservice.simulate.settings import Machine
 from kvservice.simulate.workload import Workload
 
 BOUNDS: dict[str, Callable[[Workload, Machine], Placement]] = {
     "none": lambda workload, machine: NothingKept(),
+    "optimum": lambda workload, machine: Clairvoyant(workload),
     "infinite": lambda workload, machine: EverythingKept(),
 }
 
