@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from kvservice.policy.placement import Placement
 from kvservice.simulate.account import Account
 from kvservice.simulate.bounds import Bound
 from kvservice.simulate.mover import Mover, overrides
-from kvservice.simulate.policies import CONTENDERS, make
+from kvservice.simulate.policies import CONTENDERS, plays
 from kvservice.simulate.prefixes import PrefixTurns
 from kvservice.simulate.result import Result
 from kvservice.simulate.server import PASSED_OVER, server_of
@@ -25,16 +25,21 @@ from kvservice.simulate.views import floats, ints
 from kvservice.simulate.workload import Workload
 
 
-def simulate(
-    workload: Workload, machine: Machine, policy: Placement | str, *, warmup_turns: int = 0, seed: int = 0
-) -> Result:
+def simulate(workload: Workload, machine: Machine, policy: Placement | str, *, warmup_turns: int = 0) -> Result:
     """Play all of it. Turns count from the `warmup_turns`th on whose time comes.
 
     A policy by name is made for this run (`kvservice.simulate.policies`); one that is given must be fresh.
     Raises ValueError for an unknown name, and for a workload or a machine that cannot be.
     """
-    if isinstance(policy, str):
-        policy = make(policy, workload, machine)
+    if isinstance(policy, Placement):
+        return _play(workload, machine, policy, warmup_turns)
+    results = [_play(workload, machine, play, warmup_turns) for play in plays(policy, workload, machine)]
+    best = max(results, key=lambda result: result.hit_rate_history + result.dram_on_time)
+    seconds = sum(result.seconds for result in results)
+    return replace(best, seconds=seconds, turns_simulated_per_s=workload.turns / seconds)
+
+
+def _play(workload: Workload, machine: Machine, policy: Placement, warmup_turns: int) -> Result:
     played_on = policy.plays_on(machine) if isinstance(policy, Bound) else machine
     paid = machine if played_on.dram_bytes > machine.dram_bytes else played_on
     return Engine(workload, played_on, policy, warmup_turns, paid).run()

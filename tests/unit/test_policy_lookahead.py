@@ -224,6 +224,18 @@ def test_only_what_is_needed_sooner_takes_the_place_of_another_that_is_needed() 
     assert wants == [True, False]
 
 
+def test_nothing_that_is_needed_is_dropped_while_dram_has_something_that_is_not() -> None:
+    mover = SmallMover(LookaheadPolicy(), 2, 2)
+    for item, tier in ((1, DRAM), (2, SSD), (3, SSD), (4, DRAM)):
+        mover.place(item, tier, 1)
+    for item in (1, 2, 3):
+        mover.request(item, look=False)
+    row = mover.row_of[1]
+    assert not mover.policy.wants_on_ssd(mover.table, row, 0.0), "nobody needs KV4: it leaves DRAM before KV1 must"
+    assert mover.evict(DRAM, 1) == [4]
+    assert mover.policy.wants_on_ssd(mover.table, row, 0.0)
+
+
 def test_what_is_larger_than_the_ssd_is_not_wanted_there() -> None:
     mover = SmallMover(LookaheadPolicy(), 8, 2)
     mover.place(1, DRAM, 3)
@@ -271,6 +283,16 @@ def test_it_fetches_the_prefetch_window_in_the_order_of_the_queue() -> None:
     assert [promotion.deadline_s for promotion in asked] == [50 + row / 2 for row in (0, 1, 2, 4, 6, 8, 9)]
     rows = np.array([0, 1, 2, 4, 6, 8, 9])
     assert [each.worth for each in asked] == policy.retention(table, rows, DRAM, 50.0).tolist()
+
+
+def test_a_prefix_that_several_requests_wait_for_is_fetched_once() -> None:
+    table, policy, _ = waiting(10, 10)
+    table.queue_seq[:] = [0, 0, 1, 1, 2, *[NOT_QUEUED] * 5]
+    table.conditions.queued = 3
+    queue = deque([0, 1, 0, 2, 3, 0, 2, 4])
+    assert [promotion.row for promotion in policy.promotions(table, queue, 0.0)] == [0, 1, 2, 3, 4]
+    table.dram_bytes[[0, 1, 3, 4]] = 1
+    assert [promotion.row for promotion in policy.promotions(table, queue, 0.0)] == [2], "all of the window is seen"
 
 
 def serve(table: ItemTable, policy: LookaheadPolicy, queue: deque[int]) -> None:
