@@ -12,6 +12,7 @@ from kvservice.simulate import cost
 from kvservice.simulate.mover import Mover
 from kvservice.simulate.result import Result
 from kvservice.simulate.settings import GIB, Machine
+from kvservice.simulate.views import floats, ints
 from kvservice.simulate.workload import Workload
 
 #: By number of the dispatch. Small types: five million turns shall fit beside their trace.
@@ -36,14 +37,15 @@ class Account:
         self._columns: dict[str, NDArray[Any]] = {
             name: np.zeros(workload.turns, dtype) for name, dtype in _COLUMNS.items()
         }
-        views = {name: memoryview(column) for name, column in self._columns.items()}
-        self.turn, self.wait_s, self.load_s = views["turn"], views["wait_s"], views["load_s"]
-        self.history_tokens, self.missing_tokens = views["history_tokens"], views["missing_tokens"]
-        self.queued = views["queued"]
-        self._new = memoryview(workload.new_tokens)
+        columns = self._columns
+        self.turn, self.queued = ints(columns["turn"]), ints(columns["queued"])
+        self.wait_s, self.load_s = floats(columns["wait_s"]), floats(columns["load_s"])
+        self.history_tokens, self.missing_tokens = ints(columns["history_tokens"]), ints(columns["missing_tokens"])
+        self._new = ints(workload.new_tokens)
         self._new_is_prompt = workload.shares_prefixes
         self._link_token_s = machine.kv_bytes_per_token / machine.link_bytes_per_s
         self._token_s = 1.0 / machine.prefill_tokens_per_s
+        self._decode_s = 1.0 / (machine.decode_tokens_per_s * machine.batch)
         self.dispatched = 0
         # All that follows is of the measured turns.
         self.units = 0  # Turns, or blocks.
@@ -53,6 +55,8 @@ class Account:
         self.late = 0.0
         self.ssd = 0.0
         self.miss = 0.0
+        self._gpu_s = 0.0
+        self._prefill_s = 0.0
         self._live_bytes = 0
         self._live_since_s = 0.0
         self._live_byte_s = 0.0
@@ -75,6 +79,12 @@ class Account:
             new = max(0, new - history)
         return max((history - missing) * self._link_token_s, (new + missing) * self._token_s)
 
+    def served(self, number: int, prefill_s: float, output_tokens: int) -> None:
+        """A dispatch takes a GPU for its prefill (waiting for its KV included), and then a place of its batch."""
+        if number >= self.warmup_turns:
+            self._prefill_s += prefill_s
+            self._gpu_s += prefill_s + output_tokens * self._decode_s
+
     def live(self, change_bytes: int, now_s: float) -> None:
         """The KV of sessions that go on grew, or shrank where one ended."""
         self._live_byte_s += self._live_bytes * (now_s - self._live_since_s)
@@ -93,10 +103,8 @@ class Account:
         computed_s = (new + missing) / machine.prefill_tokens_per_s
         service_s = load_s + np.maximum(loaded_s, computed_s)
         ttft_s = wait_s + service_s
-        decode_s = workload.output_tokens[turn].sum(dtype=np.float64) / (machine.decode_tokens_per_s * machine.batch)
-        prefill_s = float(service_s.sum(dtype=np.float64))
         prompt = float((history.astype(np.float64) + new).sum())
-        gpu_hours = (prefill_s + float(decode_s)) * machine.gpus / 3600
+        gpu_hours = self._gpu_s * machine.gpus / 3600
         elapsed_s = max(now_s - self._start_s, 1e-9)
         channel = mover.channel
         read, written, unused, read_s = self._start_bytes
@@ -124,7 +132,7 @@ class Account:
             service_ttft_mean_s=_mean(service_s),
             service_ttft_p50_s=service_p50,
             service_ttft_p99_s=service_p99,
-            prefill_tokens_per_s=prompt / prefill_s if prefill_s else 0.0,
+            prefill_tokens_per_s=prompt / self._prefill_s if self._prefill_s else 0.0,
             gpu_hours=gpu_hours,
             cost_dollars=cost.dollars(gpu_hours / machine.gpus, machine),
             storage_share_of_cost=cost.storage_share(machine),

@@ -21,6 +21,7 @@ from kvservice.simulate.result import Result
 from kvservice.simulate.server import PASSED_OVER, server_of
 from kvservice.simulate.sessions import SessionTurns
 from kvservice.simulate.settings import Machine
+from kvservice.simulate.views import floats, ints
 from kvservice.simulate.workload import Workload
 
 
@@ -82,9 +83,9 @@ class Engine:
         self._firsts = firsts[order]
         self._first_at = first_at[order]
         after, begins = _hints_by_gap(workload)
-        self._hint_after, self._hint_begins = memoryview(after), memoryview(begins)
-        self._hint_turn, self._hint_lead_s = memoryview(workload.hints.turn), memoryview(workload.hints.lead_s)
-        self._hint_kind = memoryview(workload.hints.kind)
+        self._hint_after, self._hint_begins = ints(after), ints(begins)
+        self._hint_turn, self._hint_lead_s = ints(workload.hints.turn), floats(workload.hints.lead_s)
+        self._hint_kind = ints(workload.hints.kind)
         self.now_s = float(self._first_at[0]) if len(order) else 0.0
         self.conditions = Conditions(machine.dram_bytes, machine.ssd_bytes, machine.ssd_bytes_per_s)
         self.server = server_of(machine)
@@ -99,8 +100,8 @@ class Engine:
         self._rows: deque[int] = deque()  # The same by rows, for a policy that looks ahead.
         self._called: list[_Called] = []
         self._looks = overrides(policy, "promotions")
-        self._session, self._outputs = memoryview(session), memoryview(workload.output_tokens)
-        self._came_at_s = memoryview(np.zeros(workload.sessions))
+        self._session, self._outputs = ints(session), ints(workload.output_tokens)
+        self._came_at_s = floats(np.zeros(workload.sessions))
         self._measured_s, self._measured_read_s = self.now_s, 0.0
 
     def run(self) -> Result:
@@ -112,8 +113,8 @@ class Engine:
         turn_count = workload.turns
         hint_count = len(self._hint_after)
         session, came_at_s = self._session, self._came_at_s
-        arrives_s, think_s = memoryview(workload.arrives_s), memoryview(workload.think_s)
-        firsts, first_at_s = memoryview(self._firsts), memoryview(self._first_at)
+        arrives_s, think_s = floats(workload.arrives_s), floats(workload.think_s)
+        firsts, first_at_s = ints(self._firsts), floats(self._first_at)
         foretell = getattr(policy, "foretell", None)
         ttl_s = machine.session_ttl_s
         expires = math.isfinite(ttl_s)
@@ -247,6 +248,7 @@ class Engine:
         begins_s, ends_s = self.server.take(now_s, loaded_s, prefill_s, self._outputs[turn])
         self.conditions.turns_per_s = self.server.turns_per_s
         account.load_s[number] = begins_s - called_s
+        account.served(number, begins_s - now_s + prefill_s, self._outputs[turn])
         return ends_s, turn
 
     def _look(self, now_s: float) -> None:

@@ -17,6 +17,7 @@ from kvservice.policy.placement import Placement
 from kvservice.simulate.channel import Channel
 from kvservice.simulate.settings import Machine
 from kvservice.simulate.space import NO_ROW, Space, Touches
+from kvservice.simulate.views import bools, ints
 
 #: Where blocks do not say it, an item's end is cut by this share of it.
 _CUTS = 64
@@ -43,19 +44,19 @@ class Mover:
         self.dram = Space(TierName.DRAM, machine.dram_bytes, items, policy, self.touches)
         self.ssd = Space(TierName.SSD, machine.ssd_bytes, items, policy, self.touches)
         self.channel = Channel(machine.ssd_bytes_per_s, self, start_s)
-        self._size = memoryview(items.size_bytes)
-        self._dram = memoryview(items.dram_bytes)
-        self._ssd = memoryview(items.ssd_bytes)
-        self._coming = memoryview(items.coming_bytes)
-        self._in_use = memoryview(items.in_use)
-        self._queue_seq = memoryview(items.queue_seq)
-        self._dram_seq = memoryview(items.dram_seq)
-        self._ssd_seq = memoryview(items.ssd_seq)
-        self._unwanted = memoryview(items.unwanted_on_ssd)
-        self._live = memoryview(items.live)
-        self._held = memoryview(np.zeros(items.row_count, np.int32))  # Requests and transfers that run on it.
-        self._to_write = memoryview(np.zeros(items.row_count, np.bool_))
-        self._promoted = memoryview(np.zeros(items.row_count, np.int64))  # Its end in DRAM that nobody used since.
+        self._size = ints(items.size_bytes)
+        self._dram = ints(items.dram_bytes)
+        self._ssd = ints(items.ssd_bytes)
+        self._coming = ints(items.coming_bytes)
+        self._in_use = ints(items.in_use)
+        self._queue_seq = ints(items.queue_seq)
+        self._dram_seq = ints(items.dram_seq)
+        self._ssd_seq = ints(items.ssd_seq)
+        self._unwanted = bools(items.unwanted_on_ssd)
+        self._live = bools(items.live)
+        self._held = ints(np.zeros(items.row_count, np.int32))  # Requests and transfers that run on it.
+        self._to_write = bools(np.zeros(items.row_count, np.bool_))
+        self._promoted = ints(np.zeros(items.row_count, np.int64))  # Its end in DRAM that nobody used since.
         self._worth: dict[int, float] = {}  # Of promotions.
         self._arrivals = 0
         self.promoted_unused_bytes = 0

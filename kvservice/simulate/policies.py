@@ -8,6 +8,7 @@ from kvservice.policy import PLACEMENTS
 from kvservice.policy.placement import Placement
 from kvservice.simulate.bounds import EverythingKept, NothingKept
 from kvservice.simulate.distribution_bound import DistributionBound
+from kvservice.simulate.clairvoyant import Clairvoyant
 from kvservice.simulate.settings import Machine
 from kvservice.simulate.think_times import return_times
 from kvservice.simulate.workload import Workload
@@ -15,6 +16,7 @@ from kvservice.simulate.workload import Workload
 BOUNDS: dict[str, Callable[[Workload, Machine], Placement]] = {
     "none": lambda workload, machine: NothingKept(),
     "distribution-bound": lambda workload, machine: DistributionBound(*return_times(workload)),
+    "optimum": lambda workload, machine: Clairvoyant(workload),
     "infinite": lambda workload, machine: EverythingKept(),
 }
 

@@ -13,6 +13,7 @@ from kvservice.policy.placement import Placement
 from kvservice.simulate.account import Account
 from kvservice.simulate.mover import Mover, overrides
 from kvservice.simulate.settings import Machine
+from kvservice.simulate.views import bools, floats, ints
 from kvservice.simulate.workload import Workload
 
 
@@ -28,32 +29,32 @@ class PrefixTurns:
         self._account = account
         self._block_tokens = workload.block_tokens
         self._block_bytes = workload.block_tokens * machine.kv_bytes_per_token
-        self._begins = memoryview(workload.path_begins)
-        self._path = memoryview(workload.path_items)
-        self._blocks = memoryview(workload.item_blocks)
+        self._begins = ints(workload.path_begins)
+        self._path = ints(workload.path_items)
+        self._blocks = ints(workload.item_blocks)
         turns = np.repeat(np.arange(workload.turns, dtype=np.int32), np.diff(workload.path_begins))
         last = np.zeros(items.row_count, np.int32)
         np.maximum.at(last, workload.path_items, turns)
-        self._last_turn = memoryview(last)
-        self._bypass = memoryview(np.zeros(items.row_count, np.bool_))
+        self._last_turn = ints(last)
+        self._bypass = bools(np.zeros(items.row_count, np.bool_))
         self._later: dict[int, deque[int]] = {}  # Of rows that more than one request waits for, the later numbers.
         self._numbers: dict[int, int] = {}  # Of turns that wait.
         items.value[:] = workload.item_blocks
-        self._size = memoryview(items.size_bytes)
-        self._dram = memoryview(items.dram_bytes)
-        self._ssd = memoryview(items.ssd_bytes)
-        self._in_use = memoryview(items.in_use)
-        self._access_seq = memoryview(items.access_seq)
-        self._unwanted = memoryview(items.unwanted_on_ssd)
-        self._used_at = memoryview(items.used_at_s)
-        self._uses = memoryview(items.uses)
-        self._answer = memoryview(items.answer_tokens)
-        self._output = memoryview(workload.output_tokens)
-        self._queue_seq = memoryview(items.queue_seq)
-        self._hint = memoryview(items.hint)
-        self._hinted_at = memoryview(items.hinted_at_s)
-        self._ended = memoryview(items.ended)
-        self._live = memoryview(items.live)
+        self._size = ints(items.size_bytes)
+        self._dram = ints(items.dram_bytes)
+        self._ssd = ints(items.ssd_bytes)
+        self._in_use = ints(items.in_use)
+        self._access_seq = ints(items.access_seq)
+        self._unwanted = bools(items.unwanted_on_ssd)
+        self._used_at = floats(items.used_at_s)
+        self._uses = ints(items.uses)
+        self._answer = ints(items.answer_tokens)
+        self._output = ints(workload.output_tokens)
+        self._queue_seq = ints(items.queue_seq)
+        self._hint = ints(items.hint)
+        self._hinted_at = floats(items.hinted_at_s)
+        self._ended = bools(items.ended)
+        self._live = bools(items.live)
         self._accesses = 0
         self._asks_dram = overrides(policy, "wants_in_dram")
         self._tells_queued = overrides(policy, "queued")

@@ -12,6 +12,7 @@ from kvservice.policy.placement import Placement
 from kvservice.simulate.account import Account
 from kvservice.simulate.mover import Mover, overrides
 from kvservice.simulate.settings import Machine
+from kvservice.simulate.views import bools, floats, ints
 from kvservice.simulate.workload import Workload
 
 
@@ -28,26 +29,26 @@ class SessionTurns:
         self._kv_bytes = machine.kv_bytes_per_token
         self._context = workload.context_tokens
         self._overflow_keeps = machine.overflow_keeps
-        self._session = memoryview(workload.session)
-        self._new = memoryview(workload.new_tokens)
-        self._output = memoryview(workload.output_tokens)
-        self._tokens = memoryview(np.zeros(items.row_count, np.int64))
-        self._bypass = memoryview(np.zeros(items.row_count, np.bool_))
-        self._size = memoryview(items.size_bytes)
-        self._dram = memoryview(items.dram_bytes)
-        self._ssd = memoryview(items.ssd_bytes)
-        self._in_use = memoryview(items.in_use)
-        self._access_seq = memoryview(items.access_seq)
-        self._unwanted = memoryview(items.unwanted_on_ssd)
-        self._used_at = memoryview(items.used_at_s)
-        self._uses = memoryview(items.uses)
-        self._answer = memoryview(items.answer_tokens)
-        self._queue_seq = memoryview(items.queue_seq)
-        self._hint = memoryview(items.hint)
-        self._ended = memoryview(items.ended)
-        self._live = memoryview(items.live)
+        self._session = ints(workload.session)
+        self._new = ints(workload.new_tokens)
+        self._output = ints(workload.output_tokens)
+        self._tokens = ints(np.zeros(items.row_count, np.int64))
+        self._bypass = bools(np.zeros(items.row_count, np.bool_))
+        self._size = ints(items.size_bytes)
+        self._dram = ints(items.dram_bytes)
+        self._ssd = ints(items.ssd_bytes)
+        self._in_use = ints(items.in_use)
+        self._access_seq = ints(items.access_seq)
+        self._unwanted = bools(items.unwanted_on_ssd)
+        self._used_at = floats(items.used_at_s)
+        self._uses = ints(items.uses)
+        self._answer = ints(items.answer_tokens)
+        self._queue_seq = ints(items.queue_seq)
+        self._hint = ints(items.hint)
+        self._ended = bools(items.ended)
+        self._live = bools(items.live)
         self._accesses = 0
-        self._hinted_at = memoryview(items.hinted_at_s)
+        self._hinted_at = floats(items.hinted_at_s)
         self._asks_dram = overrides(policy, "wants_in_dram")
         self._tells_queued = overrides(policy, "queued")
         self._tells_hinted = overrides(policy, "hinted")

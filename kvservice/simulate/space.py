@@ -7,6 +7,7 @@ import numpy as np
 from kvservice.blocks import Rows, TierName
 from kvservice.policy.items import ItemTable
 from kvservice.policy.placement import Placement
+from kvservice.simulate.views import ints
 
 NO_ROW = -1
 #: From so many rows on, an order of victims serves more than one asking: a 64th of them.
@@ -21,7 +22,7 @@ class Touches:
 
     def __init__(self, row_count: int) -> None:
         self.epoch = 0
-        self.last = memoryview(np.zeros(row_count, np.int64))
+        self.last = ints(np.zeros(row_count, np.int64))
 
 
 class Space:
@@ -45,8 +46,8 @@ class Space:
         self._epoch = 0
         self.count = 0
         self._rows = np.empty(1024, np.int64)
-        self._view = memoryview(self._rows)
-        self._place = memoryview(np.full(items.row_count, NO_ROW, np.int32))
+        self._view = ints(self._rows)
+        self._place = ints(np.full(items.row_count, NO_ROW, np.int32))
         self._order: list[int] = []  # The next victim is the last.
         self._scores: list[float] = []
 
@@ -57,7 +58,7 @@ class Space:
         count = self.count
         if count == len(self._view):
             self._rows = np.concatenate([self._rows, np.empty_like(self._rows)])
-            self._view = memoryview(self._rows)
+            self._view = ints(self._rows)
         self._view[count] = row
         self._place[row] = count
         self.count = count + 1
