@@ -33,8 +33,11 @@ _ALL = 4  # So it is with those that DRAM has no use for: one event for so many 
 _DOZE = 0.5  # DRAM has no use for those that will not be worth this share of what leaves it now.
 _LEARNS = 8  # What was seen becomes scores when there is an eighth more of it...
 _LEARN_RETURNS = (16, 512)  # ... within these numbers of returns.
+_READY_MEMORY = 256.0  # Requests.
+_LEAST_SURPRISING = 1e-3
 _PRICES = (0.01, 1.0)  # Of reading a typical item, in hits.
-_BUSY = 0.75  # The share of its time that the SSD may read before the price rises.
+_BUSY = 0.85  # The share of its time that the SSD may read and write before the price rises.
+_BUSY_MEMORY_S = 10.0
 _PRICE_STEP = 1.05
 
 
@@ -55,14 +58,18 @@ class ForesightPolicy(Placement):
         self._on_ssd = np.zeros(items.row_count)
         self._awake = np.zeros(items.row_count, np.bool_)  # In DRAM, or soon worth to be there.
         self._since_all = 0  # Events since all live items were scored, awake or not.
+        self._lacking = np.zeros(items.row_count, np.bool_)  # Was not in DRAM when its request came.
+        self._unready = 1.0  # The share of those that still were not when its turn came.
         self._price = _PRICES[0]
+        self._written_bytes = 0
+        self._writing = 0.0  # The share of its time in which the SSD writes.
         self._mean_bytes = 1.0
         self._all_due = 0
         self._level = 0.0  # The worth of what leaves DRAM next.
         self._ssd_level = 0.0
         self._events = 0
         self._events_due = _LOOK_EVENTS
-        self._looked_at_s = -math.inf
+        self._looked_at_s = math.inf  # Never.
         self._next_look_s = -math.inf
         self._learn_at = _LEARN_RETURNS[0]
         self._passed = 0  # Requests whose turn has come since the queue was looked at.
@@ -85,9 +92,13 @@ class ForesightPolicy(Placement):
         returns.came(row, now_s)
         self._happened(now_s)
         if items.dram_bytes[row] < items.ssd_bytes[row]:
+            self._lacking[row] = True
             self.look_at_s = now_s
 
     def used(self, items: ItemTable, row: int, now_s: float) -> None:
+        if self._lacking[row]:
+            self._lacking[row] = False
+            self._unready += (float(items.dram_bytes[row] < items.ssd_bytes[row]) - self._unready) / _READY_MEMORY
         self._passed += 1
         if items.conditions.queued and self._passed * 8 >= self._window:
             self.look_at_s = now_s
@@ -135,7 +146,7 @@ class ForesightPolicy(Placement):
         worth = (self._on_ssd if lost else self._in_dram)[rows]
         waiting = np.flatnonzero(items.queue_seq[rows] != NOT_QUEUED)
         if len(waiting):
-            worth[waiting] = self._worth_queued(items, rows[waiting])
+            worth[waiting] = self._worth_queued(items, rows[waiting], lost)
         return worth
 
     def wants_in_dram(self, items: ItemTable, row: int, now_s: float) -> bool:
@@ -144,18 +155,27 @@ class ForesightPolicy(Placement):
     def wants_on_ssd(self, items: ItemTable, row: int, now_s: float) -> bool:
         return not self._started or self._on_ssd.item(row) > self._ssd_level
 
-    def _worth_queued(self, items: ItemTable, rows: Rows) -> Floats:
+    def _worth_queued(self, items: ItemTable, rows: Rows, lost: bool) -> Floats:
+        """A request that waits is a hit at a known time. What can still be read in time is worth the read alone."""
         conditions = items.conditions
         ahead = items.queue_seq[rows] - conditions.served
         coming_s = np.maximum(ahead / conditions.turns_per_s, _LEAST_S)
-        worth: Floats = items.value[rows] / (np.maximum(items.size_bytes[rows], 1) * coming_s)
+        sizes = np.maximum(items.size_bytes[rows], 1)
+        worth: Floats = items.value[rows] / (sizes * coming_s)
+        if not lost:
+            worth *= np.where(ahead < self._window, 1.0, np.minimum(self._price / self._mean_bytes * sizes, 1.0))
         return worth
+
+    @property
+    def _surprising(self) -> float:
+        """The share of returns that neither a hint nor the time in the queue gives notice of."""
+        return max(self._hints.surprising * self._unready, _LEAST_SURPRISING)
 
     def _score_stored(self, items: ItemTable, row: int) -> None:
         """The worths of what was just used, as `_score` takes them at age 0."""
         returns, conditions = self._returns, items.conditions
         size = max(items.size_bytes.item(row), 1)
-        surprising, factor = self._hints.surprising, returns.factor.item(row)
+        surprising, factor = self._surprising, returns.factor.item(row)
         hold, keep = self._scores.at_once(returns.in_class.item(row), size * self._price / self._mean_bytes / surprising)
         wait_s = conditions.queued / conditions.turns_per_s
         dense = items.value.item(row) / size
@@ -168,7 +188,7 @@ class ForesightPolicy(Placement):
         returns, hints, scores = self._returns, self._hints, self._scores
         sizes = np.maximum(items.size_bytes[rows], 1)
         reading_s = (sizes - items.dram_bytes[rows]) * (1 / conditions.ssd_bytes_per_s) + conditions.read_backlog_s
-        surprising = hints.surprising
+        surprising = self._surprising
         price = sizes * (self._price / self._mean_bytes)
 
         factor = returns.factor[rows]
@@ -212,7 +232,7 @@ class ForesightPolicy(Placement):
         if not len(ahead):
             return []
         rows = rows[ahead]
-        worths = self._worth_queued(items, rows).tolist()
+        worths = self._worth_queued(items, rows, False).tolist()
         deadlines = (now_s + ahead / conditions.turns_per_s).tolist()
         return [Promotion(*wanted) for wanted in zip(rows.tolist(), deadlines, worths, strict=True)]
 
@@ -231,12 +251,12 @@ class ForesightPolicy(Placement):
         else:
             rows = np.flatnonzero(self._awake)
             thinking = rows[returns.since_s[rows] <= now_s]
+        self._set_price(items, now_s - self._looked_at_s)
         self._plan_next_look(len(rows), now_s)
         if not len(thinking):
             return []
         sizes = items.size_bytes[thinking]
         self._mean_bytes = max(float(sizes.sum()) / len(sizes), 1.0)
-        self._set_price(conditions.read_busy)
         fetch, later = self._score(items, thinking, now_s)
 
         in_dram = rows[(items.dram_bytes[rows] > 0) & (items.in_use[rows] == 0)]
@@ -297,15 +317,17 @@ class ForesightPolicy(Placement):
 
     def _plan_next_look(self, live: int, now_s: float) -> None:
         self._events_due = max(live // _LOOKS, _LOOK_EVENTS)
-        between_s = (now_s - self._looked_at_s) / max(self._events, 1)  # Of events.
-        if not math.isfinite(between_s):
-            between_s = 0.0
+        between_s = max(now_s - self._looked_at_s, 0.0) / max(self._events, 1)  # Of events.
         self._next_look_s = now_s + max(between_s * self._events_due, _LEAST_S)
         self._looked_at_s = now_s
         self._events = 0
 
-    def _set_price(self, read_busy: float) -> None:
+    def _set_price(self, items: ItemTable, passed_s: float) -> None:
         """Reading gets dearer while the SSD has no time left for it."""
-        least, most = _PRICES
-        step = _PRICE_STEP if read_busy > _BUSY else 1 / _PRICE_STEP
-        self._price = min(max(self._price * step, least), most)
+        conditions = items.conditions
+        if passed_s > 0:
+            wrote_s = (conditions.written_bytes - self._written_bytes) / conditions.ssd_bytes_per_s
+            self._writing += (wrote_s / passed_s - self._writing) * -math.expm1(-passed_s / _BUSY_MEMORY_S)
+        self._written_bytes = conditions.written_bytes
+        step = _PRICE_STEP if conditions.read_busy + self._writing > _BUSY else 1 / _PRICE_STEP
+        self._price = min(max(self._price * step, _PRICES[0]), _PRICES[1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kvservice.simulate import plot
 from kvservice.simulate.experiments import Options
 from kvservice.simulate.experiments.report import Section
@@ -14,9 +16,11 @@ from kvservice.simulate.experiments.runs import (
     paper_machine,
     play_all,
     points,
+    row,
     rows,
     shrunk,
 )
+from kvservice.simulate.settings import GIB
 
 SSD_TB = (2.0, 4.0, 10.0)
 
@@ -29,7 +33,7 @@ def measure(options: Options) -> Section:
         "Overload: the queue knows what comes",
         f"{load.sessions:,} conversations, one a second, at 1.9 turns a second ({load.turns:,} turns, "
         f"{warmup:,} of them to "
-        f"warm up); {128 * scale:g} GiB of DRAM, an SSD that moves 5 GiB/s, 0.78 MiB of KV a token.",
+        f"warm up); {128 * scale:g} GiB of DRAM, an SSD that moves 6 GiB/s, 0.78 MiB of KV a token.",
     )
     found = {}
     for ssd_tb in SSD_TB:
@@ -65,9 +69,15 @@ def measure(options: Options) -> Section:
         0,
         " points",
     )
+    table = []
+    for gbps in (5.0, 6.0, 8.0):
+        machine = replace(paper_machine(10 * scale, 128 * scale), ssd_bytes_per_s=gbps * GIB)
+        for name, result in play_all(load, machine, ("lookahead", "foresight"), warmup).items():
+            table.append((f"{gbps:g}", *row(result)))
+    section.table(f"Bandwidth, {10 * scale:g} TiB of SSD:", ("GiB/s", *COLUMNS), table)
     section.commands = [
         f"kvctl simulate --trace sharegpt --sessions {load.sessions} --policy lookahead,lru,fifo,foresight,optimum "
-        f"--dram-gb {128 * scale:g} --ssd-gb {2048 * scale:g} --ssd-gbps 5 --kv-mb-per-token 0.78125 "
+        f"--dram-gb {128 * scale:g} --ssd-gb {2048 * scale:g} --ssd-gbps 6 --kv-mb-per-token 0.78125 "
         f"--service-turns-per-s 1.9 --warmup-turns {warmup}"
     ]
     if options.pictures is not None:
