@@ -82,7 +82,7 @@ def span(text: str, flag: str) -> tuple[float, float]:
 def with_options(verb: Callable[..., None]) -> Callable[..., None]:
     """The verb, with an option for each field in the place of each parameter that is a dataclass."""
     parameters = inspect.signature(verb, eval_str=True).parameters.values()
-    groups = {each.name: each.annotation for each in parameters if is_dataclass(each.annotation)}
+    groups: dict[str, Any] = {each.name: each.annotation for each in parameters if is_dataclass(each.annotation)}
 
     @functools.wraps(verb)
     def run(**arguments: Any) -> None:
