@@ -45,19 +45,17 @@ class Reference:
 
     def end(self, item: int) -> None:
         if item not in self.freq:
+            queue = self.small
+            if item in self.ghost:
+                self.ghost.remove(item)
+                queue = self.main
             while self.bytes_of(self.freq) + self.sizes[item] > self.capacity_bytes and set(self.freq) - self.in_use:
                 self.evict()
-            if self.bytes_of(self.freq) + self.sizes[item] <= self.capacity_bytes:
-                self.insert(item)
+            queue.appendleft(item)
+            self.freq[item] = 0
         self.in_use.remove(item)
-
-    def insert(self, item: int) -> None:
-        if item in self.ghost:
-            self.ghost.remove(item)
-            self.main.appendleft(item)
-        else:
-            self.small.appendleft(item)
-        self.freq[item] = 0
+        while self.bytes_of(self.freq) > self.capacity_bytes:
+            self.evict()  # What is in use left no room for it.
 
     def bytes_of(self, items: Iterable[int]) -> int:
         return sum(self.sizes[item] for item in items)
