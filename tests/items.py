@@ -83,13 +83,12 @@ class SmallMover:
         row, table = self.row_of[item], self.table
         self.now_s += 1.0
         table.size_bytes[row] = size_bytes
-        in_dram = self._make_room(DRAM, size_bytes - int(table.dram_bytes[row]))
         table.in_use[row] = 0
         table.used_at_s[row] = self.now_s
-        if in_dram:
-            self._come(row, DRAM, size_bytes)
+        self._come(row, DRAM, size_bytes)
         self.policy.stored(table, row, self.now_s)
-        if in_dram:
+        self._make_room(DRAM, 0)
+        if table.dram_bytes[row]:
             self._write(row)
         self._forget(row)
         self.look()

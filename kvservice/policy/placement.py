@@ -42,7 +42,10 @@ class Placement:
         """The application said something about the item's session."""
 
     def arrived(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
-        """The first bytes of the item came into `tier`, which had none. Of one request's items the suffix is first."""
+        """The first bytes of the item came into `tier`, which had none. Of one request's items the suffix is first.
+
+        In DRAM, room for what a request stored is made after this: the item itself may be what leaves.
+        """
 
     def left(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
         """Bytes of the item left `tier` to make room: its end, or all of it."""

@@ -18,7 +18,7 @@ from kvservice.simulate.mover import Mover, overrides
 from kvservice.simulate.policies import CONTENDERS, plays
 from kvservice.simulate.prefixes import PrefixTurns
 from kvservice.simulate.result import Result
-from kvservice.simulate.server import PASSED_OVER, server_of
+from kvservice.simulate.server import CALLED, server_of
 from kvservice.simulate.sessions import SessionTurns
 from kvservice.simulate.settings import Machine
 from kvservice.simulate.views import floats, ints
@@ -59,7 +59,6 @@ class _Called:
     turn: int
     number: int
     called_s: float
-    passed: int = 0
 
 
 class Engine:
@@ -208,23 +207,20 @@ class Engine:
         return self._take(turn, number, now_s, loaded_s, now_s)
 
     def _dispatch_ready(self, now_s: float) -> tuple[float, int] | None:
-        """The server goes to the first whose KV is there, unless one that waits for its own was passed over enough.
+        """The server goes to the first whose KV is there. Nobody waits for long: a KV that is read first comes soon.
 
         None where the first in the queue was called only: its KV is read, and another may have the server.
         """
         called = self._called
         if called:
             soonest = called[0]
-            impatient = any(other.passed >= PASSED_OVER for other in called)
-            if soonest.loaded_s <= now_s or impatient or len(called) >= PASSED_OVER or not self._queue:
+            if soonest.loaded_s <= now_s or len(called) >= CALLED or not self._queue:
                 heapq.heappop(called)
                 return self._take(soonest.turn, soonest.number, soonest.called_s, soonest.loaded_s, now_s)
         turn, number, loaded_s = self._call(now_s)
         if loaded_s > now_s:
             heapq.heappush(called, _Called(loaded_s, turn, number, now_s))
             return None
-        for other in called:
-            other.passed += 1
         return self._take(turn, number, now_s, loaded_s, now_s)
 
     def _call(self, now_s: float) -> tuple[int, int, float]:

@@ -45,19 +45,17 @@ class Reference:
 
     def end(self, item: int) -> None:
         if item not in self.freq:
+            queue = self.small
+            if item in self.ghost:
+                self.ghost.remove(item)
+                queue = self.main
             while self.bytes_of(self.freq) + self.sizes[item] > self.capacity_bytes and set(self.freq) - self.in_use:
                 self.evict()
-            if self.bytes_of(self.freq) + self.sizes[item] <= self.capacity_bytes:
-                self.insert(item)
+            queue.appendleft(item)
+            self.freq[item] = 0
         self.in_use.remove(item)
-
-    def insert(self, item: int) -> None:
-        if item in self.ghost:
-            self.ghost.remove(item)
-            self.main.appendleft(item)
-        else:
-            self.small.appendleft(item)
-        self.freq[item] = 0
+        while self.bytes_of(self.freq) > self.capacity_bytes:
+            self.evict()  # What is in use left no room for it.
 
     def bytes_of(self, items: Iterable[int]) -> int:
         return sum(self.sizes[item] for item in items)
@@ -174,6 +172,13 @@ def test_what_is_in_use_keeps_its_place_while_the_hands_go_past_it() -> None:
     assert mover.evict(TierName.DRAM, 3) == [1, 2, 3]
     mover.end(0, 1)
     assert mover.evict(TierName.DRAM, 2) == [0, 4]
+
+
+def test_what_room_is_made_for_leaves_only_when_nothing_else_is_there() -> None:
+    mover = SmallMover(S3FifoPolicy(), 30, 0)
+    for item, size_bytes in ((1, 1), (2, 1), (3, 30), (4, 31)):
+        mover.turn(item, size_bytes)
+    assert [item for _, item in mover.moves] == [1, 2, 3, 4]
 
 
 def test_an_end_that_leaves_keeps_the_rest_in_its_place() -> None:
