@@ -28,6 +28,9 @@ _LEAST_LOOK_S = 0.1
 _DOUBLED = 1e-12
 #: What is due now is no less due than in a millisecond.
 _LEAST_S = 1e-3
+#: What SSD would drop next is looked up for one of so many that it refuses, where it has more than a few.
+_FLOOR_EVERY = 8
+_FEW = 256
 #: So many of those that are used the soonest are planned.
 _PLANNED = 256
 
@@ -40,15 +43,17 @@ class Clairvoyant(Bound):
 
     *Sessions* have many sizes, and the best choice among those is NP-hard; with two tiers and a channel, more so.
     They go by bytes times seconds until the next use, each cut as far as needed: most uses by space. The bound is
-    the better of two plays (`optimum_plays`), which differ in whether SSD keeps a copy of what waits in DRAM for
-    its next use (`exclusive`: it does not, if it has no room; that gives room, and costs writes). So it is not
-    proven that nothing is better; the tests compare it with every policy.
+    the best of three plays (`optimum_plays`). `exclusive`: if SSD has no room, it keeps no copy of what waits in
+    DRAM for its next use, which gives room and costs writes. `by_time`: DRAM goes by the time of the next use alone,
+    which is right where the channel can bring back everything. What is on time and what hits is each the best of
+    the plays'. So it is not proven that nothing is better; the tests compare it with every policy.
     """
 
     name: ClassVar[str] = "optimum"
 
-    def __init__(self, workload: Workload, exclusive: bool = False) -> None:
+    def __init__(self, workload: Workload, exclusive: bool = False, by_time: bool = False) -> None:
         self._exclusive = exclusive
+        self._by_time = by_time
         self.look_at_s = -math.inf
         self._shared = workload.shares_prefixes
         self._refused = 0
@@ -79,24 +84,28 @@ class Clairvoyant(Bound):
     def retention(self, items: ItemTable, rows: Rows, tier: TierName, now_s: float) -> NDArray[np.float64]:
         if self._shared:
             return self._next.worth(rows)
-        due_s = self._due_s(items, rows, now_s)
-        kept: NDArray[np.float64] = 1.0 / (items.size_bytes[rows] * (due_s - now_s + _LEAST_S))
+        if self._by_time and tier is TierName.DRAM:
+            return np.negative(self._due_s(items, rows, now_s))
+        kept = self._density(items, rows, now_s)
         if self._exclusive and tier is TierName.SSD:
-            doubled = items.dram_bytes[rows] >= items.ssd_bytes[rows]
-            return np.where(doubled, kept * _DOUBLED, kept)
+            kept[items.dram_bytes[rows] >= items.ssd_bytes[rows]] *= _DOUBLED
         return kept
 
     def wants_on_ssd(self, items: ItemTable, row: int, now_s: float) -> bool:
         if math.isinf(self._next_at_s[row]) and items.queue_seq[row] == NOT_QUEUED:
             return False
-        here = np.array([row])
-        if self._refused % 8 == 0:
-            conditions = items.conditions
-            free = conditions.ssd_capacity_bytes - int(items.ssd_bytes.sum())
-            rows = np.flatnonzero((items.ssd_bytes > 0) & (items.in_use == 0))
-            full = free < items.size_bytes[row] and len(rows)
-            self._ssd_floor = float(self.retention(items, rows, TierName.SSD, now_s).min()) if full else -math.inf
-        wanted = float(self.retention(items, here, TierName.DRAM, now_s)[0]) > self._ssd_floor
+        conditions = items.conditions
+        free_bytes = conditions.ssd_capacity_bytes - int(items.ssd_bytes.sum())
+        if free_bytes >= items.size_bytes[row] - items.ssd_bytes[row]:
+            return True
+        if self._refused % _FLOOR_EVERY == 0:
+            there = (items.ssd_bytes > 0) & (items.in_use == 0)
+            there[row] = False
+            worth = self.retention(items, np.flatnonzero(there), TierName.SSD, now_s)
+            self._ssd_floor = float(worth.min(initial=math.inf))
+            if len(worth) < _FEW:
+                self._refused = -1
+        wanted = float(self._density(items, np.array([row]), now_s)[0]) > self._ssd_floor
         self._refused = 0 if wanted else self._refused + 1
         return wanted
 
@@ -121,6 +130,14 @@ class Clairvoyant(Bound):
         self.look_at_s = now_s + min(_LOOK_S, max(_LEAST_LOOK_S, float(slack_s[count:].min(initial=_LOOK_S))))
         worth = self.retention(items, rows[:count], TierName.DRAM, now_s)
         return list(map(Promotion, rows[:count].tolist(), due_s[:count].tolist(), worth.tolist()))
+
+    def _density(self, items: ItemTable, rows: Rows, now_s: float) -> NDArray[np.float64]:
+        """Uses by bytes and seconds until then."""
+        if self._shared:
+            return self._next.worth(rows)
+        waits_s = self._due_s(items, rows, now_s) - now_s + _LEAST_S
+        density: NDArray[np.float64] = 1.0 / (items.size_bytes[rows] * waits_s)
+        return density
 
     def _due_s(self, items: ItemTable, rows: Rows, now_s: float) -> NDArray[np.float64]:
         """When each is used next: its place in the queue, or when it comes and has waited."""
@@ -177,3 +194,4 @@ def optimum_plays(workload: Workload, machine: Machine) -> Iterator[Clairvoyant]
     yield Clairvoyant(workload)
     if machine.dram_bytes and machine.ssd_bytes and not workload.shares_prefixes:
         yield Clairvoyant(workload, exclusive=True)
+        yield Clairvoyant(workload, by_time=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from kvservice.simulate.bounds import Bound
 from kvservice.simulate.mover import Mover, overrides
 from kvservice.simulate.policies import CONTENDERS, plays
 from kvservice.simulate.prefixes import PrefixTurns
-from kvservice.simulate.result import Result
+from kvservice.simulate.result import Result, best_of
 from kvservice.simulate.server import CALLED, server_of
 from kvservice.simulate.sessions import SessionTurns
 from kvservice.simulate.settings import Machine
@@ -33,10 +33,12 @@ def simulate(workload: Workload, machine: Machine, policy: Placement | str, *, w
     """
     if isinstance(policy, Placement):
         return _play(workload, machine, policy, warmup_turns)
-    results = [_play(workload, machine, play, warmup_turns) for play in plays(policy, workload, machine)]
-    best = max(results, key=lambda result: result.hit_rate_history + result.dram_on_time)
-    seconds = sum(result.seconds for result in results)
-    return replace(best, seconds=seconds, turns_simulated_per_s=workload.turns / seconds)
+    results = []
+    for play in plays(policy, workload, machine):
+        results.append(_play(workload, machine, play, warmup_turns))
+        if results[-1].dram_on_time == 1.0:
+            break  # Nothing is better.
+    return best_of(results)
 
 
 def _play(workload: Workload, machine: Machine, policy: Placement, warmup_turns: int) -> Result:

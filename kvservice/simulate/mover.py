@@ -203,10 +203,10 @@ class Mover:
         if lacks <= 0 or (self._asks_ssd and not self.policy.wants_on_ssd(self.items, row, now_s)):
             return 0
         self.ssd.discard(row)  # Its copy makes no room for itself.
-        if not self._free_ssd(lacks, now_s):
-            self._ssd_may_leave(row)
-            return 0
+        lacks = self._free_ssd(lacks, now_s)
         self.ssd.used_bytes += lacks
+        if not lacks:
+            self._ssd_may_leave(row)
         return lacks
 
     def end_write(self, row: int, size_bytes: int, now_s: float) -> None:
@@ -230,10 +230,12 @@ class Mover:
         if self._asks_ssd and not self.policy.wants_on_ssd(self.items, row, now_s):
             return
         self.ssd.discard(row)  # Its copy makes no room for itself.
-        if self.channel.may_owe(lacks) and self._free_ssd(lacks, now_s):
+        if self.channel.may_owe(lacks):
+            lacks = self._free_ssd(lacks, now_s)
             self.channel.owe(lacks)
             self.ssd.used_bytes += lacks
-            self._came_to_ssd(row, lacks, now_s)
+            if lacks:
+                self._came_to_ssd(row, lacks, now_s)
         self._ssd_may_leave(row)
 
     # Making room.
@@ -260,18 +262,20 @@ class Mover:
             excess -= have - keep
         return True
 
-    def _free_ssd(self, wanted_bytes: int, now_s: float) -> bool:
+    def _free_ssd(self, wanted_bytes: int, now_s: float) -> int:
+        """Make room. Returns for how much, which is less where the rest of SSD is held or a row is too large."""
         ssd = self.ssd
         excess = ssd.used_bytes + wanted_bytes - ssd.capacity_bytes
         if excess <= 0:
-            return True
-        if wanted_bytes > ssd.capacity_bytes:
-            return False
+            return wanted_bytes
+        if self._whole and wanted_bytes > ssd.capacity_bytes:
+            return 0
         ssd.ask()
         while excess > 0:
             row = ssd.lowest(now_s)
             if row < 0:
-                return False
+                room = ssd.capacity_bytes - ssd.used_bytes
+                return 0 if self._whole else self._aligned(room)
             have = self._ssd[row]
             keep = self._keep(have, excess, self._size[row])
             self._ssd[row] = keep
@@ -285,7 +289,7 @@ class Mover:
             if self._tells_left:
                 self.policy.left(self.items, row, TierName.SSD, now_s)
             self._forget_if_gone(row, now_s)
-        return True
+        return wanted_bytes
 
     def _leave_dram(self, row: int, keep_bytes: int, now_s: float) -> None:
         have = self._dram[row]

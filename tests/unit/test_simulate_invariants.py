@@ -157,7 +157,7 @@ def test_tiers_channel_and_requests_keep_their_bounds_at_every_moment(
     assert not engine.items.in_use.any()
     assert (engine.items.queue_seq == -1).all()
     for space, column in ((engine.mover.dram, engine.items.dram_bytes), (engine.mover.ssd, engine.items.ssd_bytes)):
-        free = [row for row in np.flatnonzero(column) if row not in engine.mover._worth]
+        free = [row for row in np.flatnonzero(column).tolist() if row not in engine.mover._worth]
         if engine.mover.channel.write_row in free:
             free.remove(engine.mover.channel.write_row)
         assert set(free) <= set(space.rows.tolist())
