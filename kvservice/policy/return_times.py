@@ -13,7 +13,7 @@ import math
 import numpy as np
 
 from kvservice.blocks import Rows
-from kvservice.policy.survival import BEGINS, BIN_COUNT, WIDTHS, Floats, Survival
+from kvservice.policy.survival import BEGINS, BIN_COUNT, WIDTHS, Floats, Survival, bin_of
 
 CLASSES = 4  # 1, 2 and 3, 4 to 7, 8 or more uses.
 
@@ -85,6 +85,19 @@ class ReturnTimes:
         self.since_s[row] = math.nan
         self.factor[row] = 1.0
         self._gaps[row] = self._log_gaps[row] = 0.0
+
+    def hazard(self, row: int, now_s: float) -> float:
+        """Returns a second, of one that is waited for at its age; 0 where none is."""
+        age_s = now_s - self.since_s.item(row)
+        if math.isnan(age_s):
+            return 0.0
+        factor = self.factor.item(row)
+        return self.hazards.item(self.in_class.item(row), bin_of(age_s / factor)) / factor
+
+    @property
+    def typical_s(self) -> float:
+        """The geometric mean of the times until items came back."""
+        return math.exp(self._means.item(_FEATURES))
 
     def ages(self, rows: Rows, now_s: float) -> Floats:
         """In units of each item's own factor."""
