@@ -9,7 +9,6 @@ read again shortly before they do.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import ClassVar
@@ -245,19 +244,23 @@ class ForesightPolicy(Placement):
 
     def _queued_soon(self, items: ItemTable, queue: Sequence[int], now_s: float) -> list[Promotion]:
         """Of the requests that wait, as many from the head as DRAM has room for."""
-        conditions = items.conditions
         self._passed = 0
-        most = 16 + int(2 * conditions.dram_capacity_bytes / self._mean_bytes)
-        rows = np.fromiter(itertools.islice(queue, most), np.int64)
-        fits = np.cumsum(items.size_bytes[rows]) <= conditions.dram_capacity_bytes
-        self._window = max(1, int(np.count_nonzero(fits)))
-        ahead = np.flatnonzero(fits & (items.ssd_bytes[rows] > items.dram_bytes[rows] + items.coming_bytes[rows]))
-        if not len(ahead):
-            return []
-        rows = rows[ahead]
-        worths = self._worth_queued(items, rows, False).tolist()
-        deadlines = (now_s + ahead / conditions.turns_per_s).tolist()
-        return [Promotion(*wanted) for wanted in zip(rows.tolist(), deadlines, worths, strict=True)]
+        conditions = items.conditions
+        size_of, in_dram, coming, on_ssd = items.size_bytes, items.dram_bytes, items.coming_bytes, items.ssd_bytes
+        room = conditions.dram_capacity_bytes
+        wanted = []
+        ahead = 0
+        for row in queue:
+            ahead = items.queue_seq.item(row) - conditions.served
+            size = size_of.item(row)
+            room -= size
+            if room < 0:
+                break
+            if on_ssd.item(row) > in_dram.item(row) + coming.item(row):
+                coming_s = max(ahead / conditions.turns_per_s, _LEAST_S)  # Positions, not rows: some read several.
+                wanted.append(Promotion(row, now_s + coming_s, items.value.item(row) / (size * coming_s)))
+        self._window = max(ahead, 1)
+        return wanted
 
     def _look(self, items: ItemTable, now_s: float) -> list[Promotion]:
         """Takes all worths anew, and matches what is worth fetching with what would leave for it."""
