@@ -140,6 +140,16 @@ class Channel:
         self._owed_s += self._write_left / self._rate
         self._end_write(self.now_s)
 
+    def abort_write(self) -> int:
+        """Drop the running copy. Returns its bytes."""
+        self.written_bytes += int(self._write_size - self._write_left)
+        self.write_row = NO_ROW
+        return self._write_size
+
+    def may_owe_write(self) -> bool:
+        """Whether what is left of the running copy may wait without a place in DRAM."""
+        return self.may_owe(math.ceil(self._write_left))
+
     def _end_write(self, now_s: float) -> None:
         row, size = self.write_row, self._write_size
         self.write_row = NO_ROW

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -13,6 +13,7 @@ from kvservice.blocks import Rows, TierName
 from kvservice.policy.base import Promotion
 from kvservice.policy.items import NOT_QUEUED, ItemTable
 from kvservice.simulate.bounds import Bound
+from kvservice.simulate.settings import Machine
 from kvservice.simulate.views import ints
 from kvservice.simulate.workload import Workload
 
@@ -22,23 +23,32 @@ _PLANNED_SHARE = 0.9
 _AHEAD_S = 1.0
 #: The plan is made anew at least so often: queues grow and shrink.
 _LOOK_S = 2.0
-_LEAST_LOOK_S = 0.05
+_LEAST_LOOK_S = 0.1
+#: A copy on SSD of what is in DRAM is worth this share of what is nowhere else: less than all that is used again.
+_DOUBLED = 1e-12
+#: What is due now is no less due than in a millisecond.
+_LEAST_S = 1e-3
+#: So many of those that are used the soonest are planned.
+_PLANNED = 256
 
 
 class Clairvoyant(Bound):
-    """Belady's rule in both tiers, and promotions as late as the channel allows.
+    """Keeps what costs the least space until its next use, and promotes as late as the channel allows.
 
-    What is used the furthest ahead leaves first, and what is not used again leaves at once. For blocks in one tier,
-    which have one size, no order gives more hits (Belady 1966; a path's end leaves before its beginning, so that
-    no prefix is missing). For items of different sizes that problem is NP-hard: `by_area` goes by bytes times the
-    seconds until the next use instead, so that what is kept costs the least space for a use.
+    *Blocks* have one size: what is used the furthest ahead leaves first, and what is not used again at once. In
+    one tier no order gives more hits (Belady 1966; of a path the end leaves first, so that no prefix is missing).
+
+    *Sessions* have many sizes, and the best choice among those is NP-hard; with two tiers and a channel, more so.
+    They go by bytes times seconds until the next use, each cut as far as needed: most uses by space. The bound is
+    the better of two plays (`optimum_plays`), which differ in whether SSD keeps a copy of what waits in DRAM for
+    its next use (`exclusive`: it does not, if it has no room; that gives room, and costs writes). So it is not
+    proven that nothing is better; the tests compare it with every policy.
     """
 
     name: ClassVar[str] = "optimum"
 
-    def __init__(self, workload: Workload, by_area: bool = False, exclusive: bool = False) -> None:
-        self._by_area = by_area
-        self._exclusive = exclusive  # What is in DRAM until its next use needs no copy on SSD.
+    def __init__(self, workload: Workload, exclusive: bool = False) -> None:
+        self._exclusive = exclusive
         self.look_at_s = -math.inf
         self._shared = workload.shares_prefixes
         self._refused = 0
@@ -68,12 +78,12 @@ class Clairvoyant(Bound):
 
     def retention(self, items: ItemTable, rows: Rows, tier: TierName, now_s: float) -> NDArray[np.float64]:
         if self._shared:
-            return -self._next.turn[rows]
+            return self._next.worth(rows)
         due_s = self._due_s(items, rows, now_s)
-        kept = 1.0 / (items.size_bytes[rows] * (due_s - now_s + 1e-3)) if self._by_area else -due_s
+        kept: NDArray[np.float64] = 1.0 / (items.size_bytes[rows] * (due_s - now_s + _LEAST_S))
         if self._exclusive and tier is TierName.SSD:
             doubled = items.dram_bytes[rows] >= items.ssd_bytes[rows]
-            return np.where(doubled, kept - 1e18, kept)
+            return np.where(doubled, kept * _DOUBLED, kept)
         return kept
 
     def wants_on_ssd(self, items: ItemTable, row: int, now_s: float) -> bool:
@@ -98,6 +108,9 @@ class Clairvoyant(Bound):
         rows, due_s = rows[np.isfinite(due_s)], due_s[np.isfinite(due_s)]
         if not len(rows):
             return ()
+        if len(rows) > _PLANNED:
+            soonest = np.argpartition(due_s, _PLANNED)[:_PLANNED]
+            rows, due_s = rows[soonest], due_s[soonest]
         order = np.argsort(due_s, kind="stable")
         rows, due_s = rows[order], due_s[order]
         lacks = items.ssd_bytes[rows] - items.dram_bytes[rows]
@@ -113,11 +126,14 @@ class Clairvoyant(Bound):
         """When each is used next: its place in the queue, or when it comes and has waited."""
         conditions = items.conditions
         place = items.queue_seq[rows]
-        comes_s = np.maximum(self._next_at_s[rows], now_s)
+        comes_s: NDArray[np.float64] = np.maximum(self._next_at_s[rows], now_s)
         if not conditions.queued:
             return comes_s
         waits_s = now_s + (place - conditions.served) / conditions.turns_per_s
-        return np.where(place == NOT_QUEUED, comes_s + conditions.queued / conditions.turns_per_s, waits_s)
+        comes_s += conditions.queued / conditions.turns_per_s
+        waiting = place != NOT_QUEUED
+        comes_s[waiting] = waits_s[waiting]
+        return comes_s
 
 
 class _NextTurns:
@@ -136,16 +152,28 @@ class _NextTurns:
         self._depth = np.zeros(len(workload.item_blocks))
         self._depth[workload.path_items] = depth
         self._depth /= self._depth.max(initial=0) + 1
-        #: Its number; later on the path counts a little more.
-        self.turn = np.full(len(workload.item_blocks), _NEVER)
+        # Later on the path counts a little more.
+        self._turn = np.full(len(workload.item_blocks), _NEVER)
+
+    def worth(self, rows: Rows) -> NDArray[np.float64]:
+        """What is read sooner is worth more."""
+        next_turn: NDArray[np.float64] = self._turn[rows]
+        return np.negative(next_turn)
 
     def advance(self, row: int) -> float:
         """The item is read now. Returns when the next request for it comes."""
         self._at[row] += 1
         at = self._at[row]
         if at >= self._ends[row]:
-            self.turn[row] = _NEVER
+            self._turn[row] = _NEVER
             return _NEVER
         following = self._turns[at]
-        self.turn[row] = following + self._depth[row]
+        self._turn[row] = following + self._depth[row]
         return float(self._arrives_s[following])
+
+
+def optimum_plays(workload: Workload, machine: Machine) -> Iterator[Clairvoyant]:
+    """The plays of which the optimum is the best."""
+    yield Clairvoyant(workload)
+    if machine.dram_bytes and machine.ssd_bytes and not workload.shares_prefixes:
+        yield Clairvoyant(workload, exclusive=True)

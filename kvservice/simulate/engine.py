@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,26 +15,31 @@ from kvservice.policy.placement import Placement
 from kvservice.simulate.account import Account
 from kvservice.simulate.bounds import Bound
 from kvservice.simulate.mover import Mover, overrides
-from kvservice.simulate.policies import CONTENDERS, make
+from kvservice.simulate.policies import CONTENDERS, plays
 from kvservice.simulate.prefixes import PrefixTurns
 from kvservice.simulate.result import Result
-from kvservice.simulate.server import PASSED_OVER, server_of
+from kvservice.simulate.server import CALLED, server_of
 from kvservice.simulate.sessions import SessionTurns
 from kvservice.simulate.settings import Machine
 from kvservice.simulate.views import floats, ints
 from kvservice.simulate.workload import Workload
 
 
-def simulate(
-    workload: Workload, machine: Machine, policy: Placement | str, *, warmup_turns: int = 0, seed: int = 0
-) -> Result:
+def simulate(workload: Workload, machine: Machine, policy: Placement | str, *, warmup_turns: int = 0) -> Result:
     """Play all of it. Turns count from the `warmup_turns`th on whose time comes.
 
     A policy by name is made for this run (`kvservice.simulate.policies`); one that is given must be fresh.
     Raises ValueError for an unknown name, and for a workload or a machine that cannot be.
     """
-    if isinstance(policy, str):
-        policy = make(policy, workload, machine)
+    if isinstance(policy, Placement):
+        return _play(workload, machine, policy, warmup_turns)
+    results = [_play(workload, machine, play, warmup_turns) for play in plays(policy, workload, machine)]
+    best = max(results, key=lambda result: result.hit_rate_history + result.dram_on_time)
+    seconds = sum(result.seconds for result in results)
+    return replace(best, seconds=seconds, turns_simulated_per_s=workload.turns / seconds)
+
+
+def _play(workload: Workload, machine: Machine, policy: Placement, warmup_turns: int) -> Result:
     played_on = policy.plays_on(machine) if isinstance(policy, Bound) else machine
     paid = machine if played_on.dram_bytes > machine.dram_bytes else played_on
     return Engine(workload, played_on, policy, warmup_turns, paid).run()
@@ -54,7 +59,6 @@ class _Called:
     turn: int
     number: int
     called_s: float
-    passed: int = 0
 
 
 class Engine:
@@ -203,23 +207,20 @@ class Engine:
         return self._take(turn, number, now_s, loaded_s, now_s)
 
     def _dispatch_ready(self, now_s: float) -> tuple[float, int] | None:
-        """The server goes to the first whose KV is there, unless one that waits for its own was passed over enough.
+        """The server goes to the first whose KV is there. Nobody waits for long: a KV that is read first comes soon.
 
         None where the first in the queue was called only: its KV is read, and another may have the server.
         """
         called = self._called
         if called:
             soonest = called[0]
-            impatient = any(other.passed >= PASSED_OVER for other in called)
-            if soonest.loaded_s <= now_s or impatient or len(called) >= PASSED_OVER or not self._queue:
+            if soonest.loaded_s <= now_s or len(called) >= CALLED or not self._queue:
                 heapq.heappop(called)
                 return self._take(soonest.turn, soonest.number, soonest.called_s, soonest.loaded_s, now_s)
         turn, number, loaded_s = self._call(now_s)
         if loaded_s > now_s:
             heapq.heappush(called, _Called(loaded_s, turn, number, now_s))
             return None
-        for other in called:
-            other.passed += 1
         return self._take(turn, number, now_s, loaded_s, now_s)
 
     def _call(self, now_s: float) -> tuple[int, int, float]:

@@ -54,7 +54,7 @@ class Mover:
         self._ssd_seq = ints(items.ssd_seq)
         self._unwanted = bools(items.unwanted_on_ssd)
         self._live = bools(items.live)
-        self._held = ints(np.zeros(items.row_count, np.int32))  # Requests and transfers that run on it.
+        self._held = ints(np.zeros(items.row_count, np.int32))  # Requests and promotions that run on it.
         self._to_write = bools(np.zeros(items.row_count, np.bool_))
         self._promoted = ints(np.zeros(items.row_count, np.int64))  # Its end in DRAM that nobody used since.
         self._worth: dict[int, float] = {}  # Of promotions.
@@ -81,8 +81,7 @@ class Mover:
         if not held:
             if self._dram[row]:
                 self.dram.add(row)
-            if self._ssd[row]:
-                self.ssd.add(row)
+            self._ssd_may_leave(row)
 
     def stop_promotion(self, row: int) -> None:
         """What has come of a promotion counts; the rest is not read any more."""
@@ -110,14 +109,11 @@ class Mover:
 
     def settle(self, now_s: float) -> None:
         """Let go what is worth least until DRAM is within its capacity. What was just stored may be among it."""
-        dram, channel = self.dram, self.channel
+        dram = self.dram
         if dram.used_bytes <= dram.capacity_bytes:
             return
         while not self._free_dram(0, math.inf, now_s):
-            if channel.write_row >= 0:
-                channel.finish_write()
-            else:
-                self.stop_promotion(channel.latest_reading())
+            self.stop_promotion(self.channel.latest_reading())
 
     def write_behind(self, row: int) -> None:
         """Copy what SSD lacks of it, some time."""
@@ -133,7 +129,7 @@ class Mover:
     def cut_front(self, row: int, cut_bytes: int, now_s: float) -> None:
         """The oldest bytes of the item are of no use any more: the rest counts from 0."""
         if self.channel.write_row == row:
-            self.channel.finish_write()
+            self._end_write_early()
         size, dram, ssd = self._size[row], self._dram[row], self._ssd[row]
         self._size[row] = max(0, size - cut_bytes)
         self.dram.used_bytes -= dram - max(0, dram - cut_bytes)
@@ -206,28 +202,39 @@ class Mover:
         lacks = self._dram[row] - self._ssd[row]
         if lacks <= 0 or (self._asks_ssd and not self.policy.wants_on_ssd(self.items, row, now_s)):
             return 0
-        self.hold(row)
+        self.ssd.discard(row)  # Its copy makes no room for itself.
         if not self._free_ssd(lacks, now_s):
-            self.release(row)
+            self._ssd_may_leave(row)
             return 0
         self.ssd.used_bytes += lacks
         return lacks
 
     def end_write(self, row: int, size_bytes: int, now_s: float) -> None:
         self._came_to_ssd(row, size_bytes, now_s)
-        self.release(row)
+
+    def _end_write_early(self) -> None:
+        """The place in DRAM of what is being written is given away: what is left is owed, or all of it lost."""
+        channel = self.channel
+        if channel.may_owe_write():
+            channel.finish_write()
+        else:
+            row = channel.write_row
+            self.ssd.used_bytes -= channel.abort_write()
+            self._ssd_may_leave(row)
 
     def _write_now(self, row: int, end_bytes: int, now_s: float) -> None:
-        """Write up to `end_bytes` of the item in the books, if there is room and time for it. The row is held."""
+        """Write up to `end_bytes` of the item in the books, if there is room and time for it."""
         lacks = end_bytes - self._ssd[row]
         if lacks <= 0 or not self.ssd.capacity_bytes:
             return
         if self._asks_ssd and not self.policy.wants_on_ssd(self.items, row, now_s):
             return
+        self.ssd.discard(row)  # Its copy makes no room for itself.
         if self.channel.may_owe(lacks) and self._free_ssd(lacks, now_s):
             self.channel.owe(lacks)
             self.ssd.used_bytes += lacks
             self._came_to_ssd(row, lacks, now_s)
+        self._ssd_may_leave(row)
 
     # Making room.
 
@@ -282,13 +289,10 @@ class Mover:
 
     def _leave_dram(self, row: int, keep_bytes: int, now_s: float) -> None:
         have = self._dram[row]
+        if self.channel.write_row == row:
+            self._end_write_early()
         if self._ssd[row] < have:
-            self._held[row] += 1  # Its SSD copy makes no room for itself.
-            self.ssd.discard(row)
             self._write_now(row, have, now_s)
-            self._held[row] -= 1
-            if self._ssd[row]:
-                self.ssd.add(row)
         self._dram[row] = keep_bytes
         self.dram.used_bytes -= have - keep_bytes
         promoted = self._promoted[row]
@@ -324,13 +328,16 @@ class Mover:
     def _came_to_ssd(self, row: int, size_bytes: int, now_s: float) -> None:
         have = self._ssd[row]
         self._ssd[row] = have + size_bytes
+        self._ssd_may_leave(row)
         if not have:
             self._arrivals += 1
             self._ssd_seq[row] = self._arrivals
-            if not self._held[row]:
-                self.ssd.add(row)
             if self._tells_arrived:
                 self.policy.arrived(self.items, row, TierName.SSD, now_s)
+
+    def _ssd_may_leave(self, row: int) -> None:
+        if self._ssd[row] and not self._held[row] and self.channel.write_row != row:
+            self.ssd.add(row)
 
     def _forget_if_gone(self, row: int, now_s: float) -> None:
         if self._dram[row] or self._ssd[row] or self._coming[row] or self._in_use[row]:

@@ -7,8 +7,8 @@ from typing import Protocol
 
 from kvservice.simulate.settings import Machine
 
-#: A turn whose KV is still being read lets so many others go first, and so many such turns are called at a time.
-PASSED_OVER = 8
+#: So many turns at a time are passed over while their KV is read.
+CALLED = 8
 #: The weight of the last turn in the mean of what a turn takes.
 _LAST = 0.02
 
