@@ -9,7 +9,6 @@ read again shortly before they do.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import ClassVar
@@ -18,11 +17,12 @@ import numpy as np
 
 from kvservice.blocks import Rows, TierName
 from kvservice.policy.base import Hint, Promotion
-from kvservice.policy.hint_times import ENDED, HintTimes
+from kvservice.policy import hint_times, return_times
+from kvservice.policy.hint_times import HintTimes
 from kvservice.policy.items import NOT_QUEUED, ItemTable
 from kvservice.policy.placement import Placement
-from kvservice.policy.return_times import CLASSES, ReturnTimes
-from kvservice.policy.survival import Floats, bin_of
+from kvservice.policy.return_times import ReturnTimes
+from kvservice.policy.survival import Floats
 from kvservice.policy.scores import FETCH, HOLD, KEEP, LATER, Scores
 
 _LEAST_RATE = 1e-30  # Returns a second: never.
@@ -31,14 +31,13 @@ _LOOKS = 48  # Scores are taken anew when one event came for so many items...
 _LOOK_EVENTS = 16  # ... but not for fewer events than this.
 _ALL = 4  # So it is with those that DRAM has no use for: one event for so many live items.
 _DOZE = 0.5  # DRAM has no use for those that will not be worth this share of what leaves it now.
-_LEARNS = 8  # What was seen becomes scores when there is an eighth more of it...
-_LEARN_RETURNS = (16, 512)  # ... within these numbers of returns.
+_LEARNS = 5  # What was seen becomes scores when there is a fifth more of it...
+_LEARN_RETURNS = (16, 1024)  # ... within these numbers of returns.
 _READY_MEMORY = 256.0  # Requests.
 _LEAST_SURPRISING = 1e-3
 _PRICES = (0.01, 1.0)  # Of reading a typical item, in hits.
-_BUSY = 0.85  # The share of its time that the SSD may read and write before the price rises.
-_BUSY_MEMORY_S = 10.0
-_PRICE_STEP = 1.05
+_BUSY = 0.85  # From this share of its time on that the SSD reads and writes, the price rises, up to all of it.
+_BUSY_MEMORY_S = 60.0
 
 
 class ForesightPolicy(Placement):
@@ -71,6 +70,8 @@ class ForesightPolicy(Placement):
         self._events_due = _LOOK_EVENTS
         self._looked_at_s = math.inf  # Never.
         self._next_look_s = -math.inf
+        self._next_hinted_s = math.inf
+        self._event_s = 0.0  # Between events, in the mean.
         self._learn_at = _LEARN_RETURNS[0]
         self._passed = 0  # Requests whose turn has come since the queue was looked at.
         self._window = 1
@@ -86,8 +87,7 @@ class ForesightPolicy(Placement):
         returns = self._returns
         since_s = returns.since_s.item(row)
         if self._learning and since_s == since_s:
-            factor = returns.factor.item(row)
-            hazard = returns.hazards[returns.in_class[row], bin_of((now_s - since_s) / factor)].item() / factor
+            hazard = returns.hazard(row, now_s)
             self._hints.came(row, hazard, items.size_bytes.item(row) / items.conditions.ssd_bytes_per_s, now_s)
         returns.came(row, now_s)
         self._happened(now_s)
@@ -107,7 +107,6 @@ class ForesightPolicy(Placement):
         if not self._started:
             self._start(items)
         self._returns.waits(row, items.uses.item(row), items.answer_tokens.item(row), now_s)
-        self._hints.kind[row] = -1
         self._score_stored(items, row)
         self._awake[row] = True
         self._happened(now_s)
@@ -115,11 +114,13 @@ class ForesightPolicy(Placement):
     def hinted(self, items: ItemTable, row: int, hint: Hint, now_s: float) -> None:
         if not self._started or not self._learning:
             return
-        self._hints.hinted(row, hint, now_s)
-        self._awake[row] = True
+        self._hints.hinted(row, hint, self._returns.hazard(row, now_s) * self._returns.typical_s, now_s)
         if hint is Hint.ENDED:
             self._score(items, np.array((row,)), now_s)
+        self._awake[row] = True
         self._happened(now_s)
+        self._next_hinted_s = min(self._next_hinted_s, now_s + self._hinted_every_s())
+        self.look_at_s = min(self.look_at_s, self._next_hinted_s)
 
     def left(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
         if tier is TierName.SSD:
@@ -197,12 +198,16 @@ class ForesightPolicy(Placement):
         rates *= np.array(((surprising,), (surprising,), (1.0,), (surprising,)))
         rates /= factor
 
-        hinted = np.flatnonzero(hints.kind[rows] >= 0)
+        hinted = np.flatnonzero(hints.in_class[rows] != hint_times.NONE)
         if len(hinted):
-            kind = hints.kind[rows[hinted]]
+            in_class = hints.in_class[rows[hinted]]
             age_s = now_s - hints.since_s[rows[hinted]]
-            told = scores.rates(CLASSES + kind, age_s, age_s + reading_s[hinted], price[hinted])
-            rates[:, hinted] = np.where(kind == ENDED, told, np.maximum(told, rates[:, hinted]))
+            ready_s = age_s + reading_s[hinted] + self._hinted_every_s()
+            told = scores.rates(return_times.CLASSES + in_class, age_s, ready_s, price[hinted])
+            doubtful = (told[LATER] < rates[LATER, hinted]) & (in_class < hint_times.ENDED)
+            for row in rows[hinted[doubtful]].tolist():
+                hints.expected.pop(row, None)
+            rates[:, hinted] = np.where(in_class >= hint_times.ENDED, told, np.maximum(told, rates[:, hinted]))
 
         wait_s = conditions.queued / conditions.turns_per_s
         worth = items.value[rows] / sizes / (1 / np.maximum(rates, _LEAST_RATE) + wait_s)
@@ -215,26 +220,47 @@ class ForesightPolicy(Placement):
         if not self._started:
             self._start(items)
         wanted = self._queued_soon(items, queue, now_s) if queue else []
-        if now_s >= self._next_look_s or self._events >= self._events_due:
+        if now_s >= min(self._next_look_s, self._next_hinted_s) or self._events >= self._events_due:
             wanted += self._look(items, now_s)
-        self.look_at_s = self._next_look_s
+            self._next_hinted_s = now_s + self._hinted_every_s()
+        if not self._hints.expected:
+            self._next_hinted_s = math.inf
+        self.look_at_s = min(self._next_look_s, self._next_hinted_s)
         return wanted
+
+    def _hinted_every_s(self) -> float:
+        """Between looks at what hints announce: short beside the time that they leave."""
+        return max(self._hints.soonest_s.item(0) / 8, self._event_s)
+
+    def _wanted(self, items: ItemTable, rows: Rows, worths: Floats, now_s: float) -> list[Promotion]:
+        """Hinted requests are needed as early as such requests come; others in the mean time until they come."""
+        hints = self._hints
+        deadlines = now_s + items.value[rows] / (worths * np.maximum(items.size_bytes[rows], 1))
+        hinted = np.flatnonzero(hints.in_class[rows] != hint_times.NONE)
+        if len(hinted):
+            soonest = hints.since_s[rows[hinted]] + hints.soonest_s[hints.in_class[rows[hinted]]]
+            deadlines[hinted] = np.minimum(deadlines[hinted], np.maximum(soonest, now_s))
+        return [Promotion(*each) for each in zip(rows.tolist(), deadlines.tolist(), worths.tolist(), strict=True)]
 
     def _queued_soon(self, items: ItemTable, queue: Sequence[int], now_s: float) -> list[Promotion]:
         """Of the requests that wait, as many from the head as DRAM has room for."""
-        conditions = items.conditions
         self._passed = 0
-        most = 16 + int(2 * conditions.dram_capacity_bytes / self._mean_bytes)
-        rows = np.fromiter(itertools.islice(queue, most), np.int64)
-        fits = np.cumsum(items.size_bytes[rows]) <= conditions.dram_capacity_bytes
-        self._window = max(1, int(np.count_nonzero(fits)))
-        ahead = np.flatnonzero(fits & (items.ssd_bytes[rows] > items.dram_bytes[rows] + items.coming_bytes[rows]))
-        if not len(ahead):
-            return []
-        rows = rows[ahead]
-        worths = self._worth_queued(items, rows, False).tolist()
-        deadlines = (now_s + ahead / conditions.turns_per_s).tolist()
-        return [Promotion(*wanted) for wanted in zip(rows.tolist(), deadlines, worths, strict=True)]
+        conditions = items.conditions
+        size_of, in_dram, coming, on_ssd = items.size_bytes, items.dram_bytes, items.coming_bytes, items.ssd_bytes
+        room = conditions.dram_capacity_bytes
+        wanted = []
+        ahead = 0
+        for row in queue:
+            ahead = items.queue_seq.item(row) - conditions.served
+            size = size_of.item(row)
+            room -= size
+            if room < 0:
+                break
+            if on_ssd.item(row) > in_dram.item(row) + coming.item(row):
+                coming_s = max(ahead / conditions.turns_per_s, _LEAST_S)  # Positions, not rows: some read several.
+                wanted.append(Promotion(row, now_s + coming_s, items.value.item(row) / (size * coming_s)))
+        self._window = max(ahead, 1)
+        return wanted
 
     def _look(self, items: ItemTable, now_s: float) -> list[Promotion]:
         """Takes all worths anew, and matches what is worth fetching with what would leave for it."""
@@ -281,11 +307,7 @@ class ForesightPolicy(Placement):
         costs = np.where(after <= free, 0.0, costs)
         readable = conditions.ssd_bytes_per_s * (2 * (self._next_look_s - now_s) - conditions.read_backlog_s)
         wanted = wanted[(fetch[wanted] > costs) & (after - lacks[wanted] < readable)]
-        deadlines = self._deadlines(items, thinking[wanted], fetch[wanted], now_s)
-        return [
-            Promotion(*each)
-            for each in zip(thinking[wanted].tolist(), deadlines.tolist(), fetch[wanted].tolist(), strict=True)
-        ]
+        return self._wanted(items, thinking[wanted], fetch[wanted], now_s)
 
     @staticmethod
     def _level_at(wanted_bytes: float, free_bytes: int, room: Floats, leaves: Floats) -> float:
@@ -293,17 +315,6 @@ class ForesightPolicy(Placement):
         if free_bytes >= wanted_bytes or not len(room):
             return 0.0
         return leaves.item(min(int(np.searchsorted(room, wanted_bytes)), len(leaves) - 1))
-
-    def _deadlines(self, items: ItemTable, rows: Rows, worths: Floats, now_s: float) -> Floats:
-        """Hinted requests are needed as early as such requests come; others in the mean time until they come."""
-        hints = self._hints
-        deadlines = now_s + items.value[rows] / (worths * np.maximum(items.size_bytes[rows], 1))
-        for kind in range(ENDED):
-            hinted = np.flatnonzero(hints.kind[rows] == kind)
-            if len(hinted):
-                soonest = hints.since_s[rows[hinted]] + hints.soonest_s(kind)
-                deadlines[hinted] = np.minimum(deadlines[hinted], np.maximum(soonest, now_s))
-        return deadlines
 
     def _learn_if_due(self, thinking: Rows, now_s: float) -> None:
         seen = self._returns.survival.events
@@ -318,6 +329,7 @@ class ForesightPolicy(Placement):
     def _plan_next_look(self, live: int, now_s: float) -> None:
         self._events_due = max(live // _LOOKS, _LOOK_EVENTS)
         between_s = max(now_s - self._looked_at_s, 0.0) / max(self._events, 1)  # Of events.
+        self._event_s = between_s
         self._next_look_s = now_s + max(between_s * self._events_due, _LEAST_S)
         self._looked_at_s = now_s
         self._events = 0
@@ -329,5 +341,6 @@ class ForesightPolicy(Placement):
             wrote_s = (conditions.written_bytes - self._written_bytes) / conditions.ssd_bytes_per_s
             self._writing += (wrote_s / passed_s - self._writing) * -math.expm1(-passed_s / _BUSY_MEMORY_S)
         self._written_bytes = conditions.written_bytes
-        step = _PRICE_STEP if conditions.read_busy + self._writing > _BUSY else 1 / _PRICE_STEP
-        self._price = min(max(self._price * step, _PRICES[0]), _PRICES[1])
+        busy = (conditions.read_busy + self._writing - _BUSY) / (1 - _BUSY)
+        least, most = _PRICES
+        self._price = least * (most / least) ** min(max(busy, 0.0), 1.0)

@@ -13,7 +13,7 @@ import math
 import numpy as np
 
 from kvservice.blocks import Rows
-from kvservice.policy.survival import BEGINS, BIN_COUNT, WIDTHS, Floats, Survival
+from kvservice.policy.survival import BEGINS, BIN_COUNT, WIDTHS, Floats, Survival, bin_of
 
 CLASSES = 4  # 1, 2 and 3, 4 to 7, 8 or more uses.
 
@@ -40,9 +40,9 @@ class ReturnTimes:
         self._log_gaps = np.zeros(row_count)  # Their sum.
         self._features = np.zeros((row_count, _FEATURES))
         self._moments = np.zeros((_FEATURES + 2, _FEATURES + 2))  # Of 1, the features, and the logarithm of the gap.
-        self._means = np.zeros(_FEATURES + 1)
-        self._effects = np.zeros(_FEATURES)
-        self._faded_at = 0
+        self._seen: list[tuple[float, ...]] = []  # What these do not know of yet.
+        self._means = [0.0] * (_FEATURES + 1)
+        self._effects = [0.0] * _FEATURES
 
     def waits(self, row: int, uses: int, answer_tokens: int, now_s: float) -> None:
         """A use of the item has ended: its age is 0."""
@@ -52,11 +52,11 @@ class ReturnTimes:
             return
         self._since_events[row] = self.survival.events
         gaps = self._gaps.item(row)
-        pace = (self._log_gaps.item(row) - gaps * self._means.item(_FEATURES)) / (gaps + 1.0)
+        pace = (self._log_gaps.item(row) - gaps * self._means[_FEATURES]) / (gaps + 1.0)
         features = (pace, math.log1p(answer_tokens), math.log(max(uses, 1)))
         self._features[row] = features
         log_factor = 0.0
-        for feature, mean, effect in zip(features, self._means.tolist(), self._effects.tolist(), strict=False):
+        for feature, mean, effect in zip(features, self._means, self._effects, strict=False):
             log_factor += effect * (feature - mean)
         self.factor[row] = math.exp(min(max(log_factor, -_LOG_RANGE), _LOG_RANGE))
 
@@ -69,11 +69,10 @@ class ReturnTimes:
         age_s = now_s - since_s
         self.survival.came(self.in_class.item(row), age_s / self.factor.item(row))
         log_gap = math.log(max(age_s, BEGINS[1]))
-        if self._moments[0, 0] > 0:
-            mean = self._moments[0, -1] / self._moments[0, 0]
-            log_gap = min(max(log_gap, mean - _LOG_RANGE), mean + _LOG_RANGE)
-        seen = np.array((1.0, *self._features[row].tolist(), log_gap))
-        self._moments += seen[:, None] * seen
+        if self.survival.events > _LEAN:
+            typical = self._means[_FEATURES]
+            log_gap = min(max(log_gap, typical - _LOG_RANGE), typical + _LOG_RANGE)
+        self._seen.append((1.0, *self._features[row].tolist(), log_gap))
         self._gaps[row] += 1.0
         self._log_gaps[row] += log_gap
 
@@ -85,6 +84,19 @@ class ReturnTimes:
         self.since_s[row] = math.nan
         self.factor[row] = 1.0
         self._gaps[row] = self._log_gaps[row] = 0.0
+
+    def hazard(self, row: int, now_s: float) -> float:
+        """Returns a second, of one that is waited for at its age; 0 where none is."""
+        age_s = now_s - self.since_s.item(row)
+        if math.isnan(age_s):
+            return 0.0
+        factor = self.factor.item(row)
+        return self.hazards.item(self.in_class.item(row), bin_of(age_s / factor)) / factor
+
+    @property
+    def typical_s(self) -> float:
+        """The geometric mean of the times until items came back."""
+        return math.exp(self._means[_FEATURES])
 
     def ages(self, rows: Rows, now_s: float) -> Floats:
         """In units of each item's own factor."""
@@ -100,15 +112,16 @@ class ReturnTimes:
         self._regress()
 
     def _regress(self) -> None:
-        kept = math.exp((self._faded_at - self.survival.events) / _MEMORY)
-        self._faded_at = self.survival.events
-        count = self._moments[0, 0]
-        if count < 1:
+        if not self._seen:
             return
+        seen = np.array(self._seen)
+        self._seen.clear()
+        self._moments *= math.exp(-len(seen) / _MEMORY)
+        self._moments += seen.T @ seen
+        count = self._moments[0, 0]
         means = self._moments[0] / count
         spread = self._moments / count - np.outer(means, means)
-        self._means = means[1:]
         features = spread[1:-1, 1:-1]
         lean = np.diag(np.diag(features) * (_LEAN / count) + 1e-9)
-        self._effects = np.linalg.solve(features + lean, spread[1:-1, -1])
-        self._moments *= kept
+        self._effects = np.linalg.solve(features + lean, spread[1:-1, -1]).tolist()
+        self._means = means[1:].tolist()

@@ -10,7 +10,7 @@ from kvservice.policy.survival import BIN_COUNT, Floats, Ints, places_of
 from kvservice.policy.worth import fetchable, losable
 
 _LEAST_PRICE = 0.01
-_PRICE_COUNT = 8  # Half an order of magnitude apart. Of one read, in hits.
+_PRICE_COUNT = 7  # Half an order of magnitude apart. Of one read, in hits.
 _LEVELS_PER_E = 2 / math.log(10)
 _PRICES = _LEAST_PRICE * np.exp(np.arange(_PRICE_COUNT) / _LEVELS_PER_E)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from kvservice.policy.survival import WIDTHS, Floats
 
-_RENTS = 64
+_RENTS = 40
 _RENT_RANGE = 1e-6  # The least rent that is looked at, of the greatest that could ever be right.
 
 
