@@ -72,8 +72,8 @@ def measure(options: Options) -> Section:
     table = []
     for gbps in (5.0, 6.0, 8.0):
         machine = replace(paper_machine(10 * scale, 128 * scale), ssd_bytes_per_s=gbps * GIB)
-        for name, result in play_all(load, machine, ("lookahead", "foresight"), warmup).items():
-            table.append((f"{gbps:g}", *row(result)))
+        played = play_all(load, machine, ("lookahead", "foresight"), warmup)
+        table += [(f"{gbps:g}", *row(result)) for result in played.values()]
     section.table(f"Bandwidth, {10 * scale:g} TiB of SSD:", ("GiB/s", *COLUMNS), table)
     section.commands = [
         f"kvctl simulate --trace sharegpt --sessions {load.sessions} --policy lookahead,lru,fifo,foresight,optimum "
