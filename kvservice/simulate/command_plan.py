@@ -141,8 +141,8 @@ def _print(document: dict[str, Any], of: Share) -> None:
         f"${document['storage_dollars_per_h']:.3f} an hour. An endless store has {document['ceiling']:.3f}.\n"
     )
     out.print(rows)
+    how = f"saves {saved:.0%}" if saved >= 0 else f"costs {-saved:.0%} more: to load takes longer than to compute again"
     out.print(
-        f"\nThe load costs ${without['dollars']:,.2f} where nothing is stored, so the first of these saves "
-        f"{saved:.0%}. "
+        f"\nThe load costs ${without['dollars']:,.2f} where nothing is stored, and the first of these {how}. "
         f"Its cost is the GPUs' for as long as they load, prefill and decode, and the storage's for the same time."
     )

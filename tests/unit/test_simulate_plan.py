@@ -147,7 +147,7 @@ def test_people_are_told_the_mix_and_what_it_saves(tmp_path: Path) -> None:
 
     assert done.exit_code == 0
     assert "With lru, 0.9 of turns with history found in DRAM or on SSD takes" in done.stdout
-    assert "where nothing is stored, so the first of these saves" in done.stdout
+    assert "where nothing is stored, and the first of these saves" in done.stdout
 
 
 @pytest.mark.parametrize(
