@@ -105,7 +105,7 @@ def round_robin(folder: Path, sessions: int = 8, rounds: int = 6) -> str:
 
 
 def run(*arguments: str) -> Result:
-    common = ("--policy", "lru", "--kv-mb-per-token", "1", "--service-turns-per-s", "10")
+    common = ("--policy", "lru", "--kv-mb-per-token", "1", "--service-turns-per-s", "10", "--ssd-gbps", "50")
     return CliRunner(env={"COLUMNS": "250"}).invoke(program, [*arguments, *common])
 
 
