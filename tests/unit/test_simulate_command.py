@@ -69,6 +69,12 @@ def test_json_is_a_list_with_an_object_for_each_policy_in_the_order_asked_for() 
         assert each["hit_rate"] < each["hit_rate_history"]
 
 
+def test_a_variant_of_a_policy_is_told_by_the_name_that_was_asked_for() -> None:
+    found = simulated("--trace", "people", "--policy", "foresight-unlearned,foresight", "--sessions", "20", *SMALL[2:])
+
+    assert [each["policy"] for each in found] == ["foresight-unlearned", "foresight"]
+
+
 @pytest.mark.parametrize("generator", ["sharegpt", "people"])
 def test_the_same_seed_gives_the_same_figures_and_another_seed_others(generator: str) -> None:
     def figures(seed: str) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from kvservice.simulate.settings import GIB
 from kvservice.simulate.workload import Workload
 
 TTL_S = 3600.0
-SHARES = (0.05, 0.1, 0.15, 0.25, 0.5, 1.0)
+SHARES = (0.05, 0.1, 0.15, 0.25, 0.5)
 
 
 def measure(options: Options) -> Section:

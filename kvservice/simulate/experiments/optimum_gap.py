@@ -29,8 +29,10 @@ def measure(options: Options) -> Section:
             for what in ("hit_rate", "dram_on_time"):
                 table.append((where, what, *(percent(getattr(found[name], what)) for name in names)))
                 if service == SERVICE[0]:
-                    gap = points(getattr(found["optimum"], what), getattr(found["lookahead"], what))
-                    section.at_most(f"`lookahead` below `optimum`, `{what}`, {ssd_tb * scale:g} TiB", gap, 3, " points")
+                    for name in ("lookahead", "foresight"):
+                        gap = points(getattr(found["optimum"], what), getattr(found[name], what))
+                        at = f"`{what}`, {ssd_tb * scale:g} TiB"
+                        section.at_most(f"`{name}` below `optimum`, {at}", gap, 3, " points")
     section.table("In percent:", ("Turns/s / SSD (TiB)", "", *(f"`{name}`" for name in names)), table)
     section.notes.append(
         "With an empty queue `lookahead` sees nothing: it falls back to what it would do for sessions without a "

@@ -83,12 +83,15 @@ class Section:
         page.write_text(text)
 
 
+_LEAST = 5e-4  # What is smaller is shown as nothing.
+
+
 def percent(value: float) -> str:
     return f"{100 * value:.1f}" if math.isfinite(value) else "-"
 
 
 def _figure(value: float) -> str:
-    return f"{value:.4g}" if math.isfinite(value) else "-"
+    return "-" if not math.isfinite(value) else "0" if abs(value) < _LEAST else f"{value:.4g}"
 
 
 def _mark(is_met: bool | None) -> str:

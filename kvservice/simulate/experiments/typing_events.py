@@ -47,7 +47,9 @@ def measure(options: Options) -> Section:
                 section.at_least(f"{where}: of the optimum", on_time["true"] / (100 * optimum.dram_on_time), 0.9)
             section.at_most(f"{where}: lost by false hints", on_time["true"] - on_time["false"], 5, " points")
             section.at_most(f"{where}: worse than without hints", on_time["none"] - on_time["false"], 2, " points")
-            section.at_most(f"{where}: written, of `lru`'s", ours["true"].ssd_written_gb / lru.ssd_written_gb, 1.0)
+            section.at_most(
+                f"{where}: written, of `lru`'s", round(ours["true"].ssd_written_gb / lru.ssd_written_gb, 3), 1.0
+            )
     section.table(
         "`foresight` beside `optimum` and `lru`:",
         (
