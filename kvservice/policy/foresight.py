@@ -21,6 +21,7 @@ from kvservice.policy import hint_times, return_times
 from kvservice.policy.hint_times import HintTimes
 from kvservice.policy.items import NOT_QUEUED, ItemTable
 from kvservice.policy.placement import Placement
+from kvservice.policy.queue_waits import QueueWaits
 from kvservice.policy.return_times import ReturnTimes
 from kvservice.policy.survival import Floats
 from kvservice.policy.scores import FETCH, HOLD, KEEP, LATER, Scores
@@ -33,8 +34,8 @@ _ALL = 4  # So it is with those that DRAM has no use for: one event for so many 
 _DOZE = 0.5  # DRAM has no use for those that will not be worth this share of what leaves it now.
 _LEARNS = 5  # What was seen becomes scores when there is a fifth more of it...
 _LEARN_RETURNS = (16, 1024)  # ... within these numbers of returns.
-_READY_MEMORY = 256.0  # Requests.
-_LEAST_SURPRISING = 1e-3
+_DIRTY = 4.0  # A waiting request may need the SSD that copying it would take: it is worth so much more until it is copied.
+_LATER_USE = 1e-13  # Among equals, what was used later is worth a little more, and a prefix more than its suffix.
 _PRICES = (0.01, 1.0)  # Of reading a typical item, in hits.
 _BUSY = 0.85  # From this share of its time on that the SSD reads and writes, the price rises, up to all of it.
 _BUSY_MEMORY_S = 60.0
@@ -55,10 +56,10 @@ class ForesightPolicy(Placement):
         self._scores = Scores(self._returns.hazards, self._hints.hazards)
         self._in_dram = np.zeros(items.row_count)
         self._on_ssd = np.zeros(items.row_count)
+        self._late = np.ones(items.row_count)  # The chance that it will not be read in time once its request comes.
         self._awake = np.zeros(items.row_count, np.bool_)  # In DRAM, or soon worth to be there.
         self._since_all = 0  # Events since all live items were scored, awake or not.
-        self._lacking = np.zeros(items.row_count, np.bool_)  # Was not in DRAM when its request came.
-        self._unready = 1.0  # The share of those that still were not when its turn came.
+        self._waits = QueueWaits(items.row_count)
         self._price = _PRICES[0]
         self._written_bytes = 0
         self._writing = 0.0  # The share of its time in which the SSD writes.
@@ -90,15 +91,15 @@ class ForesightPolicy(Placement):
             hazard = returns.hazard(row, now_s)
             self._hints.came(row, hazard, items.size_bytes.item(row) / items.conditions.ssd_bytes_per_s, now_s)
         returns.came(row, now_s)
+        self._waits.queued(row, now_s)
         self._happened(now_s)
         if items.dram_bytes[row] < items.ssd_bytes[row]:
-            self._lacking[row] = True
             self.look_at_s = now_s
 
     def used(self, items: ItemTable, row: int, now_s: float) -> None:
-        if self._lacking[row]:
-            self._lacking[row] = False
-            self._unready += (float(items.dram_bytes[row] < items.ssd_bytes[row]) - self._unready) / _READY_MEMORY
+        if not self._started:
+            self._start(items)
+        self._waits.served(row, now_s)
         self._passed += 1
         if items.conditions.queued and self._passed * 8 >= self._window:
             self.look_at_s = now_s
@@ -148,6 +149,9 @@ class ForesightPolicy(Placement):
         waiting = np.flatnonzero(items.queue_seq[rows] != NOT_QUEUED)
         if len(waiting):
             worth[waiting] = self._worth_queued(items, rows[waiting], lost)
+        if not lost and items.conditions.queued:  # To copy it now would keep the SSD from reading for others.
+            worth *= np.where(items.ssd_bytes[rows] < items.dram_bytes[rows], _DIRTY, 1.0)
+        worth *= 1 + _LATER_USE * items.access_seq[rows]
         return worth
 
     def wants_in_dram(self, items: ItemTable, row: int, now_s: float) -> bool:
@@ -167,16 +171,12 @@ class ForesightPolicy(Placement):
             worth *= np.where(ahead < self._window, 1.0, np.minimum(self._price / self._mean_bytes * sizes, 1.0))
         return worth
 
-    @property
-    def _surprising(self) -> float:
-        """The share of returns that neither a hint nor the time in the queue gives notice of."""
-        return max(self._hints.surprising * self._unready, _LEAST_SURPRISING)
-
     def _score_stored(self, items: ItemTable, row: int) -> None:
         """The worths of what was just used, as `_score` takes them at age 0."""
         returns, conditions = self._returns, items.conditions
         size = max(items.size_bytes.item(row), 1)
-        surprising, factor = self._surprising, returns.factor.item(row)
+        factor = returns.factor.item(row)
+        surprising = self._hints.surprising * self._late.item(row)
         hold, keep = self._scores.at_once(returns.in_class.item(row), size * self._price / self._mean_bytes / surprising)
         wait_s = conditions.queued / conditions.turns_per_s
         dense = items.value.item(row) / size
@@ -189,13 +189,17 @@ class ForesightPolicy(Placement):
         returns, hints, scores = self._returns, self._hints, self._scores
         sizes = np.maximum(items.size_bytes[rows], 1)
         reading_s = (sizes - items.dram_bytes[rows]) * (1 / conditions.ssd_bytes_per_s) + conditions.read_backlog_s
-        surprising = self._surprising
-        price = sizes * (self._price / self._mean_bytes)
+        surprising = hints.surprising
+        late = self._waits.shorter(sizes * (1 / conditions.ssd_bytes_per_s))
+        self._late[rows] = late
+        price = sizes * (self._price / self._mean_bytes) / late
 
         factor = returns.factor[rows]
         age_s = now_s - returns.since_s[rows]
         rates = scores.rates(returns.in_class[rows], age_s / factor, (age_s + reading_s) / factor, price / surprising)
-        rates *= np.array(((surprising,), (surprising,), (1.0,), (surprising,)))
+        rates[HOLD] *= surprising
+        rates[FETCH] *= surprising
+        rates[LATER] *= surprising
         rates /= factor
 
         hinted = np.flatnonzero(hints.in_class[rows] != hint_times.NONE)
@@ -209,6 +213,8 @@ class ForesightPolicy(Placement):
                 hints.expected.pop(row, None)
             rates[:, hinted] = np.where(in_class >= hint_times.ENDED, told, np.maximum(told, rates[:, hinted]))
 
+        for kind in (HOLD, FETCH, LATER):
+            rates[kind] *= late
         wait_s = conditions.queued / conditions.turns_per_s
         worth = items.value[rows] / sizes / (1 / np.maximum(rates, _LEAST_RATE) + wait_s)
         self._in_dram[rows], self._on_ssd[rows] = worth[HOLD], worth[KEEP]
@@ -324,6 +330,7 @@ class ForesightPolicy(Placement):
         self._learn_at = seen + min(max(seen // _LEARNS, least), most)
         self._returns.learn(thinking, now_s)
         self._hints.learn(thinking, now_s)
+        self._waits.learn()
         self._scores.learn(self._returns.hazards, self._hints.hazards)
 
     def _plan_next_look(self, live: int, now_s: float) -> None:
