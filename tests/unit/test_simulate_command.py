@@ -9,13 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from kvservice.simulate import plot
-from kvservice.simulate.command import simulate
+from kvservice.simulate import command_output as output
+from kvservice.simulate import generate, plot
+from kvservice.simulate.command import scaled, simulate
+from kvservice.simulate.command_options import LoadOptions, RateOptions
 from kvservice.simulate.engine import CONTENDERS
+from kvservice.simulate.settings import GIB, MIB, Machine
 
 KEYS = {
     "policy", "hit_rate", "hit_rate_history", "dram_on_time", "dram_late", "ssd", "miss", "ttft_p50_s", "ttft_p99_s",
@@ -263,3 +267,68 @@ def test_typing_is_hinted_in_a_trace_that_has_no_hints(tmp_path: Path) -> None:
     (hinted,) = simulated("--trace", trace, "--policy", "lru", "--service-turns-per-s", "5", "--typing-lead-s", "2:5")
 
     assert plain["hit_rate"] == hinted["hit_rate"]
+
+
+def test_each_option_of_the_machine_is_the_machines() -> None:
+    told = RateOptions(
+        ssd_gbps=3,
+        kv_mb_per_token=0.5,
+        link_gbps=7,
+        prefill_tokens_per_s=900,
+        gpus=4,
+        readiness_aware=True,
+        overflow_drops=True,
+        session_ttl_s=60,
+        decode_tokens_per_s=11,
+        batch=5,
+    )
+
+    assert told.machine(2, 5) == Machine(
+        dram_bytes=2 * GIB,
+        ssd_bytes=5 * GIB,
+        ssd_bytes_per_s=3 * GIB,
+        kv_bytes_per_token=MIB // 2,
+        link_bytes_per_s=7 * GIB,
+        service_turns_per_s=None,
+        prefill_tokens_per_s=900,
+        decode_tokens_per_s=11,
+        batch=5,
+        readiness_aware=True,
+        overflow_keeps=False,
+        session_ttl_s=60,
+        gpus=4,
+    )
+    assert RateOptions(service_turns_per_s=1.5).machine(1, 1).service_turns_per_s == 1.5
+
+
+def test_each_option_of_the_load_is_the_loads() -> None:
+    told = LoadOptions("sharegpt", "auto", 0, 3, 40, 2.0, 12.0, "lognormal", 1000, "1:2", 0.25)
+    theirs = generate.sharegpt(
+        sessions=40,
+        session_rate=2.0,
+        think_s=12.0,
+        shape="lognormal",
+        context_tokens=1000,
+        typing_lead_s=(1, 2),
+        false_hints=0.25,
+        seed=3,
+    )
+
+    ours = told.workload()
+
+    for name in ("session", "arrives_s", "think_s", "new_tokens", "output_tokens"):
+        assert np.array_equal(getattr(ours, name), getattr(theirs, name), equal_nan=True)
+    assert np.array_equal(ours.hints.lead_s, theirs.hints.lead_s)
+    assert ours.context_tokens == 1000
+
+
+def test_a_sweep_changes_one_tier() -> None:
+    machine = RateOptions().machine(8, 16)
+
+    assert scaled(machine, "dram", 0.5) == RateOptions().machine(4, 16)
+    assert scaled(machine, "ssd", 2.0) == RateOptions().machine(8, 32)
+
+
+def test_what_nothing_was_seen_of_is_null_in_json_and_a_dash_in_a_table() -> None:
+    assert [output.plain(value) for value in (math.nan, math.inf, 0.5, 3, "lru")] == [None, None, 0.5, 3, "lru"]
+    assert (output.share(math.nan), output.seconds(math.nan)) == ("-", "-")
