@@ -1,11 +1,13 @@
-"""Typing hints for generated load: true ones ahead of each request, and wrong ones among them."""
+"""Typing hints for load that has none: true ones ahead of each request, and wrong ones among them."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice.simulate.workload import Hints
+from kvservice.simulate.workload import Hints, Workload
 
 _TYPING = 1  # Its place in `kvservice.policy.items.HINTS`.
 
@@ -33,20 +35,39 @@ def typing_hints(
     if not 0 <= false_share < 1:
         raise ValueError(f"the share of false hints must be 0 or more and below 1, not {false_share}")
     hinted = np.flatnonzero(session[1:] == session[:-1]) + 1
-    lead = np.minimum(rng.uniform(least, most, len(hinted)), think_s[hinted])
+    thinks = think_s[hinted]
+    lead = np.minimum(rng.uniform(least, most, len(hinted)), thinks)
 
-    thinking = np.cumsum(think_s[hinted])
-    wrong = round(len(hinted) * false_share / (1 - false_share)) if len(hinted) and thinking[-1] > 0 else 0
-    moments = rng.uniform(0.0, thinking[-1] if wrong else 0.0, wrong)
-    which = np.minimum(np.searchsorted(thinking, moments, side="right"), len(hinted) - 1)
-    since_answer = moments - (thinking[which] - think_s[hinted[which]])
-
-    # In the order of the answers that they follow, then of time: the order in which one session says them.
-    answer = np.concatenate([hinted, hinted[which]]) - 1
-    at = np.concatenate([think_s[hinted] - lead, since_answer])
-    order = np.lexsort((at, answer))
+    # One clock that runs through all think times, one after the other: a moment of it is a moment of a session that
+    # thinks, and its order is that of the answers and, after each, of time.
+    ends = np.cumsum(thinks)
+    begins = np.concatenate([[0.0], ends])[: len(ends)]
+    true = np.maximum(ends - lead, begins)
+    wrong = np.empty(0)
+    if len(ends) and ends[-1] > 0:
+        wrong = rng.uniform(0.0, ends[-1], round(len(hinted) * false_share / (1 - false_share)))
+    which = np.minimum(np.searchsorted(ends, wrong, side="right"), len(ends) - 1)
+    order = np.argsort(np.concatenate([true, wrong]), kind="stable")
     return Hints(
-        turn=np.concatenate([hinted, -hinted[which]])[order],  # -answer - 1
+        turn=np.concatenate([hinted, -hinted[which]])[order],  # `hinted - 1` is the turn whose answer it follows.
         kind=np.full(len(order), _TYPING, np.int8),
-        lead_s=np.concatenate([lead, since_answer])[order],
+        lead_s=np.concatenate([lead, wrong - begins[which]])[order],
     )
+
+
+def with_typing_hints(workload: Workload, lead_s: tuple[float, float], false_share: float, seed: int) -> Workload:
+    """A trace of sessions with hints as `typing_hints` makes them. Where a trace tells no think times, the time from
+    a request to the next is taken for one: a wrong hint may then come later than it would have.
+
+    Raises ValueError for shared prefixes, where nothing is known of who types, and for a trace with hints of its own.
+    """
+    if workload.shares_prefixes:
+        raise ValueError("shared prefixes have no sessions that somebody could type in")
+    if len(workload.hints.turn):
+        raise ValueError("the trace has hints of its own")
+    arrives = workload.arrives_s
+    since_request = np.diff(arrives, prepend=arrives[:1])
+    gaps = np.where(np.isnan(since_request), workload.think_s, since_request)
+    gaps[np.flatnonzero(np.diff(workload.session, prepend=-1))] = 0.0
+    hints = typing_hints(workload.session, gaps, lead_s, false_share, np.random.default_rng(seed))
+    return replace(workload, hints=hints)

@@ -48,7 +48,7 @@ def read_sessions(lines: Lines, text: Iterable[str]) -> Workload:
                 continue
             turn = whole_number("turn", row.get("turn"), TURNS_MAX)
             if session >= 0 and turn != next_turn[session]:
-                raise BadLine(wrong_turn(name, turn, next_turn[session]))
+                raise BadLine(wrong_turn(f"session {shown(name)}", turn, next_turn[session]))
             new_tokens = whole_number("new_tokens", row.get("new_tokens"), TOKENS_MAX)
             output_tokens = whole_number("output_tokens", row.get("output_tokens"), TOKENS_MAX)
         except BadLine as error:
@@ -85,8 +85,8 @@ def one_of(name: str, value: object, names: Sequence[str]) -> str:
 
 
 def wrong_turn(owner: str, turn: int, expected: int, what: str = "turn") -> str:
-    """Why `turn` cannot be the next one of `owner`, which is a session's or a user's name."""
+    """Why `turn` cannot be the next one of `owner`, a session or a user."""
     if turn == expected - 1:
-        return f"{what} {turn} of {shown(owner)} comes twice"
+        return f"{what} {turn} of {owner} comes twice"
     missing = ": some between are missing" if turn > expected else ""
-    return f"{what} {turn} of {shown(owner)} comes after {what} {expected - 1}{missing}"
+    return f"{what} {turn} of {owner} comes after {what} {expected - 1}{missing}"

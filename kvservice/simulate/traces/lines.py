@@ -22,7 +22,7 @@ class TraceError(ValueError):
     """
 
     def __init__(self, path: Path, line: int | None, reason: str) -> None:
-        super().__init__(f"{path}: {reason}" if line is None else f"{path}:{line}: {reason}")
+        super().__init__(f"{path}: {reason}" if line is None else f"{path}: line {line}: {reason}")
         self.path = path
         self.line = line
         self.reason = reason
@@ -36,7 +36,7 @@ class Lines:
     """The lines of a text file that are not empty, without their ends. `number` is the current one's, from 1."""
 
     def __init__(self, path: Path) -> None:
-        """Raises TraceError for what is no file that can be read, and for one without a line."""
+        """Raises TraceError for what is no file that can be read."""
         self.path = path
         self.number = 0
         try:
@@ -54,9 +54,10 @@ class Lines:
 
     def __iter__(self) -> Iterator[str]:
         """Raises TraceError where the bytes are no UTF-8, or where reading fails."""
-        number = self.number
+        number = 0
         try:
-            for number, line in enumerate(self._file, number + 1):  # noqa: B020
+            for line in self._file:
+                number += 1
                 if not line.isspace():
                     self.number = number
                     yield line.rstrip("\r\n")

@@ -53,8 +53,8 @@ def read_prefixes(lines: Lines, text: Iterable[str]) -> Workload:
 
 def read_conversations(lines: Lines, text: Iterable[str]) -> Workload:
     """The same requests as sessions, for the file names none: a request continues the one with which it shares the
-    longest chain, of those that it contains whole (their prompt's full blocks, and room for their answer), that came
-    before it, and that no other request continues already. Its new tokens are those after that answer.
+    longest chain, of those that it contains (their prompt's full blocks, and room for their answer) and that no
+    other continues already; the latest where several end alike. Its new tokens are those after that answer.
 
     Raises TraceError.
     """

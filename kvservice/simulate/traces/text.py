@@ -72,21 +72,20 @@ def read_users(lines: Lines, text: Iterable[str]) -> Workload:
             turns.add(users.setdefault(row[user_at], len(users)), now_s, query_tokens, response_tokens)
     except BadLine as error:
         raise lines.refusal(error) from None
+    del users  # Their names weigh more than the turns.
     if rounds:
-        names = list(users)
         try:
             turns.session = _sessions(view(turns.session, np.int32), view(rounds, np.int32))
         except _WrongRound as error:
-            reason = wrong_turn(names[error.user], error.round_number, error.expected, "round")
+            reason = wrong_turn("this user", error.round_number, error.expected, "round")
             raise TraceError(lines.path, numbers[error.row], reason) from None
-    del users
     return turns.workload(lines.path)
 
 
 class _WrongRound(Exception):
-    def __init__(self, row: int, user: int, round_number: int, expected: int) -> None:
-        super().__init__(row, user, round_number, expected)
-        self.row, self.user, self.round_number, self.expected = row, user, round_number, expected
+    def __init__(self, row: int, round_number: int, expected: int) -> None:
+        super().__init__(row, round_number, expected)
+        self.row, self.round_number, self.expected = row, round_number, expected
 
 
 def _sessions(user: NDArray[np.int32], rounds: NDArray[np.int32]) -> array[int]:
@@ -102,7 +101,7 @@ def _sessions(user: NDArray[np.int32], rounds: NDArray[np.int32]) -> array[int]:
     wrong = np.flatnonzero(same_user & ~follows & ~begins)
     if len(wrong):
         at = wrong[order[wrong].argmin()]
-        raise _WrongRound(int(order[at]), int(of_user[at]), int(ordered[at]), int(ordered[at - 1]) + 1)
+        raise _WrongRound(int(order[at]), int(ordered[at]), int(ordered[at - 1]) + 1)
     run = np.cumsum(~same_user | ~follows) - 1
     # Runs are numbered user by user. Renumber them by their first line.
     first_row = order[np.flatnonzero(np.diff(run, prepend=-1))]
