@@ -147,20 +147,22 @@ class LookaheadPolicy(Placement):
     def promotions(self, items: ItemTable, queue: Sequence[int], now_s: float) -> Sequence[Promotion]:
         """What waits within the window and is on SSD, in the order of the queue.
 
-        Only what came into the window since the last time is looked at, and the head of the queue.
+        Only what came into the window since the last time is looked at, and the head of the queue. Where requests
+        read several items, shared prefixes, the window is in items, and all of it is looked at.
         """
         self.look_at_s = math.inf
-        served = items.conditions.served
+        conditions = items.conditions
+        served = conditions.served
         end = min(len(queue), self.prefetch_window(items))
-        new = min(max(self._looked_to_seq - served, 0), end)
-        head = min(_HEAD, new)
-        self._looked_to_seq = max(self._looked_to_seq, served + end)
-        if not end:
+        if len(queue) == conditions.queued:
+            new = min(max(self._looked_to_seq - served, 0), end)
+            rows = np.array([*islice(queue, min(_HEAD, new)), *(queue[place] for place in range(new, end))], np.int64)
+            self._looked_to_seq = max(self._looked_to_seq, served + end)
+        else:
+            rows = np.array(list(dict.fromkeys(islice(queue, end))), np.int64)
+        rows = rows[items.ssd_bytes[rows] > items.dram_bytes[rows] + items.coming_bytes[rows]]
+        if not len(rows):
             return ()
-        places = np.r_[:head, new:end]
-        rows = np.array([*islice(queue, head), *(queue[place] for place in range(new, end))], np.int64)
-        wanted = items.ssd_bytes[rows] > items.dram_bytes[rows] + items.coming_bytes[rows]
-        rows, places = rows[wanted], places[wanted]
-        due_s = now_s + places / items.conditions.turns_per_s
+        due_s = now_s + np.maximum(items.queue_seq[rows] - served, 0) / conditions.turns_per_s
         worth = self.retention(items, rows, TierName.DRAM, now_s)
         return list(map(Promotion, rows.tolist(), due_s.tolist(), worth.tolist()))

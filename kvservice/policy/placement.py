@@ -23,8 +23,8 @@ class Placement:
     name: ClassVar[str]
     #: Whether a session leaves a tier whole, as in the paper, or only as much of its end as is needed.
     whole_items: ClassVar[bool] = False
-    #: The share of DRAM to keep free ahead of need: once a promotion has taken its room, others leave until it is
-    #: free again.
+    #: The share of DRAM that is free before a promotion begins. What is worth less than it leaves for that, before
+    #: it begins and once it has taken its room.
     dram_kept_free: float = 0.0
     #: The next time to ask for promotions; a method that is told something may bring it forward to `now_s`.
     look_at_s: float = math.inf
@@ -42,7 +42,10 @@ class Placement:
         """The application said something about the item's session."""
 
     def arrived(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
-        """The first bytes of the item came into `tier`, which had none. Of one request's items the suffix is first."""
+        """The first bytes of the item came into `tier`, which had none. Of one request's items the suffix is first.
+
+        In DRAM, room for what a request stored is made after this: the item itself may be what leaves.
+        """
 
     def left(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
         """Bytes of the item left `tier` to make room: its end, or all of it."""

@@ -42,7 +42,10 @@ class S3FifoPolicy(Placement):
             queues.note_use(row, is_new)
 
     def arrived(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
-        self._queues[tier].insert(row, items.row_count)
+        queues = self._queues[tier]
+        queues.insert(row, items.row_count)
+        if tier is TierName.SSD:  # Room was made before.
+            queues.seat()
 
     def left(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
         capacity_bytes, resident_bytes = _of_tier(items, tier)
@@ -79,6 +82,8 @@ class _Queues:
     """
 
     def __init__(self) -> None:
+        self._newcomer = NO_ROW  # Room is being made for it: it enters its queue once something else happens.
+        self._newcomer_queue = _NOWHERE
         self._next_seq = 1
         self._oldest = [NO_ROW] * 4
         self._newest = [NO_ROW] * 4
@@ -106,6 +111,7 @@ class _Queues:
     # What happens
 
     def note_use(self, row: int, is_new: bool) -> None:
+        self.seat()
         if row >= self._rows:
             return
         queue = self._queue[row]
@@ -116,18 +122,28 @@ class _Queues:
 
     def insert(self, row: int, row_count: int) -> None:
         self.grow(row_count)
-        remembered = self._queue[row] == _GHOST
+        self.seat()
+        self._newcomer, self._newcomer_queue = row, _MAIN if self._queue[row] == _GHOST else _SMALL
         self._unlink(row)
         self._freq[row] = 0
-        self._link(row, _MAIN if remembered else _SMALL)
+
+    def seat(self) -> None:
+        """Room was made for what came last: it enters its queue."""
+        if self._newcomer != NO_ROW:
+            self._link(self._newcomer, self._newcomer_queue)
+            self._newcomer = NO_ROW
 
     def drop(self, row: int) -> None:
         """The item is in the tier no more, and nobody made room with it. What the ghost knows it still knows."""
-        if row < self._rows and self._queue[row] != _GHOST:
+        if row == self._newcomer:
+            self._newcomer = NO_ROW
+        elif row < self._rows and self._queue[row] != _GHOST:
             self._unlink(row)
 
     def take(self, row: int, items: ItemTable, resident_bytes: NDArray[np.int64], ghost_share_bytes: int) -> None:
         """The item left, or its end did: do what the hands do on their way to it."""
+        if row == self._newcomer:
+            self.seat()
         if row >= self._rows or self._queue[row] not in (_SMALL, _MAIN):
             return
         gone = resident_bytes[row] == 0
@@ -139,9 +155,8 @@ class _Queues:
                     self._remember(row, int(items.size_bytes[row]), ghost_share_bytes)
                 return
             self._move_to_main(row)
-        else:
-            self._sift(NO_ROW, self._over_share_seq, items, resident_bytes)
-            self._turn(row, items, resident_bytes)
+        self._sift(NO_ROW, self._over_share_seq, items, resident_bytes)
+        self._turn(row, items, resident_bytes)
         if gone:
             self._unlink(row)
 
@@ -237,11 +252,13 @@ class _Queues:
 
         First what leaves the small queue while it is over its share; then the main queue by the turns that are
         left, and within those by age, with what came to it from the small queue as its newest; and when that is
-        empty, the rest of the small queue, whose items then leave whether they were used or not.
+        empty, the rest of the small queue, whose items then leave whether they were used or not. Last of all
+        what room is made for.
         """
         queue, freq, seq = self._queues[rows], self._freqs[rows], self._seqs[rows]
         main = queue == _MAIN
         over = (queue == _SMALL) & (seq <= self._over_share_seq)
         classes = np.where(main, 1 + freq, np.where(over, (freq > 1).astype(np.int8), 2 + _FREQ_MAX))
+        classes[rows == self._newcomer] = 3 + _FREQ_MAX
         seq = np.where(over & (freq > 1), seq + self._next_seq, seq)
         return classes * _CLASS + seq
