@@ -39,7 +39,8 @@ def measure(options: Options) -> Section:
     section = Section(
         "speed",
         "The simulator's speed",
-        f"By the processor's time, on one core; of `lru` and `foresight` the median of {ROUNDS} rounds. Overload: thousands wait; "
+        f"By the processor's time, on one core; of `lru` and `foresight` the median of {ROUNDS} rounds. "
+        "Overload: thousands wait; "
         "people: a short queue, DRAM for 10 "
         "% of the live set.",
     )
