@@ -61,8 +61,11 @@ class SessionTurns:
         return (self._session[turn],)
 
     def came(self, turn: int, number: int, now_s: float) -> None:
-        """The request waits now, as the `number`th of all that came."""
+        """The request waits now, as the `number`th of all that came. What the window cannot hold with it is cut."""
         row = self._session[turn]
+        history = self._tokens[row]
+        if history and self._context and history + self._new[turn] > self._context:
+            self._overflow(row, history, self._new[turn], now_s)
         self._queue_seq[row] = number
         self._live[row] = True
         self._mover.touched[row] = self._mover.touches.epoch
@@ -80,8 +83,6 @@ class SessionTurns:
         mover.touched[row] = mover.touches.epoch
         mover.hold(row)
         history = self._tokens[row]
-        if history and self._context and history + self._new[turn] > self._context:
-            history = self._overflow(row, history, self._new[turn], now_s)
         size = history * self._kv_bytes
         dram = self._dram[row]
         ssd = self._ssd[row] - dram
@@ -165,14 +166,18 @@ class SessionTurns:
         if self._used_at[row] <= used_at_s and self._queue_seq[row] == NOT_QUEUED and not self._in_use[row]:
             self._mover.drop(row, now_s)
 
-    def _overflow(self, row: int, history: int, new: int, now_s: float) -> int:
-        """Drop half a window from the front until the request fits. Returns the tokens of history that are left."""
+    def _overflow(self, row: int, history: int, new: int, now_s: float) -> None:
+        """Drop half a window from the front until the request fits. What is being read or written of it stops first."""
+        mover = self._mover
+        if mover.is_asked_for(row):
+            mover.stop_promotion(row)
         half = max(1, self._context // 2)
         cut = min(history, -(-(history + new - self._context) // half) * half)
         cut_bytes = cut * self._kv_bytes if self._overflow_keeps else self._size[row]
         left = history - cut
         self._account.live(-cut * self._kv_bytes, now_s)
-        self._mover.cut_front(row, cut_bytes, now_s)
+        mover.hold(row)
+        mover.cut_front(row, cut_bytes, now_s)
         self._size[row] = left * self._kv_bytes
+        mover.release(row)
         self._tokens[row] = left
-        return left
