@@ -43,17 +43,16 @@ class Clairvoyant(Bound):
 
     *Sessions* have many sizes, and the best choice among those is NP-hard; with two tiers and a channel, more so.
     They go by bytes times seconds until the next use, each cut as far as needed: most uses by space. The bound is
-    the best of three plays (`optimum_plays`). `exclusive`: if SSD has no room, it keeps no copy of what waits in
-    DRAM for its next use, which gives room and costs writes. `by_time`: DRAM goes by the time of the next use alone,
-    which is right where the channel can bring back everything. What is on time and what hits is each the best of
-    the plays'. So it is not proven that nothing is better; the tests compare it with every policy.
+    the best of two plays (`optimum_plays`), which differ in whether SSD keeps a copy of what waits in DRAM for its
+    next use (`exclusive`: it does not, if it has no room; that gives room, and costs writes). What is on time and
+    what hits is each the best of the plays'. So it is not proven that nothing is better; the tests compare it with
+    every policy. Where a tier has no room for a few whole sessions, a policy may be better by a fraction of a turn.
     """
 
     name: ClassVar[str] = "optimum"
 
-    def __init__(self, workload: Workload, exclusive: bool = False, by_time: bool = False) -> None:
+    def __init__(self, workload: Workload, exclusive: bool = False) -> None:
         self._exclusive = exclusive
-        self._by_time = by_time
         self.look_at_s = -math.inf
         self._shared = workload.shares_prefixes
         self._plan = np.empty(0, np.int64)
@@ -95,8 +94,6 @@ class Clairvoyant(Bound):
     def retention(self, items: ItemTable, rows: Rows, tier: TierName, now_s: float) -> NDArray[np.float64]:
         if self._shared:
             return self._next.worth(rows)
-        if self._by_time and tier is TierName.DRAM:
-            return np.negative(self._due_s(items, rows, now_s))
         kept = self._density(items, rows, now_s)
         if self._exclusive and tier is TierName.SSD:
             kept[items.dram_bytes[rows] >= items.ssd_bytes[rows]] *= _DOUBLED
@@ -224,4 +221,3 @@ def optimum_plays(workload: Workload, machine: Machine) -> Iterator[Clairvoyant]
     yield Clairvoyant(workload)
     if machine.dram_bytes and machine.ssd_bytes and not workload.shares_prefixes:
         yield Clairvoyant(workload, exclusive=True)
-        yield Clairvoyant(workload, by_time=True)

@@ -238,6 +238,22 @@ def test_a_path_hits_up_to_its_first_missing_block() -> None:
     assert shares(result) == (9 / 12, 0, 0, 3 / 12)
 
 
+class KeepsEnds(Cuts):
+    """What stands later on a path is worth more."""
+
+    name: ClassVar[str] = "keeps-ends"
+
+    def retention(self, items: ItemTable, rows: Rows, tier: TierName, now_s: float) -> NDArray[np.float64]:  # type: ignore[override]
+        return rows.astype(np.float64)
+
+
+def test_blocks_after_a_missing_one_are_of_no_use() -> None:
+    # One block of the first item is left, and all three of the second.
+    turns = paths([2, 3], (0.0, [0, 1]), (10.0, [0, 1]))
+    result = simulate(turns, machine(dram_bytes=4, ssd_bytes=0), KeepsEnds())
+    assert shares(result) == (1 / 5, 0, 0, 4 / 5)
+
+
 def test_a_path_is_cut_from_its_end_by_blocks() -> None:
     turns = paths([2, 3], (0.0, [0, 1]), (10.0, [0, 1]))
     result = simulate(turns, machine(dram_bytes=3, ssd_bytes=0), "lru")
