@@ -43,9 +43,14 @@ def measure(options: Options) -> Section:
     limited = found[2.0]
     ahead = limited["lookahead"].hit_rate
     section.at_least(
-        "`lookahead` over `lru`, 2 TiB, hits of all turns", points(ahead, limited["lru"].hit_rate), 27, " points"
+        f"`lookahead` over `lru`, {2 * scale:g} TiB, hits of all turns",
+        points(ahead, limited["lru"].hit_rate),
+        27,
+        " points",
     )
-    section.at_least("`lookahead` over `fifo`, 2 TiB", points(ahead, limited["fifo"].hit_rate), 31, " points")
+    section.at_least(
+        f"`lookahead` over `fifo`, {2 * scale:g} TiB", points(ahead, limited["fifo"].hit_rate), 31, " points"
+    )
     section.at_least(
         "`lookahead`'s hits in DRAM on time, least of the three",
         100 * min(on_time_of_hits(each["lookahead"]) for each in found.values()),
@@ -60,9 +65,9 @@ def measure(options: Options) -> Section:
     )
     for ssd_tb, each in found.items():
         gained = points(each["foresight"].hit_rate, each["lookahead"].hit_rate)
-        section.at_least(f"`foresight` over `lookahead`, {ssd_tb:g} TiB, hits", gained, -1, " points")
+        section.at_least(f"`foresight` over `lookahead`, {ssd_tb * scale:g} TiB, hits", gained, -1, " points")
         gained = points(each["foresight"].dram_on_time, each["lookahead"].dram_on_time)
-        section.at_least(f"`foresight` over `lookahead`, {ssd_tb:g} TiB, on time", gained, -1, " points")
+        section.at_least(f"`foresight` over `lookahead`, {ssd_tb * scale:g} TiB, on time", gained, -1, " points")
     section.at_least(
         "`optimum` over the best policy, hits, least of the three",
         min(points(each["optimum"].hit_rate, max(each[name].hit_rate for name in POLICIES)) for each in found.values()),
