@@ -25,7 +25,7 @@ KEYS = {
     "policy", "hit_rate", "hit_rate_history", "dram_on_time", "dram_late", "ssd", "miss", "ttft_p50_s", "ttft_p99_s",
     "ssd_written_gb", "moved_gb", "queue_p50", "turns", "turns_simulated_per_s",
 }  # fmt: skip
-SMALL = ("--sessions", "150", "--dram-gb", "8", "--ssd-gb", "64", "--service-turns-per-s", "3")
+SMALL = ("--sessions", "80", "--dram-gb", "8", "--ssd-gb", "64", "--service-turns-per-s", "3")
 
 program = typer.Typer()
 program.command()(simulate)
@@ -165,7 +165,7 @@ def test_people_get_a_table() -> None:
         (("--plot", "/no/such/folder/picture.svg"), "--plot: there is no folder /no/such/folder"),
         (("--plot", "picture.svg", "--dram-gb", "0"), "--sweep: --dram-gb is 0: there is no capacity to change"),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_what_cannot_be_is_refused_with_the_option_and_the_reason(arguments: tuple[str, ...], reason: str) -> None:
     policy = () if "--policy" in arguments else ("--policy", "lru")

@@ -160,7 +160,7 @@ def test_people_are_told_the_mix_and_what_it_saves(tmp_path: Path) -> None:
         (("--target-hit", "0.5", "--policy", "lru,fifo"), "--policy: one policy is planned for"),
         (("--target-hit", "0.5", "--policy", "mru"), "--policy: no policy is called 'mru'"),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_what_cannot_be_is_refused_with_the_option_and_the_reason(arguments: tuple[str, ...], reason: str) -> None:
     done = CliRunner(env={"COLUMNS": "250"}).invoke(program, ["--trace", "sharegpt", *arguments])
