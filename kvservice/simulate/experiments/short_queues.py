@@ -64,7 +64,7 @@ def measure(options: Options) -> Section:
         "p1/p5/p10/p50/p90/p99), a server "
         "that keeps up, DRAM for a share of the KV of those who are there, an SSD of 5 GiB/s with room for all. "
         "The share of "
-        f"turns with history whose KV is in DRAM on time, mean of {len(seeds)} seeds, in percent.",
+        f"turns with history whose KV is in DRAM on time, mean of {len(seeds)} seeds (`optimum`: one), in percent.",
     )
     curves: dict[float, dict[str, list[Result]]] = {}
     for utilisation in LOADS:
@@ -75,7 +75,8 @@ def measure(options: Options) -> Section:
             for seed in seeds:
                 setting = Setting.of(_people(users, "people", seed), utilisation, share)
                 for name in NAMES:
-                    found[name].append(setting.play(name))
+                    if seed == seeds[0] or name != "optimum":  # It takes the longest, and is not judged here.
+                        found[name].append(setting.play(name))
             for name in NAMES:
                 curves[utilisation][name].append(found[name][0])
             table.append((f"{share:.0%}", *(percent(_on_time(found[name])) for name in NAMES), _written(found)))
