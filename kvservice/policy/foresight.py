@@ -30,6 +30,7 @@ _LEAST_RATE = 1e-30  # Returns a second: never.
 _LEAST_S = 1e-6  # A request that is about to run is this far away.
 _LOOKS = 48  # Scores are taken anew when one event came for so many items...
 _LOOK_EVENTS = 16  # ... but not for fewer events than this.
+_OFTEN, _SELDOM = 1024, 32  # Between looks passes at least and at most this part of a typical time until a return.
 _ALL = 4  # So it is with those that DRAM has no use for: one event for so many live items.
 _DOZE = 0.5  # DRAM has no use for those that will not be worth this share of what leaves it now.
 _LEARNS = 5  # What was seen becomes scores when there is a fifth more of it...
@@ -50,7 +51,7 @@ class ForesightPolicy(Placement):
         self._learning = learning
         self._started = False
 
-    def _start(self, items: ItemTable) -> None:
+    def _start(self, items: ItemTable, now_s: float) -> None:
         self._started = True
         self._returns, self._hints = self._start_learning(items.row_count)
         self._scores = Scores(self._returns.hazards, self._hints.hazards)
@@ -69,10 +70,12 @@ class ForesightPolicy(Placement):
         self._ssd_level = 0.0
         self._events = 0
         self._events_due = _LOOK_EVENTS
-        self._looked_at_s = math.inf  # Never.
+        self._looked_at_s = now_s
         self._next_look_s = -math.inf
         self._next_hinted_s = math.inf
-        self._event_s = 0.0  # Between events, in the mean.
+        self._event_s = math.inf  # Between events, in the mean of the last ones.
+        self._counted = 0
+        self._counted_from_s = now_s
         self._learn_at = _LEARN_RETURNS[0]
         self._passed = 0  # Requests whose turn has come since the queue was looked at.
         self._window = 1
@@ -84,7 +87,7 @@ class ForesightPolicy(Placement):
 
     def queued(self, items: ItemTable, row: int, now_s: float) -> None:
         if not self._started:
-            self._start(items)
+            self._start(items, now_s)
         returns = self._returns
         since_s = returns.since_s.item(row)
         if self._learning and since_s == since_s:
@@ -98,7 +101,7 @@ class ForesightPolicy(Placement):
 
     def used(self, items: ItemTable, row: int, now_s: float) -> None:
         if not self._started:
-            self._start(items)
+            self._start(items, now_s)
         self._waits.served(row, now_s)
         self._passed += 1
         if items.conditions.queued and self._passed * 8 >= self._window:
@@ -106,7 +109,7 @@ class ForesightPolicy(Placement):
 
     def stored(self, items: ItemTable, row: int, now_s: float) -> None:
         if not self._started:
-            self._start(items)
+            self._start(items, now_s)
         self._returns.waits(row, items.uses.item(row), items.answer_tokens.item(row), now_s)
         self._score_stored(items, row)
         self._awake[row] = True
@@ -131,6 +134,10 @@ class ForesightPolicy(Placement):
         if self._started:
             self._returns.forgotten(row, now_s)
             self._hints.ceased(row, now_s)
+            self._waits.forgotten(row)
+            self._in_dram[row] = self._on_ssd[row] = 0.0
+            self._late[row] = 1.0
+            self._awake[row] = False
 
     def _happened(self, now_s: float) -> None:
         self._events += 1
@@ -158,7 +165,7 @@ class ForesightPolicy(Placement):
         return self._started and self._in_dram.item(row) >= self._level
 
     def wants_on_ssd(self, items: ItemTable, row: int, now_s: float) -> bool:
-        return not self._started or self._on_ssd.item(row) > self._ssd_level
+        return not self._started or (self._on_ssd.item(row) >= self._ssd_level and not self._hints.gone(row))
 
     def _worth_queued(self, items: ItemTable, rows: Rows, lost: bool) -> Floats:
         """A request that waits is a hit at a known time. What can still be read in time is worth the read alone."""
@@ -224,7 +231,7 @@ class ForesightPolicy(Placement):
 
     def promotions(self, items: ItemTable, queue: Sequence[int], now_s: float) -> Sequence[Promotion]:
         if not self._started:
-            self._start(items)
+            self._start(items, now_s)
         wanted = self._queued_soon(items, queue, now_s) if queue else []
         if now_s >= min(self._next_look_s, self._next_hinted_s) or self._events >= self._events_due:
             wanted += self._look(items, now_s)
@@ -236,7 +243,8 @@ class ForesightPolicy(Placement):
 
     def _hinted_every_s(self) -> float:
         """Between looks at what hints announce: short beside the time that they leave."""
-        return max(self._hints.soonest_s.item(0) / 8, self._event_s)
+        typical_s = self._returns.typical_s
+        return max(self._hints.soonest_s.item(0) / 8, min(2 * self._event_s, typical_s / _SELDOM), typical_s / _OFTEN)
 
     def _wanted(self, items: ItemTable, rows: Rows, worths: Floats, now_s: float) -> list[Promotion]:
         """Hinted requests are needed as early as such requests come; others in the mean time until they come."""
@@ -284,8 +292,8 @@ class ForesightPolicy(Placement):
             rows = np.flatnonzero(self._awake)
             thinking = rows[returns.since_s[rows] <= now_s]
         self._set_price(items, now_s - self._looked_at_s)
-        self._plan_next_look(len(rows), now_s)
         if not len(thinking):
+            self._plan_next_look(len(rows), False, now_s)
             return []
         sizes = items.size_bytes[thinking]
         self._mean_bytes = max(float(sizes.sum()) / len(sizes), 1.0)
@@ -298,11 +306,13 @@ class ForesightPolicy(Placement):
         free = conditions.dram_capacity_bytes - int((items.dram_bytes[rows] + items.coming_bytes[rows]).sum())
         room = free + np.cumsum(items.dram_bytes[in_dram[order]])  # Once this one and all before it have left.
         self._level = self._level_at(conditions.dram_capacity_bytes / _LOOKS, free, room, leaves)
-        self._awake[thinking] = (items.dram_bytes[thinking] > 0) | (later >= _DOZE * self._level)
+        awake = later > _DOZE * self._level
+        self._awake[thinking] = awake | (items.dram_bytes[thinking] > 0)
         if int(items.ssd_bytes.sum()) < 0.95 * conditions.ssd_capacity_bytes:
             self._ssd_level = 0.0
 
         lacks = items.ssd_bytes[thinking] - items.dram_bytes[thinking] - items.coming_bytes[thinking]
+        self._plan_next_look(len(rows), bool((awake & (lacks > 0)).any()), now_s)
         wanted = np.flatnonzero((lacks > 0) & (items.in_use[thinking] == 0) & (fetch > self._level))
         if not len(wanted):
             return []
@@ -311,7 +321,7 @@ class ForesightPolicy(Placement):
         leaving = np.searchsorted(room, after)  # The last one that must leave for each, if all before it come.
         costs = np.concatenate([leaves, [math.inf]])[leaving]
         costs = np.where(after <= free, 0.0, costs)
-        readable = conditions.ssd_bytes_per_s * (2 * (self._next_look_s - now_s) - conditions.read_backlog_s)
+        readable = conditions.ssd_bytes_per_s * (self._readable_s - conditions.read_backlog_s)
         wanted = wanted[(fetch[wanted] > costs) & (after - lacks[wanted] < readable)]
         return self._wanted(items, thinking[wanted], fetch[wanted], now_s)
 
@@ -333,11 +343,17 @@ class ForesightPolicy(Placement):
         self._waits.learn()
         self._scores.learn(self._returns.hazards, self._hints.hazards)
 
-    def _plan_next_look(self, live: int, now_s: float) -> None:
-        self._events_due = max(live // _LOOKS, _LOOK_EVENTS)
-        between_s = max(now_s - self._looked_at_s, 0.0) / max(self._events, 1)  # Of events.
-        self._event_s = between_s
-        self._next_look_s = now_s + max(between_s * self._events_due, _LEAST_S)
+    def _plan_next_look(self, scored: int, something_to_fetch: bool, now_s: float) -> None:
+        """By events; by time only as long as something may have to be fetched though nothing happens."""
+        self._events_due = max(scored // _LOOKS, _LOOK_EVENTS)
+        self._counted += self._events
+        if self._counted >= _LOOK_EVENTS and now_s > self._counted_from_s:
+            self._event_s = (now_s - self._counted_from_s) / self._counted
+            self._counted, self._counted_from_s = 0, now_s
+        typical_s = self._returns.typical_s
+        every_s = min(max(self._event_s * self._events_due, typical_s / _OFTEN), typical_s / _SELDOM)
+        self._next_look_s = now_s + every_s if something_to_fetch else math.inf
+        self._readable_s = 2 * every_s
         self._looked_at_s = now_s
         self._events = 0
 

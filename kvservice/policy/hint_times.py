@@ -13,7 +13,7 @@ import numpy as np
 from kvservice.blocks import Rows
 from kvservice.policy.base import Hint
 from kvservice.policy.return_times import RECENCY
-from kvservice.policy.survival import BIN_COUNT, Floats, Survival, bin_of
+from kvservice.policy.survival import BIN_COUNT, WIDTHS, Floats, Survival, bin_of
 
 NONE = -1
 _LIKELY = (0.5, 1.0)  # Between the three classes of a hint: how likely the return was without it, beside the average.
@@ -25,6 +25,7 @@ _MEMORY = 2048.0  # Returns.
 _SOON = 4 * RECENCY  # Before anything was seen: four times as likely as without a hint.
 _GONE: Floats = np.full(BIN_COUNT, 1e-9)  # Who has ended does not come back.
 _DOUBT = 16.0  # Returns that came without a hint before anything was seen.
+_HARDLY = 0.02  # Returns, of one that ended.
 _QUICK = 0.1  # The share of requests that come sooner after a hint than they are expected.
 
 
@@ -79,6 +80,11 @@ class HintTimes:
     def _forget(self, row: int) -> None:
         self.in_class[row] = NONE
         self.expected.pop(row, None)
+
+    def gone(self, row: int) -> bool:
+        """Whether the item's session has ended, and whoever ended was not seen to come back."""
+        in_class = self.in_class.item(row)
+        return in_class >= ENDED and bool((self.hazards[in_class, :-1] * WIDTHS[:-1]).sum() < _HARDLY)
 
     @property
     def surprising(self) -> float:

@@ -31,6 +31,9 @@ class QueueWaits:
             self._weight *= 1 + 1 / _MEMORY
             self._since_s[row] = math.nan
 
+    def forgotten(self, row: int) -> None:
+        self._since_s[row] = math.nan
+
     def learn(self) -> None:
         """Puts what was seen into `shorter`."""
         waits = np.array(self._waits) / self._weight

@@ -32,6 +32,7 @@ class ReturnTimes:
         self._learning = learning
         self.survival = Survival(CLASSES, RECENCY, _MEMORY)
         self.hazards: Floats = np.broadcast_to(RECENCY, (CLASSES, BIN_COUNT)).copy()
+        self.typical_s = 60.0  # The geometric mean of the times until items came back.
         self.since_s = np.full(row_count, math.nan)  # From when the item's age counts; NaN: it is not waited for.
         self.factor = np.ones(row_count)
         self.in_class = np.zeros(row_count, np.int64)
@@ -93,11 +94,6 @@ class ReturnTimes:
         factor = self.factor.item(row)
         return self.hazards.item(self.in_class.item(row), bin_of(age_s / factor)) / factor
 
-    @property
-    def typical_s(self) -> float:
-        """The geometric mean of the times until items came back."""
-        return math.exp(self._means[_FEATURES])
-
     def ages(self, rows: Rows, now_s: float) -> Floats:
         """In units of each item's own factor."""
         ages: Floats = (now_s - self.since_s[rows]) / self.factor[rows]
@@ -125,3 +121,4 @@ class ReturnTimes:
         lean = np.diag(np.diag(features) * (_LEAN / count) + 1e-9)
         self._effects = np.linalg.solve(features + lean, spread[1:-1, -1]).tolist()
         self._means = means[1:].tolist()
+        self.typical_s = math.exp(self._means[_FEATURES])

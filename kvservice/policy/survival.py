@@ -46,6 +46,7 @@ def bins_of(ages_s: Floats) -> Ints:
     return np.clip(np.floor(octaves * BINS_PER_OCTAVE) + 1, 0, BIN_COUNT - 1).astype(np.int64)
 
 
+_LEAN_PASSED = 16.0  # For each event.
 _LEAN = 8.0  # Events: a bin with as many believes its neighbours, and a class all classes, as much as itself.
 
 
@@ -109,8 +110,10 @@ class Survival:
 
 
 def _rate(came: Floats, passed: Floats, prior: Floats, prior_events: float) -> Floats:
-    """Events over time at risk, with so many events more as `prior` would have had them."""
-    rate: Floats = (came + prior_events) / (passed * WIDTHS + prior_events / prior)
+    """Events over time at risk, with so many events more as `prior` would have had them, or as few as that would
+    have had among some that passed the bin."""
+    prior_passed = np.minimum(prior_events / (prior * WIDTHS), _LEAN_PASSED * prior_events)
+    rate: Floats = (came / WIDTHS + prior_passed * prior) / (passed + prior_passed)
     return rate
 
 

@@ -31,10 +31,12 @@ class DistributionBound(ForesightPolicy):
     def __init__(self, gaps_s: Floats, never: float) -> None:
         super().__init__(learning=False)
         self._true_hazards = true_hazards(gaps_s, never)
+        self._typical_s = float(np.exp(np.log(np.maximum(gaps_s, BEGINS[1])).mean())) if len(gaps_s) else 1.0
 
     def _start_learning(self, row_count: int) -> tuple[ReturnTimes, HintTimes]:
         returns, hints = super()._start_learning(row_count)
         returns.hazards[:] = self._true_hazards
+        returns.typical_s = self._typical_s
         return returns, hints
 
     def hinted(self, items: ItemTable, row: int, hint: Hint, now_s: float) -> None:

@@ -11,9 +11,13 @@ from kvservice.policy import hint_times
 from kvservice.policy.base import Hint
 from kvservice.policy.hint_times import HintTimes
 from kvservice.policy.return_times import RECENCY, ReturnTimes
-from kvservice.policy.survival import BEGINS, WIDTHS, Floats
+from kvservice.policy.survival import BEGINS, WIDTHS, Floats, bin_of
 
 NOBODY = np.empty(0, np.int64)
+
+
+def between(begin_s: float, end_s: float) -> slice:
+    return slice(int(np.searchsorted(BEGINS, begin_s)), int(np.searchsorted(BEGINS + WIDTHS, end_s)))
 
 
 def lived(gaps_s: Floats, *, answers: Floats | None = None, learn_every: int = 50) -> ReturnTimes:
@@ -81,18 +85,20 @@ def test_a_row_that_was_forgotten_begins_anew() -> None:
 
 
 def test_what_was_forgotten_while_it_was_waited_for_had_not_come_by_then() -> None:
-    stays, leaves = ReturnTimes(1000), ReturnTimes(1000)
-    for returns in (stays, leaves):
+    """As if it still waited at that age, and unlike what nobody ever waited for."""
+    known = []
+    for forgotten in (False, True):
+        returns = ReturnTimes(1000)
         for row in range(1000):
             returns.waits(row, 1, 0, 0.0)
             if row % 2:
                 returns.came(row, 10.0)
-            elif returns is leaves:
+            elif forgotten:
                 returns.forgotten(row, 20.0)
-    waiting = np.flatnonzero(~np.isnan(stays.since_s))
-    stays.learn(waiting, 20.0)
-    leaves.learn(NOBODY, 20.0)
-    assert leaves.hazards == pytest.approx(stays.hazards)
+        returns.learn(np.flatnonzero(~np.isnan(returns.since_s)), 20.0)
+        known.append(returns.hazards[0, bin_of(10.0)])
+    assert known[1] == pytest.approx(known[0], rel=0.1)
+    assert known[1] * WIDTHS[bin_of(10.0)] < 1.2, "half of them never came"
 
 
 def test_without_learning_it_knows_recency_for_ever() -> None:
@@ -103,7 +109,7 @@ def test_without_learning_it_knows_recency_for_ever() -> None:
             returns.came(row, turn * 100.0 + 50)
         returns.learn(NOBODY, turn * 100.0)
     assert (returns.hazards == RECENCY).all() and (returns.factor == 1).all()
-    assert (np.diff(returns.hazards[0]) <= 0).all(), "the longer ago, the less likely"
+    assert (np.diff(returns.hazards[0, 1:]) <= 0).all(), "the longer ago, the less likely"
 
 
 # Hints
@@ -112,19 +118,16 @@ def test_without_learning_it_knows_recency_for_ever() -> None:
 def hinted(leads_s: Floats, *, wrong: int = 0, likely: float = 1.0, after_s: float = 60.0) -> HintTimes:
     """Requests that came so long after a typing hint, and hints after which nothing came for `after_s`."""
     hints = HintTimes(len(leads_s) + wrong)
-    for row, lead_s in enumerate(leads_s.tolist()):
-        hints.hinted(row, Hint.TYPING, likely, 100.0 - lead_s)
-    for row in range(len(leads_s), len(leads_s) + wrong):
+    rows = np.arange(len(leads_s) + wrong)
+    for row in rows[len(leads_s) :].tolist():
         hints.hinted(row, Hint.TYPING, likely, 100.0 - after_s)
-    hints.learn(np.arange(len(leads_s) + wrong), 100.0)
-    for row in range(len(leads_s)):
-        hints.came(row, 0.02, 0.1, 100.0)
-    hints.learn(np.arange(len(leads_s), len(leads_s) + wrong), 100.0)
+    for half in (rows[: len(leads_s) : 2], rows[1 : len(leads_s) : 2]):
+        for row in half.tolist():
+            hints.hinted(row, Hint.TYPING, likely, 100.0 - float(leads_s[row]))
+        for row in half.tolist():
+            hints.came(row, 0.02, 0.1, 100.0)
+        hints.learn(rows[len(leads_s) :], 100.0)
     return hints
-
-
-def between(begin_s: float, end_s: float) -> slice:
-    return slice(int(np.searchsorted(BEGINS, begin_s)), int(np.searchsorted(BEGINS + WIDTHS, end_s)))
 
 
 def test_the_lead_of_a_hint_is_learned() -> None:
@@ -132,7 +135,7 @@ def test_the_lead_of_a_hint_is_learned() -> None:
     of_class = hints.hazards[2]
     assert of_class[between(2.4, 4.8)].min() > 0.2 > 0.02 > of_class[between(0.2, 1.6)].max()
     assert hints.soonest_s[2] == pytest.approx(2.0, abs=0.4)
-    assert hints.surprising < 0.1, "hardly a request comes unannounced"
+    assert hints.surprising < 0.6, "of the second half, hardly a request came unannounced"
 
 
 def test_wrong_hints_are_believed_as_often_as_they_are_true() -> None:
@@ -143,7 +146,7 @@ def test_wrong_hints_are_believed_as_often_as_they_are_true() -> None:
 
 def test_hints_of_which_none_is_true_announce_nothing() -> None:
     hints = hinted(np.empty(0), wrong=3000)
-    assert hints.hazards[2, between(0.5, 30)].max() < 1e-3
+    assert (hints.hazards[2] * WIDTHS)[between(0.5, 30)].max() < 5e-3
     for row in range(100):
         hints.came(row, 0.02, 0.1, 130.0)
     assert hints.surprising == pytest.approx(1.0)
