@@ -29,9 +29,10 @@ class Transfers(Protocol):
 class Channel:
     """Evaluated when somebody asks: `advance` does all that happened since it was last called.
 
-    First come the reads that a running request waits for, then writes without which a place in DRAM that was
-    given away would not be free, then promotions by deadline, then write-behind in the order in which it was
-    asked for. What comes first interrupts what comes later, which keeps what it has done.
+    First come the reads that a running request waits for, then promotions by deadline, then writes that are owed
+    for a place in DRAM that was given away (from a buffer: so much may wait as is written in `OWED_LIMIT_S`), then
+    write-behind in the order in which it was asked for. What comes first interrupts what comes later, which keeps
+    what it has done.
     """
 
     __slots__ = (
@@ -69,11 +70,7 @@ class Channel:
         rate = self._rate
         while at < now_s:
             self.now_s = at
-            if self._owed_s > 0.0:
-                step = min(self._owed_s, now_s - at)
-                self._owed_s = 0.0 if step == self._owed_s else self._owed_s - step
-                at += step
-            elif self._promotions:
+            if self._promotions:
                 row = self._promotions[0][1]
                 if row not in self._left:
                     size = self._transfers.begin_read(row, at)
@@ -83,7 +80,6 @@ class Channel:
                     self._left[row] = size
                     self._asked_bytes += size - self._sizes[row]
                     self._sizes[row] = size
-                    continue  # Making room for it may have to wait for writes.
                 left = self._left[row]
                 end = at + left / rate
                 if end > now_s:
@@ -96,6 +92,10 @@ class Channel:
                 self._forget(row)
                 self.read_bytes += size
                 self._transfers.end_read(row, size, at)
+            elif self._owed_s > 0.0:
+                step = min(self._owed_s, now_s - at)
+                self._owed_s = 0.0 if step == self._owed_s else self._owed_s - step
+                at += step
             elif self.write_row >= 0:
                 end = at + self._write_left / rate
                 if end > now_s:

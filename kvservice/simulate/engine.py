@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +15,11 @@ from kvservice.policy.items import Conditions, ItemTable
 from kvservice.policy.placement import Placement
 from kvservice.simulate.account import Account
 from kvservice.simulate.bounds import Bound
-from kvservice.simulate.mover import Mover, overrides
+from kvservice.simulate.mover import Mover
 from kvservice.simulate.policies import CONTENDERS, plays
 from kvservice.simulate.prefixes import PrefixTurns
-from kvservice.simulate.result import Result
+from kvservice.simulate.residency import overrides
+from kvservice.simulate.result import Result, best_of
 from kvservice.simulate.server import CALLED, server_of
 from kvservice.simulate.sessions import SessionTurns
 from kvservice.simulate.settings import Machine
@@ -33,10 +35,12 @@ def simulate(workload: Workload, machine: Machine, policy: Placement | str, *, w
     """
     if isinstance(policy, Placement):
         return _play(workload, machine, policy, warmup_turns)
-    results = [_play(workload, machine, play, warmup_turns) for play in plays(policy, workload, machine)]
-    best = max(results, key=lambda result: result.hit_rate_history + result.dram_on_time)
-    seconds = sum(result.seconds for result in results)
-    return replace(best, seconds=seconds, turns_simulated_per_s=workload.turns / seconds)
+    results = []
+    for play in plays(policy, workload, machine):
+        results.append(_play(workload, machine, play, warmup_turns))
+        if results[-1].dram_on_time == 1.0:
+            break  # Nothing is better.
+    return best_of(results)
 
 
 def _play(workload: Workload, machine: Machine, policy: Placement, warmup_turns: int) -> Result:
@@ -103,103 +107,108 @@ class Engine:
         self._queue: deque[int] = deque()
         self._rows: deque[int] = deque()  # The same by rows, for a policy that looks ahead.
         self._called: list[_Called] = []
+        # When what happens: a turn's answer ends (below the count of turns), it comes, a hint comes, it expires.
+        self._events: list[tuple[float, int]] = []
+        self._number = 0  # Of the next request that comes.
+        self._ended = 0
+        self._foretell = getattr(policy, "foretell", None)
+        self._expires = math.isfinite(machine.session_ttl_s)
         self._looks = overrides(policy, "promotions")
         self._session, self._outputs = ints(session), ints(workload.output_tokens)
+        self._arrives_s, self._think_s = floats(workload.arrives_s), floats(workload.think_s)
         self._came_at_s = floats(np.zeros(workload.sessions))
         self._measured_s, self._measured_read_s = self.now_s, 0.0
 
     def run(self) -> Result:
         """Play the workload to its end."""
-        workload, machine, policy = self.workload, self.machine, self.policy
-        reads, server, conditions, queue, called = self.reads, self.server, self.conditions, self._queue, self._called
+        policy, server, queue, called, events = self.policy, self.server, self._queue, self._called, self._events
         advance = self.mover.channel.advance
-        dispatch = self._dispatch_ready if machine.readiness_aware else self._dispatch_first
-        turn_count = workload.turns
-        hint_count = len(self._hint_after)
-        session, came_at_s = self._session, self._came_at_s
-        arrives_s, think_s = floats(workload.arrives_s), floats(workload.think_s)
-        firsts, first_at_s = ints(self._firsts), floats(self._first_at)
-        foretell = getattr(policy, "foretell", None)
-        ttl_s = machine.session_ttl_s
-        expires = math.isfinite(ttl_s)
-        # When what happens: a turn's answer ends (below `turn_count`), it comes, a hint comes, its session expires.
-        events: list[tuple[float, int]] = []
+        dispatch = self._dispatch_ready if self.machine.readiness_aware else self._dispatch_first
         push, pop = heapq.heappush, heapq.heappop
-        first = ended = came = 0
-        next_first_s = first_at_s[0] if turn_count else math.inf
+        turn_count = self.workload.turns
+        firsts, first_at_s = iter(ints(self._firsts)), itertools.chain(floats(self._first_at), [math.inf])
+        next_first_s = next(first_at_s)
         now_s = self.now_s
         self.account.start(self.mover, now_s)
-        conditions.turns_per_s = server.turns_per_s
-        while ended < turn_count:
+        self.conditions.turns_per_s = server.turns_per_s
+        while self._ended < turn_count:
             when = events[0][0] if events else math.inf
             if next_first_s < when:
                 when = next_first_s
-            look_at_s = policy.look_at_s
             if queue or called:
                 at = server.free_at_s
                 if at < now_s:
                     at = now_s
                 if called and not queue:
                     at = max(at, called[0].loaded_s)
-                if at < when and at <= look_at_s:
+                if at < when and at <= policy.look_at_s:
                     now_s = at
                     advance(now_s)
                     taken = dispatch(now_s)
                     if taken is not None:
                         push(events, taken)
                     continue
-            if look_at_s < when:
-                if look_at_s > now_s:
-                    now_s = look_at_s
+            if policy.look_at_s < when:
+                now_s = max(now_s, policy.look_at_s)
                 advance(now_s)
                 self._look(now_s)
                 continue
             now_s = when
             advance(now_s)
             if next_first_s == when:
-                turn = firsts[first]
-                first += 1
-                next_first_s = first_at_s[first] if first < len(firsts) else math.inf
+                next_first_s = next(first_at_s)
+                self._came(next(firsts), now_s)
+                continue
+            event = pop(events)[1]
+            if event < turn_count:
+                self._answered(event, now_s)
+            elif event < 2 * turn_count:
+                self._came(event - turn_count, now_s)
             else:
-                turn = pop(events)[1]
-                if turn < turn_count:
-                    ended += 1
-                    server.ended()
-                    following = turn + 1
-                    at = math.inf
-                    goes_on = following < turn_count and session[following] == session[turn]
-                    if goes_on:
-                        at = arrives_s[following]
-                        if at != at:
-                            at = now_s + think_s[following]
-                        elif at < now_s:
-                            at = now_s
-                        push(events, (at, turn_count + following))
-                    if foretell is not None:
-                        foretell(session[turn], at)
-                    reads.stored(turn, not goes_on, now_s)
-                    if hint_count:
-                        self._plan_hints(events, turn, at, now_s)
-                    if expires:
-                        push(events, (now_s + ttl_s, 2 * turn_count + hint_count + turn))
-                    continue
-                turn -= turn_count
-                if turn >= turn_count:
-                    turn -= turn_count
-                    if turn < hint_count:
-                        reads.hinted(self._hint_after[turn], self._hint_kind[turn], now_s)
-                    else:
-                        reads.expire(turn - hint_count, now_s - ttl_s + _LATER_S, now_s)
-                    continue
-            came_at_s[session[turn]] = now_s
-            queue.append(turn)
-            if self._looks:
-                self._rows.extend(reads.rows(turn))
-            conditions.queued = len(queue)
-            reads.came(turn, came, now_s)
-            came += 1
+                self._hinted_or_expired(event - 2 * turn_count, now_s)
         advance(now_s)
         return self.account.result(policy.name, self.mover, now_s)
+
+    def _came(self, turn: int, now_s: float) -> None:
+        """The turn's request has come."""
+        self._came_at_s[self._session[turn]] = now_s
+        self._queue.append(turn)
+        if self._looks:
+            self._rows.extend(self.reads.rows(turn))
+        self.conditions.queued = len(self._queue)
+        self.reads.came(turn, self._number, now_s)
+        self._number += 1
+
+    def _answered(self, turn: int, now_s: float) -> None:
+        """The turn's answer has ended: when its session's next request and the hints before it come is known now."""
+        self._ended += 1
+        self.server.ended()
+        following, turn_count, session = turn + 1, self.workload.turns, self._session[turn]
+        goes_on = following < turn_count and self._session[following] == session
+        at = math.inf
+        if goes_on:
+            at = self._arrives_s[following]
+            if at != at:
+                at = now_s + self._think_s[following]
+            elif at < now_s:
+                at = now_s
+            heapq.heappush(self._events, (at, turn_count + following))
+        if self._foretell is not None:
+            self._foretell(session, at)
+        self.reads.stored(turn, not goes_on, now_s)
+        if self._hint_begins:
+            self._plan_hints(turn, at, now_s)
+        if self._expires:
+            expires_at_s = now_s + self.machine.session_ttl_s
+            heapq.heappush(self._events, (expires_at_s, 2 * turn_count + len(self._hint_after) + turn))
+
+    def _hinted_or_expired(self, number: int, now_s: float) -> None:
+        """By number the hints, and after them the turns whose sessions may have been idle for too long."""
+        hint_count = len(self._hint_after)
+        if number < hint_count:
+            self.reads.hinted(self._hint_after[number], self._hint_kind[number], now_s)
+        else:
+            self.reads.expire(number - hint_count, now_s - self.machine.session_ttl_s + _LATER_S, now_s)
 
     def _dispatch_first(self, now_s: float) -> tuple[float, int]:
         """The first in the queue gets the server. Returns when its answer ends, and the turn."""
@@ -271,12 +280,12 @@ class Engine:
             conditions.read_busy += (share - conditions.read_busy) * -math.expm1(-passed_s / _MEASURE_S)
             self._measured_s, self._measured_read_s = now_s, channel.read_s
 
-    def _plan_hints(self, events: list[tuple[float, int]], turn: int, next_at_s: float, now_s: float) -> None:
+    def _plan_hints(self, turn: int, next_at_s: float, now_s: float) -> None:
         for index in range(self._hint_begins[turn], self._hint_begins[turn + 1]):
             lead_s = self._hint_lead_s[index]
             at = now_s + lead_s if self._hint_turn[index] < 0 else max(now_s, next_at_s - lead_s)
             if at < next_at_s:
-                heapq.heappush(events, (at, 2 * self.workload.turns + index))
+                heapq.heappush(self._events, (at, 2 * self.workload.turns + index))
 
 
 def _hints_by_gap(workload: Workload) -> tuple[NDArray[np.int32], NDArray[np.int64]]:

@@ -10,7 +10,8 @@ from kvservice.policy.base import Hint
 from kvservice.policy.items import HINTS, NOT_QUEUED, ItemTable
 from kvservice.policy.placement import Placement
 from kvservice.simulate.account import Account
-from kvservice.simulate.mover import Mover, overrides
+from kvservice.simulate.mover import Mover
+from kvservice.simulate.residency import overrides
 from kvservice.simulate.settings import Machine
 from kvservice.simulate.views import bools, floats, ints
 from kvservice.simulate.workload import Workload

@@ -236,6 +236,16 @@ def test_nothing_that_is_needed_is_dropped_while_dram_has_something_that_is_not(
     assert mover.policy.wants_on_ssd(mover.table, row, 0.0)
 
 
+def test_what_runs_takes_no_place_of_what_is_needed() -> None:
+    mover = SmallMover(LookaheadPolicy(), 1, 2)
+    for item, tier in ((1, DRAM), (2, SSD), (3, SSD)):
+        mover.place(item, tier, 1)
+    for item in (1, 2, 3):
+        mover.request(item, look=False)
+    mover.begin()
+    assert not mover.policy.wants_on_ssd(mover.table, mover.row_of[1], 0.0)
+
+
 def test_what_is_larger_than_the_ssd_is_not_wanted_there() -> None:
     mover = SmallMover(LookaheadPolicy(), 8, 2)
     mover.place(1, DRAM, 3)

@@ -174,6 +174,13 @@ def test_what_is_in_use_keeps_its_place_while_the_hands_go_past_it() -> None:
     assert mover.evict(TierName.DRAM, 2) == [0, 4]
 
 
+def test_what_room_is_made_for_leaves_only_when_nothing_else_is_there() -> None:
+    mover = SmallMover(S3FifoPolicy(), 30, 0)
+    for item, size_bytes in ((1, 1), (2, 1), (3, 30), (4, 31)):
+        mover.turn(item, size_bytes)
+    assert [item for _, item in mover.moves] == [1, 2, 3, 4]
+
+
 def test_an_end_that_leaves_keeps_the_rest_in_its_place() -> None:
     table, policy = ItemTable(3, Conditions(30, 0, 1e9)), S3FifoPolicy()
     table.size_bytes[:] = 10

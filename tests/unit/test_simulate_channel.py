@@ -69,10 +69,6 @@ class Plain:
             self.now_s += step
             if not self.demands[0]:
                 del self.demands[0]
-        elif self.owed:
-            step = min(most, self.owed)
-            self.owed -= step
-            self.now_s += step
         elif self.reads:
             row = min(self.reads, key=lambda row: (self.reads[row], row))
             if row not in self.left:
@@ -84,6 +80,10 @@ class Plain:
             if not self.left[row]:
                 del self.left[row], self.reads[row]
                 self.log.end_read(row, SIZES[row], self.now_s)
+        elif self.owed:
+            step = min(most, self.owed)
+            self.owed -= step
+            self.now_s += step
         elif self.writing:
             row, left = self.writing
             step = min(most, left)
@@ -192,7 +192,7 @@ def test_a_demand_interrupts_a_promotion_which_keeps_what_it_has_done() -> None:
     assert channel.demand(4) == 14.0
 
     channel.advance(100.0)
-    assert log.told[-1] == ("end read", 5, 16, 25.0)  # Its own, five that it owed for room, and the four.
+    assert log.told[-1] == ("end read", 5, 16, 20.0)  # Its own, and the four.
     assert channel.read_s == 20.0
 
 
@@ -204,6 +204,17 @@ def test_the_earlier_deadline_is_read_first_and_a_deadline_may_change() -> None:
     channel.promote(0, 5.0, SIZES[0])
     channel.advance(100.0)
     assert [row for what, row, _, _ in log.told if what == "end read"] == [0, 4, 2]
+
+
+def test_what_is_owed_waits_for_promotions_and_goes_before_write_behind() -> None:
+    log = Log()
+    channel = channel_of(log)
+    channel.write(2)
+    channel.advance(3.0)
+    channel.owe(5)
+    channel.promote(4, 1000.0, SIZES[4])
+    channel.advance(100.0)
+    assert log.told[-2:] == [("end read", 4, 13, 16.0), ("end write", 2, 7, 25.0)]
 
 
 def test_write_behind_waits_for_every_read() -> None:

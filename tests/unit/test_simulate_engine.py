@@ -81,11 +81,12 @@ def test_a_promotion_in_time_makes_it_on_time() -> None:
     assert shares(result) == (1, 0, 0, 0)
 
 
-def test_a_promotion_waits_until_the_place_that_it_takes_is_written() -> None:
-    # At 15 s ten of B's bytes are not on SSD yet: A's come from 16 s on.
+def test_a_promotion_does_not_wait_for_the_copy_of_what_leaves_for_it() -> None:
+    # At 15 s ten of B's bytes are not on SSD yet: they are written after A's have come.
     turns = sessions(Request(A, 0.0), Request(B, 10.0), Request(A, 20.0))
     result = simulate(turns, machine(dram_bytes=60), PromotesAt(A, 15.0, 20.0))
-    assert shares(result) == (0.8, 0.2, 0, 0)
+    assert shares(result) == (1, 0, 0, 0)
+    assert result.ssd_written_gb * 2**30 >= 100
 
 
 def test_nothing_that_is_worth_as_much_leaves_for_a_promotion() -> None:
@@ -236,6 +237,22 @@ def test_a_path_hits_up_to_its_first_missing_block() -> None:
     result = simulate(turns, machine(dram_bytes=5, ssd_bytes=0), "lru")
     assert result.hit_rate == (0 + 2 + 5 + 2) / 20
     assert shares(result) == (9 / 12, 0, 0, 3 / 12)
+
+
+class KeepsEnds(Cuts):
+    """What stands later on a path is worth more."""
+
+    name: ClassVar[str] = "keeps-ends"
+
+    def retention(self, items: ItemTable, rows: Rows, tier: TierName, now_s: float) -> NDArray[np.float64]:  # type: ignore[override]
+        return rows.astype(np.float64)
+
+
+def test_blocks_after_a_missing_one_are_of_no_use() -> None:
+    # One block of the first item is left, and all three of the second.
+    turns = paths([2, 3], (0.0, [0, 1]), (10.0, [0, 1]))
+    result = simulate(turns, machine(dram_bytes=4, ssd_bytes=0), KeepsEnds())
+    assert shares(result) == (1 / 5, 0, 0, 4 / 5)
 
 
 def test_a_path_is_cut_from_its_end_by_blocks() -> None:

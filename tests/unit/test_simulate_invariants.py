@@ -97,6 +97,8 @@ def watched(policy: Placement) -> Placement:
         def left(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
             self._see(items, now_s, is_settled=False)
             assert not items.in_use[row]
+            assert not items.coming_bytes[row]
+            assert tier is TierName.DRAM or self.engine.mover.channel.write_row != row
             super().left(items, row, tier, now_s)
 
         def forgotten(self, items: ItemTable, row: int, now_s: float) -> None:
@@ -144,7 +146,7 @@ def played(workload: Workload, on: Machine, policy: Placement) -> tuple[Engine, 
     return engine, engine.run()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(workloads, machines, st.data())
 def test_tiers_channel_and_requests_keep_their_bounds_at_every_moment(
     workload: Workload, on: Machine, data: st.DataObject
@@ -157,7 +159,7 @@ def test_tiers_channel_and_requests_keep_their_bounds_at_every_moment(
     assert not engine.items.in_use.any()
     assert (engine.items.queue_seq == -1).all()
     for space, column in ((engine.mover.dram, engine.items.dram_bytes), (engine.mover.ssd, engine.items.ssd_bytes)):
-        free = [row for row in np.flatnonzero(column) if row not in engine.mover._worth]
+        free = [row for row in np.flatnonzero(column).tolist() if row not in engine.mover._worth]
         if engine.mover.channel.write_row in free:
             free.remove(engine.mover.channel.write_row)
         assert set(free) <= set(space.rows.tolist())

@@ -1,4 +1,4 @@
-"""FIFO, LRU over items, and what both have in common with others."""
+"""LRU and FIFO over items, and what all policies without foresight have in common."""
 
 from __future__ import annotations
 
