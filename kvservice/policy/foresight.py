@@ -16,30 +16,28 @@ from typing import ClassVar
 import numpy as np
 
 from kvservice.blocks import Rows, TierName
-from kvservice.policy.base import Hint, Promotion
 from kvservice.policy import hint_times, return_times
+from kvservice.policy.base import Hint, Promotion
 from kvservice.policy.hint_times import HintTimes
 from kvservice.policy.items import NOT_QUEUED, ItemTable
+from kvservice.policy.look_times import LookTimes
 from kvservice.policy.placement import Placement
 from kvservice.policy.queue_waits import QueueWaits
+from kvservice.policy.read_price import ReadPrice
 from kvservice.policy.return_times import ReturnTimes
-from kvservice.policy.survival import Floats
 from kvservice.policy.scores import FETCH, HOLD, KEEP, LATER, Scores
+from kvservice.policy.survival import Floats
 
 _LEAST_RATE = 1e-30  # Returns a second: never.
 _LEAST_S = 1e-6  # A request that is about to run is this far away.
-_LOOKS = 48  # Scores are taken anew when one event came for so many items...
-_LOOK_EVENTS = 16  # ... but not for fewer events than this.
-_OFTEN, _SELDOM = 1024, 32  # Between looks passes at least and at most this part of a typical time until a return.
-_ALL = 4  # So it is with those that DRAM has no use for: one event for so many live items.
+_ALL = 4  # Those that DRAM has no use for are looked at once in a quarter as many events as there are.
+_LEVEL = 48  # What leaves DRAM next is this part of it.
 _DOZE = 0.5  # DRAM has no use for those that will not be worth this share of what leaves it now.
 _LEARNS = 5  # What was seen becomes scores when there is a fifth more of it...
 _LEARN_RETURNS = (16, 1024)  # ... within these numbers of returns.
-_DIRTY = 4.0  # A waiting request may need the SSD that copying it would take: it is worth so much more until it is copied.
+#: While requests wait that may need the SSD, what would have to be copied there first is worth so much more.
+_DIRTY = 4.0
 _LATER_USE = 1e-13  # Among equals, what was used later is worth a little more, and a prefix more than its suffix.
-_PRICES = (0.01, 1.0)  # Of reading a typical item, in hits.
-_BUSY = 0.85  # From this share of its time on that the SSD reads and writes, the price rises, up to all of it.
-_BUSY_MEMORY_S = 60.0
 
 
 class ForesightPolicy(Placement):
@@ -61,21 +59,11 @@ class ForesightPolicy(Placement):
         self._awake = np.zeros(items.row_count, np.bool_)  # In DRAM, or soon worth to be there.
         self._since_all = 0  # Events since all live items were scored, awake or not.
         self._waits = QueueWaits(items.row_count)
-        self._price = _PRICES[0]
-        self._written_bytes = 0
-        self._writing = 0.0  # The share of its time in which the SSD writes.
-        self._mean_bytes = 1.0
+        self._price = ReadPrice(now_s)
+        self._looks = LookTimes(now_s)
         self._all_due = 0
         self._level = 0.0  # The worth of what leaves DRAM next.
         self._ssd_level = 0.0
-        self._events = 0
-        self._events_due = _LOOK_EVENTS
-        self._looked_at_s = now_s
-        self._next_look_s = -math.inf
-        self._next_hinted_s = math.inf
-        self._event_s = math.inf  # Between events, in the mean of the last ones.
-        self._counted = 0
-        self._counted_from_s = now_s
         self._learn_at = _LEARN_RETURNS[0]
         self._passed = 0  # Requests whose turn has come since the queue was looked at.
         self._window = 1
@@ -122,9 +110,8 @@ class ForesightPolicy(Placement):
         if hint is Hint.ENDED:
             self._score(items, np.array((row,)), now_s)
         self._awake[row] = True
+        self._looks.hinted(now_s)
         self._happened(now_s)
-        self._next_hinted_s = min(self._next_hinted_s, now_s + self._hinted_every_s())
-        self.look_at_s = min(self.look_at_s, self._next_hinted_s)
 
     def left(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
         if tier is TierName.SSD:
@@ -140,11 +127,8 @@ class ForesightPolicy(Placement):
             self._awake[row] = False
 
     def _happened(self, now_s: float) -> None:
-        self._events += 1
-        if self._events >= self._events_due:
-            self._next_look_s = now_s
-        if self._next_look_s < self.look_at_s:
-            self.look_at_s = self._next_look_s
+        self._looks.happened(now_s)
+        self.look_at_s = min(self.look_at_s, self._looks.soonest_s)
 
     # What it is worth.
 
@@ -175,7 +159,7 @@ class ForesightPolicy(Placement):
         sizes = np.maximum(items.size_bytes[rows], 1)
         worth: Floats = items.value[rows] / (sizes * coming_s)
         if not lost:
-            worth *= np.where(ahead < self._window, 1.0, np.minimum(self._price / self._mean_bytes * sizes, 1.0))
+            worth *= np.where(ahead < self._window, 1.0, np.minimum(self._price.per_byte * sizes, 1.0))
         return worth
 
     def _score_stored(self, items: ItemTable, row: int) -> None:
@@ -184,7 +168,7 @@ class ForesightPolicy(Placement):
         size = max(items.size_bytes.item(row), 1)
         factor = returns.factor.item(row)
         surprising = self._hints.surprising * self._late.item(row)
-        hold, keep = self._scores.at_once(returns.in_class.item(row), size * self._price / self._mean_bytes / surprising)
+        hold, keep = self._scores.at_once(returns.in_class.item(row), size * self._price.per_byte / surprising)
         wait_s = conditions.queued / conditions.turns_per_s
         dense = items.value.item(row) / size
         self._in_dram[row] = dense / (factor / (hold * surprising) + wait_s)
@@ -199,7 +183,7 @@ class ForesightPolicy(Placement):
         surprising = hints.surprising
         late = self._waits.shorter(sizes * (1 / conditions.ssd_bytes_per_s))
         self._late[rows] = late
-        price = sizes * (self._price / self._mean_bytes) / late
+        price = sizes * self._price.per_byte / late
 
         factor = returns.factor[rows]
         age_s = now_s - returns.since_s[rows]
@@ -213,7 +197,7 @@ class ForesightPolicy(Placement):
         if len(hinted):
             in_class = hints.in_class[rows[hinted]]
             age_s = now_s - hints.since_s[rows[hinted]]
-            ready_s = age_s + reading_s[hinted] + self._hinted_every_s()
+            ready_s = age_s + reading_s[hinted] + self._looks.hinted_every_s
             told = scores.rates(return_times.CLASSES + in_class, age_s, ready_s, price[hinted])
             doubtful = (told[LATER] < rates[LATER, hinted]) & (in_class < hint_times.ENDED)
             for row in rows[hinted[doubtful]].tolist():
@@ -233,18 +217,10 @@ class ForesightPolicy(Placement):
         if not self._started:
             self._start(items, now_s)
         wanted = self._queued_soon(items, queue, now_s) if queue else []
-        if now_s >= min(self._next_look_s, self._next_hinted_s) or self._events >= self._events_due:
+        if now_s >= self._looks.soonest_s:
             wanted += self._look(items, now_s)
-            self._next_hinted_s = now_s + self._hinted_every_s()
-        if not self._hints.expected:
-            self._next_hinted_s = math.inf
-        self.look_at_s = min(self._next_look_s, self._next_hinted_s)
+        self.look_at_s = self._looks.soonest_s
         return wanted
-
-    def _hinted_every_s(self) -> float:
-        """Between looks at what hints announce: short beside the time that they leave."""
-        typical_s = self._returns.typical_s
-        return max(self._hints.soonest_s.item(0) / 8, min(2 * self._event_s, typical_s / _SELDOM), typical_s / _OFTEN)
 
     def _wanted(self, items: ItemTable, rows: Rows, worths: Floats, now_s: float) -> list[Promotion]:
         """Hinted requests are needed as early as such requests come; others in the mean time until they come."""
@@ -280,7 +256,7 @@ class ForesightPolicy(Placement):
         """Takes all worths anew, and matches what is worth fetching with what would leave for it."""
         conditions = items.conditions
         returns = self._returns
-        self._since_all += self._events
+        self._since_all += self._looks.events
         if self._since_all >= self._all_due or self._returns.survival.events >= self._learn_at:
             rows = np.flatnonzero(items.live)
             self._awake[rows] = True
@@ -291,12 +267,12 @@ class ForesightPolicy(Placement):
         else:
             rows = np.flatnonzero(self._awake)
             thinking = rows[returns.since_s[rows] <= now_s]
-        self._set_price(items, now_s - self._looked_at_s)
+        self._looks.looked(len(rows), returns.typical_s, self._hints.soonest_s.item(0), now_s)
         if not len(thinking):
-            self._plan_next_look(len(rows), False, now_s)
+            self._looks.plan(False, False, now_s)
             return []
         sizes = items.size_bytes[thinking]
-        self._mean_bytes = max(float(sizes.sum()) / len(sizes), 1.0)
+        self._price.learn(conditions, float(sizes.sum()) / len(sizes), now_s)
         fetch, later = self._score(items, thinking, now_s)
 
         in_dram = rows[(items.dram_bytes[rows] > 0) & (items.in_use[rows] == 0)]
@@ -305,14 +281,14 @@ class ForesightPolicy(Placement):
         leaves = worths[order]
         free = conditions.dram_capacity_bytes - int((items.dram_bytes[rows] + items.coming_bytes[rows]).sum())
         room = free + np.cumsum(items.dram_bytes[in_dram[order]])  # Once this one and all before it have left.
-        self._level = self._level_at(conditions.dram_capacity_bytes / _LOOKS, free, room, leaves)
+        self._level = self._level_at(conditions.dram_capacity_bytes / _LEVEL, free, room, leaves)
         awake = later > _DOZE * self._level
         self._awake[thinking] = awake | (items.dram_bytes[thinking] > 0)
         if int(items.ssd_bytes.sum()) < 0.95 * conditions.ssd_capacity_bytes:
             self._ssd_level = 0.0
 
         lacks = items.ssd_bytes[thinking] - items.dram_bytes[thinking] - items.coming_bytes[thinking]
-        self._plan_next_look(len(rows), bool((awake & (lacks > 0)).any()), now_s)
+        self._looks.plan(bool((awake & (lacks > 0)).any()), bool(self._hints.expected), now_s)
         wanted = np.flatnonzero((lacks > 0) & (items.in_use[thinking] == 0) & (fetch > self._level))
         if not len(wanted):
             return []
@@ -321,7 +297,7 @@ class ForesightPolicy(Placement):
         leaving = np.searchsorted(room, after)  # The last one that must leave for each, if all before it come.
         costs = np.concatenate([leaves, [math.inf]])[leaving]
         costs = np.where(after <= free, 0.0, costs)
-        readable = conditions.ssd_bytes_per_s * (self._readable_s - conditions.read_backlog_s)
+        readable = conditions.ssd_bytes_per_s * (2 * self._looks.every_s - conditions.read_backlog_s)
         wanted = wanted[(fetch[wanted] > costs) & (after - lacks[wanted] < readable)]
         return self._wanted(items, thinking[wanted], fetch[wanted], now_s)
 
@@ -342,28 +318,3 @@ class ForesightPolicy(Placement):
         self._hints.learn(thinking, now_s)
         self._waits.learn()
         self._scores.learn(self._returns.hazards, self._hints.hazards)
-
-    def _plan_next_look(self, scored: int, something_to_fetch: bool, now_s: float) -> None:
-        """By events; by time only as long as something may have to be fetched though nothing happens."""
-        self._events_due = max(scored // _LOOKS, _LOOK_EVENTS)
-        self._counted += self._events
-        if self._counted >= _LOOK_EVENTS and now_s > self._counted_from_s:
-            self._event_s = (now_s - self._counted_from_s) / self._counted
-            self._counted, self._counted_from_s = 0, now_s
-        typical_s = self._returns.typical_s
-        every_s = min(max(self._event_s * self._events_due, typical_s / _OFTEN), typical_s / _SELDOM)
-        self._next_look_s = now_s + every_s if something_to_fetch else math.inf
-        self._readable_s = 2 * every_s
-        self._looked_at_s = now_s
-        self._events = 0
-
-    def _set_price(self, items: ItemTable, passed_s: float) -> None:
-        """Reading gets dearer while the SSD has no time left for it."""
-        conditions = items.conditions
-        if passed_s > 0:
-            wrote_s = (conditions.written_bytes - self._written_bytes) / conditions.ssd_bytes_per_s
-            self._writing += (wrote_s / passed_s - self._writing) * -math.expm1(-passed_s / _BUSY_MEMORY_S)
-        self._written_bytes = conditions.written_bytes
-        busy = (conditions.read_busy + self._writing - _BUSY) / (1 - _BUSY)
-        least, most = _PRICES
-        self._price = least * (most / least) ** min(max(busy, 0.0), 1.0)

@@ -33,9 +33,7 @@ class HintTimes:
     """The last hint of each item since its last use, and the hazard of its return by the time since then."""
 
     def __init__(self, row_count: int) -> None:
-        self._survivals = {
-            hint: Survival(_CLASSES, _GONE if hint is Hint.ENDED else _SOON, _MEMORY) for hint in _ORDER
-        }
+        self._survivals = {hint: Survival(_CLASSES, _GONE if hint is Hint.ENDED else _SOON, _MEMORY) for hint in _ORDER}
         self.hazards: Floats = np.repeat([_SOON, _SOON, _GONE], _CLASSES, axis=0)
         self.in_class = np.full(row_count, NONE, np.int64)
         self.since_s = np.full(row_count, math.nan)
@@ -55,7 +53,7 @@ class HintTimes:
             self.expected[row] = None
 
     def came(self, row: int, hazard: float, reading_s: float, now_s: float) -> None:
-        """The request came. Without the hint its chance would have been `hazard`; its bytes take `reading_s` to read."""
+        """The request came. Without the hint the chance was `hazard`; its bytes take `reading_s` to read."""
         in_class = self.in_class.item(row)
         announced = 0.0
         if in_class != NONE:

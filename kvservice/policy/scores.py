@@ -46,7 +46,7 @@ class Scores:
         places -= bins
         bins += begins
         low = bins[_PLACE_OF_KIND] + self._kind * _KINDS
-        rates = self._table[low]
+        rates: Floats = self._table[low]
         rates += places[_PLACE_OF_KIND] * (self._table[low + 1] - rates)
         return rates
 

@@ -43,7 +43,8 @@ def places_of(ages_s: Floats) -> Floats:
 
 def bins_of(ages_s: Floats) -> Ints:
     octaves = np.log2(np.maximum(ages_s, BEGINS[1] / 2)) - _FIRST_OCTAVE
-    return np.clip(np.floor(octaves * BINS_PER_OCTAVE) + 1, 0, BIN_COUNT - 1).astype(np.int64)
+    bins: Ints = np.clip(np.floor(octaves * BINS_PER_OCTAVE) + 1, 0, BIN_COUNT - 1).astype(np.int64)
+    return bins
 
 
 _LEAN_PASSED = 16.0  # For each event.

@@ -51,7 +51,7 @@ def played(workload: Workload, on: Machine, *policies: str) -> dict[str, Result]
 
 @pytest.mark.parametrize(("seed", "dram_share"), [(1, 0.05), (2, 0.1), (3, 0.2)])
 def test_with_think_times_alone_it_reaches_what_knowing_their_distribution_allows(seed: int, dram_share: float) -> None:
-    workload = sharegpt(sessions=700, session_rate=1.5, think_s=45.0, seed=seed)
+    workload = sharegpt(sessions=550, session_rate=1.5, think_s=45.0, seed=seed)
     results = played(
         workload, machine(workload, dram_share), *OTHERS, "foresight", "foresight-unlearned", "distribution-bound"
     )

@@ -76,14 +76,17 @@ class Stage:
     def asked(self, at_s: float) -> list[Promotion]:
         """All that it asks for when it looks at everything at this time."""
         self.now_s = at_s
-        self.policy.look_at_s = self.policy._next_look_s = at_s
+        self.policy.look_at_s = self.policy._looks.next_s = at_s
         return list(self.policy.promotions(self.items, [], at_s))
 
     def worth(self, *rows: int, tier: TierName = DRAM) -> list[float]:
         self.asked(self.now_s)
-        return self.policy.retention(self.items, np.array(rows), tier, self.now_s).tolist()
+        worths: list[float] = self.policy.retention(self.items, np.array(rows), tier, self.now_s).tolist()
+        return worths
 
-    def teach(self, gap_s: Callable[[], float], *, returns: int = 1000, lead_s: Callable[[], float] | None = None) -> None:
+    def teach(
+        self, gap_s: Callable[[], float], *, returns: int = 1000, lead_s: Callable[[], float] | None = None
+    ) -> None:
         """The last row comes again and again after such gaps, a typing hint `lead_s` before it."""
         items, at_s = self.items, 0.0
         row = items.row_count - 1

@@ -30,7 +30,7 @@ def survival(classes: int = 1, memory: float = 1e12) -> Survival:
 
 def middle(begin_s: float, end_s: float) -> NDArray[np.int64]:
     """The bins that lie between these ages."""
-    return np.flatnonzero((begin_s <= BEGINS) & (BEGINS + WIDTHS <= end_s))
+    return np.flatnonzero((begin_s <= BEGINS) & (end_s >= BEGINS + WIDTHS))
 
 
 @given(st.floats(0, 1e9))
