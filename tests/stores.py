@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvservice.blocks import Extent, TierName, object_key
+from kvservice.blocks import BlockTable, Extent, TierName, object_key
 from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.policy import LruPolicy, Policy
@@ -67,7 +67,7 @@ class StoreFiles:
     watermarks: Watermarks = NO_WATERMARKS
     limits: StoreLimits = LIMITS
     clock: FakeClock = field(default_factory=FakeClock)
-    policy: Policy = field(default_factory=LruPolicy)
+    policy: Policy[BlockTable] = field(default_factory=LruPolicy)
     calls: FileCalls = field(default_factory=FileCalls)
     share: bool = False  # Whether clients may map the arena.
     shared_memory: Path = field(init=False)

@@ -106,7 +106,7 @@ class BlockStore:
         dram: DramTier,
         ssd: SsdTier | None,
         index: BlockIndex,
-        policy: Policy,
+        policy: Policy[BlockTable],
         clock: Clock,
         counters: Counters,
         executor: Executor,

@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice.blocks import Extent, TierName
+from kvservice.blocks import BlockTable, Extent, TierName
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.policy.base import Policy
@@ -102,7 +102,7 @@ class Promotion:
         room: Room,
         dram: DramTier,
         ssd: SsdTier,
-        policy: Policy,
+        policy: Policy[BlockTable],
         clock: Clock,
         counters: Counters,
         tasks: Tasks,

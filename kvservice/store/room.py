@@ -51,7 +51,7 @@ class Room:
     def __init__(
         self,
         residency: Residency,
-        policy: Policy,
+        policy: Policy[BlockTable],
         clock: Clock,
         tasks: Tasks,
         *,
@@ -217,7 +217,7 @@ class Room:
                 until = marks.high
 
 
-def _lowest(policy: Policy, blocks: BlockTable, rows: Rows, tier: TierName, now_s: float) -> Rows:
+def _lowest(policy: Policy[BlockTable], blocks: BlockTable, rows: Rows, tier: TierName, now_s: float) -> Rows:
     """The rows of least retention, lowest first; not all of them, where there are many."""
     worth = policy.retention(blocks, rows, tier, now_s)
     if len(rows) > _VICTIMS_AHEAD:

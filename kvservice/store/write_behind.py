@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvservice.blocks import Extent, TierName
+from kvservice.blocks import BlockTable, Extent, TierName
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.policy.base import Policy
@@ -50,7 +50,7 @@ class WriteBehind:
         room: Room,
         dram: DramTier,
         ssd: SsdTier,
-        policy: Policy,
+        policy: Policy[BlockTable],
         clock: Clock,
         counters: Counters,
         tasks: Tasks,

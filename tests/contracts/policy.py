@@ -39,18 +39,20 @@ class PolicyContract:
     def blocks(self) -> BlockTable:
         return some_blocks(50)
 
-    def test_it_is_known_by_its_name(self, policy: Policy) -> None:
+    def test_it_is_known_by_its_name(self, policy: Policy[BlockTable]) -> None:
         assert POLICIES[policy.name] is type(policy)
 
     @pytest.mark.parametrize("tier", TierName)
-    def test_every_row_has_one_worth(self, policy: Policy, blocks: BlockTable, tier: TierName) -> None:
+    def test_every_row_has_one_worth(self, policy: Policy[BlockTable], blocks: BlockTable, tier: TierName) -> None:
         for rows in (blocks.live_rows(), blocks.live_rows()[::3], np.empty(0, np.int64)):
             worth = policy.retention(blocks, rows, tier, NOW_S)
             assert worth.shape == rows.shape and worth.dtype == np.float64
             assert np.isfinite(worth).all()
 
     @pytest.mark.parametrize("tier", TierName)
-    def test_a_rows_worth_depends_on_the_state_alone(self, policy: Policy, blocks: BlockTable, tier: TierName) -> None:
+    def test_a_rows_worth_depends_on_the_state_alone(
+        self, policy: Policy[BlockTable], blocks: BlockTable, tier: TierName
+    ) -> None:
         rows = blocks.live_rows()
         worth = policy.retention(blocks, rows, tier, NOW_S)
         order = np.random.default_rng(1).permutation(len(rows))
@@ -60,7 +62,7 @@ class PolicyContract:
 
     @pytest.mark.parametrize("tier", TierName)
     def test_a_prefix_is_worth_no_less_than_what_continues_it(
-        self, policy: Policy, blocks: BlockTable, tier: TierName
+        self, policy: Policy[BlockTable], blocks: BlockTable, tier: TierName
     ) -> None:
         """Without the prefix the rest is of no use, so it must not go first."""
         chain = blocks.live_rows()[10:30]
@@ -68,7 +70,7 @@ class PolicyContract:
         worth = policy.retention(blocks, chain, tier, NOW_S)
         assert (np.diff(worth) <= 0).all()
 
-    def test_it_answers_for_every_row_and_changes_nothing(self, policy: Policy, blocks: BlockTable) -> None:
+    def test_it_answers_for_every_row_and_changes_nothing(self, policy: Policy[BlockTable], blocks: BlockTable) -> None:
         columns = [column for column in vars(blocks).values() if isinstance(column, np.ndarray)]
         for column in columns:
             column.flags.writeable = False
@@ -77,7 +79,7 @@ class PolicyContract:
             assert policy.wants_on_ssd(blocks, row, NOW_S) in (True, False)
         policy.retention(blocks, blocks.live_rows(), TierName.DRAM, NOW_S)
 
-    def test_it_may_be_asked_from_another_thread(self, policy: Policy, blocks: BlockTable) -> None:
+    def test_it_may_be_asked_from_another_thread(self, policy: Policy[BlockTable], blocks: BlockTable) -> None:
         rows = blocks.live_rows()
         answers: list[NDArray[np.float64]] = []
         ask = threading.Thread(target=lambda: answers.append(policy.retention(blocks, rows, TierName.SSD, NOW_S)))

@@ -5,14 +5,31 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from kvservice.config import SETTINGS, environment_name
 from kvservice.counters import HELP
+from kvservice.policy import PLACEMENTS
+from kvservice.simulate.command import simulate
+from kvservice.simulate.command_plan import plan
+from kvservice.simulate.engine import CONTENDERS
+from kvservice.simulate.experiments import EXPERIMENTS
+from kvservice.simulate.result import Result
 
 ROOT = Path(__file__).parents[2]
+VERBS: tuple[Callable[..., None], ...] = (simulate, plan)
+
+
+def program(verb: Callable[..., None]) -> typer.Typer:
+    made = typer.Typer()
+    made.command()(verb)
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +50,10 @@ def named_in(page: str, pattern: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "docs/container.md", "docs/positions.md", "docs/security.md"],
+    [
+        *("README.md", "ARCHITECTURE.md", "CHANGELOG.md"),
+        *(f"docs/{name}.md" for name in ("container", "operating", "policies", "positions", "security")),
+    ],
 )
 def test_every_file_that_a_page_links_to_exists(page: str) -> None:
     folder = (ROOT / page).parent
@@ -74,3 +94,33 @@ def test_the_examples_of_a_page_are_python_and_import_what_there_is(page: str) -
         compile(example, page, "exec")
         lines = [line for line in example.splitlines() if line.startswith(("import ", "from "))]
         exec("\n".join(lines), {})
+
+
+def test_every_policy_is_explained_and_every_policy_that_is_explained_exists() -> None:
+    page = (ROOT / "docs/policies.md").read_text().partition("## Simulating")[0]
+    named = set(re.findall(r"`([a-z0-9-]+)`", page))
+
+    assert set(CONTENDERS) <= named
+    assert named_in("docs/policies.md", r"(?m)^\| `([a-z0-9-]+)` \| what ") == set(PLACEMENTS) - {"foresight-unlearned"}
+
+
+def test_every_option_that_the_page_on_policies_names_is_one_of_its_verbs() -> None:
+    help_text = " ".join(CliRunner(env={"COLUMNS": "200"}).invoke(program(verb), ["--help"]).stdout for verb in VERBS)
+    ours = named_in("docs/policies.md", r"(--[a-z][a-z-]*)") - {"--write", "--quick", "--traces"}  # Of the experiments.
+
+    assert ours <= set(re.findall(r"--[a-z][a-z-]*", help_text))
+
+
+def test_every_figure_that_the_page_on_policies_explains_is_one_of_the_results() -> None:
+    table = (ROOT / "docs/policies.md").read_text().partition("### Figures")[2].partition("### Planning")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`([a-z0-9_]+)`", row)}
+
+    assert named <= {field.name for field in fields(Result)}
+    assert len(named) > 10
+
+
+def test_every_experiment_has_its_section_on_the_page() -> None:
+    sections = set(re.findall(r"<!-- experiment (\w+): begin -->", (ROOT / "docs/policies.md").read_text()))
+
+    assert sections == set(EXPERIMENTS)

@@ -10,23 +10,24 @@ import pytest
 
 from kvservice.blocks import BlockTable, TierName
 from kvservice.policy import LruPolicy, Policy
+from kvservice.policy.base import Recency
 from tests.contracts.policy import NOW_S, PolicyContract
 from tests.stores import OpenStore, some_chain, some_images
 
 
 class TestLru(PolicyContract):
     @pytest.fixture
-    def policy(self) -> Policy:
+    def policy(self) -> Policy[BlockTable]:
         return LruPolicy()
 
-    def test_what_was_used_longest_ago_is_worth_least(self, policy: Policy, blocks: BlockTable) -> None:
+    def test_what_was_used_longest_ago_is_worth_least(self, policy: Policy[BlockTable], blocks: BlockTable) -> None:
         rows = blocks.live_rows()
         blocks.touch(rows[7:8], 5000)
         blocks.touch(rows[3:4], 5001)
         order = rows[np.argsort(policy.retention(blocks, rows, TierName.DRAM, NOW_S))]
         assert order[-2:].tolist() == [rows[7], rows[3]]
 
-    def test_how_often_a_block_was_used_changes_nothing(self, policy: Policy, blocks: BlockTable) -> None:
+    def test_how_often_a_block_was_used_changes_nothing(self, policy: Policy[BlockTable], blocks: BlockTable) -> None:
         rows = blocks.live_rows()
         before = policy.retention(blocks, rows, TierName.SSD, NOW_S)
         blocks.hits[rows[0]] = 1_000_000
@@ -48,10 +49,10 @@ class TestLru(PolicyContract):
 class Refusing(LruPolicy):
     """Wants nothing anywhere."""
 
-    def wants_in_dram(self, blocks: BlockTable, row: int, now_s: float) -> bool:
+    def wants_in_dram(self, items: Recency, row: int, now_s: float) -> bool:
         return False
 
-    def wants_on_ssd(self, blocks: BlockTable, row: int, now_s: float) -> bool:
+    def wants_on_ssd(self, items: Recency, row: int, now_s: float) -> bool:
         return False
 
 

@@ -1,0 +1,320 @@
+"""Our own policy: keep what is likely to come back before its space is needed, by the byte; fetch it in time.
+
+What an item in a tier is worth is the rate of hits that it earns there a second and byte. An item whose request
+waits comes back at a known time. One that its user thinks about comes back as those before it did
+(`return_times`), or as hints had it (`hint_times`), and is worth what `worth` makes of that. A memory that keeps
+the greatest worths lets go of a session soon after its answer, since people do not come back at once, and has it
+read again shortly before they do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from kvservice.blocks import Rows, TierName
+from kvservice.policy import hint_times, return_times
+from kvservice.policy.base import Hint, Promotion
+from kvservice.policy.hint_times import HintTimes
+from kvservice.policy.items import NOT_QUEUED, ItemTable
+from kvservice.policy.look_times import LookTimes
+from kvservice.policy.placement import Placement
+from kvservice.policy.queue_waits import QueueWaits
+from kvservice.policy.read_price import ReadPrice
+from kvservice.policy.return_times import ReturnTimes
+from kvservice.policy.scores import FETCH, HOLD, KEEP, LATER, Scores
+from kvservice.policy.survival import Floats
+
+_LEAST_RATE = 1e-30  # Returns a second: never.
+_LEAST_S = 1e-6  # A request that is about to run is this far away.
+_ALL = 4  # Those that DRAM has no use for are looked at once in a quarter as many events as there are.
+_LEVEL = 48  # What leaves DRAM next is this part of it.
+_DOZE = 0.5  # DRAM has no use for those that will not be worth this share of what leaves it now.
+_LEARNS = 5  # What was seen becomes scores when there is a fifth more of it...
+_LEARN_RETURNS = (16, 1024)  # ... within these numbers of returns.
+#: While requests wait that may need the SSD, what would have to be copied there first is worth so much more.
+_DIRTY = 4.0
+_LATER_USE = 1e-13  # Among equals, what was used later is worth a little more, and a prefix more than its suffix.
+
+
+class ForesightPolicy(Placement):
+    """Learns online; begins with recency. `learning=False`: recency and the queue alone."""
+
+    name: ClassVar[str] = "foresight"
+
+    def __init__(self, learning: bool = True) -> None:
+        self._learning = learning
+        self._started = False
+
+    def _start(self, items: ItemTable, now_s: float) -> None:
+        self._started = True
+        self._returns, self._hints = self._start_learning(items.row_count)
+        self._scores = Scores(self._returns.hazards, self._hints.hazards)
+        self._in_dram = np.zeros(items.row_count)
+        self._on_ssd = np.zeros(items.row_count)
+        self._late = np.ones(items.row_count)  # The chance that it will not be read in time once its request comes.
+        self._awake = np.zeros(items.row_count, np.bool_)  # In DRAM, or soon worth to be there.
+        self._since_all = 0  # Events since all live items were scored, awake or not.
+        self._waits = QueueWaits(items.row_count)
+        self._price = ReadPrice(now_s)
+        self._looks = LookTimes(now_s)
+        self._all_due = 0
+        self._level = 0.0  # The worth of what leaves DRAM next.
+        self._ssd_level = 0.0
+        self._learn_at = _LEARN_RETURNS[0]
+        self._passed = 0  # Requests whose turn has come since the queue was looked at.
+        self._window = 1
+
+    def _start_learning(self, row_count: int) -> tuple[ReturnTimes, HintTimes]:
+        return ReturnTimes(row_count, self._learning), HintTimes(row_count)
+
+    # What happens.
+
+    def queued(self, items: ItemTable, row: int, now_s: float) -> None:
+        if not self._started:
+            self._start(items, now_s)
+        returns = self._returns
+        since_s = returns.since_s.item(row)
+        if self._learning and since_s == since_s:
+            hazard = returns.hazard(row, now_s)
+            self._hints.came(row, hazard, items.size_bytes.item(row) / items.conditions.ssd_bytes_per_s, now_s)
+        returns.came(row, now_s)
+        self._waits.queued(row, now_s)
+        self._happened(now_s)
+        if items.dram_bytes[row] < items.ssd_bytes[row]:
+            self.look_at_s = now_s
+
+    def used(self, items: ItemTable, row: int, now_s: float) -> None:
+        if not self._started:
+            self._start(items, now_s)
+        self._waits.served(row, now_s)
+        self._passed += 1
+        if items.conditions.queued and self._passed * 8 >= self._window:
+            self.look_at_s = now_s
+
+    def stored(self, items: ItemTable, row: int, now_s: float) -> None:
+        if not self._started:
+            self._start(items, now_s)
+        self._returns.waits(row, items.uses.item(row), items.answer_tokens.item(row), now_s)
+        self._score_stored(items, row)
+        self._awake[row] = True
+        self._happened(now_s)
+
+    def hinted(self, items: ItemTable, row: int, hint: Hint, now_s: float) -> None:
+        if not self._started or not self._learning:
+            return
+        self._hints.hinted(row, hint, self._returns.hazard(row, now_s) * self._returns.typical_s, now_s)
+        if hint is Hint.ENDED:
+            self._score(items, np.array((row,)), now_s)
+        self._awake[row] = True
+        self._looks.hinted(now_s)
+        self._happened(now_s)
+
+    def left(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
+        if tier is TierName.SSD:
+            self._ssd_level = self._on_ssd.item(row)
+
+    def forgotten(self, items: ItemTable, row: int, now_s: float) -> None:
+        if self._started:
+            self._returns.forgotten(row, now_s)
+            self._hints.ceased(row, now_s)
+            self._waits.forgotten(row)
+            self._in_dram[row] = self._on_ssd[row] = 0.0
+            self._late[row] = 1.0
+            self._awake[row] = False
+
+    def _happened(self, now_s: float) -> None:
+        self._looks.happened(now_s)
+        self.look_at_s = min(self.look_at_s, self._looks.soonest_s)
+
+    # What it is worth.
+
+    def retention(self, items: ItemTable, rows: Rows, tier: TierName, now_s: float) -> Floats:
+        if not self._started:
+            return items.access_seq[rows].astype(np.float64)
+        lost = tier is TierName.SSD or not items.conditions.ssd_capacity_bytes
+        worth = (self._on_ssd if lost else self._in_dram)[rows]
+        waiting = np.flatnonzero(items.queue_seq[rows] != NOT_QUEUED)
+        if len(waiting):
+            worth[waiting] = self._worth_queued(items, rows[waiting], lost)
+        if not lost and items.conditions.queued:  # To copy it now would keep the SSD from reading for others.
+            worth *= np.where(items.ssd_bytes[rows] < items.dram_bytes[rows], _DIRTY, 1.0)
+        worth *= 1 + _LATER_USE * items.access_seq[rows]
+        return worth
+
+    def wants_in_dram(self, items: ItemTable, row: int, now_s: float) -> bool:
+        return self._started and self._in_dram.item(row) >= self._level
+
+    def wants_on_ssd(self, items: ItemTable, row: int, now_s: float) -> bool:
+        return not self._started or (self._on_ssd.item(row) >= self._ssd_level and not self._hints.gone(row))
+
+    def _worth_queued(self, items: ItemTable, rows: Rows, lost: bool) -> Floats:
+        """A request that waits is a hit at a known time. What can still be read in time is worth the read alone."""
+        conditions = items.conditions
+        ahead = items.queue_seq[rows] - conditions.served
+        coming_s = np.maximum(ahead / conditions.turns_per_s, _LEAST_S)
+        sizes = np.maximum(items.size_bytes[rows], 1)
+        worth: Floats = items.value[rows] / (sizes * coming_s)
+        if not lost:
+            worth *= np.where(ahead < self._window, 1.0, np.minimum(self._price.per_byte * sizes, 1.0))
+        return worth
+
+    def _score_stored(self, items: ItemTable, row: int) -> None:
+        """The worths of what was just used, as `_score` takes them at age 0."""
+        returns, conditions = self._returns, items.conditions
+        size = max(items.size_bytes.item(row), 1)
+        factor = returns.factor.item(row)
+        surprising = self._hints.surprising * self._late.item(row)
+        hold, keep = self._scores.at_once(returns.in_class.item(row), size * self._price.per_byte / surprising)
+        wait_s = conditions.queued / conditions.turns_per_s
+        dense = items.value.item(row) / size
+        self._in_dram[row] = dense / (factor / (hold * surprising) + wait_s)
+        self._on_ssd[row] = dense / (factor / keep + wait_s)
+
+    def _score(self, items: ItemTable, rows: Rows, now_s: float) -> tuple[Floats, Floats]:
+        """Takes the worths of `rows` anew. Returns what it is worth to fetch each of them now, and at best later."""
+        conditions = items.conditions
+        returns, hints, scores = self._returns, self._hints, self._scores
+        sizes = np.maximum(items.size_bytes[rows], 1)
+        reading_s = (sizes - items.dram_bytes[rows]) * (1 / conditions.ssd_bytes_per_s) + conditions.read_backlog_s
+        surprising = hints.surprising
+        late = self._waits.shorter(sizes * (1 / conditions.ssd_bytes_per_s))
+        self._late[rows] = late
+        price = sizes * self._price.per_byte / late
+
+        factor = returns.factor[rows]
+        age_s = now_s - returns.since_s[rows]
+        rates = scores.rates(returns.in_class[rows], age_s / factor, (age_s + reading_s) / factor, price / surprising)
+        rates[HOLD] *= surprising
+        rates[FETCH] *= surprising
+        rates[LATER] *= surprising
+        rates /= factor
+
+        hinted = np.flatnonzero(hints.in_class[rows] != hint_times.NONE)
+        if len(hinted):
+            in_class = hints.in_class[rows[hinted]]
+            age_s = now_s - hints.since_s[rows[hinted]]
+            ready_s = age_s + reading_s[hinted] + self._looks.hinted_every_s
+            told = scores.rates(return_times.CLASSES + in_class, age_s, ready_s, price[hinted])
+            doubtful = (told[LATER] < rates[LATER, hinted]) & (in_class < hint_times.ENDED)
+            for row in rows[hinted[doubtful]].tolist():
+                hints.expected.pop(row, None)
+            rates[:, hinted] = np.where(in_class >= hint_times.ENDED, told, np.maximum(told, rates[:, hinted]))
+
+        for kind in (HOLD, FETCH, LATER):
+            rates[kind] *= late
+        wait_s = conditions.queued / conditions.turns_per_s
+        worth = items.value[rows] / sizes / (1 / np.maximum(rates, _LEAST_RATE) + wait_s)
+        self._in_dram[rows], self._on_ssd[rows] = worth[HOLD], worth[KEEP]
+        return worth[FETCH], worth[LATER]
+
+    # What shall come.
+
+    def promotions(self, items: ItemTable, queue: Sequence[int], now_s: float) -> Sequence[Promotion]:
+        if not self._started:
+            self._start(items, now_s)
+        wanted = self._queued_soon(items, queue, now_s) if queue else []
+        if now_s >= self._looks.soonest_s:
+            wanted += self._look(items, now_s)
+        self.look_at_s = self._looks.soonest_s
+        return wanted
+
+    def _wanted(self, items: ItemTable, rows: Rows, worths: Floats, now_s: float) -> list[Promotion]:
+        """Hinted requests are needed as early as such requests come; others in the mean time until they come."""
+        hints = self._hints
+        deadlines = now_s + items.value[rows] / (worths * np.maximum(items.size_bytes[rows], 1))
+        hinted = np.flatnonzero(hints.in_class[rows] != hint_times.NONE)
+        if len(hinted):
+            soonest = hints.since_s[rows[hinted]] + hints.soonest_s[hints.in_class[rows[hinted]]]
+            deadlines[hinted] = np.minimum(deadlines[hinted], np.maximum(soonest, now_s))
+        return [Promotion(*each) for each in zip(rows.tolist(), deadlines.tolist(), worths.tolist(), strict=True)]
+
+    def _queued_soon(self, items: ItemTable, queue: Sequence[int], now_s: float) -> list[Promotion]:
+        """Of the requests that wait, as many from the head as DRAM has room for."""
+        self._passed = 0
+        conditions = items.conditions
+        size_of, in_dram, coming, on_ssd = items.size_bytes, items.dram_bytes, items.coming_bytes, items.ssd_bytes
+        room = conditions.dram_capacity_bytes
+        wanted = []
+        ahead = 0
+        for row in queue:
+            ahead = items.queue_seq.item(row) - conditions.served
+            size = size_of.item(row)
+            room -= size
+            if room < 0:
+                break
+            if on_ssd.item(row) > in_dram.item(row) + coming.item(row):
+                coming_s = max(ahead / conditions.turns_per_s, _LEAST_S)  # Positions, not rows: some read several.
+                wanted.append(Promotion(row, now_s + coming_s, items.value.item(row) / (size * coming_s)))
+        self._window = max(ahead, 1)
+        return wanted
+
+    def _look(self, items: ItemTable, now_s: float) -> list[Promotion]:
+        """Takes all worths anew, and matches what is worth fetching with what would leave for it."""
+        conditions = items.conditions
+        returns = self._returns
+        self._since_all += self._looks.events
+        if self._since_all >= self._all_due or self._returns.survival.events >= self._learn_at:
+            rows = np.flatnonzero(items.live)
+            self._awake[rows] = True
+            self._since_all = 0
+            self._all_due = len(rows) // _ALL
+            thinking = rows[returns.since_s[rows] <= now_s]
+            self._learn_if_due(thinking, now_s)
+        else:
+            rows = np.flatnonzero(self._awake)
+            thinking = rows[returns.since_s[rows] <= now_s]
+        self._looks.looked(len(rows), returns.typical_s, self._hints.soonest_s.item(0), now_s)
+        if not len(thinking):
+            self._looks.plan(False, False, now_s)
+            return []
+        sizes = items.size_bytes[thinking]
+        self._price.learn(conditions, float(sizes.sum()) / len(sizes), now_s)
+        fetch, later = self._score(items, thinking, now_s)
+
+        in_dram = rows[(items.dram_bytes[rows] > 0) & (items.in_use[rows] == 0)]
+        worths = self.retention(items, in_dram, TierName.DRAM, now_s)
+        order = np.argsort(worths)
+        leaves = worths[order]
+        free = conditions.dram_capacity_bytes - int((items.dram_bytes[rows] + items.coming_bytes[rows]).sum())
+        room = free + np.cumsum(items.dram_bytes[in_dram[order]])  # Once this one and all before it have left.
+        self._level = self._level_at(conditions.dram_capacity_bytes / _LEVEL, free, room, leaves)
+        awake = later > _DOZE * self._level
+        self._awake[thinking] = awake | (items.dram_bytes[thinking] > 0)
+        if int(items.ssd_bytes.sum()) < 0.95 * conditions.ssd_capacity_bytes:
+            self._ssd_level = 0.0
+
+        lacks = items.ssd_bytes[thinking] - items.dram_bytes[thinking] - items.coming_bytes[thinking]
+        self._looks.plan(bool((awake & (lacks > 0)).any()), bool(self._hints.expected), now_s)
+        wanted = np.flatnonzero((lacks > 0) & (items.in_use[thinking] == 0) & (fetch > self._level))
+        if not len(wanted):
+            return []
+        wanted = wanted[np.argsort(-fetch[wanted])]
+        after = np.cumsum(lacks[wanted])
+        leaving = np.searchsorted(room, after)  # The last one that must leave for each, if all before it come.
+        costs = np.concatenate([leaves, [math.inf]])[leaving]
+        costs = np.where(after <= free, 0.0, costs)
+        readable = conditions.ssd_bytes_per_s * (2 * self._looks.every_s - conditions.read_backlog_s)
+        wanted = wanted[(fetch[wanted] > costs) & (after - lacks[wanted] < readable)]
+        return self._wanted(items, thinking[wanted], fetch[wanted], now_s)
+
+    @staticmethod
+    def _level_at(wanted_bytes: float, free_bytes: int, room: Floats, leaves: Floats) -> float:
+        """What the last one is worth that leaves to make room for so much."""
+        if free_bytes >= wanted_bytes or not len(room):
+            return 0.0
+        return leaves.item(min(int(np.searchsorted(room, wanted_bytes)), len(leaves) - 1))
+
+    def _learn_if_due(self, thinking: Rows, now_s: float) -> None:
+        seen = self._returns.survival.events
+        if seen < self._learn_at:
+            return
+        least, most = _LEARN_RETURNS
+        self._learn_at = seen + min(max(seen // _LEARNS, least), most)
+        self._returns.learn(thinking, now_s)
+        self._hints.learn(thinking, now_s)
+        self._waits.learn()
+        self._scores.learn(self._returns.hazards, self._hints.hazards)

@@ -1,0 +1,37 @@
+"""What a read from SSD costs: next to nothing while the SSD has time, a hit where it has none."""
+
+from __future__ import annotations
+
+import math
+
+from kvservice.policy.items import Conditions
+
+_LEAST, _MOST = 0.01, 1.0  # Of an item of mean size, in hits.
+_BUSY = 0.85  # From this share of its time on that the SSD reads and writes, the price rises, up to all of it.
+_MEMORY_S = 60.0
+
+
+class ReadPrice:
+    """Follows how busy the SSD is."""
+
+    def __init__(self, now_s: float) -> None:
+        self._per_item = _LEAST
+        self._mean_bytes = 1.0
+        self._written_bytes = 0
+        self._writing = 0.0  # The share of its time in which it writes.
+        self._at_s = now_s
+
+    @property
+    def per_byte(self) -> float:
+        """In hits."""
+        return self._per_item / self._mean_bytes
+
+    def learn(self, conditions: Conditions, mean_bytes: float, now_s: float) -> None:
+        passed_s = now_s - self._at_s
+        if passed_s > 0:
+            wrote_s = (conditions.written_bytes - self._written_bytes) / conditions.ssd_bytes_per_s
+            self._writing += (wrote_s / passed_s - self._writing) * -math.expm1(-passed_s / _MEMORY_S)
+        self._written_bytes, self._at_s = conditions.written_bytes, now_s
+        self._mean_bytes = max(mean_bytes, 1.0)
+        busy = (conditions.read_busy + self._writing - _BUSY) / (1 - _BUSY)
+        self._per_item = _LEAST * (_MOST / _LEAST) ** min(max(busy, 0.0), 1.0)

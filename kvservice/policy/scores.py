@@ -1,0 +1,61 @@
+"""Hazards made into rates of return, ready to be read for any age and price of reading."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from kvservice.policy.survival import BIN_COUNT, Floats, Ints, places_of
+from kvservice.policy.worth import fetchable, losable
+
+_LEAST_PRICE = 0.01
+_PRICE_COUNT = 7  # Half an order of magnitude apart. Of one read, in hits.
+_LEVELS_PER_E = 2 / math.log(10)
+_PRICES = _LEAST_PRICE * np.exp(np.arange(_PRICE_COUNT) / _LEVELS_PER_E)
+
+HOLD, FETCH, KEEP, LATER = range(4)
+
+
+class Scores:
+    """Indices by class, price and age, in returns a second.
+
+    HOLD: of staying where what leaves can be read again. FETCH: of being read now. KEEP: of staying where what leaves
+    is lost. LATER: the highest FETCH at this age or any later one.
+    """
+
+    def __init__(self, *hazards: Floats) -> None:
+        self.learn(*hazards)
+
+    def learn(self, *hazards: Floats) -> None:
+        """`hazards` (classes, bins), one group of classes after the other."""
+        every = np.concatenate(hazards)
+        hold, fetch = fetchable(every, _PRICES)
+        later = np.maximum.accumulate(fetch[..., ::-1], axis=-1)[..., ::-1]
+        keep = np.broadcast_to(losable(every)[:, None, :], hold.shape)
+        self._table = np.stack([hold, fetch, keep, later]).reshape(-1)
+        self._kind = hold.size
+
+    def rates(self, classes: Ints, ages_s: Floats, ready_s: Floats, prices: Floats) -> Floats:
+        """Four rows, for items of these classes and ages; fetched now, one would be there at age `ready_s`."""
+        levels = np.rint(np.log(prices * (1 / _LEAST_PRICE)) * _LEVELS_PER_E)
+        begins = classes * _PRICE_COUNT + np.minimum(np.maximum(levels, 0.0), _PRICE_COUNT - 1.0).astype(np.int64)
+        begins *= BIN_COUNT
+        places = places_of(np.array((ages_s, ready_s)))
+        bins = places.astype(np.int64)
+        places -= bins
+        bins += begins
+        low = bins[_PLACE_OF_KIND] + self._kind * _KINDS
+        rates: Floats = self._table[low]
+        rates += places[_PLACE_OF_KIND] * (self._table[low + 1] - rates)
+        return rates
+
+    def at_once(self, in_class: int, price: float) -> tuple[float, float]:
+        """HOLD and KEEP at age 0."""
+        level = min(max(round(math.log(price / _LEAST_PRICE) * _LEVELS_PER_E), 0), _PRICE_COUNT - 1)
+        begins = (in_class * _PRICE_COUNT + level) * BIN_COUNT
+        return self._table.item(begins), self._table.item(begins + KEEP * self._kind)
+
+
+_KINDS = np.arange(4)[:, None]
+_PLACE_OF_KIND = np.array((0, 1, 0, 1))  # HOLD and KEEP are read at the age now, the others when it would be there.

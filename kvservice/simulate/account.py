@@ -1,0 +1,161 @@
+"""What is written down of every turn when its time comes, and the result that follows from it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvservice.simulate import cost
+from kvservice.simulate.mover import Mover
+from kvservice.simulate.result import Result
+from kvservice.simulate.settings import GIB, Machine
+from kvservice.simulate.views import floats, ints
+from kvservice.simulate.workload import Workload
+
+#: By number of the dispatch. Small types: five million turns shall fit beside their trace.
+_COLUMNS = {
+    "turn": np.int32,
+    "wait_s": np.float32,  # From the request's arrival to its turn.
+    "load_s": np.float32,  # From its turn until what was not in DRAM had been read, and its prefill began.
+    "history_tokens": np.int32,
+    "missing_tokens": np.int32,  # Of the history: they are computed again.
+    "queued": np.int32,  # Requests that wait behind it.
+}
+
+
+class Account:
+    """Counts shares as they come; a turn's place in the sums is 1, or its blocks where prefixes are shared."""
+
+    def __init__(self, workload: Workload, machine: Machine, warmup_turns: int) -> None:
+        self._workload = workload
+        self._machine = machine
+        self._began = time.perf_counter()
+        self.warmup_turns = min(warmup_turns, workload.turns)
+        self._columns: dict[str, NDArray[Any]] = {
+            name: np.zeros(workload.turns, dtype) for name, dtype in _COLUMNS.items()
+        }
+        columns = self._columns
+        self.turn, self.queued = ints(columns["turn"]), ints(columns["queued"])
+        self.wait_s, self.load_s = floats(columns["wait_s"]), floats(columns["load_s"])
+        self.history_tokens, self.missing_tokens = ints(columns["history_tokens"]), ints(columns["missing_tokens"])
+        self._new = ints(workload.new_tokens)
+        self._new_is_prompt = workload.shares_prefixes
+        self._link_token_s = machine.kv_bytes_per_token / machine.link_bytes_per_s
+        self._token_s = 1.0 / machine.prefill_tokens_per_s
+        self._decode_s = 1.0 / (machine.decode_tokens_per_s * machine.batch)
+        self.dispatched = 0
+        # All that follows is of the measured turns.
+        self.units = 0  # Turns, or blocks.
+        self.units_with_history = 0
+        self.turns_with_history = 0
+        self.on_time = 0.0
+        self.late = 0.0
+        self.ssd = 0.0
+        self.miss = 0.0
+        self._gpu_s = 0.0
+        self._prefill_s = 0.0
+        self._live_bytes = 0
+        self._live_since_s = 0.0
+        self._live_byte_s = 0.0
+        self._start_s = 0.0
+        self._start_bytes = (0, 0, 0, 0.0)
+
+    def start(self, mover: Mover, now_s: float) -> None:
+        """The warm-up is over."""
+        self.live(0, now_s)
+        self._live_byte_s = 0.0
+        self._start_s = now_s
+        channel = mover.channel
+        self._start_bytes = (channel.read_bytes, channel.written_bytes, mover.promoted_unused_bytes, channel.read_s)
+
+    def prefill_s(self, turn: int, number: int) -> float:
+        """How long the prefill of the dispatch takes, with its history's way from DRAM to the GPU beside it."""
+        history, missing = self.history_tokens[number], self.missing_tokens[number]
+        new = self._new[turn]
+        if self._new_is_prompt:
+            new = max(0, new - history)
+        return max((history - missing) * self._link_token_s, (new + missing) * self._token_s)
+
+    def served(self, number: int, prefill_s: float, output_tokens: int) -> None:
+        """A dispatch takes a GPU for its prefill (waiting for its KV included), and then a place of its batch."""
+        if number >= self.warmup_turns:
+            self._prefill_s += prefill_s
+            self._gpu_s += prefill_s + output_tokens * self._decode_s
+
+    def live(self, change_bytes: int, now_s: float) -> None:
+        """The KV of sessions that go on grew, or shrank where one ended."""
+        self._live_byte_s += self._live_bytes * (now_s - self._live_since_s)
+        self._live_since_s = now_s
+        self._live_bytes += change_bytes
+
+    def result(self, name: str, mover: Mover, now_s: float) -> Result:
+        workload, machine = self._workload, self._machine
+        self.live(0, now_s)
+        measured = slice(self.warmup_turns, self.dispatched)
+        turn, wait_s, load_s, history, missing, queued = (self._columns[c][measured] for c in _COLUMNS)
+        new = workload.new_tokens[turn]
+        if workload.shares_prefixes:
+            new = np.maximum(new - history, 0)
+        loaded_s = (history - missing) * (machine.kv_bytes_per_token / machine.link_bytes_per_s)
+        computed_s = (new + missing) / machine.prefill_tokens_per_s
+        service_s = load_s + np.maximum(loaded_s, computed_s)
+        ttft_s = wait_s + service_s
+        prompt = float((history.astype(np.float64) + new).sum())
+        gpu_hours = self._gpu_s * machine.gpus / 3600
+        elapsed_s = max(now_s - self._start_s, 1e-9)
+        channel = mover.channel
+        read, written, unused, read_s = self._start_bytes
+        read_gb = (channel.read_bytes - read) / GIB
+        written_gb = (channel.written_bytes - written) / GIB
+        hits = self.on_time + self.late + self.ssd
+        known = max(self.units_with_history, 1)
+        ttft_p50, ttft_p99 = _quantiles(ttft_s)
+        service_p50, service_p99 = _quantiles(service_s)
+        queue_p50, queue_p99 = _quantiles(queued)
+        seconds = time.perf_counter() - self._began
+        return Result(
+            policy=name,
+            turns=len(turn),
+            turns_with_history=self.turns_with_history,
+            hit_rate=hits / max(self.units, 1),
+            hit_rate_history=hits / known,
+            dram_on_time=self.on_time / known,
+            dram_late=self.late / known,
+            ssd=self.ssd / known,
+            miss=self.miss / known,
+            ttft_mean_s=_mean(ttft_s),
+            ttft_p50_s=ttft_p50,
+            ttft_p99_s=ttft_p99,
+            service_ttft_mean_s=_mean(service_s),
+            service_ttft_p50_s=service_p50,
+            service_ttft_p99_s=service_p99,
+            prefill_tokens_per_s=prompt / self._prefill_s if self._prefill_s else 0.0,
+            gpu_hours=gpu_hours,
+            cost_dollars=cost.dollars(gpu_hours / machine.gpus, machine),
+            storage_share_of_cost=cost.storage_share(machine),
+            read_gb=read_gb,
+            ssd_written_gb=written_gb,
+            moved_gb=read_gb + written_gb,
+            promoted_unused_gb=(mover.promoted_unused_bytes - unused) / GIB,
+            queue_p50=queue_p50,
+            queue_p99=queue_p99,
+            live_gb_mean=self._live_byte_s / elapsed_s / GIB,
+            read_busy=min(1.0, (channel.read_s - read_s) / elapsed_s),
+            simulated_s=elapsed_s,
+            seconds=seconds,
+            turns_simulated_per_s=self.dispatched / max(seconds, 1e-9),
+        )
+
+
+def _mean(values: NDArray[Any]) -> float:
+    return float(values.mean(dtype=np.float64)) if len(values) else 0.0
+
+
+def _quantiles(values: NDArray[Any]) -> tuple[float, float]:
+    if not len(values):
+        return 0.0, 0.0
+    p50, p99 = np.quantile(values, (0.5, 0.99))
+    return float(p50), float(p99)

@@ -1,0 +1,118 @@
+"""``kvctl simulate``: what each policy would make of a load, on a machine of these sizes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from kvservice.simulate import command_output as output
+from kvservice.simulate import plot
+from kvservice.simulate.command_options import LoadOptions, RateOptions, SizeOptions
+from kvservice.simulate.command_parts import fail, policies, with_options
+from kvservice.simulate.engine import CONTENDERS
+from kvservice.simulate.engine import simulate as run
+from kvservice.simulate.result import Result
+from kvservice.simulate.settings import Machine
+from kvservice.simulate.workload import Workload
+
+#: What the sizes of a sweep are multiplied by.
+SWEEP = (0.25, 0.5, 1.0, 2.0, 4.0)
+
+Sweep = Literal["dram", "ssd"]
+
+
+@with_options
+def simulate(
+    load: LoadOptions,
+    policy: Annotated[
+        str, typer.Option("--policy", metavar="NAME[,NAME...]", help=f"Who places the KV: {', '.join(CONTENDERS)}.")
+    ],
+    sizes: SizeOptions,
+    rates: RateOptions,
+    plot_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot",
+            metavar="FILE",
+            help="Also draw hit rate and time to the first token against capacity, as .svg, .png or .pdf.",
+        ),
+    ] = None,
+    sweep: Annotated[
+        Sweep | None, typer.Option("--sweep", help="Whose capacity --plot changes.", show_default="dram")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
+) -> None:
+    """Play a load against placement policies, and tell what each has in DRAM in time.
+
+    Sizes are binary: a GB is a GiB, an MB a MiB.
+
+    Among the names are bounds. none recomputes everything, infinite has an endless DRAM.
+    optimum knows the future, distribution-bound the true distribution of return times.
+    """
+    names = policies(policy)
+    if plot_file is None and sweep is not None:
+        raise typer.BadParameter("says what --plot draws: give --plot too", param_hint="--sweep")
+    swept: Sweep = sweep or "dram"
+    if plot_file is not None:
+        _check_plot(plot_file, swept, sizes)
+    machine = rates.machine(sizes.dram_gb, sizes.ssd_gb)
+    workload = load.workload()
+    factors = SWEEP if plot_file is not None else (1.0,)
+    found = _play(workload, machine, names, load.warmup_turns, swept, factors)
+    if plot_file is not None:
+        capacities_gb = [factor * (sizes.dram_gb if swept == "dram" else sizes.ssd_gb) for factor in factors]
+        plot.against_capacity(
+            plot_file,
+            [(name, [found[name, factor] for factor in factors]) for name in names],
+            capacities_gb,
+            tier=swept,
+            title=workload.name,
+        )
+    results = [found[name, 1.0] for name in names]
+    if as_json:
+        output.print_json([output.as_json(each) for each in results])
+    else:
+        output.print_results(results)
+
+
+def _check_plot(file: Path, sweep: Sweep, sizes: SizeOptions) -> None:
+    """Nothing of this shall be found out at the end."""
+    if file.suffix not in plot.SUFFIXES:
+        raise typer.BadParameter(f"{file} does not end in {', '.join(plot.SUFFIXES)}", param_hint="--plot")
+    if not file.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {file.parent}", param_hint="--plot")
+    if (sizes.dram_gb if sweep == "dram" else sizes.ssd_gb) == 0:
+        raise typer.BadParameter(f"--{sweep}-gb is 0: there is no capacity to change", param_hint="--sweep")
+    if not plot.is_available():
+        fail("--plot needs matplotlib, which is not installed. Install it: pip install 'kvservice[plot]'.")
+
+
+def _play(
+    workload: Workload,
+    machine: Machine,
+    names: list[str],
+    warmup_turns: int,
+    sweep: Sweep,
+    factors: tuple[float, ...],
+) -> dict[tuple[str, float], Result]:
+    found = {}
+    with output.progress() as progress:
+        task = progress.add_task("", total=len(names) * len(factors))
+        for name in names:
+            for factor in factors:
+                progress.update(task, description=name)
+                sized = scaled(machine, sweep, factor)
+                result = run(workload, sized, name, warmup_turns=warmup_turns)
+                found[name, factor] = replace(result, policy=name)  # A policy has variants by other names.
+                progress.advance(task)
+    return found
+
+
+def scaled(machine: Machine, tier: Sweep, factor: float) -> Machine:
+    """The machine with `factor` times of one tier."""
+    if tier == "dram":
+        return replace(machine, dram_bytes=round(machine.dram_bytes * factor))
+    return replace(machine, ssd_bytes=round(machine.ssd_bytes * factor))

@@ -1,0 +1,98 @@
+"""How the simulator's verbs print: tables for people, one JSON document for programs, progress on a terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from kvservice.simulate.result import Result
+
+_TABLE_WIDTH_MIN = 140
+
+
+def print_json(document: object) -> None:
+    print(json.dumps(document, indent=2, allow_nan=False))
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    """All fields. What nothing was seen of (a share of no turns) is None: JSON has no NaN."""
+    return {name: plain(value) for name, value in asdict(result).items()}
+
+
+def plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_results(results: Iterable[Result]) -> None:
+    """The figures that tell policies apart."""
+    columns = ("hits", "of history", "on time", "late", "ssd", "miss", "ttft p50", "p99", "written", "moved", "queue")
+    rows = table("policy", *columns, "turns/s", right=(*columns, "turns/s"))
+    first = None
+    for each in results:
+        first = first or each
+        rows.add_row(
+            each.policy,
+            *map(share, (each.hit_rate, each.hit_rate_history, each.dram_on_time, each.dram_late, each.ssd, each.miss)),
+            seconds(each.ttft_p50_s),
+            seconds(each.ttft_p99_s),
+            size(each.ssd_written_gb),
+            size(each.moved_gb),
+            f"{each.queue_p50:.0f}",
+            f"{each.turns_simulated_per_s:,.0f}",
+        )
+    out = console()
+    out.print(rows)
+    if first is not None:
+        out.print(
+            f"\n{first.turns:,} turns were measured, {first.turns_with_history:,} of them with history: on time, late, "
+            f"ssd and miss are shares of these.\nTime to the first token counts from the request on, waiting included."
+        )
+
+
+def share(value: float) -> str:
+    return f"{value:.1%}" if math.isfinite(value) else "-"
+
+
+def seconds(value: float) -> str:
+    if not math.isfinite(value):
+        return "-"
+    return f"{value * 1000:.0f} ms" if value < 1 else f"{value:,.1f} s"
+
+
+def size(size_gb: float) -> str:
+    return f"{size_gb / 1024:,.1f} TiB" if size_gb >= 1024 else f"{size_gb:.4g} GiB"
+
+
+def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for name in columns:
+        made.add_column(name, justify="right" if name in right else "left", no_wrap=True)
+    return made
+
+
+def console() -> Console:
+    found = Console(highlight=False)
+    found.width = max(found.width, _TABLE_WIDTH_MIN)
+    return found
+
+
+def progress() -> Progress:
+    """On stderr, and only on a terminal."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )

@@ -1,0 +1,300 @@
+"""Plays a workload on a machine with one policy: arrivals, the queue, the server, and what moves between."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvservice.policy.items import Conditions, ItemTable
+from kvservice.policy.placement import Placement
+from kvservice.simulate.account import Account
+from kvservice.simulate.bounds import Bound
+from kvservice.simulate.mover import Mover
+from kvservice.simulate.policies import CONTENDERS, plays
+from kvservice.simulate.prefixes import PrefixTurns
+from kvservice.simulate.residency import overrides
+from kvservice.simulate.result import Result, best_of
+from kvservice.simulate.server import CALLED, server_of
+from kvservice.simulate.sessions import SessionTurns
+from kvservice.simulate.settings import Machine
+from kvservice.simulate.views import floats, ints
+from kvservice.simulate.workload import Workload
+
+
+def simulate(workload: Workload, machine: Machine, policy: Placement | str, *, warmup_turns: int = 0) -> Result:
+    """Play all of it. Turns count from the `warmup_turns`th on whose time comes.
+
+    A policy by name is made for this run (`kvservice.simulate.policies`); one that is given must be fresh.
+    Raises ValueError for an unknown name, and for a workload or a machine that cannot be.
+    """
+    if isinstance(policy, Placement):
+        return _play(workload, machine, policy, warmup_turns)
+    results = []
+    for play in plays(policy, workload, machine):
+        results.append(_play(workload, machine, play, warmup_turns))
+        if results[-1].dram_on_time == 1.0:
+            break  # Nothing is better.
+    return best_of(results)
+
+
+def _play(workload: Workload, machine: Machine, policy: Placement, warmup_turns: int) -> Result:
+    played_on = policy.plays_on(machine) if isinstance(policy, Bound) else machine
+    paid = machine if played_on.dram_bytes > machine.dram_bytes else played_on
+    return Engine(workload, played_on, policy, warmup_turns, paid).run()
+
+
+#: The busy share of the channel is a mean over about so long.
+_MEASURE_S = 60.0
+#: Two sums of the same seconds may differ by so much.
+_LATER_S = 1e-6
+
+
+@dataclass(slots=True, order=True)
+class _Called:
+    """A turn whose time came before its KV was there, where others may go first."""
+
+    loaded_s: float
+    turn: int
+    number: int
+    called_s: float
+
+
+class Engine:
+    """One run."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        machine: Machine,
+        policy: Placement,
+        warmup_turns: int = 0,
+        paid: Machine | None = None,
+    ) -> None:
+        """The cost is that of the machine `paid`, where it is not the one that is played on."""
+        self.workload = workload
+        self.machine = machine
+        self.policy = policy
+        session = workload.session
+        firsts = np.flatnonzero(np.diff(session, prepend=-1)).astype(np.int32)
+        first_at = workload.arrives_s[firsts]
+        if (np.diff(session) < 0).any():
+            raise ValueError("a session's turns do not stand together")
+        if np.isnan(first_at).any():
+            raise ValueError("a session's first turn has no time of arrival")
+        order = np.argsort(first_at, kind="stable")
+        self._firsts = firsts[order]
+        self._first_at = first_at[order]
+        after, begins = _hints_by_gap(workload)
+        self._hint_after, self._hint_begins = ints(after), ints(begins)
+        self._hint_turn, self._hint_lead_s = ints(workload.hints.turn), floats(workload.hints.lead_s)
+        self._hint_kind = ints(workload.hints.kind)
+        self.now_s = float(self._first_at[0]) if len(order) else 0.0
+        self.conditions = Conditions(machine.dram_bytes, machine.ssd_bytes, machine.ssd_bytes_per_s)
+        self.server = server_of(machine)
+        row_count = len(workload.item_blocks) if workload.shares_prefixes else workload.sessions
+        self.items = ItemTable(row_count, self.conditions)
+        block_bytes = workload.block_tokens * machine.kv_bytes_per_token
+        self.mover = Mover(self.items, machine, policy, block_bytes, self.now_s)
+        self.account = Account(workload, paid or machine, warmup_turns)
+        kind = PrefixTurns if workload.shares_prefixes else SessionTurns
+        self.reads = kind(workload, machine, policy, self.items, self.mover, self.account)
+        self._queue: deque[int] = deque()
+        self._rows: deque[int] = deque()  # The same by rows, for a policy that looks ahead.
+        self._called: list[_Called] = []
+        # When what happens: a turn's answer ends (below the count of turns), it comes, a hint comes, it expires.
+        self._events: list[tuple[float, int]] = []
+        self._number = 0  # Of the next request that comes.
+        self._ended = 0
+        self._foretell = getattr(policy, "foretell", None)
+        self._expires = math.isfinite(machine.session_ttl_s)
+        self._looks = overrides(policy, "promotions")
+        self._session, self._outputs = ints(session), ints(workload.output_tokens)
+        self._arrives_s, self._think_s = floats(workload.arrives_s), floats(workload.think_s)
+        self._came_at_s = floats(np.zeros(workload.sessions))
+        self._measured_s, self._measured_read_s = self.now_s, 0.0
+
+    def run(self) -> Result:
+        """Play the workload to its end."""
+        policy, server, queue, called, events = self.policy, self.server, self._queue, self._called, self._events
+        advance = self.mover.channel.advance
+        dispatch = self._dispatch_ready if self.machine.readiness_aware else self._dispatch_first
+        push, pop = heapq.heappush, heapq.heappop
+        turn_count = self.workload.turns
+        firsts, first_at_s = iter(ints(self._firsts)), itertools.chain(floats(self._first_at), [math.inf])
+        next_first_s = next(first_at_s)
+        now_s = self.now_s
+        self.account.start(self.mover, now_s)
+        self.conditions.turns_per_s = server.turns_per_s
+        while self._ended < turn_count:
+            when = events[0][0] if events else math.inf
+            if next_first_s < when:
+                when = next_first_s
+            if queue or called:
+                at = server.free_at_s
+                if at < now_s:
+                    at = now_s
+                if called and not queue:
+                    at = max(at, called[0].loaded_s)
+                if at < when and at <= policy.look_at_s:
+                    now_s = at
+                    advance(now_s)
+                    taken = dispatch(now_s)
+                    if taken is not None:
+                        push(events, taken)
+                    continue
+            if policy.look_at_s < when:
+                now_s = max(now_s, policy.look_at_s)
+                advance(now_s)
+                self._look(now_s)
+                continue
+            now_s = when
+            advance(now_s)
+            if next_first_s == when:
+                next_first_s = next(first_at_s)
+                self._came(next(firsts), now_s)
+                continue
+            event = pop(events)[1]
+            if event < turn_count:
+                self._answered(event, now_s)
+            elif event < 2 * turn_count:
+                self._came(event - turn_count, now_s)
+            else:
+                self._hinted_or_expired(event - 2 * turn_count, now_s)
+        advance(now_s)
+        return self.account.result(policy.name, self.mover, now_s)
+
+    def _came(self, turn: int, now_s: float) -> None:
+        """The turn's request has come."""
+        self._came_at_s[self._session[turn]] = now_s
+        self._queue.append(turn)
+        if self._looks:
+            self._rows.extend(self.reads.rows(turn))
+        self.conditions.queued = len(self._queue)
+        self.reads.came(turn, self._number, now_s)
+        self._number += 1
+
+    def _answered(self, turn: int, now_s: float) -> None:
+        """The turn's answer has ended: when its session's next request and the hints before it come is known now."""
+        self._ended += 1
+        self.server.ended()
+        following, turn_count, session = turn + 1, self.workload.turns, self._session[turn]
+        goes_on = following < turn_count and self._session[following] == session
+        at = math.inf
+        if goes_on:
+            at = self._arrives_s[following]
+            if at != at:
+                at = now_s + self._think_s[following]
+            elif at < now_s:
+                at = now_s
+            heapq.heappush(self._events, (at, turn_count + following))
+        if self._foretell is not None:
+            self._foretell(session, at)
+        self.reads.stored(turn, not goes_on, now_s)
+        if self._hint_begins:
+            self._plan_hints(turn, at, now_s)
+        if self._expires:
+            expires_at_s = now_s + self.machine.session_ttl_s
+            heapq.heappush(self._events, (expires_at_s, 2 * turn_count + len(self._hint_after) + turn))
+
+    def _hinted_or_expired(self, number: int, now_s: float) -> None:
+        """By number the hints, and after them the turns whose sessions may have been idle for too long."""
+        hint_count = len(self._hint_after)
+        if number < hint_count:
+            self.reads.hinted(self._hint_after[number], self._hint_kind[number], now_s)
+        else:
+            self.reads.expire(number - hint_count, now_s - self.machine.session_ttl_s + _LATER_S, now_s)
+
+    def _dispatch_first(self, now_s: float) -> tuple[float, int]:
+        """The first in the queue gets the server. Returns when its answer ends, and the turn."""
+        turn, number, loaded_s = self._call(now_s)
+        return self._take(turn, number, now_s, loaded_s, now_s)
+
+    def _dispatch_ready(self, now_s: float) -> tuple[float, int] | None:
+        """The server goes to the first whose KV is there. Nobody waits for long: a KV that is read first comes soon.
+
+        None where the first in the queue was called only: its KV is read, and another may have the server.
+        """
+        called = self._called
+        if called:
+            soonest = called[0]
+            if soonest.loaded_s <= now_s or len(called) >= CALLED or not self._queue:
+                heapq.heappop(called)
+                return self._take(soonest.turn, soonest.number, soonest.called_s, soonest.loaded_s, now_s)
+        turn, number, loaded_s = self._call(now_s)
+        if loaded_s > now_s:
+            heapq.heappush(called, _Called(loaded_s, turn, number, now_s))
+            return None
+        return self._take(turn, number, now_s, loaded_s, now_s)
+
+    def _call(self, now_s: float) -> tuple[int, int, float]:
+        """The time of the first in the queue has come. Returns its turn, its number, and when its KV is there."""
+        account, conditions = self.account, self.conditions
+        turn = self._queue.popleft()
+        number = account.dispatched
+        if number == account.warmup_turns:
+            account.start(self.mover, now_s)
+        if self._looks:
+            for _ in self.reads.rows(turn):
+                self._rows.popleft()
+            self._measure(now_s)
+        conditions.served = number + 1
+        conditions.queued = len(self._queue)
+        wanted = self.reads.dispatch(turn, now_s)
+        account.turn[number] = turn
+        account.wait_s[number] = now_s - self._came_at_s[self._session[turn]]
+        account.queued[number] = len(self._queue)
+        account.dispatched = number + 1
+        return turn, number, self.mover.channel.demand(wanted) if wanted else now_s
+
+    def _take(self, turn: int, number: int, called_s: float, loaded_s: float, now_s: float) -> tuple[float, int]:
+        account = self.account
+        prefill_s = account.prefill_s(turn, number)
+        begins_s, ends_s = self.server.take(now_s, loaded_s, prefill_s, self._outputs[turn])
+        self.conditions.turns_per_s = self.server.turns_per_s
+        account.load_s[number] = begins_s - called_s
+        account.served(number, begins_s - now_s + prefill_s, self._outputs[turn])
+        return ends_s, turn
+
+    def _look(self, now_s: float) -> None:
+        policy, mover = self.policy, self.mover
+        self._measure(now_s)
+        for row, deadline_s, worth in policy.promotions(self.items, self._rows, now_s):
+            mover.promote(row, deadline_s, worth)
+        if policy.look_at_s <= now_s:
+            raise RuntimeError(f"{policy.name} did not say when to ask it again")
+
+    def _measure(self, now_s: float) -> None:
+        """What a policy may know of the channel."""
+        channel, conditions = self.mover.channel, self.conditions
+        conditions.read_backlog_s = channel.read_backlog_s()
+        conditions.written_bytes = channel.written_bytes
+        passed_s = now_s - self._measured_s
+        if passed_s >= _MEASURE_S / 64:
+            share = min(1.0, (channel.read_s - self._measured_read_s) / passed_s)
+            conditions.read_busy += (share - conditions.read_busy) * -math.expm1(-passed_s / _MEASURE_S)
+            self._measured_s, self._measured_read_s = now_s, channel.read_s
+
+    def _plan_hints(self, turn: int, next_at_s: float, now_s: float) -> None:
+        for index in range(self._hint_begins[turn], self._hint_begins[turn + 1]):
+            lead_s = self._hint_lead_s[index]
+            at = now_s + lead_s if self._hint_turn[index] < 0 else max(now_s, next_at_s - lead_s)
+            if at < next_at_s:
+                heapq.heappush(self._events, (at, 2 * self.workload.turns + index))
+
+
+def _hints_by_gap(workload: Workload) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """The turn whose answer each hint follows, by which hints are sorted, and where each turn's begin."""
+    turn = workload.hints.turn
+    if not len(turn):
+        return np.empty(0, np.int32), np.empty(0, np.int64)
+    after = np.where(turn >= 0, turn - 1, -turn - 1).astype(np.int32)
+    return after, np.searchsorted(after, np.arange(workload.turns + 1))
+
+
+__all__ = ["CONTENDERS", "Engine", "simulate"]

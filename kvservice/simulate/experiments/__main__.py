@@ -1,0 +1,54 @@
+"""``python -m kvservice.simulate.experiments``: runs what stands in docs/policies.md."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+from pathlib import Path
+
+from kvservice.simulate import plot
+from kvservice.simulate.experiments import EXPERIMENTS, Options
+from kvservice.simulate.experiments.report import Section
+
+
+def main() -> int:
+    """Measure, print, and write what is asked for. Exit code 0 once all is measured, whatever the figures are."""
+    names = ", ".join(EXPERIMENTS)
+    parser = argparse.ArgumentParser(prog="python -m kvservice.simulate.experiments", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {names}; all of them if none is given")
+    parser.add_argument("--quick", action="store_true", help="smaller loads and fewer of them: under two minutes")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="also write the sections into this Markdown file")
+    parser.add_argument(
+        "--traces", type=Path, metavar="FOLDER", help="where mooncake_conversation_trace.jsonl is; skipped without"
+    )
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(EXPERIMENTS):
+        parser.error(f"no experiment is called {', '.join(sorted(unknown))}; there are {names}")
+    if arguments.write is not None and not arguments.write.parent.is_dir():  # Not found out at the end.
+        parser.error(f"--write: there is no folder {arguments.write.parent}")
+    if arguments.traces is not None and not arguments.traces.is_dir():
+        parser.error(f"--traces: there is no folder {arguments.traces}")
+    pictures = arguments.write.parent if arguments.write is not None and plot.is_available() else None
+    options = Options(arguments.quick, arguments.traces, pictures)
+
+    for name in arguments.names or EXPERIMENTS:
+        print(f"measuring {name}", file=sys.stderr, flush=True)
+        began = time.monotonic()
+        section: Section | None = importlib.import_module(f"kvservice.simulate.experiments.{name}").measure(options)
+        if section is None:
+            print(f"{name} is skipped: it needs a trace, see --traces", file=sys.stderr)
+            continue
+        command = f"python -m kvservice.simulate.experiments {name}{' --quick' if arguments.quick else ''}"
+        if section.needs_traces:
+            command += " --traces FOLDER"
+        markdown = section.markdown(command, time.monotonic() - began)
+        print(markdown, end="\n\n", flush=True)
+        if arguments.write is not None:
+            section.write_into(arguments.write, markdown)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""Generated load: conversations like ShareGPT's, and people at an interactive service.
+
+Requests after a session's first come a think time after the answer, so a slow server slows its users down.
+Everything is drawn from one generator: the same seed gives the same workload.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvservice.simulate.generated_hints import typing_hints
+from kvservice.simulate.think_times import Shape, draw, people_mean_s, unit_lognormal
+from kvservice.simulate.workload import AFTER_ANSWER, Workload
+
+# ShareGPT: 27 % of conversations have one turn; the others 2 to 40, 7.51 in the mean, P(n) ~ n^-0.5 0.8961^n.
+_SINGLE_SHARE = 0.27
+_TURNS_MAX = 40
+_TURNS_POWER = -0.5
+_TURNS_DECAY = 0.8961
+# A turn's tokens: 564 in the mean before the limits, times the session's own factor, of which questions are a third.
+# The mean and the factor's spread were searched for so that 47 % of sessions have over 2K tokens and 30 % over 4K.
+_TURN_TOKENS = 564.0
+_SESSION_SIGMA = 1.0
+_SESSION_MEDIAN = np.exp(_SESSION_SIGMA**2 / 2)
+_QUESTION_SHARE = 0.32
+_QUESTION_SIGMA = 1.2
+_QUESTION_TOKENS_MAX = 8192
+_ANSWER_SIGMA = 0.7
+_ANSWER_TOKENS_MAX = 2048
+
+
+def sharegpt(
+    *,
+    sessions: int = 9000,
+    session_rate: float = 1.0,
+    think_s: float = 30.0,
+    shape: Shape = "people",
+    context_tokens: int = 4096,
+    typing_lead_s: tuple[float, float] | None = None,
+    false_hints: float = 0.0,
+    seed: int = 0,
+) -> Workload:
+    """`sessions` conversations that begin as a Poisson process of `session_rate` a second.
+
+    Args:
+        think_s: Mean seconds from the end of an answer to the next request; 0 for none.
+        shape: Of the think times, see `think_times.draw`.
+        context_tokens: The model's window; 0 for no limit.
+        typing_lead_s: (least, most) seconds by which a typing hint goes ahead of each request but the first.
+        false_hints: The share of all hints that is wrong.
+
+    Raises ValueError for what cannot be.
+    """
+    rng = np.random.default_rng(seed)
+    turns = _sharegpt_turns(_count("sessions", sessions), rng)
+    session = np.repeat(np.arange(sessions, dtype=np.int32), turns)
+    count = len(session)
+    tokens = (_TURN_TOKENS * _SESSION_MEDIAN * unit_lognormal(_SESSION_SIGMA, sessions, rng))[session]
+    return _closed_loop(
+        "sharegpt",
+        session=session,
+        begins_s=_poisson(sessions, session_rate, rng),
+        think=_think_times(session, think_s, shape, rng),
+        new_tokens=_whole(tokens * _QUESTION_SHARE * unit_lognormal(_QUESTION_SIGMA, count, rng), _QUESTION_TOKENS_MAX),
+        output_tokens=_whole(
+            tokens * (1 - _QUESTION_SHARE) * unit_lognormal(_ANSWER_SIGMA, count, rng), _ANSWER_TOKENS_MAX
+        ),
+        context_tokens=context_tokens,
+        typing_lead_s=typing_lead_s,
+        false_hints=false_hints,
+        rng=rng,
+    )
+
+
+# The interactive service: 21 to 23 turns a user, p90 45 to 48 (a gamma of this shape, rounded up, has both);
+# queries of 35 and replies of 44 tokens in the mean.
+_PEOPLE_TURNS = 22.0
+_PEOPLE_TURNS_SHAPE = 1.4
+_PEOPLE_QUERY_TOKENS = 35.0
+_PEOPLE_REPLY_TOKENS = 44.0
+_PEOPLE_TOKENS_SIGMA = 0.8
+_PEOPLE_TOKENS_MAX = 4096
+
+
+def people(
+    *,
+    users: int = 2000,
+    user_rate: float = 0.2,
+    start_tokens: float = 2000.0,
+    start_sigma: float = 0.5,
+    think_s: float | None = None,
+    shape: Shape = "people",
+    pace_sigma: float = 0.0,
+    answer_power: float = 0.0,
+    context_tokens: int = 0,
+    typing_lead_s: tuple[float, float] | None = None,
+    false_hints: float = 0.0,
+    seed: int = 0,
+) -> Workload:
+    """The people of a real interactive service: short turns, 22 of them, and think times with a hazard that rises.
+
+    Args:
+        users: Each is one session. They come as a Poisson process of `user_rate` a second.
+        start_tokens: Mean tokens that a session's first request has besides its query: a persona, documents.
+        start_sigma: The spread of that, lognormal over users; 0 for the same everywhere.
+        think_s: Mean seconds from the end of an answer to the next request; None: as in the real service, 0: none.
+        shape: Of the think times, see `think_times.draw`.
+        pace_sigma: Users have a pace of their own: think times of a session times a lognormal factor of mean 1.
+        answer_power: Think times go with this power of the length of the answer before.
+        context_tokens, typing_lead_s, false_hints: As for `sharegpt`.
+
+    Raises ValueError for what cannot be.
+    """
+    rng = np.random.default_rng(seed)
+    scale = _PEOPLE_TURNS - 0.5  # Rounding up adds a half.
+    turns = np.ceil(rng.gamma(_PEOPLE_TURNS_SHAPE, scale / _PEOPLE_TURNS_SHAPE, _count("users", users))).astype(
+        np.int64
+    )
+    session = np.repeat(np.arange(users, dtype=np.int32), np.maximum(turns, 1))
+    count = len(session)
+    queries = _PEOPLE_QUERY_TOKENS * unit_lognormal(_PEOPLE_TOKENS_SIGMA, count, rng)
+    replies = _PEOPLE_REPLY_TOKENS * unit_lognormal(_PEOPLE_TOKENS_SIGMA, count, rng)
+    new_tokens = _whole(queries - 0.5, _PEOPLE_TOKENS_MAX)
+    output_tokens = _whole(replies - 0.5, _PEOPLE_TOKENS_MAX)
+    first = _first_turns(session)
+    new_tokens[first] += np.rint(start_tokens * unit_lognormal(start_sigma, users, rng)).astype(np.int32)
+    think = _think_times(session, people_mean_s() if think_s is None else think_s, shape, rng)
+    if pace_sigma:
+        think *= unit_lognormal(pace_sigma, users, rng)[session]
+    if answer_power:
+        longer = (output_tokens / output_tokens.mean()) ** answer_power
+        think[1:] *= longer[:-1] / longer[:-1].mean()
+    return _closed_loop(
+        "people",
+        session=session,
+        begins_s=_poisson(users, user_rate, rng),
+        think=think,
+        new_tokens=new_tokens,
+        output_tokens=output_tokens,
+        context_tokens=context_tokens,
+        typing_lead_s=typing_lead_s,
+        false_hints=false_hints,
+        rng=rng,
+    )
+
+
+def _closed_loop(
+    name: str,
+    *,
+    session: NDArray[np.int32],
+    begins_s: NDArray[np.float64],
+    think: NDArray[np.float64],
+    new_tokens: NDArray[np.int32],
+    output_tokens: NDArray[np.int32],
+    context_tokens: int,
+    typing_lead_s: tuple[float, float] | None,
+    false_hints: float,
+    rng: np.random.Generator,
+) -> Workload:
+    if context_tokens < 0:
+        raise ValueError(f"context_tokens must not be negative, not {context_tokens}")
+    arrives = np.full(len(session), AFTER_ANSWER)
+    arrives[_first_turns(session)] = begins_s
+    think[_first_turns(session)] = 0.0
+    return Workload(
+        name=name,
+        session=session,
+        arrives_s=arrives,
+        think_s=think,
+        new_tokens=new_tokens,
+        output_tokens=output_tokens,
+        hints=typing_hints(session, think, typing_lead_s, false_hints, rng),
+        context_tokens=context_tokens,
+    )
+
+
+def _sharegpt_turns(sessions: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    counts = np.arange(1, _TURNS_MAX + 1)
+    chance = counts**_TURNS_POWER * _TURNS_DECAY**counts
+    chance[0] = 0.0
+    chance *= (1 - _SINGLE_SHARE) / chance.sum()
+    chance[0] = _SINGLE_SHARE
+    return rng.choice(counts, sessions, p=chance)
+
+
+def _poisson(count: int, rate: float, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Times of `count` arrivals, `rate` of them a second in the mean."""
+    if not 0 < rate < np.inf:
+        raise ValueError(f"arrivals need a rate above 0 a second, not {rate}")
+    return np.cumsum(rng.exponential(1 / rate, count))
+
+
+def _think_times(
+    session: NDArray[np.int32], think_s: float, shape: Shape, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    if not 0 <= think_s < np.inf:
+        raise ValueError(f"think_s must be 0 or more seconds, not {think_s}")
+    return think_s * draw(shape, len(session), rng)
+
+
+def _first_turns(session: NDArray[np.int32]) -> NDArray[np.int64]:
+    return np.flatnonzero(np.diff(session, prepend=-1))
+
+
+def _whole(tokens: NDArray[np.float64], most: int) -> NDArray[np.int32]:
+    """Rounded up: a request has a token, and so has an answer."""
+    return np.clip(np.ceil(tokens), 1, most).astype(np.int32)
+
+
+def _count(name: str, count: int) -> int:
+    if count < 1:
+        raise ValueError(f"{name} must be 1 or more, not {count}")
+    return count

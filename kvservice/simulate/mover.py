@@ -1,0 +1,163 @@
+"""Carries out what a policy decides: requests and promotions move bytes, and what SSD lacks is copied behind them.
+
+Write-behind is the same for every policy: what is in DRAM and not on SSD is copied when the channel has nothing
+better to do, unless the policy does not want it there.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from kvservice.policy.items import ItemTable
+from kvservice.policy.placement import Placement
+from kvservice.simulate.channel import Channel
+from kvservice.simulate.residency import Residency
+from kvservice.simulate.settings import Machine
+from kvservice.simulate.views import bools
+
+
+class Mover(Residency):
+    """Owns what is where. The engine tells it of requests, the channel of transfers."""
+
+    def __init__(
+        self, items: ItemTable, machine: Machine, policy: Placement, block_bytes: int, start_s: float = 0.0
+    ) -> None:
+        super().__init__(items, machine, policy, block_bytes)
+        self.channel = Channel(machine.ssd_bytes_per_s, self, start_s)
+        self._kept_free = int(policy.dram_kept_free * machine.dram_bytes)
+        self._to_write = bools(np.zeros(items.row_count, np.bool_))
+        self._worth: dict[int, float] = {}  # Of promotions.
+
+    # What a request does.
+
+    def stop_promotion(self, row: int) -> None:
+        """What has come of a promotion counts; the rest is not read any more."""
+        del self._worth[row]
+        done, size = self.channel.cancel(row)
+        if size:
+            self._arrive(row, self._aligned(done), size)
+            self.release(row)
+
+    def mark_used(self, row: int) -> None:
+        self._promoted[row] = 0
+
+    def grow(self, row: int, size_bytes: int, now_s: float) -> None:
+        """The whole item is in DRAM, which may be too full by that: `settle` follows."""
+        have = self._dram[row]
+        self._dram[row] = size_bytes
+        self._size[row] = size_bytes
+        self.dram.used_bytes += size_bytes - have
+        if not have and size_bytes:
+            self._came_to_dram(row, now_s)
+
+    def make_room(self, size_bytes: int, now_s: float) -> bool:
+        """Let go what nothing holds until so much is free in DRAM. False: it is not, though something may have left."""
+        return self._free_dram(size_bytes, math.inf, now_s)
+
+    def settle(self, now_s: float) -> None:
+        """Let go what is worth least until DRAM is within its capacity. What was just stored may be among it."""
+        dram = self.dram
+        if dram.used_bytes <= dram.capacity_bytes:
+            return
+        while not self._free_dram(0, math.inf, now_s):
+            self.stop_promotion(self.channel.latest_reading())
+
+    def write_behind(self, row: int) -> None:
+        """Copy what SSD lacks of it, some time."""
+        if self.ssd.capacity_bytes and not self._to_write[row] and self._dram[row] > self._ssd[row]:
+            self._to_write[row] = True
+            self.channel.write(row)
+
+    def store_on_ssd(self, row: int, size_bytes: int, now_s: float) -> None:
+        """The item does not get a place in DRAM: what SSD lacks is written past it, or lost."""
+        self._size[row] = size_bytes
+        self._write_now(row, size_bytes, now_s)
+        self._forget_if_gone(row, now_s)
+
+    def cut_front(self, row: int, cut_bytes: int, now_s: float) -> None:
+        """The oldest bytes of the item are of no use any more: the rest counts from 0."""
+        if self.channel.write_row == row:
+            self._end_write_early()
+        size, dram, ssd = self._size[row], self._dram[row], self._ssd[row]
+        self._size[row] = max(0, size - cut_bytes)
+        self.dram.used_bytes -= dram - max(0, dram - cut_bytes)
+        self.ssd.used_bytes -= ssd - max(0, ssd - cut_bytes)
+        self._dram[row] = max(0, dram - cut_bytes)
+        self._ssd[row] = max(0, ssd - cut_bytes)
+        if not self._dram[row]:
+            self.dram.discard(row)
+        if not self._ssd[row]:
+            self.ssd.discard(row)
+
+    def drop(self, row: int, now_s: float) -> None:
+        """The session has ended: nothing of it is kept anywhere."""
+        if row in self._worth:
+            self.stop_promotion(row)
+        self.cut_front(row, self._size[row], now_s)
+        self._size[row] = 0
+        self._forget_if_gone(row, now_s)
+
+    # Promotions.
+
+    def promote(self, row: int, deadline_s: float, worth: float) -> None:
+        """Ask for what SSD has of the item and DRAM lacks, or change what was asked."""
+        lacks = self._ssd[row] - self._dram[row]
+        if row in self._worth or (lacks > 0 and not self._in_use[row]):
+            self._worth[row] = worth
+            self.channel.promote(row, deadline_s, lacks)
+
+    def is_asked_for(self, row: int) -> bool:
+        return row in self._worth
+
+    def begin_read(self, row: int, now_s: float) -> int:
+        lacks = self._ssd[row] - self._dram[row]
+        worth = self._worth[row]
+        if lacks <= 0:
+            del self._worth[row]
+            return 0
+        self.hold(row)
+        if not self._free_dram(lacks, worth, now_s):
+            room = self.dram.capacity_bytes - self.dram.used_bytes
+            lacks = 0 if self._whole else self._aligned(max(0, room))
+            if not lacks:
+                del self._worth[row]
+                self.release(row)
+                return 0
+        self.dram.used_bytes += lacks
+        self._coming[row] = lacks
+        if self._kept_free:
+            self._free_dram(self._kept_free, worth, now_s)
+        return lacks
+
+    def end_read(self, row: int, size_bytes: int, now_s: float) -> None:
+        del self._worth[row]
+        self._arrive(row, size_bytes, size_bytes)
+        self.release(row)
+
+    def _arrive(self, row: int, come_bytes: int, lent_bytes: int) -> None:
+        self._coming[row] = 0
+        self.dram.used_bytes -= lent_bytes - come_bytes
+        have = self._dram[row]
+        self._dram[row] = have + come_bytes
+        self._promoted[row] += come_bytes
+        if come_bytes and not have:
+            self._came_to_dram(row, self.channel.now_s)
+
+    # Write-behind.
+
+    def begin_write(self, row: int, now_s: float) -> int:
+        self._to_write[row] = False
+        lacks = self._dram[row] - self._ssd[row]
+        if lacks <= 0 or (self._asks_ssd and not self.policy.wants_on_ssd(self.items, row, now_s)):
+            return 0
+        self.ssd.discard(row)  # Its copy makes no room for itself.
+        lacks = self._free_ssd(lacks, now_s)
+        self.ssd.used_bytes += lacks
+        if not lacks:
+            self._ssd_may_leave(row)
+        return lacks
+
+    def end_write(self, row: int, size_bytes: int, now_s: float) -> None:
+        self._came_to_ssd(row, size_bytes, now_s)

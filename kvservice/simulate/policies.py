@@ -1,0 +1,33 @@
+"""Policies and bounds by name, as a run needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from kvservice.policy import PLACEMENTS
+from kvservice.policy.placement import Placement
+from kvservice.simulate.bounds import EverythingKept, NothingKept
+from kvservice.simulate.clairvoyant import optimum_plays
+from kvservice.simulate.distribution_bound import DistributionBound
+from kvservice.simulate.settings import Machine
+from kvservice.simulate.think_times import return_times
+from kvservice.simulate.workload import Workload
+
+BOUNDS: dict[str, Callable[[Workload, Machine], Iterable[Placement]]] = {
+    "none": lambda workload, machine: [NothingKept()],
+    "distribution-bound": lambda workload, machine: [DistributionBound(*return_times(workload))],
+    "optimum": optimum_plays,
+    "infinite": lambda workload, machine: [EverythingKept()],
+}
+
+#: All names, in the order of a table.
+CONTENDERS = ("none", *PLACEMENTS, *(name for name in BOUNDS if name != "none"))
+
+
+def plays(name: str, workload: Workload, machine: Machine) -> Iterable[Placement]:
+    """Fresh policies by name, each for one run; the best run counts. Raises ValueError for an unknown name."""
+    if name in PLACEMENTS:
+        return [PLACEMENTS[name]()]
+    if name in BOUNDS:
+        return BOUNDS[name](workload, machine)
+    raise ValueError(f"no policy is called {name!r}: choose among {', '.join(CONTENDERS)}")

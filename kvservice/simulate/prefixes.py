@@ -1,0 +1,203 @@
+"""Turns that read a path of shared prefixes: items in order, each a run of blocks."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from kvservice.policy.base import Hint
+from kvservice.policy.items import HINTS, NOT_QUEUED, ItemTable
+from kvservice.policy.placement import Placement
+from kvservice.simulate.account import Account
+from kvservice.simulate.mover import Mover
+from kvservice.simulate.residency import overrides
+from kvservice.simulate.settings import Machine
+from kvservice.simulate.views import bools, floats, ints
+from kvservice.simulate.workload import Workload
+
+
+class PrefixTurns:
+    """What happens to the items on a request's path. Its hit ends where a block is in no tier."""
+
+    def __init__(
+        self, workload: Workload, machine: Machine, policy: Placement, items: ItemTable, mover: Mover, account: Account
+    ) -> None:
+        self._items = items
+        self._policy = policy
+        self._mover = mover
+        self._account = account
+        self._block_tokens = workload.block_tokens
+        self._block_bytes = workload.block_tokens * machine.kv_bytes_per_token
+        self._begins = ints(workload.path_begins)
+        self._path = ints(workload.path_items)
+        self._blocks = ints(workload.item_blocks)
+        turns = np.repeat(np.arange(workload.turns, dtype=np.int32), np.diff(workload.path_begins))
+        last = np.zeros(items.row_count, np.int32)
+        np.maximum.at(last, workload.path_items, turns)
+        self._last_turn = ints(last)
+        self._bypass = bools(np.zeros(items.row_count, np.bool_))
+        self._later: dict[int, deque[int]] = {}  # Of rows that more than one request waits for, the later numbers.
+        self._numbers: dict[int, int] = {}  # Of turns that wait.
+        items.value[:] = workload.item_blocks
+        self._size = ints(items.size_bytes)
+        self._dram = ints(items.dram_bytes)
+        self._ssd = ints(items.ssd_bytes)
+        self._in_use = ints(items.in_use)
+        self._access_seq = ints(items.access_seq)
+        self._unwanted = bools(items.unwanted_on_ssd)
+        self._used_at = floats(items.used_at_s)
+        self._uses = ints(items.uses)
+        self._answer = ints(items.answer_tokens)
+        self._output = ints(workload.output_tokens)
+        self._queue_seq = ints(items.queue_seq)
+        self._hint = ints(items.hint)
+        self._hinted_at = floats(items.hinted_at_s)
+        self._ended = bools(items.ended)
+        self._live = bools(items.live)
+        self._accesses = 0
+        self._asks_dram = overrides(policy, "wants_in_dram")
+        self._tells_queued = overrides(policy, "queued")
+        self._tells_used = overrides(policy, "used")
+        self._tells_stored = overrides(policy, "stored")
+        self._tells_hinted = overrides(policy, "hinted")
+
+    def rows(self, turn: int) -> Sequence[int]:
+        """The rows by which the queue shows the request."""
+        return self._path[self._begins[turn] : self._begins[turn + 1]]
+
+    def came(self, turn: int, number: int, now_s: float) -> None:
+        """The request waits now, as the `number`th of all that came."""
+        epoch, touched = self._mover.touches.epoch, self._mover.touched
+        self._numbers[turn] = number
+        for row in self.rows(turn):
+            if self._queue_seq[row] == NOT_QUEUED:
+                self._queue_seq[row] = number
+            else:
+                self._later.setdefault(row, deque()).append(number)
+            self._live[row] = True
+            touched[row] = epoch
+            if self._tells_queued:
+                self._policy.queued(self._items, row, now_s)
+
+    def dispatch(self, turn: int, now_s: float) -> int:
+        """The request's turn has come: counts what is where. Returns the bytes to read from SSD."""
+        mover, account, items = self._mover, self._account, self._items
+        path = self.rows(turn)
+        queue_number = self._numbers.pop(turn)
+        total = known = on_time = late = ssd = 0
+        hits = True
+        access = self._accesses + len(path)
+        self._accesses = access
+        epoch, touched = mover.touches.epoch, mover.touched
+        for row in path:
+            asked_for = mover.is_asked_for(row)
+            if asked_for:
+                mover.stop_promotion(row)
+            touched[row] = epoch
+            mover.hold(row)
+            blocks = self._blocks[row]
+            uses = self._uses[row]
+            total += blocks
+            if uses:
+                known += blocks
+                if hits:
+                    in_dram = self._dram[row] // self._block_bytes
+                    on_ssd = max(0, self._ssd[row] // self._block_bytes - in_dram)
+                    on_time += in_dram
+                    if on_ssd:
+                        if asked_for:
+                            late += on_ssd
+                        else:
+                            ssd += on_ssd
+                        if self._asks_dram:
+                            self._bypass[row] = not self._policy.wants_in_dram(items, row, now_s)
+                    hits = in_dram + on_ssd == blocks
+            else:
+                hits = False
+            self._in_use[row] += 1
+            self._uses[row] = uses + 1
+            self._access_seq[row] = access
+            access -= 1
+            self._unwanted[row] = False
+            mover.mark_used(row)
+            if self._tells_used:
+                self._policy.used(items, row, now_s)
+            self._unqueue(row, queue_number)
+            self._hint[row] = 0
+            self._ended[row] = False
+        read = late + ssd
+        number = account.dispatched
+        account.history_tokens[number] = known * self._block_tokens
+        account.missing_tokens[number] = (known - on_time - read) * self._block_tokens
+        if number >= account.warmup_turns:
+            account.units += total
+            account.units_with_history += known
+            account.turns_with_history += known > 0
+            account.on_time += on_time
+            account.late += late
+            account.ssd += ssd
+            account.miss += known - on_time - read
+        return read * self._block_bytes
+
+    def stored(self, turn: int, is_last: bool, now_s: float) -> None:
+        """The answer has ended: the path is in DRAM, and what is worth least leaves."""
+        mover, items = self._mover, self._items
+        path = self.rows(turn)
+        epoch, touched = mover.touches.epoch, mover.touched
+        for row in reversed(path):
+            size = self._blocks[row] * self._block_bytes
+            was = self._size[row]
+            is_last = self._last_turn[row] == turn
+            if is_last:
+                if was:
+                    self._account.live(-was, now_s)
+            elif not was:
+                self._account.live(size, now_s)
+            others = self._in_use[row] = self._in_use[row] - 1
+            touched[row] = epoch
+            self._answer[row] = self._output[turn]
+            self._used_at[row] = now_s
+            if self._bypass[row]:
+                self._bypass[row] = False
+                mover.store_on_ssd(row, size, now_s)
+            elif not others or mover.make_room(size - self._dram[row], now_s):
+                mover.grow(row, size, now_s)
+        for row in path:
+            mover.release(row)
+            if self._tells_stored:
+                self._policy.stored(items, row, now_s)
+        mover.settle(now_s)
+        for row in path:
+            mover.write_behind(row)
+
+    def hinted(self, turn: int, kind: int, now_s: float) -> None:
+        """The session whose last request was `turn` sent a hint: it is about the end of its path, which is its own."""
+        row = self.rows(turn)[-1]
+        if self._queue_seq[row] != NOT_QUEUED or self._in_use[row]:
+            return
+        self._hint[row] = kind
+        self._hinted_at[row] = now_s
+        self._ended[row] = HINTS[kind] == Hint.ENDED
+        self._mover.touched[row] = self._mover.touches.epoch
+        if self._tells_hinted:
+            self._policy.hinted(self._items, row, Hint(HINTS[kind]), now_s)
+
+    def expire(self, turn: int, used_at_s: float, now_s: float) -> None:
+        """Forget what nobody used since the answer of `turn`."""
+        for row in reversed(self.rows(turn)):
+            if self._used_at[row] <= used_at_s and self._queue_seq[row] == NOT_QUEUED and not self._in_use[row]:
+                self._mover.drop(row, now_s)
+
+    def _unqueue(self, row: int, number: int) -> None:
+        later = self._later.get(row)
+        if later is None:
+            self._queue_seq[row] = NOT_QUEUED
+            return
+        if number == self._queue_seq[row]:
+            self._queue_seq[row] = later.popleft()
+        else:
+            later.remove(number)
+        if not later:
+            del self._later[row]

@@ -1,0 +1,216 @@
+"""What is where, and how room is made: within each tier's capacity at every moment, counted in bytes.
+
+A tier holds a prefix of an item. What leaves DRAM before it was copied to SSD is written at once where the policy
+wants it there (the channel is busy with it later: the place is free now), and lost where it does not or where too
+much waits to be written.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvservice.blocks import TierName
+from kvservice.policy.items import NOT_QUEUED, ItemTable
+from kvservice.policy.placement import Placement
+from kvservice.simulate.channel import Channel
+from kvservice.simulate.settings import Machine
+from kvservice.simulate.space import Space, Touches
+from kvservice.simulate.views import bools, ints
+
+#: Where blocks do not say it, an item's end is cut by this share of it.
+_CUTS = 64
+
+
+def overrides(policy: Placement, method: str) -> bool:
+    """Whether the policy has an answer of its own."""
+    return getattr(type(policy), method) is not getattr(Placement, method)
+
+
+class Residency:
+    """The bytes of every item in each tier, and who may leave. What is held, and what comes, stays."""
+
+    channel: Channel
+
+    def __init__(self, items: ItemTable, machine: Machine, policy: Placement, block_bytes: int) -> None:
+        self.items = items
+        self.policy = policy
+        self._block_bytes = block_bytes  # 0 for sessions.
+        self._whole = policy.whole_items and not block_bytes
+        self.touches = Touches(items.row_count)
+        self.touched = self.touches.last
+        self.dram = Space(TierName.DRAM, machine.dram_bytes, items, policy, self.touches)
+        self.ssd = Space(TierName.SSD, machine.ssd_bytes, items, policy, self.touches)
+        self._size = ints(items.size_bytes)
+        self._dram = ints(items.dram_bytes)
+        self._ssd = ints(items.ssd_bytes)
+        self._coming = ints(items.coming_bytes)
+        self._in_use = ints(items.in_use)
+        self._queue_seq = ints(items.queue_seq)
+        self._dram_seq = ints(items.dram_seq)
+        self._ssd_seq = ints(items.ssd_seq)
+        self._unwanted = bools(items.unwanted_on_ssd)
+        self._live = bools(items.live)
+        self._held = ints(np.zeros(items.row_count, np.int32))  # Requests and promotions that run on it.
+        self._promoted = ints(np.zeros(items.row_count, np.int64))  # Its end in DRAM that nobody used since.
+        self._arrivals = 0
+        self.promoted_unused_bytes = 0
+        self._tells_arrived = overrides(policy, "arrived")
+        self._tells_left = overrides(policy, "left")
+        self._tells_forgotten = overrides(policy, "forgotten")
+        self._asks_ssd = overrides(policy, "wants_on_ssd")
+
+    def hold(self, row: int) -> None:
+        """Nothing of the row leaves until it is released."""
+        held = self._held[row]
+        self._held[row] = held + 1
+        if not held:
+            self.dram.discard(row)
+            self.ssd.discard(row)
+
+    def release(self, row: int) -> None:
+        held = self._held[row] - 1
+        self._held[row] = held
+        if not held:
+            if self._dram[row]:
+                self.dram.add(row)
+            self._ssd_may_leave(row)
+
+    # Making room.
+
+    def _free_dram(self, wanted_bytes: int, worth: float, now_s: float) -> bool:
+        """Let go what is worth less than `worth` until there is room."""
+        dram = self.dram
+        excess = dram.used_bytes + wanted_bytes - dram.capacity_bytes
+        if excess <= 0:
+            return True
+        dram.ask()
+        while excess > 0:
+            row = dram.lowest(now_s)
+            if row < 0:
+                return False
+            if dram.retention >= worth:
+                dram.put_back(row)
+                return False
+            have = self._dram[row]
+            keep = self._keep(have, excess, self._size[row])
+            self._leave_dram(row, keep, now_s)
+            if keep:
+                dram.put_back(row)
+            excess -= have - keep
+        return True
+
+    def _free_ssd(self, wanted_bytes: int, now_s: float) -> int:
+        """Make room. Returns for how much, which is less where the rest of SSD is held or a row is too large."""
+        ssd = self.ssd
+        excess = ssd.used_bytes + wanted_bytes - ssd.capacity_bytes
+        if excess <= 0:
+            return wanted_bytes
+        if self._whole and wanted_bytes > ssd.capacity_bytes:
+            return 0
+        ssd.ask()
+        while excess > 0:
+            row = ssd.lowest(now_s)
+            if row < 0:
+                room = ssd.capacity_bytes - ssd.used_bytes
+                return 0 if self._whole else self._aligned(room)
+            have = self._ssd[row]
+            keep = self._keep(have, excess, self._size[row])
+            self._ssd[row] = keep
+            ssd.used_bytes -= have - keep
+            self._unwanted[row] = True
+            if keep:
+                ssd.put_back(row)
+            else:
+                ssd.discard(row)
+            excess -= have - keep
+            if self._tells_left:
+                self.policy.left(self.items, row, TierName.SSD, now_s)
+            self._forget_if_gone(row, now_s)
+        return wanted_bytes
+
+    def _leave_dram(self, row: int, keep_bytes: int, now_s: float) -> None:
+        have = self._dram[row]
+        if self.channel.write_row == row:
+            self._end_write_early()
+        if self._ssd[row] < have:
+            self._write_now(row, have, now_s)
+        self._dram[row] = keep_bytes
+        self.dram.used_bytes -= have - keep_bytes
+        promoted = self._promoted[row]
+        if promoted:
+            unused = min(promoted, have - keep_bytes)
+            self._promoted[row] = promoted - unused
+            self.promoted_unused_bytes += unused
+        if not keep_bytes:
+            self.dram.discard(row)
+        if self._tells_left:
+            self.policy.left(self.items, row, TierName.DRAM, now_s)
+        self._forget_if_gone(row, now_s)
+
+    def _keep(self, have_bytes: int, excess_bytes: int, size_bytes: int) -> int:
+        if self._whole or excess_bytes >= have_bytes:
+            return 0
+        grain = self._block_bytes or max(1, size_bytes // _CUTS)
+        return (have_bytes - excess_bytes) // grain * grain
+
+    def _aligned(self, size_bytes: int) -> int:
+        return size_bytes // self._block_bytes * self._block_bytes if self._block_bytes else size_bytes
+
+    # Bookkeeping.
+
+    def _came_to_dram(self, row: int, now_s: float) -> None:
+        self._arrivals += 1
+        self._dram_seq[row] = self._arrivals
+        if not self._held[row]:
+            self.dram.add(row)
+        if self._tells_arrived:
+            self.policy.arrived(self.items, row, TierName.DRAM, now_s)
+
+    def _came_to_ssd(self, row: int, size_bytes: int, now_s: float) -> None:
+        have = self._ssd[row]
+        self._ssd[row] = have + size_bytes
+        self._ssd_may_leave(row)
+        if not have:
+            self._arrivals += 1
+            self._ssd_seq[row] = self._arrivals
+            if self._tells_arrived:
+                self.policy.arrived(self.items, row, TierName.SSD, now_s)
+
+    def _ssd_may_leave(self, row: int) -> None:
+        if self._ssd[row] and not self._held[row] and self.channel.write_row != row:
+            self.ssd.add(row)
+
+    def _forget_if_gone(self, row: int, now_s: float) -> None:
+        if self._dram[row] or self._ssd[row] or self._coming[row] or self._in_use[row]:
+            return
+        if self._queue_seq[row] != NOT_QUEUED or not self._live[row]:
+            return
+        self._live[row] = False
+        if self._tells_forgotten:
+            self.policy.forgotten(self.items, row, now_s)
+
+    def _end_write_early(self) -> None:
+        """The place in DRAM of what is being written is given away: what is left is owed, or all of it lost."""
+        channel = self.channel
+        if channel.may_owe_write():
+            channel.finish_write()
+        else:
+            row = channel.write_row
+            self.ssd.used_bytes -= channel.abort_write()
+            self._ssd_may_leave(row)
+
+    def _write_now(self, row: int, end_bytes: int, now_s: float) -> None:
+        """Write up to `end_bytes` of the item in the books, if there is room and time for it."""
+        lacks = end_bytes - self._ssd[row]
+        if lacks <= 0 or not self.ssd.capacity_bytes:
+            return
+        if self._asks_ssd and not self.policy.wants_on_ssd(self.items, row, now_s):
+            return
+        self.ssd.discard(row)  # Its copy makes no room for itself.
+        if self.channel.may_owe(lacks):
+            lacks = self._free_ssd(lacks, now_s)
+            self.channel.owe(lacks)
+            self.ssd.used_bytes += lacks
+            if lacks:
+                self._came_to_ssd(row, lacks, now_s)
+        self._ssd_may_leave(row)

@@ -1,0 +1,70 @@
+"""What one run of one policy showed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Shares are of the measured turns (after the warm-up); a turn counts 1, split by its history's bytes.
+
+    The four shares of turns with history add up to 1: `dram_on_time` was in DRAM when the turn's time came,
+    `dram_late` was on its way there, `ssd` had not been asked for, `miss` was nowhere. For shared prefixes
+    every block counts 1, and a block has history where an earlier request had it.
+    """
+
+    policy: str
+    turns: int
+    turns_with_history: int
+    hit_rate: float
+    hit_rate_history: float
+    dram_on_time: float
+    dram_late: float
+    ssd: float
+    miss: float
+    ttft_mean_s: float  # From the request's arrival to its first token, waiting included.
+    ttft_p50_s: float
+    ttft_p99_s: float
+    service_ttft_mean_s: float  # From its turn on: loading what is not in DRAM, and prefill.
+    service_ttft_p50_s: float
+    service_ttft_p99_s: float
+    prefill_tokens_per_s: float  # Prompt tokens, reused ones counted, by second of prefill.
+    gpu_hours: float
+    cost_dollars: float  # By the paper's prices.
+    storage_share_of_cost: float
+    read_gb: float  # From SSD.
+    ssd_written_gb: float
+    moved_gb: float  # Both together.
+    promoted_unused_gb: float  # Read from SSD for nothing: left DRAM before it was used.
+    queue_p50: float
+    queue_p99: float
+    live_gb_mean: float  # KV of sessions between their first and their last turn, were all of it kept.
+    read_busy: float  # Share of the time in which the SSD read.
+    simulated_s: float
+    seconds: float  # How long the simulation took.
+    turns_simulated_per_s: float
+
+
+def best_of(results: Sequence[Result]) -> Result:
+    """A bound of several plays: the one with the most on time, with the hit rate of the one with the most hits.
+
+    So what is reported as on time and as hit may come from two plays, and nobody has to be best in both.
+    """
+    on_time = max(results, key=lambda result: (result.dram_on_time, result.hit_rate))
+    hits = max(results, key=lambda result: result.hit_rate_history)
+    late_and_ssd = hits.hit_rate_history - on_time.dram_on_time
+    of_these = on_time.dram_late + on_time.ssd
+    late_share = on_time.dram_late / of_these if of_these else 0.0
+    seconds = sum(result.seconds for result in results)
+    return replace(
+        on_time,
+        hit_rate=hits.hit_rate,
+        hit_rate_history=hits.hit_rate_history,
+        dram_late=late_and_ssd * late_share,
+        ssd=late_and_ssd * (1 - late_share),
+        miss=hits.miss,
+        seconds=seconds,
+        turns_simulated_per_s=on_time.turns_simulated_per_s * on_time.seconds / seconds if seconds else 0.0,
+    )

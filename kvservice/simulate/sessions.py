@@ -1,0 +1,183 @@
+"""Turns of sessions: each reads its session's item, which grows by the request and the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from kvservice.policy.base import Hint
+from kvservice.policy.items import HINTS, NOT_QUEUED, ItemTable
+from kvservice.policy.placement import Placement
+from kvservice.simulate.account import Account
+from kvservice.simulate.mover import Mover
+from kvservice.simulate.residency import overrides
+from kvservice.simulate.settings import Machine
+from kvservice.simulate.views import bools, floats, ints
+from kvservice.simulate.workload import Workload
+
+
+class SessionTurns:
+    """What happens to a session's item with each of its requests."""
+
+    def __init__(
+        self, workload: Workload, machine: Machine, policy: Placement, items: ItemTable, mover: Mover, account: Account
+    ) -> None:
+        self._items = items
+        self._policy = policy
+        self._mover = mover
+        self._account = account
+        self._kv_bytes = machine.kv_bytes_per_token
+        self._context = workload.context_tokens
+        self._overflow_keeps = machine.overflow_keeps
+        self._session = ints(workload.session)
+        self._new = ints(workload.new_tokens)
+        self._output = ints(workload.output_tokens)
+        self._tokens = ints(np.zeros(items.row_count, np.int64))
+        self._bypass = bools(np.zeros(items.row_count, np.bool_))
+        self._size = ints(items.size_bytes)
+        self._dram = ints(items.dram_bytes)
+        self._ssd = ints(items.ssd_bytes)
+        self._in_use = ints(items.in_use)
+        self._access_seq = ints(items.access_seq)
+        self._unwanted = bools(items.unwanted_on_ssd)
+        self._used_at = floats(items.used_at_s)
+        self._uses = ints(items.uses)
+        self._answer = ints(items.answer_tokens)
+        self._queue_seq = ints(items.queue_seq)
+        self._hint = ints(items.hint)
+        self._ended = bools(items.ended)
+        self._live = bools(items.live)
+        self._accesses = 0
+        self._hinted_at = floats(items.hinted_at_s)
+        self._asks_dram = overrides(policy, "wants_in_dram")
+        self._tells_queued = overrides(policy, "queued")
+        self._tells_hinted = overrides(policy, "hinted")
+        self._tells_used = overrides(policy, "used")
+        self._tells_stored = overrides(policy, "stored")
+
+    def rows(self, turn: int) -> Sequence[int]:
+        """The rows by which the queue shows the request."""
+        return (self._session[turn],)
+
+    def came(self, turn: int, number: int, now_s: float) -> None:
+        """The request waits now, as the `number`th of all that came. What the window cannot hold with it is cut."""
+        row = self._session[turn]
+        history = self._tokens[row]
+        if history and self._context and history + self._new[turn] > self._context:
+            self._overflow(row, history, self._new[turn], now_s)
+        self._queue_seq[row] = number
+        self._live[row] = True
+        self._mover.touched[row] = self._mover.touches.epoch
+        if self._tells_queued:
+            self._policy.queued(self._items, row, now_s)
+
+    def dispatch(self, turn: int, now_s: float) -> int:
+        """The request's turn has come: counts what is where. Returns the bytes to read from SSD."""
+        mover, account = self._mover, self._account
+        row = self._session[turn]
+        uses = self._uses[row]
+        asked_for = mover.is_asked_for(row)
+        if asked_for:
+            mover.stop_promotion(row)
+        mover.touched[row] = mover.touches.epoch
+        mover.hold(row)
+        history = self._tokens[row]
+        size = history * self._kv_bytes
+        dram = self._dram[row]
+        ssd = self._ssd[row] - dram
+        if ssd < 0:
+            ssd = 0
+        miss = size - dram - ssd
+        number = account.dispatched
+        account.history_tokens[number] = history
+        account.missing_tokens[number] = miss // self._kv_bytes
+        if number >= account.warmup_turns:
+            account.units += 1
+            if size:
+                account.turns_with_history += 1
+                account.units_with_history += 1
+                if dram == size:
+                    account.on_time += 1.0
+                elif miss == size:
+                    account.miss += 1.0
+                else:
+                    account.on_time += dram / size
+                    account.miss += miss / size
+                    if asked_for:
+                        account.late += ssd / size
+                    else:
+                        account.ssd += ssd / size
+        if ssd and self._asks_dram:
+            self._bypass[row] = not self._policy.wants_in_dram(self._items, row, now_s)
+        self._in_use[row] = 1
+        self._uses[row] = uses + 1
+        self._accesses += 1
+        self._access_seq[row] = self._accesses
+        self._unwanted[row] = False
+        mover.mark_used(row)
+        if self._tells_used:
+            self._policy.used(self._items, row, now_s)
+        self._queue_seq[row] = NOT_QUEUED
+        self._hint[row] = 0
+        self._ended[row] = False
+        return ssd
+
+    def stored(self, turn: int, is_last: bool, now_s: float) -> None:
+        """The answer has ended: the item is in DRAM, with its new tokens, and what is worth least leaves."""
+        mover = self._mover
+        row = self._session[turn]
+        output = self._output[turn]
+        old = self._tokens[row] * self._kv_bytes
+        tokens = self._tokens[row] + self._new[turn] + output
+        size = tokens * self._kv_bytes
+        self._tokens[row] = tokens
+        self._answer[row] = output
+        self._used_at[row] = now_s
+        mover.touched[row] = mover.touches.epoch
+        self._account.live(-old if is_last else size - old, now_s)
+        self._in_use[row] = 0
+        if self._bypass[row]:
+            self._bypass[row] = False
+            mover.store_on_ssd(row, size, now_s)
+        else:
+            mover.grow(row, size, now_s)
+        mover.release(row)
+        if self._tells_stored:
+            self._policy.stored(self._items, row, now_s)
+        mover.settle(now_s)
+        mover.write_behind(row)
+
+    def hinted(self, turn: int, kind: int, now_s: float) -> None:
+        """The session whose last request was `turn` sent a hint. One that comes after its next request says nothing."""
+        row = self._session[turn]
+        if self._queue_seq[row] != NOT_QUEUED or self._in_use[row]:
+            return
+        self._hint[row] = kind
+        self._hinted_at[row] = now_s
+        self._ended[row] = HINTS[kind] == Hint.ENDED
+        self._mover.touched[row] = self._mover.touches.epoch
+        if self._tells_hinted:
+            self._policy.hinted(self._items, row, Hint(HINTS[kind]), now_s)
+
+    def expire(self, turn: int, used_at_s: float, now_s: float) -> None:
+        """Forget the session if nobody used it since the answer of `turn`."""
+        row = self._session[turn]
+        if self._used_at[row] <= used_at_s and self._queue_seq[row] == NOT_QUEUED and not self._in_use[row]:
+            self._mover.drop(row, now_s)
+
+    def _overflow(self, row: int, history: int, new: int, now_s: float) -> None:
+        """Drop half a window from the front until the request fits. What is being read or written of it stops first."""
+        mover = self._mover
+        if mover.is_asked_for(row):
+            mover.stop_promotion(row)
+        half = max(1, self._context // 2)
+        cut = min(history, -(-(history + new - self._context) // half) * half)
+        cut_bytes = cut * self._kv_bytes if self._overflow_keeps else self._size[row]
+        left = history - cut
+        self._account.live(-cut * self._kv_bytes, now_s)
+        mover.hold(row)
+        mover.cut_front(row, cut_bytes, now_s)
+        self._size[row] = left * self._kv_bytes
+        mover.release(row)
+        self._tokens[row] = left

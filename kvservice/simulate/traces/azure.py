@@ -1,0 +1,50 @@
+"""Azure's format: CSV with the columns TIMESTAMP, ContextTokens and GeneratedTokens, in any order.
+
+It names no sessions, so each request is one.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+
+from kvservice.simulate.traces.columns import count, find_column, plain, time_s
+from kvservice.simulate.traces.lines import TOKENS_MAX, BadLine, Lines
+from kvservice.simulate.traces.sessions import Turns
+from kvservice.simulate.workload import Workload
+
+_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+
+
+def is_header(line: str) -> bool:
+    """Whether the line names a column of this format and is a line of CSV."""
+    names = {plain(name) for name in line.split(",")}
+    return "," in line and not names.isdisjoint(map(plain, _COLUMNS))
+
+
+def read_requests(lines: Lines, text: Iterable[str]) -> Workload:
+    """Raises TraceError."""
+    turns = Turns()
+    rows = csv.reader(text, strict=True)
+    now_s = float("-inf")
+    try:
+        header = next(rows)
+        columns = _columns(header)
+        for row in rows:
+            if len(row) != len(header):
+                raise BadLine(f"has {len(row)} fields and the header {len(header)}: is the line cut off?")
+            when, context, generated = (row[column].strip() for column in columns)
+            now_s = time_s("TIMESTAMP", when, now_s)
+            context_tokens = count("ContextTokens", context, TOKENS_MAX)
+            generated_tokens = count("GeneratedTokens", generated, TOKENS_MAX)
+            turns.add(len(turns.session), now_s, context_tokens, generated_tokens)
+    except (BadLine, csv.Error) as error:
+        raise lines.refusal(error) from None
+    return turns.workload(lines.path)
+
+
+def _columns(header: Sequence[str]) -> list[int]:
+    found = [find_column(header, (plain(name),)) for name in _COLUMNS]
+    if missing := [name for name, column in zip(_COLUMNS, found, strict=True) if column is None]:
+        raise BadLine(f"the header lacks {' and '.join(missing)}: it must name {', '.join(_COLUMNS)}")
+    return [column for column in found if column is not None]

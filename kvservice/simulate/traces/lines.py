@@ -1,0 +1,119 @@
+"""What all trace readers share: lines with their numbers, the error that names one, and numbers that are checked."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+#: What one request may have. The longest windows hold ten million tokens.
+TOKENS_MAX = 2**24
+#: Seconds. Of the clocks that count from 1970 it is the year 2286; milliseconds of today are beyond it.
+TIME_MAX_S = 1e10
+
+
+class TraceError(ValueError):
+    """A trace that cannot be used. Correct the file, or cut it before the line.
+
+    Attributes:
+        path: The file.
+        line: Counted from 1; None where it is the whole file.
+        reason: What is wrong there.
+    """
+
+    def __init__(self, path: Path, line: int | None, reason: str) -> None:
+        super().__init__(f"{path}: {reason}" if line is None else f"{path}: line {line}: {reason}")
+        self.path = path
+        self.line = line
+        self.reason = reason
+
+
+class BadLine(ValueError):
+    """What is wrong with the line that is being read. `Lines.refusal` says where that was."""
+
+
+class Lines:
+    """The lines of a text file that are not empty, without their ends. `number` is the current one's, from 1."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises TraceError for what is no file that can be read."""
+        self.path = path
+        self.number = 0
+        try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise TraceError(path, None, "is a folder" if path.is_dir() else "is no regular file")
+            self._file = path.open(encoding="utf-8-sig")
+        except OSError as error:
+            raise TraceError(path, None, f"cannot be read: {error.strerror}") from error
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
+
+    def __iter__(self) -> Iterator[str]:
+        """Raises TraceError where the bytes are no UTF-8, or where reading fails."""
+        number = 0
+        try:
+            for line in self._file:
+                number += 1
+                if not line.isspace():
+                    self.number = number
+                    yield line.rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise TraceError(self.path, self._undecodable(), "is not UTF-8 text") from error
+        except OSError as error:
+            raise TraceError(self.path, number, f"cannot be read: {error.strerror}") from error
+
+    def refusal(self, reason: object) -> TraceError:
+        """The error for the current line."""
+        return TraceError(self.path, self.number, str(reason))
+
+    def _undecodable(self) -> int | None:
+        # The decoder works on chunks and does not know lines; this runs once, to say where.
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    line.decode()
+                except UnicodeDecodeError:
+                    return number
+        return None
+
+
+def whole_number(name: str, value: object, most: int) -> int:
+    """`value` where it is an int from 0 to `most`. Raises BadLine."""
+    if type(value) is not int:
+        _refuse_missing(name, value)
+        raise BadLine(f"{name} must be a whole number, not {shown(value)}")
+    if value < 0:
+        raise BadLine(f"{name} is negative: {shown(value)}")
+    if value > most:
+        raise BadLine(f"{name} is beyond what can be: {shown(value)}, at most {most}")
+    return value
+
+
+def seconds(name: str, value: object, least_s: float, unit_s: float = 1.0) -> float:
+    """`value` times `unit_s` where it is a time, not before `least_s`. Raises BadLine."""
+    if type(value) is not float and type(value) is not int:
+        _refuse_missing(name, value)
+        raise BadLine(f"{name} must be a number, not {shown(value)}")
+    if value < 0:
+        raise BadLine(f"{name} is negative: {shown(value)}")
+    if not value <= TIME_MAX_S / unit_s:
+        raise BadLine(f"{name} is beyond what can be: {shown(value)}, at most {TIME_MAX_S / unit_s:.0f}")
+    time_s = value * unit_s
+    if time_s < least_s:
+        raise BadLine(f"{name} goes back: {shown(value)} after {least_s / unit_s:.12g}; lines must ascend in time")
+    return time_s
+
+
+def _refuse_missing(name: str, value: object) -> None:
+    if value is None:
+        raise BadLine(f"{name} is missing; the line may be of another format")
+
+
+def shown(value: object) -> str:
+    """`value` for a message, cut where it is long."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**20 else f"{'-' * (value < 0)}10^20 and more"
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,91 @@
+"""Collects turns as a trace tells of them, and groups them by session."""
+
+from __future__ import annotations
+
+from array import array
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvservice.policy.items import HINTS
+from kvservice.simulate.traces.lines import TraceError
+from kvservice.simulate.workload import Hints, Workload
+
+
+class Turns:
+    """Turns in the order of their requests, as columns: 20 bytes a turn."""
+
+    def __init__(self) -> None:
+        self.session = array("i")  # Numbered by first appearance.
+        self.arrives_s = array("d")
+        self.new_tokens = array("i")
+        self.output_tokens = array("i")
+
+    def add(self, session: int, arrives_s: float, new_tokens: int, output_tokens: int) -> None:
+        self.session.append(session)
+        self.arrives_s.append(arrives_s)
+        self.new_tokens.append(new_tokens)
+        self.output_tokens.append(output_tokens)
+
+    def workload(self, path: Path, events: Events | None = None) -> Workload:
+        """Times count from the first request. Raises TraceError where there is no turn."""
+        if not self.session:
+            raise TraceError(path, None, "has no turn")
+        session = view(self.session, np.int32)
+        order = np.argsort(session, kind="stable")
+        arrives = view(self.arrives_s, np.float64)[order]
+        hints = Hints.none() if events is None else events.hints(session[order], arrives)
+        begin = self.arrives_s[0]
+        arrives -= begin
+        return Workload(
+            name=path.name,
+            session=session[order],
+            arrives_s=arrives,
+            think_s=np.zeros(len(session)),
+            new_tokens=view(self.new_tokens, np.int32)[order],
+            output_tokens=view(self.output_tokens, np.int32)[order],
+            hints=hints,
+        )
+
+
+class Events:
+    """What applications said between requests."""
+
+    def __init__(self) -> None:
+        self._session = array("i")
+        self._kind = array("b")
+        self._at_s = array("d")
+        self._turns_before = array("q")  # Turns of the session that were read before this event: 1 or more.
+
+    def add(self, session: int, kind: str, at_s: float, turns_before: int) -> None:
+        self._session.append(session)
+        self._kind.append(HINTS.index(kind))
+        self._at_s.append(at_s)
+        self._turns_before.append(turns_before)
+
+    def hints(self, session: NDArray[np.int32], arrives_s: NDArray[np.float64]) -> Hints:
+        """The events as hints for turns that are grouped by session.
+
+        One that a request of the same session follows goes ahead of it. After a session's last request an event
+        comes as long after the answer as it came after the request: a trace does not say when answers ended.
+        """
+        if not self._session:
+            return Hints.none()
+        owner = view(self._session, np.int32)
+        at = view(self._at_s, np.float64)
+        follows = np.searchsorted(session, owner) + view(self._turns_before, np.int64) - 1
+        next_turn = np.minimum(follows + 1, len(session) - 1)
+        returns = (follows + 1 < len(session)) & (session[next_turn] == owner)
+        order = np.lexsort((at, follows))
+        return Hints(
+            turn=np.where(returns, follows + 1, -follows - 1)[order],
+            kind=view(self._kind, np.int8)[order],
+            lead_s=np.where(returns, arrives_s[next_turn] - at, at - arrives_s[follows])[order],
+        )
+
+
+def view(values: array[Any], dtype: type[np.generic]) -> NDArray[Any]:
+    """The array's memory as numpy sees it. The array cannot grow while the view lives."""
+    return np.frombuffer(values, dtype)

@@ -1,0 +1,236 @@
+"""The SSD's channel: who gets it first, and that it never gives more than it has."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvservice.simulate.channel import OWED_LIMIT_S, Channel
+
+SIZES = {row: 1 + 3 * row for row in range(6)}
+
+
+class Log:
+    """Takes what the channel tells. Reading an odd row makes room by a write that is owed."""
+
+    def __init__(self) -> None:
+        self.channel: Channel | Plain
+        self.told: list[tuple[str, int, int, float]] = []
+
+    def begin_read(self, row: int, now_s: float) -> int:
+        self.told.append(("begin read", row, SIZES[row], now_s))
+        if row % 2:
+            self.channel.owe(row)
+        return SIZES[row]
+
+    def end_read(self, row: int, size_bytes: int, now_s: float) -> None:
+        self.told.append(("end read", row, size_bytes, now_s))
+
+    def begin_write(self, row: int, now_s: float) -> int:
+        self.told.append(("begin write", row, SIZES[row], now_s))
+        return SIZES[row]
+
+    def end_write(self, row: int, size_bytes: int, now_s: float) -> None:
+        self.told.append(("end write", row, size_bytes, now_s))
+
+
+def channel_of(log: Log, bytes_per_s: float = 1.0) -> Channel:
+    log.channel = channel = Channel(bytes_per_s, log)
+    return channel
+
+
+class Plain:
+    """The same channel, event by event and one byte a second: always the first of all that wants it."""
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+        self.now_s = 0.0
+        self.demands: list[float] = []
+        self.owed = 0.0
+        self.reads: dict[int, float] = {}  # Deadlines.
+        self.left: dict[int, float] = {}
+        self.writes: list[int] = []
+        self.writing: tuple[int, float] | None = None
+
+    def advance(self, now_s: float) -> None:
+        while self.now_s < now_s and self._step(now_s):
+            pass
+        self.now_s = now_s
+
+    def _step(self, now_s: float) -> bool:
+        most = now_s - self.now_s
+        if self.demands:
+            step = min(most, self.demands[0])
+            self.demands[0] -= step
+            self.now_s += step
+            if not self.demands[0]:
+                del self.demands[0]
+        elif self.reads:
+            row = min(self.reads, key=lambda row: (self.reads[row], row))
+            if row not in self.left:
+                self.left[row] = self.log.begin_read(row, self.now_s)
+                return True
+            step = min(most, self.left[row])
+            self.left[row] -= step
+            self.now_s += step
+            if not self.left[row]:
+                del self.left[row], self.reads[row]
+                self.log.end_read(row, SIZES[row], self.now_s)
+        elif self.owed:
+            step = min(most, self.owed)
+            self.owed -= step
+            self.now_s += step
+        elif self.writing:
+            row, left = self.writing
+            step = min(most, left)
+            self.now_s += step
+            self.writing = (row, left - step)
+            if step == left:
+                self.writing = None
+                self.log.end_write(row, SIZES[row], self.now_s)
+        elif self.writes:
+            row = self.writes.pop(0)
+            self.writing = (row, self.log.begin_write(row, self.now_s))
+        else:
+            return False
+        return True
+
+    def owe(self, size_bytes: int) -> None:
+        self.owed += size_bytes
+
+
+class Act(NamedTuple):
+    after_s: float
+    what: str
+    row: int
+    deadline_s: int
+
+
+acts = st.lists(
+    st.builds(
+        Act,
+        st.integers(0, 24).map(lambda quarters: quarters / 4),
+        st.sampled_from(["demand", "owe", "promote", "promote", "cancel", "write", "write"]),
+        st.sampled_from(sorted(SIZES)),
+        st.integers(0, 50),
+    ),
+    max_size=30,
+)
+
+
+@given(acts)
+def test_what_is_worked_out_late_is_what_happens_event_by_event(acts: list[Act]) -> None:
+    lazy_log, plain_log = Log(), Log()
+    lazy = channel_of(lazy_log)
+    plain_log.channel = plain = Plain(plain_log)
+    now_s = 0.0
+    for act in acts:
+        now_s += act.after_s
+        plain.advance(now_s)
+        if act.what == "demand":
+            lazy.advance(now_s)
+            plain.demands.append(SIZES[act.row])
+            assert lazy.demand(SIZES[act.row]) == now_s + sum(plain.demands)
+        elif act.what == "owe":
+            lazy.advance(now_s)
+            lazy.owe(act.row)
+            plain.owe(act.row)
+        elif act.what == "promote":
+            lazy.advance(now_s)
+            lazy.promote(act.row, act.deadline_s, SIZES[act.row])
+            plain.reads[act.row] = act.deadline_s
+        elif act.what == "cancel":
+            lazy.advance(now_s)
+            assert (act.row in lazy.deadlines) == (act.row in plain.reads)
+            if act.row in plain.reads:
+                begun = act.row in plain.left
+                left = plain.left.pop(act.row, 0.0)
+                del plain.reads[act.row]
+                done = SIZES[act.row] - math.ceil(left) if begun else 0
+                assert lazy.cancel(act.row) == (done, SIZES[act.row] if begun else 0)
+        else:
+            lazy.advance(now_s)
+            lazy.write(act.row)
+            plain.writes.append(act.row)
+        backlog_s = sum(plain.demands) + sum(plain.left.get(row, SIZES[row]) for row in plain.reads)
+        assert lazy.read_backlog_s() == pytest.approx(backlog_s)
+    lazy.advance(now_s + 1000)
+    plain.advance(now_s + 1000)
+    assert lazy_log.told == plain_log.told
+
+
+@given(acts, st.sampled_from([0.5, 3.0, 7.0]))
+def test_it_never_gives_more_bytes_than_its_rate_times_the_time(acts: list[Act], rate: float) -> None:
+    log = Log()
+    channel = channel_of(log, rate)
+    now_s = 0.0
+    demanded: list[tuple[float, int]] = []
+    for act in acts:
+        now_s += act.after_s
+        channel.advance(now_s)
+        if act.what == "demand":
+            demanded.append((channel.demand(SIZES[act.row]), SIZES[act.row]))
+        elif act.what == "promote":
+            channel.promote(act.row, act.deadline_s, SIZES[act.row])
+        elif act.what == "write":
+            channel.write(act.row)
+        ended = sum(size for what, _, size, _ in log.told if what.startswith("end"))
+        waited_for = sum(size for at_s, size in demanded if at_s <= now_s)
+        assert ended + waited_for <= rate * now_s + 1e-6
+
+
+def test_a_demand_interrupts_a_promotion_which_keeps_what_it_has_done() -> None:
+    log = Log()
+    channel = channel_of(log)
+    channel.promote(5, 100.0, 16)
+    channel.advance(10.0)
+
+    assert channel.demand(4) == 14.0
+
+    channel.advance(100.0)
+    assert log.told[-1] == ("end read", 5, 16, 20.0)  # Its own, and the four.
+    assert channel.read_s == 20.0
+
+
+def test_the_earlier_deadline_is_read_first_and_a_deadline_may_change() -> None:
+    log = Log()
+    channel = channel_of(log)
+    for row, deadline_s in ((0, 30.0), (2, 20.0), (4, 10.0)):
+        channel.promote(row, deadline_s, SIZES[row])
+    channel.promote(0, 5.0, SIZES[0])
+    channel.advance(100.0)
+    assert [row for what, row, _, _ in log.told if what == "end read"] == [0, 4, 2]
+
+
+def test_what_is_owed_waits_for_promotions_and_goes_before_write_behind() -> None:
+    log = Log()
+    channel = channel_of(log)
+    channel.write(2)
+    channel.advance(3.0)
+    channel.owe(5)
+    channel.promote(4, 1000.0, SIZES[4])
+    channel.advance(100.0)
+    assert log.told[-2:] == [("end read", 4, 13, 16.0), ("end write", 2, 7, 25.0)]
+
+
+def test_write_behind_waits_for_every_read() -> None:
+    log = Log()
+    channel = channel_of(log)
+    channel.write(2)
+    channel.advance(3.0)
+    channel.promote(4, 1000.0, SIZES[4])
+    channel.advance(100.0)
+    assert log.told[-2:] == [("end read", 4, 13, 16.0), ("end write", 2, 7, 20.0)]
+
+
+def test_only_so_much_may_wait_to_be_written_without_a_place() -> None:
+    channel = channel_of(Log())
+    channel.owe(int(OWED_LIMIT_S) - 1)
+    assert channel.may_owe(1)
+    assert not channel.may_owe(2)
+    channel.advance(5.0)
+    assert channel.may_owe(6)

@@ -1,0 +1,248 @@
+"""Traces that cannot be used: the line and the reason."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvservice.simulate.traces import FORMATS, TraceError, read
+from kvservice.simulate.workload import Workload
+
+TURN = '{"t": 1, "session": "a", "turn": 0, "new_tokens": 3, "output_tokens": 4}'
+NEXT = '{"t": 2, "session": "a", "turn": 1, "new_tokens": 3, "output_tokens": 4}'
+REQUEST = '{"timestamp": 1000, "input_length": 600, "output_length": 4, "hash_ids": [0, 1]}'
+AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens"
+AZURE_ROW = "2023-11-16 18:15:46.6805900,374,44"
+TEXT = "user time query_length response_length round"
+
+
+def refused(path: Path, format: str = "auto") -> TraceError:  # noqa: A002
+    with pytest.raises(TraceError) as caught:
+        read(path, format)
+    error = caught.value
+    assert isinstance(error, ValueError)
+    assert error.path == path
+    where = str(path) if error.line is None else f"{path}: line {error.line}"
+    assert str(error) == f"{where}: {error.reason}"
+    return error
+
+
+def changed(line: str, before: str, after: str) -> str:
+    assert before in line
+    return line.replace(before, after)
+
+
+CASES = {
+    # Our own.
+    "unsorted times": (2, "t goes back: 0.5 after 1", [TURN, changed(NEXT, '"t": 2', '"t": 0.5')]),
+    "a truncated last line": (2, "is no whole JSON object", [TURN, NEXT[:40]]),
+    "a line cut to nothing but its begin": (2, "is no whole JSON object", [TURN, "{"]),
+    "two objects on a line": (1, "is no whole JSON object", [TURN + NEXT]),
+    "a negative time": (1, "t is negative: -1", [changed(TURN, '"t": 1', '"t": -1')]),
+    "negative tokens": (2, "new_tokens is negative: -3", [TURN, changed(NEXT, "3", "-3")]),
+    "a negative answer": (1, "output_tokens is negative: -4", [changed(TURN, "4", "-4")]),
+    "no number at all": (1, "t is beyond what can be: nan", [changed(TURN, '"t": 1', '"t": NaN')]),
+    "a time without end": (1, "t is beyond what can be: inf", [changed(TURN, '"t": 1', '"t": Infinity')]),
+    "milliseconds of today": (1, "t is beyond what can be", [changed(TURN, '"t": 1', '"t": 1700000000000')]),
+    "an absurd number of tokens": (1, "new_tokens is beyond what can be", [changed(TURN, "3", "99999999")]),
+    "a number of a thousand digits": (1, "new_tokens is beyond what can be", [changed(TURN, "3", "9" * 1000)]),
+    "a number of ten thousand digits": (1, "is no whole JSON object", [changed(TURN, "3", "9" * 10_000)]),
+    "a time of a thousand digits": (1, "t is beyond what can be", [changed(TURN, '"t": 1', '"t": 1' + "0" * 1000)]),
+    "tokens in parts": (1, "new_tokens must be a whole number, not 3.5", [changed(TURN, "3", "3.5")]),
+    "tokens as words": (1, "new_tokens must be a whole number, not '3'", [changed(TURN, "3", '"3"')]),
+    "tokens that are true": (1, "new_tokens must be a whole number, not True", [changed(TURN, "3", "true")]),
+    "a time as words": (1, "t must be a number, not '1'", [changed(TURN, '"t": 1', '"t": "1"')]),
+    "a session that is a number": (1, "session must be a string, not 7", [changed(TURN, '"a"', "7")]),
+    "missing tokens": (1, "output_tokens is missing", [changed(TURN, ', "output_tokens": 4', "")]),
+    "a missing session": (2, "session must be a string", [TURN, changed(NEXT, '"session": "a", ', "")]),
+    "a turn twice": (2, "turn 0 of session 'a' comes twice", [TURN, TURN]),
+    "a gap": (
+        2, "turn 2 of session 'a' comes after turn 0: some between",
+        [TURN, changed(NEXT, '"turn": 1', '"turn": 2')],
+    ),
+    "turns out of order": (
+        2, "turn 3 of session 'a' comes after turn 5",
+        [changed(TURN, '"turn": 0', '"turn": 5'), changed(NEXT, '"turn": 1', '"turn": 3')],
+    ),
+    "a negative turn": (1, "turn is negative: -1", [changed(TURN, '"turn": 0', '"turn": -1')]),
+    "an unknown event": (
+        2, "event must be one of typing, tool_call, ended, not 'yawn'",
+        [TURN, '{"t": 1, "session": "a", "event": "yawn"}'],
+    ),
+    "an event that is no word": (2, "event must be one of", [TURN, '{"t": 1, "session": "a", "event": [1]}']),
+    "an event that is a turn": (1, "is a turn and an event at once", [changed(TURN, '"t"', '"event": "typing", "t"')]),
+    "an event out of order": (2, "t goes back", [TURN, '{"t": 0, "session": "a", "event": "typing"}']),
+    "events alone": (None, "has no turn", ['{"t": 1, "session": "a", "event": "typing"}']),
+    "a list among the objects": (2, "is JSON, but no object", [TURN, "[1, 2]"]),
+    "nesting": (1, "is nested too deep", ['{"t": ' + "[" * 100_000]),
+    "another format's line": (2, "t is missing; the line may be of another format", [TURN, REQUEST]),
+    "a table's line in JSON": (3, "is no whole JSON object", [TURN, "", AZURE_ROW]),
+    # Mooncake's.
+    "unsorted milliseconds": (2, "timestamp goes back: 999 after 1000", [REQUEST, changed(REQUEST, "1000", "999")]),
+    "too few blocks": (1, "hash_ids has 2 blocks; input_length 1025 is 3 of 512", [changed(REQUEST, "600", "1025")]),
+    "too many blocks": (1, "hash_ids has 2 blocks; input_length 512 is 1 of 512", [changed(REQUEST, "600", "512")]),
+    "an empty prompt": (1, "input_length is 0", [changed(changed(REQUEST, "600", "0"), "[0, 1]", "[]")]),
+    "an id that is no number": (
+        1, "hash_ids must be a list of whole numbers",
+        [changed(REQUEST, "[0, 1]", '[0, "1"]')],
+    ),
+    "an id that is true": (1, "hash_ids must be a list of whole numbers", [changed(REQUEST, "[0, 1]", "[0, true]")]),
+    "an id for a list": (1, "hash_ids must be a list of whole numbers", [changed(REQUEST, "[0, 1]", "7")]),
+    "a negative id": (1, "hash_ids must be from 0", [changed(REQUEST, "[0, 1]", "[0, -1]")]),
+    "a huge id": (1, "hash_ids must be from 0", [changed(REQUEST, "[0, 1]", f"[0, {2**63}]")]),
+    "an id with two prefixes": (
+        3, "hash id 1 comes after other blocks than in line 1",
+        [REQUEST, "", changed(REQUEST, "[0, 1]", "[2, 1]")],
+    ),
+    "an id twice": (1, "hash id 0 comes twice here", [changed(REQUEST, "[0, 1]", "[0, 0]")]),
+    "a cut Mooncake line": (2, "is no whole JSON object", [REQUEST, REQUEST[:-4]]),
+    "a negative prompt": (1, "input_length is negative", [changed(REQUEST, "600", "-600")]),
+    "our line in Mooncake's": (2, "timestamp is missing", [REQUEST, TURN]),
+    # Azure's.
+    "a CSV column too few": (1, "the header lacks GeneratedTokens", ["TIMESTAMP,ContextTokens"]),
+    "a CSV column twice": (1, "the header names 'TIMESTAMP' twice", [AZURE + ",timestamp"]),
+    "a cut CSV line": (3, "has 2 fields and the header 3", [AZURE, AZURE_ROW, "2023-11-16 18:15:47,37"]),
+    "a date cut off": (2, "TIMESTAMP is neither a number nor a date", [AZURE, "2023-11-16 18:1,374,44"]),
+    "dates that go back": (3, "TIMESTAMP goes back", [AZURE, AZURE_ROW, "2023-11-16 18:15:46,374,44"]),
+    "CSV tokens below nought": (2, "ContextTokens is negative: -374", [AZURE, "2023-11-16 18:15:46,-374,44"]),
+    "CSV tokens in parts": (
+        2, "GeneratedTokens must be a whole number, not '4.4'",
+        [AZURE, "2023-11-16 18:15:46,374,4.4"],
+    ),
+    "CSV tokens that are none": (
+        2, "GeneratedTokens must be a whole number, not ''",
+        [AZURE, "2023-11-16 18:15:46,374,"],
+    ),
+    "absurd CSV tokens": (2, "ContextTokens is beyond", [AZURE, f"2023-11-16 18:15:46,{'9' * 30},4"]),
+    "an open quote": (2, "unexpected end of data", [AZURE, '"2023-11-16 18:15:46,374,44']),
+    "a header alone": (None, "has no turn", [AZURE]),
+    "JSON in CSV": (2, "has 5 fields and the header 3", [AZURE, TURN]),
+    # Words.
+    "a text column too few": (1, "the header names no time and no response length", ["user query_length round"]),
+    "a word too few": (2, "has 4 words and the header 5", [TEXT, "x 0 35 44"]),
+    "text times that go back": (3, "time goes back: 0.0 after 1", [TEXT, "x 1 35 44 1", "x 0 35 44 2"]),
+    "a text time that is none": (2, "time is neither a number nor a date", [TEXT, "x now 35 44 1"]),
+    "a text time below nought": (2, "time is negative", [TEXT, "x -1 35 44 1"]),
+    "a text time that is no number": (2, "time is beyond what can be: nan", [TEXT, "x nan 35 44 1"]),
+    "a negative query": (2, "query_length is negative: -35", [TEXT, "x 0 -35 44 1"]),
+    "a round twice": (4, "round 2 of this user comes twice", [TEXT, "x 0 35 44 1", "x 1 35 44 2", "x 2 35 44 2"]),
+    "a round left out": (3, "round 3 of this user comes after round 1: some", [TEXT, "x 0 35 44 1", "x 1 35 44 3"]),
+    "rounds out of order": (
+        4, "round 2 of this user comes after round 5",
+        [TEXT, "x 0 35 44 5", "y 0 1 1 1", "x 1 35 44 2", "y 1 1 1 9"],
+    ),
+    "rounds that begin again in their middle": (
+        4, "round 5 of this user comes after round 6",
+        [TEXT, "x 0 35 44 5", "x 1 35 44 6", "x 2 35 44 5"],
+    ),
+    "two bad rounds, of which the upper is told": (
+        4, "round 3 of this user comes after round 1",
+        [TEXT, "x 0 35 44 1", "y 1 35 44 1", "y 2 35 44 3", "x 3 35 44 4"],
+    ),
+    "a text header alone": (None, "has no turn", [TEXT]),
+    # None of these.
+    "prose": (1, "is of no known format", ["It was a dark and stormy night."]),
+    "a CSV of something else": (1, "is of no known format", ["date,price", "2023,1"]),
+    "an unknown object": (1, "is a JSON object of no known format: it has x", ['{"x": 1}']),
+    "an empty object": (1, "is a JSON object of no known format: it has nothing", ["{}"]),
+    "an array": (1, "is JSON, but no object", ["[1]"]),
+    "a table without its header": (1, "is of no known format", [AZURE_ROW]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "reason", "text"), CASES.values(), ids=CASES.keys())
+def test_a_bad_line_is_named_with_its_reason(tmp_path: Path, line: int | None, reason: str, text: list[str]) -> None:
+    path = tmp_path / "trace"
+    path.write_text("\n".join(text) + "\n")
+
+    error = refused(path)
+
+    assert error.line == line
+    assert error.reason.startswith(reason)
+    assert len(error.reason) < 400
+
+
+@pytest.mark.parametrize("content", ["", "\n", " \n\t\n"])
+def test_an_empty_file_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "trace"
+    path.write_text(content)
+
+    assert (refused(path).line, refused(path).reason) == (None, "is empty")
+
+
+def test_what_is_not_utf_8_is_named_by_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    path.write_bytes(f"{TURN}\n".encode() + NEXT.replace("a", "\xe4").encode("latin-1"))
+
+    assert (refused(path).line, refused(path).reason) == (2, "is not UTF-8 text")
+
+
+def test_a_packed_file_is_not_text(tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    path.write_bytes(b"\x1f\x8b\x08\x00\x00\x00\x00\x00")
+
+    assert refused(path).reason == "is not UTF-8 text"
+
+
+def test_a_folder_is_no_trace(tmp_path: Path) -> None:
+    assert refused(tmp_path).reason == "is a folder"
+
+
+def test_a_pipe_is_no_trace(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "trace")
+
+    assert refused(tmp_path / "trace").reason == "is no regular file"
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    assert refused(tmp_path / "trace").reason == "cannot be read: No such file or directory"
+
+
+def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    path.write_text(TURN)
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("this user may read everything")
+
+    assert refused(path).reason == "cannot be read: Permission denied"
+
+
+def test_an_unknown_format_is_told_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown format 'parquet': one of auto, jsonl, mooncake, "):
+        read(tmp_path / "trace", "parquet")
+
+
+@pytest.mark.parametrize("named", [name for name in FORMATS if name not in ("auto", "jsonl")])
+def test_a_format_that_the_file_is_not_of_is_refused(tmp_path: Path, named: str) -> None:
+    path = tmp_path / "trace"
+    path.write_text(TURN + "\n")
+
+    assert refused(path, named).line == 1
+
+
+_WHOLE = "\n".join([TURN, NEXT, TURN.replace('"a"', '"b"').replace('"t": 1', '"t": 3')]) + "\n"
+
+
+@given(st.integers(1, len(_WHOLE) - 2), st.binary(min_size=1, max_size=4))
+def test_a_damaged_file_is_read_or_refused_and_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, at: int, damage: bytes
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "damaged"
+    whole = _WHOLE.encode()
+
+    path.write_bytes(whole[:at])
+    if whole[at - 1 : at] != b"}" and whole[at - 1 : at] != b"\n":
+        refused(path)
+
+    path.write_bytes(whole[:at] + damage + whole[at + len(damage) :])
+    try:
+        read_back = read(path)
+    except TraceError:
+        return
+    assert isinstance(read_back, Workload)
+    assert read_back.turns >= 1
