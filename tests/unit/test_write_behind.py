@@ -11,7 +11,7 @@ import pytest
 
 from kvservice.blocks import TierName
 from kvservice.index.records import Records
-from kvservice.store import write_behind
+from kvservice.store import residency, write_behind
 from kvservice.store.history import Reason
 from kvservice_api.errors import IndexFull, KVError, StorageFailed
 from tests.file_faults import FaultyCalls
@@ -120,7 +120,10 @@ async def test_a_save_to_ssd_ends_and_nothing_stays_held_whatever_fails_its_reco
     assert not (await opened.save(client_of_next, other, some_images(other, seed=7), on_ssd=True)).refused
 
 
-async def test_a_save_to_ssd_ends_where_the_index_was_damaged_under_the_daemon(opened: OpenStore) -> None:
+async def test_a_save_to_ssd_ends_where_the_index_was_damaged_under_the_daemon(
+    opened: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residency, "_SETTLED_WITHIN_S", 0.1)  # The second save waits so long for the first one's record.
     client, chain = opened.store.leases.attach("test"), some_chain(2)
     environment = opened.index._environments[TierName.SSD]
     assert environment._env is not None
