@@ -123,7 +123,7 @@ async def test_a_save_to_ssd_ends_and_nothing_stays_held_whatever_fails_its_reco
 async def test_a_save_to_ssd_ends_where_the_index_was_damaged_under_the_daemon(
     opened: OpenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(residency, "_SETTLED_WITHIN_S", 0.1)  # The second save waits so long for the first one's record.
+    monkeypatch.setattr(residency, "_SETTLED_WITHIN_S", 0.1)  # So long the second save waits for the first.
     client, chain = opened.store.leases.attach("test"), some_chain(2)
     environment = opened.index._environments[TierName.SSD]
     assert environment._env is not None
