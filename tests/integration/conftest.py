@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kvservice_client.cli import main
 from tests.daemon import DaemonProcess
 
 
@@ -33,3 +36,22 @@ def new_daemon(tmp_path: Path) -> Iterator[Callable[..., DaemonProcess]]:
     yield start
     for process in made:
         process.remove()
+
+
+@pytest.fixture
+def kvctl_here(
+    daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a verb that fails in this process: what it was given wrongly, it says without one of its own too."""
+    monkeypatch.setenv("KVCTL_ADDRESS", daemon.address)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.modules["__main__"], "__package__", None)  # Else usage would name pytest.
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["kvctl", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert isinstance(ended.value.code, int)
+        return subprocess.CompletedProcess(arguments, ended.value.code, *capsys.readouterr())
+
+    return run

@@ -207,8 +207,10 @@ def test_an_error_is_one_line_that_says_what_to_do(
     [["inspect", "xyz"], ["evict", "ab" * 32], ["discard"], ["discard", "ab" * 32, "--everything"], ["scurb"]],
     ids=" ".join,
 )
-def test_wrong_usage_ends_with_2(daemon: DaemonProcess, arguments: list[str]) -> None:
-    done = kvctl(*arguments, address=daemon.address)
+def test_wrong_usage_ends_with_2(
+    kvctl_here: Callable[..., subprocess.CompletedProcess[str]], arguments: list[str]
+) -> None:
+    done = kvctl_here(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert "Usage: kvctl" in done.stderr
 

@@ -11,7 +11,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,6 @@ from tests.unit.test_demo_windowed import Letters
 
 WINDOW_TOKENS, BLOCK_TOKENS, PATIENCE_S = 200, 16, 20.0
 _QUESTIONS = ("Which engines are there?", "What became of the first one?", "And who drove it, on which line?")
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class LettersOf97(Letters):
@@ -78,7 +70,7 @@ def connected(address: str, loaded: LoadedModel) -> tuple[WindowedEngine, Transf
     ids=str,
 )
 def test_over_several_overflows_and_a_kill_the_daemon_gives_what_memory_has_bit_for_bit(
-    name: str, dtype: torch.dtype, new_daemon: Callable[..., DaemonProcess], one_thread: None
+    name: str, dtype: torch.dtype, new_daemon: Callable[..., DaemonProcess]
 ) -> None:
     daemon, loaded = new_daemon(), LoadedModel(rotary_model(name, dtype), LettersOf97(), "tiny", "1")
     engine, connector, client = connected(daemon.address, loaded)

@@ -91,9 +91,9 @@ def test_pin_and_unpin_say_what_they_did(ask: Callable[..., Any], daemon: Daemon
     ],
 )
 def test_an_odd_time_to_live_is_refused(
-    daemon: DaemonProcess, chain: BlockChain, ttl: str, code: int, message: str
+    kvctl_here: Callable[..., subprocess.CompletedProcess[str]], chain: BlockChain, ttl: str, code: int, message: str
 ) -> None:
-    done = kvctl("pin", chain.keys[0].hex(), f"--ttl={ttl}", "--json", address=daemon.address)
+    done = kvctl_here("pin", chain.keys[0].hex(), f"--ttl={ttl}", "--json")
     assert (done.returncode, done.stdout) == (code, "")
     assert message in " ".join(done.stderr.replace("│", " ").split())
 
@@ -104,8 +104,10 @@ def test_an_odd_time_to_live_is_refused(
      ["explain", ""], ["top", "--interval", "0"], ["drain", "now"]],
     ids=" ".join,
 )  # fmt: skip
-def test_wrong_usage_ends_with_2(daemon: DaemonProcess, arguments: list[str]) -> None:
-    done = kvctl(*arguments, address=daemon.address)
+def test_wrong_usage_ends_with_2(
+    kvctl_here: Callable[..., subprocess.CompletedProcess[str]], arguments: list[str]
+) -> None:
+    done = kvctl_here(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert "Usage: kvctl" in done.stderr
 

@@ -1,7 +1,4 @@
-"""Real stores for unit tests. Sizes and settings are the test's: ``store_files(dram_bytes=...)``.
-
-And one thread for what computes with tiny models.
-"""
+"""Real stores for unit tests. Sizes and settings are the test's: ``store_files(dram_bytes=...)``."""
 
 from __future__ import annotations
 
@@ -55,14 +52,3 @@ async def opened(open_store: Callable[..., Any]) -> OpenStore:
 @pytest.fixture
 def client(opened: OpenStore) -> Client:
     return opened.store.leases.attach("test")
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """torch computes on one: threads that share work this small mostly wait for each other."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

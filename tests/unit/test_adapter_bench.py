@@ -63,14 +63,18 @@ def test_a_measurement_that_is_not_there_is_refused_with_those_that_are() -> Non
     assert f"no measurement is called nonsense; there are {', '.join(MEASUREMENTS)}" in done.stderr
 
 
-def test_a_file_in_a_folder_that_is_not_there_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+def test_a_file_in_a_folder_that_is_not_there_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = tmp_path / "missing" / "page.md"
-    command = [sys.executable, "-m", "kvservice_adapter.bench", "truncation", "--write", str(page)]
+    monkeypatch.setattr("kvservice_adapter.demo.model._PACKAGE", "no_such_package")
+    monkeypatch.setattr(sys, "argv", ["bench", "truncation", "--write", str(page)])
 
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
 
-    assert done.returncode == 2
-    assert f"there is no folder {page.parent}" in done.stderr
+    assert ended.value.code == 2
+    assert f"there is no folder {page.parent}" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_installed_is_said_in_a_line(

@@ -14,7 +14,7 @@ SCORED_TOKENS = 160
 
 
 @pytest.fixture(scope="module")
-def told(one_thread: None) -> Quality:
+def told() -> Quality:
     """stories260K reads its own stories, in a window of 64 tokens."""
     model = stories_model("half")
     torch.manual_seed(0)

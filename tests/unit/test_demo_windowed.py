@@ -15,8 +15,6 @@ from kvservice_adapter.rope import Rope
 from kvservice_adapter.truncation import kept_tokens
 from tests.unit.rotary_models import RecordedKeys, computed, logits_after, rotary_model, states, tokens_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Letters:
     """A tokenizer of letters, with a chat form in angle brackets."""

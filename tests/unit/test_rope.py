@@ -43,8 +43,6 @@ from tests.unit.rotary_models import (
     tokens_of,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 YARNS: dict[str, dict[str, Any]] = {
     "yarn, a given scale": {"attention_factor": 1.7},
     "yarn, two mscales": {"mscale": 0.707, "mscale_all_dim": 1.1},

@@ -22,8 +22,6 @@ from tests.unit.rotary_models import (
     tokens_of,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 HISTORY_TOKENS, NEW_TOKENS = 128, 16
 KEPT = {
     "the oldest half leaves": keep_on_overflow(HISTORY_TOKENS, window=130, new_tokens=NEW_TOKENS, sink_tokens=0),
@@ -139,7 +137,7 @@ def test_turning_twice_is_turning_once_by_the_sum(name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def story(one_thread: None) -> torch.Tensor:
+def story() -> torch.Tensor:
     begin = torch.tensor([[BEGIN]])
     told: torch.Tensor = stories_model("half").generate(
         begin, attention_mask=torch.ones_like(begin), do_sample=False, max_new_tokens=119, pad_token_id=0

@@ -11,7 +11,7 @@ import pytest
 
 from kvservice.blocks import TierName
 from kvservice.index.records import Records
-from kvservice.store import write_behind
+from kvservice.store import residency, write_behind
 from kvservice.store.history import Reason
 from kvservice_api.errors import IndexFull, KVError, StorageFailed
 from tests.file_faults import FaultyCalls
@@ -120,7 +120,10 @@ async def test_a_save_to_ssd_ends_and_nothing_stays_held_whatever_fails_its_reco
     assert not (await opened.save(client_of_next, other, some_images(other, seed=7), on_ssd=True)).refused
 
 
-async def test_a_save_to_ssd_ends_where_the_index_was_damaged_under_the_daemon(opened: OpenStore) -> None:
+async def test_a_save_to_ssd_ends_where_the_index_was_damaged_under_the_daemon(
+    opened: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residency, "_SETTLED_WITHIN_S", 0.1)  # So long the second save waits for the first.
     client, chain = opened.store.leases.attach("test"), some_chain(2)
     environment = opened.index._environments[TierName.SSD]
     assert environment._env is not None
@@ -176,7 +179,7 @@ async def test_where_the_index_of_the_ssd_is_full_old_blocks_leave_it_and_new_on
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(write_behind, "_TRY_AGAIN_SHED_S", 0.01)
-    files = StoreFiles(tmp_path / "store", ssd_bytes=128 * MIB, dram_bytes=4 * MIB)
+    files = StoreFiles(tmp_path / "store", ssd_bytes=64 * MIB, dram_bytes=4 * MIB, map_bytes=MIB // 2)
     files.folder.mkdir()
     opened = files.open()
 
@@ -186,13 +189,13 @@ async def test_where_the_index_of_the_ssd_is_full_old_blocks_leave_it_and_new_on
     try:
         await opened.store.open_layout(LAYOUT)
         client = opened.store.leases.attach("test")
-        for seed in range(30):  # The map has space for three thousand records, SSD for ten thousand blocks.
+        for seed in range(15):  # The map has space for some thousand records, SSD for five thousand blocks.
             chain = some_chain(200, seed=seed)
             outcome = await opened.save(client, chain, some_images(chain, seed=seed))
             assert not outcome.refused
             await on_ssd(chain.keys[-1])
         assert opened.store.counters.evicted_ssd_blocks
-        keys = [key for seed in range(30) for key in some_chain(200, seed=seed).keys]
+        keys = [key for seed in range(15) for key in some_chain(200, seed=seed).keys]
         events = [event for key in keys for event in opened.store.explain.events(key)]
         assert {(event.reason, event.word) for event in events} == {(Reason.EVICTED, "lru")}, "at nobody's request"
         assert opened.ssd is not None and opened.ssd.used_bytes < opened.ssd.capacity_bytes // 2

@@ -76,14 +76,15 @@ class _Bench:
         self._progress.update(self._task, completed=done, description=what)
 
     def run(self, address: str, directory: Path | None, dram_path: Path) -> None:
+        if address:
+            with connect(address, 30, name="kvctl bench") as client:
+                client.capabilities()  # A daemon that is away is said so before anything is measured.
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="kvctl-bench-", dir=directory)))
         self._step(0, "memory")
         self._memory()
         blocks = 4 if self._quick else 8
         pid = None
-        if address:
-            client = connect(address, 30, name="kvctl bench")
-        else:
+        if not address:
             self._step(1, "starting a daemon")
             dram_bytes = (2 * blocks + 4) * _BLOCK_BYTES + VIEW_BYTES
             address, pid = self._stack.enter_context(parts.daemon(folder, dram_path, dram_bytes))
