@@ -62,12 +62,13 @@ def _load(place: str, model_id: str, revision: str, **options: Any) -> LoadedMod
 @contextmanager
 def _gguf_read_once() -> Iterator[None]:
     """Halves the time: transformers reads such a file three times, and makes the map of its names for each module."""
-    kept = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = map(functools.cache, kept)
+    library: Any = gguf
+    kept = library.GGUFReader, library.get_tensor_name_map
+    library.GGUFReader, library.get_tensor_name_map = map(functools.cache, kept)
     try:
         yield
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = kept
+        library.GGUFReader, library.get_tensor_name_map = kept
 
 
 def _packaged_file() -> Path:
