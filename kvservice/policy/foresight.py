@@ -30,6 +30,7 @@ from kvservice.policy.survival import Floats
 
 _LEAST_RATE = 1e-30  # Returns a second: never.
 _LEAST_S = 1e-6  # A request that is about to run is this far away.
+_UNLIKELY = 0.02  # Returns within the typical time: what is less likely is not read ahead.
 _ALL = 4  # Those that DRAM has no use for are looked at once in a quarter as many events as there are.
 _LEVEL = 48  # What leaves DRAM next is this part of it.
 _DOZE = 0.5  # DRAM has no use for those that will not be worth this share of what leaves it now.
@@ -83,6 +84,7 @@ class ForesightPolicy(Placement):
             self._hints.came(row, hazard, items.size_bytes.item(row) / items.conditions.ssd_bytes_per_s, now_s)
         returns.came(row, now_s)
         self._waits.queued(row, now_s)
+        self._awake[row] = True
         self._happened(now_s)
         if items.dram_bytes[row] < items.ssd_bytes[row]:
             self.look_at_s = now_s
@@ -209,6 +211,7 @@ class ForesightPolicy(Placement):
         wait_s = conditions.queued / conditions.turns_per_s
         worth = items.value[rows] / sizes / (1 / np.maximum(rates, _LEAST_RATE) + wait_s)
         self._in_dram[rows], self._on_ssd[rows] = worth[HOLD], worth[KEEP]
+        worth[FETCH:] *= rates[FETCH:] >= _UNLIKELY / returns.typical_s
         return worth[FETCH], worth[LATER]
 
     # What shall come.

@@ -14,14 +14,14 @@ _PRICE_COUNT = 7  # Half an order of magnitude apart. Of one read, in hits.
 _LEVELS_PER_E = 2 / math.log(10)
 _PRICES = _LEAST_PRICE * np.exp(np.arange(_PRICE_COUNT) / _LEVELS_PER_E)
 
-HOLD, FETCH, KEEP, LATER = range(4)
+HOLD, KEEP, FETCH, LATER = range(4)
 
 
 class Scores:
     """Indices by class, price and age, in returns a second.
 
-    HOLD: of staying where what leaves can be read again. FETCH: of being read now. KEEP: of staying where what leaves
-    is lost. LATER: the highest FETCH at this age or any later one.
+    HOLD: of staying where what leaves can be read again. KEEP: of staying where what leaves is lost. FETCH: of being
+    read now. LATER: the highest FETCH at this age or any later one.
     """
 
     def __init__(self, *hazards: Floats) -> None:
@@ -33,7 +33,7 @@ class Scores:
         hold, fetch = fetchable(every, _PRICES)
         later = np.maximum.accumulate(fetch[..., ::-1], axis=-1)[..., ::-1]
         keep = np.broadcast_to(losable(every)[:, None, :], hold.shape)
-        self._table = np.stack([hold, fetch, keep, later]).reshape(-1)
+        self._table = np.stack([hold, keep, fetch, later]).reshape(-1)
         self._kind = hold.size
 
     def rates(self, classes: Ints, ages_s: Floats, ready_s: Floats, prices: Floats) -> Floats:
@@ -58,4 +58,4 @@ class Scores:
 
 
 _KINDS = np.arange(4)[:, None]
-_PLACE_OF_KIND = np.array((0, 1, 0, 1))  # HOLD and KEEP are read at the age now, the others when it would be there.
+_PLACE_OF_KIND = np.array((0, 0, 1, 1))  # HOLD and KEEP are read at the age now, the others when it would be there.
