@@ -196,3 +196,10 @@ def test_a_second_hint_counts_from_its_own_time() -> None:
 
 def test_times_that_are_not_numbers_are_nobodys() -> None:
     assert math.isnan(ReturnTimes(1).since_s[0]) and math.isnan(HintTimes(1).since_s[0])
+
+
+def test_a_hint_is_used_up_by_the_request_that_it_announced() -> None:
+    hints = HintTimes(1)
+    hints.hinted(0, Hint.TYPING, 1.0, 0.0)
+    hints.came(0, 0.02, 0.1, 3.0)
+    assert hints.in_class[0] == hint_times.NONE and not hints.expected
