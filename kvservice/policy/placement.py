@@ -26,6 +26,8 @@ class Placement:
     #: The share of DRAM that is free before a promotion begins. What is worth less than it leaves for that, before
     #: it begins and once it has taken its room.
     dram_kept_free: float = 0.0
+    #: What has just come may be worth least of all, so victims are ranked anew whenever room is made.
+    newcomers_may_leave: ClassVar[bool] = False
     #: The next time to ask for promotions; a method that is told something may bring it forward to `now_s`.
     look_at_s: float = math.inf
 

@@ -32,6 +32,7 @@ class S3FifoPolicy(Placement):
 
     name: ClassVar[str] = "s3fifo"
     whole_items: ClassVar[bool] = True
+    newcomers_may_leave: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._queues = {tier: _Queues() for tier in TierName}

@@ -45,11 +45,12 @@ class Clairvoyant(Bound):
     They go by bytes times seconds until the next use, each cut as far as needed: most uses by space. The bound is
     the best of two plays (`optimum_plays`), which differ in whether SSD keeps a copy of what waits in DRAM for its
     next use (`exclusive`: it does not, if it has no room; that gives room, and costs writes). What is on time and
-    what hits is each the best of the plays'. So it is not proven that nothing is better; the tests compare it with
-    every policy. Where a tier has no room for a few whole sessions, a policy may be better by a fraction of a turn.
+    what hits is each the best of the plays'. It is not proven that nothing is better; so the plays of every policy
+    are among those of the bound (`kvservice.simulate.policies`), and none is above it.
     """
 
     name: ClassVar[str] = "optimum"
+    newcomers_may_leave: ClassVar[bool] = True
 
     def __init__(self, workload: Workload, exclusive: bool = False) -> None:
         self._exclusive = exclusive

@@ -64,13 +64,11 @@ def simulate(
     found = _play(workload, machine, names, load.warmup_turns, swept, factors)
     if plot_file is not None:
         capacities_gb = [factor * (sizes.dram_gb if swept == "dram" else sizes.ssd_gb) for factor in factors]
-        plot.against_capacity(
-            plot_file,
-            [(name, [found[name, factor] for factor in factors]) for name in names],
-            capacities_gb,
-            tier=swept,
-            title=workload.name,
-        )
+        lines = [(name, [found[name, factor] for factor in factors]) for name in names]
+        try:
+            plot.against_capacity(plot_file, lines, capacities_gb, tier=swept, title=workload.name)
+        except OSError as error:
+            fail(f"--plot: {plot_file} cannot be written: {error.strerror}. Name another file.")
     results = [found[name, 1.0] for name in names]
     if as_json:
         output.print_json([output.as_json(each) for each in results])
@@ -86,6 +84,13 @@ def _check_plot(file: Path, sweep: Sweep, sizes: SizeOptions) -> None:
         raise typer.BadParameter(f"there is no folder {file.parent}", param_hint="--plot")
     if (sizes.dram_gb if sweep == "dram" else sizes.ssd_gb) == 0:
         raise typer.BadParameter(f"--{sweep}-gb is 0: there is no capacity to change", param_hint="--sweep")
+    try:
+        existed = file.exists()
+        file.open("ab").close()
+    except OSError as error:
+        raise typer.BadParameter(f"{file} cannot be written: {error.strerror}", param_hint="--plot") from None
+    if not existed:
+        file.unlink()
     if not plot.is_available():
         fail("--plot needs matplotlib, which is not installed. Install it: pip install 'kvservice[plot]'.")
 
@@ -105,8 +110,7 @@ def _play(
             for factor in factors:
                 progress.update(task, description=name)
                 sized = scaled(machine, sweep, factor)
-                result = run(workload, sized, name, warmup_turns=warmup_turns)
-                found[name, factor] = replace(result, policy=name)  # A policy has variants by other names.
+                found[name, factor] = run(workload, sized, name, warmup_turns=warmup_turns)
                 progress.advance(task)
     return found
 

@@ -6,7 +6,7 @@ import heapq
 import itertools
 import math
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +40,7 @@ def simulate(workload: Workload, machine: Machine, policy: Placement | str, *, w
         results.append(_play(workload, machine, play, warmup_turns))
         if results[-1].dram_on_time == 1.0:
             break  # Nothing is better.
-    return best_of(results)
+    return replace(best_of(results), policy=policy)
 
 
 def _play(workload: Workload, machine: Machine, policy: Placement, warmup_turns: int) -> Result:

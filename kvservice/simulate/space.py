@@ -79,8 +79,8 @@ class Space:
         return self._rows[: self.count]
 
     def ask(self) -> None:
-        """Begin to look for victims: with few rows, by what they are worth now."""
-        if self.count <= _MANY:
+        """Begin to look for victims: with few rows, or where newcomers may be the worst, by what they are worth now."""
+        if self.count <= _MANY or self._policy.newcomers_may_leave:
             self._order.clear()
             self._scores.clear()
 

@@ -222,6 +222,15 @@ def test_a_trace_that_is_not_there_is_refused_in_one_line(tmp_path: Path) -> Non
     assert "missing: cannot be read: No such file or directory" in done.stderr
 
 
+def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_simulated(tmp_path: Path) -> None:
+    file = tmp_path / "picture.svg"
+    file.mkdir()
+
+    said = refused("--trace", str(tmp_path / "missing"), "--policy", "lru", "--plot", str(file))
+
+    assert "cannot be written: Is a directory" in said
+
+
 def test_a_picture_without_matplotlib_is_refused_before_anything_is_simulated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,3 +96,22 @@ def test_what_is_held_is_no_candidate() -> None:
     space.add(first)
     space.add(first)
     assert space.count == 10
+
+
+def test_a_newcomer_leaves_at_once_where_newcomers_may_be_worth_least() -> None:
+    class ByNumberAnew(ByNumber):
+        newcomers_may_leave: ClassVar[bool] = True
+
+    count = 5000
+    policy = ByNumberAnew(np.arange(count, dtype=np.float64))
+    touches = Touches(count)
+    space = Space(TierName.DRAM, 0, ItemTable(count, Conditions(0, 0, 1.0)), policy, touches)
+    for row in range(1, count):
+        space.add(row)
+    space.ask()
+    assert space.lowest(0.0) == 1
+    space.discard(1)
+    space.add(0)
+    touches.last[0] = touches.epoch
+    space.ask()
+    assert space.lowest(0.0) == 0

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from kvservice.simulate import plot
 from kvservice.simulate.experiments import EXPERIMENTS, Options
-from kvservice.simulate.experiments.report import Section
+from kvservice.simulate.experiments.report import Section, commit
 
 
 def main() -> int:
     """Measure, print, and write what is asked for. Exit code 0 once all is measured, whatever the figures are."""
-    names = ", ".join(EXPERIMENTS)
+    known = ", ".join(EXPERIMENTS)
     parser = argparse.ArgumentParser(prog="python -m kvservice.simulate.experiments", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {names}; all of them if none is given")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {known}; all of them if none is given")
     parser.add_argument("--quick", action="store_true", help="smaller loads and fewer of them: under two minutes")
     parser.add_argument("--write", type=Path, metavar="FILE", help="also write the sections into this Markdown file")
     parser.add_argument(
@@ -25,7 +25,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(EXPERIMENTS):
-        parser.error(f"no experiment is called {', '.join(sorted(unknown))}; there are {names}")
+        parser.error(f"no experiment is called {', '.join(sorted(unknown))}; there are {known}")
     if arguments.write is not None and not arguments.write.parent.is_dir():  # Not found out at the end.
         parser.error(f"--write: there is no folder {arguments.write.parent}")
     if arguments.traces is not None and not arguments.traces.is_dir():
@@ -33,10 +33,13 @@ def main() -> int:
     pictures = arguments.write.parent if arguments.write is not None and plot.is_available() else None
     options = Options(arguments.quick, arguments.traces, pictures)
 
-    for name in arguments.names or EXPERIMENTS:
+    names = arguments.names or EXPERIMENTS
+    measures = {name: importlib.import_module(f"kvservice.simulate.experiments.{name}").measure for name in names}
+    commit()
+    for name, measure in measures.items():
         print(f"measuring {name}", file=sys.stderr, flush=True)
         began = time.monotonic()
-        section: Section | None = importlib.import_module(f"kvservice.simulate.experiments.{name}").measure(options)
+        section: Section | None = measure(options)
         if section is None:
             print(f"{name} is skipped: it needs a trace, see --traces", file=sys.stderr)
             continue

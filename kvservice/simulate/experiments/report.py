@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -107,12 +108,17 @@ def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> li
 
 
 def _where_and_when() -> str:
+    return f"Commit {commit()}, {datetime.now(UTC):%Y-%m-%d %H:%M UTC}, {_cpu()}."
+
+
+@cache
+def commit() -> str:
+    """What is run: asked once, for the tree may change under a run that takes long."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        commit = f"version {metadata.version('kvservice')}"
-    return f"Commit {commit}, {datetime.now(UTC):%Y-%m-%d %H:%M UTC}, {_cpu()}."
+        return f"version {metadata.version('kvservice')}"
 
 
 def _cpu() -> str:
