@@ -67,7 +67,8 @@ class ForesightPolicy(Placement):
         self._ssd_level = 0.0
         self._learn_at = _LEARN_RETURNS[0]
         self._passed = 0  # Requests whose turn has come since the queue was looked at.
-        self._window = 1
+        self._window = 1  # How many of them DRAM had room for then, from the head of the queue on.
+        self._all_fit = True  # All of them.
 
     def _start_learning(self, row_count: int) -> tuple[ReturnTimes, HintTimes]:
         return ReturnTimes(row_count, self._learning), HintTimes(row_count)
@@ -86,8 +87,12 @@ class ForesightPolicy(Placement):
         self._waits.queued(row, now_s)
         self._awake[row] = True
         self._happened(now_s)
-        if items.dram_bytes[row] < items.ssd_bytes[row]:
+        if items.dram_bytes.item(row) < items.ssd_bytes.item(row) and self._has_room(items, row):
             self.look_at_s = now_s
+
+    def _has_room(self, items: ItemTable, row: int) -> bool:
+        """Whether DRAM may have room for the waiting request beside those before it."""
+        return self._all_fit or items.queue_seq.item(row) - items.conditions.served < self._window
 
     def used(self, items: ItemTable, row: int, now_s: float) -> None:
         if not self._started:
@@ -243,11 +248,13 @@ class ForesightPolicy(Placement):
         room = conditions.dram_capacity_bytes
         wanted = []
         ahead = 0
+        self._all_fit = True
         for row in queue:
             ahead = items.queue_seq.item(row) - conditions.served
             size = size_of.item(row)
             room -= size
             if room < 0:
+                self._all_fit = False
                 break
             if on_ssd.item(row) > in_dram.item(row) + coming.item(row):
                 coming_s = max(ahead / conditions.turns_per_s, _LEAST_S)  # Positions, not rows: some read several.
