@@ -23,7 +23,7 @@ def print_json(document: object) -> None:
 
 
 def as_json(result: Result) -> dict[str, Any]:
-    """All fields. What nothing was seen of (a share of no turns) is None: JSON has no NaN."""
+    """All fields. What is beyond all numbers, such as a rate over no time, is None: JSON has no infinity."""
     return {name: plain(value) for name, value in asdict(result).items()}
 
 
