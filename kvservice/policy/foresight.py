@@ -105,7 +105,7 @@ class ForesightPolicy(Placement):
     def stored(self, items: ItemTable, row: int, now_s: float) -> None:
         if not self._started:
             self._start(items, now_s)
-        self._returns.waits(row, items.uses.item(row), items.answer_tokens.item(row), now_s)
+        self._returns.waits(row, items.uses.item(row), items.answer_tokens.item(row), now_s, items.value.item(row))
         self._score_stored(items, row)
         self._awake[row] = True
         self._happened(now_s)

@@ -37,6 +37,8 @@ class ReturnTimes:
         self.factor = np.ones(row_count)
         self.in_class = np.zeros(row_count, np.int64)
         self._since_events = np.zeros(row_count, np.int64)
+        self._value = np.ones(row_count)
+        self._mean_value = 0.0
         self._gaps = np.zeros(row_count)
         self._log_gaps = np.zeros(row_count)  # Their sum.
         self._features = np.zeros((row_count, _FEATURES))
@@ -45,13 +47,15 @@ class ReturnTimes:
         self._means = [0.0] * (_FEATURES + 1)
         self._effects = [0.0] * _FEATURES
 
-    def waits(self, row: int, uses: int, answer_tokens: int, now_s: float) -> None:
-        """A use of the item has ended: its age is 0."""
+    def waits(self, row: int, uses: int, answer_tokens: int, now_s: float, value: float = 1.0) -> None:
+        """A use of the item has ended: its age is 0. Items count by the value of a use, as hits do."""
         self.since_s[row] = now_s
         self.in_class[row] = min(max(uses, 1).bit_length() - 1, CLASSES - 1)
         if not self._learning:
             return
         self._since_events[row] = self.survival.events
+        self._value[row] = value
+        self._mean_value += (value - self._mean_value) / min(self.survival.events + 1.0, _MEMORY)
         gaps = self._gaps.item(row)
         pace = (self._log_gaps.item(row) - gaps * self._means[_FEATURES]) / (gaps + 1.0)
         features = (pace, math.log1p(answer_tokens), math.log(max(uses, 1)))
@@ -68,7 +72,7 @@ class ReturnTimes:
         if math.isnan(since_s) or not self._learning:
             return
         age_s = now_s - since_s
-        self.survival.came(self.in_class.item(row), age_s / self.factor.item(row))
+        self.survival.came(self.in_class.item(row), age_s / self.factor.item(row), self._weight(row))
         log_gap = math.log(max(age_s, BEGINS[1]))
         if self.survival.events > _LEAN:
             typical = self._means[_FEATURES]
@@ -81,10 +85,14 @@ class ReturnTimes:
         """Whoever gets the row next is another item."""
         since_s = self.since_s.item(row)
         if self._learning and not math.isnan(since_s):
-            self.survival.ceased(self.in_class.item(row), (now_s - since_s) / self.factor.item(row))
+            age = (now_s - since_s) / self.factor.item(row)
+            self.survival.ceased(self.in_class.item(row), age, self._weight(row))
         self.since_s[row] = math.nan
         self.factor[row] = 1.0
         self._gaps[row] = self._log_gaps[row] = 0.0
+
+    def _weight(self, row: int) -> float:
+        return self._value.item(row) / (self._mean_value or 1.0)
 
     def hazard(self, row: int, now_s: float) -> float:
         """Returns a second, of one that is waited for at its age; 0 where none is."""
@@ -103,7 +111,7 @@ class ReturnTimes:
         """Puts what was seen into `hazards` and into later factors. `waiting` are all rows that are waited for."""
         if not self._learning:
             return
-        weights = self.survival.weight(self._since_events[waiting])
+        weights = self.survival.weight(self._since_events[waiting]) * self._value[waiting] / (self._mean_value or 1.0)
         self.hazards = self.survival.hazards(self.in_class[waiting], self.ages(waiting, now_s), weights)
         self._regress()
 

@@ -65,18 +65,18 @@ class Survival:
         self.events = 0  # Since the start.
         self._faded_at = 0
 
-    def came(self, in_class: int, age_s: float) -> None:
-        """The event came at this age."""
+    def came(self, in_class: int, age_s: float, weight: float = 1.0) -> None:
+        """The event came at this age. It counts `weight` times, 1 in the mean."""
         at = bin_of(age_s)
-        self._came[in_class, at] += 1.0
-        self._within_s[in_class, at] += age_s - BEGINS[at]
+        self._came[in_class, at] += weight
+        self._within_s[in_class, at] += weight * (age_s - BEGINS[at])
         self.events += 1
 
-    def ceased(self, in_class: int, age_s: float) -> None:
+    def ceased(self, in_class: int, age_s: float, weight: float = 1.0) -> None:
         """It had not come at this age, and nobody will know when it does."""
         at = bin_of(age_s)
-        self._ceased[in_class, at] += 1.0
-        self._within_s[in_class, at] += age_s - BEGINS[at]
+        self._ceased[in_class, at] += weight
+        self._within_s[in_class, at] += weight * (age_s - BEGINS[at])
 
     def quantile(self, share: float) -> float:
         """The age below which `share` of the events came; 0 while there was none."""

@@ -203,3 +203,21 @@ def test_a_hint_is_used_up_by_the_request_that_it_announced() -> None:
     hints.hinted(0, Hint.TYPING, 1.0, 0.0)
     hints.came(0, 0.02, 0.1, 3.0)
     assert hints.in_class[0] == hint_times.NONE and not hints.expected
+
+
+def test_items_count_by_the_value_of_a_use() -> None:
+    """Blocks that a request reads together are one item: how they are grouped changes little of what is learned."""
+    grouped, single = ReturnTimes(1000), ReturnTimes(3000)
+    for row, gap_s in enumerate(np.random.default_rng(5).uniform(1, 100, 1000).tolist()):
+        now_s, blocks = 1e4 * row, 3 if gap_s < 50 else 1
+        grouped.waits(row, 1, 0, now_s, value=float(blocks))
+        grouped.came(row, now_s + gap_s)
+        for block in range(blocks):
+            single.waits(3 * row + block, 1, 0, now_s)
+            single.came(3 * row + block, now_s + gap_s)
+    for returns in (grouped, single):
+        returns.learn(NOBODY, 1e6)
+
+    short, long = bin_of(30.0), bin_of(80.0)
+    of_grouped, of_single = (returns.hazards[0, short] / returns.hazards[0, long] for returns in (grouped, single))
+    assert of_grouped == pytest.approx(of_single, rel=0.1)
