@@ -15,13 +15,13 @@ from kvservice.simulate.settings import GIB, Machine
 from kvservice.simulate.views import floats, ints
 from kvservice.simulate.workload import Workload
 
-#: By number of the dispatch. Small types: five million turns shall fit beside their trace.
+#: By number of the dispatch. Small types where they do: five million turns shall fit beside their trace.
 _COLUMNS = {
     "turn": np.int32,
     "wait_s": np.float32,  # From the request's arrival to its turn.
     "load_s": np.float32,  # From its turn until what was not in DRAM had been read, and its prefill began.
-    "history_tokens": np.int32,
-    "missing_tokens": np.int32,  # Of the history: they are computed again.
+    "history_tokens": np.int64,
+    "missing_tokens": np.int64,  # Of the history: they are computed again.
     "queued": np.int32,  # Requests that wait behind it.
 }
 

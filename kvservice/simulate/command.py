@@ -110,7 +110,10 @@ def _play(
             for factor in factors:
                 progress.update(task, description=name)
                 sized = scaled(machine, sweep, factor)
-                found[name, factor] = run(workload, sized, name, warmup_turns=warmup_turns)
+                try:
+                    found[name, factor] = run(workload, sized, name, warmup_turns=warmup_turns)
+                except ValueError as error:
+                    fail(f"{error}.")
                 progress.advance(task)
     return found
 

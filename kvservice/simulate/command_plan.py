@@ -65,7 +65,10 @@ def plan(
 
         @functools.cache
         def simulated(name: str, dram_gb: float, ssd_gb: float) -> Result:
-            result = simulate(workload, rates.machine(dram_gb, ssd_gb), name, warmup_turns=load.warmup_turns)
+            try:
+                result = simulate(workload, rates.machine(dram_gb, ssd_gb), name, warmup_turns=load.warmup_turns)
+            except ValueError as error:
+                fail(f"{error}.")
             progress.advance(task)
             return result
 

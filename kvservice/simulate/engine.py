@@ -16,6 +16,7 @@ from kvservice.policy.placement import Placement
 from kvservice.simulate.account import Account
 from kvservice.simulate.bounds import Bound
 from kvservice.simulate.mover import Mover
+from kvservice.simulate.plan import footprint_tokens
 from kvservice.simulate.policies import CONTENDERS, plays
 from kvservice.simulate.prefixes import PrefixTurns
 from kvservice.simulate.residency import overrides
@@ -51,6 +52,10 @@ def _play(workload: Workload, machine: Machine, policy: Placement, warmup_turns:
 
 #: The busy share of the channel is a mean over about so long.
 _MEASURE_S = 60.0
+#: Beyond it a float tells moments apart no better than a policy needs.
+_CLOCK_MAX_S = 1e9
+#: What is stored in all, in bytes: it has to fit into 64 bits, with room to add it up.
+_STORED_MAX_BYTES = 2**60
 #: Two sums of the same seconds may differ by so much.
 _LATER_S = 1e-6
 
@@ -87,6 +92,8 @@ class Engine:
             raise ValueError("a session's turns do not stand together")
         if np.isnan(first_at).any():
             raise ValueError("a session's first turn has no time of arrival")
+        if footprint_tokens(workload) * machine.kv_bytes_per_token > _STORED_MAX_BYTES:
+            raise ValueError("the load stores more than 2^60 bytes of KV: give fewer tokens, or less KV a token")
         order = np.argsort(first_at, kind="stable")
         self._firsts = firsts[order]
         self._first_at = first_at[order]
@@ -267,6 +274,8 @@ class Engine:
         for row, deadline_s, worth in policy.promotions(self.items, self._rows, now_s):
             mover.promote(row, deadline_s, worth)
         if policy.look_at_s <= now_s:
+            if now_s > _CLOCK_MAX_S:
+                raise ValueError(f"the load takes more than {now_s:.3g} s: give shorter times or higher rates")
             raise RuntimeError(f"{policy.name} did not say when to ask it again")
 
     def _measure(self, now_s: float) -> None:

@@ -222,6 +222,36 @@ def test_a_trace_that_is_not_there_is_refused_in_one_line(tmp_path: Path) -> Non
     assert "missing: cannot be read: No such file or directory" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("lines", "option", "reason"),
+    [
+        ([turn(t, "a", t, new_tokens=2**24) for t in range(200)], (), None),
+        ([turn(t, "a", t, new_tokens=2**24) for t in range(200)], ("--kv-mb-per-token", "100000"), "more than 2^60"),
+    ],
+)
+def test_what_no_number_holds_is_refused_in_one_line(
+    tmp_path: Path, lines: Sequence[object], option: tuple[str, ...], reason: str | None
+) -> None:
+    small = ("--dram-gb", "1", "--ssd-gb", "1")
+
+    done = run("--trace", trace_of(tmp_path, lines), "--policy", "lru,foresight", *small, *option, "--json")
+
+    if reason is None:
+        assert done.exit_code == 0
+    else:
+        assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+        assert reason in done.stderr
+
+
+def test_a_load_that_no_clock_tells_apart_is_refused_in_one_line() -> None:
+    load = ("--trace", "sharegpt", "--sessions", "20", "--session-rate", "1e-300")
+
+    done = run(*load, "--policy", "foresight", "--dram-gb", "5", "--ssd-gb", "10", "--json")
+
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+    assert "give shorter times or higher rates" in done.stderr
+
+
 def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_simulated(tmp_path: Path) -> None:
     file = tmp_path / "picture.svg"
     file.mkdir()
