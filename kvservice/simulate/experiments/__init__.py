@@ -26,6 +26,7 @@ EXPERIMENTS = (
     "overflow",
     "cost",
     "short_queues",
+    "no_queue",
     "typing_events",
     "shared_prefixes",
     "speed",

@@ -67,7 +67,7 @@ class Section:
             rows = [(each.what, each.goal, each.figure, _mark(each.is_met)) for each in self.goals]
             lines += [*_markdown_table(("", "Goal", "Figure", "Met"), rows), ""]
         for table in self.tables:
-            lines += [table.title, "", *_markdown_table(table.columns, table.rows), ""]
+            lines += [*([table.title, ""] if table.title else []), *_markdown_table(table.columns, table.rows), ""]
         lines += [line for note in self.notes for line in (note, "")]
         if self.commands:
             lines += ["One of these runs by itself:", "", "```sh", *self.commands, "```", ""]
