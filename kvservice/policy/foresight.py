@@ -38,6 +38,8 @@ _LEARNS = 5  # What was seen becomes scores when there is a fifth more of it...
 _LEARN_RETURNS = (16, 1024)  # ... within these numbers of returns.
 #: While requests wait that may need the SSD, what would have to be copied there first is worth so much more.
 _DIRTY = 4.0
+#: What left SSD last was worth so much more than what is not written: worths are estimates, and a miss costs more.
+_WRITES = 0.9
 _LATER_USE = 1e-13  # Among equals, what was used later is worth a little more, and a prefix more than its suffix.
 
 
@@ -156,7 +158,9 @@ class ForesightPolicy(Placement):
         return self._started and self._in_dram.item(row) >= self._level
 
     def wants_on_ssd(self, items: ItemTable, row: int, now_s: float) -> bool:
-        return not self._started or (self._on_ssd.item(row) >= self._ssd_level and not self._hints.gone(row))
+        if not self._started:
+            return True
+        return self._on_ssd.item(row) >= _WRITES * self._ssd_level and not self._hints.gone(row)
 
     def _worth_queued(self, items: ItemTable, rows: Rows, lost: bool) -> Floats:
         """A request that waits is a hit at a known time. What can still be read in time is worth the read alone."""
