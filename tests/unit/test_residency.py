@@ -231,6 +231,7 @@ async def filled_index(opened: OpenStore) -> list[bytes]:
             try:
                 await opened.index.put(TierName.DRAM, some, records)
                 names += some
+                refusals = 0  # Commits free pages for later ones: it is full once none is taken many times running.
             except IndexFull:
                 refusals += 1
     return names
