@@ -26,7 +26,7 @@ from kvservice.policy.queue_waits import QueueWaits
 from kvservice.policy.read_price import ReadPrice
 from kvservice.policy.return_times import ReturnTimes
 from kvservice.policy.scores import FETCH, HOLD, KEEP, LATER, Scores
-from kvservice.policy.survival import Floats
+from kvservice.policy.survival import Floats, Ints
 
 _LEAST_RATE = 1e-30  # Returns a second: never.
 _LEAST_S = 1e-6  # A request that is about to run is this far away.
@@ -145,12 +145,18 @@ class ForesightPolicy(Placement):
         if not self._started:
             return items.access_seq[rows].astype(np.float64)
         lost = tier is TierName.SSD or not items.conditions.ssd_capacity_bytes
-        worth = (self._on_ssd if lost else self._in_dram)[rows]
-        waiting = np.flatnonzero(items.queue_seq[rows] != NOT_QUEUED)
-        if len(waiting):
-            worth[waiting] = self._worth_queued(items, rows[waiting], lost)
+        queue_seq = items.queue_seq[rows]
+        waiting = (queue_seq != NOT_QUEUED).nonzero()[0]
+        if len(waiting) == len(rows):
+            worth = self._worth_queued(items, rows, queue_seq, lost)
+        else:
+            worth = (self._on_ssd if lost else self._in_dram)[rows]
+            if len(waiting):
+                worth[waiting] = self._worth_queued(items, rows[waiting], queue_seq[waiting], lost)
         if not lost and items.conditions.queued:  # To copy it now would keep the SSD from reading for others.
-            worth *= np.where(items.ssd_bytes[rows] < items.dram_bytes[rows], _DIRTY, 1.0)
+            dirty = (items.ssd_bytes[rows] < items.dram_bytes[rows]).nonzero()[0]
+            if len(dirty):
+                worth[dirty] *= _DIRTY
         worth *= 1 + _LATER_USE * items.access_seq[rows]
         return worth
 
@@ -162,15 +168,17 @@ class ForesightPolicy(Placement):
             return True
         return self._on_ssd.item(row) >= _WRITES * self._ssd_level and not self._hints.gone(row)
 
-    def _worth_queued(self, items: ItemTable, rows: Rows, lost: bool) -> Floats:
+    def _worth_queued(self, items: ItemTable, rows: Rows, queue_seq: Ints, lost: bool) -> Floats:
         """A request that waits is a hit at a known time. What can still be read in time is worth the read alone."""
         conditions = items.conditions
-        ahead = items.queue_seq[rows] - conditions.served
-        coming_s = np.maximum(ahead / conditions.turns_per_s, _LEAST_S)
+        ahead = queue_seq - conditions.served
+        coming_s = np.maximum(ahead * (1 / conditions.turns_per_s), _LEAST_S)
         sizes = np.maximum(items.size_bytes[rows], 1)
         worth: Floats = items.value[rows] / (sizes * coming_s)
         if not lost:
-            worth *= np.where(ahead < self._window, 1.0, np.minimum(self._price.per_byte * sizes, 1.0))
+            far = (ahead >= self._window).nonzero()[0]
+            if len(far):
+                worth[far] *= np.minimum(self._price.per_byte * sizes[far], 1.0)
         return worth
 
     def _score_stored(self, items: ItemTable, row: int) -> None:
