@@ -8,7 +8,7 @@ _LOOKS = 48  # One event for so many items that are looked at...
 _EVENTS = 16  # ... but not fewer events than this.
 #: Between looks passes at least and at most this part of a typical time until a return.
 _OFTEN, _SELDOM = 1024, 32
-_LEADS = 4  # Between looks at what hints announce passes this part of the time that they leave.
+_LEADS = 8  # Between looks at what hints announce passes this part of the time that they leave.
 
 
 class LookTimes:

@@ -49,10 +49,10 @@ def test_however_events_come_it_looks_neither_without_end_nor_too_seldom(over_s:
 
 def test_hints_are_looked_at_several_times_before_their_requests_come() -> None:
     looks = looked(LookTimes(0.0), events=1000, over_s=1.0, rows=100_000)
-    assert looks.hinted_every_s == pytest.approx(2.0 / 4)
+    assert looks.hinted_every_s == pytest.approx(2.0 / 8)
     looks.plan(True, False, 1.0)
     looks.hinted(1.0)
-    assert looks.hinted_s == pytest.approx(1.5)
+    assert looks.hinted_s == pytest.approx(1.25)
 
 
 # What a read costs
