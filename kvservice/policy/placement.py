@@ -57,7 +57,7 @@ class Placement:
 
     def retention(self, items: ItemTable, rows: Rows, tier: TierName, now_s: float) -> NDArray[np.float64]:
         """See `Policy.retention`. Not called from another thread than the methods above."""
-        raise NotImplementedError
+        raise NotImplementedError  # What leaves first is the policy itself: there is no order to inherit.
 
     def wants_in_dram(self, items: ItemTable, row: int, now_s: float) -> bool:
         return True

@@ -7,27 +7,23 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvservice.policy.base import Hint
-from kvservice.policy.items import HINTS, NOT_QUEUED, ItemTable
+from kvservice.policy.items import NOT_QUEUED, ItemTable
 from kvservice.policy.placement import Placement
 from kvservice.simulate.account import Account
 from kvservice.simulate.mover import Mover
-from kvservice.simulate.residency import overrides
 from kvservice.simulate.settings import Machine
-from kvservice.simulate.views import bools, floats, ints
+from kvservice.simulate.turns import Turns
+from kvservice.simulate.views import ints
 from kvservice.simulate.workload import Workload
 
 
-class PrefixTurns:
+class PrefixTurns(Turns):
     """What happens to the items on a request's path. Its hit ends where a block is in no tier."""
 
     def __init__(
         self, workload: Workload, machine: Machine, policy: Placement, items: ItemTable, mover: Mover, account: Account
     ) -> None:
-        self._items = items
-        self._policy = policy
-        self._mover = mover
-        self._account = account
+        super().__init__(workload, machine, policy, items, mover, account)
         self._block_tokens = workload.block_tokens
         self._block_bytes = workload.block_tokens * machine.kv_bytes_per_token
         self._begins = ints(workload.path_begins)
@@ -37,31 +33,9 @@ class PrefixTurns:
         last = np.zeros(items.row_count, np.int32)
         np.maximum.at(last, workload.path_items, turns)
         self._last_turn = ints(last)
-        self._bypass = bools(np.zeros(items.row_count, np.bool_))
         self._later: dict[int, deque[int]] = {}  # Of rows that more than one request waits for, the later numbers.
         self._numbers: dict[int, int] = {}  # Of turns that wait.
         items.value[:] = workload.item_blocks
-        self._size = ints(items.size_bytes)
-        self._dram = ints(items.dram_bytes)
-        self._ssd = ints(items.ssd_bytes)
-        self._in_use = ints(items.in_use)
-        self._access_seq = ints(items.access_seq)
-        self._unwanted = bools(items.unwanted_on_ssd)
-        self._used_at = floats(items.used_at_s)
-        self._uses = ints(items.uses)
-        self._answer = ints(items.answer_tokens)
-        self._output = ints(workload.output_tokens)
-        self._queue_seq = ints(items.queue_seq)
-        self._hint = ints(items.hint)
-        self._hinted_at = floats(items.hinted_at_s)
-        self._ended = bools(items.ended)
-        self._live = bools(items.live)
-        self._accesses = 0
-        self._asks_dram = overrides(policy, "wants_in_dram")
-        self._tells_queued = overrides(policy, "queued")
-        self._tells_used = overrides(policy, "used")
-        self._tells_stored = overrides(policy, "stored")
-        self._tells_hinted = overrides(policy, "hinted")
 
     def rows(self, turn: int) -> Sequence[int]:
         """The rows by which the queue shows the request."""
@@ -171,24 +145,6 @@ class PrefixTurns:
         mover.settle(now_s)
         for row in path:
             mover.write_behind(row)
-
-    def hinted(self, turn: int, kind: int, now_s: float) -> None:
-        """The session whose last request was `turn` sent a hint: it is about the end of its path, which is its own."""
-        row = self.rows(turn)[-1]
-        if self._queue_seq[row] != NOT_QUEUED or self._in_use[row]:
-            return
-        self._hint[row] = kind
-        self._hinted_at[row] = now_s
-        self._ended[row] = HINTS[kind] == Hint.ENDED
-        self._mover.touched[row] = self._mover.touches.epoch
-        if self._tells_hinted:
-            self._policy.hinted(self._items, row, Hint(HINTS[kind]), now_s)
-
-    def expire(self, turn: int, used_at_s: float, now_s: float) -> None:
-        """Forget what nobody used since the answer of `turn`."""
-        for row in reversed(self.rows(turn)):
-            if self._used_at[row] <= used_at_s and self._queue_seq[row] == NOT_QUEUED and not self._in_use[row]:
-                self._mover.drop(row, now_s)
 
     def _unqueue(self, row: int, number: int) -> None:
         later = self._later.get(row)

@@ -6,55 +6,29 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvservice.policy.base import Hint
-from kvservice.policy.items import HINTS, NOT_QUEUED, ItemTable
+from kvservice.policy.items import NOT_QUEUED, ItemTable
 from kvservice.policy.placement import Placement
 from kvservice.simulate.account import Account
 from kvservice.simulate.mover import Mover
-from kvservice.simulate.residency import overrides
 from kvservice.simulate.settings import Machine
-from kvservice.simulate.views import bools, floats, ints
+from kvservice.simulate.turns import Turns
+from kvservice.simulate.views import ints
 from kvservice.simulate.workload import Workload
 
 
-class SessionTurns:
+class SessionTurns(Turns):
     """What happens to a session's item with each of its requests."""
 
     def __init__(
         self, workload: Workload, machine: Machine, policy: Placement, items: ItemTable, mover: Mover, account: Account
     ) -> None:
-        self._items = items
-        self._policy = policy
-        self._mover = mover
-        self._account = account
+        super().__init__(workload, machine, policy, items, mover, account)
         self._kv_bytes = machine.kv_bytes_per_token
         self._context = workload.context_tokens
         self._overflow_keeps = machine.overflow_keeps
         self._session = ints(workload.session)
         self._new = ints(workload.new_tokens)
-        self._output = ints(workload.output_tokens)
         self._tokens = ints(np.zeros(items.row_count, np.int64))
-        self._bypass = bools(np.zeros(items.row_count, np.bool_))
-        self._size = ints(items.size_bytes)
-        self._dram = ints(items.dram_bytes)
-        self._ssd = ints(items.ssd_bytes)
-        self._in_use = ints(items.in_use)
-        self._access_seq = ints(items.access_seq)
-        self._unwanted = bools(items.unwanted_on_ssd)
-        self._used_at = floats(items.used_at_s)
-        self._uses = ints(items.uses)
-        self._answer = ints(items.answer_tokens)
-        self._queue_seq = ints(items.queue_seq)
-        self._hint = ints(items.hint)
-        self._ended = bools(items.ended)
-        self._live = bools(items.live)
-        self._accesses = 0
-        self._hinted_at = floats(items.hinted_at_s)
-        self._asks_dram = overrides(policy, "wants_in_dram")
-        self._tells_queued = overrides(policy, "queued")
-        self._tells_hinted = overrides(policy, "hinted")
-        self._tells_used = overrides(policy, "used")
-        self._tells_stored = overrides(policy, "stored")
 
     def rows(self, turn: int) -> Sequence[int]:
         """The rows by which the queue shows the request."""
@@ -147,24 +121,6 @@ class SessionTurns:
             self._policy.stored(self._items, row, now_s)
         mover.settle(now_s)
         mover.write_behind(row)
-
-    def hinted(self, turn: int, kind: int, now_s: float) -> None:
-        """The session whose last request was `turn` sent a hint. One that comes after its next request says nothing."""
-        row = self._session[turn]
-        if self._queue_seq[row] != NOT_QUEUED or self._in_use[row]:
-            return
-        self._hint[row] = kind
-        self._hinted_at[row] = now_s
-        self._ended[row] = HINTS[kind] == Hint.ENDED
-        self._mover.touched[row] = self._mover.touches.epoch
-        if self._tells_hinted:
-            self._policy.hinted(self._items, row, Hint(HINTS[kind]), now_s)
-
-    def expire(self, turn: int, used_at_s: float, now_s: float) -> None:
-        """Forget the session if nobody used it since the answer of `turn`."""
-        row = self._session[turn]
-        if self._used_at[row] <= used_at_s and self._queue_seq[row] == NOT_QUEUED and not self._in_use[row]:
-            self._mover.drop(row, now_s)
 
     def _overflow(self, row: int, history: int, new: int, now_s: float) -> None:
         """Drop half a window from the front until the request fits. What is being read or written of it stops first."""

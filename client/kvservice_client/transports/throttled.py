@@ -28,7 +28,8 @@ class Throttled:
         self._down, self._up = _Link(bytes_per_s), _Link(bytes_per_s)
 
     def load(self, order: LoadOrder, deadline: Deadline) -> Iterator[Bytes]:
-        # Loads of transports are generators: leaving one ends it.
+        # Loads of transports are generators, though only promised to be iterators, which have no `close`: leaving one
+        # ends it.
         with closing(iter(self._transport.load(order, deadline))) as layers:  # type: ignore[type-var]
             while True:
                 begin_s = time.monotonic()

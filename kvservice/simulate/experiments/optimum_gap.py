@@ -15,9 +15,8 @@ def measure(options: Options) -> Section:
     section = Section(
         "optimum_gap",
         "The distance to the optimum",
-        "The same load and sizes; a server that is overloaded (1.9 turns a second), nearly keeps up (5.2), and "
-        "never has a "
-        "queue (20). `optimum` has the same tiers and bandwidth and knows every future request.",
+        "The same load and sizes; a server that is overloaded (1.9 turns a second), nearly keeps up (5.2), and never "
+        "has a queue (20). `optimum` has the same tiers and bandwidth and knows every future request.",
     )
     names = (*POLICIES, "optimum")
     table = []

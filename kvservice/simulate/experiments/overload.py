@@ -32,8 +32,8 @@ def measure(options: Options) -> Section:
         "overload",
         "Overload: the queue knows what comes",
         f"{load.sessions:,} conversations, one a second, at 1.9 turns a second ({load.turns:,} turns, "
-        f"{warmup:,} of them to "
-        f"warm up); {128 * scale:g} GiB of DRAM, an SSD that moves 5 GiB/s, 0.78 MiB of KV a token.",
+        f"{warmup:,} of them to warm up); {128 * scale:g} GiB of DRAM, an SSD that moves 5 GiB/s, 0.78 MiB of KV a "
+        "token.",
     )
     found = {}
     for ssd_tb in SSD_TB:

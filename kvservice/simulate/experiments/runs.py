@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 from kvservice.simulate.engine import simulate
 from kvservice.simulate.experiments.report import percent
@@ -25,9 +26,9 @@ _runs: dict[tuple[int, Machine, str, int], Result] = {}
 _kept: list[Workload] = []  # So that no id of `_runs` is given to another.
 
 
-def paper_machine(ssd_tb: float, dram_gb: float = 128, *, kv_mb: float = 0.78125, **rest: object) -> Machine:
+def paper_machine(ssd_tb: float, dram_gb: float = 128, *, kv_mb: float = 0.78125, **rest: Any) -> Machine:
     """PAPER's testbed with LLaMA-13B: 0.78 MiB of KV a token, an SSD that moves 5 GiB/s."""
-    settings = {
+    settings: dict[str, Any] = {
         "service_turns_per_s": PAPER_SERVICE,
         "prefill_tokens_per_s": PAPER_PREFILL,
         "gpus": 2,
@@ -38,7 +39,7 @@ def paper_machine(ssd_tb: float, dram_gb: float = 128, *, kv_mb: float = 0.78125
         ssd_bytes=round(ssd_tb * 1024 * GIB),
         ssd_bytes_per_s=5 * GIB,
         kv_bytes_per_token=round(kv_mb * MIB),
-        **settings,  # type: ignore[arg-type]
+        **settings,
     )
 
 
