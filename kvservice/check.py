@@ -29,8 +29,9 @@ from kvservice.tiers.base import StoreMismatch, Tier
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.ssd import SsdTier, is_missing
 from kvservice_api.errors import InvalidRequest, KVError, StorageFailed
+from kvservice_api.image import PAGE_BYTES, BlockGeometry, block_geometry
 from kvservice_api.keys import KEY_BYTES
-from kvservice_api.layout import PAGE_BYTES, BlockGeometry, Shard, block_geometry
+from kvservice_api.layout import Shard
 
 _PIECE_BYTES = 4 << 20
 _BLOCKS_AT_ONCE = 8

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from kvservice import __main__, daemon
 from kvservice.tiers.files import FileCalls
-from kvservice_api.layout import PAGE_BYTES
+from kvservice_api.image import PAGE_BYTES
 
 
 class FaultyFileCalls(FileCalls):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from kvservice.tiers.files import FileCalls
-from kvservice_api.layout import PAGE_BYTES
+from kvservice_api.image import PAGE_BYTES
 
 
 class Call(NamedTuple):

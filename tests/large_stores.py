@@ -14,8 +14,9 @@ from kvservice.blocks import Extent, TierName, object_key
 from kvservice.index.block_index import BlockIndex
 from kvservice.index.records import new_records
 from kvservice.tiers.ssd import SsdTier
+from kvservice_api.image import Trailer, block_geometry, checksum
 from kvservice_api.keys import BlockChain, block_chain
-from kvservice_api.layout import Layout, Shard, Trailer, block_geometry, checksum
+from kvservice_api.layout import Layout, Shard
 
 # One token a block and 32 bytes a slice: an image takes one page of 4 KiB.
 LAYOUT = Layout(model_id="many", dtype="uint8", layers=2, kv_heads=1, k_head_dim=16, v_head_dim=16, block_tokens=1)

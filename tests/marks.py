@@ -26,7 +26,7 @@ import numpy as np
 from kvservice.blocks import OBJECT_KEY_BYTES, Extent
 from kvservice.index.records import RECORD
 from kvservice.tiers.files import FileCalls
-from kvservice_api.layout import PAGE_BYTES
+from kvservice_api.image import PAGE_BYTES
 
 _SSD_FILE = re.compile(r"ssd-(\d+)\.kv$")
 

@@ -38,8 +38,9 @@ from kvservice.tiers.dram import DramTier
 from kvservice.tiers.files import FileCalls
 from kvservice.tiers.ssd import SsdTier
 from kvservice_api.frames import Frame
+from kvservice_api.image import block_geometry, checksum
 from kvservice_api.keys import BlockChain, block_chain
-from kvservice_api.layout import Layout, Shard, block_geometry, checksum
+from kvservice_api.layout import Layout, Shard
 from kvservice_api.residency_directory import HEADER_BYTES, IN_DRAM, ON_SSD, SLOT, Header, State
 from tests.clock import FakeClock
 

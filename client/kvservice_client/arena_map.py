@@ -24,7 +24,7 @@ from kvservice_api.arena import (
     generations_file_bytes,
 )
 from kvservice_api.errors import NotShared
-from kvservice_api.layout import PAGE_BYTES
+from kvservice_api.image import PAGE_BYTES
 from kvservice_api.mapping import Mapping
 from kvservice_client.buffers import Bytes
 

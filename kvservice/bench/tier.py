@@ -23,8 +23,9 @@ from kvservice.daemon import Daemon, tune_process
 from kvservice.store.block_store import BlockStore
 from kvservice.store.leases import Client
 from kvservice_api.frames import Frame
+from kvservice_api.image import checksum
 from kvservice_api.keys import block_chain
-from kvservice_api.layout import Layout, checksum
+from kvservice_api.layout import Layout
 
 # Llama-3-8B in bf16 with blocks of 256 tokens: slices of 1 MiB, 32 MiB a block.
 _LAYOUT = Layout("bench", "bfloat16", layers=32, kv_heads=8, k_head_dim=128, v_head_dim=128)

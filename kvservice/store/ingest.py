@@ -39,7 +39,8 @@ from kvservice_api.errors import (
     UploadCorrupted,
 )
 from kvservice_api.frames import Frame
-from kvservice_api.layout import BlockGeometry, Layout, Shard, Trailer, block_geometry, checksum
+from kvservice_api.image import BlockGeometry, Trailer, block_geometry, checksum
+from kvservice_api.layout import Layout, Shard
 
 _HASH_IN_THREAD_BYTES = 1 << 20  # Hashing less than this takes less than handing it to a thread.
 _RESERVED_A_TURN = 64  # A millisecond of the event loop.

@@ -28,7 +28,8 @@ from kvservice.tiers.dram import DramTier
 from kvservice.tiers.io_pool import ended
 from kvservice.tiers.ssd import SsdTier
 from kvservice_api.errors import ChecksumMismatch, KVError, LeaseExpired, Overloaded
-from kvservice_api.layout import PAGE_BYTES, BlockGeometry, Layout, Shard, Trailer, checksum
+from kvservice_api.image import PAGE_BYTES, BlockGeometry, Trailer, checksum
+from kvservice_api.layout import Layout, Shard
 
 T = TypeVar("T")
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from kvservice.blocks import Extent
 from kvservice.tiers.base import Tier
-from kvservice_api.layout import PAGE_BYTES, BlockGeometry, Shard, Trailer, checksum
+from kvservice_api.image import PAGE_BYTES, BlockGeometry, Trailer, checksum
+from kvservice_api.layout import Shard
 
 
 class Piece(NamedTuple):

@@ -26,7 +26,7 @@ from kvservice.store.tasks import Tasks, all_of
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.ssd import SsdTier
 from kvservice_api.errors import BlockNotFound, ChecksumMismatch, KVError, StorageFailed, TierFull
-from kvservice_api.layout import BlockGeometry, Trailer
+from kvservice_api.image import BlockGeometry, Trailer
 
 T = TypeVar("T")
 

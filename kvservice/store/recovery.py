@@ -17,7 +17,8 @@ from kvservice.index.records import RECORD, Records
 from kvservice.store.history import History
 from kvservice.tiers.base import Tier
 from kvservice_api.errors import InvalidRequest
-from kvservice_api.layout import Layout, Shard, block_geometry
+from kvservice_api.image import block_geometry
+from kvservice_api.layout import Layout, Shard
 
 log = logging.getLogger(__name__)
 

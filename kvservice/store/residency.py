@@ -24,7 +24,7 @@ from kvservice.store.history import History, Reason
 from kvservice.store.tasks import Tasks
 from kvservice.tiers.base import Tier
 from kvservice_api.errors import KVError, StorageFailed
-from kvservice_api.layout import BlockGeometry, block_geometry
+from kvservice_api.image import BlockGeometry, block_geometry
 
 log = logging.getLogger(__name__)
 

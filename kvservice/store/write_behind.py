@@ -27,7 +27,7 @@ from kvservice.store.tasks import Tasks
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.ssd import SsdTier
 from kvservice_api.errors import BlockNotFound, ChecksumMismatch, IndexFull, KVError, StorageFailed, TierFull
-from kvservice_api.layout import BlockGeometry, Trailer
+from kvservice_api.image import BlockGeometry, Trailer
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from kvservice.tiers.base import StoreMismatch
 from kvservice.tiers.files import FileCalls
 from kvservice.tiers.generations import Generations
 from kvservice_api.arena import ARENA_NAME, HEADER_BYTES, WRITERS_NAME, ArenaHeader, generations_file_bytes
-from kvservice_api.layout import PAGE_BYTES
+from kvservice_api.image import PAGE_BYTES
 from kvservice_api.mapping import HUGE_PAGE_BYTES, Mapping
 
 log = logging.getLogger(__name__)

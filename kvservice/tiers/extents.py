@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvservice_api.errors import TierFull
-from kvservice_api.layout import PAGE_BYTES
+from kvservice_api.image import PAGE_BYTES
 
 _STEPS_PER_OCTAVE = 32
 

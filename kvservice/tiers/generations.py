@@ -21,7 +21,7 @@ from kvservice_api.arena import (
     generation_index,
     generations_file_bytes,
 )
-from kvservice_api.layout import PAGE_BYTES
+from kvservice_api.image import PAGE_BYTES
 
 _WORDS_AT_A_TIME = 1 << 20
 _WORD_MAX = 2**32 - 1

@@ -26,7 +26,7 @@ from kvservice.tiers.extents import SpaceMap, extent_size, lie_within
 from kvservice.tiers.files import FileCalls
 from kvservice.tiers.io_pool import WRITE, IoPool
 from kvservice_api.errors import StorageFailed, TierFull
-from kvservice_api.layout import PAGE_BYTES
+from kvservice_api.image import PAGE_BYTES
 
 log = logging.getLogger(__name__)
 

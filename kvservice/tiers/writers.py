@@ -15,7 +15,7 @@ from pathlib import Path
 from kvservice.blocks import Extent
 from kvservice_api.arena import WRITER_HEADER_BYTES, WRITER_NOTE, encode_writer_header, writer_notes
 from kvservice_api.errors import NotShared, NoWriterLock
-from kvservice_api.layout import PAGE_BYTES
+from kvservice_api.image import PAGE_BYTES
 
 
 class Writer:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-from kvservice_api.layout import PAGE_BYTES, checksum
+from kvservice_api.image import PAGE_BYTES, checksum
 
 ARENA_NAME, GENERATIONS_NAME, WRITERS_NAME = "arena", "generations", "writers"
 

@@ -39,8 +39,8 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
+from kvservice_api.image import PAGE_BYTES
 from kvservice_api.keys import KEY_BYTES
-from kvservice_api.layout import PAGE_BYTES
 
 FILE_NAME = "directory"
 VERSION = 1

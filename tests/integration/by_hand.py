@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from kvservice_api.image import BlockGeometry, block_geometry, checksum
 from kvservice_api.keys import BlockChain
-from kvservice_api.layout import BlockGeometry, Layout, Shard, block_geometry, checksum
+from kvservice_api.layout import Layout, Shard
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_api.v1 import types_pb2
 from kvservice_client.arena_map import ArenaMap, WriterLock

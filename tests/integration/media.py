@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from kvservice_api.layout import Trailer
+from kvservice_api.image import Trailer
 from kvservice_client import Layout
 from tests.daemon import DaemonProcess
 from tests.integration.known_blocks import slice_bytes, slice_of

@@ -13,8 +13,9 @@ import pytest
 from kvservice_api.arena import HEADER_BYTES, ArenaHeader
 from kvservice_api.errors import BlockNotFound, InvalidRequest, LeaseExpired, RequestNotFound, ReservationEnded
 from kvservice_api.frames import HEAD_BYTES_MAX
+from kvservice_api.image import Trailer, block_geometry, checksum
 from kvservice_api.keys import BlockChain
-from kvservice_api.layout import Layout, Shard, Trailer, block_geometry, checksum
+from kvservice_api.layout import Layout, Shard
 from kvservice_api.v1 import admin_pb2, types_pb2
 from kvservice_api.v1 import blocks_pb2 as pb
 from tests.daemon import DaemonProcess, until

@@ -17,8 +17,9 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from kvservice_api.errors import DOMAIN, KVError
+from kvservice_api.image import checksum
 from kvservice_api.keys import BlockChain
-from kvservice_api.layout import Layout, Shard, checksum
+from kvservice_api.layout import Layout, Shard
 from kvservice_api.v1 import (
     admin_pb2,
     admin_pb2_grpc,

@@ -30,8 +30,9 @@ from kvservice.store.leases import Client
 from kvservice.store.manifests import Turn
 from kvservice.store.sessions import SessionLimits
 from kvservice_api.errors import InvalidRequest, SessionChanged, SessionNotFound, SessionsFull
+from kvservice_api.image import block_geometry
 from kvservice_api.keys import BlockChain, block_chain, block_key, root_key
-from kvservice_api.layout import Layout, Shard, block_geometry
+from kvservice_api.layout import Layout, Shard
 from tests.stores import KIB, StoreFiles, layers_of, until
 
 T = TypeVar("T")

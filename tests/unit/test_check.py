@@ -27,8 +27,9 @@ from kvservice.tiers.arena import Arena
 from kvservice.tiers.base import Tier
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.ssd import SsdTier
+from kvservice_api.image import PAGE_BYTES, Trailer, block_geometry, checksum
 from kvservice_api.keys import block_chain
-from kvservice_api.layout import PAGE_BYTES, Layout, Shard, Trailer, block_geometry, checksum
+from kvservice_api.layout import Layout, Shard
 
 MIB = 2**20
 FILE_BYTES = 4 * MIB + PAGE_BYTES  # A header, and 4 MiB for blocks.

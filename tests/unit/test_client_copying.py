@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from kvservice_api.errors import DeadlineExceeded
-from kvservice_api.layout import checksum
+from kvservice_api.image import checksum
 from kvservice_client.buffers import Bytes
 from kvservice_client.retry import Deadline
 from kvservice_client.transports import copying

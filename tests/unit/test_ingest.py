@@ -30,8 +30,9 @@ from kvservice_api.errors import (
     UploadCorrupted,
 )
 from kvservice_api.frames import Frame
+from kvservice_api.image import block_geometry
 from kvservice_api.keys import BlockChain
-from kvservice_api.layout import Layout, Shard, block_geometry
+from kvservice_api.layout import Layout, Shard
 from tests.file_faults import FaultyCalls
 from tests.stores import (
     KIB,

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvservice_api.errors import InvalidLayout, InvalidRequest, LayoutMismatch
-from kvservice_api.layout import DTYPE_BYTES, PAGE_BYTES, Layout, Rotary, Shard, Trailer, block_geometry, checksum
+from kvservice_api.image import PAGE_BYTES, Trailer, block_geometry, checksum
+from kvservice_api.layout import DTYPE_BYTES, Layout, Rotary, Shard
 from kvservice_api.v1 import types_pb2 as pb
 
 LAYOUT = Layout("model", "float16", layers=4, kv_heads=8, k_head_dim=64, v_head_dim=32)

@@ -17,8 +17,9 @@ from kvservice.store import pieces
 from kvservice.store.leases import Client, Lease
 from kvservice.tiers.files import FileCalls
 from kvservice_api.errors import ChecksumMismatch, IndexFull
+from kvservice_api.image import block_geometry
 from kvservice_api.keys import BlockChain
-from kvservice_api.layout import Layout, Shard, block_geometry
+from kvservice_api.layout import Layout, Shard
 from tests.file_faults import FaultyCalls
 from tests.stores import KIB, LIMITS, MIB, OpenStore, layers_of, some_chain, some_images, until
 

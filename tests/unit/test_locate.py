@@ -12,8 +12,9 @@ from kvservice.blocks import TierName
 from kvservice.store.leases import Client, Lease
 from kvservice.store.locate import Located, NotInPlace
 from kvservice_api.errors import ChecksumMismatch, LeaseExpired, NotShared, Overloaded, StorageFailed
+from kvservice_api.image import block_geometry
 from kvservice_api.keys import BlockChain
-from kvservice_api.layout import Shard, block_geometry
+from kvservice_api.layout import Shard
 from tests.stores import KIB, LAYOUT, WHOLE, OpenStore, layer_of, some_chain, some_images, until
 
 GEOMETRY = block_geometry(LAYOUT, WHOLE, LAYOUT.block_tokens)

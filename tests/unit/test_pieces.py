@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvservice.store import pieces
-from kvservice_api.layout import PAGE_BYTES, BlockGeometry, Layout, Shard, Trailer, block_geometry, checksum
+from kvservice_api.image import PAGE_BYTES, BlockGeometry, Trailer, block_geometry, checksum
+from kvservice_api.layout import Layout, Shard
 
 KEY = bytes(range(32))
 

@@ -16,8 +16,9 @@ from kvservice.index.records import Records
 from kvservice.store.leases import Client
 from kvservice.tiers.files import FileCalls
 from kvservice_api.errors import ChecksumMismatch, IndexFull, StorageFailed
+from kvservice_api.image import block_geometry
 from kvservice_api.keys import BlockChain
-from kvservice_api.layout import Layout, Shard, block_geometry
+from kvservice_api.layout import Layout, Shard
 from tests.file_faults import FaultyCalls
 from tests.stores import KIB, LAYOUT, OpenStore, layers_of, some_chain, some_images, until
 

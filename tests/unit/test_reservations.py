@@ -26,8 +26,8 @@ from kvservice_api.errors import (
     StorageFailed,
     TierFull,
 )
+from kvservice_api.image import block_geometry
 from kvservice_api.keys import BlockChain
-from kvservice_api.layout import block_geometry
 from kvservice_client.arena_map import WriterLock
 from tests.stores import (
     LAYOUT,

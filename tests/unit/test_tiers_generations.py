@@ -15,7 +15,7 @@ from kvservice.blocks import Extent
 from kvservice.tiers.arena import Arena, without_generations
 from kvservice.tiers.dram import DramTier
 from kvservice_api.arena import GENERATIONS_NAME, generations_file_bytes
-from kvservice_api.layout import PAGE_BYTES
+from kvservice_api.image import PAGE_BYTES
 from tests.file_faults import FaultyCalls
 
 STORE = bytes(range(16))

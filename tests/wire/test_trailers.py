@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvservice_api.layout import Shard, Trailer, checksum
+from kvservice_api.image import Trailer, checksum
+from kvservice_api.layout import Shard
 from tests.wire.vectors import golden
 
 TRAILERS = golden("trailers")

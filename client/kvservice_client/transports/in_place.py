@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvservice_api.errors import InvalidFrame, InvalidRequest, LeaseExpired, NotShared
-from kvservice_api.layout import BlockGeometry, Shard, Trailer, block_geometry, checksum
+from kvservice_api.image import BlockGeometry, Trailer, block_geometry, checksum
+from kvservice_api.layout import Shard
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client.arena_map import ArenaMap
 from kvservice_client.buffers import Bytes

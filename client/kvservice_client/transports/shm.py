@@ -23,7 +23,7 @@ import numpy as np
 from google.protobuf.message import Message
 
 from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, KVError, NotShared, NoWriterLock
-from kvservice_api.layout import BlockGeometry, block_geometry
+from kvservice_api.image import BlockGeometry, block_geometry
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client.arena_map import ArenaMap, WriterLock
 from kvservice_client.buffers import Bytes

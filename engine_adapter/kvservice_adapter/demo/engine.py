@@ -25,7 +25,8 @@ from kvservice_adapter.demo.protocol import BLOCK_TOKENS, Loaded, Turn
 from kvservice_adapter.demo.script import Message, assistant
 from kvservice_adapter.demo.windowed import EngineInMemory, OnlyLoads, WindowedEngine
 from kvservice_adapter.rope import UnsupportedRotation
-from kvservice_api.layout import Shard, block_geometry
+from kvservice_api.image import block_geometry
+from kvservice_api.layout import Shard
 from kvservice_client import Client
 
 
