@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from types import TracebackType
 from typing import Self
 
@@ -14,7 +13,7 @@ from kvservice_api.errors import BlockNotFound, InvalidRequest, KVError, LeaseEx
 from kvservice_api.layout import Layout, Shard
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client.attachment import Attachment
-from kvservice_client.buffers import Bytes, Source, writable
+from kvservice_client.buffers import Bytes, Slices, Source, writable
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection
 from kvservice_client.retry import Deadline
@@ -89,9 +88,21 @@ class Lease:
             return 0.0
         return max(0.0, self._end_s - time.monotonic())
 
-    def layer_bytes(self, first_block: int = 0, block_count: int | None = None) -> int:
-        """The size of one layer of these blocks: what a buffer for `load` must have."""
-        return self._block_starts(first_block, block_count)[-1]
+    def layer_bytes(self, first_block: int = 0, block_count: int | None = None, layer: int | None = None) -> int:
+        """The size of one layer of these blocks: what a buffer for `load` must have.
+
+        `layer` counts from the shard's first. It may be left out where all layers are of one size; InvalidRequest
+        is raised where they are not.
+        """
+        order = self._order(first_block, block_count)
+        if layer is None:
+            sizes = {order.block_starts(each)[-1] for each in range(order.layer_count)}
+            if len(sizes) > 1:
+                raise InvalidRequest("the layers of this layout differ in size: name the layer", field="layer")
+            return sizes.pop()
+        if not 0 <= layer < order.layer_count:
+            raise InvalidRequest(f"layer {layer} is not one of {order.layer_count}", field="layer")
+        return order.block_starts(layer)[-1]
 
     def load(
         self,
@@ -102,21 +113,17 @@ class Lease:
     ) -> Iterator[LoadedLayer]:
         """The blocks' layers in order, each as soon as its last byte is there.
 
-        `into` has one writable buffer a layer, filled in place; without it each layer gets a new
+        `into` has one writable buffer per layer, filled in place; without it each layer gets a new
         array. `timeout_s` is for the whole load; by default the client's timeout and a second more
         for each 128 MiB. The lease is renewed meanwhile where needed. Raises LeaseExpired,
         ChecksumMismatch, StorageFailed, DaemonUnavailable, DeadlineExceeded: layers that were
         yielded are right all the same. Leaving the iterator ends the load.
         """
         order = self._order(first_block, block_count)
-        size_bytes, layer_count = order.block_starts[-1], order.layer_count
-        if into is not None and len(into) != layer_count:
-            raise InvalidRequest(f"into has {len(into)} buffers; it must have one a layer, {layer_count}", field="into")
         if into is not None:
-            targets = [writable(each, f"into[{layer}]", size_bytes) for layer, each in enumerate(into)]
-            order = replace(order, into=targets)
+            order = replace(order, into=self._targets(order, into))
         if timeout_s is None:
-            timeout_s = self._connection.timeout_s + size_bytes * layer_count / TRANSFER_BYTES_PER_S_MIN
+            timeout_s = self._connection.timeout_s + order.size_bytes / TRANSFER_BYTES_PER_S_MIN
         return self._layers(order, Deadline(timeout_s))
 
     def view(self, first_block: int = 0, block_count: int | None = None, timeout_s: float | None = None) -> View:
@@ -128,26 +135,37 @@ class Lease:
         """
         order = self._order(first_block, block_count)
         if timeout_s is None:
-            size_bytes = order.block_starts[-1] * order.layer_count
-            timeout_s = self._connection.timeout_s + size_bytes / TRANSFER_BYTES_PER_S_MIN
+            timeout_s = self._connection.timeout_s + order.size_bytes / TRANSFER_BYTES_PER_S_MIN
         deadline = Deadline(timeout_s)
         self._keep(deadline)
         return self._transport.view(order, deadline)
 
     def _order(self, first_block: int, block_count: int | None) -> LoadOrder:
-        starts = self._block_starts(first_block, block_count)
+        if not self.hit_blocks:
+            raise BlockNotFound("nothing of this prefix is stored")
+        end = self.hit_blocks if block_count is None else first_block + block_count
+        if not 0 <= first_block < end <= self.hit_blocks:
+            raise InvalidRequest(f"blocks {first_block}..{end} do not lie in the {self.hit_blocks} that were hit")
         return LoadOrder(
             self._attachment.client_id,
             self._lease_id,
             first_block,
-            starts,
-            self._shard.layers,
             None,
             self._layout,
             self._shard,
-            self.token_counts[first_block : first_block + len(starts) - 1],
+            self.token_counts[first_block:end],
             self._usable_until_s,
         )
+
+    def _targets(self, order: LoadOrder, into: Sequence[Source]) -> list[Bytes]:
+        if len(into) != order.layer_count:
+            raise InvalidRequest(
+                f"into has {len(into)} buffers; it must have one per layer, {order.layer_count}", field="into"
+            )
+        return [
+            writable(each, f"into[{layer}]", Slices.of(order.layout, order.shard, layer, order.token_counts))
+            for layer, each in enumerate(into)
+        ]
 
     def _usable_until_s(self) -> float:
         """Until when bytes in place may be used, whether or not the daemon is still there to say so."""
@@ -184,15 +202,6 @@ class Lease:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
-
-    def _block_starts(self, first_block: int, block_count: int | None) -> list[int]:
-        if not self.hit_blocks:
-            raise BlockNotFound("nothing of this prefix is stored")
-        end = self.hit_blocks if block_count is None else first_block + block_count
-        if not 0 <= first_block < end <= self.hit_blocks:
-            raise InvalidRequest(f"blocks {first_block}..{end} do not lie in the {self.hit_blocks} that were hit")
-        sizes = (self._layout.slice_bytes(self._shard.heads, count) for count in self.token_counts[first_block:end])
-        return list(accumulate(sizes, initial=0))
 
     def _keep(self, deadline: Deadline) -> None:
         """Renew where less than half is left and the load may take longer."""

@@ -80,7 +80,7 @@ class ShmTransport:
         with self._located(order, deadline, verify=True) as blocks:
             blocks.wait_for_layer(order.layer_count - 1)
             blocks.check()
-            self._traffic.viewed(order.block_starts[-1] * order.layer_count)
+            self._traffic.viewed(order.size_bytes)
             return View(blocks)
 
     def _located(self, order: LoadOrder, deadline: Deadline, *, verify: bool = False) -> InPlace:
@@ -102,7 +102,6 @@ class ShmTransport:
 
     def _copied(self, blocks: InPlace, order: LoadOrder, deadline: Deadline) -> Generator[Bytes, None, None]:
         """Each layer's buffer, copied and verified; the next layer is on its way meanwhile. Raises InDoubt."""
-        sizes = np.diff(order.block_starts).tolist()
         started: list[tuple[Bytes, Group]] = []
         next_layer = order.first_layer
         with self._copiers.begin() as batch:
@@ -112,6 +111,7 @@ class ShmTransport:
                 while next_layer < until:
                     target = order.buffer(next_layer)
                     copy = partial(_copy_slice, blocks, order, next_layer, target)
+                    sizes = np.diff(order.block_starts(next_layer)).tolist()
                     started.append((target, batch.start(copy, sizes)))
                     next_layer += 1
                 target, group = started.pop(0)
@@ -159,16 +159,18 @@ class ShmTransport:
         geometries = [block_geometry(order.layout, order.shard, order.token_counts[block]) for block in reserved.blocks]
         places = list(zip(reserved.blocks, reserved.offsets, geometries, strict=True))
         sums = np.zeros((len(places), len(order.layers)), np.uint64)
-        sizes = [geometry.slice_bytes for geometry in geometries]
+        size_bytes = 0
         with self._copiers.begin() as batch:
             running: list[Group] = []
             for layer in range(len(order.layers)):
+                sizes = [geometry.slice_bytes(layer) for geometry in geometries]
+                size_bytes += sum(sizes)
                 running.append(batch.start(partial(_write_slice, order, places, layer, arena, sums), sizes))
                 if len(running) > _LAYERS_AHEAD:
                     batch.finish(running.pop(0), deadline)
             for group in running:
                 batch.finish(group, deadline)
-        self._traffic.saved(self.name, sum(sizes) * len(order.layers))
+        self._traffic.saved(self.name, size_bytes)
         return sums
 
     def _call(self, method: str, request: Message, answer: type[M], deadline: Deadline) -> M:
@@ -183,8 +185,9 @@ class ShmTransport:
 
 def _copy_slice(blocks: InPlace, order: LoadOrder, layer: int, target: Bytes, block: int) -> None:
     expected = blocks.expected(block, layer)
-    source, runs = blocks.slice(block, layer), blocks.runs(block)
-    into = target[order.block_starts[block] : order.block_starts[block + 1]]
+    source, runs = blocks.slice(block, layer), blocks.runs(block, layer)
+    starts = order.block_starts(layer)
+    into = target[starts[block] : starts[block + 1]]
     found = copy_and_sum(source, into) if runs is None else copy_runs_and_sum(source, runs, into)
     if found != expected:
         raise InDoubt(f"layer {layer} of block {block}")
