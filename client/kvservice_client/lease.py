@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from kvservice_api.errors import BlockNotFound, InvalidRequest, KVError, LeaseExpired
-from kvservice_api.layout import Layout, Shard
+from kvservice_api.layout import LayerGroup, Layout, Shard
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client.attachment import Attachment
 from kvservice_client.buffers import Bytes, Slices, Source, writable
@@ -39,8 +39,9 @@ class ResidencyRun:
 class LoadedLayer:
     """One layer of the loaded blocks: slice after slice, each `[K, V][head][token][dim]`."""
 
-    index: int
+    index: int  # Counted from the shard's first layer.
     data: Bytes
+    group: LayerGroup  # Its geometry.
 
 
 class Lease:
@@ -174,7 +175,7 @@ class Lease:
     def _layers(self, order: LoadOrder, deadline: Deadline) -> Iterator[LoadedLayer]:
         self._keep(deadline)
         for index, data in enumerate(self._transport.load(order, deadline)):
-            yield LoadedLayer(index, data)
+            yield LoadedLayer(index, data, self._layout.group_of(self._shard.layer_begin + index))
             with suppress(KVError):  # The daemon holds what it is sending: the load itself needs the lease no more.
                 self._keep(deadline)
 

@@ -21,7 +21,7 @@ from itertools import accumulate, pairwise
 
 from kvservice_adapter.device.base import Device, Event, Pages, Rotation, StreamClosed
 from kvservice_api.image import layer_starts
-from kvservice_client import BlockCache, BlockChain, Durability, SaveResult
+from kvservice_client import BlockCache, BlockChain, Durability, LayerGroup, SaveResult
 from kvservice_client.buffers import Bytes
 
 log = logging.getLogger(__name__)
@@ -89,6 +89,10 @@ class LayerSaver:
             self._jobs += 1
         layers = [memory[start:end] for start, end in pairwise([0, *ends])]
         return SaveJob(self, chain, memory, layers)
+
+    def group_of(self, layer: int) -> LayerGroup:
+        """The geometry of a layer, counted from the shard's first."""
+        return self._blocks.layout.group_of(self._blocks.shard.layer_begin + layer)
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until what was committed so far, or abandoned, has ended. Whether it has."""
@@ -199,10 +203,12 @@ class SaveJob:
 
         The job refers to the tensors until the event is done. An engine that writes into the same pages again
         must not do so before; one whose tensors stay as they are need not look at it. `rotation` turns the
-        gathered keys, not the engine's.
+        gathered keys, not the engine's. Raises ValueError where the pages have another element type or other head
+        dims than the layer's group.
         """
         if index in self._work.events:
             raise ValueError(f"layer {index} was given before")
+        pages.check(self._saver.group_of(index))
         event = self._saver._gather(pages, self._work.chain, self._work.layers[index], rotation)
         self._work.events[index] = event
         return event

@@ -8,8 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
+from kvservice_adapter.device.base import Pages
+from kvservice_adapter.device.cpu import CpuDevice
+from kvservice_adapter.load import LayerLoader
+from kvservice_adapter.save import LayerSaver
 from kvservice_api.errors import InvalidRequest
 from kvservice_client import BlockChain, Client, Durability, LayerGroup, Layout, Rotary, Shard, block_chain
 from tests.daemon import DaemonProcess
@@ -44,6 +49,7 @@ LAYOUTS = {
 }
 
 _salts = itertools.count()
+WAIT_S = 30.0
 
 
 @pytest.fixture(params=["grpc", "shm"])
@@ -175,6 +181,41 @@ def test_a_view_shows_each_layer_in_place(daemon: DaemonProcess, layout: Layout)
                 for layer in range(shard.layers):
                     found = [part for block in view.slices(layer) for part in block]
                     assert np.array_equal(np.concatenate(found), wanted[layer])
+
+
+def test_the_adapters_pipelines_save_and_load_layers_of_several_geometries(client: Client, layout: Layout) -> None:
+    blocks, chain, device = client.open_layout(layout), new_chain(layout), CpuDevice()
+    wanted = expected(layout, chain, Shard.whole(layout))
+
+    def pages(layer: int) -> Pages:
+        group, dtype = layout.group_of(layer), getattr(torch, layout.group_of(layer).dtype)
+        dims = (group.k_head_dim, group.v_head_dim)
+        keys, values = (torch.zeros(1, group.kv_heads, chain.token_count, dim, dtype=dtype) for dim in dims)
+        return Pages(keys, values, [0])
+
+    stream = device.stream("test")
+    computed = [pages(layer) for layer in range(layout.layers)]
+    for layer, data in enumerate(wanted):
+        assert stream.scatter(data.copy(), chain.token_counts, computed[layer]).wait(WAIT_S)
+    saver = LayerSaver(device, blocks, staging_bytes=4 << 20)
+    job = saver.begin(chain)
+    assert job is not None
+    for layer, given in enumerate(computed):
+        job.layer(layer, given)
+    job.commit()
+    assert saver.flush(WAIT_S)
+    compare(client, layout, chain, Shard.whole(layout))
+
+    with blocks.lookup(chain) as lease:
+        loader = LayerLoader(
+            device, stream, lease.load, pages, chain.token_counts, layer_count=layout.layers, wait_s=WAIT_S
+        )
+        loader.start()
+        for layer in range(layout.layers):
+            loaded = loader.wait(layer)
+            for name in ("keys", "values"):
+                found, stored = (getattr(each, name).view(torch.uint8) for each in (loaded, computed[layer]))
+                assert torch.equal(found, stored)
 
 
 def test_blocks_of_several_groups_survive_a_kill(tmp_path: Path) -> None:
