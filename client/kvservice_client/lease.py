@@ -12,6 +12,7 @@ from typing import Self
 from kvservice_api.errors import BlockNotFound, InvalidRequest, KVError, LeaseExpired
 from kvservice_api.layout import LayerGroup, Layout, Shard
 from kvservice_api.v1 import blocks_pb2 as pb
+from kvservice_client import forks
 from kvservice_client.attachment import Attachment
 from kvservice_client.buffers import Bytes, Slices, Source, writable
 from kvservice_client.channel import BLOCKS
@@ -49,6 +50,7 @@ class Lease:
 
     A lease ends when it is released, when its time is over, or with the client's attachment, so
     a restart of the daemon ends it too. `load` then raises LeaseExpired: look the prefix up again.
+    It belongs to the process that made it: in a forked child it counts as ended, and goes on in the parent.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Lease:
         self._attachment = attachment
         self._lease_id = answer.lease_id
         self._ttl_s = answer.lease_ttl_ms / 1e3
+        self._generation = forks.generation()
         self._end_s = asked_at_s + self._ttl_s  # Counted from before the question: never later than the daemon's.
         self.token_counts = tuple(token_counts[: answer.hit_blocks])
         self.residency = [ResidencyRun(run.count, run.dram, run.ssd) for run in answer.runs]
@@ -176,6 +179,8 @@ class Lease:
         self._keep(deadline)
         for index, data in enumerate(self._transport.load(order, deadline)):
             yield LoadedLayer(index, data, self._layout.group_of(self._shard.layer_begin + index))
+            if self._is_inherited:
+                raise self._ended()
             with suppress(KVError):  # The daemon holds what it is sending: the load itself needs the lease no more.
                 self._keep(deadline)
 
@@ -204,17 +209,27 @@ class Lease:
     ) -> None:
         self.release()
 
+    @property
+    def _is_inherited(self) -> bool:
+        """Whether the lease is that of a parent of this process, from before a fork."""
+        return self._generation != forks.generation()
+
+    def _ended(self) -> LeaseExpired:
+        if self._is_inherited:
+            return LeaseExpired("the lease was made before fork() and is the parent's; look the prefix up again here")
+        return LeaseExpired("the lease has ended; look the prefix up again")
+
     def _keep(self, deadline: Deadline) -> None:
         """Renew where less than half is left and the load may take longer."""
         remaining_s = self.remaining_s
         if not remaining_s:
-            raise LeaseExpired("the lease has ended; look the prefix up again")
+            raise self._ended()
         if remaining_s < min(self._ttl_s / 2, deadline.remaining_s + _SPARED * self._ttl_s):
             self._renew(self._ttl_s, deadline)
 
     def _renew(self, ttl_s: float, deadline: Deadline) -> None:
         if not self.remaining_s:
-            raise LeaseExpired("the lease has ended; look the prefix up again")
+            raise self._ended()
         asked_at_s = time.monotonic()
         request = pb.RenewLeaseRequest(
             client_id=self._attachment.client_id, lease_id=self._lease_id, ttl_ms=max(1, round(ttl_s * 1e3))

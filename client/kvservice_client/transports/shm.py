@@ -25,6 +25,7 @@ from google.protobuf.message import Message
 from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, KVError, NotShared, NoWriterLock
 from kvservice_api.image import BlockGeometry, block_geometry
 from kvservice_api.v1 import blocks_pb2 as pb
+from kvservice_client import forks
 from kvservice_client.arena_map import ArenaMap, WriterLock
 from kvservice_client.buffers import Bytes
 from kvservice_client.channel import BLOCKS
@@ -214,6 +215,10 @@ class _GivenUp:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self.reset_in_child()
+        forks.register(self)
+
+    def reset_in_child(self) -> None:
         self._lock = threading.Lock()
         self._waiting: deque[pb.AbandonBlocksRequest] = deque()
         self._is_running = False
@@ -251,6 +256,11 @@ class _Arenas:
     """The arena of the daemon at hand: mapped once, and once more where it was replaced."""
 
     def __init__(self) -> None:
+        self.reset_in_child()
+        forks.register(self)
+
+    def reset_in_child(self) -> None:
+        """Begin unmapped: a child that never asks must not keep the memory of an arena that was replaced."""
         self._lock = threading.Lock()
         self._mapped: ArenaMap | None = None
         self._refusal: tuple[bytes, str] = (b"", "")
@@ -281,6 +291,10 @@ class _Writers:
     """This client's writer locks: one an attachment, held until it has ended and nothing is written under it."""
 
     def __init__(self) -> None:
+        self.reset_in_child()
+        forks.register(self)
+
+    def reset_in_child(self) -> None:
         self._lock = threading.Lock()
         self._held: dict[bytes, tuple[WriterLock, int]] = {}  # Client id -> the lock, and how many saves use it.
         self._current = b""
