@@ -20,6 +20,8 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from kvservice_adapter.device.base import Device, Event, Pages, Rotation, StreamClosed
+from kvservice_adapter.limited_log import LimitedLog
+from kvservice_api.errors import KVError
 from kvservice_api.image import layer_starts
 from kvservice_client import BlockCache, BlockChain, Durability, LayerGroup, SaveResult
 from kvservice_client.buffers import Bytes
@@ -58,6 +60,7 @@ class LayerSaver:
         self._jobs = 0  # That hold staging.
         self._ending = 0  # Of them, those that were committed or abandoned.
         self._closed = False
+        self._lines = LimitedLog(log)
 
     @property
     def stats(self) -> SaverStats:
@@ -151,7 +154,10 @@ class LayerSaver:
                 sent_bytes=work.memory.size,
             )
         elif outcome is not None:
-            log.warning("a save failed", extra={"blocks": len(work.chain), "why": str(outcome)})
+            reason = outcome.reason if isinstance(outcome, KVError) else type(outcome).__name__
+            self._lines.warning(
+                f"save {reason}", "a save of %d blocks failed: %s: %s", len(work.chain), reason, outcome
+            )
             self._count(failed=1, failed_blocks=len(work.chain))
         else:
             self._count(abandoned=1)
