@@ -18,7 +18,7 @@ from kvservice_client.buffers import Bytes, Slices, Source, writable
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection
 from kvservice_client.retry import Deadline
-from kvservice_client.transports.base import LoadOrder, Transport
+from kvservice_client.transports.base import VERIFY, LoadOrder, Transport, Verify
 from kvservice_client.transports.in_place import View
 
 # What a transfer is given beyond the client's timeout: slower than this, recomputing is faster.
@@ -130,19 +130,33 @@ class Lease:
             timeout_s = self._connection.timeout_s + order.size_bytes / TRANSFER_BYTES_PER_S_MIN
         return self._layers(order, Deadline(timeout_s))
 
-    def view(self, first_block: int = 0, block_count: int | None = None, timeout_s: float | None = None) -> View:
+    def view(
+        self,
+        first_block: int = 0,
+        block_count: int | None = None,
+        timeout_s: float | None = None,
+        *,
+        verify: Verify = "once",
+    ) -> View:
         """The blocks where the daemon has them, read-only and without a copy; blocks on SSD come up first.
 
-        Their bytes have been verified, by the daemon where they were not before. A context manager. The view
-        lasts as long as the lease, less a fifth of it: renew the lease in time. Raises NotShared where the
-        blocks cannot be read in place (then `load` them), LeaseExpired, ChecksumMismatch, StorageFailed.
+        `verify` says when bytes are compared with their checksums. "once": the daemon has done so once since its
+        start, or does so now; damage to the memory after that is found by `load`, by a scrub, and by nothing else.
+        "always": the view does so itself, for each slice when `slices` first gives it out. Choose it where the CPU
+        reads the bytes anyway.
+
+        A context manager. The view lasts as long as the lease, less a fifth of it: renew the lease in time. Raises
+        InvalidRequest for another `verify`, NotShared where the blocks cannot be read in place (then `load` them),
+        LeaseExpired, ChecksumMismatch, StorageFailed.
         """
+        if verify not in VERIFY:
+            raise InvalidRequest(f'verify is {verify!r}; it must be "once" or "always"', field="verify")
         order = self._order(first_block, block_count)
         if timeout_s is None:
             timeout_s = self._connection.timeout_s + order.size_bytes / TRANSFER_BYTES_PER_S_MIN
         deadline = Deadline(timeout_s)
         self._keep(deadline)
-        return self._transport.view(order, deadline)
+        return self._transport.view(order, deadline, verify)
 
     def _order(self, first_block: int, block_count: int | None) -> LoadOrder:
         if not self.hit_blocks:

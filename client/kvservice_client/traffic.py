@@ -11,7 +11,7 @@ from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client import forks
 from kvservice_client.buffers import Bytes
 from kvservice_client.retry import Deadline
-from kvservice_client.transports.base import LoadOrder, SaveOrder, Transport
+from kvservice_client.transports.base import LoadOrder, SaveOrder, Transport, Verify
 from kvservice_client.transports.in_place import View
 
 
@@ -78,8 +78,8 @@ class Metered:
             self._traffic.loaded(self.name, len(data))
             yield data
 
-    def view(self, order: LoadOrder, deadline: Deadline) -> View:
-        return self._transport.view(order, deadline)
+    def view(self, order: LoadOrder, deadline: Deadline, verify: Verify) -> View:
+        return self._transport.view(order, deadline, verify)
 
     def save(self, order: SaveOrder, deadline: Deadline) -> pb.SaveBlocksResponse:
         answer = self._transport.save(order, deadline)

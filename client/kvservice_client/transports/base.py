@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from kvservice_client.retry import Deadline
 
 if TYPE_CHECKING:
     from kvservice_client.transports.in_place import View
+
+Verify = Literal["once", "always"]
+VERIFY: tuple[Verify, ...] = ("once", "always")
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,12 @@ class Transport(Protocol):
     def load(self, order: LoadOrder, deadline: Deadline) -> Iterator[Bytes]:
         """Each layer's buffer, in order, as soon as its last byte is there. Leaving the iterator ends the load."""
 
-    def view(self, order: LoadOrder, deadline: Deadline) -> View:
-        """The blocks where they lie, without a copy. Raises NotShared where this transport moves bytes."""
+    def view(self, order: LoadOrder, deadline: Deadline, verify: Verify) -> View:
+        """The blocks where they lie, without a copy. Raises NotShared where this transport moves bytes.
+
+        "once": bytes are verified that were not since the daemon's start. "always": the view verifies each slice
+        before it gives it out.
+        """
 
     def save(self, order: SaveOrder, deadline: Deadline) -> pb.SaveBlocksResponse:
         """Send everything and commit. The buffers may change once this has returned."""

@@ -32,7 +32,7 @@ from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection
 from kvservice_client.retry import Deadline
 from kvservice_client.traffic import Traffic
-from kvservice_client.transports.base import LoadOrder, SaveOrder, Transport
+from kvservice_client.transports.base import LoadOrder, SaveOrder, Transport, Verify
 from kvservice_client.transports.copying import Copiers, Group, copy_and_sum, copy_runs_and_sum, sum_and_copy
 from kvservice_client.transports.in_place import InDoubt, InPlace, View
 
@@ -77,12 +77,19 @@ class ShmTransport:
             self._note_refusal(error)
         yield from self._fallback.load(replace(order, first_layer=layer), deadline)
 
-    def view(self, order: LoadOrder, deadline: Deadline) -> View:
-        with self._located(order, deadline, verify=True) as blocks:
+    def view(self, order: LoadOrder, deadline: Deadline, verify: Verify) -> View:
+        with self._located(order, deadline, verify=verify == "once") as blocks:
             blocks.wait_for_layer(order.layer_count - 1)
             blocks.check()
             self._traffic.viewed(order.size_bytes)
-            return View(blocks)
+            return View(blocks, None if verify == "once" else partial(self._have_verified, order))
+
+    def _have_verified(self, order: LoadOrder, block: int, layer: int) -> None:
+        """Make the daemon verify one slice, by loading it: it drops the block and raises where the slice is damaged."""
+        first, counts = order.first_block + block, order.token_counts[block : block + 1]
+        one = replace(order, first_block=first, token_counts=counts, first_layer=layer, into=None)
+        with closing(iter(self._fallback.load(one, self._connection.deadline(None)))) as layers:  # type: ignore[type-var]
+            next(layers, None)
 
     def _located(self, order: LoadOrder, deadline: Deadline, *, verify: bool = False) -> InPlace:
         """Raises NotShared where the blocks are not in place, or not for this client."""

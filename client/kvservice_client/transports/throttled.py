@@ -16,7 +16,7 @@ from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client import forks
 from kvservice_client.buffers import Bytes
 from kvservice_client.retry import Deadline
-from kvservice_client.transports.base import LoadOrder, SaveOrder, Transport
+from kvservice_client.transports.base import LoadOrder, SaveOrder, Transport, Verify
 from kvservice_client.transports.in_place import View
 
 
@@ -40,7 +40,7 @@ class Throttled:
                 self._down.carry(data.size, begin_s, deadline)
                 yield data
 
-    def view(self, order: LoadOrder, deadline: Deadline) -> View:
+    def view(self, order: LoadOrder, deadline: Deadline, verify: Verify) -> View:
         raise NotShared("a view moves no bytes that could be slowed down: load the blocks")
 
     def save(self, order: SaveOrder, deadline: Deadline) -> pb.SaveBlocksResponse:
