@@ -123,7 +123,11 @@ def _flat(source: Any, what: str, slices: Slices) -> Bytes:
         raise InvalidRequest(f"{what} is a {kind}: it has neither a buffer nor DLPack", field=what) from None
     if not memory.c_contiguous:
         raise InvalidRequest(f"{what} is not contiguous", field=what)
-    return _flat_array(np.asarray(memory), what, slices)
+    try:
+        array = np.asarray(memory)
+    except (ValueError, NotImplementedError) as error:
+        raise InvalidRequest(f"{what} has elements of a kind that NumPy lacks: {error}", field=what) from error
+    return _flat_array(array, what, slices)
 
 
 def _flat_array(array: NDArray[Any], what: str, slices: Slices) -> Bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import ctypes
 import gc
 import weakref
 from typing import Any
@@ -196,6 +197,9 @@ def test_where_keys_and_values_have_other_dims_only_flat_buffers_are_taken() -> 
         (torch.zeros(8, dtype=torch.bfloat16, requires_grad=True), "cannot be lent by DLPack.*"),
         (torch.zeros(8, dtype=torch.bfloat16, device="meta"), "not in host memory|cannot be lent"),
         (torch.zeros(0, dtype=torch.bfloat16), "has 0 bytes; it must have 16"),
+        ((ctypes.c_void_p * 1)(), "has elements of a kind that NumPy lacks"),
+        (array.array("u", "abcd"), "has elements of str32"),
+        (np.zeros(8, "V1"), "has elements of void8"),
         ([1, 2, 3], "is a list: it has neither a buffer nor DLPack"),
         (bytes(15), "has 15 bytes; it must have 16"),
     ],
