@@ -29,7 +29,7 @@ from google.protobuf.message import DecodeError
 
 from kvservice.blocks import OBJECT_KEY_BYTES, TierName
 from kvservice.index import recovery
-from kvservice.index.environment import BLOCKS, DATA_NAME, LAYOUTS, META, SESSIONS, Environment
+from kvservice.index.environment import BLOCKS, DATA_NAME, LAYOUTS, META, SESSIONS, Environment, is_older_copy
 from kvservice.index.errors import StoreDamaged, StoreTooNew
 from kvservice.index.records import Records, encode_records
 from kvservice.index.session_records import Manifest, decode_manifest, encode_manifest
@@ -44,6 +44,9 @@ SCHEMA = 2
 
 # Beside the index: the store's id in hexadecimal. Where it is, the store was made, though its index may be lost.
 IDENTITY_NAME = "store_id"
+
+# Beside the volatile index: which of its transactions was the last.
+_NOTES_NAME = "index-transaction"
 
 _SCHEMA_KEY = b"schema"
 STORE_KEY = b"store_id"
@@ -161,7 +164,9 @@ class BlockIndex:
             if self.volatile_directory is not None:
                 self._remember(_EMPTIED_KEY, _EMPTIED_AT.pack(now_ms) + (why_new or why_emptied).encode())
             _remove(directory)
-            volatile = Environment(directory, map_bytes=map_bytes, durable=False)
+            notes = directory.with_name(_NOTES_NAME)
+            _remove(notes)
+            volatile = Environment(directory, map_bytes=map_bytes, durable=False, notes=notes)
             volatile.write_now(META, self._volatile_meta(arena_id))
             self._environments[TierName.DRAM] = volatile
         self._remember(_VOLATILE_DIRECTORY_KEY, os.fsencode(directory.absolute()))
@@ -178,7 +183,13 @@ class BlockIndex:
         except OSError as error:
             return f"it cannot be read: {error.strerror}"
         try:
-            volatile = Environment(directory, map_bytes=map_bytes, durable=False)
+            if is_older_copy(directory, directory.with_name(_NOTES_NAME)):
+                return "it is an older copy"
+            volatile = Environment(
+                directory, map_bytes=map_bytes, durable=False, notes=directory.with_name(_NOTES_NAME)
+            )
+        except OSError as error:
+            return f"it cannot be read: {error.strerror}"
         except (StoreDamaged, StorageFailed) as error:
             return str(error)
         try:

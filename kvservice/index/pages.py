@@ -124,6 +124,15 @@ def salvage(path: Path) -> Iterator[tuple[bool, bytes, bytes]]:
         os.close(fd)
 
 
+def last_transaction(path: Path) -> int | None:
+    """The number of the file's last transaction; None where that cannot be told. Raises OSError."""
+    fd = _open(path)
+    try:
+        return max((meta.txn for meta in _metas(fd) if meta is not None), default=None)
+    finally:
+        os.close(fd)
+
+
 def leaf_pages_in_use(path: Path) -> list[int]:
     """The numbers of the leaf pages that the last transaction's trees lead to, of a sound file. Raises OSError."""
     fd = _open(path)

@@ -49,8 +49,11 @@ def test_whatever_lmdb_wrote_is_sound(tmp_path: Path, seed: int, transactions: i
     """Puts, deletes, large values, transactions that end without a commit, and a map that is full."""
     chooser = random.Random(seed)
     path = tmp_path / DATA_NAME
-    options = {"map_size": 8 << 20, "max_dbs": 4, "lock": False, "sync": False, "metasync": False}
-    env = lmdb.open(str(tmp_path), **options)
+
+    def opened() -> lmdb.Environment:
+        return lmdb.open(str(tmp_path), map_size=8 << 20, max_dbs=4, lock=False, sync=False, metasync=False)
+
+    env = opened()
     handles = [env.open_db(name) for name in _NAMES]
     assert pages.examine(path) == ""
     for number in range(transactions):
@@ -75,7 +78,7 @@ def test_whatever_lmdb_wrote_is_sound(tmp_path: Path, seed: int, transactions: i
         assert pages.examine(path) == "", number
         if number % 20 == 19:
             env.close()
-            env = lmdb.open(str(tmp_path), **options)
+            env = opened()
             handles = [env.open_db(name) for name in _NAMES]
     env.close()
 
