@@ -40,6 +40,7 @@ class AdminService:
     async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:
         store = self._store
         index = store.index
+        set_aside = store.reservations.set_aside
         return pb.StatusResponse(
             version=self._version,
             store_id=index.store_id,
@@ -61,6 +62,8 @@ class AdminService:
             uploads=len(store.ingests.uploads),
             counters=self._counters(),
             sessions=store.sessions.count,
+            set_aside_bytes=sum(extent.size_bytes for extent in set_aside),
+            set_aside_extents=len(set_aside),
         )
 
     async def ListBlocks(self, request: pb.ListBlocksRequest, context: Context) -> pb.ListBlocksResponse:
