@@ -349,7 +349,7 @@ def frames_of(
 ) -> list[Frame]:
     """A save's frames in order. The odd size has them begin and end inside blocks."""
     frames = []
-    starts = np.cumsum([0, *(block_geometry(layout, shard, count).slice_bytes for count in chain.token_counts)])
+    starts = np.cumsum([0, *(block_geometry(layout, shard, count).slice_bytes(0) for count in chain.token_counts)])
     for layer, data in enumerate(layers_of(images, shard=shard)):
         for start in range(0, len(data), frame_bytes):
             block = int(np.searchsorted(starts, start, "right")) - 1

@@ -13,7 +13,7 @@ from kvservice.store.caller import Caller
 from kvservice.store.history import Event, History, Reason
 from kvservice.store.ingest import Ingests
 from kvservice.store.requests import LookupRecord, RequestRecord
-from kvservice_api.layout import Layout
+from kvservice_api.layout import LayerGroup, Layout, Rotary
 
 
 class Arrival(Enum):
@@ -171,13 +171,20 @@ class Explain:
 def differences(theirs: Layout, asked: Layout) -> dict[str, tuple[str, str]]:
     """The fields in which two layouts differ, as text."""
     found: dict[str, tuple[str, str]] = {}
-    for field in fields(Layout):
-        one, other = getattr(theirs, field.name), getattr(asked, field.name)
-        if field.name == "rotary":
-            for part in fields(one):
-                mine, his = getattr(one, part.name), getattr(other, part.name)
-                if mine != his:
-                    found[f"rotary.{part.name}"] = (str(mine), str(his))
-        elif one != other:
-            found[field.name] = (str(one), str(other))
+    for name in ("model_id", "model_revision", "block_tokens", "rotated"):
+        one, other = getattr(theirs, name), getattr(asked, name)
+        if one != other:
+            found[name] = (str(one), str(other))
+    if len(theirs.groups) != len(asked.groups):
+        return found | {"groups": (str(len(theirs.groups)), str(len(asked.groups)))}
+    for number, (one, other) in enumerate(zip(theirs.groups, asked.groups, strict=True)):
+        prefix = f"groups[{number}]." if len(asked.groups) > 1 else ""
+        found |= {prefix + name: values for name, values in _group_differences(one, other).items()}
     return found
+
+
+def _group_differences(one: LayerGroup, other: LayerGroup) -> dict[str, tuple[str, str]]:
+    pairs = {field.name: (getattr(one, field.name), getattr(other, field.name)) for field in fields(LayerGroup)}
+    mine, theirs = pairs.pop("rotary")
+    pairs |= {f"rotary.{part.name}": (getattr(mine, part.name), getattr(theirs, part.name)) for part in fields(Rotary)}
+    return {name: (str(value), str(wanted)) for name, (value, wanted) in pairs.items() if value != wanted}

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 
 from kvservice_adapter.connectors.transformers import TransformersConnector
+from kvservice_adapter.session import Conversation
 from kvservice_api.errors import InvalidRequest
 from kvservice_client import Client, Durability
 from tests.daemon import DaemonProcess, eventually, until
@@ -149,10 +151,62 @@ def test_without_a_session_only_whole_blocks_are_kept(daemon: DaemonProcess) -> 
         assert subject.restore(tokens, session_id="nobody").tokens == 12
 
 
-def test_what_the_session_could_not_be_told_is_in_the_answer(daemon: DaemonProcess) -> None:
+@pytest.mark.parametrize("name", ["user 17", "Grüße", "a\n", "x" * 201, 17, b"chat", ["a", "b"], [17], [""] * 2])
+def test_a_session_id_that_is_not_allowed_raises_at_once(daemon: DaemonProcess, name: Any) -> None:
     model, tokens = tiny_llama(), prompt(9)
     with Client(daemon.address) as client:
-        saved = connector(client, model).save(tokens, computed(model, tokens), session_id="a b")
+        subject = connector(client, model, salt=b"ids")
+        with pytest.raises(InvalidRequest):
+            subject.restore(tokens, session_id=name)
+        with pytest.raises(InvalidRequest):
+            subject.save(tokens, computed(model, tokens), session_id=name)
+        if isinstance(name, str):
+            with pytest.raises(InvalidRequest, match="1 to 200"):
+                Conversation(name)
+
+
+def test_two_rows_of_one_session_are_a_mistake_and_a_row_without_a_session_is_none(daemon: DaemonProcess) -> None:
+    model, tokens = tiny_llama(), prompt(9).repeat(2, 1)
+    mask = torch.ones_like(tokens)
+    with Client(daemon.address) as client:
+        subject = connector(client, model, salt=b"same")
+        with pytest.raises(InvalidRequest, match="same session"):
+            subject.restore(tokens, attention_mask=mask, session_id=["a", "a"])
+        assert subject.restore(tokens, attention_mask=mask, session_id=["a", ""]).error is None
+
+
+def test_every_session_id_that_is_allowed_here_is_allowed_by_the_daemon(daemon: DaemonProcess) -> None:
+    model, tokens = tiny_llama(), prompt(9)
+    with Client(daemon.address) as client:
+        subject = connector(client, model, salt=b"allowed")
+        for name in ("-", "_.:@/+=~-", "Az09", "x" * 200):
+            assert subject.save(tokens, computed(model, tokens), session_id=name).error is None
+            assert subject.restore(tokens, session_id=name).tokens == 8
+
+
+def test_what_the_session_could_not_be_told_is_in_the_answer(new_daemon: Callable[..., DaemonProcess]) -> None:
+    model, tokens = tiny_llama(), prompt(9)
+    with Client(new_daemon(session__sessions_max=1).address) as client:
+        subject = connector(client, model)
+        assert subject.save(tokens, computed(model, tokens), session_id="first").error is None
+        saved = subject.save(tokens, computed(model, tokens), session_id="second")
 
         assert saved.refused == 0
-        assert isinstance(saved.error, InvalidRequest)
+        assert saved.error is not None
+
+
+def test_while_the_daemon_is_down_one_line_says_so_with_its_reason(
+    new_daemon: Callable[..., DaemonProcess], caplog: pytest.LogCaptureFixture
+) -> None:
+    daemon, model, tokens = new_daemon(), tiny_llama(), prompt(9)
+    with Client(daemon.address, timeout_s=2.0) as client:
+        subject = connector(client, model)
+        subject.restore(tokens)
+        daemon.kill()
+        for _ in range(20):
+            history = subject.restore(tokens)
+            assert history.error is not None
+        lines = [each.getMessage() for each in caplog.records if each.name.startswith("kvservice_adapter")]
+
+    assert 1 <= len(lines) <= 2, lines  # One per reason.
+    assert all("DAEMON_UNAVAILABLE: " in line or "DEADLINE_EXCEEDED: " in line for line in lines)

@@ -55,7 +55,7 @@ def cell(layout: Layout, key: bytes, tokens: int, version: int, layer: int, head
     """Keys and values of one head in one layer of a block."""
     seed = hashlib.sha256(key + bytes([version % 256, version // 256, layer, head])).digest()
     random = np.random.default_rng(np.frombuffer(seed, np.uint64))
-    size = layout.dtype_bytes * tokens
+    size = layout.groups[0].dtype_bytes * tokens
     return random.bytes(size * layout.k_head_dim), random.bytes(size * layout.v_head_dim)
 
 
@@ -293,8 +293,8 @@ class StoreBesideModel(RuleBasedStateMachine):
                 size = len(slice_of(held.layout, key, tokens, [0] * held.shard.heads, in_model, held.shard))
                 piece = received[position : position + size]
                 position += size
-                k_size = tokens * held.layout.dtype_bytes * held.layout.k_head_dim
-                v_size = tokens * held.layout.dtype_bytes * held.layout.v_head_dim
+                k_size = tokens * held.layout.groups[0].dtype_bytes * held.layout.k_head_dim
+                v_size = tokens * held.layout.groups[0].dtype_bytes * held.layout.v_head_dim
                 for number, head in enumerate(self.heads(held.shard)):
                     k = piece[number * k_size : (number + 1) * k_size]
                     v_start = held.shard.heads * k_size + number * v_size

@@ -137,7 +137,7 @@ async def _asked(store: OpenStore, address: str, serving: grpc.ServerCredentials
 
 async def _principal(channel: grpc.aio.Channel, client_id: bytes = b"") -> str:
     async with channel:
-        answer: bytes = await channel.unary_unary("/test/Who")(client_id, timeout=10)
+        answer: bytes = await channel.unary_unary("/test/Who", None, None)(client_id, timeout=10)
     return answer.decode()
 
 

@@ -16,6 +16,7 @@ from kvservice.store.leases import Client
 from kvservice.store.requests import ReportRecord, Requests
 from kvservice_api.errors import InvalidRequest, RequestNotFound
 from kvservice_api.layout import Layout, Rotary, Shard
+from tests.layouts import changed
 from tests.stores import (
     CALLER,
     KIB,
@@ -226,7 +227,7 @@ async def test_other_layout_is_told_only_where_this_one_has_nothing_and_the_mode
     opened: OpenStore, client: Client
 ) -> None:
     await saved(opened, client, 2)
-    other = replace(LAYOUT, dtype="float16", block_tokens=32)
+    other = changed(LAYOUT, dtype="float16", block_tokens=32)
     stranger = replace(LAYOUT, model_id="another")
     for layout in (other, stranger):
         await opened.store.open_layout(CALLER, layout)
@@ -248,7 +249,7 @@ async def test_other_layout_is_told_only_where_this_one_has_nothing_and_the_mode
 async def test_other_layout_is_told_of_a_layout_that_is_empty_again_and_after_a_restart(
     store_files: Callable[..., StoreFiles],
 ) -> None:
-    other = replace(LAYOUT, dtype="float16")
+    other = changed(LAYOUT, dtype="float16")
     chain = some_chain(2, layout=other)
     files = store_files()
     opened = files.open()
@@ -267,7 +268,7 @@ async def test_other_layout_is_told_of_a_layout_that_is_empty_again_and_after_a_
 
 
 def test_layouts_differ_in_the_fields_of_their_rotation_too() -> None:
-    rotated = replace(LAYOUT, rotary=Rotary("yarn", dims=8, base=5e5, parameters=(("factor", 4.0),)))
+    rotated = changed(LAYOUT, rotary=Rotary("yarn", dims=8, base=5e5, parameters=(("factor", 4.0),)))
     assert differences(rotated, LAYOUT) == {
         "rotary.kind": ("yarn", "none"),
         "rotary.dims": ("8", "0"),

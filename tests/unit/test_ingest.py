@@ -51,7 +51,7 @@ from tests.stores import (
     until,
 )
 
-SLICE = block_geometry(LAYOUT, WHOLE, 16).slice_bytes
+SLICE = block_geometry(LAYOUT, WHOLE, 16).slice_bytes(0)
 BLOCK = 12 * KIB
 HEADER = 4 * KIB
 

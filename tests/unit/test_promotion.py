@@ -212,7 +212,14 @@ def damage(opened: OpenStore, tier: TierName, key: bytes, at: int) -> None:
 
 GEOMETRY = block_geometry(LAYOUT, Shard.whole(LAYOUT), 16)
 WAYS = ("load from dram", "promote", "read through", "write behind", "scrub dram", "scrub ssd")
-PLACES = (0, GEOMETRY.slice_bytes - 1, GEOMETRY.slice_bytes + 7, GEOMETRY.trailer_offset, GEOMETRY.image_bytes - 1)
+SLICE = GEOMETRY.slice_bytes(0)
+PLACES = (
+    0,
+    SLICE - 1,
+    SLICE + 7,
+    GEOMETRY.trailer_offset,
+    GEOMETRY.image_bytes - 1,
+)
 
 
 @pytest.mark.parametrize("at", PLACES)

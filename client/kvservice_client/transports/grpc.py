@@ -36,10 +36,10 @@ class GrpcTransport(Transport):
             first_layer=order.first_layer,
         )
         messages = self._channel.stream_frames(BLOCKS + "LoadBlocks", request, deadline)
-        starts, size = order.block_starts, order.block_starts[-1]
         try:
             for layer in range(order.first_layer, order.layer_count):
-                target = order.buffer(layer)
+                target, starts = order.buffer(layer), order.block_starts(layer)
+                size = starts[-1]
                 filled = 0
                 while filled < size:
                     message = next(messages, None)

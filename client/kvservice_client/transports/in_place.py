@@ -92,17 +92,14 @@ class InPlace:
         offset = int(self._offsets[block])
         return self._arena.data[offset + begin : offset + end]
 
-    def runs(self, block: int) -> list[tuple[int, int]] | None:
-        """Which bytes of the block's slices were asked for: keys, then values. None where it is all of them."""
-        wanted, stored, geometry = self._order.shard, self._shards[block], self._geometries[block]
-        if stored.heads == wanted.heads:
+    def runs(self, block: int, layer: int) -> list[tuple[int, int]] | None:
+        """Which bytes of one slice were asked for: keys, then values. None where it is all of them."""
+        model_layer = layer + self._order.shard.layer_begin
+        stored = self._geometries[block].slices[model_layer - self._shards[block].layer_begin]
+        wanted = self._order.layout.heads_of(self._order.shard, model_layer)
+        if (stored.head_begin, stored.head_end) == wanted:
             return None
-        k_head = geometry.k_bytes // stored.heads
-        v_head = (geometry.slice_bytes - geometry.k_bytes) // stored.heads
-        first, last = wanted.head_begin - stored.head_begin, wanted.head_end - stored.head_begin
-        keys = (first * k_head, last * k_head)
-        values = (geometry.k_bytes + first * v_head, geometry.k_bytes + last * v_head)
-        return [keys, values]
+        return list(stored.head_runs(*wanted))
 
     def expected(self, block: int, layer: int) -> int:
         """The slice's checksum. Raises InDoubt where the block's trailer is not the one that was stored."""
@@ -200,7 +197,7 @@ class View:
         raise ChecksumMismatch(f"{what}, though the daemon finds it right by now")
 
     def _slice(self, block: int, layer: int) -> tuple[Bytes, ...]:
-        whole, runs = self._blocks.slice(block, layer), self._blocks.runs(block)
+        whole, runs = self._blocks.slice(block, layer), self._blocks.runs(block, layer)
         return (whole,) if runs is None else tuple(whole[start:end] for start, end in runs)
 
     def check(self) -> None:

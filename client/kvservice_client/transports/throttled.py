@@ -13,6 +13,7 @@ from contextlib import closing
 
 from kvservice_api.errors import NotShared
 from kvservice_api.v1 import blocks_pb2 as pb
+from kvservice_client import forks
 from kvservice_client.buffers import Bytes
 from kvservice_client.retry import Deadline
 from kvservice_client.transports.base import LoadOrder, SaveOrder, Transport, Verify
@@ -52,6 +53,10 @@ class Throttled:
 class _Link:
     def __init__(self, bytes_per_s: float) -> None:
         self._bytes_per_s = bytes_per_s
+        self.reset_in_child()
+        forks.register(self)
+
+    def reset_in_child(self) -> None:
         self._lock = threading.Lock()
         self._free_at_s = 0.0
 

@@ -41,9 +41,10 @@ from kvservice_adapter.connectors.transformers.unrotated import watch_keys
 from kvservice_adapter.cost import Rates
 from kvservice_adapter.device.base import StreamClosed
 from kvservice_adapter.device.cpu import CpuDevice
+from kvservice_adapter.limited_log import LimitedLog
 from kvservice_adapter.rope import Rope, UnsupportedRotation
 from kvservice_adapter.save import LayerSaver
-from kvservice_adapter.session import Conversation, Keys
+from kvservice_adapter.session import Conversation, Keys, checked_session_id
 from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, InvalidRequest, KVError
 from kvservice_api.keys import extra_identity
 from kvservice_client import Client, Durability
@@ -59,7 +60,8 @@ class TransformersConnector:
 
     No method raises for what the daemon does, or does not: the engine computes, after waits that `wait_s`
     bounds. They raise UnsupportedModel for caches of other kinds and once the model has adapters that
-    `lora_id` does not name, or another dtype, and InvalidRequest for what are no token ids.
+    `lora_id` does not name, or another dtype, and InvalidRequest for what are no token ids, and for a `session_id`
+    that is not 1 to 200 letters, digits and ``-_.:@/+=~``. With "" a sequence has no session.
     """
 
     def __init__(
@@ -86,7 +88,16 @@ class TransformersConnector:
         `save` and `truncate` wait for what goes on without them. `staging_bytes` of memory hold what is being
         saved. With `rotated=False` keys are stored as they are before rotation, which is best for codecs, and rotated
         when they are loaded. `rates` may be shared by connectors of one model on one machine.
+
+        Computes a few tokens in the model's first layers, to see what its cache holds and that its attention is
+        causal (`model_probe`). Asks nothing of the daemon. Raises UnsupportedModel, with the reason, for a model, or
+        any other object, whose KV could not be given back exactly, and InvalidRequest for a `client` that is none.
         """
+        if not callable(getattr(client, "open_layout", None)):
+            raise InvalidRequest(
+                f"client is of type {type(client).__name__}; give a kvservice_client.Client", field="client"
+            )
+        self._lines = LimitedLog(log)
         self._model, self._lora_id = model, lora_id
         self._check_adapters()
         self.layout = layout_of(
@@ -100,7 +111,7 @@ class TransformersConnector:
         self._rope: Rope | None = None
         self._tokens_max = self._rope_for_all().tokens_max if self.layout.rotary.kind == "dynamic" else None
         if not rotated:
-            watch_keys(model, self.layout, self._rope_for_all())
+            self._watch_keys()
         self._finder = Finder(client, self._blocks, self._rope_of_model)
         self._breaker = Breaker(probe_of(self._blocks))
         device = CpuDevice()
@@ -174,7 +185,9 @@ class TransformersConnector:
             error = DaemonUnavailable("the daemon did not answer lately: it is not asked")
             request.was_asked = False
         if error is not None:
-            log.warning("the history is computed again", extra={"reason": error.reason, "why": error.message})
+            self._lines.warning(
+                f"lookup {error.reason}", "the history is computed, not loaded: %s: %s", error.reason, error.message
+            )
         request.not_found = error
         replay = None
         if conversation is not None and conversation.parts:
@@ -246,7 +259,13 @@ class TransformersConnector:
                 outcome.append(True)
             except KVError as error:
                 self._breaker.record(answered(error))
-                log.warning("a session was not cut", extra={"session_id": before.session_id, "why": error.message})
+                self._lines.warning(
+                    f"cut {error.reason}",
+                    "session %s was not cut: %s: %s",
+                    before.session_id,
+                    error.reason,
+                    error.message,
+                )
 
         return self._breaker.allow() and self._in_background(work, self._save_wait_s) and bool(outcome)
 
@@ -304,6 +323,17 @@ class TransformersConnector:
             raise UnsupportedModel(f"the model computes in {self._model.dtype} now; its layout has {self.layout.dtype}")
         return Keys(self.layout, self._salt, extra_identity(self._lora_id))
 
+    def _watch_keys(self) -> None:
+        """For layouts of keys before rotation. Raises UnsupportedModel where the model does not show them."""
+        rope = self._rope_for_all()
+        try:
+            watch_keys(self._model, self.layout, rope)
+        except UnsupportedModel:
+            raise
+        except Exception as error:  # The model's modules may give anything, of any shape.
+            why = f"{type(error).__name__}: {error}"
+            raise UnsupportedModel(f"its keys before rotation cannot be had: {why}; keep them rotated") from error
+
     def _rope_of_model(self) -> Rope:
         """Raises UnsupportedRotation."""
         if self._rope is None:
@@ -316,11 +346,21 @@ class TransformersConnector:
             return self._rope_of_model()
         except UnsupportedRotation as error:
             raise UnsupportedModel(str(error)) from error
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            raise UnsupportedModel(f"its keys cannot be rotated: {why}") from error
 
 
 def _names(session_id: str | Sequence[str], rows: int) -> Sequence[str]:
-    """A session's name for each row."""
-    names = [session_id] * rows if not session_id else [session_id] if isinstance(session_id, str) else session_id
-    if len(names) != rows:
-        raise InvalidRequest(f"{len(names)} sessions are named for {rows} sequences", field="session_id")
-    return [str(name) for name in names]
+    """The id of each row's session; "" where a row has none. Raises InvalidRequest for ids that are not allowed."""
+    if session_id is None or (isinstance(session_id, str) and not session_id):
+        return [""] * rows
+    one = isinstance(session_id, str) or not isinstance(session_id, Sequence)
+    names: Sequence[object] = [session_id] if one else session_id
+    ids = [checked_session_id(name) if name != "" else "" for name in names]
+    if len(ids) != rows:
+        raise InvalidRequest(f"{len(ids)} sessions are named for {rows} sequences", field="session_id")
+    named = [name for name in ids if name]
+    if len(set(named)) != len(named):
+        raise InvalidRequest("two sequences of a batch cannot be turns of the same session", field="session_id")
+    return ids

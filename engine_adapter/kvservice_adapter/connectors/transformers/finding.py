@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvservice_adapter.limited_log import LimitedLog
 from kvservice_adapter.rope import Rope, Rotation, UnsupportedRotation
 from kvservice_adapter.session import Conversation, Keys
 from kvservice_api.errors import SessionNotFound
@@ -52,6 +53,7 @@ class Finder:
         self._client = client
         self._blocks = blocks
         self._rope = rope
+        self._lines = LimitedLog(log)
 
     def of_tokens(
         self, token_ids: NDArray[Any], tokens_max: int, keys: Keys, session_id: str, deadline: Deadline, request_id: str
@@ -85,12 +87,12 @@ class Finder:
         state = self._state(conversation.session_id, deadline)
         if state is None or not conversation.is_of(state, keys) or state.stored_slices < len(state.slices):
             why = "there is no such session" if state is None else "it is not this conversation, or partly gone"
-            log.info("a cut history is not used", extra={"session_id": conversation.session_id, "why": why})
+            log.info("the cut history of session %s is not used: %s", conversation.session_id, why)
             return None
         try:
             rotation = self._rotation(state) if keys.layout.rotated else None
         except UnsupportedRotation as error:
-            log.warning("a cut history is not used", extra={"why": str(error)})
+            self._lines.warning("rotation", "a cut history is not used: %s", error)
             return None
         session = self._client.session(keys.layout, conversation.session_id)
         history = session.lookup(state, timeout_s=deadline.remaining_s)

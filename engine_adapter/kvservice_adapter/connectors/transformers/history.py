@@ -12,7 +12,9 @@ import torch
 
 from kvservice_adapter.connectors.transformers.cache import Tensors, empty_buffer, moved, room
 from kvservice_adapter.device.base import Pages
+from kvservice_adapter.limited_log import LimitedLog
 from kvservice_adapter.load import LayerLoader, LoadFailed
+from kvservice_api.errors import KVError
 from kvservice_api.layout import Layout
 
 log = logging.getLogger(__name__)
@@ -98,12 +100,14 @@ class LoadedHistory:
         head: Head | None = None,
         unrotate: Callable[[torch.Tensor], torch.Tensor] | None = None,
         on_end: Callable[[LoadedHistory], None] = lambda history: None,
+        lines: LimitedLog | None = None,
     ) -> None:
         """`recompute` gives every layer's keys and values, ``[row, head, column, dim]`` of `columns` columns.
 
         `wait_s` bounds the wait for a layer, of all rows together.
         `unrotate` is for layouts that keep keys before rotation: it gives those of keys that were computed again.
-        `on_end` is called once: when the last layer has come, or the first has failed.
+        `on_end` is called once: when the last layer has come, or the first has failed. `lines` is shared by
+        histories, so that their log lines are limited together.
         """
         self.columns = columns
         self.dtype, self.device = dtype, device
@@ -118,6 +122,7 @@ class LoadedHistory:
         self._head = head
         self._unrotate = unrotate
         self._on_end = on_end
+        self._lines = lines or LimitedLog(log)
         self._again: dict[int, Tensors] | None = None  # What was computed, and is not taken yet.
         self._raw_again: dict[int, torch.Tensor] = {}
 
@@ -173,7 +178,10 @@ class LoadedHistory:
 
     def _compute(self, index: int) -> None:
         """All layers from this one on. Into other memory: what comes late may still be written into the buffers."""
-        log.warning("a history is computed again", extra={"layer": index, "why": str(self.error)})
+        why = self.error.reason if isinstance(self.error, KVError) else type(self.error).__name__
+        self._lines.warning(
+            f"layer {why}", "the history is computed from layer %d on, not loaded: %s: %s", index, why, self.error
+        )
         self.close()
         begin_s = time.perf_counter()
         self._again = dict(enumerate(self._recompute()))

@@ -2,47 +2,77 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kvservice_adapter.connectors.transformers.cache import StoredLayer
+from kvservice_adapter.connectors.transformers.model_probe import NotProbed, probe
 from kvservice_adapter.rope_frequencies import UnsupportedRotation
 from kvservice_adapter.rope_of_model import rotary_of
-from kvservice_api.layout import DTYPE_BYTES, Layout, Rotary
+from kvservice_api.layout import DTYPE_BYTES, Layout
 
 
 class UnsupportedModel(ValueError):
     """The model, or its cache, is of a kind whose KV this connector cannot keep and give back exactly."""
 
 
-def layout_of(
-    model: PreTrainedModel, *, model_id: str, model_revision: str, block_tokens: int, rotated: bool = True
-) -> Layout:
-    """The layout of a model's KV. Raises UnsupportedModel where blocks could not be given back exactly."""
+def layout_of(model: Any, *, model_id: str, model_revision: str, block_tokens: int, rotated: bool = True) -> Layout:
+    """The layout of a model's KV.
+
+    Decided by the configuration first, then by a probe (`model_probe`): the model computes a few tokens in its
+    first layers. Raises UnsupportedModel, with the reason, for any object whose KV could not be given back exactly,
+    and InvalidLayout for a `model_id`, a `model_revision` or a `block_tokens` that no layout can have.
+    """
+    try:
+        geometry = _geometry(model)
+    except (UnsupportedModel, torch.OutOfMemoryError):
+        raise
+    except (NotProbed, UnsupportedRotation) as error:
+        raise UnsupportedModel(str(error)) from error
+    except Exception as error:  # Whatever foreign code raises: no model may end an engine at its start.
+        why = f"{type(error).__name__}: {error}"
+        raise UnsupportedModel(f"{type(model).__name__} could not be examined: {why}") from error
+    return Layout(
+        model_id=model_id, model_revision=model_revision, block_tokens=block_tokens, rotated=rotated, **geometry
+    )
+
+
+def _geometry(model: Any) -> dict[str, Any]:
+    """What of a layout the model decides."""
+    if not isinstance(model, PreTrainedModel):
+        hint = "; give its base model (`get_base_model()`) and the adapter's `lora_id`"
+        is_wrapped = hasattr(model, "peft_config") or hasattr(model, "get_base_model")
+        raise UnsupportedModel(f"{type(model).__name__} is no transformers model{hint if is_wrapped else ''}")
     config = model.config
-    if config.is_encoder_decoder or config.get_text_config() is not config:
-        raise UnsupportedModel("the model reads more than tokens: their ids alone do not tell what its KV is")
-    if len({parameter.device for parameter in model.parameters()}) > 1:
+    _check_configuration(config)
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1:
         raise UnsupportedModel("the model lies on several devices")
+    if any(device.type == "meta" for device in devices):
+        raise UnsupportedModel("the model has no weights: it lies on the meta device")
     dtype = str(model.dtype).removeprefix("torch.")
     if dtype not in DTYPE_BYTES:
         raise UnsupportedModel(f"the model computes in {dtype}; KV can be kept in {', '.join(DTYPE_BYTES)}")
-    dynamic_layers(DynamicCache(config=config), config.num_hidden_layers)
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return Layout(
-        model_id=model_id,
-        model_revision=model_revision,
-        dtype=dtype,
-        layers=config.num_hidden_layers,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        k_head_dim=head_dim,
-        v_head_dim=head_dim,
-        block_tokens=block_tokens,
-        rotary=_rotary(model),
-        rotated=rotated,
-    )
+    cache = DynamicCache(config=config)
+    dynamic_layers(cache, config.num_hidden_layers)
+    rotary = rotary_of(model)
+    shapes = probe(model, cache)
+    if len(set(shapes)) > 1:
+        raise UnsupportedModel(f"KV differs in shape from layer to layer: {sorted(set(shapes))}")
+    return {"dtype": dtype, "layers": len(shapes), "rotary": rotary, **shapes[0]._asdict()}
+
+
+def _check_configuration(config: Any) -> None:
+    if config.is_encoder_decoder or config.get_text_config() is not config:
+        raise UnsupportedModel("the model reads more than tokens: their ids alone do not tell what its KV is")
+    if getattr(config, "add_cross_attention", False):
+        raise UnsupportedModel("the model attends to an encoder's states: token ids alone do not tell what its KV is")
+    bidirectional = getattr(config, "use_bidirectional_attention", None)
+    if bidirectional in (True, "all") or getattr(config, "is_causal", True) is False:
+        raise UnsupportedModel("its configuration says that attention is not causal")
 
 
 def torch_dtype(layout: Layout) -> torch.dtype:
@@ -66,12 +96,5 @@ def _is_kept(layer: DynamicLayer) -> bool:
     return type(layer) is DynamicLayer or isinstance(layer, StoredLayer)
 
 
-def _rotary(model: PreTrainedModel) -> Rotary:
-    try:
-        return rotary_of(model)
-    except UnsupportedRotation as error:
-        raise UnsupportedModel(str(error)) from error
-
-
-def has_adapters(model: PreTrainedModel) -> bool:
+def has_adapters(model: Any) -> bool:
     return bool(getattr(model, "_hf_peft_config_loaded", False)) or hasattr(model, "peft_config")

@@ -22,7 +22,7 @@ def remember(client: Client, layout: Layout, session_id: str, chain: BlockChain)
     session = client.session(layout, session_id)
     state = _state(session)
     if state is not None and state.cuts:
-        log.info("a truncated session is left as it is", extra={"session_id": session_id})
+        log.info("session %s was truncated, and is left as it is", session_id)
         return
     _continue(session, state, chain, 0)
 

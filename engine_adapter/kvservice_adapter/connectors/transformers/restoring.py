@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from kvservice_adapter.connectors.transformers.unrotated import RotatesOnLoad, U
 from kvservice_adapter.connectors.transformers.writing import BackgroundWriting, Row
 from kvservice_adapter.cost import Kind, Plan, Rates, plan
 from kvservice_adapter.device.base import Device, Stream
+from kvservice_adapter.limited_log import LimitedLog
 from kvservice_adapter.load import LayerLoader
 from kvservice_adapter.rope import Rope
 from kvservice_adapter.save import LayerSaver
@@ -32,6 +34,8 @@ from kvservice_adapter.schedule import perfect_buffer_layers
 from kvservice_adapter.session import Keys
 from kvservice_api.errors import KVError
 from kvservice_api.layout import Layout
+
+log = logging.getLogger(__name__)
 
 _BUFFER_LAYERS_MIN = 2  # So that the hand-over between threads is hidden.
 
@@ -97,6 +101,7 @@ class Restorer:
         self._wait_s = wait_s
         self._tokens_max = tokens_max
         self._rope = rope
+        self._lines = LimitedLog(log)
         self._loads: Stream
         self._releases: Stream
         self.close()
@@ -176,6 +181,7 @@ class Restorer:
             head=self._head(given, head_tokens, request) if head_tokens else None,
             unrotate=partial(_unrotated, self._rope, given.pads) if self._rope is not None else None,
             on_end=partial(self._history_ended, tier, request),
+            lines=self._lines,
         )
         rows = [_row(pad, each, tokens, keys) for pad, each, tokens in zip(given.pads, found, reused, strict=True)]
         cache = self._cache(history, rows, given.ids[:, :columns], request)

@@ -20,8 +20,10 @@ from kvservice_adapter.connectors.transformers.rows import Sequences, common_tok
 from kvservice_adapter.connectors.transformers.unrotated import UnrotatedLayer
 from kvservice_adapter.connectors.transformers.writing import BackgroundWriting
 from kvservice_adapter.device.base import Device
+from kvservice_adapter.limited_log import LimitedLog
 from kvservice_adapter.session import Conversation, Keys
 from kvservice_api.errors import InvalidRequest, KVError, StorageFailed
+from kvservice_api.image import layer_starts
 from kvservice_api.keys import BlockChain
 from kvservice_api.layout import Layout
 from kvservice_client import BlockCache, Client, Durability
@@ -82,6 +84,7 @@ class TurnSaver:
         self._breaker = breaker
         self._tokens_max = tokens_max
         self._copies = device.stream("kvservice-copy")
+        self._lines = LimitedLog(log)
 
     @property
     def _layout(self) -> Layout:
@@ -145,12 +148,14 @@ class TurnSaver:
             self._breaker.record(True)
         except KVError as error:
             self._breaker.record(answered(error))
-            log.warning("a turn was not saved", extra={"reason": error.reason, "why": error.message})
+            self._lines.warning(f"turn {error.reason}", "a turn was not saved: %s: %s", error.reason, error.message)
             return Saved(refused=len(chain), error=error)
         meanwhile = writing.take_stored(chain) if writing is not None else 0
         why = refused[0][1] if refused else None
         if why is not None:
-            log.warning("blocks were not saved", extra={"blocks": len(refused), "why": why.message})
+            self._lines.warning(
+                f"blocks {why.reason}", "%d blocks were not saved: %s: %s", len(refused), why.reason, why.message
+            )
         already_stored += stored_before - meanwhile
         saved = Saved(stored + meanwhile, max(0, already_stored), len(refused), why)
         if not saving.session_id:
@@ -159,14 +164,20 @@ class TurnSaver:
         try:
             self._remember(saving, chain[:kept])
         except KVError as error:
-            log.warning("a session was not continued", extra={"session_id": saving.session_id, "why": error.message})
+            self._lines.warning(
+                f"session {error.reason}",
+                "session %s was not continued: %s: %s",
+                saving.session_id,
+                error.reason,
+                error.message,
+            )
             return replace(saved, error=saved.error or error)
         return saved
 
     def states(self, cache: Cache, rows: int) -> list[Tensors]:
         """Keys and values of each layer. Raises UnsupportedModel where they are not what the layout describes."""
         layout, dtype = self._layout, self._model.dtype
-        expected = (rows, layout.kv_heads, cache.get_seq_length(), layout.k_head_dim)
+        columns = cache.get_seq_length()
         found = []
         for index, layer in enumerate(dynamic_layers(cache, layout.layers)):
             keys, values = layer.keys, layer.values
@@ -176,7 +187,8 @@ class TurnSaver:
                     raise UnsupportedModel(f"the keys of layer {index} were not seen before they were rotated")
             if keys is None or values is None:
                 raise UnsupportedModel(f"layer {index} of the cache is empty")
-            for states in (keys, values):
+            for states, dim in ((keys, layout.k_head_dim), (values, layout.v_head_dim)):
+                expected = (rows, layout.kv_heads, columns, dim)
                 if tuple(states.shape) != expected or states.dtype != dtype:
                     would = "one sequence of this model" if rows == 1 else f"{rows} sequences of this model"
                     raise UnsupportedModel(
@@ -196,8 +208,8 @@ class TurnSaver:
 
     def _slices(self, states: Sequence[Tensors], row: int, column: int, chain: BlockChain) -> list[NDArray[Any]]:
         """Each layer's slices of a chain's blocks, one after another in new memory of the host."""
-        size_bytes = sum(map(self._blocks.slice_bytes, chain.token_counts))
-        layers = [np.empty(size_bytes, np.uint8) for _ in states]
+        starts = layer_starts(self._layout, self._blocks.shard, chain.token_counts)
+        layers = [np.empty(of_layer[-1], np.uint8) for of_layer in starts]
         events = [
             self._copies.gather(pages_on_host(keys, values, row, column, chain.token_count), chain.token_counts, into)
             for (keys, values), into in zip(states, layers, strict=True)

@@ -161,7 +161,7 @@ class BackgroundWriting:
 
     def stop(self, reason: str) -> None:
         if not self._stopped:
-            log.info("nothing more of this cache is saved while it grows", extra={"why": reason})
+            log.info("nothing more of this cache is saved while it grows: %s", reason)
             self._stopped = reason
         for job, _, _ in self._jobs:
             job.abandon()
