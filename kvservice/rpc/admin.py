@@ -176,13 +176,15 @@ class AdminService:
     def _tier(self, name: TierName, tier: Tier | None) -> pb.TierStatus:
         if tier is None:
             return pb.TierStatus()
-        blocks = self._store.blocks
+        blocks, dram = self._store.blocks, self._store.dram
         count = int((blocks.resident(name) & blocks.live[: blocks.row_end]).sum())
         return pb.TierStatus(
             capacity_bytes=tier.capacity_bytes,
             used_bytes=tier.used_bytes,
             blocks=count,
             refusing_because=tier.refusing_because,
+            configured_bytes=dram.configured_bytes if tier is dram else tier.capacity_bytes,
+            short_because=dram.short_because if tier is dram else "",
         )
 
     def _layout_id(self, fingerprint: bytes) -> int:
