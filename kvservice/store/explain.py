@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from kvservice.blocks import NO_ROW, BlockTable, TierName
 from kvservice.index.block_index import BlockIndex, Emptied
+from kvservice.store.caller import Caller
 from kvservice.store.history import Event, History, Reason
 from kvservice.store.ingest import Ingests
 from kvservice.store.requests import LookupRecord, RequestRecord
@@ -104,15 +105,15 @@ class Explain:
     def dram_emptied(self) -> Emptied | None:
         return self._index.dram_emptied
 
-    def rows(self, key: bytes) -> list[int]:
+    def rows(self, caller: Caller, key: bytes) -> list[int]:
         """The rows of a block's shards; none where it is not stored."""
         return list(self._blocks.shards_of(int(self._blocks.rows_of_keys([key])[0])))
 
-    def events(self, key: bytes) -> list[Event]:
+    def events(self, caller: Caller, key: bytes) -> list[Event]:
         """What is remembered of a block, the newest first."""
         return self._history.of(key)
 
-    def places(self, row: int) -> list[Place]:
+    def places(self, caller: Caller, row: int) -> list[Place]:
         """Where an object lies, since when, and how it came there."""
         blocks = self._blocks
         found = []
@@ -129,7 +130,7 @@ class Explain:
             found.append(Place(tier, arrival, since_ms))
         return found
 
-    def missing(self, key: bytes, until_ms: int | None = None) -> Missing:
+    def missing(self, caller: Caller, key: bytes, until_ms: int | None = None) -> Missing:
         """Why the block is not there; with `until_ms` why it was not there then."""
         events = self._history.of(key, until_ms)
         event = next((event for event in events if event.last_copy), None)
@@ -144,15 +145,15 @@ class Explain:
             why = Miss.NEVER_STORED if emptied is None else Miss.NEVER_STORED_OR_LOST
         return Missing(key, why, event, self._history.remembers_since_ms, emptied)
 
-    def lookups(self, request: RequestRecord) -> list[ExplainedLookup]:
-        return [self._lookup(record) for record in request.lookups]
+    def lookups(self, caller: Caller, request: RequestRecord) -> list[ExplainedLookup]:
+        return [self._lookup(caller, record) for record in request.lookups]
 
-    def _lookup(self, record: LookupRecord) -> ExplainedLookup:
+    def _lookup(self, caller: Caller, record: LookupRecord) -> ExplainedLookup:
         layout = self._index.layouts[record.layout_id]
         others = [OtherLayout(other, differences(other, layout)) for other in self._layouts(record.other_layout_ids)]
         if not record.first_missing_key:
             return ExplainedLookup(record, layout, None, others)
-        found = self.missing(record.first_missing_key, record.at_ms)
+        found = self.missing(caller, record.first_missing_key, record.at_ms)
         why = found.why
         if record.is_partial:
             why = Miss.IN_PART

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from kvservice.blocks import NO_ROW, BlockTable, Extent, TierName, object_key
 from kvservice.clock import Clock
 from kvservice.counters import Counters
+from kvservice.store.caller import Caller
 from kvservice.store.history import Reason
 from kvservice.store.leases import Client
 from kvservice.store.pace import Pace
@@ -137,10 +138,10 @@ class Ingests:
         self.wait_s = wait_s
         self.uploads: dict[bytes, deque[_Upload]] = {}  # By object. The first one is under way, the others wait.
 
-    def begin(self, client: Client, request: SaveRequest) -> Ingest:
+    def begin(self, caller: Caller, client: Client, request: SaveRequest) -> Ingest:
         """Use it as ``async with``: leaving without `commit` abandons the upload. Raises InvalidRequest."""
         self.check(request)
-        return Ingest(self, client, request)
+        return Ingest(self, caller, client, request)
 
     def check(self, request: SaveRequest) -> None:
         """Raises InvalidRequest where the request contradicts itself."""
@@ -151,8 +152,9 @@ class Ingests:
 class Ingest:
     """One save: ``async with`` reserves, `write` fills, `commit` makes it visible."""
 
-    def __init__(self, ingests: Ingests, client: Client, request: SaveRequest) -> None:
+    def __init__(self, ingests: Ingests, caller: Caller, client: Client, request: SaveRequest) -> None:
         self._all = ingests
+        self._caller = caller
         self._client = client
         self._request = request
         self._outcome = SaveOutcome()
@@ -376,6 +378,7 @@ class Ingest:
                 request.shard,
                 parent_key=request.keys[upload.position - 1] if upload.position else request.parent_key,
                 layout_id=request.layout_id,
+                tenant=self._caller.tenant.number,
                 token_count=request.token_counts[upload.position],
                 size_bytes=upload.geometry.image_bytes,
                 trailer_checksum=checksum(trailer),

@@ -18,6 +18,7 @@ import numpy as np
 from kvservice.blocks import Extent, TierName
 from kvservice.counters import Counters
 from kvservice.store import pieces
+from kvservice.store.caller import Caller
 from kvservice.store.coverage import HeadRun, cover
 from kvservice.store.leases import Lease
 from kvservice.store.pace import Pace
@@ -108,7 +109,7 @@ class Loads:
         self.scratch = _ScratchBudget(_SCRATCH_BYTES, _SCRATCH_WAIT_S)
 
     async def run(
-        self, lease: Lease, blocks: range, layers: range, encode: Callable[[Part], T]
+        self, caller: Caller, lease: Lease, blocks: range, layers: range, encode: Callable[[Part], T]
     ) -> AsyncGenerator[T, None]:
         """Every frame of a load, in order. `encode` runs on a thread, after the frame's slices are verified.
 
