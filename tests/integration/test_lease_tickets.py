@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -216,3 +218,17 @@ def test_a_ticket_that_cannot_be_made_is_refused_at_once(client: Client, argumen
 def test_where_nothing_was_hit_there_is_nothing_to_export(client: Client) -> None:
     with client.open_layout(SMALL).lookup(new_chain(SMALL, 1)) as lease, pytest.raises(BlockNotFound):
         lease.export()
+
+
+def test_the_example_of_the_page_on_tickets_runs(daemon: DaemonProcess, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "tickets.md").read_text()
+    (example,) = re.findall(r"```python\n((?s:.*?))```", page)
+    program = tmp_path / "example.py"
+    program.write_text(example.replace("127.0.0.1:7070", daemon.address))
+    ran = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr
+    size_bytes = 512 * 2 * 64 * 2  # Tokens, K and V, dimensions of a head, bytes per element.
+    expected = [
+        f"rank {head}: 512 tokens, layer {layer}, {size_bytes} bytes" for head in range(4) for layer in range(2)
+    ]
+    assert sorted(ran.stdout.splitlines()) == expected
