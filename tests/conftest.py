@@ -1,10 +1,12 @@
-"""One thread for what computes with tiny models, in every test."""
+"""For every test: one thread for what computes with tiny models, and gRPC loaded as our packages load it."""
 
 from __future__ import annotations
 
 import sys
 
 import pytest
+
+import kvservice_api.grpc_forks  # noqa: F401  # Before a test module imports gRPC by itself.
 
 
 @pytest.fixture(scope="module", autouse=True)
