@@ -1,10 +1,15 @@
-"""One thread for what computes with tiny models, in every test."""
+"""What holds in every test: one thread for tiny models, and no example that must be quick."""
 
 from __future__ import annotations
 
 import sys
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A machine that does other things meanwhile takes longer for an example, or for making one up: that is no fault.
+settings.register_profile("kvservice", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("kvservice")
 
 
 @pytest.fixture(scope="module", autouse=True)
