@@ -16,7 +16,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
@@ -53,6 +55,9 @@ class History(Protocol):
     def begin(self) -> None:
         """The request runs: layers will be taken one after another."""
 
+    def compute_masked(self, visible: NDArray[np.bool_]) -> bool:
+        """Compute it under this attention mask ``[row, column]``. Whether it is done: not once a layer was taken."""
+
     def layer(self, index: int) -> Tensors:
         """Keys and values, buffers of at least `columns` columns. Waits for them, and never raises a KVError."""
 
@@ -62,6 +67,12 @@ class History(Protocol):
 
 class Writing(Protocol):
     """Is told what the model computes."""
+
+    def other_mask(self, forward: Forward, first: int) -> NDArray[np.bool_] | None:
+        """A forward's mask of the `first` columns before it, where it is not the one they were computed with."""
+
+    def adopt(self, visible: NDArray[np.bool_]) -> None:
+        """They were computed again under this mask."""
 
     def begin(self, forward: Forward, first: int) -> None:
         """A forward begins whose first token will be in column `first`."""
@@ -210,6 +221,9 @@ class StoredCache(DynamicCache):
         """A forward with this cache begins."""
         columns = self.get_seq_length()
         if columns == self.history.columns:
+            other = self.writing.other_mask(forward, columns)
+            if other is not None and self.history.compute_masked(other):
+                self.writing.adopt(other)
             self.history.begin()
         self.writing.begin(forward, columns)
         self._began = columns, time.perf_counter(), self.history.lost_s

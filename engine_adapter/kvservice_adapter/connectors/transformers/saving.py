@@ -111,7 +111,8 @@ class TurnSaver:
         longest = columns - min(given.pads)
         found = []
         for row, pad in enumerate(given.pads):
-            tokens = given.tokens(row, columns)
+            row_end = writing.end_of_row(row) if writing is not None else None
+            tokens = given.tokens(row, columns if row_end is None else row_end)
             if writing is not None and not writing.stopped:
                 known = writing.token_ids(row)
                 common = common_tokens(tokens, known)
@@ -121,7 +122,8 @@ class TurnSaver:
                 tokens = tokens[:0]  # The last ones are rotated in another way, and nobody knows since when.
             if conversation is None:
                 name = session_ids[row]
-                saving = Saving(keys.chain(tokens, with_partial=bool(name)), row, pad, name)
+                hidden = writing.hidden_tokens(row) if writing is not None else None
+                saving = Saving(keys.chain(tokens, with_partial=bool(name), hidden=hidden), row, pad, name)
             else:
                 saving = _of_conversation(conversation, tokens, keys, row, pad)
             if writing is not None and not writing.continues(row, saving.column, saving.chain.parent):
