@@ -10,7 +10,7 @@ import uvloop
 
 from kvservice import __version__, daemon, logs
 from kvservice.config import ConfigError, load_settings
-from kvservice.index.errors import StoreError
+from kvservice.index.errors import StoreDamaged, StoreError
 from kvservice.tiers.base import StoreMismatch
 from kvservice_api.errors import KVError
 
@@ -66,6 +66,9 @@ def _serve(argv: Sequence[str]) -> int:
     except ConfigError as error:  # What the settings name cannot be used.
         print(f"kvservice serve: {error}", file=sys.stderr)
         return 2
+    except StoreDamaged as error:
+        print(f"kvservice serve: {error}. {error.what_helps}", file=sys.stderr)
+        return 1
     except (StoreError, StoreMismatch, KVError, OSError, RuntimeError) as error:
         print(f"kvservice serve: {error}", file=sys.stderr)
         return 1

@@ -64,6 +64,7 @@ _COLUMNS: dict[str, str] = {
     "head_begin": "u2",
     "head_end": "u2",
     "layout_id": "u4",
+    "tenant": "u4",  # Whose block it is; 0 is the tenant "default".
     "token_count": "u4",
     "size_bytes": "u8",  # Of the image.
     "trailer_checksum": "u8",
@@ -106,6 +107,7 @@ class BlockTable:
     head_begin: NDArray[np.uint16]
     head_end: NDArray[np.uint16]
     layout_id: NDArray[np.uint32]
+    tenant: NDArray[np.uint32]
     token_count: NDArray[np.uint32]
     size_bytes: NDArray[np.uint64]
     trailer_checksum: NDArray[np.uint64]
@@ -260,6 +262,7 @@ class BlockTable:
         *,
         parent_key: bytes,
         layout_id: int,
+        tenant: int,
         token_count: int,
         size_bytes: int,
         trailer_checksum: int,
@@ -270,6 +273,7 @@ class BlockTable:
         self.key[row] = key
         self.parent_key[row] = parent_key
         self.layout_id[row] = layout_id
+        self.tenant[row] = tenant
         self.token_count[row] = token_count
         self.size_bytes[row] = size_bytes
         self.trailer_checksum[row] = trailer_checksum

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import ipaddress
 import os
 import re
 import tomllib
@@ -25,11 +24,12 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from kvservice_api.address import SOCKET_PATH_BYTES_MAX, parse_listen_address
+
 ENVIRONMENT_PREFIX = "KVSERVICE_"
 CONFIG_VARIABLE = "KVSERVICE_CONFIG"
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
-_SOCKET_PATH_BYTES_MAX = 107
 _MAP_BYTES_MIN, _MAP_BYTES_MAX = 4 * MIB, 1 * GIB
 
 _SHORT_FLAGS = {"server.insecure": ("--insecure",)}
@@ -42,28 +42,9 @@ class ConfigError(ValueError):
     """The configuration cannot be used. The message names the setting and where it came from."""
 
 
-class Address(NamedTuple):
-    host: str
-    port: int
-
-    @classmethod
-    def parse(cls, text: str) -> Address:
-        host, _, port = text.rpartition(":")
-        if not host or not port.isdecimal() or int(port) > 65535:
-            raise ValueError(f"{text!r} is not host:port")
-        return cls(host.removeprefix("[").removesuffix("]"), int(port))
-
-    @property
-    def is_loopback(self) -> bool:
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
-
-
 def _checked_address(text: str) -> str:
     if text:
-        Address.parse(text)
+        parse_listen_address(text)
     return text
 
 
@@ -377,7 +358,7 @@ class Settings(BaseSettings):
         is_protected = bool(self.tls.certificate) or self.server.insecure
         for name in ("address", "metrics_address"):
             address = getattr(self.server, name)
-            if address and not is_protected and not Address.parse(address).is_loopback:
+            if address and not is_protected and not parse_listen_address(address).is_loopback:
                 raise ValueError(
                     f"server.{name} {address} can be reached from other hosts, without encryption or login; "
                     "set tls.certificate and tls.key, or server.insecure if that is wanted"
@@ -398,8 +379,8 @@ class Settings(BaseSettings):
                     f"{name}.capacity_bytes ({capacity_bytes}) leaves nothing for blocks: "
                     f"the index takes {map_bytes} bytes of it"
                 )
-        if len(self._unix_socket_name.encode()) > _SOCKET_PATH_BYTES_MAX and self.server.unix_socket:
-            raise ValueError(f"server.unix_socket is longer than {_SOCKET_PATH_BYTES_MAX} bytes")
+        if len(self._unix_socket_name.encode()) > SOCKET_PATH_BYTES_MAX and self.server.unix_socket:
+            raise ValueError(f"server.unix_socket is longer than {SOCKET_PATH_BYTES_MAX} bytes")
 
     @property
     def durable_map_bytes(self) -> int:
@@ -416,7 +397,7 @@ class Settings(BaseSettings):
     @property
     def unix_socket_path(self) -> Path | None:
         name = self._unix_socket_name
-        is_usable = name != "off" and len(name.encode()) <= _SOCKET_PATH_BYTES_MAX
+        is_usable = name != "off" and len(name.encode()) <= SOCKET_PATH_BYTES_MAX
         return Path(name) if is_usable else None
 
     @property

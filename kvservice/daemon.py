@@ -233,6 +233,7 @@ def _open_store(
         map_bytes=settings.durable_map_bytes,
         layouts_max=settings.index.layouts_max,
         before_commit=make_bytes_durable if has_ssd else None,
+        ssd_files=_ssd_files(settings) if has_ssd else (),
     )
     opening.callback(index.close)
     if has_ssd:

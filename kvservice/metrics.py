@@ -22,11 +22,11 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from kvservice.blocks import TierName
-from kvservice.config import Address
 from kvservice.counters import HELP
 from kvservice.rpc.addresses import AddressUnusable, reason
 from kvservice.rpc.tls import Certificates
 from kvservice.store.block_store import BlockStore
+from kvservice_api.address import parse_listen_address
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ class MetricsServer:
                 registry=registry,
             ).set_function(lambda: certificates.latest.expires_at_s)
         try:
-            self._server = _HttpServer(*Address.parse(address), certificates)
+            self._server = _HttpServer(*parse_listen_address(address), certificates)
         except OSError as error:
             raise AddressUnusable("server.metrics_address", address, reason(error)) from error
         self._server.set_app(make_wsgi_app(registry))

@@ -105,4 +105,5 @@ def _key_of(pem: bytes) -> ec.EllipticCurvePrivateKey:
 
 
 def _name(text: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+    """With this common name; of "" an empty one."""
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)] if text else [])

@@ -55,6 +55,7 @@ class DirectoryFixture:
             shard,
             parent_key=bytes(32),
             layout_id=layout_id,
+            tenant=0,
             token_count=16,
             size_bytes=4096,
             trailer_checksum=0,

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.policy import LruPolicy, Policy
 from kvservice.store.block_store import BlockStore, StoreLimits
+from kvservice.store.caller import DEFAULT_TENANT, Caller
 from kvservice.store.directory import ResidencyDirectory
 from kvservice.store.history import History
 from kvservice.store.ingest import Ingest, SaveOutcome
@@ -49,6 +50,14 @@ KIB, MIB = 2**10, 2**20
 # A whole block of it takes 12 KiB: two slices of 4 KiB and the trailer's page.
 LAYOUT = Layout(model_id="test", dtype="float32", layers=2, kv_heads=2, k_head_dim=16, v_head_dim=16, block_tokens=16)
 WHOLE = Shard.whole(LAYOUT)
+
+CALLER = Caller("test", DEFAULT_TENANT, b"")
+
+
+def caller_of(client: Client) -> Caller:
+    """The caller of a request that names this client."""
+    return replace(CALLER, client=client.client_id)
+
 
 _boot_epochs = itertools.count(1)
 
@@ -233,25 +242,36 @@ class OpenStore:
         shard: Shard = WHOLE,
         layout: Layout = LAYOUT,
         on_ssd: bool = False,
+        caller: Caller | None = None,
     ) -> SaveOutcome:
         """`images`: of each block all its slices, one after the other."""
-        async with self.begin_save(client, chain, shard=shard, layout=layout) as ingest:
+        async with self.begin_save(client, chain, shard=shard, layout=layout, caller=caller) as ingest:
             for frame in frames_of(layout, shard, chain, images):
                 ingest.write(frame)
             return await ingest.commit(checksums_of(shard, images), on_ssd=on_ssd)
 
-    def begin_save(self, client: Client, chain: BlockChain, *, shard: Shard = WHOLE, layout: Layout = LAYOUT) -> Ingest:
+    def begin_save(
+        self,
+        client: Client,
+        chain: BlockChain,
+        *,
+        shard: Shard = WHOLE,
+        layout: Layout = LAYOUT,
+        caller: Caller | None = None,
+    ) -> Ingest:
+        """By `caller`, which is by default the one that names the client."""
+        caller = caller_of(client) if caller is None else caller
         return self.store.begin_save(
-            client.client_id, layout.fingerprint, shard, chain.parent, chain.keys, chain.token_counts[-1]
+            caller, layout.fingerprint, shard, chain.parent, chain.keys, chain.token_counts[-1]
         )
 
     def lookup(
         self, client: Client, keys: Sequence[bytes], *, shard: Shard = WHOLE, layout: Layout = LAYOUT, ttl_s: float = 30
     ) -> Lease | None:
-        return self.store.lookup(client.client_id, layout.fingerprint, shard, keys, ttl_s).lease
+        return self.store.lookup(caller_of(client), layout.fingerprint, shard, keys, ttl_s).lease
 
     def hits(self, keys: Sequence[bytes], *, shard: Shard = WHOLE, layout: Layout = LAYOUT) -> int:
-        return self.store.lookup(b"", layout.fingerprint, shard, keys, 0).blocks
+        return self.store.lookup(CALLER, layout.fingerprint, shard, keys, 0).blocks
 
     async def load(self, lease: Lease, blocks: range | None = None, layers: range | None = None) -> list[bytes]:
         """The asked-for layers of the asked-for blocks: of each layer all blocks' bytes, one after the other."""
@@ -267,7 +287,7 @@ class OpenStore:
         def encode(part: Part) -> tuple[int, bytes]:
             return part.layer, b"".join(part.runs)
 
-        return self.store.loads.run(lease, blocks, layers, encode)
+        return self.store.loads.run(CALLER, lease, blocks, layers, encode)
 
     async def settle(self) -> None:
         """Wait until everything that runs in the background has ended."""
@@ -329,7 +349,7 @@ def frames_of(
 ) -> list[Frame]:
     """A save's frames in order. The odd size has them begin and end inside blocks."""
     frames = []
-    starts = np.cumsum([0, *(block_geometry(layout, shard, count).slice_bytes for count in chain.token_counts)])
+    starts = np.cumsum([0, *(block_geometry(layout, shard, count).slice_bytes(0) for count in chain.token_counts)])
     for layer, data in enumerate(layers_of(images, shard=shard)):
         for start in range(0, len(data), frame_bytes):
             block = int(np.searchsorted(starts, start, "right")) - 1

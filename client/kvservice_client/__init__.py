@@ -18,7 +18,7 @@ can go wrong is a ``KVError``, and means: recompute.
 
 from kvservice_api.errors import KVError
 from kvservice_api.keys import BlockChain, block_chain
-from kvservice_api.layout import Layout, Rotary, Shard
+from kvservice_api.layout import LayerGroup, Layout, Rotary, Shard
 from kvservice_client.admin import Admin, Tier
 from kvservice_client.block_cache import BlockCache, Durability, SaveResult
 from kvservice_client.client import DEFAULT_ADDRESS, Client, EvictResult, PrefetchResult
@@ -39,6 +39,7 @@ __all__ = [
     "Durability",
     "EvictResult",
     "KVError",
+    "LayerGroup",
     "Layout",
     "Lease",
     "LoadedLayer",

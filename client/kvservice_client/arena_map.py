@@ -26,6 +26,7 @@ from kvservice_api.arena import (
 from kvservice_api.errors import NotShared
 from kvservice_api.image import PAGE_BYTES
 from kvservice_api.mapping import Mapping
+from kvservice_client import forks
 from kvservice_client.buffers import Bytes
 
 # The process's lock of its memory map is held meanwhile, and every thread waits that wants memory.
@@ -46,7 +47,7 @@ class ArenaMap:
         self.directory = directory
         self.arena_id = arena_id
         self._capacity_bytes = capacity_bytes
-        self._closing = threading.Event()
+        self._faulting_in = _FaultingIn()
         self._lock = threading.Lock()
         self._writable: Bytes | None = None
         try:
@@ -59,7 +60,7 @@ class ArenaMap:
         except (OSError, ValueError) as error:
             raise NotShared(f"the arena in {directory} cannot be mapped: {error}") from error
         self._words: NDArray[np.uint32] = np.frombuffer(generations, "<u4", capacity_bytes // PAGE_BYTES, PAGE_BYTES)
-        weakref.finalize(self, self._closing.set)
+        weakref.finalize(self, self._faulting_in.end)
 
     def generations(self, offsets: NDArray[np.int64]) -> NDArray[np.uint32]:
         """The generations, now, of the extents that begin at `offsets`."""
@@ -81,34 +82,80 @@ class ArenaMap:
         with _opened(self.directory / ARENA_NAME, os.O_RDWR if writable else os.O_RDONLY) as fd:
             _check(fd, self.arena_id, self._capacity_bytes)
             mapping = Mapping(fd, PAGE_BYTES + self._capacity_bytes, writable=writable)
-            arguments = (mapping, os.dup(fd), self._closing)
-        threading.Thread(target=_fault_in, args=arguments, name="kvservice-arena", daemon=True).start()
+            self._faulting_in.start(mapping, fd)
         return mapping.bytes[PAGE_BYTES:]
 
 
+class _FaultingIn:
+    """The threads that map an arena's pages in the background, and the files that they have open."""
+
+    def __init__(self) -> None:
+        self._files: set[int] = set()
+        self._closing = threading.Event()
+        forks.register(self)
+
+    def reset_in_child(self) -> None:
+        """The threads are the parent's. Without them a child has no use for the files, which would keep the memory."""
+        for file in self._files:
+            os.close(file)
+        self._files = set()
+        self._closing = threading.Event()
+
+    def start(self, mapping: Mapping, fd: int) -> None:
+        """`fd` may be closed afterwards."""
+        file = os.dup(fd)
+        self._files.add(file)
+        thread = threading.Thread(target=self._run, args=(mapping, file), name="kvservice-arena", daemon=True)
+        thread.start()
+
+    def end(self) -> None:
+        self._closing.set()
+
+    def _run(self, mapping: Mapping, file: int) -> None:
+        try:
+            _fault_in(mapping, file, self._closing)
+        finally:
+            self._files.remove(file)
+            os.close(file)
+
+
 class WriterLock:
-    """The lock that tells the daemon that this process may be writing. The kernel drops it with the process."""
+    """The lock that tells the daemon that this process may be writing. The kernel drops it with the process.
+
+    A forked child has the file open too, and with it the lock: it closes the file at once, without a word to the
+    kernel about the lock, which is its parent's. Else the daemon would take the parent for alive as long as the child.
+    """
 
     def __init__(self, directory: Path, client_id: bytes) -> None:
         """Raises NotShared where there is no place for it."""
         self._path = directory / WRITERS_NAME / client_id.hex()
-        self._process_id = os.getpid()
+        self._fd: int | None = None
         try:
-            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            with forks.held_off():  # A child that has the file open knows of it.
+                self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                forks.register(self)
             fcntl.flock(self._fd, fcntl.LOCK_EX)
         except OSError as error:
+            self._close()
             raise NotShared(f"{self._path} cannot be locked: {error.strerror}") from error
 
-    def release(self) -> None:
-        """Nothing will be written any more. Whatever is reserved goes back to the daemon.
+    def reset_in_child(self) -> None:
+        self._close()
 
-        A forked child has the file open too, and the lock is its parent's: it only lets go of the file.
-        """
-        if os.getpid() == self._process_id:
-            with suppress(OSError):  # The arena may be gone, and its folder with it.
-                self._path.unlink(missing_ok=True)
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
-        os.close(self._fd)
+    def release(self) -> None:
+        """Nothing will be written any more. Whatever is reserved goes back to the daemon. No effect in a child."""
+        if self._fd is None:
+            return
+        with suppress(OSError):  # The arena may be gone, and its folder with it.
+            self._path.unlink(missing_ok=True)
+        fcntl.flock(self._fd, fcntl.LOCK_UN)  # Closing is not enough where another process has the file open.
+        self._close()
+
+    def _close(self) -> None:
+        with forks.held_off():  # A child never closes a number that is another file's by then.
+            fd, self._fd = self._fd, None
+            if fd is not None:
+                os.close(fd)
 
 
 @contextmanager
@@ -133,18 +180,17 @@ def _check(fd: int, arena_id: bytes, capacity_bytes: int) -> None:
 
 
 def _fault_in(mapping: Mapping, fd: int, closing: threading.Event) -> None:
-    """Map the pages there are, in small steps. `fd` is closed in the end.
+    """Map the pages there are, in small steps.
 
     Only what the daemon has allocated: touching more would take memory that nobody promised.
     """
     done, idle_s = 0, 0.0
-    with _closed_after(fd):
-        while done < mapping.size_bytes and idle_s < _GROWS_WITHIN_S:
-            allocated = min(os.fstat(fd).st_blocks * 512, mapping.size_bytes)
-            for start in range(done, allocated, _FAULT_IN_BYTES):
-                if closing.is_set() or not mapping.fault_in(start, min(start + _FAULT_IN_BYTES, allocated)):
-                    return  # Kernels before 5.14 cannot: no harm done.
-            idle_s = 0.0 if allocated > done else idle_s + _GROWS_EVERY_S
-            done = max(done, allocated)
-            if done < mapping.size_bytes and closing.wait(_GROWS_EVERY_S):
-                return
+    while done < mapping.size_bytes and idle_s < _GROWS_WITHIN_S:
+        allocated = min(os.fstat(fd).st_blocks * 512, mapping.size_bytes)
+        for start in range(done, allocated, _FAULT_IN_BYTES):
+            if closing.is_set() or not mapping.fault_in(start, min(start + _FAULT_IN_BYTES, allocated)):
+                return  # Kernels before 5.14 cannot: no harm done.
+        idle_s = 0.0 if allocated > done else idle_s + _GROWS_EVERY_S
+        done = max(done, allocated)
+        if done < mapping.size_bytes and closing.wait(_GROWS_EVERY_S):
+            return

@@ -7,12 +7,15 @@ old attachment does not notice.
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, KVError
 from kvservice_api.v1 import blocks_pb2 as pb
+from kvservice_client import forks
 from kvservice_client.channel import BLOCKS, Channel
 from kvservice_client.retry import Deadline
 
@@ -27,20 +30,34 @@ class Attachment(NamedTuple):
     boot_epoch: int
 
 
+def default_name() -> str:
+    """The name of a client that was given none: its host and process."""
+    return f"{socket.gethostname()}/{os.getpid()}"
+
+
 class LifeLine:
     """Keeps one attachment alive. The thread starts with the first question for it."""
 
     def __init__(self, channel: Channel, client_name: str) -> None:
+        """Where `client_name` is empty, `default_name` of the process that attaches is used."""
         self._channel = channel
         self._client_name = client_name
+        self._closed = threading.Event()
+        self.reset_in_child()
+        forks.register(self)
+
+    def reset_in_child(self) -> None:
+        """Begin unattached: the attachment, and what hangs on it, stay the parent's. A closed one stays closed."""
         self._changed = threading.Condition()
         self._attachment: Attachment | None = None
         self._error: KVError = DaemonUnavailable("not attached yet")
         self._attempts_failed = 0
         self._thread: threading.Thread | None = None
         self._wanted = threading.Event()  # Somebody waits: end the pause between attempts.
-        self._closed = threading.Event()
         self._over = threading.Event()  # The stream of the moment has ended, or shall.
+        was_closed, self._closed = self._closed.is_set(), threading.Event()
+        if was_closed:
+            self._closed.set()
 
     def current(self, deadline: Deadline) -> Attachment:
         """The attachment. Where there is none, waits for the next attempt to end, and raises why it failed."""
@@ -103,7 +120,7 @@ class LifeLine:
             self._wanted.wait(pause_s)
 
     def _requests(self, over: threading.Event) -> Iterator[pb.AttachRequest]:
-        yield pb.AttachRequest(client_name=self._client_name)
+        yield pb.AttachRequest(client_name=self._client_name or default_name())
         over.wait()  # On gRPC's own thread: half-close would end the stream, and without an end it would leak.
 
     def _set(self, attachment: Attachment) -> None:

@@ -17,7 +17,7 @@ from kvservice_api.layout import Layout, Shard
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_api.v1 import types_pb2
 from kvservice_client.attachment import Attachment
-from kvservice_client.buffers import Bytes, Source, readable
+from kvservice_client.buffers import Bytes, Slices, Source, readable
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection, Session
 from kvservice_client.lease import TRANSFER_BYTES_PER_S_MIN, Lease
@@ -137,10 +137,13 @@ class BlockCache:
     ) -> SaveResult:
         """Store the blocks of a chain. Those that are stored already succeed without being looked at.
 
-        `layers` has one entry a layer: a contiguous buffer of all blocks' slices, or a list with one
-        buffer a block. Each slice is `[K, V][head][token][dim]`. The buffers must not change until
-        this returns. `timeout_s` is for the whole save; by default the client's timeout and a
-        second more for each 128 MiB. A save may be sent twice where the daemon restarts meanwhile.
+        `layers` has one entry per layer: a contiguous buffer of all blocks' slices, or a list with one buffer per
+        block. A buffer is flat (the layout's elements, or raw bytes), or an array of the layout's elements of shape
+        `[blocks, 2, kv_heads, tokens, dim]`, for one block also `[2, kv_heads, tokens, dim]`; InvalidRequest is
+        raised for another element type, shape or size. The buffers must not change until this returns.
+
+        `timeout_s` is for the whole save; by default the client's timeout and a second more for each 128 MiB. A save
+        may be sent twice where the daemon restarts meanwhile.
         Of a chain without blocks nothing is stored, and `layers` is not looked at.
         """
         if not len(chain):
@@ -192,28 +195,46 @@ class BlockCache:
         refused = [(each.block, from_status(each.status)) for each in answer.refused]
         return SaveResult(answer.stored, answer.already_stored, refused)
 
-    def slice_bytes(self, token_count: int) -> int:
-        """The size of one layer of one block in this shard."""
-        return self.layout.slice_bytes(self.shard.heads, token_count)
+    def slice_bytes(self, token_count: int, layer: int | None = None) -> int:
+        """The size of one layer of one block in this shard.
+
+        `layer` counts from the shard's first. It may be left out where all layers are of one size; InvalidRequest
+        is raised where they are not.
+        """
+        return self._slices_of((token_count,), layer).size_bytes
 
     def layer_arrays(
-        self, layer: Source, token_counts: Sequence[int]
+        self, data: Source, token_counts: Sequence[int], layer: int | None = None
     ) -> list[tuple[NDArray[np.generic], NDArray[np.generic]]]:
         """Views of one layer's bytes: for each block, K and V as `[head, token, dim]`.
 
-        The element type is the layout's; bfloat16 shows as int16, float8 as uint8.
+        The element type is that of the layer's group; bfloat16 shows as int16, float8 as uint8. `layer` counts from
+        the shard's first, as `LoadedLayer.index`. It may be left out where all layers have one geometry;
+        InvalidRequest is raised where they have not.
         """
-        sizes = [self.slice_bytes(count) for count in token_counts]
-        flat = readable(layer, "layer", sum(sizes))
-        dtype = np.dtype(_VIEW_DTYPES.get(self.layout.dtype, self.layout.dtype))
+        slices = self._slices_of(token_counts, layer)
+        group, heads = slices.group, slices.heads
+        sizes = [group.slice_bytes(heads, count) for count in token_counts]
+        dtype = np.dtype(_VIEW_DTYPES.get(group.dtype, group.dtype))
         arrays = []
-        for data, tokens in zip(_cut(flat, sizes), token_counts, strict=True):
-            elements = data.view(dtype)
-            k_end = self.shard.heads * tokens * self.layout.k_head_dim
-            keys = elements[:k_end].reshape(self.shard.heads, tokens, self.layout.k_head_dim)
-            values = elements[k_end:].reshape(self.shard.heads, tokens, self.layout.v_head_dim)
+        for piece, tokens in zip(_cut(readable(data, "data", slices), sizes), token_counts, strict=True):
+            elements = piece.view(dtype)
+            k_end = heads * tokens * group.k_head_dim
+            keys = elements[:k_end].reshape(heads, tokens, group.k_head_dim)
+            values = elements[k_end:].reshape(heads, tokens, group.v_head_dim)
             arrays.append((keys, values))
         return arrays
+
+    def _slices_of(self, token_counts: Sequence[int], layer: int | None) -> Slices:
+        if layer is None:
+            of_layers = [Slices.of(self.layout, self.shard, each, token_counts) for each in range(self.shard.layers)]
+            first = of_layers[0]
+            if any((each.group.geometry, each.heads) != (first.group.geometry, first.heads) for each in of_layers):
+                raise InvalidRequest("the layers of this layout differ: name the layer", field="layer")
+            return first
+        if not 0 <= layer < self.shard.layers:
+            raise InvalidRequest(f"layer {layer} is not one of {self.shard.layers}", field="layer")
+        return Slices.of(self.layout, self.shard, layer, token_counts)
 
     def _look_up_locally(self, chain: BlockChain, deadline: Deadline) -> LocalHit | None:
         connection = self._connection
@@ -248,17 +269,23 @@ class BlockCache:
             raise InvalidRequest(f"{len(layers)} layers are given; the shard has {self.shard.layers}", field="layers")
         if any(count != self.layout.block_tokens for count in chain.token_counts[:-1]):
             raise InvalidRequest("only the last block of a save may be partial", field="chain")
-        sizes = [self.slice_bytes(count) for count in chain.token_counts]
+        counts = chain.token_counts
         slices = []
         for index, layer in enumerate(layers):
             name = f"layers[{index}]"
+            whole = Slices.of(self.layout, self.shard, index, counts)
             if not isinstance(layer, (list, tuple)):
-                slices.append(_cut(readable(layer, name, sum(sizes)), sizes))
+                sizes = [whole.group.slice_bytes(whole.heads, count) for count in counts]
+                slices.append(_cut(readable(layer, name, whole), sizes))
                 continue
-            if len(layer) != len(sizes):
-                raise InvalidRequest(f"{name} has {len(layer)} buffers; the chain has {len(sizes)} blocks", field=name)
-            pairs = zip(layer, sizes, strict=True)
-            slices.append([readable(each, f"{name}[{block}]", size) for block, (each, size) in enumerate(pairs)])
+            if len(layer) != len(counts):
+                raise InvalidRequest(f"{name} has {len(layer)} buffers; the chain has {len(counts)} blocks", field=name)
+            slices.append(
+                [
+                    readable(each, f"{name}[{block}]", whole._replace(token_counts=counts[block : block + 1]))
+                    for block, each in enumerate(layer)
+                ]
+            )
         return slices
 
 

@@ -1,4 +1,4 @@
-"""Caller's memory as flat bytes: the buffer protocol, NumPy and DLPack, without a copy.
+"""Caller's memory as flat bytes: the buffer protocol, NumPy and DLPack, checked against the layout, without a copy.
 
 Torch is not imported: its CPU tensors come by DLPack, whose struct is read here, because NumPy
 refuses element types that it does not have (bfloat16, float8).
@@ -7,14 +7,24 @@ refuses element types that it does not have (bfloat16, float8).
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvservice_api.errors import InvalidRequest
+from kvservice_api.layout import LayerGroup, Layout, Shard
 
 Bytes = NDArray[np.uint8]
+
+_RAW = ("uint8", "bytes8")  # Element types of plain bytes, in one dimension.
+# NumPy lacks these: `BlockCache.layer_arrays` shows them as integers, and integers are taken for them.
+_NUMPY_STAND_INS = {
+    "bfloat16": ("int16", "uint16"),
+    "float8_e4m3fn": ("int8", "uint8"),
+    "float8_e5m2": ("int8", "uint8"),
+}
 
 
 @runtime_checkable
@@ -34,40 +44,97 @@ else:
     Source = object
 
 
-def readable(source: object, what: str, size_bytes: int) -> Bytes:
-    """The source's bytes. Raises InvalidRequest where it is not contiguous or has another size."""
-    view = _flat(source, what)
-    if view.size != size_bytes:
-        raise InvalidRequest(f"{what} has {view.size} bytes; it must have {size_bytes}", field=what)
+class Slices(NamedTuple):
+    """What a buffer of KV holds: one layer of one or more blocks, slice after slice."""
+
+    group: LayerGroup
+    heads: int
+    token_counts: Sequence[int]
+
+    @classmethod
+    def of(cls, layout: Layout, shard: Shard, layer: int, token_counts: Sequence[int]) -> Slices:
+        """`layer` counts from the shard's first."""
+        begin, end = layout.heads_of(shard, shard.layer_begin + layer)
+        return cls(layout.group_of(shard.layer_begin + layer), end - begin, token_counts)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.group.slice_bytes(self.heads, sum(self.token_counts))
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shapes that an array of more than one dimension may have; none where the slices are not alike.
+
+        ``[blocks, 2, kv_heads, tokens, dim]``, for one block also without the first. Latent vectors have 1 in the
+        place of 2. Where K and V have other dims, or the last block is partial, there is no such shape.
+        """
+        group, tokens = self.group, set(self.token_counts)
+        if len(tokens) > 1 or group.v_head_dim not in (0, group.k_head_dim):
+            return []
+        one = (2 if group.v_head_dim else 1, self.heads, *tokens, group.k_head_dim)
+        return [(len(self.token_counts), *one), *([one] if len(self.token_counts) == 1 else [])]
+
+    def check(self, kind: str, stand_ins: Collection[str], shape: Sequence[int], what: str) -> None:
+        """Raises InvalidRequest where an array of elements `kind` cannot be these slices.
+
+        `stand_ins` are the element types that the array's library uses for the layout's where it lacks it.
+        """
+        is_raw = kind in _RAW and len(shape) == 1
+        dtype = self.group.dtype
+        if not is_raw and kind != dtype and kind not in stand_ins:
+            raise InvalidRequest(f"{what} has elements of {kind}; its layer has {dtype}", field=what)
+        if len(shape) == 1 or tuple(shape) in self.shapes:
+            return
+        expected = " or ".join(str(list(each)) for each in self.shapes) or "one dimension: its slices are not alike"
+        order = "[blocks, 2, kv_heads, tokens, dim]"
+        raise InvalidRequest(f"{what} has shape {list(shape)}; it must be {order}: {expected}", field=what)
+
+
+def readable(source: object, what: str, slices: Slices) -> Bytes:
+    """The source's bytes, without a copy.
+
+    An array of one dimension has the layout's elements, or raw bytes (uint8). One of more dimensions has the
+    layout's elements and one of `Slices.shapes`. Raises InvalidRequest for another element type, shape or size,
+    and where the memory is not contiguous or not the host's.
+    """
+    view = _flat(source, what, slices)
+    if view.size != slices.size_bytes:
+        raise InvalidRequest(f"{what} has {view.size} bytes; it must have {slices.size_bytes}", field=what)
     return view
 
 
-def writable(target: object, what: str, size_bytes: int) -> Bytes:
+def writable(target: object, what: str, slices: Slices) -> Bytes:
     """The target's bytes, to be written. Raises InvalidRequest as `readable`, or where it is read-only."""
-    view = readable(target, what, size_bytes)
+    view = readable(target, what, slices)
     if not view.flags.writeable:
         raise InvalidRequest(f"{what} is read-only", field=what)
     return view
 
 
-def _flat(source: Any, what: str) -> Bytes:
+def _flat(source: Any, what: str, slices: Slices) -> Bytes:
     if isinstance(source, np.ndarray):
-        return _flat_array(source, what)
+        return _flat_array(source, what, slices)
     try:
         memory = memoryview(source)
     except TypeError:
         if isinstance(source, DLPackTensor):
-            return _flat_tensor(source, what)
+            return _flat_tensor(source, what, slices)
         kind = type(source).__name__
         raise InvalidRequest(f"{what} is a {kind}: it has neither a buffer nor DLPack", field=what) from None
     if not memory.c_contiguous:
         raise InvalidRequest(f"{what} is not contiguous", field=what)
-    return np.frombuffer(memory, np.uint8)
+    try:
+        array = np.asarray(memory)
+    except (ValueError, NotImplementedError) as error:
+        raise InvalidRequest(f"{what} has elements of a kind that NumPy lacks: {error}", field=what) from error
+    return _flat_array(array, what, slices)
 
 
-def _flat_array(array: NDArray[Any], what: str) -> Bytes:
+def _flat_array(array: NDArray[Any], what: str, slices: Slices) -> Bytes:
     if not array.flags.c_contiguous:
         raise InvalidRequest(f"{what} is not contiguous", field=what)
+    kind = array.dtype.name if array.dtype.isnative else f"{array.dtype.name} of the other byte order"
+    slices.check(kind, _NUMPY_STAND_INS.get(slices.group.dtype, ()), array.shape, what)
     flat: Bytes = array.reshape(-1).view(np.uint8)
     return flat
 
@@ -92,6 +159,16 @@ class _Tensor(ctypes.Structure):
     ]
 
 
+# (type code, bits) of dlpack.h. NumPy's names; the 8-bit floats are those that a layout can have.
+_DLPACK_KINDS = {
+    **{(0, bits): f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{(1, bits): f"uint{bits}" for bits in (8, 16, 32, 64)},
+    **{(2, bits): f"float{bits}" for bits in (16, 32, 64)},
+    (4, 16): "bfloat16",
+    (6, 8): "bool",
+    (10, 8): "float8_e4m3fn",
+    (12, 8): "float8_e5m2",
+}
 _HOST_DEVICES = (1, 3, 11)  # kDLCPU, kDLCUDAHost and kDLROCMHost: pinned memory is host memory too.
 
 _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
@@ -110,7 +187,7 @@ class _Lent:
         self.__array_interface__ = {"data": (address, False), "shape": (size_bytes,), "typestr": "|u1", "version": 3}
 
 
-def _flat_tensor(tensor: DLPackTensor, what: str) -> Bytes:
+def _flat_tensor(tensor: DLPackTensor, what: str, slices: Slices) -> Bytes:
     try:
         kind, _ = tensor.__dlpack_device__()
         if kind not in _HOST_DEVICES:
@@ -122,6 +199,9 @@ def _flat_tensor(tensor: DLPackTensor, what: str) -> Bytes:
     shape = described.shape[: described.dimensions]
     if described.strides and not _is_compact(shape, described.strides[: described.dimensions]):
         raise InvalidRequest(f"{what} is not contiguous", field=what)
+    code, bits, lanes = described.dtype.code, described.dtype.bits, described.dtype.lanes
+    element = _DLPACK_KINDS.get((code, bits), f"DLPack code {code} with {bits} bits")
+    slices.check(element if lanes == 1 else f"{element} in {lanes} lanes", (), shape, what)
     count = int(np.prod(shape, dtype=np.int64))
     size_bytes = count * described.dtype.bits * described.dtype.lanes // 8
     if not size_bytes:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from ipaddress import ip_address
 from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
-from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, KVError, from_rpc_error
+from kvservice_api.address import TcpAddress, UnixAddress, parse_address
+from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, InvalidRequest, KVError, from_rpc_error
+from kvservice_client import forks
+from kvservice_client.own_grpc import own_grpc
 from kvservice_client.retry import Deadline
 from kvservice_client.tls import TlsFiles, TlsWatch
 
@@ -44,9 +49,12 @@ OPTIONS: tuple[tuple[str, int | str], ...] = (
 class _Link:
     """A gRPC channel, and how many calls run on it. Its credentials never change: others need another one."""
 
-    def __init__(self, channel: grpc.Channel) -> None:
+    def __init__(self, grpc: Any, channel: grpc.Channel) -> None:
+        self.grpc = grpc  # The module that made the channel, and whose errors it raises.
         self.channel = channel
         self.calls = 0
+        self.streams: set[Any] = set()  # Running calls that are objects of gRPC.
+        self.generation = forks.generation()
         self._callables: dict[str, Any] = {}
 
     def callable(self, method: str, make: Callable[[grpc.Channel], Any]) -> Any:
@@ -55,119 +63,169 @@ class _Link:
             found = self._callables[method] = make(self.channel)
         return found
 
+    @property
+    def is_inherited(self) -> bool:
+        """Whether it is the link of a parent of this process. Such a link, and its calls, must not be touched."""
+        return self.generation != forks.generation()
+
 
 class Channel:
     """One HTTP/2 connection, opened with the first call and again whenever it breaks. Thread-safe.
 
     Calls that begin after the TLS files changed share a new connection; those that run live on with the old one.
+    A forked child opens a connection of its own.
     """
 
     def __init__(self, address: str, tls: TlsFiles | None = None) -> None:
         """`address` is host:port, or the path of a UNIX socket, which is never encrypted.
 
-        Raises TlsFileUnusable.
+        Raises InvalidRequest, TlsFileUnusable.
         """
+        try:
+            self._address = parse_address(address)
+        except ValueError as error:
+            raise InvalidRequest(str(error), field="address") from error
         self.address = address
-        self._target = f"unix:{address}" if address.startswith(("/", "./")) else address
-        self._tls = TlsWatch(tls) if tls is not None and not self._target.startswith("unix:") else None
+        self._tls = TlsWatch(tls) if tls is not None and isinstance(self._address, TcpAddress) else None
         self._lock = threading.RLock()  # Re-entrant: an abandoned stream ends wherever the garbage collector runs.
-        self._link = _Link(self._open())
+        self._link: _Link | None = None
         self._retired: set[_Link] = set()
+        self._is_closed = False
+        forks.register(self)
 
     def close(self) -> None:
         with self._lock:
+            self._is_closed = True
             self._tls = None
-            links = {self._link, *self._retired}
+            links = {self._link, *self._retired} if self._link is not None else self._retired
         for link in links:
             link.channel.close()
+
+    def reset_in_child(self) -> None:
+        """Leave the parent's connections to the parent. To end or to destroy them here would wait for its threads."""
+        inherited = {self._link, *self._retired} if self._link is not None else self._retired
+        for link in inherited:
+            forks.keep_forever(link)
+        self._lock = threading.RLock()
+        self._link, self._retired = None, set()
+        if inherited:
+            forks.give_up_sockets(self._is_peer)
+
+    def _is_peer(self, peer: Any) -> bool:
+        """Whether a connected socket leads to the daemon. Of a host name only the port is compared."""
+        if isinstance(self._address, UnixAddress):
+            return isinstance(peer, str) and os.path.realpath(peer) == os.path.realpath(self._address.path)
+        if not isinstance(peer, tuple) or peer[1] != self._address.port:
+            return False
+        try:
+            wanted = ip_address(self._address.host)
+        except ValueError:
+            return True
+        found = ip_address(peer[0].partition("%")[0])
+        return found == wanted or getattr(found, "ipv4_mapped", None) == wanted
 
     def call(self, method: str, request: Message, answer: type[M], deadline: Deadline) -> M:
         """One request, one answer."""
         deadline.check()
         with self._calling() as link:
             call = link.callable(method, lambda grpc: grpc.unary_unary(method, _to_bytes, answer.FromString))
-            response: M = self._guarded(lambda: call(request, timeout=deadline.remaining_s))
+            response: M = self._guarded(link, lambda: call(request, timeout=deadline.remaining_s))
         return response
 
     def stream(self, method: str, request: Message, answer: type[M], deadline: Deadline) -> Generator[M, None, None]:
         """One request, many answers. Leaving the iterator cancels the call."""
         with self._calling() as link:
             call = link.callable(method, lambda grpc: grpc.unary_stream(method, _to_bytes, answer.FromString))
-            yield from self._answers(lambda: call(request, timeout=deadline.remaining_s))
+            yield from self._answers(link, lambda: call(request, timeout=deadline.remaining_s))
 
     def stream_frames(self, method: str, request: Message, deadline: Deadline) -> Generator[bytes, None, None]:
         """As `stream`, each answer left as the bytes it came in."""
         deadline.check()
         with self._calling() as link:
             call = link.callable(method, lambda grpc: grpc.unary_stream(method, _to_bytes, None))
-            yield from self._answers(lambda: call(request, timeout=deadline.remaining_s))
+            yield from self._answers(link, lambda: call(request, timeout=deadline.remaining_s))
 
     def send_frames(self, method: str, requests: Iterator[bytes], answer: type[M], deadline: Deadline) -> M:
         """Many requests that are bytes already, one answer."""
         deadline.check()
         with self._calling() as link:
             call = link.callable(method, lambda grpc: grpc.stream_unary(method, None, answer.FromString))
-            response: M = self._guarded(lambda: call(requests, timeout=deadline.remaining_s))
+            response: M = self._guarded(link, lambda: call(requests, timeout=deadline.remaining_s))
         return response
 
     def converse(self, method: str, requests: Iterator[Message], answer: type[M]) -> Iterator[M]:
         """Many requests, many answers, without a deadline: for a stream that lives as long as its client."""
         with self._calling() as link:
             call = link.callable(method, lambda grpc: grpc.stream_stream(method, _to_bytes, answer.FromString))
-            yield from self._answers(lambda: call(requests))
+            yield from self._answers(link, lambda: call(requests))
 
     @contextmanager
     def _calling(self) -> Iterator[_Link]:
         """The link for one call. A link that was replaced closes with its last call."""
         with self._lock:
-            if self._tls is not None and self._tls.newer() is not None:
-                self._replace_link()
-            link = self._link
+            link = self._current()
             link.calls += 1
         try:
             yield link
         finally:
-            with self._lock:
-                link.calls -= 1
-                is_over = not link.calls and link in self._retired
-                if is_over:
-                    self._retired.remove(link)
+            if not link.is_inherited:
+                self._end_call(link)
+
+    def _end_call(self, link: _Link) -> None:
+        with self._lock:
+            link.calls -= 1
+            is_over = not link.calls and link in self._retired
             if is_over:
-                link.channel.close()
+                self._retired.remove(link)
+        if is_over:
+            link.channel.close()
 
-    def _replace_link(self) -> None:
-        former, self._link = self._link, _Link(self._open())
-        if former.calls:
+    def _current(self) -> _Link:
+        """The link for new calls, opened or replaced where needed. The lock is held."""
+        if self._is_closed:
+            raise DaemonUnavailable("the client is closed")
+        former = self._link
+        if former is not None and (self._tls is None or self._tls.newer() is None):
+            return former
+        link = self._link = self._open()
+        if former is not None and former.calls:
             self._retired.add(former)
-        else:
+        elif former is not None:
             former.channel.close()
+        return link
 
-    def _open(self) -> grpc.Channel:
+    def _open(self) -> _Link:
+        grpc, target = own_grpc(), self._address.target
         if self._tls is None:
-            return grpc.insecure_channel(self._target, OPTIONS)
+            return _Link(grpc, grpc.insecure_channel(target, OPTIONS))
         contents, name = self._tls.latest, self._tls.files.server_name
         credentials = grpc.ssl_channel_credentials(contents.ca, contents.key, contents.certificate)
         naming = (("grpc.ssl_target_name_override", name), ("grpc.default_authority", name)) if name else ()
-        return grpc.secure_channel(self._target, credentials, (*OPTIONS, *naming))
+        return _Link(grpc, grpc.secure_channel(target, credentials, (*OPTIONS, *naming)))
 
-    def _answers(self, start: Callable[[], Any]) -> Iterator[Any]:
-        call = self._guarded(start)
+    def _answers(self, link: _Link, start: Callable[[], Any]) -> Iterator[Any]:
+        call = self._guarded(link, start)
+        link.streams.add(call)
         try:
             while True:
+                if link.is_inherited:
+                    raise DaemonUnavailable("this call was begun before fork(), in the parent: begin it again here")
                 try:
                     answer = next(call)
                 except StopIteration:
                     return
-                except grpc.RpcError as error:
+                except link.grpc.RpcError as error:
                     raise self._explained(error) from error
                 yield answer
         finally:
-            call.cancel()  # Without effect on a call that has ended.
+            if not link.is_inherited:
+                call.cancel()  # Without effect on a call that has ended.
+                link.streams.discard(call)
 
-    def _guarded(self, run: Callable[[], R]) -> R:
+    def _guarded(self, link: _Link, run: Callable[[], R]) -> R:
         try:
             return run()
-        except grpc.RpcError as error:
+        except link.grpc.RpcError as error:
             raise self._explained(error) from error
         except ValueError as error:  # What grpc raises for a call on a closed channel.
             raise DaemonUnavailable("the client is closed") from error

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from types import TracebackType
@@ -72,7 +70,6 @@ class Client:
         is not here is an error ("shm"). With `throttle_bytes_per_s` blocks travel no faster than that, which is for
         measurements and tests. Raises TlsFileUnusable.
         """
-        name = name or f"{socket.gethostname()}/{os.getpid()}"
         self._connection = Connection(address, name, timeout_s, reconnect_wait_s, tls)
         self._traffic = Traffic()
         self._transport: Transport = Metered(GrpcTransport(self._connection.channel), self._traffic)

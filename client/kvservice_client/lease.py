@@ -6,19 +6,19 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from types import TracebackType
 from typing import Self
 
 from kvservice_api.errors import BlockNotFound, InvalidRequest, KVError, LeaseExpired
-from kvservice_api.layout import Layout, Shard
+from kvservice_api.layout import LayerGroup, Layout, Shard
 from kvservice_api.v1 import blocks_pb2 as pb
+from kvservice_client import forks
 from kvservice_client.attachment import Attachment
-from kvservice_client.buffers import Bytes, Source, writable
+from kvservice_client.buffers import Bytes, Slices, Source, writable
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection
 from kvservice_client.retry import Deadline
-from kvservice_client.transports.base import LoadOrder, Transport
+from kvservice_client.transports.base import VERIFY, LoadOrder, Transport, Verify
 from kvservice_client.transports.in_place import View
 
 # What a transfer is given beyond the client's timeout: slower than this, recomputing is faster.
@@ -40,8 +40,9 @@ class ResidencyRun:
 class LoadedLayer:
     """One layer of the loaded blocks: slice after slice, each `[K, V][head][token][dim]`."""
 
-    index: int
+    index: int  # Counted from the shard's first layer.
     data: Bytes
+    group: LayerGroup  # Its geometry.
 
 
 class Lease:
@@ -49,6 +50,7 @@ class Lease:
 
     A lease ends when it is released, when its time is over, or with the client's attachment, so
     a restart of the daemon ends it too. `load` then raises LeaseExpired: look the prefix up again.
+    It belongs to the process that made it: in a forked child it counts as ended, and goes on in the parent.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Lease:
         self._attachment = attachment
         self._lease_id = answer.lease_id
         self._ttl_s = answer.lease_ttl_ms / 1e3
+        self._generation = forks.generation()
         self._end_s = asked_at_s + self._ttl_s  # Counted from before the question: never later than the daemon's.
         self.token_counts = tuple(token_counts[: answer.hit_blocks])
         self.residency = [ResidencyRun(run.count, run.dram, run.ssd) for run in answer.runs]
@@ -89,9 +92,21 @@ class Lease:
             return 0.0
         return max(0.0, self._end_s - time.monotonic())
 
-    def layer_bytes(self, first_block: int = 0, block_count: int | None = None) -> int:
-        """The size of one layer of these blocks: what a buffer for `load` must have."""
-        return self._block_starts(first_block, block_count)[-1]
+    def layer_bytes(self, first_block: int = 0, block_count: int | None = None, layer: int | None = None) -> int:
+        """The size of one layer of these blocks: what a buffer for `load` must have.
+
+        `layer` counts from the shard's first. It may be left out where all layers are of one size; InvalidRequest
+        is raised where they are not.
+        """
+        order = self._order(first_block, block_count)
+        if layer is None:
+            sizes = {order.block_starts(each)[-1] for each in range(order.layer_count)}
+            if len(sizes) > 1:
+                raise InvalidRequest("the layers of this layout differ in size: name the layer", field="layer")
+            return sizes.pop()
+        if not 0 <= layer < order.layer_count:
+            raise InvalidRequest(f"layer {layer} is not one of {order.layer_count}", field="layer")
+        return order.block_starts(layer)[-1]
 
     def load(
         self,
@@ -102,52 +117,73 @@ class Lease:
     ) -> Iterator[LoadedLayer]:
         """The blocks' layers in order, each as soon as its last byte is there.
 
-        `into` has one writable buffer a layer, filled in place; without it each layer gets a new
+        `into` has one writable buffer per layer, filled in place; without it each layer gets a new
         array. `timeout_s` is for the whole load; by default the client's timeout and a second more
         for each 128 MiB. The lease is renewed meanwhile where needed. Raises LeaseExpired,
         ChecksumMismatch, StorageFailed, DaemonUnavailable, DeadlineExceeded: layers that were
         yielded are right all the same. Leaving the iterator ends the load.
         """
         order = self._order(first_block, block_count)
-        size_bytes, layer_count = order.block_starts[-1], order.layer_count
-        if into is not None and len(into) != layer_count:
-            raise InvalidRequest(f"into has {len(into)} buffers; it must have one a layer, {layer_count}", field="into")
         if into is not None:
-            targets = [writable(each, f"into[{layer}]", size_bytes) for layer, each in enumerate(into)]
-            order = replace(order, into=targets)
+            order = replace(order, into=self._targets(order, into))
         if timeout_s is None:
-            timeout_s = self._connection.timeout_s + size_bytes * layer_count / TRANSFER_BYTES_PER_S_MIN
+            timeout_s = self._connection.timeout_s + order.size_bytes / TRANSFER_BYTES_PER_S_MIN
         return self._layers(order, Deadline(timeout_s))
 
-    def view(self, first_block: int = 0, block_count: int | None = None, timeout_s: float | None = None) -> View:
+    def view(
+        self,
+        first_block: int = 0,
+        block_count: int | None = None,
+        timeout_s: float | None = None,
+        *,
+        verify: Verify = "once",
+    ) -> View:
         """The blocks where the daemon has them, read-only and without a copy; blocks on SSD come up first.
 
-        Their bytes have been verified, by the daemon where they were not before. A context manager. The view
-        lasts as long as the lease, less a fifth of it: renew the lease in time. Raises NotShared where the
-        blocks cannot be read in place (then `load` them), LeaseExpired, ChecksumMismatch, StorageFailed.
+        `verify` says when bytes are compared with their checksums. "once": the daemon has done so once since its
+        start, or does so now; damage to the memory after that is found by `load`, by a scrub, and by nothing else.
+        "always": the view does so itself, for each slice when `slices` first gives it out. Choose it where the CPU
+        reads the bytes anyway.
+
+        A context manager. The view lasts as long as the lease, less a fifth of it: renew the lease in time. Raises
+        InvalidRequest for another `verify`, NotShared where the blocks cannot be read in place (then `load` them),
+        LeaseExpired, ChecksumMismatch, StorageFailed.
         """
+        if verify not in VERIFY:
+            raise InvalidRequest(f'verify is {verify!r}; it must be "once" or "always"', field="verify")
         order = self._order(first_block, block_count)
         if timeout_s is None:
-            size_bytes = order.block_starts[-1] * order.layer_count
-            timeout_s = self._connection.timeout_s + size_bytes / TRANSFER_BYTES_PER_S_MIN
+            timeout_s = self._connection.timeout_s + order.size_bytes / TRANSFER_BYTES_PER_S_MIN
         deadline = Deadline(timeout_s)
         self._keep(deadline)
-        return self._transport.view(order, deadline)
+        return self._transport.view(order, deadline, verify)
 
     def _order(self, first_block: int, block_count: int | None) -> LoadOrder:
-        starts = self._block_starts(first_block, block_count)
+        if not self.hit_blocks:
+            raise BlockNotFound("nothing of this prefix is stored")
+        end = self.hit_blocks if block_count is None else first_block + block_count
+        if not 0 <= first_block < end <= self.hit_blocks:
+            raise InvalidRequest(f"blocks {first_block}..{end} do not lie in the {self.hit_blocks} that were hit")
         return LoadOrder(
             self._attachment.client_id,
             self._lease_id,
             first_block,
-            starts,
-            self._shard.layers,
             None,
             self._layout,
             self._shard,
-            self.token_counts[first_block : first_block + len(starts) - 1],
+            self.token_counts[first_block:end],
             self._usable_until_s,
         )
+
+    def _targets(self, order: LoadOrder, into: Sequence[Source]) -> list[Bytes]:
+        if len(into) != order.layer_count:
+            raise InvalidRequest(
+                f"into has {len(into)} buffers; it must have one per layer, {order.layer_count}", field="into"
+            )
+        return [
+            writable(each, f"into[{layer}]", Slices.of(order.layout, order.shard, layer, order.token_counts))
+            for layer, each in enumerate(into)
+        ]
 
     def _usable_until_s(self) -> float:
         """Until when bytes in place may be used, whether or not the daemon is still there to say so."""
@@ -156,7 +192,9 @@ class Lease:
     def _layers(self, order: LoadOrder, deadline: Deadline) -> Iterator[LoadedLayer]:
         self._keep(deadline)
         for index, data in enumerate(self._transport.load(order, deadline)):
-            yield LoadedLayer(index, data)
+            yield LoadedLayer(index, data, self._layout.group_of(self._shard.layer_begin + index))
+            if self._is_inherited:
+                raise self._ended()
             with suppress(KVError):  # The daemon holds what it is sending: the load itself needs the lease no more.
                 self._keep(deadline)
 
@@ -185,26 +223,27 @@ class Lease:
     ) -> None:
         self.release()
 
-    def _block_starts(self, first_block: int, block_count: int | None) -> list[int]:
-        if not self.hit_blocks:
-            raise BlockNotFound("nothing of this prefix is stored")
-        end = self.hit_blocks if block_count is None else first_block + block_count
-        if not 0 <= first_block < end <= self.hit_blocks:
-            raise InvalidRequest(f"blocks {first_block}..{end} do not lie in the {self.hit_blocks} that were hit")
-        sizes = (self._layout.slice_bytes(self._shard.heads, count) for count in self.token_counts[first_block:end])
-        return list(accumulate(sizes, initial=0))
+    @property
+    def _is_inherited(self) -> bool:
+        """Whether the lease is that of a parent of this process, from before a fork."""
+        return self._generation != forks.generation()
+
+    def _ended(self) -> LeaseExpired:
+        if self._is_inherited:
+            return LeaseExpired("the lease was made before fork() and is the parent's; look the prefix up again here")
+        return LeaseExpired("the lease has ended; look the prefix up again")
 
     def _keep(self, deadline: Deadline) -> None:
         """Renew where less than half is left and the load may take longer."""
         remaining_s = self.remaining_s
         if not remaining_s:
-            raise LeaseExpired("the lease has ended; look the prefix up again")
+            raise self._ended()
         if remaining_s < min(self._ttl_s / 2, deadline.remaining_s + _SPARED * self._ttl_s):
             self._renew(self._ttl_s, deadline)
 
     def _renew(self, ttl_s: float, deadline: Deadline) -> None:
         if not self.remaining_s:
-            raise LeaseExpired("the lease has ended; look the prefix up again")
+            raise self._ended()
         asked_at_s = time.monotonic()
         request = pb.RenewLeaseRequest(
             client_id=self._attachment.client_id, lease_id=self._lease_id, ttl_ms=max(1, round(ttl_s * 1e3))

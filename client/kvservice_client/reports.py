@@ -17,6 +17,8 @@ from enum import StrEnum
 
 from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, InvalidRequest, KVError
 from kvservice_api.v1 import blocks_pb2 as pb
+from kvservice_client import forks
+from kvservice_client.attachment import default_name
 from kvservice_client.channel import BLOCKS, Channel
 from kvservice_client.retry import Deadline
 
@@ -81,15 +83,20 @@ class Reporter:
     def __init__(self, channel: Channel, client_name: str) -> None:
         self._channel = channel
         self._client_name = client_name
+        self._is_closed = False
+        self.reset_in_child()
+        forks.register(self)
+
+    def reset_in_child(self) -> None:
+        """Begin with an empty queue: what the parent has not sent yet, the parent sends."""
         self._queue: deque[tuple[float, pb.RequestReport]] = deque(maxlen=_QUEUE_MAX)
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._is_closed = False
         self.dropped = 0  # Reports that the daemon will never see.
 
     def report(self, report: RequestReport) -> None:
         """Queue a report; where the queue is full the oldest one leaves. Waits for nobody. Raises InvalidRequest."""
-        message = _message(report, self._client_name)
+        message = _message(report, self._client_name or default_name())
         began_s = time.monotonic() if report.began_s is None else report.began_s
         with self._changed:
             if self._is_closed:

@@ -115,12 +115,12 @@ class SessionHistory:
             raise BlockNotFound("nothing of this session's history is stored")
         whole = self._block_of_slice == list(range(self._lease.hit_blocks)) and all(s.is_whole for s in self.slices)
         for layer in self._lease.load(timeout_s=timeout_s):
-            yield layer if whole else LoadedLayer(layer.index, self._cut(layer.data))
+            yield layer if whole else replace(layer, data=self._cut(layer))
 
-    def _cut(self, data: Bytes) -> Bytes:
+    def _cut(self, layer: LoadedLayer) -> Bytes:
         """The slices' tokens out of one layer of whole blocks."""
         assert self._lease is not None
-        arrays = self._blocks.layer_arrays(data, self._lease.token_counts)
+        arrays = self._blocks.layer_arrays(layer.data, self._lease.token_counts, layer.index)
         parts = []
         for block, each in zip(self._block_of_slice, self.slices, strict=True):
             tokens = slice(each.first_token, each.first_token + each.token_count)

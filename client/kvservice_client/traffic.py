@@ -8,15 +8,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from kvservice_api.v1 import blocks_pb2 as pb
+from kvservice_client import forks
 from kvservice_client.buffers import Bytes
 from kvservice_client.retry import Deadline
-from kvservice_client.transports.base import LoadOrder, SaveOrder, Transport
+from kvservice_client.transports.base import LoadOrder, SaveOrder, Transport, Verify
 from kvservice_client.transports.in_place import View
 
 
 @dataclass(frozen=True, slots=True)
 class Stats:
     """Payload bytes since the client was made, by transport ("shm", "grpc"); views are read in place, uncopied.
+
+    A forked child counts from zero.
 
     `shm_refused_because` says why shared memory was not used the last time that it was not; empty where it
     always was, or was not wanted.
@@ -29,9 +32,13 @@ class Stats:
 
 
 class Traffic:
-    """Counts. Thread-safe."""
+    """Counts. Thread-safe. A forked child counts from zero."""
 
     def __init__(self) -> None:
+        self.reset_in_child()
+        forks.register(self)
+
+    def reset_in_child(self) -> None:
         self._lock = threading.Lock()
         self._loaded: Counter[str] = Counter()
         self._saved: Counter[str] = Counter()
@@ -71,8 +78,8 @@ class Metered:
             self._traffic.loaded(self.name, len(data))
             yield data
 
-    def view(self, order: LoadOrder, deadline: Deadline) -> View:
-        return self._transport.view(order, deadline)
+    def view(self, order: LoadOrder, deadline: Deadline, verify: Verify) -> View:
+        return self._transport.view(order, deadline, verify)
 
     def save(self, order: SaveOrder, deadline: Deadline) -> pb.SaveBlocksResponse:
         answer = self._transport.save(order, deadline)

@@ -235,6 +235,7 @@ class _Load:
             if loaded is None or loaded.index != self._buffer.loaded:
                 raise ValueError(f"layer {self._buffer.loaded} was to come; {loaded and loaded.index} did")
             pages = self._targets(loaded.index)
+            pages.check(loaded.group)
             event = self._stream.scatter(loaded.data, self._token_counts, pages, self._rotation)
             self._stream.submit(lambda: self._copied(event, begin_s, loaded.data.nbytes))
         except Exception as error:

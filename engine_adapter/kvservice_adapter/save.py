@@ -17,11 +17,13 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
 from kvservice_adapter.device.base import Device, Event, Pages, Rotation, StreamClosed
 from kvservice_adapter.limited_log import LimitedLog
 from kvservice_api.errors import KVError
-from kvservice_client import BlockCache, BlockChain, Durability, SaveResult
+from kvservice_api.image import layer_starts
+from kvservice_client import BlockCache, BlockChain, Durability, LayerGroup, SaveResult
 from kvservice_client.buffers import Bytes
 
 log = logging.getLogger(__name__)
@@ -80,14 +82,20 @@ class LayerSaver:
 
         None where staging has no room, or the saver is closed: the save is dropped, and counted.
         """
-        layer_bytes = sum(map(self._blocks.slice_bytes, chain.token_counts))
+        starts = layer_starts(self._blocks.layout, self._blocks.shard, chain.token_counts)
+        ends = list(accumulate(of_layer[-1] for of_layer in starts))
         with self._changed:
-            memory = None if self._closed else self._staging.reserve(layer_bytes * self._blocks.shard.layers)
+            memory = None if self._closed else self._staging.reserve(ends[-1])
             if memory is None:
                 self._count(dropped=1, dropped_blocks=len(chain))
                 return None
             self._jobs += 1
-        return SaveJob(self, chain, memory.reshape(self._blocks.shard.layers, layer_bytes))
+        layers = [memory[start:end] for start, end in pairwise([0, *ends])]
+        return SaveJob(self, chain, memory, layers)
+
+    def group_of(self, layer: int) -> LayerGroup:
+        """The geometry of a layer, counted from the shard's first."""
+        return self._blocks.layout.group_of(self._blocks.shard.layer_begin + layer)
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until what was committed so far, or abandoned, has ended. Whether it has."""
@@ -129,7 +137,7 @@ class LayerSaver:
 
     def _send(self, work: _Work) -> None:
         try:
-            result = self._blocks.save(work.chain, list(work.memory), work.durability)
+            result = self._blocks.save(work.chain, work.layers, work.durability)
         except Exception as error:  # Counted and told there; the engine never sees it.
             self._ended(work, error)
         else:
@@ -175,7 +183,8 @@ class _Work:
     """What of a job outlives it."""
 
     chain: BlockChain
-    memory: Bytes  # [layer, byte], lent by staging.
+    memory: Bytes  # From staging, which gets it back.
+    layers: list[Bytes]  # It, cut into layers.
     events: dict[int, Event]
     is_committed: bool = False
     durability: Durability = Durability.DRAM
@@ -185,9 +194,9 @@ class _Work:
 class SaveJob:
     """One save: staging for some blocks of a chain. A job that is dropped is abandoned."""
 
-    def __init__(self, saver: LayerSaver, chain: BlockChain, memory: Bytes) -> None:
+    def __init__(self, saver: LayerSaver, chain: BlockChain, memory: Bytes, layers: list[Bytes]) -> None:
         self._saver = saver
-        self._work = _Work(chain, memory, {})
+        self._work = _Work(chain, memory, layers, {})
         self._abandon = weakref.finalize(self, saver._end, self._work)
         self._abandon.atexit = False
 
@@ -200,11 +209,13 @@ class SaveJob:
 
         The job refers to the tensors until the event is done. An engine that writes into the same pages again
         must not do so before; one whose tensors stay as they are need not look at it. `rotation` turns the
-        gathered keys, not the engine's.
+        gathered keys, not the engine's. Raises ValueError where the pages have another element type or other head
+        dims than the layer's group.
         """
         if index in self._work.events:
             raise ValueError(f"layer {index} was given before")
-        event = self._saver._gather(pages, self._work.chain, self._work.memory[index], rotation)
+        pages.check(self._saver.group_of(index))
+        event = self._saver._gather(pages, self._work.chain, self._work.layers[index], rotation)
         self._work.events[index] = event
         return event
 
@@ -217,9 +228,9 @@ class SaveJob:
         work = self._work
         if not self._abandon.alive:
             raise ValueError("the job has ended")
-        if len(work.events) != len(work.memory):
+        if len(work.events) != len(work.layers):
             self.abandon()
-            raise ValueError(f"{len(work.events)} of {len(work.memory)} layers were given")
+            raise ValueError(f"{len(work.events)} of {len(work.layers)} layers were given")
         work.durability, work.on_done = durability, on_done
         work.is_committed = True
         self._abandon()

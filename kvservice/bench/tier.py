@@ -11,6 +11,7 @@ import os
 import secrets
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from kvservice.blocks import TierName
 from kvservice.config import load_settings
 from kvservice.daemon import Daemon, tune_process
 from kvservice.store.block_store import BlockStore
+from kvservice.store.caller import DEFAULT_TENANT, Caller
 from kvservice.store.leases import Client
 from kvservice_api.frames import Frame
 from kvservice_api.image import checksum
@@ -30,6 +32,7 @@ from kvservice_api.layout import Layout
 # Llama-3-8B in bf16 with blocks of 256 tokens: slices of 1 MiB, 32 MiB a block.
 _LAYOUT = Layout("bench", "bfloat16", layers=32, kv_heads=8, k_head_dim=128, v_head_dim=128)
 _BLOCK_BYTES = 32 << 20
+_CALLER = Caller("bench", DEFAULT_TENANT, b"")
 
 
 def measure(directory: Path, size_bytes: int) -> dict[str, Any]:
@@ -67,8 +70,8 @@ async def _measure(daemon: Daemon, block_count: int) -> dict[str, Any]:
     needed_bytes = (block_count + 2) * _BLOCK_BYTES
     while store.dram.capacity_bytes < needed_bytes and not store.dram.short_because:  # noqa: ASYNC110  (once)
         await asyncio.sleep(0.01)
-    await store.open_layout(_LAYOUT)
-    client = store.leases.attach("bench")
+    await store.open_layout(_CALLER, _LAYOUT)
+    client = store.leases.attach(_CALLER, "bench")
     store.write_behind.start()
     for turn in range(2):
         # The first pass over a new file converts its preallocated blocks: only the second one is counted.
@@ -77,13 +80,13 @@ async def _measure(daemon: Daemon, block_count: int) -> dict[str, Any]:
         store.write_behind.add(store.blocks.rows_of_keys(keys).tolist())
         await store.write_behind.idle()
         write_s = time.perf_counter() - started
-        await store.evict(keys, TierName.DRAM)
+        await store.evict(_CALLER, keys, TierName.DRAM)
         started = time.perf_counter()
-        outcome = await store.prefetch(keys, within_s=0, wait=True)
+        outcome = await store.prefetch(_CALLER, keys, within_s=0, wait=True)
         read_s = time.perf_counter() - started
         assert outcome.promoted == block_count, outcome
-        await store.discard(keys)
-    store.leases.detach(client)
+        await store.discard(_CALLER, keys)
+    store.leases.detach(_CALLER, client)
     moved = block_count * _BLOCK_BYTES
     return {
         "write_gbps": moved / write_s / 1e9,
@@ -101,7 +104,9 @@ async def _fill(store: BlockStore, client: Client, block_count: int, *, first_to
     sums = np.full(block_count * _LAYOUT.layers, checksum(payload), np.uint64)
     fingerprint = _LAYOUT.fingerprint
     parent = secrets.token_bytes(32)
-    async with store.begin_save(client.client_id, fingerprint, None, parent, chain.keys, 0) as ingest:
+    async with store.begin_save(
+        replace(_CALLER, client=client.client_id), fingerprint, None, parent, chain.keys, 0
+    ) as ingest:
         for block in range(block_count):
             for layer in range(_LAYOUT.layers):
                 ingest.write(Frame(layer, block, 0, payload))

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import lmdb
 
+from kvservice.index import pages
 from kvservice.index.errors import StoreDamaged
 from kvservice_api.errors import IndexFull, StorageFailed
 
@@ -30,6 +31,7 @@ META = b"meta"
 LAYOUTS = b"layouts"
 BLOCKS = b"blocks"
 SESSIONS = b"sessions"
+DATA_NAME = "data.mdb"  # LMDB's own, in the environment's folder.
 _DATABASES = (META, LAYOUTS, BLOCKS, SESSIONS)
 
 _BATCH_KEYS_MIN, _BATCH_KEYS_MAX = 16, 4096
@@ -66,7 +68,9 @@ class Environment:
     an index on a tmpfs. `before_commit` is called on the committer thread, before a commit that holds
     puts; a KVError or OSError from it fails them.
 
-    Raises StoreDamaged where the file is not LMDB's, StorageFailed where it cannot be read or made.
+    Every page in use is checked before LMDB maps the file, see `pages`: LMDB itself ends the process on some
+    damage. Raises StoreDamaged where the file is not LMDB's or its pages are damaged, StorageFailed where it cannot be
+    read or made.
     """
 
     def __init__(
@@ -250,6 +254,8 @@ class Environment:
         with _as_store_errors(self.path), contextlib.ExitStack() as opening:
             if create:
                 self.path.mkdir(parents=True, exist_ok=True)
+            if why := pages.examine(self.path / DATA_NAME):
+                raise StoreDamaged(f"the index {self.path} is damaged: {why}")
             env = opening.enter_context(
                 lmdb.open(
                     str(self.path),
@@ -292,7 +298,7 @@ class Environment:
 
     def _find_file(self) -> tuple[int, int]:
         """Which file it is, whatever its name."""
-        found = (self.path / "data.mdb").stat()
+        found = (self.path / DATA_NAME).stat()
         return found.st_dev, found.st_ino
 
     def _allocate(self) -> None:
@@ -300,13 +306,13 @@ class Environment:
 
         Best effort: without it, commits fail with StorageFailed when the disk is full.
         """
-        with _opened(self.path / "data.mdb", os.O_RDWR) as fd:
+        with _opened(self.path / DATA_NAME, os.O_RDWR) as fd:
             if os.fstat(fd).st_blocks * 512 >= self.map_bytes:
                 return
             with contextlib.suppress(OSError):
                 os.posix_fallocate(fd, 0, self.map_bytes)
         if self._durable:
-            for path in (self.path / "data.mdb", self.path, self.path.parent):  # LMDB syncs no directory.
+            for path in (self.path / DATA_NAME, self.path, self.path.parent):  # LMDB syncs no directory.
                 with _opened(path, os.O_RDONLY) as fd:
                     os.fsync(fd)
 
@@ -396,5 +402,7 @@ def _as_store_errors(path: Path) -> Iterator[None]:
         yield
     except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.VersionMismatchError) as error:
         raise StoreDamaged(f"the index {path} is damaged: {error}") from error
+    except (FileExistsError, NotADirectoryError) as error:
+        raise StorageFailed(f"the index {path} cannot be used: it, or a folder above it, is no folder") from error
     except (lmdb.Error, OSError) as error:
         raise StorageFailed(f"the index {path} cannot be used: {_why(path, error)}") from error

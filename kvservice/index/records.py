@@ -10,12 +10,12 @@ A record is the value that LMDB keeps under an object key (block key and shard):
     | stored at, ms u64      | used at, ms u64      | access number u64    |
     64                                                               96
     | parent key, 32 bytes                                            |
-    96                       104                             116     120
-    | pinned until, ms u64   | zeros: room for expiry        | crc u32 |
+    96                       104          108                116     120
+    | pinned until, ms u64   | tenant u32 | zeros: spare u64 | crc u32 |
 
 Little-endian. The crc is CRC-32 over the object key and the record before it, so a record that was
-damaged, or stands under another key, is found. Records of before there were pins have zeros there:
-not pinned.
+damaged, or stands under another key, is found. Records of before there were pins and tenants have zeros
+there: not pinned, of tenant 0, which is "default".
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ RECORD = np.dtype(
         ("access_seq", "<u8"),
         ("parent_key", "V32"),  # V, not S: an S loses the zero bytes at a key's end.
         ("pinned_until_ms", "<u8"),  # 0: not pinned.
-        ("reserved", "V12"),
+        ("tenant", "<u4"),
+        ("reserved", "V8"),
         ("crc", "<u4"),
     ]
 )
@@ -90,6 +91,12 @@ def encode_records(keys: Sequence[bytes], records: Records) -> list[bytes]:
     rows["crc"] = list(map(crc32, rows["covered"].tolist()))
     values: list[bytes] = rows["value"].tolist()  # Five times as fast as slicing.
     return values
+
+
+def is_sound(key: bytes, value: bytes) -> bool:
+    """Whether `value` is a record that was written under this key."""
+    sized = len(key) == OBJECT_KEY_BYTES and len(value) == RECORD.itemsize
+    return sized and crc32(value, crc32(key)) == _RESIDUE and value[0] == RECORD_VERSION
 
 
 def decode_records(keys: Sequence[bytes], values: Sequence[bytes]) -> tuple[NDArray[np.bool_], Records]:

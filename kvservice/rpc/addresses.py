@@ -9,6 +9,8 @@ import socket
 import stat
 from pathlib import Path
 
+from kvservice_api.address import parse_listen_address
+
 
 class AddressUnusable(RuntimeError):
     """A setting names an address where the daemon cannot listen. The message says which, and why."""
@@ -17,11 +19,11 @@ class AddressUnusable(RuntimeError):
         super().__init__(f"{setting} {address}: {why}")
 
 
-def why_unusable(host: str, port: int) -> str:
-    """Why nobody can listen there now, for people: gRPC itself does not tell. Asks by trying."""
+def why_unusable(address: str) -> str:
+    """Why the daemon cannot listen at this host:port now: gRPC itself does not tell. Tries it with a socket."""
     try:
         family, kind, protocol, _, place = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            *parse_listen_address(address), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -6,10 +6,9 @@ import asyncio
 from collections.abc import Callable
 from contextlib import aclosing
 
-import numpy as np
-
-from kvservice.blocks import NO_ROW, TierName
+from kvservice.blocks import TierName
 from kvservice.rpc import explained
+from kvservice.rpc.callers import Callers
 from kvservice.rpc.explained import stored_block, timestamp
 from kvservice.rpc.interceptors import Context
 from kvservice.store.block_store import BlockStore
@@ -32,6 +31,7 @@ class AdminService:
         self, store: BlockStore, *, version: str, boot_epoch: int, counters: Callable[[], dict[str, float]]
     ) -> None:
         self._store = store
+        self._callers = Callers(store.leases)
         self._version = version
         self._boot_epoch = boot_epoch
         self._counters = counters
@@ -67,12 +67,9 @@ class AdminService:
         blocks = self._store.blocks
         size = _page_size(request.page_size)
         start = self._number_in(request.page_token, self._store.blocks.row_end)
-        shown = blocks.live[start : blocks.row_end].copy()
-        if request.layout_fingerprint:
-            shown &= blocks.layout_id[start : blocks.row_end] == self._layout_id(request.layout_fingerprint)
-        for tier in _tiers(request.tier, []):
-            shown &= blocks.resident(tier)[start:]
-        rows = np.flatnonzero(shown)[: size + 1] + start
+        layout_id = self._layout_id(request.layout_fingerprint) if request.layout_fingerprint else None
+        tiers = _tiers(request.tier, [])
+        rows = self._store.list_rows(self._callers.of(context), start, size + 1, layout_id=layout_id, tiers=tiers)
         more = len(rows) > size
         listed = []
         for count, row in enumerate(rows[:size].tolist()):
@@ -87,28 +84,32 @@ class AdminService:
 
     async def Inspect(self, request: pb.InspectRequest, context: Context) -> pb.InspectResponse:
         _check_key(request.key)
-        first = int(self._store.blocks.rows_of_keys([request.key])[0])
-        if first == NO_ROW:
+        rows = self._store.explain.rows(self._callers.of(context), request.key)
+        if not rows:
             raise BlockNotFound(f"nothing is stored under {request.key.hex()}", key=request.key.hex())
-        layout = self._store.index.layouts[int(self._store.blocks.layout_id[first])]
-        shards = [stored_block(self._store, row) for row in self._store.blocks.shards_of(first)]
+        layout = self._store.index.layouts[int(self._store.blocks.layout_id[rows[0]])]
+        shards = [stored_block(self._store, row) for row in rows]
         return pb.InspectResponse(shards=shards, layout=layout.to_proto())
 
     async def Discard(self, request: pb.DiscardRequest, context: Context) -> pb.DiscardResponse:
         given = [bool(request.keys), bool(request.layout_fingerprint), request.everything]
         if sum(given) != 1:
             raise InvalidRequest("give exactly one of keys, layout_fingerprint and everything", field="keys")
+        caller = self._callers.of(context)
         if request.keys:
             keys = split_keys(request.keys, field="keys", count_max=_DISCARD_KEYS_MAX)
-            discarded, missing = await self._store.discard(keys)
+            discarded, missing = await self._store.discard(caller, keys)
             return pb.DiscardResponse(discarded=discarded, missing=missing)
         if request.layout_fingerprint:
             self._layout_id(request.layout_fingerprint)
-        return pb.DiscardResponse(discarded=await self._store.discard_layout(request.layout_fingerprint or None))
+        discarded = await self._store.discard_layout(caller, request.layout_fingerprint or None)
+        return pb.DiscardResponse(discarded=discarded)
 
     async def Scrub(self, request: pb.ScrubRequest, context: Context) -> None:
         tiers = _tiers(request.tier, list(self._store.residency.tiers))
-        async with aclosing(self._store.scrub.run(tiers, request.bytes_per_second)) as progress:
+        async with aclosing(
+            self._store.scrub.run(self._callers.of(context), tiers, request.bytes_per_second)
+        ) as progress:
             async for step in progress:
                 await context.write(
                     pb.ScrubResponse(
@@ -122,7 +123,7 @@ class AdminService:
 
     async def Pin(self, request: pb.PinRequest, context: Context) -> pb.PinResponse:
         keys = split_keys(request.keys, field="keys", count_max=_PIN_KEYS_MAX)
-        outcome = await self._store.pins.pin(keys, request.ttl_ms)
+        outcome = await self._store.pins.pin(self._callers.of(context), keys, request.ttl_ms)
         return pb.PinResponse(
             pinned=outcome.pinned,
             missing=outcome.missing,
@@ -132,28 +133,30 @@ class AdminService:
         )
 
     async def Unpin(self, request: pb.UnpinRequest, context: Context) -> pb.UnpinResponse:
-        outcome = await self._store.pins.unpin(split_keys(request.keys, field="keys", count_max=_PIN_KEYS_MAX))
+        keys = split_keys(request.keys, field="keys", count_max=_PIN_KEYS_MAX)
+        outcome = await self._store.pins.unpin(self._callers.of(context), keys)
         return pb.UnpinResponse(**outcome._asdict())
 
     async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
         if sum(map(bool, (request.key, request.request_id, request.session_id))) != 1:
             raise InvalidRequest("give exactly one of key, request_id and session_id", field="key")
+        caller = self._callers.of(context)
         if request.session_id:
-            return pb.ExplainResponse(sessions=explained.session(self._store, request.session_id))
+            return pb.ExplainResponse(sessions=explained.session(self._store, caller, request.session_id))
         if request.request_id:
-            return pb.ExplainResponse(request=explained.request(self._store, request.request_id))
+            return pb.ExplainResponse(request=explained.request(self._store, caller, request.request_id))
         _check_key(request.key)
-        return pb.ExplainResponse(block=explained.block(self._store, request.key))
+        return pb.ExplainResponse(block=explained.block(self._store, caller, request.key))
 
     async def Drain(self, request: pb.DrainRequest, context: Context) -> None:
-        drain = self._store.drain
+        drain, caller = self._store.drain, self._callers.of(context)
         if request.action == pb.DRAIN_ACTION_UNDO:
-            await context.write(explained.drain(drain.undo()))
+            await context.write(explained.drain(drain.undo(caller)))
             return
         if request.action != pb.DRAIN_ACTION_BEGIN:
             raise InvalidRequest("name the action: DRAIN_ACTION_BEGIN or DRAIN_ACTION_UNDO", field="action")
-        drain.begin()
-        async with aclosing(drain.progress()) as progress:
+        drain.begin(caller)
+        async with aclosing(drain.progress(caller)) as progress:
             async for step in progress:
                 await context.write(explained.drain(step))
 
@@ -161,7 +164,9 @@ class AdminService:
         size = _page_size(request.page_size)
         layout_id = self._layout_id(request.layout_fingerprint) if request.layout_fingerprint else None
         start = self._number_in(request.page_token)
-        found, following = await self._store.sessions.page(start, size, request.session_id, layout_id)
+        found, following = await self._store.sessions.page(
+            self._callers.of(context), start, size, request.session_id, layout_id
+        )
         layouts = self._store.index.layouts
         return pb.ListSessionsResponse(
             sessions=[session_message(each, layouts[each.layout_id], bytes_max=0) for each in found],

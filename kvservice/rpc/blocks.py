@@ -8,6 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from kvservice.blocks import TierName
+from kvservice.rpc.callers import Callers
 from kvservice.rpc.in_place import InPlaceRpcs
 from kvservice.rpc.interceptors import Context
 from kvservice.rpc.messages import (
@@ -22,6 +23,7 @@ from kvservice.rpc.messages import (
 )
 from kvservice.rpc.reports import report_record
 from kvservice.store.block_store import BlockStore
+from kvservice.store.caller import Caller
 from kvservice.store.directory import ResidencyDirectory
 from kvservice.store.ingest import SaveOutcome
 from kvservice.store.load import Part
@@ -50,6 +52,7 @@ class ServiceLimits:
 class BlockService(InPlaceRpcs):
     def __init__(self, store: BlockStore, limits: ServiceLimits, directory: ResidencyDirectory) -> None:
         self._store = store
+        self._callers = Callers(store.leases)
         self._directory = directory
         self._limits = limits
         self._loads_max = limits.loads_max
@@ -80,24 +83,25 @@ class BlockService(InPlaceRpcs):
 
     async def OpenLayout(self, request: pb.OpenLayoutRequest, context: Context) -> pb.OpenLayoutResponse:
         layout = Layout.from_proto(request.layout, request.fingerprint)
-        return pb.OpenLayoutResponse(created=await self._store.open_layout(layout))
+        return pb.OpenLayoutResponse(created=await self._store.open_layout(self._callers.of(context), layout))
 
     async def Attach(self, requests: AsyncIterator[pb.AttachRequest], context: Context) -> None:
         first = await anext(requests, None)
         if first is None:
             return
-        client = self._store.leases.attach(first.client_name)
+        caller = self._callers.of(context)
+        client = self._store.leases.attach(caller, first.client_name)
         try:
             answer = pb.AttachResponse(client_id=client.client_id, boot_epoch=self._limits.boot_epoch)
             await context.write(answer)
             async for _ in requests:  # Ends when the client closes its side, or is gone.
                 pass
         finally:
-            self._store.leases.detach(client)
+            self._store.leases.detach(caller, client)
 
     async def LookupPrefix(self, request: pb.LookupPrefixRequest, context: Context) -> pb.LookupPrefixResponse:
         hit = await self._store.lookup_in_turns(
-            request.client_id,
+            self._callers.of(context, request.client_id),
             request.layout_fingerprint,
             shard_of(request),
             split_keys(request.keys, field="keys", count_max=self._limits.keys_max),
@@ -113,13 +117,14 @@ class BlockService(InPlaceRpcs):
         )
 
     async def LoadBlocks(self, request: pb.LoadBlocksRequest, context: Context) -> None:
-        lease = self._store.leases.get(request.client_id, request.lease_id)
+        caller = self._callers.of(context, request.client_id)
+        lease = self._store.leases.get(caller, request.lease_id)
         blocks = block_range(request.first_block, request.block_count, len(lease.rows), "block")
         layers = block_range(request.first_layer, request.layer_count, lease.shard.layers, "layer")
         if self._store.loads.open_count >= self._limits.loads_max:
             raise Overloaded(f"{self._limits.loads_max} loads are open, the most that this daemon takes")
-        with self._store.requests.load(lease, blocks, layers) as record:
-            async with aclosing(self._store.loads.run(lease, blocks, layers, _encode)) as frames:
+        with self._store.requests.load(caller, lease, blocks, layers) as record:
+            async with aclosing(self._store.loads.run(caller, lease, blocks, layers, _encode)) as frames:
                 async for frame in frames:
                     try:
                         async with asyncio.timeout(self._limits.transfer_idle_s):
@@ -134,19 +139,20 @@ class BlockService(InPlaceRpcs):
         header = await self._next_message(requests)
         if not isinstance(header, pb.SaveHeader):
             raise InvalidRequest("the first message of a save must be its header", field="header")
+        caller = self._callers.of(context, header.client_id)
         if self._saves >= self._limits.saves_max:
             keys = split_keys(header.keys, field="keys", count_max=SAVE_BLOCKS_MAX)
             error = Overloaded(f"{self._limits.saves_max} saves are open, the most that this daemon takes")
-            raise self._store.refusal(keys, error)
+            raise self._store.refusal(caller, keys, error)
         self._saves += 1
         try:
-            return save_response(await self._save(header, requests))
+            return save_response(await self._save(caller, header, requests))
         finally:
             self._saves -= 1
 
-    async def _save(self, header: pb.SaveHeader, requests: AsyncIterator[bytes]) -> SaveOutcome:
-        client, request = save_request(self._store, header)
-        async with self._store.ingests.begin(client, request) as ingest:
+    async def _save(self, caller: Caller, header: pb.SaveHeader, requests: AsyncIterator[bytes]) -> SaveOutcome:
+        client, request = save_request(self._store, caller, header)
+        async with self._store.ingests.begin(caller, client, request) as ingest:
             message = await self._next_message(requests)
             while isinstance(message, Frame):
                 async with self._save_turns:
@@ -164,16 +170,16 @@ class BlockService(InPlaceRpcs):
         if not request.ttl_ms:
             raise InvalidRequest("ttl_ms is 0; to end a lease, release it", field="ttl_ms")
         granted_ms = min(request.ttl_ms, int(self._store.limits.lease_ttl_max_s * 1000))
-        self._store.leases.renew(request.client_id, request.lease_id, granted_ms / 1000)
+        self._store.leases.renew(self._callers.of(context, request.client_id), request.lease_id, granted_ms / 1000)
         return pb.RenewLeaseResponse(ttl_ms=granted_ms)
 
     async def ReleaseLease(self, request: pb.ReleaseLeaseRequest, context: Context) -> pb.ReleaseLeaseResponse:
-        self._store.leases.release(request.client_id, request.lease_id)
-        await self._store.leases.let_go()
+        await self._store.release(self._callers.of(context, request.client_id), request.lease_id)
         return pb.ReleaseLeaseResponse()
 
     async def Prefetch(self, request: pb.PrefetchRequest, context: Context) -> pb.PrefetchResponse:
         outcome = await self._store.prefetch(
+            self._callers.of(context),
             split_keys(request.keys, field="keys", count_max=self._limits.keys_max),
             within_s=request.deadline_ms / 1000,
             wait=request.wait,
@@ -184,15 +190,13 @@ class BlockService(InPlaceRpcs):
         keys = split_keys(request.keys, field="keys", count_max=self._limits.keys_max)
         if request.tier not in _TIERS:
             raise InvalidRequest("name the tier to evict from: TIER_DRAM or TIER_SSD", field="tier")
-        outcome = await self._store.evict(keys, _TIERS[request.tier])
+        outcome = await self._store.evict(self._callers.of(context), keys, _TIERS[request.tier])
         return pb.EvictResponse(**outcome._asdict())
 
     async def ReportRequest(self, request: pb.ReportRequestRequest, context: Context) -> pb.ReportRequestResponse:
-        requests, report = self._store.requests, request.report
-        requests.check_id(report.request_id)
-        if not report.request_id:
-            raise InvalidRequest("a report names its request", field="request_id")
-        requests.note_report(report.request_id, report_record(report, self._store.clock.wall_ms()))
+        caller, report = self._callers.of(context), request.report
+        record = report_record(report, self._store.clock.wall_ms())
+        self._store.requests.note_report(caller, report.request_id, record)
         return pb.ReportRequestResponse()
 
     async def _next_data(self, requests: AsyncIterator[bytes]) -> bytes | None:

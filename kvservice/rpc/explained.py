@@ -8,6 +8,7 @@ from kvservice.blocks import TierName
 from kvservice.index.session_records import Manifest
 from kvservice.rpc.reports import report_message
 from kvservice.store.block_store import BlockStore
+from kvservice.store.caller import Caller
 from kvservice.store.drain import DrainProgress
 from kvservice.store.explain import ExplainedLookup, Missing, OtherLayout
 from kvservice.store.history import Event
@@ -49,30 +50,30 @@ def stored_block(store: BlockStore, row: int) -> pb.StoredBlock:
     )
 
 
-def block(store: BlockStore, key: bytes) -> pb.ExplainedBlock:
+def block(store: BlockStore, caller: Caller, key: bytes) -> pb.ExplainedBlock:
     explain = store.explain
-    rows = explain.rows(key)
+    rows = explain.rows(caller, key)
     answer = pb.ExplainedBlock(
         key=key,
-        shards=[_shard(store, row) for row in rows],
-        events=[_event(event) for event in explain.events(key)],
+        shards=[_shard(store, caller, row) for row in rows],
+        events=[_event(event) for event in explain.events(caller, key)],
         remembers_since=timestamp(explain.remembers_since_ms),
     )
     if rows:
         answer.layout.CopyFrom(store.index.layouts[int(store.blocks.layout_id[rows[0]])].to_proto())
     else:
-        answer.miss.CopyFrom(_miss(explain.missing(key)))
+        answer.miss.CopyFrom(_miss(explain.missing(caller, key)))
     return answer
 
 
-def _shard(store: BlockStore, row: int) -> pb.ExplainedShard:
+def _shard(store: BlockStore, caller: Caller, row: int) -> pb.ExplainedShard:
     places = [
         pb.Place(
             tier=_TIERS[place.tier],
             arrival=f"ARRIVAL_{place.arrival.name}",
             since=_known(place.since_ms),
         )
-        for place in store.explain.places(row)
+        for place in store.explain.places(caller, row)
     ]
     return pb.ExplainedShard(block=stored_block(store, row), places=places, holds=int(store.blocks.holds[row]))
 
@@ -101,11 +102,11 @@ def _miss(missing: Missing) -> pb.Miss:
     )
 
 
-def request(store: BlockStore, request_id: str) -> pb.ExplainedRequest:
-    found = store.requests.get(request_id)
+def request(store: BlockStore, caller: Caller, request_id: str) -> pb.ExplainedRequest:
+    found = store.requests.get(caller, request_id)
     return pb.ExplainedRequest(
         request_id=request_id,
-        lookups=[_lookup(each) for each in store.explain.lookups(found)],
+        lookups=[_lookup(each) for each in store.explain.lookups(caller, found)],
         lookups_more=found.lookups_more,
         reports=[
             pb.ExplainedReport(at=timestamp(each.began_ms), report=report_message(request_id, each))
@@ -115,14 +116,14 @@ def request(store: BlockStore, request_id: str) -> pb.ExplainedRequest:
     )
 
 
-def session(store: BlockStore, session_id: str) -> list[pb.ExplainedSession]:
+def session(store: BlockStore, caller: Caller, session_id: str) -> list[pb.ExplainedSession]:
     """One a layout."""
-    return [_session(store, manifest) for manifest in store.sessions.called(session_id)]
+    return [_session(store, caller, manifest) for manifest in store.sessions.called(caller, session_id)]
 
 
-def _session(store: BlockStore, manifest: Manifest) -> pb.ExplainedSession:
+def _session(store: BlockStore, caller: Caller, manifest: Manifest) -> pb.ExplainedSession:
     layout = store.index.layouts[manifest.layout_id]
-    usable, runs = store.usable_history(manifest, Shard.whole(layout))
+    usable, runs = store.usable_history(caller, manifest, Shard.whole(layout))
     answer = pb.ExplainedSession(
         session=session_message(manifest, layout, bytes_max=0),
         layout=layout.to_proto(),
@@ -131,7 +132,7 @@ def _session(store: BlockStore, manifest: Manifest) -> pb.ExplainedSession:
         runs=[blocks_pb2.ResidencyRun(count=count, dram=dram, ssd=ssd) for count, dram, ssd in runs],
     )
     if usable < len(manifest.slices):
-        answer.miss.CopyFrom(_miss(store.explain.missing(manifest.slices["key"][usable].tobytes())))
+        answer.miss.CopyFrom(_miss(store.explain.missing(caller, manifest.slices["key"][usable].tobytes())))
     return answer
 
 

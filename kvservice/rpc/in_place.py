@@ -6,6 +6,7 @@ from contextlib import aclosing
 
 import numpy as np
 
+from kvservice.rpc.callers import Callers
 from kvservice.rpc.interceptors import Context
 from kvservice.rpc.messages import ON_SSD, block_range, checksums_of, save_request, save_response
 from kvservice.store.block_store import BlockStore
@@ -19,15 +20,16 @@ class InPlaceRpcs:
     """A part of BlockService."""
 
     _store: BlockStore
+    _callers: Callers
     _loads_max: int
 
     async def LocateBlocks(self, request: pb.LocateBlocksRequest, context: Context) -> None:
-        store = self._store
-        lease = store.leases.get(request.client_id, request.lease_id)
+        store, caller = self._store, self._callers.of(context, request.client_id)
+        lease = store.leases.get(caller, request.lease_id)
         blocks = block_range(request.first_block, request.block_count, len(lease.rows), "block")
-        found = store.locates.run(lease, blocks, verify=request.verify, open_max=self._loads_max)
+        found = store.locates.run(caller, lease, blocks, verify=request.verify, open_max=self._loads_max)
         layers = range(lease.shard.layers)
-        with store.requests.load(lease, blocks, layers, in_place=True) as record:
+        with store.requests.load(caller, lease, blocks, layers, in_place=True) as record:
             async with aclosing(found) as steps:
                 answer = pb.LocateBlocksResponse()
                 async for step in steps:
@@ -43,10 +45,12 @@ class InPlaceRpcs:
                     answer = pb.LocateBlocksResponse()
 
     async def ReserveBlocks(self, request: pb.ReserveBlocksRequest, context: Context) -> pb.ReserveBlocksResponse:
-        store = self._store
-        client, save = save_request(store, request.header)
+        store, caller = self._store, self._callers.of(context, request.header.client_id)
+        client, save = save_request(store, caller, request.header)
         on_ssd = ON_SSD[request.header.durability]
-        reservation, places = await store.reservations.reserve(request.reservation_id, client, save, on_ssd=on_ssd)
+        reservation, places = await store.reservations.reserve(
+            caller, request.reservation_id, client, save, on_ssd=on_ssd
+        )
         refused = [
             pb.RefusedBlock(block=block, status=to_status(error))
             for block, error in sorted(reservation.outcome.refused.items())
@@ -59,14 +63,16 @@ class InPlaceRpcs:
         )
 
     async def CommitBlocks(self, request: pb.CommitBlocksRequest, context: Context) -> pb.SaveBlocksResponse:
-        client = self._store.leases.client(request.client_id)
+        caller = self._callers.of(context, request.client_id)
+        client = self._store.leases.client(caller)
         checksums = checksums_of(request.checksums)
-        outcome: SaveOutcome = await self._store.reservations.commit(request.reservation_id, client, checksums)
+        outcome: SaveOutcome = await self._store.reservations.commit(caller, request.reservation_id, client, checksums)
         return save_response(outcome)
 
     async def AbandonBlocks(self, request: pb.AbandonBlocksRequest, context: Context) -> pb.AbandonBlocksResponse:
-        client = self._store.leases.client(request.client_id)
-        self._store.reservations.abandon(request.reservation_id, client)
+        caller = self._callers.of(context, request.client_id)
+        client = self._store.leases.client(caller)
+        self._store.reservations.abandon(caller, request.reservation_id, client)
         return pb.AbandonBlocksResponse()
 
     def _places(self, located: Located) -> pb.LocateBlocksResponse:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvservice.store.block_store import BlockStore
+from kvservice.store.caller import Caller
 from kvservice.store.ingest import SaveOutcome, SaveRequest
 from kvservice.store.leases import Client
 from kvservice_api.errors import InvalidRequest, to_status
@@ -26,28 +27,27 @@ ON_SSD: Mapping[int, bool] = {
 }
 
 
-def save_request(store: BlockStore, header: pb.SaveHeader) -> tuple[Client, SaveRequest]:
+def save_request(store: BlockStore, caller: Caller, header: pb.SaveHeader) -> tuple[Client, SaveRequest]:
     """Who saves what. Raises InvalidRequest, Draining, UnknownLayout, UnknownClient."""
     if header.durability not in ON_SSD:  # Never promise less than was asked for.
         raise InvalidRequest(f"no durability has the number {header.durability}", field="durability")
     keys = split_keys(header.keys, field="keys", count_max=SAVE_BLOCKS_MAX)
-    layers = store.layout(header.layout_fingerprint)[1].layers
-    if header.HasField("shard"):
-        layers = max(0, header.shard.layer_end - header.shard.layer_begin)
-    if len(keys) * layers > SAVE_SLICES_MAX:
-        raise InvalidRequest(
-            f"{len(keys)} blocks of {layers} layers are {len(keys) * layers} slices; "
-            f"at most {SAVE_SLICES_MAX} are allowed in one save",
-            field="keys",
-        )
-    return store.save_request(
-        header.client_id,
+    client, request = store.save_request(
+        caller,
         header.layout_fingerprint,
         shard_of(header),
         header.parent_key,
         keys,
         header.last_block_tokens,
     )
+    layers = request.shard.layers
+    if len(keys) * layers > SAVE_SLICES_MAX:
+        raise InvalidRequest(
+            f"{len(keys)} blocks of {layers} layers are {len(keys) * layers} slices; "
+            f"at most {SAVE_SLICES_MAX} are allowed in one save",
+            field="keys",
+        )
+    return client, request
 
 
 def save_response(outcome: SaveOutcome) -> pb.SaveBlocksResponse:

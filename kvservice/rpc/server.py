@@ -17,12 +17,12 @@ from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from kvservice.config import Address
 from kvservice.rpc.addresses import AddressUnusable, why_unusable
 from kvservice.rpc.admin import AdminService
 from kvservice.rpc.blocks import BlockService
 from kvservice.rpc.interceptors import guarded
 from kvservice.rpc.sessions import SessionService
+from kvservice_api.address import UnixAddress
 from kvservice_api.v1 import admin_pb2, blocks_pb2, sessions_pb2
 
 _RAW_REQUESTS = {"SaveBlocks"}
@@ -40,7 +40,7 @@ class UnixSocket(NamedTuple):
         """Have the socket made. Nobody gets in between the making and the mode."""
         before = os.umask(0o177)
         try:
-            server.add_insecure_port(f"unix:{self.path}")
+            server.add_insecure_port(UnixAddress(str(self.path)).target)
         finally:
             os.umask(before)
         self.path.chmod(self.mode)
@@ -86,7 +86,7 @@ class Server:
                 return self._server.add_insecure_port(address)
             return self._server.add_secure_port(address, credentials)
         except RuntimeError as error:
-            raise AddressUnusable("server.address", address, why_unusable(*Address.parse(address))) from error
+            raise AddressUnusable("server.address", address, why_unusable(address)) from error
 
     async def start(self) -> None:
         await self._server.start()

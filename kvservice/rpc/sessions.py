@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvservice.index.session_records import Manifest
+from kvservice.rpc.callers import Callers
 from kvservice.rpc.interceptors import Context
 from kvservice.store.block_store import BlockStore
 from kvservice.store.manifests import Turn
@@ -24,17 +25,24 @@ _RANGES_MAX = 4096  # A few milliseconds of the event loop.
 class SessionService:
     def __init__(self, store: BlockStore, *, keys_max: int) -> None:
         self._store = store
+        self._callers = Callers(store.leases)
         self._keys_max = keys_max
 
     async def AppendTurn(self, request: pb.AppendTurnRequest, context: Context) -> pb.AppendTurnResponse:
         manifest = await self._store.sessions.append(
-            request.layout_fingerprint, request.session_id, request.expected_revision, self._turn(request)
+            self._callers.of(context),
+            request.layout_fingerprint,
+            request.session_id,
+            request.expected_revision,
+            self._turn(request),
         )
         return pb.AppendTurnResponse(session=self._head(manifest))
 
     async def GetSession(self, request: pb.GetSessionRequest, context: Context) -> pb.GetSessionResponse:
         shard = Shard.from_proto(request.shard) if request.HasField("shard") else None
-        manifest, usable, runs = self._store.session_history(request.layout_fingerprint, request.session_id, shard)
+        manifest, usable, runs = self._store.session_history(
+            self._callers.of(context), request.layout_fingerprint, request.session_id, shard
+        )
         return pb.GetSessionResponse(
             session=session_message(manifest, self._store.index.layouts[manifest.layout_id]),
             stored_slices=usable,
@@ -45,6 +53,7 @@ class SessionService:
     async def TruncateSession(self, request: pb.TruncateSessionRequest, context: Context) -> pb.TruncateSessionResponse:
         _check_count("keep", request.keep, _RANGES_MAX)
         manifest = await self._store.sessions.truncate(
+            self._callers.of(context),
             request.layout_fingerprint,
             request.session_id,
             request.expected_revision,
@@ -54,12 +63,18 @@ class SessionService:
 
     async def ForkSession(self, request: pb.ForkSessionRequest, context: Context) -> pb.ForkSessionResponse:
         manifest = await self._store.sessions.fork(
-            request.layout_fingerprint, request.session_id, request.new_session_id, request.expected_revision
+            self._callers.of(context),
+            request.layout_fingerprint,
+            request.session_id,
+            request.new_session_id,
+            request.expected_revision,
         )
         return pb.ForkSessionResponse(session=self._head(manifest))
 
     async def EndSession(self, request: pb.EndSessionRequest, context: Context) -> pb.EndSessionResponse:
-        ended = await self._store.sessions.end(request.layout_fingerprint, request.session_id)
+        ended = await self._store.sessions.end(
+            self._callers.of(context), request.layout_fingerprint, request.session_id
+        )
         return pb.EndSessionResponse(ended=ended)
 
     def _turn(self, request: pb.AppendTurnRequest) -> Turn:

@@ -20,6 +20,7 @@ from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.index.session_records import Manifest
 from kvservice.policy.base import Policy
+from kvservice.store.caller import Caller
 from kvservice.store.drain import Drain
 from kvservice.store.explain import Explain
 from kvservice.store.history import History, Reason
@@ -210,7 +211,7 @@ class BlockStore:
 
     # Layouts
 
-    async def open_layout(self, layout: Layout) -> bool:
+    async def open_layout(self, caller: Caller, layout: Layout) -> bool:
         """Make a layout known. True where it was not."""
         if self.index.layout_id(layout.fingerprint) is not None:
             return False
@@ -229,7 +230,7 @@ class BlockStore:
 
     def lookup(
         self,
-        client_id: bytes,
+        caller: Caller,
         fingerprint: bytes,
         shard: Shard | None,
         keys: Sequence[bytes],
@@ -243,15 +244,15 @@ class BlockStore:
         self.requests.check_id(request_id)
         layout_id, layout = self.layout(fingerprint)
         wanted = Shard.whole(layout) if shard is None else shard.check(layout)
-        client = self.leases.client(client_id) if lease_ttl_s else None
+        client = self.leases.client(caller) if lease_ttl_s else None
         found = find(self.blocks, keys, layout_id, wanted)
         hit = self._hit(client, layout, wanted, len(keys), found, lease_ttl_s)
-        self._note_lookup(request_id, client_id, layout_id, wanted, keys, hit)
+        self._note_lookup(request_id, caller, layout_id, wanted, keys, hit)
         return hit
 
     async def lookup_in_turns(
         self,
-        client_id: bytes,
+        caller: Caller,
         fingerprint: bytes,
         shard: Shard | None,
         keys: Sequence[bytes],
@@ -260,7 +261,7 @@ class BlockStore:
     ) -> Hit:
         """`lookup`, of any number of keys. What it has found stays where it is until the answer leases all of it."""
         if len(keys) <= _LOOKUP_PART:
-            return self.lookup(client_id, fingerprint, shard, keys, lease_ttl_s, request_id)
+            return self.lookup(caller, fingerprint, shard, keys, lease_ttl_s, request_id)
         self.requests.check_id(request_id)
         layout_id, layout = self.layout(fingerprint)
         wanted = Shard.whole(layout) if shard is None else shard.check(layout)
@@ -276,9 +277,9 @@ class BlockStore:
                 if len(more.rows) < len(part):
                     break
             await self.pace.turn()
-            client = self.leases.client(client_id) if lease_ttl_s else None  # It may have gone meanwhile.
+            client = self.leases.client(caller) if lease_ttl_s else None  # It may have gone meanwhile.
             hit = self._hit(client, layout, wanted, len(keys), found, lease_ttl_s)
-            self._note_lookup(request_id, client_id, layout_id, wanted, keys, hit)
+            self._note_lookup(request_id, caller, layout_id, wanted, keys, hit)
             return hit
         finally:
             for rows in held:
@@ -299,23 +300,25 @@ class BlockStore:
         return Hit(len(found.rows), self._runs(found.rows), lease)
 
     def _note_lookup(
-        self, request_id: str, client_id: bytes, layout_id: int, wanted: Shard, keys: Sequence[bytes], hit: Hit
+        self, request_id: str, caller: Caller, layout_id: int, wanted: Shard, keys: Sequence[bytes], hit: Hit
     ) -> None:
         if request_id:
-            who = self.leases.name_of(client_id)
+            who = self.leases.name_of(caller.client)
             self.requests.note_lookup(request_id, self.index.layouts, layout_id, wanted, who, keys, hit.runs, hit.lease)
 
     def session_history(
-        self, fingerprint: bytes, session_id: str, shard: Shard | None
+        self, caller: Caller, fingerprint: bytes, session_id: str, shard: Shard | None
     ) -> tuple[Manifest, int, list[tuple[int, bool, bool]]]:
         """A session, how many of its leading slices are stored, and where these lie, as in `Hit`."""
         _, layout = self.layout(fingerprint)
         wanted = Shard.whole(layout) if shard is None else shard.check(layout)
-        manifest = self.sessions.get(fingerprint, session_id)
-        usable, runs = self.usable_history(manifest, wanted)
+        manifest = self.sessions.get(caller, fingerprint, session_id)
+        usable, runs = self.usable_history(caller, manifest, wanted)
         return manifest, usable, runs
 
-    def usable_history(self, manifest: Manifest, wanted: Shard) -> tuple[int, list[tuple[int, bool, bool]]]:
+    def usable_history(
+        self, caller: Caller, manifest: Manifest, wanted: Shard
+    ) -> tuple[int, list[tuple[int, bool, bool]]]:
         """How many leading slices of a session are stored, and where these lie, as in `Hit`."""
         rows = find(self.blocks, manifest.slices["key"].tolist(), manifest.layout_id, wanted).rows
         usable = self.sessions.usable_slices(manifest, rows)
@@ -331,11 +334,29 @@ class BlockStore:
         ends = [*changes.tolist(), len(rows)]
         return [(end - start, bool(dram[start]), bool(ssd[start])) for start, end in zip(starts, ends, strict=True)]
 
+    async def release(self, caller: Caller, lease_id: int) -> None:
+        """End a lease, and return once nothing is held by leases that have ended."""
+        self.leases.release(caller, lease_id)
+        await self.leases.let_go()
+
+    def list_rows(
+        self, caller: Caller, start: int, count: int, *, layout_id: int | None, tiers: Sequence[TierName]
+    ) -> Rows:
+        """The first `count` rows from `start` on of stored blocks: of that layout, where one is given, and with a
+        copy in each of `tiers`."""
+        blocks = self.blocks
+        shown = blocks.live[start : blocks.row_end].copy()
+        if layout_id is not None:
+            shown &= blocks.layout_id[start : blocks.row_end] == layout_id
+        for tier in tiers:
+            shown &= blocks.resident(tier)[start:]
+        return np.flatnonzero(shown)[:count] + start
+
     # Saving
 
     def begin_save(
         self,
-        client_id: bytes,
+        caller: Caller,
         fingerprint: bytes,
         shard: Shard | None,
         parent_key: bytes,
@@ -343,12 +364,12 @@ class BlockStore:
         last_block_tokens: int,
     ) -> Ingest:
         """An upload, to be used as ``async with``. Raises Draining once the daemon is stopping."""
-        client, request = self.save_request(client_id, fingerprint, shard, parent_key, keys, last_block_tokens)
-        return self.ingests.begin(client, request)
+        client, request = self.save_request(caller, fingerprint, shard, parent_key, keys, last_block_tokens)
+        return self.ingests.begin(caller, client, request)
 
     def save_request(
         self,
-        client_id: bytes,
+        caller: Caller,
         fingerprint: bytes,
         shard: Shard | None,
         parent_key: bytes,
@@ -357,9 +378,9 @@ class BlockStore:
     ) -> tuple[Client, SaveRequest]:
         """Who saves what. Raises Draining, UnknownLayout, UnknownClient, InvalidRequest."""
         if self.draining:
-            raise self.refusal(keys, Draining(f"the daemon is {self.drain.word} and takes no new saves"))
+            raise self.refusal(caller, keys, Draining(f"the daemon is {self.drain.word} and takes no new saves"))
         layout_id, layout = self.layout(fingerprint)
-        client = self.leases.client(client_id)
+        client = self.leases.client(caller)
         if len(parent_key) != KEY_BYTES:
             raise InvalidRequest(f"parent_key has {len(parent_key)} bytes, not {KEY_BYTES}", field="parent_key")
         last = last_block_tokens or layout.block_tokens
@@ -367,14 +388,14 @@ class BlockStore:
         part = Shard.whole(layout) if shard is None else shard.check(layout)
         return client, SaveRequest(layout_id, layout, part, parent_key, keys, counts)
 
-    def refusal(self, keys: Sequence[bytes], error: KVError) -> KVError:
+    def refusal(self, caller: Caller, keys: Sequence[bytes], error: KVError) -> KVError:
         """The error with which a save of these blocks ends before it has begun; it is remembered."""
         self.history.note_keys(keys, Reason.REFUSED, error.reason)
         return error
 
     # Moving and dropping
 
-    async def prefetch(self, keys: Sequence[bytes], *, within_s: float, wait: bool) -> PrefetchOutcome:
+    async def prefetch(self, caller: Caller, keys: Sequence[bytes], *, within_s: float, wait: bool) -> PrefetchOutcome:
         """Copy blocks up to DRAM ahead of their load."""
         blocks = self.blocks
         wanted: list[int] = []
@@ -399,7 +420,7 @@ class BlockStore:
         promoted = sum(blocks.is_resident(row, TierName.DRAM) for row in wanted)
         return PrefetchOutcome(missing, in_dram, promoted, len(wanted) - promoted)
 
-    async def evict(self, keys: Sequence[bytes], tier: TierName) -> EvictOutcome:
+    async def evict(self, caller: Caller, keys: Sequence[bytes], tier: TierName) -> EvictOutcome:
         """Drop copies from one tier. What is leased, busy or kept by a pin stays."""
         blocks = self.blocks
         evicted = held = missing = 0
@@ -418,7 +439,7 @@ class BlockStore:
             evicted += len(rows)
         return EvictOutcome(evicted, held, missing)
 
-    async def discard(self, keys: Sequence[bytes]) -> tuple[int, int]:
+    async def discard(self, caller: Caller, keys: Sequence[bytes]) -> tuple[int, int]:
         """Forget blocks everywhere, pinned or not: how many objects, and how many keys had none."""
         discarded = missing = 0
         for part in _parts_of(list(dict.fromkeys(keys))):
@@ -429,7 +450,7 @@ class BlockStore:
             missing += int((first == NO_ROW).sum())
         return discarded, missing
 
-    async def discard_layout(self, fingerprint: bytes | None) -> int:
+    async def discard_layout(self, caller: Caller, fingerprint: bytes | None) -> int:
         """Forget all blocks of a layout, or all blocks there are."""
         blocks = self.blocks
         rows = blocks.live_rows()

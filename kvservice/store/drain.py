@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvservice.blocks import BlockTable, Rows, TierName
+from kvservice.store.caller import Caller
 from kvservice.store.ingest import Ingests
 from kvservice.store.load import Loads
 from kvservice.store.locate import Locates
@@ -77,13 +78,13 @@ class Drain:
 
     # When an operator asks
 
-    def begin(self) -> None:
+    def begin(self, caller: Caller) -> None:
         """Refuse saves, and write what only DRAM holds once those that run have ended. Once more does no harm."""
         self.is_draining = True
         if self._writing is None or self._writing.done():
             self._writing = self._tasks.start(self._write_all(), "drain")
 
-    def undo(self) -> DrainProgress:
+    def undo(self, caller: Caller) -> DrainProgress:
         """Take saves again; how far it had come. Raises Draining where the daemon itself is stopping."""
         if self._stopping:
             raise Draining("the daemon is stopping: that cannot be undone")
@@ -93,7 +94,7 @@ class Drain:
             self._writing = None  # Who begins anew before it has ended needs another one.
         return self._progress(True)
 
-    async def progress(self) -> AsyncGenerator[DrainProgress, None]:
+    async def progress(self, caller: Caller) -> AsyncGenerator[DrainProgress, None]:
         """How far it is, about twice a second, and a last one with `done`; without, where it was undone."""
         while True:
             writing = self._writing

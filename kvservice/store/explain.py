@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 from kvservice.blocks import NO_ROW, BlockTable, TierName
 from kvservice.index.block_index import BlockIndex, Emptied
+from kvservice.store.caller import Caller
 from kvservice.store.history import Event, History, Reason
 from kvservice.store.ingest import Ingests
 from kvservice.store.requests import LookupRecord, RequestRecord
-from kvservice_api.layout import Layout
+from kvservice_api.layout import LayerGroup, Layout, Rotary
 
 
 class Arrival(Enum):
@@ -104,15 +105,15 @@ class Explain:
     def dram_emptied(self) -> Emptied | None:
         return self._index.dram_emptied
 
-    def rows(self, key: bytes) -> list[int]:
+    def rows(self, caller: Caller, key: bytes) -> list[int]:
         """The rows of a block's shards; none where it is not stored."""
         return list(self._blocks.shards_of(int(self._blocks.rows_of_keys([key])[0])))
 
-    def events(self, key: bytes) -> list[Event]:
+    def events(self, caller: Caller, key: bytes) -> list[Event]:
         """What is remembered of a block, the newest first."""
         return self._history.of(key)
 
-    def places(self, row: int) -> list[Place]:
+    def places(self, caller: Caller, row: int) -> list[Place]:
         """Where an object lies, since when, and how it came there."""
         blocks = self._blocks
         found = []
@@ -129,7 +130,7 @@ class Explain:
             found.append(Place(tier, arrival, since_ms))
         return found
 
-    def missing(self, key: bytes, until_ms: int | None = None) -> Missing:
+    def missing(self, caller: Caller, key: bytes, until_ms: int | None = None) -> Missing:
         """Why the block is not there; with `until_ms` why it was not there then."""
         events = self._history.of(key, until_ms)
         event = next((event for event in events if event.last_copy), None)
@@ -144,15 +145,15 @@ class Explain:
             why = Miss.NEVER_STORED if emptied is None else Miss.NEVER_STORED_OR_LOST
         return Missing(key, why, event, self._history.remembers_since_ms, emptied)
 
-    def lookups(self, request: RequestRecord) -> list[ExplainedLookup]:
-        return [self._lookup(record) for record in request.lookups]
+    def lookups(self, caller: Caller, request: RequestRecord) -> list[ExplainedLookup]:
+        return [self._lookup(caller, record) for record in request.lookups]
 
-    def _lookup(self, record: LookupRecord) -> ExplainedLookup:
+    def _lookup(self, caller: Caller, record: LookupRecord) -> ExplainedLookup:
         layout = self._index.layouts[record.layout_id]
         others = [OtherLayout(other, differences(other, layout)) for other in self._layouts(record.other_layout_ids)]
         if not record.first_missing_key:
             return ExplainedLookup(record, layout, None, others)
-        found = self.missing(record.first_missing_key, record.at_ms)
+        found = self.missing(caller, record.first_missing_key, record.at_ms)
         why = found.why
         if record.is_partial:
             why = Miss.IN_PART
@@ -170,13 +171,20 @@ class Explain:
 def differences(theirs: Layout, asked: Layout) -> dict[str, tuple[str, str]]:
     """The fields in which two layouts differ, as text."""
     found: dict[str, tuple[str, str]] = {}
-    for field in fields(Layout):
-        one, other = getattr(theirs, field.name), getattr(asked, field.name)
-        if field.name == "rotary":
-            for part in fields(one):
-                mine, his = getattr(one, part.name), getattr(other, part.name)
-                if mine != his:
-                    found[f"rotary.{part.name}"] = (str(mine), str(his))
-        elif one != other:
-            found[field.name] = (str(one), str(other))
+    for name in ("model_id", "model_revision", "block_tokens", "rotated"):
+        one, other = getattr(theirs, name), getattr(asked, name)
+        if one != other:
+            found[name] = (str(one), str(other))
+    if len(theirs.groups) != len(asked.groups):
+        return found | {"groups": (str(len(theirs.groups)), str(len(asked.groups)))}
+    for number, (one, other) in enumerate(zip(theirs.groups, asked.groups, strict=True)):
+        prefix = f"groups[{number}]." if len(asked.groups) > 1 else ""
+        found |= {prefix + name: values for name, values in _group_differences(one, other).items()}
     return found
+
+
+def _group_differences(one: LayerGroup, other: LayerGroup) -> dict[str, tuple[str, str]]:
+    pairs = {field.name: (getattr(one, field.name), getattr(other, field.name)) for field in fields(LayerGroup)}
+    mine, theirs = pairs.pop("rotary")
+    pairs |= {f"rotary.{part.name}": (getattr(mine, part.name), getattr(theirs, part.name)) for part in fields(Rotary)}
+    return {name: (str(value), str(wanted)) for name, (value, wanted) in pairs.items() if value != wanted}

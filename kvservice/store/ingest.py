@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from kvservice.blocks import NO_ROW, BlockTable, Extent, TierName, object_key
 from kvservice.clock import Clock
 from kvservice.counters import Counters
+from kvservice.store.caller import Caller
 from kvservice.store.history import Reason
 from kvservice.store.leases import Client
 from kvservice.store.pace import Pace
@@ -39,7 +40,7 @@ from kvservice_api.errors import (
     UploadCorrupted,
 )
 from kvservice_api.frames import Frame
-from kvservice_api.image import BlockGeometry, Trailer, block_geometry, checksum
+from kvservice_api.image import BlockGeometry, Trailer, block_geometry, checksum, layer_starts
 from kvservice_api.layout import Layout, Shard
 
 _HASH_IN_THREAD_BYTES = 1 << 20  # Hashing less than this takes less than handing it to a thread.
@@ -71,7 +72,7 @@ class _Slices:
     """Which bytes of one block's slices have arrived. Frames may come in any order, none twice."""
 
     def __init__(self, geometry: BlockGeometry) -> None:
-        self._whole = (0, geometry.slice_bytes)
+        self._geometry = geometry
         self._complete = bytearray(geometry.slice_count)
         # Of slices that came in part: sorted, never touching. A whole one costs no object that would have to be freed.
         self._runs: dict[int, list[tuple[int, int]]] = {}
@@ -81,14 +82,15 @@ class _Slices:
         """Note a part of a slice. True when the slice is now complete. Raises InvalidFrame on overlap."""
         if self._complete[layer]:
             raise InvalidFrame(f"bytes {start}..{end} of layer {layer} arrived before", layer=layer)
-        runs = self._runs.setdefault(layer, []) if (start, end) != self._whole else self._runs.get(layer, [])
+        whole = (0, self._geometry.slice_bytes(layer))
+        runs = self._runs.setdefault(layer, []) if (start, end) != whole else self._runs.get(layer, [])
         at = bisect_left(runs, (start, end))
         if (at and runs[at - 1][1] > start) or (at < len(runs) and runs[at][0] < end):
             raise InvalidFrame(f"bytes {start}..{end} of layer {layer} arrived before", layer=layer)
         joins_before = at > 0 and runs[at - 1][1] == start
         joins_after = at < len(runs) and runs[at][0] == end
         run = (runs[at - 1][0] if joins_before else start, runs[at][1] if joins_after else end)
-        if run != self._whole:
+        if run != whole:
             runs[at - joins_before : at + joins_after] = [run]
             return False
         self._runs.pop(layer, None)
@@ -136,10 +138,10 @@ class Ingests:
         self.wait_s = wait_s
         self.uploads: dict[bytes, deque[_Upload]] = {}  # By object. The first one is under way, the others wait.
 
-    def begin(self, client: Client, request: SaveRequest) -> Ingest:
+    def begin(self, caller: Caller, client: Client, request: SaveRequest) -> Ingest:
         """Use it as ``async with``: leaving without `commit` abandons the upload. Raises InvalidRequest."""
         self.check(request)
-        return Ingest(self, client, request)
+        return Ingest(self, caller, client, request)
 
     def check(self, request: SaveRequest) -> None:
         """Raises InvalidRequest where the request contradicts itself."""
@@ -150,8 +152,9 @@ class Ingests:
 class Ingest:
     """One save: ``async with`` reserves, `write` fills, `commit` makes it visible."""
 
-    def __init__(self, ingests: Ingests, client: Client, request: SaveRequest) -> None:
+    def __init__(self, ingests: Ingests, caller: Caller, client: Client, request: SaveRequest) -> None:
         self._all = ingests
+        self._caller = caller
         self._client = client
         self._request = request
         self._outcome = SaveOutcome()
@@ -159,8 +162,7 @@ class Ingest:
         self._checksums = np.zeros((len(request.keys), request.shard.layers), np.uint64)  # Of what came.
         self._hashing: set[asyncio.Future[int]] = set()
         self._geometries = [block_geometry(request.layout, request.shard, count) for count in request.token_counts]
-        starts = np.cumsum([0, *(geometry.slice_bytes for geometry in self._geometries)])
-        self._layer_starts: list[int] = starts.tolist()  # Of each block, in the concatenation of one layer.
+        self._layer_starts = layer_starts(request.layout, request.shard, request.token_counts)
         self._received_bytes = 0
         self._no_room: KVError | None = None
         self._over = False
@@ -270,16 +272,18 @@ class Ingest:
             raise InvalidFrame(
                 f"layer {frame.layer} or block {frame.first_block} is outside the save", layer=frame.layer
             )
-        if frame.first_offset_bytes >= self._geometries[frame.first_block].slice_bytes or not len(frame.payload):
+        starts = self._layer_starts[frame.layer]
+        first_end = starts[frame.first_block + 1] - starts[frame.first_block]
+        if frame.first_offset_bytes >= first_end or not len(frame.payload):
             raise InvalidFrame("the payload is empty, or starts behind its block's slice", layer=frame.layer)
-        start = self._layer_starts[frame.first_block] + frame.first_offset_bytes
-        if start + len(frame.payload) > self._layer_starts[-1]:
+        start = starts[frame.first_block] + frame.first_offset_bytes
+        if start + len(frame.payload) > starts[-1]:
             raise InvalidFrame("the payload reaches beyond the last block", layer=frame.layer)
         payload = np.frombuffer(frame.payload, np.uint8)
         block, taken = frame.first_block, 0
         while taken < len(payload):
-            offset = start + taken - self._layer_starts[block]
-            size = min(len(payload) - taken, self._geometries[block].slice_bytes - offset)
+            offset = start + taken - starts[block]
+            size = min(len(payload) - taken, starts[block + 1] - starts[block] - offset)
             self._put(block, frame.layer, offset, payload[taken : taken + size])
             taken += size
             block += 1
@@ -374,6 +378,7 @@ class Ingest:
                 request.shard,
                 parent_key=request.keys[upload.position - 1] if upload.position else request.parent_key,
                 layout_id=request.layout_id,
+                tenant=self._caller.tenant.number,
                 token_count=request.token_counts[upload.position],
                 size_bytes=upload.geometry.image_bytes,
                 trailer_checksum=checksum(trailer),

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from kvservice.blocks import Rows
 from kvservice.clock import Clock
 from kvservice.counters import Counters
+from kvservice.store.caller import Caller
 from kvservice.store.pace import Pace
 from kvservice.store.residency import Residency
 from kvservice.store.tasks import Tasks
@@ -91,7 +92,7 @@ class Leases:
 
     # Clients
 
-    def attach(self, name: str) -> Client:
+    def attach(self, caller: Caller, name: str) -> Client:
         if len(name) > 200:
             raise InvalidRequest("client_name is longer than 200 characters", field="client_name")
         if len(self._clients) >= self._clients_max:
@@ -100,15 +101,19 @@ class Leases:
         self._clients[client.client_id] = client
         return client
 
-    def detach(self, client: Client) -> None:
+    def detach(self, caller: Caller, client: Client) -> None:
         """End the client's leases, and whatever else hangs on it."""
         del self._clients[client.client_id]
         self._end([self._leases[lease_id] for lease_id in client.leases])
         for callback in list(client.on_detach):
             callback()
 
-    def client(self, client_id: bytes) -> Client:
-        client = self._clients.get(client_id)
+    def is_attached(self, client_id: bytes) -> bool:
+        return client_id in self._clients
+
+    def client(self, caller: Caller) -> Client:
+        """The attached client that asks. Raises UnknownClient."""
+        client = self._clients.get(caller.client)
         if client is None:
             raise UnknownClient("no attached client has this id: attach, then ask again", field="client_id")
         return client
@@ -141,9 +146,9 @@ class Leases:
         self._counters.leases_granted += 1
         return lease
 
-    def get(self, client_id: bytes, lease_id: int) -> Lease:
+    def get(self, caller: Caller, lease_id: int) -> Lease:
         """The lease. Raises LeaseExpired once its time is over, whether or not `expire` has run."""
-        client = self.client(client_id)
+        client = self.client(caller)
         lease = self._leases.get(lease_id)
         if lease is None or self._ends_at_s[lease_id] <= self._clock.monotonic_s():
             raise LeaseExpired("the lease has ended: look the prefix up again", lease_id=lease_id)
@@ -151,14 +156,14 @@ class Leases:
             raise LeaseNotYours("the lease belongs to another client", lease_id=lease_id)
         return lease
 
-    def renew(self, client_id: bytes, lease_id: int, ttl_s: float) -> None:
-        self._set_end(self.get(client_id, lease_id).lease_id, ttl_s)
+    def renew(self, caller: Caller, lease_id: int, ttl_s: float) -> None:
+        self._set_end(self.get(caller, lease_id).lease_id, ttl_s)
 
-    def release(self, client_id: bytes, lease_id: int) -> None:
+    def release(self, caller: Caller, lease_id: int) -> None:
         lease = self._leases.get(lease_id)
         if lease is None:
             return
-        if lease.client.client_id != client_id:
+        if lease.client.client_id != caller.client:
             raise LeaseNotYours("the lease belongs to another client", lease_id=lease_id)
         self._end([lease])
 

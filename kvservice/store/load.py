@@ -18,6 +18,7 @@ import numpy as np
 from kvservice.blocks import Extent, TierName
 from kvservice.counters import Counters
 from kvservice.store import pieces
+from kvservice.store.caller import Caller
 from kvservice.store.coverage import HeadRun, cover
 from kvservice.store.leases import Lease
 from kvservice.store.pace import Pace
@@ -108,7 +109,7 @@ class Loads:
         self.scratch = _ScratchBudget(_SCRATCH_BYTES, _SCRATCH_WAIT_S)
 
     async def run(
-        self, lease: Lease, blocks: range, layers: range, encode: Callable[[Part], T]
+        self, caller: Caller, lease: Lease, blocks: range, layers: range, encode: Callable[[Part], T]
     ) -> AsyncGenerator[T, None]:
         """Every frame of a load, in order. `encode` runs on a thread, after the frame's slices are verified.
 
@@ -207,7 +208,7 @@ class _Load:
                 await self._quarantine(source, TierName.DRAM, "the trailer")
         read_through = [source for source in self._sources.values() if source.ssd_extent is not None]
         # One layer of each is being sent while the next one is being read.
-        wanted_bytes = sum(2 * (source.geometry.slice_stride + PAGE_BYTES) for source in read_through)
+        wanted_bytes = sum(2 * (source.geometry.slice_bytes_max + 2 * PAGE_BYTES) for source in read_through)
         await loads.scratch.take(wanted_bytes)
         self._scratch_bytes = wanted_bytes
         await _gather(self._fetch_trailer, read_through)
@@ -297,7 +298,7 @@ class _Load:
             landing = source.landing
             await landing.layer_ready(layer)
             # Small slices share pages with neighbours that are still being read: they are verified once more.
-            expected = int(landing.checksums[layer]) if source.geometry.slice_stride % PAGE_BYTES else None
+            expected = int(landing.checksums[layer]) if source.geometry.shares_pages(layer) else None
             return Slice(source.row, layer, landing.image[begin:end], expected)
         assert source.trailer is not None
         start, stop = pieces.page_range(source.geometry, layer, layer + 1)
@@ -339,15 +340,22 @@ class _Load:
         plan, rows = self._plans[block], self._rows_of_block[block]
         if plan is None:
             return [slices[rows[0]].data]
+        model_layer = layer + self._shard.layer_begin
         keys, values = [], []
+        taken = 0
         for run in plan[layer]:
             source = self._sources[rows[run.source]]
-            data, geometry = slices[source.row].data, source.geometry
-            k_head = geometry.k_bytes // source.shard.heads
-            v_head = (geometry.slice_bytes - geometry.k_bytes) // source.shard.heads
-            first, last = run.begin - source.shard.head_begin, run.end - source.shard.head_begin
-            keys.append(data[first * k_head : last * k_head])
-            values.append(data[geometry.k_bytes + first * v_head : geometry.k_bytes + last * v_head])
+            begin, end = self._layout.heads_between(model_layer, run.begin, run.end)
+            begin = max(begin, taken)  # A head that two shards hold is taken from the first.
+            if begin >= end:
+                continue
+            taken = end
+            data = slices[source.row].data
+            (k_start, k_end), (v_start, v_end) = source.geometry.slices[
+                model_layer - source.shard.layer_begin
+            ].head_runs(begin, end)
+            keys.append(data[k_start:k_end])
+            values.append(data[v_start:v_end])
         return keys + values
 
     async def finish(self, part: Part, encode: Callable[[Part], T]) -> T:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from kvservice.blocks import Extent, Rows, TierName
 from kvservice.counters import Counters
 from kvservice.store import pieces
+from kvservice.store.caller import Caller
 from kvservice.store.leases import Lease
 from kvservice.store.promotion import Landing, Promotion
 from kvservice.store.residency import Residency
@@ -61,7 +62,7 @@ class Locates:
         self.open_count = 0
 
     async def run(
-        self, lease: Lease, blocks: range, *, verify: bool, open_max: int
+        self, caller: Caller, lease: Lease, blocks: range, *, verify: bool, open_max: int
     ) -> AsyncGenerator[Located | NotInPlace | int, None]:
         """First the places, then how many layers are there, until all are. Then nothing more: the rows stay
         in their places until this is closed, or the client is gone.

@@ -30,11 +30,14 @@ def cut(geometry: BlockGeometry, piece_bytes: int) -> tuple[Piece, ...]:
     Small slices do not start on pages, so neighbouring pieces may share a page; both carry the
     same bytes of it.
     """
-    layers = max(1, -(-piece_bytes // geometry.slice_stride))
     pieces = []
-    for begin in range(0, geometry.slice_count, layers):
-        end = min(begin + layers, geometry.slice_count)
-        pieces.append(Piece(begin, end, *page_range(geometry, begin, end)))
+    begin, start = 0, 0
+    for layer in range(geometry.slice_count):
+        is_last = layer + 1 == geometry.slice_count
+        next_start = geometry.slices[-1].end if is_last else geometry.slices[layer + 1].start
+        if is_last or next_start - start >= piece_bytes:
+            pieces.append(Piece(begin, layer + 1, *page_range(geometry, begin, layer + 1)))
+            begin, start = layer + 1, next_start
     return tuple(pieces)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from kvservice.blocks import NO_ROW, BlockTable, Rows, TierName
 from kvservice.clock import Clock
+from kvservice.store.caller import Caller
 from kvservice.store.residency import Residency
 from kvservice.store.write_behind import WriteBehind
 from kvservice_api.errors import InvalidRequest, KVError, PinsFull
@@ -63,7 +64,7 @@ class Pins:
         used = slice(self._blocks.row_end)
         self._blocks.pinned_until_ms[used] = np.minimum(self._blocks.pinned_until_ms[used], latest)
 
-    async def pin(self, keys: Sequence[bytes], ttl_ms: int) -> PinOutcome:
+    async def pin(self, caller: Caller, keys: Sequence[bytes], ttl_ms: int) -> PinOutcome:
         """Keep these blocks for so long from now, whatever their pins were before; all of them or none.
 
         Returns once the index has it. Keys under which nothing is stored are counted. Raises
@@ -85,7 +86,7 @@ class Pins:
         self._write_soon(rows)
         return PinOutcome(len(rows), missing, until_ms, pinned_bytes, pinned_bytes_max)
 
-    async def unpin(self, keys: Sequence[bytes]) -> UnpinOutcome:
+    async def unpin(self, caller: Caller, keys: Sequence[bytes]) -> UnpinOutcome:
         """End pins before their time. Returns once the index has it. Raises StorageFailed, IndexFull."""
         rows, missing = self._rows(keys)
         pinned = rows[self._blocks.pinned_until_ms[rows] > self._clock.wall_ms()]

@@ -28,7 +28,7 @@ _ROOM_FOR_MORE = 1.25  # Times the rows there are.
 _ROWS_MAX = 1 << 26  # A table of so many takes 20 GB of addresses, and memory for the rows in use.
 
 _MERGED = ("access_seq", "used_at_ms", "hits", "pinned_until_ms")  # Of two records of one object the greater counts.
-_COPIED = ("layout_id", "token_count", "trailer_checksum", "parent_key", "stored_at_ms", *_MERGED)
+_COPIED = ("layout_id", "tenant", "token_count", "trailer_checksum", "parent_key", "stored_at_ms", *_MERGED)
 
 
 def recover(index: BlockIndex, tiers: Mapping[TierName, Tier], history: History | None = None) -> BlockTable:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from kvservice.blocks import NO_ROW, BlockTable
 from kvservice.clock import Clock
+from kvservice.store.caller import Caller
 from kvservice.store.leases import Lease
 from kvservice_api.errors import InvalidRequest, KVError, RequestNotFound
 from kvservice_api.layout import Layout, Shard
@@ -104,7 +105,7 @@ class Requests:
         if len(request_id.encode()) > _ID_BYTES_MAX:
             raise InvalidRequest(f"request_id is longer than {_ID_BYTES_MAX} bytes", field="request_id")
 
-    def get(self, request_id: str) -> RequestRecord:
+    def get(self, caller: Caller, request_id: str) -> RequestRecord:
         """Raises RequestNotFound."""
         if request_id not in self._records:
             raise RequestNotFound(
@@ -141,8 +142,11 @@ class Requests:
             record.other_layout_ids = tuple(same)
         self._add(request_id, record, lease)
 
-    def note_report(self, request_id: str, report: ReportRecord) -> None:
-        """One that was noted before, under the same id of its own, is not noted again."""
+    def note_report(self, caller: Caller, request_id: str, report: ReportRecord) -> None:
+        """One that was noted before, under the same id of its own, is not noted again. Raises InvalidRequest."""
+        self.check_id(request_id)
+        if not request_id:
+            raise InvalidRequest("a report names its request", field="request_id")
         if self._requests_max:
             request = self._record(request_id)
             if report.report_id and any(report.report_id == each.report_id for each in request.reports):
@@ -174,7 +178,9 @@ class Requests:
             self._by_lease[lease.lease_id] = record
 
     @contextmanager
-    def load(self, lease: Lease, blocks: range, layers: range, *, in_place: bool = False) -> Iterator[LoadRecord]:
+    def load(
+        self, caller: Caller, lease: Lease, blocks: range, layers: range, *, in_place: bool = False
+    ) -> Iterator[LoadRecord]:
         """Notes a load of the lease while it runs, and how it ended. The caller counts `sent_bytes`."""
         lookup = self._by_lease.get(lease.lease_id)
         rows = lease.rows[blocks.start : blocks.stop]

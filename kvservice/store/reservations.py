@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvservice.blocks import Extent
+from kvservice.store.caller import Caller
 from kvservice.store.history import Reason
 from kvservice.store.ingest import Ingest, Ingests, SaveOutcome, SaveRequest
 from kvservice.store.leases import Client
@@ -42,8 +43,10 @@ class Place(NamedTuple):
 class Reservation(Ingest):
     """Blocks of one save that the client writes in place."""
 
-    def __init__(self, ingests: Ingests, client: Client, request: SaveRequest, writer: Writer, *, on_ssd: bool) -> None:
-        super().__init__(ingests, client, request)
+    def __init__(
+        self, ingests: Ingests, caller: Caller, client: Client, request: SaveRequest, writer: Writer, *, on_ssd: bool
+    ) -> None:
+        super().__init__(ingests, caller, client, request)
         self.client = client
         self._writer = writer
         self._on_ssd = on_ssd
@@ -149,7 +152,7 @@ class Reservations:
         return writer
 
     async def reserve(
-        self, reservation_id: int, client: Client, request: SaveRequest, *, on_ssd: bool
+        self, caller: Caller, reservation_id: int, client: Client, request: SaveRequest, *, on_ssd: bool
     ) -> tuple[Reservation, list[Place]]:
         """Waits, as a save does, for others that store the same blocks, and for room."""
         if not reservation_id or reservation_id in self._open:
@@ -159,7 +162,7 @@ class Reservations:
             self._ingests.residency.history.note_keys(request.keys, Reason.REFUSED, error.reason)
             raise error
         self._ingests.check(request)
-        reservation = Reservation(self._ingests, client, request, self.writer(client), on_ssd=on_ssd)
+        reservation = Reservation(self._ingests, caller, client, request, self.writer(client), on_ssd=on_ssd)
         self._open[reservation_id] = reservation
         try:
             await reservation.__aenter__()
@@ -168,7 +171,9 @@ class Reservations:
             raise
         return reservation, reservation.hand_over()
 
-    async def commit(self, reservation_id: int, client: Client, checksums: NDArray[np.uint64]) -> SaveOutcome:
+    async def commit(
+        self, caller: Caller, reservation_id: int, client: Client, checksums: NDArray[np.uint64]
+    ) -> SaveOutcome:
         """Raises ReservationEnded, ReservationNotYours; InvalidRequest, after which the reservation goes on."""
         reservation = self._get(reservation_id, client)
         if reservation is None or not reservation.is_handed_over:
@@ -177,7 +182,7 @@ class Reservations:
         del self._open[reservation_id]
         return await reservation.commit_in_place(checksums)
 
-    def abandon(self, reservation_id: int, client: Client) -> None:
+    def abandon(self, caller: Caller, reservation_id: int, client: Client) -> None:
         """Raises ReservationNotYours."""
         reservation = self._get(reservation_id, client)
         if reservation is not None:

@@ -33,8 +33,8 @@ _SETTLED_WITHIN_S = 5.0
 _FLUSH_ROWS = 1024  # A few milliseconds of the event loop.
 
 _COPIED = (
-    "layout_id token_count hits trailer_checksum stored_at_ms used_at_ms access_seq parent_key pinned_until_ms".split()
-)
+    "layout_id token_count hits trailer_checksum stored_at_ms used_at_ms access_seq parent_key pinned_until_ms tenant"
+).split()
 
 
 class Residency:

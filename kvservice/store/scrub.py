@@ -14,6 +14,7 @@ from kvservice.blocks import TierName
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.store import pieces
+from kvservice.store.caller import Caller
 from kvservice.store.residency import Residency
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.io_pool import ended
@@ -57,7 +58,9 @@ class Scrub:
         self._bytes_per_second = bytes_per_second
         self._running = False
 
-    async def run(self, tiers: Sequence[TierName], bytes_per_second: int = 0) -> AsyncGenerator[ScrubProgress, None]:
+    async def run(
+        self, caller: Caller, tiers: Sequence[TierName], bytes_per_second: int = 0
+    ) -> AsyncGenerator[ScrubProgress, None]:
         """Progress about twice a second, and a last one with `done`. Raises ScrubRunning."""
         if self._running:
             raise ScrubRunning("another scrub is under way: wait for it")

@@ -28,6 +28,7 @@ from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.index.session_records import Manifest
 from kvservice.store import manifests
+from kvservice.store.caller import Caller
 from kvservice.store.history import Reason
 from kvservice.store.manifests import Turn
 from kvservice.store.residency import Residency
@@ -112,12 +113,12 @@ class Sessions:
 
     # Reading
 
-    def get(self, fingerprint: bytes, session_id: str) -> Manifest:
+    def get(self, caller: Caller, fingerprint: bytes, session_id: str) -> Manifest:
         """The session's manifest; counts as a use. Raises SessionNotFound."""
         name = self._name(fingerprint, session_id)
         return self._use(name, self._found(name))
 
-    def called(self, session_id: str) -> list[Manifest]:
+    def called(self, caller: Caller, session_id: str) -> list[Manifest]:
         """The sessions of this id, in whatever layouts. No use of them. Raises SessionNotFound, which says why."""
         found = [manifest for each in self._index.layouts if (manifest := self._current((each, session_id)))]
         if not found:
@@ -136,7 +137,7 @@ class Sessions:
         return int(wrong[0]) if len(wrong) else len(hits)
 
     async def page(
-        self, start: int, size: int, session_id: str, layout_id: int | None
+        self, caller: Caller, start: int, size: int, session_id: str, layout_id: int | None
     ) -> tuple[list[Manifest], int | None]:
         """Up to `size` sessions from the serial number `start` on, in the order of beginning, and the next number."""
         if session_id:
@@ -159,7 +160,9 @@ class Sessions:
 
     # Changing
 
-    async def append(self, fingerprint: bytes, session_id: str, expected_revision: int, turn: Turn) -> Manifest:
+    async def append(
+        self, caller: Caller, fingerprint: bytes, session_id: str, expected_revision: int, turn: Turn
+    ) -> Manifest:
         """Add a turn; begin the session where 0 is expected. Returns once it is on disk."""
         name = self._name(fingerprint, session_id)
         layout = self._index.layouts[name[0]]
@@ -173,7 +176,12 @@ class Sessions:
         return await self._change(name, change)
 
     async def truncate(
-        self, fingerprint: bytes, session_id: str, expected_revision: int, keep: Sequence[tuple[int, int]]
+        self,
+        caller: Caller,
+        fingerprint: bytes,
+        session_id: str,
+        expected_revision: int,
+        keep: Sequence[tuple[int, int]],
     ) -> Manifest:
         """Keep only these token ranges, (first, count) each."""
         name = self._name(fingerprint, session_id)
@@ -181,7 +189,9 @@ class Sessions:
             name, lambda now: manifests.truncated(self._expected(name, now, expected_revision), keep)
         )
 
-    async def fork(self, fingerprint: bytes, session_id: str, new_id: str, expected_revision: int) -> Manifest:
+    async def fork(
+        self, caller: Caller, fingerprint: bytes, session_id: str, new_id: str, expected_revision: int
+    ) -> Manifest:
         """A copy under `new_id`. `expected_revision` 0 takes whichever there is."""
         name, new_name = self._name(fingerprint, session_id), self._name(fingerprint, new_id, "new_session_id")
         if name == new_name:
@@ -198,7 +208,7 @@ class Sessions:
 
         return await self._change(new_name, change)
 
-    async def end(self, fingerprint: bytes, session_id: str) -> bool:
+    async def end(self, caller: Caller, fingerprint: bytes, session_id: str) -> bool:
         """Forget a session. False where there was none."""
         name = self._name(fingerprint, session_id)
 

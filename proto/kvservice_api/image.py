@@ -5,15 +5,19 @@ range of heads is one run of bytes in K and one in V. The stored form of a block
 
     | slice 0 | slice 1 | ... | slice n-1 |  zeros  | trailer |      whole image: a multiple of 4 KiB
 
-Slices of 64 KiB or more start on 4 KiB; smaller ones follow one another without a gap. The trailer
-is the image's last bytes and holds one xxh3-64 per slice; see ``Trailer``.
+Slices of 64 KiB or more start and end on pages of 4 KiB that no other slice has; smaller ones follow
+one another without a gap. The trailer is the image's last bytes and holds one xxh3-64
+per slice; see ``Trailer``.
 """
 
 from __future__ import annotations
 
 import functools
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -26,25 +30,57 @@ PAGE_BYTES = 4096
 _ALIGNED_SLICE_BYTES = 64 * 1024
 
 
+class SliceGeometry(NamedTuple):
+    """Where one slice lies in an image, and which heads it has. Sizes in bytes."""
+
+    start: int
+    end: int
+    k_bytes: int  # The keys; the values follow.
+    head_begin: int  # The layer's own KV heads, a half-open range.
+    head_end: int
+
+    def head_runs(self, begin: int, end: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Where the heads `begin` to `end` lie in the slice: start and end of their keys, and of their values."""
+        heads, v_bytes = self.head_end - self.head_begin, self.end - self.start - self.k_bytes
+        k_head, v_head = self.k_bytes // heads, v_bytes // heads
+        first, last = begin - self.head_begin, end - self.head_begin
+        keys = (first * k_head, last * k_head)
+        return keys, (self.k_bytes + first * v_head, self.k_bytes + last * v_head)
+
+
 @dataclass(frozen=True, slots=True)
 class BlockGeometry:
-    """Where the bytes of one stored object lie in its image. Sizes in bytes."""
+    """Where the bytes of one stored object lie in its image. Sizes in bytes; layers count from the shard's first."""
 
-    slice_count: int
-    slice_bytes: int  # Payload of one slice.
-    slice_stride: int  # From one slice's start to the next one's.
-    k_bytes: int  # Of a slice, the keys; the values follow.
+    slices: tuple[SliceGeometry, ...]
     image_bytes: int  # The whole, trailer included; a multiple of 4 KiB.
     trailer_offset: int
 
     @property
+    def slice_count(self) -> int:
+        return len(self.slices)
+
+    @property
     def payload_bytes(self) -> int:
-        return self.slice_count * self.slice_bytes
+        return sum(each.end - each.start for each in self.slices)
+
+    @property
+    def slice_bytes_max(self) -> int:
+        return max(each.end - each.start for each in self.slices)
+
+    def slice_bytes(self, layer: int) -> int:
+        start, end = self.slice_range(layer)
+        return end - start
 
     def slice_range(self, layer: int) -> tuple[int, int]:
-        """Start and end of a layer's slice; layers count from the shard's first."""
-        start = layer * self.slice_stride
-        return start, start + self.slice_bytes
+        """Start and end of a layer's slice."""
+        return self.slices[layer][:2]
+
+    def shares_pages(self, layer: int) -> bool:
+        """Whether a 4 KiB page of the slice carries bytes of another slice too."""
+        start, end = self.slice_range(layer)
+        is_last = layer + 1 == len(self.slices)
+        return start % PAGE_BYTES != 0 or not (is_last or self.slices[layer + 1].start >= _aligned(end))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -52,19 +88,35 @@ def block_geometry(layout: Layout, shard: Shard, token_count: int) -> BlockGeome
     """The geometry of a block of `token_count` tokens, stored for `shard`."""
     if not 1 <= token_count <= layout.block_tokens:
         raise InvalidRequest(f"a block has 1..{layout.block_tokens} tokens, not {token_count}", field="token_count")
-    slice_bytes = layout.slice_bytes(shard.heads, token_count)
-    stride = _aligned(slice_bytes) if slice_bytes >= _ALIGNED_SLICE_BYTES else slice_bytes
-    end = (shard.layers - 1) * stride + slice_bytes
+    slices: list[SliceGeometry] = []
+    end, is_aligned = 0, False
+    for layer in range(shard.layer_begin, shard.layer_end):
+        group, (head_begin, head_end) = layout.group_of(layer), layout.heads_of(shard, layer)
+        size = group.slice_bytes(head_end - head_begin, token_count)
+        was_aligned, is_aligned = is_aligned, size >= _ALIGNED_SLICE_BYTES
+        start = _aligned(end) if is_aligned or was_aligned else end
+        end = start + size
+        k_bytes = (head_end - head_begin) * token_count * group.k_head_dim * group.dtype_bytes
+        slices.append(SliceGeometry(start, end, k_bytes, head_begin, head_end))
     trailer_bytes = Trailer.size_bytes(shard.layers)
     image_bytes = _aligned(end + trailer_bytes)
-    return BlockGeometry(
-        slice_count=shard.layers,
-        slice_bytes=slice_bytes,
-        slice_stride=stride,
-        k_bytes=shard.heads * token_count * layout.k_head_dim * layout.dtype_bytes,
-        image_bytes=image_bytes,
-        trailer_offset=image_bytes - trailer_bytes,
-    )
+    return BlockGeometry(tuple(slices), image_bytes, image_bytes - trailer_bytes)
+
+
+def layer_starts(layout: Layout, shard: Shard, token_counts: Sequence[int]) -> list[list[int]]:
+    """For each layer of the shard, where each block's slice starts in that layer's bytes, block after block.
+
+    Each list ends with the layer's size in bytes. Layers of one size share a list: do not change it.
+    """
+    tokens = list(accumulate(token_counts, initial=0))
+    of_size: dict[int, list[int]] = {}
+    starts: list[list[int]] = []
+    for layer in range(shard.layer_begin, shard.layer_end):
+        per_token = layout.shard_slice_bytes(shard, layer, 1)
+        if per_token not in of_size:
+            of_size[per_token] = [count * per_token for count in tokens]
+        starts.append(of_size[per_token])
+    return starts
 
 
 #  | "KVTR" | version u16 | slices u16 | block key 32 | shard 8 | slices x xxh3-64 |      little-endian

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from kvservice_api.errors import InvalidLayout, InvalidRequest, LayoutMismatch
 from kvservice_api.v1 import types_pb2 as pb
@@ -23,10 +23,19 @@ DTYPE_BYTES: Mapping[str, int] = {
 }
 
 _LAYOUT_TAG = b"kvservice/layout/1"
+_GROUPS_TAG = b"kvservice/layout/2"
 _PAIRINGS = ("half", "interleaved")
 
 # Ceilings keep every product of dimensions far inside 64 bits, and a slice inside 32.
-_LIMITS = {"layers": 4096, "kv_heads": 4096, "k_head_dim": 65536, "v_head_dim": 65536, "block_tokens": 65536}
+_LAYERS_MAX = 4096
+_BLOCK_TOKENS_MAX = 65536
+_GROUP_LIMITS = {
+    "layers": _LAYERS_MAX,
+    "kv_heads": 4096,
+    "k_head_dim": 65536,
+    "v_head_dim": 65536,
+    "window": 2**31 - 1,
+}
 _SLICE_BYTES_MAX = 2**30
 _TEXT_BYTES_MAX = 1024
 
@@ -52,46 +61,48 @@ class Rotary:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """Geometry and identity of one whole model's KV. No shard in it.
+class LayerGroup:
+    """Consecutive layers of a model whose KV has one geometry. Checked when a `Layout` is made of it.
 
-    Raises InvalidLayout where a dimension is zero or too large, or a name is unknown.
-    `v_head_dim` may be 0: K and V are then one latent vector, stored as K.
+    `v_head_dim` is 0 where K and V are one latent vector, stored as K. `window` is the number of tokens that a
+    sliding-window layer attends to, and 0 where a layer attends to all tokens.
     """
 
-    model_id: str
-    dtype: str
     layers: int
     kv_heads: int
     k_head_dim: int
     v_head_dim: int
-    model_revision: str = ""
-    block_tokens: int = 256
+    dtype: str
+    window: int = 0
     rotary: Rotary = field(default_factory=Rotary)
-    rotated: bool = True
 
-    def __post_init__(self) -> None:
-        for name, limit in _LIMITS.items():
-            value = getattr(self, name)
-            least = 0 if name == "v_head_dim" else 1
-            if not isinstance(value, int) or not least <= value <= limit:
-                raise InvalidLayout(f"{name} is {value!r}; it must be in {least}..{limit}", field=name)
+    @property
+    def attention(self) -> str:
+        """ "full", "sliding(WINDOW)" or "latent"."""
+        if self.window:
+            return f"sliding({self.window})"
+        return "full" if self.v_head_dim else "latent"
+
+    @property
+    def dtype_bytes(self) -> int:
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def geometry(self) -> tuple[int, int, int, str]:
+        """What the bytes of a layer depend on: KV heads, head dims of K and V, element type."""
+        return self.kv_heads, self.k_head_dim, self.v_head_dim, self.dtype
+
+    def slice_bytes(self, heads: int, tokens: int) -> int:
+        """Bytes of one layer of a block with `tokens` tokens, for `heads` heads."""
+        return heads * tokens * (self.k_head_dim + self.v_head_dim) * self.dtype_bytes
+
+    def check(self) -> None:
+        """Raises InvalidLayout where a dimension is out of range, or a name is unknown."""
+        for name, limit in _GROUP_LIMITS.items():
+            value, least = getattr(self, name), 0 if name in ("v_head_dim", "window") else 1
+            _check_number(name, value, least, limit)
         if self.dtype not in DTYPE_BYTES:
             raise InvalidLayout(f"dtype {self.dtype!r} is not one of {', '.join(DTYPE_BYTES)}", field="dtype")
-        if not self.model_id:
-            raise InvalidLayout("model_id is empty", field="model_id")
-        for name, text in (("model_id", self.model_id), ("model_revision", self.model_revision)):
-            if len(text.encode()) > _TEXT_BYTES_MAX:
-                raise InvalidLayout(f"{name} is longer than {_TEXT_BYTES_MAX} bytes", field=name)
-        self._check_rotary()
-        whole = self.slice_bytes(self.kv_heads, self.block_tokens)
-        if whole > _SLICE_BYTES_MAX:
-            raise InvalidLayout(
-                f"one layer of one block would take {whole} bytes; at most {_SLICE_BYTES_MAX} are allowed",
-                field="block_tokens",
-            )
-
-    def _check_rotary(self) -> None:
         rotary = self.rotary
         if rotary.pairing not in _PAIRINGS:
             raise InvalidLayout(f"pairing {rotary.pairing!r} is not one of {', '.join(_PAIRINGS)}", field="rotary")
@@ -105,83 +116,222 @@ class Layout:
         if len(rotary.kind.encode()) > _TEXT_BYTES_MAX or len(rotary.parameters) > 64:
             raise InvalidLayout("rotary has too long a kind or too many parameters", field="rotary")
 
-    @property
-    def dtype_bytes(self) -> int:
-        return DTYPE_BYTES[self.dtype]
+
+@dataclass(frozen=True, slots=True, eq=False, init=False)
+class Layout:
+    """Geometry and identity of one whole model's KV: an ordered list of layer groups. It contains no shard.
+
+    Most models have one geometry in all layers, and are given by it::
+
+        Layout("llama", "bfloat16", layers=32, kv_heads=8, k_head_dim=128, v_head_dim=128)
+
+    A model whose layers differ is given by its groups, in the order of its layers; neighbours that are equal
+    become one group::
+
+        Layout("gemma", groups=[LayerGroup(5, 8, 256, 256, "bfloat16", window=1024), LayerGroup(1, ...), ...])
+
+    Raises InvalidLayout where a dimension is zero or too large, or a name is unknown.
+    """
+
+    model_id: str
+    groups: tuple[LayerGroup, ...]
+    model_revision: str
+    block_tokens: int
+    rotated: bool  # Whether stored keys carry the rotation of their positions.
+    fingerprint: bytes = field(init=False, repr=False)  # SHA-256 over the canonical encoding, 32 bytes.
+    _group_of_layer: tuple[LayerGroup, ...] = field(init=False, repr=False)
+
+    def __init__(
+        self,
+        model_id: str,
+        dtype: str | None = None,
+        layers: int | None = None,
+        kv_heads: int | None = None,
+        k_head_dim: int | None = None,
+        v_head_dim: int | None = None,
+        model_revision: str = "",
+        block_tokens: int = 256,
+        rotary: Rotary | None = None,
+        rotated: bool = True,
+        *,
+        groups: Sequence[LayerGroup] = (),
+    ) -> None:
+        geometry = {"dtype": dtype, "layers": layers, "kv_heads": kv_heads, "k_head_dim": k_head_dim,
+                    "v_head_dim": v_head_dim, "rotary": rotary}  # fmt: skip
+        given: dict[str, Any] = {name: value for name, value in geometry.items() if value is not None}
+        if len(groups) > 1 and given:
+            name = next(iter(given))
+            raise InvalidLayout(f"{name} is given beside several groups: each has its own", field=name)
+        if groups:
+            groups = [replace(group, **given) for group in groups]  # So dataclasses.replace works for one geometry.
+        else:
+            missing = [name for name in geometry if name not in given and name != "rotary"]
+            if missing:
+                raise InvalidLayout(f"{missing[0]} is missing", field=missing[0])
+            groups = [LayerGroup(**given)]
+        for group in groups:
+            group.check()
+        joined = _joined(groups)
+        self._set(model_id=model_id, model_revision=model_revision, block_tokens=block_tokens, rotated=bool(rotated))
+        self._set(groups=joined, _group_of_layer=tuple(group for group in joined for _ in range(group.layers)))
+        self._check()
+        self._set(fingerprint=hashlib.sha256(self.encode()).digest())
+
+    def _set(self, **fields: object) -> None:
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    def _check(self) -> None:
+        _check_number("layers", self.layers, 1, _LAYERS_MAX)
+        _check_number("block_tokens", self.block_tokens, 1, _BLOCK_TOKENS_MAX)
+        if not self.model_id:
+            raise InvalidLayout("model_id is empty", field="model_id")
+        for name, text in (("model_id", self.model_id), ("model_revision", self.model_revision)):
+            if len(text.encode()) > _TEXT_BYTES_MAX:
+                raise InvalidLayout(f"{name} is longer than {_TEXT_BYTES_MAX} bytes", field=name)
+        whole = max(group.slice_bytes(group.kv_heads, self.block_tokens) for group in self.groups)
+        if whole > _SLICE_BYTES_MAX:
+            raise InvalidLayout(
+                f"one layer of one block would take {whole} bytes; at most {_SLICE_BYTES_MAX} are allowed",
+                field="block_tokens",
+            )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Layout) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return int.from_bytes(self.fingerprint[:8])  # The same in every process: layouts are pickled.
 
     @property
-    def fingerprint(self) -> bytes:
-        """SHA-256 over the canonical encoding, 32 bytes."""
-        return _fingerprint(self)
+    def layers(self) -> int:
+        """Layers of all groups together."""
+        return len(self._group_of_layer)
+
+    @property
+    def kv_heads(self) -> int:
+        """The most KV heads that a layer has: the scale of a shard's head range (`heads_of`)."""
+        return max(group.kv_heads for group in self.groups)
+
+    @property
+    def dtype(self) -> str:
+        """What all groups have in common. Raises InvalidLayout where they differ, as the next three do."""
+        return str(self._common("dtype"))
+
+    @property
+    def k_head_dim(self) -> int:
+        return int(self._common("k_head_dim"))
+
+    @property
+    def v_head_dim(self) -> int:
+        return int(self._common("v_head_dim"))
+
+    @property
+    def rotary(self) -> Rotary:
+        rotary: Rotary = self._common("rotary")
+        return rotary
+
+    def _common(self, name: str) -> Any:
+        values = {getattr(group, name) for group in self.groups}
+        if len(values) > 1:
+            raise InvalidLayout(f"the layer groups of this layout differ in {name}: read it per group", field=name)
+        return values.pop()
 
     @property
     def bytes_per_token(self) -> int:
         """KV bytes of one token, over all layers and heads."""
-        return self.layers * self.slice_bytes(self.kv_heads, 1)
+        return sum(group.layers * group.slice_bytes(group.kv_heads, 1) for group in self.groups)
+
+    def group_of(self, layer: int) -> LayerGroup:
+        """The group of a layer, counted from the model's first."""
+        return self._group_of_layer[layer]
+
+    def heads_of(self, shard: Shard, layer: int) -> tuple[int, int]:
+        """The half-open range of a layer's own KV heads that belong to a shard.
+
+        A shard's head range counts in the layout's `kv_heads`. A layer with fewer heads is divided in the same
+        proportion. Where that cuts a head, both neighbours hold it, as engines replicate heads when there are
+        more ranks than heads.
+        """
+        return self.heads_between(layer, shard.head_begin, shard.head_end)
+
+    def heads_between(self, layer: int, begin: int, end: int) -> tuple[int, int]:
+        """`heads_of` for the head range `begin` to `end` of a shard."""
+        heads, scale = self._group_of_layer[layer].kv_heads, self.kv_heads
+        return begin * heads // scale, -(-end * heads // scale)
 
     def slice_bytes(self, heads: int, tokens: int) -> int:
-        """Bytes of one layer of a block with `tokens` tokens, for `heads` heads."""
-        return heads * tokens * (self.k_head_dim + self.v_head_dim) * self.dtype_bytes
+        """Bytes of one layer of a block with `tokens` tokens, for `heads` heads, where all layers are alike.
+
+        Raises InvalidLayout where they are not: see `shard_slice_bytes`.
+        """
+        sizes = {group.slice_bytes(heads, tokens) for group in self.groups}
+        if len(sizes) > 1:
+            raise InvalidLayout("the layers of this layout differ in size: ask per layer", field="layers")
+        return sizes.pop()
+
+    def shard_slice_bytes(self, shard: Shard, layer: int, tokens: int) -> int:
+        """Bytes of a shard's part of one layer, counted from the model's first, of a block with `tokens` tokens."""
+        begin, end = self.heads_of(shard, layer)
+        return self._group_of_layer[layer].slice_bytes(end - begin, tokens)
 
     def encode(self) -> bytes:
-        """The canonical encoding: fields in order, u32 lengths before text, numbers big-endian."""
-        rotary = self.rotary
-        dims = (self.layers, self.kv_heads, self.k_head_dim, self.v_head_dim, self.block_tokens)
-        parts = [
-            _LAYOUT_TAG,
-            *(_text(value) for value in (self.model_id, self.model_revision, self.dtype)),
-            struct.pack(">5I?", *dims, self.rotated),
-            _text(rotary.kind),
-            _text(rotary.pairing),
-            struct.pack(">IdI", rotary.dims, rotary.base, len(rotary.parameters)),
-        ]
-        for name, value in rotary.parameters:
-            parts += [_text(name), struct.pack(">d", value)]
+        """The canonical encoding: fields in order, u32 lengths before text, numbers big-endian.
+
+        One group without a window has the encoding of the first version, so its fingerprint never changes.
+        """
+        if len(self.groups) == 1 and not self.groups[0].window:
+            (group,) = self.groups
+            dims = (group.layers, group.kv_heads, group.k_head_dim, group.v_head_dim, self.block_tokens)
+            texts = (self.model_id, self.model_revision, group.dtype)
+            head = [_LAYOUT_TAG, *map(_text, texts), struct.pack(">5I?", *dims, self.rotated)]
+            return b"".join([*head, *_encoded(group.rotary)])
+        parts = [_GROUPS_TAG, _text(self.model_id), _text(self.model_revision)]
+        parts.append(struct.pack(">I?I", self.block_tokens, self.rotated, len(self.groups)))
+        for group in self.groups:
+            dims = (group.layers, group.kv_heads, group.k_head_dim, group.v_head_dim, group.window)
+            parts += [_text(group.dtype), struct.pack(">5I", *dims), *_encoded(group.rotary)]
         return b"".join(parts)
 
     def to_proto(self) -> pb.Layout:
-        rotary = self.rotary
-        return pb.Layout(
+        """One group without a window in the fields of the first version, anything else in `groups`."""
+        message = pb.Layout(
             model_id=self.model_id,
             model_revision=self.model_revision,
-            dtype=self.dtype,
-            layers=self.layers,
-            kv_heads=self.kv_heads,
-            k_head_dim=self.k_head_dim,
-            v_head_dim=self.v_head_dim,
             block_tokens=self.block_tokens,
-            rotary=pb.Rotary(
-                kind=rotary.kind,
-                pairing=rotary.pairing,
-                dims=rotary.dims,
-                base=rotary.base,
-                parameters=dict(rotary.parameters),
-            ),
             rotated=self.rotated,
         )
+        first = self.groups[0]
+        if len(self.groups) > 1 or first.window:
+            message.groups.extend(_group_to_proto(group) for group in self.groups)
+            return message
+        message.dtype, message.layers, message.kv_heads = first.dtype, first.layers, first.kv_heads
+        message.k_head_dim, message.v_head_dim = first.k_head_dim, first.v_head_dim
+        message.rotary.CopyFrom(_rotary_to_proto(first.rotary))
+        return message
 
     @classmethod
     def from_proto(cls, message: pb.Layout, fingerprint: bytes | None = None) -> Layout:
         """The layout in a message. Raises InvalidLayout, or LayoutMismatch for another fingerprint."""
-        rotary = message.rotary
-        layout = cls(
-            model_id=message.model_id,
-            model_revision=message.model_revision,
-            dtype=message.dtype,
-            layers=message.layers,
-            kv_heads=message.kv_heads,
-            k_head_dim=message.k_head_dim,
-            v_head_dim=message.v_head_dim,
-            block_tokens=message.block_tokens,
-            rotary=Rotary(
-                kind=rotary.kind,
-                pairing=rotary.pairing,
-                dims=rotary.dims,
-                base=rotary.base,
-                parameters=tuple(rotary.parameters.items()),
-            ),
-            rotated=message.rotated,
-        )
+        if len(message.groups) > _LAYERS_MAX:
+            raise InvalidLayout(f"{len(message.groups)} groups are given; at most {_LAYERS_MAX} may be", field="groups")
+        about: dict[str, Any] = {
+            "model_id": message.model_id,
+            "model_revision": message.model_revision,
+            "block_tokens": message.block_tokens,
+            "rotated": message.rotated,
+        }
+        if message.groups:
+            layout = cls(**about, groups=[_group_from_proto(group) for group in message.groups])
+        else:
+            layout = cls(
+                **about,
+                dtype=message.dtype,
+                layers=message.layers,
+                kv_heads=message.kv_heads,
+                k_head_dim=message.k_head_dim,
+                v_head_dim=message.v_head_dim,
+                rotary=_rotary_from_proto(message.rotary),
+            )
         if fingerprint is not None and fingerprint != layout.fingerprint:
             raise LayoutMismatch(
                 f"the layout's fingerprint is {layout.fingerprint.hex()}, not {fingerprint.hex() or 'empty'}",
@@ -192,7 +342,10 @@ class Layout:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Shard:
-    """The part of a block that one rank stores: half-open ranges of layers and KV heads."""
+    """The part of a block that one rank stores: half-open ranges of layers and KV heads.
+
+    Heads count in the layout's `kv_heads`; see `Layout.heads_of` for layers that have fewer.
+    """
 
     layer_begin: int
     layer_end: int
@@ -254,9 +407,72 @@ class Shard:
         return cls(message.layer_begin, message.layer_end, message.head_begin, message.head_end)
 
 
-@functools.lru_cache(maxsize=1024)
-def _fingerprint(layout: Layout) -> bytes:
-    return hashlib.sha256(layout.encode()).digest()
+def _check_number(name: str, value: object, least: int, limit: int) -> None:
+    if not isinstance(value, int) or not least <= value <= limit:
+        raise InvalidLayout(f"{name} is {value!r}; it must be in {least}..{limit}", field=name)
+
+
+def _joined(groups: Sequence[LayerGroup]) -> tuple[LayerGroup, ...]:
+    """Equal neighbours as one group: the same layers always have the same encoding."""
+    joined: list[LayerGroup] = []
+    for group in groups:
+        if joined and replace(joined[-1], layers=group.layers) == group:
+            joined[-1] = replace(group, layers=joined[-1].layers + group.layers)
+        else:
+            joined.append(group)
+    return tuple(joined)
+
+
+def _group_to_proto(group: LayerGroup) -> pb.LayerGroup:
+    return pb.LayerGroup(
+        layers=group.layers,
+        kv_heads=group.kv_heads,
+        k_head_dim=group.k_head_dim,
+        v_head_dim=group.v_head_dim,
+        dtype=group.dtype,
+        window=group.window,
+        rotary=_rotary_to_proto(group.rotary),
+    )
+
+
+def _group_from_proto(message: pb.LayerGroup) -> LayerGroup:
+    return LayerGroup(
+        layers=message.layers,
+        kv_heads=message.kv_heads,
+        k_head_dim=message.k_head_dim,
+        v_head_dim=message.v_head_dim,
+        dtype=message.dtype,
+        window=message.window,
+        rotary=_rotary_from_proto(message.rotary),
+    )
+
+
+def _rotary_to_proto(rotary: Rotary) -> pb.Rotary:
+    return pb.Rotary(
+        kind=rotary.kind,
+        pairing=rotary.pairing,
+        dims=rotary.dims,
+        base=rotary.base,
+        parameters=dict(rotary.parameters),
+    )
+
+
+def _rotary_from_proto(message: pb.Rotary) -> Rotary:
+    return Rotary(
+        kind=message.kind,
+        pairing=message.pairing,
+        dims=message.dims,
+        base=message.base,
+        parameters=tuple(message.parameters.items()),
+    )
+
+
+def _encoded(rotary: Rotary) -> list[bytes]:
+    numbers = struct.pack(">IdI", rotary.dims, rotary.base, len(rotary.parameters))
+    parts = [_text(rotary.kind), _text(rotary.pairing), numbers]
+    for name, value in rotary.parameters:
+        parts += [_text(name), struct.pack(">d", value)]
+    return parts
 
 
 def _text(value: str) -> bytes:

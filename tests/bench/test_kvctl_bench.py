@@ -42,6 +42,45 @@ def test_a_folder_that_is_not_there_is_refused() -> None:
     assert "/nowhere is no folder" in done.stderr
 
 
+LAYER_GROUPS = {
+    "modelId": "bench/gemma-like",
+    "blockTokens": 64,
+    "groups": [
+        {"layers": 2, "kvHeads": 8, "kHeadDim": 64, "vHeadDim": 64, "dtype": "bfloat16", "window": 512,
+         "rotary": {"kind": "none", "pairing": "half"}},
+        {"layers": 1, "kvHeads": 2, "kHeadDim": 128, "vHeadDim": 128, "dtype": "bfloat16",
+         "rotary": {"kind": "none", "pairing": "half"}},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_blocks_of_a_layout_of_ones_own_are_moved(tmp_path: Path) -> None:
+    layout = tmp_path / "layout.json"
+    layout.write_text(json.dumps(LAYER_GROUPS))
+    command = [*KVCTL, "bench", "--quick", "--json", "--directory", str(tmp_path), "--layout", str(layout)]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+
+    report = json.loads(done.stdout)
+    assert all(report[name] > 0 for name in FIGURES)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [(None, "No such file"), ("{", "is not a layout"), ('{"layers": 3}', "is not a layout"), ("[]", "is not a layout")],
+)
+def test_a_file_that_is_no_layout_is_refused(tmp_path: Path, text: str | None, problem: str) -> None:
+    path = tmp_path / "layout.json"
+    if text is not None:
+        path.write_text(text)
+
+    done = subprocess.run([*KVCTL, "bench", "--layout", str(path)], capture_output=True, text=True, timeout=60)
+
+    assert done.returncode == 2
+    assert problem in " ".join(done.stderr.replace("│", " ").split())
+
+
 def test_a_daemon_that_is_not_there_is_said_so() -> None:
     command = [*KVCTL, "bench", "--quick", "--address", "127.0.0.1:1"]
 

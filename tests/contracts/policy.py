@@ -21,8 +21,8 @@ def some_blocks(count: int, *, seed: int = 0) -> BlockTable:
     table, random = BlockTable(), np.random.default_rng(seed)
     for number in range(count):
         row = table.add(
-            random.bytes(32), _WHOLE, parent_key=bytes(32), layout_id=1, token_count=int(random.integers(1, 17)),
-            size_bytes=4096, trailer_checksum=number, now_ms=1000 + number,
+            random.bytes(32), _WHOLE, parent_key=bytes(32), layout_id=1, tenant=0,
+            token_count=int(random.integers(1, 17)), size_bytes=4096, trailer_checksum=number, now_ms=1000 + number,
         )  # fmt: skip
         for tier in TierName:
             table.set_extent(row, tier, Extent(0, number * 4096, 4096))

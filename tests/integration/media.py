@@ -49,6 +49,11 @@ def flip_data(medium: Medium, layout: Layout, key: bytes, chooser: random.Random
     medium.flip(start + place, chooser.randrange(8))
 
 
+def flip_bit_of(medium: Medium, layout: Layout, key: bytes, layer: int) -> None:
+    """Damage one layer of a block."""
+    medium.flip(medium.find(slice_of(key, layer, slice_bytes(layout)).tobytes()) + 5, 0)
+
+
 def flip_trailer(medium: Medium, layout: Layout, key: bytes, chooser: random.Random) -> None:
     start = medium.find(key) - _KEY_IN_TRAILER
     medium.flip(start + chooser.randrange(Trailer.size_bytes(layout.layers)), chooser.randrange(8))

@@ -154,7 +154,7 @@ def test_people_get_tables(daemon: DaemonProcess, chain: BlockChain) -> None:
     for arguments, expected in (
         (["status"], "3 blocks of"),
         (["ls"], f"{chain.keys[0].hex()}  {small_layout().fingerprint.hex()[:8]}"),
-        (["inspect", chain.keys[0].hex()], "small : 4 layers, 2 KV heads, 16+16 bfloat16, 8 tokens a block"),
+        (["inspect", chain.keys[0].hex()], "4 layers: full, 2 KV heads, 16+16 bfloat16"),
         (["evict", chain.keys[0].hex(), "--tier", "dram"], "evicted 1 from dram"),
         (["scrub"], "checked 5 copies of blocks"),
         (["discard", chain.keys[0].hex()], "discarded 1, 0 were not there"),

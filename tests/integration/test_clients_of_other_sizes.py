@@ -44,7 +44,7 @@ def expected(layout: Layout, chain: BlockChain, shard: Shard) -> list[NDArray[np
         blocks = []
         for key, tokens in zip(chain.keys, chain.token_counts, strict=True):
             whole = slice_of(key, layer, layout.slice_bytes(layout.kv_heads, tokens))
-            k_end = layout.kv_heads * tokens * layout.k_head_dim * layout.dtype_bytes
+            k_end = layout.kv_heads * tokens * layout.k_head_dim * layout.groups[0].dtype_bytes
             for half in (whole[:k_end], whole[k_end:]):
                 heads = half.reshape(layout.kv_heads, -1)
                 blocks.append(heads[shard.head_begin : shard.head_end].reshape(-1))

@@ -18,6 +18,7 @@ from tests.daemon import MIB, DaemonProcess, until
 from tests.integration.known_blocks import LARGE, SMALL, compare, new_chain, save
 from tests.integration.media import flip_data, ssd_file
 from tests.integration.wire import Feed, Upload, Wire
+from tests.layouts import changed
 
 _RECORD_BEHIND_KEY = 60  # Bytes from the start of an object's key in the index to somewhere in its record.
 
@@ -325,7 +326,7 @@ def test_a_request_tells_what_was_reused_from_where_and_how_long_it_took(
 
 def test_other_layout_names_the_fields_that_differ(client: Client) -> None:
     ours = replace(SMALL, model_id="two layouts")
-    theirs = replace(ours, dtype="bfloat16", block_tokens=8)
+    theirs = changed(ours, dtype="bfloat16", block_tokens=8)
     chain = new_chain(ours)
     save(client, ours, chain)
     asked = block_chain(theirs, list(range(theirs.block_tokens)))

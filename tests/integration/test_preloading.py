@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -20,12 +19,13 @@ from kvservice_client import BlockCache, BlockChain, Client, Layout, Lease
 from tests.contracts.device import WAIT_S
 from tests.daemon import MIB, DaemonProcess, eventually, until
 from tests.integration.conversations import layers_of, new_chain
+from tests.layouts import changed
 
 LAYOUT = Layout("preloaded", "float16", layers=8, kv_heads=4, k_head_dim=64, v_head_dim=64, block_tokens=256)
 TOKENS = 600
 LAYER_BYTES = TOKENS * LAYOUT.bytes_per_token // LAYOUT.layers
 # 2000 tokens of it are 65 MB: far more than what gRPC sends ahead of its reader.
-LARGE, LARGE_TOKENS = replace(LAYOUT, model_id="preloaded/large", layers=32), 2000
+LARGE, LARGE_TOKENS = changed(LAYOUT, model_id="preloaded/large", layers=32), 2000
 DEVICE = CpuDevice()
 Layers = list[NDArray[np.uint8]]
 

@@ -109,6 +109,16 @@ def test_what_was_computed_is_stored_to_the_bit(blocks: BlockCache) -> None:
     assert saver.staged_bytes == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int16, torch.float32], ids=str)
+def test_pages_of_another_element_type_are_refused_at_once(blocks: BlockCache, dtype: torch.dtype) -> None:
+    job = LayerSaver(CpuDevice(), blocks, staging_bytes=MIB).begin(new_chain())
+    assert job is not None
+    keys, values = ((states.to(dtype)) for states in new_states()[0])
+
+    with pytest.raises(ValueError, match="the layer has bfloat16 with 16 and 8"):
+        job.layer(0, Pages(keys, values, [0]))
+
+
 def test_the_engine_waits_neither_for_copies_nor_for_the_daemon(blocks: BlockCache) -> None:
     device = HeldDevice()
     saver, chain, states = LayerSaver(device, blocks, staging_bytes=MIB), new_chain(), new_states()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from kvservice_api.errors import ChecksumMismatch, InvalidRequest, LeaseExpired,
 from kvservice_client import Client, Durability, Layout, Shard, View
 from tests.daemon import DaemonProcess, until
 from tests.integration.known_blocks import LARGE, SMALL, layers_of, new_chain, save
-from tests.integration.media import arena, flip_data
+from tests.integration.media import Flip, arena, flip_bit_of, flip_data, flip_trailer
 
 
 @pytest.fixture
@@ -95,6 +96,62 @@ def test_damage_since_before_the_daemons_start_is_found_before_anything_is_shown
         with blocks.lookup(chain) as lease, lease.view() as view:
             assert view.block_count == 1
             assert seen(view, LARGE.layers) == [[layer[0].tobytes()] for layer in layers_of(LARGE, chain)]
+
+
+@pytest.mark.parametrize("flip", [flip_data, flip_trailer], ids=["data", "trailer"])
+def test_a_view_that_always_verifies_finds_damage_since_the_last_look_and_has_the_block_dropped(
+    new_daemon: Callable[..., DaemonProcess], flip: Flip
+) -> None:
+    daemon = new_daemon(ssd__capacity_bytes=0)
+    with daemon.client(transport="shm") as client:
+        for layout, chooser in ((SMALL, random.Random(11)), (LARGE, random.Random(12))):
+            blocks, chain = client.open_layout(layout), new_chain(layout, 4)
+            save(client, layout, chain)
+            expected = [[each.tobytes() for each in layer] for layer in layers_of(layout, chain)]
+            with blocks.lookup(chain) as lease, lease.view() as view:
+                assert seen(view, layout.layers) == expected
+            flip(arena(daemon), layout, chain.keys[2], chooser)
+            with blocks.lookup(chain) as lease:
+                with lease.view(block_count=2, verify="always") as view:  # What is not damaged is shown.
+                    assert seen(view, layout.layers) == [layer[:2] for layer in expected]
+                view = lease.view(1, verify="always")
+                with pytest.raises(ChecksumMismatch):
+                    seen(view, layout.layers)
+            with blocks.lookup(chain) as lease:
+                assert lease.hit_blocks == 2
+
+
+def test_a_view_that_always_verifies_shows_nothing_that_was_damaged_while_it_was_open(
+    new_daemon: Callable[..., DaemonProcess],
+) -> None:
+    daemon = new_daemon(ssd__capacity_bytes=0)
+    with daemon.client(transport="shm") as client:
+        blocks, chain = client.open_layout(LARGE), new_chain(LARGE, 2)
+        save(client, LARGE, chain)
+        with blocks.lookup(chain) as lease, lease.view(verify="always") as view:
+            assert seen(view, 1) == [[each.tobytes() for each in layers_of(LARGE, chain)[0]]]
+            for layer in range(1, LARGE.layers):
+                flip_bit_of(arena(daemon), LARGE, chain.keys[1], layer)
+                with pytest.raises(ChecksumMismatch):
+                    view.slices(layer)
+
+
+def test_a_view_that_always_verifies_shows_a_rank_its_heads_of_whole_blocks(client: Client) -> None:
+    chain, shard = new_chain(SMALL, 2), Shard(1, 3, 1, 3)
+    save(client, SMALL, chain)
+    rank = client.open_layout(SMALL, shard)
+    with rank.lookup(chain) as lease, lease.view(verify="always") as always, lease.view() as once:
+        assert seen(always, 2) == seen(once, 2) == seen(always, 2)
+
+
+@pytest.mark.parametrize("word", ["", "Always", "never", "twice", None, True])
+def test_a_view_that_verifies_in_an_unknown_way_is_refused_at_once(daemon: DaemonProcess, word: Any) -> None:
+    chain = new_chain(SMALL, 1)
+    for transport in ("shm", "grpc"):
+        with daemon.client(transport=transport) as client:
+            save(client, SMALL, chain)
+            with client.open_layout(SMALL).lookup(chain) as lease, pytest.raises(InvalidRequest, match="verify"):
+                lease.view(verify=word)
 
 
 def test_a_stream_has_no_views(daemon: DaemonProcess, client: Client) -> None:

@@ -25,7 +25,7 @@ from kvservice.store.room import Watermarks
 from kvservice_api.frames import Frame
 from kvservice_api.keys import BlockChain, block_chain
 from kvservice_api.layout import Layout, Shard
-from tests.stores import LAYOUT, StoreFiles, until
+from tests.stores import CALLER, LAYOUT, StoreFiles, until
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ def cell(layout: Layout, key: bytes, tokens: int, version: int, layer: int, head
     """Keys and values of one head in one layer of a block."""
     seed = hashlib.sha256(key + bytes([version % 256, version // 256, layer, head])).digest()
     random = np.random.default_rng(np.frombuffer(seed, np.uint64))
-    size = layout.dtype_bytes * tokens
+    size = layout.groups[0].dtype_bytes * tokens
     return random.bytes(size * layout.k_head_dim), random.bytes(size * layout.v_head_dim)
 
 
@@ -142,8 +142,8 @@ class StoreBesideModel(RuleBasedStateMachine):
         self.found_at_start = self.visible()  # Before the mover begins to evict.
         await until(lambda: self.opened.published() is not None)
         for layout in (LAYOUT, LARGE):
-            await self.store.open_layout(layout)
-        self.clients = [self.store.leases.attach(f"client {number}") for number in range(2)]
+            await self.store.open_layout(CALLER, layout)
+        self.clients = [self.store.leases.attach(CALLER, f"client {number}") for number in range(2)]
         self.evictions_seen = 0
 
     def do(self, work: Coroutine[Any, Any, T]) -> T:
@@ -293,8 +293,8 @@ class StoreBesideModel(RuleBasedStateMachine):
                 size = len(slice_of(held.layout, key, tokens, [0] * held.shard.heads, in_model, held.shard))
                 piece = received[position : position + size]
                 position += size
-                k_size = tokens * held.layout.dtype_bytes * held.layout.k_head_dim
-                v_size = tokens * held.layout.dtype_bytes * held.layout.v_head_dim
+                k_size = tokens * held.layout.groups[0].dtype_bytes * held.layout.k_head_dim
+                v_size = tokens * held.layout.groups[0].dtype_bytes * held.layout.v_head_dim
                 for number, head in enumerate(self.heads(held.shard)):
                     k = piece[number * k_size : (number + 1) * k_size]
                     v_start = held.shard.heads * k_size + number * v_size
@@ -329,17 +329,17 @@ class StoreBesideModel(RuleBasedStateMachine):
         if act == "discard":
             return await self._discard(chain)
         if act == "up":
-            return await self.store.prefetch(chain.keys, within_s=0.0, wait=True)
+            return await self.store.prefetch(CALLER, chain.keys, within_s=0.0, wait=True)
         await self._evict(chain, TierName(act))
         return None
 
     async def _scrub(self) -> int:
-        return [progress async for progress in self.store.scrub.run(list(TierName), 1 << 50)][-1].damaged
+        return [progress async for progress in self.store.scrub.run(CALLER, list(TierName), 1 << 50)][-1].damaged
 
     async def _discard(self, chain: BlockChain) -> tuple[int, int]:
         gone = [name for name in self.versions if name[0] in chain.keys]
         self.go(gone)
-        answer = await self.store.discard(chain.keys)
+        answer = await self.store.discard(CALLER, chain.keys)
         self.gone(gone)
         return answer
 
@@ -354,7 +354,7 @@ class StoreBesideModel(RuleBasedStateMachine):
         names = [(blocks.key_of(row), blocks.shard_of(row)) for row in leaving]
         gone = [name for name in names if self.opened.residency(*name) == {tier}]
         self.go(gone)
-        outcome = await self.store.evict(chain.keys, tier)
+        outcome = await self.store.evict(CALLER, chain.keys, tier)
         assert (outcome.evicted, outcome.held) == (len(leaving), len(copies) - len(leaving))
         self.gone(gone)
 

@@ -33,7 +33,7 @@ from kvservice_api.errors import InvalidRequest, SessionChanged, SessionNotFound
 from kvservice_api.image import block_geometry
 from kvservice_api.keys import BlockChain, block_chain, block_key, root_key
 from kvservice_api.layout import Layout, Shard
-from tests.stores import KIB, StoreFiles, layers_of, until
+from tests.stores import CALLER, KIB, StoreFiles, caller_of, layers_of, until
 
 T = TypeVar("T")
 
@@ -109,8 +109,8 @@ class SessionMachine(RuleBasedStateMachine):
     async def _open(self) -> None:
         self.opened = self.files.open()
         self.store = self.opened.store
-        await self.store.open_layout(LAYOUT)
-        self.client: Client = self.store.leases.attach("test")
+        await self.store.open_layout(CALLER, LAYOUT)
+        self.client: Client = self.store.leases.attach(CALLER, "test")
 
     def do(self, work: Coroutine[Any, Any, T]) -> T:
         return self.loop.run_until_complete(asyncio.wait_for(work, 15))
@@ -170,7 +170,7 @@ class SessionMachine(RuleBasedStateMachine):
         if saved:
             images = [image_of(key, tokens) for key, tokens in zip(chain.keys, chain.token_counts, strict=True)]
             assert not self.do(self.opened.save(self.client, chain, images, layout=LAYOUT)).refused
-        work = self.store.sessions.append(LAYOUT.fingerprint, session_id, talk.revision if talk else 0, turn)
+        work = self.store.sessions.append(CALLER, LAYOUT.fingerprint, session_id, talk.revision if talk else 0, turn)
         if (talk is None and self.is_full()) or self.slice_count(kept) + len(chain) > SLICES_MAX:
             with pytest.raises(SessionsFull):
                 self.do(work)
@@ -198,13 +198,13 @@ class SessionMachine(RuleBasedStateMachine):
         talk = self.alive(session_id)
         if talk is None:
             with pytest.raises(SessionNotFound):
-                self.do(self.store.sessions.truncate(LAYOUT.fingerprint, session_id, 1, [(0, 1)]))
+                self.do(self.store.sessions.truncate(CALLER, LAYOUT.fingerprint, session_id, 1, [(0, 1)]))
             return
         total = len(talk.tokens)
         ends = sorted(data.draw(st.sets(st.integers(0, total), min_size=2, max_size=8)))
         keep = [(start, end - start) for start, end in zip(ends[::2], ends[1::2], strict=False)]
         tokens = tuple(token for first, count in keep for token in talk.tokens[first : first + count])
-        work = self.store.sessions.truncate(LAYOUT.fingerprint, session_id, talk.revision, keep)
+        work = self.store.sessions.truncate(CALLER, LAYOUT.fingerprint, session_id, talk.revision, keep)
         if len(tokens) == total:
             manifest = self.do(work)
             self.put(session_id, self.used(talk))
@@ -222,7 +222,7 @@ class SessionMachine(RuleBasedStateMachine):
     @rule(session_id=ids, new_id=ids)
     def fork(self, session_id: str, new_id: str) -> None:
         talk = self.alive(session_id)
-        work = self.store.sessions.fork(LAYOUT.fingerprint, session_id, new_id, 0)
+        work = self.store.sessions.fork(CALLER, LAYOUT.fingerprint, session_id, new_id, 0)
         if session_id == new_id:
             with pytest.raises(InvalidRequest):
                 self.do(work)
@@ -242,7 +242,7 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(session_id=ids)
     def end(self, session_id: str) -> None:
-        ended = self.do(self.store.sessions.end(LAYOUT.fingerprint, session_id))
+        ended = self.do(self.store.sessions.end(CALLER, LAYOUT.fingerprint, session_id))
         assert ended == (self.alive(session_id) is not None)
         self.put(session_id, None)
 
@@ -253,8 +253,8 @@ class SessionMachine(RuleBasedStateMachine):
             return
         turn = Turn(talk.tip, [bytes(32)], LAYOUT.block_tokens)
         for work in (
-            self.store.sessions.append(LAYOUT.fingerprint, session_id, talk.revision + off_by, turn),
-            self.store.sessions.truncate(LAYOUT.fingerprint, session_id, talk.revision + off_by, [(0, 1)]),
+            self.store.sessions.append(CALLER, LAYOUT.fingerprint, session_id, talk.revision + off_by, turn),
+            self.store.sessions.truncate(CALLER, LAYOUT.fingerprint, session_id, talk.revision + off_by, [(0, 1)]),
         ):
             with pytest.raises(SessionChanged) as caught:
                 self.do(work)
@@ -269,9 +269,9 @@ class SessionMachine(RuleBasedStateMachine):
         talk = self.alive(session_id)
         if talk is None:
             with pytest.raises(SessionNotFound):
-                self.store.session_history(LAYOUT.fingerprint, session_id, None)
+                self.store.session_history(CALLER, LAYOUT.fingerprint, session_id, None)
             return
-        manifest, usable, _ = self.store.session_history(LAYOUT.fingerprint, session_id, None)
+        manifest, usable, _ = self.store.session_history(CALLER, LAYOUT.fingerprint, session_id, None)
         self.talks[session_id] = replace(talk, expires_s=self.now_s + TTL_S)
         self.compare(session_id, manifest)
         keys = manifest.slices["key"].tolist()
@@ -283,14 +283,14 @@ class SessionMachine(RuleBasedStateMachine):
             sizes = manifest.slices["block_tokens"][:usable].tolist()
             expected = layers_of([image_of(key, size) for key, size in zip(keys, sizes, strict=False)], shard=WHOLE)
             assert self.do(self.opened.load(lease)) == expected
-            self.store.leases.release(self.client.client_id, lease.lease_id)
+            self.store.leases.release(caller_of(self.client), lease.lease_id)
 
     @rule(session_id=ids, at=st.integers(0, 7))
     def lose_a_block(self, session_id: str, at: int) -> None:
         talk = self.talks.get(session_id)
         if talk is not None:
             keys = list(dict.fromkeys(token.key for token in talk.tokens))
-            self.do(self.store.discard([keys[at % len(keys)]]))
+            self.do(self.store.discard(CALLER, [keys[at % len(keys)]]))
 
     @rule(seconds=st.sampled_from([1, 10, 40, 40, 2 * TTL_S]))
     def let_time_pass(self, seconds: int) -> None:
@@ -328,7 +328,7 @@ class SessionMachine(RuleBasedStateMachine):
     def both_know_the_same_sessions(self) -> None:
         if not hasattr(self, "opened"):
             return
-        found, following = self.do(self.store.sessions.page(0, 100, "", None))
+        found, following = self.do(self.store.sessions.page(CALLER, 0, 100, "", None))
         assert following is None
         assert {each.session_id for each in found} == {name for name in self.talks if self.alive(name)}
         for each in found:

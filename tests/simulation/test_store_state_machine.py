@@ -29,7 +29,7 @@ from tests.simulation.store_beside_model import (
     StoreBesideModel,
     image_of,
 )
-from tests.stores import KIB, MIB, checksums_of, frames_of
+from tests.stores import CALLER, KIB, MIB, caller_of, checksums_of, frames_of
 
 
 class StoreMachine(StoreBesideModel):
@@ -148,7 +148,7 @@ class StoreMachine(StoreBesideModel):
     @rule(chain=chains, first=firsts, count=counts, shard=shards, ttl_s=st.sampled_from([0, 5, 50, 50]), client=numbers)
     def lookup(self, chain: int, first: int, count: int, shard: Shard, ttl_s: int, client: int) -> None:
         layout, part = self.part(chain, first, count)
-        hit = self.store.lookup(self.client(client).client_id, layout.fingerprint, shard, part.keys, ttl_s)
+        hit = self.store.lookup(caller_of(self.client(client)), layout.fingerprint, shard, part.keys, ttl_s)
         self.reconcile()
         expected = next((at for at, key in enumerate(part.keys) if not self.covered(key, shard)), len(part))
         assert hit.blocks == expected == sum(count for count, *_ in hit.runs)
@@ -194,10 +194,10 @@ class StoreMachine(StoreBesideModel):
             return
         held = self.leases[number % len(self.leases)]
         if ttl_s:
-            self.store.leases.renew(held.client.client_id, held.lease.lease_id, ttl_s)
+            self.store.leases.renew(caller_of(held.client), held.lease.lease_id, ttl_s)
             held.ends_at_s = self.files.clock.monotonic_s() + ttl_s
         else:
-            self.store.leases.release(held.client.client_id, held.lease.lease_id)
+            self.store.leases.release(caller_of(held.client), held.lease.lease_id)
             self.leases.remove(held)
 
     @rule(seconds=st.sampled_from([1, 10, 100]))
@@ -207,7 +207,7 @@ class StoreMachine(StoreBesideModel):
         for held in self.leases:
             if held.ends_at_s <= now_s:
                 with pytest.raises(LeaseExpired):
-                    self.store.leases.get(held.client.client_id, held.lease.lease_id)
+                    self.store.leases.get(caller_of(held.client), held.lease.lease_id)
         self.leases = [held for held in self.leases if held.ends_at_s > now_s]
         self.store.leases.expire()
         assert self.store.leases.count == len(self.leases)
@@ -215,9 +215,9 @@ class StoreMachine(StoreBesideModel):
     @rule(number=numbers)
     def a_client_goes(self, number: int) -> None:
         gone = self.client(number)
-        self.store.leases.detach(gone)
+        self.store.leases.detach(CALLER, gone)
         self.clients = [client for client in self.clients if client is not gone]
-        self.clients.append(self.store.leases.attach("another"))
+        self.clients.append(self.store.leases.attach(CALLER, "another"))
         self.leases = [held for held in self.leases if held.client is not gone]
         over = [save for save in self.saves if save.client is gone]
         self.saves = [save for save in self.saves if save.client is not gone]
@@ -244,7 +244,7 @@ class StoreMachine(StoreBesideModel):
                 missing = len(set(part.keys) - {key for key, _ in gone})
                 assert await self._discard(part) == (len(gone), missing)
                 return
-            discarding = self.store.discard_layout(layout.fingerprint)
+            discarding = self.store.discard_layout(CALLER, layout.fingerprint)
             self.go(gone)
             assert await discarding == len(gone)
             self.gone(gone)
@@ -256,7 +256,7 @@ class StoreMachine(StoreBesideModel):
     @rule(chain=chains, first=firsts, count=counts, wait=st.booleans())
     def prefetch(self, chain: int, first: int, count: int, wait: bool) -> None:
         _, part = self.part(chain, first, count)
-        outcome = self.do(self.store.prefetch(part.keys, within_s=1.0, wait=wait))
+        outcome = self.do(self.store.prefetch(CALLER, part.keys, within_s=1.0, wait=wait))
         self.reconcile()
         if self.ample and wait:
             objects = [name for name in self.versions if name[0] in part.keys]
@@ -269,9 +269,9 @@ class StoreMachine(StoreBesideModel):
         until_ms = 0
         try:
             if ttl_s:
-                until_ms = self.do(self.store.pins.pin(part.keys, ttl_s * 1000)).until_ms
+                until_ms = self.do(self.store.pins.pin(CALLER, part.keys, ttl_s * 1000)).until_ms
             else:
-                self.do(self.store.pins.unpin(part.keys))
+                self.do(self.store.pins.unpin(CALLER, part.keys))
         except PinsFull:
             assert not self.ample
             return

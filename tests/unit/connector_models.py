@@ -156,7 +156,7 @@ class KeptLease:
     def load(self, first_block: int, block_count: int) -> Iterator[LoadedLayer]:
         for layer in range(self._layout.layers):
             data = b"".join(block[layer] for block in self._blocks[first_block : first_block + block_count])
-            yield LoadedLayer(layer, np.frombuffer(bytearray(data), np.uint8))
+            yield LoadedLayer(layer, np.frombuffer(bytearray(data), np.uint8), self._layout.group_of(layer))
 
     def release(self) -> None:
         pass

@@ -21,7 +21,15 @@ KEYS = [hashlib.sha256(bytes([number])).digest() for number in range(6)]
 def added(table: BlockTable, key: bytes, shard: Shard = WHOLE, *, parent: bytes = bytes(32), tokens: int = 16) -> int:
     """A linked row with a copy in DRAM."""
     row = table.add(
-        key, shard, parent_key=parent, layout_id=1, token_count=tokens, size_bytes=4096, trailer_checksum=7, now_ms=99
+        key,
+        shard,
+        parent_key=parent,
+        layout_id=1,
+        tenant=0,
+        token_count=tokens,
+        size_bytes=4096,
+        trailer_checksum=7,
+        now_ms=99,
     )
     table.set_extent(row, TierName.DRAM, Extent(0, 4096 * row, 4096))
     table.link(row)
@@ -38,7 +46,15 @@ def removed(table: BlockTable, row: int) -> None:
 def test_a_row_is_found_once_it_is_linked_and_until_it_is_unlinked() -> None:
     table = BlockTable()
     row = table.add(
-        KEYS[0], WHOLE, parent_key=KEYS[1], layout_id=1, token_count=3, size_bytes=9, trailer_checksum=7, now_ms=5
+        KEYS[0],
+        WHOLE,
+        parent_key=KEYS[1],
+        layout_id=1,
+        tenant=0,
+        token_count=3,
+        size_bytes=9,
+        trailer_checksum=7,
+        now_ms=5,
     )
     assert table.row_of(KEYS[0], WHOLE) == NO_ROW and table.live_count == 0
 

@@ -13,15 +13,26 @@ from kvservice.blocks import TierName
 from kvservice.store.drain import DrainProgress
 from kvservice.store.leases import Client
 from kvservice_api.errors import Draining
-from tests.stores import KIB, LAYOUT, WHOLE, OpenStore, checksums_of, frames_of, some_chain, some_images
+from tests.stores import (
+    CALLER,
+    KIB,
+    LAYOUT,
+    WHOLE,
+    OpenStore,
+    caller_of,
+    checksums_of,
+    frames_of,
+    some_chain,
+    some_images,
+)
 
 BLOCK = 12 * KIB
 
 
 async def drained(opened: OpenStore) -> DrainProgress:
-    opened.store.drain.begin()
+    opened.store.drain.begin(CALLER)
     async with asyncio.timeout(10):
-        return [progress async for progress in opened.store.drain.progress()][-1]
+        return [progress async for progress in opened.store.drain.progress(CALLER)][-1]
 
 
 async def test_a_drain_lets_saves_end_and_writes_what_they_brought(opened: OpenStore, client: Client) -> None:
@@ -29,8 +40,8 @@ async def test_a_drain_lets_saves_end_and_writes_what_they_brought(opened: OpenS
     images = some_images(chain)
     drain = opened.store.drain
     async with opened.begin_save(client, chain) as ingest:
-        drain.begin()
-        first = await anext(drain.progress())
+        drain.begin(CALLER)
+        first = await anext(drain.progress(CALLER))
         assert (first.uploads, first.done) == (3, False)
         with pytest.raises(Draining):
             opened.begin_save(client, some_chain(1, seed=5))
@@ -54,10 +65,10 @@ async def test_a_drained_store_still_serves_loads(opened: OpenStore, client: Cli
 async def test_undone_it_takes_saves_again_and_whoever_watches_hears_of_it(opened: OpenStore, client: Client) -> None:
     drain, chain = opened.store.drain, some_chain(1)
     async with opened.begin_save(client, chain):
-        drain.begin()
+        drain.begin(CALLER)
         watching = asyncio.create_task(_all(drain))
         await asyncio.sleep(0)
-        drain.undo()
+        drain.undo(CALLER)
         messages = await watching
         assert not messages[-1].done
         assert not opened.store.draining
@@ -69,44 +80,44 @@ async def test_a_drain_that_follows_an_undone_one_at_once_writes_everything(open
     drain, chain = opened.store.drain, some_chain(2)
     images = some_images(chain)
     async with opened.begin_save(client, chain) as ingest:
-        drain.begin()
+        drain.begin(CALLER)
         await asyncio.sleep(0.05)
         for frame in frames_of(LAYOUT, WHOLE, chain, images):
             ingest.write(frame)
         await ingest.commit(checksums_of(WHOLE, images), on_ssd=False, then_write=False)
-        drain.undo()
-        drain.begin()
+        drain.undo(CALLER)
+        drain.begin(CALLER)
     last = (await _all(drain))[-1]
     assert (last.done, last.only_in_dram) == (True, 0)
 
 
 async def test_reads_in_place_are_loads_that_run(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(share=True)
-    client, chain = opened.store.leases.attach("test"), some_chain(2)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(2)
     await opened.save(client, chain, some_images(chain))
     lease = opened.lookup(client, chain.keys)
     assert lease is not None
-    async with aclosing(opened.store.locates.run(lease, range(2), verify=False, open_max=9)) as steps:
+    async with aclosing(opened.store.locates.run(CALLER, lease, range(2), verify=False, open_max=9)) as steps:
         await anext(steps)
         assert (await drained(opened)).loads == 1
     assert (await drained(opened)).loads == 0
 
 
 async def _all(drain: Any) -> list[DrainProgress]:
-    return [progress async for progress in drain.progress()]
+    return [progress async for progress in drain.progress(CALLER)]
 
 
 async def test_what_the_policy_wants_nowhere_but_in_dram_is_counted(opened: OpenStore, client: Client) -> None:
     chain = some_chain(2)
     await opened.save(client, chain, some_images(chain), on_ssd=True)
-    await opened.store.evict(chain.keys[:1], TierName.SSD)
+    await opened.store.evict(CALLER, chain.keys[:1], TierName.SSD)
     last = await drained(opened)
     assert (last.done, last.only_in_dram, last.only_in_dram_bytes, last.unwritten) == (True, 1, BLOCK, 0)
 
 
 async def test_without_an_ssd_tier_it_is_done_at_once(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(ssd_bytes=0)
-    client, chain = opened.store.leases.attach("test"), some_chain(2)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(2)
     await opened.save(client, chain, some_images(chain))
     last = await drained(opened)
     assert (last.done, last.only_in_dram) == (True, 2)
@@ -114,7 +125,7 @@ async def test_without_an_ssd_tier_it_is_done_at_once(open_store: Callable[..., 
 
 async def test_what_had_failed_for_want_of_space_is_tried_again_at_once(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(ssd_bytes=4 * BLOCK + 4 * KIB)
-    client = opened.store.leases.attach("test")
+    client = opened.store.leases.attach(CALLER, "test")
     first, second = some_chain(4, seed=1), some_chain(2, seed=2)
     await opened.save(client, first, some_images(first), on_ssd=True)
     lease = opened.lookup(client, first.keys)
@@ -122,7 +133,7 @@ async def test_what_had_failed_for_want_of_space_is_tried_again_at_once(open_sto
     await opened.save(client, second, some_images(second))
     await opened.settle()
     assert opened.residency(second.keys[0]) == {TierName.DRAM}, "all of SSD is leased"
-    opened.store.leases.release(client.client_id, lease.lease_id)
+    opened.store.leases.release(caller_of(client), lease.lease_id)
     await drained(opened)
     assert opened.residency(second.keys[0]) == {TierName.DRAM, TierName.SSD}
 
@@ -131,5 +142,5 @@ async def test_a_daemon_that_stops_cannot_be_undrained(opened: OpenStore) -> Non
     opened.store.drain.begin_stop()
     await opened.store.drain.quiet()
     with pytest.raises(Draining, match="stopping"):
-        opened.store.drain.undo()
+        opened.store.drain.undo(CALLER)
     assert opened.store.draining

@@ -63,7 +63,15 @@ def test_it_notes_rows_with_their_tier_and_the_end_of_their_pin(
     ends = dict(pinned)
     rows = [
         blocks.add(
-            key, SHARD, parent_key=bytes(32), layout_id=1, token_count=1, size_bytes=1, trailer_checksum=0, now_ms=1
+            key,
+            SHARD,
+            parent_key=bytes(32),
+            layout_id=1,
+            tenant=0,
+            token_count=1,
+            size_bytes=1,
+            trailer_checksum=0,
+            now_ms=1,
         )
         for key in ends
     ]

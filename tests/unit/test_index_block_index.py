@@ -18,11 +18,12 @@ from kvservice.index.environment import LAYOUTS, META, SESSIONS, Environment
 from kvservice.index.errors import StoreDamaged, StoreTooNew
 from kvservice_api.errors import IndexFull, StorageFailed
 from kvservice_api.layout import Layout, Rotary
+from tests.layouts import changed
 from tests.unit.index_samples import LAYOUT, some_keys, some_records
 
 MIB = 2**20
 ARENA, OTHER_ARENA = b"a" * 16, b"b" * 16
-OTHER_LAYOUT = dataclasses.replace(LAYOUT, rotary=Rotary("yarn", "half", 8, 10000.0, (("factor", 4.0),)), layers=3)
+OTHER_LAYOUT = changed(LAYOUT, rotary=Rotary("yarn", "half", 8, 10000.0, (("factor", 4.0),)), layers=3)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from zlib import crc32
 import numpy as np
 
 from kvservice.index.records import RECORD, Records, decode_records, encode_records, new_records
+from kvservice.store.caller import DEFAULT_TENANT
 from tests.unit.index_samples import some_keys, some_records
 
 GOLDEN_KEY = bytes(range(40))
@@ -20,6 +21,7 @@ GOLDEN_VALUE = (
 
 # Of a version that knew no pins, which is that of GOLDEN_VALUE: zeros where the end of a pin stands now.
 PINNED_AT = 96
+TENANT_AT = 104  # Likewise, of a version that knew no tenants.
 
 
 def golden_record() -> Records:
@@ -57,6 +59,20 @@ def test_the_end_of_a_pin_stands_where_older_versions_had_zeros() -> None:
 
     assert value[PINNED_AT : PINNED_AT + 8].hex() == "0807060504030201"
     assert value[:PINNED_AT].hex() + bytes(8).hex() + value[PINNED_AT + 8 : -4].hex() == GOLDEN_VALUE
+
+
+def test_the_tenant_stands_where_older_versions_had_zeros_and_is_the_default_one_in_their_records() -> None:
+    record = golden_record()
+    record["tenant"] = 0x01020304
+
+    [value] = encode_records([GOLDEN_KEY], record)
+
+    assert value[TENANT_AT : TENANT_AT + 4].hex() == "04030201"
+    assert value[:TENANT_AT].hex() + bytes(4).hex() + value[TENANT_AT + 4 : -4].hex() == GOLDEN_VALUE
+    [old] = encode_records([GOLDEN_KEY], golden_record())
+    sound, records = decode_records([GOLDEN_KEY, GOLDEN_KEY], [value, old])
+    assert sound.all()
+    assert records["tenant"].tolist() == [0x01020304, DEFAULT_TENANT.number]
 
 
 def test_a_record_of_before_there_were_pins_is_read_as_unpinned() -> None:

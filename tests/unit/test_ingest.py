@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,11 +36,13 @@ from kvservice_api.keys import BlockChain
 from kvservice_api.layout import Layout, Shard
 from tests.file_faults import FaultyCalls
 from tests.stores import (
+    CALLER,
     KIB,
     LAYOUT,
     MIB,
     WHOLE,
     OpenStore,
+    caller_of,
     checksums_of,
     frames_of,
     layers_of,
@@ -48,7 +51,7 @@ from tests.stores import (
     until,
 )
 
-SLICE = block_geometry(LAYOUT, WHOLE, 16).slice_bytes
+SLICE = block_geometry(LAYOUT, WHOLE, 16).slice_bytes(0)
 BLOCK = 12 * KIB
 HEADER = 4 * KIB
 
@@ -59,7 +62,7 @@ async def loaded(opened: OpenStore, client: Client, chain: BlockChain) -> list[b
     try:
         return await opened.load(lease)
     finally:
-        opened.store.leases.release(client.client_id, lease.lease_id)
+        opened.store.leases.release(caller_of(client), lease.lease_id)
 
 
 async def nothing_left(opened: OpenStore, used_before: int = 0) -> None:
@@ -114,7 +117,7 @@ async def test_a_save_of_many_blocks_lets_the_event_loop_go_round_while_it_reser
             await asyncio.sleep(0)
 
     counting = asyncio.create_task(count())
-    async with opened.begin_save(opened.store.leases.attach("test"), chain):
+    async with opened.begin_save(opened.store.leases.attach(CALLER, "test"), chain):
         counting.cancel()
     assert turns >= 2
 
@@ -259,11 +262,11 @@ async def test_a_second_commit_is_refused_while_the_first_one_runs_and_after_it(
 
 async def test_slices_too_large_to_be_hashed_at_once_are_hashed_on_threads(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=8 * MIB, ssd_bytes=16 * MIB)
-    client = opened.store.leases.attach("test")
+    client = opened.store.leases.attach(CALLER, "test")
     layout = Layout(
         model_id="large", dtype="float32", layers=2, kv_heads=1, k_head_dim=8192, v_head_dim=8192, block_tokens=17
     )
-    await opened.store.open_layout(layout)
+    await opened.store.open_layout(CALLER, layout)
     chain, shard = some_chain(1, layout=layout), Shard.whole(layout)
     images = some_images(chain, shard=shard, layout=layout)
     assert len(images[0]) > 2 * MIB
@@ -292,7 +295,7 @@ async def test_a_client_that_goes_in_the_middle_leaves_nothing_at_once(opened: O
     ingest = await half_saved(opened, client, chain)
     assert opened.dram.used_bytes == 3 * BLOCK
 
-    opened.store.leases.detach(client)
+    opened.store.leases.detach(CALLER, client)
     assert opened.dram.used_bytes == 0
     with pytest.raises(IncompleteSave):
         await ingest.commit(checksums_of(WHOLE, some_images(chain)), on_ssd=False)
@@ -305,11 +308,11 @@ async def test_a_client_that_goes_while_its_save_is_committed_holds_nobody_up(
 ) -> None:
     """The save is complete: it goes on, and whoever saves the same meanwhile finds it stored."""
     chain, images = some_chain(2), some_images(some_chain(2))
-    other = opened.store.leases.attach("other")
+    other = opened.store.leases.attach(CALLER, "other")
     with opened.commits_held(TierName.DRAM):
         first = asyncio.create_task(opened.save(client, chain, images))
         await until(lambda: opened.store.blocks.row_end > 0)
-        opened.store.leases.detach(client)
+        opened.store.leases.detach(CALLER, client)
         second = asyncio.create_task(opened.save(other, chain, images))
         for _ in range(10):
             await asyncio.sleep(0)
@@ -322,14 +325,14 @@ async def test_a_client_that_goes_while_it_waits_for_another_or_for_room_is_let_
     open_store: Callable[..., Any],
 ) -> None:
     opened: OpenStore = await open_store(dram_bytes=3 * BLOCK + HEADER)
-    owner, waiting = (opened.store.leases.attach(name) for name in ("owner", "waiting"))
+    owner, waiting = (opened.store.leases.attach(CALLER, name) for name in ("owner", "waiting"))
     chain = some_chain(2)
     ingest = await half_saved(opened, owner, chain)
     save = asyncio.create_task(opened.save(waiting, chain, some_images(chain)))
     await asyncio.sleep(0.01)
     assert not save.done()
 
-    opened.store.leases.detach(waiting)
+    opened.store.leases.detach(CALLER, waiting)
     with pytest.raises(IncompleteSave, match="gone"):
         await asyncio.wait_for(save, 1)
     await ingest.__aexit__(None, None, None)
@@ -361,7 +364,7 @@ async def test_of_two_clients_that_save_the_same_one_stores_it_and_the_other_fin
     chain = some_chain(4)
     mine, others = some_images(chain, seed=1), some_images(chain, seed=2)
     outcomes = await asyncio.gather(
-        opened.save(client, chain, mine), opened.save(opened.store.leases.attach("other"), chain, others)
+        opened.save(client, chain, mine), opened.save(opened.store.leases.attach(CALLER, "other"), chain, others)
     )
     assert [outcome.stored for outcome in outcomes] == [[0, 1, 2, 3], []]
     assert outcomes[1].already_stored == [0, 1, 2, 3]
@@ -385,7 +388,7 @@ async def test_waiting_for_another_save_ends_in_time_and_costs_only_what_it_stor
     open_store: Callable[..., Any],
 ) -> None:
     opened: OpenStore = await open_store(limits=StoreLimits(upload_wait_s=0.02))
-    client, chain = opened.store.leases.attach("test"), some_chain(3)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(3)
     slow = await half_saved(opened, client, chain[:2])
     outcome = await opened.save(client, chain, some_images(chain))
     assert outcome.stored == [2]
@@ -431,7 +434,7 @@ async def test_blocks_that_find_no_room_are_refused_and_those_before_them_stored
     open_store: Callable[..., Any],
 ) -> None:
     opened: OpenStore = await open_store(dram_bytes=3 * BLOCK + HEADER)
-    client, chain = opened.store.leases.attach("test"), some_chain(5)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(5)
     outcome = await asyncio.wait_for(opened.save(client, chain, some_images(chain)), 1)
     assert outcome.stored == [0, 1, 2]
     assert [type(error) for error in outcome.refused.values()] == [TierFull, TierFull]
@@ -443,7 +446,7 @@ async def test_an_acknowledgement_from_ssd_holds_for_blocks_that_others_had_stor
 ) -> None:
     calls = FaultyCalls()
     opened: OpenStore = await open_store(calls=calls)
-    client, chain = opened.store.leases.attach("test"), some_chain(2)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(2)
     images = some_images(chain)
     with calls.held("pwritev"):
         await opened.save(client, chain, images)
@@ -459,7 +462,7 @@ async def test_where_the_ssd_refuses_a_durable_save_says_so_and_dram_has_the_blo
 ) -> None:
     calls = FaultyCalls()
     opened: OpenStore = await open_store(calls=calls)
-    client, chain = opened.store.leases.attach("test"), some_chain(2)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(2)
     calls.failing["pwritev"] = 28
     outcome = await opened.save(client, chain, some_images(chain), on_ssd=True)
     assert not outcome.stored
@@ -471,7 +474,7 @@ async def test_where_the_ssd_refuses_a_durable_save_says_so_and_dram_has_the_blo
 async def test_without_an_ssd_tier_a_durable_save_is_refused(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(ssd_bytes=0)
     chain = some_chain(1)
-    outcome = await opened.save(opened.store.leases.attach("test"), chain, some_images(chain), on_ssd=True)
+    outcome = await opened.save(opened.store.leases.attach(CALLER, "test"), chain, some_images(chain), on_ssd=True)
     assert isinstance(outcome.refused[0], TierFull) and not outcome.stored
 
 
@@ -481,7 +484,7 @@ async def test_without_an_ssd_tier_a_durable_save_is_refused(open_store: Callabl
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ({"client_id": b"nobody"}, UnknownClient),
+        ({"caller": replace(CALLER, client=b"nobody")}, UnknownClient),
         ({"fingerprint": bytes(32)}, UnknownLayout),
         ({"fingerprint": b""}, UnknownLayout),
         ({"shard": Shard(0, 3, 0, 2)}, InvalidRequest),
@@ -496,7 +499,7 @@ async def test_a_save_of_what_cannot_be_is_refused(
 ) -> None:
     chain = some_chain(2)
     request: dict[str, Any] = {
-        "client_id": client.client_id,
+        "caller": caller_of(client),
         "fingerprint": LAYOUT.fingerprint,
         "shard": WHOLE,
         "parent_key": chain.parent,
@@ -509,6 +512,6 @@ async def test_a_save_of_what_cannot_be_is_refused(
 
 
 async def test_a_daemon_that_stops_takes_no_new_saves(opened: OpenStore, client: Client) -> None:
-    opened.store.drain.begin()
+    opened.store.drain.begin(CALLER)
     with pytest.raises(Draining):
         opened.begin_save(client, some_chain(1))

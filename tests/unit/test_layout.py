@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from itertools import pairwise
 from typing import Any
@@ -16,6 +15,7 @@ from kvservice_api.errors import InvalidLayout, InvalidRequest, LayoutMismatch
 from kvservice_api.image import PAGE_BYTES, Trailer, block_geometry, checksum
 from kvservice_api.layout import DTYPE_BYTES, Layout, Rotary, Shard
 from kvservice_api.v1 import types_pb2 as pb
+from tests.layouts import changed
 
 LAYOUT = Layout("model", "float16", layers=4, kv_heads=8, k_head_dim=64, v_head_dim=32)
 WHOLE = Shard.whole(LAYOUT)
@@ -49,7 +49,7 @@ WRONG_FIELDS: list[tuple[str, Any]] = [
 @pytest.mark.parametrize(("field", "value"), WRONG_FIELDS)
 def test_a_dimension_or_name_out_of_range_is_refused_by_its_name(field: str, value: Any) -> None:
     with pytest.raises(InvalidLayout) as refusal:
-        dataclasses.replace(LAYOUT, **{field: value})
+        changed(LAYOUT, **{field: value})
     assert refusal.value.details == {"field": field}
 
 
@@ -57,7 +57,7 @@ def test_dimensions_whose_product_overflows_are_refused() -> None:
     largest: dict[str, Any] = {"kv_heads": 4096, "k_head_dim": 65536, "v_head_dim": 65536, "block_tokens": 65536}
 
     with pytest.raises(InvalidLayout, match="one layer of one block"):
-        dataclasses.replace(LAYOUT, **largest)
+        changed(LAYOUT, **largest)
 
 
 @given(st.tuples(*[st.integers(0, 2**32 - 1)] * 5))
@@ -84,7 +84,7 @@ def test_the_order_of_rotary_parameters_does_not_matter() -> None:
     one = Rotary(parameters=(("a", 1), ("b", 2)))
     other = Rotary(parameters=(("b", 2.0), ("a", 1.0)))
 
-    assert dataclasses.replace(LAYOUT, rotary=one).fingerprint == dataclasses.replace(LAYOUT, rotary=other).fingerprint
+    assert changed(LAYOUT, rotary=one).fingerprint == changed(LAYOUT, rotary=other).fingerprint
 
 
 @pytest.mark.parametrize(
@@ -134,13 +134,14 @@ def test_slices_follow_one_another_and_the_trailer_ends_the_image(layout: Layout
     ranges = [geometry.slice_range(layer) for layer in range(layout.layers)]
     elements = layout.kv_heads * tokens * (layout.k_head_dim + layout.v_head_dim)
 
-    assert all(end - start == elements * layout.dtype_bytes for start, end in ranges)
+    assert all(end - start == elements * DTYPE_BYTES[layout.dtype] for start, end in ranges)
     assert all(end <= start for (_, end), (start, _) in pairwise(ranges))
     assert ranges[-1][1] <= geometry.trailer_offset
     assert geometry.trailer_offset + Trailer.size_bytes(layout.layers) == geometry.image_bytes
     assert geometry.image_bytes % PAGE_BYTES == 0
-    assert geometry.slice_bytes < 64 * 1024 or all(start % PAGE_BYTES == 0 for start, _ in ranges)
-    assert geometry.slice_bytes >= 64 * 1024 or geometry.slice_stride == geometry.slice_bytes
+    is_large = geometry.slice_bytes_max >= 64 * 1024
+    assert not is_large or all(start % PAGE_BYTES == 0 for start, _ in ranges)
+    assert is_large or all(end == start for (_, end), (start, _) in pairwise(ranges))
     assert geometry.image_bytes - geometry.payload_bytes < PAGE_BYTES * (layout.layers + 2)
 
 
@@ -149,7 +150,7 @@ def test_head_ranges_of_all_ranks_add_up_to_the_whole_block() -> None:
     whole = block_geometry(LAYOUT, WHOLE, 256)
 
     assert sum(part.payload_bytes for part in parts) == whole.payload_bytes == 256 * LAYOUT.bytes_per_token
-    assert sum(part.k_bytes for part in parts) == whole.k_bytes
+    assert sum(part.slices[0].k_bytes for part in parts) == whole.slices[0].k_bytes
 
 
 @pytest.mark.parametrize("tokens", [0, -1, 257])

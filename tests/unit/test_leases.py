@@ -18,7 +18,7 @@ from kvservice.store.pace import Pace
 from kvservice.store.tasks import Tasks
 from kvservice_api.errors import InvalidRequest, KVError, LeaseExpired, LeaseNotYours, Overloaded, UnknownClient
 from tests.clock import FakeClock
-from tests.stores import LAYOUT, WHOLE, OpenStore, layers_of, some_chain, some_images, until
+from tests.stores import CALLER, LAYOUT, WHOLE, OpenStore, caller_of, layers_of, some_chain, some_images, until
 
 
 @dataclass
@@ -65,23 +65,23 @@ def granted(leases: Leases, client: Client, rows: list[int], ttl_s: float = 30.0
 
 
 def test_a_lease_ends_exactly_when_its_time_is_over(leases: Leases, clock: FakeClock) -> None:
-    client = leases.attach("test")
+    client = leases.attach(CALLER, "test")
     lease = granted(leases, client, [1], ttl_s=30)
 
     clock.advance(seconds=29.999)
-    assert leases.get(client.client_id, lease.lease_id) is lease
+    assert leases.get(caller_of(client), lease.lease_id) is lease
 
     clock.advance(seconds=0.002)
     with pytest.raises(LeaseExpired):  # Whether or not somebody has looked meanwhile.
-        leases.get(client.client_id, lease.lease_id)
+        leases.get(caller_of(client), lease.lease_id)
     with pytest.raises(LeaseExpired):
-        leases.renew(client.client_id, lease.lease_id, 30)
+        leases.renew(caller_of(client), lease.lease_id, 30)
 
 
 def test_expiry_ends_what_is_over_and_nothing_else(
     leases: Leases, clock: FakeClock, residency: CountingResidency
 ) -> None:
-    client = leases.attach("test")
+    client = leases.attach(CALLER, "test")
     granted(leases, client, [1, 2], ttl_s=10)
     granted(leases, client, [2, 3], ttl_s=20)
 
@@ -97,17 +97,17 @@ def test_expiry_ends_what_is_over_and_nothing_else(
 
 
 def test_a_renewed_lease_lives_from_the_renewal_on_longer_or_shorter(leases: Leases, clock: FakeClock) -> None:
-    client = leases.attach("test")
+    client = leases.attach(CALLER, "test")
     longer, shorter = granted(leases, client, [1], 10), granted(leases, client, [2], 100)
     clock.advance(seconds=5)
-    leases.renew(client.client_id, longer.lease_id, 30)
-    leases.renew(client.client_id, shorter.lease_id, 1)
+    leases.renew(caller_of(client), longer.lease_id, 30)
+    leases.renew(caller_of(client), shorter.lease_id, 1)
 
     clock.advance(seconds=6)  # The first end of the longer one is over.
     leases.expire()
-    assert leases.get(client.client_id, longer.lease_id) is longer
+    assert leases.get(caller_of(client), longer.lease_id) is longer
     with pytest.raises(LeaseExpired):
-        leases.get(client.client_id, shorter.lease_id)
+        leases.get(caller_of(client), shorter.lease_id)
     assert leases.count == 1
 
     clock.advance(seconds=24)
@@ -116,30 +116,30 @@ def test_a_renewed_lease_lives_from_the_renewal_on_longer_or_shorter(leases: Lea
 
 
 def test_a_released_lease_is_over_and_may_be_released_again(leases: Leases, residency: CountingResidency) -> None:
-    client = leases.attach("test")
+    client = leases.attach(CALLER, "test")
     lease = granted(leases, client, [1, 2])
-    leases.release(client.client_id, lease.lease_id)
-    leases.release(client.client_id, lease.lease_id)
+    leases.release(caller_of(client), lease.lease_id)
+    leases.release(caller_of(client), lease.lease_id)
     assert residency.leased == {1: 0, 2: 0}
     with pytest.raises(LeaseExpired):
-        leases.get(client.client_id, lease.lease_id)
+        leases.get(caller_of(client), lease.lease_id)
 
 
 def test_a_clients_leases_end_with_it_and_others_stay(leases: Leases, residency: CountingResidency) -> None:
-    gone, stays = leases.attach("gone"), leases.attach("stays")
+    gone, stays = leases.attach(CALLER, "gone"), leases.attach(CALLER, "stays")
     granted(leases, gone, [1, 2])
     granted(leases, gone, [2])
     kept = granted(leases, stays, [2])
     ended: list[str] = []
     gone.on_detach.add(lambda: ended.append("save"))
 
-    leases.detach(gone)
+    leases.detach(CALLER, gone)
 
     assert residency.leased == {1: 0, 2: 1}
     assert ended == ["save"], "what else hangs on the client ends, too"
-    assert leases.get(stays.client_id, kept.lease_id) is kept
+    assert leases.get(caller_of(stays), kept.lease_id) is kept
     with pytest.raises(UnknownClient):
-        leases.client(gone.client_id)
+        leases.client(caller_of(gone))
     assert (leases.client_count, leases.count) == (1, 1)
 
 
@@ -148,26 +148,26 @@ def test_a_clients_leases_end_with_it_and_others_stay(leases: Leases, residency:
 
 @pytest.mark.parametrize("call", ["get", "renew", "release"])
 def test_another_clients_lease_is_refused_and_stays(leases: Leases, call: str) -> None:
-    owner, other = leases.attach("owner"), leases.attach("other")
+    owner, other = leases.attach(CALLER, "owner"), leases.attach(CALLER, "other")
     lease = granted(leases, owner, [1])
     more = (30.0,) if call == "renew" else ()
     with pytest.raises(LeaseNotYours):
-        getattr(leases, call)(other.client_id, lease.lease_id, *more)
-    assert leases.get(owner.client_id, lease.lease_id) is lease
+        getattr(leases, call)(caller_of(other), lease.lease_id, *more)
+    assert leases.get(caller_of(owner), lease.lease_id) is lease
 
 
 @pytest.mark.parametrize("lease_id", [0, 1, 2**63])
 def test_a_number_that_was_never_given_is_an_expired_lease(leases: Leases, lease_id: int) -> None:
-    client = leases.attach("test")
+    client = leases.attach(CALLER, "test")
     with pytest.raises(LeaseExpired):
-        leases.get(client.client_id, lease_id)
+        leases.get(caller_of(client), lease_id)
 
 
 def test_numbers_of_another_daemon_mean_nothing_here(clock: FakeClock) -> None:
     numbers = set()
     for _ in range(20):
         leases = new_leases(CountingResidency({}), clock)
-        numbers.add(granted(leases, leases.attach("test"), [1]).lease_id)
+        numbers.add(granted(leases, leases.attach(CALLER, "test"), [1]).lease_id)
     assert len(numbers) == 20 and 0 not in numbers
 
 
@@ -176,10 +176,10 @@ def test_numbers_of_another_daemon_mean_nothing_here(clock: FakeClock) -> None:
 
 def test_clients_names_and_leases_are_bounded(leases: Leases) -> None:
     with pytest.raises(InvalidRequest):
-        leases.attach("n" * 201)
-    clients = [leases.attach(str(number)) for number in range(3)]
+        leases.attach(CALLER, "n" * 201)
+    clients = [leases.attach(CALLER, str(number)) for number in range(3)]
     with pytest.raises(Overloaded):
-        leases.attach("one more")
+        leases.attach(CALLER, "one more")
     for _ in range(5):
         granted(leases, clients[0], [1])
     with pytest.raises(Overloaded):
@@ -190,7 +190,7 @@ def test_clients_names_and_leases_are_bounded(leases: Leases) -> None:
 def test_the_blocks_that_one_clients_leases_hold_are_bounded(clock: FakeClock, residency: CountingResidency) -> None:
     """However often they are named: each time takes memory, and time to end."""
     leases = new_leases(residency, clock, blocks_per_client_max=10)
-    greedy, other = leases.attach("greedy"), leases.attach("other")
+    greedy, other = leases.attach(CALLER, "greedy"), leases.attach(CALLER, "other")
     lease = granted(leases, greedy, [1] * 6)
     with pytest.raises(Overloaded):
         granted(leases, greedy, [1] * 5)
@@ -198,24 +198,24 @@ def test_the_blocks_that_one_clients_leases_hold_are_bounded(clock: FakeClock, r
     granted(leases, other, [1] * 10)
     assert residency.leased == {1: 16, 2: 4} and len(greedy.leases) == 2
 
-    leases.release(greedy.client_id, lease.lease_id)
+    leases.release(caller_of(greedy), lease.lease_id)
     granted(leases, greedy, [1] * 6)
 
 
 def test_many_short_leases_leave_nothing_behind(leases: Leases) -> None:
-    client = leases.attach("test")
+    client = leases.attach(CALLER, "test")
     for _ in range(10_000):
         lease = granted(leases, client, [1], ttl_s=300)
-        leases.renew(client.client_id, lease.lease_id, 300)
-        leases.release(client.client_id, lease.lease_id)
+        leases.renew(caller_of(client), lease.lease_id, 300)
+        leases.release(caller_of(client), lease.lease_id)
     assert len(leases._by_end) < 5000
 
 
 def test_what_is_forgotten_of_old_ends_is_never_a_lease_that_lives(leases: Leases, clock: FakeClock) -> None:
-    client = leases.attach("test")
+    client = leases.attach(CALLER, "test")
     kept = [granted(leases, client, [1], ttl_s=10 * number) for number in (1, 2, 3)]
     for _ in range(5000):
-        leases.renew(client.client_id, kept[2].lease_id, 30)
+        leases.renew(caller_of(client), kept[2].lease_id, 30)
     for number in (2, 1, 0):
         assert leases.count == number + 1
         clock.advance(seconds=10)
@@ -251,15 +251,15 @@ async def test_a_leased_block_that_is_discarded_can_be_loaded_until_its_lease_en
     assert lease is not None
     used = opened.dram.used_bytes
 
-    await opened.store.discard(chain.keys)
+    await opened.store.discard(CALLER, chain.keys)
     assert opened.hits(chain.keys) == 0
     assert opened.dram.used_bytes == used
     await fill_dram(opened, client)
     assert await opened.load(lease) == layers_of(images)
 
-    opened.store.leases.release(client.client_id, lease.lease_id)
+    opened.store.leases.release(caller_of(client), lease.lease_id)
     with pytest.raises(KVError):
-        opened.store.leases.get(client.client_id, lease.lease_id)
+        opened.store.leases.get(caller_of(client), lease.lease_id)
     await opened.settle()
 
 
@@ -268,7 +268,7 @@ async def test_a_client_with_many_leased_blocks_is_gone_at_once_and_its_blocks_f
 ) -> None:
     limits = StoreLimits(leases_per_client_max=100, leased_blocks_per_client_max=100_000)
     opened: OpenStore = await open_store(limits=limits)
-    client, chain = opened.store.leases.attach("test"), some_chain(2)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(2)
     await opened.save(client, chain, some_images(chain))
     for _ in range(50):
         lease = opened.lookup(client, chain.keys[:1] * 2000)
@@ -281,10 +281,10 @@ async def test_a_client_with_many_leased_blocks_is_gone_at_once_and_its_blocks_f
         unlease(rows)
 
     monkeypatch.setattr(opened.store.residency, "unlease", watched)
-    opened.store.leases.detach(client)
+    opened.store.leases.detach(CALLER, client)
     assert opened.store.leases.count == 0
     with pytest.raises(UnknownClient):
-        opened.store.leases.get(client.client_id, lease.lease_id)
+        opened.store.leases.get(caller_of(client), lease.lease_id)
     assert opened.store.blocks.leases[row] > 90_000, "not all of them in this turn"
 
     await opened.store.leases.let_go()
@@ -296,14 +296,14 @@ async def test_expiry_of_many_leases_takes_several_turns_and_none_of_them_is_fou
     leases: Leases, clock: FakeClock, residency: CountingResidency
 ) -> None:
     leases = new_leases(residency, clock, per_client_max=5000)
-    client = leases.attach("test")
+    client = leases.attach(CALLER, "test")
     many = [granted(leases, client, [1], ttl_s=10) for _ in range(3000)]
     clock.advance(seconds=10)
     turns = 1
     while leases.expire():
         turns += 1
         with pytest.raises(LeaseExpired):
-            leases.get(client.client_id, many[-1].lease_id)
+            leases.get(caller_of(client), many[-1].lease_id)
         await asyncio.sleep(0)
     assert 2 <= turns <= 3000 and leases.count == 0
     await leases.let_go()
@@ -317,10 +317,10 @@ async def test_a_lease_that_was_released_with_many_blocks_holds_none_of_them_onc
     await opened.save(client, chain, some_images(chain))
     lease = opened.lookup(client, chain.keys[:1] * 5000)
     assert lease is not None
-    await opened.store.discard(chain.keys)
-    opened.store.leases.release(client.client_id, lease.lease_id)
+    await opened.store.discard(CALLER, chain.keys)
+    opened.store.leases.release(caller_of(client), lease.lease_id)
     with pytest.raises(LeaseExpired):
-        opened.store.leases.get(client.client_id, lease.lease_id)
+        opened.store.leases.get(caller_of(client), lease.lease_id)
     await opened.store.leases.let_go()
     await until(lambda: opened.dram.used_bytes == 0)
 
@@ -341,6 +341,6 @@ async def test_a_block_that_is_named_twice_in_a_lookup_is_free_once_its_lease_en
     assert opened.lookup(client, [chain.keys[0], chain.keys[1], chain.keys[1]]) is not None
     assert opened.lookup(client, chain.keys) is not None
 
-    opened.store.leases.detach(client)
+    opened.store.leases.detach(CALLER, client)
 
     assert not opened.store.blocks.leases.any()

@@ -18,11 +18,12 @@ from kvservice_adapter.device.cpu import CpuDevice
 from kvservice_adapter.load import LayerLoader, LoadFailed
 from kvservice_adapter.schedule import ReadBuffer
 from kvservice_api.errors import ChecksumMismatch
-from kvservice_client import LoadedLayer
+from kvservice_client import LayerGroup, LoadedLayer
 from tests.contracts.device import HEADS, K_DIM, V_DIM, WAIT_S, Numbering, noise, same_bits, stored_token
 from tests.daemon import until
 
 LAYERS, COUNTS = 6, (16, 16, 5)
+GROUP = LayerGroup(LAYERS, HEADS, K_DIM, V_DIM, "float32")
 LAYER_BYTES = sum(COUNTS) * HEADS * (K_DIM + V_DIM) * 4
 DEVICE = CpuDevice()
 
@@ -46,7 +47,7 @@ class History:
                 assert self.gates[index].wait(WAIT_S)
                 if index in self.failing:
                     raise self.failing[index]
-                yield LoadedLayer(index, data)
+                yield LoadedLayer(index, data, GROUP)
         finally:
             self.ended.append("closed")
 
@@ -239,6 +240,22 @@ def test_pages_that_do_not_fit_are_a_failure() -> None:
         loader.wait(0)
     until(lambda: loader.is_done)
     assert isinstance(loader.report.error, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "k_dim", "v_dim"),
+    [(torch.int32, K_DIM, V_DIM), (torch.float32, V_DIM, K_DIM), (torch.bfloat16, 2 * K_DIM, 2 * V_DIM)],
+    ids=str,
+)
+def test_pages_of_the_right_size_and_another_geometry_are_a_failure(dtype: torch.dtype, k_dim: int, v_dim: int) -> None:
+    def targets(layer: int) -> Pages:
+        keys, values = (torch.zeros(1, HEADS, sum(COUNTS), dim, dtype=dtype) for dim in (k_dim, v_dim))
+        return Pages(keys, values, [0])
+
+    loader = loader_of(History(), targets=targets)
+
+    with pytest.raises(LoadFailed, match=r"pages of .* with head dims"):
+        loader.wait(0)
 
 
 @pytest.mark.parametrize("given", [0, 3])

@@ -15,7 +15,7 @@ from kvservice_api.errors import ChecksumMismatch, LeaseExpired, NotShared, Over
 from kvservice_api.image import block_geometry
 from kvservice_api.keys import BlockChain
 from kvservice_api.layout import Shard
-from tests.stores import KIB, LAYOUT, WHOLE, OpenStore, layer_of, some_chain, some_images, until
+from tests.stores import CALLER, KIB, LAYOUT, WHOLE, OpenStore, caller_of, layer_of, some_chain, some_images, until
 
 GEOMETRY = block_geometry(LAYOUT, WHOLE, LAYOUT.block_tokens)
 DRAM = TierName.DRAM
@@ -43,7 +43,7 @@ def bytes_at(opened: OpenStore, located: Located, block: int, layer: int) -> byt
 
 
 def run(opened: OpenStore, lease: Lease, *, verify: bool = False, open_max: int = 9) -> Any:
-    return opened.store.locates.run(lease, range(len(lease.rows)), verify=verify, open_max=open_max)
+    return opened.store.locates.run(CALLER, lease, range(len(lease.rows)), verify=verify, open_max=open_max)
 
 
 async def test_blocks_in_dram_are_told_at_once_and_stay_until_the_reader_leaves(
@@ -55,18 +55,18 @@ async def test_blocks_in_dram_are_told_at_once_and_stay_until_the_reader_leaves(
     assert isinstance(located, Located)
     assert await anext(steps) == LAYOUT.layers
     assert [bytes_at(opened, located, block, 1) for block in range(3)] == [layer_of(image, 1) for image in images]
-    opened.store.leases.release(client.client_id, lease.lease_id)
-    assert (await opened.store.evict(chain.keys, DRAM)).held == 3
+    opened.store.leases.release(caller_of(client), lease.lease_id)
+    assert (await opened.store.evict(CALLER, chain.keys, DRAM)).held == 3
     await steps.aclose()
-    assert (await opened.store.evict(chain.keys, DRAM)).held == 0
+    assert (await opened.store.evict(CALLER, chain.keys, DRAM)).held == 0
     generations = [opened.dram.generation(extent) for extent in located.extents]
     assert generations == [generation + 1 for generation in located.generations]
 
 
 async def test_blocks_on_ssd_come_up_layer_by_layer(opened: OpenStore, client: Client) -> None:
     chain, images, lease = await saved(opened, client)
-    opened.store.leases.release(client.client_id, lease.lease_id)
-    await opened.store.evict(chain.keys[1:], DRAM)
+    opened.store.leases.release(caller_of(client), lease.lease_id)
+    await opened.store.evict(CALLER, chain.keys[1:], DRAM)
     leased = opened.lookup(client, chain.keys)
     assert leased is not None
     steps = run(opened, leased)
@@ -85,8 +85,8 @@ async def test_a_block_that_came_up_and_got_no_record_stays_while_it_is_read(
     opened: OpenStore, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chain, images, lease = await saved(opened, client)
-    opened.store.leases.release(client.client_id, lease.lease_id)
-    await opened.store.evict(chain.keys, DRAM)
+    opened.store.leases.release(caller_of(client), lease.lease_id)
+    await opened.store.evict(CALLER, chain.keys, DRAM)
     leased, promotion = opened.lookup(client, chain.keys), opened.store.promotion
     assert leased is not None and promotion is not None
     put = opened.index.put
@@ -117,7 +117,7 @@ async def test_the_end_of_the_client_ends_the_call(opened: OpenStore, client: Cl
     await anext(steps)
     waiting = asyncio.ensure_future(anext(steps))
     await asyncio.sleep(0)
-    opened.store.leases.detach(client)
+    opened.store.leases.detach(CALLER, client)
     with pytest.raises(LeaseExpired, match="Attach"):
         await waiting
     assert opened.store.locates.open_count == 0
@@ -125,10 +125,10 @@ async def test_the_end_of_the_client_ends_the_call(opened: OpenStore, client: Cl
 
 async def test_what_does_not_lie_in_one_piece_in_dram_is_not_in_place(open_store: Callable[..., Any]) -> None:
     opened = await open_store(share=True, dram_bytes=32 * KIB)
-    client = opened.store.leases.attach("test")
+    client = opened.store.leases.attach(CALLER, "test")
     chain = some_chain(2)
     await opened.save(client, chain, some_images(chain), on_ssd=True)
-    await opened.store.evict(chain.keys, DRAM)
+    await opened.store.evict(CALLER, chain.keys, DRAM)
     other = some_chain(2, seed=1)
     await opened.save(client, other, some_images(other), on_ssd=True)
     held = opened.lookup(client, other.keys)
@@ -139,7 +139,7 @@ async def test_what_does_not_lie_in_one_piece_in_dram_is_not_in_place(open_store
 
     halves = some_chain(1, seed=2)
     for shard in (Shard(0, 1, 0, 2), Shard(1, 2, 0, 2)):
-        opened.store.leases.release(client.client_id, held.lease_id)
+        opened.store.leases.release(caller_of(client), held.lease_id)
         await opened.save(client, halves, some_images(halves, shard=shard), shard=shard)
     lease = opened.lookup(client, halves.keys)
     assert lease is not None
@@ -152,10 +152,10 @@ async def test_verified_is_what_this_daemon_has_seen(opened: OpenStore, client: 
     chain, _, lease = await saved(opened, client)
     blocks = opened.store.blocks
     assert blocks.verified[lease.rows].all(), "an upload's checksums matched"
-    opened.store.leases.release(client.client_id, lease.lease_id)
-    await opened.store.evict(chain.keys, DRAM)
+    opened.store.leases.release(caller_of(client), lease.lease_id)
+    await opened.store.evict(CALLER, chain.keys, DRAM)
     assert not blocks.verified[lease.rows].any()
-    await opened.store.prefetch(chain.keys, within_s=0, wait=True)
+    await opened.store.prefetch(CALLER, chain.keys, within_s=0, wait=True)
     assert blocks.verified[lease.rows].all(), "a promotion verifies"
 
 
@@ -167,7 +167,7 @@ async def test_after_a_restart_blocks_are_verified_for_who_views_them_and_damage
     await opened.close()
     again = files.open()
     try:
-        client = again.store.leases.attach("again")
+        client = again.store.leases.attach(CALLER, "again")
         lease = again.lookup(client, chain.keys)
         assert lease is not None
         verified = again.store.blocks.verified
@@ -190,7 +190,7 @@ async def test_after_a_restart_blocks_are_verified_for_who_views_them_and_damage
 
 async def test_an_arena_that_is_not_shared_has_no_places(open_store: Callable[..., Any]) -> None:
     opened = await open_store()
-    client = opened.store.leases.attach("test")
+    client = opened.store.leases.attach(CALLER, "test")
     _, _, lease = await saved(opened, client)
     with pytest.raises(NotShared):
         await anext(run(opened, lease))

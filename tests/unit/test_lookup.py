@@ -15,7 +15,7 @@ from kvservice.store.leases import Client
 from kvservice.store.lookup import find
 from kvservice_api.errors import UnknownClient
 from kvservice_api.layout import Shard
-from tests.stores import LAYOUT, WHOLE, OpenStore, some_chain, some_images, until
+from tests.stores import CALLER, LAYOUT, WHOLE, OpenStore, caller_of, some_chain, some_images, until
 from tests.unit.test_coverage import shards
 
 KEYS = [bytes([number]) * 32 for number in range(8)]
@@ -24,7 +24,15 @@ LEFT, RIGHT = Shard(0, 2, 0, 1), Shard(0, 2, 1, 2)
 
 def stored(table: BlockTable, key: bytes, shard: Shard, *, layout_id: int = 1, tier: TierName | None = None) -> int:
     row = table.add(
-        key, shard, parent_key=b"", layout_id=layout_id, token_count=1, size_bytes=1, trailer_checksum=0, now_ms=0
+        key,
+        shard,
+        parent_key=b"",
+        layout_id=layout_id,
+        tenant=0,
+        token_count=1,
+        size_bytes=1,
+        trailer_checksum=0,
+        now_ms=0,
     )
     if tier is not None:
         table.set_extent(row, tier, Extent(0, 0, 1))
@@ -121,16 +129,16 @@ async def test_a_long_lookup_answers_as_a_short_one_and_lets_the_event_loop_go_r
             await asyncio.sleep(0)
 
     counting = asyncio.create_task(count())
-    hit = await opened.store.lookup_in_turns(client.client_id, LAYOUT.fingerprint, WHOLE, keys, 30)
+    hit = await opened.store.lookup_in_turns(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 30)
     counting.cancel()
     assert turns >= 3
-    again = opened.store.lookup(client.client_id, LAYOUT.fingerprint, WHOLE, keys, 30)
+    again = opened.store.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 30)
     assert hit.lease is not None and again.lease is not None
     assert (hit.blocks, hit.runs) == (again.blocks, again.runs) == (4000, [(4000, True, True)])
     assert hit.lease.rows.tolist() == again.lease.rows.tolist() and hit.lease.parts == again.lease.parts
     assert sorted(hit.lease.held_rows.tolist()) == sorted(again.lease.held_rows.tolist())
     for lease in (hit.lease, again.lease):
-        opened.store.leases.release(client.client_id, lease.lease_id)
+        opened.store.leases.release(caller_of(client), lease.lease_id)
     await opened.store.leases.let_go()
     assert not opened.store.blocks.leases.any() and not opened.store.blocks.holds.any()
 
@@ -138,7 +146,7 @@ async def test_a_long_lookup_answers_as_a_short_one_and_lets_the_event_loop_go_r
 async def test_a_long_lookup_ends_with_the_first_block_that_is_missing(opened: OpenStore, client: Client) -> None:
     keys = [*await saved(opened, client, 20)] * 200
     keys[1500] = b"\0" * 32
-    hit = await opened.store.lookup_in_turns(client.client_id, LAYOUT.fingerprint, WHOLE, keys, 0)
+    hit = await opened.store.lookup_in_turns(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 0)
     assert hit.blocks == 1500 and hit.lease is None
     assert not opened.store.blocks.holds.any()
 
@@ -161,12 +169,12 @@ async def test_what_a_long_lookup_has_found_stays_until_its_lease_has_it(
 
     monkeypatch.setattr(opened.store.pace, "turn", turn)
     asking = asyncio.create_task(
-        opened.store.lookup_in_turns(client.client_id, LAYOUT.fingerprint, WHOLE, [*keys[:-1]] * 40, 30)
+        opened.store.lookup_in_turns(caller_of(client), LAYOUT.fingerprint, WHOLE, [*keys[:-1]] * 40, 30)
     )
     await waiting.wait()
     rows = list(opened.store.blocks.shards_of(int(opened.store.blocks.rows_of_keys([first])[0])))
-    assert (await opened.store.evict([first, last], TierName.DRAM)).evicted == 2, "only what was not found"
-    discarding = asyncio.create_task(opened.store.discard([first]))
+    assert (await opened.store.evict(CALLER, [first, last], TierName.DRAM)).evicted == 2, "only what was not found"
+    discarding = asyncio.create_task(opened.store.discard(CALLER, [first]))
     await until(lambda: opened.hits([first]) == 0)
     gate.set()
     hit = await asking
@@ -175,16 +183,16 @@ async def test_what_a_long_lookup_has_found_stays_until_its_lease_has_it(
     assert hit.lease is not None and set(rows) <= set(hit.lease.held_rows.tolist())
     assert all(opened.store.blocks.is_resident(row, TierName.DRAM) for row in hit.lease.held_rows.tolist())
     assert len(await opened.load(hit.lease, range(19))) == 2
-    opened.store.leases.release(client.client_id, hit.lease.lease_id)
+    opened.store.leases.release(caller_of(client), hit.lease.lease_id)
     await opened.settle()
     assert opened.store.blocks.row_of(first, LEFT) == NO_ROW
 
 
 async def test_a_long_lookup_of_a_client_that_has_gone_leases_nothing(opened: OpenStore, client: Client) -> None:
     keys = [*await saved(opened, client, 20)] * 200
-    asking = asyncio.ensure_future(opened.store.lookup_in_turns(client.client_id, LAYOUT.fingerprint, WHOLE, keys, 30))
+    asking = asyncio.ensure_future(opened.store.lookup_in_turns(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 30))
     await asyncio.sleep(0)
-    opened.store.leases.detach(client)
+    opened.store.leases.detach(CALLER, client)
     with pytest.raises(UnknownClient):
         await asking
     blocks = opened.store.blocks

@@ -12,7 +12,7 @@ from kvservice.blocks import BlockTable, TierName
 from kvservice.policy import LruPolicy, Policy
 from kvservice.policy.base import Recency
 from tests.contracts.policy import NOW_S, PolicyContract
-from tests.stores import OpenStore, some_chain, some_images
+from tests.stores import CALLER, OpenStore, some_chain, some_images
 
 
 class TestLru(PolicyContract):
@@ -34,10 +34,10 @@ class TestLru(PolicyContract):
         assert (policy.retention(blocks, rows, TierName.SSD, NOW_S) == before).all()
 
     async def test_what_was_evicted_from_ssd_is_written_there_again_once_it_was_used(self, opened: OpenStore) -> None:
-        client, chain = opened.store.leases.attach("test"), some_chain(1)
+        client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(1)
         [key] = chain.keys
         await opened.save(client, chain, some_images(chain), on_ssd=True)
-        await opened.store.evict([key], TierName.SSD)
+        await opened.store.evict(CALLER, [key], TierName.SSD)
         row = int(opened.store.blocks.rows_of_keys([key])[0])
         policy = LruPolicy()
         assert not policy.wants_on_ssd(opened.store.blocks, row, NOW_S)
@@ -58,13 +58,13 @@ class Refusing(LruPolicy):
 
 async def test_the_mover_copies_nothing_that_the_policy_does_not_want(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(policy=Refusing())
-    client, chain = opened.store.leases.attach("test"), some_chain(3)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(3)
     images = some_images(chain)
     await opened.save(client, chain, images)
     await opened.settle()
     assert opened.residency(chain.keys[0]) == {TierName.DRAM}
 
     await opened.save(client, chain, images, on_ssd=True)  # A client's wish is no matter of policy.
-    await opened.store.evict(chain.keys, TierName.DRAM)
-    assert (await opened.store.prefetch(chain.keys, within_s=0, wait=True)).failed == 3
+    await opened.store.evict(CALLER, chain.keys, TierName.DRAM)
+    assert (await opened.store.prefetch(CALLER, chain.keys, within_s=0, wait=True)).failed == 3
     assert opened.residency(chain.keys[0]) == {TierName.SSD}

@@ -20,7 +20,7 @@ from kvservice_api.image import block_geometry
 from kvservice_api.keys import BlockChain
 from kvservice_api.layout import Layout, Shard
 from tests.file_faults import FaultyCalls
-from tests.stores import KIB, LAYOUT, OpenStore, layers_of, some_chain, some_images, until
+from tests.stores import CALLER, KIB, LAYOUT, OpenStore, caller_of, layers_of, some_chain, some_images, until
 
 BLOCK = 12 * KIB
 HEADER = 4 * KIB
@@ -43,7 +43,7 @@ async def on_ssd(opened: OpenStore, client: Client, chain: BlockChain, **more: A
     images = some_images(chain, shard=Shard.whole(layout), layout=layout)
     outcome = await opened.save(client, chain, images, shard=Shard.whole(layout), on_ssd=True, **more)
     assert not outcome.refused
-    await opened.store.evict(chain.keys, TierName.DRAM)
+    await opened.store.evict(CALLER, chain.keys, TierName.DRAM)
     return images
 
 
@@ -71,7 +71,7 @@ async def test_many_who_want_a_block_at_one_time_cause_one_read(
     assert lease is not None
     before = reads(calls)
     answers = await asyncio.gather(
-        *(opened.load(lease) for _ in range(5)), opened.store.prefetch(chain.keys, within_s=0, wait=True)
+        *(opened.load(lease) for _ in range(5)), opened.store.prefetch(CALLER, chain.keys, within_s=0, wait=True)
     )
     assert answers[:5] == [layers_of(images)] * 5
     assert reads(calls) - before == 2 * 3, "a trailer and one piece of each block"
@@ -88,11 +88,11 @@ async def test_a_block_that_is_being_brought_up_and_is_discarded_is_given_whole_
     with calls.held("preadv") as waiting:
         loading = asyncio.create_task(opened.load(lease))
         await asyncio.to_thread(waiting.acquire)
-        discarding = asyncio.create_task(opened.store.discard(chain.keys))
+        discarding = asyncio.create_task(opened.store.discard(CALLER, chain.keys))
         await until(lambda: opened.hits(chain.keys) == 0)
     assert await loading == layers_of(images)
     await discarding
-    opened.store.leases.release(client.client_id, lease.lease_id)
+    opened.store.leases.release(caller_of(client), lease.lease_id)
     await opened.settle()
     assert opened.dram.used_bytes == 0
 
@@ -139,7 +139,7 @@ async def test_a_landing_that_ended_while_its_joiner_waited_for_room_is_not_read
 
 async def test_what_dram_has_no_room_for_is_read_where_it_lies(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER)
-    client = opened.store.leases.attach("test")
+    client = opened.store.leases.attach(CALLER, "test")
     chain, other = some_chain(3, seed=1), some_chain(3, seed=2)
     images = await on_ssd(opened, client, chain)
     await opened.save(client, other, some_images(other))
@@ -172,8 +172,8 @@ async def test_a_layer_that_is_there_does_not_wait_for_the_next_one(open_store: 
     size = block_geometry(layout, Shard.whole(layout), 16).image_bytes
     calls = HeldReads()
     opened: OpenStore = await open_store(calls=calls, dram_bytes=4 * size, ssd_bytes=8 * size)
-    await opened.store.open_layout(layout)
-    client, chain = opened.store.leases.attach("test"), some_chain(1, layout=layout)
+    await opened.store.open_layout(CALLER, layout)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(1, layout=layout)
     images = await on_ssd(opened, client, chain, layout=layout)
     lease = opened.lookup(client, chain.keys, shard=Shard.whole(layout), layout=layout)
     assert lease is not None
@@ -212,7 +212,14 @@ def damage(opened: OpenStore, tier: TierName, key: bytes, at: int) -> None:
 
 GEOMETRY = block_geometry(LAYOUT, Shard.whole(LAYOUT), 16)
 WAYS = ("load from dram", "promote", "read through", "write behind", "scrub dram", "scrub ssd")
-PLACES = (0, GEOMETRY.slice_bytes - 1, GEOMETRY.slice_bytes + 7, GEOMETRY.trailer_offset, GEOMETRY.image_bytes - 1)
+SLICE = GEOMETRY.slice_bytes(0)
+PLACES = (
+    0,
+    SLICE - 1,
+    SLICE + 7,
+    GEOMETRY.trailer_offset,
+    GEOMETRY.image_bytes - 1,
+)
 
 
 @pytest.mark.parametrize("at", PLACES)
@@ -222,7 +229,7 @@ async def test_a_flipped_bit_is_found_before_any_byte_of_its_slice_leaves_and_th
 ) -> None:
     dram_bytes = BLOCK + HEADER if how == "read through" else 64 * BLOCK
     opened: OpenStore = await open_store(calls=calls, dram_bytes=dram_bytes)
-    client, chain = opened.store.leases.attach("test"), some_chain(1)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(1)
     [key] = chain.keys
     if how == "write behind":
         with calls.held("pwritev"):
@@ -236,7 +243,7 @@ async def test_a_flipped_bit_is_found_before_any_byte_of_its_slice_leaves_and_th
         await opened.save(client, chain, some_images(chain), on_ssd=True)
         tier = TierName(how.removeprefix("scrub "))
         damage(opened, tier, key, at)
-        progress = [step async for step in opened.store.scrub.run([tier], 1 << 40)]
+        progress = [step async for step in opened.store.scrub.run(CALLER, [tier], 1 << 40)]
         assert progress[-1].damaged == 1
     else:
         tier = TierName.DRAM if how == "load from dram" else TierName.SSD
@@ -259,7 +266,7 @@ async def test_a_flipped_bit_is_found_before_any_byte_of_its_slice_leaves_and_th
             await load()
         sound = layers_of(some_images(chain))
         assert all(payload == sound[layer] for layer, payload in received), "what left is right"
-        opened.store.leases.release(client.client_id, lease.lease_id)
+        opened.store.leases.release(caller_of(client), lease.lease_id)
     assert opened.hits([key]) == 0, "it reads as a miss"
     assert opened.store.counters.quarantined_blocks == 1
     await until(lambda: key not in {name[:32] for name in opened.records(TierName.DRAM)})
@@ -295,10 +302,10 @@ async def test_a_load_that_is_broken_off_anywhere_lets_go_of_its_blocks(
         await asyncio.sleep(0)
     loading.cancel()
     await asyncio.gather(loading, return_exceptions=True)
-    opened.store.leases.release(client.client_id, lease.lease_id)
+    opened.store.leases.release(caller_of(client), lease.lease_id)
     await until(lambda: not opened.store.blocks.holds.any())
     assert opened.store.loads.open_count == 0
-    assert await opened.store.discard(chain.keys) == (4, 0)
+    assert await opened.store.discard(CALLER, chain.keys) == (4, 0)
     await until(lambda: opened.dram.used_bytes == 0)
     assert opened.unsettled() == ""
 
@@ -311,7 +318,7 @@ async def test_shards_of_several_ranks_come_back_as_one(opened: OpenStore, clien
     for shard in shards:
         parts = [part_of(image, whole, shard) for image in images]
         await opened.save(client, chain, parts, shard=shard, on_ssd=True)
-    await opened.store.evict(chain.keys[1:], TierName.DRAM)
+    await opened.store.evict(CALLER, chain.keys[1:], TierName.DRAM)
     lease = opened.lookup(client, chain.keys)
     assert lease is not None
     assert await opened.load(lease) == layers_of(images)

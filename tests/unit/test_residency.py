@@ -16,7 +16,7 @@ from kvservice.store import residency
 from kvservice.store.leases import Client
 from kvservice_api.errors import IndexFull, StorageFailed
 from kvservice_api.keys import KEY_BYTES
-from tests.stores import WHOLE, OpenStore, some_chain, some_images, until
+from tests.stores import CALLER, WHOLE, OpenStore, caller_of, some_chain, some_images, until
 
 
 async def turns(count: int = 20) -> None:
@@ -71,7 +71,7 @@ async def test_the_space_of_an_evicted_copy_is_free_once_its_record_is_gone_and_
     space = opened.store.residency.tiers[tier]
     used = space.used_bytes
     with opened.commits_held(tier):
-        evicting = asyncio.create_task(opened.store.evict(keys, tier))
+        evicting = asyncio.create_task(opened.store.evict(CALLER, keys, tier))
         await until(lambda: tier not in opened.residency(keys[0]))
         await turns()
         assert space.used_bytes == used and not evicting.done()
@@ -87,7 +87,7 @@ async def test_the_space_of_a_discarded_block_is_free_once_its_records_are_gone_
     keys = await stored(opened, client)
     used = opened.dram.used_bytes
     with opened.commits_held(tier):
-        discarding = asyncio.create_task(opened.store.discard(keys))
+        discarding = asyncio.create_task(opened.store.discard(CALLER, keys))
         await until(lambda: opened.hits(keys) == 0)
         await turns()
         assert opened.dram.used_bytes == used and not discarding.done()
@@ -102,7 +102,7 @@ async def test_a_block_saved_again_waits_until_the_record_of_the_old_one_is_gone
     chain = some_chain(1)
     await opened.save(client, chain, some_images(chain))
     with opened.commits_held(TierName.DRAM):
-        discarding = asyncio.create_task(opened.store.discard(chain.keys))
+        discarding = asyncio.create_task(opened.store.discard(CALLER, chain.keys))
         await until(lambda: opened.hits(chain.keys) == 0)
         saving = asyncio.create_task(opened.save(client, chain, some_images(chain, seed=2)))
         await turns()
@@ -131,9 +131,9 @@ async def test_removals_of_one_object_follow_one_another(
         return asyncio.ensure_future(work())
 
     monkeypatch.setattr(opened.index, "delete", late)
-    evicting = asyncio.create_task(opened.store.evict(chain.keys, TierName.DRAM))
+    evicting = asyncio.create_task(opened.store.evict(CALLER, chain.keys, TierName.DRAM))
     await until(lambda: asked == [TierName.DRAM])
-    discarding = asyncio.create_task(opened.store.discard(chain.keys))
+    discarding = asyncio.create_task(opened.store.discard(CALLER, chain.keys))
     await until(lambda: opened.hits(chain.keys) == 0)
     saving = asyncio.create_task(opened.save(client, chain, some_images(chain, seed=2)))
     await turns()
@@ -153,7 +153,7 @@ async def test_where_an_old_record_cannot_be_removed_a_new_save_is_refused_in_ti
     chain = some_chain(1)
     await opened.save(client, chain, some_images(chain))
     with opened.commits_held(TierName.DRAM):
-        discarding = asyncio.create_task(opened.store.discard(chain.keys))
+        discarding = asyncio.create_task(opened.store.discard(CALLER, chain.keys))
         await until(lambda: opened.hits(chain.keys) == 0)
         outcome = await opened.save(client, chain, some_images(chain))
         assert isinstance(outcome.refused[0], StorageFailed)
@@ -162,8 +162,8 @@ async def test_where_an_old_record_cannot_be_removed_a_new_save_is_refused_in_ti
 
 async def test_one_block_evicted_twice_at_one_time_leaves_once(opened: OpenStore, client: Client) -> None:
     keys = await stored(opened, client)
-    discarding = asyncio.ensure_future(opened.store.discard(keys))
-    outcomes = await asyncio.gather(*(opened.store.evict(keys, tier) for tier in [*TierName, *TierName]))
+    discarding = asyncio.ensure_future(opened.store.discard(CALLER, keys))
+    outcomes = await asyncio.gather(*(opened.store.evict(CALLER, keys, tier) for tier in [*TierName, *TierName]))
     await discarding
     assert opened.hits(keys) == 0
     assert sum(outcome.evicted for outcome in outcomes) <= 2
@@ -175,8 +175,8 @@ async def test_an_eviction_whose_caller_is_cancelled_goes_on_and_leaks_nothing(
     opened: OpenStore, client: Client, turns_before: int
 ) -> None:
     keys = await stored(opened, client, 3)
-    await opened.store.evict(keys[2:], TierName.SSD)  # The last one has its only copy in DRAM.
-    evicting = asyncio.create_task(opened.store.evict(keys, TierName.DRAM))
+    await opened.store.evict(CALLER, keys[2:], TierName.SSD)  # The last one has its only copy in DRAM.
+    evicting = asyncio.create_task(opened.store.evict(CALLER, keys, TierName.DRAM))
     await turns(turns_before)
     evicting.cancel()
     await asyncio.gather(evicting, return_exceptions=True)
@@ -211,9 +211,9 @@ async def test_a_full_index_refuses_saves_and_nothing_else(opened: OpenStore, cl
 
     lease = opened.lookup(client, keys)
     assert lease is not None and len(await opened.load(lease)) == 2
-    opened.store.leases.release(client.client_id, lease.lease_id)
-    assert (await opened.store.evict(keys, TierName.DRAM)).evicted == 1
-    assert await opened.store.discard(keys) == (1, 0)
+    opened.store.leases.release(caller_of(client), lease.lease_id)
+    assert (await opened.store.evict(CALLER, keys, TierName.DRAM)).evicted == 1
+    assert await opened.store.discard(CALLER, keys) == (1, 0)
     await opened.index.delete(TierName.DRAM, names)
     assert not (await opened.save(client, chain, some_images(chain))).refused
 
@@ -256,7 +256,7 @@ async def test_a_removal_that_fails_is_reported_and_tried_again_until_it_succeed
 
     monkeypatch.setattr(opened.index, "delete", failing)
     with pytest.raises(StorageFailed, match=str(error)):
-        await opened.store.discard(keys)
+        await opened.store.discard(CALLER, keys)
     assert opened.hits(keys) == 0, "it is invisible at once"
     await until(lambda: opened.unsettled() == "")
     assert failures < 0 and opened.store.counters.storage_errors == 3

@@ -13,7 +13,7 @@ from kvservice.store.block_store import StoreLimits
 from kvservice.store.leases import Client
 from kvservice.store.room import Watermarks
 from kvservice_api.errors import TierFull
-from tests.stores import KIB, MIB, OpenStore, some_chain, some_images, until
+from tests.stores import CALLER, KIB, MIB, OpenStore, caller_of, some_chain, some_images, until
 
 BLOCK = 12 * KIB  # Of the tests' layout.
 HEADER = 4 * KIB  # Of the arena, and of each SSD file.
@@ -34,7 +34,7 @@ async def test_the_least_recently_used_leave_first_and_a_suffix_before_its_prefi
     open_store: Callable[..., Any],
 ) -> None:
     opened: OpenStore = await open_store(dram_bytes=10 * BLOCK + HEADER)
-    client = opened.store.leases.attach("test")
+    client = opened.store.leases.attach(CALLER, "test")
     old, newer = await saved(opened, client, 5, seed=1), await saved(opened, client, 5, seed=2)
     opened.hits(old)
 
@@ -46,9 +46,9 @@ async def test_the_least_recently_used_leave_first_and_a_suffix_before_its_prefi
 
 async def test_what_is_on_ssd_leaves_dram_before_what_would_be_lost(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER)
-    client = opened.store.leases.attach("test")
+    client = opened.store.leases.attach(CALLER, "test")
     only_dram = await saved(opened, client, 2, seed=1)
-    await opened.store.evict(only_dram, TierName.SSD)  # And LRU does not write them there again.
+    await opened.store.evict(CALLER, only_dram, TierName.SSD)  # And LRU does not write them there again.
     await saved(opened, client, 2, seed=2)
 
     await saved(opened, client, 2, seed=3)
@@ -58,7 +58,7 @@ async def test_what_is_on_ssd_leaves_dram_before_what_would_be_lost(open_store: 
 
 async def test_without_an_ssd_tier_the_oldest_are_lost(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER, ssd_bytes=0)
-    client = opened.store.leases.attach("test")
+    client = opened.store.leases.attach(CALLER, "test")
     old = await saved(opened, client, 3, seed=1, on_ssd=False)
     new = await saved(opened, client, 3, seed=2, on_ssd=False)
     assert (opened.hits(old), opened.hits(new)) == (1, 3)
@@ -69,7 +69,7 @@ async def test_where_everything_is_leased_a_save_is_refused_at_once_and_nothing_
     open_store: Callable[..., Any],
 ) -> None:
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER)
-    client = opened.store.leases.attach("test")
+    client = opened.store.leases.attach(CALLER, "test")
     keys = await saved(opened, client, 4)
     lease = opened.lookup(client, keys)
     chain = some_chain(2, seed=9)
@@ -79,14 +79,14 @@ async def test_where_everything_is_leased_a_save_is_refused_at_once_and_nothing_
     assert in_dram(opened, keys) == 4
 
     assert lease is not None
-    opened.store.leases.release(client.client_id, lease.lease_id)
+    opened.store.leases.release(caller_of(client), lease.lease_id)
     assert not (await opened.save(client, chain, some_images(chain))).refused
 
 
 @pytest.mark.parametrize("tier", TierName)
 async def test_a_block_larger_than_the_tier_evicts_nobody(open_store: Callable[..., Any], tier: TierName) -> None:
     opened: OpenStore = await open_store(dram_bytes=8 * BLOCK + HEADER, ssd_bytes=16 * BLOCK, ssd_files=2)
-    client = opened.store.leases.attach("test")
+    client = opened.store.leases.attach(CALLER, "test")
     keys = await saved(opened, client, 4)
     capacity = opened.store.residency.tiers[tier].capacity_bytes
     largest = capacity if tier is TierName.DRAM else capacity // 2  # No extent spans two files.
@@ -153,7 +153,7 @@ async def test_waiting_for_room_ends_in_time(open_store: Callable[..., Any]) -> 
 @pytest.mark.parametrize("turns", range(8))
 async def test_a_cancelled_wait_for_room_takes_nothing(open_store: Callable[..., Any], turns: int) -> None:
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER)
-    client = opened.store.leases.attach("test")
+    client = opened.store.leases.attach(CALLER, "test")
     await saved(opened, client, 4)
     waiting = asyncio.create_task(opened.store.room.reserve(TierName.DRAM, BLOCK))
     for _ in range(turns):
@@ -169,7 +169,7 @@ async def test_the_mover_keeps_room_free_ahead_of_need_and_loses_nothing_for_it(
     open_store: Callable[..., Any],
 ) -> None:
     opened: OpenStore = await open_store(dram_bytes=1 * MIB, watermarks=Watermarks(0.2, 0.4))
-    client = opened.store.leases.attach("test")
+    client = opened.store.leases.attach(CALLER, "test")
     keys = []
     for seed in range(10):
         keys.append(await saved(opened, client, 10, seed=seed))
@@ -181,7 +181,7 @@ async def test_the_mover_keeps_room_free_ahead_of_need_and_loses_nothing_for_it(
 
 async def test_blocks_that_only_dram_has_do_not_leave_for_a_watermark(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=10 * BLOCK + HEADER, ssd_bytes=0, watermarks=Watermarks(0.5, 0.9))
-    client = opened.store.leases.attach("test")
+    client = opened.store.leases.attach(CALLER, "test")
     keys = await saved(opened, client, 10, on_ssd=False)
     for _ in range(50):
         await asyncio.sleep(0)
@@ -192,7 +192,7 @@ async def test_neither_tier_is_ever_over_its_capacity(open_store: Callable[..., 
     opened: OpenStore = await open_store(
         dram_bytes=9 * BLOCK + HEADER, ssd_bytes=20 * BLOCK, watermarks=Watermarks(0.1, 0.3)
     )
-    client = opened.store.leases.attach("test")
+    client = opened.store.leases.attach(CALLER, "test")
     most = dict.fromkeys(TierName, 0)
 
     async def watch() -> None:

@@ -28,7 +28,7 @@ from kvservice_api.errors import (
     UnknownLayout,
 )
 from kvservice_api.keys import BlockChain, block_key
-from tests.stores import LAYOUT, MIB, OpenStore, some_chain, some_images, until
+from tests.stores import CALLER, LAYOUT, MIB, OpenStore, some_chain, some_images, until
 
 TTL_S = 60.0
 LIMITS = StoreLimits(session=SessionLimits(ttl_s=TTL_S, sessions_max=4, slices_max=16))
@@ -46,16 +46,16 @@ def turn_of(chain: BlockChain) -> Turn:
 
 async def begin(opened: OpenStore, session_id: str = "chat", chain: BlockChain | None = None) -> Manifest:
     chain = some_chain(2, tail_tokens=5) if chain is None else chain
-    return await opened.store.sessions.append(LAYOUT.fingerprint, session_id, 0, turn_of(chain))
+    return await opened.store.sessions.append(CALLER, LAYOUT.fingerprint, session_id, 0, turn_of(chain))
 
 
 async def append(opened: OpenStore, manifest: Manifest, chain: BlockChain) -> Manifest:
     turn = turn_of(chain)
-    return await opened.store.sessions.append(LAYOUT.fingerprint, manifest.session_id, manifest.revision, turn)
+    return await opened.store.sessions.append(CALLER, LAYOUT.fingerprint, manifest.session_id, manifest.revision, turn)
 
 
 def get(opened: OpenStore, session_id: str = "chat") -> Manifest:
-    return opened.store.sessions.get(LAYOUT.fingerprint, session_id)
+    return opened.store.sessions.get(CALLER, LAYOUT.fingerprint, session_id)
 
 
 def same(one: Manifest, other: Manifest) -> bool:
@@ -76,7 +76,7 @@ async def drops_ended(opened: OpenStore) -> None:
 async def reopened(opened: OpenStore, *, kill: bool = False) -> OpenStore:
     await (opened.kill() if kill else opened.close())
     again = opened.files.open()
-    await again.store.open_layout(LAYOUT)
+    await again.store.open_layout(CALLER, LAYOUT)
     return again
 
 
@@ -86,7 +86,7 @@ async def reopened(opened: OpenStore, *, kill: bool = False) -> OpenStore:
 @pytest.mark.parametrize("kill", [False, True])
 async def test_a_session_is_there_after_a_restart(opened: OpenStore, kill: bool) -> None:
     first = await begin(opened)
-    cut = await opened.store.sessions.truncate(LAYOUT.fingerprint, "chat", first.revision, [(3, 20)])
+    cut = await opened.store.sessions.truncate(CALLER, LAYOUT.fingerprint, "chat", first.revision, [(3, 20)])
 
     again = await reopened(opened, kill=kill)
 
@@ -123,7 +123,7 @@ async def test_of_two_changes_at_a_time_one_is_told(opened: OpenStore) -> None:
 
     results = await asyncio.gather(
         append(opened, first, chain[1:]),
-        opened.store.sessions.truncate(LAYOUT.fingerprint, "chat", first.revision, [(0, 3)]),
+        opened.store.sessions.truncate(CALLER, LAYOUT.fingerprint, "chat", first.revision, [(0, 3)]),
         return_exceptions=True,
     )
 
@@ -143,8 +143,8 @@ async def test_a_session_that_an_index_has_no_space_for_is_as_it_was(open_store:
     long = Turn(too_long.parent, too_long.keys)
 
     async def grow(session_id: str) -> None:
-        now = await opened.store.sessions.fork(LAYOUT.fingerprint, "chat", session_id, 0)
-        await opened.store.sessions.append(LAYOUT.fingerprint, now.session_id, 1, long)
+        now = await opened.store.sessions.fork(CALLER, LAYOUT.fingerprint, "chat", session_id, 0)
+        await opened.store.sessions.append(CALLER, LAYOUT.fingerprint, now.session_id, 1, long)
 
     await grow("one")
     await grow("two")
@@ -170,9 +170,9 @@ async def test_a_session_that_could_not_be_written_is_as_it_was(
     monkeypatch.setattr(opened.index, "put_session", refuse)
     monkeypatch.setattr(opened.index, "delete_sessions", refuse)
     with pytest.raises(StorageFailed):
-        await opened.store.sessions.truncate(LAYOUT.fingerprint, "chat", 1, [(0, 3)])
+        await opened.store.sessions.truncate(CALLER, LAYOUT.fingerprint, "chat", 1, [(0, 3)])
     with pytest.raises(StorageFailed):
-        await opened.store.sessions.end(LAYOUT.fingerprint, "chat")
+        await opened.store.sessions.end(CALLER, LAYOUT.fingerprint, "chat")
 
     assert same(get(opened), first)
 
@@ -194,7 +194,7 @@ async def test_a_tail_whose_turn_could_not_be_written_may_be_appended_again(
     assert stored(opened, chain.keys[0])
 
     await append(opened, first, chain)
-    await opened.store.sessions.end(LAYOUT.fingerprint, "chat")
+    await opened.store.sessions.end(CALLER, LAYOUT.fingerprint, "chat")
     await until(lambda: not stored(opened, chain.keys[0]))
 
 
@@ -247,16 +247,16 @@ async def test_the_old_tail_is_dropped_once_a_fuller_one_is_named(opened: OpenSt
 async def test_a_tail_that_a_fork_names_stays_until_the_fork_lets_go_of_it(opened: OpenStore, client: Client) -> None:
     chain = await saved(opened, client, some_chain(2, tail_tokens=5))
     first = await begin(opened, chain=chain)
-    fork = await opened.store.sessions.fork(LAYOUT.fingerprint, "chat", "fork", 0)
+    fork = await opened.store.sessions.fork(CALLER, LAYOUT.fingerprint, "chat", "fork", 0)
 
     await append(opened, first, BlockChain(first.tip, (bytes(32),), (16,)))
-    await opened.store.sessions.truncate(LAYOUT.fingerprint, "fork", fork.revision, [(0, 33)])
+    await opened.store.sessions.truncate(CALLER, LAYOUT.fingerprint, "fork", fork.revision, [(0, 33)])
     await drops_ended(opened)
     assert stored(opened, chain.keys[-1]), "one of its tokens is in the fork's history"
 
     again = await reopened(opened)
     assert stored(again, chain.keys[-1])
-    await again.store.sessions.end(LAYOUT.fingerprint, "fork")
+    await again.store.sessions.end(CALLER, LAYOUT.fingerprint, "fork")
     await until(lambda: not stored(again, chain.keys[-1]))
     await again.close()
 
@@ -266,8 +266,8 @@ async def test_a_tail_that_is_named_again_while_it_is_let_go_stays(opened: OpenS
     await begin(opened, chain=chain)
 
     with opened.commits_held(TierName.SSD):
-        end = asyncio.ensure_future(opened.store.sessions.end(LAYOUT.fingerprint, "chat"))
-        fork = asyncio.ensure_future(opened.store.sessions.fork(LAYOUT.fingerprint, "chat", "fork", 0))
+        end = asyncio.ensure_future(opened.store.sessions.end(CALLER, LAYOUT.fingerprint, "chat"))
+        fork = asyncio.ensure_future(opened.store.sessions.fork(CALLER, LAYOUT.fingerprint, "chat", "fork", 0))
         await some_turns()
     assert await end
     await fork
@@ -278,9 +278,9 @@ async def test_a_tail_that_is_named_again_while_it_is_let_go_stays(opened: OpenS
 
 async def test_a_full_block_that_somebody_calls_a_tail_is_not_dropped(opened: OpenStore, client: Client) -> None:
     chain = await saved(opened, client, some_chain(2))
-    await opened.store.sessions.append(LAYOUT.fingerprint, "chat", 0, Turn(chain.parent, chain.keys, 3))
+    await opened.store.sessions.append(CALLER, LAYOUT.fingerprint, "chat", 0, Turn(chain.parent, chain.keys, 3))
 
-    await opened.store.sessions.end(LAYOUT.fingerprint, "chat")
+    await opened.store.sessions.end(CALLER, LAYOUT.fingerprint, "chat")
     await drops_ended(opened)
 
     assert opened.hits(chain.keys) == 2
@@ -292,21 +292,21 @@ async def test_why_a_partial_block_left_is_remembered(opened: OpenStore, client:
     longer = await saved(opened, client, BlockChain(first.tip, some_chain(0, seed=1, tail_tokens=9).keys, (9,)))
     await append(opened, first, longer)
     await until(lambda: not stored(opened, chain.keys[-1]))
-    replaced = opened.store.explain.missing(chain.keys[-1])
+    replaced = opened.store.explain.missing(CALLER, chain.keys[-1])
     assert replaced.event is not None
     assert (replaced.why, replaced.event.word) == (Miss.DISCARDED, "no session names it any more")
 
     opened.files.clock.advance(seconds=TTL_S)
     await opened.store.sessions.expire()
     await until(lambda: not stored(opened, longer.keys[-1]))
-    assert opened.store.explain.missing(longer.keys[-1]).why is Miss.EXPIRED
+    assert opened.store.explain.missing(CALLER, longer.keys[-1]).why is Miss.EXPIRED
 
 
 async def test_what_many_sessions_let_go_of_at_a_time_leaves_in_small_steps(
     open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: OpenStore = await open_store(limits=replace(LIMITS, session=SessionLimits(ttl_s=TTL_S)))
-    client = opened.store.leases.attach("test")
+    client = opened.store.leases.attach(CALLER, "test")
     chains = [await saved(opened, client, some_chain(0, seed=seed, tail_tokens=3)) for seed in range(70)]
     for number, chain in enumerate(chains):
         await begin(opened, f"chat-{number}", chain)
@@ -328,11 +328,11 @@ async def test_full_blocks_outlive_their_session(opened: OpenStore, client: Clie
     chain = await saved(opened, client, some_chain(2, tail_tokens=5))
     await begin(opened, chain=chain)
 
-    assert await opened.store.sessions.end(LAYOUT.fingerprint, "chat")
+    assert await opened.store.sessions.end(CALLER, LAYOUT.fingerprint, "chat")
     await until(lambda: not stored(opened, chain.keys[-1]))
 
     assert opened.hits(chain.keys) == 2
-    assert not await opened.store.sessions.end(LAYOUT.fingerprint, "chat")
+    assert not await opened.store.sessions.end(CALLER, LAYOUT.fingerprint, "chat")
 
 
 # Time
@@ -371,23 +371,23 @@ async def test_a_use_counts_after_a_restart(opened: OpenStore) -> None:
 async def test_who_asks_for_a_session_that_is_not_there_is_told_why(opened: OpenStore) -> None:
     sessions, clock = opened.store.sessions, opened.files.clock
     with pytest.raises(SessionNotFound, match="never begun, or went before"):
-        sessions.called("chat")
+        sessions.called(CALLER, "chat")
     await begin(opened)
     await begin(opened, "other", some_chain(1, seed=1))
     used_at_ms = get(opened).used_at_ms
     clock.advance(seconds=1)
-    assert [each.session_id for each in sessions.called("chat")] == ["chat"]
+    assert [each.session_id for each in sessions.called(CALLER, "chat")] == ["chat"]
     assert sessions._manifests[1, "chat"].used_at_ms == used_at_ms, "to ask is no use of it"
 
-    await sessions.end(LAYOUT.fingerprint, "other")
+    await sessions.end(CALLER, LAYOUT.fingerprint, "other")
     with pytest.raises(SessionNotFound, match=r"'other': it was ended at \d{4}-"):
-        sessions.called("other")
+        sessions.called(CALLER, "other")
     clock.advance(seconds=TTL_S)
     with pytest.raises(SessionNotFound, match=r"'chat': it expired at \d{4}-"):
-        sessions.called("chat")
+        sessions.called(CALLER, "chat")
     await sessions.expire()
     with pytest.raises(SessionNotFound, match=r"'chat': it expired at \d{4}-"):
-        sessions.called("chat")
+        sessions.called(CALLER, "chat")
 
 
 async def test_the_daemon_itself_forgets_what_expired(opened: OpenStore) -> None:
@@ -450,7 +450,10 @@ async def test_a_clock_that_was_set_back_lengthens_no_session_beyond_its_time(op
     files.clock._wall_offset_ms -= 10**10
 
     again = files.open()
-    assert again.store.sessions.get(LAYOUT.fingerprint, "chat").expires_at_ms <= files.clock.wall_ms() + TTL_S * 1000
+    assert (
+        again.store.sessions.get(CALLER, LAYOUT.fingerprint, "chat").expires_at_ms
+        <= files.clock.wall_ms() + TTL_S * 1000
+    )
     files.clock.advance(seconds=TTL_S)
     with pytest.raises(SessionNotFound):
         get(again)
@@ -466,9 +469,9 @@ async def test_no_more_sessions_are_kept_than_allowed(opened: OpenStore) -> None
     with pytest.raises(SessionsFull, match="4 sessions"):
         await begin(opened, "one-more")
     with pytest.raises(SessionsFull):
-        await opened.store.sessions.fork(LAYOUT.fingerprint, "chat-0", "one-more", 0)
+        await opened.store.sessions.fork(CALLER, LAYOUT.fingerprint, "chat-0", "one-more", 0)
 
-    await opened.store.sessions.end(LAYOUT.fingerprint, "chat-3")
+    await opened.store.sessions.end(CALLER, LAYOUT.fingerprint, "chat-3")
     await begin(opened, "one-more")
 
 
@@ -487,7 +490,7 @@ async def test_a_truncation_that_keeps_everything_is_a_use_and_no_change(opened:
     opened.files.clock.advance(seconds=1)
     with opened.commits_held(TierName.SSD):
         async with asyncio.timeout(5):
-            kept = await opened.store.sessions.truncate(LAYOUT.fingerprint, "chat", 1, [(0, 37)])
+            kept = await opened.store.sessions.truncate(CALLER, LAYOUT.fingerprint, "chat", 1, [(0, 37)])
     assert same(kept, first)
     assert kept.expires_at_ms == first.expires_at_ms + 1000
     assert opened.store.counters.sessions_begun == 1
@@ -500,7 +503,7 @@ async def test_no_session_has_more_slices_than_allowed(opened: OpenStore) -> Non
         await append(opened, first, BlockChain(first.tip, (bytes(32), bytes(31) + b"1"), (16, 16)))
     keep = [(number * 8, 4) for number in range(30)]
     with pytest.raises(SessionsFull):
-        await opened.store.sessions.truncate(LAYOUT.fingerprint, "chat", 1, keep)
+        await opened.store.sessions.truncate(CALLER, LAYOUT.fingerprint, "chat", 1, keep)
     assert same(get(opened), first)
 
 
@@ -508,12 +511,12 @@ async def test_no_session_has_more_slices_than_allowed(opened: OpenStore) -> Non
     "session_id", ["", "a b", "x" * 201, "ü", "tab\t", "line\n", "nul\0", "quote'", "star*", "back\\slash"]
 )
 async def test_odd_session_ids_are_refused(opened: OpenStore, session_id: str) -> None:
-    for work in (begin(opened, session_id), opened.store.sessions.end(LAYOUT.fingerprint, session_id)):
+    for work in (begin(opened, session_id), opened.store.sessions.end(CALLER, LAYOUT.fingerprint, session_id)):
         with pytest.raises(InvalidRequest, match="session_id"):
             await work
     await begin(opened)
     with pytest.raises(InvalidRequest, match="new_session_id"):
-        await opened.store.sessions.fork(LAYOUT.fingerprint, "chat", session_id, 0)
+        await opened.store.sessions.fork(CALLER, LAYOUT.fingerprint, "chat", session_id, 0)
 
 
 @pytest.mark.parametrize("session_id", ["x" * 200, "a", "user/1234:chat@host+3~2=4.5_6-7", ".", "-"])
@@ -527,7 +530,7 @@ async def test_sane_session_ids_are_taken(opened: OpenStore, session_id: str) ->
 
 async def test_a_session_of_a_layout_nobody_opened_is_refused(opened: OpenStore) -> None:
     with pytest.raises(UnknownLayout):
-        opened.store.sessions.get(bytes(32), "chat")
+        opened.store.sessions.get(CALLER, bytes(32), "chat")
 
 
 async def test_pages_go_through_all_sessions_in_the_order_of_beginning(opened: OpenStore) -> None:
@@ -535,22 +538,22 @@ async def test_pages_go_through_all_sessions_in_the_order_of_beginning(opened: O
         await begin(opened, f"chat-{number}")
     get(opened, "chat-0")  # A use changes when it expires, not its place in the list.
 
-    first, following = await opened.store.sessions.page(0, 3, "", None)
+    first, following = await opened.store.sessions.page(CALLER, 0, 3, "", None)
     assert [each.session_id for each in first] == ["chat-0", "chat-1", "chat-2"]
     assert following is not None
-    await opened.store.sessions.end(LAYOUT.fingerprint, "chat-1")
-    rest, end = await opened.store.sessions.page(following, 3, "", None)
+    await opened.store.sessions.end(CALLER, LAYOUT.fingerprint, "chat-1")
+    rest, end = await opened.store.sessions.page(CALLER, following, 3, "", None)
     assert ([each.session_id for each in rest], end) == (["chat-3"], None)
-    one, end = await opened.store.sessions.page(0, 3, "chat-2", None)
+    one, end = await opened.store.sessions.page(CALLER, 0, 3, "chat-2", None)
     assert ([each.session_id for each in one], end) == (["chat-2"], None)
 
 
 async def test_a_block_of_another_size_than_the_session_says_is_missing(opened: OpenStore, client: Client) -> None:
     chain = await saved(opened, client, some_chain(2, tail_tokens=5))
     wrong = Turn(chain.parent, chain.keys, 7)
-    await opened.store.sessions.append(LAYOUT.fingerprint, "chat", 0, wrong)
+    await opened.store.sessions.append(CALLER, LAYOUT.fingerprint, "chat", 0, wrong)
 
-    _, usable, runs = opened.store.session_history(LAYOUT.fingerprint, "chat", None)
+    _, usable, runs = opened.store.session_history(CALLER, LAYOUT.fingerprint, "chat", None)
 
     assert usable == sum(count for count, _, _ in runs) == 2
 
@@ -559,7 +562,7 @@ async def test_blocks_after_a_cut_are_no_ordinary_prefix(opened: OpenStore, clie
     """Tokens that read like an ordinary prompt once the middle is gone do not find what was said after the cut."""
     chain = await saved(opened, client, some_chain(3))
     first = await begin(opened, chain=chain)
-    cut = await opened.store.sessions.truncate(LAYOUT.fingerprint, "chat", 1, [(0, 16)])
+    cut = await opened.store.sessions.truncate(CALLER, LAYOUT.fingerprint, "chat", 1, [(0, 16)])
     tokens = list(range(16))
     after = await saved(opened, client, BlockChain(cut.tip, (block_key(cut.tip, tokens),), (16,)))
     await append(opened, cut, after)

@@ -15,7 +15,7 @@ from kvservice.store import residency, write_behind
 from kvservice.store.history import Reason
 from kvservice_api.errors import IndexFull, KVError, StorageFailed
 from tests.file_faults import FaultyCalls
-from tests.stores import LAYOUT, MIB, OpenStore, StoreFiles, some_chain, some_images, until
+from tests.stores import CALLER, LAYOUT, MIB, OpenStore, StoreFiles, some_chain, some_images, until
 
 
 class RefusingIndex:
@@ -42,7 +42,7 @@ async def opened(tmp_path: Path) -> AsyncIterator[OpenStore]:
     files = StoreFiles(tmp_path / "store", dram_bytes=256 * 1024)
     files.folder.mkdir()
     opened = files.open()
-    await opened.store.open_layout(LAYOUT)
+    await opened.store.open_layout(CALLER, LAYOUT)
     yield opened
     await opened.close()
     files.remove()
@@ -60,7 +60,7 @@ def index(opened: OpenStore, monkeypatch: pytest.MonkeyPatch) -> RefusingIndex:
 async def test_an_index_that_refuses_costs_ssd_copies_and_no_save(
     opened: OpenStore, index: RefusingIndex, error: KVError
 ) -> None:
-    client = opened.store.leases.attach("test")
+    client = opened.store.leases.attach(CALLER, "test")
     index.error = error
 
     for seed in range(6):  # Three times what DRAM holds.
@@ -76,7 +76,7 @@ async def test_an_index_that_refuses_costs_ssd_copies_and_no_save(
 
 
 async def test_once_the_index_takes_records_again_blocks_reach_the_ssd(opened: OpenStore, index: RefusingIndex) -> None:
-    client, chain = opened.store.leases.attach("test"), some_chain(4)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(4)
     index.error = StorageFailed("the disk is gone")
     await opened.save(client, chain, some_images(chain))
     await until(lambda: index.refused > 0)
@@ -92,7 +92,7 @@ async def test_while_commits_fail_blocks_are_not_all_written_again_and_again(
     opened: OpenStore, index: RefusingIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(write_behind, "_PAUSE_AFTER_FAILURE_S", 3600.0)
-    client, chain = opened.store.leases.attach("test"), some_chain(16)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(16)
     index.error = StorageFailed("the disk is gone")
 
     await opened.save(client, chain, some_images(chain))
@@ -106,7 +106,7 @@ async def test_while_commits_fail_blocks_are_not_all_written_again_and_again(
 async def test_a_save_to_ssd_ends_and_nothing_stays_held_whatever_fails_its_record(
     opened: OpenStore, index: RefusingIndex
 ) -> None:
-    client, chain = opened.store.leases.attach("test"), some_chain(4)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(4)
     index.error = RuntimeError("nobody foresaw this")
 
     async with asyncio.timeout(10):
@@ -116,7 +116,7 @@ async def test_a_save_to_ssd_ends_and_nothing_stays_held_whatever_fails_its_reco
     await until(lambda: not opened.store.blocks.holds.any() and not opened.unsettled())
     assert opened.hits(chain.keys) == 4, "they are in DRAM"
     index.error = None
-    client_of_next, other = opened.store.leases.attach("next"), some_chain(1, seed=7)
+    client_of_next, other = opened.store.leases.attach(CALLER, "next"), some_chain(1, seed=7)
     assert not (await opened.save(client_of_next, other, some_images(other, seed=7), on_ssd=True)).refused
 
 
@@ -124,7 +124,7 @@ async def test_a_save_to_ssd_ends_where_the_index_was_damaged_under_the_daemon(
     opened: OpenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(residency, "_SETTLED_WITHIN_S", 0.1)  # So long the second save waits for the first.
-    client, chain = opened.store.leases.attach("test"), some_chain(2)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(2)
     environment = opened.index._environments[TierName.SSD]
     assert environment._env is not None
     environment._env.close()  # Stands for any error that LMDB does not recover from.
@@ -153,8 +153,8 @@ async def test_bytes_written_before_a_failed_flush_are_written_anew_though_the_n
         return calls.names().count("pwritev")
 
     try:
-        await opened.store.open_layout(LAYOUT)
-        client = opened.store.leases.attach("test")
+        await opened.store.open_layout(CALLER, LAYOUT)
+        client = opened.store.leases.attach(CALLER, "test")
         first, second = some_chain(1, seed=1), some_chain(1, seed=2)
         before = writes()
         with calls.held("fdatasync") as flushing:
@@ -187,8 +187,8 @@ async def test_where_the_index_of_the_ssd_is_full_old_blocks_leave_it_and_new_on
         await until(lambda: TierName.SSD in opened.residency(key))
 
     try:
-        await opened.store.open_layout(LAYOUT)
-        client = opened.store.leases.attach("test")
+        await opened.store.open_layout(CALLER, LAYOUT)
+        client = opened.store.leases.attach(CALLER, "test")
         for seed in range(15):  # The map has space for some thousand records, SSD for five thousand blocks.
             chain = some_chain(200, seed=seed)
             outcome = await opened.save(client, chain, some_images(chain, seed=seed))
@@ -196,7 +196,7 @@ async def test_where_the_index_of_the_ssd_is_full_old_blocks_leave_it_and_new_on
             await on_ssd(chain.keys[-1])
         assert opened.store.counters.evicted_ssd_blocks
         keys = [key for seed in range(15) for key in some_chain(200, seed=seed).keys]
-        events = [event for key in keys for event in opened.store.explain.events(key)]
+        events = [event for key in keys for event in opened.store.explain.events(CALLER, key)]
         assert {(event.reason, event.word) for event in events} == {(Reason.EVICTED, "lru")}, "at nobody's request"
         assert opened.ssd is not None and opened.ssd.used_bytes < opened.ssd.capacity_bytes // 2
         await opened.settle()

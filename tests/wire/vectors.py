@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kvservice_api.layout import Layout, Rotary
+from kvservice_api.layout import LayerGroup, Layout, Rotary
 
 _FOLDER = Path(__file__).parent / "golden"
 
@@ -19,5 +19,12 @@ def golden(name: str) -> Any:
 
 
 def layout_of(fields: dict[str, Any]) -> Layout:
-    rotary = dict(fields["rotary"])
-    return Layout(**fields | {"rotary": Rotary(**rotary | {"parameters": tuple(rotary["parameters"].items())})})
+    return Layout(**fields | {"rotary": _rotary_of(fields["rotary"])})
+
+
+def layer_group_of(fields: dict[str, Any]) -> LayerGroup:
+    return LayerGroup(**fields | {"rotary": _rotary_of(fields["rotary"])})
+
+
+def _rotary_of(fields: dict[str, Any]) -> Rotary:
+    return Rotary(**fields | {"parameters": tuple(fields["parameters"].items())})

@@ -15,28 +15,28 @@ import numpy as np
 
 from kvservice_api.errors import NotShared, TierFull
 from kvservice_api.keys import BlockChain, block_chain
-from kvservice_client.bench.wire import LAYOUT, until_written
+from kvservice_api.layout import Layout
+from kvservice_client.bench.wire import layer_sizes, random_bytes, until_written
 from kvservice_client.client import Client
 
 T = TypeVar("T")
 
 VIEW_BYTES = 1 << 30
-_BLOCK_BYTES = LAYOUT.block_tokens * LAYOUT.bytes_per_token
 
 
 class Memory:
     """Measures against one daemon on this host. Raises NotShared where its arena cannot be used here."""
 
-    def __init__(self, client: Client, *, blocks: int, runs: int) -> None:
+    def __init__(self, client: Client, layout: Layout, *, blocks: int, runs: int) -> None:
         self._client = client
-        self._cache = client.open_layout(LAYOUT)
+        self._layout = layout
+        self._cache = client.open_layout(layout)
         self._block_count = blocks
         self._runs = runs
-        self._size_bytes = blocks * _BLOCK_BYTES
-        layer_bytes = self._size_bytes // LAYOUT.layers
-        random = np.frombuffer(secrets.token_bytes(1 << 20), np.uint8)
-        self._layers = [np.tile(random, layer_bytes >> 20) for _ in range(LAYOUT.layers)]  # No two share memory.
-        self._into = [np.ones(layer_bytes, np.uint8) for _ in range(LAYOUT.layers)]
+        self._block_bytes = layout.block_tokens * layout.bytes_per_token
+        self._size_bytes = blocks * self._block_bytes
+        self._layers = [random_bytes(size) for size in layer_sizes(layout, blocks)]  # No two share memory.
+        self._into = [np.ones(len(layer), np.uint8) for layer in self._layers]
         self._salt = secrets.token_bytes(16)  # Nobody else's blocks.
         self._turn = 0
 
@@ -59,12 +59,13 @@ class Memory:
 
     def view_ms(self) -> float:
         """Lease and view of 1 GiB of blocks verified since the daemon's start, until each slice is at hand. Median."""
-        count = VIEW_BYTES // _BLOCK_BYTES
+        count = max(1, VIEW_BYTES // self._block_bytes)
         chain = self._chain(count)
         for first in range(0, count, self._block_count):
             part = chain[first : first + self._block_count]
-            layer_bytes = len(part) * _BLOCK_BYTES // LAYOUT.layers
-            result = self._cache.save(part, [layer[:layer_bytes] for layer in self._layers], timeout_s=120)
+            sizes = layer_sizes(self._layout, len(part))
+            layers = [layer[:size] for layer, size in zip(self._layers, sizes, strict=True)]
+            result = self._cache.save(part, layers, timeout_s=120)
             if result.refused:
                 raise result.refused[0][1]
         until_written(self._client, self._cache, chain)
@@ -79,7 +80,7 @@ class Memory:
             if lease.hit_blocks != len(chain):
                 raise TierFull(f"the daemon kept only {lease.hit_blocks} of {len(chain)} blocks: its DRAM is too small")
             with lease.view(timeout_s=120) as view:
-                slices = [view.slices(layer) for layer in range(LAYOUT.layers)]
+                slices = [view.slices(layer) for layer in range(self._layout.layers)]
                 seconds = time.perf_counter() - started
                 assert len(slices[-1]) == len(chain)
         return seconds
@@ -92,7 +93,7 @@ class Memory:
 
     def _chain(self, blocks: int) -> BlockChain:
         self._turn += 1
-        return block_chain(LAYOUT, np.arange(blocks * LAYOUT.block_tokens) + self._turn, salt=self._salt)
+        return block_chain(self._layout, np.arange(blocks * self._layout.block_tokens) + self._turn, salt=self._salt)
 
     def _save(self, blocks: int) -> BlockChain:
         chain = self._chain(blocks)

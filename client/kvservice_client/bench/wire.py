@@ -10,16 +10,18 @@ from statistics import median
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvservice_api.errors import DeadlineExceeded, TierFull
+from kvservice_api.image import layer_starts
 from kvservice_api.keys import BlockChain, block_chain
-from kvservice_api.layout import Layout
+from kvservice_api.layout import Layout, Shard
 from kvservice_client.block_cache import BlockCache
 from kvservice_client.client import Client
 
 T = TypeVar("T")
 
-# Llama-3-8B in bf16 with blocks of 256 tokens: slices of 1 MiB, 32 MiB a block.
+# Llama-3-8B in bf16 with blocks of 256 tokens: slices of 1 MiB, 32 MiB per block.
 LAYOUT = Layout("bench", "bfloat16", layers=32, kv_heads=8, k_head_dim=128, v_head_dim=128)
 _SMALL_LAYOUT = Layout("bench-small", "uint8", layers=1, kv_heads=1, k_head_dim=8, v_head_dim=8, block_tokens=1)
 _LOOKUP_KEYS = 512
@@ -28,16 +30,18 @@ _LOOKUP_KEYS = 512
 class Wire:
     """Measures against one daemon. `pid` is the daemon's, where it runs on this host: for its CPU time."""
 
-    def __init__(self, client: Client, *, blocks: int, runs: int, pid: int | None) -> None:
+    def __init__(self, client: Client, layout: Layout, *, blocks: int, runs: int, pid: int | None) -> None:
         self._client = client
-        self._cache = client.open_layout(LAYOUT)
+        self._layout = layout
+        self._cache = client.open_layout(layout)
         self._block_count = blocks
         self._runs = runs
         self._pid = pid
-        self._size_bytes = blocks * LAYOUT.block_tokens * LAYOUT.bytes_per_token
-        layer_bytes = self._size_bytes // LAYOUT.layers
-        self._layers = [np.frombuffer(secrets.token_bytes(1 << 20) * (layer_bytes >> 20), np.uint8)] * LAYOUT.layers
-        self._into = [np.ones(layer_bytes, np.uint8) for _ in range(LAYOUT.layers)]
+        self._size_bytes = blocks * layout.block_tokens * layout.bytes_per_token
+        sizes = layer_sizes(layout, blocks)
+        random = random_bytes(max(sizes))
+        self._layers = [random[:size] for size in sizes]
+        self._into = [np.ones(size, np.uint8) for size in sizes]
         self._salt = secrets.token_bytes(16)  # Nobody else's blocks.
         self._turn = 0
 
@@ -101,8 +105,8 @@ class Wire:
 
     def _save(self) -> BlockChain:
         self._turn += 1
-        tokens = np.arange(self._block_count * LAYOUT.block_tokens) + self._turn
-        chain = block_chain(LAYOUT, tokens, salt=self._salt)
+        tokens = np.arange(self._block_count * self._layout.block_tokens) + self._turn
+        chain = block_chain(self._layout, tokens, salt=self._salt)
         result = self._cache.save(chain, self._layers, timeout_s=120)
         if result.refused:
             raise result.refused[0][1]
@@ -131,6 +135,17 @@ class Wire:
             return ours
         fields = Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()
         return ours + (int(fields[11]) + int(fields[12])) / 100  # utime and stime, in ticks of 10 ms.
+
+
+def layer_sizes(layout: Layout, blocks: int) -> list[int]:
+    """Bytes of each layer of so many full blocks."""
+    starts = layer_starts(layout, Shard.whole(layout), [layout.block_tokens] * blocks)
+    return [of_layer[-1] for of_layer in starts]
+
+
+def random_bytes(size_bytes: int) -> NDArray[np.uint8]:
+    """At most 1 MiB of them differ: drawing more takes longer than what is measured."""
+    return np.resize(np.frombuffer(secrets.token_bytes(min(size_bytes, 1 << 20)), np.uint8), size_bytes)
 
 
 def until_written(client: Client, cache: BlockCache, chain: BlockChain) -> None:

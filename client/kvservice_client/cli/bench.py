@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from google.protobuf import json_format
 from rich.progress import Progress
 
-from kvservice_api.errors import NotShared
+from kvservice_api.errors import KVError, NotShared
+from kvservice_api.layout import Layout
+from kvservice_api.v1 import types_pb2
 from kvservice_client.bench import limits, parts, rounds
 from kvservice_client.bench.memory import VIEW_BYTES, Memory
 from kvservice_client.bench.report import Report
@@ -19,7 +22,7 @@ from kvservice_client.bench.wire import LAYOUT, Wire
 from kvservice_client.cli import output
 from kvservice_client.cli.options import AsJson, connect
 
-_BLOCK_BYTES = LAYOUT.block_tokens * LAYOUT.bytes_per_token
+_BYTES_MOVED = 8 * LAYOUT.block_tokens * LAYOUT.bytes_per_token  # 256 MiB in each round.
 
 
 def bench(
@@ -34,6 +37,15 @@ def bench(
     dram_path: Annotated[Path, typer.Option("--dram-path", help="The tmpfs for the daemon that is started.")] = Path(
         "/dev/shm"
     ),
+    layout_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--layout",
+            metavar="FILE",
+            help="Move blocks of this layout: a JSON file with the fields of `Layout`, as `kvctl inspect --json` shows "
+            "them. By default 32 layers of 8 KV heads of 128 in bfloat16.",
+        ),
+    ] = None,
     write: Annotated[
         Path | None, typer.Option("--write", metavar="FILE", help="Also write the table into this Markdown file.")
     ] = None,
@@ -46,9 +58,10 @@ def bench(
     """
     if directory is not None and not directory.is_dir():
         raise typer.BadParameter(f"{directory} is no folder", param_hint="--directory")
+    layout = LAYOUT if layout_file is None else _read_layout(layout_file)
     report = Report()
     with ExitStack() as stack, output.progress() as progress:
-        _Bench(report, stack, quick, progress).run(address, directory, dram_path)
+        _Bench(report, stack, layout, quick, progress).run(address, directory, dram_path)
     report.describe_machine(" ".join(["kvctl", *sys.argv[1:]]))
     if write is not None:
         report.write_into(write)
@@ -61,11 +74,19 @@ def bench(
     output.console().print(table)
 
 
+def _read_layout(path: Path) -> Layout:
+    try:
+        return Layout.from_proto(json_format.Parse(path.read_text(encoding="utf-8"), types_pb2.Layout()))
+    except (OSError, UnicodeDecodeError, json_format.ParseError, KVError) as error:
+        raise typer.BadParameter(f"{path} is not a layout: {error}", param_hint="--layout") from error
+
+
 class _Bench:
     """One run: its measures, one after another, into the report."""
 
-    def __init__(self, report: Report, stack: ExitStack, quick: bool, progress: Progress) -> None:
+    def __init__(self, report: Report, stack: ExitStack, layout: Layout, quick: bool, progress: Progress) -> None:
         self._report = report
+        self._layout = layout
         self._stack = stack
         self._quick = quick
         self._attempts_max = 3 if quick else 6
@@ -82,18 +103,19 @@ class _Bench:
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="kvctl-bench-", dir=directory)))
         self._step(0, "memory")
         self._memory()
-        blocks = 4 if self._quick else 8
+        block_bytes = self._layout.block_tokens * self._layout.bytes_per_token
+        blocks = max(1, _BYTES_MOVED // (2 if self._quick else 1) // block_bytes)
         pid = None
         if not address:
             self._step(1, "starting a daemon")
-            dram_bytes = (2 * blocks + 4) * _BLOCK_BYTES + VIEW_BYTES
+            dram_bytes = (2 * blocks + 4) * block_bytes + max(VIEW_BYTES, block_bytes)
             address, pid = self._stack.enter_context(parts.daemon(folder, dram_path, dram_bytes))
         runs = 3 if self._quick else 5
         client = self._stack.enter_context(connect(address, 30, name="kvctl bench", transport="grpc"))
-        self._wire(Wire(client, blocks=blocks, runs=runs, pid=pid))
+        self._wire(Wire(client, self._layout, blocks=blocks, runs=runs, pid=pid))
         self._step(3, "shared memory")
         sharing = self._stack.enter_context(connect(address, 30, name="kvctl bench", transport="shm"))
-        self._shared_memory(Memory(sharing, blocks=2 * blocks, runs=runs))
+        self._shared_memory(Memory(sharing, self._layout, blocks=2 * blocks, runs=runs))
         if pid is not None:
             with parts.parts(folder, quick=self._quick) as programs:
                 self._step(4, "the SSD tier")

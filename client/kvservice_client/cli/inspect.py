@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from kvservice_api.layout import Layout
 from kvservice_client.cli import output
 from kvservice_client.cli.options import Address, AsJson, Timeout, connect, digest
 from kvservice_client.client import DEFAULT_ADDRESS
@@ -27,11 +28,16 @@ def inspect(
     console.print(f"key     {first.key.hex()}")
     console.print(f"parent  {first.parent_key.hex()}")
     console.print(f"layout  {first.layout_fingerprint.hex()}")
-    console.print(
-        f"        {layout.model_id} {layout.model_revision}: {layout.layers} layers, {layout.kv_heads} KV heads, "
-        f"{layout.k_head_dim}+{layout.v_head_dim} {layout.dtype}, {layout.block_tokens} tokens a block\n",
-        markup=False,
-    )
+    about = Layout.from_proto(layout)
+    tokens = f"{about.block_tokens} tokens per block"
+    console.print(f"        {about.model_id} {about.model_revision}: {about.layers} layers, {tokens}", markup=False)
+    for group in about.groups:
+        console.print(
+            f"        {group.layers} layers: {group.attention}, {group.kv_heads} KV heads, "
+            f"{group.k_head_dim}+{group.v_head_dim} {group.dtype}",
+            markup=False,
+        )
+    console.print()
     numbers = ("tokens", "size", "hits", "leases")
     rows = output.table("layers", "heads", "tokens", "size", "tiers", "stored", "used", "hits", "leases", right=numbers)
     for block in answer.shards:

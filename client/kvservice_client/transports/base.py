@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice_api.image import checksum
+from kvservice_api.image import checksum, layer_starts
 from kvservice_api.layout import Layout, Shard
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client.buffers import Bytes
@@ -17,6 +18,9 @@ from kvservice_client.retry import Deadline
 
 if TYPE_CHECKING:
     from kvservice_client.transports.in_place import View
+
+Verify = Literal["once", "always"]
+VERIFY: tuple[Verify, ...] = ("once", "always")
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,6 @@ class LoadOrder:
     client_id: bytes
     lease_id: int
     first_block: int
-    block_starts: Sequence[int]  # Where each block's slice starts in a layer's buffer, and the end of the last.
-    layer_count: int
     into: Sequence[Bytes] | None  # None: a new buffer a layer.
     layout: Layout
     shard: Shard  # What was looked up.
@@ -37,10 +39,27 @@ class LoadOrder:
 
     @property
     def block_count(self) -> int:
-        return len(self.block_starts) - 1
+        return len(self.token_counts)
+
+    @property
+    def layer_count(self) -> int:
+        return self.shard.layers
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all layers together."""
+        return sum(starts[-1] for starts in self._layer_starts)
+
+    @cached_property
+    def _layer_starts(self) -> list[list[int]]:
+        return layer_starts(self.layout, self.shard, self.token_counts)
+
+    def block_starts(self, layer: int) -> list[int]:
+        """Where each block's slice starts in a layer's buffer, and the buffer's size. Do not change it."""
+        return self._layer_starts[layer]
 
     def buffer(self, layer: int) -> Bytes:
-        return self.into[layer] if self.into is not None else np.empty(self.block_starts[-1], np.uint8)
+        return self.into[layer] if self.into is not None else np.empty(self.block_starts(layer)[-1], np.uint8)
 
 
 @dataclass(frozen=True)
@@ -81,8 +100,12 @@ class Transport(Protocol):
     def load(self, order: LoadOrder, deadline: Deadline) -> Iterator[Bytes]:
         """Each layer's buffer, in order, as soon as its last byte is there. Leaving the iterator ends the load."""
 
-    def view(self, order: LoadOrder, deadline: Deadline) -> View:
-        """The blocks where they lie, without a copy. Raises NotShared where this transport moves bytes."""
+    def view(self, order: LoadOrder, deadline: Deadline, verify: Verify) -> View:
+        """The blocks where they lie, without a copy. Raises NotShared where this transport moves bytes.
+
+        "once": bytes are verified that were not since the daemon's start. "always": the view verifies each slice
+        before it gives it out.
+        """
 
     def save(self, order: SaveOrder, deadline: Deadline) -> pb.SaveBlocksResponse:
         """Send everything and commit. The buffers may change once this has returned."""

@@ -12,6 +12,7 @@ import xxhash
 
 from kvservice_api.errors import DeadlineExceeded
 from kvservice_api.image import checksum
+from kvservice_client import forks
 from kvservice_client.buffers import Bytes
 from kvservice_client.retry import Deadline
 
@@ -91,6 +92,10 @@ class Copiers:
     """Threads that help with copies. NumPy and xxhash let go of the interpreter's lock while they work."""
 
     def __init__(self) -> None:
+        self.reset_in_child()
+        forks.register(self)
+
+    def reset_in_child(self) -> None:
         self._threads: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
 
@@ -128,6 +133,7 @@ class Batch:
         self._parts: deque[tuple[Group, Callable[[int], None], range]] = deque()
         self._helping = 0
         self._helpers: list[Future[None]] = []
+        self._generation = forks.generation()
 
     def start(self, work: Callable[[int], None], sizes: Sequence[int]) -> Group:
         """`work` on all positions in `sizes`, in parts of a MiB and more."""
@@ -179,6 +185,8 @@ class Batch:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if self._generation != forks.generation():
+            return  # The helpers are the parent's, and so is what they are doing.
         with self._lock:
             self._parts.clear()
         running = [helper for helper in self._helpers if not helper.cancel()]

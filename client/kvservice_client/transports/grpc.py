@@ -14,7 +14,7 @@ from kvservice_client.buffers import Bytes
 from kvservice_client.channel import BLOCKS, Channel
 from kvservice_client.malloc import keep_large_buffers
 from kvservice_client.retry import Deadline
-from kvservice_client.transports.base import LoadOrder, SaveOrder, Transport
+from kvservice_client.transports.base import LoadOrder, SaveOrder, Transport, Verify
 from kvservice_client.transports.in_place import View
 
 _PAYLOAD_BYTES_WANTED = 2**20  # Larger ones leave the caches before they are copied on.
@@ -36,10 +36,10 @@ class GrpcTransport(Transport):
             first_layer=order.first_layer,
         )
         messages = self._channel.stream_frames(BLOCKS + "LoadBlocks", request, deadline)
-        starts, size = order.block_starts, order.block_starts[-1]
         try:
             for layer in range(order.first_layer, order.layer_count):
-                target = order.buffer(layer)
+                target, starts = order.buffer(layer), order.block_starts(layer)
+                size = starts[-1]
                 filled = 0
                 while filled < size:
                     message = next(messages, None)
@@ -58,7 +58,7 @@ class GrpcTransport(Transport):
         finally:
             messages.close()
 
-    def view(self, order: LoadOrder, deadline: Deadline) -> View:
+    def view(self, order: LoadOrder, deadline: Deadline, verify: Verify) -> View:
         raise NotShared("frames of a stream cannot be viewed in place: load the blocks")
 
     def save(self, order: SaveOrder, deadline: Deadline) -> pb.SaveBlocksResponse:

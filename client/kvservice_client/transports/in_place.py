@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
-from typing import Self
+from collections.abc import Callable, Generator, Sequence
+from typing import NoReturn, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice_api.errors import InvalidFrame, InvalidRequest, LeaseExpired, NotShared
+from kvservice_api.errors import ChecksumMismatch, InvalidFrame, InvalidRequest, KVError, LeaseExpired, NotShared
 from kvservice_api.image import BlockGeometry, Trailer, block_geometry, checksum
 from kvservice_api.layout import Shard
 from kvservice_api.v1 import blocks_pb2 as pb
@@ -92,17 +92,14 @@ class InPlace:
         offset = int(self._offsets[block])
         return self._arena.data[offset + begin : offset + end]
 
-    def runs(self, block: int) -> list[tuple[int, int]] | None:
-        """Which bytes of the block's slices were asked for: keys, then values. None where it is all of them."""
-        wanted, stored, geometry = self._order.shard, self._shards[block], self._geometries[block]
-        if stored.heads == wanted.heads:
+    def runs(self, block: int, layer: int) -> list[tuple[int, int]] | None:
+        """Which bytes of one slice were asked for: keys, then values. None where it is all of them."""
+        model_layer = layer + self._order.shard.layer_begin
+        stored = self._geometries[block].slices[model_layer - self._shards[block].layer_begin]
+        wanted = self._order.layout.heads_of(self._order.shard, model_layer)
+        if (stored.head_begin, stored.head_end) == wanted:
             return None
-        k_head = geometry.k_bytes // stored.heads
-        v_head = (geometry.slice_bytes - geometry.k_bytes) // stored.heads
-        first, last = wanted.head_begin - stored.head_begin, wanted.head_end - stored.head_begin
-        keys = (first * k_head, last * k_head)
-        values = (geometry.k_bytes + first * v_head, geometry.k_bytes + last * v_head)
-        return [keys, values]
+        return list(stored.head_runs(*wanted))
 
     def expected(self, block: int, layer: int) -> int:
         """The slice's checksum. Raises InDoubt where the block's trailer is not the one that was stored."""
@@ -140,15 +137,24 @@ class InPlace:
 
 
 class View:
-    """Leased blocks in place, verified, without a copy. A context manager: leaving it checks a last time.
+    """Leased blocks in place, without a copy. A context manager: leaving it checks a last time.
+
+    By default a view trusts bytes that were verified once since the daemon's start: damage to the memory after
+    that is not noticed. A view made with ``verify="always"`` verifies each slice itself when it first gives it out.
 
     Arrays that it gave out must not be used any more once `check` has raised, once the view was left, or
     when the lease is nearly over. What was computed from them counts only after a `check` that did not raise.
     """
 
-    def __init__(self, blocks: InPlace) -> None:
-        """All layers must be there."""
+    def __init__(self, blocks: InPlace, have_verified: Callable[[int, int], None] | None = None) -> None:
+        """All layers must be there.
+
+        With `have_verified` (block, layer) the view verifies what it gives out, and calls it for a slice that is
+        not what its checksum says: the daemon then verifies the slice, and drops the block.
+        """
         self._blocks = blocks
+        self._have_verified = have_verified
+        self._verified_layers: set[int] = set()
         self._is_open = True
 
     @property
@@ -158,15 +164,40 @@ class View:
     def slices(self, layer: int) -> list[tuple[Bytes, ...]]:
         """For each block the bytes of one layer, read-only: one array `[K, V][head][token][dim]`.
 
-        Where a block was stored with more heads than were looked up, two: keys, and values. Raises LeaseExpired.
+        Where a block was stored with more heads than were looked up, two: keys, and values. Raises LeaseExpired;
+        with ``verify="always"`` also ChecksumMismatch, after which the daemon has dropped the block.
         """
         if not 0 <= layer < self._blocks.layer_count:
             raise InvalidRequest(f"layer {layer} is not one of {self._blocks.layer_count}", field="layer")
         self.check()
+        if self._have_verified is not None and layer not in self._verified_layers:
+            self._verify(layer, self._have_verified)
         return [self._slice(block, layer) for block in range(self.block_count)]
 
+    def _verify(self, layer: int, have_verified: Callable[[int, int], None]) -> None:
+        for block in range(self.block_count):
+            try:
+                is_right = checksum(self._blocks.slice(block, layer).data) == self._blocks.expected(block, layer)
+            except InDoubt:
+                is_right = False
+            if not is_right:
+                self.check()  # Another block's bytes lie there by now: that is no damage.
+                self._report(block, layer, have_verified)
+        self.check()  # What was summed up is what the lease holds.
+        self._verified_layers.add(layer)
+
+    def _report(self, block: int, layer: int, have_verified: Callable[[int, int], None]) -> NoReturn:
+        what = f"layer {layer} of block {block} of this view is not what its checksum says"
+        try:
+            have_verified(block, layer)
+        except ChecksumMismatch:
+            raise
+        except KVError as error:
+            raise ChecksumMismatch(f"{what}; the daemon could not verify it: {error.message}") from error
+        raise ChecksumMismatch(f"{what}, though the daemon finds it right by now")
+
     def _slice(self, block: int, layer: int) -> tuple[Bytes, ...]:
-        whole, runs = self._blocks.slice(block, layer), self._blocks.runs(block)
+        whole, runs = self._blocks.slice(block, layer), self._blocks.runs(block, layer)
         return (whole,) if runs is None else tuple(whole[start:end] for start, end in runs)
 
     def check(self) -> None:

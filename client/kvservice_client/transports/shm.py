@@ -25,13 +25,14 @@ from google.protobuf.message import Message
 from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, KVError, NotShared, NoWriterLock
 from kvservice_api.image import BlockGeometry, block_geometry
 from kvservice_api.v1 import blocks_pb2 as pb
+from kvservice_client import forks
 from kvservice_client.arena_map import ArenaMap, WriterLock
 from kvservice_client.buffers import Bytes
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection
 from kvservice_client.retry import Deadline
 from kvservice_client.traffic import Traffic
-from kvservice_client.transports.base import LoadOrder, SaveOrder, Transport
+from kvservice_client.transports.base import LoadOrder, SaveOrder, Transport, Verify
 from kvservice_client.transports.copying import Copiers, Group, copy_and_sum, copy_runs_and_sum, sum_and_copy
 from kvservice_client.transports.in_place import InDoubt, InPlace, View
 
@@ -76,12 +77,19 @@ class ShmTransport:
             self._note_refusal(error)
         yield from self._fallback.load(replace(order, first_layer=layer), deadline)
 
-    def view(self, order: LoadOrder, deadline: Deadline) -> View:
-        with self._located(order, deadline, verify=True) as blocks:
+    def view(self, order: LoadOrder, deadline: Deadline, verify: Verify) -> View:
+        with self._located(order, deadline, verify=verify == "once") as blocks:
             blocks.wait_for_layer(order.layer_count - 1)
             blocks.check()
-            self._traffic.viewed(order.block_starts[-1] * order.layer_count)
-            return View(blocks)
+            self._traffic.viewed(order.size_bytes)
+            return View(blocks, None if verify == "once" else partial(self._have_verified, order))
+
+    def _have_verified(self, order: LoadOrder, block: int, layer: int) -> None:
+        """Make the daemon verify one slice, by loading it: it drops the block and raises where the slice is damaged."""
+        first, counts = order.first_block + block, order.token_counts[block : block + 1]
+        one = replace(order, first_block=first, token_counts=counts, first_layer=layer, into=None)
+        with closing(iter(self._fallback.load(one, self._connection.deadline(None)))) as layers:  # type: ignore[type-var]
+            next(layers, None)
 
     def _located(self, order: LoadOrder, deadline: Deadline, *, verify: bool = False) -> InPlace:
         """Raises NotShared where the blocks are not in place, or not for this client."""
@@ -102,7 +110,6 @@ class ShmTransport:
 
     def _copied(self, blocks: InPlace, order: LoadOrder, deadline: Deadline) -> Generator[Bytes, None, None]:
         """Each layer's buffer, copied and verified; the next layer is on its way meanwhile. Raises InDoubt."""
-        sizes = np.diff(order.block_starts).tolist()
         started: list[tuple[Bytes, Group]] = []
         next_layer = order.first_layer
         with self._copiers.begin() as batch:
@@ -112,6 +119,7 @@ class ShmTransport:
                 while next_layer < until:
                     target = order.buffer(next_layer)
                     copy = partial(_copy_slice, blocks, order, next_layer, target)
+                    sizes = np.diff(order.block_starts(next_layer)).tolist()
                     started.append((target, batch.start(copy, sizes)))
                     next_layer += 1
                 target, group = started.pop(0)
@@ -159,16 +167,18 @@ class ShmTransport:
         geometries = [block_geometry(order.layout, order.shard, order.token_counts[block]) for block in reserved.blocks]
         places = list(zip(reserved.blocks, reserved.offsets, geometries, strict=True))
         sums = np.zeros((len(places), len(order.layers)), np.uint64)
-        sizes = [geometry.slice_bytes for geometry in geometries]
+        size_bytes = 0
         with self._copiers.begin() as batch:
             running: list[Group] = []
             for layer in range(len(order.layers)):
+                sizes = [geometry.slice_bytes(layer) for geometry in geometries]
+                size_bytes += sum(sizes)
                 running.append(batch.start(partial(_write_slice, order, places, layer, arena, sums), sizes))
                 if len(running) > _LAYERS_AHEAD:
                     batch.finish(running.pop(0), deadline)
             for group in running:
                 batch.finish(group, deadline)
-        self._traffic.saved(self.name, sum(sizes) * len(order.layers))
+        self._traffic.saved(self.name, size_bytes)
         return sums
 
     def _call(self, method: str, request: Message, answer: type[M], deadline: Deadline) -> M:
@@ -183,8 +193,9 @@ class ShmTransport:
 
 def _copy_slice(blocks: InPlace, order: LoadOrder, layer: int, target: Bytes, block: int) -> None:
     expected = blocks.expected(block, layer)
-    source, runs = blocks.slice(block, layer), blocks.runs(block)
-    into = target[order.block_starts[block] : order.block_starts[block + 1]]
+    source, runs = blocks.slice(block, layer), blocks.runs(block, layer)
+    starts = order.block_starts(layer)
+    into = target[starts[block] : starts[block + 1]]
     found = copy_and_sum(source, into) if runs is None else copy_runs_and_sum(source, runs, into)
     if found != expected:
         raise InDoubt(f"layer {layer} of block {block}")
@@ -211,6 +222,10 @@ class _GivenUp:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self.reset_in_child()
+        forks.register(self)
+
+    def reset_in_child(self) -> None:
         self._lock = threading.Lock()
         self._waiting: deque[pb.AbandonBlocksRequest] = deque()
         self._is_running = False
@@ -248,6 +263,11 @@ class _Arenas:
     """The arena of the daemon at hand: mapped once, and once more where it was replaced."""
 
     def __init__(self) -> None:
+        self.reset_in_child()
+        forks.register(self)
+
+    def reset_in_child(self) -> None:
+        """Begin unmapped: a child that never asks must not keep the memory of an arena that was replaced."""
         self._lock = threading.Lock()
         self._mapped: ArenaMap | None = None
         self._refusal: tuple[bytes, str] = (b"", "")
@@ -278,6 +298,10 @@ class _Writers:
     """This client's writer locks: one an attachment, held until it has ended and nothing is written under it."""
 
     def __init__(self) -> None:
+        self.reset_in_child()
+        forks.register(self)
+
+    def reset_in_child(self) -> None:
         self._lock = threading.Lock()
         self._held: dict[bytes, tuple[WriterLock, int]] = {}  # Client id -> the lock, and how many saves use it.
         self._current = b""

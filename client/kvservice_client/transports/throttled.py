@@ -13,9 +13,10 @@ from contextlib import closing
 
 from kvservice_api.errors import NotShared
 from kvservice_api.v1 import blocks_pb2 as pb
+from kvservice_client import forks
 from kvservice_client.buffers import Bytes
 from kvservice_client.retry import Deadline
-from kvservice_client.transports.base import LoadOrder, SaveOrder, Transport
+from kvservice_client.transports.base import LoadOrder, SaveOrder, Transport, Verify
 from kvservice_client.transports.in_place import View
 
 
@@ -39,7 +40,7 @@ class Throttled:
                 self._down.carry(data.size, begin_s, deadline)
                 yield data
 
-    def view(self, order: LoadOrder, deadline: Deadline) -> View:
+    def view(self, order: LoadOrder, deadline: Deadline, verify: Verify) -> View:
         raise NotShared("a view moves no bytes that could be slowed down: load the blocks")
 
     def save(self, order: SaveOrder, deadline: Deadline) -> pb.SaveBlocksResponse:
@@ -52,6 +53,10 @@ class Throttled:
 class _Link:
     def __init__(self, bytes_per_s: float) -> None:
         self._bytes_per_s = bytes_per_s
+        self.reset_in_child()
+        forks.register(self)
+
+    def reset_in_child(self) -> None:
         self._lock = threading.Lock()
         self._free_at_s = 0.0
 

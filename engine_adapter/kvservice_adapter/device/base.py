@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from kvservice_client import LayerGroup
 from kvservice_client.buffers import Bytes
 
 
@@ -62,6 +63,16 @@ class Pages:
         """Of one token in one layer, as it is stored."""
         heads, k_dim, v_dim = self.keys.shape[1], self.keys.shape[3], self.values.shape[3]
         return heads * (k_dim + v_dim) * self.keys.element_size()
+
+    def check(self, group: LayerGroup) -> None:
+        """Raises ValueError where these pages cannot hold KV of this geometry."""
+        dtype = str(self.keys.dtype).removeprefix("torch.")
+        found = (dtype, self.keys.shape[3], self.values.shape[3])
+        if found != (group.dtype, group.k_head_dim, group.v_head_dim):
+            raise ValueError(
+                f"pages of {dtype} with head dims {found[1]} and {found[2]} are given; "
+                f"the layer has {group.dtype} with {group.k_head_dim} and {group.v_head_dim}"
+            )
 
     def pieces(self, token_counts: Sequence[int]) -> Iterator[Piece]:
         """The blocks of the run, cut at the pages' ends. Raises ValueError where they do not fit."""

@@ -2,7 +2,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -46,8 +46,26 @@ class Rotary(_message.Message):
     parameters: _containers.ScalarMap[str, float]
     def __init__(self, kind: _Optional[str] = ..., pairing: _Optional[str] = ..., dims: _Optional[int] = ..., base: _Optional[float] = ..., parameters: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
+class LayerGroup(_message.Message):
+    __slots__ = ("layers", "kv_heads", "k_head_dim", "v_head_dim", "dtype", "window", "rotary")
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    KV_HEADS_FIELD_NUMBER: _ClassVar[int]
+    K_HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
+    V_HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    ROTARY_FIELD_NUMBER: _ClassVar[int]
+    layers: int
+    kv_heads: int
+    k_head_dim: int
+    v_head_dim: int
+    dtype: str
+    window: int
+    rotary: Rotary
+    def __init__(self, layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., k_head_dim: _Optional[int] = ..., v_head_dim: _Optional[int] = ..., dtype: _Optional[str] = ..., window: _Optional[int] = ..., rotary: _Optional[_Union[Rotary, _Mapping]] = ...) -> None: ...
+
 class Layout(_message.Message):
-    __slots__ = ("model_id", "model_revision", "dtype", "layers", "kv_heads", "k_head_dim", "v_head_dim", "block_tokens", "rotary", "rotated")
+    __slots__ = ("model_id", "model_revision", "dtype", "layers", "kv_heads", "k_head_dim", "v_head_dim", "block_tokens", "rotary", "rotated", "groups")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_REVISION_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +76,7 @@ class Layout(_message.Message):
     BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ROTARY_FIELD_NUMBER: _ClassVar[int]
     ROTATED_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     model_revision: str
     dtype: str
@@ -68,7 +87,8 @@ class Layout(_message.Message):
     block_tokens: int
     rotary: Rotary
     rotated: bool
-    def __init__(self, model_id: _Optional[str] = ..., model_revision: _Optional[str] = ..., dtype: _Optional[str] = ..., layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., k_head_dim: _Optional[int] = ..., v_head_dim: _Optional[int] = ..., block_tokens: _Optional[int] = ..., rotary: _Optional[_Union[Rotary, _Mapping]] = ..., rotated: bool = ...) -> None: ...
+    groups: _containers.RepeatedCompositeFieldContainer[LayerGroup]
+    def __init__(self, model_id: _Optional[str] = ..., model_revision: _Optional[str] = ..., dtype: _Optional[str] = ..., layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., k_head_dim: _Optional[int] = ..., v_head_dim: _Optional[int] = ..., block_tokens: _Optional[int] = ..., rotary: _Optional[_Union[Rotary, _Mapping]] = ..., rotated: bool = ..., groups: _Optional[_Iterable[_Union[LayerGroup, _Mapping]]] = ...) -> None: ...
 
 class Shard(_message.Message):
     __slots__ = ("layer_begin", "layer_end", "head_begin", "head_end")

@@ -23,6 +23,7 @@ from kvservice_adapter.device.base import Device
 from kvservice_adapter.limited_log import LimitedLog
 from kvservice_adapter.session import Conversation, Keys
 from kvservice_api.errors import InvalidRequest, KVError, StorageFailed
+from kvservice_api.image import layer_starts
 from kvservice_api.keys import BlockChain
 from kvservice_api.layout import Layout
 from kvservice_client import BlockCache, Client, Durability
@@ -209,8 +210,8 @@ class TurnSaver:
 
     def _slices(self, states: Sequence[Tensors], row: int, column: int, chain: BlockChain) -> list[NDArray[Any]]:
         """Each layer's slices of a chain's blocks, one after another in new memory of the host."""
-        size_bytes = sum(map(self._blocks.slice_bytes, chain.token_counts))
-        layers = [np.empty(size_bytes, np.uint8) for _ in states]
+        starts = layer_starts(self._layout, self._blocks.shard, chain.token_counts)
+        layers = [np.empty(of_layer[-1], np.uint8) for of_layer in starts]
         events = [
             self._copies.gather(pages_on_host(keys, values, row, column, chain.token_count), chain.token_counts, into)
             for (keys, values), into in zip(states, layers, strict=True)

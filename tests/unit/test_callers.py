@@ -1,0 +1,217 @@
+"""Who asks: one value for each request, made in one place, without which no verb of the store is reached."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+import kvservice
+from kvservice.rpc.callers import Callers
+from kvservice.rpc.interceptors import guarded
+from kvservice.store.caller import DEFAULT_TENANT, Caller, Tenant
+from kvservice.store.leases import Client
+from kvservice_api.errors import UnknownClient, from_rpc_error
+from tests.certificates import Authority, Pair
+from tests.stores import CALLER, LAYOUT, WHOLE, OpenStore, StoreFiles, caller_of, some_chain, some_images
+
+_SOURCES = Path(kvservice.__file__).parent
+# What requests read of a store that are no verbs: settings, counts, and the columns of rows that a verb has found.
+_FACTS = {"blocks", "clock", "counters", "dram", "index", "limits", "residency", "ssd"}
+
+
+# Where callers are made
+
+
+def test_a_caller_has_no_part_that_is_assumed_and_cannot_be_changed() -> None:
+    assert all(
+        field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        for field in dataclasses.fields(Caller)
+    )
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        CALLER.principal = "another"  # type: ignore[misc]
+
+
+def test_requests_get_their_caller_in_one_place() -> None:
+    made = {
+        path.relative_to(_SOURCES).as_posix()
+        for path in _SOURCES.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Caller"
+    }
+    assert made == {"rpc/callers.py", "bench/tier.py"}
+
+
+class _VerbCalls(ast.NodeVisitor):
+    """Calls in one module of what hangs on a store, also by names that were assigned from it."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, tuple[str, ...]] = {"store": ()}
+        self.calls: list[tuple[tuple[str, ...], ast.Call]] = []
+
+    def path(self, node: ast.expr) -> tuple[str, ...] | None:
+        """The attributes from the store to this expression; None where it does not begin at one."""
+        if isinstance(node, ast.Name):
+            return self.names.get(node.id)
+        if isinstance(node, ast.Attribute):
+            if node.attr == "_store" and isinstance(node.value, ast.Name) and node.value.id == "self":
+                return ()
+            before = self.path(node.value)
+            return None if before is None else (*before, node.attr)
+        return None
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        for target in node.targets:
+            is_pair = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
+            pairs = zip(target.elts, node.value.elts, strict=True) if is_pair else [(target, node.value)]  # type: ignore[attr-defined]
+            for name, value in pairs:
+                path = self.path(value)
+                if isinstance(name, ast.Name) and path is not None:
+                    self.names[name.id] = path
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        path = self.path(node.func)
+        if path:
+            self.calls.append((path, node))
+        self.generic_visit(node)
+
+
+def _verb_calls() -> Iterator[tuple[str, tuple[str, ...], ast.Call]]:
+    for path in sorted((_SOURCES / "rpc").glob("*.py")):
+        visitor = _VerbCalls()
+        for _ in range(2):  # Names may be used above where they are assigned: methods of one class.
+            visitor.calls.clear()
+            visitor.visit(ast.parse(path.read_text()))
+        yield from ((path.name, way, call) for way, call in visitor.calls if way[0] not in _FACTS)
+
+
+async def test_no_request_reaches_a_verb_of_the_store_without_a_caller(opened: OpenStore) -> None:
+    reached = set()
+    for module, way, call in _verb_calls():
+        where = f"{module}:{call.lineno}: store.{'.'.join(way)}"
+        verb: Any = opened.store
+        for name in way:
+            verb = getattr(verb, name)
+        first = next(iter(inspect.signature(verb).parameters.values()), None)
+        assert first is not None, f"{where} takes no caller"
+        assert (first.name, first.annotation, first.default) == ("caller", "Caller", inspect.Parameter.empty), where
+        given = call.args[0] if call.args else None
+        is_made_there = isinstance(given, ast.Call) and ast.unparse(given.func) == "self._callers.of"
+        assert is_made_there or (isinstance(given, ast.Name) and given.id == "caller"), f"{where} is not given one"
+        reached.add(way)
+    # Each service's verbs were seen: a test that finds nothing proves nothing.
+    expected = "lookup_in_turns evict pins.pin drain.begin sessions.append loads.run locates.run reservations.commit"
+    assert {tuple(verb.split(".")) for verb in expected.split()} <= reached
+    assert len(reached) > 30
+
+
+# Who it is
+
+
+@asynccontextmanager
+async def _asked(store: OpenStore, address: str, serving: grpc.ServerCredentials | None) -> AsyncIterator[Any]:
+    """A server whose one method answers with the caller's principal, and its port."""
+    callers = Callers(store.store.leases)
+
+    async def who(request: bytes, context: Any) -> bytes:
+        caller = callers.of(context, request)
+        assert (caller.tenant, caller.client) == (DEFAULT_TENANT, request)
+        return caller.principal.encode()
+
+    server = grpc.aio.server()
+    handlers = {"Who": grpc.unary_unary_rpc_method_handler(guarded(who))}
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("test", handlers)])
+    port = server.add_insecure_port(address) if serving is None else server.add_secure_port(address, serving)
+    await server.start()
+    yield port
+    await server.stop(0)
+
+
+async def _principal(channel: grpc.aio.Channel, client_id: bytes = b"") -> str:
+    async with channel:
+        answer: bytes = await channel.unary_unary("/test/Who", None, None)(client_id, timeout=10)
+    return answer.decode()
+
+
+def _serving(authority: Authority, *, asks_clients: bool) -> grpc.ServerCredentials:
+    own = authority.issue()
+    ca = authority.certificate if asks_clients else None
+    return grpc.ssl_server_credentials([(own.key, own.certificate)], ca, asks_clients)
+
+
+async def test_without_a_certificate_a_caller_is_local_or_anonymous(opened: OpenStore, tmp_path: Path) -> None:
+    async with _asked(opened, f"unix:{tmp_path}/socket", None):
+        assert await _principal(grpc.aio.insecure_channel(f"unix:{tmp_path}/socket")) == "local"
+    async with _asked(opened, "127.0.0.1:0", None) as port:
+        assert await _principal(grpc.aio.insecure_channel(f"127.0.0.1:{port}")) == "anonymous"
+    authority = Authority()
+    async with _asked(opened, "127.0.0.1:0", _serving(authority, asks_clients=False)) as port:
+        trust = grpc.ssl_channel_credentials(authority.certificate)
+        assert await _principal(grpc.aio.secure_channel(f"localhost:{port}", trust)) == "anonymous"
+
+
+@pytest.mark.parametrize(
+    ("pair", "expected"),
+    [
+        (lambda authority: authority.issue("engine-1"), "CN=engine-1"),
+        (lambda authority: authority.issue("", host="engine-2.example"), "engine-2.example"),
+    ],
+    ids=["subject", "alternative name"],
+)
+async def test_a_verified_certificate_names_the_principal(opened: OpenStore, pair: Any, expected: str) -> None:
+    authority = Authority()
+    own: Pair = pair(authority)
+    async with _asked(opened, "127.0.0.1:0", _serving(authority, asks_clients=True)) as port:
+        shown = grpc.ssl_channel_credentials(authority.certificate, own.key, own.certificate)
+        assert await _principal(grpc.aio.secure_channel(f"localhost:{port}", shown)) == expected
+
+
+async def test_a_request_that_names_a_client_which_is_not_attached_is_refused(
+    opened: OpenStore, client: Client, tmp_path: Path
+) -> None:
+    address = f"unix:{tmp_path}/socket"
+    async with _asked(opened, address, None):
+        assert await _principal(grpc.aio.insecure_channel(address), client.client_id) == "local"
+        opened.store.leases.detach(CALLER, client)
+        for client_id in (client.client_id, b"nobody", bytes(16)):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await _principal(grpc.aio.insecure_channel(address), client_id)
+            assert isinstance(from_rpc_error(refused.value), UnknownClient)
+
+
+# Whose blocks they are
+
+
+@pytest.mark.parametrize("on_ssd", [False, True])
+async def test_blocks_are_of_the_tenant_of_the_caller_who_saved_them_also_after_a_restart(
+    store_files: Any, on_ssd: bool
+) -> None:
+    files: StoreFiles = store_files()
+    opened = files.open()
+    await opened.store.open_layout(CALLER, LAYOUT)
+    client = opened.store.leases.attach(CALLER, "test")
+    ours, theirs = some_chain(2, seed=0), some_chain(2, seed=1)
+    other = dataclasses.replace(caller_of(client), tenant=Tenant(0xFFFFFFFE, "another"))
+    for caller, chain in ((caller_of(client), ours), (other, theirs)):
+        await opened.save(client, chain, some_images(chain), on_ssd=on_ssd, caller=caller)
+    tenants = {ours.keys[0]: 0, ours.keys[1]: 0, theirs.keys[0]: 0xFFFFFFFE, theirs.keys[1]: 0xFFFFFFFE}
+
+    def found(opened: OpenStore) -> dict[bytes, int]:
+        blocks = opened.store.blocks
+        return {key: int(blocks.tenant[blocks.row_of(key, WHOLE)]) for key in tenants}
+
+    assert found(opened) == tenants
+    await opened.close()
+    if on_ssd:
+        files.lose_power()
+    again = files.open()
+    assert found(again) == tenants
+    await again.close()
