@@ -90,12 +90,29 @@ class Writing(Protocol):
         """What the cache holds from now on is not what its tokens say."""
 
 
+class WholeLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library's own class hook has no types.
+    """A layer that keeps all tokens, with sliding-window attention too: there the mask leaves out what lies before
+    the window, where a layer of the library's own drops it."""
+
+    def __init__(self, is_sliding: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # Nor has its `__init__`.
+        self.is_sliding = is_sliding
+
+
+def whole_cache(config: PretrainedConfig) -> DynamicCache:
+    """An empty cache of the library's that keeps every token in every layer."""
+    cache = DynamicCache(config=config)
+    cache.layers = [WholeLayer(is_sliding) for is_sliding in cache.is_sliding]
+    return cache
+
+
 class StoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library's own class hook has no types.
     """One layer. Whoever touches its keys or values first waits for the history."""
 
     is_initialized = False
 
-    def __init__(self, index: int, history: History, writing: Writing) -> None:
+    def __init__(self, index: int, history: History, writing: Writing, is_sliding: bool) -> None:
+        self.is_sliding = is_sliding  # Masks are made for it; all tokens are kept, as in `WholeLayer`.
         self._index = index
         self._history = history
         self._writing = writing
@@ -213,7 +230,7 @@ class StoredCache(DynamicCache):
         super().__init__(config=config)
         self.history = history
         self.writing = writing
-        self.layers = [StoredLayer(index, history, writing) for index in range(len(self.layers))]
+        self.layers = [StoredLayer(index, history, writing, each) for index, each in enumerate(self.is_sliding)]
         self._on_forward = on_forward
         self._began = 0, 0.0, 0.0
 

@@ -112,7 +112,7 @@ class TransformersConnector:
         self._salt = salt
         self._wait_s, self._save_wait_s = wait_s, save_wait_s
         self._rope: Rope | None = None
-        self._tokens_max = self._rope_for_all().tokens_max if self.layout.rotary.kind == "dynamic" else None
+        self._tokens_max = self._rope_for_all().tokens_max if self._is_dynamic else None
         if not rotated:
             self._watch_keys()
         self._finder = Finder(client, self._blocks, self._rope_of_model)
@@ -347,6 +347,11 @@ class TransformersConnector:
         if self._model.dtype != torch_dtype(self.layout):
             raise UnsupportedModel(f"the model computes in {self._model.dtype} now; its layout has {self.layout.dtype}")
         return Keys(self.layout, self._salt, extra_identity(self._lora_id))
+
+    @property
+    def _is_dynamic(self) -> bool:
+        """Whether keys of long prompts are rotated in another way."""
+        return any(group.rotary.kind == "dynamic" for group in self.layout.groups)
 
     def _watch_keys(self) -> None:
         """For layouts of keys before rotation. Raises UnsupportedModel where the model does not show them."""

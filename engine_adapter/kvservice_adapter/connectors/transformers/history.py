@@ -44,14 +44,15 @@ class Buffers:
     def of(self, index: int) -> Tensors:
         with self._lock:
             if index not in self._layers:
-                self._layers[index] = self._new(self._layout.k_head_dim), self._new(self._layout.v_head_dim)
+                group = self._layout.group_of(index)
+                self._layers[index] = self._new(index, group.k_head_dim), self._new(index, group.v_head_dim)
             return self._layers[index]
 
     def raw_keys(self, index: int) -> torch.Tensor:
         """Keys before rotation, for layouts that keep those."""
         with self._lock:
             if index not in self._raw:
-                self._raw[index] = self._new(self._layout.k_head_dim)
+                self._raw[index] = self._new(index, self._layout.group_of(index).k_head_dim)
             return self._raw[index]
 
     def take_raw_keys(self, index: int) -> torch.Tensor | None:
@@ -70,9 +71,9 @@ class Buffers:
         keys, values = self.of(index)
         return Pages(keys, values, [row], column)
 
-    def _new(self, dim: int) -> torch.Tensor:
+    def _new(self, index: int, dim: int) -> torch.Tensor:
         columns = self._columns + room(self._columns)
-        shape = len(self._pads), self._layout.kv_heads, columns, dim
+        shape = len(self._pads), self._layout.group_of(index).kv_heads, columns, dim
         buffer = empty_buffer(shape, self._dtype, torch.device("cpu"))
         for row, pad in enumerate(self._pads):
             buffer[row, :, :pad].zero_()

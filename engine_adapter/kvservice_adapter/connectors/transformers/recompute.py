@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 
-from kvservice_adapter.connectors.transformers.cache import Tensors
+from kvservice_adapter.connectors.transformers.cache import Tensors, whole_cache
 from kvservice_adapter.rope import Rope
 from kvservice_adapter.session import Conversation
 
@@ -23,7 +23,7 @@ from kvservice_adapter.session import Conversation
 @torch.no_grad()
 def computed(model: PreTrainedModel, token_ids: NDArray[Any], visible: NDArray[np.bool_]) -> list[Tensors]:
     """Each layer's keys and values of tokens ``[row, column]``, under the attention mask `visible` of that shape."""
-    cache = DynamicCache(config=model.config)
+    cache = whole_cache(model.config)
     _forward(model, token_ids, cache, visible)
     return _layers(cache)
 
@@ -37,7 +37,7 @@ def replayed(
     What a cut has dropped is computed too: the rest was computed with it in sight. `rope` is asked where keys
     are to be turned.
     """
-    cache = DynamicCache(config=model.config)
+    cache = whole_cache(model.config)
     for part in conversation.parts:
         _forward(model, part.said[None], cache)
         layers: list[Any] = cache.layers

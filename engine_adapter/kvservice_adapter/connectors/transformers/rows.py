@@ -71,11 +71,11 @@ def sequences(token_ids: TokenIds, attention_mask: Any = None, *, may_have_ended
     if attention_mask is None:
         if len(ids) != 1:
             raise UnsupportedModel(f"a batch of {len(ids)} sequences needs its attention_mask")
-        return Sequences(ids, (0,), (int(ids.shape[-1]),), np.zeros(ids.shape, bool))
+        return Sequences(ids, (0,), (ids.size,), np.zeros(ids.shape, bool))
     mask = np.atleast_2d(_array(attention_mask))
     if mask.shape[0] != ids.shape[0] or mask.shape[1] > ids.shape[1]:
         raise UnsupportedModel(f"the attention mask is {mask.shape}; the token ids are {ids.shape}")
-    is_token = np.ones(ids.shape, bool)
+    is_token: NDArray[np.bool_] = np.ones(ids.shape, bool)
     is_token[:, : mask.shape[1]] = mask != 0
     if not is_token.any(1).all() or not (may_have_ended or is_token[:, -1:].all()):
         raise UnsupportedModel("sequences of a batch are padded on the left, and have at least one token")

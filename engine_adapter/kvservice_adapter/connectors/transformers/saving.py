@@ -189,8 +189,9 @@ class TurnSaver:
                     raise UnsupportedModel(f"the keys of layer {index} were not seen before they were rotated")
             if keys is None or values is None:
                 raise UnsupportedModel(f"layer {index} of the cache is empty")
-            for states, dim in ((keys, layout.k_head_dim), (values, layout.v_head_dim)):
-                expected = (rows, layout.kv_heads, columns, dim)
+            group = layout.group_of(index)
+            for states, dim in ((keys, group.k_head_dim), (values, group.v_head_dim)):
+                expected = (rows, group.kv_heads, columns, dim)
                 if tuple(states.shape) != expected or states.dtype != dtype:
                     would = "one sequence of this model" if rows == 1 else f"{rows} sequences of this model"
                     raise UnsupportedModel(
