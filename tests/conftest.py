@@ -1,4 +1,4 @@
-"""What holds in every test: one thread for tiny models, gRPC as our packages load it, and no example has to be quick."""
+"""What holds in every test: one thread for tiny models, gRPC as our packages load it, examples without a deadline."""
 
 from __future__ import annotations
 
