@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -178,7 +179,7 @@ class TestWithMultiprocessing:
     def test_a_client_that_is_made_in_the_process_works(
         self, daemon: DaemonProcess, client: Client, method: str
     ) -> None:
-        context = multiprocessing.get_context(method)
+        context: Any = multiprocessing.get_context(method)
         process = context.Process(target=use_new, args=(daemon.address, "auto"))
         process.start()
         try:
