@@ -6,7 +6,7 @@ import re
 
 from kvservice_api.errors import InvalidRequest
 
-_RULE = "a session id has 1 to 200 characters, each an ASCII letter, a digit or one of -_.:@/+=~"
+_RULE = "a session id has 1 to 200 letters, digits and -_.:@/+=~, all of them ASCII"
 _ID = re.compile(r"[A-Za-z0-9_.:@/+=~-]{1,200}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def refused(call: Callable[[], object], *words: str) -> None:
 def test_a_session_id_that_breaks_the_rule_is_refused_with_the_rule(
     client: Client, away: Client, session_id: Any
 ) -> None:
-    rule = "a session id has 1 to 200 characters, each an ASCII letter, a digit or one of -_.:@/+=~"
+    rule = "a session id has 1 to 200 letters, digits and -_.:@/+=~, all of them ASCII"
     refused(lambda: away.session(SMALL, session_id), "session_id", rule)
     refused(lambda: away.session(SMALL, "chat").fork(session_id), "new_session_id", rule)
 
@@ -187,8 +188,9 @@ def test_values_of_the_wrong_type_or_range_are_refused(client: Client, away: Cli
     refused(lambda: session.append(chain, -1))
     refused(lambda: session.append(chain, stored_position="first"))
     state = session.append(chain)
-    for keep in ([0, 4], [(0,)], [("0", 4)], [(-1, 4)], 7, None):
-        refused(lambda keep=keep: session.truncate(keep, state.revision))
+    wrong: list[Any] = [[0, 4], [(0,)], [("0", 4)], [(-1, 4)], 7, None]
+    for keep in wrong:
+        refused(partial(session.truncate, keep, state.revision))
     refused(lambda: session.lookup(state.revision), "must be a SessionState")
     assert session.end()
     reporting: Any = away.report_request
