@@ -8,6 +8,7 @@ from itertools import islice
 
 from kvservice_api.v1 import admin_pb2 as pb
 from kvservice_api.v1 import sessions_pb2, types_pb2
+from kvservice_client import arguments
 from kvservice_client.channel import ADMIN, SESSIONS
 from kvservice_client.connection import Connection
 from kvservice_client.retry import Deadline
@@ -28,6 +29,10 @@ class Tier(StrEnum):
 TIERS = {None: types_pb2.TIER_UNSPECIFIED, Tier.DRAM: types_pb2.TIER_DRAM, Tier.SSD: types_pb2.TIER_SSD}
 
 
+def _tier(tier: Tier | None) -> types_pb2.Tier:
+    return TIERS[None if tier is None else arguments.member(tier, Tier, "tier")]
+
+
 class Admin:
     """`Client.admin`. Answers are the messages of ``admin.proto``, which says what their fields mean."""
 
@@ -42,7 +47,9 @@ class Admin:
         self, tier: Tier | None = None, layout_fingerprint: bytes = b"", timeout_s: float | None = None
     ) -> Iterator[pb.StoredBlock]:
         """All stored objects, page by page; `timeout_s` is for one page."""
-        request = pb.ListBlocksRequest(tier=TIERS[tier], layout_fingerprint=layout_fingerprint, page_size=_PAGE_BLOCKS)
+        request = arguments.message(
+            pb.ListBlocksRequest, tier=_tier(tier), layout_fingerprint=layout_fingerprint, page_size=_PAGE_BLOCKS
+        )
         while True:
             deadline = self._connection.deadline(timeout_s)
             page = self._connection.ask(ADMIN + "ListBlocks", request, pb.ListBlocksResponse, deadline)
@@ -55,8 +62,11 @@ class Admin:
         self, session_id: str = "", layout_fingerprint: bytes = b"", timeout_s: float | None = None
     ) -> Iterator[sessions_pb2.Session]:
         """All sessions, or those of one id, without their slices, page by page; `timeout_s` is for one page."""
-        request = pb.ListSessionsRequest(
-            session_id=session_id, layout_fingerprint=layout_fingerprint, page_size=_PAGE_BLOCKS
+        request = arguments.message(
+            pb.ListSessionsRequest,
+            session_id=session_id,
+            layout_fingerprint=layout_fingerprint,
+            page_size=_PAGE_BLOCKS,
         )
         while True:
             deadline = self._connection.deadline(timeout_s)
@@ -71,20 +81,23 @@ class Admin:
     ) -> sessions_pb2.GetSessionResponse:
         """One session with all its slices, whoever's it is. Counts as a use. Raises SessionNotFound."""
         deadline = self._connection.deadline(timeout_s)
-        request = sessions_pb2.GetSessionRequest(session_id=session_id, layout_fingerprint=layout_fingerprint)
+        request = arguments.message(
+            sessions_pb2.GetSessionRequest, session_id=session_id, layout_fingerprint=layout_fingerprint
+        )
         return self._connection.ask(SESSIONS + "GetSession", request, sessions_pb2.GetSessionResponse, deadline)
 
     def inspect(self, key: bytes, timeout_s: float | None = None) -> pb.InspectResponse:
         """Raises BlockNotFound."""
         deadline = self._connection.deadline(timeout_s)
-        return self._connection.ask(ADMIN + "Inspect", pb.InspectRequest(key=key), pb.InspectResponse, deadline)
+        return self._connection.ask(
+            ADMIN + "Inspect", pb.InspectRequest(key=arguments.key(key)), pb.InspectResponse, deadline
+        )
 
     def discard(self, keys: Iterable[bytes], timeout_s: float | None = None) -> pb.DiscardResponse:
         """Drop blocks from every tier. `timeout_s` is for one request; many keys take several."""
         total = pb.DiscardResponse()
-        remaining = iter(keys)
-        while some := list(islice(remaining, _PAGE_BLOCKS)):
-            answer = self._discard(pb.DiscardRequest(keys=b"".join(some)), timeout_s)
+        for packed in arguments.packed_keys(keys, _PAGE_BLOCKS):
+            answer = self._discard(pb.DiscardRequest(keys=packed), timeout_s)
             total.discarded += answer.discarded
             total.missing += answer.missing
         return total
@@ -119,7 +132,7 @@ class Admin:
         self, tier: Tier | None = None, bytes_per_second: int = 0, timeout_s: float = _SCRUB_TIMEOUT_S
     ) -> Iterator[pb.ScrubResponse]:
         """Verify everything stored. Yields about twice a second; the last message has `done`."""
-        request = pb.ScrubRequest(tier=TIERS[tier], bytes_per_second=bytes_per_second)
+        request = arguments.message(pb.ScrubRequest, tier=_tier(tier), bytes_per_second=bytes_per_second)
         return self._connection.channel.stream(ADMIN + "Scrub", request, pb.ScrubResponse, Deadline(timeout_s))
 
     def pin(self, keys: Iterable[bytes], ttl_s: float, timeout_s: float | None = None) -> pb.PinResponse:
@@ -128,9 +141,9 @@ class Admin:
         More than 4,096 keys take several requests, each with its own `timeout_s`: where one is refused,
         those before it have been pinned. Raises InvalidRequest, PinsFull, StorageFailed.
         """
-        total = pb.PinResponse()
-        for packed in _packed(keys):
-            request = pb.PinRequest(keys=packed, ttl_ms=round(ttl_s * 1e3))
+        total, ttl_ms = pb.PinResponse(), round(arguments.seconds(ttl_s, "ttl_s") * 1e3)
+        for packed in arguments.packed_keys(keys, _PIN_KEYS):
+            request = pb.PinRequest(keys=packed, ttl_ms=ttl_ms)
             answer = self._connection.ask(ADMIN + "Pin", request, pb.PinResponse, self._connection.deadline(timeout_s))
             answer.pinned += total.pinned
             answer.missing += total.missing
@@ -140,7 +153,7 @@ class Admin:
     def unpin(self, keys: Iterable[bytes], timeout_s: float | None = None) -> pb.UnpinResponse:
         """End pins before their time. `timeout_s` is for one request; many keys take several."""
         total = pb.UnpinResponse()
-        for packed in _packed(keys):
+        for packed in arguments.packed_keys(keys, _PIN_KEYS):
             deadline = self._connection.deadline(timeout_s)
             answer = self._connection.ask(ADMIN + "Unpin", pb.UnpinRequest(keys=packed), pb.UnpinResponse, deadline)
             total.unpinned += answer.unpinned
@@ -150,15 +163,15 @@ class Admin:
 
     def explain_block(self, key: bytes, timeout_s: float | None = None) -> pb.ExplainedBlock:
         """Where a block is and why, or why it is not there."""
-        return self._explain(pb.ExplainRequest(key=key), timeout_s).block
+        return self._explain(pb.ExplainRequest(key=arguments.key(key)), timeout_s).block
 
     def explain_request(self, request_id: str, timeout_s: float | None = None) -> pb.ExplainedRequest:
         """What became of the lookups with this request id. Raises RequestNotFound."""
-        return self._explain(pb.ExplainRequest(request_id=request_id), timeout_s).request
+        return self._explain(arguments.message(pb.ExplainRequest, request_id=request_id), timeout_s).request
 
     def explain_session(self, session_id: str, timeout_s: float | None = None) -> list[pb.ExplainedSession]:
         """How much of a session is stored, one entry a layout. Raises SessionNotFound, which says why."""
-        return list(self._explain(pb.ExplainRequest(session_id=session_id), timeout_s).sessions)
+        return list(self._explain(arguments.message(pb.ExplainRequest, session_id=session_id), timeout_s).sessions)
 
     def _explain(self, request: pb.ExplainRequest, timeout_s: float | None) -> pb.ExplainResponse:
         deadline = self._connection.deadline(timeout_s)
@@ -182,10 +195,3 @@ class Admin:
     def _discard(self, request: pb.DiscardRequest, timeout_s: float | None) -> pb.DiscardResponse:
         deadline = self._connection.deadline(timeout_s)
         return self._connection.ask(ADMIN + "Discard", request, pb.DiscardResponse, deadline)
-
-
-def _packed(keys: Iterable[bytes]) -> Iterator[bytes]:
-    """The keys, in requests that the daemon accepts."""
-    remaining = iter(keys)
-    while some := list(islice(remaining, _PIN_KEYS)):
-        yield b"".join(some)

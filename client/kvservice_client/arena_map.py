@@ -97,7 +97,8 @@ class _FaultingIn:
     def reset_in_child(self) -> None:
         """The threads are the parent's. Without them a child has no use for the files, which would keep the memory."""
         for file in self._files:
-            os.close(file)
+            with suppress(OSError):
+                os.close(file)
         self._files = set()
         self._closing = threading.Event()
 

@@ -7,6 +7,7 @@ old attachment does not notice.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -17,7 +18,10 @@ from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, KVError
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client import forks
 from kvservice_client.channel import BLOCKS, Channel
+from kvservice_client.rate_limited_log import RateLimitedLog
 from kvservice_client.retry import Deadline
+
+log = logging.getLogger(__name__)
 
 _PAUSE_FIRST_S = 0.05
 _PAUSE_MAX_S = 1.0
@@ -42,6 +46,7 @@ class LifeLine:
         """Where `client_name` is empty, `default_name` of the process that attaches is used."""
         self._channel = channel
         self._client_name = client_name
+        self._log = RateLimitedLog(log)
         self._closed = threading.Event()
         self._listeners: list[Callable[[], None]] = []
         self.reset_in_child()
@@ -136,9 +141,14 @@ class LifeLine:
 
     def _lose(self, error: KVError) -> None:
         with self._changed:
+            was_attached = self._attachment is not None
             self._attachment, self._error = None, error
             self._attempts_failed += 1
             self._changed.notify_all()
+        if was_attached and not self._closed.is_set():
+            self._log.warning(
+                "the daemon at %s was lost, and with it this client's leases: %s", self._channel.address, error.message
+            )
         self._tell()
 
     def _tell(self) -> None:

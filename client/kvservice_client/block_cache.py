@@ -16,6 +16,7 @@ from kvservice_api.keys import KEY_BYTES, BlockChain
 from kvservice_api.layout import Layout, Shard
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_api.v1 import types_pb2
+from kvservice_client import arguments
 from kvservice_client.attachment import Attachment
 from kvservice_client.buffers import Bytes, Slices, Source, readable
 from kvservice_client.channel import BLOCKS
@@ -77,7 +78,7 @@ class BlockCache:
 
         Asks the daemon only where `lookup_local` does not know.
         """
-        if not len(chain):
+        if not len(arguments.chain(chain)):
             return 0
         deadline = self._connection.deadline(timeout_s)
 
@@ -94,6 +95,7 @@ class BlockCache:
         is no telling: the daemon is on another host or keeps no directory, it has not filled it yet since
         its start, or blocks are stored in several parts. Raises as `contains` does where it cannot be reached.
         """
+        arguments.chain(chain)
         deadline = self._connection.deadline(timeout_s)
         return self._connection.retried(lambda: self._look_up_locally(chain, deadline), deadline)
 
@@ -106,11 +108,11 @@ class BlockCache:
         of it was reused, and why the rest was not.
         A chain without blocks, of a prompt shorter than one, is an empty hit: the daemon is not asked.
         """
-        if not len(chain):
+        if not len(arguments.chain(chain)):
             answer, nobody = pb.LookupPrefixResponse(), Attachment(b"", 0)
             return Lease(self._connection, self._transport, self.layout, self.shard, (), nobody, answer, 0.0)
         deadline = self._connection.deadline(timeout_s)
-        ttl_ms = max(1, round(lease_ttl_s * 1e3))
+        ttl_ms = max(1, round(arguments.seconds(lease_ttl_s, "lease_ttl_s") * 1e3))
 
         def attempt() -> Lease:
             asked_at_s = time.monotonic()
@@ -181,7 +183,8 @@ class BlockCache:
         may be sent twice where the daemon restarts meanwhile.
         Of a chain without blocks nothing is stored, and `layers` is not looked at.
         """
-        if not len(chain):
+        arguments.member(durability, Durability, "durability")
+        if not len(arguments.chain(chain)):
             return SaveResult(0, 0, [])
         slices = self._slices(chain, layers)
         if timeout_s is None:
@@ -287,7 +290,8 @@ class BlockCache:
         self, chain: BlockChain, lease_ttl_ms: int, deadline: Deadline, request_id: str = ""
     ) -> tuple[Session, pb.LookupPrefixResponse]:
         session = self._connection.session(self.layout, deadline)
-        request = pb.LookupPrefixRequest(
+        request = arguments.message(
+            pb.LookupPrefixRequest,
             client_id=session.attachment.client_id,
             layout_fingerprint=self.layout.fingerprint,
             shard=self.shard.to_proto(),

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from types import TracebackType
 from typing import Literal, NamedTuple, Self
 
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.layout import Layout, Shard
+from kvservice_api.session_ids import checked_session_id
 from kvservice_api.v1 import blocks_pb2 as pb
+from kvservice_client import arguments
 from kvservice_client.admin import TIERS, Admin, Tier
 from kvservice_client.block_cache import BlockCache
 from kvservice_client.channel import BLOCKS
@@ -68,20 +68,24 @@ class Client:
         With `tls`, host:port is spoken to by TLS. `transport` is how bytes travel: by shared memory wherever that
         works, and else by gRPC ("auto"); never by shared memory ("grpc"); or as in "auto", but a daemon whose arena
         is not here is an error ("shm"). With `throttle_bytes_per_s` blocks travel no faster than that, which is for
-        measurements and tests. Raises TlsFileUnusable.
+        measurements and tests. Raises InvalidRequest, TlsFileUnusable.
         """
+        arguments.client_name(name)
+        arguments.seconds(timeout_s, "timeout_s")
+        arguments.seconds(reconnect_wait_s, "reconnect_wait_s")
+        if tls is not None:
+            arguments.instance(tls, TlsFiles, "tls")
+        if transport not in ("auto", "shm", "grpc"):
+            raise InvalidRequest(f"transport is {transport!r}; it must be 'auto', 'shm' or 'grpc'", field="transport")
+        arguments.rate(throttle_bytes_per_s, "throttle_bytes_per_s")
         self._connection = Connection(address, name, timeout_s, reconnect_wait_s, tls)
         self._traffic = Traffic()
         self._transport: Transport = Metered(GrpcTransport(self._connection.channel), self._traffic)
-        if transport not in ("auto", "shm", "grpc"):
-            raise InvalidRequest(f"no transport is called {transport!r}", field="transport")
         self._shm: ShmTransport | None = None
         if transport != "grpc":
             insists = transport == "shm"
             self._shm = ShmTransport(self._connection, self._transport, self._traffic, insists=insists)
             self._transport = self._shm
-        if not 0 <= throttle_bytes_per_s < math.inf:
-            raise InvalidRequest("a throttle is a number of bytes per second, 0 for none", field="throttle_bytes_per_s")
         if throttle_bytes_per_s:
             self._transport = Throttled(self._transport, throttle_bytes_per_s)
         self.admin = Admin(self._connection)
@@ -118,18 +122,19 @@ class Client:
         """The blocks of one layout, as one rank sees them; the whole of each block where no shard is given.
 
         Asks the daemon nothing yet. The layout is made known to it with the first call, and again
-        after it restarted.
+        after it restarted. Raises InvalidRequest.
         """
-        shard = Shard.whole(layout) if shard is None else shard.check(layout)
+        arguments.instance(layout, Layout, "layout")
+        shard = Shard.whole(layout) if shard is None else arguments.instance(shard, Shard, "shard").check(layout)
         return BlockCache(self._connection, self._transport, layout, shard)
 
     def session(self, layout: Layout, session_id: str, shard: Shard | None = None) -> Session:
         """A conversation whose history the daemon knows by this id. Asks the daemon nothing yet.
 
-        `session_id` has 1 to 200 letters, digits and ``-_.:@/+=~``. Sessions of one id in several layouts
-        are several sessions. The ranks of one model share a session: one of them changes it.
+        `session_id` has 1 to 200 ASCII letters, digits and ``-_.:@/+=~``, or InvalidRequest is raised. Sessions of
+        one id in several layouts are several sessions. The ranks of one model share a session: one of them changes it.
         """
-        return Session(self._connection, self.open_layout(layout, shard), session_id)
+        return Session(self._connection, self.open_layout(layout, shard), checked_session_id(session_id))
 
     def report_request(self, report: RequestReport) -> None:
         """Tell the daemon, in the background, what became of a request: `kvctl explain` shows it.
@@ -137,16 +142,17 @@ class Client:
         Waits for nobody and raises for nothing that the daemon does. While it is away, the last 256 reports are
         kept. Raises InvalidRequest for a plan that does not exist.
         """
-        self._connection.reporter.report(report)
+        self._connection.reporter.report(arguments.instance(report, RequestReport, "report"))
 
     def prefetch(
         self, keys: Iterable[bytes], *, wait: bool = False, deadline_s: float = 0.0, timeout_s: float | None = None
     ) -> PrefetchResult:
         """Ask for blocks to be copied up to DRAM, those with the nearest `deadline_s` first."""
         deadline = self._connection.deadline(timeout_s)
+        deadline_ms = round(arguments.seconds(deadline_s, "deadline_s") * 1e3)
         total = PrefetchResult(0, 0, 0, 0)
         for packed in self._packed(keys, deadline):
-            request = pb.PrefetchRequest(keys=packed, deadline_ms=round(deadline_s * 1e3), wait=wait)
+            request = arguments.message(pb.PrefetchRequest, keys=packed, deadline_ms=deadline_ms, wait=wait)
             answer = self._connection.ask(BLOCKS + "Prefetch", request, pb.PrefetchResponse, deadline)
             total = PrefetchResult(
                 total.missing + answer.missing,
@@ -158,10 +164,10 @@ class Client:
 
     def evict(self, keys: Iterable[bytes], tier: Tier | str, timeout_s: float | None = None) -> EvictResult:
         """Drop blocks from one tier. Those that are leased or busy stay."""
-        deadline = self._connection.deadline(timeout_s)
+        deadline, kind = self._connection.deadline(timeout_s), TIERS[arguments.member(tier, Tier, "tier")]
         total = EvictResult(0, 0, 0)
         for packed in self._packed(keys, deadline):
-            request = pb.EvictRequest(keys=packed, tier=TIERS[Tier(tier)])
+            request = pb.EvictRequest(keys=packed, tier=kind)
             answer = self._connection.ask(BLOCKS + "Evict", request, pb.EvictResponse, deadline)
             total = EvictResult(
                 total.evicted + answer.evicted, total.held + answer.held, total.missing + answer.missing
@@ -171,6 +177,4 @@ class Client:
     def _packed(self, keys: Iterable[bytes], deadline: Deadline) -> Iterator[bytes]:
         """The keys, in requests that the daemon accepts."""
         limits = self._connection.retried(lambda: self._connection.limits(deadline), deadline)
-        remaining = iter(keys)
-        while some := list(islice(remaining, limits.max_keys)):
-            yield b"".join(some)
+        yield from arguments.packed_keys(keys, limits.max_keys)

@@ -11,6 +11,7 @@ The hooks run for ``os.fork``, ``os.forkpty`` and ``multiprocessing``; not where
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import socket
 import stat
@@ -19,6 +20,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 from weakref import WeakSet
+
+log = logging.getLogger(__name__)
 
 _FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 
@@ -105,7 +108,10 @@ def _after_in_child() -> None:
     _generation += 1
     _fork_lock = threading.RLock()
     for made in list(_objects):
-        made.reset_in_child()
+        try:
+            made.reset_in_child()
+        except Exception:  # The other objects need theirs all the same.
+            log.exception("a %s cannot be used in this forked child", type(made).__name__)
 
 
 os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)

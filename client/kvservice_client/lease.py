@@ -12,7 +12,7 @@ from typing import Self
 from kvservice_api.errors import BlockNotFound, InvalidRequest, KVError, LeaseExpired
 from kvservice_api.layout import LayerGroup, Layout, Shard
 from kvservice_api.v1 import blocks_pb2 as pb
-from kvservice_client import forks
+from kvservice_client import arguments, forks
 from kvservice_client.attachment import Attachment
 from kvservice_client.buffers import Bytes, Slices, Source, writable
 from kvservice_client.channel import BLOCKS
@@ -161,6 +161,9 @@ class Lease:
     def _order(self, first_block: int, block_count: int | None) -> LoadOrder:
         if not self.hit_blocks:
             raise BlockNotFound("nothing of this prefix is stored")
+        arguments.instance(first_block, int, "first_block")
+        if block_count is not None:
+            arguments.instance(block_count, int, "block_count")
         end = self.hit_blocks if block_count is None else first_block + block_count
         if not 0 <= first_block < end <= self.hit_blocks:
             raise InvalidRequest(f"blocks {first_block}..{end} do not lie in the {self.hit_blocks} that were hit")
@@ -200,7 +203,9 @@ class Lease:
 
     def renew(self, ttl_s: float | None = None, timeout_s: float | None = None) -> float:
         """Extend the lease to `ttl_s` from now, by default what it had. What was granted, in seconds."""
-        self._renew(self._ttl_s if ttl_s is None else ttl_s, self._connection.deadline(timeout_s))
+        self._renew(
+            self._ttl_s if ttl_s is None else arguments.seconds(ttl_s, "ttl_s"), self._connection.deadline(timeout_s)
+        )
         return self._ttl_s
 
     def export(self, ttl_s: float = 30.0, adoptions: int = 1, timeout_s: float | None = None) -> bytes:

@@ -17,7 +17,7 @@ from enum import StrEnum
 
 from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, InvalidRequest, KVError
 from kvservice_api.v1 import blocks_pb2 as pb
-from kvservice_client import forks
+from kvservice_client import arguments, forks
 from kvservice_client.attachment import default_name
 from kvservice_client.channel import BLOCKS, Channel
 from kvservice_client.retry import Deadline
@@ -155,13 +155,14 @@ class Reporter:
 def _message(report: RequestReport, client_name: str) -> pb.RequestReport:
     if report.plan not in _PLANS:
         raise InvalidRequest(f"no plan is called {report.plan!r}", field="plan")
-    return pb.RequestReport(
+    return arguments.message(
+        pb.RequestReport,
         report_id=secrets.randbits(64) | 1,
         request_id=report.request_id,
         client_name=_cut(client_name),
         plan=_PLANS[report.plan],
         plan_reason=_cut(report.plan_reason),
-        outcome=_OUTCOMES[Outcome(report.outcome)],
+        outcome=_OUTCOMES[arguments.member(report.outcome, Outcome, "outcome")],
         outcome_reason=_cut(report.outcome_reason),
         history_tokens=report.history_tokens,
         new_tokens=report.new_tokens,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from kvservice_api.errors import DeadlineExceeded, KVError
+from kvservice_client import arguments
 
 T = TypeVar("T")
 
@@ -18,7 +19,8 @@ class Deadline:
     """A moment on the monotonic clock: a wall clock that jumps moves no deadline."""
 
     def __init__(self, seconds: float) -> None:
-        self.allowed_s = seconds
+        """Raises InvalidRequest where `seconds` is not a number from 0 to 1e9."""
+        self.allowed_s = seconds = arguments.seconds(seconds, "timeout_s")
         self._end_s = time.monotonic() + seconds
 
     @property

@@ -25,10 +25,12 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from kvservice_api.errors import BlockNotFound, SessionChanged
+from kvservice_api.errors import BlockNotFound, InvalidRequest, SessionChanged
 from kvservice_api.keys import KEY_BYTES, BlockChain
 from kvservice_api.layout import Layout, Shard
+from kvservice_api.session_ids import checked_session_id
 from kvservice_api.v1 import sessions_pb2 as pb
+from kvservice_client import arguments
 from kvservice_client.block_cache import BlockCache
 from kvservice_client.buffers import Bytes
 from kvservice_client.channel import SESSIONS
@@ -196,13 +198,15 @@ class Session:
         `stored_position` tells where the first one was, or `stored_positions` where each was. Tried again
         where the connection breaks; a first attempt that was carried out all the same is recognized.
         """
+        arguments.chain(chain)
         deadline = self._connection.deadline(timeout_s)
         attempts = 0
 
         def attempt() -> pb.Session:
             nonlocal attempts
             attempts += 1
-            request = pb.AppendTurnRequest(
+            request = arguments.message(
+                pb.AppendTurnRequest,
                 **self._named(deadline),
                 expected_revision=expected_revision,
                 parent_key=chain.parent,
@@ -230,12 +234,14 @@ class Session:
         Where the connection broke meanwhile, SessionChanged may bring the outcome of this very call.
         """
         deadline = self._connection.deadline(timeout_s)
+        ranges = _ranges(keep)
 
         def attempt() -> pb.Session:
-            request = pb.TruncateSessionRequest(
+            request = arguments.message(
+                pb.TruncateSessionRequest,
                 **self._named(deadline),
                 expected_revision=expected_revision,
-                keep=[pb.TokenRange(first=first, count=count) for first, count in keep],
+                keep=ranges,
             )
             call = self._connection.channel.call
             return call(SESSIONS + "TruncateSession", request, pb.TruncateSessionResponse, deadline).session
@@ -249,11 +255,15 @@ class Session:
 
         Where the connection broke meanwhile, SessionChanged may bring the outcome of this very call.
         """
+        checked_session_id(new_session_id, "new_session_id")
         deadline = self._connection.deadline(timeout_s)
 
         def attempt() -> pb.Session:
-            request = pb.ForkSessionRequest(
-                **self._named(deadline), new_session_id=new_session_id, expected_revision=expected_revision
+            request = arguments.message(
+                pb.ForkSessionRequest,
+                **self._named(deadline),
+                new_session_id=new_session_id,
+                expected_revision=expected_revision,
             )
             call = self._connection.channel.call
             return call(SESSIONS + "ForkSession", request, pb.ForkSessionResponse, deadline).session
@@ -278,7 +288,7 @@ class Session:
 
         `state` is what `get` told, if it was asked before; without it, it is asked now.
         """
-        state = self.get(timeout_s) if state is None else state
+        state = self.get(timeout_s) if state is None else arguments.instance(state, SessionState, "state")
         slices = state.slices[: state.stored_slices]  # The daemon has seen that these blocks have as many tokens.
         place: dict[bytes, int] = {}  # After a truncation a block may have several slices; it is loaded once.
         block_of_slice = [place.setdefault(each.key, len(place)) for each in slices]
@@ -300,6 +310,14 @@ class Session:
         """The fields that every request has; the layout is known to the daemon once they are given."""
         self._connection.session(self.layout, deadline)
         return {"session_id": self.session_id, "layout_fingerprint": self.layout.fingerprint}
+
+
+def _ranges(keep: Sequence[tuple[int, int]]) -> list[pb.TokenRange]:
+    try:
+        pairs = [(first, count) for first, count in keep]
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest("keep must be a sequence of pairs: (first token, count)", field="keep") from error
+    return [arguments.message(pb.TokenRange, first=first, count=count) for first, count in pairs]
 
 
 def current(error: SessionChanged) -> SessionState | None:

@@ -11,7 +11,6 @@ import asyncio
 import bisect
 import dataclasses
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,10 +35,10 @@ from kvservice.store.session_messages import session_message
 from kvservice.store.tasks import Tasks
 from kvservice_api.errors import InvalidRequest, KVError, SessionChanged, SessionNotFound, SessionsFull, StorageFailed
 from kvservice_api.layout import Layout
+from kvservice_api.session_ids import checked_session_id
 
 log = logging.getLogger(__name__)
 
-_ID = re.compile(r"[A-Za-z0-9_.:@/+=~-]{1,200}")
 _EXPIRED_AT_A_TIME = 256
 _FLUSHED_AT_A_TIME = 64
 _DROPPED_A_TURN = 32  # Of the event loop: a millisecond.
@@ -396,10 +395,7 @@ class Sessions:
     # Finding
 
     def _name(self, fingerprint: bytes, session_id: str, field: str = "session_id") -> Name:
-        if not _ID.fullmatch(session_id):
-            raise InvalidRequest(
-                f"{field} {session_id[:40]!r} is none: it must have 1 to 200 letters, digits and -_.:@/+=~", field=field
-            )
+        checked_session_id(session_id, field)
         return self._find_layout(fingerprint)[0], session_id
 
     def _current(self, name: Name) -> Manifest | None:

@@ -132,10 +132,15 @@ def block_chain(
     Only full blocks, unless `with_partial`. `extras` has one `extra_identity` a block, and may be
     shorter than the chain. Raises InvalidRequest for ids that are not 32-bit unsigned integers.
     """
+    try:
+        fingerprint, size = layout.fingerprint, layout.block_tokens
+    except AttributeError:
+        raise InvalidRequest(
+            f"layout is of type {type(layout).__name__}; it must be a Layout", field="layout"
+        ) from None
     tokens = _as_u32(token_ids)
-    size = layout.block_tokens
     end = len(tokens) if with_partial else len(tokens) // size * size
-    start = tip = root_key(layout.fingerprint, salt) if parent is None else parent
+    start = tip = root_key(fingerprint, salt) if parent is None else parent
     keys: list[bytes] = []
     counts: list[int] = []
     for block, first in enumerate(range(0, end, size)):

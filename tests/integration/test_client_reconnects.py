@@ -44,6 +44,31 @@ def test_after_a_kill_and_a_restart_the_same_client_goes_on_with_what_survived(n
         lease.release()
 
 
+def test_a_lost_daemon_is_one_line_in_the_log_with_its_reason(
+    new_daemon: NewDaemon, caplog: pytest.LogCaptureFixture
+) -> None:
+    daemon = new_daemon()
+    with Client(daemon.address, reconnect_wait_s=0.0) as client:
+        blocks, chain = client.open_layout(small_layout()), new_chain(small_layout(), 64)
+        blocks.ping()
+        daemon.kill()
+        for _ in range(20):
+            with pytest.raises(DaemonUnavailable):
+                blocks.lookup(chain)
+        until(lambda: bool(caplog.messages))
+        (line,) = caplog.messages
+        assert line.startswith(f"the daemon at {daemon.address} was lost, and with it this client's leases: ")
+        assert f"no answer from the daemon at {daemon.address}: " in line
+
+
+def test_a_client_that_is_closed_says_nothing_of_a_lost_daemon(
+    new_daemon: NewDaemon, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Client(new_daemon().address) as client:
+        client.open_layout(small_layout()).ping()
+    assert caplog.messages == []
+
+
 def test_a_daemon_with_an_empty_store_is_told_the_layout_again(new_daemon: NewDaemon) -> None:
     layout = small_layout()
     first = new_daemon()

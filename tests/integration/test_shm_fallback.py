@@ -153,5 +153,5 @@ def test_a_tmpfs_too_full_for_the_generations_is_served_without_shared_memory(tm
 
 
 def test_an_unknown_transport_is_refused() -> None:
-    with pytest.raises(Exception, match="no transport is called 'rdma'"):
+    with pytest.raises(Exception, match="transport is 'rdma'; it must be 'auto', 'shm' or 'grpc'"):
         Client(transport="rdma")  # type: ignore[arg-type]

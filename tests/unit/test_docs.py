@@ -52,7 +52,7 @@ def named_in(page: str, pattern: str) -> set[str]:
     "page",
     [
         *("README.md", "ARCHITECTURE.md", "CHANGELOG.md"),
-        *(f"docs/{name}.md" for name in ("container", "operating", "policies", "positions", "security")),
+        *(f"docs/{name}.md" for name in ("container", "fork", "operating", "policies", "positions", "security")),
     ],
 )
 def test_every_file_that_a_page_links_to_exists(page: str) -> None:

@@ -7,6 +7,7 @@ daemon verifies it then.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 import time
@@ -30,6 +31,7 @@ from kvservice_client.arena_map import ArenaMap, WriterLock
 from kvservice_client.buffers import Bytes
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection
+from kvservice_client.rate_limited_log import RateLimitedLog
 from kvservice_client.retry import Deadline
 from kvservice_client.traffic import Traffic
 from kvservice_client.transports.base import LoadOrder, SaveOrder, Transport, Verify
@@ -37,6 +39,8 @@ from kvservice_client.transports.copying import Copiers, Group, copy_and_sum, co
 from kvservice_client.transports.in_place import InDoubt, InPlace, View
 
 M = TypeVar("M", bound=Message)
+
+log = logging.getLogger(__name__)
 
 _LAYERS_AHEAD = 3
 _ABANDON_S = 1.0  # One attempt to tell the daemon that a reservation is given up.
@@ -52,6 +56,7 @@ class ShmTransport:
         self._fallback = fallback
         self._traffic = traffic
         self._insists = insists
+        self._log = RateLimitedLog(log)
         self._copiers = Copiers()
         self._arenas = _Arenas()
         self._writers = _Writers(connection.life_line.is_attached_as)
@@ -188,6 +193,7 @@ class ShmTransport:
     def _note_refusal(self, error: KVError) -> None:
         """Why the other transport is taken. Raises it where this one is insisted on, and the arena is not here."""
         self._traffic.refused(error.message)
+        self._log.info("shared memory is not used: %s", error.message)
         if self._insists and not self._arenas.is_open:
             raise error
 

@@ -1,0 +1,95 @@
+"""Checks of what callers pass. A caller's mistake raises InvalidRequest at once: with the rule, before any call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from enum import StrEnum
+from itertools import islice
+from typing import Any, TypeVar
+
+import numpy as np
+from google.protobuf.message import Message
+
+from kvservice_api.errors import InvalidRequest
+from kvservice_api.keys import KEY_BYTES, BlockChain
+
+M = TypeVar("M", bound=Message)
+T = TypeVar("T")
+E = TypeVar("E", bound=StrEnum)
+
+_SECONDS_MAX = 1e9  # Some thirty years. Clocks of threads and of gRPC overflow at larger ones.
+_CLIENT_NAME_MAX = 200
+
+
+def instance(value: object, kind: type[T], field: str) -> T:
+    """The value, if it is of this class."""
+    if not isinstance(value, kind):
+        raise InvalidRequest(f"{field} is of type {type(value).__name__}; it must be a {kind.__name__}", field=field)
+    return value
+
+
+def seconds(value: object, field: str) -> float:
+    """The value, if it is a span of time: a number from 0 to 1e9. Not NaN, and not infinite."""
+    found = _number(value)
+    if not 0 <= found <= _SECONDS_MAX:
+        raise InvalidRequest(f"{field} is {value!r}; it must be a number of seconds from 0 to 1e9", field=field)
+    return found
+
+
+def rate(value: object, field: str) -> float:
+    """The value, if it is a number of bytes per second, 0 or more."""
+    found = _number(value)
+    if not 0 <= found < math.inf:
+        raise InvalidRequest(f"{field} is {value!r}; it must be a number of bytes per second, 0 for none", field=field)
+    return found
+
+
+def _number(value: object) -> float:
+    """NaN where it is none. Texts, truth values and arrays are none."""
+    return float(value) if isinstance(value, (int, float, np.number)) and not isinstance(value, bool) else math.nan
+
+
+def member(value: Any, kind: type[E], field: str) -> E:
+    """The value as a member of an enumeration of words."""
+    try:
+        return kind(value)
+    except ValueError:
+        words = ", ".join(repr(each.value) for each in kind)
+        raise InvalidRequest(f"{field} is {value!r}; it must be one of {words}", field=field) from None
+
+
+def client_name(value: object) -> str:
+    """The value, if the daemon takes it as a client's name."""
+    if not isinstance(value, str) or len(value) > _CLIENT_NAME_MAX:
+        raise InvalidRequest(f"name must be text of at most {_CLIENT_NAME_MAX} characters", field="name")
+    return value
+
+
+def chain(value: object) -> BlockChain:
+    return instance(value, BlockChain, "chain")
+
+
+def key(value: object) -> bytes:
+    """The value, if it is a block key."""
+    if not isinstance(value, bytes) or len(value) != KEY_BYTES:
+        shown = f"{len(value)} bytes" if isinstance(value, bytes) else f"of type {type(value).__name__}"
+        raise InvalidRequest(f"a key is {shown}; it must be {KEY_BYTES} bytes", field="keys")
+    return value
+
+
+def packed_keys(values: Any, count_max: int) -> Iterator[bytes]:
+    """The keys, joined, in requests of at most `count_max`."""
+    if isinstance(values, (bytes, str)) or not isinstance(values, Iterable):
+        raise InvalidRequest("keys must be a sequence of keys, each 32 bytes", field="keys")
+    remaining = iter(values)
+    while some := list(islice(remaining, count_max)):
+        yield b"".join(map(key, some))
+
+
+def message(kind: type[M], **fields: object) -> M:
+    """A request with these fields. Raises InvalidRequest where a value is not of its field's type or range."""
+    try:
+        return kind(**fields)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"a value given is of the wrong type or out of range: {error}") from error
