@@ -10,7 +10,8 @@ import uvloop
 
 from kvservice import __version__, daemon, logs
 from kvservice.config import ConfigError, load_settings
-from kvservice.index.errors import StoreError
+from kvservice.host_limits import raise_open_files_limit
+from kvservice.index.errors import StoreDamaged, StoreError
 from kvservice.tiers.base import StoreMismatch
 from kvservice_api.errors import KVError
 
@@ -62,10 +63,14 @@ def _serve(argv: Sequence[str]) -> int:
         return 2
     logs.set_up(settings.log.level, settings.log.format)
     try:
+        raise_open_files_limit(len(settings.ssd_directories))  # Before the event loop and gRPC open theirs.
         uvloop.run(daemon.run(settings))
     except ConfigError as error:  # What the settings name cannot be used.
         print(f"kvservice serve: {error}", file=sys.stderr)
         return 2
+    except StoreDamaged as error:
+        print(f"kvservice serve: {error}. {error.what_helps}", file=sys.stderr)
+        return 1
     except (StoreError, StoreMismatch, KVError, OSError, RuntimeError) as error:
         print(f"kvservice serve: {error}", file=sys.stderr)
         return 1

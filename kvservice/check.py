@@ -3,7 +3,8 @@
 Every record, extent, trailer and slice of every tier is read and compared, and the free space is
 counted. The store says itself where its files lie. What is damaged is a miss to a running daemon;
 ``--repair`` deletes its records, which is all that is needed to have the space back. An SSD file that
-is missing keeps the daemon from starting: ``--repair`` gives its blocks up, and the next start makes it anew.
+is missing keeps the daemon from starting: ``--repair`` gives its blocks up, and the next start creates it again.
+Where the index itself is damaged, ``--repair`` makes a new one of what can be saved (``store/salvage.py``).
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from pathlib import Path
 import numpy as np
 
 from kvservice.blocks import Extent, TierName
-from kvservice.index.block_index import BlockIndex
+from kvservice.index.block_index import BlockIndex, traces_of_store
+from kvservice.index.environment import DATA_NAME
 from kvservice.index.errors import StoreDamaged, StoreError
+from kvservice.index.records import Records
 from kvservice.index.store_lock import StoreLock
-from kvservice.store import pieces
+from kvservice.store import pieces, salvage
 from kvservice.tiers.arena import Arena, examine
 from kvservice.tiers.base import StoreMismatch, Tier
 from kvservice.tiers.dram import DramTier
@@ -70,6 +73,7 @@ class Report:
     problems: list[Problem] = field(default_factory=list)
     repaired: int = 0
     given_up: list[str] = field(default_factory=list)  # What went with the SSD files that are missing.
+    made_anew: list[str] = field(default_factory=list)  # What was replaced by what could be saved of it.
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,21 +108,58 @@ def main(argv: Sequence[str]) -> int:
 async def check(store: Path, *, repair: bool = False) -> Report:
     """Look at everything. Raises StoreLocked, StoreTooNew, OSError; damage is in the report."""
     index_directory = store / "index"
-    if not (index_directory / "data.mdb").is_file():
+    if not (index_directory / DATA_NAME).is_file() and not traces_of_store(index_directory):
         raise FileNotFoundError(f"there is no store in {store}")
     report = Report(str(store))
     with ExitStack() as opened:
         lock = StoreLock(store / "lock")
         opened.callback(lock.release)
         try:
-            index = BlockIndex.open(index_directory, map_bytes=_map_bytes(index_directory))
+            index = await _open_index(store, report, repair=repair)
+        except StoreDamaged as error:
+            report.problems.append(Problem("index", "", f"it cannot be repaired: {error}"))
+            return report
+        if index is not None:
             opened.callback(index.close)
             report.store_id = index.store_id.hex()
             report.layouts = len(index.layouts)
             await _Check(store, index, report, opened).run(repair)
-        except StoreDamaged as error:
-            report.problems.append(Problem("index", "", f"{error}; it cannot be repaired: start a new store"))
     return report
+
+
+async def _open_index(store: Path, report: Report, *, repair: bool) -> BlockIndex | None:
+    """The durable index. If damaged: None, or with `repair` a new one. Raises StoreDamaged where that fails."""
+    directory = store / "index"
+    try:
+        return BlockIndex.open(directory, map_bytes=_map_bytes(directory))
+    except StoreDamaged as error:
+        problem = Problem("index", "", f"{error}. {error.what_helps}" if not repair else str(error))
+    report.problems.append(problem)
+    if repair:
+        await _repair_index(store, report)
+        return BlockIndex.open(directory, map_bytes=_map_bytes(directory))
+    return None
+
+
+async def _repair_index(store: Path, report: Report) -> None:
+    """Put a new index in the place of the damaged one. Raises StoreDamaged."""
+    saved = salvage.read(store)
+    if not (saved.records or saved.doubtful or saved.sessions):
+        raise StoreDamaged("no record of a block or a session was found, so no index is made of it")
+    index = salvage.make_index(store, saved)
+    try:
+        with ExitStack() as opened:
+            looking = _Check(store, index, Report(str(store)), opened)
+            await salvage.fill(index, saved, looking.are_right)
+        counts = (index.count(TierName.SSD), len(index.layouts), len(saved.sessions))
+    finally:
+        index.close()
+    kept = salvage.put_in_place(store)
+    report.repaired += 1
+    report.made_anew.append(
+        f"the index, with {counts[0]} blocks, {counts[1]} layouts and {counts[2]} sessions; what else it had is unknown"
+        + (f"; the damaged one is {kept}" if kept else "")
+    )
 
 
 class _Check:
@@ -199,6 +240,22 @@ class _Check:
             if what:
                 self._complain(name, copy.key, what)
 
+    async def are_right(self, keys: Sequence[bytes], records: Records) -> list[bool]:
+        """Whether the bytes at each record's place on SSD are those of its block."""
+        tier = self._open_ssd()
+        if isinstance(tier, str):
+            return [False] * len(keys)
+        within = tier.holds(records["segment"], records["offset_bytes"], records["size_bytes"])
+        right = [False] * len(keys)
+        for row, key in enumerate(keys):
+            copy = self._copy_of(key, records[row]) if within[row] else "its extent lies outside the tier"
+            if isinstance(copy, _Copy):
+                try:
+                    right[row] = not await _damage(tier, copy)
+                except StorageFailed:
+                    continue
+        return right
+
     def _complain(self, tier: TierName, key: bytes, what: str) -> None:
         self._report.problems.append(Problem(tier, key.hex(), what))
         self._bad[tier].append(key)
@@ -213,7 +270,7 @@ class _Check:
             repaired += len(keys)
         if self._away:
             repaired += await self._give_up_missing_files()
-        self._report.repaired = repaired
+        self._report.repaired += repaired
 
     async def _give_up_missing_files(self) -> int:
         """Delete the records that name missing files, then have the daemon make these anew. How many records."""
@@ -303,8 +360,8 @@ async def _damage(tier: Tier, copy: _Copy) -> str:
 def _map_bytes(directory: Path) -> int:
     """As large as the daemon made it: the file is allocated whole."""
     try:
-        return max((directory / "data.mdb").stat().st_size, _MAP_BYTES_MIN)
-    except FileNotFoundError:
+        return max((directory / DATA_NAME).stat().st_size, _MAP_BYTES_MIN)
+    except (FileNotFoundError, NotADirectoryError):
         return _MAP_BYTES_MIN
 
 
@@ -324,6 +381,8 @@ def _lines(report: Report) -> Iterator[str]:
         yield f"problem  {problem.tier} {problem.key}{': ' if problem.key else ''}{problem.what}"
     for what in report.given_up:
         yield f"given up {what}"
+    for what in report.made_anew:
+        yield f"made new {what}"
     if not report.problems:
         yield "clean"
     else:

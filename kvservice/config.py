@@ -158,7 +158,7 @@ class Dram(_Section):
     capacity_bytes: Size = _setting(
         ByteSize(GIB),
         "Shared memory that the arena, its generations and the volatile index may take. Where the file system has "
-        "less, the tier is smaller.",
+        "less, or a memory limit of the process's control groups allows less, the tier is smaller.",
         unit="bytes",
     )
     path: Path = _setting(

@@ -25,6 +25,12 @@ from kvservice.blocks import TierName
 from kvservice.clock import Clock, SystemClock
 from kvservice.config import Settings
 from kvservice.counters import Counters
+from kvservice.host_limits import (
+    HostLimit,
+    available_memory_bytes,
+    memory_limit,
+    reserve_bytes,
+)
 from kvservice.index.block_index import BlockIndex
 from kvservice.index.store_lock import StoreLock
 from kvservice.metrics import Heartbeat, MetricsServer
@@ -47,6 +53,9 @@ from kvservice.tiers.files import FileCalls, file_system_of
 from kvservice.tiers.ssd import SsdTier
 
 log = logging.getLogger(__name__)
+
+MIB = 2**20
+_DRAM_BYTES_MIN = 64 * MIB  # A DRAM tier that a memory limit makes smaller than this would hold few blocks, or none.
 
 _SOCKET_MODES = {"user": 0o600, "group": 0o660, "all": 0o666}
 
@@ -118,7 +127,7 @@ class Daemon:
     async def open(cls, settings: Settings, *, clock: Clock | None = None, files: FileCalls | None = None) -> Daemon:
         """Open or create the store and put the daemon together.
 
-        Raises ConfigError, StoreError, StoreMismatch, AddressUnusable, OSError.
+        Raises ConfigError, HostLimit, StoreError, StoreMismatch, AddressUnusable, OSError.
         """
         certificates = Certificates(settings.tls) if settings.tls.certificate else None
         with ExitStack() as opening:
@@ -216,6 +225,7 @@ def _give_back_freed_memory() -> None:
 def _open_store(
     settings: Settings, clock: Clock, files: FileCalls, opening: ExitStack
 ) -> tuple[BlockStore, ThreadPoolExecutor]:
+    arena_limit = _arena_limit(settings)
     path = settings.store.path.absolute()
     path.mkdir(parents=True, exist_ok=True)
     lock = StoreLock(path / "lock")
@@ -232,6 +242,7 @@ def _open_store(
         map_bytes=settings.durable_map_bytes,
         layouts_max=settings.index.layouts_max,
         before_commit=make_bytes_durable if has_ssd else None,
+        ssd_files=_ssd_files(settings) if has_ssd else (),
     )
     opening.callback(index.close)
     if has_ssd:
@@ -246,12 +257,14 @@ def _open_store(
         )
         opening.callback(ssd.close)
         index.remember_ssd_files(_ssd_files(settings))
-    arena_bytes = without_generations(int(settings.dram.capacity_bytes) - settings.volatile_map_bytes)
-    arena = Arena.open(settings.dram.path, index.store_id, arena_bytes, calls=files)
+    arena = Arena.open(settings.dram.path, index.store_id, _arena_bytes(settings), calls=files)
     opening.callback(arena.close)
     kind = file_system_of(arena.directory)
     if kind not in ("", "tmpfs", "ramfs", "hugetlbfs"):
         log.warning("the arena lies on a disk: dram.path is meant for a tmpfs", extra={"file_system": kind})
+    if arena_limit is not None:
+        arena.limit(*arena_limit)
+    _warn_of_little_memory(arena, kind)
     dram = DramTier(arena)
     if settings.dram.share != "off":
         dram.share()
@@ -287,6 +300,56 @@ def _open_store(
         history=history,
     )
     return store, executor
+
+
+def _arena_bytes(settings: Settings) -> int:
+    """The arena's part of the DRAM tier's shared memory; the rest is for its index and the generations."""
+    return without_generations(int(settings.dram.capacity_bytes) - settings.volatile_map_bytes)
+
+
+def _arena_limit(settings: Settings) -> tuple[int, str] | None:
+    """How much of the arena may be allocated, and why no more; None where all of it may.
+
+    Shared memory counts against the memory limit of the process's control groups, and the kernel kills the process
+    that goes past it. Raises HostLimit where the limit leaves too little for a DRAM tier.
+    """
+    limit = memory_limit()
+    folder = next(
+        each for each in (settings.dram.path.absolute(), *settings.dram.path.absolute().parents) if each.is_dir()
+    )
+    if limit is None or file_system_of(folder) not in ("tmpfs", "ramfs"):
+        return None  # The kernel can take back pages of a file on disk; huge pages are counted elsewhere.
+    asked, kept = int(settings.dram.capacity_bytes), reserve_bytes(limit.size_bytes)
+    if asked + kept <= limit.size_bytes:
+        return None
+    why = f"{limit.file} limits the memory of this process to {_mib(limit.size_bytes)}"
+    beside = asked - _arena_bytes(settings)
+    size = limit.size_bytes - kept - beside
+    if size < _DRAM_BYTES_MIN:
+        needed = kept + min(asked, _DRAM_BYTES_MIN + beside)
+        raise HostLimit(
+            f"{why}, too little for a DRAM tier: the daemon itself needs {_mib(kept)}; allow at least {_mib(needed)}, "
+            f"or set dram.capacity_bytes, now {_mib(asked)}, lower"
+        )
+    log.warning(
+        f"the DRAM tier is made smaller, {_mib(size + beside)} instead of the {_mib(asked)} of dram.capacity_bytes: "
+        f"{why}, and the daemon itself needs {_mib(kept)} of it"
+    )
+    return size, why
+
+
+def _warn_of_little_memory(arena: Arena, file_system: str) -> None:
+    """Where the host has less memory than the arena has yet to take, the kernel will kill some process for it."""
+    available = available_memory_bytes()
+    if available is not None and available < arena.missing_bytes and file_system in ("tmpfs", "ramfs"):
+        log.warning(
+            f"the DRAM tier will take {_mib(arena.missing_bytes)} more memory, and this host has {_mib(available)} "
+            "available (MemAvailable): set dram.capacity_bytes lower, or the kernel may kill processes"
+        )
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / MIB:.0f} MiB"
 
 
 def _ssd_files(settings: Settings) -> list[Path]:

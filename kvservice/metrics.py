@@ -122,18 +122,25 @@ class StoreCollector(Collector):
             reported.add_metric([plan, outcome], count)
         yield reported
         capacity = GaugeMetricFamily(_PREFIX + "tier_capacity_bytes", "What extents may take.", labels=["tier"])
+        configured = GaugeMetricFamily(
+            _PREFIX + "tier_configured_bytes",
+            "What extents could take if nothing kept the tier smaller than its setting.",
+            labels=["tier"],
+        )
         used = GaugeMetricFamily(_PREFIX + "tier_used_bytes", "What extents take.", labels=["tier"])
         refusing = GaugeMetricFamily(_PREFIX + "tier_refusing", "1 while a tier takes no blocks.", labels=["tier"])
         index_used = GaugeMetricFamily(_PREFIX + "index_used_bytes", "Pages in use in a tier's index.", labels=["tier"])
         index_map = GaugeMetricFamily(_PREFIX + "index_map_bytes", "Size of a tier's index.", labels=["tier"])
         for tier, space in store.residency.tiers.items():
             capacity.add_metric([tier], space.capacity_bytes)
+            is_dram = tier is TierName.DRAM
+            configured.add_metric([tier], store.dram.configured_bytes if is_dram else space.capacity_bytes)
             used.add_metric([tier], space.used_bytes)
             refusing.add_metric([tier], 1 if space.refusing_because else 0)
         for tier in TierName:
             index_used.add_metric([tier], store.index.used_bytes(tier))
             index_map.add_metric([tier], store.index.map_bytes(tier))
-        yield from (capacity, used, refusing, index_used, index_map)
+        yield from (capacity, configured, used, refusing, index_used, index_map)
         yield GaugeMetricFamily(_PREFIX + "blocks", "Stored objects.", value=store.blocks.live_count)
         yield GaugeMetricFamily(_PREFIX + "clients", "Attached clients.", value=store.leases.client_count)
         yield GaugeMetricFamily(_PREFIX + "leases", "Leases that run.", value=store.leases.count)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, KVError
@@ -43,6 +43,7 @@ class LifeLine:
         self._channel = channel
         self._client_name = client_name
         self._closed = threading.Event()
+        self._listeners: list[Callable[[], None]] = []
         self.reset_in_child()
         forks.register(self)
 
@@ -89,6 +90,10 @@ class LifeLine:
         attachment = self._attachment
         return attachment is not None and attachment.client_id == client_id
 
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Have `listener` called whenever an attachment has begun or ended, on the life line's thread."""
+        self._listeners.append(listener)
+
     def close(self) -> None:
         """End the stream, and with it all leases. The channel must be closed after this."""
         with self._changed:
@@ -127,9 +132,15 @@ class LifeLine:
         with self._changed:
             self._attachment = attachment
             self._changed.notify_all()
+        self._tell()
 
     def _lose(self, error: KVError) -> None:
         with self._changed:
             self._attachment, self._error = None, error
             self._attempts_failed += 1
             self._changed.notify_all()
+        self._tell()
+
+    def _tell(self) -> None:
+        for listener in self._listeners:
+            listener()

@@ -27,9 +27,9 @@ from zlib import crc32
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from kvservice.blocks import TierName
+from kvservice.blocks import OBJECT_KEY_BYTES, TierName
 from kvservice.index import recovery
-from kvservice.index.environment import BLOCKS, LAYOUTS, META, SESSIONS, Environment
+from kvservice.index.environment import BLOCKS, DATA_NAME, LAYOUTS, META, SESSIONS, Environment, is_older_copy
 from kvservice.index.errors import StoreDamaged, StoreTooNew
 from kvservice.index.records import Records, encode_records
 from kvservice.index.session_records import Manifest, decode_manifest, encode_manifest
@@ -42,13 +42,22 @@ log = logging.getLogger(__name__)
 # 2 added the database of sessions. Records of blocks are those of 1: an older store is opened, and is of 2 then.
 SCHEMA = 2
 
+# Beside the index: the store's id in hexadecimal. Where it is, the store was made, though its index may be lost.
+IDENTITY_NAME = "store_id"
+
+# Beside the volatile index: which of its transactions was the last.
+_NOTES_NAME = "index-transaction"
+
 _SCHEMA_KEY = b"schema"
-_STORE_KEY = b"store_id"
+STORE_KEY = b"store_id"
 _ARENA_KEY = b"arena_id"
 _NEXT_LAYOUT_KEY = b"next_layout_id"
 _SSD_FILES_KEY = b"ssd_files"
 _VOLATILE_DIRECTORY_KEY = b"volatile_directory"
 _EMPTIED_KEY = b"dram_emptied"
+_META_KEYS = frozenset(
+    (_SCHEMA_KEY, STORE_KEY, _NEXT_LAYOUT_KEY, _SSD_FILES_KEY, _VOLATILE_DIRECTORY_KEY, _EMPTIED_KEY)
+)
 _ID_BYTES = 16
 
 #  | layout id u32 | serialized pb.Layout | crc u32 |     one layout, under its fingerprint; little-endian,
@@ -73,7 +82,7 @@ class BlockIndex:
         """Use ``open``."""
         self._directory = directory
         self._layouts_max = layouts_max
-        self.store_id = meta[_STORE_KEY]
+        self.store_id = meta[STORE_KEY]
         self._meta = meta
         self._environments: dict[TierName, Environment] = {TierName.SSD: durable}
         self._layouts: dict[int, Layout] = {}
@@ -93,23 +102,51 @@ class BlockIndex:
         map_bytes: int,
         layouts_max: int = 256,
         before_commit: Callable[[], None] | None = None,
+        ssd_files: Sequence[Path] = (),
     ) -> BlockIndex:
         """Open the durable index, or make an empty one with a store id of its own.
 
         `layouts_max` are the layouts that it takes; those that it has are kept, however many they are.
         `before_commit` makes the bytes of blocks durable; it runs on the committer thread before the
-        commit of their records. Raises StoreTooNew, StoreDamaged, StorageFailed.
+        commit of their records. An index is made only where none was before: the store's identity file, and the
+        `ssd_files` that are there, tell that one is missing. Raises StoreTooNew, StoreDamaged, StorageFailed.
         """
+        if traces := traces_of_store(directory, ssd_files):
+            _expect_index(directory, traces)
+        else:
+            _clear_blank(directory / DATA_NAME)
         durable = Environment(directory, map_bytes=map_bytes, durable=True, before_commit=before_commit)
         try:
             meta = _read_meta(durable)
-            if not meta:
-                meta = {_SCHEMA_KEY: str(SCHEMA).encode(), _STORE_KEY: os.urandom(_ID_BYTES)}
+            if not meta and not traces:
+                meta = {_SCHEMA_KEY: str(SCHEMA).encode(), STORE_KEY: os.urandom(_ID_BYTES)}
                 durable.write_now(META, meta)
             _upgrade(directory, durable, meta)
-            if len(meta.get(_STORE_KEY, b"")) != _ID_BYTES:
+            if len(meta.get(STORE_KEY, b"")) != _ID_BYTES:
                 raise StoreDamaged(f"the index {directory} names no store")
+            _check_identity(directory, meta[STORE_KEY])
             return cls(directory, durable, meta, layouts_max)
+        except BaseException:
+            durable.close()
+            raise
+
+    @classmethod
+    def create(
+        cls, directory: Path, *, map_bytes: int, meta: Mapping[bytes, bytes], layouts: Mapping[bytes, bytes]
+    ) -> BlockIndex:
+        """Make the durable index of a store whose own was lost, in a folder that is not there yet.
+
+        `meta` and `layouts` are entries as they stood in the lost one, what must be there is added. Raises
+        StoreDamaged where `meta` names no store; StorageFailed.
+        """
+        known = {key: value for key, value in meta.items() if key in _META_KEYS}
+        durable = Environment(directory, map_bytes=map_bytes, durable=True)
+        try:
+            durable.write_now(LAYOUTS, dict(layouts))
+            durable.write_now(META, {**known, _SCHEMA_KEY: str(SCHEMA).encode()})
+            if len(known.get(STORE_KEY, b"")) != _ID_BYTES:
+                raise StoreDamaged(f"nothing says which store the index {directory} is of")
+            return cls(directory, durable, _read_meta(durable), len(layouts))
         except BaseException:
             durable.close()
             raise
@@ -126,9 +163,10 @@ class BlockIndex:
         if why_emptied:
             if self.volatile_directory is not None:
                 self._remember(_EMPTIED_KEY, _EMPTIED_AT.pack(now_ms) + (why_new or why_emptied).encode())
-            with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(directory)
-            volatile = Environment(directory, map_bytes=map_bytes, durable=False)
+            _remove(directory)
+            notes = directory.with_name(_NOTES_NAME)
+            _remove(notes)
+            volatile = Environment(directory, map_bytes=map_bytes, durable=False, notes=notes)
             volatile.write_now(META, self._volatile_meta(arena_id))
             self._environments[TierName.DRAM] = volatile
         self._remember(_VOLATILE_DIRECTORY_KEY, os.fsencode(directory.absolute()))
@@ -137,10 +175,21 @@ class BlockIndex:
     def adopt_volatile(self, directory: Path, arena_id: bytes, *, map_bytes: int) -> str:
         """Open the index of the arena as it is. Returns why it cannot be used and is not open, or ""."""
         assert TierName.DRAM not in self._environments
-        if not (directory / "data.mdb").exists():
-            return "there is none"
         try:
-            volatile = Environment(directory, map_bytes=map_bytes, durable=False)
+            if not (directory / DATA_NAME).stat().st_size:
+                return "it is empty"
+        except (FileNotFoundError, NotADirectoryError):
+            return "there is none"
+        except OSError as error:
+            return f"it cannot be read: {error.strerror}"
+        try:
+            if is_older_copy(directory, directory.with_name(_NOTES_NAME)):
+                return "it is an older copy"
+            volatile = Environment(
+                directory, map_bytes=map_bytes, durable=False, notes=directory.with_name(_NOTES_NAME)
+            )
+        except OSError as error:
+            return f"it cannot be read: {error.strerror}"
         except (StoreDamaged, StorageFailed) as error:
             return str(error)
         try:
@@ -153,7 +202,8 @@ class BlockIndex:
         wrong = [key.decode() for key, value in expected.items() if found.get(key) != value]
         if wrong and not (older and wrong == [_SCHEMA_KEY.decode()]):
             if wrong == [_ARENA_KEY.decode()]:
-                self.emptied_keys = [key for keys, _ in volatile.read(BLOCKS) for key in keys]
+                keys = (key for keys, _ in volatile.read(BLOCKS) for key in keys)
+                self.emptied_keys = [key for key in keys if len(key) == OBJECT_KEY_BYTES]
             volatile.close()
             return f"{', '.join(wrong)} differs"
         if older:
@@ -163,7 +213,7 @@ class BlockIndex:
 
     def _volatile_meta(self, arena_id: bytes) -> dict[bytes, bytes]:
         assert len(arena_id) == _ID_BYTES
-        return {_SCHEMA_KEY: str(SCHEMA).encode(), _STORE_KEY: self.store_id, _ARENA_KEY: arena_id}
+        return {_SCHEMA_KEY: str(SCHEMA).encode(), STORE_KEY: self.store_id, _ARENA_KEY: arena_id}
 
     # Where the rest of the store lies, so that ``kvservice check`` finds it without the daemon's settings.
 
@@ -328,6 +378,10 @@ class BlockIndex:
         """Record a session in the place of what it was. Done once on disk. IndexFull, StorageFailed."""
         return self._environments[TierName.SSD].put(SESSIONS, [manifest.name], lambda: [encode_manifest(manifest)])
 
+    def put_session_values(self, values: Mapping[bytes, bytes]) -> asyncio.Future[None]:
+        """Record sessions as they stood in a lost index, by name. Done once on disk. IndexFull, StorageFailed."""
+        return self._environments[TierName.SSD].put(SESSIONS, list(values), lambda: list(values.values()))
+
     def delete_sessions(self, names: Sequence[bytes]) -> asyncio.Future[None]:
         """Forget sessions, by `Manifest.name`. Done once on disk. StorageFailed."""
         return self._environments[TierName.SSD].delete(SESSIONS, names)
@@ -335,6 +389,10 @@ class BlockIndex:
     async def delete_damaged_layouts(self) -> None:
         await self._environments[TierName.SSD].delete(LAYOUTS, self.damaged_layouts)
         self.damaged_layouts.clear()
+
+    def count(self, tier: TierName) -> int:
+        """How many records a tier has."""
+        return self._environments[tier].count(BLOCKS)
 
     def used_bytes(self, tier: TierName) -> int:
         return self._environments[tier].used_bytes
@@ -356,7 +414,7 @@ class BlockIndex:
         counter = self._meta.get(_NEXT_LAYOUT_KEY)
         for fingerprints, values in durable.read(LAYOUTS):
             for fingerprint, value in zip(fingerprints, values, strict=True):
-                decoded = _decode_layout(fingerprint, value)
+                decoded = decode_layout(fingerprint, value)
                 if decoded is None:
                     self.damaged_layouts.append(fingerprint)
                     continue
@@ -365,6 +423,97 @@ class BlockIndex:
                 self._layout_ids[fingerprint] = layout_id
         after_known = max(self._layouts, default=0) + 1
         self._next_layout_id = max(after_known, _U32.unpack(counter)[0] if counter else 1)
+
+
+def traces_of_store(directory: Path, ssd_files: Iterable[Path] = ()) -> list[Path]:
+    """What says that the store of the index in `directory` was made before. Raises StorageFailed."""
+    store = directory.parent
+    try:
+        candidates = dict.fromkeys([store / IDENTITY_NAME, *sorted(store.glob("ssd-*.kv")), *ssd_files])
+        return [path for path in candidates if path.exists()]
+    except OSError as error:
+        raise StorageFailed(f"the store {store} cannot be read: {error}") from error
+
+
+def read_identity(store: Path) -> bytes:
+    """The id that the store's identity file has; empty where there is none, or it is damaged. Raises OSError."""
+    try:
+        text = (store / IDENTITY_NAME).read_text("ascii", errors="replace").split()
+        store_id = bytes.fromhex(text[0]) if text else b""
+    except (FileNotFoundError, ValueError):
+        return b""
+    return store_id if len(store_id) == _ID_BYTES else b""
+
+
+def _expect_index(directory: Path, traces: Sequence[Path]) -> None:
+    """Raises StoreDamaged where the index of a store that was made before is gone or empty. Writes nothing."""
+    try:
+        blank = _is_blank(directory / DATA_NAME)
+        what = "empty" if blank else ""
+    except (FileNotFoundError, NotADirectoryError):
+        what = "gone"
+    except OSError as error:
+        raise StorageFailed(f"the index {directory} cannot be used: {error}") from error
+    if what:
+        raise StoreDamaged(
+            f"the index {directory} is {what}, and {', '.join(map(str, traces))} is there, so the store was made "
+            "before: nothing was written"
+        )
+
+
+def _is_blank(path: Path) -> bool:
+    """Whether the file has nothing where an index begins: it was made, and never written. Raises OSError."""
+    with path.open("rb") as file:
+        return not any(file.read(2 * os.sysconf("SC_PAGESIZE")))
+
+
+def _clear_blank(path: Path) -> None:
+    """What a first start left that was cut off, maybe by a power cut, is no index yet."""
+    with contextlib.suppress(OSError):  # Opening says better what is wrong.
+        if _is_blank(path):
+            path.unlink()
+
+
+def _check_identity(directory: Path, store_id: bytes) -> None:
+    """Compare the index's store with that of the folder, and note it where nothing is noted. Raises StoreDamaged."""
+    store = directory.parent
+    try:
+        found = read_identity(store)
+        if found and found != store_id:
+            raise StoreDamaged(
+                f"the index {directory} is damaged or another store's: it is of the store {store_id.hex()}, and "
+                f"{store / IDENTITY_NAME} says {found.hex()}"
+            )
+        if not found:
+            write_durably(store / IDENTITY_NAME, f"{store_id.hex()}\n".encode())
+    except OSError as error:
+        raise StorageFailed(f"{store / IDENTITY_NAME} cannot be used: {error}") from error
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a small file whole or not at all; it survives a power cut from here on. Raises OSError."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _remove(path: Path) -> None:
+    """What stands in the place of the volatile index, whatever it is. Raises StorageFailed."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageFailed(f"the index {path} cannot be replaced: {error}") from error
 
 
 def _read_meta(environment: Environment) -> dict[bytes, bytes]:
@@ -395,7 +544,7 @@ def _encode_layout(layout_id: int, layout: Layout) -> bytes:
     return body + _U32.pack(crc32(body, crc32(layout.fingerprint)))
 
 
-def _decode_layout(fingerprint: bytes, value: bytes) -> tuple[int, Layout] | None:
+def decode_layout(fingerprint: bytes, value: bytes) -> tuple[int, Layout] | None:
     """None where anything is wrong: the crc, the message, or the fingerprint."""
     body, crc = value[:-4], value[-4:]
     if len(body) < _U32.size or crc != _U32.pack(crc32(body, crc32(fingerprint))):

@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import os
 import queue
+import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import lmdb
 
+from kvservice.index import pages
 from kvservice.index.errors import StoreDamaged
 from kvservice_api.errors import IndexFull, StorageFailed
 
@@ -30,12 +32,15 @@ META = b"meta"
 LAYOUTS = b"layouts"
 BLOCKS = b"blocks"
 SESSIONS = b"sessions"
+DATA_NAME = "data.mdb"  # LMDB's own, in the environment's folder.
 _DATABASES = (META, LAYOUTS, BLOCKS, SESSIONS)
 
 _BATCH_KEYS_MIN, _BATCH_KEYS_MAX = 16, 4096
 _READ_CHUNK = 8192
 _PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 _FREE_BYTES_FEW = 1 << 20
+
+_NOTE = struct.Struct("<Q")  # The number of the last transaction.
 
 Encode = Callable[[], Sequence[bytes]]
 
@@ -64,13 +69,22 @@ class Environment:
 
     `durable` commits are synced to the disk. Others survive the process, not the machine: right for
     an index on a tmpfs. `before_commit` is called on the committer thread, before a commit that holds
-    puts; a KVError or OSError from it fails them.
+    puts; a KVError or OSError from it fails them. `notes` is a file outside of `path` that says which transaction
+    was the last, so that an older copy of the folder is told from the newest; see `is_older_copy`.
 
-    Raises StoreDamaged where the file is not LMDB's, StorageFailed where it cannot be read or made.
+    Every page in use is checked before LMDB maps the file, see `pages`: LMDB itself ends the process on some
+    damage. Raises StoreDamaged where the file is not LMDB's or its pages are damaged, StorageFailed where it cannot be
+    read or made.
     """
 
     def __init__(
-        self, path: Path, *, map_bytes: int, durable: bool, before_commit: Callable[[], None] | None = None
+        self,
+        path: Path,
+        *,
+        map_bytes: int,
+        durable: bool,
+        before_commit: Callable[[], None] | None = None,
+        notes: Path | None = None,
     ) -> None:
         self.path = path
         self.map_bytes = map_bytes // _PAGE_BYTES * _PAGE_BYTES
@@ -78,6 +92,7 @@ class Environment:
         self.commits = 0
         self._durable = durable
         self._before_commit = before_commit
+        self._notes_fd: int | None = None
         self._queue: queue.SimpleQueue[_Change | None] = queue.SimpleQueue()
         self._batch_keys_max = _BATCH_KEYS_MIN
         self._env_lock = threading.Lock()  # LMDB's own locks are off: they break between containers.
@@ -86,6 +101,10 @@ class Environment:
         with _as_store_errors(path):
             self._allocate()
             self._file_id = self._find_file()
+            if notes is not None:
+                self._notes_fd = os.open(notes, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+                with self._opened_env().begin() as txn:
+                    self._note(txn.id())
         self._committer = threading.Thread(target=self._run, name=f"kvservice-commit-{path.parent.name}", daemon=True)
         self._committer.start()
 
@@ -140,6 +159,9 @@ class Environment:
             if self._env is not None:
                 self._env.close()
             self._env = None
+        if self._notes_fd is not None:
+            os.close(self._notes_fd)
+            self._notes_fd = None
 
     def _submit(self, change: _Change) -> asyncio.Future[None]:
         assert self._committer.is_alive(), "the environment is closed"
@@ -220,6 +242,7 @@ class Environment:
                 for database, items in merged.items():
                     _apply(txn, self._handles[database], items)
                 used_after = self._used_pages(txn)
+                transaction = txn.id()
                 if used_after > max(used_before, self.map_bytes // _PAGE_BYTES * 9 // 10):
                     raise IndexFull(f"the index {self.path} has reached 90 % of its map of {self.map_bytes} bytes")
         except lmdb.MapFullError:
@@ -230,6 +253,7 @@ class Environment:
             raise StorageFailed(f"the index {self.path} could not be written: {_why(self.path, error)}") from error
         self._account(used_after)
         self.commits += 1
+        self._note(transaction)
 
     def _account(self, used_pages: int) -> None:
         self.used_bytes = used_pages * _PAGE_BYTES
@@ -237,6 +261,16 @@ class Environment:
         # be used only by the one after the next: so a batch takes an eighth of what is free.
         free_pages = self.map_bytes // _PAGE_BYTES - used_pages
         self._batch_keys_max = min(max(free_pages // 8, _BATCH_KEYS_MIN), _BATCH_KEYS_MAX)
+
+    def _note(self, transaction: int) -> None:
+        """After the commit: cut off between the two, the note is behind, which says nothing against the file."""
+        if self._notes_fd is not None:
+            with contextlib.suppress(OSError):
+                os.pwrite(self._notes_fd, _NOTE.pack(transaction), 0)
+
+    def _opened_env(self) -> lmdb.Environment:
+        assert self._env is not None
+        return self._env
 
     def _used_pages(self, txn: lmdb.Transaction) -> int:
         """Pages in use: LMDB itself only tells the highest page it ever used."""
@@ -250,6 +284,8 @@ class Environment:
         with _as_store_errors(self.path), contextlib.ExitStack() as opening:
             if create:
                 self.path.mkdir(parents=True, exist_ok=True)
+            if why := pages.examine(self.path / DATA_NAME):
+                raise StoreDamaged(f"the index {self.path} is damaged: {why}")
             env = opening.enter_context(
                 lmdb.open(
                     str(self.path),
@@ -292,7 +328,7 @@ class Environment:
 
     def _find_file(self) -> tuple[int, int]:
         """Which file it is, whatever its name."""
-        found = (self.path / "data.mdb").stat()
+        found = (self.path / DATA_NAME).stat()
         return found.st_dev, found.st_ino
 
     def _allocate(self) -> None:
@@ -300,15 +336,25 @@ class Environment:
 
         Best effort: without it, commits fail with StorageFailed when the disk is full.
         """
-        with _opened(self.path / "data.mdb", os.O_RDWR) as fd:
+        with _opened(self.path / DATA_NAME, os.O_RDWR) as fd:
             if os.fstat(fd).st_blocks * 512 >= self.map_bytes:
                 return
             with contextlib.suppress(OSError):
                 os.posix_fallocate(fd, 0, self.map_bytes)
         if self._durable:
-            for path in (self.path / "data.mdb", self.path, self.path.parent):  # LMDB syncs no directory.
+            for path in (self.path / DATA_NAME, self.path, self.path.parent):  # LMDB syncs no directory.
                 with _opened(path, os.O_RDONLY) as fd:
                     os.fsync(fd)
+
+
+def is_older_copy(path: Path, notes: Path) -> bool:
+    """Whether the environment in `path` lacks a transaction that `notes` has of it. Raises OSError."""
+    try:
+        noted = notes.read_bytes()[: _NOTE.size]
+    except FileNotFoundError:  # An earlier version made no notes.
+        return False
+    last = pages.last_transaction(path / DATA_NAME)
+    return len(noted) == _NOTE.size and last is not None and last < _NOTE.unpack(noted)[0]
 
 
 def _apply(txn: lmdb.Transaction, handle: lmdb._Database, items: _Items) -> None:
@@ -396,5 +442,7 @@ def _as_store_errors(path: Path) -> Iterator[None]:
         yield
     except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.VersionMismatchError) as error:
         raise StoreDamaged(f"the index {path} is damaged: {error}") from error
+    except (FileExistsError, NotADirectoryError) as error:
+        raise StorageFailed(f"the index {path} cannot be used: it, or a folder above it, is no folder") from error
     except (lmdb.Error, OSError) as error:
         raise StorageFailed(f"the index {path} cannot be used: {_why(path, error)}") from error

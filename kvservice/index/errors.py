@@ -3,7 +3,8 @@
 * StoreError
   x StoreLocked   stop the other process, or name another store
   x StoreTooNew   run the KVService that wrote the store, or a newer one
-  x StoreDamaged  start a new store, or restore this one from a copy
+  x StoreDamaged  restore the index from a copy, have `kvservice check --repair` save what can be saved,
+                  or start a new store
 """
 
 from __future__ import annotations
@@ -22,4 +23,9 @@ class StoreTooNew(StoreError):
 
 
 class StoreDamaged(StoreError):
-    """The index is no LMDB file, or its pages contradict each other."""
+    """The index is gone or empty though the store is there, is no LMDB file, or has damaged pages."""
+
+    what_helps = (
+        "Restore the index from a copy, or have `kvservice check STORE --repair` save what can be saved, or start a "
+        "new store in another folder"
+    )

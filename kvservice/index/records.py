@@ -93,6 +93,12 @@ def encode_records(keys: Sequence[bytes], records: Records) -> list[bytes]:
     return values
 
 
+def is_sound(key: bytes, value: bytes) -> bool:
+    """Whether `value` is a record that was written under this key."""
+    sized = len(key) == OBJECT_KEY_BYTES and len(value) == RECORD.itemsize
+    return sized and crc32(value, crc32(key)) == _RESIDUE and value[0] == RECORD_VERSION
+
+
 def decode_records(keys: Sequence[bytes], values: Sequence[bytes]) -> tuple[NDArray[np.bool_], Records]:
     """Which records are sound, and all of them. Those of a wrong length come back as zeros."""
     sound = np.fromiter(map(crc32, values, map(crc32, keys)), np.uint32, len(values)) == _RESIDUE

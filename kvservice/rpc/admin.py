@@ -40,6 +40,7 @@ class AdminService:
     async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:
         store = self._store
         index = store.index
+        set_aside = store.reservations.set_aside
         return pb.StatusResponse(
             version=self._version,
             store_id=index.store_id,
@@ -61,6 +62,8 @@ class AdminService:
             uploads=len(store.ingests.uploads),
             counters=self._counters(),
             sessions=store.sessions.count,
+            set_aside_bytes=sum(extent.size_bytes for extent in set_aside),
+            set_aside_extents=len(set_aside),
         )
 
     async def ListBlocks(self, request: pb.ListBlocksRequest, context: Context) -> pb.ListBlocksResponse:
@@ -176,13 +179,15 @@ class AdminService:
     def _tier(self, name: TierName, tier: Tier | None) -> pb.TierStatus:
         if tier is None:
             return pb.TierStatus()
-        blocks = self._store.blocks
+        blocks, dram = self._store.blocks, self._store.dram
         count = int((blocks.resident(name) & blocks.live[: blocks.row_end]).sum())
         return pb.TierStatus(
             capacity_bytes=tier.capacity_bytes,
             used_bytes=tier.used_bytes,
             blocks=count,
             refusing_because=tier.refusing_because,
+            configured_bytes=dram.configured_bytes if tier is dram else tier.capacity_bytes,
+            short_because=dram.short_because if tier is dram else "",
         )
 
     def _layout_id(self, fingerprint: bytes) -> int:

@@ -123,16 +123,21 @@ class Reservations:
         self._directory = dram.arena_directory / WRITERS_NAME
         self._writers: dict[Client, Writer] = {}
         self._open: dict[int, Reservation] = {}
-        self._left_behind = list(Writer.left_behind(self._directory, dram.arena_id))
-        for writer in self._left_behind:
+        self._leaving = set(Writer.left_behind(self._directory, dram.arena_id))  # Until their locks are released.
+        for writer in self._leaving:
             for extent in writer.extents:
                 if dram.set_aside(extent.offset_bytes, extent.size_bytes) is None:
                     writer.forget(extent)  # It was committed: the record wins.
 
     def start(self) -> None:
         """Take space back from writers that are gone. Needs a running event loop."""
-        for writer in self._left_behind:
+        for writer in self._leaving:
             self._tasks.start(self._until_gone(writer), "a writer of before")
+
+    @property
+    def set_aside(self) -> list[Extent]:
+        """What clients may be writing whose attachment has ended, here or at an earlier daemon."""
+        return [extent for writer in self._leaving for extent in writer.extents]
 
     @property
     def refused_because(self) -> str:
@@ -197,8 +202,10 @@ class Reservations:
 
     def _detached(self, client: Client) -> None:
         self._open = {number: each for number, each in self._open.items() if each.client is not client}
+        writer = self._writers.pop(client)
+        self._leaving.add(writer)
         # As a task: whatever else hangs on the client ends first.
-        self._tasks.start(self._until_gone(self._writers.pop(client)), "a writer that has gone")
+        self._tasks.start(self._until_gone(writer), "a writer that has gone")
 
     async def _until_gone(self, writer: Writer) -> None:
         """Look for the end of the process that may be writing; its space is free then."""
@@ -208,6 +215,7 @@ class Reservations:
         except asyncio.CancelledError:
             writer.close()  # The daemon ends: the next one finds the file.
             raise
+        self._leaving.discard(writer)
         extents = writer.extents
         for count, extent in enumerate(extents):
             if count % _RELEASED_A_TURN == _RELEASED_A_TURN - 1:

@@ -63,6 +63,7 @@ class Arena:
         self.generations: Generations | None = None  # None: nobody was ever told to read in place.
         self.not_shared_because = "dram.share is off"
         self.ready_bytes = 0
+        self._limit_bytes, self._limited_because = capacity_bytes, ""
         self._may_have_holes = True
         self._calls = calls
         self._lock_fd = lock_fd
@@ -126,14 +127,26 @@ class Arena:
             self.not_shared_because = f"{error.strerror}: no space for the generations in {self.directory}"
             log.warning("clients cannot read in place", extra={"why": self.not_shared_because})
 
+    def limit(self, size_bytes: int, why: str) -> None:
+        """Allocate no more than `size_bytes`, `why` says because of what; what is allocated already stays.
+
+        Call it before the arena is prepared. The file keeps its size, so a later start may go on where it is.
+        """
+        self._limit_bytes = max(self.ready_bytes, size_bytes // PAGE_BYTES * PAGE_BYTES)
+        self._limited_because = why
+
+    @property
+    def missing_bytes(self) -> int:
+        """How much memory it will take yet, as far as the file system has it."""
+        return max(0, min(self._target_bytes - self.ready_bytes, self._free_bytes))
+
     def prepare_first_step(self) -> None:
         """Allocate as much as takes no time worth mentioning, so that the tier is never without space.
 
         Half of what the file system has is left: the index of the arena's blocks needs its part.
         """
-        file_system = os.fstatvfs(self._fd)
-        half_free = file_system.f_bavail * file_system.f_frsize // 2 // PAGE_BYTES * PAGE_BYTES
-        if (size := min(_STEP_BYTES, self.capacity_bytes - self.ready_bytes, half_free)) > 0:
+        half_free = self._free_bytes // 2 // PAGE_BYTES * PAGE_BYTES
+        if (size := min(_STEP_BYTES, self._target_bytes - self.ready_bytes, half_free)) > 0:
             self._allocate(self.ready_bytes, self.ready_bytes + size)
             self.short_because = ""  # Asked again in `prepare`.
 
@@ -151,10 +164,20 @@ class Arena:
         # Views of the map may live on in tests and tracebacks; the map goes with the last of them.
         del self.data, self._map
 
+    @property
+    def _target_bytes(self) -> int:
+        return min(self.capacity_bytes, self._limit_bytes)
+
+    @property
+    def _free_bytes(self) -> int:
+        """What its file system has left."""
+        file_system = os.fstatvfs(self._fd)
+        return file_system.f_bavail * file_system.f_frsize
+
     def _prepare(self, on_more: Callable[[int], None]) -> None:
-        start = 0
-        while start < self.capacity_bytes and not self._stopping.is_set():
-            end = min(start + _STEP_BYTES, self.capacity_bytes)
+        start, target = 0, self._target_bytes
+        while start < target and not self._stopping.is_set():
+            end = min(start + _STEP_BYTES, target)
             if self._may_have_holes:
                 end = self._allocate(start, end)
                 self._join_pages(start, end)
@@ -166,6 +189,9 @@ class Arena:
                 return
             self._fault_in(start, end)
             start = end
+        if start == target < self.capacity_bytes:
+            self.short_because = self._limited_because
+            on_more(self.ready_bytes)  # A save that waits for more space must know that none comes.
 
     def _allocate(self, start: int, end: int) -> int:
         """Have the kernel promise the pages behind `start`, which is ready at most; returns up to where it did.

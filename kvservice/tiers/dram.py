@@ -50,6 +50,11 @@ class DramTier:
         return self._space.capacity_bytes
 
     @property
+    def configured_bytes(self) -> int:
+        """What extents may take once all of the arena is prepared, where nothing keeps the tier smaller."""
+        return self._arena.capacity_bytes
+
+    @property
     def used_bytes(self) -> int:
         return self._space.used_bytes
 

@@ -303,6 +303,14 @@ def is_missing(path: Path) -> bool:
     return False
 
 
+def store_id_of(path: Path) -> bytes:
+    """The id of the store that the file was made for; empty where it is no SSD file. Raises OSError."""
+    with path.open("rb") as file:
+        data = file.read(_HEADER.size)
+    magic, store_id, *_ = _HEADER.unpack(data) if len(data) == _HEADER.size else (b"", b"")
+    return store_id if magic == _MAGIC else b""
+
+
 def _create(path: Path, header: bytes, size: int, calls: FileCalls) -> None:
     """Allocate whole or not at all: under another name until every block is the file's own."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -48,6 +48,8 @@ from __future__ import annotations
 import re
 from typing import Any, ClassVar
 
+import kvservice_api.grpc_forks  # isort: skip  # noqa: F401  # Before whatever else imports gRPC.
+
 import grpc
 from google.protobuf import any_pb2
 from google.protobuf.message import Message

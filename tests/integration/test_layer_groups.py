@@ -218,6 +218,26 @@ def test_the_adapters_pipelines_save_and_load_layers_of_several_geometries(clien
                 assert torch.equal(found, stored)
 
 
+def test_a_truncated_session_gives_what_was_kept_of_every_layer(client: Client, layout: Layout) -> None:
+    blocks, chain, session = client.open_layout(layout), new_chain(layout), client.session(layout, f"s{next(_salts)}")
+    whole = expected(layout, chain, Shard.whole(layout))
+    blocks.save(chain, whole)
+    session.append(chain)
+    first, count = layout.block_tokens + 3, chain.token_count - layout.block_tokens - 3
+    session.truncate([(0, 4), (first, count)], 1)
+
+    def kept(data: NDArray[np.uint8], layer: int) -> list[bytes]:
+        parts = zip(*blocks.layer_arrays(data, chain.token_counts, layer), strict=True)
+        tokens = [np.concatenate(part, axis=1) for part in parts]
+        return [np.concatenate([part[:, :4], part[:, first:]], axis=1).tobytes() for part in tokens]
+
+    with session.lookup() as history:
+        for layer in history.load():
+            parts = zip(*blocks.layer_arrays(layer.data, history.token_counts, layer.index), strict=True)
+            found = [np.concatenate(part, axis=1).tobytes() for part in parts]
+            assert found == kept(whole[layer.index], layer.index)
+
+
 def test_blocks_of_several_groups_survive_a_kill(tmp_path: Path) -> None:
     with DaemonProcess(tmp_path) as daemon:
         chains = {name: new_chain(layout) for name, layout in LAYOUTS.items()}

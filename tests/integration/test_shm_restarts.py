@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from kvservice_api.arena import WRITER_NOTE
-from kvservice_api.errors import LeaseExpired, NotShared, UnknownClient
+from kvservice_api.errors import DaemonUnavailable, LeaseExpired, NotShared, UnknownClient
 from kvservice_client import Client, Durability
 from kvservice_client.arena_map import ArenaMap
+from kvservice_client.retry import Deadline
 from kvservice_client.transports.shm import ShmTransport
 from tests.daemon import MIB, DaemonProcess, until
 from tests.integration.by_hand import InPlaceWriter
@@ -147,6 +148,8 @@ def test_space_of_a_living_writer_stays_aside_over_several_restarts(daemon: Daem
             daemon.kill()
             daemon.start()
             until(lambda: client.admin.status().dram.used_bytes == 4 * 200_704)
+            status = client.admin.status()
+            assert (status.set_aside_extents, status.set_aside_bytes) == (4, 4 * 200_704)
         chains = [new_chain(LARGE, 8) for _ in range(10)]
         for chain in chains:
             save(client, LARGE, chain, Durability.SSD)
@@ -157,10 +160,61 @@ def test_space_of_a_living_writer_stays_aside_over_several_restarts(daemon: Daem
         writer.lock.release()
         client.admin.discard_all()
         until(lambda: client.admin.status().dram.used_bytes == 0)
+        assert client.admin.status().set_aside_extents == 0
+
+
+@pytest.mark.parametrize("moment", ["before the write", "after the write"])
+def test_a_save_that_the_daemons_death_cut_off_gives_its_space_back_without_another_save(
+    daemon: DaemonProcess, client: Client, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    write = ShmTransport._write
+
+    def die_and_write(*arguments: Any) -> Any:
+        if moment == "before the write":
+            daemon.kill()
+        sums = write(*arguments)
+        if moment == "after the write":
+            daemon.kill()
+        return sums
+
+    with daemon.client(transport="shm", timeout_s=20, reconnect_wait_s=0) as saving:
+        save(saving, LARGE, new_chain(LARGE, 1))
+        monkeypatch.setattr(ShmTransport, "_write", die_and_write)
+        with pytest.raises(DaemonUnavailable):
+            save(saving, LARGE, new_chain(LARGE, 4))
+        monkeypatch.undo()
+        daemon.start()
+        until(lambda: client.admin.status().set_aside_extents == 0)
+        until(lambda: client.admin.status().dram.used_bytes == 200_704)
+
+
+def test_space_stays_aside_while_a_save_still_writes_there_though_its_daemon_is_another(
+    daemon: DaemonProcess, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = ShmTransport._write
+    seen: list[int] = []
+
+    def restart_and_write(transport: ShmTransport, *arguments: Any) -> Any:
+        monkeypatch.undo()
+        before = transport._connection.life_line.current(Deadline(5.0))
+        daemon.kill()
+        daemon.start()
+        until(lambda: transport._connection.life_line._attachment not in (None, before))
+        seen.append(client.admin.status().set_aside_extents)
+        return write(transport, *arguments)
+
+    with daemon.client(transport="shm", timeout_s=20, reconnect_wait_s=20) as saving:
+        save(saving, LARGE, new_chain(LARGE, 1))
+        monkeypatch.setattr(ShmTransport, "_write", restart_and_write)
+        chain = new_chain(LARGE, 4)
+        assert save(saving, LARGE, chain).stored == 4
+        verify(saving, LARGE, chain)
+        assert seen == [4]
+        until(lambda: client.admin.status().set_aside_extents == 0)
 
 
 def test_a_save_over_a_restart_leaves_nothing_set_aside(daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its client locks another file for the new attachment, and lets go of the old one."""
+    """Its client locks another file for the new attachment, and releases the old one."""
     write = ShmTransport._write
 
     def restart_and_write(*arguments: Any) -> Any:

@@ -456,7 +456,9 @@ def test_an_index_that_is_no_index_is_a_problem_without_repair(store: Store) -> 
     code, report = store.check("--repair")
 
     assert (code, report["repaired"]) == (1, 0)
-    assert "cannot be repaired" in report["problems"][0]["what"]
+    assert "one of its first two pages is damaged" in report["problems"][0]["what"]
+    assert "cannot be repaired: no record" in report["problems"][1]["what"]
+    assert (store.path / "index" / "data.mdb").read_bytes() == b"\xff" * 65536, "it is left as it was"
 
 
 def test_people_read_lines(store: Store, capsys: pytest.CaptureFixture[str]) -> None:

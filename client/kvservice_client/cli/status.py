@@ -30,8 +30,17 @@ def status(address: Address = DEFAULT_ADDRESS, timeout: Timeout = 5.0, as_json: 
     )
     console.print(_spaces(answer))
     for name, tier in (("DRAM", answer.dram), ("SSD", answer.ssd)):
+        if tier.short_because:
+            sizes = f"{output.size(tier.capacity_bytes)} instead of {output.size(tier.configured_bytes)}"
+            console.print(f"[yellow]{name} is smaller than asked for, {sizes}:[/] {escape(tier.short_because)}")
         if tier.refusing_because:
             console.print(f"[bold red]{name} takes no new blocks:[/] {escape(tier.refusing_because)}")
+    if answer.set_aside_extents:
+        console.print(
+            f"{output.size(answer.set_aside_bytes)} of DRAM in {answer.set_aside_extents} extents are set aside: "
+            "clients whose connection ended may still be writing there",
+            markup=False,
+        )
     counters = output.table("since the start", "", right=("",))
     for name, value in sorted(answer.counters.items()):
         if value:

@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -54,7 +54,8 @@ class ShmTransport:
         self._insists = insists
         self._copiers = Copiers()
         self._arenas = _Arenas()
-        self._writers = _Writers()
+        self._writers = _Writers(connection.life_line.is_attached_as)
+        connection.life_line.on_change(self._writers.release_ended)
         self._given_up = _GivenUp(connection)
         self.close = weakref.finalize(self, self._writers.close)
 
@@ -295,22 +296,26 @@ class _Arenas:
 
 
 class _Writers:
-    """This client's writer locks: one an attachment, held until it has ended and nothing is written under it."""
+    """This client's writer locks: one per attachment, held until it has ended and nothing is written under it.
 
-    def __init__(self) -> None:
+    While a daemon sees the lock it sets the space aside that an attachment had reserved, also after a restart. So the
+    lock is released as soon as the end of the attachment is noticed, or with the last save that runs then.
+    """
+
+    def __init__(self, is_attached_as: Callable[[bytes], bool]) -> None:
+        self._is_attached_as = is_attached_as
         self.reset_in_child()
         forks.register(self)
 
     def reset_in_child(self) -> None:
         self._lock = threading.Lock()
         self._held: dict[bytes, tuple[WriterLock, int]] = {}  # Client id -> the lock, and how many saves use it.
-        self._current = b""
+        self._closed = False
 
     @contextmanager
     def lock(self, directory: Path, client_id: bytes) -> Iterator[None]:
         """Hold the lock of this attachment, at least while the block runs. Raises NotShared."""
         with self._lock:
-            self._current = client_id
             lock, users = self._held.get(client_id) or (WriterLock(directory, client_id), 0)
             self._held[client_id] = (lock, users + 1)
             self._release_unused()
@@ -323,12 +328,16 @@ class _Writers:
                 self._release_unused()
 
     def close(self) -> None:
+        self._closed = True
+        self.release_ended()
+
+    def release_ended(self) -> None:
+        """An attachment has begun or ended."""
         with self._lock:
-            self._current = b""
             self._release_unused()
 
     def _release_unused(self) -> None:
         for client_id, (lock, users) in list(self._held.items()):
-            if not users and client_id != self._current:
+            if not users and (self._closed or not self._is_attached_as(client_id)):
                 del self._held[client_id]
                 lock.release()

@@ -88,7 +88,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("version", "store_id", "boot_epoch", "started_at", "state", "dram", "ssd", "index", "blocks", "layouts", "clients", "leases", "uploads", "counters", "sessions")
+    __slots__ = ("version", "store_id", "boot_epoch", "started_at", "state", "dram", "ssd", "index", "blocks", "layouts", "clients", "leases", "uploads", "counters", "sessions", "set_aside_bytes", "set_aside_extents")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -111,6 +111,8 @@ class StatusResponse(_message.Message):
     UPLOADS_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    SET_ASIDE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SET_ASIDE_EXTENTS_FIELD_NUMBER: _ClassVar[int]
     version: str
     store_id: bytes
     boot_epoch: int
@@ -126,19 +128,25 @@ class StatusResponse(_message.Message):
     uploads: int
     counters: _containers.ScalarMap[str, float]
     sessions: int
-    def __init__(self, version: _Optional[str] = ..., store_id: _Optional[bytes] = ..., boot_epoch: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., state: _Optional[str] = ..., dram: _Optional[_Union[TierStatus, _Mapping]] = ..., ssd: _Optional[_Union[TierStatus, _Mapping]] = ..., index: _Optional[_Union[IndexStatus, _Mapping]] = ..., blocks: _Optional[int] = ..., layouts: _Optional[int] = ..., clients: _Optional[int] = ..., leases: _Optional[int] = ..., uploads: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ..., sessions: _Optional[int] = ...) -> None: ...
+    set_aside_bytes: int
+    set_aside_extents: int
+    def __init__(self, version: _Optional[str] = ..., store_id: _Optional[bytes] = ..., boot_epoch: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., state: _Optional[str] = ..., dram: _Optional[_Union[TierStatus, _Mapping]] = ..., ssd: _Optional[_Union[TierStatus, _Mapping]] = ..., index: _Optional[_Union[IndexStatus, _Mapping]] = ..., blocks: _Optional[int] = ..., layouts: _Optional[int] = ..., clients: _Optional[int] = ..., leases: _Optional[int] = ..., uploads: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ..., sessions: _Optional[int] = ..., set_aside_bytes: _Optional[int] = ..., set_aside_extents: _Optional[int] = ...) -> None: ...
 
 class TierStatus(_message.Message):
-    __slots__ = ("capacity_bytes", "used_bytes", "blocks", "refusing_because")
+    __slots__ = ("capacity_bytes", "used_bytes", "blocks", "refusing_because", "configured_bytes", "short_because")
     CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
     USED_BYTES_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     REFUSING_BECAUSE_FIELD_NUMBER: _ClassVar[int]
+    CONFIGURED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHORT_BECAUSE_FIELD_NUMBER: _ClassVar[int]
     capacity_bytes: int
     used_bytes: int
     blocks: int
     refusing_because: str
-    def __init__(self, capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., refusing_because: _Optional[str] = ...) -> None: ...
+    configured_bytes: int
+    short_because: str
+    def __init__(self, capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., refusing_because: _Optional[str] = ..., configured_bytes: _Optional[int] = ..., short_because: _Optional[str] = ...) -> None: ...
 
 class IndexStatus(_message.Message):
     __slots__ = ("durable_map_bytes", "durable_used_bytes", "volatile_map_bytes", "volatile_used_bytes")

@@ -1,0 +1,144 @@
+"""What the kernel lets this process have: memory, by its control groups, and open files.
+
+A process that takes more memory than its control group may have is killed without a word. The DRAM tier is
+shared memory, which the kernel cannot take back, so the tier must stay below the limit from the start.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+MIB = 2**20
+
+# What a daemon needs beside its DRAM tier: 41 MiB of its own and 34 MiB of programs when idle, 137 MiB of its own
+# with one client that moves blocks of 192 MiB over gRPC, 281 MiB with eight (docs/container.md).
+_RESERVE_BYTES_MIN = 192 * MIB
+_RESERVE_SHARE = 16  # Of a large limit, one part in so many: more memory comes with more clients and more blocks.
+
+# An idle daemon has about 30 files open: the store's, gRPC's pollers and sockets. gRPC ends the process by SIGSEGV
+# where its poller gets none, so the start is refused well above that.
+_OPEN_FILES_MIN = 64
+_OPEN_FILES_PER_DRIVE = 2
+
+_NO_LIMIT_BYTES = 2**60  # Version 1 writes the largest number of pages there is where no limit is set.
+
+
+class HostLimit(RuntimeError):
+    """The kernel lets the process have too little to work with. The message names the limit and what to change."""
+
+
+class MemoryLimit(NamedTuple):
+    size_bytes: int
+    file: Path  # That holds the limit.
+
+
+def memory_limit(proc: Path = Path("/proc"), root: Path = Path("/")) -> MemoryLimit | None:
+    """The smallest memory limit of this process's control groups and of all groups above them; None without any.
+
+    `proc` is where ``self/cgroup`` and ``self/mountinfo`` are read, `root` what mount points are below. Both
+    versions of control groups are read. In a container the groups above the container's own may be out of sight.
+    """
+    limits = [limit for folder, top, version in _memory_groups(proc, root) for limit in _limits(folder, top, version)]
+    return min(limits, key=lambda limit: limit.size_bytes, default=None)
+
+
+def reserve_bytes(limit_bytes: int) -> int:
+    """What of a memory limit is left to the process itself: its heap, its libraries, its clients' streams."""
+    return max(_RESERVE_BYTES_MIN, limit_bytes // _RESERVE_SHARE)
+
+
+def available_memory_bytes(proc: Path = Path("/proc")) -> int | None:
+    """What the kernel says can be had without swapping (MemAvailable); None where it does not say."""
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB$", (proc / "meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+def raise_open_files_limit(drives: int) -> None:
+    """Allow this process as many open files as it may allow itself. Raises HostLimit where those are too few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+        except (OSError, ValueError):
+            pass  # What is allowed now may do.
+    needed = _OPEN_FILES_MIN + _OPEN_FILES_PER_DRIVE * drives
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        raise HostLimit(
+            f"too few open files are allowed: {soft} (RLIMIT_NOFILE), and the daemon needs at least {needed} and two "
+            "more per client; raise the limit with `ulimit -n 65536`, or LimitNOFILE=65536 in the systemd unit"
+        )
+
+
+def _memory_groups(proc: Path, root: Path) -> Iterator[tuple[Path, Path, int]]:
+    """(the process's group, the highest group in sight, version) per hierarchy that limits memory."""
+    try:
+        memberships = (proc / "self/cgroup").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        mounts = (proc / "self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return
+    paths: dict[int, str] = {}  # Version -> the group's path in its hierarchy.
+    for line in memberships:
+        number, _, rest = line.partition(":")  # 4:memory:/path, and of version 2 0::/path.
+        controllers, _, path = rest.partition(":")
+        if number == "0" and not controllers:
+            paths[2] = path
+        elif "memory" in controllers.split(","):
+            paths[1] = path
+    for line in mounts:
+        # 36 35 98:0 /root /mount/point options [tags ...] - kind source options
+        fields = line.split(" ")
+        kind, options = fields[fields.index("-") + 1], fields[-1].split(",")
+        version = 2 if kind == "cgroup2" else 1 if kind == "cgroup" and "memory" in options else 0
+        if version not in paths:
+            continue
+        top = root / _unescaped(fields[4]).lstrip("/")
+        yield _folder_of(paths[version], _unescaped(fields[3]), top), top, version
+
+
+def _folder_of(path: str, mounted: str, top: Path) -> Path:
+    """Where the group `path` lies, when the group `mounted` is mounted at `top`."""
+    parts, base = Path(path).parts, Path(mounted).parts
+    if parts[: len(base)] == base and ".." not in parts[len(base) :]:
+        folder = top.joinpath(*parts[len(base) :])
+        if folder.is_dir():
+            return folder
+    # The path is not in sight, as in a container that has the host's /proc names: what is mounted is its own group.
+    return top
+
+
+def _limits(folder: Path, top: Path, version: int) -> Iterator[MemoryLimit]:
+    """The limits of a group and of those above it, up to `top`."""
+    names = ("memory.max", "memory.high") if version == 2 else ("memory.limit_in_bytes",)
+    for group in (folder, *folder.parents):
+        for name in names:
+            if (size := _number(group / name)) is not None:
+                yield MemoryLimit(size, group / name)
+        if group == top:
+            break
+    if version == 1 and (size := _number(folder / "memory.stat", "hierarchical_memory_limit")) is not None:
+        yield MemoryLimit(size, folder / "memory.stat")  # Groups that are not in sight count here too.
+
+
+def _number(file: Path, field: str = "") -> int | None:
+    """The size that a file, or a line of it, holds; None where there is none, or no limit."""
+    try:
+        text = file.read_text()
+    except OSError:
+        return None
+    if field:
+        text = next((line[len(field) :] for line in text.splitlines() if line.startswith(f"{field} ")), "")
+    text = text.strip()
+    return int(text) if text.isdecimal() and int(text) < _NO_LIMIT_BYTES else None
+
+
+def _unescaped(text: str) -> str:
+    """A path of mountinfo, where spaces and such are written as ``\\040``."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)

@@ -1,0 +1,178 @@
+"""A new durable index out of what is left of a damaged one: for ``kvservice check --repair``.
+
+Every leaf page of the old file is read, also those that no tree leads to any more. Each record, layout and
+session has a CRC over itself and its key. A record that only a free page has may be of a block that was removed
+since, so it counts only where the bytes at its place are still those of the block.
+
+The new index is made in a folder beside the old one. Both change places in one step at the end, and the old one is
+kept. A repair that was cut off before that step left the old index as it was.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from kvservice.blocks import TierName
+from kvservice.index import pages
+from kvservice.index.block_index import STORE_KEY, BlockIndex, decode_layout, read_identity
+from kvservice.index.environment import DATA_NAME
+from kvservice.index.errors import StoreDamaged
+from kvservice.index.records import RECORD, Records, is_sound
+from kvservice.index.recovery import overlaps
+from kvservice.index.session_records import decode_manifest
+from kvservice.tiers.ssd import store_id_of
+
+_NEW_NAME = "index.new"
+_UNFINISHED_NAME = "unfinished"  # In a new index that is not complete: it may be removed.
+_RECORDS_AT_ONCE = 4096
+_MAP_BYTES_MIN = 4 << 20
+_MAP_BYTES_PER_RECORD = 512
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+Verify = Callable[[Sequence[bytes], Records], Awaitable[Sequence[bool]]]
+
+
+@dataclass(slots=True)
+class Saved:
+    """What was found of a damaged index. Entries are as they stood there."""
+
+    meta: dict[bytes, bytes] = field(default_factory=dict)
+    layouts: dict[bytes, bytes] = field(default_factory=dict)
+    sessions: dict[bytes, bytes] = field(default_factory=dict)
+    records: dict[bytes, bytes] = field(default_factory=dict)
+    doubtful: dict[bytes, bytes] = field(default_factory=dict)  # Records of pages that are not in use.
+
+
+def read(store: Path) -> Saved:
+    """Everything of the store's durable index that has a sound CRC. Raises OSError, StoreDamaged."""
+    saved = Saved()
+    path = store / "index" / DATA_NAME
+    if path.exists():
+        found: list[tuple[bool, bytes, bytes]] = sorted(pages.salvage(path), key=lambda entry: entry[0])
+        for in_use, key, value in found:  # What is in use comes last, and replaces the rest.
+            _sort_in(saved, in_use, key, value)
+    ids = [read_identity(store), *(store_id_of(file) for file in sorted(store.glob("ssd-*.kv")))]
+    store_id = next(filter(None, ids), saved.meta.get(STORE_KEY, b""))
+    if not store_id:
+        raise StoreDamaged(f"nothing in {store} says which store it is")
+    saved.meta[STORE_KEY] = store_id
+    for key in saved.records:
+        saved.doubtful.pop(key, None)
+    return saved
+
+
+def _sort_in(saved: Saved, in_use: bool, key: bytes, value: bytes) -> None:
+    if is_sound(key, value):
+        chosen = saved.records if in_use else saved.doubtful
+        if key not in chosen or _access_number(chosen[key]) <= _access_number(value):
+            chosen[key] = value
+    elif decode_layout(key, value) is not None:
+        saved.layouts[key] = value
+    elif in_use and decode_manifest(key, value) is not None:
+        saved.sessions[key] = value
+    elif in_use and key.isascii() and len(value) < 1 << 16:
+        saved.meta[key] = value  # `BlockIndex.create` takes those that it knows.
+
+
+def _access_number(record: bytes) -> int:
+    return int(np.frombuffer(record, RECORD)["access_seq"][0])
+
+
+def make_index(store: Path, saved: Saved) -> BlockIndex:
+    """A new index beside the old one, without records of blocks and sessions yet. Raises StoreError, StorageFailed."""
+    directory = store / _NEW_NAME
+    if directory.exists():
+        _set_aside_old(store, directory)
+    directory.mkdir()
+    (directory / _UNFINISHED_NAME).touch()
+    count = len(saved.records) + len(saved.doubtful)
+    old = store / "index" / DATA_NAME
+    size = old.stat().st_size if old.exists() else 0
+    map_bytes = max(size, _MAP_BYTES_MIN + _MAP_BYTES_PER_RECORD * count)
+    return BlockIndex.create(directory, map_bytes=map_bytes, meta=saved.meta, layouts=saved.layouts)
+
+
+async def fill(index: BlockIndex, saved: Saved, verify: Verify) -> None:
+    """Record what was saved. `verify` says which doubtful records' bytes are still those of their blocks.
+
+    Raises IndexFull, StorageFailed.
+    """
+    keys, records = _joined(saved.records)
+    doubtful_keys, doubtful = _joined(saved.doubtful)
+    if len(doubtful_keys):
+        known = np.isin(doubtful["layout_id"], list(index.layouts))
+        rows = np.flatnonzero(known)
+        right = np.array(await verify([doubtful_keys[row] for row in rows], doubtful[rows]), np.bool_)
+        rows = rows[right]
+        together = np.concatenate((records, doubtful[rows]))
+        rows = rows[~overlaps(together)[len(records) :]]
+        keys, records = keys + [doubtful_keys[row] for row in rows], np.concatenate((records, doubtful[rows]))
+    for start in range(0, len(keys), _RECORDS_AT_ONCE):
+        some = slice(start, start + _RECORDS_AT_ONCE)
+        await index.put(TierName.SSD, keys[some], records[some])
+    if saved.sessions:
+        await index.put_session_values(saved.sessions)
+
+
+def put_in_place(store: Path) -> Path | None:
+    """Have the new index take the old one's place, in one step. Returns where the old one is now. Raises OSError."""
+    new, old = store / _NEW_NAME, store / "index"
+    (new / _UNFINISHED_NAME).unlink()
+    _sync(new)
+    if not os.path.lexists(old):
+        new.rename(old)
+        _sync(store)
+        return None
+    _exchange(new, old)
+    _sync(store)
+    return _set_aside_old(store, new)
+
+
+def _set_aside_old(store: Path, directory: Path) -> Path | None:
+    """Give an old index under the new one's name a name of its own; remove it where it is an unfinished new one."""
+    if (directory / _UNFINISHED_NAME).exists():
+        shutil.rmtree(directory)
+        return None
+    kept = next(path for path in _names(store) if not os.path.lexists(path))
+    directory.rename(kept)
+    _sync(store)
+    return kept
+
+
+def _names(store: Path) -> Iterator[Path]:
+    number = 0
+    while True:
+        number += 1
+        yield store / f"index.damaged-{number}"
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Have two names change places. Where the file system cannot in one step, there is a moment without `other`."""
+    with suppress(AttributeError):
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+        if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+            return
+    between = one.with_name(one.name + ".old")
+    other.rename(between)
+    one.rename(other)
+    between.rename(one)
+
+
+def _joined(values: Mapping[bytes, bytes]) -> tuple[list[bytes], Records]:
+    return list(values), np.frombuffer(b"".join(values.values()), RECORD)
+
+
+def _sync(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

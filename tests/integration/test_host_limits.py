@@ -1,0 +1,152 @@
+"""A daemon that may take little memory or few open files: a smaller tier or a refusal, never a signal."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from kvservice.config import load_settings
+from kvservice.daemon import Daemon
+from kvservice_client import Durability
+from tests.control_groups import memory_group
+from tests.daemon import MIB, DaemonProcess, eventually
+from tests.integration.known_blocks import LARGE, new_chain, save, verify
+
+ASKED = 1024 * MIB
+
+
+@pytest.mark.parametrize("transport", ["grpc", "shm"])
+def test_a_memory_limit_below_the_dram_tier_makes_a_smaller_tier_which_may_be_filled(
+    tmp_path: Path, transport: Literal["grpc", "shm"]
+) -> None:
+    """Past the limit the kernel would kill the daemon: exit code -9."""
+    with (
+        memory_group(400 * MIB) as group,
+        DaemonProcess(
+            tmp_path, program=group.program(), dram__capacity_bytes=ASKED, ssd__capacity_bytes=512 * MIB
+        ) as daemon,
+        daemon.client(transport=transport) as client,
+    ):
+        eventually(lambda: bool(client.admin.status().dram.short_because), within_s=60)  # It is prepared then.
+        status = client.admin.status()
+        assert 180 * MIB < status.dram.capacity_bytes < 208 * MIB
+        assert status.dram.configured_bytes > 1000 * MIB
+        assert str(group.limit_file) in status.dram.short_because
+
+        chains = [new_chain(LARGE, 64) for _ in range(24)]  # 288 MiB: more than the tier has, less than the SSD's.
+        for chain in chains:
+            assert save(client, LARGE, chain, Durability.SSD, timeout_s=60).stored == 64
+        for chain in chains:
+            verify(client, LARGE, chain)
+        assert group.peak_bytes <= 400 * MIB
+
+        (warning,) = [line for line in daemon.log if line["level"] == "warning"]
+        for part in ("made smaller", "1024 MiB", "400 MiB", "dram.capacity_bytes", str(group.limit_file)):
+            assert part in warning["event"]
+        assert daemon.stop() == 0
+
+
+def test_a_tier_that_a_memory_limit_made_smaller_is_found_again_by_the_next_daemon(tmp_path: Path) -> None:
+    with (
+        memory_group(400 * MIB) as group,
+        DaemonProcess(tmp_path, program=group.program(), dram__capacity_bytes=ASKED, ssd__capacity_bytes=0) as daemon,
+    ):
+        chain = new_chain(LARGE, 64)
+        with daemon.client() as client:
+            save(client, LARGE, chain)
+        daemon.kill()
+        daemon.start()
+        assert not daemon.logged("the DRAM tier starts empty")
+        with daemon.client() as client:
+            verify(client, LARGE, chain)
+
+
+def test_a_memory_limit_that_leaves_too_little_for_a_dram_tier_is_refused_and_named(tmp_path: Path) -> None:
+    with memory_group(200 * MIB) as group:
+        daemon = DaemonProcess(tmp_path, program=group.program(), dram__capacity_bytes=ASKED)
+        try:
+            daemon.launch()
+            assert daemon.wait_for_end() == 1
+            for part in (str(group.limit_file), "200 MiB", "dram.capacity_bytes", "1024 MiB", "allow at least"):
+                assert part in daemon.lines[-1]
+            assert not daemon.store.exists()
+        finally:
+            daemon.remove()
+
+
+def test_a_memory_limit_that_holds_tier_and_daemon_changes_nothing(tmp_path: Path) -> None:
+    with (
+        memory_group(400 * MIB) as group,
+        DaemonProcess(tmp_path, program=group.program(), dram__capacity_bytes=64 * MIB) as daemon,
+        daemon.client() as client,
+    ):
+        eventually(lambda: client.admin.status().dram.capacity_bytes == client.admin.status().dram.configured_bytes)
+        assert client.admin.status().dram.short_because == ""
+        assert not [line for line in daemon.log if line["level"] == "warning"]
+
+
+@pytest.mark.parametrize("available_mib", [0, 20, 4096])
+async def test_a_tier_larger_than_the_memory_that_is_available_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, available_mib: int
+) -> None:
+    """Here alone the kernel's word is made up: a real shortage would hit every other process."""
+    monkeypatch.setattr("kvservice.daemon.available_memory_bytes", lambda: available_mib * MIB)
+    process = DaemonProcess(tmp_path)  # For its settings; it is not started.
+    try:
+        flags = [f"--{name}={value}" for name, value in process.settings.items()]
+        daemon = await Daemon.open(load_settings([*flags, "--server.address=127.0.0.1:0"], {}))
+        await daemon.close()
+    finally:
+        process.remove()
+    warnings = [record.getMessage() for record in caplog.records if "MemAvailable" in record.getMessage()]
+    assert len(warnings) == (available_mib < 60)
+    assert all("dram.capacity_bytes" in text and f"{available_mib} MiB available" in text for text in warnings)
+
+
+def limited(soft: int, hard: int) -> Callable[[], None]:
+    return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("files", [12, 16, 20, 24, 28, 32, 40, 64])
+def test_too_few_open_files_are_refused_before_a_store_is_made(tmp_path: Path, files: int) -> None:
+    """Without files of its own, gRPC's poller would end the process by SIGSEGV."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "kvservice", "serve", f"--store.path={tmp_path / 'store'}", f"--dram.path={tmp_path}"],
+        preexec_fn=limited(files, files),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 1, ended.stderr
+    for part in ("too few open files are allowed", str(files), "ulimit -n", "LimitNOFILE="):
+        assert part in ended.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_number_of_open_files_is_raised_to_what_the_process_may_have(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 128), hard))
+    try:
+        with DaemonProcess(tmp_path) as daemon:
+            assert resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_with_as_few_open_files_as_are_accepted_the_daemon_serves(tmp_path: Path) -> None:
+    program = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (66, 66))"
+    run = "import sys; from kvservice.__main__ import main; sys.exit(main())"
+    with DaemonProcess(tmp_path, program=("-c", f"{program}; {run}")) as daemon, daemon.client() as client:
+        chain = new_chain(LARGE, 4)
+        save(client, LARGE, chain, Durability.SSD)
+        verify(client, LARGE, chain)
+        assert len(os.listdir(f"/proc/{daemon.process.pid}/fd")) < 50
