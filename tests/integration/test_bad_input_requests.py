@@ -9,6 +9,8 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message_factory import GetMessageClass
 
 from kvservice_api.errors import (
     IndexFull,
@@ -270,6 +272,37 @@ def test_another_clients_lease_cannot_be_loaded_renewed_or_released(
             with refused(UnknownClient, "no attached client has this id"):
                 use(lease_id)
     assert len(wire.load(lease_id)) == SMALL.layers
+
+
+_NAMES_A_CLIENT = [method for method in METHODS if {"client_id", "header"} & set(method.input_type.fields_by_name)]
+
+
+@pytest.mark.parametrize("method", _NAMES_A_CLIENT, ids=lambda method: method.name)
+def test_every_request_that_names_a_client_which_is_not_attached_is_refused(
+    daemon: DaemonProcess, wire: Wire, kept: BlockChain, method: MethodDescriptor
+) -> None:
+    with Wire(daemon.address) as gone:
+        gone.attach("gone")
+        upload = Upload.of(gone, SMALL, new_chain(SMALL))
+        lease_id = gone.lookup(SMALL, kept).lease_id
+    until(lambda: wire.status().clients == 2)
+    fields: dict[str, Any] = {
+        "client_id": gone.client_id,
+        "header": upload.header,
+        "lease_id": lease_id,
+        "layout_fingerprint": SMALL.fingerprint,
+        "keys": kept.packed_keys,
+        "reservation_id": 1,
+        "ttl_ms": 1000,
+        "lease_ttl_ms": 0 if method.name == "LookupPrefix" else 1000,
+        "adoptions": 1,
+        "ticket": bytes(96),
+    }
+    known = method.input_type.fields_by_name
+    request = GetMessageClass(method.input_type)(**{name: value for name, value in fields.items() if name in known})
+    call = wire.channel.stream_stream(f"/{method.containing_service.full_name}/{method.name}", None, None)
+    with refused(UnknownClient, "no attached client has this id"):
+        list(call(iter([request.SerializeToString()]), timeout=10))
 
 
 @pytest.mark.parametrize(

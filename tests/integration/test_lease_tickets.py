@@ -24,6 +24,7 @@ from kvservice_api.errors import (
 )
 from kvservice_client import BlockChain, Client, Shard
 from tests.daemon import MIB, DaemonProcess, until
+from tests.integration import test_layer_groups as groups
 from tests.integration import ticket_processes
 from tests.integration.known_blocks import LARGE, SMALL, compare, layers_of, new_chain, save
 
@@ -232,3 +233,30 @@ def test_the_example_of_the_page_on_tickets_runs(daemon: DaemonProcess, tmp_path
         f"rank {head}: 512 tokens, layer {layer}, {size_bytes} bytes" for head in range(4) for layer in range(2)
     ]
     assert sorted(ran.stdout.splitlines()) == expected
+
+
+@pytest.mark.parametrize("transport", ["grpc", "shm"])
+@pytest.mark.parametrize("name", groups.LAYOUTS)
+@pytest.mark.parametrize("stored", ["whole", "by head", "by layers"])
+def test_ranks_of_a_model_whose_layers_differ_adopt_their_parts(
+    daemon: DaemonProcess, transport: str, name: str, stored: str
+) -> None:
+    layout = groups.LAYOUTS[name]
+    whole, shards = Shard.whole(layout), groups.ranks(layout)
+    parts = {"whole": [whole], "by head": shards[2:-2], "by layers": shards[-2:]}[stored]
+    with daemon.client(timeout_s=20, transport=transport) as client:
+        chain = groups.new_chain(layout)
+        for part in parts:
+            groups.save(client, layout, chain, part)
+        blocks = client.open_layout(layout)
+        with blocks.lookup(chain) as lease:
+            ticket = lease.export(adoptions=1 + len(shards))
+        for shard in [whole, *shards]:
+            expected = [layer.tobytes() for layer in groups.expected(layout, chain, shard)]
+            with blocks.adopt(ticket, shard) as adopted:
+                assert adopted.token_counts == chain.token_counts
+                assert [layer.data.tobytes() for layer in adopted.load()] == expected
+                if transport == "shm" and any(part.covers(shard) for part in parts):
+                    with adopted.view(verify="always") as view:  # In place, though several shards are stored.
+                        seen = [view.slices(layer) for layer in range(shard.layers)]
+                    assert [b"".join(piece.tobytes() for one in layer for piece in one) for layer in seen] == expected

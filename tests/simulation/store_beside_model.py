@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
+import pytest
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 
 from kvservice.blocks import Extent, TierName
@@ -22,10 +23,11 @@ from kvservice.store.block_store import StoreLimits
 from kvservice.store.ingest import Ingest, SaveOutcome
 from kvservice.store.leases import Client, Lease
 from kvservice.store.room import Watermarks
+from kvservice_api.errors import TicketForeign
 from kvservice_api.frames import Frame
 from kvservice_api.keys import BlockChain, block_chain
 from kvservice_api.layout import Layout, Shard
-from tests.stores import CALLER, LAYOUT, StoreFiles, until
+from tests.stores import CALLER, LAYOUT, StoreFiles, caller_of, until
 
 T = TypeVar("T")
 
@@ -96,6 +98,14 @@ class HeldLease:
     places: dict[tuple[int, TierName], Extent] = field(default_factory=dict)
 
 
+@dataclass(eq=False)
+class HeldTicket:
+    ticket: bytes
+    exported: HeldLease
+    ends_at_s: float
+    adoptions_left: int
+
+
 @dataclass
 class OpenLoad:
     """A load that goes on over several steps."""
@@ -134,6 +144,7 @@ class StoreBesideModel(RuleBasedStateMachine):
         self.clients: list[Client] = []
         self.saves: list[OpenSave] = []
         self.leases: list[HeldLease] = []
+        self.tickets: list[HeldTicket] = []
         self.loads: list[OpenLoad] = []
 
     async def _open(self) -> None:
@@ -170,6 +181,12 @@ class StoreBesideModel(RuleBasedStateMachine):
             await save.ingest.__aexit__(None, None, None)
         self.loads, self.saves = [], []
 
+    async def _adopt(self, held: HeldTicket, shard: Shard | None, client: Client, ttl_s: float) -> Lease:
+        fingerprint = held.exported.layout.fingerprint
+        lease = (await self.store.adopt(caller_of(client), held.ticket, fingerprint, shard, ttl_s)).lease
+        assert lease is not None
+        return lease
+
     def new_version(self) -> int:
         self.last_version += 1
         return self.last_version
@@ -181,8 +198,11 @@ class StoreBesideModel(RuleBasedStateMachine):
         self.doubtful.clear()
 
     def open_again(self) -> None:
-        self.leases = []
+        before, self.leases, self.tickets = self.tickets, [], []
         self.do(self._open())
+        for held in before:
+            with pytest.raises(TicketForeign):
+                self.do(self._adopt(held, None, self.client(0), 50))
         found = self.found_at_start
         assert found >= set(self.versions), "a restart lost what was there"
         for name in found - set(self.versions):

@@ -17,13 +17,24 @@ from hypothesis.stateful import initialize, rule
 from kvservice.blocks import TierName
 from kvservice.store.ingest import SaveOutcome
 from kvservice.store.room import Watermarks
-from kvservice_api.errors import BlockNotFound, LeaseExpired, Overloaded, PinsFull, TierFull, UploadCorrupted
+from kvservice_api.errors import (
+    BlockNotFound,
+    InvalidRequest,
+    LeaseExpired,
+    Overloaded,
+    PinsFull,
+    TicketExpired,
+    TicketSpent,
+    TierFull,
+    UploadCorrupted,
+)
 from kvservice_api.keys import BlockChain
 from kvservice_api.layout import Layout, Shard
 from tests.simulation.store_beside_model import (
     CHAINS,
     SHARDS,
     HeldLease,
+    HeldTicket,
     OpenLoad,
     OpenSave,
     StoreBesideModel,
@@ -200,6 +211,36 @@ class StoreMachine(StoreBesideModel):
             self.store.leases.release(caller_of(held.client), held.lease.lease_id)
             self.leases.remove(held)
 
+    @rule(number=numbers, ttl_s=st.sampled_from([5, 50]), adoptions=st.integers(1, 3))
+    def export_a_lease(self, number: int, ttl_s: int, adoptions: int) -> None:
+        if not self.leases:
+            return
+        held = self.leases[number % len(self.leases)]
+        ticket = self.store.tickets.export(caller_of(held.client), held.lease.lease_id, ttl_s, adoptions)
+        self.tickets.append(HeldTicket(ticket, held, self.files.clock.monotonic_s() + ttl_s, adoptions))
+
+    @rule(number=numbers, shard=shards, ttl_s=st.sampled_from([5, 50]), client=numbers)
+    def adopt_a_ticket(self, number: int, shard: Shard, ttl_s: int, client: int) -> None:
+        if not self.tickets:
+            return
+        held = self.tickets[number % len(self.tickets)]
+        exported, rank = held.exported, self.client(client)
+        if not exported.shard.covers(shard):
+            with pytest.raises(InvalidRequest):
+                self.do(self._adopt(held, shard, rank, ttl_s))
+            return
+        lease = self.do(self._adopt(held, shard, rank, ttl_s))
+        ends_at_s = self.files.clock.monotonic_s() + ttl_s
+        assert len(lease.rows) == len(exported.chain), "a rank sees another length than the scheduler"
+        places = {place: extent for place, extent in exported.places.items() if place[0] in lease.held_rows}
+        versions = exported.versions
+        self.leases.append(HeldLease(lease, rank, exported.layout, shard, exported.chain, ends_at_s, versions, places))
+        held.adoptions_left -= 1
+        if not held.adoptions_left:
+            self.tickets.remove(held)
+            with pytest.raises(TicketSpent):
+                self.do(self._adopt(held, shard, rank, ttl_s))
+
     @rule(seconds=st.sampled_from([1, 10, 100]))
     def time_passes(self, seconds: int) -> None:
         self.files.clock.advance(seconds=seconds)
@@ -209,8 +250,13 @@ class StoreMachine(StoreBesideModel):
                 with pytest.raises(LeaseExpired):
                     self.store.leases.get(caller_of(held.client), held.lease.lease_id)
         self.leases = [held for held in self.leases if held.ends_at_s > now_s]
+        for ticket in self.tickets:
+            if ticket.ends_at_s <= now_s:
+                with pytest.raises(TicketExpired):
+                    self.do(self._adopt(ticket, None, self.client(0), 50))
+        self.tickets = [ticket for ticket in self.tickets if ticket.ends_at_s > now_s]
         self.store.leases.expire()
-        assert self.store.leases.count == len(self.leases)
+        assert self.store.leases.count == len(self.leases) + len(self.tickets)
 
     @rule(number=numbers)
     def a_client_goes(self, number: int) -> None:

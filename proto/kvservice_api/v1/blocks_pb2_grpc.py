@@ -167,8 +167,8 @@ class BlockServiceServicer(object):
         * INVALID_ARGUMENT INVALID_REQUEST: keys empty, too many or not a multiple of 32 bytes,
         a shard outside the layout, or a request_id that is too long.
         * FAILED_PRECONDITION UNKNOWN_LAYOUT: call OpenLayout, then ask again.
-        * FAILED_PRECONDITION UNKNOWN_CLIENT: a lease was asked for by a client that is not
-        attached; attach (again), then ask again.
+        * FAILED_PRECONDITION UNKNOWN_CLIENT: the client that is named is not attached, or a lease was
+        asked for and no client is named; attach (again), then ask again.
         * RESOURCE_EXHAUSTED OVERLOADED: the client holds too many leases, or too many blocks by
         them; release some.
         """
