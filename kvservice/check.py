@@ -216,6 +216,7 @@ class _Check:
         self._trailers: dict[bytes, int] = {}  # Of the copies on SSD.
         self._away: dict[int, Path] = {}  # SSD files that are missing, by number.
         self._ssd: Tier | str = ""  # Once it was opened for a search.
+        self._ssd_files: list[Path] = []
 
     async def run(self, repair: bool) -> None:
         for fingerprint in self._index.damaged_layouts:
@@ -291,8 +292,8 @@ class _Check:
         if isinstance(tier, str):
             raise StoreMismatch(f"{tier}: blocks can only be looked for in all SSD files at once")
         assert isinstance(tier, SsdTier)
-        files = [file for file in self._index.ssd_files if file]
-        return await find_blocks(files, tier, self._index.layouts)
+        self._index.remember_ssd_files(self._ssd_files)
+        return await find_blocks(self._ssd_files, tier, self._index.layouts)
 
     async def are_right(self, keys: Sequence[bytes], records: Records) -> list[bool]:
         """Whether the bytes at each record's place on SSD are those of its block."""
@@ -361,6 +362,7 @@ class _Check:
                 self._report.problems.append(Problem(TierName.SSD, "", "there are records, and no file is known"))
             return "no SSD file is known"
         try:
+            files = self._ssd_files = [self._found_at_home(number, file) for number, file in enumerate(files)]
             self._away = {number: file for number, file in enumerate(files) if is_missing(file)}
             if self._away:
                 return self._complain_of_missing_files()
@@ -376,6 +378,16 @@ class _Check:
             return str(error)
         self._opened.callback(tier.close)
         return tier
+
+    def _found_at_home(self, number: int, file: Path) -> Path:
+        """The file, or where the index names none that is there, the one of this number in the store's own folder."""
+        if not is_missing(file):
+            return file
+        for other in sorted(self._store.glob("ssd-*.kv")):
+            origin = origin_of(other)
+            if origin is not None and (origin.store_id, origin.number) == (self._index.store_id, number):
+                return other
+        return file
 
     def _complain_of_missing_files(self) -> str:
         lost = self._blocks_by_file()

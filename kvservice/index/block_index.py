@@ -169,7 +169,8 @@ class BlockIndex:
             _remove(directory)
             notes = directory.with_name(_NOTES_NAME)
             _remove(notes)
-            volatile = Environment(directory, map_bytes=map_bytes, durable=False, notes=notes)
+            volatile = Environment(directory, map_bytes=map_bytes, durable=False)
+            volatile.keep_notes(notes)
             volatile.write_now(META, self._volatile_meta(arena_id))
             self._environments[TierName.DRAM] = volatile
         self._remember(_VOLATILE_DIRECTORY_KEY, os.fsencode(directory.absolute()))
@@ -188,9 +189,7 @@ class BlockIndex:
         try:
             if is_older_copy(directory, directory.with_name(_NOTES_NAME)):
                 return "it is an older copy"
-            volatile = Environment(
-                directory, map_bytes=map_bytes, durable=False, notes=directory.with_name(_NOTES_NAME)
-            )
+            volatile = Environment(directory, map_bytes=map_bytes, durable=False)
         except OSError as error:
             return f"it cannot be read: {error.strerror}"
         except (StoreDamaged, StorageFailed) as error:
@@ -209,6 +208,11 @@ class BlockIndex:
                 self.emptied_keys = [key for key in keys if len(key) == OBJECT_KEY_BYTES]
             volatile.close()
             return f"{', '.join(wrong)} differs"
+        try:
+            volatile.keep_notes(directory.with_name(_NOTES_NAME))
+        except StorageFailed as error:
+            volatile.close()
+            return str(error)
         if older:
             volatile.write_now(META, {_SCHEMA_KEY: expected[_SCHEMA_KEY]})
         self._environments[TierName.DRAM] = volatile
