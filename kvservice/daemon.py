@@ -12,7 +12,6 @@ import ctypes
 import gc
 import logging
 import os
-import secrets
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -79,7 +78,7 @@ class Daemon:
         self.store = store
         self._resources = resources
         self._executor = executor
-        self.boot_epoch = secrets.randbits(63) | 1
+        self.boot_epoch = store.boot_epoch
         self.registry = CollectorRegistry()
         self.heartbeat = Heartbeat(self.registry)
         server = settings.server

@@ -1,10 +1,17 @@
-"""One thread for what computes with tiny models, in every test."""
+"""What holds in every test: one thread for tiny models, gRPC as our packages load it, examples without a deadline."""
 
 from __future__ import annotations
 
 import sys
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+import kvservice_api.grpc_forks  # noqa: F401  # Before a test module imports gRPC by itself.
+
+# A machine that does other things meanwhile takes longer for an example, or for making one up: that is no fault.
+settings.register_profile("kvservice", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("kvservice")
 
 
 @pytest.fixture(scope="module", autouse=True)

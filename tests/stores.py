@@ -63,6 +63,7 @@ _boot_epochs = itertools.count(1)
 
 NO_WATERMARKS = Watermarks(0.0, 0.0)  # Nothing is evicted ahead of need.
 LIMITS = StoreLimits(reserve_wait_s=2.0, upload_wait_s=2.0)
+PATIENT = StoreLimits(reserve_wait_s=600.0, upload_wait_s=600.0)  # For tests of what must not wait at all.
 
 
 @dataclass
@@ -79,6 +80,7 @@ class StoreFiles:
     clock: FakeClock = field(default_factory=FakeClock)
     policy: Policy[BlockTable] = field(default_factory=LruPolicy)
     calls: FileCalls = field(default_factory=FileCalls)
+    history_events: int = 1000
     share: bool = False  # Whether clients may map the arena.
     shared_memory: Path = field(init=False)
 
@@ -143,7 +145,7 @@ class OpenStore:
         tiers: dict[TierName, Tier] = {TierName.SSD: self.ssd} if self.ssd else {}
         tiers[TierName.DRAM] = self.dram
         self.executor = ThreadPoolExecutor(2)
-        history = History(files.clock, 1000)
+        history = History(files.clock, files.history_events)
         self.store = BlockStore(
             recover(self.index, tiers, history),
             self.dram,
@@ -367,7 +369,7 @@ def names_of(chain: BlockChain, shard: Shard = WHOLE) -> list[bytes]:
     return [object_key(key, shard) for key in chain.keys]
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     """Let the event loop go round until `condition` holds."""
     end_s = time.monotonic() + timeout_s
     while not condition():

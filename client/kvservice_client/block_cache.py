@@ -128,6 +128,41 @@ class BlockCache:
 
         return self._connection.retried(attempt, deadline)
 
+    def adopt(
+        self, ticket: bytes, shard: Shard | None = None, lease_ttl_s: float = 30.0, timeout_s: float | None = None
+    ) -> Lease:
+        """A lease of this client's own on the blocks of a ticket (`Lease.export`): the same blocks, the same length.
+
+        It is for `shard`, by default this cache's, which must lie within the exporter's. Raises TicketForged,
+        TicketForeign, TicketExpired, TicketSpent, TicketLayoutMismatch, TicketNotYours; InvalidRequest for another
+        shard; Overloaded.
+        """
+        if not isinstance(ticket, (bytes, bytearray, memoryview)):
+            raise InvalidRequest(f"a ticket is bytes, not {type(ticket).__name__}", field="ticket")
+        shard = self.shard if shard is None else shard.check(self.layout)
+        deadline = self._connection.deadline(timeout_s)
+        request = pb.AdoptLeaseRequest(
+            ticket=bytes(ticket), layout_fingerprint=self.layout.fingerprint, shard=shard.to_proto()
+        )
+
+        def attempt() -> Lease:
+            asked_at_s = time.monotonic()
+            attachment, limits = self._connection.session(self.layout, deadline)
+            request.client_id = attachment.client_id
+            request.lease_ttl_ms = min(max(1, round(lease_ttl_s * 1e3)), limits.max_lease_ttl_ms)
+            call = self._connection.channel.call
+            adopted = call(BLOCKS + "AdoptLease", request, pb.AdoptLeaseResponse, deadline)
+            answer = pb.LookupPrefixResponse(
+                hit_blocks=len(adopted.token_counts),
+                lease_id=adopted.lease_id,
+                lease_ttl_ms=adopted.lease_ttl_ms,
+                runs=adopted.runs,
+            )
+            counts = adopted.token_counts
+            return Lease(self._connection, self._transport, self.layout, shard, counts, attachment, answer, asked_at_s)
+
+        return self._connection.retried(attempt, deadline)
+
     def save(
         self,
         chain: BlockChain,

@@ -203,6 +203,29 @@ class Lease:
         self._renew(self._ttl_s if ttl_s is None else ttl_s, self._connection.deadline(timeout_s))
         return self._ttl_s
 
+    def export(self, ttl_s: float = 30.0, adoptions: int = 1, timeout_s: float | None = None) -> bytes:
+        """A ticket with which other clients of this daemon get leases of their own on these blocks.
+
+        Pass it to `BlockCache.adopt` in another process: `adoptions` times, within `ttl_s`, of which the daemon may
+        grant less. Until then the ticket holds the blocks by itself: this lease may be released, and this process
+        may end. Its holder can read the blocks, so pass it on as a secret. Raises LeaseExpired, BlockNotFound
+        where nothing was hit, InvalidRequest, Overloaded.
+        """
+        if not self.hit_blocks:
+            raise BlockNotFound("nothing of this prefix is stored")
+        if not self.remaining_s:
+            raise self._ended()
+        if not (0 < ttl_s < 2**32 / 1e3 and 1 <= adoptions < 2**32):
+            raise InvalidRequest(f"a ticket for {ttl_s} s and {adoptions} adoptions cannot be made", field="ttl_s")
+        request = pb.ExportLeaseRequest(
+            client_id=self._attachment.client_id,
+            lease_id=self._lease_id,
+            ttl_ms=max(1, round(ttl_s * 1e3)),
+            adoptions=adoptions,
+        )
+        deadline = self._connection.deadline(timeout_s)
+        return self._connection.channel.call(BLOCKS + "ExportLease", request, pb.ExportLeaseResponse, deadline).ticket
+
     def release(self, timeout_s: float | None = None) -> None:
         """End the lease. Never raises: a lease that cannot be released ends by itself.
 

@@ -25,6 +25,7 @@ from typing import Any
 import grpc
 
 from kvservice_api.errors import DaemonUnavailable
+from kvservice_api.grpc_forks import fork_handlers_off
 from kvservice_client import forks
 
 _EXTENSION = "_cython.cygrpc"
@@ -65,7 +66,8 @@ def _load_copy(name: str) -> ModuleType:
     try:
         _copy(_file_of(sys.modules[f"grpc.{_EXTENSION}"]), file)
         sys.meta_path.insert(0, _CopyFinder(name, f"/proc/self/fd/{file}"))  # It stays: gRPC imports parts late.
-        return importlib.import_module(name)
+        with fork_handlers_off():
+            return importlib.import_module(name)
     finally:
         os.close(file)  # The library stays mapped.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,13 +32,59 @@ def rotary_of(model: Any) -> Rotary:
     given = [(name, float(value)) for name, value in numbers.items() if value is not None]
     if not _as_configured(model, frequencies):
         given.append(("frequencies_crc32", float(_checksum(frequencies))))
+    pairing, unknown = _named_pairing(model)
     return Rotary(
         kind=kind,
-        pairing=pairing_of(model),
+        pairing=pairing,
         dims=2 * frequencies.numel(),
         base=float(parameters["rope_theta"]),
-        parameters=tuple(given),
+        parameters=(*given, *unknown),
     )
+
+
+def rotaries_of(model: Any, layer_count: int) -> list[Rotary]:
+    """How each layer rotates its keys. Raises UnsupportedRotation as `rotary_of`, and where layer types are missing.
+
+    A model with several rotations has parameters per layer type, and frequencies under the type's name (Gemma 3).
+    """
+    parameters = getattr(model.config, "rope_parameters", None) or {}
+    if not any(isinstance(value, Mapping) for value in parameters.values()):
+        return [rotary_of(model)] * layer_count
+    types = getattr(model.config, "layer_types", None) or ()
+    if len(types) != layer_count or not all(isinstance(parameters.get(each), Mapping) for each in types):
+        raise UnsupportedRotation("the rotary encoding differs from layer to layer, and no layer types say how")
+    made = {each: _rotary_of_type(model, each, parameters[each]) for each in set(types)}
+    return [made[each] for each in types]
+
+
+def _rotary_of_type(model: Any, layer_type: str, parameters: Mapping[str, Any]) -> Rotary:
+    kind = kind_of(parameters)
+    if kind == "dynamic":
+        raise UnsupportedRotation("dynamic rotary encoding that differs from layer to layer is not supported")
+    name = f"{layer_type}_inv_freq"
+    found = [getattr(each, name) for each in model.modules() if isinstance(getattr(each, name, None), torch.Tensor)]
+    if not found or not all(torch.equal(found[0], each) for each in found[1:]):
+        raise UnsupportedRotation(f"{type(model).__name__} keeps no rotary frequencies of {layer_type}")
+    numbers = {name: value for name, value in parameters.items() if name not in ("rope_type", "type", "rope_theta")}
+    if not all(value is None or isinstance(value, (int, float)) for value in numbers.values()):
+        raise UnsupportedRotation(f"the rotary parameters {numbers} are not plain numbers")
+    given = [(name, float(value)) for name, value in numbers.items() if value is not None]
+    # What the model really computes with, whatever its configuration says.
+    given.append(("frequencies_crc32", float(_checksum(found[0]))))
+    pairing, unknown = _named_pairing(model)
+    dims = 2 * found[0].numel()
+    return Rotary(kind, pairing, dims, float(parameters["rope_theta"]), (*given, *unknown))
+
+
+def _named_pairing(model: Any) -> tuple[str, tuple[tuple[str, float], ...]]:
+    """The pairing for a layout, and a parameter that says so where it is not known.
+
+    Keys that are read where they were stored need no pairing. Where they are to be turned, `pairing_of` raises.
+    """
+    try:
+        return pairing_of(model), ()
+    except UnsupportedRotation:
+        return "half", (("pairing_unknown", 1.0),)
 
 
 def pairing_of(model: Any) -> str:

@@ -27,6 +27,7 @@ from kvservice_api.keys import BlockChain, block_chain, cut_key, root_key
 from kvservice_api.layout import Layout
 from kvservice_client import SessionState
 
+_HIDDEN_TAG = b"kvservice/hidden/1"
 _SESSION_ID = re.compile(r"[A-Za-z0-9_.:@/+=~-]{1,200}")
 
 Tokens = NDArray[np.uint32]
@@ -59,9 +60,26 @@ class Keys(NamedTuple):
     def root(self) -> bytes:
         return root_key(self.layout.fingerprint, self.salt)
 
-    def chain(self, token_ids: Any, parent: bytes | None = None, *, with_partial: bool = False) -> BlockChain:
-        """The blocks of tokens, from the root or from `parent` on. Raises InvalidRequest for what is no token id."""
-        extras = [self.extra] * -(-len(token_ids) // self.layout.block_tokens)
+    def chain(
+        self,
+        token_ids: Any,
+        parent: bytes | None = None,
+        *,
+        with_partial: bool = False,
+        hidden: NDArray[np.bool_] | None = None,
+    ) -> BlockChain:
+        """The blocks of tokens, from the root or from `parent` on.
+
+        `hidden` ``[token]`` marks tokens that the attention mask hides from all others. They change the KV of what
+        follows them, so blocks with such tokens, and all blocks after them, have other keys. Raises InvalidRequest
+        for what is no token id.
+        """
+        size = self.layout.block_tokens
+        extras = [self.extra] * -(-len(token_ids) // size)
+        if hidden is not None:
+            for block in np.unique(np.flatnonzero(hidden[: len(token_ids)]) // size).tolist():
+                marks = np.packbits(hidden[block * size : min((block + 1) * size, len(token_ids))]).tobytes()
+                extras[block] = self.extra + _HIDDEN_TAG + marks
         return block_chain(
             self.layout, token_ids, salt=self.salt, extras=extras, with_partial=with_partial, parent=parent
         )

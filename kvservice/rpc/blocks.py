@@ -118,7 +118,7 @@ class BlockService(InPlaceRpcs):
 
     async def LoadBlocks(self, request: pb.LoadBlocksRequest, context: Context) -> None:
         caller = self._callers.of(context, request.client_id)
-        lease = self._store.leases.get(caller, request.lease_id)
+        lease = await self._store.lease(caller, request.lease_id, shard_of(request))
         blocks = block_range(request.first_block, request.block_count, len(lease.rows), "block")
         layers = block_range(request.first_layer, request.layer_count, lease.shard.layers, "layer")
         if self._store.loads.open_count >= self._limits.loads_max:
@@ -165,6 +165,34 @@ class BlockService(InPlaceRpcs):
             if await self._next_data(requests) is not None:
                 raise InvalidRequest("nothing may follow the commit", field="commit")
             return await ingest.commit(checksums_of(message.checksums), on_ssd=ON_SSD[header.durability])
+
+    async def ExportLease(self, request: pb.ExportLeaseRequest, context: Context) -> pb.ExportLeaseResponse:
+        ttl_ms = self._granted_ms(request.ttl_ms, "ttl_ms")
+        caller = self._callers.of(context, request.client_id)
+        ticket = self._store.tickets.export(caller, request.lease_id, ttl_ms / 1000, request.adoptions)
+        return pb.ExportLeaseResponse(ticket=ticket, ttl_ms=ttl_ms)
+
+    async def AdoptLease(self, request: pb.AdoptLeaseRequest, context: Context) -> pb.AdoptLeaseResponse:
+        ttl_ms = self._granted_ms(request.lease_ttl_ms, "lease_ttl_ms")
+        hit = await self._store.adopt(
+            self._callers.of(context, request.client_id),
+            request.ticket,
+            request.layout_fingerprint,
+            shard_of(request),
+            ttl_ms / 1000,
+        )
+        assert hit.lease is not None
+        return pb.AdoptLeaseResponse(
+            lease_id=hit.lease.lease_id,
+            lease_ttl_ms=ttl_ms,
+            token_counts=self._store.blocks.token_count[hit.lease.rows].tolist(),
+            runs=[pb.ResidencyRun(count=count, dram=dram, ssd=ssd) for count, dram, ssd in hit.runs],
+        )
+
+    def _granted_ms(self, asked_ms: int, field: str) -> int:
+        if not asked_ms:
+            raise InvalidRequest(f"{field} is 0", field=field)
+        return min(asked_ms, int(self._store.limits.lease_ttl_max_s * 1000))
 
     async def RenewLease(self, request: pb.RenewLeaseRequest, context: Context) -> pb.RenewLeaseResponse:
         if not request.ttl_ms:

@@ -63,6 +63,7 @@ def block(store: BlockStore, caller: Caller, key: bytes) -> pb.ExplainedBlock:
         answer.layout.CopyFrom(store.index.layouts[int(store.blocks.layout_id[rows[0]])].to_proto())
     else:
         answer.miss.CopyFrom(_miss(explain.missing(caller, key)))
+        answer.remembers_since.CopyFrom(answer.miss.remembers_since)  # With the history off it is the time of reading.
     return answer
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from kvservice.rpc.callers import Callers
 from kvservice.rpc.interceptors import Context
-from kvservice.rpc.messages import ON_SSD, block_range, checksums_of, save_request, save_response
+from kvservice.rpc.messages import ON_SSD, block_range, checksums_of, save_request, save_response, shard_of
 from kvservice.store.block_store import BlockStore
 from kvservice.store.ingest import SaveOutcome
 from kvservice.store.locate import Located, NotInPlace
@@ -25,7 +25,7 @@ class InPlaceRpcs:
 
     async def LocateBlocks(self, request: pb.LocateBlocksRequest, context: Context) -> None:
         store, caller = self._store, self._callers.of(context, request.client_id)
-        lease = store.leases.get(caller, request.lease_id)
+        lease = await store.lease(caller, request.lease_id, shard_of(request))
         blocks = block_range(request.first_block, request.block_count, len(lease.rows), "block")
         found = store.locates.run(caller, lease, blocks, verify=request.verify, open_max=self._loads_max)
         layers = range(lease.shard.layers)

@@ -17,6 +17,10 @@ from kvservice_api.layout import Shard
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_api.v1 import types_pb2
 
+_WithShard = (
+    pb.LookupPrefixRequest | pb.SaveHeader | pb.LoadBlocksRequest | pb.LocateBlocksRequest | pb.AdoptLeaseRequest
+)
+
 # Claiming and recording more in one save would keep the event loop for over 5 ms.
 SAVE_BLOCKS_MAX = 256
 SAVE_SLICES_MAX = 32768
@@ -65,7 +69,7 @@ def checksums_of(data: bytes) -> NDArray[np.uint64]:
     return np.frombuffer(data, "<u8").astype(np.uint64)
 
 
-def shard_of(request: pb.LookupPrefixRequest | pb.SaveHeader) -> Shard | None:
+def shard_of(request: _WithShard) -> Shard | None:
     return Shard.from_proto(request.shard) if request.HasField("shard") else None
 
 

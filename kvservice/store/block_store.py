@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from kvservice.store.ingest import Ingest, Ingests, SaveRequest
 from kvservice.store.leases import Client, Lease, Leases
 from kvservice.store.load import Loads
 from kvservice.store.locate import Locates
-from kvservice.store.lookup import Found, find
+from kvservice.store.lookup import Found, find, narrowed
 from kvservice.store.pace import Pace
 from kvservice.store.pins import Pins
 from kvservice.store.promotion import Promotion
@@ -39,6 +40,7 @@ from kvservice.store.room import Room, Watermarks
 from kvservice.store.scrub import Scrub
 from kvservice.store.sessions import SessionLimits, Sessions
 from kvservice.store.tasks import Tasks
+from kvservice.store.tickets import Tickets
 from kvservice.store.write_behind import WriteBehind
 from kvservice.tiers.base import Tier
 from kvservice.tiers.dram import DramTier
@@ -181,6 +183,8 @@ class BlockStore:
             fraction_max=limits.pin_fraction_max,
         )
         self.requests = Requests(blocks, clock, limits.requests_remembered)
+        self.boot_epoch = secrets.randbits(63) | 1
+        self.tickets = Tickets(self.leases, blocks, self.requests, clock, self.pace, boot_epoch=self.boot_epoch)
         self.explain = Explain(blocks, index, self.history, self.ingests)
         self.drain = Drain(blocks, self.ingests, self.loads, self.locates, self.write_behind, self.tasks)
         self.sessions = Sessions(index, self.residency, clock, counters, self.tasks, self.layout, limits.session)
@@ -333,6 +337,23 @@ class BlockStore:
         starts = [0, *changes.tolist()]
         ends = [*changes.tolist(), len(rows)]
         return [(end - start, bool(dram[start]), bool(ssd[start])) for start, end in zip(starts, ends, strict=True)]
+
+    async def lease(self, caller: Caller, lease_id: int, shard: Shard | None) -> Lease:
+        """The caller's lease; with a shard, as one of that shard within the lease's.
+
+        Raises UnknownClient, LeaseExpired, LeaseNotYours, InvalidRequest.
+        """
+        part = await narrowed(self.blocks, self.leases.get(caller, lease_id), shard, self.pace)
+        self.leases.get(caller, lease_id)  # It may have ended meanwhile.
+        return part
+
+    async def adopt(
+        self, caller: Caller, ticket: bytes, fingerprint: bytes, shard: Shard | None, lease_ttl_s: float
+    ) -> Hit:
+        """A lease of the caller's own on the blocks of a ticket. Raises as `Tickets.adopt`."""
+        ttl_s = min(lease_ttl_s, self.limits.lease_ttl_max_s)
+        lease = await self.tickets.adopt(caller, ticket, fingerprint, shard, ttl_s)
+        return Hit(len(lease.rows), self._runs(lease.rows), lease)
 
     async def release(self, caller: Caller, lease_id: int) -> None:
         """End a lease, and return once nothing is held by leases that have ended."""

@@ -149,12 +149,20 @@ class Leases:
     def get(self, caller: Caller, lease_id: int) -> Lease:
         """The lease. Raises LeaseExpired once its time is over, whether or not `expire` has run."""
         client = self.client(caller)
-        lease = self._leases.get(lease_id)
-        if lease is None or self._ends_at_s[lease_id] <= self._clock.monotonic_s():
+        lease = self.find(lease_id)
+        if lease is None:
             raise LeaseExpired("the lease has ended: look the prefix up again", lease_id=lease_id)
         if lease.client is not client:
             raise LeaseNotYours("the lease belongs to another client", lease_id=lease_id)
         return lease
+
+    def find(self, lease_id: int) -> Lease | None:
+        """The lease of this number, whoever holds it; None once its time is over."""
+        lease = self._leases.get(lease_id)
+        return lease if lease is not None and self._ends_at_s[lease_id] > self._clock.monotonic_s() else None
+
+    def end(self, lease: Lease) -> None:
+        self._end([lease])
 
     def renew(self, caller: Caller, lease_id: int, ttl_s: float) -> None:
         self._set_end(self.get(caller, lease_id).lease_id, ttl_s)

@@ -8,16 +8,20 @@ is stored in few combinations of shards, so the last question is asked once a co
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvservice.blocks import NO_ROW, BlockTable, Rows
 from kvservice.store.coverage import cover
+from kvservice.store.leases import Lease
+from kvservice.store.pace import Pace
+from kvservice_api.errors import InvalidRequest
 from kvservice_api.layout import Shard
 
 _NOTHING = np.empty(0, np.int64)
+_PARTS_A_TURN = 512  # Two milliseconds of the event loop.
 
 
 @dataclass(slots=True)
@@ -75,6 +79,43 @@ def _joined(blocks: BlockTable, rows: Rows, shards: Rows, wanted: Shard) -> Foun
         extra = [np.array([row for several in joined.values() for row in several[1:]], np.int64)]
         rows = rows[:end]
     return Found(rows, joined, np.concatenate([rows, *extra]))
+
+
+async def narrowed(blocks: BlockTable, lease: Lease, shard: Shard | None, pace: Pace) -> Lease:
+    """The lease as one of a shard within its own; itself where no shard is given.
+
+    Blocks of several parts keep those that the shard takes. The answer is not known to `Leases`: the lease must
+    still be there when it is used, and may have ended meanwhile. Raises InvalidRequest.
+    """
+    if shard is None or shard == lease.shard:
+        return lease
+    shard.check(lease.layout)
+    if not lease.shard.covers(shard):
+        raise InvalidRequest(f"{shard} does not lie in the lease's {lease.shard}", field="shard")
+    rows, parts = lease.rows.copy(), {}
+    chosen: dict[tuple[bytes, ...], list[int]] = {}  # By how a block is cut: few ways, for thousands of blocks.
+    for count, (block, several) in enumerate(lease.parts.items()):
+        if count % _PARTS_A_TURN == _PARTS_A_TURN - 1:
+            await pace.turn()
+        stored = tuple(blocks.shard[list(several)].tolist())
+        if stored not in chosen:
+            chosen[stored] = _taken([blocks.shard_of(row) for row in several], shard)
+        taken = tuple(several[source] for source in chosen[stored])
+        rows[block] = taken[0]
+        if len(taken) > 1:
+            parts[block] = taken
+    extra = np.array([row for several in parts.values() for row in several[1:]], np.int64)
+    return replace(lease, shard=shard, rows=rows, parts=parts, held_rows=np.concatenate([rows, extra]))
+
+
+def _taken(stored: Sequence[Shard], wanted: Shard) -> list[int]:
+    """Which of these shards, which cover `wanted` together, it takes: one where that is enough."""
+    whole = next((source for source, shard in enumerate(stored) if shard.covers(wanted)), None)
+    if whole is not None:
+        return [whole]
+    plan = cover(stored, wanted)
+    assert plan is not None, "a lease holds only what covers its shard"
+    return sorted({run.source for layer in plan for run in layer})
 
 
 def _sources(blocks: BlockTable, shards: Rows, wanted: Shard) -> list[int]:

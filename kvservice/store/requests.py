@@ -22,6 +22,7 @@ from kvservice_api.layout import Layout, Shard
 _ID_BYTES_MAX = 200
 _LOOKUPS_MAX, _LOADS_MAX = 64, 16  # Of one request, of one lookup; later ones are counted only.
 _REPORTS_MAX = 64  # Of one request.
+_SUCCESSORS_MAX = 256  # Of one lookup; loads of later ones are not noted.
 
 
 @dataclass(slots=True)
@@ -56,6 +57,7 @@ class LookupRecord:
     loads: list[LoadRecord] = field(default_factory=list)
     loads_more: int = 0
     lease_id: int = 0
+    successor_ids: list[int] = field(default_factory=list)  # Of leases and tickets that came from that one.
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +166,8 @@ class Requests:
         if len(self._records) > self._requests_max:
             _, forgotten = self._records.popitem(last=False)
             for lookup in forgotten.lookups:
-                self._by_lease.pop(lookup.lease_id, None)
+                for lease_id in (lookup.lease_id, *lookup.successor_ids):
+                    self._by_lease.pop(lease_id, None)
         return request
 
     def _add(self, request_id: str, record: LookupRecord, lease: Lease | None) -> None:
@@ -176,6 +179,13 @@ class Requests:
         if lease is not None:
             record.lease_id = lease.lease_id
             self._by_lease[lease.lease_id] = record
+
+    def follow(self, lease_id: int, successor_id: int) -> None:
+        """Loads of the successor count for the lookup that granted the lease: it was exported, or adopted."""
+        record = self._by_lease.get(lease_id)
+        if record is not None and len(record.successor_ids) < _SUCCESSORS_MAX:
+            record.successor_ids.append(successor_id)
+            self._by_lease[successor_id] = record
 
     @contextmanager
     def load(

@@ -14,6 +14,12 @@
   x NotShared          FAILED_PRECONDITION  use a transport that needs no shared memory
   x NoWriterLock       FAILED_PRECONDITION  lock your file beside the arena, then ask again
   x ReservationEnded   FAILED_PRECONDITION  reserve again, and write again
+  x TicketForeign      FAILED_PRECONDITION  look the prefix up on this daemon
+  x TicketExpired      FAILED_PRECONDITION  look the prefix up again, or ask the exporter for another ticket
+  x TicketSpent        FAILED_PRECONDITION  look the prefix up again; export with as many adoptions as there are ranks
+  x TicketLayoutMismatch FAILED_PRECONDITION adopt with the layout that the exporter looked up
+  x TicketForged       PERMISSION_DENIED    pass on the exporter's bytes unchanged; else look the prefix up again
+  x TicketNotYours     PERMISSION_DENIED    use a ticket of your own tenant
   x LeaseNotYours      PERMISSION_DENIED    use the lease of your own lookup
   x ReservationNotYours PERMISSION_DENIED   use the reservation that you made
   x BlockNotFound      NOT_FOUND            recompute
@@ -41,6 +47,8 @@ from __future__ import annotations
 
 import re
 from typing import Any, ClassVar
+
+import kvservice_api.grpc_forks  # isort: skip  # noqa: F401  # Before whatever else imports gRPC.
 
 import grpc
 from google.protobuf import any_pb2
@@ -127,6 +135,30 @@ class NoWriterLock(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
 
 class ReservationEnded(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
     """The reservation was committed or abandoned, ended with its client, or never was."""
+
+
+class TicketForeign(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+    """The lease ticket was made by another daemon, or by this one before it restarted."""
+
+
+class TicketExpired(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+    """The time of the lease ticket is over, and its blocks are no longer held for it."""
+
+
+class TicketSpent(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+    """The lease ticket was adopted as often as its exporter allowed."""
+
+
+class TicketLayoutMismatch(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+    """The lease ticket is for blocks of another layout than the one that it was adopted with."""
+
+
+class TicketForged(KVError, code=grpc.StatusCode.PERMISSION_DENIED):
+    """The bytes are no lease ticket of this daemon: they were cut off, changed, or made up."""
+
+
+class TicketNotYours(KVError, code=grpc.StatusCode.PERMISSION_DENIED):
+    """The lease ticket belongs to another tenant."""
 
 
 class LeaseNotYours(KVError, code=grpc.StatusCode.PERMISSION_DENIED):

@@ -174,7 +174,11 @@ class DeviceContract:
                 assert same_bits(ours, theirs), token
         assert np.array_equal(back, slices)
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(
+        max_examples=60,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
     @given(
         counts=st.lists(st.integers(1, 9), min_size=1, max_size=6),
         page_tokens=st.integers(1, 40),

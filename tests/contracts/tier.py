@@ -152,7 +152,7 @@ class TierContract:
 
         def slowly(view: memoryview) -> None:
             begun.set()
-            assert go_on.wait(10)
+            assert go_on.wait(60)
             ended.append("thread")
 
         async def call() -> None:

@@ -262,7 +262,7 @@ class CrashStore:
         self._marks.write(f"armed {skip} {target}\n".encode())
         self._marks.close()
         assert self._daemon.wait_for_end() == -signal.SIGKILL
-        assert self._killer.wait(30.0) == 0
+        assert self._killer.wait(120.0) == 0
 
     def _recorded(self) -> dict[str, Extent]:
         index = BlockIndex.open(self._daemon.store / "index", map_bytes=_DURABLE_MAP_BYTES)

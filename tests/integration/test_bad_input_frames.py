@@ -247,7 +247,7 @@ def test_a_block_that_does_not_match_its_checksum_is_refused_and_the_others_are_
 
 
 def test_a_save_whose_deadline_passes_leaves_nothing(wire: Wire, upload: Upload, chain: BlockChain) -> None:
-    saving = wire.begin_save(Feed(*upload.messages()[:-1]), timeout_s=0.3)
+    saving = wire.begin_save(Feed(*upload.messages()[:-1]), timeout_s=3)
     until(lambda: wire.status().uploads == 2)
     with pytest.raises(grpc.RpcError) as caught:
         saving.result()

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -178,7 +179,7 @@ class TestWithMultiprocessing:
     def test_a_client_that_is_made_in_the_process_works(
         self, daemon: DaemonProcess, client: Client, method: str
     ) -> None:
-        context = multiprocessing.get_context(method)
+        context: Any = multiprocessing.get_context(method)
         process = context.Process(target=use_new, args=(daemon.address, "auto"))
         process.start()
         try:
@@ -209,35 +210,6 @@ class TestAForkWhileTheParentIsBusy:
         thread.start()
         use(client)
         thread.join()
-        assert not raised
-
-    def test_while_other_threads_are_within_calls_loads_and_saves(self, client: Client) -> None:
-        over, raised = threading.Event(), []
-        blocks = client.open_layout(LARGE)
-
-        def repeat(call: Callable[[], object]) -> None:
-            try:
-                while not over.is_set():
-                    call()
-            except BaseException as error:
-                raised.append(error)
-
-        calls: list[Callable[[], object]] = [
-            lambda: verify(client, LARGE, STORED),
-            lambda: save(client, LARGE, new_chain(LARGE, 2)),
-            lambda: blocks.contains(STORED),
-            lambda: client.session(LARGE, "busy").append(STORED[:1]) and client.session(LARGE, "busy").end(),
-        ]
-        threads = [threading.Thread(target=repeat, args=(call,)) for call in calls]
-        for thread in threads:
-            thread.start()
-        try:
-            for _ in range(8):
-                in_child(lambda: verify(client, LARGE, STORED) or save(client, LARGE, new_chain(LARGE, 1)))
-        finally:
-            over.set()
-            for thread in threads:
-                thread.join()
         assert not raised
 
     def test_in_the_middle_of_a_load_the_child_is_told_and_the_parent_goes_on(self, client: Client) -> None:
@@ -390,6 +362,56 @@ class TestWhatTheParentHolds:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+_BUSY_PROGRAM = """
+import sys, threading
+from kvservice_client import Client
+from tests.forking import in_child
+from tests.integration.known_blocks import LARGE, new_chain, save, verify
+
+client = Client(sys.argv[1], transport=sys.argv[2], timeout_s=20.0)
+blocks, chain = client.open_layout(LARGE), new_chain(LARGE, 4, "of a busy parent")
+save(client, LARGE, chain)
+over, raised = threading.Event(), []
+
+def repeat(call):
+    try:
+        while not over.is_set():
+            call()
+    except BaseException as error:
+        raised.append(error)
+
+calls = [
+    lambda: verify(client, LARGE, chain),
+    lambda: verify(client, LARGE, chain),
+    lambda: save(client, LARGE, new_chain(LARGE, 2)),
+    lambda: blocks.contains(chain),
+    lambda: client.admin.status(),
+]
+threads = [threading.Thread(target=repeat, args=(call,)) for call in calls]
+for thread in threads:
+    thread.start()
+try:
+    for _ in range(10):
+        in_child(lambda: (verify(client, LARGE, chain), save(client, LARGE, new_chain(LARGE, 1))))
+    for _ in range(200):
+        in_child(lambda: None)
+finally:
+    over.set()
+    for thread in threads:
+        thread.join()
+assert not raised, raised
+print("undisturbed")
+"""
+
+
+@pytest.mark.parametrize("transport", ["grpc", "shm"])
+def test_while_threads_are_within_calls_children_work_and_the_calls_go_on(
+    daemon: DaemonProcess, transport: str
+) -> None:
+    ended = _run(_BUSY_PROGRAM, daemon.address, transport)
+    assert (ended.returncode, ended.stdout) == (0, "undisturbed\n"), ended.stderr
+
+
 _PROGRAM = """
 import os, sys, threading
 import numpy as np
@@ -414,19 +436,24 @@ if child:
 
 @pytest.mark.parametrize("support", ["", "0", "1"], ids=["unset", "off", "on"])
 def test_a_forked_program_ends_by_itself_whatever_grpc_is_told_of_forks(daemon: DaemonProcess, support: str) -> None:
+    ended = _run(_PROGRAM, daemon.address, support=support)
+    assert (ended.returncode, ended.stdout) == (0, "both ended\n"), ended.stderr
+
+
+def _run(program: str, *arguments: str, support: str = "") -> subprocess.CompletedProcess[str]:
+    """The program in a process of its own: there gRPC is loaded as an engine would load it."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     environment.pop("GRPC_ENABLE_FORK_SUPPORT", None)
     if support:
         environment["GRPC_ENABLE_FORK_SUPPORT"] = support
-    ended = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, daemon.address],
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments],
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
-    assert (ended.returncode, ended.stdout) == (0, "both ended\n"), ended.stderr
 
 
 def test_small_slices_travel_too(client: Client) -> None:

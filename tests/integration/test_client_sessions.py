@@ -223,7 +223,7 @@ def test_an_append_whose_answer_was_lost_is_recognized(daemon: DaemonProcess, cl
         worker.start()
         until(lambda: bool(list(client.admin.list_sessions("lost"))))
         answers_held.set()
-        worker.join(20)
+        worker.join(60)
     assert done == [1]
     assert client.session(LAYOUT, "lost").get().revision == 1
 

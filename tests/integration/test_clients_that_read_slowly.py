@@ -53,7 +53,7 @@ def until_still(wire: Wire) -> None:
         sent.append(wire.status().counters["load_bytes"])
         return sent[-1] == sent[-50]
 
-    until(is_still, 30)
+    until(is_still)
 
 
 def private_bytes(daemon: DaemonProcess) -> int:
@@ -143,7 +143,7 @@ def test_a_load_that_nobody_reads_ends_and_lets_its_blocks_go(new_daemon: Callab
         wire.blocks.ReleaseLease(blocks_pb2.ReleaseLeaseRequest(client_id=wire.client_id, lease_id=lease_id))
         assert client.evict(chain.keys, "dram").held == _BLOCKS, "the load itself keeps them"
 
-        until(lambda: client.evict(chain.keys, "dram").held == 0, 30)
+        until(lambda: client.evict(chain.keys, "dram").held == 0)
         with client.open_layout(LARGE).lookup(chain) as lease:
             for _ in lease.load():
                 pass  # There is a place for it.

@@ -278,14 +278,14 @@ def test_a_drain_goes_on_when_kvctl_is_interrupted(ask: Callable[..., Any], daem
         saving = wire.begin_save(feed)
         until(lambda: wire.status().uploads == 1)
         watching = started("drain", "--address", daemon.address)
-        until(lambda: wire.status().state == "draining", 20)
+        until(lambda: wire.status().state == "draining")
         watching.send_signal(signal.SIGINT)
-        out, err = watching.communicate(timeout=20)
+        out, err = watching.communicate(timeout=60)
         assert (watching.returncode, out) == (130, "")
         assert "goes on draining" in err
         feed.send(*upload.messages()[2:])
         feed.end()
-        assert saving.result(timeout=20).stored == 1, "what ran may end"
+        assert saving.result(timeout=60).stored == 1, "what ran may end"
         assert ask("drain")["done"]
 
 
@@ -322,7 +322,7 @@ def test_top_on_a_terminal_outlives_a_restart_of_the_daemon(new_daemon: Callable
 
     def shows_again(word: bytes) -> None:
         seen.clear()
-        until(lambda: word in seen, 20)
+        until(lambda: word in seen)
 
     arguments = ["top", "--interval", "0.1", "--timeout", "1", "--address", daemon.address]
     reader = Thread(target=read)
@@ -335,7 +335,7 @@ def test_top_on_a_terminal_outlives_a_restart_of_the_daemon(new_daemon: Callable
             daemon.start()
             shows_again(b"serving")
             watching.send_signal(signal.SIGINT)
-            _, err = watching.communicate(timeout=20)
+            _, err = watching.communicate(timeout=60)
             assert (watching.returncode, err) == (0, "")
         finally:
             watching.kill()
@@ -356,5 +356,5 @@ def test_top_ends_quietly_when_it_is_interrupted(daemon: DaemonProcess) -> None:
         assert watching.stdout is not None
         assert json.loads(watching.stdout.readline())["state"] == "serving"
         watching.send_signal(signal.SIGINT)
-        _, err = watching.communicate(timeout=20)
+        _, err = watching.communicate(timeout=60)
     assert (watching.returncode, err) == (0, "")

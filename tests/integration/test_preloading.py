@@ -17,7 +17,7 @@ from kvservice_adapter.load import LayerLoader, LoadFailed
 from kvservice_api.errors import KVError
 from kvservice_client import BlockCache, BlockChain, Client, Layout, Lease
 from tests.contracts.device import WAIT_S
-from tests.daemon import MIB, DaemonProcess, eventually, until
+from tests.daemon import MIB, SOON_S, DaemonProcess, eventually, until
 from tests.integration.conversations import layers_of, new_chain
 from tests.layouts import changed
 
@@ -52,7 +52,7 @@ def loader_of(lease: Lease, layers: int = LAYOUT.layers, *, k: int = 0, wait_s: 
     return LayerLoader(
         DEVICE,
         stream,
-        partial(lease.load, timeout_s=2.0),
+        partial(lease.load, timeout_s=5.0),
         pages,
         lease.token_counts,
         layer_count=layers,
@@ -114,9 +114,9 @@ def test_a_daemon_that_goes_away_in_the_middle_costs_one_bounded_wait(
     daemon = new_daemon(dram__capacity_bytes=160 * MIB, ssd__capacity_bytes=0)
     with daemon.client("saver") as client:
         chain, layers = saved(client.open_layout(LARGE), LARGE_TOKENS)
-    with daemon.client("engine", transport="grpc", timeout_s=3.0) as client:
+    with daemon.client("engine", transport="grpc", timeout_s=SOON_S) as client:
         blocks = client.open_layout(LARGE)
-        loader = loader_of(blocks.lookup(chain), LARGE.layers, wait_s=0.5)
+        loader = loader_of(blocks.lookup(chain), LARGE.layers, k=2, wait_s=3.0)
         loader.start()
         taken = [loader.wait(0)]
 
@@ -132,7 +132,7 @@ def test_a_daemon_that_goes_away_in_the_middle_costs_one_bounded_wait(
         for pages, data in zip(taken, layers, strict=False):
             assert is_there(blocks, chain, pages, data)
         loader.cancel()
-        until(lambda: loader.is_done, 10.0)
+        until(lambda: loader.is_done)
         if way == "hung":
             daemon.process.send_signal(signal.SIGCONT)
 

@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 
 from kvservice_api.arena import HEADER_BYTES, ArenaHeader
-from kvservice_api.errors import BlockNotFound, InvalidRequest, LeaseExpired, RequestNotFound, ReservationEnded
+from kvservice_api.errors import (
+    BlockNotFound,
+    InvalidRequest,
+    LeaseExpired,
+    LeaseNotYours,
+    RequestNotFound,
+    ReservationEnded,
+    TicketForged,
+    TicketLayoutMismatch,
+    TicketSpent,
+    UnknownClient,
+)
 from kvservice_api.frames import HEAD_BYTES_MAX
 from kvservice_api.image import Trailer, block_geometry, checksum
 from kvservice_api.keys import BlockChain
@@ -229,6 +240,124 @@ def test_AbandonBlocks_gives_the_space_back_and_may_come_twice(wire: Wire) -> No
     with refused(ReservationEnded, "no such reservation"):
         reserved.commit()
     reserved.abandon()
+
+
+def heads_of(key: bytes, layer: int, first: int, end: int) -> bytes:
+    """What a load gives of these heads of a slice."""
+    halves = slice_of(key, layer, slice_bytes(SMALL)).reshape(2, SMALL.kv_heads, -1)
+    return np.ascontiguousarray(halves[:, first:end]).tobytes()
+
+
+def test_LoadBlocks_loads_a_shard_within_the_leases(wire: Wire) -> None:
+    chain = saved(wire, 2)
+    lease_id = wire.lookup(SMALL, chain).lease_id
+    for shard in (Shard(1, 4, 1, 3), Shard(0, 5, 2, 3), Shard(4, 5, 0, 1)):
+        got = {frame.layer: frame.payload for frame in wire.load(lease_id, shard=shard.to_proto())}
+        layers = range(shard.layer_begin, shard.layer_end)
+        heads = shard.head_begin, shard.head_end
+        assert list(got.values()) == [b"".join(heads_of(key, layer, *heads) for key in chain) for layer in layers]
+        assert list(got) == list(range(len(layers)))
+        (last,) = wire.load(lease_id, shard=shard.to_proto(), first_layer=len(layers) - 1)
+        assert last.payload == got[len(layers) - 1]
+        with refused(InvalidRequest, "are not in the lease's", field="first_layer"):
+            wire.load(lease_id, shard=shard.to_proto(), first_layer=len(layers))
+    for outside in (
+        Shard(0, 6, 0, 3),
+        Shard(0, 5, 0, 4),
+        Shard(2, 2, 0, 1),
+        Shard(1, 0, 0, 1),
+        Shard(0, 2**32 - 1, 0, 1),
+    ):
+        with refused(InvalidRequest, "shard", field="shard"):
+            wire.load(lease_id, shard=outside.to_proto())
+        with refused(InvalidRequest, "shard", field="shard"):
+            locate(wire, lease_id, shard=outside.to_proto())
+
+
+def test_LocateBlocks_counts_the_layers_of_a_shard_within_the_leases(wire: Wire) -> None:
+    chain = saved(wire, 2)
+    evict(wire, chain, DRAM)
+    lease_id = wire.lookup(SMALL, chain).lease_id
+    request = pb.LocateBlocksRequest(
+        client_id=wire.client_id, lease_id=lease_id, shard=Shard(1, 3, 0, 1).to_proto(), verify=True
+    )
+    call = wire.blocks.LocateBlocks(request)
+    first = next(call)
+    ready = [first.layers_ready]
+    while ready[-1] < 2:
+        ready.append(next(call).layers_ready)
+    call.cancel()
+    assert ready[-1] == 2
+    assert first.shards == Shard.whole(SMALL).encode() * 2, "what is stored, in which the shard lies"
+
+
+def test_ExportLease_makes_a_ticket_that_holds_the_blocks_by_itself(wire: Wire) -> None:
+    chain = saved(wire)
+    lease_id = wire.lookup(SMALL, chain).lease_id
+    request = pb.ExportLeaseRequest(client_id=wire.client_id, lease_id=lease_id, ttl_ms=2**32 - 1, adoptions=1)
+    answer = wire.blocks.ExportLease(request)
+    assert answer.ttl_ms == wire.capabilities().max_lease_ttl_ms
+    assert 0 < len(answer.ticket) <= 256
+    wire.release(lease_id)
+    assert evict(wire, chain, DRAM) == pb.EvictResponse(held=3)
+    adopted = adopt(wire, answer.ticket)
+    wire.release(adopted.lease_id)
+    assert evict(wire, chain, DRAM) == pb.EvictResponse(evicted=3)
+    changes: list[dict[str, int]] = [{"ttl_ms": 0}, {"adoptions": 0}, {"adoptions": 4097}]
+    for change in changes:
+        wrong: dict[str, Any] = {
+            "client_id": wire.client_id,
+            "lease_id": lease_id,
+            "ttl_ms": 1000,
+            "adoptions": 1,
+            **change,
+        }
+        (field,) = change
+        with refused(InvalidRequest, field, field=field):
+            wire.blocks.ExportLease(pb.ExportLeaseRequest(**wrong))
+    with refused(LeaseExpired, "look the prefix up again"):
+        wire.blocks.ExportLease(request)
+
+
+def adopt(wire: Wire, ticket: bytes, **fields: Any) -> pb.AdoptLeaseResponse:
+    given: dict[str, Any] = {"client_id": wire.client_id, "layout_fingerprint": SMALL.fingerprint}
+    given |= {"lease_ttl_ms": 20_000, **fields}
+    answer: pb.AdoptLeaseResponse = wire.blocks.AdoptLease(pb.AdoptLeaseRequest(ticket=ticket, **given))
+    return answer
+
+
+def test_AdoptLease_gives_another_client_a_lease_on_the_same_blocks(wire: Wire, daemon: DaemonProcess) -> None:
+    chain = saved(wire, 3)
+    evict(wire, chain[1:2], DRAM)
+    with Wire(daemon.address) as scheduler:
+        scheduler.attach("scheduler")
+        lease_id = scheduler.lookup(SMALL, chain).lease_id
+        export = pb.ExportLeaseRequest(client_id=scheduler.client_id, lease_id=lease_id, ttl_ms=20_000, adoptions=2)
+        ticket = scheduler.blocks.ExportLease(export).ticket
+        with refused(LeaseNotYours, "another client"):
+            wire.load(lease_id)
+    with refused(InvalidRequest, "lease_ttl_ms", field="lease_ttl_ms"):
+        adopt(wire, ticket, lease_ttl_ms=0)
+    with refused(InvalidRequest, "does not lie", field="shard"):
+        adopt(wire, ticket, shard=Shard(0, 9, 0, 1).to_proto())
+    with refused(TicketForged, "no lease ticket"):
+        adopt(wire, ticket[:-1])
+    with refused(TicketLayoutMismatch, "is for the layout"):
+        adopt(wire, ticket, layout_fingerprint=bytes(32))
+    with refused(UnknownClient, "attach"):
+        adopt(wire, ticket, client_id=b"nobody")
+    whole = adopt(wire, ticket)
+    part = adopt(wire, ticket, shard=Shard(2, 4, 1, 2).to_proto(), lease_ttl_ms=2**32 - 1)
+    assert (list(whole.token_counts), whole.lease_ttl_ms) == ([SMALL.block_tokens] * 3, 20_000)
+    assert part.lease_ttl_ms == wire.capabilities().max_lease_ttl_ms
+    assert [(run.count, run.dram, run.ssd) for run in whole.runs] == [
+        (1, True, True), (1, False, True), (1, True, True)
+    ]  # fmt: skip
+    assert [frame.payload for frame in wire.load(part.lease_id)] == [
+        b"".join(heads_of(key, layer, 1, 2) for key in chain) for layer in (2, 3)
+    ]
+    with refused(TicketSpent, "as often as"):
+        adopt(wire, ticket)
 
 
 def test_RenewLease_keeps_a_lease_that_would_have_ended(wire: Wire) -> None:

@@ -365,7 +365,7 @@ def test_GetSession_finds_nothing_once_the_session_expired(new_daemon: Callable[
         wire.open_layout(SMALL)
         wire.append("short", SMALL, new_chain(SMALL, 1))
 
-        until(lambda: not wire.admin.ListSessions(admin_pb2.ListSessionsRequest()).sessions, timeout_s=15)
+        until(lambda: not wire.admin.ListSessions(admin_pb2.ListSessionsRequest()).sessions)
         with refused(SessionNotFound, "expired"):
             wire.get_session("short", SMALL)
-        until(lambda: wire.status().counters["sessions_expired"] == 1, timeout_s=15)
+        until(lambda: wire.status().counters["sessions_expired"] == 1)

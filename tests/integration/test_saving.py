@@ -233,7 +233,7 @@ def test_a_daemon_that_is_away_is_counted_and_the_saver_goes_on_once_it_is_back(
 
         daemon.start()
         later = new_chain()
-        until(lambda: _saved(saver, later, states), 15.0)
+        until(lambda: _saved(saver, later, states))
         assert is_stored(blocks, later, states)
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from kvservice_api.errors import ChecksumMismatch, InvalidRequest, LeaseExpired, NotShared
 from kvservice_client import Client, Durability, Layout, Shard, View
-from tests.daemon import DaemonProcess, until
+from tests.clock import later
+from tests.daemon import DaemonProcess
 from tests.integration.known_blocks import LARGE, SMALL, layers_of, new_chain, save
 from tests.integration.media import Flip, arena, flip_bit_of, flip_data, flip_trailer
 
@@ -71,13 +72,15 @@ def test_a_view_shows_nothing_once_it_or_its_lease_is_over(client: Client) -> No
 def test_a_view_lasts_as_long_as_its_lease_less_a_fifth(client: Client) -> None:
     chain = new_chain(SMALL, 2)
     save(client, SMALL, chain)
-    with client.open_layout(SMALL).lookup(chain, lease_ttl_s=3) as lease:
+    with client.open_layout(SMALL).lookup(chain, lease_ttl_s=300) as lease:
         view = lease.view()
-        until(lambda: lease.remaining_s < 0.6)
-        with pytest.raises(LeaseExpired, match="all but over"):
+        with later(seconds=200):
             view.check()
-        lease.renew(60)
-        view.check()
+        with later(seconds=245), pytest.raises(LeaseExpired, match="all but over"):
+            view.check()
+        with later(seconds=245):
+            lease.renew(300)
+            view.check()
 
 
 def test_damage_since_before_the_daemons_start_is_found_before_anything_is_shown(

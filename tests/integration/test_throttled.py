@@ -9,7 +9,7 @@ import pytest
 
 from kvservice_api.errors import DeadlineExceeded, InvalidRequest, NotShared
 from kvservice_client import Client
-from tests.daemon import DaemonProcess
+from tests.daemon import SOON_S, DaemonProcess
 from tests.integration.conversations import large_layout, layers_of, new_chain
 
 LAYOUT = large_layout()
@@ -47,7 +47,7 @@ def test_a_load_that_the_throttle_makes_too_slow_ends_with_its_time(daemon: Daem
         begin_s = time.monotonic()
         with pytest.raises(DeadlineExceeded):
             list(lease.load(timeout_s=0.1))
-        assert time.monotonic() - begin_s < 5.0
+        assert time.monotonic() - begin_s < SOON_S  # All of it would take hours.
         with pytest.raises(NotShared):
             lease.view()
 

@@ -118,9 +118,9 @@ class TestTheDaemonsCertificate:
     def test_that_expires_while_the_daemon_runs_is_refused_by_clients_until_it_is_replaced(
         self, folder: Path, authority: Authority
     ) -> None:
-        files, end = files_of(folder, authority), datetime.now(UTC) + timedelta(seconds=6)
+        files, end = files_of(folder, authority), datetime.now(UTC) + timedelta(seconds=8)
         with daemon_with(folder, authority.issue(valid_until=end)) as daemon:
-            until(lambda: datetime.now(UTC) > end, timeout_s=10)
+            until(lambda: datetime.now(UTC) > end)
             with daemon.client(tls=files) as client:
                 with pytest.raises(DaemonUnavailable, match="certificate has expired"):
                     client.capabilities()
@@ -558,7 +558,7 @@ class TestKvctl:
         done = kvctl("ls", "--address", strict_daemon.address)
 
         assert (done.returncode, done.stdout) == (1, "")
-        assert "give --tls-ca if it speaks TLS" in done.stderr
+        assert "speaks TLS: give --tls-ca" in done.stderr
 
     def test_with_a_wrong_ca_says_so(self, strict_daemon: DaemonProcess, folder: Path, stranger: Authority) -> None:
         done = kvctl("ls", "--address", strict_daemon.address, "--tls-ca", stranger.write(folder, "stranger"))

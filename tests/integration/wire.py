@@ -119,7 +119,7 @@ class Wire:
         answer: blocks_pb2.LookupPrefixResponse = self.blocks.LookupPrefix(request)
         return answer
 
-    def load(self, lease_id: int, **part: int) -> list[blocks_pb2.LoadBlocksResponse]:
+    def load(self, lease_id: int, **part: Any) -> list[blocks_pb2.LoadBlocksResponse]:
         """The frames of a load."""
         request = blocks_pb2.LoadBlocksRequest(client_id=self.client_id, lease_id=lease_id, **part)
         return list(self.blocks.LoadBlocks(request))

@@ -148,7 +148,7 @@ class StoreBesideModel(RuleBasedStateMachine):
 
     def do(self, work: Coroutine[Any, Any, T]) -> T:
         """One step of the store's event loop's life. None may take long, whatever is going on."""
-        return self.loop.run_until_complete(asyncio.wait_for(work, 15))
+        return self.loop.run_until_complete(asyncio.wait_for(work, 120))
 
     def teardown(self) -> None:
         try:

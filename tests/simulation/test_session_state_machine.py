@@ -113,7 +113,7 @@ class SessionMachine(RuleBasedStateMachine):
         self.client: Client = self.store.leases.attach(CALLER, "test")
 
     def do(self, work: Coroutine[Any, Any, T]) -> T:
-        return self.loop.run_until_complete(asyncio.wait_for(work, 15))
+        return self.loop.run_until_complete(asyncio.wait_for(work, 120))
 
     def teardown(self) -> None:
         try:

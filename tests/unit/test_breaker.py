@@ -37,17 +37,17 @@ class Daemon:
 
     def probe(self) -> bool:
         self.asked.release()
-        answer = self.probes.get(timeout=5)
+        answer = self.probes.get(timeout=60)
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     def is_asked(self, answer: bool | Exception) -> None:
         """The pause of the moment ends; the probe that follows is answered so."""
-        self.pauses.get(timeout=5)
+        self.pauses.get(timeout=60)
         self.probes.put(answer)
         self._go_on.release()
-        assert self.asked.acquire(timeout=5)
+        assert self.asked.acquire(timeout=60)
 
 
 @pytest.fixture
@@ -116,9 +116,9 @@ def test_while_it_is_open_it_probes_again_and_again_until_the_daemon_answers(dae
 
 def test_while_a_probe_runs_it_is_half_open_and_no_request_goes_with_it(daemon: Daemon, breaker: Breaker) -> None:
     opened(breaker)
-    daemon.pauses.get(timeout=5)
+    daemon.pauses.get(timeout=60)
     daemon._go_on.release()
-    assert daemon.asked.acquire(timeout=5)
+    assert daemon.asked.acquire(timeout=60)
     assert breaker.state is State.HALF_OPEN
     assert not breaker.allow()
     daemon.probes.put(True)
@@ -147,7 +147,7 @@ def test_what_comes_late_from_before_it_opened_changes_nothing(daemon: Daemon, b
 
 def test_it_pauses_between_probes_as_long_as_it_was_told(daemon: Daemon, breaker: Breaker) -> None:
     opened(breaker)
-    assert daemon.pauses.get(timeout=5) == 0.5
+    assert daemon.pauses.get(timeout=60) == 0.5
 
 
 def test_closing_it_ends_its_thread_and_it_starts_none_any_more(daemon: Daemon, breaker: Breaker) -> None:

@@ -96,7 +96,7 @@ def test_helpers_begin_before_anybody_waits(pool: ThreadPoolExecutor) -> None:
     with Batch(lambda: pool) as batch:
         helped = threading.Event()
         group = batch.start(lambda _: helped.set(), [MIB] * 2)
-        assert helped.wait(10)
+        assert helped.wait(60)
         batch.finish(group, Deadline(10))
 
 
@@ -129,7 +129,7 @@ def test_work_that_takes_longer_than_allowed_is_given_up(pool: ThreadPoolExecuto
 
     with Batch(lambda: pool) as batch:
         group = batch.start(work, [MIB] * 2)
-        assert helped.wait(10)
+        assert helped.wait(60)
         with pytest.raises(DeadlineExceeded):
             batch.finish(group, Deadline(0.05))
         hung.set()
@@ -146,7 +146,7 @@ def test_leaving_a_batch_waits_for_what_runs_and_drops_the_rest(pool: ThreadPool
 
     with Batch(lambda: pool) as batch:
         batch.start(work, [MIB] * 100)
-        assert running.wait(10)
+        assert running.wait(60)
         threading.Timer(0.05, go_on.set).start()
     assert 1 <= len(done) <= 3
 
@@ -157,7 +157,7 @@ def test_a_batch_that_is_interrupted_is_left_once_its_work_has_ended() -> None:
     written: list[int] = []
 
     def work(position: int) -> None:
-        go_on.wait(10)
+        go_on.wait(60)
         written.append(position)
 
     timers = [threading.Timer(0.1 * number, os.kill, (os.getpid(), signal.SIGINT)) for number in (1, 2)]
@@ -185,7 +185,7 @@ def test_an_interrupt_is_raised_at_once_though_it_hit_the_work_of_others() -> No
     def first(at: int) -> None:
         if at == 0:
             helped.set()
-            hung.wait(10)
+            hung.wait(60)
 
     def second(at: int) -> None:
         raise KeyboardInterrupt
@@ -193,7 +193,7 @@ def test_an_interrupt_is_raised_at_once_though_it_hit_the_work_of_others() -> No
     def interrupted(pool: ThreadPoolExecutor) -> None:
         with Batch(lambda: pool) as batch:
             group = batch.start(first, [MIB] * 2)
-            assert helped.wait(10)
+            assert helped.wait(60)
             batch.start(second, [MIB])
             threading.Timer(0.2, hung.set).start()
             batch.finish(group, Deadline(5))

@@ -14,8 +14,6 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
@@ -184,16 +182,10 @@ _LONGROPE: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("model", "why"),
     [
-        (
-            lambda: MistralForCausalLM(
-                MistralConfig(**_TINY, intermediate_size=32, num_key_value_heads=2, sliding_window=8)
-            ),
-            "Sliding",
-        ),
         (lambda: tiny_llama(rope_parameters=_LONGROPE), "longrope"),
         (lambda: T5ForConditionalGeneration(T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2)), "tokens"),
     ],
-    ids=["sliding window", "rotary encoding that depends on the length", "encoder"],
+    ids=["rotary encoding that depends on the length", "encoder"],
 )
 def test_models_whose_blocks_could_not_be_given_back_exactly_are_refused(model: Any, why: str) -> None:
     with pytest.raises(UnsupportedModel, match=why):

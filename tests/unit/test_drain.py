@@ -31,7 +31,7 @@ BLOCK = 12 * KIB
 
 async def drained(opened: OpenStore) -> DrainProgress:
     opened.store.drain.begin(CALLER)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         return [progress async for progress in opened.store.drain.progress(CALLER)][-1]
 
 

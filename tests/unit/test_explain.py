@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 from kvservice.blocks import TierName
+from kvservice.rpc import explained
 from kvservice.store.explain import Arrival, Miss, OtherLayout, Place, differences
 from kvservice.store.history import Reason
 from kvservice.store.leases import Client
 from kvservice.store.requests import ReportRecord, Requests
 from kvservice_api.errors import InvalidRequest, RequestNotFound
 from kvservice_api.layout import Layout, Rotary, Shard
+from tests.clock import TickingClock
 from tests.layouts import changed
 from tests.stores import (
     CALLER,
@@ -45,6 +47,17 @@ async def saved(opened: OpenStore, client: Client, blocks: int, *, seed: int = 0
 def places(opened: OpenStore, key: bytes) -> list[Place]:
     (row,) = opened.store.explain.rows(CALLER, key)
     return opened.store.explain.places(CALLER, row)
+
+
+@pytest.mark.parametrize("history_events", [0, 1000])
+async def test_an_answer_tells_one_time_since_when_all_is_remembered(
+    open_store: Callable[..., Any], history_events: int
+) -> None:
+    """With the history off that is the time of reading, which must be read once."""
+    opened = await open_store(clock=TickingClock(), history_events=history_events)
+    answer = explained.block(opened.store, CALLER, some_chain(1).keys[0])
+    assert answer.remembers_since == answer.miss.remembers_since
+    assert answer.remembers_since.ToMilliseconds() > 0
 
 
 # Where a block is

@@ -51,7 +51,7 @@ class Gate:
 
     def __call__(self) -> None:
         self._reached.set()
-        assert self._open.wait(10)
+        assert self._open.wait(60)
         self.passed += 1
 
     async def reached(self) -> None:

@@ -40,6 +40,7 @@ from tests.stores import (
     KIB,
     LAYOUT,
     MIB,
+    PATIENT,
     WHOLE,
     OpenStore,
     caller_of,
@@ -334,7 +335,7 @@ async def test_a_client_that_goes_while_it_waits_for_another_or_for_room_is_let_
 
     opened.store.leases.detach(CALLER, waiting)
     with pytest.raises(IncompleteSave, match="gone"):
-        await asyncio.wait_for(save, 1)
+        await asyncio.wait_for(save, 30)
     await ingest.__aexit__(None, None, None)
     await nothing_left(opened)
 
@@ -407,7 +408,7 @@ async def test_saves_that_wait_for_one_another_form_no_circle(opened: OpenStore,
     third = asyncio.create_task(opened.save(client, b, some_images(b, seed=3)))
     await gives_up.__aexit__(None, None, None)
     fourth = asyncio.create_task(opened.save(client, a, some_images(a, seed=4)))
-    outcomes = await asyncio.wait_for(asyncio.gather(*both, third, fourth), 1)
+    outcomes = await asyncio.wait_for(asyncio.gather(*both, third, fourth), 30)
     assert [outcome.stored for outcome in outcomes] == [[0, 1], [], [], []]
     assert not any(outcome.refused for outcome in outcomes)
 
@@ -417,7 +418,7 @@ async def test_shards_of_one_block_are_uploaded_side_by_side(opened: OpenStore, 
     halves = (Shard(0, 2, 0, 1), Shard(0, 2, 1, 2))
     ingests = [opened.begin_save(client, chain, shard=half) for half in halves]
     for half, ingest in zip(halves, ingests, strict=True):
-        await asyncio.wait_for(ingest.__aenter__(), 1)
+        await asyncio.wait_for(ingest.__aenter__(), 30)
         images = some_images(chain, shard=half)
         for each in frames_of(LAYOUT, half, chain, images):
             ingest.write(each)
@@ -433,9 +434,9 @@ async def test_shards_of_one_block_are_uploaded_side_by_side(opened: OpenStore, 
 async def test_blocks_that_find_no_room_are_refused_and_those_before_them_stored(
     open_store: Callable[..., Any],
 ) -> None:
-    opened: OpenStore = await open_store(dram_bytes=3 * BLOCK + HEADER)
+    opened: OpenStore = await open_store(dram_bytes=3 * BLOCK + HEADER, limits=PATIENT)
     client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(5)
-    outcome = await asyncio.wait_for(opened.save(client, chain, some_images(chain)), 1)
+    outcome = await asyncio.wait_for(opened.save(client, chain, some_images(chain)), 30)
     assert outcome.stored == [0, 1, 2]
     assert [type(error) for error in outcome.refused.values()] == [TierFull, TierFull]
     assert opened.hits(chain.keys) == 3

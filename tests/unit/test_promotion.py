@@ -20,7 +20,7 @@ from kvservice_api.image import block_geometry
 from kvservice_api.keys import BlockChain
 from kvservice_api.layout import Layout, Shard
 from tests.file_faults import FaultyCalls
-from tests.stores import CALLER, KIB, LAYOUT, OpenStore, caller_of, layers_of, some_chain, some_images, until
+from tests.stores import CALLER, KIB, LAYOUT, PATIENT, OpenStore, caller_of, layers_of, some_chain, some_images, until
 
 BLOCK = 12 * KIB
 HEADER = 4 * KIB
@@ -138,7 +138,7 @@ async def test_a_landing_that_ended_while_its_joiner_waited_for_room_is_not_read
 
 
 async def test_what_dram_has_no_room_for_is_read_where_it_lies(open_store: Callable[..., Any]) -> None:
-    opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER)
+    opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER, limits=PATIENT)
     client = opened.store.leases.attach(CALLER, "test")
     chain, other = some_chain(3, seed=1), some_chain(3, seed=2)
     images = await on_ssd(opened, client, chain)
@@ -146,7 +146,7 @@ async def test_what_dram_has_no_room_for_is_read_where_it_lies(open_store: Calla
     assert opened.lookup(client, other.keys) is not None, "and what is in DRAM may not leave"
     lease = opened.lookup(client, chain.keys)
     assert lease is not None
-    assert await asyncio.wait_for(opened.load(lease), 2) == layers_of(images)
+    assert await asyncio.wait_for(opened.load(lease), 30) == layers_of(images)
     assert opened.store.counters.read_through_bytes > 0
     assert opened.hits(other.keys) == 3
 
@@ -182,7 +182,7 @@ async def test_a_layer_that_is_there_does_not_wait_for_the_next_one(open_store: 
     frames = opened.frames(lease, range(1), range(2))
     received = b""
     while len(received) < len(images[0]) // 2:
-        layer, payload = await asyncio.wait_for(anext(frames), 5)
+        layer, payload = await asyncio.wait_for(anext(frames), 30)
         assert layer == 0
         received += payload
     calls.gate.set()

@@ -347,7 +347,7 @@ class SlowTmpfs(FileCalls):
 
     def open(self, path: str | os.PathLike[str], flags: int, mode: int = 0o600) -> int:
         self.files += 1
-        assert self.files == 1 or self.go_on.wait(10)
+        assert self.files == 1 or self.go_on.wait(60)
         return super().open(path, flags, mode)
 
 

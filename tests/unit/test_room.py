@@ -13,7 +13,7 @@ from kvservice.store.block_store import StoreLimits
 from kvservice.store.leases import Client
 from kvservice.store.room import Watermarks
 from kvservice_api.errors import TierFull
-from tests.stores import CALLER, KIB, MIB, OpenStore, caller_of, some_chain, some_images, until
+from tests.stores import CALLER, KIB, MIB, PATIENT, OpenStore, caller_of, some_chain, some_images, until
 
 BLOCK = 12 * KIB  # Of the tests' layout.
 HEADER = 4 * KIB  # Of the arena, and of each SSD file.
@@ -68,13 +68,13 @@ async def test_without_an_ssd_tier_the_oldest_are_lost(open_store: Callable[...,
 async def test_where_everything_is_leased_a_save_is_refused_at_once_and_nothing_leaves(
     open_store: Callable[..., Any],
 ) -> None:
-    opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER)
+    opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER, limits=PATIENT)
     client = opened.store.leases.attach(CALLER, "test")
     keys = await saved(opened, client, 4)
     lease = opened.lookup(client, keys)
     chain = some_chain(2, seed=9)
 
-    outcome = await asyncio.wait_for(opened.save(client, chain, some_images(chain)), 1)
+    outcome = await asyncio.wait_for(opened.save(client, chain, some_images(chain)), 30)
     assert [type(error) for error in outcome.refused.values()] == [TierFull, TierFull]
     assert in_dram(opened, keys) == 4
 

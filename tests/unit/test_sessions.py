@@ -489,7 +489,7 @@ async def test_a_truncation_that_keeps_everything_is_a_use_and_no_change(opened:
     first = await begin(opened)
     opened.files.clock.advance(seconds=1)
     with opened.commits_held(TierName.SSD):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             kept = await opened.store.sessions.truncate(CALLER, LAYOUT.fingerprint, "chat", 1, [(0, 37)])
     assert same(kept, first)
     assert kept.expires_at_ms == first.expires_at_ms + 1000

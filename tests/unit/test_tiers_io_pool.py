@@ -34,7 +34,7 @@ class OneThread:
 
     def _wait(self) -> None:
         self._busy.set()
-        assert self._gate.wait(10)
+        assert self._gate.wait(60)
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ async def test_the_outcome_of_a_cancelled_call_disturbs_nobody() -> None:
 
     def fail() -> None:
         begun.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
         raise LookupError("too late to matter")
 
     task = asyncio.ensure_future(pool.run(0.0, fail))
@@ -114,7 +114,7 @@ def test_a_loop_that_was_closed_meanwhile_harms_no_thread() -> None:
     go_on = threading.Event()
     done: list[bool] = []
     loop = asyncio.new_event_loop()
-    task = loop.create_task(pool.run(0.0, lambda: done.append(go_on.wait(10))))
+    task = loop.create_task(pool.run(0.0, lambda: done.append(go_on.wait(60))))
     loop.run_until_complete(asyncio.sleep(0))
     loop.close()
 

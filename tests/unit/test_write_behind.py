@@ -109,7 +109,7 @@ async def test_a_save_to_ssd_ends_and_nothing_stays_held_whatever_fails_its_reco
     client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(4)
     index.error = RuntimeError("nobody foresaw this")
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         with pytest.raises(RuntimeError, match="foresaw"):
             await opened.save(client, chain, some_images(chain), on_ssd=True)
 
@@ -132,7 +132,7 @@ async def test_a_save_to_ssd_ends_where_the_index_was_damaged_under_the_daemon(
         file.write(b"\xff" * 65536)
 
     for _ in range(2):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             outcome = await opened.save(client, chain, some_images(chain), on_ssd=True)
         assert {type(error) for error in outcome.refused.values()} == {StorageFailed}
     assert opened.hits(chain.keys) == 2, "DRAM goes on"

@@ -11,9 +11,9 @@ from importlib.metadata import EntryPoint, entry_points
 
 import typer
 
-from kvservice_api.errors import KVError
+from kvservice_api.errors import DaemonUnavailable, KVError
 from kvservice_client.cli.advice import advice
-from kvservice_client.cli.options import with_tls_options
+from kvservice_client.cli.options import why_no_answer, with_tls_options
 
 GROUP = "kvctl.commands"
 
@@ -23,7 +23,8 @@ def main() -> None:
     try:
         app(sys.argv[1:2])()
     except KVError as error:
-        print(f"kvctl: {error.message.rstrip('.')}. {advice(error)}", file=sys.stderr)
+        hint = why_no_answer() if type(error) is DaemonUnavailable else advice(error)
+        print(f"kvctl: {error.message.rstrip('.')}. {hint}", file=sys.stderr)
         sys.exit(1)
 
 

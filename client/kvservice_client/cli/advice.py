@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from kvservice_api.errors import (
     BlockNotFound,
-    DaemonUnavailable,
     DeadlineExceeded,
     Draining,
     IndexFull,
@@ -21,8 +20,6 @@ from kvservice_api.errors import (
 
 _ADVICE: dict[type[KVError], str] = {
     BlockNotFound: "See what is stored with `kvctl ls`.",
-    DaemonUnavailable: "Start a daemon with `kvservice serve`, give --tls-ca if it speaks TLS, "
-    "or name another one with --address.",
     DeadlineExceeded: "The daemon is busy or out of reach; allow more time with --timeout.",
     Draining: "The daemon is stopping; ask again once it is back.",
     IndexFull: "Make the index larger with the setting of its map's size.",
@@ -38,4 +35,5 @@ _ADVICE: dict[type[KVError], str] = {
 
 
 def advice(error: KVError) -> str:
+    """One sentence. For a daemon that cannot be reached it depends on the address: see ``unreachable``."""
     return _ADVICE.get(type(error), "The daemon's log may say more.")

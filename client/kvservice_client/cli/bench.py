@@ -20,14 +20,19 @@ from kvservice_client.bench.memory import VIEW_BYTES, Memory
 from kvservice_client.bench.report import Report
 from kvservice_client.bench.wire import LAYOUT, Wire
 from kvservice_client.cli import output
-from kvservice_client.cli.options import AsJson, connect
+from kvservice_client.cli.options import AsJson, checked_address, connect
 
 _BYTES_MOVED = 8 * LAYOUT.block_tokens * LAYOUT.bytes_per_token  # 256 MiB in each round.
 
 
 def bench(
     address: Annotated[
-        str, typer.Option("--address", help="Measure this daemon's wire instead of one started for the purpose.")
+        str,
+        typer.Option(
+            "--address",
+            help="Measure this daemon's wire instead of one started for the purpose.",
+            callback=lambda address: checked_address(address) if address else "",
+        ),
     ] = "",
     quick: Annotated[bool, typer.Option("--quick", help="Less data and fewer rounds: under a minute.")] = False,
     directory: Annotated[

@@ -12,16 +12,33 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from kvservice_api.address import parse_address
 from kvservice_api.keys import KEY_BYTES
 from kvservice_client.admin import Tier
+from kvservice_client.cli.unreachable import why_unreachable
 from kvservice_client.client import Client
 from kvservice_client.tls import TlsFiles
 
 _SPAN_MAX_S = 1e9  # Some thirty years.
 
+
+def checked_address(text: str) -> str:
+    """The address, if a client can connect to it. Wrong usage otherwise."""
+    try:
+        parse_address(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    return text
+
+
 Address = Annotated[
     str,
-    typer.Option("--address", envvar="KVCTL_ADDRESS", help="The daemon: host:port, or the path of a UNIX socket."),
+    typer.Option(
+        "--address",
+        envvar="KVCTL_ADDRESS",
+        help="The daemon: host:port, or the path of a UNIX socket.",
+        callback=checked_address,
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Timeout = Annotated[float, typer.Option("--timeout", min=0.001, help="Seconds that one request may take.")]
@@ -58,6 +75,7 @@ TLS_OPTIONS: dict[str, Any] = {  # Of every verb that has an --address.
 
 
 _tls: ContextVar[TlsFiles | None] = ContextVar("tls", default=None)
+_connected_to: ContextVar[str] = ContextVar("connected_to", default="")
 
 
 def with_tls_options(verb: Callable[..., None]) -> Callable[..., None]:
@@ -69,8 +87,8 @@ def with_tls_options(verb: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(verb)
     def run(**arguments: Any) -> None:
         ca, certificate, key, server_name = (arguments.pop(name) for name in TLS_OPTIONS)
-        if ca or certificate or key or server_name:
-            _tls.set(TlsFiles(ca, certificate, key, server_name))
+        is_wanted = ca or certificate or key or server_name
+        _tls.set(TlsFiles(ca, certificate, key, server_name) if is_wanted else None)
         verb(**arguments)
 
     def option(name: str, kind: Any) -> inspect.Parameter:
@@ -86,7 +104,13 @@ def connect(
     address: str, timeout_s: float, *, name: str = "kvctl", transport: Literal["auto", "shm", "grpc"] = "auto"
 ) -> Client:
     """A client with the TLS options of the verb that runs."""
+    _connected_to.set(address)
     return Client(address, name=name, timeout_s=timeout_s, tls=_tls.get(), transport=transport)
+
+
+def why_no_answer() -> str:
+    """What to do about the daemon that the last client of `connect` could not reach. Tries to connect to it."""
+    return why_unreachable(parse_address(_connected_to.get()), with_tls=_tls.get() is not None)
 
 
 def digest(text: str, what: str) -> bytes:

@@ -141,21 +141,69 @@ class ResidencyRun(_message.Message):
     ssd: bool
     def __init__(self, count: _Optional[int] = ..., dram: bool = ..., ssd: bool = ...) -> None: ...
 
+class ExportLeaseRequest(_message.Message):
+    __slots__ = ("client_id", "lease_id", "ttl_ms", "adoptions")
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    ADOPTIONS_FIELD_NUMBER: _ClassVar[int]
+    client_id: bytes
+    lease_id: int
+    ttl_ms: int
+    adoptions: int
+    def __init__(self, client_id: _Optional[bytes] = ..., lease_id: _Optional[int] = ..., ttl_ms: _Optional[int] = ..., adoptions: _Optional[int] = ...) -> None: ...
+
+class ExportLeaseResponse(_message.Message):
+    __slots__ = ("ticket", "ttl_ms")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    ticket: bytes
+    ttl_ms: int
+    def __init__(self, ticket: _Optional[bytes] = ..., ttl_ms: _Optional[int] = ...) -> None: ...
+
+class AdoptLeaseRequest(_message.Message):
+    __slots__ = ("client_id", "ticket", "layout_fingerprint", "shard", "lease_ttl_ms")
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    LEASE_TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    client_id: bytes
+    ticket: bytes
+    layout_fingerprint: bytes
+    shard: _types_pb2.Shard
+    lease_ttl_ms: int
+    def __init__(self, client_id: _Optional[bytes] = ..., ticket: _Optional[bytes] = ..., layout_fingerprint: _Optional[bytes] = ..., shard: _Optional[_Union[_types_pb2.Shard, _Mapping]] = ..., lease_ttl_ms: _Optional[int] = ...) -> None: ...
+
+class AdoptLeaseResponse(_message.Message):
+    __slots__ = ("lease_id", "lease_ttl_ms", "token_counts", "runs")
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    LEASE_TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    lease_id: int
+    lease_ttl_ms: int
+    token_counts: _containers.RepeatedScalarFieldContainer[int]
+    runs: _containers.RepeatedCompositeFieldContainer[ResidencyRun]
+    def __init__(self, lease_id: _Optional[int] = ..., lease_ttl_ms: _Optional[int] = ..., token_counts: _Optional[_Iterable[int]] = ..., runs: _Optional[_Iterable[_Union[ResidencyRun, _Mapping]]] = ...) -> None: ...
+
 class LoadBlocksRequest(_message.Message):
-    __slots__ = ("client_id", "lease_id", "first_block", "block_count", "first_layer", "layer_count")
+    __slots__ = ("client_id", "lease_id", "first_block", "block_count", "first_layer", "layer_count", "shard")
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
     BLOCK_COUNT_FIELD_NUMBER: _ClassVar[int]
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
     LAYER_COUNT_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
     client_id: bytes
     lease_id: int
     first_block: int
     block_count: int
     first_layer: int
     layer_count: int
-    def __init__(self, client_id: _Optional[bytes] = ..., lease_id: _Optional[int] = ..., first_block: _Optional[int] = ..., block_count: _Optional[int] = ..., first_layer: _Optional[int] = ..., layer_count: _Optional[int] = ...) -> None: ...
+    shard: _types_pb2.Shard
+    def __init__(self, client_id: _Optional[bytes] = ..., lease_id: _Optional[int] = ..., first_block: _Optional[int] = ..., block_count: _Optional[int] = ..., first_layer: _Optional[int] = ..., layer_count: _Optional[int] = ..., shard: _Optional[_Union[_types_pb2.Shard, _Mapping]] = ...) -> None: ...
 
 class LoadBlocksResponse(_message.Message):
     __slots__ = ("layer", "first_block", "first_offset_bytes", "payload")
@@ -228,18 +276,20 @@ class RefusedBlock(_message.Message):
     def __init__(self, block: _Optional[int] = ..., status: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
 
 class LocateBlocksRequest(_message.Message):
-    __slots__ = ("client_id", "lease_id", "first_block", "block_count", "verify")
+    __slots__ = ("client_id", "lease_id", "first_block", "block_count", "verify", "shard")
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
     BLOCK_COUNT_FIELD_NUMBER: _ClassVar[int]
     VERIFY_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
     client_id: bytes
     lease_id: int
     first_block: int
     block_count: int
     verify: bool
-    def __init__(self, client_id: _Optional[bytes] = ..., lease_id: _Optional[int] = ..., first_block: _Optional[int] = ..., block_count: _Optional[int] = ..., verify: bool = ...) -> None: ...
+    shard: _types_pb2.Shard
+    def __init__(self, client_id: _Optional[bytes] = ..., lease_id: _Optional[int] = ..., first_block: _Optional[int] = ..., block_count: _Optional[int] = ..., verify: bool = ..., shard: _Optional[_Union[_types_pb2.Shard, _Mapping]] = ...) -> None: ...
 
 class LocateBlocksResponse(_message.Message):
     __slots__ = ("arena_id", "not_in_place_because", "offsets", "generations", "trailer_checksums", "token_counts", "shards", "layers_ready")

@@ -57,6 +57,16 @@ class BlockServiceStub(object):
                 request_serializer=kvservice__api_dot_v1_dot_blocks__pb2.LookupPrefixRequest.SerializeToString,
                 response_deserializer=kvservice__api_dot_v1_dot_blocks__pb2.LookupPrefixResponse.FromString,
                 _registered_method=True)
+        self.ExportLease = channel.unary_unary(
+                '/kvservice_api.v1.BlockService/ExportLease',
+                request_serializer=kvservice__api_dot_v1_dot_blocks__pb2.ExportLeaseRequest.SerializeToString,
+                response_deserializer=kvservice__api_dot_v1_dot_blocks__pb2.ExportLeaseResponse.FromString,
+                _registered_method=True)
+        self.AdoptLease = channel.unary_unary(
+                '/kvservice_api.v1.BlockService/AdoptLease',
+                request_serializer=kvservice__api_dot_v1_dot_blocks__pb2.AdoptLeaseRequest.SerializeToString,
+                response_deserializer=kvservice__api_dot_v1_dot_blocks__pb2.AdoptLeaseResponse.FromString,
+                _registered_method=True)
         self.LoadBlocks = channel.unary_stream(
                 '/kvservice_api.v1.BlockService/LoadBlocks',
                 request_serializer=kvservice__api_dot_v1_dot_blocks__pb2.LoadBlocksRequest.SerializeToString,
@@ -166,10 +176,40 @@ class BlockServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExportLease(self, request, context):
+        """Makes a ticket of a lease: bytes with which other clients of this daemon adopt the same blocks. From here on
+        the ticket holds the blocks by itself, whatever becomes of the lease and its client, until it expires or was
+        adopted as often as it says. Errors:
+        * INVALID_ARGUMENT INVALID_REQUEST: no time to live, or a number of adoptions that is 0 or over 4096.
+        * FAILED_PRECONDITION LEASE_EXPIRED: look the prefix up again.
+        * PERMISSION_DENIED LEASE_NOT_YOURS: the lease belongs to another client.
+        * RESOURCE_EXHAUSTED OVERLOADED: the open tickets of all clients hold as much as one client may hold; let the
+        ranks look the prefix up themselves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AdoptLease(self, request, context):
+        """Gives the client a lease of its own on the blocks of a ticket. It ends like any other lease, and counts for
+        the client's limits. A refused adoption does not count for the ticket. Errors:
+        * INVALID_ARGUMENT INVALID_REQUEST: no time to live, or a shard outside the exported lease's.
+        * PERMISSION_DENIED TICKET_FORGED: these bytes are no ticket of this daemon; do not retry.
+        * PERMISSION_DENIED TICKET_NOT_YOURS: the ticket belongs to another tenant.
+        * FAILED_PRECONDITION TICKET_FOREIGN: it is another daemon's, or from before a restart; look the prefix up.
+        * FAILED_PRECONDITION TICKET_LAYOUT_MISMATCH: it is for another layout; fix the configuration.
+        * FAILED_PRECONDITION TICKET_EXPIRED: look the prefix up.
+        * FAILED_PRECONDITION TICKET_SPENT: it was adopted as often as it allows; look the prefix up.
+        * RESOURCE_EXHAUSTED OVERLOADED: as for LookupPrefix.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def LoadBlocks(self, request, context):
         """Streams leased blocks, layer by layer: layer 0 of every block, then layer 1, and so on.
         Each layer's checksum is verified before any of its bytes is sent. Errors:
-        * INVALID_ARGUMENT INVALID_REQUEST: a range of blocks or layers outside the lease.
+        * INVALID_ARGUMENT INVALID_REQUEST: a range of blocks or layers, or a shard, outside the lease.
         * FAILED_PRECONDITION LEASE_EXPIRED: look the prefix up again.
         * PERMISSION_DENIED LEASE_NOT_YOURS: the lease belongs to another client.
         * DATA_LOSS CHECKSUM_MISMATCH: a block is damaged and has been dropped; what was already
@@ -209,7 +249,7 @@ class BlockServiceServicer(object):
         the places; where blocks are still coming up from SSD, further ones tell how many layers are
         there. The blocks stay in their places for as long as the stream is open: keep it until the
         last byte was used, then compare the generations. Errors:
-        * INVALID_ARGUMENT INVALID_REQUEST: a range of blocks outside the lease.
+        * INVALID_ARGUMENT INVALID_REQUEST: a range of blocks, or a shard, outside the lease.
         * FAILED_PRECONDITION NOT_SHARED: this daemon does not share its arena; use LoadBlocks.
         * FAILED_PRECONDITION LEASE_EXPIRED: look the prefix up again.
         * PERMISSION_DENIED LEASE_NOT_YOURS: the lease belongs to another client.
@@ -274,7 +314,7 @@ class BlockServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ReleaseLease(self, request, context):
-        """Ends a lease. Ending one that has ended is a success. Errors:
+        """Ends a lease. Ending one that has ended is a success, as long as its client is attached. Errors:
         * PERMISSION_DENIED LEASE_NOT_YOURS: the lease belongs to another client.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -332,6 +372,16 @@ def add_BlockServiceServicer_to_server(servicer, server):
                     servicer.LookupPrefix,
                     request_deserializer=kvservice__api_dot_v1_dot_blocks__pb2.LookupPrefixRequest.FromString,
                     response_serializer=kvservice__api_dot_v1_dot_blocks__pb2.LookupPrefixResponse.SerializeToString,
+            ),
+            'ExportLease': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExportLease,
+                    request_deserializer=kvservice__api_dot_v1_dot_blocks__pb2.ExportLeaseRequest.FromString,
+                    response_serializer=kvservice__api_dot_v1_dot_blocks__pb2.ExportLeaseResponse.SerializeToString,
+            ),
+            'AdoptLease': grpc.unary_unary_rpc_method_handler(
+                    servicer.AdoptLease,
+                    request_deserializer=kvservice__api_dot_v1_dot_blocks__pb2.AdoptLeaseRequest.FromString,
+                    response_serializer=kvservice__api_dot_v1_dot_blocks__pb2.AdoptLeaseResponse.SerializeToString,
             ),
             'LoadBlocks': grpc.unary_stream_rpc_method_handler(
                     servicer.LoadBlocks,
@@ -500,6 +550,60 @@ class BlockService(object):
             '/kvservice_api.v1.BlockService/LookupPrefix',
             kvservice__api_dot_v1_dot_blocks__pb2.LookupPrefixRequest.SerializeToString,
             kvservice__api_dot_v1_dot_blocks__pb2.LookupPrefixResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportLease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvservice_api.v1.BlockService/ExportLease',
+            kvservice__api_dot_v1_dot_blocks__pb2.ExportLeaseRequest.SerializeToString,
+            kvservice__api_dot_v1_dot_blocks__pb2.ExportLeaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AdoptLease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvservice_api.v1.BlockService/AdoptLease',
+            kvservice__api_dot_v1_dot_blocks__pb2.AdoptLeaseRequest.SerializeToString,
+            kvservice__api_dot_v1_dot_blocks__pb2.AdoptLeaseResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -16,7 +16,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
@@ -53,6 +55,9 @@ class History(Protocol):
     def begin(self) -> None:
         """The request runs: layers will be taken one after another."""
 
+    def compute_masked(self, visible: NDArray[np.bool_]) -> bool:
+        """Compute it under this attention mask ``[row, column]``. Whether it is done: not once a layer was taken."""
+
     def layer(self, index: int) -> Tensors:
         """Keys and values, buffers of at least `columns` columns. Waits for them, and never raises a KVError."""
 
@@ -62,6 +67,12 @@ class History(Protocol):
 
 class Writing(Protocol):
     """Is told what the model computes."""
+
+    def other_mask(self, forward: Forward, first: int) -> NDArray[np.bool_] | None:
+        """A forward's mask of the `first` columns before it, where it is not the one they were computed with."""
+
+    def adopt(self, visible: NDArray[np.bool_]) -> None:
+        """They were computed again under this mask."""
 
     def begin(self, forward: Forward, first: int) -> None:
         """A forward begins whose first token will be in column `first`."""
@@ -79,12 +90,29 @@ class Writing(Protocol):
         """What the cache holds from now on is not what its tokens say."""
 
 
+class WholeLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library's own class hook has no types.
+    """A layer that keeps all tokens, with sliding-window attention too: there the mask leaves out what lies before
+    the window, where a layer of the library's own drops it."""
+
+    def __init__(self, is_sliding: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # Nor has its `__init__`.
+        self.is_sliding = is_sliding
+
+
+def whole_cache(config: PretrainedConfig) -> DynamicCache:
+    """An empty cache of the library's that keeps every token in every layer."""
+    cache = DynamicCache(config=config)
+    cache.layers = [WholeLayer(is_sliding) for is_sliding in cache.is_sliding]
+    return cache
+
+
 class StoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library's own class hook has no types.
     """One layer. Whoever touches its keys or values first waits for the history."""
 
     is_initialized = False
 
-    def __init__(self, index: int, history: History, writing: Writing) -> None:
+    def __init__(self, index: int, history: History, writing: Writing, is_sliding: bool) -> None:
+        self.is_sliding = is_sliding  # Masks are made for it; all tokens are kept, as in `WholeLayer`.
         self._index = index
         self._history = history
         self._writing = writing
@@ -202,7 +230,7 @@ class StoredCache(DynamicCache):
         super().__init__(config=config)
         self.history = history
         self.writing = writing
-        self.layers = [StoredLayer(index, history, writing) for index in range(len(self.layers))]
+        self.layers = [StoredLayer(index, history, writing, each) for index, each in enumerate(self.is_sliding)]
         self._on_forward = on_forward
         self._began = 0, 0.0, 0.0
 
@@ -210,6 +238,9 @@ class StoredCache(DynamicCache):
         """A forward with this cache begins."""
         columns = self.get_seq_length()
         if columns == self.history.columns:
+            other = self.writing.other_mask(forward, columns)
+            if other is not None and self.history.compute_masked(other):
+                self.writing.adopt(other)
             self.history.begin()
         self.writing.begin(forward, columns)
         self._began = columns, time.perf_counter(), self.history.lost_s

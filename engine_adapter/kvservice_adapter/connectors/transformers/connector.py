@@ -19,6 +19,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -26,6 +28,7 @@ from kvservice_adapter.breaker import Breaker, answered, probe_of
 from kvservice_adapter.connectors.transformers import remembering
 from kvservice_adapter.connectors.transformers.finding import Finder, Found
 from kvservice_adapter.connectors.transformers.forwards import watch
+from kvservice_adapter.connectors.transformers.generation import hidden_token
 from kvservice_adapter.connectors.transformers.model_layout import (
     UnsupportedModel,
     has_adapters,
@@ -109,7 +112,7 @@ class TransformersConnector:
         self._salt = salt
         self._wait_s, self._save_wait_s = wait_s, save_wait_s
         self._rope: Rope | None = None
-        self._tokens_max = self._rope_for_all().tokens_max if self.layout.rotary.kind == "dynamic" else None
+        self._tokens_max = self._rope_for_all().tokens_max if self._is_dynamic else None
         if not rotated:
             self._watch_keys()
         self._finder = Finder(client, self._blocks, self._rope_of_model)
@@ -127,7 +130,10 @@ class TransformersConnector:
             wait_s=wait_s,
             tokens_max=self._tokens_max,
             rope=None if rotated else self._rope,
+            on_prompt=self._learn_hidden_token,
         )
+        # What `generate` is expected to hide where it is given no mask; each prompt's first forward shows what it does.
+        self._hidden_token = hidden_token(getattr(model, "generation_config", None))
         self._turns = TurnSaver(client, self._blocks, model, device, self._breaker, self._tokens_max)
         self._work = device.stream("kvservice-save")  # In order: what a turn saves, the next one finds.
         watch(model)
@@ -167,6 +173,10 @@ class TransformersConnector:
         given = sequences(token_ids, attention_mask)
         if conversation is not None and len(given.pads) != 1:
             raise UnsupportedModel("a conversation is restored by itself, not in a batch")
+        if given.hidden.any() and (conversation is not None or not self.layout.rotated):
+            raise UnsupportedModel("tokens can be hidden neither in a conversation nor where keys are stored unrotated")
+        if attention_mask is None and conversation is None and self.layout.rotated:
+            given = given.hiding(self._hidden_token)
         if conversation is not None and not conversation.leads_to(given.tokens(0)):
             conversation.begin_anew()
         names = _names(session_id, len(given.pads))
@@ -216,7 +226,7 @@ class TransformersConnector:
         conversation only, and with the cache that `restore` gave. Waits at most `wait_s` (by default what the
         connector was made with); what is not done by then goes on, and the answer has DeadlineExceeded.
         """
-        given = sequences(token_ids, attention_mask)
+        given = sequences(token_ids, attention_mask, may_have_ended=True)
         states = self._turns.states(cache, len(given.pads))
         savings = self._turns.prepare(given, cache, self._keys(), _names(session_id, len(given.pads)), conversation)
         block_count = sum(len(each.chain) for each in savings)
@@ -225,6 +235,9 @@ class TransformersConnector:
         writing = writing_of(cache)
         if writing is not None and writing.misplaced:
             return Saved(refused=block_count, error=InvalidRequest(writing.misplaced))
+        if writing is not None and writing.has_hidden and conversation is not None:
+            hidden = InvalidRequest("the attention mask hides tokens: they are not what the conversation says")
+            return Saved(refused=block_count, error=hidden)
         if not self._breaker.allow():
             error: KVError = DaemonUnavailable("the daemon did not answer lately: nothing is sent to it")
             return Saved(refused=block_count, error=error)
@@ -295,7 +308,8 @@ class TransformersConnector:
                     found.append(self._finder.of_conversation(conversation, tokens_max, keys, deadline))
                 else:
                     name = session_ids[row] if conversation is None else conversation.session_id
-                    found.append(self._finder.of_tokens(tokens, tokens_max, keys, name, deadline, request_id))
+                    hidden = given.hidden_tokens(row)
+                    found.append(self._finder.of_tokens(tokens, hidden, tokens_max, keys, name, deadline, request_id))
         except KVError:
             self._restorer.release(found)
             raise
@@ -312,6 +326,17 @@ class TransformersConnector:
             raise event.error
         return is_done
 
+    def _learn_hidden_token(self, token_ids: NDArray[Any], hidden: NDArray[np.bool_]) -> None:
+        """The next prompt is looked up as this one was computed: with one token hidden wherever it occurs, or none."""
+        if len(token_ids) != 1:
+            return
+        tokens = np.unique(token_ids[hidden])
+        if not len(tokens):
+            if self._hidden_token is not None and (token_ids == self._hidden_token).any():
+                self._hidden_token = None
+        elif len(tokens) == 1 and bool(((token_ids == tokens[0]) == hidden).all()):
+            self._hidden_token = int(tokens[0])
+
     def _check_adapters(self) -> None:
         if not self._lora_id and has_adapters(self._model):
             raise UnsupportedModel("the model has adapters loaded; name the active one by lora_id")
@@ -322,6 +347,11 @@ class TransformersConnector:
         if self._model.dtype != torch_dtype(self.layout):
             raise UnsupportedModel(f"the model computes in {self._model.dtype} now; its layout has {self.layout.dtype}")
         return Keys(self.layout, self._salt, extra_identity(self._lora_id))
+
+    @property
+    def _is_dynamic(self) -> bool:
+        """Whether keys of long prompts are rotated in another way."""
+        return any(group.rotary.kind == "dynamic" for group in self.layout.groups)
 
     def _watch_keys(self) -> None:
         """For layouts of keys before rotation. Raises UnsupportedModel where the model does not show them."""

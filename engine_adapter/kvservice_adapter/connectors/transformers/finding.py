@@ -56,12 +56,22 @@ class Finder:
         self._lines = LimitedLog(log)
 
     def of_tokens(
-        self, token_ids: NDArray[Any], tokens_max: int, keys: Keys, session_id: str, deadline: Deadline, request_id: str
+        self,
+        token_ids: NDArray[Any],
+        hidden: NDArray[np.bool_],
+        tokens_max: int,
+        keys: Keys,
+        session_id: str,
+        deadline: Deadline,
+        request_id: str,
     ) -> Found | None:
-        """The longest stored prefix, in whole blocks but for the end of what the session has. Raises KVError."""
-        chain = keys.chain(token_ids[:tokens_max])
+        """The longest stored prefix, in whole blocks but for the end of what the session has. Raises KVError.
+
+        `hidden` marks the tokens that the attention mask hides.
+        """
+        chain = keys.chain(token_ids[:tokens_max], hidden=hidden)
         if session_id:
-            chain = self._of_session(token_ids, keys, session_id, deadline) or chain
+            chain = self._of_session(token_ids, hidden, keys, session_id, deadline) or chain
         if not len(chain):
             return None
         lease = self._blocks.lookup(chain, timeout_s=deadline.remaining_s, request_id=request_id)
@@ -116,13 +126,18 @@ class Finder:
         )
 
     def _of_session(
-        self, token_ids: NDArray[Any], keys: Keys, session_id: str, deadline: Deadline
+        self,
+        token_ids: NDArray[Any],
+        hidden: NDArray[np.bool_],
+        keys: Keys,
+        session_id: str,
+        deadline: Deadline,
     ) -> BlockChain | None:
         """The session's history, tail included, as far as the tokens begin with it; None where they do not."""
         state = self._state(session_id, deadline)
         if state is None or state.cuts:  # What is left after a cut cannot be told from the tokens.
             return None
-        chain = keys.chain(token_ids[: state.token_count], with_partial=True)
+        chain = keys.chain(token_ids[: state.token_count], with_partial=True, hidden=hidden)
         return chain[: common_blocks(chain.keys, state)] or None
 
     def _state(self, session_id: str, deadline: Deadline) -> SessionState | None:

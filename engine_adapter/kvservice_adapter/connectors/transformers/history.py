@@ -6,15 +6,18 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kvservice_adapter.connectors.transformers.cache import Tensors, empty_buffer, moved, room
 from kvservice_adapter.device.base import Pages
 from kvservice_adapter.limited_log import LimitedLog
 from kvservice_adapter.load import LayerLoader, LoadFailed
-from kvservice_api.errors import KVError
+from kvservice_api.errors import InvalidRequest, KVError
 from kvservice_api.layout import Layout
 
 log = logging.getLogger(__name__)
@@ -41,14 +44,15 @@ class Buffers:
     def of(self, index: int) -> Tensors:
         with self._lock:
             if index not in self._layers:
-                self._layers[index] = self._new(self._layout.k_head_dim), self._new(self._layout.v_head_dim)
+                group = self._layout.group_of(index)
+                self._layers[index] = self._new(index, group.k_head_dim), self._new(index, group.v_head_dim)
             return self._layers[index]
 
     def raw_keys(self, index: int) -> torch.Tensor:
         """Keys before rotation, for layouts that keep those."""
         with self._lock:
             if index not in self._raw:
-                self._raw[index] = self._new(self._layout.k_head_dim)
+                self._raw[index] = self._new(index, self._layout.group_of(index).k_head_dim)
             return self._raw[index]
 
     def take_raw_keys(self, index: int) -> torch.Tensor | None:
@@ -67,9 +71,9 @@ class Buffers:
         keys, values = self.of(index)
         return Pages(keys, values, [row], column)
 
-    def _new(self, dim: int) -> torch.Tensor:
+    def _new(self, index: int, dim: int) -> torch.Tensor:
         columns = self._columns + room(self._columns)
-        shape = len(self._pads), self._layout.kv_heads, columns, dim
+        shape = len(self._pads), self._layout.group_of(index).kv_heads, columns, dim
         buffer = empty_buffer(shape, self._dtype, torch.device("cpu"))
         for row, pad in enumerate(self._pads):
             buffer[row, :, :pad].zero_()
@@ -98,12 +102,14 @@ class LoadedHistory:
         dtype: torch.dtype,
         device: torch.device,
         head: Head | None = None,
+        recompute_masked: Callable[[NDArray[np.bool_]], Sequence[Tensors]] | None = None,
         unrotate: Callable[[torch.Tensor], torch.Tensor] | None = None,
         on_end: Callable[[LoadedHistory], None] = lambda history: None,
         lines: LimitedLog | None = None,
     ) -> None:
         """`recompute` gives every layer's keys and values, ``[row, head, column, dim]`` of `columns` columns.
 
+        `recompute_masked` gives the same under an attention mask ``[row, column]``; None where that is not known.
         `wait_s` bounds the wait for a layer, of all rows together.
         `unrotate` is for layouts that keep keys before rotation: it gives those of keys that were computed again.
         `on_end` is called once: when the last layer has come, or the first has failed. `lines` is shared by
@@ -117,6 +123,8 @@ class LoadedHistory:
         self._buffers = buffers
         self._loaders = loaders
         self._recompute = recompute
+        self._recompute_masked = recompute_masked
+        self._is_taken = False  # Some layer was given to the cache.
         self._layer_count = layer_count
         self._wait_s = wait_s
         self._head = head
@@ -135,8 +143,23 @@ class LoadedHistory:
         for loader in self._loaders:
             loader.request_runs()
 
+    def compute_masked(self, visible: NDArray[np.bool_]) -> bool:
+        """Compute the history under another attention mask ``[row, column]`` than it was stored with.
+
+        Whether it is done: not where a layer was taken before, nor for a history that was cut.
+        """
+        if self._is_taken or self._recompute_masked is None:
+            return False
+        self._recompute = partial(self._recompute_masked, visible)
+        self.error = InvalidRequest(
+            "the attention mask hides tokens of the history that restore was not told of: it is computed"
+        )
+        self._compute(0)
+        return True
+
     def layer(self, index: int) -> Tensors:
         """A layer's buffers; the history is their first `columns` columns. Waits within the bound."""
+        self._is_taken = True
         if self._again is None:
             begin_s = time.perf_counter()
             try:
@@ -202,6 +225,9 @@ class NoHistory:
 
     def begin(self) -> None:
         pass
+
+    def compute_masked(self, visible: NDArray[np.bool_]) -> bool:
+        return True
 
     def layer(self, index: int) -> Tensors:
         raise AssertionError("there is nothing to wait for")

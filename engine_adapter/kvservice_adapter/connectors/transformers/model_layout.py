@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvservice_adapter.connectors.transformers.cache import StoredLayer
-from kvservice_adapter.connectors.transformers.model_probe import NotProbed, probe
+from kvservice_adapter.connectors.transformers.model_probe import NotProbed, probe, window_of
 from kvservice_adapter.rope_frequencies import UnsupportedRotation
-from kvservice_adapter.rope_of_model import rotary_of
-from kvservice_api.layout import DTYPE_BYTES, Layout
+from kvservice_adapter.rope_of_model import rotaries_of
+from kvservice_api.layout import DTYPE_BYTES, LayerGroup, Layout
 
 
 class UnsupportedModel(ValueError):
@@ -36,12 +36,12 @@ def layout_of(model: Any, *, model_id: str, model_revision: str, block_tokens: i
         why = f"{type(error).__name__}: {error}"
         raise UnsupportedModel(f"{type(model).__name__} could not be examined: {why}") from error
     return Layout(
-        model_id=model_id, model_revision=model_revision, block_tokens=block_tokens, rotated=rotated, **geometry
+        model_id=model_id, model_revision=model_revision, block_tokens=block_tokens, rotated=rotated, groups=geometry
     )
 
 
-def _geometry(model: Any) -> dict[str, Any]:
-    """What of a layout the model decides."""
+def _geometry(model: Any) -> list[LayerGroup]:
+    """What of a layout the model decides: each layer as a group of its own."""
     if not isinstance(model, PreTrainedModel):
         hint = "; give its base model (`get_base_model()`) and the adapter's `lora_id`"
         is_wrapped = hasattr(model, "peft_config") or hasattr(model, "get_base_model")
@@ -57,12 +57,27 @@ def _geometry(model: Any) -> dict[str, Any]:
     if dtype not in DTYPE_BYTES:
         raise UnsupportedModel(f"the model computes in {dtype}; KV can be kept in {', '.join(DTYPE_BYTES)}")
     cache = DynamicCache(config=config)
-    dynamic_layers(cache, config.num_hidden_layers)
-    rotary = rotary_of(model)
-    shapes = probe(model, cache)
-    if len(set(shapes)) > 1:
-        raise UnsupportedModel(f"KV differs in shape from layer to layer: {sorted(set(shapes))}")
-    return {"dtype": dtype, "layers": len(shapes), "rotary": rotary, **shapes[0]._asdict()}
+    windows = [window_of(layer) for layer in _kept_layers(cache, config)]
+    rotaries = rotaries_of(model, len(windows))
+    return [
+        LayerGroup(1, shape.kv_heads, shape.k_head_dim, shape.v_head_dim, dtype, window, rotary)
+        for shape, window, rotary in zip(probe(model, cache), windows, rotaries, strict=True)
+    ]
+
+
+def _kept_layers(cache: DynamicCache, config: Any) -> list[Any]:
+    """The layers of a model's own cache. Raises UnsupportedModel where they keep anything but each token's KV."""
+    layers: list[Any] = cache.layers
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer)  # Not isinstance: subclasses keep other states beside, or less.
+    strange = sorted({type(layer).__name__ for layer in layers if type(layer) not in kinds})
+    if strange:
+        raise UnsupportedModel(f"cache layers of kind {', '.join(strange)} cannot be kept, only the KV of tokens")
+    if len(layers) != config.num_hidden_layers:
+        raise UnsupportedModel(f"the cache has {len(layers)} layers; the model has {config.num_hidden_layers}")
+    types = getattr(config, "layer_types", None) or ()
+    if "chunked_attention" in types or (not types and getattr(config, "attention_chunk_size", None)):
+        raise UnsupportedModel("chunked attention is not supported: a layer's mask begins again with every chunk")
+    return layers
 
 
 def _check_configuration(config: Any) -> None:
@@ -82,7 +97,8 @@ def torch_dtype(layout: Layout) -> torch.dtype:
 
 def dynamic_layers(cache: Cache, layer_count: int) -> list[DynamicLayer]:
     """The cache's layers. Raises UnsupportedModel where they are of another kind or number."""
-    # Not isinstance: sliding, quantized and indexed layers are subclasses, and keep less, or more.
+    # Not isinstance: sliding, quantized and indexed layers are subclasses, and keep less, or more. A sliding-window
+    # layer of ours keeps all tokens.
     layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer) and _is_kept(layer)]
     if len(layers) != len(cache.layers):
         strange = {type(layer).__name__ for layer in cache.layers if layer not in layers}

@@ -15,13 +15,14 @@ the share of two layers of one decoding step.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+
+from kvservice_adapter.connectors.transformers.cache import WholeLayer
 
 _SHARED_TOKENS, _TOKENS = 3, 8
 _ROWS = 3
@@ -54,9 +55,9 @@ def probe(model: PreTrainedModel, cache: DynamicCache) -> list[LayerShape]:
     parameters = inspect.signature(body.forward).parameters
     if "past_key_values" not in parameters:
         raise NotProbed(f"{type(model).__name__} takes no past_key_values: it has no KV cache of this kind")
-    kinds = _kinds_of_layers(model, len(cache.layers))
+    kinds = _kinds_of_layers(model, [window_of(layer) for layer in cache.layers])
     seen = _Seen(_last_layer(kinds))
-    cache.layers = [_ProbedLayer(index, seen) for index in range(len(cache.layers))]
+    cache.layers = [_ProbedLayer(index, seen, each) for index, each in enumerate(cache.is_sliding)]
     ids = _rows(model)
     with torch.no_grad(), _evaluating(model):
         try:
@@ -90,6 +91,11 @@ def probe(model: PreTrainedModel, cache: DynamicCache) -> list[LayerShape]:
     return [shape_of_kind[kind] for kind in kinds]
 
 
+def window_of(layer: Any) -> int:
+    """How many tokens a layer of an empty cache attends to; 0 where it attends to all."""
+    return int(layer.sliding_window) if layer.is_sliding else 0
+
+
 class _Enough(Exception):
     """Ends the probe's forward: all kinds of layers were seen."""
 
@@ -102,9 +108,9 @@ class _Seen:
         self.states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
 
-class _ProbedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library's own class hook has no types.
-    def __init__(self, index: int, seen: _Seen) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+class _ProbedLayer(WholeLayer):  # type: ignore[no-untyped-call]  # The library's own class hook has no types.
+    def __init__(self, index: int, seen: _Seen, is_sliding: bool) -> None:
+        super().__init__(is_sliding)
         self._index = index
         self._seen = seen
 
@@ -117,11 +123,11 @@ class _ProbedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The librar
         return super().update(key_states, value_states, *args, **kwargs)
 
 
-def _kinds_of_layers(model: PreTrainedModel, layer_count: int) -> list[Any]:
+def _kinds_of_layers(model: PreTrainedModel, windows: Sequence[int]) -> list[Any]:
     """For each layer of the cache something that is equal only for layers whose attention is of the same kind.
 
     Attention modules carry the number of their cache layer; two of one class with parameters of the same shapes
-    cache the same shape. Where a layer has no such module it is of a kind of its own.
+    cache the same shape. Where a layer has no such module it is of a kind of its own. `windows` are the layers'.
     """
     modules: dict[int, list[Any]] = {}
     for module in model.modules():
@@ -131,7 +137,9 @@ def _kinds_of_layers(model: PreTrainedModel, layer_count: int) -> list[Any]:
             shapes = tuple((name, tuple(each.shape)) for name, each in module.named_parameters())
             traits = tuple(getattr(module, name, None) for name in ("is_causal", "sliding_window", "layer_type"))
             modules.setdefault(index, []).append((type(module), shapes, traits))
-    return [tuple(modules[index]) if index in modules else index for index in range(layer_count)]
+    return [
+        (window, tuple(modules[index])) if index in modules else (window, index) for index, window in enumerate(windows)
+    ]
 
 
 def _last_layer(kinds: list[Any]) -> int:

@@ -15,16 +15,16 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 
-from kvservice_adapter.connectors.transformers.cache import Tensors
+from kvservice_adapter.connectors.transformers.cache import Tensors, whole_cache
 from kvservice_adapter.rope import Rope
 from kvservice_adapter.session import Conversation
 
 
 @torch.no_grad()
-def computed(model: PreTrainedModel, token_ids: NDArray[Any], pads: Sequence[int]) -> list[Tensors]:
-    """Each layer's keys and values of tokens ``[row, column]``, of which the first `pads` of a row are padding."""
-    cache = DynamicCache(config=model.config)
-    _forward(model, token_ids, cache, pads)
+def computed(model: PreTrainedModel, token_ids: NDArray[Any], visible: NDArray[np.bool_]) -> list[Tensors]:
+    """Each layer's keys and values of tokens ``[row, column]``, under the attention mask `visible` of that shape."""
+    cache = whole_cache(model.config)
+    _forward(model, token_ids, cache, visible)
     return _layers(cache)
 
 
@@ -37,7 +37,7 @@ def replayed(
     What a cut has dropped is computed too: the rest was computed with it in sight. `rope` is asked where keys
     are to be turned.
     """
-    cache = DynamicCache(config=model.config)
+    cache = whole_cache(model.config)
     for part in conversation.parts:
         _forward(model, part.said[None], cache)
         layers: list[Any] = cache.layers
@@ -61,16 +61,18 @@ def _cut(
     return keys, values
 
 
-def _forward(model: PreTrainedModel, token_ids: NDArray[Any], cache: DynamicCache, pads: Sequence[int] = ()) -> None:
+def _forward(
+    model: PreTrainedModel, token_ids: NDArray[Any], cache: DynamicCache, visible: NDArray[np.bool_] | None = None
+) -> None:
     if not token_ids.shape[1]:
         return
     body: Any = model.base_model
     ids = torch.from_numpy(token_ids.astype(np.int64)).to(model.device)
     given: dict[str, Any] = {}
-    if any(pads):
-        columns = torch.arange(ids.shape[1], device=ids.device)
-        placed = columns - torch.tensor(list(pads), device=ids.device)[:, None]
-        given = {"attention_mask": (placed >= 0).long(), "position_ids": placed.clamp(min=0)}
+    if visible is not None and not visible.all():
+        mask = torch.from_numpy(visible).to(ids.device)
+        positions = (mask.long().cumsum(-1) - 1).masked_fill(~mask, 0)  # As `generate` places them.
+        given = {"attention_mask": mask.long(), "position_ids": positions}
         given = {name: value for name, value in given.items() if name in inspect.signature(body.forward).parameters}
     body(input_ids=ids, past_key_values=cache, use_cache=True, **given)
 

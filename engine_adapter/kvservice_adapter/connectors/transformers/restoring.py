@@ -89,8 +89,13 @@ class Restorer:
         wait_s: float,
         tokens_max: int | None,
         rope: Rope | None,
+        on_prompt: Callable[[NDArray[Any], NDArray[np.bool_]], None],
     ) -> None:
-        """`rope` is for layouts that keep keys before rotation."""
+        """`rope` is for layouts that keep keys before rotation.
+
+        `on_prompt` is called once a prompt's forward has begun, with its tokens ``[row, column]`` and which of them
+        the attention mask hides.
+        """
         self._model = model
         self._layout = layout
         self._device = device
@@ -101,6 +106,7 @@ class Restorer:
         self._wait_s = wait_s
         self._tokens_max = tokens_max
         self._rope = rope
+        self._on_prompt = on_prompt
         self._lines = LimitedLog(log)
         self._loads: Stream
         self._releases: Stream
@@ -133,7 +139,7 @@ class Restorer:
             plain = [each if each is not None and not each.kept_tokens else None for each in found]
             rows = [_row(pad, each, _tokens(each), keys) for pad, each in zip(given.pads, plain, strict=True)]
             nothing = NoHistory(self._model.dtype, self._model.device)
-            return Restored(self._cache(nothing, rows, given.ids[:, :0], request), plan=chosen)
+            return Restored(self._cache(nothing, rows, given, 0, request), plan=chosen)
         began_s = time.perf_counter()
         request.tier = tier = _tier(found)
         head_tokens = chosen.compute_tokens
@@ -173,18 +179,19 @@ class Restorer:
             buffers,
             columns,
             loaders,
-            recompute_cut or partial(computed, self._model, given.ids[:, :columns], given.pads),
+            recompute_cut or partial(computed, self._model, given.ids[:, :columns], given.visible(columns)),
             layer_count=self._layout.layers,
             wait_s=self._wait_s,
             dtype=self._model.dtype,
             device=self._model.device,
             head=self._head(given, head_tokens, request) if head_tokens else None,
+            recompute_masked=None if recompute_cut else partial(computed, self._model, given.ids[:, :columns]),
             unrotate=partial(_unrotated, self._rope, given.pads) if self._rope is not None else None,
             on_end=partial(self._history_ended, tier, request),
             lines=self._lines,
         )
         rows = [_row(pad, each, tokens, keys) for pad, each, tokens in zip(given.pads, found, reused, strict=True)]
-        cache = self._cache(history, rows, given.ids[:, :columns], request)
+        cache = self._cache(history, rows, given, columns, request)
         size_bytes = (sum(reused) - head_tokens) * self._layout.bytes_per_token
         return Restored(cache, sum(reused), size_bytes, tier, chosen)
 
@@ -221,7 +228,7 @@ class Restorer:
     def _head(self, given: Sequences, tokens: int, request: Request) -> Head:
         """Compute the beginning of a history while the rest of it comes in."""
         began_s = time.perf_counter()
-        layers = computed(self._model, given.ids[:, :tokens], given.pads)
+        layers = computed(self._model, given.ids[:, :tokens], given.visible(tokens))
         request.head_s = time.perf_counter() - began_s
         self._rates.observe_prefill(tokens, 0, request.head_s)
         return Head(dict(enumerate(layers)), tokens)
@@ -230,19 +237,24 @@ class Restorer:
         self,
         history: LoadedHistory | NoHistory,
         rows: Sequence[Row],
-        token_ids: NDArray[Any],
+        given: Sequences,
+        columns: int,
         request: Request,
     ) -> StoredCache:
+        """`columns` of the prompt are the history."""
         request.rows = len(rows)
         writing = BackgroundWriting(
             self._saver,
             self._breaker,
             self._keys,
             rows,
-            token_ids,
+            given.ids[:, :columns],
+            given.hidden[:, :columns],
             self._layout.block_tokens,
             torch_dtype(self._layout),
             self._tokens_max,
+            may_hide=self._rope is None,
+            on_prompt=self._on_prompt,
         )
         made = self._model.config, history, writing, partial(request.forward_ended, history)
         return StoredCache(*made) if self._rope is None else UnrotatedCache(self._layout, *made)

@@ -112,7 +112,8 @@ class TurnSaver:
         longest = columns - min(given.pads)
         found = []
         for row, pad in enumerate(given.pads):
-            tokens = given.tokens(row, columns)
+            row_end = writing.end_of_row(row) if writing is not None else None
+            tokens = given.tokens(row, columns if row_end is None else row_end)
             if writing is not None and not writing.stopped:
                 known = writing.token_ids(row)
                 common = common_tokens(tokens, known)
@@ -122,7 +123,8 @@ class TurnSaver:
                 tokens = tokens[:0]  # The last ones are rotated in another way, and nobody knows since when.
             if conversation is None:
                 name = session_ids[row]
-                saving = Saving(keys.chain(tokens, with_partial=bool(name)), row, pad, name)
+                hidden = writing.hidden_tokens(row) if writing is not None else None
+                saving = Saving(keys.chain(tokens, with_partial=bool(name), hidden=hidden), row, pad, name)
             else:
                 saving = _of_conversation(conversation, tokens, keys, row, pad)
             if writing is not None and not writing.continues(row, saving.column, saving.chain.parent):
@@ -187,8 +189,9 @@ class TurnSaver:
                     raise UnsupportedModel(f"the keys of layer {index} were not seen before they were rotated")
             if keys is None or values is None:
                 raise UnsupportedModel(f"layer {index} of the cache is empty")
-            for states, dim in ((keys, layout.k_head_dim), (values, layout.v_head_dim)):
-                expected = (rows, layout.kv_heads, columns, dim)
+            group = layout.group_of(index)
+            for states, dim in ((keys, group.k_head_dim), (values, group.v_head_dim)):
+                expected = (rows, group.kv_heads, columns, dim)
                 if tuple(states.shape) != expected or states.dtype != dtype:
                     would = "one sequence of this model" if rows == 1 else f"{rows} sequences of this model"
                     raise UnsupportedModel(

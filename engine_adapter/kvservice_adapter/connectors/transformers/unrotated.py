@@ -15,9 +15,9 @@ from weakref import WeakSet
 
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from kvservice_adapter.connectors.transformers.cache import StoredCache, StoredLayer, grown
+from kvservice_adapter.connectors.transformers.cache import StoredCache, StoredLayer, grown, whole_cache
 from kvservice_adapter.connectors.transformers.history import Buffers
 from kvservice_adapter.connectors.transformers.model_layout import UnsupportedModel
 from kvservice_adapter.device.base import Pages
@@ -80,7 +80,7 @@ def _key_modules(model: PreTrainedModel, layer_count: int) -> dict[int, torch.nn
 @torch.no_grad()
 def _try_on(model: PreTrainedModel, layout: Layout, rope: Rope) -> None:
     tokens = torch.arange(1, _PROBE_TOKENS + 1, device=model.device)[None] % model.config.vocab_size
-    cache, captured = DynamicCache(config=model.config), dict[int, torch.Tensor]()
+    cache, captured = whole_cache(model.config), dict[int, torch.Tensor]()
     with capturing(captured):
         model(tokens, past_key_values=cache)
     layers: list[Any] = cache.layers
@@ -88,7 +88,7 @@ def _try_on(model: PreTrainedModel, layout: Layout, rope: Rope) -> None:
         given = captured.get(index)
         if given is None or given.numel() != layer.keys.numel():
             raise UnsupportedModel(f"layer {index} shows no keys before rotation; keep them rotated")
-        keys = as_states(given, layout).clone()
+        keys = as_states(given, layout, index).clone()
         rope.rotate(keys, np.arange(_PROBE_TOKENS))
         difference = float((keys.float() - layer.keys.float()).norm() / layer.keys.float().norm())
         if not difference <= _DIFFERENCE_MAX[keys.dtype]:
@@ -98,20 +98,21 @@ def _try_on(model: PreTrainedModel, layout: Layout, rope: Rope) -> None:
             )
 
 
-def as_states(captured: torch.Tensor, layout: Layout) -> torch.Tensor:
+def as_states(captured: torch.Tensor, layout: Layout, index: int) -> torch.Tensor:
     """What a module gave, ``[row, token, head * dim]`` or ``[row, token, head, dim]``, as a cache has it."""
     rows, tokens = captured.shape[:2]
-    return captured.view(rows, tokens, layout.kv_heads, layout.k_head_dim).transpose(1, 2)
+    group = layout.group_of(index)
+    return captured.view(rows, tokens, group.kv_heads, group.k_head_dim).transpose(1, 2)
 
 
 class UnrotatedLayer(StoredLayer):  # type: ignore[no-untyped-call]  # The library's own class hook has no types.
     """Keeps its keys as they were before rotation too."""
 
-    def __init__(self, index: int, cache: UnrotatedCache, layout: Layout) -> None:
+    def __init__(self, index: int, cache: UnrotatedCache, layout: Layout, is_sliding: bool) -> None:
         self._layout = layout
         self._captured = cache.captured
         self._raw: torch.Tensor | None = None  # A buffer with room, as long as nothing was changed.
-        super().__init__(index, cache.history, cache.writing)
+        super().__init__(index, cache.history, cache.writing, is_sliding)
 
     @property
     def raw_keys(self) -> torch.Tensor | None:
@@ -130,7 +131,7 @@ class UnrotatedLayer(StoredLayer):  # type: ignore[no-untyped-call]  # The libra
             self._raw = None
             self._writing.stop("keys were not seen before they were rotated")
         elif self._raw is not None or not first:
-            states = as_states(captured, self._layout)
+            states = as_states(captured, self._layout, self._index)
             if self._raw is None or end > self._raw.shape[-2]:
                 self._raw = grown(states[..., :0, :] if self._raw is None else self._raw, first, end)
             self._raw[..., first:end, :].copy_(states)
@@ -162,7 +163,7 @@ class UnrotatedCache(StoredCache):
         """`given` is what a `StoredCache` is made of."""
         super().__init__(*given)
         self.captured: dict[int, torch.Tensor] = {}
-        self.layers = [UnrotatedLayer(index, self, layout) for index in range(layout.layers)]
+        self.layers = [UnrotatedLayer(index, self, layout, each) for index, each in enumerate(self.is_sliding)]
 
     def begin(self, forward: Any) -> None:
         _CAPTURED.into = self.captured

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from kvservice_adapter.breaker import Breaker, answered
 from kvservice_adapter.connectors.transformers.cache import Forward, pages_on_host
+from kvservice_adapter.connectors.transformers.generation import Generation, running
 from kvservice_adapter.save import LayerSaver, SaveJob
 from kvservice_adapter.session import Keys
 from kvservice_api.errors import KVError
@@ -54,13 +55,20 @@ class BackgroundWriting:
         keys: Callable[[], Keys],
         rows: Sequence[Row],
         token_ids: NDArray[Any],
+        hidden: NDArray[np.bool_],
         block_tokens: int,
         dtype: torch.dtype,
         tokens_max: int | None = None,
+        *,
+        may_hide: bool = True,
+        on_prompt: Callable[[NDArray[Any], NDArray[np.bool_]], None] = lambda token_ids, hidden: None,
     ) -> None:
-        """`token_ids`, ``[row, column]``, are what the cache holds already. Nothing is saved any more once
-        a row has more than `tokens_max` tokens: all keys are rotated in another way then. `keys` raises ValueError
-        where the model is not what it was.
+        """`token_ids`, ``[row, column]``, are what the cache holds already; `hidden`, of that shape, marks those that
+        the attention mask hides, padding not included. Without `may_hide` nothing is saved once there are any.
+
+        Nothing is saved any more once a row has more than `tokens_max` tokens: all keys are rotated in another way
+        then. `keys` raises ValueError where the model is not what it was. `on_prompt` gets the prompt's tokens and
+        which of them are hidden.
         """
         self._saver = saver
         self._breaker = breaker
@@ -69,7 +77,12 @@ class BackgroundWriting:
         self._block_tokens = block_tokens
         self._dtype = dtype
         self._tokens_max = tokens_max
+        self._may_hide = may_hide
+        self._on_prompt = on_prompt
         self._known: list[Any] = [np.asarray(token_ids)]  # [row, some columns], one after another.
+        self._hidden = hidden  # [row, column]; columns from the last of these on are visible.
+        self._generation: Generation | None = None
+        self._prompt_columns = -1  # Until the first forward. What follows these columns was generated.
         self._columns = token_ids.shape[1]
         self._jobs: list[tuple[SaveJob, int, int]] = []  # With the row, and the column of its first token.
         self._forward: tuple[int, int] | None = None  # The columns of the one that runs.
@@ -95,7 +108,42 @@ class BackgroundWriting:
         ids: NDArray[Any] = self._known[0][row, self._rows[row].pad :]
         return ids
 
+    @property
+    def has_hidden(self) -> bool:
+        """Whether the attention mask hides tokens, padding not included."""
+        return bool(self._hidden.any())
+
+    def hidden_tokens(self, row: int) -> NDArray[np.bool_]:
+        """Which of a row's tokens are hidden, ``[token]`` from its first one on."""
+        return self._hidden_until(self._columns)[row, self._rows[row].pad :]
+
+    def end_of_row(self, row: int) -> int | None:
+        """The column after the tokens of a row that are kept, where `generate` has ended it and pads it; else None."""
+        if self._generation is None or self._stopped or len(self._rows) < 2:
+            return None
+        prompt = self._prompt_columns - self._rows[row].pad
+        kept = self._generation.kept(self.token_ids(row)[prompt:])
+        return None if kept is None else self._prompt_columns + kept
+
     # Told by the cache
+
+    def other_mask(self, forward: Forward, first: int) -> NDArray[np.bool_] | None:
+        given = forward.input_ids if forward.input_ids is not None else forward.inputs_embeds
+        if given is None or given.ndim < 2 or len(given) != len(self._rows) or not first:
+            return None
+        visible = self._visible(forward, first + given.shape[1])
+        if visible is None or np.array_equal(visible[:, :first], self._expected(first)):
+            return None
+        return visible[:, :first] if _are_counted(forward.position_ids, visible, first, or_none=True) else None
+
+    def adopt(self, visible: NDArray[np.bool_]) -> None:
+        columns = visible.shape[1]
+        hidden = ~visible & self._after_pads(columns)
+        differs = (hidden != self._hidden_until(columns)).any(0)
+        first = int(differs.argmax()) if differs.any() else columns
+        self._hidden = hidden
+        for row in self._rows:  # Keys of blocks from there on name other KV.
+            del row.keys[max(0, first - row.first) // self._block_tokens :]
 
     def begin(self, forward: Forward, first: int) -> None:
         """A forward begins; its first token will be in column `first`."""
@@ -104,6 +152,7 @@ class BackgroundWriting:
             self.stop(self._misplaced)
         elif self._forward is not None:
             self.stop("a forward was broken off")  # By something like KeyboardInterrupt: it did not end.
+        self._note_hidden(forward, first)
         ids = forward.input_ids
         if ids is None or ids.ndim != 2 or len(ids) != len(self._rows) or first != self._columns:
             self.stop("the tokens of a forward are not known")
@@ -114,6 +163,12 @@ class BackgroundWriting:
         self._known.append(ids.clone())  # Engines may write the next tokens into the same tensor.
         self._columns = end
         self._forward = (first, end)
+        if self._prompt_columns < 0 or ids.shape[1] > 1:
+            is_first = self._prompt_columns < 0
+            self._generation, self._prompt_columns = running(), end
+            if is_first:
+                self._known = [np.concatenate([_on_host(each) for each in self._known], axis=1)]
+                self._on_prompt(self._known[0], self._hidden_until(end))
         try:
             for number, row in enumerate(self._rows):
                 self._open(number, row, end)
@@ -153,6 +208,8 @@ class BackgroundWriting:
             return
         self._known = [np.concatenate([_on_host(each) for each in self._known], axis=1)[:, :columns]]
         self._columns = columns
+        self._hidden = self._hidden[:, :columns]
+        self._prompt_columns = min(self._prompt_columns, columns)
         for row in self._rows:
             if columns < row.first:
                 self.stop("the cache was cropped to before its last cut")
@@ -200,31 +257,60 @@ class BackgroundWriting:
         return ""
 
     def _placed_as_told(self, forward: Forward, rows: int, first: int, end: int) -> bool:
-        """Whether tokens lie as the history's do: each row behind its padding, one position after another."""
-        mask, positions = forward.attention_mask, forward.position_ids
+        """Whether tokens lie as the history's do: each row after its padding, one position after another, and hidden
+        where they were hidden before."""
         pads = [row.pad for row in self._rows]
         if rows != len(pads):
-            if any(pads):
+            if any(pads) or self.has_hidden:
                 return False
-            pads = [0] * rows
-        if not all(each is None or isinstance(each, torch.Tensor) for each in (mask, positions)):
+            mask, positions = forward.attention_mask, forward.position_ids
+            if mask is not None and not (_is_2d(mask, rows, end) and bool(mask.bool().all())):
+                return False
+            return _are_counted(positions, np.ones((rows, end), bool), first, or_none=True)
+        visible = self._visible(forward, end)
+        if visible is None or not np.array_equal(visible[:, :first], self._expected(first)):
             return False
+        if (visible[:, first:] > self._after_pads(end)[:, first:]).any():
+            return False
+        if not self._may_hide and not np.array_equal(visible, self._after_pads(end)):
+            return False
+        return _are_counted(forward.position_ids, visible, first, or_none=bool(visible.all()))
+
+    def _visible(self, forward: Forward, end: int) -> NDArray[np.bool_] | None:
+        """The forward's attention mask of all columns so far, ``[row, column]``. None where it is of another kind."""
+        mask = forward.attention_mask
         if mask is None:
-            if any(pads):
-                return False
-        else:
-            if mask.ndim != 2 or tuple(mask.shape) != (len(pads), end):
-                return False
-            columns = torch.arange(end, device=mask.device)
-            if not torch.equal(mask.bool(), columns >= torch.tensor(pads, device=mask.device)[:, None]):
-                return False
-        if positions is None:
-            return not any(pads)  # The model would count columns.
-        if positions.ndim != 2 or positions.shape[1] != end - first:
-            return False
-        columns = torch.arange(first, end, device=positions.device)
-        expected = columns - torch.tensor(pads, device=positions.device)[:, None]
-        return bool(((positions == expected) | (expected < 0)).all())
+            return np.ones((len(self._rows), end), bool)
+        if not _is_2d(mask, len(self._rows), end):
+            return None
+        shown: NDArray[np.bool_] = mask.bool().numpy(force=True)
+        return shown
+
+    def _expected(self, columns: int) -> NDArray[np.bool_]:
+        """The attention mask that the KV of the first columns was computed with."""
+        return self._after_pads(columns) & ~self._hidden_until(columns)
+
+    def _after_pads(self, columns: int) -> NDArray[np.bool_]:
+        shown: NDArray[np.bool_] = np.arange(columns) >= np.array([row.pad for row in self._rows])[:, None]
+        return shown
+
+    def _hidden_until(self, columns: int) -> NDArray[np.bool_]:
+        hidden = np.zeros((len(self._rows), columns), bool)
+        known = min(columns, self._hidden.shape[1])
+        hidden[:, :known] = self._hidden[:, :known]
+        return hidden
+
+    def _note_hidden(self, forward: Forward, first: int) -> None:
+        """Remember which of the forward's tokens are hidden."""
+        if self._stopped or forward.attention_mask is None or forward.input_ids is None:
+            return
+        end = first + forward.input_ids.shape[1]
+        visible = self._visible(forward, end)
+        if visible is None or visible[:, first:].all():
+            return
+        hidden = self._hidden_until(end)
+        hidden[:, first:] = (~visible & self._after_pads(end))[:, first:]
+        self._hidden = hidden
 
     def _open(self, number: int, row: Row, end: int) -> None:
         """Begin to save the blocks of a row that this forward completes."""
@@ -234,8 +320,14 @@ class BackgroundWriting:
         count = (end - column) // tokens
         if count < 1:
             return
-        ids = self.token_ids(number)[column - row.pad : column - row.pad + count * tokens]
-        chain = keys.chain(ids, row.keys[-1] if row.keys else row.parent)
+        row_end = self.end_of_row(number)
+        if row_end is not None:
+            count = (row_end - column) // tokens
+            if count < 1:
+                return
+        part = slice(column - row.pad, column - row.pad + count * tokens)
+        hidden = self.hidden_tokens(number)[part] if self.has_hidden else None
+        chain = keys.chain(self.token_ids(number)[part], row.keys[-1] if row.keys else row.parent, hidden=hidden)
         row.keys.extend(chain.keys)
         if not self._breaker.allow():
             return
@@ -256,6 +348,27 @@ class BackgroundWriting:
                     self._stored.update(kept[len(kept) - outcome.stored :])
             self._under_way -= 1
             self._changed.notify_all()
+
+
+def _is_2d(mask: Any, rows: int, columns: int) -> bool:
+    return isinstance(mask, torch.Tensor) and mask.ndim == 2 and tuple(mask.shape) == (rows, columns)
+
+
+def _are_counted(positions: Any, visible: NDArray[np.bool_], first: int, *, or_none: bool) -> bool:
+    """Whether positions of the columns from `first` on count the visible tokens of each row, as `generate` does.
+
+    `or_none`: what it is where there are none, and the model counts columns.
+    """
+    if positions is None:
+        return or_none
+    rows, end = visible.shape
+    if not isinstance(positions, torch.Tensor) or positions.ndim != 2 or positions.shape[1] != end - first:
+        return False
+    if len(positions) not in (1, rows):
+        return False
+    given = positions.numpy(force=True)
+    counted = (visible.cumsum(1) - 1)[:, first:]
+    return bool(((given == counted) | ~visible[:, first:]).all())
 
 
 def _on_host(token_ids: Any) -> NDArray[Any]:

@@ -1,0 +1,165 @@
+"""Lease tickets: bytes with which other clients of this daemon adopt the blocks of a lease.
+
+A ticket holds the blocks by a lease of its own, which belongs to no client: from the export until the ticket
+expires, or until it was adopted as often as its exporter allowed. So there is no moment at which a valid ticket
+names blocks that can be evicted, whatever becomes of the exporter. The bytes of a ticket are::
+
+    0           4            8                16               24                 32
+    | "KVT1"    | tenant u32 | boot epoch u64 | number u64     | expires at u64   |
+    32                                        64                                  96
+    | layout fingerprint, 32 bytes            | HMAC-SHA256 over all before it    |
+
+Little-endian. The number is that of the ticket's own lease; the time is in milliseconds of the store's monotonic
+clock. The key of the HMAC is drawn when the daemon starts and never leaves it. Only this process reads tickets.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import struct
+from typing import NamedTuple
+
+from kvservice.blocks import BlockTable
+from kvservice.clock import Clock
+from kvservice.store.caller import Caller
+from kvservice.store.leases import Client, Lease, Leases
+from kvservice.store.lookup import narrowed
+from kvservice.store.pace import Pace
+from kvservice.store.requests import Requests
+from kvservice_api.errors import (
+    InvalidRequest,
+    Overloaded,
+    TicketExpired,
+    TicketForeign,
+    TicketForged,
+    TicketLayoutMismatch,
+    TicketNotYours,
+    TicketSpent,
+)
+from kvservice_api.layout import Shard
+
+TICKET_BYTES = 96
+ADOPTIONS_MAX = 4096
+
+_FIELDS = struct.Struct("<4sIQQQ32s")
+_MAGIC = b"KVT1"
+_MAC = "sha256"
+_MAC_BYTES = 32
+assert _FIELDS.size + _MAC_BYTES == TICKET_BYTES
+
+
+class _Ticket(NamedTuple):
+    magic: bytes
+    tenant: int
+    boot_epoch: int
+    number: int
+    expires_at_ms: int
+    fingerprint: bytes
+
+
+class Tickets:
+    """Exports leases as tickets, and lets clients adopt them."""
+
+    def __init__(
+        self, leases: Leases, blocks: BlockTable, requests: Requests, clock: Clock, pace: Pace, *, boot_epoch: int
+    ) -> None:
+        self._leases = leases
+        self._blocks = blocks
+        self._requests = requests
+        self._clock = clock
+        self._pace = pace
+        self._boot_epoch = boot_epoch
+        self._secret = secrets.token_bytes(32)
+        # Owns the leases of all tickets, and bounds them together as one client. It is not attached: no request
+        # can name it.
+        self._holder = Client(b"", "lease tickets")
+        self._adoptions_left: dict[int, int] = {}  # Ticket number -> how often it may still be adopted.
+
+    def export(self, caller: Caller, lease_id: int, ttl_s: float, adoptions: int) -> bytes:
+        """A ticket for the lease's blocks, which goes on without the lease.
+
+        Raises InvalidRequest, LeaseExpired, LeaseNotYours, UnknownClient; Overloaded where the tickets of all
+        clients together hold as many leases or blocks as one client may.
+        """
+        if not 1 <= adoptions <= ADOPTIONS_MAX:
+            raise InvalidRequest(f"adoptions is {adoptions}; it must be in 1..{ADOPTIONS_MAX}", field="adoptions")
+        lease = self._leases.get(caller, lease_id)
+        expires_at_ms = int((self._clock.monotonic_s() + ttl_s) * 1000)  # Rounded down: not after the hold's end.
+        try:
+            held = self._leases.grant(
+                self._holder, lease.layout, lease.shard, lease.rows, lease.parts, lease.held_rows, ttl_s
+            )
+        except Overloaded as error:
+            raise Overloaded(
+                "the open tickets hold as many leases or blocks as they may: wait until some were adopted or expired"
+            ) from error
+        self._adoptions_left[held.lease_id] = adoptions
+        self._forget_expired()
+        self._requests.follow(lease.lease_id, held.lease_id)
+        return self._encode(
+            _Ticket(
+                _MAGIC, caller.tenant.number, self._boot_epoch, held.lease_id, expires_at_ms, lease.layout.fingerprint
+            )
+        )
+
+    async def adopt(
+        self, caller: Caller, ticket: bytes, fingerprint: bytes, shard: Shard | None, ttl_s: float
+    ) -> Lease:
+        """A lease of the caller's own on the ticket's blocks, for a shard within the exported one.
+
+        Raises the errors of `_held`, InvalidRequest for another shard, UnknownClient, Overloaded. A refused
+        adoption does not count.
+        """
+        client = self._leases.client(caller)
+        number, held = self._held(caller, ticket, fingerprint)
+        part = await narrowed(self._blocks, held, shard, self._pace)
+        # Whether the ticket and the client are still there: others ran meanwhile.
+        client = self._leases.client(caller)
+        self._held(caller, ticket, fingerprint)
+        lease = self._leases.grant(client, part.layout, part.shard, part.rows, part.parts, part.held_rows, ttl_s)
+        self._requests.follow(number, lease.lease_id)
+        self._adoptions_left[number] -= 1
+        if not self._adoptions_left[number]:
+            del self._adoptions_left[number]
+            self._leases.end(held)
+        return lease
+
+    def _held(self, caller: Caller, data: bytes, fingerprint: bytes) -> tuple[int, Lease]:
+        """The ticket's number and its own lease.
+
+        Raises TicketForged, TicketForeign, TicketNotYours, TicketLayoutMismatch, TicketExpired, TicketSpent.
+        """
+        ticket = self._decode(data)
+        if ticket.tenant != caller.tenant.number:
+            raise TicketNotYours("the ticket belongs to another tenant")
+        if ticket.fingerprint != fingerprint:
+            raise TicketLayoutMismatch(
+                f"the ticket is for the layout {ticket.fingerprint.hex()}, not {fingerprint.hex() or '(empty)'}"
+            )
+        if ticket.expires_at_ms <= self._clock.monotonic_s() * 1000:
+            raise TicketExpired("the ticket has expired: look the prefix up again")
+        held = self._leases.find(ticket.number)
+        if held is None or ticket.number not in self._adoptions_left:
+            raise TicketSpent("the ticket was adopted as often as its exporter allowed")
+        return ticket.number, held
+
+    def _encode(self, ticket: _Ticket) -> bytes:
+        fields = _FIELDS.pack(*ticket)
+        return fields + hmac.digest(self._secret, fields, _MAC)
+
+    def _decode(self, data: bytes) -> _Ticket:
+        if len(data) != TICKET_BYTES or not data.startswith(_MAGIC):
+            raise TicketForged(f"these {len(data)} bytes are no lease ticket")
+        fields, mac = data[: _FIELDS.size], data[_FIELDS.size :]
+        ticket = _Ticket(*_FIELDS.unpack(fields))
+        if ticket.boot_epoch != self._boot_epoch:
+            raise TicketForeign("the ticket is another daemon's, or from before this daemon's restart")
+        if not hmac.compare_digest(mac, hmac.digest(self._secret, fields, _MAC)):
+            raise TicketForged("this daemon never made this ticket: its bytes were changed, or made up")
+        return ticket
+
+    def _forget_expired(self) -> None:
+        """Drop the counts of tickets whose leases have expired, once most of the counts are theirs."""
+        if len(self._adoptions_left) > 2 * len(self._holder.leases) + 64:
+            self._adoptions_left = {number: self._adoptions_left[number] for number in self._holder.leases}

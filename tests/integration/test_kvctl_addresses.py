@@ -1,0 +1,171 @@
+"""``kvctl`` and addresses: wrong ones are wrong usage, and of a daemon that does not answer it says what to do."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.certificates import Authority
+from tests.daemon import DaemonProcess
+
+KVCTL = Path(sys.executable).with_name("kvctl")
+
+NewDaemon = Callable[..., DaemonProcess]
+Kvctl = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def words(text: str) -> str:
+    """A usage message without its box and its line breaks."""
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1", "127.0.0.1:99999", "::1:7070", "", "http://127.0.0.1:7070", "h:-5", "kä:1"]
+)
+@pytest.mark.parametrize("verb", ["status", "bench"])
+def test_a_wrong_address_is_wrong_usage_with_the_rule(kvctl_here: Kvctl, verb: str, address: str) -> None:
+    if verb == "bench" and not address:
+        pytest.skip("without an address bench starts a daemon of its own")
+    done = kvctl_here(verb, "--address", address)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Invalid value for '--address'" in words(done.stderr)
+    assert "is not the address of a daemon" in words(done.stderr)
+    assert "an address is host:port" in words(done.stderr)
+    assert "kvservice serve" not in done.stderr
+
+
+def test_a_wrong_address_in_the_environment_is_named_by_its_variable(
+    kvctl_here: Kvctl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVCTL_ADDRESS", "127.0.0.1:99999")
+    done = kvctl_here("status")
+    assert done.returncode == 2
+    assert "KVCTL_ADDRESS" in done.stderr
+    assert "a port is a number from 1 to 65535" in words(done.stderr)
+
+
+def test_a_path_with_a_slash_is_a_socket_wherever_it_begins(daemon: DaemonProcess) -> None:
+    for address in (
+        "store/kvservice.sock",
+        "./store/kvservice.sock",
+        "unix:store/kvservice.sock",
+        str(daemon.socket_path),
+    ):
+        done = subprocess.run(
+            [KVCTL, "health", "--address", address],
+            cwd=daemon.folder,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (0, "serving\n"), done.stderr
+
+
+def test_a_socket_may_have_a_name_that_means_something_in_uris(new_daemon: NewDaemon, tmp_path: Path) -> None:
+    path = tmp_path / "kä #1%41?.sock"
+    daemon = new_daemon(server__unix_socket=path)
+    assert path.is_socket()
+    done = subprocess.run([KVCTL, "health", "--address", path], capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, b"serving\n")
+    assert daemon.stop() == 0
+
+
+_AS_ANOTHER_USER = """
+import os, sys
+from kvservice_api.address import UnixAddress
+from kvservice_client.cli.unreachable import why_unreachable
+os.setuid(65534)
+print(why_unreachable(UnixAddress(sys.argv[1]), with_tls=False))
+"""
+
+
+class TestWhereNoDaemonAnswers:
+    @pytest.fixture
+    def hint(self, kvctl_here: Kvctl) -> Callable[..., str]:
+        """What the last line on standard error says after gRPC's reason."""
+
+        def run(address: object, *options: object) -> str:
+            done = kvctl_here("status", "--timeout", "5", "--address", str(address), *map(str, options))
+            assert (done.returncode, done.stdout) == (1, "")
+            line = done.stderr.splitlines()[-1]
+            assert line.startswith("kvctl: ")
+            return line
+
+        return run
+
+    def test_it_says_to_start_one_where_nothing_listens(self, hint: Any) -> None:
+        with socket.socket() as bound:  # Bound and not listening: refused, and no other process takes the port.
+            bound.bind(("127.0.0.1", 0))
+            assert "Start a daemon with `kvservice serve`" in hint(f"127.0.0.1:{bound.getsockname()[1]}")
+
+    def test_it_says_that_another_program_listens(self, hint: Any, new_daemon: NewDaemon) -> None:
+        with socket.socket() as bound:
+            bound.bind(("127.0.0.1", 0))
+            port = bound.getsockname()[1]
+        new_daemon(server__metrics_address=f"127.0.0.1:{port}")
+        line = hint(f"127.0.0.1:{port}")
+        assert f"What listens at 127.0.0.1:{port} does not answer as a daemon of KVService does" in line
+        assert "kvservice serve" not in line
+
+    def test_it_says_that_the_host_is_not_known(self, hint: Any) -> None:
+        line = hint("host.invalid:7070")
+        assert "The host host.invalid cannot be looked up" in line
+        assert "kvservice serve" not in line
+
+    def test_it_says_that_there_is_no_socket(self, hint: Any, tmp_path: Path) -> None:
+        assert f"There is no {tmp_path}/none.sock. Start a daemon" in hint(tmp_path / "none.sock")
+
+    def test_it_says_that_the_file_is_no_socket(self, hint: Any, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        assert "is not a socket: correct --address" in hint(tmp_path / "file")
+
+    def test_it_says_that_nothing_listens_on_the_socket_any_more(self, hint: Any, tmp_path: Path) -> None:
+        with socket.socket(socket.AF_UNIX) as left:
+            left.bind(str(tmp_path / "left.sock"))
+        assert "No process listens on the socket any more. Start a daemon" in hint(tmp_path / "left.sock")
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
+    def test_it_says_that_the_user_may_not_connect(self, tmp_path: Path) -> None:
+        closed = tmp_path / "closed"
+        closed.mkdir(mode=0o700)
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(closed / "kv.sock"))
+            listening.listen()
+            done = subprocess.run(
+                [sys.executable, "-c", _AS_ANOTHER_USER, closed / "kv.sock"],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+        assert "server.unix_socket_access" in done.stdout, done.stderr
+        assert "kvservice serve" not in done.stdout
+
+    def test_it_tells_refused_tls_from_a_refused_connection(
+        self, hint: Any, new_daemon: NewDaemon, tmp_path: Path
+    ) -> None:
+        authority = Authority()
+        certificate, key = authority.issue("localhost").write(tmp_path)
+        ca = authority.write(tmp_path)
+        daemon = new_daemon(tls__certificate=certificate, tls__key=key, tls__client_ca=ca)
+        address = f"localhost:{daemon.port}"  # Of two addresses, as a rule, and the daemon listens at one.
+
+        assert f"What listens at 127.0.0.1:{daemon.port} speaks TLS: give --tls-ca" in hint(address)
+        line = hint(address, "--tls-ca", ca)
+        assert f"What listens at 127.0.0.1:{daemon.port} speaks TLS, and one side refused the other" in line
+        assert "--tls-certificate" in line
+        assert "kvservice serve" not in line
+
+    def test_it_says_that_the_other_side_speaks_no_tls(self, hint: Any, daemon: DaemonProcess, tmp_path: Path) -> None:
+        line = hint(daemon.address, "--tls-ca", Authority().write(tmp_path))
+        assert "does not speak TLS: leave the options --tls-... out" in line
