@@ -22,6 +22,7 @@ from tests.integration.conversations import layers_of, small_layout
 from tests.integration.conversations import new_chain as new_talk
 from tests.integration.known_blocks import LARGE, SMALL, new_chain, save, slice_bytes, verify
 from tests.integration.media import flip_data, ssd_file
+from tests.integration.test_old_store import OldStore, expected
 
 
 @pytest.fixture
@@ -218,3 +219,32 @@ def test_a_rebuild_needs_all_ssd_files_and_takes_those_that_lie_elsewhere(tmp_pa
         daemon.start()
         with daemon.client() as client:
             verify(client, LARGE, chain)
+
+
+def test_a_store_of_an_earlier_version_loses_its_index_and_keeps_what_its_checksums_tell(tmp_path: Path) -> None:
+    """Its layouts are known from the folder that this version makes when it opens the store."""
+    store = OldStore(tmp_path)
+    daemon = store.daemon
+    try:
+        daemon.start()
+        daemon.stop()
+        before = json.loads(daemon.check("--json").stdout)
+        lose_index(daemon)
+        files = [daemon.store / f"drive-{number}" / f"ssd-{number:03}.kv" for number in range(2)]
+        done = daemon.check("--rebuild", "--json", *(word for file in files for word in ("--ssd-file", str(file))))
+        report = json.loads(done.stdout)
+        assert (report["problems"], report["layouts"]) == ([], before["layouts"])
+        assert "no record for 3 trailers that fit several layouts" in report["made_anew"]
+        assert report["tiers"]["ssd"]["blocks"] + 3 >= before["tiers"]["ssd"]["blocks"]
+        daemon.start()
+        with daemon.client() as client:
+            hits = 0
+            for cache, chain in store.caches(client):
+                with cache.lookup(chain) as lease:
+                    hits += lease.hit_blocks
+                    for layer in lease.load() if lease.hit_blocks else ():
+                        slices = expected(cache, chain[: lease.hit_blocks], layer.index)
+                        assert layer.data.tobytes() == b"".join(each.tobytes() for each in slices)
+            assert hits
+    finally:
+        daemon.remove()
