@@ -13,7 +13,7 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,10 +27,11 @@ from kvservice.index.errors import StoreDamaged, StoreError
 from kvservice.index.records import Records
 from kvservice.index.store_lock import StoreLock
 from kvservice.store import pieces, salvage
+from kvservice.store.rebuild import Found, find_blocks
 from kvservice.tiers.arena import Arena, examine
 from kvservice.tiers.base import StoreMismatch, Tier
 from kvservice.tiers.dram import DramTier
-from kvservice.tiers.ssd import SsdTier, is_missing
+from kvservice.tiers.ssd import SsdTier, is_missing, origin_of
 from kvservice_api.errors import InvalidRequest, KVError, StorageFailed
 from kvservice_api.image import PAGE_BYTES, BlockGeometry, block_geometry
 from kvservice_api.keys import KEY_BYTES
@@ -94,10 +95,29 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--repair", action="store_true", help="delete the records of what is damaged, and of SSD files that are missing"
     )
+    parser.add_argument(
+        "--rebuild",
+        action="store_true",
+        help="make a new index of the blocks that the SSD files have; the old one is kept under another name",
+    )
+    parser.add_argument(
+        "--ssd-file",
+        type=Path,
+        action="append",
+        default=[],
+        help="for --rebuild: an SSD file that does not lie in the folder of the store",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
     try:
-        report = asyncio.run(check(options.store.absolute(), repair=options.repair))
+        report = asyncio.run(
+            check(
+                options.store.absolute(),
+                repair=options.repair or options.rebuild,
+                rebuild=options.rebuild,
+                ssd_files=[file.absolute() for file in options.ssd_file],
+            )
+        )
     except (StoreError, StoreMismatch, KVError, OSError) as error:
         print(f"kvservice check: {error}", file=sys.stderr)
         return 2
@@ -105,16 +125,21 @@ def main(argv: Sequence[str]) -> int:
     return 1 if report.problems else 0
 
 
-async def check(store: Path, *, repair: bool = False) -> Report:
-    """Look at everything. Raises StoreLocked, StoreTooNew, OSError; damage is in the report."""
+async def check(store: Path, *, repair: bool = False, rebuild: bool = False, ssd_files: Sequence[Path] = ()) -> Report:
+    """Look at everything; with `rebuild`, at a new index. Damage is in the report.
+
+    Raises StoreMismatch, StoreLocked, StoreTooNew, OSError.
+    """
     index_directory = store / "index"
-    if not (index_directory / DATA_NAME).is_file() and not traces_of_store(index_directory):
+    if not (index_directory / DATA_NAME).is_file() and not traces_of_store(index_directory, ssd_files):
         raise FileNotFoundError(f"there is no store in {store}")
     report = Report(str(store))
     with ExitStack() as opened:
         lock = StoreLock(store / "lock")
         opened.callback(lock.release)
         try:
+            if rebuild:
+                await _repair_index(store, report, rebuild=True, ssd_files=ssd_files)
             index = await _open_index(store, report, repair=repair)
         except StoreDamaged as error:
             report.problems.append(Problem("index", "", f"it cannot be repaired: {error}"))
@@ -141,16 +166,27 @@ async def _open_index(store: Path, report: Report, *, repair: bool) -> BlockInde
     return None
 
 
-async def _repair_index(store: Path, report: Report) -> None:
-    """Put a new index in the place of the damaged one. Raises StoreDamaged."""
-    saved = salvage.read(store)
-    if not (saved.records or saved.doubtful or saved.sessions):
-        raise StoreDamaged("no record of a block or a session was found, so no index is made of it")
+async def _repair_index(store: Path, report: Report, *, rebuild: bool = False, ssd_files: Sequence[Path] = ()) -> None:
+    """Put a new index in the place of the damaged one. Raises StoreDamaged, StoreMismatch.
+
+    With `rebuild` the SSD files are searched for blocks, and no record is believed without a look at its block.
+    """
+    saved = salvage.read(store, ssd_files)
+    if rebuild:
+        saved.doubtful.update(saved.records)
+        saved.records.clear()
+    elif not (saved.records or saved.doubtful or saved.sessions):
+        raise StoreDamaged("no record of a block or a session was found, so no index is made of it: use --rebuild")
+    found: Found | None = None
     index = salvage.make_index(store, saved)
     try:
         with ExitStack() as opened:
             looking = _Check(store, index, Report(str(store)), opened)
-            await salvage.fill(index, saved, looking.are_right)
+            if rebuild:
+                found = await looking.search(ssd_files)
+                index.close()
+                index = salvage.make_room(store, saved, len(found.keys))
+            await salvage.fill(index, saved, looking.are_right, found)
         counts = (index.count(TierName.SSD), len(index.layouts), len(saved.sessions))
     finally:
         index.close()
@@ -158,8 +194,14 @@ async def _repair_index(store: Path, report: Report) -> None:
     report.repaired += 1
     report.made_anew.append(
         f"the index, with {counts[0]} blocks, {counts[1]} layouts and {counts[2]} sessions; what else it had is unknown"
-        + (f"; the damaged one is {kept}" if kept else "")
+        + (f"; the old one is {kept}" if kept else "")
     )
+    if found is not None:
+        report.made_anew.append(
+            "sessions that are not among these are lost, how many is not known; pins and hits of blocks that only "
+            "their trailers told of are lost"
+        )
+        report.made_anew += [f"no record for {count} trailers {what}" for what, count in sorted(found.others.items())]
 
 
 class _Check:
@@ -173,6 +215,8 @@ class _Check:
         self._bad: dict[TierName, list[bytes]] = {tier: [] for tier in TierName}
         self._trailers: dict[bytes, int] = {}  # Of the copies on SSD.
         self._away: dict[int, Path] = {}  # SSD files that are missing, by number.
+        self._ssd: Tier | str = ""  # Once it was opened for a search.
+        self._ssd_files: list[Path] = []
 
     async def run(self, repair: bool) -> None:
         for fingerprint in self._index.damaged_layouts:
@@ -240,9 +284,20 @@ class _Check:
             if what:
                 self._complain(name, copy.key, what)
 
+    async def search(self, ssd_files: Sequence[Path]) -> Found:
+        """The blocks in the SSD files, wherever these are. Raises StoreMismatch where a file is not there."""
+        if not self._index.ssd_files:
+            self._index.remember_ssd_files(_in_order({*self._store.glob("ssd-*.kv"), *ssd_files}))
+        tier = self._ssd = self._open_ssd()
+        if isinstance(tier, str):
+            raise StoreMismatch(f"{tier}: blocks can only be looked for in all SSD files at once")
+        assert isinstance(tier, SsdTier)
+        self._index.remember_ssd_files(self._ssd_files)
+        return await find_blocks(self._ssd_files, tier, self._index.layouts)
+
     async def are_right(self, keys: Sequence[bytes], records: Records) -> list[bool]:
         """Whether the bytes at each record's place on SSD are those of its block."""
-        tier = self._open_ssd()
+        tier = self._ssd or self._open_ssd()
         if isinstance(tier, str):
             return [False] * len(keys)
         within = tier.holds(records["segment"], records["offset_bytes"], records["size_bytes"])
@@ -307,6 +362,7 @@ class _Check:
                 self._report.problems.append(Problem(TierName.SSD, "", "there are records, and no file is known"))
             return "no SSD file is known"
         try:
+            files = self._ssd_files = [self._found_at_home(number, file) for number, file in enumerate(files)]
             self._away = {number: file for number, file in enumerate(files) if is_missing(file)}
             if self._away:
                 return self._complain_of_missing_files()
@@ -322,6 +378,16 @@ class _Check:
             return str(error)
         self._opened.callback(tier.close)
         return tier
+
+    def _found_at_home(self, number: int, file: Path) -> Path:
+        """The file, or where the index names none that is there, the one of this number in the store's own folder."""
+        if not is_missing(file):
+            return file
+        for other in sorted(self._store.glob("ssd-*.kv")):
+            origin = origin_of(other)
+            if origin is not None and (origin.store_id, origin.number) == (self._index.store_id, number):
+                return other
+        return file
 
     def _complain_of_missing_files(self) -> str:
         lost = self._blocks_by_file()
@@ -348,6 +414,21 @@ class _Check:
         self._opened.callback(arena.close)
         assert not arena.why_new, "what was examined is opened as it is"
         return DramTier(arena)
+
+
+def _in_order(files: Collection[Path]) -> list[Path]:
+    """A store's SSD files, as they number themselves. Raises StoreMismatch where some are missing."""
+    origins = {file: origin for file in files if (origin := origin_of(file)) is not None}
+    ordered = sorted(origins, key=lambda file: origins[file].number)
+    if not ordered:
+        raise StoreMismatch("no SSD file was found: name those that lie elsewhere with --ssd-file")
+    count = origins[ordered[0]].of
+    if [origins[file].number for file in ordered] != list(range(count)):
+        raise StoreMismatch(
+            f"of the store's {count} SSD files these were found: {', '.join(map(str, ordered))}. Name those that lie "
+            "elsewhere with --ssd-file"
+        )
+    return [file.absolute() for file in ordered]
 
 
 async def _damage(tier: Tier, copy: _Copy) -> str:

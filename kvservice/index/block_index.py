@@ -45,6 +45,9 @@ SCHEMA = 2
 # Beside the index: the store's id in hexadecimal. Where it is, the store was made, though its index may be lost.
 IDENTITY_NAME = "store_id"
 
+# Beside the index: one file per layout, named by its fingerprint, with what the index has of it.
+LAYOUTS_NAME = "layouts"
+
 # Beside the volatile index: which of its transactions was the last.
 _NOTES_NAME = "index-transaction"
 
@@ -166,7 +169,8 @@ class BlockIndex:
             _remove(directory)
             notes = directory.with_name(_NOTES_NAME)
             _remove(notes)
-            volatile = Environment(directory, map_bytes=map_bytes, durable=False, notes=notes)
+            volatile = Environment(directory, map_bytes=map_bytes, durable=False)
+            volatile.keep_notes(notes)
             volatile.write_now(META, self._volatile_meta(arena_id))
             self._environments[TierName.DRAM] = volatile
         self._remember(_VOLATILE_DIRECTORY_KEY, os.fsencode(directory.absolute()))
@@ -185,9 +189,7 @@ class BlockIndex:
         try:
             if is_older_copy(directory, directory.with_name(_NOTES_NAME)):
                 return "it is an older copy"
-            volatile = Environment(
-                directory, map_bytes=map_bytes, durable=False, notes=directory.with_name(_NOTES_NAME)
-            )
+            volatile = Environment(directory, map_bytes=map_bytes, durable=False)
         except OSError as error:
             return f"it cannot be read: {error.strerror}"
         except (StoreDamaged, StorageFailed) as error:
@@ -206,6 +208,11 @@ class BlockIndex:
                 self.emptied_keys = [key for key in keys if len(key) == OBJECT_KEY_BYTES]
             volatile.close()
             return f"{', '.join(wrong)} differs"
+        try:
+            volatile.keep_notes(directory.with_name(_NOTES_NAME))
+        except StorageFailed as error:
+            volatile.close()
+            return str(error)
         if older:
             volatile.write_now(META, {_SCHEMA_KEY: expected[_SCHEMA_KEY]})
         self._environments[TierName.DRAM] = volatile
@@ -321,10 +328,15 @@ class BlockIndex:
         layout_id = self._next_layout_id
         self._next_layout_id += 1  # Never given twice: a record of a lost layout must not find another.
         value = _encode_layout(layout_id, layout)
+
+        def encode() -> list[bytes]:
+            self._note_layout(fingerprint, value)  # On the committer thread, and before the record.
+            return [value]
+
         durable = self._environments[TierName.SSD]
         commit = asyncio.gather(
             durable.put(META, [_NEXT_LAYOUT_KEY], lambda: [_U32.pack(layout_id + 1)]),
-            durable.put(LAYOUTS, [fingerprint], lambda: [value]),
+            durable.put(LAYOUTS, [fingerprint], encode),
         )
 
         def settle(commit: asyncio.Future[tuple[None, None]]) -> None:
@@ -353,6 +365,8 @@ class BlockIndex:
         fingerprints = [self._layouts[layout_id].fingerprint for layout_id in unused]
         if unused:
             self._environments[TierName.SSD].delete_now(LAYOUTS, fingerprints)
+            for fingerprint in fingerprints:
+                (self._directory.parent / LAYOUTS_NAME / fingerprint.hex()).unlink(missing_ok=True)
         for layout_id, fingerprint in zip(unused, fingerprints, strict=True):
             del self._layouts[layout_id], self._layout_ids[fingerprint]
         return len(unused)
@@ -409,6 +423,18 @@ class BlockIndex:
         for environment in self._environments.values():
             environment.close()
 
+    def _note_layout(self, fingerprint: bytes, value: bytes) -> None:
+        """Keep a layout's entry in a file of its own, too, for when the index is lost. Raises StorageFailed."""
+        folder = self._directory.parent / LAYOUTS_NAME
+        path = folder / fingerprint.hex()
+        try:
+            if path.exists() and path.read_bytes() == value:
+                return
+            folder.mkdir(exist_ok=True)
+            write_durably(path, value)
+        except OSError as error:
+            raise StorageFailed(f"the layout could not be noted in {path}: {error}") from error
+
     def _read_layouts(self) -> None:
         durable = self._environments[TierName.SSD]
         counter = self._meta.get(_NEXT_LAYOUT_KEY)
@@ -421,6 +447,7 @@ class BlockIndex:
                 layout_id, layout = decoded
                 self._layouts[layout_id] = layout
                 self._layout_ids[fingerprint] = layout_id
+                self._note_layout(fingerprint, value)
         after_known = max(self._layouts, default=0) + 1
         self._next_layout_id = max(after_known, _U32.unpack(counter)[0] if counter else 1)
 

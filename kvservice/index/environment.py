@@ -69,8 +69,7 @@ class Environment:
 
     `durable` commits are synced to the disk. Others survive the process, not the machine: right for
     an index on a tmpfs. `before_commit` is called on the committer thread, before a commit that holds
-    puts; a KVError or OSError from it fails them. `notes` is a file outside of `path` that says which transaction
-    was the last, so that an older copy of the folder is told from the newest; see `is_older_copy`.
+    puts; a KVError or OSError from it fails them.
 
     Every page in use is checked before LMDB maps the file, see `pages`: LMDB itself ends the process on some
     damage. Raises StoreDamaged where the file is not LMDB's or its pages are damaged, StorageFailed where it cannot be
@@ -84,7 +83,6 @@ class Environment:
         map_bytes: int,
         durable: bool,
         before_commit: Callable[[], None] | None = None,
-        notes: Path | None = None,
     ) -> None:
         self.path = path
         self.map_bytes = map_bytes // _PAGE_BYTES * _PAGE_BYTES
@@ -101,12 +99,20 @@ class Environment:
         with _as_store_errors(path):
             self._allocate()
             self._file_id = self._find_file()
-            if notes is not None:
-                self._notes_fd = os.open(notes, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-                with self._opened_env().begin() as txn:
-                    self._note(txn.id())
         self._committer = threading.Thread(target=self._run, name=f"kvservice-commit-{path.parent.name}", daemon=True)
         self._committer.start()
+
+    def keep_notes(self, path: Path) -> None:
+        """Note in a file outside of the environment which transaction was the last, from now on.
+
+        So an older copy of the folder is told from the newest: `is_older_copy`. While nothing else is pending.
+        Raises StorageFailed.
+        """
+        with self._env_lock, _as_store_errors(path):
+            assert self._env is not None and self._notes_fd is None
+            self._notes_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            with self._env.begin() as txn:
+                self._note(txn.id())
 
     def put(self, database: bytes, keys: Sequence[bytes], encode: Encode) -> asyncio.Future[None]:
         """Store `encode()`'s values under `keys`. Done once committed; IndexFull, StorageFailed.
@@ -267,10 +273,6 @@ class Environment:
         if self._notes_fd is not None:
             with contextlib.suppress(OSError):
                 os.pwrite(self._notes_fd, _NOTE.pack(transaction), 0)
-
-    def _opened_env(self) -> lmdb.Environment:
-        assert self._env is not None
-        return self._env
 
     def _used_pages(self, txn: lmdb.Transaction) -> int:
         """Pages in use: LMDB itself only tells the highest page it ever used."""

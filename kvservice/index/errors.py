@@ -3,8 +3,8 @@
 * StoreError
   x StoreLocked   stop the other process, or name another store
   x StoreTooNew   run the KVService that wrote the store, or a newer one
-  x StoreDamaged  restore the index from a copy, have `kvservice check --repair` save what can be saved,
-                  or start a new store
+  x StoreDamaged  restore the index from a copy, have `kvservice check --repair` save what can be saved or
+                  `kvservice check --rebuild` look for the blocks, or start a new store
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class StoreDamaged(StoreError):
     """The index is gone or empty though the store is there, is no LMDB file, or has damaged pages."""
 
     what_helps = (
-        "Restore the index from a copy, or have `kvservice check STORE --repair` save what can be saved, or start a "
-        "new store in another folder"
+        "Restore the index from a copy, or have `kvservice check STORE --repair` save what can be saved of it, or "
+        "`kvservice check STORE --rebuild` make a new one of the blocks in the SSD files, or start a new store in "
+        "another folder"
     )

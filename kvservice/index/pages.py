@@ -20,7 +20,6 @@ import os
 import stat
 import struct
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,7 +80,7 @@ class _Leaf(NamedTuple):
 def examine(path: Path) -> str:
     """What keeps LMDB from opening the file safely; "" where nothing does, also where the file is missing or empty.
 
-    Reads every page that is in use: a million records take about half a second. Raises OSError.
+    Reads every page that is in use: a million records take 0.3 s of CPU time. Raises OSError.
     """
     try:
         fd = _open(path)
@@ -405,19 +404,19 @@ def _keys_of(pages: Bytes, nodes: _Nodes) -> list[bytes]:
 def _check_order(name: str, pages: Bytes, nodes: _Nodes, integers: bool) -> None:
     """Raises Unsound where a page's keys do not ascend."""
     same_page = nodes.which[1:] == nodes.which[:-1]
-    size = int(nodes.key_sizes[0])
-    if integers or size % 8 or not size or (nodes.key_sizes != size).any():
-        keys = _keys_of(pages, nodes)
-        ascends = np.array([_below(one, other, integers) for one, other in pairwise(keys)], np.bool_)
+    if integers or (nodes.key_sizes < 8).any():
+        unsure = same_page.copy()
+        ascends = ~same_page
     else:
-        where = (nodes.starts + _NODE_BYTES)[:, None] + np.arange(size)
-        words = pages.reshape(-1)[where].view(">u8").astype(np.uint64)
-        ascends = np.zeros(len(words) - 1, np.bool_)
-        equal = ~ascends
-        for column in words.T:
-            ascends |= equal & (column[:-1] < column[1:])
-            equal &= column[:-1] == column[1:]
-    if not (ascends | ~same_page).all():
+        # The first eight bytes tell nearly always, and are compared all at once.
+        where = (nodes.starts + _NODE_BYTES)[:, None] + np.arange(8)
+        heads = pages.reshape(-1)[where].view(">u8")[:, 0].astype(np.uint64)
+        ascends = (heads[:-1] < heads[1:]) | ~same_page
+        unsure = (heads[:-1] == heads[1:]) & same_page
+    rows = np.flatnonzero(unsure)
+    keys, following = _keys_of(pages, nodes.only(rows)), _keys_of(pages, nodes.only(rows + 1))
+    ascends[rows] = [_below(one, other, integers) for one, other in zip(keys, following, strict=True)]
+    if not ascends.all():
         raise Unsound(f"its tree {name} has keys out of order")
 
 

@@ -40,7 +40,16 @@ from kvservice_api.errors import (
     UploadCorrupted,
 )
 from kvservice_api.frames import Frame
-from kvservice_api.image import BlockGeometry, Trailer, block_geometry, checksum, layer_starts
+from kvservice_api.image import (
+    BlockGeometry,
+    Descriptor,
+    Trailer,
+    block_geometry,
+    checksum,
+    descriptor_offset,
+    layer_starts,
+    tenant_tag,
+)
 from kvservice_api.layout import Layout, Shard
 
 _HASH_IN_THREAD_BYTES = 1 << 20  # Hashing less than this takes less than handing it to a thread.
@@ -373,10 +382,20 @@ class Ingest:
             trailer = Trailer(key, request.shard, self._checksums[upload.position]).encode()
             assert upload.image is not None and upload.extent is not None
             upload.image[upload.geometry.trailer_offset :] = trailer
+            parent_key = request.keys[upload.position - 1] if upload.position else request.parent_key
+            if (offset := descriptor_offset(upload.geometry)) is not None:
+                upload.image[offset : upload.geometry.trailer_offset] = Descriptor(
+                    request.token_counts[upload.position],
+                    parent_key,
+                    request.layout.fingerprint,
+                    tenant_tag(self._caller.tenant.name),
+                    now_ms,
+                    checksum(trailer),
+                ).encode()
             row = blocks.add(
                 key,
                 request.shard,
-                parent_key=request.keys[upload.position - 1] if upload.position else request.parent_key,
+                parent_key=parent_key,
                 layout_id=request.layout_id,
                 tenant=self._caller.tenant.number,
                 token_count=request.token_counts[upload.position],

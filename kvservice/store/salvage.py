@@ -22,13 +22,14 @@ import numpy as np
 
 from kvservice.blocks import TierName
 from kvservice.index import pages
-from kvservice.index.block_index import STORE_KEY, BlockIndex, decode_layout, read_identity
+from kvservice.index.block_index import LAYOUTS_NAME, STORE_KEY, BlockIndex, decode_layout, read_identity
 from kvservice.index.environment import DATA_NAME
 from kvservice.index.errors import StoreDamaged
 from kvservice.index.records import RECORD, Records, is_sound
 from kvservice.index.recovery import overlaps
 from kvservice.index.session_records import decode_manifest
-from kvservice.tiers.ssd import store_id_of
+from kvservice.store.rebuild import Found
+from kvservice.tiers.ssd import origin_of
 
 _NEW_NAME = "index.new"
 _UNFINISHED_NAME = "unfinished"  # In a new index that is not complete: it may be removed.
@@ -51,15 +52,21 @@ class Saved:
     doubtful: dict[bytes, bytes] = field(default_factory=dict)  # Records of pages that are not in use.
 
 
-def read(store: Path) -> Saved:
-    """Everything of the store's durable index that has a sound CRC. Raises OSError, StoreDamaged."""
+def read(store: Path, ssd_files: Sequence[Path] = ()) -> Saved:
+    """Everything of the store's durable index that has a sound CRC, and the layouts' own files.
+
+    `ssd_files` are those that lie elsewhere. Raises OSError, StoreDamaged.
+    """
     saved = Saved()
+    for file in sorted((store / LAYOUTS_NAME).glob("*")):
+        _sort_in_layout(saved, file)
     path = store / "index" / DATA_NAME
     if path.exists():
         found: list[tuple[bool, bytes, bytes]] = sorted(pages.salvage(path), key=lambda entry: entry[0])
         for in_use, key, value in found:  # What is in use comes last, and replaces the rest.
             _sort_in(saved, in_use, key, value)
-    ids = [read_identity(store), *(store_id_of(file) for file in sorted(store.glob("ssd-*.kv")))]
+    origins = (origin_of(file) for file in (*sorted(store.glob("ssd-*.kv")), *ssd_files))
+    ids = [read_identity(store), *(origin.store_id for origin in origins if origin is not None)]
     store_id = next(filter(None, ids), saved.meta.get(STORE_KEY, b""))
     if not store_id:
         raise StoreDamaged(f"nothing in {store} says which store it is")
@@ -67,6 +74,15 @@ def read(store: Path) -> Saved:
     for key in saved.records:
         saved.doubtful.pop(key, None)
     return saved
+
+
+def _sort_in_layout(saved: Saved, file: Path) -> None:
+    try:
+        key, value = bytes.fromhex(file.name), file.read_bytes()
+    except (ValueError, OSError):  # Not a layout's file, or one that cannot be read.
+        return
+    if decode_layout(key, value) is not None:
+        saved.layouts[key] = value
 
 
 def _sort_in(saved: Saved, in_use: bool, key: bytes, value: bytes) -> None:
@@ -93,17 +109,24 @@ def make_index(store: Path, saved: Saved) -> BlockIndex:
         _set_aside_old(store, directory)
     directory.mkdir()
     (directory / _UNFINISHED_NAME).touch()
-    count = len(saved.records) + len(saved.doubtful)
+    return BlockIndex.create(directory, map_bytes=_map_bytes(store, saved), meta=saved.meta, layouts=saved.layouts)
+
+
+def make_room(store: Path, saved: Saved, more: int) -> BlockIndex:
+    """Open the new index again, closed before, with room for `more` blocks. Raises StoreError, StorageFailed."""
+    return BlockIndex.open(store / _NEW_NAME, map_bytes=_map_bytes(store, saved, more))
+
+
+def _map_bytes(store: Path, saved: Saved, more: int = 0) -> int:
     old = store / "index" / DATA_NAME
-    size = old.stat().st_size if old.exists() else 0
-    map_bytes = max(size, _MAP_BYTES_MIN + _MAP_BYTES_PER_RECORD * count)
-    return BlockIndex.create(directory, map_bytes=map_bytes, meta=saved.meta, layouts=saved.layouts)
+    size = old.stat().st_size if old.is_file() else 0
+    return max(size, _MAP_BYTES_MIN + _MAP_BYTES_PER_RECORD * (len(saved.records) + len(saved.doubtful) + more))
 
 
-async def fill(index: BlockIndex, saved: Saved, verify: Verify) -> None:
-    """Record what was saved. `verify` says which doubtful records' bytes are still those of their blocks.
+async def fill(index: BlockIndex, saved: Saved, verify: Verify, found: Found | None = None) -> None:
+    """Record what was saved, and `found` of the SSD files where that is not the same.
 
-    Raises IndexFull, StorageFailed.
+    `verify` says which doubtful records' bytes are still those of their blocks. Raises IndexFull, StorageFailed.
     """
     keys, records = _joined(saved.records)
     doubtful_keys, doubtful = _joined(saved.doubtful)
@@ -115,6 +138,12 @@ async def fill(index: BlockIndex, saved: Saved, verify: Verify) -> None:
         together = np.concatenate((records, doubtful[rows]))
         rows = rows[~overlaps(together)[len(records) :]]
         keys, records = keys + [doubtful_keys[row] for row in rows], np.concatenate((records, doubtful[rows]))
+    if found is not None:
+        known_keys = set(keys)
+        new = np.array([row for row, key in enumerate(found.keys) if key not in known_keys], np.int64)
+        together = np.concatenate((records, found.records[new]))
+        new = new[~overlaps(together)[len(records) :]]
+        keys, records = keys + [found.keys[row] for row in new], np.concatenate((records, found.records[new]))
     for start in range(0, len(keys), _RECORDS_AT_ONCE):
         some = slice(start, start + _RECORDS_AT_ONCE)
         await index.put(TierName.SSD, keys[some], records[some])

@@ -15,7 +15,7 @@ import struct
 import threading
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -303,12 +303,22 @@ def is_missing(path: Path) -> bool:
     return False
 
 
-def store_id_of(path: Path) -> bytes:
-    """The id of the store that the file was made for; empty where it is no SSD file. Raises OSError."""
+class Origin(NamedTuple):
+    """What an SSD file was made for: file `number` of `of` of a store."""
+
+    store_id: bytes
+    number: int
+    of: int
+
+
+def origin_of(path: Path) -> Origin | None:
+    """None where it is no SSD file of this version. Raises OSError."""
     with path.open("rb") as file:
         data = file.read(_HEADER.size)
-    magic, store_id, *_ = _HEADER.unpack(data) if len(data) == _HEADER.size else (b"", b"")
-    return store_id if magic == _MAGIC else b""
+    if len(data) < _HEADER.size or not data.startswith(_MAGIC):
+        return None
+    _, store_id, number, count, _ = _HEADER.unpack(data)
+    return Origin(store_id, number, count)
 
 
 def _create(path: Path, header: bytes, size: int, calls: FileCalls) -> None:

@@ -3,16 +3,18 @@
 A block is stored layer-major. One layer of it is a *slice*: ``[K, V][kv head][token][dim]``, so a
 range of heads is one run of bytes in K and one in V. The stored form of a block is its *image*::
 
-    | slice 0 | slice 1 | ... | slice n-1 |  zeros  | trailer |      whole image: a multiple of 4 KiB
+    | slice 0 | slice 1 | ... | slice n-1 |  free  | descriptor | trailer |      whole image: a multiple of 4 KiB
 
 Slices of 64 KiB or more start and end on pages of 4 KiB that no other slice has; smaller ones follow
 one another without a gap. The trailer is the image's last bytes and holds one xxh3-64
-per slice; see ``Trailer``.
+per slice; see ``Trailer``. Where there is room in front of it, there is a ``Descriptor``: what the index knows of
+the block, for when the index is lost. It takes no space of its own, so images with and without one are alike.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -124,6 +126,7 @@ _TRAILER_HEAD = struct.Struct("<4sHH32s8s")
 _TRAILER_MAGIC = b"KVTR"
 _TRAILER_VERSION = 1
 assert _TRAILER_HEAD.size == 48  # On-disk format: another size needs another version.
+TRAILER_START = int.from_bytes(_TRAILER_MAGIC + _TRAILER_VERSION.to_bytes(2, "little"), "little")  # 6 bytes.
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +158,66 @@ class Trailer:
         if magic != _TRAILER_MAGIC or version != _TRAILER_VERSION or len(data) != cls.size_bytes(count):
             raise ValueError("not a trailer of this version")
         return cls(key, Shard.decode(shard), np.frombuffer(data, "<u8", count, _TRAILER_HEAD.size).astype(np.uint64))
+
+
+#  | "KVBD" | version u16 | 0 u16 | tokens u32 | 0 u32 | parent key 32 | layout fingerprint 32 | tenant 16 |
+#  | stored at, ms u64 | trailer's xxh3-64 | xxh3-64 of all before |      little-endian
+_DESCRIPTOR = struct.Struct("<4sH2xI4x32s32s16sQQQ")
+_DESCRIPTOR_MAGIC = b"KVBD"
+_DESCRIPTOR_VERSION = 1
+DESCRIPTOR_BYTES = _DESCRIPTOR.size
+assert DESCRIPTOR_BYTES == 120  # On-disk format: another size needs another version.
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptor:
+    """What stands in front of a trailer: enough to make the block's index record again.
+
+    It names its trailer by the trailer's checksum, so one that was left by an earlier block is told from it.
+    """
+
+    token_count: int
+    parent_key: bytes
+    layout_fingerprint: bytes
+    tenant: bytes  # `tenant_tag` of its name.
+    stored_at_ms: int
+    trailer_checksum: int
+
+    def encode(self) -> bytes:
+        body = _DESCRIPTOR.pack(
+            _DESCRIPTOR_MAGIC,
+            _DESCRIPTOR_VERSION,
+            self.token_count,
+            self.parent_key,
+            self.layout_fingerprint,
+            self.tenant,
+            self.stored_at_ms,
+            self.trailer_checksum,
+            0,
+        )[:-8]
+        return body + checksum(body).to_bytes(8, "little")
+
+    @classmethod
+    def decode(cls, data: bytes | memoryview) -> Descriptor:
+        """Raises ValueError where the bytes are no descriptor, or damaged."""
+        if len(data) != DESCRIPTOR_BYTES:
+            raise ValueError(f"a descriptor has {DESCRIPTOR_BYTES} bytes, not {len(data)}")
+        magic, version, *fields, expected = _DESCRIPTOR.unpack(data)
+        if magic != _DESCRIPTOR_MAGIC or version != _DESCRIPTOR_VERSION or checksum(data[:-8]) != expected:
+            raise ValueError("not a descriptor of this version, or damaged")
+        return cls(*fields)
+
+
+def descriptor_offset(geometry: BlockGeometry) -> int | None:
+    """Where an image has its descriptor; None where there is no room between the last slice and the trailer."""
+    offset = geometry.trailer_offset - DESCRIPTOR_BYTES
+    return offset if offset >= geometry.slices[-1].end else None
+
+
+@functools.cache
+def tenant_tag(name: str) -> bytes:
+    """A tenant's 16 bytes in a descriptor."""
+    return hashlib.sha256(name.encode()).digest()[:16]
 
 
 def checksum(data: bytes | memoryview) -> int:

@@ -207,7 +207,7 @@ def test_repair_saves_what_a_damaged_durable_index_still_has(tmp_path: Path, nam
             DAMAGE[name](index)
         checked = daemon.check("--repair")
         assert checked.returncode == 1
-        assert f"the damaged one is {daemon.store}/index.damaged-1" in checked.stdout, checked.stdout + checked.stderr
+        assert f"the old one is {daemon.store}/index.damaged-1" in checked.stdout, checked.stdout + checked.stderr
         assert pages.examine(daemon.store / "index.damaged-1" / "data.mdb")
         assert daemon.check().returncode == 0, daemon.check().stdout
         daemon.start()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -150,6 +153,9 @@ def test_space_of_a_living_writer_stays_aside_over_several_restarts(daemon: Daem
             until(lambda: client.admin.status().dram.used_bytes == 4 * 200_704)
             status = client.admin.status()
             assert (status.set_aside_extents, status.set_aside_bytes) == (4, 4 * 200_704)
+        kvctl = [str(Path(sys.executable).with_name("kvctl")), "status", "--address", daemon.address]
+        shown = subprocess.run(kvctl, capture_output=True, text=True, check=True).stdout.split()
+        assert " ".join(shown).count("of DRAM in 4 extents are set aside") == 1
         chains = [new_chain(LARGE, 8) for _ in range(10)]
         for chain in chains:
             save(client, LARGE, chain, Durability.SSD)

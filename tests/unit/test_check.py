@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import pytest
 
 from kvservice import check
 from kvservice.blocks import Extent, TierName, object_key
+from kvservice.index import pages
 from kvservice.index.block_index import BlockIndex
 from kvservice.index.environment import BLOCKS, LAYOUTS, META, SESSIONS, Environment
 from kvservice.index.records import RECORD, Records, encode_records, new_records
@@ -459,6 +461,39 @@ def test_an_index_that_is_no_index_is_a_problem_without_repair(store: Store) -> 
     assert "one of its first two pages is damaged" in report["problems"][0]["what"]
     assert "cannot be repaired: no record" in report["problems"][1]["what"]
     assert (store.path / "index" / "data.mdb").read_bytes() == b"\xff" * 65536, "it is left as it was"
+
+
+@pytest.mark.parametrize(("seed", "count"), [(1, 40), pytest.param(2, 2000, marks=pytest.mark.slow)])
+def test_whatever_bit_of_the_durable_index_flipped_a_check_ends_with_words_and_the_blocks_are_found(
+    store: Store, tmp_path: Path, seed: int, count: int
+) -> None:
+    """And wherever the file was cut."""
+    chooser = random.Random(seed)
+    kept = shutil.copytree(store.path, tmp_path / "kept")
+    whole = (kept / "index" / "data.mdb").read_bytes()
+    in_use = sorted({0, 1, *pages.leaf_pages_in_use(kept / "index" / "data.mdb")})
+    for number in range(count):
+        shutil.rmtree(store.path)
+        shutil.copytree(kept, store.path)
+        data = bytearray(whole)
+        if number % 8 == 7:
+            cut = chooser.randrange(len(data))
+            del data[cut:]
+            doing = f"cut to {cut} bytes"
+        else:
+            offset = chooser.choice(in_use) * PAGE_BYTES + int(chooser.choice((16, 160, PAGE_BYTES)) * chooser.random())
+            data[offset] ^= 1 << (bit := chooser.randrange(8))
+            doing = f"bit {bit} of byte {offset}"
+        (store.path / "index" / "data.mdb").write_bytes(data)
+        code, report = store.check()
+        assert code in (0, 1) or "index" in report["error"] or "schema" in report["error"], doing
+        repairs = number % 2 == 0
+        if repairs:
+            store.check("--repair")
+        code, report = store.check("--rebuild")
+        assert code < 2, (doing, report)
+        code, report = store.check()
+        assert (code, report["tiers"]["ssd"]["blocks"]) == (0, 4), (doing, repairs, report)
 
 
 def test_people_read_lines(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
