@@ -199,7 +199,7 @@ class BlockStore:
         try:
             await self.residency.flush_recency()
         except KVError as error:
-            log.warning("use times were not written", extra={"why": error.message})
+            log.warning("use times were not written: %s", error.message)
         await self.sessions.stop()
         await self.tasks.stop()
 
@@ -461,7 +461,7 @@ class BlockStore:
             try:
                 await self.residency.flush_recency()
             except KVError as error:
-                log.warning("use times were not written", extra={"why": error.message})
+                log.warning("use times were not written: %s", error.message)
 
 
 def _parts_of(items: Sequence[T]) -> Iterator[Sequence[T]]:
