@@ -196,4 +196,4 @@ class PlacementContract:
             policy.retention(table, rows, tier, 1001.0)
             took_s = time.thread_time() - began_s
             print(f"{took_s:.2f} s, and {calls_s:.2f} s for four calls each")
-            assert took_s < 4 * calls_s
+            assert took_s < calls_s
