@@ -73,7 +73,7 @@ def raise_open_files_limit(drives: int) -> None:
     if soft != resource.RLIM_INFINITY and soft < needed:
         raise HostLimit(
             f"too few open files are allowed: {soft} (RLIMIT_NOFILE), and the daemon needs at least {needed}, and "
-            "up to two more per client; raise the limit with `ulimit -n 65536`, or LimitNOFILE=65536 in the systemd unit"
+            "two more per client; raise the limit with `ulimit -n 65536`, or LimitNOFILE=65536 in the systemd unit"
         )
 
 
