@@ -158,7 +158,7 @@ class Daemon:
         self.store.drain.begin_stop()
         await self._server.refuse_new_work()
         timeout_s = self.settings.server.drain_timeout_s
-        log.info("draining", extra={"timeout_s": timeout_s})
+        log.info("draining: what runs may take %g s", timeout_s, extra={"timeout_s": timeout_s})
         try:
             async with asyncio.timeout(timeout_s):
                 await self.store.drain.quiet()
@@ -261,7 +261,7 @@ def _open_store(
     opening.callback(arena.close)
     kind = file_system_of(arena.directory)
     if kind not in ("", "tmpfs", "ramfs", "hugetlbfs"):
-        log.warning("the arena lies on a disk: dram.path is meant for a tmpfs", extra={"file_system": kind})
+        log.warning("the arena lies on a disk: dram.path is meant for a tmpfs, and %s has %s", settings.dram.path, kind)
     if arena_limit is not None:
         arena.limit(*arena_limit)
     _warn_of_little_memory(arena, kind)
@@ -276,10 +276,11 @@ def _open_store(
         why_new=arena.why_new,
     )
     if arena.why_new or emptied:
-        log.info("the DRAM tier starts empty", extra={"why": arena.why_new or f"its index: {emptied}"})
+        why = arena.why_new or f"its index: {emptied}"
+        log.info("the DRAM tier starts empty: %s", why, extra={"why": why})
 
     if forgotten := index.forget_unused_layouts():
-        log.info("layouts without blocks are forgotten: there were too many", extra={"count": forgotten})
+        log.info("layouts without blocks are forgotten: %d of them, as there were too many", forgotten)
     history = History(clock, settings.history.events_max)
     blocks = recover(index, {TierName.SSD: ssd, TierName.DRAM: dram} if ssd else {TierName.DRAM: dram}, history)
     executor = ThreadPoolExecutor(max(2, min(settings.server.transfer_slots, 8)), thread_name_prefix="transfer")

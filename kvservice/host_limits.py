@@ -19,7 +19,7 @@ MIB = 2**20
 _RESERVE_BYTES_MIN = 192 * MIB
 _RESERVE_SHARE = 16  # Of a large limit, one part in so many: more memory comes with more clients and more blocks.
 
-# An idle daemon has about 30 files open: the store's, gRPC's pollers and sockets. gRPC ends the process by SIGSEGV
+# An idle daemon has 33 files open: the store's, gRPC's pollers and sockets. gRPC ends the process by SIGSEGV
 # where its poller gets none, so the start is refused well above that.
 _OPEN_FILES_MIN = 64
 _OPEN_FILES_PER_DRIVE = 2
@@ -72,8 +72,8 @@ def raise_open_files_limit(drives: int) -> None:
     needed = _OPEN_FILES_MIN + _OPEN_FILES_PER_DRIVE * drives
     if soft != resource.RLIM_INFINITY and soft < needed:
         raise HostLimit(
-            f"too few open files are allowed: {soft} (RLIMIT_NOFILE), and the daemon needs at least {needed} and two "
-            "more per client; raise the limit with `ulimit -n 65536`, or LimitNOFILE=65536 in the systemd unit"
+            f"too few open files are allowed: {soft} (RLIMIT_NOFILE), and the daemon needs at least {needed}, and "
+            "two more per client; raise the limit with `ulimit -n 65536`, or LimitNOFILE=65536 in the systemd unit"
         )
 
 

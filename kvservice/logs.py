@@ -1,10 +1,15 @@
-"""Structured logs on standard error: one line an event, as JSON or as text."""
+"""Structured logs on standard error: one line per event, as JSON or as text.
+
+A line's message says its reason; what else is known of the event stands in fields. Lines that repeat are limited.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import sys
+import threading
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,8 +19,42 @@ _STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskN
 def set_up(level: str, form: str) -> None:
     """Send all logs to standard error, from `level` on."""
     handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(RateLimit())
     handler.setFormatter(_Json() if form == "json" else _Text())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+class RateLimit(logging.Filter):
+    """Of each kind of line the first 100 of a minute: a broken disk or client repeats one per block or request.
+
+    A kind is the place in the code that writes the line. The first line of a kind in a later minute has the field
+    `left_out`: how many were not written before it. Lines below INFO are all written.
+    """
+
+    def __init__(self, lines: int = 100, period_s: float = 60.0) -> None:
+        super().__init__()
+        self._lines = lines
+        self._period_s = period_s
+        self._lock = threading.Lock()
+        self._kinds: dict[tuple[str, int], _Kind] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.INFO:
+            return True
+        with self._lock:
+            kind = self._kinds.setdefault((record.pathname, record.lineno), _Kind(record.created))
+            if not 0 <= record.created - kind.began_s < self._period_s:  # Below 0: the clock was set back.
+                if kind.count > self._lines:
+                    record.left_out = kind.count - self._lines
+                kind.began_s, kind.count = record.created, 0
+            kind.count += 1
+            return kind.count <= self._lines
+
+
+@dataclass(slots=True)
+class _Kind:
+    began_s: float
+    count: int = 0
 
 
 class _Json(logging.Formatter):

@@ -133,9 +133,12 @@ class DaemonProcess:
         return found[0]
 
     def logged(self, event: str, **fields: object) -> list[dict[str, Any]]:
-        """The log lines of this event, with these fields, so far."""
-        wanted = {"event": event, **fields}
-        return [line for line in self.log if wanted.items() <= line.items()]
+        """The log lines of this event, whatever reason follows it, with these fields, so far."""
+        return [
+            line
+            for line in self.log
+            if (line["event"] == event or line["event"].startswith(f"{event}:")) and fields.items() <= line.items()
+        ]
 
     def serves(self) -> bool:
         """Wait until the daemon serves or has ended. Whether it serves."""

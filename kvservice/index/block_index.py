@@ -385,7 +385,7 @@ class BlockIndex:
                 else:
                     found.append(manifest)
         if self.damaged_sessions:
-            log.error("sessions that cannot be trusted are not loaded", extra={"count": len(self.damaged_sessions)})
+            log.error("sessions that cannot be trusted are not loaded: %d of them", len(self.damaged_sessions))
         return found
 
     def put_session(self, manifest: Manifest) -> asyncio.Future[None]:
@@ -561,7 +561,7 @@ def _upgrade(directory: Path, durable: Environment, meta: dict[bytes, bytes]) ->
     if schema > SCHEMA:
         raise StoreTooNew(f"the store's schema is version {schema}; this program knows versions up to {SCHEMA}")
     if schema < SCHEMA:
-        log.info("the store is upgraded", extra={"from_schema": schema, "to_schema": SCHEMA})
+        log.info("the store is upgraded from schema %s to %s", schema, SCHEMA)
         meta[_SCHEMA_KEY] = str(SCHEMA).encode()
         durable.write_now(META, {_SCHEMA_KEY: meta[_SCHEMA_KEY]})
 

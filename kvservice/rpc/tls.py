@@ -100,7 +100,7 @@ class Certificates:
             return
         self.latest = identity
         counters.tls_reloads += 1
-        log.info("TLS files changed", extra={"expires_at": _written(identity.expires_at_s)})
+        log.info("TLS files changed: the certificate expires on %s", _written(identity.expires_at_s))
 
     def _refuse(self, doubt: tuple[Stamps, str], counters: Counters) -> None:
         if doubt != self._doubt:
@@ -108,7 +108,7 @@ class Certificates:
         elif not self._has_told:
             self._has_told = True
             counters.tls_reloads_refused += 1
-            log.warning("changed TLS files refused, the former ones stay in use", extra={"why": doubt[1]})
+            log.warning("changed TLS files refused, the former ones stay in use: %s", doubt[1])
 
 
 def read_identity(files: Tls) -> Identity:

@@ -204,7 +204,7 @@ class BlockStore:
         try:
             await self.residency.flush_recency()
         except KVError as error:
-            log.warning("use times were not written", extra={"why": error.message})
+            log.warning("use times were not written: %s", error.message)
         await self.sessions.stop()
         await self.tasks.stop()
 
@@ -503,7 +503,7 @@ class BlockStore:
             try:
                 await self.residency.flush_recency()
             except KVError as error:
-                log.warning("use times were not written", extra={"why": error.message})
+                log.warning("use times were not written: %s", error.message)
 
 
 def _parts_of(items: Sequence[T]) -> Iterator[Sequence[T]]:

@@ -154,7 +154,7 @@ class ResidencyDirectory:
         least = self._slots_for(blocks.live_count)
         if HEADER_BYTES + SLOT_BYTES * least > self._bytes_max:
             if self._bytes_max:
-                log.warning("no residency directory", extra={"why": f"{self._bytes_max} bytes are too few for it"})
+                log.warning("no residency directory: %d bytes are too few for it", self._bytes_max)
             return 0
         file_system = os.statvfs(self._file.parent)
         size_max = min(self._bytes_max, file_system.f_bavail * file_system.f_frsize // _FREE_SHARE) - HEADER_BYTES
@@ -234,10 +234,10 @@ class ResidencyDirectory:
             return
         old.close(State.REPLACED)  # Not before: who reads this looks for the new one.
         self._current, self._next = table, None
-        log.info("the residency directory was replaced", extra={"slots": slots, "blocks": table.used_slots})
+        log.info("the residency directory was replaced: %d slots for %d blocks", slots, table.used_slots)
 
     def _give_up(self, why: str) -> None:
-        log.warning("no residency directory", extra={"why": why})
+        log.warning("no residency directory: %s", why)
         self.close()
 
 

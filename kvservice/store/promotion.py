@@ -143,7 +143,7 @@ class Promotion:
                     try:
                         begun.append(await self._reserve(row))
                     except (TierFull, StorageFailed) as error:
-                        log.debug("no room to promote", extra={"why": error.message})
+                        log.debug("no room to promote: %s", error.message)
                         break  # The later ones will not fit either; they are read where they lie.
                 if row in self._landings:
                     found[row] = self._landings[row]
@@ -266,7 +266,7 @@ class Promotion:
                 self._counters.promoted_bytes += landing.geometry.image_bytes
         except KVError as error:
             # Its bytes are right all the same: whoever reads them from this landing may go on.
-            log.debug("a promoted block got no record", extra={"why": error.message})
+            log.debug("a promoted block got no record: %s", error.message)
         finally:
             del self._landings[row]
             landing.done.set()

@@ -58,7 +58,7 @@ def recover(index: BlockIndex, tiers: Mapping[TierName, Tier], history: History 
         if not sound.all():
             dropped += [key.tobytes() for key in keys[~sound]]
         if dropped:
-            log.error("records that cannot be trusted are dropped", extra={"tier": name, "count": len(dropped)})
+            log.error("records that cannot be trusted are dropped: %d of %s", len(dropped), name)
             if history is not None:
                 history.note_lost(name, dropped)
             index.delete_now(name, dropped)  # Before any later record, which may name the same space.

@@ -222,4 +222,4 @@ class Reservations:
                 await asyncio.sleep(0)
             self._dram.release(extent)
         if extents:
-            log.info("a client ended while it wrote in place", extra={"extents": len(extents)})
+            log.info("a client ended while it wrote in place; its %d extents are free again", len(extents))

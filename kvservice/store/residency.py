@@ -256,7 +256,10 @@ class Residency:
             return
         extent = self.blocks.extent(row, tier)
         log.error(
-            "a damaged block was taken out of service",
+            "a damaged block was taken out of service: %s of %s in %s",
+            what,
+            self.blocks.key_of(row).hex(),
+            tier,
             extra={"key": self.blocks.key_of(row).hex(), "tier": tier, "extent": extent, "damaged": what},
         )
         if self.blocks.live[row]:
@@ -307,8 +310,9 @@ class Residency:
                 self._counters.storage_errors += 1
                 expected = isinstance(error, KVError)
                 log.error(
-                    "records could not be removed; trying again",
-                    extra={"tier": tier, "why": str(error)},
+                    "records of %s could not be removed; trying again: %s",
+                    tier,
+                    error,
                     exc_info=None if expected else error,
                 )
                 removal.report(error if isinstance(error, StorageFailed) else StorageFailed(str(error)))

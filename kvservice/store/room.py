@@ -116,7 +116,7 @@ class Room:
                     return
                 missing -= len(rows)
         except StorageFailed as error:
-            log.warning("no room could be made in the index", extra={"tier": tier, "why": error.message})
+            log.warning("no room could be made in the index of %s: %s", tier, error.message)
         finally:
             self._shedding[tier] = False
 
@@ -197,7 +197,7 @@ class Room:
                 try:
                     await self._free_up(tier, marks)
                 except StorageFailed as error:
-                    log.warning("room could not be kept free", extra={"tier": tier, "why": error.message})
+                    log.warning("no room could be kept free in %s: %s", tier, error.message)
 
     async def _free_up(self, tier: TierName, marks: Watermarks) -> None:
         """From below the low watermark up to the high one, without losing a block: nobody needs the space yet."""

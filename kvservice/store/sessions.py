@@ -108,7 +108,7 @@ class Sessions:
         try:
             await self.flush()
         except KVError as error:
-            log.warning("times of use of sessions were not written", extra={"why": error.message})
+            log.warning("times of use of sessions were not written: %s", error.message)
 
     # Reading
 
@@ -315,7 +315,7 @@ class Sessions:
             try:
                 await self._residency.discard(self._partial_rows(keys[start : start + _DROPPED_A_TURN]), why, _LET_GO)
             except StorageFailed as error:  # They are invisible already; their records leave later.
-                log.warning("partial blocks of sessions leave late", extra={"why": error.message})
+                log.warning("partial blocks of sessions leave late: %s", error.message)
 
     def _partial_rows(self, keys: Sequence[bytes]) -> list[int]:
         """Those of these partial blocks that are stored, and that still no manifest names."""
@@ -379,7 +379,7 @@ class Sessions:
                     passed_s = 0.0
                     await self.flush()
             except KVError as error:
-                log.warning("sessions could not be written", extra={"why": error.message})
+                log.warning("sessions could not be written: %s", error.message)
 
     def _use(self, name: Name, manifest: Manifest) -> Manifest:
         """Note that the session was used; written later."""

@@ -187,7 +187,7 @@ class WriteBehind:
     def _note_failure(self, why: str) -> None:
         """While writes or their commits fail, blocks are tried one by one; the log hears of it once."""
         if why and not self._failing_because:
-            log.warning("blocks cannot be written to SSD; trying again", extra={"why": why})
+            log.warning("blocks cannot be written to SSD; trying again: %s", why)
         elif self._failing_because and not why:
             log.info("blocks can be written to SSD again")
         self._failing_because = why

@@ -125,7 +125,7 @@ class Arena:
             self.not_shared_because = ""
         except OSError as error:
             self.not_shared_because = f"{error.strerror}: no space for the generations in {self.directory}"
-            log.warning("clients cannot read in place", extra={"why": self.not_shared_because})
+            log.warning("clients cannot read in place: %s", self.not_shared_because)
 
     def limit(self, size_bytes: int, why: str) -> None:
         """Allocate no more than `size_bytes`, `why` says because of what; what is allocated already stays.
@@ -185,7 +185,7 @@ class Arena:
             else:
                 self._join_pages(start, end)
             if end == start:
-                log.warning("the DRAM tier stays smaller than asked for", extra={"why": self.short_because})
+                log.warning("the DRAM tier stays smaller than asked for: %s", self.short_because)
                 return
             self._fault_in(start, end)
             start = end

@@ -291,7 +291,7 @@ class _File:
             self._fd, self.is_direct = fd, True
         else:
             os.close(fd)
-            log.info("O_DIRECT does not work here; the page cache is used", extra={"file": self._path})
+            log.info("O_DIRECT does not work for %s; the page cache is used", self._path)
 
 
 def is_missing(path: Path) -> bool:

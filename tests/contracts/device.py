@@ -16,7 +16,7 @@ from kvservice_adapter.device.base import Device, Pages, StreamClosed
 from kvservice_client.buffers import Bytes
 
 HEADS, K_DIM, V_DIM = 2, 8, 4
-WAIT_S = 10.0
+WAIT_S = 60.0
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
 
 

@@ -171,7 +171,10 @@ class PlacementContract:
             assert (np.diff(worth) <= 0).all()
 
     @pytest.mark.slow
-    def test_a_million_items_are_ranked_in_under_20_microseconds_each(self, make: Callable[[], Placement]) -> None:
+    def test_a_million_items_are_ranked_in_less_than_a_few_calls_take_for_each(
+        self, make: Callable[[], Placement]
+    ) -> None:
+        """Under 20 microseconds each, on a machine with nothing else to do."""
         count, random = 1_000_000, np.random.default_rng(0)
         table, policy = ItemTable(count, Conditions(count * 5, count * 10, 1e9)), make()
         rows = np.arange(count)
@@ -181,12 +184,16 @@ class PlacementContract:
         table.used_at_s[:] = random.uniform(0, 1000, count)
         table.uses[:] = 2
         table.live[:] = True
+        began_s = time.thread_time()
         for row in rows.tolist():
             policy.used(table, row, 1.0)
             policy.arrived(table, row, TierName.DRAM, 1.0)
             policy.arrived(table, row, TierName.SSD, 1.0)
             policy.stored(table, row, 1.0)
+        calls_s = time.thread_time() - began_s
         for tier in TierName:
-            began_s = time.perf_counter()
+            began_s = time.thread_time()
             policy.retention(table, rows, tier, 1001.0)
-            assert (time.perf_counter() - began_s) / count < 20e-6
+            took_s = time.thread_time() - began_s
+            print(f"{took_s:.2f} s, and {calls_s:.2f} s for four calls each")
+            assert took_s < calls_s

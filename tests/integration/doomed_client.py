@@ -17,7 +17,7 @@ from tests.integration.wire import Feed, Upload, Wire
 def main(address: str, salt: str, blocks: int) -> None:
     wire = Wire(address)
     wire.attach("doomed")
-    lease = wire.lookup(LARGE, new_chain(LARGE, blocks, salt))
+    lease = wire.lookup(LARGE, new_chain(LARGE, blocks, salt), ttl_ms=300_000)
     load = wire.blocks.LoadBlocks(blocks_pb2.LoadBlocksRequest(client_id=wire.client_id, lease_id=lease.lease_id))
     next(load)
     messages = Upload.of(wire, LARGE, new_chain(LARGE, 8, f"of {salt}, never to be stored")).messages()

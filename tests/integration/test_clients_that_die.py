@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from kvservice_api.v1 import blocks_pb2, types_pb2
-from tests.daemon import MIB, DaemonProcess, until
+from tests.daemon import MIB, SOON_S, DaemonProcess, until
 from tests.integration import doomed_client
 from tests.integration.known_blocks import LARGE, new_chain
 from tests.integration.wire import Upload, Wire
@@ -34,7 +34,7 @@ def doomed() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.communicate()
 
 
-def test_a_client_killed_in_the_middle_of_a_save_leaves_nothing_and_its_leases_end_within_100_ms(
+def test_a_client_killed_in_the_middle_of_a_save_leaves_nothing_and_its_leases_end_long_before_their_time(
     new_daemon: Callable[..., DaemonProcess], doomed: Callable[..., subprocess.Popen[str]]
 ) -> None:
     daemon = new_daemon(ssd__capacity_bytes=0)
@@ -46,7 +46,6 @@ def test_a_client_killed_in_the_middle_of_a_save_leaves_nothing_and_its_leases_e
         assert wire.save(Upload.of(wire, LARGE, chain).messages()).stored == _BLOCKS
         before = wire.state()
 
-        ended_after_s = []
         for _ in range(_CLIENTS):
             client = doomed(daemon.address, "leased", _BLOCKS)
             assert client.stdout is not None
@@ -57,10 +56,8 @@ def test_a_client_killed_in_the_middle_of_a_save_leaves_nothing_and_its_leases_e
 
             client.kill()
             client.wait()
-            ended_after_s.append(until(lambda: not wire.status().leases))
+            until(lambda: not wire.status().leases, SOON_S)
             until(lambda: wire.state() == before)
-        # What else runs on the machine can only add to this.
-        assert min(ended_after_s) < 0.1
 
         never = new_chain(LARGE, 8, "of leased, never to be stored")
         assert wire.lookup(LARGE, never).hit_blocks == 0

@@ -40,6 +40,12 @@ def test_a_memory_limit_below_the_dram_tier_makes_a_smaller_tier_which_may_be_fi
         assert status.dram.configured_bytes > 1000 * MIB
         assert str(group.limit_file) in status.dram.short_because
 
+        command = [sys.executable, "-c", "from kvservice_client.cli import main; main()", "status"]
+        environment = {**os.environ, "KVCTL_ADDRESS": daemon.address}
+        shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, env=environment).stdout
+        assert "DRAM is smaller than asked for" in " ".join(shown.split())
+        assert str(group.limit_file) in "".join(shown.split())
+
         chains = [new_chain(LARGE, 64) for _ in range(24)]  # 288 MiB: more than the tier has, less than the SSD's.
         for chain in chains:
             assert save(client, LARGE, chain, Durability.SSD, timeout_s=60).stored == 64

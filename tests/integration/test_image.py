@@ -96,7 +96,7 @@ def test_the_daemon_starts_becomes_healthy_and_drains_when_stopped(built: Built)
 
     def health() -> int:
         words = IMAGE.only("HEALTHCHECK").words
-        return subprocess.run(_found(words, environment), env=environment, capture_output=True, timeout=5).returncode
+        return subprocess.run(_found(words, environment), env=environment, capture_output=True, timeout=60).returncode
 
     assert health() == 1
     command = _found(IMAGE.only("ENTRYPOINT").words + IMAGE.only("CMD").words, environment)

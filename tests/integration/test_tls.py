@@ -187,7 +187,7 @@ class TestRotation:
         ):
             expired.write(folder)
             line = daemon.wait_for_log("changed TLS files refused, the former ones stay in use")
-            assert re.fullmatch(rf"tls.certificate {folder}/daemon.pem expired on .* UTC", line["why"])
+            assert re.fullmatch(rf".*: tls.certificate {folder}/daemon.pem expired on .* UTC", line["event"])
             assert serial_shown(daemon.port) == first.serial_number
             assert client.admin.status().counters["tls_reloads_refused"] == 1
             assert "kvservice_tls_reloads_refused_total 1.0" in scraped(daemon, authority)

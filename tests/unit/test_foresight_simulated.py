@@ -80,7 +80,7 @@ def test_where_there_is_nothing_to_learn_it_does_no_harm() -> None:
 
 
 def test_the_same_run_twice_is_the_same() -> None:
-    workload = sharegpt(sessions=150, session_rate=1.5, think_s=45.0, typing_lead_s=(2, 5), false_hints=0.3, seed=6)
+    workload = sharegpt(sessions=60, session_rate=1.5, think_s=45.0, typing_lead_s=(2, 5), false_hints=0.3, seed=6)
     first, second = (
         dataclasses.replace(
             simulate(workload, machine(workload, 0.1), "foresight"), seconds=0.0, turns_simulated_per_s=0.0

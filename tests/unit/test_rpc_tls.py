@@ -184,7 +184,7 @@ class TestFilesThatChange:
         assert certificates.latest is before
         assert counters.tls_reloads_refused == 1
         (line,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
-        assert f"tls.key {files.key}" in vars(line)["why"]
+        assert f"tls.key {files.key}" in line.getMessage()
 
     def test_and_are_not_valid_yet_are_taken_once_they_are(
         self,
