@@ -3,38 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from kvservice_adapter.connectors.transformers import TransformersConnector
 from kvservice_client import Client
 from tests.daemon import DaemonProcess
+from tests.integration.row_ends import EndsRows
 from tests.unit.connector_models import connector, tiny_llama
 
 EOS, OTHER_EOS, PAD = 95, 94, 0
 NEW_TOKENS = 20
 config_of: Any = GenerationConfig
 _names = map("row-{}".format, itertools.count())
-
-
-class EndsRows(LogitsProcessor):
-    """Row r says `token` as its new token number steps[r], and none of `never` before."""
-
-    def __init__(self, prompt_columns: int, steps: Mapping[int, int], token: int, never: Sequence[int]) -> None:
-        self._prompt, self._steps, self._token, self._never = prompt_columns, steps, token, list(never)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores = scores.clone()
-        scores[:, self._never] = -torch.inf
-        for row, step in self._steps.items():
-            if input_ids.shape[1] - self._prompt == step:
-                scores[row] = -torch.inf
-                scores[row, self._token] = 0.0
-        return scores
 
 
 class RowsEndWith(StoppingCriteria):

@@ -7,7 +7,9 @@
 * ``finding``, ``restoring``: what of a prompt is stored, and the cache that is made of it.
 * ``writing``, ``saving``, ``remembering``: the blocks that a forward completes are saved meanwhile, the rest at
   the end, and what a session is to know.
-* ``requests``: what is learned from each request, and reported. ``rows``: batches. ``model_layout``: which models.
+* ``requests``: what is learned from each request, and reported. ``rows``: batches.
+* ``generation``: where the rows of a batch end, and which tokens `generate` hides.
+* ``model_layout``, ``model_probe``: which models, decided by their configuration and by what they compute.
 """
 
 from kvservice_adapter.connectors.transformers.connector import TransformersConnector

@@ -48,6 +48,9 @@ def _geometry(model: Any) -> list[LayerGroup]:
         raise UnsupportedModel(f"{type(model).__name__} is no transformers model{hint if is_wrapped else ''}")
     config = model.config
     _check_configuration(config)
+    if getattr(getattr(model, "generation_config", None), "use_cache", None) is False:
+        # It would give the model all tokens at each step, beside a cache that has them already.
+        raise UnsupportedModel("`generate` would use no cache: set `model.generation_config.use_cache = True`")
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1:
         raise UnsupportedModel("the model lies on several devices")

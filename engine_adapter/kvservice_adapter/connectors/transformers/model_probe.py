@@ -52,8 +52,7 @@ def probe(model: PreTrainedModel, cache: DynamicCache) -> list[LayerShape]:
     the model raises.
     """
     body: Any = model.base_model
-    parameters = inspect.signature(body.forward).parameters
-    if "past_key_values" not in parameters:
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
         raise NotProbed(f"{type(model).__name__} takes no past_key_values: it has no KV cache of this kind")
     kinds = _kinds_of_layers(model, [window_of(layer) for layer in cache.layers])
     seen = _Seen(_last_layer(kinds))
