@@ -424,16 +424,23 @@ class BlockIndex:
             environment.close()
 
     def _note_layout(self, fingerprint: bytes, value: bytes) -> None:
-        """Keep a layout's entry in a file of its own, too, for when the index is lost. Raises StorageFailed."""
+        """Keep a layout's entry in a file of its own, too, for when the index is lost.
+
+        Where that cannot be written, as on a full disk, the store serves all the same: the next start tries again.
+        """
         folder = self._directory.parent / LAYOUTS_NAME
         path = folder / fingerprint.hex()
         try:
             if path.exists() and path.read_bytes() == value:
                 return
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
             write_durably(path, value)
         except OSError as error:
-            raise StorageFailed(f"the layout could not be noted in {path}: {error}") from error
+            log.warning(
+                "a copy of a layout could not be written, so its blocks cannot be found without the index: %s: %s",
+                path,
+                error.strerror,
+            )
 
     def _read_layouts(self) -> None:
         durable = self._environments[TierName.SSD]
@@ -511,20 +518,27 @@ def _check_identity(directory: Path, store_id: bytes) -> None:
                 f"the index {directory} is damaged or another store's: it is of the store {store_id.hex()}, and "
                 f"{store / IDENTITY_NAME} says {found.hex()}"
             )
-        if not found:
-            write_durably(store / IDENTITY_NAME, f"{store_id.hex()}\n".encode())
     except OSError as error:
         raise StorageFailed(f"{store / IDENTITY_NAME} cannot be used: {error}") from error
+    if not found:
+        try:
+            write_durably(store / IDENTITY_NAME, f"{store_id.hex()}\n".encode())
+        except OSError as error:  # The SSD files tell too that the store was made. The next start tries again.
+            log.warning("%s could not be written: %s", store / IDENTITY_NAME, error.strerror)
 
 
 def write_durably(path: Path, data: bytes) -> None:
     """Write a small file whole or not at all; it survives a power cut from here on. Raises OSError."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with open(partial, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

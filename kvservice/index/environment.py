@@ -39,6 +39,9 @@ _BATCH_KEYS_MIN, _BATCH_KEYS_MAX = 16, 4096
 _READ_CHUNK = 8192
 _PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 _FREE_BYTES_FEW = 1 << 20
+# One delete writes some five pages anew (a leaf, its branches, those of the list of free pages), and what it frees
+# serves the transaction after the next: three of them have to fit beside each other, with some to spare.
+_DELETE_PAGES_MIN = 32
 
 _NOTE = struct.Struct("<Q")  # The number of the last transaction.
 
@@ -248,9 +251,10 @@ class Environment:
                 for database, items in merged.items():
                     _apply(txn, self._handles[database], items)
                 used_after = self._used_pages(txn)
-                transaction = txn.id()
-                if used_after > max(used_before, self.map_bytes // _PAGE_BYTES * 9 // 10):
-                    raise IndexFull(f"the index {self.path} has reached 90 % of its map of {self.map_bytes} bytes")
+                if used_after > max(used_before, self._pages_for_records):
+                    raise IndexFull(
+                        f"the index {self.path} is full: the rest of its {self.map_bytes} bytes is kept for deletes"
+                    )
         except lmdb.MapFullError:
             raise
         except lmdb.Error as error:
@@ -259,7 +263,7 @@ class Environment:
             raise StorageFailed(f"the index {self.path} could not be written: {_why(self.path, error)}") from error
         self._account(used_after)
         self.commits += 1
-        self._note(transaction)
+        self._note(self._env.info()["last_txnid"])  # LMDB does not write a transaction that changed nothing.
 
     def _account(self, used_pages: int) -> None:
         self.used_bytes = used_pages * _PAGE_BYTES
@@ -273,6 +277,12 @@ class Environment:
         if self._notes_fd is not None:
             with contextlib.suppress(OSError):
                 os.pwrite(self._notes_fd, _NOTE.pack(transaction), 0)
+
+    @property
+    def _pages_for_records(self) -> int:
+        """How many pages records may take. The others are for deletes, which need pages too."""
+        pages = self.map_bytes // _PAGE_BYTES
+        return min(pages * 9 // 10, pages - _DELETE_PAGES_MIN)
 
     def _used_pages(self, txn: lmdb.Transaction) -> int:
         """Pages in use: LMDB itself only tells the highest page it ever used."""

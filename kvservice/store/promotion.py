@@ -217,7 +217,7 @@ class Promotion:
                 priority=due_s,
             )
             if landing.trailer is None:
-                raise ChecksumMismatch("the block's trailer is damaged", key=key.hex())
+                raise self._damaged(landing, "the trailer")
         except KVError as error:
             await self._fail(landing, error)
 
@@ -237,18 +237,22 @@ class Promotion:
                 priority=due_s,
             )
             if damaged:
-                key = self._blocks.key_of(landing.row).hex()
-                raise ChecksumMismatch(f"layer {damaged[0]} of a block is damaged", key=key, layer=damaged[0])
+                first_layer = self._blocks.shard_of(landing.row).layer_begin
+                raise self._damaged(landing, f"layer {first_layer + damaged[0]}")
             landing.landed(piece)
         except KVError as error:
             await self._fail(landing, error)
+
+    def _damaged(self, landing: Landing, what: str) -> ChecksumMismatch:
+        key = self._blocks.key_of(landing.row).hex()
+        return ChecksumMismatch(f"{what} of block {key} is damaged in ssd", key=key, damaged=what)
 
     async def _fail(self, landing: Landing, error: KVError) -> None:
         """A damaged block is a miss from now on, and not only once all others have landed."""
         landing.failed(error)
         self._counters.storage_errors += isinstance(error, StorageFailed)
         if isinstance(error, ChecksumMismatch):
-            await self._residency.quarantine(landing.row, landing.generation, TierName.SSD, error.message)
+            await self._residency.quarantine(landing.row, landing.generation, TierName.SSD, error.details["damaged"])
 
     async def _end(self, landing: Landing) -> None:
         """Make the block resident in DRAM, or give its space back."""

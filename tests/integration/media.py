@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import random
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +15,6 @@ from kvservice_api.image import Trailer
 from kvservice_client import Layout
 from tests.daemon import DaemonProcess
 from tests.integration.known_blocks import slice_bytes, slice_of
-
-_KEY_IN_TRAILER = 8  # Behind the trailer's magic, version and count.
 
 
 class Medium:
@@ -55,7 +54,8 @@ def flip_bit_of(medium: Medium, layout: Layout, key: bytes, layer: int) -> None:
 
 
 def flip_trailer(medium: Medium, layout: Layout, key: bytes, chooser: random.Random) -> None:
-    start = medium.find(key) - _KEY_IN_TRAILER
+    # With what stands before the key in a trailer: the next block's descriptor has this key too, as its parent.
+    start = medium.find(b"KVTR" + struct.pack("<HH", 1, layout.layers) + key)
     medium.flip(start + chooser.randrange(Trailer.size_bytes(layout.layers)), chooser.randrange(8))
 
 

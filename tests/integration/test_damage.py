@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from kvservice_api.errors import ChecksumMismatch
+from kvservice_api.v1 import admin_pb2
 from kvservice_client import BlockChain, Client, Durability, Layout, Tier
 from tests.daemon import MIB, DaemonProcess
 from tests.integration.known_blocks import LARGE, SMALL, compare, new_chain, save, tiers_of, verify
@@ -47,10 +49,27 @@ def expect_quarantine(daemon: DaemonProcess, client: Client, layout: Layout, cha
             compare(lease, layout, chain)
     assert quarantined(client) == before + 1
     (key,) = chain.keys
-    daemon.wait_for_log("a damaged block was taken out of service", key=key.hex())
+    events = client.admin.explain_block(key).events
+    assert [event for event in events if event.kind == admin_pb2.EVENT_KIND_QUARANTINED]
     assert client.open_layout(layout).contains(chain) == 0
     assert save(client, layout, chain).stored == 1
     verify(client, layout, chain)
+
+
+def test_the_log_names_the_damaged_block_and_what_of_it_is_damaged(tmp_path: Path) -> None:
+    with DaemonProcess(tmp_path, ssd__capacity_bytes=64 * MIB) as daemon, daemon.client() as client:
+        for flip, what in ((flip_data, "layer"), (flip_trailer, "the trailer")):
+            for tier in (Tier.DRAM, Tier.SSD):
+                chain = new_chain(LARGE)
+                save(client, LARGE, chain, Durability.SSD)
+                if tier is Tier.SSD:
+                    client.evict(chain, Tier.DRAM)
+                flip((arena if tier is Tier.DRAM else ssd_file)(daemon), LARGE, chain.keys[0], random.Random(3))
+                with client.open_layout(LARGE).lookup(chain) as lease, pytest.raises(ChecksumMismatch):
+                    compare(lease, LARGE, chain)
+                event = "a damaged block was taken out of service"
+                line = daemon.wait_for_log(event, key=chain.keys[0].hex(), tier=str(tier))
+                assert str(line["damaged"]).startswith(what)
 
 
 @pytest.mark.parametrize("layout", [LARGE, SMALL], ids=["large", "small"])

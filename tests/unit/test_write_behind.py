@@ -15,7 +15,7 @@ from kvservice.store import residency, write_behind
 from kvservice.store.history import Reason
 from kvservice_api.errors import IndexFull, KVError, StorageFailed
 from tests.file_faults import FaultyCalls
-from tests.stores import CALLER, LAYOUT, MIB, OpenStore, StoreFiles, some_chain, some_images, until
+from tests.stores import CALLER, LAYOUT, MIB, PATIENT, OpenStore, StoreFiles, some_chain, some_images, until
 
 
 class RefusingIndex:
@@ -39,7 +39,7 @@ class RefusingIndex:
 
 @pytest.fixture
 async def opened(tmp_path: Path) -> AsyncIterator[OpenStore]:
-    files = StoreFiles(tmp_path / "store", dram_bytes=256 * 1024)
+    files = StoreFiles(tmp_path / "store", dram_bytes=256 * 1024, limits=PATIENT)
     files.folder.mkdir()
     opened = files.open()
     await opened.store.open_layout(CALLER, LAYOUT)
