@@ -201,10 +201,6 @@ FAMILIES = [
     ),
     Family("BioGPT", _lm("BioGpt", {**_NAMED, "pad_token_id": 1})),
     Family("BERT as a decoder", _of("BertConfig", "BertLMHeadModel", _NAMED, is_decoder=True), is_fast=True),
-    Family(
-        "RoBERTa as a decoder",
-        _lm("Roberta", {**_NAMED, "pad_token_id": 1, "max_position_embeddings": 260}, is_decoder=True),
-    ),
     Family("ELECTRA as a decoder", _lm("Electra", _NAMED, embedding_size=48, is_decoder=True)),
     Family("RemBERT as a decoder", _lm("RemBert", _NAMED, is_decoder=True)),
     Family("RoFormer as a decoder", _lm("RoFormer", _NAMED, is_decoder=True), keeps_padded_rows=False),
@@ -253,6 +249,11 @@ FAMILIES = [
     Family("BitNet", _lm("BitNet", _GROUPED)),
     Family("nanochat", _lm("NanoChat", _GROUPED)),
     # Refused
+    Family(
+        "RoBERTa as a decoder",
+        _lm("Roberta", {**_NAMED, "pad_token_id": 1, "max_position_embeddings": 260}, is_decoder=True),
+        "position_ids",
+    ),
     Family(
         "MPT as configured, without a cache",
         _lm("Mpt", {"vocab_size": VOCABULARY, "d_model": 48, "n_layers": 3, "n_heads": 4}),

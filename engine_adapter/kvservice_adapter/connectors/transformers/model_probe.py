@@ -8,6 +8,8 @@ the same keys and values for what they share, in every layer; with any other att
 second layer on. Two of the rows are equal: what they differ by is rounding, and no more is tolerated than that,
 or a small share of the norm.
 
+Positions are tried as well: with `position_ids` as `generate` gives them, and without, keys must be the same.
+
 The forward ends as soon as every kind of attention layer was seen, usually after two layers: a large model pays
 the share of two layers of one decoding step.
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -55,8 +57,9 @@ def probe(model: PreTrainedModel, cache: DynamicCache) -> list[LayerShape]:
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         raise NotProbed(f"{type(model).__name__} takes no past_key_values: it has no KV cache of this kind")
     kinds = _kinds_of_layers(model, [window_of(layer) for layer in cache.layers])
-    seen = _Seen(_last_layer(kinds))
-    cache.layers = [_ProbedLayer(index, seen, each) for index, each in enumerate(cache.is_sliding)]
+    seen = _Seen(_last_layer(kinds), needs_output=len(kinds) == 1)  # Its keys tell nothing of its attention.
+    sliding = cache.is_sliding
+    cache.layers = [_ProbedLayer(index, seen, each) for index, each in enumerate(sliding)]
     ids = _rows(model)
     with torch.no_grad(), _evaluating(model):
         try:
@@ -82,6 +85,18 @@ def probe(model: PreTrainedModel, cache: DynamicCache) -> list[LayerShape]:
                 "its attention is not causal: what follows a token changes the token's keys and values "
                 f"(by {difference:.2g} of their norm)"
             )
+    if "position_ids" in inspect.signature(body.forward).parameters:
+        counted = _Seen(0)
+        cache.layers = [_ProbedLayer(index, counted, each) for index, each in enumerate(sliding)]
+        positions = torch.arange(tokens, device=ids.device).expand(len(ids), -1)
+        with torch.no_grad(), _evaluating(model), suppress(_Enough):
+            body(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        for own, given in zip(seen.states[0], counted.states[0], strict=True):
+            if not torch.allclose(own.float(), given.float(), rtol=1e-2, atol=1e-3):
+                raise NotProbed(
+                    "where it is given no position_ids it counts positions in another way than `generate` gives them: "
+                    "the KV of equal tokens may differ"
+                )
     shape_of_kind = {}
     for index, (keys, values) in seen.states.items():
         if keys.shape[1] != values.shape[1]:
@@ -102,8 +117,9 @@ class _Enough(Exception):
 class _Seen:
     """What layers were given."""
 
-    def __init__(self, last_layer: int) -> None:
+    def __init__(self, last_layer: int, *, needs_output: bool = False) -> None:
         self.last_layer = last_layer
+        self.needs_output = needs_output  # The forward is not ended early.
         self.states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
 
@@ -117,7 +133,7 @@ class _ProbedLayer(WholeLayer):  # type: ignore[no-untyped-call]  # The library'
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self._seen.states[self._index] = key_states, value_states
-        if self._index == self._seen.last_layer and self._index:  # Of a model of one layer, the output is compared.
+        if self._index == self._seen.last_layer and not self._seen.needs_output:
             raise _Enough
         return super().update(key_states, value_states, *args, **kwargs)
 
