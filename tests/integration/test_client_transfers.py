@@ -135,7 +135,7 @@ def test_a_save_takes_bytes_arrays_and_tensors_whole_or_block_by_block(client: C
     layout = small_layout()
     blocks, chain = client.open_layout(layout), new_chain(layout, 2 * layout.block_tokens)
     layers = layers_of(blocks, chain)
-    tensors = torch.from_numpy(np.stack(layers)).view(torch.bfloat16).view(layout.layers, 2, -1)
+    tensors = torch.from_numpy(np.stack(layers)).view(torch.bfloat16).view(layout.layers, 2, 2, 2, 8, 16)
     given: list[Any] = [
         layers[0].tobytes(),
         layers[1].data.cast("H"),
