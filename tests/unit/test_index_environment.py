@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvservice.index.environment import BLOCKS, META, Environment
+from kvservice.index.environment import BLOCKS, META, Environment, is_older_copy
 from kvservice.index.errors import StoreDamaged
 from kvservice_api.errors import IndexFull, StorageFailed
 from tests.unit.index_samples import some_keys
@@ -451,6 +451,24 @@ def test_the_space_of_the_whole_map_is_claimed_when_it_is_made(tmp_path: Path) -
 
     assert found.st_size == 4 * MIB
     assert found.st_blocks * 512 >= 4 * MIB
+
+
+@pytest.mark.parametrize("after", ["a put", "a delete of what is not there", "nothing"])
+async def test_notes_tell_an_older_copy_from_the_newest_file(tmp_path: Path, after: str) -> None:
+    folder, notes = tmp_path / "index", tmp_path / "notes"
+    with opened(folder) as environment:
+        environment.keep_notes(notes)
+        await put(environment, (b"key", b"value"))
+    shutil.copytree(folder, tmp_path / "older")
+    with opened(folder) as environment:
+        environment.keep_notes(notes)
+        if after == "a put":
+            await put(environment, (b"other", b"value"))
+        elif after != "nothing":
+            await environment.delete(BLOCKS, [b"never stored"])  # LMDB writes no transaction for it.
+
+    assert not is_older_copy(folder, notes)
+    assert is_older_copy(tmp_path / "older", notes) == (after == "a put")
 
 
 def test_a_file_that_is_not_lmdbs_is_refused(tmp_path: Path) -> None:
