@@ -3,8 +3,8 @@
     log = RateLimitedLog(logging.getLogger(__name__))
     log.warning("a save failed: %s", error.message)     # at most one line per minute of this text
 
-The text before its arguments are put in is what counts as the same line. The reason belongs into the text: by default
-Python prints no ``extra`` fields.
+The text before its arguments are put in is what counts as the same line, together with `kind`: give an error's reason
+there, and each reason has a line. The reason belongs into the text too: by default Python prints no ``extra`` fields.
 """
 
 from __future__ import annotations
@@ -36,33 +36,34 @@ class RateLimitedLog:
 
     def reset_in_child(self) -> None:
         self._lock = threading.Lock()
-        self._written: dict[str, tuple[float, int]] = {}  # Text -> when it was written, how often left out since then.
+        # (text, kind) -> when it was written, how often it was left out since then.
+        self._written: dict[tuple[str, str], tuple[float, int]] = {}
 
-    def info(self, text: str, *arguments: object) -> None:
-        self._log(logging.INFO, text, arguments)
+    def info(self, text: str, *arguments: object, kind: str = "") -> None:
+        self._log(logging.INFO, text, arguments, kind)
 
-    def warning(self, text: str, *arguments: object) -> None:
-        self._log(logging.WARNING, text, arguments)
+    def warning(self, text: str, *arguments: object, kind: str = "") -> None:
+        self._log(logging.WARNING, text, arguments, kind)
 
-    def _log(self, level: int, text: str, arguments: tuple[object, ...]) -> None:
+    def _log(self, level: int, text: str, arguments: tuple[object, ...], kind: str) -> None:
         if not self._logger.isEnabledFor(level):
             return
-        left_out = self._left_out(text)
+        left_out = self._left_out((text, kind))
         if left_out is None:
             return
         if left_out:
             text, arguments = f"{text} (and %d times before, since the last such line)", (*arguments, left_out)
         self._logger.log(level, text, *arguments, stacklevel=3)
 
-    def _left_out(self, text: str) -> int | None:
-        """How often the text was left out before this line, which is to be written; None where it is left out too."""
+    def _left_out(self, line: tuple[str, str]) -> int | None:
+        """How often the line was left out before this one, which is to be written; None where it is left out too."""
         now_s = self._clock()
         with self._lock:
-            written_s, left_out = self._written.get(text, (-float("inf"), 0))
+            written_s, left_out = self._written.get(line, (-float("inf"), 0))
             if now_s - written_s < self._every_s:
-                self._written[text] = (written_s, left_out + 1)
+                self._written[line] = (written_s, left_out + 1)
                 return None
             if len(self._written) >= _TEXTS_MAX:
                 self._written.clear()
-            self._written[text] = (now_s, 0)
+            self._written[line] = (now_s, 0)
             return left_out

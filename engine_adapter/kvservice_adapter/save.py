@@ -20,11 +20,11 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from kvservice_adapter.device.base import Device, Event, Pages, Rotation, StreamClosed
-from kvservice_adapter.limited_log import LimitedLog
 from kvservice_api.errors import KVError
 from kvservice_api.image import layer_starts
 from kvservice_client import BlockCache, BlockChain, Durability, LayerGroup, SaveResult
 from kvservice_client.buffers import Bytes
+from kvservice_client.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class LayerSaver:
         self._jobs = 0  # That hold staging.
         self._ending = 0  # Of them, those that were committed or abandoned.
         self._closed = False
-        self._lines = LimitedLog(log)
+        self._lines = RateLimitedLog(log)
 
     @property
     def stats(self) -> SaverStats:
@@ -156,7 +156,7 @@ class LayerSaver:
         elif outcome is not None:
             reason = outcome.reason if isinstance(outcome, KVError) else type(outcome).__name__
             self._lines.warning(
-                f"save {reason}", "a save of %d blocks failed: %s: %s", len(work.chain), reason, outcome
+                "a save of %d blocks failed: %s: %s", len(work.chain), reason, outcome, kind=str(reason)
             )
             self._count(failed=1, failed_blocks=len(work.chain))
         else:

@@ -51,6 +51,13 @@ def test_other_texts_have_their_own_interval(log: RateLimitedLog, caplog: pytest
     assert caplog.messages == ["one", "another"]
 
 
+def test_each_kind_of_a_text_has_its_own_interval(log: RateLimitedLog, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(3):
+        for reason in ("DAEMON_UNAVAILABLE", "LEASE_EXPIRED"):
+            log.warning("not loaded: %s", reason, kind=reason)
+    assert caplog.messages == ["not loaded: DAEMON_UNAVAILABLE", "not loaded: LEASE_EXPIRED"]
+
+
 def test_a_level_that_is_off_writes_nothing_and_counts_nothing(
     log: RateLimitedLog, caplog: pytest.LogCaptureFixture
 ) -> None:

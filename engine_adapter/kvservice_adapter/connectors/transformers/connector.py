@@ -44,13 +44,13 @@ from kvservice_adapter.connectors.transformers.unrotated import watch_keys
 from kvservice_adapter.cost import Rates
 from kvservice_adapter.device.base import StreamClosed
 from kvservice_adapter.device.cpu import CpuDevice
-from kvservice_adapter.limited_log import LimitedLog
 from kvservice_adapter.rope import Rope, UnsupportedRotation
 from kvservice_adapter.save import LayerSaver
 from kvservice_adapter.session import Conversation, Keys, checked_session_id
 from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, InvalidRequest, KVError
 from kvservice_api.keys import extra_identity
 from kvservice_client import Client, Durability
+from kvservice_client.rate_limited_log import RateLimitedLog
 from kvservice_client.retry import Deadline
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class TransformersConnector:
             raise InvalidRequest(
                 f"client is of type {type(client).__name__}; give a kvservice_client.Client", field="client"
             )
-        self._lines = LimitedLog(log)
+        self._lines = RateLimitedLog(log)
         self._model, self._lora_id = model, lora_id
         self._check_adapters()
         self.layout = layout_of(
@@ -196,7 +196,7 @@ class TransformersConnector:
             request.was_asked = False
         if error is not None:
             self._lines.warning(
-                f"lookup {error.reason}", "the history is computed, not loaded: %s: %s", error.reason, error.message
+                "the history is computed, not loaded: %s: %s", error.reason, error.message, kind=error.reason
             )
         request.not_found = error
         replay = None
@@ -273,11 +273,11 @@ class TransformersConnector:
             except KVError as error:
                 self._breaker.record(answered(error))
                 self._lines.warning(
-                    f"cut {error.reason}",
                     "session %s was not cut: %s: %s",
                     before.session_id,
                     error.reason,
                     error.message,
+                    kind=error.reason,
                 )
 
         return self._breaker.allow() and self._in_background(work, self._save_wait_s) and bool(outcome)

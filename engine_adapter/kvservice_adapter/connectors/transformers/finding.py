@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice_adapter.limited_log import LimitedLog
 from kvservice_adapter.rope import Rope, Rotation, UnsupportedRotation
 from kvservice_adapter.session import Conversation, Keys
 from kvservice_api.errors import SessionNotFound
 from kvservice_api.keys import BlockChain
 from kvservice_client import BlockCache, Client, LoadedLayer, ResidencyRun, SessionState
+from kvservice_client.rate_limited_log import RateLimitedLog
 from kvservice_client.retry import Deadline
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Finder:
         self._client = client
         self._blocks = blocks
         self._rope = rope
-        self._lines = LimitedLog(log)
+        self._lines = RateLimitedLog(log)
 
     def of_tokens(
         self,
@@ -102,7 +102,7 @@ class Finder:
         try:
             rotation = self._rotation(state) if keys.layout.rotated else None
         except UnsupportedRotation as error:
-            self._lines.warning("rotation", "a cut history is not used: %s", error)
+            self._lines.warning("a cut history is not used: %s", error)
             return None
         session = self._client.session(keys.layout, conversation.session_id)
         history = session.lookup(state, timeout_s=deadline.remaining_s)

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from kvservice_adapter.connectors.transformers.cache import Tensors, empty_buffer, moved, room
 from kvservice_adapter.device.base import Pages
-from kvservice_adapter.limited_log import LimitedLog
 from kvservice_adapter.load import LayerLoader, LoadFailed
 from kvservice_api.errors import InvalidRequest, KVError
 from kvservice_api.layout import Layout
+from kvservice_client.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class LoadedHistory:
         recompute_masked: Callable[[NDArray[np.bool_]], Sequence[Tensors]] | None = None,
         unrotate: Callable[[torch.Tensor], torch.Tensor] | None = None,
         on_end: Callable[[LoadedHistory], None] = lambda history: None,
-        lines: LimitedLog | None = None,
+        lines: RateLimitedLog | None = None,
     ) -> None:
         """`recompute` gives every layer's keys and values, ``[row, head, column, dim]`` of `columns` columns.
 
@@ -130,7 +130,7 @@ class LoadedHistory:
         self._head = head
         self._unrotate = unrotate
         self._on_end = on_end
-        self._lines = lines or LimitedLog(log)
+        self._lines = lines or RateLimitedLog(log)
         self._again: dict[int, Tensors] | None = None  # What was computed, and is not taken yet.
         self._raw_again: dict[int, torch.Tensor] = {}
 
@@ -203,7 +203,7 @@ class LoadedHistory:
         """All layers from this one on. Into other memory: what comes late may still be written into the buffers."""
         why = self.error.reason if isinstance(self.error, KVError) else type(self.error).__name__
         self._lines.warning(
-            f"layer {why}", "the history is computed from layer %d on, not loaded: %s: %s", index, why, self.error
+            "the history is computed from layer %d on, not loaded: %s: %s", index, why, self.error, kind=str(why)
         )
         self.close()
         begin_s = time.perf_counter()

@@ -26,7 +26,6 @@ from kvservice_adapter.connectors.transformers.unrotated import RotatesOnLoad, U
 from kvservice_adapter.connectors.transformers.writing import BackgroundWriting, Row
 from kvservice_adapter.cost import Kind, Plan, Rates, plan
 from kvservice_adapter.device.base import Device, Stream
-from kvservice_adapter.limited_log import LimitedLog
 from kvservice_adapter.load import LayerLoader
 from kvservice_adapter.rope import Rope
 from kvservice_adapter.save import LayerSaver
@@ -34,6 +33,7 @@ from kvservice_adapter.schedule import perfect_buffer_layers
 from kvservice_adapter.session import Keys
 from kvservice_api.errors import KVError
 from kvservice_api.layout import Layout
+from kvservice_client.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class Restorer:
         self._tokens_max = tokens_max
         self._rope = rope
         self._on_prompt = on_prompt
-        self._lines = LimitedLog(log)
+        self._lines = RateLimitedLog(log)
         self._loads: Stream
         self._releases: Stream
         self.close()

@@ -20,13 +20,13 @@ from kvservice_adapter.connectors.transformers.rows import Sequences, common_tok
 from kvservice_adapter.connectors.transformers.unrotated import UnrotatedLayer
 from kvservice_adapter.connectors.transformers.writing import BackgroundWriting
 from kvservice_adapter.device.base import Device
-from kvservice_adapter.limited_log import LimitedLog
 from kvservice_adapter.session import Conversation, Keys
 from kvservice_api.errors import InvalidRequest, KVError, StorageFailed
 from kvservice_api.image import layer_starts
 from kvservice_api.keys import BlockChain
 from kvservice_api.layout import Layout
 from kvservice_client import BlockCache, Client, Durability
+from kvservice_client.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class TurnSaver:
         self._breaker = breaker
         self._tokens_max = tokens_max
         self._copies = device.stream("kvservice-copy")
-        self._lines = LimitedLog(log)
+        self._lines = RateLimitedLog(log)
 
     @property
     def _layout(self) -> Layout:
@@ -150,13 +150,13 @@ class TurnSaver:
             self._breaker.record(True)
         except KVError as error:
             self._breaker.record(answered(error))
-            self._lines.warning(f"turn {error.reason}", "a turn was not saved: %s: %s", error.reason, error.message)
+            self._lines.warning("a turn was not saved: %s: %s", error.reason, error.message, kind=error.reason)
             return Saved(refused=len(chain), error=error)
         meanwhile = writing.take_stored(chain) if writing is not None else 0
         why = refused[0][1] if refused else None
         if why is not None:
             self._lines.warning(
-                f"blocks {why.reason}", "%d blocks were not saved: %s: %s", len(refused), why.reason, why.message
+                "%d blocks were not saved: %s: %s", len(refused), why.reason, why.message, kind=why.reason
             )
         already_stored += stored_before - meanwhile
         saved = Saved(stored + meanwhile, max(0, already_stored), len(refused), why)
@@ -167,11 +167,11 @@ class TurnSaver:
             self._remember(saving, chain[:kept])
         except KVError as error:
             self._lines.warning(
-                f"session {error.reason}",
                 "session %s was not continued: %s: %s",
                 saving.session_id,
                 error.reason,
                 error.message,
+                kind=error.reason,
             )
             return replace(saved, error=saved.error or error)
         return saved
