@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
 from itertools import islice
 from typing import Any, TypeVar
@@ -20,12 +21,39 @@ E = TypeVar("E", bound=StrEnum)
 
 _SECONDS_MAX = 1e9  # Some thirty years. Clocks of threads and of gRPC overflow at larger ones.
 _CLIENT_NAME_MAX = 200
+_REQUEST_ID_BYTES_MAX = 200
 
 
 def instance(value: object, kind: type[T], field: str) -> T:
     """The value, if it is of this class."""
     if not isinstance(value, kind):
         raise InvalidRequest(f"{field} is of type {type(value).__name__}; it must be a {kind.__name__}", field=field)
+    return value
+
+
+def whole(value: Any, field: str, least: int = 0, most: int = 2**32 - 1) -> int:
+    """The value, if it is a whole number in this range. NumPy's integers are numbers too; truth values are none."""
+    try:
+        found = operator.index(value)
+    except TypeError:
+        found = least - 1
+    if isinstance(value, (bool, np.bool_)) or not least <= found <= most:
+        raise InvalidRequest(f"{field} is {value!r}; it must be a whole number in {least}..{most}", field=field)
+    return found
+
+
+def sequence(value: Any, field: str) -> Sequence[Any]:
+    """The value, if it has a length and a place for each item, as lists, tuples and arrays have."""
+    if isinstance(value, (str, bytes)) or not (hasattr(value, "__len__") and hasattr(value, "__getitem__")):
+        raise InvalidRequest(f"{field} is of type {type(value).__name__}; it must be a sequence", field=field)
+    found: Sequence[Any] = value
+    return found
+
+
+def request_id(value: object) -> str:
+    """The value, if the daemon takes it as a request's name."""
+    if not isinstance(value, str) or len(value.encode(errors="surrogatepass")) > _REQUEST_ID_BYTES_MAX:
+        raise InvalidRequest(f"request_id must be text of at most {_REQUEST_ID_BYTES_MAX} bytes", field="request_id")
     return value
 
 

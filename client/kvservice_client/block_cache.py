@@ -112,7 +112,8 @@ class BlockCache:
             answer, nobody = pb.LookupPrefixResponse(), Attachment(b"", 0)
             return Lease(self._connection, self._transport, self.layout, self.shard, (), nobody, answer, 0.0)
         deadline = self._connection.deadline(timeout_s)
-        ttl_ms = max(1, round(arguments.seconds(lease_ttl_s, "lease_ttl_s") * 1e3))
+        ttl_ms = _ttl_ms(lease_ttl_s)
+        arguments.request_id(request_id)
 
         def attempt() -> Lease:
             asked_at_s = time.monotonic()
@@ -141,8 +142,8 @@ class BlockCache:
         """
         if not isinstance(ticket, (bytes, bytearray, memoryview)):
             raise InvalidRequest(f"a ticket is bytes, not {type(ticket).__name__}", field="ticket")
-        shard = self.shard if shard is None else shard.check(self.layout)
-        deadline = self._connection.deadline(timeout_s)
+        shard = self.shard if shard is None else arguments.instance(shard, Shard, "shard").check(self.layout)
+        deadline, ttl_ms = self._connection.deadline(timeout_s), _ttl_ms(lease_ttl_s)
         request = pb.AdoptLeaseRequest(
             ticket=bytes(ticket), layout_fingerprint=self.layout.fingerprint, shard=shard.to_proto()
         )
@@ -151,7 +152,7 @@ class BlockCache:
             asked_at_s = time.monotonic()
             attachment, limits = self._connection.session(self.layout, deadline)
             request.client_id = attachment.client_id
-            request.lease_ttl_ms = min(max(1, round(lease_ttl_s * 1e3)), limits.max_lease_ttl_ms)
+            request.lease_ttl_ms = min(ttl_ms, limits.max_lease_ttl_ms)
             call = self._connection.channel.call
             adopted = call(BLOCKS + "AdoptLease", request, pb.AdoptLeaseResponse, deadline)
             answer = pb.LookupPrefixResponse(
@@ -264,14 +265,15 @@ class BlockCache:
         return arrays
 
     def _slices_of(self, token_counts: Sequence[int], layer: int | None) -> Slices:
+        for count in arguments.sequence(token_counts, "token_counts"):
+            arguments.whole(count, "token_counts", 1, self.layout.block_tokens)
         if layer is None:
             of_layers = [Slices.of(self.layout, self.shard, each, token_counts) for each in range(self.shard.layers)]
             first = of_layers[0]
             if any((each.group.geometry, each.heads) != (first.group.geometry, first.heads) for each in of_layers):
                 raise InvalidRequest("the layers of this layout differ: name the layer", field="layer")
             return first
-        if not 0 <= layer < self.shard.layers:
-            raise InvalidRequest(f"layer {layer} is not one of {self.shard.layers}", field="layer")
+        layer = arguments.whole(layer, "layer", 0, self.shard.layers - 1)
         return Slices.of(self.layout, self.shard, layer, token_counts)
 
     def _look_up_locally(self, chain: BlockChain, deadline: Deadline) -> LocalHit | None:
@@ -304,7 +306,7 @@ class BlockCache:
 
     def _slices(self, chain: BlockChain, layers: Sequence[Source | Sequence[Source]]) -> list[list[Bytes]]:
         """Flat views, layer by layer and in each block by block. Raises InvalidRequest for wrong sizes."""
-        if len(layers) != self.shard.layers:
+        if len(arguments.sequence(layers, "layers")) != self.shard.layers:
             raise InvalidRequest(f"{len(layers)} layers are given; the shard has {self.shard.layers}", field="layers")
         if any(count != self.layout.block_tokens for count in chain.token_counts[:-1]):
             raise InvalidRequest("only the last block of a save may be partial", field="chain")
@@ -326,6 +328,10 @@ class BlockCache:
                 ]
             )
         return slices
+
+
+def _ttl_ms(lease_ttl_s: float) -> int:
+    return max(1, round(arguments.seconds(lease_ttl_s, "lease_ttl_s") * 1e3))
 
 
 def _cut(data: Bytes, sizes: Sequence[int]) -> list[Bytes]:

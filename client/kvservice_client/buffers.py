@@ -112,6 +112,8 @@ def writable(target: object, what: str, slices: Slices) -> Bytes:
 
 
 def _flat(source: Any, what: str, slices: Slices) -> Bytes:
+    if isinstance(source, np.ma.MaskedArray):
+        raise InvalidRequest(f"{what} is a masked array: its mask would be lost", field=what)
     if isinstance(source, np.ndarray):
         return _flat_array(source, what, slices)
     try:

@@ -104,9 +104,7 @@ class Lease:
             if len(sizes) > 1:
                 raise InvalidRequest("the layers of this layout differ in size: name the layer", field="layer")
             return sizes.pop()
-        if not 0 <= layer < order.layer_count:
-            raise InvalidRequest(f"layer {layer} is not one of {order.layer_count}", field="layer")
-        return order.block_starts(layer)[-1]
+        return order.block_starts(arguments.whole(layer, "layer", 0, order.layer_count - 1))[-1]
 
     def load(
         self,
@@ -161,9 +159,9 @@ class Lease:
     def _order(self, first_block: int, block_count: int | None) -> LoadOrder:
         if not self.hit_blocks:
             raise BlockNotFound("nothing of this prefix is stored")
-        arguments.instance(first_block, int, "first_block")
+        first_block = arguments.whole(first_block, "first_block")
         if block_count is not None:
-            arguments.instance(block_count, int, "block_count")
+            block_count = arguments.whole(block_count, "block_count")
         end = self.hit_blocks if block_count is None else first_block + block_count
         if not 0 <= first_block < end <= self.hit_blocks:
             raise InvalidRequest(f"blocks {first_block}..{end} do not lie in the {self.hit_blocks} that were hit")
@@ -179,7 +177,7 @@ class Lease:
         )
 
     def _targets(self, order: LoadOrder, into: Sequence[Source]) -> list[Bytes]:
-        if len(into) != order.layer_count:
+        if len(arguments.sequence(into, "into")) != order.layer_count:
             raise InvalidRequest(
                 f"into has {len(into)} buffers; it must have one per layer, {order.layer_count}", field="into"
             )
@@ -216,26 +214,28 @@ class Lease:
         may end. Its holder can read the blocks, so pass it on as a secret. Raises LeaseExpired, BlockNotFound
         where nothing was hit, InvalidRequest, Overloaded.
         """
+        ttl_ms = min(max(1, round(arguments.seconds(ttl_s, "ttl_s") * 1e3)), 2**32 - 1)
+        if not ttl_s:
+            raise InvalidRequest("ttl_s is 0; a ticket must last for some time", field="ttl_s")
+        adoptions = arguments.whole(adoptions, "adoptions", 1)
         if not self.hit_blocks:
             raise BlockNotFound("nothing of this prefix is stored")
         if not self.remaining_s:
             raise self._ended()
-        if not (0 < ttl_s < 2**32 / 1e3 and 1 <= adoptions < 2**32):
-            raise InvalidRequest(f"a ticket for {ttl_s} s and {adoptions} adoptions cannot be made", field="ttl_s")
         request = pb.ExportLeaseRequest(
-            client_id=self._attachment.client_id,
-            lease_id=self._lease_id,
-            ttl_ms=max(1, round(ttl_s * 1e3)),
-            adoptions=adoptions,
+            client_id=self._attachment.client_id, lease_id=self._lease_id, ttl_ms=ttl_ms, adoptions=adoptions
         )
         deadline = self._connection.deadline(timeout_s)
         return self._connection.channel.call(BLOCKS + "ExportLease", request, pb.ExportLeaseResponse, deadline).ticket
 
     def release(self, timeout_s: float | None = None) -> None:
-        """End the lease. Never raises: a lease that cannot be released ends by itself.
+        """End the lease. A daemon that does not answer is no error: the lease then ends by itself.
 
-        Waits at most `timeout_s`, by default the client's, and never longer than a second.
+        Waits at most `timeout_s`, by default the client's, and never longer than a second. Raises InvalidRequest
+        where `timeout_s` is no span of time.
         """
+        if timeout_s is not None:
+            arguments.seconds(timeout_s, "timeout_s")
         if self.remaining_s:
             request = pb.ReleaseLeaseRequest(client_id=self._attachment.client_id, lease_id=self._lease_id)
             deadline = Deadline(min(_RELEASE_S, self._connection.timeout_s if timeout_s is None else timeout_s))

@@ -14,7 +14,6 @@ must be. Where it is another one, that session is not this conversation.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,28 +24,13 @@ from numpy.typing import NDArray
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.keys import BlockChain, block_chain, cut_key, root_key
 from kvservice_api.layout import Layout
+from kvservice_api.session_ids import checked_session_id
 from kvservice_client import SessionState
 
 _HIDDEN_TAG = b"kvservice/hidden/1"
-_SESSION_ID = re.compile(r"[A-Za-z0-9_.:@/+=~-]{1,200}")
 
 Tokens = NDArray[np.uint32]
 Ranges = tuple[tuple[int, int], ...]
-
-
-def checked_session_id(session_id: object) -> str:
-    """The id itself: 1 to 200 letters (A to Z, a to z), digits and ``-_.:@/+=~``. Raises InvalidRequest for any other.
-
-    The daemon has the same rule. Here it is checked before anything is sent: an id that the daemon would refuse
-    is a mistake of the caller's, and would otherwise only show as a history that is never found.
-    """
-    if isinstance(session_id, str) and _SESSION_ID.fullmatch(session_id):
-        return session_id
-    shown = repr(session_id[:40]) if isinstance(session_id, str) else f"of type {type(session_id).__name__}"
-    raise InvalidRequest(
-        f"session id {shown} is not allowed: it must be text of 1 to 200 letters A-Z a-z, digits and -_.:@/+=~",
-        field="session_id",
-    )
 
 
 class Keys(NamedTuple):

@@ -20,7 +20,7 @@ _PORT_MAX = 65535
 
 _LABEL = "[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _NAME = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(\.{_LABEL})*\.?\Z")
-_NUMBERS = re.compile(r"[0-9.]+\Z")
+_NUMBERS = re.compile(r"([^.]*\.)*([0-9]+|0[xX][0-9A-Fa-f]*)\.?\Z")  # No name ends in a number: RFC 1123, URL standard.
 _PORT = re.compile(r"[0-9]{1,5}\Z")
 
 _RULE = (

@@ -198,3 +198,50 @@ def test_values_of_the_wrong_type_or_range_are_refused(client: Client, away: Cli
     with blocks.lookup(chain) as lease:
         refused(lambda: lease.load(first_block="0"), "first_block")
         refused(lambda: lease.load(block_count=1.5), "block_count")
+
+
+NO_NUMBERS: list[Any] = [1.5, "1", None, [1], True, math.nan, -1, 2**32]
+
+
+@pytest.mark.parametrize("wrong", NO_NUMBERS, ids=repr)
+def test_counts_and_places_are_whole_numbers(client: Client, wrong: Any) -> None:
+    chain, blocks = new_chain(SMALL, 2), client.open_layout(SMALL)
+    save(client, SMALL, chain)
+    with blocks.lookup(chain) as lease:
+        refused(lambda: lease.export(adoptions=wrong), "adoptions is", "whole number in 1..")
+        if wrong is not None:
+            refused(lambda: lease.layer_bytes(layer=wrong), "layer is", "whole number in 0..4")
+            refused(lambda: lease.layer_bytes(0, wrong))
+            refused(lambda: blocks.slice_bytes(16, wrong), "layer is")
+        refused(lambda: lease.load(first_block=wrong))
+        refused(lambda: blocks.slice_bytes(wrong), "token_counts is")
+        assert list(lease.load(first_block=np.int64(1), block_count=np.int32(1)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", NO_SPANS, ids=repr)
+def test_tickets_and_their_leases_last_for_spans_of_time(client: Client, wrong: Any) -> None:
+    chain, blocks = new_chain(SMALL, 1), client.open_layout(SMALL)
+    save(client, SMALL, chain)
+    with blocks.lookup(chain) as lease:
+        refused(lambda: lease.export(ttl_s=wrong), "ttl_s is")
+        ticket = lease.export()
+        refused(lambda: blocks.adopt(ticket, lease_ttl_s=wrong), "lease_ttl_s is")
+        refused(lambda: lease.release(timeout_s=wrong), "timeout_s is")
+        with blocks.adopt(ticket) as adopted:
+            assert adopted.hit_blocks == 1
+
+
+def test_shards_buffers_and_names_are_what_they_should_be(client: Client) -> None:
+    chain, blocks = new_chain(SMALL, 1), client.open_layout(SMALL)
+    layers: Any = [np.concatenate(layer) for layer in layers_of(SMALL, chain)]
+    blocks.save(chain, layers)
+    with blocks.lookup(chain) as lease:
+        for wrong in ("x", 3, (0, 1, 0, 1)):
+            refused(lambda wrong=wrong: blocks.adopt(lease.export(), wrong), "shard is of type")  # type: ignore[misc]
+        for no_sequence in (3, iter(layers), "layers", b"layers"):
+            refused(lambda wrong=no_sequence: lease.load(into=wrong), "into is of type")  # type: ignore[misc]
+            refused(lambda wrong=no_sequence: blocks.save(chain, wrong), "layers is of type")  # type: ignore[misc]
+    masked = [np.ma.masked_array(layer) for layer in layers]
+    refused(lambda: blocks.save(chain, masked), "layers[0] is a masked array")
+    for no_text in (3, None, b"id", "x" * 201, "ä" * 101):
+        refused(lambda wrong=no_text: blocks.lookup(chain, request_id=wrong), "request_id must be text")  # type: ignore[misc]

@@ -46,9 +46,10 @@ from kvservice_adapter.device.base import StreamClosed
 from kvservice_adapter.device.cpu import CpuDevice
 from kvservice_adapter.rope import Rope, UnsupportedRotation
 from kvservice_adapter.save import LayerSaver
-from kvservice_adapter.session import Conversation, Keys, checked_session_id
+from kvservice_adapter.session import Conversation, Keys
 from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, InvalidRequest, KVError
 from kvservice_api.keys import extra_identity
+from kvservice_api.session_ids import checked_session_id
 from kvservice_client import Client, Durability
 from kvservice_client.rate_limited_log import RateLimitedLog
 from kvservice_client.retry import Deadline
