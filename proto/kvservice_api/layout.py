@@ -139,6 +139,7 @@ class Layout:
     block_tokens: int
     rotated: bool  # Whether stored keys carry the rotation of their positions.
     fingerprint: bytes = field(init=False, repr=False)  # SHA-256 over the canonical encoding, 32 bytes.
+    _kv_heads: int = field(init=False, repr=False)
     _group_of_layer: tuple[LayerGroup, ...] = field(init=False, repr=False)
 
     def __init__(
@@ -173,7 +174,8 @@ class Layout:
             group.check()
         joined = _joined(groups)
         self._set(model_id=model_id, model_revision=model_revision, block_tokens=block_tokens, rotated=bool(rotated))
-        self._set(groups=joined, _group_of_layer=tuple(group for group in joined for _ in range(group.layers)))
+        self._set(groups=joined, _kv_heads=max(group.kv_heads for group in joined))
+        self._set(_group_of_layer=tuple(group for group in joined for _ in range(group.layers)))
         self._check()
         self._set(fingerprint=hashlib.sha256(self.encode()).digest())
 
@@ -210,7 +212,7 @@ class Layout:
     @property
     def kv_heads(self) -> int:
         """The most KV heads that a layer has: the scale of a shard's head range (`heads_of`)."""
-        return max(group.kv_heads for group in self.groups)
+        return self._kv_heads
 
     @property
     def dtype(self) -> str:
@@ -256,7 +258,7 @@ class Layout:
 
     def heads_between(self, layer: int, begin: int, end: int) -> tuple[int, int]:
         """`heads_of` for the head range `begin` to `end` of a shard."""
-        heads, scale = self._group_of_layer[layer].kv_heads, self.kv_heads
+        heads, scale = self._group_of_layer[layer].kv_heads, self._kv_heads
         return begin * heads // scale, -(-end * heads // scale)
 
     def slice_bytes(self, heads: int, tokens: int) -> int:

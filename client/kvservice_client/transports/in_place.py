@@ -94,6 +94,8 @@ class InPlace:
 
     def runs(self, block: int, layer: int) -> list[tuple[int, int]] | None:
         """Which bytes of one slice were asked for: keys, then values. None where it is all of them."""
+        if self._shards[block].heads == self._order.shard.heads:
+            return None  # It covers what was asked for, so it is the same range.
         model_layer = layer + self._order.shard.layer_begin
         stored = self._geometries[block].slices[model_layer - self._shards[block].layer_begin]
         wanted = self._order.layout.heads_of(self._order.shard, model_layer)
