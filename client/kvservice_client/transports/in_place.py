@@ -87,8 +87,8 @@ class InPlace:
 
     def slice(self, block: int, layer: int) -> Bytes:
         """One stored slice, all heads of it. `layer` counts from the first that was asked for."""
-        geometry = self._geometries[block]
-        begin, end = geometry.slice_range(layer + self._order.shard.layer_begin - self._shards[block].layer_begin)
+        slices = self._geometries[block].slices
+        begin, end, *_ = slices[layer + self._order.shard.layer_begin - self._shards[block].layer_begin]
         offset = int(self._offsets[block])
         return self._arena.data[offset + begin : offset + end]
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -124,8 +125,9 @@ class ShmTransport:
                 until = min(layer + _LAYERS_AHEAD + 1, order.layer_count, blocks.layers_ready)
                 while next_layer < until:
                     target = order.buffer(next_layer)
-                    copy = partial(_copy_slice, blocks, order, next_layer, target)
-                    sizes = np.diff(order.block_starts(next_layer)).tolist()
+                    starts = order.block_starts(next_layer)
+                    copy = partial(_copy_slice, blocks, starts, next_layer, target)
+                    sizes = [end - start for start, end in pairwise(starts)]
                     started.append((target, batch.start(copy, sizes)))
                     next_layer += 1
                 target, group = started.pop(0)
@@ -198,10 +200,9 @@ class ShmTransport:
             raise error
 
 
-def _copy_slice(blocks: InPlace, order: LoadOrder, layer: int, target: Bytes, block: int) -> None:
+def _copy_slice(blocks: InPlace, starts: list[int], layer: int, target: Bytes, block: int) -> None:
     expected = blocks.expected(block, layer)
     source, runs = blocks.slice(block, layer), blocks.runs(block, layer)
-    starts = order.block_starts(layer)
     into = target[starts[block] : starts[block + 1]]
     found = copy_and_sum(source, into) if runs is None else copy_runs_and_sum(source, runs, into)
     if found != expected:
