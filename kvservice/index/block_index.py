@@ -400,7 +400,9 @@ class BlockIndex:
         if unused:
             self._environments[TierName.SSD].delete_now(LAYOUTS, fingerprints)
             for fingerprint in fingerprints:
-                (self.directory.parent / LAYOUTS_NAME / fingerprint.hex()).unlink(missing_ok=True)
+                # A copy that stays has an id that is not given again, so that no later record can name it.
+                with contextlib.suppress(OSError):
+                    (self.directory.parent / LAYOUTS_NAME / fingerprint.hex()).unlink()
         for layout_id, fingerprint in zip(unused, fingerprints, strict=True):
             del self._layouts[layout_id], self._layout_ids[fingerprint]
         return len(unused)

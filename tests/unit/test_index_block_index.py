@@ -312,6 +312,34 @@ async def test_a_start_at_the_limit_forgets_the_layouts_that_no_record_names_and
         assert await index.put_layout(layouts[3]) == last + 1
 
 
+@pytest.mark.parametrize("what", ["a file", "a folder for each layout", "a link to itself"])
+async def test_a_folder_of_layouts_that_cannot_be_used_never_stops_a_start(tmp_path: Path, what: str) -> None:
+    first, second = some_layouts(2)
+    with opened(tmp_path) as index:
+        index.open_volatile(tmp_path / "arena", ARENA, map_bytes=4 * MIB)
+        for layout in (first, second):
+            await index.put_layout(layout)
+        await index.put(TierName.SSD, some_keys(1), some_records(1, layout_id=1))
+    folder = tmp_path / "layouts"
+    shutil.rmtree(folder)
+    if what == "a file":
+        folder.touch()
+    elif what == "a folder for each layout":
+        for layout in (first, second):
+            (folder / layout.fingerprint.hex()).mkdir(parents=True)
+    else:
+        folder.symlink_to(folder)
+    with opened(tmp_path, layouts_max=2) as index:
+        index.open_volatile(tmp_path / "arena", ARENA, map_bytes=4 * MIB)
+        assert index.forget_unused_layouts() == 1
+        assert await index.put_layout(OTHER_LAYOUT) == 3
+
+    entry = stored(tmp_path / "index", LAYOUTS)[first.fingerprint]
+    await change(tmp_path / "index", LAYOUTS, {first.fingerprint: entry[:-1] + bytes([entry[-1] ^ 1])})
+    with opened(tmp_path) as index:
+        assert index.damaged_layouts == [first.fingerprint]
+
+
 async def test_a_layout_opened_by_many_at_once_gets_one_id(tmp_path: Path) -> None:
     with opened(tmp_path) as index:
         given_up = asyncio.ensure_future(index.put_layout(LAYOUT))
