@@ -156,13 +156,13 @@ async def _open_index(store: Path, report: Report, *, repair: bool) -> BlockInde
     """The durable index. If damaged: None, or with `repair` a new one. Raises StoreDamaged where that fails."""
     directory = store / "index"
     try:
-        return BlockIndex.open(directory, map_bytes=_map_bytes(directory))
+        return BlockIndex.open(directory, map_bytes=_map_bytes(directory), create=False)
     except StoreDamaged as error:
         problem = Problem("index", "", f"{error}. {error.what_helps}" if not repair else str(error))
     report.problems.append(problem)
     if repair:
         await _repair_index(store, report)
-        return BlockIndex.open(directory, map_bytes=_map_bytes(directory))
+        return BlockIndex.open(directory, map_bytes=_map_bytes(directory), create=False)
     return None
 
 
@@ -221,6 +221,9 @@ class _Check:
     async def run(self, repair: bool) -> None:
         for fingerprint in self._index.damaged_layouts:
             self._report.problems.append(Problem("index", fingerprint.hex(), "its layout's entry is damaged"))
+        for fingerprint in self._index.restorable_layouts:
+            what = "its layout's entry is damaged, and its copy in the folder layouts is sound"
+            self._report.problems.append(Problem("index", fingerprint.hex(), what))
         self._report.sessions = len(self._index.load_sessions())
         for name in self._index.damaged_sessions:
             self._report.problems.append(Problem("index", name.hex(), "its session's record is damaged"))
@@ -317,6 +320,7 @@ class _Check:
 
     async def _repair(self) -> None:
         repaired = len(self._index.damaged_layouts) + len(self._index.damaged_sessions)
+        repaired += self._index.restore_layouts()
         await self._index.delete_damaged_layouts()
         await self._index.delete_sessions(self._index.damaged_sessions)  # Of lost layouts too.
         for tier, keys in self._bad.items():

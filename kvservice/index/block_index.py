@@ -39,8 +39,11 @@ from kvservice_api.v1 import types_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-# 2 added the database of sessions. Records of blocks are those of 1: an older store is opened, and is of 2 then.
-SCHEMA = 2
+# The newest schema. 2 added the database of sessions. 3 added layouts of several groups and layouts with a window.
+# Records of blocks are the same in all. A store of 1 becomes one of 2 when it is opened. It becomes one of 3 before its
+# first layout that needs 3 is stored: until then a daemon that knows only 2 can open it.
+SCHEMA = 3
+_SCHEMA_AT_LEAST = 2
 
 # Beside the index: the store's id in hexadecimal. Where it is, the store was made, though its index may be lost.
 IDENTITY_NAME = "store_id"
@@ -61,7 +64,8 @@ _EMPTIED_KEY = b"dram_emptied"
 _META_KEYS = frozenset(
     (_SCHEMA_KEY, STORE_KEY, _NEXT_LAYOUT_KEY, _SSD_FILES_KEY, _VOLATILE_DIRECTORY_KEY, _EMPTIED_KEY)
 )
-_ID_BYTES = 16
+STORE_ID_BYTES = 16
+_BLANK_BYTES_AT_ONCE = 1 << 20
 
 #  | layout id u32 | serialized pb.Layout | crc u32 |     one layout, under its fingerprint; little-endian,
 #                                                        the crc over fingerprint, id and message
@@ -83,7 +87,7 @@ class BlockIndex:
 
     def __init__(self, directory: Path, durable: Environment, meta: dict[bytes, bytes], layouts_max: int) -> None:
         """Use ``open``."""
-        self._directory = directory
+        self.directory = directory
         self._layouts_max = layouts_max
         self.store_id = meta[STORE_KEY]
         self._meta = meta
@@ -93,7 +97,9 @@ class BlockIndex:
         self._layouts_in_flight: dict[bytes, asyncio.Future[tuple[None, None]]] = {}
         self._next_layout_id = 1
         self.emptied_keys: list[bytes] = []  # Objects that the DRAM tier had when it was emptied at this start.
-        self.damaged_layouts: list[bytes] = []  # Fingerprints. Their blocks are damaged, too.
+        self.damaged_layouts: list[bytes] = []  # Keys of entries without a sound copy. Their blocks are lost with them.
+        self.restorable_layouts: list[bytes] = []  # Fingerprints: the entry is damaged, its copy in a file is sound.
+        self._replaced_layouts: list[bytes] = []  # Damaged keys of entries that `restore_layouts` writes again.
         self.damaged_sessions: list[bytes] = []  # Names, as of the last `load_sessions`.
         self._read_layouts()
 
@@ -106,29 +112,37 @@ class BlockIndex:
         layouts_max: int = 256,
         before_commit: Callable[[], None] | None = None,
         ssd_files: Sequence[Path] = (),
+        create: bool = True,
     ) -> BlockIndex:
         """Open the durable index, or make an empty one with a store id of its own.
 
         `layouts_max` are the layouts that it takes; those that it has are kept, however many they are.
         `before_commit` makes the bytes of blocks durable; it runs on the committer thread before the
         commit of their records. An index is made only where none was before: the store's identity file, and the
-        `ssd_files` that are there, tell that one is missing. Raises StoreTooNew, StoreDamaged, StorageFailed.
+        `ssd_files` that are there, tell that one is missing. Where `create` is false, an index is never made, and
+        nothing of the store is upgraded or restored. Raises StoreTooNew, StoreDamaged, StorageFailed.
         """
-        if traces := traces_of_store(directory, ssd_files):
+        traces = traces_of_store(directory, ssd_files)
+        if traces or not create:
             _expect_index(directory, traces)
         else:
             _clear_blank(directory / DATA_NAME)
         durable = Environment(directory, map_bytes=map_bytes, durable=True, before_commit=before_commit)
         try:
             meta = _read_meta(durable)
-            if not meta and not traces:
-                meta = {_SCHEMA_KEY: str(SCHEMA).encode(), STORE_KEY: os.urandom(_ID_BYTES)}
+            if not meta and not traces and create:
+                meta = {_SCHEMA_KEY: str(_SCHEMA_AT_LEAST).encode(), STORE_KEY: os.urandom(STORE_ID_BYTES)}
                 durable.write_now(META, meta)
-            _upgrade(directory, durable, meta)
-            if len(meta.get(STORE_KEY, b"")) != _ID_BYTES:
+            _check_schema(directory, meta)
+            if len(meta.get(STORE_KEY, b"")) != STORE_ID_BYTES:
                 raise StoreDamaged(f"the index {directory} names no store")
-            _check_identity(directory, meta[STORE_KEY])
-            return cls(directory, durable, meta, layouts_max)
+            _check_identity(directory, meta[STORE_KEY], note=create)
+            index = cls(directory, durable, meta, layouts_max)
+            if create:
+                index._upgrade()
+                index.restore_layouts()
+                index._note_layouts()
+            return index
         except BaseException:
             durable.close()
             raise
@@ -146,10 +160,13 @@ class BlockIndex:
         durable = Environment(directory, map_bytes=map_bytes, durable=True)
         try:
             durable.write_now(LAYOUTS, dict(layouts))
-            durable.write_now(META, {**known, _SCHEMA_KEY: str(SCHEMA).encode()})
-            if len(known.get(STORE_KEY, b"")) != _ID_BYTES:
+            durable.write_now(META, {**known, _SCHEMA_KEY: str(_SCHEMA_AT_LEAST).encode()})
+            if len(known.get(STORE_KEY, b"")) != STORE_ID_BYTES:
                 raise StoreDamaged(f"nothing says which store the index {directory} is of")
-            return cls(directory, durable, _read_meta(durable), len(layouts))
+            index = cls(directory, durable, _read_meta(durable), len(layouts))
+            index._upgrade()
+            index._note_layouts()
+            return index
         except BaseException:
             durable.close()
             raise
@@ -200,9 +217,10 @@ class BlockIndex:
             volatile.close()
             return str(error)
         expected = self._volatile_meta(arena_id)
-        older = _schema_of(found) in range(1, SCHEMA)  # What lies in a volatile index has not changed since 1.
+        # What lies in a volatile index is the same in every schema so far, so that it may have another of them.
+        has_other_schema = found.get(_SCHEMA_KEY) != expected[_SCHEMA_KEY] and _schema_of(found) in range(1, SCHEMA + 1)
         wrong = [key.decode() for key, value in expected.items() if found.get(key) != value]
-        if wrong and not (older and wrong == [_SCHEMA_KEY.decode()]):
+        if wrong and not (has_other_schema and wrong == [_SCHEMA_KEY.decode()]):
             if wrong == [_ARENA_KEY.decode()]:
                 keys = (key for keys, _ in volatile.read(BLOCKS) for key in keys)
                 self.emptied_keys = [key for key in keys if len(key) == OBJECT_KEY_BYTES]
@@ -213,14 +231,14 @@ class BlockIndex:
         except StorageFailed as error:
             volatile.close()
             return str(error)
-        if older:
+        if has_other_schema:
             volatile.write_now(META, {_SCHEMA_KEY: expected[_SCHEMA_KEY]})
         self._environments[TierName.DRAM] = volatile
         return ""
 
     def _volatile_meta(self, arena_id: bytes) -> dict[bytes, bytes]:
-        assert len(arena_id) == _ID_BYTES
-        return {_SCHEMA_KEY: str(SCHEMA).encode(), STORE_KEY: self.store_id, _ARENA_KEY: arena_id}
+        assert len(arena_id) == STORE_ID_BYTES
+        return {_SCHEMA_KEY: self._meta[_SCHEMA_KEY], STORE_KEY: self.store_id, _ARENA_KEY: arena_id}
 
     # Where the rest of the store lies, so that ``kvservice check`` finds it without the daemon's settings.
 
@@ -242,7 +260,7 @@ class BlockIndex:
     def ssd_files(self) -> list[Path | None]:
         """The SSD files in their order, as noted last; None for one that was given up. Empty before the first start."""
         names = self._meta.get(_SSD_FILES_KEY, b"").split(b"\0")
-        return [self._directory.parent / os.fsdecode(name) if name else None for name in names] if any(names) else []
+        return [self.directory.parent / os.fsdecode(name) if name else None for name in names] if any(names) else []
 
     def ssd_files_to_create(self, count: int) -> list[int]:
         """Which of `count` SSD files are not there yet. Any other was there, and may be on a drive that is away."""
@@ -254,7 +272,7 @@ class BlockIndex:
 
         Those in the store's folder may move with it. None gives a file up: it is created at the next start.
         """
-        store = self._directory.parent
+        store = self.directory.parent
 
         def name(file: Path | None) -> bytes:
             if file is None:
@@ -313,15 +331,31 @@ class BlockIndex:
         """
         fingerprint = layout.fingerprint
         if fingerprint not in self._layout_ids:
-            known = self._layout_ids.keys() | self._layouts_in_flight
-            if fingerprint not in known and len(known) >= self._layouts_max:
-                raise IndexFull(
-                    f"the store knows {len(known)} layouts, as many as index.layouts_max allows; those without blocks "
-                    "are forgotten at the daemon's next start"
-                )
+            self._expect_room_for_layout(fingerprint)
+            if _schema_for(layout) > _schema_of(self._meta):
+                await self._raise_schema(_schema_for(layout))
+        if fingerprint not in self._layout_ids:  # Another caller may have stored it meanwhile.
+            self._expect_room_for_layout(fingerprint)
             commit = self._layouts_in_flight.get(fingerprint) or self._commit_layout(layout)
             await asyncio.shield(commit)  # Another caller may wait for the same.
         return self._layout_ids[fingerprint]
+
+    def _expect_room_for_layout(self, fingerprint: bytes) -> None:
+        known = self._layout_ids.keys() | self._layouts_in_flight
+        if fingerprint not in known and len(known) >= self._layouts_max:
+            raise IndexFull(
+                f"the store knows {len(known)} layouts, as many as index.layouts_max allows; those without blocks "
+                "are forgotten at the daemon's next start"
+            )
+
+    async def _raise_schema(self, schema: int) -> None:
+        """Write a newer schema. It is on disk on return, so before the layout that needs it.
+
+        A daemon that knows only an older schema would take such a layout for damaged, and remove its blocks.
+        """
+        value = str(schema).encode()
+        await self._environments[TierName.SSD].put(META, [_SCHEMA_KEY], lambda: [value])
+        self._meta[_SCHEMA_KEY] = value
 
     def _commit_layout(self, layout: Layout) -> asyncio.Future[tuple[None, None]]:
         fingerprint = layout.fingerprint
@@ -366,7 +400,9 @@ class BlockIndex:
         if unused:
             self._environments[TierName.SSD].delete_now(LAYOUTS, fingerprints)
             for fingerprint in fingerprints:
-                (self._directory.parent / LAYOUTS_NAME / fingerprint.hex()).unlink(missing_ok=True)
+                # A copy that stays has an id that is not given again, so that no later record can name it.
+                with contextlib.suppress(OSError):
+                    (self.directory.parent / LAYOUTS_NAME / fingerprint.hex()).unlink()
         for layout_id, fingerprint in zip(unused, fingerprints, strict=True):
             del self._layouts[layout_id], self._layout_ids[fingerprint]
         return len(unused)
@@ -400,6 +436,24 @@ class BlockIndex:
         """Forget sessions, by `Manifest.name`. Done once on disk. StorageFailed."""
         return self._environments[TierName.SSD].delete(SESSIONS, names)
 
+    def restore_layouts(self) -> int:
+        """Write the damaged entries of layouts again that have a sound copy. How many. Raises StorageFailed.
+
+        To be called while nothing waits for a commit.
+        """
+        restored = len(self.restorable_layouts)
+        if restored:
+            durable = self._environments[TierName.SSD]
+            entries = {name: self._layout_copy(name) for name in self.restorable_layouts}
+            durable.write_now(LAYOUTS, entries)
+            durable.delete_now(LAYOUTS, self._replaced_layouts)
+            log.warning(
+                "damaged entries of layouts were written again from their copies in files: %d of them", restored
+            )
+            self.restorable_layouts.clear()
+            self._replaced_layouts.clear()
+        return restored
+
     async def delete_damaged_layouts(self) -> None:
         await self._environments[TierName.SSD].delete(LAYOUTS, self.damaged_layouts)
         self.damaged_layouts.clear()
@@ -428,7 +482,7 @@ class BlockIndex:
 
         Where that cannot be written, as on a full disk, the store serves all the same: the next start tries again.
         """
-        folder = self._directory.parent / LAYOUTS_NAME
+        folder = self.directory.parent / LAYOUTS_NAME
         path = folder / fingerprint.hex()
         try:
             if path.exists() and path.read_bytes() == value:
@@ -442,21 +496,71 @@ class BlockIndex:
                 error.strerror,
             )
 
+    def _note_layouts(self) -> None:
+        for layout_id, layout in self._layouts.items():
+            self._note_layout(layout.fingerprint, _encode_layout(layout_id, layout))
+
     def _read_layouts(self) -> None:
-        durable = self._environments[TierName.SSD]
         counter = self._meta.get(_NEXT_LAYOUT_KEY)
-        for fingerprints, values in durable.read(LAYOUTS):
+        damaged: dict[bytes, bytes] = {}
+        for fingerprints, values in self._environments[TierName.SSD].read(LAYOUTS):
             for fingerprint, value in zip(fingerprints, values, strict=True):
                 decoded = decode_layout(fingerprint, value)
                 if decoded is None:
-                    self.damaged_layouts.append(fingerprint)
-                    continue
-                layout_id, layout = decoded
-                self._layouts[layout_id] = layout
-                self._layout_ids[fingerprint] = layout_id
-                self._note_layout(fingerprint, value)
+                    damaged[fingerprint] = value
+                else:
+                    self._add_layout(*decoded)
+        if damaged:
+            self._add_copies_of(damaged)
         after_known = max(self._layouts, default=0) + 1
         self._next_layout_id = max(after_known, _U32.unpack(counter)[0] if counter else 1)
+
+    def _add_layout(self, layout_id: int, layout: Layout) -> None:
+        self._layouts[layout_id] = layout
+        self._layout_ids[layout.fingerprint] = layout_id
+
+    def _add_copies_of(self, damaged: Mapping[bytes, bytes]) -> None:
+        """Take the layouts of damaged entries from their own files.
+
+        A file is the copy of an entry that has its name, or that has its content: then the entry's key is damaged.
+        """
+        unmatched = dict(damaged)
+        for fingerprint, value in layout_copies(self.directory.parent).items():
+            entries = [key for key, found in unmatched.items() if key == fingerprint or found == value]
+            decoded = decode_layout(fingerprint, value)
+            if not entries or decoded is None or decoded[0] in self._layouts or fingerprint in self._layout_ids:
+                continue
+            self._add_layout(*decoded)
+            self.restorable_layouts.append(fingerprint)
+            self._replaced_layouts += [key for key in entries if key != fingerprint]
+            for key in entries:
+                del unmatched[key]
+        self.damaged_layouts += unmatched
+
+    def _layout_copy(self, fingerprint: bytes) -> bytes:
+        layout_id = self._layout_ids[fingerprint]
+        return _encode_layout(layout_id, self._layouts[layout_id])
+
+    def _upgrade(self) -> None:
+        """Make an older store one of the schema it needs. `Environment` has made the databases that it did not have."""
+        found = _schema_of(self._meta)
+        needed = max(_SCHEMA_AT_LEAST, *map(_schema_for, self._layouts.values()), found)
+        if needed > found:
+            log.info("the store is upgraded from schema %s to %s", found, needed)
+            self._remember(_SCHEMA_KEY, str(needed).encode())
+
+
+def layout_copies(store: Path) -> dict[bytes, bytes]:
+    """The sound entries that the files of a store's layouts have, by fingerprint."""
+    found: dict[bytes, bytes] = {}
+    for file in sorted((store / LAYOUTS_NAME).glob("*")):
+        try:
+            fingerprint, value = bytes.fromhex(file.name), file.read_bytes()
+        except (ValueError, OSError):  # Not a layout's file, or one that cannot be read.
+            continue
+        if decode_layout(fingerprint, value) is not None:
+            found[fingerprint] = value
+    return found
 
 
 def traces_of_store(directory: Path, ssd_files: Iterable[Path] = ()) -> list[Path]:
@@ -476,7 +580,12 @@ def read_identity(store: Path) -> bytes:
         store_id = bytes.fromhex(text[0]) if text else b""
     except (FileNotFoundError, ValueError):
         return b""
-    return store_id if len(store_id) == _ID_BYTES else b""
+    return store_id if len(store_id) == STORE_ID_BYTES else b""
+
+
+def write_identity(store: Path, store_id: bytes) -> None:
+    """Write the store's identity file, in the place of what it has. Raises OSError."""
+    write_durably(store / IDENTITY_NAME, f"{store_id.hex()}\n".encode())
 
 
 def _expect_index(directory: Path, traces: Sequence[Path]) -> None:
@@ -489,16 +598,18 @@ def _expect_index(directory: Path, traces: Sequence[Path]) -> None:
     except OSError as error:
         raise StorageFailed(f"the index {directory} cannot be used: {error}") from error
     if what:
-        raise StoreDamaged(
-            f"the index {directory} is {what}, and {', '.join(map(str, traces))} is there, so the store was made "
-            "before: nothing was written"
-        )
+        are = "is" if len(traces) == 1 else "are"
+        why = f", and {', '.join(map(str, traces))} {are} there, so the store was made before" if traces else ""
+        raise StoreDamaged(f"the index {directory} is {what}{why}: nothing was written")
 
 
 def _is_blank(path: Path) -> bool:
-    """Whether the file has nothing where an index begins: it was made, and never written. Raises OSError."""
+    """Whether every byte of the file is zero: it was made, and never written. Raises OSError."""
     with path.open("rb") as file:
-        return not any(file.read(2 * os.sysconf("SC_PAGESIZE")))
+        while data := file.read(_BLANK_BYTES_AT_ONCE):
+            if data.count(0) != len(data):
+                return False
+    return True
 
 
 def _clear_blank(path: Path) -> None:
@@ -508,8 +619,8 @@ def _clear_blank(path: Path) -> None:
             path.unlink()
 
 
-def _check_identity(directory: Path, store_id: bytes) -> None:
-    """Compare the index's store with that of the folder, and note it where nothing is noted. Raises StoreDamaged."""
+def _check_identity(directory: Path, store_id: bytes, *, note: bool) -> None:
+    """Compare the index's store with that of the folder. With `note`, write it where none is. Raises StoreDamaged."""
     store = directory.parent
     try:
         found = read_identity(store)
@@ -520,9 +631,9 @@ def _check_identity(directory: Path, store_id: bytes) -> None:
             )
     except OSError as error:
         raise StorageFailed(f"{store / IDENTITY_NAME} cannot be used: {error}") from error
-    if not found:
+    if not found and note:
         try:
-            write_durably(store / IDENTITY_NAME, f"{store_id.hex()}\n".encode())
+            write_identity(store, store_id)
         except OSError as error:  # The SSD files tell too that the store was made. The next start tries again.
             log.warning("%s could not be written: %s", store / IDENTITY_NAME, error.strerror)
 
@@ -567,17 +678,18 @@ def _schema_of(meta: Mapping[bytes, bytes]) -> int:
     return int(text) if text.isdecimal() else 0
 
 
-def _upgrade(directory: Path, durable: Environment, meta: dict[bytes, bytes]) -> None:
-    """Make an older store one of this schema. `Environment` has made the databases that it did not have."""
+def _check_schema(directory: Path, meta: Mapping[bytes, bytes]) -> None:
+    """Raises StoreDamaged where there is none, StoreTooNew where this program does not know it."""
     schema = _schema_of(meta)
     if not schema:
         raise StoreDamaged(f"the index {directory} has no schema version")
     if schema > SCHEMA:
         raise StoreTooNew(f"the store's schema is version {schema}; this program knows versions up to {SCHEMA}")
-    if schema < SCHEMA:
-        log.info("the store is upgraded from schema %s to %s", schema, SCHEMA)
-        meta[_SCHEMA_KEY] = str(SCHEMA).encode()
-        durable.write_now(META, {_SCHEMA_KEY: meta[_SCHEMA_KEY]})
+
+
+def _schema_for(layout: Layout) -> int:
+    """The oldest schema whose daemons can read the layout."""
+    return 3 if len(layout.groups) > 1 or layout.groups[0].window else _SCHEMA_AT_LEAST
 
 
 def _encode_layout(layout_id: int, layout: Layout) -> bytes:

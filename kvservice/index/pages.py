@@ -10,6 +10,7 @@ SIGSEGV, SIGBUS or an assertion. So the pages are checked before LMDB maps them.
     branch node   | child's number u48              | key size u16 | key |
     page 0 and 1  | header 16 | magic u32 | version u32 | address u64 | map size u64 | free tree 48 | main tree 48 |
                   | last page u64 | transaction u64 |                 the page of the later transaction counts
+    free tree     | transaction u64 | list of the pages that this transaction freed |   keys are in host order
 
 A bit flipped in a key's or a value's bytes is no fault of the pages: records have a CRC for that.
 """
@@ -167,7 +168,7 @@ class _Check:
         # Each transaction writes the other page: their numbers are one apart, and 0 is on both at first.
         if one.txn % 2 or (other.txn % 2 == 0 and other.txn) or (abs(one.txn - other.txn) != 1 and one.txn + other.txn):
             raise Unsound("its first two pages are not of two successive transactions")
-        self._meta = one if one.txn >= other.txn else other
+        self._earlier, self._meta = (other, one) if one.txn >= other.txn else (one, other)
         self._page_bytes = self._meta.page_bytes
         if self._meta.last_page >= size // 16:  # Not closer: free pages at the end may never have been written.
             raise Unsound(f"it has {size} bytes and names {self._meta.last_page} pages")
@@ -191,6 +192,50 @@ class _Check:
             if not len(words) or int(words[0]) > len(words) - 1:
                 raise Unsound("its list of free pages is damaged")
             self._claim("free", words[1 : 1 + int(words[0])])
+        for meta in (self._earlier, self._meta):
+            self._check_transaction(meta)
+
+    def _check_transaction(self, meta: _Meta) -> None:
+        """Raises Unsound where one of the first two pages has the number of another transaction than its own.
+
+        A wrong number can make the earlier of the two pages count, which silently undoes the last commit. Every
+        transaction but the first replaces the root of the main tree, and frees the old one under its own number.
+        So the last key of a page's free tree is the number of the transaction that wrote the page.
+        """
+        if not meta.txn and meta.main.root != _NO_PAGE:
+            raise Unsound("one of its first two pages has a tree, and says that no transaction wrote it")
+        last = self._last_freed(meta)
+        if last is not None and last != meta.txn and (last or meta.txn > 1):
+            raise Unsound(
+                f"one of its first two pages says that transaction {meta.txn} wrote it, and its list of free pages "
+                f"ends with transaction {last}"
+            )
+
+    def _last_freed(self, meta: _Meta) -> int | None:
+        """The last key of the page's free tree, 0 where it is empty. None where it cannot be read.
+
+        The free tree of the earlier page has not been checked: a later commit may use damaged pages of it again, so
+        these are no reason to refuse the file.
+        """
+        if meta.free.root == _NO_PAGE:
+            return 0
+        number = meta.free.root
+        for _ in range(_DEPTH_MAX):
+            if not 2 <= number <= meta.last_page:
+                return None
+            page = os.pread(self._fd, self._page_bytes, number * self._page_bytes)
+            if len(page) < self._page_bytes:
+                return None
+            found, _, flags, lower, _ = _HEAD.unpack_from(page)
+            if found != number or flags not in (_BRANCH, _LEAF) or not _HEAD_BYTES + 2 <= lower <= self._page_bytes:
+                return None
+            offset = int.from_bytes(page[lower - 2 : lower], "little")  # Of the last node.
+            if not _HEAD_BYTES <= offset <= self._page_bytes - _NODE_BYTES - 8:
+                return None
+            if flags == _LEAF:
+                return int.from_bytes(page[offset + _NODE_BYTES : offset + _NODE_BYTES + 8], "little")
+            number = int.from_bytes(page[offset : offset + 6], "little")
+        return None
 
     def _items(self, name: str, tree: _Tree, *, integers: bool = False) -> Iterator[tuple[bytes, _Leaf]]:
         """All of a small tree, its pages checked."""
@@ -358,7 +403,7 @@ class _Nodes(NamedTuple):
     """Nodes of several pages, in the order of their keys."""
 
     which: Numbers  # The row of their page.
-    slots: Numbers  # The how manieth in its page.
+    slots: Numbers  # The index of the node within its page, from 0.
     starts: Numbers  # Where they begin, counted through all pages.
     sizes: Numbers
     flags: Numbers

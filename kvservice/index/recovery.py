@@ -13,6 +13,7 @@ from kvservice.blocks import OBJECT_KEY, ObjectKeys, pack_object_keys
 from kvservice.index.environment import BLOCKS, Environment
 from kvservice.index.records import RECORD, Records, decode_records
 
+UNKNOWN_LAYOUT = "its layout is unknown"
 _OFFSET_BITS = 48
 _SEGMENT_BITS = 15  # Segment and offset together stay a positive 64-bit number.
 
@@ -52,7 +53,7 @@ def load(environment: Environment, layout_ids: Collection[int]) -> Recovered:
             names, records = [names[row] for row in np.flatnonzero(sound).tolist()], records[sound]
         keys = pack_object_keys(names)
         unknown = ~np.isin(records["layout_id"], known_layouts)
-        keys, records = _drop(keys, records, unknown, "its layout is unknown", damaged)
+        keys, records = _drop(keys, records, unknown, UNKNOWN_LAYOUT, damaged)
         start, end = end, end + len(keys)
         all_keys[start:end], all_records[start:end] = keys, records
     keys, records = all_keys[:end], all_records[:end]

@@ -6,14 +6,17 @@ Free space is not recorded anywhere: it is what no record names, so the two cann
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvservice.blocks import OBJECT_KEY_BYTES, BlockTable, ObjectKeys, Rows, TierName
-from kvservice.index.block_index import BlockIndex
+from kvservice.index.block_index import LAYOUTS_NAME, BlockIndex
+from kvservice.index.errors import StoreDamaged
 from kvservice.index.records import RECORD, Records
+from kvservice.index.recovery import UNKNOWN_LAYOUT
 from kvservice.store.history import History
 from kvservice.tiers.base import Tier
 from kvservice_api.errors import InvalidRequest
@@ -27,6 +30,7 @@ _LIKELY_ROWS_MIN, _LIKELY_ROWS_MAX = 1 << 12, 1 << 23
 _ROOM_FOR_MORE = 1.25  # Times the rows there are.
 _ROWS_MAX = 1 << 26  # A table of so many takes 20 GB of addresses, and memory for the rows in use.
 
+_EXTENT = ("segment", "offset_bytes", "size_bytes")
 _MERGED = ("access_seq", "used_at_ms", "hits", "pinned_until_ms")  # Of two records of one object the greater counts.
 _COPIED = ("layout_id", "tenant", "token_count", "trailer_checksum", "parent_key", "stored_at_ms", *_MERGED)
 
@@ -35,8 +39,9 @@ def recover(index: BlockIndex, tiers: Mapping[TierName, Tier], history: History 
     """Fill a new table, and tell each tier which of its space is taken.
 
     Records that contradict their tier, their layout or each other are dropped: their blocks are misses,
-    and `history` is told of them, as of those that an emptied DRAM tier had.
-    Raises StorageFailed where those cannot be removed from the index.
+    and `history` notes them, as it notes those that an emptied DRAM tier had.
+    Raises StorageFailed where those cannot be removed from the index; StoreDamaged, and removes none of their
+    records, where blocks may be of a layout whose entry is damaged.
     """
     if history is not None:
         history.note_lost(TierName.DRAM, index.emptied_keys)
@@ -49,16 +54,30 @@ def recover(index: BlockIndex, tiers: Mapping[TierName, Tier], history: History 
             rows_likely = max(rows_likely, int(len(found.records) * _ROOM_FOR_MORE))
             blocks = BlockTable(max(rows_likely, _rows_max(index, tiers)), rows_likely=rows_likely)
         keys, records, dropped = found.object_keys, found.records, list(found.damaged)
+        why = Counter(found.damaged.values())
+        if index.damaged_layouts and why[UNKNOWN_LAYOUT]:
+            raise StoreDamaged(_with_lost_layouts(index, name, why[UNKNOWN_LAYOUT]))
         sizes = _image_sizes(keys, records, index.layouts)
-        sound = tier.holds(records["segment"], records["offset_bytes"], records["size_bytes"])
-        sound &= (sizes > 0) & (sizes <= records["size_bytes"])
         rows = blocks.rows_of_objects(keys)
-        # The same object in another tier must be the same bytes.
-        sound &= (rows < 0) | (blocks.trailer_checksum[rows] == records["trailer_checksum"])
+        sound = np.ones(len(keys), np.bool_)
+        for reason, holds in (
+            ("its extent lies outside the tier", tier.holds(*(records[field] for field in _EXTENT))),
+            ("it does not fit its layout", (sizes > 0) & (sizes <= records["size_bytes"])),
+            # The same object in another tier must be the same bytes.
+            ("its copy in the other tier has other bytes", _agrees(blocks, rows, records)),
+        ):
+            why[reason] += int(np.count_nonzero(sound & ~holds))
+            sound &= holds
         if not sound.all():
             dropped += [key.tobytes() for key in keys[~sound]]
         if dropped:
-            log.error("records that cannot be trusted are dropped: %d of %s", len(dropped), name)
+            log.error(
+                "%d records of the tier %s are damaged or contradict the store, and are removed (%s): their blocks are "
+                "misses until a client saves them again. If this is seen again, look for a failing drive or memory",
+                len(dropped),
+                name,
+                ", ".join(f"{count}: {reason}" for reason, count in sorted(why.items()) if count),
+            )
             if history is not None:
                 history.note_lost(name, dropped)
             index.delete_now(name, dropped)  # Before any later record, which may name the same space.
@@ -68,6 +87,21 @@ def recover(index: BlockIndex, tiers: Mapping[TierName, Tier], history: History 
         _set_extents(blocks, name, rows, records)
     assert blocks is not None, "a store has a tier"
     return blocks
+
+
+def _agrees(blocks: BlockTable, rows: Rows, records: Records) -> NDArray[np.bool_]:
+    agrees: NDArray[np.bool_] = (rows < 0) | (blocks.trailer_checksum[rows] == records["trailer_checksum"])
+    return agrees
+
+
+def _with_lost_layouts(index: BlockIndex, tier: TierName, count: int) -> str:
+    names = ", ".join(key.hex() for key in index.damaged_layouts)
+    folder = index.directory.parent / LAYOUTS_NAME
+    return (
+        f"the index {index.directory} is damaged: its entries of the layouts {names} are damaged, {folder} has no "
+        f"sound copy of them, and {count} blocks of the tier {tier} are of layouts that are not known. Nothing was "
+        f"removed. Bring {folder} back from a copy; `kvservice check --repair` deletes the records of these blocks"
+    )
 
 
 def _rows_max(index: BlockIndex, tiers: Mapping[TierName, Tier]) -> int:

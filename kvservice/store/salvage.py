@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,7 +23,15 @@ import numpy as np
 
 from kvservice.blocks import TierName
 from kvservice.index import pages
-from kvservice.index.block_index import LAYOUTS_NAME, STORE_KEY, BlockIndex, decode_layout, read_identity
+from kvservice.index.block_index import (
+    STORE_ID_BYTES,
+    STORE_KEY,
+    BlockIndex,
+    decode_layout,
+    layout_copies,
+    read_identity,
+    write_identity,
+)
 from kvservice.index.environment import DATA_NAME
 from kvservice.index.errors import StoreDamaged
 from kvservice.index.records import RECORD, Records, is_sound
@@ -57,32 +66,29 @@ def read(store: Path, ssd_files: Sequence[Path] = ()) -> Saved:
 
     `ssd_files` are those that lie elsewhere. Raises OSError, StoreDamaged.
     """
-    saved = Saved()
-    for file in sorted((store / LAYOUTS_NAME).glob("*")):
-        _sort_in_layout(saved, file)
+    saved = Saved(layouts=layout_copies(store))
     path = store / "index" / DATA_NAME
     if path.exists():
         found: list[tuple[bool, bytes, bytes]] = sorted(pages.salvage(path), key=lambda entry: entry[0])
         for in_use, key, value in found:  # What is in use comes last, and replaces the rest.
             _sort_in(saved, in_use, key, value)
     origins = (origin_of(file) for file in (*sorted(store.glob("ssd-*.kv")), *ssd_files))
-    ids = [read_identity(store), *(origin.store_id for origin in origins if origin is not None)]
-    store_id = next(filter(None, ids), saved.meta.get(STORE_KEY, b""))
-    if not store_id:
+    ids = [origin.store_id for origin in origins if origin is not None]
+    saved.meta[STORE_KEY] = _most_frequent([*ids, saved.meta.get(STORE_KEY, b""), read_identity(store)])
+    if not saved.meta[STORE_KEY]:
         raise StoreDamaged(f"nothing in {store} says which store it is")
-    saved.meta[STORE_KEY] = store_id
     for key in saved.records:
         saved.doubtful.pop(key, None)
     return saved
 
 
-def _sort_in_layout(saved: Saved, file: Path) -> None:
-    try:
-        key, value = bytes.fromhex(file.name), file.read_bytes()
-    except (ValueError, OSError):  # Not a layout's file, or one that cannot be read.
-        return
-    if decode_layout(key, value) is not None:
-        saved.layouts[key] = value
+def _most_frequent(ids: Sequence[bytes]) -> bytes:
+    """The id that most places name; of several the one named first. Empty where none names one.
+
+    One flipped bit may be in any of the places, and an SSD file of another id cannot be opened.
+    """
+    counts = Counter(store_id for store_id in ids if len(store_id) == STORE_ID_BYTES)
+    return counts.most_common(1)[0][0] if counts else b""
 
 
 def _sort_in(saved: Saved, in_use: bool, key: bytes, value: bytes) -> None:
@@ -103,7 +109,13 @@ def _access_number(record: bytes) -> int:
 
 
 def make_index(store: Path, saved: Saved) -> BlockIndex:
-    """A new index beside the old one, without records of blocks and sessions yet. Raises StoreError, StorageFailed."""
+    """A new index beside the old one, without records of blocks and sessions yet.
+
+    The store's identity file is written again where it names another store than `saved`. Raises StoreError,
+    StorageFailed, OSError.
+    """
+    if read_identity(store) != saved.meta[STORE_KEY]:
+        write_identity(store, saved.meta[STORE_KEY])
     directory = store / _NEW_NAME
     if directory.exists():
         _set_aside_old(store, directory)

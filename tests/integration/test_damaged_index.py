@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvservice.index import pages
+from kvservice.index.environment import LAYOUTS, Environment
 from kvservice_client import Client, Durability
 from tests.daemon import MIB, DaemonProcess
 from tests.integration.known_blocks import LARGE, compare, new_chain, save, verify
@@ -237,3 +238,38 @@ def test_an_index_of_another_store_is_told_from_this_ones(tmp_path: Path) -> Non
         one.launch()
         assert one.wait_for_end() == 1
         assert "another store's" in "".join(one.lines)
+
+
+def test_a_damaged_layout_costs_no_block_and_without_its_copy_the_daemon_removes_none(
+    stopped: DaemonProcess, tmp_path: Path
+) -> None:
+    daemon, chain = stopped, new_chain(LARGE, 4)  # Eight blocks with those that it has.
+    daemon.start()
+    with daemon.client() as client:
+        assert save(client, LARGE, chain, Durability.SSD).is_complete
+    assert daemon.stop() == 0
+
+    def damage() -> None:
+        index = Environment(daemon.store / "index", map_bytes=4 * MIB, durable=True)
+        [value] = dict(pair for chunk in index.read(LAYOUTS) for pair in zip(*chunk, strict=True)).values()
+        index.write_now(LAYOUTS, {LARGE.fingerprint: value[:20] + bytes([value[20] ^ 16]) + value[21:]})
+        index.close()
+
+    damage()
+    daemon.start()
+    with daemon.client() as client:
+        assert found(client, chain) == 4
+    assert daemon.stop() == 0
+
+    damage()
+    layouts = (daemon.store / "layouts").rename(tmp_path / "kept")
+    daemon.launch()
+    assert daemon.wait_for_end() == 1
+    said = "".join(daemon.lines)
+    assert f"{daemon.store}/layouts has no sound copy of them, and 8 blocks of the tier ssd" in said
+    assert "Traceback" not in said and "Nothing was removed" in said
+
+    layouts.rename(daemon.store / "layouts")
+    daemon.start()
+    with daemon.client() as client:
+        assert found(client, chain) == 4

@@ -276,11 +276,69 @@ def test_of_two_blocks_in_one_place_neither_is_kept(store: Store) -> None:
     repaired(store, (TierName.SSD, 0), (TierName.SSD, 1))
 
 
-def test_blocks_of_a_lost_layout_are_dropped_with_it(store: Store) -> None:
-    def damage(items: dict[bytes, bytes]) -> None:
-        items[LAYOUT.fingerprint] = items[LAYOUT.fingerprint][:-1] + b"\0"
+def damage_layout(items: dict[bytes, bytes]) -> None:
+    items[LAYOUT.fingerprint] = items[LAYOUT.fingerprint][:-1] + b"\0"
 
-    store.change(TierName.SSD, LAYOUTS, damage)
+
+def test_a_damaged_layout_with_a_sound_copy_costs_no_block(store: Store) -> None:
+    store.change(TierName.SSD, LAYOUTS, damage_layout)
+    problem = (
+        "index",
+        LAYOUT.fingerprint.hex(),
+        "its layout's entry is damaged, and its copy in the folder layouts is sound",
+    )
+
+    before = (store.path / "index" / "data.mdb").read_bytes()
+    code, report = store.check()
+    assert (code, problems(report), report["repaired"]) == (1, [problem], 0)
+    assert (store.path / "index" / "data.mdb").read_bytes() == before, "looking writes nothing"
+
+    code, report = store.check("--repair")
+    assert (code, problems(report), report["repaired"]) == (1, [problem], 1)
+    code, report = store.check()
+    assert (code, report["tiers"]["ssd"]["blocks"], report["tiers"]["dram"]["blocks"]) == (0, 4, 3)
+
+
+def test_looking_at_an_index_that_begins_with_zeros_never_makes_an_empty_one(store: Store, tmp_path: Path) -> None:
+    """Without the identity file, and with the SSD files in another folder: nothing else tells of the store."""
+    (store.path / "store_id").unlink()
+    ssd_file = store.ssd_file.rename(tmp_path / "elsewhere.kv")
+    path = store.path / "index" / "data.mdb"
+    found = bytes(2 * PAGE_BYTES) + path.read_bytes()[2 * PAGE_BYTES :]
+    for content in (found, bytes(len(found))):
+        path.write_bytes(content)
+        code, report = store.check()
+        assert (code, report["repaired"]) == (1, 0)
+        assert path.read_bytes() == content
+    path.write_bytes(found)
+    ssd_file.rename(store.ssd_file)
+    assert store.check("--rebuild")[0] < 2
+    code, report = store.check()
+    assert (code, report["tiers"]["ssd"]["blocks"]) == (0, 4)
+
+
+@pytest.mark.parametrize("where", ["store_id", "index"])
+def test_repair_takes_the_id_that_most_of_the_store_names(store: Store, where: str) -> None:
+    """One bit of the id flipped in one of its places: the store is usable afterwards, with all its blocks."""
+    identity = store.path / "store_id"
+    sound = identity.read_text()
+    if where == "store_id":
+        identity.write_text(("0" if sound[0] != "0" else "1") + sound[1:])
+    else:
+        store.change(TierName.SSD, META, lambda items: items.update({b"store_id": bytes(1) + items[b"store_id"][1:]}))
+
+    assert "another store's" in problems(store.check()[1])[0][2]
+    assert store.check("--repair")[0] == 1
+
+    code, report = store.check()
+    assert (code, problems(report)) == (0, [])
+    assert (report["store_id"], identity.read_text()) == (sound.strip(), sound)
+    assert (report["tiers"]["ssd"]["blocks"], report["tiers"]["dram"]["blocks"]) == (4, 3)
+
+
+def test_blocks_of_a_lost_layout_are_dropped_with_it(store: Store) -> None:
+    store.change(TierName.SSD, LAYOUTS, damage_layout)
+    shutil.rmtree(store.path / "layouts")
 
     code, report = store.check("--repair")
     assert (code, report["repaired"]) == (1, 1 + 4 + 3)

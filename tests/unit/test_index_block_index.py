@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +18,16 @@ from kvservice.index.block_index import SCHEMA, BlockIndex
 from kvservice.index.environment import LAYOUTS, META, SESSIONS, Environment
 from kvservice.index.errors import StoreDamaged, StoreTooNew
 from kvservice_api.errors import IndexFull, StorageFailed
-from kvservice_api.layout import Layout, Rotary
+from kvservice_api.layout import LayerGroup, Layout, Rotary
 from tests.layouts import changed
 from tests.unit.index_samples import LAYOUT, some_keys, some_records
 
 MIB = 2**20
 ARENA, OTHER_ARENA = b"a" * 16, b"b" * 16
+WINDOW = Layout("window", groups=[LayerGroup(2, 2, 8, 8, "float16", window=32)], block_tokens=16)
+GROUPS = Layout(
+    "groups", groups=[LayerGroup(2, 2, 8, 8, "float16"), LayerGroup(1, 4, 8, 8, "float16")], block_tokens=16
+)
 OTHER_LAYOUT = changed(LAYOUT, rotary=Rotary("yarn", "half", 8, 10000.0, (("factor", 4.0),)), layers=3)
 
 
@@ -139,7 +144,65 @@ async def test_a_store_of_the_schema_before_sessions_is_upgraded_and_loses_nothi
         assert sorted(index.load(TierName.DRAM).keys) == sorted(some_keys(2))
         assert index.load_sessions() == []
     for directory in as_it_was:
-        assert stored(directory, META)[b"schema"] == b"%d" % SCHEMA
+        assert stored(directory, META)[b"schema"] == b"2", "so that a daemon that knows 2 can open it"
+
+
+def schemas(*directories: Path) -> list[bytes]:
+    return [stored(directory, META)[b"schema"] for directory in directories]
+
+
+@pytest.mark.parametrize("layout", [GROUPS, WINDOW], ids=["groups", "window"])
+async def test_a_store_is_of_schema_3_from_its_first_layout_on_that_needs_it_and_keeps_its_dram_tier(
+    tmp_path: Path, layout: Layout
+) -> None:
+    await given_dram_record(tmp_path, tmp_path / "arena")
+    both = (tmp_path / "index", tmp_path / "arena")
+    assert schemas(*both) == [b"2", b"2"]
+    assert dram_keys(tmp_path, tmp_path / "arena") == ("", sorted(some_keys(2)))
+    assert schemas(*both) == [b"2", b"2"], "a restart changes nothing"
+
+    with opened(tmp_path) as index:
+        await index.put_layout(layout)
+    assert schemas(tmp_path / "index") == [b"3"]
+
+    assert dram_keys(tmp_path, tmp_path / "arena") == ("", sorted(some_keys(2)))
+    assert schemas(*both) == [b"3", b"3"]
+
+
+async def test_the_schema_is_on_disk_before_the_layout_that_needs_it(tmp_path: Path) -> None:
+    """A daemon that knows only schema 2 takes such a layout for damaged, and removes its blocks."""
+    commits: list[int] = []
+
+    def fail_second_commit() -> None:
+        commits.append(1)
+        if len(commits) > 1:
+            raise StorageFailed("the drive is gone")
+
+    with opened(tmp_path, before_commit=fail_second_commit) as index, pytest.raises(StorageFailed):
+        await index.put_layout(GROUPS)
+    assert (schemas(tmp_path / "index"), stored(tmp_path / "index", LAYOUTS)) == ([b"3"], {})
+
+
+async def test_a_layout_that_is_refused_leaves_the_schema_as_it_is(tmp_path: Path) -> None:
+    with opened(tmp_path, layouts_max=1) as index:
+        await index.put_layout(LAYOUT)
+        with pytest.raises(IndexFull):
+            await index.put_layout(GROUPS)
+    assert schemas(tmp_path / "index") == [b"2"]
+
+
+async def test_a_store_of_schema_2_that_has_a_layout_of_schema_3_is_upgraded(tmp_path: Path) -> None:
+    """As an unreleased version may have left it; a new index out of a lost one too."""
+    with opened(tmp_path) as index:
+        await index.put_layout(GROUPS)
+    await change(tmp_path / "index", META, {b"schema": b"2"})
+    with opened(tmp_path):
+        pass
+    assert schemas(tmp_path / "index") == [b"3"]
+
+    meta, layouts = stored(tmp_path / "index", META), stored(tmp_path / "index", LAYOUTS)
+    BlockIndex.create(tmp_path / "new", map_bytes=4 * MIB, meta={**meta, b"schema": b"2"}, layouts=layouts).close()
+    assert schemas(tmp_path / "new") == [b"3"]
 
 
 def without_database(directory: Path, name: bytes) -> None:
@@ -249,6 +312,34 @@ async def test_a_start_at_the_limit_forgets_the_layouts_that_no_record_names_and
         assert await index.put_layout(layouts[3]) == last + 1
 
 
+@pytest.mark.parametrize("what", ["a file", "a folder for each layout", "a link to itself"])
+async def test_a_folder_of_layouts_that_cannot_be_used_never_stops_a_start(tmp_path: Path, what: str) -> None:
+    first, second = some_layouts(2)
+    with opened(tmp_path) as index:
+        index.open_volatile(tmp_path / "arena", ARENA, map_bytes=4 * MIB)
+        for layout in (first, second):
+            await index.put_layout(layout)
+        await index.put(TierName.SSD, some_keys(1), some_records(1, layout_id=1))
+    folder = tmp_path / "layouts"
+    shutil.rmtree(folder)
+    if what == "a file":
+        folder.touch()
+    elif what == "a folder for each layout":
+        for layout in (first, second):
+            (folder / layout.fingerprint.hex()).mkdir(parents=True)
+    else:
+        folder.symlink_to(folder)
+    with opened(tmp_path, layouts_max=2) as index:
+        index.open_volatile(tmp_path / "arena", ARENA, map_bytes=4 * MIB)
+        assert index.forget_unused_layouts() == 1
+        assert await index.put_layout(OTHER_LAYOUT) == 3
+
+    entry = stored(tmp_path / "index", LAYOUTS)[first.fingerprint]
+    await change(tmp_path / "index", LAYOUTS, {first.fingerprint: entry[:-1] + bytes([entry[-1] ^ 1])})
+    with opened(tmp_path) as index:
+        assert index.damaged_layouts == [first.fingerprint]
+
+
 async def test_a_layout_opened_by_many_at_once_gets_one_id(tmp_path: Path) -> None:
     with opened(tmp_path) as index:
         given_up = asyncio.ensure_future(index.put_layout(LAYOUT))
@@ -286,6 +377,7 @@ async def test_a_damaged_layout_is_left_out_and_its_id_is_not_given_again(tmp_pa
         lost = await index.put_layout(LAYOUT)
         await index.put(TierName.SSD, some_keys(1), some_records(1, layout_id=lost))
     value = stored(tmp_path / "index", LAYOUTS)[LAYOUT.fingerprint]
+    shutil.rmtree(tmp_path / "layouts")
     for position in range(len(value)):
         damaged = bytearray(value)
         damaged[position] ^= 1
@@ -313,3 +405,76 @@ async def test_a_full_index_says_so_and_takes_records_again_once_others_are_gone
 
         await index.delete(TierName.DRAM, some_keys(count + 100))
         await index.put(TierName.DRAM, some_keys(100), some_records(100))
+
+
+async def given_layouts_and_a_block(store: Path) -> dict[bytes, bytes]:
+    """The entries of two layouts; the block is of the second."""
+    with opened(store) as index:
+        await index.put_layout(OTHER_LAYOUT)
+        layout_id = await index.put_layout(LAYOUT)
+        await index.put(TierName.SSD, some_keys(1), some_records(1, layout_id=layout_id))
+    return stored(store / "index", LAYOUTS)
+
+
+async def test_a_damaged_layout_is_taken_from_its_file_and_written_again(tmp_path: Path) -> None:
+    """Wherever in its key and in its value a bit flipped."""
+    entries = await given_layouts_and_a_block(tmp_path)
+    key, value = LAYOUT.fingerprint, entries[LAYOUT.fingerprint]
+    for position in range(0, len(key + value), 3):
+        damaged = bytearray(key + value)
+        damaged[position] ^= 4
+        items: dict[bytes, bytes | None] = {key: None, bytes(damaged[: len(key)]): bytes(damaged[len(key) :])}
+        await change(tmp_path / "index", LAYOUTS, items)
+        with opened(tmp_path) as index:
+            assert dict(index.layouts) == {1: OTHER_LAYOUT, 2: LAYOUT}
+            assert (index.damaged_layouts, index.load(TierName.SSD).damaged) == ([], {})
+        assert stored(tmp_path / "index", LAYOUTS) == entries
+
+
+async def test_a_damaged_layout_whose_file_is_damaged_too_is_not_guessed(tmp_path: Path) -> None:
+    entries = await given_layouts_and_a_block(tmp_path)
+    damaged = entries[LAYOUT.fingerprint][:-1] + b"\0"
+    await change(tmp_path / "index", LAYOUTS, {LAYOUT.fingerprint: damaged})
+    (tmp_path / "layouts" / LAYOUT.fingerprint.hex()).write_bytes(damaged)
+    with opened(tmp_path) as index:
+        assert index.damaged_layouts == [LAYOUT.fingerprint]
+        assert list(index.layouts.values()) == [OTHER_LAYOUT]
+
+
+async def test_an_index_that_begins_with_zeros_and_has_more_is_no_first_start(tmp_path: Path) -> None:
+    """Nothing else tells that the store was made before: its SSD files are on a drive that is away."""
+    await given_layouts_and_a_block(tmp_path)
+    (tmp_path / "store_id").unlink()
+    path = tmp_path / "index" / "data.mdb"
+    found = bytes(8192) + path.read_bytes()[8192:]
+    path.write_bytes(found)
+    for create in (True, False):
+        with pytest.raises(StoreDamaged, match="first two pages"):
+            BlockIndex.open(tmp_path / "index", map_bytes=4 * MIB, create=create)
+        assert path.read_bytes() == found
+
+
+@pytest.mark.parametrize("content", [b"", bytes(3 * MIB)])
+def test_a_first_start_that_was_cut_off_is_one_for_a_start_and_no_store_for_a_check(
+    tmp_path: Path, content: bytes
+) -> None:
+    path = tmp_path / "index" / "data.mdb"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(StoreDamaged, match="is empty: nothing was written"):
+        BlockIndex.open(tmp_path / "index", map_bytes=4 * MIB, create=False)
+    assert path.read_bytes() == content
+    with opened(tmp_path) as index:
+        assert len(index.store_id) == 16
+
+
+@pytest.mark.parametrize(
+    ("names", "words"), [(["store_id"], "store_id is there"), (["store_id", "ssd-000.kv"], "are there")]
+)
+def test_the_message_about_a_lost_index_names_what_tells_of_the_store(
+    tmp_path: Path, names: list[str], words: str
+) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(StoreDamaged, match=f"{words}, so the store was made before"):
+        BlockIndex.open(tmp_path / "index", map_bytes=4 * MIB)

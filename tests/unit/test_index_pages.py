@@ -54,9 +54,13 @@ def test_whatever_lmdb_wrote_is_sound(tmp_path: Path, seed: int, transactions: i
         return lmdb.open(str(tmp_path), map_size=8 << 20, max_dbs=4, lock=False, sync=False, metasync=False)
 
     env = opened()
-    handles = [env.open_db(name) for name in _NAMES]
-    assert pages.examine(path) == ""
+    assert pages.examine(path) == "", "as it is made, before its first transaction"
+    handles = []
+    for name in _NAMES:
+        handles.append(env.open_db(name))
+        assert pages.examine(path) == ""
     for number in range(transactions):
+        before = path.read_bytes()[:8192]
         keys = [chooser.randbytes(3) + bytes(37) for _ in range(chooser.choice((1, 20, 2000)))]
         names = [b"%d" % chooser.randrange(100) * chooser.randrange(1, 50) for _ in range(chooser.choice((0, 1, 10)))]
         puts = chooser.random() < 0.6
@@ -76,6 +80,9 @@ def test_whatever_lmdb_wrote_is_sound(tmp_path: Path, seed: int, transactions: i
             with env.begin(write=True) as txn:
                 txn.drop(handles[3], delete=False)
         assert pages.examine(path) == "", number
+        # A crash before the commit writes the first of its pages that counts leaves that one as it was.
+        (tmp_path / "cut off").write_bytes(before + path.read_bytes()[8192:])
+        assert pages.examine(tmp_path / "cut off") == "", number
         if number % 20 == 19:
             env.close()
             env = opened()
@@ -127,6 +134,41 @@ def test_a_file_with_one_page_of_an_older_copy_is_refused(tmp_path: Path, whole:
     data[first * 4096 : (first + 1) * 4096] = whole[first * 4096 : (first + 1) * 4096]
     path.write_bytes(data)
     assert pages.examine(path)
+
+
+def every_bit_of_a_transactions_number_is_noticed(path: Path) -> None:
+    """On each of the first two pages of a sound file."""
+    whole = path.read_bytes()
+    assert pages.examine(path) == ""
+    for page in range(2):
+        for bit in range(64):
+            data = bytearray(whole)
+            data[page * index_damage.PAGE_BYTES + 144 + bit // 8] ^= 1 << bit % 8
+            path.write_bytes(data)
+            assert pages.examine(path), f"bit {bit} of page {page}"
+
+
+@pytest.mark.parametrize("more", range(4))
+def test_no_bit_of_a_transactions_number_undoes_a_durable_commit(tmp_path: Path, more: int) -> None:
+    folder = tmp_path / "index"
+    index_damage.make(folder)
+    with lmdb.open(str(folder), map_size=index_damage.MAP_BYTES, max_dbs=4, lock=False) as env:
+        handle = env.open_db(b"sessions")
+        for number in range(more):
+            with env.begin(write=True) as txn:
+                txn.put(b"one", b"%d" % number, db=handle)
+        with env.begin(write=True):
+            pass  # LMDB does not write a transaction that changed nothing.
+    every_bit_of_a_transactions_number_is_noticed(folder / DATA_NAME)
+
+
+@pytest.mark.parametrize("count", range(1, 6))
+def test_no_bit_of_a_transactions_number_undoes_one_of_the_first_commits(tmp_path: Path, count: int) -> None:
+    folder = tmp_path / "index"
+    with lmdb.open(str(folder), map_size=index_damage.MAP_BYTES, max_dbs=count, lock=False) as env:
+        for number in range(count):
+            env.open_db(b"%d" % number)
+    every_bit_of_a_transactions_number_is_noticed(folder / DATA_NAME)
 
 
 def test_what_is_no_file_is_refused_with_words(tmp_path: Path) -> None:

@@ -172,15 +172,22 @@ def of_other_bytes_than_on_ssd(records: Records, opened: OpenStore) -> None:
     records["trailer_checksum"] ^= np.uint64(1)
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        misplaced, crooked, overflowing, in_another_file, too_small, with_too_many_tokens, of_an_unknown_layout,
-        at_the_place_of_another, of_other_bytes_than_on_ssd,
-    ],
-)  # fmt: skip
+REASONS: dict[Callable[[Records, OpenStore], None], str] = {
+    misplaced: "its extent lies outside the tier",
+    crooked: "its extent ",
+    overflowing: "its extent overlaps another",
+    in_another_file: "its extent lies outside the tier",
+    too_small: "it does not fit its layout",
+    with_too_many_tokens: "it does not fit its layout",
+    of_an_unknown_layout: "its layout is unknown",
+    at_the_place_of_another: "its extent overlaps another",
+    of_other_bytes_than_on_ssd: "its copy in the other tier has other bytes",
+}
+
+
+@pytest.mark.parametrize("spoil", REASONS)
 async def test_a_record_that_contradicts_the_store_is_dropped_for_good_and_its_space_is_free(
-    opened: OpenStore, spoil: Callable[[Records, OpenStore], None]
+    opened: OpenStore, spoil: Callable[[Records, OpenStore], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     keys = await saved(opened, 2)
     await opened.settle()
@@ -194,6 +201,8 @@ async def test_a_record_that_contradicts_the_store_is_dropped_for_good_and_its_s
     again = opened_again(opened)
     try:
         assert again.residency(keys[0]) == {TierName.SSD}, "the copy that can be trusted stays"
+        [message] = [record.getMessage() for record in caplog.records if "contradict the store" in record.getMessage()]
+        assert "of the tier dram" in message and f": {REASONS[spoil]}" in message
         await until(lambda: again.unsettled() == "")
         assert again.hits(keys) == 2
         lease = again.lookup(again.store.leases.attach(CALLER, "test"), keys)
