@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -260,3 +261,15 @@ def test_without_any_layout_no_index_is_made(daemon: DaemonProcess) -> None:
     assert result.returncode == 1
     assert "bring the folder" in result.stdout
     assert not (daemon.store / "index").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes files for another user")
+def test_an_index_that_root_makes_belongs_to_the_owner_of_the_store(daemon: DaemonProcess) -> None:
+    with daemon.client() as client:
+        assert save(client, LARGE, new_chain(LARGE, 2), Durability.SSD).is_complete
+    daemon.stop()
+    lose_index(daemon)
+    os.chown(daemon.store, 12345, 12345)
+    rebuild(daemon)
+    files = [daemon.store / "index", *(daemon.store / "index").iterdir(), *(daemon.store / "layouts").iterdir()]
+    assert {(file.stat().st_uid, file.stat().st_gid) for file in files} == {(12345, 12345)}
