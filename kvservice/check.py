@@ -75,6 +75,7 @@ class Report:
     repaired: int = 0
     given_up: list[str] = field(default_factory=list)  # What went with the SSD files that are missing.
     made_anew: list[str] = field(default_factory=list)  # What was replaced by what could be saved of it.
+    notes: list[str] = field(default_factory=list)  # What a new index lacks.
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ class _Copy:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit codes: 0 clean, 1 problems found (repaired or not), 2 not checked."""
+    """Exit codes: 0 clean, 1 problems found (repaired or not) or a new index made, 2 not checked."""
     parser = argparse.ArgumentParser(prog="kvservice check", description="Verify a stopped store.")
     parser.add_argument("store", type=Path, help="folder of the store, `store.path` of the daemon")
     parser.add_argument(
@@ -122,7 +123,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"kvservice check: {error}", file=sys.stderr)
         return 2
     print(json.dumps(asdict(report), indent=2) if options.json else "\n".join(_lines(report)))
-    return 1 if report.problems else 0
+    return 1 if report.problems or report.made_anew else 0
 
 
 async def check(store: Path, *, repair: bool = False, rebuild: bool = False, ssd_files: Sequence[Path] = ()) -> Report:
@@ -188,6 +189,11 @@ async def _repair_index(store: Path, report: Report, *, rebuild: bool = False, s
                 index = salvage.make_room(store, saved, len(found.keys))
             await salvage.fill(index, saved, looking.are_right, found)
         counts = (index.count(TierName.SSD), len(index.layouts), len(saved.sessions))
+        if found is not None and found.others and not index.layouts:
+            raise StoreDamaged(
+                f"the SSD files have {sum(found.others.values())} trailers, and no layout is known, so no index "
+                f"is made: bring the folder {store / 'layouts'} back from a copy, then use --rebuild"
+            )
     finally:
         index.close()
     kept = salvage.put_in_place(store)
@@ -197,11 +203,11 @@ async def _repair_index(store: Path, report: Report, *, rebuild: bool = False, s
         + (f"; the old one is {kept}" if kept else "")
     )
     if found is not None:
-        report.made_anew.append(
+        report.notes.append(
             "sessions that are not among these are lost, how many is not known; pins and hits of blocks that only "
             "their trailers told of are lost"
         )
-        report.made_anew += [f"no record for {count} trailers {what}" for what, count in sorted(found.others.items())]
+        report.notes += [f"no record for {count} trailers {what}" for what, count in sorted(found.others.items())]
 
 
 class _Check:
@@ -468,8 +474,10 @@ def _lines(report: Report) -> Iterator[str]:
         yield f"given up {what}"
     for what in report.made_anew:
         yield f"made new {what}"
+    for what in report.notes:
+        yield f"note     {what}"
     if not report.problems:
-        yield "clean"
+        yield "clean" if not report.made_anew else "a new index was made; what it has is clean"
     else:
         yield f"{len(report.problems)} problems found, {report.repaired} repaired"
 

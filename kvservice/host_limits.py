@@ -95,6 +95,8 @@ def _memory_groups(proc: Path, root: Path) -> Iterator[tuple[Path, Path, int]]:
     for line in mounts:
         # 36 35 98:0 /root /mount/point options [tags ...] - kind source options
         fields = line.split(" ")
+        if "-" not in fields[:-1]:
+            continue  # Not such a line.
         kind, options = fields[fields.index("-") + 1], fields[-1].split(",")
         version = 2 if kind == "cgroup2" else 1 if kind == "cgroup" and "memory" in options else 0
         if version not in paths:

@@ -75,7 +75,7 @@ class _Block(NamedTuple):
 
 async def find_blocks(files: Sequence[Path], tier: SsdTier, layouts: Mapping[int, Layout]) -> Found:
     """Every block whose bytes are whole. Reads the files once, and each block once more. Raises OSError."""
-    blocks: dict[bytes, _Block] = {}
+    blocks: list[_Block] = []
     others: dict[str, int] = {}
     for segment, path in enumerate(files):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -85,11 +85,13 @@ async def find_blocks(files: Sequence[Path], tier: SsdTier, layouts: Mapping[int
                 for block in await asyncio.gather(*(_block_of(fd, each, tier, layouts) for each in some)):
                     if isinstance(block, str):
                         others[block] = others.get(block, 0) + 1
-                    elif block.key not in blocks or blocks[block.key].stored_at_ms <= block.stored_at_ms:
-                        blocks[block.key] = block
+                    else:
+                        blocks.append(block)
         finally:
             os.close(fd)
-    kept = _without_overlaps(list(blocks.values()))
+    kept, differing = _one_of_each_key(_without_overlaps(blocks))
+    if differing:
+        others["of keys that have copies with different bytes: none of these is kept"] = differing
     kept.sort(key=lambda block: block.stored_at_ms)
     return Found([block.key for block in kept], _records(kept), others)
 
@@ -224,18 +226,37 @@ async def _verified(
     return _Block(key, extent, layout_id, token_count, candidate.trailer_checksum, parent_key, stored_at_ms)
 
 
-def _without_overlaps(blocks: list[_Block]) -> list[_Block]:
-    """Of two blocks with the same bytes on disk the one that was stored later."""
+def _without_overlaps(blocks: Sequence[_Block]) -> list[_Block]:
+    """Of blocks with the same bytes on disk the one that ends last.
+
+    A client may save bytes that look like a block: their trailer then lies inside the block that has them. No time
+    that a descriptor states decides, since the client would have chosen that too.
+    """
     kept: list[_Block] = []
-    for block in sorted(blocks, key=lambda block: block.extent):
-        segment, offset, _ = block.extent
+    for block in sorted(blocks, key=_end, reverse=True):
         last = kept[-1].extent if kept else None
-        if last is not None and last.segment == segment and last.offset_bytes + last.size_bytes > offset:
-            if kept[-1].stored_at_ms < block.stored_at_ms:
-                kept[-1] = block
-        else:
+        if last is None or last.segment != block.extent.segment or _end(block)[1] <= last.offset_bytes:
             kept.append(block)
     return kept
+
+
+def _end(block: _Block) -> tuple[int, int]:
+    return block.extent.segment, block.extent.offset_bytes + block.extent.size_bytes
+
+
+def _one_of_each_key(blocks: Sequence[_Block]) -> tuple[list[_Block], int]:
+    """One copy of each key; none where copies differ, and how many those are: nothing says which is right."""
+    copies: dict[bytes, list[_Block]] = {}
+    for block in blocks:
+        copies.setdefault(block.key, []).append(block)
+    kept: list[_Block] = []
+    differing = 0
+    for same in copies.values():
+        if len({(each.layout_id, each.token_count, each.trailer_checksum) for each in same}) == 1:
+            kept.append(same[0])
+        else:
+            differing += len(same)
+    return kept, differing
 
 
 def _records(blocks: Sequence[_Block]) -> Records:

@@ -166,6 +166,7 @@ async def fill(index: BlockIndex, saved: Saved, verify: Verify, found: Found | N
 def put_in_place(store: Path) -> Path | None:
     """Have the new index take the old one's place, in one step. Returns where the old one is now. Raises OSError."""
     new, old = store / _NEW_NAME, store / "index"
+    _give_to_owner(store, new)
     (new / _UNFINISHED_NAME).unlink()
     _sync(new)
     if not os.path.lexists(old):
@@ -175,6 +176,15 @@ def put_in_place(store: Path) -> Path | None:
     _exchange(new, old)
     _sync(store)
     return _set_aside_old(store, new)
+
+
+def _give_to_owner(store: Path, new: Path) -> None:
+    """Root makes the files; the daemon, which the store belongs to, is to open them."""
+    if os.geteuid() == 0:
+        owner = store.stat()
+        for path in (new, *new.rglob("*"), store / LAYOUTS_NAME, *(store / LAYOUTS_NAME).glob("*")):
+            if path.exists():
+                os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
 def _set_aside_old(store: Path, directory: Path) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -39,7 +40,7 @@ def lose_index(daemon: DaemonProcess) -> None:
 
 def rebuild(daemon: DaemonProcess) -> dict[str, Any]:
     done = daemon.check("--rebuild", "--json")
-    assert done.returncode in (0, 1), done.stderr
+    assert done.returncode == 1, done.stderr  # A new index was made.
     report: dict[str, Any] = json.loads(done.stdout)
     return report
 
@@ -74,7 +75,7 @@ def test_every_block_on_ssd_is_found_again(daemon: DaemonProcess) -> None:
 
     report = rebuild(daemon)
     assert (report["problems"], report["tiers"]["ssd"]["blocks"]) == ([], 24)
-    assert any("sessions that are not among these are lost" in line for line in report["made_anew"])
+    assert any("sessions that are not among these are lost" in line for line in report["notes"])
     assert daemon.check().returncode == 0
     daemon.start()
     with daemon.client() as client:
@@ -118,7 +119,7 @@ def test_layouts_that_fit_the_same_bytes_are_not_guessed_between(daemon: DaemonP
     lose_index(daemon)
     report = rebuild(daemon)
     assert report["tiers"]["ssd"]["blocks"] == 0
-    assert "no record for 3 trailers that fit several layouts" in report["made_anew"]
+    assert "no record for 3 trailers that fit several layouts" in report["notes"]
 
 
 def test_what_was_removed_and_overwritten_or_damaged_is_not_found(daemon: DaemonProcess) -> None:
@@ -134,7 +135,7 @@ def test_what_was_removed_and_overwritten_or_damaged_is_not_found(daemon: Daemon
     lose_index(daemon)
     report = rebuild(daemon)
     assert report["problems"] == []
-    assert any("damaged, or were partly overwritten" in line for line in report["made_anew"])
+    assert any("damaged, or were partly overwritten" in line for line in report["notes"])
     daemon.start()
     with daemon.client() as client:
         verify(client, LARGE, kept)
@@ -234,7 +235,7 @@ def test_a_store_of_an_earlier_version_loses_its_index_and_keeps_what_its_checks
         done = daemon.check("--rebuild", "--json", *(word for file in files for word in ("--ssd-file", str(file))))
         report = json.loads(done.stdout)
         assert (report["problems"], report["layouts"]) == ([], before["layouts"])
-        assert "no record for 3 trailers that fit several layouts" in report["made_anew"]
+        assert "no record for 3 trailers that fit several layouts" in report["notes"]
         assert report["tiers"]["ssd"]["blocks"] + 3 >= before["tiers"]["ssd"]["blocks"]
         daemon.start()
         with daemon.client() as client:
@@ -248,3 +249,27 @@ def test_a_store_of_an_earlier_version_loses_its_index_and_keeps_what_its_checks
             assert hits
     finally:
         daemon.remove()
+
+
+def test_without_any_layout_no_index_is_made(daemon: DaemonProcess) -> None:
+    with daemon.client() as client:
+        assert save(client, LARGE, new_chain(LARGE, 2), Durability.SSD).is_complete
+    daemon.stop()
+    lose_index(daemon)
+    shutil.rmtree(daemon.store / "layouts")
+    result = daemon.check("--rebuild")
+    assert result.returncode == 1
+    assert "bring the folder" in result.stdout
+    assert not (daemon.store / "index").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes files for another user")
+def test_an_index_that_root_makes_belongs_to_the_owner_of_the_store(daemon: DaemonProcess) -> None:
+    with daemon.client() as client:
+        assert save(client, LARGE, new_chain(LARGE, 2), Durability.SSD).is_complete
+    daemon.stop()
+    lose_index(daemon)
+    os.chown(daemon.store, 12345, 12345)
+    rebuild(daemon)
+    files = [daemon.store / "index", *(daemon.store / "index").iterdir(), *(daemon.store / "layouts").iterdir()]
+    assert {(file.stat().st_uid, file.stat().st_gid) for file in files} == {(12345, 12345)}

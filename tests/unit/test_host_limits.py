@@ -68,6 +68,12 @@ def test_of_version_2_the_size_from_which_the_kernel_throttles_counts_too(host: 
     assert found == MemoryLimit(700 * MIB, Path("sys/fs/cgroup/system.slice/kv.service/memory.high"))
 
 
+def test_a_line_of_mounts_without_its_separator_is_left_out(host: Host) -> None:
+    broken = "36 35 98:0 / /mnt rw,noatime\n36 35 98:0 / /mnt rw -\n"
+    file = "sys/fs/cgroup/a/memory.max"
+    assert host("0::/a\n", broken + v2(), {file: 400 * MIB}) == MemoryLimit(400 * MIB, Path(file))
+
+
 def test_of_version_2_max_is_no_limit(host: Host) -> None:
     files = {"sys/fs/cgroup/a/memory.max": "max", "sys/fs/cgroup/a/memory.high": "max"}
     assert host("0::/a\n", v2(), files) is None

@@ -1,0 +1,31 @@
+"""Which blocks a rebuild keeps of those whose bytes are whole."""
+
+from kvservice.blocks import Extent
+from kvservice.store.rebuild import _Block, _one_of_each_key, _without_overlaps
+
+_PAGE = 4096
+
+
+def _block(name: bytes, first: int, pages: int, stored_at_ms: int = 1, checksum: int = 1) -> _Block:
+    return _Block(name, Extent(0, first * _PAGE, pages * _PAGE), 1, 4, checksum, bytes(32), stored_at_ms)
+
+
+def test_a_block_inside_another_is_not_kept_whatever_time_it_states() -> None:
+    outer, planted = _block(b"outer", 0, 8), _block(b"victim", 1, 2, stored_at_ms=2**62)
+    assert _without_overlaps([planted, outer]) == [outer]
+
+
+def test_a_block_that_ends_inside_another_is_not_kept_and_costs_no_neighbour() -> None:
+    before, outer = _block(b"before", 0, 4), _block(b"outer", 4, 8)
+    planted = _block(b"victim", 2, 4, stored_at_ms=2**62)
+    assert sorted(_without_overlaps([planted, before, outer])) == sorted([before, outer])
+
+
+def test_copies_of_a_key_that_differ_are_all_left_out() -> None:
+    own, other, sound = _block(b"key", 0, 2), _block(b"key", 4, 2, 2**62, checksum=2), _block(b"sound", 8, 2)
+    assert _one_of_each_key([own, other, sound]) == ([sound], 2)
+
+
+def test_of_copies_that_are_alike_one_is_kept() -> None:
+    kept, differing = _one_of_each_key([_block(b"key", 0, 2), _block(b"key", 4, 2)])
+    assert (len(kept), differing) == (1, 0)
