@@ -24,6 +24,8 @@ import numpy as np
 from kvservice.blocks import TierName
 from kvservice.index import pages
 from kvservice.index.block_index import (
+    IDENTITY_NAME,
+    LAYOUTS_NAME,
     STORE_ID_BYTES,
     STORE_KEY,
     BlockIndex,
@@ -182,7 +184,8 @@ def _give_to_owner(store: Path, new: Path) -> None:
     """Root makes the files; the daemon, which the store belongs to, is to open them."""
     if os.geteuid() == 0:
         owner = store.stat()
-        for path in (new, *new.rglob("*"), store / LAYOUTS_NAME, *(store / LAYOUTS_NAME).glob("*")):
+        layouts = store / LAYOUTS_NAME
+        for path in (new, *new.rglob("*"), store / IDENTITY_NAME, layouts, *layouts.glob("*")):
             if path.exists():
                 os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
