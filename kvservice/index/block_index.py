@@ -680,11 +680,19 @@ def _schema_of(meta: Mapping[bytes, bytes]) -> int:
 
 def _check_schema(directory: Path, meta: Mapping[bytes, bytes]) -> None:
     """Raises StoreDamaged where there is none, StoreTooNew where this program does not know it."""
-    schema = _schema_of(meta)
-    if not schema:
+    if not _schema_of(meta):
         raise StoreDamaged(f"the index {directory} has no schema version")
+    refuse_newer(meta)
+
+
+def refuse_newer(meta: Mapping[bytes, bytes]) -> None:
+    """Raises StoreTooNew where a newer program wrote the index: this one would lose what it does not know."""
+    schema = _schema_of(meta)
     if schema > SCHEMA:
-        raise StoreTooNew(f"the store's schema is version {schema}; this program knows versions up to {SCHEMA}")
+        raise StoreTooNew(
+            f"the store's schema is version {schema}; this program knows versions up to {SCHEMA}: "
+            "run the KVService that wrote it, or a newer one"
+        )
 
 
 def _schema_for(layout: Layout) -> int:

@@ -32,6 +32,7 @@ from kvservice.index.block_index import (
     decode_layout,
     layout_copies,
     read_identity,
+    refuse_newer,
     write_identity,
 )
 from kvservice.index.environment import DATA_NAME
@@ -66,7 +67,7 @@ class Saved:
 def read(store: Path, ssd_files: Sequence[Path] = ()) -> Saved:
     """Everything of the store's durable index that has a sound CRC, and the layouts' own files.
 
-    `ssd_files` are those that lie elsewhere. Raises OSError, StoreDamaged.
+    `ssd_files` are those that lie elsewhere. Raises OSError, StoreDamaged, StoreTooNew.
     """
     saved = Saved(layouts=layout_copies(store))
     path = store / "index" / DATA_NAME
@@ -74,6 +75,7 @@ def read(store: Path, ssd_files: Sequence[Path] = ()) -> Saved:
         found: list[tuple[bool, bytes, bytes]] = sorted(pages.salvage(path), key=lambda entry: entry[0])
         for in_use, key, value in found:  # What is in use comes last, and replaces the rest.
             _sort_in(saved, in_use, key, value)
+    refuse_newer(saved.meta)
     origins = (origin_of(file) for file in (*sorted(store.glob("ssd-*.kv")), *ssd_files))
     ids = [origin.store_id for origin in origins if origin is not None]
     saved.meta[STORE_KEY] = _most_frequent([*ids, saved.meta.get(STORE_KEY, b""), read_identity(store)])

@@ -71,31 +71,34 @@ class Tickets:
         self._pace = pace
         self._boot_epoch = boot_epoch
         self._secret = secrets.token_bytes(32)
-        # Owns the leases of all tickets, and bounds them together as one client. It is not attached: no request
-        # can name it.
-        self._holder = Client(b"", "lease tickets")
+        # Per exporting client what owns the leases of its tickets, and bounds them as one client. It is not attached,
+        # so no request can name it, and it outlives the exporter.
+        self._holders: dict[bytes, Client] = {}
         self._adoptions_left: dict[int, int] = {}  # Ticket number -> how often it may still be adopted.
+        self._forget_at = 64
 
     def export(self, caller: Caller, lease_id: int, ttl_s: float, adoptions: int) -> bytes:
         """A ticket for the lease's blocks, which goes on without the lease.
 
-        Raises InvalidRequest, LeaseExpired, LeaseNotYours, UnknownClient; Overloaded where the tickets of all
-        clients together hold as many leases or blocks as one client may.
+        Raises InvalidRequest, LeaseExpired, LeaseNotYours, UnknownClient; Overloaded where this client's open tickets
+        hold as many leases or blocks as one client may.
         """
         if not 1 <= adoptions <= ADOPTIONS_MAX:
             raise InvalidRequest(f"adoptions is {adoptions}; it must be in 1..{ADOPTIONS_MAX}", field="adoptions")
         lease = self._leases.get(caller, lease_id)
+        self._forget_expired()
+        holder = self._holders.setdefault(caller.client, Client(b"", "lease tickets"))
         expires_at_ms = int((self._clock.monotonic_s() + ttl_s) * 1000)  # Rounded down: not after the hold's end.
         try:
             held = self._leases.grant(
-                self._holder, lease.layout, lease.shard, lease.rows, lease.parts, lease.held_rows, ttl_s
+                holder, lease.layout, lease.shard, lease.rows, lease.parts, lease.held_rows, ttl_s
             )
         except Overloaded as error:
             raise Overloaded(
-                "the open tickets hold as many leases or blocks as they may: wait until some were adopted or expired"
+                "this client's open tickets hold as many leases or blocks as they may: wait until some were adopted "
+                "or expired"
             ) from error
         self._adoptions_left[held.lease_id] = adoptions
-        self._forget_expired()
         self._requests.follow(lease.lease_id, held.lease_id)
         return self._encode(
             _Ticket(
@@ -160,6 +163,10 @@ class Tickets:
         return ticket
 
     def _forget_expired(self) -> None:
-        """Drop the counts of tickets whose leases have expired, once most of the counts are theirs."""
-        if len(self._adoptions_left) > 2 * len(self._holder.leases) + 64:
-            self._adoptions_left = {number: self._adoptions_left[number] for number in self._holder.leases}
+        """Drop what is kept of tickets whose leases have expired, once there is twice as much as there are tickets."""
+        if len(self._adoptions_left) + len(self._holders) < self._forget_at:
+            return
+        self._holders = {client: holder for client, holder in self._holders.items() if holder.leases}
+        open_tickets = {number for holder in self._holders.values() for number in holder.leases}
+        self._adoptions_left = {number: left for number, left in self._adoptions_left.items() if number in open_tickets}
+        self._forget_at = 2 * (len(self._adoptions_left) + len(self._holders)) + 64

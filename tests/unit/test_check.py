@@ -493,13 +493,16 @@ def test_a_store_in_use_is_not_checked(store: Store) -> None:
     assert store.check()[0] == 0
 
 
-def test_a_store_of_a_newer_schema_is_not_checked(store: Store) -> None:
+@pytest.mark.parametrize("option", ["--repair", "--rebuild"])
+def test_a_store_of_a_newer_schema_is_left_alone(store: Store, option: str) -> None:
     store.change(TierName.SSD, META, lambda items: items.update({b"schema": b"99"}))
 
-    code, report = store.check("--repair")
+    code, report = store.check(option)
 
     assert code == 2
     assert "99" in report["error"]
+    assert "run the KVService that wrote it" in report["error"]
+    assert store.check()[0] == 2
 
 
 def test_a_folder_without_a_store_stays_as_it_is(tmp_path: Path) -> None:

@@ -151,7 +151,9 @@ async def test_the_clients_limits_apply_to_adopted_leases_and_a_refused_adoption
         await adopt(opened, rank, ticket)
 
 
-async def test_all_open_tickets_together_hold_no_more_than_one_client_may(open_store: Callable[..., Any]) -> None:
+async def test_the_open_tickets_of_one_client_hold_no_more_than_it_may_and_leave_room_for_others(
+    open_store: Callable[..., Any],
+) -> None:
     limits = dataclasses.replace(LIMITS, leases_per_client_max=2)
     opened: OpenStore = await open_store(limits=limits)
     client = opened.store.leases.attach(CALLER, "scheduler")
@@ -160,6 +162,9 @@ async def test_all_open_tickets_together_hold_no_more_than_one_client_may(open_s
         export(opened, client, lease, ttl_s=5)
     with pytest.raises(Overloaded, match="open tickets"):
         export(opened, client, lease)
+    other = opened.store.leases.attach(CALLER, "another scheduler")
+    _, another = await leased(opened, other)
+    export(opened, other, another)
     opened.files.clock.advance(seconds=5)
     opened.store.leases.expire()
     export(opened, client, lease)
