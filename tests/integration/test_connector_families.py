@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LogitsProcessorList
 
 from kvservice_adapter.connectors.transformers import Restored, TransformersConnector, UnsupportedModel
+from kvservice_adapter.connectors.transformers.cache import whole_cache
+from kvservice_adapter.connectors.transformers.recompute import computed
 from kvservice_client import Client
 from tests.daemon import DaemonProcess
 from tests.integration.families import FAMILIES, Family
@@ -176,6 +179,24 @@ def test_every_family_answers_token_for_token_as_without_us(
     client: Client, family: Family, way: Callable[[Engine], None]
 ) -> None:
     way(Engine(family, client))
+
+
+@pytest.mark.parametrize(
+    "family",
+    [*KEPT, *(each for each in REFUSED if each.refused == "position_ids")],
+    ids=lambda family: family.name,
+)
+def test_the_kv_that_the_connector_computes_is_that_of_generate(family: Family) -> None:
+    model, ids = family.model(), prompt_of(PROMPT_TOKENS)
+    cache = whole_cache(model.config)
+    ask = {"do_sample": False, "max_new_tokens": 1, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    model.generate(ids, past_key_values=cache, **ask)
+    layers: list[Any] = cache.layers
+    own = computed(model, ids.numpy(), np.ones(ids.shape, bool))
+    assert len(own) == len(layers)
+    for layer, (keys, values) in zip(layers, own, strict=True):
+        torch.testing.assert_close(keys, layer.keys, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(values, layer.values, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", REFUSED, ids=lambda family: family.name)
