@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import LogitsProcessorList
 
 from kvservice_adapter.connectors.transformers import Restored, TransformersConnector, UnsupportedModel
@@ -205,3 +206,12 @@ def test_a_family_whose_blocks_could_not_be_given_back_exactly_is_refused_with_t
 ) -> None:
     with pytest.raises(UnsupportedModel, match=family.refused):
         Engine(family, client)
+
+
+def test_a_tiny_encoder_of_small_weights_in_bf16_is_refused(client: Client) -> None:
+    config = transformers.BertConfig(
+        vocab_size=97, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    with pytest.raises(UnsupportedModel, match="not causal"):
+        connector(client, transformers.BertLMHeadModel(config).to(torch.bfloat16).eval(), model_id="encoder")
