@@ -83,6 +83,14 @@ def _lm(name: str, base: dict[str, Any], **options: Any) -> Callable[[], Any]:
 
 _WINDOW = {"sliding_window": 16}
 _LINEAR = "LinearAttention"
+_COUNTED_FROM_PADDING: dict[str, dict[str, Any]] = {
+    "Camembert": {},
+    "XLMRoberta": {},
+    "Data2VecText": {},
+    "RobertaPreLayerNorm": {},
+    "XLMRobertaXL": {},
+    "Xmod": {"default_language": "en_XX"},
+}
 _OTHER_CACHE = "takes no past_key_values"
 
 FAMILIES = [
@@ -254,6 +262,15 @@ FAMILIES = [
         _lm("Roberta", {**_NAMED, "pad_token_id": 1, "max_position_embeddings": 260}, is_decoder=True),
         "position_ids",
     ),
+    *(
+        Family(
+            f"{name} as a decoder",
+            _lm(name, {**_NAMED, "pad_token_id": 1, "max_position_embeddings": 260}, is_decoder=True, **options),
+            "position_ids",
+        )
+        for name, options in _COUNTED_FROM_PADDING.items()
+    ),
+    Family("Moshi, sliding window", _lm("Moshi", _GROUPED, ffn_dim=64, **_WINDOW), "makes no sliding-window mask"),
     Family(
         "MPT as configured, without a cache",
         _lm("Mpt", {"vocab_size": VOCABULARY, "d_model": 48, "n_layers": 3, "n_heads": 4}),

@@ -11,11 +11,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import LogitsProcessorList
 
 from kvservice_adapter.connectors.transformers import Restored, TransformersConnector, UnsupportedModel
+from kvservice_adapter.connectors.transformers.cache import whole_cache
+from kvservice_adapter.connectors.transformers.recompute import computed
 from kvservice_client import Client
 from tests.daemon import DaemonProcess
 from tests.integration.families import FAMILIES, Family
@@ -178,9 +182,36 @@ def test_every_family_answers_token_for_token_as_without_us(
     way(Engine(family, client))
 
 
+@pytest.mark.parametrize(
+    "family",
+    [*KEPT, *(each for each in REFUSED if each.refused == "position_ids")],
+    ids=lambda family: family.name,
+)
+def test_the_kv_that_the_connector_computes_is_that_of_generate(family: Family) -> None:
+    model, ids = family.model(), prompt_of(PROMPT_TOKENS)
+    cache = whole_cache(model.config)
+    ask = {"do_sample": False, "max_new_tokens": 1, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    model.generate(ids, past_key_values=cache, **ask)
+    layers: list[Any] = cache.layers
+    own = computed(model, ids.numpy(), np.ones(ids.shape, bool))
+    assert len(own) == len(layers)
+    for layer, (keys, values) in zip(layers, own, strict=True):
+        torch.testing.assert_close(keys, layer.keys, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(values, layer.values, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", REFUSED, ids=lambda family: family.name)
 def test_a_family_whose_blocks_could_not_be_given_back_exactly_is_refused_with_the_reason(
     client: Client, family: Family
 ) -> None:
     with pytest.raises(UnsupportedModel, match=family.refused):
         Engine(family, client)
+
+
+def test_a_tiny_encoder_of_small_weights_in_bf16_is_refused(client: Client) -> None:
+    config = transformers.BertConfig(
+        vocab_size=97, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    with pytest.raises(UnsupportedModel, match="not causal"):
+        connector(client, transformers.BertLMHeadModel(config).to(torch.bfloat16).eval(), model_id="encoder")

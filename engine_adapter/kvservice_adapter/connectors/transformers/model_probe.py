@@ -6,17 +6,18 @@ families (Falcon, GPTBigCode, MLA). So after the configuration the model itself 
 as one batch, that begin with the same tokens and end with different ones. With causal attention all rows have
 the same keys and values for what they share, in every layer; with any other attention they differ from the
 second layer on. Two of the rows are equal: what they differ by is rounding, and no more is tolerated than that,
-or a small share of the norm.
+or, on accelerators, a small share of the norm.
 
 Positions are tried as well: with `position_ids` as `generate` gives them, and without, keys must be the same.
 
-The forward ends as soon as every kind of attention layer was seen, usually after two layers: a large model pays
+The forward ends as soon as every kind of attention layer was seen, usually after two layers: a large model usually pays
 the share of two layers of one decoding step.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ _ROWS = 3
 # Of the norm. Rows of one batch are computed by the same code in the same order: on a CPU causal models show no
 # difference at all. Accelerators may round rows of a batch in different ways, a last digit here and there.
 _DIFFERENCE_MAX = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+_PLACED_MAX = 1e-2  # Of the norm.
 _ROUNDING_MAX = 4.0  # Times what equal rows differ by.
 
 
@@ -56,6 +58,7 @@ def probe(model: PreTrainedModel, cache: DynamicCache) -> list[LayerShape]:
     body: Any = model.base_model
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         raise NotProbed(f"{type(model).__name__} takes no past_key_values: it has no KV cache of this kind")
+    _check_windows(body, cache)
     kinds = _kinds_of_layers(model, [window_of(layer) for layer in cache.layers])
     seen = _Seen(_last_layer(kinds), needs_output=len(kinds) == 1)  # Its keys tell nothing of its attention.
     sliding = cache.is_sliding
@@ -80,7 +83,8 @@ def probe(model: PreTrainedModel, cache: DynamicCache) -> list[LayerShape]:
         first, second, same = (row[:, : min(_SHARED_TOKENS, tokens - 1)].float() for row in states)
         norm = first.norm().clamp(min=1e-12)
         difference, rounding = float((first - second).norm() / norm), float((first - same).norm() / norm)
-        if not difference <= max(_DIFFERENCE_MAX.get(states.dtype, 0.0), _ROUNDING_MAX * rounding):
+        tolerated = 0.0 if states.device.type == "cpu" else _DIFFERENCE_MAX.get(states.dtype, 0.0)
+        if not difference <= max(tolerated, _ROUNDING_MAX * rounding):
             raise NotProbed(
                 "its attention is not causal: what follows a token changes the token's keys and values "
                 f"(by {difference:.2g} of their norm)"
@@ -92,7 +96,7 @@ def probe(model: PreTrainedModel, cache: DynamicCache) -> list[LayerShape]:
         with torch.no_grad(), _evaluating(model), suppress(_Enough):
             body(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
         for own, given in zip(seen.states[0], counted.states[0], strict=True):
-            if not torch.allclose(own.float(), given.float(), rtol=1e-2, atol=1e-3):
+            if not float((own.float() - given.float()).norm()) <= _PLACED_MAX * float(given.float().norm()):
                 raise NotProbed(
                     "where it is given no position_ids it counts positions in another way than `generate` gives them: "
                     "the KV of equal tokens may differ"
@@ -108,6 +112,18 @@ def probe(model: PreTrainedModel, cache: DynamicCache) -> list[LayerShape]:
 def window_of(layer: Any) -> int:
     """How many tokens a layer of an empty cache attends to; 0 where it attends to all."""
     return int(layer.sliding_window) if layer.is_sliding else 0
+
+
+def _check_windows(body: Any, cache: DynamicCache) -> None:
+    """Raises NotProbed where only the library's cache makes the window: a cache that keeps all tokens has none then."""
+    if not any(cache.is_sliding):
+        return
+    makers = ("create_sliding_window_causal_mask", "create_masks_for_generate")
+    if not any(hasattr(sys.modules.get(kind.__module__), maker) for kind in type(body).__mro__ for maker in makers):
+        raise NotProbed(
+            f"{type(body).__name__} makes no sliding-window mask for its `sliding_window`: its attention would see "
+            "tokens beyond the window"
+        )
 
 
 class _Enough(Exception):

@@ -68,12 +68,14 @@ def _forward(
         return
     body: Any = model.base_model
     ids = torch.from_numpy(token_ids.astype(np.int64)).to(model.device)
-    given: dict[str, Any] = {}
+    # `generate` always gives positions, and some models count in another way where they are given none.
+    positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1) + cache.get_seq_length()
+    given: dict[str, Any] = {"position_ids": positions}
     if visible is not None and not visible.all():
         mask = torch.from_numpy(visible).to(ids.device)
         positions = (mask.long().cumsum(-1) - 1).masked_fill(~mask, 0)  # As `generate` places them.
         given = {"attention_mask": mask.long(), "position_ids": positions}
-        given = {name: value for name, value in given.items() if name in inspect.signature(body.forward).parameters}
+    given = {name: value for name, value in given.items() if name in inspect.signature(body.forward).parameters}
     body(input_ids=ids, past_key_values=cache, use_cache=True, **given)
 
 
