@@ -208,10 +208,12 @@ def test_a_family_whose_blocks_could_not_be_given_back_exactly_is_refused_with_t
         Engine(family, client)
 
 
-def test_a_tiny_encoder_of_small_weights_in_bf16_is_refused(client: Client) -> None:
+@pytest.mark.parametrize("seed", range(4))
+def test_a_tiny_encoder_of_small_weights_in_bf16_is_refused(client: Client, seed: int) -> None:
     config = transformers.BertConfig(
-        vocab_size=97, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+        vocab_size=97, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
+    model: Any = transformers.BertLMHeadModel(config)
     with pytest.raises(UnsupportedModel, match="not causal"):
-        connector(client, transformers.BertLMHeadModel(config).to(torch.bfloat16).eval(), model_id="encoder")
+        connector(client, model.to(torch.bfloat16).eval(), model_id="encoder")
