@@ -13,6 +13,7 @@ from kvservice_adapter.session import Conversation
 from kvservice_api.errors import InvalidRequest
 from kvservice_client import Client, Durability
 from tests.daemon import DaemonProcess, eventually, until
+from tests.forking import in_child
 from tests.unit.connector_models import BLOCK_TOKENS, computed, connector, prompt, states, tiny_llama
 
 
@@ -39,6 +40,23 @@ def test_a_history_survives_the_daemon_and_its_absence_only_costs_time(
         for before, after in zip(states(cache), states(back.cache), strict=True):
             assert torch.equal(before[0][:, :, : back.tokens], after[0])
             assert torch.equal(before[1][:, :, : back.tokens], after[1])
+
+
+def test_a_connector_from_before_a_fork_asks_nothing_in_the_child_and_says_why(daemon: DaemonProcess) -> None:
+    model, tokens = tiny_llama(), prompt(4 * BLOCK_TOKENS + 1)
+    cache = computed(model, tokens)
+    with Client(daemon.address) as client:
+        subject = connector(client, model)
+        assert subject.save(tokens, cache).stored == 4
+
+        def work() -> list[tuple[int, str]]:
+            restored, saved = subject.restore(tokens), subject.save(tokens, cache)
+            return [(restored.tokens, str(restored.error)), (saved.stored, str(saved.error))]
+
+        for count, why in in_child(work):
+            assert count == 0
+            assert "made before fork()" in why
+        assert subject.restore(tokens).tokens == 4 * BLOCK_TOKENS
 
 
 def test_the_tier_that_served_is_named(daemon: DaemonProcess) -> None:

@@ -50,7 +50,7 @@ from kvservice_adapter.session import Conversation, Keys
 from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, InvalidRequest, KVError
 from kvservice_api.keys import extra_identity
 from kvservice_api.session_ids import checked_session_id
-from kvservice_client import Client, Durability
+from kvservice_client import Client, Durability, forks
 from kvservice_client.rate_limited_log import RateLimitedLog
 from kvservice_client.retry import Deadline
 
@@ -101,6 +101,7 @@ class TransformersConnector:
             raise InvalidRequest(
                 f"client is of type {type(client).__name__}; give a kvservice_client.Client", field="client"
             )
+        self._generation = forks.generation()
         self._lines = RateLimitedLog(log)
         self._model, self._lora_id = model, lora_id
         self._check_adapters()
@@ -184,8 +185,8 @@ class TransformersConnector:
         keys = self._keys()
         request = Request(self._client, self.rates, request_id)
         found: list[Found | None] = [None] * len(given.pads)
-        error: KVError | None = None
-        if self._breaker.allow():
+        error = self._refusal()
+        if error is None:
             try:
                 found = self._find(given, keys, names, conversation, request_id)
             except KVError as raised:
@@ -193,7 +194,6 @@ class TransformersConnector:
             self._breaker.record(answered(error))
             request.looked_up()
         else:
-            error = DaemonUnavailable("the daemon did not answer lately: it is not asked")
             request.was_asked = False
         if error is not None:
             self._lines.warning(
@@ -239,9 +239,8 @@ class TransformersConnector:
         if writing is not None and writing.has_hidden and conversation is not None:
             hidden = InvalidRequest("the attention mask hides tokens: they are not what the conversation says")
             return Saved(refused=block_count, error=hidden)
-        if not self._breaker.allow():
-            error: KVError = DaemonUnavailable("the daemon did not answer lately: nothing is sent to it")
-            return Saved(refused=block_count, error=error)
+        if (refusal := self._refusal()) is not None:
+            return Saved(refused=block_count, error=refusal)
         saved: list[Saved] = []
 
         def work() -> None:
@@ -341,6 +340,16 @@ class TransformersConnector:
     def _check_adapters(self) -> None:
         if not self._lora_id and has_adapters(self._model):
             raise UnsupportedModel("the model has adapters loaded; name the active one by lora_id")
+
+    def _refusal(self) -> KVError | None:
+        """Why the daemon is not asked now; None where it is."""
+        if self._generation != forks.generation():
+            return DaemonUnavailable(
+                "the connector was made before fork() and its threads are the parent's: make one here"
+            )
+        if not self._breaker.allow():
+            return DaemonUnavailable("the daemon did not answer lately: it is not asked")
+        return None
 
     def _keys(self) -> Keys:
         """What keys depend on. Asked for each chain: the model may have got an adapter, or another dtype, meanwhile."""
