@@ -266,7 +266,7 @@ class BlockCache:
 
     def _slices_of(self, token_counts: Sequence[int], layer: int | None) -> Slices:
         for count in arguments.sequence(token_counts, "token_counts"):
-            arguments.whole(count, "token_counts", 1, self.layout.block_tokens)
+            arguments.whole(count, "token_counts", 1)
         if layer is None:
             of_layers = [Slices.of(self.layout, self.shard, each, token_counts) for each in range(self.shard.layers)]
             first = of_layers[0]
