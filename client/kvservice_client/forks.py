@@ -64,7 +64,7 @@ def keep_forever(made: object) -> None:
 
 
 def give_up_sockets(is_peer: Callable[[Any], bool]) -> None:
-    """In a child: let go of the parent's connections to certain peers, so that they end when the parent ends.
+    """In a child: give up the parent's connections to certain peers, so that they end when the parent ends.
 
     `is_peer` judges what ``getpeername`` returns. The file descriptors stay in use and lead to ``/dev/null``: gRPC's
     objects remember the numbers, and might close them. The connections stay open in the parent.

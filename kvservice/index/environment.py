@@ -39,7 +39,7 @@ _BATCH_KEYS_MIN, _BATCH_KEYS_MAX = 16, 4096
 _READ_CHUNK = 8192
 _PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 _FREE_BYTES_FEW = 1 << 20
-# One delete writes some five pages anew (a leaf, its branches, those of the list of free pages), and what it frees
+# One delete writes about five new pages (a leaf, its branches, those of the list of free pages), and what it frees
 # serves the transaction after the next: three of them have to fit beside each other, with some to spare.
 _DELETE_PAGES_MIN = 32
 

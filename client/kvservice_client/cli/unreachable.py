@@ -80,7 +80,7 @@ def _why_socket(address: UnixAddress) -> str:
 
 
 def _speaks_tls(probe: socket.socket) -> bool:
-    """Whether the other side answers a handshake in TLS. Whoever it is: nothing is sent after the handshake."""
+    """Whether the other side answers a TLS handshake. Nothing is sent after the handshake."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])
