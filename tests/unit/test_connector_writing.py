@@ -266,6 +266,20 @@ def test_states_of_unknown_tokens_that_are_placed_otherwise_are_not_saved(kept: 
     assert not kept.stored
 
 
+def test_tokens_that_were_hidden_while_they_were_unknown_are_stored_as_hidden(kept: KeptBlocks) -> None:
+    model, ids, mask = tiny_qwen2(), prompt(18), masked(18, 7)
+    subject = connector(kept, model)
+    cache = subject.restore(ids).cache
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.inference_mode():
+        embeds = model.get_input_embeddings()(ids)
+        model(inputs_embeds=embeds, past_key_values=cache, attention_mask=mask, position_ids=positions)
+
+    assert subject.save(ids, cache).stored == 4
+    assert subject.restore(ids).tokens == 4, "up to the block with the hidden token"
+    assert subject.restore(ids, attention_mask=mask).tokens == 16
+
+
 def test_what_a_model_in_training_mode_computes_is_not_saved(kept: KeptBlocks) -> None:
     model, ids = tiny_llama(attention_dropout=0.5).train(), prompt(18)
     subject = connector(kept, model)

@@ -25,10 +25,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kvservice_adapter.breaker import Breaker, answered, probe_of
-from kvservice_adapter.connectors.transformers import remembering
-from kvservice_adapter.connectors.transformers.finding import Finder, Found
-from kvservice_adapter.connectors.transformers.forwards import watch
+from kvservice_adapter.connectors.transformers.cache_builder import Restored, Restorer
 from kvservice_adapter.connectors.transformers.generation import hidden_token
+from kvservice_adapter.connectors.transformers.model_hooks import watch
 from kvservice_adapter.connectors.transformers.model_layout import (
     UnsupportedModel,
     has_adapters,
@@ -36,14 +35,15 @@ from kvservice_adapter.connectors.transformers.model_layout import (
     torch_dtype,
 )
 from kvservice_adapter.connectors.transformers.recompute import replayed
-from kvservice_adapter.connectors.transformers.requests import Request
-from kvservice_adapter.connectors.transformers.restoring import Restored, Restorer
 from kvservice_adapter.connectors.transformers.rows import Sequences, TokenIds, sequences
-from kvservice_adapter.connectors.transformers.saving import Saved, TurnSaver, writing_of
+from kvservice_adapter.connectors.transformers.turn_saver import Saved, TurnSaver, writing_of
 from kvservice_adapter.connectors.transformers.unrotated import watch_keys
 from kvservice_adapter.cost import Rates
 from kvservice_adapter.device.base import StreamClosed
 from kvservice_adapter.device.cpu import CpuDevice
+from kvservice_adapter.engine import session_sync
+from kvservice_adapter.engine.prefix_lookup import Finder, Found
+from kvservice_adapter.engine.request_report import Request
 from kvservice_adapter.rope import Rope, UnsupportedRotation
 from kvservice_adapter.save import LayerSaver
 from kvservice_adapter.session import Conversation, Keys
@@ -268,7 +268,7 @@ class TransformersConnector:
 
         def work() -> None:
             try:
-                remembering.truncate(self._client, keys, before, ranges)
+                session_sync.truncate(self._client, keys, before, ranges)
                 outcome.append(True)
             except KVError as error:
                 self._breaker.record(answered(error))

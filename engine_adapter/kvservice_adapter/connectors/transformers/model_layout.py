@@ -77,9 +77,6 @@ def _kept_layers(cache: DynamicCache, config: Any) -> list[Any]:
         raise UnsupportedModel(f"cache layers of kind {', '.join(strange)} cannot be kept, only the KV of tokens")
     if len(layers) != config.num_hidden_layers:
         raise UnsupportedModel(f"the cache has {len(layers)} layers; the model has {config.num_hidden_layers}")
-    types = getattr(config, "layer_types", None) or ()
-    if "chunked_attention" in types or (not types and getattr(config, "attention_chunk_size", None)):
-        raise UnsupportedModel("chunked attention is not supported: a layer's mask begins again with every chunk")
     return layers
 
 
@@ -88,6 +85,15 @@ def _check_configuration(config: Any) -> None:
         raise UnsupportedModel("the model reads more than tokens: their ids alone do not tell what its KV is")
     if getattr(config, "add_cross_attention", False):
         raise UnsupportedModel("the model attends to an encoder's states: token ids alone do not tell what its KV is")
+    decoder_layers = getattr(config, "decoder_layers", None)
+    if decoder_layers not in (None, config.num_hidden_layers):
+        raise UnsupportedModel(
+            f"its decoder has {decoder_layers} layers; the library makes a cache of {config.num_hidden_layers}, as "
+            f"many as an encoder would have: set encoder_layers to {decoder_layers}"
+        )
+    types = getattr(config, "layer_types", None) or ()
+    if "chunked_attention" in types or (not types and getattr(config, "attention_chunk_size", None)):
+        raise UnsupportedModel("chunked attention is not supported: a layer's mask begins again with every chunk")
     bidirectional = getattr(config, "use_bidirectional_attention", None)
     if bidirectional in (True, "all") or getattr(config, "is_causal", True) is False:
         raise UnsupportedModel("its configuration says that attention is not causal")

@@ -16,16 +16,16 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvservice_adapter.breaker import Breaker, answered
 from kvservice_adapter.connectors.transformers.cache import StoredCache
-from kvservice_adapter.connectors.transformers.finding import Found
+from kvservice_adapter.connectors.transformers.forward_saver import BackgroundWriting, Row
 from kvservice_adapter.connectors.transformers.history import Buffers, Head, LoadedHistory, NoHistory, Recompute
 from kvservice_adapter.connectors.transformers.model_layout import torch_dtype
 from kvservice_adapter.connectors.transformers.recompute import computed
-from kvservice_adapter.connectors.transformers.requests import Request
 from kvservice_adapter.connectors.transformers.rows import Sequences
 from kvservice_adapter.connectors.transformers.unrotated import RotatesOnLoad, UnrotatedCache
-from kvservice_adapter.connectors.transformers.writing import BackgroundWriting, Row
 from kvservice_adapter.cost import Kind, Plan, Rates, plan
 from kvservice_adapter.device.base import Device, Stream
+from kvservice_adapter.engine.prefix_lookup import Found
+from kvservice_adapter.engine.request_report import Request
 from kvservice_adapter.load import LayerLoader
 from kvservice_adapter.rope import Rope
 from kvservice_adapter.save import LayerSaver

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from kvservice_adapter.breaker import Breaker, answered
 from kvservice_adapter.connectors.transformers.cache import Forward, pages_on_host
 from kvservice_adapter.connectors.transformers.generation import Generation, running
+from kvservice_adapter.connectors.transformers.mask_record import MaskRecord
 from kvservice_adapter.save import LayerSaver, SaveJob
 from kvservice_adapter.session import Keys
 from kvservice_api.errors import KVError
@@ -80,7 +81,7 @@ class BackgroundWriting:
         self._may_hide = may_hide
         self._on_prompt = on_prompt
         self._known: list[Any] = [np.asarray(token_ids)]  # [row, some columns], one after another.
-        self._hidden = hidden  # [row, column]; columns from the last of these on are visible.
+        self._mask = MaskRecord([row.pad for row in rows], hidden)
         self._generation: Generation | None = None
         self._prompt_columns = -1  # Until the first forward. What follows these columns was generated.
         self._columns = token_ids.shape[1]
@@ -111,11 +112,11 @@ class BackgroundWriting:
     @property
     def has_hidden(self) -> bool:
         """Whether the attention mask hides tokens, padding not included."""
-        return bool(self._hidden.any())
+        return self._mask.has_hidden
 
     def hidden_tokens(self, row: int) -> NDArray[np.bool_]:
         """Which of a row's tokens are hidden, ``[token]`` from its first one on."""
-        return self._hidden_until(self._columns)[row, self._rows[row].pad :]
+        return self._mask.hidden(max(self._columns, self._mask.columns))[row, self._rows[row].pad :]
 
     def end_of_row(self, row: int) -> int | None:
         """The column after the tokens of a row that are kept, where `generate` has ended it and pads it; else None."""
@@ -131,17 +132,23 @@ class BackgroundWriting:
         given = forward.input_ids if forward.input_ids is not None else forward.inputs_embeds
         if given is None or given.ndim < 2 or len(given) != len(self._rows) or not first:
             return None
-        visible = self._visible(forward, first + given.shape[1])
-        if visible is None or np.array_equal(visible[:, :first], self._expected(first)):
+        mask = forward.attention_mask
+        if not _is_2d(mask, len(self._rows), first + given.shape[1]):
             return None
-        return visible[:, :first] if _are_counted(forward.position_ids, visible, first, or_none=True) else None
+        visible = _read(mask)
+        before = visible[:, :first]
+        if np.array_equal(before, self._mask.visible(first)):
+            return None
+        is_counted = _are_counted(forward.position_ids, visible[:, first:], before.sum(1), or_none=True)
+        return before if is_counted else None
 
     def adopt(self, visible: NDArray[np.bool_]) -> None:
         columns = visible.shape[1]
-        hidden = ~visible & self._after_pads(columns)
-        differs = (hidden != self._hidden_until(columns)).any(0)
+        visible = visible & self._mask.after_padding(0, columns)
+        differs = (visible != self._mask.visible(columns)).any(0)
         first = int(differs.argmax()) if differs.any() else columns
-        self._hidden = hidden
+        self._mask.crop(0)
+        self._mask.extend(visible)
         for row in self._rows:  # Keys of blocks from there on name other KV.
             del row.keys[max(0, first - row.first) // self._block_tokens :]
 
@@ -152,7 +159,6 @@ class BackgroundWriting:
             self.stop(self._misplaced)
         elif self._forward is not None:
             self.stop("a forward was broken off")  # By something like KeyboardInterrupt: it did not end.
-        self._note_hidden(forward, first)
         ids = forward.input_ids
         if ids is None or ids.ndim != 2 or len(ids) != len(self._rows) or first != self._columns:
             self.stop("the tokens of a forward are not known")
@@ -168,7 +174,7 @@ class BackgroundWriting:
             self._generation, self._prompt_columns = running(), end
             if is_first:
                 self._known = [np.concatenate([_on_host(each) for each in self._known], axis=1)]
-                self._on_prompt(self._known[0], self._hidden_until(end))
+                self._on_prompt(self._known[0], self._mask.hidden(end))
         try:
             for number, row in enumerate(self._rows):
                 self._open(number, row, end)
@@ -204,11 +210,11 @@ class BackgroundWriting:
                 self.stop("not every layer of a forward came")
 
     def crop(self, columns: int) -> None:
+        self._mask.crop(columns)
         if self._stopped or columns >= self._columns:
             return
         self._known = [np.concatenate([_on_host(each) for each in self._known], axis=1)[:, :columns]]
         self._columns = columns
-        self._hidden = self._hidden[:, :columns]
         self._prompt_columns = min(self._prompt_columns, columns)
         for row in self._rows:
             if columns < row.first:
@@ -258,59 +264,34 @@ class BackgroundWriting:
 
     def _placed_as_told(self, forward: Forward, rows: int, first: int, end: int) -> bool:
         """Whether tokens lie as the history's do: each row after its padding, one position after another, and hidden
-        where they were hidden before."""
-        pads = [row.pad for row in self._rows]
-        if rows != len(pads):
-            if any(pads) or self.has_hidden:
+        where they were hidden before. Records which of the forward's tokens are hidden. Reads the mask once."""
+        mask, positions = forward.attention_mask, forward.position_ids
+        if mask is not None and not _is_2d(mask, rows, end):
+            return False
+        shown = _read(mask) if mask is not None else None
+        if rows != len(self._rows):
+            if any(row.pad for row in self._rows) or self.has_hidden or not (shown is None or shown.all()):
                 return False
-            mask, positions = forward.attention_mask, forward.position_ids
-            if mask is not None and not (_is_2d(mask, rows, end) and bool(mask.bool().all())):
+            return _are_counted(positions, np.ones((rows, end - first), bool), np.full(rows, first), or_none=True)
+        before, after_padding = self._mask.visible(first), self._mask.after_padding(first, end)
+        self._mask.crop(first)
+        are_all = bool((self._mask.counts == first).all())
+        if shown is None:
+            new = np.ones((rows, end - first), bool)
+            if not are_all:
                 return False
-            return _are_counted(positions, np.ones((rows, end), bool), first, or_none=True)
-        visible = self._visible(forward, end)
-        if visible is None or not np.array_equal(visible[:, :first], self._expected(first)):
+        else:
+            new = shown[:, first:]
+            if not np.array_equal(shown[:, :first], before):
+                return False
+        if (new & ~after_padding).any():
             return False
-        if (visible[:, first:] > self._after_pads(end)[:, first:]).any():
+        if not self._may_hide and (self.has_hidden or not np.array_equal(new, after_padding)):
             return False
-        if not self._may_hide and not np.array_equal(visible, self._after_pads(end)):
+        if not _are_counted(positions, new, self._mask.counts, or_none=are_all and bool(new.all())):
             return False
-        return _are_counted(forward.position_ids, visible, first, or_none=bool(visible.all()))
-
-    def _visible(self, forward: Forward, end: int) -> NDArray[np.bool_] | None:
-        """The forward's attention mask of all columns so far, ``[row, column]``. None where it is of another kind."""
-        mask = forward.attention_mask
-        if mask is None:
-            return np.ones((len(self._rows), end), bool)
-        if not _is_2d(mask, len(self._rows), end):
-            return None
-        shown: NDArray[np.bool_] = mask.bool().numpy(force=True)
-        return shown
-
-    def _expected(self, columns: int) -> NDArray[np.bool_]:
-        """The attention mask that the KV of the first columns was computed with."""
-        return self._after_pads(columns) & ~self._hidden_until(columns)
-
-    def _after_pads(self, columns: int) -> NDArray[np.bool_]:
-        shown: NDArray[np.bool_] = np.arange(columns) >= np.array([row.pad for row in self._rows])[:, None]
-        return shown
-
-    def _hidden_until(self, columns: int) -> NDArray[np.bool_]:
-        hidden = np.zeros((len(self._rows), columns), bool)
-        known = min(columns, self._hidden.shape[1])
-        hidden[:, :known] = self._hidden[:, :known]
-        return hidden
-
-    def _note_hidden(self, forward: Forward, first: int) -> None:
-        """Remember which of the forward's tokens are hidden."""
-        if self._stopped or forward.attention_mask is None or forward.input_ids is None:
-            return
-        end = first + forward.input_ids.shape[1]
-        visible = self._visible(forward, end)
-        if visible is None or visible[:, first:].all():
-            return
-        hidden = self._hidden_until(end)
-        hidden[:, first:] = (~visible & self._after_pads(end))[:, first:]
-        self._hidden = hidden
+        self._mask.extend(new)
+        return True
 
     def _open(self, number: int, row: Row, end: int) -> None:
         """Begin to save the blocks of a row that this forward completes."""
@@ -354,21 +335,26 @@ def _is_2d(mask: Any, rows: int, columns: int) -> bool:
     return isinstance(mask, torch.Tensor) and mask.ndim == 2 and tuple(mask.shape) == (rows, columns)
 
 
-def _are_counted(positions: Any, visible: NDArray[np.bool_], first: int, *, or_none: bool) -> bool:
-    """Whether positions of the columns from `first` on count the visible tokens of each row, as `generate` does.
+def _read(mask: torch.Tensor) -> NDArray[np.bool_]:
+    shown: NDArray[np.bool_] = mask.bool().numpy(force=True)
+    return shown
 
-    `or_none`: what it is where there are none, and the model counts columns.
+
+def _are_counted(positions: Any, visible: NDArray[np.bool_], before: NDArray[np.int64], *, or_none: bool) -> bool:
+    """Whether positions count the visible tokens of each row on from `before`, as `generate` does.
+
+    `visible` is ``[row, token]``. `or_none`: what it is where there are no positions, and the model counts columns.
     """
     if positions is None:
         return or_none
-    rows, end = visible.shape
-    if not isinstance(positions, torch.Tensor) or positions.ndim != 2 or positions.shape[1] != end - first:
+    rows, tokens = visible.shape
+    if not isinstance(positions, torch.Tensor) or positions.ndim != 2 or positions.shape[1] != tokens:
         return False
     if len(positions) not in (1, rows):
         return False
     given = positions.numpy(force=True)
-    counted = (visible.cumsum(1) - 1)[:, first:]
-    return bool(((given == counted) | ~visible[:, first:]).all())
+    counted = before[:, None] + visible.cumsum(1) - 1
+    return bool(((given == counted) | ~visible).all())
 
 
 def _on_host(token_ids: Any) -> NDArray[Any]:

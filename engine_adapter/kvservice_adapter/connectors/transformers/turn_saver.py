@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kvservice_adapter.breaker import Breaker, answered
-from kvservice_adapter.connectors.transformers import remembering
 from kvservice_adapter.connectors.transformers.cache import StoredCache, Tensors, pages_on_host
+from kvservice_adapter.connectors.transformers.forward_saver import BackgroundWriting
 from kvservice_adapter.connectors.transformers.model_layout import UnsupportedModel, dynamic_layers
 from kvservice_adapter.connectors.transformers.rows import Sequences, common_tokens
 from kvservice_adapter.connectors.transformers.unrotated import UnrotatedLayer
-from kvservice_adapter.connectors.transformers.writing import BackgroundWriting
 from kvservice_adapter.device.base import Device
+from kvservice_adapter.engine import session_sync
 from kvservice_adapter.session import Conversation, Keys
 from kvservice_api.errors import InvalidRequest, KVError, StorageFailed
 from kvservice_api.image import layer_starts
@@ -203,9 +203,9 @@ class TurnSaver:
 
     def _remember(self, saving: Saving, chain: BlockChain) -> None:
         if saving.cuts is None:
-            remembering.remember(self._client, self._layout, saving.session_id, chain)
+            session_sync.remember(self._client, self._layout, saving.session_id, chain)
             return
-        remembering.remember_conversation(
+        session_sync.remember_conversation(
             self._client, self._layout, saving.session_id, chain, saving.cuts, saving.kept_tokens
         )
 

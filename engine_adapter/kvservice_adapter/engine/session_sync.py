@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from kvservice_adapter.connectors.transformers.finding import common_blocks
+from kvservice_adapter.engine.prefix_lookup import common_blocks
 from kvservice_adapter.session import Conversation, Keys
 from kvservice_api.errors import SessionChanged, SessionNotFound
 from kvservice_api.keys import BlockChain
