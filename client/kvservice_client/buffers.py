@@ -19,7 +19,7 @@ Bytes = NDArray[np.uint8]
 
 _RAW = ("uint8", "bytes8")  # Element types of plain bytes, in one dimension.
 # NumPy lacks these: `BlockCache.layer_arrays` shows them as integers, and integers are taken for them.
-NUMPY_STAND_INS = {
+_NUMPY_STAND_INS = {
     "bfloat16": ("int16", "uint16"),
     "float8_e4m3fn": ("int8", "uint8"),
     "float8_e5m2": ("int8", "uint8"),
@@ -126,7 +126,7 @@ def _flat_array(array: NDArray[Any], what: str, slices: Slices) -> Bytes:
     if not array.flags.c_contiguous:
         raise InvalidRequest(f"{what} is not contiguous", field=what)
     kind = array.dtype.name if array.dtype.isnative else f"{array.dtype.name} of the other byte order"
-    slices.check(kind, NUMPY_STAND_INS.get(slices.group.dtype, ()), array.shape, what)
+    slices.check(kind, _NUMPY_STAND_INS.get(slices.group.dtype, ()), array.shape, what)
     flat: Bytes = array.reshape(-1).view(np.uint8)
     return flat
 

@@ -19,7 +19,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
-from kvservice_adapter.device.base import Device, Event, Pages, Rotation, StreamClosed
+from kvservice_adapter.device.base import Device, Event, Pages, StreamClosed
+from kvservice_adapter.device.rotation import Rotation
 from kvservice_api.errors import KVError
 from kvservice_api.image import layer_starts
 from kvservice_client import BlockCache, BlockChain, Durability, LayerGroup, SaveResult
@@ -138,7 +139,7 @@ class LayerSaver:
     def _send(self, work: _Work) -> None:
         try:
             result = self._blocks.save(work.chain, work.layers, work.durability)
-        except Exception as error:  # Counted and told there; the engine never sees it.
+        except Exception as error:  # Counted and logged by `_ended`; the engine never sees it.
             self._ended(work, error)
         else:
             self._ended(work, result)

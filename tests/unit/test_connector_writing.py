@@ -200,7 +200,7 @@ def test_a_cache_whose_rows_were_moved_is_saved_no_more(kept: KeptBlocks, change
         model(ids[:, :12].repeat(2 if change == "repeat" else 1, 1), past_key_values=cache)
     assert subject.flush()
 
-    assert cache.writing.stopped
+    assert cache.observer.stopped
     assert_right(kept, model, ids)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from kvservice_adapter.device.base import Pages
 from kvservice_adapter.device.cpu import CpuDevice
-from tests.contracts.device import WAIT_S, DeviceContract, Numbering, pages_of
+from tests.contracts.device import WAIT_S, DeviceContract, numbering, pages_of
 from tests.daemon import until
 
 
@@ -79,7 +79,8 @@ def test_turning_many_keys_starts_no_threads_beside_the_streams_own() -> None:
     assert stream.submit(lambda: None).wait(WAIT_S)
     before = len(os.listdir("/proc/self/task"))
 
-    event = stream.scatter(np.zeros(tokens * pages.token_bytes, np.uint8), [tokens], pages, Numbering())
+    ones = np.ones(tokens * pages.token_bytes // 4, np.float32).view(np.uint8)
+    event = stream.scatter(ones, [tokens], pages, numbering(tokens))
 
     assert event.wait(WAIT_S)
     assert len(os.listdir("/proc/self/task")) == before

@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 import torch
 
+from kvservice_adapter.device.arrays import ArrayView
 from kvservice_adapter.device.base import Event, Pages, Stream
 from kvservice_adapter.device.cpu import CpuDevice
+from kvservice_adapter.layer_source import HostLayers
 from kvservice_adapter.load import LayerLoader, LoadFailed
 from kvservice_adapter.schedule import ReadBuffer
 from kvservice_api.errors import ChecksumMismatch
 from kvservice_client import LayerGroup, LoadedLayer
-from tests.contracts.device import HEADS, K_DIM, V_DIM, WAIT_S, Numbering, noise, same_bits, stored_token
+from tests.contracts.device import HEADS, K_DIM, V_DIM, WAIT_S, noise, numbering, same_bits, stored_token
 from tests.daemon import until
 
 LAYERS, COUNTS = 6, (16, 16, 5)
@@ -62,9 +64,11 @@ def empty_pages(layer: int) -> Pages:
 
 def loader_of(history: History, stream: Stream | None = None, **options: Any) -> LayerLoader:
     options = {"layer_count": len(history.data), "release": history.release, "wait_s": WAIT_S, **options}
-    targets = options.pop("targets", empty_pages)
+    pages_of_layer = options.pop("pages_of_layer", empty_pages)
     device = options.pop("device", DEVICE)
-    return LayerLoader(device, stream or DEVICE.stream("test-load"), history.load, targets, COUNTS, **options)
+    stream = stream or device.stream("test-load")
+    source = HostLayers(stream, history.load, COUNTS, rotations=options.pop("rotations", None))
+    return LayerLoader(device, stream, source, pages_of_layer, **options)
 
 
 def check(history: History, layer: int, pages: Pages) -> None:
@@ -183,11 +187,12 @@ def test_a_wait_ends_with_its_bound_and_layers_that_came_stay() -> None:
 def test_a_copy_that_takes_too_long_ends_the_wait_as_well() -> None:
     history, gate = History(), threading.Event()
 
-    class Slow(Numbering):
-        def apply(self, keys: torch.Tensor, first_token: int = 0) -> None:
-            gate.wait(WAIT_S)
+    class SlowDevice(CpuDevice):
+        def bits(self, view: ArrayView) -> Any:
+            assert gate.wait(WAIT_S)
+            return super().bits(view)
 
-    loader = loader_of(history, rotation=Slow())
+    loader = loader_of(history, device=SlowDevice())
 
     with pytest.raises(LoadFailed, match=r"layer 0 (was not copied|did not come) in time"):
         loader.wait(0, 0.1)
@@ -218,12 +223,12 @@ def test_a_failure_reaches_the_engine_at_its_layer_with_its_cause_and_no_later(k
 def test_pages_that_cannot_be_had_are_a_failure() -> None:
     history, error = History(), MemoryError("no pages")
 
-    def targets(layer: int) -> Pages:
+    def pages_of_layer(layer: int) -> Pages:
         if layer:
             raise error
         return empty_pages(layer)
 
-    loader = loader_of(history, targets=targets)
+    loader = loader_of(history, pages_of_layer=pages_of_layer)
 
     loader.wait(0)
     with pytest.raises(LoadFailed, match="no pages") as raised:
@@ -233,7 +238,8 @@ def test_pages_that_cannot_be_had_are_a_failure() -> None:
 
 def test_pages_that_do_not_fit_are_a_failure() -> None:
     loader = loader_of(
-        History(), targets=lambda layer: Pages(torch.zeros(1, HEADS, 8, K_DIM), torch.zeros(1, HEADS, 8, V_DIM), [0])
+        History(),
+        pages_of_layer=lambda layer: Pages(torch.zeros(1, HEADS, 8, K_DIM), torch.zeros(1, HEADS, 8, V_DIM), [0]),
     )
 
     with pytest.raises(LoadFailed, match="layer 0 could not be copied"):
@@ -248,11 +254,11 @@ def test_pages_that_do_not_fit_are_a_failure() -> None:
     ids=str,
 )
 def test_pages_of_the_right_size_and_another_geometry_are_a_failure(dtype: torch.dtype, k_dim: int, v_dim: int) -> None:
-    def targets(layer: int) -> Pages:
+    def pages_of_layer(layer: int) -> Pages:
         keys, values = (torch.zeros(1, HEADS, sum(COUNTS), dim, dtype=dtype) for dim in (k_dim, v_dim))
         return Pages(keys, values, [0])
 
-    loader = loader_of(History(), targets=targets)
+    loader = loader_of(History(), pages_of_layer=pages_of_layer)
 
     with pytest.raises(LoadFailed, match=r"pages of .* with head dims"):
         loader.wait(0)
@@ -340,15 +346,15 @@ def test_a_wait_that_is_under_way_ends_when_the_load_is_cancelled() -> None:
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_loader_that_is_dropped_frees_its_lease_and_its_thread(begun: bool) -> None:
     class Cache:
-        """The pages' owner knows the loader, and the loader's targets know the owner."""
+        """The pages' owner knows the loader, and the loader's pages_of_layer know the owner."""
 
         loader: LayerLoader
 
-        def targets(self, layer: int) -> Pages:
+        def pages_of_layer(self, layer: int) -> Pages:
             return empty_pages(layer)
 
     history, cache, stream = History(), Cache(), DEVICE.stream("dropped-load")
-    cache.loader = loader_of(history, stream, buffer_layers=2, targets=cache.targets)
+    cache.loader = loader_of(history, stream, buffer_layers=2, pages_of_layer=cache.pages_of_layer)
     if begun:
         cache.loader.start()
         assert settle(stream, cache.loader) == 2
@@ -392,13 +398,13 @@ def test_a_stream_that_is_closed_under_a_load_is_a_failure_at_once() -> None:
 
 def test_keys_are_turned_to_where_they_are_read() -> None:
     history = History()
-    history.data = [np.zeros(LAYER_BYTES, np.uint8) for _ in range(LAYERS)]
-    loader = loader_of(history, rotation=Numbering())
+    history.data = [np.ones(LAYER_BYTES // 4, np.float32).view(np.uint8) for _ in range(LAYERS)]
+    loader = loader_of(history, rotations=[numbering(37)] * LAYERS)
 
     for layer in range(LAYERS):
         pages = loader.wait(layer)
         assert torch.equal(pages.keys, torch.arange(1.0, 38.0)[:, None].expand(1, HEADS, 37, K_DIM))
-        assert not pages.values.any()
+        assert torch.all(pages.values == 1)
 
 
 def test_many_loads_at_a_time_all_bring_what_is_theirs_or_end() -> None:

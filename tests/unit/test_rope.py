@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from kvservice_adapter.rope import Rope, UnsupportedRotation
+from kvservice_adapter.rope import ModelRopes, Rope, UnsupportedRotation
 from kvservice_adapter.rope_of_model import rotary_of
 from tests.unit.rotary_models import (
     CONTEXT_TOKENS,
@@ -131,7 +131,7 @@ def test_yarn_puts_its_scale_on_keys_once() -> None:
     unrotated = random_keys(10)
     rotated = unrotated.clone()
 
-    rope.rotate(rotated, range(10))
+    rope.placing(range(10), str(rotated.dtype).removeprefix("torch.")).apply(rotated)
     length_rotated = rotated.norm()
     rotation = rope.rotation(range(10), range(90, 100))
     assert rotation is not None
@@ -139,7 +139,7 @@ def test_yarn_puts_its_scale_on_keys_once() -> None:
 
     assert length_rotated == pytest.approx(float(unrotated.norm()) * rope.attention_scaling, rel=1e-5)
     assert rotated.norm() == pytest.approx(float(length_rotated), rel=1e-6)
-    rope.unrotate(rotated, range(90, 100))
+    rope.unplacing(range(90, 100)).apply(rotated)
     assert torch.allclose(rotated, unrotated, atol=1e-5)
 
 
@@ -154,7 +154,7 @@ def test_keys_captured_before_rotation_are_rotated_as_the_model_does_bit_for_bit
     cache = computed(model, tokens_of(30), first_position=7)
 
     for keys, (cached, _) in zip(recorded.unrotated, states(cache), strict=True):
-        rope.rotate(keys, range(7, 37))
+        rope.placing(range(7, 37), str(keys.dtype).removeprefix("torch.")).apply(keys)
         assert torch.equal(keys[..., : rope.dims], cached[..., : rope.dims])
 
 
@@ -225,6 +225,8 @@ def test_pairs_that_are_not_known_are_refused() -> None:
         rope_of({}, pairing="thirds")
 
 
+LOCAL_AND_GLOBAL = ["sliding_attention", "full_attention", "sliding_attention"]
+
 # fmt: off
 UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "layers without rotary encoding": (
@@ -232,7 +234,8 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "layers without it, interleaved": (
         lambda: Cohere2ForCausalLM(Cohere2Config(**{**OPTIONS, "num_hidden_layers": 4})), "keys of layer 3 are not"),
     "another base in other layers": (
-        lambda: Gemma3ForCausalLM(Gemma3TextConfig(**OPTIONS, head_dim=16)), "from layer to layer"),
+        lambda: Gemma3ForCausalLM(Gemma3TextConfig(**OPTIONS, head_dim=16, layer_types=LOCAL_AND_GLOBAL)),
+        "from layer to layer"),
     "learned positions": (
         lambda: GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=2)), "no rotary frequencies"),
     "learned positions, another model": (
@@ -251,6 +254,26 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
 def test_a_model_whose_keys_cannot_be_turned_is_refused_with_the_reason(made: Any, why: str) -> None:
     with pytest.raises(UnsupportedRotation, match=why):
         Rope.from_model(made().eval())
+
+
+def test_layers_with_bases_of_their_own_are_each_turned_by_their_own() -> None:
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(**OPTIONS, head_dim=16, layer_types=LOCAL_AND_GLOBAL)
+    model: Any = Gemma3ForCausalLM(config)
+    model.eval()
+    here, there = (computed(model, tokens_of(9), first) for first in (0, 100))
+
+    ropes = ModelRopes.from_model(model)
+    rotations = ropes.rotations(np.arange(9), np.arange(9) + 100)
+
+    assert ropes.layers[0] is ropes.layers[2] is not ropes.layers[1]
+    assert rotations is not None
+    for layer, ((keys, _), (expected, _)) in enumerate(zip(states(here), states(there), strict=True)):
+        turned, by_another = keys.clone(), keys.clone()
+        rotations[layer].apply(turned)
+        rotations[(layer + 1) % 2].apply(by_another)
+        assert (turned - expected).norm() <= 1e-4 * expected.norm()
+        assert (by_another - expected).norm() > 0.1 * expected.norm()
 
 
 def test_what_a_models_code_does_to_its_keys_after_rotation_is_noticed() -> None:
@@ -292,8 +315,8 @@ def test_each_token_is_turned_by_its_own_difference_and_those_without_one_are_le
     turned, expected = keys.clone(), keys.clone()
     rotation = rope.rotation(stored, read)
 
-    rope.unrotate(expected, stored)
-    rope.rotate(expected, read)
+    rope.unplacing(stored).apply(expected)
+    rope.placing(read, str(expected.dtype).removeprefix("torch.")).apply(expected)
     if rotation is None:
         assert stored == read
     else:

@@ -17,6 +17,7 @@ from kvservice_adapter.bench import rig
 from kvservice_adapter.bench.report import Section
 from kvservice_adapter.device.base import Pages
 from kvservice_adapter.device.cpu import CpuDevice
+from kvservice_adapter.layer_source import HostLayers
 from kvservice_adapter.load import LayerLoader
 from kvservice_adapter.schedule import (
     perfect_buffer_layers,
@@ -72,9 +73,8 @@ class Rig:
         loader = LayerLoader(
             self.device,
             self.stream,
-            partial(lease.load, timeout_s=_LOAD_S),
+            HostLayers(self.stream, partial(lease.load, timeout_s=_LOAD_S), lease.token_counts),
             self._empty_pages,
-            lease.token_counts,
             layer_count=self.layers,
             buffer_layers=self.layers if buffer_layers is None else buffer_layers,
             wait_s=_LOAD_S,

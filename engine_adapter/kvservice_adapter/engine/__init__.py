@@ -1,1 +1,6 @@
-"""What every connector needs, and no engine: what of a prompt is stored, its session, and the report of its request."""
+"""What every connector needs, and no engine. No module here imports an engine, a connector or torch.
+
+* ``prefix_lookup``: what of a prompt is stored. ``planning``: load, compute, or both, and what is learned from it.
+* ``forward_saves``: the saves of what one forward computes. ``session_sync``: its session names the blocks.
+* ``request_report``: what became of a request, for the plans to come and for `kvctl explain`.
+"""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice_adapter.rope import Rope, Rotation, UnsupportedRotation
+from kvservice_adapter.device.rotation import Rotation, UnsupportedRotation
 from kvservice_adapter.session import Conversation, Keys
 from kvservice_api.errors import SessionNotFound
 from kvservice_api.keys import BlockChain
@@ -21,19 +21,27 @@ from kvservice_client.retry import Deadline
 log = logging.getLogger(__name__)
 
 
+class Turns(Protocol):
+    """How a model's keys are turned to other positions: `rope.ModelRopes`."""
+
+    def check_shift(self, total_tokens: int) -> None: ...
+
+    def rotations(self, stored: Any, read: Any) -> Sequence[Rotation] | None: ...
+
+
 @dataclass(frozen=True, slots=True)
-class Found:
-    """The leading tokens of a prompt that are stored, leased."""
+class StoredPrefix:
+    """The leading tokens of a prompt that are stored. They are leased until `release`."""
 
     tokens: int
     token_counts: tuple[int, ...]  # Of the slices that hold them; the last may hold more.
     load: Callable[[int, int], Iterator[LoadedLayer]]  # Of slices from the first-th on, so many.
     release: Callable[[], None]
     residency: tuple[ResidencyRun, ...]
-    keys: tuple[bytes, ...]  # Of the whole blocks among them, behind the last cut.
+    keys: tuple[bytes, ...]  # Of the whole blocks among them, after the last cut.
     parent: bytes  # What the first of those continues.
-    kept_tokens: int = 0  # Before it: what a cut has left.
-    rotation: Rotation | None = None
+    kept_tokens: int = 0  # How many of them the last cut has kept, before those blocks.
+    rotations: Sequence[Rotation] | None = None  # One per layer, where keys are read elsewhere than stored.
     may_begin_later: bool = True  # Whether `load` can leave slices out.
 
     @property
@@ -45,17 +53,17 @@ class Found:
         return "dram" if in_dram.pop() else "ssd"
 
 
-class Finder:
-    """Asks one daemon about the blocks of one layout. Thread-safe."""
+class PrefixLookup:
+    """Asks one daemon about the blocks of one layout. Any thread may call it; calls wait for the daemon."""
 
-    def __init__(self, client: Client, blocks: BlockCache, rope: Callable[[], Rope]) -> None:
-        """`rope` may raise UnsupportedRotation; it is asked for where keys are read elsewhere than stored."""
+    def __init__(self, client: Client, blocks: BlockCache, turns: Callable[[], Turns]) -> None:
+        """`turns` may raise UnsupportedRotation; it is called where keys are read elsewhere than stored."""
         self._client = client
         self._blocks = blocks
-        self._rope = rope
+        self._turns = turns
         self._lines = RateLimitedLog(log)
 
-    def of_tokens(
+    def by_tokens(
         self,
         token_ids: NDArray[Any],
         hidden: NDArray[np.bool_],
@@ -64,21 +72,21 @@ class Finder:
         session_id: str,
         deadline: Deadline,
         request_id: str,
-    ) -> Found | None:
+    ) -> StoredPrefix | None:
         """The longest stored prefix, in whole blocks but for the end of what the session has. Raises KVError.
 
         `hidden` marks the tokens that the attention mask hides.
         """
         chain = keys.chain(token_ids[:tokens_max], hidden=hidden)
         if session_id:
-            chain = self._of_session(token_ids, hidden, keys, session_id, deadline) or chain
+            chain = self._session_chain(token_ids, hidden, keys, session_id, deadline) or chain
         if not len(chain):
             return None
         lease = self._blocks.lookup(chain, timeout_s=deadline.remaining_s, request_id=request_id)
         if not lease.hit_blocks:
             return None
         tokens = min(lease.hit_tokens, tokens_max)
-        return Found(
+        return StoredPrefix(
             tokens,
             lease.token_counts,
             lambda first, count: lease.load(first_block=first, block_count=count),
@@ -88,9 +96,9 @@ class Finder:
             chain.parent,
         )
 
-    def of_conversation(
+    def by_conversation(
         self, conversation: Conversation, tokens_max: int, keys: Keys, deadline: Deadline
-    ) -> Found | None:
+    ) -> StoredPrefix | None:
         """All of a history that was cut, at its new positions. None where the session is not this conversation's,
         or not all of it is stored. Raises KVError.
         """
@@ -100,7 +108,7 @@ class Finder:
             log.info("the cut history of session %s is not used: %s", conversation.session_id, why)
             return None
         try:
-            rotation = self._rotation(state) if keys.layout.rotated else None
+            rotations = self._rotations(state) if keys.layout.rotated else None
         except UnsupportedRotation as error:
             self._lines.warning("a cut history is not used: %s", error)
             return None
@@ -112,7 +120,7 @@ class Finder:
         tokens = min(history.tokens, tokens_max)
         parent = conversation.parent(keys)
         said = conversation.said[: tokens - conversation.kept_tokens]
-        return Found(
+        return StoredPrefix(
             tokens,
             history.token_counts,
             lambda first, count: history.load(),
@@ -121,11 +129,11 @@ class Finder:
             keys.chain(said, parent).keys,
             parent,
             conversation.kept_tokens,
-            rotation,
+            rotations,
             may_begin_later=False,
         )
 
-    def _of_session(
+    def _session_chain(
         self,
         token_ids: NDArray[Any],
         hidden: NDArray[np.bool_],
@@ -146,8 +154,11 @@ class Finder:
         except SessionNotFound:
             return None
 
-    def _rotation(self, state: SessionState) -> Rotation | None:
-        """What turns the keys from where they were stored to where they are read. Raises UnsupportedRotation."""
+    def _rotations(self, state: SessionState) -> Sequence[Rotation] | None:
+        """What turns the keys of each layer from where they were stored to where they are read.
+
+        Raises UnsupportedRotation.
+        """
         stored = [
             each.stored_positions or range(each.stored_position or 0, (each.stored_position or 0) + each.token_count)
             for each in state.slices
@@ -156,9 +167,9 @@ class Finder:
         read = np.arange(len(positions))
         if (positions == read).all():
             return None
-        rope = self._rope()
-        rope.check_shift(max(int(positions.max()) + 1, len(positions)))
-        return rope.rotation(positions, read)
+        turns = self._turns()
+        turns.check_shift(max(int(positions.max()) + 1, len(positions)))
+        return turns.rotations(positions, read)
 
 
 def common_blocks(keys: tuple[bytes, ...], state: SessionState, first_slice: int = 0) -> int:

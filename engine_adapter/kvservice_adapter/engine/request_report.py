@@ -1,19 +1,35 @@
-"""What becomes of one request: learned from by the plans to come, and told to the daemon for `kvctl explain`."""
+"""What becomes of one request: learned from by the plans to come, and reported to the daemon for `kvctl explain`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
-from kvservice_adapter.connectors.transformers.cache import History
-from kvservice_adapter.connectors.transformers.history import LoadedHistory
 from kvservice_adapter.cost import Plan, Rates
+from kvservice_adapter.load import LoadReport
 from kvservice_api.errors import KVError
 from kvservice_client import Client, Outcome, RequestReport
 
 
+class ReportedHistory(Protocol):
+    """What a request wants to know of the history that its engine computes with."""
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why some of it was computed, and not loaded."""
+
+    @property
+    def recompute_s(self) -> float:
+        """How long it took to compute it in place of loading it; 0 where it was loaded."""
+
+    @property
+    def load_reports(self) -> Sequence[LoadReport]:
+        """One per load, so far."""
+
+
 class Request:
-    """For the engine's thread. Costs microseconds, and nothing at all is sent without a `request_id`."""
+    """For the engine's thread. Costs microseconds; without a `request_id` no report is sent."""
 
     def __init__(self, client: Client, rates: Rates, request_id: str) -> None:
         self._client = client
@@ -39,20 +55,19 @@ class Request:
     def looked_up(self) -> None:
         self.lookup_s = time.monotonic() - self._began_s
 
-    def forward_ended(self, history: History, new_tokens: int, context_tokens: int, seconds: float) -> None:
+    def forward_ended(self, history: ReportedHistory, new_tokens: int, context_tokens: int, seconds: float) -> None:
         """The model has computed so many tokens; the first time, that was the request's prefill."""
-        if self.rows == 1 and new_tokens > 1 and not (isinstance(history, LoadedHistory) and history.recompute_s):
+        if self.rows == 1 and new_tokens > 1 and not history.recompute_s:
             self._rates.observe_prefill(new_tokens, context_tokens, seconds)
         if not self._is_reported:
             self._is_reported = True
             self._client.report_request(self._report(history, new_tokens))
 
-    def _report(self, history: History, new_tokens: int) -> RequestReport:
+    def _report(self, history: ReportedHistory, new_tokens: int) -> RequestReport:
         chosen = self.plan
-        loaders = history.loaders if isinstance(history, LoadedHistory) else ()
-        loads = [loader.report for loader in loaders]
+        loads = history.load_reports
         loaded_bytes = sum(load.size_bytes for load in loads)
-        again_s = history.recompute_s if isinstance(history, LoadedHistory) else 0.0
+        again_s = history.recompute_s
         outcome, why = self._outcome(history)
         return RequestReport(
             request_id=self._request_id,
@@ -77,7 +92,7 @@ class Request:
             first_token_s=time.monotonic() - self._began_s,
         )
 
-    def _outcome(self, history: History) -> tuple[Outcome, str]:
+    def _outcome(self, history: ReportedHistory) -> tuple[Outcome, str]:
         if not self.was_asked:
             return Outcome.BREAKER_OPEN, ""
         if history.error is not None:

@@ -1,4 +1,4 @@
-"""Has a session name the blocks of its conversation."""
+"""Updates a session in the daemon, so that it names the blocks of its conversation."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from kvservice_client.session import Session
 log = logging.getLogger(__name__)
 
 
-def remember(client: Client, layout: Layout, session_id: str, chain: BlockChain) -> None:
-    """Stored blocks from the conversation's first token on. One that went another way before is begun anew.
+def sync_session(client: Client, layout: Layout, session_id: str, chain: BlockChain) -> None:
+    """Name stored blocks from the conversation's first token on. A session with other blocks is ended, and made again.
 
-    A session that was cut is left as it is: from tokens alone nobody can tell what was cut. Raises KVError.
+    A session that was cut is left as it is: tokens alone do not say what was cut. Waits for the daemon. Raises KVError.
     """
     session = client.session(layout, session_id)
     state = _state(session)
@@ -27,19 +27,20 @@ def remember(client: Client, layout: Layout, session_id: str, chain: BlockChain)
     _continue(session, state, chain, 0)
 
 
-def remember_conversation(
+def sync_conversation(
     client: Client, layout: Layout, session_id: str, chain: BlockChain, cuts: int, kept_tokens: int
 ) -> None:
-    """Stored blocks of what a conversation said since the last of `cuts` cuts, behind the `kept_tokens` that it left.
+    """Name stored blocks of the tokens since the last of `cuts` cuts, after the `kept_tokens` that the cut has kept.
 
-    A session that was cut otherwise is begun anew, if the conversation has no cut. Raises KVError.
+    A session that was cut in another way is ended and made again, if the conversation has no cut. Waits for the
+    daemon. Raises KVError.
     """
     session = client.session(layout, session_id)
     state = _state(session)
     if cuts:
         is_cut_alike = state is not None and state.cuts == cuts and state.token_count >= kept_tokens
         if not is_cut_alike:
-            raise SessionChanged("the session was not cut as the conversation was: it is begun anew with the next turn")
+            raise SessionChanged("the session was not cut as the conversation was: the next turn makes it again")
     elif state is not None and state.cuts:
         session.end()
         state = None
@@ -47,7 +48,10 @@ def remember_conversation(
 
 
 def truncate(client: Client, keys: Keys, conversation: Conversation, keep: list[tuple[int, int]]) -> None:
-    """Cut the session as the conversation is to be cut. Raises KVError, SessionChanged where it is another one's."""
+    """Cut the session as the conversation is to be cut. Waits for the daemon.
+
+    Raises KVError; SessionChanged where the session is another conversation's.
+    """
     session = client.session(keys.layout, conversation.session_id)
     state = session.get()
     if not conversation.is_of(state, keys) or state.token_count != conversation.token_count:
@@ -56,7 +60,7 @@ def truncate(client: Client, keys: Keys, conversation: Conversation, keep: list[
 
 
 def _continue(session: Session, state: SessionState | None, chain: BlockChain, kept_tokens: int) -> None:
-    """Name the blocks of a chain that begins behind the session's first `kept_tokens`."""
+    """Name the blocks of a chain that begins after the session's first `kept_tokens`."""
     first_new = 0
     if state is not None:
         since = -(-(state.token_count - kept_tokens) // session.layout.block_tokens)  # Slices since the last cut.
@@ -68,7 +72,7 @@ def _continue(session: Session, state: SessionState | None, chain: BlockChain, k
         goes_on = common >= first_new and chain[first_new:].parent == state.tip
         if not goes_on or next_tokens <= (state.tail_tokens if common == first_new else 0):
             if state.cuts:
-                raise SessionChanged("the session went another way since its last cut")
+                raise SessionChanged("the session has other blocks since its last cut")
             session.end()
             state, first_new = None, 0
     if len(chain) > first_new:

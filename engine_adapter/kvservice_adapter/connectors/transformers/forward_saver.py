@@ -1,53 +1,58 @@
 """Saves the blocks of one cache while the model computes them.
 
-Which tokens a forward computes is told before it (`begin`). The blocks that it completes are given to the
+Which tokens a forward computes is reported before it (`begin`). The blocks that it completes are given to the
 saver layer by layer, as the layers are computed, and are sent when the forward has ended. So a prefill's
 blocks are gathered one layer behind it, and while it decodes, each block as it fills.
 
-A key may stand only for what its tokens give. So nothing is saved any more once the cache holds anything
-else: tokens that were not told, placed or masked in another way, rows that were moved.
+A key may stand only for what its tokens give. So saving stops once the cache holds anything else: tokens that
+were not reported, placed or masked in another way, rows that were moved.
+
+Keys are hashes of token ids, and masks say which tokens are hidden: these numbers are read on the host, a few bytes
+per token. The KV never is: the device gathers it.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvservice_adapter.breaker import Breaker, answered
-from kvservice_adapter.connectors.transformers.cache import Forward, pages_on_host
+from kvservice_adapter.breaker import Breaker
+from kvservice_adapter.connectors.transformers.cache import Forward
 from kvservice_adapter.connectors.transformers.generation import Generation, running
 from kvservice_adapter.connectors.transformers.mask_record import MaskRecord
-from kvservice_adapter.save import LayerSaver, SaveJob
+from kvservice_adapter.device.base import Pages
+from kvservice_adapter.engine.forward_saves import ForwardSaves
+from kvservice_adapter.save import LayerSaver
 from kvservice_adapter.session import Keys
-from kvservice_api.errors import KVError
-from kvservice_api.keys import BlockChain
-from kvservice_client import SaveResult
 
 log = logging.getLogger(__name__)
 
-_JOB_SHARE = 4  # Of the staging, at most, for one save: a long prefill is sent in several.
+
+class _Place(NamedTuple):
+    """Where a block's first token lies."""
+
+    row: int
+    column: int
 
 
 @dataclass(slots=True)
 class Row:
-    """One sequence of the batch, and which of its blocks are given to the saver already."""
+    """One sequence of the batch, and which of its blocks need not be saved any more."""
 
     pad: int  # Columns before its first token.
-    first: int  # The column where `parent`'s next block begins: the sequence's first, or behind a cut.
+    first: int  # The column where the block after `parent` begins: the sequence's first, or after a cut.
     parent: bytes
-    keys: list[bytes] = field(default_factory=list)  # Of the blocks from there on that need not be saved any more.
+    keys: list[bytes] = field(default_factory=list)  # Of the blocks from there on that are stored or being saved.
 
 
-class BackgroundWriting:
-    """For one cache, whose forwards come one after another. `wait` and `take_stored` may be called by any thread."""
+class ForwardSaver:
+    """For one cache, whose forwards come one after another. `saves` says what became of its blocks."""
 
     def __init__(
         self,
@@ -71,8 +76,7 @@ class BackgroundWriting:
         then. `keys` raises ValueError where the model is not what it was. `on_prompt` gets the prompt's tokens and
         which of them are hidden.
         """
-        self._saver = saver
-        self._breaker = breaker
+        self.saves: ForwardSaves[_Place] = ForwardSaves(saver, breaker)
         self._keys = keys
         self._rows = rows
         self._block_tokens = block_tokens
@@ -85,13 +89,9 @@ class BackgroundWriting:
         self._generation: Generation | None = None
         self._prompt_columns = -1  # Until the first forward. What follows these columns was generated.
         self._columns = token_ids.shape[1]
-        self._jobs: list[tuple[SaveJob, int, int]] = []  # With the row, and the column of its first token.
         self._forward: tuple[int, int] | None = None  # The columns of the one that runs.
         self._stopped = ""
         self._misplaced = ""
-        self._changed = threading.Condition()
-        self._under_way = 0
-        self._stored: set[bytes] = set()
 
     @property
     def stopped(self) -> str:
@@ -126,16 +126,19 @@ class BackgroundWriting:
         kept = self._generation.kept(self.token_ids(row)[prompt:])
         return None if kept is None else self._prompt_columns + kept
 
-    # Told by the cache
+    # Called by the cache
 
     def other_mask(self, forward: Forward, first: int) -> NDArray[np.bool_] | None:
         given = forward.input_ids if forward.input_ids is not None else forward.inputs_embeds
         if given is None or given.ndim < 2 or len(given) != len(self._rows) or not first:
             return None
         mask = forward.attention_mask
-        if not _is_2d(mask, len(self._rows), first + given.shape[1]):
+        if mask is None:
+            visible = np.ones((len(self._rows), first + given.shape[1]), bool)
+        elif _is_2d(mask, len(self._rows), first + given.shape[1]):
+            visible = _read(mask)
+        else:
             return None
-        visible = _read(mask)
         before = visible[:, :first]
         if np.array_equal(before, self._mask.visible(first)):
             return None
@@ -154,7 +157,7 @@ class BackgroundWriting:
 
     def begin(self, forward: Forward, first: int) -> None:
         """A forward begins; its first token will be in column `first`."""
-        self._misplaced = self._misplaced or self._other_than_told(forward, first)
+        self._misplaced = self._misplaced or self._mismatch(forward, first)
         if self._misplaced:
             self.stop(self._misplaced)
         elif self._forward is not None:
@@ -187,27 +190,17 @@ class BackgroundWriting:
         if self._forward is None or self._forward[0] != first:
             self.stop("states came from elsewhere than a forward of the model")
             return
-        if self._jobs and {keys.dtype, values.dtype} != {self._dtype}:
+        if self.saves.is_any_open and {keys.dtype, values.dtype} != {self._dtype}:
             self.stop("states are not of the layout's dtype")  # Those of autocast, for one.
-        for job, row, column in self._jobs:
-            job.layer(index, pages_on_host(keys, values, row, column, job.chain.token_count))
+        self.saves.layer(index, lambda place: Pages(keys, values, [place.row], place.column))
 
     def end(self, *, is_whole: bool) -> None:
         """The forward has ended; `is_whole` where it raised nothing."""
-        jobs, self._jobs, self._forward = self._jobs, [], None
+        self._forward = None
         if not is_whole:
             self.stop("a forward failed")
-        for job, _, _ in jobs:
-            if self._stopped:
-                job.abandon()
-                continue
-            with self._changed:
-                self._under_way += 1
-            try:
-                job.commit(on_done=partial(self._done, job.chain.keys))
-            except ValueError:  # A layer did not tell: the model has layers of other kinds.
-                self._done((), KVError("not every layer of a forward came"))
-                self.stop("not every layer of a forward came")
+        if not self._stopped and not self.saves.commit():  # The model has layers of other kinds.
+            self.stop("not every layer of a forward was given")
 
     def crop(self, columns: int) -> None:
         self._mask.crop(columns)
@@ -226,43 +219,29 @@ class BackgroundWriting:
         if not self._stopped:
             log.info("nothing more of this cache is saved while it grows: %s", reason)
             self._stopped = reason
-        for job, _, _ in self._jobs:
-            job.abandon()
-        self._jobs = []
+        self.saves.abandon()
 
-    # Asked by the connector
-
-    def wait(self, timeout_s: float) -> bool:
-        """Wait until what was sent is answered. Whether it is."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._under_way, timeout_s)
+    # Called by the connector
 
     def continues(self, row: int, column: int, parent: bytes) -> bool:
         """Whether a chain that begins in a column of a row, behind `parent`, is of what the cache holds."""
         return (self._rows[row].first, self._rows[row].parent) == (column, parent)
 
-    def take_stored(self, chain: BlockChain) -> int:
-        """How many blocks of a chain were stored from here since the last call."""
-        with self._changed:
-            found = self._stored.intersection(chain.keys)
-            self._stored -= found
-        return len(found)
-
-    def _other_than_told(self, forward: Forward, first: int) -> str:
-        """Why the forward's KV is not what its tokens give, whichever they are. Empty where it is."""
+    def _mismatch(self, forward: Forward, first: int) -> str:
+        """Why the forward's KV is not what its tokens give, whichever these are. Empty where it is."""
         if forward.is_training:
             return "the model is in training mode, in which it may drop states at random"
         given = forward.input_ids if forward.input_ids is not None else forward.inputs_embeds
         if given is None or given.ndim < 2:
             return "what a forward computes is not known"
-        if not self._placed_as_told(forward, len(given), first, first + given.shape[1]):
+        if not self._is_placed_as_expected(forward, len(given), first, first + given.shape[1]):
             return "tokens were masked or placed in another way than restore was told"
         longest = first + given.shape[1] - min(row.pad for row in self._rows)
         if self._tokens_max is not None and longest > self._tokens_max:
             return f"from {self._tokens_max} tokens on the model rotates its keys in another way"
         return ""
 
-    def _placed_as_told(self, forward: Forward, rows: int, first: int, end: int) -> bool:
+    def _is_placed_as_expected(self, forward: Forward, rows: int, first: int, end: int) -> bool:
         """Whether tokens lie as the history's do: each row after its padding, one position after another, and hidden
         where they were hidden before. Records which of the forward's tokens are hidden. Reads the mask once."""
         mask, positions = forward.attention_mask, forward.position_ids
@@ -310,25 +289,8 @@ class BackgroundWriting:
         hidden = self.hidden_tokens(number)[part] if self.has_hidden else None
         chain = keys.chain(self.token_ids(number)[part], row.keys[-1] if row.keys else row.parent, hidden=hidden)
         row.keys.extend(chain.keys)
-        if not self._breaker.allow():
-            return
-        per_job = max(1, self._saver.staging_bytes // _JOB_SHARE // (tokens * keys.layout.bytes_per_token))
-        for first in range(0, count, per_job):
-            job = self._saver.begin(chain[first : first + per_job])
-            if job is None:  # Staging is full. What is left at the end, the connector saves.
-                return
-            self._jobs.append((job, number, column + first * tokens))
-
-    def _done(self, keys: Sequence[bytes], outcome: SaveResult | Exception) -> None:
-        self._breaker.record(answered(outcome if isinstance(outcome, KVError) else None))
-        with self._changed:
-            if isinstance(outcome, SaveResult):
-                refused = {block for block, _ in outcome.refused}
-                kept = [key for block, key in enumerate(keys) if block not in refused]
-                if outcome.stored:
-                    self._stored.update(kept[len(kept) - outcome.stored :])
-            self._under_way -= 1
-            self._changed.notify_all()
+        block_bytes = tokens * keys.layout.bytes_per_token
+        self.saves.open(chain, block_bytes, lambda block: _Place(number, column + block * tokens))
 
 
 def _is_2d(mask: Any, rows: int, columns: int) -> bool:

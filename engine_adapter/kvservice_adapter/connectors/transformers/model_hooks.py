@@ -1,39 +1,58 @@
-"""Tells a cache of ours about each forward of its model: which tokens come, when it begins, when it has ended."""
+"""Reports each forward of a model to the cache it is given: which tokens come, when it begins, when it has ended."""
 
 from __future__ import annotations
 
 import inspect
+import weakref
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from kvservice_adapter.connectors.transformers.cache import Forward, StoredCache
 
-_WATCHED: WeakSet[torch.nn.Module] = WeakSet()
+
+class ModelHooks:
+    """Hooks on one model, for the caches that hold this object. Without references to it they are removed.
+
+    A connector and its caches hold it, so a cache goes on working after its connector. Forwards with other caches
+    pass by. For the engine's thread.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        names = list(inspect.signature(model.forward).parameters)
+        owner = weakref.ref(self)  # The model keeps the hooks; they must not keep this object.
+
+        def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+            return {**dict(zip(names, args, strict=False)), **kwargs}
+
+        def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            forward = given(args, kwargs)
+            cache = _cache_of(owner(), forward)
+            if cache is not None:
+                embeds = forward.get("inputs_embeds")
+                input_ids = forward.get("input_ids") if embeds is None else None
+                placed = forward.get("attention_mask"), forward.get("position_ids")
+                cache.begin(Forward(input_ids, embeds, *placed, module.training))
+
+        def after(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            cache = _cache_of(owner(), given(args, kwargs))
+            if cache is not None:
+                cache.end(is_whole=output is not None)
+
+        handles = [
+            model.register_forward_pre_hook(before, with_kwargs=True),
+            model.register_forward_hook(after, with_kwargs=True, always_call=True),  # Of one that raised too.
+        ]
+        weakref.finalize(self, _remove, handles).atexit = False
 
 
-def watch(model: PreTrainedModel) -> None:
-    """Have the model's forwards tell the caches that they are given. Of use once a model; caches of others pass by."""
-    if model in _WATCHED:
-        return
-    names = list(inspect.signature(model.forward).parameters)
+def _cache_of(hooks: ModelHooks | None, forward: dict[str, Any]) -> StoredCache | None:
+    cache: Cache | None = forward.get("past_key_values")
+    return cache if isinstance(cache, StoredCache) and cache.hooks is hooks is not None else None
 
-    def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        cache = given.get("past_key_values")
-        if isinstance(cache, StoredCache):
-            embeds = given.get("inputs_embeds")
-            input_ids = given.get("input_ids") if embeds is None else None
-            placed = given.get("attention_mask"), given.get("position_ids")
-            cache.begin(Forward(input_ids, embeds, *placed, module.training))
 
-    def after(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        cache = {**dict(zip(names, args, strict=False)), **kwargs}.get("past_key_values")
-        if isinstance(cache, StoredCache):
-            cache.end(is_whole=output is not None)
-
-    model.register_forward_pre_hook(before, with_kwargs=True)
-    model.register_forward_hook(after, with_kwargs=True, always_call=True)  # Of one that raised too.
-    _WATCHED.add(model)
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from kvservice_adapter.connectors.transformers.cache import StoredLayer
 from kvservice_adapter.connectors.transformers.model_probe import NotProbed, probe, window_of
-from kvservice_adapter.rope_frequencies import UnsupportedRotation
+from kvservice_adapter.device.rotation import UnsupportedRotation
 from kvservice_adapter.rope_of_model import rotaries_of
 from kvservice_api.layout import DTYPE_BYTES, LayerGroup, Layout
 

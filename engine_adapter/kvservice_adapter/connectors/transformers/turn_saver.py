@@ -1,4 +1,4 @@
-"""Saves what is left of a turn when it has ended, and has its session name it."""
+"""Saves what is left of a turn when it has ended, and updates its session."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kvservice_adapter.breaker import Breaker, answered
-from kvservice_adapter.connectors.transformers.cache import StoredCache, Tensors, pages_on_host
-from kvservice_adapter.connectors.transformers.forward_saver import BackgroundWriting
+from kvservice_adapter.connectors.transformers.cache import StoredCache, Tensors
+from kvservice_adapter.connectors.transformers.forward_saver import ForwardSaver
 from kvservice_adapter.connectors.transformers.model_layout import UnsupportedModel, dynamic_layers
 from kvservice_adapter.connectors.transformers.rows import Sequences, common_tokens
 from kvservice_adapter.connectors.transformers.unrotated import UnrotatedLayer
-from kvservice_adapter.device.base import Device
+from kvservice_adapter.device.base import Device, Pages
 from kvservice_adapter.engine import session_sync
 from kvservice_adapter.session import Conversation, Keys
 from kvservice_api.errors import InvalidRequest, KVError, StorageFailed
@@ -30,7 +30,7 @@ from kvservice_client.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
-_PATIENCE_S = 10.0  # For what else is being saved: nobody waits for it but the connector's own thread.
+_PATIENCE_S = 10.0  # For what else is being saved. Only the connector's own thread waits that long.
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,41 +103,45 @@ class TurnSaver:
         conversation: Conversation | None,
     ) -> list[Saving]:
         """What of each row is to be stored. Raises InvalidRequest where the tokens are not those of the cache."""
-        writing = writing_of(cache)
-        if writing is None and conversation is not None and conversation.parts:
+        saver = forward_saver_of(cache)
+        if saver is None and conversation is not None and conversation.parts:
             raise InvalidRequest(
-                "a conversation that was cut is saved with the cache that restore gave: only that knows"
+                "a conversation that was cut is saved with the cache that restore gave: no other knows the cut"
             )
         columns = cache.get_seq_length()
         longest = columns - min(given.pads)
         found = []
         for row, pad in enumerate(given.pads):
-            row_end = writing.end_of_row(row) if writing is not None else None
+            row_end = saver.end_of_row(row) if saver is not None else None
             tokens = given.tokens(row, columns if row_end is None else row_end)
-            if writing is not None and not writing.stopped:
-                known = writing.token_ids(row)
+            if saver is not None and not saver.stopped:
+                known = saver.token_ids(row)
                 common = common_tokens(tokens, known)
                 if common < min(len(tokens), len(known)):
                     raise InvalidRequest(f"token {common} is not the one that the cache was computed with")
             if self._tokens_max is not None and longest > self._tokens_max:
-                tokens = tokens[:0]  # The last ones are rotated in another way, and nobody knows since when.
+                tokens = tokens[:0]  # The last ones are rotated in another way, since an unknown token.
             if conversation is None:
                 name = session_ids[row]
-                hidden = writing.hidden_tokens(row) if writing is not None else None
+                hidden = saver.hidden_tokens(row) if saver is not None else None
                 saving = Saving(keys.chain(tokens, with_partial=bool(name), hidden=hidden), row, pad, name)
             else:
                 saving = _of_conversation(conversation, tokens, keys, row, pad)
-            if writing is not None and not writing.continues(row, saving.column, saving.chain.parent):
+            if saver is not None and not saver.continues(row, saving.column, saving.chain.parent):
                 raise InvalidRequest("the cache's history was cut: save it with its conversation, as it was then")
             found.append(saving)
         return found
 
     def save(
-        self, saving: Saving, states: Sequence[Tensors], writing: BackgroundWriting | None, durability: Durability
+        self, saving: Saving, states: Sequence[Tensors], meanwhile: ForwardSaver | None, durability: Durability
     ) -> Saved:
+        """Store what is not stored of a sequence, and have its session name it. Waits for the daemon.
+
+        `meanwhile` is what saved blocks while the model computed them.
+        """
         chain = saving.chain
-        if writing is not None:
-            writing.wait(_PATIENCE_S)
+        if meanwhile is not None:
+            meanwhile.saves.wait(_PATIENCE_S)
         try:
             stored_before = self._blocks.contains(chain)
             refused: list[tuple[int, KVError]] = []
@@ -152,19 +156,19 @@ class TurnSaver:
             self._breaker.record(answered(error))
             self._lines.warning("a turn was not saved: %s: %s", error.reason, error.message, kind=error.reason)
             return Saved(refused=len(chain), error=error)
-        meanwhile = writing.take_stored(chain) if writing is not None else 0
+        stored_meanwhile = meanwhile.saves.take_stored(chain) if meanwhile is not None else 0
         why = refused[0][1] if refused else None
         if why is not None:
             self._lines.warning(
                 "%d blocks were not saved: %s: %s", len(refused), why.reason, why.message, kind=why.reason
             )
-        already_stored += stored_before - meanwhile
-        saved = Saved(stored + meanwhile, max(0, already_stored), len(refused), why)
+        already_stored += stored_before - stored_meanwhile
+        saved = Saved(stored + stored_meanwhile, max(0, already_stored), len(refused), why)
         if not saving.session_id:
             return saved
         kept = stored_before + refused[0][0] if refused else len(chain)
         try:
-            self._remember(saving, chain[:kept])
+            self._sync(saving, chain[:kept])
         except KVError as error:
             self._lines.warning(
                 "session %s was not continued: %s: %s",
@@ -201,11 +205,11 @@ class TurnSaver:
             found.append((keys, values))
         return found
 
-    def _remember(self, saving: Saving, chain: BlockChain) -> None:
+    def _sync(self, saving: Saving, chain: BlockChain) -> None:
         if saving.cuts is None:
-            session_sync.remember(self._client, self._layout, saving.session_id, chain)
+            session_sync.sync_session(self._client, self._layout, saving.session_id, chain)
             return
-        session_sync.remember_conversation(
+        session_sync.sync_conversation(
             self._client, self._layout, saving.session_id, chain, saving.cuts, saving.kept_tokens
         )
 
@@ -214,7 +218,7 @@ class TurnSaver:
         starts = layer_starts(self._layout, self._blocks.shard, chain.token_counts)
         layers = [np.empty(of_layer[-1], np.uint8) for of_layer in starts]
         events = [
-            self._copies.gather(pages_on_host(keys, values, row, column, chain.token_count), chain.token_counts, into)
+            self._copies.gather(Pages(keys, values, [row], column), chain.token_counts, into)
             for (keys, values), into in zip(states, layers, strict=True)
         ]
         for event in events:
@@ -225,12 +229,12 @@ class TurnSaver:
         return layers
 
 
-def writing_of(cache: Cache) -> BackgroundWriting | None:
-    """What follows a cache of ours; None for one of the library's own."""
+def forward_saver_of(cache: Cache) -> ForwardSaver | None:
+    """The saver of a cache that this connector made; None for one of the library's own."""
     if not isinstance(cache, StoredCache):
         return None
-    assert isinstance(cache.writing, BackgroundWriting)
-    return cache.writing
+    assert isinstance(cache.observer, ForwardSaver)  # The only one that a connector makes.
+    return cache.observer
 
 
 def _of_conversation(conversation: Conversation, tokens: NDArray[Any], keys: Keys, row: int, pad: int) -> Saving:
