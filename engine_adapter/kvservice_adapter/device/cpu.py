@@ -28,7 +28,7 @@ _Bits = NDArray[Any]
 
 class CpuDevice(Device):
     def stream(self, name: str) -> CpuStream:
-        return CpuStream(name, self.bits)
+        return CpuStream(self, name)
 
     def staging(self, size_bytes: int) -> Staging:
         return Staging(np.empty(size_bytes, np.uint8))
@@ -38,11 +38,19 @@ class CpuDevice(Device):
 
     def rotate(self, keys: Any, rotation: Rotation, first_token: int = 0) -> None:
         view = view_of(keys)
-        rotation.turn(self.bits(view), view.dtype, first_token)
+        self.turn(self.bits(view), view.dtype, rotation, first_token)
+
+    # On a stream's thread. A device whose memory the host cannot touch has other means.
 
     def bits(self, view: ArrayView) -> _Bits:
-        """An engine's elements where a stream's thread can read and write them."""
+        """An engine's elements, as integers of their size."""
         return bits_of(view)
+
+    def copy(self, source: _Bits, target: _Bits) -> None:
+        np.copyto(target, source)
+
+    def turn(self, keys: _Bits, dtype: str, rotation: Rotation, first_token: int) -> None:
+        rotation.turn(keys, dtype, first_token)
 
 
 class CpuEvent(Event):
@@ -133,9 +141,8 @@ class _Worker:
 class CpuStream(Stream):
     """One thread, from the first work on until the stream is closed or dropped."""
 
-    def __init__(self, name: str, bits: Callable[[ArrayView], _Bits] = bits_of) -> None:
-        """`bits` gives the elements of an engine's array; it is called on the stream's thread."""
-        self._bits = bits
+    def __init__(self, device: CpuDevice, name: str) -> None:
+        self._device = device
         self._worker = _Worker(name)
         _workers.add(self._worker)
         weakref.finalize(self, self._worker.drop).atexit = False
@@ -149,16 +156,16 @@ class CpuStream(Stream):
         self, slices: Bytes, token_counts: Sequence[int], pages: Pages, rotation: Rotation | None = None
     ) -> CpuEvent:
         def work() -> None:
-            keys, values = self._bits(pages.key_view), self._bits(pages.value_view)
+            keys, values = self._device.bits(pages.key_view), self._device.bits(pages.value_view)
             token = 0
             for piece in pages.pieces(token_counts):
                 stored = _stored(slices, token_counts, pages, piece)
                 for source, target in zip(stored, _paged(keys, values, piece), strict=True):
-                    np.copyto(target, source)
+                    self._device.copy(source, target)
                 tokens = piece.blocks * piece.tokens
                 if rotation is not None:
                     turned = keys[piece.page_id, :, piece.token_of_page : piece.token_of_page + tokens]
-                    rotation.turn(turned, pages.key_view.dtype, token)
+                    self._device.turn(turned, pages.key_view.dtype, rotation, token)
                 token += tokens
 
         return self.submit(work)
@@ -167,14 +174,14 @@ class CpuStream(Stream):
         self, pages: Pages, token_counts: Sequence[int], into: Bytes, rotation: Rotation | None = None
     ) -> CpuEvent:
         def work() -> None:
-            keys, values = self._bits(pages.key_view), self._bits(pages.value_view)
+            keys, values = self._device.bits(pages.key_view), self._device.bits(pages.value_view)
             for piece in pages.pieces(token_counts):
                 stored = _stored(into, token_counts, pages, piece)
                 for source, target in zip(_paged(keys, values, piece), stored, strict=True):
-                    np.copyto(target, source)
+                    self._device.copy(source, target)
             if rotation is not None:
                 for first_token, turned in _stored_keys(into, token_counts, pages):
-                    rotation.turn(turned, pages.key_view.dtype, first_token)
+                    self._device.turn(turned, pages.key_view.dtype, rotation, first_token)
 
         return self.submit(work)
 
@@ -184,7 +191,7 @@ class CpuStream(Stream):
         def work() -> None:
             if (given.shape, given.dtype) != (into.shape, into.dtype):
                 raise ValueError(f"{given.shape} {given.dtype} is not {into.shape} {into.dtype}")
-            np.copyto(self._bits(into), self._bits(given))
+            self._device.copy(self._device.bits(given), self._device.bits(into))
 
         return self.submit(work)
 
