@@ -177,7 +177,11 @@ class DeviceContract:
     @settings(
         max_examples=60,
         deadline=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+        suppress_health_check=[  # Several devices inherit it.
+            HealthCheck.differing_executors,
+            HealthCheck.function_scoped_fixture,
+            HealthCheck.too_slow,
+        ],
     )
     @given(
         counts=st.lists(st.integers(1, 9), min_size=1, max_size=6),

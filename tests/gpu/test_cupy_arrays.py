@@ -43,7 +43,7 @@ class CupyDevice(CpuDevice):
     def bits(self, view: ArrayView) -> Any:
         assert view.device[0] == CUDA
         last = sum((size - 1) * stride for size, stride in zip(view.shape, view.strides, strict=True))
-        memory = self._cupy.cuda.UnownedMemory(view.address, last + view.item_bytes, view.owner)
+        memory = self._cupy.cuda.UnownedMemory(view.address, last + view.item_bytes, view.array)
         pointer = self._cupy.cuda.MemoryPointer(memory, 0)
         return self._cupy.ndarray(view.shape, f"u{view.item_bytes}", pointer, view.strides)
 

@@ -12,8 +12,8 @@ import torch
 
 import kvservice_adapter
 from kvservice_adapter.device.arrays import ArrayView
-from kvservice_adapter.device.choose import device_for
 from kvservice_adapter.device.cpu import CpuDevice
+from kvservice_adapter.torch_device import TorchDevice, device_for
 from tests.unit.connector_models import KeptBlocks, connector, prompt, tiny_llama
 
 _MOVES = {"cpu", "cuda", "to", "pin_memory", "numpy", "item", "tolist"}
@@ -56,10 +56,9 @@ def test_all_kv_is_copied_by_the_device_that_is_given(rotated: bool) -> None:
     assert device.arrays == (2 + copies) * model.config.num_hidden_layers
 
 
-def test_a_machine_that_no_device_is_for_is_refused_and_the_reason_names_the_way_out() -> None:
-    assert isinstance(device_for("cpu"), CpuDevice)
-    with pytest.raises(ValueError, match="no device for arrays on 'xpu'; give one"):
-        device_for("xpu")
+def test_the_default_device_is_chosen_by_where_the_model_lies() -> None:
+    assert type(device_for(torch.device("cpu"))) is CpuDevice
+    assert type(device_for(torch.device("cuda", 0))) is TorchDevice
 
 
 def test_no_line_on_the_path_of_a_forward_moves_kv_between_devices() -> None:

@@ -27,7 +27,8 @@ class ArrayView:
     dtype: str  # NumPy's name of the element type, or "bfloat16", "float8_e4m3fn", "float8_e5m2".
     item_bytes: int
     device: tuple[int, int]
-    owner: object  # Keeps the memory alive.
+    array: object  # What was given; it keeps the memory alive, with `capsule`.
+    capsule: object = None  # By which DLPack lends it.
 
     @property
     def is_on_host(self) -> bool:
@@ -82,7 +83,7 @@ class _OnHost:
 
     def __init__(self, view: ArrayView, typestr: str) -> None:
         self._view = view
-        is_read_only = isinstance(view.owner, np.ndarray) and not view.owner.flags.writeable
+        is_read_only = isinstance(view.array, np.ndarray) and not view.array.flags.writeable
         self.__array_interface__ = {
             "data": (view.address, is_read_only),
             "shape": view.shape,
@@ -95,7 +96,14 @@ class _OnHost:
 def _by_dlpack(array: Any) -> ArrayView:
     kind, number = array.__dlpack_device__()
     memory = lent(array) if kind in HOST_DEVICES else lent(array, stream=-1)  # -1: no stream waits for another.
-    owner = (memory.capsule, array)
+    place = int(kind), int(number)
     return ArrayView(
-        memory.address, memory.shape, memory.strides_bytes, memory.kind, memory.item_bytes, (int(kind), number), owner
+        memory.address,
+        memory.shape,
+        memory.strides_bytes,
+        memory.kind,
+        memory.item_bytes,
+        place,
+        array,
+        memory.capsule,
     )

@@ -40,13 +40,13 @@ from kvservice_adapter.connectors.transformers.turn_saver import Saved, TurnSave
 from kvservice_adapter.connectors.transformers.unrotated import KeyHooks
 from kvservice_adapter.cost import Rates
 from kvservice_adapter.device.base import Device, StreamClosed
-from kvservice_adapter.device.choose import device_for
 from kvservice_adapter.engine import session_sync
 from kvservice_adapter.engine.prefix_lookup import PrefixLookup, StoredPrefix
 from kvservice_adapter.engine.request_report import Request
 from kvservice_adapter.rope import ModelRopes, UnsupportedRotation
 from kvservice_adapter.save import LayerSaver
 from kvservice_adapter.session import Conversation, Keys
+from kvservice_adapter.torch_device import device_for
 from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, InvalidRequest, KVError
 from kvservice_api.keys import extra_identity
 from kvservice_api.session_ids import checked_session_id
@@ -119,7 +119,7 @@ class TransformersConnector:
         self._tokens_max = self._ropes_for_all().tokens_max if self._is_dynamic else None
         self._lookup = PrefixLookup(client, self._blocks, self._ropes_of_model)
         self._breaker = Breaker(probe_of(self._blocks))
-        self._device = device = device or _device_of(model)
+        self._device = device = device or device_for(model.device)
         self._saver = LayerSaver(device, self._blocks, staging_bytes=staging_bytes)
         self._builder = CacheBuilder(
             model,
@@ -394,13 +394,6 @@ class TransformersConnector:
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
             raise UnsupportedModel(f"its keys cannot be rotated: {why}") from error
-
-
-def _device_of(model: PreTrainedModel) -> Device:
-    try:
-        return device_for(model.device.type)
-    except ValueError as error:
-        raise UnsupportedModel(str(error)) from error
 
 
 def _names(session_id: str | Sequence[str], rows: int) -> Sequence[str]:

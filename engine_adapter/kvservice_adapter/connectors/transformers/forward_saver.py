@@ -26,6 +26,7 @@ from kvservice_adapter.breaker import Breaker
 from kvservice_adapter.connectors.transformers.cache import Forward
 from kvservice_adapter.connectors.transformers.generation import Generation, running
 from kvservice_adapter.connectors.transformers.mask_record import MaskRecord
+from kvservice_adapter.device.arrays import view_of
 from kvservice_adapter.device.base import Pages
 from kvservice_adapter.engine.forward_saves import ForwardSaves
 from kvservice_adapter.save import LayerSaver
@@ -190,9 +191,12 @@ class ForwardSaver:
         if self._forward is None or self._forward[0] != first:
             self.stop("states came from elsewhere than a forward of the model")
             return
-        if self.saves.is_any_open and {keys.dtype, values.dtype} != {self._dtype}:
+        if not self.saves.is_any_open:
+            return
+        if {keys.dtype, values.dtype} != {self._dtype}:
             self.stop("states are not of the layout's dtype")  # Those of autocast, for one.
-        self.saves.layer(index, lambda place: Pages(keys, values, [place.row], place.column))
+        key_view, value_view = view_of(keys), view_of(values)  # Once for all rows.
+        self.saves.layer(index, lambda place: Pages(key_view, value_view, [place.row], place.column))
 
     def end(self, *, is_whole: bool) -> None:
         """The forward has ended; `is_whole` where it raised nothing."""
