@@ -35,7 +35,7 @@ class LayerSource(Protocol):
         Called once, on the thread of the stream that loads; `next`, and `close` of the iterator where it has one, are
         called there too, and `pages_of_layer` must be called nowhere else. `next` is called only when the event before
         it is done, and only as far ahead as the read buffer allows, so a source may reuse a layer's staging then. The
-        iterator ends behind the last layer; closing it earlier ends the load. Whatever it raises fails the load.
+        iterator ends after the last layer; closing it earlier ends the load. Whatever it raises fails the load.
         """
 
 

@@ -1,8 +1,8 @@
-"""Layer-wise pre-loading: layer i+1 comes in while the engine computes layer i.
+"""Layer-wise pre-loading: layer i+1 is loaded while the engine computes layer i.
 
     source = HostLayers(stream, lease.load, lease.token_counts)
     loader = LayerLoader(device, stream, source, pages_of_layer, layer_count=30, release=lease.release)
-    loader.start()                      # k layers come in; the request may still be queued
+    loader.start()                      # k layers are loaded; the request may still be queued
     ...
     for layer in model:                 # in the engine's forward pass
         pages = loader.wait(layer)      # its keys and values are there
@@ -27,7 +27,7 @@ from kvservice_adapter.schedule import ReadBuffer
 
 
 class LoadFailed(Exception):
-    """A layer is not there, and will not be: compute the history. The cause, if there is one, says why."""
+    """A layer was not loaded, and will not be: compute the history. The cause, if there is one, says why."""
 
 
 @dataclass(slots=True)
@@ -49,7 +49,7 @@ class LoadReport:
 
 
 class LayerLoader:
-    """One history on its way into an engine's pages. For one request; any thread may call it.
+    """The load of one history into an engine's pages. For one request; any thread may call it.
 
     A loader that is dropped ends its load, as `close` does.
     """
@@ -86,7 +86,7 @@ class LayerLoader:
         self._load.go_on()
 
     def request_runs(self) -> None:
-        """The request is computed from now on: layers are taken one after another. The first `wait` says so too."""
+        """The request is computed from now on: layers are taken one after another. The first `wait` implies it."""
         self._load.request_runs()
 
     def wait(self, layer: int, timeout_s: float | None = None) -> Pages:
@@ -111,7 +111,7 @@ class LayerLoader:
 
     @property
     def report(self) -> LoadReport:
-        """How it went so far."""
+        """The load so far."""
         return replace(self._load.report, waited_s=list(self._load.report.waited_s))
 
     @property
@@ -120,7 +120,7 @@ class LayerLoader:
         return self._load.is_done
 
     def cancel(self) -> None:
-        """End the load after the layer that is on its way, and free the lease. Waits for nothing."""
+        """End the load after the layer that is being loaded, and free the lease. Does not wait."""
         self._load.cancel()
 
     close = cancel

@@ -69,7 +69,7 @@ class Rope:
     ) -> Rope:
         """From `rope_parameters` as transformers 5 writes them: `rope_type`, `rope_theta`, `partial_rotary_factor`, ...
 
-        `pairing` is in no configuration: which two dims turn together is told by the engine's code ("half":
+        `pairing` is in no configuration: the engine's code decides which two dims turn together ("half":
         i and i + dims / 2; "interleaved": 2 i and 2 i + 1). Raises UnsupportedRotation.
         """
         kind = kind_of(parameters)

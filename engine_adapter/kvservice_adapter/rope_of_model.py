@@ -18,7 +18,7 @@ def rotary_of(model: Any) -> Rotary:
     """How the model rotates its keys, for a layout. Raises UnsupportedRotation where no prefix could be reused.
 
     A model that computes with other frequencies than its configuration gives (`model.to(bfloat16)` rounds
-    them) is told apart by a checksum of them.
+    them) is distinguished by a checksum of them.
     """
     parameters = getattr(model.config, "rope_parameters", None) or {}
     if not parameters and not _frequency_modules(model):

@@ -114,7 +114,7 @@ class LayerSaver:
             self._gathering.close()
             self._sending.close()
 
-    # A job on its way
+    # A job's way through the threads
 
     def _gather(self, pages: Pages, chain: BlockChain, into: Bytes, rotation: Rotation | None) -> Event:
         return self._gathering.gather(pages, chain.token_counts, into, rotation)

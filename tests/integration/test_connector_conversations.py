@@ -140,7 +140,7 @@ def test_a_conversation_that_overflows_several_times_answers_as_if_it_had_been_c
     answers, reused = stored(subject, model, conversation, **options)
 
     assert answers == in_memory(model, **options)
-    assert len(conversation.parts) >= 3
+    assert len(conversation.cuts) >= 3
     assert all(found == there for there, found in reused), reused
 
 
@@ -151,7 +151,7 @@ def test_keys_of_each_kind_of_layer_are_turned_by_the_rotation_of_that_kind(clie
     answers, reused = stored(subject, model, conversation)
 
     assert answers == in_memory(model)
-    assert len(conversation.parts) >= 3
+    assert len(conversation.cuts) >= 3
     assert all(found == there for there, found in reused), reused
 
 
@@ -261,7 +261,7 @@ def test_a_history_that_is_not_its_sessions_is_a_miss_and_begun_anew(client: Cli
     missed = subject.restore(np.append(left, [5, 6]), conversation=conversation)
 
     assert (missed.tokens, missed.error) == (0, None)
-    assert (conversation.token_count, conversation.parts) == (0, ())
+    assert (conversation.token_count, conversation.cuts) == (0, ())
     with torch.inference_mode():
         model(torch.from_numpy(np.append(left, [5, 6]).astype(np.int64))[None], past_key_values=missed.cache)
     assert subject.save(np.append(left, [5, 6]), missed.cache, conversation=conversation, wait_s=30.0).error is None
@@ -277,7 +277,7 @@ def test_keys_that_are_stored_unrotated_answer_alike(client: Client) -> None:
     answers, reused = stored(subject, model, conversation)
 
     assert answers == in_memory(model)
-    assert len(conversation.parts) >= 3
+    assert len(conversation.cuts) >= 3
     assert all(found == there for there, found in reused), reused
 
 
@@ -288,7 +288,7 @@ def test_a_cut_history_that_does_not_come_is_computed_as_it_was(daemon: DaemonPr
         subject = connector(client, model, model_revision="late")
         late = connector(slow_client, model, model_revision="late")
         stored(subject, model, conversation)
-        assert len(conversation.parts) >= 3
+        assert len(conversation.cuts) >= 3
         ids = torch.from_numpy(np.append(conversation.token_ids, [1, 2, 3]).astype(np.int64))[None]
 
         there = subject.restore(ids, conversation=conversation)

@@ -25,9 +25,9 @@ def said(*token_ids: int) -> Conversation:
 
 def state_of(conversation: Conversation, *, since: int | None = None, tip: bytes | None = None) -> SessionState:
     """The session as the daemon would have it, with the first `since` tokens behind the last cut."""
-    since = len(conversation.said) if since is None else since
+    since = len(conversation.tokens_since_cut) if since is None else since
     parent = conversation.parent(KEYS)
-    chain = KEYS.chain(conversation.said[:since], parent, with_partial=True)
+    chain = KEYS.chain(conversation.tokens_since_cut[:since], parent, with_partial=True)
     kept = [Slice(b"x" * 32, 0, conversation.kept_tokens, 4, 0)] if conversation.kept_tokens else []
     slices = tuple(Slice(key, 0, count, count, None) for key, count in zip(chain.keys, chain.token_counts, strict=True))
     tail = since % LAYOUT.block_tokens
@@ -40,7 +40,7 @@ def state_of(conversation: Conversation, *, since: int | None = None, tip: bytes
         tail,
         conversation.kept_tokens + since,
         len(kept) + len(slices),
-        len(conversation.parts),
+        len(conversation.cuts),
         datetime.now(UTC),
         (*kept, *slices),
     )
@@ -51,12 +51,12 @@ def test_it_grows_and_loses_its_middle() -> None:
     conversation.truncate([(0, 2), (6, 4)])
     conversation.extend([20, 21])
     assert conversation.token_ids.tolist() == [0, 1, 6, 7, 8, 9, 20, 21]
-    assert (conversation.token_count, conversation.kept_tokens, len(conversation.parts)) == (8, 6, 1)
+    assert (conversation.token_count, conversation.kept_tokens, len(conversation.cuts)) == (8, 6, 1)
 
     conversation.truncate([(1, 1), (5, 3)])
     assert conversation.token_ids.tolist() == [1, 9, 20, 21]
-    conversation.begin_anew()
-    assert (conversation.token_count, conversation.parts) == (0, ())
+    conversation.reset()
+    assert (conversation.token_count, conversation.cuts) == (0, ())
 
 
 def test_its_keys_go_on_from_the_cut_of_all_that_was_said() -> None:
@@ -74,7 +74,7 @@ def test_its_keys_go_on_from_the_cut_of_all_that_was_said() -> None:
 def test_a_cut_that_keeps_everything_is_none() -> None:
     conversation = said(1, 2, 3)
     conversation.truncate([(0, 2), (2, 1)])
-    assert conversation.parts == ()
+    assert conversation.cuts == ()
 
 
 @pytest.mark.parametrize("keep", [[(0, 2), (1, 3)], [(3, 2), (0, 2)], [(0, 0)], [(8, 3)], [(-1, 2)]], ids=str)
@@ -87,10 +87,10 @@ def test_ranges_that_overlap_descend_are_empty_or_go_past_the_end_are_refused(ke
 
 def test_a_prompt_that_begins_with_it_is_told_from_one_that_does_not() -> None:
     conversation = said(1, 2, 3)
-    assert conversation.leads_to(np.array([1, 2, 3, 4]))
-    assert conversation.leads_to(np.array([1, 2, 3]))
-    assert not conversation.leads_to(np.array([1, 2]))
-    assert not conversation.leads_to(np.array([1, 2, 4, 4]))
+    assert conversation.is_prefix_of(np.array([1, 2, 3, 4]))
+    assert conversation.is_prefix_of(np.array([1, 2, 3]))
+    assert not conversation.is_prefix_of(np.array([1, 2]))
+    assert not conversation.is_prefix_of(np.array([1, 2, 4, 4]))
 
 
 def test_its_session_is_known_by_what_was_said_dropped_and_kept() -> None:

@@ -75,10 +75,11 @@ class CpuEvent(Event):
 
 
 class _Worker:
-    """Does work in order, on a thread that is there while it is needed. It does not know its stream.
+    """Does work in order, on a thread that exists while it is needed. It holds no reference to its stream.
 
     Work may be given from a destructor, wherever the garbage collector runs it, and after the collector has
-    told the thread to end: it runs destructors last. No lock here is one that a thread could wait for twice.
+    dropped the stream: it runs destructors last. The lock is reentrant, for a destructor may run while its thread
+    holds it.
     """
 
     def __init__(self, name: str) -> None:
@@ -100,13 +101,13 @@ class _Worker:
                 self._thread.start()
 
     def close(self) -> None:
-        """Take no more work, and let the thread go once all is done that was given."""
+        """Refuse later work, and end the thread when all earlier work is done."""
         with self._lock:
             self._closed = True
             self.drop()
 
     def drop(self) -> None:
-        """Let the thread go whenever there is no work: the stream is gone, but for destructors."""
+        """End the thread whenever there is no work: only destructors may still submit some."""
         with self._lock:
             self._dropped = True
             if self._thread is not None:
@@ -209,7 +210,7 @@ _EXIT_S = 1.0
 
 @atexit.register
 def _end_all() -> None:
-    """A thread that still works when the interpreter goes away may take it down: let them end, if they can."""
+    """A thread that still works while the interpreter shuts down may crash it: wait a bounded time for each to end."""
     end_s = time.monotonic() + _EXIT_S
     workers = list(_workers)
     for worker in workers:

@@ -119,7 +119,7 @@ class PrefixLookup:
             return None
         tokens = min(history.tokens, tokens_max)
         parent = conversation.parent(keys)
-        said = conversation.said[: tokens - conversation.kept_tokens]
+        said = conversation.tokens_since_cut[: tokens - conversation.kept_tokens]
         return StoredPrefix(
             tokens,
             history.token_counts,
@@ -143,7 +143,7 @@ class PrefixLookup:
     ) -> BlockChain | None:
         """The session's history, tail included, as far as the tokens begin with it; None where they do not."""
         state = self._state(session_id, deadline)
-        if state is None or state.cuts:  # What is left after a cut cannot be told from the tokens.
+        if state is None or state.cuts:  # The tokens that are left do not say what was cut.
             return None
         chain = keys.chain(token_ids[: state.token_count], with_partial=True, hidden=hidden)
         return chain[: common_blocks(chain.keys, state)] or None

@@ -31,7 +31,7 @@ Tensors = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """What a model is asked to compute: tokens ``[row, token]``, and how they are placed, where it is told.
+    """What a model is asked to compute: tokens ``[row, token]``, and how they are placed, where that is known.
 
     The mask and the positions may be of any kind that some model understands.
     """
@@ -195,7 +195,7 @@ class StoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library
         assert self._keys is not None and self._values is not None
         self._keys = self._keys[..., :tokens_to_remove, :]
         self._values = self._values[..., :tokens_to_remove, :]
-        self._buffers = None  # What lies behind may be being saved: it must not be written over.
+        self._buffers = None  # The columns after it may be being saved: they must not be overwritten.
         self._observer.crop(self.get_seq_length())
 
     def reset(self) -> None:

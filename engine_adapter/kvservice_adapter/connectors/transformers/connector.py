@@ -1,4 +1,4 @@
-"""Keeps the KV of Hugging Face transformers models: it comes in while the model computes, and is saved meanwhile.
+"""Keeps the KV of Hugging Face transformers models: it is loaded while the model computes, and saved meanwhile.
 
     connector = TransformersConnector(client, model, model_id="SmolLM2-135M-Instruct", model_revision=revision)
 
@@ -97,7 +97,7 @@ class TransformersConnector:
 
         Computes a few tokens in the model's first layers, to see what its cache holds and that its attention is
         causal (`model_probe`). Asks nothing of the daemon. Raises UnsupportedModel, with the reason, for a model, or
-        any other object, whose KV could not be given back exactly, and InvalidRequest for a `client` that is none.
+        any other object, whose KV could not be restored exactly, and InvalidRequest for a `client` that is none.
         """
         if not callable(getattr(client, "open_layout", None)):
             raise InvalidRequest(
@@ -183,8 +183,8 @@ class TransformersConnector:
             raise UnsupportedModel("tokens can be hidden neither in a conversation nor where keys are stored unrotated")
         if attention_mask is None and conversation is None and self.layout.rotated:
             given = given.hiding(self._hidden_token)
-        if conversation is not None and not conversation.leads_to(given.tokens(0)):
-            conversation.begin_anew()
+        if conversation is not None and not conversation.is_prefix_of(given.tokens(0)):
+            conversation.reset()
         names = _names(session_id, len(given.pads))
         keys = self._keys()
         request = Request(self._client, self.rates, request_id)
@@ -205,13 +205,13 @@ class TransformersConnector:
             )
         request.not_found = error
         replay = None
-        if conversation is not None and conversation.parts:
+        if conversation is not None and conversation.cuts:
             tokens = found[0].tokens if found[0] is not None else 0
             replay = partial(replayed, self._model, self._device, conversation.copy(), self._ropes_of_model, tokens)
         self._hooks = hooks = self._hooks or ModelHooks(self._model)
         restored = self._builder.build(given, keys, found, request, replay, hooks)
         if replay is not None and conversation is not None and not restored.tokens:
-            conversation.begin_anew()  # What is left of it is computed without what was cut.
+            conversation.reset()  # What is left of it is computed without what was cut.
         return replace(restored, not_found=error)
 
     def save(
@@ -261,12 +261,12 @@ class TransformersConnector:
 
         `truncation.keep_on_overflow` gives those that a full context window leaves. Its next `restore` gives the
         KV of `conversation.token_ids`, at the positions where they are now. False where the daemon could not be
-        told in time: the conversation is cut all the same, and computed again. Raises InvalidRequest for ranges
+        updated in time: the conversation is cut all the same, and computed again. Raises InvalidRequest for ranges
         that are not ascending, disjoint and inside the conversation.
         """
         before = conversation.copy()
         conversation.truncate(keep)
-        if not conversation.parts or conversation.parts == before.parts:
+        if not conversation.cuts or conversation.cuts == before.cuts:
             return True
         keys, ranges = self._keys(), [(int(first), int(count)) for first, count in keep]
         outcome: list[bool] = []
@@ -309,7 +309,7 @@ class TransformersConnector:
                 tokens_max = len(tokens) - 1
                 if self._tokens_max is not None and len(tokens) > self._tokens_max:
                     tokens_max = 0  # The whole prompt is rotated in another way.
-                if conversation is not None and conversation.parts:
+                if conversation is not None and conversation.cuts:
                     found.append(self._lookup.by_conversation(conversation, tokens_max, keys, deadline))
                 else:
                     name = session_ids[row] if conversation is None else conversation.session_id

@@ -189,7 +189,7 @@ class ForwardSaver:
         if self._stopped:
             return
         if self._forward is None or self._forward[0] != first:
-            self.stop("states came from elsewhere than a forward of the model")
+            self.stop("states were added outside a forward of the model")
             return
         if not self.saves.is_any_open:
             return
@@ -228,7 +228,7 @@ class ForwardSaver:
     # Called by the connector
 
     def continues(self, row: int, column: int, parent: bytes) -> bool:
-        """Whether a chain that begins in a column of a row, behind `parent`, is of what the cache holds."""
+        """Whether a chain that begins in a column of a row, after `parent`, is of what the cache holds."""
         return (self._rows[row].first, self._rows[row].parent) == (column, parent)
 
     def _mismatch(self, forward: Forward, first: int) -> str:
@@ -239,7 +239,7 @@ class ForwardSaver:
         if given is None or given.ndim < 2:
             return "what a forward computes is not known"
         if not self._is_placed_as_expected(forward, len(given), first, first + given.shape[1]):
-            return "tokens were masked or placed in another way than restore was told"
+            return "tokens were masked or placed in another way than the call of restore says"
         longest = first + given.shape[1] - min(row.pad for row in self._rows)
         if self._tokens_max is not None and longest > self._tokens_max:
             return f"from {self._tokens_max} tokens on the model rotates its keys in another way"

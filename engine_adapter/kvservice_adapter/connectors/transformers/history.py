@@ -87,7 +87,7 @@ class Buffers:
 
 
 class Head(NamedTuple):
-    """What was computed of the history, while the rest of it came: its first tokens."""
+    """What was computed of the history, while the rest of it was loaded: its first tokens."""
 
     layers: dict[int, Tensors]  # Each is forgotten once it is joined with the rest.
     tokens: int
@@ -159,7 +159,7 @@ class LoadedHistory:
             return False
         self._recompute = partial(self._recompute_masked, visible)
         self.error = InvalidRequest(
-            "the attention mask hides tokens of the history that restore was not told of: it is computed"
+            "the attention mask hides tokens of the history that the call of restore does not name: it is computed"
         )
         self._compute(0)
         return True

@@ -1,4 +1,4 @@
-"""What a model's KV looks like, and whether blocks of it can be given back exactly."""
+"""What a model's KV looks like, and whether blocks of it can be restored exactly."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def layout_of(model: Any, *, model_id: str, model_revision: str, block_tokens: i
     """The layout of a model's KV.
 
     Decided by the configuration first, then by a probe (`model_probe`): the model computes a few tokens in its
-    first layers. Raises UnsupportedModel, with the reason, for any object whose KV could not be given back exactly,
+    first layers. Raises UnsupportedModel, with the reason, for any object whose KV could not be restored exactly,
     and InvalidLayout for a `model_id`, a `model_revision` or a `block_tokens` that no layout can have.
     """
     try:

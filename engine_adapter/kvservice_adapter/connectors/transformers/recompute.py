@@ -43,10 +43,10 @@ def replayed(
     keys are to be turned.
     """
     cache = whole_cache(model.config)
-    for part in conversation.parts:
-        _forward(model, part.said[None], cache)
-        _cut(cache, device, part.kept, ropes)
-    _forward(model, conversation.said[None, : token_count - conversation.kept_tokens], cache)
+    for cut in conversation.cuts:
+        _forward(model, cut.tokens[None], cache)
+        _cut(cache, device, cut.kept_ranges, ropes)
+    _forward(model, conversation.tokens_since_cut[None, : token_count - conversation.kept_tokens], cache)
     return _layers(cache)
 
 

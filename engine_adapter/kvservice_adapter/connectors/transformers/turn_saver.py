@@ -104,7 +104,7 @@ class TurnSaver:
     ) -> list[Saving]:
         """What of each row is to be stored. Raises InvalidRequest where the tokens are not those of the cache."""
         saver = forward_saver_of(cache)
-        if saver is None and conversation is not None and conversation.parts:
+        if saver is None and conversation is not None and conversation.cuts:
             raise InvalidRequest(
                 "a conversation that was cut is saved with the cache that restore gave: no other knows the cut"
             )
@@ -239,11 +239,11 @@ def forward_saver_of(cache: Cache) -> ForwardSaver | None:
 
 def _of_conversation(conversation: Conversation, tokens: NDArray[Any], keys: Keys, row: int, pad: int) -> Saving:
     """Let the conversation go on to these tokens. What was said since its last cut is to be stored."""
-    if not conversation.leads_to(tokens):
-        if conversation.parts:
+    if not conversation.is_prefix_of(tokens):
+        if conversation.cuts:
             raise InvalidRequest("the tokens do not begin with what is left of the conversation")
-        conversation.begin_anew()  # It was edited.
+        conversation.reset()  # It was edited.
     conversation.extend(tokens[conversation.token_count :])
     kept_tokens = conversation.kept_tokens
-    chain = keys.chain(conversation.said, conversation.parent(keys), with_partial=True)
-    return Saving(chain, row, pad + kept_tokens, conversation.session_id, len(conversation.parts), kept_tokens)
+    chain = keys.chain(conversation.tokens_since_cut, conversation.parent(keys), with_partial=True)
+    return Saving(chain, row, pad + kept_tokens, conversation.session_id, len(conversation.cuts), kept_tokens)
