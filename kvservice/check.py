@@ -4,7 +4,7 @@ Every record, extent, trailer and slice of every tier is read and compared, and 
 counted. The store says itself where its files lie. What is damaged is a miss to a running daemon;
 ``--repair`` deletes its records, which is all that is needed to have the space back. An SSD file that
 is missing keeps the daemon from starting: ``--repair`` gives its blocks up, and the next start creates it again.
-Where the index itself is damaged, ``--repair`` makes a new one of what can be saved (``store/salvage.py``).
+Where the index itself is damaged, ``--repair`` makes a new one of what can be saved (``store/repair/salvage.py``).
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from kvservice.index.environment import DATA_NAME
 from kvservice.index.errors import StoreDamaged, StoreError
 from kvservice.index.records import Records
 from kvservice.index.store_lock import StoreLock
-from kvservice.store import pieces, salvage
-from kvservice.store.rebuild import Found, find_blocks
+from kvservice.store import image_check
+from kvservice.store.repair import salvage
+from kvservice.store.repair.rebuild import Found, find_blocks
 from kvservice.tiers.arena import Arena, examine
 from kvservice.tiers.base import StoreMismatch, Tier
 from kvservice.tiers.dram import DramTier
@@ -444,7 +445,7 @@ def _in_order(files: Collection[Path]) -> list[Path]:
 async def _damage(tier: Tier, copy: _Copy) -> str:
     """What of the copy's bytes is damaged; empty where nothing is."""
     key, shard, expected = copy.key[:KEY_BYTES], copy.shard, copy.trailer_checksum
-    what = await pieces.damage_in(tier, copy.extent, copy.geometry, key, shard, expected, piece_bytes=_PIECE_BYTES)
+    what = await image_check.damage_in(tier, copy.extent, copy.geometry, key, shard, expected, piece_bytes=_PIECE_BYTES)
     return f"{what} is damaged" if what else ""
 
 

@@ -41,12 +41,12 @@ from kvservice.rpc.blocks import BlockService, ServiceLimits
 from kvservice.rpc.server import Server, UnixSocket
 from kvservice.rpc.sessions import SessionService
 from kvservice.rpc.tls import Certificates
-from kvservice.store.block_store import BlockStore, StoreLimits
 from kvservice.store.directory import ResidencyDirectory
-from kvservice.store.history import History
+from kvservice.store.miss_reasons import History
+from kvservice.store.mover.evictor import Watermarks
 from kvservice.store.recovery import recover
-from kvservice.store.room import Watermarks
-from kvservice.store.sessions import SessionLimits
+from kvservice.store.sessions.sessions import SessionLimits
+from kvservice.store.store import BlockStore, StoreLimits
 from kvservice.tiers.arena import Arena, without_generations
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.files import FileCalls, file_system_of

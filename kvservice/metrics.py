@@ -25,7 +25,7 @@ from kvservice.blocks import TierName
 from kvservice.counters import HELP
 from kvservice.rpc.addresses import AddressUnusable, reason
 from kvservice.rpc.tls import Certificates
-from kvservice.store.block_store import BlockStore
+from kvservice.store.store import BlockStore
 from kvservice_api.address import parse_listen_address
 
 log = logging.getLogger(__name__)

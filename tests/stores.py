@@ -24,15 +24,15 @@ from kvservice.blocks import BlockTable, Extent, TierName, object_key
 from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.policy import LruPolicy, Policy
-from kvservice.store.block_store import BlockStore, StoreLimits
 from kvservice.store.caller import DEFAULT_TENANT, Caller
 from kvservice.store.directory import ResidencyDirectory
-from kvservice.store.history import History
-from kvservice.store.ingest import Ingest, SaveOutcome
 from kvservice.store.leases import Client, Lease
-from kvservice.store.load import Part
+from kvservice.store.miss_reasons import History
+from kvservice.store.mover.evictor import Watermarks
 from kvservice.store.recovery import recover
-from kvservice.store.room import Watermarks
+from kvservice.store.store import BlockStore, StoreLimits
+from kvservice.store.transfers.reads import Part
+from kvservice.store.transfers.upload import Ingest, SaveOutcome
 from kvservice.tiers.arena import Arena
 from kvservice.tiers.base import Tier
 from kvservice.tiers.dram import DramTier

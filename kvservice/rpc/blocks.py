@@ -22,11 +22,11 @@ from kvservice.rpc.messages import (
     shard_of,
 )
 from kvservice.rpc.reports import report_record
-from kvservice.store.block_store import BlockStore
 from kvservice.store.caller import Caller
 from kvservice.store.directory import ResidencyDirectory
-from kvservice.store.ingest import SaveOutcome
-from kvservice.store.load import Part
+from kvservice.store.store import BlockStore
+from kvservice.store.transfers.reads import Part
+from kvservice.store.transfers.upload import SaveOutcome
 from kvservice_api.errors import DeadlineExceeded, IncompleteSave, InvalidFrame, InvalidRequest, Overloaded
 from kvservice_api.frames import HEAD_BYTES_MAX, Frame, decode_save, encode_frame
 from kvservice_api.keys import split_keys

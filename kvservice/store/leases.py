@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from kvservice.blocks import Rows
 from kvservice.clock import Clock
 from kvservice.counters import Counters
+from kvservice.store.block_lifecycle import Residency
 from kvservice.store.caller import Caller
-from kvservice.store.pace import Pace
-from kvservice.store.residency import Residency
+from kvservice.store.loop_budget import Pace
 from kvservice.store.tasks import Tasks
 from kvservice_api.errors import InvalidRequest, LeaseExpired, LeaseNotYours, Overloaded, UnknownClient
 from kvservice_api.layout import Layout, Shard

@@ -17,7 +17,7 @@ from kvservice.index.block_index import LAYOUTS_NAME, BlockIndex
 from kvservice.index.errors import StoreDamaged
 from kvservice.index.records import RECORD, Records
 from kvservice.index.recovery import UNKNOWN_LAYOUT
-from kvservice.store.history import History
+from kvservice.store.miss_reasons import History
 from kvservice.tiers.base import Tier
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.image import block_geometry

@@ -24,9 +24,9 @@ from kvservice.blocks import BlockTable
 from kvservice.clock import Clock
 from kvservice.store.caller import Caller
 from kvservice.store.leases import Client, Lease, Leases
-from kvservice.store.lookup import narrowed
-from kvservice.store.pace import Pace
-from kvservice.store.requests import Requests
+from kvservice.store.loop_budget import Pace
+from kvservice.store.operations.requests import Requests
+from kvservice.store.prefix_match import narrowed
 from kvservice_api.errors import (
     InvalidRequest,
     Overloaded,

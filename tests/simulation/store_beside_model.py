@@ -19,10 +19,10 @@ import pytest
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 
 from kvservice.blocks import Extent, TierName
-from kvservice.store.block_store import StoreLimits
-from kvservice.store.ingest import Ingest, SaveOutcome
 from kvservice.store.leases import Client, Lease
-from kvservice.store.room import Watermarks
+from kvservice.store.mover.evictor import Watermarks
+from kvservice.store.store import StoreLimits
+from kvservice.store.transfers.upload import Ingest, SaveOutcome
 from kvservice_api.errors import TicketForeign
 from kvservice_api.frames import Frame
 from kvservice_api.keys import BlockChain, block_chain

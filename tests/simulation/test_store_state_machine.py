@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, rule
 
 from kvservice.blocks import TierName
-from kvservice.store.ingest import SaveOutcome
-from kvservice.store.room import Watermarks
+from kvservice.store.mover.evictor import Watermarks
+from kvservice.store.transfers.upload import SaveOutcome
 from kvservice_api.errors import (
     BlockNotFound,
     InvalidRequest,

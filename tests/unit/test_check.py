@@ -24,7 +24,7 @@ from kvservice.index.environment import BLOCKS, LAYOUTS, META, SESSIONS, Environ
 from kvservice.index.records import RECORD, Records, encode_records, new_records
 from kvservice.index.session_records import session_name
 from kvservice.index.store_lock import StoreLock
-from kvservice.store.pieces import scratch
+from kvservice.store.image_check import scratch
 from kvservice.tiers.arena import Arena
 from kvservice.tiers.base import Tier
 from kvservice.tiers.dram import DramTier

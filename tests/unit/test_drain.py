@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from kvservice.blocks import TierName
-from kvservice.store.drain import DrainProgress
 from kvservice.store.leases import Client
+from kvservice.store.operations.drain import DrainProgress
 from kvservice_api.errors import Draining
 from tests.stores import (
     CALLER,

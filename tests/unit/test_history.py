@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvservice.blocks import BlockTable, TierName
-from kvservice.store.history import Event, History, Reason
+from kvservice.store.miss_reasons import Event, History, Reason
 from kvservice_api.layout import Shard
 from tests.clock import FakeClock
 

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvservice.blocks import TierName
-from kvservice.store.block_store import StoreLimits
-from kvservice.store.ingest import Ingest, SaveOutcome, _Slices
 from kvservice.store.leases import Client
+from kvservice.store.store import StoreLimits
+from kvservice.store.transfers.upload import Ingest, SaveOutcome, _Slices
 from kvservice_api.errors import (
     Draining,
     IncompleteSave,

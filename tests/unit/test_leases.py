@@ -12,9 +12,9 @@ import pytest
 
 from kvservice.blocks import TierName
 from kvservice.counters import Counters
-from kvservice.store.block_store import StoreLimits
 from kvservice.store.leases import Client, Lease, Leases
-from kvservice.store.pace import Pace
+from kvservice.store.loop_budget import Pace
+from kvservice.store.store import StoreLimits
 from kvservice.store.tasks import Tasks
 from kvservice_api.errors import InvalidRequest, KVError, LeaseExpired, LeaseNotYours, Overloaded, UnknownClient
 from tests.clock import FakeClock

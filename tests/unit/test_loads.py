@@ -13,7 +13,7 @@ import pytest
 from kvservice.blocks import TierName
 from kvservice.index.records import Records
 from kvservice.policy import LruPolicy
-from kvservice.store import pieces
+from kvservice.store import image_check
 from kvservice.store.leases import Client, Lease
 from kvservice.tiers.files import FileCalls
 from kvservice_api.errors import ChecksumMismatch, IndexFull
@@ -86,7 +86,7 @@ def trailer_at(opened: OpenStore, row: int) -> int:
     """Where in the file the row's trailer is read."""
     extent = opened.store.blocks.extent(row, TierName.SSD)
     assert extent is not None
-    return HEADER + extent.offset_bytes + pieces.trailer_start(opened.store.residency.geometry(row))
+    return HEADER + extent.offset_bytes + image_check.trailer_start(opened.store.residency.geometry(row))
 
 
 async def test_a_load_that_fails_holds_its_blocks_until_the_last_of_its_reads_has_ended(
@@ -271,7 +271,7 @@ async def test_a_small_slice_is_verified_again_where_a_later_read_has_written_it
     )
     whole = Shard.whole(layout)
     geometry = block_geometry(layout, whole, 16)
-    first, second, *_ = pieces.cut(geometry, MIB)
+    first, second, *_ = image_check.cut(geometry, MIB)
     shared_layer = first.layer_end - 1
     assert geometry.slice_range(shared_layer)[0] < second.start < geometry.slice_range(shared_layer)[1]
 

@@ -10,7 +10,7 @@ import pytest
 
 from kvservice.blocks import TierName
 from kvservice.store.leases import Client, Lease
-from kvservice.store.locate import Located, NotInPlace
+from kvservice.store.transfers.in_place_reads import Located, NotInPlace
 from kvservice_api.errors import ChecksumMismatch, LeaseExpired, NotShared, Overloaded, StorageFailed
 from kvservice_api.image import block_geometry
 from kvservice_api.keys import BlockChain

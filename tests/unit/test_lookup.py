@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvservice.blocks import NO_ROW, BlockTable, Extent, TierName
-from kvservice.store.coverage import cover
 from kvservice.store.leases import Client
-from kvservice.store.lookup import find
+from kvservice.store.prefix_match import find
+from kvservice.store.transfers.coverage import cover
 from kvservice_api.errors import UnknownClient
 from kvservice_api.layout import Shard
 from tests.stores import CALLER, LAYOUT, WHOLE, OpenStore, caller_of, some_chain, some_images, until

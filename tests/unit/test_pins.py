@@ -11,11 +11,11 @@ import pytest
 
 from kvservice.blocks import TierName
 from kvservice.index.records import Records
-from kvservice.store import pins, room
-from kvservice.store.block_store import StoreLimits
 from kvservice.store.leases import Client
-from kvservice.store.pins import PinOutcome
-from kvservice.store.room import Watermarks
+from kvservice.store.mover.evictor import Watermarks
+from kvservice.store.operations import pins
+from kvservice.store.operations.pins import PinOutcome
+from kvservice.store.store import StoreLimits
 from kvservice_api.errors import InvalidRequest, PinsFull, StorageFailed, TierFull
 from tests.stores import CALLER, KIB, LAYOUT, LIMITS, OpenStore, StoreFiles, some_chain, some_images, until
 
@@ -96,7 +96,7 @@ async def test_a_block_that_is_pinned_once_it_was_chosen_to_leave_stays(open_sto
 async def test_many_pinned_blocks_do_not_hide_the_others_from_eviction(
     open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, ssd_bytes: int
 ) -> None:
-    monkeypatch.setattr(room, "_VICTIMS_AHEAD", 2)
+    monkeypatch.setattr(evictor, "_VICTIMS_AHEAD", 2)
     opened: OpenStore = await open_store(dram_bytes=8 * BLOCK + HEADER, ssd_bytes=ssd_bytes, limits=ALL)
     client = opened.store.leases.attach(CALLER, "test")
     pinned = await saved(opened, client, 4, seed=1, on_ssd=bool(ssd_bytes))

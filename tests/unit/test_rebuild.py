@@ -1,7 +1,7 @@
 """Which blocks a rebuild keeps of those whose bytes are whole."""
 
 from kvservice.blocks import Extent
-from kvservice.store.rebuild import _Block, _one_of_each_key, _without_overlaps
+from kvservice.store.repair.rebuild import _Block, _one_of_each_key, _without_overlaps
 
 _PAGE = 4096
 

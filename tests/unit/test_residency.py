@@ -12,7 +12,6 @@ import pytest
 
 from kvservice.blocks import OBJECT_KEY, OBJECT_KEY_BYTES, TierName
 from kvservice.index.records import Records, new_records
-from kvservice.store import residency
 from kvservice.store.leases import Client
 from kvservice_api.errors import IndexFull, StorageFailed
 from kvservice_api.keys import KEY_BYTES
@@ -149,7 +148,7 @@ async def test_removals_of_one_object_follow_one_another(
 async def test_where_an_old_record_cannot_be_removed_a_new_save_is_refused_in_time(
     opened: OpenStore, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(residency, "_SETTLED_WITHIN_S", 0.01)
+    monkeypatch.setattr(block_lifecycle, "_SETTLED_WITHIN_S", 0.01)
     chain = some_chain(1)
     await opened.save(client, chain, some_images(chain))
     with opened.commits_held(TierName.DRAM):
@@ -241,7 +240,7 @@ async def filled_index(opened: OpenStore) -> list[bytes]:
 async def test_a_removal_that_fails_is_reported_and_tried_again_until_it_succeeds(
     opened: OpenStore, client: Client, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    monkeypatch.setattr(residency, "_RETRY_S", 0.001)
+    monkeypatch.setattr(block_lifecycle, "_RETRY_S", 0.001)
     keys = await stored(opened, client, on_ssd=False)
     delete, failures = opened.index.delete, 3
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from kvservice.blocks import TierName
-from kvservice.store.block_store import StoreLimits
 from kvservice.store.leases import Client
-from kvservice.store.room import Watermarks
+from kvservice.store.mover.evictor import Watermarks
+from kvservice.store.store import StoreLimits
 from kvservice_api.errors import TierFull
 from tests.stores import CALLER, KIB, MIB, PATIENT, OpenStore, caller_of, some_chain, some_images, until
 

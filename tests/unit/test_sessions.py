@@ -13,11 +13,11 @@ import pytest
 from kvservice.blocks import TierName
 from kvservice.index.environment import SESSIONS
 from kvservice.index.session_records import Manifest
-from kvservice.store.block_store import StoreLimits
-from kvservice.store.explain import Miss
 from kvservice.store.leases import Client
-from kvservice.store.manifests import Turn
-from kvservice.store.sessions import SessionLimits
+from kvservice.store.operations.explain import Miss
+from kvservice.store.sessions.manifests import Turn
+from kvservice.store.sessions.sessions import SessionLimits
+from kvservice.store.store import StoreLimits
 from kvservice_api.errors import (
     IndexFull,
     InvalidRequest,

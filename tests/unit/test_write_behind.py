@@ -11,8 +11,8 @@ import pytest
 
 from kvservice.blocks import TierName
 from kvservice.index.records import Records
-from kvservice.store import residency, write_behind
-from kvservice.store.history import Reason
+from kvservice.store.miss_reasons import Reason
+from kvservice.store.mover import write_behind
 from kvservice_api.errors import IndexFull, KVError, StorageFailed
 from tests.file_faults import FaultyCalls
 from tests.stores import CALLER, LAYOUT, MIB, PATIENT, OpenStore, StoreFiles, some_chain, some_images, until
@@ -123,7 +123,7 @@ async def test_a_save_to_ssd_ends_and_nothing_stays_held_whatever_fails_its_reco
 async def test_a_save_to_ssd_ends_where_the_index_was_damaged_under_the_daemon(
     opened: OpenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(residency, "_SETTLED_WITHIN_S", 0.1)  # So long the second save waits for the first.
+    monkeypatch.setattr(block_lifecycle, "_SETTLED_WITHIN_S", 0.1)  # So long the second save waits for the first.
     client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(2)
     environment = opened.index._environments[TierName.SSD]
     assert environment._env is not None

@@ -26,12 +26,12 @@ from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.index.session_records import Manifest
-from kvservice.store import manifests
+from kvservice.rpc.session_messages import session_message
+from kvservice.store.block_lifecycle import Residency
 from kvservice.store.caller import Caller
-from kvservice.store.history import Reason
-from kvservice.store.manifests import Turn
-from kvservice.store.residency import Residency
-from kvservice.store.session_messages import session_message
+from kvservice.store.miss_reasons import Reason
+from kvservice.store.sessions import manifests
+from kvservice.store.sessions.manifests import Turn
 from kvservice.store.tasks import Tasks
 from kvservice_api.errors import InvalidRequest, KVError, SessionChanged, SessionNotFound, SessionsFull, StorageFailed
 from kvservice_api.layout import Layout

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 from kvservice.blocks import Extent, Rows, TierName
 from kvservice.counters import Counters
-from kvservice.store import pieces
+from kvservice.store import image_check
+from kvservice.store.block_lifecycle import Residency
 from kvservice.store.caller import Caller
 from kvservice.store.leases import Lease
-from kvservice.store.promotion import Landing, Promotion
-from kvservice.store.residency import Residency
+from kvservice.store.mover.promoter import Landing, Promotion
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.io_pool import ended
 from kvservice_api.errors import ChecksumMismatch, KVError, LeaseExpired, NotShared, Overloaded
@@ -144,7 +144,7 @@ class Locates:
                 continue
             geometry, key, generation = self._residency.geometry(row), blocks.key_of(row), int(blocks.generation[row])
             image, expected = self._dram.view(extent)[: geometry.image_bytes], int(blocks.trailer_checksum[row])
-            verify = functools.partial(pieces.damage, image, geometry, key, blocks.shard_of(row), expected)
+            verify = functools.partial(image_check.damage, image, geometry, key, blocks.shard_of(row), expected)
             job = asyncio.get_running_loop().run_in_executor(self._executor, verify)
             try:
                 what = await asyncio.shield(job)

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from kvservice.blocks import Extent
 from kvservice.store.caller import Caller
-from kvservice.store.history import Reason
-from kvservice.store.ingest import Ingest, Ingests, SaveOutcome, SaveRequest
 from kvservice.store.leases import Client
+from kvservice.store.miss_reasons import Reason
 from kvservice.store.tasks import Tasks
+from kvservice.store.transfers.upload import Ingest, Ingests, SaveOutcome, SaveRequest
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.writers import Writer
 from kvservice_api.arena import WRITERS_NAME

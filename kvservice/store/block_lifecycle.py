@@ -20,7 +20,7 @@ from kvservice.blocks import BlockTable, Extent, Rows, TierName
 from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.index.records import Records, new_records
-from kvservice.store.history import History, Reason
+from kvservice.store.miss_reasons import History, Reason
 from kvservice.store.tasks import Tasks
 from kvservice.tiers.base import Tier
 from kvservice_api.errors import KVError, StorageFailed

@@ -17,7 +17,7 @@ import numpy as np
 from kvservice.blocks import BlockTable, Extent, Rows, TierName
 from kvservice.clock import Clock
 from kvservice.policy.base import Policy
-from kvservice.store.residency import Residency
+from kvservice.store.block_lifecycle import Residency
 from kvservice.store.tasks import Tasks
 from kvservice_api.errors import StorageFailed, TierFull
 

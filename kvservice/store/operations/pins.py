@@ -15,9 +15,9 @@ import numpy as np
 
 from kvservice.blocks import NO_ROW, BlockTable, Rows, TierName
 from kvservice.clock import Clock
+from kvservice.store.block_lifecycle import Residency
 from kvservice.store.caller import Caller
-from kvservice.store.residency import Residency
-from kvservice.store.write_behind import WriteBehind
+from kvservice.store.mover.write_behind import WriteBehind
 from kvservice_api.errors import InvalidRequest, KVError, PinsFull
 
 _ROWS_A_TURN = 256  # A millisecond of the event loop.

@@ -17,14 +17,14 @@ import numpy as np
 
 from kvservice.blocks import Extent, TierName
 from kvservice.counters import Counters
-from kvservice.store import pieces
+from kvservice.store import image_check
+from kvservice.store.block_lifecycle import Residency
 from kvservice.store.caller import Caller
-from kvservice.store.coverage import HeadRun, cover
 from kvservice.store.leases import Lease
-from kvservice.store.pace import Pace
-from kvservice.store.promotion import Landing, Promotion
-from kvservice.store.residency import Residency
+from kvservice.store.loop_budget import Pace
+from kvservice.store.mover.promoter import Landing, Promotion
 from kvservice.store.tasks import all_of
+from kvservice.store.transfers.coverage import HeadRun, cover
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.io_pool import ended
 from kvservice.tiers.ssd import SsdTier
@@ -256,11 +256,11 @@ class _Load:
 
     def _trailer(self, source: _Source, image_end: memoryview) -> Trailer | None:
         expected = int(self._blocks_table.trailer_checksum[source.row])
-        return pieces.read_trailer(image_end, source.geometry, self._blocks_table.key_of(source.row), expected)
+        return image_check.read_trailer(image_end, source.geometry, self._blocks_table.key_of(source.row), expected)
 
     async def _fetch_trailer(self, source: _Source) -> None:
-        start = pieces.trailer_start(source.geometry)
-        pages = pieces.scratch(source.geometry.image_bytes - start)
+        start = image_check.trailer_start(source.geometry)
+        pages = image_check.scratch(source.geometry.image_bytes - start)
         ssd = self._loads.ssd
         assert ssd is not None and source.ssd_extent is not None
         source.trailer = await ssd.read(source.ssd_extent, start, pages, lambda end: self._trailer(source, end))
@@ -301,8 +301,8 @@ class _Load:
             expected = int(landing.checksums[layer]) if source.geometry.shares_pages(layer) else None
             return Slice(source.row, layer, landing.image[begin:end], expected)
         assert source.trailer is not None
-        start, stop = pieces.page_range(source.geometry, layer, layer + 1)
-        pages = pieces.scratch(stop - start)
+        start, stop = image_check.page_range(source.geometry, layer, layer + 1)
+        pages = image_check.scratch(stop - start)
         ssd = self._loads.ssd
         assert ssd is not None and source.ssd_extent is not None
         await ssd.read(source.ssd_extent, start, pages)

@@ -22,7 +22,7 @@ import numpy as np
 
 from kvservice.blocks import Extent, object_key
 from kvservice.index.records import Records, new_records
-from kvservice.store import pieces
+from kvservice.store import image_check
 from kvservice.store.caller import DEFAULT_TENANT
 from kvservice.tiers.ssd import SsdTier
 from kvservice_api.errors import InvalidRequest, StorageFailed
@@ -209,7 +209,7 @@ async def _verified(
         return "that contradict themselves"
     extent = Extent(candidate.segment, start - PAGE_BYTES, geometry.image_bytes)
     try:
-        damage = await pieces.damage_in(
+        damage = await image_check.damage_in(
             tier,
             extent,
             geometry,

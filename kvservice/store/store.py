@@ -21,27 +21,27 @@ from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.index.session_records import Manifest
 from kvservice.policy.base import Policy
+from kvservice.store.block_lifecycle import Residency
 from kvservice.store.caller import Caller
-from kvservice.store.drain import Drain
-from kvservice.store.explain import Explain
-from kvservice.store.history import History, Reason
-from kvservice.store.ingest import Ingest, Ingests, SaveRequest
 from kvservice.store.leases import Client, Lease, Leases
-from kvservice.store.load import Loads
-from kvservice.store.locate import Locates
-from kvservice.store.lookup import Found, find, narrowed
-from kvservice.store.pace import Pace
-from kvservice.store.pins import Pins
-from kvservice.store.promotion import Promotion
-from kvservice.store.requests import Requests
-from kvservice.store.reservations import Reservations
-from kvservice.store.residency import Residency
-from kvservice.store.room import Room, Watermarks
-from kvservice.store.scrub import Scrub
-from kvservice.store.sessions import SessionLimits, Sessions
+from kvservice.store.loop_budget import Pace
+from kvservice.store.miss_reasons import History, Reason
+from kvservice.store.mover.evictor import Room, Watermarks
+from kvservice.store.mover.promoter import Promotion
+from kvservice.store.mover.write_behind import WriteBehind
+from kvservice.store.operations.drain import Drain
+from kvservice.store.operations.explain import Explain
+from kvservice.store.operations.pins import Pins
+from kvservice.store.operations.requests import Requests
+from kvservice.store.operations.scrub import Scrub
+from kvservice.store.prefix_match import Found, find, narrowed
+from kvservice.store.sessions.sessions import SessionLimits, Sessions
 from kvservice.store.tasks import Tasks
 from kvservice.store.tickets import Tickets
-from kvservice.store.write_behind import WriteBehind
+from kvservice.store.transfers.in_place_reads import Locates
+from kvservice.store.transfers.in_place_uploads import Reservations
+from kvservice.store.transfers.reads import Loads
+from kvservice.store.transfers.upload import Ingest, Ingests, SaveRequest
 from kvservice.tiers.base import Tier
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.ssd import SsdTier

@@ -40,7 +40,7 @@ from kvservice.index.errors import StoreDamaged
 from kvservice.index.records import RECORD, Records, is_sound
 from kvservice.index.recovery import overlaps
 from kvservice.index.session_records import decode_manifest
-from kvservice.store.rebuild import Found
+from kvservice.store.repair.rebuild import Found
 from kvservice.tiers.ssd import origin_of
 
 _NEW_NAME = "index.new"

@@ -18,10 +18,10 @@ from kvservice.blocks import BlockTable, Extent, TierName
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.policy.base import Policy
-from kvservice.store import pieces
-from kvservice.store.pace import Pace
-from kvservice.store.residency import Residency
-from kvservice.store.room import Room
+from kvservice.store import image_check
+from kvservice.store.block_lifecycle import Residency
+from kvservice.store.loop_budget import Pace
+from kvservice.store.mover.evictor import Room
 from kvservice.store.tasks import Tasks, all_of
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.ssd import SsdTier
@@ -44,7 +44,7 @@ class Landing:
         self.row = row
         self.generation = generation
         self.geometry = geometry
-        self.pieces = pieces.cut(geometry, _PIECE_BYTES)
+        self.pieces = image_check.cut(geometry, _PIECE_BYTES)
         self.extent = extent
         self.image = image
         self.trailer: Trailer | None = None
@@ -80,7 +80,7 @@ class Landing:
         while self._readers:
             await self._more.wait()
 
-    def landed(self, piece: pieces.Piece) -> None:
+    def landed(self, piece: image_check.Piece) -> None:
         for layer in range(piece.layer_begin, piece.layer_end):
             self._landed[layer] = True
         self._wake()
@@ -182,7 +182,7 @@ class Promotion:
         await self._each(landings, lambda landing: self._read_trailer(landing, due_s))
         missing = {landing.row: len(landing.pieces) for landing in landings}
 
-        async def read(job: tuple[Landing, pieces.Piece]) -> None:
+        async def read(job: tuple[Landing, image_check.Piece]) -> None:
             landing, piece = job
             await self._read_piece(landing, piece, due_s)
             missing[landing.row] -= 1
@@ -205,7 +205,7 @@ class Promotion:
     async def _read_trailer(self, landing: Landing, due_s: float) -> None:
         source = self._blocks.extent(landing.row, TierName.SSD)
         assert source is not None, "a held block keeps its copy"
-        start = pieces.trailer_start(landing.geometry)
+        start = image_check.trailer_start(landing.geometry)
         expected = int(self._blocks.trailer_checksum[landing.row])
         key = self._blocks.key_of(landing.row)
         try:
@@ -213,7 +213,7 @@ class Promotion:
                 source,
                 start,
                 landing.image[start:],
-                lambda end: pieces.read_trailer(end, landing.geometry, key, expected),
+                lambda end: image_check.read_trailer(end, landing.geometry, key, expected),
                 priority=due_s,
             )
             if landing.trailer is None:
@@ -221,7 +221,7 @@ class Promotion:
         except KVError as error:
             await self._fail(landing, error)
 
-    async def _read_piece(self, landing: Landing, piece: pieces.Piece, due_s: float) -> None:
+    async def _read_piece(self, landing: Landing, piece: image_check.Piece, due_s: float) -> None:
         if landing.error is not None:
             return
         trailer, geometry = landing.trailer, landing.geometry
@@ -233,7 +233,7 @@ class Promotion:
                 source,
                 piece.start,
                 landing.image[piece.start : piece.end],
-                lambda pages: pieces.damaged_layers(pages, piece.start, geometry, layers, trailer.checksums),
+                lambda pages: image_check.damaged_layers(pages, piece.start, geometry, layers, trailer.checksums),
                 priority=due_s,
             )
             if damaged:
@@ -280,7 +280,7 @@ class Promotion:
                 self._dram.release(landing.extent)
 
 
-def _layer_major(landings: Sequence[Landing]) -> Iterator[tuple[Landing, pieces.Piece]]:
+def _layer_major(landings: Sequence[Landing]) -> Iterator[tuple[Landing, image_check.Piece]]:
     """Every landing's first piece, then every second one, and so on."""
     for number in range(max(len(landing.pieces) for landing in landings)):
         for landing in landings:

@@ -13,9 +13,9 @@ import numpy as np
 from kvservice.blocks import TierName
 from kvservice.clock import Clock
 from kvservice.counters import Counters
-from kvservice.store import pieces
+from kvservice.store import image_check
+from kvservice.store.block_lifecycle import Residency
 from kvservice.store.caller import Caller
-from kvservice.store.residency import Residency
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.io_pool import ended
 from kvservice.tiers.ssd import SsdTier
@@ -120,7 +120,7 @@ class Scrub:
         assert extent is not None
         geometry = self._residency.geometry(row)
         image = self._dram.view(extent)[: geometry.image_bytes]
-        verify = functools.partial(pieces.damage, image, geometry, *self._identity(row))
+        verify = functools.partial(image_check.damage, image, geometry, *self._identity(row))
         job = asyncio.get_running_loop().run_in_executor(self._executor, verify)
         try:
             return await asyncio.shield(job)
@@ -131,7 +131,7 @@ class Scrub:
         extent = self._blocks.extent(row, TierName.SSD)
         assert extent is not None and self._ssd is not None
         geometry, identity = self._residency.geometry(row), self._identity(row)
-        return await pieces.damage_in(
+        return await image_check.damage_in(
             self._ssd, extent, geometry, *identity, piece_bytes=_PIECE_BYTES, priority=_LAST_PRIORITY
         )
 

@@ -13,11 +13,11 @@ import numpy as np
 
 from kvservice.blocks import BlockTable, Rows, TierName
 from kvservice.store.caller import Caller
-from kvservice.store.ingest import Ingests
-from kvservice.store.load import Loads
-from kvservice.store.locate import Locates
+from kvservice.store.mover.write_behind import WriteBehind
 from kvservice.store.tasks import Tasks
-from kvservice.store.write_behind import WriteBehind
+from kvservice.store.transfers.in_place_reads import Locates
+from kvservice.store.transfers.reads import Loads
+from kvservice.store.transfers.upload import Ingests
 from kvservice_api.errors import Draining
 
 _LOOK_EVERY_S = 0.02

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvservice.blocks import NO_ROW, BlockTable, Rows
-from kvservice.store.coverage import cover
 from kvservice.store.leases import Lease
-from kvservice.store.pace import Pace
+from kvservice.store.loop_budget import Pace
+from kvservice.store.transfers.coverage import cover
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.layout import Shard
 

@@ -19,10 +19,10 @@ from kvservice.blocks import BlockTable, Extent, TierName
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.policy.base import Policy
-from kvservice.store import pieces
-from kvservice.store.pace import Pace
-from kvservice.store.residency import Residency
-from kvservice.store.room import Room
+from kvservice.store import image_check
+from kvservice.store.block_lifecycle import Residency
+from kvservice.store.loop_budget import Pace
+from kvservice.store.mover.evictor import Room
 from kvservice.store.tasks import Tasks
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.ssd import SsdTier
@@ -220,7 +220,7 @@ class WriteBehind:
         try:
             geometry = self._residency.geometry(row)
             image = self._dram.view(source)[: geometry.image_bytes]
-            trailer = pieces.read_trailer(image, geometry, blocks.key_of(row), int(blocks.trailer_checksum[row]))
+            trailer = image_check.read_trailer(image, geometry, blocks.key_of(row), int(blocks.trailer_checksum[row]))
             if trailer is None:
                 raise ChecksumMismatch("the trailer was damaged in DRAM before the block was written")
             extent, flush_failures = await self._copy(image, geometry, trailer)
@@ -241,15 +241,15 @@ class WriteBehind:
         extent = await self._room.reserve(TierName.SSD, geometry.image_bytes)
         flush_failures = self._ssd.flush_failures(extent)
         with _released_on_error(self._ssd, extent):
-            for piece in pieces.cut(geometry, _PIECE_BYTES):
+            for piece in image_check.cut(geometry, _PIECE_BYTES):
 
-                def verify(pages: memoryview, piece: pieces.Piece = piece) -> None:
+                def verify(pages: memoryview, piece: image_check.Piece = piece) -> None:
                     layers = range(piece.layer_begin, piece.layer_end)
-                    if pieces.damaged_layers(pages, piece.start, geometry, layers, trailer.checksums):
+                    if image_check.damaged_layers(pages, piece.start, geometry, layers, trailer.checksums):
                         raise ChecksumMismatch("a layer was damaged in DRAM before the block was written")
 
                 await self._ssd.write(extent, piece.start, image[piece.start : piece.end], verify)
-            start = pieces.trailer_start(geometry)
+            start = image_check.trailer_start(geometry)
             await self._ssd.write(extent, start, image[start:])
             await self._ssd.seal(extent)
         return extent, flush_failures

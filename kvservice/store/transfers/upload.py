@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from kvservice.blocks import NO_ROW, BlockTable, Extent, TierName, object_key
 from kvservice.clock import Clock
 from kvservice.counters import Counters
+from kvservice.store.block_lifecycle import Residency
 from kvservice.store.caller import Caller
-from kvservice.store.history import Reason
 from kvservice.store.leases import Client
-from kvservice.store.pace import Pace
-from kvservice.store.residency import Residency
-from kvservice.store.room import Room
+from kvservice.store.loop_budget import Pace
+from kvservice.store.miss_reasons import Reason
+from kvservice.store.mover.evictor import Room
+from kvservice.store.mover.write_behind import WriteBehind
 from kvservice.store.tasks import all_of
-from kvservice.store.write_behind import WriteBehind
 from kvservice.tiers.dram import DramTier
 from kvservice_api.errors import (
     BlockNotFound,

@@ -10,9 +10,9 @@ from typing import NamedTuple
 from kvservice.blocks import NO_ROW, BlockTable, TierName
 from kvservice.index.block_index import BlockIndex, Emptied
 from kvservice.store.caller import Caller
-from kvservice.store.history import Event, History, Reason
-from kvservice.store.ingest import Ingests
-from kvservice.store.requests import LookupRecord, RequestRecord
+from kvservice.store.miss_reasons import Event, History, Reason
+from kvservice.store.operations.requests import LookupRecord, RequestRecord
+from kvservice.store.transfers.upload import Ingests
 from kvservice_api.layout import LayerGroup, Layout, Rotary
 
 
