@@ -42,7 +42,7 @@ from kvservice.rpc.server import Server, UnixSocket
 from kvservice.rpc.sessions import SessionService
 from kvservice.rpc.tls import Certificates
 from kvservice.store.directory import ResidencyDirectory
-from kvservice.store.miss_reasons import History
+from kvservice.store.miss_reasons import MissReasons
 from kvservice.store.mover.evictor import Watermarks
 from kvservice.store.recovery import recover
 from kvservice.store.sessions.sessions import SessionLimits
@@ -281,7 +281,7 @@ def _open_store(
 
     if forgotten := index.forget_unused_layouts():
         log.info("layouts without blocks are forgotten: %d of them, as there were too many", forgotten)
-    history = History(clock, settings.history.events_max)
+    history = MissReasons(clock, settings.history.events_max)
     blocks = recover(index, {TierName.SSD: ssd, TierName.DRAM: dram} if ssd else {TierName.DRAM: dram}, history)
     executor = ThreadPoolExecutor(max(2, min(settings.server.transfer_slots, 8)), thread_name_prefix="transfer")
     store = BlockStore(

@@ -100,7 +100,7 @@ class BlockService(InPlaceRpcs):
             self._store.leases.detach(caller, client)
 
     async def LookupPrefix(self, request: pb.LookupPrefixRequest, context: Context) -> pb.LookupPrefixResponse:
-        hit = await self._store.lookup_in_turns(
+        hit = await self._store.lookup_chunked(
             self._callers.of(context, request.client_id),
             request.layout_fingerprint,
             shard_of(request),
@@ -143,7 +143,7 @@ class BlockService(InPlaceRpcs):
         if self._saves >= self._limits.saves_max:
             keys = split_keys(header.keys, field="keys", count_max=SAVE_BLOCKS_MAX)
             error = Overloaded(f"{self._limits.saves_max} saves are open, the most that this daemon takes")
-            raise self._store.refusal(caller, keys, error)
+            raise self._store.record_refused(caller, keys, error)
         self._saves += 1
         try:
             return save_response(await self._save(caller, header, requests))

@@ -20,7 +20,7 @@ from kvservice.blocks import BlockTable, Extent, Rows, TierName
 from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.index.records import Records, new_records
-from kvservice.store.miss_reasons import History, Reason
+from kvservice.store.miss_reasons import MissReasons, Reason
 from kvservice.store.tasks import Tasks
 from kvservice.tiers.base import Tier
 from kvservice_api.errors import KVError, StorageFailed
@@ -37,7 +37,7 @@ _COPIED = (
 ).split()
 
 
-class Residency:
+class BlockLifecycle:
     """The block table, the tiers' space and the index's records, changed together."""
 
     def __init__(
@@ -47,7 +47,7 @@ class Residency:
         index: BlockIndex,
         counters: Counters,
         tasks: Tasks,
-        history: History,
+        history: MissReasons,
     ) -> None:
         self.blocks = blocks
         self.tiers = tiers
@@ -80,7 +80,7 @@ class Residency:
 
     def unhold(self, rows: Rows | Sequence[int]) -> None:
         self.blocks.holds[np.asarray(rows, np.int64)] -= 1
-        self._settle(rows)
+        self._free_unreferenced(rows)
 
     def lease(self, rows: Rows) -> None:
         """Begin leases on the rows, one for each time that a row is named. Pair with `unlease`."""
@@ -89,11 +89,11 @@ class Residency:
     def unlease(self, rows: Rows) -> None:
         """End leases on the rows, one for each time that a row is named."""
         np.subtract.at(self.blocks.leases, rows, 1)
-        self._settle(rows)
+        self._free_unreferenced(rows)
 
     # Placing
 
-    async def settled(self, object_keys: Iterable[bytes]) -> None:
+    async def wait_record_deletes(self, object_keys: Iterable[bytes]) -> None:
         """Wait until no record of these objects is being removed, so that a new one is not removed with it.
 
         Raises StorageFailed where the old ones cannot be removed.
@@ -318,7 +318,7 @@ class Residency:
                 removal.report(error if isinstance(error, StorageFailed) else StorageFailed(str(error)))
                 await asyncio.sleep(_RETRY_S)
 
-    def _settle(self, rows: Rows | Sequence[int]) -> None:
+    def _free_unreferenced(self, rows: Rows | Sequence[int]) -> None:
         """Release the bytes of forgotten rows that nothing holds any more. Their records are gone."""
         blocks = self.blocks
         array = np.asarray(rows, np.int64)

@@ -11,13 +11,13 @@ import asyncio
 _AT_ONCE = 2
 
 
-class Pace:
+class LoopBudget:
     """Lets a few pieces of work, of a millisecond at most, into each turn of the event loop; the others queue up."""
 
     def __init__(self) -> None:
         self._places = asyncio.Semaphore(_AT_ONCE)
 
-    async def turn(self) -> None:
+    async def slot(self) -> None:
         """Returns when it is the caller's turn, which lasts until the caller awaits something."""
         await self._places.acquire()
         asyncio.get_running_loop().call_soon(self._places.release)

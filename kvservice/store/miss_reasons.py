@@ -55,7 +55,7 @@ class Event(NamedTuple):
     pin_ended_ms: int  # Of an eviction: when the pin ended that had kept the block; 0 where there was none.
 
 
-class History:
+class MissReasons:
     """The last `events_max` events. None are kept where that is 0."""
 
     def __init__(self, clock: Clock, events_max: int) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kvservice.blocks import NO_ROW, BlockTable, Rows
 from kvservice.store.leases import Lease
-from kvservice.store.loop_budget import Pace
+from kvservice.store.loop_budget import LoopBudget
 from kvservice.store.transfers.coverage import cover
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.layout import Shard
@@ -81,7 +81,7 @@ def _joined(blocks: BlockTable, rows: Rows, shards: Rows, wanted: Shard) -> Foun
     return Found(rows, joined, np.concatenate([rows, *extra]))
 
 
-async def narrowed(blocks: BlockTable, lease: Lease, shard: Shard | None, pace: Pace) -> Lease:
+async def narrowed(blocks: BlockTable, lease: Lease, shard: Shard | None, loop_budget: LoopBudget) -> Lease:
     """The lease as one of a shard within its own; itself where no shard is given.
 
     Blocks of several parts keep those that the shard takes. The answer is not known to `Leases`: the lease must
@@ -96,7 +96,7 @@ async def narrowed(blocks: BlockTable, lease: Lease, shard: Shard | None, pace: 
     chosen: dict[tuple[bytes, ...], list[int]] = {}  # By how a block is cut: few ways, for thousands of blocks.
     for count, (block, several) in enumerate(lease.parts.items()):
         if count % _PARTS_A_TURN == _PARTS_A_TURN - 1:
-            await pace.turn()
+            await loop_budget.slot()
         stored = tuple(blocks.shard[list(several)].tolist())
         if stored not in chosen:
             chosen[stored] = _taken([blocks.shard_of(row) for row in several], shard)

@@ -17,7 +17,7 @@ from kvservice.index.block_index import LAYOUTS_NAME, BlockIndex
 from kvservice.index.errors import StoreDamaged
 from kvservice.index.records import RECORD, Records
 from kvservice.index.recovery import UNKNOWN_LAYOUT
-from kvservice.store.miss_reasons import History
+from kvservice.store.miss_reasons import MissReasons
 from kvservice.tiers.base import Tier
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.image import block_geometry
@@ -35,7 +35,7 @@ _MERGED = ("access_seq", "used_at_ms", "hits", "pinned_until_ms")  # Of two reco
 _COPIED = ("layout_id", "tenant", "token_count", "trailer_checksum", "parent_key", "stored_at_ms", *_MERGED)
 
 
-def recover(index: BlockIndex, tiers: Mapping[TierName, Tier], history: History | None = None) -> BlockTable:
+def recover(index: BlockIndex, tiers: Mapping[TierName, Tier], history: MissReasons | None = None) -> BlockTable:
     """Fill a new table, and tell each tier which of its space is taken.
 
     Records that contradict their tier, their layout or each other are dropped: their blocks are misses,

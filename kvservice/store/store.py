@@ -21,13 +21,13 @@ from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.index.session_records import Manifest
 from kvservice.policy.base import Policy
-from kvservice.store.block_lifecycle import Residency
+from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.store.leases import Client, Lease, Leases
-from kvservice.store.loop_budget import Pace
-from kvservice.store.miss_reasons import History, Reason
-from kvservice.store.mover.evictor import Room, Watermarks
-from kvservice.store.mover.promoter import Promotion
+from kvservice.store.loop_budget import LoopBudget
+from kvservice.store.miss_reasons import MissReasons, Reason
+from kvservice.store.mover.evictor import Evictor, Watermarks
+from kvservice.store.mover.promoter import Promoter
 from kvservice.store.mover.write_behind import WriteBehind
 from kvservice.store.operations.drain import Drain
 from kvservice.store.operations.explain import Explain
@@ -116,7 +116,7 @@ class BlockStore:
         *,
         limits: StoreLimits,
         watermarks: dict[TierName, Watermarks],
-        history: History | None = None,
+        history: MissReasons | None = None,
     ) -> None:
         self.blocks = blocks
         self.dram = dram
@@ -125,15 +125,15 @@ class BlockStore:
         self.clock = clock
         self.counters = counters
         self.limits = limits
-        self.history = History(clock, 0) if history is None else history
+        self.history = MissReasons(clock, 0) if history is None else history
         self.tasks = Tasks()
-        self.pace = Pace()
+        self.loop_budget = LoopBudget()
         tiers: dict[TierName, Tier] = {TierName.DRAM: dram}
         if ssd is not None:
             tiers[TierName.SSD] = ssd
-        self.residency = Residency(blocks, tiers, index, counters, self.tasks, self.history)
-        self.room = Room(
-            self.residency,
+        self.lifecycle = BlockLifecycle(blocks, tiers, index, counters, self.tasks, self.history)
+        self.evictor = Evictor(
+            self.lifecycle,
             policy,
             clock,
             self.tasks,
@@ -141,42 +141,49 @@ class BlockStore:
             wait_s=limits.reserve_wait_s,
         )
         self.write_behind: WriteBehind | None = None
-        self.promotion: Promotion | None = None
+        self.promoter: Promoter | None = None
         if ssd is not None:
-            shared = (self.residency, self.room, dram, ssd, policy, clock, counters, self.tasks, self.pace)
+            shared = (self.lifecycle, self.evictor, dram, ssd, policy, clock, counters, self.tasks, self.loop_budget)
             self.write_behind = WriteBehind(*shared, writes_in_flight=limits.writes_in_flight)
-            self.promotion = Promotion(*shared, reads_in_flight=limits.reads_in_flight)
+            self.promoter = Promoter(*shared, reads_in_flight=limits.reads_in_flight)
         self.leases = Leases(
-            self.residency,
+            self.lifecycle,
             clock,
             counters,
             self.tasks,
-            self.pace,
+            self.loop_budget,
             clients_max=limits.clients_max,
             per_client_max=limits.leases_per_client_max,
             blocks_per_client_max=limits.leased_blocks_per_client_max,
         )
         self.ingests = Ingests(
-            self.residency, self.room, dram, self.write_behind, clock, counters, self.pace, wait_s=limits.upload_wait_s
+            self.lifecycle,
+            self.evictor,
+            dram,
+            self.write_behind,
+            clock,
+            counters,
+            self.loop_budget,
+            wait_s=limits.upload_wait_s,
         )
         self.loads = Loads(
-            self.residency,
+            self.lifecycle,
             dram,
             ssd,
-            self.promotion,
+            self.promoter,
             counters,
             executor,
-            self.pace,
+            self.loop_budget,
             slots=limits.transfer_slots,
             frame_bytes=limits.frame_bytes,
         )
-        self.locates = Locates(self.residency, dram, self.promotion, counters, executor)
+        self.locates = Locates(self.lifecycle, dram, self.promoter, counters, executor)
         self.reservations = Reservations(self.ingests, dram, self.tasks, offered=limits.writes_in_place)
         self.scrub = Scrub(
-            self.residency, dram, ssd, clock, counters, executor, bytes_per_second=limits.scrub_bytes_per_second
+            self.lifecycle, dram, ssd, clock, counters, executor, bytes_per_second=limits.scrub_bytes_per_second
         )
         self.pins = Pins(
-            self.residency,
+            self.lifecycle,
             self.write_behind,
             clock,
             ttl_max_s=limits.pin_ttl_max_s,
@@ -184,14 +191,14 @@ class BlockStore:
         )
         self.requests = Requests(blocks, clock, limits.requests_remembered)
         self.boot_epoch = secrets.randbits(63) | 1
-        self.tickets = Tickets(self.leases, blocks, self.requests, clock, self.pace, boot_epoch=self.boot_epoch)
+        self.tickets = Tickets(self.leases, blocks, self.requests, clock, self.loop_budget, boot_epoch=self.boot_epoch)
         self.explain = Explain(blocks, index, self.history, self.ingests)
         self.drain = Drain(blocks, self.ingests, self.loads, self.locates, self.write_behind, self.tasks)
-        self.sessions = Sessions(index, self.residency, clock, counters, self.tasks, self.layout, limits.session)
+        self.sessions = Sessions(index, self.lifecycle, clock, counters, self.tasks, self.layout, limits.session)
 
     def start(self) -> None:
         """Begin the background work: room, write-behind, lease expiry, recency."""
-        self.room.start(self.write_behind)
+        self.evictor.start(self.write_behind)
         self.reservations.start()
         if self.write_behind is not None:
             self.write_behind.start()
@@ -202,7 +209,7 @@ class BlockStore:
     async def stop(self) -> None:
         """Finish what is quick, write recency, stop the rest. No upload or load may run any more."""
         try:
-            await self.residency.flush_recency()
+            await self.lifecycle.flush_recency()
         except KVError as error:
             log.warning("use times were not written: %s", error.message)
         await self.sessions.stop()
@@ -254,7 +261,7 @@ class BlockStore:
         self._note_lookup(request_id, caller, layout_id, wanted, keys, hit)
         return hit
 
-    async def lookup_in_turns(
+    async def lookup_chunked(
         self,
         caller: Caller,
         fingerprint: bytes,
@@ -272,22 +279,22 @@ class BlockStore:
         found, held = Found(), []
         try:
             for start in range(0, len(keys), _LOOKUP_PART):
-                await self.pace.turn()
+                await self.loop_budget.slot()
                 part = keys[start : start + _LOOKUP_PART]
                 more = find(self.blocks, part, layout_id, wanted)
-                self.residency.hold(more.held)
+                self.lifecycle.hold(more.held)
                 held.append(more.held)
                 found.extend(more)
                 if len(more.rows) < len(part):
                     break
-            await self.pace.turn()
+            await self.loop_budget.slot()
             client = self.leases.client(caller) if lease_ttl_s else None  # It may have gone meanwhile.
             hit = self._hit(client, layout, wanted, len(keys), found, lease_ttl_s)
             self._note_lookup(request_id, caller, layout_id, wanted, keys, hit)
             return hit
         finally:
             for rows in held:
-                self.residency.unhold(rows)
+                self.lifecycle.unhold(rows)
 
     def _hit(
         self, client: Client | None, layout: Layout, wanted: Shard, asked: int, found: Found, lease_ttl_s: float
@@ -343,7 +350,7 @@ class BlockStore:
 
         Raises UnknownClient, LeaseExpired, LeaseNotYours, InvalidRequest.
         """
-        part = await narrowed(self.blocks, self.leases.get(caller, lease_id), shard, self.pace)
+        part = await narrowed(self.blocks, self.leases.get(caller, lease_id), shard, self.loop_budget)
         self.leases.get(caller, lease_id)  # It may have ended meanwhile.
         return part
 
@@ -358,7 +365,7 @@ class BlockStore:
     async def release(self, caller: Caller, lease_id: int) -> None:
         """End a lease, and return once nothing is held by leases that have ended."""
         self.leases.release(caller, lease_id)
-        await self.leases.let_go()
+        await self.leases.drain_ended()
 
     def list_rows(
         self, caller: Caller, start: int, count: int, *, layout_id: int | None, tiers: Sequence[TierName]
@@ -399,7 +406,7 @@ class BlockStore:
     ) -> tuple[Client, SaveRequest]:
         """Who saves what. Raises Draining, UnknownLayout, UnknownClient, InvalidRequest."""
         if self.draining:
-            raise self.refusal(caller, keys, Draining(f"the daemon is {self.drain.word} and takes no new saves"))
+            raise self.record_refused(caller, keys, Draining(f"the daemon is {self.drain.word} and takes no new saves"))
         layout_id, layout = self.layout(fingerprint)
         client = self.leases.client(caller)
         if len(parent_key) != KEY_BYTES:
@@ -409,7 +416,7 @@ class BlockStore:
         part = Shard.whole(layout) if shard is None else shard.check(layout)
         return client, SaveRequest(layout_id, layout, part, parent_key, keys, counts)
 
-    def refusal(self, caller: Caller, keys: Sequence[bytes], error: KVError) -> KVError:
+    def record_refused(self, caller: Caller, keys: Sequence[bytes], error: KVError) -> KVError:
         """The error with which a save of these blocks ends before it has begun; it is remembered."""
         self.history.note_keys(keys, Reason.REFUSED, error.reason)
         return error
@@ -422,16 +429,16 @@ class BlockStore:
         wanted: list[int] = []
         missing = in_dram = 0
         for part in _parts_of(list(dict.fromkeys(keys))):
-            await self.pace.turn()
+            await self.loop_budget.slot()
             first = blocks.rows_of_keys(part)
             rows = [row for start in first.tolist() for row in blocks.shards_of(start)]
             absent = [row for row in rows if not blocks.is_resident(row, TierName.DRAM)]
             missing += int((first == NO_ROW).sum())
             in_dram += len(rows) - len(absent)
             wanted += absent
-        if self.promotion is None or not wanted:
+        if self.promoter is None or not wanted:
             return PrefetchOutcome(missing, in_dram, 0, len(wanted))
-        begin = self.promotion.begin(wanted, within_s=within_s)
+        begin = self.promoter.begin(wanted, within_s=within_s)
         if not wait:
             self.tasks.start(begin, "prefetch")
             return PrefetchOutcome(missing, in_dram, len(wanted), 0)
@@ -452,11 +459,11 @@ class BlockStore:
                 missing += not copies
                 now_ms = self.clock.wall_ms()
                 free = [
-                    row for row in copies if self.residency.is_free(row) and not blocks.pin_keeps(row, tier, now_ms)
+                    row for row in copies if self.lifecycle.is_free(row) and not blocks.pin_keeps(row, tier, now_ms)
                 ]
                 held += len(copies) - len(free)
                 rows += free
-            await self.residency.evict(rows, tier)
+            await self.lifecycle.evict(rows, tier)
             evicted += len(rows)
         return EvictOutcome(evicted, held, missing)
 
@@ -486,7 +493,7 @@ class BlockStore:
         return discarded
 
     async def _discard(self, rows: list[int]) -> None:
-        await self.residency.discard(rows)
+        await self.lifecycle.discard(rows)
         self.counters.discarded_blocks += len(rows)
 
     # Time
@@ -495,13 +502,13 @@ class BlockStore:
         while True:
             await asyncio.sleep(_EXPIRE_EVERY_S)
             while self.leases.expire():
-                await self.pace.turn()
+                await self.loop_budget.slot()
 
     async def _flush_forever(self) -> None:
         while True:
             await asyncio.sleep(self.limits.recency_flush_s)
             try:
-                await self.residency.flush_recency()
+                await self.lifecycle.flush_recency()
             except KVError as error:
                 log.warning("use times were not written: %s", error.message)
 

@@ -87,7 +87,7 @@ async def test_a_block_that_came_up_and_got_no_record_stays_while_it_is_read(
     chain, images, lease = await saved(opened, client)
     opened.store.leases.release(caller_of(client), lease.lease_id)
     await opened.store.evict(CALLER, chain.keys, DRAM)
-    leased, promotion = opened.lookup(client, chain.keys), opened.store.promotion
+    leased, promotion = opened.lookup(client, chain.keys), opened.store.promoter
     assert leased is not None and promotion is not None
     put = opened.index.put
 

@@ -1,7 +1,4 @@
-"""Makes room: evicts what the policy values least, when asked and ahead of need.
-
-The first third of the mover; ``write_behind`` and ``promotion`` are the others.
-"""
+"""Frees space in a tier: evicts what the policy values least, when a reservation needs it and ahead of need."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ import numpy as np
 from kvservice.blocks import BlockTable, Extent, Rows, TierName
 from kvservice.clock import Clock
 from kvservice.policy.base import Policy
-from kvservice.store.block_lifecycle import Residency
+from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.tasks import Tasks
 from kvservice_api.errors import StorageFailed, TierFull
 
@@ -40,17 +37,17 @@ class Watermarks:
 class Cleaner(Protocol):
     """Turns blocks that only DRAM holds into ones that may leave for nothing: the write-behind."""
 
-    def can_progress(self) -> bool:
+    def is_progressing(self) -> bool:
         """Whether waiting will help."""
 
-    async def progress(self) -> None:
+    async def wait_for_one(self) -> None:
         """Wait until one more block is written, or failed to be."""
 
 
-class Room:
+class Evictor:
     def __init__(
         self,
-        residency: Residency,
+        lifecycle: BlockLifecycle,
         policy: Policy[BlockTable],
         clock: Clock,
         tasks: Tasks,
@@ -58,18 +55,18 @@ class Room:
         watermarks: dict[TierName, Watermarks],
         wait_s: float,
     ) -> None:
-        self._residency = residency
-        self._blocks: BlockTable = residency.blocks
+        self._residency = lifecycle
+        self._blocks: BlockTable = lifecycle.blocks
         self._policy = policy
         self._clock = clock
         self._tasks = tasks
         self._watermarks = watermarks
         self._wait_s = wait_s
         self._cleaner: Cleaner | None = None
-        self._victims: dict[TierName, deque[tuple[int, int, int]]] = {tier: deque() for tier in residency.tiers}
-        self._locks = {tier: asyncio.Lock() for tier in residency.tiers}
-        self._waiting = dict.fromkeys(residency.tiers, 0)
-        self._shedding = dict.fromkeys(residency.tiers, False)
+        self._victims: dict[TierName, deque[tuple[int, int, int]]] = {tier: deque() for tier in lifecycle.tiers}
+        self._locks = {tier: asyncio.Lock() for tier in lifecycle.tiers}
+        self._waiting = dict.fromkeys(lifecycle.tiers, 0)
+        self._shedding = dict.fromkeys(lifecycle.tiers, False)
         self._taken = asyncio.Event()
 
     def start(self, cleaner: Cleaner | None) -> None:
@@ -135,8 +132,8 @@ class Room:
         if rows := await self._choose(tier, size_bytes):
             await self._residency.evict(rows, tier, self._policy.name)
             return True
-        if tier is TierName.DRAM and self._cleaner is not None and self._cleaner.can_progress():
-            await self._cleaner.progress()
+        if tier is TierName.DRAM and self._cleaner is not None and self._cleaner.is_progressing():
+            await self._cleaner.wait_for_one()
             return True
         return False
 
@@ -173,7 +170,7 @@ class Room:
         pinned = blocks.pinned(self._clock.wall_ms())
         if tier is TierName.DRAM:
             rows = np.flatnonzero(free & blocks.resident(TierName.SSD))  # These leave without loss.
-            if not len(rows) and not (self._cleaner is not None and self._cleaner.can_progress()):
+            if not len(rows) and not (self._cleaner is not None and self._cleaner.is_progressing()):
                 rows = np.flatnonzero(free & ~pinned)
         else:
             free &= ~pinned

@@ -1,6 +1,6 @@
 """Promotion: brings blocks from SSD up to DRAM, layer by layer, so that a load can follow behind.
 
-The last third of the mover. The layers of all blocks of a load come in the order in which the
+The layers of all blocks of a load come in the order in which the
 load sends them: layer 0 of every block first.
 """
 
@@ -19,9 +19,9 @@ from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.policy.base import Policy
 from kvservice.store import image_check
-from kvservice.store.block_lifecycle import Residency
-from kvservice.store.loop_budget import Pace
-from kvservice.store.mover.evictor import Room
+from kvservice.store.block_lifecycle import BlockLifecycle
+from kvservice.store.loop_budget import LoopBudget
+from kvservice.store.mover.evictor import Evictor
 from kvservice.store.tasks import Tasks, all_of
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.ssd import SsdTier
@@ -37,7 +37,7 @@ _ROWS_A_TURN = 64  # A millisecond of the event loop.
 _ROOM_WAIT_S = 0.2  # Whoever loads is better off reading past DRAM than waiting for longer.
 
 
-class Landing:
+class PendingPromotion:
     """One block on its way up. Its verified layers can be read before the last one is there."""
 
     def __init__(self, row: int, generation: int, geometry: BlockGeometry, extent: Extent, image: memoryview) -> None:
@@ -95,23 +95,23 @@ class Landing:
         self._more = asyncio.Event()
 
 
-class Promotion:
+class Promoter:
     def __init__(
         self,
-        residency: Residency,
-        room: Room,
+        lifecycle: BlockLifecycle,
+        room: Evictor,
         dram: DramTier,
         ssd: SsdTier,
         policy: Policy[BlockTable],
         clock: Clock,
         counters: Counters,
         tasks: Tasks,
-        pace: Pace,
+        loop_budget: LoopBudget,
         *,
         reads_in_flight: int,
     ) -> None:
-        self._residency = residency
-        self._blocks = residency.blocks
+        self._residency = lifecycle
+        self._blocks = lifecycle.blocks
         self._room = room
         self._dram = dram
         self._ssd = ssd
@@ -119,24 +119,24 @@ class Promotion:
         self._clock = clock
         self._counters = counters
         self._tasks = tasks
-        self._pace = pace
+        self._pace = loop_budget
         self._reads_in_flight = reads_in_flight
-        self._landings: dict[int, Landing] = {}
+        self._landings: dict[int, PendingPromotion] = {}
         self._reserving: dict[int, asyncio.Future[None]] = {}
 
-    async def begin(self, rows: Sequence[int], *, within_s: float = 0.0) -> dict[int, Landing]:
+    async def begin(self, rows: Sequence[int], *, within_s: float = 0.0) -> dict[int, PendingPromotion]:
         """Start to bring up the rows that are only on SSD. Single flight: a running landing is joined.
 
         Rows that DRAM has no room for, and those already there, are not in the answer. Call `begin_reading`
         on those that are before anything else is awaited. Reads are ordered by the time at which
         their blocks are wanted, `within_s` from now.
         """
-        begun: list[Landing] = []
-        found: dict[int, Landing] = {}
+        begun: list[PendingPromotion] = []
+        found: dict[int, PendingPromotion] = {}
         try:
             for count, row in enumerate(dict.fromkeys(rows)):
                 if count % _ROWS_A_TURN == 0:
-                    await self._pace.turn()  # Where there is room nothing below waits.
+                    await self._pace.slot()  # Where there is room nothing below waits.
                 while row in self._reserving:
                     await asyncio.wait({self._reserving[row]})
                 if row not in self._landings and self._wanted(row):
@@ -161,7 +161,7 @@ class Promotion:
             only_ssd and bool(blocks.live[row]) and self._policy.wants_in_dram(blocks, row, self._clock.monotonic_s())
         )
 
-    async def _reserve(self, row: int) -> Landing:
+    async def _reserve(self, row: int) -> PendingPromotion:
         geometry = self._residency.geometry(row)
         reserving = self._reserving[row] = asyncio.get_running_loop().create_future()
         self._residency.hold([row])
@@ -174,15 +174,17 @@ class Promotion:
             del self._reserving[row]
             reserving.set_result(None)
         image = self._dram.view(extent)[: geometry.image_bytes]
-        landing = self._landings[row] = Landing(row, int(self._blocks.generation[row]), geometry, extent, image)
+        landing = self._landings[row] = PendingPromotion(
+            row, int(self._blocks.generation[row]), geometry, extent, image
+        )
         return landing
 
-    async def _bring_up(self, landings: list[Landing], due_s: float) -> None:
+    async def _bring_up(self, landings: list[PendingPromotion], due_s: float) -> None:
         """Read all, some pieces at a time, and end each landing when its last piece is there."""
         await self._each(landings, lambda landing: self._read_trailer(landing, due_s))
         missing = {landing.row: len(landing.pieces) for landing in landings}
 
-        async def read(job: tuple[Landing, image_check.Piece]) -> None:
+        async def read(job: tuple[PendingPromotion, image_check.Piece]) -> None:
             landing, piece = job
             await self._read_piece(landing, piece, due_s)
             missing[landing.row] -= 1
@@ -202,7 +204,7 @@ class Promotion:
 
         await all_of(worker() for _ in range(self._reads_in_flight))
 
-    async def _read_trailer(self, landing: Landing, due_s: float) -> None:
+    async def _read_trailer(self, landing: PendingPromotion, due_s: float) -> None:
         source = self._blocks.extent(landing.row, TierName.SSD)
         assert source is not None, "a held block keeps its copy"
         start = image_check.trailer_start(landing.geometry)
@@ -221,7 +223,7 @@ class Promotion:
         except KVError as error:
             await self._fail(landing, error)
 
-    async def _read_piece(self, landing: Landing, piece: image_check.Piece, due_s: float) -> None:
+    async def _read_piece(self, landing: PendingPromotion, piece: image_check.Piece, due_s: float) -> None:
         if landing.error is not None:
             return
         trailer, geometry = landing.trailer, landing.geometry
@@ -243,24 +245,24 @@ class Promotion:
         except KVError as error:
             await self._fail(landing, error)
 
-    def _damaged(self, landing: Landing, what: str) -> ChecksumMismatch:
+    def _damaged(self, landing: PendingPromotion, what: str) -> ChecksumMismatch:
         key = self._blocks.key_of(landing.row).hex()
         return ChecksumMismatch(f"{what} of block {key} is damaged in ssd", key=key, damaged=what)
 
-    async def _fail(self, landing: Landing, error: KVError) -> None:
+    async def _fail(self, landing: PendingPromotion, error: KVError) -> None:
         """A damaged block is a miss from now on, and not only once all others have landed."""
         landing.failed(error)
         self._counters.storage_errors += isinstance(error, StorageFailed)
         if isinstance(error, ChecksumMismatch):
             await self._residency.quarantine(landing.row, landing.generation, TierName.SSD, error.details["damaged"])
 
-    async def _end(self, landing: Landing) -> None:
+    async def _end(self, landing: PendingPromotion) -> None:
         """Make the block resident in DRAM, or give its space back."""
         row, blocks = landing.row, self._blocks
         placed = False
         try:
             if landing.error is None:
-                await self._residency.settled([blocks.object_key_of(row)])
+                await self._residency.wait_record_deletes([blocks.object_key_of(row)])
                 if not blocks.live[row]:
                     raise BlockNotFound("the block was discarded while it was promoted")
                 placed = True  # From here on `place` owns the extent.
@@ -280,7 +282,7 @@ class Promotion:
                 self._dram.release(landing.extent)
 
 
-def _layer_major(landings: Sequence[Landing]) -> Iterator[tuple[Landing, image_check.Piece]]:
+def _layer_major(landings: Sequence[PendingPromotion]) -> Iterator[tuple[PendingPromotion, image_check.Piece]]:
     """Every landing's first piece, then every second one, and so on."""
     for number in range(max(len(landing.pieces) for landing in landings)):
         for landing in landings:

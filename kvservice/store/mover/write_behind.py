@@ -1,6 +1,6 @@
 """Write-behind: gives every block in DRAM its SSD copy soon, so that leaving DRAM costs no I/O.
 
-The second third of the mover. Bytes of several blocks are written at a time, and blocks whose
+Bytes of several blocks are written at a time, and blocks whose
 bytes are written share index commits.
 """
 
@@ -20,9 +20,9 @@ from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.policy.base import Policy
 from kvservice.store import image_check
-from kvservice.store.block_lifecycle import Residency
-from kvservice.store.loop_budget import Pace
-from kvservice.store.mover.evictor import Room
+from kvservice.store.block_lifecycle import BlockLifecycle
+from kvservice.store.loop_budget import LoopBudget
+from kvservice.store.mover.evictor import Evictor
 from kvservice.store.tasks import Tasks
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.ssd import SsdTier
@@ -46,20 +46,20 @@ _TRY_AGAIN_SHED_S = 5.0  # Where its index had none, and some is being made.
 class WriteBehind:
     def __init__(
         self,
-        residency: Residency,
-        room: Room,
+        lifecycle: BlockLifecycle,
+        room: Evictor,
         dram: DramTier,
         ssd: SsdTier,
         policy: Policy[BlockTable],
         clock: Clock,
         counters: Counters,
         tasks: Tasks,
-        pace: Pace,
+        loop_budget: LoopBudget,
         *,
         writes_in_flight: int,
     ) -> None:
-        self._residency = residency
-        self._blocks = residency.blocks
+        self._residency = lifecycle
+        self._blocks = lifecycle.blocks
         self._room = room
         self._dram = dram
         self._ssd = ssd
@@ -67,7 +67,7 @@ class WriteBehind:
         self._clock = clock
         self._counters = counters
         self._tasks = tasks
-        self._pace = pace
+        self._pace = loop_budget
         self._writes_in_flight = writes_in_flight
         self._queue: deque[tuple[int, int]] = deque()  # (row, generation)
         self._queued = asyncio.Event()
@@ -128,10 +128,10 @@ class WriteBehind:
         async with self._progress:
             await self._progress.wait_for(lambda: not self._pending)
 
-    def can_progress(self) -> bool:
+    def is_progressing(self) -> bool:
         return self._pending > 0 and not self._failing_because and not self._ssd.refusing_because
 
-    async def progress(self) -> None:
+    async def wait_for_one(self) -> None:
         async with self._progress:
             await self._progress.wait()
 
@@ -149,7 +149,7 @@ class WriteBehind:
             await self._unrecorded.acquire()
             copied = asyncio.Event()
             writing = self._begin(row, copied)
-            self._tasks.start(self._settle(writing, row, generation), "end of a write-behind")
+            self._tasks.start(self._finish_queued(writing, row, generation), "end of a write-behind")
             await copied.wait()  # Not until it is recorded: many blocks share one commit.
 
     def _is_wanted(self, row: int, generation: int) -> bool:
@@ -157,7 +157,7 @@ class WriteBehind:
         same = self._blocks.generation[row] == generation and bool(self._blocks.live[row])
         return same and self._policy.wants_on_ssd(self._blocks, row, self._clock.monotonic_s())
 
-    async def _settle(self, writing: asyncio.Task[None], row: int, generation: int) -> None:
+    async def _finish_queued(self, writing: asyncio.Task[None], row: int, generation: int) -> None:
         """Wait for a queued write; where it failed and may yet succeed, queue it again."""
         try:
             await writing
@@ -279,7 +279,7 @@ class WriteBehind:
 
     async def _record_batch(self, batch: list[_Copied]) -> None:
         try:
-            await self._residency.settled([self._blocks.object_key_of(copied.row) for copied in batch])
+            await self._residency.wait_record_deletes([self._blocks.object_key_of(copied.row) for copied in batch])
         except Exception as error:  # Whatever it is, somebody waits to hear of it.
             self._give_up(batch, error)
             return
@@ -302,7 +302,7 @@ class WriteBehind:
         else:
             for count, copied in enumerate(batch):
                 if count % _ENDED_A_TURN == 0:
-                    await self._pace.turn()  # Each has something to do once it is recorded.
+                    await self._pace.slot()  # Each has something to do once it is recorded.
                 if not copied.recorded.done():
                     copied.recorded.set_result(None)
 

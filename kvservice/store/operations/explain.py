@@ -10,7 +10,7 @@ from typing import NamedTuple
 from kvservice.blocks import NO_ROW, BlockTable, TierName
 from kvservice.index.block_index import BlockIndex, Emptied
 from kvservice.store.caller import Caller
-from kvservice.store.miss_reasons import Event, History, Reason
+from kvservice.store.miss_reasons import Event, MissReasons, Reason
 from kvservice.store.operations.requests import LookupRecord, RequestRecord
 from kvservice.store.transfers.upload import Ingests
 from kvservice_api.layout import LayerGroup, Layout, Rotary
@@ -91,7 +91,7 @@ class ExplainedLookup:
 
 
 class Explain:
-    def __init__(self, blocks: BlockTable, index: BlockIndex, history: History, ingests: Ingests) -> None:
+    def __init__(self, blocks: BlockTable, index: BlockIndex, history: MissReasons, ingests: Ingests) -> None:
         self._blocks = blocks
         self._index = index
         self._history = history

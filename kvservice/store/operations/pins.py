@@ -15,7 +15,7 @@ import numpy as np
 
 from kvservice.blocks import NO_ROW, BlockTable, Rows, TierName
 from kvservice.clock import Clock
-from kvservice.store.block_lifecycle import Residency
+from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.store.mover.write_behind import WriteBehind
 from kvservice_api.errors import InvalidRequest, KVError, PinsFull
@@ -45,15 +45,15 @@ class UnpinOutcome(NamedTuple):
 class Pins:
     def __init__(
         self,
-        residency: Residency,
+        lifecycle: BlockLifecycle,
         write_behind: WriteBehind | None,
         clock: Clock,
         *,
         ttl_max_s: float,
         fraction_max: float,
     ) -> None:
-        self._residency = residency
-        self._blocks: BlockTable = residency.blocks
+        self._residency = lifecycle
+        self._blocks: BlockTable = lifecycle.blocks
         self._write_behind = write_behind
         self._clock = clock
         self._ttl_max_ms = int(ttl_max_s * 1000)

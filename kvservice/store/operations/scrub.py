@@ -14,7 +14,7 @@ from kvservice.blocks import TierName
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.store import image_check
-from kvservice.store.block_lifecycle import Residency
+from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.io_pool import ended
@@ -39,7 +39,7 @@ class ScrubProgress:
 class Scrub:
     def __init__(
         self,
-        residency: Residency,
+        lifecycle: BlockLifecycle,
         dram: DramTier,
         ssd: SsdTier | None,
         clock: Clock,
@@ -48,8 +48,8 @@ class Scrub:
         *,
         bytes_per_second: int,
     ) -> None:
-        self._residency = residency
-        self._blocks = residency.blocks
+        self._residency = lifecycle
+        self._blocks = lifecycle.blocks
         self._dram = dram
         self._ssd = ssd
         self._clock = clock

@@ -26,12 +26,12 @@ from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.index.session_records import Manifest
-from kvservice.rpc.session_messages import session_message
-from kvservice.store.block_lifecycle import Residency
+from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.store.miss_reasons import Reason
 from kvservice.store.sessions import manifests
 from kvservice.store.sessions.manifests import Turn
+from kvservice.store.sessions.messages import session_message
 from kvservice.store.tasks import Tasks
 from kvservice_api.errors import InvalidRequest, KVError, SessionChanged, SessionNotFound, SessionsFull, StorageFailed
 from kvservice_api.layout import Layout
@@ -70,7 +70,7 @@ class Sessions:
     def __init__(
         self,
         index: BlockIndex,
-        residency: Residency,
+        lifecycle: BlockLifecycle,
         clock: Clock,
         counters: Counters,
         tasks: Tasks,
@@ -80,7 +80,7 @@ class Sessions:
         """`find_layout` tells id and layout of a fingerprint, or raises UnknownLayout."""
         self._index = index
         self._find_layout = find_layout
-        self._residency = residency
+        self._residency = lifecycle
         self._clock = clock
         self._counters = counters
         self._tasks = tasks
@@ -117,7 +117,7 @@ class Sessions:
         name = self._name(fingerprint, session_id)
         return self._use(name, self._found(name))
 
-    def called(self, caller: Caller, session_id: str) -> list[Manifest]:
+    def find_by_id(self, caller: Caller, session_id: str) -> list[Manifest]:
         """The sessions of this id, in whatever layouts. No use of them. Raises SessionNotFound, which says why."""
         found = [manifest for each in self._index.layouts if (manifest := self._current((each, session_id)))]
         if not found:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from kvservice.blocks import Extent, Rows, TierName
 from kvservice.counters import Counters
 from kvservice.store import image_check
-from kvservice.store.block_lifecycle import Residency
+from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.store.leases import Lease
-from kvservice.store.mover.promoter import Landing, Promotion
+from kvservice.store.mover.promoter import PendingPromotion, Promoter
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.io_pool import ended
 from kvservice_api.errors import ChecksumMismatch, KVError, LeaseExpired, NotShared, Overloaded
@@ -47,16 +47,16 @@ class Locates:
 
     def __init__(
         self,
-        residency: Residency,
+        lifecycle: BlockLifecycle,
         dram: DramTier,
-        promotion: Promotion | None,
+        promoter: Promoter | None,
         counters: Counters,
         executor: Executor,
     ) -> None:
-        self._residency = residency
-        self._blocks = residency.blocks
+        self._residency = lifecycle
+        self._blocks = lifecycle.blocks
         self._dram = dram
-        self._promotion = promotion
+        self._promotion = promoter
         self._counters = counters
         self._executor = executor
         self.open_count = 0
@@ -77,7 +77,7 @@ class Locates:
             yield NotInPlace("several shards make up a block")
             return
         rows = lease.rows[blocks.start : blocks.stop]
-        landings: dict[int, Landing] = {}
+        landings: dict[int, PendingPromotion] = {}
         left = asyncio.Event()
         lease.client.on_detach.add(left.set)
         self._residency.hold(rows)
@@ -111,7 +111,7 @@ class Locates:
             self.open_count -= 1
             self._residency.unhold(rows)
 
-    async def _extents(self, rows: Rows, landings: dict[int, Landing]) -> list[Extent] | NotInPlace:
+    async def _extents(self, rows: Rows, landings: dict[int, PendingPromotion]) -> list[Extent] | NotInPlace:
         extents = []
         for count, row in enumerate(rows.tolist()):
             if count % _ROWS_A_TURN == _ROWS_A_TURN - 1:
@@ -125,7 +125,7 @@ class Locates:
             extents.append(extent)
         return extents
 
-    async def _layers(self, lease: Lease, landings: dict[int, Landing]) -> AsyncGenerator[int, None]:
+    async def _layers(self, lease: Lease, landings: dict[int, PendingPromotion]) -> AsyncGenerator[int, None]:
         wanted = lease.shard
         for layer in range(wanted.layer_begin, wanted.layer_end) if landings else ():
             for row, landing in landings.items():

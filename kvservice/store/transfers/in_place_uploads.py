@@ -164,7 +164,7 @@ class Reservations:
             raise InvalidRequest("reservation_id is 0 or in use: draw another", field="reservation_id")
         if sum(each.client is client for each in self._open.values()) >= _PER_CLIENT_MAX:
             error = Overloaded(f"the client holds {_PER_CLIENT_MAX} reservations, the most it may")
-            self._ingests.residency.history.note_keys(request.keys, Reason.REFUSED, error.reason)
+            self._ingests.lifecycle.history.note_keys(request.keys, Reason.REFUSED, error.reason)
             raise error
         self._ingests.check(request)
         reservation = Reservation(self._ingests, caller, client, request, self.writer(client), on_ssd=on_ssd)

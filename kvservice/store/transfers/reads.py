@@ -18,11 +18,11 @@ import numpy as np
 from kvservice.blocks import Extent, TierName
 from kvservice.counters import Counters
 from kvservice.store import image_check
-from kvservice.store.block_lifecycle import Residency
+from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.store.leases import Lease
-from kvservice.store.loop_budget import Pace
-from kvservice.store.mover.promoter import Landing, Promotion
+from kvservice.store.loop_budget import LoopBudget
+from kvservice.store.mover.promoter import PendingPromotion, Promoter
 from kvservice.store.tasks import all_of
 from kvservice.store.transfers.coverage import HeadRun, cover
 from kvservice.tiers.dram import DramTier
@@ -71,7 +71,7 @@ class _Source:
     geometry: BlockGeometry
     image: memoryview | None  # In DRAM or landing; None where the slices are read from SSD.
     trailer: Trailer | None = None
-    landing: Landing | None = None
+    landing: PendingPromotion | None = None
     ssd_extent: Extent | None = None
 
     @property
@@ -85,24 +85,24 @@ class Loads:
 
     def __init__(
         self,
-        residency: Residency,
+        lifecycle: BlockLifecycle,
         dram: DramTier,
         ssd: SsdTier | None,
-        promotion: Promotion | None,
+        promoter: Promoter | None,
         counters: Counters,
         executor: Executor,
-        pace: Pace,
+        loop_budget: LoopBudget,
         *,
         slots: int,
         frame_bytes: int,
     ) -> None:
-        self.residency = residency
+        self.lifecycle = lifecycle
         self.dram = dram
         self.ssd = ssd
-        self.promotion = promotion
+        self.promoter = promoter
         self.counters = counters
         self.executor = executor
-        self.pace = pace
+        self.loop_budget = loop_budget
         self.slots = asyncio.Semaphore(slots)
         self.frame_bytes = frame_bytes
         self.open_count = 0
@@ -116,7 +116,7 @@ class Loads:
         Raises ChecksumMismatch or StorageFailed; what was yielded before is right.
         """
         load = _Load(self, lease, blocks)
-        self.residency.hold(load.rows)
+        self.lifecycle.hold(load.rows)
         self.open_count += 1
         try:
             await load.open()
@@ -154,13 +154,13 @@ class Loads:
         finally:
             await load.close()
             self.open_count -= 1
-            self.residency.unhold(load.rows)
+            self.lifecycle.unhold(load.rows)
 
 
 class _Load:
     def __init__(self, loads: Loads, lease: Lease, blocks: range) -> None:
         self._loads = loads
-        self._blocks_table = loads.residency.blocks
+        self._blocks_table = loads.lifecycle.blocks
         self._layout: Layout = lease.layout
         self._shard = lease.shard
         rows = lease.rows[blocks.start : blocks.stop].tolist()
@@ -186,20 +186,20 @@ class _Load:
     async def open(self) -> None:
         """Find every row's bytes, and start to bring up what only SSD has."""
         table, loads = self._blocks_table, self._loads
-        landings: dict[int, Landing] = {}
-        if loads.promotion is not None:
+        landings: dict[int, PendingPromotion] = {}
+        if loads.promoter is not None:
             rows = np.array(self.rows, np.int64)
-            landings = await loads.promotion.begin(rows[table.dram_offset[rows] < 0].tolist())
+            landings = await loads.promoter.begin(rows[table.dram_offset[rows] < 0].tolist())
         for row, landing in landings.items():  # Before anything else is awaited: images of landings are given away.
             landing.begin_reading()
             self._sources[row] = source = self._new_source(row)
             source.image, source.landing = landing.image, landing
         for count, row in enumerate(self.rows):
-            await self._breath(count)
+            await self._yield_to_loop(count)
             if row not in landings:
                 self._sources[row] = self._source(row)
         for count, rows_of_block in enumerate(self._rows_of_block):
-            await self._breath(count)
+            await self._yield_to_loop(count)
             self._plans.append(self._plan(rows_of_block))
         resident = [source for source in self._sources.values() if source.image is not None and not source.landing]
         await self._on_thread(lambda: self._read_trailers(resident))
@@ -227,7 +227,7 @@ class _Load:
 
     def _new_source(self, row: int) -> _Source:
         table = self._blocks_table
-        return _Source(row, int(table.generation[row]), table.shard_of(row), self._loads.residency.geometry(row), None)
+        return _Source(row, int(table.generation[row]), table.shard_of(row), self._loads.lifecycle.geometry(row), None)
 
     async def close(self) -> None:
         """Wait for threads that still read the blocks' memory, then let go of it."""
@@ -238,10 +238,10 @@ class _Load:
             if source.landing is not None:
                 source.landing.end_reading()
 
-    async def _breath(self, count: int) -> None:
+    async def _yield_to_loop(self, count: int) -> None:
         """The event loop goes round now and then: a load may have thousands of blocks, and loads may be many."""
         if count % _ROWS_A_TURN == 0:
-            await self._loads.pace.turn()
+            await self._loads.loop_budget.slot()
 
     async def _on_thread(self, work: Callable[[], T]) -> T:
         job = asyncio.get_running_loop().run_in_executor(self._loads.executor, work)
@@ -276,7 +276,7 @@ class _Load:
         slices: dict[int, Slice] = {}
         coming: list[_Source] = []
         for count, source in enumerate(self._sources.values()):
-            await self._breath(count)
+            await self._yield_to_loop(count)
             if not source.shard.layer_begin <= layer < source.shard.layer_end:
                 continue
             if source.is_at_hand:
@@ -315,7 +315,7 @@ class _Load:
         current = Part(layer, 0, 0, [], [])
         room = self._loads.frame_bytes
         for block in range(len(self._rows_of_block)):
-            await self._breath(block)
+            await self._yield_to_loop(block)
             verify = [
                 slices[row] for row in self._rows_of_block[block] if row in slices and slices[row].expected is not None
             ]
@@ -379,7 +379,7 @@ class _Load:
 
     async def _quarantine(self, source: _Source, tier: TierName, what: str) -> NoReturn:
         key = self._blocks_table.key_of(source.row).hex()
-        await self._loads.residency.quarantine(source.row, source.generation, tier, what)
+        await self._loads.lifecycle.quarantine(source.row, source.generation, tier, what)
         raise ChecksumMismatch(f"{what} of block {key} is damaged in {tier}; the block was dropped", key=key)
 
 

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from kvservice.blocks import NO_ROW, BlockTable, Extent, TierName, object_key
 from kvservice.clock import Clock
 from kvservice.counters import Counters
-from kvservice.store.block_lifecycle import Residency
+from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.store.leases import Client
-from kvservice.store.loop_budget import Pace
+from kvservice.store.loop_budget import LoopBudget
 from kvservice.store.miss_reasons import Reason
-from kvservice.store.mover.evictor import Room
+from kvservice.store.mover.evictor import Evictor
 from kvservice.store.mover.write_behind import WriteBehind
 from kvservice.store.tasks import all_of
 from kvservice.tiers.dram import DramTier
@@ -126,24 +126,24 @@ class Ingests:
 
     def __init__(
         self,
-        residency: Residency,
-        room: Room,
+        lifecycle: BlockLifecycle,
+        room: Evictor,
         dram: DramTier,
         write_behind: WriteBehind | None,
         clock: Clock,
         counters: Counters,
-        pace: Pace,
+        loop_budget: LoopBudget,
         *,
         wait_s: float,
     ) -> None:
-        self.residency = residency
-        self.blocks: BlockTable = residency.blocks
-        self.room = room
+        self.lifecycle = lifecycle
+        self.blocks: BlockTable = lifecycle.blocks
+        self.evictor = room
         self.dram = dram
         self.write_behind = write_behind
         self.clock = clock
         self.counters = counters
-        self.pace = pace
+        self.loop_budget = loop_budget
         self.wait_s = wait_s
         self.uploads: dict[bytes, deque[_Upload]] = {}  # By object. The first one is under way, the others wait.
 
@@ -208,7 +208,7 @@ class Ingest:
             (first if self._is_first(upload) else others).append(upload)
         for count, upload in enumerate(first):
             if count % _RESERVED_A_TURN == 0:
-                await self._all.pace.turn()  # Where there is room nothing below waits.
+                await self._all.loop_budget.slot()  # Where there is room nothing below waits.
             await self._reserve(upload)
         deadline_s = asyncio.get_running_loop().time() + self._all.wait_s
         for upload in others:
@@ -245,8 +245,8 @@ class Ingest:
             if self._no_room is not None:
                 raise self._no_room  # A chain without this block is not worth another wait for room.
             if not self._over:
-                await self._all.residency.settled([upload.name])
-                extent = await self._all.room.reserve(TierName.DRAM, upload.geometry.image_bytes)
+                await self._all.lifecycle.wait_record_deletes([upload.name])
+                extent = await self._all.evictor.reserve(TierName.DRAM, upload.geometry.image_bytes)
         except KVError as error:
             if not self._over:
                 self._no_room = error
@@ -411,7 +411,7 @@ class Ingest:
         for upload in uploads:
             upload.extent = upload.image = None  # `admit` owns the space from here on.
         try:
-            await self._all.residency.admit(rows, extents)
+            await self._all.lifecycle.admit(rows, extents)
         except KVError as error:
             self._outcome.refused.update((upload.position, error) for upload in uploads)
             return []
@@ -427,15 +427,15 @@ class Ingest:
 
     async def _until_on_ssd(self, uploads: list[_Upload], rows: list[int]) -> None:
         """Wait for the SSD copies: of what was stored now, and of what others had stored before."""
-        outcome, residency = self._outcome, self._all.residency
+        outcome, lifecycle = self._outcome, self._all.lifecycle
         row_of = {upload.position: row for upload, row in zip(uploads, rows, strict=False)}
         row_of |= {position: self._stored_row(position) for position in outcome.already_stored}
         held = [row for row in row_of.values() if row != NO_ROW]
-        residency.hold(held)
+        lifecycle.hold(held)
         try:
             errors = await all_of(self._written(row) for row in row_of.values())
         finally:
-            residency.unhold(held)
+            lifecycle.unhold(held)
         outcome.refused |= {position: error for position, error in zip(row_of, errors, strict=True) if error}
         for done in (outcome.stored, outcome.already_stored):
             done[:] = [position for position in done if position not in outcome.refused]
@@ -465,7 +465,7 @@ class Ingest:
         refused = self._outcome.refused
         for reason in {error.reason for error in refused.values()}:
             keys = [self._request.keys[position] for position, error in refused.items() if error.reason == reason]
-            self._all.residency.history.note_keys(keys, Reason.REFUSED, reason)
+            self._all.lifecycle.history.note_keys(keys, Reason.REFUSED, reason)
 
     def _abandon(self) -> None:
         """The client has gone."""
@@ -481,7 +481,7 @@ class Ingest:
                 self._all.counters.saves_abandoned += 1
                 self._note_refused()
                 keys = [self._request.keys[position] for position in self._uploads]
-                self._all.residency.history.note_keys(keys, Reason.ABANDONED)
+                self._all.lifecycle.history.note_keys(keys, Reason.ABANDONED)
         for upload in list(self._uploads.values()):
             self._end(upload)
 

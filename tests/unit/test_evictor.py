@@ -27,7 +27,7 @@ async def saved(opened: OpenStore, client: Client, blocks: int, *, seed: int = 0
 
 
 def in_dram(opened: OpenStore, keys: list[bytes]) -> int:
-    return sum(TierName.DRAM in opened.residency(key) for key in keys)
+    return sum(TierName.DRAM in opened.lifecycle(key) for key in keys)
 
 
 async def test_the_least_recently_used_leave_first_and_a_suffix_before_its_prefix(
@@ -88,10 +88,10 @@ async def test_a_block_larger_than_the_tier_evicts_nobody(open_store: Callable[.
     opened: OpenStore = await open_store(dram_bytes=8 * BLOCK + HEADER, ssd_bytes=16 * BLOCK, ssd_files=2)
     client = opened.store.leases.attach(CALLER, "test")
     keys = await saved(opened, client, 4)
-    capacity = opened.store.residency.tiers[tier].capacity_bytes
+    capacity = opened.store.lifecycle.tiers[tier].capacity_bytes
     largest = capacity if tier is TierName.DRAM else capacity // 2  # No extent spans two files.
     with pytest.raises(TierFull):
-        await opened.store.room.reserve(tier, largest + 1)
+        await opened.store.evictor.reserve(tier, largest + 1)
     assert in_dram(opened, keys) == opened.hits(keys) == 4
     assert opened.store.counters.evicted_ssd_blocks == opened.store.counters.evicted_dram_blocks == 0
 
@@ -102,10 +102,10 @@ class StalledCleaner:
     def __init__(self) -> None:
         self.steps = asyncio.Condition()
 
-    def can_progress(self) -> bool:
+    def is_progressing(self) -> bool:
         return True
 
-    async def progress(self) -> None:
+    async def wait_for_one(self) -> None:
         async with self.steps:
             await self.steps.wait()
 
@@ -116,7 +116,7 @@ class StalledCleaner:
 
 async def test_who_waits_is_served_before_who_comes_later(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=64 * KIB + HEADER, ssd_bytes=0)
-    room, cleaner = opened.store.room, StalledCleaner()
+    room, cleaner = opened.store.evictor, StalledCleaner()
     room._cleaner = cleaner
     taken = [opened.dram.reserve(16 * KIB) for _ in range(4)]
 
@@ -141,7 +141,7 @@ async def test_waiting_for_room_ends_in_time(open_store: Callable[..., Any]) -> 
     opened: OpenStore = await open_store(
         dram_bytes=64 * KIB + HEADER, ssd_bytes=0, limits=StoreLimits(reserve_wait_s=0.02)
     )
-    room = opened.store.room
+    room = opened.store.evictor
     room._cleaner = StalledCleaner()
     opened.dram.reserve(64 * KIB)
     waiting = [room.reserve(TierName.DRAM, 4 * KIB) for _ in range(3)]
@@ -155,7 +155,7 @@ async def test_a_cancelled_wait_for_room_takes_nothing(open_store: Callable[...,
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER)
     client = opened.store.leases.attach(CALLER, "test")
     await saved(opened, client, 4)
-    waiting = asyncio.create_task(opened.store.room.reserve(TierName.DRAM, BLOCK))
+    waiting = asyncio.create_task(opened.store.evictor.reserve(TierName.DRAM, BLOCK))
     for _ in range(turns):
         await asyncio.sleep(0)
     waiting.cancel()
@@ -197,7 +197,7 @@ async def test_neither_tier_is_ever_over_its_capacity(open_store: Callable[..., 
 
     async def watch() -> None:
         while True:
-            for tier, space in opened.store.residency.tiers.items():
+            for tier, space in opened.store.lifecycle.tiers.items():
                 assert space.used_bytes <= space.capacity_bytes
                 most[tier] = max(most[tier], space.used_bytes)
             await asyncio.sleep(0)

@@ -129,7 +129,7 @@ async def test_a_long_lookup_answers_as_a_short_one_and_lets_the_event_loop_go_r
             await asyncio.sleep(0)
 
     counting = asyncio.create_task(count())
-    hit = await opened.store.lookup_in_turns(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 30)
+    hit = await opened.store.lookup_chunked(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 30)
     counting.cancel()
     assert turns >= 3
     again = opened.store.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 30)
@@ -139,14 +139,14 @@ async def test_a_long_lookup_answers_as_a_short_one_and_lets_the_event_loop_go_r
     assert sorted(hit.lease.held_rows.tolist()) == sorted(again.lease.held_rows.tolist())
     for lease in (hit.lease, again.lease):
         opened.store.leases.release(caller_of(client), lease.lease_id)
-    await opened.store.leases.let_go()
+    await opened.store.leases.drain_ended()
     assert not opened.store.blocks.leases.any() and not opened.store.blocks.holds.any()
 
 
 async def test_a_long_lookup_ends_with_the_first_block_that_is_missing(opened: OpenStore, client: Client) -> None:
     keys = [*await saved(opened, client, 20)] * 200
     keys[1500] = b"\0" * 32
-    hit = await opened.store.lookup_in_turns(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 0)
+    hit = await opened.store.lookup_chunked(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 0)
     assert hit.blocks == 1500 and hit.lease is None
     assert not opened.store.blocks.holds.any()
 
@@ -156,7 +156,7 @@ async def test_what_a_long_lookup_has_found_stays_until_its_lease_has_it(
 ) -> None:
     """Between its turns others evict and discard: the lease names rows that still have these blocks."""
     first, *_, last = keys = await saved(opened, client, 20)
-    pace, gate, waiting = opened.store.pace.turn, asyncio.Event(), asyncio.Event()
+    pace, gate, waiting = opened.store.loop_budget.slot, asyncio.Event(), asyncio.Event()
     taken = 0
 
     async def turn() -> None:
@@ -167,9 +167,9 @@ async def test_what_a_long_lookup_has_found_stays_until_its_lease_has_it(
             await gate.wait()
         await pace()
 
-    monkeypatch.setattr(opened.store.pace, "turn", turn)
+    monkeypatch.setattr(opened.store.loop_budget, "slot", turn)
     asking = asyncio.create_task(
-        opened.store.lookup_in_turns(caller_of(client), LAYOUT.fingerprint, WHOLE, [*keys[:-1]] * 40, 30)
+        opened.store.lookup_chunked(caller_of(client), LAYOUT.fingerprint, WHOLE, [*keys[:-1]] * 40, 30)
     )
     await waiting.wait()
     rows = list(opened.store.blocks.shards_of(int(opened.store.blocks.rows_of_keys([first])[0])))
@@ -190,7 +190,7 @@ async def test_what_a_long_lookup_has_found_stays_until_its_lease_has_it(
 
 async def test_a_long_lookup_of_a_client_that_has_gone_leases_nothing(opened: OpenStore, client: Client) -> None:
     keys = [*await saved(opened, client, 20)] * 200
-    asking = asyncio.ensure_future(opened.store.lookup_in_turns(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 30))
+    asking = asyncio.ensure_future(opened.store.lookup_chunked(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 30))
     await asyncio.sleep(0)
     opened.store.leases.detach(CALLER, client)
     with pytest.raises(UnknownClient):

@@ -57,7 +57,7 @@ async def test_a_load_from_ssd_brings_its_blocks_up(opened: OpenStore, client: C
     lease = opened.lookup(client, chain.keys)
     assert lease is not None
     assert await opened.load(lease) == layers_of(images)
-    await until(lambda: all(opened.residency(key) == set(TierName) for key in chain.keys))
+    await until(lambda: all(opened.lifecycle(key) == set(TierName) for key in chain.keys))
     assert opened.store.counters.promoted_blocks == 5
     await opened.settle()
 
@@ -105,11 +105,11 @@ async def test_a_landing_that_ended_while_its_joiner_waited_for_room_is_not_read
     images = await on_ssd(opened, client, chain) + await on_ssd(opened, client, more)
     leases = [opened.lookup(client, keys) for keys in ((*chain.keys, *more.keys), chain.keys)]
     assert leases[0] is not None and leases[1] is not None
-    promotion = opened.store.promotion
+    promotion = opened.store.promoter
     assert promotion is not None
     first, second = leases[0].rows.tolist()
     gate = asyncio.Event()
-    reserve = opened.store.room.reserve
+    reserve = opened.store.evictor.reserve
 
     async def slowly(tier: TierName, size_bytes: int, **waits: Any) -> Any:
         if first in promotion._landings:  # The first block is on its way up; the second one waits for room.
@@ -121,7 +121,7 @@ async def test_a_landing_that_ended_while_its_joiner_waited_for_room_is_not_read
         failed.set_exception(IndexFull("no space for a record of the copy in DRAM"))
         return failed
 
-    monkeypatch.setattr(opened.store.room, "reserve", slowly)
+    monkeypatch.setattr(opened.store.evictor, "reserve", slowly)
     monkeypatch.setattr(opened.index, "put", refuse)
     with calls.held("preadv"):
         [landing] = (await promotion.begin([first])).values()

@@ -12,6 +12,7 @@ import pytest
 
 from kvservice.blocks import OBJECT_KEY, OBJECT_KEY_BYTES, TierName
 from kvservice.index.records import Records, new_records
+from kvservice.store import block_lifecycle
 from kvservice.store.leases import Client
 from kvservice_api.errors import IndexFull, StorageFailed
 from kvservice_api.keys import KEY_BYTES
@@ -52,14 +53,14 @@ async def test_a_copy_on_ssd_counts_once_its_record_is_committed_and_not_before(
     chain = some_chain(1)
     with opened.commits_held(TierName.SSD):
         saving = asyncio.create_task(opened.save(client, chain, some_images(chain), on_ssd=True))
-        await until(lambda: opened.residency(chain.keys[0]) == {TierName.DRAM})
+        await until(lambda: opened.lifecycle(chain.keys[0]) == {TierName.DRAM})
         assert opened.ssd is not None
         await until(lambda: opened.ssd is not None and opened.ssd.used_bytes > 0)
         await turns()
-        assert opened.residency(chain.keys[0]) == {TierName.DRAM}
+        assert opened.lifecycle(chain.keys[0]) == {TierName.DRAM}
         assert not saving.done(), "a save to SSD is acknowledged when the block is there"
     await saving
-    assert opened.residency(chain.keys[0]) == {TierName.DRAM, TierName.SSD}
+    assert opened.lifecycle(chain.keys[0]) == {TierName.DRAM, TierName.SSD}
 
 
 @pytest.mark.parametrize("tier", TierName)
@@ -67,11 +68,11 @@ async def test_the_space_of_an_evicted_copy_is_free_once_its_record_is_gone_and_
     opened: OpenStore, client: Client, tier: TierName
 ) -> None:
     keys = await stored(opened, client)
-    space = opened.store.residency.tiers[tier]
+    space = opened.store.lifecycle.tiers[tier]
     used = space.used_bytes
     with opened.commits_held(tier):
         evicting = asyncio.create_task(opened.store.evict(CALLER, keys, tier))
-        await until(lambda: tier not in opened.residency(keys[0]))
+        await until(lambda: tier not in opened.lifecycle(keys[0]))
         await turns()
         assert space.used_bytes == used and not evicting.done()
     await evicting
@@ -265,7 +266,7 @@ async def test_use_times_that_could_not_be_written_are_written_the_next_time(
     opened: OpenStore, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = await stored(opened, client)
-    await opened.store.residency.flush_recency()
+    await opened.store.lifecycle.flush_recency()
     opened.hits(keys)
 
     def failing(tier: TierName, names: Sequence[bytes], records: Records) -> asyncio.Future[None]:
@@ -276,8 +277,8 @@ async def test_use_times_that_could_not_be_written_are_written_the_next_time(
     with monkeypatch.context() as patched:
         patched.setattr(opened.index, "put", failing)
         with pytest.raises(StorageFailed):
-            await opened.store.residency.flush_recency()
-    await opened.store.residency.flush_recency()
+            await opened.store.lifecycle.flush_recency()
+    await opened.store.lifecycle.flush_recency()
     for tier in TierName:
         assert opened.index.load(tier).records["hits"].tolist() == [1]
         assert opened.index.load(tier).records["access_seq"].tolist() == [opened.store.blocks.next_access_seq - 1]
@@ -293,7 +294,7 @@ async def test_use_times_of_very_many_blocks_are_written_in_small_steps(opened: 
     opened.store.blocks.touch(rows, 1)
     tracemalloc.start()
     try:
-        await opened.store.residency.flush_recency()
+        await opened.store.lifecycle.flush_recency()
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvservice.blocks import BlockTable, TierName
-from kvservice.store.miss_reasons import Event, History, Reason
+from kvservice.store.miss_reasons import Event, MissReasons, Reason
 from kvservice_api.layout import Shard
 from tests.clock import FakeClock
 
@@ -34,7 +34,7 @@ def test_it_tells_the_last_events_of_each_key_newest_first(
 ) -> None:
     clock = FakeClock()
     began_ms = clock.wall_ms()
-    history = History(clock, events_max)
+    history = MissReasons(clock, events_max)
     expected: list[tuple[bytes, Event]] = []
     for keys, reason, word, seconds in noted:
         clock.advance(seconds=seconds)
@@ -58,7 +58,7 @@ def test_it_notes_rows_with_their_tier_and_the_end_of_their_pin(
     pinned: list[tuple[bytes, int]], reason: Reason, tier: TierName | None
 ) -> None:
     clock, blocks = FakeClock(), BlockTable()
-    history = History(clock, 100)
+    history = MissReasons(clock, 100)
     now_ms = clock.wall_ms()
     ends = dict(pinned)
     rows = [
@@ -83,14 +83,14 @@ def test_it_notes_rows_with_their_tier_and_the_end_of_their_pin(
 
 
 def test_records_with_damaged_keys_harm_nothing() -> None:
-    history = History(FakeClock(), 10)
+    history = MissReasons(FakeClock(), 10)
     history.note_lost(TierName.SSD, [b"short", KEYS[0] + bytes(8), KEYS[1] + b"too long" * 20])
     assert [event.reason for event in history.of(KEYS[0])] == [Reason.LOST]
     assert [event.tier for event in history.of(KEYS[1])] == [TierName.SSD]
 
 
 def test_a_batch_larger_than_the_ring_leaves_its_last_ones() -> None:
-    history = History(FakeClock(), 3)
+    history = MissReasons(FakeClock(), 3)
     many = [np.uint64(number).tobytes() + bytes(24) for number in range(1, 8)]
     history.note_keys(many, Reason.DISCARDED)
     assert [bool(history.of(key)) for key in many] == [False] * 4 + [True] * 3
