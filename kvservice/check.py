@@ -21,9 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from kvservice.blocks import Extent, TierName
-from kvservice.index.block_index import BlockIndex, traces_of_store
+from kvservice.index.block_index import BlockIndex
 from kvservice.index.environment import DATA_NAME
 from kvservice.index.errors import StoreDamaged, StoreError
+from kvservice.index.identity import traces_of_store
 from kvservice.index.records import Records
 from kvservice.index.store_lock import StoreLock
 from kvservice.store import pieces, salvage
@@ -225,9 +226,9 @@ class _Check:
         self._ssd_files: list[Path] = []
 
     async def run(self, repair: bool) -> None:
-        for fingerprint in self._index.damaged_layouts:
+        for fingerprint in self._index.layout_entries.damaged:
             self._report.problems.append(Problem("index", fingerprint.hex(), "its layout's entry is damaged"))
-        for fingerprint in self._index.restorable_layouts:
+        for fingerprint in self._index.layout_entries.restorable:
             what = "its layout's entry is damaged, and its copy in the folder layouts is sound"
             self._report.problems.append(Problem("index", fingerprint.hex(), what))
         self._report.sessions = len(self._index.load_sessions())
@@ -325,9 +326,9 @@ class _Check:
         self._bad[tier].append(key)
 
     async def _repair(self) -> None:
-        repaired = len(self._index.damaged_layouts) + len(self._index.damaged_sessions)
-        repaired += self._index.restore_layouts()
-        await self._index.delete_damaged_layouts()
+        repaired = len(self._index.layout_entries.damaged) + len(self._index.damaged_sessions)
+        repaired += self._index.layout_entries.restore()
+        await self._index.layout_entries.delete_damaged()
         await self._index.delete_sessions(self._index.damaged_sessions)  # Of lost layouts too.
         for tier, keys in self._bad.items():
             for start in range(0, len(keys), _DELETES_AT_ONCE):

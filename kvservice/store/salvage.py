@@ -23,20 +23,19 @@ import numpy as np
 
 from kvservice.blocks import TierName
 from kvservice.index import pages
-from kvservice.index.block_index import (
+from kvservice.index.block_index import BlockIndex
+from kvservice.index.durable_files import sync_folder
+from kvservice.index.environment import DATA_NAME
+from kvservice.index.errors import StoreDamaged
+from kvservice.index.identity import (
     IDENTITY_NAME,
-    LAYOUTS_NAME,
     STORE_ID_BYTES,
     STORE_KEY,
-    BlockIndex,
-    decode_layout,
-    layout_copies,
     read_identity,
     refuse_newer,
     write_identity,
 )
-from kvservice.index.environment import DATA_NAME
-from kvservice.index.errors import StoreDamaged
+from kvservice.index.layouts import LAYOUTS_NAME, decode_layout, layout_copies
 from kvservice.index.records import RECORD, Records, is_sound
 from kvservice.index.recovery import overlaps
 from kvservice.index.session_records import decode_manifest
@@ -172,13 +171,13 @@ def put_in_place(store: Path) -> Path | None:
     new, old = store / _NEW_NAME, store / "index"
     _give_to_owner(store, new)
     (new / _UNFINISHED_NAME).unlink()
-    _sync(new)
+    sync_folder(new)
     if not os.path.lexists(old):
         new.rename(old)
-        _sync(store)
+        sync_folder(store)
         return None
     _exchange(new, old)
-    _sync(store)
+    sync_folder(store)
     return _set_aside_old(store, new)
 
 
@@ -199,7 +198,7 @@ def _set_aside_old(store: Path, directory: Path) -> Path | None:
         return None
     kept = next(path for path in _names(store) if not os.path.lexists(path))
     directory.rename(kept)
-    _sync(store)
+    sync_folder(store)
     return kept
 
 
@@ -224,11 +223,3 @@ def _exchange(one: Path, other: Path) -> None:
 
 def _joined(values: Mapping[bytes, bytes]) -> tuple[list[bytes], Records]:
     return list(values), np.frombuffer(b"".join(values.values()), RECORD)
-
-
-def _sync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
