@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from kvservice.blocks import Extent, TierName
+from kvservice.index import replacement
 from kvservice.index.block_index import BlockIndex
 from kvservice.index.environment import DATA_NAME
 from kvservice.index.errors import StoreDamaged, StoreError
@@ -76,7 +77,7 @@ class Report:
     repaired: int = 0
     given_up: list[str] = field(default_factory=list)  # What went with the SSD files that are missing.
     made_anew: list[str] = field(default_factory=list)  # What was replaced by what could be saved of it.
-    notes: list[str] = field(default_factory=list)  # What a new index lacks.
+    notes: list[str] = field(default_factory=list)  # What a new index lacks; what an interrupted repair had left.
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +140,10 @@ async def check(store: Path, *, repair: bool = False, rebuild: bool = False, ssd
     with ExitStack() as opened:
         lock = StoreLock(store / "lock")
         opened.callback(lock.release)
+        if repair or rebuild:
+            report.notes += filter(None, [replacement.end_interrupted(store)])
+        elif left := replacement.interrupted(store):
+            report.problems.append(Problem("index", "", left))
         try:
             if rebuild:
                 await _repair_index(store, report, rebuild=True, ssd_files=ssd_files)

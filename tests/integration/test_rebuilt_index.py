@@ -178,9 +178,9 @@ def test_a_rebuild_that_was_killed_changes_nothing_and_can_be_run_again(daemon: 
     where = {
         "search": f"kvservice.check.find_blocks = {die}",
         "fill": f"kvservice.store.salvage.overlaps = {die}",
-        "exchange": f"kvservice.store.salvage._exchange = {die}",
+        "exchange": f"kvservice.index.replacement._exchange = {die}",
     }[moment]
-    program = f"import os, kvservice.check, kvservice.store.salvage; {where}; "
+    program = f"import os, kvservice.check, kvservice.index.replacement, kvservice.store.salvage; {where}; "
     program += f"kvservice.check.main(['{daemon.store}', '--rebuild'])"
     killed = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
