@@ -25,6 +25,7 @@ import numpy as np
 
 from kvservice.blocks import OBJECT_KEY_BYTES, TierName
 from kvservice.index import recovery
+from kvservice.index.descriptor_secret import DESCRIPTORS_KEY, DescriptorSecret, open_secret
 from kvservice.index.environment import BLOCKS, DATA_NAME, LAYOUTS, META, SESSIONS, Environment, is_older_copy
 from kvservice.index.errors import StoreDamaged
 from kvservice.index.identity import (
@@ -56,7 +57,9 @@ _ARENA_KEY = b"arena_id"
 _SSD_FILES_KEY = b"ssd_files"
 _VOLATILE_DIRECTORY_KEY = b"volatile_directory"
 _EMPTIED_KEY = b"dram_emptied"
-_META_KEYS = frozenset((SCHEMA_KEY, STORE_KEY, NEXT_LAYOUT_KEY, _SSD_FILES_KEY, _VOLATILE_DIRECTORY_KEY, _EMPTIED_KEY))
+_META_KEYS = frozenset(
+    (SCHEMA_KEY, STORE_KEY, DESCRIPTORS_KEY, NEXT_LAYOUT_KEY, _SSD_FILES_KEY, _VOLATILE_DIRECTORY_KEY, _EMPTIED_KEY)
+)
 
 #  | when, ms u64 | why, UTF-8 |     the last time that the DRAM tier lost what it had; little-endian
 _EMPTIED_AT = struct.Struct("<Q")
@@ -81,6 +84,7 @@ class BlockIndex:
         self.layout_entries = LayoutEntries(directory.parent, durable, layouts_max, meta.get(NEXT_LAYOUT_KEY))
         self.emptied_keys: list[bytes] = []  # Objects that the DRAM tier had when it was emptied at this start.
         self.damaged_sessions: list[bytes] = []  # Names, as of the last `load_sessions`.
+        self.secret: DescriptorSecret | None = None  # Of an index that a daemon opened.
 
     @classmethod
     def open(
@@ -110,7 +114,11 @@ class BlockIndex:
         try:
             meta = _read_meta(durable)
             if not meta and not traces and create:
-                meta = {SCHEMA_KEY: str(SCHEMA_AT_LEAST).encode(), STORE_KEY: os.urandom(STORE_ID_BYTES)}
+                meta = {
+                    SCHEMA_KEY: str(SCHEMA_AT_LEAST).encode(),
+                    STORE_KEY: os.urandom(STORE_ID_BYTES),
+                    DESCRIPTORS_KEY: open_secret(directory.parent, {}).mark,  # The file is there before the index.
+                }
                 durable.write_now(META, meta)
             check_schema(directory, meta)
             if len(meta.get(STORE_KEY, b"")) != STORE_ID_BYTES:
@@ -121,6 +129,8 @@ class BlockIndex:
                 index._upgrade()
                 index.layout_entries.restore()
                 index.layout_entries.write_copies()
+                index.secret = open_secret(directory.parent, meta)
+                index._remember(DESCRIPTORS_KEY, index.secret.mark)
             return index
         except BaseException:
             durable.close()

@@ -156,8 +156,17 @@ class BlockStore:
             per_client_max=limits.leases_per_client_max,
             blocks_per_client_max=limits.leased_blocks_per_client_max,
         )
+        assert index.secret is not None, "a daemon opened it"
         self.ingests = Ingests(
-            self.residency, self.room, dram, self.write_behind, clock, counters, self.pace, wait_s=limits.upload_wait_s
+            self.residency,
+            self.room,
+            dram,
+            self.write_behind,
+            clock,
+            counters,
+            self.pace,
+            wait_s=limits.upload_wait_s,
+            secret=index.secret.key,
         )
         self.loads = Loads(
             self.residency,

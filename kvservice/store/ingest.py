@@ -135,7 +135,9 @@ class Ingests:
         pace: Pace,
         *,
         wait_s: float,
+        secret: bytes,
     ) -> None:
+        """`secret` is the store's, for the tags of descriptors."""
         self.residency = residency
         self.blocks: BlockTable = residency.blocks
         self.room = room
@@ -145,6 +147,7 @@ class Ingests:
         self.counters = counters
         self.pace = pace
         self.wait_s = wait_s
+        self.secret = secret
         self.uploads: dict[bytes, deque[_Upload]] = {}  # By object. The first one is under way, the others wait.
 
     def begin(self, caller: Caller, client: Client, request: SaveRequest) -> Ingest:
@@ -391,7 +394,7 @@ class Ingest:
                     tenant_tag(self._caller.tenant.name),
                     now_ms,
                     checksum(trailer),
-                ).encode()
+                ).encode(trailer, self._all.secret)
             row = blocks.add(
                 key,
                 request.shard,

@@ -21,6 +21,7 @@ import numpy as np
 from kvservice.blocks import TierName
 from kvservice.index import pages, replacement
 from kvservice.index.block_index import BlockIndex
+from kvservice.index.descriptor_secret import DESCRIPTORS_KEY, DescriptorSecret, has_all_descriptors, read_secret
 from kvservice.index.environment import DATA_NAME
 from kvservice.index.errors import StoreDamaged
 from kvservice.index.identity import (
@@ -54,10 +55,12 @@ class Saved:
     sessions: dict[bytes, bytes] = field(default_factory=dict)
     records: dict[bytes, bytes] = field(default_factory=dict)
     doubtful: dict[bytes, bytes] = field(default_factory=dict)  # Records of pages that are not in use.
+    secret: DescriptorSecret = field(default_factory=lambda: DescriptorSecret.new(every_block=True))
+    secret_is_lost: bool = False  # `secret` is then one that no block was tagged with.
 
 
 def read(store: Path, ssd_files: Sequence[Path] = ()) -> Saved:
-    """Everything of the store's durable index that has a sound CRC, and the layouts' own files.
+    """Everything of the store's durable index that has a sound CRC, the layouts' own files, and the store's secret.
 
     `ssd_files` are those that lie elsewhere. Raises OSError, StoreDamaged, StoreTooNew.
     """
@@ -75,6 +78,10 @@ def read(store: Path, ssd_files: Sequence[Path] = ()) -> Saved:
         raise StoreDamaged(f"nothing in {store} says which store it is")
     for key in saved.records:
         saved.doubtful.pop(key, None)
+    found_secret = read_secret(store)
+    saved.secret_is_lost = found_secret is None
+    saved.secret = found_secret or DescriptorSecret.new(every_block=has_all_descriptors(saved.meta))
+    saved.meta[DESCRIPTORS_KEY] = saved.secret.mark
     return saved
 
 
@@ -118,7 +125,7 @@ def make_index(store: Path, saved: Saved) -> BlockIndex:
 
 def make_room(store: Path, saved: Saved, more: int) -> BlockIndex:
     """Open the new index again, closed before, with room for `more` blocks. Raises StoreError, StorageFailed."""
-    return BlockIndex.open(replacement.new_index(store), map_bytes=_map_bytes(store, saved, more))
+    return BlockIndex.open(replacement.new_index(store), map_bytes=_map_bytes(store, saved, more), create=False)
 
 
 def _map_bytes(store: Path, saved: Saved, more: int = 0) -> int:

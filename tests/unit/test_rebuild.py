@@ -6,8 +6,10 @@ from kvservice.store.rebuild import _Block, _one_of_each_key, _without_overlaps
 _PAGE = 4096
 
 
-def _block(name: bytes, first: int, pages: int, stored_at_ms: int = 1, checksum: int = 1) -> _Block:
-    return _Block(name, Extent(0, first * _PAGE, pages * _PAGE), 1, 4, checksum, bytes(32), stored_at_ms)
+def _block(
+    name: bytes, first: int, pages: int, stored_at_ms: int = 1, checksum: int = 1, *, is_tagged: bool = True
+) -> _Block:
+    return _Block(name, Extent(0, first * _PAGE, pages * _PAGE), 1, 4, checksum, bytes(32), stored_at_ms, is_tagged)
 
 
 def test_a_block_inside_another_is_not_kept_whatever_time_it_states() -> None:
@@ -29,3 +31,10 @@ def test_copies_of_a_key_that_differ_are_all_left_out() -> None:
 def test_of_copies_that_are_alike_one_is_kept() -> None:
     kept, differing = _one_of_each_key([_block(b"key", 0, 2), _block(b"key", 4, 2)])
     assert (len(kept), differing) == (1, 0)
+
+
+def test_copies_that_this_store_did_not_tag_take_no_key_from_one_that_it_did() -> None:
+    own = _block(b"key", 0, 2)
+    planted = [_block(b"key", place, 2, 2**62, checksum=2, is_tagged=False) for place in (4, 8)]
+    assert _one_of_each_key([planted[0], own, planted[1]]) == ([own], 0)
+    assert _one_of_each_key([planted[0]]) == ([planted[0]], 0)
