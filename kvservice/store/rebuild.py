@@ -44,6 +44,7 @@ from kvservice_api.image import (
     descriptor_offset,
     tenant_tag,
 )
+from kvservice_api.keys import KEY_BYTES
 from kvservice_api.layout import Layout, Shard
 
 _READ_BYTES = 4 << 20
@@ -133,7 +134,8 @@ class Search:
                     self._note_progress()
             finally:
                 os.close(fd)
-        kept, differing = _one_of_each_key(_without_overlaps(self._blocks))
+        sure = _without_doubtful(_without_overlaps(self._blocks))
+        kept, differing = _one_of_each_key(sure)
         if differing:
             self._others["of keys that have copies with different bytes: none of these is kept"] = differing
         kept.sort(key=lambda block: block.stored_at_ms)
@@ -301,18 +303,36 @@ def _end(block: _Block) -> tuple[int, int]:
     return block.extent.segment, block.extent.offset_bytes + block.extent.size_bytes
 
 
-def _one_of_each_key(blocks: Sequence[_Block]) -> tuple[list[_Block], int]:
-    """One copy of each key; none where copies differ, and how many those are: nothing says which is right.
+def _without_doubtful(blocks: Sequence[_Block]) -> list[_Block]:
+    """Of blocks with one key that have layers and heads in common: those that this store tagged, if there are any."""
+    tagged: dict[bytes, list[Shard]] = {}
+    for block in blocks:
+        if block.is_tagged:
+            tagged.setdefault(block.key[:KEY_BYTES], []).append(_shard(block))
+    return [
+        block
+        for block in blocks
+        if block.is_tagged or not any(_overlap(_shard(block), each) for each in tagged.get(block.key[:KEY_BYTES], ()))
+    ]
 
-    Where this store tagged a copy, those that it did not tag do not count.
-    """
+
+def _shard(block: _Block) -> Shard:
+    return Shard.decode(block.key[KEY_BYTES:])
+
+
+def _overlap(one: Shard, other: Shard) -> bool:
+    layers = max(one.layer_begin, other.layer_begin) < min(one.layer_end, other.layer_end)
+    return layers and max(one.head_begin, other.head_begin) < min(one.head_end, other.head_end)
+
+
+def _one_of_each_key(blocks: Sequence[_Block]) -> tuple[list[_Block], int]:
+    """One copy of each key; none where copies differ, and how many those are: nothing says which is right."""
     copies: dict[bytes, list[_Block]] = {}
     for block in blocks:
         copies.setdefault(block.key, []).append(block)
     kept: list[_Block] = []
     differing = 0
     for same in copies.values():
-        same = [each for each in same if each.is_tagged] or same
         if len({(each.layout_id, each.token_count, each.trailer_checksum) for each in same}) == 1:
             kept.append(same[0])
         else:

@@ -1,7 +1,8 @@
 """Which blocks a rebuild keeps of those whose bytes are whole."""
 
-from kvservice.blocks import Extent
-from kvservice.store.rebuild import _Block, _one_of_each_key, _without_overlaps
+from kvservice.blocks import Extent, object_key
+from kvservice.store.rebuild import _Block, _one_of_each_key, _without_doubtful, _without_overlaps
+from kvservice_api.layout import Shard
 
 _PAGE = 4096
 
@@ -33,8 +34,15 @@ def test_of_copies_that_are_alike_one_is_kept() -> None:
     assert (len(kept), differing) == (1, 0)
 
 
-def test_copies_that_this_store_did_not_tag_take_no_key_from_one_that_it_did() -> None:
-    own = _block(b"key", 0, 2)
-    planted = [_block(b"key", place, 2, 2**62, checksum=2, is_tagged=False) for place in (4, 8)]
-    assert _one_of_each_key([planted[0], own, planted[1]]) == ([own], 0)
-    assert _one_of_each_key([planted[0]]) == ([planted[0]], 0)
+def _of_shard(heads: tuple[int, int], first: int, *, is_tagged: bool) -> _Block:
+    shard = Shard(0, 2, *heads)
+    return _block(object_key(b"k" * 32, shard), first, 2, checksum=first, is_tagged=is_tagged)
+
+
+def test_what_this_store_did_not_tag_is_dropped_beside_what_it_did_of_the_same_layers_and_heads() -> None:
+    own = _of_shard((0, 4), 0, is_tagged=True)
+    same, part, more = (_of_shard(heads, 4, is_tagged=False) for heads in ((0, 4), (3, 4), (2, 6)))
+    assert _without_doubtful([same, part, own, more]) == [own]
+    beside = _of_shard((4, 8), 4, is_tagged=False)
+    assert _without_doubtful([beside, own]) == [beside, own]
+    assert _without_doubtful([same, part]) == [same, part]
