@@ -81,7 +81,8 @@ def open_secret(store: Path, meta: Mapping[bytes, bytes]) -> DescriptorSecret:
     path = store / SECRET_NAME
     made = DescriptorSecret.new(every_block=has_all_descriptors(meta))
     try:
-        if (found := read_secret(store)) is not None:
+        found = read_secret(store)
+        if found is not None and (meta or found.every_block):  # Another store's may lie in the folder of a new one.
             if stat.S_IMODE(path.stat().st_mode) != 0o600:
                 path.chmod(0o600)  # A copy that was brought back may have another mode.
             return found
@@ -95,7 +96,7 @@ def open_secret(store: Path, meta: Mapping[bytes, bytes]) -> DescriptorSecret:
             error.strerror,
         )
         return made
-    if was_there or DESCRIPTORS_KEY in meta:
+    if meta and (was_there or DESCRIPTORS_KEY in meta):
         log.warning(
             "the store's secret %s was %s, and a new one was made: blocks that were saved before cannot be found "
             "without the index any more",

@@ -31,6 +31,7 @@ from tests.integration.conversations import new_chain as new_talk
 from tests.integration.known_blocks import LARGE, SMALL, new_chain, save, slice_bytes, verify
 from tests.integration.media import flip_bit_of, flip_data, ssd_file
 from tests.integration.test_old_store import OldStore, expected
+from tests.old_store import LAYOUTS, layout_named
 
 
 @pytest.fixture
@@ -240,6 +241,10 @@ def test_a_store_of_an_earlier_version_loses_its_index_and_keeps_what_its_checks
     daemon = store.daemon
     try:
         daemon.start()
+        layout = layout_named(next(iter(LAYOUTS)))
+        new = new_chain(layout, 2)
+        with daemon.client() as client:
+            assert save(client, layout, new, Durability.SSD).is_complete
         daemon.stop()
         before = json.loads(daemon.check("--json").stdout)
         lose_index(daemon)
@@ -253,6 +258,9 @@ def test_a_store_of_an_earlier_version_loses_its_index_and_keeps_what_its_checks
         assert secret is not None and not secret.every_block
         daemon.start()
         with daemon.client() as client:
+            verify(client, layout, new)
+            [shard] = client.admin.inspect(new.keys[1]).shards
+            assert shard.parent_key == new.keys[0], "blocks of today have a descriptor there too"
             hits = 0
             for cache, chain in store.caches(client):
                 with cache.lookup(chain) as lease:

@@ -49,6 +49,13 @@ def test_a_start_that_was_cut_off_before_its_index_keeps_the_secret_and_says_not
     assert not caplog.records
 
 
+def test_a_new_store_in_the_folder_of_an_older_one_is_marked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / SECRET_NAME).write_bytes(DescriptorSecret.new(every_block=False).encode())
+    made = started(tmp_path)
+    assert made is not None and made.every_block and made == read_secret(tmp_path)
+    assert not caplog.records
+
+
 def test_a_store_of_an_earlier_version_is_not_marked_and_stays_so_without_its_file(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
