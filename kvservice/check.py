@@ -387,7 +387,7 @@ class _Check:
         self._report.repaired += repaired
 
     async def _give_up_missing_files(self) -> int:
-        """Delete the records that name missing files, then have the daemon make these anew. How many records."""
+        """Delete the records that name missing files, then have the daemon make these again. How many records."""
         lost = self._blocks_by_file()
         for number, path in self._away.items():
             keys = lost.get(number, [])

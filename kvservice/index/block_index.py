@@ -336,7 +336,7 @@ class BlockIndex:
     def forget_unused_layouts(self) -> int:
         """Where the store knows as many layouts as it may, forget those that nothing names. How many these were.
 
-        For the start, once the volatile index is open: nobody has opened one then to store blocks later.
+        For the start, once the volatile index is open: no client has opened a layout then to store blocks later.
         Their ids are not given again. Reads all records if there is reason to. Raises StorageFailed.
         """
         if not self.layout_entries.is_full:
@@ -405,7 +405,7 @@ class BlockIndex:
 
 
 def _remove(path: Path) -> None:
-    """What stands in the place of the volatile index, whatever it is. Raises StorageFailed."""
+    """Remove a folder or file in the place of the volatile index. Raises StorageFailed."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

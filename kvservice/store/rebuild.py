@@ -1,8 +1,8 @@
 """Blocks that are found in the SSD files without the index, by their trailers: for ``kvservice check --rebuild``.
 
 A trailer ends on a page and says whose block it is; the descriptor in front of it says the rest (``image.py``). A
-block counts only once every one of its slices matches its checksum. So one that was removed, and whose space nobody
-took since, may be found, which does no harm: a key stands for its bytes for ever.
+block counts only if every one of its slices matches its checksum. A block that was removed, and whose space was not used
+again, may be found. That does no harm: a key stands for its bytes for ever.
 
 A client chooses the bytes it saves, also a whole image with descriptor and trailer. So a descriptor counts only with
 the tag that the store's secret gives. A trailer without such a descriptor counts where the image has no room for one,
@@ -63,9 +63,10 @@ class Found:
 
 
 class Progress:
-    """Says every few seconds how far a long search is."""
+    """Says how far a long check is: one line per `every_s` seconds, at most."""
 
     def __init__(self, clock: Clock, say: Callable[[str], None], *, every_s: float = 5.0) -> None:
+        """`say` gets each line, without a line break."""
         self._clock = clock
         self._say = say
         self._every_s = every_s
@@ -102,11 +103,12 @@ class _Block(NamedTuple):
 
 
 class Search:
-    """One search of the SSD files of a store."""
+    """One search for blocks in the SSD files of a store. It blocks the event loop while it reads the files."""
 
     def __init__(
         self, tier: SsdTier, layouts: Mapping[int, Layout], secret: DescriptorSecret, progress: Progress | None = None
     ) -> None:
+        """`tier` has the same files open. `layouts`, by id, are those whose blocks are looked for."""
         self._tier = tier
         self._layouts = layouts
         self._secret = secret
@@ -151,7 +153,7 @@ class Search:
             )
 
     def _candidates(self, fd: int, segment: int) -> Iterator[_Candidate]:
-        """Whatever looks like a trailer and ends on a page."""
+        """All bytes that look like a trailer and end on a page, in the order of the file."""
         size = os.fstat(fd).st_size
         self._read_bytes += min(PAGE_BYTES, size)
         for start in range(PAGE_BYTES, size, _READ_BYTES):
