@@ -1,8 +1,8 @@
 """Blocks that are found in the SSD files without the index, by their trailers: for ``kvservice check --rebuild``.
 
 A trailer ends on a page and says whose block it is; the descriptor in front of it says the rest (``image.py``). A
-block counts only if every one of its slices matches its checksum. A block that was removed, and whose space was not used
-again, may be found. That does no harm: a key stands for its bytes for ever.
+block counts only if every one of its slices matches its checksum. A block that was removed, and whose space was not
+used again, may be found. That does no harm: a key stands for its bytes for ever.
 
 A client chooses the bytes it saves, also a whole image with descriptor and trailer. So a descriptor counts only with
 the tag that the store's secret gives. A trailer without such a descriptor counts where the image has no room for one,
