@@ -31,6 +31,7 @@ from kvservice.host_limits import (
     memory_limit,
     reserve_bytes,
 )
+from kvservice.index import replacement
 from kvservice.index.block_index import BlockIndex
 from kvservice.index.store_lock import StoreLock
 from kvservice.metrics import Heartbeat, MetricsServer
@@ -237,6 +238,8 @@ def _open_store(
         if ssd is not None:
             ssd.sync()
 
+    if left := replacement.interrupted(path):
+        log.warning(left)
     index = BlockIndex.open(
         path / "index",
         map_bytes=settings.durable_map_bytes,

@@ -66,9 +66,9 @@ class Leases:
         per_client_max: int,
         blocks_per_client_max: int,
     ) -> None:
-        self._residency = lifecycle
+        self._lifecycle = lifecycle
         self._tasks = tasks
-        self._pace = loop_budget
+        self._loop_budget = loop_budget
         self._clock = clock
         self._counters = counters
         self._clients_max = clients_max
@@ -138,7 +138,7 @@ class Leases:
             )
         self._next_lease_id += 1
         lease = Lease(self._next_lease_id, client, layout, shard, rows, parts, held)
-        self._residency.lease(held)
+        self._lifecycle.lease(held)
         self._leases[lease.lease_id] = lease
         client.leases.add(lease.lease_id)
         client.leased_rows += len(held)
@@ -216,7 +216,7 @@ class Leases:
     async def _drain_ended_forever(self) -> None:
         try:
             while self._over:
-                await self._pace.slot()
+                await self._loop_budget.slot()
                 self._unlease_batch()
         finally:
             self._letting_go = None
@@ -228,5 +228,5 @@ class Leases:
             rows = self._over.popleft()
             if len(rows) > room:
                 self._over.appendleft(rows[room:])
-            self._residency.unlease(rows[:room])
+            self._lifecycle.unlease(rows[:room])
             room -= min(room, max(len(rows), 16))  # Of small leases not too many.

@@ -156,6 +156,7 @@ class BlockStore:
             per_client_max=limits.leases_per_client_max,
             blocks_per_client_max=limits.leased_blocks_per_client_max,
         )
+        assert index.secret is not None, "a daemon opened it"
         self.ingests = Ingests(
             self.lifecycle,
             self.evictor,
@@ -165,6 +166,7 @@ class BlockStore:
             counters,
             self.loop_budget,
             wait_s=limits.upload_wait_s,
+            secret=index.secret.key,
         )
         self.loads = Loads(
             self.lifecycle,

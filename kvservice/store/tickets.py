@@ -75,7 +75,7 @@ class Tickets:
         self._blocks = blocks
         self._requests = requests
         self._clock = clock
-        self._pace = loop_budget
+        self._loop_budget = loop_budget
         self._boot_epoch = boot_epoch
         self._secret = secrets.token_bytes(32)
         # Per exporting client what owns the leases of its tickets, and bounds them as one client. It is not attached,
@@ -123,7 +123,7 @@ class Tickets:
         """
         client = self._leases.client(caller)
         number, held = self._held(caller, ticket, fingerprint)
-        part = await narrowed(self._blocks, held, shard, self._pace)
+        part = await narrowed(self._blocks, held, shard, self._loop_budget)
         # Whether the ticket and the client are still there: others ran meanwhile.
         client = self._leases.client(caller)
         self._held(caller, ticket, fingerprint)

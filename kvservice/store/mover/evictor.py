@@ -55,7 +55,7 @@ class Evictor:
         watermarks: dict[TierName, Watermarks],
         wait_s: float,
     ) -> None:
-        self._residency = lifecycle
+        self._lifecycle = lifecycle
         self._blocks: BlockTable = lifecycle.blocks
         self._policy = policy
         self._clock = clock
@@ -79,7 +79,7 @@ class Evictor:
 
         Who waits is served in the order of asking: a large block would starve behind small ones else.
         """
-        space = self._residency.tiers[tier]
+        space = self._lifecycle.tiers[tier]
         self._taken.set()
         if not space.could_hold(size_bytes):
             raise TierFull(f"{size_bytes} bytes are more than the {tier} tier could ever hold in one piece", tier=tier)
@@ -107,8 +107,8 @@ class Evictor:
         try:
             while missing > 0:
                 async with self._locks[tier]:
-                    rows = await self._choose(tier, self._residency.tiers[tier].capacity_bytes)
-                    await self._residency.evict(rows, tier, self._policy.name)
+                    rows = await self._choose(tier, self._lifecycle.tiers[tier].capacity_bytes)
+                    await self._lifecycle.evict(rows, tier, self._policy.name)
                 if not rows:
                     return
                 missing -= len(rows)
@@ -120,17 +120,17 @@ class Evictor:
     async def _reserve_in_turn(self, tier: TierName, size_bytes: int) -> Extent:
         while True:
             try:
-                return self._residency.tiers[tier].reserve(size_bytes)
+                return self._lifecycle.tiers[tier].reserve(size_bytes)
             except TierFull:
                 if not await self._make(tier, size_bytes):
                     raise
 
     async def _make(self, tier: TierName, size_bytes: int) -> bool:
         """Evict at least `size_bytes`, or wait for space to come. False where neither is possible."""
-        if await self._residency.tiers[tier].grown():
+        if await self._lifecycle.tiers[tier].grown():
             return True
         if rows := await self._choose(tier, size_bytes):
-            await self._residency.evict(rows, tier, self._policy.name)
+            await self._lifecycle.evict(rows, tier, self._policy.name)
             return True
         if tier is TierName.DRAM and self._cleaner is not None and self._cleaner.is_progressing():
             await self._cleaner.wait_for_one()
@@ -159,7 +159,7 @@ class Evictor:
 
     def _may_leave(self, row: int, tier: TierName) -> bool:
         blocks = self._blocks
-        free = bool(blocks.live[row]) and blocks.is_resident(row, tier) and self._residency.is_free(row)
+        free = bool(blocks.live[row]) and blocks.is_resident(row, tier) and self._lifecycle.is_free(row)
         return free and not blocks.pin_keeps(row, tier, self._clock.wall_ms())
 
     async def _rank(self, tier: TierName) -> bool:
@@ -198,7 +198,7 @@ class Evictor:
 
     async def _free_up(self, tier: TierName, marks: Watermarks) -> None:
         """From below the low watermark up to the high one, without losing a block: nobody needs the space yet."""
-        space = self._residency.tiers[tier]
+        space = self._lifecycle.tiers[tier]
         until = marks.low
         while True:
             async with self._locks[tier]:
@@ -210,7 +210,7 @@ class Evictor:
                     rows = [row for row in rows if self._blocks.is_resident(row, TierName.SSD)]
                 if not rows:
                     return
-                await self._residency.evict(rows, tier, self._policy.name)
+                await self._lifecycle.evict(rows, tier, self._policy.name)
                 until = marks.high
 
 

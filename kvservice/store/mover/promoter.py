@@ -99,7 +99,7 @@ class Promoter:
     def __init__(
         self,
         lifecycle: BlockLifecycle,
-        room: Evictor,
+        evictor: Evictor,
         dram: DramTier,
         ssd: SsdTier,
         policy: Policy[BlockTable],
@@ -110,16 +110,16 @@ class Promoter:
         *,
         reads_in_flight: int,
     ) -> None:
-        self._residency = lifecycle
+        self._lifecycle = lifecycle
         self._blocks = lifecycle.blocks
-        self._room = room
+        self._evictor = evictor
         self._dram = dram
         self._ssd = ssd
         self._policy = policy
         self._clock = clock
         self._counters = counters
         self._tasks = tasks
-        self._pace = loop_budget
+        self._loop_budget = loop_budget
         self._reads_in_flight = reads_in_flight
         self._landings: dict[int, PendingPromotion] = {}
         self._reserving: dict[int, asyncio.Future[None]] = {}
@@ -136,7 +136,7 @@ class Promoter:
         try:
             for count, row in enumerate(dict.fromkeys(rows)):
                 if count % _ROWS_A_TURN == 0:
-                    await self._pace.slot()  # Where there is room nothing below waits.
+                    await self._loop_budget.slot()  # Where there is room nothing below waits.
                 while row in self._reserving:
                     await asyncio.wait({self._reserving[row]})
                 if row not in self._landings and self._wanted(row):
@@ -162,13 +162,13 @@ class Promoter:
         )
 
     async def _reserve(self, row: int) -> PendingPromotion:
-        geometry = self._residency.geometry(row)
+        geometry = self._lifecycle.geometry(row)
         reserving = self._reserving[row] = asyncio.get_running_loop().create_future()
-        self._residency.hold([row])
+        self._lifecycle.hold([row])
         try:
-            extent = await self._room.reserve(TierName.DRAM, geometry.image_bytes, wait_s=_ROOM_WAIT_S)
+            extent = await self._evictor.reserve(TierName.DRAM, geometry.image_bytes, wait_s=_ROOM_WAIT_S)
         except BaseException:
-            self._residency.unhold([row])
+            self._lifecycle.unhold([row])
             raise
         finally:
             del self._reserving[row]
@@ -254,7 +254,7 @@ class Promoter:
         landing.failed(error)
         self._counters.storage_errors += isinstance(error, StorageFailed)
         if isinstance(error, ChecksumMismatch):
-            await self._residency.quarantine(landing.row, landing.generation, TierName.SSD, error.details["damaged"])
+            await self._lifecycle.quarantine(landing.row, landing.generation, TierName.SSD, error.details["damaged"])
 
     async def _end(self, landing: PendingPromotion) -> None:
         """Make the block resident in DRAM, or give its space back."""
@@ -262,11 +262,11 @@ class Promoter:
         placed = False
         try:
             if landing.error is None:
-                await self._residency.wait_record_deletes([blocks.object_key_of(row)])
+                await self._lifecycle.wait_record_deletes([blocks.object_key_of(row)])
                 if not blocks.live[row]:
                     raise BlockNotFound("the block was discarded while it was promoted")
                 placed = True  # From here on `place` owns the extent.
-                await self._residency.place([row], TierName.DRAM, [landing.extent], landing.unread)
+                await self._lifecycle.place([row], TierName.DRAM, [landing.extent], landing.unread)
                 blocks.verified[row] = blocks.is_resident(row, TierName.DRAM)
                 self._counters.promoted_blocks += 1
                 self._counters.promoted_bytes += landing.geometry.image_bytes
@@ -276,7 +276,7 @@ class Promoter:
         finally:
             del self._landings[row]
             landing.done.set()
-            self._residency.unhold([row])
+            self._lifecycle.unhold([row])
             if not placed:
                 await landing.unread()
                 self._dram.release(landing.extent)

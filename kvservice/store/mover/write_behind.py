@@ -47,7 +47,7 @@ class WriteBehind:
     def __init__(
         self,
         lifecycle: BlockLifecycle,
-        room: Evictor,
+        evictor: Evictor,
         dram: DramTier,
         ssd: SsdTier,
         policy: Policy[BlockTable],
@@ -58,16 +58,16 @@ class WriteBehind:
         *,
         writes_in_flight: int,
     ) -> None:
-        self._residency = lifecycle
+        self._lifecycle = lifecycle
         self._blocks = lifecycle.blocks
-        self._room = room
+        self._evictor = evictor
         self._dram = dram
         self._ssd = ssd
         self._policy = policy
         self._clock = clock
         self._counters = counters
         self._tasks = tasks
-        self._pace = loop_budget
+        self._loop_budget = loop_budget
         self._writes_in_flight = writes_in_flight
         self._queue: deque[tuple[int, int]] = deque()  # (row, generation)
         self._queued = asyncio.Event()
@@ -168,7 +168,7 @@ class WriteBehind:
             # Meanwhile it may leave DRAM like any other: waiting for it would help nobody.
             again_s = _TRY_AGAIN_S
             if isinstance(error, IndexFull):
-                self._room.shed(TierName.SSD)
+                self._evictor.shed(TierName.SSD)
                 again_s = _TRY_AGAIN_SHED_S
             asyncio.get_running_loop().call_later(again_s, self._add_again, row, generation)
         except KVError as error:
@@ -216,9 +216,9 @@ class WriteBehind:
         if blocks.is_resident(row, TierName.SSD):
             return
         generation = int(blocks.generation[row])
-        self._residency.hold([row])
+        self._lifecycle.hold([row])
         try:
-            geometry = self._residency.geometry(row)
+            geometry = self._lifecycle.geometry(row)
             image = self._dram.view(source)[: geometry.image_bytes]
             trailer = image_check.read_trailer(image, geometry, blocks.key_of(row), int(blocks.trailer_checksum[row]))
             if trailer is None:
@@ -231,14 +231,14 @@ class WriteBehind:
             self._counters.written_behind_blocks += 1
             self._counters.written_behind_bytes += geometry.image_bytes
         except ChecksumMismatch as error:
-            await self._residency.quarantine(row, generation, TierName.DRAM, error.message)
+            await self._lifecycle.quarantine(row, generation, TierName.DRAM, error.message)
             raise
         finally:
-            self._residency.unhold([row])
+            self._lifecycle.unhold([row])
 
     async def _copy(self, image: memoryview, geometry: BlockGeometry, trailer: Trailer) -> tuple[Extent, int]:
         """The copy's place, and how often its file had failed to be flushed before."""
-        extent = await self._room.reserve(TierName.SSD, geometry.image_bytes)
+        extent = await self._evictor.reserve(TierName.SSD, geometry.image_bytes)
         flush_failures = self._ssd.flush_failures(extent)
         with _released_on_error(self._ssd, extent):
             for piece in image_check.cut(geometry, _PIECE_BYTES):
@@ -279,7 +279,7 @@ class WriteBehind:
 
     async def _record_batch(self, batch: list[_Copied]) -> None:
         try:
-            await self._residency.wait_record_deletes([self._blocks.object_key_of(copied.row) for copied in batch])
+            await self._lifecycle.wait_record_deletes([self._blocks.object_key_of(copied.row) for copied in batch])
         except Exception as error:  # Whatever it is, somebody waits to hear of it.
             self._give_up(batch, error)
             return
@@ -295,14 +295,14 @@ class WriteBehind:
                 raise StorageFailed("a file was not flushed after blocks were written to it; they are written anew")
 
         try:
-            await self._residency.place(rows, TierName.SSD, extents, check=check)
+            await self._lifecycle.place(rows, TierName.SSD, extents, check=check)
         except Exception as error:
             for copied in batch:
                 copied.fail(error)
         else:
             for count, copied in enumerate(batch):
                 if count % _ENDED_A_TURN == 0:
-                    await self._pace.slot()  # Each has something to do once it is recorded.
+                    await self._loop_budget.slot()  # Each has something to do once it is recorded.
                 if not copied.recorded.done():
                     copied.recorded.set_result(None)
 

@@ -52,7 +52,7 @@ class Pins:
         ttl_max_s: float,
         fraction_max: float,
     ) -> None:
-        self._residency = lifecycle
+        self._lifecycle = lifecycle
         self._blocks: BlockTable = lifecycle.blocks
         self._write_behind = write_behind
         self._clock = clock
@@ -106,10 +106,10 @@ class Pins:
         pinned = np.flatnonzero(mask)
         in_thread = len(pinned) > _ROWS_BEFORE_A_THREAD
         sizes = await asyncio.to_thread(_sizes, blocks, pinned) if in_thread else _sizes(blocks, pinned)
-        last = TierName.SSD if TierName.SSD in self._residency.tiers else TierName.DRAM
+        last = TierName.SSD if TierName.SSD in self._lifecycle.tiers else TierName.DRAM
         taken = max_bytes = 0
         for tier, taken in zip((TierName.DRAM, last), sizes, strict=True):
-            max_bytes = int(self._fraction_max * self._residency.tiers[tier].capacity_bytes)
+            max_bytes = int(self._fraction_max * self._lifecycle.tiers[tier].capacity_bytes)
             if taken > max_bytes:
                 raise PinsFull(
                     f"pinned blocks would take {taken} bytes of the {tier} tier, and may take {max_bytes}", tier=tier
@@ -123,7 +123,7 @@ class Pins:
         blocks.pinned_until_ms[rows] = until_ms
         try:
             for start in range(0, len(rows), _ROWS_A_TURN):
-                await self._residency.write_records(rows[start : start + _ROWS_A_TURN].tolist())
+                await self._lifecycle.write_records(rows[start : start + _ROWS_A_TURN].tolist())
         except BaseException as error:
             ours = (blocks.generation[rows] == generations) & (blocks.pinned_until_ms[rows] == until_ms)
             if isinstance(error, KVError):

@@ -48,7 +48,7 @@ class Scrub:
         *,
         bytes_per_second: int,
     ) -> None:
-        self._residency = lifecycle
+        self._lifecycle = lifecycle
         self._blocks = lifecycle.blocks
         self._dram = dram
         self._ssd = ssd
@@ -81,7 +81,7 @@ class Scrub:
         for tier, row, generation in work:
             size = 0
             if blocks.generation[row] == generation and blocks.live[row] and blocks.is_resident(row, tier):
-                size = self._residency.geometry(row).image_bytes
+                size = self._lifecycle.geometry(row).image_bytes
                 damaged = await self._check(row, tier)
                 progress = replace(progress, damaged=progress.damaged + damaged)
             progress = replace(
@@ -101,11 +101,11 @@ class Scrub:
     async def _check(self, row: int, tier: TierName) -> bool:
         """Whether the copy was damaged; it is then dropped. A disk that cannot be read counts as damage of none."""
         generation = int(self._blocks.generation[row])
-        self._residency.hold([row])
+        self._lifecycle.hold([row])
         try:
             what = await (self._check_dram(row) if tier is TierName.DRAM else self._check_ssd(row))
             if what:
-                await self._residency.quarantine(row, generation, tier, what)
+                await self._lifecycle.quarantine(row, generation, tier, what)
             elif tier is TierName.DRAM:
                 self._blocks.verified[row] = True
             return bool(what)
@@ -113,12 +113,12 @@ class Scrub:
             self._counters.storage_errors += 1
             return False
         finally:
-            self._residency.unhold([row])
+            self._lifecycle.unhold([row])
 
     async def _check_dram(self, row: int) -> str:
         extent = self._blocks.extent(row, TierName.DRAM)
         assert extent is not None
-        geometry = self._residency.geometry(row)
+        geometry = self._lifecycle.geometry(row)
         image = self._dram.view(extent)[: geometry.image_bytes]
         verify = functools.partial(image_check.damage, image, geometry, *self._identity(row))
         job = asyncio.get_running_loop().run_in_executor(self._executor, verify)
@@ -130,7 +130,7 @@ class Scrub:
     async def _check_ssd(self, row: int) -> str:
         extent = self._blocks.extent(row, TierName.SSD)
         assert extent is not None and self._ssd is not None
-        geometry, identity = self._residency.geometry(row), self._identity(row)
+        geometry, identity = self._lifecycle.geometry(row), self._identity(row)
         return await image_check.damage_in(
             self._ssd, extent, geometry, *identity, piece_bytes=_PIECE_BYTES, priority=_LAST_PRIORITY
         )

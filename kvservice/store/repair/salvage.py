@@ -4,51 +4,44 @@ Every leaf page of the old file is read, also those that no tree leads to any mo
 session has a CRC over itself and its key. A record that only a free page has may be of a block that was removed
 since, so it counts only where the bytes at its place are still those of the block.
 
-The new index is made in a folder beside the old one. Both change places in one step at the end, and the old one is
-kept. A repair that was cut off before that step left the old index as it was.
+The new index is made in a folder beside the old one, takes its place at the end, and the old one is kept
+(``index/replacement.py``). A repair that was interrupted before that left the old index as it was.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
-import shutil
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from kvservice.blocks import TierName
-from kvservice.index import pages
-from kvservice.index.block_index import (
+from kvservice.index import pages, replacement
+from kvservice.index.block_index import BlockIndex
+from kvservice.index.descriptor_secret import DESCRIPTORS_KEY, DescriptorSecret, has_all_descriptors, read_secret
+from kvservice.index.environment import DATA_NAME
+from kvservice.index.errors import StoreDamaged
+from kvservice.index.identity import (
     IDENTITY_NAME,
-    LAYOUTS_NAME,
     STORE_ID_BYTES,
     STORE_KEY,
-    BlockIndex,
-    decode_layout,
-    layout_copies,
     read_identity,
     refuse_newer,
     write_identity,
 )
-from kvservice.index.environment import DATA_NAME
-from kvservice.index.errors import StoreDamaged
+from kvservice.index.layouts import LAYOUTS_NAME, decode_layout, layout_copies
 from kvservice.index.records import RECORD, Records, is_sound
 from kvservice.index.recovery import overlaps
 from kvservice.index.session_records import decode_manifest
 from kvservice.store.repair.rebuild import Found
 from kvservice.tiers.ssd import origin_of
 
-_NEW_NAME = "index.new"
-_UNFINISHED_NAME = "unfinished"  # In a new index that is not complete: it may be removed.
 _RECORDS_AT_ONCE = 4096
 _MAP_BYTES_MIN = 4 << 20
 _MAP_BYTES_PER_RECORD = 512
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 Verify = Callable[[Sequence[bytes], Records], Awaitable[Sequence[bool]]]
 
@@ -62,10 +55,12 @@ class Saved:
     sessions: dict[bytes, bytes] = field(default_factory=dict)
     records: dict[bytes, bytes] = field(default_factory=dict)
     doubtful: dict[bytes, bytes] = field(default_factory=dict)  # Records of pages that are not in use.
+    secret: DescriptorSecret = field(default_factory=lambda: DescriptorSecret.new(every_block=True))
+    secret_is_lost: bool = False  # `secret` is then one that no block was tagged with.
 
 
 def read(store: Path, ssd_files: Sequence[Path] = ()) -> Saved:
-    """Everything of the store's durable index that has a sound CRC, and the layouts' own files.
+    """Everything of the store's durable index that has a sound CRC, the layouts' own files, and the store's secret.
 
     `ssd_files` are those that lie elsewhere. Raises OSError, StoreDamaged, StoreTooNew.
     """
@@ -83,6 +78,10 @@ def read(store: Path, ssd_files: Sequence[Path] = ()) -> Saved:
         raise StoreDamaged(f"nothing in {store} says which store it is")
     for key in saved.records:
         saved.doubtful.pop(key, None)
+    found_secret = read_secret(store)
+    saved.secret_is_lost = found_secret is None
+    saved.secret = found_secret or DescriptorSecret.new(every_block=has_all_descriptors(saved.meta))
+    saved.meta[DESCRIPTORS_KEY] = saved.secret.mark
     return saved
 
 
@@ -120,17 +119,13 @@ def make_index(store: Path, saved: Saved) -> BlockIndex:
     """
     if read_identity(store) != saved.meta[STORE_KEY]:
         write_identity(store, saved.meta[STORE_KEY])
-    directory = store / _NEW_NAME
-    if directory.exists():
-        _set_aside_old(store, directory)
-    directory.mkdir()
-    (directory / _UNFINISHED_NAME).touch()
+    directory = replacement.begin(store)
     return BlockIndex.create(directory, map_bytes=_map_bytes(store, saved), meta=saved.meta, layouts=saved.layouts)
 
 
 def make_room(store: Path, saved: Saved, more: int) -> BlockIndex:
     """Open the new index again, closed before, with room for `more` blocks. Raises StoreError, StorageFailed."""
-    return BlockIndex.open(store / _NEW_NAME, map_bytes=_map_bytes(store, saved, more))
+    return BlockIndex.open(replacement.new_index(store), map_bytes=_map_bytes(store, saved, more), create=False)
 
 
 def _map_bytes(store: Path, saved: Saved, more: int = 0) -> int:
@@ -168,18 +163,9 @@ async def fill(index: BlockIndex, saved: Saved, verify: Verify, found: Found | N
 
 
 def put_in_place(store: Path) -> Path | None:
-    """Have the new index take the old one's place, in one step. Returns where the old one is now. Raises OSError."""
-    new, old = store / _NEW_NAME, store / "index"
-    _give_to_owner(store, new)
-    (new / _UNFINISHED_NAME).unlink()
-    _sync(new)
-    if not os.path.lexists(old):
-        new.rename(old)
-        _sync(store)
-        return None
-    _exchange(new, old)
-    _sync(store)
-    return _set_aside_old(store, new)
+    """Have the new index take the old one's place. Returns where the old one is now. Raises OSError."""
+    _give_to_owner(store, replacement.new_index(store))
+    return replacement.put_in_place(store)
 
 
 def _give_to_owner(store: Path, new: Path) -> None:
@@ -192,43 +178,5 @@ def _give_to_owner(store: Path, new: Path) -> None:
                 os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
-def _set_aside_old(store: Path, directory: Path) -> Path | None:
-    """Give an old index under the new one's name a name of its own; remove it where it is an unfinished new one."""
-    if (directory / _UNFINISHED_NAME).exists():
-        shutil.rmtree(directory)
-        return None
-    kept = next(path for path in _names(store) if not os.path.lexists(path))
-    directory.rename(kept)
-    _sync(store)
-    return kept
-
-
-def _names(store: Path) -> Iterator[Path]:
-    number = 0
-    while True:
-        number += 1
-        yield store / f"index.damaged-{number}"
-
-
-def _exchange(one: Path, other: Path) -> None:
-    """Have two names change places. Where the file system cannot in one step, there is a moment without `other`."""
-    with suppress(AttributeError):
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-        if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
-            return
-    between = one.with_name(one.name + ".old")
-    other.rename(between)
-    one.rename(other)
-    between.rename(one)
-
-
 def _joined(values: Mapping[bytes, bytes]) -> tuple[list[bytes], Records]:
     return list(values), np.frombuffer(b"".join(values.values()), RECORD)
-
-
-def _sync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -80,7 +80,7 @@ class Sessions:
         """`find_layout` tells id and layout of a fingerprint, or raises UnknownLayout."""
         self._index = index
         self._find_layout = find_layout
-        self._residency = lifecycle
+        self._lifecycle = lifecycle
         self._clock = clock
         self._counters = counters
         self._tasks = tasks
@@ -131,7 +131,7 @@ class Sessions:
 
     def usable_slices(self, manifest: Manifest, hits: Rows) -> int:
         """How many leading slices `hits` gives, the rows that a lookup of their keys found."""
-        stored = self._residency.blocks.token_count[hits]
+        stored = self._lifecycle.blocks.token_count[hits]
         wrong = np.flatnonzero(stored != manifest.slices["block_tokens"][: len(hits)])
         return int(wrong[0]) if len(wrong) else len(hits)
 
@@ -313,13 +313,13 @@ class Sessions:
     async def _drop(self, keys: Sequence[bytes], why: Reason) -> None:
         for start in range(0, len(keys), _DROPPED_A_TURN):
             try:
-                await self._residency.discard(self._partial_rows(keys[start : start + _DROPPED_A_TURN]), why, _LET_GO)
+                await self._lifecycle.discard(self._partial_rows(keys[start : start + _DROPPED_A_TURN]), why, _LET_GO)
             except StorageFailed as error:  # They are invisible already; their records leave later.
                 log.warning("partial blocks of sessions leave late: %s", error.message)
 
     def _partial_rows(self, keys: Sequence[bytes]) -> list[int]:
         """Those of these partial blocks that are stored, and that still no manifest names."""
-        blocks, layouts = self._residency.blocks, self._index.layouts
+        blocks, layouts = self._lifecycle.blocks, self._index.layouts
         orphans = [key for key in keys if not self._named[key]]  # Somebody may have named one again.
         rows = [row for first in blocks.rows_of_keys(orphans).tolist() for row in blocks.shards_of(first)]
         # Clients say what is partial: a full block is of use to others, whoever calls it a tail.

@@ -53,10 +53,10 @@ class Locates:
         counters: Counters,
         executor: Executor,
     ) -> None:
-        self._residency = lifecycle
+        self._lifecycle = lifecycle
         self._blocks = lifecycle.blocks
         self._dram = dram
-        self._promotion = promoter
+        self._promoter = promoter
         self._counters = counters
         self._executor = executor
         self.open_count = 0
@@ -80,13 +80,13 @@ class Locates:
         landings: dict[int, PendingPromotion] = {}
         left = asyncio.Event()
         lease.client.on_detach.add(left.set)
-        self._residency.hold(rows)
+        self._lifecycle.hold(rows)
         self.open_count += 1
         try:
             try:
                 missing = rows[self._blocks.dram_offset[rows] < 0].tolist()
-                if missing and self._promotion is not None:
-                    landings = await self._promotion.begin(missing)
+                if missing and self._promoter is not None:
+                    landings = await self._promoter.begin(missing)
                     for landing in landings.values():  # Before anything else is awaited: images are given away.
                         landing.begin_reading()
                 if verify:
@@ -109,7 +109,7 @@ class Locates:
                 landing.end_reading()
             lease.client.on_detach.discard(left.set)
             self.open_count -= 1
-            self._residency.unhold(rows)
+            self._lifecycle.unhold(rows)
 
     async def _extents(self, rows: Rows, landings: dict[int, PendingPromotion]) -> list[Extent] | NotInPlace:
         extents = []
@@ -142,7 +142,7 @@ class Locates:
             extent = blocks.extent(row, TierName.DRAM)
             if extent is None or blocks.verified[row]:
                 continue
-            geometry, key, generation = self._residency.geometry(row), blocks.key_of(row), int(blocks.generation[row])
+            geometry, key, generation = self._lifecycle.geometry(row), blocks.key_of(row), int(blocks.generation[row])
             image, expected = self._dram.view(extent)[: geometry.image_bytes], int(blocks.trailer_checksum[row])
             verify = functools.partial(image_check.damage, image, geometry, key, blocks.shard_of(row), expected)
             job = asyncio.get_running_loop().run_in_executor(self._executor, verify)
@@ -151,6 +151,6 @@ class Locates:
             finally:
                 await ended(job)  # The thread reads memory that we are about to let go.
             if what:
-                await self._residency.quarantine(row, generation, TierName.DRAM, what)
+                await self._lifecycle.quarantine(row, generation, TierName.DRAM, what)
                 raise ChecksumMismatch(f"{what} of block {key.hex()} is damaged in dram", key=key.hex())
             blocks.verified[row] = True

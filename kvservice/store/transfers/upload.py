@@ -127,7 +127,7 @@ class Ingests:
     def __init__(
         self,
         lifecycle: BlockLifecycle,
-        room: Evictor,
+        evictor: Evictor,
         dram: DramTier,
         write_behind: WriteBehind | None,
         clock: Clock,
@@ -135,16 +135,19 @@ class Ingests:
         loop_budget: LoopBudget,
         *,
         wait_s: float,
+        secret: bytes,
     ) -> None:
+        """`secret` is the store's, for the tags of descriptors."""
         self.lifecycle = lifecycle
         self.blocks: BlockTable = lifecycle.blocks
-        self.evictor = room
+        self.evictor = evictor
         self.dram = dram
         self.write_behind = write_behind
         self.clock = clock
         self.counters = counters
         self.loop_budget = loop_budget
         self.wait_s = wait_s
+        self.secret = secret
         self.uploads: dict[bytes, deque[_Upload]] = {}  # By object. The first one is under way, the others wait.
 
     def begin(self, caller: Caller, client: Client, request: SaveRequest) -> Ingest:
@@ -391,7 +394,7 @@ class Ingest:
                     tenant_tag(self._caller.tenant.name),
                     now_ms,
                     checksum(trailer),
-                ).encode()
+                ).encode(trailer, self._all.secret)
             row = blocks.add(
                 key,
                 request.shard,
