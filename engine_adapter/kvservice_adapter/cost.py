@@ -132,10 +132,6 @@ class Plan:
     estimate_s: Mapping[Kind, float]
     reason: str
 
-    @property
-    def load_first_token(self) -> int:
-        return self.compute_tokens
-
 
 def plan(
     rates: Rates,

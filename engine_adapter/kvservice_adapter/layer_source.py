@@ -32,10 +32,11 @@ class LayerSource(Protocol):
     def begin(self, pages_of_layer: PagesOfLayer) -> Iterator[BegunLayer]:
         """Begin the layers in order, one with each `next`, which may block while a layer's bytes come.
 
-        Called once, on the thread of the stream that loads; `next`, and `close` of the iterator where it has one, are
+        Called once, on the thread of the stream that loads; `next`, and `close` of the iterator if it has one, are
         called there too, and `pages_of_layer` must be called nowhere else. `next` is called only when the event before
         it is done, and only as far ahead as the read buffer allows, so a source may reuse a layer's staging then. The
-        iterator ends after the last layer; closing it earlier ends the load. Whatever it raises fails the load.
+        iterator ends after the last layer. Closing it earlier ends the load: on return nothing writes into the pages
+        any more. Whatever the iterator raises fails the load.
         """
 
 

@@ -25,6 +25,8 @@ from kvservice_adapter.device.base import Device, Event, Pages, Stream, StreamCl
 from kvservice_adapter.layer_source import BegunLayer, LayerSource, PagesOfLayer
 from kvservice_adapter.schedule import ReadBuffer
 
+_TURN_S = 0.01  # Of waiting on the stream's thread for an event of another stream.
+
 
 class LoadFailed(Exception):
     """A layer was not loaded, and will not be: compute the history. The cause, if there is one, says why."""
@@ -228,7 +230,14 @@ class _Loading:
 
     def _copied(self, event: Event, begin_s: float, size_bytes: int) -> None:
         """A layer is in the engine's pages. The next one, if it is time; others' work may come first."""
-        if event.error is not None:
+        if not event.is_done and not self._ended:  # It is not of this stream. Other loads take their turns meanwhile.
+            event.wait(_TURN_S)
+            try:
+                self._stream.submit(partial(self._copied, event, begin_s, size_bytes))
+            except StreamClosed as error:
+                self._end(error)
+            return
+        if event.error is not None or not event.is_done:
             self._end(event.error)
             return
         report, now_s = self.report, time.monotonic()

@@ -164,7 +164,7 @@ def test_threads_may_observe_and_ask_at_once() -> None:
 
 def test_where_nothing_was_measured_the_history_is_loaded_and_so_gets_measured() -> None:
     made = Request().plan(Rates())
-    assert (made.kind, made.load_first_token, made.load_tokens, made.compute_tokens) == (Kind.LOAD, 0, 2048, 0)
+    assert (made.kind, made.load_tokens, made.compute_tokens) == (Kind.LOAD, 2048, 0)
     assert "no load from dram by shm was measured" in made.reason
 
     rates = Machine().rates()
@@ -192,7 +192,6 @@ def test_a_link_that_is_about_as_fast_as_computing_does_both() -> None:
     machine = Machine(bytes_per_s=45 * KIB / 0.001)
     made = Request().plan(machine.rates())
     assert made.kind is Kind.MIXED
-    assert made.compute_tokens == made.load_first_token
     assert made.compute_tokens + made.load_tokens == 2048
     assert made.compute_tokens % 256 == 0
     assert made.estimate_s[Kind.MIXED] < 0.65 * min(made.estimate_s[Kind.LOAD], made.estimate_s[Kind.RECOMPUTE])
