@@ -18,11 +18,12 @@ from kvservice_adapter.engine.forward_saves import ForwardSaves
 from kvservice_adapter.engine.planning import LoadPlanner
 from kvservice_adapter.engine.prefix_lookup import PrefixLookup
 from kvservice_adapter.engine.request_report import Request
+from kvservice_adapter.engine.turn_saver import Saved, Turn, TurnSaver
 from kvservice_adapter.layer_source import HostLayers
 from kvservice_adapter.load import LayerLoader, LoadReport
 from kvservice_adapter.save import LayerSaver
 from kvservice_adapter.session import Keys
-from kvservice_client import Client, Layout
+from kvservice_client import Client, Durability, Layout
 from kvservice_client.retry import Deadline
 from tests.contracts.device import WAIT_S
 from tests.daemon import MIB, DaemonProcess, until
@@ -143,15 +144,17 @@ def test_an_engine_with_pages_saves_a_turn_and_another_one_loads_it_and_goes_on(
 
     saves = second.forward(ids, found.tokens, found.keys[-1])
     request.forward_ended(history, 54, 96, 0.01)
-    assert saves.wait(WAIT_S)
-    assert saves.take_stored(second.keys.chain(ids)) == 1
-    session_sync.sync_session(client, LAYOUT, "paged-chat", second.keys.chain(ids))
+    turn_saver = TurnSaver(client, second.blocks, second.device, second.breaker)
+    turn = Turn(second.keys.chain(ids, with_partial=True), second.pages, "paged-chat")
+    saved = turn_saver.save(turn, Durability.DRAM, saves)
 
+    assert saved == Saved(stored=2, already_stored=3)
     state = client.session(LAYOUT, "paged-chat").get()
-    assert (state.token_count, state.slice_count) == (128, 4)
+    assert (state.token_count, state.slice_count, state.tail_tokens) == (150, 5, 150 - 128)
     until(lambda: len(client.admin.explain_request("paged-request").reports) > 0)
     report = client.admin.explain_request("paged-request").reports[0].report
     assert (report.history_tokens, report.loaded_tokens, report.new_tokens) == (96, 96, 54)
     assert report.loaded_bytes == 96 * LAYOUT.bytes_per_token
     first.close()
     second.close()
+    turn_saver.close()

@@ -5,7 +5,7 @@
 * ``model_hooks``: report the tokens of each forward to its cache.
 * ``history``: the layers that are loaded; ``recompute``: computes them where they do not come.
 * ``cache_builder``: makes the cache of what of a prompt is stored.
-* ``forward_saver``, ``turn_saver``: the blocks that a forward completes are saved meanwhile, the rest at the end.
+* ``forward_saver``: saves the blocks that a forward completes. ``turns``: what is left to save at the end.
 * ``mask_record``: which tokens the attention masks have hidden. ``rows``: batches.
 * ``generation``: where the rows of a batch end, and which tokens `generate` hides.
 * ``model_layout``, ``model_probe``: which models, decided by their configuration and by what they compute.
@@ -14,6 +14,6 @@
 from kvservice_adapter.connectors.transformers.cache_builder import Restored
 from kvservice_adapter.connectors.transformers.connector import TransformersConnector
 from kvservice_adapter.connectors.transformers.model_layout import UnsupportedModel, layout_of
-from kvservice_adapter.connectors.transformers.turn_saver import Saved
+from kvservice_adapter.engine.turn_saver import Saved
 
 __all__ = ["Restored", "Saved", "TransformersConnector", "UnsupportedModel", "layout_of"]

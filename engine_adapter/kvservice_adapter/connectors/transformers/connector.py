@@ -36,13 +36,14 @@ from kvservice_adapter.connectors.transformers.model_layout import (
 )
 from kvservice_adapter.connectors.transformers.recompute import replayed
 from kvservice_adapter.connectors.transformers.rows import Sequences, TokenIds, sequences
-from kvservice_adapter.connectors.transformers.turn_saver import Saved, TurnSaver, forward_saver_of
+from kvservice_adapter.connectors.transformers.turns import Turns, forward_saver_of
 from kvservice_adapter.connectors.transformers.unrotated import KeyHooks
 from kvservice_adapter.cost import Rates
 from kvservice_adapter.device.base import Device, StreamClosed
 from kvservice_adapter.engine import session_sync
 from kvservice_adapter.engine.prefix_lookup import PrefixLookup, StoredPrefix
 from kvservice_adapter.engine.request_report import Request
+from kvservice_adapter.engine.turn_saver import Saved, TurnSaver
 from kvservice_adapter.rope import ModelRopes, UnsupportedRotation
 from kvservice_adapter.save import LayerSaver
 from kvservice_adapter.session import Conversation, Keys
@@ -136,7 +137,8 @@ class TransformersConnector:
         )
         # What `generate` is expected to hide where it is given no mask; each prompt's first forward shows what it does.
         self._hidden_token = hidden_token(getattr(model, "generation_config", None))
-        self._turns = TurnSaver(client, self._blocks, model, device, self._breaker, self._tokens_max)
+        self._turns = Turns(model, self.layout, self._tokens_max)
+        self._turn_saver = TurnSaver(client, self._blocks, device, self._breaker)
         self._work = device.stream("kvservice-save")  # In order: what a turn saves, the next one finds.
         self._hooks: ModelHooks | None = None
 
@@ -150,7 +152,7 @@ class TransformersConnector:
         self._saver.close()
         self._builder.close()
         with suppress(StreamClosed):  # It was closed before.
-            self._work.submit(self._turns.close)
+            self._work.submit(self._turn_saver.close)
         self._work.close()
 
     def __enter__(self) -> Self:
@@ -233,9 +235,8 @@ class TransformersConnector:
         connector was made with); what is not done by then goes on, and the answer has DeadlineExceeded.
         """
         given = sequences(token_ids, attention_mask, may_have_ended=True)
-        states = self._turns.states(cache, len(given.pads))
-        savings = self._turns.prepare(given, cache, self._keys(), _names(session_id, len(given.pads)), conversation)
-        block_count = sum(len(each.chain) for each in savings)
+        turns = self._turns.of(given, cache, self._keys(), _names(session_id, len(given.pads)), conversation)
+        block_count = sum(len(turn.chain) for turn in turns)
         if not block_count:
             return Saved()
         saver = forward_saver_of(cache)
@@ -249,7 +250,8 @@ class TransformersConnector:
         saved: list[Saved] = []
 
         def work() -> None:
-            saved.extend(self._turns.save(each, states, saver, durability) for each in savings)
+            meanwhile = saver.saves if saver is not None else None
+            saved.extend(self._turn_saver.save(turn, durability, meanwhile) for turn in turns)
 
         if not self._in_background(work, self._save_wait_s if wait_s is None else wait_s):
             error = DeadlineExceeded("the save is not done yet; it goes on in the background")
