@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvservice_adapter.truncation import kept_tokens
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.keys import BlockChain, block_chain, cut_key, root_key
 from kvservice_api.layout import Layout
@@ -131,7 +132,7 @@ class Conversation:
         kept = joined(keep, self.token_count)
         if kept == ((0, self.token_count),):
             return
-        left = self.token_ids[np.concatenate([np.arange(first, first + count) for first, count in kept])]
+        left = self.token_ids[kept_tokens(kept)]
         self._cuts.append(Cut(self._since_cut, kept))
         self._kept, self._since_cut = left, _NOTHING
 

@@ -19,6 +19,7 @@ from kvservice_adapter.connectors.transformers.cache import Tensors, whole_cache
 from kvservice_adapter.device.base import Device
 from kvservice_adapter.rope import ModelRopes
 from kvservice_adapter.session import Conversation
+from kvservice_adapter.truncation import kept_tokens
 
 
 @torch.no_grad()
@@ -51,7 +52,7 @@ def replayed(
 
 
 def _cut(cache: DynamicCache, device: Device, kept: Sequence[tuple[int, int]], ropes: Callable[[], ModelRopes]) -> None:
-    at = np.concatenate([np.arange(first, first + count) for first, count in kept])
+    at = kept_tokens(kept)
     places = np.arange(len(at))
     rotations = ropes().rotations(at, places) if (at != places).any() else None
     layers: list[Any] = cache.layers
