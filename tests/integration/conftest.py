@@ -12,6 +12,8 @@ import pytest
 
 from kvservice_client.cli import main
 from tests.daemon import DaemonProcess
+from tests.integration.known_blocks import SMALL
+from tests.integration.wire import Wire
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +22,19 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
     process = DaemonProcess(tmp_path_factory.mktemp("daemon")).start()
     yield process
     process.remove()
+
+
+@pytest.fixture
+def wire(daemon: DaemonProcess, request: pytest.FixtureRequest) -> Iterator[Wire]:
+    """A client of the file's daemon, made by hand. In a file with a `SERVICE` each test calls the RPC in its name."""
+    with Wire(daemon.address) as wire:
+        wire.attach()
+        wire.open_layout(SMALL)
+        wire.called.clear()
+        yield wire
+    if service := getattr(request.module, "SERVICE", None):
+        method = request.function.__name__.split("_")[1]
+        assert f"/kvservice_api.v1.{service}/{method}" in wire.called, "the test does not call what it is named after"
 
 
 @pytest.fixture
