@@ -4,7 +4,7 @@ Every record, extent, trailer and slice of every tier is read and compared, and 
 counted. The store says itself where its files lie. What is damaged is a miss to a running daemon;
 ``--repair`` deletes its records, which is all that is needed to have the space back. An SSD file that
 is missing keeps the daemon from starting: ``--repair`` gives its blocks up, and the next start creates it again.
-Where the index itself is damaged, ``--repair`` makes a new one of what can be saved (``store/salvage.py``).
+Where the index itself is damaged, ``--repair`` makes a new one of what can be saved (``store/repair/salvage.py``).
 """
 
 from __future__ import annotations
@@ -14,20 +14,25 @@ import asyncio
 import json
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from kvservice.blocks import Extent, TierName
-from kvservice.index.block_index import BlockIndex, traces_of_store
+from kvservice.clock import SystemClock
+from kvservice.index import replacement
+from kvservice.index.block_index import BlockIndex
+from kvservice.index.descriptor_secret import SECRET_NAME, DescriptorSecret
 from kvservice.index.environment import DATA_NAME
 from kvservice.index.errors import StoreDamaged, StoreError
+from kvservice.index.identity import traces_of_store
 from kvservice.index.records import Records
 from kvservice.index.store_lock import StoreLock
-from kvservice.store import pieces, salvage
-from kvservice.store.rebuild import Found, find_blocks
+from kvservice.store import image_check
+from kvservice.store.repair import salvage
+from kvservice.store.repair.rebuild import Found, Progress, Search
 from kvservice.tiers.arena import Arena, examine
 from kvservice.tiers.base import StoreMismatch, Tier
 from kvservice.tiers.dram import DramTier
@@ -75,7 +80,7 @@ class Report:
     repaired: int = 0
     given_up: list[str] = field(default_factory=list)  # What went with the SSD files that are missing.
     made_anew: list[str] = field(default_factory=list)  # What was replaced by what could be saved of it.
-    notes: list[str] = field(default_factory=list)  # What a new index lacks.
+    notes: list[str] = field(default_factory=list)  # What a new index lacks; what an interrupted repair had left.
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +122,7 @@ def main(argv: Sequence[str]) -> int:
                 repair=options.repair or options.rebuild,
                 rebuild=options.rebuild,
                 ssd_files=[file.absolute() for file in options.ssd_file],
+                progress=Progress(SystemClock(), _say) if options.rebuild else None,
             )
         )
     except (StoreError, StoreMismatch, KVError, OSError) as error:
@@ -126,8 +132,19 @@ def main(argv: Sequence[str]) -> int:
     return 1 if report.problems or report.made_anew else 0
 
 
-async def check(store: Path, *, repair: bool = False, rebuild: bool = False, ssd_files: Sequence[Path] = ()) -> Report:
-    """Look at everything; with `rebuild`, at a new index. Damage is in the report.
+def _say(line: str) -> None:
+    print(f"kvservice check: {line}", file=sys.stderr)
+
+
+async def check(
+    store: Path,
+    *,
+    repair: bool = False,
+    rebuild: bool = False,
+    ssd_files: Sequence[Path] = (),
+    progress: Progress | None = None,
+) -> Report:
+    """Look at everything; with `rebuild`, at a new index. Damage is in the report. `progress` says how far it is.
 
     Raises StoreMismatch, StoreLocked, StoreTooNew, OSError.
     """
@@ -138,9 +155,13 @@ async def check(store: Path, *, repair: bool = False, rebuild: bool = False, ssd
     with ExitStack() as opened:
         lock = StoreLock(store / "lock")
         opened.callback(lock.release)
+        if repair or rebuild:
+            report.notes += filter(None, [replacement.end_interrupted(store)])
+        elif left := replacement.interrupted(store):
+            report.problems.append(Problem("index", "", left))
         try:
             if rebuild:
-                await _repair_index(store, report, rebuild=True, ssd_files=ssd_files)
+                await _repair_index(store, report, rebuild=True, ssd_files=ssd_files, progress=progress)
             index = await _open_index(store, report, repair=repair)
         except StoreDamaged as error:
             report.problems.append(Problem("index", "", f"it cannot be repaired: {error}"))
@@ -149,7 +170,7 @@ async def check(store: Path, *, repair: bool = False, rebuild: bool = False, ssd
             opened.callback(index.close)
             report.store_id = index.store_id.hex()
             report.layouts = len(index.layouts)
-            await _Check(store, index, report, opened).run(repair)
+            await _Check(store, index, report, opened, progress).run(repair)
     return report
 
 
@@ -167,7 +188,14 @@ async def _open_index(store: Path, report: Report, *, repair: bool) -> BlockInde
     return None
 
 
-async def _repair_index(store: Path, report: Report, *, rebuild: bool = False, ssd_files: Sequence[Path] = ()) -> None:
+async def _repair_index(
+    store: Path,
+    report: Report,
+    *,
+    rebuild: bool = False,
+    ssd_files: Sequence[Path] = (),
+    progress: Progress | None = None,
+) -> None:
     """Put a new index in the place of the damaged one. Raises StoreDamaged, StoreMismatch.
 
     With `rebuild` the SSD files are searched for blocks, and no record is believed without a look at its block.
@@ -182,9 +210,9 @@ async def _repair_index(store: Path, report: Report, *, rebuild: bool = False, s
     index = salvage.make_index(store, saved)
     try:
         with ExitStack() as opened:
-            looking = _Check(store, index, Report(str(store)), opened)
+            looking = _Check(store, index, Report(str(store)), opened, progress)
             if rebuild:
-                found = await looking.search(ssd_files)
+                found = await looking.search(ssd_files, saved.secret)
                 index.close()
                 index = salvage.make_room(store, saved, len(found.keys))
             await salvage.fill(index, saved, looking.are_right, found)
@@ -207,27 +235,38 @@ async def _repair_index(store: Path, report: Report, *, rebuild: bool = False, s
             "sessions that are not among these are lost, how many is not known; pins and hits of blocks that only "
             "their trailers told of are lost"
         )
+        if saved.secret_is_lost:
+            report.notes.append(f"{store / SECRET_NAME} is gone or damaged, so no descriptor's tag could be checked")
+        if found.with_other_tag:
+            report.notes.append(
+                f"{found.with_other_tag} blocks have a tag that this store's secret does not give: they were found by "
+                "their checksums, and their parents are not known"
+            )
         report.notes += [f"no record for {count} trailers {what}" for what, count in sorted(found.others.items())]
 
 
 class _Check:
     """One check of an open store."""
 
-    def __init__(self, store: Path, index: BlockIndex, report: Report, opened: ExitStack) -> None:
+    def __init__(
+        self, store: Path, index: BlockIndex, report: Report, opened: ExitStack, progress: Progress | None = None
+    ) -> None:
         self._store = store
         self._index = index
         self._report = report
         self._opened = opened
+        self._progress = progress
         self._bad: dict[TierName, list[bytes]] = {tier: [] for tier in TierName}
         self._trailers: dict[bytes, int] = {}  # Of the copies on SSD.
         self._away: dict[int, Path] = {}  # SSD files that are missing, by number.
         self._ssd: Tier | str = ""  # Once it was opened for a search.
         self._ssd_files: list[Path] = []
+        self._begin_verifying("", 0)
 
     async def run(self, repair: bool) -> None:
-        for fingerprint in self._index.damaged_layouts:
+        for fingerprint in self._index.layout_entries.damaged:
             self._report.problems.append(Problem("index", fingerprint.hex(), "its layout's entry is damaged"))
-        for fingerprint in self._index.restorable_layouts:
+        for fingerprint in self._index.layout_entries.restorable:
             what = "its layout's entry is damaged, and its copy in the folder layouts is sound"
             self._report.problems.append(Problem("index", fingerprint.hex(), what))
         self._report.sessions = len(self._index.load_sessions())
@@ -249,6 +288,7 @@ class _Check:
         report.used_bytes = tier.used_bytes
         report.free_bytes = tier.capacity_bytes - tier.used_bytes
         waiting = iter(copies)
+        self._begin_verifying(f"the tier {name}", len(copies))
         await asyncio.gather(*(self._verify_all(name, tier, waiting) for _ in range(_BLOCKS_AT_ONCE)))
 
     def _sound_copies(self, name: TierName, tier: Tier) -> list[_Copy]:
@@ -290,10 +330,11 @@ class _Check:
             except StorageFailed as error:
                 what = error.message
             self._report.tiers[name].bytes_checked += copy.geometry.image_bytes
+            self._note_verified()
             if what:
                 self._complain(name, copy.key, what)
 
-    async def search(self, ssd_files: Sequence[Path]) -> Found:
+    async def search(self, ssd_files: Sequence[Path], secret: DescriptorSecret) -> Found:
         """The blocks in the SSD files, wherever these are. Raises StoreMismatch where a file is not there."""
         if not self._index.ssd_files:
             self._index.remember_ssd_files(_in_order({*self._store.glob("ssd-*.kv"), *ssd_files}))
@@ -302,7 +343,7 @@ class _Check:
             raise StoreMismatch(f"{tier}: blocks can only be looked for in all SSD files at once")
         assert isinstance(tier, SsdTier)
         self._index.remember_ssd_files(self._ssd_files)
-        return await find_blocks(self._ssd_files, tier, self._index.layouts)
+        return await Search(tier, self._index.layouts, secret, self._progress).run(self._ssd_files)
 
     async def are_right(self, keys: Sequence[bytes], records: Records) -> list[bool]:
         """Whether the bytes at each record's place on SSD are those of its block."""
@@ -311,23 +352,32 @@ class _Check:
             return [False] * len(keys)
         within = tier.holds(records["segment"], records["offset_bytes"], records["size_bytes"])
         right = [False] * len(keys)
+        self._begin_verifying("the old index", len(keys))
         for row, key in enumerate(keys):
             copy = self._copy_of(key, records[row]) if within[row] else "its extent lies outside the tier"
             if isinstance(copy, _Copy):
-                try:
+                with suppress(StorageFailed):
                     right[row] = not await _damage(tier, copy)
-                except StorageFailed:
-                    continue
+            self._note_verified()
         return right
+
+    def _begin_verifying(self, what: str, blocks: int) -> None:
+        self._verified, self._verifying = 0, (what, blocks)
+
+    def _note_verified(self) -> None:
+        self._verified += 1
+        if self._progress is not None:
+            what, blocks = self._verifying
+            self._progress.note(lambda: f"{self._verified} of the {blocks} blocks of {what} verified")
 
     def _complain(self, tier: TierName, key: bytes, what: str) -> None:
         self._report.problems.append(Problem(tier, key.hex(), what))
         self._bad[tier].append(key)
 
     async def _repair(self) -> None:
-        repaired = len(self._index.damaged_layouts) + len(self._index.damaged_sessions)
-        repaired += self._index.restore_layouts()
-        await self._index.delete_damaged_layouts()
+        repaired = len(self._index.layout_entries.damaged) + len(self._index.damaged_sessions)
+        repaired += self._index.layout_entries.restore()
+        await self._index.layout_entries.delete_damaged()
         await self._index.delete_sessions(self._index.damaged_sessions)  # Of lost layouts too.
         for tier, keys in self._bad.items():
             for start in range(0, len(keys), _DELETES_AT_ONCE):
@@ -338,7 +388,7 @@ class _Check:
         self._report.repaired += repaired
 
     async def _give_up_missing_files(self) -> int:
-        """Delete the records that name missing files, then have the daemon make these anew. How many records."""
+        """Delete the records that name missing files, then have the daemon make these again. How many records."""
         lost = self._blocks_by_file()
         for number, path in self._away.items():
             keys = lost.get(number, [])
@@ -444,7 +494,7 @@ def _in_order(files: Collection[Path]) -> list[Path]:
 async def _damage(tier: Tier, copy: _Copy) -> str:
     """What of the copy's bytes is damaged; empty where nothing is."""
     key, shard, expected = copy.key[:KEY_BYTES], copy.shard, copy.trailer_checksum
-    what = await pieces.damage_in(tier, copy.extent, copy.geometry, key, shard, expected, piece_bytes=_PIECE_BYTES)
+    what = await image_check.damage_in(tier, copy.extent, copy.geometry, key, shard, expected, piece_bytes=_PIECE_BYTES)
     return f"{what} is damaged" if what else ""
 
 

@@ -31,6 +31,7 @@ from kvservice.host_limits import (
     memory_limit,
     reserve_bytes,
 )
+from kvservice.index import replacement
 from kvservice.index.block_index import BlockIndex
 from kvservice.index.store_lock import StoreLock
 from kvservice.metrics import Heartbeat, MetricsServer
@@ -41,12 +42,12 @@ from kvservice.rpc.blocks import BlockService, ServiceLimits
 from kvservice.rpc.server import Server, UnixSocket
 from kvservice.rpc.sessions import SessionService
 from kvservice.rpc.tls import Certificates
-from kvservice.store.block_store import BlockStore, StoreLimits
 from kvservice.store.directory import ResidencyDirectory
-from kvservice.store.history import History
+from kvservice.store.miss_reasons import MissReasons
+from kvservice.store.mover.evictor import Watermarks
 from kvservice.store.recovery import recover
-from kvservice.store.room import Watermarks
-from kvservice.store.sessions import SessionLimits
+from kvservice.store.sessions.sessions import SessionLimits
+from kvservice.store.store import BlockStore, StoreLimits
 from kvservice.tiers.arena import Arena, without_generations
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.files import FileCalls, file_system_of
@@ -237,6 +238,8 @@ def _open_store(
         if ssd is not None:
             ssd.sync()
 
+    if left := replacement.interrupted(path):
+        log.warning(left)
     index = BlockIndex.open(
         path / "index",
         map_bytes=settings.durable_map_bytes,
@@ -281,7 +284,7 @@ def _open_store(
 
     if forgotten := index.forget_unused_layouts():
         log.info("layouts without blocks are forgotten: %d of them, as there were too many", forgotten)
-    history = History(clock, settings.history.events_max)
+    history = MissReasons(clock, settings.history.events_max)
     blocks = recover(index, {TierName.SSD: ssd, TierName.DRAM: dram} if ssd else {TierName.DRAM: dram}, history)
     executor = ThreadPoolExecutor(max(2, min(settings.server.transfer_slots, 8)), thread_name_prefix="transfer")
     store = BlockStore(

@@ -25,7 +25,7 @@ from kvservice.blocks import TierName
 from kvservice.counters import HELP
 from kvservice.rpc.addresses import AddressUnusable, reason
 from kvservice.rpc.tls import Certificates
-from kvservice.store.block_store import BlockStore
+from kvservice.store.store import BlockStore
 from kvservice_api.address import parse_listen_address
 
 log = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ class StoreCollector(Collector):
         refusing = GaugeMetricFamily(_PREFIX + "tier_refusing", "1 while a tier takes no blocks.", labels=["tier"])
         index_used = GaugeMetricFamily(_PREFIX + "index_used_bytes", "Pages in use in a tier's index.", labels=["tier"])
         index_map = GaugeMetricFamily(_PREFIX + "index_map_bytes", "Size of a tier's index.", labels=["tier"])
-        for tier, space in store.residency.tiers.items():
+        for tier, space in store.lifecycle.tiers.items():
             capacity.add_metric([tier], space.capacity_bytes)
             is_dram = tier is TierName.DRAM
             configured.add_metric([tier], store.dram.configured_bytes if is_dram else space.capacity_bytes)

@@ -24,15 +24,15 @@ from kvservice.blocks import BlockTable, Extent, TierName, object_key
 from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.policy import LruPolicy, Policy
-from kvservice.store.block_store import BlockStore, StoreLimits
 from kvservice.store.caller import DEFAULT_TENANT, Caller
 from kvservice.store.directory import ResidencyDirectory
-from kvservice.store.history import History
-from kvservice.store.ingest import Ingest, SaveOutcome
 from kvservice.store.leases import Client, Lease
-from kvservice.store.load import Part
+from kvservice.store.miss_reasons import MissReasons
+from kvservice.store.mover.evictor import Watermarks
 from kvservice.store.recovery import recover
-from kvservice.store.room import Watermarks
+from kvservice.store.store import BlockStore, StoreLimits
+from kvservice.store.transfers.reads import Part
+from kvservice.store.transfers.upload import Ingest, SaveOutcome
 from kvservice.tiers.arena import Arena
 from kvservice.tiers.base import Tier
 from kvservice.tiers.dram import DramTier
@@ -145,7 +145,7 @@ class OpenStore:
         tiers: dict[TierName, Tier] = {TierName.SSD: self.ssd} if self.ssd else {}
         tiers[TierName.DRAM] = self.dram
         self.executor = ThreadPoolExecutor(2)
-        history = History(files.clock, files.history_events)
+        history = MissReasons(files.clock, files.history_events)
         self.store = BlockStore(
             recover(self.index, tiers, history),
             self.dram,
@@ -230,7 +230,7 @@ class OpenStore:
         places = found.records[["segment", "offset_bytes", "size_bytes"]].tolist()
         return {key: Extent(*place) for key, place in zip(found.keys, places, strict=True)}
 
-    def residency(self, key: bytes, shard: Shard = WHOLE) -> set[TierName]:
+    def lifecycle(self, key: bytes, shard: Shard = WHOLE) -> set[TierName]:
         blocks = self.store.blocks
         row = blocks.row_of(key, shard)
         return {tier for tier in TierName if row >= 0 and blocks.is_resident(row, tier)}
@@ -306,7 +306,7 @@ class OpenStore:
             lent = list(extents.values())
             if tier is TierName.DRAM:
                 lent += self.uploads()
-            used = self.store.residency.tiers[tier].used_bytes
+            used = self.store.lifecycle.tiers[tier].used_bytes
             if used != sum(extent.size_bytes for extent in lent):
                 return f"{tier}: {used} bytes are in use, and the table knows of {sum(e.size_bytes for e in lent)}"
             if self.index.load(tier).damaged:

@@ -21,9 +21,9 @@ import uvloop
 from kvservice.blocks import TierName
 from kvservice.config import load_settings
 from kvservice.daemon import Daemon, tune_process
-from kvservice.store.block_store import BlockStore
 from kvservice.store.caller import DEFAULT_TENANT, Caller
 from kvservice.store.leases import Client
+from kvservice.store.store import BlockStore
 from kvservice_api.frames import Frame
 from kvservice_api.image import checksum
 from kvservice_api.keys import block_chain

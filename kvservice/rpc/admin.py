@@ -11,8 +11,8 @@ from kvservice.rpc import explained
 from kvservice.rpc.callers import Callers
 from kvservice.rpc.explained import stored_block, timestamp
 from kvservice.rpc.interceptors import Context
-from kvservice.store.block_store import BlockStore
-from kvservice.store.session_messages import session_message
+from kvservice.store.sessions.messages import session_message
+from kvservice.store.store import BlockStore
 from kvservice.tiers.base import Tier
 from kvservice_api.errors import BlockNotFound, InvalidRequest
 from kvservice_api.keys import KEY_BYTES, split_keys
@@ -109,7 +109,7 @@ class AdminService:
         return pb.DiscardResponse(discarded=discarded)
 
     async def Scrub(self, request: pb.ScrubRequest, context: Context) -> None:
-        tiers = _tiers(request.tier, list(self._store.residency.tiers))
+        tiers = _tiers(request.tier, list(self._store.lifecycle.tiers))
         async with aclosing(
             self._store.scrub.run(self._callers.of(context), tiers, request.bytes_per_second)
         ) as progress:

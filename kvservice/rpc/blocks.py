@@ -22,11 +22,11 @@ from kvservice.rpc.messages import (
     shard_of,
 )
 from kvservice.rpc.reports import report_record
-from kvservice.store.block_store import BlockStore
 from kvservice.store.caller import Caller
 from kvservice.store.directory import ResidencyDirectory
-from kvservice.store.ingest import SaveOutcome
-from kvservice.store.load import Part
+from kvservice.store.store import BlockStore
+from kvservice.store.transfers.reads import Part
+from kvservice.store.transfers.upload import SaveOutcome
 from kvservice_api.errors import DeadlineExceeded, IncompleteSave, InvalidFrame, InvalidRequest, Overloaded
 from kvservice_api.frames import HEAD_BYTES_MAX, Frame, decode_save, encode_frame
 from kvservice_api.keys import split_keys
@@ -100,7 +100,7 @@ class BlockService(InPlaceRpcs):
             self._store.leases.detach(caller, client)
 
     async def LookupPrefix(self, request: pb.LookupPrefixRequest, context: Context) -> pb.LookupPrefixResponse:
-        hit = await self._store.lookup_in_turns(
+        hit = await self._store.lookup_chunked(
             self._callers.of(context, request.client_id),
             request.layout_fingerprint,
             shard_of(request),
@@ -143,7 +143,7 @@ class BlockService(InPlaceRpcs):
         if self._saves >= self._limits.saves_max:
             keys = split_keys(header.keys, field="keys", count_max=SAVE_BLOCKS_MAX)
             error = Overloaded(f"{self._limits.saves_max} saves are open, the most that this daemon takes")
-            raise self._store.refusal(caller, keys, error)
+            raise self._store.record_refused(caller, keys, error)
         self._saves += 1
         try:
             return save_response(await self._save(caller, header, requests))

@@ -7,13 +7,13 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from kvservice.blocks import TierName
 from kvservice.index.session_records import Manifest
 from kvservice.rpc.reports import report_message
-from kvservice.store.block_store import BlockStore
 from kvservice.store.caller import Caller
-from kvservice.store.drain import DrainProgress
-from kvservice.store.explain import ExplainedLookup, Missing, OtherLayout
-from kvservice.store.history import Event
-from kvservice.store.requests import LoadRecord
-from kvservice.store.session_messages import session_message
+from kvservice.store.miss_reasons import Event
+from kvservice.store.operations.drain import DrainProgress
+from kvservice.store.operations.explain import ExplainedLookup, Missing, OtherLayout
+from kvservice.store.operations.requests import LoadRecord
+from kvservice.store.sessions.messages import session_message
+from kvservice.store.store import BlockStore
 from kvservice_api.layout import Shard
 from kvservice_api.v1 import admin_pb2 as pb
 from kvservice_api.v1 import blocks_pb2, types_pb2
@@ -119,7 +119,7 @@ def request(store: BlockStore, caller: Caller, request_id: str) -> pb.ExplainedR
 
 def session(store: BlockStore, caller: Caller, session_id: str) -> list[pb.ExplainedSession]:
     """One a layout."""
-    return [_session(store, caller, manifest) for manifest in store.sessions.called(caller, session_id)]
+    return [_session(store, caller, manifest) for manifest in store.sessions.find_by_id(caller, session_id)]
 
 
 def _session(store: BlockStore, caller: Caller, manifest: Manifest) -> pb.ExplainedSession:

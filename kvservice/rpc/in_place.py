@@ -9,9 +9,9 @@ import numpy as np
 from kvservice.rpc.callers import Callers
 from kvservice.rpc.interceptors import Context
 from kvservice.rpc.messages import ON_SSD, block_range, checksums_of, save_request, save_response, shard_of
-from kvservice.store.block_store import BlockStore
-from kvservice.store.ingest import SaveOutcome
-from kvservice.store.locate import Located, NotInPlace
+from kvservice.store.store import BlockStore
+from kvservice.store.transfers.in_place_reads import Located, NotInPlace
+from kvservice.store.transfers.upload import SaveOutcome
 from kvservice_api.errors import to_status
 from kvservice_api.v1 import blocks_pb2 as pb
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice.store.block_store import BlockStore
 from kvservice.store.caller import Caller
-from kvservice.store.ingest import SaveOutcome, SaveRequest
 from kvservice.store.leases import Client
+from kvservice.store.store import BlockStore
+from kvservice.store.transfers.upload import SaveOutcome, SaveRequest
 from kvservice_api.errors import InvalidRequest, to_status
 from kvservice_api.keys import split_keys
 from kvservice_api.layout import Shard

@@ -9,9 +9,9 @@ import numpy as np
 from kvservice.index.session_records import Manifest
 from kvservice.rpc.callers import Callers
 from kvservice.rpc.interceptors import Context
-from kvservice.store.block_store import BlockStore
-from kvservice.store.manifests import Turn
-from kvservice.store.session_messages import session_message
+from kvservice.store.sessions.manifests import Turn
+from kvservice.store.sessions.messages import session_message
+from kvservice.store.store import BlockStore
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.keys import KEY_BYTES, split_keys
 from kvservice_api.layout import Shard

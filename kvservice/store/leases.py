@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from kvservice.blocks import Rows
 from kvservice.clock import Clock
 from kvservice.counters import Counters
+from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
-from kvservice.store.pace import Pace
-from kvservice.store.residency import Residency
+from kvservice.store.loop_budget import LoopBudget
 from kvservice.store.tasks import Tasks
 from kvservice_api.errors import InvalidRequest, LeaseExpired, LeaseNotYours, Overloaded, UnknownClient
 from kvservice_api.layout import Layout, Shard
@@ -56,19 +56,19 @@ class Lease:
 class Leases:
     def __init__(
         self,
-        residency: Residency,
+        lifecycle: BlockLifecycle,
         clock: Clock,
         counters: Counters,
         tasks: Tasks,
-        pace: Pace,
+        loop_budget: LoopBudget,
         *,
         clients_max: int,
         per_client_max: int,
         blocks_per_client_max: int,
     ) -> None:
-        self._residency = residency
+        self._lifecycle = lifecycle
         self._tasks = tasks
-        self._pace = pace
+        self._loop_budget = loop_budget
         self._clock = clock
         self._counters = counters
         self._clients_max = clients_max
@@ -138,7 +138,7 @@ class Leases:
             )
         self._next_lease_id += 1
         lease = Lease(self._next_lease_id, client, layout, shard, rows, parts, held)
-        self._residency.lease(held)
+        self._lifecycle.lease(held)
         self._leases[lease.lease_id] = lease
         client.leases.add(lease.lease_id)
         client.leased_rows += len(held)
@@ -187,7 +187,7 @@ class Leases:
         self._end(over.values())
         return bool(self._by_end) and self._by_end[0][0] <= now_s
 
-    async def let_go(self) -> None:
+    async def drain_ended(self) -> None:
         """Wait until nothing is held any more by leases that have ended."""
         while self._over and self._letting_go is not None:
             await asyncio.wait({self._letting_go})
@@ -209,24 +209,24 @@ class Leases:
             lease.client.leased_rows -= len(lease.held_rows)
             self._over.append(lease.held_rows)
         if self._letting_go is None:
-            self._let_some_go()
+            self._unlease_batch()
             if self._over:
-                self._letting_go = self._tasks.start(self._let_all_go(), "end of leases")
+                self._letting_go = self._tasks.start(self._drain_ended_forever(), "end of leases")
 
-    async def _let_all_go(self) -> None:
+    async def _drain_ended_forever(self) -> None:
         try:
             while self._over:
-                await self._pace.turn()
-                self._let_some_go()
+                await self._loop_budget.slot()
+                self._unlease_batch()
         finally:
             self._letting_go = None
 
-    def _let_some_go(self) -> None:
+    def _unlease_batch(self) -> None:
         """Of as many rows, and as many leases, as one turn of the event loop can take."""
         room = _ROWS_A_TURN
         while self._over and room:
             rows = self._over.popleft()
             if len(rows) > room:
                 self._over.appendleft(rows[room:])
-            self._residency.unlease(rows[:room])
+            self._lifecycle.unlease(rows[:room])
             room -= min(room, max(len(rows), 16))  # Of small leases not too many.

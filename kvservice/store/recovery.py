@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvservice.blocks import OBJECT_KEY_BYTES, BlockTable, ObjectKeys, Rows, TierName
-from kvservice.index.block_index import LAYOUTS_NAME, BlockIndex
+from kvservice.index.block_index import BlockIndex
 from kvservice.index.errors import StoreDamaged
+from kvservice.index.layouts import LAYOUTS_NAME
 from kvservice.index.records import RECORD, Records
 from kvservice.index.recovery import UNKNOWN_LAYOUT
-from kvservice.store.history import History
+from kvservice.store.miss_reasons import MissReasons
 from kvservice.tiers.base import Tier
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.image import block_geometry
@@ -35,7 +36,7 @@ _MERGED = ("access_seq", "used_at_ms", "hits", "pinned_until_ms")  # Of two reco
 _COPIED = ("layout_id", "tenant", "token_count", "trailer_checksum", "parent_key", "stored_at_ms", *_MERGED)
 
 
-def recover(index: BlockIndex, tiers: Mapping[TierName, Tier], history: History | None = None) -> BlockTable:
+def recover(index: BlockIndex, tiers: Mapping[TierName, Tier], history: MissReasons | None = None) -> BlockTable:
     """Fill a new table, and tell each tier which of its space is taken.
 
     Records that contradict their tier, their layout or each other are dropped: their blocks are misses,
@@ -55,7 +56,7 @@ def recover(index: BlockIndex, tiers: Mapping[TierName, Tier], history: History 
             blocks = BlockTable(max(rows_likely, _rows_max(index, tiers)), rows_likely=rows_likely)
         keys, records, dropped = found.object_keys, found.records, list(found.damaged)
         why = Counter(found.damaged.values())
-        if index.damaged_layouts and why[UNKNOWN_LAYOUT]:
+        if index.layout_entries.damaged and why[UNKNOWN_LAYOUT]:
             raise StoreDamaged(_with_lost_layouts(index, name, why[UNKNOWN_LAYOUT]))
         sizes = _image_sizes(keys, records, index.layouts)
         rows = blocks.rows_of_objects(keys)
@@ -95,7 +96,7 @@ def _agrees(blocks: BlockTable, rows: Rows, records: Records) -> NDArray[np.bool
 
 
 def _with_lost_layouts(index: BlockIndex, tier: TierName, count: int) -> str:
-    names = ", ".join(key.hex() for key in index.damaged_layouts)
+    names = ", ".join(key.hex() for key in index.layout_entries.damaged)
     folder = index.directory.parent / LAYOUTS_NAME
     return (
         f"the index {index.directory} is damaged: its entries of the layouts {names} are damaged, {folder} has no "

@@ -24,9 +24,9 @@ from kvservice.blocks import BlockTable
 from kvservice.clock import Clock
 from kvservice.store.caller import Caller
 from kvservice.store.leases import Client, Lease, Leases
-from kvservice.store.lookup import narrowed
-from kvservice.store.pace import Pace
-from kvservice.store.requests import Requests
+from kvservice.store.loop_budget import LoopBudget
+from kvservice.store.operations.requests import Requests
+from kvservice.store.prefix_match import narrowed
 from kvservice_api.errors import (
     InvalidRequest,
     Overloaded,
@@ -62,13 +62,20 @@ class Tickets:
     """Exports leases as tickets, and lets clients adopt them."""
 
     def __init__(
-        self, leases: Leases, blocks: BlockTable, requests: Requests, clock: Clock, pace: Pace, *, boot_epoch: int
+        self,
+        leases: Leases,
+        blocks: BlockTable,
+        requests: Requests,
+        clock: Clock,
+        loop_budget: LoopBudget,
+        *,
+        boot_epoch: int,
     ) -> None:
         self._leases = leases
         self._blocks = blocks
         self._requests = requests
         self._clock = clock
-        self._pace = pace
+        self._loop_budget = loop_budget
         self._boot_epoch = boot_epoch
         self._secret = secrets.token_bytes(32)
         # Per exporting client what owns the leases of its tickets, and bounds them as one client. It is not attached,
@@ -116,7 +123,7 @@ class Tickets:
         """
         client = self._leases.client(caller)
         number, held = self._held(caller, ticket, fingerprint)
-        part = await narrowed(self._blocks, held, shard, self._pace)
+        part = await narrowed(self._blocks, held, shard, self._loop_budget)
         # Whether the ticket and the client are still there: others ran meanwhile.
         client = self._leases.client(caller)
         self._held(caller, ticket, fingerprint)

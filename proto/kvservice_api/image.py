@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import hmac
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -161,19 +162,31 @@ class Trailer:
 
 
 #  | "KVBD" | version u16 | 0 u16 | tokens u32 | 0 u32 | parent key 32 | layout fingerprint 32 | tenant 16 |
-#  | stored at, ms u64 | trailer's xxh3-64 | xxh3-64 of all before |      little-endian
-_DESCRIPTOR = struct.Struct("<4sH2xI4x32s32s16sQQQ")
+#  | stored at, ms u64 | trailer's xxh3-64 | tag 8 |      little-endian
+_DESCRIPTOR = struct.Struct("<4sH2xI4x32s32s16sQQ")
 _DESCRIPTOR_MAGIC = b"KVBD"
 _DESCRIPTOR_VERSION = 1
-DESCRIPTOR_BYTES = _DESCRIPTOR.size
+_TAG_BYTES = 8
+_TAG_PURPOSE = b"kvservice/block"  # So that no other use of the secret ever gives the same bytes.
+DESCRIPTOR_BYTES = _DESCRIPTOR.size + _TAG_BYTES
 assert DESCRIPTOR_BYTES == 120  # On-disk format: another size needs another version.
+
+
+class TagMismatch(ValueError):
+    """A descriptor is whole, and its tag is not the one that the store's secret gives."""
 
 
 @dataclass(frozen=True, slots=True)
 class Descriptor:
     """What stands in front of a trailer: enough to make the block's index record again.
 
-    It names its trailer by the trailer's checksum, so one that was left by an earlier block is told from it.
+    It names its trailer by the trailer's checksum, so one that was left by an earlier block is told from it. Its tag
+    says that a daemon of the store wrote both: a BLAKE2b-64 over the descriptor's other bytes and the whole trailer,
+    with the store's secret as the key. Eight bytes are enough: a client can find out only with a forged image, a lost
+    index and an operator's rebuild whether it has guessed a tag. A disk of 1 TiB has room for 2^28 such guesses, so
+    all of them together are right with a probability of 2^-36. Tags of a client's own blocks tell nothing of others.
+
+    The slices are not under the tag but their checksums are, which the trailer has.
     """
 
     token_count: int
@@ -183,7 +196,8 @@ class Descriptor:
     stored_at_ms: int
     trailer_checksum: int
 
-    def encode(self) -> bytes:
+    def encode(self, trailer: bytes, secret: bytes) -> bytes:
+        """`trailer` is the block's, encoded; `secret` the store's, 32 bytes."""
         body = _DESCRIPTOR.pack(
             _DESCRIPTOR_MAGIC,
             _DESCRIPTOR_VERSION,
@@ -193,19 +207,28 @@ class Descriptor:
             self.tenant,
             self.stored_at_ms,
             self.trailer_checksum,
-            0,
-        )[:-8]
-        return body + checksum(body).to_bytes(8, "little")
+        )
+        return body + _tag(body + trailer, secret)
 
     @classmethod
-    def decode(cls, data: bytes | memoryview) -> Descriptor:
-        """Raises ValueError where the bytes are no descriptor, or damaged."""
+    def decode(cls, data: bytes, trailer: bytes, secret: bytes) -> Descriptor:
+        """Raises ValueError where `data` is no descriptor of this trailer; TagMismatch where only the tag differs."""
         if len(data) != DESCRIPTOR_BYTES:
             raise ValueError(f"a descriptor has {DESCRIPTOR_BYTES} bytes, not {len(data)}")
-        magic, version, *fields, expected = _DESCRIPTOR.unpack(data)
-        if magic != _DESCRIPTOR_MAGIC or version != _DESCRIPTOR_VERSION or checksum(data[:-8]) != expected:
-            raise ValueError("not a descriptor of this version, or damaged")
-        return cls(*fields)
+        body, tag = data[:-_TAG_BYTES], data[-_TAG_BYTES:]
+        magic, version, *fields = _DESCRIPTOR.unpack(body)
+        if magic != _DESCRIPTOR_MAGIC or version != _DESCRIPTOR_VERSION:
+            raise ValueError("not a descriptor of this version")
+        found = cls(*fields)
+        if found.trailer_checksum != checksum(trailer):
+            raise ValueError("a descriptor of another trailer")
+        if not hmac.compare_digest(tag, _tag(body + trailer, secret)):
+            raise TagMismatch("a descriptor whose tag the secret does not give")
+        return found
+
+
+def _tag(data: bytes, secret: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=_TAG_BYTES, key=secret, person=_TAG_PURPOSE).digest()
 
 
 def descriptor_offset(geometry: BlockGeometry) -> int | None:

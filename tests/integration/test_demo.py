@@ -44,7 +44,8 @@ def first_turns(folder: Path, count: int) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(folder))
         patch.setenv("OMP_NUM_THREADS", "1")  # Another test runs on the other core.
-        with closing(hold_conversation("", note=print)) as turns:
+        turns: Any = hold_conversation("", note=print)  # A generator: closing it ends its processes.
+        with closing(turns):
             return report.as_object(list(islice(turns, count)))
 
 

@@ -5,25 +5,33 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kvservice import check
 from kvservice.index import pages
-from kvservice_api.image import DESCRIPTOR_BYTES, Descriptor
+from kvservice.index.descriptor_secret import SECRET_NAME, read_secret
+from kvservice.store.repair.rebuild import Progress
+from kvservice_api.image import DESCRIPTOR_BYTES
 from kvservice_client import Durability, Layout, block_chain
+from tests.clock import FakeClock
 from tests.daemon import MIB, DaemonProcess
 from tests.integration.conversations import layers_of, small_layout
 from tests.integration.conversations import new_chain as new_talk
 from tests.integration.known_blocks import LARGE, SMALL, new_chain, save, slice_bytes, verify
-from tests.integration.media import flip_data, ssd_file
+from tests.integration.media import flip_bit_of, flip_data, ssd_file
 from tests.integration.test_old_store import OldStore, expected
+from tests.old_store import LAYOUTS, layout_named
 
 
 @pytest.fixture
@@ -45,20 +53,25 @@ def rebuild(daemon: DaemonProcess) -> dict[str, Any]:
     return report
 
 
-def clear_descriptors(path: Path) -> int:
-    """Make the blocks in an SSD file as earlier versions wrote them. How many had a descriptor."""
+def be_of_an_earlier_version(daemon: DaemonProcess) -> int:
+    """Make store and blocks as versions without descriptors wrote them. How many blocks had a descriptor."""
+    path = daemon.store / "ssd-000.kv"
     data = bytearray(path.read_bytes())
     count, place = 0, 0
-    while (place := data.find(b"KVBD", place)) >= 0:
-        try:
-            Descriptor.decode(bytes(data[place : place + DESCRIPTOR_BYTES]))
-        except ValueError:
-            place += 1
-            continue
-        data[place : place + DESCRIPTOR_BYTES] = bytes(DESCRIPTOR_BYTES)
-        count += 1
+    while (place := data.find(b"KVTR", place)) >= 0:
+        if data[place - DESCRIPTOR_BYTES :].startswith(b"KVBD"):
+            data[place - DESCRIPTOR_BYTES : place] = bytes(DESCRIPTOR_BYTES)
+            count += 1
+        place += 1
     path.write_bytes(data)
+    mark_of_earlier_version(daemon)
     return count
+
+
+def mark_of_earlier_version(daemon: DaemonProcess) -> None:
+    secret = read_secret(daemon.store)
+    assert secret is not None and secret.every_block
+    (daemon.store / SECRET_NAME).write_bytes(replace(secret, every_block=False).encode())
 
 
 def test_every_block_on_ssd_is_found_again(daemon: DaemonProcess) -> None:
@@ -95,7 +108,7 @@ def test_blocks_of_earlier_versions_are_found_by_their_checksums(daemon: DaemonP
         assert save(client, LARGE, chain, Durability.SSD).is_complete
         assert client.open_layout(LARGE).save(short, layers, Durability.SSD).is_complete
     daemon.stop()
-    assert clear_descriptors(daemon.store / "ssd-000.kv") == 5
+    assert be_of_an_earlier_version(daemon) == 5
     lose_index(daemon)
     report = rebuild(daemon)
     assert (report["problems"], report["tiers"]["ssd"]["blocks"]) == ([], 5)
@@ -115,7 +128,7 @@ def test_layouts_that_fit_the_same_bytes_are_not_guessed_between(daemon: DaemonP
         assert save(client, LARGE, chain, Durability.SSD).is_complete
         assert save(client, twin, new_chain(twin), Durability.SSD).is_complete
     daemon.stop()
-    clear_descriptors(daemon.store / "ssd-000.kv")
+    be_of_an_earlier_version(daemon)
     lose_index(daemon)
     report = rebuild(daemon)
     assert report["tiers"]["ssd"]["blocks"] == 0
@@ -176,11 +189,11 @@ def test_a_rebuild_that_was_killed_changes_nothing_and_can_be_run_again(daemon: 
     before = index.read_bytes()
     die = "lambda *a, **k: os.kill(os.getpid(), 9)"
     where = {
-        "search": f"kvservice.check.find_blocks = {die}",
-        "fill": f"kvservice.store.salvage.overlaps = {die}",
-        "exchange": f"kvservice.store.salvage._exchange = {die}",
+        "search": f"kvservice.check.Search = {die}",
+        "fill": f"kvservice.store.repair.salvage.overlaps = {die}",
+        "exchange": f"kvservice.index.replacement._exchange = {die}",
     }[moment]
-    program = f"import os, kvservice.check, kvservice.store.salvage; {where}; "
+    program = f"import os, kvservice.check, kvservice.index.replacement, kvservice.store.repair.salvage; {where}; "
     program += f"kvservice.check.main(['{daemon.store}', '--rebuild'])"
     killed = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -228,6 +241,10 @@ def test_a_store_of_an_earlier_version_loses_its_index_and_keeps_what_its_checks
     daemon = store.daemon
     try:
         daemon.start()
+        layout = layout_named(next(iter(LAYOUTS)))
+        new = new_chain(layout, 2)
+        with daemon.client() as client:
+            assert save(client, layout, new, Durability.SSD).is_complete
         daemon.stop()
         before = json.loads(daemon.check("--json").stdout)
         lose_index(daemon)
@@ -237,8 +254,13 @@ def test_a_store_of_an_earlier_version_loses_its_index_and_keeps_what_its_checks
         assert (report["problems"], report["layouts"]) == ([], before["layouts"])
         assert "no record for 3 trailers that fit several layouts" in report["notes"]
         assert report["tiers"]["ssd"]["blocks"] + 3 >= before["tiers"]["ssd"]["blocks"]
+        secret = read_secret(daemon.store)
+        assert secret is not None and not secret.every_block
         daemon.start()
         with daemon.client() as client:
+            verify(client, layout, new)
+            [shard] = client.admin.inspect(new.keys[1]).shards
+            assert shard.parent_key == new.keys[0], "blocks of today have a descriptor there too"
             hits = 0
             for cache, chain in store.caches(client):
                 with cache.lookup(chain) as lease:
@@ -273,3 +295,46 @@ def test_an_index_that_root_makes_belongs_to_the_owner_of_the_store(daemon: Daem
     rebuild(daemon)
     files = [daemon.store / "index", *(daemon.store / "index").iterdir(), *(daemon.store / "layouts").iterdir()]
     assert {(file.stat().st_uid, file.stat().st_gid) for file in files} == {(12345, 12345)}
+
+
+class SecondByLook(FakeClock):
+    """Time that goes on by a second with each look at it."""
+
+    def monotonic_s(self) -> float:
+        self.advance(seconds=1)
+        return super().monotonic_s()
+
+
+@pytest.mark.parametrize("time_goes_on", [True, False])
+async def test_a_rebuild_says_every_few_seconds_how_far_it_is(daemon: DaemonProcess, time_goes_on: bool) -> None:
+    with daemon.client() as client:
+        assert save(client, LARGE, new_chain(LARGE, 20), Durability.SSD).is_complete
+    daemon.stop()
+    lines: list[str] = []
+    clock = SecondByLook() if time_goes_on else FakeClock()
+    await check.check(daemon.store, repair=True, rebuild=True, progress=Progress(clock, lines.append, every_s=3))
+    assert bool(lines) == time_goes_on
+    if time_goes_on:
+        size = (daemon.store / "ssd-000.kv").stat().st_size / MIB
+        pattern = rf"(\d+) of {size:.0f} MiB of the SSD files read, (\d+) blocks found, 0 trailers without a block"
+        search = [(int(found[1]), int(found[2])) for line in lines if (found := re.fullmatch(pattern, line))]
+        assert search == sorted(search), "both only grow"
+        assert 0 < search[0][0] < search[-1][0] <= size and 0 < search[-1][1] <= 20
+        assert any(
+            re.fullmatch(r"\d+ of the 20 blocks of (the old index|the tier ssd) verified", line) for line in lines
+        )
+
+
+async def test_a_rebuild_says_how_far_it_is_while_it_tries_token_counts(daemon: DaemonProcess) -> None:
+    """For a trailer without a descriptor every token count of every layout may be tried."""
+    chain = new_chain(LARGE)
+    with daemon.client() as client:
+        assert save(client, LARGE, chain, Durability.SSD).is_complete
+    daemon.stop()
+    be_of_an_earlier_version(daemon)
+    flip_bit_of(ssd_file(daemon), LARGE, chain.keys[0], 0)
+    lose_index(daemon)
+    lines: list[str] = []
+    await check.check(daemon.store, repair=True, rebuild=True, progress=Progress(SecondByLook(), lines.append))
+    at_one_place = max(Counter(lines).values())
+    assert LARGE.block_tokens // 5 - 1 <= at_one_place <= LARGE.block_tokens // 5 + 2, lines

@@ -25,10 +25,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from kvservice.index.session_records import Manifest
-from kvservice.store.block_store import StoreLimits
 from kvservice.store.leases import Client
-from kvservice.store.manifests import Turn
-from kvservice.store.sessions import SessionLimits
+from kvservice.store.sessions.manifests import Turn
+from kvservice.store.sessions.sessions import SessionLimits
+from kvservice.store.store import StoreLimits
 from kvservice_api.errors import InvalidRequest, SessionChanged, SessionNotFound, SessionsFull
 from kvservice_api.image import block_geometry
 from kvservice_api.keys import BlockChain, block_chain, block_key, root_key

@@ -8,11 +8,20 @@ from typing import Any
 
 import pytest
 
-from kvservice_api.image import DESCRIPTOR_BYTES, Descriptor, block_geometry, checksum, descriptor_offset, tenant_tag
+from kvservice_api.image import (
+    DESCRIPTOR_BYTES,
+    Descriptor,
+    TagMismatch,
+    block_geometry,
+    checksum,
+    descriptor_offset,
+    tenant_tag,
+)
 from kvservice_api.layout import Layout, Shard
 from tests.wire.vectors import golden
 
 DESCRIPTORS = golden("descriptors")
+SECRET = bytes(range(32))
 
 
 def descriptor_of(vector: dict[str, Any]) -> Descriptor:
@@ -22,34 +31,69 @@ def descriptor_of(vector: dict[str, Any]) -> Descriptor:
         bytes.fromhex(vector["layout_fingerprint"]),
         tenant_tag(vector["tenant"]),
         vector["stored_at_ms"],
-        vector["trailer_checksum"],
+        checksum(bytes.fromhex(vector["trailer"])),
     )
 
 
 @pytest.mark.parametrize("vector", DESCRIPTORS, ids=["first block", "continued"])
 def test_descriptors_are_the_golden_ones(vector: dict[str, Any]) -> None:
+    trailer, secret = bytes.fromhex(vector["trailer"]), bytes.fromhex(vector["secret"])
     by_hand = b"KVBD" + struct.pack("<HHII", 1, 0, vector["token_count"], 0)
     by_hand += bytes.fromhex(vector["parent_key"]) + bytes.fromhex(vector["layout_fingerprint"])
     by_hand += hashlib.sha256(vector["tenant"].encode()).digest()[:16]
-    by_hand += struct.pack("<QQ", vector["stored_at_ms"], vector["trailer_checksum"])
-    by_hand += struct.pack("<Q", checksum(by_hand))
+    by_hand += struct.pack("<QQ", vector["stored_at_ms"], checksum(trailer))
+    by_hand += hashlib.blake2b(by_hand + trailer, digest_size=8, key=secret, person=b"kvservice/block").digest()
 
-    assert descriptor_of(vector).encode().hex() == by_hand.hex() == vector["encoded"]
-    assert Descriptor.decode(bytes.fromhex(vector["encoded"])) == descriptor_of(vector)
+    assert descriptor_of(vector).encode(trailer, secret).hex() == by_hand.hex() == vector["encoded"]
+    assert len(by_hand) == DESCRIPTOR_BYTES == 120
+    assert Descriptor.decode(by_hand, trailer, secret) == descriptor_of(vector)
 
 
-@pytest.mark.parametrize("position", range(DESCRIPTOR_BYTES))
+def decode(descriptor: bytes, trailer: bytes, secret: bytes = SECRET) -> Descriptor:
+    return Descriptor.decode(descriptor, trailer, secret)
+
+
+ENCODED, TRAILER = bytes.fromhex(DESCRIPTORS[1]["encoded"]), bytes.fromhex(DESCRIPTORS[1]["trailer"])
+
+
+def flipped(data: bytes, position: int) -> bytes:
+    return data[:position] + bytes([data[position] ^ 0x10]) + data[position + 1 :]
+
+
+@pytest.mark.parametrize("position", [*range(6), *range(8, 12), *range(16, DESCRIPTOR_BYTES)])
 def test_a_descriptor_with_a_flipped_bit_is_refused(position: int) -> None:
-    data = bytearray.fromhex(DESCRIPTORS[1]["encoded"])
-    data[position] ^= 0x10
     with pytest.raises(ValueError, match="descriptor"):
-        Descriptor.decode(bytes(data))
+        decode(flipped(ENCODED, position), TRAILER)
+
+
+@pytest.mark.parametrize("position", [6, 7, *range(12, 16)])
+def test_the_bytes_that_are_always_zero_are_under_the_tag_too(position: int) -> None:
+    with pytest.raises(TagMismatch):
+        decode(flipped(ENCODED, position), TRAILER)
+
+
+@pytest.mark.parametrize("position", range(len(TRAILER)))
+def test_every_byte_of_the_trailer_is_under_the_tag(position: int) -> None:
+    """Also where the descriptor names the other trailer by its checksum, which anybody can take."""
+    other = flipped(TRAILER, position)
+    with pytest.raises(ValueError, match="another trailer"):
+        decode(ENCODED, other)
+    with pytest.raises(TagMismatch):
+        decode(ENCODED[:104] + checksum(other).to_bytes(8, "little") + ENCODED[112:], other)
+
+
+def test_a_descriptor_of_another_store_is_told_from_no_descriptor() -> None:
+    with pytest.raises(TagMismatch):
+        decode(ENCODED, TRAILER, secret=flipped(SECRET, 31))
+    with pytest.raises(ValueError, match="descriptor") as raised:
+        decode(bytes(DESCRIPTOR_BYTES), TRAILER)
+    assert not isinstance(raised.value, TagMismatch)
 
 
 @pytest.mark.parametrize("size", [0, DESCRIPTOR_BYTES - 1, DESCRIPTOR_BYTES + 1])
 def test_a_descriptor_of_another_size_is_refused(size: int) -> None:
     with pytest.raises(ValueError, match="descriptor"):
-        Descriptor.decode(bytes(size))
+        decode(bytes(size), TRAILER)
 
 
 @pytest.mark.parametrize("token_count", range(1, 65))

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from kvservice.index.block_index import SCHEMA
 from kvservice.index.environment import META, Environment
+from kvservice.index.identity import SCHEMA
 from kvservice_client import Client, Durability
 from tests.daemon import MIB, DaemonProcess
 from tests.integration.known_blocks import SMALL, new_chain, save, verify

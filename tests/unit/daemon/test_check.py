@@ -24,12 +24,20 @@ from kvservice.index.environment import BLOCKS, LAYOUTS, META, SESSIONS, Environ
 from kvservice.index.records import RECORD, Records, encode_records, new_records
 from kvservice.index.session_records import session_name
 from kvservice.index.store_lock import StoreLock
-from kvservice.store.pieces import scratch
+from kvservice.store.image_check import scratch
 from kvservice.tiers.arena import Arena
 from kvservice.tiers.base import Tier
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.ssd import SsdTier
-from kvservice_api.image import PAGE_BYTES, Trailer, block_geometry, checksum
+from kvservice_api.image import (
+    PAGE_BYTES,
+    Descriptor,
+    Trailer,
+    block_geometry,
+    checksum,
+    descriptor_offset,
+    tenant_tag,
+)
 from kvservice_api.keys import block_chain
 from kvservice_api.layout import Layout, Shard
 
@@ -112,8 +120,8 @@ def contents(environment: Environment, database: bytes) -> dict[bytes, bytes]:
     return {k: v for keys, values in environment.read(database) for k, v in zip(keys, values, strict=True)}
 
 
-def image_of(block: int) -> tuple[memoryview, int]:
-    """A block's image and its trailer's checksum."""
+def image_of(block: int, secret: bytes) -> tuple[memoryview, int]:
+    """A block's image, as a store with this secret writes it, and its trailer's checksum."""
     image = scratch(GEOMETRY.image_bytes)
     data = np.frombuffer(image, np.uint8)
     data[:] = 0
@@ -121,12 +129,17 @@ def image_of(block: int) -> tuple[memoryview, int]:
     slices = [image[slice(*GEOMETRY.slice_range(layer))] for layer in range(LAYOUT.layers)]
     trailer = Trailer(CHAIN.keys[block], SHARD, np.array(list(map(checksum, slices)), np.uint64)).encode()
     data[GEOMETRY.trailer_offset :] = np.frombuffer(trailer, np.uint8)
+    parent_key = CHAIN.keys[block - 1] if block else CHAIN.parent
+    descriptor = Descriptor(64, parent_key, LAYOUT.fingerprint, tenant_tag("default"), 1, checksum(trailer))
+    start = descriptor_offset(GEOMETRY)
+    data[start : GEOMETRY.trailer_offset] = np.frombuffer(descriptor.encode(trailer, secret), np.uint8)
     return image, checksum(trailer)
 
 
 async def make_store(path: Path, shared_memory: Path) -> Store:
     path.mkdir()
     index = BlockIndex.open(path / "index", map_bytes=MIB)
+    assert index.secret is not None
     store = Store(path, shared_memory, {})
     ssd = SsdTier.open([store.ssd_file], store_id=index.store_id, capacity_bytes=FILE_BYTES, io_threads=1)
     index.remember_ssd_files([store.ssd_file])
@@ -138,7 +151,7 @@ async def make_store(path: Path, shared_memory: Path) -> Store:
         records: Records = new_records(count)
         extents = []
         for block in range(count):
-            image, trailer_checksum = image_of(block)
+            image, trailer_checksum = image_of(block, index.secret.key)
             extent = tier.reserve(len(image))
             await tier.write(extent, 0, image)
             extents.append(extent)

@@ -14,9 +14,10 @@ import lmdb
 import pytest
 
 from kvservice.blocks import TierName
-from kvservice.index.block_index import SCHEMA, BlockIndex
+from kvservice.index.block_index import BlockIndex
 from kvservice.index.environment import LAYOUTS, META, SESSIONS, Environment
 from kvservice.index.errors import StoreDamaged, StoreTooNew
+from kvservice.index.identity import SCHEMA
 from kvservice_api.errors import IndexFull, StorageFailed
 from kvservice_api.layout import LayerGroup, Layout, Rotary
 from tests.layouts import changed
@@ -337,7 +338,7 @@ async def test_a_folder_of_layouts_that_cannot_be_used_never_stops_a_start(tmp_p
     entry = stored(tmp_path / "index", LAYOUTS)[first.fingerprint]
     await change(tmp_path / "index", LAYOUTS, {first.fingerprint: entry[:-1] + bytes([entry[-1] ^ 1])})
     with opened(tmp_path) as index:
-        assert index.damaged_layouts == [first.fingerprint]
+        assert index.layout_entries.damaged == [first.fingerprint]
 
 
 async def test_a_layout_opened_by_many_at_once_gets_one_id(tmp_path: Path) -> None:
@@ -383,7 +384,7 @@ async def test_a_damaged_layout_is_left_out_and_its_id_is_not_given_again(tmp_pa
         damaged[position] ^= 1
         await change(tmp_path / "index", LAYOUTS, {LAYOUT.fingerprint: bytes(damaged)})
         with opened(tmp_path) as index:
-            assert index.damaged_layouts == [LAYOUT.fingerprint]
+            assert index.layout_entries.damaged == [LAYOUT.fingerprint]
             assert list(index.layouts.values()) == [OTHER_LAYOUT]
 
     with opened(tmp_path) as index:
@@ -427,7 +428,7 @@ async def test_a_damaged_layout_is_taken_from_its_file_and_written_again(tmp_pat
         await change(tmp_path / "index", LAYOUTS, items)
         with opened(tmp_path) as index:
             assert dict(index.layouts) == {1: OTHER_LAYOUT, 2: LAYOUT}
-            assert (index.damaged_layouts, index.load(TierName.SSD).damaged) == ([], {})
+            assert (index.layout_entries.damaged, index.load(TierName.SSD).damaged) == ([], {})
         assert stored(tmp_path / "index", LAYOUTS) == entries
 
 
@@ -437,7 +438,7 @@ async def test_a_damaged_layout_whose_file_is_damaged_too_is_not_guessed(tmp_pat
     await change(tmp_path / "index", LAYOUTS, {LAYOUT.fingerprint: damaged})
     (tmp_path / "layouts" / LAYOUT.fingerprint.hex()).write_bytes(damaged)
     with opened(tmp_path) as index:
-        assert index.damaged_layouts == [LAYOUT.fingerprint]
+        assert index.layout_entries.damaged == [LAYOUT.fingerprint]
         assert list(index.layouts.values()) == [OTHER_LAYOUT]
 
 

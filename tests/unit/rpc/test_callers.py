@@ -24,7 +24,7 @@ from tests.stores import CALLER, LAYOUT, WHOLE, OpenStore, StoreFiles, caller_of
 
 _SOURCES = Path(kvservice.__file__).parent
 # What requests read of a store that are no verbs: settings, counts, and the columns of rows that a verb has found.
-_FACTS = {"blocks", "clock", "counters", "dram", "index", "limits", "residency", "ssd"}
+_FACTS = {"blocks", "clock", "counters", "dram", "index", "lifecycle", "limits", "ssd"}
 
 
 # Where callers are made
@@ -108,7 +108,7 @@ async def test_no_request_reaches_a_verb_of_the_store_without_a_caller(opened: O
         assert is_made_there or (isinstance(given, ast.Name) and given.id == "caller"), f"{where} is not given one"
         reached.add(way)
     # Each service's verbs were seen: a test that finds nothing proves nothing.
-    expected = "lookup_in_turns evict pins.pin drain.begin sessions.append loads.run locates.run reservations.commit"
+    expected = "lookup_chunked evict pins.pin drain.begin sessions.append loads.run locates.run reservations.commit"
     assert {tuple(verb.split(".")) for verb in expected.split()} <= reached
     assert len(reached) > 30
 

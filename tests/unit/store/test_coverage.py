@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvservice.store.coverage import HeadRun, cover
+from kvservice.store.transfers.coverage import HeadRun, cover
 from kvservice_api.layout import Shard
 
 LAYERS, HEADS = 4, 5

@@ -11,10 +11,10 @@ import pytest
 
 from kvservice.blocks import TierName
 from kvservice.rpc import explained
-from kvservice.store.explain import Arrival, Miss, OtherLayout, Place, differences
-from kvservice.store.history import Reason
 from kvservice.store.leases import Client
-from kvservice.store.requests import ReportRecord, Requests
+from kvservice.store.miss_reasons import Reason
+from kvservice.store.operations.explain import Arrival, Miss, OtherLayout, Place, differences
+from kvservice.store.operations.requests import ReportRecord, Requests
 from kvservice_api.errors import InvalidRequest, RequestNotFound
 from kvservice_api.layout import Layout, Rotary, Shard
 from tests.clock import TickingClock

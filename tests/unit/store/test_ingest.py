@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvservice.blocks import TierName
-from kvservice.store.block_store import StoreLimits
-from kvservice.store.ingest import Ingest, SaveOutcome, _Slices
 from kvservice.store.leases import Client
+from kvservice.store.store import StoreLimits
+from kvservice.store.transfers.upload import Ingest, SaveOutcome, _Slices
 from kvservice_api.errors import (
     Draining,
     IncompleteSave,
@@ -455,7 +455,7 @@ async def test_an_acknowledgement_from_ssd_holds_for_blocks_that_others_had_stor
         await asyncio.sleep(0.02)
         assert not durable.done()
     assert (await durable).already_stored == [0, 1]
-    assert opened.residency(chain.keys[0]) == {TierName.DRAM, TierName.SSD}
+    assert opened.lifecycle(chain.keys[0]) == {TierName.DRAM, TierName.SSD}
 
 
 async def test_where_the_ssd_refuses_a_durable_save_says_so_and_dram_has_the_block(

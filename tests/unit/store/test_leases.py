@@ -12,9 +12,9 @@ import pytest
 
 from kvservice.blocks import TierName
 from kvservice.counters import Counters
-from kvservice.store.block_store import StoreLimits
 from kvservice.store.leases import Client, Lease, Leases
-from kvservice.store.pace import Pace
+from kvservice.store.loop_budget import LoopBudget
+from kvservice.store.store import StoreLimits
 from kvservice.store.tasks import Tasks
 from kvservice_api.errors import InvalidRequest, KVError, LeaseExpired, LeaseNotYours, Overloaded, UnknownClient
 from tests.clock import FakeClock
@@ -53,7 +53,7 @@ def leases(residency: CountingResidency, clock: FakeClock) -> Leases:
 
 def new_leases(residency: CountingResidency, clock: FakeClock, **limits: int) -> Leases:
     bounds = {"clients_max": 3, "per_client_max": 5, "blocks_per_client_max": 100_000} | limits
-    return Leases(residency, clock, Counters(), Tasks(), Pace(), **bounds)  # type: ignore[arg-type]
+    return Leases(residency, clock, Counters(), Tasks(), LoopBudget(), **bounds)  # type: ignore[arg-type]
 
 
 def granted(leases: Leases, client: Client, rows: list[int], ttl_s: float = 30.0) -> Lease:
@@ -239,7 +239,7 @@ async def test_a_leased_block_survives_pressure_until_its_lease_expires(opened: 
     opened.files.clock.advance(seconds=31)
     opened.store.leases.expire()
     await fill_dram(opened, client)
-    assert opened.residency(chain.keys[0]) == {TierName.SSD}
+    assert opened.lifecycle(chain.keys[0]) == {TierName.SSD}
 
 
 async def test_a_leased_block_that_is_discarded_can_be_loaded_until_its_lease_ends(
@@ -274,20 +274,20 @@ async def test_a_client_with_many_leased_blocks_is_gone_at_once_and_its_blocks_f
         lease = opened.lookup(client, chain.keys[:1] * 2000)
     assert lease is not None
     row = int(lease.rows[0])
-    unlease, ended_at_once = opened.store.residency.unlease, []
+    unlease, ended_at_once = opened.store.lifecycle.unlease, []
 
     def watched(rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
         ended_at_once.append(len(rows))
         unlease(rows)
 
-    monkeypatch.setattr(opened.store.residency, "unlease", watched)
+    monkeypatch.setattr(opened.store.lifecycle, "unlease", watched)
     opened.store.leases.detach(CALLER, client)
     assert opened.store.leases.count == 0
     with pytest.raises(UnknownClient):
         opened.store.leases.get(caller_of(client), lease.lease_id)
     assert opened.store.blocks.leases[row] > 90_000, "not all of them in this turn"
 
-    await opened.store.leases.let_go()
+    await opened.store.leases.drain_ended()
     assert not opened.store.blocks.leases.any()
     assert sum(ended_at_once) == 100_000 and max(ended_at_once) <= 1024
 
@@ -306,7 +306,7 @@ async def test_expiry_of_many_leases_takes_several_turns_and_none_of_them_is_fou
             leases.get(caller_of(client), many[-1].lease_id)
         await asyncio.sleep(0)
     assert 2 <= turns <= 3000 and leases.count == 0
-    await leases.let_go()
+    await leases.drain_ended()
     assert residency.leased == {1: 0}
 
 
@@ -321,7 +321,7 @@ async def test_a_lease_that_was_released_with_many_blocks_holds_none_of_them_onc
     opened.store.leases.release(caller_of(client), lease.lease_id)
     with pytest.raises(LeaseExpired):
         opened.store.leases.get(caller_of(client), lease.lease_id)
-    await opened.store.leases.let_go()
+    await opened.store.leases.drain_ended()
     await until(lambda: opened.dram.used_bytes == 0)
 
 

@@ -13,7 +13,7 @@ import pytest
 from kvservice.blocks import TierName
 from kvservice.index.records import Records
 from kvservice.policy import LruPolicy
-from kvservice.store import pieces
+from kvservice.store import image_check
 from kvservice.store.leases import Client, Lease
 from kvservice.tiers.files import FileCalls
 from kvservice_api.errors import ChecksumMismatch, IndexFull
@@ -86,7 +86,7 @@ def trailer_at(opened: OpenStore, row: int) -> int:
     """Where in the file the row's trailer is read."""
     extent = opened.store.blocks.extent(row, TierName.SSD)
     assert extent is not None
-    return HEADER + extent.offset_bytes + pieces.trailer_start(opened.store.residency.geometry(row))
+    return HEADER + extent.offset_bytes + image_check.trailer_start(opened.store.lifecycle.geometry(row))
 
 
 async def test_a_load_that_fails_holds_its_blocks_until_the_last_of_its_reads_has_ended(
@@ -157,7 +157,7 @@ async def test_a_row_that_has_another_block_by_now_is_not_taken_out_of_service(
     await opened.save(client, chain, some_images(chain))
     row = int(opened.store.blocks.rows_of_keys(chain.keys)[0])
     before = int(opened.store.blocks.generation[row]) - 1
-    await opened.store.residency.quarantine(row, before, TierName.DRAM, "the trailer")
+    await opened.store.lifecycle.quarantine(row, before, TierName.DRAM, "the trailer")
     assert opened.hits(chain.keys) == 1 and opened.store.counters.quarantined_blocks == 0
 
 
@@ -185,12 +185,12 @@ async def first_frame_of_a_landing(
     opened: OpenStore, lease: Lease, then: Callable[[], Any] = lambda: None
 ) -> tuple[Any, list[bytes]]:
     """A load that has read one frame of a block whose landing has ended. `then` is done before it could."""
-    assert isinstance(opened.files.calls, FaultyCalls) and opened.store.promotion is not None
+    assert isinstance(opened.files.calls, FaultyCalls) and opened.store.promoter is not None
     frames = opened.frames(lease, range(1), range(2))
     with opened.files.calls.held("preadv") as waiting:
         first = asyncio.ensure_future(anext(frames))
         await asyncio.to_thread(waiting.acquire)
-        [landing] = opened.store.promotion._landings.values()
+        [landing] = opened.store.promoter._landings.values()
         then()
         await turns()
     received = [(await first)[1]]
@@ -271,7 +271,7 @@ async def test_a_small_slice_is_verified_again_where_a_later_read_has_written_it
     )
     whole = Shard.whole(layout)
     geometry = block_geometry(layout, whole, 16)
-    first, second, *_ = pieces.cut(geometry, MIB)
+    first, second, *_ = image_check.cut(geometry, MIB)
     shared_layer = first.layer_end - 1
     assert geometry.slice_range(shared_layer)[0] < second.start < geometry.slice_range(shared_layer)[1]
 
@@ -293,7 +293,7 @@ async def test_a_small_slice_is_verified_again_where_a_later_read_has_written_it
         received = [await anext(frames)]  # The first piece is there, and was verified.
     finally:
         calls.gate.set()
-    await until(lambda: TierName.DRAM in opened.residency(chain.keys[0], whole))
+    await until(lambda: TierName.DRAM in opened.lifecycle(chain.keys[0], whole))
 
     async def read_on() -> None:
         async for frame in frames:

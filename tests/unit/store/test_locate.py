@@ -10,7 +10,7 @@ import pytest
 
 from kvservice.blocks import TierName
 from kvservice.store.leases import Client, Lease
-from kvservice.store.locate import Located, NotInPlace
+from kvservice.store.transfers.in_place_reads import Located, NotInPlace
 from kvservice_api.errors import ChecksumMismatch, LeaseExpired, NotShared, Overloaded, StorageFailed
 from kvservice_api.image import block_geometry
 from kvservice_api.keys import BlockChain
@@ -87,7 +87,7 @@ async def test_a_block_that_came_up_and_got_no_record_stays_while_it_is_read(
     chain, images, lease = await saved(opened, client)
     opened.store.leases.release(caller_of(client), lease.lease_id)
     await opened.store.evict(CALLER, chain.keys, DRAM)
-    leased, promotion = opened.lookup(client, chain.keys), opened.store.promotion
+    leased, promotion = opened.lookup(client, chain.keys), opened.store.promoter
     assert leased is not None and promotion is not None
     put = opened.index.put
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvservice.index.session_records import Manifest
-from kvservice.store.manifests import Turn, appended, begun, forked, partial_keys, truncated
+from kvservice.store.sessions.manifests import Turn, appended, begun, forked, partial_keys, truncated
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.keys import BlockChain, block_key, cut_key, root_key
 from kvservice_api.layout import Layout

@@ -11,11 +11,12 @@ import pytest
 
 from kvservice.blocks import TierName
 from kvservice.index.records import Records
-from kvservice.store import pins, room
-from kvservice.store.block_store import StoreLimits
 from kvservice.store.leases import Client
-from kvservice.store.pins import PinOutcome
-from kvservice.store.room import Watermarks
+from kvservice.store.mover import evictor
+from kvservice.store.mover.evictor import Watermarks
+from kvservice.store.operations import pins
+from kvservice.store.operations.pins import PinOutcome
+from kvservice.store.store import StoreLimits
 from kvservice_api.errors import InvalidRequest, PinsFull, StorageFailed, TierFull
 from tests.stores import CALLER, KIB, LAYOUT, LIMITS, OpenStore, StoreFiles, some_chain, some_images, until
 
@@ -48,7 +49,7 @@ async def test_a_pinned_block_leaves_dram_for_its_copy_on_ssd_and_never_ssd(open
     assert (await opened.store.pins.pin(CALLER, pinned, HOUR_MS)).pinned == 2
     for seed in range(1, 8):
         await saved(opened, client, 3, seed=seed)
-    assert [opened.residency(key) for key in pinned] == [{TierName.SSD}, {TierName.SSD}]
+    assert [opened.lifecycle(key) for key in pinned] == [{TierName.SSD}, {TierName.SSD}]
     assert opened.store.counters.evicted_ssd_blocks > 8
     assert opened.hits(pinned) == 2
 
@@ -96,7 +97,7 @@ async def test_a_block_that_is_pinned_once_it_was_chosen_to_leave_stays(open_sto
 async def test_many_pinned_blocks_do_not_hide_the_others_from_eviction(
     open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, ssd_bytes: int
 ) -> None:
-    monkeypatch.setattr(room, "_VICTIMS_AHEAD", 2)
+    monkeypatch.setattr(evictor, "_VICTIMS_AHEAD", 2)
     opened: OpenStore = await open_store(dram_bytes=8 * BLOCK + HEADER, ssd_bytes=ssd_bytes, limits=ALL)
     client = opened.store.leases.attach(CALLER, "test")
     pinned = await saved(opened, client, 4, seed=1, on_ssd=bool(ssd_bytes))
@@ -128,9 +129,9 @@ async def test_an_eviction_on_request_leaves_what_a_pin_keeps(
     other = TierName.SSD if tier is TierName.DRAM else TierName.DRAM
     await opened.store.evict(CALLER, keys, other)
     outcome = await opened.store.evict(CALLER, keys, tier)
-    assert outcome.held == (tier is TierName.SSD or opened.residency(keys[0]) == {TierName.DRAM})
-    assert opened.residency(keys[0]) >= {TierName.SSD}, "the copy on SSD is the one that a pin keeps"
-    assert opened.residency(keys[1]) == set()
+    assert outcome.held == (tier is TierName.SSD or opened.lifecycle(keys[0]) == {TierName.DRAM})
+    assert opened.lifecycle(keys[0]) >= {TierName.SSD}, "the copy on SSD is the one that a pin keeps"
+    assert opened.lifecycle(keys[1]) == set()
 
 
 async def test_an_explicit_discard_drops_a_pinned_block(opened: OpenStore, client: Client) -> None:
@@ -149,10 +150,10 @@ async def test_a_pin_has_a_block_written_to_ssd_that_the_policy_had_dropped_ther
     keys = await saved(opened, client, 1)
     await opened.store.evict(CALLER, keys, TierName.SSD)
     await opened.settle()
-    assert opened.residency(keys[0]) == {TierName.DRAM}
+    assert opened.lifecycle(keys[0]) == {TierName.DRAM}
     await opened.store.pins.pin(CALLER, keys, HOUR_MS)
     await opened.settle()
-    assert opened.residency(keys[0]) == {TierName.DRAM, TierName.SSD}
+    assert opened.lifecycle(keys[0]) == {TierName.DRAM, TierName.SSD}
 
 
 # Time
@@ -304,7 +305,7 @@ async def test_a_pin_that_changes_while_a_copy_is_recorded_is_in_that_record_too
     await opened.store.evict(CALLER, keys, TierName.DRAM)
     with opened.commits_held(TierName.DRAM):
         promoting = asyncio.create_task(opened.store.prefetch(CALLER, keys, within_s=0, wait=True))
-        await until(lambda: bool(opened.store.residency._placing))  # The record is on its way, with the old pin.
+        await until(lambda: bool(opened.store.lifecycle._placing))  # The record is on its way, with the old pin.
         change: Any = (
             opened.store.pins.unpin(CALLER, keys) if first_pinned else opened.store.pins.pin(CALLER, keys, HOUR_MS)
         )
@@ -337,7 +338,7 @@ async def test_a_block_discarded_while_its_pin_waits_for_a_copys_record_leaves_n
     await opened.store.evict(CALLER, keys, TierName.DRAM)
     with opened.commits_held(TierName.DRAM):
         promoting = asyncio.create_task(opened.store.prefetch(CALLER, keys, within_s=0, wait=True))
-        await until(lambda: bool(opened.store.residency._placing))
+        await until(lambda: bool(opened.store.lifecycle._placing))
         pinning = asyncio.create_task(opened.store.pins.pin(CALLER, keys, HOUR_MS))
         await until(lambda: bool(opened.store.blocks.pinned(0).any()))
         discarding = asyncio.create_task(opened.store.discard(CALLER, keys))
@@ -353,7 +354,7 @@ async def test_a_pin_that_the_index_refuses_changes_nothing_and_the_next_flush_p
 ) -> None:
     keys = await saved(opened, client, 2)
     before = await opened.store.pins.pin(CALLER, keys[:1], 1000)
-    await opened.store.residency.flush_recency()
+    await opened.store.lifecycle.flush_recency()
     put, puts = opened.index.put, []
 
     def failing(tier: TierName, names: list[bytes], records: Records) -> asyncio.Future[None]:
@@ -371,7 +372,7 @@ async def test_a_pin_that_the_index_refuses_changes_nothing_and_the_next_flush_p
     await asyncio.gather(*puts)
     rows = opened.store.blocks.rows_of_keys(keys)
     assert opened.store.blocks.pinned_until_ms[rows].tolist() == [before.until_ms, 0]
-    await opened.store.residency.flush_recency()
+    await opened.store.lifecycle.flush_recency()
     for tier in TierName:
         assert records_pinned(opened, tier) == {keys[0]: before.until_ms, keys[1]: 0}
 

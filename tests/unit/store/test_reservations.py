@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from kvservice.blocks import Extent, TierName
-from kvservice.store.explain import Miss
-from kvservice.store.ingest import SaveOutcome
 from kvservice.store.leases import Client
-from kvservice.store.reservations import Place
+from kvservice.store.operations.explain import Miss
+from kvservice.store.transfers.in_place_uploads import Place
+from kvservice.store.transfers.upload import SaveOutcome
 from kvservice_api.errors import (
     InvalidRequest,
     NotShared,

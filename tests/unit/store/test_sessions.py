@@ -13,11 +13,11 @@ import pytest
 from kvservice.blocks import TierName
 from kvservice.index.environment import SESSIONS
 from kvservice.index.session_records import Manifest
-from kvservice.store.block_store import StoreLimits
-from kvservice.store.explain import Miss
 from kvservice.store.leases import Client
-from kvservice.store.manifests import Turn
-from kvservice.store.sessions import SessionLimits
+from kvservice.store.operations.explain import Miss
+from kvservice.store.sessions.manifests import Turn
+from kvservice.store.sessions.sessions import SessionLimits
+from kvservice.store.store import StoreLimits
 from kvservice_api.errors import (
     IndexFull,
     InvalidRequest,
@@ -311,13 +311,13 @@ async def test_what_many_sessions_let_go_of_at_a_time_leaves_in_small_steps(
     for number, chain in enumerate(chains):
         await begin(opened, f"chat-{number}", chain)
     steps: list[int] = []
-    discard = opened.store.residency.discard
+    discard = opened.store.lifecycle.discard
 
     async def counted(rows: list[int], *arguments: Any) -> None:
         steps.append(len(rows))
         await discard(rows, *arguments)
 
-    monkeypatch.setattr(opened.store.residency, "discard", counted)
+    monkeypatch.setattr(opened.store.lifecycle, "discard", counted)
     opened.files.clock.advance(seconds=TTL_S)
     await opened.store.sessions.expire()
     await until(lambda: opened.store.blocks.live_count == 0)
@@ -371,23 +371,23 @@ async def test_a_use_counts_after_a_restart(opened: OpenStore) -> None:
 async def test_who_asks_for_a_session_that_is_not_there_is_told_why(opened: OpenStore) -> None:
     sessions, clock = opened.store.sessions, opened.files.clock
     with pytest.raises(SessionNotFound, match="never begun, or went before"):
-        sessions.called(CALLER, "chat")
+        sessions.find_by_id(CALLER, "chat")
     await begin(opened)
     await begin(opened, "other", some_chain(1, seed=1))
     used_at_ms = get(opened).used_at_ms
     clock.advance(seconds=1)
-    assert [each.session_id for each in sessions.called(CALLER, "chat")] == ["chat"]
+    assert [each.session_id for each in sessions.find_by_id(CALLER, "chat")] == ["chat"]
     assert sessions._manifests[1, "chat"].used_at_ms == used_at_ms, "to ask is no use of it"
 
     await sessions.end(CALLER, LAYOUT.fingerprint, "other")
     with pytest.raises(SessionNotFound, match=r"'other': it was ended at \d{4}-"):
-        sessions.called(CALLER, "other")
+        sessions.find_by_id(CALLER, "other")
     clock.advance(seconds=TTL_S)
     with pytest.raises(SessionNotFound, match=r"'chat': it expired at \d{4}-"):
-        sessions.called(CALLER, "chat")
+        sessions.find_by_id(CALLER, "chat")
     await sessions.expire()
     with pytest.raises(SessionNotFound, match=r"'chat': it expired at \d{4}-"):
-        sessions.called(CALLER, "chat")
+        sessions.find_by_id(CALLER, "chat")
 
 
 async def test_the_daemon_itself_forgets_what_expired(opened: OpenStore) -> None:

@@ -129,7 +129,7 @@ async def test_a_ticket_lets_go_exactly_when_it_expires(opened: OpenStore, clien
         with pytest.raises(TicketExpired):
             await adopt(opened, rank, ticket)
         opened.store.leases.expire()
-    await opened.store.leases.let_go()
+    await opened.store.leases.drain_ended()
     assert await evictable(opened, chain) == 3
 
 

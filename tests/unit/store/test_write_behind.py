@@ -11,8 +11,9 @@ import pytest
 
 from kvservice.blocks import TierName
 from kvservice.index.records import Records
-from kvservice.store import residency, write_behind
-from kvservice.store.history import Reason
+from kvservice.store import block_lifecycle
+from kvservice.store.miss_reasons import Reason
+from kvservice.store.mover import write_behind
 from kvservice_api.errors import IndexFull, KVError, StorageFailed
 from tests.file_faults import FaultyCalls
 from tests.stores import CALLER, LAYOUT, MIB, PATIENT, OpenStore, StoreFiles, some_chain, some_images, until
@@ -68,11 +69,11 @@ async def test_an_index_that_refuses_costs_ssd_copies_and_no_save(
         outcome = await opened.save(client, chain, some_images(chain, seed=seed))
         assert not outcome.refused
         assert opened.hits(chain.keys) == 8, "the newest conversation is there"
-        await until(lambda: not opened.store.write_behind or not opened.store.write_behind.can_progress())
+        await until(lambda: not opened.store.write_behind or not opened.store.write_behind.is_progressing())
 
     assert index.refused
     assert opened.store.counters.lost_unwritten_blocks
-    assert opened.residency(chain.keys[0]) == {TierName.DRAM}
+    assert opened.lifecycle(chain.keys[0]) == {TierName.DRAM}
 
 
 async def test_once_the_index_takes_records_again_blocks_reach_the_ssd(opened: OpenStore, index: RefusingIndex) -> None:
@@ -80,11 +81,11 @@ async def test_once_the_index_takes_records_again_blocks_reach_the_ssd(opened: O
     index.error = StorageFailed("the disk is gone")
     await opened.save(client, chain, some_images(chain))
     await until(lambda: index.refused > 0)
-    assert opened.residency(chain.keys[0]) == {TierName.DRAM}
+    assert opened.lifecycle(chain.keys[0]) == {TierName.DRAM}
 
     index.error = None
 
-    await until(lambda: all(opened.residency(key) == {TierName.DRAM, TierName.SSD} for key in chain.keys))
+    await until(lambda: all(opened.lifecycle(key) == {TierName.DRAM, TierName.SSD} for key in chain.keys))
     await opened.settle()
 
 
@@ -123,7 +124,7 @@ async def test_a_save_to_ssd_ends_and_nothing_stays_held_whatever_fails_its_reco
 async def test_a_save_to_ssd_ends_where_the_index_was_damaged_under_the_daemon(
     opened: OpenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(residency, "_SETTLED_WITHIN_S", 0.1)  # So long the second save waits for the first.
+    monkeypatch.setattr(block_lifecycle, "_SETTLED_WITHIN_S", 0.1)  # So long the second save waits for the first.
     client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(2)
     environment = opened.index._environments[TierName.SSD]
     assert environment._env is not None
@@ -167,7 +168,7 @@ async def test_bytes_written_before_a_failed_flush_are_written_anew_though_the_n
             calls.failing_once["fdatasync"] = errno.EIO  # The one that is held.
 
         keys = [first.keys[0], second.keys[0]]
-        await until(lambda: all(opened.residency(key) == {TierName.DRAM, TierName.SSD} for key in keys))
+        await until(lambda: all(opened.lifecycle(key) == {TierName.DRAM, TierName.SSD} for key in keys))
         assert writes() == before + 4 * of_one
         await opened.settle()
     finally:
@@ -184,7 +185,7 @@ async def test_where_the_index_of_the_ssd_is_full_old_blocks_leave_it_and_new_on
     opened = files.open()
 
     async def on_ssd(key: bytes) -> None:
-        await until(lambda: TierName.SSD in opened.residency(key))
+        await until(lambda: TierName.SSD in opened.lifecycle(key))
 
     try:
         await opened.store.open_layout(CALLER, LAYOUT)

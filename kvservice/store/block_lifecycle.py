@@ -1,0 +1,376 @@
+"""Copies of blocks in tiers, and the order of bytes, records and reuse.
+
+The two rules that make ``kill -9`` harmless live here and nowhere else:
+
+* ``admit`` and ``place``: a record names an extent only after its bytes are complete there.
+* ``evict`` and ``discard``: an extent is released only after the commit that removes its record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kvservice.blocks import BlockTable, Extent, Rows, TierName
+from kvservice.counters import Counters
+from kvservice.index.block_index import BlockIndex
+from kvservice.index.records import Records, new_records
+from kvservice.store.miss_reasons import MissReasons, Reason
+from kvservice.store.tasks import Tasks
+from kvservice.tiers.base import Tier
+from kvservice_api.errors import KVError, StorageFailed
+from kvservice_api.image import BlockGeometry, block_geometry
+
+log = logging.getLogger(__name__)
+
+_RETRY_S = 1.0
+_SETTLED_WITHIN_S = 5.0
+_FLUSH_ROWS = 1024  # A few milliseconds of the event loop.
+
+_COPIED = (
+    "layout_id token_count hits trailer_checksum stored_at_ms used_at_ms access_seq parent_key pinned_until_ms tenant"
+).split()
+
+
+class BlockLifecycle:
+    """The block table, the tiers' space and the index's records, changed together."""
+
+    def __init__(
+        self,
+        blocks: BlockTable,
+        tiers: Mapping[TierName, Tier],
+        index: BlockIndex,
+        counters: Counters,
+        tasks: Tasks,
+        history: MissReasons,
+    ) -> None:
+        self.blocks = blocks
+        self.tiers = tiers
+        self._index = index
+        self._counters = counters
+        self._tasks = tasks
+        self.history = history
+        self._leaving: dict[bytes, asyncio.Future[None]] = {}  # Objects whose records are being removed.
+        self._placing: dict[tuple[int, TierName], asyncio.Future[None]] = {}  # Rows whose records are being written.
+
+    # About one row
+
+    def geometry(self, row: int) -> BlockGeometry:
+        """Where the row's bytes lie in its image."""
+        layout = self._index.layouts[int(self.blocks.layout_id[row])]
+        return block_geometry(layout, self.blocks.shard_of(row), int(self.blocks.token_count[row]))
+
+    def is_free(self, row: int) -> bool:
+        """Whether nothing keeps the row's bytes in place."""
+        return not self.blocks.leases[row] and not self.blocks.holds[row]
+
+    # Holding: what is held or leased keeps its bytes in their place.
+
+    def hold(self, rows: Rows | Sequence[int]) -> None:
+        """Keep the rows' bytes in place while I/O runs. Pair with `unhold` of the same rows.
+
+        A row that is named twice counts once, here and there.
+        """
+        self.blocks.holds[np.asarray(rows, np.int64)] += 1
+
+    def unhold(self, rows: Rows | Sequence[int]) -> None:
+        self.blocks.holds[np.asarray(rows, np.int64)] -= 1
+        self._free_unreferenced(rows)
+
+    def lease(self, rows: Rows) -> None:
+        """Begin leases on the rows, one for each time that a row is named. Pair with `unlease`."""
+        np.add.at(self.blocks.leases, rows, 1)
+
+    def unlease(self, rows: Rows) -> None:
+        """End leases on the rows, one for each time that a row is named."""
+        np.subtract.at(self.blocks.leases, rows, 1)
+        self._free_unreferenced(rows)
+
+    # Placing
+
+    async def wait_record_deletes(self, object_keys: Iterable[bytes]) -> None:
+        """Wait until no record of these objects is being removed, so that a new one is not removed with it.
+
+        Raises StorageFailed where the old ones cannot be removed.
+        """
+        names = list(object_keys)
+        try:
+            async with asyncio.timeout(_SETTLED_WITHIN_S):
+                while waiting := {self._leaving[name] for name in names if name in self._leaving}:
+                    await asyncio.wait(waiting)
+        except TimeoutError:
+            raise StorageFailed("the record of an earlier copy could not be removed yet") from None
+
+    async def place(
+        self,
+        rows: Sequence[int],
+        tier: TierName,
+        extents: Sequence[Extent],
+        unread: Callable[[], Awaitable[None]] | None = None,
+        check: Callable[[], None] | None = None,
+    ) -> None:
+        """Record that the rows' bytes lie complete in `extents`, then let lookups find them there.
+
+        Where the index or `check` (see `BlockIndex.put`) refuses, the error goes to the caller and the
+        extents are released, once `unread` says that nobody reads them.
+        """
+        names = [self.blocks.object_key_of(row) for row in rows]
+        placed = asyncio.get_running_loop().create_future()
+        self._placing |= dict.fromkeys(((row, tier) for row in rows), placed)
+        self.hold(rows)
+        try:
+            records = self._records(rows, extents)
+            await self._index.put(tier, names, records, check)
+            while len(late := self._pinned_meanwhile(rows, records)):
+                records[late] = self._records([rows[at] for at in late], [extents[at] for at in late])
+                await self._index.put(tier, [names[at] for at in late], records[late])
+        except BaseException:
+            # A failed or abandoned commit may have reached the disk: its record must go before reuse.
+            removal = _Removal(self._leaving, names)
+            work = self._remove_until_done(removal, {tier: list(extents)}, (), unread)
+            self._tasks.start(work, "withdraw records")
+            raise
+        else:
+            for row, extent in zip(rows, extents, strict=True):
+                self.blocks.set_extent(row, tier, extent)
+            self._note_arrival(np.asarray(rows, np.int64), tier)
+        finally:
+            for row in rows:
+                del self._placing[row, tier]
+            placed.set_result(None)
+            self.unhold(rows)
+
+    def _note_arrival(self, rows: Rows, tier: TierName) -> None:
+        """Since when the copies are there: as long as the block itself where it is new, else a later time."""
+        stored_ms = self.blocks.stored_at_ms[rows]
+        later_ms = np.maximum(stored_ms + np.uint64(1), np.uint64(self.history.now_ms))
+        self.blocks.since_ms(tier)[rows] = np.where(self.blocks.live[rows], later_ms, stored_ms)
+
+    def _pinned_meanwhile(self, rows: Sequence[int], records: Records) -> list[int]:
+        """Positions of rows that were pinned or unpinned after these records: `write_records` did not know of them.
+
+        Not of those that were discarded: the removal of their records has been submitted.
+        """
+        array = np.asarray(rows, np.int64)
+        other = self.blocks.pinned_until_ms[array] != records["pinned_until_ms"]
+        found: list[int] = np.flatnonzero(other & self.blocks.live[array]).tolist()
+        return found
+
+    async def admit(self, rows: Sequence[int], extents: Sequence[Extent]) -> None:
+        """Record new objects, whose bytes lie complete in DRAM, then make them visible.
+
+        Where the index refuses, rows and extents are given back.
+        """
+        self.hold(rows)
+        try:
+            await self.place(rows, TierName.DRAM, extents)
+            for row in rows:
+                self.blocks.link(row)
+        finally:
+            self.unhold(rows)  # Frees those that were not linked.
+
+    async def flush_recency(self) -> None:
+        """Write use times and hit counts of the blocks used since the last flush into their records."""
+        blocks = self.blocks
+        used = np.flatnonzero(blocks.used_since_flush[: blocks.row_end] & blocks.live[: blocks.row_end])
+        blocks.used_since_flush[used] = False
+        for start in range(0, len(used), _FLUSH_ROWS):
+            for tier in self.tiers:
+                try:
+                    await self._write_records(used[start : start + _FLUSH_ROWS].tolist(), tier)
+                except KVError:
+                    blocks.used_since_flush[used[start:]] = True  # Next time.
+                    raise
+
+    async def write_records(self, rows: Sequence[int]) -> None:
+        """Write the records of these rows as the table has them now, in every tier that holds them, or soon will."""
+        writes = [self._write_records(rows, tier) for tier in self.tiers]
+        await asyncio.gather(*writes)
+        placing = {self._placing[row, tier] for row in rows for tier in self.tiers if (row, tier) in self._placing}
+        if placing:  # Their records were made before, and are made again by `place`.
+            await asyncio.wait(placing)
+
+    def _write_records(self, rows: Sequence[int], tier: TierName) -> asyncio.Future[None]:
+        blocks = self.blocks
+        # Asked anew each time: blocks leave and move while others are committed.
+        there = [row for row in rows if blocks.live[row] and blocks.is_resident(row, tier)]
+        extents = [extent for row in there if (extent := blocks.extent(row, tier))]
+        names = [blocks.object_key_of(row) for row in there]
+        return self._index.put(tier, names, self._records(there, extents))
+
+    # Dropping
+
+    async def evict(self, rows: Sequence[int], tier: TierName, policy: str = "") -> None:
+        """Drop copies that nothing holds from one tier. A block without another copy is forgotten.
+
+        `policy` is what chose them; empty where someone asked for it. Raises StorageFailed where the
+        records could not be removed; the copies then leave later.
+        """
+        blocks = self.blocks
+        other = TierName.SSD if tier is TierName.DRAM else TierName.DRAM
+        last_copies = [row for row in rows if not blocks.is_resident(row, other)]
+        demoted = [row for row in rows if blocks.is_resident(row, other)]
+        freed: list[Extent] = []
+        for row in rows:
+            assert blocks.live[row] and self.is_free(row), "a held copy is not evicted"
+        for row in demoted:
+            extent = blocks.extent(row, tier)
+            assert extent is not None
+            freed.append(extent)
+            blocks.set_extent(row, tier, None)
+            if tier is TierName.SSD:
+                blocks.unwanted_on_ssd[row] = True
+        if tier is TierName.DRAM:
+            self._counters.evicted_dram_blocks += len(rows)
+            self._counters.lost_unwritten_blocks += len(last_copies)
+        else:
+            self._counters.evicted_ssd_blocks += len(rows)
+        why = Reason.EVICTED if policy else Reason.EVICTED_ON_REQUEST
+        for part, last_copy in ((demoted, False), (last_copies, True)):
+            self.history.note_rows(blocks, part, why, tier=tier, word=policy, last_copy=last_copy)
+        # Both begin before anything is awaited: nobody finds half of it done, or can cancel half of it.
+        removals = [self._begin_removal({tier: freed}, demoted), self._begin_discard(last_copies)]
+        for removal in removals:
+            await removal.recorded()
+
+    async def discard(self, rows: Sequence[int], why: Reason = Reason.DISCARDED, word: str = "") -> None:
+        """Forget blocks everywhere: invisible at once, records next, bytes when nothing holds them.
+
+        `word` says who let them go where nobody asked for it.
+        """
+        self.history.note_rows(self.blocks, rows, why, word=word)
+        await self._begin_discard(rows).recorded()
+
+    async def quarantine(self, row: int, generation: int, tier: TierName, what: str) -> None:
+        """Take a block whose bytes are damaged out of service, in every tier: whatever is in doubt is a miss.
+
+        `generation` is the row's from when its bytes began to be read. Where it has another one the block
+        is gone, and the row has one that nothing is known against.
+        """
+        if self.blocks.generation[row] != generation:
+            return
+        extent = self.blocks.extent(row, tier)
+        log.error(
+            "a damaged block was taken out of service: %s of %s in %s",
+            what,
+            self.blocks.key_of(row).hex(),
+            tier,
+            extra={"key": self.blocks.key_of(row).hex(), "tier": tier, "extent": extent, "damaged": what},
+        )
+        if self.blocks.live[row]:
+            self._counters.quarantined_blocks += 1
+            self.history.note_rows(self.blocks, [row], Reason.QUARANTINED, tier=tier)
+            with contextlib.suppress(StorageFailed):  # It is invisible already; its records leave later.
+                await self._begin_discard([row]).recorded()
+
+    def _begin_discard(self, rows: Sequence[int]) -> _Removal:
+        for row in rows:
+            self.blocks.unlink(row)
+        return self._begin_removal({tier: [] for tier in self.tiers}, rows)
+
+    def _begin_removal(self, freed: dict[TierName, list[Extent]], rows: Sequence[int]) -> _Removal:
+        """Remove the rows' records from the tiers named in `freed`, then release its extents."""
+        removal = _Removal(self._leaving, [self.blocks.object_key_of(row) for row in rows])
+        if rows:
+            self.hold(rows)
+            self._tasks.start(self._remove_until_done(removal, freed, rows), "remove records")
+        else:
+            removal.end()
+        return removal
+
+    async def _remove_until_done(
+        self,
+        removal: _Removal,
+        freed: dict[TierName, list[Extent]],
+        rows: Sequence[int],
+        unread: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        try:
+            await removal.earlier_ones_done()
+            for tier, extents in freed.items():
+                await self._delete_records(tier, removal)
+                if unread is not None:
+                    await unread()
+                for extent in extents:
+                    self.tiers[tier].release(extent)
+        finally:
+            removal.end()
+        self.unhold(rows)
+
+    async def _delete_records(self, tier: TierName, removal: _Removal) -> None:
+        while True:
+            try:
+                return await self._index.delete(tier, removal.names)
+            except Exception as error:  # Until they are gone, nothing may take their space, and somebody waits.
+                self._counters.storage_errors += 1
+                expected = isinstance(error, KVError)
+                log.error(
+                    "records of %s could not be removed; trying again: %s",
+                    tier,
+                    error,
+                    exc_info=None if expected else error,
+                )
+                removal.report(error if isinstance(error, StorageFailed) else StorageFailed(str(error)))
+                await asyncio.sleep(_RETRY_S)
+
+    def _free_unreferenced(self, rows: Rows | Sequence[int]) -> None:
+        """Release the bytes of forgotten rows that nothing holds any more. Their records are gone."""
+        blocks = self.blocks
+        array = np.asarray(rows, np.int64)
+        over = array[~blocks.live[array] & (blocks.holds[array] == 0) & (blocks.leases[array] == 0)]
+        for row in dict.fromkeys(over.tolist()):
+            for tier in self.tiers:
+                extent = blocks.extent(row, tier)
+                if extent is not None:
+                    blocks.set_extent(row, tier, None)
+                    self.tiers[tier].release(extent)
+            blocks.free(row)
+
+    def _records(self, rows: Sequence[int], extents: Sequence[Extent]) -> Records:
+        blocks = self.blocks
+        records = new_records(len(rows))
+        for name in _COPIED:
+            records[name] = getattr(blocks, name)[list(rows)]
+        for field, place in (("segment", 0), ("offset_bytes", 1), ("size_bytes", 2)):
+            records[field] = [extent[place] for extent in extents]
+        return records
+
+
+class _Removal:
+    """Marks objects as leaving from its creation until `end`. Removals of one object follow one another."""
+
+    def __init__(self, leaving: dict[bytes, asyncio.Future[None]], names: Sequence[bytes]) -> None:
+        loop = asyncio.get_running_loop()
+        self.names = names
+        self._failure: asyncio.Future[StorageFailed] = loop.create_future()  # The first one, if any.
+        self._leaving = leaving
+        self._done: asyncio.Future[None] = loop.create_future()
+        self._earlier = {leaving[name] for name in names if name in leaving}
+        for name in names:
+            leaving[name] = self._done
+
+    async def earlier_ones_done(self) -> None:
+        if self._earlier:
+            await asyncio.wait(self._earlier)
+
+    async def recorded(self) -> None:
+        """Wait until the records are gone. Raises StorageFailed at the first refusal; they are tried again then."""
+        ends: list[asyncio.Future[Any]] = [self._done, self._failure]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if self._failure.done():
+            raise self._failure.result()
+
+    def report(self, error: StorageFailed) -> None:
+        if not self._failure.done():
+            self._failure.set_result(error)
+
+    def end(self) -> None:
+        for name in self.names:
+            if self._leaving.get(name) is self._done:
+                del self._leaving[name]
+        self._done.set_result(None)

@@ -1,0 +1,1 @@
+"""Moves copies between tiers: makes room, copies up, copies down."""

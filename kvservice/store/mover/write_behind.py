@@ -1,0 +1,335 @@
+"""Write-behind: gives every block in DRAM its SSD copy soon, so that leaving DRAM costs no I/O.
+
+Bytes of several blocks are written at a time, and blocks whose
+bytes are written share index commits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvservice.blocks import BlockTable, Extent, TierName
+from kvservice.clock import Clock
+from kvservice.counters import Counters
+from kvservice.policy.base import Policy
+from kvservice.store import image_check
+from kvservice.store.block_lifecycle import BlockLifecycle
+from kvservice.store.loop_budget import LoopBudget
+from kvservice.store.mover.evictor import Evictor
+from kvservice.store.tasks import Tasks
+from kvservice.tiers.dram import DramTier
+from kvservice.tiers.ssd import SsdTier
+from kvservice_api.errors import BlockNotFound, ChecksumMismatch, IndexFull, KVError, StorageFailed, TierFull
+from kvservice_api.image import BlockGeometry, Trailer
+
+log = logging.getLogger(__name__)
+
+_PIECE_BYTES = 4 << 20
+_UNRECORDED_MAX = 1024  # Blocks whose bytes are written and whose commit is still to come.
+# A commit flushes the disk's cache, and writes stall meanwhile: nobody waiting, many blocks share one.
+_COMMIT_AFTER_S = 0.2
+_COMMIT_AFTER_BYTES = 512 << 20
+_AWAITED_AT_ONCE = 16  # To begin or end a write takes a tenth of a millisecond of the event loop.
+_ENDED_A_TURN = 32
+_PAUSE_AFTER_FAILURE_S = 1.0
+_TRY_AGAIN_S = 30.0  # Where SSD had no space that could be made.
+_TRY_AGAIN_SHED_S = 5.0  # Where its index had none, and some is being made.
+
+
+class WriteBehind:
+    def __init__(
+        self,
+        lifecycle: BlockLifecycle,
+        evictor: Evictor,
+        dram: DramTier,
+        ssd: SsdTier,
+        policy: Policy[BlockTable],
+        clock: Clock,
+        counters: Counters,
+        tasks: Tasks,
+        loop_budget: LoopBudget,
+        *,
+        writes_in_flight: int,
+    ) -> None:
+        self._lifecycle = lifecycle
+        self._blocks = lifecycle.blocks
+        self._evictor = evictor
+        self._dram = dram
+        self._ssd = ssd
+        self._policy = policy
+        self._clock = clock
+        self._counters = counters
+        self._tasks = tasks
+        self._loop_budget = loop_budget
+        self._writes_in_flight = writes_in_flight
+        self._queue: deque[tuple[int, int]] = deque()  # (row, generation)
+        self._queued = asyncio.Event()
+        self._pending = 0  # Queued or under way.
+        self._writing: dict[tuple[int, int], asyncio.Task[None]] = {}
+        self._unrecorded = asyncio.Semaphore(_UNRECORDED_MAX)
+        self._progress = asyncio.Condition()
+        self._copied: list[_Copied] = []
+        self._copied_bytes = 0
+        self._failing_because = ""
+        self._awaited = 0  # Saves that wait for their blocks to be on SSD.
+        self._awaited_writes = asyncio.Semaphore(_AWAITED_AT_ONCE)
+        self._some_copied = asyncio.Event()
+        self._enough_copied = asyncio.Event()
+
+    def start(self) -> None:
+        """Queue what an earlier daemon left unwritten, oldest first, and begin to work."""
+        blocks = self._blocks
+        only_dram = blocks.resident(TierName.DRAM) & ~blocks.resident(TierName.SSD) & blocks.live[: blocks.row_end]
+        rows = np.flatnonzero(only_dram)
+        self.add(rows[np.argsort(blocks.access_seq[rows])].tolist())
+        for number in range(self._writes_in_flight):
+            self._tasks.start(self._write_forever(), f"write-behind {number}")
+        self._tasks.start(self._record_forever(), "write-behind records")
+
+    def add(self, rows: Sequence[int]) -> None:
+        """Queue blocks in DRAM for their SSD copy."""
+        self._queue.extend((row, int(self._blocks.generation[row])) for row in rows)
+        self._pending += len(rows)
+        self._queued.set()
+
+    async def written(self, row: int) -> None:
+        """Wait until the block is on SSD and recorded there, as soon as possible. Raises why it can't be."""
+        self._awaited += 1
+        self._enough_copied.set()
+        try:
+            if not self._blocks.is_resident(row, TierName.SSD):
+                async with self._awaited_writes:
+                    copied = asyncio.Event()
+                    writing = self._begin(row, copied)
+                    await copied.wait()  # Not until it is recorded: many blocks share one commit.
+                await asyncio.shield(writing)
+        finally:
+            self._awaited -= 1
+
+    @property
+    def pending(self) -> int:
+        """Blocks that are queued or under way."""
+        return self._pending
+
+    @property
+    def failing_because(self) -> str:
+        """Why nothing can be written just now; empty while it can."""
+        return self._failing_because
+
+    async def idle(self) -> None:
+        """Wait until nothing is left to write."""
+        async with self._progress:
+            await self._progress.wait_for(lambda: not self._pending)
+
+    def is_progressing(self) -> bool:
+        return self._pending > 0 and not self._failing_because and not self._ssd.refusing_because
+
+    async def wait_for_one(self) -> None:
+        async with self._progress:
+            await self._progress.wait()
+
+    async def _write_forever(self) -> None:
+        while True:
+            while not self._queue:
+                self._queued.clear()
+                await self._queued.wait()
+            row, generation = self._queue.popleft()
+            if self._failing_because and self._is_wanted(row, generation):
+                await asyncio.sleep(_PAUSE_AFTER_FAILURE_S)
+            if not self._is_wanted(row, generation):
+                await self._one_less()
+                continue
+            await self._unrecorded.acquire()
+            copied = asyncio.Event()
+            writing = self._begin(row, copied)
+            self._tasks.start(self._finish_queued(writing, row, generation), "end of a write-behind")
+            await copied.wait()  # Not until it is recorded: many blocks share one commit.
+
+    def _is_wanted(self, row: int, generation: int) -> bool:
+        """Whether the queued block is still there, and shall have a copy on SSD."""
+        same = self._blocks.generation[row] == generation and bool(self._blocks.live[row])
+        return same and self._policy.wants_on_ssd(self._blocks, row, self._clock.monotonic_s())
+
+    async def _finish_queued(self, writing: asyncio.Task[None], row: int, generation: int) -> None:
+        """Wait for a queued write; where it failed and may yet succeed, queue it again."""
+        try:
+            await writing
+            self._note_failure("")
+        except (BlockNotFound, ChecksumMismatch):
+            pass  # Gone.
+        except (TierFull, IndexFull) as error:
+            # Meanwhile it may leave DRAM like any other: waiting for it would help nobody.
+            again_s = _TRY_AGAIN_S
+            if isinstance(error, IndexFull):
+                self._evictor.shed(TierName.SSD)
+                again_s = _TRY_AGAIN_SHED_S
+            asyncio.get_running_loop().call_later(again_s, self._add_again, row, generation)
+        except KVError as error:
+            self._counters.storage_errors += isinstance(error, StorageFailed)
+            self._note_failure(error.message)
+            self._add_again(row, generation)
+        finally:
+            self._unrecorded.release()
+            await self._one_less()
+
+    def _add_again(self, row: int, generation: int) -> None:
+        blocks = self._blocks
+        if blocks.generation[row] == generation and blocks.live[row] and not blocks.is_resident(row, TierName.SSD):
+            self.add([row])
+
+    def _note_failure(self, why: str) -> None:
+        """While writes or their commits fail, blocks are tried one by one; the log hears of it once."""
+        if why and not self._failing_because:
+            log.warning("blocks cannot be written to SSD; trying again: %s", why)
+        elif self._failing_because and not why:
+            log.info("blocks can be written to SSD again")
+        self._failing_because = why
+
+    async def _one_less(self) -> None:
+        self._pending -= 1
+        async with self._progress:
+            self._progress.notify_all()
+
+    def _begin(self, row: int, copied: asyncio.Event | None = None) -> asyncio.Task[None]:
+        """The write of this row: a new one, or the one that runs."""
+        mark = (row, int(self._blocks.generation[row]))
+        writing = self._writing.get(mark)
+        if writing is None:
+            writing = self._writing[mark] = self._tasks.start_quietly(self._write(row, copied), "write one block")
+            writing.add_done_callback(lambda _: self._writing.pop(mark))
+        if copied is not None:
+            writing.add_done_callback(lambda _: copied.set())
+        return writing
+
+    async def _write(self, row: int, copied: asyncio.Event | None) -> None:
+        blocks = self._blocks
+        source = blocks.extent(row, TierName.DRAM) if blocks.live[row] else None
+        if source is None:
+            raise BlockNotFound("the block left before it was written")
+        if blocks.is_resident(row, TierName.SSD):
+            return
+        generation = int(blocks.generation[row])
+        self._lifecycle.hold([row])
+        try:
+            geometry = self._lifecycle.geometry(row)
+            image = self._dram.view(source)[: geometry.image_bytes]
+            trailer = image_check.read_trailer(image, geometry, blocks.key_of(row), int(blocks.trailer_checksum[row]))
+            if trailer is None:
+                raise ChecksumMismatch("the trailer was damaged in DRAM before the block was written")
+            extent, flush_failures = await self._copy(image, geometry, trailer)
+            blocks.verified[row] = True  # Held, so it is still this copy.
+            if copied is not None:
+                copied.set()
+            await self._record(row, extent, flush_failures)
+            self._counters.written_behind_blocks += 1
+            self._counters.written_behind_bytes += geometry.image_bytes
+        except ChecksumMismatch as error:
+            await self._lifecycle.quarantine(row, generation, TierName.DRAM, error.message)
+            raise
+        finally:
+            self._lifecycle.unhold([row])
+
+    async def _copy(self, image: memoryview, geometry: BlockGeometry, trailer: Trailer) -> tuple[Extent, int]:
+        """The copy's place, and how often its file had failed to be flushed before."""
+        extent = await self._evictor.reserve(TierName.SSD, geometry.image_bytes)
+        flush_failures = self._ssd.flush_failures(extent)
+        with _released_on_error(self._ssd, extent):
+            for piece in image_check.cut(geometry, _PIECE_BYTES):
+
+                def verify(pages: memoryview, piece: image_check.Piece = piece) -> None:
+                    layers = range(piece.layer_begin, piece.layer_end)
+                    if image_check.damaged_layers(pages, piece.start, geometry, layers, trailer.checksums):
+                        raise ChecksumMismatch("a layer was damaged in DRAM before the block was written")
+
+                await self._ssd.write(extent, piece.start, image[piece.start : piece.end], verify)
+            start = image_check.trailer_start(geometry)
+            await self._ssd.write(extent, start, image[start:])
+            await self._ssd.seal(extent)
+        return extent, flush_failures
+
+    async def _record(self, row: int, extent: Extent, flush_failures: int) -> None:
+        """Wait until the index names the extent. Releases it where that cannot be."""
+        copied = _Copied(row, extent, flush_failures, asyncio.get_running_loop().create_future())
+        self._copied.append(copied)
+        self._some_copied.set()
+        self._copied_bytes += extent.size_bytes
+        # The last ones, or someone waits, or they are many: no reason to wait for more.
+        last = not self._queue and len(self._writing) <= len(self._copied)
+        if self._awaited or last or self._copied_bytes >= _COMMIT_AFTER_BYTES:
+            self._enough_copied.set()
+        await copied.recorded
+
+    async def _record_forever(self) -> None:
+        while True:
+            await self._some_copied.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_COMMIT_AFTER_S):
+                    await self._enough_copied.wait()
+            batch, self._copied, self._copied_bytes = self._copied, [], 0
+            self._some_copied.clear()
+            self._enough_copied.clear()
+            self._tasks.start(self._record_batch(batch), "record blocks on SSD")
+
+    async def _record_batch(self, batch: list[_Copied]) -> None:
+        try:
+            await self._lifecycle.wait_record_deletes([self._blocks.object_key_of(copied.row) for copied in batch])
+        except Exception as error:  # Whatever it is, somebody waits to hear of it.
+            self._give_up(batch, error)
+            return
+        gone = [copied for copied in batch if not self._blocks.live[copied.row]]
+        self._give_up(gone, BlockNotFound("the block was discarded while it was written"))
+        batch = [copied for copied in batch if not copied.recorded.done()]
+        if not batch:
+            return
+        rows, extents = [copied.row for copied in batch], [copied.extent for copied in batch]
+
+        def check() -> None:
+            if any(self._ssd.flush_failures(copied.extent) != copied.flush_failures for copied in batch):
+                raise StorageFailed("a file was not flushed after blocks were written to it; they are written anew")
+
+        try:
+            await self._lifecycle.place(rows, TierName.SSD, extents, check=check)
+        except Exception as error:
+            for copied in batch:
+                copied.fail(error)
+        else:
+            for count, copied in enumerate(batch):
+                if count % _ENDED_A_TURN == 0:
+                    await self._loop_budget.slot()  # Each has something to do once it is recorded.
+                if not copied.recorded.done():
+                    copied.recorded.set_result(None)
+
+    def _give_up(self, batch: list[_Copied], error: Exception) -> None:
+        for copied in batch:
+            self._ssd.release(copied.extent)  # No record names it.
+            copied.fail(error)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Copied:
+    """A block whose bytes are on SSD, and whose record is not committed yet."""
+
+    row: int
+    extent: Extent
+    flush_failures: int  # Of its file, from before the first write.
+    recorded: asyncio.Future[None]
+
+    def fail(self, error: Exception) -> None:
+        if not self.recorded.done():  # As where its write was cancelled.
+            self.recorded.set_exception(error)
+
+
+@contextlib.contextmanager
+def _released_on_error(ssd: SsdTier, extent: Extent) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        ssd.release(extent)  # No record names it yet.
+        raise

@@ -1,0 +1,1 @@
+"""What operators ask for: explain, pin, drain, scrub, and what was requested."""

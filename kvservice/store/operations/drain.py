@@ -1,0 +1,137 @@
+"""Drain: no new saves, what runs may end, and what only DRAM holds gets its copy on SSD.
+
+Loads go on: an operator drains a daemon before its host is switched off, and its clients read until then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvservice.blocks import BlockTable, Rows, TierName
+from kvservice.store.caller import Caller
+from kvservice.store.mover.write_behind import WriteBehind
+from kvservice.store.tasks import Tasks
+from kvservice.store.transfers.in_place_reads import Locates
+from kvservice.store.transfers.reads import Loads
+from kvservice.store.transfers.upload import Ingests
+from kvservice_api.errors import Draining
+
+_LOOK_EVERY_S = 0.02
+_REPORT_EVERY_S = 0.5
+_ROWS_A_TURN = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class DrainProgress:
+    """Counts of blocks, but for `only_in_dram_bytes`. `waiting_because` is why they are not written just now."""
+
+    uploads: int
+    loads: int
+    only_in_dram: int
+    only_in_dram_bytes: int
+    unwritten: int  # Of those only in DRAM: still to be written. The policy wants no copy of the others.
+    waiting_because: str
+    done: bool
+
+
+class Drain:
+    """`is_draining` says that no save may begin."""
+
+    def __init__(
+        self,
+        blocks: BlockTable,
+        ingests: Ingests,
+        loads: Loads,
+        locates: Locates,
+        write_behind: WriteBehind | None,
+        tasks: Tasks,
+    ) -> None:
+        self._blocks = blocks
+        self._ingests = ingests
+        self._loads = loads
+        self._locates = locates
+        self._write_behind = write_behind
+        self._tasks = tasks
+        self._writing: asyncio.Task[None] | None = None
+        self._stopping = False
+        self.is_draining = False
+
+    # When the daemon stops
+
+    def begin_stop(self) -> None:
+        """Refuse saves for good. What only DRAM holds stays there: it is found at the next start."""
+        self.is_draining = self._stopping = True
+
+    @property
+    def word(self) -> str:
+        """What the daemon is doing, while it drains."""
+        return "stopping" if self._stopping else "draining"
+
+    async def quiet(self) -> None:
+        """Wait until no load and no save runs."""
+        while self._loads.open_count or self._locates.open_count or self._ingests.uploads:  # noqa: ASYNC110  (once in a life)
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    # When an operator asks
+
+    def begin(self, caller: Caller) -> None:
+        """Refuse saves, and write what only DRAM holds once those that run have ended. Once more does no harm."""
+        self.is_draining = True
+        if self._writing is None or self._writing.done():
+            self._writing = self._tasks.start(self._write_all(), "drain")
+
+    def undo(self, caller: Caller) -> DrainProgress:
+        """Take saves again; how far it had come. Raises Draining where the daemon itself is stopping."""
+        if self._stopping:
+            raise Draining("the daemon is stopping: that cannot be undone")
+        self.is_draining = False
+        if self._writing is not None:
+            self._writing.cancel()
+            self._writing = None  # Who begins anew before it has ended needs another one.
+        return self._progress(True)
+
+    async def progress(self, caller: Caller) -> AsyncGenerator[DrainProgress, None]:
+        """How far it is, about twice a second, and a last one with `done`; without, where it was undone."""
+        while True:
+            writing = self._writing
+            if not self.is_draining or writing is None:
+                yield self._progress(False)
+                return
+            done = writing.done()
+            yield self._progress(done)
+            if done:
+                return
+            await asyncio.wait({writing}, timeout=_REPORT_EVERY_S)
+
+    async def _write_all(self) -> None:
+        while self._ingests.uploads:  # noqa: ASYNC110  (they tell nobody when they end)
+            await asyncio.sleep(_LOOK_EVERY_S)
+        if self._write_behind is None:
+            return
+        rows = self._only_in_dram()
+        for start in range(0, len(rows), _ROWS_A_TURN):  # Also those that failed before: they are tried at once.
+            self._write_behind.add(rows[start : start + _ROWS_A_TURN].tolist())
+            await asyncio.sleep(0)
+        await self._write_behind.idle()
+
+    def _only_in_dram(self) -> Rows:
+        blocks = self._blocks
+        return np.flatnonzero(
+            blocks.resident(TierName.DRAM) & ~blocks.resident(TierName.SSD) & blocks.live[: blocks.row_end]
+        )
+
+    def _progress(self, done: bool) -> DrainProgress:
+        rows = self._only_in_dram()
+        return DrainProgress(
+            uploads=len(self._ingests.uploads),
+            loads=self._loads.open_count + self._locates.open_count,
+            only_in_dram=len(rows),
+            only_in_dram_bytes=int(self._blocks.size_bytes[rows].sum()),
+            unwritten=0 if done or self._write_behind is None else self._write_behind.pending,
+            waiting_because=self._write_behind.failing_because if self._write_behind is not None else "",
+            done=done,
+        )

@@ -1,0 +1,190 @@
+"""Why a block is where it is, and why a request was a miss: from the table, the history and the requests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from enum import Enum, auto
+from typing import NamedTuple
+
+from kvservice.blocks import NO_ROW, BlockTable, TierName
+from kvservice.index.block_index import BlockIndex, Emptied
+from kvservice.store.caller import Caller
+from kvservice.store.miss_reasons import Event, MissReasons, Reason
+from kvservice.store.operations.requests import LookupRecord, RequestRecord
+from kvservice.store.transfers.upload import Ingests
+from kvservice_api.layout import LayerGroup, Layout, Rotary
+
+
+class Arrival(Enum):
+    """How a copy came to a tier."""
+
+    SAVED = auto()
+    PROMOTED = auto()
+    WRITTEN_BEHIND = auto()
+    KEPT = auto()  # It was there when the daemon started.
+
+
+class Place(NamedTuple):
+    """A copy of an object. `since_ms` is 0 where it was there at the daemon's start."""
+
+    tier: TierName
+    arrival: Arrival
+    since_ms: int
+
+
+class Miss(Enum):
+    """Why a block is a miss."""
+
+    NEVER_STORED = auto()  # As far as is remembered.
+    DROPPED_AT_SAVE = auto()
+    EVICTED = auto()
+    EXPIRED = auto()
+    DISCARDED = auto()
+    QUARANTINED = auto()
+    OTHER_LAYOUT = auto()
+    LOST_IN_RESTART = auto()
+    NEVER_STORED_OR_LOST = auto()  # DRAM was emptied by a restart, and nothing says what had been in it.
+    IN_PART = auto()  # Other shards of it are stored.
+    BEING_SAVED = auto()
+
+
+_MISS_OF = {
+    Reason.REFUSED: Miss.DROPPED_AT_SAVE,
+    Reason.ABANDONED: Miss.DROPPED_AT_SAVE,
+    Reason.EVICTED: Miss.EVICTED,
+    Reason.EVICTED_ON_REQUEST: Miss.EVICTED,
+    Reason.DISCARDED: Miss.DISCARDED,
+    Reason.QUARANTINED: Miss.QUARANTINED,
+    Reason.LOST: Miss.LOST_IN_RESTART,
+    Reason.EXPIRED: Miss.EXPIRED,
+}
+assert set(_MISS_OF) == set(Reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Why a block was a miss, at one time. `event` is what happened to it last, where that is remembered."""
+
+    key: bytes
+    why: Miss
+    event: Event | None
+    remembers_since_ms: int
+    dram_emptied: Emptied | None
+    stored_since_ms: int = 0  # Of a request's miss: the block was stored after it; else 0.
+
+
+@dataclass(frozen=True, slots=True)
+class OtherLayout:
+    """A layout of the same model under which blocks are stored, and the fields in which it differs: (theirs, asked)."""
+
+    layout: Layout
+    differs: Mapping[str, tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedLookup:
+    record: LookupRecord
+    layout: Layout
+    missing: Missing | None  # The first block that was not there; None where all were.
+    other_layouts: Sequence[OtherLayout]
+
+
+class Explain:
+    def __init__(self, blocks: BlockTable, index: BlockIndex, history: MissReasons, ingests: Ingests) -> None:
+        self._blocks = blocks
+        self._index = index
+        self._history = history
+        self._ingests = ingests
+
+    @property
+    def remembers_since_ms(self) -> int:
+        return self._history.remembers_since_ms
+
+    @property
+    def dram_emptied(self) -> Emptied | None:
+        return self._index.dram_emptied
+
+    def rows(self, caller: Caller, key: bytes) -> list[int]:
+        """The rows of a block's shards; none where it is not stored."""
+        return list(self._blocks.shards_of(int(self._blocks.rows_of_keys([key])[0])))
+
+    def events(self, caller: Caller, key: bytes) -> list[Event]:
+        """What is remembered of a block, the newest first."""
+        return self._history.of(key)
+
+    def places(self, caller: Caller, row: int) -> list[Place]:
+        """Where an object lies, since when, and how it came there."""
+        blocks = self._blocks
+        found = []
+        for tier in TierName:
+            if not blocks.is_resident(row, tier):
+                continue
+            since_ms = int(blocks.since_ms(tier)[row])
+            if not since_ms:
+                arrival = Arrival.KEPT
+            elif tier is TierName.SSD:
+                arrival = Arrival.WRITTEN_BEHIND
+            else:
+                arrival = Arrival.SAVED if since_ms == blocks.stored_at_ms[row] else Arrival.PROMOTED
+            found.append(Place(tier, arrival, since_ms))
+        return found
+
+    def missing(self, caller: Caller, key: bytes, until_ms: int | None = None) -> Missing:
+        """Why the block is not there; with `until_ms` why it was not there then."""
+        events = self._history.of(key, until_ms)
+        event = next((event for event in events if event.last_copy), None)
+        emptied = self._index.dram_emptied
+        if event is not None:
+            # What its pin had kept until then, its pin's end has cost.
+            is_expired = event.reason is Reason.EVICTED and event.pin_ended_ms
+            why = Miss.EXPIRED if is_expired else _MISS_OF[event.reason]
+        elif until_ms is None and any(name.startswith(key) for name in self._ingests.uploads):
+            why = Miss.BEING_SAVED
+        else:
+            why = Miss.NEVER_STORED if emptied is None else Miss.NEVER_STORED_OR_LOST
+        return Missing(key, why, event, self._history.remembers_since_ms, emptied)
+
+    def lookups(self, caller: Caller, request: RequestRecord) -> list[ExplainedLookup]:
+        return [self._lookup(caller, record) for record in request.lookups]
+
+    def _lookup(self, caller: Caller, record: LookupRecord) -> ExplainedLookup:
+        layout = self._index.layouts[record.layout_id]
+        others = [OtherLayout(other, differences(other, layout)) for other in self._layouts(record.other_layout_ids)]
+        if not record.first_missing_key:
+            return ExplainedLookup(record, layout, None, others)
+        found = self.missing(caller, record.first_missing_key, record.at_ms)
+        why = found.why
+        if record.is_partial:
+            why = Miss.IN_PART
+        elif others and found.event is None:
+            why = Miss.OTHER_LAYOUT
+        row = int(self._blocks.rows_of_keys([record.first_missing_key])[0])
+        since_ms = int(self._blocks.stored_at_ms[row]) if row != NO_ROW else 0
+        missing = Missing(found.key, why, found.event, found.remembers_since_ms, found.dram_emptied, max(0, since_ms))
+        return ExplainedLookup(record, layout, missing, others)
+
+    def _layouts(self, layout_ids: Sequence[int]) -> list[Layout]:
+        return [self._index.layouts[layout_id] for layout_id in layout_ids]
+
+
+def differences(theirs: Layout, asked: Layout) -> dict[str, tuple[str, str]]:
+    """The fields in which two layouts differ, as text."""
+    found: dict[str, tuple[str, str]] = {}
+    for name in ("model_id", "model_revision", "block_tokens", "rotated"):
+        one, other = getattr(theirs, name), getattr(asked, name)
+        if one != other:
+            found[name] = (str(one), str(other))
+    if len(theirs.groups) != len(asked.groups):
+        return found | {"groups": (str(len(theirs.groups)), str(len(asked.groups)))}
+    for number, (one, other) in enumerate(zip(theirs.groups, asked.groups, strict=True)):
+        prefix = f"groups[{number}]." if len(asked.groups) > 1 else ""
+        found |= {prefix + name: values for name, values in _group_differences(one, other).items()}
+    return found
+
+
+def _group_differences(one: LayerGroup, other: LayerGroup) -> dict[str, tuple[str, str]]:
+    pairs = {field.name: (getattr(one, field.name), getattr(other, field.name)) for field in fields(LayerGroup)}
+    mine, theirs = pairs.pop("rotary")
+    pairs |= {f"rotary.{part.name}": (getattr(mine, part.name), getattr(theirs, part.name)) for part in fields(Rotary)}
+    return {name: (str(value), str(wanted)) for name, (value, wanted) in pairs.items() if value != wanted}

@@ -1,0 +1,148 @@
+"""Pins: an operator's timed wish to keep blocks. They stand in the index, so they outlive the daemon.
+
+A pinned block keeps one copy: its copy on SSD is not evicted, nor the one in DRAM where there is no
+other. It ends by time, by the wall clock, or by `unpin`; whoever discards the block ends it too, and so
+does damage: the bytes of a pin are not trusted more than others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from kvservice.blocks import NO_ROW, BlockTable, Rows, TierName
+from kvservice.clock import Clock
+from kvservice.store.block_lifecycle import BlockLifecycle
+from kvservice.store.caller import Caller
+from kvservice.store.mover.write_behind import WriteBehind
+from kvservice_api.errors import InvalidRequest, KVError, PinsFull
+
+_ROWS_A_TURN = 256  # A millisecond of the event loop.
+_ROWS_BEFORE_A_THREAD = 20_000
+
+
+class PinOutcome(NamedTuple):
+    """Counts of objects (`pinned`) and of keys (`missing`); bytes of all pinned blocks, and the most there may be."""
+
+    pinned: int
+    missing: int
+    until_ms: int
+    pinned_bytes: int
+    pinned_bytes_max: int
+
+
+class UnpinOutcome(NamedTuple):
+    """Counts of objects, and of keys (`missing`)."""
+
+    unpinned: int
+    not_pinned: int
+    missing: int
+
+
+class Pins:
+    def __init__(
+        self,
+        lifecycle: BlockLifecycle,
+        write_behind: WriteBehind | None,
+        clock: Clock,
+        *,
+        ttl_max_s: float,
+        fraction_max: float,
+    ) -> None:
+        self._lifecycle = lifecycle
+        self._blocks: BlockTable = lifecycle.blocks
+        self._write_behind = write_behind
+        self._clock = clock
+        self._ttl_max_ms = int(ttl_max_s * 1000)
+        self._fraction_max = fraction_max
+        self._pinning = asyncio.Lock()
+        # A clock that was set back meanwhile would keep what an earlier daemon pinned for years.
+        latest = np.uint64(clock.wall_ms() + self._ttl_max_ms)
+        used = slice(self._blocks.row_end)
+        self._blocks.pinned_until_ms[used] = np.minimum(self._blocks.pinned_until_ms[used], latest)
+
+    async def pin(self, caller: Caller, keys: Sequence[bytes], ttl_ms: int) -> PinOutcome:
+        """Keep these blocks for so long from now, whatever their pins were before; all of them or none.
+
+        Returns once the index has it. Keys under which nothing is stored are counted. Raises
+        InvalidRequest, PinsFull, StorageFailed, IndexFull; then nothing has changed.
+        """
+        if not 0 < ttl_ms <= self._ttl_max_ms:
+            raise InvalidRequest(
+                f"a pin of {ttl_ms / 1000:.15g} s is not granted; it must last more than 0 s, "
+                f"and at most {self._ttl_max_ms / 1000:.15g} s",
+                field="ttl_ms",
+            )
+        async with self._pinning:  # Two at one time would each find the same space free.
+            asked, _ = self._rows(keys)
+            pinned_bytes, pinned_bytes_max = await self._bounded(asked)
+            rows, missing = self._rows(keys)
+            rows = rows[np.isin(rows, asked)]  # Those that are still there.
+            until_ms = self._clock.wall_ms() + ttl_ms
+            await self._set(rows, until_ms)
+        self._write_soon(rows)
+        return PinOutcome(len(rows), missing, until_ms, pinned_bytes, pinned_bytes_max)
+
+    async def unpin(self, caller: Caller, keys: Sequence[bytes]) -> UnpinOutcome:
+        """End pins before their time. Returns once the index has it. Raises StorageFailed, IndexFull."""
+        rows, missing = self._rows(keys)
+        pinned = rows[self._blocks.pinned_until_ms[rows] > self._clock.wall_ms()]
+        await self._set(rows, 0)  # Of the others, too: what the index may still say of an old one.
+        return UnpinOutcome(len(pinned), len(rows) - len(pinned), missing)
+
+    def _rows(self, keys: Sequence[bytes]) -> tuple[Rows, int]:
+        first = self._blocks.rows_of_keys(list(dict.fromkeys(keys)))
+        rows = [row for start in first.tolist() for row in self._blocks.shards_of(start)]
+        return np.array(rows, np.int64), int((first == NO_ROW).sum())
+
+    async def _bounded(self, rows: Rows) -> tuple[int, int]:
+        """What all pinned blocks take with these, and may take. Raises PinsFull."""
+        blocks = self._blocks
+        mask = blocks.pinned(self._clock.wall_ms())
+        mask[rows] = True
+        pinned = np.flatnonzero(mask)
+        in_thread = len(pinned) > _ROWS_BEFORE_A_THREAD
+        sizes = await asyncio.to_thread(_sizes, blocks, pinned) if in_thread else _sizes(blocks, pinned)
+        last = TierName.SSD if TierName.SSD in self._lifecycle.tiers else TierName.DRAM
+        taken = max_bytes = 0
+        for tier, taken in zip((TierName.DRAM, last), sizes, strict=True):
+            max_bytes = int(self._fraction_max * self._lifecycle.tiers[tier].capacity_bytes)
+            if taken > max_bytes:
+                raise PinsFull(
+                    f"pinned blocks would take {taken} bytes of the {tier} tier, and may take {max_bytes}", tier=tier
+                )
+        return taken, max_bytes
+
+    async def _set(self, rows: Rows, until_ms: int) -> None:
+        """In the table and in the records. Where the index refuses, the table is what it was."""
+        blocks = self._blocks
+        before, generations = blocks.pinned_until_ms[rows], blocks.generation[rows]
+        blocks.pinned_until_ms[rows] = until_ms
+        try:
+            for start in range(0, len(rows), _ROWS_A_TURN):
+                await self._lifecycle.write_records(rows[start : start + _ROWS_A_TURN].tolist())
+        except BaseException as error:
+            ours = (blocks.generation[rows] == generations) & (blocks.pinned_until_ms[rows] == until_ms)
+            if isinstance(error, KVError):
+                blocks.pinned_until_ms[rows[ours]] = before[ours]
+            blocks.used_since_flush[rows[ours]] = True  # Some of it may be on disk: the next flush puts it right.
+            raise
+
+    def _write_soon(self, rows: Rows) -> None:
+        """Have the SSD copy made that a pinned block stays on, even where the policy had dropped it from there."""
+        if self._write_behind is None:
+            return
+        blocks = self._blocks
+        only_dram = [row for row in rows.tolist() if blocks.live[row] and not blocks.is_resident(row, TierName.SSD)]
+        blocks.unwanted_on_ssd[only_dram] = False
+        self._write_behind.add(only_dram)
+
+
+def _sizes(blocks: BlockTable, rows: Rows) -> tuple[int, int]:
+    """What these blocks take: those of them that only DRAM holds, and all. They may be of any number."""
+    rows = rows[blocks.live[rows]]
+    sizes = blocks.size_bytes[rows]
+    return int(sizes[blocks.ssd_offset[rows] < 0].sum()), int(sizes.sum())

@@ -1,0 +1,149 @@
+"""Finding blocks: which rows hold a wanted shard of a chain's leading blocks, and where they lie.
+
+All blocks are looked at together, step by step: where each one's first row is, which of its rows
+holds all that is wanted, and for the blocks where none does, which several rows together do. A chain
+is stored in few combinations of shards, so the last question is asked once a combination.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvservice.blocks import NO_ROW, BlockTable, Rows
+from kvservice.store.leases import Lease
+from kvservice.store.loop_budget import LoopBudget
+from kvservice.store.transfers.coverage import cover
+from kvservice_api.errors import InvalidRequest
+from kvservice_api.layout import Shard
+
+_NOTHING = np.empty(0, np.int64)
+_PARTS_A_TURN = 512  # Two milliseconds of the event loop.
+
+
+@dataclass(slots=True)
+class Found:
+    """Leading blocks of a chain that are stored."""
+
+    rows: Rows = field(default_factory=lambda: _NOTHING)  # One a block: that holds all of it, or its first part.
+    parts: dict[int, tuple[int, ...]] = field(default_factory=dict)  # Block -> its rows, where it takes several.
+    held: Rows = field(default_factory=lambda: _NOTHING)  # All rows, parts included.
+
+    def extend(self, more: Found) -> None:
+        """By the blocks that come next."""
+        self.parts |= {len(self.rows) + block: rows for block, rows in more.parts.items()}
+        self.rows = np.concatenate([self.rows, more.rows])
+        self.held = np.concatenate([self.held, more.held])
+
+
+def find(blocks: BlockTable, keys: Sequence[bytes], layout_id: int, wanted: Shard) -> Found:
+    """The leading ones of these blocks of which all of `wanted` is stored. Takes a millisecond for 512 keys at most."""
+    rows = blocks.rows_of_keys(keys)
+    rows = rows[: _leading(rows != NO_ROW)]
+    whole = _usable(blocks, rows, layout_id) & blocks.cover(rows, wanted)
+    if whole.all():
+        return Found(rows, {}, rows)
+    shards = _shards(blocks, rows, layout_id)
+    covering = blocks.cover(shards, wanted) & (shards != NO_ROW)
+    by_one = covering.any(axis=1)
+    rows = np.where(by_one, shards[np.arange(len(rows)), covering.argmax(axis=1)], NO_ROW)
+    if by_one.all():
+        return Found(rows, {}, rows)
+    return _joined(blocks, rows, shards, wanted)
+
+
+def _joined(blocks: BlockTable, rows: Rows, shards: Rows, wanted: Shard) -> Found:
+    """`rows`, with those of several parts in the place of NO_ROW, up to the first block that is not whole."""
+    codes = np.where(shards != NO_ROW, blocks.shard[shards].view(np.uint64), 0)
+    joined: dict[int, tuple[int, ...]] = {}
+    extra: list[Rows] = []
+    open_ones = np.flatnonzero(rows == NO_ROW)
+    end = len(rows)
+    while len(open_ones):
+        first = open_ones[0]
+        alike = (codes[open_ones] == codes[first]).all(axis=1)
+        same, open_ones = open_ones[alike], open_ones[~alike]
+        sources = _sources(blocks, shards[first], wanted)
+        if not sources:
+            end = int(first)
+            break
+        several = shards[same][:, sources]
+        rows[same] = several[:, 0]
+        joined.update(zip(same.tolist(), map(tuple, several.tolist()), strict=True))
+        extra.append(several[:, 1:].ravel())
+    if end < len(rows):
+        joined = {block: several for block, several in joined.items() if block < end}
+        extra = [np.array([row for several in joined.values() for row in several[1:]], np.int64)]
+        rows = rows[:end]
+    return Found(rows, joined, np.concatenate([rows, *extra]))
+
+
+async def narrowed(blocks: BlockTable, lease: Lease, shard: Shard | None, loop_budget: LoopBudget) -> Lease:
+    """The lease as one of a shard within its own; itself where no shard is given.
+
+    Blocks of several parts keep those that the shard takes. The answer is not known to `Leases`: the lease must
+    still be there when it is used, and may have ended meanwhile. Raises InvalidRequest.
+    """
+    if shard is None or shard == lease.shard:
+        return lease
+    shard.check(lease.layout)
+    if not lease.shard.covers(shard):
+        raise InvalidRequest(f"{shard} does not lie in the lease's {lease.shard}", field="shard")
+    rows, parts = lease.rows.copy(), {}
+    chosen: dict[tuple[bytes, ...], list[int]] = {}  # By how a block is cut: few ways, for thousands of blocks.
+    for count, (block, several) in enumerate(lease.parts.items()):
+        if count % _PARTS_A_TURN == _PARTS_A_TURN - 1:
+            await loop_budget.slot()
+        stored = tuple(blocks.shard[list(several)].tolist())
+        if stored not in chosen:
+            chosen[stored] = _taken([blocks.shard_of(row) for row in several], shard)
+        taken = tuple(several[source] for source in chosen[stored])
+        rows[block] = taken[0]
+        if len(taken) > 1:
+            parts[block] = taken
+    extra = np.array([row for several in parts.values() for row in several[1:]], np.int64)
+    return replace(lease, shard=shard, rows=rows, parts=parts, held_rows=np.concatenate([rows, extra]))
+
+
+def _taken(stored: Sequence[Shard], wanted: Shard) -> list[int]:
+    """Which of these shards, which cover `wanted` together, it takes: one where that is enough."""
+    whole = next((source for source, shard in enumerate(stored) if shard.covers(wanted)), None)
+    if whole is not None:
+        return [whole]
+    plan = cover(stored, wanted)
+    assert plan is not None, "a lease holds only what covers its shard"
+    return sorted({run.source for layer in plan for run in layer})
+
+
+def _sources(blocks: BlockTable, shards: Rows, wanted: Shard) -> list[int]:
+    """Which of one block's shards together hold `wanted`, by position; none where they do not."""
+    positions = np.flatnonzero(shards != NO_ROW).tolist()
+    plan = cover([blocks.shard_of(row) for row in shards[positions].tolist()], wanted)
+    if plan is None:
+        return []
+    return [positions[source] for source in sorted({run.source for layer in plan for run in layer})]
+
+
+def _shards(blocks: BlockTable, first_rows: Rows, layout_id: int) -> Rows:
+    """All usable rows of each block, ``[block, shard]`` in the order of the table, NO_ROW in the other places."""
+    columns = []
+    row = first_rows
+    while (there := row != NO_ROW).any():
+        usable = there & _usable(blocks, row, layout_id)
+        columns.append(np.where(usable, row, NO_ROW))
+        row = np.where(there, blocks.next_shard[row], NO_ROW)
+    return np.stack(columns, axis=1)
+
+
+def _usable(blocks: BlockTable, rows: Rows, layout_id: int) -> NDArray[np.bool_]:
+    resident = (blocks.dram_offset[rows] >= 0) | (blocks.ssd_offset[rows] >= 0)
+    usable: NDArray[np.bool_] = resident & (blocks.layout_id[rows] == layout_id)
+    return usable
+
+
+def _leading(good: NDArray[np.bool_]) -> int:
+    """How many are good up to the first that is not."""
+    return len(good) if good.all() else int(good.argmin())

@@ -1,0 +1,1 @@
+"""Sessions: their manifests, and the rules for changing them."""

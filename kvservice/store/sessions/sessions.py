@@ -1,0 +1,449 @@
+"""Sessions: the manifest of each conversation, on disk before a change is answered.
+
+A manifest names blocks and holds none: they are stored, moved and evicted like any others. The one
+rule that sessions add is for partial blocks, which no other conversation would look for: once the
+last session that names one lets go of it, it is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
+
+import numpy as np
+
+from kvservice.blocks import Rows
+from kvservice.clock import Clock
+from kvservice.counters import Counters
+from kvservice.index.block_index import BlockIndex
+from kvservice.index.session_records import Manifest
+from kvservice.store.block_lifecycle import BlockLifecycle
+from kvservice.store.caller import Caller
+from kvservice.store.miss_reasons import Reason
+from kvservice.store.sessions import manifests
+from kvservice.store.sessions.manifests import Turn
+from kvservice.store.sessions.messages import session_message
+from kvservice.store.tasks import Tasks
+from kvservice_api.errors import InvalidRequest, KVError, SessionChanged, SessionNotFound, SessionsFull, StorageFailed
+from kvservice_api.layout import Layout
+from kvservice_api.session_ids import checked_session_id
+
+log = logging.getLogger(__name__)
+
+_EXPIRED_AT_A_TIME = 256
+_FLUSHED_AT_A_TIME = 64
+_DROPPED_A_TURN = 32  # Of the event loop: a millisecond.
+_POSITIONS_MAX = 65536  # Explicit ones, in one session.
+_STATUS_BYTES_MAX = 5120  # Of a session in an error: with base64 and the rest, a status may have 8 KiB.
+_NAMES_A_TURN = 4096
+_TICK_S = 1.0
+_GONE_MAX = 4096  # Sessions whose end is remembered.
+_LET_GO = "no session names it any more"  # For `explain`, of a partial block that was dropped.
+
+T = TypeVar("T")
+
+Name = tuple[int, str]  # Layout and session id.
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLimits:
+    """Times in seconds. A session that nobody used for `ttl_s` is forgotten."""
+
+    ttl_s: float = 3600.0
+    sessions_max: int = 16384
+    slices_max: int = 8192
+    flush_s: float = 60.0
+
+
+class Sessions:
+    """All sessions of the store. Manifests in memory are those on disk, but for the times of use."""
+
+    def __init__(
+        self,
+        index: BlockIndex,
+        lifecycle: BlockLifecycle,
+        clock: Clock,
+        counters: Counters,
+        tasks: Tasks,
+        find_layout: Callable[[bytes], tuple[int, Layout]],
+        limits: SessionLimits,
+    ) -> None:
+        """`find_layout` tells id and layout of a fingerprint, or raises UnknownLayout."""
+        self._index = index
+        self._find_layout = find_layout
+        self._lifecycle = lifecycle
+        self._clock = clock
+        self._counters = counters
+        self._tasks = tasks
+        self.limits = limits
+        self._manifests: dict[Name, Manifest] = {}  # Those that were used longest ago come first.
+        self._serials: dict[Name, int] = {}  # In the order of beginning: pages of a list go by them.
+        self._next_serial = 1
+        self._arriving = 0  # Sessions that are begun, and not on disk yet.
+        self._named: Counter[bytes] = Counter()  # Partial block -> how many manifests name it.
+        self._touched: dict[Name, None] = {}  # Used since their times were written.
+        self._gone: dict[str, tuple[int, str]] = {}  # Session id -> when and why it went, for those that ask.
+        self._locks: WeakValueDictionary[Name, asyncio.Lock] = WeakValueDictionary()
+        self._load()
+
+    @property
+    def count(self) -> int:
+        return len(self._manifests)
+
+    def start(self) -> None:
+        """Forget what expired, and write times of use, from now on."""
+        self._tasks.start(self._tick_forever(), "session expiry")
+
+    async def stop(self) -> None:
+        """Write the times of use."""
+        try:
+            await self.flush()
+        except KVError as error:
+            log.warning("times of use of sessions were not written: %s", error.message)
+
+    # Reading
+
+    def get(self, caller: Caller, fingerprint: bytes, session_id: str) -> Manifest:
+        """The session's manifest; counts as a use. Raises SessionNotFound."""
+        name = self._name(fingerprint, session_id)
+        return self._use(name, self._found(name))
+
+    def find_by_id(self, caller: Caller, session_id: str) -> list[Manifest]:
+        """The sessions of this id, in whatever layouts. No use of them. Raises SessionNotFound, which says why."""
+        found = [manifest for each in self._index.layouts if (manifest := self._current((each, session_id)))]
+        if not found:
+            here = (self._manifests.get((each, session_id)) for each in self._index.layouts)
+            over = [manifest.expires_at_ms for manifest in here if manifest is not None]
+            at_ms, why = (max(over), "expired") if over else self._gone.get(session_id, (0, ""))
+            when = datetime.fromtimestamp(at_ms / 1000, UTC).isoformat(timespec="seconds") if why else ""
+            told = f"it {why} at {when}" if why else "it was never begun, or went before this daemon's start"
+            raise SessionNotFound(f"there is no session {session_id!r}: {told}", session_id=session_id)
+        return found
+
+    def usable_slices(self, manifest: Manifest, hits: Rows) -> int:
+        """How many leading slices `hits` gives, the rows that a lookup of their keys found."""
+        stored = self._lifecycle.blocks.token_count[hits]
+        wrong = np.flatnonzero(stored != manifest.slices["block_tokens"][: len(hits)])
+        return int(wrong[0]) if len(wrong) else len(hits)
+
+    async def page(
+        self, caller: Caller, start: int, size: int, session_id: str, layout_id: int | None
+    ) -> tuple[list[Manifest], int | None]:
+        """Up to `size` sessions from the serial number `start` on, in the order of beginning, and the next number."""
+        if session_id:
+            names = [name for each in self._index.layouts if (name := (each, session_id)) in self._serials]
+            names.sort(key=self._serials.__getitem__)
+        else:
+            names = list(self._serials)
+        first = bisect.bisect_left(names, start, key=self._serials.__getitem__)
+        found: list[Manifest] = []
+        for count, name in enumerate(islice(names, first, None), start=1):
+            if count % _NAMES_A_TURN == 0:
+                await asyncio.sleep(0)
+            manifest = self._current(name)
+            if manifest is None or (layout_id is not None and name[0] != layout_id):
+                continue
+            if len(found) == size:
+                return found, self._serials[name]
+            found.append(manifest)
+        return found, None
+
+    # Changing
+
+    async def append(
+        self, caller: Caller, fingerprint: bytes, session_id: str, expected_revision: int, turn: Turn
+    ) -> Manifest:
+        """Add a turn; begin the session where 0 is expected. Returns once it is on disk."""
+        name = self._name(fingerprint, session_id)
+        layout = self._index.layouts[name[0]]
+
+        def change(now: Manifest | None) -> Manifest:
+            if now is None and not expected_revision:
+                self._check_room()
+                return manifests.begun(session_id, name[0], layout, turn, self._clock.wall_ms())
+            return manifests.appended(self._expected(name, now, expected_revision), layout, turn)
+
+        return await self._change(name, change)
+
+    async def truncate(
+        self,
+        caller: Caller,
+        fingerprint: bytes,
+        session_id: str,
+        expected_revision: int,
+        keep: Sequence[tuple[int, int]],
+    ) -> Manifest:
+        """Keep only these token ranges, (first, count) each."""
+        name = self._name(fingerprint, session_id)
+        return await self._change(
+            name, lambda now: manifests.truncated(self._expected(name, now, expected_revision), keep)
+        )
+
+    async def fork(
+        self, caller: Caller, fingerprint: bytes, session_id: str, new_id: str, expected_revision: int
+    ) -> Manifest:
+        """A copy under `new_id`. `expected_revision` 0 takes whichever there is."""
+        name, new_name = self._name(fingerprint, session_id), self._name(fingerprint, new_id, "new_session_id")
+        if name == new_name:
+            raise InvalidRequest("new_session_id is the session's own id", field="new_session_id")
+
+        def change(taken: Manifest | None) -> Manifest:
+            source = self._found(name)
+            if expected_revision:
+                source = self._expected(name, source, expected_revision)
+            if taken is not None:
+                raise self._changed(taken, f"there is a session {new_id!r} already")
+            self._check_room()
+            return manifests.forked(source, new_id, self._clock.wall_ms())
+
+        return await self._change(new_name, change)
+
+    async def end(self, caller: Caller, fingerprint: bytes, session_id: str) -> bool:
+        """Forget a session. False where there was none."""
+        name = self._name(fingerprint, session_id)
+
+        async def work() -> bool:
+            async with self._lock(name):
+                was_there = self._current(name) is not None
+                if name in self._manifests:
+                    await self._index.delete_sessions([self._manifests[name].name])
+                    self._forget([name], Reason.DISCARDED if was_there else Reason.EXPIRED)
+                    self._note_gone(name, "was ended" if was_there else "expired")
+                return was_there
+
+        return await self._shielded(work(), "end of a session")
+
+    # Inside
+
+    def _note_gone(self, name: Name, why: str) -> None:
+        self._gone.pop(name[1], None)
+        self._gone[name[1]] = self._clock.wall_ms(), why
+        if len(self._gone) > _GONE_MAX:
+            del self._gone[next(iter(self._gone))]
+
+    async def _change(self, name: Name, change: Callable[[Manifest | None], Manifest]) -> Manifest:
+        """Put what `change` makes of a session in its place, on disk first. Where that fails it is as it was."""
+
+        async def work() -> Manifest:
+            async with self._lock(name):
+                before = self._current(name)
+                after = change(before)
+                if after is before:
+                    return self._use(name, after)
+                if len(after.slices) > self.limits.slices_max:
+                    raise SessionsFull(
+                        f"the session would have {len(after.slices)} slices; at most {self.limits.slices_max} are "
+                        "allowed: keep less of it, in fewer ranges"
+                    )
+                if len(after.positions) > _POSITIONS_MAX:
+                    raise SessionsFull(f"a session may list {_POSITIONS_MAX} positions, not {len(after.positions)}")
+                after = self._used(after)
+                await self._put(name, after)
+                return after
+
+        return await self._shielded(work(), "change of a session")
+
+    async def _shielded(self, work: Coroutine[Any, Any, T], what: str) -> T:
+        """What has begun is ended, though its caller is gone: memory must not fall behind the disk."""
+        return await asyncio.shield(self._tasks.start_quietly(work, what))
+
+    async def _put(self, name: Name, after: Manifest) -> None:
+        """Disk first, then memory. What `after` names is named from now on: nobody may drop it meanwhile."""
+        before, named = self._manifests.get(name), self._partial_keys(after)
+        self._named.update(named)
+        is_new = self._current(name) is None
+        self._arriving += is_new
+        try:
+            await self._index.put_session(after)
+        except BaseException:
+            self._uncount(named)
+            raise
+        finally:
+            self._arriving -= is_new
+        self._counters.sessions_begun += after.revision == 1
+        self._install(name, after)
+        self._touched.pop(name, None)
+        if before is not None:
+            self._let_go(self._partial_keys(before), Reason.DISCARDED)
+
+    def _partial_keys(self, manifest: Manifest) -> set[bytes]:
+        return manifests.partial_keys(manifest, self._index.layouts[manifest.layout_id])
+
+    def _install(self, name: Name, manifest: Manifest) -> None:
+        self._manifests.pop(name, None)  # It becomes the last one: the one that expires last.
+        self._manifests[name] = manifest
+        if name not in self._serials:
+            self._serials[name] = self._next_serial
+            self._next_serial += 1
+
+    def _forget(self, names: Sequence[Name], why: Reason) -> None:
+        """Sessions whose records are gone."""
+        named: list[bytes] = []
+        for name in names:
+            manifest = self._manifests.pop(name)
+            del self._serials[name]
+            self._touched.pop(name, None)
+            named += self._partial_keys(manifest)
+        self._let_go(named, why)
+
+    def _let_go(self, keys: Iterable[bytes], why: Reason) -> None:
+        """One manifest fewer names these partial blocks. Those that none names any more are dropped."""
+        if orphans := self._uncount(keys):
+            self._tasks.start(self._drop(orphans, why), "drop of partial blocks")
+
+    def _uncount(self, keys: Iterable[bytes]) -> list[bytes]:
+        """Those of them that no manifest names any more."""
+        orphans = []
+        for key in keys:
+            self._named[key] -= 1
+            if not self._named[key]:
+                del self._named[key]
+                orphans.append(key)
+        return orphans
+
+    async def _drop(self, keys: Sequence[bytes], why: Reason) -> None:
+        for start in range(0, len(keys), _DROPPED_A_TURN):
+            try:
+                await self._lifecycle.discard(self._partial_rows(keys[start : start + _DROPPED_A_TURN]), why, _LET_GO)
+            except StorageFailed as error:  # They are invisible already; their records leave later.
+                log.warning("partial blocks of sessions leave late: %s", error.message)
+
+    def _partial_rows(self, keys: Sequence[bytes]) -> list[int]:
+        """Those of these partial blocks that are stored, and that still no manifest names."""
+        blocks, layouts = self._lifecycle.blocks, self._index.layouts
+        orphans = [key for key in keys if not self._named[key]]  # Somebody may have named one again.
+        rows = [row for first in blocks.rows_of_keys(orphans).tolist() for row in blocks.shards_of(first)]
+        # Clients say what is partial: a full block is of use to others, whoever calls it a tail.
+        return [row for row in rows if blocks.token_count[row] < layouts[int(blocks.layout_id[row])].block_tokens]
+
+    # Time
+
+    async def expire(self) -> None:
+        """Forget sessions whose time is over."""
+        while over := list(islice(self._expired(), _EXPIRED_AT_A_TIME)):
+            locks = [self._lock(name) for name in over]
+            for lock in locks:
+                await lock.acquire()
+            try:
+                still = [name for name in over if name in self._manifests and self._current(name) is None]
+                await self._index.delete_sessions([self._manifests[name].name for name in still])
+                self._forget(still, Reason.EXPIRED)
+                for name in still:
+                    self._note_gone(name, "expired")
+                self._counters.sessions_expired += len(still)
+            finally:
+                for lock in locks:
+                    lock.release()
+
+    def _expired(self) -> Iterator[Name]:
+        for name in self._manifests:
+            if self._current(name) is not None:
+                return
+            yield name
+
+    async def flush(self) -> None:
+        """Write the times of those that were read since they were written."""
+        while names := list(islice(self._touched, _FLUSHED_AT_A_TIME)):
+            written = {name: self._manifests[name] for name in names}
+            for name in names:
+                del self._touched[name]
+            try:
+                await asyncio.gather(*map(self._write_times, names, written.values()))
+            except KVError:
+                self._touched.update(dict.fromkeys(name for name in names if name in self._manifests))
+                raise
+
+    async def _write_times(self, name: Name, manifest: Manifest) -> None:
+        async with self._lock(name):
+            now = self._manifests.get(name)
+            if now is not None and now.revision == manifest.revision:
+                await self._index.put_session(now)
+
+    async def _tick_forever(self) -> None:
+        passed_s = 0.0
+        while True:
+            await asyncio.sleep(_TICK_S)
+            passed_s += _TICK_S
+            try:
+                await self.expire()
+                if passed_s >= self.limits.flush_s:
+                    passed_s = 0.0
+                    await self.flush()
+            except KVError as error:
+                log.warning("sessions could not be written: %s", error.message)
+
+    def _use(self, name: Name, manifest: Manifest) -> Manifest:
+        """Note that the session was used; written later."""
+        manifest = self._used(manifest)
+        self._install(name, manifest)
+        self._touched[name] = None
+        return manifest
+
+    def _used(self, manifest: Manifest) -> Manifest:
+        now_ms = self._clock.wall_ms()
+        return dataclasses.replace(manifest, used_at_ms=now_ms, expires_at_ms=now_ms + round(self.limits.ttl_s * 1000))
+
+    # Finding
+
+    def _name(self, fingerprint: bytes, session_id: str, field: str = "session_id") -> Name:
+        checked_session_id(session_id, field)
+        return self._find_layout(fingerprint)[0], session_id
+
+    def _current(self, name: Name) -> Manifest | None:
+        manifest = self._manifests.get(name)
+        return manifest if manifest is not None and manifest.expires_at_ms > self._clock.wall_ms() else None
+
+    def _found(self, name: Name) -> Manifest:
+        manifest = self._current(name)
+        if manifest is None:
+            raise SessionNotFound(
+                f"there is no session {name[1]!r} of this layout: it was never begun, was ended, or has expired",
+                session_id=name[1],
+            )
+        return manifest
+
+    def _expected(self, name: Name, now: Manifest | None, expected_revision: int) -> Manifest:
+        now = self._found(name) if now is None else now
+        if now.revision != expected_revision:
+            was = f"revision {expected_revision} was expected" if expected_revision else "it was to be begun"
+            raise self._changed(now, f"the session {name[1]!r} is at revision {now.revision}; {was}")
+        return now
+
+    def _changed(self, now: Manifest, why: str) -> SessionChanged:
+        self._counters.session_changes_refused += 1
+        error = SessionChanged(why, session_id=now.session_id, revision=now.revision)
+        layout = self._index.layouts[now.layout_id]
+        error.attached = session_message(now, layout, bytes_max=_STATUS_BYTES_MAX)
+        return error
+
+    def _check_room(self) -> None:
+        count = len(self._manifests) + self._arriving - sum(1 for _ in self._expired())
+        if count >= self.limits.sessions_max:
+            raise SessionsFull(f"there are {self.limits.sessions_max} sessions, the most that this daemon keeps")
+
+    def _lock(self, name: Name) -> asyncio.Lock:
+        lock = self._locks.get(name)
+        if lock is None:
+            lock = self._locks[name] = asyncio.Lock()
+        return lock
+
+    def _load(self) -> None:
+        """What the index holds. Times further ahead than the daemon's setting allows are cut to it."""
+        latest_ms = self._clock.wall_ms() + round(self.limits.ttl_s * 1000)
+        found = [
+            dataclasses.replace(manifest, expires_at_ms=min(manifest.expires_at_ms, latest_ms))
+            for manifest in self._index.load_sessions()
+        ]
+        for manifest in sorted(found, key=lambda manifest: manifest.expires_at_ms):
+            name = manifest.layout_id, manifest.session_id
+            self._install(name, manifest)
+            self._named.update(self._partial_keys(manifest))

@@ -1,0 +1,156 @@
+"""Where leased blocks lie in the arena, for clients that read them in place.
+
+As a load it brings up what only SSD has, and keeps all rows in their places while it is open; it
+reads nothing for itself, unless it is asked to verify first what nobody has verified since the start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import AsyncGenerator
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from kvservice.blocks import Extent, Rows, TierName
+from kvservice.counters import Counters
+from kvservice.store import image_check
+from kvservice.store.block_lifecycle import BlockLifecycle
+from kvservice.store.caller import Caller
+from kvservice.store.leases import Lease
+from kvservice.store.mover.promoter import PendingPromotion, Promoter
+from kvservice.tiers.dram import DramTier
+from kvservice.tiers.io_pool import ended
+from kvservice_api.errors import ChecksumMismatch, KVError, LeaseExpired, NotShared, Overloaded
+
+_ROWS_A_TURN = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Blocks that lie in the arena, or are on their way there; one entry a block."""
+
+    rows: Rows
+    extents: list[Extent]
+    generations: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class NotInPlace:
+    """They have to be loaded by stream."""
+
+    why: str
+
+
+class Locates:
+    """Opens them. At most `open_max` at one time."""
+
+    def __init__(
+        self,
+        lifecycle: BlockLifecycle,
+        dram: DramTier,
+        promoter: Promoter | None,
+        counters: Counters,
+        executor: Executor,
+    ) -> None:
+        self._lifecycle = lifecycle
+        self._blocks = lifecycle.blocks
+        self._dram = dram
+        self._promoter = promoter
+        self._counters = counters
+        self._executor = executor
+        self.open_count = 0
+
+    async def run(
+        self, caller: Caller, lease: Lease, blocks: range, *, verify: bool, open_max: int
+    ) -> AsyncGenerator[Located | NotInPlace | int, None]:
+        """First the places, then how many layers are there, until all are. Then nothing more: the rows stay
+        in their places until this is closed, or the client is gone.
+
+        Raises NotShared, Overloaded, LeaseExpired, ChecksumMismatch, StorageFailed.
+        """
+        if why := self._dram.not_shared_because:
+            raise NotShared(f"blocks cannot be read in place: {why}")
+        if self.open_count >= open_max:
+            raise Overloaded(f"{open_max} loads are open, the most that this daemon takes")
+        if any(block in lease.parts for block in blocks):
+            yield NotInPlace("several shards make up a block")
+            return
+        rows = lease.rows[blocks.start : blocks.stop]
+        landings: dict[int, PendingPromotion] = {}
+        left = asyncio.Event()
+        lease.client.on_detach.add(left.set)
+        self._lifecycle.hold(rows)
+        self.open_count += 1
+        try:
+            try:
+                missing = rows[self._blocks.dram_offset[rows] < 0].tolist()
+                if missing and self._promoter is not None:
+                    landings = await self._promoter.begin(missing)
+                    for landing in landings.values():  # Before anything else is awaited: images are given away.
+                        landing.begin_reading()
+                if verify:
+                    await self._verify(rows)
+                extents = await self._extents(rows, landings)
+                if isinstance(extents, NotInPlace):
+                    yield extents
+                    return
+                yield Located(rows, extents, self._dram.generations(extents))
+                async for ready in self._layers(lease, landings):
+                    yield ready
+            except KVError:
+                self._counters.loads_failed += 1
+                raise
+            self._counters.located_blocks += len(rows)
+            await left.wait()  # Or until this is closed: the blocks stay where they are meanwhile.
+            raise LeaseExpired("the client's Attach stream has ended, and its leases with it")
+        finally:
+            for landing in landings.values():
+                landing.end_reading()
+            lease.client.on_detach.discard(left.set)
+            self.open_count -= 1
+            self._lifecycle.unhold(rows)
+
+    async def _extents(self, rows: Rows, landings: dict[int, PendingPromotion]) -> list[Extent] | NotInPlace:
+        extents = []
+        for count, row in enumerate(rows.tolist()):
+            if count % _ROWS_A_TURN == _ROWS_A_TURN - 1:
+                await asyncio.sleep(0)
+            landing = landings.get(row)
+            extent = self._blocks.extent(row, TierName.DRAM) if landing is None else landing.extent
+            if extent is None:
+                if not self._blocks.is_resident(row, TierName.SSD):
+                    raise LeaseExpired("a block left the store before its load began: look the prefix up again")
+                return NotInPlace("DRAM has no room for a block")
+            extents.append(extent)
+        return extents
+
+    async def _layers(self, lease: Lease, landings: dict[int, PendingPromotion]) -> AsyncGenerator[int, None]:
+        wanted = lease.shard
+        for layer in range(wanted.layer_begin, wanted.layer_end) if landings else ():
+            for row, landing in landings.items():
+                await landing.layer_ready(layer - int(self._blocks.layer_begin[row]))
+            yield layer - wanted.layer_begin + 1
+        if not landings:
+            yield wanted.layers
+
+    async def _verify(self, rows: Rows) -> None:
+        """See that blocks in DRAM are what their checksums say, where that was not seen since the start."""
+        blocks = self._blocks
+        unseen = rows[~blocks.verified[rows] & (blocks.dram_offset[rows] >= 0)]
+        for row in dict.fromkeys(unseen.tolist()):
+            extent = blocks.extent(row, TierName.DRAM)
+            if extent is None or blocks.verified[row]:
+                continue
+            geometry, key, generation = self._lifecycle.geometry(row), blocks.key_of(row), int(blocks.generation[row])
+            image, expected = self._dram.view(extent)[: geometry.image_bytes], int(blocks.trailer_checksum[row])
+            verify = functools.partial(image_check.damage, image, geometry, key, blocks.shard_of(row), expected)
+            job = asyncio.get_running_loop().run_in_executor(self._executor, verify)
+            try:
+                what = await asyncio.shield(job)
+            finally:
+                await ended(job)  # The thread reads memory that we are about to let go.
+            if what:
+                await self._lifecycle.quarantine(row, generation, TierName.DRAM, what)
+                raise ChecksumMismatch(f"{what} of block {key.hex()} is damaged in dram", key=key.hex())
+            blocks.verified[row] = True

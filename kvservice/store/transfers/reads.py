@@ -1,0 +1,423 @@
+"""The load path: leased blocks leave layer by layer, each slice verified before any byte of it is sent.
+
+Where a block lies decides only where its slices are read: in DRAM, in a landing on its way up
+from SSD, or on SSD itself where DRAM has no room (one layer at a time, through scratch memory).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+
+from kvservice.blocks import Extent, TierName
+from kvservice.counters import Counters
+from kvservice.store import image_check
+from kvservice.store.block_lifecycle import BlockLifecycle
+from kvservice.store.caller import Caller
+from kvservice.store.leases import Lease
+from kvservice.store.loop_budget import LoopBudget
+from kvservice.store.mover.promoter import PendingPromotion, Promoter
+from kvservice.store.tasks import all_of
+from kvservice.store.transfers.coverage import HeadRun, cover
+from kvservice.tiers.dram import DramTier
+from kvservice.tiers.io_pool import ended
+from kvservice.tiers.ssd import SsdTier
+from kvservice_api.errors import ChecksumMismatch, KVError, LeaseExpired, Overloaded
+from kvservice_api.image import PAGE_BYTES, BlockGeometry, Trailer, checksum
+from kvservice_api.layout import Layout, Shard
+
+T = TypeVar("T")
+
+_SCRATCH_BYTES = 256 << 20
+_SCRATCH_WAIT_S = 5.0
+
+_ROWS_A_TURN = 256  # A millisecond of the event loop.
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """One layer of one stored object, somewhere in memory."""
+
+    row: int
+    layer: int  # Counted from the stored shard's first.
+    data: memoryview
+    expected: int | None  # Its checksum; None where it was verified on its way in.
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Bytes of one layer, as many as one frame carries."""
+
+    layer: int
+    first_block: int
+    first_offset_bytes: int
+    runs: list[memoryview]
+    unverified: list[Slice]
+
+
+@dataclass(slots=True)
+class _Source:
+    """Where one row's slices come from, for the time of a load."""
+
+    row: int
+    generation: int  # The row's, to tell whether it still has this block.
+    shard: Shard
+    geometry: BlockGeometry
+    image: memoryview | None  # In DRAM or landing; None where the slices are read from SSD.
+    trailer: Trailer | None = None
+    landing: PendingPromotion | None = None
+    ssd_extent: Extent | None = None
+
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether all of it lies in DRAM."""
+        return self.image is not None and self.landing is None
+
+
+class Loads:
+    """Opens loads. `slots` bounds how many frames are put together at a time, over all clients."""
+
+    def __init__(
+        self,
+        lifecycle: BlockLifecycle,
+        dram: DramTier,
+        ssd: SsdTier | None,
+        promoter: Promoter | None,
+        counters: Counters,
+        executor: Executor,
+        loop_budget: LoopBudget,
+        *,
+        slots: int,
+        frame_bytes: int,
+    ) -> None:
+        self.lifecycle = lifecycle
+        self.dram = dram
+        self.ssd = ssd
+        self.promoter = promoter
+        self.counters = counters
+        self.executor = executor
+        self.loop_budget = loop_budget
+        self.slots = asyncio.Semaphore(slots)
+        self.frame_bytes = frame_bytes
+        self.open_count = 0
+        self.scratch = _ScratchBudget(_SCRATCH_BYTES, _SCRATCH_WAIT_S)
+
+    async def run(
+        self, caller: Caller, lease: Lease, blocks: range, layers: range, encode: Callable[[Part], T]
+    ) -> AsyncGenerator[T, None]:
+        """Every frame of a load, in order. `encode` runs on a thread, after the frame's slices are verified.
+
+        Raises ChecksumMismatch or StorageFailed; what was yielded before is right.
+        """
+        load = _Load(self, lease, blocks)
+        self.lifecycle.hold(load.rows)
+        self.open_count += 1
+        try:
+            await load.open()
+            ready: asyncio.Future[T] | None  # One frame is sent while the one behind it, `waiting`, is put together.
+            waiting: asyncio.Future[T] | None = None
+            parts: asyncio.Future[list[Part]] | None = None
+            try:
+                for layer in layers:
+                    parts = asyncio.ensure_future(load.parts(layer))
+                    if waiting is not None:
+                        both: list[asyncio.Future[Any]] = [parts, waiting]
+                        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+                        if not parts.done():
+                            ready, waiting = waiting, None
+                            yield await ready  # It need not wait for a layer that is still on its way.
+                    for part in await parts:
+                        following = asyncio.ensure_future(load.finish(part, encode))
+                        ready, waiting = waiting, following
+                        if ready is not None:
+                            yield await ready
+                if waiting is not None:
+                    ready, waiting = waiting, None
+                    yield await ready
+            finally:
+                for unneeded in (waiting, parts):
+                    if unneeded is not None:
+                        unneeded.cancel()
+                        await ended(unneeded)  # It may be reading what is let go of below.
+                        if not unneeded.cancelled():
+                            unneeded.exception()  # Another one was raised before it.
+            self.counters.load_blocks += len(blocks)
+        except KVError:
+            self.counters.loads_failed += 1
+            raise
+        finally:
+            await load.close()
+            self.open_count -= 1
+            self.lifecycle.unhold(load.rows)
+
+
+class _Load:
+    def __init__(self, loads: Loads, lease: Lease, blocks: range) -> None:
+        self._loads = loads
+        self._blocks_table = loads.lifecycle.blocks
+        self._layout: Layout = lease.layout
+        self._shard = lease.shard
+        rows = lease.rows[blocks.start : blocks.stop].tolist()
+        self._rows_of_block = [lease.parts.get(block, (row,)) for block, row in zip(blocks, rows, strict=True)]
+        self.rows = list(dict.fromkeys(itertools.chain.from_iterable(self._rows_of_block)))
+        self._plans: list[list[list[HeadRun]] | None] = []
+        self._sources: dict[int, _Source] = {}
+        self._jobs: set[asyncio.Future[Any]] = set()
+        self._scratch_bytes = 0
+
+    def _plan(self, rows: Sequence[int]) -> list[list[HeadRun]] | None:
+        """How several shards make up one; None where one row is just what is asked for."""
+        stored = [self._blocks_table.shard_of(row) for row in rows]
+        if len(rows) == 1 and (stored[0].head_begin, stored[0].head_end) == (
+            self._shard.head_begin,
+            self._shard.head_end,
+        ):
+            return None
+        plan = cover(stored, self._shard)
+        assert plan is not None, "a lease holds only what covers its shard"
+        return plan
+
+    async def open(self) -> None:
+        """Find every row's bytes, and start to bring up what only SSD has."""
+        table, loads = self._blocks_table, self._loads
+        landings: dict[int, PendingPromotion] = {}
+        if loads.promoter is not None:
+            rows = np.array(self.rows, np.int64)
+            landings = await loads.promoter.begin(rows[table.dram_offset[rows] < 0].tolist())
+        for row, landing in landings.items():  # Before anything else is awaited: images of landings are given away.
+            landing.begin_reading()
+            self._sources[row] = source = self._new_source(row)
+            source.image, source.landing = landing.image, landing
+        for count, row in enumerate(self.rows):
+            await self._yield_to_loop(count)
+            if row not in landings:
+                self._sources[row] = self._source(row)
+        for count, rows_of_block in enumerate(self._rows_of_block):
+            await self._yield_to_loop(count)
+            self._plans.append(self._plan(rows_of_block))
+        resident = [source for source in self._sources.values() if source.image is not None and not source.landing]
+        await self._on_thread(lambda: self._read_trailers(resident))
+        for source in resident:
+            if source.trailer is None:
+                await self._quarantine(source, TierName.DRAM, "the trailer")
+        read_through = [source for source in self._sources.values() if source.ssd_extent is not None]
+        # One layer of each is being sent while the next one is being read.
+        wanted_bytes = sum(2 * (source.geometry.slice_bytes_max + 2 * PAGE_BYTES) for source in read_through)
+        await loads.scratch.take(wanted_bytes)
+        self._scratch_bytes = wanted_bytes
+        await _gather(self._fetch_trailer, read_through)
+
+    def _source(self, row: int) -> _Source:
+        """Of a block that is not on its way up."""
+        table, source = self._blocks_table, self._new_source(row)
+        dram = table.extent(row, TierName.DRAM)
+        if dram is not None:
+            source.image = self._loads.dram.view(dram)[: source.geometry.image_bytes]
+            return source
+        source.ssd_extent = table.extent(row, TierName.SSD)
+        if source.ssd_extent is None:
+            raise LeaseExpired("a block left the store before its load began: look the prefix up again")
+        return source
+
+    def _new_source(self, row: int) -> _Source:
+        table = self._blocks_table
+        return _Source(row, int(table.generation[row]), table.shard_of(row), self._loads.lifecycle.geometry(row), None)
+
+    async def close(self) -> None:
+        """Wait for threads that still read the blocks' memory, then let go of it."""
+        for job in list(self._jobs):
+            await ended(job)
+        self._loads.scratch.give_back(self._scratch_bytes)
+        for source in self._sources.values():
+            if source.landing is not None:
+                source.landing.end_reading()
+
+    async def _yield_to_loop(self, count: int) -> None:
+        """The event loop goes round now and then: a load may have thousands of blocks, and loads may be many."""
+        if count % _ROWS_A_TURN == 0:
+            await self._loads.loop_budget.slot()
+
+    async def _on_thread(self, work: Callable[[], T]) -> T:
+        job = asyncio.get_running_loop().run_in_executor(self._loads.executor, work)
+        self._jobs.add(job)
+        job.add_done_callback(self._jobs.discard)
+        return await asyncio.shield(job)  # A cancelled load still waits for it, in `close`.
+
+    def _read_trailers(self, sources: list[_Source]) -> None:
+        for source in sources:
+            assert source.image is not None
+            source.trailer = self._trailer(source, source.image)
+
+    def _trailer(self, source: _Source, image_end: memoryview) -> Trailer | None:
+        expected = int(self._blocks_table.trailer_checksum[source.row])
+        return image_check.read_trailer(image_end, source.geometry, self._blocks_table.key_of(source.row), expected)
+
+    async def _fetch_trailer(self, source: _Source) -> None:
+        start = image_check.trailer_start(source.geometry)
+        pages = image_check.scratch(source.geometry.image_bytes - start)
+        ssd = self._loads.ssd
+        assert ssd is not None and source.ssd_extent is not None
+        source.trailer = await ssd.read(source.ssd_extent, start, pages, lambda end: self._trailer(source, end))
+        if source.trailer is None:
+            await self._quarantine(source, TierName.SSD, "the trailer")
+
+    async def parts(self, layer: int) -> list[Part]:
+        """One wanted layer, cut into frames; `layer` counts from the shard's first."""
+        return await self._cut(layer, await self._slices(layer + self._shard.layer_begin))
+
+    async def _slices(self, layer: int) -> dict[int, Slice]:
+        """A layer of every row that has it; `layer` counts from the model's first."""
+        slices: dict[int, Slice] = {}
+        coming: list[_Source] = []
+        for count, source in enumerate(self._sources.values()):
+            await self._yield_to_loop(count)
+            if not source.shard.layer_begin <= layer < source.shard.layer_end:
+                continue
+            if source.is_at_hand:
+                slices[source.row] = self._slice(source, layer - source.shard.layer_begin)
+            else:
+                coming.append(source)
+        fetched = await _gather(lambda source: self._fetch_slice(source, layer - source.shard.layer_begin), coming)
+        return slices | {found.row: found for found in fetched}
+
+    def _slice(self, source: _Source, layer: int) -> Slice:
+        """Of a block in DRAM. Not a coroutine: a load asks for thousands of them."""
+        begin, end = source.geometry.slice_range(layer)
+        assert source.image is not None and source.trailer is not None
+        return Slice(source.row, layer, source.image[begin:end], int(source.trailer.checksums[layer]))
+
+    async def _fetch_slice(self, source: _Source, layer: int) -> Slice:
+        begin, end = source.geometry.slice_range(layer)
+        if source.landing is not None:
+            landing = source.landing
+            await landing.layer_ready(layer)
+            # Small slices share pages with neighbours that are still being read: they are verified once more.
+            expected = int(landing.checksums[layer]) if source.geometry.shares_pages(layer) else None
+            return Slice(source.row, layer, landing.image[begin:end], expected)
+        assert source.trailer is not None
+        start, stop = image_check.page_range(source.geometry, layer, layer + 1)
+        pages = image_check.scratch(stop - start)
+        ssd = self._loads.ssd
+        assert ssd is not None and source.ssd_extent is not None
+        await ssd.read(source.ssd_extent, start, pages)
+        self._loads.counters.read_through_bytes += end - begin
+        return Slice(source.row, layer, pages[begin - start : end - start], int(source.trailer.checksums[layer]))
+
+    async def _cut(self, layer: int, slices: dict[int, Slice]) -> list[Part]:
+        """Frames of at most `frame_bytes` payload over the blocks' bytes of one layer."""
+        parts: list[Part] = []
+        current = Part(layer, 0, 0, [], [])
+        room = self._loads.frame_bytes
+        for block in range(len(self._rows_of_block)):
+            await self._yield_to_loop(block)
+            verify = [
+                slices[row] for row in self._rows_of_block[block] if row in slices and slices[row].expected is not None
+            ]
+            sent = 0
+            for run in self._runs(block, layer, slices):
+                while len(run):
+                    if not room:
+                        parts.append(current)
+                        current, room = Part(layer, block, sent, [], []), self._loads.frame_bytes
+                    taken = run[:room]
+                    current.runs.append(taken)
+                    current.unverified.extend(verify)
+                    verify = []  # Once is enough, with the first byte that goes out.
+                    run = run[len(taken) :]
+                    room -= len(taken)
+                    sent += len(taken)
+        parts.append(current)
+        return parts
+
+    def _runs(self, block: int, layer: int, slices: dict[int, Slice]) -> list[memoryview]:
+        """The bytes of one block's layer, in order: whole, or keys and then values of each run of heads."""
+        plan, rows = self._plans[block], self._rows_of_block[block]
+        if plan is None:
+            return [slices[rows[0]].data]
+        model_layer = layer + self._shard.layer_begin
+        keys, values = [], []
+        taken = 0
+        for run in plan[layer]:
+            source = self._sources[rows[run.source]]
+            begin, end = self._layout.heads_between(model_layer, run.begin, run.end)
+            begin = max(begin, taken)  # A head that two shards hold is taken from the first.
+            if begin >= end:
+                continue
+            taken = end
+            data = slices[source.row].data
+            (k_start, k_end), (v_start, v_end) = source.geometry.slices[
+                model_layer - source.shard.layer_begin
+            ].head_runs(begin, end)
+            keys.append(data[k_start:k_end])
+            values.append(data[v_start:v_end])
+        return keys + values
+
+    async def finish(self, part: Part, encode: Callable[[Part], T]) -> T:
+        """Verify the slices that begin in this part, then encode it: both on a thread."""
+        loads = self._loads
+
+        def work() -> T | Slice:
+            for found in part.unverified:
+                if checksum(found.data) != found.expected:
+                    return found
+            return encode(part)
+
+        async with loads.slots:
+            result = await self._on_thread(work)
+        if isinstance(result, Slice):
+            source = self._sources[result.row]
+            tier = TierName.SSD if source.ssd_extent else TierName.DRAM
+            await self._quarantine(source, tier, f"layer {result.layer}")
+        loads.counters.load_bytes += sum(map(len, part.runs))
+        return result
+
+    async def _quarantine(self, source: _Source, tier: TierName, what: str) -> NoReturn:
+        key = self._blocks_table.key_of(source.row).hex()
+        await self._loads.lifecycle.quarantine(source.row, source.generation, tier, what)
+        raise ChecksumMismatch(f"{what} of block {key} is damaged in {tier}; the block was dropped", key=key)
+
+
+async def _gather(work: Callable[[_Source], Awaitable[T]], sources: Sequence[_Source]) -> list[T]:
+    """What `work` gives for each of them, not too many at a time."""
+    results: list[T] = []
+    for start in range(0, len(sources), _ROWS_A_TURN):
+        results += await all_of(map(work, sources[start : start + _ROWS_A_TURN]))
+    return results
+
+
+class _ScratchBudget:
+    """Memory for blocks that are read from SSD past a full DRAM, over all loads: slow readers must not pile it up."""
+
+    def __init__(self, limit_bytes: int, wait_s: float) -> None:
+        self._limit_bytes = limit_bytes
+        self._wait_s = wait_s
+        self._used_bytes = 0
+        self._more = asyncio.Condition()
+
+    async def take(self, size_bytes: int) -> None:
+        """Wait for a share; a load that wants more than there is gets it when it is alone. Raises Overloaded."""
+        if not size_bytes:
+            return
+        try:
+            async with asyncio.timeout(self._wait_s), self._more:
+                await self._more.wait_for(
+                    lambda: not self._used_bytes or self._used_bytes + size_bytes <= self._limit_bytes
+                )
+                self._used_bytes += size_bytes
+        except TimeoutError as error:
+            raise Overloaded("other loads take all the memory for reading past a full DRAM") from error
+
+    def give_back(self, size_bytes: int) -> None:
+        if size_bytes:
+            self._used_bytes -= size_bytes
+            asyncio.get_running_loop().create_task(self._wake())
+
+    async def _wake(self) -> None:
+        async with self._more:
+            self._more.notify_all()

@@ -1,0 +1,335 @@
+"""Promotion and loads: one flight a block, and no byte that was not verified."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvservice.blocks import TierName
+from kvservice.index.records import Records
+from kvservice.store.leases import Client
+from kvservice.tiers.files import FileCalls
+from kvservice_api.errors import ChecksumMismatch, IndexFull, StorageFailed
+from kvservice_api.image import block_geometry
+from kvservice_api.keys import BlockChain
+from kvservice_api.layout import Layout, Shard
+from tests.file_faults import FaultyCalls
+from tests.stores import CALLER, KIB, LAYOUT, PATIENT, OpenStore, caller_of, layers_of, some_chain, some_images, until
+
+BLOCK = 12 * KIB
+HEADER = 4 * KIB
+
+
+@pytest.fixture
+def calls() -> FaultyCalls:
+    return FaultyCalls()
+
+
+@pytest.fixture
+async def opened(open_store: Callable[..., Any], calls: FaultyCalls) -> OpenStore:
+    store: OpenStore = await open_store(calls=calls)
+    return store
+
+
+async def on_ssd(opened: OpenStore, client: Client, chain: BlockChain, **more: Any) -> list[bytes]:
+    """Only there. The images."""
+    layout = more.get("layout", LAYOUT)
+    images = some_images(chain, shard=Shard.whole(layout), layout=layout)
+    outcome = await opened.save(client, chain, images, shard=Shard.whole(layout), on_ssd=True, **more)
+    assert not outcome.refused
+    await opened.store.evict(CALLER, chain.keys, TierName.DRAM)
+    return images
+
+
+def reads(calls: FaultyCalls) -> int:
+    return calls.names().count("preadv")
+
+
+async def test_a_load_from_ssd_brings_its_blocks_up(opened: OpenStore, client: Client) -> None:
+    chain = some_chain(4, tail_tokens=5)
+    images = await on_ssd(opened, client, chain)
+    lease = opened.lookup(client, chain.keys)
+    assert lease is not None
+    assert await opened.load(lease) == layers_of(images)
+    await until(lambda: all(opened.lifecycle(key) == set(TierName) for key in chain.keys))
+    assert opened.store.counters.promoted_blocks == 5
+    await opened.settle()
+
+
+async def test_many_who_want_a_block_at_one_time_cause_one_read(
+    opened: OpenStore, client: Client, calls: FaultyCalls
+) -> None:
+    chain = some_chain(3)
+    images = await on_ssd(opened, client, chain)
+    lease = opened.lookup(client, chain.keys)
+    assert lease is not None
+    before = reads(calls)
+    answers = await asyncio.gather(
+        *(opened.load(lease) for _ in range(5)), opened.store.prefetch(CALLER, chain.keys, within_s=0, wait=True)
+    )
+    assert answers[:5] == [layers_of(images)] * 5
+    assert reads(calls) - before == 2 * 3, "a trailer and one piece of each block"
+    assert opened.store.counters.promoted_blocks == 3
+
+
+async def test_a_block_that_is_being_brought_up_and_is_discarded_is_given_whole_to_who_loads_it(
+    opened: OpenStore, client: Client, calls: FaultyCalls
+) -> None:
+    chain = some_chain(2)
+    images = await on_ssd(opened, client, chain)
+    lease = opened.lookup(client, chain.keys)
+    assert lease is not None
+    with calls.held("preadv") as waiting:
+        loading = asyncio.create_task(opened.load(lease))
+        await asyncio.to_thread(waiting.acquire)
+        discarding = asyncio.create_task(opened.store.discard(CALLER, chain.keys))
+        await until(lambda: opened.hits(chain.keys) == 0)
+    assert await loading == layers_of(images)
+    await discarding
+    opened.store.leases.release(caller_of(client), lease.lease_id)
+    await opened.settle()
+    assert opened.dram.used_bytes == 0
+
+
+async def test_a_landing_that_ended_while_its_joiner_waited_for_room_is_not_read(
+    opened: OpenStore, client: Client, calls: FaultyCalls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its image was given away: the joiner reads the block where it lies."""
+    chain, more = some_chain(1, seed=1), some_chain(1, seed=2)
+    images = await on_ssd(opened, client, chain) + await on_ssd(opened, client, more)
+    leases = [opened.lookup(client, keys) for keys in ((*chain.keys, *more.keys), chain.keys)]
+    assert leases[0] is not None and leases[1] is not None
+    promotion = opened.store.promoter
+    assert promotion is not None
+    first, second = leases[0].rows.tolist()
+    gate = asyncio.Event()
+    reserve = opened.store.evictor.reserve
+
+    async def slowly(tier: TierName, size_bytes: int, **waits: Any) -> Any:
+        if first in promotion._landings:  # The first block is on its way up; the second one waits for room.
+            await gate.wait()
+        return await reserve(tier, size_bytes, **waits)
+
+    def refuse(tier: TierName, keys: list[bytes], records: Records) -> asyncio.Future[None]:
+        failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        failed.set_exception(IndexFull("no space for a record of the copy in DRAM"))
+        return failed
+
+    monkeypatch.setattr(opened.store.evictor, "reserve", slowly)
+    monkeypatch.setattr(opened.index, "put", refuse)
+    with calls.held("preadv"):
+        [landing] = (await promotion.begin([first])).values()
+        joining = asyncio.create_task(opened.load(leases[0]))
+        await asyncio.sleep(0.01)
+    await landing.done.wait()
+    await until(lambda: opened.dram.used_bytes == 0)
+    overwritten = opened.dram.reserve(BLOCK)
+    opened.dram.view(overwritten)[:] = b"\xff" * BLOCK
+    gate.set()
+    assert await joining == layers_of(images)
+    await until(lambda: second not in promotion._landings)
+    opened.dram.release(overwritten)
+
+
+async def test_what_dram_has_no_room_for_is_read_where_it_lies(open_store: Callable[..., Any]) -> None:
+    opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER, limits=PATIENT)
+    client = opened.store.leases.attach(CALLER, "test")
+    chain, other = some_chain(3, seed=1), some_chain(3, seed=2)
+    images = await on_ssd(opened, client, chain)
+    await opened.save(client, other, some_images(other))
+    assert opened.lookup(client, other.keys) is not None, "and what is in DRAM may not leave"
+    lease = opened.lookup(client, chain.keys)
+    assert lease is not None
+    assert await asyncio.wait_for(opened.load(lease), 30) == layers_of(images)
+    assert opened.store.counters.read_through_bytes > 0
+    assert opened.hits(other.keys) == 3
+
+
+class HeldReads(FileCalls):
+    """Reads of what lies behind a place wait for the gate. Trailers come through."""
+
+    def __init__(self) -> None:
+        self.held_from = 1 << 62
+        self.gate = threading.Event()
+
+    def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if offset >= self.held_from and len(buffers[0]) > 64 * KIB:
+            self.gate.wait()
+        return super().preadv(fd, buffers, offset)
+
+
+async def test_a_layer_that_is_there_does_not_wait_for_the_next_one(open_store: Callable[..., Any]) -> None:
+    """Pieces have a whole layer here, so the second one can be kept away."""
+    layout = Layout(
+        model_id="deep", dtype="float32", layers=2, kv_heads=2, k_head_dim=4096, v_head_dim=4096, block_tokens=16
+    )
+    size = block_geometry(layout, Shard.whole(layout), 16).image_bytes
+    calls = HeldReads()
+    opened: OpenStore = await open_store(calls=calls, dram_bytes=4 * size, ssd_bytes=8 * size)
+    await opened.store.open_layout(CALLER, layout)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(1, layout=layout)
+    images = await on_ssd(opened, client, chain, layout=layout)
+    lease = opened.lookup(client, chain.keys, shard=Shard.whole(layout), layout=layout)
+    assert lease is not None
+    [extent] = opened.extents(TierName.SSD).values()
+    calls.held_from = HEADER + extent.offset_bytes + size // 2 - 64 * KIB
+    frames = opened.frames(lease, range(1), range(2))
+    received = b""
+    while len(received) < len(images[0]) // 2:
+        layer, payload = await asyncio.wait_for(anext(frames), 30)
+        assert layer == 0
+        received += payload
+    calls.gate.set()
+    async for _, payload in frames:
+        received += payload
+    assert received == b"".join(layers_of(images, shard=Shard.whole(layout)))
+
+
+# Verified bytes
+
+
+def flip(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 8]))
+
+
+def damage(opened: OpenStore, tier: TierName, key: bytes, at: int) -> None:
+    row = int(opened.store.blocks.rows_of_keys([key])[0])
+    extent = opened.store.blocks.extent(row, tier)
+    assert extent is not None
+    [path] = opened.files.folder.glob("ssd-*.kv") if tier is TierName.SSD else opened.files.shared_memory.rglob("arena")
+    flip(path, HEADER + extent.offset_bytes + at)
+
+
+GEOMETRY = block_geometry(LAYOUT, Shard.whole(LAYOUT), 16)
+WAYS = ("load from dram", "promote", "read through", "write behind", "scrub dram", "scrub ssd")
+SLICE = GEOMETRY.slice_bytes(0)
+PLACES = (
+    0,
+    SLICE - 1,
+    SLICE + 7,
+    GEOMETRY.trailer_offset,
+    GEOMETRY.image_bytes - 1,
+)
+
+
+@pytest.mark.parametrize("at", PLACES)
+@pytest.mark.parametrize("how", WAYS)
+async def test_a_flipped_bit_is_found_before_any_byte_of_its_slice_leaves_and_the_block_is_a_miss(
+    open_store: Callable[..., Any], calls: FaultyCalls, how: str, at: int
+) -> None:
+    dram_bytes = BLOCK + HEADER if how == "read through" else 64 * BLOCK
+    opened: OpenStore = await open_store(calls=calls, dram_bytes=dram_bytes)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(1)
+    [key] = chain.keys
+    if how == "write behind":
+        with calls.held("pwritev"):
+            other = some_chain(8, seed=5)  # They come before it in the queue.
+            await opened.save(client, other, some_images(other, seed=5))
+            await opened.save(client, chain, some_images(chain))
+            damage(opened, TierName.DRAM, key, at)
+        await until(lambda: opened.hits([key]) == 0)
+        assert opened.hits(other.keys) == 8
+    elif how.startswith("scrub"):
+        await opened.save(client, chain, some_images(chain), on_ssd=True)
+        tier = TierName(how.removeprefix("scrub "))
+        damage(opened, tier, key, at)
+        progress = [step async for step in opened.store.scrub.run(CALLER, [tier], 1 << 40)]
+        assert progress[-1].damaged == 1
+    else:
+        tier = TierName.DRAM if how == "load from dram" else TierName.SSD
+        if tier is TierName.SSD:
+            await on_ssd(opened, client, chain)
+        else:
+            await opened.save(client, chain, some_images(chain), on_ssd=True)
+        if how == "read through":
+            opened.dram.reserve(BLOCK)  # There is no room to bring it up.
+        damage(opened, tier, key, at)
+        lease = opened.lookup(client, [key])
+        assert lease is not None
+        received: list[tuple[int, bytes]] = []
+
+        async def load() -> None:
+            async for each in opened.frames(lease, range(1), range(2)):
+                received.append(each)  # noqa: PERF401  (What came before the error counts.)
+
+        with pytest.raises(ChecksumMismatch):
+            await load()
+        sound = layers_of(some_images(chain))
+        assert all(payload == sound[layer] for layer, payload in received), "what left is right"
+        opened.store.leases.release(caller_of(client), lease.lease_id)
+    assert opened.hits([key]) == 0, "it reads as a miss"
+    assert opened.store.counters.quarantined_blocks == 1
+    await until(lambda: key not in {name[:32] for name in opened.records(TierName.DRAM)})
+    assert not (await opened.save(client, chain, some_images(chain), on_ssd=how != "read through")).already_stored
+
+
+async def test_a_disk_that_cannot_be_read_fails_the_load_and_keeps_the_block(
+    opened: OpenStore, client: Client, calls: FaultyCalls
+) -> None:
+    chain = some_chain(2)
+    images = await on_ssd(opened, client, chain)
+    lease = opened.lookup(client, chain.keys)
+    assert lease is not None
+    calls.failing["preadv"] = 5
+    with pytest.raises(StorageFailed):
+        await opened.load(lease)
+    await until(lambda: opened.dram.used_bytes == 0)
+    calls.failing.clear()  # Not before: the second block may not have been read yet, and would stay in DRAM.
+    assert await opened.load(lease) == layers_of(images)
+    assert opened.store.counters.quarantined_blocks == 0
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 4, 8, 16, 32])
+async def test_a_load_that_is_broken_off_anywhere_lets_go_of_its_blocks(
+    opened: OpenStore, client: Client, turns: int
+) -> None:
+    chain = some_chain(4)
+    await on_ssd(opened, client, chain)
+    lease = opened.lookup(client, chain.keys)
+    assert lease is not None
+    loading = asyncio.create_task(opened.load(lease))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    loading.cancel()
+    await asyncio.gather(loading, return_exceptions=True)
+    opened.store.leases.release(caller_of(client), lease.lease_id)
+    await until(lambda: not opened.store.blocks.holds.any())
+    assert opened.store.loads.open_count == 0
+    assert await opened.store.discard(CALLER, chain.keys) == (4, 0)
+    await until(lambda: opened.dram.used_bytes == 0)
+    assert opened.unsettled() == ""
+
+
+async def test_shards_of_several_ranks_come_back_as_one(opened: OpenStore, client: Client) -> None:
+    """Heads of a layer are one run of keys and one of values in each rank's slice."""
+    chain, whole = some_chain(2), Shard.whole(LAYOUT)
+    images = some_images(chain)
+    shards = (Shard(0, 2, 0, 1), Shard(0, 1, 1, 2), Shard(1, 2, 1, 2))
+    for shard in shards:
+        parts = [part_of(image, whole, shard) for image in images]
+        await opened.save(client, chain, parts, shard=shard, on_ssd=True)
+    await opened.store.evict(CALLER, chain.keys[1:], TierName.DRAM)
+    lease = opened.lookup(client, chain.keys)
+    assert lease is not None
+    assert await opened.load(lease) == layers_of(images)
+    for shard in shards:
+        lease = opened.lookup(client, chain.keys, shard=shard)
+        assert lease is not None
+        parts = [part_of(image, whole, shard) for image in images]
+        assert await opened.load(lease) == layers_of(parts, shard=shard)
+
+
+def part_of(image: bytes, whole: Shard, part: Shard) -> bytes:
+    """What the rank with `part` has of a block. Keys and values are of one size in the tests' layout."""
+    array = np.frombuffer(image, np.uint8).reshape(whole.layers, 2, whole.heads, -1)
+    return array[part.layer_begin : part.layer_end, :, part.head_begin : part.head_end].tobytes()
