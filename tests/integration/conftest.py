@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -57,7 +58,7 @@ def new_daemon(tmp_path: Path) -> Iterator[Callable[..., DaemonProcess]]:
 def kvctl_here(
     daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs a verb that fails in this process: what it was given wrongly, it says without one of its own too."""
+    """Runs a verb in this process: it prints and ends as it does in one of its own, and starts in no time."""
     monkeypatch.setenv("KVCTL_ADDRESS", daemon.address)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(sys.modules["__main__"], "__package__", None)  # Else usage would name pytest.
@@ -68,5 +69,17 @@ def kvctl_here(
             main()
         assert isinstance(ended.value.code, int)
         return subprocess.CompletedProcess(arguments, ended.value.code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def ask(kvctl_here: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[..., Any]:
+    """Runs a verb with ``--json`` in this process; the document it prints."""
+
+    def run(*arguments: str, code: int = 0) -> Any:
+        done = kvctl_here(*arguments, "--json")
+        assert (done.returncode, done.stderr) == (code, "")
+        return json.loads(done.stdout)
 
     return run
