@@ -15,7 +15,7 @@ from kvservice.simulate import traces
 from kvservice.simulate.experiments import EXPERIMENTS, Options, cost, shared_prefixes
 from kvservice.simulate.experiments.capacity_rule import distinct_sessions
 from kvservice.simulate.experiments.report import Section
-from tests.unit.test_simulate_command import trace_of, turn
+from tests.unit.simulate.test_command import trace_of, turn
 
 COMMAND = [sys.executable, "-m", "kvservice.simulate.experiments"]
 
