@@ -20,7 +20,7 @@ def run_demo(folder: Path, *arguments: str, **environment: str) -> subprocess.Co
     """With `folder` as its temporary directory. Whatever happens, it leaves nothing behind."""
     before = set(_SHARED_MEMORY.glob(_LEFT_BEHIND))
     done = subprocess.run(
-        [sys.executable, "-m", "kvservice_adapter.demo", *arguments],
+        [sys.executable, "-m", "examples.demo", *arguments],
         capture_output=True,
         text=True,
         check=False,
