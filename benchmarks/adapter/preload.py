@@ -14,15 +14,12 @@ from typing import Any
 import torch
 
 from benchmarks.adapter import rig
+from benchmarks.adapter.paper_schedule import prefill_with_preloading, prefill_without_preloading
 from benchmarks.adapter.report import Section
 from kvservice_adapter.device.base import Pages
 from kvservice_adapter.device.cpu import CpuDevice
 from kvservice_adapter.load import LayerLoader
-from kvservice_adapter.schedule import (
-    perfect_buffer_layers,
-    prefill_with_preloading,
-    prefill_without_preloading,
-)
+from kvservice_adapter.schedule import perfect_buffer_layers
 from kvservice_client import BlockCache, BlockChain, Client, block_chain
 
 COMPUTE_PER_LOAD = 0.6
