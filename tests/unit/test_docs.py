@@ -25,6 +25,8 @@ from kvservice.simulate.result import Result
 ROOT = Path(__file__).parents[2]
 VERBS: tuple[Callable[..., None], ...] = (simulate, plan)
 
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+
 
 def program(verb: Callable[..., None]) -> typer.Typer:
     made = typer.Typer()
@@ -48,13 +50,7 @@ def named_in(page: str, pattern: str) -> set[str]:
     return set(re.findall(pattern, (ROOT / page).read_text()))
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        *("README.md", "ARCHITECTURE.md", "CHANGELOG.md"),
-        *(f"docs/{name}.md" for name in ("container", "fork", "operating", "policies", "positions", "security")),
-    ],
-)
+@pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in PAGES])
 def test_every_file_that_a_page_links_to_exists(page: str) -> None:
     folder = (ROOT / page).parent
     missing = {link for link in named_in(page, r"\]\((?!https?:)([^)#]+)") if not (folder / link).exists()}
@@ -124,3 +120,20 @@ def test_every_experiment_has_its_section_on_the_page() -> None:
     sections = set(re.findall(r"<!-- experiment (\w+): begin -->", (ROOT / "docs/policies.md").read_text()))
 
     assert sections == set(EXPERIMENTS)
+
+
+def test_every_page_of_the_documentation_stands_in_its_index() -> None:
+    listed = named_in("docs/README.md", r"\]\((?!https?:)([^)#]+)")
+
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"} <= listed
+
+
+def test_every_word_of_the_glossary_has_one_meaning() -> None:
+    words = [
+        word.strip()
+        for row in re.findall(r"(?m)^\| ([^|]+) \|", (ROOT / "docs/glossary.md").read_text())
+        for word in row.split(",")
+    ]
+    words = [word for word in words if word not in ("Word", "---")]
+
+    assert len(words) > 50 and len(words) == len(set(words))

@@ -26,8 +26,8 @@ def lived(gaps_s: Floats, *, answers: Floats | None = None, learn_every: int = 5
     now_s, seen = 0.0, 0
     for turn in range(gaps_s.shape[1]):
         for row in range(len(gaps_s)):
-            returns.waits(row, turn + 1, 0 if answers is None else int(answers[row, turn]), now_s)
-            returns.came(row, now_s + float(gaps_s[row, turn]))
+            returns.start_waiting(row, turn + 1, 0 if answers is None else int(answers[row, turn]), now_s)
+            returns.record_return(row, now_s + float(gaps_s[row, turn]))
             seen += 1
             if seen % learn_every == 0:
                 returns.learn(NOBODY, now_s)
@@ -37,7 +37,7 @@ def lived(gaps_s: Floats, *, answers: Floats | None = None, learn_every: int = 5
 
 def factors(returns: ReturnTimes, *, uses: int = 10, answers: Floats | None = None) -> Floats:
     for row in range(len(returns.factor)):
-        returns.waits(row, uses, 0 if answers is None else int(answers[row]), 0.0)
+        returns.start_waiting(row, uses, 0 if answers is None else int(answers[row]), 0.0)
     return returns.factor.copy()
 
 
@@ -67,7 +67,7 @@ def test_who_has_more_to_read_comes_back_later() -> None:
 
 def test_the_age_counts_from_the_last_use_and_in_the_items_own_pace() -> None:
     returns = ReturnTimes(2)
-    returns.waits(0, 1, 0, 100.0)
+    returns.start_waiting(0, 1, 0, 100.0)
     returns.factor[0] = 2.0
     assert returns.ages(np.array([0]), 130.0) == pytest.approx([15.0])
     assert returns.hazard(0, 130.0) == pytest.approx(0.5 * returns.hazards[0, np.searchsorted(BEGINS, 15.0) - 1])
@@ -80,7 +80,7 @@ def test_a_row_that_was_forgotten_begins_anew() -> None:
     assert factors(returns)[0] < 0.5
     for row in range(3):
         returns.forgotten(row, 1000.0)
-        returns.waits(row, 1, 0, 2000.0)
+        returns.start_waiting(row, 1, 0, 2000.0)
     assert np.ptp(returns.factor) == 0.0, "all of them are newcomers"
 
 
@@ -90,9 +90,9 @@ def test_what_was_forgotten_while_it_was_waited_for_had_not_come_by_then() -> No
     for forgotten in (False, True):
         returns = ReturnTimes(1000)
         for row in range(1000):
-            returns.waits(row, 1, 0, 0.0)
+            returns.start_waiting(row, 1, 0, 0.0)
             if row % 2:
-                returns.came(row, 10.0)
+                returns.record_return(row, 10.0)
             elif forgotten:
                 returns.forgotten(row, 20.0)
         returns.learn(np.flatnonzero(~np.isnan(returns.since_s)), 20.0)
@@ -105,8 +105,8 @@ def test_without_learning_it_knows_recency_for_ever() -> None:
     returns = ReturnTimes(4, learning=False)
     for turn in range(200):
         for row in range(4):
-            returns.waits(row, turn + 1, 100, turn * 100.0)
-            returns.came(row, turn * 100.0 + 50)
+            returns.start_waiting(row, turn + 1, 100, turn * 100.0)
+            returns.record_return(row, turn * 100.0 + 50)
         returns.learn(NOBODY, turn * 100.0)
     assert (returns.hazards == RECENCY).all() and (returns.factor == 1).all()
     assert (np.diff(returns.hazards[0, 1:]) <= 0).all(), "the longer ago, the less likely"
@@ -125,7 +125,7 @@ def hinted(leads_s: Floats, *, wrong: int = 0, likely: float = 1.0, after_s: flo
         for row in half.tolist():
             hints.hinted(row, Hint.TYPING, likely, 100.0 - float(leads_s[row]))
         for row in half.tolist():
-            hints.came(row, 0.02, 0.1, 100.0)
+            hints.record_return(row, 0.02, 0.1, 100.0)
         hints.learn(rows[len(leads_s) :], 100.0)
     return hints
 
@@ -135,7 +135,7 @@ def test_the_lead_of_a_hint_is_learned() -> None:
     of_class = hints.hazards[2]
     assert of_class[between(2.4, 4.8)].min() > 0.2 > 0.02 > of_class[between(0.2, 1.6)].max()
     assert hints.soonest_s[2] == pytest.approx(2.0, abs=0.4)
-    assert hints.surprising < 0.6, "of the second half, hardly a request came unannounced"
+    assert hints.unannounced_share < 0.6, "of the second half, hardly a request came unannounced"
 
 
 def test_wrong_hints_are_believed_as_often_as_they_are_true() -> None:
@@ -148,17 +148,17 @@ def test_hints_of_which_none_is_true_announce_nothing() -> None:
     hints = hinted(np.empty(0), wrong=3000)
     assert (hints.hazards[2] * WIDTHS)[between(0.5, 30)].max() < 5e-3
     for row in range(100):
-        hints.came(row, 0.02, 0.1, 130.0)
-    assert hints.surprising == pytest.approx(1.0)
+        hints.record_return(row, 0.02, 0.1, 130.0)
+    assert hints.unannounced_share == pytest.approx(1.0)
 
 
 def test_a_hint_that_comes_too_late_to_read_announces_nothing() -> None:
     hints = HintTimes(1)
     for turn in range(500):
         hints.hinted(0, Hint.TYPING, 1.0, turn * 10.0)
-        hints.came(0, 0.02, 1.0, turn * 10.0 + 0.5)
+        hints.record_return(0, 0.02, 1.0, turn * 10.0 + 0.5)
         hints.learn(NOBODY, turn * 10.0)
-    assert hints.surprising == 1.0
+    assert hints.unannounced_share == 1.0
 
 
 def test_the_same_hint_is_doubted_where_a_return_was_unlikely() -> None:
@@ -167,7 +167,7 @@ def test_the_same_hint_is_doubted_where_a_return_was_unlikely() -> None:
     for row in range(4000):
         hints.hinted(row, Hint.TYPING, 0.1 if row % 2 else 2.0, 0.0)
     for row in range(0, 4000, 2):
-        hints.came(row, 0.02, 0.1, 3.0)
+        hints.record_return(row, 0.02, 0.1, 3.0)
     hints.learn(np.arange(1, 4000, 2), 30.0)
     unlikely, likely = hints.hazards[0, between(2, 4)].max(), hints.hazards[2, between(2, 4)].max()
     assert likely > 20 * unlikely
@@ -180,7 +180,7 @@ def test_who_said_to_have_ended_is_not_expected_until_he_is_seen_to_come_back() 
     assert hints.hazards[hint_times.ENDED :].max() < 1e-8
     for row in range(1000):
         hints.hinted(row, Hint.ENDED, 1.0, 0.0)
-        hints.came(row, 0.02, 0.1, 20.0)
+        hints.record_return(row, 0.02, 0.1, 20.0)
     hints.learn(NOBODY, 20.0)
     assert hints.hazards[hint_times.ENDED :, between(12, 30)].max() > 0.05
 
@@ -190,7 +190,7 @@ def test_a_second_hint_counts_from_its_own_time() -> None:
     hints.hinted(0, Hint.TYPING, 1.0, 0.0)
     hints.hinted(0, Hint.TOOL_CALL, 1.0, 7.0)
     assert hints.since_s[0] == 7.0 and hints.in_class[0] == 5
-    hints.ceased(0, 9.0)
+    hints.cancel(0, 9.0)
     assert hints.in_class[0] == hint_times.NONE and not hints.expected
 
 
@@ -201,7 +201,7 @@ def test_times_that_are_not_numbers_are_nobodys() -> None:
 def test_a_hint_is_used_up_by_the_request_that_it_announced() -> None:
     hints = HintTimes(1)
     hints.hinted(0, Hint.TYPING, 1.0, 0.0)
-    hints.came(0, 0.02, 0.1, 3.0)
+    hints.record_return(0, 0.02, 0.1, 3.0)
     assert hints.in_class[0] == hint_times.NONE and not hints.expected
 
 
@@ -210,11 +210,11 @@ def test_items_count_by_the_value_of_a_use() -> None:
     grouped, single = ReturnTimes(1000), ReturnTimes(3000)
     for row, gap_s in enumerate(np.random.default_rng(5).uniform(1, 100, 1000).tolist()):
         now_s, blocks = 1e4 * row, 3 if gap_s < 50 else 1
-        grouped.waits(row, 1, 0, now_s, value=float(blocks))
-        grouped.came(row, now_s + gap_s)
+        grouped.start_waiting(row, 1, 0, now_s, value=float(blocks))
+        grouped.record_return(row, now_s + gap_s)
         for block in range(blocks):
-            single.waits(3 * row + block, 1, 0, now_s)
-            single.came(3 * row + block, now_s + gap_s)
+            single.start_waiting(3 * row + block, 1, 0, now_s)
+            single.record_return(3 * row + block, now_s + gap_s)
     for returns in (grouped, single):
         returns.learn(NOBODY, 1e6)
 

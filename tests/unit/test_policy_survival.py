@@ -46,7 +46,7 @@ def test_an_age_lies_in_its_bin(age_s: float) -> None:
 def test_of_exponential_gaps_the_hazard_is_the_same_at_every_age(mean_s: float, seed: int) -> None:
     known = survival()
     for age_s in np.random.default_rng(seed).exponential(mean_s, 3000).tolist():
-        known.came(0, age_s)
+        known.record_event(0, age_s)
     usual = known.hazards(*NOBODY)[0, middle(mean_s / 8, mean_s * 2)] * mean_s
     assert usual.mean() == pytest.approx(1, abs=0.1) and (np.abs(usual - 1) < 0.5).all()
 
@@ -55,7 +55,7 @@ def test_of_exponential_gaps_the_hazard_is_the_same_at_every_age(mean_s: float, 
 def test_the_hazard_of_uniform_gaps_rises_like_one_over_the_time_that_is_left(seed: int) -> None:
     known = survival()
     for age_s in np.random.default_rng(seed).uniform(10, 50, 8000).tolist():
-        known.came(0, age_s)
+        known.record_event(0, age_s)
     bins = middle(11, 40)
     learned = known.hazards(*NOBODY)[0, bins]
     begins, ends = BEGINS[bins], BEGINS[bins] + WIDTHS[bins]
@@ -70,8 +70,8 @@ def test_who_never_returns_lowers_the_hazard_of_old_ages_and_hardly_that_of_youn
     gaps_s = random.exponential(10.0, 4000)
     all_return, half_return = survival(), survival()
     for age_s in gaps_s.tolist():
-        all_return.came(0, age_s)
-        half_return.came(0, age_s)
+        all_return.record_event(0, age_s)
+        half_return.record_event(0, age_s)
     gone = np.zeros(4000, np.int64), np.full(4000, 1e5), np.ones(4000)
     young, old = middle(0.1, 0.5), middle(30, 60)
     every, half = all_return.hazards(*NOBODY)[0], half_return.hazards(*gone)[0]
@@ -82,11 +82,11 @@ def test_who_never_returns_lowers_the_hazard_of_old_ages_and_hardly_that_of_youn
 def test_what_is_cut_short_counts_as_long_as_it_was_seen() -> None:
     whole, cut = survival(), survival()
     for age_s in np.random.default_rng(2).exponential(20.0, 20_000).tolist():
-        whole.came(0, age_s)
+        whole.record_event(0, age_s)
         if age_s < 15:
-            cut.came(0, age_s)
+            cut.record_event(0, age_s)
         else:
-            cut.ceased(0, 15.0)
+            cut.record_censored(0, 15.0)
     seen = middle(2, 14)
     assert cut.hazards(*NOBODY)[0, seen] == pytest.approx(whole.hazards(*NOBODY)[0, seen], rel=0.1)
 
@@ -96,7 +96,7 @@ def test_before_anything_was_seen_it_believes_the_prior_and_soon_no_more() -> No
     assert known.hazards(*NOBODY)[0] == pytest.approx(PRIOR)
     random = np.random.default_rng(3)
     for age_s in random.uniform(20, 60, 200).tolist():
-        known.came(0, age_s)
+        known.record_event(0, age_s)
     learned = known.hazards(*NOBODY)[0]
     assert learned[middle(25, 50)].min() > 5 * learned[middle(2, 14)].max(), "200 returns overrule recency"
 
@@ -105,8 +105,8 @@ def test_a_class_that_was_hardly_seen_takes_after_all_of_them_and_one_that_was_s
     known = survival(classes=3)
     random = np.random.default_rng(4)
     for quick_s, slow_s in zip(random.exponential(5, 3000), random.exponential(50, 3000), strict=True):
-        known.came(0, float(quick_s))
-        known.came(1, float(slow_s))
+        known.record_event(0, float(quick_s))
+        known.record_event(1, float(slow_s))
     quick, slow, unseen = known.hazards(*NOBODY)[:, middle(2, 8)].mean(axis=1)
     assert quick == pytest.approx(0.2, rel=0.15) and slow == pytest.approx(0.02, rel=0.3)
     assert slow < unseen < quick
@@ -117,7 +117,7 @@ def test_old_events_fade() -> None:
     random = np.random.default_rng(5)
     for number, mean_s in enumerate((10.0, 100.0)):
         for index, age_s in enumerate(random.exponential(mean_s, 3000).tolist()):
-            known.came(0, age_s)
+            known.record_event(0, age_s)
             if index % 100 == 0:
                 known.hazards(*NOBODY)
         assert known.hazards(*NOBODY)[0, middle(4, 16)].mean() == pytest.approx(1 / mean_s, rel=0.35), number
@@ -126,7 +126,7 @@ def test_old_events_fade() -> None:
 def test_those_that_wait_fade_with_the_events_that_passed_since() -> None:
     known = survival(memory=1000.0)
     for _ in range(1000):
-        known.came(0, 1.0)
+        known.record_event(0, 1.0)
     assert known.weight(np.array([0, 1000])) == pytest.approx([np.exp(-1), 1.0])
 
 
@@ -136,8 +136,8 @@ def test_in_other_units_of_time_the_hazards_are_the_same_ones(octaves: int) -> N
     ages_s = np.random.default_rng(6).lognormal(1.0, 0.5, 300)
     known, scaled = survival(), survival()
     for age_s in ages_s.tolist():
-        known.came(0, age_s)
-        scaled.came(0, age_s * 2**octaves)
+        known.record_event(0, age_s)
+        scaled.record_event(0, age_s * 2**octaves)
     shift = octaves * BINS_PER_OCTAVE
     begin, end = bin_of(1.0), bin_of(16.0)
     assert scaled.hazards(*NOBODY)[0, begin + shift : end + shift] * 2**octaves == pytest.approx(
@@ -149,5 +149,5 @@ def test_the_quantile_of_what_came() -> None:
     known = survival()
     assert known.quantile(0.1) == 0.0
     for age_s in np.linspace(2, 5, 1000).tolist():
-        known.came(0, age_s)
+        known.record_event(0, age_s)
     assert 1.9 <= known.quantile(0.1) <= 2.4

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kvservice.policy.survival import BEGINS, WIDTHS, Floats, bins_of
-from kvservice.policy.worth import fetchable, losable
+from kvservice.policy.worth import gittins_index, whittle_index
 from kvservice.simulate.distribution_bound import true_hazards
 from kvservice.simulate.think_times import draw, people_mean_s
 
@@ -38,7 +38,7 @@ def best_mean_over_any_stop(hazards: list[float]) -> float:
 
 @given(few_hazards)
 def test_where_what_leaves_is_lost_the_index_is_the_best_mean_over_any_stop(hazards: Floats) -> None:
-    index = losable(hazards, ones(hazards))
+    index = gittins_index(hazards, ones(hazards))
     for at in range(hazards.shape[1]):
         assert index[0, at] == pytest.approx(best_mean_over_any_stop(hazards[0, at:].tolist()))
 
@@ -60,7 +60,7 @@ def value_of_plan(plan: tuple[bool, ...], began_in: bool, hazards: list[float], 
 @given(few_hazards, st.sampled_from([0.01, 0.1, 0.5]))
 def test_holding_pays_below_its_index_and_not_above(hazards: Floats, price: float) -> None:
     """Against every plan of ages to hold at: there are no more than 32."""
-    hold, fetch = (table[0, 0] for table in fetchable(hazards, np.array([price]), ones(hazards)))
+    hold, fetch = (table[0, 0] for table in whittle_index(hazards, np.array([price]), ones(hazards)))
     listed = hazards[0].tolist()
 
     def best(began_in: bool, first: bool, rent: float) -> float:
@@ -75,28 +75,28 @@ def test_holding_pays_below_its_index_and_not_above(hazards: Floats, price: floa
 
 @given(few_hazards, st.sampled_from([0.01, 0.3]))
 def test_fetching_is_never_worth_more_than_holding(hazards: Floats, price: float) -> None:
-    hold, fetch = fetchable(hazards, np.array([price]), ones(hazards))
+    hold, fetch = whittle_index(hazards, np.array([price]), ones(hazards))
     assert (fetch <= hold + 1e-9).all()
     assert (hold >= hazards[:, None, :] * (1 - 1e-9)).all(), "to hold for a moment earns the hazard"
 
 
 def test_when_reading_costs_next_to_nothing_the_index_is_the_hazard_itself() -> None:
     hazards = np.array([[0.1, 0.5, 2.0, 0.3]])
-    hold, fetch = fetchable(hazards, np.array([1e-9]), ones(hazards))
+    hold, fetch = whittle_index(hazards, np.array([1e-9]), ones(hazards))
     assert hold[0, 0] == pytest.approx(hazards[0], rel=0.02)
     assert fetch[0, 0] == pytest.approx(hazards[0], rel=0.02)
 
 
 def test_the_dearer_reading_is_the_more_is_held_between_two_likely_ages() -> None:
     hazards = np.array([[1.0, 0.05, 1.0]])
-    hold, _ = fetchable(hazards, np.array([0.01, 0.1, 1.0]), ones(hazards))
+    hold, _ = whittle_index(hazards, np.array([0.01, 0.1, 1.0]), ones(hazards))
     valley = hold[0, :, 1]
     assert (np.diff(valley) > 0).all() and valley[0] < 0.2
 
 
 def test_of_a_constant_hazard_every_age_is_worth_the_same() -> None:
     hazards = np.full((1, 6), 0.2)
-    assert losable(hazards, ones(hazards))[0] == pytest.approx(0.2)
+    assert gittins_index(hazards, ones(hazards))[0] == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1e3])
@@ -105,8 +105,11 @@ def test_in_other_units_of_time_the_indices_are_the_same_ones(factor: float) -> 
     widths_s = np.random.default_rng(1).uniform(0.5, 3, 8)
     prices = np.array([0.01, 0.3])
     for table, scaled in zip(
-        (*fetchable(hazards, prices, widths_s), losable(hazards, widths_s)),
-        (*fetchable(hazards / factor, prices, widths_s * factor), losable(hazards / factor, widths_s * factor)),
+        (*whittle_index(hazards, prices, widths_s), gittins_index(hazards, widths_s)),
+        (
+            *whittle_index(hazards / factor, prices, widths_s * factor),
+            gittins_index(hazards / factor, widths_s * factor),
+        ),
         strict=True,
     ):
         assert scaled * factor == pytest.approx(table)
@@ -127,7 +130,7 @@ def test_on_real_gaps_it_keeps_what_a_fluid_calculation_keeps() -> None:
     Recency keeps 0.1 / 0.4 / 3 / 14 %. The quantiles say nothing of what is between them.
     """
     gaps_s = draw("people", 400_000, np.random.default_rng(0)) * people_mean_s()
-    hold, fetch = (table[0, 0] for table in fetchable(true_hazards(gaps_s, 0.0)[None, :], np.array([1e-3])))
+    hold, fetch = (table[0, 0] for table in whittle_index(true_hazards(gaps_s, 0.0)[None, :], np.array([1e-3])))
     ages_s = np.arange(0, 500, 0.05)
     waiting = 1 - np.searchsorted(np.sort(gaps_s), ages_s) / len(gaps_s)
     rooms, hits = [], []
