@@ -43,16 +43,15 @@ class Process:
 
     def kill(self) -> None:
         """SIGKILL: no handler runs, nothing is flushed."""
-        self._child.kill()
-        self._child.wait()
+        with contextlib.suppress(BrokenPipeError), self._child:  # Closes its pipes, and waits.
+            self._child.kill()
 
     def stop(self) -> None:
         """Ask it to end; kill it where it does not."""
         self._child.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._child.wait(_STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self.kill()
+        self.kill()
 
     def __enter__(self) -> Self:
         return self

@@ -24,8 +24,8 @@ from kvservice_adapter.connectors.transformers import TransformersConnector
 from kvservice_adapter.session import Conversation
 from kvservice_client import Client
 from tests.daemon import DaemonProcess
+from tests.unit.adapter.test_demo_windowed import Letters
 from tests.unit.rotary_models import OPTIONS, rotary_model, states
-from tests.unit.test_demo_windowed import Letters
 
 WINDOW_TOKENS, BLOCK_TOKENS, PATIENCE_S = 200, 16, 20.0
 _QUESTIONS = ("Which engines are there?", "What became of the first one?", "And who drove it, on which line?")

@@ -17,7 +17,7 @@ from kvservice.simulate.command_plan import plan
 from kvservice.simulate.plan import PRECISION, Prices, footprint_tokens, mixes
 from kvservice.simulate.traces import read
 from kvservice.simulate.workload import Workload
-from tests.unit.test_simulate_command import trace_of, turn
+from tests.unit.simulate.test_command import trace_of, turn
 
 PRICES = Prices(dram_gb=0.0088, ssd_gb=0.000082, gpu=5.0)
 

@@ -17,7 +17,7 @@ from kvservice.counters import Counters
 from kvservice.rpc.tls import Certificates, read_identity
 from tests.certificates import Authority, replace
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from kvservice.simulate.command_plan import plan
 from kvservice.simulate.engine import CONTENDERS
 from kvservice.simulate.result import Result
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 VERBS: tuple[Callable[..., None], ...] = (simulate, plan)
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])

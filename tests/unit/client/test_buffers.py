@@ -203,7 +203,7 @@ def test_where_keys_and_values_have_other_dims_only_flat_buffers_are_taken() -> 
         ([1, 2, 3], "is a list: it has neither a buffer nor DLPack"),
         (bytes(15), "has 15 bytes; it must have 16"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_what_cannot_be_shared_is_refused_by_name(source: Any, problem: str) -> None:
     with pytest.raises(InvalidRequest, match=rf"^layers\[0\] (is )?({problem})"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -19,19 +19,6 @@ from tests.integration.known_blocks import LARGE, SMALL, new_chain
 from tests.integration.wire import Feed, Upload, Wire, unharmed
 
 YEAR_S = 365 * 86400
-
-
-@pytest.fixture
-def kept(daemon: DaemonProcess) -> Iterator[BlockChain]:
-    with unharmed(daemon.address) as chain:
-        yield chain
-
-
-@pytest.fixture
-def wire(daemon: DaemonProcess, kept: BlockChain) -> Iterator[Wire]:
-    with Wire(daemon.address) as wire:
-        wire.attach()
-        yield wire
 
 
 def passes_its_deadline(call: Callable[[], object]) -> None:

@@ -17,7 +17,7 @@ from kvservice.simulate.workload import Workload
 
 OTHERS = ("lru", "fifo", "s3fifo", "lookahead")
 KV_BYTES = 800 * 1024  # Of a token.
-MOONCAKE = Path(__file__).parents[3] / "shared" / "traces" / "mooncake_conversation_trace.jsonl"
+MOONCAKE = Path(__file__).parents[4] / "shared" / "traces" / "mooncake_conversation_trace.jsonl"
 
 
 def live_bytes(workload: Workload) -> float:

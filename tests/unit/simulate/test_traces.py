@@ -10,7 +10,7 @@ from kvservice.policy.items import HINTS
 from kvservice.simulate.traces import read
 from kvservice.simulate.workload import Workload
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "traces"
+SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "traces"
 
 
 def written(folder: Path, *lines: str | dict[str, object], end: str = "\n") -> Path:

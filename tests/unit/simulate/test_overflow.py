@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from kvservice.simulate.engine import simulate
-from tests.unit.test_simulate_engine import PromotesAt
+from tests.unit.simulate.test_engine import PromotesAt
 from tests.workloads import Request, machine, sessions
 
 A, B, C = 0, 1, 2

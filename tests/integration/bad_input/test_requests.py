@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -31,25 +31,12 @@ from kvservice_client import Durability, block_chain
 from tests.daemon import MIB, DaemonProcess, until
 from tests.integration.known_blocks import LARGE, SMALL, new_chain, save, verify
 from tests.integration.test_rpc_all import METHODS
-from tests.integration.wire import Upload, Wire, refused, unharmed
+from tests.integration.wire import Upload, Wire, refused
 
 NewDaemon = Callable[..., DaemonProcess]
 KEY = bytes(range(32))
 U32_MAX = 2**32 - 1
 TIER_7: Any = 7  # Protobuf takes any number.
-
-
-@pytest.fixture
-def kept(daemon: DaemonProcess) -> Iterator[BlockChain]:
-    with unharmed(daemon.address) as chain:
-        yield chain
-
-
-@pytest.fixture
-def wire(daemon: DaemonProcess, kept: BlockChain) -> Iterator[Wire]:
-    with Wire(daemon.address) as wire:
-        wire.attach()
-        yield wire
 
 
 # Layouts

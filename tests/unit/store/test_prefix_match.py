@@ -16,7 +16,7 @@ from kvservice.store.transfers.coverage import cover
 from kvservice_api.errors import UnknownClient
 from kvservice_api.layout import Shard
 from tests.stores import CALLER, LAYOUT, WHOLE, OpenStore, caller_of, some_chain, some_images, until
-from tests.unit.test_coverage import shards
+from tests.unit.store.test_coverage import shards
 
 KEYS = [bytes([number]) * 32 for number in range(8)]
 LEFT, RIGHT = Shard(0, 2, 0, 1), Shard(0, 2, 1, 2)

@@ -97,12 +97,16 @@ async def test_a_block_larger_than_the_tier_evicts_nobody(open_store: Callable[.
 
 
 class StalledCleaner:
-    """A write-behind that makes progress when a test says so."""
+    """A write-behind that makes progress when a test says so; with `is_failing`, its writes run, and fail."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_failing: bool = False) -> None:
         self.steps = asyncio.Condition()
+        self.is_failing = is_failing
 
     def is_progressing(self) -> bool:
+        return not self.is_failing
+
+    def is_writing(self) -> bool:
         return True
 
     async def wait_for_one(self) -> None:
@@ -135,6 +139,39 @@ async def test_who_waits_is_served_before_who_comes_later(open_store: Callable[.
     opened.dram.release(taken[2])
     await cleaner.step()
     assert (await small).size_bytes == 16 * KIB
+
+
+async def test_while_writes_fail_a_block_leaves_once_its_write_has_ended(open_store: Callable[..., Any]) -> None:
+    opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER, ssd_bytes=0)
+    client = opened.store.leases.attach(CALLER, "test")
+    keys = await saved(opened, client, 4, on_ssd=False)
+    evictor, cleaner = opened.store.evictor, StalledCleaner(is_failing=True)
+    evictor._cleaner = cleaner
+    rows = opened.store.blocks.rows_of_keys(keys)
+    opened.store.lifecycle.hold(rows)
+
+    waiting = asyncio.create_task(evictor.reserve(TierName.DRAM, BLOCK))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not waiting.done(), "each block is being written: none may leave yet"
+    opened.store.lifecycle.unhold(rows)
+    await cleaner.step()
+
+    opened.dram.release(await waiting)
+    assert opened.hits(keys) < 4
+
+
+async def test_while_writes_fail_and_no_block_is_held_space_is_refused_at_once(
+    open_store: Callable[..., Any],
+) -> None:
+    opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER, ssd_bytes=0)
+    client = opened.store.leases.attach(CALLER, "test")
+    lease = opened.lookup(client, await saved(opened, client, 4, on_ssd=False))
+    opened.store.evictor._cleaner = StalledCleaner(is_failing=True)
+
+    with pytest.raises(TierFull):
+        await asyncio.wait_for(opened.store.evictor.reserve(TierName.DRAM, BLOCK), 1)
+    assert lease is not None
 
 
 async def test_waiting_for_room_ends_in_time(open_store: Callable[..., Any]) -> None:

@@ -19,8 +19,8 @@ from transformers import (
 
 from kvservice_adapter.connectors.transformers import UnsupportedModel
 from kvservice_api.errors import ChecksumMismatch
+from tests.unit.adapter.connectors.test_cache import FailingBlocks, left_padded
 from tests.unit.connector_models import BLOCK_TOKENS, KeptBlocks, computed, connector, prompt, states, tiny_llama
-from tests.unit.test_connector_cache import FailingBlocks, left_padded
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": 97,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -17,23 +17,10 @@ from kvservice_api.v1 import admin_pb2, types_pb2
 from kvservice_api.v1 import blocks_pb2 as pb
 from tests.daemon import DaemonProcess, until
 from tests.integration.known_blocks import SMALL, new_chain, slice_bytes
-from tests.integration.wire import Feed, Upload, Wire, refused, unharmed
+from tests.integration.wire import Feed, Upload, Wire, refused
 
 SIZE = slice_bytes(SMALL)
 U32_MAX, U64_MAX = 2**32 - 1, 2**64 - 1
-
-
-@pytest.fixture
-def kept(daemon: DaemonProcess) -> Iterator[BlockChain]:
-    with unharmed(daemon.address) as chain:
-        yield chain
-
-
-@pytest.fixture
-def wire(daemon: DaemonProcess, kept: BlockChain) -> Iterator[Wire]:
-    with Wire(daemon.address) as wire:
-        wire.attach()
-        yield wire
 
 
 @pytest.fixture

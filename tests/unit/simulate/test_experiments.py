@@ -15,7 +15,7 @@ from benchmarks.policies import EXPERIMENTS, Options, cost, shared_prefixes
 from benchmarks.policies.capacity_rule import distinct_sessions
 from benchmarks.policies.report import Section
 from kvservice.simulate import traces
-from tests.unit.test_simulate_command import trace_of, turn
+from tests.unit.simulate.test_command import trace_of, turn
 
 COMMAND = [sys.executable, "-m", "benchmarks.policies"]
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import pkgutil
 from types import SimpleNamespace
 
 import pytest
 
-import kvservice_client
 from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, KVError, TierFull
 from kvservice_client.retry import Deadline, retry
 
@@ -63,10 +61,3 @@ def test_nothing_is_attempted_after_the_deadline() -> None:
     with pytest.raises(DeadlineExceeded, match=r"the 0 s allowed"):
         retry(attempts, Deadline(0.0), 1.0, may_pass)
     assert attempts.count == 0
-
-
-def test_the_public_names_are_those_that_can_be_imported() -> None:
-    modules = {module.name for module in pkgutil.iter_modules(kvservice_client.__path__)}
-    public = {name for name in vars(kvservice_client) if not name.startswith("_")} - modules
-    assert public == set(kvservice_client.__all__)
-    assert kvservice_client.__all__ == sorted(kvservice_client.__all__, key=lambda name: (not name.isupper(), name))
