@@ -55,16 +55,16 @@ docs: .venv/installed-dev ## Write the generated pages under docs/ again
 	$(BIN)/python tools/generate_docs.py
 
 demo: .venv/installed-demo ## A conversation whose history comes back from the daemon
-	@$(BIN)/python -m kvservice_adapter.demo $(if $(MODEL),--model '$(MODEL)') $(ARGS)
+	@$(BIN)/python -m examples.demo $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
 bench: .venv/installed-dev ## Measure against the hardware's limits, and write docs/benchmarks.md
 	@$(BIN)/kvctl bench --write docs/benchmarks.md $(ARGS)
 
 bench-adapter: .venv/installed-demo ## Measure the adapter on a real model, and write docs/benchmarks.md
-	@$(BIN)/python -m kvservice_adapter.bench --write docs/benchmarks.md $(ARGS)
+	@$(BIN)/python -m benchmarks.adapter --write docs/benchmarks.md $(ARGS)
 
 simulate: .venv/installed-dev ## Try the placement policies, and write docs/policies.md (ARGS='--traces FOLDER')
-	@$(BIN)/python -m kvservice.simulate.experiments --write docs/policies.md $(ARGS)
+	@$(BIN)/python -m benchmarks.policies --write docs/policies.md $(ARGS)
 
 clean: ## Remove .venv and everything generated
 	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from kvservice_adapter.demo import report
-from kvservice_adapter.demo.conversation import hold_conversation
-from kvservice_adapter.demo.script import KILL_AFTER
+from examples.demo import report
+from examples.demo.conversation import hold_conversation
+from examples.demo.script import KILL_AFTER
 
 _SHARED_MEMORY = Path("/dev/shm")
 _LEFT_BEHIND = "kvservice-demo-*"
@@ -27,7 +27,7 @@ def run_demo(folder: Path, *arguments: str, **environment: str) -> subprocess.Co
     """With `folder` as its temporary directory. Whatever happens, it leaves nothing behind."""
     before = set(_SHARED_MEMORY.glob(_LEFT_BEHIND))
     done = subprocess.run(
-        [sys.executable, "-m", "kvservice_adapter.demo", *arguments],
+        [sys.executable, "-m", "examples.demo", *arguments],
         capture_output=True,
         text=True,
         check=False,

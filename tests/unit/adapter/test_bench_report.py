@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from kvservice_adapter.bench import MEASUREMENTS
-from kvservice_adapter.bench import __main__ as bench
-from kvservice_adapter.bench.report import Section
+from benchmarks.adapter import MEASUREMENTS
+from benchmarks.adapter import __main__ as bench
+from benchmarks.adapter.report import Section
 
 
 def test_each_measurement_writes_a_section_of_its_own_in_the_place_of_the_one_before(tmp_path: Path) -> None:
@@ -49,13 +49,13 @@ def test_a_figure_is_found_by_its_name() -> None:
 
 @pytest.mark.parametrize("name", MEASUREMENTS)
 def test_each_measurement_that_is_named_is_there(name: str) -> None:
-    module = importlib.import_module(f"kvservice_adapter.bench.{name}")
+    module = importlib.import_module(f"benchmarks.adapter.{name}")
 
     assert list(inspect.signature(module.measure).parameters) == ["quick"]
 
 
 def test_a_measurement_that_is_not_there_is_refused_with_those_that_are() -> None:
-    command = [sys.executable, "-m", "kvservice_adapter.bench", "nonsense"]
+    command = [sys.executable, "-m", "benchmarks.adapter", "nonsense"]
 
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
@@ -67,7 +67,7 @@ def test_a_file_in_a_folder_that_is_not_there_is_refused_before_anything_is_meas
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tmp_path / "missing" / "page.md"
-    monkeypatch.setattr("kvservice_adapter.demo.model._PACKAGE", "no_such_package")
+    monkeypatch.setattr("examples.demo.model._PACKAGE", "no_such_package")
     monkeypatch.setattr(sys, "argv", ["bench", "truncation", "--write", str(page)])
 
     with pytest.raises(SystemExit) as ended:
@@ -80,7 +80,7 @@ def test_a_file_in_a_folder_that_is_not_there_is_refused_before_anything_is_meas
 def test_a_model_that_is_not_installed_is_said_in_a_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("kvservice_adapter.demo.model._PACKAGE", "no_such_package")
+    monkeypatch.setattr("examples.demo.model._PACKAGE", "no_such_package")
     monkeypatch.setattr("signal.signal", lambda number, handler: None)
     monkeypatch.setattr(sys, "argv", ["bench", "truncation", "--quick"])
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvservice_adapter.bench import truncation
-from kvservice_adapter.bench.truncation import Quality, quality, text_tokens
-from kvservice_adapter.demo.model import load_model
+from benchmarks.adapter import truncation
+from benchmarks.adapter.truncation import Quality, quality, text_tokens
+from examples.demo.model import load_model
 from tests.stories import BEGIN, stories_model
 
 SCORED_TOKENS = 160

@@ -9,14 +9,13 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from kvservice_adapter.schedule import (
-    ReadBuffer,
-    perfect_buffer_layers,
+from benchmarks.adapter.paper_schedule import (
     prefill_with_preloading,
     prefill_without_preloading,
     read_buffer_bytes,
     simulate,
 )
+from kvservice_adapter.schedule import ReadBuffer, perfect_buffer_layers
 
 LAYERS = st.integers(1, 90)
 TIMES = st.fractions(Fraction(1, 1000), 1000, max_denominator=1000)

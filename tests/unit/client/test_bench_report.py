@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from kvservice_client.bench.report import BEGIN, END, Report
-from kvservice_client.bench.rounds import compare
+from benchmarks.client.report import SECTION, Report
+from benchmarks.client.rounds import compare
+
+BEGIN, END = f"<!-- {SECTION}: begin -->", f"<!-- {SECTION}: end -->"
 
 
 def in_turn(*values: float) -> Callable[[], Mapping[str, float]]:

@@ -13,13 +13,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from benchmarks.policies import EXPERIMENTS
 from kvservice.config import SETTINGS, environment_name
 from kvservice.counters import HELP
 from kvservice.policy import PLACEMENTS
 from kvservice.simulate.command import simulate
 from kvservice.simulate.command_plan import plan
 from kvservice.simulate.engine import CONTENDERS
-from kvservice.simulate.experiments import EXPERIMENTS
 from kvservice.simulate.result import Result
 
 ROOT = Path(__file__).parents[3]

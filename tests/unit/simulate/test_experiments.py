@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.policies import EXPERIMENTS, Options, cost, shared_prefixes
+from benchmarks.policies.capacity_rule import distinct_sessions
+from benchmarks.policies.report import Section
 from kvservice.simulate import traces
-from kvservice.simulate.experiments import EXPERIMENTS, Options, cost, shared_prefixes
-from kvservice.simulate.experiments.capacity_rule import distinct_sessions
-from kvservice.simulate.experiments.report import Section
 from tests.unit.simulate.test_command import trace_of, turn
 
-COMMAND = [sys.executable, "-m", "kvservice.simulate.experiments"]
+COMMAND = [sys.executable, "-m", "benchmarks.policies"]
 
 
 def test_each_experiment_writes_a_section_of_its_own_in_the_place_of_the_one_before(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_a_goal_is_met_at_its_edge_and_not_beyond_or_by_what_was_not_seen(
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_each_experiment_that_is_named_is_there(name: str) -> None:
-    module = importlib.import_module(f"kvservice.simulate.experiments.{name}")
+    module = importlib.import_module(f"benchmarks.policies.{name}")
 
     assert list(inspect.signature(module.measure).parameters) == ["options"]
 

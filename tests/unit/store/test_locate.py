@@ -59,7 +59,7 @@ async def test_blocks_in_dram_are_told_at_once_and_stay_until_the_reader_leaves(
     assert (await opened.store.evict(CALLER, chain.keys, DRAM)).held == 3
     await steps.aclose()
     assert (await opened.store.evict(CALLER, chain.keys, DRAM)).held == 0
-    generations = [opened.dram.generation(extent) for extent in located.extents]
+    generations = opened.dram.generations(located.extents)
     assert generations == [generation + 1 for generation in located.generations]
 
 
@@ -103,11 +103,11 @@ async def test_a_block_that_came_up_and_got_no_record_stays_while_it_is_read(
         assert await anext(steps) == layer + 1
     await until(lambda: not promotion._landings)
     await asyncio.sleep(0.05)
-    assert [opened.dram.generation(extent) for extent in located.extents] == located.generations
+    assert opened.dram.generations(located.extents) == located.generations
     assert [bytes_at(opened, located, block, 0) for block in range(3)] == [layer_of(image, 0) for image in images]
     await steps.aclose()
     await until(lambda: opened.dram.used_bytes == 0)
-    assert [opened.dram.generation(extent) - 1 for extent in located.extents] == located.generations
+    assert [each - 1 for each in opened.dram.generations(located.extents)] == located.generations
 
 
 async def test_the_end_of_the_client_ends_the_call(opened: OpenStore, client: Client) -> None:

@@ -233,11 +233,11 @@ async def test_space_that_a_lost_client_may_be_writing_comes_back_with_its_lock_
         assert opened.dram.used_bytes == used
     assert not opened.store.ingests.uploads, "others may store these blocks elsewhere"
     assert not opened.store.reservations._open
-    before = [opened.dram.generation(place.extent) for place in places]
+    before = opened.dram.generations([place.extent for place in places])
 
     lock.release()
     await until(lambda: opened.dram.used_bytes == 0)
-    assert [opened.dram.generation(place.extent) for place in places] == [each + 1 for each in before]
+    assert opened.dram.generations([place.extent for place in places]) == [each + 1 for each in before]
     assert not list((opened.dram.arena_directory / "writers").iterdir())
 
 
