@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from google.protobuf.message import Message
 
-from kvservice.store.operations.requests import ReportRecord
+from kvservice.store.types import ReportRecord
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.v1 import blocks_pb2 as pb
 

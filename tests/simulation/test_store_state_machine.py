@@ -40,7 +40,7 @@ from tests.simulation.store_beside_model import (
     StoreBesideModel,
     image_of,
 )
-from tests.stores import CALLER, KIB, MIB, caller_of, checksums_of, frames_of
+from tests.stores import CALLER, KIB, MIB, at_once, caller_of, checksums_of, frames_of
 
 
 class StoreMachine(StoreBesideModel):
@@ -159,7 +159,7 @@ class StoreMachine(StoreBesideModel):
     @rule(chain=chains, first=firsts, count=counts, shard=shards, ttl_s=st.sampled_from([0, 5, 50, 50]), client=numbers)
     def lookup(self, chain: int, first: int, count: int, shard: Shard, ttl_s: int, client: int) -> None:
         layout, part = self.part(chain, first, count)
-        hit = self.store.lookup(caller_of(self.client(client)), layout.fingerprint, shard, part.keys, ttl_s)
+        hit = at_once(self.store.lookup(caller_of(self.client(client)), layout.fingerprint, shard, part.keys, ttl_s))
         self.reconcile()
         expected = next((at for at, key in enumerate(part.keys) if not self.covered(key, shard)), len(part))
         assert hit.blocks == expected == sum(count for count, *_ in hit.runs)
@@ -205,10 +205,10 @@ class StoreMachine(StoreBesideModel):
             return
         held = self.leases[number % len(self.leases)]
         if ttl_s:
-            self.store.leases.renew(caller_of(held.client), held.lease.lease_id, ttl_s)
+            self.opened.leases.renew(caller_of(held.client), held.lease.lease_id, ttl_s)
             held.ends_at_s = self.files.clock.monotonic_s() + ttl_s
         else:
-            self.store.leases.release(caller_of(held.client), held.lease.lease_id)
+            self.opened.leases.release(caller_of(held.client), held.lease.lease_id)
             self.leases.remove(held)
 
     @rule(number=numbers, ttl_s=st.sampled_from([5, 50]), adoptions=st.integers(1, 3))
@@ -216,7 +216,7 @@ class StoreMachine(StoreBesideModel):
         if not self.leases:
             return
         held = self.leases[number % len(self.leases)]
-        ticket = self.store.tickets.export(caller_of(held.client), held.lease.lease_id, ttl_s, adoptions)
+        ticket = self.opened.tickets.export(caller_of(held.client), held.lease.lease_id, ttl_s, adoptions)
         self.tickets.append(HeldTicket(ticket, held, self.files.clock.monotonic_s() + ttl_s, adoptions))
 
     @rule(number=numbers, shard=shards, ttl_s=st.sampled_from([5, 50]), client=numbers)
@@ -248,22 +248,22 @@ class StoreMachine(StoreBesideModel):
         for held in self.leases:
             if held.ends_at_s <= now_s:
                 with pytest.raises(LeaseExpired):
-                    self.store.leases.get(caller_of(held.client), held.lease.lease_id)
+                    self.opened.leases.get(caller_of(held.client), held.lease.lease_id)
         self.leases = [held for held in self.leases if held.ends_at_s > now_s]
         for ticket in self.tickets:
             if ticket.ends_at_s <= now_s:
                 with pytest.raises(TicketExpired):
                     self.do(self._adopt(ticket, None, self.client(0), 50))
         self.tickets = [ticket for ticket in self.tickets if ticket.ends_at_s > now_s]
-        self.store.leases.expire()
-        assert self.store.leases.count == len(self.leases) + len(self.tickets)
+        self.opened.leases.expire()
+        assert self.opened.leases.count == len(self.leases) + len(self.tickets)
 
     @rule(number=numbers)
     def a_client_goes(self, number: int) -> None:
         gone = self.client(number)
-        self.store.leases.detach(CALLER, gone)
+        self.opened.store.detach(CALLER, gone)
         self.clients = [client for client in self.clients if client is not gone]
-        self.clients.append(self.store.leases.attach(CALLER, "another"))
+        self.clients.append(self.opened.store.attach(CALLER, "another"))
         self.leases = [held for held in self.leases if held.client is not gone]
         over = [save for save in self.saves if save.client is gone]
         self.saves = [save for save in self.saves if save.client is not gone]
@@ -315,9 +315,9 @@ class StoreMachine(StoreBesideModel):
         until_ms = 0
         try:
             if ttl_s:
-                until_ms = self.do(self.store.pins.pin(CALLER, part.keys, ttl_s * 1000)).until_ms
+                until_ms = self.do(self.opened.store.pin(CALLER, part.keys, ttl_s * 1000)).until_ms
             else:
-                self.do(self.store.pins.unpin(CALLER, part.keys))
+                self.do(self.opened.store.unpin(CALLER, part.keys))
         except PinsFull:
             assert not self.ample
             return
@@ -329,7 +329,7 @@ class StoreMachine(StoreBesideModel):
         if what == "settle":
             self.settle()
         elif what == "recency":
-            self.do(self.store.lifecycle.flush_recency())
+            self.do(self.opened.block_lifecycle.flush_recency())
         else:
             assert self.do(self._scrub()) == 0
 

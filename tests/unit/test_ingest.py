@@ -46,6 +46,7 @@ from tests.stores import (
     caller_of,
     checksums_of,
     frames_of,
+    header_of,
     layers_of,
     some_chain,
     some_images,
@@ -63,11 +64,11 @@ async def loaded(opened: OpenStore, client: Client, chain: BlockChain) -> list[b
     try:
         return await opened.load(lease)
     finally:
-        opened.store.leases.release(caller_of(client), lease.lease_id)
+        opened.leases.release(caller_of(client), lease.lease_id)
 
 
 async def nothing_left(opened: OpenStore, used_before: int = 0) -> None:
-    assert not opened.store.ingests.uploads
+    assert not opened.ingests.uploads
     assert not opened.uploads()
     await until(lambda: opened.dram.used_bytes == used_before)
 
@@ -118,7 +119,7 @@ async def test_a_save_of_many_blocks_lets_the_event_loop_go_round_while_it_reser
             await asyncio.sleep(0)
 
     counting = asyncio.create_task(count())
-    async with opened.begin_save(opened.store.leases.attach(CALLER, "test"), chain):
+    async with opened.begin_save(opened.store.attach(CALLER, "test"), chain):
         counting.cancel()
     assert turns >= 2
 
@@ -186,7 +187,7 @@ async def test_a_frame_that_is_out_of_range_or_overlaps_ends_the_save_and_nothin
         await save()
     await nothing_left(opened)
     assert opened.hits(chain.keys) == 0
-    assert opened.store.counters.saves_abandoned == 1
+    assert opened.counters.saves_abandoned == 1
 
 
 async def test_bytes_of_blocks_that_are_stored_already_are_not_looked_at(opened: OpenStore, client: Client) -> None:
@@ -263,7 +264,7 @@ async def test_a_second_commit_is_refused_while_the_first_one_runs_and_after_it(
 
 async def test_slices_too_large_to_be_hashed_at_once_are_hashed_on_threads(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=8 * MIB, ssd_bytes=16 * MIB)
-    client = opened.store.leases.attach(CALLER, "test")
+    client = opened.store.attach(CALLER, "test")
     layout = Layout(
         model_id="large", dtype="float32", layers=2, kv_heads=1, k_head_dim=8192, v_head_dim=8192, block_tokens=17
     )
@@ -296,7 +297,7 @@ async def test_a_client_that_goes_in_the_middle_leaves_nothing_at_once(opened: O
     ingest = await half_saved(opened, client, chain)
     assert opened.dram.used_bytes == 3 * BLOCK
 
-    opened.store.leases.detach(CALLER, client)
+    opened.store.detach(CALLER, client)
     assert opened.dram.used_bytes == 0
     with pytest.raises(IncompleteSave):
         await ingest.commit(checksums_of(WHOLE, some_images(chain)), on_ssd=False)
@@ -309,11 +310,11 @@ async def test_a_client_that_goes_while_its_save_is_committed_holds_nobody_up(
 ) -> None:
     """The save is complete: it goes on, and whoever saves the same meanwhile finds it stored."""
     chain, images = some_chain(2), some_images(some_chain(2))
-    other = opened.store.leases.attach(CALLER, "other")
+    other = opened.store.attach(CALLER, "other")
     with opened.commits_held(TierName.DRAM):
         first = asyncio.create_task(opened.save(client, chain, images))
-        await until(lambda: opened.store.blocks.row_end > 0)
-        opened.store.leases.detach(CALLER, client)
+        await until(lambda: opened.blocks.row_end > 0)
+        opened.store.detach(CALLER, client)
         second = asyncio.create_task(opened.save(other, chain, images))
         for _ in range(10):
             await asyncio.sleep(0)
@@ -326,14 +327,14 @@ async def test_a_client_that_goes_while_it_waits_for_another_or_for_room_is_let_
     open_store: Callable[..., Any],
 ) -> None:
     opened: OpenStore = await open_store(dram_bytes=3 * BLOCK + HEADER)
-    owner, waiting = (opened.store.leases.attach(CALLER, name) for name in ("owner", "waiting"))
+    owner, waiting = (opened.store.attach(CALLER, name) for name in ("owner", "waiting"))
     chain = some_chain(2)
     ingest = await half_saved(opened, owner, chain)
     save = asyncio.create_task(opened.save(waiting, chain, some_images(chain)))
     await asyncio.sleep(0.01)
     assert not save.done()
 
-    opened.store.leases.detach(CALLER, waiting)
+    opened.store.detach(CALLER, waiting)
     with pytest.raises(IncompleteSave, match="gone"):
         await asyncio.wait_for(save, 30)
     await ingest.__aexit__(None, None, None)
@@ -351,7 +352,7 @@ async def test_a_save_that_is_cancelled_anywhere_leaves_nothing_half_done(
     saving.cancel()
     await asyncio.gather(saving, return_exceptions=True)
     await opened.settle()
-    assert not opened.store.ingests.uploads
+    assert not opened.ingests.uploads
     assert opened.hits(chain.keys) in (0, 3)
     assert not (await opened.save(client, chain, images)).refused
 
@@ -365,7 +366,7 @@ async def test_of_two_clients_that_save_the_same_one_stores_it_and_the_other_fin
     chain = some_chain(4)
     mine, others = some_images(chain, seed=1), some_images(chain, seed=2)
     outcomes = await asyncio.gather(
-        opened.save(client, chain, mine), opened.save(opened.store.leases.attach(CALLER, "other"), chain, others)
+        opened.save(client, chain, mine), opened.save(opened.store.attach(CALLER, "other"), chain, others)
     )
     assert [outcome.stored for outcome in outcomes] == [[0, 1, 2, 3], []]
     assert outcomes[1].already_stored == [0, 1, 2, 3]
@@ -389,7 +390,7 @@ async def test_waiting_for_another_save_ends_in_time_and_costs_only_what_it_stor
     open_store: Callable[..., Any],
 ) -> None:
     opened: OpenStore = await open_store(limits=StoreLimits(upload_wait_s=0.02))
-    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(3)
+    client, chain = opened.store.attach(CALLER, "test"), some_chain(3)
     slow = await half_saved(opened, client, chain[:2])
     outcome = await opened.save(client, chain, some_images(chain))
     assert outcome.stored == [2]
@@ -435,7 +436,7 @@ async def test_blocks_that_find_no_room_are_refused_and_those_before_them_stored
     open_store: Callable[..., Any],
 ) -> None:
     opened: OpenStore = await open_store(dram_bytes=3 * BLOCK + HEADER, limits=PATIENT)
-    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(5)
+    client, chain = opened.store.attach(CALLER, "test"), some_chain(5)
     outcome = await asyncio.wait_for(opened.save(client, chain, some_images(chain)), 30)
     assert outcome.stored == [0, 1, 2]
     assert [type(error) for error in outcome.refused.values()] == [TierFull, TierFull]
@@ -447,7 +448,7 @@ async def test_an_acknowledgement_from_ssd_holds_for_blocks_that_others_had_stor
 ) -> None:
     calls = FaultyCalls()
     opened: OpenStore = await open_store(calls=calls)
-    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(2)
+    client, chain = opened.store.attach(CALLER, "test"), some_chain(2)
     images = some_images(chain)
     with calls.held("pwritev"):
         await opened.save(client, chain, images)
@@ -463,7 +464,7 @@ async def test_where_the_ssd_refuses_a_durable_save_says_so_and_dram_has_the_blo
 ) -> None:
     calls = FaultyCalls()
     opened: OpenStore = await open_store(calls=calls)
-    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(2)
+    client, chain = opened.store.attach(CALLER, "test"), some_chain(2)
     calls.failing["pwritev"] = 28
     outcome = await opened.save(client, chain, some_images(chain), on_ssd=True)
     assert not outcome.stored
@@ -475,7 +476,7 @@ async def test_where_the_ssd_refuses_a_durable_save_says_so_and_dram_has_the_blo
 async def test_without_an_ssd_tier_a_durable_save_is_refused(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(ssd_bytes=0)
     chain = some_chain(1)
-    outcome = await opened.save(opened.store.leases.attach(CALLER, "test"), chain, some_images(chain), on_ssd=True)
+    outcome = await opened.save(opened.store.attach(CALLER, "test"), chain, some_images(chain), on_ssd=True)
     assert isinstance(outcome.refused[0], TierFull) and not outcome.stored
 
 
@@ -485,7 +486,7 @@ async def test_without_an_ssd_tier_a_durable_save_is_refused(open_store: Callabl
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ({"caller": replace(CALLER, client=b"nobody")}, UnknownClient),
+        ({"client": b"nobody"}, UnknownClient),
         ({"fingerprint": bytes(32)}, UnknownLayout),
         ({"fingerprint": b""}, UnknownLayout),
         ({"shard": Shard(0, 3, 0, 2)}, InvalidRequest),
@@ -499,20 +500,14 @@ async def test_a_save_of_what_cannot_be_is_refused(
     opened: OpenStore, client: Client, change: dict[str, Any], error: type[KVError]
 ) -> None:
     chain = some_chain(2)
-    request: dict[str, Any] = {
-        "caller": caller_of(client),
-        "fingerprint": LAYOUT.fingerprint,
-        "shard": WHOLE,
-        "parent_key": chain.parent,
-        "keys": list(chain.keys),
-        "last_block_tokens": 0,
-    }
+    asked = dict(change)
+    caller = replace(CALLER, client=asked.pop("client", client.client_id))
     with pytest.raises(error):
-        opened.store.begin_save(**{**request, **change})
-    assert not opened.store.ingests.uploads and not client.on_detach
+        opened.store.save(caller, header_of(chain)._replace(**asked))
+    assert not opened.ingests.uploads and not client.on_detach
 
 
 async def test_a_daemon_that_stops_takes_no_new_saves(opened: OpenStore, client: Client) -> None:
-    opened.store.drain.begin(CALLER)
+    opened.drain.begin(CALLER)
     with pytest.raises(Draining):
         opened.begin_save(client, some_chain(1))

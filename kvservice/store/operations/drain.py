@@ -15,8 +15,7 @@ from kvservice.blocks import BlockTable, Rows, TierName
 from kvservice.store.caller import Caller
 from kvservice.store.mover.write_behind import WriteBehind
 from kvservice.store.tasks import Tasks
-from kvservice.store.transfers.in_place_reads import Locates
-from kvservice.store.transfers.reads import Loads
+from kvservice.store.transfers.admission import Admission
 from kvservice.store.transfers.upload import Ingests
 from kvservice_api.errors import Draining
 
@@ -45,15 +44,13 @@ class Drain:
         self,
         blocks: BlockTable,
         ingests: Ingests,
-        loads: Loads,
-        locates: Locates,
+        admission: Admission,
         write_behind: WriteBehind | None,
         tasks: Tasks,
     ) -> None:
         self._blocks = blocks
         self._ingests = ingests
-        self._loads = loads
-        self._locates = locates
+        self._admission = admission
         self._write_behind = write_behind
         self._tasks = tasks
         self._writing: asyncio.Task[None] | None = None
@@ -73,7 +70,7 @@ class Drain:
 
     async def quiet(self) -> None:
         """Wait until no load and no save runs."""
-        while self._loads.open_count or self._locates.open_count or self._ingests.uploads:  # noqa: ASYNC110  (once in a life)
+        while self._admission.loads_open or self._ingests.uploads:  # noqa: ASYNC110  (once in a life)
             await asyncio.sleep(_LOOK_EVERY_S)
 
     # When an operator asks
@@ -128,7 +125,7 @@ class Drain:
         rows = self._only_in_dram()
         return DrainProgress(
             uploads=len(self._ingests.uploads),
-            loads=self._loads.open_count + self._locates.open_count,
+            loads=self._admission.loads_open,
             only_in_dram=len(rows),
             only_in_dram_bytes=int(self._blocks.size_bytes[rows].sum()),
             unwritten=0 if done or self._write_behind is None else self._write_behind.pending,

@@ -8,9 +8,11 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from kvservice.blocks import NO_ROW, BlockTable, TierName
+from kvservice.clock import Clock
 from kvservice.index.block_index import BlockIndex, Emptied
 from kvservice.store.caller import Caller
 from kvservice.store.miss_reasons import Event, MissReasons, Reason
+from kvservice.store.operations.listings import BlockFacts, block_facts
 from kvservice.store.operations.requests import LookupRecord, RequestRecord
 from kvservice.store.transfers.upload import Ingests
 from kvservice_api.layout import LayerGroup, Layout, Rotary
@@ -83,6 +85,16 @@ class OtherLayout:
 
 
 @dataclass(frozen=True, slots=True)
+class ExplainedBlock:
+    """A block's stored shards, each with the places where it lies; why it is a miss, where it has none."""
+
+    shards: Sequence[tuple[BlockFacts, Sequence[Place]]]
+    events: Sequence[Event]
+    missing: Missing | None
+    remembers_since_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class ExplainedLookup:
     record: LookupRecord
     layout: Layout
@@ -91,11 +103,14 @@ class ExplainedLookup:
 
 
 class Explain:
-    def __init__(self, blocks: BlockTable, index: BlockIndex, history: MissReasons, ingests: Ingests) -> None:
+    def __init__(
+        self, blocks: BlockTable, index: BlockIndex, history: MissReasons, ingests: Ingests, clock: Clock
+    ) -> None:
         self._blocks = blocks
         self._index = index
         self._history = history
         self._ingests = ingests
+        self._clock = clock
 
     @property
     def remembers_since_ms(self) -> int:
@@ -104,6 +119,17 @@ class Explain:
     @property
     def dram_emptied(self) -> Emptied | None:
         return self._index.dram_emptied
+
+    def block(self, caller: Caller, key: bytes) -> ExplainedBlock:
+        """Where the block lies and what is remembered of it."""
+        rows, now_ms = self.rows(caller, key), self._clock.wall_ms()
+        shards = [
+            (block_facts(self._blocks, self._index.layouts, row, now_ms), self.places(caller, row)) for row in rows
+        ]
+        events, missing = self.events(caller, key), None if rows else self.missing(caller, key)
+        # With the history off it is the time of reading: the same in both.
+        since_ms = self.remembers_since_ms if missing is None else missing.remembers_since_ms
+        return ExplainedBlock(shards, events, missing, since_ms)
 
     def rows(self, caller: Caller, key: bytes) -> list[int]:
         """The rows of a block's shards; none where it is not stored."""

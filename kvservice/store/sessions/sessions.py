@@ -30,8 +30,7 @@ from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.store.miss_reasons import Reason
 from kvservice.store.sessions import manifests
-from kvservice.store.sessions.manifests import Turn
-from kvservice.store.sessions.messages import session_message
+from kvservice.store.sessions.manifests import StoredSession, Turn
 from kvservice.store.tasks import Tasks
 from kvservice_api.errors import InvalidRequest, KVError, SessionChanged, SessionNotFound, SessionsFull, StorageFailed
 from kvservice_api.layout import Layout
@@ -43,7 +42,6 @@ _EXPIRED_AT_A_TIME = 256
 _FLUSHED_AT_A_TIME = 64
 _DROPPED_A_TURN = 32  # Of the event loop: a millisecond.
 _POSITIONS_MAX = 65536  # Explicit ones, in one session.
-_STATUS_BYTES_MAX = 5120  # Of a session in an error: with base64 and the rest, a status may have 8 KiB.
 _NAMES_A_TURN = 4096
 _TICK_S = 1.0
 _GONE_MAX = 4096  # Sessions whose end is remembered.
@@ -421,8 +419,7 @@ class Sessions:
     def _changed(self, now: Manifest, why: str) -> SessionChanged:
         self._counters.session_changes_refused += 1
         error = SessionChanged(why, session_id=now.session_id, revision=now.revision)
-        layout = self._index.layouts[now.layout_id]
-        error.attached = session_message(now, layout, bytes_max=_STATUS_BYTES_MAX)
+        error.now = StoredSession(now, self._index.layouts[now.layout_id])
         return error
 
     def _check_room(self) -> None:

@@ -105,7 +105,6 @@ class Loads:
         self.loop_budget = loop_budget
         self.slots = asyncio.Semaphore(slots)
         self.frame_bytes = frame_bytes
-        self.open_count = 0
         self.scratch = _ScratchBudget(_SCRATCH_BYTES, _SCRATCH_WAIT_S)
 
     async def run(
@@ -117,7 +116,6 @@ class Loads:
         """
         load = _Load(self, lease, blocks)
         self.lifecycle.hold(load.rows)
-        self.open_count += 1
         try:
             await load.open()
             ready: asyncio.Future[T] | None  # One frame is sent while the one behind it, `waiting`, is put together.
@@ -153,7 +151,6 @@ class Loads:
             raise
         finally:
             await load.close()
-            self.open_count -= 1
             self.lifecycle.unhold(load.rows)
 
 

@@ -12,6 +12,7 @@ import asyncio
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,6 +29,7 @@ from kvservice.store.miss_reasons import Reason
 from kvservice.store.mover.evictor import Evictor
 from kvservice.store.mover.write_behind import WriteBehind
 from kvservice.store.tasks import all_of
+from kvservice.store.transfers.admission import Admission
 from kvservice.tiers.dram import DramTier
 from kvservice_api.errors import (
     BlockNotFound,
@@ -133,6 +135,7 @@ class Ingests:
         clock: Clock,
         counters: Counters,
         loop_budget: LoopBudget,
+        admission: Admission,
         *,
         wait_s: float,
         secret: bytes,
@@ -146,6 +149,7 @@ class Ingests:
         self.clock = clock
         self.counters = counters
         self.loop_budget = loop_budget
+        self.admission = admission
         self.wait_s = wait_s
         self.secret = secret
         self.uploads: dict[bytes, deque[_Upload]] = {}  # By object. The first one is under way, the others wait.
@@ -169,6 +173,8 @@ class Ingest:
         self._caller = caller
         self._client = client
         self._request = request
+        self._open = ExitStack()
+        self._gate = self._all.admission.saves
         self._outcome = SaveOutcome()
         self._uploads: dict[int, _Upload] = {}
         self._checksums = np.zeros((len(request.keys), request.shard.layers), np.uint64)  # Of what came.
@@ -182,6 +188,7 @@ class Ingest:
         self._committed = False
 
     async def __aenter__(self) -> Ingest:
+        self._open.enter_context(self._gate.entered())
         self._client.on_detach.add(self._abandon)
         try:
             await self._claim()
@@ -276,6 +283,13 @@ class Ingest:
         self._end(upload)
 
     # Writing
+
+    async def put(self, frame: Frame) -> None:
+        """`write`, in turn with other saves: the event loop goes round between frames."""
+        async with self._all.admission.save_slots:
+            self._all.admission.check_frame(len(frame.payload))
+            self.write(frame)
+            await asyncio.sleep(0)  # With the slot in hand.
 
     def write(self, frame: Frame) -> None:
         """Put a frame's bytes in their place. Raises InvalidFrame; the caller then leaves the block."""
@@ -487,6 +501,7 @@ class Ingest:
                 self._all.lifecycle.history.note_keys(keys, Reason.ABANDONED)
         for upload in list(self._uploads.values()):
             self._end(upload)
+        self._open.close()
 
     def _end(self, upload: _Upload) -> None:
         if upload.extent is not None:

@@ -1,0 +1,203 @@
+"""The values that the store's verbs take and return.
+
+Listeners and metrics import these, `Caller` and the facade (``store/store.py``), and nothing else of the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kvservice.blocks import TierName
+from kvservice.index.session_records import Manifest
+from kvservice.store.leases import Client, Lease
+from kvservice.store.miss_reasons import Event
+from kvservice.store.operations.drain import DrainProgress
+from kvservice.store.operations.explain import ExplainedBlock, ExplainedLookup, Missing, OtherLayout
+from kvservice.store.operations.explain import Place as TierPlace
+from kvservice.store.operations.listings import BlockFacts
+from kvservice.store.operations.pins import PinOutcome, UnpinOutcome
+from kvservice.store.operations.requests import LoadRecord, ReportRecord
+from kvservice.store.operations.scrub import ScrubProgress
+from kvservice.store.sessions.manifests import StoredSession, Turn
+from kvservice.store.transfers.admission import SAVE_BLOCKS_MAX, SAVE_SLICES_MAX, Incoming
+from kvservice.store.transfers.in_place_reads import Located, NotInPlace
+from kvservice.store.transfers.in_place_uploads import Place
+from kvservice.store.transfers.reads import Part
+from kvservice.store.transfers.upload import SaveOutcome
+from kvservice_api.errors import InvalidRequest
+from kvservice_api.layout import Shard
+
+__all__ = [
+    "SAVE_BLOCKS_MAX",
+    "SAVE_SLICES_MAX",
+    "Adopted",
+    "BlockFacts",
+    "Client",
+    "DrainProgress",
+    "Event",
+    "EvictOutcome",
+    "ExplainedBlock",
+    "ExplainedLookup",
+    "ExplainedRequest",
+    "ExplainedSession",
+    "Hit",
+    "Incoming",
+    "Lease",
+    "LoadRecord",
+    "Located",
+    "Manifest",
+    "Missing",
+    "NotInPlace",
+    "OtherLayout",
+    "Part",
+    "PinOutcome",
+    "Place",
+    "PrefetchOutcome",
+    "ReportRecord",
+    "Run",
+    "SaveHeader",
+    "SaveOutcome",
+    "ScrubProgress",
+    "SessionHistory",
+    "SharedArena",
+    "Span",
+    "StoreFacts",
+    "StoredSession",
+    "TierFacts",
+    "TierPlace",
+    "Turn",
+    "UnpinOutcome",
+]
+
+Run = tuple[int, bool, bool]  # Count of consecutive blocks, whether they are in DRAM, whether they are on SSD.
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """`count` items from `first` on; a count of 0 means all that follow."""
+
+    first: int = 0
+    count: int = 0
+
+    def within(self, end: int, what: str) -> range:
+        """As a range of a lease's `end` items. Raises InvalidRequest where it is empty or reaches beyond."""
+        last = self.first + self.count if self.count else end
+        if not self.first < last <= end:
+            raise InvalidRequest(f"{what}s {self.first}..{last} are not in the lease's {end}", field=f"first_{what}")
+        return range(self.first, last)
+
+
+class SaveHeader(NamedTuple):
+    """What a save stores: consecutive blocks of one chain, all full but the last (`last_block_tokens` 0: full too).
+
+    Without a shard it is whole blocks.
+    """
+
+    fingerprint: bytes
+    shard: Shard | None
+    parent_key: bytes
+    keys: Sequence[bytes]
+    last_block_tokens: int
+
+
+class Hit(NamedTuple):
+    """The answer to a lookup. `runs` are over the leading hits; `ttl_s` is what the lease was granted for."""
+
+    blocks: int
+    runs: list[Run]
+    lease: Lease | None
+    ttl_s: float = 0.0
+
+
+class Adopted(NamedTuple):
+    """An adopted lease, what it was granted for, where its blocks lie, and the token count of each."""
+
+    lease: Lease
+    ttl_s: float
+    runs: list[Run]
+    token_counts: list[int]
+
+
+class PrefetchOutcome(NamedTuple):
+    missing: int
+    in_dram: int
+    promoted: int
+    failed: int
+
+
+class EvictOutcome(NamedTuple):
+    evicted: int
+    held: int
+    missing: int
+
+
+class SessionHistory(NamedTuple):
+    """A session, how many of its leading slices are stored, and where these lie."""
+
+    session: StoredSession
+    usable: int
+    runs: list[Run]
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedSession:
+    """`missing` is why the first slice that is not usable is a miss; None where all are usable."""
+
+    history: SessionHistory
+    missing: Missing | None
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedRequest:
+    """What is remembered of a request; `lookups_more` and `reports_more` were counted and not kept."""
+
+    lookups: Sequence[ExplainedLookup]
+    lookups_more: int
+    reports: Sequence[ReportRecord]
+    reports_more: int
+
+
+@dataclass(frozen=True, slots=True)
+class TierFacts:
+    """One tier, and its index. Sizes in bytes; `refusing_because` and `short_because` are empty where all is well."""
+
+    name: TierName
+    capacity_bytes: int
+    configured_bytes: int  # What the setting asks for; `short_because` says why there is less.
+    used_bytes: int
+    refusing_because: str
+    short_because: str
+    is_direct: bool  # Whether its files are read and written past the page cache.
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFacts:
+    """Plain numbers of one moment."""
+
+    store_id: bytes
+    started_at_ms: int
+    tiers: Sequence[TierFacts]
+    index_map_bytes: dict[TierName, int]
+    index_used_bytes: dict[TierName, int]
+    blocks: int
+    layouts: int
+    clients: int
+    leases: int
+    uploads: int
+    sessions: int
+    set_aside_bytes: int
+    set_aside_extents: int
+    reported: dict[tuple[str, str], int]  # (plan, outcome) -> requests that were reported so.
+
+
+@dataclass(frozen=True, slots=True)
+class SharedArena:
+    """The arena as clients on this host may use it. `not_shared_because` is empty where they may map it."""
+
+    not_shared_because: str
+    directory: str
+    arena_id: bytes
+    capacity_bytes: int
+    is_writable: bool
