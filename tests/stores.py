@@ -43,9 +43,10 @@ from kvservice.store.sessions.sessions import Sessions
 from kvservice.store.store import BlockStore, StoreLimits
 from kvservice.store.tasks import Tasks
 from kvservice.store.tickets import Tickets
-from kvservice.store.transfers.in_place_uploads import Reservations
-from kvservice.store.transfers.reads import Loads, Part
-from kvservice.store.transfers.upload import Ingest, Ingests, SaveOutcome
+from kvservice.store.transfers.claims import Claims
+from kvservice.store.transfers.in_place_uploads import InPlaceUploads
+from kvservice.store.transfers.reads import Part, Reads
+from kvservice.store.transfers.upload import SaveOutcome, Upload, Uploads
 from kvservice.store.types import Located, NotInPlace, SaveHeader, Span
 from kvservice.tiers.arena import Arena
 from kvservice.tiers.base import Tier
@@ -249,16 +250,20 @@ class OpenStore:
         return self.store._tickets
 
     @property
-    def ingests(self) -> Ingests:
-        return self.store._ingests
+    def claims(self) -> Claims:
+        return self.uploads.claims
 
     @property
-    def reservations(self) -> Reservations:
-        return self.store._reservations
+    def uploads(self) -> Uploads:
+        return self.store._uploads
 
     @property
-    def loads(self) -> Loads:
-        return self.store._loads
+    def in_place_uploads(self) -> InPlaceUploads:
+        return self.store._in_place_uploads
+
+    @property
+    def reads(self) -> Reads:
+        return self.store._reads
 
     @property
     def scrub(self) -> Scrub:
@@ -330,10 +335,10 @@ class OpenStore:
         caller: Caller | None = None,
     ) -> SaveOutcome:
         """`images`: of each block all its slices, one after the other."""
-        async with self.begin_save(client, chain, shard=shard, layout=layout, caller=caller) as ingest:
+        async with self.begin_save(client, chain, shard=shard, layout=layout, caller=caller) as upload:
             for frame in frames_of(layout, shard, chain, images):
-                ingest.write(frame)
-            return await ingest.commit(checksums_of(shard, images), on_ssd=on_ssd)
+                upload.write(frame)
+            return await upload.commit(checksums_of(shard, images), on_ssd=on_ssd)
 
     def begin_save(
         self,
@@ -343,7 +348,7 @@ class OpenStore:
         shard: Shard = WHOLE,
         layout: Layout = LAYOUT,
         caller: Caller | None = None,
-    ) -> Ingest:
+    ) -> Upload:
         """By `caller`, which is by default the one that names the client."""
         caller = caller_of(client) if caller is None else caller
         return self.store.save(caller, header_of(chain, shard=shard, layout=layout))
@@ -380,7 +385,7 @@ class OpenStore:
         def encode(part: Part) -> tuple[int, bytes]:
             return part.layer, b"".join(part.runs)
 
-        return self.loads.run(CALLER, lease, blocks, layers, encode)
+        return self.reads.run(CALLER, lease, blocks, layers, encode)
 
     async def settle(self) -> None:
         """Wait until everything that runs in the background has ended."""
@@ -396,7 +401,7 @@ class OpenStore:
             extents = self.extents(tier)
             lent = list(extents.values())
             if tier is TierName.DRAM:
-                lent += self.uploads()
+                lent += self.lent()
             used = self.block_lifecycle.tiers[tier].used_bytes
             if used != sum(extent.size_bytes for extent in lent):
                 return f"{tier}: {used} bytes are in use, and the table knows of {sum(e.size_bytes for e in lent)}"
@@ -408,10 +413,9 @@ class OpenStore:
                 return f"{tier}: records and table differ in {recorded.items() ^ known.items()}"
         return ""
 
-    def uploads(self) -> list[Extent]:
+    def lent(self) -> list[Extent]:
         """The space that unfinished saves have."""
-        queues = self.ingests.uploads.values()
-        return [upload.extent for uploads in queues for upload in uploads if upload.extent is not None]
+        return [place.extent for upload in self.uploads.open for place in upload.places]
 
 
 def at_once(work: Coroutine[Any, Any, T]) -> T:

@@ -42,11 +42,11 @@ from kvservice.store.sessions.sessions import SessionLimits, Sessions
 from kvservice.store.tasks import Tasks
 from kvservice.store.tickets import Tickets
 from kvservice.store.transfers.admission import Admission
-from kvservice.store.transfers.in_place_reads import Locates
-from kvservice.store.transfers.in_place_uploads import Reservations
-from kvservice.store.transfers.reads import Loads
-from kvservice.store.transfers.upload import Ingest as Upload
-from kvservice.store.transfers.upload import Ingests, SaveRequest
+from kvservice.store.transfers.in_place_reads import InPlaceReads
+from kvservice.store.transfers.in_place_uploads import InPlaceUploads
+from kvservice.store.transfers.reads import Reads
+from kvservice.store.transfers.upload import SaveRequest, Uploads
+from kvservice.store.transfers.upload import Upload as Upload
 from kvservice.store.types import (
     Adopted,
     BlockFacts,
@@ -195,7 +195,7 @@ class BlockStore:
             blocks_per_client_max=limits.leased_blocks_per_client_max,
         )
         assert index.secret is not None, "a daemon opened it"
-        self._ingests = Ingests(
+        self._uploads = Uploads(
             self._lifecycle,
             self._evictor,
             dram,
@@ -207,7 +207,7 @@ class BlockStore:
             wait_s=limits.upload_wait_s,
             secret=index.secret.key,
         )
-        self._loads = Loads(
+        self._reads = Reads(
             self._lifecycle,
             dram,
             ssd,
@@ -218,8 +218,8 @@ class BlockStore:
             slots=limits.transfer_slots,
             frame_bytes=limits.frame_bytes,
         )
-        self._locates = Locates(self._lifecycle, dram, self._promoter, counters, executor)
-        self._reservations = Reservations(self._ingests, dram, self._tasks, offered=limits.writes_in_place)
+        self._in_place_reads = InPlaceReads(self._lifecycle, dram, self._promoter, counters, executor)
+        self._in_place_uploads = InPlaceUploads(self._uploads, dram, self._tasks, offered=limits.writes_in_place)
         self._scrub = Scrub(
             self._lifecycle, dram, ssd, clock, counters, executor, bytes_per_second=limits.scrub_bytes_per_second
         )
@@ -235,8 +235,8 @@ class BlockStore:
         self._tickets = Tickets(
             self._leases, blocks, self._requests, clock, self._loop_budget, boot_epoch=self.boot_epoch
         )
-        self._explain = Explain(blocks, index, self._history, self._ingests, clock)
-        self._drain = Drain(blocks, self._ingests, self._admission, self._write_behind, self._tasks)
+        self._explain = Explain(blocks, index, self._history, self._uploads.claims, clock)
+        self._drain = Drain(blocks, self._uploads.claims, self._admission, self._write_behind, self._tasks)
         self._sessions = Sessions(index, self._lifecycle, clock, counters, self._tasks, self._layout, limits.session)
         self._listings = Listings(blocks, index.layouts, self._sessions, clock, self.boot_epoch)
         self._started_at_ms = clock.wall_ms()
@@ -245,7 +245,7 @@ class BlockStore:
         """Begin the background work: room, write-behind, lease expiry, recency."""
         self._dram.start()
         self._evictor.start(self._write_behind)
-        self._reservations.start()
+        self._in_place_uploads.start()
         if self._write_behind is not None:
             self._write_behind.start()
         self._tasks.start(self._expire_forever(), "lease expiry")
@@ -292,12 +292,12 @@ class BlockStore:
             directory=str(dram.arena_directory.absolute()),
             arena_id=dram.arena_id,
             capacity_bytes=dram.arena_capacity_bytes,
-            is_writable=not self._reservations.refused_because,
+            is_writable=not self._in_place_uploads.refused_because,
         )
 
     def facts(self) -> StoreFacts:
         """What metrics show."""
-        index, set_aside = self._index, self._reservations.set_aside
+        index, set_aside = self._index, self._in_place_uploads.set_aside
         return StoreFacts(
             store_id=index.store_id,
             started_at_ms=self._started_at_ms,
@@ -308,7 +308,7 @@ class BlockStore:
             layouts=len(index.layouts),
             clients=self._leases.client_count,
             leases=self._leases.count,
-            uploads=len(self._ingests.uploads),
+            uploads=self._uploads.claims.object_count,
             sessions=self._sessions.count,
             set_aside_bytes=sum(extent.size_bytes for extent in set_aside),
             set_aside_extents=len(set_aside),
@@ -496,7 +496,7 @@ class BlockStore:
         lease = await self._narrowed_lease(caller, lease_id, shard)
         which, parts = blocks.within(len(lease.rows), "block"), layers.within(lease.shard.layers, "layer")
         with self._admission.loads.entered(), self._requests.load(caller, lease, which, parts) as record:
-            async with aclosing(self._loads.run(caller, lease, which, parts, encode)) as frames:
+            async with aclosing(self._reads.run(caller, lease, which, parts, encode)) as frames:
                 async for frame in frames:
                     await self._admission.taken(send(frame))
                     record.sent_bytes += len(frame)
@@ -515,7 +515,7 @@ class BlockStore:
             self._requests.load(caller, lease, which, layers, in_place=True) as record,
             self._admission.in_place_loads.entered(),
         ):
-            async with aclosing(self._locates.run(caller, lease, which, verify=verify)) as steps:
+            async with aclosing(self._in_place_reads.run(caller, lease, which, verify=verify)) as steps:
                 async for step in steps:
                     if isinstance(step, NotInPlace):
                         record.ends_as = "not_in_place"
@@ -540,7 +540,7 @@ class BlockStore:
         except Overloaded as error:
             raise self._refused(header.keys, error) from None
         client, request = self._save_request(caller, header)
-        return self._ingests.begin(caller, client, request)
+        return self._uploads.begin(caller, client, request)
 
     async def reserve(
         self, caller: Caller, reservation_id: int, header: SaveHeader, *, on_ssd: bool
@@ -550,19 +550,18 @@ class BlockStore:
         Raises as `save`; NotShared, NoWriterLock.
         """
         client, request = self._save_request(caller, header)
-        reservation, places = await self._reservations.reserve(caller, reservation_id, client, request, on_ssd=on_ssd)
-        return places, reservation.outcome.refused
+        return await self._in_place_uploads.reserve(caller, reservation_id, client, request, on_ssd=on_ssd)
 
     async def commit(self, caller: Caller, reservation_id: int, checksums: NDArray[np.uint64]) -> SaveOutcome:
         """Make visible what was written in place. `checksums`: u64, one per slice of the reserved blocks, in order.
 
         Raises UnknownClient, ReservationEnded, ReservationNotYours, InvalidRequest.
         """
-        return await self._reservations.commit(caller, reservation_id, self._leases.client(caller), checksums)
+        return await self._in_place_uploads.commit(caller, reservation_id, self._leases.client(caller), checksums)
 
     def abandon(self, caller: Caller, reservation_id: int) -> None:
         """The client writes no more, and wants nothing of it stored. Raises UnknownClient, ReservationNotYours."""
-        self._reservations.abandon(caller, reservation_id, self._leases.client(caller))
+        self._in_place_uploads.abandon(caller, reservation_id, self._leases.client(caller))
 
     def _save_request(self, caller: Caller, header: SaveHeader) -> tuple[Client, SaveRequest]:
         """Who saves what. Raises Draining, UnknownLayout, UnknownClient, InvalidRequest."""
@@ -605,13 +604,9 @@ class BlockStore:
             wanted += absent
         if self._promoter is None or not wanted:
             return PrefetchOutcome(missing, in_dram, 0, len(wanted))
-        begin = self._promoter.begin(wanted, within_s=within_s)
+        await self._promoter.promote(wanted, within_s=within_s, wait=wait)
         if not wait:
-            self._tasks.start(begin, "prefetch")
             return PrefetchOutcome(missing, in_dram, len(wanted), 0)
-        landings = await begin
-        for landing in landings.values():
-            await landing.done.wait()
         promoted = sum(blocks.is_resident(row, TierName.DRAM) for row in wanted)
         return PrefetchOutcome(missing, in_dram, promoted, len(wanted) - promoted)
 

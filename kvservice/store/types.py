@@ -23,9 +23,8 @@ from kvservice.store.operations.scrub import ScrubProgress
 from kvservice.store.sessions.manifests import StoredSession, Turn
 from kvservice.store.transfers.admission import SAVE_BLOCKS_MAX, SAVE_SLICES_MAX, Incoming
 from kvservice.store.transfers.in_place_reads import Located, NotInPlace
-from kvservice.store.transfers.in_place_uploads import Place
 from kvservice.store.transfers.reads import Part
-from kvservice.store.transfers.upload import SaveOutcome
+from kvservice.store.transfers.upload import Place, SaveOutcome
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.layout import Shard
 

@@ -22,7 +22,7 @@ from kvservice.blocks import Extent, TierName
 from kvservice.store.leases import Client, Lease
 from kvservice.store.mover.evictor import Watermarks
 from kvservice.store.store import StoreLimits
-from kvservice.store.transfers.upload import Ingest, SaveOutcome
+from kvservice.store.transfers.upload import SaveOutcome, Upload
 from kvservice_api.errors import TicketForeign
 from kvservice_api.frames import Frame
 from kvservice_api.keys import BlockChain, block_chain
@@ -77,7 +77,7 @@ def slice_of(layout: Layout, key: bytes, tokens: int, versions: Sequence[int], l
 class OpenSave:
     """A save that goes on over several steps."""
 
-    ingest: Ingest
+    upload: Upload
     client: Client
     layout: Layout
     shard: Shard
@@ -178,7 +178,7 @@ class StoreBesideModel(RuleBasedStateMachine):
         for load in self.loads:
             await load.frames.aclose()
         for save in self.saves:
-            await save.ingest.__aexit__(None, None, None)
+            await save.upload.__aexit__(None, None, None)
         self.loads, self.saves = [], []
 
     async def _adopt(self, held: HeldTicket, shard: Shard | None, client: Client, ttl_s: float) -> Lease:
@@ -216,7 +216,7 @@ class StoreBesideModel(RuleBasedStateMachine):
         self.reconcile()
         for tier in TierName:
             space = self.opened.block_lifecycle.tiers[tier]
-            extents = [*self.opened.extents(tier).values(), *(self.opened.uploads() if tier is TierName.DRAM else [])]
+            extents = [*self.opened.extents(tier).values(), *(self.opened.lent() if tier is TierName.DRAM else [])]
             assert sum(extent.size_bytes for extent in extents) <= space.used_bytes <= space.capacity_bytes
             for one, following in pairwise(sorted(extents)):
                 apart = one.offset_bytes + one.size_bytes <= following.offset_bytes
@@ -286,7 +286,7 @@ class StoreBesideModel(RuleBasedStateMachine):
     def being_saved(self, chain: BlockChain, shard: Shard) -> set[bytes]:
         """Of the chain, what open saves bring. Blocks that were stored when a save began are not among them."""
         saves = [save for save in self.saves if save.shard == shard]
-        brought = {save.chain.keys[at] for save in saves for at in save.ingest._uploads}
+        brought = {save.chain.keys[place.position] for save in saves for place in save.upload.places}
         return brought & set(chain.keys)
 
     def note_save(self, chain: BlockChain, shard: Shard, version: int, outcome: SaveOutcome) -> None:

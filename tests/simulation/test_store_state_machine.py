@@ -110,10 +110,10 @@ class StoreMachine(StoreBesideModel):
         checksums[-1] ^= np.uint64(1)  # Of the last block's last layer.
 
         async def work() -> SaveOutcome:
-            async with self.opened.begin_save(self.client(0), part, shard=shard, layout=layout) as ingest:
+            async with self.opened.begin_save(self.client(0), part, shard=shard, layout=layout) as upload:
                 for frame in frames_of(layout, shard, part, images):
-                    ingest.write(frame)
-                return await ingest.commit(checksums, on_ssd=False)
+                    upload.write(frame)
+                return await upload.commit(checksums, on_ssd=False)
 
         outcome = self.do(work())
         self.note_save(part, shard, version, outcome)
@@ -126,13 +126,13 @@ class StoreMachine(StoreBesideModel):
         layout, part = self.part(chain, first, count)
         version = self.new_version()
         images = [image_of(layout, *named, version, shard) for named in zip(part.keys, part.token_counts, strict=True)]
-        ingest = self.opened.begin_save(self.client(client), part, shard=shard, layout=layout)
-        self.do(ingest.__aenter__())
+        upload = self.opened.begin_save(self.client(client), part, shard=shard, layout=layout)
+        self.do(upload.__aenter__())
         frames = frames_of(layout, shard, part, images)
         for frame in frames[: len(frames) // 2]:
-            ingest.write(frame)
+            upload.write(frame)
         frames = frames[len(frames) // 2 :]
-        self.saves.append(OpenSave(ingest, self.client(client), layout, shard, part, version, frames))
+        self.saves.append(OpenSave(upload, self.client(client), layout, shard, part, version, frames))
 
     @rule(number=numbers, commit=st.booleans())
     def end_a_save(self, number: int, commit: bool) -> None:
@@ -144,15 +144,15 @@ class StoreMachine(StoreBesideModel):
 
         async def work() -> SaveOutcome:
             for frame in save.frames:
-                save.ingest.write(frame)
-            outcome = await save.ingest.commit(checksums_of(save.shard, images), on_ssd=False)
-            await save.ingest.__aexit__(None, None, None)
+                save.upload.write(frame)
+            outcome = await save.upload.commit(checksums_of(save.shard, images), on_ssd=False)
+            await save.upload.__aexit__(None, None, None)
             return outcome
 
         if commit:
             self.note_save(save.chain, save.shard, save.version, self.do(work()))
         else:
-            self.do(save.ingest.__aexit__(None, None, None))
+            self.do(save.upload.__aexit__(None, None, None))
 
     # Finding and loading
 
@@ -267,9 +267,9 @@ class StoreMachine(StoreBesideModel):
         self.leases = [held for held in self.leases if held.client is not gone]
         over = [save for save in self.saves if save.client is gone]
         self.saves = [save for save in self.saves if save.client is not gone]
-        assert len(self.opened.uploads()) == sum(len(save.ingest._uploads) for save in self.saves)
+        assert len(self.opened.lent()) == sum(len(save.upload.places) for save in self.saves)
         for save in over:
-            self.do(save.ingest.__aexit__(None, None, None))
+            self.do(save.upload.__aexit__(None, None, None))
 
     # Moving and dropping
 

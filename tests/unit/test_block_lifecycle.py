@@ -106,7 +106,7 @@ async def test_a_block_saved_again_waits_until_the_record_of_the_old_one_is_gone
         await until(lambda: opened.hits(chain.keys) == 0)
         saving = asyncio.create_task(opened.save(client, chain, some_images(chain, seed=2)))
         await turns()
-        assert not opened.uploads()
+        assert not opened.lent()
     await asyncio.gather(discarding, saving)
     await opened.settle()
     assert opened.hits(chain.keys) == 1

@@ -39,15 +39,15 @@ async def test_a_drain_lets_saves_end_and_writes_what_they_brought(opened: OpenS
     chain = some_chain(3)
     images = some_images(chain)
     drain = opened.drain
-    async with opened.begin_save(client, chain) as ingest:
+    async with opened.begin_save(client, chain) as upload:
         drain.begin(CALLER)
         first = await anext(drain.progress(CALLER))
         assert (first.uploads, first.done) == (3, False)
         with pytest.raises(Draining):
             opened.begin_save(client, some_chain(1, seed=5))
         for frame in frames_of(LAYOUT, WHOLE, chain, images):
-            ingest.write(frame)
-        assert len((await ingest.commit(checksums_of(WHOLE, images), on_ssd=False, then_write=False)).stored) == 3
+            upload.write(frame)
+        assert len((await upload.commit(checksums_of(WHOLE, images), on_ssd=False, then_write=False)).stored) == 3
     last = await drained(opened)
     assert (last.done, last.only_in_dram, last.unwritten, last.uploads) == (True, 0, 0, 0)
     assert opened.lifecycle(chain.keys[2]) == {TierName.DRAM, TierName.SSD}
@@ -79,12 +79,12 @@ async def test_undone_it_takes_saves_again_and_whoever_watches_hears_of_it(opene
 async def test_a_drain_that_follows_an_undone_one_at_once_writes_everything(opened: OpenStore, client: Client) -> None:
     drain, chain = opened.drain, some_chain(2)
     images = some_images(chain)
-    async with opened.begin_save(client, chain) as ingest:
+    async with opened.begin_save(client, chain) as upload:
         drain.begin(CALLER)
         await asyncio.sleep(0.05)
         for frame in frames_of(LAYOUT, WHOLE, chain, images):
-            ingest.write(frame)
-        await ingest.commit(checksums_of(WHOLE, images), on_ssd=False, then_write=False)
+            upload.write(frame)
+        await upload.commit(checksums_of(WHOLE, images), on_ssd=False, then_write=False)
         drain.undo(CALLER)
         drain.begin(CALLER)
     last = (await _all(drain))[-1]

@@ -177,11 +177,11 @@ async def test_a_save_that_waits_in_line_for_another_one_does_not_count_as_its_e
 ) -> None:
     chain = some_chain(1)
     images = some_images(chain)
-    async with opened.begin_save(client, chain) as ingest:
+    async with opened.begin_save(client, chain) as upload:
         second = asyncio.create_task(opened.save(client, chain, images))
-        await until(lambda: len(next(iter(opened.ingests.uploads.values()))) == 2)
+        await until(lambda: opened.claims.waiting_for(chain.keys[0]) == 2)
         for frame in frames_of(LAYOUT, WHOLE, chain, images):
-            ingest.write(frame)
+            upload.write(frame)
     await second
     assert opened.explain.rows(CALLER, chain.keys[0]), "the second one stored it"
 

@@ -124,7 +124,8 @@ async def test_a_landing_that_ended_while_its_joiner_waited_for_room_is_not_read
     monkeypatch.setattr(opened.evictor, "reserve", slowly)
     monkeypatch.setattr(opened.index, "put", refuse)
     with calls.held("preadv"):
-        [landing] = (await promotion.begin([first])).values()
+        async with promotion.promoting([first]) as pending:
+            [landing] = pending.values()
         joining = asyncio.create_task(opened.load(leases[0]))
         await asyncio.sleep(0.01)
     await landing.done.wait()

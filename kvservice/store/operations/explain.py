@@ -14,7 +14,7 @@ from kvservice.store.caller import Caller
 from kvservice.store.miss_reasons import Event, MissReasons, Reason
 from kvservice.store.operations.listings import BlockFacts, block_facts
 from kvservice.store.operations.requests import LookupRecord, RequestRecord
-from kvservice.store.transfers.upload import Ingests
+from kvservice.store.transfers.claims import Claims
 from kvservice_api.layout import LayerGroup, Layout, Rotary
 
 
@@ -104,12 +104,12 @@ class ExplainedLookup:
 
 class Explain:
     def __init__(
-        self, blocks: BlockTable, index: BlockIndex, history: MissReasons, ingests: Ingests, clock: Clock
+        self, blocks: BlockTable, index: BlockIndex, history: MissReasons, claims: Claims, clock: Clock
     ) -> None:
         self._blocks = blocks
         self._index = index
         self._history = history
-        self._ingests = ingests
+        self._claims = claims
         self._clock = clock
 
     @property
@@ -165,7 +165,7 @@ class Explain:
             # What its pin had kept until then, its pin's end has cost.
             is_expired = event.reason is Reason.EVICTED and event.pin_ended_ms
             why = Miss.EXPIRED if is_expired else _MISS_OF[event.reason]
-        elif until_ms is None and any(name.startswith(key) for name in self._ingests.uploads):
+        elif until_ms is None and self._claims.waiting_for(key):
             why = Miss.BEING_SAVED
         else:
             why = Miss.NEVER_STORED if emptied is None else Miss.NEVER_STORED_OR_LOST

@@ -14,6 +14,7 @@ T = TypeVar("T")
 # Claiming and recording more in one save would keep the event loop for over 5 ms.
 SAVE_BLOCKS_MAX = 256
 SAVE_SLICES_MAX = 32768
+IN_PLACE_UPLOADS_PER_CLIENT_MAX = 64
 
 
 class Gate:

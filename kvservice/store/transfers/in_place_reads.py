@@ -10,6 +10,7 @@ import asyncio
 import functools
 from collections.abc import AsyncGenerator
 from concurrent.futures import Executor
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,7 @@ class NotInPlace:
     why: str
 
 
-class Locates:
+class InPlaceReads:
     """Finds them, and holds them while somebody reads."""
 
     def __init__(
@@ -85,6 +86,7 @@ class Locates:
             return
         rows = lease.rows[blocks.start : blocks.stop]
         landings: dict[int, PendingPromotion] = {}
+        held = AsyncExitStack()
         left = asyncio.Event()
         lease.client.on_detach.add(left.set)
         self._lifecycle.hold(rows)
@@ -92,9 +94,7 @@ class Locates:
             try:
                 missing = rows[self._blocks.dram_offset[rows] < 0].tolist()
                 if missing and self._promoter is not None:
-                    landings = await self._promoter.begin(missing)
-                    for landing in landings.values():  # Before anything else is awaited: images are given away.
-                        landing.begin_reading()
+                    landings = await held.enter_async_context(self._promoter.promoting(missing))
                 if verify:
                     await self._verify(rows)
                 extents = await self._extents(rows, landings)
@@ -119,8 +119,7 @@ class Locates:
             await left.wait()  # Or until this is closed: the blocks stay where they are meanwhile.
             raise LeaseExpired("the client's Attach stream has ended, and its leases with it")
         finally:
-            for landing in landings.values():
-                landing.end_reading()
+            await held.aclose()
             lease.client.on_detach.discard(left.set)
             self._lifecycle.unhold(rows)
 

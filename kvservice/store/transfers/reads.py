@@ -10,6 +10,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import Executor
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -80,7 +81,7 @@ class _Source:
         return self.image is not None and self.landing is None
 
 
-class Loads:
+class Reads:
     """Opens loads. `slots` bounds how many frames are put together at a time, over all clients."""
 
     def __init__(
@@ -155,7 +156,7 @@ class Loads:
 
 
 class _Load:
-    def __init__(self, loads: Loads, lease: Lease, blocks: range) -> None:
+    def __init__(self, loads: Reads, lease: Lease, blocks: range) -> None:
         self._loads = loads
         self._blocks_table = loads.lifecycle.blocks
         self._layout: Layout = lease.layout
@@ -167,6 +168,7 @@ class _Load:
         self._sources: dict[int, _Source] = {}
         self._jobs: set[asyncio.Future[Any]] = set()
         self._scratch_bytes = 0
+        self._held = AsyncExitStack()  # What is being promoted, for as long as it is read.
 
     def _plan(self, rows: Sequence[int]) -> list[list[HeadRun]] | None:
         """How several shards make up one; None where one row is just what is asked for."""
@@ -186,9 +188,9 @@ class _Load:
         landings: dict[int, PendingPromotion] = {}
         if loads.promoter is not None:
             rows = np.array(self.rows, np.int64)
-            landings = await loads.promoter.begin(rows[table.dram_offset[rows] < 0].tolist())
-        for row, landing in landings.items():  # Before anything else is awaited: images of landings are given away.
-            landing.begin_reading()
+            missing = rows[table.dram_offset[rows] < 0].tolist()
+            landings = await self._held.enter_async_context(loads.promoter.promoting(missing))
+        for row, landing in landings.items():
             self._sources[row] = source = self._new_source(row)
             source.image, source.landing = landing.image, landing
         for count, row in enumerate(self.rows):
@@ -231,9 +233,7 @@ class _Load:
         for job in list(self._jobs):
             await ended(job)
         self._loads.scratch.give_back(self._scratch_bytes)
-        for source in self._sources.values():
-            if source.landing is not None:
-                source.landing.end_reading()
+        await self._held.aclose()
 
     async def _yield_to_loop(self, count: int) -> None:
         """The event loop goes round now and then: a load may have thousands of blocks, and loads may be many."""

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kvservice.blocks import TierName
 from kvservice.store.leases import Client
 from kvservice.store.store import StoreLimits
-from kvservice.store.transfers.upload import Ingest, SaveOutcome, _Slices
+from kvservice.store.transfers.upload import SaveOutcome, Upload, _Slices
 from kvservice_api.errors import (
     Draining,
     IncompleteSave,
@@ -68,8 +68,8 @@ async def loaded(opened: OpenStore, client: Client, chain: BlockChain) -> list[b
 
 
 async def nothing_left(opened: OpenStore, used_before: int = 0) -> None:
-    assert not opened.ingests.uploads
-    assert not opened.uploads()
+    assert not opened.claims.object_count
+    assert not opened.lent()
     await until(lambda: opened.dram.used_bytes == used_before)
 
 
@@ -129,10 +129,10 @@ async def test_each_block_of_a_save_is_compared_with_its_own_checksums(opened: O
     images = some_images(chain)
     checksums = checksums_of(WHOLE, images)
     checksums[[2 * 1 + 1, 2 * 3]] += np.uint64(1)  # Layer 1 of block 1, and layer 0 of block 3.
-    async with opened.begin_save(client, chain) as ingest:
+    async with opened.begin_save(client, chain) as upload:
         for frame in frames_of(LAYOUT, WHOLE, chain, images):
-            ingest.write(frame)
-        outcome = await ingest.commit(checksums, on_ssd=False)
+            upload.write(frame)
+        outcome = await upload.commit(checksums, on_ssd=False)
     assert outcome.stored == [0, 2, 4]
     assert {block: error.details["layer"] for block, error in outcome.refused.items()} == {1: "1", 3: "0"}
 
@@ -143,10 +143,10 @@ async def test_a_save_may_come_in_any_order_and_in_frames_of_any_size(opened: Op
         images = some_images(chain, seed=seed)
         frames = frames_of(LAYOUT, WHOLE, chain, images, frame_bytes=frame_bytes)
         np.random.default_rng(seed).shuffle(frames)
-        async with opened.begin_save(client, chain) as ingest:
+        async with opened.begin_save(client, chain) as upload:
             for frame in frames:
-                ingest.write(frame)
-            outcome = await ingest.commit(checksums_of(WHOLE, images), on_ssd=False)
+                upload.write(frame)
+            outcome = await upload.commit(checksums_of(WHOLE, images), on_ssd=False)
         assert outcome.stored == list(range(len(chain)))
         assert await loaded(opened, client, chain) == layers_of(images)
 
@@ -179,9 +179,9 @@ async def test_a_frame_that_is_out_of_range_or_overlaps_ends_the_save_and_nothin
     chain = some_chain(3)
 
     async def save() -> None:
-        async with opened.begin_save(client, chain) as ingest:
+        async with opened.begin_save(client, chain) as upload:
             for each in frames:
-                ingest.write(each)
+                upload.write(each)
 
     with pytest.raises(InvalidFrame, match=reason):
         await save()
@@ -204,10 +204,10 @@ async def test_bytes_of_blocks_that_are_stored_already_are_not_looked_at(opened:
 async def commit(
     opened: OpenStore, client: Client, chain: BlockChain, frames: list[Frame], checksums: np.ndarray[Any, Any]
 ) -> SaveOutcome:
-    async with opened.begin_save(client, chain) as ingest:
+    async with opened.begin_save(client, chain) as upload:
         for each in frames:
-            ingest.write(each)
-        return await ingest.commit(checksums, on_ssd=False)
+            upload.write(each)
+        return await upload.commit(checksums, on_ssd=False)
 
 
 async def test_a_commit_before_all_bytes_came_stores_nothing(opened: OpenStore, client: Client) -> None:
@@ -247,17 +247,17 @@ async def test_a_second_commit_is_refused_while_the_first_one_runs_and_after_it(
 ) -> None:
     chain, images = some_chain(1), some_images(some_chain(1))
     checksums = checksums_of(WHOLE, images)
-    async with opened.begin_save(client, chain) as ingest:
+    async with opened.begin_save(client, chain) as upload:
         for each in frames_of(LAYOUT, WHOLE, chain, images):
-            ingest.write(each)
+            upload.write(each)
         with opened.commits_held(TierName.DRAM):
-            first = asyncio.create_task(ingest.commit(checksums, on_ssd=False))
+            first = asyncio.create_task(upload.commit(checksums, on_ssd=False))
             await asyncio.sleep(0)
             with pytest.raises(IncompleteSave):
-                await ingest.commit(checksums, on_ssd=False)
+                await upload.commit(checksums, on_ssd=False)
         assert (await first).stored == [0]
         with pytest.raises(IncompleteSave):
-            await ingest.commit(checksums, on_ssd=False)
+            await upload.commit(checksums, on_ssd=False)
     assert opened.hits(chain.keys) == 1
     await opened.settle()
 
@@ -274,34 +274,34 @@ async def test_slices_too_large_to_be_hashed_at_once_are_hashed_on_threads(open_
     assert len(images[0]) > 2 * MIB
     checksums = checksums_of(shard, images)
     for wrong, stored in ((1, []), (0, [0])):
-        async with opened.begin_save(client, chain, shard=shard, layout=layout) as ingest:
+        async with opened.begin_save(client, chain, shard=shard, layout=layout) as upload:
             for each in frames_of(layout, shard, chain, images, frame_bytes=1 << 20):
-                ingest.write(each)
-            outcome = await ingest.commit(checksums ^ np.uint64(wrong), on_ssd=False)
+                upload.write(each)
+            outcome = await upload.commit(checksums ^ np.uint64(wrong), on_ssd=False)
         assert outcome.stored == stored
 
 
 # The end of a client
 
 
-async def half_saved(opened: OpenStore, client: Client, chain: BlockChain) -> Ingest:
-    ingest = opened.begin_save(client, chain)
-    await ingest.__aenter__()
+async def half_saved(opened: OpenStore, client: Client, chain: BlockChain) -> Upload:
+    upload = opened.begin_save(client, chain)
+    await upload.__aenter__()
     for each in frames_of(LAYOUT, WHOLE, chain, some_images(chain))[:2]:
-        ingest.write(each)
-    return ingest
+        upload.write(each)
+    return upload
 
 
 async def test_a_client_that_goes_in_the_middle_leaves_nothing_at_once(opened: OpenStore, client: Client) -> None:
     chain = some_chain(3)
-    ingest = await half_saved(opened, client, chain)
+    upload = await half_saved(opened, client, chain)
     assert opened.dram.used_bytes == 3 * BLOCK
 
     opened.store.detach(CALLER, client)
     assert opened.dram.used_bytes == 0
     with pytest.raises(IncompleteSave):
-        await ingest.commit(checksums_of(WHOLE, some_images(chain)), on_ssd=False)
-    await ingest.__aexit__(None, None, None)
+        await upload.commit(checksums_of(WHOLE, some_images(chain)), on_ssd=False)
+    await upload.__aexit__(None, None, None)
     await nothing_left(opened)
 
 
@@ -329,7 +329,7 @@ async def test_a_client_that_goes_while_it_waits_for_another_or_for_room_is_let_
     opened: OpenStore = await open_store(dram_bytes=3 * BLOCK + HEADER)
     owner, waiting = (opened.store.attach(CALLER, name) for name in ("owner", "waiting"))
     chain = some_chain(2)
-    ingest = await half_saved(opened, owner, chain)
+    upload = await half_saved(opened, owner, chain)
     save = asyncio.create_task(opened.save(waiting, chain, some_images(chain)))
     await asyncio.sleep(0.01)
     assert not save.done()
@@ -337,7 +337,7 @@ async def test_a_client_that_goes_while_it_waits_for_another_or_for_room_is_let_
     opened.store.detach(CALLER, waiting)
     with pytest.raises(IncompleteSave, match="gone"):
         await asyncio.wait_for(save, 30)
-    await ingest.__aexit__(None, None, None)
+    await upload.__aexit__(None, None, None)
     await nothing_left(opened)
 
 
@@ -352,7 +352,7 @@ async def test_a_save_that_is_cancelled_anywhere_leaves_nothing_half_done(
     saving.cancel()
     await asyncio.gather(saving, return_exceptions=True)
     await opened.settle()
-    assert not opened.ingests.uploads
+    assert not opened.claims.object_count
     assert opened.hits(chain.keys) in (0, 3)
     assert not (await opened.save(client, chain, images)).refused
 
@@ -417,15 +417,15 @@ async def test_saves_that_wait_for_one_another_form_no_circle(opened: OpenStore,
 async def test_shards_of_one_block_are_uploaded_side_by_side(opened: OpenStore, client: Client) -> None:
     chain = some_chain(2)
     halves = (Shard(0, 2, 0, 1), Shard(0, 2, 1, 2))
-    ingests = [opened.begin_save(client, chain, shard=half) for half in halves]
-    for half, ingest in zip(halves, ingests, strict=True):
-        await asyncio.wait_for(ingest.__aenter__(), 30)
+    uploads = [opened.begin_save(client, chain, shard=half) for half in halves]
+    for half, upload in zip(halves, uploads, strict=True):
+        await asyncio.wait_for(upload.__aenter__(), 30)
         images = some_images(chain, shard=half)
         for each in frames_of(LAYOUT, half, chain, images):
-            ingest.write(each)
-    for half, ingest in zip(halves, ingests, strict=True):
-        await ingest.commit(checksums_of(half, some_images(chain, shard=half)), on_ssd=False)
-        await ingest.__aexit__(None, None, None)
+            upload.write(each)
+    for half, upload in zip(halves, uploads, strict=True):
+        await upload.commit(checksums_of(half, some_images(chain, shard=half)), on_ssd=False)
+        await upload.__aexit__(None, None, None)
     assert opened.hits(chain.keys) == 2
 
 
@@ -504,7 +504,7 @@ async def test_a_save_of_what_cannot_be_is_refused(
     caller = replace(CALLER, client=asked.pop("client", client.client_id))
     with pytest.raises(error):
         opened.store.save(caller, header_of(chain)._replace(**asked))
-    assert not opened.ingests.uploads and not client.on_detach
+    assert not opened.claims.object_count and not client.on_detach
 
 
 async def test_a_daemon_that_stops_takes_no_new_saves(opened: OpenStore, client: Client) -> None:

@@ -14,8 +14,7 @@ import pytest
 from kvservice.blocks import Extent, TierName
 from kvservice.store.leases import Client
 from kvservice.store.operations.explain import Miss
-from kvservice.store.transfers.in_place_uploads import Place
-from kvservice.store.transfers.upload import SaveOutcome
+from kvservice.store.transfers.upload import Place, SaveOutcome
 from kvservice_api.errors import (
     InvalidRequest,
     NotShared,
@@ -125,7 +124,7 @@ async def test_a_reservation_is_its_clients_alone(opened: OpenStore, client: Cli
     with pytest.raises(ReservationNotYours):
         await commit(opened, stranger, places, images)
     with pytest.raises(ReservationNotYours):
-        opened.reservations.abandon(CALLER, 1, stranger)
+        opened.in_place_uploads.abandon(CALLER, 1, stranger)
     write(opened, places, images)
     assert (await commit(opened, client, places, images)).stored == [0]
 
@@ -139,13 +138,13 @@ async def test_what_was_abandoned_or_committed_cannot_be_committed(
         places = await reserve(opened, client, chain, number)
         write(opened, places, images)
         if number == 1:
-            opened.reservations.abandon(CALLER, 1, client)
+            opened.in_place_uploads.abandon(CALLER, 1, client)
             assert opened.dram.used_bytes == 0
         else:
             await commit(opened, client, places, images, number)
         with pytest.raises(ReservationEnded):
             await commit(opened, client, places, images, number)
-        opened.reservations.abandon(CALLER, number, client)
+        opened.in_place_uploads.abandon(CALLER, number, client)
     assert await loaded(opened, client, chain) == layers_of(images)
 
 
@@ -156,7 +155,7 @@ async def test_a_wrong_number_of_checksums_changes_nothing(opened: OpenStore, cl
     write(opened, places, images)
     for wrong in (0, 3, 5):
         with pytest.raises(InvalidRequest):
-            await opened.reservations.commit(CALLER, 1, client, np.zeros(wrong, np.uint64))
+            await opened.in_place_uploads.commit(CALLER, 1, client, np.zeros(wrong, np.uint64))
     assert (await commit(opened, client, places, images)).stored == [0, 1]
 
 
@@ -196,7 +195,7 @@ async def test_who_waits_for_an_abandoned_reservation_takes_over(
     await reserve(opened, client, chain)
     other = asyncio.create_task(opened.save(opened.store.attach(CALLER, "other"), chain, images))
     await asyncio.sleep(0)
-    opened.reservations.abandon(CALLER, 1, client)
+    opened.in_place_uploads.abandon(CALLER, 1, client)
     assert (await other).stored == [0, 1]
 
 
@@ -225,8 +224,8 @@ async def test_space_that_a_lost_client_may_be_writing_comes_back_with_its_lock_
     for _ in range(3):
         await asyncio.sleep(0.12)  # The daemon looks every 100 ms.
         assert opened.dram.used_bytes == used
-    assert not opened.ingests.uploads, "others may store these blocks elsewhere"
-    assert not opened.reservations._open
+    assert not opened.claims.object_count, "others may store these blocks elsewhere"
+    assert not opened.in_place_uploads._open
     before = [opened.dram.generation(place.extent) for place in places]
 
     lock.release()
@@ -310,7 +309,7 @@ async def test_the_daemon_after_this_one_sets_aside_what_a_living_client_may_be_
     images = some_images(some_chain(2, seed=1))
     write(opened, committed, images)
     await commit(opened, client, committed, images, 1)
-    opened.reservations.abandon(CALLER, 2, client)
+    opened.in_place_uploads.abandon(CALLER, 2, client)
     await opened.kill()
 
     opened = files.open()
