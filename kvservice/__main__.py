@@ -21,7 +21,6 @@ usage: kvservice COMMAND [OPTIONS]
 commands:
   serve      run the daemon; --help lists its settings
   check      verify a stopped store, and repair it with --repair
-  bench      measure disk, SSD tier and index; for `kvctl bench`
 
 options:
   --version  print the version
@@ -41,10 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         from kvservice import check
 
         return check.main(rest)
-    if command == "bench":
-        from kvservice import bench
-
-        return bench.main(rest)
     if command == "--version":
         print(f"kvservice {__version__}")
         return 0

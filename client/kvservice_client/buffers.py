@@ -1,20 +1,19 @@
 """Caller's memory as flat bytes: the buffer protocol, NumPy and DLPack, checked against the layout, without a copy.
 
-Torch is not imported: its CPU tensors come by DLPack, whose struct is read here, because NumPy
-refuses element types that it does not have (bfloat16, float8).
+Torch is not imported: its CPU tensors come by DLPack (`dlpack`).
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.layout import LayerGroup, Layout, Shard
+from kvservice_client.dlpack import HOST_DEVICES, DLPackTensor, is_compact, lent
 
 Bytes = NDArray[np.uint8]
 
@@ -25,15 +24,6 @@ _NUMPY_STAND_INS = {
     "float8_e4m3fn": ("int8", "uint8"),
     "float8_e5m2": ("int8", "uint8"),
 }
-
-
-@runtime_checkable
-class DLPackTensor(Protocol):
-    """A tensor that lends its memory by DLPack, as torch's, CuPy's and JAX's do."""
-
-    def __dlpack__(self) -> Any: ...
-
-    def __dlpack_device__(self) -> tuple[int, int]: ...
 
 
 if TYPE_CHECKING:
@@ -141,48 +131,8 @@ def _flat_array(array: NDArray[Any], what: str, slices: Slices) -> Bytes:
     return flat
 
 
-class _Device(ctypes.Structure):
-    _fields_: ClassVar = [("kind", ctypes.c_int32), ("number", ctypes.c_int32)]
-
-
-class _DType(ctypes.Structure):
-    _fields_: ClassVar = [("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16)]
-
-
-class _Tensor(ctypes.Structure):
-    _fields_: ClassVar = [
-        ("data", ctypes.c_void_p),
-        ("device", _Device),
-        ("dimensions", ctypes.c_int32),
-        ("dtype", _DType),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),  # In elements; null where compact.
-        ("offset_bytes", ctypes.c_uint64),
-    ]
-
-
-# (type code, bits) of dlpack.h. NumPy's names; the 8-bit floats are those that a layout can have.
-_DLPACK_KINDS = {
-    **{(0, bits): f"int{bits}" for bits in (8, 16, 32, 64)},
-    **{(1, bits): f"uint{bits}" for bits in (8, 16, 32, 64)},
-    **{(2, bits): f"float{bits}" for bits in (16, 32, 64)},
-    (4, 16): "bfloat16",
-    (6, 8): "bool",
-    (10, 8): "float8_e4m3fn",
-    (12, 8): "float8_e5m2",
-}
-_HOST_DEVICES = (1, 3, 11)  # kDLCPU, kDLCUDAHost and kDLROCMHost: pinned memory is host memory too.
-
-_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_capsule_pointer.restype = ctypes.c_void_p
-_capsule_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
-
-
-class _Lent:
-    """Memory that a DLPack capsule lends. NumPy keeps this object, and it keeps the capsule.
-
-    The capsule is never marked as consumed, so its own destructor gives the tensor back.
-    """
+class _Flat:
+    """Memory that a DLPack capsule lends. NumPy keeps this object, and it keeps the capsule."""
 
     def __init__(self, capsule: object, address: int, size_bytes: int) -> None:
         self._capsule = capsule
@@ -191,30 +141,15 @@ class _Lent:
 
 def _flat_tensor(tensor: DLPackTensor, what: str, slices: Slices) -> Bytes:
     try:
-        kind, _ = tensor.__dlpack_device__()
-        if kind not in _HOST_DEVICES:
+        if tensor.__dlpack_device__()[0] not in HOST_DEVICES:
             raise InvalidRequest(f"{what} is not in host memory; copy it there first", field=what)
-        capsule = tensor.__dlpack__()  # Without a version: the first form of the struct, which all can give.
-        described = _Tensor.from_address(_capsule_pointer(capsule, b"dltensor"))
+        memory = lent(tensor)
     except (BufferError, RuntimeError, ValueError) as error:
         raise InvalidRequest(f"{what} cannot be lent by DLPack: {error}", field=what) from error
-    shape = described.shape[: described.dimensions]
-    if described.strides and not _is_compact(shape, described.strides[: described.dimensions]):
+    if not is_compact(memory.shape, memory.strides_bytes, memory.item_bytes):
         raise InvalidRequest(f"{what} is not contiguous", field=what)
-    code, bits, lanes = described.dtype.code, described.dtype.bits, described.dtype.lanes
-    element = _DLPACK_KINDS.get((code, bits), f"DLPack code {code} with {bits} bits")
-    slices.check(element if lanes == 1 else f"{element} in {lanes} lanes", (), shape, what)
-    count = int(np.prod(shape, dtype=np.int64))
-    size_bytes = count * described.dtype.bits * described.dtype.lanes // 8
+    slices.check(memory.kind, (), memory.shape, what)
+    size_bytes = int(np.prod(memory.shape, dtype=np.int64)) * memory.item_bytes
     if not size_bytes:
         return np.empty(0, np.uint8)
-    return np.asarray(_Lent(capsule, described.data + described.offset_bytes, size_bytes))
-
-
-def _is_compact(shape: list[int], strides: list[int]) -> bool:
-    expected = 1
-    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if size > 1 and stride != expected:
-            return False
-        expected *= size
-    return True
+    return np.asarray(_Flat(memory.capsule, memory.address, size_bytes))

@@ -1,7 +1,7 @@
 """A circuit breaker: once the daemon does not answer, requests stop asking it, and a thread finds out when it does.
 
 *Closed*: requests ask the daemon. After `failures` failed ones in a row it *opens*: requests are computed as
-if there were no cache, and ask nobody. A thread that exists only while it is open probes the daemon every
+if there were no cache, and the daemon is not asked. A thread that exists only while it is open probes the daemon every
 `probe_s`; while a probe runs the breaker is *half-open*, which for requests is the same as open: none of
 them pays for the probe. The first probe that succeeds closes it.
 """
@@ -37,9 +37,10 @@ class Breaker:
         probe_s: float = 0.5,
         wait: Callable[[threading.Event, float], bool] = threading.Event.wait,
     ) -> None:
-        """`probe` asks the daemon, within a time of its own, and tells whether it answered; what it raises is a no.
+        """`probe` asks the daemon, within a time of its own, and returns whether it answered. An exception counts as
+        no answer.
 
-        `wait` waits for the event for so many seconds; it tells whether the event came.
+        `wait` waits for the event for so many seconds; it returns whether the event was set.
         """
         if failures < 1 or probe_s <= 0:
             raise ValueError("a breaker needs at least one failure, and time between its probes")
@@ -64,11 +65,11 @@ class Breaker:
         return self._opened
 
     def allow(self) -> bool:
-        """Whether to ask the daemon. Asks nobody itself, and takes no lock."""
+        """Whether to ask the daemon. Does not wait, and takes no lock."""
         return self._state is State.CLOSED
 
     def record(self, ok: bool) -> None:
-        """What became of a request that was allowed. Answers of any kind are `ok`; no answer in time is not.
+        """Report how an allowed request ended. Answers of any kind are `ok`; no answer in time is not.
 
         While the breaker is open only a probe can close it: what comes late from before says nothing.
         """

@@ -9,7 +9,7 @@
     chosen.kind, chosen.compute_tokens, chosen.load_tokens, chosen.estimate_s, chosen.reason
 
 The mixed plan is that of Cake (ICML '25): the history's first `compute_tokens` are computed while the
-blocks behind them come in.
+blocks after them are loaded.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Rates:
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, memory_s: float = _MEMORY_S) -> None:
-        """Where nothing was loaded for `memory_s`, loads are measured anew: else what was slow once were never tried
+        """Where nothing was loaded for `memory_s`, loads are measured again: else what was slow once were never tried
         again."""
         self._clock = clock
         self._memory_s = memory_s
@@ -77,7 +77,7 @@ class Rates:
             fit.observe((size_bytes.bit_length(),), (float(size_bytes), 1.0), seconds / (1 + loads_ahead))
 
     def observe_prefill(self, new_tokens: int, context_tokens: int, seconds: float) -> None:
-        """A forward over so many new tokens, behind so many whose KV was there, took so long without waits."""
+        """A forward over so many new tokens, after so many whose KV was there, took so long without waits."""
         order = (new_tokens.bit_length(), context_tokens.bit_length())
         with self._lock:
             self._prefill.observe(order, _prefill_terms(new_tokens, context_tokens), seconds)
@@ -121,7 +121,7 @@ def _prefill_terms(new_tokens: int, context_tokens: int) -> tuple[float, float, 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Tokens [0, `compute_tokens`) of the history are computed, the `load_tokens` behind them are loaded.
+    """Tokens [0, `compute_tokens`) of the history are computed, the `load_tokens` after them are loaded.
 
     `estimate_s` is for each kind the time to the first token, from now on, as far as there is one: seconds.
     """
@@ -131,10 +131,6 @@ class Plan:
     load_tokens: int
     estimate_s: Mapping[Kind, float]
     reason: str
-
-    @property
-    def load_first_token(self) -> int:
-        return self.compute_tokens
 
 
 def plan(
@@ -151,10 +147,10 @@ def plan(
     edges: Sequence[int] = (),
     may_mix: bool = True,
 ) -> Plan:
-    """The fastest way to a history of stored tokens and the `new_tokens` behind it. Pure, but for what `rates` knows.
+    """The fastest way to a history of stored tokens and the `new_tokens` after it. Pure, but for what `rates` knows.
 
     `bytes_per_token` is that of all layers together. The new tokens are computed layer by layer while the layers of
-    the history come in; with `layers` 1, only once all is there. `edges` tell where the history's blocks begin, where
+    the history are loaded; with `layers` 1, only once all is there. `edges` are where the history's blocks begin, if
     they are not all of `block_tokens`. Where nothing was measured yet the history is loaded: so it gets measured.
     """
     if not history_tokens:
@@ -177,7 +173,7 @@ def plan(
     if best is not None:
         head_tokens, estimate_s[Kind.MIXED] = best
         if estimate_s[Kind.MIXED] < (1 - _MARGIN) * estimate_s[pure]:
-            why = f"the first {head_tokens} tokens are computed while the rest comes in"
+            why = f"the first {head_tokens} tokens are computed while the rest is loaded"
             return Plan(Kind.MIXED, head_tokens, history_tokens - head_tokens, estimate_s, why)
     if pure is Kind.RECOMPUTE:
         return Plan(pure, history_tokens, 0, estimate_s, "computing the history again is faster than its load")

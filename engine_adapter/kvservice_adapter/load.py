@@ -1,34 +1,35 @@
-"""Layer-wise pre-loading: layer i+1 comes in while the engine computes layer i.
+"""Layer-wise pre-loading: layer i+1 is loaded while the engine computes layer i.
 
-    loader = LayerLoader(
-        device, stream, lease.load, targets, lease.token_counts, layer_count=30, release=lease.release
-    )
-    loader.start()                      # k layers come in; the request may still be queued
+    source = HostLayers(stream, lease.load, lease.token_counts)
+    loader = LayerLoader(device, stream, source, pages_of_layer, layer_count=30, release=lease.release)
+    loader.start()                      # k layers are loaded; the request may still be queued
     ...
     for layer in model:                 # in the engine's forward pass
         pages = loader.wait(layer)      # its keys and values are there
 
-The work is done on the stream's thread, a layer at a time, so that several loads take turns on one
-stream, and a load whose buffer is full occupies nobody.
+Threads: the engine's thread calls the loader; the stream's thread calls the source, `pages_of_layer` and `release`, one
+layer at a time. So several loads take turns on one stream, and a load whose buffer is full occupies no thread.
+The arrays of a layer are the engine's from `wait` on; before that only the stream may touch them.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 
-from kvservice_adapter.device.base import Device, Event, Pages, Rotation, Stream, StreamClosed
+from kvservice_adapter.device.base import Device, Event, Pages, Stream, StreamClosed
+from kvservice_adapter.layer_source import BegunLayer, LayerSource, PagesOfLayer
 from kvservice_adapter.schedule import ReadBuffer
-from kvservice_client import LoadedLayer
 
-Layers = Callable[[], Iterable[LoadedLayer]]
+_TURN_S = 0.01  # Of waiting on the stream's thread for an event of another stream.
 
 
 class LoadFailed(Exception):
-    """A layer is not there, and will not be: compute the history. The cause, if there is one, says why."""
+    """A layer was not loaded, and will not be: compute the history. The cause, if there is one, says why."""
 
 
 @dataclass(slots=True)
@@ -36,21 +37,21 @@ class LoadReport:
     """How a load went. Times in seconds, by a monotonic clock."""
 
     size_bytes: int = 0
-    layers: int = 0  # That came.
+    layers: int = 0  # In the engine's pages.
     first_layer_s: float = 0.0  # From the start to the first layer in the engine's pages.
-    total_s: float = 0.0  # From the start to the last layer that came.
+    total_s: float = 0.0  # From the start to the last layer that was loaded.
     busy_s: float = 0.0  # Of it, loading: without the pauses of a full buffer.
     waited_s: list[float] = field(default_factory=list)  # By layer: how long the engine was kept.
     error: Exception | None = None
 
     @property
     def bytes_per_s(self) -> float:
-        """The rate while loading. 0 where nothing came."""
+        """The rate while loading. 0 where nothing was loaded."""
         return self.size_bytes / self.busy_s if self.busy_s else 0.0
 
 
 class LayerLoader:
-    """One history on its way into an engine's pages. For one request; thread-safe.
+    """The load of one history into an engine's pages. For one request; any thread may call it.
 
     A loader that is dropped ends its load, as `close` does.
     """
@@ -59,32 +60,20 @@ class LayerLoader:
         self,
         device: Device,
         stream: Stream,
-        layers: Layers,
-        targets: Callable[[int], Pages],
-        token_counts: Sequence[int],
+        source: LayerSource,
+        pages_of_layer: PagesOfLayer,
         *,
         layer_count: int,
-        rotation: Rotation | None = None,
         buffer_layers: int = 0,
         wait_s: float = 0.25,
         release: Callable[[], None] | None = None,
     ) -> None:
-        """`layers` gives the layers in order, `targets` the pages of one, once its bytes are there.
+        """`pages_of_layer` gives the pages of a layer when its bytes are there.
 
-        Both are called on the stream's thread, and so is `release`, once, after all else. `token_counts` are
-        those of the blocks in each layer. `buffer_layers` is k: `schedule.ReadBuffer`. `wait_s` bounds each
-        `wait` unless it says otherwise.
+        It is called on the stream's thread, and so is `release`, once, after all else. `buffer_layers` is
+        k: `schedule.ReadBuffer`. `wait_s` bounds each `wait` unless it says otherwise.
         """
-        self._load = _Load(
-            device,
-            stream,
-            layers,
-            targets,
-            tuple(token_counts),
-            rotation,
-            ReadBuffer(layer_count, buffer_layers),
-            release,
-        )
+        self._load = _Loading(device, stream, source, pages_of_layer, ReadBuffer(layer_count, buffer_layers), release)
         self._device = device
         self._wait_s = wait_s
 
@@ -99,20 +88,20 @@ class LayerLoader:
         self._load.go_on()
 
     def request_runs(self) -> None:
-        """The request is computed from now on: layers are taken one after another. The first `wait` says so too."""
+        """The request is computed from now on: layers are taken one after another. The first `wait` implies it."""
         self._load.request_runs()
 
     def wait(self, layer: int, timeout_s: float | None = None) -> Pages:
         """The pages of a layer, filled: they are the engine's from now on. Layers are taken in order, each once.
 
         Raises LoadFailed where it is not there after `timeout_s`, or where loading has failed or was ended
-        before; then within no time. Layers that came stay as they are, and those not taken yet may be.
+        before; then within no time. Layers that were loaded before the failure can still be taken.
         """
         begin_s = time.monotonic()
         end_s = begin_s + (self._wait_s if timeout_s is None else timeout_s)
         self._load.request_runs()
         try:
-            event, pages = self._load.landed(layer, end_s)
+            pages, event, _ = self._load.begun(layer, end_s)
             if not self._device.wait_in_compute(event, max(0.0, end_s - time.monotonic())):
                 raise LoadFailed(f"layer {layer} was not copied in time")
             if event.error is not None:
@@ -124,7 +113,7 @@ class LayerLoader:
 
     @property
     def report(self) -> LoadReport:
-        """How it went so far."""
+        """The load so far."""
         return replace(self._load.report, waited_s=list(self._load.report.waited_s))
 
     @property
@@ -133,37 +122,33 @@ class LayerLoader:
         return self._load.is_done
 
     def cancel(self) -> None:
-        """End the load after the layer that is on its way, and free the lease. Waits for nothing."""
+        """End the load after the layer that is being loaded, and free the lease. Does not wait."""
         self._load.cancel()
 
     close = cancel
 
 
-class _Load:
-    """What the stream's thread works on. It knows nothing of the loader, so that one can be dropped."""
+class _Loading:
+    """What the stream's thread works on. It holds no reference to the loader, so that one can be dropped."""
 
     def __init__(
         self,
         device: Device,
         stream: Stream,
-        layers: Layers,
-        targets: Callable[[int], Pages],
-        token_counts: tuple[int, ...],
-        rotation: Rotation | None,
+        source: LayerSource,
+        pages_of_layer: PagesOfLayer,
         buffer: ReadBuffer,
         release: Callable[[], None] | None,
     ) -> None:
         self._device = device
         self._stream = stream
-        self._layers = layers
-        self._targets = targets
-        self._token_counts = token_counts
-        self._rotation = rotation
+        self._source = source
+        self._pages_of_layer = pages_of_layer
         self._buffer = buffer
         self._release = release
         self._changed = threading.Condition()
-        self._landed: list[tuple[Event, Pages] | None] = []  # None: taken. The pages are held no longer than that.
-        self._iterator: Iterator[LoadedLayer] | None = None
+        self._begun: list[BegunLayer | None] = []  # None: taken. The pages are held no longer than that.
+        self._iterator: Iterator[BegunLayer] | None = None
         self._awaited = -1  # The layer that the engine asked for last.
         self._on_stream = False  # A piece of work of ours is there: no second one is given.
         self._ended = False
@@ -179,11 +164,11 @@ class _Load:
                 self._buffer.is_running = True
             self.go_on()
 
-    def landed(self, layer: int, end_s: float) -> tuple[Event, Pages]:
+    def begun(self, layer: int, end_s: float) -> BegunLayer:
         """The copy of a layer, which may not be done yet. Raises LoadFailed."""
         with self._changed:
             self._awaited = layer
-            while len(self._landed) <= layer:
+            while len(self._begun) <= layer:
                 if self.report.error is not None:
                     error = self.report.error
                     raise LoadFailed(f"layer {layer} is not loaded: {error}") from error
@@ -191,15 +176,15 @@ class _Load:
                     raise LoadFailed(f"layer {layer} is not loaded: the load was ended before")
                 if not self._changed.wait(end_s - time.monotonic()):
                     raise LoadFailed(f"layer {layer} did not come in time")
-            landed = self._landed[layer]
-        if landed is None:
+            begun = self._begun[layer]
+        if begun is None:
             raise LoadFailed(f"layer {layer} was taken before")
-        return landed
+        return begun
 
     def took(self, layer: int) -> None:
         with self._changed:
             self._buffer.taken = max(self._buffer.taken, layer + 1)
-            self._landed[layer] = None
+            self._begun[layer] = None
         self.go_on()
 
     def go_on(self) -> None:
@@ -230,25 +215,29 @@ class _Load:
         begin_s = time.monotonic()
         try:
             if self._iterator is None:
-                self._iterator = iter(self._layers())
-            loaded = next(self._iterator, None)
-            if loaded is None or loaded.index != self._buffer.loaded:
-                raise ValueError(f"layer {self._buffer.loaded} was to come; {loaded and loaded.index} did")
-            pages = self._targets(loaded.index)
-            pages.check(loaded.group)
-            event = self._stream.scatter(loaded.data, self._token_counts, pages, self._rotation)
-            self._stream.submit(lambda: self._copied(event, begin_s, loaded.data.nbytes))
+                self._iterator = self._source.begin(self._pages_of_layer)
+            begun = next(self._iterator, None)
+            if begun is None:
+                raise ValueError(f"layer {self._buffer.loaded} was to come, and the load is over")
+            self._stream.submit(partial(self._copied, begun.event, begin_s, begun.size_bytes))
         except Exception as error:
             self._end(error)
             return
         with self._changed:
             self._buffer.loaded += 1
-            self._landed.append((event, pages))
+            self._begun.append(begun)
             self._changed.notify_all()
 
     def _copied(self, event: Event, begin_s: float, size_bytes: int) -> None:
         """A layer is in the engine's pages. The next one, if it is time; others' work may come first."""
-        if event.error is not None:
+        if not event.is_done and not self._ended:  # It is not of this stream. Other loads take their turns meanwhile.
+            event.wait(_TURN_S)
+            try:
+                self._stream.submit(partial(self._copied, event, begin_s, size_bytes))
+            except StreamClosed as error:
+                self._end(error)
+            return
+        if event.error is not None or not event.is_done:
             self._end(event.error)
             return
         report, now_s = self.report, time.monotonic()
@@ -260,7 +249,7 @@ class _Load:
         if report.layers == self._buffer.layer_count:
             assert self._iterator is not None
             with suppress(Exception):
-                next(self._iterator, None)  # A load that is let run to its end is not one that was broken off.
+                next(self._iterator, None)  # Runs the load to its end: closed before that it would count as broken off.
             self._end()
             return
         with self._changed:

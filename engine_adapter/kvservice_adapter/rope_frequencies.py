@@ -13,12 +13,10 @@ from typing import Any
 
 import torch
 
+from kvservice_adapter.device.rotation import UnsupportedRotation
+
 # In these a key is rotated by its position alone, or (dynamic) is as long as the prompt is short enough.
 KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
-
-
-class UnsupportedRotation(ValueError):
-    """Keys cannot be turned to another position exactly. Recompute them there; the message says why."""
 
 
 def kind_of(parameters: Mapping[str, Any]) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from kvservice_adapter.rope_frequencies import UnsupportedRotation, frequencies_of, kind_of
+from kvservice_adapter.device.rotation import UnsupportedRotation
+from kvservice_adapter.rope_frequencies import frequencies_of, kind_of
 from kvservice_api.layout import Rotary
 
 
@@ -17,7 +18,7 @@ def rotary_of(model: Any) -> Rotary:
     """How the model rotates its keys, for a layout. Raises UnsupportedRotation where no prefix could be reused.
 
     A model that computes with other frequencies than its configuration gives (`model.to(bfloat16)` rounds
-    them) is told apart by a checksum of them.
+    them) is distinguished by a checksum of them.
     """
     parameters = getattr(model.config, "rope_parameters", None) or {}
     if not parameters and not _frequency_modules(model):
@@ -48,32 +49,92 @@ def rotaries_of(model: Any, layer_count: int) -> list[Rotary]:
     A model with several rotations has parameters per layer type, and frequencies under the type's name (Gemma 3).
     """
     parameters = getattr(model.config, "rope_parameters", None) or {}
-    if not any(isinstance(value, Mapping) for value in parameters.values()):
+    types = _layer_types(model)
+    if types is None:
         return [rotary_of(model)] * layer_count
-    types = getattr(model.config, "layer_types", None) or ()
-    if len(types) != layer_count or not all(isinstance(parameters.get(each), Mapping) for each in types):
+    if len(types) != layer_count:
         raise UnsupportedRotation("the rotary encoding differs from layer to layer, and no layer types say how")
     made = {each: _rotary_of_type(model, each, parameters[each]) for each in set(types)}
     return [made[each] for each in types]
 
 
-def _rotary_of_type(model: Any, layer_type: str, parameters: Mapping[str, Any]) -> Rotary:
+class OwnFrequencies(NamedTuple):
+    """What a model's code rotates keys with."""
+
+    kind: str
+    frequencies: torch.Tensor
+    attention_scaling: float
+
+
+class LayerFrequencies(NamedTuple):
+    """`of_type` has what the layers' types rotate with: one type, "", where all layers rotate alike."""
+
+    layer_types: list[str]
+    of_type: dict[str, OwnFrequencies]
+
+
+def frequencies_of_layers(model: Any) -> LayerFrequencies:
+    """What the model's code rotates the keys of each layer with. Raises UnsupportedRotation."""
+    parameters = getattr(model.config, "rope_parameters", None) or {}
+    types = _layer_types(model)
+    if types is not None:
+        found = {}
+        for each in set(types):
+            frequencies = _frequencies_of_type(model, each)
+            scaling = _named(model, f"{each}_attention_scaling")
+            found[each] = OwnFrequencies(
+                _kind_of_type(parameters[each]), frequencies, float(scaling[0]) if scaling else 1.0
+            )
+        return LayerFrequencies(types, found)
+    kind = kind_of(parameters)
+    module = rotary_modules(model)[0]
+    # `inv_freq` is what the last prompt used, in a model whose frequencies change.
+    frequencies = module.original_inv_freq if kind == "dynamic" else module.inv_freq
+    own = OwnFrequencies(kind, frequencies, float(getattr(module, "attention_scaling", 1.0)))
+    return LayerFrequencies([""] * model.config.num_hidden_layers, {"": own})
+
+
+def _layer_types(model: Any) -> list[str] | None:
+    """The type of each layer, where types rotate in ways of their own; else None."""
+    parameters = getattr(model.config, "rope_parameters", None) or {}
+    if not any(isinstance(value, Mapping) for value in parameters.values()):
+        return None
+    types = list(getattr(model.config, "layer_types", None) or ())
+    if not types or not all(isinstance(parameters.get(each), Mapping) for each in types):
+        raise UnsupportedRotation("the rotary encoding differs from layer to layer, and no layer types say how")
+    return types
+
+
+def _kind_of_type(parameters: Mapping[str, Any]) -> str:
     kind = kind_of(parameters)
     if kind == "dynamic":
         raise UnsupportedRotation("dynamic rotary encoding that differs from layer to layer is not supported")
-    name = f"{layer_type}_inv_freq"
-    found = [getattr(each, name) for each in model.modules() if isinstance(getattr(each, name, None), torch.Tensor)]
+    return kind
+
+
+def _frequencies_of_type(model: Any, layer_type: str) -> torch.Tensor:
+    found = [each for each in _named(model, f"{layer_type}_inv_freq") if isinstance(each, torch.Tensor)]
     if not found or not all(torch.equal(found[0], each) for each in found[1:]):
         raise UnsupportedRotation(f"{type(model).__name__} keeps no rotary frequencies of {layer_type}")
+    return found[0]
+
+
+def _named(model: Any, name: str) -> list[Any]:
+    """An attribute of the model's modules, of all that have it."""
+    return [getattr(each, name) for each in model.modules() if getattr(each, name, None) is not None]
+
+
+def _rotary_of_type(model: Any, layer_type: str, parameters: Mapping[str, Any]) -> Rotary:
+    kind = _kind_of_type(parameters)
+    frequencies = _frequencies_of_type(model, layer_type)
     numbers = {name: value for name, value in parameters.items() if name not in ("rope_type", "type", "rope_theta")}
     if not all(value is None or isinstance(value, (int, float)) for value in numbers.values()):
         raise UnsupportedRotation(f"the rotary parameters {numbers} are not plain numbers")
     given = [(name, float(value)) for name, value in numbers.items() if value is not None]
     # What the model really computes with, whatever its configuration says.
-    given.append(("frequencies_crc32", float(_checksum(found[0]))))
+    given.append(("frequencies_crc32", float(_checksum(frequencies))))
     pairing, unknown = _named_pairing(model)
-    dims = 2 * found[0].numel()
-    return Rotary(kind, pairing, dims, float(parameters["rope_theta"]), (*given, *unknown))
+    return Rotary(kind, pairing, 2 * frequencies.numel(), float(parameters["rope_theta"]), (*given, *unknown))
 
 
 def _named_pairing(model: Any) -> tuple[str, tuple[tuple[str, float], ...]]:
@@ -100,14 +161,20 @@ def pairing_of(model: Any) -> str:
 
 
 @torch.inference_mode()
-def rotated_by(model: Any, keys: torch.Tensor, positions: Sequence[int]) -> torch.Tensor | None:
+def rotated_by(model: Any, keys: torch.Tensor, positions: Sequence[int], layer_type: str = "") -> torch.Tensor | None:
     """Keys ``[1, head, token, rotary dim]``, rotated by the model's own code; None where it is called another way."""
     rotate = getattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb", None)
     if rotate is None:
         return None
     keys = keys.to(model.device)
+    places = torch.tensor(positions, device=keys.device)[None]
     try:
-        cos, sin = rotary_modules(model)[0](keys, torch.tensor(positions, device=keys.device)[None])
+        if layer_type:
+            name = f"{layer_type}_inv_freq"
+            module: Any = next(each for each in model.modules() if getattr(each, name, None) is not None)
+            cos, sin = module(keys, places, layer_type)
+        else:
+            cos, sin = rotary_modules(model)[0](keys, places)
         _, rotated = rotate(keys, keys, cos, sin)
     except (TypeError, ValueError, RuntimeError):  # It is called in another way.
         return None

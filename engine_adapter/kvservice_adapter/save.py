@@ -19,7 +19,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
-from kvservice_adapter.device.base import Device, Event, Pages, Rotation, StreamClosed
+from kvservice_adapter.device.base import Device, Event, Pages, StreamClosed
+from kvservice_adapter.device.rotation import Rotation
 from kvservice_api.errors import KVError
 from kvservice_api.image import layer_starts
 from kvservice_client import BlockCache, BlockChain, Durability, LayerGroup, SaveResult
@@ -113,7 +114,7 @@ class LayerSaver:
             self._gathering.close()
             self._sending.close()
 
-    # A job on its way
+    # A job's way through the threads
 
     def _gather(self, pages: Pages, chain: BlockChain, into: Bytes, rotation: Rotation | None) -> Event:
         return self._gathering.gather(pages, chain.token_counts, into, rotation)
@@ -138,7 +139,7 @@ class LayerSaver:
     def _send(self, work: _Work) -> None:
         try:
             result = self._blocks.save(work.chain, work.layers, work.durability)
-        except Exception as error:  # Counted and told there; the engine never sees it.
+        except Exception as error:  # Counted and logged by `_ended`; the engine never sees it.
             self._ended(work, error)
         else:
             self._ended(work, result)

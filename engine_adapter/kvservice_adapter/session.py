@@ -1,15 +1,15 @@
-"""A conversation as its engine knows it: every token that was said, and where it was cut.
+"""A conversation as its engine knows it: all of its tokens, and where it was cut.
 
     conversation = Conversation("chat-17")
     history = connector.restore(input_ids, conversation=conversation)
     ...
     connector.save(output_ids, history.cache, conversation=conversation)
     connector.truncate(conversation, keep)           # the context overflows: some tokens leave
-    input_ids = [*conversation.token_ids, *new]      # what is left, and what is said next
+    input_ids = [*conversation.token_ids, *new]      # what is left, and the next message
 
-The tokens that are left do not tell what was dropped, and the KV of those that are left was computed
-with it in sight. So the log keeps all of them, four bytes each: it gives the key that the session's tip
-must be. Where it is another one, that session is not this conversation.
+The tokens that are left do not say what was dropped, and their KV was computed with it in sight. So the log keeps all
+tokens, four bytes each: the key of the session's tip follows from them. A session with another tip is not this
+conversation.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvservice_adapter.truncation import kept_tokens
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.keys import BlockChain, block_chain, cut_key, root_key
 from kvservice_api.layout import Layout
@@ -70,11 +71,11 @@ class Keys(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """What was said up to a cut, and what the cut kept of all that was there then: (first, count) each."""
+class Cut:
+    """The tokens between the cut before and this one, and what this one kept of the history: (first, count) each."""
 
-    said: Tokens
-    kept: Ranges
+    tokens: Tokens
+    kept_ranges: Ranges
 
 
 class Conversation:
@@ -83,81 +84,80 @@ class Conversation:
     def __init__(self, session_id: str) -> None:
         """Raises InvalidRequest for a `session_id` that breaks the rule: `checked_session_id`."""
         self.session_id = checked_session_id(session_id)
-        self._parts: list[Part] = []
-        self._kept = _NOTHING  # By the last cut.
-        self._said = _NOTHING  # Since.
+        self._cuts: list[Cut] = []
+        self._kept = _NOTHING  # Tokens that the last cut kept.
+        self._since_cut = _NOTHING
 
     @property
     def token_ids(self) -> Tokens:
         """The history as it is now, uint32 ``[token]``."""
-        return np.concatenate([self._kept, self._said])
+        return np.concatenate([self._kept, self._since_cut])
 
     @property
     def token_count(self) -> int:
-        return len(self._kept) + len(self._said)
+        return len(self._kept) + len(self._since_cut)
 
     @property
     def kept_tokens(self) -> int:
-        """How many of them the last cut has left: the first ones. 0 where there was none."""
+        """How many of them, the first ones, the last cut kept. 0 where there was no cut."""
         return len(self._kept)
 
     @property
-    def parts(self) -> tuple[Part, ...]:
-        """What was said up to each cut. What was said since is the history behind `kept_tokens`."""
-        return tuple(self._parts)
+    def cuts(self) -> tuple[Cut, ...]:
+        return tuple(self._cuts)
 
     @property
-    def said(self) -> Tokens:
-        """Since the last cut."""
-        return self._said
+    def tokens_since_cut(self) -> Tokens:
+        """The history after `kept_tokens`."""
+        return self._since_cut
 
     def copy(self) -> Conversation:
         """As it is now."""
         same = Conversation(self.session_id)
-        same._parts, same._kept, same._said = list(self._parts), self._kept, self._said
+        same._cuts, same._kept, same._since_cut = list(self._cuts), self._kept, self._since_cut
         return same
 
     def extend(self, token_ids: Any) -> None:
         """Tokens ``[token]`` follow."""
-        self._said = np.concatenate([self._said, np.asarray(token_ids).astype(np.uint32)])
+        self._since_cut = np.concatenate([self._since_cut, np.asarray(token_ids).astype(np.uint32)])
 
     def truncate(self, keep: Sequence[tuple[int, int]]) -> None:
         """Only these ranges of tokens stay, (first, count) each: ascending, disjoint, inside the history.
 
-        With none of them everything leaves, and what follows begins anew. Raises InvalidRequest.
+        With no range the conversation is `reset`. Raises InvalidRequest.
         """
         if not keep:
-            self.begin_anew()
+            self.reset()
             return
         kept = joined(keep, self.token_count)
         if kept == ((0, self.token_count),):
             return
-        left = self.token_ids[np.concatenate([np.arange(first, first + count) for first, count in kept])]
-        self._parts.append(Part(self._said, kept))
-        self._kept, self._said = left, _NOTHING
+        left = self.token_ids[kept_tokens(kept)]
+        self._cuts.append(Cut(self._since_cut, kept))
+        self._kept, self._since_cut = left, _NOTHING
 
-    def begin_anew(self) -> None:
-        """Nothing was said: what follows is computed without what was there before."""
-        self._parts, self._kept, self._said = [], _NOTHING, _NOTHING
+    def reset(self) -> None:
+        """Forget all tokens: later ones are computed without them."""
+        self._cuts, self._kept, self._since_cut = [], _NOTHING, _NOTHING
 
-    def leads_to(self, token_ids: NDArray[Any]) -> bool:
+    def is_prefix_of(self, token_ids: NDArray[Any]) -> bool:
         """Whether the tokens begin with this history."""
         return len(token_ids) >= self.token_count and bool((token_ids[: self.token_count] == self.token_ids).all())
 
     def parent(self, keys: Keys) -> bytes:
         """The key that the first block since the last cut continues."""
         parent = keys.root
-        for part in self._parts:
-            chain = keys.chain(part.said, parent, with_partial=True)
-            parent = cut_key(chain.keys[-1] if len(chain) else parent, part.kept)
+        for cut in self._cuts:
+            chain = keys.chain(cut.tokens, parent, with_partial=True)
+            parent = cut_key(chain.keys[-1] if len(chain) else parent, cut.kept_ranges)
         return parent
 
     def is_of(self, state: SessionState, keys: Keys) -> bool:
         """Whether the session's history is the beginning of this conversation, cut as it was."""
         since = state.token_count - self.kept_tokens
-        if state.cuts != len(self._parts) or not 0 <= since <= len(self._said):
+        if state.cuts != len(self._cuts) or not 0 <= since <= len(self._since_cut):
             return False
-        chain = keys.chain(self._said[:since], self.parent(keys), with_partial=True)
+        chain = keys.chain(self._since_cut[:since], self.parent(keys), with_partial=True)
         listed = tuple(each.key for each in state.slices[len(state.slices) - len(chain) :])
         closed = chain[: len(chain) - bool(state.tail_tokens)]
         return listed == chain.keys and state.tip == (closed.keys[-1] if len(closed) else closed.parent)

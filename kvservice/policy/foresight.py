@@ -1,10 +1,9 @@
-"""Our own policy: keep what is likely to come back before its space is needed, by the byte; fetch it in time.
+"""KVService's own policy: keep the items with the most expected hits per byte and second, and read them in time.
 
-What an item in a tier is worth is the rate of hits that it earns there a second and byte. An item whose request
-waits comes back at a known time. One that its user thinks about comes back as those before it did
-(`return_times`), or as hints had it (`hint_times`), and is worth what `worth` makes of that. A memory that keeps
-the greatest worths lets go of a session soon after its answer, since people do not come back at once, and has it
-read again shortly before they do.
+The score of an item in a tier is the rate of hits that it earns there, per second and byte. An item whose request is
+queued returns at a known time. For other items the return time is predicted from past returns (`return_times`) or
+from hints (`hint_times`), and `worth` turns the hazard into a score. So a session leaves DRAM soon after its
+answer, since users do not reply at once, and is read again shortly before they usually do.
 """
 
 from __future__ import annotations
@@ -28,23 +27,24 @@ from kvservice.policy.return_times import ReturnTimes
 from kvservice.policy.scores import FETCH, HOLD, KEEP, LATER, Scores
 from kvservice.policy.survival import Floats, Ints
 
-_LEAST_RATE = 1e-30  # Returns a second: never.
-_LEAST_S = 1e-6  # A request that is about to run is this far away.
-_UNLIKELY = 0.02  # Returns within the typical time: what is less likely is not read ahead.
-_ALL = 4  # Those that DRAM has no use for are looked at once in a quarter as many events as there are.
-_LEVEL = 48  # What leaves DRAM next is this part of it.
-_DOZE = 0.5  # DRAM has no use for those that will not be worth this share of what leaves it now.
-_LEARNS = 5  # What was seen becomes scores when there is a fifth more of it...
-_LEARN_RETURNS = (16, 1024)  # ... within these numbers of returns.
-#: While requests wait that may need the SSD, what would have to be copied there first is worth so much more.
+_LEAST_RATE = 1e-30  # Returns per second that count as never.
+_LEAST_S = 1e-6  # The time until a request that is about to run.
+_UNLIKELY = 0.02  # Expected returns within the typical time below which an item is not read ahead.
+_FULL_SCAN_PART = 4  # All items, not only candidates, are scored once per (live items / 4) events.
+_MARGIN_PART = 48  # The eviction threshold is the score at 1/48 of DRAM from the bottom.
+_CANDIDATE_SHARE = 0.5  # Partial scans skip items whose best future score is below this share of the threshold.
+_RELEARN_GROWTH = 5  # The model is fitted again when there are 1/5 more returns...
+_LEARN_RETURNS = (16, 1024)  # ... but at least and at most after so many returns.
+#: While requests are queued that may read from SSD, an item without an SSD copy scores this factor higher.
 _DIRTY = 4.0
-#: What left SSD last was worth so much more than what is not written: worths are estimates, and a miss costs more.
-_WRITES = 0.9
-_LATER_USE = 1e-13  # Among equals, what was used later is worth a little more, and a prefix more than its suffix.
+#: An item is written to SSD if it scores at least this share of what SSD evicted last: scores are estimates, and a
+#: miss costs more than a write.
+_SSD_ADMIT_SHARE = 0.9
+_LATER_USE = 1e-13  # Breaks ties: by recency, so that a prefix scores above its suffix.
 
 
 class ForesightPolicy(Placement):
-    """Learns online; begins with recency. `learning=False`: recency and the queue alone."""
+    """Learns online, starting from LRU's order. `learning=False`: recency and the queue only."""
 
     name: ClassVar[str] = "foresight"
 
@@ -58,24 +58,24 @@ class ForesightPolicy(Placement):
         self._scores = Scores(self._returns.hazards, self._hints.hazards)
         self._in_dram = np.zeros(items.row_count)
         self._on_ssd = np.zeros(items.row_count)
-        self._late = np.ones(items.row_count)  # The chance that it will not be read in time once its request comes.
-        self._awake = np.zeros(items.row_count, np.bool_)  # In DRAM, or soon worth to be there.
-        self._since_all = 0  # Events since all live items were scored, awake or not.
+        self._late = np.ones(items.row_count)  # Probability that a read begun at the request comes too late.
+        self._candidate = np.zeros(items.row_count, np.bool_)  # In DRAM, or may score above the threshold soon.
+        self._since_all = 0  # Events since the last full scan.
         self._waits = QueueWaits(items.row_count)
         self._price = ReadPrice(now_s)
         self._looks = LookTimes(now_s)
         self._all_due = 0
-        self._level = 0.0  # The worth of what leaves DRAM next.
+        self._level = 0.0  # DRAM's eviction threshold.
         self._ssd_level = 0.0
         self._learn_at = _LEARN_RETURNS[0]
-        self._passed = 0  # Requests whose turn has come since the queue was looked at.
-        self._window = 1  # How many of them DRAM had room for then, from the head of the queue on.
+        self._passed = 0  # Requests that left the queue since it was scanned.
+        self._window = 1  # How many requests from the queue's head fitted into DRAM then.
         self._all_fit = True  # All of them.
 
     def _start_learning(self, row_count: int) -> tuple[ReturnTimes, HintTimes]:
         return ReturnTimes(row_count, self._learning), HintTimes(row_count)
 
-    # What happens.
+    # Events
 
     def queued(self, items: ItemTable, row: int, now_s: float) -> None:
         if not self._started:
@@ -84,16 +84,16 @@ class ForesightPolicy(Placement):
         since_s = returns.since_s.item(row)
         if self._learning and since_s == since_s:
             hazard = returns.hazard(row, now_s)
-            self._hints.came(row, hazard, items.size_bytes.item(row) / items.conditions.ssd_bytes_per_s, now_s)
-        returns.came(row, now_s)
+            self._hints.record_return(row, hazard, items.size_bytes.item(row) / items.conditions.ssd_bytes_per_s, now_s)
+        returns.record_return(row, now_s)
         self._waits.queued(row, now_s)
-        self._awake[row] = True
+        self._candidate[row] = True
         self._happened(now_s)
         if items.dram_bytes.item(row) < items.ssd_bytes.item(row) and self._has_room(items, row):
             self.look_at_s = now_s
 
     def _has_room(self, items: ItemTable, row: int) -> bool:
-        """Whether DRAM may have room for the waiting request beside those before it."""
+        """Whether DRAM may hold the queued request together with those before it."""
         return self._all_fit or items.queue_seq.item(row) - items.conditions.served < self._window
 
     def used(self, items: ItemTable, row: int, now_s: float) -> None:
@@ -107,9 +107,11 @@ class ForesightPolicy(Placement):
     def stored(self, items: ItemTable, row: int, now_s: float) -> None:
         if not self._started:
             self._start(items, now_s)
-        self._returns.waits(row, items.uses.item(row), items.answer_tokens.item(row), now_s, items.value.item(row))
+        self._returns.start_waiting(
+            row, items.uses.item(row), items.answer_tokens.item(row), now_s, items.value.item(row)
+        )
         self._score_stored(items, row)
-        self._awake[row] = True
+        self._candidate[row] = True
         self._happened(now_s)
 
     def hinted(self, items: ItemTable, row: int, hint: Hint, now_s: float) -> None:
@@ -118,7 +120,7 @@ class ForesightPolicy(Placement):
         self._hints.hinted(row, hint, self._returns.hazard(row, now_s) * self._returns.typical_s, now_s)
         if hint is Hint.ENDED:
             self._score(items, np.array((row,)), now_s)
-        self._awake[row] = True
+        self._candidate[row] = True
         self._looks.hinted(now_s)
         self._happened(now_s)
 
@@ -129,17 +131,17 @@ class ForesightPolicy(Placement):
     def forgotten(self, items: ItemTable, row: int, now_s: float) -> None:
         if self._started:
             self._returns.forgotten(row, now_s)
-            self._hints.ceased(row, now_s)
+            self._hints.cancel(row, now_s)
             self._waits.forgotten(row)
             self._in_dram[row] = self._on_ssd[row] = 0.0
             self._late[row] = 1.0
-            self._awake[row] = False
+            self._candidate[row] = False
 
     def _happened(self, now_s: float) -> None:
         self._looks.happened(now_s)
         self.look_at_s = min(self.look_at_s, self._looks.soonest_s)
 
-    # What it is worth.
+    # Scores
 
     def retention(self, items: ItemTable, rows: Rows, tier: TierName, now_s: float) -> Floats:
         if not self._started:
@@ -153,7 +155,7 @@ class ForesightPolicy(Placement):
             worth = (self._on_ssd if lost else self._in_dram)[rows]
             if len(waiting):
                 worth[waiting] = self._worth_queued(items, rows[waiting], queue_seq[waiting], lost)
-        if not lost and items.conditions.queued:  # To copy it now would keep the SSD from reading for others.
+        if not lost and items.conditions.queued:  # Copying it now would delay reads of the SSD.
             dirty = (items.ssd_bytes[rows] < items.dram_bytes[rows]).nonzero()[0]
             if len(dirty):
                 worth[dirty] *= _DIRTY
@@ -166,10 +168,10 @@ class ForesightPolicy(Placement):
     def wants_on_ssd(self, items: ItemTable, row: int, now_s: float) -> bool:
         if not self._started:
             return True
-        return self._on_ssd.item(row) >= _WRITES * self._ssd_level and not self._hints.gone(row)
+        return self._on_ssd.item(row) >= _SSD_ADMIT_SHARE * self._ssd_level and not self._hints.has_ended(row)
 
     def _worth_queued(self, items: ItemTable, rows: Rows, queue_seq: Ints, lost: bool) -> Floats:
-        """A request that waits is a hit at a known time. What can still be read in time is worth the read alone."""
+        """A queued request is a hit at a known time. An item that can still be read in time scores the read's price."""
         conditions = items.conditions
         ahead = queue_seq - conditions.served
         coming_s = np.maximum(ahead * (1 / conditions.turns_per_s), _LEAST_S)
@@ -182,34 +184,34 @@ class ForesightPolicy(Placement):
         return worth
 
     def _score_stored(self, items: ItemTable, row: int) -> None:
-        """The worths of what was just used, as `_score` takes them at age 0."""
+        """The scores of an item that was just used: what `_score` gives at age 0."""
         returns, conditions = self._returns, items.conditions
         size = max(items.size_bytes.item(row), 1)
         factor = returns.factor.item(row)
-        surprising = self._hints.surprising * self._late.item(row)
-        hold, keep = self._scores.at_once(returns.in_class.item(row), size * self._price.per_byte / surprising)
+        unannounced = self._hints.unannounced_share * self._late.item(row)
+        hold, keep = self._scores.at_once(returns.in_class.item(row), size * self._price.per_byte / unannounced)
         wait_s = conditions.queued / conditions.turns_per_s
         dense = items.value.item(row) / size
-        self._in_dram[row] = dense / (factor / (hold * surprising) + wait_s)
+        self._in_dram[row] = dense / (factor / (hold * unannounced) + wait_s)
         self._on_ssd[row] = dense / (factor / keep + wait_s)
 
     def _score(self, items: ItemTable, rows: Rows, now_s: float) -> tuple[Floats, Floats]:
-        """Takes the worths of `rows` anew. Returns what it is worth to fetch each of them now, and at best later."""
+        """Score `rows`. Returns the scores of reading each ahead now, and at the best later time."""
         conditions = items.conditions
         returns, hints, scores = self._returns, self._hints, self._scores
         sizes = np.maximum(items.size_bytes[rows], 1)
         reading_s = (sizes - items.dram_bytes[rows]) * (1 / conditions.ssd_bytes_per_s) + conditions.read_backlog_s
-        surprising = hints.surprising
+        unannounced = hints.unannounced_share
         late = self._waits.shorter(sizes * (1 / conditions.ssd_bytes_per_s))
         self._late[rows] = late
         price = sizes * self._price.per_byte / late
 
         factor = returns.factor[rows]
         age_s = now_s - returns.since_s[rows]
-        rates = scores.rates(returns.in_class[rows], age_s / factor, (age_s + reading_s) / factor, price / surprising)
-        rates[HOLD] *= surprising
-        rates[FETCH] *= surprising
-        rates[LATER] *= surprising
+        rates = scores.rates(returns.in_class[rows], age_s / factor, (age_s + reading_s) / factor, price / unannounced)
+        rates[HOLD] *= unannounced
+        rates[FETCH] *= unannounced
+        rates[LATER] *= unannounced
         rates /= factor
 
         hinted = np.flatnonzero(hints.in_class[rows] != hint_times.NONE)
@@ -231,19 +233,19 @@ class ForesightPolicy(Placement):
         worth[FETCH:] *= rates[FETCH:] >= _UNLIKELY / returns.typical_s
         return worth[FETCH], worth[LATER]
 
-    # What shall come.
+    # Promotions
 
     def promotions(self, items: ItemTable, queue: Sequence[int], now_s: float) -> Sequence[Promotion]:
         if not self._started:
             self._start(items, now_s)
         wanted = self._queued_soon(items, queue, now_s) if queue else []
         if now_s >= self._looks.soonest_s:
-            wanted += self._look(items, now_s)
+            wanted += self._rescan(items, now_s)
         self.look_at_s = self._looks.soonest_s
         return wanted
 
     def _wanted(self, items: ItemTable, rows: Rows, worths: Floats, now_s: float) -> list[Promotion]:
-        """Hinted requests are needed as early as such requests come; others in the mean time until they come."""
+        """Deadlines: for hinted items the soonest arrivals after such hints; for others the mean time to the return."""
         hints = self._hints
         deadlines = now_s + items.value[rows] / (worths * np.maximum(items.size_bytes[rows], 1))
         hinted = np.flatnonzero(hints.in_class[rows] != hint_times.NONE)
@@ -253,7 +255,7 @@ class ForesightPolicy(Placement):
         return [Promotion(*each) for each in zip(rows.tolist(), deadlines.tolist(), worths.tolist(), strict=True)]
 
     def _queued_soon(self, items: ItemTable, queue: Sequence[int], now_s: float) -> list[Promotion]:
-        """Of the requests that wait, as many from the head as DRAM has room for."""
+        """Reads for the queued requests, from the queue's head on, as far as DRAM has space."""
         self._passed = 0
         conditions = items.conditions
         size_of, in_dram, coming, on_ssd = items.size_bytes, items.dram_bytes, items.coming_bytes, items.ssd_bytes
@@ -269,25 +271,25 @@ class ForesightPolicy(Placement):
                 self._all_fit = False
                 break
             if on_ssd.item(row) > in_dram.item(row) + coming.item(row):
-                coming_s = max(ahead / conditions.turns_per_s, _LEAST_S)  # Positions, not rows: some read several.
+                coming_s = max(ahead / conditions.turns_per_s, _LEAST_S)  # One request may read several rows.
                 wanted.append(Promotion(row, now_s + coming_s, items.value.item(row) / (size * coming_s)))
         self._window = max(ahead, 1)
         return wanted
 
-    def _look(self, items: ItemTable, now_s: float) -> list[Promotion]:
-        """Takes all worths anew, and matches what is worth fetching with what would leave for it."""
+    def _rescan(self, items: ItemTable, now_s: float) -> list[Promotion]:
+        """Score the candidates (or all items), and read ahead what scores above the items that would have to leave."""
         conditions = items.conditions
         returns = self._returns
         self._since_all += self._looks.events
-        if self._since_all >= self._all_due or self._returns.survival.events >= self._learn_at:
+        if self._since_all >= self._all_due or self._returns.survival.event_count >= self._learn_at:
             rows = np.flatnonzero(items.live)
-            self._awake[rows] = True
+            self._candidate[rows] = True
             self._since_all = 0
-            self._all_due = len(rows) // _ALL
+            self._all_due = len(rows) // _FULL_SCAN_PART
             thinking = rows[returns.since_s[rows] <= now_s]
             self._learn_if_due(thinking, now_s)
         else:
-            rows = np.flatnonzero(self._awake)
+            rows = np.flatnonzero(self._candidate)
             thinking = rows[returns.since_s[rows] <= now_s]
         self._looks.looked(len(rows), returns.typical_s, self._hints.soonest_s.item(0), now_s)
         if not len(thinking):
@@ -302,21 +304,21 @@ class ForesightPolicy(Placement):
         order = np.argsort(worths)
         leaves = worths[order]
         free = conditions.dram_capacity_bytes - int((items.dram_bytes[rows] + items.coming_bytes[rows]).sum())
-        room = free + np.cumsum(items.dram_bytes[in_dram[order]])  # Once this one and all before it have left.
-        self._level = self._level_at(conditions.dram_capacity_bytes / _LEVEL, free, room, leaves)
-        awake = later > _DOZE * self._level
-        self._awake[thinking] = awake | (items.dram_bytes[thinking] > 0)
+        room = free + np.cumsum(items.dram_bytes[in_dram[order]])  # Free bytes once items up to this one have left.
+        self._level = self._level_at(conditions.dram_capacity_bytes / _MARGIN_PART, free, room, leaves)
+        candidate = later > _CANDIDATE_SHARE * self._level
+        self._candidate[thinking] = candidate | (items.dram_bytes[thinking] > 0)
         if int(items.ssd_bytes.sum()) < 0.95 * conditions.ssd_capacity_bytes:
             self._ssd_level = 0.0
 
         lacks = items.ssd_bytes[thinking] - items.dram_bytes[thinking] - items.coming_bytes[thinking]
-        self._looks.plan(bool((awake & (lacks > 0)).any()), bool(self._hints.expected), now_s)
+        self._looks.plan(bool((candidate & (lacks > 0)).any()), bool(self._hints.expected), now_s)
         wanted = np.flatnonzero((lacks > 0) & (items.in_use[thinking] == 0) & (fetch > self._level))
         if not len(wanted):
             return []
         wanted = wanted[np.argsort(-fetch[wanted])]
         after = np.cumsum(lacks[wanted])
-        leaving = np.searchsorted(room, after)  # The last one that must leave for each, if all before it come.
+        leaving = np.searchsorted(room, after)  # Per read, the last item that must leave for it and those before.
         costs = np.concatenate([leaves, [math.inf]])[leaving]
         costs = np.where(after <= free, 0.0, costs)
         readable = conditions.ssd_bytes_per_s * (2 * self._looks.every_s - conditions.read_backlog_s)
@@ -325,17 +327,17 @@ class ForesightPolicy(Placement):
 
     @staticmethod
     def _level_at(wanted_bytes: float, free_bytes: int, room: Floats, leaves: Floats) -> float:
-        """What the last one is worth that leaves to make room for so much."""
+        """The score of the last item that must leave to free `wanted_bytes`."""
         if free_bytes >= wanted_bytes or not len(room):
             return 0.0
         return leaves.item(min(int(np.searchsorted(room, wanted_bytes)), len(leaves) - 1))
 
     def _learn_if_due(self, thinking: Rows, now_s: float) -> None:
-        seen = self._returns.survival.events
+        seen = self._returns.survival.event_count
         if seen < self._learn_at:
             return
         least, most = _LEARN_RETURNS
-        self._learn_at = seen + min(max(seen // _LEARNS, least), most)
+        self._learn_at = seen + min(max(seen // _RELEARN_GROWTH, least), most)
         self._returns.learn(thinking, now_s)
         self._hints.learn(thinking, now_s)
         self._waits.learn()

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from kvservice.policy.survival import BIN_COUNT, Floats, Ints, places_of
-from kvservice.policy.worth import fetchable, losable
+from kvservice.policy.worth import gittins_index, whittle_index
 
 _LEAST_PRICE = 0.01
 _PRICE_COUNT = 7  # Half an order of magnitude apart. Of one read, in hits.
@@ -30,9 +30,9 @@ class Scores:
     def learn(self, *hazards: Floats) -> None:
         """`hazards` (classes, bins), one group of classes after the other."""
         every = np.concatenate(hazards)
-        hold, fetch = fetchable(every, _PRICES)
+        hold, fetch = whittle_index(every, _PRICES)
         later = np.maximum.accumulate(fetch[..., ::-1], axis=-1)[..., ::-1]
-        keep = np.broadcast_to(losable(every)[:, None, :], hold.shape)
+        keep = np.broadcast_to(gittins_index(every)[:, None, :], hold.shape)
         self._table = np.stack([hold, keep, fetch, later]).reshape(-1)
         self._kind = hold.size
 

@@ -1,8 +1,8 @@
-"""How likely an event is at each age: learned from the ages at which it came, and at which it had not come yet.
+"""Survival analysis: the hazard of an event by age, learned online from events and from censored waits.
 
-The hazard (the rate of the event among those for which it has not come) by age, in bins that are equal in the
-logarithm of the age: from milliseconds to days with ninety numbers. What is still waited for counts as well
-as what came (Nelson's estimator: events over time at risk), else whoever never returns would seem not to exist.
+The hazard is the rate of the event among the subjects that have not had it yet. Ages fall into bins of equal length in
+the logarithm of the age: ninety bins cover milliseconds to days. The estimator is Nelson's, events over time at risk. A
+subject that still waits adds time at risk; without it, subjects that never return would not count at all.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def bin_of(age_s: float) -> int:
 
 
 def places_of(ages_s: Floats) -> Floats:
-    """Ages as bins and parts of bins, so that the middle of a bin is its number: where to read between bins."""
+    """Ages as fractional bin numbers, for interpolation: the middle of a bin is the bin's number."""
     places: Floats = np.log2(np.maximum(ages_s, BEGINS[1] / 2))
     places *= BINS_PER_OCTAVE
     places -= _FIRST_OCTAVE * BINS_PER_OCTAVE - 0.5
@@ -47,79 +47,83 @@ def bins_of(ages_s: Floats) -> Ints:
     return bins
 
 
-_LEAN_PASSED = 16.0  # For each event.
-_LEAN = 8.0  # Events: a bin with as many believes its neighbours, and a class all classes, as much as itself.
+# The prior of a bin never counts as more time at risk than this, in lengths of the bin per event of its strength.
+_PRIOR_AT_RISK_MAX = 16.0
+# In events. With 8 events, a bin weighs its own rate and its neighbours' equally; a class likewise against all classes.
+_PRIOR_STRENGTH = 8.0
 
 
 class Survival:
-    """The hazard of one event in a few classes; each leans on all of them together while it has seen little."""
+    """The hazard of one event in a few classes. A class with few events is estimated mostly from all classes."""
 
     def __init__(self, classes: int, prior: Floats, memory: float = 4096.0) -> None:
-        """`prior` is the hazard before anything was seen, in events a second; events older than the last
-        `memory` ones fade."""
+        """`prior` is the hazard before the first event, in events per second, one value per bin. Events fade
+        exponentially: one that is `memory` events old counts 1/e."""
         self._prior = prior
         self._memory = memory
-        self._came = np.zeros((classes, BIN_COUNT))
-        self._ceased = np.zeros((classes, BIN_COUNT))
-        self._within_s = np.zeros((classes, BIN_COUNT))  # Time at risk in the bin in which each one ended.
-        self.events = 0  # Since the start.
+        self._events = np.zeros((classes, BIN_COUNT))
+        self._censored = np.zeros((classes, BIN_COUNT))
+        self._within_s = np.zeros((classes, BIN_COUNT))  # Time at risk in the bin in which each wait ended.
+        self.event_count = 0  # Since the start.
         self._faded_at = 0
 
-    def came(self, in_class: int, age_s: float, weight: float = 1.0) -> None:
-        """The event came at this age. It counts `weight` times, 1 in the mean."""
+    def record_event(self, in_class: int, age_s: float, weight: float = 1.0) -> None:
+        """Record an event at this age. `weight` is its weight in the estimate; weights are 1 on average."""
         at = bin_of(age_s)
-        self._came[in_class, at] += weight
+        self._events[in_class, at] += weight
         self._within_s[in_class, at] += weight * (age_s - BEGINS[at])
-        self.events += 1
+        self.event_count += 1
 
-    def ceased(self, in_class: int, age_s: float, weight: float = 1.0) -> None:
-        """It had not come at this age, and nobody will know when it does."""
+    def record_censored(self, in_class: int, age_s: float, weight: float = 1.0) -> None:
+        """Record that a subject was last observed at this age, without the event."""
         at = bin_of(age_s)
-        self._ceased[in_class, at] += weight
+        self._censored[in_class, at] += weight
         self._within_s[in_class, at] += weight * (age_s - BEGINS[at])
 
     def quantile(self, share: float) -> float:
-        """The age below which `share` of the events came; 0 while there was none."""
-        came = np.cumsum(self._came.sum(axis=0))
-        return BEGINS.item(int(np.searchsorted(came, share * came[-1], side="right"))) if came[-1] else 0.0
+        """The age in seconds below which `share` of the events lie; 0 without events."""
+        events = np.cumsum(self._events.sum(axis=0))
+        return BEGINS.item(int(np.searchsorted(events, share * events[-1], side="right"))) if events[-1] else 0.0
 
     def weight(self, since_events: Ints) -> Floats:
-        """What one that waits since there were so many events counts beside a new one: they fade alike."""
-        return np.exp((since_events - self.events) / self._memory)
+        """Weights of subjects that have waited since `since_events` events. They fade as the events do."""
+        return np.exp((since_events - self.event_count) / self._memory)
 
     def hazards(self, classes: Ints, ages_s: Floats, weights: Floats) -> Floats:
-        """Events a second, by class and bin, with those that wait now (their classes, ages, weights)."""
+        """The hazard in events per second, shape [class, bin].
+
+        The arguments describe the subjects that wait now: one class, age and weight each.
+        """
         self._fade()
         bins = bins_of(ages_s)
         flat = classes * BIN_COUNT + bins
-        count = self._came.size
-        waiting = np.bincount(flat, weights, count).reshape(self._came.shape)
-        waiting_s = np.bincount(flat, weights * (ages_s - BEGINS[bins]), count).reshape(self._came.shape)
+        count = self._events.size
+        waiting = np.bincount(flat, weights, count).reshape(self._events.shape)
+        waiting_s = np.bincount(flat, weights * (ages_s - BEGINS[bins]), count).reshape(self._events.shape)
 
-        ended = self._came + self._ceased + waiting
-        outlived = np.cumsum(ended[:, ::-1], axis=1)[:, ::-1] - ended  # Whoever was at risk through the whole bin.
-        passed = outlived + (self._within_s + waiting_s) / WIDTHS  # Time at risk, in lengths of the bin.
-        came, everyone = self._came.sum(axis=0), passed.sum(axis=0)
-        rough = _rate(_blurred(came), _blurred(everyone), self._prior, 0.5)
-        return _rate(self._came, passed, _rate(came, everyone, rough, _LEAN), _LEAN)
+        ended = self._events + self._censored + waiting
+        survivors = np.cumsum(ended[:, ::-1], axis=1)[:, ::-1] - ended  # At risk through the whole bin.
+        at_risk = survivors + (self._within_s + waiting_s) / WIDTHS  # Time at risk, in lengths of the bin.
+        events, all_at_risk = self._events.sum(axis=0), at_risk.sum(axis=0)
+        rough = _rate(_smoothed(events), _smoothed(all_at_risk), self._prior, 0.5)
+        return _rate(self._events, at_risk, _rate(events, all_at_risk, rough, _PRIOR_STRENGTH), _PRIOR_STRENGTH)
 
     def _fade(self) -> None:
-        kept = math.exp((self._faded_at - self.events) / self._memory)
-        self._faded_at = self.events
-        for counts in (self._came, self._ceased, self._within_s):
+        kept = math.exp((self._faded_at - self.event_count) / self._memory)
+        self._faded_at = self.event_count
+        for counts in (self._events, self._censored, self._within_s):
             counts *= kept
 
 
-def _rate(came: Floats, passed: Floats, prior: Floats, prior_events: float) -> Floats:
-    """Events over time at risk, with so many events more as `prior` would have had them, or as few as that would
-    have had among some that passed the bin."""
-    prior_passed = np.minimum(prior_events / (prior * WIDTHS), _LEAN_PASSED * prior_events)
-    rate: Floats = (came / WIDTHS + prior_passed * prior) / (passed + prior_passed)
+def _rate(events: Floats, at_risk: Floats, prior: Floats, prior_events: float) -> Floats:
+    """Events over time at risk in each bin, mixed with `prior` at a strength of `prior_events` events."""
+    prior_at_risk = np.minimum(prior_events / (prior * WIDTHS), _PRIOR_AT_RISK_MAX * prior_events)
+    rate: Floats = (events / WIDTHS + prior_at_risk * prior) / (at_risk + prior_at_risk)
     return rate
 
 
-def _blurred(values: Floats) -> Floats:
-    """Each bin mixed with its neighbours."""
+def _smoothed(values: Floats) -> Floats:
+    """Each bin averaged with its two neighbours, weights 1/4, 1/2, 1/4."""
     padded = np.concatenate([values[..., :1], values, values[..., -1:]], axis=-1)
     mixed: Floats = 0.25 * padded[..., :-2] + 0.5 * padded[..., 1:-1] + 0.25 * padded[..., 2:]
     return mixed

@@ -1,9 +1,9 @@
-"""What it is worth to keep something that comes back at a known hazard, and to fetch it ahead of time.
+"""The value of keeping an item whose hazard of return is known, and of reading it ahead of time.
 
-Memory is rented: holding costs `rent` a second, and each return that finds what it wants earns 1. The greatest
-rent at which holding is still right is the index of an item at its age; whoever keeps the highest indices per
-byte makes the best of a full memory (Whittle 1988). Reading costs: a return that finds nothing pays for a read,
-and so does fetching ahead. Where what leaves is lost, the index is Gittins': the best mean reward over any stop.
+Model: holding an item costs `rent` per second; a return that finds it earns 1; a return that does not find it pays
+the price of a read, as reading ahead does. The greatest rent at which holding is still optimal is the Whittle index of
+the item at its age. Keeping the items with the highest indices per byte is the best use of a full memory (Whittle
+1988). Where an evicted item is lost, the Gittins index applies: the best mean reward over all stopping times.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import numpy as np
 from kvservice.policy.survival import WIDTHS, Floats
 
 _RENTS = 40
-_RENT_RANGE = 1e-6  # The least rent that is looked at, of the greatest that could ever be right.
+_RENT_RANGE = 1e-6  # The least rent of the grid, relative to the greatest possible one.
 
 
-def fetchable(hazards: Floats, prices: Floats, widths_s: Floats = WIDTHS) -> tuple[Floats, Floats]:
-    """The indices of holding what is held, and of fetching what is not, where what leaves can be read again.
+def whittle_index(hazards: Floats, prices: Floats, widths_s: Floats = WIDTHS) -> tuple[Floats, Floats]:
+    """The Whittle indices of holding and of reading ahead, where an evicted item can be read again.
 
-    `hazards` (class, bin) in returns a second; `prices` of one read, in returns that find what they want.
-    Answers two arrays (class, price, bin), in returns a second. Backward through the ages for a grid of rents:
+    `hazards`: shape [class, bin], returns per second. `prices`: of one read, in units of one return that hits.
+    Returns two arrays of shape [class, price, bin], in returns per second.
+    Dynamic programming backward through the ages, for a grid of rents:
     V_in = max(hold, V_out), V_out = max(wait, V_in - price).
     """
     returns, stays_s = _passage(hazards, widths_s)
@@ -42,9 +43,11 @@ def fetchable(hazards: Floats, prices: Floats, widths_s: Floats = WIDTHS) -> tup
     return hold, _break_even(in_order - price[..., None], rents)
 
 
-def losable(hazards: Floats, widths_s: Floats = WIDTHS) -> Floats:
-    """The index of holding (class, bin) where what leaves is lost. Exact: ages are joined from the last one
-    backwards as long as going on raises the mean."""
+def gittins_index(hazards: Floats, widths_s: Floats = WIDTHS) -> Floats:
+    """The Gittins index of holding, shape [class, bin], where an evicted item is lost.
+
+    Exact: ages are merged from the last bin backwards as long as that raises the mean reward.
+    """
     returns, stays_s = _passage(hazards, widths_s)
     index = np.empty_like(hazards)
     for row in range(len(hazards)):
@@ -60,13 +63,13 @@ def losable(hazards: Floats, widths_s: Floats = WIDTHS) -> Floats:
 
 
 def _passage(hazards: Floats, widths_s: Floats) -> tuple[Floats, Floats]:
-    """Of whoever enters a bin: the share that returns in it, and the time that it stays."""
+    """Of the items that enter a bin: the share that returns within it, and their mean time in it in seconds."""
     returns = -np.expm1(-hazards * widths_s)
     return returns, returns / hazards
 
 
 def _break_even(gains: Floats, rents: Floats) -> Floats:
-    """The rent at which a gain that falls with it comes to nothing; 0 where there is none at any rent."""
+    """The rent at which the gain, which falls with the rent, reaches 0; 0 where it is negative at every rent."""
     right = np.count_nonzero(gains >= 0, axis=-1)
     low = np.clip(right - 1, 0, gains.shape[-1] - 2)[..., None]
     gain_low, gain_high = (np.take_along_axis(gains, low + step, -1)[..., 0] for step in (0, 1))

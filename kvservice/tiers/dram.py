@@ -140,9 +140,6 @@ class DramTier:
         found: list[int] = self._arena.generations.get_many(offsets).tolist()
         return found
 
-    def generation(self, extent: Extent) -> int:
-        return self.generations([extent])[0]
-
     async def write(
         self, extent: Extent, offset_bytes: int, data: memoryview, first: Callable[[memoryview], object] | None = None
     ) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvservice_adapter.bench import MEASUREMENTS
+from benchmarks.adapter import MEASUREMENTS
 
 
 @cache
@@ -19,7 +19,7 @@ def measured(name: str, attempt: int = 1) -> tuple[dict[str, float], str]:
     """What a measurement found: its figures by name, and the page that it wrote. Measured once for all tests."""
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "page.md"
-        command = [sys.executable, "-m", "kvservice_adapter.bench", name, "--quick", "--json", "--write", str(page)]
+        command = [sys.executable, "-m", "benchmarks.adapter", name, "--quick", "--json", "--write", str(page)]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
         figures = json.loads(done.stdout)[name]["figures"]
         return {each["name"]: each["value"] for each in figures}, page.read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ import pytest
 
 from kvservice_client.cli import main
 from tests.daemon import DaemonProcess
+from tests.integration.known_blocks import SMALL
+from tests.integration.wire import Wire
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +23,19 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
     process = DaemonProcess(tmp_path_factory.mktemp("daemon")).start()
     yield process
     process.remove()
+
+
+@pytest.fixture
+def wire(daemon: DaemonProcess, request: pytest.FixtureRequest) -> Iterator[Wire]:
+    """A client of the file's daemon, made by hand. In a file with a `SERVICE` each test calls the RPC in its name."""
+    with Wire(daemon.address) as wire:
+        wire.attach()
+        wire.open_layout(SMALL)
+        wire.called.clear()
+        yield wire
+    if service := getattr(request.module, "SERVICE", None):
+        method = request.function.__name__.split("_")[1]
+        assert f"/kvservice_api.v1.{service}/{method}" in wire.called, "the test does not call what it is named after"
 
 
 @pytest.fixture
@@ -42,7 +58,7 @@ def new_daemon(tmp_path: Path) -> Iterator[Callable[..., DaemonProcess]]:
 def kvctl_here(
     daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs a verb that fails in this process: what it was given wrongly, it says without one of its own too."""
+    """Runs a verb in this process: it prints and ends as it does in one of its own, and starts in no time."""
     monkeypatch.setenv("KVCTL_ADDRESS", daemon.address)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(sys.modules["__main__"], "__package__", None)  # Else usage would name pytest.
@@ -53,5 +69,17 @@ def kvctl_here(
             main()
         assert isinstance(ended.value.code, int)
         return subprocess.CompletedProcess(arguments, ended.value.code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def ask(kvctl_here: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[..., Any]:
+    """Runs a verb with ``--json`` in this process; the document it prints."""
+
+    def run(*arguments: str, code: int = 0) -> Any:
+        done = kvctl_here(*arguments, "--json")
+        assert (done.returncode, done.stderr) == (code, "")
+        return json.loads(done.stdout)
 
     return run

@@ -36,6 +36,19 @@ _GPT2 = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+_BART = {
+    "vocab_size": VOCABULARY,
+    "d_model": 48,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "init_std": 0.2,
+}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _MLA = {
     "num_key_value_heads": 4,
@@ -256,6 +269,11 @@ FAMILIES = [
     Family("Doge", _lm("Doge", _GROUPED)),
     Family("BitNet", _lm("BitNet", _GROUPED)),
     Family("nanochat", _lm("NanoChat", _GROUPED)),
+    Family(
+        "BART as a decoder",
+        _of("BartConfig", "BartForCausalLM", {**_BART, "encoder_layers": 3, "decoder_layers": 3}, is_decoder=True),
+        keeps_padded_rows=False,
+    ),
     # Refused
     Family(
         "RoBERTa as a decoder",
@@ -295,6 +313,11 @@ FAMILIES = [
             {"vocab_size": VOCABULARY, "d_model": 48, "encoder_layers": 1, "decoder_layers": 1},
         ),
         "reads more than tokens",
+    ),
+    Family(
+        "BART as a decoder, with other layers than its encoder",
+        _of("BartConfig", "BartForCausalLM", {**_BART, "encoder_layers": 1, "decoder_layers": 3}, is_decoder=True),
+        "its decoder has 3 layers",
     ),
     Family(
         "PaliGemma",
@@ -352,6 +375,19 @@ FAMILIES = [
             head_dim=16,
             num_local_experts=2,
             intermediate_size_mlp=64,
+        ),
+        "chunked",
+    ),
+    Family(
+        "Llama 4 without a chunk's size",
+        _of(
+            "Llama4TextConfig",
+            "Llama4ForCausalLM",
+            _GROUPED,
+            head_dim=16,
+            num_local_experts=2,
+            intermediate_size_mlp=64,
+            attention_chunk_size=None,
         ),
         "chunked",
     ),

@@ -28,18 +28,6 @@ def kvctl(*arguments: str, address: str = "", **how: Any) -> subprocess.Complete
 
 
 @pytest.fixture
-def ask(daemon: DaemonProcess) -> Callable[..., Any]:
-    """Runs a verb with ``--json``; the document it prints."""
-
-    def run(*arguments: str) -> Any:
-        done = kvctl(*arguments, "--json", address=daemon.address)
-        assert (done.returncode, done.stderr) == (0, "")
-        return json.loads(done.stdout)
-
-    return run
-
-
-@pytest.fixture
 def chain(daemon: DaemonProcess) -> Iterator[BlockChain]:
     """Three blocks in both tiers, and nothing else."""
     layout = small_layout()

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig
 
 from kvservice_adapter.connectors.transformers import TransformersConnector
-from kvservice_adapter.rope import Rope
+from kvservice_adapter.connectors.transformers.cache import whole_cache
+from kvservice_adapter.rope import ModelRopes
 from kvservice_adapter.session import Conversation
 from kvservice_adapter.truncation import keep_on_overflow, keep_without
 from kvservice_api.errors import InvalidRequest
@@ -49,25 +50,50 @@ def answered(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
     return asked
 
 
-def cut(cache: DynamicCache, keep: list[tuple[int, int]], rope: Rope) -> None:
+def local_and_global() -> Any:
+    """Layers of two kinds, each with a rotary base of its own; in some a window that is shorter than the history."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        sliding_window=10,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+            "full_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+        bos_token_id=None,
+        eos_token_id=None,
+        initializer_range=0.3,
+    )
+    model: Any = Gemma3ForCausalLM(config)
+    return model.eval()
+
+
+def cut(cache: DynamicCache, keep: list[tuple[int, int]], ropes: ModelRopes) -> None:
     """The truncation done in memory: keys are turned to where they are read."""
     at = np.concatenate([np.arange(first, first + count) for first, count in keep])
-    rotation = rope.rotation(at, np.arange(len(at)))
+    rotations = ropes.rotations(at, np.arange(len(at)))
     layers: list[Any] = cache.layers
-    for layer in layers:
+    for index, layer in enumerate(layers):
         layer.keys, layer.values = (part[:, :, torch.from_numpy(at)].clone() for part in (layer.keys, layer.values))
-        if rotation is not None:
-            rotation.apply(layer.keys)
+        if rotations is not None:
+            rotations[index].apply(layer.keys)
 
 
 def in_memory(model: Any, **options: Any) -> list[list[int]]:
     """Every answer of the conversation, computed with one cache that is never stored."""
-    cache, rope, said = DynamicCache(config=model.config), Rope.from_model(model), torch.empty(1, 0, dtype=torch.long)
+    cache, ropes, said = whole_cache(model.config), ModelRopes.from_model(model), torch.empty(1, 0, dtype=torch.long)
     answers = []
     for new in _TURNS:
         keep = overflow(cache.get_seq_length(), **options)
         if keep != [(0, cache.get_seq_length())] and cache.get_seq_length():
-            cut(cache, keep, rope)
+            cut(cache, keep, ropes)
             left = torch.cat([said[:, first : first + count] for first, count in keep], 1)
             said = torch.cat([left, said[:, -1:]], 1)  # The answer's last token was never computed.
         output = answered(model, torch.cat([said, new], 1), cache)
@@ -114,8 +140,39 @@ def test_a_conversation_that_overflows_several_times_answers_as_if_it_had_been_c
     answers, reused = stored(subject, model, conversation, **options)
 
     assert answers == in_memory(model, **options)
-    assert len(conversation.parts) >= 3
+    assert len(conversation.cuts) >= 3
     assert all(found == there for there, found in reused), reused
+
+
+def test_keys_of_each_kind_of_layer_are_turned_by_the_rotation_of_that_kind(client: Client) -> None:
+    model, conversation = local_and_global(), Conversation("local-and-global")
+    subject = connector(client, model, model_revision="local and global")
+
+    answers, reused = stored(subject, model, conversation)
+
+    assert answers == in_memory(model)
+    assert len(conversation.cuts) >= 3
+    assert all(found == there for there, found in reused), reused
+
+
+def test_after_a_cut_the_keys_of_each_kind_of_layer_are_those_of_the_rotation_of_that_kind(client: Client) -> None:
+    model, ids, keep = local_and_global(), prompt(40), [(0, 4), (17, 13)]
+    subject, conversation = connector(client, model, model_revision="keys of both kinds"), Conversation("both-kinds")
+    first, plain = subject.restore(ids[:, :30], conversation=conversation).cache, whole_cache(model.config)
+    with torch.inference_mode():
+        for cache in (first, plain):
+            model(ids[:, :30], past_key_values=cache)
+    cut(plain, keep, ModelRopes.from_model(model))
+    subject.save(ids[:, :30], first, conversation=conversation, wait_s=30.0)
+    assert subject.truncate(conversation, keep)
+
+    again = subject.restore(np.append(conversation.token_ids, ids[0, 30:]), conversation=conversation)
+
+    assert again.tokens == again.loaded_tokens == 17
+    for (keys, values), (keys_again, values_again) in zip(states(plain), states(again.cache), strict=True):
+        assert torch.equal(keys, keys_again)
+        assert torch.equal(values, values_again)
+    assert again.error is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -148,7 +205,7 @@ def test_a_list_of_tokens_to_discard_is_a_cut_like_another(client: Client) -> No
     plain = DynamicCache(config=model.config)
     with torch.inference_mode():
         model(ids[:, :30], past_key_values=plain)
-        cut(plain, keep, Rope.from_model(model))
+        cut(plain, keep, ModelRopes.from_model(model))
 
     assert subject.truncate(conversation, keep)
     again = subject.restore(np.append(conversation.token_ids, ids[0, 30:]), conversation=conversation)
@@ -204,7 +261,7 @@ def test_a_history_that_is_not_its_sessions_is_a_miss_and_begun_anew(client: Cli
     missed = subject.restore(np.append(left, [5, 6]), conversation=conversation)
 
     assert (missed.tokens, missed.error) == (0, None)
-    assert (conversation.token_count, conversation.parts) == (0, ())
+    assert (conversation.token_count, conversation.cuts) == (0, ())
     with torch.inference_mode():
         model(torch.from_numpy(np.append(left, [5, 6]).astype(np.int64))[None], past_key_values=missed.cache)
     assert subject.save(np.append(left, [5, 6]), missed.cache, conversation=conversation, wait_s=30.0).error is None
@@ -220,7 +277,7 @@ def test_keys_that_are_stored_unrotated_answer_alike(client: Client) -> None:
     answers, reused = stored(subject, model, conversation)
 
     assert answers == in_memory(model)
-    assert len(conversation.parts) >= 3
+    assert len(conversation.cuts) >= 3
     assert all(found == there for there, found in reused), reused
 
 
@@ -231,7 +288,7 @@ def test_a_cut_history_that_does_not_come_is_computed_as_it_was(daemon: DaemonPr
         subject = connector(client, model, model_revision="late")
         late = connector(slow_client, model, model_revision="late")
         stored(subject, model, conversation)
-        assert len(conversation.parts) >= 3
+        assert len(conversation.cuts) >= 3
         ids = torch.from_numpy(np.append(conversation.token_ids, [1, 2, 3]).astype(np.int64))[None]
 
         there = subject.restore(ids, conversation=conversation)

@@ -6,10 +6,17 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from examples.demo import report
+from examples.demo.conversation import hold_conversation
+from examples.demo.script import KILL_AFTER
 
 _SHARED_MEMORY = Path("/dev/shm")
 _LEFT_BEHIND = "kvservice-demo-*"
@@ -18,29 +25,47 @@ _BYTES_PER_TOKEN = 2 * 30 * 3 * 64 * 4  # K and V, layers, heads, dims, fp32: Sm
 
 def run_demo(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """With `folder` as its temporary directory. Whatever happens, it leaves nothing behind."""
-    before = set(_SHARED_MEMORY.glob(_LEFT_BEHIND))
-    done = subprocess.run(
-        [sys.executable, "-m", "kvservice_adapter.demo", *arguments],
-        capture_output=True,
+    with subprocess.Popen(
+        [sys.executable, "-m", "examples.demo", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
-        timeout=900,
         env={**os.environ, "TMPDIR": str(folder), **environment},
-    )
+    ) as demo:
+        try:
+            output, errors = demo.communicate(timeout=900)
+        except BaseException:
+            demo.kill()
+            raise
     assert not list(folder.glob(_LEFT_BEHIND))
-    assert set(_SHARED_MEMORY.glob(_LEFT_BEHIND)) <= before
-    return done
+    assert not list(_SHARED_MEMORY.glob(f"kvservice-demo-{demo.pid}-*"))
+    return subprocess.CompletedProcess(demo.args, demo.returncode, output, errors)
 
 
-@pytest.fixture(scope="module")
-def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The demo's object: standard output holds it and nothing else."""
-    done = run_demo(tmp_path_factory.mktemp("demo"), "--json")
+def first_turns(folder: Path, count: int) -> dict[str, Any]:
+    """What the program prints of so many turns."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(folder))
+        patch.setenv("OMP_NUM_THREADS", "1")  # Another test runs on the other core.
+        turns: Any = hold_conversation("", note=print)  # A generator: closing it ends its processes.
+        with closing(turns):
+            return report.as_object(list(islice(turns, count)))
+
+
+# Up to the turn after the kill, every promise but two has been seen once. The whole takes twice as long.
+@pytest.fixture(scope="module", params=["as far as after the kill", pytest.param("whole", marks=pytest.mark.slow)])
+def shown(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The demo's object. Of the whole program, standard output holds it and nothing else."""
+    folder = tmp_path_factory.mktemp("demo")
+    if request.param != "whole":
+        return first_turns(folder, KILL_AFTER + 1)
+    done = run_demo(folder, "--json")
     assert done.returncode == 0, done.stderr
     shown: dict[str, Any] = json.loads(done.stdout)
     return shown
 
 
+@pytest.mark.parametrize("shown", [pytest.param("whole", marks=pytest.mark.slow)], indirect=True)
 def test_the_conversation_is_as_long_as_a_real_one(shown: dict[str, Any]) -> None:
     turns = shown["turns"]
 
@@ -70,10 +95,11 @@ def test_both_tiers_serve_and_dram_survives_the_kill(shown: dict[str, Any]) -> N
 
     assert tiers[0] == "none"
     assert {turn["transport"] for turn in shown["turns"] if turn["reused_tokens"]} == {"shm"}
-    assert tiers.count("ssd") >= 2
+    assert tiers.count("ssd") >= (2 if len(tiers) >= 8 else 1)
     assert after_kill["tier"] == "dram"
 
 
+@pytest.mark.parametrize("shown", [pytest.param("whole", marks=pytest.mark.slow)], indirect=True)
 def test_the_first_token_of_the_last_turn_comes_in_a_fraction_of_the_time(shown: dict[str, Any]) -> None:
     last = shown["turns"][-1]
 

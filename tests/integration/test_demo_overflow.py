@@ -18,14 +18,14 @@ from typing import Any
 import pytest
 import torch
 
+from examples.demo.model import LoadedModel
+from examples.demo.windowed import EngineInMemory, OnlyLoads, WindowedEngine
 from kvservice_adapter.connectors.transformers import TransformersConnector
-from kvservice_adapter.demo.model import LoadedModel
-from kvservice_adapter.demo.windowed import EngineInMemory, OnlyLoads, WindowedEngine
 from kvservice_adapter.session import Conversation
 from kvservice_client import Client
 from tests.daemon import DaemonProcess
+from tests.unit.adapter.test_demo_windowed import Letters
 from tests.unit.rotary_models import OPTIONS, rotary_model, states
-from tests.unit.test_demo_windowed import Letters
 
 WINDOW_TOKENS, BLOCK_TOKENS, PATIENCE_S = 200, 16, 20.0
 _QUESTIONS = ("Which engines are there?", "What became of the first one?", "And who drove it, on which line?")
@@ -114,7 +114,7 @@ def test_over_several_overflows_and_a_kill_the_daemon_gives_what_memory_has_bit_
 def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The object of the demo with the real model, which nothing else may be printed with."""
     done = subprocess.run(
-        [sys.executable, "-m", "kvservice_adapter.demo", "--overflow", "--json"],
+        [sys.executable, "-m", "examples.demo", "--overflow", "--json"],
         capture_output=True,
         text=True,
         check=False,
@@ -148,7 +148,7 @@ def test_the_window_overflows_several_times_and_all_that_stays_is_reused(shown: 
 @pytest.mark.parametrize("options", [["--overflow", "--window", "0"], ["--window", "512"]], ids="empty without".split())
 def test_a_window_that_means_nothing_is_refused(options: list[str], tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "kvservice_adapter.demo", *options],
+        [sys.executable, "-m", "examples.demo", *options],
         capture_output=True,
         text=True,
         check=False,

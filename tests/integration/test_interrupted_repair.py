@@ -42,7 +42,13 @@ def put_in_place_until_killed(store):
 replacement.put_in_place = put_in_place_until_killed
 sys.exit(check.main([store, "--rebuild"]))
 """
-_STEPS = [("exchange", step) for step in range(5)] + [("rename", step) for step in range(6)]
+# Of each kind, the fast tests have one step before the new index is in place and one after it.
+_FAST = {("exchange", 1), ("exchange", 3), ("rename", 2), ("rename", 4)}
+_STEPS = [
+    pytest.param(kind, step, marks=() if (kind, step) in _FAST else pytest.mark.slow)
+    for kind, count in (("exchange", 5), ("rename", 6))
+    for step in range(count)
+]
 
 
 @pytest.fixture(scope="module")

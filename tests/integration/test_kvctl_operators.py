@@ -24,18 +24,6 @@ from tests.integration.wire import Feed, Upload, Wire
 ABSENT = "ab" * 32
 
 
-@pytest.fixture
-def ask(daemon: DaemonProcess) -> Callable[..., Any]:
-    """Runs a verb with ``--json``; the document it prints."""
-
-    def run(*arguments: str, code: int = 0) -> Any:
-        done = kvctl(*arguments, "--json", address=daemon.address)
-        assert (done.returncode, done.stderr) == (code, "")
-        return json.loads(done.stdout)
-
-    return run
-
-
 def started(*arguments: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
     """A running ``kvctl`` that a SIGINT interrupts, even where the tests themselves run in the background."""
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from kvservice_adapter.device.base import Pages
 from kvservice_adapter.device.cpu import CpuDevice
+from kvservice_adapter.layer_source import HostLayers
 from kvservice_adapter.load import LayerLoader
 from kvservice_adapter.save import LayerSaver
 from kvservice_api.errors import InvalidRequest
@@ -207,9 +208,8 @@ def test_the_adapters_pipelines_save_and_load_layers_of_several_geometries(clien
     compare(client, layout, chain, Shard.whole(layout))
 
     with blocks.lookup(chain) as lease:
-        loader = LayerLoader(
-            device, stream, lease.load, pages, chain.token_counts, layer_count=layout.layers, wait_s=WAIT_S
-        )
+        source = HostLayers(stream, lease.load, chain.token_counts)
+        loader = LayerLoader(device, stream, source, pages, layer_count=layout.layers, wait_s=WAIT_S)
         loader.start()
         for layer in range(layout.layers):
             loaded = loader.wait(layer)

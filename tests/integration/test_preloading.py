@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from kvservice_adapter.device.base import Pages
 from kvservice_adapter.device.cpu import CpuDevice
+from kvservice_adapter.layer_source import HostLayers
 from kvservice_adapter.load import LayerLoader, LoadFailed
 from kvservice_api.errors import KVError
 from kvservice_client import BlockCache, BlockChain, Client, Layout, Lease
@@ -52,9 +53,8 @@ def loader_of(lease: Lease, layers: int = LAYOUT.layers, *, k: int = 0, wait_s: 
     return LayerLoader(
         DEVICE,
         stream,
-        partial(lease.load, timeout_s=5.0),
+        HostLayers(stream, partial(lease.load, timeout_s=5.0), lease.token_counts),
         pages,
-        lease.token_counts,
         layer_count=layers,
         wait_s=wait_s,
         buffer_layers=k,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,20 +16,16 @@ from tests.daemon import DaemonProcess
 from tests.integration.known_blocks import SMALL, new_chain
 from tests.integration.wire import Upload, Wire, refused
 
+SERVICE = "AdminService"
 DRAM, SSD = types_pb2.TIER_DRAM, types_pb2.TIER_SSD
 
 
 @pytest.fixture
-def wire(daemon: DaemonProcess, request: pytest.FixtureRequest) -> Iterator[Wire]:
+def wire(wire: Wire) -> Wire:
     """A client of a daemon that holds no block."""
-    with Wire(daemon.address) as wire:
-        wire.admin.Discard(pb.DiscardRequest(everything=True))
-        wire.attach()
-        wire.open_layout(SMALL)
-        wire.called.clear()
-        yield wire
-    method = request.function.__name__.split("_")[1]
-    assert f"/kvservice_api.v1.AdminService/{method}" in wire.called, "the test does not call what it is named after"
+    wire.admin.Discard(pb.DiscardRequest(everything=True))
+    wire.called.clear()
+    return wire
 
 
 def saved(wire: Wire, blocks: int = 3, layout: Layout = SMALL) -> BlockChain:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +33,8 @@ from tests.integration.by_hand import InPlaceWriter
 from tests.integration.known_blocks import SMALL, layers_of, new_chain, slice_bytes, slice_of
 from tests.integration.wire import Upload, Wire, refused
 
+SERVICE = "BlockService"
 DRAM, SSD = types_pb2.TIER_DRAM, types_pb2.TIER_SSD
-
-
-@pytest.fixture
-def wire(daemon: DaemonProcess, request: pytest.FixtureRequest) -> Iterator[Wire]:
-    with Wire(daemon.address) as wire:
-        wire.attach()
-        wire.open_layout(SMALL)
-        wire.called.clear()
-        yield wire
-    method = request.function.__name__.split("_")[1]
-    assert f"/kvservice_api.v1.BlockService/{method}" in wire.called, "the test does not call what it is named after"
 
 
 def saved(wire: Wire, blocks: int = 3) -> BlockChain:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -28,19 +28,9 @@ from tests.daemon import DaemonProcess, until
 from tests.integration.known_blocks import SMALL, new_chain
 from tests.integration.wire import Upload, Wire, refused, unharmed
 
+SERVICE = "SessionService"
 DRAM = types_pb2.TIER_DRAM
 _numbers = itertools.count()
-
-
-@pytest.fixture
-def wire(daemon: DaemonProcess, request: pytest.FixtureRequest) -> Iterator[Wire]:
-    with Wire(daemon.address) as wire:
-        wire.attach()
-        wire.open_layout(SMALL)
-        wire.called.clear()
-        yield wire
-    method = request.function.__name__.split("_")[1]
-    assert f"/kvservice_api.v1.SessionService/{method}" in wire.called, "the test does not call what it is named after"
 
 
 @pytest.fixture

@@ -51,7 +51,9 @@ def _add(program: typer.Typer, verb: EntryPoint) -> None:
     try:
         program.command(verb.name)(with_tls_options(verb.load()))
     except ImportError as error:
-        reason = f"kvctl: {verb.name} cannot run here: {error}. Install what it needs: pip install 'kvservice[daemon]'."
+        refusal, exit_code = f"cannot run here: {error}. Install what it needs: pip install 'kvservice[daemon]'.", 1
+        if (error.name or "").partition(".")[0] == "benchmarks":
+            refusal, exit_code = "runs in a checkout of KVService's repository only, which has benchmarks/.", 2
 
         @program.command(
             verb.name,
@@ -59,5 +61,5 @@ def _add(program: typer.Typer, verb: EntryPoint) -> None:
             context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
         )
         def refuse() -> None:
-            print(reason, file=sys.stderr)
-            raise typer.Exit(1)
+            print(f"kvctl: {verb.name} {refusal}", file=sys.stderr)
+            raise typer.Exit(exit_code)

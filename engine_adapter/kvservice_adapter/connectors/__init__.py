@@ -1,1 +1,1 @@
-"""One module an engine. Each imports its engine's package, and no other module does."""
+"""One module per engine. Each imports its engine's package, and no other module does."""

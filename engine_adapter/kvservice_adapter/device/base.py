@@ -1,10 +1,10 @@
 """What the pipelines need of the machine that the engine computes on.
 
-A stream does work in order, beside the engine's computing. Each piece of work is an event, which the
-host can wait for, or the engine's computing can. Staging is bounded host memory that the device copies
-to and from fast. Tensors are torch's; stored bytes are flat arrays of uint8.
+A stream does work in order, beside the engine's computing. Each piece of work is an event, which the host can wait
+for, or the engine's computing can. Staging is bounded host memory that the device copies to and from fast. An engine's
+arrays may be of any library (`arrays`); stored bytes are flat NumPy arrays of uint8 in host memory.
 
-Stored slices lie block after block, each ``[K, V][kv head][token][dim]``. An engine has the same
+Stored slices lie one block after another, each ``[K, V][kv head][token][dim]``. An engine has the same
 numbers in pages: ``Pages`` says in which ones, and ``scatter`` and ``gather`` carry them over.
 """
 
@@ -13,24 +13,17 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-import torch
-
+from kvservice_adapter.device.arrays import ArrayView, view_of
+from kvservice_adapter.device.rotation import Rotation
 from kvservice_client import LayerGroup
 from kvservice_client.buffers import Bytes
 
 
-class Rotation(Protocol):
-    """Turns keys from where they were rotated to where they are read."""
-
-    def apply(self, keys: torch.Tensor, first_token: int = 0, /) -> None:
-        """Turn ``keys[..., token, dim]`` in place: the tokens of the run from its `first_token`-th on."""
-
-
 class Piece(NamedTuple):
-    """Consecutive tokens that lie in one page: `blocks` blocks with `tokens` each, one behind the other."""
+    """Consecutive tokens that lie in one page: `blocks` blocks of `tokens` tokens each."""
 
     block: int
     blocks: int  # More than one only where they are whole, and equally long.
@@ -44,40 +37,52 @@ class Piece(NamedTuple):
 class Pages:
     """Where an engine has the KV of one sequence in one layer: a run of tokens.
 
-    `keys` and `values` are ``[page, kv_head, token, dim]``, of any strides; with P tokens a page, token t
-    of the run is in page ``page_ids[(first_token + t) // P]``, at ``(first_token + t) % P``. So a tensor
-    ``[batch, kv_head, token, dim]`` is ``Pages(keys, values, [row])``: one long page.
+    `keys` and `values` are arrays ``[page, kv_head, token, dim]`` of any strides, on any device: NumPy's, or what gives
+    DLPack or the CUDA array interface. With P tokens per page, token t of the run is in page
+    ``page_ids[(first_token + t) // P]``, at ``(first_token + t) % P``. So an array ``[batch, kv_head, token, dim]``
+    is ``Pages(keys, values, [row])``: one long page. `dtype` names the elements where the array's library lacks
+    their type and has integers instead: "bfloat16", "float8_e4m3fn". Raises ValueError for what is no array.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
+    keys: Any
+    values: Any
     page_ids: Sequence[int]
     first_token: int = 0
+    dtype: str = ""
+    key_view: ArrayView = field(init=False)
+    value_view: ArrayView = field(init=False)
+
+    def __post_init__(self) -> None:
+        keys, values = view_of(self.keys), view_of(self.values)
+        if self.dtype:
+            keys, values = keys.named(self.dtype), values.named(self.dtype)
+        object.__setattr__(self, "key_view", keys)
+        object.__setattr__(self, "value_view", values)
 
     @property
     def page_tokens(self) -> int:
-        return self.keys.shape[2]
+        return self.key_view.shape[2]
 
     @property
     def token_bytes(self) -> int:
         """Of one token in one layer, as it is stored."""
-        heads, k_dim, v_dim = self.keys.shape[1], self.keys.shape[3], self.values.shape[3]
-        return heads * (k_dim + v_dim) * self.keys.element_size()
+        heads, k_dim, v_dim = self.key_view.shape[1], self.key_view.shape[3], self.value_view.shape[3]
+        return heads * (k_dim + v_dim) * self.key_view.item_bytes
 
     def check(self, group: LayerGroup) -> None:
         """Raises ValueError where these pages cannot hold KV of this geometry."""
-        dtype = str(self.keys.dtype).removeprefix("torch.")
-        found = (dtype, self.keys.shape[3], self.values.shape[3])
-        if found != (group.dtype, group.k_head_dim, group.v_head_dim):
+        dtype, k_dim, v_dim = self.key_view.dtype, self.key_view.shape[3], self.value_view.shape[3]
+        if (dtype, k_dim, v_dim) != (group.dtype, group.k_head_dim, group.v_head_dim):
             raise ValueError(
-                f"pages of {dtype} with head dims {found[1]} and {found[2]} are given; "
+                f"pages of {dtype} with head dims {k_dim} and {v_dim} are given; "
                 f"the layer has {group.dtype} with {group.k_head_dim} and {group.v_head_dim}"
             )
 
     def pieces(self, token_counts: Sequence[int]) -> Iterator[Piece]:
         """The blocks of the run, cut at the pages' ends. Raises ValueError where they do not fit."""
-        if self.keys.shape[:3] != self.values.shape[:3] or self.keys.dtype != self.values.dtype:
-            shapes = f"{tuple(self.keys.shape)} and {tuple(self.values.shape)}"
+        keys, values = self.key_view, self.value_view
+        if keys.shape[:3] != values.shape[:3] or keys.dtype != values.dtype:
+            shapes = f"{keys.shape} and {values.shape}"
             raise ValueError(f"keys and values do not belong together: {shapes}")
         position = self.first_token
         end = position + sum(token_counts)
@@ -123,18 +128,18 @@ class Event(ABC):
 
     @abstractmethod
     def wait(self, timeout_s: float) -> bool:
-        """Keep the calling thread until the work is done, at most that long. Whether it is."""
+        """Block the calling thread until the work is done, or for that long. Returns whether it is done."""
 
 
 class StreamClosed(RuntimeError):
-    """Work was given to a stream that takes no more."""
+    """Work was submitted to a closed stream."""
 
 
 class Stream(ABC):
-    """Work in order, beside the engine's computing. Thread-safe.
+    """Work in order, beside the engine's computing. Any thread may submit work.
 
-    Nothing here waits: what the work raises is in its event. A stream that is dropped is closed. Work may be
-    given from a destructor.
+    No method waits: what the work raises is in its event. Arrays are read and written when their work runs; a stream
+    keeps them until then. A stream without references closes itself. Destructors may submit work.
     """
 
     @abstractmethod
@@ -145,29 +150,31 @@ class Stream(ABC):
     def scatter(
         self, slices: Bytes, token_counts: Sequence[int], pages: Pages, rotation: Rotation | None = None
     ) -> Event:
-        """Put the blocks of one layer into an engine's pages; then turn the keys there.
+        """Copy the blocks of one layer into an engine's pages; then turn the keys there.
 
-        The event's error is a ValueError where sizes do not agree. Raises StreamClosed.
+        `slices` may be reused once the event is done. The event's error is a ValueError where sizes do not agree.
+        Raises StreamClosed.
         """
 
     @abstractmethod
     def gather(self, pages: Pages, token_counts: Sequence[int], into: Bytes, rotation: Rotation | None = None) -> Event:
-        """The reverse: an engine's pages into the blocks of one layer; the keys are turned in `into`.
+        """Copy an engine's pages into the blocks of one layer; then turn the keys in `into`.
 
-        The pages must not change until the event is done. Errors as those of `scatter`.
+        It begins once what the engine's computing was given before is computed. The pages must not change until the
+        event is done. Errors as those of `scatter`.
         """
 
     @abstractmethod
-    def copy(self, source: torch.Tensor, target: torch.Tensor) -> Event:
-        """Copy one tensor onto another of its shape and type. Raises StreamClosed."""
+    def copy(self, source: Any, target: Any) -> Event:
+        """Copy one array onto another of its shape and type. Raises StreamClosed."""
 
     @abstractmethod
     def close(self) -> None:
-        """Take no more work. What was given is still done; nobody waits for it here."""
+        """Refuse later work. Work that was submitted is still done; this call does not wait for it."""
 
 
 class Staging:
-    """Host memory of a fixed size, lent in parts. Thread-safe; never waits."""
+    """Host memory of a fixed size, reserved in parts. Any thread may call it; it never waits."""
 
     def __init__(self, memory: Bytes) -> None:
         self._memory = memory
@@ -186,7 +193,7 @@ class Staging:
             return sum(size for _, size in self._lent.values())
 
     def reserve(self, size_bytes: int) -> Bytes | None:
-        """That much memory in one piece, or None where there is none. `release` gives it back."""
+        """That much memory in one piece, or None where there is none, until `release`."""
         needed = -(-size_bytes // _ALIGNMENT) * _ALIGNMENT
         with self._lock:
             for number, (offset, size) in enumerate(self._free):
@@ -197,7 +204,7 @@ class Staging:
         return None
 
     def release(self, memory: Bytes) -> None:
-        """Give back what `reserve` lent. Raises KeyError where it is not lent."""
+        """Free what `reserve` returned. Raises KeyError where it is not reserved."""
         with self._lock:
             offset, size = self._lent.pop(memory.__array_interface__["data"][0])
             merged: list[tuple[int, int]] = []
@@ -213,7 +220,7 @@ _ALIGNMENT = 4096  # Of what staging lends: pages are what DMA and direct I/O go
 
 
 class Device(ABC):
-    """One kind of machine. Without state, but for what it hands out."""
+    """One kind of machine. Holds no state itself; any thread may call it."""
 
     @abstractmethod
     def stream(self, name: str) -> Stream:
@@ -225,11 +232,15 @@ class Device(ABC):
 
     @abstractmethod
     def wait_in_compute(self, event: Event, timeout_s: float) -> bool:
-        """Let the engine's later work wait for the event. Whether it need not be waited for any longer than that.
+        """Have the engine's later work wait for the event. Called on the engine's thread.
 
-        A device with streams of its own orders them, and the calling thread goes on; on a CPU it waits.
+        A device with streams of its own orders them, and returns True at once. On a CPU the call blocks until
+        the event is done, at most `timeout_s`; it returns whether it is.
         """
 
-    def rotate(self, keys: torch.Tensor, rotation: Rotation, first_token: int = 0) -> None:
-        """Turn ``keys[..., token, dim]`` in place. A device with a faster way has its own."""
-        rotation.apply(keys, first_token) if first_token else rotation.apply(keys)
+    @abstractmethod
+    def rotate(self, keys: Any, rotation: Rotation, first_token: int = 0) -> None:
+        """Turn an array of keys ``[..., token, dim]`` in place, in order with the engine's computing.
+
+        They are the sequence's tokens from `first_token` on. Called on the engine's thread.
+        """

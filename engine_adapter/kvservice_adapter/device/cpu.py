@@ -1,7 +1,7 @@
-"""The CPU as a device: a stream is one thread, and its copies let go of the interpreter's lock.
+"""The CPU as a device: a stream is one thread, and its copies release the interpreter's lock.
 
-Copies are NumPy's, not torch's. A torch operation of some size wants a team of threads for each thread
-that calls it; a stream's team would spin beside the engine's, on the same cores.
+Copies are NumPy's. A stream never calls torch: an operation of some size would start a team of threads for each thread
+that calls it, and a stream's team would compete with the engine's for the same cores.
 """
 
 from __future__ import annotations
@@ -16,17 +16,12 @@ from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from kvservice_adapter.device.base import Device, Event, Pages, Piece, Rotation, Staging, Stream, StreamClosed
+from kvservice_adapter.device.arrays import ArrayView, bits_of, view_of
+from kvservice_adapter.device.base import Device, Event, Pages, Piece, Staging, Stream, StreamClosed
+from kvservice_adapter.device.rotation import Rotation
 from kvservice_client.buffers import Bytes
-
-# Numbers are copied as integers of their size: NumPy has no bfloat16 or float8.
-_TORCH_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_NUMPY_BITS = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
-
-_TORCH_GRAIN = 32768  # at::internal::GRAIN_SIZE: operations on fewer elements want no team.
 
 _Bits = NDArray[Any]
 
@@ -41,12 +36,21 @@ class CpuDevice(Device):
     def wait_in_compute(self, event: Event, timeout_s: float) -> bool:
         return event.wait(timeout_s)
 
-    def rotate(self, keys: torch.Tensor, rotation: Rotation, first_token: int = 0) -> None:
-        """In parts so small that torch does them on the calling thread."""
-        token_elements = max(1, keys[..., :1, :].numel())
-        tokens = max(1, _TORCH_GRAIN // token_elements)
-        for first in range(0, keys.shape[-2], tokens):
-            super().rotate(keys[..., first : first + tokens, :], rotation, first_token + first)
+    def rotate(self, keys: Any, rotation: Rotation, first_token: int = 0) -> None:
+        view = view_of(keys)
+        self.turn(self.bits(view), view.dtype, rotation, first_token)
+
+    # On a stream's thread. A device whose memory the host cannot touch has other means.
+
+    def bits(self, view: ArrayView) -> _Bits:
+        """An engine's elements, as integers of their size."""
+        return bits_of(view)
+
+    def copy(self, source: _Bits, target: _Bits) -> None:
+        np.copyto(target, source)
+
+    def turn(self, keys: _Bits, dtype: str, rotation: Rotation, first_token: int) -> None:
+        rotation.turn(keys, dtype, first_token)
 
 
 class CpuEvent(Event):
@@ -71,10 +75,11 @@ class CpuEvent(Event):
 
 
 class _Worker:
-    """Does work in order, on a thread that is there while it is needed. It does not know its stream.
+    """Does work in order, on a thread that exists while it is needed. It holds no reference to its stream.
 
     Work may be given from a destructor, wherever the garbage collector runs it, and after the collector has
-    told the thread to end: it runs destructors last. No lock here is one that a thread could wait for twice.
+    dropped the stream: it runs destructors last. The lock is reentrant, for a destructor may run while its thread
+    holds it.
     """
 
     def __init__(self, name: str) -> None:
@@ -96,13 +101,13 @@ class _Worker:
                 self._thread.start()
 
     def close(self) -> None:
-        """Take no more work, and let the thread go once all is done that was given."""
+        """Refuse later work, and end the thread when all earlier work is done."""
         with self._lock:
             self._closed = True
             self.drop()
 
     def drop(self) -> None:
-        """Let the thread go whenever there is no work: the stream is gone, but for destructors."""
+        """End the thread whenever there is no work: only destructors may still submit some."""
         with self._lock:
             self._dropped = True
             if self._thread is not None:
@@ -130,14 +135,14 @@ class _Worker:
                 work()
             except Exception as raised:
                 error = raised
-            del item, work  # An event that is kept keeps no tensor.
+            del item, work  # An event that is kept keeps no array.
             event.end(error)
 
 
 class CpuStream(Stream):
     """One thread, from the first work on until the stream is closed or dropped."""
 
-    def __init__(self, device: Device, name: str) -> None:
+    def __init__(self, device: CpuDevice, name: str) -> None:
         self._device = device
         self._worker = _Worker(name)
         _workers.add(self._worker)
@@ -152,16 +157,16 @@ class CpuStream(Stream):
         self, slices: Bytes, token_counts: Sequence[int], pages: Pages, rotation: Rotation | None = None
     ) -> CpuEvent:
         def work() -> None:
+            keys, values = self._device.bits(pages.key_view), self._device.bits(pages.value_view)
             token = 0
             for piece in pages.pieces(token_counts):
-                for stored, paged in zip(
-                    _stored(slices, token_counts, pages, piece), _paged(pages, piece), strict=True
-                ):
-                    np.copyto(paged, stored)
+                stored = _stored(slices, token_counts, pages, piece)
+                for source, target in zip(stored, _paged(keys, values, piece), strict=True):
+                    self._device.copy(source, target)
                 tokens = piece.blocks * piece.tokens
                 if rotation is not None:
-                    keys = pages.keys[piece.page_id, :, piece.token_of_page : piece.token_of_page + tokens]
-                    self._device.rotate(keys, rotation, token)
+                    turned = keys[piece.page_id, :, piece.token_of_page : piece.token_of_page + tokens]
+                    self._device.turn(turned, pages.key_view.dtype, rotation, token)
                 token += tokens
 
         return self.submit(work)
@@ -170,21 +175,24 @@ class CpuStream(Stream):
         self, pages: Pages, token_counts: Sequence[int], into: Bytes, rotation: Rotation | None = None
     ) -> CpuEvent:
         def work() -> None:
+            keys, values = self._device.bits(pages.key_view), self._device.bits(pages.value_view)
             for piece in pages.pieces(token_counts):
                 stored = _stored(into, token_counts, pages, piece)
-                for source, target in zip(_paged(pages, piece), stored, strict=True):
-                    np.copyto(target, source)
+                for source, target in zip(_paged(keys, values, piece), stored, strict=True):
+                    self._device.copy(source, target)
             if rotation is not None:
-                for first_token, keys in _stored_keys(into, token_counts, pages):
-                    self._device.rotate(keys, rotation, first_token)
+                for first_token, turned in _stored_keys(into, token_counts, pages):
+                    self._device.turn(turned, pages.key_view.dtype, rotation, first_token)
 
         return self.submit(work)
 
-    def copy(self, source: torch.Tensor, target: torch.Tensor) -> CpuEvent:
+    def copy(self, source: Any, target: Any) -> CpuEvent:
+        given, into = view_of(source), view_of(target)
+
         def work() -> None:
-            if source.shape != target.shape or source.dtype != target.dtype:
-                raise ValueError(f"{tuple(source.shape)} {source.dtype} is not {tuple(target.shape)} {target.dtype}")
-            np.copyto(_bits(target), _bits(source))
+            if (given.shape, given.dtype) != (into.shape, into.dtype):
+                raise ValueError(f"{given.shape} {given.dtype} is not {into.shape} {into.dtype}")
+            self._device.copy(self._device.bits(given), self._device.bits(into))
 
         return self.submit(work)
 
@@ -202,7 +210,7 @@ _EXIT_S = 1.0
 
 @atexit.register
 def _end_all() -> None:
-    """A thread that still works when the interpreter goes away may take it down: let them end, if they can."""
+    """A thread that still works while the interpreter shuts down may crash it: wait a bounded time for each to end."""
     end_s = time.monotonic() + _EXIT_S
     workers = list(_workers)
     for worker in workers:
@@ -211,43 +219,43 @@ def _end_all() -> None:
         worker.join(max(0.0, end_s - time.monotonic()))
 
 
-def _bits(tensor: torch.Tensor) -> _Bits:
-    array: _Bits = tensor.detach().view(_TORCH_BITS[tensor.element_size()]).numpy()
-    return array
-
-
-def _paged(pages: Pages, piece: Piece) -> Iterator[_Bits]:
+def _paged(keys: _Bits, values: _Bits, piece: Piece) -> Iterator[_Bits]:
     """A piece's keys, then its values, where the engine has them: ``[head, block, token, dim]``."""
-    for states in (pages.keys, pages.values):
+    for states in (keys, values):
         heads, _, dim = states.shape[1:]
         tokens = slice(piece.token_of_page, piece.token_of_page + piece.blocks * piece.tokens)
-        yield _bits(states)[piece.page_id, :, tokens].reshape(heads, piece.blocks, piece.tokens, dim)
+        yield states[piece.page_id, :, tokens].reshape(heads, piece.blocks, piece.tokens, dim)
 
 
 def _stored(slices: Bytes, token_counts: Sequence[int], pages: Pages, piece: Piece) -> Iterator[_Bits]:
     """A piece's keys, then its values, as they are stored: ``[head, block, token, dim]``."""
     _check_size(slices, token_counts, pages)
-    count, heads = token_counts[piece.block], pages.keys.shape[1]
+    count, heads = token_counts[piece.block], pages.key_view.shape[1]
     start = sum(token_counts[: piece.block]) * pages.token_bytes
     end = start + piece.blocks * count * pages.token_bytes
-    blocks = slices[start:end].view(_NUMPY_BITS[pages.keys.element_size()]).reshape(piece.blocks, -1)
+    blocks = slices[start:end].view(_element(pages)).reshape(piece.blocks, -1)
     tokens = slice(piece.token_of_block, piece.token_of_block + piece.tokens)
     first = 0
-    for states in (pages.keys, pages.values):
-        size = heads * count * states.shape[3]
-        part = blocks[:, first : first + size].reshape(piece.blocks, heads, count, states.shape[3])
+    for dim in (pages.key_view.shape[3], pages.value_view.shape[3]):
+        size = heads * count * dim
+        part = blocks[:, first : first + size].reshape(piece.blocks, heads, count, dim)
         yield part[:, :, tokens].transpose(1, 0, 2, 3)
         first += size
 
 
-def _stored_keys(slices: Bytes, token_counts: Sequence[int], pages: Pages) -> Iterator[tuple[int, torch.Tensor]]:
+def _stored_keys(slices: Bytes, token_counts: Sequence[int], pages: Pages) -> Iterator[tuple[int, _Bits]]:
     """Each block's first token and its keys, ``[head, token, dim]``, as they are stored."""
-    heads, dim = pages.keys.shape[1], pages.keys.shape[3]
-    elements = torch.from_numpy(slices).view(pages.keys.dtype)
-    token_elements = pages.token_bytes // pages.keys.element_size()
+    heads, dim = pages.key_view.shape[1], pages.key_view.shape[3]
+    elements = slices.view(_element(pages))
+    token_elements = pages.token_bytes // pages.key_view.item_bytes
     for first_token, count in zip(accumulate(token_counts, initial=0), token_counts, strict=False):
         start = first_token * token_elements
-        yield first_token, elements[start : start + heads * count * dim].view(heads, count, dim)
+        yield first_token, elements[start : start + heads * count * dim].reshape(heads, count, dim)
+
+
+def _element(pages: Pages) -> str:
+    """Elements of stored bytes as integers."""
+    return f"u{pages.key_view.item_bytes}"
 
 
 def _check_size(slices: Bytes, token_counts: Sequence[int], pages: Pages) -> None:

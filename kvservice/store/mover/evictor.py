@@ -40,6 +40,9 @@ class Cleaner(Protocol):
     def is_progressing(self) -> bool:
         """Whether waiting will help."""
 
+    def is_writing(self) -> bool:
+        """Whether writes are running. Each holds its block until it ends, also when it fails."""
+
     async def wait_for_one(self) -> None:
         """Wait until one more block is written, or failed to be."""
 
@@ -132,10 +135,17 @@ class Evictor:
         if rows := await self._choose(tier, size_bytes):
             await self._lifecycle.evict(rows, tier, self._policy.name)
             return True
-        if tier is TierName.DRAM and self._cleaner is not None and self._cleaner.is_progressing():
-            await self._cleaner.wait_for_one()
+        cleaner = self._cleaner if tier is TierName.DRAM else None
+        if cleaner is not None and (cleaner.is_progressing() or (cleaner.is_writing() and self._has_held(tier))):
+            await cleaner.wait_for_one()
             return True
         return False
+
+    def _has_held(self, tier: TierName) -> bool:
+        """Whether some block could be evicted once the I/O that holds it has ended."""
+        blocks = self._blocks
+        end = blocks.row_end
+        return bool((blocks.resident(tier) & (blocks.leases[:end] == 0) & (blocks.holds[:end] > 0)).any())
 
     async def _choose(self, tier: TierName, size_bytes: int) -> list[int]:
         """Rows to evict, worth `size_bytes` together, or fewer: no more than one turn of the event loop can take."""

@@ -131,6 +131,9 @@ class WriteBehind:
     def is_progressing(self) -> bool:
         return self._pending > 0 and not self._failing_because and not self._ssd.refusing_because
 
+    def is_writing(self) -> bool:
+        return bool(self._writing)
+
     async def wait_for_one(self) -> None:
         async with self._progress:
             await self._progress.wait()

@@ -1,12 +1,12 @@
-"""The cache that a model computes with: its history may still be on its way, and what is new is saved meanwhile.
+"""The cache that a model computes with: its history may still be loading, and new tokens are saved meanwhile.
 
-A layer's keys and values lie in buffers with room behind them, ``[row, head, column, dim]``::
+A layer's keys and values lie in buffers with room for more tokens, ``[row, head, column, dim]``::
 
     | history: loaded, or computed again | new tokens ...        | room |
     0                                    history.columns         |
                                                         keys.shape[-2]
 
-Columns that were written once are not written again. So whoever saves them may read them later, on another thread.
+Columns that were written once are not written again, so they may be read later on another thread, to be saved.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from kvservice_adapter.device.base import Pages
+from kvservice_adapter.load import LoadReport
 
 _ROOM_TOKENS_MIN = 64
 
@@ -31,7 +31,7 @@ Tensors = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """What a model is asked to compute: tokens ``[row, token]``, and how they are placed, where it is told.
+    """What a model is asked to compute: tokens ``[row, token]``, and how they are placed, where that is known.
 
     The mask and the positions may be of any kind that some model understands.
     """
@@ -50,7 +50,12 @@ class History(Protocol):
     dtype: torch.dtype
     device: torch.device
     error: BaseException | None  # Why some of it was computed again.
-    lost_s: float  # How long forwards were kept so far.
+    lost_s: float  # How long forwards waited for it so far.
+    recompute_s: float  # How long it took to compute it in place of loading it; 0 where it was loaded.
+
+    @property
+    def load_reports(self) -> Sequence[LoadReport]:
+        """One per load, so far."""
 
     def begin(self) -> None:
         """The request runs: layers will be taken one after another."""
@@ -65,8 +70,8 @@ class History(Protocol):
         """As `layer`, after it: the keys before rotation, where the layout keeps those."""
 
 
-class Writing(Protocol):
-    """Is told what the model computes."""
+class CacheObserver(Protocol):
+    """Gets to know what the model computes, on the engine's thread, before it is computed or in its order of work."""
 
     def other_mask(self, forward: Forward, first: int) -> NDArray[np.bool_] | None:
         """A forward's mask of the `first` columns before it, where it is not the one they were computed with."""
@@ -107,15 +112,15 @@ def whole_cache(config: PretrainedConfig) -> DynamicCache:
 
 
 class StoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library's own class hook has no types.
-    """One layer. Whoever touches its keys or values first waits for the history."""
+    """One layer. The first access to its keys or values waits for the history."""
 
     is_initialized = False
 
-    def __init__(self, index: int, history: History, writing: Writing, is_sliding: bool) -> None:
+    def __init__(self, index: int, history: History, observer: CacheObserver, is_sliding: bool) -> None:
         self.is_sliding = is_sliding  # Masks are made for it; all tokens are kept, as in `WholeLayer`.
         self._index = index
         self._history = history
-        self._writing = writing
+        self._observer = observer
         self._keys: torch.Tensor | None = None
         self._values: torch.Tensor | None = None
         self._buffers: Tensors | None = None  # What `_keys` and `_values` are the beginning of, where there is room.
@@ -166,7 +171,7 @@ class StoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library
             self.lazy_initialization(key_states, value_states)
         assert self._keys is not None and self._values is not None
         if not (_continues(self._keys, key_states) and _continues(self._values, value_states)):
-            self._writing.stop("states of another kind were added to the cache")
+            self._observer.stop("states of another kind were added to the cache")
             self._buffers = None
             self._keys = torch.cat([self._keys, key_states], dim=-2)
             self._values = torch.cat([self._values, value_states], dim=-2)
@@ -190,8 +195,8 @@ class StoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library
         assert self._keys is not None and self._values is not None
         self._keys = self._keys[..., :tokens_to_remove, :]
         self._values = self._values[..., :tokens_to_remove, :]
-        self._buffers = None  # What lies behind may be being saved: it must not be written over.
-        self._writing.crop(self.get_seq_length())
+        self._buffers = None  # The columns after it may be being saved: they must not be overwritten.
+        self._observer.crop(self.get_seq_length())
 
     def reset(self) -> None:
         self._is_awaited = False
@@ -206,14 +211,14 @@ class StoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library
             self._is_awaited = False
 
     def _wrote(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self._writing.layer(self._index, first, keys, values)
+        self._observer.layer(self._index, first, keys, values)
 
     def _change(self, is_dropped: bool) -> None:
         """Keys or values are replaced from outside: rows were reordered, repeated, selected, or moved."""
         self._buffers = None
         if self.is_initialized or not is_dropped:
             self._arrive()
-            self._writing.stop("the cache was changed from outside")
+            self._observer.stop("the cache was changed from outside")
 
 
 class StoredCache(DynamicCache):
@@ -223,14 +228,19 @@ class StoredCache(DynamicCache):
         self,
         config: PretrainedConfig,
         history: History,
-        writing: Writing,
+        observer: CacheObserver,
         on_forward: Callable[[int, int, float], None] = lambda new_tokens, context_tokens, seconds: None,
+        hooks: object = None,
     ) -> None:
-        """`on_forward` is told of each forward that ended well: its tokens, those before, seconds without waits."""
+        """`hooks` call `begin` and `end` for forwards of the model, as long as they are kept: the cache keeps them.
+
+        `on_forward` is called after each forward that raised nothing: its tokens, those before, seconds without waits.
+        """
         super().__init__(config=config)
         self.history = history
-        self.writing = writing
-        self.layers = [StoredLayer(index, history, writing, each) for index, each in enumerate(self.is_sliding)]
+        self.observer = observer
+        self.hooks = hooks
+        self.layers = [StoredLayer(index, history, observer, each) for index, each in enumerate(self.is_sliding)]
         self._on_forward = on_forward
         self._began = 0, 0.0, 0.0
 
@@ -238,16 +248,16 @@ class StoredCache(DynamicCache):
         """A forward with this cache begins."""
         columns = self.get_seq_length()
         if columns == self.history.columns:
-            other = self.writing.other_mask(forward, columns)
+            other = self.observer.other_mask(forward, columns)
             if other is not None and self.history.compute_masked(other):
-                self.writing.adopt(other)
+                self.observer.adopt(other)
             self.history.begin()
-        self.writing.begin(forward, columns)
+        self.observer.begin(forward, columns)
         self._began = columns, time.perf_counter(), self.history.lost_s
 
     def end(self, *, is_whole: bool) -> None:
         """It has ended; `is_whole` where it raised nothing."""
-        self.writing.end(is_whole=is_whole)
+        self.observer.end(is_whole=is_whole)
         columns, began_s, lost_s = self._began
         if is_whole:
             taken_s = time.perf_counter() - began_s - (self.history.lost_s - lost_s)
@@ -274,7 +284,7 @@ def empty_buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device)
 
 
 def _continues(states: torch.Tensor, new: torch.Tensor) -> bool:
-    """Whether new states can be written behind these: one kind of tensor, and nobody wants a gradient of them."""
+    """Whether new states can be written after these: one kind of tensor, and no gradient is asked of them."""
     return (
         states.shape[:2] == new.shape[:2]
         and states.shape[-1] == new.shape[-1]
@@ -282,19 +292,6 @@ def _continues(states: torch.Tensor, new: torch.Tensor) -> bool:
         and states.device == new.device
         and not (torch.is_grad_enabled() and (new.requires_grad or states.requires_grad))
     )
-
-
-def pages_on_host(keys: torch.Tensor, values: torch.Tensor, row: int, column: int, count: int) -> Pages:
-    """Columns of a row, for the streams of the CPU: where they are, or a copy of them from an accelerator."""
-    if keys.device.type == "cpu":
-        return Pages(keys, values, [row], column)
-    part = slice(row, row + 1), slice(None), slice(column, column + count)
-    return Pages(keys[part].cpu(), values[part].cpu(), [0])
-
-
-def moved(states: torch.Tensor, device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):
-        return states.to(device)
 
 
 def grown(states: torch.Tensor, columns: int, columns_needed: int) -> torch.Tensor:

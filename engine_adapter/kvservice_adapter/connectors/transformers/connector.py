@@ -1,4 +1,4 @@
-"""Keeps the KV of Hugging Face transformers models: it comes in while the model computes, and is saved meanwhile.
+"""Keeps the KV of Hugging Face transformers models: it is loaded while the model computes, and saved meanwhile.
 
     connector = TransformersConnector(client, model, model_id="SmolLM2-135M-Instruct", model_revision=revision)
 
@@ -25,10 +25,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kvservice_adapter.breaker import Breaker, answered, probe_of
-from kvservice_adapter.connectors.transformers import remembering
-from kvservice_adapter.connectors.transformers.finding import Finder, Found
-from kvservice_adapter.connectors.transformers.forwards import watch
+from kvservice_adapter.connectors.transformers.cache_builder import CacheBuilder, Restored
 from kvservice_adapter.connectors.transformers.generation import hidden_token
+from kvservice_adapter.connectors.transformers.model_hooks import ModelHooks
 from kvservice_adapter.connectors.transformers.model_layout import (
     UnsupportedModel,
     has_adapters,
@@ -36,17 +35,19 @@ from kvservice_adapter.connectors.transformers.model_layout import (
     torch_dtype,
 )
 from kvservice_adapter.connectors.transformers.recompute import replayed
-from kvservice_adapter.connectors.transformers.requests import Request
-from kvservice_adapter.connectors.transformers.restoring import Restored, Restorer
 from kvservice_adapter.connectors.transformers.rows import Sequences, TokenIds, sequences
-from kvservice_adapter.connectors.transformers.saving import Saved, TurnSaver, writing_of
-from kvservice_adapter.connectors.transformers.unrotated import watch_keys
+from kvservice_adapter.connectors.transformers.turns import Turns, forward_saver_of
+from kvservice_adapter.connectors.transformers.unrotated import KeyHooks
 from kvservice_adapter.cost import Rates
-from kvservice_adapter.device.base import StreamClosed
-from kvservice_adapter.device.cpu import CpuDevice
-from kvservice_adapter.rope import Rope, UnsupportedRotation
+from kvservice_adapter.device.base import Device, StreamClosed
+from kvservice_adapter.engine import session_sync
+from kvservice_adapter.engine.prefix_lookup import PrefixLookup, StoredPrefix
+from kvservice_adapter.engine.request_report import Request
+from kvservice_adapter.engine.turn_saver import Saved, TurnSaver
+from kvservice_adapter.rope import ModelRopes, UnsupportedRotation
 from kvservice_adapter.save import LayerSaver
 from kvservice_adapter.session import Conversation, Keys
+from kvservice_adapter.torch_device import device_for
 from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, InvalidRequest, KVError
 from kvservice_api.keys import extra_identity
 from kvservice_api.session_ids import checked_session_id
@@ -83,6 +84,7 @@ class TransformersConnector:
         staging_bytes: int = 256 * _MIB,
         rotated: bool = True,
         rates: Rates | None = None,
+        device: Device | None = None,
     ) -> None:
         """`model_revision` tells weights apart that share a name: a commit, or a hash of the files, and
         how they were quantized, if the engine did that.
@@ -92,10 +94,11 @@ class TransformersConnector:
         `save` and `truncate` wait for what goes on without them. `staging_bytes` of memory hold what is being
         saved. With `rotated=False` keys are stored as they are before rotation, which is best for codecs, and rotated
         when they are loaded. `rates` may be shared by connectors of one model on one machine.
+        `device` copies between the model's memory and the host's; by default it is chosen by where the model lies.
 
         Computes a few tokens in the model's first layers, to see what its cache holds and that its attention is
         causal (`model_probe`). Asks nothing of the daemon. Raises UnsupportedModel, with the reason, for a model, or
-        any other object, whose KV could not be given back exactly, and InvalidRequest for a `client` that is none.
+        any other object, whose KV could not be restored exactly, and InvalidRequest for a `client` that is none.
         """
         if not callable(getattr(client, "open_layout", None)):
             raise InvalidRequest(
@@ -113,15 +116,13 @@ class TransformersConnector:
         self._blocks = client.open_layout(self.layout)
         self._salt = salt
         self._wait_s, self._save_wait_s = wait_s, save_wait_s
-        self._rope: Rope | None = None
-        self._tokens_max = self._rope_for_all().tokens_max if self._is_dynamic else None
-        if not rotated:
-            self._watch_keys()
-        self._finder = Finder(client, self._blocks, self._rope_of_model)
+        self._ropes: ModelRopes | None = None
+        self._tokens_max = self._ropes_for_all().tokens_max if self._is_dynamic else None
+        self._lookup = PrefixLookup(client, self._blocks, self._ropes_of_model)
         self._breaker = Breaker(probe_of(self._blocks))
-        device = CpuDevice()
+        self._device = device = device or device_for(model.device)
         self._saver = LayerSaver(device, self._blocks, staging_bytes=staging_bytes)
-        self._restorer = Restorer(
+        self._builder = CacheBuilder(
             model,
             self.layout,
             device,
@@ -131,22 +132,27 @@ class TransformersConnector:
             self._keys,
             wait_s=wait_s,
             tokens_max=self._tokens_max,
-            rope=None if rotated else self._rope,
+            key_hooks=None if rotated else self._key_hooks(),
             on_prompt=self._learn_hidden_token,
         )
         # What `generate` is expected to hide where it is given no mask; each prompt's first forward shows what it does.
         self._hidden_token = hidden_token(getattr(model, "generation_config", None))
-        self._turns = TurnSaver(client, self._blocks, model, device, self._breaker, self._tokens_max)
+        self._turns = Turns(model, self.layout, self._tokens_max)
+        self._turn_saver = TurnSaver(client, self._blocks, device, self._breaker)
         self._work = device.stream("kvservice-save")  # In order: what a turn saves, the next one finds.
-        watch(model)
+        self._hooks: ModelHooks | None = None
 
     def close(self) -> None:
-        """Take no more saves; what is under way is still sent. Caches go on working. Waits for nothing."""
+        """Take no more saves; what was begun is still sent. Does not wait.
+
+        Caches go on working. The hooks on the model are removed with the last of them.
+        """
+        self._hooks = None
         self._breaker.close(0.0)
         self._saver.close()
-        self._restorer.close()
+        self._builder.close()
         with suppress(StreamClosed):  # It was closed before.
-            self._work.submit(self._turns.close)
+            self._work.submit(self._turn_saver.close)
         self._work.close()
 
     def __enter__(self) -> Self:
@@ -179,12 +185,12 @@ class TransformersConnector:
             raise UnsupportedModel("tokens can be hidden neither in a conversation nor where keys are stored unrotated")
         if attention_mask is None and conversation is None and self.layout.rotated:
             given = given.hiding(self._hidden_token)
-        if conversation is not None and not conversation.leads_to(given.tokens(0)):
-            conversation.begin_anew()
+        if conversation is not None and not conversation.is_prefix_of(given.tokens(0)):
+            conversation.reset()
         names = _names(session_id, len(given.pads))
         keys = self._keys()
         request = Request(self._client, self.rates, request_id)
-        found: list[Found | None] = [None] * len(given.pads)
+        found: list[StoredPrefix | None] = [None] * len(given.pads)
         error = self._refusal()
         if error is None:
             try:
@@ -201,12 +207,13 @@ class TransformersConnector:
             )
         request.not_found = error
         replay = None
-        if conversation is not None and conversation.parts:
+        if conversation is not None and conversation.cuts:
             tokens = found[0].tokens if found[0] is not None else 0
-            replay = partial(replayed, self._model, conversation.copy(), self._rope_of_model, tokens)
-        restored = self._restorer.restored(given, keys, found, request, replay)
+            replay = partial(replayed, self._model, self._device, conversation.copy(), self._ropes_of_model, tokens)
+        self._hooks = hooks = self._hooks or ModelHooks(self._model)
+        restored = self._builder.build(given, keys, found, request, replay, hooks)
         if replay is not None and conversation is not None and not restored.tokens:
-            conversation.begin_anew()  # What is left of it is computed without what was cut.
+            conversation.reset()  # What is left of it is computed without what was cut.
         return replace(restored, not_found=error)
 
     def save(
@@ -228,15 +235,14 @@ class TransformersConnector:
         connector was made with); what is not done by then goes on, and the answer has DeadlineExceeded.
         """
         given = sequences(token_ids, attention_mask, may_have_ended=True)
-        states = self._turns.states(cache, len(given.pads))
-        savings = self._turns.prepare(given, cache, self._keys(), _names(session_id, len(given.pads)), conversation)
-        block_count = sum(len(each.chain) for each in savings)
+        turns = self._turns.of(given, cache, self._keys(), _names(session_id, len(given.pads)), conversation)
+        block_count = sum(len(turn.chain) for turn in turns)
         if not block_count:
             return Saved()
-        writing = writing_of(cache)
-        if writing is not None and writing.misplaced:
-            return Saved(refused=block_count, error=InvalidRequest(writing.misplaced))
-        if writing is not None and writing.has_hidden and conversation is not None:
+        saver = forward_saver_of(cache)
+        if saver is not None and saver.misplaced:
+            return Saved(refused=block_count, error=InvalidRequest(saver.misplaced))
+        if saver is not None and saver.has_hidden and conversation is not None:
             hidden = InvalidRequest("the attention mask hides tokens: they are not what the conversation says")
             return Saved(refused=block_count, error=hidden)
         if (refusal := self._refusal()) is not None:
@@ -244,7 +250,8 @@ class TransformersConnector:
         saved: list[Saved] = []
 
         def work() -> None:
-            saved.extend(self._turns.save(each, states, writing, durability) for each in savings)
+            meanwhile = saver.saves if saver is not None else None
+            saved.extend(self._turn_saver.save(turn, durability, meanwhile) for turn in turns)
 
         if not self._in_background(work, self._save_wait_s if wait_s is None else wait_s):
             error = DeadlineExceeded("the save is not done yet; it goes on in the background")
@@ -256,19 +263,19 @@ class TransformersConnector:
 
         `truncation.keep_on_overflow` gives those that a full context window leaves. Its next `restore` gives the
         KV of `conversation.token_ids`, at the positions where they are now. False where the daemon could not be
-        told in time: the conversation is cut all the same, and computed again. Raises InvalidRequest for ranges
+        updated in time: the conversation is cut all the same, and computed again. Raises InvalidRequest for ranges
         that are not ascending, disjoint and inside the conversation.
         """
         before = conversation.copy()
         conversation.truncate(keep)
-        if not conversation.parts or conversation.parts == before.parts:
+        if not conversation.cuts or conversation.cuts == before.cuts:
             return True
         keys, ranges = self._keys(), [(int(first), int(count)) for first, count in keep]
         outcome: list[bool] = []
 
         def work() -> None:
             try:
-                remembering.truncate(self._client, keys, before, ranges)
+                session_sync.truncate(self._client, keys, before, ranges)
                 outcome.append(True)
             except KVError as error:
                 self._breaker.record(answered(error))
@@ -294,24 +301,24 @@ class TransformersConnector:
         session_ids: Sequence[str],
         conversation: Conversation | None,
         request_id: str,
-    ) -> list[Found | None]:
+    ) -> list[StoredPrefix | None]:
         """For each row what is stored of it, leased. Raises KVError."""
         deadline = Deadline(self._wait_s)
-        found: list[Found | None] = []
+        found: list[StoredPrefix | None] = []
         try:
             for row in range(len(given.pads)):
                 tokens = given.tokens(row)
                 tokens_max = len(tokens) - 1
                 if self._tokens_max is not None and len(tokens) > self._tokens_max:
                     tokens_max = 0  # The whole prompt is rotated in another way.
-                if conversation is not None and conversation.parts:
-                    found.append(self._finder.of_conversation(conversation, tokens_max, keys, deadline))
+                if conversation is not None and conversation.cuts:
+                    found.append(self._lookup.by_conversation(conversation, tokens_max, keys, deadline))
                 else:
                     name = session_ids[row] if conversation is None else conversation.session_id
                     hidden = given.hidden_tokens(row)
-                    found.append(self._finder.of_tokens(tokens, hidden, tokens_max, keys, name, deadline, request_id))
+                    found.append(self._lookup.by_tokens(tokens, hidden, tokens_max, keys, name, deadline, request_id))
         except KVError:
-            self._restorer.release(found)
+            self._builder.release(found)
             raise
         return found
 
@@ -363,27 +370,27 @@ class TransformersConnector:
         """Whether keys of long prompts are rotated in another way."""
         return any(group.rotary.kind == "dynamic" for group in self.layout.groups)
 
-    def _watch_keys(self) -> None:
+    def _key_hooks(self) -> KeyHooks:
         """For layouts of keys before rotation. Raises UnsupportedModel where the model does not show them."""
-        rope = self._rope_for_all()
+        ropes = self._ropes_for_all()
         try:
-            watch_keys(self._model, self.layout, rope)
+            return KeyHooks(self._model, self.layout, ropes)
         except UnsupportedModel:
             raise
         except Exception as error:  # The model's modules may give anything, of any shape.
             why = f"{type(error).__name__}: {error}"
             raise UnsupportedModel(f"its keys before rotation cannot be had: {why}; keep them rotated") from error
 
-    def _rope_of_model(self) -> Rope:
+    def _ropes_of_model(self) -> ModelRopes:
         """Raises UnsupportedRotation."""
-        if self._rope is None:
-            self._rope = Rope.from_model(self._model)
-        return self._rope
+        if self._ropes is None:
+            self._ropes = ModelRopes.from_model(self._model)
+        return self._ropes
 
-    def _rope_for_all(self) -> Rope:
+    def _ropes_for_all(self) -> ModelRopes:
         """For layouts whose keys are rotated whenever they are loaded. Raises UnsupportedModel."""
         try:
-            return self._rope_of_model()
+            return self._ropes_of_model()
         except UnsupportedRotation as error:
             raise UnsupportedModel(str(error)) from error
         except Exception as error:

@@ -1,4 +1,4 @@
-"""The KV that a cache begins with: on its way from the daemon, and computed again where it does not come."""
+"""The KV that a cache begins with: loaded from the daemon, and computed again where it does not come in time."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvservice_adapter.connectors.transformers.cache import Tensors, empty_buffer, moved, room
+from kvservice_adapter.connectors.transformers.cache import Tensors, empty_buffer, room
 from kvservice_adapter.device.base import Pages
-from kvservice_adapter.load import LayerLoader, LoadFailed
+from kvservice_adapter.load import LayerLoader, LoadFailed, LoadReport
 from kvservice_api.errors import InvalidRequest, KVError
 from kvservice_api.layout import Layout
 from kvservice_client.rate_limited_log import RateLimitedLog
@@ -28,15 +28,17 @@ Recompute = Callable[[], Sequence[Tensors]]
 class Buffers:
     """Each layer's keys and values ``[row, head, column, dim]``, made when its first bytes are there. Thread-safe."""
 
-    def __init__(self, layout: Layout, pads: Sequence[int], columns: int, dtype: torch.dtype) -> None:
-        """`columns` are those that loads fill, at most; a row's first `pads` stay zero. There is room behind them.
-
-        They lie in the host's memory, wherever the model computes.
+    def __init__(
+        self, layout: Layout, pads: Sequence[int], columns: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """`columns` are those that loads fill, at most; a row's first `pads` stay zero. There is room for more after
+        them. The buffers lie where the model computes, on `device`.
         """
         self._layout = layout
         self._pads = pads
         self._columns = columns
         self._dtype = dtype
+        self._device = device
         self._lock = threading.Lock()
         self._layers: dict[int, Tensors] = {}
         self._raw: dict[int, torch.Tensor] = {}
@@ -71,17 +73,21 @@ class Buffers:
         keys, values = self.of(index)
         return Pages(keys, values, [row], column)
 
+    def raw_pages(self, row: int, column: int, index: int) -> Pages:
+        """As `pages`, for a layer as it is stored: keys before rotation."""
+        return Pages(self.raw_keys(index), self.of(index)[1], [row], column)
+
     def _new(self, index: int, dim: int) -> torch.Tensor:
         columns = self._columns + room(self._columns)
         shape = len(self._pads), self._layout.group_of(index).kv_heads, columns, dim
-        buffer = empty_buffer(shape, self._dtype, torch.device("cpu"))
+        buffer = empty_buffer(shape, self._dtype, self._device)
         for row, pad in enumerate(self._pads):
             buffer[row, :, :pad].zero_()
         return buffer
 
 
 class Head(NamedTuple):
-    """What was computed of the history, while the rest of it came: its first tokens."""
+    """What was computed of the history, while the rest of it was loaded: its first tokens."""
 
     layers: dict[int, Tensors]  # Each is forgotten once it is joined with the rest.
     tokens: int
@@ -103,7 +109,7 @@ class LoadedHistory:
         device: torch.device,
         head: Head | None = None,
         recompute_masked: Callable[[NDArray[np.bool_]], Sequence[Tensors]] | None = None,
-        unrotate: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        unrotate: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
         on_end: Callable[[LoadedHistory], None] = lambda history: None,
         lines: RateLimitedLog | None = None,
     ) -> None:
@@ -111,7 +117,7 @@ class LoadedHistory:
 
         `recompute_masked` gives the same under an attention mask ``[row, column]``; None where that is not known.
         `wait_s` bounds the wait for a layer, of all rows together.
-        `unrotate` is for layouts that keep keys before rotation: it gives those of keys that were computed again.
+        `unrotate` is for layouts that keep keys before rotation: it gives those of a layer whose keys were computed.
         `on_end` is called once: when the last layer has come, or the first has failed. `lines` is shared by
         histories, so that their log lines are limited together.
         """
@@ -121,7 +127,7 @@ class LoadedHistory:
         self.recompute_s = 0.0
         self.error: BaseException | None = None  # Why some of it was computed again.
         self._buffers = buffers
-        self._loaders = loaders
+        self.loaders = loaders
         self._recompute = recompute
         self._recompute_masked = recompute_masked
         self._is_taken = False  # Some layer was given to the cache.
@@ -131,16 +137,17 @@ class LoadedHistory:
         self._unrotate = unrotate
         self._on_end = on_end
         self._lines = lines or RateLimitedLog(log)
-        self._again: dict[int, Tensors] | None = None  # What was computed, and is not taken yet.
-        self._raw_again: dict[int, torch.Tensor] = {}
+        self._recomputed: dict[int, Tensors] | None = None  # What was computed, and is not taken yet.
+        self._recomputed_raw: dict[int, torch.Tensor] = {}
 
     @property
-    def loaders(self) -> Sequence[LayerLoader]:
-        return self._loaders
+    def load_reports(self) -> Sequence[LoadReport]:
+        """One per load, so far."""
+        return [loader.report for loader in self.loaders]
 
     def begin(self) -> None:
         """The request runs: layers will be taken one after another."""
-        for loader in self._loaders:
+        for loader in self.loaders:
             loader.request_runs()
 
     def compute_masked(self, visible: NDArray[np.bool_]) -> bool:
@@ -152,7 +159,7 @@ class LoadedHistory:
             return False
         self._recompute = partial(self._recompute_masked, visible)
         self.error = InvalidRequest(
-            "the attention mask hides tokens of the history that restore was not told of: it is computed"
+            "the attention mask hides tokens of the history that the call of restore does not name: it is computed"
         )
         self._compute(0)
         return True
@@ -160,10 +167,10 @@ class LoadedHistory:
     def layer(self, index: int) -> Tensors:
         """A layer's buffers; the history is their first `columns` columns. Waits within the bound."""
         self._is_taken = True
-        if self._again is None:
+        if self._recomputed is None:
             begin_s = time.perf_counter()
             try:
-                for loader in self._loaders:
+                for loader in self.loaders:  # One per row. Each row's columns of the same buffers.
                     loader.wait(index, max(0.0, begin_s + self._wait_s - time.perf_counter()))
             except LoadFailed as error:
                 self.error = error.__cause__ or error
@@ -172,25 +179,24 @@ class LoadedHistory:
             else:
                 self.lost_s += time.perf_counter() - begin_s
                 return self._loaded(index)
-        assert self._again is not None
-        keys, values = self._again.pop(index)
+        assert self._recomputed is not None
+        keys, values = self._recomputed.pop(index)
         if self._unrotate is not None:
-            self._raw_again[index] = self._unrotate(keys)
+            self._recomputed_raw[index] = self._unrotate(index, keys)
         return keys, values
 
     def raw_keys(self, index: int) -> torch.Tensor | None:
-        if self._again is None:
-            raw = self._buffers.take_raw_keys(index)
-            return moved(raw, self.device) if raw is not None else None
-        return self._raw_again.pop(index, None)
+        if self._recomputed is None:
+            return self._buffers.take_raw_keys(index)
+        return self._recomputed_raw.pop(index, None)
 
     def close(self) -> None:
-        """Nobody will ask for the rest. Waits for nothing."""
-        for loader in self._loaders:
+        """End the loads: no later layer is asked for. Does not wait."""
+        for loader in self.loaders:
             loader.close()
 
     def _loaded(self, index: int) -> Tensors:
-        keys, values = (moved(states, self.device) for states in self._buffers.take(index))
+        keys, values = self._buffers.take(index)
         if self._head is not None:
             head_keys, head_values = self._head.layers.pop(index)
             keys[:, :, : self._head.tokens].copy_(head_keys)
@@ -207,17 +213,19 @@ class LoadedHistory:
         )
         self.close()
         begin_s = time.perf_counter()
-        self._again = dict(enumerate(self._recompute()))
+        self._recomputed = dict(enumerate(self._recompute()))
         self.recompute_s = time.perf_counter() - begin_s
         self.lost_s += self.recompute_s
         self._on_end(self)
 
 
 class NoHistory:
-    """Of a cache that begins empty."""
+    """The history of a cache that begins empty."""
 
     columns = 0
     lost_s = 0.0
+    recompute_s = 0.0
+    load_reports: Sequence[LoadReport] = ()
     error: BaseException | None = None
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:

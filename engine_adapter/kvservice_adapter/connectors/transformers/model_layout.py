@@ -1,4 +1,4 @@
-"""What a model's KV looks like, and whether blocks of it can be given back exactly."""
+"""What a model's KV looks like, and whether blocks of it can be restored exactly."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from kvservice_adapter.connectors.transformers.cache import StoredLayer
 from kvservice_adapter.connectors.transformers.model_probe import NotProbed, probe, window_of
-from kvservice_adapter.rope_frequencies import UnsupportedRotation
+from kvservice_adapter.device.rotation import UnsupportedRotation
 from kvservice_adapter.rope_of_model import rotaries_of
 from kvservice_api.layout import DTYPE_BYTES, LayerGroup, Layout
 
@@ -23,7 +23,7 @@ def layout_of(model: Any, *, model_id: str, model_revision: str, block_tokens: i
     """The layout of a model's KV.
 
     Decided by the configuration first, then by a probe (`model_probe`): the model computes a few tokens in its
-    first layers. Raises UnsupportedModel, with the reason, for any object whose KV could not be given back exactly,
+    first layers. Raises UnsupportedModel, with the reason, for any object whose KV could not be restored exactly,
     and InvalidLayout for a `model_id`, a `model_revision` or a `block_tokens` that no layout can have.
     """
     try:
@@ -77,9 +77,6 @@ def _kept_layers(cache: DynamicCache, config: Any) -> list[Any]:
         raise UnsupportedModel(f"cache layers of kind {', '.join(strange)} cannot be kept, only the KV of tokens")
     if len(layers) != config.num_hidden_layers:
         raise UnsupportedModel(f"the cache has {len(layers)} layers; the model has {config.num_hidden_layers}")
-    types = getattr(config, "layer_types", None) or ()
-    if "chunked_attention" in types or (not types and getattr(config, "attention_chunk_size", None)):
-        raise UnsupportedModel("chunked attention is not supported: a layer's mask begins again with every chunk")
     return layers
 
 
@@ -88,6 +85,15 @@ def _check_configuration(config: Any) -> None:
         raise UnsupportedModel("the model reads more than tokens: their ids alone do not tell what its KV is")
     if getattr(config, "add_cross_attention", False):
         raise UnsupportedModel("the model attends to an encoder's states: token ids alone do not tell what its KV is")
+    decoder_layers = getattr(config, "decoder_layers", None)
+    if decoder_layers not in (None, config.num_hidden_layers):
+        raise UnsupportedModel(
+            f"its decoder has {decoder_layers} layers; the library makes a cache of {config.num_hidden_layers}, as "
+            f"many as an encoder would have: set encoder_layers to {decoder_layers}"
+        )
+    types = getattr(config, "layer_types", None) or ()
+    if "chunked_attention" in types or (not types and getattr(config, "attention_chunk_size", None)):
+        raise UnsupportedModel("chunked attention is not supported: a layer's mask begins again with every chunk")
     bidirectional = getattr(config, "use_bidirectional_attention", None)
     if bidirectional in (True, "all") or getattr(config, "is_causal", True) is False:
         raise UnsupportedModel("its configuration says that attention is not causal")

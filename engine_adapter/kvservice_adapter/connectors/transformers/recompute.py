@@ -1,7 +1,7 @@
 """Computes the KV of a history in place of loading it, in the middle of a forward if need be.
 
-The model is entered once more, beneath its head and without the cache of the forward that waits. Its
-modules keep nothing between layers, so the outer forward goes on as if nothing had happened.
+The model's body is called once more, with a cache of its own, while the outer forward waits. Its modules keep no state
+between layers, so the outer forward is not changed by it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 
 from kvservice_adapter.connectors.transformers.cache import Tensors, whole_cache
-from kvservice_adapter.rope import Rope
+from kvservice_adapter.device.base import Device
+from kvservice_adapter.rope import ModelRopes
 from kvservice_adapter.session import Conversation
+from kvservice_adapter.truncation import kept_tokens
 
 
 @torch.no_grad()
@@ -30,35 +32,35 @@ def computed(model: PreTrainedModel, token_ids: NDArray[Any], visible: NDArray[n
 
 @torch.no_grad()
 def replayed(
-    model: PreTrainedModel, conversation: Conversation, rope: Callable[[], Rope], token_count: int
+    model: PreTrainedModel,
+    device: Device,
+    conversation: Conversation,
+    ropes: Callable[[], ModelRopes],
+    token_count: int,
 ) -> list[Tensors]:
     """As `computed`, of the first `token_count` tokens of a conversation, cut where it was cut.
 
-    What a cut has dropped is computed too: the rest was computed with it in sight. `rope` is asked where keys
-    are to be turned.
+    What a cut has dropped is computed too: the rest was computed with it in sight. `ropes` is called where
+    keys are to be turned.
     """
     cache = whole_cache(model.config)
-    for part in conversation.parts:
-        _forward(model, part.said[None], cache)
-        layers: list[Any] = cache.layers
-        for layer in layers:
-            layer.keys, layer.values = _cut(layer.keys, layer.values, part.kept, rope)
-    _forward(model, conversation.said[None, : token_count - conversation.kept_tokens], cache)
+    for cut in conversation.cuts:
+        _forward(model, cut.tokens[None], cache)
+        _cut(cache, device, cut.kept_ranges, ropes)
+    _forward(model, conversation.tokens_since_cut[None, : token_count - conversation.kept_tokens], cache)
     return _layers(cache)
 
 
-def _cut(
-    keys: torch.Tensor, values: torch.Tensor, kept: Sequence[tuple[int, int]], rope: Callable[[], Rope]
-) -> Tensors:
-    at = np.concatenate([np.arange(first, first + count) for first, count in kept])
-    index = torch.from_numpy(at).to(keys.device)
-    keys, values = keys.index_select(2, index), values.index_select(2, index)
+def _cut(cache: DynamicCache, device: Device, kept: Sequence[tuple[int, int]], ropes: Callable[[], ModelRopes]) -> None:
+    at = kept_tokens(kept)
     places = np.arange(len(at))
-    if (at != places).any():
-        rotation = rope().rotation(at, places)
-        if rotation is not None:
-            rotation.apply(keys)
-    return keys, values
+    rotations = ropes().rotations(at, places) if (at != places).any() else None
+    layers: list[Any] = cache.layers
+    index = torch.from_numpy(at).to(layers[0].keys.device)
+    for number, layer in enumerate(layers):
+        layer.keys, layer.values = layer.keys.index_select(2, index), layer.values.index_select(2, index)
+        if rotations is not None:
+            device.rotate(layer.keys, rotations[number])
 
 
 def _forward(

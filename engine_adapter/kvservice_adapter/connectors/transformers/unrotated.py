@@ -1,67 +1,118 @@
 """Layouts with `rotated=False`: keys are stored as they are before rotation, and rotated where they are read.
 
-What a cache is given is rotated already. So the modules that compute the keys are watched, and each layer keeps
-both: rotated for the model, as they were for the store. Where a history comes in, its keys are rotated by the
-stream that loads them.
+What a cache is given is rotated already. So hooks on the modules that compute the keys capture them, and each layer
+keeps both: rotated for the model, as they were for the store. The stream that loads a history rotates its keys.
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakSet
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from kvservice_adapter.connectors.transformers.cache import StoredCache, StoredLayer, grown, whole_cache
-from kvservice_adapter.connectors.transformers.history import Buffers
 from kvservice_adapter.connectors.transformers.model_layout import UnsupportedModel
-from kvservice_adapter.device.base import Pages
-from kvservice_adapter.rope import Rope
+from kvservice_adapter.device.base import Device
+from kvservice_adapter.device.rotation import Rotation
+from kvservice_adapter.rope import ModelRopes
 from kvservice_api.layout import Layout
 
-_CAPTURED = threading.local()  # `into`: where this thread's forward leaves its keys, layer by layer.
-_WATCHED: WeakSet[torch.nn.Module] = WeakSet()
 _PROBE_TOKENS = 8
 _DIFFERENCE_MAX = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # Share of the keys' norm.
 
 
-@contextmanager
-def capturing(into: dict[int, torch.Tensor] | None) -> Iterator[None]:
-    """Forwards of this thread leave their keys here, ``[row, token, ...]`` of each layer; None: nowhere."""
-    before = getattr(_CAPTURED, "into", None)
-    _CAPTURED.into = into
-    try:
-        yield
-    finally:
-        _CAPTURED.into = before
+class KeyHooks:
+    """Hooks on one model that capture the keys of each layer before rotation. Without references they are removed.
 
-
-def watch_keys(model: PreTrainedModel, layout: Layout, rope: Rope) -> None:
-    """Have the model's layers show their keys before rotation.
-
-    Raises UnsupportedModel where it computes them otherwise than in modules of their own, or where these keys,
-    once rotated, are not those of its cache.
+    Each thread captures its own forward.
     """
-    sources = _key_modules(model, layout.layers)
-    if model not in _WATCHED:
-        for index, module in sources.items():
-            module.register_forward_hook(_leave(index))
-        _WATCHED.add(model)
-    _try_on(model, layout, rope)
+
+    def __init__(self, model: PreTrainedModel, layout: Layout, ropes: ModelRopes) -> None:
+        """Raises UnsupportedModel where the model computes its keys otherwise than in modules of their own, or where
+        these keys, once rotated, are not those of its cache.
+        """
+        self._layout = layout
+        self._ropes = ropes
+        self._thread = threading.local()
+        owner = weakref.ref(self)  # The model keeps the hooks; they must not keep this object.
+        handles = [
+            module.register_forward_hook(_capture(owner, index))
+            for index, module in _key_modules(model, layout.layers).items()
+        ]
+        weakref.finalize(self, _remove, handles).atexit = False
+        self._try_on(model)
+
+    @property
+    def into(self) -> dict[int, torch.Tensor] | None:
+        """Where forwards of this thread leave their keys, ``[row, token, ...]`` of each layer; None: nowhere."""
+        return getattr(self._thread, "into", None)
+
+    @into.setter
+    def into(self, captured: dict[int, torch.Tensor] | None) -> None:
+        self._thread.into = captured
+
+    @contextmanager
+    def capturing(self, into: dict[int, torch.Tensor] | None) -> Iterator[None]:
+        """Captures the forwards of this thread for as long, or does not."""
+        before, self.into = self.into, into
+        try:
+            yield
+        finally:
+            self.into = before
+
+    def placing(self, first_position: int, tokens: int) -> list[Rotation]:
+        """What rotates captured keys of consecutive tokens, layer by layer."""
+        positions = np.arange(first_position, first_position + tokens)
+        made = {rope: rope.placing(positions, self._layout.dtype) for rope in dict.fromkeys(self._ropes.layers)}
+        return [made[rope] for rope in self._ropes.layers]
+
+    def captured_of(self, device: Device, pads: tuple[int, ...], index: int, keys: torch.Tensor) -> torch.Tensor:
+        """Keys ``[row, head, column, dim]`` of a layer as they were before rotation, up to rounding."""
+        raw = keys.clone()
+        for row, pad in enumerate(pads):
+            device.rotate(raw[row, :, pad:], self._ropes.layers[index].unplacing(np.arange(raw.shape[2] - pad)))
+        return raw
+
+    @torch.no_grad()
+    def _try_on(self, model: PreTrainedModel) -> None:
+        tokens = torch.arange(1, _PROBE_TOKENS + 1, device=model.device)[None] % model.config.vocab_size
+        cache, captured = whole_cache(model.config), dict[int, torch.Tensor]()
+        with self.capturing(captured):
+            model(tokens, past_key_values=cache)
+        layers: list[Any] = cache.layers
+        for index, (layer, rotation) in enumerate(zip(layers, self.placing(0, _PROBE_TOKENS), strict=True)):
+            given, cached = captured.get(index), layer.keys.cpu()
+            if given is None or given.numel() != cached.numel():
+                raise UnsupportedModel(f"layer {index} shows no keys before rotation; keep them rotated")
+            keys = as_states(given.cpu(), self._layout, index).clone()
+            rotation.apply(keys)
+            difference = float((keys.float() - cached.float()).norm() / cached.float().norm())
+            if not difference <= _DIFFERENCE_MAX[keys.dtype]:
+                raise UnsupportedModel(
+                    f"layer {index} does more to its keys than to rotate them: they differ by {difference:.2g}; "
+                    "keep them rotated"
+                )
 
 
-def _leave(index: int) -> Any:
+def _capture(owner: weakref.ref[KeyHooks], index: int) -> Any:
     def hook(module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
-        into = getattr(_CAPTURED, "into", None)
+        hooks = owner()
+        into = hooks.into if hooks is not None else None
         if into is not None:
             into[index] = output
 
     return hook
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def _key_modules(model: PreTrainedModel, layer_count: int) -> dict[int, torch.nn.Module]:
@@ -75,27 +126,6 @@ def _key_modules(model: PreTrainedModel, layer_count: int) -> dict[int, torch.nn
     if sorted(found) != list(range(layer_count)):
         raise UnsupportedModel(f"{type(model).__name__} shows no keys before rotation; keep them rotated")
     return found
-
-
-@torch.no_grad()
-def _try_on(model: PreTrainedModel, layout: Layout, rope: Rope) -> None:
-    tokens = torch.arange(1, _PROBE_TOKENS + 1, device=model.device)[None] % model.config.vocab_size
-    cache, captured = whole_cache(model.config), dict[int, torch.Tensor]()
-    with capturing(captured):
-        model(tokens, past_key_values=cache)
-    layers: list[Any] = cache.layers
-    for index, layer in enumerate(layers):
-        given = captured.get(index)
-        if given is None or given.numel() != layer.keys.numel():
-            raise UnsupportedModel(f"layer {index} shows no keys before rotation; keep them rotated")
-        keys = as_states(given, layout, index).clone()
-        rope.rotate(keys, np.arange(_PROBE_TOKENS))
-        difference = float((keys.float() - layer.keys.float()).norm() / layer.keys.float().norm())
-        if not difference <= _DIFFERENCE_MAX[keys.dtype]:
-            raise UnsupportedModel(
-                f"layer {index} does more to its keys than to rotate them: they differ by {difference:.2g}; "
-                "keep them rotated"
-            )
 
 
 def as_states(captured: torch.Tensor, layout: Layout, index: int) -> torch.Tensor:
@@ -112,7 +142,7 @@ class UnrotatedLayer(StoredLayer):  # type: ignore[no-untyped-call]  # The libra
         self._layout = layout
         self._captured = cache.captured
         self._raw: torch.Tensor | None = None  # A buffer with room, as long as nothing was changed.
-        super().__init__(index, cache.history, cache.writing, is_sliding)
+        super().__init__(index, cache.history, cache.observer, is_sliding)
 
     @property
     def raw_keys(self) -> torch.Tensor | None:
@@ -129,7 +159,7 @@ class UnrotatedLayer(StoredLayer):  # type: ignore[no-untyped-call]  # The libra
         end = first + key_states.shape[-2]
         if captured is None or captured.shape[1] != key_states.shape[-2] or captured.numel() != key_states.numel():
             self._raw = None
-            self._writing.stop("keys were not seen before they were rotated")
+            self._observer.stop("keys were not seen before they were rotated")
         elif self._raw is not None or not first:
             states = as_states(captured, self._layout, self._index)
             if self._raw is None or end > self._raw.shape[-2]:
@@ -159,43 +189,18 @@ class UnrotatedLayer(StoredLayer):  # type: ignore[no-untyped-call]  # The libra
 class UnrotatedCache(StoredCache):
     """A `StoredCache` of such layers."""
 
-    def __init__(self, layout: Layout, *given: Any) -> None:
-        """`given` is what a `StoredCache` is made of."""
-        super().__init__(*given)
+    def __init__(self, layout: Layout, key_hooks: KeyHooks, *given: Any, **options: Any) -> None:
+        """`given` and `options` are what a `StoredCache` is made of."""
+        super().__init__(*given, **options)
+        self._key_hooks = key_hooks
         self.captured: dict[int, torch.Tensor] = {}
         self.layers = [UnrotatedLayer(index, self, layout, each) for index, each in enumerate(self.is_sliding)]
 
     def begin(self, forward: Any) -> None:
-        _CAPTURED.into = self.captured
+        self._key_hooks.into = self.captured
         super().begin(forward)
 
     def end(self, *, is_whole: bool) -> None:
-        _CAPTURED.into = None  # Whatever was there is of a forward that was broken off: they are not nested.
+        self._key_hooks.into = None  # Forwards are not nested: what is left there is of one that was broken off.
         self.captured.clear()
         super().end(is_whole=is_whole)
-
-
-class RotatesOnLoad:
-    """Where one row's stored keys go, and rotated ones come from. Layers are loaded one after another."""
-
-    def __init__(self, buffers: Buffers, row: int, column: int, position: int, rope: Rope) -> None:
-        """The first token that is loaded has this column and this position."""
-        self._buffers = buffers
-        self._row = row
-        self._column = column
-        self._position = position
-        self._rope = rope
-        self._layer = 0
-
-    def pages(self, layer: int) -> Pages:
-        """The target of a layer's bytes: keys as they are stored."""
-        self._layer = layer
-        return Pages(self._buffers.raw_keys(layer), self._buffers.of(layer)[1], [self._row], self._column)
-
-    def apply(self, keys: torch.Tensor, first: int = 0) -> None:
-        """Put tokens from the `first`-th on, ``[head, token, dim]``, rotated where the model reads them."""
-        tokens = keys.shape[-2]
-        begin = self._column + first
-        rotated = self._buffers.of(self._layer)[0][self._row, :, begin : begin + tokens]
-        rotated.copy_(keys)
-        self._rope.rotate(rotated, np.arange(self._position + first, self._position + first + tokens))

@@ -1,0 +1,60 @@
+"""``python -m benchmarks.adapter``: what the adapter does with a real model, measured."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+# Threads that wait by spinning slow down whatever shares their cores: the daemon, and each other. Read by torch
+# when it is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from benchmarks.adapter import MEASUREMENTS
+from benchmarks.adapter.report import Section
+from examples.demo.model import ModelNotFound
+
+
+def main() -> int:
+    """Measure, print, and write what is asked for.
+
+    Exit codes: 0 once all is measured, whatever the figures are; 1 where the model is not installed.
+    """
+    names = ", ".join(MEASUREMENTS)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.adapter", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {names}; all of them if none is given")
+    parser.add_argument("--quick", action="store_true", help="a smaller model and fewer rounds")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="also write the tables into this Markdown file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(MEASUREMENTS):
+        parser.error(f"no measurement is called {', '.join(sorted(unknown))}; there are {names}")
+    if arguments.write is not None and not arguments.write.parent.is_dir():  # Not found out at the end.
+        parser.error(f"--write: there is no folder {arguments.write.parent}")
+
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # So that no daemon stays.
+    found: dict[str, Section] = {}
+    for name in arguments.names or MEASUREMENTS:
+        print(f"measuring {name}", file=sys.stderr, flush=True)
+        try:
+            section = importlib.import_module(f"benchmarks.adapter.{name}").measure(quick=arguments.quick)
+        except ModelNotFound as error:
+            print(f"{name} cannot be measured: {error}", file=sys.stderr)
+            return 1
+        command = f"python -m benchmarks.adapter {name}{' --quick' if arguments.quick else ''}"
+        if arguments.write is not None:
+            section.write_into(arguments.write, command)
+        if not arguments.json:
+            print(section.markdown(command), end="\n\n", flush=True)
+        found[name] = section
+    if arguments.json:
+        print(json.dumps({name: section.as_json() for name, section in found.items()}, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,6 +1,0 @@
-"""What this machine can do, and how near we come: the measures behind ``kvctl bench``.
-
-Every figure of ours stands beside the limit it is compared with, measured in the same run, before
-and after: ``rounds``. Limits are in ``limits``, ours over the wire in ``wire``, the disk and the
-index are measured by ``kvservice bench`` (``parts``), and ``report`` puts it all together.
-"""

@@ -1,0 +1,348 @@
+"""Makes the cache of what of a prompt is stored: planned, loads started, and in place of them, how to compute it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import DynamicCache, PreTrainedModel
+
+from kvservice_adapter.breaker import Breaker
+from kvservice_adapter.connectors.transformers.cache import StoredCache
+from kvservice_adapter.connectors.transformers.forward_saver import ForwardSaver, Row
+from kvservice_adapter.connectors.transformers.history import Buffers, Head, LoadedHistory, NoHistory, Recompute
+from kvservice_adapter.connectors.transformers.model_layout import torch_dtype
+from kvservice_adapter.connectors.transformers.recompute import computed
+from kvservice_adapter.connectors.transformers.rows import Sequences
+from kvservice_adapter.connectors.transformers.unrotated import KeyHooks, UnrotatedCache
+from kvservice_adapter.cost import Kind, Plan, Rates
+from kvservice_adapter.device.base import Device, Stream
+from kvservice_adapter.engine.planning import LoadPlanner
+from kvservice_adapter.engine.prefix_lookup import StoredPrefix
+from kvservice_adapter.engine.request_report import Request
+from kvservice_adapter.layer_source import HostLayers
+from kvservice_adapter.load import LayerLoader
+from kvservice_adapter.save import LayerSaver
+from kvservice_adapter.session import Keys
+from kvservice_api.errors import KVError
+from kvservice_api.layout import Layout
+from kvservice_client.rate_limited_log import RateLimitedLog
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """A cache for the next turn, and what of it comes from the daemon."""
+
+    cache: DynamicCache
+    tokens: int = 0  # Of all rows together, computed heads included. The cache has `cache.get_seq_length()` columns.
+    size_bytes: int = 0
+    tier: str = "none"  # Where it lay when asked for: "dram", "ssd", "mixed", or "none".
+    plan: Plan | None = None  # None where nothing was found.
+    not_found: KVError | None = None
+
+    @property
+    def loaded_tokens(self) -> int:
+        """Of `tokens`, those that come from the daemon: without a mixed plan's head. 0 once all was computed again."""
+        if self.error is not None or self.plan is None:
+            return 0
+        return self.tokens - (self.plan.compute_tokens if self.plan.kind is Kind.MIXED else 0)
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why nothing was restored, unless it just was not stored; or why it was computed again after all."""
+        if self.not_found is not None or not isinstance(self.cache, StoredCache):
+            return self.not_found
+        return self.cache.history.error
+
+
+class _Slices(NamedTuple):
+    """Which slices of a stored prefix hold the tokens that are loaded."""
+
+    first: int
+    token_counts: tuple[int, ...]
+
+
+class _Reuse(NamedTuple):
+    """What of the stored prefixes a cache begins with."""
+
+    columns: int
+    tokens: tuple[int, ...]  # Per row: as far as all rows reach.
+    tier: str
+
+    @property
+    def total(self) -> int:
+        return sum(self.tokens)
+
+
+class CacheBuilder:
+    """Makes the caches of one connector. For the engine's thread; it waits for no daemon."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layout: Layout,
+        device: Device,
+        saver: LayerSaver,
+        breaker: Breaker,
+        rates: Rates,
+        keys: Callable[[], Keys],
+        *,
+        wait_s: float,
+        tokens_max: int | None,
+        key_hooks: KeyHooks | None,
+        on_prompt: Callable[[NDArray[Any], NDArray[np.bool_]], None],
+    ) -> None:
+        """`key_hooks` are for layouts that keep keys before rotation.
+
+        `on_prompt` is called once a prompt's forward has begun, with its tokens ``[row, column]`` and which of them
+        the attention mask hides.
+        """
+        self._model = model
+        self._layout = layout
+        self._device = device
+        self._saver = saver
+        self._breaker = breaker
+        self._rates = rates
+        self._planner = LoadPlanner(layout, rates, breaker)
+        self._keys = keys
+        self._wait_s = wait_s
+        self._tokens_max = tokens_max
+        self._key_hooks = key_hooks
+        self._on_prompt = on_prompt
+        self._lines = RateLimitedLog(log)
+        self._loads, self._releases = self._new_streams()
+
+    def close(self) -> None:
+        """Drop the streams: they, and their threads, end with the caches that still load. Later caches get new ones."""
+        self._loads, self._releases = self._new_streams()
+
+    def build(
+        self,
+        given: Sequences,
+        keys: Keys,
+        found: Sequence[StoredPrefix | None],
+        request: Request,
+        recompute_cut: Recompute | None,
+        hooks: object,
+    ) -> Restored:
+        """The cache of what was found, as far as loading it is the faster way.
+
+        `recompute_cut` computes a history that was cut; it is of one sequence, and used whole or not at all.
+        """
+        reuse = _common(given, found)
+        request.tokens = reuse.total
+        chosen = request.plan = self._plan(given, found, reuse) if reuse.total else None
+        if chosen is None or chosen.kind is Kind.RECOMPUTE:
+            self.release(found)
+            return Restored(self._empty_cache(given, keys, found, request, hooks), plan=chosen)
+        begin_s = time.perf_counter()
+        request.tier = reuse.tier
+        head_tokens = chosen.compute_tokens
+        slices = [_slices(each, tokens, head_tokens) for each, tokens in zip(found, reuse.tokens, strict=True)]
+        self.release([each for each, part in zip(found, slices, strict=True) if part is None])
+        buffers, loaders = self._start_loads(given, found, slices, reuse, head_tokens)
+        self._rates.observe_overhead(time.perf_counter() - begin_s)
+        head = self._compute_head(given, head_tokens, request) if head_tokens else None
+        history = self._history(given, buffers, loaders, reuse, head, recompute_cut, request)
+        cache = self._cache(history, _rows(given, found, reuse.tokens, keys), given, reuse.columns, request, hooks)
+        size_bytes = (reuse.total - head_tokens) * self._layout.bytes_per_token
+        return Restored(cache, reuse.total, size_bytes, reuse.tier, chosen)
+
+    def release(self, found: Sequence[StoredPrefix | None]) -> None:
+        """End leases, on another thread: it takes a call to the daemon."""
+        for each in found:
+            if each is not None:
+                self._releases.submit(each.release)
+
+    def _new_streams(self) -> tuple[Stream, Stream]:
+        return self._device.stream("kvservice-load"), self._device.stream("kvservice-release")
+
+    def _plan(self, given: Sequences, found: Sequence[StoredPrefix | None], reuse: _Reuse) -> Plan:
+        new_tokens = sum(given.columns - pad for pad in given.pads) - reuse.total
+        may_mix = self._key_hooks is None and len(found) == 1 and found[0] is not None and found[0].may_begin_later
+        return self._planner.plan(reuse.total, new_tokens, reuse.tier, may_mix=may_mix)
+
+    def _empty_cache(
+        self,
+        given: Sequences,
+        keys: Keys,
+        found: Sequence[StoredPrefix | None],
+        request: Request,
+        hooks: object,
+    ) -> StoredCache:
+        """What is stored is computed, and need not be saved again. A history that was cut begins as another one."""
+        uncut = [each if each is not None and not each.kept_tokens else None for each in found]
+        rows = _rows(given, uncut, [_tokens(each) for each in uncut], keys)
+        return self._cache(NoHistory(self._model.dtype, self._model.device), rows, given, 0, request, hooks)
+
+    def _start_loads(
+        self,
+        given: Sequences,
+        found: Sequence[StoredPrefix | None],
+        slices: Sequence[_Slices | None],
+        reuse: _Reuse,
+        head_tokens: int,
+    ) -> tuple[Buffers, list[LayerLoader]]:
+        """One load per row that has slices, into buffers of all rows."""
+        begins = [pad + head_tokens for pad in given.pads]
+        ends = [begin + sum(part.token_counts) for begin, part in zip(begins, slices, strict=True) if part is not None]
+        columns = max(reuse.columns, *ends)
+        buffers = Buffers(self._layout, given.pads, columns, self._model.dtype, self._model.device)
+        buffer_layers = self._layout.layers  # While a head is computed, all have time to come.
+        if not head_tokens:
+            new_tokens = given.columns - reuse.columns
+            buffer_layers = self._planner.buffer_layers(reuse.total, new_tokens, reuse.columns, reuse.tier)
+        loaders = []
+        for row, (each, part) in enumerate(zip(found, slices, strict=True)):
+            if each is None or part is None:
+                continue
+            loader = LayerLoader(
+                self._device,
+                self._loads,
+                self._source(each, part, buffers, row, begins[row], begins[row] - given.pads[row]),
+                partial(buffers.pages, row, begins[row]),
+                layer_count=self._layout.layers,
+                buffer_layers=buffer_layers,
+                release=each.release,
+            )
+            loader.start()
+            loaders.append(loader)
+        return buffers, loaders
+
+    def _source(
+        self, prefix: StoredPrefix, part: _Slices, buffers: Buffers, row: int, column: int, position: int
+    ) -> HostLayers:
+        """A row's slices, whose first token has this column and this position."""
+        load = partial(prefix.load, part.first, len(part.token_counts))
+        if self._key_hooks is None:
+            return HostLayers(self._loads, load, part.token_counts, rotations=prefix.rotations)
+        return HostLayers(
+            self._loads,
+            load,
+            part.token_counts,
+            rotations=self._key_hooks.placing(position, sum(part.token_counts)),
+            unrotated_pages=partial(buffers.raw_pages, row, column),
+        )
+
+    def _history(
+        self,
+        given: Sequences,
+        buffers: Buffers,
+        loaders: Sequence[LayerLoader],
+        reuse: _Reuse,
+        head: Head | None,
+        recompute_cut: Recompute | None,
+        request: Request,
+    ) -> LoadedHistory:
+        ids, columns = given.ids[:, : reuse.columns], reuse.columns
+        recompute_masked = partial(computed, self._model, ids)
+        key_hooks = self._key_hooks
+        return LoadedHistory(
+            buffers,
+            columns,
+            loaders,
+            recompute_cut or partial(recompute_masked, given.visible(columns)),
+            layer_count=self._layout.layers,
+            wait_s=self._wait_s,
+            dtype=self._model.dtype,
+            device=self._model.device,
+            head=head,
+            recompute_masked=None if recompute_cut else recompute_masked,
+            unrotate=partial(key_hooks.captured_of, self._device, given.pads) if key_hooks is not None else None,
+            on_end=partial(self._history_ended, reuse.tier, request),
+            lines=self._lines,
+        )
+
+    def _compute_head(self, given: Sequences, tokens: int, request: Request) -> Head:
+        """Compute the beginning of a history while the rest of it is loaded."""
+        begin_s = time.perf_counter()
+        layers = computed(self._model, given.ids[:, :tokens], given.visible(tokens))
+        request.head_s = time.perf_counter() - begin_s
+        self._rates.observe_prefill(tokens, 0, request.head_s)
+        return Head(dict(enumerate(layers)), tokens)
+
+    def _cache(
+        self,
+        history: LoadedHistory | NoHistory,
+        rows: Sequence[Row],
+        given: Sequences,
+        columns: int,
+        request: Request,
+        hooks: object,
+    ) -> StoredCache:
+        """`columns` of the prompt are the history."""
+        request.rows = len(rows)
+        saver = ForwardSaver(
+            self._saver,
+            self._breaker,
+            self._keys,
+            rows,
+            given.ids[:, :columns],
+            given.hidden[:, :columns],
+            self._layout.block_tokens,
+            torch_dtype(self._layout),
+            self._tokens_max,
+            may_hide=self._key_hooks is None,
+            on_prompt=self._on_prompt,
+        )
+        made = self._model.config, history, saver, partial(request.forward_ended, history), hooks
+        if self._key_hooks is None:
+            return StoredCache(*made)
+        return UnrotatedCache(self._layout, self._key_hooks, *made)
+
+    def _history_ended(self, tier: str, request: Request, history: LoadedHistory) -> None:
+        """Learn from a history that was loaded, or was not."""
+        is_late = self._planner.load_ended(history.load_reports, history.error, history.lost_s, tier, request.transport)
+        if is_late:  # Its thread may still be waiting for the daemon: later loads do not queue behind it.
+            self._loads.close()
+            self._loads = self._device.stream("kvservice-load")
+
+
+def _common(given: Sequences, found: Sequence[StoredPrefix | None]) -> _Reuse:
+    """As far as the stored prefixes of all rows reach."""
+    columns = min(pad + _tokens(each) for pad, each in zip(given.pads, found, strict=True))
+    tiers = {each.tier for each in found if each is not None}
+    tier = tiers.pop() if len(tiers) == 1 else "mixed"
+    return _Reuse(columns, tuple(max(0, columns - pad) for pad in given.pads), tier)
+
+
+def _tokens(found: StoredPrefix | None) -> int:
+    return found.tokens if found is not None else 0
+
+
+def _slices(found: StoredPrefix | None, tokens: int, head_tokens: int) -> _Slices | None:
+    """What holds the tokens after the head. None where none of the row's tokens are used."""
+    if found is None or not tokens:
+        return None
+    counts = found.token_counts
+    if not found.may_begin_later:
+        return _Slices(0, counts)
+    first = before = 0
+    while before < head_tokens:
+        before += counts[first]
+        first += 1
+    end = first
+    while before < tokens:
+        before += counts[end]
+        end += 1
+    return _Slices(first, counts[first:end])
+
+
+def _rows(given: Sequences, found: Sequence[StoredPrefix | None], tokens: Sequence[int], keys: Keys) -> list[Row]:
+    """For each row, the blocks that are stored of its first tokens."""
+    rows = []
+    for pad, each, count in zip(given.pads, found, tokens, strict=True):
+        if each is None or not count:
+            rows.append(Row(pad, pad, keys.root))
+        else:
+            whole = (count - each.kept_tokens) // keys.layout.block_tokens
+            rows.append(Row(pad, pad + each.kept_tokens, each.parent, list(each.keys[:whole])))
+    return rows

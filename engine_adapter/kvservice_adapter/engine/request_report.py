@@ -1,0 +1,110 @@
+"""What becomes of one request: learned from by the plans to come, and reported to the daemon for `kvctl explain`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from kvservice_adapter.cost import Plan, Rates
+from kvservice_adapter.load import LoadReport
+from kvservice_api.errors import KVError
+from kvservice_client import Client, Outcome, RequestReport
+
+
+class ReportedHistory(Protocol):
+    """What a request wants to know of the history that its engine computes with."""
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why some of it was computed, and not loaded."""
+
+    @property
+    def recompute_s(self) -> float:
+        """How long it took to compute it in place of loading it; 0 where it was loaded."""
+
+    @property
+    def load_reports(self) -> Sequence[LoadReport]:
+        """One per load, so far."""
+
+
+class Request:
+    """For the engine's thread. Costs microseconds; without a `request_id` no report is sent."""
+
+    def __init__(self, client: Client, rates: Rates, request_id: str) -> None:
+        self._client = client
+        self._rates = rates
+        self._request_id = request_id
+        self._began_s = time.monotonic()
+        self._loaded_before = dict(client.stats().loaded_bytes)
+        self._is_reported = not request_id
+        self.rows = 1
+        self.lookup_s: float | None = None
+        self.head_s: float | None = None
+        self.plan: Plan | None = None
+        self.tier = ""
+        self.tokens = 0  # Stored ones, as far as they were found.
+        self.not_found: KVError | None = None
+        self.was_asked = True  # The daemon.
+
+    @property
+    def transport(self) -> str:
+        """By what bytes have come since the request began: "shm", "grpc", "grpc+shm", or "" for none."""
+        return transport_of(self._loaded_before, self._client.stats().loaded_bytes)
+
+    def looked_up(self) -> None:
+        self.lookup_s = time.monotonic() - self._began_s
+
+    def forward_ended(self, history: ReportedHistory, new_tokens: int, context_tokens: int, seconds: float) -> None:
+        """The model has computed so many tokens; the first time, that was the request's prefill."""
+        if self.rows == 1 and new_tokens > 1 and not history.recompute_s:
+            self._rates.observe_prefill(new_tokens, context_tokens, seconds)
+        if not self._is_reported:
+            self._is_reported = True
+            self._client.report_request(self._report(history, new_tokens))
+
+    def _report(self, history: ReportedHistory, new_tokens: int) -> RequestReport:
+        chosen = self.plan
+        loads = history.load_reports
+        loaded_bytes = sum(load.size_bytes for load in loads)
+        again_s = history.recompute_s
+        outcome, why = self._outcome(history)
+        return RequestReport(
+            request_id=self._request_id,
+            outcome=outcome,
+            outcome_reason=why,
+            plan=chosen.kind.value if chosen is not None else "",
+            plan_reason=chosen.reason if chosen is not None else "",
+            estimate_s={kind.value: seconds for kind, seconds in chosen.estimate_s.items()} if chosen else {},
+            history_tokens=self.tokens,
+            new_tokens=new_tokens,
+            loaded_tokens=chosen.load_tokens if chosen is not None and not again_s else 0,
+            computed_tokens=chosen.compute_tokens if chosen is not None and not again_s else self.tokens,
+            loaded_bytes=loaded_bytes,
+            tier=self.tier,
+            transport=self.transport if loaded_bytes else "",
+            began_s=self._began_s,
+            lookup_s=self.lookup_s,
+            first_layer_s=min((load.first_layer_s for load in loads if load.layers), default=None),
+            load_s=max((load.total_s for load in loads), default=None),
+            waited_s=sum(sum(load.waited_s) for load in loads) if loads else None,
+            head_s=again_s or self.head_s,
+            first_token_s=time.monotonic() - self._began_s,
+        )
+
+    def _outcome(self, history: ReportedHistory) -> tuple[Outcome, str]:
+        if not self.was_asked:
+            return Outcome.BREAKER_OPEN, ""
+        if history.error is not None:
+            return Outcome.FAILED_OVER, _reason(history.error)
+        if self.not_found is not None:
+            return Outcome.FAILED_OVER, self.not_found.reason
+        return (Outcome.DONE, "") if self.plan is not None else (Outcome.MISS, "")
+
+
+def transport_of(before: Mapping[str, int], now: Mapping[str, int]) -> str:
+    return "+".join(sorted(name for name, size_bytes in now.items() if size_bytes > before.get(name, 0)))
+
+
+def _reason(error: BaseException) -> str:
+    return error.reason if isinstance(error, KVError) else str(error)

@@ -1,0 +1,63 @@
+"""A device for torch's tensors that do not lie in host memory, and the one place where a device is chosen by default.
+
+Its streams' threads copy with torch, through pageable host memory; the engine's thread copies nothing. Not tried on an
+accelerator: the contract suite runs it on tensors of the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvservice_adapter.device.arrays import ArrayView
+from kvservice_adapter.device.base import Device, Pages
+from kvservice_adapter.device.cpu import CpuDevice, CpuEvent, CpuStream
+from kvservice_adapter.device.rotation import Rotation
+from kvservice_client.buffers import Bytes
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def device_for(place: torch.device) -> Device:
+    """The device for an engine that computes there and was given none."""
+    return CpuDevice() if place.type == "cpu" else TorchDevice()
+
+
+class TorchDevice(CpuDevice):
+    def stream(self, name: str) -> CpuStream:
+        return _TorchStream(self, name)
+
+    def bits(self, view: ArrayView) -> Any:
+        assert isinstance(view.array, torch.Tensor)
+        return view.array.detach().view(_BITS[view.item_bytes])
+
+    def copy(self, source: Any, target: Any) -> None:
+        if isinstance(source, np.ndarray) and isinstance(target, torch.Tensor):
+            source = torch.from_numpy(np.ascontiguousarray(source).view(f"i{source.itemsize}")).view(target.dtype)
+        if isinstance(target, torch.Tensor):
+            target.copy_(source)
+        else:
+            np.copyto(target, source.cpu().numpy().view(target.dtype))
+
+    def turn(self, keys: Any, dtype: str, rotation: Rotation, first_token: int) -> None:
+        if not isinstance(keys, torch.Tensor):
+            super().turn(keys, dtype, rotation, first_token)
+            return
+        on_host = keys.cpu().numpy().view(f"u{keys.element_size()}").copy()
+        super().turn(on_host, dtype, rotation, first_token)
+        self.copy(on_host, keys)
+
+
+class _TorchStream(CpuStream):
+    def gather(
+        self, pages: Pages, token_counts: Sequence[int], into: Bytes, rotation: Rotation | None = None
+    ) -> CpuEvent:
+        tensor = pages.key_view.array
+        if isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu":
+            computed = torch.Event(device=tensor.device)
+            computed.record()  # After what the engine's own stream has to compute.
+            self.submit(computed.synchronize)
+        return super().gather(pages, token_counts, into, rotation)

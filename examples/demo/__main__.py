@@ -1,0 +1,65 @@
+"""``python -m examples.demo``: a conversation whose history comes back from the daemon."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+
+from examples.demo import report
+from examples.demo.conversation import hold_conversation, hold_overflowing_conversation
+from examples.demo.processes import ProcessFailed
+
+_WINDOW_TOKENS = 1024
+
+
+def main() -> int:
+    """Exit codes: 0 all answers identical, 1 not, or the demo could not run."""
+    parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
+    parser.add_argument("--model", default="", help="a GGUF file, a folder, or a model of the hub")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--overflow", action="store_true", help="in a window that the conversation overflows")
+    parser.add_argument("--window", type=int, help=f"tokens, with --overflow (default: {_WINDOW_TOKENS})")
+    arguments = parser.parse_args()
+    if arguments.window is not None and not arguments.overflow:
+        parser.error("--window goes with --overflow")
+    window_tokens = _WINDOW_TOKENS if arguments.window is None else arguments.window
+    if window_tokens < 1:
+        parser.error("--window must be a number of tokens")
+
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # So that the daemon does not stay.
+
+    if not arguments.json:
+        print(report.header(arguments.overflow))
+    turns = []
+
+    def note(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    try:
+        for turn in (
+            hold_overflowing_conversation(arguments.model, window_tokens, note)
+            if arguments.overflow
+            else hold_conversation(arguments.model, note)
+        ):
+            turns.append(turn)
+            if turn.trouble:
+                print(turn.trouble, file=sys.stderr)
+            if not arguments.json:
+                print(report.row(len(turns), turn, arguments.overflow), flush=True)
+    except ProcessFailed as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    print(
+        json.dumps(report.as_object(turns, arguments.overflow), indent=2)
+        if arguments.json
+        else report.totals(turns, arguments.overflow)
+    )
+    return 0 if all(turn.identical for turn in turns) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""Each example runs as its docstring says, with a daemon of its own, and shows what it promises."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.daemon import DaemonProcess
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ("save_and_load", "two_processes", "chat_transformers", "batch")
+
+
+def run(name: str, *arguments: str) -> str:
+    """What the example prints."""
+    command = [sys.executable, "-m", f"examples.{name}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_saved_blocks_are_found_by_their_tokens_and_loaded_bit_for_bit() -> None:
+    shown = run("save_and_load")
+
+    assert "saved 3 blocks\nfound 192 of 292 tokens" in shown
+    assert len(re.findall(r"layer \d: 98304 bytes, identical", shown)) == 2
+    assert "DIFFERENT" not in shown
+
+
+def test_the_worker_loads_with_the_ticket_what_the_scheduler_has_found() -> None:
+    shown = run("two_processes")
+
+    assert "scheduler: 512 of 512 tokens are stored" in shown
+    assert len(re.findall(r"worker: layer \d, KV heads 2 and up, 512 tokens, 262144 bytes", shown)) == 2
+
+
+def test_the_second_turn_of_the_chat_loads_the_first() -> None:
+    shown = run("chat_transformers")
+
+    assert "turn 1: 0 of 102 tokens loaded" in shown
+    assert "turn 2: 125 of 192 tokens loaded, from dram" in shown
+    assert "turn 3: " in shown
+
+
+def test_the_second_batch_loads_the_common_prefix_of_all_its_prompts() -> None:
+    first, second = run("batch").splitlines()
+
+    assert first.startswith("batch 1: 0 of ")
+    assert second.startswith("batch 2: 864 of "), "9 blocks of 32 tokens for each of 3 prompts"
+
+
+def test_an_example_uses_the_daemon_whose_address_it_is_given(new_daemon: Callable[..., DaemonProcess]) -> None:
+    daemon = new_daemon()
+
+    assert "found 192 of 292 tokens" in run("save_and_load", daemon.address)
+    assert "saved 0 blocks" in run("save_and_load", daemon.address), "the daemon has them from the first run"
+
+
+def test_every_program_in_the_folder_is_tested_here_and_named_in_the_readme() -> None:
+    programs = {path.stem for path in (ROOT / "examples").glob("*.py") if "__main__" in path.read_text()}
+
+    assert programs == set(EXAMPLES)
+    assert all(f"examples/{name}.py" in (ROOT / "README.md").read_text() for name in EXAMPLES)

@@ -1,0 +1,46 @@
+"""The wheel that users install: what it holds, and what ``kvctl bench`` says there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built as pip builds it, without a network."""
+    pytest.importorskip("hatchling", reason="hatchling, which builds the wheel, is not installed")
+    from hatchling.builders.wheel import WheelBuilder
+
+    folder = tmp_path_factory.mktemp("wheel")
+    return Path(next(WheelBuilder(str(ROOT)).build(directory=str(folder), versions=["standard"])))
+
+
+def test_the_wheel_holds_the_four_packages_and_no_benchmark_example_or_test(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+
+    folders = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
+    assert folders == {"kvservice", "kvservice_adapter", "kvservice_api", "kvservice_client"}
+    assert not [name for name in names if {"bench", "demo", "examples", "experiments", "tests"} & set(name.split("/"))]
+    assert "kvservice_client/py.typed" in names
+
+
+def test_kvctl_bench_of_the_wheel_says_where_the_measures_are(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    # The checkout is left out of the search path, so that Python finds the wheel's packages alone.
+    program = (
+        f"import sys; sys.path[:] = [{str(tmp_path)!r}, *(p for p in sys.path if not p.startswith({str(ROOT)!r}) "
+        "or 'site-packages' in p)]; sys.argv = ['kvctl', 'bench', '--quick']; "
+        "from kvservice_client.cli import main; main()"
+    )
+
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "kvctl: bench runs in a checkout of KVService's repository only, which has benchmarks/.\n"

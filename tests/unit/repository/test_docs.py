@@ -1,0 +1,139 @@
+"""The reference pages under docs/ are what the code says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from benchmarks.policies import EXPERIMENTS
+from kvservice.config import SETTINGS, environment_name
+from kvservice.counters import HELP
+from kvservice.policy import PLACEMENTS
+from kvservice.simulate.command import simulate
+from kvservice.simulate.command_plan import plan
+from kvservice.simulate.engine import CONTENDERS
+from kvservice.simulate.result import Result
+
+ROOT = Path(__file__).parents[3]
+VERBS: tuple[Callable[..., None], ...] = (simulate, plan)
+
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+
+
+def program(verb: Callable[..., None]) -> typer.Typer:
+    made = typer.Typer()
+    made.command()(verb)
+    return made
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("docs")
+    subprocess.run([sys.executable, ROOT / "tools" / "generate_docs.py", folder], check=True)
+    return folder
+
+
+@pytest.mark.parametrize("page", ["configuration.md", "errors.md"])
+def test_the_page_is_what_make_docs_writes(pages: Path, page: str) -> None:
+    assert (ROOT / "docs" / page).read_text() == (pages / page).read_text(), "run `make docs`"
+
+
+def named_in(page: str, pattern: str) -> set[str]:
+    return set(re.findall(pattern, (ROOT / page).read_text()))
+
+
+@pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in PAGES])
+def test_every_file_that_a_page_links_to_exists(page: str) -> None:
+    folder = (ROOT / page).parent
+    missing = {link for link in named_in(page, r"\]\((?!https?:)([^)#]+)") if not (folder / link).exists()}
+
+    assert not missing
+
+
+def test_every_source_file_that_the_architecture_names_exists() -> None:
+    roots = [ROOT / folder for folder in ("kvservice", "proto", "client", "engine_adapter")]
+    files = {f"/{file.relative_to(ROOT)}" for root in roots for file in root.rglob("*.py")}
+    missing = {
+        name
+        for name in named_in("ARCHITECTURE.md", r"`([\w/]+\.py)`")
+        if not any(file.endswith(f"/{name}") for file in files)
+    }
+
+    assert not missing
+
+
+@pytest.mark.parametrize("page", ["docs/container.md", "docs/security.md", "docs/tickets.md"])
+def test_every_setting_and_metric_that_a_page_names_exists(page: str) -> None:
+    sections = "|".join({name.partition(".")[0] for name in SETTINGS})
+    settings = named_in(page, rf"`((?:{sections})\.[a-z_]+)`")
+    variables = named_in(page, r"(KVSERVICE_\w+__\w+)")
+    counters = named_in(page, r"kvservice_(\w+)_total")
+
+    assert settings <= set(SETTINGS)
+    assert variables <= {environment_name(name) for name in SETTINGS}
+    assert counters <= set(HELP)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/positions.md", "docs/tickets.md", "docs/transformers.md"])
+def test_the_examples_of_a_page_are_python_and_import_what_there_is(page: str) -> None:
+    examples = named_in(page, r"```python\n((?s:.*?))```")
+    assert examples
+    for example in examples:
+        compile(example, page, "exec")
+        lines = [line for line in example.splitlines() if line.startswith(("import ", "from "))]
+        exec("\n".join(lines), {})
+
+
+def test_every_policy_is_explained_and_every_policy_that_is_explained_exists() -> None:
+    page = (ROOT / "docs/policies.md").read_text().partition("## Simulating")[0]
+    named = set(re.findall(r"`([a-z0-9-]+)`", page))
+
+    assert set(CONTENDERS) <= named
+    assert named_in("docs/policies.md", r"(?m)^\| `([a-z0-9-]+)` \| what ") == set(PLACEMENTS) - {"foresight-unlearned"}
+
+
+def test_every_option_that_the_page_on_policies_names_is_one_of_its_verbs() -> None:
+    help_text = " ".join(CliRunner(env={"COLUMNS": "200"}).invoke(program(verb), ["--help"]).stdout for verb in VERBS)
+    ours = named_in("docs/policies.md", r"(--[a-z][a-z-]*)") - {"--write", "--quick", "--traces"}  # Of the experiments.
+
+    assert ours <= set(re.findall(r"--[a-z][a-z-]*", help_text))
+
+
+def test_every_figure_that_the_page_on_policies_explains_is_one_of_the_results() -> None:
+    table = (ROOT / "docs/policies.md").read_text().partition("### Figures")[2].partition("### Planning")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`([a-z0-9_]+)`", row)}
+
+    assert named <= {field.name for field in fields(Result)}
+    assert len(named) > 10
+
+
+def test_every_experiment_has_its_section_on_the_page() -> None:
+    sections = set(re.findall(r"<!-- experiment (\w+): begin -->", (ROOT / "docs/policies.md").read_text()))
+
+    assert sections == set(EXPERIMENTS)
+
+
+def test_every_page_of_the_documentation_stands_in_its_index() -> None:
+    listed = named_in("docs/README.md", r"\]\((?!https?:)([^)#]+)")
+
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"} <= listed
+
+
+def test_every_word_of_the_glossary_has_one_meaning() -> None:
+    words = [
+        word.strip()
+        for row in re.findall(r"(?m)^\| ([^|]+) \|", (ROOT / "docs/glossary.md").read_text())
+        for word in row.split(",")
+    ]
+    words = [word for word in words if word not in ("Word", "---")]
+
+    assert len(words) > 50 and len(words) == len(set(words))

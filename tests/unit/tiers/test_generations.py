@@ -1,0 +1,144 @@
+"""Generations: who reads in place learns that space was released, whatever happened to the daemon meanwhile."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvservice.blocks import Extent
+from kvservice.tiers.arena import Arena, without_generations
+from kvservice.tiers.dram import DramTier
+from kvservice_api.arena import GENERATIONS_NAME, generations_file_bytes
+from kvservice_api.image import PAGE_BYTES
+from tests.file_faults import FaultyCalls
+
+STORE = bytes(range(16))
+MIB = 2**20
+CAPACITY = 2 * MIB
+
+
+@pytest.fixture
+def shm() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="kvservice-test-", dir="/dev/shm") as directory:
+        yield Path(directory)
+
+
+@pytest.fixture
+def open_tier(shm: Path) -> Iterator[Callable[..., DramTier]]:
+    """Opens the tier; the one before is closed first. `kept` are the extents that records name."""
+    opened: list[Arena] = []
+
+    def open_tier(*kept: Extent, share: bool = True, calls: FaultyCalls | None = None) -> DramTier:
+        while opened:
+            opened.pop().close()
+        opened.append(Arena.open(shm, STORE, CAPACITY, calls=calls))
+        tier = DramTier(opened[-1])
+        if share:
+            tier.share()
+        columns = np.array(kept or np.zeros((0, 3)), np.uint64).reshape(-1, 3).T
+        tier.adopt(*columns)
+        return tier
+
+    yield open_tier
+    for arena in opened:
+        arena.close()
+
+
+def seen(tier: DramTier) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
+    """All words, as another process reads them."""
+    data = (tier.arena_directory / GENERATIONS_NAME).read_bytes()
+    return np.frombuffer(data, "<u4", tier.arena_capacity_bytes // PAGE_BYTES, PAGE_BYTES).copy()
+
+
+def test_an_extents_generation_is_raised_by_its_release_and_by_nothing_else(open_tier: Callable[..., DramTier]) -> None:
+    tier = open_tier()
+    first, second = tier.reserve(100_000), tier.reserve(100_000)
+    before = tuple(tier.generations([first, second]))
+    tier.release(first)
+    again = tier.reserve(100_000)
+    assert again == first
+    assert tuple(tier.generations([first, second])) == (before[0] + 1, before[1])
+    assert seen(tier)[first.offset_bytes // PAGE_BYTES] == before[0] + 1
+
+
+def test_a_generation_begins_anew_after_its_highest_number(open_tier: Callable[..., DramTier]) -> None:
+    tier = open_tier()
+    extent = tier.reserve(PAGE_BYTES)
+    with (tier.arena_directory / GENERATIONS_NAME).open("r+b") as file:
+        file.seek(PAGE_BYTES + 4 * (extent.offset_bytes // PAGE_BYTES))
+        file.write(b"\xff" * 4)
+    assert tier.generations([extent])[0] == 2**32 - 1
+    tier.release(extent)
+    assert tier.generations([extent])[0] == 0
+
+
+def test_after_a_restart_only_what_records_name_has_its_generation_still(open_tier: Callable[..., DramTier]) -> None:
+    """What else somebody may read was not released by anybody."""
+    tier = open_tier()
+    extents = [tier.reserve(40_000) for _ in range(10)]
+    before = seen(tier)
+    kept = extents[2:5]
+    after = seen(open_tier(*kept))
+    raised = after != before
+    assert not raised[[extent.offset_bytes // PAGE_BYTES for extent in kept]].any()
+    assert raised.sum() == len(raised) - 3
+
+
+def test_a_daemon_that_does_not_share_goes_on_raising_what_was_shared(open_tier: Callable[..., DramTier]) -> None:
+    open_tier()
+    tier = open_tier(share=False)
+    assert tier.not_shared_because == "dram.share is off"
+    extent = tier.reserve(PAGE_BYTES)
+    before = tier.generations([extent])[0]
+    tier.release(extent)
+    assert tier.generations([extent])[0] == before + 1
+
+
+def test_an_arena_that_was_never_shared_has_no_generations_until_it_is(open_tier: Callable[..., DramTier]) -> None:
+    arena_id = open_tier(share=False).arena_id
+    tier = open_tier()
+    assert (tier.arena_id, tier.not_shared_because) == (arena_id, "")
+    assert (tier.arena_directory / GENERATIONS_NAME).stat().st_blocks * 512 >= generations_file_bytes(
+        CAPACITY - PAGE_BYTES
+    )
+
+
+@pytest.mark.parametrize("damage", ["gone", "short", "another arena's"])
+def test_an_arena_that_lost_its_generations_is_replaced(open_tier: Callable[..., DramTier], damage: str) -> None:
+    """Somebody may still look at the old ones, which nobody would ever raise."""
+    tier = open_tier()
+    arena_id, path = tier.arena_id, tier.arena_directory / GENERATIONS_NAME
+    if damage == "gone":
+        path.unlink()
+    elif damage == "short":
+        os.truncate(path, 100)
+    else:
+        path.write_bytes(path.read_bytes()[:8] + bytes(16) + path.read_bytes()[24:])
+    assert open_tier().arena_id != arena_id
+
+
+def test_a_tmpfs_without_space_for_the_generations_has_an_arena_all_the_same(
+    open_tier: Callable[..., DramTier],
+) -> None:
+    calls = FaultyCalls()
+    tier = open_tier(share=False, calls=calls)
+    calls.failing["posix_fallocate"] = errno.ENOSPC
+    tier.share()
+    assert "No space left" in tier.not_shared_because
+    tier.release(tier.reserve(PAGE_BYTES))
+    assert not (tier.arena_directory / GENERATIONS_NAME).exists()
+
+
+@pytest.mark.parametrize("size", [0, 4096, 8192, 12_288, MIB, 10 * MIB + 4096, 3 << 30, 1 << 40])
+def test_arena_and_generations_together_take_what_they_may_and_no_page_less(size: int) -> None:
+    arena_bytes = without_generations(size)
+    if arena_bytes:
+        assert arena_bytes + generations_file_bytes(arena_bytes - PAGE_BYTES) <= size
+    larger = arena_bytes + PAGE_BYTES
+    assert larger + generations_file_bytes(larger - PAGE_BYTES) > size or arena_bytes == 0
