@@ -148,6 +148,7 @@ class BlockStore:
         self.limits = limits
         self._history = MissReasons(clock, 0) if history is None else history
         self._admission = Admission(
+            clock,
             loads_max=limits.loads_max,
             saves_max=limits.saves_max,
             slots=limits.transfer_slots,
@@ -212,6 +213,7 @@ class BlockStore:
             dram,
             ssd,
             self._promoter,
+            clock,
             counters,
             executor,
             self._loop_budget,
@@ -527,7 +529,7 @@ class BlockStore:
 
     def incoming(self, caller: Caller, messages: AsyncIterator[T]) -> Incoming[T]:
         """The messages of a save, none of which may come too late."""
-        return Incoming(messages, self._admission.idle_s)
+        return self._admission.incoming(messages)
 
     def save(self, caller: Caller, header: SaveHeader) -> Upload:
         """One save, to be used as ``async with``: entering claims the blocks and waits for room, leaving without a

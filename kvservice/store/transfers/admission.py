@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
+from kvservice.clock import Clock
 from kvservice_api.errors import DeadlineExceeded, IncompleteSave, InvalidFrame, InvalidRequest, Overloaded
 
 T = TypeVar("T")
@@ -44,13 +45,16 @@ class Gate:
 class Admission:
     """The rules of all transfers of one store. Called on the event loop."""
 
-    def __init__(self, *, loads_max: int, saves_max: int, slots: int, idle_s: float, frame_bytes: int) -> None:
+    def __init__(
+        self, clock: Clock, *, loads_max: int, saves_max: int, slots: int, idle_s: float, frame_bytes: int
+    ) -> None:
         """`slots` bounds how many saves copy at one time; `idle_s` is how long a client may send or take nothing."""
         self.loads = Gate("loads", loads_max)
         self.in_place_loads = Gate("loads", loads_max)
         self.saves = Gate("saves", saves_max)
         self.save_slots = asyncio.Semaphore(slots)
-        self.idle_s = idle_s
+        self._clock = clock
+        self._idle_s = idle_s
         self._frame_bytes = frame_bytes
 
     @property
@@ -60,10 +64,14 @@ class Admission:
     async def taken(self, sending: Awaitable[None]) -> None:
         """Wait until the client has taken a frame. Raises DeadlineExceeded: a load keeps its blocks in place."""
         try:
-            async with asyncio.timeout(self.idle_s):
+            async with self._clock.timeout(self._idle_s):
                 await sending
         except TimeoutError as error:
-            raise DeadlineExceeded(f"the client took nothing for {self.idle_s:g} s; the load was ended") from error
+            raise DeadlineExceeded(f"the client took nothing for {self._idle_s:g} s; the load was ended") from error
+
+    def incoming(self, messages: AsyncIterator[T]) -> Incoming[T]:
+        """The messages of a save, none of which may come too late."""
+        return Incoming(messages, self._clock, self._idle_s)
 
     def check_frame(self, payload_bytes: int) -> None:
         """Raises InvalidFrame."""
@@ -84,8 +92,9 @@ class Admission:
 class Incoming(Generic[T]):
     """The messages of one save as they arrive. A client that sends nothing for too long ends it."""
 
-    def __init__(self, messages: AsyncIterator[T], idle_s: float) -> None:
+    def __init__(self, messages: AsyncIterator[T], clock: Clock, idle_s: float) -> None:
         self._messages = messages
+        self._clock = clock
         self._idle_s = idle_s
 
     async def next(self) -> T:
@@ -101,7 +110,7 @@ class Incoming(Generic[T]):
 
     async def _next(self) -> T | None:
         try:
-            async with asyncio.timeout(self._idle_s):
+            async with self._clock.timeout(self._idle_s):
                 return await anext(self._messages, None)
         except TimeoutError as error:
             raise IncompleteSave(f"nothing came for {self._idle_s:g} s") from error

@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 
 from kvservice.blocks import Extent, TierName
+from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.store import image_check
 from kvservice.store.block_lifecycle import BlockLifecycle
@@ -90,6 +91,7 @@ class Reads:
         dram: DramTier,
         ssd: SsdTier | None,
         promoter: Promoter | None,
+        clock: Clock,
         counters: Counters,
         executor: Executor,
         loop_budget: LoopBudget,
@@ -106,7 +108,7 @@ class Reads:
         self.loop_budget = loop_budget
         self.slots = asyncio.Semaphore(slots)
         self.frame_bytes = frame_bytes
-        self.scratch = _ScratchBudget(_SCRATCH_BYTES, _SCRATCH_WAIT_S)
+        self.scratch = _ScratchBudget(clock, _SCRATCH_BYTES, _SCRATCH_WAIT_S)
 
     async def run(
         self, caller: Caller, lease: Lease, blocks: range, layers: range, encode: Callable[[Part], T]
@@ -391,7 +393,8 @@ async def _gather(work: Callable[[_Source], Awaitable[T]], sources: Sequence[_So
 class _ScratchBudget:
     """Memory for blocks that are read from SSD past a full DRAM, over all loads: slow readers must not pile it up."""
 
-    def __init__(self, limit_bytes: int, wait_s: float) -> None:
+    def __init__(self, clock: Clock, limit_bytes: int, wait_s: float) -> None:
+        self._clock = clock
         self._limit_bytes = limit_bytes
         self._wait_s = wait_s
         self._used_bytes = 0
@@ -402,7 +405,7 @@ class _ScratchBudget:
         if not size_bytes:
             return
         try:
-            async with asyncio.timeout(self._wait_s), self._more:
+            async with self._clock.timeout(self._wait_s), self._more:
                 await self._more.wait_for(
                     lambda: not self._used_bytes or self._used_bytes + size_bytes <= self._limit_bytes
                 )

@@ -268,7 +268,7 @@ class Upload:
             if count % _RESERVED_A_TURN == 0:
                 await self._all.loop_budget.slot()  # Where there is room nothing below waits.
             await self._reserve(each)
-        deadline_s = asyncio.get_running_loop().time() + self._all.wait_s
+        deadline_s = self._all.clock.monotonic_s() + self._all.wait_s
         for each in others:
             await self._after_others(each, deadline_s)
 
@@ -281,7 +281,7 @@ class Upload:
     async def _after_others(self, destination: _Destination, deadline_s: float) -> None:
         """Other saves store this block: wait for them, and take over should none of them commit."""
         try:
-            async with asyncio.timeout_at(deadline_s):
+            async with self._all.clock.timeout(max(0.0, deadline_s - self._all.clock.monotonic_s())):
                 await self._all.claims.until_first(destination.claim)
         except TimeoutError:
             self._refuse(destination, Overloaded("another client is storing this block, and slowly"))

@@ -34,6 +34,7 @@ from kvservice_api.frames import Frame
 from kvservice_api.image import block_geometry
 from kvservice_api.keys import BlockChain
 from kvservice_api.layout import Layout, Shard
+from tests.clock import HandClock
 from tests.file_faults import FaultyCalls
 from tests.stores import (
     CALLER,
@@ -389,10 +390,18 @@ async def test_who_waits_takes_over_where_the_first_one_gives_up(opened: OpenSto
 async def test_waiting_for_another_save_ends_in_time_and_costs_only_what_it_stores(
     open_store: Callable[..., Any],
 ) -> None:
-    opened: OpenStore = await open_store(limits=StoreLimits(upload_wait_s=0.02))
+    clock = HandClock()
+    opened: OpenStore = await open_store(clock=clock, limits=StoreLimits(upload_wait_s=10))
     client, chain = opened.store.attach(CALLER, "test"), some_chain(3)
     slow = await half_saved(opened, client, chain[:2])
-    outcome = await opened.save(client, chain, some_images(chain))
+    saving = asyncio.create_task(opened.save(client, chain, some_images(chain)))
+    await until(lambda: opened.claims.waiting_for(chain.keys[0]) == 2 and len(opened.lent()) == 3)
+    clock.advance(seconds=9.9)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not saving.done()
+    clock.advance(seconds=0.2)
+    outcome = await asyncio.wait_for(saving, 30)
     assert outcome.stored == [2]
     assert [type(error) for error in outcome.refused.values()] == [Overloaded, Overloaded]
     await slow.__aexit__(None, None, None)
