@@ -497,7 +497,7 @@ class BlockStore:
         """
         lease = await self._narrowed_lease(caller, lease_id, shard)
         which, parts = blocks.within(len(lease.rows), "block"), layers.within(lease.shard.layers, "layer")
-        with self._admission.loads.entered(), self._requests.load(caller, lease, which, parts) as record:
+        with self._requests.load(caller, lease, which, parts) as record, self._admission.loads.entered():
             async with aclosing(self._reads.run(caller, lease, which, parts, encode)) as frames:
                 async for frame in frames:
                     await self._admission.taken(send(frame))

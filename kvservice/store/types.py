@@ -10,82 +10,36 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvservice.blocks import TierName
-from kvservice.index.session_records import Manifest
-from kvservice.store.leases import Client, Lease
-from kvservice.store.miss_reasons import Event
-from kvservice.store.operations.drain import DrainProgress
-from kvservice.store.operations.explain import ExplainedBlock, ExplainedLookup, Missing, OtherLayout
-from kvservice.store.operations.explain import Place as TierPlace
-from kvservice.store.operations.listings import BlockFacts
-from kvservice.store.operations.pins import PinOutcome, UnpinOutcome
-from kvservice.store.operations.requests import LoadRecord, ReportRecord
-from kvservice.store.operations.scrub import ScrubProgress
-from kvservice.store.sessions.manifests import StoredSession, Turn
-from kvservice.store.transfers.admission import SAVE_BLOCKS_MAX, SAVE_SLICES_MAX, Incoming
-from kvservice.store.transfers.in_place_reads import Located, NotInPlace
-from kvservice.store.transfers.reads import Part
-from kvservice.store.transfers.upload import Place, SaveOutcome
-from kvservice_api.errors import InvalidRequest
+from kvservice.index.session_records import Manifest as Manifest
+from kvservice.store.leases import Client as Client
+from kvservice.store.leases import Lease as Lease
+from kvservice.store.miss_reasons import Event as Event
+from kvservice.store.operations.drain import DrainProgress as DrainProgress
+from kvservice.store.operations.explain import ExplainedBlock as ExplainedBlock
+from kvservice.store.operations.explain import ExplainedLookup as ExplainedLookup
+from kvservice.store.operations.explain import Missing as Missing
+from kvservice.store.operations.explain import OtherLayout as OtherLayout
+from kvservice.store.operations.explain import TierPlace as TierPlace
+from kvservice.store.operations.listings import BlockFacts as BlockFacts
+from kvservice.store.operations.pins import PinOutcome as PinOutcome
+from kvservice.store.operations.pins import UnpinOutcome as UnpinOutcome
+from kvservice.store.operations.requests import LoadRecord as LoadRecord
+from kvservice.store.operations.requests import ReportRecord as ReportRecord
+from kvservice.store.operations.scrub import ScrubProgress as ScrubProgress
+from kvservice.store.sessions.manifests import StoredSession as StoredSession
+from kvservice.store.sessions.manifests import Turn as Turn
+from kvservice.store.transfers.admission import SAVE_BLOCKS_MAX as SAVE_BLOCKS_MAX
+from kvservice.store.transfers.admission import SAVE_SLICES_MAX as SAVE_SLICES_MAX
+from kvservice.store.transfers.admission import Incoming as Incoming
+from kvservice.store.transfers.in_place_reads import Located as Located
+from kvservice.store.transfers.in_place_reads import NotInPlace as NotInPlace
+from kvservice.store.transfers.reads import Part as Part
+from kvservice.store.transfers.reads import Span as Span
+from kvservice.store.transfers.upload import Place as Place
+from kvservice.store.transfers.upload import SaveOutcome as SaveOutcome
 from kvservice_api.layout import Shard
 
-__all__ = [
-    "SAVE_BLOCKS_MAX",
-    "SAVE_SLICES_MAX",
-    "Adopted",
-    "BlockFacts",
-    "Client",
-    "DrainProgress",
-    "Event",
-    "EvictOutcome",
-    "ExplainedBlock",
-    "ExplainedLookup",
-    "ExplainedRequest",
-    "ExplainedSession",
-    "Hit",
-    "Incoming",
-    "Lease",
-    "LoadRecord",
-    "Located",
-    "Manifest",
-    "Missing",
-    "NotInPlace",
-    "OtherLayout",
-    "Part",
-    "PinOutcome",
-    "Place",
-    "PrefetchOutcome",
-    "ReportRecord",
-    "Run",
-    "SaveHeader",
-    "SaveOutcome",
-    "ScrubProgress",
-    "SessionHistory",
-    "SharedArena",
-    "Span",
-    "StoreFacts",
-    "StoredSession",
-    "TierFacts",
-    "TierPlace",
-    "Turn",
-    "UnpinOutcome",
-]
-
 Run = tuple[int, bool, bool]  # Count of consecutive blocks, whether they are in DRAM, whether they are on SSD.
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """`count` items from `first` on; a count of 0 means all that follow."""
-
-    first: int = 0
-    count: int = 0
-
-    def within(self, end: int, what: str) -> range:
-        """As a range of a lease's `end` items. Raises InvalidRequest where it is empty or reaches beyond."""
-        last = self.first + self.count if self.count else end
-        if not self.first < last <= end:
-            raise InvalidRequest(f"{what}s {self.first}..{last} are not in the lease's {end}", field=f"first_{what}")
-        return range(self.first, last)
 
 
 class SaveHeader(NamedTuple):

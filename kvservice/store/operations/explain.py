@@ -27,7 +27,7 @@ class Arrival(Enum):
     KEPT = auto()  # It was there when the daemon started.
 
 
-class Place(NamedTuple):
+class TierPlace(NamedTuple):
     """A copy of an object. `since_ms` is 0 where it was there at the daemon's start."""
 
     tier: TierName
@@ -88,7 +88,7 @@ class OtherLayout:
 class ExplainedBlock:
     """A block's stored shards, each with the places where it lies; why it is a miss, where it has none."""
 
-    shards: Sequence[tuple[BlockFacts, Sequence[Place]]]
+    shards: Sequence[tuple[BlockFacts, Sequence[TierPlace]]]
     events: Sequence[Event]
     missing: Missing | None
     remembers_since_ms: int
@@ -139,7 +139,7 @@ class Explain:
         """What is remembered of a block, the newest first."""
         return self._history.of(key)
 
-    def places(self, caller: Caller, row: int) -> list[Place]:
+    def places(self, caller: Caller, row: int) -> list[TierPlace]:
         """Where an object lies, since when, and how it came there."""
         blocks = self._blocks
         found = []
@@ -153,7 +153,7 @@ class Explain:
                 arrival = Arrival.WRITTEN_BEHIND
             else:
                 arrival = Arrival.SAVED if since_ms == blocks.stored_at_ms[row] else Arrival.PROMOTED
-            found.append(Place(tier, arrival, since_ms))
+            found.append(TierPlace(tier, arrival, since_ms))
         return found
 
     def missing(self, caller: Caller, key: bytes, until_ms: int | None = None) -> Missing:

@@ -30,7 +30,7 @@ from kvservice.store.transfers.coverage import HeadRun, cover
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.io_pool import ended
 from kvservice.tiers.ssd import SsdTier
-from kvservice_api.errors import ChecksumMismatch, KVError, LeaseExpired, Overloaded
+from kvservice_api.errors import ChecksumMismatch, InvalidRequest, KVError, LeaseExpired, Overloaded
 from kvservice_api.image import PAGE_BYTES, BlockGeometry, Trailer, checksum
 from kvservice_api.layout import Layout, Shard
 
@@ -40,6 +40,21 @@ _SCRATCH_BYTES = 256 << 20
 _SCRATCH_WAIT_S = 5.0
 
 _ROWS_A_TURN = 256  # A millisecond of the event loop.
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """`count` items from `first` on; a count of 0 means all that follow."""
+
+    first: int = 0
+    count: int = 0
+
+    def within(self, end: int, what: str) -> range:
+        """As a range of a lease's `end` items. Raises InvalidRequest where it is empty or reaches beyond."""
+        last = self.first + self.count if self.count else end
+        if not self.first < last <= end:
+            raise InvalidRequest(f"{what}s {self.first}..{last} are not in the lease's {end}", field=f"first_{what}")
+        return range(self.first, last)
 
 
 @dataclass(frozen=True, slots=True)

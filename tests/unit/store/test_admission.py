@@ -104,6 +104,26 @@ async def test_loads_and_saves_are_bounded_each_and_a_save_that_is_refused_is_re
     await loads(opened, client, send)
 
 
+async def test_a_load_that_is_refused_is_told_with_its_request(opened: OpenStore, client: Client) -> None:
+    gate, sent = asyncio.Event(), []
+
+    async def send(frame: bytes) -> None:
+        sent.append(frame)
+        await gate.wait()
+
+    loading = asyncio.create_task(loads(opened, client, send))
+    await until(lambda: len(sent) == 1)
+    caller, keys = caller_of(client), some_chain(1).keys
+    lease = (await opened.store.lookup(caller, LAYOUT.fingerprint, WHOLE, keys, 30, "request")).lease
+    assert lease is not None
+    with pytest.raises(Overloaded):
+        await opened.store.load(caller, lease.lease_id, None, Span(), Span(), encode, send)
+    (lookup,) = opened.store.explain_request(CALLER, "request").lookups
+    assert [load.outcome for load in lookup.record.loads] == ["overloaded"]
+    gate.set()
+    await loading
+
+
 async def test_a_save_whose_client_sends_nothing_ends_in_time_and_no_sooner(
     opened: OpenStore, clock: HandClock
 ) -> None:

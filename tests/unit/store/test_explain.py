@@ -13,7 +13,7 @@ from kvservice.blocks import TierName
 from kvservice.rpc import explained
 from kvservice.store.leases import Client
 from kvservice.store.miss_reasons import Reason
-from kvservice.store.operations.explain import Arrival, Miss, OtherLayout, Place, differences
+from kvservice.store.operations.explain import Arrival, Miss, OtherLayout, TierPlace, differences
 from kvservice.store.operations.requests import ReportRecord, Requests
 from kvservice_api.errors import InvalidRequest, RequestNotFound
 from kvservice_api.layout import Layout, Rotary, Shard
@@ -46,7 +46,7 @@ async def saved(opened: OpenStore, client: Client, blocks: int, *, seed: int = 0
     return list(chain.keys)
 
 
-def places(opened: OpenStore, key: bytes) -> list[Place]:
+def places(opened: OpenStore, key: bytes) -> list[TierPlace]:
     (row,) = opened.explain.rows(CALLER, key)
     return opened.explain.places(CALLER, row)
 
@@ -70,14 +70,14 @@ async def test_each_copy_tells_how_and_when_it_came(opened: OpenStore, client: C
     clock = opened.files.clock
     saved_ms = clock.wall_ms()
     (key,) = await saved(opened, client, 1, on_ssd=False)
-    assert places(opened, key)[0] == Place(TierName.DRAM, Arrival.SAVED, saved_ms)
+    assert places(opened, key)[0] == TierPlace(TierName.DRAM, Arrival.SAVED, saved_ms)
     await opened.settle()
     assert [place.arrival for place in places(opened, key)] == [Arrival.SAVED, Arrival.WRITTEN_BEHIND]
 
     await opened.store.evict(CALLER, [key], TierName.DRAM)
     clock.advance(seconds=60)
     await opened.store.prefetch(CALLER, [key], within_s=0, wait=True)
-    assert places(opened, key)[0] == Place(TierName.DRAM, Arrival.PROMOTED, saved_ms + 60_000)
+    assert places(opened, key)[0] == TierPlace(TierName.DRAM, Arrival.PROMOTED, saved_ms + 60_000)
     (event,) = opened.explain.events(CALLER, key)
     assert (event.reason, event.tier, event.last_copy) == (Reason.EVICTED_ON_REQUEST, TierName.DRAM, False)
 
@@ -89,7 +89,7 @@ async def test_what_was_there_at_the_start_was_kept(store_files: Callable[..., S
     (key,) = await saved(opened, opened.store.attach(CALLER, "test"), 1)
     await opened.kill()
     opened = files.open()
-    expected = [Place(TierName.DRAM, Arrival.KEPT, 0), Place(TierName.SSD, Arrival.KEPT, 0)]
+    expected = [TierPlace(TierName.DRAM, Arrival.KEPT, 0), TierPlace(TierName.SSD, Arrival.KEPT, 0)]
     assert places(opened, key) == expected
     await opened.close()
 
@@ -325,7 +325,7 @@ async def test_no_request_is_remembered_where_the_operator_wants_none(open_store
 
 
 def report(report_id: int = 0, plan: str = "load") -> ReportRecord:
-    return ReportRecord(report_id, 0, "engine", plan, "", "done", "", 0, 0, 0, 0, 0, "", "", {}, {})
+    return ReportRecord(report_id, 0, plan, "done", {})
 
 
 async def test_reports_are_bounded_and_one_that_comes_twice_counts_once(opened: OpenStore) -> None:
