@@ -76,16 +76,16 @@ async def _measure(daemon: Daemon, block_count: int) -> dict[str, Any]:
         # The first pass over a new file converts its preallocated blocks: only the second one is counted.
         keys = await _fill(store, client, block_count, first_token=turn)
         started = time.perf_counter()
-        async for _ in store.drain(_CALLER):  # It ends when all are written.
+        async for _ in store.operators.drain(_CALLER):  # It ends when all are written.
             pass
         write_s = time.perf_counter() - started
-        store.undrain(_CALLER)
+        store.operators.undrain(_CALLER)
         await store.evict(_CALLER, keys, TierName.DRAM)
         started = time.perf_counter()
         outcome = await store.prefetch(_CALLER, keys, within_s=0, wait=True)
         read_s = time.perf_counter() - started
         assert outcome.promoted == block_count, outcome
-        await store.discard(_CALLER, keys)
+        await store.operators.discard(_CALLER, keys)
     store.detach(_CALLER, client)
     moved = block_count * _BLOCK_BYTES
     return {

@@ -26,6 +26,7 @@ _TIERS: dict[int, list[TierName]] = {types_pb2.TIER_DRAM: [TierName.DRAM], types
 class AdminService:
     def __init__(self, store: BlockStore, *, version: str, counters: Callable[[], dict[str, float]]) -> None:
         self._store = store
+        self._operators = store.operators
         self._callers = Callers(store)
         self._version = version
         self._counters = counters
@@ -70,13 +71,13 @@ class AdminService:
 
     async def ListBlocks(self, request: pb.ListBlocksRequest, context: Context) -> pb.ListBlocksResponse:
         caller, tiers = self._callers.of(context), _tiers(request.tier, [])
-        blocks, token = await self._store.list_blocks(
+        blocks, token = await self._operators.list_blocks(
             caller, request.page_token, request.page_size, request.layout_fingerprint, tiers
         )
         return pb.ListBlocksResponse(blocks=map(stored_block, blocks), next_page_token=token)
 
     async def Inspect(self, request: pb.InspectRequest, context: Context) -> pb.InspectResponse:
-        found = self._store.explain_block(self._callers.of(context), request.key)
+        found = self._operators.explain_block(self._callers.of(context), request.key)
         if not found.shards:
             raise BlockNotFound(f"nothing is stored under {request.key.hex()}", key=request.key.hex())
         blocks = [facts for facts, _ in found.shards]
@@ -89,14 +90,14 @@ class AdminService:
         caller = self._callers.of(context)
         if request.keys:
             keys = split_keys(request.keys, field="keys", count_max=_DISCARD_KEYS_MAX)
-            discarded, missing = await self._store.discard(caller, keys)
+            discarded, missing = await self._operators.discard(caller, keys)
             return pb.DiscardResponse(discarded=discarded, missing=missing)
-        discarded = await self._store.discard_layout(caller, request.layout_fingerprint or None)
+        discarded = await self._operators.discard_layout(caller, request.layout_fingerprint or None)
         return pb.DiscardResponse(discarded=discarded)
 
     async def Scrub(self, request: pb.ScrubRequest, context: Context) -> None:
         tiers = _tiers(request.tier, list(self._store.tier_names))
-        scrub = self._store.scrub(self._callers.of(context), tiers, request.bytes_per_second)
+        scrub = self._operators.scrub(self._callers.of(context), tiers, request.bytes_per_second)
         async with aclosing(scrub) as progress:
             async for step in progress:
                 await context.write(
@@ -111,7 +112,7 @@ class AdminService:
 
     async def Pin(self, request: pb.PinRequest, context: Context) -> pb.PinResponse:
         keys = split_keys(request.keys, field="keys", count_max=_PIN_KEYS_MAX)
-        outcome = await self._store.pin(self._callers.of(context), keys, request.ttl_ms)
+        outcome = await self._operators.pin(self._callers.of(context), keys, request.ttl_ms)
         return pb.PinResponse(
             pinned=outcome.pinned,
             missing=outcome.missing,
@@ -122,7 +123,7 @@ class AdminService:
 
     async def Unpin(self, request: pb.UnpinRequest, context: Context) -> pb.UnpinResponse:
         keys = split_keys(request.keys, field="keys", count_max=_PIN_KEYS_MAX)
-        outcome = await self._store.unpin(self._callers.of(context), keys)
+        outcome = await self._operators.unpin(self._callers.of(context), keys)
         return pb.UnpinResponse(**outcome._asdict())
 
     async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
@@ -130,28 +131,28 @@ class AdminService:
             raise InvalidRequest("give exactly one of key, request_id and session_id", field="key")
         caller = self._callers.of(context)
         if request.session_id:
-            sessions = self._store.explain_session(caller, request.session_id)
+            sessions = self._operators.explain_session(caller, request.session_id)
             return pb.ExplainResponse(sessions=map(explained.session, sessions))
         if request.request_id:
-            found = self._store.explain_request(caller, request.request_id)
+            found = self._operators.explain_request(caller, request.request_id)
             return pb.ExplainResponse(request=explained.request(request.request_id, found))
-        block = self._store.explain_block(caller, request.key)
+        block = self._operators.explain_block(caller, request.key)
         return pb.ExplainResponse(block=explained.block(request.key, block))
 
     async def Drain(self, request: pb.DrainRequest, context: Context) -> None:
         caller = self._callers.of(context)
         if request.action == pb.DRAIN_ACTION_UNDO:
-            await context.write(explained.drain(self._store.undrain(caller)))
+            await context.write(explained.drain(self._operators.undrain(caller)))
             return
         if request.action != pb.DRAIN_ACTION_BEGIN:
             raise InvalidRequest("name the action: DRAIN_ACTION_BEGIN or DRAIN_ACTION_UNDO", field="action")
-        async with aclosing(self._store.drain(caller)) as progress:
+        async with aclosing(self._operators.drain(caller)) as progress:
             async for step in progress:
                 await context.write(explained.drain(step))
 
     async def ListSessions(self, request: pb.ListSessionsRequest, context: Context) -> pb.ListSessionsResponse:
         caller = self._callers.of(context)
-        sessions, token = await self._store.list_sessions(
+        sessions, token = await self._operators.list_sessions(
             caller, request.page_token, request.page_size, request.layout_fingerprint, request.session_id
         )
         return pb.ListSessionsResponse(

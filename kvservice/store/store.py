@@ -1,6 +1,7 @@
-"""The store as its users see it: layouts, lookups, leases, loads, saves, and what operators ask.
+"""The store's facade: what clients ask of it. What operators ask is in ``operations/operators.py``.
 
-Everything is called on the event loop's thread. Keys in, rows inside, bytes out.
+A verb takes its caller first. Everything is called on the event loop's thread, but for `BlockStore.facts`. Keys in,
+bytes out; the parts behind the verbs are private.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence, Sized
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence, Sized
 from concurrent.futures import Executor
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -17,16 +18,15 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice.blocks import NO_ROW, BlockTable, Rows, TierName
+from kvservice.blocks import NO_ROW, BlockTable, TierName
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
-from kvservice.index.session_records import Manifest
 from kvservice.policy.base import Policy
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.store.leases import Client, Lease, Leases
-from kvservice.store.loop_budget import LoopBudget
+from kvservice.store.loop_budget import LoopBudget, parts_of
 from kvservice.store.miss_reasons import MissReasons, Reason
 from kvservice.store.mover.evictor import Evictor, Watermarks
 from kvservice.store.mover.promoter import Promoter
@@ -34,10 +34,11 @@ from kvservice.store.mover.write_behind import WriteBehind
 from kvservice.store.operations.drain import Drain
 from kvservice.store.operations.explain import Explain
 from kvservice.store.operations.listings import Listings
+from kvservice.store.operations.operators import Operators
 from kvservice.store.operations.pins import Pins
 from kvservice.store.operations.requests import Requests
 from kvservice.store.operations.scrub import Scrub
-from kvservice.store.prefix_match import Found, find, narrowed
+from kvservice.store.prefix_match import Found, find, narrowed, runs_of
 from kvservice.store.sessions.sessions import SessionLimits, Sessions
 from kvservice.store.tasks import Tasks
 from kvservice.store.tickets import Tickets
@@ -49,25 +50,17 @@ from kvservice.store.transfers.upload import SaveRequest, Uploads
 from kvservice.store.transfers.upload import Upload as Upload
 from kvservice.store.types import (
     Adopted,
-    BlockFacts,
-    DrainProgress,
     EvictOutcome,
-    ExplainedBlock,
-    ExplainedRequest,
-    ExplainedSession,
     Hit,
     Incoming,
     Located,
     NotInPlace,
     Part,
-    PinOutcome,
     Place,
     PrefetchOutcome,
     ReportRecord,
-    Run,
     SaveHeader,
     SaveOutcome,
-    ScrubProgress,
     SessionHistory,
     SharedArena,
     Span,
@@ -75,7 +68,6 @@ from kvservice.store.types import (
     StoreFacts,
     TierFacts,
     Turn,
-    UnpinOutcome,
 )
 from kvservice.tiers.base import Tier
 from kvservice.tiers.dram import DramTier
@@ -84,15 +76,12 @@ from kvservice_api.errors import Draining, InvalidRequest, KVError, Overloaded, 
 from kvservice_api.keys import KEY_BYTES
 from kvservice_api.layout import Layout, Shard
 
-FINGERPRINT_BYTES = 32
-
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Sized)
 
 _EXPIRE_EVERY_S = 0.25
-_PART = 256
 _LOOKUP_PART = 512
 
 
@@ -240,7 +229,20 @@ class BlockStore:
         self._explain = Explain(blocks, index, self._history, self._uploads.claims, clock)
         self._drain = Drain(blocks, self._uploads.claims, self._admission, self._write_behind, self._tasks)
         self._sessions = Sessions(index, self._lifecycle, clock, counters, self._tasks, self._layout, limits.session)
-        self._listings = Listings(blocks, index.layouts, self._sessions, clock, self.boot_epoch)
+        self.operators = Operators(
+            blocks,
+            index,
+            self._lifecycle,
+            counters,
+            self._sessions,
+            Listings(blocks, index.layouts, self._sessions, clock, self.boot_epoch),
+            self._explain,
+            self._requests,
+            self._layout,
+            self._pins,
+            self._scrub,
+            self._drain,
+        )
         self._started_at_ms = clock.wall_ms()
 
     def start(self) -> None:
@@ -268,7 +270,7 @@ class BlockStore:
         """Whether no save may begin."""
         return self._drain.is_draining
 
-    # Facts: plain values, from any thread
+    # Facts: plain values
 
     def is_attached(self, client_id: bytes) -> bool:
         return self._leases.is_attached(client_id)
@@ -298,7 +300,7 @@ class BlockStore:
         )
 
     def facts(self) -> StoreFacts:
-        """What metrics show."""
+        """What metrics show. From any thread."""
         index, set_aside = self._index, self._in_place_uploads.set_aside
         return StoreFacts(
             store_id=index.store_id,
@@ -414,7 +416,7 @@ class BlockStore:
             if client is not None:
                 ttl_s = min(lease_ttl_s, self.limits.lease_ttl_max_s)
                 lease = self._leases.grant(client, layout, wanted, found.rows, found.parts, found.held, ttl_s)
-        return Hit(len(found.rows), self._runs(found.rows), lease, ttl_s)
+        return Hit(len(found.rows), runs_of(self._blocks, found.rows), lease, ttl_s)
 
     def _note_lookup(
         self, request_id: str, caller: Caller, layout_id: int, wanted: Shard, keys: Sequence[bytes], hit: Hit
@@ -424,16 +426,6 @@ class BlockStore:
             self._requests.note_lookup(
                 request_id, self._index.layouts, layout_id, wanted, who, keys, hit.runs, hit.lease
             )
-
-    def _runs(self, rows: Rows) -> list[Run]:
-        if not len(rows):
-            return []
-        dram = self._blocks.dram_offset[rows] >= 0
-        ssd = self._blocks.ssd_offset[rows] >= 0
-        changes = np.flatnonzero((dram[1:] != dram[:-1]) | (ssd[1:] != ssd[:-1])) + 1
-        starts = [0, *changes.tolist()]
-        ends = [*changes.tolist(), len(rows)]
-        return [(end - start, bool(dram[start]), bool(ssd[start])) for start, end in zip(starts, ends, strict=True)]
 
     # Leases
 
@@ -457,7 +449,7 @@ class BlockStore:
         """A lease of the caller's own on the blocks of a ticket. Raises as `Tickets.adopt`."""
         ttl_s = self._granted(lease_ttl_s, "lease_ttl_ms is 0", "lease_ttl_ms")
         lease = await self._tickets.adopt(caller, ticket, fingerprint, shard, ttl_s)
-        return Adopted(lease, ttl_s, self._runs(lease.rows), self._blocks.token_count[lease.rows].tolist())
+        return Adopted(lease, ttl_s, runs_of(self._blocks, lease.rows), self._blocks.token_count[lease.rows].tolist())
 
     def renew(self, caller: Caller, lease_id: int, ttl_s: float) -> float:
         """Have the lease end `ttl_s` from now, or when the longest one would; how long that is.
@@ -596,7 +588,7 @@ class BlockStore:
         blocks = self._blocks
         wanted: list[int] = []
         missing = in_dram = 0
-        for part in _parts_of(list(dict.fromkeys(keys))):
+        for part in parts_of(list(dict.fromkeys(keys))):
             await self._loop_budget.slot()
             first = blocks.rows_of_keys(part)
             rows = [row for start in first.tolist() for row in blocks.shards_of(start)]
@@ -616,7 +608,7 @@ class BlockStore:
         """Drop copies from one tier. What is leased, busy or kept by a pin stays."""
         blocks = self._blocks
         evicted = held = missing = 0
-        for part in _parts_of(list(dict.fromkeys(keys))):
+        for part in parts_of(list(dict.fromkeys(keys))):
             rows: list[int] = []
             for first in blocks.rows_of_keys(part).tolist():
                 copies = [row for row in blocks.shards_of(first) if blocks.is_resident(row, tier)]
@@ -631,36 +623,6 @@ class BlockStore:
             evicted += len(rows)
         return EvictOutcome(evicted, held, missing)
 
-    async def discard(self, caller: Caller, keys: Sequence[bytes]) -> tuple[int, int]:
-        """Forget blocks everywhere, pinned or not: how many objects, and how many keys had none."""
-        discarded = missing = 0
-        for part in _parts_of(list(dict.fromkeys(keys))):
-            first = self._blocks.rows_of_keys(part)
-            rows = [row for start in first.tolist() for row in self._blocks.shards_of(start)]
-            await self._discard(rows)
-            discarded += len(rows)
-            missing += int((first == NO_ROW).sum())
-        return discarded, missing
-
-    async def discard_layout(self, caller: Caller, fingerprint: bytes | None) -> int:
-        """Forget all blocks of a layout, or all blocks there are."""
-        blocks = self._blocks
-        rows = blocks.live_rows()
-        if fingerprint is not None:
-            self._listed_layout(fingerprint)  # Raises where it cannot be one.
-            rows = rows[blocks.layout_id[rows] == self._layout(fingerprint)[0]]
-        marks = blocks.generation[rows]
-        discarded = 0
-        for part in _parts_of(range(len(rows))):
-            there = rows[part][blocks.live[rows[part]] & (blocks.generation[rows[part]] == marks[part])]
-            await self._discard(there.tolist())
-            discarded += len(there)
-        return discarded
-
-    async def _discard(self, rows: list[int]) -> None:
-        await self._lifecycle.discard(rows)
-        self._counters.discarded_blocks += len(rows)
-
     # Sessions
 
     async def append_turn(
@@ -670,7 +632,9 @@ class BlockStore:
 
         Raises InvalidRequest, UnknownLayout, SessionNotFound, SessionChanged, SessionsFull, StorageFailed, IndexFull.
         """
-        return self._stored(await self._sessions.append(caller, fingerprint, session_id, expected_revision, turn))
+        return self._sessions.stored(
+            await self._sessions.append(caller, fingerprint, session_id, expected_revision, turn)
+        )
 
     async def truncate_session(
         self,
@@ -681,13 +645,17 @@ class BlockStore:
         keep: Sequence[tuple[int, int]],
     ) -> StoredSession:
         """Keep only these token ranges, (first, count) each. Raises as `append_turn`."""
-        return self._stored(await self._sessions.truncate(caller, fingerprint, session_id, expected_revision, keep))
+        return self._sessions.stored(
+            await self._sessions.truncate(caller, fingerprint, session_id, expected_revision, keep)
+        )
 
     async def fork_session(
         self, caller: Caller, fingerprint: bytes, session_id: str, new_id: str, expected_revision: int
     ) -> StoredSession:
         """A copy under `new_id`; `expected_revision` 0 takes whichever there is. Raises as `append_turn`."""
-        return self._stored(await self._sessions.fork(caller, fingerprint, session_id, new_id, expected_revision))
+        return self._sessions.stored(
+            await self._sessions.fork(caller, fingerprint, session_id, new_id, expected_revision)
+        )
 
     async def end_session(self, caller: Caller, fingerprint: bytes, session_id: str) -> bool:
         """Forget a session. False where there was none."""
@@ -697,97 +665,7 @@ class BlockStore:
         """A session, and how much of it is usable; counts as a use. Raises UnknownLayout, SessionNotFound."""
         _, layout = self._layout(fingerprint)
         wanted = Shard.whole(layout) if shard is None else shard.check(layout)
-        return self._history_of(self._sessions.get(caller, fingerprint, session_id), wanted)
-
-    def _stored(self, manifest: Manifest) -> StoredSession:
-        return StoredSession(manifest, self._index.layouts[manifest.layout_id])
-
-    def _history_of(self, manifest: Manifest, wanted: Shard) -> SessionHistory:
-        rows = find(self._blocks, manifest.slices["key"].tolist(), manifest.layout_id, wanted).rows
-        usable = self._sessions.usable_slices(manifest, rows)
-        return SessionHistory(self._stored(manifest), usable, self._runs(rows[:usable]))
-
-    # What operators ask and do
-
-    async def list_blocks(
-        self, caller: Caller, page_token: str, page_size: int, fingerprint: bytes, tiers: Sequence[TierName]
-    ) -> tuple[list[BlockFacts], str]:
-        """A page of stored objects: of a layout where `fingerprint` is not empty, with a copy in each of `tiers`.
-
-        The token of the next page comes with it, empty on the last one. Raises InvalidRequest.
-        """
-        layout_id = self._listed_layout(fingerprint)
-        return await self._listings.blocks(caller, page_token, page_size, layout_id=layout_id, tiers=tiers)
-
-    async def list_sessions(
-        self, caller: Caller, page_token: str, page_size: int, fingerprint: bytes, session_id: str
-    ) -> tuple[list[StoredSession], str]:
-        """A page of sessions, as `list_blocks`; with a `session_id` those of this id."""
-        layout_id = self._listed_layout(fingerprint)
-        found, token = await self._listings.sessions(caller, page_token, page_size, session_id, layout_id)
-        return [self._stored(each) for each in found], token
-
-    def _listed_layout(self, fingerprint: bytes) -> int | None:
-        """The layout's id; -1 of one that was never opened, which has no blocks; None of an empty fingerprint."""
-        if not fingerprint:
-            return None
-        if len(fingerprint) != FINGERPRINT_BYTES:
-            raise InvalidRequest(
-                f"a fingerprint has {FINGERPRINT_BYTES} bytes, not {len(fingerprint)}", field="layout_fingerprint"
-            )
-        layout_id = self._index.layout_id(fingerprint)
-        return -1 if layout_id is None else layout_id
-
-    def explain_block(self, caller: Caller, key: bytes) -> ExplainedBlock:
-        """Where a block lies, or why it is a miss. Raises InvalidRequest."""
-        if len(key) != KEY_BYTES:
-            raise InvalidRequest(f"a key has {KEY_BYTES} bytes, not {len(key)}", field="key")
-        return self._explain.block(caller, key)
-
-    def explain_request(self, caller: Caller, request_id: str) -> ExplainedRequest:
-        """What a request asked and found. Raises RequestNotFound."""
-        found = self._requests.get(caller, request_id)
-        lookups = self._explain.lookups(caller, found)
-        return ExplainedRequest(lookups, found.lookups_more, found.reports, found.reports_more)
-
-    def explain_session(self, caller: Caller, session_id: str) -> list[ExplainedSession]:
-        """The sessions of this id, one per layout, and why the first missing slice of each is a miss.
-
-        No use of them. Raises SessionNotFound.
-        """
-        found = []
-        for manifest in self._sessions.find_by_id(caller, session_id):
-            history = self._history_of(manifest, Shard.whole(self._index.layouts[manifest.layout_id]))
-            first_missing = manifest.slices["key"][history.usable : history.usable + 1]
-            missing = self._explain.missing(caller, first_missing[0].tobytes()) if len(first_missing) else None
-            found.append(ExplainedSession(history, missing))
-        return found
-
-    async def pin(self, caller: Caller, keys: Sequence[bytes], ttl_ms: int) -> PinOutcome:
-        """Keep blocks for so long from now. Raises as `Pins.pin`; then nothing has changed."""
-        return await self._pins.pin(caller, keys, ttl_ms)
-
-    async def unpin(self, caller: Caller, keys: Sequence[bytes]) -> UnpinOutcome:
-        """End pins before their time. Raises StorageFailed, IndexFull."""
-        return await self._pins.unpin(caller, keys)
-
-    def scrub(
-        self, caller: Caller, tiers: Sequence[TierName], bytes_per_second: int
-    ) -> AsyncGenerator[ScrubProgress, None]:
-        """Verify all that these tiers hold, the last progress with `done`. Raises ScrubRunning, StorageFailed."""
-        return self._scrub.run(caller, tiers, bytes_per_second)
-
-    def drain(self, caller: Caller) -> AsyncGenerator[DrainProgress, None]:
-        """Refuse saves from now on, and write what only DRAM holds: how far it is, the last one with `done`.
-
-        It goes on where this is closed early. Raises nothing.
-        """
-        self._drain.begin(caller)
-        return self._drain.progress(caller)
-
-    def undrain(self, caller: Caller) -> DrainProgress:
-        """Take saves again. Raises Draining where the daemon itself is stopping."""
-        return self._drain.undo(caller)
+        return self._sessions.history(self._sessions.get(caller, fingerprint, session_id), wanted)
 
     # The daemon's end
 
@@ -814,9 +692,3 @@ class BlockStore:
                 await self._lifecycle.flush_recency()
             except KVError as error:
                 log.warning("use times were not written: %s", error.message)
-
-
-def _parts_of(items: Sequence[T]) -> Iterator[Sequence[T]]:
-    """What one turn of the event loop can take, again and again."""
-    for start in range(0, len(items), _PART):
-        yield items[start : start + _PART]

@@ -17,6 +17,8 @@ from kvservice.store.miss_reasons import Event as Event
 from kvservice.store.operations.drain import DrainProgress as DrainProgress
 from kvservice.store.operations.explain import ExplainedBlock as ExplainedBlock
 from kvservice.store.operations.explain import ExplainedLookup as ExplainedLookup
+from kvservice.store.operations.explain import ExplainedRequest as ExplainedRequest
+from kvservice.store.operations.explain import ExplainedSession as ExplainedSession
 from kvservice.store.operations.explain import Missing as Missing
 from kvservice.store.operations.explain import OtherLayout as OtherLayout
 from kvservice.store.operations.explain import TierPlace as TierPlace
@@ -26,8 +28,10 @@ from kvservice.store.operations.pins import UnpinOutcome as UnpinOutcome
 from kvservice.store.operations.requests import LoadRecord as LoadRecord
 from kvservice.store.operations.requests import ReportRecord as ReportRecord
 from kvservice.store.operations.scrub import ScrubProgress as ScrubProgress
+from kvservice.store.prefix_match import Run as Run
 from kvservice.store.sessions.manifests import StoredSession as StoredSession
 from kvservice.store.sessions.manifests import Turn as Turn
+from kvservice.store.sessions.sessions import SessionHistory as SessionHistory
 from kvservice.store.transfers.admission import SAVE_BLOCKS_MAX as SAVE_BLOCKS_MAX
 from kvservice.store.transfers.admission import SAVE_SLICES_MAX as SAVE_SLICES_MAX
 from kvservice.store.transfers.admission import Incoming as Incoming
@@ -38,8 +42,6 @@ from kvservice.store.transfers.reads import Span as Span
 from kvservice.store.transfers.upload import Place as Place
 from kvservice.store.transfers.upload import SaveOutcome as SaveOutcome
 from kvservice_api.layout import Shard
-
-Run = tuple[int, bool, bool]  # Count of consecutive blocks, whether they are in DRAM, whether they are on SSD.
 
 
 class SaveHeader(NamedTuple):
@@ -84,32 +86,6 @@ class EvictOutcome(NamedTuple):
     evicted: int
     held: int
     missing: int
-
-
-class SessionHistory(NamedTuple):
-    """A session, how many of its leading slices are stored, and where these lie."""
-
-    session: StoredSession
-    usable: int
-    runs: list[Run]
-
-
-@dataclass(frozen=True, slots=True)
-class ExplainedSession:
-    """`missing` is why the first slice that is not usable is a miss; None where all are usable."""
-
-    history: SessionHistory
-    missing: Missing | None
-
-
-@dataclass(frozen=True, slots=True)
-class ExplainedRequest:
-    """What is remembered of a request; `lookups_more` and `reports_more` were counted and not kept."""
-
-    lookups: Sequence[ExplainedLookup]
-    lookups_more: int
-    reports: Sequence[ReportRecord]
-    reports_more: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -357,7 +357,7 @@ class StoreBesideModel(RuleBasedStateMachine):
     async def _discard(self, chain: BlockChain) -> tuple[int, int]:
         gone = [name for name in self.versions if name[0] in chain.keys]
         self.go(gone)
-        answer = await self.store.discard(CALLER, chain.keys)
+        answer = await self.store.operators.discard(CALLER, chain.keys)
         self.gone(gone)
         return answer
 

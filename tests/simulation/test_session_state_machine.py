@@ -289,7 +289,7 @@ class SessionMachine(RuleBasedStateMachine):
         talk = self.talks.get(session_id)
         if talk is not None:
             keys = list(dict.fromkeys(token.key for token in talk.tokens))
-            self.do(self.store.discard(CALLER, [keys[at % len(keys)]]))
+            self.do(self.store.operators.discard(CALLER, [keys[at % len(keys)]]))
 
     @rule(seconds=st.sampled_from([1, 10, 40, 40, 2 * TTL_S]))
     def let_time_pass(self, seconds: int) -> None:

@@ -290,7 +290,7 @@ class StoreMachine(StoreBesideModel):
                 missing = len(set(part.keys) - {key for key, _ in gone})
                 assert await self._discard(part) == (len(gone), missing)
                 return
-            discarding = self.store.discard_layout(CALLER, layout.fingerprint)
+            discarding = self.store.operators.discard_layout(CALLER, layout.fingerprint)
             self.go(gone)
             assert await discarding == len(gone)
             self.gone(gone)
@@ -315,9 +315,9 @@ class StoreMachine(StoreBesideModel):
         until_ms = 0
         try:
             if ttl_s:
-                until_ms = self.do(self.opened.store.pin(CALLER, part.keys, ttl_s * 1000)).until_ms
+                until_ms = self.do(self.opened.store.operators.pin(CALLER, part.keys, ttl_s * 1000)).until_ms
             else:
-                self.do(self.opened.store.unpin(CALLER, part.keys))
+                self.do(self.opened.store.operators.unpin(CALLER, part.keys))
         except PinsFull:
             assert not self.ample
             return

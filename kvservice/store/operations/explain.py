@@ -13,7 +13,8 @@ from kvservice.index.block_index import BlockIndex, Emptied
 from kvservice.store.caller import Caller
 from kvservice.store.miss_reasons import Event, MissReasons, Reason
 from kvservice.store.operations.listings import BlockFacts, block_facts
-from kvservice.store.operations.requests import LookupRecord, RequestRecord
+from kvservice.store.operations.requests import LookupRecord, ReportRecord, RequestRecord
+from kvservice.store.sessions.sessions import SessionHistory
 from kvservice.store.transfers.claims import Claims
 from kvservice_api.layout import LayerGroup, Layout, Rotary
 
@@ -100,6 +101,24 @@ class ExplainedLookup:
     layout: Layout
     missing: Missing | None  # The first block that was not there; None where all were.
     other_layouts: Sequence[OtherLayout]
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedSession:
+    """`missing` is why the first slice that is not usable is a miss; None where all are usable."""
+
+    history: SessionHistory
+    missing: Missing | None
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedRequest:
+    """What is remembered of a request; `lookups_more` and `reports_more` were counted and not kept."""
+
+    lookups: Sequence[ExplainedLookup]
+    lookups_more: int
+    reports: Sequence[ReportRecord]
+    reports_more: int
 
 
 class Explain:

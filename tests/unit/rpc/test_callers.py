@@ -18,6 +18,7 @@ from kvservice.rpc.callers import Callers
 from kvservice.rpc.interceptors import guarded
 from kvservice.store.caller import DEFAULT_TENANT, Caller, Tenant
 from kvservice.store.leases import Client
+from kvservice.store.operations.operators import Operators
 from kvservice.store.store import BlockStore
 from kvservice_api.errors import UnknownClient, from_rpc_error
 from tests.certificates import Authority, Pair
@@ -27,6 +28,7 @@ _SOURCES = Path(kvservice.__file__).parent
 # What is read of a store besides its verbs: plain values, and how a daemon begins and ends it.
 _VALUES = {"arena", "boot_epoch", "draining", "limits", "store_id", "tier_names"}
 _READINGS = {"block_counts", "facts", "is_attached", "wall_ms"}
+_STARTS: dict[str, tuple[str, ...]] = {"store": (), "_store": (), "_operators": ("operators",)}
 _LIFE = {"begin_stop", "quiet", "start", "stop"}
 
 
@@ -58,15 +60,15 @@ class _StoreUses(ast.NodeVisitor):
     def __init__(self) -> None:
         self.names: dict[str, tuple[str, ...]] = {"store": ()}
         self.calls: list[tuple[tuple[str, ...], ast.Call]] = []
-        self.read: set[str] = set()  # The first attribute of each way.
+        self.read: set[tuple[str, ...]] = set()  # Of each way what is the store's, or its operators'.
 
     def path(self, node: ast.expr) -> tuple[str, ...] | None:
         """The attributes from the store to this expression; None where it does not begin at one."""
         if isinstance(node, ast.Name):
             return self.names.get(node.id)
         if isinstance(node, ast.Attribute):
-            if node.attr in ("_store", "store") and isinstance(node.value, ast.Name) and node.value.id == "self":
-                return ()
+            if isinstance(node.value, ast.Name) and node.value.id == "self" and node.attr in _STARTS:
+                return _STARTS[node.attr]
             before = self.path(node.value)
             return None if before is None else (*before, node.attr)
         return None
@@ -84,7 +86,7 @@ class _StoreUses(ast.NodeVisitor):
     def visit_Attribute(self, node: ast.Attribute) -> None:
         path = self.path(node)
         if path:
-            self.read.add(path[0])
+            self.read.add(path[: 2 if path[0] == "operators" else 1])
         self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> None:
@@ -105,29 +107,35 @@ def _uses(*modules: str) -> Iterator[tuple[str, _StoreUses]]:
             yield path.name, uses
 
 
+def _read(*modules: str) -> set[tuple[str, ...]]:
+    return {way for _, uses in _uses(*modules) for way in uses.read} - {("operators",)}
+
+
 def test_listeners_and_metrics_use_the_verbs_of_the_store_and_named_plain_values_and_nothing_else() -> None:
-    assert {name for _, uses in _uses("metrics.py") for name in uses.read} == {"facts"}
-    assert {name for _, uses in _uses("daemon.py") for name in uses.read} <= _LIFE | _VALUES | _READINGS
-    read = {name for _, uses in _uses("rpc/*.py") for name in uses.read}
-    verbs = {name for name in read - _VALUES - _READINGS if not name.startswith("_")}
-    assert verbs == _verbs()
-    assert read <= _VALUES | _READINGS | verbs
+    plain = {(name,) for name in _VALUES | _READINGS}
+    assert _read("metrics.py") == {("facts",)}
+    assert _read("daemon.py") <= plain | {(name,) for name in _LIFE}
+    assert _read("rpc/*.py") - plain == _verbs()
 
 
-def _verbs() -> set[str]:
-    """What of a store takes a caller first."""
+def _verbs() -> set[tuple[str, ...]]:
+    """What of a store, or of its operators, takes a caller first."""
     found = set()
-    for name, function in inspect.getmembers(BlockStore, inspect.isfunction):
-        parameters = list(inspect.signature(function).parameters.values())[1:]
-        if not name.startswith("_") and parameters and parameters[0].name == "caller":
-            assert (parameters[0].annotation, parameters[0].default) == ("Caller", inspect.Parameter.empty), name
-            found.add(name)
+    for kind, before in ((BlockStore, ()), (Operators, ("operators",))):
+        for name, function in inspect.getmembers(kind, inspect.isfunction):
+            parameters = list(inspect.signature(function).parameters.values())[1:]
+            if not name.startswith("_") and parameters and parameters[0].name == "caller":
+                assert (parameters[0].annotation, parameters[0].default) == ("Caller", inspect.Parameter.empty), name
+                found.add((*before, name))
     return found
 
 
-def test_no_part_of_a_store_is_public() -> None:
-    public = {name for name in dir(BlockStore) if not name.startswith("_")} | {"boot_epoch", "limits"}
-    assert public == _verbs() | _VALUES | _READINGS | _LIFE
+def test_no_part_of_a_store_is_public(opened: OpenStore) -> None:
+    own = {name for name in dir(opened.store) if not name.startswith("_")}
+    operators = {name for name in dir(opened.store.operators) if not name.startswith("_")}
+    verbs = _verbs()
+    assert own == {way[0] for way in verbs} | _VALUES | _READINGS | _LIFE
+    assert operators == {way[1] for way in verbs if way[0] == "operators"}
 
 
 def test_no_request_reaches_a_verb_of_the_store_without_a_caller() -> None:
@@ -140,8 +148,7 @@ def test_no_request_reaches_a_verb_of_the_store_without_a_caller() -> None:
             is_made_there = isinstance(given, ast.Call) and ast.unparse(given.func) == "self._callers.of"
             is_given = is_made_there or (isinstance(given, ast.Name) and given.id == "caller")
             assert is_given, f"{module}:{call.lineno}: store.{'.'.join(way)} is not given a caller"
-            assert len(way) == 1
-            reached.add(way[0])
+            reached.add(way)
     assert reached == _verbs()
 
 

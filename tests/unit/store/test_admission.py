@@ -118,7 +118,7 @@ async def test_a_load_that_is_refused_is_told_with_its_request(opened: OpenStore
     assert lease is not None
     with pytest.raises(Overloaded):
         await opened.store.load(caller, lease.lease_id, None, Span(), Span(), encode, send)
-    (lookup,) = opened.store.explain_request(CALLER, "request").lookups
+    (lookup,) = opened.store.operators.explain_request(CALLER, "request").lookups
     assert [load.outcome for load in lookup.record.loads] == ["overloaded"]
     gate.set()
     await loading

@@ -87,7 +87,7 @@ async def test_the_space_of_a_discarded_block_is_free_once_its_records_are_gone_
     keys = await stored(opened, client)
     used = opened.dram.used_bytes
     with opened.commits_held(tier):
-        discarding = asyncio.create_task(opened.store.discard(CALLER, keys))
+        discarding = asyncio.create_task(opened.store.operators.discard(CALLER, keys))
         await until(lambda: opened.hits(keys) == 0)
         await turns()
         assert opened.dram.used_bytes == used and not discarding.done()
@@ -102,7 +102,7 @@ async def test_a_block_saved_again_waits_until_the_record_of_the_old_one_is_gone
     chain = some_chain(1)
     await opened.save(client, chain, some_images(chain))
     with opened.commits_held(TierName.DRAM):
-        discarding = asyncio.create_task(opened.store.discard(CALLER, chain.keys))
+        discarding = asyncio.create_task(opened.store.operators.discard(CALLER, chain.keys))
         await until(lambda: opened.hits(chain.keys) == 0)
         saving = asyncio.create_task(opened.save(client, chain, some_images(chain, seed=2)))
         await turns()
@@ -133,7 +133,7 @@ async def test_removals_of_one_object_follow_one_another(
     monkeypatch.setattr(opened.index, "delete", late)
     evicting = asyncio.create_task(opened.store.evict(CALLER, chain.keys, TierName.DRAM))
     await until(lambda: asked == [TierName.DRAM])
-    discarding = asyncio.create_task(opened.store.discard(CALLER, chain.keys))
+    discarding = asyncio.create_task(opened.store.operators.discard(CALLER, chain.keys))
     await until(lambda: opened.hits(chain.keys) == 0)
     saving = asyncio.create_task(opened.save(client, chain, some_images(chain, seed=2)))
     await turns()
@@ -153,7 +153,7 @@ async def test_where_an_old_record_cannot_be_removed_a_new_save_is_refused_in_ti
     chain = some_chain(1)
     await opened.save(client, chain, some_images(chain))
     with opened.commits_held(TierName.DRAM):
-        discarding = asyncio.create_task(opened.store.discard(CALLER, chain.keys))
+        discarding = asyncio.create_task(opened.store.operators.discard(CALLER, chain.keys))
         await until(lambda: opened.hits(chain.keys) == 0)
         outcome = await opened.save(client, chain, some_images(chain))
         assert isinstance(outcome.refused[0], StorageFailed)
@@ -162,7 +162,7 @@ async def test_where_an_old_record_cannot_be_removed_a_new_save_is_refused_in_ti
 
 async def test_one_block_evicted_twice_at_one_time_leaves_once(opened: OpenStore, client: Client) -> None:
     keys = await stored(opened, client)
-    discarding = asyncio.ensure_future(opened.store.discard(CALLER, keys))
+    discarding = asyncio.ensure_future(opened.store.operators.discard(CALLER, keys))
     outcomes = await asyncio.gather(*(opened.store.evict(CALLER, keys, tier) for tier in [*TierName, *TierName]))
     await discarding
     assert opened.hits(keys) == 0
@@ -213,7 +213,7 @@ async def test_a_full_index_refuses_saves_and_nothing_else(opened: OpenStore, cl
     assert lease is not None and len(await opened.load(lease)) == 2
     opened.leases.release(caller_of(client), lease.lease_id)
     assert (await opened.store.evict(CALLER, keys, TierName.DRAM)).evicted == 1
-    assert await opened.store.discard(CALLER, keys) == (1, 0)
+    assert await opened.store.operators.discard(CALLER, keys) == (1, 0)
     await opened.index.delete(TierName.DRAM, names)
     assert not (await opened.save(client, chain, some_images(chain))).refused
 
@@ -256,7 +256,7 @@ async def test_a_removal_that_fails_is_reported_and_tried_again_until_it_succeed
 
     monkeypatch.setattr(opened.index, "delete", failing)
     with pytest.raises(StorageFailed, match=str(error)):
-        await opened.store.discard(CALLER, keys)
+        await opened.store.operators.discard(CALLER, keys)
     assert opened.hits(keys) == 0, "it is invisible at once"
     await until(lambda: opened.unsettled() == "")
     assert failures < 0 and opened.counters.storage_errors == 3

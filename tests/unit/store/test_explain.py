@@ -58,7 +58,7 @@ async def test_an_answer_tells_one_time_since_when_all_is_remembered(
     """With the history off that is the time of reading, which must be read once."""
     opened = await open_store(clock=TickingClock(), history_events=history_events)
     key = some_chain(1).keys[0]
-    answer = explained.block(key, opened.store.explain_block(CALLER, key))
+    answer = explained.block(key, opened.store.operators.explain_block(CALLER, key))
     assert answer.remembers_since == answer.miss.remembers_since
     assert answer.remembers_since.ToMilliseconds() > 0
 
@@ -101,7 +101,7 @@ async def test_an_eviction_after_a_pins_end_is_told_as_its_expiry(open_store: Ca
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER, ssd_bytes=0)
     client, clock = opened.store.attach(CALLER, "test"), opened.files.clock
     pinned, other = await saved(opened, client, 2, on_ssd=False)
-    pin = await opened.store.pin(CALLER, [pinned], 60_000)
+    pin = await opened.store.operators.pin(CALLER, [pinned], 60_000)
     clock.advance(seconds=100)
     await saved(opened, client, 4, seed=1, on_ssd=False)
     found = opened.explain.missing(CALLER, pinned)
@@ -203,7 +203,7 @@ def told(opened: OpenStore, request_id: str = "r") -> list[Any]:
 async def test_a_miss_is_told_as_of_the_time_of_the_lookup(opened: OpenStore, client: Client) -> None:
     clock = opened.files.clock
     keys = await saved(opened, client, 2)
-    await opened.store.discard(CALLER, keys[1:])
+    await opened.store.operators.discard(CALLER, keys[1:])
     clock.advance(seconds=1)
     first = ask(opened, keys)
     assert (first.record.hit, first.missing.key, first.missing.why) == (1, keys[1], Miss.DISCARDED)
@@ -274,7 +274,7 @@ async def test_other_layout_is_told_of_a_layout_that_is_empty_again_and_after_a_
         await opened.store.open_layout(CALLER, layout)
     await saved(opened, client, 2)
     await opened.save(client, chain, some_images(chain, layout=other), layout=other)
-    await opened.store.discard_layout(CALLER, other.fingerprint)
+    await opened.store.operators.discard_layout(CALLER, other.fingerprint)
     absent = list(some_chain(1, seed=9, layout=other).keys)
     assert ask(opened, absent, layout=other).missing.why is Miss.OTHER_LAYOUT
     await opened.kill()
@@ -321,7 +321,7 @@ async def test_no_request_is_remembered_where_the_operator_wants_none(open_store
     opened = await open_store(limits=replace(LIMITS, requests_remembered=0))
     at_once(opened.store.lookup(CALLER, LAYOUT.fingerprint, WHOLE, some_chain(1).keys, 0, "none"))
     with pytest.raises(RequestNotFound):
-        opened.store.explain_request(CALLER, "none")
+        opened.store.operators.explain_request(CALLER, "none")
 
 
 def report(report_id: int = 0, plan: str = "load") -> ReportRecord:

@@ -256,7 +256,7 @@ async def test_a_leased_block_that_is_discarded_can_be_loaded_until_its_lease_en
     assert lease is not None
     used = opened.dram.used_bytes
 
-    await opened.store.discard(CALLER, chain.keys)
+    await opened.store.operators.discard(CALLER, chain.keys)
     assert opened.hits(chain.keys) == 0
     assert opened.dram.used_bytes == used
     await fill_dram(opened, client)
@@ -324,7 +324,7 @@ async def test_a_lease_that_was_released_with_many_blocks_holds_none_of_them_onc
     await opened.save(client, chain, some_images(chain))
     lease = await leased_at_length(opened, client, chain.keys[:1] * 5000)
     assert lease is not None
-    await opened.store.discard(CALLER, chain.keys)
+    await opened.store.operators.discard(CALLER, chain.keys)
     opened.leases.release(caller_of(client), lease.lease_id)
     with pytest.raises(LeaseExpired):
         opened.leases.get(caller_of(client), lease.lease_id)

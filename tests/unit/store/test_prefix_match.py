@@ -175,7 +175,7 @@ async def test_what_a_long_lookup_has_found_stays_until_its_lease_has_it(
     await waiting.wait()
     rows = list(opened.blocks.shards_of(int(opened.blocks.rows_of_keys([first])[0])))
     assert (await opened.store.evict(CALLER, [first, last], TierName.DRAM)).evicted == 2, "only what was not found"
-    discarding = asyncio.create_task(opened.store.discard(CALLER, [first]))
+    discarding = asyncio.create_task(opened.store.operators.discard(CALLER, [first]))
     await until(lambda: opened.hits([first]) == 0)
     gate.set()
     hit = await asking

@@ -88,7 +88,7 @@ async def test_a_block_that_is_being_brought_up_and_is_discarded_is_given_whole_
     with calls.held("preadv") as waiting:
         loading = asyncio.create_task(opened.load(lease))
         await asyncio.to_thread(waiting.acquire)
-        discarding = asyncio.create_task(opened.store.discard(CALLER, chain.keys))
+        discarding = asyncio.create_task(opened.store.operators.discard(CALLER, chain.keys))
         await until(lambda: opened.hits(chain.keys) == 0)
     assert await loading == layers_of(images)
     await discarding
@@ -306,7 +306,7 @@ async def test_a_load_that_is_broken_off_anywhere_lets_go_of_its_blocks(
     opened.leases.release(caller_of(client), lease.lease_id)
     await until(lambda: not opened.blocks.holds.any())
     await asyncio.wait_for(opened.store.quiet(), 30)  # No load is open.
-    assert await opened.store.discard(CALLER, chain.keys) == (4, 0)
+    assert await opened.store.operators.discard(CALLER, chain.keys) == (4, 0)
     await until(lambda: opened.dram.used_bytes == 0)
     assert opened.unsettled() == ""
 

@@ -100,7 +100,7 @@ async def test_a_load_that_fails_holds_its_blocks_until_the_last_of_its_reads_ha
     await until(lambda: opened.counters.quarantined_blocks == 1)
 
     opened.leases.release(caller_of(client), lease.lease_id)
-    await opened.store.discard(CALLER, chain.keys[1:])
+    await opened.store.operators.discard(CALLER, chain.keys[1:])
     other = some_chain(2, seed=9)
     assert not (await opened.save(client, other, some_images(other, seed=9))).refused
     assert slow not in [opened.blocks.row_of(key, lease.shard) for key in other.keys]
@@ -234,7 +234,7 @@ async def test_a_block_that_is_discarded_on_its_way_up_keeps_its_space_until_its
     chain, lease = await leased_on_ssd(promoting, client)
 
     def discard() -> None:
-        promoting.tasks.start(promoting.store.discard(CALLER, chain.keys), "discard")
+        promoting.tasks.start(promoting.store.operators.discard(CALLER, chain.keys), "discard")
 
     frames, received = await first_frame_of_a_landing(promoting, lease, discard)
     assert promoting.hits(chain.keys) == 0
