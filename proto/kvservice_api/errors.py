@@ -186,6 +186,7 @@ class SessionChanged(KVError, code=grpc.StatusCode.ABORTED):
 
     attached_type = sessions_pb2.Session
     attached: sessions_pb2.Session | None = None
+    now: Any = None  # Inside the daemon: the session as the store keeps it, of which `attached` is made.
 
 
 class TierFull(KVError, code=grpc.StatusCode.RESOURCE_EXHAUSTED):
