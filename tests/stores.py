@@ -158,8 +158,9 @@ class OpenStore:
             now_ms=files.clock.wall_ms(),
             why_new=self.arena.why_new,
         )
-        tiers: dict[TierName, Tier] = {TierName.SSD: self.ssd} if self.ssd else {}
-        tiers[TierName.DRAM] = self.dram
+        tiers: dict[TierName, Tier] = {TierName.DRAM: self.dram}
+        if self.ssd:
+            tiers[TierName.SSD] = self.ssd
         self.executor = ThreadPoolExecutor(2)
         history = MissReasons(files.clock, files.history_events)
         self.blocks = recover(self.index, tiers, history)

@@ -141,8 +141,7 @@ def _shards(blocks: BlockTable, first_rows: Rows, layout_id: int) -> Rows:
 
 
 def _usable(blocks: BlockTable, rows: Rows, layout_id: int) -> NDArray[np.bool_]:
-    resident = (blocks.dram_offset[rows] >= 0) | (blocks.ssd_offset[rows] >= 0)
-    usable: NDArray[np.bool_] = resident & (blocks.layout_id[rows] == layout_id)
+    usable: NDArray[np.bool_] = blocks.lie_anywhere(rows) & (blocks.layout_id[rows] == layout_id)
     return usable
 
 
@@ -155,9 +154,10 @@ def runs_of(blocks: BlockTable, rows: Rows) -> list[Run]:
     """Where consecutive rows lie."""
     if not len(rows):
         return []
-    dram = blocks.dram_offset[rows] >= 0
-    ssd = blocks.ssd_offset[rows] >= 0
-    changes = np.flatnonzero((dram[1:] != dram[:-1]) | (ssd[1:] != ssd[:-1])) + 1
-    starts = [0, *changes.tolist()]
-    ends = [*changes.tolist(), len(rows)]
-    return [(end - start, bool(dram[start]), bool(ssd[start])) for start, end in zip(starts, ends, strict=True)]
+    sets = blocks.tier_sets(rows)
+    changes = (np.flatnonzero(sets[1:] != sets[:-1]) + 1).tolist()
+    starts, ends = [0, *changes], [*changes, len(rows)]
+    return [
+        (end - start, bool(tiers & 1), bool(tiers >> 1))
+        for start, end, tiers in zip(starts, ends, sets[starts].tolist(), strict=True)
+    ]
