@@ -25,6 +25,7 @@ from kvservice_api.errors import InvalidRequest
 from kvservice_api.keys import cut_key
 from kvservice_api.layout import Layout
 
+KEEP_RANGES_MAX = 4096  # In one cut: a few milliseconds of the event loop.
 _POSITION_MAX = 2**62  # Sums of positions and counts stay inside 63 bits.
 NO_POSITIONS: Positions = np.empty(0, np.uint64)
 

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 _EXPIRED_AT_A_TIME = 256
 _FLUSHED_AT_A_TIME = 64
 _DROPPED_A_TURN = 32  # Of the event loop: a millisecond.
-_POSITIONS_MAX = 65536  # Explicit ones, in one session.
+POSITIONS_MAX = 65536  # Explicit ones, in one session.
 _NAMES_A_TURN = 4096
 _TICK_S = 1.0
 _GONE_MAX = 4096  # Sessions whose end is remembered.
@@ -255,8 +255,8 @@ class Sessions:
                         f"the session would have {len(after.slices)} slices; at most {self.limits.slices_max} are "
                         "allowed: keep less of it, in fewer ranges"
                     )
-                if len(after.positions) > _POSITIONS_MAX:
-                    raise SessionsFull(f"a session may list {_POSITIONS_MAX} positions, not {len(after.positions)}")
+                if len(after.positions) > POSITIONS_MAX:
+                    raise SessionsFull(f"a session may list {POSITIONS_MAX} positions, not {len(after.positions)}")
                 after = self._used(after)
                 await self._put(name, after)
                 return after
