@@ -127,7 +127,7 @@ def truncated(manifest: Manifest, keep: Sequence[tuple[int, int]]) -> Manifest:
 
 
 def forked(manifest: Manifest, session_id: str, now_ms: int) -> Manifest:
-    """The same history under another id. Slices are shared: nobody changes them."""
+    """The same history under another id. Slices are shared: they are never changed."""
     return dataclasses.replace(
         manifest, session_id=session_id, revision=1, created_at_ms=now_ms, used_at_ms=now_ms, expires_at_ms=now_ms
     )

@@ -1,6 +1,6 @@
 """The load path: leased blocks leave layer by layer, each slice verified before any byte of it is sent.
 
-Where a block lies decides only where its slices are read: in DRAM, in a landing on its way up
+Where a block lies decides only where its slices are read: in DRAM, in DRAM as it is promoted
 from SSD, or on SSD itself where DRAM has no room (one layer at a time, through scratch memory).
 """
 
@@ -64,7 +64,7 @@ class Slice:
     row: int
     layer: int  # Counted from the stored shard's first.
     data: memoryview
-    expected: int | None  # Its checksum; None where it was verified on its way in.
+    expected: int | None  # Its checksum; None where it was verified when it was read.
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ class Reads:
                         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
                         if not parts.done():
                             ready, waiting = waiting, None
-                            yield await ready  # It need not wait for a layer that is still on its way.
+                            yield await ready  # It need not wait for a layer that is still being read.
                     for part in await parts:
                         following = asyncio.ensure_future(read.finish(part, encode))
                         ready, waiting = waiting, following
@@ -160,7 +160,7 @@ class Reads:
                 for unneeded in (waiting, parts):
                     if unneeded is not None:
                         unneeded.cancel()
-                        await ended(unneeded)  # It may be reading what is let go of below.
+                        await ended(unneeded)  # It may be reading memory that is released below.
                         if not unneeded.cancelled():
                             unneeded.exception()  # Another one was raised before it.
             self.counters.load_blocks += len(blocks)
@@ -230,7 +230,7 @@ class _Read:
         await _gather(self._fetch_trailer, read_through)
 
     def _source(self, row: int) -> _Source:
-        """Of a block that is not on its way up."""
+        """Of a block that is not being promoted."""
         table, source = self._blocks_table, self._new_source(row)
         dram = table.extent(row, TierName.DRAM)
         if dram is not None:
@@ -246,10 +246,10 @@ class _Read:
         return _Source(row, int(table.generation[row]), table.shard_of(row), self._reads.lifecycle.geometry(row), None)
 
     async def close(self) -> None:
-        """Wait for threads that still read the blocks' memory, then let go of it."""
+        """Wait for threads that still read the blocks' memory, then release it."""
         for job in list(self._jobs):
             await ended(job)
-        self._reads.scratch.give_back(self._scratch_bytes)
+        self._reads.scratch.release(self._scratch_bytes)
         await self._held.aclose()
 
     async def _yield_to_loop(self, count: int) -> None:
@@ -428,7 +428,7 @@ class _ScratchBudget:
         except TimeoutError as error:
             raise Overloaded("other loads take all the memory for reading past a full DRAM") from error
 
-    def give_back(self, size_bytes: int) -> None:
+    def release(self, size_bytes: int) -> None:
         if size_bytes:
             self._used_bytes -= size_bytes
             asyncio.get_running_loop().create_task(self._wake())
