@@ -11,9 +11,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice_api.errors import IndexFull, InvalidRequest, KVError, TierFull, from_status
+from kvservice_api.errors import IndexFull, InvalidRequest, KVError, TierFull
 from kvservice_api.keys import KEY_BYTES, BlockChain
 from kvservice_api.layout import Layout, Shard
+from kvservice_api.status import from_status
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_api.v1 import types_pb2
 from kvservice_client import arguments

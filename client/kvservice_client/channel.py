@@ -7,13 +7,13 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from ipaddress import ip_address
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import grpc
 from google.protobuf.message import Message
 
 from kvservice_api.address import TcpAddress, UnixAddress, parse_address
-from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, InvalidRequest, KVError, from_rpc_error
+from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, InvalidRequest, KVError
+from kvservice_api.status import from_rpc_error
 from kvservice_client import forks
 from kvservice_client.own_grpc import own_grpc
 from kvservice_client.retry import Deadline
@@ -22,6 +22,9 @@ from kvservice_client.tls import TlsFiles, TlsWatch
 BLOCKS = "/kvservice_api.v1.BlockService/"
 ADMIN = "/kvservice_api.v1.AdminService/"
 SESSIONS = "/kvservice_api.v1.SessionService/"
+
+if TYPE_CHECKING:
+    import grpc  # At run time it is `own_grpc()`.
 
 M = TypeVar("M", bound=Message)
 R = TypeVar("R")

@@ -12,7 +12,7 @@ from kvservice.rpc.messages import ON_SSD, block_range, checksums_of, save_reque
 from kvservice.store.store import BlockStore
 from kvservice.store.transfers.in_place_reads import Located, NotInPlace
 from kvservice.store.transfers.upload import SaveOutcome
-from kvservice_api.errors import to_status
+from kvservice_api.status import to_status
 from kvservice_api.v1 import blocks_pb2 as pb
 
 

@@ -11,9 +11,10 @@ from kvservice.store.caller import Caller
 from kvservice.store.leases import Client
 from kvservice.store.store import BlockStore
 from kvservice.store.transfers.upload import SaveOutcome, SaveRequest
-from kvservice_api.errors import InvalidRequest, to_status
+from kvservice_api.errors import InvalidRequest
 from kvservice_api.keys import split_keys
 from kvservice_api.layout import Shard
+from kvservice_api.status import to_status
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_api.v1 import types_pb2
 
