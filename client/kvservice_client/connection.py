@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 from kvservice_api.errors import DaemonUnavailable, KVError, UnknownClient, UnknownLayout
 from kvservice_api.layout import Layout
 from kvservice_api.v1 import blocks_pb2 as pb
-from kvservice_client.attachment import Attachment, LifeLine
+from kvservice_client.attach_stream import Attachment, AttachStream
 from kvservice_client.channel import BLOCKS, Channel
 from kvservice_client.local_directory import LocalDirectory
 from kvservice_client.reports import Reporter
@@ -42,14 +42,14 @@ class Connection:
         self, address: str, name: str, timeout_s: float, reconnect_wait_s: float, tls: TlsFiles | None = None
     ) -> None:
         self.channel = Channel(address, tls)
-        self.life_line = LifeLine(self.channel, name)
+        self.attach_stream = AttachStream(self.channel, name)
         self.reporter = Reporter(self.channel, name)
         self.local_directory = LocalDirectory()
         self.timeout_s = timeout_s
         self._reconnect_wait_s = reconnect_wait_s
         self._limits: pb.GetCapabilitiesResponse | None = None
         self._opened: dict[bytes, int] = {}  # Layout fingerprint -> the boot epoch it was opened in.
-        self.close = weakref.finalize(self, _close, self.life_line, self.reporter, self.channel)
+        self.close = weakref.finalize(self, _close, self.attach_stream, self.reporter, self.channel)
 
     def deadline(self, timeout_s: float | None) -> Deadline:
         return Deadline(self.timeout_s if timeout_s is None else timeout_s)
@@ -70,7 +70,7 @@ class Connection:
 
     def session(self, layout: Layout, deadline: Deadline) -> Session:
         """Attach and open the layout, as far as that is not done yet."""
-        attachment = self.life_line.current(deadline)
+        attachment = self.attach_stream.current(deadline)
         limits = self.limits(deadline, attachment.boot_epoch)
         self.open_layout(layout, attachment.boot_epoch, deadline)
         return Session(attachment, limits)
@@ -93,9 +93,9 @@ class Connection:
         self._opened[fingerprint] = boot_epoch
 
 
-def _close(life_line: LifeLine, reporter: Reporter, channel: Channel) -> None:
+def _close(attach_stream: AttachStream, reporter: Reporter, channel: Channel) -> None:
     reporter.close()
     reporter.join(_REPORTS_S)
-    life_line.close()
+    attach_stream.close()
     channel.close()
-    life_line.join(1.0)
+    attach_stream.join(1.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
@@ -13,18 +13,19 @@ from kvservice_api.errors import BlockNotFound, InvalidRequest, KVError, LeaseEx
 from kvservice_api.layout import LayerGroup, Layout, Shard
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client import arguments, forks
-from kvservice_client.attachment import Attachment
+from kvservice_client.attach_stream import Attachment
 from kvservice_client.buffers import Bytes, Slices, Source, writable
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection
 from kvservice_client.retry import Deadline
-from kvservice_client.transports.base import VERIFY, LoadOrder, Transport, Verify
-from kvservice_client.transports.in_place import View
+from kvservice_client.transports.base import LoadOrder
+from kvservice_client.transports.in_place import VERIFY, Verify, View
+from kvservice_client.transports.ordered import OrderedTransports
 
 # What a transfer is given beyond the client's timeout: slower than this, recomputing is faster.
 TRANSFER_BYTES_PER_S_MIN = 128 * 2**20
 _RELEASE_S = 1.0
-_SPARED = 0.2  # Of a lease's time: bytes in place are not used that late, for clocks do not run alike.
+_USE_MARGIN = 0.2  # Of a lease's time: bytes in place are not used that late, for clocks do not run alike.
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class Lease:
     def __init__(
         self,
         connection: Connection,
-        transport: Transport,
+        transports: OrderedTransports,
         layout: Layout,
         shard: Shard,
         token_counts: Sequence[int],
@@ -65,7 +66,7 @@ class Lease:
         asked_at_s: float,
     ) -> None:
         self._connection = connection
-        self._transport = transport
+        self._transports = transports
         self._layout = layout
         self._shard = shard
         self._attachment = attachment
@@ -88,7 +89,7 @@ class Lease:
     @property
     def remaining_s(self) -> float:
         """How long the lease goes on unless it is renewed; 0 once it has ended."""
-        if not self._lease_id or not self._connection.life_line.is_current(self._attachment):
+        if not self._lease_id or not self._connection.attach_stream.is_current(self._attachment):
             return 0.0
         return max(0.0, self._end_s - time.monotonic())
 
@@ -154,7 +155,7 @@ class Lease:
             timeout_s = self._connection.timeout_s + order.size_bytes / TRANSFER_BYTES_PER_S_MIN
         deadline = Deadline(timeout_s)
         self._keep(deadline)
-        return self._transport.view(order, deadline, verify)
+        return self._transports.view(order, deadline, verify)
 
     def _order(self, first_block: int, block_count: int | None) -> LoadOrder:
         if not self.hit_blocks:
@@ -188,16 +189,17 @@ class Lease:
 
     def _usable_until_s(self) -> float:
         """Until when bytes in place may be used, whether or not the daemon is still there to say so."""
-        return self._end_s - _SPARED * self._ttl_s if self._lease_id else 0.0
+        return self._end_s - _USE_MARGIN * self._ttl_s if self._lease_id else 0.0
 
     def _layers(self, order: LoadOrder, deadline: Deadline) -> Iterator[LoadedLayer]:
         self._keep(deadline)
-        for index, data in enumerate(self._transport.load(order, deadline)):
-            yield LoadedLayer(index, data, self._layout.group_of(self._shard.layer_begin + index))
-            if self._is_inherited:
-                raise self._ended()
-            with suppress(KVError):  # The daemon holds what it is sending: the load itself needs the lease no more.
-                self._keep(deadline)
+        with closing(self._transports.load(order, deadline)) as layers:
+            for index, data in enumerate(layers):
+                yield LoadedLayer(index, data, self._layout.group_of(self._shard.layer_begin + index))
+                if self._is_inherited:
+                    raise self._ended()
+                with suppress(KVError):  # The daemon holds what it is sending: the load needs the lease no more.
+                    self._keep(deadline)
 
     def renew(self, ttl_s: float | None = None, timeout_s: float | None = None) -> float:
         """Extend the lease to `ttl_s` from now, by default what it had. What was granted, in seconds."""
@@ -266,7 +268,7 @@ class Lease:
         remaining_s = self.remaining_s
         if not remaining_s:
             raise self._ended()
-        if remaining_s < min(self._ttl_s / 2, deadline.remaining_s + _SPARED * self._ttl_s):
+        if remaining_s < min(self._ttl_s / 2, deadline.remaining_s + _USE_MARGIN * self._ttl_s):
             self._renew(self._ttl_s, deadline)
 
     def _renew(self, ttl_s: float, deadline: Deadline) -> None:

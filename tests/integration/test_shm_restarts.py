@@ -202,10 +202,10 @@ def test_space_stays_aside_while_a_save_still_writes_there_though_its_daemon_is_
 
     def restart_and_write(transport: ShmTransport, *arguments: Any) -> Any:
         monkeypatch.undo()
-        before = transport._connection.life_line.current(Deadline(5.0))
+        before = transport._connection.attach_stream.current(Deadline(5.0))
         daemon.kill()
         daemon.start()
-        until(lambda: transport._connection.life_line._attachment not in (None, before))
+        until(lambda: transport._connection.attach_stream._attachment not in (None, before))
         seen.append(client.admin.status().set_aside_extents)
         return write(transport, *arguments)
 
