@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from kvservice_client import forks
 
@@ -43,7 +43,7 @@ class Stats:
     saved_bytes: Mapping[str, int]
     viewed_bytes: int
     shm_refused_because: str
-    transports: Mapping[str, TransportStats]
+    transports: Mapping[str, TransportStats] = field(default_factory=dict)
 
 
 class Meter:

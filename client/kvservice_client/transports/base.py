@@ -128,6 +128,7 @@ class Transport(ABC):
 
     name: ClassVar[str]
 
+    @abstractmethod
     def check_offered(self, deadline: Deadline) -> None:
         """Raises NotShared where not both ends offer this transport, by the daemon's capabilities. May ask for them."""
 
@@ -142,5 +143,6 @@ class Transport(ABC):
         The buffers may change once this has returned.
         """
 
+    @abstractmethod
     def close(self) -> None:
         """Release what outlives an order. No order begins after this."""

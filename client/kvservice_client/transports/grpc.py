@@ -29,6 +29,12 @@ class GrpcTransport(Transport):
     def __init__(self, connection: Connection) -> None:
         self._channel = connection.channel
 
+    def check_offered(self, deadline: Deadline) -> None:
+        """Every daemon offers it."""
+
+    def close(self) -> None:
+        """Nothing outlives an order."""
+
     def load(self, order: LoadOrder, deadline: Deadline) -> Generator[Bytes, None, None]:
         keep_large_buffers()
         request = pb.LoadBlocksRequest(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
@@ -49,7 +50,8 @@ class OrderedTransports:
         self._meter = Meter()
         self._log = RateLimitedLog(log)
         self._clock = clock
-        self._down, self._up = (Throttle(bytes_per_s), Throttle(bytes_per_s)) if bytes_per_s else (None, None)
+        self._down = Throttle(bytes_per_s) if bytes_per_s else None
+        self._up = Throttle(bytes_per_s) if bytes_per_s else None
         self.stats = self._meter.stats
 
     def close(self) -> None:
@@ -126,6 +128,9 @@ class OrderedTransports:
                 yield transport
 
     def _fall_back(self, transport: Transport, error: Exception) -> None:
+        """Count it. Raises the error where there is no next transport."""
+        if transport is self._transports[-1]:
+            raise error
         why = error.message if isinstance(error, KVError) else str(error)
         self._meter.fell_back(transport.name, why)
         self._log.info("%s is not used: %s", transport.name, why)
@@ -135,7 +140,7 @@ class OrderedTransports:
         first, counts = order.first_block + block, order.token_counts[block : block + 1]
         one = replace(order, first_block=first, token_counts=counts, first_layer=layer, into=None)
         layers = self._transports[-1].load(one, self._connection.deadline(None))
-        try:
-            next(layers, None)
-        finally:
-            layers.close()
+        with closing(layers):
+            data = next(layers, None)
+            if data is not None:
+                self._meter.add(self._transports[-1].name, loaded_bytes=data.size)
