@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -113,14 +113,14 @@ class Lease:
         first_block: int = 0,
         block_count: int | None = None,
         timeout_s: float | None = None,
-    ) -> Iterator[LoadedLayer]:
+    ) -> Generator[LoadedLayer, None, None]:
         """The blocks' layers in order, each as soon as its last byte is there.
 
         `into` has one writable buffer per layer, filled in place; without it each layer gets a new
         array. `timeout_s` is for the whole load; by default the client's timeout and a second more
         for each 128 MiB. The lease is renewed meanwhile where needed. Raises LeaseExpired,
         ChecksumMismatch, StorageFailed, DaemonUnavailable, DeadlineExceeded: layers that were
-        yielded are right all the same. Leaving the iterator ends the load.
+        yielded are right all the same. Closing the generator ends the load, and the call on the daemon's side.
         """
         order = self._order(first_block, block_count)
         if into is not None:
@@ -191,7 +191,7 @@ class Lease:
         """Until when bytes in place may be used, whether or not the daemon is still there to say so."""
         return self._end_s - _USE_MARGIN * self._ttl_s if self._lease_id else 0.0
 
-    def _layers(self, order: LoadOrder, deadline: Deadline) -> Iterator[LoadedLayer]:
+    def _layers(self, order: LoadOrder, deadline: Deadline) -> Generator[LoadedLayer, None, None]:
         self._keep(deadline)
         with closing(self._transports.load(order, deadline)) as layers:
             for index, data in enumerate(layers):

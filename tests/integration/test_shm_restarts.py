@@ -81,7 +81,7 @@ def test_places_in_another_arena_than_the_mapped_one_are_neither_read_nor_writte
 ) -> None:
     """As if the client had mapped the old one and then asked the new daemon."""
     save(client, LARGE, new_chain(LARGE, 4))
-    arenas = client._transport._arenas  # type: ignore[attr-defined]
+    arenas = client._transports._transports[0]._arenas  # type: ignore[attr-defined]
     mapped = arenas.get(client.capabilities())
     replace_the_arena(daemon)
     monkeypatch.setattr(arenas, "get", lambda limits: mapped)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -60,7 +60,9 @@ class OrderedTransports:
 
     def load(self, order: LoadOrder, deadline: Deadline) -> Generator[Bytes, None, None]:
         """Each layer's buffer, in order, as soon as its last byte is there. Closing the generator ends the load."""
-        for transport in self._offered(deadline):
+        for transport in self._transports:
+            if not self._is_offered(transport, deadline):
+                continue
             layers = transport.load(order, deadline)
             layer = order.first_layer
             try:
@@ -85,7 +87,9 @@ class OrderedTransports:
 
     def save(self, order: SaveOrder, deadline: Deadline) -> SaveResult:
         """Send what is not stored yet, and commit. The buffers may change once this has returned."""
-        for transport in self._offered(deadline):
+        for transport in self._transports:
+            if not self._is_offered(transport, deadline):
+                continue
             begin_s = self._clock()
             try:
                 result, sent_bytes = transport.save(order, deadline)
@@ -115,17 +119,16 @@ class OrderedTransports:
                 return view
         raise NotShared("no transport of this client reads blocks in place: load the blocks")
 
-    def _offered(self, deadline: Deadline) -> Iterator[Transport]:
-        """Those to try. Raises NotShared where the one that is required is not offered."""
-        for transport in self._transports:
-            try:
-                transport.check_offered(deadline)
-            except NotShared as error:
-                self._fall_back(transport, error)
-                if transport.name == self._required:
-                    raise
-            else:
-                yield transport
+    def _is_offered(self, transport: Transport, deadline: Deadline) -> bool:
+        """Raises NotShared where it is the one that is required, and is not offered."""
+        try:
+            transport.check_offered(deadline)
+        except NotShared as error:
+            self._fall_back(transport, error)
+            if transport.name == self._required:
+                raise
+            return False
+        return True
 
     def _fall_back(self, transport: Transport, error: Exception) -> None:
         """Count it. Raises the error where there is no next transport."""
