@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +41,7 @@ def hold_conversation(model: str, note: Callable[[str], None]) -> Iterator[Turn]
         loaded = engine.loaded()
         dram_bytes, ssd_bytes = _tier_sizes(engine, loaded)
         dram_folder = stack.enter_context(
-            tempfile.TemporaryDirectory(prefix="kvservice-demo-", dir=_dram_place(dram_bytes))
+            tempfile.TemporaryDirectory(prefix=f"kvservice-demo-{os.getpid()}-", dir=_dram_place(dram_bytes))
         )
 
         def start_daemon() -> DaemonProcess:
@@ -79,7 +80,7 @@ def hold_overflowing_conversation(model: str, window: int, note: Callable[[str],
         in_memory.loaded()
         size_bytes = _enough_for(engine, loaded, window)
         dram_folder = stack.enter_context(
-            tempfile.TemporaryDirectory(prefix="kvservice-demo-", dir=_dram_place(size_bytes))
+            tempfile.TemporaryDirectory(prefix=f"kvservice-demo-{os.getpid()}-", dir=_dram_place(size_bytes))
         )
 
         def start_daemon() -> DaemonProcess:

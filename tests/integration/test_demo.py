@@ -25,18 +25,21 @@ _BYTES_PER_TOKEN = 2 * 30 * 3 * 64 * 4  # K and V, layers, heads, dims, fp32: Sm
 
 def run_demo(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """With `folder` as its temporary directory. Whatever happens, it leaves nothing behind."""
-    before = set(_SHARED_MEMORY.glob(_LEFT_BEHIND))
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-m", "examples.demo", *arguments],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
-        timeout=900,
         env={**os.environ, "TMPDIR": str(folder), **environment},
-    )
+    ) as demo:
+        try:
+            output, errors = demo.communicate(timeout=900)
+        except BaseException:
+            demo.kill()
+            raise
     assert not list(folder.glob(_LEFT_BEHIND))
-    assert set(_SHARED_MEMORY.glob(_LEFT_BEHIND)) <= before
-    return done
+    assert not list(_SHARED_MEMORY.glob(f"kvservice-demo-{demo.pid}-*"))
+    return subprocess.CompletedProcess(demo.args, demo.returncode, output, errors)
 
 
 def first_turns(folder: Path, count: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from kvservice import metrics
-from kvservice.metrics import Heartbeat
+from kvservice.metrics import Heartbeat, next_beat_s
 from tests.stores import until
 
 
@@ -24,3 +24,10 @@ async def test_a_late_beat_counts_for_ever_and_for_a_while(monkeypatch: pytest.M
     await until(lambda: heartbeat.recent_ms < 400)
     assert heartbeat.latest_ms > 400
     beating.cancel()
+
+
+def test_the_loop_is_measured_often_only_while_it_works() -> None:
+    idle_s = next_beat_s(0.005, used_s=0.0001)
+
+    assert next_beat_s(idle_s, used_s=0.0001) == idle_s, "a beat of its own does not keep the loop awake"
+    assert next_beat_s(idle_s, used_s=0.02) == next_beat_s(0.005, used_s=0.004) == idle_s / 10

@@ -217,3 +217,22 @@ def test_a_plain_cache_is_computed_as_ever(kept: FailingBlocks) -> None:
 
     assert torch.equal(answer(model, ids, DynamicCache(config=model.config)), expected)
     assert np.array_equal(answer(model, ids).numpy(), expected.numpy())
+
+
+def test_hidden_tokens_are_not_saved_where_keys_are_stored_before_rotation(kept: FailingBlocks) -> None:
+    """What follows a hidden token is at another position than its place in the sequence says."""
+    model, ids = tiny_llama(), prompt(18)
+    subject = connector(kept, model, rotated=False)
+    cache = subject.restore(ids).cache
+    mask = torch.ones_like(ids)
+    mask[0, 7] = 0
+
+    with torch.inference_mode():
+        model(
+            ids, past_key_values=cache, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).masked_fill(mask == 0, 0)
+        )
+    saved = subject.save(ids, cache)
+
+    assert subject.flush()
+    assert not kept.stored
+    assert (saved.stored, saved.refused) == (0, 4)
