@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -91,7 +90,7 @@ class BlockCache:
         arguments.request_id(request_id)
 
         def attempt() -> Lease:
-            asked_at_s = time.monotonic()
+            asked_at_s = self._connection.clock.now_s()
             session, answer = self._look_up(chain, ttl_ms, deadline, request_id)
             return Lease(
                 self._connection,
@@ -124,7 +123,7 @@ class BlockCache:
         )
 
         def attempt() -> Lease:
-            asked_at_s = time.monotonic()
+            asked_at_s = self._connection.clock.now_s()
             attachment, limits = self._connection.session(self.layout, deadline)
             request.client_id = attachment.client_id
             request.lease_ttl_ms = min(ttl_ms, limits.max_lease_ttl_ms)
@@ -166,7 +165,7 @@ class BlockCache:
         if timeout_s is None:
             size_bytes = sum(len(piece) for layer in slices for piece in layer)
             timeout_s = self._connection.timeout_s + size_bytes / TRANSFER_BYTES_PER_S_MIN
-        deadline = Deadline(timeout_s)
+        deadline = self._connection.deadline(timeout_s)
         limits = self._connection.retried(lambda: self._connection.limits(deadline), deadline)
         total = SaveResult(0, 0, [])
         blocks_max = max(1, min(limits.max_save_blocks, limits.max_save_slices // self.shard.layers))

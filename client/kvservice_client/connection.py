@@ -15,7 +15,7 @@ from kvservice_client.attach_stream import Attachment, AttachStream
 from kvservice_client.channel import BLOCKS, Channel
 from kvservice_client.local_directory import LocalDirectory
 from kvservice_client.reports import Reporter
-from kvservice_client.retry import Deadline, retry
+from kvservice_client.retry import SYSTEM_CLOCK, Clock, Deadline, retry
 from kvservice_client.tls import TlsFiles
 
 M = TypeVar("M", bound=Message)
@@ -39,8 +39,15 @@ class Connection:
     """
 
     def __init__(
-        self, address: str, name: str, timeout_s: float, reconnect_wait_s: float, tls: TlsFiles | None = None
+        self,
+        address: str,
+        name: str,
+        timeout_s: float,
+        reconnect_wait_s: float,
+        tls: TlsFiles | None = None,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
+        self.clock = clock
         self.channel = Channel(address, tls)
         self.attach_stream = AttachStream(self.channel, name)
         self.reporter = Reporter(self.channel, name)
@@ -52,7 +59,7 @@ class Connection:
         self.close = weakref.finalize(self, _close, self.attach_stream, self.reporter, self.channel)
 
     def deadline(self, timeout_s: float | None) -> Deadline:
-        return Deadline(self.timeout_s if timeout_s is None else timeout_s)
+        return Deadline(self.timeout_s if timeout_s is None else timeout_s, self.clock)
 
     def ask(self, method: str, request: Message, answer: type[M], deadline: Deadline) -> M:
         """One call of what may run twice, tried again while the daemon restarts."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -91,7 +90,7 @@ class Lease:
         """How long the lease goes on unless it is renewed; 0 once it has ended."""
         if not self._lease_id or not self._connection.attach_stream.is_current(self._attachment):
             return 0.0
-        return max(0.0, self._end_s - time.monotonic())
+        return max(0.0, self._end_s - self._connection.clock.now_s())
 
     def layer_bytes(self, first_block: int = 0, block_count: int | None = None, layer: int | None = None) -> int:
         """The size of one layer of these blocks: what a buffer for `load` must have.
@@ -127,7 +126,7 @@ class Lease:
             order = replace(order, into=self._targets(order, into))
         if timeout_s is None:
             timeout_s = self._connection.timeout_s + order.size_bytes / TRANSFER_BYTES_PER_S_MIN
-        return self._layers(order, Deadline(timeout_s))
+        return self._layers(order, self._connection.deadline(timeout_s))
 
     def view(
         self,
@@ -153,7 +152,7 @@ class Lease:
         order = self._order(first_block, block_count)
         if timeout_s is None:
             timeout_s = self._connection.timeout_s + order.size_bytes / TRANSFER_BYTES_PER_S_MIN
-        deadline = Deadline(timeout_s)
+        deadline = self._connection.deadline(timeout_s)
         self._keep(deadline)
         return self._transports.view(order, deadline, verify)
 
@@ -174,7 +173,7 @@ class Lease:
             self._layout,
             self._shard,
             self.token_counts[first_block:end],
-            self._usable_until_s,
+            self._is_usable,
         )
 
     def _targets(self, order: LoadOrder, into: Sequence[Source]) -> list[Bytes]:
@@ -187,9 +186,9 @@ class Lease:
             for layer, each in enumerate(into)
         ]
 
-    def _usable_until_s(self) -> float:
-        """Until when bytes in place may be used, whether or not the daemon is still there to say so."""
-        return self._end_s - _USE_MARGIN * self._ttl_s if self._lease_id else 0.0
+    def _is_usable(self) -> bool:
+        """Whether bytes in place may still be used, whether or not the daemon is there to say so."""
+        return bool(self._lease_id) and self._connection.clock.now_s() <= self._end_s - _USE_MARGIN * self._ttl_s
 
     def _layers(self, order: LoadOrder, deadline: Deadline) -> Generator[LoadedLayer, None, None]:
         self._keep(deadline)
@@ -274,7 +273,7 @@ class Lease:
     def _renew(self, ttl_s: float, deadline: Deadline) -> None:
         if not self.remaining_s:
             raise self._ended()
-        asked_at_s = time.monotonic()
+        asked_at_s = self._connection.clock.now_s()
         request = pb.RenewLeaseRequest(
             client_id=self._attachment.client_id, lease_id=self._lease_id, ttl_ms=max(1, round(ttl_s * 1e3))
         )

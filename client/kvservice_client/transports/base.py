@@ -37,7 +37,7 @@ class LoadOrder:
     layout: Layout
     shard: Shard  # What was looked up.
     token_counts: Sequence[int]  # Of each block.
-    usable_until_s: Callable[[], float]  # Monotonic: how long bytes in place may be used under the lease.
+    is_usable: Callable[[], bool]  # Whether bytes in place may still be used under the lease.
     first_layer: int = 0  # Those before it are there already.
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Literal, NoReturn, Protocol, Self, runtime_checkable
 
@@ -127,7 +126,7 @@ class InPlace:
         """Behind the last use of bytes: raises LeaseExpired where they may have been others'."""
         if (self._arena.generations(self._offsets) != self._generations).any():
             raise LeaseExpired("blocks left their places while they were read: look the prefix up again")
-        if time.monotonic() > self._order.usable_until_s():
+        if not self._order.is_usable():
             raise LeaseExpired("the lease is all but over: bytes in place are not used any more")
 
     def close(self) -> None:
