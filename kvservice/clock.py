@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Protocol
 
@@ -12,6 +13,9 @@ class Clock(Protocol):
 
     def wall_ms(self) -> int:
         """Milliseconds since 1970, for showing to people and for records."""
+
+    def timeout(self, seconds: float) -> asyncio.Timeout:
+        """As `asyncio.timeout`, by this clock: ``async with`` ends with TimeoutError once so much time has passed."""
 
 
 class SystemClock:
@@ -26,3 +30,6 @@ class SystemClock:
 
     def wall_ms(self) -> int:
         return self._wall_at_start_ms + int((time.monotonic() - self._monotonic_at_start_s) * 1000)
+
+    def timeout(self, seconds: float) -> asyncio.Timeout:
+        return asyncio.timeout(seconds)

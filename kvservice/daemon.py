@@ -17,6 +17,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry
 
@@ -38,7 +39,7 @@ from kvservice.metrics import Heartbeat, MetricsServer
 from kvservice.policy import POLICIES
 from kvservice.rpc.addresses import SocketLock
 from kvservice.rpc.admin import AdminService
-from kvservice.rpc.blocks import BlockService, ServiceLimits
+from kvservice.rpc.blocks import BlockService
 from kvservice.rpc.server import Server, UnixSocket
 from kvservice.rpc.sessions import SessionService
 from kvservice.rpc.tls import Certificates
@@ -48,6 +49,7 @@ from kvservice.store.mover.evictor import Watermarks
 from kvservice.store.recovery import recover
 from kvservice.store.sessions.sessions import SessionLimits
 from kvservice.store.store import BlockStore, StoreLimits
+from kvservice.store.tasks import Tasks
 from kvservice.tiers.arena import Arena, without_generations
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.files import FileCalls, file_system_of
@@ -67,52 +69,27 @@ class Daemon:
     def __init__(
         self,
         settings: Settings,
-        store: BlockStore,
+        parts: _StoreParts,
         resources: ExitStack,
-        executor: ThreadPoolExecutor,
         certificates: Certificates | None,
-        files: FileCalls,
     ) -> None:
         """Use `open`."""
         self.settings = settings
         self._certificates = certificates
-        self.store = store
+        self.store, self.counters, self.directory, self._executor = parts
+        self._tasks = Tasks()
         self._resources = resources
-        self._executor = executor
-        self.boot_epoch = store.boot_epoch
+        self.boot_epoch = self.store.boot_epoch
         self.registry = CollectorRegistry()
         self.heartbeat = Heartbeat(self.registry)
         server = settings.server
-        limits = ServiceLimits(
-            version=__version__,
-            boot_epoch=self.boot_epoch,
-            frame_bytes=int(server.frame_bytes),
-            keys_max=server.keys_max,
-            loads_max=server.loads_max,
-            saves_max=server.saves_max,
-            transfer_idle_s=server.transfer_idle_s,
-            transfer_slots=server.transfer_slots,
-        )
-        self.directory = ResidencyDirectory(
-            store.blocks,
-            store.index.layouts,
-            store.dram.arena_directory,
-            store_id=store.index.store_id,
-            arena_id=store.dram.arena_id,
-            boot_epoch=self.boot_epoch,
-            bytes_max=int(settings.dram.directory_bytes_max),
-            calls=files,
-        )
-        resources.callback(self.directory.close)
-        admin = AdminService(store, version=__version__, boot_epoch=self.boot_epoch, counters=self._counters)
-        sessions = SessionService(store, keys_max=server.keys_max)
         path = settings.unix_socket_path
         if path is not None:
             resources.callback(SocketLock(path).release)  # The last thing to go: until then the socket is ours.
         self._server = Server(
-            BlockService(store, limits, self.directory),
-            sessions,
-            admin,
+            BlockService(self.store, version=__version__, residency_directory=lambda: self.directory.path),
+            SessionService(self.store),
+            AdminService(self.store, version=__version__, counters=self._counters),
             [server.address],
             frame_bytes=int(server.frame_bytes),
             unix_socket=UnixSocket(path, _SOCKET_MODES[server.unix_socket_access]) if path is not None else None,
@@ -121,7 +98,9 @@ class Daemon:
         self.port = self._server.ports[0]
         self._metrics: MetricsServer | None = None
         if server.metrics_address:
-            self._metrics = MetricsServer(server.metrics_address, store, self.registry, certificates)
+            self._metrics = MetricsServer(
+                server.metrics_address, self.store, self.counters, self.registry, certificates
+            )
         self.metrics_port = self._metrics.port if self._metrics else 0
 
     @classmethod
@@ -133,36 +112,35 @@ class Daemon:
         certificates = Certificates(settings.tls) if settings.tls.certificate else None
         with ExitStack() as opening:
             files = files or FileCalls()
-            store, executor = _open_store(settings, clock or SystemClock(), files, opening)
-            daemon = cls(settings, store, opening, executor, certificates, files)
+            parts = _open_store(settings, clock or SystemClock(), files, opening)
+            daemon = cls(settings, parts, opening, certificates)
             daemon._resources = opening.pop_all()
             return daemon
 
     async def serve(self) -> None:
         """Begin to work and to answer."""
-        self.store.dram.start()
         self.store.start()
         await self._server.start()
         # Objects of the start live for ever: the garbage collector need not look at them again.
         gc.collect()
         gc.freeze()
         _give_back_freed_memory()
-        self.store.tasks.start(self.heartbeat.run(), "heartbeat")
+        self._tasks.start(self.heartbeat.run(), "heartbeat")
         if self._certificates is not None:
-            self.store.tasks.start(self._certificates.watch(self.store.counters), "TLS files")
-        self.store.tasks.start(self.directory.keep(), "residency directory")
+            self._tasks.start(self._certificates.watch(self.counters), "TLS files")
+        self._tasks.start(self.directory.keep(), "residency directory")
         ports = {"port": self.port, "metrics_port": self.metrics_port}
-        log.info("serving", extra={**ports, "blocks": self.store.blocks.live_count, "pid": os.getpid()})
+        log.info("serving", extra={**ports, "blocks": self.store.facts().blocks, "pid": os.getpid()})
 
     async def drain(self) -> None:
         """Let what runs end, while new saves are refused. Returns when all is done or the time is over."""
-        self.store.drain.begin_stop()
+        self.store.begin_stop()
         await self._server.refuse_new_work()
         timeout_s = self.settings.server.drain_timeout_s
         log.info("draining: what runs may take %g s", timeout_s, extra={"timeout_s": timeout_s})
         try:
             async with asyncio.timeout(timeout_s):
-                await self.store.drain.quiet()
+                await self.store.quiet()
         except TimeoutError:
             log.warning("the drain timeout is over; what still runs is cut off")
 
@@ -170,6 +148,7 @@ class Daemon:
         """Stop answering, write what is pending, and let go of everything."""
         await self._server.stop(0.5)
         await self.store.stop()
+        await self._tasks.stop()
         if self._metrics is not None:
             self._metrics.close()
         self._executor.shutdown()
@@ -178,7 +157,7 @@ class Daemon:
 
     def _counters(self) -> dict[str, float]:
         return {
-            **self.store.counters.as_dict(),
+            **self.counters.as_dict(),
             "event_loop_delay_ms_max": self.heartbeat.latest_ms,
             "event_loop_delay_ms_recent": self.heartbeat.recent_ms,
         }
@@ -223,9 +202,14 @@ def _give_back_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _open_store(
-    settings: Settings, clock: Clock, files: FileCalls, opening: ExitStack
-) -> tuple[BlockStore, ThreadPoolExecutor]:
+class _StoreParts(NamedTuple):
+    store: BlockStore
+    counters: Counters
+    directory: ResidencyDirectory
+    executor: ThreadPoolExecutor
+
+
+def _open_store(settings: Settings, clock: Clock, files: FileCalls, opening: ExitStack) -> _StoreParts:
     arena_limit = _arena_limit(settings)
     path = settings.store.path.absolute()
     path.mkdir(parents=True, exist_ok=True)
@@ -287,6 +271,7 @@ def _open_store(
     history = MissReasons(clock, settings.history.events_max)
     blocks = recover(index, {TierName.SSD: ssd, TierName.DRAM: dram} if ssd else {TierName.DRAM: dram}, history)
     executor = ThreadPoolExecutor(max(2, min(settings.server.transfer_slots, 8)), thread_name_prefix="transfer")
+    counters = Counters()
     store = BlockStore(
         blocks,
         dram,
@@ -294,7 +279,7 @@ def _open_store(
         index,
         POLICIES[settings.mover.policy](),
         clock,
-        Counters(),
+        counters,
         executor,
         limits=_limits(settings),
         watermarks={
@@ -303,7 +288,18 @@ def _open_store(
         },
         history=history,
     )
-    return store, executor
+    directory = ResidencyDirectory(
+        blocks,
+        index.layouts,
+        arena.directory,
+        store_id=index.store_id,
+        arena_id=arena.arena_id,
+        boot_epoch=store.boot_epoch,
+        bytes_max=int(settings.dram.directory_bytes_max),
+        calls=files,
+    )
+    opening.callback(directory.close)
+    return _StoreParts(store, counters, directory, executor)
 
 
 def _arena_bytes(settings: Settings) -> int:
@@ -382,4 +378,8 @@ def _limits(settings: Settings) -> StoreLimits:
             flush_s=settings.index.recency_flush_s,
         ),
         writes_in_place=settings.dram.share == "writable",
+        keys_max=settings.server.keys_max,
+        loads_max=settings.server.loads_max,
+        saves_max=settings.server.saves_max,
+        transfer_idle_s=settings.server.transfer_idle_s,
     )

@@ -21,8 +21,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from kvservice.blocks import TierName
-from kvservice.counters import HELP
+from kvservice.counters import HELP, Counters
 from kvservice.rpc.addresses import AddressUnusable, reason
 from kvservice.rpc.tls import Certificates
 from kvservice.store.store import BlockStore
@@ -116,19 +115,20 @@ class _ProcessorWait:
 class StoreCollector(Collector):
     """Reads the store when Prometheus asks, from another thread: plain numbers only."""
 
-    def __init__(self, store: BlockStore) -> None:
+    def __init__(self, store: BlockStore, counters: Counters) -> None:
         self._store = store
+        self._counters = counters
 
     def collect(self) -> Iterator[Metric]:
-        store = self._store
-        for name, value in store.counters.as_dict().items():
+        facts = self._store.facts()
+        for name, value in self._counters.as_dict().items():
             yield CounterMetricFamily(_PREFIX + name, HELP[name], value=value)
         reported = CounterMetricFamily(
             _PREFIX + "requests_reported",
             "Requests whose engine told what became of their history, by plan and outcome.",
             labels=["plan", "outcome"],
         )
-        for (plan, outcome), count in list(store.requests.reported.items()):
+        for (plan, outcome), count in facts.reported.items():
             reported.add_metric([plan, outcome], count)
         yield reported
         capacity = GaugeMetricFamily(_PREFIX + "tier_capacity_bytes", "What extents may take.", labels=["tier"])
@@ -141,29 +141,33 @@ class StoreCollector(Collector):
         refusing = GaugeMetricFamily(_PREFIX + "tier_refusing", "1 while a tier takes no blocks.", labels=["tier"])
         index_used = GaugeMetricFamily(_PREFIX + "index_used_bytes", "Pages in use in a tier's index.", labels=["tier"])
         index_map = GaugeMetricFamily(_PREFIX + "index_map_bytes", "Size of a tier's index.", labels=["tier"])
-        for tier, space in store.lifecycle.tiers.items():
-            capacity.add_metric([tier], space.capacity_bytes)
-            is_dram = tier is TierName.DRAM
-            configured.add_metric([tier], store.dram.configured_bytes if is_dram else space.capacity_bytes)
-            used.add_metric([tier], space.used_bytes)
-            refusing.add_metric([tier], 1 if space.refusing_because else 0)
-        for tier in TierName:
-            index_used.add_metric([tier], store.index.used_bytes(tier))
-            index_map.add_metric([tier], store.index.map_bytes(tier))
+        for tier in facts.tiers:
+            capacity.add_metric([tier.name], tier.capacity_bytes)
+            configured.add_metric([tier.name], tier.configured_bytes)
+            used.add_metric([tier.name], tier.used_bytes)
+            refusing.add_metric([tier.name], 1 if tier.refusing_because else 0)
+        for name in facts.index_map_bytes:
+            index_used.add_metric([name], facts.index_used_bytes[name])
+            index_map.add_metric([name], facts.index_map_bytes[name])
         yield from (capacity, configured, used, refusing, index_used, index_map)
-        yield GaugeMetricFamily(_PREFIX + "blocks", "Stored objects.", value=store.blocks.live_count)
-        yield GaugeMetricFamily(_PREFIX + "clients", "Attached clients.", value=store.leases.client_count)
-        yield GaugeMetricFamily(_PREFIX + "leases", "Leases that run.", value=store.leases.count)
-        yield GaugeMetricFamily(_PREFIX + "uploads", "Blocks being uploaded.", value=len(store.ingests.uploads))
+        yield GaugeMetricFamily(_PREFIX + "blocks", "Stored objects.", value=facts.blocks)
+        yield GaugeMetricFamily(_PREFIX + "clients", "Attached clients.", value=facts.clients)
+        yield GaugeMetricFamily(_PREFIX + "leases", "Leases that run.", value=facts.leases)
+        yield GaugeMetricFamily(_PREFIX + "uploads", "Blocks being uploaded.", value=facts.uploads)
 
 
 class MetricsServer:
     """HTTP for Prometheus, on threads of its own; with TLS where there are `certificates`."""
 
     def __init__(
-        self, address: str, store: BlockStore, registry: CollectorRegistry, certificates: Certificates | None = None
+        self,
+        address: str,
+        store: BlockStore,
+        counters: Counters,
+        registry: CollectorRegistry,
+        certificates: Certificates | None = None,
     ) -> None:
-        registry.register(StoreCollector(store))
+        registry.register(StoreCollector(store, counters))
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         if hasattr(gc, "callbacks"):

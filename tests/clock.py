@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import random
 import time
@@ -25,6 +26,31 @@ class FakeClock:
     def advance(self, *, seconds: float) -> None:
         assert seconds >= 0
         self._seconds += seconds
+
+    def timeout(self, seconds: float) -> asyncio.Timeout:
+        """In real time: most tests of what waits are not about how long."""
+        return asyncio.timeout(seconds)
+
+
+class HandClock(FakeClock):
+    """Waits, too, last until the test has moved the time: nothing ends by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._timeouts: list[tuple[float, asyncio.Timeout]] = []
+
+    def timeout(self, seconds: float) -> asyncio.Timeout:
+        timeout = asyncio.timeout(None if seconds > 0 else 0)
+        self._timeouts.append((self._seconds + seconds, timeout))
+        return timeout
+
+    def advance(self, *, seconds: float) -> None:
+        super().advance(seconds=seconds)
+        for end_s, timeout in self._timeouts:
+            if end_s <= self._seconds:
+                with contextlib.suppress(RuntimeError):  # What it was for has ended before.
+                    timeout.reschedule(asyncio.get_running_loop().time())
+        self._timeouts = [(end_s, timeout) for end_s, timeout in self._timeouts if end_s > self._seconds]
 
 
 class TickingClock(FakeClock):

@@ -13,10 +13,11 @@ import queue
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -24,15 +25,29 @@ from kvservice.blocks import BlockTable, Extent, TierName, object_key
 from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.policy import LruPolicy, Policy
+from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import DEFAULT_TENANT, Caller
 from kvservice.store.directory import ResidencyDirectory
-from kvservice.store.leases import Client, Lease
+from kvservice.store.leases import Client, Lease, Leases
+from kvservice.store.loop_budget import LoopBudget
 from kvservice.store.miss_reasons import MissReasons
-from kvservice.store.mover.evictor import Watermarks
+from kvservice.store.mover.evictor import Evictor, Watermarks
+from kvservice.store.mover.promoter import Promoter
+from kvservice.store.mover.write_behind import WriteBehind
+from kvservice.store.operations.drain import Drain
+from kvservice.store.operations.explain import Explain
+from kvservice.store.operations.requests import Requests
+from kvservice.store.operations.scrub import Scrub
 from kvservice.store.recovery import recover
+from kvservice.store.sessions.sessions import Sessions
 from kvservice.store.store import BlockStore, StoreLimits
-from kvservice.store.transfers.reads import Part
-from kvservice.store.transfers.upload import Ingest, SaveOutcome
+from kvservice.store.tasks import Tasks
+from kvservice.store.tickets import Tickets
+from kvservice.store.transfers.claims import Claims
+from kvservice.store.transfers.in_place_uploads import InPlaceUploads
+from kvservice.store.transfers.reads import Part, Reads
+from kvservice.store.transfers.upload import SaveOutcome, Upload, Uploads
+from kvservice.store.types import Located, NotInPlace, SaveHeader, Span
 from kvservice.tiers.arena import Arena
 from kvservice.tiers.base import Tier
 from kvservice.tiers.dram import DramTier
@@ -44,6 +59,8 @@ from kvservice_api.keys import BlockChain, block_chain
 from kvservice_api.layout import Layout, Shard
 from kvservice_api.residency_directory import HEADER_BYTES, IN_DRAM, ON_SSD, SLOT, Header, State
 from tests.clock import FakeClock
+
+T = TypeVar("T")
 
 KIB, MIB = 2**10, 2**20
 
@@ -91,9 +108,8 @@ class StoreFiles:
         """Open the store, or create it. Needs a running event loop."""
         opened = OpenStore(self)
         if started:
-            opened.store.dram.start()
             opened.store.start()
-            opened.store.tasks.start(opened.directory.keep(), "residency directory")
+            opened.tasks.start(opened.directory.keep(), "residency directory")
         return opened
 
     def lose_power(self) -> None:
@@ -146,14 +162,16 @@ class OpenStore:
         tiers[TierName.DRAM] = self.dram
         self.executor = ThreadPoolExecutor(2)
         history = MissReasons(files.clock, files.history_events)
+        self.blocks = recover(self.index, tiers, history)
+        self.counters = Counters()
         self.store = BlockStore(
-            recover(self.index, tiers, history),
+            self.blocks,
             self.dram,
             self.ssd,
             self.index,
             files.policy,
             files.clock,
-            Counters(),
+            self.counters,
             self.executor,
             limits=files.limits,
             watermarks=dict.fromkeys(TierName, files.watermarks),
@@ -161,7 +179,7 @@ class OpenStore:
         )
 
         self.directory = ResidencyDirectory(
-            self.store.blocks,
+            self.blocks,
             self.index.layouts,
             self.arena.directory,
             store_id=self.index.store_id,
@@ -185,7 +203,7 @@ class OpenStore:
                     environment._queue.get_nowait()
         self.index.close()  # The commit that runs may end.
         logging.disable()  # What is cut off complains about the index.
-        await self.store.tasks.stop()
+        await self.tasks.stop()
         logging.disable(logging.NOTSET)
         self._let_go()
 
@@ -196,6 +214,76 @@ class OpenStore:
         if self.ssd is not None:
             self.ssd.close()
         self.arena.close()
+
+    # Parts of the store, for the tests of each of them. What clients and operators do goes through `store`.
+
+    @property
+    def tasks(self) -> Tasks:
+        return self.store._tasks
+
+    @property
+    def loop_budget(self) -> LoopBudget:
+        return self.store._loop_budget
+
+    @property
+    def block_lifecycle(self) -> BlockLifecycle:
+        return self.store._lifecycle
+
+    @property
+    def evictor(self) -> Evictor:
+        return self.store._evictor
+
+    @property
+    def write_behind(self) -> WriteBehind | None:
+        return self.store._write_behind
+
+    @property
+    def promoter(self) -> Promoter | None:
+        return self.store._promoter
+
+    @property
+    def leases(self) -> Leases:
+        return self.store._leases
+
+    @property
+    def tickets(self) -> Tickets:
+        return self.store._tickets
+
+    @property
+    def claims(self) -> Claims:
+        return self.uploads.claims
+
+    @property
+    def uploads(self) -> Uploads:
+        return self.store._uploads
+
+    @property
+    def in_place_uploads(self) -> InPlaceUploads:
+        return self.store._in_place_uploads
+
+    @property
+    def reads(self) -> Reads:
+        return self.store._reads
+
+    @property
+    def scrub(self) -> Scrub:
+        return self.store._scrub
+
+    @property
+    def sessions(self) -> Sessions:
+        return self.store._sessions
+
+    @property
+    def requests(self) -> Requests:
+        return self.store._requests
+
+    @property
+    def explain(self) -> Explain:
+        return self.store._explain
+
+    @property
+    def drain(self) -> Drain:
+        return self.store._drain
 
     # What tests ask and do often
 
@@ -219,7 +307,7 @@ class OpenStore:
 
     def extents(self, tier: TierName) -> dict[int, Extent]:
         """Row -> where it lies in `tier`, forgotten rows that are still held included."""
-        blocks = self.store.blocks
+        blocks = self.blocks
         rows = np.flatnonzero(blocks.resident(tier)).tolist()
         return {row: extent for row in rows if (extent := blocks.extent(row, tier)) is not None}
 
@@ -231,7 +319,7 @@ class OpenStore:
         return {key: Extent(*place) for key, place in zip(found.keys, places, strict=True)}
 
     def lifecycle(self, key: bytes, shard: Shard = WHOLE) -> set[TierName]:
-        blocks = self.store.blocks
+        blocks = self.blocks
         row = blocks.row_of(key, shard)
         return {tier for tier in TierName if row >= 0 and blocks.is_resident(row, tier)}
 
@@ -247,10 +335,10 @@ class OpenStore:
         caller: Caller | None = None,
     ) -> SaveOutcome:
         """`images`: of each block all its slices, one after the other."""
-        async with self.begin_save(client, chain, shard=shard, layout=layout, caller=caller) as ingest:
+        async with self.begin_save(client, chain, shard=shard, layout=layout, caller=caller) as upload:
             for frame in frames_of(layout, shard, chain, images):
-                ingest.write(frame)
-            return await ingest.commit(checksums_of(shard, images), on_ssd=on_ssd)
+                upload.write(frame)
+            return await upload.commit(checksums_of(shard, images), on_ssd=on_ssd)
 
     def begin_save(
         self,
@@ -260,20 +348,28 @@ class OpenStore:
         shard: Shard = WHOLE,
         layout: Layout = LAYOUT,
         caller: Caller | None = None,
-    ) -> Ingest:
+    ) -> Upload:
         """By `caller`, which is by default the one that names the client."""
         caller = caller_of(client) if caller is None else caller
-        return self.store.begin_save(
-            caller, layout.fingerprint, shard, chain.parent, chain.keys, chain.token_counts[-1]
-        )
+        return self.store.save(caller, header_of(chain, shard=shard, layout=layout))
+
+    def narrowed(self, client: Client, lease: Lease, shard: Shard) -> Awaitable[Lease]:
+        """The lease as one of this shard, as a load of the shard has it."""
+        return self.store._narrowed_lease(caller_of(client), lease.lease_id, shard)
+
+    def locate(
+        self, client: Client, lease: Lease, *, verify: bool = False
+    ) -> AsyncGenerator[Located | NotInPlace | int, None]:
+        """Of all blocks of the lease."""
+        return self.store.locate(caller_of(client), lease.lease_id, None, Span(), verify=verify)
 
     def lookup(
         self, client: Client, keys: Sequence[bytes], *, shard: Shard = WHOLE, layout: Layout = LAYOUT, ttl_s: float = 30
     ) -> Lease | None:
-        return self.store.lookup(caller_of(client), layout.fingerprint, shard, keys, ttl_s).lease
+        return at_once(self.store.lookup(caller_of(client), layout.fingerprint, shard, keys, ttl_s)).lease
 
     def hits(self, keys: Sequence[bytes], *, shard: Shard = WHOLE, layout: Layout = LAYOUT) -> int:
-        return self.store.lookup(CALLER, layout.fingerprint, shard, keys, 0).blocks
+        return at_once(self.store.lookup(CALLER, layout.fingerprint, shard, keys, 0)).blocks
 
     async def load(self, lease: Lease, blocks: range | None = None, layers: range | None = None) -> list[bytes]:
         """The asked-for layers of the asked-for blocks: of each layer all blocks' bytes, one after the other."""
@@ -289,24 +385,24 @@ class OpenStore:
         def encode(part: Part) -> tuple[int, bytes]:
             return part.layer, b"".join(part.runs)
 
-        return self.store.loads.run(CALLER, lease, blocks, layers, encode)
+        return self.reads.run(CALLER, lease, blocks, layers, encode)
 
     async def settle(self) -> None:
         """Wait until everything that runs in the background has ended."""
-        if self.store.write_behind is not None:
-            await self.store.write_behind.idle()
+        if self.write_behind is not None:
+            await self.write_behind.idle()
         await until(lambda: not self.unsettled())
 
     def unsettled(self) -> str:
         """In which way space, table and records do not agree yet; empty where they do."""
         tiers = [TierName.DRAM, TierName.SSD] if self.ssd else [TierName.DRAM]
-        blocks = self.store.blocks
+        blocks = self.blocks
         for tier in tiers:
             extents = self.extents(tier)
             lent = list(extents.values())
             if tier is TierName.DRAM:
-                lent += self.uploads()
-            used = self.store.lifecycle.tiers[tier].used_bytes
+                lent += self.lent()
+            used = self.block_lifecycle.tiers[tier].used_bytes
             if used != sum(extent.size_bytes for extent in lent):
                 return f"{tier}: {used} bytes are in use, and the table knows of {sum(e.size_bytes for e in lent)}"
             if self.index.load(tier).damaged:
@@ -317,10 +413,24 @@ class OpenStore:
                 return f"{tier}: records and table differ in {recorded.items() ^ known.items()}"
         return ""
 
-    def uploads(self) -> list[Extent]:
+    def lent(self) -> list[Extent]:
         """The space that unfinished saves have."""
-        queues = self.store.ingests.uploads.values()
-        return [upload.extent for uploads in queues for upload in uploads if upload.extent is not None]
+        return [place.extent for upload in self.uploads.open for place in upload.places]
+
+
+def at_once(work: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine that does not wait, such as a lookup of few keys."""
+    try:
+        work.send(None)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    raise AssertionError("it waits")
+
+
+def header_of(chain: BlockChain, *, shard: Shard | None = WHOLE, layout: Layout = LAYOUT) -> SaveHeader:
+    """What a save of this chain says first."""
+    return SaveHeader(layout.fingerprint, shard, chain.parent, chain.keys, chain.token_counts[-1])
 
 
 def some_chain(blocks: int, *, seed: int = 0, tail_tokens: int = 0, layout: Layout = LAYOUT) -> BlockChain:

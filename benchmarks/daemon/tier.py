@@ -11,6 +11,7 @@ import os
 import secrets
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from kvservice.blocks import TierName
 from kvservice.config import load_settings
 from kvservice.daemon import Daemon, tune_process
 from kvservice.store.caller import DEFAULT_TENANT, Caller
-from kvservice.store.leases import Client
 from kvservice.store.store import BlockStore
+from kvservice.store.types import Client, SaveHeader, TierFacts
 from kvservice_api.frames import Frame
 from kvservice_api.image import checksum
 from kvservice_api.keys import block_chain
@@ -65,35 +66,40 @@ async def _run(directory: Path, arena: str, size_bytes: int) -> dict[str, Any]:
 
 async def _measure(daemon: Daemon, block_count: int) -> dict[str, Any]:
     store = daemon.store
-    assert store.write_behind is not None and store.ssd is not None
-    store.dram.start()
+    store.start()
     needed_bytes = (block_count + 2) * _BLOCK_BYTES
-    while store.dram.capacity_bytes < needed_bytes and not store.dram.short_because:  # noqa: ASYNC110  (once)
+    while not _has_room(store.facts().tiers, needed_bytes):  # noqa: ASYNC110  (once)
         await asyncio.sleep(0.01)
     await store.open_layout(_CALLER, _LAYOUT)
-    client = store.leases.attach(_CALLER, "bench")
-    store.write_behind.start()
+    client = store.attach(_CALLER, "bench")
     for turn in range(2):
         # The first pass over a new file converts its preallocated blocks: only the second one is counted.
         keys = await _fill(store, client, block_count, first_token=turn)
         started = time.perf_counter()
-        store.write_behind.add(store.blocks.rows_of_keys(keys).tolist())
-        await store.write_behind.idle()
+        async for _ in store.operators.drain(_CALLER):  # It ends when all are written.
+            pass
         write_s = time.perf_counter() - started
+        store.operators.undrain(_CALLER)
         await store.evict(_CALLER, keys, TierName.DRAM)
         started = time.perf_counter()
         outcome = await store.prefetch(_CALLER, keys, within_s=0, wait=True)
         read_s = time.perf_counter() - started
         assert outcome.promoted == block_count, outcome
-        await store.discard(_CALLER, keys)
-    store.leases.detach(_CALLER, client)
+        await store.operators.discard(_CALLER, keys)
+    store.detach(_CALLER, client)
     moved = block_count * _BLOCK_BYTES
     return {
         "write_gbps": moved / write_s / 1e9,
         "read_gbps": moved / read_s / 1e9,
-        "is_direct": store.ssd.is_direct,
+        "is_direct": any(tier.is_direct for tier in store.facts().tiers),
         "io_threads": daemon.settings.ssd.io_threads,
     }
+
+
+def _has_room(tiers: Sequence[TierFacts], size_bytes: int) -> bool:
+    """Whether DRAM has grown to this size, or will not grow any more."""
+    (dram,) = (tier for tier in tiers if tier.name is TierName.DRAM)
+    return dram.capacity_bytes >= size_bytes or bool(dram.short_because)
 
 
 async def _fill(store: BlockStore, client: Client, block_count: int, *, first_token: int) -> list[bytes]:
@@ -104,14 +110,13 @@ async def _fill(store: BlockStore, client: Client, block_count: int, *, first_to
     sums = np.full(block_count * _LAYOUT.layers, checksum(payload), np.uint64)
     fingerprint = _LAYOUT.fingerprint
     parent = secrets.token_bytes(32)
-    async with store.begin_save(
-        replace(_CALLER, client=client.client_id), fingerprint, None, parent, chain.keys, 0
-    ) as ingest:
+    header = SaveHeader(fingerprint, None, parent, chain.keys, 0)
+    async with store.save(replace(_CALLER, client=client.client_id), header) as upload:
         for block in range(block_count):
             for layer in range(_LAYOUT.layers):
-                ingest.write(Frame(layer, block, 0, payload))
+                upload.write(Frame(layer, block, 0, payload))
             await asyncio.sleep(0)
         # Not queued for write-behind yet: the clock is not running.
-        outcome = await ingest.commit(sums, on_ssd=False, then_write=False)
+        outcome = await upload.commit(sums, on_ssd=False, then_write=False)
     assert len(outcome.stored) == block_count, outcome
     return list(chain.keys)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from kvservice.rpc.interceptors import Context
 from kvservice.store.caller import DEFAULT_TENANT, Caller
-from kvservice.store.leases import Leases
+from kvservice.store.store import BlockStore
 from kvservice_api.errors import UnknownClient
 
 _LOCAL = "local"
@@ -17,14 +17,14 @@ _NAMES = ("peer_spiffe_id", "x509_subject", "x509_subject_alternative_name", "x5
 
 
 class Callers:
-    """Makes callers. `leases` knows which clients are attached."""
+    """Makes callers. The store knows which clients are attached."""
 
-    def __init__(self, leases: Leases) -> None:
-        self._leases = leases
+    def __init__(self, store: BlockStore) -> None:
+        self._store = store
 
     def of(self, context: Context, client_id: bytes = b"") -> Caller:
         """The caller of a request that names this client, or none. Raises UnknownClient where it is not attached."""
-        if client_id and not self._leases.is_attached(client_id):
+        if client_id and not self._store.is_attached(client_id):
             raise UnknownClient("no attached client has this id: attach, then ask again", field="client_id")
         return Caller(principal(context.peer(), context.auth_context()), DEFAULT_TENANT, client_id)
 

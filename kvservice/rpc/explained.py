@@ -2,81 +2,74 @@
 
 from __future__ import annotations
 
-from google.protobuf.timestamp_pb2 import Timestamp
+from collections.abc import Sequence
 
 from kvservice.blocks import TierName
-from kvservice.index.session_records import Manifest
+from kvservice.rpc.messages import residency_runs
 from kvservice.rpc.reports import report_message
-from kvservice.store.caller import Caller
-from kvservice.store.miss_reasons import Event
-from kvservice.store.operations.drain import DrainProgress
-from kvservice.store.operations.explain import ExplainedLookup, Missing, OtherLayout
-from kvservice.store.operations.requests import LoadRecord
-from kvservice.store.sessions.messages import session_message
-from kvservice.store.store import BlockStore
-from kvservice_api.layout import Shard
+from kvservice.rpc.session_messages import session_message
+from kvservice.rpc.timestamps import known_timestamp, timestamp
+from kvservice.store.types import (
+    BlockFacts,
+    DrainProgress,
+    Event,
+    ExplainedBlock,
+    ExplainedLookup,
+    ExplainedRequest,
+    ExplainedSession,
+    LoadRecord,
+    Missing,
+    OtherLayout,
+    TierPlace,
+)
 from kvservice_api.v1 import admin_pb2 as pb
-from kvservice_api.v1 import blocks_pb2, types_pb2
+from kvservice_api.v1 import types_pb2
 
 _TIERS = {None: types_pb2.TIER_UNSPECIFIED, TierName.DRAM: types_pb2.TIER_DRAM, TierName.SSD: types_pb2.TIER_SSD}
 
 
-def timestamp(wall_ms: int) -> Timestamp:
-    return Timestamp(seconds=wall_ms // 1000, nanos=wall_ms % 1000 * 1_000_000)
-
-
-def _known(wall_ms: int) -> Timestamp | None:
-    """None where 0 stands for a time that is not known."""
-    return timestamp(wall_ms) if wall_ms else None
-
-
-def stored_block(store: BlockStore, row: int) -> pb.StoredBlock:
-    blocks = store.blocks
-    pinned_until_ms = int(blocks.pinned_until_ms[row])
+def stored_block(facts: BlockFacts) -> pb.StoredBlock:
     return pb.StoredBlock(
-        key=blocks.key_of(row),
-        parent_key=blocks.parent_key[row].tobytes(),
-        layout_fingerprint=store.index.layouts[int(blocks.layout_id[row])].fingerprint,
-        shard=blocks.shard_of(row).to_proto(),
-        token_count=int(blocks.token_count[row]),
-        size_bytes=int(blocks.size_bytes[row]),
-        in_dram=blocks.is_resident(row, TierName.DRAM),
-        on_ssd=blocks.is_resident(row, TierName.SSD),
-        stored_at=timestamp(int(blocks.stored_at_ms[row])),
-        used_at=timestamp(int(blocks.used_at_ms[row])),
-        hits=int(blocks.hits[row]),
-        leases=int(blocks.leases[row]),
-        pinned_until=timestamp(pinned_until_ms) if pinned_until_ms > store.clock.wall_ms() else None,
+        key=facts.key,
+        parent_key=facts.parent_key,
+        layout_fingerprint=facts.layout.fingerprint,
+        shard=facts.shard.to_proto(),
+        token_count=facts.token_count,
+        size_bytes=facts.size_bytes,
+        in_dram=TierName.DRAM in facts.tiers,
+        on_ssd=TierName.SSD in facts.tiers,
+        stored_at=timestamp(facts.stored_at_ms),
+        used_at=timestamp(facts.used_at_ms),
+        hits=facts.hits,
+        leases=facts.leases,
+        pinned_until=known_timestamp(facts.pinned_until_ms),
     )
 
 
-def block(store: BlockStore, caller: Caller, key: bytes) -> pb.ExplainedBlock:
-    explain = store.explain
-    rows = explain.rows(caller, key)
-    answer = pb.ExplainedBlock(
+def block(key: bytes, found: ExplainedBlock) -> pb.ExplainedBlock:
+    return pb.ExplainedBlock(
         key=key,
-        shards=[_shard(store, caller, row) for row in rows],
-        events=[_event(event) for event in explain.events(caller, key)],
-        remembers_since=timestamp(explain.remembers_since_ms),
+        shards=[_shard(facts, places) for facts, places in found.shards],
+        events=[_event(event) for event in found.events],
+        remembers_since=timestamp(found.remembers_since_ms),
+        layout=found.shards[0][0].layout.to_proto() if found.shards else None,
+        miss=_miss(found.missing) if found.missing is not None else None,
     )
-    if rows:
-        answer.layout.CopyFrom(store.index.layouts[int(store.blocks.layout_id[rows[0]])].to_proto())
-    else:
-        answer.miss.CopyFrom(_miss(explain.missing(caller, key)))
-        answer.remembers_since.CopyFrom(answer.miss.remembers_since)  # With the history off it is the time of reading.
-    return answer
 
 
-def _shard(store: BlockStore, caller: Caller, row: int) -> pb.ExplainedShard:
-    places = [
-        pb.Place(
-            tier=_TIERS[place.tier],
-            arrival=f"ARRIVAL_{place.arrival.name}",
-            since=_known(place.since_ms),
-        )
-        for place in store.explain.places(caller, row)
-    ]
-    return pb.ExplainedShard(block=stored_block(store, row), places=places, holds=int(store.blocks.holds[row]))
+def _shard(facts: BlockFacts, places: Sequence[TierPlace]) -> pb.ExplainedShard:
+    return pb.ExplainedShard(
+        block=stored_block(facts),
+        places=[
+            pb.Place(
+                tier=_TIERS[place.tier],
+                arrival=f"ARRIVAL_{place.arrival.name}",
+                since=known_timestamp(place.since_ms),
+            )
+            for place in places
+        ],
+        holds=facts.holds,
+    )
 
 
 def _event(event: Event) -> pb.BlockEvent:
@@ -86,7 +79,7 @@ def _event(event: Event) -> pb.BlockEvent:
         tier=_TIERS[event.tier],
         detail=event.word,
         last_copy=event.last_copy,
-        pin_ended_at=_known(event.pin_ended_ms),
+        pin_ended_at=known_timestamp(event.pin_ended_ms),
     )
 
 
@@ -99,15 +92,14 @@ def _miss(missing: Missing) -> pb.Miss:
         remembers_since=timestamp(missing.remembers_since_ms),
         dram_emptied_at=timestamp(emptied.at_ms) if emptied is not None else None,
         dram_emptied_because=emptied.why if emptied is not None else "",
-        stored_since=_known(missing.stored_since_ms),
+        stored_since=known_timestamp(missing.stored_since_ms),
     )
 
 
-def request(store: BlockStore, caller: Caller, request_id: str) -> pb.ExplainedRequest:
-    found = store.requests.get(caller, request_id)
+def request(request_id: str, found: ExplainedRequest) -> pb.ExplainedRequest:
     return pb.ExplainedRequest(
         request_id=request_id,
-        lookups=[_lookup(each) for each in store.explain.lookups(caller, found)],
+        lookups=[_lookup(each) for each in found.lookups],
         lookups_more=found.lookups_more,
         reports=[
             pb.ExplainedReport(at=timestamp(each.began_ms), report=report_message(request_id, each))
@@ -117,24 +109,16 @@ def request(store: BlockStore, caller: Caller, request_id: str) -> pb.ExplainedR
     )
 
 
-def session(store: BlockStore, caller: Caller, session_id: str) -> list[pb.ExplainedSession]:
-    """One a layout."""
-    return [_session(store, caller, manifest) for manifest in store.sessions.find_by_id(caller, session_id)]
-
-
-def _session(store: BlockStore, caller: Caller, manifest: Manifest) -> pb.ExplainedSession:
-    layout = store.index.layouts[manifest.layout_id]
-    usable, runs = store.usable_history(caller, manifest, Shard.whole(layout))
-    answer = pb.ExplainedSession(
-        session=session_message(manifest, layout, bytes_max=0),
-        layout=layout.to_proto(),
+def session(found: ExplainedSession) -> pb.ExplainedSession:
+    stored, usable, runs = found.history
+    return pb.ExplainedSession(
+        session=session_message(stored, bytes_max=0),
+        layout=stored.layout.to_proto(),
         usable_slices=usable,
-        usable_tokens=int(manifest.slices["token_count"][:usable].sum()),
-        runs=[blocks_pb2.ResidencyRun(count=count, dram=dram, ssd=ssd) for count, dram, ssd in runs],
+        usable_tokens=int(stored.manifest.slices["token_count"][:usable].sum()),
+        runs=residency_runs(runs),
+        miss=_miss(found.missing) if found.missing is not None else None,
     )
-    if usable < len(manifest.slices):
-        answer.miss.CopyFrom(_miss(store.explain.missing(caller, manifest.slices["key"][usable].tobytes())))
-    return answer
 
 
 def _lookup(lookup: ExplainedLookup) -> pb.ExplainedLookup:

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 
 from google.protobuf.message import Message
 
-from kvservice.store.operations.requests import ReportRecord
+from kvservice.store.types import ReportRecord
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.v1 import blocks_pb2 as pb
 
 _TEXT_BYTES_MAX = 200
 _TEXTS = ("client_name", "plan_reason", "outcome_reason", "tier", "transport")
+_COUNTS = ("history_tokens", "new_tokens", "loaded_tokens", "computed_tokens", "loaded_bytes")
+_TIMES = ("estimates", "times")  # Messages: of each the fields that are there are kept, by name.
 _AGO_MS_MAX = 30 * 86_400_000
 _PLANS: Mapping[pb.RequestPlan, str] = {
     pb.REQUEST_PLAN_UNSPECIFIED: "none",
@@ -43,20 +45,10 @@ def report_record(report: pb.RequestReport, now_ms: int) -> ReportRecord:
     return ReportRecord(
         report_id=report.report_id,
         began_ms=max(0, now_ms - min(report.ago_ms, _AGO_MS_MAX)),
-        client=report.client_name,
         plan=_PLANS[report.plan],
-        plan_reason=report.plan_reason,
         outcome=_OUTCOMES[report.outcome],
-        outcome_reason=report.outcome_reason,
-        history_tokens=report.history_tokens,
-        new_tokens=report.new_tokens,
-        loaded_tokens=report.loaded_tokens,
-        computed_tokens=report.computed_tokens,
-        loaded_bytes=report.loaded_bytes,
-        tier=report.tier,
-        transport=report.transport,
-        estimates_ms=_durations(report.estimates),
-        times_ms=_durations(report.times),
+        told={name: getattr(report, name) for name in (*_TEXTS, *_COUNTS)}
+        | {name: _durations(getattr(report, name)) for name in _TIMES},
     )
 
 
@@ -73,18 +65,7 @@ def report_message(request_id: str, record: ReportRecord) -> pb.RequestReport:
     return pb.RequestReport(
         report_id=record.report_id,
         request_id=request_id,
-        client_name=record.client,
         plan=_PLAN_NUMBERS[record.plan],
-        plan_reason=record.plan_reason,
         outcome=_OUTCOME_NUMBERS[record.outcome],
-        outcome_reason=record.outcome_reason,
-        history_tokens=record.history_tokens,
-        new_tokens=record.new_tokens,
-        loaded_tokens=record.loaded_tokens,
-        computed_tokens=record.computed_tokens,
-        loaded_bytes=record.loaded_bytes,
-        tier=record.tier,
-        transport=record.transport,
-        estimates=pb.PlanEstimates(**record.estimates_ms),
-        times=pb.RequestTimes(**record.times_ms),
+        **record.told,
     )

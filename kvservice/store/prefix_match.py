@@ -20,6 +20,8 @@ from kvservice.store.transfers.coverage import cover
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.layout import Shard
 
+Run = tuple[int, bool, bool]  # Count of consecutive blocks, whether they are in DRAM, whether they are on SSD.
+
 _NOTHING = np.empty(0, np.int64)
 _PARTS_A_TURN = 512  # Two milliseconds of the event loop.
 
@@ -147,3 +149,15 @@ def _usable(blocks: BlockTable, rows: Rows, layout_id: int) -> NDArray[np.bool_]
 def _leading(good: NDArray[np.bool_]) -> int:
     """How many are good up to the first that is not."""
     return len(good) if good.all() else int(good.argmin())
+
+
+def runs_of(blocks: BlockTable, rows: Rows) -> list[Run]:
+    """Where consecutive rows lie."""
+    if not len(rows):
+        return []
+    dram = blocks.dram_offset[rows] >= 0
+    ssd = blocks.ssd_offset[rows] >= 0
+    changes = np.flatnonzero((dram[1:] != dram[:-1]) | (ssd[1:] != ssd[:-1])) + 1
+    starts = [0, *changes.tolist()]
+    ends = [*changes.tolist(), len(rows)]
+    return [(end - start, bool(dram[start]), bool(ssd[start])) for start, end in zip(starts, ends, strict=True)]

@@ -1,6 +1,7 @@
-"""The store as its users see it: layouts, lookups, leases, loads, saves, and what operators ask.
+"""The store's facade: what clients ask of it. What operators ask is in ``operations/operators.py``.
 
-Everything is called on the event loop's thread. Keys in, rows inside, bytes out.
+A verb takes its caller first. Everything is called on the event loop's thread, but for `BlockStore.facts`. Keys in,
+bytes out; the parts behind the verbs are private.
 """
 
 from __future__ import annotations
@@ -8,53 +9,79 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence, Sized
 from concurrent.futures import Executor
+from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from kvservice.blocks import NO_ROW, BlockTable, Rows, TierName
+from kvservice.blocks import NO_ROW, BlockTable, TierName
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
-from kvservice.index.session_records import Manifest
 from kvservice.policy.base import Policy
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.store.leases import Client, Lease, Leases
-from kvservice.store.loop_budget import LoopBudget
+from kvservice.store.loop_budget import LoopBudget, parts_of
 from kvservice.store.miss_reasons import MissReasons, Reason
 from kvservice.store.mover.evictor import Evictor, Watermarks
 from kvservice.store.mover.promoter import Promoter
 from kvservice.store.mover.write_behind import WriteBehind
 from kvservice.store.operations.drain import Drain
 from kvservice.store.operations.explain import Explain
+from kvservice.store.operations.listings import Listings
+from kvservice.store.operations.operators import Operators
 from kvservice.store.operations.pins import Pins
 from kvservice.store.operations.requests import Requests
 from kvservice.store.operations.scrub import Scrub
-from kvservice.store.prefix_match import Found, find, narrowed
+from kvservice.store.prefix_match import Found, find, narrowed, runs_of
 from kvservice.store.sessions.sessions import SessionLimits, Sessions
 from kvservice.store.tasks import Tasks
 from kvservice.store.tickets import Tickets
-from kvservice.store.transfers.in_place_reads import Locates
-from kvservice.store.transfers.in_place_uploads import Reservations
-from kvservice.store.transfers.reads import Loads
-from kvservice.store.transfers.upload import Ingest, Ingests, SaveRequest
+from kvservice.store.transfers.admission import Admission
+from kvservice.store.transfers.in_place_reads import InPlaceReads
+from kvservice.store.transfers.in_place_uploads import InPlaceUploads
+from kvservice.store.transfers.reads import Reads
+from kvservice.store.transfers.upload import SaveRequest, Uploads
+from kvservice.store.transfers.upload import Upload as Upload
+from kvservice.store.types import (
+    Adopted,
+    EvictOutcome,
+    Hit,
+    Incoming,
+    Located,
+    NotInPlace,
+    Part,
+    Place,
+    PrefetchOutcome,
+    ReportRecord,
+    SaveHeader,
+    SaveOutcome,
+    SessionHistory,
+    SharedArena,
+    Span,
+    StoredSession,
+    StoreFacts,
+    TierFacts,
+    Turn,
+)
 from kvservice.tiers.base import Tier
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.ssd import SsdTier
-from kvservice_api.errors import Draining, InvalidRequest, KVError, UnknownLayout
+from kvservice_api.errors import Draining, InvalidRequest, KVError, Overloaded, UnknownLayout
 from kvservice_api.keys import KEY_BYTES
 from kvservice_api.layout import Layout, Shard
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Sized)
 
 _EXPIRE_EVERY_S = 0.25
-_PART = 256
 _LOOKUP_PART = 512
 
 
@@ -79,27 +106,10 @@ class StoreLimits:
     requests_remembered: int = 4096
     session: SessionLimits = field(default_factory=SessionLimits)
     writes_in_place: bool = True
-
-
-class Hit(NamedTuple):
-    """The answer to a lookup. `runs` are (count, in DRAM, on SSD) over the leading hits."""
-
-    blocks: int
-    runs: list[tuple[int, bool, bool]]
-    lease: Lease | None
-
-
-class PrefetchOutcome(NamedTuple):
-    missing: int
-    in_dram: int
-    promoted: int
-    failed: int
-
-
-class EvictOutcome(NamedTuple):
-    evicted: int
-    held: int
-    missing: int
+    keys_max: int = 16_384
+    loads_max: int = 256
+    saves_max: int = 256
+    transfer_idle_s: float = 60.0
 
 
 class BlockStore:
@@ -118,130 +128,243 @@ class BlockStore:
         watermarks: dict[TierName, Watermarks],
         history: MissReasons | None = None,
     ) -> None:
-        self.blocks = blocks
-        self.dram = dram
-        self.ssd = ssd
-        self.index = index
-        self.clock = clock
-        self.counters = counters
+        self._blocks = blocks
+        self._dram = dram
+        self._ssd = ssd
+        self._index = index
+        self._clock = clock
+        self._counters = counters
         self.limits = limits
-        self.history = MissReasons(clock, 0) if history is None else history
-        self.tasks = Tasks()
-        self.loop_budget = LoopBudget()
+        self._history = MissReasons(clock, 0) if history is None else history
+        self._admission = Admission(
+            clock,
+            loads_max=limits.loads_max,
+            saves_max=limits.saves_max,
+            slots=limits.transfer_slots,
+            idle_s=limits.transfer_idle_s,
+            frame_bytes=limits.frame_bytes,
+        )
+        self._tasks = Tasks()
+        self._loop_budget = LoopBudget()
         tiers: dict[TierName, Tier] = {TierName.DRAM: dram}
         if ssd is not None:
             tiers[TierName.SSD] = ssd
-        self.lifecycle = BlockLifecycle(blocks, tiers, index, counters, self.tasks, self.history)
-        self.evictor = Evictor(
-            self.lifecycle,
+        self._lifecycle = BlockLifecycle(blocks, tiers, index, counters, self._tasks, self._history)
+        self._evictor = Evictor(
+            self._lifecycle,
             policy,
             clock,
-            self.tasks,
+            self._tasks,
             watermarks={tier: watermarks[tier] for tier in tiers},
             wait_s=limits.reserve_wait_s,
         )
-        self.write_behind: WriteBehind | None = None
-        self.promoter: Promoter | None = None
+        self._write_behind: WriteBehind | None = None
+        self._promoter: Promoter | None = None
         if ssd is not None:
-            shared = (self.lifecycle, self.evictor, dram, ssd, policy, clock, counters, self.tasks, self.loop_budget)
-            self.write_behind = WriteBehind(*shared, writes_in_flight=limits.writes_in_flight)
-            self.promoter = Promoter(*shared, reads_in_flight=limits.reads_in_flight)
-        self.leases = Leases(
-            self.lifecycle,
+            shared = (
+                self._lifecycle,
+                self._evictor,
+                dram,
+                ssd,
+                policy,
+                clock,
+                counters,
+                self._tasks,
+                self._loop_budget,
+            )
+            self._write_behind = WriteBehind(*shared, writes_in_flight=limits.writes_in_flight)
+            self._promoter = Promoter(*shared, reads_in_flight=limits.reads_in_flight)
+        self._leases = Leases(
+            self._lifecycle,
             clock,
             counters,
-            self.tasks,
-            self.loop_budget,
+            self._tasks,
+            self._loop_budget,
             clients_max=limits.clients_max,
             per_client_max=limits.leases_per_client_max,
             blocks_per_client_max=limits.leased_blocks_per_client_max,
         )
         assert index.secret is not None, "a daemon opened it"
-        self.ingests = Ingests(
-            self.lifecycle,
-            self.evictor,
+        self._uploads = Uploads(
+            self._lifecycle,
+            self._evictor,
             dram,
-            self.write_behind,
+            self._write_behind,
             clock,
             counters,
-            self.loop_budget,
+            self._loop_budget,
+            self._admission,
             wait_s=limits.upload_wait_s,
             secret=index.secret.key,
         )
-        self.loads = Loads(
-            self.lifecycle,
+        self._reads = Reads(
+            self._lifecycle,
             dram,
             ssd,
-            self.promoter,
+            self._promoter,
+            clock,
             counters,
             executor,
-            self.loop_budget,
+            self._loop_budget,
             slots=limits.transfer_slots,
             frame_bytes=limits.frame_bytes,
         )
-        self.locates = Locates(self.lifecycle, dram, self.promoter, counters, executor)
-        self.reservations = Reservations(self.ingests, dram, self.tasks, offered=limits.writes_in_place)
-        self.scrub = Scrub(
-            self.lifecycle, dram, ssd, clock, counters, executor, bytes_per_second=limits.scrub_bytes_per_second
+        self._in_place_reads = InPlaceReads(self._lifecycle, dram, self._promoter, counters, executor)
+        self._in_place_uploads = InPlaceUploads(self._uploads, dram, self._tasks, offered=limits.writes_in_place)
+        self._scrub = Scrub(
+            self._lifecycle, dram, ssd, clock, counters, executor, bytes_per_second=limits.scrub_bytes_per_second
         )
-        self.pins = Pins(
-            self.lifecycle,
-            self.write_behind,
+        self._pins = Pins(
+            self._lifecycle,
+            self._write_behind,
             clock,
             ttl_max_s=limits.pin_ttl_max_s,
             fraction_max=limits.pin_fraction_max,
         )
-        self.requests = Requests(blocks, clock, limits.requests_remembered)
+        self._requests = Requests(blocks, clock, limits.requests_remembered)
         self.boot_epoch = secrets.randbits(63) | 1
-        self.tickets = Tickets(self.leases, blocks, self.requests, clock, self.loop_budget, boot_epoch=self.boot_epoch)
-        self.explain = Explain(blocks, index, self.history, self.ingests)
-        self.drain = Drain(blocks, self.ingests, self.loads, self.locates, self.write_behind, self.tasks)
-        self.sessions = Sessions(index, self.lifecycle, clock, counters, self.tasks, self.layout, limits.session)
+        self._tickets = Tickets(
+            self._leases, blocks, self._requests, clock, self._loop_budget, boot_epoch=self.boot_epoch
+        )
+        self._explain = Explain(blocks, index, self._history, self._uploads.claims, clock)
+        self._drain = Drain(blocks, self._uploads.claims, self._admission, self._write_behind, self._tasks)
+        self._sessions = Sessions(index, self._lifecycle, clock, counters, self._tasks, self._layout, limits.session)
+        self.operators = Operators(
+            blocks,
+            index,
+            self._lifecycle,
+            counters,
+            self._sessions,
+            Listings(blocks, index.layouts, self._sessions, clock, self.boot_epoch),
+            self._explain,
+            self._requests,
+            self._layout,
+            self._pins,
+            self._scrub,
+            self._drain,
+        )
+        self._started_at_ms = clock.wall_ms()
 
     def start(self) -> None:
         """Begin the background work: room, write-behind, lease expiry, recency."""
-        self.evictor.start(self.write_behind)
-        self.reservations.start()
-        if self.write_behind is not None:
-            self.write_behind.start()
-        self.tasks.start(self._expire_forever(), "lease expiry")
-        self.tasks.start(self._flush_forever(), "recency flush")
-        self.sessions.start()
+        self._dram.start()
+        self._evictor.start(self._write_behind)
+        self._in_place_uploads.start()
+        if self._write_behind is not None:
+            self._write_behind.start()
+        self._tasks.start(self._expire_forever(), "lease expiry")
+        self._tasks.start(self._flush_forever(), "recency flush")
+        self._sessions.start()
 
     async def stop(self) -> None:
         """Finish what is quick, write recency, stop the rest. No upload or load may run any more."""
         try:
-            await self.lifecycle.flush_recency()
+            await self._lifecycle.flush_recency()
         except KVError as error:
             log.warning("use times were not written: %s", error.message)
-        await self.sessions.stop()
-        await self.tasks.stop()
+        await self._sessions.stop()
+        await self._tasks.stop()
 
     @property
     def draining(self) -> bool:
         """Whether no save may begin."""
-        return self.drain.is_draining
+        return self._drain.is_draining
 
-    # Layouts
+    # Facts: plain values
+
+    def is_attached(self, client_id: bytes) -> bool:
+        return self._leases.is_attached(client_id)
+
+    def wall_ms(self) -> int:
+        """Now, by the store's clock."""
+        return self._clock.wall_ms()
+
+    @property
+    def store_id(self) -> bytes:
+        return self._index.store_id
+
+    @property
+    def tier_names(self) -> tuple[TierName, ...]:
+        return tuple(self._lifecycle.tiers)
+
+    @property
+    def arena(self) -> SharedArena:
+        """The arena, for clients of this host."""
+        dram = self._dram
+        return SharedArena(
+            not_shared_because=dram.not_shared_because,
+            directory=str(dram.arena_directory.absolute()),
+            arena_id=dram.arena_id,
+            capacity_bytes=dram.arena_capacity_bytes,
+            is_writable=not self._in_place_uploads.refused_because,
+        )
+
+    def facts(self) -> StoreFacts:
+        """What metrics show. From any thread."""
+        index, set_aside = self._index, self._in_place_uploads.set_aside
+        return StoreFacts(
+            store_id=index.store_id,
+            started_at_ms=self._started_at_ms,
+            tiers=[self._tier_facts(name, tier) for name, tier in self._lifecycle.tiers.items()],
+            index_map_bytes={tier: index.map_bytes(tier) for tier in TierName},
+            index_used_bytes={tier: index.used_bytes(tier) for tier in TierName},
+            blocks=self._blocks.live_count,
+            layouts=len(index.layouts),
+            clients=self._leases.client_count,
+            leases=self._leases.count,
+            uploads=self._uploads.claims.object_count,
+            sessions=self._sessions.count,
+            set_aside_bytes=sum(extent.size_bytes for extent in set_aside),
+            set_aside_extents=len(set_aside),
+            reported=dict(self._requests.reported),
+        )
+
+    def _tier_facts(self, name: TierName, tier: Tier) -> TierFacts:
+        is_dram = tier is self._dram
+        return TierFacts(
+            name=name,
+            capacity_bytes=tier.capacity_bytes,
+            configured_bytes=self._dram.configured_bytes if is_dram else tier.capacity_bytes,
+            used_bytes=tier.used_bytes,
+            refusing_because=tier.refusing_because,
+            short_because=self._dram.short_because if is_dram else "",
+            is_direct=self._ssd is not None and tier is self._ssd and self._ssd.is_direct,
+        )
+
+    def block_counts(self) -> dict[TierName, int]:
+        """How many stored objects have a copy in each tier. On the event loop: it looks at all of them."""
+        blocks = self._blocks
+        live = blocks.live[: blocks.row_end]
+        return {tier: int((blocks.resident(tier) & live).sum()) for tier in self.tier_names}
+
+    # Clients and layouts
+
+    def attach(self, caller: Caller, name: str) -> Client:
+        """A new client, to be detached in the end. Raises InvalidRequest, Overloaded."""
+        return self._leases.attach(caller, name)
+
+    def detach(self, caller: Caller, client: Client) -> None:
+        """End the client's leases, and whatever else hangs on it."""
+        self._leases.detach(caller, client)
 
     async def open_layout(self, caller: Caller, layout: Layout) -> bool:
         """Make a layout known. True where it was not."""
-        if self.index.layout_id(layout.fingerprint) is not None:
+        if self._index.layout_id(layout.fingerprint) is not None:
             return False
-        await self.index.put_layout(layout)
+        await self._index.put_layout(layout)
         return True
 
-    def layout(self, fingerprint: bytes) -> tuple[int, Layout]:
-        layout_id = self.index.layout_id(fingerprint)
+    def _layout(self, fingerprint: bytes) -> tuple[int, Layout]:
+        layout_id = self._index.layout_id(fingerprint)
         if layout_id is None:
             raise UnknownLayout(
                 f"no layout with fingerprint {fingerprint.hex() or '(empty)'} was opened here: call OpenLayout"
             )
-        return layout_id, self.index.layouts[layout_id]
+        return layout_id, self._index.layouts[layout_id]
 
     # Finding
 
-    def lookup(
+    async def lookup(
         self,
         caller: Caller,
         fingerprint: bytes,
@@ -250,272 +373,322 @@ class BlockStore:
         lease_ttl_s: float,
         request_id: str = "",
     ) -> Hit:
-        """How many leading blocks are stored; leases them where `lease_ttl_s` is not 0. Not for thousands of keys.
+        """How many leading blocks are stored; leases them where `lease_ttl_s` is not 0. Waits only for many keys.
 
-        With a `request_id` it is remembered for a while what was asked and found.
+        With a `request_id` it is remembered for a while what was asked and found. Raises InvalidRequest,
+        UnknownLayout, UnknownClient, Overloaded.
         """
-        self.requests.check_id(request_id)
-        layout_id, layout = self.layout(fingerprint)
-        wanted = Shard.whole(layout) if shard is None else shard.check(layout)
-        client = self.leases.client(caller) if lease_ttl_s else None
-        found = find(self.blocks, keys, layout_id, wanted)
-        hit = self._hit(client, layout, wanted, len(keys), found, lease_ttl_s)
-        self._note_lookup(request_id, caller, layout_id, wanted, keys, hit)
-        return hit
-
-    async def lookup_chunked(
-        self,
-        caller: Caller,
-        fingerprint: bytes,
-        shard: Shard | None,
-        keys: Sequence[bytes],
-        lease_ttl_s: float,
-        request_id: str = "",
-    ) -> Hit:
-        """`lookup`, of any number of keys. What it has found stays where it is until the answer leases all of it."""
-        if len(keys) <= _LOOKUP_PART:
-            return self.lookup(caller, fingerprint, shard, keys, lease_ttl_s, request_id)
-        self.requests.check_id(request_id)
-        layout_id, layout = self.layout(fingerprint)
+        self._requests.check_id(request_id)
+        layout_id, layout = self._layout(fingerprint)
         wanted = Shard.whole(layout) if shard is None else shard.check(layout)
         found, held = Found(), []
+        parts = range(0, len(keys), _LOOKUP_PART)
         try:
-            for start in range(0, len(keys), _LOOKUP_PART):
-                await self.loop_budget.slot()
+            for start in parts:
+                if len(parts) > 1:
+                    await self._loop_budget.slot()
                 part = keys[start : start + _LOOKUP_PART]
-                more = find(self.blocks, part, layout_id, wanted)
-                self.lifecycle.hold(more.held)
+                more = find(self._blocks, part, layout_id, wanted)
+                self._lifecycle.hold(more.held)  # What was found stays in place until all of it is leased.
                 held.append(more.held)
                 found.extend(more)
                 if len(more.rows) < len(part):
                     break
-            await self.loop_budget.slot()
-            client = self.leases.client(caller) if lease_ttl_s else None  # It may have gone meanwhile.
+            if len(parts) > 1:
+                await self._loop_budget.slot()
+            client = self._leases.client(caller) if lease_ttl_s else None
             hit = self._hit(client, layout, wanted, len(keys), found, lease_ttl_s)
             self._note_lookup(request_id, caller, layout_id, wanted, keys, hit)
             return hit
         finally:
             for rows in held:
-                self.lifecycle.unhold(rows)
+                self._lifecycle.unhold(rows)
 
     def _hit(
         self, client: Client | None, layout: Layout, wanted: Shard, asked: int, found: Found, lease_ttl_s: float
     ) -> Hit:
-        self.counters.lookup_blocks_asked += asked
-        self.counters.lookup_blocks_hit += len(found.rows)
-        lease = None
+        self._counters.lookup_blocks_asked += asked
+        self._counters.lookup_blocks_hit += len(found.rows)
+        lease, ttl_s = None, 0.0
         if len(found.rows):
-            self.blocks.touch(found.held, self.clock.wall_ms())
-            self.blocks.hits[found.held] += 1
+            self._blocks.touch(found.held, self._clock.wall_ms())
+            self._blocks.hits[found.held] += 1
             if client is not None:
                 ttl_s = min(lease_ttl_s, self.limits.lease_ttl_max_s)
-                lease = self.leases.grant(client, layout, wanted, found.rows, found.parts, found.held, ttl_s)
-        return Hit(len(found.rows), self._runs(found.rows), lease)
+                lease = self._leases.grant(client, layout, wanted, found.rows, found.parts, found.held, ttl_s)
+        return Hit(len(found.rows), runs_of(self._blocks, found.rows), lease, ttl_s)
 
     def _note_lookup(
         self, request_id: str, caller: Caller, layout_id: int, wanted: Shard, keys: Sequence[bytes], hit: Hit
     ) -> None:
         if request_id:
-            who = self.leases.name_of(caller.client)
-            self.requests.note_lookup(request_id, self.index.layouts, layout_id, wanted, who, keys, hit.runs, hit.lease)
+            who = self._leases.name_of(caller.client)
+            self._requests.note_lookup(
+                request_id, self._index.layouts, layout_id, wanted, who, keys, hit.runs, hit.lease
+            )
 
-    def session_history(
-        self, caller: Caller, fingerprint: bytes, session_id: str, shard: Shard | None
-    ) -> tuple[Manifest, int, list[tuple[int, bool, bool]]]:
-        """A session, how many of its leading slices are stored, and where these lie, as in `Hit`."""
-        _, layout = self.layout(fingerprint)
-        wanted = Shard.whole(layout) if shard is None else shard.check(layout)
-        manifest = self.sessions.get(caller, fingerprint, session_id)
-        usable, runs = self.usable_history(caller, manifest, wanted)
-        return manifest, usable, runs
+    # Leases
 
-    def usable_history(
-        self, caller: Caller, manifest: Manifest, wanted: Shard
-    ) -> tuple[int, list[tuple[int, bool, bool]]]:
-        """How many leading slices of a session are stored, and where these lie, as in `Hit`."""
-        rows = find(self.blocks, manifest.slices["key"].tolist(), manifest.layout_id, wanted).rows
-        usable = self.sessions.usable_slices(manifest, rows)
-        return usable, self._runs(rows[:usable])
-
-    def _runs(self, rows: Rows) -> list[tuple[int, bool, bool]]:
-        if not len(rows):
-            return []
-        dram = self.blocks.dram_offset[rows] >= 0
-        ssd = self.blocks.ssd_offset[rows] >= 0
-        changes = np.flatnonzero((dram[1:] != dram[:-1]) | (ssd[1:] != ssd[:-1])) + 1
-        starts = [0, *changes.tolist()]
-        ends = [*changes.tolist(), len(rows)]
-        return [(end - start, bool(dram[start]), bool(ssd[start])) for start, end in zip(starts, ends, strict=True)]
-
-    async def lease(self, caller: Caller, lease_id: int, shard: Shard | None) -> Lease:
+    async def _narrowed_lease(self, caller: Caller, lease_id: int, shard: Shard | None) -> Lease:
         """The caller's lease; with a shard, as one of that shard within the lease's.
 
         Raises UnknownClient, LeaseExpired, LeaseNotYours, InvalidRequest.
         """
-        part = await narrowed(self.blocks, self.leases.get(caller, lease_id), shard, self.loop_budget)
-        self.leases.get(caller, lease_id)  # It may have ended meanwhile.
+        part = await narrowed(self._blocks, self._leases.get(caller, lease_id), shard, self._loop_budget)
+        self._leases.get(caller, lease_id)  # It may have ended meanwhile.
         return part
+
+    def export_lease(self, caller: Caller, lease_id: int, ttl_s: float, adoptions: int) -> tuple[bytes, float]:
+        """A ticket for the lease's blocks, and how long it holds them. Raises as `Tickets.export`."""
+        ttl_s = self._granted(ttl_s, "ttl_ms is 0", "ttl_ms")
+        return self._tickets.export(caller, lease_id, ttl_s, adoptions), ttl_s
 
     async def adopt(
         self, caller: Caller, ticket: bytes, fingerprint: bytes, shard: Shard | None, lease_ttl_s: float
-    ) -> Hit:
+    ) -> Adopted:
         """A lease of the caller's own on the blocks of a ticket. Raises as `Tickets.adopt`."""
-        ttl_s = min(lease_ttl_s, self.limits.lease_ttl_max_s)
-        lease = await self.tickets.adopt(caller, ticket, fingerprint, shard, ttl_s)
-        return Hit(len(lease.rows), self._runs(lease.rows), lease)
+        ttl_s = self._granted(lease_ttl_s, "lease_ttl_ms is 0", "lease_ttl_ms")
+        lease = await self._tickets.adopt(caller, ticket, fingerprint, shard, ttl_s)
+        return Adopted(lease, ttl_s, runs_of(self._blocks, lease.rows), self._blocks.token_count[lease.rows].tolist())
+
+    def renew(self, caller: Caller, lease_id: int, ttl_s: float) -> float:
+        """Have the lease end `ttl_s` from now, or when the longest one would; how long that is.
+
+        Raises InvalidRequest, UnknownClient, LeaseExpired, LeaseNotYours.
+        """
+        ttl_s = self._granted(ttl_s, "ttl_ms is 0; to end a lease, release it", "ttl_ms")
+        self._leases.renew(caller, lease_id, ttl_s)
+        return ttl_s
+
+    def _granted(self, ttl_s: float, where_zero: str, field: str) -> float:
+        if not ttl_s:
+            raise InvalidRequest(where_zero, field=field)
+        return min(ttl_s, self.limits.lease_ttl_max_s)
 
     async def release(self, caller: Caller, lease_id: int) -> None:
-        """End a lease, and return once nothing is held by leases that have ended."""
-        self.leases.release(caller, lease_id)
-        await self.leases.drain_ended()
+        """End a lease, and return once nothing is held by leases that have ended. Raises LeaseNotYours."""
+        self._leases.release(caller, lease_id)
+        await self._leases.drain_ended()
 
-    def list_rows(
-        self, caller: Caller, start: int, count: int, *, layout_id: int | None, tiers: Sequence[TierName]
-    ) -> Rows:
-        """The first `count` rows from `start` on of stored blocks: of that layout, where one is given, and with a
-        copy in each of `tiers`."""
-        blocks = self.blocks
-        shown = blocks.live[start : blocks.row_end].copy()
-        if layout_id is not None:
-            shown &= blocks.layout_id[start : blocks.row_end] == layout_id
-        for tier in tiers:
-            shown &= blocks.resident(tier)[start:]
-        return np.flatnonzero(shown)[:count] + start
+    # Loading
+
+    async def load(
+        self,
+        caller: Caller,
+        lease_id: int,
+        shard: Shard | None,
+        blocks: Span,
+        layers: Span,
+        encode: Callable[[Part], F],
+        send: Callable[[F], Awaitable[None]],
+    ) -> None:
+        """Send leased blocks, layer by layer, as frames that `encode` makes on a thread; `send` awaits the client.
+
+        Raises InvalidRequest, UnknownClient, LeaseExpired, LeaseNotYours, Overloaded, ChecksumMismatch, StorageFailed;
+        DeadlineExceeded where the client takes nothing for too long. What was sent before is right.
+        """
+        lease = await self._narrowed_lease(caller, lease_id, shard)
+        which, parts = blocks.within(len(lease.rows), "block"), layers.within(lease.shard.layers, "layer")
+        with self._requests.load(caller, lease, which, parts) as record, self._admission.loads.entered():
+            async with aclosing(self._reads.run(caller, lease, which, parts, encode)) as frames:
+                async for frame in frames:
+                    await self._admission.taken(send(frame))
+                    record.sent_bytes += len(frame)
+
+    async def locate(
+        self, caller: Caller, lease_id: int, shard: Shard | None, blocks: Span, *, verify: bool
+    ) -> AsyncGenerator[Located | NotInPlace | int, None]:
+        """Where leased blocks lie in the arena, then how many of their layers are there, until all are.
+
+        The blocks stay in place until this is closed. Raises InvalidRequest, UnknownClient, LeaseExpired,
+        LeaseNotYours, NotShared, Overloaded, ChecksumMismatch, StorageFailed.
+        """
+        lease = await self._narrowed_lease(caller, lease_id, shard)
+        which, layers = blocks.within(len(lease.rows), "block"), range(lease.shard.layers)
+        with (
+            self._requests.load(caller, lease, which, layers, in_place=True) as record,
+            self._admission.in_place_loads.entered(),
+        ):
+            async with aclosing(self._in_place_reads.run(caller, lease, which, verify=verify)) as steps:
+                async for step in steps:
+                    if isinstance(step, NotInPlace):
+                        record.ends_as = "not_in_place"
+                    elif isinstance(step, int):
+                        record.ends_as = "done" if step == len(layers) else ""
+                    yield step
 
     # Saving
 
-    def begin_save(
-        self,
-        caller: Caller,
-        fingerprint: bytes,
-        shard: Shard | None,
-        parent_key: bytes,
-        keys: Sequence[bytes],
-        last_block_tokens: int,
-    ) -> Ingest:
-        """An upload, to be used as ``async with``. Raises Draining once the daemon is stopping."""
-        client, request = self.save_request(caller, fingerprint, shard, parent_key, keys, last_block_tokens)
-        return self.ingests.begin(caller, client, request)
+    def incoming(self, caller: Caller, messages: AsyncIterator[T]) -> Incoming[T]:
+        """The messages of a save, none of which may come too late."""
+        return self._admission.incoming(messages)
 
-    def save_request(
-        self,
-        caller: Caller,
-        fingerprint: bytes,
-        shard: Shard | None,
-        parent_key: bytes,
-        keys: Sequence[bytes],
-        last_block_tokens: int,
-    ) -> tuple[Client, SaveRequest]:
+    def save(self, caller: Caller, header: SaveHeader) -> Upload:
+        """One save, to be used as ``async with``: entering claims the blocks and waits for room, leaving without a
+        commit abandons it.
+
+        Raises Overloaded, Draining, UnknownLayout, UnknownClient, InvalidRequest; entering it IncompleteSave.
+        """
+        try:
+            self._admission.saves.check()
+        except Overloaded as error:
+            raise self._refused(header.keys, error) from None
+        client, request = self._save_request(caller, header)
+        return self._uploads.begin(caller, client, request)
+
+    async def reserve(
+        self, caller: Caller, reservation_id: int, header: SaveHeader, *, on_ssd: bool
+    ) -> tuple[list[Place], dict[int, KVError]]:
+        """Claim blocks that the client writes into the arena itself: their places, and why others were refused.
+
+        Raises as `save`; NotShared, NoWriterLock.
+        """
+        client, request = self._save_request(caller, header)
+        return await self._in_place_uploads.reserve(caller, reservation_id, client, request, on_ssd=on_ssd)
+
+    async def commit(self, caller: Caller, reservation_id: int, checksums: NDArray[np.uint64]) -> SaveOutcome:
+        """Make visible what was written in place. `checksums`: u64, one per slice of the reserved blocks, in order.
+
+        Raises UnknownClient, ReservationEnded, ReservationNotYours, InvalidRequest.
+        """
+        return await self._in_place_uploads.commit(caller, reservation_id, self._leases.client(caller), checksums)
+
+    def abandon(self, caller: Caller, reservation_id: int) -> None:
+        """The client writes no more, and wants nothing of it stored. Raises UnknownClient, ReservationNotYours."""
+        self._in_place_uploads.abandon(caller, reservation_id, self._leases.client(caller))
+
+    def _save_request(self, caller: Caller, header: SaveHeader) -> tuple[Client, SaveRequest]:
         """Who saves what. Raises Draining, UnknownLayout, UnknownClient, InvalidRequest."""
+        fingerprint, shard, parent_key, keys, last_block_tokens = header
         if self.draining:
-            raise self.record_refused(caller, keys, Draining(f"the daemon is {self.drain.word} and takes no new saves"))
-        layout_id, layout = self.layout(fingerprint)
-        client = self.leases.client(caller)
+            raise self._refused(keys, Draining(f"the daemon is {self._drain.word} and takes no new saves"))
+        layout_id, layout = self._layout(fingerprint)
+        client = self._leases.client(caller)
         if len(parent_key) != KEY_BYTES:
             raise InvalidRequest(f"parent_key has {len(parent_key)} bytes, not {KEY_BYTES}", field="parent_key")
         last = last_block_tokens or layout.block_tokens
         counts = [*[layout.block_tokens] * (len(keys) - 1), last]
         part = Shard.whole(layout) if shard is None else shard.check(layout)
+        self._admission.check_save(len(keys), part.layers)
         return client, SaveRequest(layout_id, layout, part, parent_key, keys, counts)
 
-    def record_refused(self, caller: Caller, keys: Sequence[bytes], error: KVError) -> KVError:
+    def _refused(self, keys: Sequence[bytes], error: KVError) -> KVError:
         """The error with which a save of these blocks ends before it has begun; it is remembered."""
-        self.history.note_keys(keys, Reason.REFUSED, error.reason)
+        self._history.note_keys(keys, Reason.REFUSED, error.reason)
         return error
+
+    def report(self, caller: Caller, request_id: str, report: ReportRecord) -> None:
+        """What the engine's side tells of a request. Raises InvalidRequest."""
+        self._requests.note_report(caller, request_id, report)
 
     # Moving and dropping
 
     async def prefetch(self, caller: Caller, keys: Sequence[bytes], *, within_s: float, wait: bool) -> PrefetchOutcome:
         """Copy blocks up to DRAM ahead of their load."""
-        blocks = self.blocks
+        blocks = self._blocks
         wanted: list[int] = []
         missing = in_dram = 0
-        for part in _parts_of(list(dict.fromkeys(keys))):
-            await self.loop_budget.slot()
+        for part in parts_of(list(dict.fromkeys(keys))):
+            await self._loop_budget.slot()
             first = blocks.rows_of_keys(part)
             rows = [row for start in first.tolist() for row in blocks.shards_of(start)]
             absent = [row for row in rows if not blocks.is_resident(row, TierName.DRAM)]
             missing += int((first == NO_ROW).sum())
             in_dram += len(rows) - len(absent)
             wanted += absent
-        if self.promoter is None or not wanted:
+        if self._promoter is None or not wanted:
             return PrefetchOutcome(missing, in_dram, 0, len(wanted))
-        begin = self.promoter.begin(wanted, within_s=within_s)
+        await self._promoter.promote(wanted, within_s=within_s, wait=wait)
         if not wait:
-            self.tasks.start(begin, "prefetch")
             return PrefetchOutcome(missing, in_dram, len(wanted), 0)
-        landings = await begin
-        for landing in landings.values():
-            await landing.done.wait()
         promoted = sum(blocks.is_resident(row, TierName.DRAM) for row in wanted)
         return PrefetchOutcome(missing, in_dram, promoted, len(wanted) - promoted)
 
     async def evict(self, caller: Caller, keys: Sequence[bytes], tier: TierName) -> EvictOutcome:
         """Drop copies from one tier. What is leased, busy or kept by a pin stays."""
-        blocks = self.blocks
+        blocks = self._blocks
         evicted = held = missing = 0
-        for part in _parts_of(list(dict.fromkeys(keys))):
+        for part in parts_of(list(dict.fromkeys(keys))):
             rows: list[int] = []
             for first in blocks.rows_of_keys(part).tolist():
                 copies = [row for row in blocks.shards_of(first) if blocks.is_resident(row, tier)]
                 missing += not copies
-                now_ms = self.clock.wall_ms()
+                now_ms = self._clock.wall_ms()
                 free = [
-                    row for row in copies if self.lifecycle.is_free(row) and not blocks.pin_keeps(row, tier, now_ms)
+                    row for row in copies if self._lifecycle.is_free(row) and not blocks.pin_keeps(row, tier, now_ms)
                 ]
                 held += len(copies) - len(free)
                 rows += free
-            await self.lifecycle.evict(rows, tier)
+            await self._lifecycle.evict(rows, tier)
             evicted += len(rows)
         return EvictOutcome(evicted, held, missing)
 
-    async def discard(self, caller: Caller, keys: Sequence[bytes]) -> tuple[int, int]:
-        """Forget blocks everywhere, pinned or not: how many objects, and how many keys had none."""
-        discarded = missing = 0
-        for part in _parts_of(list(dict.fromkeys(keys))):
-            first = self.blocks.rows_of_keys(part)
-            rows = [row for start in first.tolist() for row in self.blocks.shards_of(start)]
-            await self._discard(rows)
-            discarded += len(rows)
-            missing += int((first == NO_ROW).sum())
-        return discarded, missing
+    # Sessions
 
-    async def discard_layout(self, caller: Caller, fingerprint: bytes | None) -> int:
-        """Forget all blocks of a layout, or all blocks there are."""
-        blocks = self.blocks
-        rows = blocks.live_rows()
-        if fingerprint is not None:
-            rows = rows[blocks.layout_id[rows] == self.layout(fingerprint)[0]]
-        marks = blocks.generation[rows]
-        discarded = 0
-        for part in _parts_of(range(len(rows))):
-            there = rows[part][blocks.live[rows[part]] & (blocks.generation[rows[part]] == marks[part])]
-            await self._discard(there.tolist())
-            discarded += len(there)
-        return discarded
+    async def append_turn(
+        self, caller: Caller, fingerprint: bytes, session_id: str, expected_revision: int, turn: Turn
+    ) -> StoredSession:
+        """Add a turn; begin the session where revision 0 is expected. Returns once it is on disk.
 
-    async def _discard(self, rows: list[int]) -> None:
-        await self.lifecycle.discard(rows)
-        self.counters.discarded_blocks += len(rows)
+        Raises InvalidRequest, UnknownLayout, SessionNotFound, SessionChanged, SessionsFull, StorageFailed, IndexFull.
+        """
+        return self._sessions.stored(
+            await self._sessions.append(caller, fingerprint, session_id, expected_revision, turn)
+        )
+
+    async def truncate_session(
+        self,
+        caller: Caller,
+        fingerprint: bytes,
+        session_id: str,
+        expected_revision: int,
+        keep: Sequence[tuple[int, int]],
+    ) -> StoredSession:
+        """Keep only these token ranges, (first, count) each. Raises as `append_turn`."""
+        return self._sessions.stored(
+            await self._sessions.truncate(caller, fingerprint, session_id, expected_revision, keep)
+        )
+
+    async def fork_session(
+        self, caller: Caller, fingerprint: bytes, session_id: str, new_id: str, expected_revision: int
+    ) -> StoredSession:
+        """A copy under `new_id`; `expected_revision` 0 takes whichever there is. Raises as `append_turn`."""
+        return self._sessions.stored(
+            await self._sessions.fork(caller, fingerprint, session_id, new_id, expected_revision)
+        )
+
+    async def end_session(self, caller: Caller, fingerprint: bytes, session_id: str) -> bool:
+        """Forget a session. False where there was none."""
+        return await self._sessions.end(caller, fingerprint, session_id)
+
+    def session(self, caller: Caller, fingerprint: bytes, session_id: str, shard: Shard | None) -> SessionHistory:
+        """A session, and how much of it is usable; counts as a use. Raises UnknownLayout, SessionNotFound."""
+        _, layout = self._layout(fingerprint)
+        wanted = Shard.whole(layout) if shard is None else shard.check(layout)
+        return self._sessions.history(self._sessions.get(caller, fingerprint, session_id), wanted)
+
+    # The daemon's end
+
+    def begin_stop(self) -> None:
+        """Refuse saves for good. What only DRAM holds stays there: it is found at the next start."""
+        self._drain.begin_stop()
+
+    async def quiet(self) -> None:
+        """Wait until no load and no save runs."""
+        await self._drain.quiet()
 
     # Time
 
     async def _expire_forever(self) -> None:
         while True:
             await asyncio.sleep(_EXPIRE_EVERY_S)
-            while self.leases.expire():
-                await self.loop_budget.slot()
+            while self._leases.expire():
+                await self._loop_budget.slot()
 
     async def _flush_forever(self) -> None:
         while True:
             await asyncio.sleep(self.limits.recency_flush_s)
             try:
-                await self.lifecycle.flush_recency()
+                await self._lifecycle.flush_recency()
             except KVError as error:
                 log.warning("use times were not written: %s", error.message)
-
-
-def _parts_of(items: Sequence[T]) -> Iterator[Sequence[T]]:
-    """What one turn of the event loop can take, again and again."""
-    for start in range(0, len(items), _PART):
-        yield items[start : start + _PART]

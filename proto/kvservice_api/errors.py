@@ -190,6 +190,7 @@ class SessionChanged(KVError, code=Code.ABORTED):
     """The session is not at the revision that the caller expected, or exists already."""
 
     attached: sessions_pb2.Session | None = None
+    now: Any = None  # Inside the daemon: the session as the store keeps it, of which `attached` is made.
 
 
 class TierFull(KVError, code=Code.RESOURCE_EXHAUSTED):

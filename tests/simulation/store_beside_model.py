@@ -22,7 +22,7 @@ from kvservice.blocks import Extent, TierName
 from kvservice.store.leases import Client, Lease
 from kvservice.store.mover.evictor import Watermarks
 from kvservice.store.store import StoreLimits
-from kvservice.store.transfers.upload import Ingest, SaveOutcome
+from kvservice.store.transfers.upload import SaveOutcome, Upload
 from kvservice_api.errors import TicketForeign
 from kvservice_api.frames import Frame
 from kvservice_api.keys import BlockChain, block_chain
@@ -77,7 +77,7 @@ def slice_of(layout: Layout, key: bytes, tokens: int, versions: Sequence[int], l
 class OpenSave:
     """A save that goes on over several steps."""
 
-    ingest: Ingest
+    upload: Upload
     client: Client
     layout: Layout
     shard: Shard
@@ -154,7 +154,7 @@ class StoreBesideModel(RuleBasedStateMachine):
         await until(lambda: self.opened.published() is not None)
         for layout in (LAYOUT, LARGE):
             await self.store.open_layout(CALLER, layout)
-        self.clients = [self.store.leases.attach(CALLER, f"client {number}") for number in range(2)]
+        self.clients = [self.opened.store.attach(CALLER, f"client {number}") for number in range(2)]
         self.evictions_seen = 0
 
     def do(self, work: Coroutine[Any, Any, T]) -> T:
@@ -178,14 +178,12 @@ class StoreBesideModel(RuleBasedStateMachine):
         for load in self.loads:
             await load.frames.aclose()
         for save in self.saves:
-            await save.ingest.__aexit__(None, None, None)
+            await save.upload.__aexit__(None, None, None)
         self.loads, self.saves = [], []
 
     async def _adopt(self, held: HeldTicket, shard: Shard | None, client: Client, ttl_s: float) -> Lease:
         fingerprint = held.exported.layout.fingerprint
-        lease = (await self.store.adopt(caller_of(client), held.ticket, fingerprint, shard, ttl_s)).lease
-        assert lease is not None
-        return lease
+        return (await self.store.adopt(caller_of(client), held.ticket, fingerprint, shard, ttl_s)).lease
 
     def new_version(self) -> int:
         self.last_version += 1
@@ -217,8 +215,8 @@ class StoreBesideModel(RuleBasedStateMachine):
             return
         self.reconcile()
         for tier in TierName:
-            space = self.store.lifecycle.tiers[tier]
-            extents = [*self.opened.extents(tier).values(), *(self.opened.uploads() if tier is TierName.DRAM else [])]
+            space = self.opened.block_lifecycle.tiers[tier]
+            extents = [*self.opened.extents(tier).values(), *(self.opened.lent() if tier is TierName.DRAM else [])]
             assert sum(extent.size_bytes for extent in extents) <= space.used_bytes <= space.capacity_bytes
             for one, following in pairwise(sorted(extents)):
                 apart = one.offset_bytes + one.size_bytes <= following.offset_bytes
@@ -234,7 +232,7 @@ class StoreBesideModel(RuleBasedStateMachine):
         for held in self.leases:
             for row in held.lease.held_rows.tolist():
                 for tier in TierName:
-                    extent = self.store.blocks.extent(row, tier)
+                    extent = self.opened.blocks.extent(row, tier)
                     first = held.places.setdefault((row, tier), extent) if extent else held.places.get((row, tier))
                     assert extent == first, "a leased block was moved"
 
@@ -243,7 +241,7 @@ class StoreBesideModel(RuleBasedStateMachine):
         visible = self.visible()
         assert visible <= set(self.versions), "something is visible that was not saved, or is gone"
         lost = set(self.versions) - visible
-        counters = self.store.counters
+        counters = self.opened.counters
         evictions = counters.lost_unwritten_blocks + counters.evicted_ssd_blocks
         if self.ample:
             assert not lost
@@ -254,12 +252,12 @@ class StoreBesideModel(RuleBasedStateMachine):
         self.go(list(lost))
 
     def visible(self) -> set[Object]:
-        blocks = self.store.blocks
+        blocks = self.opened.blocks
         return {(blocks.key_of(row), blocks.shard_of(row)) for row in blocks.live_rows().tolist()}
 
     def pinned_until_ms(self, name: Object) -> int:
-        row = self.store.blocks.row_of(*name)
-        return int(self.store.blocks.pinned_until_ms[row])
+        row = self.opened.blocks.row_of(*name)
+        return int(self.opened.blocks.pinned_until_ms[row])
 
     def client(self, number: int) -> Client:
         return self.clients[number % len(self.clients)]
@@ -288,7 +286,7 @@ class StoreBesideModel(RuleBasedStateMachine):
     def being_saved(self, chain: BlockChain, shard: Shard) -> set[bytes]:
         """Of the chain, what open saves bring. Blocks that were stored when a save began are not among them."""
         saves = [save for save in self.saves if save.shard == shard]
-        brought = {save.chain.keys[at] for save in saves for at in save.ingest._uploads}
+        brought = {save.chain.keys[place.position] for save in saves for place in save.upload.places}
         return brought & set(chain.keys)
 
     def note_save(self, chain: BlockChain, shard: Shard, version: int, outcome: SaveOutcome) -> None:
@@ -354,19 +352,19 @@ class StoreBesideModel(RuleBasedStateMachine):
         return None
 
     async def _scrub(self) -> int:
-        return [progress async for progress in self.store.scrub.run(CALLER, list(TierName), 1 << 50)][-1].damaged
+        return [progress async for progress in self.opened.scrub.run(CALLER, list(TierName), 1 << 50)][-1].damaged
 
     async def _discard(self, chain: BlockChain) -> tuple[int, int]:
         gone = [name for name in self.versions if name[0] in chain.keys]
         self.go(gone)
-        answer = await self.store.discard(CALLER, chain.keys)
+        answer = await self.store.operators.discard(CALLER, chain.keys)
         self.gone(gone)
         return answer
 
     async def _evict(self, chain: BlockChain, tier: TierName) -> None:
         """Copies that nothing holds leave; a block whose last copy leaves is gone."""
         self.reconcile()
-        blocks = self.store.blocks
+        blocks = self.opened.blocks
         rows = [row for first in set(blocks.rows_of_keys(chain.keys).tolist()) for row in blocks.shards_of(first)]
         copies = [row for row in rows if blocks.is_resident(row, tier)]
         free = [row for row in copies if not blocks.leases[row] and not blocks.holds[row]]

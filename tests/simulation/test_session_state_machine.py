@@ -110,7 +110,7 @@ class SessionMachine(RuleBasedStateMachine):
         self.opened = self.files.open()
         self.store = self.opened.store
         await self.store.open_layout(CALLER, LAYOUT)
-        self.client: Client = self.store.leases.attach(CALLER, "test")
+        self.client: Client = self.opened.store.attach(CALLER, "test")
 
     def do(self, work: Coroutine[Any, Any, T]) -> T:
         return self.loop.run_until_complete(asyncio.wait_for(work, 120))
@@ -170,7 +170,7 @@ class SessionMachine(RuleBasedStateMachine):
         if saved:
             images = [image_of(key, tokens) for key, tokens in zip(chain.keys, chain.token_counts, strict=True)]
             assert not self.do(self.opened.save(self.client, chain, images, layout=LAYOUT)).refused
-        work = self.store.sessions.append(CALLER, LAYOUT.fingerprint, session_id, talk.revision if talk else 0, turn)
+        work = self.opened.sessions.append(CALLER, LAYOUT.fingerprint, session_id, talk.revision if talk else 0, turn)
         if (talk is None and self.is_full()) or self.slice_count(kept) + len(chain) > SLICES_MAX:
             with pytest.raises(SessionsFull):
                 self.do(work)
@@ -198,13 +198,13 @@ class SessionMachine(RuleBasedStateMachine):
         talk = self.alive(session_id)
         if talk is None:
             with pytest.raises(SessionNotFound):
-                self.do(self.store.sessions.truncate(CALLER, LAYOUT.fingerprint, session_id, 1, [(0, 1)]))
+                self.do(self.opened.sessions.truncate(CALLER, LAYOUT.fingerprint, session_id, 1, [(0, 1)]))
             return
         total = len(talk.tokens)
         ends = sorted(data.draw(st.sets(st.integers(0, total), min_size=2, max_size=8)))
         keep = [(start, end - start) for start, end in zip(ends[::2], ends[1::2], strict=False)]
         tokens = tuple(token for first, count in keep for token in talk.tokens[first : first + count])
-        work = self.store.sessions.truncate(CALLER, LAYOUT.fingerprint, session_id, talk.revision, keep)
+        work = self.opened.sessions.truncate(CALLER, LAYOUT.fingerprint, session_id, talk.revision, keep)
         if len(tokens) == total:
             manifest = self.do(work)  # Nothing is cut: it counts as a use, which the next flush writes.
             self.put(session_id, replace(talk, expires_s=self.now_s + TTL_S))
@@ -222,7 +222,7 @@ class SessionMachine(RuleBasedStateMachine):
     @rule(session_id=ids, new_id=ids)
     def fork(self, session_id: str, new_id: str) -> None:
         talk = self.alive(session_id)
-        work = self.store.sessions.fork(CALLER, LAYOUT.fingerprint, session_id, new_id, 0)
+        work = self.opened.sessions.fork(CALLER, LAYOUT.fingerprint, session_id, new_id, 0)
         if session_id == new_id:
             with pytest.raises(InvalidRequest):
                 self.do(work)
@@ -242,7 +242,7 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(session_id=ids)
     def end(self, session_id: str) -> None:
-        ended = self.do(self.store.sessions.end(CALLER, LAYOUT.fingerprint, session_id))
+        ended = self.do(self.opened.store.end_session(CALLER, LAYOUT.fingerprint, session_id))
         assert ended == (self.alive(session_id) is not None)
         self.put(session_id, None)
 
@@ -253,13 +253,12 @@ class SessionMachine(RuleBasedStateMachine):
             return
         turn = Turn(talk.tip, [bytes(32)], LAYOUT.block_tokens)
         for work in (
-            self.store.sessions.append(CALLER, LAYOUT.fingerprint, session_id, talk.revision + off_by, turn),
-            self.store.sessions.truncate(CALLER, LAYOUT.fingerprint, session_id, talk.revision + off_by, [(0, 1)]),
+            self.opened.sessions.append(CALLER, LAYOUT.fingerprint, session_id, talk.revision + off_by, turn),
+            self.opened.sessions.truncate(CALLER, LAYOUT.fingerprint, session_id, talk.revision + off_by, [(0, 1)]),
         ):
             with pytest.raises(SessionChanged) as caught:
                 self.do(work)
-            now = caught.value.attached
-            assert now is not None
+            now = caught.value.now.manifest
             assert (now.revision, now.tip, now.token_count) == (talk.revision, talk.tip, len(talk.tokens))
 
     @rule(session_id=ids, after_s=st.sampled_from([0, 10, 40]))
@@ -269,9 +268,9 @@ class SessionMachine(RuleBasedStateMachine):
         talk = self.alive(session_id)
         if talk is None:
             with pytest.raises(SessionNotFound):
-                self.store.session_history(CALLER, LAYOUT.fingerprint, session_id, None)
+                self.store.session(CALLER, LAYOUT.fingerprint, session_id, None)
             return
-        manifest, usable, _ = self.store.session_history(CALLER, LAYOUT.fingerprint, session_id, None)
+        (manifest, _), usable, _ = self.store.session(CALLER, LAYOUT.fingerprint, session_id, None)
         self.talks[session_id] = replace(talk, expires_s=self.now_s + TTL_S)
         self.compare(session_id, manifest)
         keys = manifest.slices["key"].tolist()
@@ -283,14 +282,14 @@ class SessionMachine(RuleBasedStateMachine):
             sizes = manifest.slices["block_tokens"][:usable].tolist()
             expected = layers_of([image_of(key, size) for key, size in zip(keys, sizes, strict=False)], shard=WHOLE)
             assert self.do(self.opened.load(lease)) == expected
-            self.store.leases.release(caller_of(self.client), lease.lease_id)
+            self.opened.leases.release(caller_of(self.client), lease.lease_id)
 
     @rule(session_id=ids, at=st.integers(0, 7))
     def lose_a_block(self, session_id: str, at: int) -> None:
         talk = self.talks.get(session_id)
         if talk is not None:
             keys = list(dict.fromkeys(token.key for token in talk.tokens))
-            self.do(self.store.discard(CALLER, [keys[at % len(keys)]]))
+            self.do(self.store.operators.discard(CALLER, [keys[at % len(keys)]]))
 
     @rule(seconds=st.sampled_from([1, 10, 40, 40, 2 * TTL_S]))
     def let_time_pass(self, seconds: int) -> None:
@@ -298,14 +297,14 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule()
     def sweep(self) -> None:
-        self.do(self.store.sessions.expire())
+        self.do(self.opened.sessions.expire())
         for session_id in list(self.talks):
             if self.alive(session_id) is None:
                 self.put(session_id, None)
 
     @rule()
     def flush(self) -> None:
-        self.do(self.store.sessions.flush())
+        self.do(self.opened.sessions.flush())
         self.talks = {name: replace(talk, on_disk_s=talk.expires_s) for name, talk in self.talks.items()}
 
     @rule()
@@ -328,7 +327,7 @@ class SessionMachine(RuleBasedStateMachine):
     def both_know_the_same_sessions(self) -> None:
         if not hasattr(self, "opened"):
             return
-        found, following = self.do(self.store.sessions.page(CALLER, 0, 100, "", None))
+        found, following = self.do(self.opened.sessions.page(CALLER, 0, 100, "", None))
         assert following is None
         assert {each.session_id for each in found} == {name for name in self.talks if self.alive(name)}
         for each in found:

@@ -40,7 +40,7 @@ from tests.simulation.store_beside_model import (
     StoreBesideModel,
     image_of,
 )
-from tests.stores import CALLER, KIB, MIB, caller_of, checksums_of, frames_of
+from tests.stores import CALLER, KIB, MIB, at_once, caller_of, checksums_of, frames_of
 
 
 class StoreMachine(StoreBesideModel):
@@ -110,10 +110,10 @@ class StoreMachine(StoreBesideModel):
         checksums[-1] ^= np.uint64(1)  # Of the last block's last layer.
 
         async def work() -> SaveOutcome:
-            async with self.opened.begin_save(self.client(0), part, shard=shard, layout=layout) as ingest:
+            async with self.opened.begin_save(self.client(0), part, shard=shard, layout=layout) as upload:
                 for frame in frames_of(layout, shard, part, images):
-                    ingest.write(frame)
-                return await ingest.commit(checksums, on_ssd=False)
+                    upload.write(frame)
+                return await upload.commit(checksums, on_ssd=False)
 
         outcome = self.do(work())
         self.note_save(part, shard, version, outcome)
@@ -126,13 +126,13 @@ class StoreMachine(StoreBesideModel):
         layout, part = self.part(chain, first, count)
         version = self.new_version()
         images = [image_of(layout, *named, version, shard) for named in zip(part.keys, part.token_counts, strict=True)]
-        ingest = self.opened.begin_save(self.client(client), part, shard=shard, layout=layout)
-        self.do(ingest.__aenter__())
+        upload = self.opened.begin_save(self.client(client), part, shard=shard, layout=layout)
+        self.do(upload.__aenter__())
         frames = frames_of(layout, shard, part, images)
         for frame in frames[: len(frames) // 2]:
-            ingest.write(frame)
+            upload.write(frame)
         frames = frames[len(frames) // 2 :]
-        self.saves.append(OpenSave(ingest, self.client(client), layout, shard, part, version, frames))
+        self.saves.append(OpenSave(upload, self.client(client), layout, shard, part, version, frames))
 
     @rule(number=numbers, commit=st.booleans())
     def end_a_save(self, number: int, commit: bool) -> None:
@@ -144,22 +144,22 @@ class StoreMachine(StoreBesideModel):
 
         async def work() -> SaveOutcome:
             for frame in save.frames:
-                save.ingest.write(frame)
-            outcome = await save.ingest.commit(checksums_of(save.shard, images), on_ssd=False)
-            await save.ingest.__aexit__(None, None, None)
+                save.upload.write(frame)
+            outcome = await save.upload.commit(checksums_of(save.shard, images), on_ssd=False)
+            await save.upload.__aexit__(None, None, None)
             return outcome
 
         if commit:
             self.note_save(save.chain, save.shard, save.version, self.do(work()))
         else:
-            self.do(save.ingest.__aexit__(None, None, None))
+            self.do(save.upload.__aexit__(None, None, None))
 
     # Finding and loading
 
     @rule(chain=chains, first=firsts, count=counts, shard=shards, ttl_s=st.sampled_from([0, 5, 50, 50]), client=numbers)
     def lookup(self, chain: int, first: int, count: int, shard: Shard, ttl_s: int, client: int) -> None:
         layout, part = self.part(chain, first, count)
-        hit = self.store.lookup(caller_of(self.client(client)), layout.fingerprint, shard, part.keys, ttl_s)
+        hit = at_once(self.store.lookup(caller_of(self.client(client)), layout.fingerprint, shard, part.keys, ttl_s))
         self.reconcile()
         expected = next((at for at, key in enumerate(part.keys) if not self.covered(key, shard)), len(part))
         assert hit.blocks == expected == sum(count for count, *_ in hit.runs)
@@ -205,10 +205,10 @@ class StoreMachine(StoreBesideModel):
             return
         held = self.leases[number % len(self.leases)]
         if ttl_s:
-            self.store.leases.renew(caller_of(held.client), held.lease.lease_id, ttl_s)
+            self.opened.leases.renew(caller_of(held.client), held.lease.lease_id, ttl_s)
             held.ends_at_s = self.files.clock.monotonic_s() + ttl_s
         else:
-            self.store.leases.release(caller_of(held.client), held.lease.lease_id)
+            self.opened.leases.release(caller_of(held.client), held.lease.lease_id)
             self.leases.remove(held)
 
     @rule(number=numbers, ttl_s=st.sampled_from([5, 50]), adoptions=st.integers(1, 3))
@@ -216,7 +216,7 @@ class StoreMachine(StoreBesideModel):
         if not self.leases:
             return
         held = self.leases[number % len(self.leases)]
-        ticket = self.store.tickets.export(caller_of(held.client), held.lease.lease_id, ttl_s, adoptions)
+        ticket = self.opened.tickets.export(caller_of(held.client), held.lease.lease_id, ttl_s, adoptions)
         self.tickets.append(HeldTicket(ticket, held, self.files.clock.monotonic_s() + ttl_s, adoptions))
 
     @rule(number=numbers, shard=shards, ttl_s=st.sampled_from([5, 50]), client=numbers)
@@ -248,28 +248,28 @@ class StoreMachine(StoreBesideModel):
         for held in self.leases:
             if held.ends_at_s <= now_s:
                 with pytest.raises(LeaseExpired):
-                    self.store.leases.get(caller_of(held.client), held.lease.lease_id)
+                    self.opened.leases.get(caller_of(held.client), held.lease.lease_id)
         self.leases = [held for held in self.leases if held.ends_at_s > now_s]
         for ticket in self.tickets:
             if ticket.ends_at_s <= now_s:
                 with pytest.raises(TicketExpired):
                     self.do(self._adopt(ticket, None, self.client(0), 50))
         self.tickets = [ticket for ticket in self.tickets if ticket.ends_at_s > now_s]
-        self.store.leases.expire()
-        assert self.store.leases.count == len(self.leases) + len(self.tickets)
+        self.opened.leases.expire()
+        assert self.opened.leases.count == len(self.leases) + len(self.tickets)
 
     @rule(number=numbers)
     def a_client_goes(self, number: int) -> None:
         gone = self.client(number)
-        self.store.leases.detach(CALLER, gone)
+        self.opened.store.detach(CALLER, gone)
         self.clients = [client for client in self.clients if client is not gone]
-        self.clients.append(self.store.leases.attach(CALLER, "another"))
+        self.clients.append(self.opened.store.attach(CALLER, "another"))
         self.leases = [held for held in self.leases if held.client is not gone]
         over = [save for save in self.saves if save.client is gone]
         self.saves = [save for save in self.saves if save.client is not gone]
-        assert len(self.opened.uploads()) == sum(len(save.ingest._uploads) for save in self.saves)
+        assert len(self.opened.lent()) == sum(len(save.upload.places) for save in self.saves)
         for save in over:
-            self.do(save.ingest.__aexit__(None, None, None))
+            self.do(save.upload.__aexit__(None, None, None))
 
     # Moving and dropping
 
@@ -290,7 +290,7 @@ class StoreMachine(StoreBesideModel):
                 missing = len(set(part.keys) - {key for key, _ in gone})
                 assert await self._discard(part) == (len(gone), missing)
                 return
-            discarding = self.store.discard_layout(CALLER, layout.fingerprint)
+            discarding = self.store.operators.discard_layout(CALLER, layout.fingerprint)
             self.go(gone)
             assert await discarding == len(gone)
             self.gone(gone)
@@ -315,9 +315,9 @@ class StoreMachine(StoreBesideModel):
         until_ms = 0
         try:
             if ttl_s:
-                until_ms = self.do(self.store.pins.pin(CALLER, part.keys, ttl_s * 1000)).until_ms
+                until_ms = self.do(self.opened.store.operators.pin(CALLER, part.keys, ttl_s * 1000)).until_ms
             else:
-                self.do(self.store.pins.unpin(CALLER, part.keys))
+                self.do(self.opened.store.operators.unpin(CALLER, part.keys))
         except PinsFull:
             assert not self.ample
             return
@@ -329,7 +329,7 @@ class StoreMachine(StoreBesideModel):
         if what == "settle":
             self.settle()
         elif what == "recency":
-            self.do(self.store.lifecycle.flush_recency())
+            self.do(self.opened.block_lifecycle.flush_recency())
         else:
             assert self.do(self._scrub()) == 0
 

@@ -51,4 +51,4 @@ async def opened(open_store: Callable[..., Any]) -> OpenStore:
 
 @pytest.fixture
 def client(opened: OpenStore) -> Client:
-    return opened.store.leases.attach(CALLER, "test")
+    return opened.store.attach(CALLER, "test")

@@ -92,7 +92,7 @@ class Evictor:
         wait_s = self._wait_s if wait_s is None else min(wait_s, self._wait_s)
         self._waiting[tier] += 1
         try:
-            async with asyncio.timeout(wait_s), self._locks[tier]:
+            async with self._clock.timeout(wait_s), self._locks[tier]:
                 return await self._reserve_in_turn(tier, size_bytes)
         except TimeoutError as error:
             raise TierFull(f"no space came free in the {tier} tier in {wait_s:g} s", tier=tier) from error

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -124,12 +125,34 @@ class Promoter:
         self._landings: dict[int, PendingPromotion] = {}
         self._reserving: dict[int, asyncio.Future[None]] = {}
 
-    async def begin(self, rows: Sequence[int], *, within_s: float = 0.0) -> dict[int, PendingPromotion]:
-        """Start to bring up the rows that are only on SSD. Single flight: a running landing is joined.
+    @asynccontextmanager
+    async def promoting(self, rows: Sequence[int]) -> AsyncIterator[dict[int, PendingPromotion]]:
+        """Promote the rows that are only on SSD, and keep what is read of them in place until the block is left.
 
-        Rows that DRAM has no room for, and those already there, are not in the answer. Call `begin_reading`
-        on those that are before anything else is awaited. Reads are ordered by the time at which
-        their blocks are wanted, `within_s` from now.
+        Rows that DRAM has no room for, and those already there, are not among them.
+        """
+        pending = await self._begin(rows, within_s=0.0)
+        for each in pending.values():  # Nothing is awaited in between: a promotion that ends gives its image away.
+            each.begin_reading()
+        try:
+            yield pending
+        finally:
+            for each in pending.values():
+                each.end_reading()
+
+    async def promote(self, rows: Sequence[int], *, within_s: float, wait: bool) -> None:
+        """Promote the rows that are only on SSD; `wait` for the end of it, which may be a failure."""
+        begin = self._begin(rows, within_s=within_s)
+        if not wait:
+            self._tasks.start(begin, "prefetch")
+            return
+        for each in (await begin).values():
+            await each.done.wait()
+
+    async def _begin(self, rows: Sequence[int], *, within_s: float) -> dict[int, PendingPromotion]:
+        """Start to read the rows that are only on SSD. Single flight: a promotion that runs is joined.
+
+        Reads are ordered by the time at which their blocks are wanted, `within_s` from now.
         """
         begun: list[PendingPromotion] = []
         found: dict[int, PendingPromotion] = {}
@@ -151,7 +174,7 @@ class Promoter:
             if begun:
                 due_s = self._clock.monotonic_s() + within_s
                 self._tasks.start(self._bring_up(begun, due_s), "promotion")
-        # Who joins a landing of others and then waits for room may find that it has ended, its image given away.
+        # A promotion that was joined may have ended while we waited for room; its image is invalid then.
         return {row: landing for row, landing in found.items() if not landing.done.is_set()}
 
     def _wanted(self, row: int) -> bool:

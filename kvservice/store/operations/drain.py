@@ -1,6 +1,6 @@
 """Drain: no new saves, what runs may end, and what only DRAM holds gets its copy on SSD.
 
-Loads go on: an operator drains a daemon before its host is switched off, and its clients read until then.
+Reads go on: an operator drains a daemon before its host is switched off, and its clients read until then.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from kvservice.blocks import BlockTable, Rows, TierName
 from kvservice.store.caller import Caller
 from kvservice.store.mover.write_behind import WriteBehind
 from kvservice.store.tasks import Tasks
-from kvservice.store.transfers.in_place_reads import Locates
-from kvservice.store.transfers.reads import Loads
-from kvservice.store.transfers.upload import Ingests
+from kvservice.store.transfers.admission import Admission
+from kvservice.store.transfers.claims import Claims
 from kvservice_api.errors import Draining
 
 _LOOK_EVERY_S = 0.02
@@ -44,16 +43,14 @@ class Drain:
     def __init__(
         self,
         blocks: BlockTable,
-        ingests: Ingests,
-        loads: Loads,
-        locates: Locates,
+        claims: Claims,
+        admission: Admission,
         write_behind: WriteBehind | None,
         tasks: Tasks,
     ) -> None:
         self._blocks = blocks
-        self._ingests = ingests
-        self._loads = loads
-        self._locates = locates
+        self._claims = claims
+        self._admission = admission
         self._write_behind = write_behind
         self._tasks = tasks
         self._writing: asyncio.Task[None] | None = None
@@ -73,7 +70,7 @@ class Drain:
 
     async def quiet(self) -> None:
         """Wait until no load and no save runs."""
-        while self._loads.open_count or self._locates.open_count or self._ingests.uploads:  # noqa: ASYNC110  (once in a life)
+        while self._admission.loads_open or self._claims.object_count:  # noqa: ASYNC110  (once in a life)
             await asyncio.sleep(_LOOK_EVERY_S)
 
     # When an operator asks
@@ -108,7 +105,7 @@ class Drain:
             await asyncio.wait({writing}, timeout=_REPORT_EVERY_S)
 
     async def _write_all(self) -> None:
-        while self._ingests.uploads:  # noqa: ASYNC110  (they tell nobody when they end)
+        while self._claims.object_count:  # noqa: ASYNC110  (they tell nobody when they end)
             await asyncio.sleep(_LOOK_EVERY_S)
         if self._write_behind is None:
             return
@@ -127,8 +124,8 @@ class Drain:
     def _progress(self, done: bool) -> DrainProgress:
         rows = self._only_in_dram()
         return DrainProgress(
-            uploads=len(self._ingests.uploads),
-            loads=self._loads.open_count + self._locates.open_count,
+            uploads=self._claims.object_count,
+            loads=self._admission.loads_open,
             only_in_dram=len(rows),
             only_in_dram_bytes=int(self._blocks.size_bytes[rows].sum()),
             unwritten=0 if done or self._write_behind is None else self._write_behind.pending,

@@ -8,11 +8,14 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from kvservice.blocks import NO_ROW, BlockTable, TierName
+from kvservice.clock import Clock
 from kvservice.index.block_index import BlockIndex, Emptied
 from kvservice.store.caller import Caller
 from kvservice.store.miss_reasons import Event, MissReasons, Reason
-from kvservice.store.operations.requests import LookupRecord, RequestRecord
-from kvservice.store.transfers.upload import Ingests
+from kvservice.store.operations.listings import BlockFacts, block_facts
+from kvservice.store.operations.requests import LookupRecord, ReportRecord, RequestRecord
+from kvservice.store.sessions.sessions import SessionHistory
+from kvservice.store.transfers.claims import Claims
 from kvservice_api.layout import LayerGroup, Layout, Rotary
 
 
@@ -25,7 +28,7 @@ class Arrival(Enum):
     KEPT = auto()  # It was there when the daemon started.
 
 
-class Place(NamedTuple):
+class TierPlace(NamedTuple):
     """A copy of an object. `since_ms` is 0 where it was there at the daemon's start."""
 
     tier: TierName
@@ -83,6 +86,16 @@ class OtherLayout:
 
 
 @dataclass(frozen=True, slots=True)
+class ExplainedBlock:
+    """A block's stored shards, each with the places where it lies; why it is a miss, where it has none."""
+
+    shards: Sequence[tuple[BlockFacts, Sequence[TierPlace]]]
+    events: Sequence[Event]
+    missing: Missing | None
+    remembers_since_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class ExplainedLookup:
     record: LookupRecord
     layout: Layout
@@ -90,12 +103,33 @@ class ExplainedLookup:
     other_layouts: Sequence[OtherLayout]
 
 
+@dataclass(frozen=True, slots=True)
+class ExplainedSession:
+    """`missing` is why the first slice that is not usable is a miss; None where all are usable."""
+
+    history: SessionHistory
+    missing: Missing | None
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedRequest:
+    """What is remembered of a request; `lookups_more` and `reports_more` were counted and not kept."""
+
+    lookups: Sequence[ExplainedLookup]
+    lookups_more: int
+    reports: Sequence[ReportRecord]
+    reports_more: int
+
+
 class Explain:
-    def __init__(self, blocks: BlockTable, index: BlockIndex, history: MissReasons, ingests: Ingests) -> None:
+    def __init__(
+        self, blocks: BlockTable, index: BlockIndex, history: MissReasons, claims: Claims, clock: Clock
+    ) -> None:
         self._blocks = blocks
         self._index = index
         self._history = history
-        self._ingests = ingests
+        self._claims = claims
+        self._clock = clock
 
     @property
     def remembers_since_ms(self) -> int:
@@ -105,6 +139,17 @@ class Explain:
     def dram_emptied(self) -> Emptied | None:
         return self._index.dram_emptied
 
+    def block(self, caller: Caller, key: bytes) -> ExplainedBlock:
+        """Where the block lies and what is remembered of it."""
+        rows, now_ms = self.rows(caller, key), self._clock.wall_ms()
+        shards = [
+            (block_facts(self._blocks, self._index.layouts, row, now_ms), self.places(caller, row)) for row in rows
+        ]
+        events, missing = self.events(caller, key), None if rows else self.missing(caller, key)
+        # With the history off it is the time of reading: the same in both.
+        since_ms = self.remembers_since_ms if missing is None else missing.remembers_since_ms
+        return ExplainedBlock(shards, events, missing, since_ms)
+
     def rows(self, caller: Caller, key: bytes) -> list[int]:
         """The rows of a block's shards; none where it is not stored."""
         return list(self._blocks.shards_of(int(self._blocks.rows_of_keys([key])[0])))
@@ -113,7 +158,7 @@ class Explain:
         """What is remembered of a block, the newest first."""
         return self._history.of(key)
 
-    def places(self, caller: Caller, row: int) -> list[Place]:
+    def places(self, caller: Caller, row: int) -> list[TierPlace]:
         """Where an object lies, since when, and how it came there."""
         blocks = self._blocks
         found = []
@@ -127,7 +172,7 @@ class Explain:
                 arrival = Arrival.WRITTEN_BEHIND
             else:
                 arrival = Arrival.SAVED if since_ms == blocks.stored_at_ms[row] else Arrival.PROMOTED
-            found.append(Place(tier, arrival, since_ms))
+            found.append(TierPlace(tier, arrival, since_ms))
         return found
 
     def missing(self, caller: Caller, key: bytes, until_ms: int | None = None) -> Missing:
@@ -139,7 +184,7 @@ class Explain:
             # What its pin had kept until then, its pin's end has cost.
             is_expired = event.reason is Reason.EVICTED and event.pin_ended_ms
             why = Miss.EXPIRED if is_expired else _MISS_OF[event.reason]
-        elif until_ms is None and any(name.startswith(key) for name in self._ingests.uploads):
+        elif until_ms is None and self._claims.waiting_for(key):
             why = Miss.BEING_SAVED
         else:
             why = Miss.NEVER_STORED if emptied is None else Miss.NEVER_STORED_OR_LOST

@@ -11,6 +11,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from kvservice.blocks import NO_ROW, BlockTable
 from kvservice.clock import Clock
@@ -62,24 +63,13 @@ class LookupRecord:
 
 @dataclass(frozen=True, slots=True)
 class ReportRecord:
-    """What the engine's side tells of a request. `estimates_ms` and `times_ms` have the names that it gave them."""
+    """What the engine's side tells of a request. The store looks at a few of its words, and keeps the rest as told."""
 
-    report_id: int  # The same one again is the same report; 0 is nobody's.
+    report_id: int  # The same one again is the same report; 0 is none in particular.
     began_ms: int
-    client: str
     plan: str  # "load", "recompute", "mixed", or "none".
-    plan_reason: str
     outcome: str  # "done", "miss", "failed_over" or "breaker_open".
-    outcome_reason: str
-    history_tokens: int
-    new_tokens: int
-    loaded_tokens: int
-    computed_tokens: int
-    loaded_bytes: int
-    tier: str
-    transport: str
-    estimates_ms: Mapping[str, float]
-    times_ms: Mapping[str, float]
+    told: Mapping[str, Any]  # Counts, texts, and the mappings of times, by the names of `RequestReport`'s fields.
 
 
 @dataclass(slots=True)

@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,11 @@ from kvservice_api.layout import Layout
 
 _POSITION_MAX = 2**62  # Sums of positions and counts stay inside 63 bits.
 NO_POSITIONS: Positions = np.empty(0, np.uint64)
+
+
+class StoredSession(NamedTuple):
+    manifest: Manifest
+    layout: Layout
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,11 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
 import numpy as np
 
-from kvservice.blocks import Rows
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
@@ -29,12 +28,12 @@ from kvservice.index.session_records import Manifest
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.store.miss_reasons import Reason
+from kvservice.store.prefix_match import Run, find, runs_of
 from kvservice.store.sessions import manifests
-from kvservice.store.sessions.manifests import Turn
-from kvservice.store.sessions.messages import session_message
+from kvservice.store.sessions.manifests import StoredSession, Turn
 from kvservice.store.tasks import Tasks
 from kvservice_api.errors import InvalidRequest, KVError, SessionChanged, SessionNotFound, SessionsFull, StorageFailed
-from kvservice_api.layout import Layout
+from kvservice_api.layout import Layout, Shard
 from kvservice_api.session_ids import checked_session_id
 
 log = logging.getLogger(__name__)
@@ -43,7 +42,6 @@ _EXPIRED_AT_A_TIME = 256
 _FLUSHED_AT_A_TIME = 64
 _DROPPED_A_TURN = 32  # Of the event loop: a millisecond.
 _POSITIONS_MAX = 65536  # Explicit ones, in one session.
-_STATUS_BYTES_MAX = 5120  # Of a session in an error: with base64 and the rest, a status may have 8 KiB.
 _NAMES_A_TURN = 4096
 _TICK_S = 1.0
 _GONE_MAX = 4096  # Sessions whose end is remembered.
@@ -62,6 +60,14 @@ class SessionLimits:
     sessions_max: int = 16384
     slices_max: int = 8192
     flush_s: float = 60.0
+
+
+class SessionHistory(NamedTuple):
+    """A session, how many of its leading slices are stored, and where these lie."""
+
+    session: StoredSession
+    usable: int
+    runs: list[Run]
 
 
 class Sessions:
@@ -129,11 +135,16 @@ class Sessions:
             raise SessionNotFound(f"there is no session {session_id!r}: {told}", session_id=session_id)
         return found
 
-    def usable_slices(self, manifest: Manifest, hits: Rows) -> int:
-        """How many leading slices `hits` gives, the rows that a lookup of their keys found."""
-        stored = self._lifecycle.blocks.token_count[hits]
-        wrong = np.flatnonzero(stored != manifest.slices["block_tokens"][: len(hits)])
-        return int(wrong[0]) if len(wrong) else len(hits)
+    def stored(self, manifest: Manifest) -> StoredSession:
+        return StoredSession(manifest, self._index.layouts[manifest.layout_id])
+
+    def history(self, manifest: Manifest, wanted: Shard) -> SessionHistory:
+        """How much of a session is stored, for this shard. No use of it."""
+        blocks = self._lifecycle.blocks
+        hits = find(blocks, manifest.slices["key"].tolist(), manifest.layout_id, wanted).rows
+        wrong = np.flatnonzero(blocks.token_count[hits] != manifest.slices["block_tokens"][: len(hits)])
+        usable = int(wrong[0]) if len(wrong) else len(hits)
+        return SessionHistory(self.stored(manifest), usable, runs_of(blocks, hits[:usable]))
 
     async def page(
         self, caller: Caller, start: int, size: int, session_id: str, layout_id: int | None
@@ -421,8 +432,7 @@ class Sessions:
     def _changed(self, now: Manifest, why: str) -> SessionChanged:
         self._counters.session_changes_refused += 1
         error = SessionChanged(why, session_id=now.session_id, revision=now.revision)
-        layout = self._index.layouts[now.layout_id]
-        error.attached = session_message(now, layout, bytes_max=_STATUS_BYTES_MAX)
+        error.now = self.stored(now)
         return error
 
     def _check_room(self) -> None:

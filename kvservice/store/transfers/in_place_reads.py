@@ -10,7 +10,12 @@ import asyncio
 import functools
 from collections.abc import AsyncGenerator
 from concurrent.futures import Executor
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvservice.blocks import Extent, Rows, TierName
 from kvservice.counters import Counters
@@ -21,18 +26,24 @@ from kvservice.store.leases import Lease
 from kvservice.store.mover.promoter import PendingPromotion, Promoter
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.io_pool import ended
-from kvservice_api.errors import ChecksumMismatch, KVError, LeaseExpired, NotShared, Overloaded
+from kvservice_api.errors import ChecksumMismatch, KVError, LeaseExpired, NotShared
 
 _ROWS_A_TURN = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """Blocks that lie in the arena, or are on their way there; one entry a block."""
+    """Blocks in the arena, or being promoted to it; one entry per block.
+
+    `trailer_checksums` are u64, `token_counts` u32, `shards` the stored shards as the block table has them.
+    """
 
     rows: Rows
     extents: list[Extent]
     generations: list[int]
+    trailer_checksums: NDArray[np.uint64]
+    token_counts: NDArray[np.uint32]
+    shards: NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +53,8 @@ class NotInPlace:
     why: str
 
 
-class Locates:
-    """Opens them. At most `open_max` at one time."""
+class InPlaceReads:
+    """Finds them, and holds them while somebody reads."""
 
     def __init__(
         self,
@@ -59,43 +70,46 @@ class Locates:
         self._promoter = promoter
         self._counters = counters
         self._executor = executor
-        self.open_count = 0
 
     async def run(
-        self, caller: Caller, lease: Lease, blocks: range, *, verify: bool, open_max: int
+        self, caller: Caller, lease: Lease, blocks: range, *, verify: bool
     ) -> AsyncGenerator[Located | NotInPlace | int, None]:
         """First the places, then how many layers are there, until all are. Then nothing more: the rows stay
         in their places until this is closed, or the client is gone.
 
-        Raises NotShared, Overloaded, LeaseExpired, ChecksumMismatch, StorageFailed.
+        Raises NotShared, LeaseExpired, ChecksumMismatch, StorageFailed.
         """
         if why := self._dram.not_shared_because:
             raise NotShared(f"blocks cannot be read in place: {why}")
-        if self.open_count >= open_max:
-            raise Overloaded(f"{open_max} loads are open, the most that this daemon takes")
         if any(block in lease.parts for block in blocks):
             yield NotInPlace("several shards make up a block")
             return
         rows = lease.rows[blocks.start : blocks.stop]
         landings: dict[int, PendingPromotion] = {}
+        held = AsyncExitStack()
         left = asyncio.Event()
         lease.client.on_detach.add(left.set)
         self._lifecycle.hold(rows)
-        self.open_count += 1
         try:
             try:
                 missing = rows[self._blocks.dram_offset[rows] < 0].tolist()
                 if missing and self._promoter is not None:
-                    landings = await self._promoter.begin(missing)
-                    for landing in landings.values():  # Before anything else is awaited: images are given away.
-                        landing.begin_reading()
+                    landings = await held.enter_async_context(self._promoter.promoting(missing))
                 if verify:
                     await self._verify(rows)
                 extents = await self._extents(rows, landings)
                 if isinstance(extents, NotInPlace):
                     yield extents
                     return
-                yield Located(rows, extents, self._dram.generations(extents))
+                table = self._blocks
+                yield Located(
+                    rows,
+                    extents,
+                    self._dram.generations(extents),
+                    table.trailer_checksum[rows],
+                    table.token_count[rows],
+                    table.shard[rows],
+                )
                 async for ready in self._layers(lease, landings):
                     yield ready
             except KVError:
@@ -105,10 +119,8 @@ class Locates:
             await left.wait()  # Or until this is closed: the blocks stay where they are meanwhile.
             raise LeaseExpired("the client's Attach stream has ended, and its leases with it")
         finally:
-            for landing in landings.values():
-                landing.end_reading()
+            await held.aclose()
             lease.client.on_detach.discard(left.set)
-            self.open_count -= 1
             self._lifecycle.unhold(rows)
 
     async def _extents(self, rows: Rows, landings: dict[int, PendingPromotion]) -> list[Extent] | NotInPlace:

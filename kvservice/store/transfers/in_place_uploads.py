@@ -1,9 +1,8 @@
-"""Saves in place: a client reserves blocks, writes their slices into the arena itself, and commits.
+"""Uploads in place: a client reserves blocks, writes their slices into the arena itself, and commits.
 
-A reservation is an ingest whose bytes do not pass through the daemon. What differs is the end: space
-that a client may still be writing is lent again only after it has said that it writes no more, or
-when the lock that says otherwise is gone (``tiers/writers.py``). Never by time: a stopped process
-that goes on would write into somebody else's block.
+Such an upload's bytes do not pass through the daemon. What differs is the end: space that a client may still be
+writing is lent again only after it has said that it writes no more, or when the lock that says otherwise is gone
+(``tiers/writers.py``). Never by time: a stopped process that goes on would write into somebody else's block.
 """
 
 from __future__ import annotations
@@ -18,111 +17,61 @@ from numpy.typing import NDArray
 from kvservice.blocks import Extent
 from kvservice.store.caller import Caller
 from kvservice.store.leases import Client
-from kvservice.store.miss_reasons import Reason
 from kvservice.store.tasks import Tasks
-from kvservice.store.transfers.upload import Ingest, Ingests, SaveOutcome, SaveRequest
+from kvservice.store.transfers.admission import IN_PLACE_UPLOADS_PER_CLIENT_MAX
+from kvservice.store.transfers.upload import Place, SaveOutcome, SaveRequest, Upload, Uploads
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.writers import Writer
 from kvservice_api.arena import WRITERS_NAME
-from kvservice_api.errors import InvalidRequest, NotShared, Overloaded, ReservationEnded, ReservationNotYours
+from kvservice_api.errors import InvalidRequest, KVError, NotShared, Overloaded, ReservationEnded, ReservationNotYours
 
 log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 0.1
-_PER_CLIENT_MAX = 64
 _RELEASED_A_TURN = 64  # A millisecond of the event loop.
 
 
-class Place(NamedTuple):
-    """Where a block's image begins in the arena."""
+class _WrittenInPlace:
+    """Space that a client may be writing. What it may still write is not free before its writer's lock is gone."""
 
-    position: int  # In the save's keys.
-    extent: Extent
-
-
-class Reservation(Ingest):
-    """Blocks of one save that the client writes in place."""
-
-    def __init__(
-        self, ingests: Ingests, caller: Caller, client: Client, request: SaveRequest, writer: Writer, *, on_ssd: bool
-    ) -> None:
-        super().__init__(ingests, caller, client, request)
-        self.client = client
+    def __init__(self, dram: DramTier, writer: Writer) -> None:
+        self._dram = dram
         self._writer = writer
-        self._on_ssd = on_ssd
-        self._may_be_written = False  # The client was told, and has not said yet that it has stopped.
+        self.may_be_written = False  # The client knows the places, and has not said yet that it has stopped.
 
-    @property
-    def places(self) -> list[Place]:
-        """What the client is to write, by position."""
-        lent = (Place(upload.position, upload.extent) for upload in self._uploads.values() if upload.extent is not None)
-        return sorted(lent)
-
-    @property
-    def outcome(self) -> SaveOutcome:
-        return self._outcome
-
-    @property
-    def is_handed_over(self) -> bool:
-        return self._may_be_written
-
-    def hand_over(self) -> list[Place]:
-        """The places, for an answer to the client."""
-        self._may_be_written = True
-        return self.places
-
-    def check(self, checksums: NDArray[np.uint64]) -> None:
-        """Raises InvalidRequest where they are not one a slice of what was handed over."""
-        layers = self._request.shard.layers
-        if len(checksums) != layers * len(self._uploads):
-            raise InvalidRequest(
-                f"{len(checksums)} checksums came for {len(self._uploads)} reserved blocks of {layers} layers",
-                field="checksums",
-            )
-
-    async def commit_in_place(self, checksums: NDArray[np.uint64]) -> SaveOutcome:
-        """Make the blocks visible. `checksums`: one a slice of what was handed over, ``[block, layer]`` flattened."""
-        uploads = sorted(self._uploads.values(), key=lambda upload: upload.position)
-        self._committing = True  # Whoever detaches the client now leaves the extents to this commit.
-        self._may_be_written = False
-        for place in self.places:
-            self._writer.forget(place.extent)  # Before the record: nobody writes there any more, whatever comes next.
-        positions = [upload.position for upload in uploads]
-        self._checksums[positions] = checksums.reshape(len(uploads), self._request.shard.layers)
-        try:
-            rows = await self._record(uploads)
-            await self._finish(uploads, rows, on_ssd=self._on_ssd)
-        finally:
-            self._close()
-        return self._outcome
-
-    def abandon(self) -> None:
-        """The client writes no more, and wants nothing of it stored."""
-        self._may_be_written = False
-        self._close()
-
-    def _lent(self, extent: Extent) -> None:
+    def lent(self, extent: Extent) -> None:
         self._writer.note(extent)
 
-    def _give_back(self, extent: Extent) -> None:
-        if self._may_be_written:
-            return  # The client is gone, or seems so. The space comes back with its lock.
+    def returned(self, extent: Extent) -> None:
+        if not self.may_be_written:  # Else the client is gone, or seems so: the space comes back with its lock.
+            self._writer.forget(extent)
+            self._dram.release(extent)
+
+    def recorded(self, extent: Extent) -> None:
         self._writer.forget(extent)
-        super()._give_back(extent)
 
 
-class Reservations:
-    """All reservations, and the clients that may be writing."""
+class _InPlaceUpload(NamedTuple):
+    """Blocks of one save that the client writes in place."""
 
-    def __init__(self, ingests: Ingests, dram: DramTier, tasks: Tasks, *, offered: bool) -> None:
+    client: Client
+    upload: Upload
+    space: _WrittenInPlace
+    on_ssd: bool
+
+
+class InPlaceUploads:
+    """All uploads in place, by the number that the client drew, and the clients that may be writing."""
+
+    def __init__(self, uploads: Uploads, dram: DramTier, tasks: Tasks, *, offered: bool) -> None:
         """Sets aside, first of all, what clients of an earlier daemon may still be writing."""
-        self._ingests = ingests
+        self._uploads = uploads
         self._dram = dram
         self._tasks = tasks
         self._offered = offered
         self._directory = dram.arena_directory / WRITERS_NAME
         self._writers: dict[Client, Writer] = {}
-        self._open: dict[int, Reservation] = {}
+        self._open: dict[int, _InPlaceUpload] = {}
         self._leaving = set(Writer.left_behind(self._directory, dram.arena_id))  # Until their locks are released.
         for writer in self._leaving:
             for extent in writer.extents:
@@ -157,48 +106,53 @@ class Reservations:
         return writer
 
     async def reserve(
-        self, caller: Caller, reservation_id: int, client: Client, request: SaveRequest, *, on_ssd: bool
-    ) -> tuple[Reservation, list[Place]]:
-        """Waits, as a save does, for others that store the same blocks, and for room."""
-        if not reservation_id or reservation_id in self._open:
+        self, caller: Caller, number: int, client: Client, request: SaveRequest, *, on_ssd: bool
+    ) -> tuple[list[Place], dict[int, KVError]]:
+        """The places to write, and why blocks were refused, by position. Waits, as a save does, for others that
+        store the same blocks, and for room.
+
+        Raises InvalidRequest, Overloaded, NotShared, NoWriterLock, IncompleteSave.
+        """
+        if not number or number in self._open:
             raise InvalidRequest("reservation_id is 0 or in use: draw another", field="reservation_id")
-        if sum(each.client is client for each in self._open.values()) >= _PER_CLIENT_MAX:
-            error = Overloaded(f"the client holds {_PER_CLIENT_MAX} reservations, the most it may")
-            self._ingests.lifecycle.history.note_keys(request.keys, Reason.REFUSED, error.reason)
+        if sum(each.client is client for each in self._open.values()) >= IN_PLACE_UPLOADS_PER_CLIENT_MAX:
+            error = Overloaded(f"the client holds {IN_PLACE_UPLOADS_PER_CLIENT_MAX} reservations, the most it may")
+            self._uploads.note_refused(request.keys, error.reason)
             raise error
-        self._ingests.check(request)
-        reservation = Reservation(self._ingests, caller, client, request, self.writer(client), on_ssd=on_ssd)
-        self._open[reservation_id] = reservation
+        space = _WrittenInPlace(self._dram, self.writer(client))
+        upload = self._uploads.begin(caller, client, request, space)
+        self._open[number] = _InPlaceUpload(client, upload, space, on_ssd)
         try:
-            await reservation.__aenter__()
+            await upload.claim()
         except BaseException:
-            self._open.pop(reservation_id, None)
+            self._open.pop(number, None)
             raise
-        return reservation, reservation.hand_over()
+        space.may_be_written = True
+        return upload.places, upload.outcome.refused
 
-    async def commit(
-        self, caller: Caller, reservation_id: int, client: Client, checksums: NDArray[np.uint64]
-    ) -> SaveOutcome:
-        """Raises ReservationEnded, ReservationNotYours; InvalidRequest, after which the reservation goes on."""
-        reservation = self._get(reservation_id, client)
-        if reservation is None or not reservation.is_handed_over:
-            raise ReservationEnded("there is no such reservation: reserve again", reservation_id=reservation_id)
-        reservation.check(checksums)
-        del self._open[reservation_id]
-        return await reservation.commit_in_place(checksums)
+    async def commit(self, caller: Caller, number: int, client: Client, checksums: NDArray[np.uint64]) -> SaveOutcome:
+        """Raises ReservationEnded, ReservationNotYours; InvalidRequest, after which the upload goes on."""
+        found = self._get(number, client)
+        if found is None or not found.space.may_be_written:
+            raise ReservationEnded("there is no such reservation: reserve again", reservation_id=number)
+        found.upload.check_written(checksums)
+        del self._open[number]
+        found.space.may_be_written = False
+        return await found.upload.commit_written(checksums, on_ssd=found.on_ssd)
 
-    def abandon(self, caller: Caller, reservation_id: int, client: Client) -> None:
-        """Raises ReservationNotYours."""
-        reservation = self._get(reservation_id, client)
-        if reservation is not None:
-            del self._open[reservation_id]
-            reservation.abandon()
+    def abandon(self, caller: Caller, number: int, client: Client) -> None:
+        """The client writes no more, and wants nothing of it stored. Raises ReservationNotYours."""
+        found = self._get(number, client)
+        if found is not None:
+            del self._open[number]
+            found.space.may_be_written = False
+            found.upload.close()
 
-    def _get(self, reservation_id: int, client: Client) -> Reservation | None:
-        reservation = self._open.get(reservation_id)
-        if reservation is not None and reservation.client is not client:
-            raise ReservationNotYours("the reservation belongs to another client", reservation_id=reservation_id)
-        return reservation
+    def _get(self, number: int, client: Client) -> _InPlaceUpload | None:
+        found = self._open.get(number)
+        if found is not None and found.client is not client:
+            raise ReservationNotYours("the reservation belongs to another client", reservation_id=number)
+        return found
 
     def _detached(self, client: Client) -> None:
         self._open = {number: each for number, each in self._open.items() if each.client is not client}

@@ -10,12 +10,14 @@ import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import Executor
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
 from kvservice.blocks import Extent, TierName
+from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.store import image_check
 from kvservice.store.block_lifecycle import BlockLifecycle
@@ -28,7 +30,7 @@ from kvservice.store.transfers.coverage import HeadRun, cover
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.io_pool import ended
 from kvservice.tiers.ssd import SsdTier
-from kvservice_api.errors import ChecksumMismatch, KVError, LeaseExpired, Overloaded
+from kvservice_api.errors import ChecksumMismatch, InvalidRequest, KVError, LeaseExpired, Overloaded
 from kvservice_api.image import PAGE_BYTES, BlockGeometry, Trailer, checksum
 from kvservice_api.layout import Layout, Shard
 
@@ -38,6 +40,21 @@ _SCRATCH_BYTES = 256 << 20
 _SCRATCH_WAIT_S = 5.0
 
 _ROWS_A_TURN = 256  # A millisecond of the event loop.
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """`count` items from `first` on; a count of 0 means all that follow."""
+
+    first: int = 0
+    count: int = 0
+
+    def within(self, end: int, what: str) -> range:
+        """As a range of a lease's `end` items. Raises InvalidRequest where it is empty or reaches beyond."""
+        last = self.first + self.count if self.count else end
+        if not self.first < last <= end:
+            raise InvalidRequest(f"{what}s {self.first}..{last} are not in the lease's {end}", field=f"first_{what}")
+        return range(self.first, last)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +97,7 @@ class _Source:
         return self.image is not None and self.landing is None
 
 
-class Loads:
+class Reads:
     """Opens loads. `slots` bounds how many frames are put together at a time, over all clients."""
 
     def __init__(
@@ -89,6 +106,7 @@ class Loads:
         dram: DramTier,
         ssd: SsdTier | None,
         promoter: Promoter | None,
+        clock: Clock,
         counters: Counters,
         executor: Executor,
         loop_budget: LoopBudget,
@@ -105,8 +123,7 @@ class Loads:
         self.loop_budget = loop_budget
         self.slots = asyncio.Semaphore(slots)
         self.frame_bytes = frame_bytes
-        self.open_count = 0
-        self.scratch = _ScratchBudget(_SCRATCH_BYTES, _SCRATCH_WAIT_S)
+        self.scratch = _ScratchBudget(clock, _SCRATCH_BYTES, _SCRATCH_WAIT_S)
 
     async def run(
         self, caller: Caller, lease: Lease, blocks: range, layers: range, encode: Callable[[Part], T]
@@ -117,7 +134,6 @@ class Loads:
         """
         load = _Load(self, lease, blocks)
         self.lifecycle.hold(load.rows)
-        self.open_count += 1
         try:
             await load.open()
             ready: asyncio.Future[T] | None  # One frame is sent while the one behind it, `waiting`, is put together.
@@ -153,12 +169,11 @@ class Loads:
             raise
         finally:
             await load.close()
-            self.open_count -= 1
             self.lifecycle.unhold(load.rows)
 
 
 class _Load:
-    def __init__(self, loads: Loads, lease: Lease, blocks: range) -> None:
+    def __init__(self, loads: Reads, lease: Lease, blocks: range) -> None:
         self._loads = loads
         self._blocks_table = loads.lifecycle.blocks
         self._layout: Layout = lease.layout
@@ -170,6 +185,7 @@ class _Load:
         self._sources: dict[int, _Source] = {}
         self._jobs: set[asyncio.Future[Any]] = set()
         self._scratch_bytes = 0
+        self._held = AsyncExitStack()  # What is being promoted, for as long as it is read.
 
     def _plan(self, rows: Sequence[int]) -> list[list[HeadRun]] | None:
         """How several shards make up one; None where one row is just what is asked for."""
@@ -189,9 +205,9 @@ class _Load:
         landings: dict[int, PendingPromotion] = {}
         if loads.promoter is not None:
             rows = np.array(self.rows, np.int64)
-            landings = await loads.promoter.begin(rows[table.dram_offset[rows] < 0].tolist())
-        for row, landing in landings.items():  # Before anything else is awaited: images of landings are given away.
-            landing.begin_reading()
+            missing = rows[table.dram_offset[rows] < 0].tolist()
+            landings = await self._held.enter_async_context(loads.promoter.promoting(missing))
+        for row, landing in landings.items():
             self._sources[row] = source = self._new_source(row)
             source.image, source.landing = landing.image, landing
         for count, row in enumerate(self.rows):
@@ -234,9 +250,7 @@ class _Load:
         for job in list(self._jobs):
             await ended(job)
         self._loads.scratch.give_back(self._scratch_bytes)
-        for source in self._sources.values():
-            if source.landing is not None:
-                source.landing.end_reading()
+        await self._held.aclose()
 
     async def _yield_to_loop(self, count: int) -> None:
         """The event loop goes round now and then: a load may have thousands of blocks, and loads may be many."""
@@ -394,7 +408,8 @@ async def _gather(work: Callable[[_Source], Awaitable[T]], sources: Sequence[_So
 class _ScratchBudget:
     """Memory for blocks that are read from SSD past a full DRAM, over all loads: slow readers must not pile it up."""
 
-    def __init__(self, limit_bytes: int, wait_s: float) -> None:
+    def __init__(self, clock: Clock, limit_bytes: int, wait_s: float) -> None:
+        self._clock = clock
         self._limit_bytes = limit_bytes
         self._wait_s = wait_s
         self._used_bytes = 0
@@ -405,7 +420,7 @@ class _ScratchBudget:
         if not size_bytes:
             return
         try:
-            async with asyncio.timeout(self._wait_s), self._more:
+            async with self._clock.timeout(self._wait_s), self._more:
                 await self._more.wait_for(
                     lambda: not self._used_bytes or self._used_bytes + size_bytes <= self._limit_bytes
                 )

@@ -1,18 +1,17 @@
-"""The save path: an upload reserves space, is written frame by frame, and is committed or abandoned.
+"""The save path: claim the blocks, reserve destinations for their bytes, write them, commit or abandon.
 
 Nothing of an upload is visible before its commit, and nothing is left of one that ends without.
-The order of a commit: bytes complete and matching the client's checksums, trailer, index record,
-visible. An object is uploaded once at a time: saves that want it queue up, and who comes to the front
-finds it stored, or stores it.
+The order of a commit: bytes complete and matching the client's checksums, trailer, index record, visible.
 """
 
 from __future__ import annotations
 
 import asyncio
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +27,8 @@ from kvservice.store.miss_reasons import Reason
 from kvservice.store.mover.evictor import Evictor
 from kvservice.store.mover.write_behind import WriteBehind
 from kvservice.store.tasks import all_of
+from kvservice.store.transfers.admission import Admission
+from kvservice.store.transfers.claims import Claim, Claims
 from kvservice.tiers.dram import DramTier
 from kvservice_api.errors import (
     BlockNotFound,
@@ -108,21 +109,56 @@ class _Slices:
         return True
 
 
+class Place(NamedTuple):
+    """Where a block's image begins in the arena."""
+
+    position: int  # In the save's keys.
+    extent: Extent
+
+
+class Space(Protocol):
+    """What becomes of the space that an upload gets: a client that writes in place may still be writing there."""
+
+    def lent(self, extent: Extent) -> None:
+        """It is the upload's from now on."""
+
+    def returned(self, extent: Extent) -> None:
+        """The upload does not need it any more, and no record ever named it."""
+
+    def recorded(self, extent: Extent) -> None:
+        """A record is about to name it."""
+
+
+class OwnSpace:
+    """Space that only the daemon writes: free again at once."""
+
+    def __init__(self, dram: DramTier) -> None:
+        self._dram = dram
+
+    def lent(self, extent: Extent) -> None:
+        pass
+
+    def returned(self, extent: Extent) -> None:
+        self._dram.release(extent)
+
+    def recorded(self, extent: Extent) -> None:
+        pass
+
+
 @dataclass(slots=True, eq=False)
-class _Upload:
-    """One block on its way in."""
+class _Destination:
+    """Where the bytes of one block go, once there is room for them."""
 
     position: int
-    name: bytes  # The object's key.
+    claim: Claim
     geometry: BlockGeometry
-    ended: asyncio.Future[None]  # Committed, abandoned, or not needed.
     slices: _Slices
     extent: Extent | None = None
     image: memoryview | None = None
 
 
-class Ingests:
-    """All uploads that run."""
+class Uploads:
+    """All saves that run, and what they share."""
 
     def __init__(
         self,
@@ -133,11 +169,12 @@ class Ingests:
         clock: Clock,
         counters: Counters,
         loop_budget: LoopBudget,
+        admission: Admission,
         *,
         wait_s: float,
         secret: bytes,
     ) -> None:
-        """`secret` is the store's, for the tags of descriptors."""
+        """`wait_s` is how long a save waits for others of the same block; `secret` is for the tags of descriptors."""
         self.lifecycle = lifecycle
         self.blocks: BlockTable = lifecycle.blocks
         self.evictor = evictor
@@ -146,76 +183,94 @@ class Ingests:
         self.clock = clock
         self.counters = counters
         self.loop_budget = loop_budget
+        self.admission = admission
         self.wait_s = wait_s
         self.secret = secret
-        self.uploads: dict[bytes, deque[_Upload]] = {}  # By object. The first one is under way, the others wait.
+        self.claims = Claims()
+        self.open: set[Upload] = set()
 
-    def begin(self, caller: Caller, client: Client, request: SaveRequest) -> Ingest:
-        """Use it as ``async with``: leaving without `commit` abandons the upload. Raises InvalidRequest."""
-        self.check(request)
-        return Ingest(self, caller, client, request)
-
-    def check(self, request: SaveRequest) -> None:
-        """Raises InvalidRequest where the request contradicts itself."""
+    def begin(self, caller: Caller, client: Client, request: SaveRequest, space: Space | None = None) -> Upload:
+        """Use it as ``async with``: leaving without a commit abandons it. Raises InvalidRequest."""
         if len(set(request.keys)) != len(request.keys):
             raise InvalidRequest("a key appears twice in one save", field="keys")
+        return Upload(self, caller, client, request, space or OwnSpace(self.dram))
+
+    def note_refused(self, keys: Sequence[bytes], reason: str) -> None:
+        self.lifecycle.history.note_keys(keys, Reason.REFUSED, reason)
 
 
-class Ingest:
-    """One save: ``async with`` reserves, `write` fills, `commit` makes it visible."""
+class Upload:
+    """One save: claim, destinations, bytes, commit. The bytes come by `write`, or the client writes them in place."""
 
-    def __init__(self, ingests: Ingests, caller: Caller, client: Client, request: SaveRequest) -> None:
-        self._all = ingests
+    def __init__(self, uploads: Uploads, caller: Caller, client: Client, request: SaveRequest, space: Space) -> None:
+        """Use `Uploads.begin`."""
+        self._all = uploads
         self._caller = caller
         self._client = client
         self._request = request
-        self._outcome = SaveOutcome()
-        self._uploads: dict[int, _Upload] = {}
+        self._space = space
+        self._admitted = ExitStack()
+        self.outcome = SaveOutcome()
+        self._destinations: dict[int, _Destination] = {}
         self._checksums = np.zeros((len(request.keys), request.shard.layers), np.uint64)  # Of what came.
         self._hashing: set[asyncio.Future[int]] = set()
         self._geometries = [block_geometry(request.layout, request.shard, count) for count in request.token_counts]
         self._layer_starts = layer_starts(request.layout, request.shard, request.token_counts)
-        self._received_bytes = 0
         self._no_room: KVError | None = None
         self._over = False
         self._committing = False
         self._committed = False
 
-    async def __aenter__(self) -> Ingest:
-        self._client.on_detach.add(self._abandon)
-        try:
-            await self._claim()
-        except BaseException:
-            self._close()
-            raise
+    @property
+    def places(self) -> list[Place]:
+        """Where the blocks go that this save stores, by position."""
+        return [
+            Place(position, each.extent)
+            for position, each in sorted(self._destinations.items())
+            if each.extent is not None
+        ]
+
+    async def __aenter__(self) -> Self:
+        """Raises Overloaded, and what `claim` raises."""
+        self._admitted.enter_context(self._all.admission.saves.entered())
+        await self.claim()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        self._close()
+        self.close()
 
-    # Reserving
+    # Claim and destinations
+
+    async def claim(self) -> None:
+        """Wait for others that save the same blocks, and for room. Raises IncompleteSave where the client goes."""
+        self._client.on_detach.add(self._abandon)
+        self._all.open.add(self)
+        try:
+            await self._claim()
+        except BaseException:
+            self.close()
+            raise
 
     async def _claim(self) -> None:
-        """Queue for all that is not stored, at once: who waits only for those before him waits in no circle."""
+        """Queue for every missing object in one step: a save waits only for earlier ones, so there is no deadlock."""
         for position, key in enumerate(self._request.keys):
             if self._stored_row(position) != NO_ROW:
-                self._outcome.already_stored.append(position)
+                self.outcome.already_stored.append(position)
                 continue
-            geometry, ended = self._geometries[position], asyncio.get_running_loop().create_future()
-            upload = _Upload(position, object_key(key, self._request.shard), geometry, ended, _Slices(geometry))
-            self._uploads[position] = upload
-            self._all.uploads.setdefault(upload.name, deque()).append(upload)
-        first: list[_Upload] = []
-        others: list[_Upload] = []
-        for upload in self._uploads.values():
-            (first if self._is_first(upload) else others).append(upload)
-        for count, upload in enumerate(first):
+            geometry = self._geometries[position]
+            claim = self._all.claims.enqueue(object_key(key, self._request.shard))
+            self._destinations[position] = _Destination(position, claim, geometry, _Slices(geometry))
+        first: list[_Destination] = []
+        others: list[_Destination] = []
+        for each in self._destinations.values():
+            (first if self._all.claims.is_first(each.claim) else others).append(each)
+        for count, each in enumerate(first):
             if count % _RESERVED_A_TURN == 0:
                 await self._all.loop_budget.slot()  # Where there is room nothing below waits.
-            await self._reserve(upload)
-        deadline_s = asyncio.get_running_loop().time() + self._all.wait_s
-        for upload in others:
-            await self._after_others(upload, deadline_s)
+            await self._reserve(each)
+        deadline_s = self._all.clock.monotonic_s() + self._all.wait_s
+        for each in others:
+            await self._after_others(each, deadline_s)
 
     def _stored_row(self, position: int) -> int:
         """A row that has all of what this save would store of a block, or NO_ROW."""
@@ -223,59 +278,54 @@ class Ingest:
         first = int(blocks.rows_of_keys([self._request.keys[position]])[0])
         return next((row for row in blocks.shards_of(first) if blocks.shard_of(row).covers(shard)), NO_ROW)
 
-    def _is_first(self, upload: _Upload) -> bool:
-        return self._all.uploads[upload.name][0] is upload
-
-    async def _after_others(self, upload: _Upload, deadline_s: float) -> None:
+    async def _after_others(self, destination: _Destination, deadline_s: float) -> None:
         """Other saves store this block: wait for them, and take over should none of them commit."""
         try:
-            async with asyncio.timeout_at(deadline_s):
-                while not self._over and not self._is_first(upload):
-                    before = self._all.uploads[upload.name][0]
-                    await asyncio.wait({before.ended, upload.ended}, return_when=asyncio.FIRST_COMPLETED)
+            async with self._all.clock.timeout(max(0.0, deadline_s - self._all.clock.monotonic_s())):
+                await self._all.claims.until_first(destination.claim)
         except TimeoutError:
-            self._refuse(upload, Overloaded("another client is storing this block, and slowly"))
+            self._refuse(destination, Overloaded("another client is storing this block, and slowly"))
             return
-        if not self._over and self._stored_row(upload.position) != NO_ROW:
-            self._outcome.already_stored.append(upload.position)
-            self._end(upload)
+        if not self._over and self._stored_row(destination.position) != NO_ROW:
+            self.outcome.already_stored.append(destination.position)
+            self._end(destination)
         else:
-            await self._reserve(upload)
+            await self._reserve(destination)
 
-    async def _reserve(self, upload: _Upload) -> None:
+    async def _reserve(self, destination: _Destination) -> None:
         extent: Extent | None = None
         try:
             if self._no_room is not None:
                 raise self._no_room  # A chain without this block is not worth another wait for room.
             if not self._over:
-                await self._all.lifecycle.wait_record_deletes([upload.name])
-                extent = await self._all.evictor.reserve(TierName.DRAM, upload.geometry.image_bytes)
+                await self._all.lifecycle.wait_record_deletes([destination.claim.name])
+                extent = await self._all.evictor.reserve(TierName.DRAM, destination.geometry.image_bytes)
         except KVError as error:
             if not self._over:
                 self._no_room = error
-                self._refuse(upload, error)
+                self._refuse(destination, error)
                 return
         if self._over:  # The client went away while we waited.
             if extent is not None:
                 self._all.dram.release(extent)
             raise IncompleteSave("the client has gone")
         assert extent is not None
-        upload.extent = extent
-        upload.image = self._all.dram.view(extent)[: upload.geometry.image_bytes]
-        self._lent(extent)
+        destination.extent = extent
+        destination.image = self._all.dram.view(extent)[: destination.geometry.image_bytes]
+        self._space.lent(extent)
 
-    def _lent(self, extent: Extent) -> None:
-        """Space is the upload's from now on."""
-
-    def _give_back(self, extent: Extent) -> None:
-        """Space that no record ever named is not needed any more."""
-        self._all.dram.release(extent)
-
-    def _refuse(self, upload: _Upload, error: KVError) -> None:
-        self._outcome.refused[upload.position] = error
-        self._end(upload)
+    def _refuse(self, destination: _Destination, error: KVError) -> None:
+        self.outcome.refused[destination.position] = error
+        self._end(destination)
 
     # Writing
+
+    async def put(self, frame: Frame) -> None:
+        """`write`, in turn with other saves: the event loop goes round between frames."""
+        async with self._all.admission.save_slots:
+            self._all.admission.check_frame(len(frame.payload))
+            self.write(frame)
+            await asyncio.sleep(0)  # With the slot in hand.
 
     def write(self, frame: Frame) -> None:
         """Put a frame's bytes in their place. Raises InvalidFrame; the caller then leaves the block."""
@@ -299,38 +349,37 @@ class Ingest:
             self._put(block, frame.layer, offset, payload[taken : taken + size])
             taken += size
             block += 1
-        self._received_bytes += taken
 
     def _put(self, block: int, layer: int, offset: int, data: NDArray[np.uint8]) -> None:
-        upload = self._uploads.get(block)
-        if upload is None:
+        destination = self._destinations.get(block)
+        if destination is None:
             return  # Stored already, or refused: its bytes are not looked at.
-        assert upload.image is not None
-        complete = upload.slices.add(layer, offset, offset + len(data))
-        begin, end = upload.geometry.slice_range(layer)
-        image = np.frombuffer(upload.image, np.uint8)
+        assert destination.image is not None
+        complete = destination.slices.add(layer, offset, offset + len(data))
+        begin, end = destination.geometry.slice_range(layer)
+        image = np.frombuffer(destination.image, np.uint8)
         np.copyto(image[begin + offset : begin + offset + len(data)], data)
         if complete:
-            self._hash(upload, layer, upload.image[begin:end])
+            self._hash(destination, layer, destination.image[begin:end])
 
-    def _hash(self, upload: _Upload, layer: int, data: memoryview) -> None:
+    def _hash(self, destination: _Destination, layer: int, data: memoryview) -> None:
         """Take the checksum of what lies in the arena now, while it is still in the processor's cache."""
         if len(data) <= _HASH_IN_THREAD_BYTES:
-            self._checksums[upload.position, layer] = checksum(data)
+            self._checksums[destination.position, layer] = checksum(data)
             return
 
         def note(job: asyncio.Future[int]) -> None:
-            self._checksums[upload.position, layer] = job.result()
+            self._checksums[destination.position, layer] = job.result()
 
         job = asyncio.get_running_loop().run_in_executor(None, checksum, data)
         job.add_done_callback(note)
         self._hashing.add(job)
         job.add_done_callback(self._hashing.discard)
 
-    # Ending
+    # Commit
 
     async def commit(self, checksums: NDArray[np.uint64], *, on_ssd: bool, then_write: bool = True) -> SaveOutcome:
-        """Make complete, matching blocks visible. `checksums`: one a slice, ``[block, layer]`` flattened.
+        """Make complete, matching blocks visible. `checksums`: one per slice, ``[block, layer]`` flattened.
 
         `then_write` queues them for their SSD copy; `on_ssd` waits for it.
         Raises IncompleteSave where bytes are missing; then nothing is stored.
@@ -343,18 +392,45 @@ class Ingest:
                 f"{len(checksums)} checksums came for {len(self._request.keys)} blocks of {layers} layers",
                 field="checksums",
             )
-        if incomplete := [upload.position for upload in self._uploads.values() if upload.slices.missing]:
+        if incomplete := [each.position for each in self._destinations.values() if each.slices.missing]:
             raise IncompleteSave(f"bytes of block {incomplete[0]} are missing", block=incomplete[0])
-        self._committing = True  # Whoever detaches the client now leaves the extents to this commit.
+        self._committing = True  # A client that detaches from now on leaves the extents to this commit.
         if self._hashing:
             await asyncio.wait(self._hashing)
         good = self._matching(checksums)
         rows = await self._record(good)
         self._all.blocks.verified[rows] = True
         await self._finish(good, rows, on_ssd=on_ssd, then_write=then_write)
-        return self._outcome
+        return self.outcome
 
-    async def _finish(self, good: list[_Upload], rows: list[int], *, on_ssd: bool, then_write: bool = True) -> None:
+    def check_written(self, checksums: NDArray[np.uint64]) -> None:
+        """Raises InvalidRequest where they are not one per slice of `places`."""
+        layers = self._request.shard.layers
+        if len(checksums) != layers * len(self._destinations):
+            raise InvalidRequest(
+                f"{len(checksums)} checksums came for {len(self._destinations)} reserved blocks of {layers} layers",
+                field="checksums",
+            )
+
+    async def commit_written(self, checksums: NDArray[np.uint64], *, on_ssd: bool) -> SaveOutcome:
+        """Make blocks visible that the client wrote to `places` itself. `checksums`: one per slice of these, flattened.
+
+        They are kept and not compared: a view or a load of the blocks does that.
+        """
+        written = sorted(self._destinations.values(), key=lambda each: each.position)
+        self._committing = True  # A client that detaches from now on leaves the extents to this commit.
+        positions = [each.position for each in written]
+        self._checksums[positions] = checksums.reshape(len(written), self._request.shard.layers)
+        try:
+            rows = await self._record(written)
+            await self._finish(written, rows, on_ssd=on_ssd)
+        finally:
+            self.close()
+        return self.outcome
+
+    async def _finish(
+        self, good: list[_Destination], rows: list[int], *, on_ssd: bool, then_write: bool = True
+    ) -> None:
         """What follows the records."""
         self._count(good)
         if self._all.write_behind is not None and then_write:
@@ -362,33 +438,33 @@ class Ingest:
         if on_ssd:
             await self._until_on_ssd(good, rows)
 
-    def _matching(self, checksums: NDArray[np.uint64]) -> list[_Upload]:
+    def _matching(self, checksums: NDArray[np.uint64]) -> list[_Destination]:
         """The uploads whose bytes are those that the client's checksums were taken of. The others are refused."""
         wrong = checksums.reshape(self._checksums.shape) != self._checksums
         first_wrong = np.where(wrong.any(axis=1), wrong.argmax(axis=1), -1).tolist()
         good = []
-        for position, upload in self._uploads.items():
+        for position, destination in self._destinations.items():
             if (layer := first_wrong[position]) < 0:
-                good.append(upload)
+                good.append(destination)
             else:
-                self._outcome.refused[position] = UploadCorrupted(
+                self.outcome.refused[position] = UploadCorrupted(
                     f"layer {layer} of block {position} does not match its checksum", layer=layer
                 )
         return good
 
-    async def _record(self, uploads: list[_Upload]) -> list[int]:
+    async def _record(self, written: list[_Destination]) -> list[int]:
         """Trailer, index record, visible. Blocks of one save share a commit."""
         blocks, request, now_ms = self._all.blocks, self._request, self._all.clock.wall_ms()
         rows, extents = [], []
-        for upload in uploads:
-            key = request.keys[upload.position]
-            trailer = Trailer(key, request.shard, self._checksums[upload.position]).encode()
-            assert upload.image is not None and upload.extent is not None
-            upload.image[upload.geometry.trailer_offset :] = trailer
-            parent_key = request.keys[upload.position - 1] if upload.position else request.parent_key
-            if (offset := descriptor_offset(upload.geometry)) is not None:
-                upload.image[offset : upload.geometry.trailer_offset] = Descriptor(
-                    request.token_counts[upload.position],
+        for destination in written:
+            key = request.keys[destination.position]
+            trailer = Trailer(key, request.shard, self._checksums[destination.position]).encode()
+            assert destination.image is not None and destination.extent is not None
+            destination.image[destination.geometry.trailer_offset :] = trailer
+            parent_key = request.keys[destination.position - 1] if destination.position else request.parent_key
+            if (offset := descriptor_offset(destination.geometry)) is not None:
+                destination.image[offset : destination.geometry.trailer_offset] = Descriptor(
+                    request.token_counts[destination.position],
                     parent_key,
                     request.layout.fingerprint,
                     tenant_tag(self._caller.tenant.name),
@@ -401,24 +477,25 @@ class Ingest:
                 parent_key=parent_key,
                 layout_id=request.layout_id,
                 tenant=self._caller.tenant.number,
-                token_count=request.token_counts[upload.position],
-                size_bytes=upload.geometry.image_bytes,
+                token_count=request.token_counts[destination.position],
+                size_bytes=destination.geometry.image_bytes,
                 trailer_checksum=checksum(trailer),
                 now_ms=now_ms,
             )
             rows.append(row)
-            extents.append(upload.extent)
+            extents.append(destination.extent)
         if not rows:
             return []
         self._touch(rows, now_ms)
-        for upload in uploads:
-            upload.extent = upload.image = None  # `admit` owns the space from here on.
+        for destination, extent in zip(written, extents, strict=True):
+            self._space.recorded(extent)
+            destination.extent = destination.image = None  # `admit` owns the space from here on.
         try:
             await self._all.lifecycle.admit(rows, extents)
         except KVError as error:
-            self._outcome.refused.update((upload.position, error) for upload in uploads)
+            self.outcome.refused.update((destination.position, error) for destination in written)
             return []
-        self._outcome.stored.extend(upload.position for upload in uploads)
+        self.outcome.stored.extend(destination.position for destination in written)
         return rows
 
     def _touch(self, rows: list[int], now_ms: int) -> None:
@@ -428,10 +505,10 @@ class Ingest:
         chain = [*reversed(earlier), *rows]
         blocks.touch(np.array(chain, np.int64), now_ms)
 
-    async def _until_on_ssd(self, uploads: list[_Upload], rows: list[int]) -> None:
+    async def _until_on_ssd(self, written: list[_Destination], rows: list[int]) -> None:
         """Wait for the SSD copies: of what was stored now, and of what others had stored before."""
-        outcome, lifecycle = self._outcome, self._all.lifecycle
-        row_of = {upload.position: row for upload, row in zip(uploads, rows, strict=False)}
+        outcome, lifecycle = self.outcome, self._all.lifecycle
+        row_of = {destination.position: row for destination, row in zip(written, rows, strict=False)}
         row_of |= {position: self._stored_row(position) for position in outcome.already_stored}
         held = [row for row in row_of.values() if row != NO_ROW]
         lifecycle.hold(held)
@@ -455,8 +532,8 @@ class Ingest:
             return error
         return None
 
-    def _count(self, good: list[_Upload]) -> None:
-        counters, outcome = self._all.counters, self._outcome
+    def _count(self, good: list[_Destination]) -> None:
+        counters, outcome = self._all.counters, self.outcome
         counters.save_blocks_stored += len(outcome.stored)
         counters.save_blocks_already_stored += len(outcome.already_stored)
         counters.save_blocks_refused += len(outcome.refused)
@@ -465,36 +542,34 @@ class Ingest:
         self._note_refused()
 
     def _note_refused(self) -> None:
-        refused = self._outcome.refused
+        refused = self.outcome.refused
         for reason in {error.reason for error in refused.values()}:
             keys = [self._request.keys[position] for position, error in refused.items() if error.reason == reason]
-            self._all.lifecycle.history.note_keys(keys, Reason.REFUSED, reason)
+            self._all.note_refused(keys, reason)
 
     def _abandon(self) -> None:
         """The client has gone."""
         if not self._committing:
-            self._close()
+            self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
         """End what is still open: its space is free at once, as no record ever named it."""
         if not self._over:
             self._over = True
+            self._all.open.discard(self)
             self._client.on_detach.discard(self._abandon)
             if not self._committed:
                 self._all.counters.saves_abandoned += 1
                 self._note_refused()
-                keys = [self._request.keys[position] for position in self._uploads]
+                keys = [self._request.keys[position] for position in self._destinations]
                 self._all.lifecycle.history.note_keys(keys, Reason.ABANDONED)
-        for upload in list(self._uploads.values()):
-            self._end(upload)
+        for destination in list(self._destinations.values()):
+            self._end(destination)
+        self._admitted.close()
 
-    def _end(self, upload: _Upload) -> None:
-        if upload.extent is not None:
-            self._give_back(upload.extent)  # A hash that still runs reads what nobody will ask for.
-            upload.extent = upload.image = None
-        del self._uploads[upload.position]
-        queue = self._all.uploads[upload.name]
-        queue.remove(upload)
-        if not queue:
-            del self._all.uploads[upload.name]
-        upload.ended.set_result(None)
+    def _end(self, destination: _Destination) -> None:
+        if destination.extent is not None:
+            self._space.returned(destination.extent)  # A hash that still runs reads what nobody will ask for.
+            destination.extent = destination.image = None
+        del self._destinations[destination.position]
+        self._all.claims.end(destination.claim)

@@ -34,16 +34,16 @@ class TestLru(PolicyContract):
         assert (policy.retention(blocks, rows, TierName.SSD, NOW_S) == before).all()
 
     async def test_what_was_evicted_from_ssd_is_written_there_again_once_it_was_used(self, opened: OpenStore) -> None:
-        client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(1)
+        client, chain = opened.store.attach(CALLER, "test"), some_chain(1)
         [key] = chain.keys
         await opened.save(client, chain, some_images(chain), on_ssd=True)
         await opened.store.evict(CALLER, [key], TierName.SSD)
-        row = int(opened.store.blocks.rows_of_keys([key])[0])
+        row = int(opened.blocks.rows_of_keys([key])[0])
         policy = LruPolicy()
-        assert not policy.wants_on_ssd(opened.store.blocks, row, NOW_S)
+        assert not policy.wants_on_ssd(opened.blocks, row, NOW_S)
 
         assert opened.hits([key]) == 1
-        assert policy.wants_on_ssd(opened.store.blocks, row, NOW_S)
+        assert policy.wants_on_ssd(opened.blocks, row, NOW_S)
 
 
 class Refusing(LruPolicy):
@@ -58,7 +58,7 @@ class Refusing(LruPolicy):
 
 async def test_the_mover_copies_nothing_that_the_policy_does_not_want(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(policy=Refusing())
-    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(3)
+    client, chain = opened.store.attach(CALLER, "test"), some_chain(3)
     images = some_images(chain)
     await opened.save(client, chain, images)
     await opened.settle()

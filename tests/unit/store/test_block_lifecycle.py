@@ -42,7 +42,7 @@ async def test_a_block_is_visible_once_its_record_is_committed_and_not_before(
         await turns()
         assert opened.hits(chain.keys) == 0
         assert not saving.done()
-        assert opened.store.blocks.live_count == 0, "nor does an operator see it"
+        assert opened.blocks.live_count == 0, "nor does an operator see it"
     await saving
     assert opened.hits(chain.keys) == 2
 
@@ -68,7 +68,7 @@ async def test_the_space_of_an_evicted_copy_is_free_once_its_record_is_gone_and_
     opened: OpenStore, client: Client, tier: TierName
 ) -> None:
     keys = await stored(opened, client)
-    space = opened.store.lifecycle.tiers[tier]
+    space = opened.block_lifecycle.tiers[tier]
     used = space.used_bytes
     with opened.commits_held(tier):
         evicting = asyncio.create_task(opened.store.evict(CALLER, keys, tier))
@@ -87,7 +87,7 @@ async def test_the_space_of_a_discarded_block_is_free_once_its_records_are_gone_
     keys = await stored(opened, client)
     used = opened.dram.used_bytes
     with opened.commits_held(tier):
-        discarding = asyncio.create_task(opened.store.discard(CALLER, keys))
+        discarding = asyncio.create_task(opened.store.operators.discard(CALLER, keys))
         await until(lambda: opened.hits(keys) == 0)
         await turns()
         assert opened.dram.used_bytes == used and not discarding.done()
@@ -102,11 +102,11 @@ async def test_a_block_saved_again_waits_until_the_record_of_the_old_one_is_gone
     chain = some_chain(1)
     await opened.save(client, chain, some_images(chain))
     with opened.commits_held(TierName.DRAM):
-        discarding = asyncio.create_task(opened.store.discard(CALLER, chain.keys))
+        discarding = asyncio.create_task(opened.store.operators.discard(CALLER, chain.keys))
         await until(lambda: opened.hits(chain.keys) == 0)
         saving = asyncio.create_task(opened.save(client, chain, some_images(chain, seed=2)))
         await turns()
-        assert not opened.uploads()
+        assert not opened.lent()
     await asyncio.gather(discarding, saving)
     await opened.settle()
     assert opened.hits(chain.keys) == 1
@@ -133,7 +133,7 @@ async def test_removals_of_one_object_follow_one_another(
     monkeypatch.setattr(opened.index, "delete", late)
     evicting = asyncio.create_task(opened.store.evict(CALLER, chain.keys, TierName.DRAM))
     await until(lambda: asked == [TierName.DRAM])
-    discarding = asyncio.create_task(opened.store.discard(CALLER, chain.keys))
+    discarding = asyncio.create_task(opened.store.operators.discard(CALLER, chain.keys))
     await until(lambda: opened.hits(chain.keys) == 0)
     saving = asyncio.create_task(opened.save(client, chain, some_images(chain, seed=2)))
     await turns()
@@ -153,7 +153,7 @@ async def test_where_an_old_record_cannot_be_removed_a_new_save_is_refused_in_ti
     chain = some_chain(1)
     await opened.save(client, chain, some_images(chain))
     with opened.commits_held(TierName.DRAM):
-        discarding = asyncio.create_task(opened.store.discard(CALLER, chain.keys))
+        discarding = asyncio.create_task(opened.store.operators.discard(CALLER, chain.keys))
         await until(lambda: opened.hits(chain.keys) == 0)
         outcome = await opened.save(client, chain, some_images(chain))
         assert isinstance(outcome.refused[0], StorageFailed)
@@ -162,7 +162,7 @@ async def test_where_an_old_record_cannot_be_removed_a_new_save_is_refused_in_ti
 
 async def test_one_block_evicted_twice_at_one_time_leaves_once(opened: OpenStore, client: Client) -> None:
     keys = await stored(opened, client)
-    discarding = asyncio.ensure_future(opened.store.discard(CALLER, keys))
+    discarding = asyncio.ensure_future(opened.store.operators.discard(CALLER, keys))
     outcomes = await asyncio.gather(*(opened.store.evict(CALLER, keys, tier) for tier in [*TierName, *TierName]))
     await discarding
     assert opened.hits(keys) == 0
@@ -211,9 +211,9 @@ async def test_a_full_index_refuses_saves_and_nothing_else(opened: OpenStore, cl
 
     lease = opened.lookup(client, keys)
     assert lease is not None and len(await opened.load(lease)) == 2
-    opened.store.leases.release(caller_of(client), lease.lease_id)
+    opened.leases.release(caller_of(client), lease.lease_id)
     assert (await opened.store.evict(CALLER, keys, TierName.DRAM)).evicted == 1
-    assert await opened.store.discard(CALLER, keys) == (1, 0)
+    assert await opened.store.operators.discard(CALLER, keys) == (1, 0)
     await opened.index.delete(TierName.DRAM, names)
     assert not (await opened.save(client, chain, some_images(chain))).refused
 
@@ -256,17 +256,17 @@ async def test_a_removal_that_fails_is_reported_and_tried_again_until_it_succeed
 
     monkeypatch.setattr(opened.index, "delete", failing)
     with pytest.raises(StorageFailed, match=str(error)):
-        await opened.store.discard(CALLER, keys)
+        await opened.store.operators.discard(CALLER, keys)
     assert opened.hits(keys) == 0, "it is invisible at once"
     await until(lambda: opened.unsettled() == "")
-    assert failures < 0 and opened.store.counters.storage_errors == 3
+    assert failures < 0 and opened.counters.storage_errors == 3
 
 
 async def test_use_times_that_could_not_be_written_are_written_the_next_time(
     opened: OpenStore, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = await stored(opened, client)
-    await opened.store.lifecycle.flush_recency()
+    await opened.block_lifecycle.flush_recency()
     opened.hits(keys)
 
     def failing(tier: TierName, names: Sequence[bytes], records: Records) -> asyncio.Future[None]:
@@ -277,11 +277,11 @@ async def test_use_times_that_could_not_be_written_are_written_the_next_time(
     with monkeypatch.context() as patched:
         patched.setattr(opened.index, "put", failing)
         with pytest.raises(StorageFailed):
-            await opened.store.lifecycle.flush_recency()
-    await opened.store.lifecycle.flush_recency()
+            await opened.block_lifecycle.flush_recency()
+    await opened.block_lifecycle.flush_recency()
     for tier in TierName:
         assert opened.index.load(tier).records["hits"].tolist() == [1]
-        assert opened.index.load(tier).records["access_seq"].tolist() == [opened.store.blocks.next_access_seq - 1]
+        assert opened.index.load(tier).records["access_seq"].tolist() == [opened.blocks.next_access_seq - 1]
 
 
 async def test_use_times_of_very_many_blocks_are_written_in_small_steps(opened: OpenStore) -> None:
@@ -290,14 +290,14 @@ async def test_use_times_of_very_many_blocks_are_written_in_small_steps(opened: 
     names = np.zeros((count, OBJECT_KEY_BYTES), np.uint8)
     names[:, :4] = np.arange(count, dtype=">u4").view(np.uint8).reshape(count, 4)
     names[:, KEY_BYTES:] = np.frombuffer(WHOLE.encode(), np.uint8)
-    rows = opened.store.blocks.add_many(names.view(OBJECT_KEY)[:, 0], {})
-    opened.store.blocks.touch(rows, 1)
+    rows = opened.blocks.add_many(names.view(OBJECT_KEY)[:, 0], {})
+    opened.blocks.touch(rows, 1)
     tracemalloc.start()
     try:
-        await opened.store.lifecycle.flush_recency()
+        await opened.block_lifecycle.flush_recency()
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
 
     assert peak < 16 * count, "the row numbers as an array, and masks of all rows"
-    assert not opened.store.blocks.used_since_flush.any()
+    assert not opened.blocks.used_since_flush.any()

@@ -30,24 +30,24 @@ BLOCK = 12 * KIB
 
 
 async def drained(opened: OpenStore) -> DrainProgress:
-    opened.store.drain.begin(CALLER)
+    opened.drain.begin(CALLER)
     async with asyncio.timeout(60):
-        return [progress async for progress in opened.store.drain.progress(CALLER)][-1]
+        return [progress async for progress in opened.drain.progress(CALLER)][-1]
 
 
 async def test_a_drain_lets_saves_end_and_writes_what_they_brought(opened: OpenStore, client: Client) -> None:
     chain = some_chain(3)
     images = some_images(chain)
-    drain = opened.store.drain
-    async with opened.begin_save(client, chain) as ingest:
+    drain = opened.drain
+    async with opened.begin_save(client, chain) as upload:
         drain.begin(CALLER)
         first = await anext(drain.progress(CALLER))
         assert (first.uploads, first.done) == (3, False)
         with pytest.raises(Draining):
             opened.begin_save(client, some_chain(1, seed=5))
         for frame in frames_of(LAYOUT, WHOLE, chain, images):
-            ingest.write(frame)
-        assert len((await ingest.commit(checksums_of(WHOLE, images), on_ssd=False, then_write=False)).stored) == 3
+            upload.write(frame)
+        assert len((await upload.commit(checksums_of(WHOLE, images), on_ssd=False, then_write=False)).stored) == 3
     last = await drained(opened)
     assert (last.done, last.only_in_dram, last.unwritten, last.uploads) == (True, 0, 0, 0)
     assert opened.lifecycle(chain.keys[2]) == {TierName.DRAM, TierName.SSD}
@@ -63,7 +63,7 @@ async def test_a_drained_store_still_serves_loads(opened: OpenStore, client: Cli
 
 
 async def test_undone_it_takes_saves_again_and_whoever_watches_hears_of_it(opened: OpenStore, client: Client) -> None:
-    drain, chain = opened.store.drain, some_chain(1)
+    drain, chain = opened.drain, some_chain(1)
     async with opened.begin_save(client, chain):
         drain.begin(CALLER)
         watching = asyncio.create_task(_all(drain))
@@ -77,14 +77,14 @@ async def test_undone_it_takes_saves_again_and_whoever_watches_hears_of_it(opene
 
 
 async def test_a_drain_that_follows_an_undone_one_at_once_writes_everything(opened: OpenStore, client: Client) -> None:
-    drain, chain = opened.store.drain, some_chain(2)
+    drain, chain = opened.drain, some_chain(2)
     images = some_images(chain)
-    async with opened.begin_save(client, chain) as ingest:
+    async with opened.begin_save(client, chain) as upload:
         drain.begin(CALLER)
         await asyncio.sleep(0.05)
         for frame in frames_of(LAYOUT, WHOLE, chain, images):
-            ingest.write(frame)
-        await ingest.commit(checksums_of(WHOLE, images), on_ssd=False, then_write=False)
+            upload.write(frame)
+        await upload.commit(checksums_of(WHOLE, images), on_ssd=False, then_write=False)
         drain.undo(CALLER)
         drain.begin(CALLER)
     last = (await _all(drain))[-1]
@@ -93,11 +93,11 @@ async def test_a_drain_that_follows_an_undone_one_at_once_writes_everything(open
 
 async def test_reads_in_place_are_loads_that_run(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(share=True)
-    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(2)
+    client, chain = opened.store.attach(CALLER, "test"), some_chain(2)
     await opened.save(client, chain, some_images(chain))
     lease = opened.lookup(client, chain.keys)
     assert lease is not None
-    async with aclosing(opened.store.locates.run(CALLER, lease, range(2), verify=False, open_max=9)) as steps:
+    async with aclosing(opened.locate(client, lease)) as steps:
         await anext(steps)
         assert (await drained(opened)).loads == 1
     assert (await drained(opened)).loads == 0
@@ -117,7 +117,7 @@ async def test_what_the_policy_wants_nowhere_but_in_dram_is_counted(opened: Open
 
 async def test_without_an_ssd_tier_it_is_done_at_once(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(ssd_bytes=0)
-    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(2)
+    client, chain = opened.store.attach(CALLER, "test"), some_chain(2)
     await opened.save(client, chain, some_images(chain))
     last = await drained(opened)
     assert (last.done, last.only_in_dram) == (True, 2)
@@ -125,7 +125,7 @@ async def test_without_an_ssd_tier_it_is_done_at_once(open_store: Callable[..., 
 
 async def test_what_had_failed_for_want_of_space_is_tried_again_at_once(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(ssd_bytes=4 * BLOCK + 4 * KIB)
-    client = opened.store.leases.attach(CALLER, "test")
+    client = opened.store.attach(CALLER, "test")
     first, second = some_chain(4, seed=1), some_chain(2, seed=2)
     await opened.save(client, first, some_images(first), on_ssd=True)
     lease = opened.lookup(client, first.keys)
@@ -133,14 +133,14 @@ async def test_what_had_failed_for_want_of_space_is_tried_again_at_once(open_sto
     await opened.save(client, second, some_images(second))
     await opened.settle()
     assert opened.lifecycle(second.keys[0]) == {TierName.DRAM}, "all of SSD is leased"
-    opened.store.leases.release(caller_of(client), lease.lease_id)
+    opened.leases.release(caller_of(client), lease.lease_id)
     await drained(opened)
     assert opened.lifecycle(second.keys[0]) == {TierName.DRAM, TierName.SSD}
 
 
 async def test_a_daemon_that_stops_cannot_be_undrained(opened: OpenStore) -> None:
-    opened.store.drain.begin_stop()
-    await opened.store.drain.quiet()
+    opened.drain.begin_stop()
+    await opened.drain.quiet()
     with pytest.raises(Draining, match="stopping"):
-        opened.store.drain.undo(CALLER)
+        opened.drain.undo(CALLER)
     assert opened.store.draining

@@ -34,7 +34,7 @@ async def test_the_least_recently_used_leave_first_and_a_suffix_before_its_prefi
     open_store: Callable[..., Any],
 ) -> None:
     opened: OpenStore = await open_store(dram_bytes=10 * BLOCK + HEADER)
-    client = opened.store.leases.attach(CALLER, "test")
+    client = opened.store.attach(CALLER, "test")
     old, newer = await saved(opened, client, 5, seed=1), await saved(opened, client, 5, seed=2)
     opened.hits(old)
 
@@ -46,30 +46,30 @@ async def test_the_least_recently_used_leave_first_and_a_suffix_before_its_prefi
 
 async def test_what_is_on_ssd_leaves_dram_before_what_would_be_lost(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER)
-    client = opened.store.leases.attach(CALLER, "test")
+    client = opened.store.attach(CALLER, "test")
     only_dram = await saved(opened, client, 2, seed=1)
     await opened.store.evict(CALLER, only_dram, TierName.SSD)  # And LRU does not write them there again.
     await saved(opened, client, 2, seed=2)
 
     await saved(opened, client, 2, seed=3)
     assert in_dram(opened, only_dram) == 2
-    assert opened.store.counters.lost_unwritten_blocks == 0
+    assert opened.counters.lost_unwritten_blocks == 0
 
 
 async def test_without_an_ssd_tier_the_oldest_are_lost(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER, ssd_bytes=0)
-    client = opened.store.leases.attach(CALLER, "test")
+    client = opened.store.attach(CALLER, "test")
     old = await saved(opened, client, 3, seed=1, on_ssd=False)
     new = await saved(opened, client, 3, seed=2, on_ssd=False)
     assert (opened.hits(old), opened.hits(new)) == (1, 3)
-    assert opened.store.counters.lost_unwritten_blocks == 2
+    assert opened.counters.lost_unwritten_blocks == 2
 
 
 async def test_where_everything_is_leased_a_save_is_refused_at_once_and_nothing_leaves(
     open_store: Callable[..., Any],
 ) -> None:
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER, limits=PATIENT)
-    client = opened.store.leases.attach(CALLER, "test")
+    client = opened.store.attach(CALLER, "test")
     keys = await saved(opened, client, 4)
     lease = opened.lookup(client, keys)
     chain = some_chain(2, seed=9)
@@ -79,21 +79,21 @@ async def test_where_everything_is_leased_a_save_is_refused_at_once_and_nothing_
     assert in_dram(opened, keys) == 4
 
     assert lease is not None
-    opened.store.leases.release(caller_of(client), lease.lease_id)
+    opened.leases.release(caller_of(client), lease.lease_id)
     assert not (await opened.save(client, chain, some_images(chain))).refused
 
 
 @pytest.mark.parametrize("tier", TierName)
 async def test_a_block_larger_than_the_tier_evicts_nobody(open_store: Callable[..., Any], tier: TierName) -> None:
     opened: OpenStore = await open_store(dram_bytes=8 * BLOCK + HEADER, ssd_bytes=16 * BLOCK, ssd_files=2)
-    client = opened.store.leases.attach(CALLER, "test")
+    client = opened.store.attach(CALLER, "test")
     keys = await saved(opened, client, 4)
-    capacity = opened.store.lifecycle.tiers[tier].capacity_bytes
+    capacity = opened.block_lifecycle.tiers[tier].capacity_bytes
     largest = capacity if tier is TierName.DRAM else capacity // 2  # No extent spans two files.
     with pytest.raises(TierFull):
-        await opened.store.evictor.reserve(tier, largest + 1)
+        await opened.evictor.reserve(tier, largest + 1)
     assert in_dram(opened, keys) == opened.hits(keys) == 4
-    assert opened.store.counters.evicted_ssd_blocks == opened.store.counters.evicted_dram_blocks == 0
+    assert opened.counters.evicted_ssd_blocks == opened.counters.evicted_dram_blocks == 0
 
 
 class StalledCleaner:
@@ -120,7 +120,7 @@ class StalledCleaner:
 
 async def test_who_waits_is_served_before_who_comes_later(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=64 * KIB + HEADER, ssd_bytes=0)
-    room, cleaner = opened.store.evictor, StalledCleaner()
+    room, cleaner = opened.evictor, StalledCleaner()
     room._cleaner = cleaner
     taken = [opened.dram.reserve(16 * KIB) for _ in range(4)]
 
@@ -143,18 +143,18 @@ async def test_who_waits_is_served_before_who_comes_later(open_store: Callable[.
 
 async def test_while_writes_fail_a_block_leaves_once_its_write_has_ended(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER, ssd_bytes=0)
-    client = opened.store.leases.attach(CALLER, "test")
+    client = opened.store.attach(CALLER, "test")
     keys = await saved(opened, client, 4, on_ssd=False)
-    evictor, cleaner = opened.store.evictor, StalledCleaner(is_failing=True)
+    evictor, cleaner = opened.evictor, StalledCleaner(is_failing=True)
     evictor._cleaner = cleaner
-    rows = opened.store.blocks.rows_of_keys(keys)
-    opened.store.lifecycle.hold(rows)
+    rows = opened.blocks.rows_of_keys(keys)
+    opened.block_lifecycle.hold(rows)
 
     waiting = asyncio.create_task(evictor.reserve(TierName.DRAM, BLOCK))
     for _ in range(5):
         await asyncio.sleep(0)
     assert not waiting.done(), "each block is being written: none may leave yet"
-    opened.store.lifecycle.unhold(rows)
+    opened.block_lifecycle.unhold(rows)
     await cleaner.step()
 
     opened.dram.release(await waiting)
@@ -165,12 +165,12 @@ async def test_while_writes_fail_and_no_block_is_held_space_is_refused_at_once(
     open_store: Callable[..., Any],
 ) -> None:
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER, ssd_bytes=0)
-    client = opened.store.leases.attach(CALLER, "test")
+    client = opened.store.attach(CALLER, "test")
     lease = opened.lookup(client, await saved(opened, client, 4, on_ssd=False))
-    opened.store.evictor._cleaner = StalledCleaner(is_failing=True)
+    opened.evictor._cleaner = StalledCleaner(is_failing=True)
 
     with pytest.raises(TierFull):
-        await asyncio.wait_for(opened.store.evictor.reserve(TierName.DRAM, BLOCK), 1)
+        await asyncio.wait_for(opened.evictor.reserve(TierName.DRAM, BLOCK), 1)
     assert lease is not None
 
 
@@ -178,7 +178,7 @@ async def test_waiting_for_room_ends_in_time(open_store: Callable[..., Any]) -> 
     opened: OpenStore = await open_store(
         dram_bytes=64 * KIB + HEADER, ssd_bytes=0, limits=StoreLimits(reserve_wait_s=0.02)
     )
-    room = opened.store.evictor
+    room = opened.evictor
     room._cleaner = StalledCleaner()
     opened.dram.reserve(64 * KIB)
     waiting = [room.reserve(TierName.DRAM, 4 * KIB) for _ in range(3)]
@@ -190,9 +190,9 @@ async def test_waiting_for_room_ends_in_time(open_store: Callable[..., Any]) -> 
 @pytest.mark.parametrize("turns", range(8))
 async def test_a_cancelled_wait_for_room_takes_nothing(open_store: Callable[..., Any], turns: int) -> None:
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER)
-    client = opened.store.leases.attach(CALLER, "test")
+    client = opened.store.attach(CALLER, "test")
     await saved(opened, client, 4)
-    waiting = asyncio.create_task(opened.store.evictor.reserve(TierName.DRAM, BLOCK))
+    waiting = asyncio.create_task(opened.evictor.reserve(TierName.DRAM, BLOCK))
     for _ in range(turns):
         await asyncio.sleep(0)
     waiting.cancel()
@@ -206,19 +206,19 @@ async def test_the_mover_keeps_room_free_ahead_of_need_and_loses_nothing_for_it(
     open_store: Callable[..., Any],
 ) -> None:
     opened: OpenStore = await open_store(dram_bytes=1 * MIB, watermarks=Watermarks(0.2, 0.4))
-    client = opened.store.leases.attach(CALLER, "test")
+    client = opened.store.attach(CALLER, "test")
     keys = []
     for seed in range(10):
         keys.append(await saved(opened, client, 10, seed=seed))
         await until(lambda: opened.dram.used_bytes <= 0.8 * opened.dram.capacity_bytes)
     assert all(opened.hits(each) == 10 for each in keys)
-    assert opened.store.counters.lost_unwritten_blocks == 0
+    assert opened.counters.lost_unwritten_blocks == 0
     assert opened.dram.used_bytes > 0.4 * opened.dram.capacity_bytes, "and no more than asked for"
 
 
 async def test_blocks_that_only_dram_has_do_not_leave_for_a_watermark(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=10 * BLOCK + HEADER, ssd_bytes=0, watermarks=Watermarks(0.5, 0.9))
-    client = opened.store.leases.attach(CALLER, "test")
+    client = opened.store.attach(CALLER, "test")
     keys = await saved(opened, client, 10, on_ssd=False)
     for _ in range(50):
         await asyncio.sleep(0)
@@ -229,12 +229,12 @@ async def test_neither_tier_is_ever_over_its_capacity(open_store: Callable[..., 
     opened: OpenStore = await open_store(
         dram_bytes=9 * BLOCK + HEADER, ssd_bytes=20 * BLOCK, watermarks=Watermarks(0.1, 0.3)
     )
-    client = opened.store.leases.attach(CALLER, "test")
+    client = opened.store.attach(CALLER, "test")
     most = dict.fromkeys(TierName, 0)
 
     async def watch() -> None:
         while True:
-            for tier, space in opened.store.lifecycle.tiers.items():
+            for tier, space in opened.block_lifecycle.tiers.items():
                 assert space.used_bytes <= space.capacity_bytes
                 most[tier] = max(most[tier], space.used_bytes)
             await asyncio.sleep(0)

@@ -13,7 +13,7 @@ from kvservice.blocks import TierName
 from kvservice.rpc import explained
 from kvservice.store.leases import Client
 from kvservice.store.miss_reasons import Reason
-from kvservice.store.operations.explain import Arrival, Miss, OtherLayout, Place, differences
+from kvservice.store.operations.explain import Arrival, Miss, OtherLayout, TierPlace, differences
 from kvservice.store.operations.requests import ReportRecord, Requests
 from kvservice_api.errors import InvalidRequest, RequestNotFound
 from kvservice_api.layout import Layout, Rotary, Shard
@@ -23,9 +23,11 @@ from tests.stores import (
     CALLER,
     KIB,
     LAYOUT,
+    LIMITS,
     WHOLE,
     OpenStore,
     StoreFiles,
+    at_once,
     caller_of,
     frames_of,
     some_chain,
@@ -44,9 +46,9 @@ async def saved(opened: OpenStore, client: Client, blocks: int, *, seed: int = 0
     return list(chain.keys)
 
 
-def places(opened: OpenStore, key: bytes) -> list[Place]:
-    (row,) = opened.store.explain.rows(CALLER, key)
-    return opened.store.explain.places(CALLER, row)
+def places(opened: OpenStore, key: bytes) -> list[TierPlace]:
+    (row,) = opened.explain.rows(CALLER, key)
+    return opened.explain.places(CALLER, row)
 
 
 @pytest.mark.parametrize("history_events", [0, 1000])
@@ -55,7 +57,8 @@ async def test_an_answer_tells_one_time_since_when_all_is_remembered(
 ) -> None:
     """With the history off that is the time of reading, which must be read once."""
     opened = await open_store(clock=TickingClock(), history_events=history_events)
-    answer = explained.block(opened.store, CALLER, some_chain(1).keys[0])
+    key = some_chain(1).keys[0]
+    answer = explained.block(key, opened.store.operators.explain_block(CALLER, key))
     assert answer.remembers_since == answer.miss.remembers_since
     assert answer.remembers_since.ToMilliseconds() > 0
 
@@ -67,15 +70,15 @@ async def test_each_copy_tells_how_and_when_it_came(opened: OpenStore, client: C
     clock = opened.files.clock
     saved_ms = clock.wall_ms()
     (key,) = await saved(opened, client, 1, on_ssd=False)
-    assert places(opened, key)[0] == Place(TierName.DRAM, Arrival.SAVED, saved_ms)
+    assert places(opened, key)[0] == TierPlace(TierName.DRAM, Arrival.SAVED, saved_ms)
     await opened.settle()
     assert [place.arrival for place in places(opened, key)] == [Arrival.SAVED, Arrival.WRITTEN_BEHIND]
 
     await opened.store.evict(CALLER, [key], TierName.DRAM)
     clock.advance(seconds=60)
     await opened.store.prefetch(CALLER, [key], within_s=0, wait=True)
-    assert places(opened, key)[0] == Place(TierName.DRAM, Arrival.PROMOTED, saved_ms + 60_000)
-    (event,) = opened.store.explain.events(CALLER, key)
+    assert places(opened, key)[0] == TierPlace(TierName.DRAM, Arrival.PROMOTED, saved_ms + 60_000)
+    (event,) = opened.explain.events(CALLER, key)
     assert (event.reason, event.tier, event.last_copy) == (Reason.EVICTED_ON_REQUEST, TierName.DRAM, False)
 
 
@@ -83,10 +86,10 @@ async def test_what_was_there_at_the_start_was_kept(store_files: Callable[..., S
     files = store_files()
     opened = files.open()
     await opened.store.open_layout(CALLER, LAYOUT)
-    (key,) = await saved(opened, opened.store.leases.attach(CALLER, "test"), 1)
+    (key,) = await saved(opened, opened.store.attach(CALLER, "test"), 1)
     await opened.kill()
     opened = files.open()
-    expected = [Place(TierName.DRAM, Arrival.KEPT, 0), Place(TierName.SSD, Arrival.KEPT, 0)]
+    expected = [TierPlace(TierName.DRAM, Arrival.KEPT, 0), TierPlace(TierName.SSD, Arrival.KEPT, 0)]
     assert places(opened, key) == expected
     await opened.close()
 
@@ -96,34 +99,34 @@ async def test_what_was_there_at_the_start_was_kept(store_files: Callable[..., S
 
 async def test_an_eviction_after_a_pins_end_is_told_as_its_expiry(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER, ssd_bytes=0)
-    client, clock = opened.store.leases.attach(CALLER, "test"), opened.files.clock
+    client, clock = opened.store.attach(CALLER, "test"), opened.files.clock
     pinned, other = await saved(opened, client, 2, on_ssd=False)
-    pin = await opened.store.pins.pin(CALLER, [pinned], 60_000)
+    pin = await opened.store.operators.pin(CALLER, [pinned], 60_000)
     clock.advance(seconds=100)
     await saved(opened, client, 4, seed=1, on_ssd=False)
-    found = opened.store.explain.missing(CALLER, pinned)
+    found = opened.explain.missing(CALLER, pinned)
     assert found.why is Miss.EXPIRED
     assert found.event is not None
     assert (found.event.pin_ended_ms, found.event.word) == (pin.until_ms, "lru")
-    assert opened.store.explain.missing(CALLER, other).why is Miss.EVICTED
+    assert opened.explain.missing(CALLER, other).why is Miss.EVICTED
 
 
 async def test_a_block_on_its_way_in_is_being_saved(opened: OpenStore, client: Client) -> None:
     chain = some_chain(1)
     async with opened.begin_save(client, chain):
-        assert opened.store.explain.missing(CALLER, chain.keys[0]).why is Miss.BEING_SAVED
-    found = opened.store.explain.missing(CALLER, chain.keys[0])
+        assert opened.explain.missing(CALLER, chain.keys[0]).why is Miss.BEING_SAVED
+    found = opened.explain.missing(CALLER, chain.keys[0])
     assert found.why is Miss.DROPPED_AT_SAVE
     assert found.event is not None
     assert found.event.reason is Reason.ABANDONED
 
 
 async def test_saves_that_a_draining_daemon_refuses_are_told(opened: OpenStore, client: Client) -> None:
-    opened.store.drain.begin(CALLER)
+    opened.drain.begin(CALLER)
     chain = some_chain(1)
     with pytest.raises(Exception, match="draining"):
         opened.begin_save(client, chain)
-    found = opened.store.explain.missing(CALLER, chain.keys[0])
+    found = opened.explain.missing(CALLER, chain.keys[0])
     assert found.why is Miss.DROPPED_AT_SAVE
     assert found.event is not None
     assert found.event.word == "DRAINING"
@@ -133,14 +136,14 @@ async def test_of_a_dram_tier_that_is_gone_only_the_time_is_known(store_files: C
     files = store_files(ssd_bytes=0)
     opened = files.open()
     await opened.store.open_layout(CALLER, LAYOUT)
-    assert opened.store.explain.dram_emptied is None, "nothing was lost by the store's first start"
-    (key,) = await saved(opened, opened.store.leases.attach(CALLER, "test"), 1, on_ssd=False)
+    assert opened.explain.dram_emptied is None, "nothing was lost by the store's first start"
+    (key,) = await saved(opened, opened.store.attach(CALLER, "test"), 1, on_ssd=False)
     await opened.close()
     files.clock.advance(seconds=50)
     files.lose_power()
     for _ in range(2):  # And it is still known when the daemon has started once more.
         opened = files.open()
-        found = opened.store.explain.missing(CALLER, key)
+        found = opened.explain.missing(CALLER, key)
         assert (found.why, found.event) == (Miss.NEVER_STORED_OR_LOST, None)
         assert found.dram_emptied is not None
         assert found.dram_emptied.why == "there is no arena"
@@ -154,12 +157,12 @@ async def test_of_an_arena_that_was_replaced_each_block_is_known(store_files: Ca
     files = store_files()
     opened = files.open()
     await opened.store.open_layout(CALLER, LAYOUT)
-    only_dram, both = await saved(opened, opened.store.leases.attach(CALLER, "test"), 2)
+    only_dram, both = await saved(opened, opened.store.attach(CALLER, "test"), 2)
     await opened.store.evict(CALLER, [only_dram], TierName.SSD)
     await opened.close()
     files.dram_bytes *= 2
     opened = files.open()
-    found = opened.store.explain.missing(CALLER, only_dram)
+    found = opened.explain.missing(CALLER, only_dram)
     assert found.why is Miss.LOST_IN_RESTART
     assert found.event is not None
     assert found.event.tier is TierName.DRAM
@@ -174,13 +177,13 @@ async def test_a_save_that_waits_in_line_for_another_one_does_not_count_as_its_e
 ) -> None:
     chain = some_chain(1)
     images = some_images(chain)
-    async with opened.begin_save(client, chain) as ingest:
+    async with opened.begin_save(client, chain) as upload:
         second = asyncio.create_task(opened.save(client, chain, images))
-        await until(lambda: len(next(iter(opened.store.ingests.uploads.values()))) == 2)
+        await until(lambda: opened.claims.waiting_for(chain.keys[0]) == 2)
         for frame in frames_of(LAYOUT, WHOLE, chain, images):
-            ingest.write(frame)
+            upload.write(frame)
     await second
-    assert opened.store.explain.rows(CALLER, chain.keys[0]), "the second one stored it"
+    assert opened.explain.rows(CALLER, chain.keys[0]), "the second one stored it"
 
 
 # Requests
@@ -189,18 +192,18 @@ async def test_a_save_that_waits_in_line_for_another_one_does_not_count_as_its_e
 def ask(
     opened: OpenStore, keys: list[bytes], request_id: str = "r", *, layout: Layout = LAYOUT, shard: Shard = WHOLE
 ) -> Any:
-    opened.store.lookup(CALLER, layout.fingerprint, shard, keys, 0, request_id)
+    at_once(opened.store.lookup(CALLER, layout.fingerprint, shard, keys, 0, request_id))
     return told(opened, request_id)[-1]
 
 
 def told(opened: OpenStore, request_id: str = "r") -> list[Any]:
-    return list(opened.store.explain.lookups(CALLER, opened.store.requests.get(CALLER, request_id)))
+    return list(opened.explain.lookups(CALLER, opened.requests.get(CALLER, request_id)))
 
 
 async def test_a_miss_is_told_as_of_the_time_of_the_lookup(opened: OpenStore, client: Client) -> None:
     clock = opened.files.clock
     keys = await saved(opened, client, 2)
-    await opened.store.discard(CALLER, keys[1:])
+    await opened.store.operators.discard(CALLER, keys[1:])
     clock.advance(seconds=1)
     first = ask(opened, keys)
     assert (first.record.hit, first.missing.key, first.missing.why) == (1, keys[1], Miss.DISCARDED)
@@ -213,7 +216,7 @@ async def test_a_miss_is_told_as_of_the_time_of_the_lookup(opened: OpenStore, cl
     await opened.store.evict(CALLER, keys[1:], TierName.SSD)
     (again,) = told(opened)
     assert again.missing.why is Miss.DISCARDED, "what came later does not count"
-    assert opened.store.explain.missing(CALLER, keys[1]).why is Miss.EVICTED
+    assert opened.explain.missing(CALLER, keys[1]).why is Miss.EVICTED
 
 
 async def test_a_block_that_was_stored_after_the_miss_says_so(opened: OpenStore, client: Client) -> None:
@@ -266,12 +269,12 @@ async def test_other_layout_is_told_of_a_layout_that_is_empty_again_and_after_a_
     chain = some_chain(2, layout=other)
     files = store_files()
     opened = files.open()
-    client = opened.store.leases.attach(CALLER, "test")
+    client = opened.store.attach(CALLER, "test")
     for layout in (LAYOUT, other):
         await opened.store.open_layout(CALLER, layout)
     await saved(opened, client, 2)
     await opened.save(client, chain, some_images(chain, layout=other), layout=other)
-    await opened.store.discard_layout(CALLER, other.fingerprint)
+    await opened.store.operators.discard_layout(CALLER, other.fingerprint)
     absent = list(some_chain(1, seed=9, layout=other).keys)
     assert ask(opened, absent, layout=other).missing.why is Miss.OTHER_LAYOUT
     await opened.kill()
@@ -291,40 +294,42 @@ def test_layouts_differ_in_the_fields_of_their_rotation_too() -> None:
 
 
 async def test_only_the_last_requests_are_remembered_and_only_so_much_of_each(
-    opened: OpenStore, client: Client
+    open_store: Callable[..., Any],
 ) -> None:
+    opened = await open_store(limits=replace(LIMITS, requests_remembered=3))
+    client, store = opened.store.attach(CALLER, "test"), opened.store
     keys = await saved(opened, client, 1)
-    store = opened.store
-    store.requests = Requests(store.blocks, opened.files.clock, 3)
     for number in range(5):
         ask(opened, keys, f"request {number}")
     with pytest.raises(RequestNotFound, match="'request 1'"):
-        store.requests.get(CALLER, "request 1")
-    lease = store.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 30, "request 2").lease
+        opened.requests.get(CALLER, "request 1")
+    lease = at_once(store.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 30, "request 2")).lease
     assert lease is not None
     for _ in range(100):
         ask(opened, keys, "request 2")
-    found = store.requests.get(CALLER, "request 2")
+    found = opened.requests.get(CALLER, "request 2")
     assert len(found.lookups) + found.lookups_more == 102
     assert len(found.lookups) == 64
     for number in range(3):
         ask(opened, keys, f"later {number}")
-    assert not store.requests._by_lease, "what is forgotten is forgotten whole"
-    with store.requests.load(CALLER, lease, range(1), range(2)):
+    assert not opened.requests._by_lease, "what is forgotten is forgotten whole"
+    with opened.requests.load(CALLER, lease, range(1), range(2)):
         pass  # A load whose lookup is forgotten.
 
-    store.requests = Requests(store.blocks, opened.files.clock, 0)
-    store.lookup(CALLER, LAYOUT.fingerprint, WHOLE, keys, 0, "none")
+
+async def test_no_request_is_remembered_where_the_operator_wants_none(open_store: Callable[..., Any]) -> None:
+    opened = await open_store(limits=replace(LIMITS, requests_remembered=0))
+    at_once(opened.store.lookup(CALLER, LAYOUT.fingerprint, WHOLE, some_chain(1).keys, 0, "none"))
     with pytest.raises(RequestNotFound):
-        store.requests.get(CALLER, "none")
+        opened.store.operators.explain_request(CALLER, "none")
 
 
 def report(report_id: int = 0, plan: str = "load") -> ReportRecord:
-    return ReportRecord(report_id, 0, "engine", plan, "", "done", "", 0, 0, 0, 0, 0, "", "", {}, {})
+    return ReportRecord(report_id, 0, plan, "done", {})
 
 
 async def test_reports_are_bounded_and_one_that_comes_twice_counts_once(opened: OpenStore) -> None:
-    requests = Requests(opened.store.blocks, opened.files.clock, 2)
+    requests = Requests(opened.blocks, opened.files.clock, 2)
     for report_id in (1, 2, 1, 0, 0):
         requests.note_report(CALLER, "r", report(report_id))
     assert [each.report_id for each in requests.get(CALLER, "r").reports] == [1, 2, 0, 0]
@@ -340,7 +345,7 @@ async def test_reports_are_bounded_and_one_that_comes_twice_counts_once(opened: 
     with pytest.raises(RequestNotFound, match="'r'"):
         requests.get(CALLER, "r")
 
-    none = Requests(opened.store.blocks, opened.files.clock, 0)
+    none = Requests(opened.blocks, opened.files.clock, 0)
     none.note_report(CALLER, "r", report(1))
     assert none.reported == {("load", "done"): 1}
     with pytest.raises(RequestNotFound):
@@ -349,32 +354,32 @@ async def test_reports_are_bounded_and_one_that_comes_twice_counts_once(opened: 
 
 async def test_a_report_stands_beside_the_lookups_of_its_request(opened: OpenStore, client: Client) -> None:
     keys = await saved(opened, client, 1)
-    opened.store.requests.note_report(CALLER, "r", report(1))
+    opened.requests.note_report(CALLER, "r", report(1))
     ask(opened, keys, "r")
-    opened.store.requests.note_report(CALLER, "r", report(2))
-    found = opened.store.requests.get(CALLER, "r")
+    opened.requests.note_report(CALLER, "r", report(2))
+    found = opened.requests.get(CALLER, "r")
     assert (len(found.lookups), len(found.reports)) == (1, 2)
 
 
 async def test_a_request_id_that_is_too_long_is_refused(opened: OpenStore) -> None:
     with pytest.raises(InvalidRequest, match="200"):
-        opened.store.lookup(CALLER, LAYOUT.fingerprint, WHOLE, list(some_chain(1).keys), 0, "x" * 201)
+        at_once(opened.store.lookup(CALLER, LAYOUT.fingerprint, WHOLE, list(some_chain(1).keys), 0, "x" * 201))
 
 
 async def test_how_loads_ended_is_remembered_with_their_lookup(opened: OpenStore, client: Client) -> None:
     keys = await saved(opened, client, 2)
     await opened.store.evict(CALLER, keys[1:], TierName.DRAM)
     store = opened.store
-    lease = store.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 30, "r").lease
+    lease = at_once(store.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 30, "r")).lease
     assert lease is not None
-    with store.requests.load(CALLER, lease, range(2), range(2)) as record:
+    with opened.requests.load(CALLER, lease, range(2), range(2)) as record:
         record.sent_bytes = 7
         opened.files.clock.advance(seconds=2)
-    with pytest.raises(InvalidRequest), store.requests.load(CALLER, lease, range(1), range(2)):
+    with pytest.raises(InvalidRequest), opened.requests.load(CALLER, lease, range(1), range(2)):
         raise InvalidRequest("as it happens")
-    with pytest.raises(asyncio.CancelledError), store.requests.load(CALLER, lease, range(1, 2), range(1)):
+    with pytest.raises(asyncio.CancelledError), opened.requests.load(CALLER, lease, range(1, 2), range(1)):
         raise asyncio.CancelledError
-    (lookup,) = store.requests.get(CALLER, "r").lookups
+    (lookup,) = opened.requests.get(CALLER, "r").lookups
     told = [(load.outcome, load.from_dram, load.from_ssd, load.sent_bytes) for load in lookup.loads]
     assert told == [("done", 1, 1, 7), ("invalid_request", 1, 0, 0), ("cancelled", 0, 1, 0)]
     assert lookup.loads[0].took_ms == pytest.approx(2000)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -226,18 +226,23 @@ def test_what_is_forgotten_of_old_ends_is_never_a_lease_that_lives(leases: Lease
 # In a store
 
 
+async def leased_at_length(opened: OpenStore, client: Client, keys: Sequence[bytes]) -> Lease | None:
+    """Of more keys than a lookup finds at once."""
+    return (await opened.store.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 30)).lease
+
+
 async def test_a_leased_block_survives_pressure_until_its_lease_expires(opened: OpenStore, client: Client) -> None:
     chain = some_chain(2)
     await opened.save(client, chain, some_images(chain), on_ssd=True)
     lease = opened.lookup(client, chain.keys, ttl_s=30)
     assert lease is not None
-    places = [opened.store.blocks.extent(row, TierName.DRAM) for row in lease.rows.tolist()]
+    places = [opened.blocks.extent(row, TierName.DRAM) for row in lease.rows.tolist()]
 
     await fill_dram(opened, client)
-    assert [opened.store.blocks.extent(row, TierName.DRAM) for row in lease.rows.tolist()] == places
+    assert [opened.blocks.extent(row, TierName.DRAM) for row in lease.rows.tolist()] == places
 
     opened.files.clock.advance(seconds=31)
-    opened.store.leases.expire()
+    opened.leases.expire()
     await fill_dram(opened, client)
     assert opened.lifecycle(chain.keys[0]) == {TierName.SSD}
 
@@ -251,15 +256,15 @@ async def test_a_leased_block_that_is_discarded_can_be_loaded_until_its_lease_en
     assert lease is not None
     used = opened.dram.used_bytes
 
-    await opened.store.discard(CALLER, chain.keys)
+    await opened.store.operators.discard(CALLER, chain.keys)
     assert opened.hits(chain.keys) == 0
     assert opened.dram.used_bytes == used
     await fill_dram(opened, client)
     assert await opened.load(lease) == layers_of(images)
 
-    opened.store.leases.release(caller_of(client), lease.lease_id)
+    opened.leases.release(caller_of(client), lease.lease_id)
     with pytest.raises(KVError):
-        opened.store.leases.get(caller_of(client), lease.lease_id)
+        opened.leases.get(caller_of(client), lease.lease_id)
     await opened.settle()
 
 
@@ -268,27 +273,29 @@ async def test_a_client_with_many_leased_blocks_is_gone_at_once_and_its_blocks_f
 ) -> None:
     limits = StoreLimits(leases_per_client_max=100, leased_blocks_per_client_max=100_000)
     opened: OpenStore = await open_store(limits=limits)
-    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(2)
+    client, chain = opened.store.attach(CALLER, "test"), some_chain(2)
     await opened.save(client, chain, some_images(chain))
     for _ in range(50):
-        lease = opened.lookup(client, chain.keys[:1] * 2000)
+        lease = (
+            await opened.store.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, chain.keys[:1] * 2000, 30)
+        ).lease
     assert lease is not None
     row = int(lease.rows[0])
-    unlease, ended_at_once = opened.store.lifecycle.unlease, []
+    unlease, ended_at_once = opened.block_lifecycle.unlease, []
 
     def watched(rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
         ended_at_once.append(len(rows))
         unlease(rows)
 
-    monkeypatch.setattr(opened.store.lifecycle, "unlease", watched)
-    opened.store.leases.detach(CALLER, client)
-    assert opened.store.leases.count == 0
+    monkeypatch.setattr(opened.block_lifecycle, "unlease", watched)
+    opened.store.detach(CALLER, client)
+    assert opened.leases.count == 0
     with pytest.raises(UnknownClient):
-        opened.store.leases.get(caller_of(client), lease.lease_id)
-    assert opened.store.blocks.leases[row] > 90_000, "not all of them in this turn"
+        opened.leases.get(caller_of(client), lease.lease_id)
+    assert opened.blocks.leases[row] > 90_000, "not all of them in this turn"
 
-    await opened.store.leases.drain_ended()
-    assert not opened.store.blocks.leases.any()
+    await opened.leases.drain_ended()
+    assert not opened.blocks.leases.any()
     assert sum(ended_at_once) == 100_000 and max(ended_at_once) <= 1024
 
 
@@ -315,20 +322,20 @@ async def test_a_lease_that_was_released_with_many_blocks_holds_none_of_them_onc
 ) -> None:
     chain = some_chain(2)
     await opened.save(client, chain, some_images(chain))
-    lease = opened.lookup(client, chain.keys[:1] * 5000)
+    lease = await leased_at_length(opened, client, chain.keys[:1] * 5000)
     assert lease is not None
-    await opened.store.discard(CALLER, chain.keys)
-    opened.store.leases.release(caller_of(client), lease.lease_id)
+    await opened.store.operators.discard(CALLER, chain.keys)
+    opened.leases.release(caller_of(client), lease.lease_id)
     with pytest.raises(LeaseExpired):
-        opened.store.leases.get(caller_of(client), lease.lease_id)
-    await opened.store.leases.drain_ended()
+        opened.leases.get(caller_of(client), lease.lease_id)
+    await opened.leases.drain_ended()
     await until(lambda: opened.dram.used_bytes == 0)
 
 
 async def fill_dram(opened: OpenStore, client: Client) -> None:
     """More than DRAM holds, so that whatever may leave it leaves."""
     for _ in range(12):
-        seed = int(opened.store.blocks.next_access_seq) + 1000
+        seed = int(opened.blocks.next_access_seq) + 1000
         chain = some_chain(10, seed=seed)
         await opened.save(client, chain, some_images(chain, seed=seed))
 
@@ -341,6 +348,6 @@ async def test_a_block_that_is_named_twice_in_a_lookup_is_free_once_its_lease_en
     assert opened.lookup(client, [chain.keys[0], chain.keys[1], chain.keys[1]]) is not None
     assert opened.lookup(client, chain.keys) is not None
 
-    opened.store.leases.detach(CALLER, client)
+    opened.store.detach(CALLER, client)
 
-    assert not opened.store.blocks.leases.any()
+    assert not opened.blocks.leases.any()

@@ -129,26 +129,27 @@ async def test_a_long_lookup_answers_as_a_short_one_and_lets_the_event_loop_go_r
             await asyncio.sleep(0)
 
     counting = asyncio.create_task(count())
-    hit = await opened.store.lookup_chunked(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 30)
+    hit = await opened.store.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 30)
     counting.cancel()
     assert turns >= 3
-    again = opened.store.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 30)
-    assert hit.lease is not None and again.lease is not None
-    assert (hit.blocks, hit.runs) == (again.blocks, again.runs) == (4000, [(4000, True, True)])
-    assert hit.lease.rows.tolist() == again.lease.rows.tolist() and hit.lease.parts == again.lease.parts
-    assert sorted(hit.lease.held_rows.tolist()) == sorted(again.lease.held_rows.tolist())
-    for lease in (hit.lease, again.lease):
-        opened.store.leases.release(caller_of(client), lease.lease_id)
-    await opened.store.leases.drain_ended()
-    assert not opened.store.blocks.leases.any() and not opened.store.blocks.holds.any()
+    short = opened.lookup(client, keys[:20])
+    assert hit.lease is not None and short is not None
+    assert (hit.blocks, hit.runs) == (4000, [(4000, True, True)])
+    assert hit.lease.rows.tolist() == short.rows.tolist() * 200
+    assert hit.lease.parts == {block + 20 * turn: rows for block, rows in short.parts.items() for turn in range(200)}
+    assert sorted(hit.lease.held_rows.tolist()) == sorted(short.held_rows.tolist() * 200)
+    for lease in (hit.lease, short):
+        opened.leases.release(caller_of(client), lease.lease_id)
+    await opened.leases.drain_ended()
+    assert not opened.blocks.leases.any() and not opened.blocks.holds.any()
 
 
 async def test_a_long_lookup_ends_with_the_first_block_that_is_missing(opened: OpenStore, client: Client) -> None:
     keys = [*await saved(opened, client, 20)] * 200
     keys[1500] = b"\0" * 32
-    hit = await opened.store.lookup_chunked(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 0)
+    hit = await opened.store.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 0)
     assert hit.blocks == 1500 and hit.lease is None
-    assert not opened.store.blocks.holds.any()
+    assert not opened.blocks.holds.any()
 
 
 async def test_what_a_long_lookup_has_found_stays_until_its_lease_has_it(
@@ -156,7 +157,7 @@ async def test_what_a_long_lookup_has_found_stays_until_its_lease_has_it(
 ) -> None:
     """Between its turns others evict and discard: the lease names rows that still have these blocks."""
     first, *_, last = keys = await saved(opened, client, 20)
-    pace, gate, waiting = opened.store.loop_budget.slot, asyncio.Event(), asyncio.Event()
+    pace, gate, waiting = opened.loop_budget.slot, asyncio.Event(), asyncio.Event()
     taken = 0
 
     async def turn() -> None:
@@ -167,33 +168,33 @@ async def test_what_a_long_lookup_has_found_stays_until_its_lease_has_it(
             await gate.wait()
         await pace()
 
-    monkeypatch.setattr(opened.store.loop_budget, "slot", turn)
+    monkeypatch.setattr(opened.loop_budget, "slot", turn)
     asking = asyncio.create_task(
-        opened.store.lookup_chunked(caller_of(client), LAYOUT.fingerprint, WHOLE, [*keys[:-1]] * 40, 30)
+        opened.store.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, [*keys[:-1]] * 40, 30)
     )
     await waiting.wait()
-    rows = list(opened.store.blocks.shards_of(int(opened.store.blocks.rows_of_keys([first])[0])))
+    rows = list(opened.blocks.shards_of(int(opened.blocks.rows_of_keys([first])[0])))
     assert (await opened.store.evict(CALLER, [first, last], TierName.DRAM)).evicted == 2, "only what was not found"
-    discarding = asyncio.create_task(opened.store.discard(CALLER, [first]))
+    discarding = asyncio.create_task(opened.store.operators.discard(CALLER, [first]))
     await until(lambda: opened.hits([first]) == 0)
     gate.set()
     hit = await asking
     await discarding
     assert hit.blocks == 513, "the second part ends where the discarded block was"
     assert hit.lease is not None and set(rows) <= set(hit.lease.held_rows.tolist())
-    assert all(opened.store.blocks.is_resident(row, TierName.DRAM) for row in hit.lease.held_rows.tolist())
+    assert all(opened.blocks.is_resident(row, TierName.DRAM) for row in hit.lease.held_rows.tolist())
     assert len(await opened.load(hit.lease, range(19))) == 2
-    opened.store.leases.release(caller_of(client), hit.lease.lease_id)
+    opened.leases.release(caller_of(client), hit.lease.lease_id)
     await opened.settle()
-    assert opened.store.blocks.row_of(first, LEFT) == NO_ROW
+    assert opened.blocks.row_of(first, LEFT) == NO_ROW
 
 
 async def test_a_long_lookup_of_a_client_that_has_gone_leases_nothing(opened: OpenStore, client: Client) -> None:
     keys = [*await saved(opened, client, 20)] * 200
-    asking = asyncio.ensure_future(opened.store.lookup_chunked(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 30))
+    asking = asyncio.ensure_future(opened.store.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 30))
     await asyncio.sleep(0)
-    opened.store.leases.detach(CALLER, client)
+    opened.store.detach(CALLER, client)
     with pytest.raises(UnknownClient):
         await asking
-    blocks = opened.store.blocks
+    blocks = opened.blocks
     assert not np.concatenate([blocks.leases, blocks.holds]).any()

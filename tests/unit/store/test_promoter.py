@@ -58,7 +58,7 @@ async def test_a_load_from_ssd_brings_its_blocks_up(opened: OpenStore, client: C
     assert lease is not None
     assert await opened.load(lease) == layers_of(images)
     await until(lambda: all(opened.lifecycle(key) == set(TierName) for key in chain.keys))
-    assert opened.store.counters.promoted_blocks == 5
+    assert opened.counters.promoted_blocks == 5
     await opened.settle()
 
 
@@ -75,7 +75,7 @@ async def test_many_who_want_a_block_at_one_time_cause_one_read(
     )
     assert answers[:5] == [layers_of(images)] * 5
     assert reads(calls) - before == 2 * 3, "a trailer and one piece of each block"
-    assert opened.store.counters.promoted_blocks == 3
+    assert opened.counters.promoted_blocks == 3
 
 
 async def test_a_block_that_is_being_brought_up_and_is_discarded_is_given_whole_to_who_loads_it(
@@ -88,11 +88,11 @@ async def test_a_block_that_is_being_brought_up_and_is_discarded_is_given_whole_
     with calls.held("preadv") as waiting:
         loading = asyncio.create_task(opened.load(lease))
         await asyncio.to_thread(waiting.acquire)
-        discarding = asyncio.create_task(opened.store.discard(CALLER, chain.keys))
+        discarding = asyncio.create_task(opened.store.operators.discard(CALLER, chain.keys))
         await until(lambda: opened.hits(chain.keys) == 0)
     assert await loading == layers_of(images)
     await discarding
-    opened.store.leases.release(caller_of(client), lease.lease_id)
+    opened.leases.release(caller_of(client), lease.lease_id)
     await opened.settle()
     assert opened.dram.used_bytes == 0
 
@@ -105,11 +105,11 @@ async def test_a_landing_that_ended_while_its_joiner_waited_for_room_is_not_read
     images = await on_ssd(opened, client, chain) + await on_ssd(opened, client, more)
     leases = [opened.lookup(client, keys) for keys in ((*chain.keys, *more.keys), chain.keys)]
     assert leases[0] is not None and leases[1] is not None
-    promotion = opened.store.promoter
+    promotion = opened.promoter
     assert promotion is not None
     first, second = leases[0].rows.tolist()
     gate = asyncio.Event()
-    reserve = opened.store.evictor.reserve
+    reserve = opened.evictor.reserve
 
     async def slowly(tier: TierName, size_bytes: int, **waits: Any) -> Any:
         if first in promotion._landings:  # The first block is on its way up; the second one waits for room.
@@ -121,10 +121,11 @@ async def test_a_landing_that_ended_while_its_joiner_waited_for_room_is_not_read
         failed.set_exception(IndexFull("no space for a record of the copy in DRAM"))
         return failed
 
-    monkeypatch.setattr(opened.store.evictor, "reserve", slowly)
+    monkeypatch.setattr(opened.evictor, "reserve", slowly)
     monkeypatch.setattr(opened.index, "put", refuse)
     with calls.held("preadv"):
-        [landing] = (await promotion.begin([first])).values()
+        async with promotion.promoting([first]) as pending:
+            [landing] = pending.values()
         joining = asyncio.create_task(opened.load(leases[0]))
         await asyncio.sleep(0.01)
     await landing.done.wait()
@@ -139,7 +140,7 @@ async def test_a_landing_that_ended_while_its_joiner_waited_for_room_is_not_read
 
 async def test_what_dram_has_no_room_for_is_read_where_it_lies(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER, limits=PATIENT)
-    client = opened.store.leases.attach(CALLER, "test")
+    client = opened.store.attach(CALLER, "test")
     chain, other = some_chain(3, seed=1), some_chain(3, seed=2)
     images = await on_ssd(opened, client, chain)
     await opened.save(client, other, some_images(other))
@@ -147,7 +148,7 @@ async def test_what_dram_has_no_room_for_is_read_where_it_lies(open_store: Calla
     lease = opened.lookup(client, chain.keys)
     assert lease is not None
     assert await asyncio.wait_for(opened.load(lease), 30) == layers_of(images)
-    assert opened.store.counters.read_through_bytes > 0
+    assert opened.counters.read_through_bytes > 0
     assert opened.hits(other.keys) == 3
 
 
@@ -173,7 +174,7 @@ async def test_a_layer_that_is_there_does_not_wait_for_the_next_one(open_store: 
     calls = HeldReads()
     opened: OpenStore = await open_store(calls=calls, dram_bytes=4 * size, ssd_bytes=8 * size)
     await opened.store.open_layout(CALLER, layout)
-    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(1, layout=layout)
+    client, chain = opened.store.attach(CALLER, "test"), some_chain(1, layout=layout)
     images = await on_ssd(opened, client, chain, layout=layout)
     lease = opened.lookup(client, chain.keys, shard=Shard.whole(layout), layout=layout)
     assert lease is not None
@@ -203,8 +204,8 @@ def flip(path: Path, offset: int) -> None:
 
 
 def damage(opened: OpenStore, tier: TierName, key: bytes, at: int) -> None:
-    row = int(opened.store.blocks.rows_of_keys([key])[0])
-    extent = opened.store.blocks.extent(row, tier)
+    row = int(opened.blocks.rows_of_keys([key])[0])
+    extent = opened.blocks.extent(row, tier)
     assert extent is not None
     [path] = opened.files.folder.glob("ssd-*.kv") if tier is TierName.SSD else opened.files.shared_memory.rglob("arena")
     flip(path, HEADER + extent.offset_bytes + at)
@@ -229,7 +230,7 @@ async def test_a_flipped_bit_is_found_before_any_byte_of_its_slice_leaves_and_th
 ) -> None:
     dram_bytes = BLOCK + HEADER if how == "read through" else 64 * BLOCK
     opened: OpenStore = await open_store(calls=calls, dram_bytes=dram_bytes)
-    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(1)
+    client, chain = opened.store.attach(CALLER, "test"), some_chain(1)
     [key] = chain.keys
     if how == "write behind":
         with calls.held("pwritev"):
@@ -243,7 +244,7 @@ async def test_a_flipped_bit_is_found_before_any_byte_of_its_slice_leaves_and_th
         await opened.save(client, chain, some_images(chain), on_ssd=True)
         tier = TierName(how.removeprefix("scrub "))
         damage(opened, tier, key, at)
-        progress = [step async for step in opened.store.scrub.run(CALLER, [tier], 1 << 40)]
+        progress = [step async for step in opened.scrub.run(CALLER, [tier], 1 << 40)]
         assert progress[-1].damaged == 1
     else:
         tier = TierName.DRAM if how == "load from dram" else TierName.SSD
@@ -266,9 +267,9 @@ async def test_a_flipped_bit_is_found_before_any_byte_of_its_slice_leaves_and_th
             await load()
         sound = layers_of(some_images(chain))
         assert all(payload == sound[layer] for layer, payload in received), "what left is right"
-        opened.store.leases.release(caller_of(client), lease.lease_id)
+        opened.leases.release(caller_of(client), lease.lease_id)
     assert opened.hits([key]) == 0, "it reads as a miss"
-    assert opened.store.counters.quarantined_blocks == 1
+    assert opened.counters.quarantined_blocks == 1
     await until(lambda: key not in {name[:32] for name in opened.records(TierName.DRAM)})
     assert not (await opened.save(client, chain, some_images(chain), on_ssd=how != "read through")).already_stored
 
@@ -286,7 +287,7 @@ async def test_a_disk_that_cannot_be_read_fails_the_load_and_keeps_the_block(
     await until(lambda: opened.dram.used_bytes == 0)
     calls.failing.clear()  # Not before: the second block may not have been read yet, and would stay in DRAM.
     assert await opened.load(lease) == layers_of(images)
-    assert opened.store.counters.quarantined_blocks == 0
+    assert opened.counters.quarantined_blocks == 0
 
 
 @pytest.mark.parametrize("turns", [0, 1, 2, 4, 8, 16, 32])
@@ -302,10 +303,10 @@ async def test_a_load_that_is_broken_off_anywhere_lets_go_of_its_blocks(
         await asyncio.sleep(0)
     loading.cancel()
     await asyncio.gather(loading, return_exceptions=True)
-    opened.store.leases.release(caller_of(client), lease.lease_id)
-    await until(lambda: not opened.store.blocks.holds.any())
-    assert opened.store.loads.open_count == 0
-    assert await opened.store.discard(CALLER, chain.keys) == (4, 0)
+    opened.leases.release(caller_of(client), lease.lease_id)
+    await until(lambda: not opened.blocks.holds.any())
+    await asyncio.wait_for(opened.store.quiet(), 30)  # No load is open.
+    assert await opened.store.operators.discard(CALLER, chain.keys) == (4, 0)
     await until(lambda: opened.dram.used_bytes == 0)
     assert opened.unsettled() == ""
 

@@ -27,7 +27,7 @@ def opened_again(opened: OpenStore) -> OpenStore:
 
 
 async def saved(opened: OpenStore, blocks: int = 4, *, seed: int = 0, on_ssd: bool = True) -> list[bytes]:
-    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(blocks, seed=seed)
+    client, chain = opened.store.attach(CALLER, "test"), some_chain(blocks, seed=seed)
     outcome = await opened.save(client, chain, some_images(chain, seed=seed), on_ssd=on_ssd)
     assert not outcome.refused
     return list(chain.keys)
@@ -39,7 +39,7 @@ async def test_a_store_that_is_opened_again_has_every_block_where_it_was(opened:
     only_dram, only_ssd = await saved(opened, seed=2), await saved(opened, seed=3)
     await opened.store.evict(CALLER, only_dram, TierName.SSD)
     await opened.store.evict(CALLER, only_ssd, TierName.DRAM)
-    client = opened.store.leases.attach(CALLER, "test")
+    client = opened.store.attach(CALLER, "test")
     halves = (Shard(0, 2, 0, 1), Shard(0, 2, 1, 2))
     sharded = some_chain(2, seed=4)
     for half in halves:
@@ -53,7 +53,7 @@ async def test_a_store_that_is_opened_again_has_every_block_where_it_was(opened:
         assert everything(again) == before
         assert again.unsettled() == "", "free space is what no record names"
         assert again.hits(sharded.keys) == 2
-        lease = again.lookup(again.store.leases.attach(CALLER, "test"), both)
+        lease = again.lookup(again.store.attach(CALLER, "test"), both)
         assert lease is not None
         assert await again.load(lease) == layers_of(some_images(some_chain(4, seed=1), seed=1))
     finally:
@@ -61,7 +61,7 @@ async def test_a_store_that_is_opened_again_has_every_block_where_it_was(opened:
 
 
 def everything(opened: OpenStore) -> dict[bytes, tuple[object, ...]]:
-    blocks = opened.store.blocks
+    blocks = opened.blocks
     columns = "layout_id token_count size_bytes trailer_checksum stored_at_ms".split()
     return {
         blocks.object_key_of(row): (
@@ -76,12 +76,12 @@ def everything(opened: OpenStore) -> dict[bytes, tuple[object, ...]]:
 async def test_the_order_of_use_survives_a_restart_and_goes_on_from_there(opened: OpenStore) -> None:
     first, second = await saved(opened, 2, seed=1), await saved(opened, 2, seed=2)
     opened.hits(first)
-    before = opened.store.blocks.next_access_seq
+    before = opened.blocks.next_access_seq
     await opened.close()
 
     again = opened_again(opened)
     try:
-        blocks = again.store.blocks
+        blocks = again.blocks
         used = [int(blocks.access_seq[blocks.row_of(key, WHOLE)]) for key in (*second[::-1], *first[::-1])]
         assert used == sorted(used)
         assert blocks.hits[blocks.row_of(first[0], WHOLE)] == 1
@@ -92,12 +92,12 @@ async def test_the_order_of_use_survives_a_restart_and_goes_on_from_there(opened
 
 async def test_after_a_crash_use_times_since_the_last_flush_are_not_known_and_nothing_else(opened: OpenStore) -> None:
     keys = await saved(opened)
-    await opened.store.lifecycle.flush_recency()
+    await opened.block_lifecycle.flush_recency()
     opened.hits(keys)
     await opened.kill()
     again = opened_again(opened)
     try:
-        assert not again.store.blocks.hits[again.store.blocks.live_rows()].any()
+        assert not again.blocks.hits[again.blocks.live_rows()].any()
         assert again.hits(keys) == 4
     finally:
         await again.close()
@@ -205,7 +205,7 @@ async def test_a_record_that_contradicts_the_store_is_dropped_for_good_and_its_s
         assert "of the tier dram" in message and f": {REASONS[spoil]}" in message
         await until(lambda: again.unsettled() == "")
         assert again.hits(keys) == 2
-        lease = again.lookup(again.store.leases.attach(CALLER, "test"), keys)
+        lease = again.lookup(again.store.attach(CALLER, "test"), keys)
         assert lease is not None
         assert await again.load(lease) == layers_of(some_images(some_chain(2)))
     finally:
@@ -237,7 +237,7 @@ async def test_a_store_that_belongs_to_the_arena_of_another_starts_with_an_empty
 async def test_damage_in_a_recovered_block_is_found_at_its_first_load(opened: OpenStore, client: Client) -> None:
     keys = await saved(opened, 2)
     await opened.settle()
-    extent = opened.extents(TierName.DRAM)[int(opened.store.blocks.rows_of_keys(keys[:1])[0])]
+    extent = opened.extents(TierName.DRAM)[int(opened.blocks.rows_of_keys(keys[:1])[0])]
     await opened.kill()
     [arena] = Path(opened.files.shared_memory).rglob("arena")
     with arena.open("r+b") as file:
@@ -248,18 +248,18 @@ async def test_damage_in_a_recovered_block_is_found_at_its_first_load(opened: Op
 
     again = opened_again(opened)
     try:
-        lease = again.lookup(again.store.leases.attach(CALLER, "test"), keys)
+        lease = again.lookup(again.store.attach(CALLER, "test"), keys)
         assert lease is not None
         answers: Any = await asyncio.gather(again.load(lease), return_exceptions=True)
         assert type(answers[0]).__name__ == "ChecksumMismatch"
-        assert again.hits(keys) == 0 and again.store.counters.quarantined_blocks == 1
+        assert again.hits(keys) == 0 and again.counters.quarantined_blocks == 1
     finally:
         await again.close()
 
 
 async def test_the_table_has_rows_from_the_start_for_as_many_blocks_as_the_index_can_name(opened: OpenStore) -> None:
     """To make more would copy all of it, on the event loop."""
-    blocks, named = opened.store.blocks, 0
+    blocks, named = opened.blocks, 0
     for tier in TierName:
         first = named
         with contextlib.suppress(IndexFull):

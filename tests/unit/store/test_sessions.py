@@ -46,16 +46,16 @@ def turn_of(chain: BlockChain) -> Turn:
 
 async def begin(opened: OpenStore, session_id: str = "chat", chain: BlockChain | None = None) -> Manifest:
     chain = some_chain(2, tail_tokens=5) if chain is None else chain
-    return await opened.store.sessions.append(CALLER, LAYOUT.fingerprint, session_id, 0, turn_of(chain))
+    return await opened.sessions.append(CALLER, LAYOUT.fingerprint, session_id, 0, turn_of(chain))
 
 
 async def append(opened: OpenStore, manifest: Manifest, chain: BlockChain) -> Manifest:
     turn = turn_of(chain)
-    return await opened.store.sessions.append(CALLER, LAYOUT.fingerprint, manifest.session_id, manifest.revision, turn)
+    return await opened.sessions.append(CALLER, LAYOUT.fingerprint, manifest.session_id, manifest.revision, turn)
 
 
 def get(opened: OpenStore, session_id: str = "chat") -> Manifest:
-    return opened.store.sessions.get(CALLER, LAYOUT.fingerprint, session_id)
+    return opened.sessions.get(CALLER, LAYOUT.fingerprint, session_id)
 
 
 def same(one: Manifest, other: Manifest) -> bool:
@@ -70,7 +70,7 @@ async def some_turns() -> None:
 
 async def drops_ended(opened: OpenStore) -> None:
     await some_turns()
-    await until(lambda: not any("partial" in task.get_name() for task in opened.store.tasks._running))
+    await until(lambda: not any("partial" in task.get_name() for task in opened.tasks._running))
 
 
 async def reopened(opened: OpenStore, *, kill: bool = False) -> OpenStore:
@@ -86,7 +86,7 @@ async def reopened(opened: OpenStore, *, kill: bool = False) -> OpenStore:
 @pytest.mark.parametrize("kill", [False, True])
 async def test_a_session_is_there_after_a_restart(opened: OpenStore, kill: bool) -> None:
     first = await begin(opened)
-    cut = await opened.store.sessions.truncate(CALLER, LAYOUT.fingerprint, "chat", first.revision, [(3, 20)])
+    cut = await opened.sessions.truncate(CALLER, LAYOUT.fingerprint, "chat", first.revision, [(3, 20)])
 
     again = await reopened(opened, kill=kill)
 
@@ -110,7 +110,7 @@ async def test_a_change_whose_caller_is_gone_is_ended(opened: OpenStore) -> None
         await some_turns()
         change.cancel()
         await asyncio.sleep(0)
-    await until(lambda: opened.store.sessions.count == 1)
+    await until(lambda: opened.sessions.count == 1)
 
     again = await reopened(opened)
     assert get(again).revision == 1
@@ -123,15 +123,14 @@ async def test_of_two_changes_at_a_time_one_is_told(opened: OpenStore) -> None:
 
     results = await asyncio.gather(
         append(opened, first, chain[1:]),
-        opened.store.sessions.truncate(CALLER, LAYOUT.fingerprint, "chat", first.revision, [(0, 3)]),
+        opened.sessions.truncate(CALLER, LAYOUT.fingerprint, "chat", first.revision, [(0, 3)]),
         return_exceptions=True,
     )
 
     done = [each for each in results if isinstance(each, Manifest)]
     told = [each for each in results if isinstance(each, SessionChanged)]
     assert (len(done), len(told)) == (1, 1)
-    assert told[0].attached is not None
-    assert told[0].attached.revision == done[0].revision == 2
+    assert told[0].now.manifest.revision == done[0].revision == 2
     assert same(get(opened), done[0])
 
 
@@ -143,8 +142,8 @@ async def test_a_session_that_an_index_has_no_space_for_is_as_it_was(open_store:
     long = Turn(too_long.parent, too_long.keys)
 
     async def grow(session_id: str) -> None:
-        now = await opened.store.sessions.fork(CALLER, LAYOUT.fingerprint, "chat", session_id, 0)
-        await opened.store.sessions.append(CALLER, LAYOUT.fingerprint, now.session_id, 1, long)
+        now = await opened.sessions.fork(CALLER, LAYOUT.fingerprint, "chat", session_id, 0)
+        await opened.sessions.append(CALLER, LAYOUT.fingerprint, now.session_id, 1, long)
 
     await grow("one")
     await grow("two")
@@ -170,9 +169,9 @@ async def test_a_session_that_could_not_be_written_is_as_it_was(
     monkeypatch.setattr(opened.index, "put_session", refuse)
     monkeypatch.setattr(opened.index, "delete_sessions", refuse)
     with pytest.raises(StorageFailed):
-        await opened.store.sessions.truncate(CALLER, LAYOUT.fingerprint, "chat", 1, [(0, 3)])
+        await opened.sessions.truncate(CALLER, LAYOUT.fingerprint, "chat", 1, [(0, 3)])
     with pytest.raises(StorageFailed):
-        await opened.store.sessions.end(CALLER, LAYOUT.fingerprint, "chat")
+        await opened.store.end_session(CALLER, LAYOUT.fingerprint, "chat")
 
     assert same(get(opened), first)
 
@@ -194,7 +193,7 @@ async def test_a_tail_whose_turn_could_not_be_written_may_be_appended_again(
     assert stored(opened, chain.keys[0])
 
     await append(opened, first, chain)
-    await opened.store.sessions.end(CALLER, LAYOUT.fingerprint, "chat")
+    await opened.store.end_session(CALLER, LAYOUT.fingerprint, "chat")
     await until(lambda: not stored(opened, chain.keys[0]))
 
 
@@ -247,16 +246,16 @@ async def test_the_old_tail_is_dropped_once_a_fuller_one_is_named(opened: OpenSt
 async def test_a_tail_that_a_fork_names_stays_until_the_fork_lets_go_of_it(opened: OpenStore, client: Client) -> None:
     chain = await saved(opened, client, some_chain(2, tail_tokens=5))
     first = await begin(opened, chain=chain)
-    fork = await opened.store.sessions.fork(CALLER, LAYOUT.fingerprint, "chat", "fork", 0)
+    fork = await opened.sessions.fork(CALLER, LAYOUT.fingerprint, "chat", "fork", 0)
 
     await append(opened, first, BlockChain(first.tip, (bytes(32),), (16,)))
-    await opened.store.sessions.truncate(CALLER, LAYOUT.fingerprint, "fork", fork.revision, [(0, 33)])
+    await opened.sessions.truncate(CALLER, LAYOUT.fingerprint, "fork", fork.revision, [(0, 33)])
     await drops_ended(opened)
     assert stored(opened, chain.keys[-1]), "one of its tokens is in the fork's history"
 
     again = await reopened(opened)
     assert stored(again, chain.keys[-1])
-    await again.store.sessions.end(CALLER, LAYOUT.fingerprint, "fork")
+    await again.store.end_session(CALLER, LAYOUT.fingerprint, "fork")
     await until(lambda: not stored(again, chain.keys[-1]))
     await again.close()
 
@@ -266,8 +265,8 @@ async def test_a_tail_that_is_named_again_while_it_is_let_go_stays(opened: OpenS
     await begin(opened, chain=chain)
 
     with opened.commits_held(TierName.SSD):
-        end = asyncio.ensure_future(opened.store.sessions.end(CALLER, LAYOUT.fingerprint, "chat"))
-        fork = asyncio.ensure_future(opened.store.sessions.fork(CALLER, LAYOUT.fingerprint, "chat", "fork", 0))
+        end = asyncio.ensure_future(opened.store.end_session(CALLER, LAYOUT.fingerprint, "chat"))
+        fork = asyncio.ensure_future(opened.sessions.fork(CALLER, LAYOUT.fingerprint, "chat", "fork", 0))
         await some_turns()
     assert await end
     await fork
@@ -278,9 +277,9 @@ async def test_a_tail_that_is_named_again_while_it_is_let_go_stays(opened: OpenS
 
 async def test_a_full_block_that_somebody_calls_a_tail_is_not_dropped(opened: OpenStore, client: Client) -> None:
     chain = await saved(opened, client, some_chain(2))
-    await opened.store.sessions.append(CALLER, LAYOUT.fingerprint, "chat", 0, Turn(chain.parent, chain.keys, 3))
+    await opened.sessions.append(CALLER, LAYOUT.fingerprint, "chat", 0, Turn(chain.parent, chain.keys, 3))
 
-    await opened.store.sessions.end(CALLER, LAYOUT.fingerprint, "chat")
+    await opened.store.end_session(CALLER, LAYOUT.fingerprint, "chat")
     await drops_ended(opened)
 
     assert opened.hits(chain.keys) == 2
@@ -292,35 +291,35 @@ async def test_why_a_partial_block_left_is_remembered(opened: OpenStore, client:
     longer = await saved(opened, client, BlockChain(first.tip, some_chain(0, seed=1, tail_tokens=9).keys, (9,)))
     await append(opened, first, longer)
     await until(lambda: not stored(opened, chain.keys[-1]))
-    replaced = opened.store.explain.missing(CALLER, chain.keys[-1])
+    replaced = opened.explain.missing(CALLER, chain.keys[-1])
     assert replaced.event is not None
     assert (replaced.why, replaced.event.word) == (Miss.DISCARDED, "no session names it any more")
 
     opened.files.clock.advance(seconds=TTL_S)
-    await opened.store.sessions.expire()
+    await opened.sessions.expire()
     await until(lambda: not stored(opened, longer.keys[-1]))
-    assert opened.store.explain.missing(CALLER, longer.keys[-1]).why is Miss.EXPIRED
+    assert opened.explain.missing(CALLER, longer.keys[-1]).why is Miss.EXPIRED
 
 
 async def test_what_many_sessions_let_go_of_at_a_time_leaves_in_small_steps(
     open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: OpenStore = await open_store(limits=replace(LIMITS, session=SessionLimits(ttl_s=TTL_S)))
-    client = opened.store.leases.attach(CALLER, "test")
+    client = opened.store.attach(CALLER, "test")
     chains = [await saved(opened, client, some_chain(0, seed=seed, tail_tokens=3)) for seed in range(70)]
     for number, chain in enumerate(chains):
         await begin(opened, f"chat-{number}", chain)
     steps: list[int] = []
-    discard = opened.store.lifecycle.discard
+    discard = opened.block_lifecycle.discard
 
     async def counted(rows: list[int], *arguments: Any) -> None:
         steps.append(len(rows))
         await discard(rows, *arguments)
 
-    monkeypatch.setattr(opened.store.lifecycle, "discard", counted)
+    monkeypatch.setattr(opened.block_lifecycle, "discard", counted)
     opened.files.clock.advance(seconds=TTL_S)
-    await opened.store.sessions.expire()
-    await until(lambda: opened.store.blocks.live_count == 0)
+    await opened.sessions.expire()
+    await until(lambda: opened.blocks.live_count == 0)
     assert (sum(steps), max(steps)) == (70, 32), "a millisecond of the event loop each"
 
 
@@ -328,11 +327,11 @@ async def test_full_blocks_outlive_their_session(opened: OpenStore, client: Clie
     chain = await saved(opened, client, some_chain(2, tail_tokens=5))
     await begin(opened, chain=chain)
 
-    assert await opened.store.sessions.end(CALLER, LAYOUT.fingerprint, "chat")
+    assert await opened.store.end_session(CALLER, LAYOUT.fingerprint, "chat")
     await until(lambda: not stored(opened, chain.keys[-1]))
 
     assert opened.hits(chain.keys) == 2
-    assert not await opened.store.sessions.end(CALLER, LAYOUT.fingerprint, "chat")
+    assert not await opened.store.end_session(CALLER, LAYOUT.fingerprint, "chat")
 
 
 # Time
@@ -350,10 +349,10 @@ async def test_a_session_expires_when_nobody_used_it_for_its_time(opened: OpenSt
     get(opened)
     with pytest.raises(SessionNotFound, match="expired"):
         get(opened, "other")
-    await opened.store.sessions.expire()
-    assert opened.store.sessions.count == 1
+    await opened.sessions.expire()
+    assert opened.sessions.count == 1
     again = await reopened(opened)
-    assert again.store.sessions.count == 1
+    assert again.sessions.count == 1
     await again.close()
 
 
@@ -369,7 +368,7 @@ async def test_a_use_counts_after_a_restart(opened: OpenStore) -> None:
 
 
 async def test_who_asks_for_a_session_that_is_not_there_is_told_why(opened: OpenStore) -> None:
-    sessions, clock = opened.store.sessions, opened.files.clock
+    sessions, clock = opened.sessions, opened.files.clock
     with pytest.raises(SessionNotFound, match="never begun, or went before"):
         sessions.find_by_id(CALLER, "chat")
     await begin(opened)
@@ -394,8 +393,8 @@ async def test_the_daemon_itself_forgets_what_expired(opened: OpenStore) -> None
     await begin(opened)
     opened.files.clock.advance(seconds=TTL_S)
 
-    await until(lambda: opened.store.sessions.count == 0)
-    assert opened.store.counters.sessions_expired == 1
+    await until(lambda: opened.sessions.count == 0)
+    assert opened.counters.sessions_expired == 1
 
 
 async def test_an_expired_session_may_be_begun_again(opened: OpenStore) -> None:
@@ -413,7 +412,7 @@ async def test_a_session_that_is_begun_again_while_it_is_forgotten_stays(opened:
     with opened.commits_held(TierName.SSD):
         again = asyncio.ensure_future(begin(opened, chain=some_chain(1, seed=9)))
         await some_turns()
-        expiry = asyncio.ensure_future(opened.store.sessions.expire())
+        expiry = asyncio.ensure_future(opened.sessions.expire())
         await some_turns()
     await again
     await expiry
@@ -434,8 +433,8 @@ async def test_uses_that_could_not_be_written_are_written_later(
     with monkeypatch.context() as patch:
         patch.setattr(opened.index, "put_session", refuse)
         with pytest.raises(StorageFailed):
-            await opened.store.sessions.flush()
-    await opened.store.sessions.flush()
+            await opened.sessions.flush()
+    await opened.sessions.flush()
 
     again = await reopened(opened, kill=True)
     opened.files.clock.advance(seconds=TTL_S - 1)
@@ -450,10 +449,7 @@ async def test_a_clock_that_was_set_back_lengthens_no_session_beyond_its_time(op
     files.clock._wall_offset_ms -= 10**10
 
     again = files.open()
-    assert (
-        again.store.sessions.get(CALLER, LAYOUT.fingerprint, "chat").expires_at_ms
-        <= files.clock.wall_ms() + TTL_S * 1000
-    )
+    assert again.sessions.get(CALLER, LAYOUT.fingerprint, "chat").expires_at_ms <= files.clock.wall_ms() + TTL_S * 1000
     files.clock.advance(seconds=TTL_S)
     with pytest.raises(SessionNotFound):
         get(again)
@@ -469,9 +465,9 @@ async def test_no_more_sessions_are_kept_than_allowed(opened: OpenStore) -> None
     with pytest.raises(SessionsFull, match="4 sessions"):
         await begin(opened, "one-more")
     with pytest.raises(SessionsFull):
-        await opened.store.sessions.fork(CALLER, LAYOUT.fingerprint, "chat-0", "one-more", 0)
+        await opened.sessions.fork(CALLER, LAYOUT.fingerprint, "chat-0", "one-more", 0)
 
-    await opened.store.sessions.end(CALLER, LAYOUT.fingerprint, "chat-3")
+    await opened.store.end_session(CALLER, LAYOUT.fingerprint, "chat-3")
     await begin(opened, "one-more")
 
 
@@ -490,10 +486,10 @@ async def test_a_truncation_that_keeps_everything_is_a_use_and_no_change(opened:
     opened.files.clock.advance(seconds=1)
     with opened.commits_held(TierName.SSD):
         async with asyncio.timeout(60):
-            kept = await opened.store.sessions.truncate(CALLER, LAYOUT.fingerprint, "chat", 1, [(0, 37)])
+            kept = await opened.sessions.truncate(CALLER, LAYOUT.fingerprint, "chat", 1, [(0, 37)])
     assert same(kept, first)
     assert kept.expires_at_ms == first.expires_at_ms + 1000
-    assert opened.store.counters.sessions_begun == 1
+    assert opened.counters.sessions_begun == 1
 
 
 async def test_no_session_has_more_slices_than_allowed(opened: OpenStore) -> None:
@@ -503,7 +499,7 @@ async def test_no_session_has_more_slices_than_allowed(opened: OpenStore) -> Non
         await append(opened, first, BlockChain(first.tip, (bytes(32), bytes(31) + b"1"), (16, 16)))
     keep = [(number * 8, 4) for number in range(30)]
     with pytest.raises(SessionsFull):
-        await opened.store.sessions.truncate(CALLER, LAYOUT.fingerprint, "chat", 1, keep)
+        await opened.sessions.truncate(CALLER, LAYOUT.fingerprint, "chat", 1, keep)
     assert same(get(opened), first)
 
 
@@ -511,12 +507,12 @@ async def test_no_session_has_more_slices_than_allowed(opened: OpenStore) -> Non
     "session_id", ["", "a b", "x" * 201, "ü", "tab\t", "line\n", "nul\0", "quote'", "star*", "back\\slash"]
 )
 async def test_odd_session_ids_are_refused(opened: OpenStore, session_id: str) -> None:
-    for work in (begin(opened, session_id), opened.store.sessions.end(CALLER, LAYOUT.fingerprint, session_id)):
+    for work in (begin(opened, session_id), opened.store.end_session(CALLER, LAYOUT.fingerprint, session_id)):
         with pytest.raises(InvalidRequest, match="session_id"):
             await work
     await begin(opened)
     with pytest.raises(InvalidRequest, match="new_session_id"):
-        await opened.store.sessions.fork(CALLER, LAYOUT.fingerprint, "chat", session_id, 0)
+        await opened.sessions.fork(CALLER, LAYOUT.fingerprint, "chat", session_id, 0)
 
 
 @pytest.mark.parametrize("session_id", ["x" * 200, "a", "user/1234:chat@host+3~2=4.5_6-7", ".", "-"])
@@ -530,7 +526,7 @@ async def test_sane_session_ids_are_taken(opened: OpenStore, session_id: str) ->
 
 async def test_a_session_of_a_layout_nobody_opened_is_refused(opened: OpenStore) -> None:
     with pytest.raises(UnknownLayout):
-        opened.store.sessions.get(CALLER, bytes(32), "chat")
+        opened.sessions.get(CALLER, bytes(32), "chat")
 
 
 async def test_pages_go_through_all_sessions_in_the_order_of_beginning(opened: OpenStore) -> None:
@@ -538,22 +534,22 @@ async def test_pages_go_through_all_sessions_in_the_order_of_beginning(opened: O
         await begin(opened, f"chat-{number}")
     get(opened, "chat-0")  # A use changes when it expires, not its place in the list.
 
-    first, following = await opened.store.sessions.page(CALLER, 0, 3, "", None)
+    first, following = await opened.sessions.page(CALLER, 0, 3, "", None)
     assert [each.session_id for each in first] == ["chat-0", "chat-1", "chat-2"]
     assert following is not None
-    await opened.store.sessions.end(CALLER, LAYOUT.fingerprint, "chat-1")
-    rest, end = await opened.store.sessions.page(CALLER, following, 3, "", None)
+    await opened.store.end_session(CALLER, LAYOUT.fingerprint, "chat-1")
+    rest, end = await opened.sessions.page(CALLER, following, 3, "", None)
     assert ([each.session_id for each in rest], end) == (["chat-3"], None)
-    one, end = await opened.store.sessions.page(CALLER, 0, 3, "chat-2", None)
+    one, end = await opened.sessions.page(CALLER, 0, 3, "chat-2", None)
     assert ([each.session_id for each in one], end) == (["chat-2"], None)
 
 
 async def test_a_block_of_another_size_than_the_session_says_is_missing(opened: OpenStore, client: Client) -> None:
     chain = await saved(opened, client, some_chain(2, tail_tokens=5))
     wrong = Turn(chain.parent, chain.keys, 7)
-    await opened.store.sessions.append(CALLER, LAYOUT.fingerprint, "chat", 0, wrong)
+    await opened.sessions.append(CALLER, LAYOUT.fingerprint, "chat", 0, wrong)
 
-    _, usable, runs = opened.store.session_history(CALLER, LAYOUT.fingerprint, "chat", None)
+    _, usable, runs = opened.store.session(CALLER, LAYOUT.fingerprint, "chat", None)
 
     assert usable == sum(count for count, _, _ in runs) == 2
 
@@ -562,7 +558,7 @@ async def test_blocks_after_a_cut_are_no_ordinary_prefix(opened: OpenStore, clie
     """Tokens that read like an ordinary prompt once the middle is gone do not find what was said after the cut."""
     chain = await saved(opened, client, some_chain(3))
     first = await begin(opened, chain=chain)
-    cut = await opened.store.sessions.truncate(CALLER, LAYOUT.fingerprint, "chat", 1, [(0, 16)])
+    cut = await opened.sessions.truncate(CALLER, LAYOUT.fingerprint, "chat", 1, [(0, 16)])
     tokens = list(range(16))
     after = await saved(opened, client, BlockChain(cut.tip, (block_key(cut.tip, tokens),), (16,)))
     await append(opened, cut, after)

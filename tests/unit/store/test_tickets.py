@@ -35,6 +35,7 @@ from tests.stores import (
     LIMITS,
     WHOLE,
     OpenStore,
+    at_once,
     caller_of,
     layers_of,
     some_chain,
@@ -48,7 +49,7 @@ BOOT_EPOCH_AT = range(8, 16)
 
 @pytest.fixture
 def rank(opened: OpenStore) -> Client:
-    return opened.store.leases.attach(CALLER, "rank")
+    return opened.store.attach(CALLER, "rank")
 
 
 async def leased(opened: OpenStore, client: Client, blocks: int = 3, **options: Any) -> tuple[BlockChain, Lease]:
@@ -61,13 +62,14 @@ async def leased(opened: OpenStore, client: Client, blocks: int = 3, **options: 
 
 
 def export(opened: OpenStore, client: Client, lease: Lease, *, ttl_s: float = TTL_S, adoptions: int = 1) -> bytes:
-    return opened.store.tickets.export(caller_of(client), lease.lease_id, ttl_s, adoptions)
+    ticket, _ = opened.store.export_lease(caller_of(client), lease.lease_id, ttl_s, adoptions)
+    return ticket
 
 
 async def adopt(
     opened: OpenStore, client: Client, ticket: bytes, *, shard: Shard | None = None, ttl_s: float = TTL_S
 ) -> Lease:
-    return (await opened.store.adopt(caller_of(client), ticket, LAYOUT.fingerprint, shard, ttl_s)).lease  # type: ignore[return-value]
+    return (await opened.store.adopt(caller_of(client), ticket, LAYOUT.fingerprint, shard, ttl_s)).lease
 
 
 async def evictable(opened: OpenStore, chain: BlockChain) -> int:
@@ -86,10 +88,8 @@ async def test_an_adopted_lease_is_the_ranks_own_on_the_same_blocks(
 
     assert adopted.rows.tolist() == lease.rows.tolist()
     assert (adopted.client, adopted.layout, adopted.shard) == (rank, LAYOUT, WHOLE)
-    opened.store.leases.detach(CALLER, client)
-    assert await opened.load(opened.store.leases.get(caller_of(rank), adopted.lease_id)) == layers_of(
-        some_images(chain)
-    )
+    opened.store.detach(CALLER, client)
+    assert await opened.load(opened.leases.get(caller_of(rank), adopted.lease_id)) == layers_of(some_images(chain))
     assert await evictable(opened, chain) == 0
     await opened.store.release(caller_of(rank), adopted.lease_id)
     assert await evictable(opened, chain) == 3
@@ -101,7 +101,7 @@ async def test_a_ticket_holds_the_blocks_though_its_exporter_is_gone(
     chain, lease = await leased(opened, client)
     ticket = export(opened, client, lease, adoptions=2)
     await opened.store.release(caller_of(client), lease.lease_id)
-    opened.store.leases.detach(CALLER, client)
+    opened.store.detach(CALLER, client)
 
     assert await evictable(opened, chain) == 0
     first = await adopt(opened, rank, ticket)
@@ -116,10 +116,10 @@ async def test_a_ticket_holds_the_blocks_though_its_exporter_is_gone(
 async def test_a_ticket_lets_go_exactly_when_it_expires(opened: OpenStore, client: Client, rank: Client) -> None:
     chain, lease = await leased(opened, client)
     ticket = export(opened, client, lease, ttl_s=TTL_S, adoptions=9)
-    opened.store.leases.detach(CALLER, client)
+    opened.store.detach(CALLER, client)
 
     opened.files.clock.advance(seconds=TTL_S - 0.002)
-    opened.store.leases.expire()
+    opened.leases.expire()
     adopted = await adopt(opened, rank, ticket)
     await opened.store.release(caller_of(rank), adopted.lease_id)
     assert await evictable(opened, chain) == 0
@@ -128,8 +128,8 @@ async def test_a_ticket_lets_go_exactly_when_it_expires(opened: OpenStore, clien
     for _ in range(2):  # Whether or not the daemon has ended the ticket's lease yet.
         with pytest.raises(TicketExpired):
             await adopt(opened, rank, ticket)
-        opened.store.leases.expire()
-    await opened.store.leases.drain_ended()
+        opened.leases.expire()
+    await opened.leases.drain_ended()
     assert await evictable(opened, chain) == 3
 
 
@@ -138,7 +138,7 @@ async def test_the_clients_limits_apply_to_adopted_leases_and_a_refused_adoption
 ) -> None:
     limits = dataclasses.replace(LIMITS, leases_per_client_max=2, leased_blocks_per_client_max=7)
     opened: OpenStore = await open_store(limits=limits)
-    client, rank = opened.store.leases.attach(CALLER, "scheduler"), opened.store.leases.attach(CALLER, "rank")
+    client, rank = opened.store.attach(CALLER, "scheduler"), opened.store.attach(CALLER, "rank")
     _, lease = await leased(opened, client)
     ticket = export(opened, client, lease, adoptions=3)
     first, _ = await adopt(opened, rank, ticket), await adopt(opened, rank, ticket)
@@ -156,17 +156,17 @@ async def test_the_open_tickets_of_one_client_hold_no_more_than_it_may_and_leave
 ) -> None:
     limits = dataclasses.replace(LIMITS, leases_per_client_max=2)
     opened: OpenStore = await open_store(limits=limits)
-    client = opened.store.leases.attach(CALLER, "scheduler")
+    client = opened.store.attach(CALLER, "scheduler")
     _, lease = await leased(opened, client)
     for _ in range(2):
         export(opened, client, lease, ttl_s=5)
     with pytest.raises(Overloaded, match="open tickets"):
         export(opened, client, lease)
-    other = opened.store.leases.attach(CALLER, "another scheduler")
+    other = opened.store.attach(CALLER, "another scheduler")
     _, another = await leased(opened, other)
     export(opened, other, another)
     opened.files.clock.advance(seconds=5)
-    opened.store.leases.expire()
+    opened.leases.expire()
     export(opened, client, lease)
 
 
@@ -175,8 +175,8 @@ async def test_what_is_known_of_expired_tickets_does_not_pile_up(opened: OpenSto
     for _ in range(500):
         export(opened, client, lease, ttl_s=0.1)
         opened.files.clock.advance(seconds=0.1)
-        opened.store.leases.expire()
-    assert len(opened.store.tickets._adoptions_left) < 100
+        opened.leases.expire()
+    assert len(opened.tickets._adoptions_left) < 100
 
 
 async def test_loads_of_adopted_leases_are_told_with_the_lookup_of_the_exporter(
@@ -184,8 +184,8 @@ async def test_loads_of_adopted_leases_are_told_with_the_lookup_of_the_exporter(
 ) -> None:
     chain = some_chain(2)
     await opened.save(client, chain, some_images(chain))
-    caller, requests = caller_of(client), opened.store.requests
-    lease = opened.store.lookup(caller, LAYOUT.fingerprint, WHOLE, chain.keys, 30, "request").lease
+    caller, requests = caller_of(client), opened.requests
+    lease = at_once(opened.store.lookup(caller, LAYOUT.fingerprint, WHOLE, chain.keys, 30, "request")).lease
     assert lease is not None
     adopted = await adopt(opened, rank, export(opened, client, lease))
     with requests.load(caller_of(rank), adopted, range(2), range(1)):
@@ -221,7 +221,7 @@ async def test_a_rank_adopts_its_shard_and_holds_only_what_it_takes(
         assert (adopted.shard, len(adopted.rows)) == (shard, 3)
         expected = layers_of([part_of(image, WHOLE, shard) for image in images], shard=shard)
         assert await opened.load(adopted) == expected
-        narrowed = await opened.store.lease(caller_of(client), lease.lease_id, shard)
+        narrowed = await opened.narrowed(client, lease, shard)
         assert (narrowed.rows.tolist(), narrowed.parts) == (adopted.rows.tolist(), adopted.parts)
         assert await opened.load(narrowed) == expected
         fewest = 1 if any(part.covers(shard) for part in stored) else len(adopted.held_rows) // 3
@@ -251,7 +251,7 @@ async def test_a_shard_outside_the_exporters_is_refused(opened: OpenStore, clien
         with pytest.raises(InvalidRequest):
             await adopt(opened, rank, ticket, shard=shard)
         with pytest.raises(InvalidRequest):
-            await opened.store.lease(caller_of(client), lease.lease_id, shard)
+            await opened.narrowed(client, lease, shard)
     assert (await adopt(opened, rank, ticket)).shard == lease.shard
 
 
@@ -294,12 +294,12 @@ async def test_a_ticket_of_another_daemon_or_of_before_the_restart_is_refused(
     other: OpenStore = store_files().open()
     await other.store.open_layout(CALLER, LAYOUT)
     with pytest.raises(TicketForeign):
-        await adopt(other, other.store.leases.attach(CALLER, "rank"), ticket)
+        await adopt(other, other.leases.attach(CALLER, "rank"), ticket)
     await other.close()
     await opened.close()
     again = opened.files.open()
     with pytest.raises(TicketForeign):
-        await adopt(again, again.store.leases.attach(CALLER, "rank"), ticket)
+        await adopt(again, again.store.attach(CALLER, "rank"), ticket)
     await again.close()
 
 
@@ -331,7 +331,7 @@ async def test_a_lease_that_has_ended_or_is_anothers_is_not_exported(
     opened.files.clock.advance(seconds=1000)
     with pytest.raises(LeaseExpired):
         export(opened, client, lease)
-    assert opened.store.leases.count <= 1
+    assert opened.leases.count <= 1
 
 
 async def test_of_adoptions_at_the_same_moment_no_more_succeed_than_the_ticket_allows(
@@ -344,10 +344,10 @@ async def test_of_adoptions_at_the_same_moment_no_more_succeed_than_the_ticket_a
     lease = opened.lookup(client, chain.keys)
     assert lease is not None
     ticket = export(opened, client, lease, adoptions=3)
-    ranks = [opened.store.leases.attach(CALLER, f"rank {number}") for number in range(8)]
+    ranks = [opened.store.attach(CALLER, f"rank {number}") for number in range(8)]
     outcomes = await asyncio.gather(*(adopt(opened, rank, ticket) for rank in ranks), return_exceptions=True)
     assert sum(isinstance(outcome, Lease) for outcome in outcomes) == 3
     assert all(isinstance(outcome, (Lease, TicketSpent)) for outcome in outcomes)
     for each in (client, *ranks):
-        opened.store.leases.detach(CALLER, each)
-    await until(lambda: not opened.store.blocks.leases.any())
+        opened.store.detach(CALLER, each)
+    await until(lambda: not opened.blocks.leases.any())

@@ -61,7 +61,7 @@ def index(opened: OpenStore, monkeypatch: pytest.MonkeyPatch) -> RefusingIndex:
 async def test_an_index_that_refuses_costs_ssd_copies_and_no_save(
     opened: OpenStore, index: RefusingIndex, error: KVError
 ) -> None:
-    client = opened.store.leases.attach(CALLER, "test")
+    client = opened.store.attach(CALLER, "test")
     index.error = error
 
     for seed in range(6):  # Three times what DRAM holds.
@@ -69,15 +69,15 @@ async def test_an_index_that_refuses_costs_ssd_copies_and_no_save(
         outcome = await opened.save(client, chain, some_images(chain, seed=seed))
         assert not outcome.refused
         assert opened.hits(chain.keys) == 8, "the newest conversation is there"
-        await until(lambda: not opened.store.write_behind or not opened.store.write_behind.is_progressing())
+        await until(lambda: not opened.write_behind or not opened.write_behind.is_progressing())
 
     assert index.refused
-    assert opened.store.counters.lost_unwritten_blocks
+    assert opened.counters.lost_unwritten_blocks
     assert opened.lifecycle(chain.keys[0]) == {TierName.DRAM}
 
 
 async def test_once_the_index_takes_records_again_blocks_reach_the_ssd(opened: OpenStore, index: RefusingIndex) -> None:
-    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(4)
+    client, chain = opened.store.attach(CALLER, "test"), some_chain(4)
     index.error = StorageFailed("the disk is gone")
     await opened.save(client, chain, some_images(chain))
     await until(lambda: index.refused > 0)
@@ -93,7 +93,7 @@ async def test_while_commits_fail_blocks_are_not_all_written_again_and_again(
     opened: OpenStore, index: RefusingIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(write_behind, "_PAUSE_AFTER_FAILURE_S", 3600.0)
-    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(16)
+    client, chain = opened.store.attach(CALLER, "test"), some_chain(16)
     index.error = StorageFailed("the disk is gone")
 
     await opened.save(client, chain, some_images(chain))
@@ -107,17 +107,17 @@ async def test_while_commits_fail_blocks_are_not_all_written_again_and_again(
 async def test_a_save_to_ssd_ends_and_nothing_stays_held_whatever_fails_its_record(
     opened: OpenStore, index: RefusingIndex
 ) -> None:
-    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(4)
+    client, chain = opened.store.attach(CALLER, "test"), some_chain(4)
     index.error = RuntimeError("nobody foresaw this")
 
     async with asyncio.timeout(60):
         with pytest.raises(RuntimeError, match="foresaw"):
             await opened.save(client, chain, some_images(chain), on_ssd=True)
 
-    await until(lambda: not opened.store.blocks.holds.any() and not opened.unsettled())
+    await until(lambda: not opened.blocks.holds.any() and not opened.unsettled())
     assert opened.hits(chain.keys) == 4, "they are in DRAM"
     index.error = None
-    client_of_next, other = opened.store.leases.attach(CALLER, "next"), some_chain(1, seed=7)
+    client_of_next, other = opened.store.attach(CALLER, "next"), some_chain(1, seed=7)
     assert not (await opened.save(client_of_next, other, some_images(other, seed=7), on_ssd=True)).refused
 
 
@@ -125,7 +125,7 @@ async def test_a_save_to_ssd_ends_where_the_index_was_damaged_under_the_daemon(
     opened: OpenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(block_lifecycle, "_SETTLED_WITHIN_S", 0.1)  # So long the second save waits for the first.
-    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(2)
+    client, chain = opened.store.attach(CALLER, "test"), some_chain(2)
     environment = opened.index._environments[TierName.SSD]
     assert environment._env is not None
     environment._env.close()  # Stands for any error that LMDB does not recover from.
@@ -137,7 +137,7 @@ async def test_a_save_to_ssd_ends_where_the_index_was_damaged_under_the_daemon(
             outcome = await opened.save(client, chain, some_images(chain), on_ssd=True)
         assert {type(error) for error in outcome.refused.values()} == {StorageFailed}
     assert opened.hits(chain.keys) == 2, "DRAM goes on"
-    await until(lambda: not opened.store.blocks.holds.any())
+    await until(lambda: not opened.blocks.holds.any())
 
 
 async def test_bytes_written_before_a_failed_flush_are_written_anew_though_the_next_flush_succeeds(
@@ -155,7 +155,7 @@ async def test_bytes_written_before_a_failed_flush_are_written_anew_though_the_n
 
     try:
         await opened.store.open_layout(CALLER, LAYOUT)
-        client = opened.store.leases.attach(CALLER, "test")
+        client = opened.store.attach(CALLER, "test")
         first, second = some_chain(1, seed=1), some_chain(1, seed=2)
         before = writes()
         with calls.held("fdatasync") as flushing:
@@ -189,15 +189,15 @@ async def test_where_the_index_of_the_ssd_is_full_old_blocks_leave_it_and_new_on
 
     try:
         await opened.store.open_layout(CALLER, LAYOUT)
-        client = opened.store.leases.attach(CALLER, "test")
+        client = opened.store.attach(CALLER, "test")
         for seed in range(15):  # The map has space for some thousand records, SSD for five thousand blocks.
             chain = some_chain(200, seed=seed)
             outcome = await opened.save(client, chain, some_images(chain, seed=seed))
             assert not outcome.refused
             await on_ssd(chain.keys[-1])
-        assert opened.store.counters.evicted_ssd_blocks
+        assert opened.counters.evicted_ssd_blocks
         keys = [key for seed in range(15) for key in some_chain(200, seed=seed).keys]
-        events = [event for key in keys for event in opened.store.explain.events(CALLER, key)]
+        events = [event for key in keys for event in opened.explain.events(CALLER, key)]
         assert {(event.reason, event.word) for event in events} == {(Reason.EVICTED, "lru")}, "at nobody's request"
         assert opened.ssd is not None and opened.ssd.used_bytes < opened.ssd.capacity_bytes // 2
         await opened.settle()

@@ -84,9 +84,9 @@ async def on_ssd(opened: OpenStore, client: Client) -> tuple[BlockChain, Lease]:
 
 def trailer_at(opened: OpenStore, row: int) -> int:
     """Where in the file the row's trailer is read."""
-    extent = opened.store.blocks.extent(row, TierName.SSD)
+    extent = opened.blocks.extent(row, TierName.SSD)
     assert extent is not None
-    return HEADER + extent.offset_bytes + image_check.trailer_start(opened.store.lifecycle.geometry(row))
+    return HEADER + extent.offset_bytes + image_check.trailer_start(opened.block_lifecycle.geometry(row))
 
 
 async def test_a_load_that_fails_holds_its_blocks_until_the_last_of_its_reads_has_ended(
@@ -97,21 +97,21 @@ async def test_a_load_that_fails_holds_its_blocks_until_the_last_of_its_reads_ha
     damaged, slow = lease.rows.tolist()
     calls.held_at, calls.damaged_at = trailer_at(opened, slow), trailer_at(opened, damaged)
     loading = asyncio.create_task(opened.load(lease))
-    await until(lambda: opened.store.counters.quarantined_blocks == 1)
+    await until(lambda: opened.counters.quarantined_blocks == 1)
 
-    opened.store.leases.release(caller_of(client), lease.lease_id)
-    await opened.store.discard(CALLER, chain.keys[1:])
+    opened.leases.release(caller_of(client), lease.lease_id)
+    await opened.store.operators.discard(CALLER, chain.keys[1:])
     other = some_chain(2, seed=9)
     assert not (await opened.save(client, other, some_images(other, seed=9))).refused
-    assert slow not in [opened.store.blocks.row_of(key, lease.shard) for key in other.keys]
+    assert slow not in [opened.blocks.row_of(key, lease.shard) for key in other.keys]
     assert not loading.done()
 
     calls.gate.set()
     with pytest.raises(ChecksumMismatch):
         await loading
     await opened.settle()
-    assert opened.hits(other.keys) == 2 and opened.store.counters.quarantined_blocks == 1
-    assert not opened.store.blocks.holds.any()
+    assert opened.hits(other.keys) == 2 and opened.counters.quarantined_blocks == 1
+    assert not opened.blocks.holds.any()
 
 
 async def test_a_load_that_is_cancelled_holds_its_blocks_until_the_last_of_its_reads_has_ended(
@@ -125,18 +125,18 @@ async def test_a_load_that_is_cancelled_holds_its_blocks_until_the_last_of_its_r
     for _ in range(3):  # Cancelling it more than once makes no difference.
         loading.cancel()
         await turns()
-        assert opened.store.blocks.holds[[first, slow]].tolist() == [1, 1]
+        assert opened.blocks.holds[[first, slow]].tolist() == [1, 1]
     calls.gate.set()
     with pytest.raises(asyncio.CancelledError):
         await loading
-    await until(lambda: not opened.store.blocks.holds.any())
+    await until(lambda: not opened.blocks.holds.any())
 
 
 async def test_a_load_that_is_left_between_layers_holds_its_blocks_until_the_next_layers_reads_have_ended(
     opened: OpenStore, client: Client, calls: HeldRead
 ) -> None:
     _, lease = await on_ssd(opened, client)
-    extent = opened.store.blocks.extent(int(lease.rows[1]), TierName.SSD)
+    extent = opened.blocks.extent(int(lease.rows[1]), TierName.SSD)
     assert extent is not None
     calls.held_at = HEADER + extent.offset_bytes + 4 * KIB  # Its second layer.
     frames = opened.frames(lease, range(2), range(2))
@@ -144,10 +144,10 @@ async def test_a_load_that_is_left_between_layers_holds_its_blocks_until_the_nex
     await asyncio.to_thread(calls.reached.wait)
     leaving = asyncio.ensure_future(frames.aclose())
     await turns()
-    assert opened.store.blocks.holds[lease.rows].tolist() == [1, 1] and not leaving.done()
+    assert opened.blocks.holds[lease.rows].tolist() == [1, 1] and not leaving.done()
     calls.gate.set()
     await leaving
-    assert not opened.store.blocks.holds.any()
+    assert not opened.blocks.holds.any()
 
 
 async def test_a_row_that_has_another_block_by_now_is_not_taken_out_of_service(
@@ -155,10 +155,10 @@ async def test_a_row_that_has_another_block_by_now_is_not_taken_out_of_service(
 ) -> None:
     chain = some_chain(1)
     await opened.save(client, chain, some_images(chain))
-    row = int(opened.store.blocks.rows_of_keys(chain.keys)[0])
-    before = int(opened.store.blocks.generation[row]) - 1
-    await opened.store.lifecycle.quarantine(row, before, TierName.DRAM, "the trailer")
-    assert opened.hits(chain.keys) == 1 and opened.store.counters.quarantined_blocks == 0
+    row = int(opened.blocks.rows_of_keys(chain.keys)[0])
+    before = int(opened.blocks.generation[row]) - 1
+    await opened.block_lifecycle.quarantine(row, before, TierName.DRAM, "the trailer")
+    assert opened.hits(chain.keys) == 1 and opened.counters.quarantined_blocks == 0
 
 
 # Of blocks on their way up
@@ -185,12 +185,12 @@ async def first_frame_of_a_landing(
     opened: OpenStore, lease: Lease, then: Callable[[], Any] = lambda: None
 ) -> tuple[Any, list[bytes]]:
     """A load that has read one frame of a block whose landing has ended. `then` is done before it could."""
-    assert isinstance(opened.files.calls, FaultyCalls) and opened.store.promoter is not None
+    assert isinstance(opened.files.calls, FaultyCalls) and opened.promoter is not None
     frames = opened.frames(lease, range(1), range(2))
     with opened.files.calls.held("preadv") as waiting:
         first = asyncio.ensure_future(anext(frames))
         await asyncio.to_thread(waiting.acquire)
-        [landing] = opened.store.promoter._landings.values()
+        [landing] = opened.promoter._landings.values()
         then()
         await turns()
     received = [(await first)[1]]
@@ -201,7 +201,7 @@ async def first_frame_of_a_landing(
 async def test_a_block_whose_record_is_refused_once_it_is_up_keeps_its_space_until_its_last_reader_has_left(
     promoting: OpenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client = promoting.store.leases.attach(CALLER, "test")
+    client = promoting.store.attach(CALLER, "test")
     chain, lease = await leased_on_ssd(promoting, client)
     delete, withdrawn = promoting.index.delete, asyncio.Event()
 
@@ -230,11 +230,11 @@ async def test_a_block_whose_record_is_refused_once_it_is_up_keeps_its_space_unt
 async def test_a_block_that_is_discarded_on_its_way_up_keeps_its_space_until_its_last_reader_has_left(
     promoting: OpenStore,
 ) -> None:
-    client = promoting.store.leases.attach(CALLER, "test")
+    client = promoting.store.attach(CALLER, "test")
     chain, lease = await leased_on_ssd(promoting, client)
 
     def discard() -> None:
-        promoting.store.tasks.start(promoting.store.discard(CALLER, chain.keys), "discard")
+        promoting.tasks.start(promoting.store.operators.discard(CALLER, chain.keys), "discard")
 
     frames, received = await first_frame_of_a_landing(promoting, lease, discard)
     assert promoting.hits(chain.keys) == 0
@@ -279,7 +279,7 @@ async def test_a_small_slice_is_verified_again_where_a_later_read_has_written_it
     limits = replace(LIMITS, reads_in_flight=1)  # The first piece is verified before the second one is read.
     opened: OpenStore = await open_store(calls=calls, limits=limits, dram_bytes=8 * MIB, ssd_bytes=8 * MIB)
     await opened.store.open_layout(CALLER, layout)
-    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(1, layout=layout)
+    client, chain = opened.store.attach(CALLER, "test"), some_chain(1, layout=layout)
     images = some_images(chain, shard=whole, layout=layout)
     await opened.save(client, chain, images, shard=whole, layout=layout, on_ssd=True)
     await opened.store.evict(CALLER, chain.keys, TierName.DRAM)

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-import numpy as np
-from google.protobuf.timestamp_pb2 import Timestamp
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from kvservice.index.session_records import Manifest
+import numpy as np
+
+from kvservice.rpc.timestamps import timestamp
+from kvservice.store.types import Manifest, StoredSession
+from kvservice_api.errors import SessionChanged
 from kvservice_api.layout import Layout
 from kvservice_api.v1 import sessions_pb2 as pb
 
+_STATUS_BYTES_MAX = 5120  # Of a session in an error: with base64 and the rest, a status may have 8 KiB.
 
-def session_message(manifest: Manifest, layout: Layout, *, bytes_max: int | None = None) -> pb.Session:
+
+@contextmanager
+def change_refused() -> Iterator[None]:
+    """A SessionChanged that is raised inside takes the session's message along."""
+    try:
+        yield
+    except SessionChanged as error:
+        error.attached = session_message(error.now, bytes_max=_STATUS_BYTES_MAX)
+        raise
+
+
+def session_message(session: StoredSession, *, bytes_max: int | None = None) -> pb.Session:
     """With its slices, unless the message would have more than `bytes_max` then; 0 leaves them out."""
+    manifest, layout = session
     message = pb.Session(
         session_id=manifest.session_id,
         layout_fingerprint=layout.fingerprint,
@@ -21,9 +38,9 @@ def session_message(manifest: Manifest, layout: Layout, *, bytes_max: int | None
         token_count=manifest.token_count,
         slice_count=len(manifest.slices),
         cuts=manifest.cuts,
-        created_at=_timestamp(manifest.created_at_ms),
-        used_at=_timestamp(manifest.used_at_ms),
-        expires_at=_timestamp(manifest.expires_at_ms),
+        created_at=timestamp(manifest.created_at_ms),
+        used_at=timestamp(manifest.used_at_ms),
+        expires_at=timestamp(manifest.expires_at_ms),
     )
     if bytes_max is not None and len(manifest.slices) * manifest.slices["key"].itemsize >= bytes_max:
         return message
@@ -46,7 +63,3 @@ def _slices(manifest: Manifest, layout: Layout) -> pb.SessionSlices:
         start, count = int(slices["positions_at"][which]), int(slices["token_count"][which])
         message.positions.add(slice=which, positions=manifest.positions[start : start + count].tolist())
     return message
-
-
-def _timestamp(wall_ms: int) -> Timestamp:
-    return Timestamp(seconds=wall_ms // 1000, nanos=wall_ms % 1000 * 1_000_000)

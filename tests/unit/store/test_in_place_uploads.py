@@ -14,8 +14,7 @@ import pytest
 from kvservice.blocks import Extent, TierName
 from kvservice.store.leases import Client
 from kvservice.store.operations.explain import Miss
-from kvservice.store.transfers.in_place_uploads import Place
-from kvservice.store.transfers.upload import SaveOutcome
+from kvservice.store.transfers.upload import Place, SaveOutcome
 from kvservice_api.errors import (
     InvalidRequest,
     NotShared,
@@ -38,6 +37,7 @@ from tests.stores import (
     StoreFiles,
     caller_of,
     checksums_of,
+    header_of,
     layers_of,
     some_chain,
     some_images,
@@ -61,9 +61,7 @@ def lock(opened: OpenStore, client: Client) -> Iterator[WriterLock]:
 
 
 async def reserve(opened: OpenStore, client: Client, chain: BlockChain, number: int = 1) -> list[Place]:
-    asked = caller_of(client), LAYOUT.fingerprint, WHOLE, chain.parent, chain.keys, chain.token_counts[-1]
-    client, request = opened.store.save_request(*asked)
-    _, places = await opened.store.reservations.reserve(CALLER, number, client, request, on_ssd=False)
+    places, _ = await opened.store.reserve(caller_of(client), number, header_of(chain), on_ssd=False)
     return places
 
 
@@ -79,7 +77,7 @@ async def commit(
     opened: OpenStore, client: Client, places: list[Place], images: list[bytes], number: int = 1
 ) -> SaveOutcome:
     sums = checksums_of(WHOLE, [images[place.position] for place in places])
-    return await opened.store.reservations.commit(CALLER, number, client, sums)
+    return await opened.store.commit(caller_of(client), number, sums)
 
 
 async def loaded(opened: OpenStore, client: Client, chain: BlockChain) -> list[bytes]:
@@ -115,18 +113,18 @@ async def test_nothing_is_reserved_for_who_holds_no_lock(opened: OpenStore, clie
 async def test_an_arena_that_is_not_shared_is_not_written(open_store: Callable[..., Any]) -> None:
     opened = await open_store()
     with pytest.raises(NotShared):
-        await reserve(opened, opened.store.leases.attach(CALLER, "test"), some_chain(1))
+        await reserve(opened, opened.store.attach(CALLER, "test"), some_chain(1))
 
 
 async def test_a_reservation_is_its_clients_alone(opened: OpenStore, client: Client, lock: WriterLock) -> None:
     chain = some_chain(1)
     images = some_images(chain)
     places = await reserve(opened, client, chain)
-    stranger = opened.store.leases.attach(CALLER, "stranger")
+    stranger = opened.store.attach(CALLER, "stranger")
     with pytest.raises(ReservationNotYours):
         await commit(opened, stranger, places, images)
     with pytest.raises(ReservationNotYours):
-        opened.store.reservations.abandon(CALLER, 1, stranger)
+        opened.in_place_uploads.abandon(CALLER, 1, stranger)
     write(opened, places, images)
     assert (await commit(opened, client, places, images)).stored == [0]
 
@@ -140,13 +138,13 @@ async def test_what_was_abandoned_or_committed_cannot_be_committed(
         places = await reserve(opened, client, chain, number)
         write(opened, places, images)
         if number == 1:
-            opened.store.reservations.abandon(CALLER, 1, client)
+            opened.in_place_uploads.abandon(CALLER, 1, client)
             assert opened.dram.used_bytes == 0
         else:
             await commit(opened, client, places, images, number)
         with pytest.raises(ReservationEnded):
             await commit(opened, client, places, images, number)
-        opened.store.reservations.abandon(CALLER, number, client)
+        opened.in_place_uploads.abandon(CALLER, number, client)
     assert await loaded(opened, client, chain) == layers_of(images)
 
 
@@ -157,7 +155,7 @@ async def test_a_wrong_number_of_checksums_changes_nothing(opened: OpenStore, cl
     write(opened, places, images)
     for wrong in (0, 3, 5):
         with pytest.raises(InvalidRequest):
-            await opened.store.reservations.commit(CALLER, 1, client, np.zeros(wrong, np.uint64))
+            await opened.in_place_uploads.commit(CALLER, 1, client, np.zeros(wrong, np.uint64))
     assert (await commit(opened, client, places, images)).stored == [0, 1]
 
 
@@ -173,7 +171,7 @@ async def test_numbers_are_drawn_anew_and_reservations_are_bounded(
     refused = some_chain(1, seed=99)
     with pytest.raises(Overloaded):
         await reserve(opened, client, refused, 99)
-    assert opened.store.explain.missing(CALLER, refused.keys[0]).why is Miss.DROPPED_AT_SAVE
+    assert opened.explain.missing(CALLER, refused.keys[0]).why is Miss.DROPPED_AT_SAVE
 
 
 async def test_a_block_that_is_reserved_is_uploaded_by_nobody_else(
@@ -182,7 +180,7 @@ async def test_a_block_that_is_reserved_is_uploaded_by_nobody_else(
     chain = some_chain(2)
     images = some_images(chain)
     places = await reserve(opened, client, chain)
-    other = asyncio.create_task(opened.save(opened.store.leases.attach(CALLER, "other"), chain, images))
+    other = asyncio.create_task(opened.save(opened.store.attach(CALLER, "other"), chain, images))
     await asyncio.sleep(0)
     write(opened, places, images)
     await commit(opened, client, places, images)
@@ -195,9 +193,9 @@ async def test_who_waits_for_an_abandoned_reservation_takes_over(
     chain = some_chain(2)
     images = some_images(chain)
     await reserve(opened, client, chain)
-    other = asyncio.create_task(opened.save(opened.store.leases.attach(CALLER, "other"), chain, images))
+    other = asyncio.create_task(opened.save(opened.store.attach(CALLER, "other"), chain, images))
     await asyncio.sleep(0)
-    opened.store.reservations.abandon(CALLER, 1, client)
+    opened.in_place_uploads.abandon(CALLER, 1, client)
     assert (await other).stored == [0, 1]
 
 
@@ -205,17 +203,12 @@ async def test_a_block_that_could_never_fit_is_refused_before_it_is_written(
     open_store: Callable[..., Any],
 ) -> None:
     opened = await open_store(share=True, dram_bytes=24 * 1024)
-    client = opened.store.leases.attach(CALLER, "test")
+    client = opened.store.attach(CALLER, "test")
     lock = WriterLock(opened.dram.arena_directory, client.client_id)
     chain = some_chain(3)
-    asked = caller_of(client), LAYOUT.fingerprint, WHOLE, chain.parent, chain.keys, chain.token_counts[-1]
-    _, request = opened.store.save_request(*asked)
-    reservation, places = await opened.store.reservations.reserve(CALLER, 1, client, request, on_ssd=False)
+    places, refused = await opened.store.reserve(caller_of(client), 1, header_of(chain), on_ssd=False)
     assert len(places) == 1
-    assert {position: type(error) for position, error in reservation.outcome.refused.items()} == {
-        1: TierFull,
-        2: TierFull,
-    }
+    assert {position: type(error) for position, error in refused.items()} == {1: TierFull, 2: TierFull}
     lock.release()
 
 
@@ -226,13 +219,13 @@ async def test_space_that_a_lost_client_may_be_writing_comes_back_with_its_lock_
     places = await reserve(opened, client, some_chain(2))
     used = opened.dram.used_bytes
 
-    opened.store.leases.detach(CALLER, client)
+    opened.store.detach(CALLER, client)
     opened.files.clock.advance(seconds=10_000)
     for _ in range(3):
         await asyncio.sleep(0.12)  # The daemon looks every 100 ms.
         assert opened.dram.used_bytes == used
-    assert not opened.store.ingests.uploads, "others may store these blocks elsewhere"
-    assert not opened.store.reservations._open
+    assert not opened.claims.object_count, "others may store these blocks elsewhere"
+    assert not opened.in_place_uploads._open
     before = opened.dram.generations([place.extent for place in places])
 
     lock.release()
@@ -245,7 +238,7 @@ async def test_much_space_of_a_lost_client_comes_back_in_short_turns(
     open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = await open_store(share=True, dram_bytes=4 * MIB)
-    client = opened.store.leases.attach(CALLER, "test")
+    client = opened.store.attach(CALLER, "test")
     lock = WriterLock(opened.dram.arena_directory, client.client_id)
     await reserve(opened, client, some_chain(200))
     release, turn, released = opened.dram.release, 0, Counter[int]()
@@ -262,7 +255,7 @@ async def test_much_space_of_a_lost_client_comes_back_in_short_turns(
 
     monkeypatch.setattr(opened.dram, "release", counted)
     counting = asyncio.create_task(count_turns())
-    opened.store.leases.detach(CALLER, client)
+    opened.store.detach(CALLER, client)
     lock.release()
     await until(lambda: opened.dram.used_bytes == 0)
     counting.cancel()
@@ -278,11 +271,11 @@ async def test_what_was_committed_stays_where_it_is_when_its_writer_ends(opened:
     await commit(opened, client, places, images)
     used = opened.dram.used_bytes
 
-    opened.store.leases.detach(CALLER, client)
+    opened.store.detach(CALLER, client)
     lock.release()
-    await until(lambda: not any("writer" in task.get_name() for task in opened.store.tasks._running))
+    await until(lambda: not any("writer" in task.get_name() for task in opened.tasks._running))
     assert opened.dram.used_bytes == used
-    assert await loaded(opened, opened.store.leases.attach(CALLER, "other"), chain) == layers_of(images)
+    assert await loaded(opened, opened.store.attach(CALLER, "other"), chain) == layers_of(images)
 
 
 async def test_an_index_that_refuses_the_record_costs_the_save_and_no_space(
@@ -309,14 +302,14 @@ async def test_the_daemon_after_this_one_sets_aside_what_a_living_client_may_be_
     files = store_files(share=True)
     opened = files.open()
     await opened.store.open_layout(CALLER, LAYOUT)
-    client = opened.store.leases.attach(CALLER, "writer")
+    client = opened.store.attach(CALLER, "writer")
     lock = WriterLock(opened.dram.arena_directory, client.client_id)
     places = [await reserve(opened, client, some_chain(2, seed=seed), seed) for seed in (1, 2, 3)]
     committed, abandoned, open_still = places
     images = some_images(some_chain(2, seed=1))
     write(opened, committed, images)
     await commit(opened, client, committed, images, 1)
-    opened.store.reservations.abandon(CALLER, 2, client)
+    opened.in_place_uploads.abandon(CALLER, 2, client)
     await opened.kill()
 
     opened = files.open()
@@ -342,7 +335,7 @@ async def test_what_was_written_in_place_counts_as_verified_once_somebody_has_re
     open_store: Callable[..., Any],
 ) -> None:
     opened = await open_store(share=True, ssd_bytes=0, dram_bytes=MIB)
-    client = opened.store.leases.attach(CALLER, "test")
+    client = opened.store.attach(CALLER, "test")
     lock = WriterLock(opened.dram.arena_directory, client.client_id)
     chain = some_chain(2)
     images = some_images(chain)
@@ -351,9 +344,9 @@ async def test_what_was_written_in_place_counts_as_verified_once_somebody_has_re
     await commit(opened, client, places, images)
     lease = opened.lookup(client, chain.keys)
     assert lease is not None
-    assert not opened.store.blocks.verified[lease.rows].any()
-    steps = opened.store.locates.run(CALLER, lease, range(2), verify=True, open_max=9)
+    assert not opened.blocks.verified[lease.rows].any()
+    steps = opened.locate(client, lease, verify=True)
     await anext(steps)
     await steps.aclose()
-    assert opened.store.blocks.verified[lease.rows].all()
+    assert opened.blocks.verified[lease.rows].all()
     lock.release()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kvservice.blocks import TierName
 from kvservice.store.leases import Client
 from kvservice.store.store import StoreLimits
-from kvservice.store.transfers.upload import Ingest, SaveOutcome, _Slices
+from kvservice.store.transfers.upload import SaveOutcome, Upload, _Slices
 from kvservice_api.errors import (
     Draining,
     IncompleteSave,
@@ -34,6 +34,7 @@ from kvservice_api.frames import Frame
 from kvservice_api.image import block_geometry
 from kvservice_api.keys import BlockChain
 from kvservice_api.layout import Layout, Shard
+from tests.clock import HandClock
 from tests.file_faults import FaultyCalls
 from tests.stores import (
     CALLER,
@@ -46,6 +47,7 @@ from tests.stores import (
     caller_of,
     checksums_of,
     frames_of,
+    header_of,
     layers_of,
     some_chain,
     some_images,
@@ -63,12 +65,12 @@ async def loaded(opened: OpenStore, client: Client, chain: BlockChain) -> list[b
     try:
         return await opened.load(lease)
     finally:
-        opened.store.leases.release(caller_of(client), lease.lease_id)
+        opened.leases.release(caller_of(client), lease.lease_id)
 
 
 async def nothing_left(opened: OpenStore, used_before: int = 0) -> None:
-    assert not opened.store.ingests.uploads
-    assert not opened.uploads()
+    assert not opened.claims.object_count
+    assert not opened.lent()
     await until(lambda: opened.dram.used_bytes == used_before)
 
 
@@ -118,7 +120,7 @@ async def test_a_save_of_many_blocks_lets_the_event_loop_go_round_while_it_reser
             await asyncio.sleep(0)
 
     counting = asyncio.create_task(count())
-    async with opened.begin_save(opened.store.leases.attach(CALLER, "test"), chain):
+    async with opened.begin_save(opened.store.attach(CALLER, "test"), chain):
         counting.cancel()
     assert turns >= 2
 
@@ -128,10 +130,10 @@ async def test_each_block_of_a_save_is_compared_with_its_own_checksums(opened: O
     images = some_images(chain)
     checksums = checksums_of(WHOLE, images)
     checksums[[2 * 1 + 1, 2 * 3]] += np.uint64(1)  # Layer 1 of block 1, and layer 0 of block 3.
-    async with opened.begin_save(client, chain) as ingest:
+    async with opened.begin_save(client, chain) as upload:
         for frame in frames_of(LAYOUT, WHOLE, chain, images):
-            ingest.write(frame)
-        outcome = await ingest.commit(checksums, on_ssd=False)
+            upload.write(frame)
+        outcome = await upload.commit(checksums, on_ssd=False)
     assert outcome.stored == [0, 2, 4]
     assert {block: error.details["layer"] for block, error in outcome.refused.items()} == {1: "1", 3: "0"}
 
@@ -142,10 +144,10 @@ async def test_a_save_may_come_in_any_order_and_in_frames_of_any_size(opened: Op
         images = some_images(chain, seed=seed)
         frames = frames_of(LAYOUT, WHOLE, chain, images, frame_bytes=frame_bytes)
         np.random.default_rng(seed).shuffle(frames)
-        async with opened.begin_save(client, chain) as ingest:
+        async with opened.begin_save(client, chain) as upload:
             for frame in frames:
-                ingest.write(frame)
-            outcome = await ingest.commit(checksums_of(WHOLE, images), on_ssd=False)
+                upload.write(frame)
+            outcome = await upload.commit(checksums_of(WHOLE, images), on_ssd=False)
         assert outcome.stored == list(range(len(chain)))
         assert await loaded(opened, client, chain) == layers_of(images)
 
@@ -178,15 +180,15 @@ async def test_a_frame_that_is_out_of_range_or_overlaps_ends_the_save_and_nothin
     chain = some_chain(3)
 
     async def save() -> None:
-        async with opened.begin_save(client, chain) as ingest:
+        async with opened.begin_save(client, chain) as upload:
             for each in frames:
-                ingest.write(each)
+                upload.write(each)
 
     with pytest.raises(InvalidFrame, match=reason):
         await save()
     await nothing_left(opened)
     assert opened.hits(chain.keys) == 0
-    assert opened.store.counters.saves_abandoned == 1
+    assert opened.counters.saves_abandoned == 1
 
 
 async def test_bytes_of_blocks_that_are_stored_already_are_not_looked_at(opened: OpenStore, client: Client) -> None:
@@ -203,10 +205,10 @@ async def test_bytes_of_blocks_that_are_stored_already_are_not_looked_at(opened:
 async def commit(
     opened: OpenStore, client: Client, chain: BlockChain, frames: list[Frame], checksums: np.ndarray[Any, Any]
 ) -> SaveOutcome:
-    async with opened.begin_save(client, chain) as ingest:
+    async with opened.begin_save(client, chain) as upload:
         for each in frames:
-            ingest.write(each)
-        return await ingest.commit(checksums, on_ssd=False)
+            upload.write(each)
+        return await upload.commit(checksums, on_ssd=False)
 
 
 async def test_a_commit_before_all_bytes_came_stores_nothing(opened: OpenStore, client: Client) -> None:
@@ -246,24 +248,24 @@ async def test_a_second_commit_is_refused_while_the_first_one_runs_and_after_it(
 ) -> None:
     chain, images = some_chain(1), some_images(some_chain(1))
     checksums = checksums_of(WHOLE, images)
-    async with opened.begin_save(client, chain) as ingest:
+    async with opened.begin_save(client, chain) as upload:
         for each in frames_of(LAYOUT, WHOLE, chain, images):
-            ingest.write(each)
+            upload.write(each)
         with opened.commits_held(TierName.DRAM):
-            first = asyncio.create_task(ingest.commit(checksums, on_ssd=False))
+            first = asyncio.create_task(upload.commit(checksums, on_ssd=False))
             await asyncio.sleep(0)
             with pytest.raises(IncompleteSave):
-                await ingest.commit(checksums, on_ssd=False)
+                await upload.commit(checksums, on_ssd=False)
         assert (await first).stored == [0]
         with pytest.raises(IncompleteSave):
-            await ingest.commit(checksums, on_ssd=False)
+            await upload.commit(checksums, on_ssd=False)
     assert opened.hits(chain.keys) == 1
     await opened.settle()
 
 
 async def test_slices_too_large_to_be_hashed_at_once_are_hashed_on_threads(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=8 * MIB, ssd_bytes=16 * MIB)
-    client = opened.store.leases.attach(CALLER, "test")
+    client = opened.store.attach(CALLER, "test")
     layout = Layout(
         model_id="large", dtype="float32", layers=2, kv_heads=1, k_head_dim=8192, v_head_dim=8192, block_tokens=17
     )
@@ -273,34 +275,34 @@ async def test_slices_too_large_to_be_hashed_at_once_are_hashed_on_threads(open_
     assert len(images[0]) > 2 * MIB
     checksums = checksums_of(shard, images)
     for wrong, stored in ((1, []), (0, [0])):
-        async with opened.begin_save(client, chain, shard=shard, layout=layout) as ingest:
+        async with opened.begin_save(client, chain, shard=shard, layout=layout) as upload:
             for each in frames_of(layout, shard, chain, images, frame_bytes=1 << 20):
-                ingest.write(each)
-            outcome = await ingest.commit(checksums ^ np.uint64(wrong), on_ssd=False)
+                upload.write(each)
+            outcome = await upload.commit(checksums ^ np.uint64(wrong), on_ssd=False)
         assert outcome.stored == stored
 
 
 # The end of a client
 
 
-async def half_saved(opened: OpenStore, client: Client, chain: BlockChain) -> Ingest:
-    ingest = opened.begin_save(client, chain)
-    await ingest.__aenter__()
+async def half_saved(opened: OpenStore, client: Client, chain: BlockChain) -> Upload:
+    upload = opened.begin_save(client, chain)
+    await upload.__aenter__()
     for each in frames_of(LAYOUT, WHOLE, chain, some_images(chain))[:2]:
-        ingest.write(each)
-    return ingest
+        upload.write(each)
+    return upload
 
 
 async def test_a_client_that_goes_in_the_middle_leaves_nothing_at_once(opened: OpenStore, client: Client) -> None:
     chain = some_chain(3)
-    ingest = await half_saved(opened, client, chain)
+    upload = await half_saved(opened, client, chain)
     assert opened.dram.used_bytes == 3 * BLOCK
 
-    opened.store.leases.detach(CALLER, client)
+    opened.store.detach(CALLER, client)
     assert opened.dram.used_bytes == 0
     with pytest.raises(IncompleteSave):
-        await ingest.commit(checksums_of(WHOLE, some_images(chain)), on_ssd=False)
-    await ingest.__aexit__(None, None, None)
+        await upload.commit(checksums_of(WHOLE, some_images(chain)), on_ssd=False)
+    await upload.__aexit__(None, None, None)
     await nothing_left(opened)
 
 
@@ -309,11 +311,11 @@ async def test_a_client_that_goes_while_its_save_is_committed_holds_nobody_up(
 ) -> None:
     """The save is complete: it goes on, and whoever saves the same meanwhile finds it stored."""
     chain, images = some_chain(2), some_images(some_chain(2))
-    other = opened.store.leases.attach(CALLER, "other")
+    other = opened.store.attach(CALLER, "other")
     with opened.commits_held(TierName.DRAM):
         first = asyncio.create_task(opened.save(client, chain, images))
-        await until(lambda: opened.store.blocks.row_end > 0)
-        opened.store.leases.detach(CALLER, client)
+        await until(lambda: opened.blocks.row_end > 0)
+        opened.store.detach(CALLER, client)
         second = asyncio.create_task(opened.save(other, chain, images))
         for _ in range(10):
             await asyncio.sleep(0)
@@ -326,17 +328,17 @@ async def test_a_client_that_goes_while_it_waits_for_another_or_for_room_is_let_
     open_store: Callable[..., Any],
 ) -> None:
     opened: OpenStore = await open_store(dram_bytes=3 * BLOCK + HEADER)
-    owner, waiting = (opened.store.leases.attach(CALLER, name) for name in ("owner", "waiting"))
+    owner, waiting = (opened.store.attach(CALLER, name) for name in ("owner", "waiting"))
     chain = some_chain(2)
-    ingest = await half_saved(opened, owner, chain)
+    upload = await half_saved(opened, owner, chain)
     save = asyncio.create_task(opened.save(waiting, chain, some_images(chain)))
     await asyncio.sleep(0.01)
     assert not save.done()
 
-    opened.store.leases.detach(CALLER, waiting)
+    opened.store.detach(CALLER, waiting)
     with pytest.raises(IncompleteSave, match="gone"):
         await asyncio.wait_for(save, 30)
-    await ingest.__aexit__(None, None, None)
+    await upload.__aexit__(None, None, None)
     await nothing_left(opened)
 
 
@@ -351,7 +353,7 @@ async def test_a_save_that_is_cancelled_anywhere_leaves_nothing_half_done(
     saving.cancel()
     await asyncio.gather(saving, return_exceptions=True)
     await opened.settle()
-    assert not opened.store.ingests.uploads
+    assert not opened.claims.object_count
     assert opened.hits(chain.keys) in (0, 3)
     assert not (await opened.save(client, chain, images)).refused
 
@@ -365,7 +367,7 @@ async def test_of_two_clients_that_save_the_same_one_stores_it_and_the_other_fin
     chain = some_chain(4)
     mine, others = some_images(chain, seed=1), some_images(chain, seed=2)
     outcomes = await asyncio.gather(
-        opened.save(client, chain, mine), opened.save(opened.store.leases.attach(CALLER, "other"), chain, others)
+        opened.save(client, chain, mine), opened.save(opened.store.attach(CALLER, "other"), chain, others)
     )
     assert [outcome.stored for outcome in outcomes] == [[0, 1, 2, 3], []]
     assert outcomes[1].already_stored == [0, 1, 2, 3]
@@ -388,10 +390,18 @@ async def test_who_waits_takes_over_where_the_first_one_gives_up(opened: OpenSto
 async def test_waiting_for_another_save_ends_in_time_and_costs_only_what_it_stores(
     open_store: Callable[..., Any],
 ) -> None:
-    opened: OpenStore = await open_store(limits=StoreLimits(upload_wait_s=0.02))
-    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(3)
+    clock = HandClock()
+    opened: OpenStore = await open_store(clock=clock, limits=StoreLimits(upload_wait_s=10))
+    client, chain = opened.store.attach(CALLER, "test"), some_chain(3)
     slow = await half_saved(opened, client, chain[:2])
-    outcome = await opened.save(client, chain, some_images(chain))
+    saving = asyncio.create_task(opened.save(client, chain, some_images(chain)))
+    await until(lambda: opened.claims.waiting_for(chain.keys[0]) == 2 and len(opened.lent()) == 3)
+    clock.advance(seconds=9.9)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not saving.done()
+    clock.advance(seconds=0.2)
+    outcome = await asyncio.wait_for(saving, 30)
     assert outcome.stored == [2]
     assert [type(error) for error in outcome.refused.values()] == [Overloaded, Overloaded]
     await slow.__aexit__(None, None, None)
@@ -416,15 +426,15 @@ async def test_saves_that_wait_for_one_another_form_no_circle(opened: OpenStore,
 async def test_shards_of_one_block_are_uploaded_side_by_side(opened: OpenStore, client: Client) -> None:
     chain = some_chain(2)
     halves = (Shard(0, 2, 0, 1), Shard(0, 2, 1, 2))
-    ingests = [opened.begin_save(client, chain, shard=half) for half in halves]
-    for half, ingest in zip(halves, ingests, strict=True):
-        await asyncio.wait_for(ingest.__aenter__(), 30)
+    uploads = [opened.begin_save(client, chain, shard=half) for half in halves]
+    for half, upload in zip(halves, uploads, strict=True):
+        await asyncio.wait_for(upload.__aenter__(), 30)
         images = some_images(chain, shard=half)
         for each in frames_of(LAYOUT, half, chain, images):
-            ingest.write(each)
-    for half, ingest in zip(halves, ingests, strict=True):
-        await ingest.commit(checksums_of(half, some_images(chain, shard=half)), on_ssd=False)
-        await ingest.__aexit__(None, None, None)
+            upload.write(each)
+    for half, upload in zip(halves, uploads, strict=True):
+        await upload.commit(checksums_of(half, some_images(chain, shard=half)), on_ssd=False)
+        await upload.__aexit__(None, None, None)
     assert opened.hits(chain.keys) == 2
 
 
@@ -435,7 +445,7 @@ async def test_blocks_that_find_no_room_are_refused_and_those_before_them_stored
     open_store: Callable[..., Any],
 ) -> None:
     opened: OpenStore = await open_store(dram_bytes=3 * BLOCK + HEADER, limits=PATIENT)
-    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(5)
+    client, chain = opened.store.attach(CALLER, "test"), some_chain(5)
     outcome = await asyncio.wait_for(opened.save(client, chain, some_images(chain)), 30)
     assert outcome.stored == [0, 1, 2]
     assert [type(error) for error in outcome.refused.values()] == [TierFull, TierFull]
@@ -447,7 +457,7 @@ async def test_an_acknowledgement_from_ssd_holds_for_blocks_that_others_had_stor
 ) -> None:
     calls = FaultyCalls()
     opened: OpenStore = await open_store(calls=calls)
-    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(2)
+    client, chain = opened.store.attach(CALLER, "test"), some_chain(2)
     images = some_images(chain)
     with calls.held("pwritev"):
         await opened.save(client, chain, images)
@@ -463,7 +473,7 @@ async def test_where_the_ssd_refuses_a_durable_save_says_so_and_dram_has_the_blo
 ) -> None:
     calls = FaultyCalls()
     opened: OpenStore = await open_store(calls=calls)
-    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(2)
+    client, chain = opened.store.attach(CALLER, "test"), some_chain(2)
     calls.failing["pwritev"] = 28
     outcome = await opened.save(client, chain, some_images(chain), on_ssd=True)
     assert not outcome.stored
@@ -475,7 +485,7 @@ async def test_where_the_ssd_refuses_a_durable_save_says_so_and_dram_has_the_blo
 async def test_without_an_ssd_tier_a_durable_save_is_refused(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(ssd_bytes=0)
     chain = some_chain(1)
-    outcome = await opened.save(opened.store.leases.attach(CALLER, "test"), chain, some_images(chain), on_ssd=True)
+    outcome = await opened.save(opened.store.attach(CALLER, "test"), chain, some_images(chain), on_ssd=True)
     assert isinstance(outcome.refused[0], TierFull) and not outcome.stored
 
 
@@ -485,7 +495,7 @@ async def test_without_an_ssd_tier_a_durable_save_is_refused(open_store: Callabl
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ({"caller": replace(CALLER, client=b"nobody")}, UnknownClient),
+        ({"client": b"nobody"}, UnknownClient),
         ({"fingerprint": bytes(32)}, UnknownLayout),
         ({"fingerprint": b""}, UnknownLayout),
         ({"shard": Shard(0, 3, 0, 2)}, InvalidRequest),
@@ -499,20 +509,14 @@ async def test_a_save_of_what_cannot_be_is_refused(
     opened: OpenStore, client: Client, change: dict[str, Any], error: type[KVError]
 ) -> None:
     chain = some_chain(2)
-    request: dict[str, Any] = {
-        "caller": caller_of(client),
-        "fingerprint": LAYOUT.fingerprint,
-        "shard": WHOLE,
-        "parent_key": chain.parent,
-        "keys": list(chain.keys),
-        "last_block_tokens": 0,
-    }
+    asked = dict(change)
+    caller = replace(CALLER, client=asked.pop("client", client.client_id))
     with pytest.raises(error):
-        opened.store.begin_save(**{**request, **change})
-    assert not opened.store.ingests.uploads and not client.on_detach
+        opened.store.save(caller, header_of(chain)._replace(**asked))
+    assert not opened.claims.object_count and not client.on_detach
 
 
 async def test_a_daemon_that_stops_takes_no_new_saves(opened: OpenStore, client: Client) -> None:
-    opened.store.drain.begin(CALLER)
+    opened.drain.begin(CALLER)
     with pytest.raises(Draining):
         opened.begin_save(client, some_chain(1))

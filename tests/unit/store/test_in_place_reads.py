@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,19 @@ from kvservice_api.errors import ChecksumMismatch, LeaseExpired, NotShared, Over
 from kvservice_api.image import block_geometry
 from kvservice_api.keys import BlockChain
 from kvservice_api.layout import Shard
-from tests.stores import CALLER, KIB, LAYOUT, WHOLE, OpenStore, caller_of, layer_of, some_chain, some_images, until
+from tests.stores import (
+    CALLER,
+    KIB,
+    LAYOUT,
+    LIMITS,
+    WHOLE,
+    OpenStore,
+    caller_of,
+    layer_of,
+    some_chain,
+    some_images,
+    until,
+)
 
 GEOMETRY = block_geometry(LAYOUT, WHOLE, LAYOUT.block_tokens)
 DRAM = TierName.DRAM
@@ -42,8 +55,8 @@ def bytes_at(opened: OpenStore, located: Located, block: int, layer: int) -> byt
     return bytes(opened.dram.view(located.extents[block])[begin:end])
 
 
-def run(opened: OpenStore, lease: Lease, *, verify: bool = False, open_max: int = 9) -> Any:
-    return opened.store.locates.run(CALLER, lease, range(len(lease.rows)), verify=verify, open_max=open_max)
+def run(opened: OpenStore, lease: Lease, *, verify: bool = False) -> Any:
+    return opened.locate(lease.client, lease, verify=verify)
 
 
 async def test_blocks_in_dram_are_told_at_once_and_stay_until_the_reader_leaves(
@@ -55,7 +68,7 @@ async def test_blocks_in_dram_are_told_at_once_and_stay_until_the_reader_leaves(
     assert isinstance(located, Located)
     assert await anext(steps) == LAYOUT.layers
     assert [bytes_at(opened, located, block, 1) for block in range(3)] == [layer_of(image, 1) for image in images]
-    opened.store.leases.release(caller_of(client), lease.lease_id)
+    opened.leases.release(caller_of(client), lease.lease_id)
     assert (await opened.store.evict(CALLER, chain.keys, DRAM)).held == 3
     await steps.aclose()
     assert (await opened.store.evict(CALLER, chain.keys, DRAM)).held == 0
@@ -65,7 +78,7 @@ async def test_blocks_in_dram_are_told_at_once_and_stay_until_the_reader_leaves(
 
 async def test_blocks_on_ssd_come_up_layer_by_layer(opened: OpenStore, client: Client) -> None:
     chain, images, lease = await saved(opened, client)
-    opened.store.leases.release(caller_of(client), lease.lease_id)
+    opened.leases.release(caller_of(client), lease.lease_id)
     await opened.store.evict(CALLER, chain.keys[1:], DRAM)
     leased = opened.lookup(client, chain.keys)
     assert leased is not None
@@ -76,18 +89,18 @@ async def test_blocks_on_ssd_come_up_layer_by_layer(opened: OpenStore, client: C
         found = [bytes_at(opened, located, block, layer) for block in range(3)]
         assert found == [layer_of(image, layer) for image in images]
     await steps.aclose()
-    await until(lambda: all(opened.store.blocks.is_resident(int(row), DRAM) for row in leased.rows))
-    assert [opened.store.blocks.extent(int(row), DRAM) for row in leased.rows] == located.extents
-    assert opened.store.blocks.verified[leased.rows].all(), "the first by its upload, the others on their way up"
+    await until(lambda: all(opened.blocks.is_resident(int(row), DRAM) for row in leased.rows))
+    assert [opened.blocks.extent(int(row), DRAM) for row in leased.rows] == located.extents
+    assert opened.blocks.verified[leased.rows].all(), "the first by its upload, the others on their way up"
 
 
 async def test_a_block_that_came_up_and_got_no_record_stays_while_it_is_read(
     opened: OpenStore, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chain, images, lease = await saved(opened, client)
-    opened.store.leases.release(caller_of(client), lease.lease_id)
+    opened.leases.release(caller_of(client), lease.lease_id)
     await opened.store.evict(CALLER, chain.keys, DRAM)
-    leased, promotion = opened.lookup(client, chain.keys), opened.store.promoter
+    leased, promotion = opened.lookup(client, chain.keys), opened.promoter
     assert leased is not None and promotion is not None
     put = opened.index.put
 
@@ -117,15 +130,15 @@ async def test_the_end_of_the_client_ends_the_call(opened: OpenStore, client: Cl
     await anext(steps)
     waiting = asyncio.ensure_future(anext(steps))
     await asyncio.sleep(0)
-    opened.store.leases.detach(CALLER, client)
+    opened.store.detach(CALLER, client)
     with pytest.raises(LeaseExpired, match="Attach"):
         await waiting
-    assert opened.store.locates.open_count == 0
+    await asyncio.wait_for(opened.store.quiet(), 30)  # No load is open.
 
 
 async def test_what_does_not_lie_in_one_piece_in_dram_is_not_in_place(open_store: Callable[..., Any]) -> None:
     opened = await open_store(share=True, dram_bytes=32 * KIB)
-    client = opened.store.leases.attach(CALLER, "test")
+    client = opened.store.attach(CALLER, "test")
     chain = some_chain(2)
     await opened.save(client, chain, some_images(chain), on_ssd=True)
     await opened.store.evict(CALLER, chain.keys, DRAM)
@@ -139,20 +152,20 @@ async def test_what_does_not_lie_in_one_piece_in_dram_is_not_in_place(open_store
 
     halves = some_chain(1, seed=2)
     for shard in (Shard(0, 1, 0, 2), Shard(1, 2, 0, 2)):
-        opened.store.leases.release(caller_of(client), held.lease_id)
+        opened.leases.release(caller_of(client), held.lease_id)
         await opened.save(client, halves, some_images(halves, shard=shard), shard=shard)
     lease = opened.lookup(client, halves.keys)
     assert lease is not None
     found = await anext(run(opened, lease))
     assert isinstance(found, NotInPlace) and "several shards" in found.why
-    assert opened.store.locates.open_count == 0
+    await asyncio.wait_for(opened.store.quiet(), 30)  # No load is open.
 
 
 async def test_verified_is_what_this_daemon_has_seen(opened: OpenStore, client: Client) -> None:
     chain, _, lease = await saved(opened, client)
-    blocks = opened.store.blocks
+    blocks = opened.blocks
     assert blocks.verified[lease.rows].all(), "an upload's checksums matched"
-    opened.store.leases.release(caller_of(client), lease.lease_id)
+    opened.leases.release(caller_of(client), lease.lease_id)
     await opened.store.evict(CALLER, chain.keys, DRAM)
     assert not blocks.verified[lease.rows].any()
     await opened.store.prefetch(CALLER, chain.keys, within_s=0, wait=True)
@@ -167,22 +180,22 @@ async def test_after_a_restart_blocks_are_verified_for_who_views_them_and_damage
     await opened.close()
     again = files.open()
     try:
-        client = again.store.leases.attach(CALLER, "again")
+        client = again.store.attach(CALLER, "again")
         lease = again.lookup(client, chain.keys)
         assert lease is not None
-        verified = again.store.blocks.verified
+        verified = again.blocks.verified
         assert not verified[lease.rows].any()
         steps = run(again, lease)
         await anext(steps)
         await steps.aclose()
         assert not verified[lease.rows].any(), "who copies verifies the copies"
-        extent = again.store.blocks.extent(int(lease.rows[1]), DRAM)
+        extent = again.blocks.extent(int(lease.rows[1]), DRAM)
         assert extent is not None
         again.dram.view(extent)[100] ^= 1
         with pytest.raises(ChecksumMismatch):
             await anext(run(again, lease, verify=True))
         assert again.hits(chain.keys) == 1
-        assert again.store.counters.quarantined_blocks == 1
+        assert again.counters.quarantined_blocks == 1
         assert verified[lease.rows].tolist() == [True, False, False]
     finally:
         await again.close()
@@ -190,19 +203,20 @@ async def test_after_a_restart_blocks_are_verified_for_who_views_them_and_damage
 
 async def test_an_arena_that_is_not_shared_has_no_places(open_store: Callable[..., Any]) -> None:
     opened = await open_store()
-    client = opened.store.leases.attach(CALLER, "test")
+    client = opened.store.attach(CALLER, "test")
     _, _, lease = await saved(opened, client)
     with pytest.raises(NotShared):
         await anext(run(opened, lease))
 
 
-async def test_open_calls_are_bounded(opened: OpenStore, client: Client) -> None:
-    _, _, lease = await saved(opened, client)
-    first = run(opened, lease, open_max=1)
+async def test_open_calls_are_bounded(open_store: Callable[..., Any]) -> None:
+    opened = await open_store(share=True, limits=replace(LIMITS, loads_max=1))
+    _, _, lease = await saved(opened, opened.store.attach(CALLER, "test"))
+    first = run(opened, lease)
     await anext(first)
     with pytest.raises(Overloaded):
-        await anext(run(opened, lease, open_max=1))
+        await anext(run(opened, lease))
     await first.aclose()
-    last = run(opened, lease, open_max=1)
+    last = run(opened, lease)
     await anext(last)
     await last.aclose()

@@ -1,0 +1,123 @@
+"""Pages of stored blocks and of sessions, and what is told of one block."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvservice.blocks import BlockTable, TierName
+from kvservice.clock import Clock
+from kvservice.index.session_records import Manifest
+from kvservice.store.caller import Caller
+from kvservice.store.sessions.sessions import Sessions
+from kvservice_api.errors import InvalidRequest
+from kvservice_api.layout import Layout, Shard
+
+_PAGE_SIZE, _PAGE_SIZE_MAX = 100, 1000
+_ROWS_A_TURN = 64  # Of the event loop.
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFacts:
+    """One stored object. Times are wall-clock milliseconds; `pinned_until_ms` is 0 where no pin keeps it now."""
+
+    key: bytes
+    parent_key: bytes
+    layout: Layout
+    shard: Shard
+    token_count: int
+    size_bytes: int
+    tiers: frozenset[TierName]
+    stored_at_ms: int
+    used_at_ms: int
+    hits: int
+    leases: int
+    holds: int
+    pinned_until_ms: int
+
+
+def block_facts(blocks: BlockTable, layouts: Mapping[int, Layout], row: int, now_ms: int) -> BlockFacts:
+    pinned_until_ms = int(blocks.pinned_until_ms[row])
+    return BlockFacts(
+        key=blocks.key_of(row),
+        parent_key=blocks.parent_key[row].tobytes(),
+        layout=layouts[int(blocks.layout_id[row])],
+        shard=blocks.shard_of(row),
+        token_count=int(blocks.token_count[row]),
+        size_bytes=int(blocks.size_bytes[row]),
+        tiers=frozenset(tier for tier in TierName if blocks.is_resident(row, tier)),
+        stored_at_ms=int(blocks.stored_at_ms[row]),
+        used_at_ms=int(blocks.used_at_ms[row]),
+        hits=int(blocks.hits[row]),
+        leases=int(blocks.leases[row]),
+        holds=int(blocks.holds[row]),
+        pinned_until_ms=pinned_until_ms if pinned_until_ms > now_ms else 0,
+    )
+
+
+class Listings:
+    """Lists in pages. A page token is a number of this daemon's life: rows and serial numbers last no longer."""
+
+    def __init__(
+        self, blocks: BlockTable, layouts: Mapping[int, Layout], sessions: Sessions, clock: Clock, boot_epoch: int
+    ) -> None:
+        self._blocks = blocks
+        self._layouts = layouts
+        self._sessions = sessions
+        self._clock = clock
+        self._boot_epoch = boot_epoch
+
+    async def blocks(
+        self, caller: Caller, page_token: str, page_size: int, *, layout_id: int | None, tiers: Sequence[TierName]
+    ) -> tuple[list[BlockFacts], str]:
+        """A page of stored objects, with a copy in each of `tiers`, and the next page's token; empty on the last one.
+
+        Raises InvalidRequest.
+        """
+        size, table = _checked(page_size), self._blocks
+        start = self._number(page_token, table.row_end)
+        shown = table.live[start : table.row_end].copy()
+        if layout_id is not None:
+            shown &= table.layout_id[start : table.row_end] == layout_id
+        for tier in tiers:
+            shown &= table.resident(tier)[start:]
+        rows = np.flatnonzero(shown)[: size + 1] + start
+        found = []
+        for count, row in enumerate(rows[:size].tolist()):
+            if count % _ROWS_A_TURN == 0:
+                await asyncio.sleep(0)
+            if table.live[row]:
+                found.append(block_facts(table, self._layouts, row, self._clock.wall_ms()))
+        return found, self._token(int(rows[size])) if len(rows) > size else ""
+
+    async def sessions(
+        self, caller: Caller, page_token: str, page_size: int, session_id: str, layout_id: int | None
+    ) -> tuple[list[Manifest], str]:
+        """A page of sessions in the order of their begin, and the next page's token. Raises InvalidRequest."""
+        size, start = _checked(page_size), self._number(page_token)
+        found, following = await self._sessions.page(caller, start, size, session_id, layout_id)
+        return found, "" if following is None else self._token(following)
+
+    def _token(self, number: int) -> str:
+        return f"{self._boot_epoch:x}.{number:x}"
+
+    def _number(self, token: str, number_max: int = 2**62) -> int:
+        """The number that a page token carries; 0 of an empty one."""
+        if not token:
+            return 0
+        epoch, _, number = token.partition(".")
+        try:
+            if int(epoch, 16) == self._boot_epoch and 0 <= (start := int(number, 16)) <= number_max:
+                return start
+        except ValueError:
+            pass
+        raise InvalidRequest("this daemon gave no such page token: start from the first page", field="page_token")
+
+
+def _checked(page_size: int) -> int:
+    if page_size > _PAGE_SIZE_MAX:
+        raise InvalidRequest(f"page_size is {page_size}; at most {_PAGE_SIZE_MAX} are allowed", field="page_size")
+    return page_size or _PAGE_SIZE

@@ -1,0 +1,168 @@
+"""What operators ask and do, for ``kvctl``: the second half of the store's facade.
+
+Called on the event loop's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+
+from kvservice.blocks import NO_ROW, BlockTable, TierName
+from kvservice.counters import Counters
+from kvservice.index.block_index import BlockIndex
+from kvservice.store.block_lifecycle import BlockLifecycle
+from kvservice.store.caller import Caller
+from kvservice.store.loop_budget import parts_of
+from kvservice.store.operations.drain import Drain, DrainProgress
+from kvservice.store.operations.explain import Explain, ExplainedBlock, ExplainedRequest, ExplainedSession
+from kvservice.store.operations.listings import BlockFacts, Listings
+from kvservice.store.operations.pins import PinOutcome, Pins, UnpinOutcome
+from kvservice.store.operations.requests import Requests
+from kvservice.store.operations.scrub import Scrub, ScrubProgress
+from kvservice.store.sessions.manifests import StoredSession
+from kvservice.store.sessions.sessions import Sessions
+from kvservice_api.errors import InvalidRequest
+from kvservice_api.keys import KEY_BYTES
+from kvservice_api.layout import Layout, Shard
+
+_FINGERPRINT_BYTES = 32
+
+
+class Operators:
+    def __init__(
+        self,
+        blocks: BlockTable,
+        index: BlockIndex,
+        lifecycle: BlockLifecycle,
+        counters: Counters,
+        sessions: Sessions,
+        listings: Listings,
+        explain: Explain,
+        requests: Requests,
+        find_layout: Callable[[bytes], tuple[int, Layout]],
+        pins: Pins,
+        scrub: Scrub,
+        drain: Drain,
+    ) -> None:
+        self._blocks = blocks
+        self._index = index
+        self._lifecycle = lifecycle
+        self._counters = counters
+        self._sessions = sessions
+        self._listings = listings
+        self._explain = explain
+        self._requests = requests
+        self._find_layout = find_layout
+        self._pins = pins
+        self._scrub = scrub
+        self._drain = drain
+
+    async def list_blocks(
+        self, caller: Caller, page_token: str, page_size: int, fingerprint: bytes, tiers: Sequence[TierName]
+    ) -> tuple[list[BlockFacts], str]:
+        """A page of stored objects: of a layout where `fingerprint` is not empty, with a copy in each of `tiers`.
+
+        The token of the next page comes with it, empty on the last one. Raises InvalidRequest.
+        """
+        layout_id = self._listed_layout(fingerprint)
+        return await self._listings.blocks(caller, page_token, page_size, layout_id=layout_id, tiers=tiers)
+
+    async def list_sessions(
+        self, caller: Caller, page_token: str, page_size: int, fingerprint: bytes, session_id: str
+    ) -> tuple[list[StoredSession], str]:
+        """A page of sessions, as `list_blocks`; with a `session_id` those of this id."""
+        layout_id = self._listed_layout(fingerprint)
+        found, token = await self._listings.sessions(caller, page_token, page_size, session_id, layout_id)
+        return [self._sessions.stored(each) for each in found], token
+
+    def _listed_layout(self, fingerprint: bytes) -> int | None:
+        """The layout's id; -1 of one that was never opened, which has no blocks; None of an empty fingerprint."""
+        if not fingerprint:
+            return None
+        if len(fingerprint) != _FINGERPRINT_BYTES:
+            raise InvalidRequest(
+                f"a fingerprint has {_FINGERPRINT_BYTES} bytes, not {len(fingerprint)}", field="layout_fingerprint"
+            )
+        layout_id = self._index.layout_id(fingerprint)
+        return -1 if layout_id is None else layout_id
+
+    def explain_block(self, caller: Caller, key: bytes) -> ExplainedBlock:
+        """Where a block lies, or why it is a miss. Raises InvalidRequest."""
+        if len(key) != KEY_BYTES:
+            raise InvalidRequest(f"a key has {KEY_BYTES} bytes, not {len(key)}", field="key")
+        return self._explain.block(caller, key)
+
+    def explain_request(self, caller: Caller, request_id: str) -> ExplainedRequest:
+        """What a request asked and found. Raises RequestNotFound."""
+        found = self._requests.get(caller, request_id)
+        lookups = self._explain.lookups(caller, found)
+        return ExplainedRequest(lookups, found.lookups_more, found.reports, found.reports_more)
+
+    def explain_session(self, caller: Caller, session_id: str) -> list[ExplainedSession]:
+        """The sessions of this id, one per layout, and why the first missing slice of each is a miss.
+
+        No use of them. Raises SessionNotFound.
+        """
+        found = []
+        for manifest in self._sessions.find_by_id(caller, session_id):
+            history = self._sessions.history(manifest, Shard.whole(self._index.layouts[manifest.layout_id]))
+            first_missing = manifest.slices["key"][history.usable : history.usable + 1]
+            missing = self._explain.missing(caller, first_missing[0].tobytes()) if len(first_missing) else None
+            found.append(ExplainedSession(history, missing))
+        return found
+
+    async def pin(self, caller: Caller, keys: Sequence[bytes], ttl_ms: int) -> PinOutcome:
+        """Keep blocks for so long from now. Raises as `Pins.pin`; then nothing has changed."""
+        return await self._pins.pin(caller, keys, ttl_ms)
+
+    async def unpin(self, caller: Caller, keys: Sequence[bytes]) -> UnpinOutcome:
+        """End pins before their time. Raises StorageFailed, IndexFull."""
+        return await self._pins.unpin(caller, keys)
+
+    def scrub(
+        self, caller: Caller, tiers: Sequence[TierName], bytes_per_second: int
+    ) -> AsyncGenerator[ScrubProgress, None]:
+        """Verify all that these tiers hold, the last progress with `done`. Raises ScrubRunning, StorageFailed."""
+        return self._scrub.run(caller, tiers, bytes_per_second)
+
+    def drain(self, caller: Caller) -> AsyncGenerator[DrainProgress, None]:
+        """Refuse saves from now on, and write what only DRAM holds: how far it is, the last one with `done`.
+
+        It goes on where this is closed early. Raises nothing.
+        """
+        self._drain.begin(caller)
+        return self._drain.progress(caller)
+
+    def undrain(self, caller: Caller) -> DrainProgress:
+        """Take saves again. Raises Draining where the daemon itself is stopping."""
+        return self._drain.undo(caller)
+
+    async def discard(self, caller: Caller, keys: Sequence[bytes]) -> tuple[int, int]:
+        """Forget blocks everywhere, pinned or not: how many objects, and how many keys had none."""
+        discarded = missing = 0
+        for part in parts_of(list(dict.fromkeys(keys))):
+            first = self._blocks.rows_of_keys(part)
+            rows = [row for start in first.tolist() for row in self._blocks.shards_of(start)]
+            await self._discard(rows)
+            discarded += len(rows)
+            missing += int((first == NO_ROW).sum())
+        return discarded, missing
+
+    async def discard_layout(self, caller: Caller, fingerprint: bytes | None) -> int:
+        """Forget all blocks of a layout, or all blocks there are."""
+        blocks = self._blocks
+        rows = blocks.live_rows()
+        if fingerprint is not None:
+            self._listed_layout(fingerprint)  # Raises where it cannot be one.
+            rows = rows[blocks.layout_id[rows] == self._find_layout(fingerprint)[0]]
+        marks = blocks.generation[rows]
+        discarded = 0
+        for part in parts_of(range(len(rows))):
+            there = rows[part][blocks.live[rows[part]] & (blocks.generation[rows[part]] == marks[part])]
+            await self._discard(there.tolist())
+            discarded += len(there)
+        return discarded
+
+    async def _discard(self, rows: list[int]) -> None:
+        await self._lifecycle.discard(rows)
+        self._counters.discarded_blocks += len(rows)

@@ -1,0 +1,116 @@
+"""Which transfers may begin, how long one may be idle, and what one message may carry: one place for all listeners."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+from kvservice.clock import Clock
+from kvservice_api.errors import DeadlineExceeded, IncompleteSave, InvalidFrame, InvalidRequest, Overloaded
+
+T = TypeVar("T")
+
+# Claiming and recording more in one save would keep the event loop for over 5 ms.
+SAVE_BLOCKS_MAX = 256
+SAVE_SLICES_MAX = 32768
+IN_PLACE_UPLOADS_PER_CLIENT_MAX = 64
+
+
+class Gate:
+    """Counts what is open of one kind of transfer, and refuses more than `open_max`."""
+
+    def __init__(self, kind: str, open_max: int) -> None:
+        self._kind = kind
+        self._open_max = open_max
+        self.open_count = 0
+
+    def check(self) -> None:
+        """Raises Overloaded where one more would be too many."""
+        if self.open_count >= self._open_max:
+            raise Overloaded(f"{self._open_max} {self._kind} are open, the most that this daemon takes")
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Counts one more as open until the block is left. Raises Overloaded."""
+        self.check()
+        self.open_count += 1
+        try:
+            yield
+        finally:
+            self.open_count -= 1
+
+
+class Admission:
+    """The rules of all transfers of one store. Called on the event loop."""
+
+    def __init__(
+        self, clock: Clock, *, loads_max: int, saves_max: int, slots: int, idle_s: float, frame_bytes: int
+    ) -> None:
+        """`slots` bounds how many saves copy at one time; `idle_s` is how long a client may send or take nothing."""
+        self.loads = Gate("loads", loads_max)
+        self.in_place_loads = Gate("loads", loads_max)
+        self.saves = Gate("saves", saves_max)
+        self.save_slots = asyncio.Semaphore(slots)
+        self._clock = clock
+        self._idle_s = idle_s
+        self._frame_bytes = frame_bytes
+
+    @property
+    def loads_open(self) -> int:
+        return self.loads.open_count + self.in_place_loads.open_count
+
+    async def taken(self, sending: Awaitable[None]) -> None:
+        """Wait until the client has taken a frame. Raises DeadlineExceeded: a load keeps its blocks in place."""
+        try:
+            async with self._clock.timeout(self._idle_s):
+                await sending
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"the client took nothing for {self._idle_s:g} s; the load was ended") from error
+
+    def incoming(self, messages: AsyncIterator[T]) -> Incoming[T]:
+        """The messages of a save, none of which may come too late."""
+        return Incoming(messages, self._clock, self._idle_s)
+
+    def check_frame(self, payload_bytes: int) -> None:
+        """Raises InvalidFrame."""
+        if payload_bytes > self._frame_bytes:
+            raise InvalidFrame(f"a frame carries {payload_bytes} bytes; at most {self._frame_bytes} are allowed")
+
+    @staticmethod
+    def check_save(blocks: int, layers: int) -> None:
+        """Raises InvalidRequest where a save has more slices than one may have."""
+        if blocks * layers > SAVE_SLICES_MAX:
+            raise InvalidRequest(
+                f"{blocks} blocks of {layers} layers are {blocks * layers} slices; "
+                f"at most {SAVE_SLICES_MAX} are allowed in one save",
+                field="keys",
+            )
+
+
+class Incoming(Generic[T]):
+    """The messages of one save as they arrive. A client that sends nothing for too long ends it."""
+
+    def __init__(self, messages: AsyncIterator[T], clock: Clock, idle_s: float) -> None:
+        self._messages = messages
+        self._clock = clock
+        self._idle_s = idle_s
+
+    async def next(self) -> T:
+        """The next message. Raises IncompleteSave at the end of the stream: that is never a commit."""
+        message = await self._next()
+        if message is None:
+            raise IncompleteSave("the stream ended without a commit")
+        return message
+
+    async def ended(self) -> bool:
+        """Wait for the end of the stream. False where another message came instead."""
+        return await self._next() is None
+
+    async def _next(self) -> T | None:
+        try:
+            async with self._clock.timeout(self._idle_s):
+                return await anext(self._messages, None)
+        except TimeoutError as error:
+            raise IncompleteSave(f"nothing came for {self._idle_s:g} s") from error

@@ -1,0 +1,132 @@
+"""The values that the store's verbs take and return.
+
+Listeners and metrics import these, `Caller` and the facade (``store/store.py``), and nothing else of the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kvservice.blocks import TierName
+from kvservice.index.session_records import Manifest as Manifest
+from kvservice.store.leases import Client as Client
+from kvservice.store.leases import Lease as Lease
+from kvservice.store.miss_reasons import Event as Event
+from kvservice.store.operations.drain import DrainProgress as DrainProgress
+from kvservice.store.operations.explain import ExplainedBlock as ExplainedBlock
+from kvservice.store.operations.explain import ExplainedLookup as ExplainedLookup
+from kvservice.store.operations.explain import ExplainedRequest as ExplainedRequest
+from kvservice.store.operations.explain import ExplainedSession as ExplainedSession
+from kvservice.store.operations.explain import Missing as Missing
+from kvservice.store.operations.explain import OtherLayout as OtherLayout
+from kvservice.store.operations.explain import TierPlace as TierPlace
+from kvservice.store.operations.listings import BlockFacts as BlockFacts
+from kvservice.store.operations.pins import PinOutcome as PinOutcome
+from kvservice.store.operations.pins import UnpinOutcome as UnpinOutcome
+from kvservice.store.operations.requests import LoadRecord as LoadRecord
+from kvservice.store.operations.requests import ReportRecord as ReportRecord
+from kvservice.store.operations.scrub import ScrubProgress as ScrubProgress
+from kvservice.store.prefix_match import Run as Run
+from kvservice.store.sessions.manifests import StoredSession as StoredSession
+from kvservice.store.sessions.manifests import Turn as Turn
+from kvservice.store.sessions.sessions import SessionHistory as SessionHistory
+from kvservice.store.transfers.admission import SAVE_BLOCKS_MAX as SAVE_BLOCKS_MAX
+from kvservice.store.transfers.admission import SAVE_SLICES_MAX as SAVE_SLICES_MAX
+from kvservice.store.transfers.admission import Incoming as Incoming
+from kvservice.store.transfers.in_place_reads import Located as Located
+from kvservice.store.transfers.in_place_reads import NotInPlace as NotInPlace
+from kvservice.store.transfers.reads import Part as Part
+from kvservice.store.transfers.reads import Span as Span
+from kvservice.store.transfers.upload import Place as Place
+from kvservice.store.transfers.upload import SaveOutcome as SaveOutcome
+from kvservice_api.layout import Shard
+
+
+class SaveHeader(NamedTuple):
+    """What a save stores: consecutive blocks of one chain, all full but the last (`last_block_tokens` 0: full too).
+
+    Without a shard it is whole blocks.
+    """
+
+    fingerprint: bytes
+    shard: Shard | None
+    parent_key: bytes
+    keys: Sequence[bytes]
+    last_block_tokens: int
+
+
+class Hit(NamedTuple):
+    """The answer to a lookup. `runs` are over the leading hits; `ttl_s` is what the lease was granted for."""
+
+    blocks: int
+    runs: list[Run]
+    lease: Lease | None
+    ttl_s: float = 0.0
+
+
+class Adopted(NamedTuple):
+    """An adopted lease, what it was granted for, where its blocks lie, and the token count of each."""
+
+    lease: Lease
+    ttl_s: float
+    runs: list[Run]
+    token_counts: list[int]
+
+
+class PrefetchOutcome(NamedTuple):
+    missing: int
+    in_dram: int
+    promoted: int
+    failed: int
+
+
+class EvictOutcome(NamedTuple):
+    evicted: int
+    held: int
+    missing: int
+
+
+@dataclass(frozen=True, slots=True)
+class TierFacts:
+    """One tier, and its index. Sizes in bytes; `refusing_because` and `short_because` are empty where all is well."""
+
+    name: TierName
+    capacity_bytes: int
+    configured_bytes: int  # What the setting asks for; `short_because` says why there is less.
+    used_bytes: int
+    refusing_because: str
+    short_because: str
+    is_direct: bool  # Whether its files are read and written past the page cache.
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFacts:
+    """Plain numbers of one moment."""
+
+    store_id: bytes
+    started_at_ms: int
+    tiers: Sequence[TierFacts]
+    index_map_bytes: dict[TierName, int]
+    index_used_bytes: dict[TierName, int]
+    blocks: int
+    layouts: int
+    clients: int
+    leases: int
+    uploads: int
+    sessions: int
+    set_aside_bytes: int
+    set_aside_extents: int
+    reported: dict[tuple[str, str], int]  # (plan, outcome) -> requests that were reported so.
+
+
+@dataclass(frozen=True, slots=True)
+class SharedArena:
+    """The arena as clients on this host may use it. `not_shared_because` is empty where they may map it."""
+
+    not_shared_because: str
+    directory: str
+    arena_id: bytes
+    capacity_bytes: int
+    is_writable: bool
