@@ -231,9 +231,7 @@ def suspended_generators() -> list[GeneratorType[Any, Any, Any]]:
     return [
         each
         for each in gc.get_objects()
-        if type(each) is GeneratorType
-        and each.gi_frame is not None
-        and "kvservice_client" in each.gi_code.co_filename
+        if type(each) is GeneratorType and each.gi_frame is not None and "kvservice_client" in each.gi_code.co_filename
     ]
 
 
