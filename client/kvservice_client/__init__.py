@@ -20,14 +20,15 @@ from kvservice_api.errors import KVError
 from kvservice_api.keys import BlockChain, block_chain
 from kvservice_api.layout import LayerGroup, Layout, Rotary, Shard
 from kvservice_client.admin import Admin, Tier
-from kvservice_client.block_cache import BlockCache, Durability, SaveResult
+from kvservice_client.block_cache import BlockCache
 from kvservice_client.client import DEFAULT_ADDRESS, Client, EvictResult, PrefetchResult
 from kvservice_client.lease import Lease, LoadedLayer, ResidencyRun
 from kvservice_client.local_directory import LocalHit
 from kvservice_client.reports import Outcome, RequestReport
 from kvservice_client.session import Session, SessionHistory, SessionState, Slice
 from kvservice_client.tls import TlsFiles
-from kvservice_client.traffic import Stats
+from kvservice_client.traffic import Stats, TransportStats
+from kvservice_client.transports.base import Durability, SaveResult
 from kvservice_client.transports.in_place import View
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "Stats",
     "Tier",
     "TlsFiles",
+    "TransportStats",
     "View",
     "block_chain",
 ]

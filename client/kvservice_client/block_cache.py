@@ -2,63 +2,37 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice_api.errors import IndexFull, InvalidRequest, KVError, TierFull, from_status
+from kvservice_api.errors import IndexFull, InvalidRequest, TierFull
 from kvservice_api.keys import KEY_BYTES, BlockChain
 from kvservice_api.layout import Layout, Shard
 from kvservice_api.v1 import blocks_pb2 as pb
-from kvservice_api.v1 import types_pb2
 from kvservice_client import arguments
-from kvservice_client.attachment import Attachment
+from kvservice_client.attach_stream import Attachment
 from kvservice_client.buffers import Bytes, Slices, Source, readable
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection, Session
 from kvservice_client.lease import TRANSFER_BYTES_PER_S_MIN, Lease
 from kvservice_client.local_directory import LocalHit
 from kvservice_client.retry import Deadline
-from kvservice_client.transports.base import SaveOrder, Transport
+from kvservice_client.transports.base import Durability, SaveOrder, SaveResult
+from kvservice_client.transports.ordered import OrderedTransports
 
 # NumPy has no bfloat16 or float8: their elements show as integers of the same size.
 _VIEW_DTYPES = {"bfloat16": "int16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
 
 
-class Durability(StrEnum):
-    """When a save is acknowledged."""
-
-    DRAM = "dram"  # The block survives the death of the daemon, but not of the host.
-    SSD = "ssd"  # It survives a power cut too.
-
-
-_DURABILITY = {Durability.DRAM: types_pb2.DURABILITY_DRAM, Durability.SSD: types_pb2.DURABILITY_SSD}
-
-
-@dataclass(frozen=True, slots=True)
-class SaveResult:
-    """What became of the blocks of a save. Counts, except for `refused`: (position in the chain, why)."""
-
-    stored: int
-    already_stored: int
-    refused: list[tuple[int, KVError]]
-
-    @property
-    def is_complete(self) -> bool:
-        return not self.refused
-
-
 class BlockCache:
     """What an engine's rank works with. Thread-safe. Made by `Client.open_layout`."""
 
-    def __init__(self, connection: Connection, transport: Transport, layout: Layout, shard: Shard) -> None:
+    def __init__(self, connection: Connection, transports: OrderedTransports, layout: Layout, shard: Shard) -> None:
         self._connection = connection
-        self._transport = transport
+        self._transports = transports
         self.layout = layout
         self.shard = shard
 
@@ -110,17 +84,17 @@ class BlockCache:
         """
         if not len(arguments.chain(chain)):
             answer, nobody = pb.LookupPrefixResponse(), Attachment(b"", 0)
-            return Lease(self._connection, self._transport, self.layout, self.shard, (), nobody, answer, 0.0)
+            return Lease(self._connection, self._transports, self.layout, self.shard, (), nobody, answer, 0.0)
         deadline = self._connection.deadline(timeout_s)
         ttl_ms = _ttl_ms(lease_ttl_s)
         arguments.request_id(request_id)
 
         def attempt() -> Lease:
-            asked_at_s = time.monotonic()
+            asked_at_s = self._connection.clock.now_s()
             session, answer = self._look_up(chain, ttl_ms, deadline, request_id)
             return Lease(
                 self._connection,
-                self._transport,
+                self._transports,
                 self.layout,
                 self.shard,
                 chain.token_counts,
@@ -149,7 +123,7 @@ class BlockCache:
         )
 
         def attempt() -> Lease:
-            asked_at_s = time.monotonic()
+            asked_at_s = self._connection.clock.now_s()
             attachment, limits = self._connection.session(self.layout, deadline)
             request.client_id = attachment.client_id
             request.lease_ttl_ms = min(ttl_ms, limits.max_lease_ttl_ms)
@@ -162,7 +136,7 @@ class BlockCache:
                 runs=adopted.runs,
             )
             counts = adopted.token_counts
-            return Lease(self._connection, self._transport, self.layout, shard, counts, attachment, answer, asked_at_s)
+            return Lease(self._connection, self._transports, self.layout, shard, counts, attachment, answer, asked_at_s)
 
         return self._connection.retried(attempt, deadline)
 
@@ -191,7 +165,7 @@ class BlockCache:
         if timeout_s is None:
             size_bytes = sum(len(piece) for layer in slices for piece in layer)
             timeout_s = self._connection.timeout_s + size_bytes / TRANSFER_BYTES_PER_S_MIN
-        deadline = Deadline(timeout_s)
+        deadline = self._connection.deadline(timeout_s)
         limits = self._connection.retried(lambda: self._connection.limits(deadline), deadline)
         total = SaveResult(0, 0, [])
         blocks_max = max(1, min(limits.max_save_blocks, limits.max_save_slices // self.shard.layers))
@@ -211,28 +185,28 @@ class BlockCache:
         self, chain: BlockChain, slices: list[list[Bytes]], durability: Durability, deadline: Deadline
     ) -> SaveResult:
         """As many blocks as the daemon takes in one save."""
-        header = pb.SaveHeader(
-            layout_fingerprint=self.layout.fingerprint,
-            shard=self.shard.to_proto(),
-            parent_key=chain.parent,
-            keys=chain.packed_keys,
-            last_block_tokens=chain.token_counts[-1],
-            durability=_DURABILITY[Durability(durability)],
-        )
         order: SaveOrder | None = None
 
-        def attempt() -> pb.SaveBlocksResponse:
+        def attempt() -> SaveResult:
             nonlocal order
             session = self._connection.session(self.layout, deadline)
-            header.client_id = session.attachment.client_id
+            client_id = session.attachment.client_id
             if order is None:
-                frame_bytes = session.limits.max_frame_bytes
-                order = SaveOrder(header, slices, frame_bytes, self.layout, self.shard, chain.token_counts)
-            return self._transport.save(order, deadline)
+                order = SaveOrder(
+                    client_id,
+                    chain.packed_keys,
+                    chain.parent,
+                    Durability(durability),
+                    slices,
+                    session.limits.max_frame_bytes,
+                    self.layout,
+                    self.shard,
+                    chain.token_counts,
+                )
+            order.client_id = client_id
+            return self._transports.save(order, deadline)
 
-        answer = self._connection.retried(attempt, deadline)
-        refused = [(each.block, from_status(each.status)) for each in answer.refused]
-        return SaveResult(answer.stored, answer.already_stored, refused)
+        return self._connection.retried(attempt, deadline)
 
     def slice_bytes(self, token_count: int, layer: int | None = None) -> int:
         """The size of one layer of one block in this shard.

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ipaddress import ip_address
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import grpc
 from google.protobuf.message import Message
 
 from kvservice_api.address import TcpAddress, UnixAddress, parse_address
-from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, InvalidRequest, KVError, from_rpc_error
+from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, InvalidRequest, KVError
+from kvservice_api.status import from_rpc_error
 from kvservice_client import forks
 from kvservice_client.own_grpc import own_grpc
 from kvservice_client.retry import Deadline
@@ -23,8 +23,12 @@ BLOCKS = "/kvservice_api.v1.BlockService/"
 ADMIN = "/kvservice_api.v1.AdminService/"
 SESSIONS = "/kvservice_api.v1.SessionService/"
 
+if TYPE_CHECKING:
+    import grpc  # At run time it is `own_grpc()`.
+
 M = TypeVar("M", bound=Message)
 R = TypeVar("R")
+A = TypeVar("A")
 
 _MIB = 2**20
 OPTIONS: tuple[tuple[str, int | str], ...] = (
@@ -132,18 +136,13 @@ class Channel:
             response: M = self._guarded(link, lambda: call(request, timeout=deadline.remaining_s))
         return response
 
-    def stream(self, method: str, request: Message, answer: type[M], deadline: Deadline) -> Generator[M, None, None]:
-        """One request, many answers. Leaving the iterator cancels the call."""
-        with self._calling() as link:
-            call = link.callable(method, lambda grpc: grpc.unary_stream(method, _to_bytes, answer.FromString))
-            yield from self._answers(link, lambda: call(request, timeout=deadline.remaining_s))
+    def stream(self, method: str, request: Message, answer: type[M], deadline: Deadline) -> Answers[M]:
+        """One request, many answers. The call begins with the question for the first of them."""
+        return self._answers(method, "unary_stream", answer.FromString, request, deadline)
 
-    def stream_frames(self, method: str, request: Message, deadline: Deadline) -> Generator[bytes, None, None]:
+    def stream_frames(self, method: str, request: Message, deadline: Deadline) -> Answers[bytes]:
         """As `stream`, each answer left as the bytes it came in."""
-        deadline.check()
-        with self._calling() as link:
-            call = link.callable(method, lambda grpc: grpc.unary_stream(method, _to_bytes, None))
-            yield from self._answers(link, lambda: call(request, timeout=deadline.remaining_s))
+        return self._answers(method, "unary_stream", None, request, deadline)
 
     def send_frames(self, method: str, requests: Iterator[bytes], answer: type[M], deadline: Deadline) -> M:
         """Many requests that are bytes already, one answer."""
@@ -153,25 +152,39 @@ class Channel:
             response: M = self._guarded(link, lambda: call(requests, timeout=deadline.remaining_s))
         return response
 
-    def converse(self, method: str, requests: Iterator[Message], answer: type[M]) -> Iterator[M]:
+    def converse(self, method: str, requests: Iterator[Message], answer: type[M]) -> Answers[M]:
         """Many requests, many answers, without a deadline: for a stream that lives as long as its client."""
-        with self._calling() as link:
-            call = link.callable(method, lambda grpc: grpc.stream_stream(method, _to_bytes, answer.FromString))
-            yield from self._answers(link, lambda: call(requests))
+        return self._answers(method, "stream_stream", answer.FromString, requests, None)
+
+    def _answers(self, method: str, kind: str, decode: Any, request: Any, deadline: Deadline | None) -> Answers[Any]:
+        def start(link: _Link) -> Any:
+            if deadline is not None:
+                deadline.check()
+            call = link.callable(method, lambda grpc: getattr(grpc, kind)(method, _to_bytes, decode))
+            timeout_s = None if deadline is None else deadline.remaining_s
+            return self._guarded(link, lambda: call(request, timeout=timeout_s))
+
+        return Answers(self, start)
 
     @contextmanager
     def _calling(self) -> Iterator[_Link]:
-        """The link for one call. A link that was replaced closes with its last call."""
-        with self._lock:
-            link = self._current()
-            link.calls += 1
+        """The link for one call."""
+        link = self._begin_call()
         try:
             yield link
         finally:
-            if not link.is_inherited:
-                self._end_call(link)
+            self._end_call(link)
+
+    def _begin_call(self) -> _Link:
+        with self._lock:
+            link = self._current()
+            link.calls += 1
+        return link
 
     def _end_call(self, link: _Link) -> None:
+        """A link that was replaced closes with its last call. One of a parent's is left alone."""
+        if link.is_inherited:
+            return
         with self._lock:
             link.calls -= 1
             is_over = not link.calls and link in self._retired
@@ -203,25 +216,6 @@ class Channel:
         naming = (("grpc.ssl_target_name_override", name), ("grpc.default_authority", name)) if name else ()
         return _Link(grpc, grpc.secure_channel(target, credentials, (*OPTIONS, *naming)))
 
-    def _answers(self, link: _Link, start: Callable[[], Any]) -> Iterator[Any]:
-        call = self._guarded(link, start)
-        link.streams.add(call)
-        try:
-            while True:
-                if link.is_inherited:
-                    raise DaemonUnavailable("this call was begun before fork(), in the parent: begin it again here")
-                try:
-                    answer = next(call)
-                except StopIteration:
-                    return
-                except link.grpc.RpcError as error:
-                    raise self._explained(error) from error
-                yield answer
-        finally:
-            if not link.is_inherited:
-                call.cancel()  # Without effect on a call that has ended.
-                link.streams.discard(call)
-
     def _guarded(self, link: _Link, run: Callable[[], R]) -> R:
         try:
             return run()
@@ -239,6 +233,60 @@ class Channel:
         if type(known) is DeadlineExceeded:
             return DeadlineExceeded(f"the daemon at {self.address} did not answer in time")
         return known
+
+
+class Answers(Generic[A]):
+    """The answers of one call, an iterator and no generator: nothing of it runs between two of them.
+
+    `close` cancels the call, unless it has ended; so does the end of the object. For one thread at a time.
+    """
+
+    def __init__(self, channel: Channel, start: Callable[[_Link], Any]) -> None:
+        self._channel = channel
+        self._start = start
+        self._link: _Link | None = None
+        self._call: Any = None
+        self._is_over = False
+
+    def __iter__(self) -> Answers[A]:
+        return self
+
+    def __next__(self) -> A:
+        if self._is_over:
+            raise StopIteration
+        try:
+            return self._next(self._link or self._begin())
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self) -> _Link:
+        link = self._link = self._channel._begin_call()
+        self._call = self._start(link)
+        link.streams.add(self._call)
+        return link
+
+    def _next(self, link: _Link) -> A:
+        if link.is_inherited:
+            raise DaemonUnavailable("this call was begun before fork(), in the parent: begin it again here")
+        try:
+            answer: A = next(self._call)
+        except link.grpc.RpcError as error:
+            raise self._channel._explained(error) from error
+        return answer
+
+    def close(self) -> None:
+        link, was_over = self._link, self._is_over
+        self._is_over = True
+        if was_over or link is None or link.is_inherited:
+            return
+        if self._call is not None:
+            self._call.cancel()  # Without effect on a call that has ended.
+            link.streams.discard(self._call)
+        self._channel._end_call(link)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def _to_bytes(message: Message) -> bytes:

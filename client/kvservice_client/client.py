@@ -19,11 +19,8 @@ from kvservice_client.reports import RequestReport
 from kvservice_client.retry import Deadline
 from kvservice_client.session import Session
 from kvservice_client.tls import TlsFiles
-from kvservice_client.traffic import Metered, Stats, Traffic
-from kvservice_client.transports.base import Transport
-from kvservice_client.transports.grpc import GrpcTransport
-from kvservice_client.transports.shm import ShmTransport
-from kvservice_client.transports.throttled import Throttled
+from kvservice_client.traffic import Stats
+from kvservice_client.transports.ordered import OrderedTransports
 
 DEFAULT_ADDRESS = "127.0.0.1:7070"
 
@@ -79,15 +76,7 @@ class Client:
             raise InvalidRequest(f"transport is {transport!r}; it must be 'auto', 'shm' or 'grpc'", field="transport")
         arguments.rate(throttle_bytes_per_s, "throttle_bytes_per_s")
         self._connection = Connection(address, name, timeout_s, reconnect_wait_s, tls)
-        self._traffic = Traffic()
-        self._transport: Transport = Metered(GrpcTransport(self._connection.channel), self._traffic)
-        self._shm: ShmTransport | None = None
-        if transport != "grpc":
-            insists = transport == "shm"
-            self._shm = ShmTransport(self._connection, self._transport, self._traffic, insists=insists)
-            self._transport = self._shm
-        if throttle_bytes_per_s:
-            self._transport = Throttled(self._transport, throttle_bytes_per_s)
+        self._transports = OrderedTransports(self._connection, transport, throttle_bytes_per_s)
         self.admin = Admin(self._connection)
 
     @property
@@ -97,12 +86,11 @@ class Client:
     def close(self) -> None:
         """End all leases and the connection. What this client handed out is of no use after this."""
         self._connection.close()
-        if self._shm is not None:
-            self._shm.close()
+        self._transports.close()
 
     def stats(self) -> Stats:
         """Which transports moved how many bytes so far."""
-        return self._traffic.stats()
+        return self._transports.stats()
 
     def __enter__(self) -> Self:
         return self
@@ -126,7 +114,7 @@ class Client:
         """
         arguments.instance(layout, Layout, "layout")
         shard = Shard.whole(layout) if shard is None else arguments.instance(shard, Shard, "shard").check(layout)
-        return BlockCache(self._connection, self._transport, layout, shard)
+        return BlockCache(self._connection, self._transports, layout, shard)
 
     def session(self, layout: Layout, session_id: str, shard: Shard | None = None) -> Session:
         """A conversation whose history the daemon knows by this id. Asks the daemon nothing yet.

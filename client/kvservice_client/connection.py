@@ -11,11 +11,11 @@ from google.protobuf.message import Message
 from kvservice_api.errors import DaemonUnavailable, KVError, UnknownClient, UnknownLayout
 from kvservice_api.layout import Layout
 from kvservice_api.v1 import blocks_pb2 as pb
-from kvservice_client.attachment import Attachment, LifeLine
+from kvservice_client.attach_stream import Attachment, AttachStream
 from kvservice_client.channel import BLOCKS, Channel
 from kvservice_client.local_directory import LocalDirectory
 from kvservice_client.reports import Reporter
-from kvservice_client.retry import Deadline, retry
+from kvservice_client.retry import SYSTEM_CLOCK, Clock, Deadline, retry
 from kvservice_client.tls import TlsFiles
 
 M = TypeVar("M", bound=Message)
@@ -39,20 +39,27 @@ class Connection:
     """
 
     def __init__(
-        self, address: str, name: str, timeout_s: float, reconnect_wait_s: float, tls: TlsFiles | None = None
+        self,
+        address: str,
+        name: str,
+        timeout_s: float,
+        reconnect_wait_s: float,
+        tls: TlsFiles | None = None,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
+        self.clock = clock
         self.channel = Channel(address, tls)
-        self.life_line = LifeLine(self.channel, name)
+        self.attach_stream = AttachStream(self.channel, name)
         self.reporter = Reporter(self.channel, name)
         self.local_directory = LocalDirectory()
         self.timeout_s = timeout_s
         self._reconnect_wait_s = reconnect_wait_s
         self._limits: pb.GetCapabilitiesResponse | None = None
         self._opened: dict[bytes, int] = {}  # Layout fingerprint -> the boot epoch it was opened in.
-        self.close = weakref.finalize(self, _close, self.life_line, self.reporter, self.channel)
+        self.close = weakref.finalize(self, _close, self.attach_stream, self.reporter, self.channel)
 
     def deadline(self, timeout_s: float | None) -> Deadline:
-        return Deadline(self.timeout_s if timeout_s is None else timeout_s)
+        return Deadline(self.timeout_s if timeout_s is None else timeout_s, self.clock)
 
     def ask(self, method: str, request: Message, answer: type[M], deadline: Deadline) -> M:
         """One call of what may run twice, tried again while the daemon restarts."""
@@ -70,7 +77,7 @@ class Connection:
 
     def session(self, layout: Layout, deadline: Deadline) -> Session:
         """Attach and open the layout, as far as that is not done yet."""
-        attachment = self.life_line.current(deadline)
+        attachment = self.attach_stream.current(deadline)
         limits = self.limits(deadline, attachment.boot_epoch)
         self.open_layout(layout, attachment.boot_epoch, deadline)
         return Session(attachment, limits)
@@ -93,9 +100,9 @@ class Connection:
         self._opened[fingerprint] = boot_epoch
 
 
-def _close(life_line: LifeLine, reporter: Reporter, channel: Channel) -> None:
+def _close(attach_stream: AttachStream, reporter: Reporter, channel: Channel) -> None:
     reporter.close()
     reporter.join(_REPORTS_S)
-    life_line.close()
+    attach_stream.close()
     channel.close()
-    life_line.join(1.0)
+    attach_stream.join(1.0)

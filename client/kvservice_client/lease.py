@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
@@ -13,18 +12,19 @@ from kvservice_api.errors import BlockNotFound, InvalidRequest, KVError, LeaseEx
 from kvservice_api.layout import LayerGroup, Layout, Shard
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client import arguments, forks
-from kvservice_client.attachment import Attachment
+from kvservice_client.attach_stream import Attachment
 from kvservice_client.buffers import Bytes, Slices, Source, writable
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection
 from kvservice_client.retry import Deadline
-from kvservice_client.transports.base import VERIFY, LoadOrder, Transport, Verify
-from kvservice_client.transports.in_place import View
+from kvservice_client.transports.base import LoadOrder
+from kvservice_client.transports.in_place import VERIFY, Verify, View
+from kvservice_client.transports.ordered import OrderedTransports
 
 # What a transfer is given beyond the client's timeout: slower than this, recomputing is faster.
 TRANSFER_BYTES_PER_S_MIN = 128 * 2**20
 _RELEASE_S = 1.0
-_SPARED = 0.2  # Of a lease's time: bytes in place are not used that late, for clocks do not run alike.
+_USE_MARGIN = 0.2  # Of a lease's time: bytes in place are not used that late, for clocks do not run alike.
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Lease:
     def __init__(
         self,
         connection: Connection,
-        transport: Transport,
+        transports: OrderedTransports,
         layout: Layout,
         shard: Shard,
         token_counts: Sequence[int],
@@ -65,7 +65,7 @@ class Lease:
         asked_at_s: float,
     ) -> None:
         self._connection = connection
-        self._transport = transport
+        self._transports = transports
         self._layout = layout
         self._shard = shard
         self._attachment = attachment
@@ -88,9 +88,9 @@ class Lease:
     @property
     def remaining_s(self) -> float:
         """How long the lease goes on unless it is renewed; 0 once it has ended."""
-        if not self._lease_id or not self._connection.life_line.is_current(self._attachment):
+        if not self._lease_id or not self._connection.attach_stream.is_current(self._attachment):
             return 0.0
-        return max(0.0, self._end_s - time.monotonic())
+        return max(0.0, self._end_s - self._connection.clock.now_s())
 
     def layer_bytes(self, first_block: int = 0, block_count: int | None = None, layer: int | None = None) -> int:
         """The size of one layer of these blocks: what a buffer for `load` must have.
@@ -112,21 +112,21 @@ class Lease:
         first_block: int = 0,
         block_count: int | None = None,
         timeout_s: float | None = None,
-    ) -> Iterator[LoadedLayer]:
+    ) -> Generator[LoadedLayer, None, None]:
         """The blocks' layers in order, each as soon as its last byte is there.
 
         `into` has one writable buffer per layer, filled in place; without it each layer gets a new
         array. `timeout_s` is for the whole load; by default the client's timeout and a second more
         for each 128 MiB. The lease is renewed meanwhile where needed. Raises LeaseExpired,
         ChecksumMismatch, StorageFailed, DaemonUnavailable, DeadlineExceeded: layers that were
-        yielded are right all the same. Leaving the iterator ends the load.
+        yielded are right all the same. Closing the generator ends the load, and the call on the daemon's side.
         """
         order = self._order(first_block, block_count)
         if into is not None:
             order = replace(order, into=self._targets(order, into))
         if timeout_s is None:
             timeout_s = self._connection.timeout_s + order.size_bytes / TRANSFER_BYTES_PER_S_MIN
-        return self._layers(order, Deadline(timeout_s))
+        return self._layers(order, self._connection.deadline(timeout_s))
 
     def view(
         self,
@@ -152,9 +152,9 @@ class Lease:
         order = self._order(first_block, block_count)
         if timeout_s is None:
             timeout_s = self._connection.timeout_s + order.size_bytes / TRANSFER_BYTES_PER_S_MIN
-        deadline = Deadline(timeout_s)
+        deadline = self._connection.deadline(timeout_s)
         self._keep(deadline)
-        return self._transport.view(order, deadline, verify)
+        return self._transports.view(order, deadline, verify)
 
     def _order(self, first_block: int, block_count: int | None) -> LoadOrder:
         if not self.hit_blocks:
@@ -173,7 +173,7 @@ class Lease:
             self._layout,
             self._shard,
             self.token_counts[first_block:end],
-            self._usable_until_s,
+            self._is_usable,
         )
 
     def _targets(self, order: LoadOrder, into: Sequence[Source]) -> list[Bytes]:
@@ -186,18 +186,19 @@ class Lease:
             for layer, each in enumerate(into)
         ]
 
-    def _usable_until_s(self) -> float:
-        """Until when bytes in place may be used, whether or not the daemon is still there to say so."""
-        return self._end_s - _SPARED * self._ttl_s if self._lease_id else 0.0
+    def _is_usable(self) -> bool:
+        """Whether bytes in place may still be used, whether or not the daemon is there to say so."""
+        return bool(self._lease_id) and self._connection.clock.now_s() <= self._end_s - _USE_MARGIN * self._ttl_s
 
-    def _layers(self, order: LoadOrder, deadline: Deadline) -> Iterator[LoadedLayer]:
+    def _layers(self, order: LoadOrder, deadline: Deadline) -> Generator[LoadedLayer, None, None]:
         self._keep(deadline)
-        for index, data in enumerate(self._transport.load(order, deadline)):
-            yield LoadedLayer(index, data, self._layout.group_of(self._shard.layer_begin + index))
-            if self._is_inherited:
-                raise self._ended()
-            with suppress(KVError):  # The daemon holds what it is sending: the load itself needs the lease no more.
-                self._keep(deadline)
+        with closing(self._transports.load(order, deadline)) as layers:
+            for index, data in enumerate(layers):
+                yield LoadedLayer(index, data, self._layout.group_of(self._shard.layer_begin + index))
+                if self._is_inherited:
+                    raise self._ended()
+                with suppress(KVError):  # The daemon holds what it is sending: the load needs the lease no more.
+                    self._keep(deadline)
 
     def renew(self, ttl_s: float | None = None, timeout_s: float | None = None) -> float:
         """Extend the lease to `ttl_s` from now, by default what it had. What was granted, in seconds."""
@@ -266,13 +267,13 @@ class Lease:
         remaining_s = self.remaining_s
         if not remaining_s:
             raise self._ended()
-        if remaining_s < min(self._ttl_s / 2, deadline.remaining_s + _SPARED * self._ttl_s):
+        if remaining_s < min(self._ttl_s / 2, deadline.remaining_s + _USE_MARGIN * self._ttl_s):
             self._renew(self._ttl_s, deadline)
 
     def _renew(self, ttl_s: float, deadline: Deadline) -> None:
         if not self.remaining_s:
             raise self._ended()
-        asked_at_s = time.monotonic()
+        asked_at_s = self._connection.clock.now_s()
         request = pb.RenewLeaseRequest(
             client_id=self._attachment.client_id, lease_id=self._lease_id, ttl_ms=max(1, round(ttl_s * 1e3))
         )

@@ -22,6 +22,8 @@ from importlib.machinery import ExtensionFileLoader, ModuleSpec, PathFinder, Sou
 from types import ModuleType
 from typing import Any
 
+import kvservice_api.grpc_forks  # isort: skip  # noqa: F401  # Before whatever else imports gRPC.
+
 import grpc
 
 from kvservice_api.errors import DaemonUnavailable

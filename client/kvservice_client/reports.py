@@ -18,7 +18,7 @@ from enum import StrEnum
 from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, InvalidRequest, KVError
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client import arguments, forks
-from kvservice_client.attachment import default_name
+from kvservice_client.attach_stream import default_name
 from kvservice_client.channel import BLOCKS, Channel
 from kvservice_client.retry import Deadline
 

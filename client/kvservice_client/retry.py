@@ -15,17 +15,31 @@ _PAUSE_FIRST_S = 0.01
 _PAUSE_MAX_S = 0.1
 
 
-class Deadline:
-    """A moment on the monotonic clock: a wall clock that jumps moves no deadline."""
+class Clock:
+    """The client's time, in seconds that never go back: a wall clock that jumps moves nothing. Tests pass another."""
 
-    def __init__(self, seconds: float) -> None:
+    def now_s(self) -> float:
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+SYSTEM_CLOCK = Clock()
+
+
+class Deadline:
+    """A moment on the client's clock."""
+
+    def __init__(self, seconds: float, clock: Clock = SYSTEM_CLOCK) -> None:
         """Raises InvalidRequest where `seconds` is not a number from 0 to 1e9."""
         self.allowed_s = seconds = arguments.seconds(seconds, "timeout_s")
-        self._end_s = time.monotonic() + seconds
+        self.clock = clock
+        self._end_s = clock.now_s() + seconds
 
     @property
     def remaining_s(self) -> float:
-        return max(0.0, self._end_s - time.monotonic())
+        return max(0.0, self._end_s - self.clock.now_s())
 
     def check(self) -> None:
         if not self.remaining_s:
@@ -43,7 +57,7 @@ def retry(
     After an error, `repair` says whether another attempt can help. Attempts end with the deadline,
     or after `patience_s`, whichever comes first: an engine recomputes sooner than it waits.
     """
-    patience = Deadline(min(patience_s, deadline.remaining_s))
+    patience = Deadline(min(patience_s, deadline.remaining_s), deadline.clock)
     pause_s = _PAUSE_FIRST_S
     while True:
         deadline.check()
@@ -52,5 +66,5 @@ def retry(
         except KVError as error:
             if not repair(error) or patience.remaining_s < pause_s:
                 raise
-        time.sleep(pause_s)  # Less than what patience and deadline leave: both were asked above.
+        deadline.clock.sleep(pause_s)  # Less than what patience and deadline leave: both were asked above.
         pause_s = min(2 * pause_s, _PAUSE_MAX_S)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import ssl
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from kvservice_api.errors import TlsFileUnusable
+from kvservice_api.file_stamps import file_stamps
+from kvservice_client.retry import SYSTEM_CLOCK, Clock
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class TlsFiles:
 
     def stamps(self) -> tuple[object, ...]:
         """Differs after each change of a file, be it in place, by renaming, or of a link on its way."""
-        return tuple(_stamp(path) for path in (self.ca, self.certificate, self.key) if path)
+        return file_stamps(self.ca, self.certificate, self.key)
 
 
 class TlsContents(NamedTuple):
@@ -82,13 +83,14 @@ class TlsContents(NamedTuple):
 class TlsWatch:
     """Says what the files hold now, once after each change. For one thread at a time."""
 
-    def __init__(self, files: TlsFiles) -> None:
+    def __init__(self, files: TlsFiles, clock: Clock = SYSTEM_CLOCK) -> None:
         """Raises TlsFileUnusable."""
         self.files = files
         self._stamps = files.stamps()
         self.latest = files.read()
         self._refused: tuple[object, ...] = ()
-        self._next_look_s = time.monotonic() + _LOOK_EVERY_S
+        self._clock = clock
+        self._next_look_s = clock.now_s() + _LOOK_EVERY_S
 
     def look_soon(self) -> None:
         """A connection broke: do not wait with the next look."""
@@ -96,7 +98,7 @@ class TlsWatch:
 
     def newer(self) -> TlsContents | None:
         """What has replaced `latest`; None where nothing has, or nothing usable. Cheap: it looks once a second."""
-        now_s = time.monotonic()
+        now_s = self._clock.now_s()
         if now_s < self._next_look_s:
             return None
         self._next_look_s = now_s + _LOOK_EVERY_S
@@ -122,14 +124,6 @@ def _read(what: str, path: str | os.PathLike[str]) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise _unusable(what, path, f"cannot be read: {error.strerror}") from error
-
-
-def _stamp(path: str | os.PathLike[str]) -> tuple[int, ...] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def _unusable(what: str, path: str | os.PathLike[str], reason: str) -> TlsFileUnusable:

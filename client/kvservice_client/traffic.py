@@ -1,18 +1,32 @@
-"""How many bytes went which way: what `Client.stats` tells."""
+"""The meter: what went which way, as `Client.stats` returns it."""
 
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
-from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client import forks
-from kvservice_client.buffers import Bytes
-from kvservice_client.retry import Deadline
-from kvservice_client.transports.base import LoadOrder, SaveOrder, Transport, Verify
-from kvservice_client.transports.in_place import View
+
+
+@dataclass(frozen=True, slots=True)
+class TransportStats:
+    """What one transport did since the client was made.
+
+    Bytes are payload. Operations are those that it carried to their end. Seconds are those in which it worked:
+    callers that take their time between two layers are not counted. `fallbacks` are the operations that it left, in
+    whole or in part, to the next transport.
+    """
+
+    loads: int = 0
+    saves: int = 0
+    views: int = 0
+    loaded_bytes: int = 0
+    saved_bytes: int = 0
+    viewed_bytes: int = 0
+    load_seconds: float = 0.0
+    save_seconds: float = 0.0
+    fallbacks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,17 +36,18 @@ class Stats:
     A forked child counts from zero.
 
     `shm_refused_because` says why shared memory was not used the last time that it was not; empty where it
-    always was, or was not wanted.
+    always was, or was not wanted. `transports` has all that was counted, of each transport that was tried.
     """
 
     loaded_bytes: Mapping[str, int]
     saved_bytes: Mapping[str, int]
     viewed_bytes: int
     shm_refused_because: str
+    transports: Mapping[str, TransportStats] = field(default_factory=dict)
 
 
-class Traffic:
-    """Counts. Thread-safe. A forked child counts from zero."""
+class Meter:
+    """Counts for all transports alike. Thread-safe. A forked child counts from zero."""
 
     def __init__(self) -> None:
         self.reset_in_child()
@@ -40,48 +55,49 @@ class Traffic:
 
     def reset_in_child(self) -> None:
         self._lock = threading.Lock()
-        self._loaded: Counter[str] = Counter()
-        self._saved: Counter[str] = Counter()
-        self._viewed_bytes = 0
-        self._refused_because = ""
+        self._counts: dict[str, TransportStats] = {}
+        self._refused_because: dict[str, str] = {}
 
-    def loaded(self, transport: str, size_bytes: int) -> None:
+    def add(
+        self,
+        transport: str,
+        *,
+        loads: int = 0,
+        saves: int = 0,
+        views: int = 0,
+        loaded_bytes: int = 0,
+        saved_bytes: int = 0,
+        viewed_bytes: int = 0,
+        load_seconds: float = 0.0,
+        save_seconds: float = 0.0,
+    ) -> None:
         with self._lock:
-            self._loaded[transport] += size_bytes
+            was = self._counts.get(transport) or TransportStats()
+            self._counts[transport] = TransportStats(
+                was.loads + loads,
+                was.saves + saves,
+                was.views + views,
+                was.loaded_bytes + loaded_bytes,
+                was.saved_bytes + saved_bytes,
+                was.viewed_bytes + viewed_bytes,
+                was.load_seconds + load_seconds,
+                was.save_seconds + save_seconds,
+                was.fallbacks,
+            )
 
-    def saved(self, transport: str, size_bytes: int) -> None:
+    def fell_back(self, transport: str, why: str) -> None:
         with self._lock:
-            self._saved[transport] += size_bytes
-
-    def viewed(self, size_bytes: int) -> None:
-        with self._lock:
-            self._viewed_bytes += size_bytes
-
-    def refused(self, why: str) -> None:
-        self._refused_because = why
+            was = self._counts.get(transport) or TransportStats()
+            self._counts[transport] = replace(was, fallbacks=was.fallbacks + 1)
+            self._refused_because[transport] = why
 
     def stats(self) -> Stats:
         with self._lock:
-            return Stats(dict(self._loaded), dict(self._saved), self._viewed_bytes, self._refused_because)
-
-
-class Metered:
-    """A transport whose bytes are counted."""
-
-    def __init__(self, transport: Transport, traffic: Traffic) -> None:
-        self.name = transport.name
-        self._transport = transport
-        self._traffic = traffic
-
-    def load(self, order: LoadOrder, deadline: Deadline) -> Iterator[Bytes]:
-        for data in self._transport.load(order, deadline):
-            self._traffic.loaded(self.name, len(data))
-            yield data
-
-    def view(self, order: LoadOrder, deadline: Deadline, verify: Verify) -> View:
-        return self._transport.view(order, deadline, verify)
-
-    def save(self, order: SaveOrder, deadline: Deadline) -> pb.SaveBlocksResponse:
-        answer = self._transport.save(order, deadline)
-        self._traffic.saved(self.name, sum(piece.size for layer in order.layers for piece in layer))
-        return answer
+            counts, because = dict(self._counts), self._refused_because.get("shm", "")
+        return Stats(
+            {name: count.loaded_bytes for name, count in counts.items() if count.loaded_bytes},
+            {name: count.saved_bytes for name, count in counts.items() if count.saves},
+            sum(count.viewed_bytes for count in counts.values()),
+            because,
+            counts,
+        )

@@ -42,7 +42,7 @@ def reason(error: OSError) -> str:
 
 
 class SocketLock:
-    """Keeps other daemons from taking a UNIX socket over: whoever makes one removes the one before.
+    """Keeps other daemons from taking a UNIX socket over: making a socket removes an earlier one.
 
     A lock on a file beside the socket, which the kernel drops when its holder dies, so that the socket
     of a dead daemon is replaced. The file stays. Raises AddressUnusable where a daemon or any other
@@ -57,7 +57,7 @@ class SocketLock:
             raise _unusable(path, f"{lock} cannot be made: {error.strerror}") from error
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _expect_nobody(path)  # Not every program that listens there takes the lock.
+            _expect_no_listener(path)  # Not every program that listens there takes the lock.
         except BlockingIOError:
             os.close(self._fd)
             raise _unusable(path, "another daemon listens there; name another socket, or `off`") from None
@@ -69,7 +69,7 @@ class SocketLock:
         os.close(self._fd)
 
 
-def _expect_nobody(path: Path) -> None:
+def _expect_no_listener(path: Path) -> None:
     try:
         is_socket = stat.S_ISSOCK(path.stat().st_mode)
     except OSError:

@@ -13,13 +13,12 @@ from kvservice.rpc.interceptors import Context
 from kvservice.rpc.session_messages import session_message
 from kvservice.rpc.timestamps import timestamp
 from kvservice.store.store import BlockStore
+from kvservice.store.types import DISCARD_KEYS_MAX, PIN_KEYS_MAX
 from kvservice_api.errors import BlockNotFound, InvalidRequest
 from kvservice_api.keys import split_keys
 from kvservice_api.v1 import admin_pb2 as pb
 from kvservice_api.v1 import types_pb2
 
-_DISCARD_KEYS_MAX = 65536
-_PIN_KEYS_MAX = 4096
 _TIERS: dict[int, list[TierName]] = {types_pb2.TIER_DRAM: [TierName.DRAM], types_pb2.TIER_SSD: [TierName.SSD]}
 
 
@@ -89,7 +88,7 @@ class AdminService:
             raise InvalidRequest("give exactly one of keys, layout_fingerprint and everything", field="keys")
         caller = self._callers.of(context)
         if request.keys:
-            keys = split_keys(request.keys, field="keys", count_max=_DISCARD_KEYS_MAX)
+            keys = split_keys(request.keys, field="keys", count_max=DISCARD_KEYS_MAX)
             discarded, missing = await self._operators.discard(caller, keys)
             return pb.DiscardResponse(discarded=discarded, missing=missing)
         discarded = await self._operators.discard_layout(caller, request.layout_fingerprint or None)
@@ -111,7 +110,7 @@ class AdminService:
                 )
 
     async def Pin(self, request: pb.PinRequest, context: Context) -> pb.PinResponse:
-        keys = split_keys(request.keys, field="keys", count_max=_PIN_KEYS_MAX)
+        keys = split_keys(request.keys, field="keys", count_max=PIN_KEYS_MAX)
         outcome = await self._operators.pin(self._callers.of(context), keys, request.ttl_ms)
         return pb.PinResponse(
             pinned=outcome.pinned,
@@ -122,7 +121,7 @@ class AdminService:
         )
 
     async def Unpin(self, request: pb.UnpinRequest, context: Context) -> pb.UnpinResponse:
-        keys = split_keys(request.keys, field="keys", count_max=_PIN_KEYS_MAX)
+        keys = split_keys(request.keys, field="keys", count_max=PIN_KEYS_MAX)
         outcome = await self._operators.unpin(self._callers.of(context), keys)
         return pb.UnpinResponse(**outcome._asdict())
 

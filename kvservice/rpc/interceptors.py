@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 import grpc
 from google.protobuf.message import DecodeError
 
-from kvservice_api.errors import InvalidRequest, KVError, to_status
+from kvservice_api.errors import InvalidRequest, KVError
+from kvservice_api.status import grpc_code, to_status
 
 log = logging.getLogger(__name__)
 
@@ -50,5 +51,5 @@ def guarded(handler: Unary, parse: Callable[[bytes], Any] | None = None) -> Unar
 
 async def _abort(context: Context, error: KVError) -> NoReturn:
     details = ((_DETAILS_KEY, to_status(error).SerializeToString()),)
-    await context.abort(error.code, error.message, details)
+    await context.abort(grpc_code(error), error.message, details)
     raise AssertionError("abort raises")

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvservice.store.types import SAVE_BLOCKS_MAX, Run, SaveHeader, SaveOutcome
-from kvservice_api.errors import InvalidRequest, KVError, to_status
+from kvservice_api.errors import InvalidRequest, KVError
 from kvservice_api.keys import split_keys
 from kvservice_api.layout import Shard
+from kvservice_api.status import to_status
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_api.v1 import sessions_pb2, types_pb2
 

@@ -11,13 +11,10 @@ from kvservice.rpc.interceptors import Context
 from kvservice.rpc.messages import residency_runs, shard_of
 from kvservice.rpc.session_messages import change_refused, session_message
 from kvservice.store.store import BlockStore
-from kvservice.store.types import Turn
+from kvservice.store.types import KEEP_RANGES_MAX, POSITIONS_MAX, Turn
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.keys import KEY_BYTES, split_keys
 from kvservice_api.v1 import sessions_pb2 as pb
-
-_POSITIONS_MAX = 65536
-_RANGES_MAX = 4096  # A few milliseconds of the event loop.
 
 
 class SessionService:
@@ -46,7 +43,7 @@ class SessionService:
         )
 
     async def TruncateSession(self, request: pb.TruncateSessionRequest, context: Context) -> pb.TruncateSessionResponse:
-        _check_count("keep", request.keep, _RANGES_MAX)
+        _check_count("keep", request.keep, KEEP_RANGES_MAX)
         caller, keep = self._callers.of(context), [(part.first, part.count) for part in request.keep]
         with change_refused():
             session = await self._store.truncate_session(
@@ -70,7 +67,7 @@ class SessionService:
     def _turn(self, request: pb.AppendTurnRequest) -> Turn:
         if len(request.parent_key) != KEY_BYTES:
             raise InvalidRequest(f"parent_key has {len(request.parent_key)} bytes, not {KEY_BYTES}", field="parent_key")
-        _check_count("stored_positions", request.stored_positions, _POSITIONS_MAX)
+        _check_count("stored_positions", request.stored_positions, POSITIONS_MAX)
         return Turn(
             request.parent_key,
             split_keys(request.keys, field="keys", count_max=self._store.limits.keys_max),

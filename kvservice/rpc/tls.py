@@ -23,6 +23,7 @@ import grpc
 
 from kvservice.config import ConfigError, Tls
 from kvservice.counters import Counters
+from kvservice_api.file_stamps import file_stamps
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class Certificates:
     def __init__(self, files: Tls) -> None:
         """Read the files. Raises ConfigError, naming setting, file and reason."""
         self._files = files
-        self._stamps = _stamps(files)
+        self._stamps = file_stamps(files.certificate, files.key, files.client_ca)
         self.latest = read_identity(files)
         self._doubt: tuple[Stamps, str] | None = None
         self._has_told = False
@@ -86,7 +87,7 @@ class Certificates:
         What cannot is looked at again each time. It is refused, and counted, once it was found the same
         twice: the first time, somebody may be half way through writing.
         """
-        stamps = _stamps(self._files)
+        stamps = file_stamps(self._files.certificate, self._files.key, self._files.client_ca)
         if stamps == self._stamps:
             return
         try:
@@ -207,19 +208,6 @@ def _as_file(content: bytes) -> Iterator[str]:
         yield f"/proc/self/fd/{fd}"
     finally:
         os.close(fd)
-
-
-def _stamps(files: Tls) -> Stamps:
-    """Differs after each change of the files, be it in place, by renaming, or of a link on their way."""
-    return tuple(_stamp(path) for path in (files.certificate, files.key, files.client_ca) if path)
-
-
-def _stamp(path: str) -> tuple[int, ...] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def _unusable(files: Tls, name: str, reason: str) -> ConfigError:

@@ -1,9 +1,8 @@
-"""Attached clients, and the leases that hang on them.
+"""Attached clients and their leases.
 
-A lease keeps blocks in their place for a client. It ends by release, by expiry, or with its
-client: nobody finds it from then on, and its blocks are let go over the next turns of the event
-loop where they are many. Time comes from the clock that is handed in; `expire` is called by
-whoever owns the time.
+A lease keeps blocks in place for a client. It ends by release, by expiry, or with its client: it cannot be found from
+then on, and where its blocks are many, their counts are decremented over the next turns of the event loop. Time comes
+from the clock that is passed in; the store calls `expire` four times a second.
 """
 
 from __future__ import annotations
@@ -78,8 +77,8 @@ class Leases:
         self._leases: dict[int, Lease] = {}
         self._ends_at_s: dict[int, float] = {}
         self._by_end: list[tuple[float, int]] = []  # Old entries of renewed leases stay until they come up.
-        self._over: deque[Rows] = deque()  # Of leases that have ended, and are still to be let go.
-        self._letting_go: asyncio.Task[None] | None = None
+        self._ended_rows: deque[Rows] = deque()  # Row batches of ended leases whose counts are not decremented yet.
+        self._drain: asyncio.Task[None] | None = None
         self._next_lease_id = secrets.randbits(48) << 8  # A number of a daemon before this one means nothing here.
 
     @property
@@ -157,7 +156,7 @@ class Leases:
         return lease
 
     def find(self, lease_id: int) -> Lease | None:
-        """The lease of this number, whoever holds it; None once its time is over."""
+        """The lease of this number, of any client; None once its time is over."""
         lease = self._leases.get(lease_id)
         return lease if lease is not None and self._ends_at_s[lease_id] > self._clock.monotonic_s() else None
 
@@ -189,8 +188,8 @@ class Leases:
 
     async def drain_ended(self) -> None:
         """Wait until nothing is held any more by leases that have ended."""
-        while self._over and self._letting_go is not None:
-            await asyncio.wait({self._letting_go})
+        while self._ended_rows and self._drain is not None:
+            await asyncio.wait({self._drain})
 
     def _set_end(self, lease_id: int, ttl_s: float) -> None:
         end_s = self._clock.monotonic_s() + ttl_s
@@ -207,26 +206,26 @@ class Leases:
             del self._ends_at_s[lease.lease_id]
             lease.client.leases.discard(lease.lease_id)
             lease.client.leased_rows -= len(lease.held_rows)
-            self._over.append(lease.held_rows)
-        if self._letting_go is None:
+            self._ended_rows.append(lease.held_rows)
+        if self._drain is None:
             self._unlease_batch()
-            if self._over:
-                self._letting_go = self._tasks.start(self._drain_ended_forever(), "end of leases")
+            if self._ended_rows:
+                self._drain = self._tasks.start(self._drain_ended_forever(), "end of leases")
 
     async def _drain_ended_forever(self) -> None:
         try:
-            while self._over:
+            while self._ended_rows:
                 await self._loop_budget.slot()
                 self._unlease_batch()
         finally:
-            self._letting_go = None
+            self._drain = None
 
     def _unlease_batch(self) -> None:
         """Of as many rows, and as many leases, as one turn of the event loop can take."""
         room = _ROWS_A_TURN
-        while self._over and room:
-            rows = self._over.popleft()
+        while self._ended_rows and room:
+            rows = self._ended_rows.popleft()
             if len(rows) > room:
-                self._over.appendleft(rows[room:])
+                self._ended_rows.appendleft(rows[room:])
             self._lifecycle.unlease(rows[:room])
             room -= min(room, max(len(rows), 16))  # Of small leases not too many.

@@ -38,27 +38,33 @@
   x DaemonUnavailable  UNAVAILABLE          recompute; the client reconnects on its own
   x DeadlineExceeded   DEADLINE_EXCEEDED    recompute
 
-On the wire an error is its status code, its message, and a ``google.rpc.ErrorInfo`` with the
-domain "kvservice" and the reason derived from the class name. Where waiting helps there is a
+On the wire (``kvservice_api/status.py``) an error is its status code, its message, and a ``google.rpc.ErrorInfo`` with
+the domain "kvservice" and the reason derived from the class name. Where waiting helps there is a
 ``google.rpc.RetryInfo`` too; SessionChanged brings the ``Session`` as it is now.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import kvservice_api.grpc_forks  # isort: skip  # noqa: F401  # Before whatever else imports gRPC.
+if TYPE_CHECKING:
+    from kvservice_api.v1 import sessions_pb2
 
-import grpc
-from google.protobuf import any_pb2
-from google.protobuf.message import Message
-from google.rpc import error_details_pb2, status_pb2
-from grpc_status import rpc_status
 
-from kvservice_api.v1 import sessions_pb2
+class Code(IntEnum):
+    """The status codes of gRPC that our errors travel as: names and numbers of ``google.rpc.Code``."""
 
-DOMAIN = "kvservice"
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    ABORTED = 10
+    UNAVAILABLE = 14
+    DATA_LOSS = 15
 
 
 class KVError(Exception):
@@ -67,14 +73,13 @@ class KVError(Exception):
     ``details`` are short strings that travel beside the message, such as the offending field.
     """
 
-    code: ClassVar[grpc.StatusCode]
+    code: ClassVar[Code]
     reason: ClassVar[str]  # Travels as ErrorInfo.reason; derived below, so it cannot drift.
     by_reason: ClassVar[dict[str, type[KVError]]] = {}
     retry_after_s: float | None = None
-    attached_type: ClassVar[type[Message] | None] = None
-    attached: Any = None  # A message of `attached_type` that travels along, or None.
+    attached: Any = None  # A protobuf message that travels along, or None: `kvservice_api.status` names its type.
 
-    def __init_subclass__(cls, code: grpc.StatusCode) -> None:
+    def __init_subclass__(cls, code: Code) -> None:
         cls.code = code
         cls.reason = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).upper()
         cls.by_reason[cls.reason] = cls
@@ -85,215 +90,150 @@ class KVError(Exception):
         self.details = {name: str(value) for name, value in details.items()}
 
 
-class InvalidRequest(KVError, code=grpc.StatusCode.INVALID_ARGUMENT):
+class InvalidRequest(KVError, code=Code.INVALID_ARGUMENT):
     """A field is missing, malformed or out of range."""
 
 
-class InvalidLayout(KVError, code=grpc.StatusCode.INVALID_ARGUMENT):
+class InvalidLayout(KVError, code=Code.INVALID_ARGUMENT):
     """A layout's dimension is zero, too large, or contradicts another."""
 
 
-class InvalidFrame(KVError, code=grpc.StatusCode.INVALID_ARGUMENT):
+class InvalidFrame(KVError, code=Code.INVALID_ARGUMENT):
     """A frame is out of range, overlaps another, is too large, or is cut off."""
 
 
-class IncompleteSave(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+class IncompleteSave(KVError, code=Code.FAILED_PRECONDITION):
     """A save was committed before all its bytes arrived, or ended without a commit."""
 
 
-class LayoutMismatch(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+class LayoutMismatch(KVError, code=Code.FAILED_PRECONDITION):
     """A fingerprint is not that of the layout it came with."""
 
 
-class UnknownLayout(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+class UnknownLayout(KVError, code=Code.FAILED_PRECONDITION):
     """No layout with this fingerprint was opened in this store."""
 
 
-class UnknownClient(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+class UnknownClient(KVError, code=Code.FAILED_PRECONDITION):
     """The client is not attached, or no longer."""
 
 
-class LeaseExpired(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+class LeaseExpired(KVError, code=Code.FAILED_PRECONDITION):
     """The lease has ended, or there never was one of this number."""
 
 
-class ScrubRunning(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+class ScrubRunning(KVError, code=Code.FAILED_PRECONDITION):
     """Another scrub is under way."""
 
 
-class TlsFileUnusable(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+class TlsFileUnusable(KVError, code=Code.FAILED_PRECONDITION):
     """A certificate, key or CA file of the client cannot be used. Raised on the client's side only."""
 
 
-class NotShared(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+class NotShared(KVError, code=Code.FAILED_PRECONDITION):
     """The arena cannot be read or written in place: by this client, or by any."""
 
 
-class NoWriterLock(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+class NoWriterLock(KVError, code=Code.FAILED_PRECONDITION):
     """The client does not hold the lock that tells the daemon that it may be writing."""
 
 
-class ReservationEnded(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+class ReservationEnded(KVError, code=Code.FAILED_PRECONDITION):
     """The reservation was committed or abandoned, ended with its client, or never was."""
 
 
-class TicketForeign(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+class TicketForeign(KVError, code=Code.FAILED_PRECONDITION):
     """The lease ticket was made by another daemon, or by this one before it restarted."""
 
 
-class TicketExpired(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+class TicketExpired(KVError, code=Code.FAILED_PRECONDITION):
     """The time of the lease ticket is over, and its blocks are no longer held for it."""
 
 
-class TicketSpent(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+class TicketSpent(KVError, code=Code.FAILED_PRECONDITION):
     """The lease ticket was adopted as often as its exporter allowed."""
 
 
-class TicketLayoutMismatch(KVError, code=grpc.StatusCode.FAILED_PRECONDITION):
+class TicketLayoutMismatch(KVError, code=Code.FAILED_PRECONDITION):
     """The lease ticket is for blocks of another layout than the one that it was adopted with."""
 
 
-class TicketForged(KVError, code=grpc.StatusCode.PERMISSION_DENIED):
+class TicketForged(KVError, code=Code.PERMISSION_DENIED):
     """The bytes are no lease ticket of this daemon: they were cut off, changed, or made up."""
 
 
-class TicketNotYours(KVError, code=grpc.StatusCode.PERMISSION_DENIED):
+class TicketNotYours(KVError, code=Code.PERMISSION_DENIED):
     """The lease ticket belongs to another tenant."""
 
 
-class LeaseNotYours(KVError, code=grpc.StatusCode.PERMISSION_DENIED):
+class LeaseNotYours(KVError, code=Code.PERMISSION_DENIED):
     """The lease belongs to another client."""
 
 
-class ReservationNotYours(KVError, code=grpc.StatusCode.PERMISSION_DENIED):
+class ReservationNotYours(KVError, code=Code.PERMISSION_DENIED):
     """The reservation belongs to another client."""
 
 
-class BlockNotFound(KVError, code=grpc.StatusCode.NOT_FOUND):
+class BlockNotFound(KVError, code=Code.NOT_FOUND):
     """Nothing is stored under this key."""
 
 
-class RequestNotFound(KVError, code=grpc.StatusCode.NOT_FOUND):
+class RequestNotFound(KVError, code=Code.NOT_FOUND):
     """No lookup with this request id is remembered."""
 
 
-class SessionNotFound(KVError, code=grpc.StatusCode.NOT_FOUND):
+class SessionNotFound(KVError, code=Code.NOT_FOUND):
     """There is no such session: it was never begun, was ended, or nobody used it for its time to live."""
 
 
-class SessionChanged(KVError, code=grpc.StatusCode.ABORTED):
+class SessionChanged(KVError, code=Code.ABORTED):
     """The session is not at the revision that the caller expected, or exists already."""
 
-    attached_type = sessions_pb2.Session
     attached: sessions_pb2.Session | None = None
     now: Any = None  # Inside the daemon: the session as the store keeps it, of which `attached` is made.
 
 
-class TierFull(KVError, code=grpc.StatusCode.RESOURCE_EXHAUSTED):
+class TierFull(KVError, code=Code.RESOURCE_EXHAUSTED):
     """A tier has no space, and nothing in it may be evicted now."""
 
 
-class IndexFull(KVError, code=grpc.StatusCode.RESOURCE_EXHAUSTED):
+class IndexFull(KVError, code=Code.RESOURCE_EXHAUSTED):
     """The index has no space for another record, or for another layout."""
 
 
-class PinsFull(KVError, code=grpc.StatusCode.RESOURCE_EXHAUSTED):
+class PinsFull(KVError, code=Code.RESOURCE_EXHAUSTED):
     """The blocks would take more of their tier than pins may."""
 
 
-class SessionsFull(KVError, code=grpc.StatusCode.RESOURCE_EXHAUSTED):
+class SessionsFull(KVError, code=Code.RESOURCE_EXHAUSTED):
     """A limit on sessions, or on the slices of one session, is reached."""
 
 
-class Overloaded(KVError, code=grpc.StatusCode.RESOURCE_EXHAUSTED):
+class Overloaded(KVError, code=Code.RESOURCE_EXHAUSTED):
     """A limit on clients, leases or running transfers is reached."""
 
     retry_after_s = 1.0
 
 
-class ChecksumMismatch(KVError, code=grpc.StatusCode.DATA_LOSS):
+class ChecksumMismatch(KVError, code=Code.DATA_LOSS):
     """Stored bytes are not those that were saved. The block has been dropped."""
 
 
-class UploadCorrupted(KVError, code=grpc.StatusCode.DATA_LOSS):
+class UploadCorrupted(KVError, code=Code.DATA_LOSS):
     """The bytes of an upload do not match the checksums of its commit."""
 
 
-class StorageFailed(KVError, code=grpc.StatusCode.UNAVAILABLE):
+class StorageFailed(KVError, code=Code.UNAVAILABLE):
     """The operating system refused to read or write a tier or the index."""
 
 
-class Draining(KVError, code=grpc.StatusCode.UNAVAILABLE):
+class Draining(KVError, code=Code.UNAVAILABLE):
     """The daemon is stopping and takes no new saves."""
 
 
-class DaemonUnavailable(KVError, code=grpc.StatusCode.UNAVAILABLE):
+class DaemonUnavailable(KVError, code=Code.UNAVAILABLE):
     """The client cannot reach the daemon. Raised on the client's side only."""
 
 
-class DeadlineExceeded(KVError, code=grpc.StatusCode.DEADLINE_EXCEEDED):
+class DeadlineExceeded(KVError, code=Code.DEADLINE_EXCEEDED):
     """The time that the caller allowed has passed, or the one that the daemon waits for a client to read on."""
-
-
-def to_status(error: KVError) -> status_pb2.Status:
-    """The error as the ``google.rpc.Status`` that travels."""
-    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.details)
-    details = [_packed(info)]
-    if error.retry_after_s is not None:
-        retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromNanoseconds(int(error.retry_after_s * 1e9))
-        details.append(_packed(retry))
-    if error.attached is not None:
-        details.append(_packed(error.attached))
-    return status_pb2.Status(code=error.code.value[0], message=error.message, details=details)
-
-
-def from_status(status: status_pb2.Status) -> KVError:
-    """The error that a status stands for. An unknown reason becomes its code's nearest class."""
-    for detail in status.details:
-        info = error_details_pb2.ErrorInfo()
-        if detail.Unpack(info) and info.domain == DOMAIN:
-            kind = KVError.by_reason.get(info.reason)
-            if kind is not None:
-                error = kind(status.message, **dict(info.metadata))
-                error.attached = _attached(kind, status)
-                return error
-    return _by_code(status.code, status.message)
-
-
-def from_rpc_error(error: grpc.RpcError) -> KVError:
-    """The error that a failed call stands for."""
-    call: Any = error  # grpc raises objects that are both RpcError and Call; its types do not say so.
-    try:
-        status = rpc_status.from_call(call)
-    except ValueError:  # Code and message contradict the details: trust neither, keep the code.
-        status = None
-    if status is not None:
-        return from_status(status)
-    return _by_code(call.code().value[0], call.details() or "")
-
-
-_BY_CODE: dict[int, type[KVError]] = {
-    grpc.StatusCode.INVALID_ARGUMENT.value[0]: InvalidRequest,
-    grpc.StatusCode.DEADLINE_EXCEEDED.value[0]: DeadlineExceeded,
-    grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]: Overloaded,
-    grpc.StatusCode.NOT_FOUND.value[0]: BlockNotFound,
-}
-
-
-def _by_code(code: int, message: str) -> KVError:
-    # Without a reason of ours the peer is another program, a proxy, or gone: not available either way.
-    return _BY_CODE.get(code, DaemonUnavailable)(message)
-
-
-def _attached(kind: type[KVError], status: status_pb2.Status) -> Message | None:
-    if kind.attached_type is None:
-        return None
-    message = kind.attached_type()
-    return next((message for detail in status.details if detail.Unpack(message)), None)
-
-
-def _packed(message: Message) -> any_pb2.Any:
-    packed = any_pb2.Any()
-    packed.Pack(message, deterministic=True)
-    return packed

@@ -6,7 +6,9 @@ each test has a client of its own kind, and `other`, which has frames on a strea
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
+from types import GeneratorType
 from typing import Any
 
 import numpy as np
@@ -186,6 +188,33 @@ class TransportContract:
             with loader.open_layout(TINY).lookup(chain) as lease:
                 assert same([layer.data for layer in lease.load()], layers)
 
+    def test_the_meter_counts_each_transport_alike(self, client: Client) -> None:
+        layout = small_layout()
+        blocks, chain = client.open_layout(layout), new_chain(layout, 2 * layout.block_tokens)
+        layers = layers_of(blocks, chain)
+        blocks.save(chain, layers)
+        with blocks.lookup(chain) as lease:
+            list(lease.load())
+
+        (counted,) = client.stats().transports.values()
+        size_bytes = sum(layer.nbytes for layer in layers)
+        assert (counted.saves, counted.saved_bytes, counted.loads, counted.loaded_bytes) == (1, size_bytes) * 2
+        assert (counted.views, counted.viewed_bytes, counted.fallbacks) == (0, 0, 0)
+        assert counted.load_seconds > 0 and counted.save_seconds > 0
+
+    def test_a_suspended_load_holds_at_most_three_generators_and_closing_it_ends_them(self, client: Client) -> None:
+        layout = large_layout()
+        blocks, chain = client.open_layout(layout), new_chain(layout, 2 * layout.block_tokens)
+        blocks.save(chain, layers_of(blocks, chain))
+        with blocks.lookup(chain) as lease:
+            before = suspended_generators()
+            load = lease.load()
+            next(load)
+            held = [each for each in suspended_generators() if not any(each is other for other in before)]
+            assert 1 <= len(held) <= 3, held
+            load.close()
+            assert all(each.gi_frame is None for each in held)
+
     def test_a_client_that_was_closed_cannot_go_on(self, daemon: DaemonProcess) -> None:
         layout = small_layout()
         client = daemon.client(transport=self.transport)
@@ -195,6 +224,15 @@ class TransportContract:
         with pytest.raises(Exception, match="closed") as caught:
             blocks.save(new_chain(layout, 8), layers_of(blocks, chain))
         assert not isinstance(caught.value, UnknownClient)
+
+
+def suspended_generators() -> list[GeneratorType[Any, Any, Any]]:
+    """Those of the client's code that have begun and not ended."""
+    return [
+        each
+        for each in gc.get_objects()
+        if type(each) is GeneratorType and each.gi_frame is not None and "kvservice_client" in each.gi_code.co_filename
+    ]
 
 
 def flip(daemon: DaemonProcess, pattern: bytes) -> None:

@@ -12,7 +12,7 @@ import sys
 import grpc
 import numpy as np
 
-from kvservice_api.errors import from_rpc_error
+from kvservice_api.status import from_rpc_error
 from kvservice_client import Client, KVError
 from tests.integration.by_hand import InPlaceWriter
 from tests.integration.known_blocks import LARGE, layers_of, new_chain

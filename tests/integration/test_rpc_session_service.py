@@ -18,10 +18,10 @@ from kvservice_api.errors import (
     SessionNotFound,
     SessionsFull,
     UnknownLayout,
-    from_status,
 )
 from kvservice_api.image import checksum
 from kvservice_api.keys import BlockChain, block_key, cut_key
+from kvservice_api.status import from_status
 from kvservice_api.v1 import admin_pb2, blocks_pb2, types_pb2
 from kvservice_api.v1 import sessions_pb2 as pb
 from tests.daemon import DaemonProcess, until

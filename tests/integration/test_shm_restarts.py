@@ -81,7 +81,7 @@ def test_places_in_another_arena_than_the_mapped_one_are_neither_read_nor_writte
 ) -> None:
     """As if the client had mapped the old one and then asked the new daemon."""
     save(client, LARGE, new_chain(LARGE, 4))
-    arenas = client._transport._arenas  # type: ignore[attr-defined]
+    arenas = client._transports._transports[0]._arenas  # type: ignore[attr-defined]
     mapped = arenas.get(client.capabilities())
     replace_the_arena(daemon)
     monkeypatch.setattr(arenas, "get", lambda limits: mapped)
@@ -202,10 +202,10 @@ def test_space_stays_aside_while_a_save_still_writes_there_though_its_daemon_is_
 
     def restart_and_write(transport: ShmTransport, *arguments: Any) -> Any:
         monkeypatch.undo()
-        before = transport._connection.life_line.current(Deadline(5.0))
+        before = transport._connection.attach_stream.current(Deadline(5.0))
         daemon.kill()
         daemon.start()
-        until(lambda: transport._connection.life_line._attachment not in (None, before))
+        until(lambda: transport._connection.attach_stream._attachment not in (None, before))
         seen.append(client.admin.status().set_aside_extents)
         return write(transport, *arguments)
 

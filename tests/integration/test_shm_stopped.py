@@ -194,13 +194,13 @@ def test_blocks_whose_save_ended_while_the_daemon_was_stopped_can_be_saved_when_
 
     chain = new_chain(LARGE, 4)
     said: list[bool] = []
-    is_said = shm._GivenUp._is_said
+    is_said = shm._AbandonQueue._send_abandon
 
-    def tried(self: shm._GivenUp, request: pb.AbandonBlocksRequest) -> bool:
+    def tried(self: shm._AbandonQueue, request: pb.AbandonBlocksRequest) -> bool:
         said.append(is_said(self, request))
         return said[-1]
 
-    monkeypatch.setattr(shm._GivenUp, "_is_said", tried)
+    monkeypatch.setattr(shm._AbandonQueue, "_send_abandon", tried)
     with daemon.client(timeout_s=0.5) as client, daemon.client() as other:
         save(client, LARGE, new_chain(LARGE, 1))
         with monkeypatch.context() as patched:

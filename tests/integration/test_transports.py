@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
+
+from kvservice_api.errors import Overloaded
 from tests.contracts.transport import TransportContract
+from tests.daemon import DaemonProcess, until
+from tests.files_run import save_and_load
+from tests.integration.known_blocks import LARGE, new_chain, save
 
 
 class TestGrpc(TransportContract):
@@ -11,3 +19,31 @@ class TestGrpc(TransportContract):
 
 class TestShm(TransportContract):
     transport = "shm"
+
+
+def test_closing_a_load_early_ends_the_call_at_the_daemon(new_daemon: Callable[..., DaemonProcess]) -> None:
+    daemon, chain = new_daemon(server__loads_max=1), new_chain(LARGE, 192)  # More than gRPC sends ahead.
+    with daemon.client(transport="grpc", timeout_s=15) as client:
+        save(client, LARGE, chain)
+        with client.open_layout(LARGE).lookup(chain) as lease:
+            load = lease.load()
+            next(load)
+            with pytest.raises(Overloaded):
+                next(lease.load())
+            load.close()
+
+            def is_free() -> bool:
+                try:
+                    next(lease.load())
+                except Overloaded:
+                    return False
+                return True
+
+            until(is_free)
+
+
+def test_a_save_and_a_load_over_grpc_run_few_files_of_the_client() -> None:
+    """The daemon's are counted too (`python -m tests.files_run`), but its background work may fall among them."""
+    files = save_and_load()
+    in_client = {name: sum(each.startswith("kvservice_client") for each in files[name]) for name in files}
+    assert in_client["save"] <= 13 and in_client["load"] <= 11, files

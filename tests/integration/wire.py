@@ -16,10 +16,11 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from kvservice_api.errors import DOMAIN, KVError
+from kvservice_api.errors import KVError
 from kvservice_api.image import checksum
 from kvservice_api.keys import BlockChain
 from kvservice_api.layout import Layout, Shard
+from kvservice_api.status import DOMAIN
 from kvservice_api.v1 import (
     admin_pb2,
     admin_pb2_grpc,
@@ -53,7 +54,7 @@ def refused(kind: type[KVError], message: str, **details: str) -> Iterator[None]
     assert status is not None, f"no details, only {call.code()}: {call.details()}"
     info = error_details_pb2.ErrorInfo()
     assert status.details[0].Unpack(info)
-    assert (call.code(), info.reason, info.domain) == (kind.code, kind.reason, DOMAIN)
+    assert (call.code(), info.reason, info.domain) == (grpc.StatusCode[kind.code.name], kind.reason, DOMAIN)
     assert re.search(message, status.message), status.message
     assert details.items() <= dict(info.metadata).items()
 

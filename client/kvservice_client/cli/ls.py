@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from itertools import islice
-from typing import Annotated
-
-import typer
-
 from kvservice_client.cli import output
-from kvservice_client.cli.options import Address, AsJson, LayoutOption, TierOption, Timeout, connect, digest
+from kvservice_client.cli.options import (
+    Address,
+    AsJson,
+    LayoutOption,
+    Limit,
+    TierOption,
+    Timeout,
+    connect,
+    digest,
+    first_of,
+)
 from kvservice_client.client import DEFAULT_ADDRESS
 
 
 def ls(
     tier: TierOption = None,
     layout: LayoutOption = "",
-    limit: Annotated[int, typer.Option(min=0, help="Most rows shown; 0 means all.")] = 100,
+    limit: Limit = 100,
     address: Address = DEFAULT_ADDRESS,
     timeout: Timeout = 5.0,
     as_json: AsJson = False,
@@ -24,8 +29,7 @@ def ls(
     fingerprint = digest(layout, "layout") if layout else b""
     with connect(address, timeout) as client:
         found = client.admin.list_blocks(tier, fingerprint)
-        blocks = list(islice(found, limit or None))
-        has_more = next(found, None) is not None
+        blocks, has_more = first_of(found, limit)
     if as_json:
         output.print_json({"blocks": [output.plain(block) for block in blocks], "has_more": has_more})
         return

@@ -6,9 +6,10 @@ import functools
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Annotated, Any, Literal
+from itertools import islice
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -18,6 +19,8 @@ from kvservice_client.admin import Tier
 from kvservice_client.cli.unreachable import why_unreachable
 from kvservice_client.client import Client
 from kvservice_client.tls import TlsFiles
+
+T = TypeVar("T")
 
 _SPAN_MAX_S = 1e9  # Some thirty years.
 
@@ -44,6 +47,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document an
 Timeout = Annotated[float, typer.Option("--timeout", min=0.001, help="Seconds that one request may take.")]
 TierOption = Annotated[Tier | None, typer.Option("--tier", help="Only this tier.")]
 LayoutOption = Annotated[str, typer.Option("--layout", metavar="FINGERPRINT", help="Only blocks of this layout.")]
+Limit = Annotated[int, typer.Option(min=0, help="Most rows shown; 0 means all.")]
 Keys = Annotated[list[str], typer.Argument(metavar="KEY...", help="Block keys, 64 hexadecimal digits each.")]
 
 _PANEL = "TLS, for a daemon at host:port"
@@ -59,6 +63,11 @@ def seconds(text: str, what: str) -> float:
     if span_s > _SPAN_MAX_S:
         raise typer.BadParameter(f"{what} {text!r} is no span of time such as 90s, 15min, 2h or 7d")
     return span_s
+
+
+def first_of(found: Iterator[T], limit: int) -> tuple[list[T], bool]:
+    """The first `limit` of them, or all where it is 0; and whether there are more."""
+    return list(islice(found, limit or None)), next(found, None) is not None
 
 
 def _tls_option(flag: str, text: str, metavar: str = "FILE") -> Any:

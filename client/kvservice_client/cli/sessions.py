@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import Annotated
 
 import typer
 
 from kvservice_client.cli import output
-from kvservice_client.cli.options import Address, AsJson, LayoutOption, Timeout, connect, digest
+from kvservice_client.cli.options import Address, AsJson, LayoutOption, Limit, Timeout, connect, digest, first_of
 from kvservice_client.client import DEFAULT_ADDRESS
 
 
 def sessions(
     session: Annotated[str, typer.Argument(metavar="[SESSION]", help="Only this id; without it, all.")] = "",
     layout: LayoutOption = "",
-    limit: Annotated[int, typer.Option(min=0, help="Most rows shown; 0 means all.")] = 100,
+    limit: Limit = 100,
     address: Address = DEFAULT_ADDRESS,
     timeout: Timeout = 5.0,
     as_json: AsJson = False,
@@ -24,8 +23,7 @@ def sessions(
     fingerprint = digest(layout, "layout") if layout else b""
     with connect(address, timeout) as client:
         found = client.admin.list_sessions(session, fingerprint)
-        listed = list(islice(found, limit or None))
-        has_more = next(found, None) is not None
+        listed, has_more = first_of(found, limit)
     if as_json:
         without = ("slices",)  # A list does not carry them.
         documents = [{k: v for k, v in output.plain(each).items() if k not in without} for each in listed]

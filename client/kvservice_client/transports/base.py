@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvservice_api.errors import KVError
 from kvservice_api.image import checksum, layer_starts
 from kvservice_api.layout import Layout, Shard
-from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client.buffers import Bytes
 from kvservice_client.retry import Deadline
 
-if TYPE_CHECKING:
-    from kvservice_client.transports.in_place import View
 
-Verify = Literal["once", "always"]
-VERIFY: tuple[Verify, ...] = ("once", "always")
+class Durability(StrEnum):
+    """When a save is acknowledged."""
+
+    DRAM = "dram"  # The block survives the death of the daemon, but not of the host.
+    SSD = "ssd"  # It survives a power cut too.
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class LoadOrder:
     layout: Layout
     shard: Shard  # What was looked up.
     token_counts: Sequence[int]  # Of each block.
-    usable_until_s: Callable[[], float]  # Monotonic: how long bytes in place may be used under the lease.
+    is_usable: Callable[[], bool]  # Whether bytes in place may still be used under the lease.
     first_layer: int = 0  # Those before it are there already.
 
     @property
@@ -62,11 +65,14 @@ class LoadOrder:
         return self.into[layer] if self.into is not None else np.empty(self.block_starts(layer)[-1], np.uint8)
 
 
-@dataclass(frozen=True)
+@dataclass
 class SaveOrder:
     """Blocks to save: for each layer, the slice of each block. Checksums are computed once, on the way."""
 
-    header: pb.SaveHeader
+    client_id: bytes  # Another one with each attachment: the same order may be sent again.
+    keys: bytes  # Of all blocks, one after the other.
+    parent_key: bytes
+    durability: Durability
     layers: Sequence[Sequence[Bytes]]
     max_frame_bytes: int
     layout: Layout
@@ -76,8 +82,8 @@ class SaveOrder:
     _is_summed: list[bool] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_checksums", np.empty((len(self.layers[0]), len(self.layers)), "<u8"))
-        object.__setattr__(self, "_is_summed", [False] * len(self.layers))
+        self._checksums = np.empty((len(self.layers[0]), len(self.layers)), "<u8")
+        self._is_summed = [False] * len(self.layers)
 
     def sum_layer(self, layer: int) -> None:
         """Compute a layer's checksums. Best right before it is sent: the bytes are read once from memory."""
@@ -91,21 +97,52 @@ class SaveOrder:
             self.sum_layer(layer)
         return self._checksums.tobytes()
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all slices together."""
+        return sum(piece.size for layer in self.layers for piece in layer)
 
-class Transport(Protocol):
-    """Thread-safe. Errors are KVErrors; no method tries again."""
 
-    name: str
+@dataclass(frozen=True, slots=True)
+class SaveResult:
+    """What became of the blocks of a save. Counts, except for `refused`: (position in the chain, why)."""
 
-    def load(self, order: LoadOrder, deadline: Deadline) -> Iterator[Bytes]:
-        """Each layer's buffer, in order, as soon as its last byte is there. Leaving the iterator ends the load."""
+    stored: int
+    already_stored: int
+    refused: list[tuple[int, KVError]]
 
-    def view(self, order: LoadOrder, deadline: Deadline, verify: Verify) -> View:
-        """The blocks where they lie, without a copy. Raises NotShared where this transport moves bytes.
+    @property
+    def is_complete(self) -> bool:
+        return not self.refused
 
-        "once": bytes are verified that were not since the daemon's start. "always": the view verifies each slice
-        before it gives it out.
+
+class NotCarried(Exception):
+    """A transport carries an order not at all, or not to its end: the next transport goes on with the rest."""
+
+
+class Transport(ABC):
+    """One way for bytes. Thread-safe. Errors are KVErrors; no method tries again, and none counts.
+
+    `load` and `save` raise NotShared, NoWriterLock or NotCarried where the next transport is to be tried.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def check_offered(self, deadline: Deadline) -> None:
+        """Raises NotShared where not both ends offer this transport, by the daemon's capabilities. May ask for them."""
+
+    @abstractmethod
+    def load(self, order: LoadOrder, deadline: Deadline) -> Generator[Bytes, None, None]:
+        """Each layer's buffer, in order, as soon as its last byte is there. Closing the generator ends the load."""
+
+    @abstractmethod
+    def save(self, order: SaveOrder, deadline: Deadline) -> tuple[SaveResult, int]:
+        """Send what is not stored yet, and commit. The result, and how many payload bytes were sent.
+
+        The buffers may change once this has returned.
         """
 
-    def save(self, order: SaveOrder, deadline: Deadline) -> pb.SaveBlocksResponse:
-        """Send everything and commit. The buffers may change once this has returned."""
+    @abstractmethod
+    def close(self) -> None:
+        """Release what outlives an order. No order begins after this."""

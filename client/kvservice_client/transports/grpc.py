@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 
 import numpy as np
 
-from kvservice_api.errors import InvalidFrame, KVError, NotShared
+from kvservice_api.errors import InvalidFrame, KVError
 from kvservice_api.frames import HEAD_BYTES_MAX, decode_frame, encode_frame
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client.buffers import Bytes
-from kvservice_client.channel import BLOCKS, Channel
+from kvservice_client.channel import BLOCKS
+from kvservice_client.connection import Connection
 from kvservice_client.malloc import keep_large_buffers
 from kvservice_client.retry import Deadline
-from kvservice_client.transports.base import LoadOrder, SaveOrder, Transport, Verify
-from kvservice_client.transports.in_place import View
+from kvservice_client.transports.base import LoadOrder, SaveOrder, SaveResult, Transport
+from kvservice_client.transports.messages import save_header, save_result
 
 _PAYLOAD_BYTES_WANTED = 2**20  # Larger ones leave the caches before they are copied on.
 
 
 class GrpcTransport(Transport):
+    """What every daemon offers, and what carries every order."""
+
     name = "grpc"
 
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
+    def __init__(self, connection: Connection) -> None:
+        self._channel = connection.channel
 
-    def load(self, order: LoadOrder, deadline: Deadline) -> Iterator[Bytes]:
+    def check_offered(self, deadline: Deadline) -> None:
+        """Every daemon offers it."""
+
+    def close(self) -> None:
+        """Nothing outlives an order."""
+
+    def load(self, order: LoadOrder, deadline: Deadline) -> Generator[Bytes, None, None]:
         keep_large_buffers()
         request = pb.LoadBlocksRequest(
             client_id=order.client_id,
@@ -58,16 +67,14 @@ class GrpcTransport(Transport):
         finally:
             messages.close()
 
-    def view(self, order: LoadOrder, deadline: Deadline, verify: Verify) -> View:
-        raise NotShared("frames of a stream cannot be viewed in place: load the blocks")
-
-    def save(self, order: SaveOrder, deadline: Deadline) -> pb.SaveBlocksResponse:
+    def save(self, order: SaveOrder, deadline: Deadline) -> tuple[SaveResult, int]:
         keep_large_buffers()
-        return self._channel.send_frames(BLOCKS + "SaveBlocks", _messages(order), pb.SaveBlocksResponse, deadline)
+        answer = self._channel.send_frames(BLOCKS + "SaveBlocks", _messages(order), pb.SaveBlocksResponse, deadline)
+        return save_result(answer), order.size_bytes
 
 
 def _messages(order: SaveOrder) -> Iterator[bytes]:
-    yield pb.SaveBlocksRequest(header=order.header).SerializeToString()
+    yield pb.SaveBlocksRequest(header=save_header(order)).SerializeToString()
     payload_bytes = min(order.max_frame_bytes - HEAD_BYTES_MAX, _PAYLOAD_BYTES_WANTED)
     for layer, slices in enumerate(order.layers):
         order.sum_layer(layer)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Generator, Sequence
-from typing import NoReturn, Self
+from collections.abc import Callable, Sequence
+from typing import Literal, NoReturn, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +14,18 @@ from kvservice_api.layout import Shard
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client.arena_map import ArenaMap
 from kvservice_client.buffers import Bytes
-from kvservice_client.transports.base import LoadOrder
+from kvservice_client.channel import Answers
+from kvservice_client.retry import Deadline
+from kvservice_client.transports.base import LoadOrder, NotCarried
 
 _SHARD_BYTES = 8
 
+Verify = Literal["once", "always"]
+VERIFY: tuple[Verify, ...] = ("once", "always")
 
-class InDoubt(Exception):
-    """Bytes in place are not those that were stored. The daemon finds out why: load them by stream."""
+
+class InPlaceMismatch(NotCarried):
+    """Bytes in place are not those that were stored. The daemon finds out why: the next transport loads them."""
 
 
 class InPlace:
@@ -30,9 +34,7 @@ class InPlace:
     Bytes may be used only between a successful look at them and a `check` behind their last use.
     """
 
-    def __init__(
-        self, arena: ArenaMap, order: LoadOrder, answers: Generator[pb.LocateBlocksResponse, None, None]
-    ) -> None:
+    def __init__(self, arena: ArenaMap, order: LoadOrder, answers: Answers[pb.LocateBlocksResponse]) -> None:
         """`answers` are those of LocateBlocks. Raises NotShared where the blocks are not in this arena."""
         self._answers = answers
         first = next(answers, None)
@@ -104,7 +106,7 @@ class InPlace:
         return list(stored.head_runs(*wanted))
 
     def expected(self, block: int, layer: int) -> int:
-        """The slice's checksum. Raises InDoubt where the block's trailer is not the one that was stored."""
+        """The slice's checksum. Raises InPlaceMismatch where the block's trailer is not the one that was stored."""
         trailer = self._trailers.get(block)
         if trailer is None:
             trailer = self._trailers[block] = self._read_trailer(block)
@@ -114,17 +116,17 @@ class InPlace:
         geometry, offset = self._geometries[block], int(self._offsets[block])
         data = self._arena.data[offset + geometry.trailer_offset : offset + geometry.image_bytes].tobytes()
         if checksum(data) != self._trailer_checksums[block]:
-            raise InDoubt(f"the trailer of block {block}")
+            raise InPlaceMismatch(f"the trailer of block {block} is not the one that was stored")
         trailer = Trailer.decode(data)
         if trailer.shard != self._shards[block]:
-            raise InDoubt(f"the trailer of block {block}")
+            raise InPlaceMismatch(f"the trailer of block {block} is not the one that was stored")
         return trailer
 
     def check(self) -> None:
         """Behind the last use of bytes: raises LeaseExpired where they may have been others'."""
         if (self._arena.generations(self._offsets) != self._generations).any():
             raise LeaseExpired("blocks left their places while they were read: look the prefix up again")
-        if time.monotonic() > self._order.usable_until_s():
+        if not self._order.is_usable():
             raise LeaseExpired("the lease is all but over: bytes in place are not used any more")
 
     def close(self) -> None:
@@ -180,7 +182,7 @@ class View:
         for block in range(self.block_count):
             try:
                 is_right = checksum(self._blocks.slice(block, layer).data) == self._blocks.expected(block, layer)
-            except InDoubt:
+            except InPlaceMismatch:
                 is_right = False
             if not is_right:
                 self.check()  # Another block's bytes lie there by now: that is no damage.
@@ -217,6 +219,20 @@ class View:
                 self.check()
         finally:
             self._is_open = False
+
+
+@runtime_checkable
+class InPlaceReader(Protocol):
+    """What a transport can do besides, where the client reads the daemon's memory."""
+
+    def view(
+        self, order: LoadOrder, deadline: Deadline, have_verified: Callable[[int, int], None] | None = None
+    ) -> View:
+        """The blocks where they lie, without a copy. Raises NotShared where they cannot be read there.
+
+        Without `have_verified` bytes are verified that were not since the daemon's start. With it (block, layer) the
+        view verifies each slice before it gives it out.
+        """
 
 
 def _pieces(data: bytes, size: int) -> Sequence[bytes]:

@@ -1,21 +1,19 @@
 """Shared memory: loads and saves are one copy between the arena and the caller's memory, views are none.
 
 gRPC carries places and checksums only. What does not lie in place (no room in DRAM, several shards
-make up a block, another host) goes over the other transport, and so does whatever is in doubt: the
-daemon verifies it then.
+make up a block, another host) is left to the next transport, and so is what does not match its checksum:
+the daemon verifies it then.
 """
 
 from __future__ import annotations
 
-import logging
 import secrets
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import replace
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +22,7 @@ from typing import TypeVar
 import numpy as np
 from google.protobuf.message import Message
 
-from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, KVError, NotShared, NoWriterLock
+from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, KVError, NotShared
 from kvservice_api.image import BlockGeometry, block_geometry
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client import forks
@@ -32,71 +30,69 @@ from kvservice_client.arena_map import ArenaMap, WriterLock
 from kvservice_client.buffers import Bytes
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection
-from kvservice_client.rate_limited_log import RateLimitedLog
 from kvservice_client.retry import Deadline
-from kvservice_client.traffic import Traffic
-from kvservice_client.transports.base import LoadOrder, SaveOrder, Transport, Verify
-from kvservice_client.transports.copying import Copiers, Group, copy_and_sum, copy_runs_and_sum, sum_and_copy
-from kvservice_client.transports.in_place import InDoubt, InPlace, View
+from kvservice_client.transports.base import LoadOrder, SaveOrder, SaveResult, Transport
+from kvservice_client.transports.copying import Batch, Copiers, Group, copy_and_sum, copy_runs_and_sum, sum_and_copy
+from kvservice_client.transports.in_place import InPlace, InPlaceMismatch, View
+from kvservice_client.transports.messages import save_header, save_result
 
 M = TypeVar("M", bound=Message)
-
-log = logging.getLogger(__name__)
 
 _LAYERS_AHEAD = 3
 _ABANDON_S = 1.0  # One attempt to tell the daemon that a reservation is given up.
 _ABANDON_PAUSE_S = 0.2
 
 
-class ShmTransport:
+class ShmTransport(Transport):
+    """Offered where the daemon shares its arena, and the arena can be mapped here. Is an InPlaceReader too."""
+
     name = "shm"
 
-    def __init__(self, connection: Connection, fallback: Transport, traffic: Traffic, *, insists: bool = False) -> None:
-        """`fallback` moves what shared memory cannot. With `insists` a daemon that cannot be reached so is an error."""
+    def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._fallback = fallback
-        self._traffic = traffic
-        self._insists = insists
-        self._log = RateLimitedLog(log)
         self._copiers = Copiers()
         self._arenas = _Arenas()
-        self._writers = _Writers(connection.life_line.is_attached_as)
-        connection.life_line.on_change(self._writers.release_ended)
-        self._given_up = _GivenUp(connection)
-        self.close = weakref.finalize(self, self._writers.close)
+        self._writers = _Writers(connection.attach_stream.is_attached_as)
+        connection.attach_stream.on_change(self._writers.release_ended)
+        self._abandoned = _AbandonQueue(connection)
+        self._close = weakref.finalize(self, self._writers.close)
+
+    def close(self) -> None:
+        self._close()
+
+    def check_offered(self, deadline: Deadline) -> None:
+        self._arenas.get(self._connection.limits(deadline))
 
     # Loading
 
-    def load(self, order: LoadOrder, deadline: Deadline) -> Iterator[Bytes]:
-        layer = order.first_layer
-        try:
-            with self._located(order, deadline) as blocks:
-                try:
-                    with closing(self._copied(blocks, order, deadline)) as layers:
-                        for data in layers:
-                            self._traffic.loaded(self.name, len(data))
-                            yield data
-                            layer += 1
-                    return
-                except InDoubt:
-                    blocks.check()  # Others lie there by now: that is no damage.
-        except NotShared as error:
-            self._note_refusal(error)
-        yield from self._fallback.load(replace(order, first_layer=layer), deadline)
+    def load(self, order: LoadOrder, deadline: Deadline) -> Generator[Bytes, None, None]:
+        """As every transport's. Each layer is copied and verified while the next ones are on their way."""
+        started: deque[tuple[Bytes, Group]] = deque()
+        next_layer = order.first_layer
+        with self._located(order, deadline) as blocks:
+            try:
+                with self._copiers.begin() as batch:
+                    for layer in range(order.first_layer, order.layer_count):
+                        blocks.wait_for_layer(layer)
+                        until = min(layer + _LAYERS_AHEAD + 1, order.layer_count, blocks.layers_ready)
+                        while next_layer < until:
+                            started.append(_start_copy(blocks, order, next_layer, batch))
+                            next_layer += 1
+                        target, group = started.popleft()
+                        batch.finish(group, deadline)
+                        blocks.check()
+                        yield target
+            except InPlaceMismatch:
+                blocks.check()  # Others lie there by now: that is no damage.
+                raise
 
-    def view(self, order: LoadOrder, deadline: Deadline, verify: Verify) -> View:
-        with self._located(order, deadline, verify=verify == "once") as blocks:
+    def view(
+        self, order: LoadOrder, deadline: Deadline, have_verified: Callable[[int, int], None] | None = None
+    ) -> View:
+        with self._located(order, deadline, verify=have_verified is None) as blocks:
             blocks.wait_for_layer(order.layer_count - 1)
             blocks.check()
-            self._traffic.viewed(order.size_bytes)
-            return View(blocks, None if verify == "once" else partial(self._have_verified, order))
-
-    def _have_verified(self, order: LoadOrder, block: int, layer: int) -> None:
-        """Make the daemon verify one slice, by loading it: it drops the block and raises where the slice is damaged."""
-        first, counts = order.first_block + block, order.token_counts[block : block + 1]
-        one = replace(order, first_block=first, token_counts=counts, first_layer=layer, into=None)
-        with closing(iter(self._fallback.load(one, self._connection.deadline(None)))) as layers:  # type: ignore[type-var]
-            next(layers, None)
+            return View(blocks, have_verified)
 
     def _located(self, order: LoadOrder, deadline: Deadline, *, verify: bool = False) -> InPlace:
         """Raises NotShared where the blocks are not in place, or not for this client."""
@@ -115,63 +111,36 @@ class ShmTransport:
             answers.close()
             raise
 
-    def _copied(self, blocks: InPlace, order: LoadOrder, deadline: Deadline) -> Generator[Bytes, None, None]:
-        """Each layer's buffer, copied and verified; the next layer is on its way meanwhile. Raises InDoubt."""
-        started: list[tuple[Bytes, Group]] = []
-        next_layer = order.first_layer
-        with self._copiers.begin() as batch:
-            for layer in range(order.first_layer, order.layer_count):
-                blocks.wait_for_layer(layer)
-                until = min(layer + _LAYERS_AHEAD + 1, order.layer_count, blocks.layers_ready)
-                while next_layer < until:
-                    target = order.buffer(next_layer)
-                    starts = order.block_starts(next_layer)
-                    copy = partial(_copy_slice, blocks, starts, next_layer, target)
-                    sizes = [end - start for start, end in pairwise(starts)]
-                    started.append((target, batch.start(copy, sizes)))
-                    next_layer += 1
-                target, group = started.pop(0)
-                batch.finish(group, deadline)
-                blocks.check()
-                yield target
-
     # Saving
 
-    def save(self, order: SaveOrder, deadline: Deadline) -> pb.SaveBlocksResponse:
-        try:
-            return self._save(order, deadline)
-        except (NotShared, NoWriterLock) as error:
-            self._note_refusal(error)
-        return self._fallback.save(order, deadline)
-
-    def _save(self, order: SaveOrder, deadline: Deadline) -> pb.SaveBlocksResponse:
+    def save(self, order: SaveOrder, deadline: Deadline) -> tuple[SaveResult, int]:
         limits = self._connection.limits(deadline)
         arena = self._arenas.get(limits)
         if not limits.arena_writable:
             raise NotShared("the daemon lets nobody write into its arena")
-        client_id = order.header.client_id
+        client_id = order.client_id
         with self._writers.lock(arena.directory, client_id):
             target = arena.writable()
             reservation_id = secrets.randbits(63) | 1
-            request = pb.ReserveBlocksRequest(header=order.header, reservation_id=reservation_id)
+            request = pb.ReserveBlocksRequest(header=save_header(order), reservation_id=reservation_id)
             try:
                 reserved = self._call("ReserveBlocks", request, pb.ReserveBlocksResponse, deadline)
                 if reserved.arena_id != arena.arena_id:
                     raise NotShared("the daemon has replaced its arena")
-                sums = self._write(order, reserved, target, deadline)
+                sums, size_bytes = self._write(order, reserved, target, deadline)
                 commit = pb.CommitBlocksRequest(
                     client_id=client_id, reservation_id=reservation_id, checksums=sums.astype("<u8").tobytes()
                 )
-                return self._call("CommitBlocks", commit, pb.SaveBlocksResponse, deadline)
+                return save_result(self._call("CommitBlocks", commit, pb.SaveBlocksResponse, deadline)), size_bytes
             except BaseException:
-                # Nothing is written any more. Nobody waits for a daemon that may not answer.
-                self._given_up.add(pb.AbandonBlocksRequest(client_id=client_id, reservation_id=reservation_id))
+                # Nothing is written any more. The caller does not wait for a daemon that may not answer.
+                self._abandoned.add(pb.AbandonBlocksRequest(client_id=client_id, reservation_id=reservation_id))
                 raise
 
     def _write(
         self, order: SaveOrder, reserved: pb.ReserveBlocksResponse, arena: Bytes, deadline: Deadline
-    ) -> np.ndarray[tuple[int, int], np.dtype[np.uint64]]:
-        """Copy the reserved blocks to their places. The checksums of what was copied, ``[block, layer]``."""
+    ) -> tuple[np.ndarray[tuple[int, int], np.dtype[np.uint64]], int]:
+        """Copy the reserved blocks to their places. The checksums of what was copied, ``[block, layer]``; its bytes."""
         geometries = [block_geometry(order.layout, order.shard, order.token_counts[block]) for block in reserved.blocks]
         places = list(zip(reserved.blocks, reserved.offsets, geometries, strict=True))
         sums = np.zeros((len(places), len(order.layers)), np.uint64)
@@ -186,18 +155,16 @@ class ShmTransport:
                     batch.finish(running.pop(0), deadline)
             for group in running:
                 batch.finish(group, deadline)
-        self._traffic.saved(self.name, size_bytes)
-        return sums
+        return sums, size_bytes
 
     def _call(self, method: str, request: Message, answer: type[M], deadline: Deadline) -> M:
         return self._connection.channel.call(BLOCKS + method, request, answer, deadline)
 
-    def _note_refusal(self, error: KVError) -> None:
-        """Why the other transport is taken. Raises it where this one is insisted on, and the arena is not here."""
-        self._traffic.refused(error.message)
-        self._log.info("shared memory is not used: %s", error.message)
-        if self._insists and not self._arenas.is_open:
-            raise error
+
+def _start_copy(blocks: InPlace, order: LoadOrder, layer: int, batch: Batch) -> tuple[Bytes, Group]:
+    target, starts = order.buffer(layer), order.block_starts(layer)
+    sizes = [end - start for start, end in pairwise(starts)]
+    return target, batch.start(partial(_copy_slice, blocks, starts, layer, target), sizes)
 
 
 def _copy_slice(blocks: InPlace, starts: list[int], layer: int, target: Bytes, block: int) -> None:
@@ -206,7 +173,7 @@ def _copy_slice(blocks: InPlace, starts: list[int], layer: int, target: Bytes, b
     into = target[starts[block] : starts[block + 1]]
     found = copy_and_sum(source, into) if runs is None else copy_runs_and_sum(source, runs, into)
     if found != expected:
-        raise InDoubt(f"layer {layer} of block {block}")
+        raise InPlaceMismatch(f"layer {layer} of block {block} is not what its checksum says")
 
 
 def _write_slice(
@@ -222,10 +189,10 @@ def _write_slice(
     sums[number, layer] = sum_and_copy(order.layers[layer][block], arena[offset + begin : offset + end])
 
 
-class _GivenUp:
-    """Reservations that the daemon has still to hear the end of: until it does, nobody else can save their blocks.
+class _AbandonQueue:
+    """Reservations to abandon at the daemon: until that is done, no other client can save their blocks.
 
-    A thread says so, however long the daemon does not answer, unless the attachment ends before: that says it too.
+    A thread sends it until the daemon has answered, unless the attachment ends before: that abandons them too.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -253,11 +220,11 @@ class _GivenUp:
                     self._is_running = False
                     return
                 request = self._waiting.popleft()
-            while not self._is_said(request):
+            while not self._send_abandon(request):
                 time.sleep(_ABANDON_PAUSE_S)  # Nobody waits for this thread.
 
-    def _is_said(self, request: pb.AbandonBlocksRequest) -> bool:
-        if not self._connection.life_line.is_attached_as(request.client_id):
+    def _send_abandon(self, request: pb.AbandonBlocksRequest) -> bool:
+        if not self._connection.attach_stream.is_attached_as(request.client_id):
             return True
         call = self._connection.channel.call
         try:

@@ -88,7 +88,7 @@ class Drain:
         self.is_draining = False
         if self._writing is not None:
             self._writing.cancel()
-            self._writing = None  # Who begins anew before it has ended needs another one.
+            self._writing = None  # A drain that begins before it has ended starts another one.
         return self._progress(True)
 
     async def progress(self, caller: Caller) -> AsyncGenerator[DrainProgress, None]:
@@ -105,7 +105,7 @@ class Drain:
             await asyncio.wait({writing}, timeout=_REPORT_EVERY_S)
 
     async def _write_all(self) -> None:
-        while self._claims.object_count:  # noqa: ASYNC110  (they tell nobody when they end)
+        while self._claims.object_count:  # noqa: ASYNC110  (uploads signal no end)
             await asyncio.sleep(_LOOK_EVERY_S)
         if self._write_behind is None:
             return

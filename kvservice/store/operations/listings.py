@@ -1,4 +1,4 @@
-"""Pages of stored blocks and of sessions, and what is told of one block."""
+"""Pages of stored blocks and of sessions, and the facts of one block."""
 
 from __future__ import annotations
 

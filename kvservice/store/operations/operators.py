@@ -25,6 +25,7 @@ from kvservice_api.errors import InvalidRequest
 from kvservice_api.keys import KEY_BYTES
 from kvservice_api.layout import Layout, Shard
 
+DISCARD_KEYS_MAX = 65536  # In one call.
 _FINGERPRINT_BYTES = 32
 
 

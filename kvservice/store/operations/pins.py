@@ -1,7 +1,7 @@
 """Pins: an operator's timed wish to keep blocks. They stand in the index, so they outlive the daemon.
 
 A pinned block keeps one copy: its copy on SSD is not evicted, nor the one in DRAM where there is no
-other. It ends by time, by the wall clock, or by `unpin`; whoever discards the block ends it too, and so
+other. It ends by time, by the wall clock, or by `unpin`; discarding the block ends it too, and so
 does damage: the bytes of a pin are not trusted more than others.
 """
 
@@ -20,6 +20,7 @@ from kvservice.store.caller import Caller
 from kvservice.store.mover.write_behind import WriteBehind
 from kvservice_api.errors import InvalidRequest, KVError, PinsFull
 
+PIN_KEYS_MAX = 4096  # In one call.
 _ROWS_A_TURN = 256  # A millisecond of the event loop.
 _ROWS_BEFORE_A_THREAD = 20_000
 

@@ -23,7 +23,7 @@ from kvservice_api.layout import Shard
 
 _PIECE_BYTES = 4 << 20
 _REPORT_EVERY_S = 0.5
-_LAST_PRIORITY = float("inf")  # Whoever waits for a block goes first.
+_LAST_PRIORITY = float("inf")  # Reads that a client waits for go first.
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ class Scrub:
         try:
             return await asyncio.shield(job)
         finally:
-            await ended(job)  # The thread reads memory that we are about to let go.
+            await ended(job)  # The thread reads memory that is about to be released.
 
     async def _check_read(self, row: int, tier: TierName) -> str:
         extent = self._blocks.extent(row, tier)

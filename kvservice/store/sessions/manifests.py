@@ -25,6 +25,7 @@ from kvservice_api.errors import InvalidRequest
 from kvservice_api.keys import cut_key
 from kvservice_api.layout import Layout
 
+KEEP_RANGES_MAX = 4096  # In one cut: a few milliseconds of the event loop.
 _POSITION_MAX = 2**62  # Sums of positions and counts stay inside 63 bits.
 NO_POSITIONS: Positions = np.empty(0, np.uint64)
 
@@ -126,7 +127,7 @@ def truncated(manifest: Manifest, keep: Sequence[tuple[int, int]]) -> Manifest:
 
 
 def forked(manifest: Manifest, session_id: str, now_ms: int) -> Manifest:
-    """The same history under another id. Slices are shared: nobody changes them."""
+    """The same history under another id. Slices are shared: they are never changed."""
     return dataclasses.replace(
         manifest, session_id=session_id, revision=1, created_at_ms=now_ms, used_at_ms=now_ms, expires_at_ms=now_ms
     )

@@ -1,8 +1,7 @@
 """Sessions: the manifest of each conversation, on disk before a change is answered.
 
-A manifest names blocks and holds none: they are stored, moved and evicted like any others. The one
-rule that sessions add is for partial blocks, which no other conversation would look for: once the
-last session that names one lets go of it, it is dropped.
+A manifest names blocks and holds none: they are stored, moved and evicted like any others. Sessions add one rule, for
+partial blocks, which no other conversation would look for: a partial block that no session names any more is dropped.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ log = logging.getLogger(__name__)
 _EXPIRED_AT_A_TIME = 256
 _FLUSHED_AT_A_TIME = 64
 _DROPPED_A_TURN = 32  # Of the event loop: a millisecond.
-_POSITIONS_MAX = 65536  # Explicit ones, in one session.
+POSITIONS_MAX = 65536  # Explicit ones, in one session.
 _NAMES_A_TURN = 4096
 _TICK_S = 1.0
 _GONE_MAX = 4096  # Sessions whose end is remembered.
@@ -54,7 +53,7 @@ Name = tuple[int, str]  # Layout and session id.
 
 @dataclass(frozen=True, slots=True)
 class SessionLimits:
-    """Times in seconds. A session that nobody used for `ttl_s` is forgotten."""
+    """Times in seconds. A session that was not used for `ttl_s` is forgotten."""
 
     ttl_s: float = 3600.0
     sessions_max: int = 16384
@@ -255,8 +254,8 @@ class Sessions:
                         f"the session would have {len(after.slices)} slices; at most {self.limits.slices_max} are "
                         "allowed: keep less of it, in fewer ranges"
                     )
-                if len(after.positions) > _POSITIONS_MAX:
-                    raise SessionsFull(f"a session may list {_POSITIONS_MAX} positions, not {len(after.positions)}")
+                if len(after.positions) > POSITIONS_MAX:
+                    raise SessionsFull(f"a session may list {POSITIONS_MAX} positions, not {len(after.positions)}")
                 after = self._used(after)
                 await self._put(name, after)
                 return after
@@ -268,7 +267,7 @@ class Sessions:
         return await asyncio.shield(self._tasks.start_quietly(work, what))
 
     async def _put(self, name: Name, after: Manifest) -> None:
-        """Disk first, then memory. What `after` names is named from now on: nobody may drop it meanwhile."""
+        """Disk first, then memory. What `after` names counts as named from now on: it is not dropped meanwhile."""
         before, named = self._manifests.get(name), self._partial_keys(after)
         self._named.update(named)
         is_new = self._current(name) is None
@@ -331,9 +330,9 @@ class Sessions:
     def _partial_rows(self, keys: Sequence[bytes]) -> list[int]:
         """Those of these partial blocks that are stored, and that still no manifest names."""
         blocks, layouts = self._lifecycle.blocks, self._index.layouts
-        orphans = [key for key in keys if not self._named[key]]  # Somebody may have named one again.
+        orphans = [key for key in keys if not self._named[key]]  # A session may have named one again.
         rows = [row for first in blocks.rows_of_keys(orphans).tolist() for row in blocks.shards_of(first)]
-        # Clients say what is partial: a full block is of use to others, whoever calls it a tail.
+        # Clients say what is partial: a full block is of use to others, whatever a client calls it.
         return [row for row in rows if blocks.token_count[row] < layouts[int(blocks.layout_id[row])].block_tokens]
 
     # Time

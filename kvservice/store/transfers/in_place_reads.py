@@ -1,7 +1,7 @@
 """Where leased blocks lie in the arena, for clients that read them in place.
 
 As a load it brings up what only SSD has, and keeps all rows in their places while it is open; it
-reads nothing for itself, unless it is asked to verify first what nobody has verified since the start.
+reads nothing for itself, unless it is asked to verify first what was not verified since the start.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class NotInPlace:
 
 
 class InPlaceReads:
-    """Finds them, and holds them while somebody reads."""
+    """Finds blocks in the arena, and holds them while a client reads there."""
 
     def __init__(
         self,
@@ -161,7 +161,7 @@ class InPlaceReads:
             try:
                 what = await asyncio.shield(job)
             finally:
-                await ended(job)  # The thread reads memory that we are about to let go.
+                await ended(job)  # The thread reads memory that is about to be released.
             if what:
                 await self._lifecycle.quarantine(row, generation, blocks.first_tier, what)
                 raise ChecksumMismatch(f"{what} of block {key.hex()} is damaged in dram", key=key.hex())

@@ -2,7 +2,7 @@
 
 Such an upload's bytes do not pass through the daemon. What differs is the end: space that a client may still be
 writing is lent again only after it has said that it writes no more, or when the lock that says otherwise is gone
-(``tiers/writers.py``). Never by time: a stopped process that goes on would write into somebody else's block.
+(``tiers/writers.py``). Never by time: a stopped process that goes on would write into another block.
 """
 
 from __future__ import annotations

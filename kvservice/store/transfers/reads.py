@@ -1,6 +1,6 @@
 """The load path: leased blocks leave layer by layer, each slice verified before any byte of it is sent.
 
-Where a block lies decides only where its slices are read: in DRAM, in a landing on its way up
+Where a block lies decides only where its slices are read: in DRAM, in DRAM as it is promoted
 from SSD, or on SSD itself where DRAM has no room (one layer at a time, through scratch memory).
 """
 
@@ -63,7 +63,7 @@ class Slice:
     row: int
     layer: int  # Counted from the stored shard's first.
     data: memoryview
-    expected: int | None  # Its checksum; None where it was verified on its way in.
+    expected: int | None  # Its checksum; None where it was verified when it was read.
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class _Source:
 
 
 class Reads:
-    """Opens loads. `slots` bounds how many frames are put together at a time, over all clients."""
+    """All loads that run. `slots` bounds how many frames are put together at a time, over all clients."""
 
     def __init__(
         self,
@@ -130,24 +130,24 @@ class Reads:
 
         Raises ChecksumMismatch or StorageFailed; what was yielded before is right.
         """
-        load = _Load(self, lease, blocks)
-        self.lifecycle.hold(load.rows)
+        read = _Read(self, lease, blocks)
+        self.lifecycle.hold(read.rows)
         try:
-            await load.open()
+            await read.open()
             ready: asyncio.Future[T] | None  # One frame is sent while the one behind it, `waiting`, is put together.
             waiting: asyncio.Future[T] | None = None
             parts: asyncio.Future[list[Part]] | None = None
             try:
                 for layer in layers:
-                    parts = asyncio.ensure_future(load.parts(layer))
+                    parts = asyncio.ensure_future(read.parts(layer))
                     if waiting is not None:
                         both: list[asyncio.Future[Any]] = [parts, waiting]
                         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
                         if not parts.done():
                             ready, waiting = waiting, None
-                            yield await ready  # It need not wait for a layer that is still on its way.
+                            yield await ready  # It need not wait for a layer that is still being read.
                     for part in await parts:
-                        following = asyncio.ensure_future(load.finish(part, encode))
+                        following = asyncio.ensure_future(read.finish(part, encode))
                         ready, waiting = waiting, following
                         if ready is not None:
                             yield await ready
@@ -158,7 +158,7 @@ class Reads:
                 for unneeded in (waiting, parts):
                     if unneeded is not None:
                         unneeded.cancel()
-                        await ended(unneeded)  # It may be reading what is let go of below.
+                        await ended(unneeded)  # It may be reading memory that is released below.
                         if not unneeded.cancelled():
                             unneeded.exception()  # Another one was raised before it.
             self.counters.load_blocks += len(blocks)
@@ -166,14 +166,14 @@ class Reads:
             self.counters.loads_failed += 1
             raise
         finally:
-            await load.close()
-            self.lifecycle.unhold(load.rows)
+            await read.close()
+            self.lifecycle.unhold(read.rows)
 
 
-class _Load:
-    def __init__(self, loads: Reads, lease: Lease, blocks: range) -> None:
-        self._loads = loads
-        self._blocks_table = loads.lifecycle.blocks
+class _Read:
+    def __init__(self, reads: Reads, lease: Lease, blocks: range) -> None:
+        self._reads = reads
+        self._blocks_table = reads.lifecycle.blocks
         self._layout: Layout = lease.layout
         self._shard = lease.shard
         rows = lease.rows[blocks.start : blocks.stop].tolist()
@@ -199,12 +199,12 @@ class _Load:
 
     async def open(self) -> None:
         """Find every row's bytes, and start to bring up what only SSD has."""
-        table, loads = self._blocks_table, self._loads
+        table, reads = self._blocks_table, self._reads
         landings: dict[int, PendingPromotion] = {}
-        if loads.promoter is not None:
+        if reads.promoter is not None:
             rows = np.array(self.rows, np.int64)
             missing = rows[~table.lie_in(rows, table.first_tier)].tolist()
-            landings = await self._held.enter_async_context(loads.promoter.promoting(missing))
+            landings = await self._held.enter_async_context(reads.promoter.promoting(missing))
         for row, landing in landings.items():
             self._sources[row] = source = self._new_source(row)
             source.image, source.landing = landing.image, landing
@@ -223,12 +223,12 @@ class _Load:
         read_through = [source for source in self._sources.values() if source.extent is not None]
         # One layer of each is being sent while the next one is being read.
         wanted_bytes = sum(2 * (source.geometry.slice_bytes_max + 2 * PAGE_BYTES) for source in read_through)
-        await loads.scratch.take(wanted_bytes)
+        await reads.scratch.take(wanted_bytes)
         self._scratch_bytes = wanted_bytes
         await _gather(self._fetch_trailer, read_through)
 
     def _source(self, row: int) -> _Source:
-        """Of a block that is not on its way up."""
+        """Of a block that is not being promoted."""
         table, source = self._blocks_table, self._new_source(row)
         tier = table.fastest(row)
         if tier is None:
@@ -236,29 +236,29 @@ class _Load:
         extent = table.extent(row, tier)
         assert extent is not None
         if tier == table.first_tier:
-            source.image = self._loads.dram.view(extent)[: source.geometry.image_bytes]
+            source.image = self._reads.dram.view(extent)[: source.geometry.image_bytes]
         else:
             source.tier, source.extent = tier, extent
         return source
 
     def _new_source(self, row: int) -> _Source:
         table = self._blocks_table
-        return _Source(row, int(table.generation[row]), table.shard_of(row), self._loads.lifecycle.geometry(row), None)
+        return _Source(row, int(table.generation[row]), table.shard_of(row), self._reads.lifecycle.geometry(row), None)
 
     async def close(self) -> None:
-        """Wait for threads that still read the blocks' memory, then let go of it."""
+        """Wait for threads that still read the blocks' memory, then release it."""
         for job in list(self._jobs):
             await ended(job)
-        self._loads.scratch.give_back(self._scratch_bytes)
+        self._reads.scratch.release(self._scratch_bytes)
         await self._held.aclose()
 
     async def _yield_to_loop(self, count: int) -> None:
         """The event loop goes round now and then: a load may have thousands of blocks, and loads may be many."""
         if count % _ROWS_A_TURN == 0:
-            await self._loads.loop_budget.slot()
+            await self._reads.loop_budget.slot()
 
     async def _on_thread(self, work: Callable[[], T]) -> T:
-        job = asyncio.get_running_loop().run_in_executor(self._loads.executor, work)
+        job = asyncio.get_running_loop().run_in_executor(self._reads.executor, work)
         self._jobs.add(job)
         job.add_done_callback(self._jobs.discard)
         return await asyncio.shield(job)  # A cancelled load still waits for it, in `close`.
@@ -276,7 +276,7 @@ class _Load:
         start = image_check.trailer_start(source.geometry)
         pages = image_check.scratch(source.geometry.image_bytes - start)
         assert source.tier is not None and source.extent is not None
-        tier = self._loads.lifecycle.tiers[source.tier]
+        tier = self._reads.lifecycle.tiers[source.tier]
         source.trailer = await tier.read(source.extent, start, pages, lambda end: self._trailer(source, end))
         if source.trailer is None:
             await self._quarantine(source, source.tier, "the trailer")
@@ -318,15 +318,15 @@ class _Load:
         start, stop = image_check.page_range(source.geometry, layer, layer + 1)
         pages = image_check.scratch(stop - start)
         assert source.tier is not None and source.extent is not None
-        await self._loads.lifecycle.tiers[source.tier].read(source.extent, start, pages)
-        self._loads.counters.read_through_bytes += end - begin
+        await self._reads.lifecycle.tiers[source.tier].read(source.extent, start, pages)
+        self._reads.counters.read_through_bytes += end - begin
         return Slice(source.row, layer, pages[begin - start : end - start], int(source.trailer.checksums[layer]))
 
     async def _cut(self, layer: int, slices: dict[int, Slice]) -> list[Part]:
         """Frames of at most `frame_bytes` payload over the blocks' bytes of one layer."""
         parts: list[Part] = []
         current = Part(layer, 0, 0, [], [])
-        room = self._loads.frame_bytes
+        room = self._reads.frame_bytes
         for block in range(len(self._rows_of_block)):
             await self._yield_to_loop(block)
             verify = [
@@ -337,7 +337,7 @@ class _Load:
                 while len(run):
                     if not room:
                         parts.append(current)
-                        current, room = Part(layer, block, sent, [], []), self._loads.frame_bytes
+                        current, room = Part(layer, block, sent, [], []), self._reads.frame_bytes
                     taken = run[:room]
                     current.runs.append(taken)
                     current.unverified.extend(verify)
@@ -373,7 +373,7 @@ class _Load:
 
     async def finish(self, part: Part, encode: Callable[[Part], T]) -> T:
         """Verify the slices that begin in this part, then encode it: both on a thread."""
-        loads = self._loads
+        reads = self._reads
 
         def work() -> T | Slice:
             for found in part.unverified:
@@ -381,17 +381,17 @@ class _Load:
                     return found
             return encode(part)
 
-        async with loads.slots:
+        async with reads.slots:
             result = await self._on_thread(work)
         if isinstance(result, Slice):
             source = self._sources[result.row]
             await self._quarantine(source, source.tier or self._blocks_table.first_tier, f"layer {result.layer}")
-        loads.counters.load_bytes += sum(map(len, part.runs))
+        reads.counters.load_bytes += sum(map(len, part.runs))
         return result
 
     async def _quarantine(self, source: _Source, tier: TierName, what: str) -> NoReturn:
         key = self._blocks_table.key_of(source.row).hex()
-        await self._loads.lifecycle.quarantine(source.row, source.generation, tier, what)
+        await self._reads.lifecycle.quarantine(source.row, source.generation, tier, what)
         raise ChecksumMismatch(f"{what} of block {key} is damaged in {tier}; the block was dropped", key=key)
 
 
@@ -426,7 +426,7 @@ class _ScratchBudget:
         except TimeoutError as error:
             raise Overloaded("other loads take all the memory for reading past a full DRAM") from error
 
-    def give_back(self, size_bytes: int) -> None:
+    def release(self, size_bytes: int) -> None:
         if size_bytes:
             self._used_bytes -= size_bytes
             asyncio.get_running_loop().create_task(self._wake())

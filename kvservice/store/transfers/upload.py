@@ -569,7 +569,7 @@ class Upload:
 
     def _end(self, destination: _Destination) -> None:
         if destination.extent is not None:
-            self._space.returned(destination.extent)  # A hash that still runs reads what nobody will ask for.
+            self._space.returned(destination.extent)  # The result of a hash that still runs is not used.
             destination.extent = destination.image = None
         del self._destinations[destination.position]
         self._all.claims.end(destination.claim)

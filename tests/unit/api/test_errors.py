@@ -11,7 +11,8 @@ from google.protobuf import any_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from kvservice_api import errors
-from kvservice_api.errors import DaemonUnavailable, InvalidRequest, KVError, from_rpc_error, from_status, to_status
+from kvservice_api.errors import DaemonUnavailable, InvalidRequest, KVError
+from kvservice_api.status import from_rpc_error, from_status, to_status
 
 TABLE = re.findall(r"^ +x (\w+) +([A-Z_]+) +\S", errors.__doc__ or "", re.MULTILINE)
 KINDS = list(KVError.by_reason.values())

@@ -20,7 +20,8 @@ from kvservice.store.caller import DEFAULT_TENANT, Caller, Tenant
 from kvservice.store.leases import Client
 from kvservice.store.operations.operators import Operators
 from kvservice.store.store import BlockStore
-from kvservice_api.errors import UnknownClient, from_rpc_error
+from kvservice_api.errors import UnknownClient
+from kvservice_api.status import from_rpc_error
 from tests.certificates import Authority, Pair
 from tests.stores import CALLER, LAYOUT, WHOLE, OpenStore, StoreFiles, caller_of, some_chain, some_images
 

@@ -13,6 +13,7 @@ from kvservice.store.leases import Client
 from kvservice.store.mover.evictor import Watermarks
 from kvservice.store.store import StoreLimits
 from kvservice_api.errors import TierFull
+from tests.clock import HandClock
 from tests.stores import CALLER, KIB, MIB, PATIENT, OpenStore, caller_of, some_chain, some_images, until
 
 BLOCK = 12 * KIB  # Of the tests' layout.
@@ -175,13 +176,20 @@ async def test_while_writes_fail_and_no_block_is_held_space_is_refused_at_once(
 
 
 async def test_waiting_for_room_ends_in_time(open_store: Callable[..., Any]) -> None:
+    clock = HandClock()
     opened: OpenStore = await open_store(
-        dram_bytes=64 * KIB + HEADER, ssd_bytes=0, limits=StoreLimits(reserve_wait_s=0.02)
+        dram_bytes=64 * KIB + HEADER, ssd_bytes=0, clock=clock, limits=StoreLimits(reserve_wait_s=10)
     )
     room = opened.evictor
     room._cleaner = StalledCleaner()
     opened.dram.reserve(64 * KIB)
-    waiting = [room.reserve(TierName.DRAM, 4 * KIB) for _ in range(3)]
+    waiting = [asyncio.create_task(room.reserve(TierName.DRAM, 4 * KIB)) for _ in range(3)]
+    await asyncio.sleep(0)
+    clock.advance(seconds=9.9)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not any(each.done() for each in waiting)
+    clock.advance(seconds=0.2)
     answers = await asyncio.gather(*waiting, return_exceptions=True)
     assert [type(answer) for answer in answers] == [TierFull] * 3
     assert not any(room._waiting.values())

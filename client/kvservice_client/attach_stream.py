@@ -1,4 +1,4 @@
-"""The client's life line: the Attach stream, kept open by a background thread.
+"""The Attach stream, kept open by a background thread.
 
 Leases and uploads hang on the stream and end with it. When it breaks, the thread attaches again;
 another boot epoch tells that the daemon is another process. A client that holds nothing of the
@@ -39,7 +39,7 @@ def default_name() -> str:
     return f"{socket.gethostname()}/{os.getpid()}"
 
 
-class LifeLine:
+class AttachStream:
     """Keeps one attachment alive. The thread starts with the first question for it."""
 
     def __init__(self, channel: Channel, client_name: str) -> None:
@@ -59,8 +59,8 @@ class LifeLine:
         self._error: KVError = DaemonUnavailable("not attached yet")
         self._attempts_failed = 0
         self._thread: threading.Thread | None = None
-        self._wanted = threading.Event()  # Somebody waits: end the pause between attempts.
-        self._over = threading.Event()  # The stream of the moment has ended, or shall.
+        self._retry_now = threading.Event()  # Somebody waits: end the pause between attempts.
+        self._stop_stream = threading.Event()  # The stream of the moment has ended, or shall.
         was_closed, self._closed = self._closed.is_set(), threading.Event()
         if was_closed:
             self._closed.set()
@@ -77,7 +77,7 @@ class LifeLine:
                 self._thread = threading.Thread(target=self._run, name="kvservice-attach", daemon=True)
                 self._thread.start()
             attempt = self._attempts_failed + 1
-            self._wanted.set()
+            self._retry_now.set()
             has_ended = self._changed.wait_for(
                 lambda: self._attachment or self._attempts_failed >= attempt or self._closed.is_set(),
                 deadline.remaining_s,
@@ -96,15 +96,15 @@ class LifeLine:
         return attachment is not None and attachment.client_id == client_id
 
     def on_change(self, listener: Callable[[], None]) -> None:
-        """Have `listener` called whenever an attachment has begun or ended, on the life line's thread."""
+        """Have `listener` called whenever an attachment has begun or ended, on the attach stream's thread."""
         self._listeners.append(listener)
 
     def close(self) -> None:
         """End the stream, and with it all leases. The channel must be closed after this."""
         with self._changed:
             self._closed.set()
-            self._over.set()
-            self._wanted.set()
+            self._stop_stream.set()
+            self._retry_now.set()
             self._changed.notify_all()
 
     def join(self, timeout_s: float) -> None:
@@ -114,20 +114,20 @@ class LifeLine:
     def _run(self) -> None:
         pause_s = _PAUSE_FIRST_S
         while not self._closed.is_set():
-            self._wanted.clear()
+            self._retry_now.clear()
             was_attached = False
-            over = self._over = threading.Event()
+            over = self._stop_stream = threading.Event()
             try:
                 for answer in self._channel.converse(BLOCKS + "Attach", self._requests(over), pb.AttachResponse):
                     was_attached = True
                     self._set(Attachment(answer.client_id, answer.boot_epoch))
-                self._lose(DaemonUnavailable(f"the daemon at {self._channel.address} let this client go"))
+                self._detached(DaemonUnavailable(f"the daemon at {self._channel.address} let this client go"))
             except KVError as error:
-                self._lose(error)
+                self._detached(error)
             finally:
                 over.set()
             pause_s = _PAUSE_FIRST_S if was_attached else min(2 * pause_s, _PAUSE_MAX_S)
-            self._wanted.wait(pause_s)
+            self._retry_now.wait(pause_s)
 
     def _requests(self, over: threading.Event) -> Iterator[pb.AttachRequest]:
         yield pb.AttachRequest(client_name=self._client_name or default_name())
@@ -137,9 +137,9 @@ class LifeLine:
         with self._changed:
             self._attachment = attachment
             self._changed.notify_all()
-        self._tell()
+        self._notify_listeners()
 
-    def _lose(self, error: KVError) -> None:
+    def _detached(self, error: KVError) -> None:
         with self._changed:
             was_attached = self._attachment is not None
             self._attachment, self._error = None, error
@@ -149,8 +149,8 @@ class LifeLine:
             self._log.warning(
                 "the daemon at %s was lost, and with it this client's leases: %s", self._channel.address, error.message
             )
-        self._tell()
+        self._notify_listeners()
 
-    def _tell(self) -> None:
+    def _notify_listeners(self) -> None:
         for listener in self._listeners:
             listener()

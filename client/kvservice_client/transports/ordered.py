@@ -1,0 +1,149 @@
+"""The transports of one client, in the order in which they are tried: one loop of fallbacks, and one meter.
+
+A new transport is a class beside the others, and its line in `TRANSPORTS`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+
+from kvservice_api.errors import KVError, NotShared, NoWriterLock
+from kvservice_client.buffers import Bytes
+from kvservice_client.connection import Connection
+from kvservice_client.rate_limited_log import RateLimitedLog
+from kvservice_client.retry import Deadline
+from kvservice_client.traffic import Meter
+from kvservice_client.transports.base import LoadOrder, NotCarried, SaveOrder, SaveResult, Transport
+from kvservice_client.transports.grpc import GrpcTransport
+from kvservice_client.transports.in_place import InPlaceReader, Verify, View
+from kvservice_client.transports.shm import ShmTransport
+from kvservice_client.transports.throttle import Throttle
+
+log = logging.getLogger(__name__)
+
+# The fastest first. The last carries every order.
+TRANSPORTS: tuple[Callable[[Connection], Transport], ...] = (ShmTransport, GrpcTransport)
+
+_TRY_NEXT = (NotShared, NoWriterLock, NotCarried)
+
+
+class OrderedTransports:
+    """Carries orders by the first transport that both ends offer and that can. Thread-safe."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        wanted: str = "auto",
+        bytes_per_s: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`wanted` names the transport that must be offered, or is "auto". With `bytes_per_s` > 0 none is faster."""
+        made = [make(connection) for make in TRANSPORTS]
+        self._required = wanted
+        self._transports = [each for each in made if wanted in ("auto", each.name) or each is made[-1]]
+        self._connection = connection
+        self._meter = Meter()
+        self._log = RateLimitedLog(log)
+        self._clock = clock
+        self._down = Throttle(bytes_per_s) if bytes_per_s else None
+        self._up = Throttle(bytes_per_s) if bytes_per_s else None
+        self.stats = self._meter.stats
+
+    def close(self) -> None:
+        for transport in self._transports:
+            transport.close()
+
+    def load(self, order: LoadOrder, deadline: Deadline) -> Generator[Bytes, None, None]:
+        """Each layer's buffer, in order, as soon as its last byte is there. Closing the generator ends the load."""
+        for transport in self._transports:
+            if not self._is_offered(transport, deadline):
+                continue
+            layers = transport.load(order, deadline)
+            layer = order.first_layer
+            try:
+                while True:
+                    begin_s = self._clock()
+                    data = next(layers, None)
+                    if data is None:
+                        break
+                    self._meter.add(transport.name, loaded_bytes=data.size, load_seconds=self._clock() - begin_s)
+                    if self._down is not None:
+                        self._down.carry(data.size, begin_s, deadline)
+                    yield data
+                    layer += 1
+            except _TRY_NEXT as error:
+                self._fall_back(transport, error)
+                order = replace(order, first_layer=layer)
+                continue
+            finally:
+                layers.close()
+            self._meter.add(transport.name, loads=1)
+            return
+
+    def save(self, order: SaveOrder, deadline: Deadline) -> SaveResult:
+        """Send what is not stored yet, and commit. The buffers may change once this has returned."""
+        for transport in self._transports:
+            if not self._is_offered(transport, deadline):
+                continue
+            begin_s = self._clock()
+            try:
+                result, sent_bytes = transport.save(order, deadline)
+            except _TRY_NEXT as error:
+                self._fall_back(transport, error)
+                continue
+            self._meter.add(transport.name, saves=1, saved_bytes=sent_bytes, save_seconds=self._clock() - begin_s)
+            if self._up is not None:
+                self._up.carry(order.size_bytes, begin_s, deadline)
+            return result
+        raise AssertionError("the last transport carries every order")
+
+    def view(self, order: LoadOrder, deadline: Deadline, verify: Verify) -> View:
+        """The blocks where they lie, without a copy, by the first transport that can. Raises NotShared.
+
+        "once": bytes are verified that were not since the daemon's start. "always": the view verifies each slice
+        before it gives it out.
+        """
+        if self._down is not None:
+            raise NotShared("a view moves no bytes that could be slowed down: load the blocks")
+        have_verified = partial(self._have_verified, order) if verify == "always" else None
+        for transport in self._transports:
+            if isinstance(transport, InPlaceReader):
+                transport.check_offered(deadline)
+                view = transport.view(order, deadline, have_verified)
+                self._meter.add(transport.name, views=1, viewed_bytes=order.size_bytes)
+                return view
+        raise NotShared("no transport of this client reads blocks in place: load the blocks")
+
+    def _is_offered(self, transport: Transport, deadline: Deadline) -> bool:
+        """Raises NotShared where it is the one that is required, and is not offered."""
+        try:
+            transport.check_offered(deadline)
+        except NotShared as error:
+            self._fall_back(transport, error)
+            if transport.name == self._required:
+                raise
+            return False
+        return True
+
+    def _fall_back(self, transport: Transport, error: Exception) -> None:
+        """Count it. Raises the error where there is no next transport."""
+        if transport is self._transports[-1]:
+            raise error
+        why = error.message if isinstance(error, KVError) else str(error)
+        self._meter.fell_back(transport.name, why)
+        self._log.info("%s is not used: %s", transport.name, why)
+
+    def _have_verified(self, order: LoadOrder, block: int, layer: int) -> None:
+        """Make the daemon verify one slice, by loading it: it drops the block and raises where the slice is damaged."""
+        first, counts = order.first_block + block, order.token_counts[block : block + 1]
+        one = replace(order, first_block=first, token_counts=counts, first_layer=layer, into=None)
+        layers = self._transports[-1].load(one, self._connection.deadline(None))
+        with closing(layers):
+            data = next(layers, None)
+            if data is not None:
+                self._meter.add(self._transports[-1].name, loaded_bytes=data.size)
