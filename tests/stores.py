@@ -319,7 +319,7 @@ class OpenStore:
         places = found.records[["segment", "offset_bytes", "size_bytes"]].tolist()
         return {key: Extent(*place) for key, place in zip(found.keys, places, strict=True)}
 
-    def lifecycle(self, key: bytes, shard: Shard = WHOLE) -> set[TierName]:
+    def residency(self, key: bytes, shard: Shard = WHOLE) -> set[TierName]:
         blocks = self.blocks
         row = blocks.row_of(key, shard)
         return {tier for tier in TierName if row >= 0 and blocks.is_resident(row, tier)}
