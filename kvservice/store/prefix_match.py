@@ -27,37 +27,37 @@ _PARTS_A_TURN = 512  # Two milliseconds of the event loop.
 
 
 @dataclass(slots=True)
-class Found:
+class PrefixMatch:
     """Leading blocks of a chain that are stored."""
 
     rows: Rows = field(default_factory=lambda: _NOTHING)  # One a block: that holds all of it, or its first part.
     parts: dict[int, tuple[int, ...]] = field(default_factory=dict)  # Block -> its rows, where it takes several.
     held: Rows = field(default_factory=lambda: _NOTHING)  # All rows, parts included.
 
-    def extend(self, more: Found) -> None:
+    def extend(self, more: PrefixMatch) -> None:
         """By the blocks that come next."""
         self.parts |= {len(self.rows) + block: rows for block, rows in more.parts.items()}
         self.rows = np.concatenate([self.rows, more.rows])
         self.held = np.concatenate([self.held, more.held])
 
 
-def find(blocks: BlockTable, keys: Sequence[bytes], layout_id: int, wanted: Shard) -> Found:
+def match_prefix(blocks: BlockTable, keys: Sequence[bytes], layout_id: int, wanted: Shard) -> PrefixMatch:
     """The leading ones of these blocks of which all of `wanted` is stored. Takes a millisecond for 512 keys at most."""
     rows = blocks.rows_of_keys(keys)
     rows = rows[: _leading(rows != NO_ROW)]
     whole = _usable(blocks, rows, layout_id) & blocks.cover(rows, wanted)
     if whole.all():
-        return Found(rows, {}, rows)
+        return PrefixMatch(rows, {}, rows)
     shards = _shards(blocks, rows, layout_id)
     covering = blocks.cover(shards, wanted) & (shards != NO_ROW)
     by_one = covering.any(axis=1)
     rows = np.where(by_one, shards[np.arange(len(rows)), covering.argmax(axis=1)], NO_ROW)
     if by_one.all():
-        return Found(rows, {}, rows)
+        return PrefixMatch(rows, {}, rows)
     return _joined(blocks, rows, shards, wanted)
 
 
-def _joined(blocks: BlockTable, rows: Rows, shards: Rows, wanted: Shard) -> Found:
+def _joined(blocks: BlockTable, rows: Rows, shards: Rows, wanted: Shard) -> PrefixMatch:
     """`rows`, with those of several parts in the place of NO_ROW, up to the first block that is not whole."""
     codes = np.where(shards != NO_ROW, blocks.shard[shards].view(np.uint64), 0)
     joined: dict[int, tuple[int, ...]] = {}
@@ -80,7 +80,7 @@ def _joined(blocks: BlockTable, rows: Rows, shards: Rows, wanted: Shard) -> Foun
         joined = {block: several for block, several in joined.items() if block < end}
         extra = [np.array([row for several in joined.values() for row in several[1:]], np.int64)]
         rows = rows[:end]
-    return Found(rows, joined, np.concatenate([rows, *extra]))
+    return PrefixMatch(rows, joined, np.concatenate([rows, *extra]))
 
 
 async def narrowed(blocks: BlockTable, lease: Lease, shard: Shard | None, loop_budget: LoopBudget) -> Lease:

@@ -38,7 +38,7 @@ from kvservice.store.operations.operators import Operators
 from kvservice.store.operations.pins import Pins
 from kvservice.store.operations.requests import Requests
 from kvservice.store.operations.scrub import Scrub
-from kvservice.store.prefix_match import Found, find, narrowed, runs_of
+from kvservice.store.prefix_match import PrefixMatch, match_prefix, narrowed, runs_of
 from kvservice.store.sessions.sessions import SessionLimits, Sessions
 from kvservice.store.tasks import Tasks
 from kvservice.store.tickets import Tickets
@@ -368,14 +368,14 @@ class BlockStore:
         self._requests.check_id(request_id)
         layout_id, layout = self._layout(fingerprint)
         wanted = Shard.whole(layout) if shard is None else shard.check(layout)
-        found, held = Found(), []
+        found, held = PrefixMatch(), []
         parts = range(0, len(keys), _LOOKUP_PART)
         try:
             for start in parts:
                 if len(parts) > 1:
                     await self._loop_budget.slot()
                 part = keys[start : start + _LOOKUP_PART]
-                more = find(self._blocks, part, layout_id, wanted)
+                more = match_prefix(self._blocks, part, layout_id, wanted)
                 self._lifecycle.hold(more.held)  # What was found stays in place until all of it is leased.
                 held.append(more.held)
                 found.extend(more)
@@ -392,7 +392,7 @@ class BlockStore:
                 self._lifecycle.unhold(rows)
 
     def _hit(
-        self, client: Client | None, layout: Layout, wanted: Shard, asked: int, found: Found, lease_ttl_s: float
+        self, client: Client | None, layout: Layout, wanted: Shard, asked: int, found: PrefixMatch, lease_ttl_s: float
     ) -> Hit:
         self._counters.lookup_blocks_asked += asked
         self._counters.lookup_blocks_hit += len(found.rows)
