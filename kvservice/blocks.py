@@ -40,7 +40,7 @@ class Extent(NamedTuple):
 
 
 def object_key(key: bytes, shard: Shard) -> bytes:
-    """What names one stored object: the block's key and the shard."""
+    """The name of one stored object: the block's key and the shard."""
     return key + shard.encode()
 
 
@@ -64,7 +64,7 @@ _COLUMNS: dict[str, str] = {
     "head_begin": "u2",
     "head_end": "u2",
     "layout_id": "u4",
-    "tenant": "u4",  # Whose block it is; 0 is the tenant "default".
+    "tenant": "u4",  # The tenant that owns the block; 0 is the tenant "default".
     "token_count": "u4",
     "size_bytes": "u8",  # Of the image.
     "trailer_checksum": "u8",
@@ -72,21 +72,21 @@ _COLUMNS: dict[str, str] = {
     "used_at_ms": "u8",
     "access_seq": "i8",
     "hits": "u4",
-    "pinned_until_ms": "u8",  # By the wall clock; 0 where nobody pinned it.
+    "pinned_until_ms": "u8",  # Wall clock, ms; 0 if the block is not pinned.
     "dram_offset": "i8",
     "dram_size": "u8",
-    "dram_since_ms": "u8",  # When the copy came there; 0 where that was before this daemon's start.
+    "dram_since_ms": "u8",  # When the copy was written to the tier; 0 if before this daemon's start.
     "ssd_segment": "u2",
     "ssd_offset": "i8",
     "ssd_size": "u8",
     "ssd_since_ms": "u8",
-    "leases": "i4",  # Leases that hold the row.
-    "holds": "i4",  # Running I/O that holds the row.
+    "leases": "i4",  # Number of leases that hold the row.
+    "holds": "i4",  # Number of running I/O operations that hold the row.
     "next_shard": "i8",  # The next row of the same block key, or NO_ROW.
-    "generation": "u4",  # Raised when the row is freed, so that a stale row number is noticed.
+    "generation": "u4",  # Incremented when the row is freed, so that a stale row number is detected.
     "used_since_flush": "?",
-    "unwanted_on_ssd": "?",  # Was evicted from SSD; not written again until used again.
-    "verified": "?",  # This daemon has seen that the copy in DRAM matches its checksums.
+    "unwanted_on_ssd": "?",  # Evicted from SSD; not written again until it is used.
+    "verified": "?",  # This daemon verified the checksums of the DRAM copy.
     "live": "?",  # Linked: lookups find it.
 }
 
@@ -133,7 +133,7 @@ class BlockTable:
     live: NDArray[np.bool_]
 
     def __init__(self, row_capacity: int = 1024, *, rows_likely: int | None = None) -> None:
-        """Rows take memory once they are used. Growing past `row_capacity` copies everything: milliseconds for
+        """Rows take memory only once they are used. Growing past `row_capacity` copies everything: milliseconds for
         tens of thousands of rows, on the event loop. So it is for as many as there can be, of which
         `rows_likely` are expected.
         """
@@ -144,7 +144,7 @@ class BlockTable:
         self.live_count = 0
         self.live_of_layout: Counter[int] = Counter()  # Layout id -> live rows.
         self.next_access_seq = 1
-        self.on_change: Callable[[int], None] | None = None  # Hears of each row once `_tell` says so.
+        self.on_change: Callable[[int], None] | None = None  # Called with each changed row, by `_tell`.
         for name, dtype in _COLUMNS.items():
             setattr(self, name, np.zeros(row_capacity, dtype))
 
@@ -237,7 +237,7 @@ class BlockTable:
         return bool(offsets[row] != _NOWHERE)
 
     def since_ms(self, tier: TierName) -> NDArray[np.uint64]:
-        """The column that says when each row's copy came to `tier`."""
+        """The column with the time when each row's copy was written to `tier`."""
         return self.dram_since_ms if tier is TierName.DRAM else self.ssd_since_ms
 
     # Pins: a pinned block keeps one copy, the one on SSD where there is one.
@@ -282,7 +282,7 @@ class BlockTable:
         return row
 
     def link(self, row: int) -> None:
-        """Let lookups find the row."""
+        """Make the row visible to lookups."""
         key = self.key_of(row)
         assert not self.live[row] and self.row_of(key, self.shard_of(row)) == NO_ROW, "an object has one row"
         self.next_shard[row] = self._first_row.get(key, NO_ROW)
@@ -310,7 +310,7 @@ class BlockTable:
         self._tell(row)
 
     def free(self, row: int) -> None:
-        """Give an unlinked, unheld row without residency back."""
+        """Free an unlinked, unheld row that has no residency."""
         assert not self.live[row] and not self.leases[row] and not self.holds[row]
         assert self.dram_offset[row] == _NOWHERE and self.ssd_offset[row] == _NOWHERE
         self.access_seq[row] = self.hits[row] = self.pinned_until_ms[row] = 0
@@ -336,7 +336,7 @@ class BlockTable:
         Where a block is stored in several shards, the row of the same shard, else any.
         """
         shard = self.shard[row].tobytes()
-        found: dict[int, None] = {}  # Parents are what clients say they are: they may form a circle.
+        found: dict[int, None] = {}  # Clients name the parents, so parents may form a cycle.
         parent = self._parent_row(row, shard)
         while parent != NO_ROW and parent not in found and len(found) < limit:
             found[parent] = None
@@ -385,7 +385,7 @@ class BlockTable:
             else:
                 self._first_row = new
             return
-        for row, key in zip(rows.tolist(), keys, strict=True):  # Several shards of a block: a fifth of the speed.
+        for row, key in zip(rows.tolist(), keys, strict=True):  # Several shards of a block: five times as slow.
             before = first_row.setdefault(key, row)
             if before != row:
                 self.next_shard[row] = before
