@@ -15,8 +15,8 @@ from examples.demo.processes import DaemonProcess, EngineProcess, ProcessFailed
 from examples.demo.protocol import ANSWER_TOKENS_MAX, BLOCK_TOKENS, Loaded, Turn
 from examples.demo.script import (
     KILL_AFTER,
-    READERS_ASK_AFTER,
     READERS,
+    READERS_ASK_AFTER,
     SYSTEM,
     TURNS,
     Message,
