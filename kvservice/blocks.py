@@ -39,6 +39,9 @@ class Extent(NamedTuple):
     size_bytes: int
 
 
+_NO_EXTENT = Extent(0, _NOWHERE, 0)
+
+
 def object_key(key: bytes, shard: Shard) -> bytes:
     """The name of one stored object: the block's key and the shard."""
     return key + shard.encode()
@@ -73,21 +76,22 @@ _COLUMNS: dict[str, str] = {
     "access_seq": "i8",
     "hits": "u4",
     "pinned_until_ms": "u8",  # Wall clock, ms; 0 if the block is not pinned.
-    "dram_offset": "i8",
-    "dram_size": "u8",
-    "dram_since_ms": "u8",  # When the copy was written to the tier; 0 if before this daemon's start.
-    "ssd_segment": "u2",
-    "ssd_offset": "i8",
-    "ssd_size": "u8",
-    "ssd_since_ms": "u8",
     "leases": "i4",  # Number of leases that hold the row.
     "holds": "i4",  # Number of running I/O operations that hold the row.
     "next_shard": "i8",  # The next row of the same block key, or NO_ROW.
     "generation": "u4",  # Incremented when the row is freed, so that a stale row number is detected.
     "used_since_flush": "?",
     "unwanted_on_ssd": "?",  # Evicted from SSD; not written again until it is used.
-    "verified": "?",  # This daemon verified the checksums of the DRAM copy.
+    "verified": "?",  # This daemon verified the checksums of the copy in the first tier.
     "live": "?",  # Linked: lookups find it.
+}
+
+# ``[tier, row]``: the copy in each tier, in the order of `BlockTable.tiers`.
+_TIER_COLUMNS: dict[str, str] = {
+    "segment": "u2",
+    "offset": "i8",
+    "extent_size": "u8",
+    "arrived_ms": "u8",  # When the copy was written to the tier; 0 if before this daemon's start.
 }
 
 _decode_shard = functools.lru_cache(maxsize=4096)(Shard.decode)
@@ -95,6 +99,9 @@ _decode_shard = functools.lru_cache(maxsize=4096)(Shard.decode)
 
 class BlockTable:
     """All stored objects, as rows of arrays. Rows are numbers; a freed one is used again.
+
+    `tiers` are the tiers that a block may lie in, from the fastest to the slowest. A tier's position in them is
+    its row of the columns ``[tier, row]``.
 
     Arrays grow by replacement: read them through the table, never keep one across an await.
     """
@@ -116,13 +123,6 @@ class BlockTable:
     access_seq: NDArray[np.int64]
     hits: NDArray[np.uint32]
     pinned_until_ms: NDArray[np.uint64]
-    dram_offset: NDArray[np.int64]
-    dram_size: NDArray[np.uint64]
-    dram_since_ms: NDArray[np.uint64]
-    ssd_segment: NDArray[np.uint16]
-    ssd_offset: NDArray[np.int64]
-    ssd_size: NDArray[np.uint64]
-    ssd_since_ms: NDArray[np.uint64]
     leases: NDArray[np.int32]
     holds: NDArray[np.int32]
     next_shard: NDArray[np.int64]
@@ -131,12 +131,25 @@ class BlockTable:
     unwanted_on_ssd: NDArray[np.bool_]
     verified: NDArray[np.bool_]
     live: NDArray[np.bool_]
+    segment: NDArray[np.uint16]
+    offset: NDArray[np.int64]
+    extent_size: NDArray[np.uint64]
+    arrived_ms: NDArray[np.uint64]
 
-    def __init__(self, row_capacity: int = 1024, *, rows_likely: int | None = None) -> None:
+    def __init__(
+        self,
+        row_capacity: int = 1024,
+        *,
+        rows_likely: int | None = None,
+        tiers: Sequence[TierName] = (TierName.DRAM, TierName.SSD),
+    ) -> None:
         """Rows take memory only once they are used. Growing past `row_capacity` copies everything: milliseconds for
         tens of thousands of rows, on the event loop. So it is for as many as there can be, of which
         `rows_likely` are expected.
         """
+        self.tiers = tuple(tiers)
+        self.first_tier, self.last_tier = self.tiers[0], self.tiers[-1]
+        self._position = {tier: position for position, tier in enumerate(self.tiers)}
         self.rows_likely = row_capacity if rows_likely is None else rows_likely
         self._first_row: dict[bytes, int] = {}  # Block key -> its first row.
         self._free: list[int] = []
@@ -147,6 +160,8 @@ class BlockTable:
         self.on_change: Callable[[int], None] | None = None  # Called with each changed row, by `_tell`.
         for name, dtype in _COLUMNS.items():
             setattr(self, name, np.zeros(row_capacity, dtype))
+        for name, dtype in _TIER_COLUMNS.items():
+            setattr(self, name, np.zeros((len(self.tiers), row_capacity), dtype))
 
     @property
     def row_capacity(self) -> int:
@@ -208,39 +223,98 @@ class BlockTable:
 
     # Residency
 
+    def position(self, tier: TierName) -> int:
+        """The tier's index in `tiers`; 0 is the fastest."""
+        return self._position[tier]
+
     def extent(self, row: int, tier: TierName) -> Extent | None:
         """Where the row's bytes lie in `tier`, if they do."""
-        if tier is TierName.DRAM:
-            offset = int(self.dram_offset[row])
-            return None if offset == _NOWHERE else Extent(0, offset, int(self.dram_size[row]))
-        offset = int(self.ssd_offset[row])
-        return None if offset == _NOWHERE else Extent(int(self.ssd_segment[row]), offset, int(self.ssd_size[row]))
+        if not self.is_resident(row, tier):
+            return None
+        position = self._position[tier]
+        offset = int(self.offset[position, row])
+        return Extent(int(self.segment[position, row]), offset, int(self.extent_size[position, row]))
 
     def set_extent(self, row: int, tier: TierName, extent: Extent | None) -> None:
-        offset, size = (extent.offset_bytes, extent.size_bytes) if extent else (_NOWHERE, 0)
-        if tier is TierName.DRAM:
-            self.dram_offset[row], self.dram_size[row] = offset, size
-            self.verified[row] = False  # Whoever knows better says so.
-        else:
-            self.ssd_offset[row], self.ssd_size[row] = offset, size
-            self.ssd_segment[row] = extent.segment if extent else 0
+        position = self._position[tier]
+        place = extent or _NO_EXTENT
+        self.segment[position, row], self.offset[position, row], self.extent_size[position, row] = place
+        if position == 0:
+            self.verified[row] = False  # The caller sets it after it verified the copy.
         self._tell(row)
+
+    def set_extents(
+        self,
+        rows: Rows,
+        tier: TierName,
+        segments: NDArray[np.generic],
+        offsets: NDArray[np.generic],
+        sizes: NDArray[np.generic],
+    ) -> None:
+        """Set the extents of recovered rows in `tier`. `on_change` is not called."""
+        position = self._position[tier]
+        self.segment[position, rows], self.offset[position, rows] = segments, offsets
+        self.extent_size[position, rows] = sizes
 
     def resident(self, tier: TierName) -> NDArray[np.bool_]:
         """Which of the rows below `row_end` have a copy in `tier`."""
-        offsets = self.dram_offset if tier is TierName.DRAM else self.ssd_offset
-        mask: NDArray[np.bool_] = offsets[: self.row_end] != _NOWHERE
+        return self.lie_in(slice(self.row_end), tier)
+
+    def lie_in(self, rows: Rows | slice, tier: TierName) -> NDArray[np.bool_]:
+        """Which of these rows have a copy in `tier`; none where the store has no such tier."""
+        if tier not in self._position:
+            return np.zeros(len(self.live[rows]), np.bool_)
+        mask: NDArray[np.bool_] = self.offset[self._position[tier]][rows] != _NOWHERE
         return mask
 
+    def lie_anywhere(self, rows: Rows) -> NDArray[np.bool_]:
+        """Which of these rows have a copy in any tier."""
+        mask: NDArray[np.bool_] = self.offset[0][rows] != _NOWHERE
+        for offsets in self.offset[1:]:
+            mask |= offsets[rows] != _NOWHERE
+        return mask
+
+    def tier_sets(self, rows: Rows) -> NDArray[np.int64]:
+        """The tiers that have a copy of each row, as bits: bit 0 is the first tier."""
+        bits = np.zeros(len(rows), np.int64)
+        for position, offsets in enumerate(self.offset):
+            bits |= (offsets[rows] != _NOWHERE).astype(np.int64) << position
+        return bits
+
+    def resident_slower(self, tier: TierName) -> NDArray[np.bool_]:
+        """Which of the rows below `row_end` have a copy in a tier that is slower than `tier`."""
+        return self._any_copy(slice(self._position[tier] + 1, None), slice(self.row_end))
+
+    def resident_faster(self, tier: TierName) -> NDArray[np.bool_]:
+        """Which of the rows below `row_end` have a copy in a tier that is faster than `tier`."""
+        return self._any_copy(slice(0, self._position[tier]), slice(self.row_end))
+
     def is_resident(self, row: int, tier: TierName) -> bool:
-        offsets = self.dram_offset if tier is TierName.DRAM else self.ssd_offset
-        return bool(offsets[row] != _NOWHERE)
+        return tier in self._position and bool(self.offset[self._position[tier], row] != _NOWHERE)
+
+    def has_slower_copy(self, row: int, tier: TierName) -> bool:
+        """Whether a tier that is slower than `tier` has a copy of the row."""
+        return any(offset != _NOWHERE for offset in self.offset[self._position[tier] + 1 :, row].tolist())
+
+    def tiers_of(self, row: int) -> list[TierName]:
+        """The tiers that have a copy of the row, the fastest first."""
+        offsets = self.offset[:, row].tolist()
+        return [tier for tier, offset in zip(self.tiers, offsets, strict=True) if offset != _NOWHERE]
+
+    def fastest(self, row: int) -> TierName | None:
+        """The fastest tier that has a copy of the row; None where no tier has one."""
+        return next(iter(self.tiers_of(row)), None)
 
     def since_ms(self, tier: TierName) -> NDArray[np.uint64]:
         """The column with the time when each row's copy was written to `tier`."""
-        return self.dram_since_ms if tier is TierName.DRAM else self.ssd_since_ms
+        column: NDArray[np.uint64] = self.arrived_ms[self._position[tier]]
+        return column
 
-    # Pins: a pinned block keeps one copy, the one on SSD where there is one.
+    def _any_copy(self, positions: slice, rows: slice) -> NDArray[np.bool_]:
+        mask: NDArray[np.bool_] = (self.offset[positions, rows] != _NOWHERE).any(axis=0)
+        return mask
+
+    # Pins: a pinned block keeps one copy, the one in the slowest tier that has one.
 
     def pinned(self, now_ms: int) -> NDArray[np.bool_]:
         """Which of the rows below `row_end` are pinned."""
@@ -249,9 +323,7 @@ class BlockTable:
 
     def pin_keeps(self, row: int, tier: TierName, now_ms: int) -> bool:
         """Whether a pin keeps the row's copy in `tier`."""
-        if self.pinned_until_ms[row] <= now_ms:
-            return False
-        return tier is TierName.SSD or not self.is_resident(row, TierName.SSD)
+        return bool(self.pinned_until_ms[row] > now_ms) and not self.has_slower_copy(row, tier)
 
     # Changing
 
@@ -312,9 +384,9 @@ class BlockTable:
     def free(self, row: int) -> None:
         """Free an unlinked, unheld row that has no residency."""
         assert not self.live[row] and not self.leases[row] and not self.holds[row]
-        assert self.dram_offset[row] == _NOWHERE and self.ssd_offset[row] == _NOWHERE
+        assert (self.offset[:, row] == _NOWHERE).all()
         self.access_seq[row] = self.hits[row] = self.pinned_until_ms[row] = 0
-        self.dram_since_ms[row] = self.ssd_since_ms[row] = 0
+        self.arrived_ms[:, row] = 0
         self.used_since_flush[row] = self.unwanted_on_ssd[row] = self.verified[row] = False
         self.generation[row] += 1
         self._free.append(row)
@@ -358,7 +430,7 @@ class BlockTable:
         new = slice(self.row_end, self.row_end + count)
         rows = np.arange(new.start, new.stop, dtype=np.int64)
         self.row_end += count
-        self.dram_offset[new] = self.ssd_offset[new] = _NOWHERE
+        self.offset[:, new] = _NOWHERE
         self.next_shard[new] = NO_ROW
         self.key[new] = object_keys["key"]
         self.shard[new] = object_keys["shard"]
@@ -409,11 +481,11 @@ class BlockTable:
                 self._grow()
             row = self.row_end
             self.row_end += 1
-        self.dram_offset[row] = self.ssd_offset[row] = _NOWHERE
+        self.offset[:, row] = _NOWHERE
         self.next_shard[row] = NO_ROW
         return row  # The other columns are set by `add`, or are zero: of a new array, or since `free`.
 
     def _grow(self) -> None:
-        for name in _COLUMNS:
+        for name in (*_COLUMNS, *_TIER_COLUMNS):
             column = getattr(self, name)
-            setattr(self, name, np.concatenate([column, np.zeros_like(column)]))
+            setattr(self, name, np.concatenate([column, np.zeros_like(column)], axis=-1))

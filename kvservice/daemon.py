@@ -269,7 +269,7 @@ def _open_store(settings: Settings, clock: Clock, files: FileCalls, opening: Exi
     if forgotten := index.forget_unused_layouts():
         log.info("layouts without blocks are forgotten: %d of them, as there were too many", forgotten)
     history = MissReasons(clock, settings.history.events_max)
-    blocks = recover(index, {TierName.SSD: ssd, TierName.DRAM: dram} if ssd else {TierName.DRAM: dram}, history)
+    blocks = recover(index, {TierName.DRAM: dram, TierName.SSD: ssd} if ssd else {TierName.DRAM: dram}, history)
     executor = ThreadPoolExecutor(max(2, min(settings.server.transfer_slots, 8)), thread_name_prefix="transfer")
     counters = Counters()
     store = BlockStore(

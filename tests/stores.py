@@ -158,8 +158,9 @@ class OpenStore:
             now_ms=files.clock.wall_ms(),
             why_new=self.arena.why_new,
         )
-        tiers: dict[TierName, Tier] = {TierName.SSD: self.ssd} if self.ssd else {}
-        tiers[TierName.DRAM] = self.dram
+        tiers: dict[TierName, Tier] = {TierName.DRAM: self.dram}
+        if self.ssd:
+            tiers[TierName.SSD] = self.ssd
         self.executor = ThreadPoolExecutor(2)
         history = MissReasons(files.clock, files.history_events)
         self.blocks = recover(self.index, tiers, history)
@@ -318,7 +319,7 @@ class OpenStore:
         places = found.records[["segment", "offset_bytes", "size_bytes"]].tolist()
         return {key: Extent(*place) for key, place in zip(found.keys, places, strict=True)}
 
-    def lifecycle(self, key: bytes, shard: Shard = WHOLE) -> set[TierName]:
+    def residency(self, key: bytes, shard: Shard = WHOLE) -> set[TierName]:
         blocks = self.blocks
         row = blocks.row_of(key, shard)
         return {tier for tier in TierName if row >= 0 and blocks.is_resident(row, tier)}

@@ -162,13 +162,13 @@ class BlockLifecycle:
         return found
 
     async def admit(self, rows: Sequence[int], extents: Sequence[Extent]) -> None:
-        """Record new objects, whose bytes lie complete in DRAM, then make them visible.
+        """Record new objects, whose bytes lie complete in the first tier, then make them visible.
 
         Where the index refuses, rows and extents are given back.
         """
         self.hold(rows)
         try:
-            await self.place(rows, TierName.DRAM, extents)
+            await self.place(rows, self.blocks.first_tier, extents)
             for row in rows:
                 self.blocks.link(row)
         finally:
@@ -212,9 +212,8 @@ class BlockLifecycle:
         records could not be removed; the copies then leave later.
         """
         blocks = self.blocks
-        other = TierName.SSD if tier is TierName.DRAM else TierName.DRAM
-        last_copies = [row for row in rows if not blocks.is_resident(row, other)]
-        demoted = [row for row in rows if blocks.is_resident(row, other)]
+        last_copies = [row for row in rows if blocks.tiers_of(row) == [tier]]
+        demoted = [row for row in rows if blocks.tiers_of(row) != [tier]]
         freed: list[Extent] = []
         for row in rows:
             assert blocks.live[row] and self.is_free(row), "a held copy is not evicted"
@@ -223,9 +222,9 @@ class BlockLifecycle:
             assert extent is not None
             freed.append(extent)
             blocks.set_extent(row, tier, None)
-            if tier is TierName.SSD:
+            if tier != blocks.first_tier:
                 blocks.unwanted_on_ssd[row] = True
-        if tier is TierName.DRAM:
+        if tier == blocks.first_tier:
             self._counters.evicted_dram_blocks += len(rows)
             self._counters.lost_unwritten_blocks += len(last_copies)
         else:

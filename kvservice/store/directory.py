@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvservice.blocks import BlockTable, Rows, TierName
+from kvservice.blocks import BlockTable, Rows
 from kvservice.store.directory_table import DirectoryTable, TableFull
 from kvservice.tiers.files import FileCalls
 from kvservice.tiers.io_pool import ended
@@ -131,7 +131,8 @@ class ResidencyDirectory:
         blocks = self._blocks
         if not blocks.live[row]:
             return 0
-        return IN_DRAM * blocks.is_resident(row, TierName.DRAM) | ON_SSD * blocks.is_resident(row, TierName.SSD)
+        first = blocks.first_tier
+        return IN_DRAM * blocks.is_resident(row, first) | ON_SSD * blocks.has_slower_copy(row, first)
 
     # Files
 
@@ -201,8 +202,8 @@ class ResidencyDirectory:
         """Slots without sequence and crc. Flags are 0 where a row has no copy."""
         blocks = self._blocks
         slots = np.zeros(len(rows), SLOT)
-        dram, ssd = (blocks.resident(tier)[rows] for tier in (TierName.DRAM, TierName.SSD))
-        slots["flags"] = IN_DRAM * dram | ON_SSD * ssd
+        tiers = blocks.tier_sets(rows)
+        slots["flags"] = IN_DRAM * (tiers & 1) | ON_SSD * (tiers > 1)
         for name in ("token_count", "shard", "key"):
             slots[name] = getattr(blocks, name)[rows]
         ids, which = np.unique(blocks.layout_id[rows], return_inverse=True)

@@ -27,37 +27,37 @@ _PARTS_A_TURN = 512  # Two milliseconds of the event loop.
 
 
 @dataclass(slots=True)
-class Found:
+class PrefixMatch:
     """Leading blocks of a chain that are stored."""
 
     rows: Rows = field(default_factory=lambda: _NOTHING)  # One a block: that holds all of it, or its first part.
     parts: dict[int, tuple[int, ...]] = field(default_factory=dict)  # Block -> its rows, where it takes several.
     held: Rows = field(default_factory=lambda: _NOTHING)  # All rows, parts included.
 
-    def extend(self, more: Found) -> None:
+    def extend(self, more: PrefixMatch) -> None:
         """By the blocks that come next."""
         self.parts |= {len(self.rows) + block: rows for block, rows in more.parts.items()}
         self.rows = np.concatenate([self.rows, more.rows])
         self.held = np.concatenate([self.held, more.held])
 
 
-def find(blocks: BlockTable, keys: Sequence[bytes], layout_id: int, wanted: Shard) -> Found:
+def match_prefix(blocks: BlockTable, keys: Sequence[bytes], layout_id: int, wanted: Shard) -> PrefixMatch:
     """The leading ones of these blocks of which all of `wanted` is stored. Takes a millisecond for 512 keys at most."""
     rows = blocks.rows_of_keys(keys)
     rows = rows[: _leading(rows != NO_ROW)]
     whole = _usable(blocks, rows, layout_id) & blocks.cover(rows, wanted)
     if whole.all():
-        return Found(rows, {}, rows)
+        return PrefixMatch(rows, {}, rows)
     shards = _shards(blocks, rows, layout_id)
     covering = blocks.cover(shards, wanted) & (shards != NO_ROW)
     by_one = covering.any(axis=1)
     rows = np.where(by_one, shards[np.arange(len(rows)), covering.argmax(axis=1)], NO_ROW)
     if by_one.all():
-        return Found(rows, {}, rows)
+        return PrefixMatch(rows, {}, rows)
     return _joined(blocks, rows, shards, wanted)
 
 
-def _joined(blocks: BlockTable, rows: Rows, shards: Rows, wanted: Shard) -> Found:
+def _joined(blocks: BlockTable, rows: Rows, shards: Rows, wanted: Shard) -> PrefixMatch:
     """`rows`, with those of several parts in the place of NO_ROW, up to the first block that is not whole."""
     codes = np.where(shards != NO_ROW, blocks.shard[shards].view(np.uint64), 0)
     joined: dict[int, tuple[int, ...]] = {}
@@ -80,7 +80,7 @@ def _joined(blocks: BlockTable, rows: Rows, shards: Rows, wanted: Shard) -> Foun
         joined = {block: several for block, several in joined.items() if block < end}
         extra = [np.array([row for several in joined.values() for row in several[1:]], np.int64)]
         rows = rows[:end]
-    return Found(rows, joined, np.concatenate([rows, *extra]))
+    return PrefixMatch(rows, joined, np.concatenate([rows, *extra]))
 
 
 async def narrowed(blocks: BlockTable, lease: Lease, shard: Shard | None, loop_budget: LoopBudget) -> Lease:
@@ -141,8 +141,7 @@ def _shards(blocks: BlockTable, first_rows: Rows, layout_id: int) -> Rows:
 
 
 def _usable(blocks: BlockTable, rows: Rows, layout_id: int) -> NDArray[np.bool_]:
-    resident = (blocks.dram_offset[rows] >= 0) | (blocks.ssd_offset[rows] >= 0)
-    usable: NDArray[np.bool_] = resident & (blocks.layout_id[rows] == layout_id)
+    usable: NDArray[np.bool_] = blocks.lie_anywhere(rows) & (blocks.layout_id[rows] == layout_id)
     return usable
 
 
@@ -155,9 +154,10 @@ def runs_of(blocks: BlockTable, rows: Rows) -> list[Run]:
     """Where consecutive rows lie."""
     if not len(rows):
         return []
-    dram = blocks.dram_offset[rows] >= 0
-    ssd = blocks.ssd_offset[rows] >= 0
-    changes = np.flatnonzero((dram[1:] != dram[:-1]) | (ssd[1:] != ssd[:-1])) + 1
-    starts = [0, *changes.tolist()]
-    ends = [*changes.tolist(), len(rows)]
-    return [(end - start, bool(dram[start]), bool(ssd[start])) for start, end in zip(starts, ends, strict=True)]
+    sets = blocks.tier_sets(rows)
+    changes = (np.flatnonzero(sets[1:] != sets[:-1]) + 1).tolist()
+    starts, ends = [0, *changes], [*changes, len(rows)]
+    return [
+        (end - start, bool(tiers & 1), bool(tiers >> 1))
+        for start, end, tiers in zip(starts, ends, sets[starts].tolist(), strict=True)
+    ]

@@ -39,21 +39,23 @@ _COPIED = ("layout_id", "tenant", "token_count", "trailer_checksum", "parent_key
 def recover(index: BlockIndex, tiers: Mapping[TierName, Tier], history: MissReasons | None = None) -> BlockTable:
     """Fill a new table, and tell each tier which of its space is taken.
 
+    `tiers` are in the order of speed, the fastest first.
+
     Records that contradict their tier, their layout or each other are dropped: their blocks are misses,
     and `history` notes them, as it notes those that an emptied DRAM tier had.
     Raises StorageFailed where those cannot be removed from the index; StoreDamaged, and removes none of their
     records, where blocks may be of a layout whose entry is damaged.
     """
     if history is not None:
-        history.note_lost(TierName.DRAM, index.emptied_keys)
+        history.note_lost(next(iter(tiers)), index.emptied_keys)
     rows_likely = sum(tier.capacity_bytes for tier in tiers.values()) // _LIKELY_BLOCK_BYTES
     rows_likely = min(max(rows_likely, _LIKELY_ROWS_MIN), _LIKELY_ROWS_MAX)
     blocks: BlockTable | None = None
-    for name, tier in tiers.items():
+    for name, tier in reversed(list(tiers.items())):  # The slowest first: most blocks lie there.
         found = index.load(name)
         if blocks is None:
             rows_likely = max(rows_likely, int(len(found.records) * _ROOM_FOR_MORE))
-            blocks = BlockTable(max(rows_likely, _rows_max(index, tiers)), rows_likely=rows_likely)
+            blocks = BlockTable(max(rows_likely, _rows_max(index, tiers)), rows_likely=rows_likely, tiers=tuple(tiers))
         keys, records, dropped = found.object_keys, found.records, list(found.damaged)
         why = Counter(found.damaged.values())
         if index.layout_entries.damaged and why[UNKNOWN_LAYOUT]:
@@ -85,7 +87,7 @@ def recover(index: BlockIndex, tiers: Mapping[TierName, Tier], history: MissReas
             keys, records, rows, sizes = keys[sound], records[sound], rows[sound], sizes[sound]
         tier.adopt(records["segment"], records["offset_bytes"], records["size_bytes"])
         _add_new(blocks, keys, records, rows, sizes)
-        _set_extents(blocks, name, rows, records)
+        blocks.set_extents(rows, name, *(records[field] for field in _EXTENT))
     assert blocks is not None, "a store has a tier"
     return blocks
 
@@ -124,14 +126,6 @@ def _add_new(blocks: BlockTable, keys: ObjectKeys, records: Records, rows: Rows,
     columns = {name: records[name][new] for name in _COPIED}
     rows[new] = blocks.add_many(keys[new], {**columns, "size_bytes": sizes[new]})
     blocks.next_access_seq = max(blocks.next_access_seq, int(records["access_seq"].max(initial=0)) + 1)
-
-
-def _set_extents(blocks: BlockTable, tier: TierName, rows: Rows, records: Records) -> None:
-    if tier is TierName.DRAM:
-        blocks.dram_offset[rows], blocks.dram_size[rows] = records["offset_bytes"], records["size_bytes"]
-    else:
-        blocks.ssd_segment[rows] = records["segment"]
-        blocks.ssd_offset[rows], blocks.ssd_size[rows] = records["offset_bytes"], records["size_bytes"]
 
 
 def _image_sizes(keys: ObjectKeys, records: Records, layouts: Mapping[int, Layout]) -> NDArray[np.uint64]:

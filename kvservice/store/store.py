@@ -38,7 +38,7 @@ from kvservice.store.operations.operators import Operators
 from kvservice.store.operations.pins import Pins
 from kvservice.store.operations.requests import Requests
 from kvservice.store.operations.scrub import Scrub
-from kvservice.store.prefix_match import Found, find, narrowed, runs_of
+from kvservice.store.prefix_match import PrefixMatch, match_prefix, narrowed, runs_of
 from kvservice.store.sessions.sessions import SessionLimits, Sessions
 from kvservice.store.tasks import Tasks
 from kvservice.store.tickets import Tickets
@@ -146,9 +146,7 @@ class BlockStore:
         )
         self._tasks = Tasks()
         self._loop_budget = LoopBudget()
-        tiers: dict[TierName, Tier] = {TierName.DRAM: dram}
-        if ssd is not None:
-            tiers[TierName.SSD] = ssd
+        tiers = {tier: space for tier, space in zip(blocks.tiers, (dram, ssd), strict=False) if space is not None}
         self._lifecycle = BlockLifecycle(blocks, tiers, index, counters, self._tasks, self._history)
         self._evictor = Evictor(
             self._lifecycle,
@@ -161,18 +159,8 @@ class BlockStore:
         self._write_behind: WriteBehind | None = None
         self._promoter: Promoter | None = None
         if ssd is not None:
-            shared = (
-                self._lifecycle,
-                self._evictor,
-                dram,
-                ssd,
-                policy,
-                clock,
-                counters,
-                self._tasks,
-                self._loop_budget,
-            )
-            self._write_behind = WriteBehind(*shared, writes_in_flight=limits.writes_in_flight)
+            shared = (self._lifecycle, self._evictor, dram, policy, clock, counters, self._tasks, self._loop_budget)
+            self._write_behind = WriteBehind(*shared, ssd=ssd, writes_in_flight=limits.writes_in_flight)
             self._promoter = Promoter(*shared, reads_in_flight=limits.reads_in_flight)
         self._leases = Leases(
             self._lifecycle,
@@ -200,7 +188,6 @@ class BlockStore:
         self._reads = Reads(
             self._lifecycle,
             dram,
-            ssd,
             self._promoter,
             clock,
             counters,
@@ -212,7 +199,7 @@ class BlockStore:
         self._in_place_reads = InPlaceReads(self._lifecycle, dram, self._promoter, counters, executor)
         self._in_place_uploads = InPlaceUploads(self._uploads, dram, self._tasks, offered=limits.writes_in_place)
         self._scrub = Scrub(
-            self._lifecycle, dram, ssd, clock, counters, executor, bytes_per_second=limits.scrub_bytes_per_second
+            self._lifecycle, dram, clock, counters, executor, bytes_per_second=limits.scrub_bytes_per_second
         )
         self._pins = Pins(
             self._lifecycle,
@@ -381,14 +368,14 @@ class BlockStore:
         self._requests.check_id(request_id)
         layout_id, layout = self._layout(fingerprint)
         wanted = Shard.whole(layout) if shard is None else shard.check(layout)
-        found, held = Found(), []
+        found, held = PrefixMatch(), []
         parts = range(0, len(keys), _LOOKUP_PART)
         try:
             for start in parts:
                 if len(parts) > 1:
                     await self._loop_budget.slot()
                 part = keys[start : start + _LOOKUP_PART]
-                more = find(self._blocks, part, layout_id, wanted)
+                more = match_prefix(self._blocks, part, layout_id, wanted)
                 self._lifecycle.hold(more.held)  # What was found stays in place until all of it is leased.
                 held.append(more.held)
                 found.extend(more)
@@ -405,7 +392,7 @@ class BlockStore:
                 self._lifecycle.unhold(rows)
 
     def _hit(
-        self, client: Client | None, layout: Layout, wanted: Shard, asked: int, found: Found, lease_ttl_s: float
+        self, client: Client | None, layout: Layout, wanted: Shard, asked: int, found: PrefixMatch, lease_ttl_s: float
     ) -> Hit:
         self._counters.lookup_blocks_asked += asked
         self._counters.lookup_blocks_hit += len(found.rows)
@@ -592,7 +579,7 @@ class BlockStore:
             await self._loop_budget.slot()
             first = blocks.rows_of_keys(part)
             rows = [row for start in first.tolist() for row in blocks.shards_of(start)]
-            absent = [row for row in rows if not blocks.is_resident(row, TierName.DRAM)]
+            absent = [row for row in rows if not blocks.is_resident(row, blocks.first_tier)]
             missing += int((first == NO_ROW).sum())
             in_dram += len(rows) - len(absent)
             wanted += absent
@@ -601,7 +588,7 @@ class BlockStore:
         await self._promoter.promote(wanted, within_s=within_s, wait=wait)
         if not wait:
             return PrefetchOutcome(missing, in_dram, len(wanted), 0)
-        promoted = sum(blocks.is_resident(row, TierName.DRAM) for row in wanted)
+        promoted = sum(blocks.is_resident(row, blocks.first_tier) for row in wanted)
         return PrefetchOutcome(missing, in_dram, promoted, len(wanted) - promoted)
 
     async def evict(self, caller: Caller, keys: Sequence[bytes], tier: TierName) -> EvictOutcome:

@@ -227,7 +227,7 @@ class StoreBesideModel(RuleBasedStateMachine):
             now_ms = self.files.clock.wall_ms()
             until_ms, expected_ms = self.pinned_until_ms(name), self.pins.get(name, 0)
             assert until_ms == expected_ms or max(until_ms, expected_ms) <= now_ms, "a pin is not what it was"
-        resident = {name: tiers for name in self.visible() if (tiers := self.opened.lifecycle(*name))}
+        resident = {name: tiers for name in self.visible() if (tiers := self.opened.residency(*name))}
         assert self.opened.published() == resident, "clients on this host are told something else"
         for held in self.leases:
             for row in held.lease.held_rows.tolist():
@@ -280,7 +280,7 @@ class StoreBesideModel(RuleBasedStateMachine):
         found: set[TierName] = set()
         for name in self.visible():
             if name[0] == key and name[1].covers(wanted):
-                found |= self.opened.lifecycle(*name)
+                found |= self.opened.residency(*name)
         return found
 
     def being_saved(self, chain: BlockChain, shard: Shard) -> set[bytes]:
@@ -370,7 +370,7 @@ class StoreBesideModel(RuleBasedStateMachine):
         free = [row for row in copies if not blocks.leases[row] and not blocks.holds[row]]
         leaving = [row for row in free if not self.pin_keeps((blocks.key_of(row), blocks.shard_of(row)), tier)]
         names = [(blocks.key_of(row), blocks.shard_of(row)) for row in leaving]
-        gone = [name for name in names if self.opened.lifecycle(*name) == {tier}]
+        gone = [name for name in names if self.opened.residency(*name) == {tier}]
         self.go(gone)
         outcome = await self.store.evict(CALLER, chain.keys, tier)
         assert (outcome.evicted, outcome.held) == (len(leaving), len(copies) - len(leaving))
@@ -380,7 +380,7 @@ class StoreBesideModel(RuleBasedStateMachine):
         """A pinned block's copy on SSD stays, and so does one that only DRAM has."""
         if self.pins.get(name, 0) <= self.files.clock.wall_ms():
             return False
-        return tier is TierName.SSD or TierName.SSD not in self.opened.lifecycle(*name)
+        return tier is TierName.SSD or TierName.SSD not in self.opened.residency(*name)
 
     def go(self, names: list[Object]) -> None:
         """They are invisible, and a crash may bring them back until their records are gone."""

@@ -307,7 +307,7 @@ class StoreMachine(StoreBesideModel):
         if self.ample and wait:
             objects = [name for name in self.versions if name[0] in part.keys]
             assert outcome.failed == 0 and outcome.in_dram + outcome.promoted == len(objects)
-            assert all(TierName.DRAM in self.opened.lifecycle(*name) for name in objects)
+            assert all(TierName.DRAM in self.opened.residency(*name) for name in objects)
 
     @rule(chain=chains, first=firsts, count=counts, ttl_s=st.sampled_from([0, 5, 50, 500]))
     def pin_or_unpin(self, chain: int, first: int, count: int, ttl_s: int) -> None:
@@ -355,7 +355,7 @@ class StoreMachine(StoreBesideModel):
                 for name in [(key, each) for each in SHARDS]:
                     found = before.get(name, set()) | self.versions.get(name, set())
                     self.versions.pop(name, None)
-                    if found and self.opened.lifecycle(*name):
+                    if found and self.opened.residency(*name):
                         self.versions[name] = found
                     elif found:  # The policy may have evicted it meanwhile, and its record may still be there.
                         self.doubtful.setdefault(name, set()).update(found)
@@ -415,7 +415,7 @@ class StoreMachine(StoreBesideModel):
         """What is visible in the last moment survives; on SSD, where the power is cut."""
         survivors = self.visible()
         if power_cut:
-            survivors = {name for name in survivors if TierName.SSD in self.opened.lifecycle(*name)}
+            survivors = {name for name in survivors if TierName.SSD in self.opened.residency(*name)}
         self.go(list(set(self.versions) - survivors))
         for name in survivors - set(self.versions):  # Saved just now.
             self.versions[name] = set(self.doubtful[name])

@@ -135,7 +135,7 @@ class Evictor:
         if rows := await self._choose(tier, size_bytes):
             await self._lifecycle.evict(rows, tier, self._policy.name)
             return True
-        cleaner = self._cleaner if tier is TierName.DRAM else None
+        cleaner = self._cleaner if tier == self._blocks.first_tier else None
         if cleaner is not None and (cleaner.is_progressing() or (cleaner.is_writing() and self._has_held(tier))):
             await cleaner.wait_for_one()
             return True
@@ -178,13 +178,11 @@ class Evictor:
         end = blocks.row_end
         free = blocks.resident(tier) & blocks.live[:end] & (blocks.leases[:end] == 0) & (blocks.holds[:end] == 0)
         pinned = blocks.pinned(self._clock.wall_ms())
-        if tier is TierName.DRAM:
-            rows = np.flatnonzero(free & blocks.resident(TierName.SSD))  # These leave without loss.
-            if not len(rows) and not (self._cleaner is not None and self._cleaner.is_progressing()):
-                rows = np.flatnonzero(free & ~pinned)
-        else:
+        rows = np.flatnonzero(free & blocks.resident_slower(tier))  # These leave without loss.
+        cleaner = self._cleaner if tier == blocks.first_tier else None
+        if not len(rows) and not (cleaner is not None and cleaner.is_progressing()):
             free &= ~pinned
-            rows = np.flatnonzero(free & ~blocks.resident(TierName.DRAM))
+            rows = np.flatnonzero(free & ~blocks.resident_faster(tier))
             if not len(rows):
                 rows = np.flatnonzero(free)
         if not len(rows):
@@ -216,8 +214,8 @@ class Evictor:
                 if missing_bytes <= 0:
                     return
                 rows = await self._choose(tier, missing_bytes)
-                if tier is TierName.DRAM:
-                    rows = [row for row in rows if self._blocks.is_resident(row, TierName.SSD)]
+                if tier == self._blocks.first_tier:
+                    rows = [row for row in rows if self._blocks.has_slower_copy(row, tier)]
                 if not rows:
                     return
                 await self._lifecycle.evict(rows, tier, self._policy.name)

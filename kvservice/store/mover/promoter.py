@@ -25,7 +25,6 @@ from kvservice.store.loop_budget import LoopBudget
 from kvservice.store.mover.evictor import Evictor
 from kvservice.store.tasks import Tasks, all_of
 from kvservice.tiers.dram import DramTier
-from kvservice.tiers.ssd import SsdTier
 from kvservice_api.errors import BlockNotFound, ChecksumMismatch, KVError, StorageFailed, TierFull
 from kvservice_api.image import BlockGeometry, Trailer
 
@@ -41,10 +40,19 @@ _ROOM_WAIT_S = 0.2  # Whoever loads is better off reading past DRAM than waiting
 class PendingPromotion:
     """One block on its way up. Its verified layers can be read before the last one is there."""
 
-    def __init__(self, row: int, generation: int, geometry: BlockGeometry, extent: Extent, image: memoryview) -> None:
+    def __init__(
+        self,
+        row: int,
+        generation: int,
+        geometry: BlockGeometry,
+        tier: TierName,
+        extent: Extent,
+        image: memoryview,
+    ) -> None:
         self.row = row
         self.generation = generation
         self.geometry = geometry
+        self.tier = tier  # That it is read from.
         self.pieces = image_check.cut(geometry, _PIECE_BYTES)
         self.extent = extent
         self.image = image
@@ -102,7 +110,6 @@ class Promoter:
         lifecycle: BlockLifecycle,
         evictor: Evictor,
         dram: DramTier,
-        ssd: SsdTier,
         policy: Policy[BlockTable],
         clock: Clock,
         counters: Counters,
@@ -115,7 +122,6 @@ class Promoter:
         self._blocks = lifecycle.blocks
         self._evictor = evictor
         self._dram = dram
-        self._ssd = ssd
         self._policy = policy
         self._clock = clock
         self._counters = counters
@@ -179,17 +185,15 @@ class Promoter:
 
     def _wanted(self, row: int) -> bool:
         blocks = self._blocks
-        only_ssd = blocks.is_resident(row, TierName.SSD) and not blocks.is_resident(row, TierName.DRAM)
-        return (
-            only_ssd and bool(blocks.live[row]) and self._policy.wants_in_dram(blocks, row, self._clock.monotonic_s())
-        )
+        below = blocks.fastest(row) not in (None, blocks.first_tier)
+        return below and bool(blocks.live[row]) and self._policy.wants_in_dram(blocks, row, self._clock.monotonic_s())
 
     async def _reserve(self, row: int) -> PendingPromotion:
         geometry = self._lifecycle.geometry(row)
         reserving = self._reserving[row] = asyncio.get_running_loop().create_future()
         self._lifecycle.hold([row])
         try:
-            extent = await self._evictor.reserve(TierName.DRAM, geometry.image_bytes, wait_s=_ROOM_WAIT_S)
+            extent = await self._evictor.reserve(self._blocks.first_tier, geometry.image_bytes, wait_s=_ROOM_WAIT_S)
         except BaseException:
             self._lifecycle.unhold([row])
             raise
@@ -197,9 +201,9 @@ class Promoter:
             del self._reserving[row]
             reserving.set_result(None)
         image = self._dram.view(extent)[: geometry.image_bytes]
-        landing = self._landings[row] = PendingPromotion(
-            row, int(self._blocks.generation[row]), geometry, extent, image
-        )
+        generation, source = int(self._blocks.generation[row]), self._blocks.fastest(row)
+        assert source is not None, "a held block keeps its copy"
+        landing = self._landings[row] = PendingPromotion(row, generation, geometry, source, extent, image)
         return landing
 
     async def _bring_up(self, landings: list[PendingPromotion], due_s: float) -> None:
@@ -228,13 +232,13 @@ class Promoter:
         await all_of(worker() for _ in range(self._reads_in_flight))
 
     async def _read_trailer(self, landing: PendingPromotion, due_s: float) -> None:
-        source = self._blocks.extent(landing.row, TierName.SSD)
+        source = self._blocks.extent(landing.row, landing.tier)
         assert source is not None, "a held block keeps its copy"
         start = image_check.trailer_start(landing.geometry)
         expected = int(self._blocks.trailer_checksum[landing.row])
         key = self._blocks.key_of(landing.row)
         try:
-            landing.trailer = await self._ssd.read(
+            landing.trailer = await self._lifecycle.tiers[landing.tier].read(
                 source,
                 start,
                 landing.image[start:],
@@ -250,11 +254,11 @@ class Promoter:
         if landing.error is not None:
             return
         trailer, geometry = landing.trailer, landing.geometry
-        source = self._blocks.extent(landing.row, TierName.SSD)
+        source = self._blocks.extent(landing.row, landing.tier)
         assert trailer is not None and source is not None
         layers = range(piece.layer_begin, piece.layer_end)
         try:
-            damaged = await self._ssd.read(
+            damaged = await self._lifecycle.tiers[landing.tier].read(
                 source,
                 piece.start,
                 landing.image[piece.start : piece.end],
@@ -270,14 +274,14 @@ class Promoter:
 
     def _damaged(self, landing: PendingPromotion, what: str) -> ChecksumMismatch:
         key = self._blocks.key_of(landing.row).hex()
-        return ChecksumMismatch(f"{what} of block {key} is damaged in ssd", key=key, damaged=what)
+        return ChecksumMismatch(f"{what} of block {key} is damaged in {landing.tier}", key=key, damaged=what)
 
     async def _fail(self, landing: PendingPromotion, error: KVError) -> None:
         """A damaged block is a miss from now on, and not only once all others have landed."""
         landing.failed(error)
         self._counters.storage_errors += isinstance(error, StorageFailed)
         if isinstance(error, ChecksumMismatch):
-            await self._lifecycle.quarantine(landing.row, landing.generation, TierName.SSD, error.details["damaged"])
+            await self._lifecycle.quarantine(landing.row, landing.generation, landing.tier, error.details["damaged"])
 
     async def _end(self, landing: PendingPromotion) -> None:
         """Make the block resident in DRAM, or give its space back."""
@@ -289,8 +293,8 @@ class Promoter:
                 if not blocks.live[row]:
                     raise BlockNotFound("the block was discarded while it was promoted")
                 placed = True  # From here on `place` owns the extent.
-                await self._lifecycle.place([row], TierName.DRAM, [landing.extent], landing.unread)
-                blocks.verified[row] = blocks.is_resident(row, TierName.DRAM)
+                await self._lifecycle.place([row], blocks.first_tier, [landing.extent], landing.unread)
+                blocks.verified[row] = blocks.is_resident(row, blocks.first_tier)
                 self._counters.promoted_blocks += 1
                 self._counters.promoted_bytes += landing.geometry.image_bytes
         except KVError as error:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvservice.blocks import BlockTable, Extent, TierName
+from kvservice.blocks import BlockTable, Extent
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.policy.base import Policy
@@ -49,13 +49,13 @@ class WriteBehind:
         lifecycle: BlockLifecycle,
         evictor: Evictor,
         dram: DramTier,
-        ssd: SsdTier,
         policy: Policy[BlockTable],
         clock: Clock,
         counters: Counters,
         tasks: Tasks,
         loop_budget: LoopBudget,
         *,
+        ssd: SsdTier,
         writes_in_flight: int,
     ) -> None:
         self._lifecycle = lifecycle
@@ -63,6 +63,7 @@ class WriteBehind:
         self._evictor = evictor
         self._dram = dram
         self._ssd = ssd
+        self._above, self._below = lifecycle.blocks.tiers[:2]  # It copies from the one to the other.
         self._policy = policy
         self._clock = clock
         self._counters = counters
@@ -86,8 +87,8 @@ class WriteBehind:
     def start(self) -> None:
         """Queue what an earlier daemon left unwritten, oldest first, and begin to work."""
         blocks = self._blocks
-        only_dram = blocks.resident(TierName.DRAM) & ~blocks.resident(TierName.SSD) & blocks.live[: blocks.row_end]
-        rows = np.flatnonzero(only_dram)
+        unwritten = blocks.resident(self._above) & ~blocks.resident(self._below) & blocks.live[: blocks.row_end]
+        rows = np.flatnonzero(unwritten)
         self.add(rows[np.argsort(blocks.access_seq[rows])].tolist())
         for number in range(self._writes_in_flight):
             self._tasks.start(self._write_forever(), f"write-behind {number}")
@@ -104,7 +105,7 @@ class WriteBehind:
         self._awaited += 1
         self._enough_copied.set()
         try:
-            if not self._blocks.is_resident(row, TierName.SSD):
+            if not self._blocks.is_resident(row, self._below):
                 async with self._awaited_writes:
                     copied = asyncio.Event()
                     writing = self._begin(row, copied)
@@ -171,7 +172,7 @@ class WriteBehind:
             # Meanwhile it may leave DRAM like any other: waiting for it would help nobody.
             again_s = _TRY_AGAIN_S
             if isinstance(error, IndexFull):
-                self._evictor.shed(TierName.SSD)
+                self._evictor.shed(self._below)
                 again_s = _TRY_AGAIN_SHED_S
             asyncio.get_running_loop().call_later(again_s, self._add_again, row, generation)
         except KVError as error:
@@ -184,7 +185,7 @@ class WriteBehind:
 
     def _add_again(self, row: int, generation: int) -> None:
         blocks = self._blocks
-        if blocks.generation[row] == generation and blocks.live[row] and not blocks.is_resident(row, TierName.SSD):
+        if blocks.generation[row] == generation and blocks.live[row] and not blocks.is_resident(row, self._below):
             self.add([row])
 
     def _note_failure(self, why: str) -> None:
@@ -213,10 +214,10 @@ class WriteBehind:
 
     async def _write(self, row: int, copied: asyncio.Event | None) -> None:
         blocks = self._blocks
-        source = blocks.extent(row, TierName.DRAM) if blocks.live[row] else None
+        source = blocks.extent(row, self._above) if blocks.live[row] else None
         if source is None:
             raise BlockNotFound("the block left before it was written")
-        if blocks.is_resident(row, TierName.SSD):
+        if blocks.is_resident(row, self._below):
             return
         generation = int(blocks.generation[row])
         self._lifecycle.hold([row])
@@ -234,14 +235,14 @@ class WriteBehind:
             self._counters.written_behind_blocks += 1
             self._counters.written_behind_bytes += geometry.image_bytes
         except ChecksumMismatch as error:
-            await self._lifecycle.quarantine(row, generation, TierName.DRAM, error.message)
+            await self._lifecycle.quarantine(row, generation, self._above, error.message)
             raise
         finally:
             self._lifecycle.unhold([row])
 
     async def _copy(self, image: memoryview, geometry: BlockGeometry, trailer: Trailer) -> tuple[Extent, int]:
         """The copy's place, and how often its file had failed to be flushed before."""
-        extent = await self._evictor.reserve(TierName.SSD, geometry.image_bytes)
+        extent = await self._evictor.reserve(self._below, geometry.image_bytes)
         flush_failures = self._ssd.flush_failures(extent)
         with _released_on_error(self._ssd, extent):
             for piece in image_check.cut(geometry, _PIECE_BYTES):
@@ -298,7 +299,7 @@ class WriteBehind:
                 raise StorageFailed("a file was not flushed after blocks were written to it; they are written anew")
 
         try:
-            await self._lifecycle.place(rows, TierName.SSD, extents, check=check)
+            await self._lifecycle.place(rows, self._below, extents, check=check)
         except Exception as error:
             for copied in batch:
                 copied.fail(error)

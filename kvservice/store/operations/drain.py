@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvservice.blocks import BlockTable, Rows, TierName
+from kvservice.blocks import BlockTable, Rows
 from kvservice.store.caller import Caller
 from kvservice.store.mover.write_behind import WriteBehind
 from kvservice.store.tasks import Tasks
@@ -117,9 +117,8 @@ class Drain:
 
     def _only_in_dram(self) -> Rows:
         blocks = self._blocks
-        return np.flatnonzero(
-            blocks.resident(TierName.DRAM) & ~blocks.resident(TierName.SSD) & blocks.live[: blocks.row_end]
-        )
+        first = blocks.first_tier
+        return np.flatnonzero(blocks.resident(first) & ~blocks.resident_slower(first) & blocks.live[: blocks.row_end])
 
     def _progress(self, done: bool) -> DrainProgress:
         rows = self._only_in_dram()

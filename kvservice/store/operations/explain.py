@@ -162,13 +162,11 @@ class Explain:
         """Where an object lies, since when, and how it came there."""
         blocks = self._blocks
         found = []
-        for tier in TierName:
-            if not blocks.is_resident(row, tier):
-                continue
+        for tier in blocks.tiers_of(row):
             since_ms = int(blocks.since_ms(tier)[row])
             if not since_ms:
                 arrival = Arrival.KEPT
-            elif tier is TierName.SSD:
+            elif tier != blocks.first_tier:
                 arrival = Arrival.WRITTEN_BEHIND
             else:
                 arrival = Arrival.SAVED if since_ms == blocks.stored_at_ms[row] else Arrival.PROMOTED

@@ -48,7 +48,7 @@ def block_facts(blocks: BlockTable, layouts: Mapping[int, Layout], row: int, now
         shard=blocks.shard_of(row),
         token_count=int(blocks.token_count[row]),
         size_bytes=int(blocks.size_bytes[row]),
-        tiers=frozenset(tier for tier in TierName if blocks.is_resident(row, tier)),
+        tiers=frozenset(blocks.tiers_of(row)),
         stored_at_ms=int(blocks.stored_at_ms[row]),
         used_at_ms=int(blocks.used_at_ms[row]),
         hits=int(blocks.hits[row]),

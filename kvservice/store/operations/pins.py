@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvservice.blocks import NO_ROW, BlockTable, Rows, TierName
+from kvservice.blocks import NO_ROW, BlockTable, Rows
 from kvservice.clock import Clock
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
@@ -107,9 +107,8 @@ class Pins:
         pinned = np.flatnonzero(mask)
         in_thread = len(pinned) > _ROWS_BEFORE_A_THREAD
         sizes = await asyncio.to_thread(_sizes, blocks, pinned) if in_thread else _sizes(blocks, pinned)
-        last = TierName.SSD if TierName.SSD in self._lifecycle.tiers else TierName.DRAM
         taken = max_bytes = 0
-        for tier, taken in zip((TierName.DRAM, last), sizes, strict=True):
+        for tier, taken in zip((blocks.first_tier, blocks.last_tier), sizes, strict=True):
             max_bytes = int(self._fraction_max * self._lifecycle.tiers[tier].capacity_bytes)
             if taken > max_bytes:
                 raise PinsFull(
@@ -137,13 +136,13 @@ class Pins:
         if self._write_behind is None:
             return
         blocks = self._blocks
-        only_dram = [row for row in rows.tolist() if blocks.live[row] and not blocks.is_resident(row, TierName.SSD)]
-        blocks.unwanted_on_ssd[only_dram] = False
-        self._write_behind.add(only_dram)
+        last_copies = [row for row in rows.tolist() if blocks.live[row] and blocks.tiers_of(row) == [blocks.first_tier]]
+        blocks.unwanted_on_ssd[last_copies] = False
+        self._write_behind.add(last_copies)
 
 
 def _sizes(blocks: BlockTable, rows: Rows) -> tuple[int, int]:
-    """What these blocks take: those of them that only DRAM holds, and all. They may be of any number."""
+    """What these blocks take: those of them that only the first tier holds, and all. They may be of any number."""
     rows = rows[blocks.live[rows]]
     sizes = blocks.size_bytes[rows]
-    return int(sizes[blocks.ssd_offset[rows] < 0].sum()), int(sizes.sum())
+    return int(sizes[blocks.tier_sets(rows) <= 1].sum()), int(sizes.sum())

@@ -184,7 +184,7 @@ class Requests:
         """Notes a load of the lease while it runs, and how it ended. The caller counts `sent_bytes`."""
         lookup = self._by_lease.get(lease.lease_id)
         rows = lease.rows[blocks.start : blocks.stop]
-        from_dram = int((self._blocks.dram_offset[rows] >= 0).sum()) if lookup is not None else 0
+        from_dram = int(self._blocks.lie_in(rows, self._blocks.first_tier).sum()) if lookup is not None else 0
         from_ssd = len(blocks) - from_dram
         record = LoadRecord(self._clock.wall_ms(), len(blocks), len(layers), from_dram, from_ssd, in_place)
         if lookup is not None:

@@ -18,7 +18,6 @@ from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.io_pool import ended
-from kvservice.tiers.ssd import SsdTier
 from kvservice_api.errors import ScrubRunning, StorageFailed
 from kvservice_api.layout import Shard
 
@@ -41,7 +40,6 @@ class Scrub:
         self,
         lifecycle: BlockLifecycle,
         dram: DramTier,
-        ssd: SsdTier | None,
         clock: Clock,
         counters: Counters,
         executor: Executor,
@@ -51,7 +49,6 @@ class Scrub:
         self._lifecycle = lifecycle
         self._blocks = lifecycle.blocks
         self._dram = dram
-        self._ssd = ssd
         self._clock = clock
         self._counters = counters
         self._executor = executor
@@ -103,10 +100,11 @@ class Scrub:
         generation = int(self._blocks.generation[row])
         self._lifecycle.hold([row])
         try:
-            what = await (self._check_dram(row) if tier is TierName.DRAM else self._check_ssd(row))
+            check = self._check_memory if tier == self._blocks.first_tier else self._check_read
+            what = await check(row, tier)
             if what:
                 await self._lifecycle.quarantine(row, generation, tier, what)
-            elif tier is TierName.DRAM:
+            elif tier == self._blocks.first_tier:
                 self._blocks.verified[row] = True
             return bool(what)
         except StorageFailed:
@@ -115,8 +113,8 @@ class Scrub:
         finally:
             self._lifecycle.unhold([row])
 
-    async def _check_dram(self, row: int) -> str:
-        extent = self._blocks.extent(row, TierName.DRAM)
+    async def _check_memory(self, row: int, tier: TierName) -> str:
+        extent = self._blocks.extent(row, tier)
         assert extent is not None
         geometry = self._lifecycle.geometry(row)
         image = self._dram.view(extent)[: geometry.image_bytes]
@@ -127,12 +125,12 @@ class Scrub:
         finally:
             await ended(job)  # The thread reads memory that is about to be released.
 
-    async def _check_ssd(self, row: int) -> str:
-        extent = self._blocks.extent(row, TierName.SSD)
-        assert extent is not None and self._ssd is not None
+    async def _check_read(self, row: int, tier: TierName) -> str:
+        extent = self._blocks.extent(row, tier)
+        assert extent is not None
         geometry, identity = self._lifecycle.geometry(row), self._identity(row)
         return await image_check.damage_in(
-            self._ssd, extent, geometry, *identity, piece_bytes=_PIECE_BYTES, priority=_LAST_PRIORITY
+            self._lifecycle.tiers[tier], extent, geometry, *identity, piece_bytes=_PIECE_BYTES, priority=_LAST_PRIORITY
         )
 
     def _identity(self, row: int) -> tuple[bytes, Shard, int]:

@@ -27,7 +27,7 @@ from kvservice.index.session_records import Manifest
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.store.miss_reasons import Reason
-from kvservice.store.prefix_match import Run, find, runs_of
+from kvservice.store.prefix_match import Run, match_prefix, runs_of
 from kvservice.store.sessions import manifests
 from kvservice.store.sessions.manifests import StoredSession, Turn
 from kvservice.store.tasks import Tasks
@@ -140,7 +140,7 @@ class Sessions:
     def history(self, manifest: Manifest, wanted: Shard) -> SessionHistory:
         """How much of a session is stored, for this shard. No use of it."""
         blocks = self._lifecycle.blocks
-        hits = find(blocks, manifest.slices["key"].tolist(), manifest.layout_id, wanted).rows
+        hits = match_prefix(blocks, manifest.slices["key"].tolist(), manifest.layout_id, wanted).rows
         wrong = np.flatnonzero(blocks.token_count[hits] != manifest.slices["block_tokens"][: len(hits)])
         usable = int(wrong[0]) if len(wrong) else len(hits)
         return SessionHistory(self.stored(manifest), usable, runs_of(blocks, hits[:usable]))

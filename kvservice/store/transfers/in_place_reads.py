@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice.blocks import Extent, Rows, TierName
+from kvservice.blocks import Extent, Rows
 from kvservice.counters import Counters
 from kvservice.store import image_check
 from kvservice.store.block_lifecycle import BlockLifecycle
@@ -92,7 +92,7 @@ class InPlaceReads:
         self._lifecycle.hold(rows)
         try:
             try:
-                missing = rows[self._blocks.dram_offset[rows] < 0].tolist()
+                missing = rows[~self._blocks.lie_in(rows, self._blocks.first_tier)].tolist()
                 if missing and self._promoter is not None:
                     landings = await held.enter_async_context(self._promoter.promoting(missing))
                 if verify:
@@ -129,9 +129,9 @@ class InPlaceReads:
             if count % _ROWS_A_TURN == _ROWS_A_TURN - 1:
                 await asyncio.sleep(0)
             landing = landings.get(row)
-            extent = self._blocks.extent(row, TierName.DRAM) if landing is None else landing.extent
+            extent = self._blocks.extent(row, self._blocks.first_tier) if landing is None else landing.extent
             if extent is None:
-                if not self._blocks.is_resident(row, TierName.SSD):
+                if self._blocks.fastest(row) is None:
                     raise LeaseExpired("a block left the store before its load began: look the prefix up again")
                 return NotInPlace("DRAM has no room for a block")
             extents.append(extent)
@@ -149,9 +149,9 @@ class InPlaceReads:
     async def _verify(self, rows: Rows) -> None:
         """See that blocks in DRAM are what their checksums say, where that was not seen since the start."""
         blocks = self._blocks
-        unseen = rows[~blocks.verified[rows] & (blocks.dram_offset[rows] >= 0)]
+        unseen = rows[~blocks.verified[rows] & blocks.lie_in(rows, blocks.first_tier)]
         for row in dict.fromkeys(unseen.tolist()):
-            extent = blocks.extent(row, TierName.DRAM)
+            extent = blocks.extent(row, blocks.first_tier)
             if extent is None or blocks.verified[row]:
                 continue
             geometry, key, generation = self._lifecycle.geometry(row), blocks.key_of(row), int(blocks.generation[row])
@@ -163,6 +163,6 @@ class InPlaceReads:
             finally:
                 await ended(job)  # The thread reads memory that is about to be released.
             if what:
-                await self._lifecycle.quarantine(row, generation, TierName.DRAM, what)
+                await self._lifecycle.quarantine(row, generation, blocks.first_tier, what)
                 raise ChecksumMismatch(f"{what} of block {key.hex()} is damaged in dram", key=key.hex())
             blocks.verified[row] = True

@@ -29,7 +29,6 @@ from kvservice.store.tasks import all_of
 from kvservice.store.transfers.coverage import HeadRun, cover
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.io_pool import ended
-from kvservice.tiers.ssd import SsdTier
 from kvservice_api.errors import ChecksumMismatch, InvalidRequest, KVError, LeaseExpired, Overloaded
 from kvservice_api.image import PAGE_BYTES, BlockGeometry, Trailer, checksum
 from kvservice_api.layout import Layout, Shard
@@ -89,7 +88,8 @@ class _Source:
     image: memoryview | None  # In DRAM or landing; None where the slices are read from SSD.
     trailer: Trailer | None = None
     landing: PendingPromotion | None = None
-    ssd_extent: Extent | None = None
+    tier: TierName | None = None  # That the slices are read from, where that is not memory.
+    extent: Extent | None = None  # Its place there.
 
     @property
     def is_at_hand(self) -> bool:
@@ -104,7 +104,6 @@ class Reads:
         self,
         lifecycle: BlockLifecycle,
         dram: DramTier,
-        ssd: SsdTier | None,
         promoter: Promoter | None,
         clock: Clock,
         counters: Counters,
@@ -116,7 +115,6 @@ class Reads:
     ) -> None:
         self.lifecycle = lifecycle
         self.dram = dram
-        self.ssd = ssd
         self.promoter = promoter
         self.counters = counters
         self.executor = executor
@@ -205,7 +203,7 @@ class _Read:
         landings: dict[int, PendingPromotion] = {}
         if reads.promoter is not None:
             rows = np.array(self.rows, np.int64)
-            missing = rows[table.dram_offset[rows] < 0].tolist()
+            missing = rows[~table.lie_in(rows, table.first_tier)].tolist()
             landings = await self._held.enter_async_context(reads.promoter.promoting(missing))
         for row, landing in landings.items():
             self._sources[row] = source = self._new_source(row)
@@ -221,8 +219,8 @@ class _Read:
         await self._on_thread(lambda: self._read_trailers(resident))
         for source in resident:
             if source.trailer is None:
-                await self._quarantine(source, TierName.DRAM, "the trailer")
-        read_through = [source for source in self._sources.values() if source.ssd_extent is not None]
+                await self._quarantine(source, table.first_tier, "the trailer")
+        read_through = [source for source in self._sources.values() if source.extent is not None]
         # One layer of each is being sent while the next one is being read.
         wanted_bytes = sum(2 * (source.geometry.slice_bytes_max + 2 * PAGE_BYTES) for source in read_through)
         await reads.scratch.take(wanted_bytes)
@@ -232,13 +230,15 @@ class _Read:
     def _source(self, row: int) -> _Source:
         """Of a block that is not being promoted."""
         table, source = self._blocks_table, self._new_source(row)
-        dram = table.extent(row, TierName.DRAM)
-        if dram is not None:
-            source.image = self._reads.dram.view(dram)[: source.geometry.image_bytes]
-            return source
-        source.ssd_extent = table.extent(row, TierName.SSD)
-        if source.ssd_extent is None:
+        tier = table.fastest(row)
+        if tier is None:
             raise LeaseExpired("a block left the store before its load began: look the prefix up again")
+        extent = table.extent(row, tier)
+        assert extent is not None
+        if tier == table.first_tier:
+            source.image = self._reads.dram.view(extent)[: source.geometry.image_bytes]
+        else:
+            source.tier, source.extent = tier, extent
         return source
 
     def _new_source(self, row: int) -> _Source:
@@ -275,11 +275,11 @@ class _Read:
     async def _fetch_trailer(self, source: _Source) -> None:
         start = image_check.trailer_start(source.geometry)
         pages = image_check.scratch(source.geometry.image_bytes - start)
-        ssd = self._reads.ssd
-        assert ssd is not None and source.ssd_extent is not None
-        source.trailer = await ssd.read(source.ssd_extent, start, pages, lambda end: self._trailer(source, end))
+        assert source.tier is not None and source.extent is not None
+        tier = self._reads.lifecycle.tiers[source.tier]
+        source.trailer = await tier.read(source.extent, start, pages, lambda end: self._trailer(source, end))
         if source.trailer is None:
-            await self._quarantine(source, TierName.SSD, "the trailer")
+            await self._quarantine(source, source.tier, "the trailer")
 
     async def parts(self, layer: int) -> list[Part]:
         """One wanted layer, cut into frames; `layer` counts from the shard's first."""
@@ -317,9 +317,8 @@ class _Read:
         assert source.trailer is not None
         start, stop = image_check.page_range(source.geometry, layer, layer + 1)
         pages = image_check.scratch(stop - start)
-        ssd = self._reads.ssd
-        assert ssd is not None and source.ssd_extent is not None
-        await ssd.read(source.ssd_extent, start, pages)
+        assert source.tier is not None and source.extent is not None
+        await self._reads.lifecycle.tiers[source.tier].read(source.extent, start, pages)
         self._reads.counters.read_through_bytes += end - begin
         return Slice(source.row, layer, pages[begin - start : end - start], int(source.trailer.checksums[layer]))
 
@@ -386,8 +385,7 @@ class _Read:
             result = await self._on_thread(work)
         if isinstance(result, Slice):
             source = self._sources[result.row]
-            tier = TierName.SSD if source.ssd_extent else TierName.DRAM
-            await self._quarantine(source, tier, f"layer {result.layer}")
+            await self._quarantine(source, source.tier or self._blocks_table.first_tier, f"layer {result.layer}")
         reads.counters.load_bytes += sum(map(len, part.runs))
         return result
 

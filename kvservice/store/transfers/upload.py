@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice.blocks import NO_ROW, BlockTable, Extent, TierName, object_key
+from kvservice.blocks import NO_ROW, BlockTable, Extent, object_key
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.store.block_lifecycle import BlockLifecycle
@@ -299,7 +299,7 @@ class Upload:
                 raise self._no_room  # A chain without this block is not worth another wait for room.
             if not self._over:
                 await self._all.lifecycle.wait_record_deletes([destination.claim.name])
-                extent = await self._all.evictor.reserve(TierName.DRAM, destination.geometry.image_bytes)
+                extent = await self._all.evictor.reserve(self._all.blocks.first_tier, destination.geometry.image_bytes)
         except KVError as error:
             if not self._over:
                 self._no_room = error

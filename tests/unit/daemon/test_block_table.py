@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import pytest
@@ -247,3 +248,41 @@ def check(table: BlockTable, model: Model) -> None:
         assert set(np.flatnonzero(table.resident(tier)).tolist()) == resident
         for row in resident:
             assert table.extent(row, tier) == model.extents[row, tier]
+
+
+COLD = cast(TierName, "cold")
+THREE_TIERS = (TierName.DRAM, TierName.SSD, COLD)
+
+
+def test_a_block_may_lie_in_any_of_three_tiers_and_the_table_tells_which() -> None:
+    table = BlockTable(row_capacity=2, tiers=THREE_TIERS)
+    row = added(table, KEYS[0])
+    table.set_extent(row, COLD, Extent(5, 8192, 4096))
+    assert table.tiers_of(row) == [TierName.DRAM, COLD] and table.fastest(row) == TierName.DRAM
+    assert table.tier_sets(np.array([row])).tolist() == [0b101]
+    assert table.has_slower_copy(row, TierName.SSD) and not table.has_slower_copy(row, COLD)
+    table.set_extent(row, TierName.DRAM, None)
+    assert table.fastest(row) == COLD and table.extent(row, COLD) == Extent(5, 8192, 4096)
+    assert table.lie_anywhere(np.array([row])).all() and not table.resident(TierName.DRAM).any()
+    for key in KEYS[1:]:  # The arrays grow.
+        added(table, key)
+    assert table.extent(row, COLD) == Extent(5, 8192, 4096)
+    assert table.resident_faster(COLD).tolist() == [False, True, True, True, True, True]
+    assert table.resident_slower(TierName.DRAM).tolist() == [True, False, False, False, False, False]
+
+
+def test_a_pin_keeps_the_copy_in_the_slowest_of_three_tiers_that_has_one() -> None:
+    table = BlockTable(tiers=THREE_TIERS)
+    row = added(table, KEYS[0])
+    table.pinned_until_ms[row] = 100
+    assert table.pin_keeps(row, TierName.DRAM, 99) and not table.pin_keeps(row, TierName.DRAM, 100)
+    table.set_extent(row, COLD, Extent(0, 0, 4096))
+    assert table.pin_keeps(row, COLD, 99)
+    assert not table.pin_keeps(row, TierName.DRAM, 99)
+
+
+def test_no_block_lies_in_a_tier_that_the_store_does_not_have() -> None:
+    table = BlockTable(tiers=[TierName.DRAM])
+    row = added(table, KEYS[0])
+    assert not table.is_resident(row, TierName.SSD) and table.extent(row, TierName.SSD) is None
+    assert not table.resident(TierName.SSD).any()

@@ -62,9 +62,9 @@ async def test_the_mover_copies_nothing_that_the_policy_does_not_want(open_store
     images = some_images(chain)
     await opened.save(client, chain, images)
     await opened.settle()
-    assert opened.lifecycle(chain.keys[0]) == {TierName.DRAM}
+    assert opened.residency(chain.keys[0]) == {TierName.DRAM}
 
     await opened.save(client, chain, images, on_ssd=True)  # A client's wish is no matter of policy.
     await opened.store.evict(CALLER, chain.keys, TierName.DRAM)
     assert (await opened.store.prefetch(CALLER, chain.keys, within_s=0, wait=True)).failed == 3
-    assert opened.lifecycle(chain.keys[0]) == {TierName.SSD}
+    assert opened.residency(chain.keys[0]) == {TierName.SSD}

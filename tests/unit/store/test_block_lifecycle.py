@@ -53,14 +53,14 @@ async def test_a_copy_on_ssd_counts_once_its_record_is_committed_and_not_before(
     chain = some_chain(1)
     with opened.commits_held(TierName.SSD):
         saving = asyncio.create_task(opened.save(client, chain, some_images(chain), on_ssd=True))
-        await until(lambda: opened.lifecycle(chain.keys[0]) == {TierName.DRAM})
+        await until(lambda: opened.residency(chain.keys[0]) == {TierName.DRAM})
         assert opened.ssd is not None
         await until(lambda: opened.ssd is not None and opened.ssd.used_bytes > 0)
         await turns()
-        assert opened.lifecycle(chain.keys[0]) == {TierName.DRAM}
+        assert opened.residency(chain.keys[0]) == {TierName.DRAM}
         assert not saving.done(), "a save to SSD is acknowledged when the block is there"
     await saving
-    assert opened.lifecycle(chain.keys[0]) == {TierName.DRAM, TierName.SSD}
+    assert opened.residency(chain.keys[0]) == {TierName.DRAM, TierName.SSD}
 
 
 @pytest.mark.parametrize("tier", TierName)
@@ -72,7 +72,7 @@ async def test_the_space_of_an_evicted_copy_is_free_once_its_record_is_gone_and_
     used = space.used_bytes
     with opened.commits_held(tier):
         evicting = asyncio.create_task(opened.store.evict(CALLER, keys, tier))
-        await until(lambda: tier not in opened.lifecycle(keys[0]))
+        await until(lambda: tier not in opened.residency(keys[0]))
         await turns()
         assert space.used_bytes == used and not evicting.done()
     await evicting

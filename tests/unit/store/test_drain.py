@@ -50,7 +50,7 @@ async def test_a_drain_lets_saves_end_and_writes_what_they_brought(opened: OpenS
         assert len((await upload.commit(checksums_of(WHOLE, images), on_ssd=False, then_write=False)).stored) == 3
     last = await drained(opened)
     assert (last.done, last.only_in_dram, last.unwritten, last.uploads) == (True, 0, 0, 0)
-    assert opened.lifecycle(chain.keys[2]) == {TierName.DRAM, TierName.SSD}
+    assert opened.residency(chain.keys[2]) == {TierName.DRAM, TierName.SSD}
 
 
 async def test_a_drained_store_still_serves_loads(opened: OpenStore, client: Client) -> None:
@@ -132,10 +132,10 @@ async def test_what_had_failed_for_want_of_space_is_tried_again_at_once(open_sto
     assert lease is not None
     await opened.save(client, second, some_images(second))
     await opened.settle()
-    assert opened.lifecycle(second.keys[0]) == {TierName.DRAM}, "all of SSD is leased"
+    assert opened.residency(second.keys[0]) == {TierName.DRAM}, "all of SSD is leased"
     opened.leases.release(caller_of(client), lease.lease_id)
     await drained(opened)
-    assert opened.lifecycle(second.keys[0]) == {TierName.DRAM, TierName.SSD}
+    assert opened.residency(second.keys[0]) == {TierName.DRAM, TierName.SSD}
 
 
 async def test_a_daemon_that_stops_cannot_be_undrained(opened: OpenStore) -> None:

@@ -28,7 +28,7 @@ async def saved(opened: OpenStore, client: Client, blocks: int, *, seed: int = 0
 
 
 def in_dram(opened: OpenStore, keys: list[bytes]) -> int:
-    return sum(TierName.DRAM in opened.lifecycle(key) for key in keys)
+    return sum(TierName.DRAM in opened.residency(key) for key in keys)
 
 
 async def test_the_least_recently_used_leave_first_and_a_suffix_before_its_prefix(

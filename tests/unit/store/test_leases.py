@@ -244,7 +244,7 @@ async def test_a_leased_block_survives_pressure_until_its_lease_expires(opened: 
     opened.files.clock.advance(seconds=31)
     opened.leases.expire()
     await fill_dram(opened, client)
-    assert opened.lifecycle(chain.keys[0]) == {TierName.SSD}
+    assert opened.residency(chain.keys[0]) == {TierName.SSD}
 
 
 async def test_a_leased_block_that_is_discarded_can_be_loaded_until_its_lease_ends(

@@ -49,7 +49,7 @@ async def test_a_pinned_block_leaves_dram_for_its_copy_on_ssd_and_never_ssd(open
     assert (await opened.store.operators.pin(CALLER, pinned, HOUR_MS)).pinned == 2
     for seed in range(1, 8):
         await saved(opened, client, 3, seed=seed)
-    assert [opened.lifecycle(key) for key in pinned] == [{TierName.SSD}, {TierName.SSD}]
+    assert [opened.residency(key) for key in pinned] == [{TierName.SSD}, {TierName.SSD}]
     assert opened.counters.evicted_ssd_blocks > 8
     assert opened.hits(pinned) == 2
 
@@ -129,9 +129,9 @@ async def test_an_eviction_on_request_leaves_what_a_pin_keeps(
     other = TierName.SSD if tier is TierName.DRAM else TierName.DRAM
     await opened.store.evict(CALLER, keys, other)
     outcome = await opened.store.evict(CALLER, keys, tier)
-    assert outcome.held == (tier is TierName.SSD or opened.lifecycle(keys[0]) == {TierName.DRAM})
-    assert opened.lifecycle(keys[0]) >= {TierName.SSD}, "the copy on SSD is the one that a pin keeps"
-    assert opened.lifecycle(keys[1]) == set()
+    assert outcome.held == (tier is TierName.SSD or opened.residency(keys[0]) == {TierName.DRAM})
+    assert opened.residency(keys[0]) >= {TierName.SSD}, "the copy on SSD is the one that a pin keeps"
+    assert opened.residency(keys[1]) == set()
 
 
 async def test_an_explicit_discard_drops_a_pinned_block(opened: OpenStore, client: Client) -> None:
@@ -150,10 +150,10 @@ async def test_a_pin_has_a_block_written_to_ssd_that_the_policy_had_dropped_ther
     keys = await saved(opened, client, 1)
     await opened.store.evict(CALLER, keys, TierName.SSD)
     await opened.settle()
-    assert opened.lifecycle(keys[0]) == {TierName.DRAM}
+    assert opened.residency(keys[0]) == {TierName.DRAM}
     await opened.store.operators.pin(CALLER, keys, HOUR_MS)
     await opened.settle()
-    assert opened.lifecycle(keys[0]) == {TierName.DRAM, TierName.SSD}
+    assert opened.residency(keys[0]) == {TierName.DRAM, TierName.SSD}
 
 
 # Time

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvservice.blocks import NO_ROW, BlockTable, Extent, TierName
 from kvservice.store.leases import Client
-from kvservice.store.prefix_match import find
+from kvservice.store.prefix_match import match_prefix
 from kvservice.store.transfers.coverage import cover
 from kvservice_api.errors import UnknownClient
 from kvservice_api.layout import Shard
@@ -75,7 +75,7 @@ def test_all_blocks_together_are_found_as_each_of_them_alone(
         if not rows:
             break
         expected.append(rows)
-    found = find(table, keys, 1, wanted)
+    found = match_prefix(table, keys, 1, wanted)
     assert [found.parts.get(block, (row,)) for block, row in enumerate(found.rows.tolist())] == expected
     assert all(len(rows) > 1 for rows in found.parts.values())
     assert sorted(found.held.tolist()) == sorted(row for rows in expected for row in rows)
@@ -101,7 +101,7 @@ def test_the_table_is_asked_no_more_often_for_many_blocks_in_shards_than_for_few
             stored(table, key, shard, tier=TierName.DRAM)
     for wanted, most in ((LEFT, 0), (RIGHT, 0), (WHOLE, 2)):
         calls = 0
-        assert len(find(table, keys, 1, wanted).rows) == 512
+        assert len(match_prefix(table, keys, 1, wanted).rows) == 512
         assert calls <= most
 
 

@@ -57,7 +57,7 @@ async def test_a_load_from_ssd_brings_its_blocks_up(opened: OpenStore, client: C
     lease = opened.lookup(client, chain.keys)
     assert lease is not None
     assert await opened.load(lease) == layers_of(images)
-    await until(lambda: all(opened.lifecycle(key) == set(TierName) for key in chain.keys))
+    await until(lambda: all(opened.residency(key) == set(TierName) for key in chain.keys))
     assert opened.counters.promoted_blocks == 5
     await opened.settle()
 

@@ -293,7 +293,7 @@ async def test_a_small_slice_is_verified_again_where_a_later_read_has_written_it
         received = [await anext(frames)]  # The first piece is there, and was verified.
     finally:
         calls.gate.set()
-    await until(lambda: TierName.DRAM in opened.lifecycle(chain.keys[0], whole))
+    await until(lambda: TierName.DRAM in opened.residency(chain.keys[0], whole))
 
     async def read_on() -> None:
         async for frame in frames:

@@ -112,8 +112,8 @@ async def test_blocks_that_only_dram_had_are_written_to_ssd_by_the_next_daemon(
     await opened.kill()
     again = opened_again(opened)
     try:
-        assert again.lifecycle(keys[0]) == {TierName.DRAM}
-        await until(lambda: all(again.lifecycle(key) == set(TierName) for key in keys))
+        assert again.residency(keys[0]) == {TierName.DRAM}
+        await until(lambda: all(again.residency(key) == set(TierName) for key in keys))
     finally:
         await again.close()
 
@@ -200,7 +200,7 @@ async def test_a_record_that_contradicts_the_store_is_dropped_for_good_and_its_s
 
     again = opened_again(opened)
     try:
-        assert again.lifecycle(keys[0]) == {TierName.SSD}, "the copy that can be trusted stays"
+        assert again.residency(keys[0]) == {TierName.SSD}, "the copy that can be trusted stays"
         [message] = [record.getMessage() for record in caplog.records if "contradict the store" in record.getMessage()]
         assert "of the tier dram" in message and f": {REASONS[spoil]}" in message
         await until(lambda: again.unsettled() == "")

@@ -465,7 +465,7 @@ async def test_an_acknowledgement_from_ssd_holds_for_blocks_that_others_had_stor
         await asyncio.sleep(0.02)
         assert not durable.done()
     assert (await durable).already_stored == [0, 1]
-    assert opened.lifecycle(chain.keys[0]) == {TierName.DRAM, TierName.SSD}
+    assert opened.residency(chain.keys[0]) == {TierName.DRAM, TierName.SSD}
 
 
 async def test_where_the_ssd_refuses_a_durable_save_says_so_and_dram_has_the_block(

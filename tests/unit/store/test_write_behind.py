@@ -73,7 +73,7 @@ async def test_an_index_that_refuses_costs_ssd_copies_and_no_save(
 
     assert index.refused
     assert opened.counters.lost_unwritten_blocks
-    assert opened.lifecycle(chain.keys[0]) == {TierName.DRAM}
+    assert opened.residency(chain.keys[0]) == {TierName.DRAM}
 
 
 async def test_once_the_index_takes_records_again_blocks_reach_the_ssd(opened: OpenStore, index: RefusingIndex) -> None:
@@ -81,11 +81,11 @@ async def test_once_the_index_takes_records_again_blocks_reach_the_ssd(opened: O
     index.error = StorageFailed("the disk is gone")
     await opened.save(client, chain, some_images(chain))
     await until(lambda: index.refused > 0)
-    assert opened.lifecycle(chain.keys[0]) == {TierName.DRAM}
+    assert opened.residency(chain.keys[0]) == {TierName.DRAM}
 
     index.error = None
 
-    await until(lambda: all(opened.lifecycle(key) == {TierName.DRAM, TierName.SSD} for key in chain.keys))
+    await until(lambda: all(opened.residency(key) == {TierName.DRAM, TierName.SSD} for key in chain.keys))
     await opened.settle()
 
 
@@ -168,7 +168,7 @@ async def test_bytes_written_before_a_failed_flush_are_written_anew_though_the_n
             calls.failing_once["fdatasync"] = errno.EIO  # The one that is held.
 
         keys = [first.keys[0], second.keys[0]]
-        await until(lambda: all(opened.lifecycle(key) == {TierName.DRAM, TierName.SSD} for key in keys))
+        await until(lambda: all(opened.residency(key) == {TierName.DRAM, TierName.SSD} for key in keys))
         assert writes() == before + 4 * of_one
         await opened.settle()
     finally:
@@ -185,7 +185,7 @@ async def test_where_the_index_of_the_ssd_is_full_old_blocks_leave_it_and_new_on
     opened = files.open()
 
     async def on_ssd(key: bytes) -> None:
-        await until(lambda: TierName.SSD in opened.lifecycle(key))
+        await until(lambda: TierName.SSD in opened.residency(key))
 
     try:
         await opened.store.open_layout(CALLER, LAYOUT)
