@@ -3,5 +3,5 @@
 * ``client``: the measures of ``kvctl bench`` (``make bench``); ``daemon``: those that need the daemon's own parts.
 * ``adapter``: the adapter on a real model (``make bench-adapter``).
 * ``policies``: the placement policies in the simulator (``make simulate``).
-* ``report``: writes what they find into a Markdown page.
+* ``report``: writes the results into a Markdown page.
 """

@@ -58,9 +58,9 @@ def _serve(argv: Sequence[str]) -> int:
         return 2
     logs.set_up(settings.log.level, settings.log.format)
     try:
-        raise_open_files_limit(len(settings.ssd_directories))  # Before the event loop and gRPC open theirs.
+        raise_open_files_limit(len(settings.ssd_directories))  # Before the event loop and gRPC open files.
         uvloop.run(daemon.run(settings))
-    except ConfigError as error:  # What the settings name cannot be used.
+    except ConfigError as error:  # A path or an address in the settings cannot be used.
         print(f"kvservice serve: {error}", file=sys.stderr)
         return 2
     except StoreDamaged as error:

@@ -43,7 +43,7 @@ _NO_EXTENT = Extent(0, _NOWHERE, 0)
 
 
 def object_key(key: bytes, shard: Shard) -> bytes:
-    """What names one stored object: the block's key and the shard."""
+    """The name of one stored object: the block's key and the shard."""
     return key + shard.encode()
 
 
@@ -67,7 +67,7 @@ _COLUMNS: dict[str, str] = {
     "head_begin": "u2",
     "head_end": "u2",
     "layout_id": "u4",
-    "tenant": "u4",  # Whose block it is; 0 is the tenant "default".
+    "tenant": "u4",  # The tenant that owns the block; 0 is the tenant "default".
     "token_count": "u4",
     "size_bytes": "u8",  # Of the image.
     "trailer_checksum": "u8",
@@ -75,14 +75,14 @@ _COLUMNS: dict[str, str] = {
     "used_at_ms": "u8",
     "access_seq": "i8",
     "hits": "u4",
-    "pinned_until_ms": "u8",  # By the wall clock; 0 where nobody pinned it.
-    "leases": "i4",  # Leases that hold the row.
-    "holds": "i4",  # Running I/O that holds the row.
+    "pinned_until_ms": "u8",  # Wall clock, ms; 0 if the block is not pinned.
+    "leases": "i4",  # Number of leases that hold the row.
+    "holds": "i4",  # Number of running I/O operations that hold the row.
     "next_shard": "i8",  # The next row of the same block key, or NO_ROW.
-    "generation": "u4",  # Raised when the row is freed, so that a stale row number is noticed.
+    "generation": "u4",  # Incremented when the row is freed, so that a stale row number is detected.
     "used_since_flush": "?",
-    "unwanted_on_ssd": "?",  # Was evicted from SSD; not written again until used again.
-    "verified": "?",  # This daemon has seen that the copy in the first tier matches its checksums.
+    "unwanted_on_ssd": "?",  # Evicted from SSD; not written again until it is used.
+    "verified": "?",  # This daemon verified the checksums of the copy in the first tier.
     "live": "?",  # Linked: lookups find it.
 }
 
@@ -91,7 +91,7 @@ _TIER_COLUMNS: dict[str, str] = {
     "segment": "u2",
     "offset": "i8",
     "extent_size": "u8",
-    "arrived_ms": "u8",  # When the copy came there; 0 where that was before this daemon's start.
+    "arrived_ms": "u8",  # When the copy was written to the tier; 0 if before this daemon's start.
 }
 
 _decode_shard = functools.lru_cache(maxsize=4096)(Shard.decode)
@@ -143,7 +143,7 @@ class BlockTable:
         rows_likely: int | None = None,
         tiers: Sequence[TierName] = (TierName.DRAM, TierName.SSD),
     ) -> None:
-        """Rows take memory once they are used. Growing past `row_capacity` copies everything: milliseconds for
+        """Rows take memory only once they are used. Growing past `row_capacity` copies everything: milliseconds for
         tens of thousands of rows, on the event loop. So it is for as many as there can be, of which
         `rows_likely` are expected.
         """
@@ -157,7 +157,7 @@ class BlockTable:
         self.live_count = 0
         self.live_of_layout: Counter[int] = Counter()  # Layout id -> live rows.
         self.next_access_seq = 1
-        self.on_change: Callable[[int], None] | None = None  # Hears of each row once `_tell` says so.
+        self.on_change: Callable[[int], None] | None = None  # Called with each changed row, by `_tell`.
         for name, dtype in _COLUMNS.items():
             setattr(self, name, np.zeros(row_capacity, dtype))
         for name, dtype in _TIER_COLUMNS.items():
@@ -224,7 +224,7 @@ class BlockTable:
     # Residency
 
     def position(self, tier: TierName) -> int:
-        """The tier's place in `tiers`; 0 is the fastest."""
+        """The tier's index in `tiers`; 0 is the fastest."""
         return self._position[tier]
 
     def extent(self, row: int, tier: TierName) -> Extent | None:
@@ -240,7 +240,7 @@ class BlockTable:
         place = extent or _NO_EXTENT
         self.segment[position, row], self.offset[position, row], self.extent_size[position, row] = place
         if position == 0:
-            self.verified[row] = False  # The caller sets it where it knows better.
+            self.verified[row] = False  # The caller sets it after it verified the copy.
         self._tell(row)
 
     def set_extents(
@@ -251,7 +251,7 @@ class BlockTable:
         offsets: NDArray[np.generic],
         sizes: NDArray[np.generic],
     ) -> None:
-        """Note the extents of recovered rows in `tier`, all at once. `on_change` is not called."""
+        """Set the extents of recovered rows in `tier`. `on_change` is not called."""
         position = self._position[tier]
         self.segment[position, rows], self.offset[position, rows] = segments, offsets
         self.extent_size[position, rows] = sizes
@@ -306,7 +306,7 @@ class BlockTable:
         return next(iter(self.tiers_of(row)), None)
 
     def since_ms(self, tier: TierName) -> NDArray[np.uint64]:
-        """The column that says when each row's copy came to `tier`."""
+        """The column with the time when each row's copy was written to `tier`."""
         column: NDArray[np.uint64] = self.arrived_ms[self._position[tier]]
         return column
 
@@ -354,7 +354,7 @@ class BlockTable:
         return row
 
     def link(self, row: int) -> None:
-        """Let lookups find the row."""
+        """Make the row visible to lookups."""
         key = self.key_of(row)
         assert not self.live[row] and self.row_of(key, self.shard_of(row)) == NO_ROW, "an object has one row"
         self.next_shard[row] = self._first_row.get(key, NO_ROW)
@@ -382,7 +382,7 @@ class BlockTable:
         self._tell(row)
 
     def free(self, row: int) -> None:
-        """Give an unlinked, unheld row without residency back."""
+        """Free an unlinked, unheld row that has no residency."""
         assert not self.live[row] and not self.leases[row] and not self.holds[row]
         assert (self.offset[:, row] == _NOWHERE).all()
         self.access_seq[row] = self.hits[row] = self.pinned_until_ms[row] = 0
@@ -408,7 +408,7 @@ class BlockTable:
         Where a block is stored in several shards, the row of the same shard, else any.
         """
         shard = self.shard[row].tobytes()
-        found: dict[int, None] = {}  # Parents are what clients say they are: they may form a circle.
+        found: dict[int, None] = {}  # Clients name the parents, so parents may form a cycle.
         parent = self._parent_row(row, shard)
         while parent != NO_ROW and parent not in found and len(found) < limit:
             found[parent] = None
@@ -457,7 +457,7 @@ class BlockTable:
             else:
                 self._first_row = new
             return
-        for row, key in zip(rows.tolist(), keys, strict=True):  # Several shards of a block: a fifth of the speed.
+        for row, key in zip(rows.tolist(), keys, strict=True):  # Several shards of a block: five times as slow.
             before = first_row.setdefault(key, row)
             if before != row:
                 self.next_shard[row] = before

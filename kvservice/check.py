@@ -1,10 +1,11 @@
 """``kvservice check``: verifies a stopped store, and repairs it.
 
 Every record, extent, trailer and slice of every tier is read and compared, and the free space is
-counted. The store says itself where its files lie. What is damaged is a miss to a running daemon;
+counted. The store says itself where its files lie. What is damaged is a miss in a running daemon;
 ``--repair`` deletes its records, which is all that is needed to have the space back. An SSD file that
-is missing keeps the daemon from starting: ``--repair`` gives its blocks up, and the next start creates it again.
-Where the index itself is damaged, ``--repair`` makes a new one of what can be saved (``store/repair/salvage.py``).
+is missing keeps the daemon from starting: ``--repair`` deletes its records, and the next start creates the file again.
+Where the index itself is damaged, ``--repair`` creates a new one from the records that can be saved
+(``store/repair/salvage.py``).
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Problem:
 
 @dataclass(slots=True)
 class TierReport:
-    """`not_checked` says why a tier was left out; the rest is then zero."""
+    """`not_checked` says why a tier was skipped; the other fields are then zero."""
 
     not_checked: str = ""
     blocks: int = 0
@@ -78,9 +79,9 @@ class Report:
     tiers: dict[str, TierReport] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     repaired: int = 0
-    given_up: list[str] = field(default_factory=list)  # What went with the SSD files that are missing.
-    made_anew: list[str] = field(default_factory=list)  # What was replaced by what could be saved of it.
-    notes: list[str] = field(default_factory=list)  # What a new index lacks; what an interrupted repair had left.
+    given_up: list[str] = field(default_factory=list)  # What was lost with the missing SSD files.
+    made_anew: list[str] = field(default_factory=list)  # What was replaced by its salvaged content.
+    notes: list[str] = field(default_factory=list)  # What a new index lacks, and what an interrupted repair left.
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="kvservice check", description="Verify a stopped store.")
     parser.add_argument("store", type=Path, help="folder of the store, `store.path` of the daemon")
     parser.add_argument(
-        "--repair", action="store_true", help="delete the records of what is damaged, and of SSD files that are missing"
+        "--repair", action="store_true", help="delete the records of damaged objects and of missing SSD files"
     )
     parser.add_argument(
         "--rebuild",
@@ -111,7 +112,7 @@ def main(argv: Sequence[str]) -> int:
         type=Path,
         action="append",
         default=[],
-        help="for --rebuild: an SSD file that does not lie in the folder of the store",
+        help="for --rebuild: an SSD file outside the store's folder",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
@@ -144,7 +145,7 @@ async def check(
     ssd_files: Sequence[Path] = (),
     progress: Progress | None = None,
 ) -> Report:
-    """Look at everything; with `rebuild`, at a new index. Damage is in the report. `progress` says how far it is.
+    """Verify the whole store; with `rebuild`, on a new index. Damage is in the report. Calls `progress` as it goes.
 
     Raises StoreMismatch, StoreLocked, StoreTooNew, OSError.
     """
@@ -198,7 +199,7 @@ async def _repair_index(
 ) -> None:
     """Put a new index in the place of the damaged one. Raises StoreDamaged, StoreMismatch.
 
-    With `rebuild` the SSD files are searched for blocks, and no record is believed without a look at its block.
+    With `rebuild` the SSD files are searched for blocks, and each record is checked against its block.
     """
     saved = salvage.read(store, ssd_files)
     if rebuild:
@@ -220,7 +221,7 @@ async def _repair_index(
         if found is not None and found.others and not index.layouts:
             raise StoreDamaged(
                 f"the SSD files have {sum(found.others.values())} trailers, and no layout is known, so no index "
-                f"is made: bring the folder {store / 'layouts'} back from a copy, then use --rebuild"
+                f"is made: restore the folder {store / 'layouts'} from a copy, then use --rebuild"
             )
     finally:
         index.close()
@@ -232,8 +233,8 @@ async def _repair_index(
     )
     if found is not None:
         report.notes.append(
-            "sessions that are not among these are lost, how many is not known; pins and hits of blocks that only "
-            "their trailers told of are lost"
+            "sessions that are not among these are lost, how many is not known; pins and hits of blocks that "
+            "were found only by their trailers are lost"
         )
         if saved.secret_is_lost:
             report.notes.append(f"{store / SECRET_NAME} is gone or damaged, so no descriptor's tag could be checked")
@@ -259,7 +260,7 @@ class _Check:
         self._bad: dict[TierName, list[bytes]] = {tier: [] for tier in TierName}
         self._trailers: dict[bytes, int] = {}  # Of the copies on SSD.
         self._away: dict[int, Path] = {}  # SSD files that are missing, by number.
-        self._ssd: Tier | str = ""  # Once it was opened for a search.
+        self._ssd: Tier | str = ""  # Set once it is opened for a search.
         self._ssd_files: list[Path] = []
         self._begin_verifying("", 0)
 
@@ -335,7 +336,7 @@ class _Check:
                 self._complain(name, copy.key, what)
 
     async def search(self, ssd_files: Sequence[Path], secret: DescriptorSecret) -> Found:
-        """The blocks in the SSD files, wherever these are. Raises StoreMismatch where a file is not there."""
+        """The blocks in the SSD files, in any folder. Raises StoreMismatch if a file is missing."""
         if not self._index.ssd_files:
             self._index.remember_ssd_files(_in_order({*self._store.glob("ssd-*.kv"), *ssd_files}))
         tier = self._ssd = self._open_ssd()
@@ -388,16 +389,16 @@ class _Check:
         self._report.repaired += repaired
 
     async def _give_up_missing_files(self) -> int:
-        """Delete the records that name missing files, then have the daemon make these again. How many records."""
+        """Delete the records of missing files and mark these files for creation. Returns the number of records."""
         lost = self._blocks_by_file()
         for number, path in self._away.items():
             keys = lost.get(number, [])
             for start in range(0, len(keys), _DELETES_AT_ONCE):
                 await self._index.delete(TierName.SSD, keys[start : start + _DELETES_AT_ONCE])
             self._report.given_up.append(
-                f"{path} and the {len(keys)} blocks in it; the daemon makes the file anew at its next start"
+                f"{path} and the {len(keys)} blocks in it; the daemon creates the file again at its next start"
             )
-        # Last: until no record names it, a file is not to be made.
+        # Last: a file may be created only when no record names it.
         files = [None if number in self._away else file for number, file in enumerate(self._index.ssd_files)]
         self._index.remember_ssd_files(files)
         return sum(len(lost.get(number, [])) for number in self._away)
@@ -415,7 +416,7 @@ class _Check:
         """The tier, or why it is not checked. Files that are missing or cannot be used are a problem."""
         known = self._index.ssd_files
         if known and None in known:
-            return "an SSD file was given up, and the daemon has not run since"
+            return "an SSD file was removed by --repair, and the daemon has not run since"
         files = [file for file in known if file] or sorted(self._store.glob("ssd-*.kv"))
         if not files:
             if self._index.load(TierName.SSD).keys:
@@ -453,8 +454,8 @@ class _Check:
         lost = self._blocks_by_file()
         for number, path in self._away.items():
             what = (
-                f"{path} is missing, and {len(lost.get(number, []))} blocks with it: mount its drive or bring the file "
-                "back, or give them up with --repair"
+                f"{path} is missing, and {len(lost.get(number, []))} blocks with it: mount its drive or restore the "
+                "file, or delete their records with --repair"
             )
             self._report.problems.append(Problem(TierName.SSD, "", what))
         return ", ".join(f"{path} is missing" for path in self._away.values())
@@ -477,7 +478,7 @@ class _Check:
 
 
 def _in_order(files: Collection[Path]) -> list[Path]:
-    """A store's SSD files, as they number themselves. Raises StoreMismatch where some are missing."""
+    """A store's SSD files, in the order of the numbers in their headers. Raises StoreMismatch if one is missing."""
     origins = {file: origin for file in files if (origin := origin_of(file)) is not None}
     ordered = sorted(origins, key=lambda file: origins[file].number)
     if not ordered:
@@ -492,7 +493,7 @@ def _in_order(files: Collection[Path]) -> list[Path]:
 
 
 async def _damage(tier: Tier, copy: _Copy) -> str:
-    """What of the copy's bytes is damaged; empty where nothing is."""
+    """What is damaged in the copy's bytes; empty if nothing is."""
     key, shard, expected = copy.key[:KEY_BYTES], copy.shard, copy.trailer_checksum
     what = await image_check.damage_in(tier, copy.extent, copy.geometry, key, shard, expected, piece_bytes=_PIECE_BYTES)
     return f"{what} is damaged" if what else ""

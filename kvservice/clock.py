@@ -1,4 +1,4 @@
-"""Time as an input: whoever needs the time is handed a clock."""
+"""Time as an input: code that needs the time takes a clock as an argument."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Protocol
 
 class Clock(Protocol):
     def monotonic_s(self) -> float:
-        """Seconds that only ever grow. For leases, deadlines and rates."""
+        """Monotonic seconds. For leases, deadlines and rates."""
 
     def wall_ms(self) -> int:
         """Milliseconds since 1970, for showing to people and for records."""
 
     def timeout(self, seconds: float) -> asyncio.Timeout:
-        """As `asyncio.timeout`, by this clock: ``async with`` ends with TimeoutError once so much time has passed."""
+        """As `asyncio.timeout`, by this clock: ``async with`` raises TimeoutError after this time."""
 
 
 class SystemClock:
-    """The machine's clock. The wall clock is read once: setting it later moves nothing here."""
+    """The machine's clock. The wall clock is read once, so a later change of it has no effect here."""
 
     def __init__(self) -> None:
         self._wall_at_start_ms = time.time_ns() // 1_000_000

@@ -66,17 +66,17 @@ class _Section(BaseModel):
 
 
 class Store(_Section):
-    """Where the store lies."""
+    """The store's folder."""
 
     path: Path = _setting(
         Path("kvservice-data"),
-        "Folder of the store: its lock, the durable index and, unless `ssd.paths` says otherwise, the SSD files. "
-        "Created where it is missing.",
+        "Folder of the store: its lock, the durable index and, unless `ssd.paths` is set, the SSD files. "
+        "The daemon creates the folder if it is missing.",
     )
 
 
 class Server(_Section):
-    """How clients reach the daemon, and how much they may ask of it."""
+    """How clients reach the daemon, and how much they may request."""
 
     address: AddressText = _setting(
         "127.0.0.1:7070", "Where gRPC listens. Port 0 takes any free port.", unit="host:port", min_length=1
@@ -95,7 +95,7 @@ class Server(_Section):
     insecure: bool = _setting(
         False,
         "Allow addresses that other hosts can reach without TLS; `--insecure` for short. Traffic is not encrypted and "
-        "nobody is asked who they are: whoever reaches the address reads and drops every conversation.",
+        "clients are not authenticated: every host that reaches the address can read and drop all conversations.",
     )
     metrics_address: AddressText = _setting(
         "127.0.0.1:9464",
@@ -105,7 +105,9 @@ class Server(_Section):
     drain_timeout_s: float = _setting(
         30.0, "How long running loads and saves may go on after SIGTERM.", unit="seconds", ge=0, le=86400
     )
-    clients_max: int = _setting(1024, "Clients attached at one time.", unit="clients", ge=1, le=1_000_000)
+    clients_max: int = _setting(
+        1024, "Largest number of clients attached at the same time.", unit="clients", ge=1, le=1_000_000
+    )
     loads_max: int = _setting(
         256, "Loads open at one time. Further ones are refused with OVERLOADED.", unit="loads", ge=1, le=1_000_000
     )
@@ -168,7 +170,7 @@ class Dram(_Section):
     )
     directory_bytes_max: Size = _setting(
         ByteSize(256 * MIB),
-        "Shared memory that the residency directory may take beside the arena, 64 to 128 bytes a block and half as "
+        "Shared memory that the residency directory may take beside the arena, 64 to 128 bytes per block and half as "
         "much again while it grows. Where it does not fit, or at 0, clients on this host look blocks up by a call.",
         unit="bytes",
     )
@@ -187,7 +189,7 @@ class Ssd(_Section):
     )
     paths: Paths = _setting(
         (),
-        "Folders of the SSD files, one file each: one folder a drive. Empty means one file in the store's folder. As "
+        "Folders of the SSD files, one file each: one folder per drive. Empty means one file in the store's folder. As "
         "a flag or in the environment they are joined by colons.",
     )
     io_threads: int = _setting(4, "Threads that read and write the files.", unit="threads", ge=1, le=256)
@@ -229,9 +231,9 @@ class Index(_Section):
 
 
 class Mover(_Section):
-    """What is kept, and what is copied between the tiers."""
+    """What stays stored, and what is copied between the tiers."""
 
-    policy: Literal["lru"] = _setting("lru", "Which blocks go first when a tier runs full.")
+    policy: Literal["lru"] = _setting("lru", "Which blocks are evicted first when a tier is full.")
     dram_free_low: float = _setting(0.05, "Eviction from DRAM starts below this.", unit="free share", ge=0, lt=1)
     dram_free_high: float = _setting(0.1, "Eviction from DRAM stops above this.", unit="free share", ge=0, lt=1)
     ssd_free_low: float = _setting(0.02, "Eviction from SSD starts below this.", unit="free share", ge=0, lt=1)
@@ -241,13 +243,13 @@ class Mover(_Section):
 
 
 class Leases(_Section):
-    """Promises to clients that blocks stay where they are."""
+    """Leases: clients hold blocks in their place for a time."""
 
     ttl_max_s: float = _setting(300.0, "Longest lease granted.", unit="seconds", gt=0, le=86400)
     per_client_max: int = _setting(1024, "Leases one client may hold.", unit="leases", ge=1, le=1_000_000)
     blocks_per_client_max: int = _setting(
         262_144,
-        "Blocks that one client's leases may hold, counted anew for each lease. Further lookups with a lease are "
+        "Blocks that one client's leases may hold, counted once per lease. Further lookups with a lease are "
         "refused with OVERLOADED.",
         unit="blocks",
         ge=1,
@@ -256,7 +258,7 @@ class Leases(_Section):
 
 
 class Pins(_Section):
-    """Operators' wishes to keep blocks (`kvctl pin`)."""
+    """Blocks that operators pin (`kvctl pin`)."""
 
     ttl_max_s: float = _setting(30 * 86400.0, "Longest pin granted.", unit="seconds", gt=0, le=3660 * 86400)
     fraction_max: float = _setting(
@@ -270,7 +272,7 @@ class Pins(_Section):
 
 
 class History(_Section):
-    """What `kvctl explain` remembers of blocks that are gone, and of requests. In memory only."""
+    """What `kvctl explain` knows of deleted blocks and of requests. In memory only."""
 
     events_max: int = _setting(
         262_144,
@@ -280,15 +282,15 @@ class History(_Section):
         le=4_194_304,
     )
     requests_max: int = _setting(
-        4096, "Requests kept: lookups that came with a request id. 0 means none.", unit="requests", ge=0, le=1_000_000
+        4096, "Requests kept: lookups that carry a request id. 0 means none.", unit="requests", ge=0, le=1_000_000
     )
 
 
 class Session(_Section):
-    """Conversations whose history the daemon knows by name."""
+    """Conversations whose history the daemon keeps by name."""
 
     ttl_s: float = _setting(
-        3600.0, "A session that nobody used for this long is forgotten.", unit="seconds", ge=1, le=365 * 86400
+        3600.0, "A session that no client used for this long is deleted.", unit="seconds", ge=1, le=365 * 86400
     )
     sessions_max: int = _setting(
         16_384, "Sessions kept at one time. Further ones are refused with SESSIONS_FULL.", unit="sessions", ge=1,
@@ -305,22 +307,22 @@ class Session(_Section):
 
 
 class Scrub(_Section):
-    """Reading everything again to find damage."""
+    """The scrub reads all blocks again to find damage."""
 
     bytes_per_second: Size = _setting(
-        ByteSize(200 * MIB), "Reading speed of a scrub that names none.", unit="bytes per second", ge=1
+        ByteSize(200 * MIB), "Reading speed of a scrub whose request names no speed.", unit="bytes per second", ge=1
     )
 
 
 class Log(_Section):
-    """Logs go to standard error, one line an event."""
+    """Logs go to standard error, one line per event."""
 
-    level: Literal["debug", "info", "warning", "error"] = _setting("info", "Least severity that is written.")
+    level: Literal["debug", "info", "warning", "error"] = _setting("info", "Lowest severity that is written.")
     format: Literal["json", "text"] = _setting("json", "`json` for machines, `text` for people.")
 
 
 class Settings(BaseSettings):
-    """All settings of a daemon. Nothing of it changes while the daemon runs."""
+    """All settings of a daemon. They do not change while the daemon runs."""
 
     model_config = SettingsConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
@@ -354,7 +356,7 @@ class Settings(BaseSettings):
         if bool(self.tls.certificate) != bool(self.tls.key):
             raise ValueError("tls.certificate and tls.key go together: one is set and the other is not")
         if self.tls.client_ca and not self.tls.certificate:
-            raise ValueError("tls.client_ca is of use only together with tls.certificate and tls.key")
+            raise ValueError("tls.client_ca has an effect only together with tls.certificate and tls.key")
         is_protected = bool(self.tls.certificate) or self.server.insecure
         for name in ("address", "metrics_address"):
             address = getattr(self.server, name)
@@ -551,7 +553,7 @@ def _flag_parser(prog: str) -> _Parser:
 
 
 def default_text(setting: Setting) -> str:
-    """A default as one would write it."""
+    """A default as a user writes it."""
     default = setting.default
     if isinstance(default, ByteSize):
         for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):

@@ -1,4 +1,4 @@
-"""What the daemon counts, as plain numbers that any floor may raise.
+"""What the daemon counts, as plain numbers that every module may increment.
 
 ``metrics.py`` turns them into Prometheus metrics and ``Status`` reports them by the same names.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 @dataclass(slots=True)
 class Counters:
-    """Totals since the daemon's start. Each field's ``help`` stands in ``HELP``."""
+    """Totals since the daemon's start. Each field's help text is in ``HELP``."""
 
     lookup_blocks_asked: int = 0
     lookup_blocks_hit: int = 0
@@ -52,11 +52,11 @@ HELP: dict[str, str] = {
     "lookup_blocks_hit": "Blocks that lookups found, up to the first missing one.",
     "load_blocks": "Blocks sent whole to clients.",
     "load_bytes": "Payload bytes sent to clients.",
-    "located_blocks": "Blocks whose places in the arena clients were told, to read them there.",
+    "located_blocks": "Blocks whose places in the arena were sent to clients, which read them there.",
     "loads_failed": "Loads that ended with an error of the store.",
     "save_blocks_stored": "Blocks stored by saves.",
-    "save_blocks_already_stored": "Blocks that a save brought and the store already had.",
-    "save_blocks_refused": "Blocks that a save brought and the store did not take.",
+    "save_blocks_already_stored": "Blocks of saves that the store already had.",
+    "save_blocks_refused": "Blocks of saves that the store refused.",
     "save_bytes": "Payload bytes stored by saves.",
     "saves_abandoned": "Saves that ended without a commit.",
     "written_behind_blocks": "Blocks copied from DRAM to SSD.",
@@ -72,11 +72,11 @@ HELP: dict[str, str] = {
     "scrubbed_bytes": "Bytes that scrubs have verified.",
     "storage_errors": "Reads, writes and commits that the operating system refused.",
     "leases_granted": "Leases granted.",
-    "leases_expired": "Leases that ended by time.",
-    "tls_reloads": "Times that changed TLS files came into use.",
-    "tls_reloads_refused": "Times that changed TLS files could not be used, and the former ones stayed.",
-    "sessions_begun": "Sessions begun or forked.",
-    "sessions_expired": "Sessions forgotten because nobody used them.",
+    "leases_expired": "Leases that expired.",
+    "tls_reloads": "Times that the daemon loaded changed TLS files.",
+    "tls_reloads_refused": "Times that changed TLS files could not be used; the earlier ones stay in use.",
+    "sessions_begun": "Sessions created or forked.",
+    "sessions_expired": "Sessions deleted because no client used them.",
     "session_changes_refused": "Changes of sessions refused because they started from another revision.",
 }
 assert set(HELP) == {field.name for field in fields(Counters)}

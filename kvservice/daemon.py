@@ -85,7 +85,7 @@ class Daemon:
         server = settings.server
         path = settings.unix_socket_path
         if path is not None:
-            resources.callback(SocketLock(path).release)  # The last thing to go: until then the socket is ours.
+            resources.callback(SocketLock(path).release)  # Removed last: until then the socket belongs to this daemon.
         self._server = Server(
             BlockService(self.store, version=__version__, residency_directory=lambda: self.directory.path),
             SessionService(self.store),
@@ -118,10 +118,10 @@ class Daemon:
             return daemon
 
     async def serve(self) -> None:
-        """Begin to work and to answer."""
+        """Start the background tasks, and then the servers."""
         self.store.start()
         await self._server.start()
-        # Objects of the start live for ever: the garbage collector need not look at them again.
+        # Objects of the start are never freed, so the garbage collector can skip them.
         gc.collect()
         gc.freeze()
         _give_back_freed_memory()
@@ -133,19 +133,19 @@ class Daemon:
         log.info("serving", extra={**ports, "blocks": self.store.facts().blocks, "pid": os.getpid()})
 
     async def drain(self) -> None:
-        """Let what runs end, while new saves are refused. Returns when all is done or the time is over."""
+        """Refuse new saves and wait for running loads and saves. Returns when they have ended or the time is over."""
         self.store.begin_stop()
         await self._server.refuse_new_work()
         timeout_s = self.settings.server.drain_timeout_s
-        log.info("draining: what runs may take %g s", timeout_s, extra={"timeout_s": timeout_s})
+        log.info("draining: running loads and saves may take %g s", timeout_s, extra={"timeout_s": timeout_s})
         try:
             async with asyncio.timeout(timeout_s):
                 await self.store.quiet()
         except TimeoutError:
-            log.warning("the drain timeout is over; what still runs is cut off")
+            log.warning("the drain timeout is over; running loads and saves are cancelled")
 
     async def close(self) -> None:
-        """Stop answering, write what is pending, and let go of everything."""
+        """Stop the servers, write pending records, and close all files."""
         await self._server.stop(0.5)
         await self.store.stop()
         await self._tasks.stop()
@@ -179,7 +179,7 @@ async def run(settings: Settings) -> None:
 
 
 def tune_process() -> None:
-    """Settings of the whole process that a daemon wants: for memory and for threads."""
+    """Set the process-wide options of a daemon: for memory and for threads."""
     # I/O threads and committers take the GIL for microseconds, often: 5 ms is too long to wait for it.
     sys.setswitchinterval(0.0005)
     _keep_large_buffers()
@@ -190,14 +190,14 @@ def _keep_large_buffers() -> None:
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
-        return  # Not glibc: its allocator has its own ways.
+        return  # Not glibc: another allocator.
     m_trim_threshold, m_mmap_threshold = -1, -3
     mallopt(m_mmap_threshold, 64 << 20)
     mallopt(m_trim_threshold, 512 << 20)
 
 
 def _give_back_freed_memory() -> None:
-    """Reading a million records takes a quarter of a gigabyte that nobody needs any more."""
+    """Reading a million records takes a quarter of a gigabyte, which is then unused."""
     with contextlib.suppress(OSError, AttributeError):  # Not glibc.
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -339,7 +339,7 @@ def _arena_limit(settings: Settings) -> tuple[int, str] | None:
 
 
 def _warn_of_little_memory(arena: Arena, file_system: str) -> None:
-    """Where the host has less memory than the arena has yet to take, the kernel will kill some process for it."""
+    """Warn if the host has less memory than the arena still has to allocate: the kernel may kill processes."""
     available = available_memory_bytes()
     if available is not None and available < arena.missing_bytes and file_system in ("tmpfs", "ramfs"):
         log.warning(

@@ -1,6 +1,6 @@
-"""What the kernel lets this process have: memory, by its control groups, and open files.
+"""The kernel's limits for this process: memory, by its control groups, and open files.
 
-A process that takes more memory than its control group may have is killed without a word. The DRAM tier is
+A process that takes more memory than its control group may have is killed without a message. The DRAM tier is
 shared memory, which the kernel cannot take back, so the tier must stay below the limit from the start.
 """
 
@@ -28,7 +28,7 @@ _NO_LIMIT_BYTES = 2**60  # Version 1 writes the largest number of pages there is
 
 
 class HostLimit(RuntimeError):
-    """The kernel lets the process have too little to work with. The message names the limit and what to change."""
+    """The kernel's limits for the process are too low. The message names the limit and what to change."""
 
 
 class MemoryLimit(NamedTuple):
@@ -47,12 +47,12 @@ def memory_limit(proc: Path = Path("/proc"), root: Path = Path("/")) -> MemoryLi
 
 
 def reserve_bytes(limit_bytes: int) -> int:
-    """What of a memory limit is left to the process itself: its heap, its libraries, its clients' streams."""
+    """The part of a memory limit that the process itself needs: its heap, libraries, and clients' streams."""
     return max(_RESERVE_BYTES_MIN, limit_bytes // _RESERVE_SHARE)
 
 
 def available_memory_bytes(proc: Path = Path("/proc")) -> int | None:
-    """What the kernel says can be had without swapping (MemAvailable); None where it does not say."""
+    """Bytes available without swapping (MemAvailable); None if the kernel does not report it."""
     try:
         found = re.search(r"^MemAvailable:\s+(\d+) kB$", (proc / "meminfo").read_text(), re.MULTILINE)
     except OSError:
@@ -61,14 +61,14 @@ def available_memory_bytes(proc: Path = Path("/proc")) -> int | None:
 
 
 def raise_open_files_limit(drives: int) -> None:
-    """Allow this process as many open files as it may allow itself. Raises HostLimit where those are too few."""
+    """Raise the soft limit of open files to the hard limit. Raises HostLimit if that is too low."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             soft = hard
         except (OSError, ValueError):
-            pass  # What is allowed now may do.
+            pass  # The present limit may be enough.
     needed = _OPEN_FILES_MIN + _OPEN_FILES_PER_DRIVE * drives
     if soft != resource.RLIM_INFINITY and soft < needed:
         raise HostLimit(

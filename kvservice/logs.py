@@ -1,6 +1,6 @@
 """Structured logs on standard error: one line per event, as JSON or as text.
 
-A line's message says its reason; what else is known of the event stands in fields. Lines that repeat are limited.
+The message gives the reason; the other facts of the event are fields. Repeated lines are limited.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def set_up(level: str, form: str) -> None:
 
 
 class RateLimit(logging.Filter):
-    """Of each kind of line the first 100 of a minute: a broken disk or client repeats one per block or request.
+    """Pass the first 100 lines of each kind per minute: a broken disk repeats its line for each block.
 
     A kind is the place in the code that writes the line. The first line of a kind in a later minute has the field
     `left_out`: how many were not written before it. Lines below INFO are all written.

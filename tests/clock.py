@@ -11,7 +11,7 @@ from unittest import mock
 
 
 class FakeClock:
-    """A ``Clock``. It starts anywhere, so that nobody can count on zero."""
+    """A ``Clock``. It starts at a random time, so that no code can rely on zero."""
 
     def __init__(self) -> None:
         self._seconds = random.randrange(80, 8_000_000) / 8  # Exact in binary: sums and milliseconds are not rounded.
@@ -28,12 +28,12 @@ class FakeClock:
         self._seconds += seconds
 
     def timeout(self, seconds: float) -> asyncio.Timeout:
-        """In real time: most tests of what waits are not about how long."""
+        """Waits in real time: most tests do not check the duration."""
         return asyncio.timeout(seconds)
 
 
 class HandClock(FakeClock):
-    """Waits, too, last until the test has moved the time: nothing ends by itself."""
+    """Waits also end only when the test moves the time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class HandClock(FakeClock):
 
 
 class TickingClock(FakeClock):
-    """Time that goes on by a millisecond with each look at it, as on a slow machine."""
+    """Time that advances by a millisecond with each read, as on a slow machine."""
 
     def wall_ms(self) -> int:
         self.advance(seconds=0.001)

@@ -1,4 +1,4 @@
-"""What holds in every test: one thread for tiny models, gRPC as our packages load it, examples without a deadline."""
+"""Applies to every test: one thread for tiny models, gRPC as our packages load it, examples without a deadline."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ settings.load_profile("kvservice")
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> None:
     """torch computes on one: threads that share work this small mostly wait for each other, and keep cores busy."""
-    if torch := sys.modules.get("torch"):  # Whoever computes with it has imported it by now.
+    if torch := sys.modules.get("torch"):  # A test that uses torch has imported it by now.
         torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""A real daemon in a process of its own, as users run it."""
+"""A real daemon process, as users run it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kvservice_client import Client
 MIB = 2**20
 
 _ROOT = Path(__file__).resolve().parent.parent
-_TIMEOUT_S = 120.0  # A machine with other work may take that long for what takes a second alone.
+_TIMEOUT_S = 120.0  # On a busy machine an operation of one second may take this long.
 
 # Tests that hold a wait to a bound use a bound this long, and make the wait that would be wrong longer by far: so
 # they fail for a wait too many, and not on a slow machine.
@@ -28,7 +28,7 @@ NEVER_S = 600.0
 
 
 def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> float:
-    """Wait for something that another process does. How long it took, in seconds."""
+    """Wait for a condition of another process. Returns the seconds waited."""
     start_s = time.monotonic()
     while not condition():
         assert time.monotonic() - start_s < timeout_s, "it did not come about"
@@ -79,7 +79,7 @@ class DaemonProcess:
 
     @property
     def arena_folder(self) -> Path:
-        """Where arena and volatile index lie. There once the daemon has run."""
+        """The folder of the arena and the volatile index. It exists once the daemon has run."""
         (folder,) = self.shared_memory.glob("kvservice-*")
         return folder
 
@@ -219,7 +219,7 @@ class DaemonProcess:
 
 
 def eventually(condition: Callable[[], bool], within_s: float = 60.0) -> None:
-    """Ask until it is true: for what the daemon does by itself and tells nobody."""
+    """Poll until it is true: for background work that the daemon does not report."""
     end_s = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < end_s, "it did not come true in time"

@@ -17,7 +17,7 @@ STORE_ID, ARENA_ID = bytes(range(16)), bytes(16)
 
 
 class DirectoryFixture:
-    """`put` and `drop` objects as the store's rules would; the directory hears of it from the table."""
+    """`put` and `drop` objects as the store does; the table notifies the directory."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class DirectoryFixture:
         return row
 
     def drop(self, key: bytes, shard: Shard = SHARDS[0]) -> None:
-        """Forget an object."""
+        """Delete an object."""
         row = self.blocks.row_of(key, shard)
         self.blocks.unlink(row)
         for tier in TierName:

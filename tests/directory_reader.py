@@ -1,7 +1,7 @@
 """A process that searches a residency directory while another one changes it: ``python -m tests.directory_reader``.
 
 Key number n is only ever stored as `object_of(n)`, and those from `NEVER` on never are. Prints how
-often it found what is stored all the time, what comes and goes, and what cannot be.
+often it found keys that are always stored, sometimes stored, and never stored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ALWAYS, NEVER, END = 40, 400, 500  # Numbers below ALWAYS are stored all the tim
 
 
 def key_of(number: int) -> bytes:
-    """A hundred homes for all keys: slots are fought for, and searches are long."""
+    """All keys hash to a hundred slots, so that they collide and searches are long."""
     digest = hashlib.sha256(str(number).encode()).digest()
     return (number % 100).to_bytes(8, "little") + digest[8:]
 

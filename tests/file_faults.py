@@ -1,4 +1,4 @@
-"""The real file calls, with a hand on them: they fail or fall short on demand, and are written down."""
+"""The real file calls, under a test's control: they fail or transfer less on demand, and are recorded."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class SmallMover:
     # What the engine does
 
     def request(self, item: int, *, look: bool = True) -> None:
-        """A request that continues the item comes and waits. Whether the policy may ask for promotions at once."""
+        """Queue a request that continues the item. Whether the policy may ask for promotions at once."""
         row = self._row(item)
         table = self.table
         assert table.queue_seq[row] == NOT_QUEUED and not table.in_use[row], "a session has one request at a time"
@@ -124,7 +124,7 @@ class SmallMover:
         return self.table.dram_bytes if tier is DRAM else self.table.ssd_bytes
 
     def idle_in(self, tier: TierName) -> Rows:
-        """What may leave."""
+        """The items that may be evicted."""
         return np.flatnonzero((self.bytes_in(tier) > 0) & (self.table.in_use == 0))
 
     def free_bytes(self, tier: TierName) -> int:

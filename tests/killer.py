@@ -1,4 +1,4 @@
-"""Reads a daemon's marks and kills it in the middle of a chosen one. A process of its own, for it must be quick.
+"""Reads a daemon's marks and kills it in the middle of a chosen one. A separate process, because it must be fast.
 
 usage: killer.py MARKS_FD PID LOG_PATH
 

@@ -1,4 +1,4 @@
-"""Stores of very many small blocks, written in bulk by the daemon's own modules: what as many saves would leave."""
+"""Stores of very many small blocks, written in bulk by the daemon's own modules, as if by many saves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvservice_api.image import Trailer, block_geometry, checksum
 from kvservice_api.keys import BlockChain, block_chain
 from kvservice_api.layout import Layout, Shard
 
-# One token a block and 32 bytes a slice: an image takes one page of 4 KiB.
+# One token per block and 32 bytes per slice: an image takes one page of 4 KiB.
 LAYOUT = Layout(model_id="many", dtype="uint8", layers=2, kv_heads=1, k_head_dim=16, v_head_dim=16, block_tokens=1)
 _WHOLE = Shard.whole(LAYOUT)
 _GEOMETRY = block_geometry(LAYOUT, _WHOLE, 1)

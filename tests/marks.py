@@ -1,4 +1,4 @@
-"""What a daemon does to its files and indices, written down as it happens, and judged afterwards.
+"""Records what a daemon does to its files and indices, and checks the order afterwards.
 
 A mark is a line in a pipe, so it outlives the SIGKILL of its writer::
 
@@ -157,7 +157,7 @@ def marked_open(marks: Marks) -> Callable[..., MarkedEnvironment]:
 
 
 class OrderBroken(AssertionError):
-    """A record went before its bytes, or bytes before the end of a record."""
+    """A record was committed before its bytes, or bytes were overwritten while a record named them."""
 
 
 class Replay:

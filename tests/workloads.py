@@ -57,7 +57,7 @@ def paths(item_blocks: Sequence[int], *requests: tuple[float, Sequence[int]], bl
 
 
 def machine(dram_bytes: int = 100, ssd_bytes: int = 1000, **others: Any) -> Machine:
-    """A byte a token, ten bytes a second from SSD, a turn a second, a thousand tokens a second of prefill."""
+    """One byte per token, ten bytes per second from SSD, one turn and a thousand prefill tokens per second."""
     settings: dict[str, Any] = {
         "ssd_bytes_per_s": 10.0,
         "kv_bytes_per_token": 1,

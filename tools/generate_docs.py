@@ -1,6 +1,6 @@
 """Writes the reference pages that are derived from the code: `python tools/generate_docs.py [FOLDER]`.
 
-Run by `make docs`, and by the test that compares `docs/` with what comes out here.
+Run by `make docs`, and by the test that compares `docs/` with its output.
 """
 
 from __future__ import annotations

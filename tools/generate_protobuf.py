@@ -1,6 +1,6 @@
 """Generates the Python code of the .proto files into a folder: `python tools/generate_protobuf.py FOLDER`.
 
-Run by `make proto`, and by the test that compares the committed code with what comes out here. The
+Run by `make proto`, and by the test that compares the committed code with its output. The
 protoc is the one in grpcio-tools, held by pyproject.toml at the oldest release whose code runs on every
 protobuf runtime that the bounds allow: an engine's image brings its own.
 """

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.adapter``: what the adapter does with a real model, measured."""
+"""``python -m benchmarks.adapter``: measures the adapter with a real model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-# Threads that wait by spinning slow down whatever shares their cores: the daemon, and each other. Read by torch
-# when it is imported.
+# Threads that spin slow down other threads on the same cores, and the daemon. torch reads this at import.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.adapter import MEASUREMENTS
@@ -20,9 +19,9 @@ from examples.demo.model import ModelNotFound
 
 
 def main() -> int:
-    """Measure, print, and write what is asked for.
+    """Run the named measurements, print them, and write them with ``--write``.
 
-    Exit codes: 0 once all is measured, whatever the figures are; 1 where the model is not installed.
+    Exit codes: 0 if all measurements ran, even if a goal is missed; 1 if the model is not installed.
     """
     names = ", ".join(MEASUREMENTS)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.adapter", description=__doc__)
@@ -33,10 +32,12 @@ def main() -> int:
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(MEASUREMENTS):
         parser.error(f"no measurement is called {', '.join(sorted(unknown))}; there are {names}")
-    if arguments.write is not None and not arguments.write.parent.is_dir():  # Not found out at the end.
+    if (
+        arguments.write is not None and not arguments.write.parent.is_dir()
+    ):  # Fail before the measurements, not after them.
         parser.error(f"--write: there is no folder {arguments.write.parent}")
 
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # So that no daemon stays.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # Unwind, so that the daemons stop.
     found: dict[str, Section] = {}
     for name in arguments.names or MEASUREMENTS:
         print(f"measuring {name}", file=sys.stderr, flush=True)

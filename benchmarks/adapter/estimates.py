@@ -1,4 +1,4 @@
-"""How well the adapter knows beforehand what computing takes: it learns as it goes, as in an engine."""
+"""How well the adapter predicts prefill times: it learns from each forward, as in an engine."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from kvservice_adapter.cost import Rates
 
 _NEW = (30, 40, 64, 100, 200, 256, 400, 512, 800, 1000, 1500, 2048)
 _CONTEXTS = (0, 0, 256, 512, 1000, 2048, 3000)
-_FIRST = 10  # Forwards by which it has seen lengths and contexts of several orders.
+_FIRST = 10  # After these forwards it has seen lengths and contexts of several orders of magnitude.
 
 
 def measure(*, quick: bool) -> Section:
-    """Before each forward over new tokens behind a context: how long will it take? Afterwards: how long did it?"""
+    """Compare the predicted and the measured time of each forward over new tokens after a context."""
     model = rig.random_model(rig.QUICK_SHAPE if quick else rig.SHAPE)
     chance, rates = random.Random(1), Rates()
     tokens = rig.some_tokens(model, max(_CONTEXTS), seed=1)
@@ -38,8 +38,9 @@ def measure(*, quick: bool) -> Section:
         "estimates",
         "What computing is expected to take",
         f"A Llama in the shape of SmolLM2-135M ({model.config.num_hidden_layers} layers, fp32, "
-        f"{torch.get_num_threads()} threads) computes {min(_NEW)} to {max(_NEW)} new tokens behind up to "
-        f"{max(_CONTEXTS)} others, in random order. Each time is foretold from those before; errors are shares of what "
+        f"{torch.get_num_threads()} threads) computes {min(_NEW)} to {max(_NEW)} new tokens after up to "
+        f"{max(_CONTEXTS)} others, in random order. Each time is predicted from earlier ones; errors are shares of "
+        f"what "
         "it took.",
     )
     section.add("first_errors_median", rig.median(errors[:_FIRST]), note=f"of the first {_FIRST}")

@@ -1,7 +1,7 @@
-"""The mixed plan on a real model: the history's head is computed while its tail comes in over a slow link.
+"""The mixed plan on a real model: the history's head is computed while its tail is loaded over a slow link.
 
 The link is as fast as the model: loading the history and computing it again take the same time, so that doing
-both halves it. What is measured is the connector as engines use it; which plan it makes is its own decision.
+both halves it. The benchmark calls the connector as an engine does; the connector chooses the plan.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kvservice_adapter.cost import Kind, Plan, Rates
 from kvservice_client import Client
 
 _BLOCK_TOKENS = 64
-_WAIT_S = 60.0  # Nothing here is to end by a bound.
+_WAIT_S = 60.0  # No wait may end by a timeout here.
 
 
 class Turn(NamedTuple):
@@ -29,7 +29,7 @@ class Turn(NamedTuple):
 
 
 class Rig:
-    """A model, and a prompt whose history the daemon has."""
+    """A model, and a prompt whose history is in the daemon."""
 
     def __init__(self, model: Any, history_tokens: int, new_tokens: int) -> None:
         self.model = model
@@ -49,7 +49,7 @@ class Rig:
         )
 
     def save(self, connector: TransformersConnector) -> None:
-        """Prefill the whole prompt, and save it. The connector sees how long that takes."""
+        """Prefill the whole prompt, and save it. The connector measures the time."""
         cache = connector.restore(self.prompt).cache
         rig.forward(self.model, self.prompt, cache)
         saved = connector.save(self.prompt, cache)
@@ -57,14 +57,14 @@ class Rig:
         assert connector.flush(_WAIT_S)
 
     def loaded(self, client: Client) -> Turn:
-        """Answer the prompt as one who has measured nothing yet: by a load."""
+        """Answer the prompt with a connector without measurements: it loads all KV."""
         with self.connector(client, Rates()) as connector:
             turn = self.turn(connector)
         assert turn.plan is not None and turn.plan.kind is Kind.LOAD
         return turn
 
     def turn(self, connector: TransformersConnector | None) -> Turn:
-        """Answer the prompt; None: without the daemon."""
+        """Answer the prompt; with None as connector, without the daemon."""
         restored: list[Restored] = []
 
         def run() -> torch.Tensor:
@@ -84,7 +84,7 @@ class Rig:
 
 
 def measure(*, quick: bool) -> Section:
-    """Medians of rounds in which every plan has its turn."""
+    """Medians of rounds; each round runs every plan once."""
     with rig.a_core_for_loading():
         return _measure(quick=quick)
 
@@ -121,10 +121,10 @@ def _measure(*, quick: bool) -> Section:
 
 
 def _learn(subject: Rig, connector: TransformersConnector, alone_s: float) -> None:
-    """What the connector would have seen before: the prompt computed, and a load over this link."""
+    """Give the connector its measurements: one prefill of the prompt, and one load over this link."""
     connector.rates.observe_prefill(subject.prompt.shape[1], 0, alone_s)
     first = subject.turn(connector)
-    assert first.plan is not None and first.plan.kind is Kind.LOAD, "nobody knew how long a load takes"
+    assert first.plan is not None and first.plan.kind is Kind.LOAD, "the connector has not measured a load"
 
 
 def _section(found: dict[Kind, list[Turn]], name: str, rate: float, history_tokens: int, new_tokens: int) -> Section:

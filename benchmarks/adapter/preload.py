@@ -24,7 +24,7 @@ from kvservice_adapter.schedule import perfect_buffer_layers
 from kvservice_client import BlockCache, BlockChain, Client, block_chain
 
 COMPUTE_PER_LOAD = 0.6
-_LOAD_S = 60.0  # Nothing here is to end by a bound.
+_LOAD_S = 60.0  # No wait may end by a timeout here.
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Prefill:
 
 
 class Rig:
-    """A model, and a history of which the daemon has the KV."""
+    """A model, and a history whose KV is in the daemon."""
 
     def __init__(self, shape: dict[str, int], history_tokens: int, new_tokens: int) -> None:
         self.model = rig.random_model(shape)
@@ -60,11 +60,11 @@ class Rig:
         assert blocks.save(self.chain, list(into)).is_complete
 
     def compute_s(self) -> float:
-        """The new tokens' forward with the whole history there."""
+        """The forward of the new tokens, with the whole history in memory."""
         return rig.seconds(partial(self._forward, self.pages.__getitem__))
 
     def prefill(self, blocks: BlockCache, buffer_layers: int | None) -> Prefill:
-        """The new tokens' forward with the history on its way; None: all of it is waited for first."""
+        """The forward of the new tokens while the history loads; with None the load ends first."""
         lease = blocks.lookup(self.chain)
         assert lease.hit_blocks == len(self.chain)
         loader = LayerLoader(
@@ -84,8 +84,8 @@ class Rig:
             wait = [loader.wait(layer) for layer in range(self.layers)].__getitem__
         else:
             while loader.report.layers < min(buffer_layers, self.layers):
-                time.sleep(0.001)  # Nothing tells of it: an engine runs its other requests meanwhile.
-            begin_s = time.perf_counter()  # What came in before took nothing of the request's time.
+                time.sleep(0.001)  # No event marks it: an engine runs its other requests at this time.
+            begin_s = time.perf_counter()  # Layers loaded before this took none of the request's time.
         logits = self._forward(wait)
         total_s = time.perf_counter() - begin_s
         assert torch.equal(logits, self.logits), "the loaded history is not the one that was saved"
@@ -103,7 +103,7 @@ class Rig:
 
 
 def measure(*, quick: bool) -> Section:
-    """Medians of rounds in which every buffer has its turn."""
+    """Medians of rounds; each round runs every buffer size once."""
     with rig.a_core_for_loading():
         return _measure(quick=quick)
 
@@ -130,8 +130,8 @@ def _measure(*, quick: bool) -> Section:
         "preload",
         "Layer-wise pre-loading",
         f"A Llama with random weights in the shape of SmolLM2-135M ({layers} layers, fp32, {torch.get_num_threads()} "
-        f"thread of its own) prefills {new_tokens} tokens behind {history_tokens} that come from the daemon, over a "
-        f"transport throttled to {rate / 1e6:.0f} MB/s: a layer's computing takes {COMPUTE_PER_LOAD} of its loading. "
+        f"thread of its own) prefills {new_tokens} tokens after {history_tokens} from the daemon, over a "
+        f"transport throttled to {rate / 1e6:.0f} MB/s: computing a layer takes {COMPUTE_PER_LOAD} of its load time. "
         f"Medians; waits are those in the layers' `update`. The perfect buffer has {perfect} layers.",
     )
     _fill(section, found, layers, compute_s, load_s, perfect)

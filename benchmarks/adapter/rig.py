@@ -1,4 +1,4 @@
-"""What the measurements share: a daemon, a model, and a cache whose layers wait and hand over."""
+"""Shared parts of the measurements: a daemon, a model, and a cache whose layers wait for loads and queue saves."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def some_tokens(model: Any, count: int, seed: int) -> torch.Tensor:
 
 
 class WatchedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library's own class hook has no types.
-    """Waits for its history when it is used first, and hands over what the model computed."""
+    """Waits for its history at its first use, and queues the KV that the model computed."""
 
     def __init__(self, index: int, history_tokens: int, wait: Wait | None, hand_over: HandOver | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # Nor has its `__init__`.
@@ -130,7 +130,7 @@ def a_core_for_loading() -> Iterator[None]:
 
 @contextmanager
 def daemon(dram_bytes: int) -> Iterator[str]:
-    """A daemon of the measurement's own, without SSD traffic to speak of. Its address."""
+    """A new daemon with almost no SSD traffic. Yields its address."""
     with (
         tempfile.TemporaryDirectory(prefix="kvservice-bench-") as folder,
         parts.daemon(Path(folder), Path("/dev/shm"), dram_bytes) as running,

@@ -1,4 +1,4 @@
-"""Saving behind the forward pass (PAPER T5): what the engine notices of it, and what it spares.
+"""Saving during the forward pass (PAPER T5): its cost for the engine, and the time that it saves.
 
 Rounds of the same prompt length, in turn: without saving, with it, and with staging that is full.
 """
@@ -50,7 +50,7 @@ class Rig:
         return rig.some_tokens(self.model, self.prompt_tokens, seed=next(self._seeds))
 
     def request(self, saver: LayerSaver, way: Way, *, decode_steps: int = 0) -> Request:
-        """A prompt that nobody has seen, and some answer."""
+        """A new prompt, and an answer."""
         prompt = self.new_prompt()
         chain = block_chain(self.layout, prompt[0].numpy(), with_partial=True)
         begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
@@ -126,7 +126,7 @@ def _measure_forward(section: Section, subject: Rig, blocks: BlockCache, rounds:
 
 
 def _measure_connector(section: Section, subject: Rig, client: Client, rounds: int) -> None:
-    """The same with all that a connector does besides: finding the prompt's blocks, naming them, its cache's layers."""
+    """The same with the connector's other work: prefix lookup, block keys, and the layers of its cache."""
     connector = TransformersConnector(
         client, subject.model, model_id="bench/connector", model_revision="1", staging_bytes=4 * subject.save_bytes
     )
@@ -150,7 +150,7 @@ def _measure_connector(section: Section, subject: Rig, client: Client, rounds: i
 
 
 def _measure_saturated(section: Section, subject: Rig, blocks: BlockCache, rounds: int) -> None:
-    """Staging has room for one save, which a slow link keeps there all the while."""
+    """Staging has space for one save, and a slow link keeps it there."""
     saver = LayerSaver(CpuDevice(), blocks, staging_bytes=subject.save_bytes * 3 // 2)
     subject.request(saver, "behind")
     off, on = _alternate(subject, saver, rounds, wait=False)
@@ -160,7 +160,7 @@ def _measure_saturated(section: Section, subject: Rig, blocks: BlockCache, round
 
 
 def _measure_request(section: Section, subject: Rig, blocks: BlockCache, rounds: int, suffix: str) -> float:
-    """Saved behind the forward pass against saved after the last token. The seconds of a request that is not saved."""
+    """Compare saving during the forward pass with saving after the last token. Returns the seconds without saving."""
     saver = LayerSaver(CpuDevice(), blocks, staging_bytes=4 * subject.save_bytes)
     found: dict[Way, list[float]] = {"not": [], "after": [], "behind": []}
     order = cycle(found)
@@ -182,7 +182,7 @@ def _measure_request(section: Section, subject: Rig, blocks: BlockCache, rounds:
 
 
 def _alternate(subject: Rig, saver: LayerSaver, rounds: int, *, wait: bool) -> tuple[list[Request], list[Request]]:
-    """Prefills without saving and with it, round by round. The first one, which warms up, does not count."""
+    """Prefills without and with saving, round by round. The first round warms up and is dropped."""
     found: dict[Way, list[Request]] = {"not": [], "behind": []}
     ways: tuple[Way, Way] = ("not", "behind")
     for number in range(rounds + 1):

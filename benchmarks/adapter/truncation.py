@@ -1,12 +1,12 @@
-"""What a model still understands after its oldest tokens were dropped: perplexity on a long text (PAPER T15).
+"""Perplexity of a model on a long text after its oldest tokens were dropped (PAPER T15).
 
 Some parts of a text are read side by side, in steps. When the next step would overflow the window, the
 oldest half leaves, and the rest is used in one of four ways. Every token after the first overflow is scored.
 
-    with sinks      the first 4 tokens and the latest half, their keys turned to their new positions
-    without sinks   only the latest half, turned (the rule of CachedAttention, arXiv 2403.19708, 3.4)
-    recomputed      the tokens of the first, computed anew: what truncation costs without a store
-    naive           the latest half, its keys as they were, and what is new numbered from where it ends
+    with sinks      the first 4 tokens and the latest half, their keys rotated to their new positions
+    without sinks   only the latest half, rotated (the rule of CachedAttention, arXiv 2403.19708, 3.4)
+    recomputed      the tokens of the first way, recomputed: the cost of truncation without a store
+    naive           the latest half, its keys not rotated, and new tokens numbered from its end
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STEP_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How well a model foretold a text: the loss of each token in nats, ``[part, token]``."""
+    """The model's loss of each token of a text in nats, ``[part, token]``."""
 
     losses: torch.Tensor
     overflows: int
@@ -140,7 +140,7 @@ class _Recomputed:
 
 
 class _Full:
-    """The texts up to where the window is full: the same for all ways to go on."""
+    """The cache of the texts up to the full window: the same for all four ways."""
 
     @torch.inference_mode()
     def __init__(self, model: Any, texts: torch.Tensor, window: int, step_tokens: int) -> None:

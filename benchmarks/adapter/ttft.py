@@ -1,7 +1,7 @@
-"""The time to the first token, turn by turn: with the connector, and of the model without it (PAPER T18).
+"""The time to the first token per turn, with and without the connector (PAPER T18).
 
-Conversations are cut out of a text, so that every round and every way sees the same tokens. At each turn each
-way has its turn; the order rotates. What a way has saved at one turn, it restores at the next.
+Conversations are cut out of a text, so that every round and every way sees the same tokens. Each turn runs
+every way once, in rotating order. A way restores at a turn what it saved at the turn before.
 """
 
 from __future__ import annotations
@@ -162,12 +162,12 @@ def _fill(section: Section, found: dict[tuple[str, Turn], list[float]], turn_cou
 
 
 def _excess_s(taken_s: float, plain_s: float) -> float:
-    """By how much a turn is slower than it may be."""
+    """The seconds by which a turn exceeds its limit."""
     return taken_s - plain_s - max(_SLOWER_SHARE * plain_s, _SLOWER_S)
 
 
 def _conversations(tokenizer: Any, count: int, tokens: int) -> Iterator[torch.Tensor]:
-    """Texts of the library reference, one behind the other, cut into conversations ``[1, token]``."""
+    """Texts of the library reference, concatenated and cut into conversations ``[1, token]``."""
     text = "\n\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids
     for number in range(count):

@@ -1,4 +1,4 @@
-"""What this machine can do, and how near we come: the measures behind ``kvctl bench``.
+"""The measurements of ``kvctl bench``: KVService's speed beside this machine's limits.
 
 Every figure of ours stands beside the limit it is compared with, measured in the same run, before
 and after: ``rounds``. Limits are in ``limits``, ours over the wire in ``wire``, the disk and the

@@ -1,6 +1,6 @@
 """Ours through shared memory: loads, saves and views, by the client library as it is shipped.
 
-What they are compared with is a plain copy of the same size between two faulted-in arrays.
+The limit is a plain copy of the same size between two faulted-in arrays.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Memory:
         self._size_bytes = blocks * self._block_bytes
         self._layers = [random_bytes(size) for size in layer_sizes(layout, blocks)]  # No two share memory.
         self._into = [np.ones(len(layer), np.uint8) for layer in self._layers]
-        self._salt = secrets.token_bytes(16)  # Nobody else's blocks.
+        self._salt = secrets.token_bytes(16)  # A tenant of its own: no other blocks are changed.
         self._turn = 0
 
     def load(self) -> dict[str, float]:
@@ -86,7 +86,7 @@ class Memory:
         return seconds
 
     def check(self) -> None:
-        """Raises NotShared where something went another way."""
+        """Raises NotShared if bytes were moved by another transport."""
         stats = self._client.stats()
         if set(stats.loaded_bytes) | set(stats.saved_bytes) != {"shm"}:
             raise NotShared(f"not all of it went through shared memory: {stats.shm_refused_because}")

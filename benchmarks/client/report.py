@@ -55,7 +55,7 @@ class Report:
     index_put_ratio: float | None = None
     index_get_ratio: float | None = None
     settings: dict[str, str] = field(default_factory=dict)  # How each limit was reached.
-    spreads: dict[str, float] = field(default_factory=dict)  # How far each limit's measures lay apart.
+    spreads: dict[str, float] = field(default_factory=dict)  # The difference of each limit's two measures.
     attempts: dict[str, int] = field(default_factory=dict)
     date: str = ""
     commit: str = ""
@@ -72,7 +72,7 @@ class Report:
         self.command = command
 
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """Name, figure, budget, and what else there is to know."""
+        """Name, figure, budget, and remarks."""
         found = []
         for name, value in self.as_json().items():
             if name in ("settings", "spreads", "attempts", "date", "commit", "cpu", "command"):

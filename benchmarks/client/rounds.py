@@ -1,4 +1,4 @@
-"""A round: the limit, ours, the limit again. A machine that changed meanwhile makes another round."""
+"""A round: the limit, ours, the limit again. If the two limits differ, the round is repeated."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ SPREAD_MAX = 0.15
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """The best that the machine does, around one round. `setting` says how."""
+    """The machine's best speed around one round, reached with `setting`."""
 
     value: float
     setting: str
-    spread: float  # How far the two measures lie apart, as a share of the larger.
+    spread: float  # The difference of the two measures, as a share of the larger.
 
 
 @dataclass(frozen=True, slots=True)

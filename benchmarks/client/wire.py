@@ -42,11 +42,11 @@ class Wire:
         random = random_bytes(max(sizes))
         self._layers = [random[:size] for size in sizes]
         self._into = [np.ones(size, np.uint8) for size in sizes]
-        self._salt = secrets.token_bytes(16)  # Nobody else's blocks.
+        self._salt = secrets.token_bytes(16)  # A tenant of its own: no other blocks are changed.
         self._turn = 0
 
     def load(self) -> dict[str, float]:
-        """GB/s into faulted-in memory from DRAM, lookup included, and CPU seconds of both sides a GB."""
+        """GB/s into faulted-in memory from DRAM, lookup included, and CPU seconds of both sides per GB."""
         chain = self._save()
         until_written(self._client, self._cache, chain)
         speeds, cpu = [], []
@@ -58,7 +58,7 @@ class Wire:
         return {"gbps": median(speeds), "cpu_s_per_gb": median(cpu)}
 
     def save(self) -> dict[str, float]:
-        """GB/s into DRAM, acknowledged there, and CPU seconds of both sides a GB."""
+        """GB/s into DRAM, acknowledged there, and CPU seconds of both sides per GB."""
         speeds, cpu = [], []
         for _ in range(self._runs):
             chain, speed, cpu_s = self._timed(self._save)
@@ -69,7 +69,7 @@ class Wire:
         return {"gbps": median(speeds), "cpu_s_per_gb": median(cpu)}
 
     def empty_call_us(self, count: int) -> float:
-        """Median time of a call that asks for nothing and changes nothing."""
+        """Median time of an empty call."""
         return _median_us(self._client.capabilities, count)
 
     def lookup_us(self, count: int) -> float:
@@ -122,7 +122,7 @@ class Wire:
                 pass
 
     def _timed(self, work: Callable[[], T]) -> tuple[T, float, float]:
-        """What `work` returns, its GB/s, and its CPU seconds a GB."""
+        """What `work` returns, its GB/s, and its CPU seconds per GB."""
         cpu_before, started = self._cpu_s(), time.perf_counter()
         result = work()
         seconds = time.perf_counter() - started
@@ -149,7 +149,7 @@ def random_bytes(size_bytes: int) -> NDArray[np.uint8]:
 
 
 def until_written(client: Client, cache: BlockCache, chain: BlockChain) -> None:
-    """Wait until write-behind is done with these blocks: it would take part in what comes next.
+    """Wait until write-behind is done with these blocks: otherwise it disturbs the next measurement.
 
     Raises DeadlineExceeded where it is not done in a minute: figures taken beside it would be wrong.
     """
@@ -160,7 +160,7 @@ def until_written(client: Client, cache: BlockCache, chain: BlockChain) -> None:
         with cache.lookup(chain) as lease:
             if all(run.ssd for run in lease.residency):
                 return
-        time.sleep(0.02)  # Seldom enough to take no part in it.
+        time.sleep(0.02)  # Rarely, so that polling does not disturb it.
     raise DeadlineExceeded("the blocks that were saved are not on SSD after 60 s: is its disk too slow, or refusing?")
 
 

@@ -20,7 +20,7 @@ from benchmarks.daemon import disk, index, tier
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.daemon", description=__doc__)
     parser.add_argument("directory", type=Path, help="a folder on the disk to measure; what is written is removed")
-    parser.add_argument("--quick", action="store_true", help="less data a measure")
+    parser.add_argument("--quick", action="store_true", help="less data per measure")
     options = parser.parse_args()
     size_bytes = (256 if options.quick else 1024) << 20
     measures: dict[str, Callable[[Path], dict[str, Any]]] = {

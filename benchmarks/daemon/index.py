@@ -23,7 +23,7 @@ _MAP_BYTES = 256 << 20
 
 
 def measure(directory: Path) -> dict[str, Any]:
-    """Records a second, put and committed, and found by key: ours, and py-lmdb's."""
+    """Records per second, put and committed, and found by key: ours, and py-lmdb's."""
     batches = [[os.urandom(OBJECT_KEY_BYTES) for _ in range(_BATCH)] for _ in range(_ROUNDS)]
     sys.setswitchinterval(0.0005)  # As the daemon has it.
     put_s, get_s = asyncio.run(_ours(directory, batches))

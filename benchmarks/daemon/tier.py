@@ -1,7 +1,7 @@
-"""The SSD tier in its place: write-behind and promotion of the real store, verification on.
+"""The SSD tier in the real store: write-behind and promotion, with verification.
 
-No network is in the way: blocks are put into DRAM first, then the time is taken that their SSD
-copies need, and then the time that bringing them up again needs. Flushes and commits count.
+No network is used. Blocks are first put into DRAM; then the benchmark measures the time of writing them
+to SSD, and the time of promoting them. Flushes and commits count.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from kvservice_api.image import checksum
 from kvservice_api.keys import block_chain
 from kvservice_api.layout import Layout
 
-# Llama-3-8B in bf16 with blocks of 256 tokens: slices of 1 MiB, 32 MiB a block.
+# Llama-3-8B in bf16 with blocks of 256 tokens: slices of 1 MiB, 32 MiB per block.
 _LAYOUT = Layout("bench", "bfloat16", layers=32, kv_heads=8, k_head_dim=128, v_head_dim=128)
 _BLOCK_BYTES = 32 << 20
 _CALLER = Caller("bench", DEFAULT_TENANT, b"")

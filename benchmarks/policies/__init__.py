@@ -1,4 +1,4 @@
-"""What the policies promise, tried: one experiment a file, each with a ``measure(options)`` that gives a section.
+"""Tests the promises of the policies: one experiment per file, each with a ``measure(options)`` that returns a section.
 
 ``python -m benchmarks.policies`` runs them and writes their tables into ``docs/policies.md``.
 """

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.policies``: runs what stands in docs/policies.md."""
+"""``python -m benchmarks.policies``: runs the experiments of docs/policies.md."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvservice.simulate import plot
 
 
 def main() -> int:
-    """Measure, print, and write what is asked for. Exit code 0 once all is measured, whatever the figures are."""
+    """Run, print and write the named experiments. Exit code 0 if all ran, even if a goal is missed."""
     known = ", ".join(EXPERIMENTS)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.policies", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {known}; all of them if none is given")
@@ -27,7 +27,9 @@ def main() -> int:
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(EXPERIMENTS):
         parser.error(f"no experiment is called {', '.join(sorted(unknown))}; there are {known}")
-    if arguments.write is not None and not arguments.write.parent.is_dir():  # Not found out at the end.
+    if (
+        arguments.write is not None and not arguments.write.parent.is_dir()
+    ):  # Fail before the experiments, not after them.
         parser.error(f"--write: there is no folder {arguments.write.parent}")
     if arguments.traces is not None and not arguments.traces.is_dir():
         parser.error(f"--traces: there is no folder {arguments.traces}")

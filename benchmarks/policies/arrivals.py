@@ -1,4 +1,4 @@
-"""More and fewer sessions a second."""
+"""More and fewer sessions per second."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def measure(options: Options) -> Section:
     section = Section(
         "arrivals",
         "Arrivals",
-        f"0.5 to 2 sessions a second, {10 * scale:g} TiB of SSD: at 1.9 turns a second, which is overload "
+        f"0.5 to 2 sessions per second, {10 * scale:g} TiB of SSD: at 1.9 turns per second, which is overload "
         "throughout, and at 20, "
         "where there is no queue.",
     )
@@ -31,8 +31,8 @@ def measure(options: Options) -> Section:
                 table.append((f"{rate:g}", *row(result)))
                 if service == 1.9:
                     hits[name, rate] = result.hit_rate
-        section.table(f"{service:g} turns a second, in percent:", ("Sessions/s", *COLUMNS), table)
+        section.table(f"{service:g} turns per second, in percent:", ("Sessions/s", *COLUMNS), table)
     for name in ("lookahead", "foresight"):
         worst = max(points(hits[name, 0.5], hits[name, rate]) for rate in rates)
-        section.at_most(f"`{name}`, hits lost from 0.5 to 2 sessions a second, in overload", worst, 8, " points")
+        section.at_most(f"`{name}`, hits lost from 0.5 to 2 sessions per second, in overload", worst, 8, " points")
     return section

@@ -1,4 +1,4 @@
-"""What it costs, by the paper's prices and its speedups, and by the simulator's own."""
+"""The cost by the paper's prices, with the paper's speedups and with the simulator's."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def measure(options: Options) -> Section:
             )
         )
     columns = ("Policy", "GPU hours", "Times", "Prefill (tokens/s)", "Dollars", "Saved (%)")
-    section.table(f"The simulator, with {machine.prefill_tokens_per_s:,.0f} tokens of prefill a second:", columns, rows)
+    section.table(
+        f"The simulator, with {machine.prefill_tokens_per_s:,.0f} tokens of prefill per second:", columns, rows
+    )
     return section
 
 

@@ -1,4 +1,4 @@
-"""The same people before a server that nobody waits for: only return times tell, as in the fluid calculation."""
+"""The same users and a server without a queue: policies have only return times, as in the fluid calculation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far policies are from knowing everything, with deep, short and empty queues."""
+"""The distance of policies from a policy that knows the future, with deep, short and empty queues."""
 
 from __future__ import annotations
 
@@ -36,6 +36,6 @@ def measure(options: Options) -> Section:
     section.notes.append(
         "With an empty queue `lookahead` sees nothing: it falls back to what it would do for sessions without a "
         "request, "
-        "and its fetches begin when the request's turn has come."
+        "and its fetches begin when the server starts the request."
     )
     return section

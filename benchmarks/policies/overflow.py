@@ -1,4 +1,4 @@
-"""What it costs where positions are coupled to keys: a conversation that outgrows its window loses its KV."""
+"""The cost if positions are coupled to keys: a conversation that outgrows its window loses its KV."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from benchmarks.policies import Options
 from benchmarks.policies.report import Section
 from benchmarks.policies.runs import COLUMNS, paper_load, paper_machine, play, points, row, shrunk
 
-#: Title, KV (MiB a token), window, turns a second, SSD (TiB), hits that may be lost. A model with five times the
+#: Title, KV (MiB a token), window, turns per second, SSD (TiB), hits that may be lost. A model with five times the
 #: weights takes 2.5 times as long for a turn on twice the GPUs.
 MODELS = (
     ("13B, a window of 4,096", 0.78125, 4096, 1.9, 10.0, (15, 20)),

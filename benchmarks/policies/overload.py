@@ -1,4 +1,4 @@
-"""The paper's overload: more turns than are served, so that the queue knows the future."""
+"""The paper's overload: more turns arrive than are served, so the queue shows the future."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def measure(options: Options) -> Section:
     section = Section(
         "overload",
         "Overload: the queue knows what comes",
-        f"{load.sessions:,} conversations, one a second, at 1.9 turns a second ({load.turns:,} turns, "
-        f"{warmup:,} of them to warm up); {128 * scale:g} GiB of DRAM, an SSD that moves 5 GiB/s, 0.78 MiB of KV a "
+        f"{load.sessions:,} conversations, one per second, at 1.9 turns per second ({load.turns:,} turns, "
+        f"{warmup:,} of them to warm up); {128 * scale:g} GiB of DRAM, an SSD that moves 5 GiB/s, 0.78 MiB of KV per "
         "token.",
     )
     found = {}

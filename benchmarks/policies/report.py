@@ -12,7 +12,7 @@ from benchmarks.report import markdown_table, where_and_when, write_section
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """A figure that was to be reached, and what it is. `is_met` None: nothing was promised."""
+    """A goal and its measured figure. `is_met` is None if there is no goal."""
 
     what: str
     goal: str
@@ -75,7 +75,7 @@ class Section:
         write_section(page, f"experiment {self.name}", markdown, title="Placement policies")
 
 
-_LEAST = 5e-4  # What is smaller is shown as nothing.
+_LEAST = 5e-4  # Smaller values are shown as 0.
 
 
 def percent(value: float) -> str:

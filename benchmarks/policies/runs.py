@@ -1,4 +1,4 @@
-"""Runs that experiments share: the paper's machine and load, and one run of each kind a process."""
+"""Runs that experiments share: the paper's machine and load, and each run once per process."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from kvservice.simulate.result import Result
 from kvservice.simulate.settings import GIB, MIB, Machine
 from kvservice.simulate.workload import Workload
 
-PAPER_SERVICE = 1.9  # Turns a second: 42K turns in 6.25 hours.
-PAPER_PREFILL = 2000.0  # Tokens a second: a prompt of some 1,700 tokens takes 0.85 s, as the paper's without storage.
+PAPER_SERVICE = 1.9  # Turns per second: 42K turns in 6.25 hours.
+PAPER_PREFILL = 2000.0  # Tokens per second: a prompt of some 1,700 tokens takes 0.85 s, as the paper's without storage.
 POLICIES = ("lru", "fifo", "s3fifo", "lookahead", "foresight")
 BOUNDS = ("none", "distribution-bound", "optimum", "infinite")
 
 _runs: dict[tuple[int, Machine, str, int], Result] = {}
-_kept: list[Workload] = []  # So that no id of `_runs` is given to another.
+_kept: list[Workload] = []  # Keeps the objects alive, so that the ids in `_runs` stay unique.
 
 
 def paper_machine(ssd_tb: float, dram_gb: float = 128, *, kv_mb: float = 0.78125, **rest: Any) -> Machine:
-    """PAPER's testbed with LLaMA-13B: 0.78 MiB of KV a token, an SSD that moves 5 GiB/s."""
+    """PAPER's testbed with LLaMA-13B: 0.78 MiB of KV per token, an SSD that moves 5 GiB/s."""
     settings: dict[str, Any] = {
         "service_turns_per_s": PAPER_SERVICE,
         "prefill_tokens_per_s": PAPER_PREFILL,
@@ -45,7 +45,7 @@ def paper_machine(ssd_tb: float, dram_gb: float = 128, *, kv_mb: float = 0.78125
 
 @cache
 def paper_load(quick: bool, session_rate: float = 1.0, context: int = 4096, seed: int = 0) -> tuple[Workload, int]:
-    """9,000 conversations, one a second, and how many turns of them warm up. A tenth of all, if it has to be quick."""
+    """9,000 conversations, one per second, and the number of warm-up turns. With `quick` a tenth of both."""
     sessions = 900 if quick else 9000
     load = sharegpt(sessions=sessions, session_rate=session_rate, context_tokens=context, seed=seed)
     return load, 1_000 if quick else 10_000
@@ -57,7 +57,7 @@ def shrunk(quick: bool) -> float:
 
 
 def play(load: Workload, machine: Machine, name: str, warmup_turns: int) -> Result:
-    """One run. The same again is not run again."""
+    """One run. Results are cached by arguments."""
     key = (id(load), machine, name, warmup_turns)
     if key not in _runs:
         result = simulate(load, machine, name, warmup_turns=warmup_turns)

@@ -1,4 +1,4 @@
-"""People who think, and a server that keeps up: the queue knows nothing, only return times do."""
+"""Users who think between turns, and a server that keeps up: policies have only return times."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Setting:
 
 
 def machine(dram_bytes: int, utilisation: float) -> Machine:
-    """Llama-3-8B's KV, 128 KiB a token; an SSD that moves 5 GiB/s and holds everything."""
+    """Llama-3-8B's KV, 128 KiB per token; an SSD that moves 5 GiB/s and holds everything."""
     return Machine(
         dram_bytes=dram_bytes,
         ssd_bytes=100 * 1024 * GIB,

@@ -58,13 +58,13 @@ def measure(options: Options) -> Section:
             table.append((title, f"`{name}`", f"{speed:,.0f}"))
             if name in ("lru", "foresight"):
                 section.at_least(f"{title}: `{name}`", speed, 30_000 if name == "lru" else 8_000, " turns/s")
-    section.table("Turns simulated a second:", ("Load", "Policy", "Turns/s"), table)
+    section.table("Turns simulated per second:", ("Load", "Policy", "Turns/s"), table)
     _blocks(section, options)
     users = 5_000 if options.quick else 228_000
     done = subprocess.run([sys.executable, "-c", _MANY, str(users)], capture_output=True, text=True, check=True)
     turns, per_s, peak_bytes = json.loads(done.stdout)
     section.at_most(f"Memory of {turns:,} turns with `lru`", peak_bytes / GIB, 1.0, " GiB")
-    section.notes.append(f"Those {turns:,} turns ran at {per_s:,.0f} a second.")
+    section.notes.append(f"Those {turns:,} turns ran at {per_s:,.0f} per second.")
     return section
 
 
@@ -73,7 +73,7 @@ def _turns_per_s(load: Workload, on: Machine, name: str, rounds: int) -> float:
 
 
 def _cpu_s(load: Workload, on: Machine, name: str) -> float:
-    """What one run takes of the processor: others on the machine do not count."""
+    """The CPU time of one run: other processes do not count."""
     began_s = time.process_time()
     simulate(load, on, name)
     return time.process_time() - began_s
@@ -95,4 +95,4 @@ def _blocks(section: Section, options: Options) -> None:
         speed = blocks / _cpu_s(load, on, name)
         table.append((f"`{name}`", f"{speed:,.0f}"))
         section.at_least(f"Mooncake: `{name}`", speed, 300_000, " blocks/s")
-    section.table("Mooncake's trace, DRAM for 5 % of it: blocks asked for a second:", ("Policy", "Blocks/s"), table)
+    section.table("Mooncake's trace, DRAM for 5 % of it: blocks requested per second:", ("Policy", "Blocks/s"), table)

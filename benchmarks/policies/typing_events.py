@@ -1,4 +1,4 @@
-"""Somebody types: hints a few seconds ahead, true ones and false ones."""
+"""Typing events: hints a few seconds before a request, true ones and false ones."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def measure(options: Options) -> Section:
         table,
     )
     section.notes.append(
-        f"{USER_RATE * TURNS:g} requests come a second at most. With {FALSE_SHARE:.0%} of the hints wrong, "
+        f"{USER_RATE * TURNS:g} requests arrive per second at most. With {FALSE_SHARE:.0%} of the hints wrong, "
         f"{USER_RATE * TURNS / (1 - FALSE_SHARE):g} hints do, and each may be true for {LEAD_S[1]:g} s: whoever "
         "believes "
         f"them needs DRAM for {USER_RATE * TURNS / (1 - FALSE_SHARE) * LEAD_S[1]:.0f} sessions. The live set "

@@ -1,4 +1,4 @@
-"""``python -m examples.demo``: a conversation whose history comes back from the daemon."""
+"""``python -m examples.demo``: a conversation that loads its history from the daemon."""
 
 from __future__ import annotations
 
@@ -28,24 +28,26 @@ def main() -> int:
     if window_tokens < 1:
         parser.error("--window must be a number of tokens")
 
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # So that the daemon does not stay.
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+    )  # Unwind the stack, so that the daemon stops.
 
     if not arguments.json:
         print(report.header(arguments.overflow))
     turns = []
 
-    def note(text: str) -> None:
+    def log(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
     try:
         for turn in (
-            hold_overflowing_conversation(arguments.model, window_tokens, note)
+            hold_overflowing_conversation(arguments.model, window_tokens, log)
             if arguments.overflow
-            else hold_conversation(arguments.model, note)
+            else hold_conversation(arguments.model, log)
         ):
             turns.append(turn)
-            if turn.trouble:
-                print(turn.trouble, file=sys.stderr)
+            if turn.problem:
+                print(turn.problem, file=sys.stderr)
             if not arguments.json:
                 print(report.row(len(turns), turn, arguments.overflow), flush=True)
     except ProcessFailed as error:

@@ -1,7 +1,7 @@
-"""The engine of the demo: a process that answers one turn at a time, and keeps nothing in between.
+"""The engine of the demo: a process that answers one turn at a time, and keeps no KV between turns.
 
-It reads one JSON object a line from standard input, and writes one a line to standard output:
-first what it has loaded, then a `Turn` for each request.
+It reads one JSON object per line from standard input, and writes one per line to standard output:
+first a `Loaded`, then a reply for each request.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ class _Run(NamedTuple):
 
 class Engine:
     def __init__(self, loaded: LoadedModel, connector: TransformersConnector, client: Client) -> None:
-        """`client` is the connector's."""
+        """`client` is the client of the connector."""
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
         self._connector = connector
         self._client = client
 
     def warm_up(self) -> None:
-        """Let the libraries do once what they do only once, so that no turn pays for it."""
+        """Run the one-time initialisation of the libraries, so that no turn includes it."""
         self._model.generate(torch.arange(1, 65)[None], max_new_tokens=2)
 
     def answer(self, messages: Sequence[Message], *, session_id: str, compare: bool) -> Turn:
-        """Answer the last message: if asked, first as if there were no KVService, and then with it."""
+        """Answer the last message; with `compare`, first without KVService and then with it."""
         recomputed = self._run(messages) if compare else None
         before_run = self._client.stats().loaded_bytes
         run = self._run(messages, session_id)
@@ -75,14 +75,14 @@ class Engine:
             ttft_reuse_s=run.ttft_s,
             ttft_recompute_s=recomputed.ttft_s if recomputed else None,
             identical=recomputed.output == run.output if recomputed else None,
-            trouble=f"{type(error).__name__}: {error}" if error else "",
+            problem=f"{type(error).__name__}: {error}" if error else "",
         )
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
         return self._ids(messages, to_answer=False).shape[1]
 
     def _run(self, messages: Sequence[Message], session_id: str = "") -> _Run:
-        """Without a session nothing is reused."""
+        """Generate an answer. Without a session no KV is reused."""
         began_s = time.perf_counter()
         prompt = self._ids(messages, to_answer=True)
         history = self._connector.restore(prompt, session_id=session_id) if session_id else None
@@ -90,10 +90,10 @@ class Engine:
         return _Run(prompt, answered.token_ids, answered.first_token_at_s - began_s, history)
 
     def _save(self, messages: Sequence[Message], run: _Run, session_id: str) -> Saved:
-        """Save what the next turn's prompt will begin with.
+        """Save the KV of the tokens with which the next turn's prompt begins.
 
-        That is not quite what is in the cache: the answer ends with tokens that were never fed to
-        the model, and as text it may be cut into other tokens than the model has chosen.
+        The cache differs from that: the model never read the answer's last tokens, and the tokenizer
+        may split the answer's text into other tokens than the model chose.
         """
         assert run.history is not None
         cache = run.history.cache
@@ -112,7 +112,7 @@ class Engine:
 
 
 def _common(first: Iterable[Any], second: Iterable[Any]) -> int:
-    """How many leading tokens two sequences share."""
+    """The number of leading tokens that two sequences share."""
     count = 0
     for one, other in zip(first, second, strict=False):
         if int(one) != int(other):
@@ -125,11 +125,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--address", required=True)
     parser.add_argument("--model", default="")
-    parser.add_argument("--wait-s", type=float, help="for the daemon, each time; all that is stored is then loaded")
+    parser.add_argument(
+        "--wait-s", type=float, help="seconds to wait for the daemon per call; the engine then loads all stored KV"
+    )
     arguments = parser.parse_args()
     wait_s = arguments.wait_s
 
-    # Whatever a library prints must not get between the lines of the protocol.
+    # A library's output on stdout must not mix with the lines of the protocol.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     warnings.filterwarnings("ignore")
@@ -163,8 +165,8 @@ def _serve(
     layout = connector.layout
     geometry = block_geometry(layout, Shard.whole(layout), layout.block_tokens)
     context_tokens = getattr(loaded.model.config, "max_position_embeddings", 0)
-    greeting = Loaded(loaded.model_id, geometry.image_bytes, context_tokens)
-    print(json.dumps(asdict(greeting)), file=answers)
+    loaded_line = Loaded(loaded.model_id, geometry.image_bytes, context_tokens)
+    print(json.dumps(asdict(loaded_line)), file=answers)
     in_memory: EngineInMemory | None = None
     for line in sys.stdin:
         request = json.loads(line)

@@ -1,4 +1,4 @@
-"""Greedy answers of the demo's model, and when their first token came."""
+"""Greedy answers of the demo's model, and the time of their first token."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Generated(NamedTuple):
 
 
 class _FirstToken(BaseStreamer):
-    """Notes when `generate` hands out the first new token. The prompt comes before it."""
+    """Records the time of the first new token. `generate` first calls `put` with the prompt."""
 
     def __init__(self) -> None:
         self._calls = 0
@@ -36,7 +36,7 @@ class _FirstToken(BaseStreamer):
 def generate(
     model: Any, prompt: torch.Tensor, cache: DynamicCache | None, *, answer_tokens_max: int = ANSWER_TOKENS_MAX
 ) -> Generated:
-    """Answer a prompt ``[1, token]``; what `cache` holds of it is not computed again, and it grows."""
+    """Answer a prompt ``[1, token]``. Tokens in `cache` are not computed again; the new ones are added to it."""
     first_token = _FirstToken()
     output = model.generate(
         prompt,

@@ -1,9 +1,9 @@
-"""A conversation's KV kept in this process, as an engine without a store would: cut, turned, and continued.
+"""A conversation's KV kept in this process, as an engine without a store keeps it: cut, rotated, and continued.
 
 history = HistoryInMemory(rope)
-cache = history.cache()                 # for the model to go on with; all its keys where they are read
+cache = history.cache()                 # for the next forward; its keys are rotated to their positions
 ...
-history.extend(cache)                   # what the model has computed since
+history.extend(cache)                   # the KV that the model computed since then
 history.cut(keep_on_overflow(history.token_count, window=1024, new_tokens=200))
 """
 
@@ -21,10 +21,10 @@ from kvservice_adapter.truncation import kept_tokens
 
 
 class HistoryInMemory:
-    """Keys stay as the model rotated them, with the positions of that, and are turned for each cache anew."""
+    """Stores keys as the model rotated them, with their positions, and rotates a copy for each cache."""
 
     def __init__(self, rope: Rope | None) -> None:
-        """Without a `rope` keys are never turned: wrong after a cut, and there to show how wrong."""
+        """Without a `rope` keys are not rotated. That is wrong after a cut; a benchmark measures the error."""
         self._rope = rope
         self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []  # [row, head, token, dim] each.
         self._positions = np.empty(0, np.int64)
@@ -34,18 +34,18 @@ class HistoryInMemory:
         return len(self._positions)
 
     def cache(self) -> DynamicCache:
-        """A cache of its own memory, its keys turned to positions 0, 1, 2 and on."""
+        """A copy as a cache, its keys rotated to positions 0, 1, 2, ..."""
         rotation = self._rope.rotation(self._positions, np.arange(self.token_count)) if self._rope else None
         cache = DynamicCache()
         for index, (keys, values) in enumerate(self._layers):
-            turned = keys.clone()
+            rotated = keys.clone()
             if rotation is not None:
-                rotation.apply(turned)
-            cache.update(turned, values.clone(), index)
+                rotation.apply(rotated)
+            cache.update(rotated, values.clone(), index)
         return cache
 
     def extend(self, cache: DynamicCache) -> None:
-        """Take what the model has added to a cache of this history, each token at its place in the cache."""
+        """Add the KV that the model appended to a cache of this history. A token's position is its index there."""
         before, after = self.token_count, cache.get_seq_length()
         grown = []
         for index, layer in enumerate(cache.layers):

@@ -19,7 +19,7 @@ _WEIGHT_FILES = ("*.safetensors", "*.bin", "config.json")
 
 
 class ModelNotFound(Exception):
-    """There is no usable model where the demo looks for one."""
+    """The named model is missing or cannot be used."""
 
 
 class LoadedModel(NamedTuple):
@@ -30,7 +30,7 @@ class LoadedModel(NamedTuple):
 
 
 def load_model(name: str = "") -> LoadedModel:
-    """The model that `name` says, computing in fp32; SmolLM2-135M-Instruct from its package by default."""
+    """The model `name`, computing in fp32; SmolLM2-135M-Instruct from its package by default."""
     path = Path(name) if name else _packaged_file()
     if path.is_dir():
         files = [file for pattern in _WEIGHT_FILES for file in path.glob(pattern)]
@@ -72,7 +72,7 @@ def _gguf_read_once() -> Iterator[None]:
 
 
 def _packaged_file() -> Path:
-    spec = importlib.util.find_spec(_PACKAGE)  # Not imported: it would want its own inference library.
+    spec = importlib.util.find_spec(_PACKAGE)  # Not imported: the import needs its own inference library.
     folders = list(spec.submodule_search_locations or []) if spec else []
     for folder in folders:
         for file in Path(folder).glob("*.gguf"):

@@ -1,4 +1,4 @@
-"""The daemon and the engine as child processes: started, asked, killed."""
+"""Starts, calls and kills the daemon and the engine as child processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STOP_TIMEOUT_S = 10.0
 
 
 class ProcessFailed(Exception):
-    """A child process did not start, or ended. The message says what it wrote last."""
+    """A child process did not start, or ended. The message has the last lines that it wrote."""
 
 
 class Process:
@@ -47,7 +47,7 @@ class Process:
             self._child.kill()
 
     def stop(self) -> None:
-        """Ask it to end; kill it where it does not."""
+        """Send SIGTERM; send SIGKILL if the process does not end in time."""
         self._child.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._child.wait(_STOP_TIMEOUT_S)
@@ -108,47 +108,47 @@ class DaemonProcess(Process):
 
 
 class EngineProcess(Process):
-    """``engine.py`` in a process of its own, asked over its standard input and output."""
+    """``engine.py`` as a child process, called over its standard input and output."""
 
     def __init__(self, address: str, model: str, wait_s: float | None = None) -> None:
-        """With `wait_s` it loads all that is stored, even where computing is faster, and waits as long each time."""
+        """With `wait_s` the engine loads all stored KV, even if computing is faster, and waits this long per call."""
         command = [sys.executable, "-m", "examples.demo.engine", "--address", address, "--model", model]
         command += [] if wait_s is None else ["--wait-s", str(wait_s)]
         environment = {
             **os.environ,
             "TQDM_DISABLE": "1",
             "TRANSFORMERS_VERBOSITY": "error",
-            # Threads that wait by spinning slow down whatever shares their cores: each other, and the daemon.
+            # Threads that spin slow down other threads on the same cores, and the daemon.
             "OMP_WAIT_POLICY": "PASSIVE",
         }
         super().__init__("engine", command, None, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
     def loaded(self) -> Loaded:
-        """Wait until it can answer. To be called once, before anything is asked."""
+        """Wait until the engine can answer. Call it once, before any other call."""
         return Loaded(**self._read())
 
     def count_tokens(self, conversations: Sequence[Sequence[Message]]) -> list[int]:
-        counts: list[int] = self._ask({"count": conversations})
+        counts: list[int] = self._call({"count": conversations})
         return counts
 
     def answer(self, messages: Sequence[Message], *, session_id: str, compare: bool) -> Turn:
         """The answer to the last message; with `compare` computed a second time without KVService."""
-        return Turn(**self._ask({"messages": messages, "session_id": session_id, "compare": compare}))
+        return Turn(**self._call({"messages": messages, "session_id": session_id, "compare": compare}))
 
     def answer_in_window(
         self, messages: Sequence[Message], *, session_id: str, window: int, state: str
     ) -> WindowedTurn:
         """As `answer`, in a window that the conversation may overflow. `state` is what the last turn returned."""
-        reply = self._ask({"messages": messages, "session_id": session_id, "window": window, "state": state})
+        reply = self._call({"messages": messages, "session_id": session_id, "window": window, "state": state})
         return WindowedTurn(Turn(**reply["turn"]), reply["answer_ids"], reply["state"])
 
     def answer_in_memory(self, messages: Sequence[Message], *, window: int) -> InMemory:
-        """The same without the daemon. To be asked from the first turn on: this process keeps the history itself."""
-        return InMemory(**self._ask({"messages": messages, "window": window}))
+        """The same without the daemon. Call it from the first turn on: this process keeps the history itself."""
+        return InMemory(**self._call({"messages": messages, "window": window}))
 
-    def _ask(self, request: Any) -> Any:
+    def _call(self, request: Any) -> Any:
         assert self._child.stdin is not None
-        # Where the process has ended, reading says how.
+        # If the process has ended, `_read` raises with its exit code.
         with contextlib.suppress(BrokenPipeError):
             self._child.stdin.write(json.dumps(request) + "\n")
             self._child.stdin.flush()

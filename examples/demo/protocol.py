@@ -1,25 +1,25 @@
-"""What the engine's process says to the demo, one JSON object a line. Free of torch."""
+"""The messages of the engine's process, one JSON object per line. Does not import torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-BLOCK_TOKENS = 256  # What is left over at the end of a history is kept by its session.
+BLOCK_TOKENS = 256  # A session keeps the partial block at the end of a history.
 ANSWER_TOKENS_MIN, ANSWER_TOKENS_MAX = 24, 32
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Said once, when the engine can answer."""
+    """The first message: the engine can answer."""
 
     model_id: str
-    block_bytes: int  # What one block takes in a tier.
+    block_bytes: int  # Bytes of one block in a tier.
     context_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One answered turn. Times count from text in hand to the first token."""
+    """One answered turn. Times run from the given text to the first token."""
 
     answer: str
     answer_tokens: int
@@ -27,13 +27,13 @@ class Turn:
     new_tokens: int
     reused_tokens: int
     tier: str  # "dram", "ssd", "mixed" or "none".
-    transport: str  # By what it came: "shm", "grpc", "grpc+shm" or "none".
+    transport: str  # Of the load: "shm", "grpc", "grpc+shm" or "none".
     bytes: int
     ttft_reuse_s: float
-    ttft_recompute_s: float | None  # None, as `identical`, where the turn was not computed a second time.
+    ttft_recompute_s: float | None  # None, like `identical`, if the turn was not computed twice.
     identical: bool | None
-    trouble: str  # Why nothing was reused, or not all was saved. Empty where all went well.
-    dropped_tokens: int = 0  # What left the history before this turn, because it had overflowed its window.
+    problem: str  # Why a load or a save failed; empty if both succeeded.
+    dropped_tokens: int = 0  # Tokens dropped before this turn, because the history overflowed its window.
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class WindowedTurn:
 
     turn: Turn
     answer_ids: list[int]
-    state: str  # What the engine has to be told with the next turn.
+    state: str  # An input of the next turn.
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,4 +50,4 @@ class InMemory:
     """The same turn by the engine that keeps its history in memory."""
 
     answer_ids: list[int]
-    ttft_recompute_s: float  # With all that the window has left computed again.
+    ttft_recompute_s: float  # All tokens in the window are recomputed.

@@ -1,4 +1,4 @@
-"""What the demo prints: a row a turn and totals, or one JSON object."""
+"""The demo's output: a row per turn and totals, or one JSON object."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def summarized(turns: Sequence[Turn], overflow: bool = False) -> dict[str, Any]:
 
 
 def _columns(overflow: bool) -> tuple[str, ...]:
-    """Where a conversation overflows, what has left it stands before what is there."""
+    """With `overflow`, the column of dropped tokens precedes the column of the history."""
     return (*_COLUMNS[:1], "dropped", *_COLUMNS[1:]) if overflow else _COLUMNS
 
 

@@ -1,8 +1,8 @@
-"""What is said in the demo: one long conversation, and two other readers who want the same memory.
+"""The demo's messages: one long conversation, and two other readers who compete for DRAM.
 
-The conversation goes through a short book, a chapter a turn, and ends with a question about all of
-it. Each of the other readers brings the whole book at once. Between some turns they ask something,
-and what the daemon brings up to DRAM for them pushes the conversation out to SSD.
+The conversation reads a short book, one chapter per turn, and ends with a question about all of it.
+The first message of each other reader is the whole book. They ask a question between some turns:
+the daemon promotes their blocks to DRAM, and evicts the conversation's blocks to SSD.
 """
 
 from __future__ import annotations
@@ -127,13 +127,13 @@ TURNS = (
 )
 
 # After these turns of the conversation (the first is 1) the other readers ask their next question.
-OTHERS_SPEAK_AFTER = (3, 7, 9)
+READERS_ASK_AFTER = (3, 7, 9)
 KILL_AFTER = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """Someone else who uses the same engine."""
+    """Another user of the same engine."""
 
     system: str
     questions: Sequence[str]

@@ -1,7 +1,7 @@
-"""Turns of a conversation that overflows its window: its oldest tokens leave, and the rest goes on being used.
+"""Turns of a conversation that overflows its window: its oldest tokens are dropped, and the rest is reused.
 
-Twice the same, token for token: with what is left of the KV in the daemon, where two processes find it
-that know of nothing but the conversation's tokens; and in the memory of one process that is never killed.
+Two engines give the same tokens. One keeps the remaining KV in the daemon, and may be killed between turns;
+the other keeps it in its memory, and is never killed.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from kvservice_client import Client
 
 
 class OnlyLoads(Rates):
-    """Never learns what computing takes, so that whatever is stored is loaded.
+    """Ignores the measured prefill times, so that the connector loads all stored KV.
 
-    Else a connector may find that computing what a cut has left is faster: as good, but not the same, for it
-    is then computed without what was cut.
+    Otherwise the connector may recompute the tokens after a cut. Their KV then differs, because it is
+    computed without the tokens that were cut.
     """
 
     def observe_prefill(self, new_tokens: int, context_tokens: int, seconds: float) -> None:
@@ -40,10 +40,10 @@ class OnlyLoads(Rates):
 
 
 class WindowedEngine:
-    """Answers with the daemon's help. What it must know of the conversation comes with each turn."""
+    """Answers with KV from the daemon. The caller passes the state of the conversation with each turn."""
 
     def __init__(self, loaded: LoadedModel, connector: TransformersConnector, client: Client) -> None:
-        """`client` is the connector's."""
+        """`client` is the client of the connector."""
         self._loaded, self._connector, self._client = loaded, connector, client
 
     def answer(self, messages: Sequence[Message], *, session_id: str, window: int, state: str) -> WindowedTurn:
@@ -52,10 +52,10 @@ class WindowedEngine:
         conversation, unread = _known(state) if state else (Conversation(session_id), [])
         new = unread + new_token_ids(self._loaded.tokenizer, messages)
         before = conversation.token_count
-        trouble = ""
+        problem = ""
         keep = kept_in(window, before, len(new))
         if len(kept_tokens(keep)) < before and not self._connector.truncate(conversation, keep):
-            trouble = "the daemon could not be told what was cut"
+            problem = "the daemon did not record the cut"
         history_tokens = conversation.token_count
         prompt = torch.tensor([[*conversation.token_ids.tolist(), *new]])
         before_run = self._client.stats().loaded_bytes
@@ -79,7 +79,7 @@ class WindowedEngine:
             ttft_reuse_s=answered.first_token_at_s - began_s,
             ttft_recompute_s=None,
             identical=None,
-            trouble=trouble or (f"{type(error).__name__}: {error}" if error else ""),
+            problem=problem or (f"{type(error).__name__}: {error}" if error else ""),
             dropped_tokens=before - history_tokens,
         )
         rest = without_end(self._loaded.tokenizer, answered.token_ids[known:])
@@ -87,7 +87,7 @@ class WindowedEngine:
 
 
 class EngineInMemory:
-    """Answers without the daemon: cuts and turns the KV that it has kept in this process."""
+    """Answers without the daemon: cuts and rotates the KV in this process."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         self._loaded = loaded
@@ -96,11 +96,11 @@ class EngineInMemory:
         self._unread: list[int] = []
 
     def cache(self) -> DynamicCache:
-        """All that is left of the conversation, as the model goes on with it."""
+        """The KV of the remaining conversation, as a cache for the model."""
         return self._history.cache()
 
     def answer(self, messages: Sequence[Message], *, window: int) -> InMemory:
-        """Answer the last message, and measure how long the first token takes with all that is left computed again."""
+        """Answer the last message, and measure the TTFT when all remaining tokens are recomputed."""
         began_s = time.perf_counter()
         new = self._unread + new_token_ids(self._loaded.tokenizer, messages)
         keep = kept_in(window, len(self._token_ids), len(new))
@@ -121,32 +121,32 @@ class EngineInMemory:
 
 
 def kept_in(window: int, history_tokens: int, new_tokens: int) -> Ranges:
-    """What stays of a history, so that the new tokens and an answer fit in the window behind it."""
+    """The ranges of a history that stay, so that new tokens and an answer fit in the window after them."""
     return keep_on_overflow(history_tokens, window=window, new_tokens=new_tokens + ANSWER_TOKENS_MAX)
 
 
 def new_token_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """The tokens of the last message, with what the chat's form puts before and behind it.
+    """The tokens of the last message, with the chat template's text before and after it.
 
-    The answer before it is left out: its tokens are known, and as text it may be cut into others.
+    They exclude the previous answer: its tokens are known, and the tokenizer may split its text differently.
     """
-    said = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
-    text = _in_form(tokenizer, messages)
-    if said:
-        opening = _in_form(tokenizer, messages[: said[-1]]) + messages[said[-1]]["content"]
+    answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    text = _templated(tokenizer, messages)
+    if answers:
+        opening = _templated(tokenizer, messages[: answers[-1]]) + messages[answers[-1]]["content"]
         if not text.startswith(opening):
-            raise ValueError("the model's chat template writes earlier messages in another way once others follow")
+            raise ValueError("the model's chat template changes earlier messages when later ones follow")
         text = text[len(opening) :]
     ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
     return ids
 
 
 def without_end(tokenizer: Any, token_ids: list[int]) -> list[int]:
-    """Tokens of an answer that the model has not read yet, without the one that ends it: the chat's form has that."""
+    """Tokens of an answer that the model has not read, without the end token: the chat template adds it."""
     return token_ids[:-1] if token_ids and token_ids[-1] == tokenizer.eos_token_id else token_ids
 
 
-def _in_form(tokenizer: Any, messages: Sequence[Message]) -> str:
+def _templated(tokenizer: Any, messages: Sequence[Message]) -> str:
     text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     return text
 
@@ -156,6 +156,6 @@ def _state(conversation: Conversation, unread: list[int]) -> str:
 
 
 def _known(state: str) -> tuple[Conversation, list[int]]:
-    """From the demo's own other process only: it is unpickled."""
+    """Unpickles `state`: accept it only from the demo's parent process."""
     known: tuple[Conversation, list[int]] = pickle.loads(base64.b64decode(state))
     return known

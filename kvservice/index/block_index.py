@@ -1,12 +1,12 @@
-"""Which blocks lie where, in two LMDB environments of one schema.
+"""The index of all blocks and their tiers, in two LMDB environments of one schema.
 
 * durable: in the store's directory, synced. Layouts, sessions, and a record of every block on SSD.
-* volatile: beside the arena, on its tmpfs. A record of every block in DRAM. It lives and dies with
-  the arena: where store, schema and arena are not those it was made for, it is emptied.
+* volatile: beside the arena, on its tmpfs. A record of every block in DRAM. It belongs to
+  the arena: if store, schema or arena are not those it was created for, it is emptied.
 
 Opening goes in two steps, because the arena needs the store's id and the volatile index the arena's::
 
-    index = BlockIndex.open(store / "index", ...)     index.store_id    (opens or makes the arena)
+    index = BlockIndex.open(store / "index", ...)     index.store_id    (opens or creates the arena)
     index.open_volatile(arena_directory / "index", arena_id, ...)
 """
 
@@ -50,7 +50,7 @@ from kvservice_api.layout import Layout
 
 log = logging.getLogger(__name__)
 
-# Beside the volatile index: which of its transactions was the last.
+# A file beside the volatile index: the number of its last transaction.
 _NOTES_NAME = "index-transaction"
 
 _ARENA_KEY = b"arena_id"
@@ -61,19 +61,19 @@ _META_KEYS = frozenset(
     (SCHEMA_KEY, STORE_KEY, DESCRIPTORS_KEY, NEXT_LAYOUT_KEY, _SSD_FILES_KEY, _VOLATILE_DIRECTORY_KEY, _EMPTIED_KEY)
 )
 
-#  | when, ms u64 | why, UTF-8 |     the last time that the DRAM tier lost what it had; little-endian
+#  | when, ms u64 | why, UTF-8 |     the last time that the DRAM tier lost its blocks; little-endian
 _EMPTIED_AT = struct.Struct("<Q")
 
 
 class Emptied(NamedTuple):
-    """The last time that the DRAM tier lost what it had."""
+    """The last time that the DRAM tier lost its blocks."""
 
     at_ms: int
     why: str
 
 
 class BlockIndex:
-    """The index of one store. All methods are for the event loop's thread."""
+    """The index of one store. Call all methods from the event loop's thread."""
 
     def __init__(self, directory: Path, durable: Environment, meta: dict[bytes, bytes], layouts_max: int) -> None:
         """Use ``open``."""
@@ -97,7 +97,7 @@ class BlockIndex:
         ssd_files: Sequence[Path] = (),
         create: bool = True,
     ) -> BlockIndex:
-        """Open the durable index, or make an empty one with a store id of its own.
+        """Open the durable index, or create an empty one with a new store id.
 
         `layouts_max` are the layouts that it takes; those that it has are kept, however many they are.
         `before_commit` makes the bytes of blocks durable; it runs on the committer thread before the
@@ -117,7 +117,9 @@ class BlockIndex:
                 meta = {
                     SCHEMA_KEY: str(SCHEMA_AT_LEAST).encode(),
                     STORE_KEY: os.urandom(STORE_ID_BYTES),
-                    DESCRIPTORS_KEY: open_secret(directory.parent, {}).mark,  # The file is there before the index.
+                    DESCRIPTORS_KEY: open_secret(
+                        directory.parent, {}
+                    ).mark,  # The identity file is written before the index.
                 }
                 durable.write_now(META, meta)
             check_schema(directory, meta)
@@ -229,17 +231,17 @@ class BlockIndex:
         assert len(arena_id) == STORE_ID_BYTES
         return {SCHEMA_KEY: self._meta[SCHEMA_KEY], STORE_KEY: self.store_id, _ARENA_KEY: arena_id}
 
-    # Where the rest of the store lies, so that ``kvservice check`` finds it without the daemon's settings.
+    # Where the other files of the store are, so that ``kvservice check`` finds it without the daemon's settings.
 
     @property
     def volatile_directory(self) -> Path | None:
-        """Where the volatile index was when it was opened last."""
+        """The folder of the volatile index when it was last opened."""
         found = self._meta.get(_VOLATILE_DIRECTORY_KEY)
         return Path(os.fsdecode(found)) if found else None
 
     @property
     def dram_emptied(self) -> Emptied | None:
-        """None where the DRAM tier never lost anything by a restart."""
+        """None if the DRAM tier never lost blocks by a restart."""
         found = self._meta.get(_EMPTIED_KEY, b"")
         if len(found) < _EMPTIED_AT.size:
             return None
@@ -247,19 +249,19 @@ class BlockIndex:
 
     @property
     def ssd_files(self) -> list[Path | None]:
-        """The SSD files in their order, as noted last; None for one that was given up. Empty before the first start."""
+        """The SSD files in their order, as last recorded; None for a deleted one. Empty before the first start."""
         names = self._meta.get(_SSD_FILES_KEY, b"").split(b"\0")
         return [self.directory.parent / os.fsdecode(name) if name else None for name in names] if any(names) else []
 
     def ssd_files_to_create(self, count: int) -> list[int]:
-        """Which of `count` SSD files are not there yet. Any other was there, and may be on a drive that is away."""
+        """Which of `count` SSD files were never created. Any other existed, and its drive may be missing."""
         known = self.ssd_files
         return [number for number in range(count) if not known or (number < len(known) and known[number] is None)]
 
     def remember_ssd_files(self, files: Sequence[Path | None]) -> None:
-        """Note where the SSD files lie, in their order. To be called while nothing waits for a commit.
+        """Record the paths of the SSD files, in their order. Call it while no change waits for a commit.
 
-        Those in the store's folder may move with it. None gives a file up: it is created at the next start.
+        Those in the store's folder may move with it. None removes a file: it is created at the next start.
         """
         store = self.directory.parent
 
@@ -276,7 +278,7 @@ class BlockIndex:
             self._meta[key] = value
 
     def load(self, tier: TierName) -> recovery.Recovered:
-        """All records of a tier. For the start: it takes a second a million, on the caller's thread."""
+        """All records of a tier. For the start: it blocks the caller for one second per million records."""
         return recovery.load(self._environments[tier], self.layouts)
 
     def put(
@@ -286,7 +288,7 @@ class BlockIndex:
 
         `check` is called on the committer thread when the tier's bytes have been made durable, and fails the
         commit with the KVError that it raises. Errors: IndexFull, StorageFailed. A failed put may still have
-        reached the disk: delete the keys before their extents are lent again. `records` must not change until
+        reached the disk: delete the keys before their extents are reserved again. `records` must not change until
         then. Changes of a tier are applied in the order of submission.
         """
 
@@ -298,11 +300,11 @@ class BlockIndex:
         return self._environments[tier].put(BLOCKS, keys, encode)
 
     def delete(self, tier: TierName, keys: Sequence[bytes]) -> asyncio.Future[None]:
-        """Forget blocks in `tier`. Their extents may be lent again only once this is done."""
+        """Delete the records of blocks in `tier`. Their extents may be reserved again only once this is done."""
         return self._environments[tier].delete(BLOCKS, keys)
 
     def delete_now(self, tier: TierName, keys: Iterable[bytes]) -> None:
-        """The same for the start, before anything waits for a commit. Raises StorageFailed."""
+        """The same for the start, before any change waits for a commit. Raises StorageFailed."""
         self._environments[tier].delete_now(BLOCKS, keys)
 
     @property
@@ -327,14 +329,14 @@ class BlockIndex:
     async def _raise_schema(self, schema: int) -> None:
         """Write a newer schema. It is on disk on return, so before the layout that needs it.
 
-        A daemon that knows only an older schema would take such a layout for damaged, and remove its blocks.
+        A daemon that knows only an older schema would treat such a layout as damaged, and remove its blocks.
         """
         value = str(schema).encode()
         await self._environments[TierName.SSD].put(META, [SCHEMA_KEY], lambda: [value])
         self._meta[SCHEMA_KEY] = value
 
     def forget_unused_layouts(self) -> int:
-        """Where the store knows as many layouts as it may, forget those that nothing names. How many these were.
+        """If the store has its maximum of layouts, delete those without blocks or sessions. Returns their number.
 
         For the start, once the volatile index is open: no client has opened a layout then to store blocks later.
         Their ids are not given again. Reads all records if there is reason to. Raises StorageFailed.
@@ -365,7 +367,7 @@ class BlockIndex:
         return found
 
     def put_session(self, manifest: Manifest) -> asyncio.Future[None]:
-        """Record a session in the place of what it was. Done once on disk. IndexFull, StorageFailed."""
+        """Replace the record of a session. Done once on disk. IndexFull, StorageFailed."""
         return self._environments[TierName.SSD].put(SESSIONS, [manifest.name], lambda: [encode_manifest(manifest)])
 
     def put_session_values(self, values: Mapping[bytes, bytes]) -> asyncio.Future[None]:
@@ -396,7 +398,7 @@ class BlockIndex:
             environment.close()
 
     def _upgrade(self) -> None:
-        """Make an older store one of the schema it needs. `Environment` has made the databases that it did not have."""
+        """Upgrade an older store to the schema it needs. `Environment` has created the missing databases."""
         found = schema_of(self._meta)
         needed = max(SCHEMA_AT_LEAST, *map(schema_for, self.layouts.values()), found)
         if needed > found:
@@ -405,7 +407,7 @@ class BlockIndex:
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder or file in the place of the volatile index. Raises StorageFailed."""
+    """Remove the folder or file at the path of the volatile index. Raises StorageFailed."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

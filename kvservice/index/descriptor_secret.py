@@ -1,7 +1,7 @@
 """The secret of a store, with which the daemon tags the descriptors of blocks, and ``kvservice check`` checks the tags.
 
-It lies in a file beside the index, which only the daemon's user can read. No client gets it: it is in no message, and
-not in the arena. The file also says whether every block of the store has a descriptor, if its image has room for one:
+It is in a file beside the index, which only the daemon's user can read. Clients do not get it: no message and no
+arena contains it. The file also says whether every block of the store has a descriptor, if its image has room for one:
 in a store that was made before there were descriptors, older blocks have none.
 """
 
@@ -54,7 +54,7 @@ class DescriptorSecret:
 
 
 def has_all_descriptors(meta: Mapping[bytes, bytes]) -> bool:
-    """What the index says of its store's blocks. True of a new store, and where what the index said is lost."""
+    """Whether the index says that all blocks have descriptors. True for a new store, and if the entry is lost."""
     if DESCRIPTORS_KEY in meta:
         return meta[DESCRIPTORS_KEY] == _ALL
     return SCHEMA_KEY not in meta
@@ -82,9 +82,11 @@ def open_secret(store: Path, meta: Mapping[bytes, bytes]) -> DescriptorSecret:
     made = DescriptorSecret.new(every_block=has_all_descriptors(meta))
     try:
         found = read_secret(store)
-        if found is not None and (meta or found.every_block):  # Another store's may lie in the folder of a new one.
+        if found is not None and (
+            meta or found.every_block
+        ):  # The folder of a new store may contain the file of another store.
             if stat.S_IMODE(path.stat().st_mode) != 0o600:
-                path.chmod(0o600)  # A copy that was brought back may have another mode.
+                path.chmod(0o600)  # A restored copy may have another mode.
             return found
         was_there = path.exists()
         write_durably(path, made.encode())

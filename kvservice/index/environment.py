@@ -1,12 +1,12 @@
 """One LMDB environment, and the thread that commits to it.
 
-Changes are submitted from the event loop and wait in a queue. The committer takes whatever is
-there, makes the blocks' bytes durable (``before_commit``), commits once, and wakes all waiters::
+Changes are submitted from the event loop and wait in a queue. The committer takes all queued
+changes, makes the blocks' bytes durable (``before_commit``), commits once, and wakes all waiters::
 
     put, delete --> queue --> merge by key --> before_commit --> one transaction --> wake
 
-What fails a batch fails its puts; its deletes are then tried again by themselves. A tenth of the map
-is kept free for them: LMDB writes changed pages anew, so even a delete needs space.
+If a batch fails, its puts fail; the committer then retries its deletes without them. A tenth of the map
+is reserved for deletes: LMDB copies each changed page, so even a delete needs space.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ META = b"meta"
 LAYOUTS = b"layouts"
 BLOCKS = b"blocks"
 SESSIONS = b"sessions"
-DATA_NAME = "data.mdb"  # LMDB's own, in the environment's folder.
+DATA_NAME = "data.mdb"  # LMDB's file name in the environment's folder.
 _DATABASES = (META, LAYOUTS, BLOCKS, SESSIONS)
 
 _BATCH_KEYS_MIN, _BATCH_KEYS_MAX = 16, 4096
@@ -40,7 +40,7 @@ _READ_CHUNK = 8192
 _PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 _FREE_BYTES_FEW = 1 << 20
 # One delete writes about five new pages (a leaf, its branches, those of the list of free pages), and what it frees
-# serves the transaction after the next: three of them have to fit beside each other, with some to spare.
+# is free for the transaction after the next: three deletes must fit at the same time, with a margin.
 _DELETE_PAGES_MIN = 32
 
 _NOTE = struct.Struct("<Q")  # The number of the last transaction.
@@ -58,7 +58,7 @@ class _Change:
 
 @dataclass(slots=True)
 class _Items:
-    """What a batch comes to in one database. Deletes go first: a key may be in both."""
+    """The merged changes of a batch in one database. Deletes are applied first: a key may be in both."""
 
     puts: dict[bytes, bytes] = field(default_factory=dict)
     deletes: set[bytes] = field(default_factory=set)
@@ -68,7 +68,7 @@ _Merged = dict[bytes, _Items]
 
 
 class Environment:
-    """An open environment. All methods are for the event loop's thread.
+    """An open environment. Call all methods from the event loop's thread.
 
     `durable` commits are synced to the disk. Others survive the process, not the machine: right for
     an index on a tmpfs. `before_commit` is called on the committer thread, before a commit that holds
@@ -89,14 +89,14 @@ class Environment:
     ) -> None:
         self.path = path
         self.map_bytes = map_bytes // _PAGE_BYTES * _PAGE_BYTES
-        self.used_bytes = 0  # Pages that hold something, as of the last commit.
+        self.used_bytes = 0  # Pages in use, as of the last commit.
         self.commits = 0
         self._durable = durable
         self._before_commit = before_commit
         self._notes_fd: int | None = None
         self._queue: queue.SimpleQueue[_Change | None] = queue.SimpleQueue()
         self._batch_keys_max = _BATCH_KEYS_MIN
-        self._env_lock = threading.Lock()  # LMDB's own locks are off: they break between containers.
+        self._env_lock = threading.Lock()  # LMDB's own locks are off: they do not work between containers.
         self._env: lmdb.Environment | None = None
         self._open(create=True)
         with _as_store_errors(path):
@@ -127,11 +127,11 @@ class Environment:
         return self._submit(_Change(database, keys, encode, asyncio.get_running_loop().create_future()))
 
     def delete(self, database: bytes, keys: Sequence[bytes]) -> asyncio.Future[None]:
-        """Remove keys. Done once committed; StorageFailed. A key that is not there is no error."""
+        """Remove keys. Done once committed; StorageFailed. A missing key is no error."""
         return self._submit(_Change(database, keys, None, asyncio.get_running_loop().create_future()))
 
     def read(self, database: bytes) -> Iterator[tuple[list[bytes], list[bytes]]]:
-        """All keys and values, in chunks. Commits wait meanwhile: never await one before the end."""
+        """All keys and values, in chunks. Commits wait until the end: do not await one before."""
         with self._env_lock, _as_store_errors(self.path):
             if self._env is None:
                 raise StorageFailed(f"the index {self.path} could not be opened again")
@@ -215,7 +215,7 @@ class Environment:
             _wake(deletes, StorageFailed(failure.message) if isinstance(failure, IndexFull) else failure)
 
     def _attempt(self, batch: list[_Change]) -> Exception | None:
-        """Carry the batch out, or say why not: the thread lives on, and the waiters learn it."""
+        """Commit the batch. On failure set the error on the futures; the thread continues."""
         try:
             if self._before_commit is not None and any(change.encode is not None for change in batch):
                 self._before_commit()
@@ -273,7 +273,7 @@ class Environment:
         self._batch_keys_max = min(max(free_pages // 8, _BATCH_KEYS_MIN), _BATCH_KEYS_MAX)
 
     def _note(self, transaction: int) -> None:
-        """After the commit: cut off between the two, the note is behind, which says nothing against the file."""
+        """Runs after the commit. A crash before it leaves an older number, which does not mark the file as old."""
         if self._notes_fd is not None:
             with contextlib.suppress(OSError):
                 os.pwrite(self._notes_fd, _NOTE.pack(transaction), 0)
@@ -318,7 +318,7 @@ class Environment:
             opening.pop_all()  # It stays open.
 
     def _reopen(self) -> None:
-        """Open the same file again. Raises StorageFailed where it is not there: what another took would be lost.
+        """Open the same file again. Raises StorageFailed if it is missing: records in a new file would be lost.
 
         Where the drive was unmounted, LMDB would make an empty index of its mount point.
         """
@@ -327,9 +327,9 @@ class Environment:
                 self._env.close()
             self._env = None
             try:
-                self._expect_same_file()  # Before, for LMDB makes what is missing.
+                self._expect_same_file()  # Check first, because LMDB creates a missing file.
                 self._open(create=False)
-            except StoreDamaged as error:  # The waiters know failures of a running index only.
+            except StoreDamaged as error:  # The callers handle failures of a running index only.
                 raise StorageFailed(f"{error}; stop the daemon and run `kvservice check`") from error
 
     def _expect_same_file(self) -> None:
@@ -339,12 +339,12 @@ class Environment:
         raise StorageFailed(f"the index {self.path} is another file than at the start: bring it back, or start again")
 
     def _find_file(self) -> tuple[int, int]:
-        """Which file it is, whatever its name."""
+        """The identity of the file, independent of its name."""
         found = (self.path / DATA_NAME).stat()
         return found.st_dev, found.st_ino
 
     def _allocate(self) -> None:
-        """Claim the whole map's space, so that a disk filled by others fails no delete.
+        """Allocate the whole map, so that deletes succeed when other programs fill the disk.
 
         Best effort: without it, commits fail with StorageFailed when the disk is full.
         """
@@ -363,7 +363,7 @@ def is_older_copy(path: Path, notes: Path) -> bool:
     """Whether the environment in `path` lacks a transaction that `notes` has of it. Raises OSError."""
     try:
         noted = notes.read_bytes()[: _NOTE.size]
-    except FileNotFoundError:  # An earlier version made no notes.
+    except FileNotFoundError:  # An earlier version wrote no such file.
         return False
     last = pages.last_transaction(path / DATA_NAME)
     return len(noted) == _NOTE.size and last is not None and last < _NOTE.unpack(noted)[0]
@@ -378,7 +378,7 @@ def _apply(txn: lmdb.Transaction, handle: lmdb._Database, items: _Items) -> None
 
 
 def _merge(batch: Sequence[_Change]) -> _Merged:
-    """The last word on each key."""
+    """The last change of each key."""
     merged: _Merged = {}
     for change in batch:
         items = merged.setdefault(change.database, _Items())
@@ -404,7 +404,7 @@ def _halves(merged: _Merged) -> tuple[_Merged, _Merged] | None:
     if middle == 0:
         return None
     halves: tuple[_Merged, _Merged] = {}, {}
-    for number, (name, key) in enumerate(deletes):  # First, for they make room.
+    for number, (name, key) in enumerate(deletes):  # Deletes first, because they free pages.
         halves[number >= middle].setdefault(name, _Items()).deletes.add(key)
     for number, (name, key, value) in enumerate(puts, len(deletes)):
         halves[number >= middle].setdefault(name, _Items()).puts[key] = value
@@ -412,7 +412,7 @@ def _halves(merged: _Merged) -> tuple[_Merged, _Merged] | None:
 
 
 def _wake(changes: Sequence[_Change], failure: Exception | None) -> None:
-    """Settle the futures on their loop's thread, with one call."""
+    """Resolve the futures on their loop's thread, with one call."""
     if not changes:
         return
 
@@ -425,7 +425,7 @@ def _wake(changes: Sequence[_Change], failure: Exception | None) -> None:
             else:
                 change.done.set_exception(failure)
 
-    with contextlib.suppress(RuntimeError):  # The loop has closed: nobody waits any more.
+    with contextlib.suppress(RuntimeError):  # The loop is closed: no task waits any more.
         changes[0].done.get_loop().call_soon_threadsafe(settle)
 
 
@@ -439,7 +439,7 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
 
 
 def _why(path: Path, error: Exception) -> str:
-    """LMDB calls a write that a full disk cut short an input/output error: say what it does not."""
+    """The error text. LMDB reports a write that a full disk cut short as an input/output error."""
     with contextlib.suppress(OSError):
         stat = os.statvfs(path)
         free_bytes = stat.f_bavail * stat.f_frsize

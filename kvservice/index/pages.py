@@ -79,7 +79,7 @@ class _Leaf(NamedTuple):
 
 
 def examine(path: Path) -> str:
-    """What keeps LMDB from opening the file safely; "" where nothing does, also where the file is missing or empty.
+    """Why LMDB cannot open the file safely; "" if it can, or if the file is missing or empty.
 
     Reads every page that is in use: a million records take 0.3 s of CPU time. Raises OSError.
     """
@@ -101,7 +101,7 @@ def examine(path: Path) -> str:
 def salvage(path: Path) -> Iterator[tuple[bool, bytes, bytes]]:
     """Every key and value that a leaf page of the file holds: whether it is in use, key, value.
 
-    Works on any file. What was deleted or replaced may come, too, as not in use: LMDB does not clear freed
+    Works on any file. Deleted and replaced values may be included, as not in use: LMDB does not clear freed
     pages. Values are as found: check their CRC. Raises OSError.
     """
     fd = _open(path)
@@ -125,7 +125,7 @@ def salvage(path: Path) -> Iterator[tuple[bool, bytes, bytes]]:
 
 
 def last_transaction(path: Path) -> int | None:
-    """The number of the file's last transaction; None where that cannot be told. Raises OSError."""
+    """The number of the file's last transaction; None if it is unreadable. Raises OSError."""
     fd = _open(path)
     try:
         return max((meta.txn for meta in _metas(fd) if meta is not None), default=None)
@@ -247,7 +247,7 @@ class _Check:
     def _walk(self, name: str, tree: _Tree, *, integers: bool = False) -> Numbers:
         """Check a tree. Returns the numbers of its leaf pages in the order of their keys."""
         level = np.array([], np.int64)
-        lows: list[bytes | None] = []  # What the keys of a page are not below.
+        lows: list[bytes | None] = []  # The lower bound of a page's keys.
         branch_pages = entries = overflow_pages = 0
         if tree.root != _NO_PAGE:
             if not 1 <= tree.depth <= _DEPTH_MAX:
@@ -350,7 +350,7 @@ class _Check:
     def _claim(self, name: str, numbers: NDArray[np.uint64]) -> Numbers:
         """Note that these pages are in use, each once."""
         if (numbers >= len(self._used)).any():
-            raise Unsound(f"its tree {name} names a page that is not there")
+            raise Unsound(f"its tree {name} names a page that does not exist")
         places = numbers.astype(np.int64)
         if self._used[places].any() or len(np.unique(places)) < len(places):
             raise Unsound(f"its tree {name} names a page that is in use already")
@@ -359,7 +359,7 @@ class _Check:
 
     def _claim_overflow(self, name: str, number: int, size: int) -> int:
         if not 2 <= number < len(self._used):
-            raise Unsound(f"its tree {name} names a page that is not there")
+            raise Unsound(f"its tree {name} names a page that does not exist")
         if (number + 1) * self._page_bytes > self._size:
             raise Unsound(self._cut_short())
         found, _, flags, low, high = _HEAD.unpack(os.pread(self._fd, _HEAD_BYTES, number * self._page_bytes))
@@ -367,18 +367,18 @@ class _Check:
         if found != number or flags != _OVERFLOW or pages * self._page_bytes < _HEAD_BYTES + size:
             raise Unsound(f"its page {number} in the tree {name} is damaged")
         if number + pages > len(self._used):
-            raise Unsound(f"its tree {name} names a page that is not there")
+            raise Unsound(f"its tree {name} names a page that does not exist")
         if (number + pages) * self._page_bytes > self._size:
             raise Unsound(self._cut_short())
         self._claim(name, np.arange(number, number + pages, dtype=np.uint64))
         return pages
 
     def _value(self, leaf: _Leaf) -> bytes:
-        """What lies on overflow pages that `_walk` has checked."""
+        """The value on overflow pages that `_walk` has checked."""
         return os.pread(self._fd, leaf.size, leaf.overflow * self._page_bytes + _HEAD_BYTES)
 
     def _read(self, numbers: Numbers) -> Bytes:
-        """The pages, one a row. Neighbours are read at once."""
+        """The pages, one per row. Adjacent pages are read in one call."""
         pages = np.empty((len(numbers), self._page_bytes), np.uint8)
         breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
         for start, end in zip([0, *breaks.tolist()], [*breaks.tolist(), len(numbers)], strict=True):
@@ -390,7 +390,7 @@ class _Check:
         return pages
 
     def _cut_short(self) -> str:
-        return f"it was cut short: it has {self._size} bytes, and pages behind them are in use"
+        return f"it was cut short: it has {self._size} bytes, and pages after these are in use"
 
 
 class _Leaves(NamedTuple):
@@ -414,7 +414,7 @@ class _Nodes(NamedTuple):
 
 
 def _metas(fd: int) -> tuple[_Meta | None, _Meta | None]:
-    """What the first two pages say; None for one that is no meta page."""
+    """The content of the first two pages; None for one that is no meta page."""
     first = _meta(os.pread(fd, _META.size, 0), 0)
     second = first.page_bytes if first is not None else os.sysconf("SC_PAGESIZE")
     return first, _meta(os.pread(fd, _META.size, second), 1)
@@ -433,7 +433,7 @@ def _meta(data: bytes, number: int) -> _Meta | None:
 
 
 def _below(one: bytes | None, other: bytes | None, integers: bool) -> bool:
-    """Whether a key stands before another. None is before all, and after all."""
+    """Whether a key sorts before another. None sorts before all, and after all."""
     if one is None or other is None:
         return True
     return one[::-1] < other[::-1] if integers else one < other
@@ -453,7 +453,7 @@ def _check_order(name: str, pages: Bytes, nodes: _Nodes, integers: bool) -> None
         unsure = same_page.copy()
         ascends = ~same_page
     else:
-        # The first eight bytes tell nearly always, and are compared all at once.
+        # The first eight bytes nearly always differ, and NumPy compares them in one step.
         where = (nodes.starts + _NODE_BYTES)[:, None] + np.arange(8)
         heads = pages.reshape(-1)[where].view(">u8")[:, 0].astype(np.uint64)
         ascends = (heads[:-1] < heads[1:]) | ~same_page

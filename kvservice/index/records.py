@@ -1,4 +1,4 @@
-"""The bytes of one index record: where a block lies, what it holds, and when it was used.
+"""The bytes of one index record: where a block is stored, what it holds, and when it was used.
 
 A record is the value that LMDB keeps under an object key (block key and shard)::
 
@@ -14,7 +14,7 @@ A record is the value that LMDB keeps under an object key (block key and shard):
     | pinned until, ms u64   | tenant u32 | zeros: spare u64 | crc u32 |
 
 Little-endian. The crc is CRC-32 over the object key and the record before it, so a record that was
-damaged, or stands under another key, is found. Records of before there were pins and tenants have zeros
+damaged, or has another key, is detected. Records written before pins and tenants existed have zeros
 there: not pinned, of tenant 0, which is "default".
 """
 
@@ -44,7 +44,7 @@ RECORD = np.dtype(
         ("stored_at_ms", "<u8"),
         ("used_at_ms", "<u8"),
         ("access_seq", "<u8"),
-        ("parent_key", "V32"),  # V, not S: an S loses the zero bytes at a key's end.
+        ("parent_key", "V32"),  # V, not S: NumPy strips the zero bytes at the end of an S.
         ("pinned_until_ms", "<u8"),  # 0: not pinned.
         ("tenant", "<u4"),
         ("reserved", "V8"),
@@ -78,7 +78,7 @@ def new_records(count: int) -> Records:
 
 
 def encode_records(keys: Sequence[bytes], records: Records) -> list[bytes]:
-    """One value a record, at least one, its crc computed here."""
+    """One value per record, each with its crc. There is at least one record."""
     assert 0 < len(keys) == len(records)
     assert records.dtype == RECORD and (records["version"] == RECORD_VERSION).all()
     assert (records["size_bytes"] > 0).all() and (records["token_count"] > 0).all()  # Paired with decode.
@@ -100,7 +100,7 @@ def is_sound(key: bytes, value: bytes) -> bool:
 
 
 def decode_records(keys: Sequence[bytes], values: Sequence[bytes]) -> tuple[NDArray[np.bool_], Records]:
-    """Which records are sound, and all of them. Those of a wrong length come back as zeros."""
+    """Which records are sound, and all of them. Records of a wrong length are returned as zeros."""
     sound = np.fromiter(map(crc32, values, map(crc32, keys)), np.uint32, len(values)) == _RESIDUE
     joined = b"".join(values)
     if len(joined) != RECORD.itemsize * len(values) or len(set(map(len, values))) > 1:

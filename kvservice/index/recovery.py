@@ -1,4 +1,4 @@
-"""What the index says at start: every sound record of a tier, and which ones are not to be trusted."""
+"""Reads the index at start: every sound record of a tier, and the damaged ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SEGMENT_BITS = 15  # Segment and offset together stay a positive 64-bit number.
 class Recovered:
     """The sound records of one tier, and the keys of the others with what is wrong.
 
-    A damaged record is not served and its space counts as free. Delete it before that space is lent.
+    A damaged record is not served and its space counts as free. Delete it before that space is reserved.
     """
 
     object_keys: ObjectKeys

@@ -1,7 +1,7 @@
 """A new durable index takes the place of an old one, in steps that an interruption leaves recognizable.
 
-The new index is made in the folder ``index.new`` beside the old one. A file in it says how far it is: ``unfinished``
-until it has everything, then ``complete``, until the exchange is over. What stands there after an interruption:
+The new index is created in the folder ``index.new`` beside the old one. A file in it gives the step: ``unfinished``
+until the index is whole, then ``complete`` until the exchange is over. The states after an interruption:
 
 =====================  =================  ========================================  ==========================
 ``index.new``          ``index``          what was interrupted                      what ends it
@@ -66,7 +66,7 @@ def put_in_place(store: Path) -> Path | None:
 
 
 def interrupted(store: Path) -> str:
-    """What an interrupted replacement has left, and what to run; empty where there is nothing. Changes nothing."""
+    """What an interrupted replacement left, and the command to run; empty if there is nothing. Changes nothing."""
     new, index = new_index(store), store / "index"
     if not os.path.lexists(new):
         return ""
@@ -98,14 +98,14 @@ def end_interrupted(store: Path) -> str:
 
 
 def _is_undone(new: Path, index: Path) -> bool:
-    """Whether the new index is of no use any more."""
+    """Whether the new index must be removed."""
     if (new / _COMPLETE_NAME).exists():
         return os.path.lexists(index)
     return (new / _UNFINISHED_NAME).exists() or (new.is_dir() and not any(new.iterdir()))
 
 
 def _remove(new: Path) -> None:
-    """The files that say how far it is go last: an interruption here must not make it look like an old index."""
+    """Removes the step files last: after an interruption here it must not look like an old index."""
     for path in new.iterdir():
         if path.name not in (_UNFINISHED_NAME, _COMPLETE_NAME):
             path.unlink()

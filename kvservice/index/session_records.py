@@ -1,6 +1,6 @@
 """Session manifests, and the bytes of one in the index.
 
-A manifest stands under its layout's id (u32, big-endian) and the session's id. Little-endian::
+A manifest's key is its layout's id (u32, big-endian) and the session's id. Little-endian::
 
     0        1          2       4            8              16              24          32
     | ver u8 | flags u8 | 0 u16 | layout u32 | revision u64 | created, ms   | used, ms  |
@@ -10,7 +10,7 @@ A manifest stands under its layout's id (u32, big-endian) and the session's id. 
     | slices, 56 bytes each | positions, u64 each | crc u32 |
 
 Flag 1: the last slice is an open tail. The crc is CRC-32 over the name and all of the record before
-it, so a record that was damaged, or stands under another name, is found.
+it, so a record that was damaged, or has another key, is detected.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Positions = NDArray[np.uint64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Manifest:
-    """One conversation in one layout. Never changed: a change makes another one of a higher revision.
+    """One conversation in one layout. Immutable: a change creates a manifest of a higher revision.
 
     `tip` is the key that the next block continues. An open tail continues it too: it is the last slice,
     a whole partial block, and the next append puts a fuller block in its place.
@@ -60,7 +60,7 @@ class Manifest:
     revision: int
     tip: bytes
     slices: Slices
-    positions: Positions  # Of the slices whose tokens did not lie side by side.
+    positions: Positions  # Of the slices whose positions are not consecutive.
     has_tail: bool
     cuts: int
     created_at_ms: int
@@ -81,7 +81,7 @@ class Manifest:
 
 
 def session_name(layout_id: int, session_id: str) -> bytes:
-    """What a manifest stands under in the index."""
+    """The key of a manifest in the index."""
     return _LAYOUT_ID.pack(layout_id) + session_id.encode()
 
 

@@ -1,4 +1,4 @@
-"""One process a store: a lock that the kernel drops when its holder dies."""
+"""One process per store: a lock that the kernel releases when the holding process ends."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 
 def holding(gate: threading.Event) -> Callable[[], None]:
-    """Work that goes on until the gate is open."""
+    """Work that runs until the gate is open."""
 
     def work() -> None:
         assert gate.wait(WAIT_S)

@@ -64,7 +64,7 @@ class PolicyContract:
     def test_a_prefix_is_worth_no_less_than_what_continues_it(
         self, policy: Policy[BlockTable], blocks: BlockTable, tier: TierName
     ) -> None:
-        """Without the prefix the rest is of no use, so it must not go first."""
+        """A suffix is useless without its prefix, so the prefix must not be evicted first."""
         chain = blocks.live_rows()[10:30]
         blocks.touch(chain, 3000)
         worth = policy.retention(blocks, chain, tier, NOW_S)

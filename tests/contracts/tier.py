@@ -23,7 +23,7 @@ PAGE = 4096
 
 
 def memory(size_bytes: int) -> memoryview:
-    """Zeros that begin on a page, as I/O past the page cache wants them."""
+    """Zeros that begin on a page, as O_DIRECT needs them."""
     return memoryview(mmap.mmap(-1, size_bytes))
 
 
@@ -165,7 +165,7 @@ class TierContract:
         assert await asyncio.to_thread(begun.wait, 10)
         caller.cancel()
         await asyncio.sleep(0)
-        caller.cancel()  # Impatience changes nothing.
+        caller.cancel()  # A second cancellation changes nothing.
         await asyncio.sleep(0)
         assert not ended
         go_on.set()

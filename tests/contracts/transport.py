@@ -46,7 +46,7 @@ class TransportContract:
             yield client
 
     def check_stats(self, client: Client) -> None:
-        """Whether all went the way that it should."""
+        """Whether this transport moved all bytes."""
         stats = client.stats()
         assert set(stats.loaded_bytes) | set(stats.saved_bytes) == {self.transport}, stats
 

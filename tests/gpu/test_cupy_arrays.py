@@ -1,4 +1,4 @@
-"""An engine whose KV lies in CuPy arrays, without torch: both pipelines, with real CUDA memory."""
+"""An engine whose KV is in CuPy arrays, without torch: both pipelines, with real CUDA memory."""
 
 from __future__ import annotations
 

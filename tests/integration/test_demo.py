@@ -47,7 +47,7 @@ def first_turns(folder: Path, count: int) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(folder))
         patch.setenv("OMP_NUM_THREADS", "1")  # Another test runs on the other core.
-        turns: Any = hold_conversation("", note=print)  # A generator: closing it ends its processes.
+        turns: Any = hold_conversation("", log=print)  # A generator: closing it ends its processes.
         with closing(turns):
             return report.as_object(list(islice(turns, count)))
 

@@ -82,7 +82,7 @@ def test_over_several_overflows_and_a_kill_the_daemon_gives_what_memory_has_bit_
 
         answered = engine.answer(messages, session_id="chat", window=WINDOW_TOKENS, state=state)
 
-        assert answered.turn.trouble == ""
+        assert answered.turn.problem == ""
         assert answered.answer_ids == expected.answer_ids
         assert answered.turn.reused_tokens == answered.turn.history_tokens
         assert answered.turn.history_tokens + answered.turn.new_tokens + 32 <= WINDOW_TOKENS

@@ -1,4 +1,4 @@
-"""Frames: golden bytes, protobuf's own reading of them, and what happens to frames that are none."""
+"""Frames: golden bytes, protobuf's own reading of them, and the errors for invalid frames."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands behind a block's slices on disk."""
+"""The trailer after a block's slices on disk."""
 
 from __future__ import annotations
 

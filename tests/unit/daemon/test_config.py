@@ -163,7 +163,7 @@ def test_a_certificate_and_its_key_go_together(missing: str) -> None:
 
 
 def test_a_client_ca_alone_is_refused_for_nothing_would_ask_for_it() -> None:
-    assert "tls.client_ca is of use only together with" in refusal(["--tls.client_ca", "a"])
+    assert "tls.client_ca has an effect only together with" in refusal(["--tls.client_ca", "a"])
 
 
 def test_what_kubernetes_sets_beside_a_service_of_our_name_is_passed_over() -> None:
