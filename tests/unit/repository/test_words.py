@@ -22,11 +22,6 @@ SHARED_NAMES = {
     "Lease": "the two sides of one lease: what the client holds, and what the daemon counts",
     "SessionHistory": "the two sides of one answer: what the client reads, and what the daemon leased for it",
     "Tier": "the client's name of a storage medium, and the daemon's interface to it",
-    "Leases": "the settings section, and the part of the store that it configures",
-    "Pins": "the settings section, and the part of the store that it configures",
-    "Scrub": "the settings section, and the part of the store that it configures",
-    "Server": "the settings section, and the gRPC server that it configures",
-    "Session": "the settings section, and the client's handle of a session",
 }
 
 #: The first version's private dialect. A plain word stands in the message.
@@ -48,8 +43,7 @@ BANNED_WORD = re.compile("|".join(rf"\b(?:{words})\b" for words in BANNED), re.I
 
 #: Folders whose texts still have banned words, and how many at most. A number may only become smaller.
 LEFT = {
-    "kvservice": 12,
-    "kvservice/index": 8,
+    "kvservice/index": 3,
     "kvservice/policy": 13,
     "kvservice/rpc": 5,
     "kvservice/simulate": 26,
@@ -58,10 +52,10 @@ LEFT = {
     "client": 32,
     "engine_adapter": 12,
     "proto": 21,
-    "benchmarks": 27,
-    "examples": 10,
-    "tests": 119,
-    "docs": 60,
+    "benchmarks": 7,
+    "examples": 2,
+    "tests": 112,
+    "docs": 56,
     ".": 7,
 }
 FOLDERS = (
