@@ -65,7 +65,7 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, hide_input_in_errors=True)
 
 
-class Store(_Section):
+class StoreSettings(_Section):
     """The store's folder."""
 
     path: Path = _setting(
@@ -75,7 +75,7 @@ class Store(_Section):
     )
 
 
-class Server(_Section):
+class ServerSettings(_Section):
     """How clients reach the daemon, and how much they may request."""
 
     address: AddressText = _setting(
@@ -140,7 +140,7 @@ class Server(_Section):
     keys_max: int = _setting(16_384, "Block keys in one request.", unit="keys", ge=1, le=100_000)
 
 
-class Tls(_Section):
+class TlsSettings(_Section):
     """TLS on every TCP port, gRPC and metrics, once a certificate is set. PEM files, read again as they change."""
 
     certificate: str = _setting(
@@ -154,7 +154,7 @@ class Tls(_Section):
     )
 
 
-class Dram(_Section):
+class DramSettings(_Section):
     """The DRAM tier: one shared-memory file, the arena."""
 
     capacity_bytes: Size = _setting(
@@ -181,7 +181,7 @@ class Dram(_Section):
     )
 
 
-class Ssd(_Section):
+class SsdSettings(_Section):
     """The SSD tier: files of fixed size, allocated whole when the store is created."""
 
     capacity_bytes: Size = _setting(
@@ -198,7 +198,7 @@ class Ssd(_Section):
     )
 
 
-class Index(_Section):
+class IndexSettings(_Section):
     """The index: two LMDB environments, one on disk and one in the arena's tmpfs."""
 
     durable_map_bytes: Size = _setting(
@@ -230,7 +230,7 @@ class Index(_Section):
     )
 
 
-class Mover(_Section):
+class MoverSettings(_Section):
     """What stays stored, and what is copied between the tiers."""
 
     policy: Literal["lru"] = _setting("lru", "Which blocks are evicted first when a tier is full.")
@@ -242,7 +242,7 @@ class Mover(_Section):
     reads_in_flight: int = _setting(4, "Blocks copied up to DRAM at one time.", unit="blocks", ge=1, le=1024)
 
 
-class Leases(_Section):
+class LeaseSettings(_Section):
     """Leases: clients hold blocks in their place for a time."""
 
     ttl_max_s: float = _setting(300.0, "Longest lease granted.", unit="seconds", gt=0, le=86400)
@@ -257,7 +257,7 @@ class Leases(_Section):
     )
 
 
-class Pins(_Section):
+class PinSettings(_Section):
     """Blocks that operators pin (`kvctl pin`)."""
 
     ttl_max_s: float = _setting(30 * 86400.0, "Longest pin granted.", unit="seconds", gt=0, le=3660 * 86400)
@@ -271,7 +271,7 @@ class Pins(_Section):
     )
 
 
-class History(_Section):
+class HistorySettings(_Section):
     """What `kvctl explain` knows of deleted blocks and of requests. In memory only."""
 
     events_max: int = _setting(
@@ -286,7 +286,7 @@ class History(_Section):
     )
 
 
-class Session(_Section):
+class SessionSettings(_Section):
     """Conversations whose history the daemon keeps by name."""
 
     ttl_s: float = _setting(
@@ -306,7 +306,7 @@ class Session(_Section):
     )
 
 
-class Scrub(_Section):
+class ScrubSettings(_Section):
     """The scrub reads all blocks again to find damage."""
 
     bytes_per_second: Size = _setting(
@@ -314,7 +314,7 @@ class Scrub(_Section):
     )
 
 
-class Log(_Section):
+class LogSettings(_Section):
     """Logs go to standard error, one line per event."""
 
     level: Literal["debug", "info", "warning", "error"] = _setting("info", "Lowest severity that is written.")
@@ -326,19 +326,19 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
-    store: Store = Store()
-    server: Server = Server()
-    tls: Tls = Tls()
-    dram: Dram = Dram()
-    ssd: Ssd = Ssd()
-    index: Index = Index()
-    mover: Mover = Mover()
-    leases: Leases = Leases()
-    pins: Pins = Pins()
-    history: History = History()
-    session: Session = Session()
-    scrub: Scrub = Scrub()
-    log: Log = Log()
+    store: StoreSettings = StoreSettings()
+    server: ServerSettings = ServerSettings()
+    tls: TlsSettings = TlsSettings()
+    dram: DramSettings = DramSettings()
+    ssd: SsdSettings = SsdSettings()
+    index: IndexSettings = IndexSettings()
+    mover: MoverSettings = MoverSettings()
+    leases: LeaseSettings = LeaseSettings()
+    pins: PinSettings = PinSettings()
+    history: HistorySettings = HistorySettings()
+    session: SessionSettings = SessionSettings()
+    scrub: ScrubSettings = ScrubSettings()
+    log: LogSettings = LogSettings()
 
     @classmethod
     def settings_customise_sources(

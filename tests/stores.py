@@ -57,7 +57,7 @@ from kvservice_api.frames import Frame
 from kvservice_api.image import block_geometry, checksum
 from kvservice_api.keys import BlockChain, block_chain
 from kvservice_api.layout import Layout, Shard
-from kvservice_api.residency_directory import HEADER_BYTES, IN_DRAM, ON_SSD, SLOT, Header, State
+from kvservice_api.residency_directory import HEADER_BYTES, IN_DRAM, ON_SSD, SLOT, DirectoryState, Header
 from tests.clock import FakeClock
 
 T = TypeVar("T")
@@ -291,7 +291,7 @@ class OpenStore:
     def published(self) -> dict[tuple[bytes, Shard], set[TierName]] | None:
         """What the residency directory tells clients; None while it is being filled."""
         data = Path(self.directory.path).read_bytes()
-        if Header.decode(data).state is not State.LIVE:
+        if Header.decode(data).state is not DirectoryState.LIVE:
             return None
         slots = np.frombuffer(data, SLOT, offset=HEADER_BYTES)
         flags = {IN_DRAM: {TierName.DRAM}, ON_SSD: {TierName.SSD}, IN_DRAM | ON_SSD: set(TierName)}

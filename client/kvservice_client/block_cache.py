@@ -16,7 +16,7 @@ from kvservice_client import arguments
 from kvservice_client.attach_stream import Attachment
 from kvservice_client.buffers import Bytes, Slices, Source, readable
 from kvservice_client.channel import BLOCKS
-from kvservice_client.connection import Connection, Session
+from kvservice_client.connection import Connection, RequestContext
 from kvservice_client.lease import TRANSFER_BYTES_PER_S_MIN, Lease
 from kvservice_client.local_directory import LocalHit
 from kvservice_client.retry import Deadline
@@ -264,7 +264,7 @@ class BlockCache:
 
     def _look_up(
         self, chain: BlockChain, lease_ttl_ms: int, deadline: Deadline, request_id: str = ""
-    ) -> tuple[Session, pb.LookupPrefixResponse]:
+    ) -> tuple[RequestContext, pb.LookupPrefixResponse]:
         session = self._connection.session(self.layout, deadline)
         request = arguments.message(
             pb.LookupPrefixRequest,

@@ -25,7 +25,7 @@ _REPORTS_S = 0.5  # How long closing waits for what is still to be reported.
 _MAY_PASS = (DaemonUnavailable, UnknownClient, UnknownLayout)
 
 
-class Session(NamedTuple):
+class RequestContext(NamedTuple):
     """All that a request about blocks needs. Good for one attachment."""
 
     attachment: Attachment
@@ -75,12 +75,12 @@ class Connection:
 
         return retry(attempt, deadline, self._reconnect_wait_s, repair)
 
-    def session(self, layout: Layout, deadline: Deadline) -> Session:
+    def session(self, layout: Layout, deadline: Deadline) -> RequestContext:
         """Attach and open the layout, as far as that is not done yet."""
         attachment = self.attach_stream.current(deadline)
         limits = self.limits(deadline, attachment.boot_epoch)
         self.open_layout(layout, attachment.boot_epoch, deadline)
-        return Session(attachment, limits)
+        return RequestContext(attachment, limits)
 
     def limits(self, deadline: Deadline, boot_epoch: int | None = None) -> pb.GetCapabilitiesResponse:
         """The daemon's limits, asked for once an epoch."""

@@ -19,7 +19,7 @@ class DLPackTensor(Protocol):
     def __dlpack_device__(self) -> tuple[int, int]: ...
 
 
-class Device(ctypes.Structure):
+class DLDevice(ctypes.Structure):
     _fields_: ClassVar = [("kind", ctypes.c_int32), ("number", ctypes.c_int32)]
 
 
@@ -32,7 +32,7 @@ class Tensor(ctypes.Structure):
 
     _fields_: ClassVar = [
         ("data", ctypes.c_void_p),
-        ("device", Device),
+        ("device", DLDevice),
         ("dimensions", ctypes.c_int32),
         ("dtype", DType),
         ("shape", ctypes.POINTER(ctypes.c_int64)),

@@ -23,8 +23,8 @@ from kvservice_api.residency_directory import (
     ON_SSD,
     SLOT_BYTES,
     STATE_WORD,
+    DirectoryState,
     Header,
-    State,
     crcs_of,
     home_slots,
     layout_mark,
@@ -50,7 +50,7 @@ class LocalDirectory:
     """The mapping of the moment. Thread-safe: a question works with the mapping that it found."""
 
     def __init__(self) -> None:
-        self._mapping: Mapping | None = None
+        self._mapping: DirectoryMapping | None = None
 
     def look_up(
         self, path: str, store_id: bytes, boot_epoch: int, packed_keys: bytes, fingerprint: bytes, shard: Shard
@@ -79,7 +79,7 @@ class LocalDirectory:
         return LocalHit(len(hits), int((hits & IN_DRAM != 0).sum()), int((hits & ON_SSD != 0).sum()))
 
 
-class Mapping:
+class DirectoryMapping:
     """One file of the directory, mapped for reading."""
 
     def __init__(self, fd: int) -> None:
@@ -95,7 +95,9 @@ class Mapping:
 
     def is_good_for(self, store_id: bytes, boot_epoch: int) -> bool:
         header = self.header
-        return bool(self._state[0] == State.LIVE and header.boot_epoch == boot_epoch and header.store_id == store_id)
+        return bool(
+            self._state[0] == DirectoryState.LIVE and header.boot_epoch == boot_epoch and header.store_id == store_id
+        )
 
     def find(self, packed_keys: bytes, layout: bytes, shard: Shard) -> tuple[Flags, NDArray[np.bool_]]:
         """For each key the flags of the first slots that answer for all of `shard`; and whether a miss is in doubt."""
@@ -164,13 +166,13 @@ def _answer(slots: NDArray[np.uint64], layout: bytes, shard: Shard) -> NDArray[n
     return answers
 
 
-def _opened(path: str, store_id: bytes, boot_epoch: int) -> Mapping | None:
+def _opened(path: str, store_id: bytes, boot_epoch: int) -> DirectoryMapping | None:
     if not path:
         return None
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # A pipe of that name would have us wait.
         try:
-            mapping = Mapping(fd)
+            mapping = DirectoryMapping(fd)
         finally:
             os.close(fd)
     except (OSError, ValueError, OverflowError):

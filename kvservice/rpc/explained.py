@@ -12,12 +12,12 @@ from kvservice.rpc.timestamps import known_timestamp, timestamp
 from kvservice.store.types import (
     BlockFacts,
     DrainProgress,
-    Event,
     ExplainedBlock,
     ExplainedLookup,
     ExplainedRequest,
     ExplainedSession,
     LoadRecord,
+    MissEvent,
     Missing,
     OtherLayout,
     TierPlace,
@@ -72,7 +72,7 @@ def _shard(facts: BlockFacts, places: Sequence[TierPlace]) -> pb.ExplainedShard:
     )
 
 
-def _event(event: Event) -> pb.BlockEvent:
+def _event(event: MissEvent) -> pb.BlockEvent:
     return pb.BlockEvent(
         kind=f"EVENT_KIND_{event.reason.name}",
         at=timestamp(event.at_ms),

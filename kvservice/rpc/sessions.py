@@ -11,7 +11,7 @@ from kvservice.rpc.interceptors import Context
 from kvservice.rpc.messages import residency_runs, shard_of
 from kvservice.rpc.session_messages import change_refused, session_message
 from kvservice.store.store import BlockStore
-from kvservice.store.types import KEEP_RANGES_MAX, POSITIONS_MAX, Turn
+from kvservice.store.types import KEEP_RANGES_MAX, POSITIONS_MAX, SessionAppend
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.keys import KEY_BYTES, split_keys
 from kvservice_api.v1 import sessions_pb2 as pb
@@ -64,11 +64,11 @@ class SessionService:
         ended = await self._store.end_session(caller, request.layout_fingerprint, request.session_id)
         return pb.EndSessionResponse(ended=ended)
 
-    def _turn(self, request: pb.AppendTurnRequest) -> Turn:
+    def _turn(self, request: pb.AppendTurnRequest) -> SessionAppend:
         if len(request.parent_key) != KEY_BYTES:
             raise InvalidRequest(f"parent_key has {len(request.parent_key)} bytes, not {KEY_BYTES}", field="parent_key")
         _check_count("stored_positions", request.stored_positions, POSITIONS_MAX)
-        return Turn(
+        return SessionAppend(
             request.parent_key,
             split_keys(request.keys, field="keys", count_max=self._store.limits.keys_max),
             request.last_block_tokens,

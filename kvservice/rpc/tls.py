@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import grpc
 
-from kvservice.config import ConfigError, Tls
+from kvservice.config import ConfigError, TlsSettings
 from kvservice.counters import Counters
 from kvservice_api.file_stamps import file_stamps
 
@@ -52,7 +52,7 @@ class Identity:
 class Certificates:
     """The latest usable state of the files that the settings name."""
 
-    def __init__(self, files: Tls) -> None:
+    def __init__(self, files: TlsSettings) -> None:
         """Read the files. Raises ConfigError, naming setting, file and reason."""
         self._files = files
         self._stamps = file_stamps(files.certificate, files.key, files.client_ca)
@@ -112,7 +112,7 @@ class Certificates:
             log.warning("changed TLS files refused, the former ones stay in use: %s", doubt[1])
 
 
-def read_identity(files: Tls) -> Identity:
+def read_identity(files: TlsSettings) -> Identity:
     """The files' contents, once they are known to work. Raises ConfigError, naming setting, file and reason."""
     certificate, key = _read(files, "certificate"), _read(files, "key")
     client_ca = _read(files, "client_ca") if files.client_ca else b""
@@ -132,14 +132,14 @@ def read_identity(files: Tls) -> Identity:
     return Identity(certificate, key, client_ca, _time_s(seen, "notAfter"), context)
 
 
-def _read(files: Tls, name: str) -> bytes:
+def _read(files: TlsSettings, name: str) -> bytes:
     try:
         return Path(getattr(files, name)).read_bytes()
     except OSError as error:
         raise _unusable(files, name, f"cannot be read: {error.strerror}") from error
 
 
-def _trust(context: ssl.SSLContext, files: Tls, name: str, certificates: bytes) -> None:
+def _trust(context: ssl.SSLContext, files: TlsSettings, name: str, certificates: bytes) -> None:
     text = certificates.decode("ascii", "ignore")  # Comments between them may be in any language.
     try:
         context.load_verify_locations(cadata=text or " ")
@@ -147,7 +147,7 @@ def _trust(context: ssl.SSLContext, files: Tls, name: str, certificates: bytes) 
         raise _unusable(files, name, f"holds no certificate in PEM: {_reason(error)}") from error
 
 
-def _load_pair(context: ssl.SSLContext, files: Tls, certificate: bytes, key: bytes) -> None:
+def _load_pair(context: ssl.SSLContext, files: TlsSettings, certificate: bytes, key: bytes) -> None:
     def passphrase() -> str:
         raise _unusable(files, "key", "has a passphrase, and nobody is there to type it")
 
@@ -163,7 +163,7 @@ def _load_pair(context: ssl.SSLContext, files: Tls, certificate: bytes, key: byt
             raise _unusable(files, "certificate", f"cannot be used: {_reason(error)}") from error
 
 
-def _require_client_certificates(context: ssl.SSLContext, files: Tls, client_ca: bytes) -> None:
+def _require_client_certificates(context: ssl.SSLContext, files: TlsSettings, client_ca: bytes) -> None:
     context.verify_mode = ssl.CERT_REQUIRED
     _trust(context, files, "client_ca", client_ca)
     authorities = context.get_ca_certs()
@@ -187,7 +187,7 @@ def _shown_in_handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> Mappi
     return asking.getpeercert() or {}
 
 
-def _check_time(files: Tls, name: str, certificates: Sequence[Mapping[str, object]]) -> None:
+def _check_time(files: TlsSettings, name: str, certificates: Sequence[Mapping[str, object]]) -> None:
     """Raises ConfigError where none of them is valid now."""
     now_s = time.time()  # The clock on the wall, as clients read it; not one that stood still at our start.
     latest = max(certificates, key=lambda each: _time_s(each, "notAfter"))
@@ -210,7 +210,7 @@ def _as_file(content: bytes) -> Iterator[str]:
         os.close(fd)
 
 
-def _unusable(files: Tls, name: str, reason: str) -> ConfigError:
+def _unusable(files: TlsSettings, name: str, reason: str) -> ConfigError:
     return ConfigError(f"tls.{name} {getattr(files, name)} {reason}")
 
 

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvservice.simulate import cost
-from kvservice.simulate.mover import Mover
 from kvservice.simulate.result import Result
 from kvservice.simulate.settings import GIB, Machine
+from kvservice.simulate.store_model import StoreModel
 from kvservice.simulate.views import floats, ints
 from kvservice.simulate.workload import Workload
 
@@ -63,13 +63,13 @@ class Account:
         self._start_s = 0.0
         self._start_bytes = (0, 0, 0, 0.0)
 
-    def start(self, mover: Mover, now_s: float) -> None:
+    def start(self, store: StoreModel, now_s: float) -> None:
         """The warm-up is over."""
         self.live(0, now_s)
         self._live_byte_s = 0.0
         self._start_s = now_s
-        channel = mover.channel
-        self._start_bytes = (channel.read_bytes, channel.written_bytes, mover.promoted_unused_bytes, channel.read_s)
+        channel = store.channel
+        self._start_bytes = (channel.read_bytes, channel.written_bytes, store.promoted_unused_bytes, channel.read_s)
 
     def prefill_s(self, turn: int, number: int) -> float:
         """How long the prefill of the dispatch takes, with its history's way from DRAM to the GPU beside it."""
@@ -91,7 +91,7 @@ class Account:
         self._live_since_s = now_s
         self._live_bytes += change_bytes
 
-    def result(self, name: str, mover: Mover, now_s: float) -> Result:
+    def result(self, name: str, store: StoreModel, now_s: float) -> Result:
         workload, machine = self._workload, self._machine
         self.live(0, now_s)
         measured = slice(self.warmup_turns, self.dispatched)
@@ -106,7 +106,7 @@ class Account:
         prompt = float((history.astype(np.float64) + new).sum())
         gpu_hours = self._gpu_s * machine.gpus / 3600
         elapsed_s = max(now_s - self._start_s, 1e-9)
-        channel = mover.channel
+        channel = store.channel
         read, written, unused, read_s = self._start_bytes
         read_gb = (channel.read_bytes - read) / GIB
         written_gb = (channel.written_bytes - written) / GIB
@@ -139,7 +139,7 @@ class Account:
             read_gb=read_gb,
             ssd_written_gb=written_gb,
             moved_gb=read_gb + written_gb,
-            promoted_unused_gb=(mover.promoted_unused_bytes - unused) / GIB,
+            promoted_unused_gb=(store.promoted_unused_bytes - unused) / GIB,
             queue_p50=queue_p50,
             queue_p99=queue_p99,
             live_gb_mean=self._live_byte_s / elapsed_s / GIB,

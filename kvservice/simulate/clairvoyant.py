@@ -69,7 +69,7 @@ class Clairvoyant(Bound):
         else:
             self._next_at_s = np.full(workload.sessions, _NEVER)
 
-    def foretell(self, session: int, at_s: float) -> None:
+    def set_next_request(self, session: int, at_s: float) -> None:
         """The session's next request comes at `at_s`."""
         if not self._shared:
             self._next_at_s[session] = at_s

@@ -15,15 +15,15 @@ from kvservice.policy.items import Conditions, ItemTable
 from kvservice.policy.placement import Placement
 from kvservice.simulate.account import Account
 from kvservice.simulate.bounds import Bound
-from kvservice.simulate.mover import Mover
+from kvservice.simulate.inference_server import CALLED_MAX, server_of
 from kvservice.simulate.plan import footprint_tokens
 from kvservice.simulate.policies import CONTENDERS, plays
-from kvservice.simulate.prefixes import PrefixTurns
-from kvservice.simulate.residency import overrides
+from kvservice.simulate.prefix_replay import PrefixReplay
 from kvservice.simulate.result import Result, best_of
-from kvservice.simulate.server import CALLED, server_of
-from kvservice.simulate.sessions import SessionTurns
+from kvservice.simulate.session_replay import SessionReplay
 from kvservice.simulate.settings import Machine
+from kvservice.simulate.store_model import StoreModel
+from kvservice.simulate.tier_contents import overrides
 from kvservice.simulate.views import floats, ints
 from kvservice.simulate.workload import Workload
 
@@ -61,7 +61,7 @@ _LATER_S = 1e-6
 
 
 @dataclass(slots=True, order=True)
-class _Called:
+class _CalledTurn:
     """A turn whose time came before its KV was there, where others may go first."""
 
     loaded_s: float
@@ -107,36 +107,36 @@ class Engine:
         row_count = len(workload.item_blocks) if workload.shares_prefixes else workload.sessions
         self.items = ItemTable(row_count, self.conditions)
         block_bytes = workload.block_tokens * machine.kv_bytes_per_token
-        self.mover = Mover(self.items, machine, policy, block_bytes, self.now_s)
+        self.store = StoreModel(self.items, machine, policy, block_bytes, self.now_s)
         self.account = Account(workload, paid or machine, warmup_turns)
-        kind = PrefixTurns if workload.shares_prefixes else SessionTurns
-        self.reads = kind(workload, machine, policy, self.items, self.mover, self.account)
+        kind = PrefixReplay if workload.shares_prefixes else SessionReplay
+        self.replay = kind(workload, machine, policy, self.items, self.store, self.account)
         self._queue: deque[int] = deque()
         self._rows: deque[int] = deque()  # The same by rows, for a policy that looks ahead.
-        self._called: list[_Called] = []
+        self._called: list[_CalledTurn] = []
         # When what happens: a turn's answer ends (below the count of turns), it comes, a hint comes, it expires.
         self._events: list[tuple[float, int]] = []
         self._number = 0  # Of the next request that comes.
         self._ended = 0
-        self._foretell = getattr(policy, "foretell", None)
+        self._set_next_request = getattr(policy, "set_next_request", None)
         self._expires = math.isfinite(machine.session_ttl_s)
         self._looks = overrides(policy, "promotions")
         self._session, self._outputs = ints(session), ints(workload.output_tokens)
         self._arrives_s, self._think_s = floats(workload.arrives_s), floats(workload.think_s)
-        self._came_at_s = floats(np.zeros(workload.sessions))
+        self._arrived_at_s = floats(np.zeros(workload.sessions))
         self._measured_s, self._measured_read_s = self.now_s, 0.0
 
     def run(self) -> Result:
         """Play the workload to its end."""
         policy, server, queue, called, events = self.policy, self.server, self._queue, self._called, self._events
-        advance = self.mover.channel.advance
+        advance = self.store.channel.advance
         dispatch = self._dispatch_ready if self.machine.readiness_aware else self._dispatch_first
         push, pop = heapq.heappush, heapq.heappop
         turn_count = self.workload.turns
         firsts, first_at_s = iter(ints(self._firsts)), itertools.chain(floats(self._first_at), [math.inf])
         next_first_s = next(first_at_s)
         now_s = self.now_s
-        self.account.start(self.mover, now_s)
+        self.account.start(self.store, now_s)
         self.conditions.turns_per_s = server.turns_per_s
         while self._ended < turn_count:
             when = events[0][0] if events else math.inf
@@ -164,29 +164,29 @@ class Engine:
             advance(now_s)
             if next_first_s == when:
                 next_first_s = next(first_at_s)
-                self._came(next(firsts), now_s)
+                self._enqueue(next(firsts), now_s)
                 continue
             event = pop(events)[1]
             if event < turn_count:
-                self._answered(event, now_s)
+                self._finish(event, now_s)
             elif event < 2 * turn_count:
-                self._came(event - turn_count, now_s)
+                self._enqueue(event - turn_count, now_s)
             else:
-                self._hinted_or_expired(event - 2 * turn_count, now_s)
+                self._hint_or_expire(event - 2 * turn_count, now_s)
         advance(now_s)
-        return self.account.result(policy.name, self.mover, now_s)
+        return self.account.result(policy.name, self.store, now_s)
 
-    def _came(self, turn: int, now_s: float) -> None:
+    def _enqueue(self, turn: int, now_s: float) -> None:
         """The turn's request has come."""
-        self._came_at_s[self._session[turn]] = now_s
+        self._arrived_at_s[self._session[turn]] = now_s
         self._queue.append(turn)
         if self._looks:
-            self._rows.extend(self.reads.rows(turn))
+            self._rows.extend(self.replay.rows(turn))
         self.conditions.queued = len(self._queue)
-        self.reads.came(turn, self._number, now_s)
+        self.replay.enqueue(turn, self._number, now_s)
         self._number += 1
 
-    def _answered(self, turn: int, now_s: float) -> None:
+    def _finish(self, turn: int, now_s: float) -> None:
         """The turn's answer has ended: when its session's next request and the hints before it come is known now."""
         self._ended += 1
         self.server.ended()
@@ -200,22 +200,22 @@ class Engine:
             elif at < now_s:
                 at = now_s
             heapq.heappush(self._events, (at, turn_count + following))
-        if self._foretell is not None:
-            self._foretell(session, at)
-        self.reads.stored(turn, not goes_on, now_s)
+        if self._set_next_request is not None:
+            self._set_next_request(session, at)
+        self.replay.finish(turn, not goes_on, now_s)
         if self._hint_begins:
             self._plan_hints(turn, at, now_s)
         if self._expires:
             expires_at_s = now_s + self.machine.session_ttl_s
             heapq.heappush(self._events, (expires_at_s, 2 * turn_count + len(self._hint_after) + turn))
 
-    def _hinted_or_expired(self, number: int, now_s: float) -> None:
+    def _hint_or_expire(self, number: int, now_s: float) -> None:
         """By number the hints, and after them the turns whose sessions may have been idle for too long."""
         hint_count = len(self._hint_after)
         if number < hint_count:
-            self.reads.hinted(self._hint_after[number], self._hint_kind[number], now_s)
+            self.replay.hinted(self._hint_after[number], self._hint_kind[number], now_s)
         else:
-            self.reads.expire(number - hint_count, now_s - self.machine.session_ttl_s + _LATER_S, now_s)
+            self.replay.expire(number - hint_count, now_s - self.machine.session_ttl_s + _LATER_S, now_s)
 
     def _dispatch_first(self, now_s: float) -> tuple[float, int]:
         """The first in the queue gets the server. Returns when its answer ends, and the turn."""
@@ -230,12 +230,12 @@ class Engine:
         called = self._called
         if called:
             soonest = called[0]
-            if soonest.loaded_s <= now_s or len(called) >= CALLED or not self._queue:
+            if soonest.loaded_s <= now_s or len(called) >= CALLED_MAX or not self._queue:
                 heapq.heappop(called)
                 return self._take(soonest.turn, soonest.number, soonest.called_s, soonest.loaded_s, now_s)
         turn, number, loaded_s = self._call(now_s)
         if loaded_s > now_s:
-            heapq.heappush(called, _Called(loaded_s, turn, number, now_s))
+            heapq.heappush(called, _CalledTurn(loaded_s, turn, number, now_s))
             return None
         return self._take(turn, number, now_s, loaded_s, now_s)
 
@@ -245,19 +245,19 @@ class Engine:
         turn = self._queue.popleft()
         number = account.dispatched
         if number == account.warmup_turns:
-            account.start(self.mover, now_s)
+            account.start(self.store, now_s)
         if self._looks:
-            for _ in self.reads.rows(turn):
+            for _ in self.replay.rows(turn):
                 self._rows.popleft()
             self._measure(now_s)
         conditions.served = number + 1
         conditions.queued = len(self._queue)
-        wanted = self.reads.dispatch(turn, now_s)
+        wanted = self.replay.dispatch(turn, now_s)
         account.turn[number] = turn
-        account.wait_s[number] = now_s - self._came_at_s[self._session[turn]]
+        account.wait_s[number] = now_s - self._arrived_at_s[self._session[turn]]
         account.queued[number] = len(self._queue)
         account.dispatched = number + 1
-        return turn, number, self.mover.channel.demand(wanted) if wanted else now_s
+        return turn, number, self.store.channel.read_now(wanted) if wanted else now_s
 
     def _take(self, turn: int, number: int, called_s: float, loaded_s: float, now_s: float) -> tuple[float, int]:
         account = self.account
@@ -269,10 +269,10 @@ class Engine:
         return ends_s, turn
 
     def _look(self, now_s: float) -> None:
-        policy, mover = self.policy, self.mover
+        policy, store = self.policy, self.store
         self._measure(now_s)
         for row, deadline_s, worth in policy.promotions(self.items, self._rows, now_s):
-            mover.promote(row, deadline_s, worth)
+            store.promote(row, deadline_s, worth)
         if policy.look_at_s <= now_s:
             if now_s > _CLOCK_MAX_S:
                 raise ValueError(f"the load takes more than {now_s:.3g} s: give shorter times or higher rates")
@@ -280,7 +280,7 @@ class Engine:
 
     def _measure(self, now_s: float) -> None:
         """What a policy may know of the channel."""
-        channel, conditions = self.mover.channel, self.conditions
+        channel, conditions = self.store.channel, self.conditions
         conditions.read_backlog_s = channel.read_backlog_s()
         conditions.written_bytes = channel.written_bytes
         passed_s = now_s - self._measured_s

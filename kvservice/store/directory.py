@@ -33,9 +33,9 @@ from kvservice_api.residency_directory import (
     ON_SSD,
     SLOT,
     SLOT_BYTES,
+    DirectoryState,
     Header,
     Slots,
-    State,
     encode_slot,
     layout_mark,
 )
@@ -86,7 +86,7 @@ class ResidencyDirectory:
     async def keep(self) -> None:
         """Fill the directory, and put another one in its place whenever it runs full. Ends where there is none."""
         if self._current is not None and await self._fill(self._current):
-            self._current.set_state(State.LIVE)
+            self._current.set_state(DirectoryState.LIVE)
         while self._current is not None:
             await self._crowded.wait()
             self._crowded.clear()
@@ -97,7 +97,7 @@ class ResidencyDirectory:
         self._blocks.on_change = None
         for table in (self._current, self._next):
             if table is not None:
-                table.close(State.CLOSED)
+                table.close(DirectoryState.CLOSED)
         self._current = self._next = None
         self._crowded.set()  # Whoever keeps it sees that it is over.
         for path in (self._file, self._next_file):
@@ -169,7 +169,7 @@ class ResidencyDirectory:
         return max(self._slots_min, 1 << int(rows / _FILL_MAX).bit_length())
 
     def _make(self, path: Path, slots: int) -> DirectoryTable:
-        return DirectoryTable(path, Header(*self._identity, slots, State.BUILDING), self._calls)
+        return DirectoryTable(path, Header(*self._identity, slots, DirectoryState.BUILDING), self._calls)
 
     async def _made(self, path: Path, slots: int) -> DirectoryTable:
         """On a thread: the kernel clears all pages first. Cancelled, it ends first, so that `close` finds the file."""
@@ -222,18 +222,18 @@ class ResidencyDirectory:
         try:
             table = await self._made(self._next_file, slots)
             if self._current is not old:  # Given up meanwhile.
-                table.close(State.CLOSED)
+                table.close(DirectoryState.CLOSED)
                 self._next_file.unlink(missing_ok=True)
                 return
             self._next = table
             if not await self._fill(table):
                 return
-            table.set_state(State.LIVE)
+            table.set_state(DirectoryState.LIVE)
             self._next_file.replace(self._file)
         except OSError as error:
             self._give_up(str(error))
             return
-        old.close(State.REPLACED)  # Not before: who reads this looks for the new one.
+        old.close(DirectoryState.REPLACED)  # Not before: who reads this looks for the new one.
         self._current, self._next = table, None
         log.info("the residency directory was replaced: %d slots for %d blocks", slots, table.used_slots)
 
@@ -248,6 +248,6 @@ def _retire(path: Path) -> None:
         with path.open("r+b") as file:
             header = Header.decode(file.read(HEADER_BYTES))
             file.seek(0)
-            file.write(dataclasses.replace(header, state=State.CLOSED).encode())
+            file.write(dataclasses.replace(header, state=DirectoryState.CLOSED).encode())
     except (FileNotFoundError, ValueError):
         return

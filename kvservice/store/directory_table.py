@@ -21,9 +21,9 @@ from kvservice_api.residency_directory import (
     SLOT_BYTES,
     STATE_WORD,
     WITHDRAWN_SLOT,
+    DirectoryState,
     Header,
     Slots,
-    State,
     home_slot,
     home_slots,
     seal_slots,
@@ -72,10 +72,10 @@ class DirectoryTable:
         """The share of slots that a search does not end at."""
         return (self.used_slots + self.gone_slots) / self.slot_count
 
-    def set_state(self, state: State) -> None:
+    def set_state(self, state: DirectoryState) -> None:
         self._words[STATE_WORD] = state
 
-    def close(self, state: State) -> None:
+    def close(self, state: DirectoryState) -> None:
         """Say so to readers, and let go. They may map the file for as long as they like."""
         self.set_state(state)
         del self._words, self._slots, self._map

@@ -14,7 +14,7 @@ from kvservice_api.image import PAGE_BYTES, BlockGeometry, Trailer, checksum
 from kvservice_api.layout import Shard
 
 
-class Piece(NamedTuple):
+class ImagePiece(NamedTuple):
     """Whole layers of one image, and the pages they lie on."""
 
     layer_begin: int
@@ -24,7 +24,7 @@ class Piece(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def cut(geometry: BlockGeometry, piece_bytes: int) -> tuple[Piece, ...]:
+def cut(geometry: BlockGeometry, piece_bytes: int) -> tuple[ImagePiece, ...]:
     """The layers in order, in pieces of at least `piece_bytes` where there are enough of them.
 
     Small slices do not start on pages, so neighbouring pieces may share a page; both carry the
@@ -36,7 +36,7 @@ def cut(geometry: BlockGeometry, piece_bytes: int) -> tuple[Piece, ...]:
         is_last = layer + 1 == geometry.slice_count
         next_start = geometry.slices[-1].end if is_last else geometry.slices[layer + 1].start
         if is_last or next_start - start >= piece_bytes:
-            pieces.append(Piece(begin, layer + 1, *page_range(geometry, begin, layer + 1)))
+            pieces.append(ImagePiece(begin, layer + 1, *page_range(geometry, begin, layer + 1)))
             begin, start = layer + 1, next_start
     return tuple(pieces)
 

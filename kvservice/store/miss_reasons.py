@@ -46,7 +46,7 @@ class Reason(IntEnum):
     EXPIRED = 8  # A session's partial block: the session's time was over.
 
 
-class Event(NamedTuple):
+class MissEvent(NamedTuple):
     at_ms: int
     reason: Reason
     tier: TierName | None  # None: of every tier, or of none.
@@ -143,7 +143,7 @@ class MissReasons:
 
     # Asking
 
-    def of(self, key: bytes, until_ms: int | None = None) -> list[Event]:
+    def of(self, key: bytes, until_ms: int | None = None) -> list[MissEvent]:
         """What is remembered of a block, up to a time; the newest first."""
         size = len(self._events)
         places = np.flatnonzero(self._starts == np.frombuffer(key, np.uint64)[0])
@@ -155,7 +155,7 @@ class MissReasons:
             if event["key"].tobytes() != key or (until_ms is not None and event["at_ms"] > until_ms):
                 continue
             found.append(
-                Event(
+                MissEvent(
                     int(event["at_ms"]),
                     Reason(int(event["reason"])),
                     _TIERS[int(event["tier"])],

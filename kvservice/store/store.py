@@ -61,13 +61,13 @@ from kvservice.store.types import (
     ReportRecord,
     SaveHeader,
     SaveOutcome,
+    SessionAppend,
     SessionHistory,
     SharedArena,
     Span,
     StoredSession,
     StoreFacts,
     TierFacts,
-    Turn,
 )
 from kvservice.tiers.base import Tier
 from kvservice.tiers.dram import DramTier
@@ -613,7 +613,7 @@ class BlockStore:
     # Sessions
 
     async def append_turn(
-        self, caller: Caller, fingerprint: bytes, session_id: str, expected_revision: int, turn: Turn
+        self, caller: Caller, fingerprint: bytes, session_id: str, expected_revision: int, turn: SessionAppend
     ) -> StoredSession:
         """Add a turn; begin the session where revision 0 is expected. Returns once it is on disk.
 

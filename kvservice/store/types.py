@@ -13,7 +13,7 @@ from kvservice.blocks import TierName
 from kvservice.index.session_records import Manifest as Manifest
 from kvservice.store.leases import Client as Client
 from kvservice.store.leases import Lease as Lease
-from kvservice.store.miss_reasons import Event as Event
+from kvservice.store.miss_reasons import MissEvent as MissEvent
 from kvservice.store.operations.drain import DrainProgress as DrainProgress
 from kvservice.store.operations.explain import ExplainedBlock as ExplainedBlock
 from kvservice.store.operations.explain import ExplainedLookup as ExplainedLookup
@@ -32,8 +32,8 @@ from kvservice.store.operations.requests import ReportRecord as ReportRecord
 from kvservice.store.operations.scrub import ScrubProgress as ScrubProgress
 from kvservice.store.prefix_match import Run as Run
 from kvservice.store.sessions.manifests import KEEP_RANGES_MAX as KEEP_RANGES_MAX
+from kvservice.store.sessions.manifests import SessionAppend as SessionAppend
 from kvservice.store.sessions.manifests import StoredSession as StoredSession
-from kvservice.store.sessions.manifests import Turn as Turn
 from kvservice.store.sessions.sessions import POSITIONS_MAX as POSITIONS_MAX
 from kvservice.store.sessions.sessions import SessionHistory as SessionHistory
 from kvservice.store.transfers.admission import SAVE_BLOCKS_MAX as SAVE_BLOCKS_MAX

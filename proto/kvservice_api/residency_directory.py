@@ -70,7 +70,7 @@ assert _COVERED.size == SLOT["covered"].itemsize
 Slots = NDArray[np.void]
 
 
-class State(IntEnum):
+class DirectoryState(IntEnum):
     BUILDING = 1  # Not all blocks are in it yet.
     LIVE = 2
     REPLACED = 3  # There is another file under its name.
@@ -83,7 +83,7 @@ class Header:
     arena_id: bytes
     boot_epoch: int
     slot_count: int
-    state: State
+    state: DirectoryState
 
     @property
     def file_bytes(self) -> int:
@@ -103,7 +103,7 @@ class Header:
             raise ValueError("it is no directory of this version")
         if not slot_count or slot_count & (slot_count - 1):
             raise ValueError(f"{slot_count} is no count of slots")
-        return cls(store_id, arena_id, boot_epoch, slot_count, State(state))
+        return cls(store_id, arena_id, boot_epoch, slot_count, DirectoryState(state))
 
 
 def layout_mark(fingerprint: bytes) -> bytes:

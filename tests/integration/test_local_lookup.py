@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvservice_api.residency_directory import STATE_WORD, State
+from kvservice_api.residency_directory import STATE_WORD, DirectoryState
 from kvservice_client import BlockCache, BlockChain, Durability, LocalHit, Shard, Tier
 from tests.daemon import DaemonProcess, until
 from tests.integration.conversations import layers_of, new_chain, small_layout
@@ -161,7 +161,7 @@ def forbid(file: Path) -> None:
 def say_it_is_building(file: Path) -> None:
     with file.open("r+b") as opened:
         opened.seek(4 * STATE_WORD)
-        opened.write(State.BUILDING.to_bytes(4, "little"))
+        opened.write(DirectoryState.BUILDING.to_bytes(4, "little"))
 
 
 @pytest.mark.parametrize("damage", [remove, cut_off, give_to_another_store, forbid, say_it_is_building])

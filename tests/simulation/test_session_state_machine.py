@@ -26,7 +26,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from kvservice.index.session_records import Manifest
 from kvservice.store.leases import Client
-from kvservice.store.sessions.manifests import Turn
+from kvservice.store.sessions.manifests import SessionAppend
 from kvservice.store.sessions.sessions import SessionLimits
 from kvservice.store.store import StoreLimits
 from kvservice_api.errors import InvalidRequest, SessionChanged, SessionNotFound, SessionsFull
@@ -166,7 +166,7 @@ class SessionMachine(RuleBasedStateMachine):
         self.next_token += count
         parent = talk.tip if talk else root_key(LAYOUT.fingerprint, b"salt")
         chain = chain_from(parent, new)
-        turn = Turn(parent, chain.keys, chain.token_counts[-1])
+        turn = SessionAppend(parent, chain.keys, chain.token_counts[-1])
         if saved:
             images = [image_of(key, tokens) for key, tokens in zip(chain.keys, chain.token_counts, strict=True)]
             assert not self.do(self.opened.save(self.client, chain, images, layout=LAYOUT)).refused
@@ -251,7 +251,7 @@ class SessionMachine(RuleBasedStateMachine):
         talk = self.alive(session_id)
         if talk is None:
             return
-        turn = Turn(talk.tip, [bytes(32)], LAYOUT.block_tokens)
+        turn = SessionAppend(talk.tip, [bytes(32)], LAYOUT.block_tokens)
         for work in (
             self.opened.sessions.append(CALLER, LAYOUT.fingerprint, session_id, talk.revision + off_by, turn),
             self.opened.sessions.truncate(CALLER, LAYOUT.fingerprint, session_id, talk.revision + off_by, [(0, 1)]),

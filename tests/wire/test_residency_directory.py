@@ -14,8 +14,8 @@ from kvservice_api.residency_directory import (
     EMPTY_SLOT,
     SLOT,
     WITHDRAWN_SLOT,
+    DirectoryState,
     Header,
-    State,
     encode_slot,
     home_slot,
     home_slots,
@@ -29,7 +29,7 @@ DIRECTORY = golden("residency_directory")
 
 def header_of(vector: dict[str, Any]) -> Header:
     ids = bytes.fromhex(vector["store_id"]), bytes.fromhex(vector["arena_id"])
-    return Header(*ids, vector["boot_epoch"], vector["slot_count"], State(vector["state"]))
+    return Header(*ids, vector["boot_epoch"], vector["slot_count"], DirectoryState(vector["state"]))
 
 
 @pytest.mark.parametrize("vector", DIRECTORY["headers"], ids=["building", "live"])

@@ -41,7 +41,7 @@ _SHOWN = (  # What, counter of blocks, counter of bytes.
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class StatusDelta:
     """One moment, and the time since the moment before."""
 
     status: pb.StatusResponse
@@ -49,7 +49,7 @@ class View:
     hit_ratio: float | None  # None where nobody looked anything up.
 
     @classmethod
-    def between(cls, before: pb.StatusResponse, after: pb.StatusResponse, elapsed_s: float) -> View:
+    def between(cls, before: pb.StatusResponse, after: pb.StatusResponse, elapsed_s: float) -> StatusDelta:
         """Of a daemon that was started anew meanwhile, what it has done since."""
         old = before.counters if before.boot_epoch == after.boot_epoch else {}
 
@@ -88,13 +88,13 @@ def top(
             _watch(client, address, interval, count)
 
 
-def _views(client: Client, interval_s: float, count: int) -> Iterator[View]:
+def _views(client: Client, interval_s: float, count: int) -> Iterator[StatusDelta]:
     before, before_s = client.admin.status(), time.monotonic()
     number = 0
     while not count or number < count:
         time.sleep(interval_s)  # As long as was asked for.
         after, after_s = client.admin.status(), time.monotonic()
-        yield View.between(before, after, after_s - before_s)
+        yield StatusDelta.between(before, after, after_s - before_s)
         before, before_s = after, after_s
         number += 1
 
@@ -115,7 +115,7 @@ def _watch(client: Client, address: str, interval_s: float, count: int) -> None:
                 time.sleep(interval_s)  # The daemon may be back at the next look.
 
 
-def _picture(view: View, address: str) -> RenderableType:
+def _picture(view: StatusDelta, address: str) -> RenderableType:
     status = view.status
     delay = f"{status.counters['event_loop_delay_ms_recent']:.1f} ms"
     hits = "-" if view.hit_ratio is None else f"{view.hit_ratio:.1%}"
@@ -148,7 +148,7 @@ def _tiers(status: pb.StatusResponse) -> Table:
     return table
 
 
-def _rates(view: View) -> Table:
+def _rates(view: StatusDelta) -> Table:
     table = output.table("a second", "blocks", "bytes", right=("blocks", "bytes"))
     for what, blocks, size in _SHOWN:
         table.add_row(what, f"{view.per_second[blocks]:,.1f}", output.size(view.per_second[size]) if size else "")

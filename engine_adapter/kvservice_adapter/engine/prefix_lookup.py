@@ -21,7 +21,7 @@ from kvservice_client.retry import Deadline
 log = logging.getLogger(__name__)
 
 
-class Turns(Protocol):
+class KeyRotations(Protocol):
     """How a model's keys are turned to other positions: `rope.ModelRopes`."""
 
     def check_shift(self, total_tokens: int) -> None: ...
@@ -56,7 +56,7 @@ class StoredPrefix:
 class PrefixLookup:
     """Asks one daemon about the blocks of one layout. Any thread may call it; calls wait for the daemon."""
 
-    def __init__(self, client: Client, blocks: BlockCache, turns: Callable[[], Turns]) -> None:
+    def __init__(self, client: Client, blocks: BlockCache, turns: Callable[[], KeyRotations]) -> None:
         """`turns` may raise UnsupportedRotation; it is called where keys are read elsewhere than stored."""
         self._client = client
         self._blocks = blocks

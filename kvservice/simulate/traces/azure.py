@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from kvservice.simulate.traces.columns import count, find_column, plain, time_s
 from kvservice.simulate.traces.lines import TOKENS_MAX, BadLine, Lines
-from kvservice.simulate.traces.sessions import Turns
+from kvservice.simulate.traces.turn_columns import TurnColumns
 from kvservice.simulate.workload import Workload
 
 _COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
@@ -24,7 +24,7 @@ def is_header(line: str) -> bool:
 
 def read_requests(lines: Lines, text: Iterable[str]) -> Workload:
     """Raises TraceError."""
-    turns = Turns()
+    turns = TurnColumns()
     rows = csv.reader(text, strict=True)
     now_s = float("-inf")
     try:

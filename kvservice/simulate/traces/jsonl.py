@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from kvservice.policy.items import HINTS
 from kvservice.simulate.traces.lines import TOKENS_MAX, BadLine, Lines, seconds, shown, whole_number
-from kvservice.simulate.traces.sessions import Events, Turns
+from kvservice.simulate.traces.turn_columns import EventColumns, TurnColumns
 from kvservice.simulate.workload import Workload
 
 FIELDS = frozenset(("t", "session", "turn", "new_tokens", "output_tokens", "event"))
@@ -26,7 +26,7 @@ def read_sessions(lines: Lines, text: Iterable[str]) -> Workload:
 
     Raises TraceError.
     """
-    turns, events = Turns(), Events()
+    turns, events = TurnColumns(), EventColumns()
     numbers: dict[str, int] = {}  # Session -> its number.
     next_turn = array("q")
     turns_read = array("i")

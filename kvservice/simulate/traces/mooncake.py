@@ -15,7 +15,7 @@ import numpy as np
 from kvservice.simulate.traces.jsonl import parse
 from kvservice.simulate.traces.lines import TOKENS_MAX, BadLine, Lines, TraceError, seconds, shown, whole_number
 from kvservice.simulate.traces.prefix import Contradiction, segments
-from kvservice.simulate.traces.sessions import Turns, view
+from kvservice.simulate.traces.turn_columns import TurnColumns, view
 from kvservice.simulate.workload import Workload
 
 FIELDS = frozenset(("timestamp", "input_length", "output_length", "hash_ids"))
@@ -59,7 +59,7 @@ def read_conversations(lines: Lines, text: Iterable[str]) -> Workload:
     Raises TraceError.
     """
     requests = _read(lines, text)
-    turns = Turns()
+    turns = TurnColumns()
     sessions = 0
     open_at: dict[int, list[int]] = {}  # A prompt's last full block -> the requests that nothing continues yet.
     for number, arrives_s in enumerate(requests.arrives_s):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from kvservice.simulate.traces.columns import count, find_column, plain, time_s
 from kvservice.simulate.traces.jsonl import TURNS_MAX, wrong_turn
 from kvservice.simulate.traces.lines import TOKENS_MAX, BadLine, Lines, TraceError
-from kvservice.simulate.traces.sessions import Turns, view
+from kvservice.simulate.traces.turn_columns import TurnColumns, view
 from kvservice.simulate.workload import Workload
 
 # The earlier spelling is taken where a header has several. `plain` takes case, `_` and `-` away.
@@ -51,7 +51,7 @@ def read_users(lines: Lines, text: Iterable[str]) -> Workload:
 
     Raises TraceError.
     """
-    turns, rounds, numbers = Turns(), array("i"), array("i")
+    turns, rounds, numbers = TurnColumns(), array("i"), array("i")
     users: dict[str, int] = {}
     now_s = float("-inf")
     rows = iter(text)

@@ -89,7 +89,7 @@ class PendingPromotion:
         while self._readers:
             await self._more.wait()
 
-    def landed(self, piece: image_check.Piece) -> None:
+    def landed(self, piece: image_check.ImagePiece) -> None:
         for layer in range(piece.layer_begin, piece.layer_end):
             self._landed[layer] = True
         self._wake()
@@ -211,7 +211,7 @@ class Promoter:
         await self._each(landings, lambda landing: self._read_trailer(landing, due_s))
         missing = {landing.row: len(landing.pieces) for landing in landings}
 
-        async def read(job: tuple[PendingPromotion, image_check.Piece]) -> None:
+        async def read(job: tuple[PendingPromotion, image_check.ImagePiece]) -> None:
             landing, piece = job
             await self._read_piece(landing, piece, due_s)
             missing[landing.row] -= 1
@@ -250,7 +250,7 @@ class Promoter:
         except KVError as error:
             await self._fail(landing, error)
 
-    async def _read_piece(self, landing: PendingPromotion, piece: image_check.Piece, due_s: float) -> None:
+    async def _read_piece(self, landing: PendingPromotion, piece: image_check.ImagePiece, due_s: float) -> None:
         if landing.error is not None:
             return
         trailer, geometry = landing.trailer, landing.geometry
@@ -309,7 +309,7 @@ class Promoter:
                 self._dram.release(landing.extent)
 
 
-def _layer_major(landings: Sequence[PendingPromotion]) -> Iterator[tuple[PendingPromotion, image_check.Piece]]:
+def _layer_major(landings: Sequence[PendingPromotion]) -> Iterator[tuple[PendingPromotion, image_check.ImagePiece]]:
     """Every landing's first piece, then every second one, and so on."""
     for number in range(max(len(landing.pieces) for landing in landings)):
         for landing in landings:

@@ -247,7 +247,7 @@ class WriteBehind:
         with _released_on_error(self._ssd, extent):
             for piece in image_check.cut(geometry, _PIECE_BYTES):
 
-                def verify(pages: memoryview, piece: image_check.Piece = piece) -> None:
+                def verify(pages: memoryview, piece: image_check.ImagePiece = piece) -> None:
                     layers = range(piece.layer_begin, piece.layer_end)
                     if image_check.damaged_layers(pages, piece.start, geometry, layers, trailer.checksums):
                         raise ChecksumMismatch("a layer was damaged in DRAM before the block was written")

@@ -11,7 +11,7 @@ from kvservice.blocks import NO_ROW, BlockTable, TierName
 from kvservice.clock import Clock
 from kvservice.index.block_index import BlockIndex, Emptied
 from kvservice.store.caller import Caller
-from kvservice.store.miss_reasons import Event, MissReasons, Reason
+from kvservice.store.miss_reasons import MissEvent, MissReasons, Reason
 from kvservice.store.operations.listings import BlockFacts, block_facts
 from kvservice.store.operations.requests import LookupRecord, ReportRecord, RequestRecord
 from kvservice.store.sessions.sessions import SessionHistory
@@ -71,7 +71,7 @@ class Missing:
 
     key: bytes
     why: Miss
-    event: Event | None
+    event: MissEvent | None
     remembers_since_ms: int
     dram_emptied: Emptied | None
     stored_since_ms: int = 0  # Of a request's miss: the block was stored after it; else 0.
@@ -90,7 +90,7 @@ class ExplainedBlock:
     """A block's stored shards, each with the places where it lies; why it is a miss, where it has none."""
 
     shards: Sequence[tuple[BlockFacts, Sequence[TierPlace]]]
-    events: Sequence[Event]
+    events: Sequence[MissEvent]
     missing: Missing | None
     remembers_since_ms: int
 
@@ -154,7 +154,7 @@ class Explain:
         """The rows of a block's shards; none where it is not stored."""
         return list(self._blocks.shards_of(int(self._blocks.rows_of_keys([key])[0])))
 
-    def events(self, caller: Caller, key: bytes) -> list[Event]:
+    def events(self, caller: Caller, key: bytes) -> list[MissEvent]:
         """What is remembered of a block, the newest first."""
         return self._history.of(key)
 

@@ -47,7 +47,7 @@ Verify = Callable[[Sequence[bytes], Records], Awaitable[Sequence[bool]]]
 
 
 @dataclass(slots=True)
-class Saved:
+class SalvagedIndex:
     """What was found of a damaged index. Entries are as they stood there."""
 
     meta: dict[bytes, bytes] = field(default_factory=dict)
@@ -59,12 +59,12 @@ class Saved:
     secret_is_lost: bool = False  # `secret` is then one that no block was tagged with.
 
 
-def read(store: Path, ssd_files: Sequence[Path] = ()) -> Saved:
+def read(store: Path, ssd_files: Sequence[Path] = ()) -> SalvagedIndex:
     """Everything of the store's durable index that has a sound CRC, the layouts' own files, and the store's secret.
 
     `ssd_files` are those that lie elsewhere. Raises OSError, StoreDamaged, StoreTooNew.
     """
-    saved = Saved(layouts=layout_copies(store))
+    saved = SalvagedIndex(layouts=layout_copies(store))
     path = store / "index" / DATA_NAME
     if path.exists():
         found: list[tuple[bool, bytes, bytes]] = sorted(pages.salvage(path), key=lambda entry: entry[0])
@@ -94,7 +94,7 @@ def _most_frequent(ids: Sequence[bytes]) -> bytes:
     return counts.most_common(1)[0][0] if counts else b""
 
 
-def _sort_in(saved: Saved, in_use: bool, key: bytes, value: bytes) -> None:
+def _sort_in(saved: SalvagedIndex, in_use: bool, key: bytes, value: bytes) -> None:
     if is_sound(key, value):
         chosen = saved.records if in_use else saved.doubtful
         if key not in chosen or _access_number(chosen[key]) <= _access_number(value):
@@ -111,7 +111,7 @@ def _access_number(record: bytes) -> int:
     return int(np.frombuffer(record, RECORD)["access_seq"][0])
 
 
-def make_index(store: Path, saved: Saved) -> BlockIndex:
+def make_index(store: Path, saved: SalvagedIndex) -> BlockIndex:
     """A new index beside the old one, without records of blocks and sessions yet.
 
     The store's identity file is written again where it names another store than `saved`. Raises StoreError,
@@ -123,18 +123,18 @@ def make_index(store: Path, saved: Saved) -> BlockIndex:
     return BlockIndex.create(directory, map_bytes=_map_bytes(store, saved), meta=saved.meta, layouts=saved.layouts)
 
 
-def make_room(store: Path, saved: Saved, more: int) -> BlockIndex:
+def make_room(store: Path, saved: SalvagedIndex, more: int) -> BlockIndex:
     """Open the new index again, closed before, with room for `more` blocks. Raises StoreError, StorageFailed."""
     return BlockIndex.open(replacement.new_index(store), map_bytes=_map_bytes(store, saved, more), create=False)
 
 
-def _map_bytes(store: Path, saved: Saved, more: int = 0) -> int:
+def _map_bytes(store: Path, saved: SalvagedIndex, more: int = 0) -> int:
     old = store / "index" / DATA_NAME
     size = old.stat().st_size if old.is_file() else 0
     return max(size, _MAP_BYTES_MIN + _MAP_BYTES_PER_RECORD * (len(saved.records) + len(saved.doubtful) + more))
 
 
-async def fill(index: BlockIndex, saved: Saved, verify: Verify, found: Found | None = None) -> None:
+async def fill(index: BlockIndex, saved: SalvagedIndex, verify: Verify, found: Found | None = None) -> None:
     """Record what was saved, and `found` of the SSD files where that is not the same.
 
     `verify` says which doubtful records' bytes are still those of their blocks. Raises IndexFull, StorageFailed.

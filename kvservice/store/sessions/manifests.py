@@ -36,7 +36,7 @@ class StoredSession(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class SessionAppend:
     """What an append brings: blocks that continue `parent_key`, all full but the last.
 
     Where their keys were rotated: from `stored_position` on, or at one of `stored_positions` for each
@@ -50,14 +50,14 @@ class Turn:
     stored_positions: Positions = dataclasses.field(default_factory=lambda: NO_POSITIONS)
 
 
-def begun(session_id: str, layout_id: int, layout: Layout, turn: Turn, now_ms: int) -> Manifest:
+def begun(session_id: str, layout_id: int, layout: Layout, turn: SessionAppend, now_ms: int) -> Manifest:
     """A new session of one turn. Raises InvalidRequest."""
     slices, positions = _slices_of(turn, layout, read_at=0)
     tip, has_tail = _end(turn, slices, layout)
     return Manifest(session_id, layout_id, 1, tip, slices, positions, has_tail, 0, now_ms, now_ms, now_ms)
 
 
-def appended(manifest: Manifest, layout: Layout, turn: Turn) -> Manifest:
+def appended(manifest: Manifest, layout: Layout, turn: SessionAppend) -> Manifest:
     """With the turn's blocks at its end, in the place of an open tail. Raises InvalidRequest."""
     if turn.parent_key != manifest.tip:
         raise InvalidRequest(
@@ -139,7 +139,7 @@ def partial_keys(manifest: Manifest, layout: Layout) -> set[bytes]:
     return set(slices["key"][slices["block_tokens"] < layout.block_tokens].tolist())
 
 
-def _slices_of(turn: Turn, layout: Layout, *, read_at: int) -> tuple[Slices, Positions]:
+def _slices_of(turn: SessionAppend, layout: Layout, *, read_at: int) -> tuple[Slices, Positions]:
     count = len(turn.keys)
     last = turn.last_block_tokens or layout.block_tokens
     if last > layout.block_tokens:
@@ -175,7 +175,7 @@ def _slices_of(turn: Turn, layout: Layout, *, read_at: int) -> tuple[Slices, Pos
     return slices, NO_POSITIONS
 
 
-def _end(turn: Turn, slices: Slices, layout: Layout) -> tuple[bytes, bool]:
+def _end(turn: SessionAppend, slices: Slices, layout: Layout) -> tuple[bytes, bool]:
     """The tip after a turn, and whether its last block is an open tail."""
     if slices["block_tokens"][-1] == layout.block_tokens:
         return turn.keys[-1], False

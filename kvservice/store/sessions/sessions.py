@@ -29,7 +29,7 @@ from kvservice.store.caller import Caller
 from kvservice.store.miss_reasons import Reason
 from kvservice.store.prefix_match import Run, match_prefix, runs_of
 from kvservice.store.sessions import manifests
-from kvservice.store.sessions.manifests import StoredSession, Turn
+from kvservice.store.sessions.manifests import SessionAppend, StoredSession
 from kvservice.store.tasks import Tasks
 from kvservice_api.errors import InvalidRequest, KVError, SessionChanged, SessionNotFound, SessionsFull, StorageFailed
 from kvservice_api.layout import Layout, Shard
@@ -170,7 +170,7 @@ class Sessions:
     # Changing
 
     async def append(
-        self, caller: Caller, fingerprint: bytes, session_id: str, expected_revision: int, turn: Turn
+        self, caller: Caller, fingerprint: bytes, session_id: str, expected_revision: int, turn: SessionAppend
     ) -> Manifest:
         """Add a turn; begin the session where 0 is expected. Returns once it is on disk."""
         name = self._name(fingerprint, session_id)

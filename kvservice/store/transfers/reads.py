@@ -57,7 +57,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Slice:
+class LayerSlice:
     """One layer of one stored object, somewhere in memory."""
 
     row: int
@@ -74,7 +74,7 @@ class Part:
     first_block: int
     first_offset_bytes: int
     runs: list[memoryview]
-    unverified: list[Slice]
+    unverified: list[LayerSlice]
 
 
 @dataclass(slots=True)
@@ -285,9 +285,9 @@ class _Read:
         """One wanted layer, cut into frames; `layer` counts from the shard's first."""
         return await self._cut(layer, await self._slices(layer + self._shard.layer_begin))
 
-    async def _slices(self, layer: int) -> dict[int, Slice]:
+    async def _slices(self, layer: int) -> dict[int, LayerSlice]:
         """A layer of every row that has it; `layer` counts from the model's first."""
-        slices: dict[int, Slice] = {}
+        slices: dict[int, LayerSlice] = {}
         coming: list[_Source] = []
         for count, source in enumerate(self._sources.values()):
             await self._yield_to_loop(count)
@@ -300,29 +300,29 @@ class _Read:
         fetched = await _gather(lambda source: self._fetch_slice(source, layer - source.shard.layer_begin), coming)
         return slices | {found.row: found for found in fetched}
 
-    def _slice(self, source: _Source, layer: int) -> Slice:
+    def _slice(self, source: _Source, layer: int) -> LayerSlice:
         """Of a block in DRAM. Not a coroutine: a load asks for thousands of them."""
         begin, end = source.geometry.slice_range(layer)
         assert source.image is not None and source.trailer is not None
-        return Slice(source.row, layer, source.image[begin:end], int(source.trailer.checksums[layer]))
+        return LayerSlice(source.row, layer, source.image[begin:end], int(source.trailer.checksums[layer]))
 
-    async def _fetch_slice(self, source: _Source, layer: int) -> Slice:
+    async def _fetch_slice(self, source: _Source, layer: int) -> LayerSlice:
         begin, end = source.geometry.slice_range(layer)
         if source.landing is not None:
             landing = source.landing
             await landing.layer_ready(layer)
             # Small slices share pages with neighbours that are still being read: they are verified once more.
             expected = int(landing.checksums[layer]) if source.geometry.shares_pages(layer) else None
-            return Slice(source.row, layer, landing.image[begin:end], expected)
+            return LayerSlice(source.row, layer, landing.image[begin:end], expected)
         assert source.trailer is not None
         start, stop = image_check.page_range(source.geometry, layer, layer + 1)
         pages = image_check.scratch(stop - start)
         assert source.tier is not None and source.extent is not None
         await self._reads.lifecycle.tiers[source.tier].read(source.extent, start, pages)
         self._reads.counters.read_through_bytes += end - begin
-        return Slice(source.row, layer, pages[begin - start : end - start], int(source.trailer.checksums[layer]))
+        return LayerSlice(source.row, layer, pages[begin - start : end - start], int(source.trailer.checksums[layer]))
 
-    async def _cut(self, layer: int, slices: dict[int, Slice]) -> list[Part]:
+    async def _cut(self, layer: int, slices: dict[int, LayerSlice]) -> list[Part]:
         """Frames of at most `frame_bytes` payload over the blocks' bytes of one layer."""
         parts: list[Part] = []
         current = Part(layer, 0, 0, [], [])
@@ -348,7 +348,7 @@ class _Read:
         parts.append(current)
         return parts
 
-    def _runs(self, block: int, layer: int, slices: dict[int, Slice]) -> list[memoryview]:
+    def _runs(self, block: int, layer: int, slices: dict[int, LayerSlice]) -> list[memoryview]:
         """The bytes of one block's layer, in order: whole, or keys and then values of each run of heads."""
         plan, rows = self._plans[block], self._rows_of_block[block]
         if plan is None:
@@ -375,7 +375,7 @@ class _Read:
         """Verify the slices that begin in this part, then encode it: both on a thread."""
         reads = self._reads
 
-        def work() -> T | Slice:
+        def work() -> T | LayerSlice:
             for found in part.unverified:
                 if checksum(found.data) != found.expected:
                     return found
@@ -383,7 +383,7 @@ class _Read:
 
         async with reads.slots:
             result = await self._on_thread(work)
-        if isinstance(result, Slice):
+        if isinstance(result, LayerSlice):
             source = self._sources[result.row]
             await self._quarantine(source, source.tier or self._blocks_table.first_tier, f"layer {result.layer}")
         reads.counters.load_bytes += sum(map(len, part.runs))

@@ -12,7 +12,7 @@ from rich.console import Console
 from kvservice_api.v1 import admin_pb2 as pb
 from kvservice_api.v1 import types_pb2
 from kvservice_client.cli import output, reasons
-from kvservice_client.cli.top import View, _picture
+from kvservice_client.cli.top import StatusDelta, _picture
 
 NOON = Timestamp(seconds=1_700_000_000)
 
@@ -23,19 +23,19 @@ def status(boot_epoch: int = 1, **counters: float) -> pb.StatusResponse:
 
 def test_rates_are_what_was_counted_between_two_looks_by_the_time_between_them() -> None:
     before = status(load_bytes=100, lookup_blocks_asked=10, lookup_blocks_hit=10)
-    view = View.between(before, status(load_bytes=300, lookup_blocks_asked=18, lookup_blocks_hit=12), 4.0)
+    view = StatusDelta.between(before, status(load_bytes=300, lookup_blocks_asked=18, lookup_blocks_hit=12), 4.0)
     assert view.per_second["load_bytes"] == 50
     assert view.per_second["save_bytes"] == 0
     assert view.hit_ratio == 0.25
 
 
 def test_of_a_daemon_that_was_restarted_between_two_looks_nothing_is_negative() -> None:
-    view = View.between(status(load_bytes=1000, lookup_blocks_asked=5), status(2, load_bytes=30), 2.0)
+    view = StatusDelta.between(status(load_bytes=1000, lookup_blocks_asked=5), status(2, load_bytes=30), 2.0)
     assert view.per_second["load_bytes"] == 15
     assert view.hit_ratio is None
 
 
-def picture(view: View, address: str) -> str:
+def picture(view: StatusDelta, address: str) -> str:
     console = Console(file=StringIO(), width=200)
     console.print(_picture(view, address))
     assert isinstance(console.file, StringIO)
@@ -43,14 +43,14 @@ def picture(view: View, address: str) -> str:
 
 
 def test_what_is_read_in_place_is_shown_beside_what_is_sent() -> None:
-    view = View.between(status(), status(located_blocks=8, load_blocks=3), 2.0)
+    view = StatusDelta.between(status(), status(located_blocks=8, load_blocks=3), 2.0)
     assert view.as_json()["per_second"]["located_blocks"] == 4
     assert re.search(r"loads by stream +1\.5 .*\nread in place +4\.0", picture(view, "here"))
 
 
 @pytest.mark.parametrize("address", ["[fd00::1]:7070", "/run/[/x]/kvservice.sock"])
 def test_an_address_is_shown_as_it_is_written(address: str) -> None:
-    assert f"at {address}: " in picture(View.between(status(), status(), 1.0), address)
+    assert f"at {address}: " in picture(StatusDelta.between(status(), status(), 1.0), address)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in pb.EventKind.values() if kind])

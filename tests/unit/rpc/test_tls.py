@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kvservice.config import ConfigError, Tls
+from kvservice.config import ConfigError, TlsSettings
 from kvservice.counters import Counters
 from kvservice.rpc.tls import Certificates, read_identity
 from tests.certificates import Authority, replace
@@ -26,18 +26,18 @@ def authority() -> Authority:
 
 
 @pytest.fixture
-def files(tmp_path: Path, authority: Authority) -> Tls:
+def files(tmp_path: Path, authority: Authority) -> TlsSettings:
     certificate, key = authority.issue().write(tmp_path)
-    return Tls(certificate=str(certificate), key=str(key), client_ca=str(authority.write(tmp_path)))
+    return TlsSettings(certificate=str(certificate), key=str(key), client_ca=str(authority.write(tmp_path)))
 
 
-def refusal(files: Tls) -> str:
+def refusal(files: TlsSettings) -> str:
     with pytest.raises(ConfigError) as error:
         read_identity(files)
     return str(error.value)
 
 
-def test_a_certificate_its_key_and_a_client_ca_are_taken_as_they_are(files: Tls) -> None:
+def test_a_certificate_its_key_and_a_client_ca_are_taken_as_they_are(files: TlsSettings) -> None:
     identity = read_identity(files)
 
     assert identity.certificate == Path(files.certificate).read_bytes()
@@ -48,38 +48,38 @@ def test_a_certificate_its_key_and_a_client_ca_are_taken_as_they_are(files: Tls)
 
 @pytest.mark.parametrize("name", ["certificate", "key", "client_ca"])
 class TestEachFile:
-    def test_that_is_missing_is_named(self, files: Tls, name: str) -> None:
+    def test_that_is_missing_is_named(self, files: TlsSettings, name: str) -> None:
         Path(getattr(files, name)).unlink()
 
         assert refusal(files) == f"tls.{name} {getattr(files, name)} cannot be read: No such file or directory"
 
-    def test_that_is_a_folder_is_named(self, files: Tls, name: str) -> None:
+    def test_that_is_a_folder_is_named(self, files: TlsSettings, name: str) -> None:
         Path(getattr(files, name)).unlink()
         Path(getattr(files, name)).mkdir()
 
         assert refusal(files) == f"tls.{name} {getattr(files, name)} cannot be read: Is a directory"
 
     @pytest.mark.parametrize("content", [b"", b"\x00\xff" * 100, b"-----BEGIN CERTIFICATE-----\nAAAA\n"])
-    def test_that_holds_something_else_is_named(self, files: Tls, name: str, content: bytes) -> None:
+    def test_that_holds_something_else_is_named(self, files: TlsSettings, name: str, content: bytes) -> None:
         Path(getattr(files, name)).write_bytes(content)
 
         assert refusal(files).startswith(f"tls.{name} {getattr(files, name)} holds no ")
 
-    def test_may_carry_comments_in_any_language(self, files: Tls, name: str) -> None:
+    def test_may_carry_comments_in_any_language(self, files: TlsSettings, name: str) -> None:
         path = Path(getattr(files, name))
         path.write_bytes("Für die Küche\n".encode() + path.read_bytes())
 
         read_identity(files)
 
 
-def test_a_key_of_another_certificate_is_refused(files: Tls, authority: Authority) -> None:
+def test_a_key_of_another_certificate_is_refused(files: TlsSettings, authority: Authority) -> None:
     Path(files.key).write_bytes(authority.issue().key)
 
     assert refusal(files) == f"tls.key {files.key} is not the key of tls.certificate {files.certificate}"
 
 
 def test_a_key_with_a_passphrase_is_refused_without_asking_for_it(
-    files: Tls, authority: Authority, tmp_path: Path
+    files: TlsSettings, authority: Authority, tmp_path: Path
 ) -> None:
     pair = authority.issue()
     pair.write(tmp_path)
@@ -88,27 +88,33 @@ def test_a_key_with_a_passphrase_is_refused_without_asking_for_it(
     assert "has a passphrase" in refusal(files)
 
 
-def test_an_expired_certificate_is_refused_with_its_date(files: Tls, authority: Authority, tmp_path: Path) -> None:
+def test_an_expired_certificate_is_refused_with_its_date(
+    files: TlsSettings, authority: Authority, tmp_path: Path
+) -> None:
     end = datetime(2024, 2, 29, 12, tzinfo=UTC)
     authority.issue(valid_from=end - timedelta(days=1), valid_until=end).write(tmp_path)
 
     assert refusal(files) == f"tls.certificate {files.certificate} expired on 2024-02-29 12:00:00 UTC"
 
 
-def test_a_certificate_of_the_future_is_refused_with_its_date(files: Tls, authority: Authority, tmp_path: Path) -> None:
+def test_a_certificate_of_the_future_is_refused_with_its_date(
+    files: TlsSettings, authority: Authority, tmp_path: Path
+) -> None:
     start = datetime.now(UTC).replace(microsecond=0) + timedelta(hours=1)
     authority.issue(valid_from=start, valid_until=start + timedelta(hours=1)).write(tmp_path)
 
     assert refusal(files) == f"tls.certificate {files.certificate} is not valid before {start:%Y-%m-%d %H:%M:%S} UTC"
 
 
-def test_a_client_ca_that_may_sign_nothing_is_refused(files: Tls, authority: Authority) -> None:
+def test_a_client_ca_that_may_sign_nothing_is_refused(files: TlsSettings, authority: Authority) -> None:
     Path(files.client_ca).write_bytes(authority.issue().certificate)
 
     assert "holds no certificate of a CA" in refusal(files)
 
 
-def test_an_expired_client_ca_is_refused_unless_another_one_stands_beside_it(files: Tls, authority: Authority) -> None:
+def test_an_expired_client_ca_is_refused_unless_another_one_stands_beside_it(
+    files: TlsSettings, authority: Authority
+) -> None:
     expired = Authority(expired=True).certificate
     Path(files.client_ca).write_bytes(expired)
     assert "expired on" in refusal(files)
@@ -123,7 +129,7 @@ class TestFilesThatChange:
         return Counters()
 
     @pytest.fixture
-    def certificates(self, files: Tls) -> Certificates:
+    def certificates(self, files: TlsSettings) -> Certificates:
         return Certificates(files)
 
     def test_are_taken_at_the_next_look(
@@ -137,7 +143,9 @@ class TestFilesThatChange:
         assert (certificates.latest.certificate, certificates.latest.key) == (new.certificate, new.key)
         assert (counters.tls_reloads, counters.tls_reloads_refused) == (1, 0)
 
-    def test_and_hold_the_same_are_no_change(self, certificates: Certificates, counters: Counters, files: Tls) -> None:
+    def test_and_hold_the_same_are_no_change(
+        self, certificates: Certificates, counters: Counters, files: TlsSettings
+    ) -> None:
         before = certificates.latest
         replace(Path(files.certificate), before.certificate)
 
@@ -151,7 +159,7 @@ class TestFilesThatChange:
         certificates: Certificates,
         counters: Counters,
         authority: Authority,
-        files: Tls,
+        files: TlsSettings,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
         new = authority.issue()
@@ -171,7 +179,7 @@ class TestFilesThatChange:
         self,
         certificates: Certificates,
         counters: Counters,
-        files: Tls,
+        files: TlsSettings,
         spoil: Callable[[Path], object],
         caplog: pytest.LogCaptureFixture,
     ) -> None:
@@ -215,6 +223,6 @@ def test_what_the_commands_in_the_docs_make_is_taken(tmp_path: Path) -> None:
     subprocess.run([bash, "-ec", commands], cwd=tmp_path, check=True, capture_output=True)
 
     files = (str(tmp_path / name) for name in ("daemon.crt", "daemon.key", "ca.crt"))
-    read_identity(Tls(**dict(zip(("certificate", "key", "client_ca"), files, strict=True))))
+    read_identity(TlsSettings(**dict(zip(("certificate", "key", "client_ca"), files, strict=True))))
     strictly = ["verify", "-x509_strict", "-CAfile", "ca.crt", "daemon.crt", "engine.crt"]
     subprocess.run([openssl, *strictly], cwd=tmp_path, check=True, capture_output=True)

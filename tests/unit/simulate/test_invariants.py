@@ -67,10 +67,10 @@ def watched(policy: Placement) -> Placement:
         last_s = -math.inf
 
         def _see(self, items: ItemTable, now_s: float, is_settled: bool = True) -> None:
-            mover = self.engine.mover
+            store = self.engine.store
             assert now_s >= self.last_s
             self.last_s = now_s
-            dram, ssd, channel = mover.dram, mover.ssd, mover.channel
+            dram, ssd, channel = store.dram, store.ssd, store.channel
             writing = channel._write_size if channel.write_row >= 0 else 0
             if is_settled:
                 assert dram.used_bytes == items.dram_bytes.sum() + items.coming_bytes.sum() <= dram.capacity_bytes
@@ -81,7 +81,7 @@ def watched(policy: Placement) -> Placement:
             assert (items.ssd_bytes <= items.size_bytes).all()
             begun_s = now_s - self.engine.now_s
             moved = channel.read_bytes + channel.written_bytes
-            backlog_s = max(0.0, channel._demand_until_s - channel.now_s) + channel._owed_s
+            backlog_s = max(0.0, channel._read_now_until_s - channel.now_s) + channel._deferred_s
             assert moved <= channel._rate * (begun_s + backlog_s) + 1e-6
 
         def queued(self, items: ItemTable, row: int, now_s: float) -> None:
@@ -98,7 +98,7 @@ def watched(policy: Placement) -> Placement:
             self._see(items, now_s, is_settled=False)
             assert not items.in_use[row]
             assert not items.coming_bytes[row]
-            assert tier is TierName.DRAM or self.engine.mover.channel.write_row != row
+            assert tier is TierName.DRAM or self.engine.store.channel.write_row != row
             super().left(items, row, tier, now_s)
 
         def forgotten(self, items: ItemTable, row: int, now_s: float) -> None:
@@ -158,10 +158,10 @@ def test_tiers_channel_and_requests_keep_their_bounds_at_every_moment(
         assert sum(getattr(result, share) for share in SHARES) == pytest.approx(1)
     assert not engine.items.in_use.any()
     assert (engine.items.queue_seq == -1).all()
-    for space, column in ((engine.mover.dram, engine.items.dram_bytes), (engine.mover.ssd, engine.items.ssd_bytes)):
-        free = [row for row in np.flatnonzero(column).tolist() if row not in engine.mover._worth]
-        if engine.mover.channel.write_row in free:
-            free.remove(engine.mover.channel.write_row)
+    for space, column in ((engine.store.dram, engine.items.dram_bytes), (engine.store.ssd, engine.items.ssd_bytes)):
+        free = [row for row in np.flatnonzero(column).tolist() if row not in engine.store._worth]
+        if engine.store.channel.write_row in free:
+            free.remove(engine.store.channel.write_row)
         assert set(free) <= set(space.rows.tolist())
         assert all(column[row] for row in space.rows)
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvservice.index.session_records import Manifest
-from kvservice.store.sessions.manifests import Turn, appended, begun, forked, partial_keys, truncated
+from kvservice.store.sessions.manifests import SessionAppend, appended, begun, forked, partial_keys, truncated
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.keys import BlockChain, block_key, cut_key, root_key
 from kvservice_api.layout import Layout
@@ -37,8 +37,8 @@ def chain_from(parent: bytes, token_count: int, *, block_tokens: int = 4, seed: 
     return BlockChain(parent, tuple(keys), tuple(counts))
 
 
-def turn_of(chain: BlockChain, **positions: object) -> Turn:
-    return Turn(chain.parent, chain.keys, chain.token_counts[-1], **positions)  # type: ignore[arg-type]
+def turn_of(chain: BlockChain, **positions: object) -> SessionAppend:
+    return SessionAppend(chain.parent, chain.keys, chain.token_counts[-1], **positions)  # type: ignore[arg-type]
 
 
 def session_of(token_count: int, layout: Layout = LAYOUT) -> Manifest:
@@ -158,7 +158,7 @@ def test_after_a_cut_the_chain_goes_on_from_the_key_of_the_cut() -> None:
 
 def test_histories_that_differ_only_in_their_tails_are_cut_into_different_chains() -> None:
     one, other = (
-        begun("chat", 1, LAYOUT, Turn(ROOT, [block_key(ROOT, [1, 2, 3, 4]), tail], 2), 0)
+        begun("chat", 1, LAYOUT, SessionAppend(ROOT, [block_key(ROOT, [1, 2, 3, 4]), tail], 2), 0)
         for tail in (block_key(block_key(ROOT, [1, 2, 3, 4]), tokens) for tokens in ([5, 6], [5, 7]))
     )
 
@@ -205,17 +205,17 @@ def test_ranges_that_make_no_sense_are_refused(keep: list[tuple[int, int]], why:
     ("turn", "why"),
     [
         (turn_of(chain_from(ROOT, 4)), "parent_key"),
-        (Turn(chain_from(ROOT, 10).keys[1], [bytes(32)], 1), "extend the session's open tail"),
-        (Turn(chain_from(ROOT, 10).keys[1], [bytes(32)], 2), "extend the session's open tail"),
-        (Turn(chain_from(ROOT, 10).keys[1], [bytes(32)], 5), "at most 4"),
-        (Turn(chain_from(ROOT, 10).keys[1], [bytes(32)], 4, stored_position=2**62), "too large"),
+        (SessionAppend(chain_from(ROOT, 10).keys[1], [bytes(32)], 1), "extend the session's open tail"),
+        (SessionAppend(chain_from(ROOT, 10).keys[1], [bytes(32)], 2), "extend the session's open tail"),
+        (SessionAppend(chain_from(ROOT, 10).keys[1], [bytes(32)], 5), "at most 4"),
+        (SessionAppend(chain_from(ROOT, 10).keys[1], [bytes(32)], 4, stored_position=2**62), "too large"),
         (
-            Turn(chain_from(ROOT, 10).keys[1], [bytes(32)], 4, stored_positions=np.arange(3, dtype=np.uint64)),
+            SessionAppend(chain_from(ROOT, 10).keys[1], [bytes(32)], 4, stored_positions=np.arange(3, dtype=np.uint64)),
             "each of 4 tokens",
         ),
     ],
 )
-def test_a_turn_that_does_not_continue_the_session_is_refused(turn: Turn, why: str) -> None:
+def test_a_turn_that_does_not_continue_the_session_is_refused(turn: SessionAppend, why: str) -> None:
     with pytest.raises(InvalidRequest, match=why):
         appended(session_of(10), LAYOUT, turn)
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvservice.blocks import BlockTable, TierName
-from kvservice.store.miss_reasons import Event, MissReasons, Reason
+from kvservice.store.miss_reasons import MissEvent, MissReasons, Reason
 from kvservice_api.layout import Shard
 from tests.clock import FakeClock
 
@@ -35,11 +35,11 @@ def test_it_tells_the_last_events_of_each_key_newest_first(
     clock = FakeClock()
     began_ms = clock.wall_ms()
     history = MissReasons(clock, events_max)
-    expected: list[tuple[bytes, Event]] = []
+    expected: list[tuple[bytes, MissEvent]] = []
     for keys, reason, word, seconds in noted:
         clock.advance(seconds=seconds)
         history.note_keys(keys, reason, word)
-        expected += [(key, Event(clock.wall_ms(), reason, None, word, True, 0)) for key in keys]
+        expected += [(key, MissEvent(clock.wall_ms(), reason, None, word, True, 0)) for key in keys]
 
     kept = expected[-events_max:] if events_max else []
     until_ms = began_ms + until_s * 1000
@@ -79,7 +79,7 @@ def test_it_notes_rows_with_their_tier_and_the_end_of_their_pin(
     history.note_rows(blocks, rows, reason, tier=tier, word="lru", last_copy=False)
     for key, how in ends.items():
         ended_ms = [0, now_ms - 5, now_ms, 0][how]  # A pin that still runs has not ended.
-        assert history.of(key) == [Event(now_ms, reason, tier, "lru", False, ended_ms)]
+        assert history.of(key) == [MissEvent(now_ms, reason, tier, "lru", False, ended_ms)]
 
 
 def test_records_with_damaged_keys_harm_nothing() -> None:

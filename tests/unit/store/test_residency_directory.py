@@ -23,8 +23,16 @@ from kvservice.blocks import BlockTable, TierName
 from kvservice.store.directory_table import DirectoryTable
 from kvservice.tiers.files import FileCalls
 from kvservice_api.layout import Shard
-from kvservice_api.residency_directory import HEADER_BYTES, IN_DRAM, ON_SSD, SLOT_BYTES, Header, State, layout_mark
-from kvservice_client.local_directory import LocalDirectory, LocalHit, Mapping
+from kvservice_api.residency_directory import (
+    HEADER_BYTES,
+    IN_DRAM,
+    ON_SSD,
+    SLOT_BYTES,
+    DirectoryState,
+    Header,
+    layout_mark,
+)
+from kvservice_client.local_directory import DirectoryMapping, LocalDirectory, LocalHit
 from tests.directories import ARENA_ID, LAYOUTS, SHARDS, STORE_ID, DirectoryFixture
 from tests.directory_reader import ALWAYS, NEVER, object_of
 from tests.mounts import tmpfs
@@ -114,15 +122,15 @@ async def _follow(steps: list[tuple[str, int, Shard, int]]) -> None:
         made.directory.close()
 
 
-def _mapping(made: DirectoryFixture) -> Mapping:
+def _mapping(made: DirectoryFixture) -> DirectoryMapping:
     fd = os.open(made.directory.path, os.O_RDONLY)
     try:
-        return Mapping(fd)
+        return DirectoryMapping(fd)
     finally:
         os.close(fd)
 
 
-def _compare(mapping: Mapping, stored: dict[tuple[bytes, Shard], tuple[int, int]], wanted: Shard) -> None:
+def _compare(mapping: DirectoryMapping, stored: dict[tuple[bytes, Shard], tuple[int, int]], wanted: Shard) -> None:
     """Where several shards answer, the first one found is enough: the flags are some of theirs."""
     flags, in_doubt = mapping.find(b"".join(KEYS), MARK, wanted)
     for key, found, doubted in zip(KEYS, flags.tolist(), in_doubt.tolist(), strict=True):
@@ -477,7 +485,7 @@ def _directory_file(folder: Path, data: bytes) -> Path:
 
 @pytest.mark.parametrize("size", [0, 63, HEADER_BYTES, HEADER_BYTES + 64 * SLOT_BYTES - 1])
 def test_a_cut_off_file_is_no_directory(folder: Path, size: int) -> None:
-    whole = Header(STORE_ID, ARENA_ID, 7, 64, State.LIVE).encode().ljust(HEADER_BYTES + 64 * SLOT_BYTES, b"\0")
+    whole = Header(STORE_ID, ARENA_ID, 7, 64, DirectoryState.LIVE).encode().ljust(HEADER_BYTES + 64 * SLOT_BYTES, b"\0")
     path = _directory_file(folder, whole[:size])
 
     assert LocalDirectory().look_up(str(path), STORE_ID, 7, KEYS[0], MARK, SHARDS[0]) is None
@@ -487,7 +495,9 @@ def test_a_cut_off_file_is_no_directory(folder: Path, size: int) -> None:
 
 @pytest.mark.parametrize("slots", [1 << 40, 1 << 63])
 def test_a_header_of_more_slots_than_can_be_is_no_directory(folder: Path, slots: int) -> None:
-    path = _directory_file(folder, Header(STORE_ID, ARENA_ID, 7, slots, State.LIVE).encode().ljust(HEADER_BYTES, b"\0"))
+    path = _directory_file(
+        folder, Header(STORE_ID, ARENA_ID, 7, slots, DirectoryState.LIVE).encode().ljust(HEADER_BYTES, b"\0")
+    )
     assert LocalDirectory().look_up(str(path), STORE_ID, 7, KEYS[0], MARK, SHARDS[0]) is None
 
 
@@ -500,7 +510,7 @@ def test_what_is_no_file_is_no_directory_and_nobody_waits_for_it(folder: Path) -
 def test_a_search_that_finds_no_end_leaves_the_answer_in_doubt(folder: Path) -> None:
     slots = 2048
     other = bytes(range(1, SLOT_BYTES + 1))
-    header = Header(STORE_ID, ARENA_ID, 7, slots, State.LIVE).encode().ljust(HEADER_BYTES, b"\0")
+    header = Header(STORE_ID, ARENA_ID, 7, slots, DirectoryState.LIVE).encode().ljust(HEADER_BYTES, b"\0")
     path = _directory_file(folder, header + (bytes([2]) + other[1:]) * slots)
 
     assert LocalDirectory().look_up(str(path), STORE_ID, 7, KEYS[0], MARK, SHARDS[0]) is None

@@ -15,7 +15,7 @@ from kvservice.index.environment import SESSIONS
 from kvservice.index.session_records import Manifest
 from kvservice.store.leases import Client
 from kvservice.store.operations.explain import Miss
-from kvservice.store.sessions.manifests import Turn
+from kvservice.store.sessions.manifests import SessionAppend
 from kvservice.store.sessions.sessions import SessionLimits
 from kvservice.store.store import StoreLimits
 from kvservice_api.errors import (
@@ -40,8 +40,8 @@ async def opened(open_store: Callable[..., Any]) -> OpenStore:
     return store
 
 
-def turn_of(chain: BlockChain) -> Turn:
-    return Turn(chain.parent, chain.keys, chain.token_counts[-1])
+def turn_of(chain: BlockChain) -> SessionAppend:
+    return SessionAppend(chain.parent, chain.keys, chain.token_counts[-1])
 
 
 async def begin(opened: OpenStore, session_id: str = "chat", chain: BlockChain | None = None) -> Manifest:
@@ -139,7 +139,7 @@ async def test_a_session_that_an_index_has_no_space_for_is_as_it_was(open_store:
     opened = await open_store(map_bytes=MIB, limits=limits)
     first = await begin(opened)
     too_long = BlockChain(first.tip, tuple(number.to_bytes(32, "big") for number in range(7500)), (16,) * 7500)
-    long = Turn(too_long.parent, too_long.keys)
+    long = SessionAppend(too_long.parent, too_long.keys)
 
     async def grow(session_id: str) -> None:
         now = await opened.sessions.fork(CALLER, LAYOUT.fingerprint, "chat", session_id, 0)
@@ -277,7 +277,7 @@ async def test_a_tail_that_is_named_again_while_it_is_let_go_stays(opened: OpenS
 
 async def test_a_full_block_that_somebody_calls_a_tail_is_not_dropped(opened: OpenStore, client: Client) -> None:
     chain = await saved(opened, client, some_chain(2))
-    await opened.sessions.append(CALLER, LAYOUT.fingerprint, "chat", 0, Turn(chain.parent, chain.keys, 3))
+    await opened.sessions.append(CALLER, LAYOUT.fingerprint, "chat", 0, SessionAppend(chain.parent, chain.keys, 3))
 
     await opened.store.end_session(CALLER, LAYOUT.fingerprint, "chat")
     await drops_ended(opened)
@@ -546,7 +546,7 @@ async def test_pages_go_through_all_sessions_in_the_order_of_beginning(opened: O
 
 async def test_a_block_of_another_size_than_the_session_says_is_missing(opened: OpenStore, client: Client) -> None:
     chain = await saved(opened, client, some_chain(2, tail_tokens=5))
-    wrong = Turn(chain.parent, chain.keys, 7)
+    wrong = SessionAppend(chain.parent, chain.keys, 7)
     await opened.sessions.append(CALLER, LAYOUT.fingerprint, "chat", 0, wrong)
 
     _, usable, runs = opened.store.session(CALLER, LAYOUT.fingerprint, "chat", None)

@@ -43,7 +43,7 @@ class Forward:
     is_training: bool  # The model may drop states at random.
 
 
-class History(Protocol):
+class CacheHistory(Protocol):
     """What a cache begins with."""
 
     columns: int
@@ -116,7 +116,7 @@ class StoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library
 
     is_initialized = False
 
-    def __init__(self, index: int, history: History, observer: CacheObserver, is_sliding: bool) -> None:
+    def __init__(self, index: int, history: CacheHistory, observer: CacheObserver, is_sliding: bool) -> None:
         self.is_sliding = is_sliding  # Masks are made for it; all tokens are kept, as in `WholeLayer`.
         self._index = index
         self._history = history
@@ -227,7 +227,7 @@ class StoredCache(DynamicCache):
     def __init__(
         self,
         config: PretrainedConfig,
-        history: History,
+        history: CacheHistory,
         observer: CacheObserver,
         on_forward: Callable[[int, int, float], None] = lambda new_tokens, context_tokens, seconds: None,
         hooks: object = None,

@@ -14,7 +14,7 @@ from kvservice.simulate.traces.lines import TraceError
 from kvservice.simulate.workload import Hints, Workload
 
 
-class Turns:
+class TurnColumns:
     """Turns in the order of their requests, as columns: 20 bytes a turn."""
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Turns:
         self.new_tokens.append(new_tokens)
         self.output_tokens.append(output_tokens)
 
-    def workload(self, path: Path, events: Events | None = None) -> Workload:
+    def workload(self, path: Path, events: EventColumns | None = None) -> Workload:
         """Times count from the first request. Raises TraceError where there is no turn."""
         if not self.session:
             raise TraceError(path, None, "has no turn")
@@ -50,7 +50,7 @@ class Turns:
         )
 
 
-class Events:
+class EventColumns:
     """What applications said between requests."""
 
     def __init__(self) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 from kvservice.blocks import TierName
 from kvservice.policy.items import NOT_QUEUED, ItemTable
 from kvservice.policy.placement import Placement
-from kvservice.simulate.channel import Channel
 from kvservice.simulate.settings import Machine
-from kvservice.simulate.space import Space, Touches
+from kvservice.simulate.ssd_channel import SsdChannel
+from kvservice.simulate.tier_space import RowEpochs, TierSpace
 from kvservice.simulate.views import bools, ints
 
 #: Where blocks do not say it, an item's end is cut by this share of it.
@@ -26,24 +26,24 @@ def overrides(policy: Placement, method: str) -> bool:
     return getattr(type(policy), method) is not getattr(Placement, method)
 
 
-class Residency:
+class TierContents:
     """The bytes of every item in each tier, and who may leave. What is held, and what comes, stays."""
 
-    channel: Channel
+    channel: SsdChannel
 
     def __init__(self, items: ItemTable, machine: Machine, policy: Placement, block_bytes: int) -> None:
         self.items = items
         self.policy = policy
         self._block_bytes = block_bytes  # 0 for sessions.
         self._whole = policy.whole_items and not block_bytes
-        self.touches = Touches(items.row_count)
-        self.touched = self.touches.last
-        self.dram = Space(TierName.DRAM, machine.dram_bytes, items, policy, self.touches)
-        self.ssd = Space(TierName.SSD, machine.ssd_bytes, items, policy, self.touches)
+        self.row_epochs = RowEpochs(items.row_count)
+        self.changed_epoch = self.row_epochs.last
+        self.dram = TierSpace(TierName.DRAM, machine.dram_bytes, items, policy, self.row_epochs)
+        self.ssd = TierSpace(TierName.SSD, machine.ssd_bytes, items, policy, self.row_epochs)
         self._size = ints(items.size_bytes)
         self._dram = ints(items.dram_bytes)
         self._ssd = ints(items.ssd_bytes)
-        self._coming = ints(items.coming_bytes)
+        self._arriving = ints(items.coming_bytes)
         self._in_use = ints(items.in_use)
         self._queue_seq = ints(items.queue_seq)
         self._dram_seq = ints(items.dram_seq)
@@ -83,9 +83,9 @@ class Residency:
         excess = dram.used_bytes + wanted_bytes - dram.capacity_bytes
         if excess <= 0:
             return True
-        dram.ask()
+        dram.begin_eviction()
         while excess > 0:
-            row = dram.lowest(now_s)
+            row = dram.next_victim(now_s)
             if row < 0:
                 return False
             if dram.retention >= worth:
@@ -107,9 +107,9 @@ class Residency:
             return wanted_bytes
         if self._whole and wanted_bytes > ssd.capacity_bytes:
             return 0
-        ssd.ask()
+        ssd.begin_eviction()
         while excess > 0:
-            row = ssd.lowest(now_s)
+            row = ssd.next_victim(now_s)
             if row < 0:
                 room = ssd.capacity_bytes - ssd.used_bytes
                 return 0 if self._whole else self._aligned(room)
@@ -158,7 +158,7 @@ class Residency:
 
     # Bookkeeping.
 
-    def _came_to_dram(self, row: int, now_s: float) -> None:
+    def _entered_dram(self, row: int, now_s: float) -> None:
         self._arrivals += 1
         self._dram_seq[row] = self._arrivals
         if not self._held[row]:
@@ -166,7 +166,7 @@ class Residency:
         if self._tells_arrived:
             self.policy.arrived(self.items, row, TierName.DRAM, now_s)
 
-    def _came_to_ssd(self, row: int, size_bytes: int, now_s: float) -> None:
+    def _entered_ssd(self, row: int, size_bytes: int, now_s: float) -> None:
         have = self._ssd[row]
         self._ssd[row] = have + size_bytes
         self._ssd_may_leave(row)
@@ -181,7 +181,7 @@ class Residency:
             self.ssd.add(row)
 
     def _forget_if_gone(self, row: int, now_s: float) -> None:
-        if self._dram[row] or self._ssd[row] or self._coming[row] or self._in_use[row]:
+        if self._dram[row] or self._ssd[row] or self._arriving[row] or self._in_use[row]:
             return
         if self._queue_seq[row] != NOT_QUEUED or not self._live[row]:
             return
@@ -192,7 +192,7 @@ class Residency:
     def _end_write_early(self) -> None:
         """The place in DRAM of what is being written is given away: what is left is owed, or all of it lost."""
         channel = self.channel
-        if channel.may_owe_write():
+        if channel.can_defer_running_write():
             channel.finish_write()
         else:
             row = channel.write_row
@@ -207,10 +207,10 @@ class Residency:
         if self._asks_ssd and not self.policy.wants_on_ssd(self.items, row, now_s):
             return
         self.ssd.discard(row)  # Its copy makes no room for itself.
-        if self.channel.may_owe(lacks):
+        if self.channel.can_defer_write(lacks):
             lacks = self._free_ssd(lacks, now_s)
-            self.channel.owe(lacks)
+            self.channel.defer_write(lacks)
             self.ssd.used_bytes += lacks
             if lacks:
-                self._came_to_ssd(row, lacks, now_s)
+                self._entered_ssd(row, lacks, now_s)
         self._ssd_may_leave(row)

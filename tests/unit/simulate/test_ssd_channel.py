@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvservice.simulate.channel import OWED_LIMIT_S, Channel
+from kvservice.simulate.ssd_channel import DEFERRED_LIMIT_S, SsdChannel
 
 SIZES = {row: 1 + 3 * row for row in range(6)}
 
@@ -18,13 +18,13 @@ class Log:
     """Takes what the channel tells. Reading an odd row makes room by a write that is owed."""
 
     def __init__(self) -> None:
-        self.channel: Channel | Plain
+        self.channel: SsdChannel | Plain
         self.told: list[tuple[str, int, int, float]] = []
 
     def begin_read(self, row: int, now_s: float) -> int:
         self.told.append(("begin read", row, SIZES[row], now_s))
         if row % 2:
-            self.channel.owe(row)
+            self.channel.defer_write(row)
         return SIZES[row]
 
     def end_read(self, row: int, size_bytes: int, now_s: float) -> None:
@@ -38,8 +38,8 @@ class Log:
         self.told.append(("end write", row, size_bytes, now_s))
 
 
-def channel_of(log: Log, bytes_per_s: float = 1.0) -> Channel:
-    log.channel = channel = Channel(bytes_per_s, log)
+def channel_of(log: Log, bytes_per_s: float = 1.0) -> SsdChannel:
+    log.channel = channel = SsdChannel(bytes_per_s, log)
     return channel
 
 
@@ -99,7 +99,7 @@ class Plain:
             return False
         return True
 
-    def owe(self, size_bytes: int) -> None:
+    def defer_write(self, size_bytes: int) -> None:
         self.owed += size_bytes
 
 
@@ -114,7 +114,7 @@ acts = st.lists(
     st.builds(
         Act,
         st.integers(0, 24).map(lambda quarters: quarters / 4),
-        st.sampled_from(["demand", "owe", "promote", "promote", "cancel", "write", "write"]),
+        st.sampled_from(["read_now", "defer_write", "promote", "promote", "cancel", "write", "write"]),
         st.sampled_from(sorted(SIZES)),
         st.integers(0, 50),
     ),
@@ -131,14 +131,14 @@ def test_what_is_worked_out_late_is_what_happens_event_by_event(acts: list[Act])
     for act in acts:
         now_s += act.after_s
         plain.advance(now_s)
-        if act.what == "demand":
+        if act.what == "read_now":
             lazy.advance(now_s)
             plain.demands.append(SIZES[act.row])
-            assert lazy.demand(SIZES[act.row]) == now_s + sum(plain.demands)
-        elif act.what == "owe":
+            assert lazy.read_now(SIZES[act.row]) == now_s + sum(plain.demands)
+        elif act.what == "defer_write":
             lazy.advance(now_s)
-            lazy.owe(act.row)
-            plain.owe(act.row)
+            lazy.defer_write(act.row)
+            plain.defer_write(act.row)
         elif act.what == "promote":
             lazy.advance(now_s)
             lazy.promote(act.row, act.deadline_s, SIZES[act.row])
@@ -172,8 +172,8 @@ def test_it_never_gives_more_bytes_than_its_rate_times_the_time(acts: list[Act],
     for act in acts:
         now_s += act.after_s
         channel.advance(now_s)
-        if act.what == "demand":
-            demanded.append((channel.demand(SIZES[act.row]), SIZES[act.row]))
+        if act.what == "read_now":
+            demanded.append((channel.read_now(SIZES[act.row]), SIZES[act.row]))
         elif act.what == "promote":
             channel.promote(act.row, act.deadline_s, SIZES[act.row])
         elif act.what == "write":
@@ -189,7 +189,7 @@ def test_a_demand_interrupts_a_promotion_which_keeps_what_it_has_done() -> None:
     channel.promote(5, 100.0, 16)
     channel.advance(10.0)
 
-    assert channel.demand(4) == 14.0
+    assert channel.read_now(4) == 14.0
 
     channel.advance(100.0)
     assert log.told[-1] == ("end read", 5, 16, 20.0)  # Its own, and the four.
@@ -211,7 +211,7 @@ def test_what_is_owed_waits_for_promotions_and_goes_before_write_behind() -> Non
     channel = channel_of(log)
     channel.write(2)
     channel.advance(3.0)
-    channel.owe(5)
+    channel.defer_write(5)
     channel.promote(4, 1000.0, SIZES[4])
     channel.advance(100.0)
     assert log.told[-2:] == [("end read", 4, 13, 16.0), ("end write", 2, 7, 25.0)]
@@ -229,8 +229,8 @@ def test_write_behind_waits_for_every_read() -> None:
 
 def test_only_so_much_may_wait_to_be_written_without_a_place() -> None:
     channel = channel_of(Log())
-    channel.owe(int(OWED_LIMIT_S) - 1)
-    assert channel.may_owe(1)
-    assert not channel.may_owe(2)
+    channel.defer_write(int(DEFERRED_LIMIT_S) - 1)
+    assert channel.can_defer_write(1)
+    assert not channel.can_defer_write(2)
     channel.advance(5.0)
-    assert channel.may_owe(6)
+    assert channel.can_defer_write(6)

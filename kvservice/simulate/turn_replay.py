@@ -11,22 +11,28 @@ from kvservice.policy.base import Hint
 from kvservice.policy.items import HINTS, NOT_QUEUED, ItemTable
 from kvservice.policy.placement import Placement
 from kvservice.simulate.account import Account
-from kvservice.simulate.mover import Mover
-from kvservice.simulate.residency import overrides
 from kvservice.simulate.settings import Machine
+from kvservice.simulate.store_model import StoreModel
+from kvservice.simulate.tier_contents import overrides
 from kvservice.simulate.views import bools, floats, ints
 from kvservice.simulate.workload import Workload
 
 
-class Turns(ABC):
+class TurnReplay(ABC):
     """Keeps the item table as requests come, run and end, and tells the policy of it."""
 
     def __init__(
-        self, workload: Workload, machine: Machine, policy: Placement, items: ItemTable, mover: Mover, account: Account
+        self,
+        workload: Workload,
+        machine: Machine,
+        policy: Placement,
+        items: ItemTable,
+        store: StoreModel,
+        account: Account,
     ) -> None:
         self._items = items
         self._policy = policy
-        self._mover = mover
+        self._store = store
         self._account = account
         self._output = ints(workload.output_tokens)
         self._bypass = bools(np.zeros(items.row_count, np.bool_))  # What was read gets no place in DRAM.
@@ -56,7 +62,7 @@ class Turns(ABC):
         """The rows by which the queue shows the request."""
 
     @abstractmethod
-    def came(self, turn: int, number: int, now_s: float) -> None:
+    def enqueue(self, turn: int, number: int, now_s: float) -> None:
         """The request waits now, as the `number`th of all that came."""
 
     @abstractmethod
@@ -64,7 +70,7 @@ class Turns(ABC):
         """The request's turn has come: counts what is where. Returns the bytes to read from SSD."""
 
     @abstractmethod
-    def stored(self, turn: int, is_last: bool, now_s: float) -> None:
+    def finish(self, turn: int, is_last: bool, now_s: float) -> None:
         """The answer has ended: what was used is in DRAM, with what is new, and what is worth least leaves."""
 
     def hinted(self, turn: int, kind: int, now_s: float) -> None:
@@ -78,7 +84,7 @@ class Turns(ABC):
         self._hint[row] = kind
         self._hinted_at[row] = now_s
         self._ended[row] = HINTS[kind] == Hint.ENDED
-        self._mover.touched[row] = self._mover.touches.epoch
+        self._store.changed_epoch[row] = self._store.row_epochs.epoch
         if self._tells_hinted:
             self._policy.hinted(self._items, row, Hint(HINTS[kind]), now_s)
 
@@ -86,4 +92,4 @@ class Turns(ABC):
         """Forget what nobody used since the answer of `turn`."""
         for row in reversed(self.rows(turn)):
             if self._used_at[row] <= used_at_s and self._queue_seq[row] == NOT_QUEUED and not self._in_use[row]:
-                self._mover.drop(row, now_s)
+                self._store.drop(row, now_s)

@@ -9,14 +9,14 @@ from typing import Protocol
 
 NO_ROW = -1
 #: Writes that a demotion waits for may be this far behind, in seconds of the channel. What would come on top is lost.
-OWED_LIMIT_S = 10.0
+DEFERRED_LIMIT_S = 10.0
 
 
 class Transfers(Protocol):
     """Who is told when bytes move. `now_s` is the moment itself, which may lie before the caller's."""
 
     def begin_read(self, row: int, now_s: float) -> int:
-        """A promotion's turn has come: returns the bytes to read, 0 to drop it. May call `Channel.owe`."""
+        """A promotion's turn has come: returns the bytes to read, 0 to drop it. May call `SsdChannel.defer_write`."""
 
     def end_read(self, row: int, size_bytes: int, now_s: float) -> None: ...
 
@@ -26,18 +26,32 @@ class Transfers(Protocol):
     def end_write(self, row: int, size_bytes: int, now_s: float) -> None: ...
 
 
-class Channel:
+class SsdChannel:
     """Evaluated when somebody asks: `advance` does all that happened since it was last called.
 
     First come the reads that a running request waits for, then promotions by deadline, then writes that are owed
-    for a place in DRAM that was given away (from a buffer: so much may wait as is written in `OWED_LIMIT_S`), then
+    for a place in DRAM that was given away (from a buffer: so much may wait as is written in `DEFERRED_LIMIT_S`), then
     write-behind in the order in which it was asked for. What comes first interrupts what comes later, which keeps
     what it has done.
     """
 
     __slots__ = (
-        "_asked_bytes", "_demand_until_s", "_left", "_owed_s", "_promotions", "_rate", "_sizes", "_transfers",
-        "_write_left", "_write_size", "_writes", "deadlines", "now_s", "read_bytes", "read_s", "write_row",
+        "_asked_bytes",
+        "_deferred_s",
+        "_left",
+        "_promotions",
+        "_rate",
+        "_read_now_until_s",
+        "_sizes",
+        "_transfers",
+        "_write_left",
+        "_write_size",
+        "_writes",
+        "deadlines",
+        "now_s",
+        "read_bytes",
+        "read_s",
+        "write_row",
         "written_bytes",
     )  # fmt: skip
 
@@ -45,8 +59,8 @@ class Channel:
         self._rate = bytes_per_s
         self._transfers = transfers
         self.now_s = start_s
-        self._demand_until_s = start_s
-        self._owed_s = 0.0
+        self._read_now_until_s = start_s
+        self._deferred_s = 0.0
         self._promotions: list[tuple[float, int]] = []  # Sorted.
         self.deadlines: dict[int, float] = {}  # Of every promotion that has not ended, by row.
         self._left: dict[int, float] = {}  # Bytes, of those that have begun.
@@ -65,8 +79,8 @@ class Channel:
         at = self.now_s
         if now_s <= at:
             return
-        if self._demand_until_s > at:
-            at = min(self._demand_until_s, now_s)
+        if self._read_now_until_s > at:
+            at = min(self._read_now_until_s, now_s)
         rate = self._rate
         while at < now_s:
             self.now_s = at
@@ -92,9 +106,9 @@ class Channel:
                 self._forget(row)
                 self.read_bytes += size
                 self._transfers.end_read(row, size, at)
-            elif self._owed_s > 0.0:
-                step = min(self._owed_s, now_s - at)
-                self._owed_s = 0.0 if step == self._owed_s else self._owed_s - step
+            elif self._deferred_s > 0.0:
+                step = min(self._deferred_s, now_s - at)
+                self._deferred_s = 0.0 if step == self._deferred_s else self._deferred_s - step
                 at += step
             elif self.write_row >= 0:
                 end = at + self._write_left / rate
@@ -114,21 +128,21 @@ class Channel:
                 break
         self.now_s = now_s
 
-    def demand(self, size_bytes: int) -> float:
+    def read_now(self, size_bytes: int) -> float:
         """A running request waits for these bytes. Returns when they are there."""
-        start = max(self.now_s, self._demand_until_s)
-        self._demand_until_s = start + size_bytes / self._rate
+        start = max(self.now_s, self._read_now_until_s)
+        self._read_now_until_s = start + size_bytes / self._rate
         self.read_bytes += size_bytes
         self.read_s += size_bytes / self._rate
-        return self._demand_until_s
+        return self._read_now_until_s
 
-    def may_owe(self, size_bytes: int) -> bool:
+    def can_defer_write(self, size_bytes: int) -> bool:
         """Whether so much more may wait to be written without a place in DRAM."""
-        return self._owed_s + size_bytes / self._rate <= OWED_LIMIT_S
+        return self._deferred_s + size_bytes / self._rate <= DEFERRED_LIMIT_S
 
-    def owe(self, size_bytes: int) -> None:
+    def defer_write(self, size_bytes: int) -> None:
         """Write bytes whose place in DRAM is given away at once."""
-        self._owed_s += size_bytes / self._rate
+        self._deferred_s += size_bytes / self._rate
         self.written_bytes += size_bytes
 
     def write(self, row: int) -> None:
@@ -137,7 +151,7 @@ class Channel:
 
     def finish_write(self) -> None:
         """End the running copy at once: what is left of it is owed."""
-        self._owed_s += self._write_left / self._rate
+        self._deferred_s += self._write_left / self._rate
         self._end_write(self.now_s)
 
     def abort_write(self) -> int:
@@ -146,9 +160,9 @@ class Channel:
         self.write_row = NO_ROW
         return self._write_size
 
-    def may_owe_write(self) -> bool:
+    def can_defer_running_write(self) -> bool:
         """Whether what is left of the running copy may wait without a place in DRAM."""
-        return self.may_owe(math.ceil(self._write_left))
+        return self.can_defer_write(math.ceil(self._write_left))
 
     def _end_write(self, now_s: float) -> None:
         row, size = self.write_row, self._write_size
@@ -186,7 +200,7 @@ class Channel:
     def read_backlog_s(self) -> float:
         """How long it will read what it was asked for."""
         done = sum(self._sizes[row] - left for row, left in self._left.items())
-        return max(0.0, self._demand_until_s - self.now_s) + (self._asked_bytes - done) / self._rate
+        return max(0.0, self._read_now_until_s - self.now_s) + (self._asked_bytes - done) / self._rate
 
     def _forget(self, row: int) -> None:
         self._drop(row, self.deadlines.pop(row))

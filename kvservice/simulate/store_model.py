@@ -12,20 +12,20 @@ import numpy as np
 
 from kvservice.policy.items import ItemTable
 from kvservice.policy.placement import Placement
-from kvservice.simulate.channel import Channel
-from kvservice.simulate.residency import Residency
 from kvservice.simulate.settings import Machine
+from kvservice.simulate.ssd_channel import SsdChannel
+from kvservice.simulate.tier_contents import TierContents
 from kvservice.simulate.views import bools
 
 
-class Mover(Residency):
+class StoreModel(TierContents):
     """Owns what is where. The engine tells it of requests, the channel of transfers."""
 
     def __init__(
         self, items: ItemTable, machine: Machine, policy: Placement, block_bytes: int, start_s: float = 0.0
     ) -> None:
         super().__init__(items, machine, policy, block_bytes)
-        self.channel = Channel(machine.ssd_bytes_per_s, self, start_s)
+        self.channel = SsdChannel(machine.ssd_bytes_per_s, self, start_s)
         self._kept_free = int(policy.dram_kept_free * machine.dram_bytes)
         self._to_write = bools(np.zeros(items.row_count, np.bool_))
         self._worth: dict[int, float] = {}  # Of promotions.
@@ -50,13 +50,13 @@ class Mover(Residency):
         self._size[row] = size_bytes
         self.dram.used_bytes += size_bytes - have
         if not have and size_bytes:
-            self._came_to_dram(row, now_s)
+            self._entered_dram(row, now_s)
 
     def make_room(self, size_bytes: int, now_s: float) -> bool:
         """Let go what nothing holds until so much is free in DRAM. False: it is not, though something may have left."""
         return self._free_dram(size_bytes, math.inf, now_s)
 
-    def settle(self, now_s: float) -> None:
+    def evict_to_capacity(self, now_s: float) -> None:
         """Let go what is worth least until DRAM is within its capacity. What was just stored may be among it."""
         dram = self.dram
         if dram.used_bytes <= dram.capacity_bytes:
@@ -126,7 +126,7 @@ class Mover(Residency):
                 self.release(row)
                 return 0
         self.dram.used_bytes += lacks
-        self._coming[row] = lacks
+        self._arriving[row] = lacks
         if self._kept_free:
             self._free_dram(self._kept_free, worth, now_s)
         return lacks
@@ -137,13 +137,13 @@ class Mover(Residency):
         self.release(row)
 
     def _arrive(self, row: int, come_bytes: int, lent_bytes: int) -> None:
-        self._coming[row] = 0
+        self._arriving[row] = 0
         self.dram.used_bytes -= lent_bytes - come_bytes
         have = self._dram[row]
         self._dram[row] = have + come_bytes
         self._promoted[row] += come_bytes
         if come_bytes and not have:
-            self._came_to_dram(row, self.channel.now_s)
+            self._entered_dram(row, self.channel.now_s)
 
     # Write-behind.
 
@@ -160,4 +160,4 @@ class Mover(Residency):
         return lacks
 
     def end_write(self, row: int, size_bytes: int, now_s: float) -> None:
-        self._came_to_ssd(row, size_bytes, now_s)
+        self._entered_ssd(row, size_bytes, now_s)

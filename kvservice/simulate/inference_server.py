@@ -8,12 +8,12 @@ from typing import Protocol
 from kvservice.simulate.settings import Machine
 
 #: So many turns at a time are passed over while their KV is read.
-CALLED = 8
+CALLED_MAX = 8
 #: The weight of the last turn in the mean of what a turn takes.
 _LAST = 0.02
 
 
-class Server(Protocol):
+class InferenceServer(Protocol):
     """Tells when the next turn's time comes and when its answer ends."""
 
     free_at_s: float  # When the first in the queue may be taken. Infinite until one that runs has ended.
@@ -73,7 +73,7 @@ class GpuServer:
         self.free_at_s = self._prefilled_s
 
 
-def server_of(machine: Machine) -> Server:
+def server_of(machine: Machine) -> InferenceServer:
     if machine.service_turns_per_s is not None:
         return FixedRate(machine.service_turns_per_s)
     return GpuServer(machine.batch, machine.decode_tokens_per_s)

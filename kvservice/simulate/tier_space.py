@@ -15,7 +15,7 @@ _MANY = 256
 _SHARE = 64
 
 
-class Touches:
+class RowEpochs:
     """When something last happened to a row, counted in orders of victims."""
 
     __slots__ = ("epoch", "last")
@@ -25,16 +25,28 @@ class Touches:
         self.last = ints(np.zeros(row_count, np.int64))
 
 
-class Space:
+class TierSpace:
     """Counts bytes, keeps the rows that nothing holds as a dense array, and names the next victim."""
 
     __slots__ = (
-        "_epoch", "_items", "_order", "_place", "_policy", "_rows", "_scores", "_touches", "_view", "capacity_bytes",
-        "count", "retention", "tier", "used_bytes",
+        "_epoch",
+        "_items",
+        "_order",
+        "_place",
+        "_policy",
+        "_row_epochs",
+        "_rows",
+        "_scores",
+        "_view",
+        "capacity_bytes",
+        "count",
+        "retention",
+        "tier",
+        "used_bytes",
     )  # fmt: skip
 
     def __init__(
-        self, tier: TierName, capacity_bytes: int, items: ItemTable, policy: Placement, touches: Touches
+        self, tier: TierName, capacity_bytes: int, items: ItemTable, policy: Placement, row_epochs: RowEpochs
     ) -> None:
         self.tier = tier
         self.capacity_bytes = capacity_bytes
@@ -42,7 +54,7 @@ class Space:
         self.retention = 0.0  # Of the last victim.
         self._items = items
         self._policy = policy
-        self._touches = touches
+        self._row_epochs = row_epochs
         self._epoch = 0
         self.count = 0
         self._rows = np.empty(1024, np.int64)
@@ -78,15 +90,15 @@ class Space:
     def rows(self) -> Rows:
         return self._rows[: self.count]
 
-    def ask(self) -> None:
+    def begin_eviction(self) -> None:
         """Begin to look for victims: with few rows, or where newcomers may be the worst, by what they are worth now."""
         if self.count <= _MANY or self._policy.newcomers_may_leave:
             self._order.clear()
             self._scores.clear()
 
-    def lowest(self, now_s: float) -> int:
+    def next_victim(self, now_s: float) -> int:
         """The next victim, whose worth `retention` tells; NO_ROW where nothing may leave. It stays until discarded."""
-        order, place, last = self._order, self._place, self._touches.last
+        order, place, last = self._order, self._place, self._row_epochs.last
         while order:
             row = order.pop()
             retention = self._scores.pop()
@@ -114,5 +126,5 @@ class Space:
         ranked = np.argsort(scores, kind="stable")[::-1]
         self._order[:] = rows[ranked].tolist()
         self._scores[:] = scores[ranked].tolist()
-        self._touches.epoch += 1
-        self._epoch = self._touches.epoch
+        self._row_epochs.epoch += 1
+        self._epoch = self._row_epochs.epoch

@@ -9,20 +9,26 @@ import numpy as np
 from kvservice.policy.items import NOT_QUEUED, ItemTable
 from kvservice.policy.placement import Placement
 from kvservice.simulate.account import Account
-from kvservice.simulate.mover import Mover
 from kvservice.simulate.settings import Machine
-from kvservice.simulate.turns import Turns
+from kvservice.simulate.store_model import StoreModel
+from kvservice.simulate.turn_replay import TurnReplay
 from kvservice.simulate.views import ints
 from kvservice.simulate.workload import Workload
 
 
-class SessionTurns(Turns):
+class SessionReplay(TurnReplay):
     """What happens to a session's item with each of its requests."""
 
     def __init__(
-        self, workload: Workload, machine: Machine, policy: Placement, items: ItemTable, mover: Mover, account: Account
+        self,
+        workload: Workload,
+        machine: Machine,
+        policy: Placement,
+        items: ItemTable,
+        store: StoreModel,
+        account: Account,
     ) -> None:
-        super().__init__(workload, machine, policy, items, mover, account)
+        super().__init__(workload, machine, policy, items, store, account)
         self._kv_bytes = machine.kv_bytes_per_token
         self._context = workload.context_tokens
         self._overflow_keeps = machine.overflow_keeps
@@ -34,7 +40,7 @@ class SessionTurns(Turns):
         """The rows by which the queue shows the request."""
         return (self._session[turn],)
 
-    def came(self, turn: int, number: int, now_s: float) -> None:
+    def enqueue(self, turn: int, number: int, now_s: float) -> None:
         """The request waits now, as the `number`th of all that came. What the window cannot hold with it is cut."""
         row = self._session[turn]
         history = self._tokens[row]
@@ -42,20 +48,20 @@ class SessionTurns(Turns):
             self._overflow(row, history, self._new[turn], now_s)
         self._queue_seq[row] = number
         self._live[row] = True
-        self._mover.touched[row] = self._mover.touches.epoch
+        self._store.changed_epoch[row] = self._store.row_epochs.epoch
         if self._tells_queued:
             self._policy.queued(self._items, row, now_s)
 
     def dispatch(self, turn: int, now_s: float) -> int:
         """The request's turn has come: counts what is where. Returns the bytes to read from SSD."""
-        mover, account = self._mover, self._account
+        store, account = self._store, self._account
         row = self._session[turn]
         uses = self._uses[row]
-        asked_for = mover.is_asked_for(row)
+        asked_for = store.is_asked_for(row)
         if asked_for:
-            mover.stop_promotion(row)
-        mover.touched[row] = mover.touches.epoch
-        mover.hold(row)
+            store.stop_promotion(row)
+        store.changed_epoch[row] = store.row_epochs.epoch
+        store.hold(row)
         history = self._tokens[row]
         size = history * self._kv_bytes
         dram = self._dram[row]
@@ -89,7 +95,7 @@ class SessionTurns(Turns):
         self._accesses += 1
         self._access_seq[row] = self._accesses
         self._unwanted[row] = False
-        mover.mark_used(row)
+        store.mark_used(row)
         if self._tells_used:
             self._policy.used(self._items, row, now_s)
         self._queue_seq[row] = NOT_QUEUED
@@ -97,9 +103,9 @@ class SessionTurns(Turns):
         self._ended[row] = False
         return ssd
 
-    def stored(self, turn: int, is_last: bool, now_s: float) -> None:
+    def finish(self, turn: int, is_last: bool, now_s: float) -> None:
         """The answer has ended: the item is in DRAM, with its new tokens, and what is worth least leaves."""
-        mover = self._mover
+        store = self._store
         row = self._session[turn]
         output = self._output[turn]
         old = self._tokens[row] * self._kv_bytes
@@ -108,32 +114,32 @@ class SessionTurns(Turns):
         self._tokens[row] = tokens
         self._answer[row] = output
         self._used_at[row] = now_s
-        mover.touched[row] = mover.touches.epoch
+        store.changed_epoch[row] = store.row_epochs.epoch
         self._account.live(-old if is_last else size - old, now_s)
         self._in_use[row] = 0
         if self._bypass[row]:
             self._bypass[row] = False
-            mover.store_on_ssd(row, size, now_s)
+            store.store_on_ssd(row, size, now_s)
         else:
-            mover.grow(row, size, now_s)
-        mover.release(row)
+            store.grow(row, size, now_s)
+        store.release(row)
         if self._tells_stored:
             self._policy.stored(self._items, row, now_s)
-        mover.settle(now_s)
-        mover.write_behind(row)
+        store.evict_to_capacity(now_s)
+        store.write_behind(row)
 
     def _overflow(self, row: int, history: int, new: int, now_s: float) -> None:
         """Drop half a window from the front until the request fits. What is being read or written of it stops first."""
-        mover = self._mover
-        if mover.is_asked_for(row):
-            mover.stop_promotion(row)
+        store = self._store
+        if store.is_asked_for(row):
+            store.stop_promotion(row)
         half = max(1, self._context // 2)
         cut = min(history, -(-(history + new - self._context) // half) * half)
         cut_bytes = cut * self._kv_bytes if self._overflow_keeps else self._size[row]
         left = history - cut
         self._account.live(-cut * self._kv_bytes, now_s)
-        mover.hold(row)
-        mover.cut_front(row, cut_bytes, now_s)
+        store.hold(row)
+        store.cut_front(row, cut_bytes, now_s)
         self._size[row] = left * self._kv_bytes
-        mover.release(row)
+        store.release(row)
         self._tokens[row] = left

@@ -10,20 +10,26 @@ import numpy as np
 from kvservice.policy.items import NOT_QUEUED, ItemTable
 from kvservice.policy.placement import Placement
 from kvservice.simulate.account import Account
-from kvservice.simulate.mover import Mover
 from kvservice.simulate.settings import Machine
-from kvservice.simulate.turns import Turns
+from kvservice.simulate.store_model import StoreModel
+from kvservice.simulate.turn_replay import TurnReplay
 from kvservice.simulate.views import ints
 from kvservice.simulate.workload import Workload
 
 
-class PrefixTurns(Turns):
+class PrefixReplay(TurnReplay):
     """What happens to the items on a request's path. Its hit ends where a block is in no tier."""
 
     def __init__(
-        self, workload: Workload, machine: Machine, policy: Placement, items: ItemTable, mover: Mover, account: Account
+        self,
+        workload: Workload,
+        machine: Machine,
+        policy: Placement,
+        items: ItemTable,
+        store: StoreModel,
+        account: Account,
     ) -> None:
-        super().__init__(workload, machine, policy, items, mover, account)
+        super().__init__(workload, machine, policy, items, store, account)
         self._block_tokens = workload.block_tokens
         self._block_bytes = workload.block_tokens * machine.kv_bytes_per_token
         self._begins = ints(workload.path_begins)
@@ -41,9 +47,9 @@ class PrefixTurns(Turns):
         """The rows by which the queue shows the request."""
         return self._path[self._begins[turn] : self._begins[turn + 1]]
 
-    def came(self, turn: int, number: int, now_s: float) -> None:
+    def enqueue(self, turn: int, number: int, now_s: float) -> None:
         """The request waits now, as the `number`th of all that came."""
-        epoch, touched = self._mover.touches.epoch, self._mover.touched
+        epoch, changed_epoch = self._store.row_epochs.epoch, self._store.changed_epoch
         self._numbers[turn] = number
         for row in self.rows(turn):
             if self._queue_seq[row] == NOT_QUEUED:
@@ -51,26 +57,26 @@ class PrefixTurns(Turns):
             else:
                 self._later.setdefault(row, deque()).append(number)
             self._live[row] = True
-            touched[row] = epoch
+            changed_epoch[row] = epoch
             if self._tells_queued:
                 self._policy.queued(self._items, row, now_s)
 
     def dispatch(self, turn: int, now_s: float) -> int:
         """The request's turn has come: counts what is where. Returns the bytes to read from SSD."""
-        mover, account, items = self._mover, self._account, self._items
+        store, account, items = self._store, self._account, self._items
         path = self.rows(turn)
         queue_number = self._numbers.pop(turn)
         total = known = on_time = late = ssd = 0
         hits = True
         access = self._accesses + len(path)
         self._accesses = access
-        epoch, touched = mover.touches.epoch, mover.touched
+        epoch, changed_epoch = store.row_epochs.epoch, store.changed_epoch
         for row in path:
-            asked_for = mover.is_asked_for(row)
+            asked_for = store.is_asked_for(row)
             if asked_for:
-                mover.stop_promotion(row)
-            touched[row] = epoch
-            mover.hold(row)
+                store.stop_promotion(row)
+            changed_epoch[row] = epoch
+            store.hold(row)
             blocks = self._blocks[row]
             uses = self._uses[row]
             total += blocks
@@ -95,7 +101,7 @@ class PrefixTurns(Turns):
             self._access_seq[row] = access
             access -= 1
             self._unwanted[row] = False
-            mover.mark_used(row)
+            store.mark_used(row)
             if self._tells_used:
                 self._policy.used(items, row, now_s)
             self._unqueue(row, queue_number)
@@ -115,11 +121,11 @@ class PrefixTurns(Turns):
             account.miss += known - on_time - read
         return read * self._block_bytes
 
-    def stored(self, turn: int, is_last: bool, now_s: float) -> None:
+    def finish(self, turn: int, is_last: bool, now_s: float) -> None:
         """The answer has ended: the path is in DRAM, and what is worth least leaves."""
-        mover, items = self._mover, self._items
+        store, items = self._store, self._items
         path = self.rows(turn)
-        epoch, touched = mover.touches.epoch, mover.touched
+        epoch, changed_epoch = store.row_epochs.epoch, store.changed_epoch
         for row in reversed(path):
             size = self._blocks[row] * self._block_bytes
             was = self._size[row]
@@ -130,21 +136,21 @@ class PrefixTurns(Turns):
             elif not was:
                 self._account.live(size, now_s)
             others = self._in_use[row] = self._in_use[row] - 1
-            touched[row] = epoch
+            changed_epoch[row] = epoch
             self._answer[row] = self._output[turn]
             self._used_at[row] = now_s
             if self._bypass[row]:
                 self._bypass[row] = False
-                mover.store_on_ssd(row, size, now_s)
-            elif not others or mover.make_room(size - self._dram[row], now_s):
-                mover.grow(row, size, now_s)
+                store.store_on_ssd(row, size, now_s)
+            elif not others or store.make_room(size - self._dram[row], now_s):
+                store.grow(row, size, now_s)
         for row in path:
-            mover.release(row)
+            store.release(row)
             if self._tells_stored:
                 self._policy.stored(items, row, now_s)
-        mover.settle(now_s)
+        store.evict_to_capacity(now_s)
         for row in path:
-            mover.write_behind(row)
+            store.write_behind(row)
 
     def _unqueue(self, row: int, number: int) -> None:
         later = self._later.get(row)

@@ -1,0 +1,133 @@
+"""One word has one meaning: class names are unique, and texts use the words of the glossary and of the field."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+PRODUCT = ("kvservice", "proto", "client", "engine_adapter")
+
+#: Public class names with more than one definition, and why each is right.
+SHARED_NAMES = {
+    "Client": "the client library's connection, and the daemon's record of the same client",
+    "Clock": "time as an input, in the daemon and in the client; neither package imports the other",
+    "Lease": "the two sides of one lease: what the client holds, and what the daemon counts",
+    "SessionHistory": "the two sides of one answer: what the client reads, and what the daemon leased for it",
+    "Tier": "the client's name of a storage medium, and the daemon's interface to it",
+}
+
+#: The first version's private dialect. A plain word stands in the message.
+BANNED = {
+    r"whoever|whosever": "name the actor: the client, the daemon, the caller",
+    r"nobody|no one": "say what does not happen: 'no client holds it'",
+    r"whatever": "say which",
+    r"somebody|someone": "name the actor",
+    r"(?:is|are|was|were|be|been) told": "'receives', 'is called with', 'reads'",
+    r"lets? go|letting go": "'releases', 'frees', 'evicts'",
+    r"hears?": "'receives', 'learns'",
+    r"anew": "'again'",
+    r"foretold|foretells?": "'predicts', 'announces'",
+    r"(?<!there )is none": "'is not valid', 'does not exist'",
+    r"(?:bytes|blocks|tokens|turns|requests|sessions|times|returns|GB|GiB|MiB) a second": "'per second'",
+    r"\w+ a (?:shard|layer|token|block) each": "'per'",
+}
+BANNED_WORD = re.compile("|".join(rf"\b(?:{words})\b" for words in BANNED), re.IGNORECASE)
+
+#: Folders whose texts still have banned words, and how many at most. A number may only become smaller.
+LEFT = {
+    "kvservice/index": 3,
+    "kvservice/policy": 13,
+    "kvservice/rpc": 5,
+    "kvservice/simulate": 26,
+    "kvservice/store": 38,
+    "kvservice/tiers": 14,
+    "client": 32,
+    "engine_adapter": 12,
+    "proto": 21,
+    "benchmarks": 7,
+    "examples": 2,
+    "tests": 112,
+    "docs": 56,
+    ".": 7,
+}
+FOLDERS = (
+    "kvservice", "kvservice/bench", "kvservice/index", "kvservice/policy", "kvservice/rpc", "kvservice/simulate",
+    "kvservice/store", "kvservice/tiers", "client", "engine_adapter", "proto", "benchmarks", "examples", "tools",
+    "tests", "docs", ".",
+)  # fmt: skip
+
+
+def classes() -> dict[str, list[str]]:
+    """Every public class of the product that was written by hand: its files by its name."""
+    found: defaultdict[str, list[str]] = defaultdict(list)
+    for folder in PRODUCT:
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            if "_pb2" in file.name:
+                continue
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    found[node.name].append(str(file.relative_to(ROOT)))
+    return found
+
+
+def test_a_class_name_has_one_meaning() -> None:
+    twice = {name: files for name, files in classes().items() if len(files) > 1 and name not in SHARED_NAMES}
+
+    assert not twice, "rename all but one, or say in SHARED_NAMES why one word is right"
+
+
+@pytest.mark.parametrize("name", SHARED_NAMES)
+def test_a_name_that_is_said_to_be_shared_is_defined_more_than_once(name: str) -> None:
+    assert len(classes()[name]) > 1, f"take {name} out of SHARED_NAMES"
+
+
+def files_of(folder: str) -> Iterator[Path]:
+    """The texts of a folder; of one that others in FOLDERS lie in, only those beside them."""
+    nested = any(other != folder and (folder == "." or other.startswith(folder + "/")) for other in FOLDERS)
+    for pattern in ("*.py", "*.md", "*.proto"):
+        for file in (ROOT / folder).glob(pattern) if nested else (ROOT / folder).rglob(pattern):
+            if "_pb2" not in file.name and file != Path(__file__) and file.name != "CHANGELOG.md":
+                yield file
+
+
+def texts_of(file: Path) -> Iterator[tuple[int, str]]:
+    """Line numbers and text: of Python its comments and strings, of protocol files the comments, else all."""
+    text = file.read_text()
+    if file.suffix == ".py":
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type in (tokenize.COMMENT, tokenize.STRING):
+                yield token.start[0], token.string
+    elif file.suffix == ".proto":
+        for number, line in enumerate(text.splitlines(), 1):
+            yield number, line.partition("//")[2]
+    else:
+        yield from enumerate(text.splitlines(), 1)
+
+
+def banned_in(folder: str) -> list[str]:
+    return [
+        f"{file.relative_to(ROOT)}:{line + text[: match.start()].count(chr(10))}: {match[0]}"
+        for file in files_of(folder)
+        for line, text in texts_of(file)
+        for match in BANNED_WORD.finditer(text)
+    ]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_texts_use_plain_words(folder: str) -> None:
+    found = banned_in(folder)
+
+    assert len(found) <= LEFT.get(folder, 0), "\n".join(["BANNED says what to write instead:", *found])
+
+
+@pytest.mark.parametrize("folder", LEFT)
+def test_a_folder_without_banned_words_is_not_left_to_do(folder: str) -> None:
+    assert banned_in(folder), f"take {folder} out of LEFT"
