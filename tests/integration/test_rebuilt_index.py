@@ -281,7 +281,7 @@ def test_without_any_layout_no_index_is_made(daemon: DaemonProcess) -> None:
     shutil.rmtree(daemon.store / "layouts")
     result = daemon.check("--rebuild")
     assert result.returncode == 1
-    assert "bring the folder" in result.stdout
+    assert "from a copy" in result.stdout
     assert not (daemon.store / "index").exists()
 
 
