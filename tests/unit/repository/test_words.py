@@ -35,7 +35,7 @@ BANNED = {
     r"hears?": "'receives', 'learns'",
     r"anew": "'again'",
     r"foretold|foretells?": "'predicts', 'announces'",
-    r"(?<!there )is none": "'is not valid', 'does not exist'",
+    r"(?<!there )is (?-i:none)": "'is not valid', 'does not exist'",
     r"(?:bytes|blocks|tokens|turns|requests|sessions|times|returns|GB|GiB|MiB) a second": "'per second'",
     r"\w+ a (?:shard|layer|token|block) each": "'per'",
 }
