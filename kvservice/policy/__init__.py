@@ -1,7 +1,7 @@
 """Placement policies: pure functions of (state, now). No I/O, no clock, no lock, no tier.
 
-A policy decides, a mover carries out. ``base`` is the interface, ``placement`` what policies over ``items``
-(sessions, shared prefixes) hear and answer besides; one file a policy.
+A policy decides, and a store carries the decision out. ``base`` is the interface of all policies, ``placement`` extends
+it for policies over ``items`` (sessions, shared prefixes). Each policy has one file.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from kvservice.policy.lru import LruPolicy
 from kvservice.policy.placement import Placement
 from kvservice.policy.s3fifo import S3FifoPolicy
 
-#: By name, what makes each policy over items. Each run has an instance of its own.
+#: Constructors of the policies over items, by name. Each run needs its own instance.
 PLACEMENTS: dict[str, Callable[[], Placement]] = {
     "lru": LruPolicy,
     "fifo": FifoPolicy,
@@ -26,7 +26,7 @@ PLACEMENTS: dict[str, Callable[[], Placement]] = {
     "foresight-unlearned": partial(ForesightPolicy, learning=False),
 }
 
-#: Those that also rank single blocks: what the daemon can run.
+#: The policies that can also rank single blocks, as the daemon needs.
 POLICIES: dict[str, type[Policy[BlockTable]]] = {"lru": LruPolicy}
 
 __all__ = [

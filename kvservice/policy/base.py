@@ -1,9 +1,9 @@
-"""What every placement policy answers, and what it is told.
+"""The interface of placement policies.
 
-A policy scores *items*: a session's KV, a shared prefix, or a single block where nothing groups blocks.
-Within an item the blocks are ordered: a tier holds a prefix of it, and gives up its end first. Whoever
-moves the bytes (the daemon's mover, the simulator) tells the policy what happens and asks what shall
-leave and what shall come. A policy is a function of what it was told and of the time that it is given.
+A policy scores *items*: a session's KV, a shared prefix, or, in the daemon, a single block. The blocks of an item are
+ordered: a tier holds a prefix of the item, and evicts its end first. The store (the daemon's, or the simulator's
+model) reports events to the policy, and asks it what to evict and what to promote. The answers of a policy depend
+only on these events and on the time that each call passes.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from kvservice.blocks import Rows, TierName
 
 
 class Recency(Protocol):
-    """What a policy that goes by recency alone reads. The daemon's `BlockTable` is one, with single blocks as items."""
+    """The columns that a policy by recency reads. The daemon's `BlockTable` has them, with single blocks as items."""
 
     access_seq: NDArray[np.int64]  # Greater is later; within one lookup a prefix is later than its suffix.
-    unwanted_on_ssd: NDArray[np.bool_]  # Was evicted from SSD, and not used since.
+    unwanted_on_ssd: NDArray[np.bool_]  # Evicted from SSD, and not used since.
 
 
 class Hint(StrEnum):
-    """What an application says about a session before its next request comes."""
+    """What an application reports about a session before its next request."""
 
     TYPING = "typing"
-    TOOL_CALL = "tool_call"  # A tool call began: the request comes when it has ended.
+    TOOL_CALL = "tool_call"  # A tool call started: the next request follows its end.
     ENDED = "ended"
 
 
@@ -37,26 +37,26 @@ class Promotion(NamedTuple):
     """A copy from SSD to DRAM that a policy wants."""
 
     row: int
-    deadline_s: float  # When the bytes are needed. The earliest is read first.
-    worth: float = math.inf  # What is worth at least as much (by `retention`) does not leave for it.
+    deadline_s: float  # When the bytes are needed. The promotion with the earliest deadline is read first.
+    worth: float = math.inf  # Only items with a lower `retention` are evicted for it.
 
 
 ItemsT = TypeVar("ItemsT", contravariant=True)
 
 
 class Policy(Protocol, Generic[ItemsT]):
-    """Says what is worth keeping. Never changes the items."""
+    """Scores items. Never changes them."""
 
     name: ClassVar[str]
 
     def retention(self, items: ItemsT, rows: Rows, tier: TierName, now_s: float) -> NDArray[np.float64]:
-        """The worth of keeping each of `rows` in `tier`. The lowest leave first; ties leave in any order.
+        """The score of each of `rows` in `tier`, shape [rows]. The lowest are evicted first, ties in any order.
 
-        `rows` have bytes in `tier`, and nothing holds them. May be called from any thread.
+        `rows` have bytes in `tier` and are not held. May be called from any thread.
         """
 
     def wants_in_dram(self, items: ItemsT, row: int, now_s: float) -> bool:
-        """Whether what is being loaded from SSD shall get a place in DRAM, evicting others."""
+        """Whether an item that is read from SSD gets space in DRAM, for which other items are evicted."""
 
     def wants_on_ssd(self, items: ItemsT, row: int, now_s: float) -> bool:
-        """Whether what is in DRAM shall be copied to SSD, evicting others."""
+        """Whether an item in DRAM is copied to SSD, for which other items are evicted there."""

@@ -1,4 +1,4 @@
-"""First in, first out: what came into a tier the longest ago leaves it first, however it was used since."""
+"""First in, first out: the item that entered a tier first is evicted first, independent of its uses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvservice.policy.placement import Placement
 
 
 class FifoPolicy(Placement):
-    """By arrival, in each tier its own: what comes back from SSD is new in DRAM, and on SSD as old as before."""
+    """Ranks by arrival per tier. An item that is promoted from SSD is new in DRAM, and keeps its age on SSD."""
 
     name: ClassVar[str] = "fifo"
     whole_items: ClassVar[bool] = True
@@ -23,5 +23,5 @@ class FifoPolicy(Placement):
         return arrivals[rows].astype(np.float64)
 
     def wants_on_ssd(self, items: ItemTable, row: int, now_s: float) -> bool:
-        # It was the first to leave there: only a use makes it worth another's place.
+        # SSD evicted it, and no request has used it since: a new copy would only evict another item.
         return not items.unwanted_on_ssd[row]

@@ -1,4 +1,4 @@
-"""The table of items that policies with foresight score: sessions and shared prefixes, as rows of arrays."""
+"""The table of items that placement policies score: sessions and shared prefixes, as rows of arrays."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from numpy.typing import NDArray
 NOT_QUEUED = -1
 
 _COLUMNS = {
-    "size_bytes": np.int64,  # Of the whole item, as it was last saved.
-    "dram_bytes": np.int64,  # Its prefix in DRAM. Bytes that are still on their way count in `coming_bytes`.
-    "ssd_bytes": np.int64,  # Its prefix on SSD.
-    "coming_bytes": np.int64,  # DRAM lent to a running promotion.
-    "in_use": np.int32,  # Requests that run on it now: nothing of it leaves.
-    "access_seq": np.int64,  # Greater is used later; of one request's items, the prefix is later than its suffix.
-    "dram_seq": np.int64,  # When its first byte came into DRAM, in the order of all such arrivals.
-    "ssd_seq": np.int64,
-    "unwanted_on_ssd": np.bool_,  # Was evicted from SSD, and not used since.
-    "used_at_s": np.float64,  # The end of its last use: from here its user thinks. NaN before the first.
-    "uses": np.int64,  # Requests that used it, those that run now included.
-    "answer_tokens": np.int64,  # Of its last request.
+    "size_bytes": np.int64,  # Size of the whole item at its last save.
+    "dram_bytes": np.int64,  # Length of its prefix in DRAM, without `coming_bytes`.
+    "ssd_bytes": np.int64,  # Length of its prefix on SSD.
+    "coming_bytes": np.int64,  # Space in DRAM that a running promotion has reserved.
+    "in_use": np.int32,  # Requests that run on it now. While it is above 0, the item is not evicted.
+    "access_seq": np.int64,  # Order of last uses. For the items of one request, a prefix is later than its suffix.
+    "dram_seq": np.int64,  # Order of arrivals in DRAM, by the item's first byte.
+    "ssd_seq": np.int64,  # Order of arrivals on SSD.
+    "unwanted_on_ssd": np.bool_,  # Evicted from SSD, and not used since.
+    "used_at_s": np.float64,  # End of its last use, when the think time starts. NaN before the first.
+    "uses": np.int64,  # Requests that used it, with those that run now.
+    "answer_tokens": np.int64,  # Tokens of the last answer.
     "queue_seq": np.int64,  # Its request's number in the engine's queue (see Conditions), or NOT_QUEUED.
-    "hint": np.int8,  # The last since its last use: 0 none, else `HINTS[hint]`.
-    "hinted_at_s": np.float64,  # When it came.
-    "ended": np.bool_,  # The application said that the session is over.
-    "value": np.float64,  # What one use of the whole item saves, in whatever unit the owner counts (turns, seconds).
-    "live": np.bool_,  # Has bytes in some tier, or a request that waits or runs.
+    "hint": np.int8,  # The last hint since its last use: 0 for none, else an index into HINTS.
+    "hinted_at_s": np.float64,  # When the hint was sent.
+    "ended": np.bool_,  # The application reported the end of the session.
+    "value": np.float64,  # What one use of the whole item saves. The table's owner chooses the unit (turns, seconds).
+    "live": np.bool_,  # Has bytes in a tier, or a request that waits or runs.
 }
 HINTS = ("", "typing", "tool_call", "ended")
 
 
 class ItemTable:
-    """Items by number. `rows` never move; a row that is not `live` may be given to another item."""
+    """Items as rows of arrays, shape [row_count]. A row keeps its number; a row that is not `live` may be reused."""
 
     size_bytes: NDArray[np.int64]
     dram_bytes: NDArray[np.int64]
@@ -68,14 +68,14 @@ class ItemTable:
 
 @dataclass(slots=True)
 class Conditions:
-    """What a policy has to know of the machine, kept up to date by whoever moves the bytes."""
+    """What a policy knows of the machine. The store keeps it up to date."""
 
     dram_capacity_bytes: int
     ssd_capacity_bytes: int
-    ssd_bytes_per_s: float  # Measured; shared by reads and writes.
-    served: int = 0  # Requests whose turn has come. One with number `queue_seq` has `queue_seq - served` before it.
+    ssd_bytes_per_s: float  # Measured; reads and writes share it.
+    served: int = 0  # Requests dispatched so far. A queued request has `queue_seq - served` requests before it.
     queued: int = 0  # Requests that wait.
-    turns_per_s: float = math.inf  # How fast the queue moves while there is one.
-    read_backlog_s: float = 0.0  # How long the SSD will read what it was asked for.
+    turns_per_s: float = math.inf  # The rate at which requests leave a queue that is not empty.
+    read_backlog_s: float = 0.0  # Seconds that the SSD needs for the reads that are queued or running.
     read_busy: float = 0.0  # The share of recent time in which the SSD read, 0 to 1.
-    written_bytes: int = 0  # To SSD, since the start.
+    written_bytes: int = 0  # Bytes written to SSD since the start.

@@ -1,27 +1,27 @@
-"""When to look at everything again: by what happens, and by time while something may have to be fetched."""
+"""When a policy scans all items again: after a number of events, and periodically while items may need a promotion."""
 
 from __future__ import annotations
 
 import math
 
-_LOOKS = 48  # One event for so many items that are looked at...
-_EVENTS = 16  # ... but not fewer events than this.
-#: Between looks passes at least and at most this part of a typical time until a return.
+_LOOKS = 48  # A scan follows after one event per this many scanned items...
+_EVENTS = 16  # ... but not after fewer events than this.
+#: The period between scans, as parts of a typical return time: at least 1/1024, at most 1/32.
 _OFTEN, _SELDOM = 1024, 32
-_LEADS = 8  # Between looks at what hints announce passes this part of the time that they leave.
+_LEADS = 8  # The period between scans of hinted items is this part of the time between a hint and its request.
 
 
 class LookTimes:
-    """`next_s` is the next time; `hinted_s` is that for what hints announced."""
+    """`next_s` is when to scan all items next; `hinted_s` is the same for the items with hints."""
 
     def __init__(self, now_s: float) -> None:
         self.next_s = -math.inf
         self.hinted_s = math.inf
         self.every_s = 0.0
         self.hinted_every_s = 0.0
-        self.events = 0  # Since the last look.
+        self.events = 0  # Events since the last scan.
         self._events_due = _EVENTS
-        self._event_s = math.inf  # Between events, in the mean of the last ones.
+        self._event_s = math.inf  # Mean time between recent events.
         self._counted = 0
         self._counted_from_s = now_s
 
@@ -38,7 +38,7 @@ class LookTimes:
         return min(self.next_s, self.hinted_s)
 
     def looked(self, rows: int, typical_s: float, lead_s: float, now_s: float) -> None:
-        """At so many rows. `typical_s` passes until a return, `lead_s` from a hint to the soonest requests."""
+        """A scan of `rows` items ended. `typical_s` is a typical return time, `lead_s` the shortest hint lead."""
         self._events_due = max(rows // _LOOKS, _EVENTS)
         self._counted += self.events
         if self._counted >= _EVENTS and now_s > self._counted_from_s:

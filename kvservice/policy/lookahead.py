@@ -1,8 +1,8 @@
-"""The paper's policy (CachedAttention, USENIX ATC 2024, 3.3): the engine's queue is the future that is known.
+"""The paper's policy (CachedAttention, USENIX ATC 2024, 3.3): it looks ahead in the engine's queue.
 
-What waits near the queue's head is fetched from SSD before its turn comes. DRAM and SSD give up what no request
-waits for, the least recently used first, and then what waits nearest to the queue's tail. How far ahead to look
-follows from how many sessions the tiers hold: `prefetch_window` and `eviction_window`.
+Items of requests near the queue's head are read from SSD before the requests run. DRAM and SSD first evict items
+without a waiting request, the least recently used first, and then the items nearest to the queue's tail. The number
+of sessions that the tiers hold determines how far to look ahead: `prefetch_window` and `eviction_window`.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from kvservice.policy.items import NOT_QUEUED, ItemTable
 from kvservice.policy.placement import Placement
 
 _NO_LIMIT = sys.maxsize
-_CLASS = 2.0**50  # Between two classes of worth. More than there will ever be requests, and exact in a float64.
-_HEAD = 32  # Requests at the queue's head that are looked at every time: a fetch that found no room is asked for again.
+_CLASS = 2.0**50  # Distance between two classes of scores: above any number of requests, and exact in a float64.
+_HEAD = 32  # Requests at the queue's head that every call looks at, so that a dropped fetch is requested again.
 
 
 class LookaheadPolicy(Placement):
-    """S_kv, the average size of a session's KV, is taken over the sessions that the tiers know now.
+    """S_kv, the average size of a session's KV, is the average over the sessions that the tiers hold now.
 
-    C_mem, the DRAM for prefetching, is what remains of DRAM without what running requests have there and without
-    the part that is kept free so that a fetch never waits for room. The paper gives no number for that part. Here it
-    is a thirty-second: at the paper's 128 GB, two or three average sessions, so that the next fetch begins while the
-    one before it is being made up for; more would be taken from the sessions that wait.
+    C_mem, the DRAM for prefetching, is DRAM without the bytes of running requests and without the part that stays free
+    so that a fetch need not wait for space. The paper gives no number for that part. Here it is 1/32: two or three
+    average sessions at the paper's 128 GB. The next fetch then starts while the space of the last one is evicted. A
+    larger part would reduce the space for waiting sessions.
     """
 
     name: ClassVar[str] = "lookahead"
@@ -40,14 +40,14 @@ class LookaheadPolicy(Placement):
 
     def __init__(self, dram_kept_free: float = 1 / 32) -> None:
         self.dram_kept_free = dram_kept_free
-        self._known_bytes = np.zeros(1024, np.int64)  # By row, of what counts in S_kv; 0 else.
+        self._known_bytes = np.zeros(1024, np.int64)  # By row: size of the items that count in S_kv, else 0.
         self._known_count = 0
         self._known_sum_bytes = 0
         self._largest_bytes = 0
         self._running: set[int] = set()
-        self._looked_to_seq = 0  # What waits before it was asked for, if it was within the window.
+        self._looked_to_seq = 0  # Requests before this number were returned by `promotions`, if within the window.
 
-    # What happens
+    # Events
 
     def queued(self, items: ItemTable, row: int, now_s: float) -> None:
         if items.queue_seq[row] < items.conditions.served + self.prefetch_window(items):
@@ -55,7 +55,7 @@ class LookaheadPolicy(Placement):
 
     def used(self, items: ItemTable, row: int, now_s: float) -> None:
         self._running.add(row)
-        self.look_at_s = now_s  # The window moved on.
+        self.look_at_s = now_s  # The window moved.
 
     def stored(self, items: ItemTable, row: int, now_s: float) -> None:
         self._running.discard(row)
@@ -80,14 +80,14 @@ class LookaheadPolicy(Placement):
         self._known_count += (size_bytes > 0) - (before > 0)
         self._largest_bytes = max(self._largest_bytes, size_bytes)
 
-    # How far it looks
+    # Windows
 
     def prefetch_window(self, items: ItemTable) -> int:
-        """L_pw = floor(C_mem / S_kv): so many requests from the queue's head have their KV fetched."""
+        """L_pw = floor(C_mem / S_kv): the number of requests at the queue's head whose KV is fetched."""
         return self._sessions_in(self._prefetch_bytes(items))
 
     def eviction_window(self, items: ItemTable) -> int:
-        """L_ev = floor((C_mem + C_disk) / S_kv): so many requests from the queue's head keep their KV."""
+        """L_ev = floor((C_mem + C_disk) / S_kv): the number of requests at the queue's head that keep their KV."""
         return self._sessions_in(self._prefetch_bytes(items) + items.conditions.ssd_capacity_bytes)
 
     def _prefetch_bytes(self, items: ItemTable) -> int:
@@ -98,13 +98,12 @@ class LookaheadPolicy(Placement):
     def _sessions_in(self, size_bytes: int) -> int:
         return size_bytes * self._known_count // self._known_sum_bytes if self._known_count else _NO_LIMIT
 
-    # What stays
+    # Scores
 
     def retention(self, items: ItemTable, rows: Rows, tier: TierName, now_s: float) -> NDArray[np.float64]:
-        """No request waits: by recency. Else by the place in the queue: so what is within the window leaves last.
+        """By recency without a waiting request, else by the place in the queue. Items in the window are evicted last.
 
-        Where DRAM has all that SSD has of an item within the window, no byte is lost with the copy on SSD: it leaves
-        before one that is the only one.
+        On SSD, an item in the window that DRAM holds too is evicted before one that only SSD has.
         """
         seq = items.queue_seq[rows]
         waits = seq != NOT_QUEUED
@@ -116,14 +115,14 @@ class LookaheadPolicy(Placement):
         return worth
 
     def wants_on_ssd(self, items: ItemTable, row: int, now_s: float) -> bool:
-        """Whether room for it can be had there without dropping what is needed sooner.
+        """Whether SSD can make space for it without evicting an item that is needed sooner.
 
-        An item within the eviction window is dropped only for one that is needed before it, and only once
-        DRAM has nothing outside the window that could leave instead.
+        An item in the eviction window is evicted only for one that is needed before it, and only if DRAM has no
+        item outside the window that could be evicted instead.
         """
         seq, conditions = int(items.queue_seq[row]), items.conditions
         if seq == NOT_QUEUED and items.unwanted_on_ssd[row]:
-            return False  # It was the first to leave there, and nothing has happened since.
+            return False  # SSD evicted it, and no request has used it since.
         window = self.eviction_window(items)
         room_bytes = conditions.ssd_capacity_bytes - int(items.size_bytes[row])
         if (min(conditions.queued, window) + len(self._running)) * self._largest_bytes <= room_bytes:
@@ -142,13 +141,13 @@ class LookaheadPolicy(Placement):
             return False
         return seq < int(items.queue_seq[kept].max())
 
-    # What comes
+    # Promotions
 
     def promotions(self, items: ItemTable, queue: Sequence[int], now_s: float) -> Sequence[Promotion]:
-        """What waits within the window and is on SSD, in the order of the queue.
+        """The items of requests in the window that are on SSD, in the order of the queue.
 
-        Only what came into the window since the last time is looked at, and the head of the queue. Where requests
-        read several items, shared prefixes, the window is in items, and all of it is looked at.
+        The call looks at the requests that entered the window since the last call, and at the queue's head. If requests
+        read several items (shared prefixes), the window counts items, and the call looks at the whole window.
         """
         self.look_at_s = math.inf
         conditions = items.conditions

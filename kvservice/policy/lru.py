@@ -1,4 +1,4 @@
-"""Least recently used: what nobody asked for the longest leaves first."""
+"""Least recently used: the item with the oldest use is evicted first."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from kvservice.policy.placement import Placement
 
 
 class LruPolicy(Placement):
-    """Recency alone, as the table counts it: within one lookup, a prefix is newer than its suffix.
+    """Ranks by `access_seq` alone, in which a prefix is newer than its suffix within one lookup.
 
-    It reads nothing else of a table, so it ranks the daemon's blocks as it ranks sessions.
+    It reads only the columns of `Recency`, so the daemon can use it for blocks.
     """
 
     name: ClassVar[str] = "lru"
@@ -28,5 +28,5 @@ class LruPolicy(Placement):
         return True
 
     def wants_on_ssd(self, items: Recency, row: int, now_s: float) -> bool:
-        # Once evicted from SSD it was the oldest there: writing it back would only evict a newer one.
+        # It was the oldest item on SSD when it was evicted: a new copy would only evict a newer item.
         return not items.unwanted_on_ssd[row]

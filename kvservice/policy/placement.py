@@ -1,4 +1,4 @@
-"""What a policy over an `ItemTable` is told besides, and asked: queue, hints, promotions."""
+"""The base class of policies over an `ItemTable`: events of the queue, hints, and promotions."""
 
 from __future__ import annotations
 
@@ -15,49 +15,49 @@ from kvservice.policy.items import ItemTable
 
 
 class Placement:
-    """The base of policies over items. What happens is told by the methods that do nothing here.
+    """Base class of policies over items. The event methods do nothing here.
 
-    The table already shows what a method tells of. A mover may skip a method that a policy did not override.
+    The table is up to date before an event method is called. A store may skip a method that a policy does not override.
     """
 
     name: ClassVar[str]
-    #: Whether a session leaves a tier whole, as in the paper, or only as much of its end as is needed.
+    #: Whether a session is evicted whole, as in the paper. False: only as much of its end as is needed.
     whole_items: ClassVar[bool] = False
-    #: The share of DRAM that is free before a promotion begins. What is worth less than it leaves for that, before
-    #: it begins and once it has taken its room.
+    #: The share of DRAM to keep free, so that a promotion need not wait for space. Items with a score below a
+    #: promotion's are evicted for it, before the promotion starts and once it has reserved its space.
     dram_kept_free: float = 0.0
-    #: What has just come may be worth least of all, so victims are ranked anew whenever room is made.
+    #: Whether a new item may have the lowest score. If so, each eviction ranks all items again.
     newcomers_may_leave: ClassVar[bool] = False
-    #: The next time to ask for promotions; a method that is told something may bring it forward to `now_s`.
+    #: When to call `promotions` next. An event method may set it to `now_s`.
     look_at_s: float = math.inf
 
     def queued(self, items: ItemTable, row: int, now_s: float) -> None:
-        """A request that continues the item has come and waits (`queue_seq` says where)."""
+        """A request for the item joined the queue, at `queue_seq`."""
 
     def used(self, items: ItemTable, row: int, now_s: float) -> None:
-        """A request's turn has come: the item's bytes are read now. `used_at_s` still tells of the use before."""
+        """A request for the item is dispatched and reads it now. `used_at_s` still has the previous use."""
 
     def stored(self, items: ItemTable, row: int, now_s: float) -> None:
-        """The request has ended; the item is in DRAM as far as it fits, and its user begins to think."""
+        """The request has ended. The item is in DRAM as far as it fits, and the user's think time starts."""
 
     def hinted(self, items: ItemTable, row: int, hint: Hint, now_s: float) -> None:
-        """The application said something about the item's session."""
+        """The application sent a hint about the item's session."""
 
     def arrived(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
-        """The first bytes of the item came into `tier`, which had none. Of one request's items the suffix is first.
+        """The first bytes of the item entered `tier`. For the items of one request, the suffix is reported first.
 
-        In DRAM, room for what a request stored is made after this: the item itself may be what leaves.
+        In DRAM, the eviction for a stored request follows this call and may evict the item itself.
         """
 
     def left(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
-        """Bytes of the item left `tier` to make room: its end, or all of it."""
+        """`tier` evicted the item's end, or the whole item."""
 
     def forgotten(self, items: ItemTable, row: int, now_s: float) -> None:
-        """No tier has a byte of it any more and no request waits for it."""
+        """No tier has a byte of the item, and no request waits for it."""
 
     def retention(self, items: ItemTable, rows: Rows, tier: TierName, now_s: float) -> NDArray[np.float64]:
-        """See `Policy.retention`. Not called from another thread than the methods above."""
-        raise NotImplementedError  # What leaves first is the policy itself: there is no order to inherit.
+        """See `Policy.retention`. Called from the same thread as the methods above."""
+        raise NotImplementedError  # Every policy has its own order.
 
     def wants_in_dram(self, items: ItemTable, row: int, now_s: float) -> bool:
         return True
@@ -66,11 +66,11 @@ class Placement:
         return True
 
     def promotions(self, items: ItemTable, queue: Sequence[int], now_s: float) -> Sequence[Promotion]:
-        """What shall come from SSD to DRAM. Asked when `look_at_s` has come; sets the next one.
+        """The promotions from SSD to DRAM that the policy wants. Called at `look_at_s`; must set the next one.
 
-        `queue` has the rows of the requests that wait, in the order in which they will run; a request's row
-        may be one without a byte anywhere. What was asked for and is on its way need not be asked for again;
-        asking again with another deadline changes it.
+        `queue` has the rows of the waiting requests in the order in which they will run. A row may have no bytes in any
+        tier. A promotion that is queued or running need not be returned again; returning it with another deadline
+        changes the deadline.
         """
         self.look_at_s = math.inf
         return ()

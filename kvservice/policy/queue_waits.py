@@ -1,4 +1,4 @@
-"""How long requests wait in the queue: for as long, what is not in DRAM can still be read in time."""
+"""The distribution of waits in the queue. An item can still be read from SSD in time while its request waits."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import numpy as np
 
 from kvservice.policy.survival import BIN_COUNT, Floats, bin_of, places_of
 
-_MEMORY = 1024.0  # Requests.
+_MEMORY = 1024.0  # Requests after which a wait's weight has fallen to 1/e.
 _LEAST = 1e-3
 
 
 class QueueWaits:
-    """The distribution of the last waits."""
+    """The distribution of recent waits, with exponentially decreasing weights."""
 
     def __init__(self, row_count: int) -> None:
         self._since_s = np.full(row_count, math.nan)
         self._waits = [0.0] * BIN_COUNT
-        self._weight = 1.0  # Of the next one: the others fade beside it.
+        self._weight = 1.0  # Weight of the next wait. It grows, instead of all other weights decreasing.
         self._shorter: Floats = np.ones(BIN_COUNT + 1)
 
     def queued(self, row: int, now_s: float) -> None:
@@ -35,7 +35,7 @@ class QueueWaits:
         self._since_s[row] = math.nan
 
     def learn(self) -> None:
-        """Puts what was seen into `shorter`."""
+        """Update `shorter` with the waits that were recorded since the last call."""
         waits = np.array(self._waits) / self._weight
         self._waits, self._weight = waits.tolist(), 1.0
         total = waits.sum()
@@ -44,8 +44,8 @@ class QueueWaits:
             self._shorter[0] = self._shorter[1] / 2
 
     def shorter(self, times_s: Floats) -> Floats:
-        """The share of waits that are over before such a time is; never none."""
-        places = places_of(times_s) + 0.5  # From the middle of a bin to its end, up to which its share counts.
+        """The share of waits shorter than each of `times_s`, at least `_LEAST`. Same shape as `times_s`."""
+        places = places_of(times_s) + 0.5  # Shares are cumulative at the end of a bin, places are at its middle.
         bins = places.astype(np.int64)
         share: Floats = self._shorter[bins] + (places - bins) * (self._shorter[bins + 1] - self._shorter[bins])
         return np.maximum(share, _LEAST)

@@ -1,4 +1,4 @@
-"""What a read from SSD costs: next to nothing while the SSD has time, a hit where it has none."""
+"""The price of a read from SSD, in hits: about 0 while the SSD is idle, 1 while it is fully used."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import math
 
 from kvservice.policy.items import Conditions
 
-_LEAST, _MOST = 0.01, 1.0  # Of an item of mean size, in hits.
-_BUSY = 0.85  # From this share of its time on that the SSD reads and writes, the price rises, up to all of it.
+_LEAST, _MOST = 0.01, 1.0  # Price of reading an item of mean size, in hits.
+_BUSY = 0.85  # The price rises while the SSD's busy share is above this.
 _MEMORY_S = 60.0
 
 
 class ReadPrice:
-    """Follows how busy the SSD is."""
+    """The present price, from the SSD's busy share of recent time."""
 
     def __init__(self, now_s: float) -> None:
         self._per_item = _LEAST
         self._mean_bytes = 1.0
         self._written_bytes = 0
-        self._writing = 0.0  # The share of its time in which it writes.
+        self._writing = 0.0  # The share of time in which the SSD writes.
         self._at_s = now_s
 
     @property
     def per_byte(self) -> float:
-        """In hits."""
+        """The price in hits per byte."""
         return self._per_item / self._mean_bytes
 
     def learn(self, conditions: Conditions, mean_bytes: float, now_s: float) -> None:

@@ -1,9 +1,9 @@
-"""S3-FIFO (Yang et al., SOSP 2023): a small queue sifts what is used once from what belongs in the main one.
+"""S3-FIFO (Yang et al., SOSP 2023): a small queue filters items that are used once out of the main queue.
 
-What comes into a tier goes into its small queue, a tenth of the tier, or into the main queue where the ghost still
-remembers it. Room is made from the small queue's old end while that queue is over its share: what was used more than
-once since it came moves to the main queue, the rest leaves and is remembered by the ghost. Else room is made from the
-main queue's old end: what was used there goes round once more for each use, at most three times.
+A new item enters the small queue, a tenth of the tier, or the main queue if the ghost queue lists it. While the small
+queue exceeds its share, its oldest item is evicted and listed in the ghost queue, unless it was used more than once:
+then it moves to the main queue. Otherwise the main queue's oldest item is evicted. An item that was used there is
+reinserted once per use instead, at most three times.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from kvservice.blocks import NO_ROW, Rows, TierName
 from kvservice.policy.items import ItemTable
 from kvservice.policy.placement import Placement
 
-_SMALL_PART = 10  # One part in so many is the small queue's.
+_SMALL_PART = 10  # The small queue's share is one in this many.
 _FREQ_MAX = 3
 _NOWHERE, _SMALL, _MAIN, _GHOST = range(4)
-_CLASS = 2.0**48  # Between two classes of worth. More than there will ever be arrivals, and exact in a float64.
+_CLASS = 2.0**48  # Distance between two classes of scores: above any number of arrivals, and exact in a float64.
 
 
 class S3FifoPolicy(Placement):
-    """Each tier has queues of its own. A use counts in every tier that has the item.
+    """Each tier has its own queues. A use counts in every tier that has the item.
 
-    Items differ in size, so shares are counted in bytes, as in the authors' simulator: the ghost remembers items
-    worth as many bytes as the main queue's share, which for items of one size is as many entries.
+    Items differ in size, so shares are in bytes, as in the authors' simulator. The ghost queue lists items of as many
+    bytes as the main queue's share.
     """
 
     name: ClassVar[str] = "s3fifo"
@@ -38,14 +38,14 @@ class S3FifoPolicy(Placement):
         self._queues = {tier: _Queues() for tier in TierName}
 
     def used(self, items: ItemTable, row: int, now_s: float) -> None:
-        is_new = items.uses[row] <= 1  # The row was given to another item: what the ghost knew was of the one before.
+        is_new = items.uses[row] <= 1  # The row has a new item: the ghost queue lists the row's previous item.
         for queues in self._queues.values():
             queues.note_use(row, is_new)
 
     def arrived(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
         queues = self._queues[tier]
         queues.insert(row, items.row_count)
-        if tier is TierName.SSD:  # Room was made before.
+        if tier is TierName.SSD:  # The eviction for it is over.
             queues.seat()
 
     def left(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
@@ -65,30 +65,30 @@ class S3FifoPolicy(Placement):
         return queues.rank(rows)
 
     def wants_on_ssd(self, items: ItemTable, row: int, now_s: float) -> bool:
-        return not items.unwanted_on_ssd[row]  # It had its time there: only a use makes it worth another's place.
+        return not items.unwanted_on_ssd[row]  # SSD evicted it: only a new use justifies evicting another item.
 
 
 def _of_tier(items: ItemTable, tier: TierName) -> tuple[int, NDArray[np.int64]]:
-    """A tier's capacity, and the bytes that it has of each item."""
+    """(the tier's capacity in bytes, the bytes that it has of each item)."""
     if tier is TierName.DRAM:
         return items.conditions.dram_capacity_bytes, items.dram_bytes
     return items.conditions.ssd_capacity_bytes, items.ssd_bytes
 
 
 class _Queues:
-    """The three queues of one tier, linked through arrays, as an item is in one of them at most.
+    """The three queues of one tier, as linked lists in arrays. An item is in at most one of them.
 
-    `seq` numbers what enters any of them: the order of a queue is that of its items' `seq`. Items that are in use
-    cannot leave: a hand goes past them, and they keep their place.
+    `seq` numbers the entries into all queues, and a queue is ordered by `seq`. Items in use are not evicted: a scan
+    skips them, and they keep their place.
     """
 
     def __init__(self) -> None:
-        self._newcomer = NO_ROW  # Room is being made for it: it enters its queue once something else happens.
+        self._newcomer = NO_ROW  # The eviction for it may still run: it enters its queue at the next event.
         self._newcomer_queue = _NOWHERE
         self._next_seq = 1
         self._oldest = [NO_ROW] * 4
         self._newest = [NO_ROW] * 4
-        self._over_share_seq = 0  # The small queue is over its share until what came to it by then has left it.
+        self._over_share_seq = 0  # The small queue exceeds its share by its items up to this `seq`.
         self._ghost_bytes = 0
         self._rows = 0
         self._queues = self._freqs = np.empty(0, np.int8)
@@ -96,7 +96,7 @@ class _Queues:
         self.grow(1024)
 
     def grow(self, row_count: int) -> None:
-        """Have state for this many rows at least."""
+        """Make the arrays large enough for `row_count` rows."""
         if row_count <= self._rows:
             return
         more = max(row_count - self._rows, self._rows)
@@ -104,12 +104,12 @@ class _Queues:
         for name in ("_queues", "_freqs", "_seqs", "_sizes", "_olders", "_newers"):
             column = getattr(self, name)
             setattr(self, name, np.concatenate([column, np.zeros(more, column.dtype)]))
-        # Single elements come from a memoryview in a third of the time.
+        # Access to a single element of a memoryview takes a third of the time of NumPy's.
         self._queue, self._freq = self._queues.data, self._freqs.data
         self._seq, self._size = self._seqs.data, self._sizes.data
         self._older, self._newer = self._olders.data, self._newers.data
 
-    # What happens
+    # Events
 
     def note_use(self, row: int, is_new: bool) -> None:
         self.seat()
@@ -129,20 +129,20 @@ class _Queues:
         self._freq[row] = 0
 
     def seat(self) -> None:
-        """Room was made for what came last: it enters its queue."""
+        """The eviction for the newest item is over: the item enters its queue."""
         if self._newcomer != NO_ROW:
             self._link(self._newcomer, self._newcomer_queue)
             self._newcomer = NO_ROW
 
     def drop(self, row: int) -> None:
-        """The item is in the tier no more, and nobody made room with it. What the ghost knows it still knows."""
+        """The item left the tier without an eviction. The ghost queue does not change."""
         if row == self._newcomer:
             self._newcomer = NO_ROW
         elif row < self._rows and self._queue[row] != _GHOST:
             self._unlink(row)
 
     def take(self, row: int, items: ItemTable, resident_bytes: NDArray[np.int64], ghost_share_bytes: int) -> None:
-        """The item left, or its end did: do what the hands do on their way to it."""
+        """The item, or its end, was evicted: update the queues as scans that reach this item would."""
         if row == self._newcomer:
             self.seat()
         if row >= self._rows or self._queue[row] not in (_SMALL, _MAIN):
@@ -162,20 +162,20 @@ class _Queues:
             self._unlink(row)
 
     def _sift(self, until: int, until_seq: int, items: ItemTable, resident_bytes: NDArray[np.int64]) -> None:
-        """Move to the main queue what the hand of the small queue finds to have been used more than once."""
+        """Scan the small queue, and move items that were used more than once to the main queue."""
         at = self._oldest[_SMALL]
         while at not in (NO_ROW, until) and self._seq[at] <= until_seq:
             newer = self._newer[at]
             if not resident_bytes[at]:
-                self._unlink(at)  # It went without a word.
+                self._unlink(at)  # It left the tier without an event.
             elif not items.in_use[at]:
                 if self._freq[at] <= 1:
-                    return  # It should have left first: the mover goes by an earlier ranking.
+                    return  # It should have been evicted first: the store uses an earlier ranking.
                 self._move_to_main(at)
             at = newer
 
     def _turn(self, until: int, items: ItemTable, resident_bytes: NDArray[np.int64]) -> None:
-        """Turn the main queue's hand to an item that has no turn left."""
+        """Scan the main queue up to an item without reinsertions left."""
         at = self._oldest[_MAIN]
         while at != until or self._freq[until]:
             if at == NO_ROW:  # The newer ones are all in use.
@@ -237,24 +237,23 @@ class _Queues:
     # Ranking
 
     def look(self, resident_bytes: NDArray[np.int64], in_use: NDArray[np.int32], share_bytes: int) -> None:
-        """See how far the small queue is over its share."""
+        """Update by how much the small queue exceeds its share."""
         small = np.flatnonzero(self._queues[: len(resident_bytes)] == _SMALL)
         small = small[np.argsort(self._seqs[small], kind="stable")]
         held = in_use[small] > 0
         held_bytes = int(resident_bytes[small[held]].sum())
         small = small[~held]
-        # What the queue has when the hand comes to an item: this one, the newer ones, and those that cannot leave.
+        # Bytes of the queue when a scan reaches an item: this item, the newer ones, and the items in use.
         left_bytes = np.cumsum(resident_bytes[small][::-1])[::-1] + held_bytes
         over = int(np.count_nonzero(left_bytes >= share_bytes))
         self._over_share_seq = self._seq[int(small[over - 1])] if over else 0
 
     def rank(self, rows: Rows) -> NDArray[np.float64]:
-        """The order in which the hands make them leave, where nothing is used meanwhile.
+        """Scores, shape [rows], in the order in which scans would evict the items if no item were used.
 
-        First what leaves the small queue while it is over its share; then the main queue by the turns that are
-        left, and within those by age, with what came to it from the small queue as its newest; and when that is
-        empty, the rest of the small queue, whose items then leave whether they were used or not. Last of all
-        what room is made for.
+        The order is: the items by which the small queue exceeds its share; the main queue by reinsertions left, then
+        by age, with items from the small queue as its newest; the rest of the small queue, used or not; and last the
+        item that the eviction is for.
         """
         queue, freq, seq = self._queues[rows], self._freqs[rows], self._seqs[rows]
         main = queue == _MAIN

@@ -1,4 +1,4 @@
-"""Hazards made into rates of return, ready to be read for any age and price of reading."""
+"""Tables of scores from hazards, by age and by the price of a read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kvservice.policy.survival import BIN_COUNT, Floats, Ints, places_of
 from kvservice.policy.worth import gittins_index, whittle_index
 
 _LEAST_PRICE = 0.01
-_PRICE_COUNT = 7  # Half an order of magnitude apart. Of one read, in hits.
+_PRICE_COUNT = 7  # Prices of one read in hits, half an order of magnitude apart.
 _LEVELS_PER_E = 2 / math.log(10)
 _PRICES = _LEAST_PRICE * np.exp(np.arange(_PRICE_COUNT) / _LEVELS_PER_E)
 
@@ -18,17 +18,17 @@ HOLD, KEEP, FETCH, LATER = range(4)
 
 
 class Scores:
-    """Indices by class, price and age, in returns a second.
+    """Four indices by class, price and age, in returns per second.
 
-    HOLD: of staying where what leaves can be read again. KEEP: of staying where what leaves is lost. FETCH: of being
-    read now. LATER: the highest FETCH at this age or any later one.
+    HOLD is the worth of staying in DRAM if SSD has a copy, KEEP if eviction loses the item. FETCH is the worth of being
+    read from SSD now, LATER the highest FETCH at this age or any later one.
     """
 
     def __init__(self, *hazards: Floats) -> None:
         self.learn(*hazards)
 
     def learn(self, *hazards: Floats) -> None:
-        """`hazards` (classes, bins), one group of classes after the other."""
+        """Compute the tables. `hazards` are arrays of shape [classes, bins], which are concatenated by class."""
         every = np.concatenate(hazards)
         hold, fetch = whittle_index(every, _PRICES)
         later = np.maximum.accumulate(fetch[..., ::-1], axis=-1)[..., ::-1]
@@ -37,7 +37,7 @@ class Scores:
         self._kind = hold.size
 
     def rates(self, classes: Ints, ages_s: Floats, ready_s: Floats, prices: Floats) -> Floats:
-        """Four rows, for items of these classes and ages; fetched now, one would be there at age `ready_s`."""
+        """The four indices, shape [4, items]. An item that is fetched now is in DRAM at age `ready_s`."""
         levels = np.rint(np.log(prices * (1 / _LEAST_PRICE)) * _LEVELS_PER_E)
         begins = classes * _PRICE_COUNT + np.minimum(np.maximum(levels, 0.0), _PRICE_COUNT - 1.0).astype(np.int64)
         begins *= BIN_COUNT
@@ -51,11 +51,11 @@ class Scores:
         return rates
 
     def at_once(self, in_class: int, price: float) -> tuple[float, float]:
-        """HOLD and KEEP at age 0."""
+        """(HOLD, KEEP) of a class at age 0."""
         level = min(max(round(math.log(price / _LEAST_PRICE) * _LEVELS_PER_E), 0), _PRICE_COUNT - 1)
         begins = (in_class * _PRICE_COUNT + level) * BIN_COUNT
         return self._table.item(begins), self._table.item(begins + KEEP * self._kind)
 
 
 _KINDS = np.arange(4)[:, None]
-_PLACE_OF_KIND = np.array((0, 0, 1, 1))  # HOLD and KEEP are read at the age now, the others when it would be there.
+_PLACE_OF_KIND = np.array((0, 0, 1, 1))  # HOLD and KEEP are read at the present age, the others at `ready_s`.

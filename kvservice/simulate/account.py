@@ -1,4 +1,4 @@
-"""What is written down of every turn when its time comes, and the result that follows from it."""
+"""Records per dispatched turn, the sums over them, and the result of a run."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from kvservice.simulate.store_model import StoreModel
 from kvservice.simulate.views import floats, ints
 from kvservice.simulate.workload import Workload
 
-#: By number of the dispatch. Small types where they do: five million turns shall fit beside their trace.
+#: One row per dispatch. Small dtypes, so that five million turns fit into memory beside their trace.
 _COLUMNS = {
     "turn": np.int32,
-    "wait_s": np.float32,  # From the request's arrival to its turn.
-    "load_s": np.float32,  # From its turn until what was not in DRAM had been read, and its prefill began.
+    "wait_s": np.float32,  # From the request's arrival to its dispatch.
+    "load_s": np.float32,  # From its dispatch to the start of its prefill: the time to read what is not in DRAM.
     "history_tokens": np.int64,
-    "missing_tokens": np.int64,  # Of the history: they are computed again.
-    "queued": np.int32,  # Requests that wait behind it.
+    "missing_tokens": np.int64,  # Tokens of the history in no tier: the engine computes them again.
+    "queued": np.int32,  # Requests that wait after it.
 }
 
 
 class Account:
-    """Counts shares as they come; a turn's place in the sums is 1, or its blocks where prefixes are shared."""
+    """Sums over the measured turns. A turn counts as 1 unit, or as its number of blocks if prefixes are shared."""
 
     def __init__(self, workload: Workload, machine: Machine, warmup_turns: int) -> None:
         self._workload = workload
@@ -47,8 +47,8 @@ class Account:
         self._token_s = 1.0 / machine.prefill_tokens_per_s
         self._decode_s = 1.0 / (machine.decode_tokens_per_s * machine.batch)
         self.dispatched = 0
-        # All that follows is of the measured turns.
-        self.units = 0  # Turns, or blocks.
+        # The sums below include only the measured turns.
+        self.units = 0  # Turns, or blocks if prefixes are shared.
         self.units_with_history = 0
         self.turns_with_history = 0
         self.on_time = 0.0
@@ -72,7 +72,7 @@ class Account:
         self._start_bytes = (channel.read_bytes, channel.written_bytes, store.promoted_unused_bytes, channel.read_s)
 
     def prefill_s(self, turn: int, number: int) -> float:
-        """How long the prefill of the dispatch takes, with its history's way from DRAM to the GPU beside it."""
+        """Seconds of the dispatch's prefill. The copy of its history from DRAM to the GPU overlaps it."""
         history, missing = self.history_tokens[number], self.missing_tokens[number]
         new = self._new[turn]
         if self._new_is_prompt:
@@ -80,18 +80,19 @@ class Account:
         return max((history - missing) * self._link_token_s, (new + missing) * self._token_s)
 
     def served(self, number: int, prefill_s: float, output_tokens: int) -> None:
-        """A dispatch takes a GPU for its prefill (waiting for its KV included), and then a place of its batch."""
+        """Add the GPU time of a dispatch: its prefill, with the wait for its KV, and its share of batched decoding."""
         if number >= self.warmup_turns:
             self._prefill_s += prefill_s
             self._gpu_s += prefill_s + output_tokens * self._decode_s
 
     def live(self, change_bytes: int, now_s: float) -> None:
-        """The KV of sessions that go on grew, or shrank where one ended."""
+        """The KV of live sessions changed by `change_bytes`. A session is live until its last turn."""
         self._live_byte_s += self._live_bytes * (now_s - self._live_since_s)
         self._live_since_s = now_s
         self._live_bytes += change_bytes
 
     def result(self, name: str, store: StoreModel, now_s: float) -> Result:
+        """The result of the run, which ends at `now_s`."""
         workload, machine = self._workload, self._machine
         self.live(0, now_s)
         measured = slice(self.warmup_turns, self.dispatched)

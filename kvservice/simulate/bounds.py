@@ -1,4 +1,4 @@
-"""What no policy can do, played on the same simulator: recompute everything, keep everything, know the future."""
+"""Bounds that run on the same simulator as the policies: store nothing, and store everything."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from kvservice.policy.items import ItemTable
 from kvservice.policy.placement import Placement
 from kvservice.simulate.settings import Machine
 
-#: More than any workload can fill.
+#: Larger than any workload.
 _ENDLESS_BYTES = 2**62
 
 
 class Bound(Placement):
-    """A policy that may have another machine than it is given."""
+    """A policy that may run on a different machine than the given one."""
 
     def plays_on(self, machine: Machine) -> Machine:
+        """The machine that the bound is simulated on."""
         return machine
 
     def retention(self, items: ItemTable, rows: Rows, tier: TierName, now_s: float) -> NDArray[np.float64]:
@@ -28,7 +29,7 @@ class Bound(Placement):
 
 
 class NothingKept(Bound):
-    """Every request computes all of its history again. It pays for no storage."""
+    """Every request recomputes its whole history. The cost includes no storage."""
 
     name: ClassVar[str] = "none"
 
@@ -37,7 +38,7 @@ class NothingKept(Bound):
 
 
 class EverythingKept(Bound):
-    """DRAM without an end. It pays for what the machine has."""
+    """DRAM of unlimited size. The cost is that of the given machine."""
 
     name: ClassVar[str] = "infinite"
 

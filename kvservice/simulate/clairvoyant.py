@@ -1,4 +1,4 @@
-"""Who knows when everything is used next, on the machine that it is given."""
+"""A bound that knows when every item is used next, on the given machine."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from kvservice.simulate.views import ints
 from kvservice.simulate.workload import Workload
 
 _NEVER = math.inf
-#: Promotions are planned as if the channel had this share of its bandwidth, and so many seconds ahead.
+#: Promotions are planned with this share of the channel's bandwidth, and this many seconds ahead.
 _PLANNED_SHARE = 0.9
 _AHEAD_S = 1.0
-#: The plan is made anew at least so often: queues grow and shrink.
+#: The plan is updated at least this often, because queues grow and shrink.
 _LOOK_S = 2.0
 _LEAST_LOOK_S = 0.25
-#: A copy on SSD of what is in DRAM is worth this share of what is nowhere else: less than all that is used again.
+#: Factor on the score of an SSD copy of an item that is in DRAM too. It ranks below every item that is used again.
 _DOUBLED = 1e-12
-#: What is due now is no less due than in a millisecond.
+#: Lower limit on the time until the next use.
 _LEAST_S = 1e-3
-#: What SSD would drop next is looked up for one of so many that it refuses, where it has more than a few.
+#: The lowest score on SSD is updated once per this many refusals, if SSD holds at least `_FEW` items.
 _FLOOR_EVERY = 8
 _FEW = 256
-#: So many of those that are used the soonest are planned.
+#: The plan covers this many items with the soonest next uses.
 _PLANNED = 256
 
 
 class Clairvoyant(Bound):
-    """Keeps what costs the least space until its next use, and promotes as late as the channel allows.
+    """Keeps the items that need the least space until their next use, and promotes as late as the channel allows.
 
-    *Blocks* have one size: what is used the furthest ahead leaves first, and what is not used again at once. In
-    one tier no order gives more hits (Belady 1966; of a path the end leaves first, so that no prefix is missing).
+    *Blocks* have one size: the block with the latest next use is evicted first. In one tier no order gives more hits
+    (Belady 1966). Of a path the end is evicted first, so that no prefix is missing.
 
-    *Sessions* have many sizes, and the best choice among those is NP-hard; with two tiers and a channel, more so.
-    They go by bytes times seconds until the next use, each cut as far as needed: most uses by space. The bound is
-    the best of two plays (`optimum_plays`), which differ in whether SSD keeps a copy of what waits in DRAM for its
-    next use (`exclusive`: it does not, if it has no room; that gives room, and costs writes). What is on time and
-    what hits is each the best of the plays'. It is not proven that nothing is better; so the plays of every policy
-    are among those of the bound (`kvservice.simulate.policies`), and none is above it.
+    *Sessions* differ in size, and the optimal choice among them is NP-hard, even with one tier. They are ranked by
+    bytes times seconds until the next use, and an item is cut only as far as needed. The bound is the best of two
+    runs (`optimum_plays`). They differ in whether SSD keeps copies of items in DRAM: with `exclusive`, a full SSD
+    evicts such copies first, which frees space and costs writes. The share on time and the hit rate are each the best
+    of all runs. There is no proof that this is the optimum. The runs of every policy are therefore part of the bound
+    (`kvservice.simulate.policies`), so that no policy exceeds it.
     """
 
     name: ClassVar[str] = "optimum"
@@ -70,7 +70,7 @@ class Clairvoyant(Bound):
             self._next_at_s = np.full(workload.sessions, _NEVER)
 
     def set_next_request(self, session: int, at_s: float) -> None:
-        """The session's next request comes at `at_s`."""
+        """The session's next request arrives at `at_s`; infinity for never. The engine calls this per answer."""
         if not self._shared:
             self._next_at_s[session] = at_s
 
@@ -119,7 +119,7 @@ class Clairvoyant(Bound):
         return wanted
 
     def promotions(self, items: ItemTable, queue: Sequence[int], now_s: float) -> Sequence[Promotion]:
-        """Reads what would come too late if it began later, by time of use."""
+        """The promotions that would end too late if they started later, by the time of the next use."""
         self._looked_at_s = now_s
         rows = self._soonest(items, now_s)
         rows = rows[(items.ssd_bytes[rows] > items.dram_bytes[rows]) & (items.in_use[rows] == 0)]
@@ -137,7 +137,7 @@ class Clairvoyant(Bound):
         return list(map(Promotion, rows[asked].tolist(), due_s[asked].tolist(), worth.tolist()))
 
     def _soonest(self, items: ItemTable, now_s: float) -> Rows:
-        """Those on SSD that are used the soonest, looked up now and then, and what left DRAM since."""
+        """The items on SSD with the soonest next uses: a plan at most `_LOOK_S` old, and evictions from DRAM since."""
         if now_s >= self._plan_again_at_s:
             self._plan_again_at_s = now_s + _LOOK_S
             rows = np.flatnonzero((items.ssd_bytes > items.dram_bytes) & (items.in_use == 0))
@@ -153,14 +153,14 @@ class Clairvoyant(Bound):
         return self._plan
 
     def _asked_lately(self, row: int, now_s: float) -> bool:
-        """A promotion may have been dropped: it is asked for again now and then."""
+        """Whether the item was returned less than `_LOOK_S / 4` ago. A dropped promotion is requested again later."""
         if now_s < self._asked_at_s.get(row, -math.inf) + _LOOK_S / 4:
             return True
         self._asked_at_s[row] = now_s
         return False
 
     def _density(self, items: ItemTable, rows: Rows, now_s: float) -> NDArray[np.float64]:
-        """Uses by bytes and seconds until then."""
+        """Uses per byte and second until the next use."""
         if self._shared:
             return self._next.worth(rows)
         waits_s = self._due_s(items, rows, now_s) - now_s + _LEAST_S
@@ -168,7 +168,7 @@ class Clairvoyant(Bound):
         return density
 
     def _due_s(self, items: ItemTable, rows: Rows, now_s: float) -> NDArray[np.float64]:
-        """When each is used next: its place in the queue, or when it comes and has waited."""
+        """When each item is used next, in seconds: from its place in the queue, or from its arrival plus the wait."""
         conditions = items.conditions
         place = items.queue_seq[rows]
         comes_s: NDArray[np.float64] = np.maximum(self._next_at_s[rows], now_s)
@@ -182,7 +182,7 @@ class Clairvoyant(Bound):
 
 
 class _NextTurns:
-    """The turn that reads each item next, from the paths of all turns."""
+    """The next turn that reads each item, from the paths of all turns."""
 
     def __init__(self, workload: Workload) -> None:
         turns = np.repeat(np.arange(workload.turns), np.diff(workload.path_begins))
@@ -197,16 +197,16 @@ class _NextTurns:
         self._depth = np.zeros(len(workload.item_blocks))
         self._depth[workload.path_items] = depth
         self._depth /= self._depth.max(initial=0) + 1
-        # Later on the path counts a little more.
+        # An item further along the path has a slightly later next use, so that it is evicted first.
         self._turn = np.full(len(workload.item_blocks), _NEVER)
 
     def worth(self, rows: Rows) -> NDArray[np.float64]:
-        """What is read sooner is worth more."""
+        """Scores, shape [rows]: an item that is read sooner has a higher score."""
         next_turn: NDArray[np.float64] = self._turn[rows]
         return np.negative(next_turn)
 
     def advance(self, row: int) -> float:
-        """The item is read now. Returns when the next request for it comes."""
+        """The item is read now. Returns when the next request for it arrives, in seconds."""
         self._at[row] += 1
         at = self._at[row]
         if at >= self._ends[row]:
@@ -218,7 +218,7 @@ class _NextTurns:
 
 
 def optimum_plays(workload: Workload, machine: Machine) -> Iterator[Clairvoyant]:
-    """The plays of which the optimum is the best."""
+    """The clairvoyant's runs: the bound is the best of them."""
     yield Clairvoyant(workload)
     if machine.dram_bytes and machine.ssd_bytes and not workload.shares_prefixes:
         yield Clairvoyant(workload, exclusive=True)

@@ -1,4 +1,4 @@
-"""``kvctl simulate``: what each policy would make of a load, on a machine of these sizes."""
+"""``kvctl simulate``: compares policies on one load and one machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvservice.simulate.result import Result
 from kvservice.simulate.settings import Machine
 from kvservice.simulate.workload import Workload
 
-#: What the sizes of a sweep are multiplied by.
+#: Factors on the capacity of the swept tier.
 SWEEP = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 Sweep = Literal["dram", "ssd"]
@@ -28,7 +28,7 @@ Sweep = Literal["dram", "ssd"]
 def simulate(
     load: LoadOptions,
     policy: Annotated[
-        str, typer.Option("--policy", metavar="NAME[,NAME...]", help=f"Who places the KV: {', '.join(CONTENDERS)}.")
+        str, typer.Option("--policy", metavar="NAME[,NAME...]", help=f"Placement policies: {', '.join(CONTENDERS)}.")
     ],
     sizes: SizeOptions,
     rates: RateOptions,
@@ -41,20 +41,20 @@ def simulate(
         ),
     ] = None,
     sweep: Annotated[
-        Sweep | None, typer.Option("--sweep", help="Whose capacity --plot changes.", show_default="dram")
+        Sweep | None, typer.Option("--sweep", help="The tier whose capacity --plot varies.", show_default="dram")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
 ) -> None:
-    """Play a load against placement policies, and tell what each has in DRAM in time.
+    """Simulate placement policies on a load, and report how much KV each has in DRAM on time.
 
-    Sizes are binary: a GB is a GiB, an MB a MiB.
+    Sizes are binary: GB means GiB, MB means MiB.
 
-    Among the names are bounds. none recomputes everything, infinite has an endless DRAM.
-    optimum knows the future, distribution-bound the true distribution of return times.
+    Four of the names are bounds. none recomputes everything, infinite has unlimited DRAM.
+    optimum knows the future, distribution-bound knows the true distribution of return times.
     """
     names = policies(policy)
     if plot_file is None and sweep is not None:
-        raise typer.BadParameter("says what --plot draws: give --plot too", param_hint="--sweep")
+        raise typer.BadParameter("selects what --plot draws: give --plot too", param_hint="--sweep")
     swept: Sweep = sweep or "dram"
     if plot_file is not None:
         _check_plot(plot_file, swept, sizes)
@@ -77,13 +77,13 @@ def simulate(
 
 
 def _check_plot(file: Path, sweep: Sweep, sizes: SizeOptions) -> None:
-    """Nothing of this shall be found out at the end."""
+    """Refuse before the simulation what would make the plot fail after it."""
     if file.suffix not in plot.SUFFIXES:
         raise typer.BadParameter(f"{file} does not end in {', '.join(plot.SUFFIXES)}", param_hint="--plot")
     if not file.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {file.parent}", param_hint="--plot")
     if (sizes.dram_gb if sweep == "dram" else sizes.ssd_gb) == 0:
-        raise typer.BadParameter(f"--{sweep}-gb is 0: there is no capacity to change", param_hint="--sweep")
+        raise typer.BadParameter(f"--{sweep}-gb is 0: there is no capacity to vary", param_hint="--sweep")
     try:
         existed = file.exists()
         file.open("ab").close()
@@ -119,7 +119,7 @@ def _play(
 
 
 def scaled(machine: Machine, tier: Sweep, factor: float) -> Machine:
-    """The machine with `factor` times of one tier."""
+    """The machine with one tier's capacity multiplied by `factor`."""
     if tier == "dram":
         return replace(machine, dram_bytes=round(machine.dram_bytes * factor))
     return replace(machine, ssd_bytes=round(machine.ssd_bytes * factor))

@@ -1,4 +1,4 @@
-"""What ``kvctl simulate`` and ``kvctl plan`` are told alike: the load and the machine. The impossible is refused."""
+"""Options that ``kvctl simulate`` and ``kvctl plan`` share: the load and the machine. Impossible values are refused."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from kvservice.simulate.workload import Workload
 
 GENERATORS = ("sharegpt", "people")
 
-_SIZE_MAX_GB = 1e9  # An exabyte: bytes stay within 64 bits, with room to add them up.
+_SIZE_MAX_GB = 1e9  # One exabyte: sums of bytes fit into 64 bits.
 _LOAD, _MACHINE, _GPU = "The load", "The machine", "The GPU's model, in place of --service-turns-per-s"
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """A trace, or what a generator is asked for. None: not said."""
+    """A trace file, or a generator and its parameters. None means that the option was not given."""
 
     trace: Annotated[
         str,
         typer.Option(
             metavar="FILE|sharegpt|people",
-            help="A file of turns; or generated: conversations as in ShareGPT, or the people at a real service.",
+            help="A trace file, or generated load: conversations as in ShareGPT, or the users of a real service.",
         ),
     ]
-    format: Annotated[str, typer.Option(help=f"How the file is written: {', '.join(traces.FORMATS)}.")] = "auto"
-    warmup_turns: Annotated[int, number("--warmup-turns", "Turns that are played before it is measured.")] = 0
-    seed: Annotated[int, number("--seed", "Another number, another load of the same kind.", _LOAD)] = 0
+    format: Annotated[str, typer.Option(help=f"The file's format: {', '.join(traces.FORMATS)}.")] = "auto"
+    warmup_turns: Annotated[int, number("--warmup-turns", "Turns that run before the measurement starts.")] = 0
+    seed: Annotated[int, number("--seed", "Seed of the generated load and hints.", _LOAD)] = 0
     sessions: Annotated[
         int | None,
-        number("--sessions", "Of generated load.", _LOAD, least=1, most=1e7, show_default="9000; people: 2000"),
+        number("--sessions", "Number of sessions.", _LOAD, least=1, most=1e7, show_default="9000; people: 2000"),
     ] = None
     session_rate: Annotated[
         float | None,
-        number("--session-rate", "Sessions that begin a second.", _LOAD, above=True, show_default="1; people: 0.2"),
+        number("--session-rate", "New sessions per second.", _LOAD, above=True, show_default="1; people: 0.2"),
     ] = None
     think_s: Annotated[
         float | None,
@@ -56,7 +56,7 @@ class LoadOptions:
     think_shape: Annotated[
         str | None,
         typer.Option(
-            help=f"How think times are spread: {', '.join(SHAPES)}.",
+            help=f"Distribution of the think times: {', '.join(SHAPES)}.",
             rich_help_panel=_LOAD,
             show_default="people",
         ),
@@ -75,7 +75,7 @@ class LoadOptions:
         str | None,
         typer.Option(
             metavar="A:B",
-            help="Hints: that somebody types is told A to B seconds before the request.",
+            help="Hints: a client reports that its user types, A to B seconds before the request.",
             rich_help_panel=_LOAD,
         ),
     ] = None
@@ -84,15 +84,15 @@ class LoadOptions:
     ] = 0.0
 
     def workload(self) -> Workload:
-        """The turns. Ends the program where the trace is bad, refuses what does not go together."""
+        """The turns. Ends the program if the trace is not usable, and refuses contradictory options."""
         if self.false_hints and self.typing_lead_s is None:
             raise typer.BadParameter(
-                "says how many hints are wrong: give --typing-lead-s too", param_hint="--false-hints"
+                "is the share of wrong hints: give --typing-lead-s too", param_hint="--false-hints"
             )
         lead_s = None if self.typing_lead_s is None else span(self.typing_lead_s, "--typing-lead-s")
         workload = self._generated(lead_s) if self.trace in GENERATORS else self._read(lead_s)
         if self.warmup_turns >= workload.turns:
-            left = f"{self.warmup_turns} leaves nothing to measure: there are {workload.turns} turns"
+            left = f"{self.warmup_turns} leaves nothing to measure: the load has {workload.turns} turns"
             raise typer.BadParameter(left, param_hint="--warmup-turns")
         return workload
 
@@ -102,7 +102,7 @@ class LoadOptions:
         shape = self.think_shape or "people"
         if shape not in SHAPES:
             known = ", ".join(SHAPES)
-            raise typer.BadParameter(f"no shape is called {shape!r}; there are {known}", param_hint="--think-shape")
+            raise typer.BadParameter(f"no shape is called {shape!r}; choose from {known}", param_hint="--think-shape")
         if self.trace == "people":
             return generate.people(
                 users=self.sessions or 2000,
@@ -132,7 +132,7 @@ class LoadOptions:
                 raise typer.BadParameter(f"is for generated load; {self.trace} is a file", param_hint=flag)
         if self.format not in traces.FORMATS:
             known = ", ".join(traces.FORMATS)
-            raise typer.BadParameter(f"no format is called {self.format!r}; there are {known}", param_hint="--format")
+            raise typer.BadParameter(f"no format is called {self.format!r}; choose from {known}", param_hint="--format")
         try:
             workload = traces.read(self.trace, self.format)
         except traces.TraceError as error:
@@ -149,37 +149,37 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class RateOptions:
-    """All of the machine but the sizes of its tiers."""
+    """The machine, except for the sizes of its tiers."""
 
     ssd_gbps: Annotated[
-        float, number("--ssd-gbps", "GiB that the SSD moves a second, reads and writes together.", _MACHINE, above=True)
+        float, number("--ssd-gbps", "SSD bandwidth in GiB/s, reads and writes together.", _MACHINE, above=True)
     ] = 5.0
     kv_mb_per_token: Annotated[
         float,
-        number("--kv-mb-per-token", "MiB of KV a token has: 0.78125 for 13B, 2.5 for 65B.", _MACHINE, most=1e5),
+        number("--kv-mb-per-token", "MiB of KV per token: 0.78125 for 13B, 2.5 for 65B.", _MACHINE, most=1e5),
     ] = 0.78125
     link_gbps: Annotated[
-        float, number("--link-gbps", "GiB that go from DRAM to the GPU in a second.", _MACHINE, above=True)
+        float, number("--link-gbps", "Bandwidth from DRAM to the GPU in GiB/s.", _MACHINE, above=True)
     ] = 24.2
     service_turns_per_s: Annotated[
         float | None,
         number(
             "--service-turns-per-s",
-            "A server that takes so many turns a second.",
+            "A server that starts this many turns per second.",
             _MACHINE,
             above=True,
             show_default="the GPU's model",
         ),
     ] = None
     prefill_tokens_per_s: Annotated[
-        float, number("--prefill-tokens-per-s", "How fast prompts are computed.", _MACHINE, above=True)
+        float, number("--prefill-tokens-per-s", "Prompt tokens that the GPU computes per second.", _MACHINE, above=True)
     ] = 8000.0
-    gpus: Annotated[int, number("--gpus", "How many the machine has, for its cost.", _MACHINE, least=1, most=1e6)] = 1
+    gpus: Annotated[int, number("--gpus", "GPUs of the machine, for its cost.", _MACHINE, least=1, most=1e6)] = 1
     readiness_aware: Annotated[
         bool,
         typer.Option(
             "--readiness-aware",
-            help="A waiting request whose KV is in DRAM may go before one that waits for the SSD.",
+            help="A request whose KV is in DRAM may run before one that waits for the SSD.",
             rich_help_panel=_MACHINE,
         ),
     ] = False
@@ -187,25 +187,26 @@ class RateOptions:
         bool,
         typer.Option(
             "--overflow-drops",
-            help="Positions are coupled to keys: a conversation that outgrows the window loses its KV.",
+            help="Stored keys contain positions: a conversation that exceeds the window loses its KV.",
             rich_help_panel=_MACHINE,
         ),
     ] = False
     session_ttl_s: Annotated[
         float | None,
         number(
-            "--session-ttl-s", "A session that is idle for so long ends.", _MACHINE, above=True, show_default="never"
+            "--session-ttl-s", "A session ends when it is idle for longer.", _MACHINE, above=True, show_default="never"
         ),
     ] = None
     decode_tokens_per_s: Annotated[
         float | None,
-        number("--decode-tokens-per-s", "Of each sequence in a batch.", _GPU, above=True, show_default="25"),
+        number("--decode-tokens-per-s", "Per sequence in a batch.", _GPU, above=True, show_default="25"),
     ] = None
     batch: Annotated[
-        int | None, number("--batch", "Sequences that decode at a time.", _GPU, least=1, most=1e6, show_default="24")
+        int | None, number("--batch", "Sequences that decode together.", _GPU, least=1, most=1e6, show_default="24")
     ] = None
 
     def machine(self, dram_gb: float, ssd_gb: float) -> Machine:
+        """The machine with tiers of these sizes in GiB. Refuses contradictory options."""
         kv_bytes_per_token = round(self.kv_mb_per_token * MIB)
         if kv_bytes_per_token < 1:
             raise typer.BadParameter(
@@ -216,7 +217,7 @@ class RateOptions:
                 if getattr(self, name) is not None:
                     flag = f"--{name.replace('_', '-')}"
                     raise typer.BadParameter(
-                        "is of the GPU's model; --service-turns-per-s replaces it", param_hint=flag
+                        "belongs to the GPU's model, which --service-turns-per-s replaces", param_hint=flag
                     )
         return Machine(
             dram_bytes=round(dram_gb * GIB),
@@ -237,5 +238,7 @@ class RateOptions:
 
 @dataclass(frozen=True)
 class SizeOptions:
+    """The sizes of the machine's tiers."""
+
     dram_gb: Annotated[float, number("--dram-gb", "GiB of DRAM for KV; 0: none.", _MACHINE, most=_SIZE_MAX_GB)] = 128.0
     ssd_gb: Annotated[float, number("--ssd-gb", "GiB of SSD for KV; 0: none.", _MACHINE, most=_SIZE_MAX_GB)] = 10240.0

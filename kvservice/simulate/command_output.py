@@ -1,4 +1,4 @@
-"""How the simulator's verbs print: tables for people, one JSON document for programs, progress on a terminal."""
+"""Output of the simulator's verbs: tables, one JSON document with ``--json``, and progress on a terminal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def print_json(document: object) -> None:
 
 
 def as_json(result: Result) -> dict[str, Any]:
-    """All fields. What is beyond all numbers, such as a rate over no time, is None: JSON has no infinity."""
+    """All fields of the result. A value that is not finite is None, because JSON has no infinity."""
     return {name: plain(value) for name, value in asdict(result).items()}
 
 
@@ -32,7 +32,7 @@ def plain(value: Any) -> Any:
 
 
 def print_results(results: Iterable[Result]) -> None:
-    """The figures that tell policies apart."""
+    """Print one row per result, with the figures that differ between policies."""
     columns = ("hits", "of history", "on time", "late", "ssd", "miss", "ttft p50", "p99", "written", "moved", "queue")
     rows = table("policy", *columns, "turns/s", right=(*columns, "turns/s"))
     first = None
@@ -53,7 +53,7 @@ def print_results(results: Iterable[Result]) -> None:
     if first is not None:
         out.print(
             f"\n{first.turns:,} turns were measured, {first.turns_with_history:,} of them with history: on time, late, "
-            f"ssd and miss are shares of these.\nTime to the first token counts from the request on, waiting included."
+            f"ssd and miss are shares of these.\nTime to first token is measured from the request, with the queue."
         )
 
 
@@ -85,7 +85,7 @@ def console() -> Console:
 
 
 def progress() -> Progress:
-    """On stderr, and only on a terminal."""
+    """A progress bar on stderr, shown only on a terminal."""
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),

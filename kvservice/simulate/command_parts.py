@@ -1,4 +1,4 @@
-"""What the simulator's verbs are made of: options that refuse what cannot be, and groups of them."""
+"""Parts of the simulator's verbs: options that check their values, and groups of options."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NumberT = TypeVar("NumberT", int, float)
 
 
 def fail(reason: str) -> NoReturn:
-    """End with one line on stderr and exit code 1."""
+    """Print one line to stderr and end with exit code 1."""
     print(f"kvctl: {reason}", file=sys.stderr)
     raise typer.Exit(1)
 
@@ -28,32 +28,32 @@ def number(
     flag: str, text: str, panel: str | None = None, *, least: float = 0.0, most: float = 1e12, above: bool = False,
     below: bool = False, **how: Any,
 ) -> Any:  # fmt: skip
-    """An option for one number from `least` to `most`; without the ends themselves where `above` or `below` say so."""
+    """An option for one number from `least` to `most`. `above` and `below` exclude the ends themselves."""
 
     def check(value: NumberT | None) -> NumberT | None:
         if value is None:
             return None
         low, high = f"{'above' if above else 'at least'} {least:g}", f"{'below' if below else 'at most'} {most:g}"
         if not math.isfinite(value):
-            raise typer.BadParameter(f"{value} is no number; it has to be {low}")
+            raise typer.BadParameter(f"{value} is not a finite number; it must be {low}")
         if value < least or (above and value == least):
-            raise typer.BadParameter(f"{value:g} is too small; it has to be {low}")
+            raise typer.BadParameter(f"{value:g} is too small; it must be {low}")
         if value > most or (below and value == most):
-            raise typer.BadParameter(f"{value:g} is too large; it has to be {high}")
+            raise typer.BadParameter(f"{value:g} is too large; it must be {high}")
         return value
 
     return typer.Option(flag, help=text, rich_help_panel=panel, callback=check, **how)
 
 
 def policies(text: str) -> list[str]:
-    """Names from text such as ``lru,foresight``. Each is known, and there once."""
+    """Names from text such as ``lru,foresight``. Refuses unknown and repeated names."""
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in CONTENDERS:
             known = ", ".join(CONTENDERS)
-            raise typer.BadParameter(f"no policy is called {name!r}; there are {known}", param_hint="--policy")
+            raise typer.BadParameter(f"no policy is called {name!r}; choose from {known}", param_hint="--policy")
         if names.count(name) > 1:
-            raise typer.BadParameter(f"{name!r} is there more than once", param_hint="--policy")
+            raise typer.BadParameter(f"{name!r} is given more than once", param_hint="--policy")
     return names
 
 
@@ -71,7 +71,7 @@ def span(text: str, flag: str) -> tuple[float, float]:
     if not colon:
         refuse("is not of the form A:B, such as 2:5")
     if not (math.isfinite(low) and math.isfinite(high)):
-        refuse("has an end that is no number")
+        refuse("has an end that is not a finite number")
     if low < 0:
         refuse("begins below 0")
     if low > high:
@@ -80,7 +80,7 @@ def span(text: str, flag: str) -> tuple[float, float]:
 
 
 def with_options(verb: Callable[..., None]) -> Callable[..., None]:
-    """The verb, with an option for each field in the place of each parameter that is a dataclass."""
+    """The verb with one option per field of each parameter that is a dataclass, in the parameter's place."""
     parameters = inspect.signature(verb, eval_str=True).parameters.values()
     groups: dict[str, Any] = {each.name: each.annotation for each in parameters if is_dataclass(each.annotation)}
 
@@ -93,7 +93,7 @@ def with_options(verb: Callable[..., None]) -> Callable[..., None]:
     shown: list[inspect.Parameter] = []
     for each in parameters:
         shown += _options_of(each.annotation) if each.name in groups else [each.replace(kind=each.KEYWORD_ONLY)]
-    # Typer makes a verb's options from this, as inspect does; no type of a function has it.
+    # Typer reads a verb's options from `__signature__`, which function types do not declare.
     run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
     return run
 

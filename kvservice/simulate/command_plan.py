@@ -1,4 +1,4 @@
-"""``kvctl plan``: how much DRAM and SSD a hit rate takes, and what that costs."""
+"""``kvctl plan``: the DRAM and SSD that a hit rate needs, and their cost."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Share = Literal["history", "on-time", "all"]
 _FIELDS: dict[Share, str] = {"history": "hit_rate_history", "on-time": "dram_on_time", "all": "hit_rate"}
 _WORDS: dict[Share, str] = {
     "history": "of turns with history found in DRAM or on SSD",
-    "on-time": "of turns with history found in DRAM when their time came",
+    "on-time": "of turns with history found in DRAM when they were dispatched",
     "all": "of all turns found in DRAM or on SSD",
 }
-_PRICES = "Prices in dollars an hour: the paper's, of AWS on demand"
+_PRICES = "Prices in dollars per hour: the paper's, AWS on demand"
 
 
 @with_options
@@ -39,21 +39,21 @@ def plan(
         typer.Option("--of", help="Hits of turns with history; of these, hits that are in DRAM on time; of all turns."),
     ] = "history",
     policy: Annotated[
-        str, typer.Option("--policy", metavar="NAME", help=f"Who places the KV: {', '.join(CONTENDERS)}.")
+        str, typer.Option("--policy", metavar="NAME", help=f"Placement policy: {', '.join(CONTENDERS)}.")
     ] = "foresight",
     dram_price: Annotated[float, number("--dram-price", "A GiB of DRAM.", _PRICES)] = cost.DRAM_GB_DOLLARS,
     ssd_price: Annotated[float, number("--ssd-price", "A GiB of SSD.", _PRICES)] = cost.SSD_GB_DOLLARS,
     gpu_price: Annotated[float, number("--gpu-price", "A GPU.", _PRICES)] = cost.GPU_DOLLARS,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
 ) -> None:
-    """Find the cheapest DRAM and SSD that reach a hit rate, by simulating a load on one size after another.
+    """Find the cheapest DRAM and SSD that reach a hit rate, by simulating a load with different sizes.
 
-    Exit code 1, and a line that says how far one gets, where no size reaches it.
+    If no size reaches it, the exit code is 1 and one line says what the largest size reaches.
     """
     if policies(policy) != [policy]:
-        raise typer.BadParameter("one policy is planned for", param_hint="--policy")
+        raise typer.BadParameter("give one policy, not several", param_hint="--policy")
     prices = Prices(dram_price, ssd_price, gpu_price)
-    rates.machine(0, 0)  # Refuses what does not go together before a long trace is read.
+    rates.machine(0, 0)  # Refuses contradictory options before a long trace is read.
     workload = load.workload()
     footprint_gb = max(footprint_tokens(workload) * rates.machine(0, 0).kv_bytes_per_token / GIB, 1.0)
 
@@ -74,12 +74,12 @@ def plan(
 
         ceiling = share(simulated("infinite", footprint_gb, footprint_gb))
         if not ceiling >= target_hit:
-            fail(_beyond(target_hit, of, ceiling, "even an endless DRAM"))
+            fail(_beyond(target_hit, of, ceiling, "even unlimited DRAM"))
         measure = functools.partial(simulated, policy)
         found = mixes(measure, lambda result: share(result) >= target_hit, footprint_gb, prices, rates.gpus)
         if not found:
             most = share(measure(footprint_gb, footprint_gb))
-            fail(_beyond(target_hit, of, most, f"{policy} with room for all that is ever stored"))
+            fail(_beyond(target_hit, of, most, f"{policy} with space for everything that is stored"))
         without = simulated("none", 0.0, 0.0)
     cheapest, *others = (_mix(each) for each in found)
     document = {
@@ -141,11 +141,11 @@ def _print(document: dict[str, Any], of: Share) -> None:
     out.print(
         f"With {document['policy']}, {document['target_hit']:g} {_WORDS[of]} takes "
         f"{output.size(document['dram_gb'])} of DRAM and {output.size(document['ssd_gb'])} of SSD, for "
-        f"${document['storage_dollars_per_h']:.3f} an hour. An endless store has {document['ceiling']:.3f}.\n"
+        f"${document['storage_dollars_per_h']:.3f} per hour. An unlimited store has {document['ceiling']:.3f}.\n"
     )
     out.print(rows)
-    how = f"saves {saved:.0%}" if saved >= 0 else f"costs {-saved:.0%} more: to load takes longer than to compute again"
+    how = f"saves {saved:.0%}" if saved >= 0 else f"costs {-saved:.0%} more: loading takes longer than recomputing"
     out.print(
-        f"\nThe load costs ${without['dollars']:,.2f} where nothing is stored, and the first of these {how}. "
-        f"Its cost is the GPUs' for as long as they load, prefill and decode, and the storage's for the same time."
+        f"\nThe load costs ${without['dollars']:,.2f} without storage; the first row {how}. "
+        f"The cost is that of the GPUs while they load, prefill and decode, and of the storage for the same time."
     )

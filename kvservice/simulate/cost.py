@@ -1,4 +1,4 @@
-"""What it costs, by the paper's prices (on demand, an hour)."""
+"""The cost of a run at the paper's prices: dollars per hour, on demand."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ SSD_GB_DOLLARS = 0.000082
 
 
 def storage_dollars_per_hour(dram_bytes: int, ssd_bytes: int) -> float:
-    """Of the two tiers."""
+    """Dollars per hour of both tiers."""
     return (dram_bytes * DRAM_GB_DOLLARS + ssd_bytes * SSD_GB_DOLLARS) / GIB
 
 
 def dollars(hours: float, machine: Machine) -> float:
-    """Of a machine with all its GPUs and both tiers for `hours`."""
+    """Dollars for `hours` of a machine, with all its GPUs and both tiers."""
     storage = storage_dollars_per_hour(machine.dram_bytes, machine.ssd_bytes)
     return hours * (machine.gpus * GPU_DOLLARS + storage)
 
 
 def storage_share(machine: Machine) -> float:
-    """Of the whole cost, 0 to 1."""
+    """The share of storage in the machine's cost, 0 to 1."""
     storage = storage_dollars_per_hour(machine.dram_bytes, machine.ssd_bytes)
     return storage / (machine.gpus * GPU_DOLLARS + storage)

@@ -1,9 +1,9 @@
-"""What placement can reach that knows how return times are distributed, and nothing else.
+"""A bound on placement that knows the distribution of return times, and nothing else.
 
-The true distribution: of the workload's own gaps, and the share of uses that nothing comes back to. A session is
-held only while its chance of returning, by the byte and second, is above the level at which DRAM is just full, and
-is read ahead of the ages at which it is. No queue, no hints, no session's own pace: all are alike but for their age
-and size. Same mover, tiers and bandwidth as for every policy.
+The distribution is the true one: the workload's own gaps, and the share of uses without a return. A session stays in
+DRAM while its probability of a return, per byte and second, is above the level at which DRAM is exactly full. It is
+promoted ahead of the ages at which that is so. The bound uses no queue, no hints and no pace per session: sessions
+differ only in age and size. The store, the tiers and the bandwidth are the same as for every policy.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from kvservice.policy.items import ItemTable
 from kvservice.policy.return_times import ReturnTimes
 from kvservice.policy.survival import BEGINS, BIN_COUNT, WIDTHS, Floats, bins_of
 
-_NEVER = 1e-12  # Returns a second at ages at which none came.
+_NEVER = 1e-12  # Returns per second at ages without a return.
 
 
 class DistributionBound(ForesightPolicy):
-    """`gaps_s` are the true return times, `never` the share of uses after which none comes."""
+    """`gaps_s` are the true return times in seconds, `never` is the share of uses without a return."""
 
     name: ClassVar[str] = "distribution-bound"
 
@@ -40,18 +40,18 @@ class DistributionBound(ForesightPolicy):
         return returns, hints
 
     def hinted(self, items: ItemTable, row: int, hint: Hint, now_s: float) -> None:
-        """Not told."""
+        """Ignore the hint: the bound knows only the distribution."""
 
     def _queued_soon(self, items: ItemTable, queue: Sequence[int], now_s: float) -> list[Promotion]:
         return []
 
 
 def true_hazards(gaps_s: Floats, never: float) -> Floats:
-    """Returns a second by age, in the bins of `kvservice.policy.survival`."""
+    """The hazard by age: returns per second, one per bin of `kvservice.policy.survival`."""
     bins = bins_of(gaps_s)
-    came = np.bincount(bins, minlength=BIN_COUNT).astype(np.float64)
+    events = np.bincount(bins, minlength=BIN_COUNT).astype(np.float64)
     within = np.bincount(bins, gaps_s - BEGINS[bins], BIN_COUNT) / WIDTHS
-    others = len(gaps_s) * never / (1 - never) if never < 1 else 1.0
-    outlived = np.cumsum(came[::-1])[::-1] - came + others
-    rate: Floats = np.maximum(came / (np.maximum(outlived + within, 1e-12) * WIDTHS), _NEVER)
+    without_return = len(gaps_s) * never / (1 - never) if never < 1 else 1.0
+    survivors = np.cumsum(events[::-1])[::-1] - events + without_return
+    rate: Floats = np.maximum(events / (np.maximum(survivors + within, 1e-12) * WIDTHS), _NEVER)
     return rate

@@ -1,4 +1,4 @@
-"""Plays a workload on a machine with one policy: arrivals, the queue, the server, and what moves between."""
+"""Simulates a workload on a machine with one policy: arrivals, the queue, the server, and both tiers."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from kvservice.simulate.workload import Workload
 
 
 def simulate(workload: Workload, machine: Machine, policy: Placement | str, *, warmup_turns: int = 0) -> Result:
-    """Play all of it. Turns count from the `warmup_turns`th on whose time comes.
+    """Simulate the whole workload. The result leaves out the first `warmup_turns` turns that are dispatched.
 
-    A policy by name is made for this run (`kvservice.simulate.policies`); one that is given must be fresh.
-    Raises ValueError for an unknown name, and for a workload or a machine that cannot be.
+    `policy` is a name (`kvservice.simulate.policies`), or a new object that no other run has used.
+    Raises ValueError for an unknown name, and for a workload or a machine that is not possible.
     """
     if isinstance(policy, Placement):
         return _play(workload, machine, policy, warmup_turns)
@@ -40,7 +40,7 @@ def simulate(workload: Workload, machine: Machine, policy: Placement | str, *, w
     for play in plays(policy, workload, machine):
         results.append(_play(workload, machine, play, warmup_turns))
         if results[-1].dram_on_time == 1.0:
-            break  # Nothing is better.
+            break  # No play can have a higher share.
     return replace(best_of(results), policy=policy)
 
 
@@ -50,19 +50,19 @@ def _play(workload: Workload, machine: Machine, policy: Placement, warmup_turns:
     return Engine(workload, played_on, policy, warmup_turns, paid).run()
 
 
-#: The busy share of the channel is a mean over about so long.
+#: Time constant of the moving average of the channel's busy share.
 _MEASURE_S = 60.0
-#: Beyond it a float tells moments apart no better than a policy needs.
+#: Beyond this time the resolution of a float is too coarse for policies.
 _CLOCK_MAX_S = 1e9
-#: What is stored in all, in bytes: it has to fit into 64 bits, with room to add it up.
+#: Limit on the bytes that a workload stores in total, so that sums fit into 64 bits.
 _STORED_MAX_BYTES = 2**60
-#: Two sums of the same seconds may differ by so much.
+#: Two sums of the same durations may differ by this much.
 _LATER_S = 1e-6
 
 
 @dataclass(slots=True, order=True)
 class _CalledTurn:
-    """A turn whose time came before its KV was there, where others may go first."""
+    """A turn that waits for its KV while later turns run (`Machine.readiness_aware`)."""
 
     loaded_s: float
     turn: int
@@ -71,7 +71,7 @@ class _CalledTurn:
 
 
 class Engine:
-    """One run."""
+    """One run of one policy. Not reusable."""
 
     def __init__(
         self,
@@ -81,7 +81,10 @@ class Engine:
         warmup_turns: int = 0,
         paid: Machine | None = None,
     ) -> None:
-        """The cost is that of the machine `paid`, where it is not the one that is played on."""
+        """`paid` is the machine whose price counts, if it differs from the simulated one.
+
+        Raises ValueError for a workload that cannot be simulated.
+        """
         self.workload = workload
         self.machine = machine
         self.policy = policy
@@ -89,11 +92,11 @@ class Engine:
         firsts = np.flatnonzero(np.diff(session, prepend=-1)).astype(np.int32)
         first_at = workload.arrives_s[firsts]
         if (np.diff(session) < 0).any():
-            raise ValueError("a session's turns do not stand together")
+            raise ValueError("the turns of a session are not consecutive")
         if np.isnan(first_at).any():
-            raise ValueError("a session's first turn has no time of arrival")
+            raise ValueError("the first turn of a session has no arrival time")
         if footprint_tokens(workload) * machine.kv_bytes_per_token > _STORED_MAX_BYTES:
-            raise ValueError("the load stores more than 2^60 bytes of KV: give fewer tokens, or less KV a token")
+            raise ValueError("the load stores more than 2^60 bytes of KV: give fewer tokens, or less KV per token")
         order = np.argsort(first_at, kind="stable")
         self._firsts = firsts[order]
         self._first_at = first_at[order]
@@ -112,11 +115,12 @@ class Engine:
         kind = PrefixReplay if workload.shares_prefixes else SessionReplay
         self.replay = kind(workload, machine, policy, self.items, self.store, self.account)
         self._queue: deque[int] = deque()
-        self._rows: deque[int] = deque()  # The same by rows, for a policy that looks ahead.
+        self._rows: deque[int] = deque()  # The rows of the queued requests, for a policy that reads ahead.
         self._called: list[_CalledTurn] = []
-        # When what happens: a turn's answer ends (below the count of turns), it comes, a hint comes, it expires.
+        # (time, event). With T turns and H hints, an event below T is the end of that turn's answer, below 2 T the
+        # arrival of turn event - T, below 2 T + H a hint, and from there on the expiry after a turn.
         self._events: list[tuple[float, int]] = []
-        self._number = 0  # Of the next request that comes.
+        self._number = 0  # The number of the next request.
         self._ended = 0
         self._set_next_request = getattr(policy, "set_next_request", None)
         self._expires = math.isfinite(machine.session_ttl_s)
@@ -127,7 +131,7 @@ class Engine:
         self._measured_s, self._measured_read_s = self.now_s, 0.0
 
     def run(self) -> Result:
-        """Play the workload to its end."""
+        """Simulate until the last answer has ended."""
         policy, server, queue, called, events = self.policy, self.server, self._queue, self._called, self._events
         advance = self.store.channel.advance
         dispatch = self._dispatch_ready if self.machine.readiness_aware else self._dispatch_first
@@ -177,7 +181,7 @@ class Engine:
         return self.account.result(policy.name, self.store, now_s)
 
     def _enqueue(self, turn: int, now_s: float) -> None:
-        """The turn's request has come."""
+        """The turn's request arrives."""
         self._arrived_at_s[self._session[turn]] = now_s
         self._queue.append(turn)
         if self._looks:
@@ -187,9 +191,9 @@ class Engine:
         self._number += 1
 
     def _finish(self, turn: int, now_s: float) -> None:
-        """The turn's answer has ended: when its session's next request and the hints before it come is known now."""
+        """The turn's answer has ended: schedule its session's next request, and the hints before it."""
         self._ended += 1
-        self.server.ended()
+        self.server.finish()
         following, turn_count, session = turn + 1, self.workload.turns, self._session[turn]
         goes_on = following < turn_count and self._session[following] == session
         at = math.inf
@@ -210,22 +214,23 @@ class Engine:
             heapq.heappush(self._events, (expires_at_s, 2 * turn_count + len(self._hint_after) + turn))
 
     def _hint_or_expire(self, number: int, now_s: float) -> None:
-        """By number the hints, and after them the turns whose sessions may have been idle for too long."""
+        """Event `number` is a hint, or, after all hints, the expiry of the sessions idle since turn number - H."""
         hint_count = len(self._hint_after)
         if number < hint_count:
-            self.replay.hinted(self._hint_after[number], self._hint_kind[number], now_s)
+            self.replay.hint(self._hint_after[number], self._hint_kind[number], now_s)
         else:
             self.replay.expire(number - hint_count, now_s - self.machine.session_ttl_s + _LATER_S, now_s)
 
     def _dispatch_first(self, now_s: float) -> tuple[float, int]:
-        """The first in the queue gets the server. Returns when its answer ends, and the turn."""
+        """Start the first turn in the queue. Returns (end of its answer in s, turn)."""
         turn, number, loaded_s = self._call(now_s)
         return self._take(turn, number, now_s, loaded_s, now_s)
 
     def _dispatch_ready(self, now_s: float) -> tuple[float, int] | None:
-        """The server goes to the first whose KV is there. Nobody waits for long: a KV that is read first comes soon.
+        """Start the first turn whose KV is loaded. Returns (end of its answer in s, turn).
 
-        None where the first in the queue was called only: its KV is read, and another may have the server.
+        Returns None if the first turn in the queue started to load its KV, so that another turn may run first.
+        At most `CALLED_MAX` turns load at a time, which bounds the wait.
         """
         called = self._called
         if called:
@@ -240,7 +245,7 @@ class Engine:
         return self._take(turn, number, now_s, loaded_s, now_s)
 
     def _call(self, now_s: float) -> tuple[int, int, float]:
-        """The time of the first in the queue has come. Returns its turn, its number, and when its KV is there."""
+        """Take the first request out of the queue and load its KV. Returns (turn, number, end of the load in s)."""
         account, conditions = self.account, self.conditions
         turn = self._queue.popleft()
         number = account.dispatched
@@ -276,10 +281,10 @@ class Engine:
         if policy.look_at_s <= now_s:
             if now_s > _CLOCK_MAX_S:
                 raise ValueError(f"the load takes more than {now_s:.3g} s: give shorter times or higher rates")
-            raise RuntimeError(f"{policy.name} did not say when to ask it again")
+            raise RuntimeError(f"{policy.name} did not set look_at_s to a later time")
 
     def _measure(self, now_s: float) -> None:
-        """What a policy may know of the channel."""
+        """Update what a policy may know of the channel."""
         channel, conditions = self.store.channel, self.conditions
         conditions.read_backlog_s = channel.read_backlog_s()
         conditions.written_bytes = channel.written_bytes
@@ -298,7 +303,7 @@ class Engine:
 
 
 def _hints_by_gap(workload: Workload) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """The turn whose answer each hint follows, by which hints are sorted, and where each turn's begin."""
+    """(turn whose answer each hint follows, ascending; index of the first hint after each turn, shape [turns + 1])."""
     turn = workload.hints.turn
     if not len(turn):
         return np.empty(0, np.int32), np.empty(0, np.int64)

@@ -1,7 +1,7 @@
 """Generated load: conversations like ShareGPT's, and people at an interactive service.
 
-Requests after a session's first come a think time after the answer, so a slow server slows its users down.
-Everything is drawn from one generator: the same seed gives the same workload.
+Every request after a session's first arrives one think time after the previous answer, so a slow server slows its
+users down. All values are drawn from one random generator: the same seed gives the same workload.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from kvservice.simulate.generated_hints import typing_hints
 from kvservice.simulate.think_times import Shape, draw, people_mean_s, unit_lognormal
 from kvservice.simulate.workload import AFTER_ANSWER, Workload
 
-# ShareGPT: 27 % of conversations have one turn; the others 2 to 40, 7.51 in the mean, P(n) ~ n^-0.5 0.8961^n.
+# ShareGPT: 27 % of conversations have one turn; the others 2 to 40, 7.51 on average, P(n) ~ n^-0.5 0.8961^n.
 _SINGLE_SHARE = 0.27
 _TURNS_MAX = 40
 _TURNS_POWER = -0.5
 _TURNS_DECAY = 0.8961
-# A turn's tokens: 564 in the mean before the limits, times the session's own factor, of which questions are a third.
-# The mean and the factor's spread were searched for so that 47 % of sessions have over 2K tokens and 30 % over 4K.
+# Tokens per turn: 564 on average before the limits, times a factor per session. Questions have about a third of them.
+# The mean and the factor's spread are fitted so that 47 % of sessions have over 2K tokens and 30 % over 4K.
 _TURN_TOKENS = 564.0
 _SESSION_SIGMA = 1.0
 _SESSION_MEDIAN = np.exp(_SESSION_SIGMA**2 / 2)
@@ -41,16 +41,16 @@ def sharegpt(
     false_hints: float = 0.0,
     seed: int = 0,
 ) -> Workload:
-    """`sessions` conversations that begin as a Poisson process of `session_rate` a second.
+    """`sessions` conversations that begin as a Poisson process with `session_rate` per second.
 
     Args:
         think_s: Mean seconds from the end of an answer to the next request; 0 for none.
-        shape: Of the think times, see `think_times.draw`.
+        shape: Distribution of the think times, see `think_times.draw`.
         context_tokens: The model's window; 0 for no limit.
-        typing_lead_s: (least, most) seconds by which a typing hint goes ahead of each request but the first.
-        false_hints: The share of all hints that is wrong.
+        typing_lead_s: (least, most) seconds between a typing hint and its request. A session's first request has none.
+        false_hints: The share of wrong hints among all hints.
 
-    Raises ValueError for what cannot be.
+    Raises ValueError for values out of range.
     """
     rng = np.random.default_rng(seed)
     turns = _sharegpt_turns(_count("sessions", sessions), rng)
@@ -73,8 +73,8 @@ def sharegpt(
     )
 
 
-# The interactive service: 21 to 23 turns a user, p90 45 to 48 (a gamma of this shape, rounded up, has both);
-# queries of 35 and replies of 44 tokens in the mean.
+# The interactive service: 21 to 23 turns per user, p90 45 to 48 (a gamma distribution of this shape, rounded up, has
+# both); queries of 35 and replies of 44 tokens on average.
 _PEOPLE_TURNS = 22.0
 _PEOPLE_TURNS_SHAPE = 1.4
 _PEOPLE_QUERY_TOKENS = 35.0
@@ -98,22 +98,22 @@ def people(
     false_hints: float = 0.0,
     seed: int = 0,
 ) -> Workload:
-    """The people of a real interactive service: short turns, 22 of them, and think times with a hazard that rises.
+    """Users of a real interactive service: 22 short turns on average, and think times with a rising hazard.
 
     Args:
-        users: Each is one session. They come as a Poisson process of `user_rate` a second.
-        start_tokens: Mean tokens that a session's first request has besides its query: a persona, documents.
-        start_sigma: The spread of that, lognormal over users; 0 for the same everywhere.
+        users: Number of users, one session each. They arrive as a Poisson process with `user_rate` per second.
+        start_tokens: Mean tokens of a session's first request in addition to its query: a persona, documents.
+        start_sigma: Sigma of the lognormal spread of `start_tokens` over users; 0 for the same value for all.
         think_s: Mean seconds from the end of an answer to the next request; None: as in the real service, 0: none.
-        shape: Of the think times, see `think_times.draw`.
-        pace_sigma: Users have a pace of their own: think times of a session times a lognormal factor of mean 1.
-        answer_power: Think times go with this power of the length of the answer before.
+        shape: Distribution of the think times, see `think_times.draw`.
+        pace_sigma: Sigma of a lognormal factor per session, of mean 1, on its think times.
+        answer_power: Think times are proportional to this power of the length of the previous answer.
         context_tokens, typing_lead_s, false_hints: As for `sharegpt`.
 
-    Raises ValueError for what cannot be.
+    Raises ValueError for values out of range.
     """
     rng = np.random.default_rng(seed)
-    scale = _PEOPLE_TURNS - 0.5  # Rounding up adds a half.
+    scale = _PEOPLE_TURNS - 0.5  # Rounding up adds 0.5 on average.
     turns = np.ceil(rng.gamma(_PEOPLE_TURNS_SHAPE, scale / _PEOPLE_TURNS_SHAPE, _count("users", users))).astype(
         np.int64
     )
@@ -185,9 +185,9 @@ def _sharegpt_turns(sessions: int, rng: np.random.Generator) -> NDArray[np.int64
 
 
 def _poisson(count: int, rate: float, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Times of `count` arrivals, `rate` of them a second in the mean."""
+    """Times of `count` arrivals in seconds, `rate` per second on average."""
     if not 0 < rate < np.inf:
-        raise ValueError(f"arrivals need a rate above 0 a second, not {rate}")
+        raise ValueError(f"the rate of arrivals must be above 0 per second, not {rate}")
     return np.cumsum(rng.exponential(1 / rate, count))
 
 
@@ -204,7 +204,7 @@ def _first_turns(session: NDArray[np.int32]) -> NDArray[np.int64]:
 
 
 def _whole(tokens: NDArray[np.float64], most: int) -> NDArray[np.int32]:
-    """Rounded up: a request has a token, and so has an answer."""
+    """Rounded up to 1 or more: a request and an answer have at least one token each."""
     return np.clip(np.ceil(tokens), 1, most).astype(np.int32)
 
 

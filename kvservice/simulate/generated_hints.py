@@ -1,4 +1,4 @@
-"""Typing hints for load that has none: true ones ahead of each request, and wrong ones among them."""
+"""Typing hints for load without hints: true hints before requests, and wrong hints at random times."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kvservice.simulate.workload import Hints, Workload
 
-_TYPING = 1  # Its place in `kvservice.policy.items.HINTS`.
+_TYPING = 1  # The index of the typing hint in `kvservice.policy.items.HINTS`.
 
 
 def typing_hints(
@@ -19,11 +19,11 @@ def typing_hints(
     false_share: float,
     rng: np.random.Generator,
 ) -> Hints:
-    """A hint `lead_s` (least, most) ahead of each turn but a session's first, and not before the answer has ended.
+    """A hint per turn, `lead_s` (least, most) seconds before it but after the previous answer; none for first turns.
 
-    `false_share` of all hints are wrong: `P / (1 - P)` for each true one, at random moments of sessions that think.
-    A moment is as likely in a longer think time, so it is what an observer sees who looks at random.
-    Turns of a session stand together. Raises ValueError for leads and shares that cannot be.
+    A share `false_share` of all hints is wrong: `P / (1 - P)` per true hint, at times that are uniform over all think
+    time. A long think time therefore has more of them than a short one. The turns of a session are consecutive.
+    Raises ValueError for leads and shares out of range.
     """
     if lead_s is None:
         if false_share:
@@ -31,15 +31,15 @@ def typing_hints(
         return Hints.none()
     least, most = lead_s
     if not 0 <= least <= most < np.inf:
-        raise ValueError(f"a typing hint needs a lead of A to B seconds with 0 <= A <= B, not {least} to {most}")
+        raise ValueError(f"the lead of a typing hint must be A to B seconds with 0 <= A <= B, not {least} to {most}")
     if not 0 <= false_share < 1:
         raise ValueError(f"the share of false hints must be 0 or more and below 1, not {false_share}")
     hinted = np.flatnonzero(session[1:] == session[:-1]) + 1
     thinks = think_s[hinted]
     lead = np.minimum(rng.uniform(least, most, len(hinted)), thinks)
 
-    # One clock that runs through all think times, one after the other: a moment of it is a moment of a session that
-    # thinks, and its order is that of the answers and, after each, of time.
+    # One time axis with all think times, one after the other. A point on it is a time in one session's think time, and
+    # its order is the order of the answers, then of the time after each answer.
     ends = np.cumsum(thinks)
     begins = np.concatenate([[0.0], ends])[: len(ends)]
     true = np.maximum(ends - lead, begins)
@@ -49,20 +49,20 @@ def typing_hints(
     which = np.minimum(np.searchsorted(ends, wrong, side="right"), len(ends) - 1)
     order = np.argsort(np.concatenate([true, wrong]), kind="stable")
     return Hints(
-        turn=np.concatenate([hinted, -hinted[which]])[order],  # `hinted - 1` is the turn whose answer it follows.
+        turn=np.concatenate([hinted, -hinted[which]])[order],  # Turn `hinted - 1` is the one before the hint.
         kind=np.full(len(order), _TYPING, np.int8),
         lead_s=np.concatenate([lead, wrong - begins[which]])[order],
     )
 
 
 def with_typing_hints(workload: Workload, lead_s: tuple[float, float], false_share: float, seed: int) -> Workload:
-    """A trace of sessions with hints as `typing_hints` makes them. Where a trace tells no think times, the time from
-    a request to the next is taken for one: a wrong hint may then come later than it would have.
+    """A trace of sessions with the hints of `typing_hints`.
 
-    Raises ValueError for shared prefixes, where nothing is known of who types, and for a trace with hints of its own.
+    If a trace has no think times, the time between two requests takes their place. A wrong hint may then be later than
+    with think times. Raises ValueError for shared prefixes, which have no sessions, and for a trace with its own hints.
     """
     if workload.shares_prefixes:
-        raise ValueError("shared prefixes have no sessions that somebody could type in")
+        raise ValueError("a trace of shared prefixes has no sessions, so no user of it types")
     if len(workload.hints.turn):
         raise ValueError("the trace has hints of its own")
     arrives = workload.arrives_s

@@ -1,4 +1,4 @@
-"""Who is served when: a server with a fixed rate, and GPUs that prefill one turn at a time and decode a batch."""
+"""Models of the inference server: one with a fixed rate, and one with prefill per turn and batched decoding."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from typing import Protocol
 
 from kvservice.simulate.settings import Machine
 
-#: So many turns at a time are passed over while their KV is read.
+#: At most this many turns wait for their KV while later turns run.
 CALLED_MAX = 8
-#: The weight of the last turn in the mean of what a turn takes.
+#: The weight of the last turn in the moving average of the time per turn.
 _LAST = 0.02
 
 
 class InferenceServer(Protocol):
-    """Tells when the next turn's time comes and when its answer ends."""
+    """When a turn starts, and when its answer ends."""
 
-    free_at_s: float  # When the first in the queue may be taken. Infinite until one that runs has ended.
-    turns_per_s: float  # How fast a queue moves.
+    free_at_s: float  # When the server can take the next turn. Infinite while every place of the batch is used.
+    turns_per_s: float  # The rate at which turns leave the queue.
 
     def take(self, now_s: float, loaded_s: float, prefill_s: float, output_tokens: int) -> tuple[float, float]:
-        """Take a turn whose KV is there at `loaded_s`. Returns when its prefill begins and when its answer ends."""
+        """Start a turn whose KV is loaded at `loaded_s`. Returns (start of its prefill, end of its answer), in s."""
 
-    def ended(self) -> None:
-        """An answer has ended."""
+    def finish(self) -> None:
+        """An answer has ended: its place of the batch is free."""
 
 
 class FixedRate:
-    """Takes a turn every 1/S seconds, whatever it costs, as a server with enough GPUs behind it would."""
+    """Starts a turn every `1 / turns_per_s` seconds, independent of its cost: a server with enough GPUs."""
 
     def __init__(self, turns_per_s: float) -> None:
         self.turns_per_s = turns_per_s
@@ -39,14 +39,14 @@ class FixedRate:
         begins_s = max(now_s, loaded_s)
         return begins_s, begins_s + self._busy_s
 
-    def ended(self) -> None:
+    def finish(self) -> None:
         pass
 
 
 class GpuServer:
-    """Prefill has the GPU for itself, one turn after the other; each turn then decodes in a place of the batch.
+    """Prefills one turn at a time, and decodes up to `batch` turns together at the same time.
 
-    The GPU waits for the KV of the turn that it has taken.
+    The GPU waits for the KV of the turn that it has started.
     """
 
     def __init__(self, batch: int, decode_tokens_per_s: float) -> None:
@@ -68,12 +68,13 @@ class GpuServer:
         self.turns_per_s = 1.0 / self._turn_s if self._turn_s else math.inf
         return begins_s, ends_s
 
-    def ended(self) -> None:
+    def finish(self) -> None:
         self._places += 1
         self.free_at_s = self._prefilled_s
 
 
 def server_of(machine: Machine) -> InferenceServer:
+    """The model that `machine` selects: `FixedRate` if `service_turns_per_s` is set, else `GpuServer`."""
     if machine.service_turns_per_s is not None:
         return FixedRate(machine.service_turns_per_s)
     return GpuServer(machine.batch, machine.decode_tokens_per_s)

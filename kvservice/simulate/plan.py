@@ -1,4 +1,4 @@
-"""How much DRAM and SSD a target takes: the cheapest mix of the two that reaches it."""
+"""Finds the cheapest sizes of DRAM and SSD that reach a target hit rate."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 from kvservice.simulate.result import Result
 from kvservice.simulate.workload import Workload
 
-#: Sizes are searched until the bounds on one lie this far apart.
+#: The search for a size ends when its upper and lower bounds differ by this share.
 PRECISION = 0.04
-_STEP_GB = 1.0  # Nobody buys less.
+_STEP_GB = 1.0  # Smaller differences do not matter to a buyer.
 _DRAM_FACTORS = (1.5, 2.5, 4.0)
-_DRAM_SHARES = (0.003, 0.01, 0.03, 0.1, 0.3)  # Of the footprint, where the target needs none.
+_DRAM_SHARES = (0.003, 0.01, 0.03, 0.1, 0.3)  # Of the footprint, if the target needs no DRAM.
 
 Measure = Callable[[float, float], Result]
 Reaches = Callable[[Result], bool]
@@ -23,38 +23,39 @@ Reaches = Callable[[Result], bool]
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """Dollars an hour, of a GiB or a GPU."""
+    """Dollars per hour and GiB, and per hour and GPU."""
 
     dram_gb: float
     ssd_gb: float
     gpu: float
 
     def storage(self, dram_gb: float, ssd_gb: float) -> float:
-        """Dollars an hour."""
+        """Dollars per hour of both tiers."""
         return dram_gb * self.dram_gb + ssd_gb * self.ssd_gb
 
     def dollars(self, result: Result, storage_dollars_per_h: float, gpus: int) -> float:
-        """Of the GPUs for as long as they work, and of the storage for the same time."""
+        """Dollars of the GPUs for the time that they work, and of the storage for the same time."""
         return result.gpu_hours * (self.gpu + storage_dollars_per_h / gpus)
 
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """Sizes that were simulated and reach the target."""
+    """One pair of sizes that was simulated and reaches the target."""
 
     dram_gb: float
     ssd_gb: float
     storage_dollars_per_h: float
-    dollars: float  # Of the whole load, GPUs included: DRAM saves their time.
+    dollars: float  # For the whole load, with the GPUs: more DRAM needs less GPU time.
     result: Result
 
 
 def mixes(measure: Measure, reaches: Reaches, footprint_gb: float, prices: Prices, gpus: int) -> list[Mix]:
-    """Mixes of DRAM and SSD that reach the target, the cheapest first; none where nothing does.
+    """Sizes of DRAM and SSD that reach the target, cheapest first; empty if no size reaches it.
 
-    `measure` simulates sizes in GiB, `reaches` says whether a result is good enough; more of a tier is taken to be
-    no worse. `footprint_gb` is what holds everything that the load ever stores: no tier has to be larger.
-    The least DRAM comes first, and the SSD that goes with it; then more DRAM, then less SSD beside the best of these.
+    `measure(dram_gb, ssd_gb)` simulates sizes in GiB, and `reaches` decides whether a result is good enough. The search
+    assumes that a larger tier is not worse. `footprint_gb` holds everything that the load stores, and is the upper
+    limit of both sizes. The search finds the least DRAM with a full-size SSD, then the least SSD for it. It then tries
+    more DRAM, and last less SSD for the cheapest pair so far.
     """
 
     def mix(dram_gb: float, ssd_gb: float, result: Result) -> Mix:
@@ -65,7 +66,7 @@ def mixes(measure: Measure, reaches: Reaches, footprint_gb: float, prices: Price
     if least is None:
         return []
     ssd = _smallest(lambda gb: measure(least[0], gb), reaches, footprint_gb)
-    assert ssd is not None  # It was reached with `footprint_gb` of it.
+    assert ssd is not None  # `least` was found with `footprint_gb` of SSD.
     found = [mix(least[0], *ssd)]
     more = (least[0] * each for each in _DRAM_FACTORS) if least[0] else (footprint_gb * each for each in _DRAM_SHARES)
     found += [
@@ -81,7 +82,7 @@ def mixes(measure: Measure, reaches: Reaches, footprint_gb: float, prices: Price
 
 
 def _smallest(measure: Callable[[float], Result], reaches: Reaches, high_gb: float) -> tuple[float, Result] | None:
-    """The smallest size up to `high_gb` that was found to reach the target, and what was measured with it."""
+    """(the smallest size up to `high_gb` that was found to reach the target, its result), or None."""
     if reaches(result := measure(0.0)):
         return 0.0, result
     if not reaches(best := measure(high_gb)):
@@ -97,7 +98,7 @@ def _smallest(measure: Callable[[float], Result], reaches: Reaches, high_gb: flo
 
 
 def footprint_tokens(workload: Workload) -> int:
-    """Of everything that the load ever stores, were all of it kept."""
+    """Tokens of everything that the load stores, if nothing were evicted."""
     if workload.shares_prefixes:
         return int(workload.item_blocks.sum()) * workload.block_tokens
     tokens = workload.new_tokens.astype(np.int64) + workload.output_tokens

@@ -1,4 +1,4 @@
-"""Pictures of figures. matplotlib is imported where something is drawn, and nowhere else: it is an extra."""
+"""Plots of results. matplotlib is an optional dependency: only the functions that draw import it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".svg", ".png", ".pdf")
 
-_BOUNDS = ("none", "distribution-bound", "optimum", "infinite")  # Drawn in dashes.
+_BOUNDS = ("none", "distribution-bound", "optimum", "infinite")  # Drawn as dashed lines.
 
 
 def is_available() -> bool:
+    """Whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def against_capacity(
     file: Path, lines: Sequence[tuple[str, Sequence[Result]]], capacities_gb: Sequence[float], *, tier: str, title: str
 ) -> None:
-    """One line a policy over the capacities of a tier (GiB): hits on time, hits, and times to the first token."""
+    """Plot one line per policy over a tier's capacities in GiB: hits on time, hits, and times to first token.
+
+    `lines` are (name, one result per capacity). Raises OSError if `file` cannot be written.
+    """
     panels: list[tuple[str, str]] = [
         ("dram_on_time", "in DRAM on time, of turns with history"),
         ("hit_rate_history", "in DRAM or on SSD, of turns with history"),
@@ -47,13 +51,16 @@ def draw(
     x_label: str,
     title: str,
 ) -> None:
-    """Panels in rows of two. Each has a label and lines `(name, y)` over `x`, which is shown in even steps."""
+    """Draw panels in rows of two. A panel has a label and lines `(name, y)` over `x`, with `x` at equal distances.
+
+    Raises OSError if `file` cannot be written.
+    """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = (len(panels) + 1) // 2
-    # The same figures give the same file: no random ids, and no date.
+    # No random ids and no date, so that the same results give the same file.
     with rc_context({"svg.hashsalt": "kvservice", "svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=(9.5, 0.6 + 3.2 * rows), layout="constrained")
         FigureCanvasAgg(figure)

@@ -1,4 +1,4 @@
-"""Policies and bounds by name, as a run needs them."""
+"""Policies and bounds by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvservice.simulate.workload import Workload
 
 
 def _optimum(workload: Workload, machine: Machine) -> Iterator[Placement]:
-    """Who knows the future may also play as any policy would: so none is above it."""
+    """The clairvoyant's runs and every policy's, so that the bound is at least as high as each policy."""
     yield from optimum_plays(workload, machine)
     yield from (make() for make in PLACEMENTS.values())
     yield DistributionBound(*return_times(workload))
@@ -28,12 +28,12 @@ BOUNDS: dict[str, Callable[[Workload, Machine], Iterable[Placement]]] = {
     "infinite": lambda workload, machine: [EverythingKept()],
 }
 
-#: All names, in the order of a table.
+#: All names, in the order of the tables.
 CONTENDERS = ("none", *PLACEMENTS, *(name for name in BOUNDS if name != "none"))
 
 
 def plays(name: str, workload: Workload, machine: Machine) -> Iterable[Placement]:
-    """Fresh policies by name, each for one run; the best run counts. Raises ValueError for an unknown name."""
+    """New policy objects, one per run; the result is the best run. Raises ValueError for an unknown name."""
     if name in PLACEMENTS:
         return [PLACEMENTS[name]()]
     if name in BOUNDS:

@@ -1,4 +1,4 @@
-"""Turns that read a path of shared prefixes: items in order, each a run of blocks."""
+"""Replays turns that read a path of shared prefixes: items in order, each a run of blocks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvservice.simulate.workload import Workload
 
 
 class PrefixReplay(TurnReplay):
-    """What happens to the items on a request's path. Its hit ends where a block is in no tier."""
+    """`TurnReplay` of a workload of shared prefixes. A request's hit ends at the first block that no tier holds."""
 
     def __init__(
         self,
@@ -39,16 +39,16 @@ class PrefixReplay(TurnReplay):
         last = np.zeros(items.row_count, np.int32)
         np.maximum.at(last, workload.path_items, turns)
         self._last_turn = ints(last)
-        self._later: dict[int, deque[int]] = {}  # Of rows that more than one request waits for, the later numbers.
-        self._numbers: dict[int, int] = {}  # Of turns that wait.
+        self._later: dict[int, deque[int]] = {}  # By row: the queued requests for it after the first.
+        self._numbers: dict[int, int] = {}  # By queued turn: its number.
         items.value[:] = workload.item_blocks
 
     def rows(self, turn: int) -> Sequence[int]:
-        """The rows by which the queue shows the request."""
+        """The rows on the request's path, from the first block on."""
         return self._path[self._begins[turn] : self._begins[turn + 1]]
 
     def enqueue(self, turn: int, number: int, now_s: float) -> None:
-        """The request waits now, as the `number`th of all that came."""
+        """The request joins the queue as the `number`th of all requests."""
         epoch, changed_epoch = self._store.row_epochs.epoch, self._store.changed_epoch
         self._numbers[turn] = number
         for row in self.rows(turn):
@@ -62,7 +62,7 @@ class PrefixReplay(TurnReplay):
                 self._policy.queued(self._items, row, now_s)
 
     def dispatch(self, turn: int, now_s: float) -> int:
-        """The request's turn has come: counts what is where. Returns the bytes to read from SSD."""
+        """The request leaves the queue: count its hits per tier. Returns the bytes to read from SSD."""
         store, account, items = self._store, self._account, self._items
         path = self.rows(turn)
         queue_number = self._numbers.pop(turn)
@@ -72,7 +72,7 @@ class PrefixReplay(TurnReplay):
         self._accesses = access
         epoch, changed_epoch = store.row_epochs.epoch, store.changed_epoch
         for row in path:
-            asked_for = store.is_asked_for(row)
+            asked_for = store.is_promoting(row)
             if asked_for:
                 store.stop_promotion(row)
             changed_epoch[row] = epoch
@@ -122,7 +122,7 @@ class PrefixReplay(TurnReplay):
         return read * self._block_bytes
 
     def finish(self, turn: int, is_last: bool, now_s: float) -> None:
-        """The answer has ended: the path is in DRAM, and what is worth least leaves."""
+        """The answer has ended: store the path in DRAM, and evict to capacity."""
         store, items = self._store, self._items
         path = self.rows(turn)
         epoch, changed_epoch = store.row_epochs.epoch, store.changed_epoch

@@ -1,4 +1,4 @@
-"""What one run of one policy showed."""
+"""The result of one run of one policy."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Shares are of the measured turns (after the warm-up); a turn counts 1, split by its history's bytes.
+    """Shares are of the measured turns, those after the warm-up. A turn counts as 1, split by its history's bytes.
 
-    The four shares of turns with history add up to 1: `dram_on_time` was in DRAM when the turn's time came,
-    `dram_late` was on its way there, `ssd` had not been asked for, `miss` was nowhere. For shared prefixes
-    every block counts 1, and a block has history where an earlier request had it.
+    The four shares of turns with history add up to 1. `dram_on_time` was in DRAM when the turn was dispatched,
+    `dram_late` had a promotion queued or running, `ssd` was on SSD without one, and `miss` was in no tier.
+    With shared prefixes every block counts as 1, and a block has history if an earlier request had it.
     """
 
     policy: str
@@ -24,33 +24,33 @@ class Result:
     dram_late: float
     ssd: float
     miss: float
-    ttft_mean_s: float  # From the request's arrival to its first token, waiting included.
+    ttft_mean_s: float  # From the request's arrival to its first token, with the wait in the queue.
     ttft_p50_s: float
     ttft_p99_s: float
-    service_ttft_mean_s: float  # From its turn on: loading what is not in DRAM, and prefill.
+    service_ttft_mean_s: float  # From its dispatch to its first token: reads from SSD, and prefill.
     service_ttft_p50_s: float
     service_ttft_p99_s: float
-    prefill_tokens_per_s: float  # Prompt tokens, reused ones counted, by second of prefill.
+    prefill_tokens_per_s: float  # Prompt tokens, with the reused ones, per second of prefill.
     gpu_hours: float
-    cost_dollars: float  # By the paper's prices.
+    cost_dollars: float  # At the paper's prices.
     storage_share_of_cost: float
     read_gb: float  # From SSD.
     ssd_written_gb: float
     moved_gb: float  # Both together.
-    promoted_unused_gb: float  # Read from SSD for nothing: left DRAM before it was used.
+    promoted_unused_gb: float  # Promoted, and evicted from DRAM before a request used it.
     queue_p50: float
     queue_p99: float
-    live_gb_mean: float  # KV of sessions between their first and their last turn, were all of it kept.
-    read_busy: float  # Share of the time in which the SSD read.
+    live_gb_mean: float  # KV of sessions between their first and their last turn, if all of it were stored.
+    read_busy: float  # Share of the simulated time in which the SSD read.
     simulated_s: float
-    seconds: float  # How long the simulation took.
+    seconds: float  # Run time of the simulation.
     turns_simulated_per_s: float
 
 
 def best_of(results: Sequence[Result]) -> Result:
-    """A bound of several plays: the one with the most on time, with the hit rate of the one with the most hits.
+    """A bound over several runs: the run with the highest share on time, with the highest hit rate of all runs.
 
-    So what is reported as on time and as hit may come from two plays, and nobody has to be best in both.
+    The two figures may belong to different runs: no single run needs to reach both.
     """
     on_time = max(results, key=lambda result: (result.dram_on_time, result.hit_rate))
     hits = max(results, key=lambda result: result.hit_rate_history)

@@ -1,4 +1,4 @@
-"""Turns of sessions: each reads its session's item, which grows by the request and the answer."""
+"""Replays turns of sessions: each turn reads its session's item, which grows by the request and the answer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvservice.simulate.workload import Workload
 
 
 class SessionReplay(TurnReplay):
-    """What happens to a session's item with each of its requests."""
+    """`TurnReplay` of a workload of sessions."""
 
     def __init__(
         self,
@@ -37,11 +37,11 @@ class SessionReplay(TurnReplay):
         self._tokens = ints(np.zeros(items.row_count, np.int64))
 
     def rows(self, turn: int) -> Sequence[int]:
-        """The rows by which the queue shows the request."""
+        """The row of the request's session."""
         return (self._session[turn],)
 
     def enqueue(self, turn: int, number: int, now_s: float) -> None:
-        """The request waits now, as the `number`th of all that came. What the window cannot hold with it is cut."""
+        """The request joins the queue as the `number`th of all. A history that exceeds the window is truncated."""
         row = self._session[turn]
         history = self._tokens[row]
         if history and self._context and history + self._new[turn] > self._context:
@@ -53,11 +53,11 @@ class SessionReplay(TurnReplay):
             self._policy.queued(self._items, row, now_s)
 
     def dispatch(self, turn: int, now_s: float) -> int:
-        """The request's turn has come: counts what is where. Returns the bytes to read from SSD."""
+        """The request leaves the queue: count its hits per tier. Returns the bytes to read from SSD."""
         store, account = self._store, self._account
         row = self._session[turn]
         uses = self._uses[row]
-        asked_for = store.is_asked_for(row)
+        asked_for = store.is_promoting(row)
         if asked_for:
             store.stop_promotion(row)
         store.changed_epoch[row] = store.row_epochs.epoch
@@ -104,7 +104,7 @@ class SessionReplay(TurnReplay):
         return ssd
 
     def finish(self, turn: int, is_last: bool, now_s: float) -> None:
-        """The answer has ended: the item is in DRAM, with its new tokens, and what is worth least leaves."""
+        """The answer has ended: store the item with its new tokens in DRAM, and evict to capacity."""
         store = self._store
         row = self._session[turn]
         output = self._output[turn]
@@ -129,9 +129,9 @@ class SessionReplay(TurnReplay):
         store.write_behind(row)
 
     def _overflow(self, row: int, history: int, new: int, now_s: float) -> None:
-        """Drop half a window from the front until the request fits. What is being read or written of it stops first."""
+        """Cut half windows off the front until the request fits. Stops a running read or write of the item first."""
         store = self._store
-        if store.is_asked_for(row):
+        if store.is_promoting(row):
             store.stop_promotion(row)
         half = max(1, self._context // 2)
         cut = min(history, -(-(history + new - self._context) // half) * half)

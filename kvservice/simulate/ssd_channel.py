@@ -1,4 +1,4 @@
-"""The SSD's channel: so many bytes a second for reads and writes together, and who gets them first."""
+"""The SSD's bandwidth: a fixed number of bytes per second for reads and writes together, and their priorities."""
 
 from __future__ import annotations
 
@@ -8,31 +8,39 @@ from collections import deque
 from typing import Protocol
 
 NO_ROW = -1
-#: Writes that a demotion waits for may be this far behind, in seconds of the channel. What would come on top is lost.
+#: Limit on deferred writes, in seconds of the channel's time. A write beyond it is refused, and its bytes are lost.
 DEFERRED_LIMIT_S = 10.0
 
 
 class Transfers(Protocol):
-    """Who is told when bytes move. `now_s` is the moment itself, which may lie before the caller's."""
+    """Callbacks at the start and the end of a transfer.
+
+    `now_s` is when the transfer starts or ends. It may be earlier than the time that `SsdChannel.advance` was
+    called with.
+    """
 
     def begin_read(self, row: int, now_s: float) -> int:
-        """A promotion's turn has come: returns the bytes to read, 0 to drop it. May call `SsdChannel.defer_write`."""
+        """The channel starts a promotion. Returns the bytes to read; 0 drops it. May call `SsdChannel.defer_write`."""
 
     def end_read(self, row: int, size_bytes: int, now_s: float) -> None: ...
 
     def begin_write(self, row: int, now_s: float) -> int:
-        """A copy's turn has come: returns the bytes to write, 0 to drop it."""
+        """The channel starts a background copy. Returns the bytes to write; 0 drops it."""
 
     def end_write(self, row: int, size_bytes: int, now_s: float) -> None: ...
 
 
 class SsdChannel:
-    """Evaluated when somebody asks: `advance` does all that happened since it was last called.
+    """A lazy model of one shared channel: `advance` computes every transfer up to a moment.
 
-    First come the reads that a running request waits for, then promotions by deadline, then writes that are owed
-    for a place in DRAM that was given away (from a buffer: so much may wait as is written in `DEFERRED_LIMIT_S`), then
-    write-behind in the order in which it was asked for. What comes first interrupts what comes later, which keeps
-    what it has done.
+    Four classes of transfers, highest priority first:
+
+    1. reads that a running request waits for (`read_now`);
+    2. promotions, by deadline (`promote`);
+    3. deferred writes, whose space in DRAM is free already (`defer_write`; limited by `DEFERRED_LIMIT_S`);
+    4. write-behind, in the order of the calls (`write`).
+
+    A higher class preempts a lower one. A preempted transfer keeps its progress.
     """
 
     __slots__ = (
@@ -61,21 +69,21 @@ class SsdChannel:
         self.now_s = start_s
         self._read_now_until_s = start_s
         self._deferred_s = 0.0
-        self._promotions: list[tuple[float, int]] = []  # Sorted.
-        self.deadlines: dict[int, float] = {}  # Of every promotion that has not ended, by row.
-        self._left: dict[int, float] = {}  # Bytes, of those that have begun.
-        self._sizes: dict[int, int] = {}  # Bytes, of all promotions.
-        self._asked_bytes = 0  # The sum of them.
+        self._promotions: list[tuple[float, int]] = []  # (deadline, row), sorted.
+        self.deadlines: dict[int, float] = {}  # By row: every promotion that has not ended.
+        self._left: dict[int, float] = {}  # By row: bytes left of each promotion that has started.
+        self._sizes: dict[int, int] = {}  # By row: bytes of every promotion.
+        self._asked_bytes = 0  # The sum of `_sizes`.
         self._writes: deque[int] = deque()
         self.write_row = NO_ROW
         self._write_size = 0
         self._write_left = 0.0
         self.read_bytes = 0
         self.written_bytes = 0
-        self.read_s = 0.0  # How long it has read.
+        self.read_s = 0.0  # Seconds that were spent on reads.
 
     def advance(self, now_s: float) -> None:
-        """Do what happens until `now_s`."""
+        """Compute all transfers up to `now_s`. A time that is not after the last call changes nothing."""
         at = self.now_s
         if now_s <= at:
             return
@@ -129,7 +137,7 @@ class SsdChannel:
         self.now_s = now_s
 
     def read_now(self, size_bytes: int) -> float:
-        """A running request waits for these bytes. Returns when they are there."""
+        """Read bytes that a running request waits for, ahead of all else. Returns when the read ends, in seconds."""
         start = max(self.now_s, self._read_now_until_s)
         self._read_now_until_s = start + size_bytes / self._rate
         self.read_bytes += size_bytes
@@ -137,31 +145,31 @@ class SsdChannel:
         return self._read_now_until_s
 
     def can_defer_write(self, size_bytes: int) -> bool:
-        """Whether so much more may wait to be written without a place in DRAM."""
+        """Whether `size_bytes` more fit into the buffer of deferred writes."""
         return self._deferred_s + size_bytes / self._rate <= DEFERRED_LIMIT_S
 
     def defer_write(self, size_bytes: int) -> None:
-        """Write bytes whose place in DRAM is given away at once."""
+        """Write bytes later whose space in DRAM is free from now on."""
         self._deferred_s += size_bytes / self._rate
         self.written_bytes += size_bytes
 
     def write(self, row: int) -> None:
-        """Copy the row's bytes when there is nothing better to do."""
+        """Queue a background copy of the row."""
         self._writes.append(row)
 
     def finish_write(self) -> None:
-        """End the running copy at once: what is left of it is owed."""
+        """End the running copy at once, and defer the write of its remaining bytes."""
         self._deferred_s += self._write_left / self._rate
         self._end_write(self.now_s)
 
     def abort_write(self) -> int:
-        """Drop the running copy. Returns its bytes."""
+        """Drop the running copy. Returns its size in bytes."""
         self.written_bytes += int(self._write_size - self._write_left)
         self.write_row = NO_ROW
         return self._write_size
 
     def can_defer_running_write(self) -> bool:
-        """Whether what is left of the running copy may wait without a place in DRAM."""
+        """Whether the remaining bytes of the running copy fit into the buffer of deferred writes."""
         return self.can_defer_write(math.ceil(self._write_left))
 
     def _end_write(self, now_s: float) -> None:
@@ -171,7 +179,7 @@ class SsdChannel:
         self._transfers.end_write(row, size, now_s)
 
     def promote(self, row: int, deadline_s: float, size_bytes: int) -> None:
-        """Read the row's bytes by the deadline, or change the deadline of what was asked for before."""
+        """Queue a read of `size_bytes` with a deadline, or change the deadline of the row's queued promotion."""
         old = self.deadlines.get(row)
         if old is None:
             self._sizes[row] = size_bytes
@@ -184,7 +192,7 @@ class SsdChannel:
         bisect.insort(self._promotions, (deadline_s, row))
 
     def cancel(self, row: int) -> tuple[int, int]:
-        """Stop a promotion. Returns the bytes that have come, and those it was to read: 0 where it had not begun."""
+        """Stop a promotion. Returns (bytes that were read, bytes to read); (0, 0) if it had not started."""
         size, left = self._sizes[row], self._left.get(row)
         self._forget(row)
         if left is None:
@@ -194,11 +202,11 @@ class SsdChannel:
         return done, size
 
     def latest_reading(self) -> int:
-        """The row of the promotion that has begun and has the latest deadline, or NO_ROW."""
+        """The row with the latest deadline among the promotions that have started, or NO_ROW."""
         return max(self._left, key=lambda row: (self.deadlines[row], row), default=NO_ROW)
 
     def read_backlog_s(self) -> float:
-        """How long it will read what it was asked for."""
+        """Seconds that the channel needs for all reads that are queued or running."""
         done = sum(self._sizes[row] - left for row, left in self._left.items())
         return max(0.0, self._read_now_until_s - self.now_s) + (self._asked_bytes - done) / self._rate
 

@@ -1,7 +1,7 @@
-"""Carries out what a policy decides: requests and promotions move bytes, and what SSD lacks is copied behind them.
+"""A model of the daemon's store with two tiers: it carries out what a policy decides.
 
-Write-behind is the same for every policy: what is in DRAM and not on SSD is copied when the channel has nothing
-better to do, unless the policy does not want it there.
+Write-behind is the same for every policy: bytes that are in DRAM and not on SSD are copied while the channel has no
+transfer of higher priority, unless the policy does not want the item on SSD.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kvservice.simulate.views import bools
 
 
 class StoreModel(TierContents):
-    """Owns what is where. The engine tells it of requests, the channel of transfers."""
+    """Both tiers, and the transfers between them. The replay calls it for requests, the channel for transfers."""
 
     def __init__(
         self, items: ItemTable, machine: Machine, policy: Placement, block_bytes: int, start_s: float = 0.0
@@ -28,12 +28,12 @@ class StoreModel(TierContents):
         self.channel = SsdChannel(machine.ssd_bytes_per_s, self, start_s)
         self._kept_free = int(policy.dram_kept_free * machine.dram_bytes)
         self._to_write = bools(np.zeros(items.row_count, np.bool_))
-        self._worth: dict[int, float] = {}  # Of promotions.
+        self._worth: dict[int, float] = {}  # By row: what each promotion is worth in DRAM.
 
-    # What a request does.
+    # Requests.
 
     def stop_promotion(self, row: int) -> None:
-        """What has come of a promotion counts; the rest is not read any more."""
+        """Stop a promotion. The bytes that were read stay in DRAM."""
         del self._worth[row]
         done, size = self.channel.cancel(row)
         if size:
@@ -41,10 +41,11 @@ class StoreModel(TierContents):
             self.release(row)
 
     def mark_used(self, row: int) -> None:
+        """A request uses the item: its promoted bytes no longer count as unused."""
         self._promoted[row] = 0
 
     def grow(self, row: int, size_bytes: int, now_s: float) -> None:
-        """The whole item is in DRAM, which may be too full by that: `settle` follows."""
+        """Set the item's size, with all of it in DRAM. May exceed the capacity: call `evict_to_capacity` next."""
         have = self._dram[row]
         self._dram[row] = size_bytes
         self._size[row] = size_bytes
@@ -53,11 +54,14 @@ class StoreModel(TierContents):
             self._entered_dram(row, now_s)
 
     def make_room(self, size_bytes: int, now_s: float) -> bool:
-        """Let go what nothing holds until so much is free in DRAM. False: it is not, though something may have left."""
+        """Evict items that are not held until `size_bytes` are free in DRAM. False if that is not enough."""
         return self._free_dram(size_bytes, math.inf, now_s)
 
     def evict_to_capacity(self, now_s: float) -> None:
-        """Let go what is worth least until DRAM is within its capacity. What was just stored may be among it."""
+        """Evict the items with the lowest scores until DRAM is within its capacity, and stop promotions if need be.
+
+        An item that was just stored may be evicted too.
+        """
         dram = self.dram
         if dram.used_bytes <= dram.capacity_bytes:
             return
@@ -65,19 +69,19 @@ class StoreModel(TierContents):
             self.stop_promotion(self.channel.latest_reading())
 
     def write_behind(self, row: int) -> None:
-        """Copy what SSD lacks of it, some time."""
+        """Queue a copy of the bytes that SSD does not have."""
         if self.ssd.capacity_bytes and not self._to_write[row] and self._dram[row] > self._ssd[row]:
             self._to_write[row] = True
             self.channel.write(row)
 
     def store_on_ssd(self, row: int, size_bytes: int, now_s: float) -> None:
-        """The item does not get a place in DRAM: what SSD lacks is written past it, or lost."""
+        """Set the item's size without space in DRAM. Bytes that SSD does not have are written to SSD, or lost."""
         self._size[row] = size_bytes
         self._write_now(row, size_bytes, now_s)
         self._forget_if_gone(row, now_s)
 
     def cut_front(self, row: int, cut_bytes: int, now_s: float) -> None:
-        """The oldest bytes of the item are of no use any more: the rest counts from 0."""
+        """Remove the first `cut_bytes` of the item from both tiers. The rest becomes the item's new prefix."""
         if self.channel.write_row == row:
             self._end_write_early()
         size, dram, ssd = self._size[row], self._dram[row], self._ssd[row]
@@ -92,7 +96,7 @@ class StoreModel(TierContents):
             self.ssd.discard(row)
 
     def drop(self, row: int, now_s: float) -> None:
-        """The session has ended: nothing of it is kept anywhere."""
+        """Remove the item from both tiers, because its session has ended."""
         if row in self._worth:
             self.stop_promotion(row)
         self.cut_front(row, self._size[row], now_s)
@@ -102,13 +106,14 @@ class StoreModel(TierContents):
     # Promotions.
 
     def promote(self, row: int, deadline_s: float, worth: float) -> None:
-        """Ask for what SSD has of the item and DRAM lacks, or change what was asked."""
+        """Queue a read of the bytes that only SSD has, or change the deadline and the worth of a queued one."""
         lacks = self._ssd[row] - self._dram[row]
         if row in self._worth or (lacks > 0 and not self._in_use[row]):
             self._worth[row] = worth
             self.channel.promote(row, deadline_s, lacks)
 
-    def is_asked_for(self, row: int) -> bool:
+    def is_promoting(self, row: int) -> bool:
+        """Whether a promotion of the item is queued or running."""
         return row in self._worth
 
     def begin_read(self, row: int, now_s: float) -> int:
@@ -152,7 +157,7 @@ class StoreModel(TierContents):
         lacks = self._dram[row] - self._ssd[row]
         if lacks <= 0 or (self._asks_ssd and not self.policy.wants_on_ssd(self.items, row, now_s)):
             return 0
-        self.ssd.discard(row)  # Its copy makes no room for itself.
+        self.ssd.discard(row)  # The write must not evict the item's own bytes.
         lacks = self._free_ssd(lacks, now_s)
         self.ssd.used_bytes += lacks
         if not lacks:

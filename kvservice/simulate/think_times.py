@@ -1,4 +1,4 @@
-"""How long a user thinks: shapes to draw from, and what a workload's return times really are."""
+"""Think times: distributions to draw from, and the true return times of a workload."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ SHAPES: tuple[Shape, ...] = get_args(Shape)
 
 #: Seconds between a user's consecutive requests in a real interactive service of 503 K requests.
 PEOPLE_QUANTILES = ((0.01, 6.0), (0.05, 12.0), (0.1, 18.0), (0.5, 43.0), (0.9, 87.0), (0.99, 140.0))
-_PEOPLE_LEAST_S = 3.0  # Of the quickest hundredth: nobody reads an answer in less.
-# From p90 to p99 the survivors fall to a tenth within 53 s. The last hundredth goes on at that rate.
+_PEOPLE_LEAST_S = 3.0  # Assumed minimum: the time to read an answer.
+# From p90 to p99 the survivors fall to a tenth within 53 s. The last percent continues at that rate.
 _PEOPLE_TAIL_S = (140.0 - 87.0) / np.log(10)
 
 _LOGNORMAL_SIGMA = 1.0
-_QUICK_SHARE = 0.6  # Of the bimodal shape: some answer at once, the others come back from something else.
+_QUICK_SHARE = 0.6  # Of the bimodal shape: the share of users who answer at once. The others return later.
 _SLOW_TIMES = 8.0
 _BIMODAL_SIGMA = 0.3
 
 
 def people_gap_s(share: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The gaps, in seconds, that `share` of the real service's gaps are below: log-linear between its quantiles."""
+    """The quantile function of the real service's gaps, in seconds: log-linear between the known quantiles."""
     below, gaps = np.array([(0.0, _PEOPLE_LEAST_S), *PEOPLE_QUANTILES]).T
     inner = np.exp(np.interp(share, below, np.log(gaps)))
     beyond = np.maximum(share - below[-1], 0.0) / (1 - below[-1])
@@ -34,13 +34,13 @@ def people_gap_s(share: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def people_mean_s() -> float:
-    """The mean of the real service's gaps."""
+    """The mean of the real service's gaps, in seconds."""
     midpoints = (np.arange(100_000) + 0.5) / 100_000
     return float(people_gap_s(midpoints).mean())
 
 
 def draw(shape: Shape, count: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """`count` think times of mean 1. Raises ValueError for an unknown shape."""
+    """`count` think times with mean 1, shape [count]. Raises ValueError for an unknown shape."""
     if shape == "people":
         return people_gap_s(rng.random(count)) / people_mean_s()
     if shape == "exponential":
@@ -57,15 +57,15 @@ def draw(shape: Shape, count: int, rng: np.random.Generator) -> NDArray[np.float
 
 
 def unit_lognormal(sigma: float, count: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """`count` lognormal numbers of mean 1."""
+    """`count` lognormal numbers with mean 1."""
     return np.exp(sigma * rng.standard_normal(count) - sigma * sigma / 2)
 
 
 def return_times(workload: Workload) -> tuple[NDArray[np.float64], float]:
-    """The true return times: the gaps in seconds, ascending, and the share of uses that nothing comes back to.
+    """The true return times: (gaps in seconds, ascending; the share of uses without a later use).
 
-    Of sessions, a gap is a turn's think time, or, in a trace, the time between its request and the one before.
-    Of shared prefixes it is the time between two requests that use the same item.
+    The gap of a session's turn is its think time, or, in a trace, the time since the session's previous request. The
+    gap of a shared prefix is the time between two requests that use the same item.
     """
     if workload.shares_prefixes:
         owner = workload.path_items
@@ -79,7 +79,7 @@ def return_times(workload: Workload) -> tuple[NDArray[np.float64], float]:
         return np.empty(0), 1.0
     again = np.flatnonzero(owner[1:] == owner[:-1]) + 1
     gaps = np.where(np.isnan(arrives[again]), think[again], arrives[again] - arrives[again - 1])
-    # A turn that keeps to the clock after one that does not: nobody knows the time between them beforehand.
+    # If a turn has a fixed time and the turn before it does not, the gap between them depends on the run.
     gaps = gaps[~np.isnan(gaps)]
     gaps.sort()
     return gaps, 1 - len(again) / len(owner)

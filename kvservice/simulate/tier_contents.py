@@ -1,8 +1,8 @@
-"""What is where, and how room is made: within each tier's capacity at every moment, counted in bytes.
+"""The bytes of every item in each tier, and eviction. Neither tier exceeds its capacity once eviction has run.
 
-A tier holds a prefix of an item. What leaves DRAM before it was copied to SSD is written at once where the policy
-wants it there (the channel is busy with it later: the place is free now), and lost where it does not or where too
-much waits to be written.
+A tier holds a prefix of an item. Bytes that are evicted from DRAM before they were copied to SSD become a deferred
+write if the policy wants the item on SSD: the space is free at once, and the channel writes later. Otherwise, or if
+the buffer of deferred writes is full, the bytes are lost.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from kvservice.simulate.ssd_channel import SsdChannel
 from kvservice.simulate.tier_space import RowEpochs, TierSpace
 from kvservice.simulate.views import bools, ints
 
-#: Where blocks do not say it, an item's end is cut by this share of it.
+#: An item without blocks (a session's) is evicted in steps of one of this many parts.
 _CUTS = 64
 
 
 def overrides(policy: Placement, method: str) -> bool:
-    """Whether the policy has an answer of its own."""
+    """Whether the policy's class defines `method` itself. The simulator skips calls of the empty defaults."""
     return getattr(type(policy), method) is not getattr(Placement, method)
 
 
 class TierContents:
-    """The bytes of every item in each tier, and who may leave. What is held, and what comes, stays."""
+    """The bytes of every item in each tier, and the items that may be evicted: those that are not held."""
 
     channel: SsdChannel
 
@@ -50,8 +50,8 @@ class TierContents:
         self._ssd_seq = ints(items.ssd_seq)
         self._unwanted = bools(items.unwanted_on_ssd)
         self._live = bools(items.live)
-        self._held = ints(np.zeros(items.row_count, np.int32))  # Requests and promotions that run on it.
-        self._promoted = ints(np.zeros(items.row_count, np.int64))  # Its end in DRAM that nobody used since.
+        self._held = ints(np.zeros(items.row_count, np.int32))  # Running requests and promotions per item.
+        self._promoted = ints(np.zeros(items.row_count, np.int64))  # Promoted bytes in DRAM that no request has used.
         self._arrivals = 0
         self.promoted_unused_bytes = 0
         self._tells_arrived = overrides(policy, "arrived")
@@ -60,7 +60,7 @@ class TierContents:
         self._asks_ssd = overrides(policy, "wants_on_ssd")
 
     def hold(self, row: int) -> None:
-        """Nothing of the row leaves until it is released."""
+        """Keep the item's bytes in both tiers until `release`. Holds are counted."""
         held = self._held[row]
         self._held[row] = held + 1
         if not held:
@@ -68,6 +68,7 @@ class TierContents:
             self.ssd.discard(row)
 
     def release(self, row: int) -> None:
+        """Undo one `hold`."""
         held = self._held[row] - 1
         self._held[row] = held
         if not held:
@@ -75,10 +76,10 @@ class TierContents:
                 self.dram.add(row)
             self._ssd_may_leave(row)
 
-    # Making room.
+    # Eviction.
 
     def _free_dram(self, wanted_bytes: int, worth: float, now_s: float) -> bool:
-        """Let go what is worth less than `worth` until there is room."""
+        """Evict items with a score below `worth` until `wanted_bytes` are free. False if that is not enough."""
         dram = self.dram
         excess = dram.used_bytes + wanted_bytes - dram.capacity_bytes
         if excess <= 0:
@@ -100,7 +101,7 @@ class TierContents:
         return True
 
     def _free_ssd(self, wanted_bytes: int, now_s: float) -> int:
-        """Make room. Returns for how much, which is less where the rest of SSD is held or a row is too large."""
+        """Evict until `wanted_bytes` are free. Returns the bytes that are free: fewer if the rest of SSD is held."""
         ssd = self.ssd
         excess = ssd.used_bytes + wanted_bytes - ssd.capacity_bytes
         if excess <= 0:
@@ -190,7 +191,7 @@ class TierContents:
             self.policy.forgotten(self.items, row, now_s)
 
     def _end_write_early(self) -> None:
-        """The place in DRAM of what is being written is given away: what is left is owed, or all of it lost."""
+        """Free the DRAM space of the running copy: defer its remaining bytes, or lose the whole copy."""
         channel = self.channel
         if channel.can_defer_running_write():
             channel.finish_write()
@@ -200,13 +201,13 @@ class TierContents:
             self._ssd_may_leave(row)
 
     def _write_now(self, row: int, end_bytes: int, now_s: float) -> None:
-        """Write up to `end_bytes` of the item in the books, if there is room and time for it."""
+        """Count the item's first `end_bytes` as on SSD, if SSD has space and the write can be deferred."""
         lacks = end_bytes - self._ssd[row]
         if lacks <= 0 or not self.ssd.capacity_bytes:
             return
         if self._asks_ssd and not self.policy.wants_on_ssd(self.items, row, now_s):
             return
-        self.ssd.discard(row)  # Its copy makes no room for itself.
+        self.ssd.discard(row)  # The write must not evict the item's own bytes.
         if self.channel.can_defer_write(lacks):
             lacks = self._free_ssd(lacks, now_s)
             self.channel.defer_write(lacks)

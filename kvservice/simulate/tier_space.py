@@ -1,4 +1,4 @@
-"""One tier's space, and the rows in it that may leave, worst first."""
+"""One tier's space, and the rows in it that may be evicted, lowest score first."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from kvservice.policy.placement import Placement
 from kvservice.simulate.views import ints
 
 NO_ROW = -1
-#: From so many rows on, an order of victims serves more than one asking: a 64th of them.
+#: With more rows than this, one ranking serves several evictions: it holds 1/64 of the rows.
 _MANY = 256
 _SHARE = 64
 
 
 class RowEpochs:
-    """When something last happened to a row, counted in orders of victims."""
+    """Per row, the ranking epoch of its last change. A ranking is out of date for rows that changed since."""
 
     __slots__ = ("epoch", "last")
 
@@ -26,7 +26,7 @@ class RowEpochs:
 
 
 class TierSpace:
-    """Counts bytes, keeps the rows that nothing holds as a dense array, and names the next victim."""
+    """Counts bytes, keeps the rows that are not held as a dense array, and selects the next victim."""
 
     __slots__ = (
         "_epoch",
@@ -50,8 +50,8 @@ class TierSpace:
     ) -> None:
         self.tier = tier
         self.capacity_bytes = capacity_bytes
-        self.used_bytes = 0  # What is lent to promotions counts.
-        self.retention = 0.0  # Of the last victim.
+        self.used_bytes = 0  # Includes the space that running promotions have reserved.
+        self.retention = 0.0  # The score of the last victim.
         self._items = items
         self._policy = policy
         self._row_epochs = row_epochs
@@ -60,11 +60,11 @@ class TierSpace:
         self._rows = np.empty(1024, np.int64)
         self._view = ints(self._rows)
         self._place = ints(np.full(items.row_count, NO_ROW, np.int32))
-        self._order: list[int] = []  # The next victim is the last.
+        self._order: list[int] = []  # The next victim is the last element.
         self._scores: list[float] = []
 
     def add(self, row: int) -> None:
-        """The row may leave from now on."""
+        """The row may be evicted from now on."""
         if self._place[row] >= 0:
             return
         count = self.count
@@ -76,7 +76,7 @@ class TierSpace:
         self.count = count + 1
 
     def discard(self, row: int) -> None:
-        """The row is not here, or something holds it."""
+        """The row may not be evicted: it has left the tier, or is held."""
         place = self._place[row]
         if place < 0:
             return
@@ -88,16 +88,17 @@ class TierSpace:
 
     @property
     def rows(self) -> Rows:
+        """The rows that may be evicted, in no order. Valid until the next `add` or `discard`."""
         return self._rows[: self.count]
 
     def begin_eviction(self) -> None:
-        """Begin to look for victims: with few rows, or where newcomers may be the worst, by what they are worth now."""
+        """Start an eviction. Drops the ranking if rows are few, or if the policy may score new rows lowest."""
         if self.count <= _MANY or self._policy.newcomers_may_leave:
             self._order.clear()
             self._scores.clear()
 
     def next_victim(self, now_s: float) -> int:
-        """The next victim, whose worth `retention` tells; NO_ROW where nothing may leave. It stays until discarded."""
+        """The row with the lowest score, or NO_ROW. Sets `retention` to its score. The row stays until `discard`."""
         order, place, last = self._order, self._place, self._row_epochs.last
         while order:
             row = order.pop()
@@ -113,7 +114,7 @@ class TierSpace:
         return row
 
     def put_back(self, row: int) -> None:
-        """The victim did not leave whole: it is still the next."""
+        """The last victim was evicted in part, or not at all: it stays the next victim."""
         self._order.append(row)
         self._scores.append(self.retention)
 

@@ -1,4 +1,4 @@
-"""What turns of both kinds of workload have in common: the items they read, hints about these, and expiry."""
+"""Replays turns on the store's model: the part that both kinds of workload share, with hints and expiry."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kvservice.simulate.workload import Workload
 
 
 class TurnReplay(ABC):
-    """Keeps the item table as requests come, run and end, and tells the policy of it."""
+    """Updates the item table when a request is queued, dispatched or finished, and calls the policy."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class TurnReplay(ABC):
         self._store = store
         self._account = account
         self._output = ints(workload.output_tokens)
-        self._bypass = bools(np.zeros(items.row_count, np.bool_))  # What was read gets no place in DRAM.
+        self._bypass = bools(np.zeros(items.row_count, np.bool_))  # The policy does not want the item in DRAM.
         self._size = ints(items.size_bytes)
         self._dram = ints(items.dram_bytes)
         self._ssd = ints(items.ssd_bytes)
@@ -59,24 +59,24 @@ class TurnReplay(ABC):
 
     @abstractmethod
     def rows(self, turn: int) -> Sequence[int]:
-        """The rows by which the queue shows the request."""
+        """The rows that the request reads, in the order of its tokens."""
 
     @abstractmethod
     def enqueue(self, turn: int, number: int, now_s: float) -> None:
-        """The request waits now, as the `number`th of all that came."""
+        """The request joins the queue as the `number`th of all requests."""
 
     @abstractmethod
     def dispatch(self, turn: int, now_s: float) -> int:
-        """The request's turn has come: counts what is where. Returns the bytes to read from SSD."""
+        """The request leaves the queue: count its hits per tier. Returns the bytes to read from SSD."""
 
     @abstractmethod
     def finish(self, turn: int, is_last: bool, now_s: float) -> None:
-        """The answer has ended: what was used is in DRAM, with what is new, and what is worth least leaves."""
+        """The answer has ended: store the items, old and new tokens, in DRAM, and evict to capacity."""
 
-    def hinted(self, turn: int, kind: int, now_s: float) -> None:
-        """The session whose last request was `turn` sent a hint: it is about the last item, which is its own.
+    def hint(self, turn: int, kind: int, now_s: float) -> None:
+        """The session whose last request was `turn` sends a hint about its last item, which no other session has.
 
-        One that comes after its next request says nothing.
+        A hint after the session's next request is ignored.
         """
         row = self.rows(turn)[-1]
         if self._queue_seq[row] != NOT_QUEUED or self._in_use[row]:
@@ -89,7 +89,7 @@ class TurnReplay(ABC):
             self._policy.hinted(self._items, row, Hint(HINTS[kind]), now_s)
 
     def expire(self, turn: int, used_at_s: float, now_s: float) -> None:
-        """Forget what nobody used since the answer of `turn`."""
+        """Drop the items of `turn` that were not used after `used_at_s`, when its answer ended."""
         for row in reversed(self.rows(turn)):
             if self._used_at[row] <= used_at_s and self._queue_seq[row] == NOT_QUEUED and not self._in_use[row]:
                 self._store.drop(row, now_s)

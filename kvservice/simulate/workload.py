@@ -1,4 +1,4 @@
-"""What the simulator plays: turns in order, the items that each one reads, and the hints before it."""
+"""The simulator's input: turns in order, the items that each turn reads, and hints."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-#: `Workload.arrives_s` of a turn that comes a think time after the answer before it.
+#: `Workload.arrives_s` of a turn that arrives one think time after the session's previous answer.
 AFTER_ANSWER = math.nan
 
 
 @dataclass(frozen=True, slots=True)
 class Hints:
-    """Hints by the turn that they follow, then by time.
+    """Hints, sorted by the turn that they follow, then by time. All arrays have the shape [hints].
 
-    One with `turn` >= 0 comes `lead_s` before the request of that turn, which is not its session's first.
-    One with `turn` < 0 comes `lead_s` after the end of the answer of turn `-turn - 1`: it is a wrong one, or a
-    session's last word.
+    A hint with `turn` >= 0 is sent `lead_s` before the request of that turn, which is not its session's first.
+    A hint with `turn` < 0 is sent `lead_s` after the end of the answer of turn `-turn - 1`: it is a wrong hint, or the
+    last hint of a session.
     """
 
     turn: NDArray[np.int64]
@@ -27,25 +27,26 @@ class Hints:
 
     @staticmethod
     def none() -> Hints:
+        """No hints: empty arrays."""
         return Hints(np.empty(0, np.int64), np.empty(0, np.int8), np.empty(0, np.float64))
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Turns, numbered so that those of a session stand together, one after the other.
+    """Turns, numbered so that the turns of a session are consecutive and in order. There are two kinds:
 
-    Two kinds. *Sessions*: every turn reads one item, the session's, which grows by `new_tokens` and
-    `output_tokens`; `path_*` are empty. *Shared prefixes*: turn `n` reads the items
-    `path_items[path_begins[n] : path_begins[n + 1]]`, from the first block on; each is a run of blocks that no
-    request enters or leaves in its middle, `item_blocks` long, so that a block and its item are used alike; every
-    turn is a session of its own, and its `new_tokens` are the whole prompt. The last block may not be full.
+    * *Sessions*: every turn reads one item, its session's, which grows by `new_tokens` and `output_tokens`. The
+      `path_*` arrays and `item_blocks` are empty.
+    * *Shared prefixes*: turn `n` reads the items `path_items[path_begins[n] : path_begins[n + 1]]`, from the first
+      block on. An item is a run of `item_blocks` blocks, and a request reads either all of them or none. Every turn
+      is a session of its own, and its `new_tokens` are the whole prompt. The last block may be partial.
     """
 
     name: str
-    session: NDArray[np.int32]  # Of each turn, ascending; sessions are numbered from 0, by their first request.
-    arrives_s: NDArray[np.float64]  # When its request comes, or AFTER_ANSWER.
-    think_s: NDArray[np.float64]  # From the end of the session's answer before it, where it is AFTER_ANSWER.
-    new_tokens: NDArray[np.int32]  # Of the request, without its history.
+    session: NDArray[np.int32]  # [turns], ascending. Sessions are numbered from 0, by their first request.
+    arrives_s: NDArray[np.float64]  # [turns]: when the request arrives, or AFTER_ANSWER.
+    think_s: NDArray[np.float64]  # [turns]: seconds from the session's previous answer, for AFTER_ANSWER.
+    new_tokens: NDArray[np.int32]  # [turns]: tokens of the request, without its history.
     output_tokens: NDArray[np.int32]
     hints: Hints = field(default_factory=Hints.none)
     block_tokens: int = 0  # 0 for sessions.

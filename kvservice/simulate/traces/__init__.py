@@ -1,4 +1,4 @@
-"""Traces as workloads: one reader a format, each with its own file. What cannot be used is refused by line."""
+"""Reads traces as workloads: one file per format. A line that is not usable is refused with its number."""
 
 from kvservice.simulate.traces.lines import TraceError
 from kvservice.simulate.traces.read import FORMATS, read

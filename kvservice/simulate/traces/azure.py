@@ -1,6 +1,6 @@
 """Azure's format: CSV with the columns TIMESTAMP, ContextTokens and GeneratedTokens, in any order.
 
-It names no sessions, so each request is one.
+The format has no sessions, so each request is a session of its own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tables as text, with a header that names the columns: fields are strings, numbers are written in digits."""
+"""Text tables with a header that names the columns."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _DIGITS = re.compile(r"[+-]?\d{1,40}\Z", re.ASCII)
 
 
 def plain(name: str) -> str:
-    """A column's name without case and signs, so that `User-ID` and `user_id` are one."""
+    """A column's name in lower case without punctuation: `User-ID` and `user_id` become equal."""
     return re.sub(r"[\W_]", "", name).lower()
 
 
 def find_column(header: Sequence[str], spellings: Sequence[str]) -> int | None:
-    """Where the first of `spellings` that `header` has stands in it. Raises BadLine where it stands there twice."""
+    """The index in `header` of the first of `spellings` that it has, or None. Raises BadLine if it has it twice."""
     names = [plain(name) for name in header]
     for spelling in spellings:
         if names.count(spelling) > 1:
@@ -28,7 +28,7 @@ def find_column(header: Sequence[str], spellings: Sequence[str]) -> int | None:
 
 
 def count(name: str, field: str, most: int) -> int:
-    """The number that is written in `field`, from 0 to `most`. Raises BadLine."""
+    """The integer in `field`, from 0 to `most`. Raises BadLine."""
     if field.isdecimal() and len(field) < 19:
         value = int(field)
         if value <= most:
@@ -37,9 +37,9 @@ def count(name: str, field: str, most: int) -> int:
 
 
 def time_s(name: str, field: str, least_s: float, unit_s: float = 1.0) -> float:
-    """The time that is written in `field`: a number, or date and time by ISO 8601, of UTC where it has no zone.
+    """The time in `field` in seconds: a number times `unit_s`, or an ISO 8601 date and time (UTC without a zone).
 
-    Raises BadLine.
+    Raises BadLine, also for a time before `least_s`.
     """
     try:
         return seconds(name, float(field), least_s, unit_s)

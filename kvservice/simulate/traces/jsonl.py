@@ -1,4 +1,4 @@
-"""Our own format: one JSON object a line, a turn or an event.
+"""KVService's own format: one JSON object per line, a turn or an event.
 
 Turns: ``{"t": seconds, "session": str, "turn": int, "new_tokens": int, "output_tokens": int}``
 Events: ``{"t": seconds, "session": str, "event": "typing" | "tool_call" | "ended"}``
@@ -21,10 +21,10 @@ _EVENTS = HINTS[1:]
 
 
 def read_sessions(lines: Lines, text: Iterable[str]) -> Workload:
-    """Lines ascend in time; equal times are normal. A session's turns are numbered without a gap, from any number
-    on: a log may begin in the middle of a conversation, whose earlier turns are then nobody's.
+    """A workload of sessions. Lines ascend in time; times may be equal.
 
-    Raises TraceError.
+    The turns of a session are numbered without a gap, from any number on: a log may begin in the middle of a
+    conversation, whose earlier turns are then unknown. Raises TraceError.
     """
     turns, events = TurnColumns(), EventColumns()
     numbers: dict[str, int] = {}  # Session -> its number.
@@ -43,7 +43,7 @@ def read_sessions(lines: Lines, text: Iterable[str]) -> Workload:
                 event = one_of("event", row["event"], _EVENTS)
                 if not row.keys().isdisjoint(("turn", "new_tokens", "output_tokens")):
                     raise BadLine("is a turn and an event at once")
-                if session >= 0:  # Before a session's first request nothing is stored that it could be about.
+                if session >= 0:  # Before a session's first request nothing is stored, so the event is ignored.
                     events.add(session, event, now_s, turns_read[session])
                 continue
             turn = whole_number("turn", row.get("turn"), TURNS_MAX)
@@ -60,12 +60,12 @@ def read_sessions(lines: Lines, text: Iterable[str]) -> Workload:
         turns.add(session, now_s, new_tokens, output_tokens)
         next_turn[session] = turn + 1
         turns_read[session] += 1
-    del numbers  # Its strings weigh more than the turns.
+    del numbers  # Its strings need more memory than the turns.
     return turns.workload(lines.path, events)
 
 
 def parse(line: str) -> dict[str, object]:
-    """One line's object. Raises BadLine."""
+    """The JSON object of one line. Raises BadLine."""
     try:
         row = json.loads(line)
     except RecursionError:
@@ -78,14 +78,14 @@ def parse(line: str) -> dict[str, object]:
 
 
 def one_of(name: str, value: object, names: Sequence[str]) -> str:
-    """`value` where it is one of `names`. Raises BadLine."""
+    """`value`, if it is one of `names`. Raises BadLine."""
     if type(value) is not str or value not in names:
         raise BadLine(f"{name} must be one of {', '.join(names)}, not {shown(value)}")
     return value
 
 
 def wrong_turn(owner: str, turn: int, expected: int, what: str = "turn") -> str:
-    """Why `turn` cannot be the next one of `owner`, a session or a user."""
+    """The reason why `turn` is not the next turn of `owner`, a session or a user."""
     if turn == expected - 1:
         return f"{what} {turn} of {owner} comes twice"
     missing = ": some between are missing" if turn > expected else ""

@@ -1,4 +1,4 @@
-"""What all trace readers share: lines with their numbers, the error that names one, and numbers that are checked."""
+"""Shared by all trace readers: numbered lines, the errors that name a line, and checks of numbers."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-#: What one request may have. The longest windows hold ten million tokens.
+#: Limit on the tokens of one request. The longest context windows hold ten million tokens.
 TOKENS_MAX = 2**24
-#: Seconds. Of the clocks that count from 1970 it is the year 2286; milliseconds of today are beyond it.
+#: In seconds since 1970 this is the year 2286. Today's time in milliseconds exceeds it, so a wrong unit is noticed.
 TIME_MAX_S = 1e10
 
 
 class TraceError(ValueError):
-    """A trace that cannot be used. Correct the file, or cut it before the line.
+    """A trace that is not usable. Correct the file, or cut it before the line.
 
     Attributes:
         path: The file.
-        line: Counted from 1; None where it is the whole file.
-        reason: What is wrong there.
+        line: Line number from 1; None if the error concerns the whole file.
+        reason: What is wrong.
     """
 
     def __init__(self, path: Path, line: int | None, reason: str) -> None:
@@ -29,14 +29,14 @@ class TraceError(ValueError):
 
 
 class BadLine(ValueError):
-    """What is wrong with the line that is being read. `Lines.refusal` says where that was."""
+    """An error in the line that is read now. `Lines.refusal` adds the file and the line number."""
 
 
 class Lines:
-    """The lines of a text file that are not empty, without their ends. `number` is the current one's, from 1."""
+    """The lines of a text file that are not blank, without line ends. `number` is the current line's, from 1."""
 
     def __init__(self, path: Path) -> None:
-        """Raises TraceError for what is no file that can be read."""
+        """Open the file. Raises TraceError if it is not a readable regular file."""
         self.path = path
         self.number = 0
         try:
@@ -53,7 +53,7 @@ class Lines:
         self._file.close()
 
     def __iter__(self) -> Iterator[str]:
-        """Raises TraceError where the bytes are no UTF-8, or where reading fails."""
+        """Yield the lines. Raises TraceError if the bytes are not UTF-8, or if reading fails."""
         number = 0
         try:
             for line in self._file:
@@ -71,7 +71,7 @@ class Lines:
         return TraceError(self.path, self.number, str(reason))
 
     def _undecodable(self) -> int | None:
-        # The decoder works on chunks and does not know lines; this runs once, to say where.
+        # The decoder works on chunks and does not know the line: read the file again to find it.
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 try:
@@ -82,7 +82,7 @@ class Lines:
 
 
 def whole_number(name: str, value: object, most: int) -> int:
-    """`value` where it is an int from 0 to `most`. Raises BadLine."""
+    """`value`, if it is an int from 0 to `most`. Raises BadLine."""
     if type(value) is not int:
         _refuse_missing(name, value)
         raise BadLine(f"{name} must be a whole number, not {shown(value)}")
@@ -94,7 +94,7 @@ def whole_number(name: str, value: object, most: int) -> int:
 
 
 def seconds(name: str, value: object, least_s: float, unit_s: float = 1.0) -> float:
-    """`value` times `unit_s` where it is a time, not before `least_s`. Raises BadLine."""
+    """`value` times `unit_s`, if it is a time that is not before `least_s`. Raises BadLine."""
     if type(value) is not float and type(value) is not int:
         _refuse_missing(name, value)
         raise BadLine(f"{name} must be a number, not {shown(value)}")
@@ -114,6 +114,6 @@ def _refuse_missing(name: str, value: object) -> None:
 
 
 def shown(value: object) -> str:
-    """`value` for a message, cut where it is long."""
+    """`value` for an error message, at most 60 characters."""
     text = repr(value) if not isinstance(value, int) or abs(value) < 10**20 else f"{'-' * (value < 0)}10^20 and more"
     return text if len(text) <= 60 else text[:57] + "..."

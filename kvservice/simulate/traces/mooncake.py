@@ -1,8 +1,8 @@
-"""Mooncake's format: one JSON object a line, a request with the hashes of its prompt's blocks.
+"""Mooncake's format: one JSON object per line, a request with the hashes of its prompt's blocks.
 
 ``{"timestamp": milliseconds, "input_length": tokens, "output_length": tokens, "hash_ids": [int, ...]}``
 
-A block has 512 tokens; an id stands for its block and for all before it. A prompt's last block may not be full.
+A block has 512 tokens. An id identifies a block and all blocks before it. A prompt's last block may be partial.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from kvservice.simulate.workload import Workload
 FIELDS = frozenset(("timestamp", "input_length", "output_length", "hash_ids"))
 BLOCK_TOKENS = 512
 _MS = 1e-3
-# The block that a whole trace begins with, a system prompt, says nothing about who goes on with what.
+# Requests with only the first block in common share a system prompt, not a conversation.
 _BLOCKS_THAT_PROVE = 2
 
 
 def read_prefixes(lines: Lines, text: Iterable[str]) -> Workload:
-    """Requests that share prefixes. Raises TraceError."""
+    """A workload of shared prefixes. Raises TraceError."""
     requests = _read(lines, text)
     begins = view(requests.begins, np.int64)
     try:
@@ -52,16 +52,16 @@ def read_prefixes(lines: Lines, text: Iterable[str]) -> Workload:
 
 
 def read_conversations(lines: Lines, text: Iterable[str]) -> Workload:
-    """The same requests as sessions, for the file names none: a request continues the one with which it shares the
-    longest chain, of those that it contains (their prompt's full blocks, and room for their answer) and that no
-    other continues already; the latest where several end alike. Its new tokens are those after that answer.
+    """A workload of sessions. The file has none, so they are derived from shared blocks.
 
-    Raises TraceError.
+    A request continues an earlier request if it contains the full blocks of that request's prompt, is long enough for
+    its answer, and no other request continues it already. Of several candidates the one with the longest chain is
+    taken, then the latest. The new tokens are those after the earlier answer. Raises TraceError.
     """
     requests = _read(lines, text)
     turns = TurnColumns()
     sessions = 0
-    open_at: dict[int, list[int]] = {}  # A prompt's last full block -> the requests that nothing continues yet.
+    open_at: dict[int, list[int]] = {}  # A prompt's last full block -> the requests without a continuation.
     for number, arrives_s in enumerate(requests.arrives_s):
         begin, end = requests.begins[number], requests.begins[number + 1]
         tokens = requests.input_tokens[number]

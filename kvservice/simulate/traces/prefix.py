@@ -1,4 +1,4 @@
-"""The tree of prefixes that hash ids spell, as runs of blocks that are used alike."""
+"""The tree of prefixes in a trace of hash ids, as runs of blocks that the same requests use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 
 class Segments(NamedTuple):
-    """See `Workload` for the three."""
+    """Three arrays of `Workload`, which describes them."""
 
     path_begins: NDArray[np.int64]
     path_items: NDArray[np.int32]
@@ -20,7 +20,7 @@ class Contradiction(ValueError):
     """One id stands for two prefixes.
 
     Attributes:
-        first, second: Requests, by number, in which other ids are before it.
+        first, second: Numbers of two requests with different ids before it.
         hash_id: The id.
     """
 
@@ -32,11 +32,10 @@ class Contradiction(ValueError):
 
 
 def segments(begins: NDArray[np.int64], hash_ids: NDArray[np.int64]) -> Segments:
-    """Maximal runs of blocks such that every request has either all of a run or nothing of it.
+    """The longest runs of blocks for which every request has either all blocks or none.
 
     Request `n` has the chain `hash_ids[begins[n] : begins[n + 1]]`; no chain is empty. Items are numbered by their
-    first request. Raises Contradiction where an id's prefix is not the same everywhere, or an id comes twice in a
-    chain.
+    first request. Raises Contradiction if an id has different prefixes, or occurs twice in a chain.
     """
     known, first_at, block, uses = np.unique(hash_ids, return_index=True, return_inverse=True, return_counts=True)
     before = np.empty_like(block)
@@ -49,7 +48,7 @@ def segments(begins: NDArray[np.int64], hash_ids: NDArray[np.int64]) -> Segments
         first, second = np.searchsorted(begins, [first_at[block[at]], at], side="right") - 1
         raise Contradiction(int(first), int(second), int(known[block[at]]))
 
-    # A block's requests are some of its parent's. Where they are as many they are the same ones.
+    # The requests of a block are a subset of its parent's. With equal counts they are the same requests.
     joined = (parent >= 0) & (uses == uses[parent])
     heads = np.flatnonzero(~joined[block])
     _, first_head, item_of_head = np.unique(block[heads], return_index=True, return_inverse=True)

@@ -1,4 +1,4 @@
-"""Reads a trace of any known format, told or recognised by what stands in it."""
+"""Reads a trace of any known format. The caller names the format, or it is recognised from the first line."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ FORMATS = ("auto", *_READERS)
 
 
 def read(path: str | Path, format: str = "auto") -> Workload:  # noqa: A002
-    """The trace in `path` as turns. `auto` goes by the first line, never by the file's name.
+    """The trace in `path` as a workload. `auto` recognises the format by the first line, not by the file's name.
 
-    Raises TraceError with the line and the reason, ValueError for an unknown format.
+    Raises TraceError with the line and the reason, and ValueError for an unknown format.
     """
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}: one of {', '.join(FORMATS)}")
@@ -41,7 +41,7 @@ def read(path: str | Path, format: str = "auto") -> Workload:  # noqa: A002
 
 
 def recognised(first_line: str) -> str:
-    """The format of a trace that begins with this line. Raises BadLine where it looks like none."""
+    """The format of a trace with this first line. Raises BadLine if it matches no format."""
     if first_line.lstrip()[0] in "{[":
         keys = jsonl.parse(first_line).keys()
         for name, fields in (("mooncake", mooncake.FIELDS), ("jsonl", jsonl.FIELDS)):

@@ -1,7 +1,7 @@
-"""Words with spaces between: a header that names the columns, then one request a line.
+"""Text columns separated by spaces: a header that names the columns, then one request per line.
 
-Columns are user, time (seconds), query length, response length (tokens) and, where there is one, round; in any
-order, as they are usually spelt, with others among them.
+Columns are user, time (seconds), query length, response length (tokens) and an optional round. They may be in any
+order, in any of the common spellings, with other columns among them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kvservice.simulate.traces.lines import TOKENS_MAX, BadLine, Lines, TraceErr
 from kvservice.simulate.traces.turn_columns import TurnColumns, view
 from kvservice.simulate.workload import Workload
 
-# The earlier spelling is taken where a header has several. `plain` takes case, `_` and `-` away.
+# If a header has several spellings, the first in this list is taken. `plain` removes case, `_` and `-`.
 _LENGTH = ("length", "len", "tokens", "size")
 _SPELLINGS = {
     "user": ("user", "userid", "uid", "username", "client", "clientid", "session", "sessionid", "conversationid"),
@@ -46,10 +46,10 @@ def is_header(line: str) -> bool:
 
 
 def read_users(lines: Lines, text: Iterable[str]) -> Workload:
-    """A user is a session; where there is a round, one that starts again (at the trace's first number, 0 or 1)
-    begins a new session. A user's first session may begin with any round: the trace's begin may be its middle.
+    """A workload of sessions. Without rounds a user is a session.
 
-    Raises TraceError.
+    With rounds, a turn with the trace's lowest round, 0 or 1, begins a new session of its user. A user's first session
+    may begin with any round, because a trace may begin in the middle of it. Raises TraceError.
     """
     turns, rounds, numbers = TurnColumns(), array("i"), array("i")
     users: dict[str, int] = {}
@@ -72,7 +72,7 @@ def read_users(lines: Lines, text: Iterable[str]) -> Workload:
             turns.add(users.setdefault(row[user_at], len(users)), now_s, query_tokens, response_tokens)
     except BadLine as error:
         raise lines.refusal(error) from None
-    del users  # Their names weigh more than the turns.
+    del users  # Their names need more memory than the turns.
     if rounds:
         try:
             turns.session = _sessions(view(turns.session, np.int32), view(rounds, np.int32))
@@ -89,14 +89,14 @@ class _WrongRound(Exception):
 
 
 def _sessions(user: NDArray[np.int32], rounds: NDArray[np.int32]) -> array[int]:
-    """The session of each turn, numbered by first appearance. Raises _WrongRound for the first that does not fit."""
+    """The session of each turn, numbered by first appearance. Raises _WrongRound for the first wrong round."""
     order = np.argsort(user, kind="stable")
     of_user, ordered = user[order], rounds[order]
     same_user = np.zeros(len(order), np.bool_)
     same_user[1:] = of_user[1:] == of_user[:-1]
     follows = np.zeros(len(order), np.bool_)
     follows[1:] = ordered[1:] == ordered[:-1] + 1
-    # A log that begins in the middle may lack round 0 where 1 is the first number; 0 it lacks only if nobody began.
+    # If no turn of the trace has round 0, its sessions begin with round 1.
     begins = ordered == min(int(rounds.min()), 1)
     wrong = np.flatnonzero(same_user & ~follows & ~begins)
     if len(wrong):

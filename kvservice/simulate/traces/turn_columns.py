@@ -1,4 +1,4 @@
-"""Collects turns as a trace tells of them, and groups them by session."""
+"""Collects the turns and events of a trace, and groups them by session."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvservice.simulate.workload import Hints, Workload
 
 
 class TurnColumns:
-    """Turns in the order of their requests, as columns: 20 bytes a turn."""
+    """Turns in the order of their requests, as columns: 20 bytes per turn."""
 
     def __init__(self) -> None:
         self.session = array("i")  # Numbered by first appearance.
@@ -30,7 +30,7 @@ class TurnColumns:
         self.output_tokens.append(output_tokens)
 
     def workload(self, path: Path, events: EventColumns | None = None) -> Workload:
-        """Times count from the first request. Raises TraceError where there is no turn."""
+        """The turns as a workload, with times from the first request on. Raises TraceError if there are no turns."""
         if not self.session:
             raise TraceError(path, None, "has no turn")
         session = view(self.session, np.int32)
@@ -51,7 +51,7 @@ class TurnColumns:
 
 
 class EventColumns:
-    """What applications said between requests."""
+    """The hints that applications sent between requests, as columns."""
 
     def __init__(self) -> None:
         self._session = array("i")
@@ -68,8 +68,9 @@ class EventColumns:
     def hints(self, session: NDArray[np.int32], arrives_s: NDArray[np.float64]) -> Hints:
         """The events as hints for turns that are grouped by session.
 
-        One that a request of the same session follows goes ahead of it. After a session's last request an event
-        comes as long after the answer as it came after the request: a trace does not say when answers ended.
+        An event before a request of the same session becomes a hint before that request. An event after a session's
+        last request becomes a hint as long after the answer as it was after the request, because a trace has no end
+        times of answers.
         """
         if not self._session:
             return Hints.none()
@@ -87,5 +88,5 @@ class EventColumns:
 
 
 def view(values: array[Any], dtype: type[np.generic]) -> NDArray[Any]:
-    """The array's memory as numpy sees it. The array cannot grow while the view lives."""
+    """The array's memory as a NumPy array, without a copy. The array cannot grow while the view exists."""
     return np.frombuffer(values, dtype)

@@ -35,7 +35,7 @@ BANNED = {
     r"hears?": "'receives', 'learns'",
     r"anew": "'again'",
     r"foretold|foretells?": "'predicts', 'announces'",
-    r"(?<!there )is none": "'is not valid', 'does not exist'",
+    r"(?<!there )is (?-i:none)": "'is not valid', 'does not exist'",
     r"(?:bytes|blocks|tokens|turns|requests|sessions|times|returns|GB|GiB|MiB) a second": "'per second'",
     r"\w+ a (?:shard|layer|token|block) each": "'per'",
 }
@@ -43,18 +43,16 @@ BANNED_WORD = re.compile("|".join(rf"\b(?:{words})\b" for words in BANNED), re.I
 
 #: Folders whose texts still have banned words, and how many at most. A number may only become smaller.
 LEFT = {
-    "kvservice/index": 3,
-    "kvservice/policy": 13,
+    "kvservice/index": 2,
     "kvservice/rpc": 5,
-    "kvservice/simulate": 26,
     "kvservice/store": 38,
     "kvservice/tiers": 14,
-    "client": 32,
-    "engine_adapter": 12,
-    "proto": 21,
-    "benchmarks": 7,
+    "client": 31,
+    "engine_adapter": 11,
+    "proto": 1,
+    "benchmarks": 6,
     "examples": 2,
-    "tests": 112,
+    "tests": 109,
     "docs": 56,
     ".": 7,
 }

@@ -351,7 +351,7 @@ def test_an_unknown_policy_is_named() -> None:
 
 
 def test_a_session_that_never_begins_is_refused() -> None:
-    with pytest.raises(ValueError, match="first turn has no time"):
+    with pytest.raises(ValueError, match="the first turn of a session has no arrival time"):
         simulate(sessions(Request(A)), machine(), "lru")
 
 
@@ -362,7 +362,7 @@ def test_a_policy_that_does_not_say_when_to_ask_again_is_stopped() -> None:
         def promotions(self, items: ItemTable, queue: Sequence[int], now_s: float) -> Sequence[Promotion]:
             return ()
 
-    with pytest.raises(RuntimeError, match="did not say when"):
+    with pytest.raises(RuntimeError, match="did not set look_at_s"):
         simulate(sessions(Request(A, 0.0)), machine(), Asks())
 
 

@@ -223,8 +223,8 @@ class TestHints:
     ("options", "reason"),
     [
         ({"sessions": 0}, "sessions must be 1 or more"),
-        ({"session_rate": 0.0}, "a rate above 0"),
-        ({"session_rate": float("nan")}, "a rate above 0"),
+        ({"session_rate": 0.0}, "rate of arrivals must be above 0"),
+        ({"session_rate": float("nan")}, "rate of arrivals must be above 0"),
         ({"think_s": -1.0}, "think_s must be 0 or more"),
         ({"think_s": float("inf")}, "think_s must be 0 or more"),
         ({"shape": "square"}, "unknown shape of think times 'square': one of people, exponential,"),

@@ -137,7 +137,7 @@ def test_a_target_beyond_what_an_endless_store_has_is_refused_with_how_far_one_g
 
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr == (
-        "kvctl: no size reaches 0.8 of all turns found in DRAM or on SSD: even an endless DRAM has 0.750. "
+        "kvctl: no size reaches 0.8 of all turns found in DRAM or on SSD: even unlimited DRAM has 0.750. "
         "Ask for less with --target-hit.\n"
     )
 
@@ -147,17 +147,17 @@ def test_people_are_told_the_mix_and_what_it_saves(tmp_path: Path) -> None:
 
     assert done.exit_code == 0
     assert "With lru, 0.9 of turns with history found in DRAM or on SSD takes" in done.stdout
-    assert "where nothing is stored, and the first of these saves" in done.stdout
+    assert "without storage; the first row saves" in done.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (("--target-hit", "0"), "'--target-hit': 0 is too small; it has to be above 0"),
-        (("--target-hit", "1.1"), "'--target-hit': 1.1 is too large; it has to be at most 1"),
-        (("--target-hit", "nan"), "'--target-hit': nan is no number"),
+        (("--target-hit", "0"), "'--target-hit': 0 is too small; it must be above 0"),
+        (("--target-hit", "1.1"), "'--target-hit': 1.1 is too large; it must be at most 1"),
+        (("--target-hit", "nan"), "'--target-hit': nan is not a finite number"),
         (("--target-hit", "0.5", "--dram-price", "-1"), "'--dram-price': -1 is too small"),
-        (("--target-hit", "0.5", "--policy", "lru,fifo"), "--policy: one policy is planned for"),
+        (("--target-hit", "0.5", "--policy", "lru,fifo"), "--policy: give one policy, not several"),
         (("--target-hit", "0.5", "--policy", "mru"), "--policy: no policy is called 'mru'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
