@@ -13,6 +13,7 @@ class Result:
     The four shares of turns with history add up to 1. `dram_on_time` was in DRAM when the turn was dispatched,
     `dram_late` had a promotion queued or running, `ssd` was on SSD without one, and `miss` was in no tier.
     With shared prefixes every block counts as 1, and a block has history if an earlier request had it.
+    While that request still computes the block, no tier has it: a later request misses it, also with endless DRAM.
     """
 
     policy: str

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -19,12 +19,13 @@ from kvservice.policy import PLACEMENTS
 from kvservice.policy.base import Promotion
 from kvservice.policy.items import ItemTable
 from kvservice.policy.placement import Placement
+from kvservice.simulate.bounds import EverythingKept
 from kvservice.simulate.clairvoyant import Clairvoyant
 from kvservice.simulate.engine import CONTENDERS, Engine, simulate
 from kvservice.simulate.generate import sharegpt
 from kvservice.simulate.settings import GIB, MIB, Machine
 from kvservice.simulate.workload import Workload
-from tests.workloads import Request, machine, path_workloads, session_workloads, sessions
+from tests.workloads import Request, machine, path_workloads, paths, session_workloads, sessions
 
 SHARES = ("dram_on_time", "dram_late", "ssd", "miss")
 
@@ -166,16 +167,51 @@ def test_tiers_channel_and_requests_keep_their_bounds_at_every_moment(
         assert all(column[row] for row in space.rows)
 
 
+class RecordedEverything(EverythingKept):
+    """Counts what the requests ask for again, and how much of that an answer that has ended had stored."""
+
+    def __init__(self) -> None:
+        self.known = self.stored_before = 0.0
+        self._stored: set[int] = set()
+
+    def used(self, items: ItemTable, row: int, now_s: float) -> None:
+        if items.uses[row] > 1:
+            self.known += items.value[row]
+            self.stored_before += items.value[row] * (row in self._stored)
+
+    def stored(self, items: ItemTable, row: int, now_s: float) -> None:
+        self._stored.add(row)
+
+
+# The fifth and the sixth request are dispatched together: the sixth has the item that the fifth still computes.
+STILL_COMPUTED = paths([1, 1], (0.0, [0]), (1.0, [0]), (2.0, [0]), (2.5, [0]), (3.0, [0, 1]), (3.0, [0, 1]), (3.0, [0]))
+
+
 @settings(max_examples=40, deadline=None)
 @given(workloads, machines)
-def test_with_endless_dram_every_history_is_on_time_and_without_tiers_none_is(workload: Workload, on: Machine) -> None:
+@example(STILL_COMPUTED, machine(service_turns_per_s=None, batch=3, prefill_tokens_per_s=60.0))
+def test_with_endless_dram_all_that_was_stored_is_on_time_and_without_tiers_nothing_is(
+    workload: Workload, on: Machine
+) -> None:
     on = dataclasses.replace(on, overflow_keeps=True, session_ttl_s=math.inf)
-    everything, nothing = (simulate(workload, on, name) for name in ("infinite", "none"))
-    for result, share in ((everything, "dram_on_time"), (nothing, "miss")):
-        if result.turns_with_history:
-            assert getattr(result, share) == 1
-    assert nothing.hit_rate == 0
+    recorded = RecordedEverything()
+    everything, nothing = simulate(workload, on, recorded), simulate(workload, on, "none")
+
+    assert (everything.dram_late, everything.ssd, nothing.hit_rate) == (0, 0, 0)
     assert nothing.moved_gb == everything.moved_gb == 0
+    if everything.turns_with_history:
+        assert everything.dram_on_time == pytest.approx(recorded.stored_before / recorded.known)
+        assert everything.dram_on_time == 1 or workload.shares_prefixes, "a session has one request at a time"
+    if nothing.turns_with_history:
+        assert nothing.miss == 1
+
+
+def test_a_request_misses_the_blocks_that_another_one_is_computing() -> None:
+    on = machine(service_turns_per_s=None, batch=3, prefill_tokens_per_s=60.0)
+
+    result = simulate(STILL_COMPUTED, on, "infinite")
+
+    assert (result.dram_on_time, result.miss) == (pytest.approx(6 / 7), pytest.approx(1 / 7))
 
 
 @settings(max_examples=25, deadline=None)
