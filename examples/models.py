@@ -19,9 +19,15 @@ class Letters:
 
 
 def model_and_tokenizer(name: str) -> tuple[Any, Any, str]:
-    """A model that computes in float32, its tokenizer, and its revision. An empty `name` means the tiny model."""
+    """A model that computes in float32, its tokenizer, and its revision. An empty `name` means the tiny model.
+
+    Ends the program with a message if the model cannot be loaded.
+    """
     if name:
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"the model {name!r} cannot be loaded: {error}") from error
         return model.eval(), AutoTokenizer.from_pretrained(name), getattr(model.config, "_commit_hash", None) or "local"
     torch.manual_seed(1)
     config = LlamaConfig(

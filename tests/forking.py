@@ -102,6 +102,6 @@ def _be_child(work: Callable[[], object], start: int, into: int, parents: tuple[
 def _portable(error: BaseException) -> BaseException:
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:
+    except Exception:  # An error that does not survive pickling: its text is enough for a test.
         return AssertionError(f"{type(error).__name__}: {error}")
     return error

@@ -104,7 +104,7 @@ class _Bench:
     def run(self, address: str, directory: Path | None, dram_path: Path) -> None:
         if address:
             with connect(address, 30, name="kvctl bench") as client:
-                client.capabilities()  # A daemon that is away is said so before anything is measured.
+                client.capabilities()  # Fail before the first measurement if the daemon does not answer.
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="kvctl-bench-", dir=directory)))
         self._step(0, "memory")
         self._memory()

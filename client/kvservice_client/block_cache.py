@@ -83,8 +83,8 @@ class BlockCache:
         A chain without blocks, of a prompt shorter than one, is an empty hit: the daemon is not asked.
         """
         if not len(arguments.chain(chain)):
-            answer, nobody = pb.LookupPrefixResponse(), Attachment(b"", 0)
-            return Lease(self._connection, self._transports, self.layout, self.shard, (), nobody, answer, 0.0)
+            answer, not_attached = pb.LookupPrefixResponse(), Attachment(b"", 0)
+            return Lease(self._connection, self._transports, self.layout, self.shard, (), not_attached, answer, 0.0)
         deadline = self._connection.deadline(timeout_s)
         ttl_ms = _ttl_ms(lease_ttl_s)
         arguments.request_id(request_id)

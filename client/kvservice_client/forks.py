@@ -110,7 +110,7 @@ def _after_in_child() -> None:
     for made in list(_objects):
         try:
             made.reset_in_child()
-        except Exception:  # The other objects need theirs all the same.
+        except Exception:  # The other objects' hooks must run too.
             log.exception("a %s cannot be used in this forked child", type(made).__name__)
 
 

@@ -16,7 +16,7 @@ _PAUSE_MAX_S = 0.1
 
 
 class Clock:
-    """The client's time, in seconds that never go back: a wall clock that jumps moves nothing. Tests pass another."""
+    """The client's time in seconds, from a clock that never goes back. Tests pass another clock."""
 
     def now_s(self) -> float:
         return time.monotonic()

@@ -94,7 +94,7 @@ class Breaker:
         self._state = State.HALF_OPEN
         try:
             answered = self._probe()
-        except Exception:  # Whatever the probe runs into, the daemon was of no use to it.
+        except Exception:  # Any error of the probe means that the daemon cannot be used yet.
             answered = False
         with self._lock:
             self._state = State.CLOSED if answered else State.OPEN

@@ -165,8 +165,8 @@ class LayerSaver:
         if work.on_done is not None and outcome is not None:
             try:
                 work.on_done(outcome)
-            except Exception:  # Others' code: it must not end the thread that sends, nor keep the staging's count.
-                log.exception("what was to follow a save failed")
+            except Exception:  # A callback's error must not end the sending thread, nor leak its staging.
+                log.exception("the on_done callback of a save failed")
         with self._changed:
             self._jobs -= 1
             self._ending -= 1

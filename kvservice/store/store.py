@@ -545,7 +545,7 @@ class BlockStore:
         self._in_place_uploads.abandon(caller, reservation_id, self._leases.client(caller))
 
     def _save_request(self, caller: Caller, header: SaveHeader) -> tuple[Client, SaveRequest]:
-        """Who saves what. Raises Draining, UnknownLayout, UnknownClient, InvalidRequest."""
+        """The client, and the blocks of its save. Raises Draining, UnknownLayout, UnknownClient, InvalidRequest."""
         fingerprint, shard, parent_key, keys, last_block_tokens = header
         if self.draining:
             raise self._refused(keys, Draining(f"the daemon is {self._drain.word} and takes no new saves"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -190,11 +191,11 @@ class DeviceContract:
         shuffle=st.randoms(use_true_random=False),
     )
     def test_each_token_is_where_the_pages_say_whatever_their_size(
-        self, device: Device, counts: list[int], page_tokens: int, first_token: int, shuffle: object
+        self, device: Device, counts: list[int], page_tokens: int, first_token: int, shuffle: random.Random
     ) -> None:
         page_count = -(-(first_token + sum(counts)) // page_tokens)
         page_ids = list(range(page_count + 1))
-        shuffle.shuffle(page_ids)  # type: ignore[attr-defined]
+        shuffle.shuffle(page_ids)
         pages = pages_of(page_count + 1, page_tokens, page_ids, first_token, place=self.place)
         slices = np.random.default_rng(1).random(sum(counts) * HEADS * (K_DIM + V_DIM), np.float32).view(np.uint8)
         stream, back = device.stream("test"), np.zeros_like(slices)

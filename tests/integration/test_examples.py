@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.daemon import DaemonProcess
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +59,24 @@ def test_an_example_uses_the_daemon_whose_address_it_is_given(new_daemon: Callab
 
     assert "found 192 of 292 tokens" in run("save_and_load", daemon.address)
     assert "saved 0 blocks" in run("save_and_load", daemon.address), "the daemon has them from the first run"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("save_and_load", ["127.0.0.1:1"], r"no answer from the daemon at 127\.0\.0\.1:1.*\n.*`kvservice serve`"),
+        ("two_processes", ["127.0.0.1:99999"], r"99999.*a port is a number from 1 to 65535"),
+        ("chat_transformers", ["--model", "./no-such-folder"], r"the model '\./no-such-folder' cannot be loaded"),
+        ("batch", ["127.0.0.1:1"], r"no answer from the daemon"),
+    ],
+)
+def test_an_example_that_cannot_run_ends_with_a_message(name: str, arguments: list[str], message: str) -> None:
+    command = [sys.executable, "-m", f"examples.{name}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+    assert done.returncode == 1
+    assert re.search(message, done.stderr)
+    assert "Traceback" not in done.stderr
 
 
 def test_every_program_in_the_folder_is_tested_here_and_named_in_the_readme() -> None:

@@ -6,7 +6,6 @@ A new transport is a class beside the others, and its line in `TRANSPORTS`.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import replace
@@ -35,13 +34,7 @@ _TRY_NEXT = (NotShared, NoWriterLock, NotCarried)
 class OrderedTransports:
     """Carries orders by the first transport that both ends offer and that can. Thread-safe."""
 
-    def __init__(
-        self,
-        connection: Connection,
-        wanted: str = "auto",
-        bytes_per_s: float = 0.0,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, connection: Connection, wanted: str = "auto", bytes_per_s: float = 0.0) -> None:
         """`wanted` names the transport that must be offered, or is "auto". With `bytes_per_s` > 0 none is faster."""
         made = [make(connection) for make in TRANSPORTS]
         self._required = wanted
@@ -49,7 +42,7 @@ class OrderedTransports:
         self._connection = connection
         self._meter = Meter()
         self._log = RateLimitedLog(log)
-        self._clock = clock
+        self._now_s = connection.clock.now_s
         self._down = Throttle(bytes_per_s) if bytes_per_s else None
         self._up = Throttle(bytes_per_s) if bytes_per_s else None
         self.stats = self._meter.stats
@@ -67,11 +60,11 @@ class OrderedTransports:
             layer = order.first_layer
             try:
                 while True:
-                    begin_s = self._clock()
+                    begin_s = self._now_s()
                     data = next(layers, None)
                     if data is None:
                         break
-                    self._meter.add(transport.name, loaded_bytes=data.size, load_seconds=self._clock() - begin_s)
+                    self._meter.add(transport.name, loaded_bytes=data.size, load_seconds=self._now_s() - begin_s)
                     if self._down is not None:
                         self._down.carry(data.size, begin_s, deadline)
                     yield data
@@ -90,13 +83,13 @@ class OrderedTransports:
         for transport in self._transports:
             if not self._is_offered(transport, deadline):
                 continue
-            begin_s = self._clock()
+            begin_s = self._now_s()
             try:
                 result, sent_bytes = transport.save(order, deadline)
             except _TRY_NEXT as error:
                 self._fall_back(transport, error)
                 continue
-            self._meter.add(transport.name, saves=1, saved_bytes=sent_bytes, save_seconds=self._clock() - begin_s)
+            self._meter.add(transport.name, saves=1, saved_bytes=sent_bytes, save_seconds=self._now_s() - begin_s)
             if self._up is not None:
                 self._up.carry(order.size_bytes, begin_s, deadline)
             return result

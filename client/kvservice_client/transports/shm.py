@@ -221,7 +221,7 @@ class _AbandonQueue:
                     return
                 request = self._waiting.popleft()
             while not self._send_abandon(request):
-                time.sleep(_ABANDON_PAUSE_S)  # Nobody waits for this thread.
+                time.sleep(_ABANDON_PAUSE_S)  # No call waits for this thread.
 
     def _send_abandon(self, request: pb.AbandonBlocksRequest) -> bool:
         if not self._connection.attach_stream.is_attached_as(request.client_id):

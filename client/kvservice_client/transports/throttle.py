@@ -1,20 +1,19 @@
-"""A link that is slower than it is: for measurements and tests of what is built on top.
+"""Makes the link between client and daemon slow, for measurements and tests of what uses it.
 
-How layers come in while a model computes cannot be seen on a link that is faster than any model. With
-``Client(..., throttle_bytes_per_s=50e6)`` the bytes arrive at that rate, layer by layer, whatever carries them.
+On a fast link all layers have arrived before a model needs them. With ``Client(..., throttle_bytes_per_s=50e6)`` the
+bytes of each layer arrive at that rate, over any transport.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 
 from kvservice_client import forks
 from kvservice_client.retry import Deadline
 
 
 class Throttle:
-    """One direction of the link, shared by what travels in it. An idle link saves up nothing."""
+    """One direction of the link, shared by all calls. An idle link does not save up bandwidth. Thread-safe."""
 
     def __init__(self, bytes_per_s: float) -> None:
         self._bytes_per_s = bytes_per_s
@@ -26,14 +25,14 @@ class Throttle:
         self._free_at_s = 0.0
 
     def carry(self, size_bytes: int, begin_s: float, deadline: Deadline) -> None:
-        """Return when these bytes would have arrived, sent from `begin_s` on behind what others send.
+        """Block until these bytes would have arrived, sent from `begin_s` on and after the bytes of earlier calls.
 
-        Raises DeadlineExceeded.
+        `begin_s` is a time of the deadline's clock. Raises DeadlineExceeded.
         """
         with self._lock:
             self._free_at_s = max(self._free_at_s, begin_s) + size_bytes / self._bytes_per_s
             end_s = self._free_at_s
-        # This is what slows it down.
-        time.sleep(max(0.0, min(end_s - time.monotonic(), deadline.remaining_s)))
-        if time.monotonic() < end_s:
+        clock = deadline.clock
+        clock.sleep(max(0.0, min(end_s - clock.now_s(), deadline.remaining_s)))  # This is what makes the link slow.
+        if clock.now_s() < end_s:
             deadline.check()

@@ -1,8 +1,9 @@
 """Uploads in place: a client reserves blocks, writes their slices into the arena itself, and commits.
 
-Such an upload's bytes do not pass through the daemon. What differs is the end: space that a client may still be
-writing is lent again only after it has said that it writes no more, or when the lock that says otherwise is gone
-(``tiers/writers.py``). Never by time: a stopped process that goes on would write into another block.
+Such an upload's bytes do not pass through the daemon. Its end differs from that of a streamed upload: the daemon reuses
+the space only after the client has committed or abandoned it, or when the kernel has dropped the lock of the client's
+process (``tiers/writers.py``). It never does so after a time: a stopped process that continues would write into another
+block.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def test_pages_that_may_not_be_written_are_an_error_and_stay_as_they_are() -> No
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_value_is_rounded_as_torch_rounds_it(dtype: torch.dtype) -> None:
-    """All halves, what lies between any two, ties, overflow, zeros of both signs, and what is no number."""
+    """All fp16 values, values between any two of them, ties, overflow, zeros of both signs, and NaN."""
     halves = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).float().numpy()
     with np.errstate(invalid="ignore"):
         beside = [np.nextafter(halves, np.float32(to)) for to in (-np.inf, np.inf)]

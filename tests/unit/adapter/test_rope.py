@@ -346,7 +346,7 @@ def test_a_part_of_the_sequence_is_turned_as_it_is_in_the_whole(data: st.DataObj
 
 
 def test_tokens_that_do_not_move_keep_their_bits_whatever_these_are() -> None:
-    """The sign of a zero, and what is no number: arithmetic by an angle of 0 would change them."""
+    """An angle of 0 keeps the sign of a zero and NaNs, which arithmetic would change."""
     rotation = rope_of({}).rotation([0, 1, 2, 3], [0, 1, 1, 2])
     assert rotation is not None
     keys = random_keys(4)

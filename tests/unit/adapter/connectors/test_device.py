@@ -19,7 +19,7 @@ from tests.unit.connector_models import KeptBlocks, connector, prompt, tiny_llam
 _MOVES = {"cpu", "cuda", "to", "pin_memory", "numpy", "item", "tolist"}
 # Numbers that the host has to know: keys are hashes of token ids, and masks and positions say what these stand for.
 _TOKENS_ON_HOST = {"forward_saver._on_host", "forward_saver._read", "forward_saver._are_counted"}
-# Of a model that is examined when the connector is made, and what is told to a model in place of a history.
+# These examine a model when the connector is made, or prepare what a model gets in place of a history.
 _NOT_IN_A_FORWARD = {"model_layout", "model_probe", "rows", "unrotated", "generation"}
 _IDS_FOR_A_MODEL = {"recompute._forward", "recompute._cut"}
 
