@@ -3,15 +3,15 @@
 ::
 
     arena         | header, a page | extents ...                    |    images of blocks (layout.py)
-    generations   | header, a page | u32 a page of the arena's data |    little-endian
-    writers/<id>  | header 32 | (offset u64, size u64) ...          |    one file a client that writes in place
+    generations   | header, a page | one u32 per page of the arena's data |    little-endian
+    writers/<id>  | header 32 | (offset u64, size u64) ...          |    one file per client that writes in place
 
-**Generations** are the fence of whoever reads in place. An extent's generation is the word of its
-first page; the daemon raises it when the extent is released, before the space is lent again. Who has
-used bytes reads the word once more: another value means that they may have been others.
+**Generations** are the fence for clients that read in place. An extent's generation is the word of its
+first page. The daemon increments it when it releases the extent, before it reuses the space. After a
+client has used the bytes, it reads the word again: another value means that the bytes may have been replaced.
 
-**Writers** hold an flock on their file for as long as they may write. The daemon notes there what it
-has reserved for them, so that a daemon that starts anew leaves that space alone while the lock is held.
+**Writers** hold an flock on their file while they may write. The daemon notes the reserved extents in
+that file, so that a restarted daemon does not use the space while the lock is held.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kvservice_api.image import PAGE_BYTES, checksum
 
 ARENA_NAME, GENERATIONS_NAME, WRITERS_NAME = "arena", "generations", "writers"
 
-#  | "KVARENA2" | arena id 16 | store id 16 | capacity u64 | flags u64 | xxh3-64 of all before |    little-endian
+#  | "KVARENA2" | arena id 16 | store id 16 | capacity u64 | flags u64 | xxh3-64 of the fields before |    little-endian
 _HEADER = struct.Struct("<8s16s16sQQQ")
 _MAGIC = b"KVARENA2"
 _HAS_GENERATIONS = 1
@@ -38,14 +38,14 @@ _GENERATIONS_MAGIC = b"KVGENER1"
 _WRITER_HEADER = struct.Struct("<8s16s8x")
 _WRITER_MAGIC = b"KVWRITE1"
 WRITER_HEADER_BYTES = _WRITER_HEADER.size
-WRITER_NOTE = struct.Struct("<QQ")  # Offset and size of an extent; a size of 0 is an empty place.
-assert WRITER_HEADER_BYTES % WRITER_NOTE.size == 0  # No note lies across two pages: it is there or it is not.
+WRITER_NOTE = struct.Struct("<QQ")  # Offset and size of an extent; a size of 0 marks an unused note.
+assert WRITER_HEADER_BYTES % WRITER_NOTE.size == 0  # No note crosses a page boundary: it is written whole or not.
 
 
 class ArenaHeader(NamedTuple):
-    """What the arena's first page says. `capacity_bytes` counts without that page.
+    """The arena's first page. `capacity_bytes` does not include that page.
 
-    `has_generations` is set once the file of generations is there: from then on the two belong together.
+    The daemon sets `has_generations` once the file of generations exists. From then on the arena needs it.
     """
 
     arena_id: bytes
@@ -61,12 +61,12 @@ class ArenaHeader(NamedTuple):
 
     @classmethod
     def decode(cls, data: bytes) -> ArenaHeader:
-        """Raises ValueError, which says in what way the bytes are no header."""
+        """Parse the first `HEADER_BYTES` of `data`. Raises ValueError with the reason if they are no header."""
         if len(data) < HEADER_BYTES:
             raise ValueError("its header is cut off")
         magic, arena_id, store_id, capacity_bytes, flags, expected = _HEADER.unpack_from(data)
         if magic != _MAGIC:
-            raise ValueError("it is no arena of this version")
+            raise ValueError("it is not an arena of this version")
         if checksum(data[: HEADER_BYTES - 8]) != expected or flags not in (0, _HAS_GENERATIONS):
             raise ValueError("its header is damaged")
         return cls(arena_id, store_id, capacity_bytes, bool(flags))
@@ -78,7 +78,7 @@ def generations_file_bytes(capacity_bytes: int) -> int:
 
 
 def generation_index(offset_bytes: int) -> int:
-    """Which word is the generation of an extent that begins here."""
+    """The index of the generation word of an extent that begins at `offset_bytes`."""
     return offset_bytes // PAGE_BYTES
 
 
@@ -87,7 +87,7 @@ def encode_generations_header(arena_id: bytes) -> bytes:
 
 
 def are_generations_of(data: bytes, arena_id: bytes) -> bool:
-    """Whether a file that begins with `data` has the generations of this arena."""
+    """Whether `data` is the begin of this arena's file of generations."""
     return data[: _GENERATIONS_HEADER.size] == encode_generations_header(arena_id)
 
 
@@ -96,7 +96,10 @@ def encode_writer_header(arena_id: bytes) -> bytes:
 
 
 def writer_notes(data: bytes, arena_id: bytes) -> list[tuple[int, int, int]]:
-    """What is noted in a writer's file: where in it, and an extent's offset and size. Nothing of another arena."""
+    """The notes in a writer's file: (place in the file, extent offset, extent size), all in bytes.
+
+    Empty for a file of another arena.
+    """
     if data[:WRITER_HEADER_BYTES] != encode_writer_header(arena_id):
         return []
     places = range(WRITER_HEADER_BYTES, len(data) - WRITER_NOTE.size + 1, WRITER_NOTE.size)

@@ -1,13 +1,13 @@
 """The codec of the messages that carry tensor bytes.
 
 A frame is a protobuf message (``LoadBlocksResponse``, or ``SaveBlocksRequest`` with neither header
-nor commit) whose payload is its last field. So a frame is written as a small head followed by the
-payload's pieces, joined once, and read by parsing the head and borrowing the rest::
+nor commit) whose payload is its last field. The encoder joins a small head and the payload's pieces
+in one copy. The decoder parses the head and uses the payload without a copy::
 
     | 08 layer | 10 first_block | 18 first_offset_bytes | 7a len | payload ... |
 
-Fields that are zero are left out, as protobuf does; any protobuf reader understands a frame, and
-any legal protobuf encoding of one is understood here (an unusual order of fields costs a copy).
+As in protobuf, fields with the value 0 are left out. Any protobuf library can decode a frame, and this
+decoder accepts any legal protobuf encoding of one (an unusual order of fields costs a copy).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _HEADER, _COMMIT = 0x22, 0x2A
 
 
 class Frame(NamedTuple):
-    """Bytes of one layer, running on from one block into the next in the order of the request."""
+    """Consecutive bytes of one layer, from one block into the next, in the order of the request."""
 
     layer: int
     first_block: int
@@ -36,9 +36,9 @@ class Frame(NamedTuple):
 
 
 def encode_frame(layer: int, first_block: int, first_offset_bytes: int, pieces: Sequence[memoryview | bytes]) -> bytes:
-    """One message, its payload joined from `pieces`: the only copy made here.
+    """One encoded message. Its payload is the concatenation of `pieces`, which is the only copy.
 
-    Joining holds no GIL from 1 MiB on, where all pieces are contiguous buffers.
+    From 1 MiB on the copy does not hold the GIL, if all pieces are contiguous buffers.
     """
     size = sum(len(piece) for piece in pieces)
     head = bytearray()
@@ -53,9 +53,9 @@ def encode_frame(layer: int, first_block: int, first_offset_bytes: int, pieces: 
 
 
 def decode_frame(data: bytes) -> Frame:
-    """The frame in a message, its payload borrowed from `data`. Raises InvalidFrame.
+    """The frame in a message. Its payload is a view of `data`, not a copy. Raises InvalidFrame.
 
-    `data` must be a frame: for a stream that carries header and commit too, see `decode_save`.
+    `data` must be a frame. For a save stream, which also has a header and a commit, use `decode_save`.
     """
     frame = _borrowed(data)
     if frame is not None:
@@ -65,7 +65,7 @@ def decode_frame(data: bytes) -> Frame:
 
 
 def decode_save(data: bytes) -> Frame | pb.SaveHeader | pb.SaveCommit:
-    """What one message of a save stream carries. Raises InvalidFrame where it is none or several."""
+    """The frame, header or commit in one message of a save stream. Raises InvalidFrame for several in one message."""
     frame = _borrowed(data)
     if frame is not None:
         return frame
@@ -73,7 +73,7 @@ def decode_save(data: bytes) -> Frame | pb.SaveHeader | pb.SaveCommit:
     is_frame = bool(message.payload or message.layer or message.first_block or message.first_offset_bytes)
     kinds = message.HasField("header") + message.HasField("commit") + is_frame
     if kinds > 1:
-        raise InvalidFrame("a message carries a header, a frame or a commit, and only one of them")
+        raise InvalidFrame("a message must have exactly one of a header, a frame and a commit")
     if message.HasField("header"):
         return message.header
     if message.HasField("commit"):
@@ -82,7 +82,7 @@ def decode_save(data: bytes) -> Frame | pb.SaveHeader | pb.SaveCommit:
 
 
 def _borrowed(data: bytes) -> Frame | None:
-    """The frame, where its fields come in order and the payload ends the message; else None."""
+    """The frame, if its fields are in order and the payload ends the message; else None."""
     values = [0, 0, 0]
     position, end = 0, len(data)
     try:
@@ -124,4 +124,4 @@ def _get_varint(data: bytes, position: int) -> tuple[int, int]:
             return value, position
         shift += 7
         if shift > 63:
-            raise IndexError  # Longer than any varint: leave it to the protobuf parser to refuse.
+            raise IndexError  # Longer than any varint: the protobuf parser will refuse it.

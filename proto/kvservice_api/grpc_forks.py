@@ -1,12 +1,11 @@
-"""Imports gRPC with its own handling of forks off. The first of our modules to be imported that needs gRPC.
+"""Imports gRPC with its own handling of forks off. Every module that needs gRPC imports this module first.
 
-gRPC handles forks by default, in C: at a fork at which no thread happens to be inside gRPC it stops gRPC and starts
-it again, in parent and child. Of the calls that run in the parent, some then stall or end early (seen with grpcio
-1.85.1, at about one fork in a hundred of a process that keeps calling). The client needs none of it: see
-``kvservice_client/own_grpc.py``.
+By default gRPC handles forks in C: at a fork during which no thread is inside gRPC, it stops and restarts gRPC in
+parent and child. Some running calls of the parent then stall or end early (seen with grpcio 1.85.1, at about one fork
+in a hundred of a process that keeps calling). The client does not need this: see ``kvservice_client/own_grpc.py``.
 
-gRPC reads the setting when it is imported. It stays on where the environment has ``GRPC_ENABLE_FORK_SUPPORT``, and
-where other code has imported gRPC before.
+gRPC reads the setting when it is imported. Its handling stays on if the environment has
+``GRPC_ENABLE_FORK_SUPPORT``, or if other code imported gRPC before.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _VARIABLE = "GRPC_ENABLE_FORK_SUPPORT"
 
 @contextmanager
 def fork_handlers_off() -> Iterator[None]:
-    """While the block runs, gRPC that is loaded does not handle forks, unless the environment already says whether."""
+    """gRPC that is imported in this context does not handle forks, unless the environment has the variable."""
     if _VARIABLE in os.environ:
         yield
         return
@@ -28,7 +27,7 @@ def fork_handlers_off() -> Iterator[None]:
     try:
         yield
     finally:
-        del os.environ[_VARIABLE]  # Programs that are started from here get the environment as it was.
+        del os.environ[_VARIABLE]  # Child programs must get the unchanged environment.
 
 
 with fork_handlers_off():

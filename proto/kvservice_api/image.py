@@ -1,14 +1,14 @@
-"""Where the bytes of a stored block lie, and the checksums beside them.
+"""The stored form of a block: the places of its bytes, and its checksums.
 
 A block is stored layer-major. One layer of it is a *slice*: ``[K, V][kv head][token][dim]``, so a
 range of heads is one run of bytes in K and one in V. The stored form of a block is its *image*::
 
     | slice 0 | slice 1 | ... | slice n-1 |  free  | descriptor | trailer |      whole image: a multiple of 4 KiB
 
-Slices of 64 KiB or more start and end on pages of 4 KiB that no other slice has; smaller ones follow
-one another without a gap. The trailer is the image's last bytes and holds one xxh3-64
-per slice; see ``Trailer``. Where there is room in front of it, there is a ``Descriptor``: what the index knows of
-the block, for when the index is lost. It takes no space of its own, so images with and without one are alike.
+Slices of 64 KiB or more share no 4 KiB page with another slice; smaller slices follow each other
+without a gap. The trailer is the last part of the image and has one xxh3-64 per slice; see ``Trailer``. If the free
+space before the trailer is large enough, it has a ``Descriptor``: what the index knows of the block, in case the index
+is lost. A descriptor does not change the size of an image.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ _ALIGNED_SLICE_BYTES = 64 * 1024
 
 
 class SliceGeometry(NamedTuple):
-    """Where one slice lies in an image, and which heads it has. Sizes in bytes."""
+    """The place of one slice in an image, and its heads. Sizes in bytes."""
 
     start: int
     end: int
-    k_bytes: int  # The keys; the values follow.
-    head_begin: int  # The layer's own KV heads, a half-open range.
+    k_bytes: int  # Size of the keys; the values follow them.
+    head_begin: int  # Half-open range of the layer's own KV heads.
     head_end: int
 
     def head_runs(self, begin: int, end: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Where the heads `begin` to `end` lie in the slice: start and end of their keys, and of their values."""
+        """(start, end) of the keys of the heads `begin` to `end` in the slice, and (start, end) of their values."""
         heads, v_bytes = self.head_end - self.head_begin, self.end - self.start - self.k_bytes
         k_head, v_head = self.k_bytes // heads, v_bytes // heads
         first, last = begin - self.head_begin, end - self.head_begin
@@ -53,10 +53,10 @@ class SliceGeometry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BlockGeometry:
-    """Where the bytes of one stored object lie in its image. Sizes in bytes; layers count from the shard's first."""
+    """The places of one stored object's bytes in its image. Sizes in bytes; layers count from the shard's first."""
 
     slices: tuple[SliceGeometry, ...]
-    image_bytes: int  # The whole, trailer included; a multiple of 4 KiB.
+    image_bytes: int  # The whole image with its trailer; a multiple of 4 KiB.
     trailer_offset: int
 
     @property
@@ -80,7 +80,7 @@ class BlockGeometry:
         return self.slices[layer][:2]
 
     def shares_pages(self, layer: int) -> bool:
-        """Whether a 4 KiB page of the slice carries bytes of another slice too."""
+        """Whether a 4 KiB page of the slice also has bytes of another slice."""
         start, end = self.slice_range(layer)
         is_last = layer + 1 == len(self.slices)
         return start % PAGE_BYTES != 0 or not (is_last or self.slices[layer + 1].start >= _aligned(end))
@@ -107,9 +107,9 @@ def block_geometry(layout: Layout, shard: Shard, token_count: int) -> BlockGeome
 
 
 def layer_starts(layout: Layout, shard: Shard, token_counts: Sequence[int]) -> list[list[int]]:
-    """For each layer of the shard, where each block's slice starts in that layer's bytes, block after block.
+    """Per layer of the shard: the offset of each block's slice in the concatenation of that layer's slices.
 
-    Each list ends with the layer's size in bytes. Layers of one size share a list: do not change it.
+    Each list ends with the layer's total size in bytes. Layers of equal size share one list: do not change it.
     """
     tokens = list(accumulate(token_counts, initial=0))
     of_size: dict[int, list[int]] = {}
@@ -132,9 +132,9 @@ TRAILER_START = int.from_bytes(_TRAILER_MAGIC + _TRAILER_VERSION.to_bytes(2, "li
 
 @dataclass(frozen=True, slots=True)
 class Trailer:
-    """What stands behind a block's slices: whose they are, and the xxh3-64 of each.
+    """The last part of an image: the block's key and shard, and the xxh3-64 of each slice, shape [slices].
 
-    The trailer's own xxh3-64 stands in the index record, so a trailer can be trusted once it matches.
+    The index record has the xxh3-64 of the trailer itself. Trust a trailer only if it matches.
     """
 
     key: bytes
@@ -152,7 +152,7 @@ class Trailer:
 
     @classmethod
     def decode(cls, data: bytes | memoryview) -> Trailer:
-        """Raises ValueError where the bytes are no trailer. Compare its checksum before trusting it."""
+        """Parse `data`. Raises ValueError if it is not a trailer. Does not verify the trailer's own checksum."""
         if len(data) < _TRAILER_HEAD.size:
             raise ValueError("too short for a trailer")
         magic, version, count, key, shard = _TRAILER_HEAD.unpack_from(data)
@@ -167,26 +167,26 @@ _DESCRIPTOR = struct.Struct("<4sH2xI4x32s32s16sQQ")
 _DESCRIPTOR_MAGIC = b"KVBD"
 _DESCRIPTOR_VERSION = 1
 _TAG_BYTES = 8
-_TAG_PURPOSE = b"kvservice/block"  # So that no other use of the secret ever gives the same bytes.
+_TAG_PURPOSE = b"kvservice/block"  # Separates this use of the secret from any other use.
 DESCRIPTOR_BYTES = _DESCRIPTOR.size + _TAG_BYTES
 assert DESCRIPTOR_BYTES == 120  # On-disk format: another size needs another version.
 
 
 class TagMismatch(ValueError):
-    """A descriptor is whole, and its tag is not the one that the store's secret gives."""
+    """A descriptor is complete, but its tag does not match the store's secret."""
 
 
 @dataclass(frozen=True, slots=True)
 class Descriptor:
-    """What stands in front of a trailer: enough to make the block's index record again.
+    """The part before a trailer: enough to create the block's index record again.
 
-    It names its trailer by the trailer's checksum, so one that was left by an earlier block is told from it. Its tag
-    says that a daemon of the store wrote both: a BLAKE2b-64 over the descriptor's other bytes and the whole trailer,
-    with the store's secret as the key. Eight bytes are enough: a client can find out only with a forged image, a lost
-    index and an operator's rebuild whether it has guessed a tag. A disk of 1 TiB has room for 2^28 such guesses, so
-    all of them together are right with a probability of 2^-36. Tags of a client's own blocks tell nothing of others.
+    It contains the trailer's checksum, so that a descriptor of an earlier block at the same place does not match. Its
+    tag proves that a daemon of the store wrote both: a BLAKE2b-64 over the descriptor's other bytes and the whole
+    trailer, with the store's secret as the key. Eight bytes are enough. To test a guessed tag, a client needs a forged
+    image, a lost index and an operator's rebuild. A disk of 1 TiB has space for 2^28 such guesses, so the probability
+    that any of them is right is 2^-36. The tags of a client's own blocks do not help to guess others.
 
-    The slices are not under the tag but their checksums are, which the trailer has.
+    The tag covers the checksums of the slices, which are in the trailer, not the slices themselves.
     """
 
     token_count: int
@@ -197,7 +197,7 @@ class Descriptor:
     trailer_checksum: int
 
     def encode(self, trailer: bytes, secret: bytes) -> bytes:
-        """`trailer` is the block's, encoded; `secret` the store's, 32 bytes."""
+        """120 bytes. `trailer` is the block's encoded trailer, `secret` the store's secret of 32 bytes."""
         body = _DESCRIPTOR.pack(
             _DESCRIPTOR_MAGIC,
             _DESCRIPTOR_VERSION,
@@ -212,7 +212,7 @@ class Descriptor:
 
     @classmethod
     def decode(cls, data: bytes, trailer: bytes, secret: bytes) -> Descriptor:
-        """Raises ValueError where `data` is no descriptor of this trailer; TagMismatch where only the tag differs."""
+        """Parse and verify. Raises ValueError if `data` is no descriptor of `trailer`, TagMismatch for a wrong tag."""
         if len(data) != DESCRIPTOR_BYTES:
             raise ValueError(f"a descriptor has {DESCRIPTOR_BYTES} bytes, not {len(data)}")
         body, tag = data[:-_TAG_BYTES], data[-_TAG_BYTES:]
@@ -223,7 +223,7 @@ class Descriptor:
         if found.trailer_checksum != checksum(trailer):
             raise ValueError("a descriptor of another trailer")
         if not hmac.compare_digest(tag, _tag(body + trailer, secret)):
-            raise TagMismatch("a descriptor whose tag the secret does not give")
+            raise TagMismatch("a descriptor whose tag does not match the store's secret")
         return found
 
 
@@ -232,14 +232,14 @@ def _tag(data: bytes, secret: bytes) -> bytes:
 
 
 def descriptor_offset(geometry: BlockGeometry) -> int | None:
-    """Where an image has its descriptor; None where there is no room between the last slice and the trailer."""
+    """The offset of an image's descriptor, or None if the space between last slice and trailer is too small."""
     offset = geometry.trailer_offset - DESCRIPTOR_BYTES
     return offset if offset >= geometry.slices[-1].end else None
 
 
 @functools.cache
 def tenant_tag(name: str) -> bytes:
-    """A tenant's 16 bytes in a descriptor."""
+    """The 16 bytes that identify a tenant in a descriptor."""
     return hashlib.sha256(name.encode()).digest()[:16]
 
 

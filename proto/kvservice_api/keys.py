@@ -1,16 +1,16 @@
 """How tokens become block keys.
 
-A key names a block by everything that its KV depends on: the layout, an optional salt (a tenant,
-say), all tokens up to the block's end, and what else was in their place (LoRA, images). So the
-same conversation finds the same blocks whatever engine, host or daemon stored them::
+A key identifies a block by everything that its KV depends on: the layout, an optional salt (such as
+a tenant), all tokens up to the block's end, and other inputs (LoRA, images). The same conversation
+therefore finds the same blocks, independent of the engine, host or daemon that stored them::
 
     root      = SHA-256("kvservice/root/1",  fingerprint, u32 len, salt)
     block key = SHA-256("kvservice/block/1", parent, u32 n, n x u32 token id, u32 len, extra)
     cut key   = SHA-256("kvservice/cut/1",   tip, u32 n, n x (u64 first, u64 count))
 
-A cut key is what a chain goes on from where tokens were dropped out of its middle: a session that was
-truncated. It names the whole history before the cut and what was kept of it, so what follows a cut can
-never be found as the continuation of an ordinary prefix.
+After a session was truncated, its chain continues from a cut key. The cut key depends on the whole
+history before the cut and on the ranges that were kept. A lookup of an ordinary prefix therefore never
+finds the blocks after a cut.
 
 All integers are big-endian. Golden vectors: ``tests/wire/``.
 """
@@ -41,14 +41,14 @@ _U32_MAX = 2**32 - 1
 
 
 def root_key(fingerprint: bytes, salt: bytes = b"") -> bytes:
-    """The parent of a chain's first block. Another salt makes another, unconnected chain."""
+    """The parent key of a chain's first block, 32 bytes. Chains with different salts share no keys."""
     return hashlib.sha256(_ROOT_TAG + fingerprint + _U32.pack(len(salt)) + salt).digest()
 
 
 def block_key(parent: bytes, token_ids: ArrayLike, extra: bytes = b"") -> bytes:
-    """The key of the block that continues `parent` with `token_ids`.
+    """The key, 32 bytes, of the block that continues `parent` with `token_ids`.
 
-    Raises InvalidRequest where an id is not an integer from 0 to 2**32 - 1, or there is none.
+    Raises InvalidRequest if `token_ids` is empty, or if an id is not an integer from 0 to 2**32 - 1.
     """
     tokens = _as_u32(token_ids)
     if len(tokens) == 0:
@@ -60,19 +60,19 @@ def block_key(parent: bytes, token_ids: ArrayLike, extra: bytes = b"") -> bytes:
 
 
 def cut_key(tip: bytes, keep: Sequence[tuple[int, int]] | NDArray[np.int64]) -> bytes:
-    """What the next block continues once only the token ranges `keep`, (first, count) each, are left.
+    """The parent key of the next block after a cut that keeps the token ranges `keep`, each (first, count).
 
-    `tip` is the key of the last block before the cut, a partial one included: all tokens so far.
+    `tip` is the key of the last block before the cut, full or partial: it covers all tokens so far.
     """
     ranges = np.array(keep, ">u8").tobytes()
     return hashlib.sha256(_CUT_TAG + tip + _U32.pack(len(keep)) + ranges).digest()
 
 
 def extra_identity(lora_id: str = "", media_hashes: Sequence[bytes] = ()) -> bytes:
-    """The canonical form of what a block depends on besides its tokens.
+    """The canonical encoding of a block's inputs other than tokens; empty without any.
 
-    `media_hashes` are digests of the images, sounds or videos whose placeholders lie in the block,
-    in the order of their appearance. Nothing at all is the empty string.
+    `media_hashes` are digests of the images, sounds or videos whose placeholders are in the block, in
+    their order.
     """
     if not lora_id and not media_hashes:
         return b""
@@ -85,10 +85,10 @@ def extra_identity(lora_id: str = "", media_hashes: Sequence[bytes] = ()) -> byt
 
 @dataclass(frozen=True, slots=True)
 class BlockChain:
-    """Consecutive blocks of one conversation: each key continues the one before it.
+    """Consecutive blocks of one conversation: each key continues the key before it.
 
-    `parent` is what the first key continues: a block key, a root, or a cut. All blocks but the last are full,
-    unless it stands for the history of a session, which is looked up and never saved as a whole.
+    `parent` is the key that the first block continues: a block key, a root, or a cut key. All blocks except the last
+    are full. The history of a session is an exception: it is looked up, and never saved as a whole.
     """
 
     parent: bytes
@@ -102,7 +102,7 @@ class BlockChain:
         return iter(self.keys)
 
     def __getitem__(self, blocks: slice) -> BlockChain:
-        """A part of the chain. Its parent is the key before it."""
+        """A part of the chain. Its parent is the key before its first block."""
         first, last, step = blocks.indices(len(self.keys))
         if step != 1:
             raise ValueError("a part of a chain has no gaps")
@@ -127,10 +127,10 @@ def block_chain(
     with_partial: bool = False,
     parent: bytes | None = None,
 ) -> BlockChain:
-    """The chain of `token_ids`, from the root on, or from where `parent` ends: a block's key, or a cut's.
+    """The chain of `token_ids`, from the root on, or from `parent` on: a block key or a cut key.
 
-    Only full blocks, unless `with_partial`. `extras` has one `extra_identity` a block, and may be
-    shorter than the chain. Raises InvalidRequest for ids that are not 32-bit unsigned integers.
+    The chain has only full blocks, unless `with_partial`. `extras` has one `extra_identity` per block,
+    and may be shorter than the chain. Raises InvalidRequest for ids that are not 32-bit unsigned integers.
     """
     try:
         fingerprint, size = layout.fingerprint, layout.block_tokens
@@ -152,7 +152,7 @@ def block_chain(
 
 
 def split_keys(packed: bytes, *, field: str, count_max: int) -> list[bytes]:
-    """The keys in a packed field. Raises InvalidRequest where it is empty, too long, or cut off."""
+    """The keys in a packed field. Raises InvalidRequest if it is empty, too long, or cut off."""
     count, rest = divmod(len(packed), KEY_BYTES)
     if rest or not count:
         raise InvalidRequest(f"{field} has {len(packed)} bytes; it must hold keys of {KEY_BYTES} bytes", field=field)
@@ -166,7 +166,7 @@ def _as_u32(token_ids: ArrayLike) -> NDArray[np.uint32]:
     try:
         tokens = np.asarray(token_ids)
     except (ValueError, OverflowError) as error:
-        raise InvalidRequest(f"token ids are no list of integers: {error}", field="token_ids") from error
+        raise InvalidRequest(f"token ids are not a list of integers: {error}", field="token_ids") from error
     if tokens.ndim != 1:
         raise InvalidRequest(f"token ids must be one list, not {tokens.ndim}-dimensional", field="token_ids")
     if tokens.size == 0:

@@ -1,4 +1,4 @@
-"""A model's KV geometry, its fingerprint, and shards. Where bytes lie in a stored block: `image.py`."""
+"""A model's KV geometry, its fingerprint, and shards. `image.py` has the places of bytes in a stored block."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LAYOUT_TAG = b"kvservice/layout/1"
 _GROUPS_TAG = b"kvservice/layout/2"
 _PAIRINGS = ("half", "interleaved")
 
-# Ceilings keep every product of dimensions far inside 64 bits, and a slice inside 32.
+# With these limits every product of dimensions fits into 64 bits, and the size of a slice into 32 bits.
 _LAYERS_MAX = 4096
 _BLOCK_TOKENS_MAX = 65536
 _GROUP_LIMITS = {
@@ -42,9 +42,9 @@ _TEXT_BYTES_MAX = 1024
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
-    """How rotary position encoding was applied to keys. Identity only: nothing is computed here.
+    """How rotary position encoding was applied to keys. A part of the layout's identity; computes nothing.
 
-    `kind` is transformers' name of the scaling ("default", "linear", "yarn", ...) or "none".
+    `kind` is the name of the scaling in transformers ("default", "linear", "yarn", ...) or "none".
     """
 
     kind: str = "none"
@@ -54,7 +54,7 @@ class Rotary:
     parameters: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
-        # In one form only, as equal values must have equal fingerprints: adding 0.0 makes -0.0 a 0.0.
+        # Equal values must have equal fingerprints: adding 0.0 turns -0.0 into 0.0.
         object.__setattr__(self, "base", float(self.base) + 0.0)
         parameters = tuple(sorted((str(name), float(value) + 0.0) for name, value in self.parameters))
         object.__setattr__(self, "parameters", parameters)
@@ -62,10 +62,10 @@ class Rotary:
 
 @dataclass(frozen=True, slots=True)
 class LayerGroup:
-    """Consecutive layers of a model whose KV has one geometry. Checked when a `Layout` is made of it.
+    """Consecutive layers of a model whose KV has one geometry. `Layout` checks the values.
 
-    `v_head_dim` is 0 where K and V are one latent vector, stored as K. `window` is the number of tokens that a
-    sliding-window layer attends to, and 0 where a layer attends to all tokens.
+    `v_head_dim` is 0 if K and V are one latent vector, which is stored as K. `window` is the number of tokens that a
+    sliding-window layer attends to; 0 means all tokens.
     """
 
     layers: int
@@ -89,7 +89,7 @@ class LayerGroup:
 
     @property
     def geometry(self) -> tuple[int, int, int, str]:
-        """What the bytes of a layer depend on: KV heads, head dims of K and V, element type."""
+        """The values that determine a layer's bytes: (KV heads, head dim of K, head dim of V, dtype)."""
         return self.kv_heads, self.k_head_dim, self.v_head_dim, self.dtype
 
     def slice_bytes(self, heads: int, tokens: int) -> int:
@@ -97,7 +97,7 @@ class LayerGroup:
         return heads * tokens * (self.k_head_dim + self.v_head_dim) * self.dtype_bytes
 
     def check(self) -> None:
-        """Raises InvalidLayout where a dimension is out of range, or a name is unknown."""
+        """Raises InvalidLayout if a dimension is out of range or a name is unknown."""
         for name, limit in _GROUP_LIMITS.items():
             value, least = getattr(self, name), 0 if name in ("v_head_dim", "window") else 1
             _check_number(name, value, least, limit)
@@ -121,16 +121,15 @@ class LayerGroup:
 class Layout:
     """Geometry and identity of one whole model's KV: an ordered list of layer groups. It contains no shard.
 
-    Most models have one geometry in all layers, and are given by it::
+    Most models have the same geometry in all layers::
 
         Layout("llama", "bfloat16", layers=32, kv_heads=8, k_head_dim=128, v_head_dim=128)
 
-    A model whose layers differ is given by its groups, in the order of its layers; neighbours that are equal
-    become one group::
+    A model whose layers differ has groups, in the order of its layers. Equal neighbours become one group::
 
         Layout("gemma", groups=[LayerGroup(5, 8, 256, 256, "bfloat16", window=1024), LayerGroup(1, ...), ...])
 
-    Raises InvalidLayout where a dimension is zero or too large, or a name is unknown.
+    Raises InvalidLayout if a dimension is zero or too large, or a name is unknown.
     """
 
     model_id: str
@@ -162,7 +161,7 @@ class Layout:
         given: dict[str, Any] = {name: value for name, value in geometry.items() if value is not None}
         if len(groups) > 1 and given:
             name = next(iter(given))
-            raise InvalidLayout(f"{name} is given beside several groups: each has its own", field=name)
+            raise InvalidLayout(f"{name} is given together with several groups, which have their own", field=name)
         if groups:
             groups = [replace(group, **given) for group in groups]  # So dataclasses.replace works for one geometry.
         else:
@@ -211,12 +210,12 @@ class Layout:
 
     @property
     def kv_heads(self) -> int:
-        """The most KV heads that a layer has: the scale of a shard's head range (`heads_of`)."""
+        """The highest number of KV heads of a layer: the unit of a shard's head range (`heads_of`)."""
         return self._kv_heads
 
     @property
     def dtype(self) -> str:
-        """What all groups have in common. Raises InvalidLayout where they differ, as the next three do."""
+        """The dtype of all groups. Raises InvalidLayout if the groups differ, as do the next three properties."""
         return str(self._common("dtype"))
 
     @property
@@ -250,8 +249,8 @@ class Layout:
     def heads_of(self, shard: Shard, layer: int) -> tuple[int, int]:
         """The half-open range of a layer's own KV heads that belong to a shard.
 
-        A shard's head range counts in the layout's `kv_heads`. A layer with fewer heads is divided in the same
-        proportion. Where that cuts a head, both neighbours hold it, as engines replicate heads when there are
+        A shard's head range refers to the layout's `kv_heads`. A layer with fewer heads is divided in the same
+        proportion. If that divides a head, both neighbours have it, as engines replicate heads if there are
         more ranks than heads.
         """
         return self.heads_between(layer, shard.head_begin, shard.head_end)
@@ -262,13 +261,13 @@ class Layout:
         return begin * heads // scale, -(-end * heads // scale)
 
     def slice_bytes(self, heads: int, tokens: int) -> int:
-        """Bytes of one layer of a block with `tokens` tokens, for `heads` heads, where all layers are alike.
+        """Bytes of one layer of a block with `tokens` tokens, for `heads` heads.
 
-        Raises InvalidLayout where they are not: see `shard_slice_bytes`.
+        Raises InvalidLayout if the layers differ in size: use `shard_slice_bytes`.
         """
         sizes = {group.slice_bytes(heads, tokens) for group in self.groups}
         if len(sizes) > 1:
-            raise InvalidLayout("the layers of this layout differ in size: ask per layer", field="layers")
+            raise InvalidLayout("the layers of this layout differ in size: use shard_slice_bytes", field="layers")
         return sizes.pop()
 
     def shard_slice_bytes(self, shard: Shard, layer: int, tokens: int) -> int:
@@ -279,7 +278,7 @@ class Layout:
     def encode(self) -> bytes:
         """The canonical encoding: fields in order, u32 lengths before text, numbers big-endian.
 
-        One group without a window has the encoding of the first version, so its fingerprint never changes.
+        One group without a window has the encoding of the first version, so that its fingerprint stays the same.
         """
         if len(self.groups) == 1 and not self.groups[0].window:
             (group,) = self.groups
@@ -295,7 +294,7 @@ class Layout:
         return b"".join(parts)
 
     def to_proto(self) -> pb.Layout:
-        """One group without a window in the fields of the first version, anything else in `groups`."""
+        """The message. One group without a window uses the fields of the first version, else `groups` is set."""
         message = pb.Layout(
             model_id=self.model_id,
             model_revision=self.model_revision,
@@ -315,7 +314,7 @@ class Layout:
     def from_proto(cls, message: pb.Layout, fingerprint: bytes | None = None) -> Layout:
         """The layout in a message. Raises InvalidLayout, or LayoutMismatch for another fingerprint."""
         if len(message.groups) > _LAYERS_MAX:
-            raise InvalidLayout(f"{len(message.groups)} groups are given; at most {_LAYERS_MAX} may be", field="groups")
+            raise InvalidLayout(f"there are {len(message.groups)} groups; the limit is {_LAYERS_MAX}", field="groups")
         about: dict[str, Any] = {
             "model_id": message.model_id,
             "model_revision": message.model_revision,
@@ -346,7 +345,7 @@ class Layout:
 class Shard:
     """The part of a block that one rank stores: half-open ranges of layers and KV heads.
 
-    Heads count in the layout's `kv_heads`; see `Layout.heads_of` for layers that have fewer.
+    The head range refers to the layout's `kv_heads`; `Layout.heads_of` converts it for layers with fewer heads.
     """
 
     layer_begin: int
@@ -377,19 +376,19 @@ class Shard:
         )
 
     def check(self, layout: Layout) -> Shard:
-        """Itself. Raises InvalidRequest where it is empty or reaches outside the layout."""
+        """Returns itself. Raises InvalidRequest if the shard is empty or not within the layout."""
         layers_fit = 0 <= self.layer_begin < self.layer_end <= layout.layers
         heads_fit = 0 <= self.head_begin < self.head_end <= layout.kv_heads
         if not (layers_fit and heads_fit):
             raise InvalidRequest(
                 f"shard layers {self.layer_begin}..{self.layer_end}, heads {self.head_begin}..{self.head_end} "
-                f"does not lie in {layout.layers} layers and {layout.kv_heads} heads",
+                f"is not within {layout.layers} layers and {layout.kv_heads} heads",
                 field="shard",
             )
         return self
 
     def encode(self) -> bytes:
-        """8 bytes, big-endian; follows the block key in the index."""
+        """8 bytes, big-endian. In the index they follow the block key."""
         return self._STRUCT.pack(self.layer_begin, self.layer_end, self.head_begin, self.head_end)
 
     @classmethod
@@ -415,7 +414,7 @@ def _check_number(name: str, value: object, least: int, limit: int) -> None:
 
 
 def _joined(groups: Sequence[LayerGroup]) -> tuple[LayerGroup, ...]:
-    """Equal neighbours as one group: the same layers always have the same encoding."""
+    """Joins equal neighbours to one group, so that the same layers have the same encoding."""
     joined: list[LayerGroup] = []
     for group in groups:
         if joined and replace(joined[-1], layers=group.layers) == group:

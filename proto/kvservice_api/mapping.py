@@ -1,8 +1,7 @@
-"""Shared memory mapped so that huge pages can serve it. Small pages halve the speed of a copy.
+"""Maps shared memory so that Linux can use huge pages for it. With small pages a copy has half the speed.
 
-The arena's file has small pages when it is made, except on a tmpfs mounted with ``huge=``. Linux (6.1 and
-later) joins them on request, in place and without changing their bytes; where it does not, all works with
-small pages.
+A new arena file has small pages, except on a tmpfs mounted with ``huge=``. Linux 6.1 and later can collapse
+them to huge pages in place, without changing their bytes. Without huge pages everything works, but slower.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _MADV_HUGEPAGE, _MADV_POPULATE_READ, _MADV_POPULATE_WRITE, _MADV_COLLAPSE = 14, 
 
 
 class Mapping:
-    """A file in memory, its start on a huge page. Unmapped when nothing refers to its bytes any more."""
+    """A mapped file that begins at the start of a huge page. Unmapped when no array refers to its bytes."""
 
     def __init__(self, fd: int, size_bytes: int, *, writable: bool) -> None:
         """`fd` may be closed afterwards. Raises OSError."""
@@ -40,7 +39,7 @@ class Mapping:
         self._populate = _MADV_POPULATE_WRITE if writable else _MADV_POPULATE_READ
         _libc.madvise(self._address, size_bytes, _MADV_HUGEPAGE)
         unmap = weakref.finalize(self, _libc.munmap, self._address, size_bytes)
-        unmap.atexit = False  # Threads may still look at it, and the kernel unmaps it anyway.
+        unmap.atexit = False  # Threads may still read it at exit, and the kernel unmaps it anyway.
         self.__array_interface__ = {
             "data": (self._address, not writable),
             "shape": (size_bytes,),
@@ -50,21 +49,21 @@ class Mapping:
 
     @property
     def bytes(self) -> NDArray[np.uint8]:
-        """All of it. The array, and whatever is cut from it, keeps the mapping."""
+        """The whole file, shape [size_bytes]. The array, and every view of it, keeps the mapping alive."""
         return np.asarray(self)
 
     def fault_in(self, start: int, end: int) -> bool:
-        """Map these pages without changing them. False where the kernel cannot: nothing depends on it."""
+        """Map these pages ahead of their use, without changing them. False if the kernel refuses, which is harmless."""
         return not _libc.madvise(self._address + start, end - start, self._populate)
 
     def collapse(self, start: int) -> bool:
-        """Join small pages to the huge one that begins at byte `start`. False where it stays as it is."""
+        """Collapse the small pages at byte `start` to one huge page. False if the kernel refuses."""
         assert start % HUGE_PAGE_BYTES == 0
         return not _libc.madvise(self._address + start, HUGE_PAGE_BYTES, _MADV_COLLAPSE)
 
 
 def _aligned_map(fd: int, size_bytes: int, protection: int) -> int:
-    """Map the file over a reservation that has room for alignment, and give back what lies around it."""
+    """Map the file into a reservation with space for alignment, and unmap the rest of the reservation."""
     reserved_bytes = size_bytes + HUGE_PAGE_BYTES
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
     reserved = _libc.mmap(None, reserved_bytes, 0, flags, -1, 0)

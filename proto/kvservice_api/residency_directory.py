@@ -11,21 +11,21 @@ Little-endian, but for the shard, which is as ``Shard.encode`` has it::
     0            4       8         12          16         24        32                            64
     | sequence 4 | crc 4 | flags 4 | tokens 4  | layout 8 | shard 8 | block key 32                |
 
-A slot tells of one stored object. A key's slot is the one that its first 8 bytes name, modulo the
-slot count, or one of those behind it, round the end: a search ends at an empty slot (flags 0). What
-was withdrawn leaves a slot that is not empty (``GONE``), so that a search goes on behind it.
+A slot describes one stored object. The search for a key starts at the slot number of its first 8 bytes
+modulo the slot count, continues with the next slots, wraps around, and ends at an empty slot (flags 0).
+A withdrawn object leaves a slot that is not empty (``GONE``), so that the search continues after it.
 
-The daemon alone writes, while clients read without a lock. A reader never takes one object for
-another, for it takes a slot only where all of this holds, and else calls it torn, which is a miss:
+Only the daemon writes; clients read without a lock. A reader uses a slot only if both conditions hold.
+Otherwise the slot is torn and counts as a miss, so a reader never confuses two objects:
 
-* The sequence is even, and the same before and after the slot was copied. It is odd while the
-  daemon writes the slot, and has grown by two once it has.
-* The crc, CRC-32 over the slot from its flags on, is right. On processors that let other cores see
-  writes in another order, sequences alone prove nothing.
+* The sequence is even, and has the same value before and after the slot was copied. It is odd while the
+  daemon writes the slot, and two higher afterwards.
+* The crc, CRC-32 over the slot from its flags on, is correct. On processors on which other cores can see
+  writes in another order, the sequence alone is not sufficient.
 
-A directory is good for one life of the daemon: its boot epoch must be the one that the daemon told
-the client. A file that is replaced by a larger one says so in its state, and so does one whose
-daemon has stopped. What stands in a slot may be late by the time it takes to write it, no more.
+A directory is valid for one run of the daemon: its boot epoch must be the one that the daemon sent to
+the client. The state of a file says whether a larger file has replaced it, and whether its daemon has
+stopped. A slot is out of date at most for the time that the daemon needs to write it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ GONE = 4
 
 _HEADER = struct.Struct("<8sII16s16sQQ")
 _MAGIC = b"KVRESDIR"
-STATE_WORD = 3  # The state's place in the file, counted in 4 bytes.
+STATE_WORD = 3  # The index of the state in the file, in words of 4 bytes.
 assert _HEADER.size == 64
 
 SLOT = np.dtype(
@@ -71,10 +71,12 @@ Slots = NDArray[np.void]
 
 
 class DirectoryState(IntEnum):
+    """Whether the file may be read. Only `LIVE` means that it has all blocks."""
+
     BUILDING = 1  # Not all blocks are in it yet.
     LIVE = 2
-    REPLACED = 3  # There is another file under its name.
-    CLOSED = 4  # There is none any more.
+    REPLACED = 3  # Another file has its name now.
+    CLOSED = 4  # The daemon has stopped.
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,29 +97,29 @@ class Header:
 
     @classmethod
     def decode(cls, data: bytes | memoryview) -> Header:
-        """Raises ValueError where the bytes are no header of this version."""
+        """Parse the begin of `data`. Raises ValueError if it is not a header of this version."""
         if len(data) < _HEADER.size:
             raise ValueError("the directory's header is cut off")
         magic, version, state, store_id, arena_id, boot_epoch, slot_count = _HEADER.unpack_from(data)
         if magic != _MAGIC or version != VERSION:
-            raise ValueError("it is no directory of this version")
+            raise ValueError("it is not a directory of this version")
         if not slot_count or slot_count & (slot_count - 1):
-            raise ValueError(f"{slot_count} is no count of slots")
+            raise ValueError(f"the slot count {slot_count} is not a power of two")
         return cls(store_id, arena_id, boot_epoch, slot_count, DirectoryState(state))
 
 
 def layout_mark(fingerprint: bytes) -> bytes:
-    """What stands in a slot for a layout: the first 8 bytes of its fingerprint."""
+    """The value of a slot's `layout` field: the first 8 bytes of the layout's fingerprint."""
     return fingerprint[:8]
 
 
 def home_slot(key: bytes, slot_count: int) -> int:
-    """Where the search for a key begins."""
+    """The slot at which the search for a key starts."""
     return int.from_bytes(key[:8], "little") & (slot_count - 1)
 
 
 def home_slots(packed_keys: NDArray[np.uint64], slot_count: int) -> NDArray[np.int64]:
-    """The same for many. `packed_keys` has the shape [keys, 4]."""
+    """`home_slot` for many keys, shape [keys]. `packed_keys` has the shape [keys, 4]."""
     homes: NDArray[np.int64] = (packed_keys[:, 0] & np.uint64(slot_count - 1)).astype(np.int64)
     return homes
 
@@ -133,7 +135,7 @@ EMPTY_SLOT = encode_slot(0, 0, b"", b"", b"")
 
 
 def seal_slots(slots: Slots) -> None:
-    """Fill in the crc of each."""
+    """Fill in the crc of each slot."""
     slots["crc"] = crcs_of(slots["covered"].tolist())
 
 

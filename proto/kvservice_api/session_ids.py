@@ -1,4 +1,4 @@
-"""What a session id may be. One rule for clients and the daemon."""
+"""The rule for session ids, for clients and the daemon."""
 
 from __future__ import annotations
 

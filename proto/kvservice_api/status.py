@@ -1,13 +1,13 @@
-"""Errors on the wire: a KVError as the ``google.rpc.Status`` that travels, and back.
+"""Errors on the wire: converts a KVError to a ``google.rpc.Status``, and back.
 
-The only module of the contract beside the generated stubs that needs gRPC: what an error is stands in ``errors.py``.
+Except for the generated stubs, no other module of the package needs gRPC. ``errors.py`` defines the errors.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import kvservice_api.grpc_forks  # isort: skip  # noqa: F401  # Before whatever else imports gRPC.
+import kvservice_api.grpc_forks  # isort: skip  # noqa: F401  # Before any other import of gRPC.
 
 import grpc
 from google.protobuf import any_pb2
@@ -32,7 +32,7 @@ _ATTACHED: dict[type[KVError], type[Message]] = {SessionChanged: sessions_pb2.Se
 
 
 def to_status(error: KVError) -> status_pb2.Status:
-    """The error as the ``google.rpc.Status`` that travels."""
+    """The error as a ``google.rpc.Status``."""
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.details)
     details = [_packed(info)]
     if error.retry_after_s is not None:
@@ -45,12 +45,12 @@ def to_status(error: KVError) -> status_pb2.Status:
 
 
 def grpc_code(error: KVError) -> grpc.StatusCode:
-    """The code that a failed call ends with."""
+    """The status code of a call that fails with this error."""
     return grpc.StatusCode[error.code.name]
 
 
 def from_status(status: status_pb2.Status) -> KVError:
-    """The error that a status stands for. An unknown reason becomes its code's nearest class."""
+    """The error in a status. An unknown reason becomes the nearest class for its code."""
     for detail in status.details:
         info = error_details_pb2.ErrorInfo()
         if detail.Unpack(info) and info.domain == DOMAIN:
@@ -63,7 +63,7 @@ def from_status(status: status_pb2.Status) -> KVError:
 
 
 def from_rpc_error(error: grpc.RpcError) -> KVError:
-    """The error that a failed call stands for."""
+    """The error of a failed call."""
     call: Any = error  # grpc raises objects that are both RpcError and Call; its types do not say so.
     try:
         status = rpc_status.from_call(call)
@@ -83,7 +83,7 @@ _BY_CODE: dict[int, type[KVError]] = {
 
 
 def _by_code(code: int, message: str) -> KVError:
-    # Without a reason of ours the peer is another program, a proxy, or gone: not available either way.
+    # Without a KVService reason the peer is another program, a proxy, or gone: the daemon is not available.
     return _BY_CODE.get(code, DaemonUnavailable)(message)
 
 

@@ -29,7 +29,7 @@ def test_no_header_with_a_flipped_bit_is_taken_for_one() -> None:
     for bit in range(8 * len(whole)):
         damaged = bytearray(whole)
         damaged[bit // 8] ^= 1 << bit % 8
-        with pytest.raises(ValueError, match=r"header is damaged|no arena of this version"):
+        with pytest.raises(ValueError, match=r"header is damaged|not an arena of this version"):
             ArenaHeader.decode(bytes(damaged))
     with pytest.raises(ValueError, match="cut off"):
         ArenaHeader.decode(whole[:-1])

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class AdminServiceStub(object):
-    """AdminService shows and changes what a daemon holds. Open to whoever can reach the daemon's address.
+    """AdminService shows and changes what a daemon holds. Every client that can reach the daemon's address may call it.
     """
 
     def __init__(self, channel):
@@ -88,7 +88,7 @@ class AdminServiceStub(object):
 
 
 class AdminServiceServicer(object):
-    """AdminService shows and changes what a daemon holds. Open to whoever can reach the daemon's address.
+    """AdminService shows and changes what a daemon holds. Every client that can reach the daemon's address may call it.
     """
 
     def Status(self, request, context):
@@ -99,16 +99,16 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListBlocks(self, request, context):
-        """Lists stored objects, page by page. Objects stored or dropped meanwhile may be missed. Errors:
-        * INVALID_ARGUMENT INVALID_REQUEST: a page token that this daemon did not give, too large a page,
-        no such tier, or a fingerprint that is not 32 bytes.
+        """Lists stored objects, page by page. Objects that are stored or dropped during the listing may be missing. Errors:
+        * INVALID_ARGUMENT INVALID_REQUEST: a page token that is not from this daemon, a page size that is too large,
+        an unknown tier, or a fingerprint that is not 32 bytes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Inspect(self, request, context):
-        """Tells all about one block, or says that it is not stored. Errors:
+        """Describes one block and its copies. Errors:
         * INVALID_ARGUMENT INVALID_REQUEST: the key is not 32 bytes.
         * NOT_FOUND BLOCK_NOT_FOUND: nothing is stored under this key.
         """
@@ -117,10 +117,10 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Discard(self, request, context):
-        """Drops blocks from every tier, pinned ones too. Leased and busy ones are dropped once they are
-        free, and are invisible at once. Errors:
+        """Drops blocks from every tier, also pinned blocks. All of them are invisible at once. Leased and busy blocks keep
+        their space until they are released. Errors:
         * INVALID_ARGUMENT INVALID_REQUEST: not exactly one selector is given, or it is malformed.
-        * FAILED_PRECONDITION UNKNOWN_LAYOUT: no such layout was opened here, so there is nothing to drop.
+        * FAILED_PRECONDITION UNKNOWN_LAYOUT: the store does not know this layout, so there is nothing to drop.
         * UNAVAILABLE STORAGE_FAILED: the index could not be written; retry later.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -128,9 +128,9 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Scrub(self, request, context):
-        """Reads and verifies everything that a tier holds, and drops what is damaged. One message
-        about twice a second, and a last one with `done`. Errors:
-        * INVALID_ARGUMENT INVALID_REQUEST: no such tier.
+        """Reads and verifies everything that a tier holds, and drops damaged blocks. Sends about two
+        messages per second, and a last one with `done`. Errors:
+        * INVALID_ARGUMENT INVALID_REQUEST: an unknown tier.
         * FAILED_PRECONDITION SCRUB_RUNNING: another scrub runs; wait for it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -138,9 +138,9 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Pin(self, request, context):
-        """Keeps blocks from being evicted, for a time, over restarts too: one copy of each stays, the one
-        on SSD where there is one. A pin replaces an earlier one of the same block. Answered once the
-        index has it. Discarding a pinned block drops it all the same, and so does damage. Errors:
+        """Protects blocks from eviction for a time, also across restarts. One copy of each block stays: the copy
+        on SSD if there is one. A pin replaces an earlier pin of the same block. The answer follows once the
+        pin is in the index. Discard and damage still drop a pinned block. Errors:
         * INVALID_ARGUMENT INVALID_REQUEST: keys empty, too many or not a multiple of 32 bytes, or a
         time of 0 or beyond the setting `pins.ttl_max_s`.
         * RESOURCE_EXHAUSTED PINS_FULL: pinned blocks would take more of their tier than
@@ -163,12 +163,12 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Explain(self, request, context):
-        """Tells where a block is and why, or why it is not there; what became of a request; or how much of
-        a session is stored. What is gone is remembered in memory, as far as `history.events_max` and
-        `history.requests_max` allow. Errors:
-        * INVALID_ARGUMENT INVALID_REQUEST: not exactly one of the questions is asked, or the key is
+        """Explains where a block is and why, or why it is missing; the course of a request; or how much of
+        a session is stored. The daemon keeps past events and requests in memory, up to `history.events_max` and
+        `history.requests_max`. Errors:
+        * INVALID_ARGUMENT INVALID_REQUEST: not exactly one field is set, or the key is
         not 32 bytes.
-        * NOT_FOUND REQUEST_NOT_FOUND: no lookup with this request id is remembered.
+        * NOT_FOUND REQUEST_NOT_FOUND: the daemon remembers no lookup with this request id.
         * NOT_FOUND SESSION_NOT_FOUND: there is no session of this id; the message says whether it was
         ended or expired, and when.
         """
@@ -177,11 +177,11 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Begins to drain the daemon: it takes no more saves (UNAVAILABLE DRAINING), lets those that run
-        end, and copies to SSD what only DRAM holds. Reports about twice a second, and a last time with
-        `done`, or without where somebody undid the drain; ending the call early does not end the drain.
-        The daemon then goes on to serve loads.
-        With DRAIN_ACTION_UNDO it takes saves again, and reports once. Errors:
+        """Starts to drain the daemon: it refuses new saves (UNAVAILABLE DRAINING), finishes running
+        saves, and copies to SSD what only DRAM holds. Sends about two reports per second. The last one has
+        `done`, unless another call undid the drain. Cancelling the call does not end the drain.
+        A drained daemon still serves loads.
+        With DRAIN_ACTION_UNDO the daemon accepts saves again, and sends one report. Errors:
         * INVALID_ARGUMENT INVALID_REQUEST: no action is named.
         * UNAVAILABLE DRAINING: the daemon is stopping, which cannot be undone.
         """
@@ -190,8 +190,8 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListSessions(self, request, context):
-        """Lists sessions, page by page. Sessions begun or ended meanwhile may be missed. Errors:
-        * INVALID_ARGUMENT INVALID_REQUEST: a page token that this daemon did not give, too large a page,
+        """Lists sessions, page by page. Sessions that begin or end during the listing may be missing. Errors:
+        * INVALID_ARGUMENT INVALID_REQUEST: a page token that is not from this daemon, a page size that is too large,
         or a fingerprint that is not 32 bytes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -260,7 +260,7 @@ def add_AdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdminService(object):
-    """AdminService shows and changes what a daemon holds. Open to whoever can reach the daemon's address.
+    """AdminService shows and changes what a daemon holds. Every client that can reach the daemon's address may call it.
     """
 
     @staticmethod

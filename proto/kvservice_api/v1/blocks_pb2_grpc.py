@@ -26,9 +26,8 @@ if _version_not_supported:
 
 
 class BlockServiceStub(object):
-    """BlockService stores KV blocks and gives them back. A block is immutable and
-    named by the digest of all tokens up to its end, so storing one twice is a
-    success, and a miss is an answer, not an error.
+    """BlockService stores and loads KV blocks. A block is immutable, and its key is the digest of all tokens up to its
+    end. Storing a block twice therefore succeeds. A miss is an answer, not an error.
     """
 
     def __init__(self, channel):
@@ -125,9 +124,8 @@ class BlockServiceStub(object):
 
 
 class BlockServiceServicer(object):
-    """BlockService stores KV blocks and gives them back. A block is immutable and
-    named by the digest of all tokens up to its end, so storing one twice is a
-    success, and a miss is an answer, not an error.
+    """BlockService stores and loads KV blocks. A block is immutable, and its key is the digest of all tokens up to its
+    end. Storing a block twice therefore succeeds. A miss is an answer, not an error.
     """
 
     def GetCapabilities(self, request, context):
@@ -138,12 +136,12 @@ class BlockServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def OpenLayout(self, request, context):
-        """Makes a layout known. Idempotent; needed once per daemon store. Errors:
+        """Registers a layout. Idempotent; needed once per store. Errors:
         * INVALID_ARGUMENT INVALID_LAYOUT: a dimension is zero or too large; fix the caller.
-        * FAILED_PRECONDITION LAYOUT_MISMATCH: the caller's fingerprint is not that of the layout
-        it sent; both sides encode differently. Do not retry; update the older one.
-        * RESOURCE_EXHAUSTED INDEX_FULL: no space for another layout, or as many are known as
-        index.layouts_max allows; recompute, tell the operator.
+        * FAILED_PRECONDITION LAYOUT_MISMATCH: the caller's fingerprint is not the fingerprint of the layout
+        that it sent: the two versions encode layouts differently. Do not retry; update the older one.
+        * RESOURCE_EXHAUSTED INDEX_FULL: no space for another layout, or the store has
+        index.layouts_max layouts; recompute, and inform the operator.
         * UNAVAILABLE STORAGE_FAILED: the index could not be written; retry later.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -151,8 +149,8 @@ class BlockServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Attach(self, request_iterator, context):
-        """Opens the client's life line: leases and uploads hang on this stream and end with it.
-        The daemon answers at once with one message and then only keeps the stream open. Errors:
+        """Attaches a client: its leases and uploads end when this stream ends.
+        The daemon answers at once with one message, and then keeps the stream open. Errors:
         * INVALID_ARGUMENT INVALID_REQUEST: the client's name is too long.
         * RESOURCE_EXHAUSTED OVERLOADED: too many clients are attached; retry later.
         """
@@ -161,45 +159,45 @@ class BlockServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def LookupPrefix(self, request, context):
-        """Reports how many leading blocks of a prefix are stored, and leases them.
-        The answer stops at the first missing block: an engine reuses only an unbroken prefix.
-        A block counts only where stored shards cover the whole range that is asked for. Errors:
+        """Returns how many leading blocks of a prefix are stored, and leases them.
+        The answer ends at the first missing block, because an engine can reuse only an unbroken prefix.
+        A block counts only if stored shards cover the whole requested range. Errors:
         * INVALID_ARGUMENT INVALID_REQUEST: keys empty, too many or not a multiple of 32 bytes,
         a shard outside the layout, or a request_id that is too long.
-        * FAILED_PRECONDITION UNKNOWN_LAYOUT: call OpenLayout, then ask again.
-        * FAILED_PRECONDITION UNKNOWN_CLIENT: the client that is named is not attached, or a lease was
-        asked for and no client is named; attach (again), then ask again.
-        * RESOURCE_EXHAUSTED OVERLOADED: the client holds too many leases, or too many blocks by
-        them; release some.
+        * FAILED_PRECONDITION UNKNOWN_LAYOUT: call OpenLayout, then retry.
+        * FAILED_PRECONDITION UNKNOWN_CLIENT: the named client is not attached, or the request wants a
+        lease and names no client; attach (again), then retry.
+        * RESOURCE_EXHAUSTED OVERLOADED: the client holds too many leases, or too many leased
+        blocks; release some.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExportLease(self, request, context):
-        """Makes a ticket of a lease: bytes with which other clients of this daemon adopt the same blocks. From here on
-        the ticket holds the blocks by itself, whatever becomes of the lease and its client, until it expires or was
-        adopted as often as it says. Errors:
+        """Creates a ticket for a lease: bytes with which other clients of this daemon adopt the same blocks. From then on
+        the ticket itself holds the blocks, independent of the lease and its client, until it expires or its number of
+        adoptions is used up. Errors:
         * INVALID_ARGUMENT INVALID_REQUEST: no time to live, or a number of adoptions that is 0 or over 4096.
         * FAILED_PRECONDITION LEASE_EXPIRED: look the prefix up again.
         * PERMISSION_DENIED LEASE_NOT_YOURS: the lease belongs to another client.
-        * RESOURCE_EXHAUSTED OVERLOADED: the open tickets of all clients hold as much as one client may hold; let the
-        ranks look the prefix up themselves.
+        * RESOURCE_EXHAUSTED OVERLOADED: the open tickets of all clients hold as much as one client may hold; each
+        rank must look the prefix up itself.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def AdoptLease(self, request, context):
-        """Gives the client a lease of its own on the blocks of a ticket. It ends like any other lease, and counts for
-        the client's limits. A refused adoption does not count for the ticket. Errors:
+        """Gives the client its own lease on the blocks of a ticket. It ends like any other lease, and counts towards
+        the client's limits. A refused adoption does not count as an adoption. Errors:
         * INVALID_ARGUMENT INVALID_REQUEST: no time to live, or a shard outside the exported lease's.
-        * PERMISSION_DENIED TICKET_FORGED: these bytes are no ticket of this daemon; do not retry.
+        * PERMISSION_DENIED TICKET_FORGED: this daemon did not create these bytes; do not retry.
         * PERMISSION_DENIED TICKET_NOT_YOURS: the ticket belongs to another tenant.
         * FAILED_PRECONDITION TICKET_FOREIGN: it is another daemon's, or from before a restart; look the prefix up.
         * FAILED_PRECONDITION TICKET_LAYOUT_MISMATCH: it is for another layout; fix the configuration.
         * FAILED_PRECONDITION TICKET_EXPIRED: look the prefix up.
-        * FAILED_PRECONDITION TICKET_SPENT: it was adopted as often as it allows; look the prefix up.
+        * FAILED_PRECONDITION TICKET_SPENT: its number of adoptions is used up; look the prefix up.
         * RESOURCE_EXHAUSTED OVERLOADED: as for LookupPrefix.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -212,12 +210,12 @@ class BlockServiceServicer(object):
         * INVALID_ARGUMENT INVALID_REQUEST: a range of blocks or layers, or a shard, outside the lease.
         * FAILED_PRECONDITION LEASE_EXPIRED: look the prefix up again.
         * PERMISSION_DENIED LEASE_NOT_YOURS: the lease belongs to another client.
-        * DATA_LOSS CHECKSUM_MISMATCH: a block is damaged and has been dropped; what was already
-        received of other layers is right; look the prefix up again, or recompute.
+        * DATA_LOSS CHECKSUM_MISMATCH: a block is damaged and has been dropped. The layers that were
+        received before are correct. Look the prefix up again, or recompute.
         * UNAVAILABLE STORAGE_FAILED: the SSD could not be read; recompute.
         * RESOURCE_EXHAUSTED OVERLOADED: too many loads run; recompute or retry.
-        * DEADLINE_EXCEEDED DEADLINE_EXCEEDED: the client took nothing for the daemon's
-        `server.transfer_idle_s`; a load keeps its blocks in their place, but not for ever.
+        * DEADLINE_EXCEEDED DEADLINE_EXCEEDED: the client received nothing for the daemon's
+        `server.transfer_idle_s`. The limit exists because a load holds its blocks.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -226,18 +224,18 @@ class BlockServiceServicer(object):
     def SaveBlocks(self, request_iterator, context):
         """Stores blocks of one chain: one `header`, then frames in any order that cover every
         slice once, then one `commit`, after which the client closes its side. A stream that
-        ends without `commit` leaves no trace.
-        Blocks that are stored already succeed without their bytes being looked at. Errors:
-        * INVALID_ARGUMENT INVALID_REQUEST: header missing, second, or with wrong fields.
-        * INVALID_ARGUMENT INVALID_FRAME: a frame out of range, overlapping another, too large
-        or cut off. Nothing of the save is kept; fix the caller.
-        * FAILED_PRECONDITION INCOMPLETE_SAVE: commit before every byte arrived, or a stream
-        without commit. Nothing is kept; send all of it.
+        ends without `commit` stores nothing.
+        For blocks that are stored already, the daemon ignores the bytes and reports success. Errors:
+        * INVALID_ARGUMENT INVALID_REQUEST: the header is missing, repeated, or has wrong fields.
+        * INVALID_ARGUMENT INVALID_FRAME: a frame is out of range, overlaps another, is too large
+        or cut off. Nothing is stored; fix the caller.
+        * FAILED_PRECONDITION INCOMPLETE_SAVE: a commit before every byte arrived, or a stream
+        without commit. Nothing is stored; send the whole save again.
         * FAILED_PRECONDITION UNKNOWN_LAYOUT, UNKNOWN_CLIENT: as for LookupPrefix.
         * UNAVAILABLE DRAINING: the daemon is stopping; skip this save.
         * RESOURCE_EXHAUSTED OVERLOADED: too many saves run; skip this one.
         Per block, in `refused`: RESOURCE_EXHAUSTED TIER_FULL or INDEX_FULL (skip this save),
-        DATA_LOSS UPLOAD_CORRUPTED (bytes do not match the checksum in `commit`; send again),
+        DATA_LOSS UPLOAD_CORRUPTED (the bytes do not match the checksum in `commit`; send them again),
         UNAVAILABLE STORAGE_FAILED (retry later).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -245,10 +243,10 @@ class BlockServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def LocateBlocks(self, request, context):
-        """Says where leased blocks lie in the arena, for a client that maps it. The first answer has
-        the places; where blocks are still coming up from SSD, further ones tell how many layers are
-        there. The blocks stay in their places for as long as the stream is open: keep it until the
-        last byte was used, then compare the generations. Errors:
+        """Returns where leased blocks are in the arena, for a client that maps it. The first answer has
+        the offsets. While the daemon promotes blocks from SSD, further answers say how many layers are
+        readable. The blocks keep their place while the stream is open: keep it open until the
+        last byte is used, then compare the generations. Errors:
         * INVALID_ARGUMENT INVALID_REQUEST: a range of blocks, or a shard, outside the lease.
         * FAILED_PRECONDITION NOT_SHARED: this daemon does not share its arena; use LoadBlocks.
         * FAILED_PRECONDITION LEASE_EXPIRED: look the prefix up again.
@@ -263,28 +261,28 @@ class BlockServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ReserveBlocks(self, request, context):
-        """Sets space aside in the arena for blocks that the client then writes in place. The client
-        holds an flock on `writers/<client id in hex>` beside the arena, before it asks and for as long
-        as it may write: the space is lent to nobody else before the reservation was committed or
-        abandoned, or that lock is gone. A reservation ends with the client's Attach stream.
-        Blocks that another client uploads are waited for, as in a save. Errors:
+        """Reserves space in the arena for blocks that the client then writes in place. The client must
+        hold an flock on `writers/<client id in hex>` beside the arena, from before this call until it has
+        stopped writing. The daemon reuses the space only after the reservation was committed or
+        abandoned, or after that lock is gone. A reservation ends with the client's Attach stream.
+        As in a save, the call waits for blocks that another client uploads. Errors:
         * INVALID_ARGUMENT INVALID_REQUEST: the header is wrong, or the reservation's number is in use.
         * FAILED_PRECONDITION NOT_SHARED: clients do not write into this arena; use SaveBlocks.
-        * FAILED_PRECONDITION NO_WRITER_LOCK: lock your file in the arena's folder, then ask again.
+        * FAILED_PRECONDITION NO_WRITER_LOCK: lock the client's file in the arena's folder, then retry.
         * FAILED_PRECONDITION UNKNOWN_LAYOUT, UNKNOWN_CLIENT: as for LookupPrefix.
         * UNAVAILABLE DRAINING: the daemon is stopping; skip this save.
         * RESOURCE_EXHAUSTED OVERLOADED: the client holds too many reservations; skip this save.
-        Per block, in `refused`: as for SaveBlocks, before any byte of it was written.
+        Per block, in `refused`: as for SaveBlocks, before the client writes any byte of it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CommitBlocks(self, request, context):
-        """Makes the blocks of a reservation visible, and ends it. The client has stopped writing.
+        """Makes the blocks of a reservation visible, and ends it. The client must have stopped writing.
         The daemon does not read the bytes: each load that copies verifies them. Errors:
-        * INVALID_ARGUMENT INVALID_REQUEST: not one checksum a slice of what was reserved; the
-        reservation goes on.
+        * INVALID_ARGUMENT INVALID_REQUEST: not exactly one checksum per reserved slice; the
+        reservation stays open.
         * FAILED_PRECONDITION RESERVATION_ENDED: reserve again, and write again.
         * PERMISSION_DENIED RESERVATION_NOT_YOURS: the reservation is another client's.
         Per block, in `refused`: RESOURCE_EXHAUSTED INDEX_FULL or TIER_FULL (skip this save),
@@ -295,8 +293,8 @@ class BlockServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def AbandonBlocks(self, request, context):
-        """Gives the space of a reservation back. The client has stopped writing. Abandoning one that
-        has ended is a success. Errors:
+        """Ends a reservation and frees its space. The client must have stopped writing. Abandoning a reservation
+        that has ended succeeds. Errors:
         * PERMISSION_DENIED RESERVATION_NOT_YOURS: the reservation is another client's.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -314,7 +312,7 @@ class BlockServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ReleaseLease(self, request, context):
-        """Ends a lease. Ending one that has ended is a success, as long as its client is attached. Errors:
+        """Ends a lease. Ending a lease that has ended succeeds while its client is attached. Errors:
         * PERMISSION_DENIED LEASE_NOT_YOURS: the lease belongs to another client.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -322,7 +320,7 @@ class BlockServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Prefetch(self, request, context):
-        """Copies blocks up to DRAM ahead of a load. Advice: what does not fit stays where it is. Errors:
+        """Promotes blocks to DRAM ahead of a load. Blocks that do not fit stay on SSD. Errors:
         * INVALID_ARGUMENT INVALID_REQUEST: keys empty, too many or not a multiple of 32 bytes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -330,9 +328,9 @@ class BlockServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Evict(self, request, context):
-        """Drops blocks from one tier. Leased and busy blocks, and copies that a pin keeps, stay and are
+        """Drops blocks from one tier. Leased and busy blocks, and copies that a pin protects, stay and are
         counted. Errors:
-        * INVALID_ARGUMENT INVALID_REQUEST: as for Prefetch, or no tier is named.
+        * INVALID_ARGUMENT INVALID_REQUEST: as for Prefetch, or the tier is unspecified.
         * UNAVAILABLE STORAGE_FAILED: the index could not be written; retry later.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -340,11 +338,11 @@ class BlockServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ReportRequest(self, request, context):
-        """Tells what was planned for a request's history, what was expected of it, and what it took: for
-        AdminService.Explain. Comes behind the request, or long after it where the daemon was away, also
-        of requests that never asked the daemon anything. Nothing depends on it. Errors:
-        * INVALID_ARGUMENT INVALID_REQUEST: no request_id or outcome; a text that is too long or cannot
-        be printed; a time that is negative or no number; drop the report.
+        """Reports the plan for a request's history, its estimates and its measured times, for
+        AdminService.Explain. The client sends it after the request, or much later if the daemon was away, also
+        for requests without a call to the daemon. The service works without reports. Errors:
+        * INVALID_ARGUMENT INVALID_REQUEST: no request_id or outcome; a text that is too long or not
+        printable; a time that is negative or not a number; drop the report.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -447,9 +445,8 @@ def add_BlockServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class BlockService(object):
-    """BlockService stores KV blocks and gives them back. A block is immutable and
-    named by the digest of all tokens up to its end, so storing one twice is a
-    success, and a miss is an answer, not an error.
+    """BlockService stores and loads KV blocks. A block is immutable, and its key is the digest of all tokens up to its
+    end. Storing a block twice therefore succeeds. A miss is an answer, not an error.
     """
 
     @staticmethod

@@ -30,13 +30,13 @@ class SessionServiceStub(object):
     It moves no byte of KV and holds no block: blocks are saved and loaded through BlockService, and a
     history is usable up to its first slice that is not stored.
 
-    A session is named by its id and a layout: 1 to 200 letters, digits and "-_.:@/+=~". It ends with
-    EndSession, or when nobody read or changed it for the daemon's `session.ttl_s`. Manifests are on
-    disk before a call that changes them is answered, so they survive the daemon and the host.
+    A session is identified by its id (1 to 200 letters, digits and "-_.:@/+=~") and a layout. It ends with
+    EndSession, or when no client has read or changed it for the daemon's `session.ttl_s`. The daemon answers a
+    change once the manifest is on disk, so it survives a crash of the daemon or the host.
 
-    Every change names the revision that it starts from, so of two clients that change a session at
-    a time one is told. Any RPC may end with INVALID_ARGUMENT INVALID_REQUEST (an id or fingerprint that
-    is none: fix the caller) and FAILED_PRECONDITION UNKNOWN_LAYOUT (call OpenLayout, then ask again).
+    Every change names the revision that it starts from. If two clients change a session at the same time, one of them
+    gets SESSION_CHANGED. Any RPC may end with INVALID_ARGUMENT INVALID_REQUEST (the id or the fingerprint is not
+    valid: fix the caller) and FAILED_PRECONDITION UNKNOWN_LAYOUT (call OpenLayout, then retry).
     """
 
     def __init__(self, channel):
@@ -77,62 +77,62 @@ class SessionServiceServicer(object):
     It moves no byte of KV and holds no block: blocks are saved and loaded through BlockService, and a
     history is usable up to its first slice that is not stored.
 
-    A session is named by its id and a layout: 1 to 200 letters, digits and "-_.:@/+=~". It ends with
-    EndSession, or when nobody read or changed it for the daemon's `session.ttl_s`. Manifests are on
-    disk before a call that changes them is answered, so they survive the daemon and the host.
+    A session is identified by its id (1 to 200 letters, digits and "-_.:@/+=~") and a layout. It ends with
+    EndSession, or when no client has read or changed it for the daemon's `session.ttl_s`. The daemon answers a
+    change once the manifest is on disk, so it survives a crash of the daemon or the host.
 
-    Every change names the revision that it starts from, so of two clients that change a session at
-    a time one is told. Any RPC may end with INVALID_ARGUMENT INVALID_REQUEST (an id or fingerprint that
-    is none: fix the caller) and FAILED_PRECONDITION UNKNOWN_LAYOUT (call OpenLayout, then ask again).
+    Every change names the revision that it starts from. If two clients change a session at the same time, one of them
+    gets SESSION_CHANGED. Any RPC may end with INVALID_ARGUMENT INVALID_REQUEST (the id or the fingerprint is not
+    valid: fix the caller) and FAILED_PRECONDITION UNKNOWN_LAYOUT (call OpenLayout, then retry).
     """
 
     def AppendTurn(self, request, context):
-        """Adds blocks to the end of a session; begins it where `expected_revision` is 0. The blocks
-        continue `tip`. An open tail is replaced by the first of them, which begins with the tail's
-        tokens; the block that was the tail is dropped once no session names it. Save the blocks first: the
-        daemon does not ask whether they are stored. Errors:
+        """Adds blocks to the end of a session; creates it if `expected_revision` is 0. The blocks
+        continue `tip`. The first block replaces an open tail and begins with the tail's tokens. The daemon drops
+        the old tail's block once no session names it. Save the blocks first: the
+        daemon does not check whether they are stored. Errors:
         * INVALID_ARGUMENT INVALID_REQUEST: `parent_key` is not the session's `tip`, keys empty, too many or
         cut off, a first block that does not extend the open tail, or wrong positions.
-        * NOT_FOUND SESSION_NOT_FOUND: begin it again, with `expected_revision` 0 and the whole conversation.
-        * ABORTED SESSION_CHANGED: the session is at another revision, or exists where 0 was expected. The
-        status brings the `Session` as it is; go on from there.
-        * RESOURCE_EXHAUSTED SESSIONS_FULL: too many sessions, or too many slices in this one; go on without
+        * NOT_FOUND SESSION_NOT_FOUND: create it again, with `expected_revision` 0 and the whole conversation.
+        * ABORTED SESSION_CHANGED: the session is at another revision, or exists although 0 was expected. The
+        status contains the present `Session`; continue from it.
+        * RESOURCE_EXHAUSTED SESSIONS_FULL: too many sessions, or too many slices in this one; continue without
         a session, or truncate it.
-        * RESOURCE_EXHAUSTED INDEX_FULL, UNAVAILABLE STORAGE_FAILED: the session is as it was; go on without.
+        * RESOURCE_EXHAUSTED INDEX_FULL, UNAVAILABLE STORAGE_FAILED: the session is unchanged; continue without it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetSession(self, request, context):
-        """Tells a session's manifest, and how much of its history is stored now. Counts as a use. Errors:
+        """Returns a session's manifest, and how much of its history is stored now. Counts as a use. Errors:
         * INVALID_ARGUMENT INVALID_REQUEST: a shard outside the layout.
-        * NOT_FOUND SESSION_NOT_FOUND: recompute, and begin the session again.
+        * NOT_FOUND SESSION_NOT_FOUND: recompute, and create the session again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def TruncateSession(self, request, context):
-        """Drops tokens out of a session's history: only `keep` is left of it. Moves no byte. What is appended
-        later goes on from a cut key (see keys.py) in a new block, so that a truncated history is never found
+        """Removes tokens from a session's history: only `keep` is left. Moves no byte. Later appends
+        continue a cut key (see keys.py) in a new block, so that a lookup never finds a truncated history
         as an ordinary prefix. Keeping everything changes nothing. Errors:
         * INVALID_ARGUMENT INVALID_REQUEST: `keep` is empty, has more than 4,096 ranges, descends, overlaps, or
         ends past the last token.
         * NOT_FOUND SESSION_NOT_FOUND, ABORTED SESSION_CHANGED: as for AppendTurn.
         * RESOURCE_EXHAUSTED SESSIONS_FULL: the ranges would make too many slices; keep longer ones.
-        * RESOURCE_EXHAUSTED INDEX_FULL, UNAVAILABLE STORAGE_FAILED: the session is as it was; retry later.
+        * RESOURCE_EXHAUSTED INDEX_FULL, UNAVAILABLE STORAGE_FAILED: the session is unchanged; retry later.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ForkSession(self, request, context):
-        """Copies a session's manifest under a new id. Both then go their own ways. Errors:
+        """Copies a session's manifest to a new id. The two sessions are independent from then on. Errors:
         * INVALID_ARGUMENT INVALID_REQUEST: the new id is the old one.
         * NOT_FOUND SESSION_NOT_FOUND: there is nothing to fork; begin the new session with AppendTurn.
         * ABORTED SESSION_CHANGED: the session is at another revision than the expected one, or the new id
-        is taken. The status brings the session that is in the way.
+        exists. The status contains that session.
         * RESOURCE_EXHAUSTED SESSIONS_FULL, INDEX_FULL, UNAVAILABLE STORAGE_FAILED: as for AppendTurn.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -140,9 +140,9 @@ class SessionServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def EndSession(self, request, context):
-        """Forgets a session. Its full blocks stay, for they may serve other conversations; its open tail is
-        dropped unless another session names it. Ending a session that is not there is a success. Errors:
-        * UNAVAILABLE STORAGE_FAILED: the index could not be written; the session is as it was.
+        """Deletes a session. Its full blocks stay, because other conversations may use them. Its open tail is
+        dropped unless another session names it. Ending a session that does not exist succeeds. Errors:
+        * UNAVAILABLE STORAGE_FAILED: the index could not be written; the session is unchanged.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -189,13 +189,13 @@ class SessionService(object):
     It moves no byte of KV and holds no block: blocks are saved and loaded through BlockService, and a
     history is usable up to its first slice that is not stored.
 
-    A session is named by its id and a layout: 1 to 200 letters, digits and "-_.:@/+=~". It ends with
-    EndSession, or when nobody read or changed it for the daemon's `session.ttl_s`. Manifests are on
-    disk before a call that changes them is answered, so they survive the daemon and the host.
+    A session is identified by its id (1 to 200 letters, digits and "-_.:@/+=~") and a layout. It ends with
+    EndSession, or when no client has read or changed it for the daemon's `session.ttl_s`. The daemon answers a
+    change once the manifest is on disk, so it survives a crash of the daemon or the host.
 
-    Every change names the revision that it starts from, so of two clients that change a session at
-    a time one is told. Any RPC may end with INVALID_ARGUMENT INVALID_REQUEST (an id or fingerprint that
-    is none: fix the caller) and FAILED_PRECONDITION UNKNOWN_LAYOUT (call OpenLayout, then ask again).
+    Every change names the revision that it starts from. If two clients change a session at the same time, one of them
+    gets SESSION_CHANGED. Any RPC may end with INVALID_ARGUMENT INVALID_REQUEST (the id or the fingerprint is not
+    valid: fix the caller) and FAILED_PRECONDITION UNKNOWN_LAYOUT (call OpenLayout, then retry).
     """
 
     @staticmethod

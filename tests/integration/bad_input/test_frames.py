@@ -166,7 +166,7 @@ STREAMS: dict[str, tuple[Callable[[Upload], list[bytes]], type[KVError], str]] =
     "far too many tokens": (
         lambda u: [header(u, last_block_tokens=U32_MAX)], InvalidRequest, f"tokens, not {U32_MAX}"),
     "a shard outside the layout": (
-        lambda u: [header(u, shard=types_pb2.Shard(layer_end=6, head_end=3))], InvalidRequest, "does not lie in 5"),
+        lambda u: [header(u, shard=types_pb2.Shard(layer_end=6, head_end=3))], InvalidRequest, "is not within 5"),
     "an empty shard": (lambda u: [header(u, shard=types_pb2.Shard())], InvalidRequest, r"shard layers 0\.\.0"),
     "a durability of the future": (
         lambda u: [header(u, durability=9)], InvalidRequest, "no durability has the number 9"),

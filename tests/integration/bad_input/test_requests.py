@@ -179,7 +179,7 @@ def shard(layers: tuple[int, int], heads: tuple[int, int]) -> types_pb2.Shard:
 
 REFUSED: dict[str, tuple[Callable[[Wire], object], type[KVError], str]] = {
     "a shard without layers": (
-        lookup(shard=shard((2, 2), (0, 3))), InvalidRequest, "shard layers 2..2, heads 0..3 does not lie in 5 layers"),
+        lookup(shard=shard((2, 2), (0, 3))), InvalidRequest, "shard layers 2..2, heads 0..3 is not within 5 layers"),
     "a shard that ends before it begins": (lookup(shard=shard((3, 1), (0, 3))), InvalidRequest, "shard layers 3..1"),
     "a shard beyond the layers": (lookup(shard=shard((0, U32_MAX), (0, 3))), InvalidRequest, "shard layers 0.."),
     "a shard beyond the heads": (lookup(shard=shard((0, 5), (2, 4))), InvalidRequest, "heads 2..4 does not lie"),

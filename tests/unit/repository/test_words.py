@@ -49,7 +49,7 @@ LEFT = {
     "kvservice/tiers": 14,
     "client": 31,
     "engine_adapter": 11,
-    "proto": 21,
+    "proto": 1,
     "benchmarks": 6,
     "examples": 2,
     "tests": 109,

@@ -156,7 +156,7 @@ def lengthen(path: Path) -> None:
     ("damage", "why"),
     [
         (Path.unlink, "there is no arena"),
-        (replace_by_noise, "no arena of this version"),
+        (replace_by_noise, "not an arena of this version"),
         (cut, f"it has {CAPACITY // 2} bytes"),
         (cut_inside_the_header, "its header is cut off"),
         (lengthen, f"it has {2 * CAPACITY} bytes"),
