@@ -182,7 +182,7 @@ REFUSED: dict[str, tuple[Callable[[Wire], object], type[KVError], str]] = {
         lookup(shard=shard((2, 2), (0, 3))), InvalidRequest, "shard layers 2..2, heads 0..3 is not within 5 layers"),
     "a shard that ends before it begins": (lookup(shard=shard((3, 1), (0, 3))), InvalidRequest, "shard layers 3..1"),
     "a shard beyond the layers": (lookup(shard=shard((0, U32_MAX), (0, 3))), InvalidRequest, "shard layers 0.."),
-    "a shard beyond the heads": (lookup(shard=shard((0, 5), (2, 4))), InvalidRequest, "heads 2..4 does not lie"),
+    "a shard beyond the heads": (lookup(shard=shard((0, 5), (2, 4))), InvalidRequest, "heads 2..4 is not within"),
     "a lease for a client that is not attached": (
         lookup(client_id=bytes(16), lease_ttl_ms=1), UnknownClient, "no attached client has this id: attach"),
     "a lease for nobody": (lookup(lease_ttl_ms=1), UnknownClient, "no attached client has this id"),
