@@ -137,8 +137,8 @@ STREAMS: dict[str, tuple[Callable[[Upload], list[bytes]], type[KVError], str]] =
     "two headers": (lambda u: [u.first, *u.messages()], InvalidRequest, "a save has one header"),
     "a header at the end": (lambda u: [*u.messages()[:-1], u.first], InvalidRequest, "a save has one header"),
     "header and frame in one": (
-        lambda u: [with_header(u, u.frames[0].SerializeToString())], InvalidFrame, "only one of them"),
-    "header and commit in one": (lambda u: [with_header(u, u.last)], InvalidFrame, "only one of them"),
+        lambda u: [with_header(u, u.frames[0].SerializeToString())], InvalidFrame, "exactly one of a header"),
+    "header and commit in one": (lambda u: [with_header(u, u.last)], InvalidFrame, "exactly one of a header"),
     "a commit without data": (lambda u: [u.first, u.last], IncompleteSave, "bytes of block 0 are missing"),
     "a frame less": (
         lambda u: [u.first, *[f.SerializeToString() for f in u.frames[:-1]], u.last],
