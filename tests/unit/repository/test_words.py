@@ -53,8 +53,7 @@ LEFT = {
     "benchmarks": 6,
     "examples": 2,
     "tests": 109,
-    "docs": 56,
-    ".": 3,
+    "docs": 14,
 }
 FOLDERS = (
     "kvservice", "kvservice/bench", "kvservice/index", "kvservice/policy", "kvservice/rpc", "kvservice/simulate",
