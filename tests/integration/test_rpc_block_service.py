@@ -327,7 +327,7 @@ def test_AdoptLease_gives_another_client_a_lease_on_the_same_blocks(wire: Wire, 
             wire.load(lease_id)
     with refused(InvalidRequest, "lease_ttl_ms", field="lease_ttl_ms"):
         adopt(wire, ticket, lease_ttl_ms=0)
-    with refused(InvalidRequest, "does not lie", field="shard"):
+    with refused(InvalidRequest, "is not within", field="shard"):
         adopt(wire, ticket, shard=Shard(0, 9, 0, 1).to_proto())
     with refused(TicketForged, "no lease ticket"):
         adopt(wire, ticket[:-1])
