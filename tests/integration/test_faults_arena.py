@@ -111,7 +111,7 @@ def damage_its_index(folder: Path) -> None:
         (truncate, f"it has {5 * MIB + 123} bytes instead of"),
         (truncate_to_nothing, "its header is cut off"),
         (lengthen, "bytes instead of"),
-        (overwrite_with_noise, "it is no arena"),
+        (overwrite_with_noise, "it is not an arena"),
         (damage_its_index, "its index: "),
     ],
 )

@@ -1,7 +1,7 @@
-"""Promotion: brings blocks from SSD up to DRAM, layer by layer, so that a load can follow behind.
+"""Promotion: copies blocks from a slower tier to DRAM, layer by layer. A load sends each layer once it is verified.
 
-The layers of all blocks of a load come in the order in which the
-load sends them: layer 0 of every block first.
+The promoter reads the layers of all blocks of a load in the order in which the load sends them: layer 0 of every
+block first.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ log = logging.getLogger(__name__)
 
 _PIECE_BYTES = 1 << 20
 _ROWS_A_TURN = 64  # A millisecond of the event loop.
-_ROOM_WAIT_S = 0.2  # Whoever loads is better off reading past DRAM than waiting for longer.
+_ROOM_WAIT_S = 0.2  # After this time, reading past DRAM is faster for a load than waiting.
 
 
 class PendingPromotion:
-    """One block on its way up. Its verified layers can be read before the last one is there."""
+    """A block that is being copied to DRAM. Its verified layers can be read before the last one has been read."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class PendingPromotion:
         self.row = row
         self.generation = generation
         self.geometry = geometry
-        self.tier = tier  # That it is read from.
+        self.tier = tier  # The copy that is read.
         self.pieces = image_check.cut(geometry, _PIECE_BYTES)
         self.extent = extent
         self.image = image
@@ -60,24 +60,24 @@ class PendingPromotion:
         self.done = asyncio.Event()
         self.error: KVError | None = None
         self._readers = 0
-        self._landed = [False] * geometry.slice_count
+        self._is_verified = [False] * geometry.slice_count
         self._more = asyncio.Event()
 
     @property
     def checksums(self) -> NDArray[np.uint64]:
-        """Of all layers; known once one is ready."""
+        """One checksum per layer. Valid once a layer is ready."""
         assert self.trailer is not None
         return self.trailer.checksums
 
     async def layer_ready(self, layer: int) -> None:
-        """Wait until the layer is there and verified. Raises why it will not come."""
-        while not self._landed[layer]:
+        """Wait until the layer is read and verified. Raises the error with which the promotion failed."""
+        while not self._is_verified[layer]:
             if self.error is not None:
                 raise self.error
             await self._more.wait()
 
     def begin_reading(self) -> None:
-        """Keep the image in place until `end_reading`, even where the landing fails."""
+        """Keep the image in place until `end_reading`, also if the promotion fails."""
         self._readers += 1
 
     def end_reading(self) -> None:
@@ -85,13 +85,13 @@ class PendingPromotion:
         self._wake()
 
     async def unread(self) -> None:
-        """Wait until nobody reads the image."""
+        """Wait until no load reads the image."""
         while self._readers:
             await self._more.wait()
 
-    def landed(self, piece: image_check.ImagePiece) -> None:
+    def piece_verified(self, piece: image_check.ImagePiece) -> None:
         for layer in range(piece.layer_begin, piece.layer_end):
-            self._landed[layer] = True
+            self._is_verified[layer] = True
         self._wake()
 
     def failed(self, error: KVError) -> None:
@@ -128,17 +128,17 @@ class Promoter:
         self._tasks = tasks
         self._loop_budget = loop_budget
         self._reads_in_flight = reads_in_flight
-        self._landings: dict[int, PendingPromotion] = {}
+        self._pending: dict[int, PendingPromotion] = {}
         self._reserving: dict[int, asyncio.Future[None]] = {}
 
     @asynccontextmanager
     async def promoting(self, rows: Sequence[int]) -> AsyncIterator[dict[int, PendingPromotion]]:
-        """Promote the rows that are only on SSD, and keep what is read of them in place until the block is left.
+        """Promote the rows that are only in slower tiers, and keep their images in place until the block is left.
 
-        Rows that DRAM has no room for, and those already there, are not among them.
+        Yields a promotion per row, but none for rows in DRAM and for rows that DRAM has no space for.
         """
         pending = await self._begin(rows, within_s=0.0)
-        for each in pending.values():  # Nothing is awaited in between: a promotion that ends gives its image away.
+        for each in pending.values():  # Before any await: a promotion without readers may end and free its image.
             each.begin_reading()
         try:
             yield pending
@@ -147,7 +147,7 @@ class Promoter:
                 each.end_reading()
 
     async def promote(self, rows: Sequence[int], *, within_s: float, wait: bool) -> None:
-        """Promote the rows that are only on SSD; `wait` for the end of it, which may be a failure."""
+        """Promote the rows that are only in slower tiers. With `wait`, return once each has succeeded or failed."""
         begin = self._begin(rows, within_s=within_s)
         if not wait:
             self._tasks.start(begin, "prefetch")
@@ -156,32 +156,32 @@ class Promoter:
             await each.done.wait()
 
     async def _begin(self, rows: Sequence[int], *, within_s: float) -> dict[int, PendingPromotion]:
-        """Start to read the rows that are only on SSD. Single flight: a promotion that runs is joined.
+        """Start to read the rows that are only in slower tiers. A row that is being promoted is not read twice.
 
-        Reads are ordered by the time at which their blocks are wanted, `within_s` from now.
+        Reads are ordered by their deadline, `within_s` from now.
         """
         begun: list[PendingPromotion] = []
         found: dict[int, PendingPromotion] = {}
         try:
             for count, row in enumerate(dict.fromkeys(rows)):
                 if count % _ROWS_A_TURN == 0:
-                    await self._loop_budget.slot()  # Where there is room nothing below waits.
+                    await self._loop_budget.slot()  # If there is space, nothing below waits.
                 while row in self._reserving:
                     await asyncio.wait({self._reserving[row]})
-                if row not in self._landings and self._wanted(row):
+                if row not in self._pending and self._wanted(row):
                     try:
                         begun.append(await self._reserve(row))
                     except (TierFull, StorageFailed) as error:
                         log.debug("no room to promote: %s", error.message)
-                        break  # The later ones will not fit either; they are read where they lie.
-                if row in self._landings:
-                    found[row] = self._landings[row]
+                        break  # The later rows will not fit either: loads read them past DRAM.
+                if row in self._pending:
+                    found[row] = self._pending[row]
         finally:
             if begun:
                 due_s = self._clock.monotonic_s() + within_s
                 self._tasks.start(self._bring_up(begun, due_s), "promotion")
-        # A promotion that was joined may have ended while we waited for room; its image is invalid then.
-        return {row: landing for row, landing in found.items() if not landing.done.is_set()}
+        # A promotion that was joined may have ended while this call waited for space; its image is invalid then.
+        return {row: pending for row, pending in found.items() if not pending.done.is_set()}
 
     def _wanted(self, row: int) -> bool:
         blocks = self._blocks
@@ -203,23 +203,23 @@ class Promoter:
         image = self._dram.view(extent)[: geometry.image_bytes]
         generation, source = int(self._blocks.generation[row]), self._blocks.fastest(row)
         assert source is not None, "a held block keeps its copy"
-        landing = self._landings[row] = PendingPromotion(row, generation, geometry, source, extent, image)
-        return landing
+        pending = self._pending[row] = PendingPromotion(row, generation, geometry, source, extent, image)
+        return pending
 
-    async def _bring_up(self, landings: list[PendingPromotion], due_s: float) -> None:
-        """Read all, some pieces at a time, and end each landing when its last piece is there."""
-        await self._each(landings, lambda landing: self._read_trailer(landing, due_s))
-        missing = {landing.row: len(landing.pieces) for landing in landings}
+    async def _bring_up(self, promotions: list[PendingPromotion], due_s: float) -> None:
+        """Read all pieces, several at a time, and end each promotion after its last piece."""
+        await self._each(promotions, lambda pending: self._read_trailer(pending, due_s))
+        missing = {pending.row: len(pending.pieces) for pending in promotions}
 
         async def read(job: tuple[PendingPromotion, image_check.ImagePiece]) -> None:
-            landing, piece = job
-            await self._read_piece(landing, piece, due_s)
-            missing[landing.row] -= 1
-            if not missing[landing.row]:
-                # Not here: the next pieces need not wait for the commit.
-                self._tasks.start(self._end(landing), "end of a landing")
+            pending, piece = job
+            await self._read_piece(pending, piece, due_s)
+            missing[pending.row] -= 1
+            if not missing[pending.row]:
+                # As a task, so that the next pieces do not wait for the commit.
+                self._tasks.start(self._end(pending), "end of a promotion")
 
-        await self._each(_layer_major(landings), read)
+        await self._each(_layer_major(promotions), read)
 
     async def _each(self, jobs: Iterable[T], work: Callable[[T], Awaitable[None]]) -> None:
         """Run `work` on all jobs, in order, `reads_in_flight` at a time."""
@@ -231,87 +231,87 @@ class Promoter:
 
         await all_of(worker() for _ in range(self._reads_in_flight))
 
-    async def _read_trailer(self, landing: PendingPromotion, due_s: float) -> None:
-        source = self._blocks.extent(landing.row, landing.tier)
+    async def _read_trailer(self, pending: PendingPromotion, due_s: float) -> None:
+        source = self._blocks.extent(pending.row, pending.tier)
         assert source is not None, "a held block keeps its copy"
-        start = image_check.trailer_start(landing.geometry)
-        expected = int(self._blocks.trailer_checksum[landing.row])
-        key = self._blocks.key_of(landing.row)
+        start = image_check.trailer_start(pending.geometry)
+        expected = int(self._blocks.trailer_checksum[pending.row])
+        key = self._blocks.key_of(pending.row)
         try:
-            landing.trailer = await self._lifecycle.tiers[landing.tier].read(
+            pending.trailer = await self._lifecycle.tiers[pending.tier].read(
                 source,
                 start,
-                landing.image[start:],
-                lambda end: image_check.read_trailer(end, landing.geometry, key, expected),
+                pending.image[start:],
+                lambda end: image_check.read_trailer(end, pending.geometry, key, expected),
                 priority=due_s,
             )
-            if landing.trailer is None:
-                raise self._damaged(landing, "the trailer")
+            if pending.trailer is None:
+                raise self._damaged(pending, "the trailer")
         except KVError as error:
-            await self._fail(landing, error)
+            await self._fail(pending, error)
 
-    async def _read_piece(self, landing: PendingPromotion, piece: image_check.ImagePiece, due_s: float) -> None:
-        if landing.error is not None:
+    async def _read_piece(self, pending: PendingPromotion, piece: image_check.ImagePiece, due_s: float) -> None:
+        if pending.error is not None:
             return
-        trailer, geometry = landing.trailer, landing.geometry
-        source = self._blocks.extent(landing.row, landing.tier)
+        trailer, geometry = pending.trailer, pending.geometry
+        source = self._blocks.extent(pending.row, pending.tier)
         assert trailer is not None and source is not None
         layers = range(piece.layer_begin, piece.layer_end)
         try:
-            damaged = await self._lifecycle.tiers[landing.tier].read(
+            damaged = await self._lifecycle.tiers[pending.tier].read(
                 source,
                 piece.start,
-                landing.image[piece.start : piece.end],
+                pending.image[piece.start : piece.end],
                 lambda pages: image_check.damaged_layers(pages, piece.start, geometry, layers, trailer.checksums),
                 priority=due_s,
             )
             if damaged:
-                first_layer = self._blocks.shard_of(landing.row).layer_begin
-                raise self._damaged(landing, f"layer {first_layer + damaged[0]}")
-            landing.landed(piece)
+                first_layer = self._blocks.shard_of(pending.row).layer_begin
+                raise self._damaged(pending, f"layer {first_layer + damaged[0]}")
+            pending.piece_verified(piece)
         except KVError as error:
-            await self._fail(landing, error)
+            await self._fail(pending, error)
 
-    def _damaged(self, landing: PendingPromotion, what: str) -> ChecksumMismatch:
-        key = self._blocks.key_of(landing.row).hex()
-        return ChecksumMismatch(f"{what} of block {key} is damaged in {landing.tier}", key=key, damaged=what)
+    def _damaged(self, pending: PendingPromotion, what: str) -> ChecksumMismatch:
+        key = self._blocks.key_of(pending.row).hex()
+        return ChecksumMismatch(f"{what} of block {key} is damaged in {pending.tier}", key=key, damaged=what)
 
-    async def _fail(self, landing: PendingPromotion, error: KVError) -> None:
-        """A damaged block is a miss from now on, and not only once all others have landed."""
-        landing.failed(error)
+    async def _fail(self, pending: PendingPromotion, error: KVError) -> None:
+        """Take a damaged block out of service at once, before the other promotions have ended."""
+        pending.failed(error)
         self._counters.storage_errors += isinstance(error, StorageFailed)
         if isinstance(error, ChecksumMismatch):
-            await self._lifecycle.quarantine(landing.row, landing.generation, landing.tier, error.details["damaged"])
+            await self._lifecycle.quarantine(pending.row, pending.generation, pending.tier, error.details["damaged"])
 
-    async def _end(self, landing: PendingPromotion) -> None:
+    async def _end(self, pending: PendingPromotion) -> None:
         """Make the block resident in DRAM, or give its space back."""
-        row, blocks = landing.row, self._blocks
+        row, blocks = pending.row, self._blocks
         placed = False
         try:
-            if landing.error is None:
+            if pending.error is None:
                 await self._lifecycle.wait_record_deletes([blocks.object_key_of(row)])
                 if not blocks.live[row]:
                     raise BlockNotFound("the block was discarded while it was promoted")
                 placed = True  # From here on `place` owns the extent.
-                await self._lifecycle.place([row], blocks.first_tier, [landing.extent], landing.unread)
+                await self._lifecycle.place([row], blocks.first_tier, [pending.extent], pending.unread)
                 blocks.verified[row] = blocks.is_resident(row, blocks.first_tier)
                 self._counters.promoted_blocks += 1
-                self._counters.promoted_bytes += landing.geometry.image_bytes
+                self._counters.promoted_bytes += pending.geometry.image_bytes
         except KVError as error:
-            # Its bytes are right all the same: whoever reads them from this landing may go on.
+            # The bytes are right all the same, so loads may go on reading them.
             log.debug("a promoted block got no record: %s", error.message)
         finally:
-            del self._landings[row]
-            landing.done.set()
+            del self._pending[row]
+            pending.done.set()
             self._lifecycle.unhold([row])
             if not placed:
-                await landing.unread()
-                self._dram.release(landing.extent)
+                await pending.unread()
+                self._dram.release(pending.extent)
 
 
-def _layer_major(landings: Sequence[PendingPromotion]) -> Iterator[tuple[PendingPromotion, image_check.ImagePiece]]:
-    """Every landing's first piece, then every second one, and so on."""
-    for number in range(max(len(landing.pieces) for landing in landings)):
-        for landing in landings:
-            if number < len(landing.pieces):
-                yield landing, landing.pieces[number]
+def _layer_major(promotions: Sequence[PendingPromotion]) -> Iterator[tuple[PendingPromotion, image_check.ImagePiece]]:
+    """The first piece of every promotion, then the second piece of each, and so on."""
+    for number in range(max(len(pending.pieces) for pending in promotions)):
+        for pending in promotions:
+            if number < len(pending.pieces):
+                yield pending, pending.pieces[number]

@@ -85,7 +85,7 @@ class InPlaceReads:
             yield NotInPlace("several shards make up a block")
             return
         rows = lease.rows[blocks.start : blocks.stop]
-        landings: dict[int, PendingPromotion] = {}
+        promotions: dict[int, PendingPromotion] = {}
         held = AsyncExitStack()
         left = asyncio.Event()
         lease.client.on_detach.add(left.set)
@@ -94,10 +94,10 @@ class InPlaceReads:
             try:
                 missing = rows[~self._blocks.lie_in(rows, self._blocks.first_tier)].tolist()
                 if missing and self._promoter is not None:
-                    landings = await held.enter_async_context(self._promoter.promoting(missing))
+                    promotions = await held.enter_async_context(self._promoter.promoting(missing))
                 if verify:
                     await self._verify(rows)
-                extents = await self._extents(rows, landings)
+                extents = await self._extents(rows, promotions)
                 if isinstance(extents, NotInPlace):
                     yield extents
                     return
@@ -110,7 +110,7 @@ class InPlaceReads:
                     table.token_count[rows],
                     table.shard[rows],
                 )
-                async for ready in self._layers(lease, landings):
+                async for ready in self._layers(lease, promotions):
                     yield ready
             except KVError:
                 self._counters.loads_failed += 1
@@ -123,13 +123,13 @@ class InPlaceReads:
             lease.client.on_detach.discard(left.set)
             self._lifecycle.unhold(rows)
 
-    async def _extents(self, rows: Rows, landings: dict[int, PendingPromotion]) -> list[Extent] | NotInPlace:
+    async def _extents(self, rows: Rows, promotions: dict[int, PendingPromotion]) -> list[Extent] | NotInPlace:
         extents = []
         for count, row in enumerate(rows.tolist()):
             if count % _ROWS_A_TURN == _ROWS_A_TURN - 1:
                 await asyncio.sleep(0)
-            landing = landings.get(row)
-            extent = self._blocks.extent(row, self._blocks.first_tier) if landing is None else landing.extent
+            pending = promotions.get(row)
+            extent = self._blocks.extent(row, self._blocks.first_tier) if pending is None else pending.extent
             if extent is None:
                 if self._blocks.fastest(row) is None:
                     raise LeaseExpired("a block left the store before its load began: look the prefix up again")
@@ -137,13 +137,13 @@ class InPlaceReads:
             extents.append(extent)
         return extents
 
-    async def _layers(self, lease: Lease, landings: dict[int, PendingPromotion]) -> AsyncGenerator[int, None]:
+    async def _layers(self, lease: Lease, promotions: dict[int, PendingPromotion]) -> AsyncGenerator[int, None]:
         wanted = lease.shard
-        for layer in range(wanted.layer_begin, wanted.layer_end) if landings else ():
-            for row, landing in landings.items():
-                await landing.layer_ready(layer - int(self._blocks.layer_begin[row]))
+        for layer in range(wanted.layer_begin, wanted.layer_end) if promotions else ():
+            for row, pending in promotions.items():
+                await pending.layer_ready(layer - int(self._blocks.layer_begin[row]))
             yield layer - wanted.layer_begin + 1
-        if not landings:
+        if not promotions:
             yield wanted.layers
 
     async def _verify(self, rows: Rows) -> None:

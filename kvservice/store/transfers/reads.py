@@ -85,16 +85,16 @@ class _Source:
     generation: int  # The row's, to tell whether it still has this block.
     shard: Shard
     geometry: BlockGeometry
-    image: memoryview | None  # In DRAM or landing; None where the slices are read from SSD.
+    image: memoryview | None  # In DRAM, or being promoted; None where the slices are read from SSD.
     trailer: Trailer | None = None
-    landing: PendingPromotion | None = None
+    pending: PendingPromotion | None = None
     tier: TierName | None = None  # That the slices are read from, where that is not memory.
     extent: Extent | None = None  # Its place there.
 
     @property
     def is_at_hand(self) -> bool:
         """Whether all of it lies in DRAM."""
-        return self.image is not None and self.landing is None
+        return self.image is not None and self.pending is None
 
 
 class Reads:
@@ -200,22 +200,22 @@ class _Read:
     async def open(self) -> None:
         """Find every row's bytes, and start to bring up what only SSD has."""
         table, reads = self._blocks_table, self._reads
-        landings: dict[int, PendingPromotion] = {}
+        promotions: dict[int, PendingPromotion] = {}
         if reads.promoter is not None:
             rows = np.array(self.rows, np.int64)
             missing = rows[~table.lie_in(rows, table.first_tier)].tolist()
-            landings = await self._held.enter_async_context(reads.promoter.promoting(missing))
-        for row, landing in landings.items():
+            promotions = await self._held.enter_async_context(reads.promoter.promoting(missing))
+        for row, pending in promotions.items():
             self._sources[row] = source = self._new_source(row)
-            source.image, source.landing = landing.image, landing
+            source.image, source.pending = pending.image, pending
         for count, row in enumerate(self.rows):
             await self._yield_to_loop(count)
-            if row not in landings:
+            if row not in promotions:
                 self._sources[row] = self._source(row)
         for count, rows_of_block in enumerate(self._rows_of_block):
             await self._yield_to_loop(count)
             self._plans.append(self._plan(rows_of_block))
-        resident = [source for source in self._sources.values() if source.image is not None and not source.landing]
+        resident = [source for source in self._sources.values() if source.image is not None and not source.pending]
         await self._on_thread(lambda: self._read_trailers(resident))
         for source in resident:
             if source.trailer is None:
@@ -308,12 +308,12 @@ class _Read:
 
     async def _fetch_slice(self, source: _Source, layer: int) -> LayerSlice:
         begin, end = source.geometry.slice_range(layer)
-        if source.landing is not None:
-            landing = source.landing
-            await landing.layer_ready(layer)
+        if source.pending is not None:
+            pending = source.pending
+            await pending.layer_ready(layer)
             # Small slices share pages with neighbours that are still being read: they are verified once more.
-            expected = int(landing.checksums[layer]) if source.geometry.shares_pages(layer) else None
-            return LayerSlice(source.row, layer, landing.image[begin:end], expected)
+            expected = int(pending.checksums[layer]) if source.geometry.shares_pages(layer) else None
+            return LayerSlice(source.row, layer, pending.image[begin:end], expected)
         assert source.trailer is not None
         start, stop = image_check.page_range(source.geometry, layer, layer + 1)
         pages = image_check.scratch(stop - start)

@@ -112,7 +112,7 @@ async def test_a_landing_that_ended_while_its_joiner_waited_for_room_is_not_read
     reserve = opened.evictor.reserve
 
     async def slowly(tier: TierName, size_bytes: int, **waits: Any) -> Any:
-        if first in promotion._landings:  # The first block is on its way up; the second one waits for room.
+        if first in promotion._pending:  # The first block is on its way up; the second one waits for room.
             await gate.wait()
         return await reserve(tier, size_bytes, **waits)
 
@@ -134,7 +134,7 @@ async def test_a_landing_that_ended_while_its_joiner_waited_for_room_is_not_read
     opened.dram.view(overwritten)[:] = b"\xff" * BLOCK
     gate.set()
     assert await joining == layers_of(images)
-    await until(lambda: second not in promotion._landings)
+    await until(lambda: second not in promotion._pending)
     opened.dram.release(overwritten)
 
 

@@ -190,7 +190,7 @@ async def first_frame_of_a_landing(
     with opened.files.calls.held("preadv") as waiting:
         first = asyncio.ensure_future(anext(frames))
         await asyncio.to_thread(waiting.acquire)
-        [landing] = opened.promoter._landings.values()
+        [landing] = opened.promoter._pending.values()
         then()
         await turns()
     received = [(await first)[1]]
