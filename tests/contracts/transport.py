@@ -227,7 +227,7 @@ class TransportContract:
 
 
 def suspended_generators() -> list[GeneratorType[Any, Any, Any]]:
-    """Those of the client's code that have begun and not ended."""
+    """Those of the client's code that have begun and not ended; threads that help with copies have none."""
     return [
         each
         for each in gc.get_objects()

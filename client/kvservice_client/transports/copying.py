@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
@@ -28,8 +28,7 @@ def copy_and_sum(source: Bytes, target: Bytes) -> int:
         _copy(source, target, by_words=_copies_by_words(source, target))
         return checksum(target.data)
     digest = xxhash.xxh3_64()
-    for _, copied in _copy_in_pieces(source, target):
-        digest.update(copied.data)
+    _copy_in_pieces(source, target, digest, summed=target)
     return digest.intdigest()
 
 
@@ -39,8 +38,7 @@ def sum_and_copy(source: Bytes, target: Bytes) -> int:
         _copy(source, target, by_words=_copies_by_words(source, target))
         return checksum(source.data)
     digest = xxhash.xxh3_64()
-    for piece, _ in _copy_in_pieces(source, target):
-        digest.update(piece.data)
+    _copy_in_pieces(source, target, digest, summed=source)
     return digest.intdigest()
 
 
@@ -53,20 +51,20 @@ def copy_runs_and_sum(source: Bytes, runs: Sequence[tuple[int, int]], target: By
     filled = position = 0
     for start, end in runs:
         digest.update(source[position:start].data)
-        for _, copied in _copy_in_pieces(source[start:end], target[filled : filled + end - start]):
-            digest.update(copied.data)
+        copied = target[filled : filled + end - start]
+        _copy_in_pieces(source[start:end], copied, digest, summed=copied)
         filled, position = filled + end - start, end
     digest.update(source[position:].data)
     return digest.intdigest()
 
 
-def _copy_in_pieces(source: Bytes, target: Bytes) -> Iterator[tuple[Bytes, Bytes]]:
-    """Each piece and its copy, right after the copying: both are in the cache."""
+def _copy_in_pieces(source: Bytes, target: Bytes, digest: xxhash.xxh3_64, *, summed: Bytes) -> None:
+    """Add each piece of `summed` (`source` or `target`) to the digest right after its copying: it is in the cache."""
     by_words = _copies_by_words(source, target)
     for start in range(0, len(source), PIECE_BYTES):
-        piece, copied = source[start : start + PIECE_BYTES], target[start : start + PIECE_BYTES]
-        _copy(piece, copied, by_words=by_words)
-        yield piece, copied
+        piece = slice(start, start + PIECE_BYTES)
+        _copy(source[piece], target[piece], by_words=by_words)
+        digest.update(summed[piece].data)
 
 
 def _copy(source: Bytes, target: Bytes, *, by_words: bool) -> None:
