@@ -54,7 +54,7 @@ def memory_group(limit_bytes: int) -> Iterator[MemoryGroup]:
 
 
 def _remove(folder: Path) -> None:
-    """The kernel lets a process leave its group a moment after its end was told."""
+    """Waits: the kernel removes a process from its group shortly after the parent has learned of its end."""
     end_s = time.monotonic() + 30
     while True:
         try:

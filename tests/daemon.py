@@ -133,7 +133,7 @@ class DaemonProcess:
         return found[0]
 
     def logged(self, event: str, **fields: object) -> list[dict[str, Any]]:
-        """The log lines of this event, whatever reason follows it, with these fields, so far."""
+        """The log lines so far of this event, with any reason after it, that have these fields."""
         return [
             line
             for line in self.log

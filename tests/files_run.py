@@ -42,7 +42,7 @@ class FilesRun:
             self._files.add(frame.f_code.co_filename)
 
     def _name(self, file: str) -> str | None:
-        """Generated code does not count: it has no lines that somebody reads."""
+        """Generated code does not count: it is not code that a reader of the project reads."""
         parts = Path(file).parts
         starts = [at for at, part in enumerate(parts) if part in self._packages]
         return None if not starts or "v1" in parts else "/".join(parts[starts[-1] :])

@@ -1,4 +1,4 @@
-"""A store as commit b052b6d wrote it: what lies in ``tests/data/store-b052b6d.tar.xz``, and how it was made.
+"""A store as commit b052b6d wrote it: the contents of ``tests/data/store-b052b6d.tar.xz``, and how it was made.
 
 Every later version must open it and find its blocks, so the archive is never made again. It holds the store's
 folder, the folder of its arena in shared memory, and ``contents.json``, which says what was saved. The bytes of a
@@ -7,7 +7,7 @@ block follow from its name, by `slice_content`. How it was made::
     git archive --prefix=old/ b052b6d | tar x -C /tmp
     cd /tmp/old && PYTHONPATH=.:proto:client python -P CHECKOUT/tests/old_store.py ARCHIVE
 
-Its daemon's clock stood in the year 2100, since sessions expire and pins end.
+Its daemon ran with its clock in the year 2100, because sessions expire and pins end.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def _fill(daemon: Any) -> dict[str, Any]:
         latent, _ = save("latent", 6, 4 * 32 + 1, client=by_grpc)
         save("other widths", 7, 256, client=by_shm)
 
-        # A conversation whose middle was cut out, with a tail that is open; its fork; and one nobody cut.
+        # A conversation whose middle was cut out, with a tail that is open; its fork; and a conversation without a cut.
         talk, cache = save("small slices", 8, 4 * 16 + 5, client=by_shm)
         session = by_shm.session(cache.layout, "chat/8@example.org")
         state = session.append(talk)

@@ -194,7 +194,7 @@ class OpenStore:
         if not self.is_over:
             await self.store.stop()
             self.directory.close()
-            self._let_go()
+            self._close_files()
 
     async def kill(self) -> None:
         """As by SIGKILL: what is not committed yet never will be; the rest of the process only looks on."""
@@ -206,9 +206,9 @@ class OpenStore:
         logging.disable()  # What is cut off complains about the index.
         await self.tasks.stop()
         logging.disable(logging.NOTSET)
-        self._let_go()
+        self._close_files()
 
-    def _let_go(self) -> None:
+    def _close_files(self) -> None:
         self.is_over = True
         self.executor.shutdown()
         self.index.close()

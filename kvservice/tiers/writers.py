@@ -33,7 +33,7 @@ class Writer:
     def open(cls, directory: Path, client_id: bytes, arena_id: bytes) -> Writer:
         """The file of a client that asks to write.
 
-        Raises NoWriterLock where nobody holds its lock, NotShared where there is no space to note anything.
+        Raises NoWriterLock if no client holds its lock, NotShared if there is no space for a note.
         """
         path = directory / client_id.hex()
         try:
@@ -69,7 +69,7 @@ class Writer:
         """Raises NoWriterLock where the client, or whoever has its lock, is gone."""
         if self._lock():
             fcntl.flock(self._fd, fcntl.LOCK_UN)
-            raise NoWriterLock(f"nobody holds the lock of {self._path}")
+            raise NoWriterLock(f"no client holds the lock of {self._path}")
 
     def note(self, extent: Extent) -> None:
         """The client may write here from now on. Raises NotShared where there is no space for the note."""

@@ -190,7 +190,7 @@ class DeviceContract:
         first_token=st.integers(0, 20),
         shuffle=st.randoms(use_true_random=False),
     )
-    def test_each_token_is_where_the_pages_say_whatever_their_size(
+    def test_each_token_is_where_the_pages_say_for_every_page_size(
         self, device: Device, counts: list[int], page_tokens: int, first_token: int, shuffle: random.Random
     ) -> None:
         page_count = -(-(first_token + sum(counts)) // page_tokens)

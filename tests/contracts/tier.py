@@ -145,7 +145,7 @@ class TierContract:
         with pytest.raises(LookupError, match="damaged"):
             await tier.read(extent, 0, memory(PAGE), refuse)
 
-    async def test_a_cancelled_call_has_ended_when_its_caller_hears_of_it(self, tier: Tier) -> None:
+    async def test_a_cancelled_call_has_ended_when_its_caller_gets_the_cancellation(self, tier: Tier) -> None:
         extent = await stored(tier, noise(PAGE))
         begun, go_on = threading.Event(), threading.Event()
         ended: list[str] = []

@@ -71,7 +71,7 @@ class Reserved:
                 np.copyto(self.place(block, layer), self._slices[layer][block])
 
     def scribble(self) -> None:
-        """Fill every place with what nobody stored."""
+        """Fill the place of every block with bytes that are not the block's."""
         for block in self.offsets:
             self.writer.arena.writable()[self.offsets[block] :][: self._geometry.image_bytes] = 0xEE
 

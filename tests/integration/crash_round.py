@@ -56,7 +56,7 @@ class Conversation:
 
 
 class Workload:
-    """Clients at work until the daemon goes away. The ledger is right at any moment, the last one too."""
+    """Clients that work until the daemon is killed. The ledger is right at every moment, also at the last one."""
 
     def __init__(self, daemon: DaemonProcess, ledger: list[Conversation], *, seed: int, evicts_from_ssd: bool) -> None:
         self.acknowledged_count = 0
@@ -274,7 +274,7 @@ class CrashStore:
         return {name.hex(): Extent(*place) for name, place in zip(found.keys, places, strict=True)}
 
     def _verify(self, promised: set[bytes]) -> int:
-        """Compare what is there with the ledger. How many blocks are."""
+        """Compare the stored blocks with the ledger. Returns how many are stored."""
         with self._daemon.client("verify") as client:
             found = {block.key: block for block in client.admin.list_blocks()}
             assert not promised - set(found), f"{len(promised - set(found))} acknowledged blocks are lost"
@@ -289,7 +289,7 @@ class CrashStore:
                     position for position, key in enumerate(talk.chain) if key in found and found[key].on_ssd
                 }
                 talk.evicted_from = None if in_dram else Tier.DRAM
-            assert set(found) <= {key for talk in self._ledger for key in talk.chain}, "a block that nobody saved"
+            assert set(found) <= {key for talk in self._ledger for key in talk.chain}, "a block that no client saved"
             assert client.admin.status().counters["quarantined_blocks"] == 0
             kept = [talk for talk in self._ledger if talk.stored][-_KEPT_CONVERSATIONS:]
             dropped = [key for talk in self._ledger if talk not in kept for key in talk.keys_of(talk.stored)]

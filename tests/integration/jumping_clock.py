@@ -22,6 +22,6 @@ def _set_clock() -> None:
 
 if __name__ == "__main__":
     _set_clock()
-    from kvservice.__main__ import main  # After it: nobody holds the old functions.
+    from kvservice.__main__ import main  # After it, so that no module has a reference to the real functions.
 
     sys.exit(main())

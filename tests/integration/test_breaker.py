@@ -108,7 +108,9 @@ def test_a_daemon_that_hangs_costs_two_bounded_waits_and_is_found_again(new_daem
             with hanging(daemon):
                 requests = [request_of(breaker, blocks, chain, WAIT_S) for _ in range(20)]
                 assert all(WAIT_S < each.waited_s < SOON_S for each in requests[:2])
-                assert [each.asked for each in requests] == [True] * 2 + [False] * 18, "later ones ask nobody"
+                assert [each.asked for each in requests] == [True] * 2 + [False] * 18, (
+                    "later requests do not ask the daemon"
+                )
                 until(lambda: probe.failed >= 2)
                 assert not breaker.allow()
             until(breaker.allow)

@@ -212,7 +212,9 @@ class TestAForkWhileTheParentIsBusy:
         thread.join()
         assert not raised
 
-    def test_in_the_middle_of_a_load_the_child_is_told_and_the_parent_goes_on(self, client: Client) -> None:
+    def test_in_the_middle_of_a_load_the_childs_call_raises_and_the_parents_load_continues(
+        self, client: Client
+    ) -> None:
         blocks = client.open_layout(LARGE)
         with blocks.lookup(STORED) as lease:
             layers = lease.load()
@@ -261,7 +263,7 @@ class TestWhatTheParentHolds:
             yield lease
 
     @pytest.mark.parametrize("end", ["release", "close", "drop", "exit"])
-    def test_a_lease_outlives_whatever_the_child_does_with_it(self, client: Client, lease: Lease, end: str) -> None:
+    def test_a_lease_stays_valid_after_every_use_by_the_child(self, client: Client, lease: Lease, end: str) -> None:
         def work() -> None:
             assert lease.remaining_s == 0
             for use_it in (lambda: next(lease.load()), lease.view, lease.renew):
@@ -312,7 +314,7 @@ class TestWhatTheParentHolds:
         self, daemon: DaemonProcess
     ) -> None:
         adopt_orphans()
-        told, into = os.pipe()
+        source, target = os.pipe()
 
         def parent() -> None:
             client = daemon.client(transport="shm", timeout_s=_TIMEOUT_S)
@@ -323,7 +325,7 @@ class TestWhatTheParentHolds:
             if not child:
                 signal.alarm(180)
                 signal.pause()
-            os.write(into, child.to_bytes(4, "big"))
+            os.write(target, child.to_bytes(4, "big"))
             signal.pause()
 
         with daemon.client(timeout_s=_TIMEOUT_S) as observer:
@@ -332,7 +334,7 @@ class TestWhatTheParentHolds:
             writers = daemon.arena_folder / "writers"
             locks = set(writers.iterdir())
             with Forked(parent) as forked:
-                grandchild = int.from_bytes(os.read(told, 4), "big")
+                grandchild = int.from_bytes(os.read(source, 4), "big")
                 assert grandchild
                 try:
                     (lock,) = set(writers.iterdir()) - locks
@@ -349,10 +351,10 @@ class TestWhatTheParentHolds:
                 finally:
                     os.kill(grandchild, signal.SIGKILL)
                     os.waitpid(grandchild, 0)
-        os.close(told)
-        os.close(into)
+        os.close(source)
+        os.close(target)
 
-    def test_the_child_does_not_keep_its_writer_lock_when_it_lets_go(self, daemon: DaemonProcess) -> None:
+    def test_the_child_does_not_keep_the_writer_lock_that_the_parent_releases(self, daemon: DaemonProcess) -> None:
         with daemon.client(transport="shm") as client:
             locks = set((daemon.arena_folder / "writers").iterdir())
             save(client, LARGE, new_chain(LARGE, 1))
@@ -435,7 +437,9 @@ if child:
 
 
 @pytest.mark.parametrize("support", ["", "0", "1"], ids=["unset", "off", "on"])
-def test_a_forked_program_ends_by_itself_whatever_grpc_is_told_of_forks(daemon: DaemonProcess, support: str) -> None:
+def test_a_forked_program_ends_by_itself_with_and_without_grpc_fork_support(
+    daemon: DaemonProcess, support: str
+) -> None:
     ended = _run(_PROGRAM, daemon.address, support=support)
     assert (ended.returncode, ended.stdout) == (0, "both ended\n"), ended.stderr
 

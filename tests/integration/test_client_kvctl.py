@@ -175,9 +175,9 @@ def test_progress_shows_on_a_terminal_only_and_never_in_the_output(daemon: Daemo
             r"kvctl: nothing is stored under (ab){32}\. See what is stored with `kvctl ls`\.\n",
         ),
         (
-            ["warm", "nobody"],
+            ["warm", "unknown"],
             "",
-            r"kvctl: there is no session 'nobody'\. See which there are with `kvctl sessions`\.\n",
+            r"kvctl: there is no session 'unknown'\. See which there are with `kvctl sessions`\.\n",
         ),
     ],
     ids=["no daemon", "no such block", "no such session"],

@@ -69,7 +69,7 @@ def test_a_client_that_is_closed_says_nothing_of_a_lost_daemon(
     assert caplog.messages == []
 
 
-def test_a_daemon_with_an_empty_store_is_told_the_layout_again(new_daemon: NewDaemon) -> None:
+def test_the_client_opens_the_layout_again_in_a_daemon_with_an_empty_store(new_daemon: NewDaemon) -> None:
     layout = small_layout()
     first = new_daemon()
     with Client(first.address) as client:

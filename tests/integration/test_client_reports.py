@@ -81,7 +81,7 @@ def test_a_report_whose_answer_was_lost_is_sent_again_and_counts_once(
         assert reports_of(client, "thrice") == 1
 
 
-def test_a_daemon_that_hangs_keeps_nobody_who_reports(new_daemon: NewDaemon) -> None:
+def test_a_daemon_that_hangs_does_not_block_reports(new_daemon: NewDaemon) -> None:
     daemon = new_daemon()
     with daemon.client(timeout_s=NEVER_S) as client:
         client.report_request(report("before"))

@@ -1,4 +1,4 @@
-"""The client saves and loads: what comes back is what went in, in order, from whatever memory."""
+"""The client saves and loads: the same bytes in the same order, from and into every kind of memory."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_nothing_stored_is_an_answer_and_not_an_error(client: Client) -> None:
 
 def test_a_prompt_shorter_than_a_block_hits_nothing_and_stores_nothing_and_the_daemon_is_not_asked() -> None:
     layout = small_layout()
-    with Client("127.0.0.1:1", timeout_s=0.2) as client:  # Nobody listens there.
+    with Client("127.0.0.1:1", timeout_s=0.2) as client:  # No process listens there.
         blocks = client.open_layout(layout)
         chain = block_chain(layout, list(range(layout.block_tokens - 1)))
         assert len(chain) == 0 and blocks.contains(chain) == 0
@@ -244,7 +244,7 @@ def test_evicted_blocks_come_back_from_ssd_and_prefetched_ones_are_in_dram(clien
         with blocks.lookup(chain) as lease:
             return lease.residency == [ResidencyRun(3, dram=True, ssd=True)]
 
-    until(is_in_dram)  # The load brought them up; their records may still be on the way.
+    until(is_in_dram)  # The load promoted them; their index records may not be committed yet.
     assert client.evict(chain, "dram") == (3, 0, 0)
     missing = new_chain(layout, layout.block_tokens)
     assert client.prefetch([*chain, *missing], wait=True) == (1, 0, 3, 0)

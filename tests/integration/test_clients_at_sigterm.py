@@ -1,4 +1,4 @@
-"""A daemon that is told to stop finishes what runs, takes nothing new, and exits 0."""
+"""On SIGTERM a daemon finishes the calls that run, accepts no new ones, and exits with 0."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_what_runs_at_sigterm_completes_while_new_saves_are_refused(new_daemon: 
         assert client.open_layout(SMALL).contains(after) == 0
 
 
-def test_a_load_that_nobody_reads_is_cut_off_when_the_drain_timeout_is_over(new_daemon: NewDaemon) -> None:
+def test_a_load_whose_client_does_not_read_is_cut_off_when_the_drain_timeout_is_over(new_daemon: NewDaemon) -> None:
     daemon = new_daemon(server__drain_timeout_s=0.3)
     with LoadUnderWay(daemon) as load:
         assert daemon.stop() == 0

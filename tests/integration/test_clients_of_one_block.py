@@ -1,4 +1,4 @@
-"""Several clients save the same blocks at once: one copy is stored, and nobody gets an error."""
+"""Several clients save the same blocks at once: one copy is stored, and no client gets an error."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def is_one_copy(wire: Wire, chain: BlockChain) -> bool:
     return state["DRAM bytes"] == len(chain) * _BLOCK_BYTES and wire.has(SMALL, chain)
 
 
-def test_who_comes_second_is_told_that_the_block_is_stored(clients: tuple[Wire, Wire]) -> None:
+def test_the_second_save_of_a_block_returns_already_stored(clients: tuple[Wire, Wire]) -> None:
     first, second = clients
     chain = new_chain(SMALL, 3)
     messages = Upload.of(first, SMALL, chain).messages()

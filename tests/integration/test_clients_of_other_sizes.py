@@ -108,7 +108,7 @@ def test_slices_that_begin_on_pages_are_put_together_too(client: Client) -> None
     assert finds(client, LARGE, chain, Shard(1, 2, 1, 3))
 
 
-def test_while_one_rank_has_not_saved_nobody_finds_more_than_all_have(client: Client) -> None:
+def test_while_one_rank_has_not_saved_a_lookup_finds_only_what_all_ranks_saved(client: Client) -> None:
     chain = new_chain(SMALL)
     store(client, SMALL, chain, HEADS[0])
     store(client, SMALL, chain[:1], HEADS[1])

@@ -14,7 +14,7 @@ from tests.integration import doomed_client
 from tests.integration.known_blocks import LARGE, new_chain
 from tests.integration.wire import Upload, Wire
 
-_BLOCKS = 64  # 12 MiB: more than the connection buffers of a load that nobody reads.
+_BLOCKS = 64  # 12 MiB: more than the connection buffers of a load whose client does not read.
 _CLIENTS = 3
 
 

@@ -1,4 +1,4 @@
-"""Clients that ask for much, and read little of it, cost the daemon a few frames each and nobody else any time."""
+"""Clients that request much and read little cost the daemon a few frames each, and do not slow other clients."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.integration.wire import Upload, Wire, refused
 
 _READERS = 64
 _BLOCKS = 192  # 36 MiB for each reader.
-# One being put together, one that waits for its turn, one in gRPC's hands, and what is around them.
+# One frame that is being built, one that waits for its turn, one in gRPC's buffers, and their overhead.
 _FRAMES_PER_READER_MAX = 4
 _LATE_S = 0.02
 _ROUNDS = 5
@@ -65,7 +65,7 @@ def private_bytes(daemon: DaemonProcess) -> int:
 
 
 def late_beats(daemon: DaemonProcess) -> int:
-    """How many heartbeats came more than 20 ms late by the event loop's own doing."""
+    """How many heartbeats were more than 20 ms late because of work on the event loop."""
     port = daemon.wait_for_log("serving")["metrics_port"]
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
         text = response.read().decode()
@@ -74,10 +74,10 @@ def late_beats(daemon: DaemonProcess) -> int:
 
 
 def keeps_time(daemon: DaemonProcess, work: Callable[[], object]) -> None:
-    """No heartbeat comes late while `work` is done.
+    """No heartbeat is late while `work` runs.
 
-    What keeps the event loop keeps it every time. What happens to one of the daemon's threads while it holds
-    the interpreter, on a machine that is busy with other things, passes: so one quiet round is proof enough.
+    Work that blocks the event loop blocks it in every round. A delay because the machine is busy, while one of the
+    daemon's threads holds the interpreter lock, does not repeat. So one round without a late heartbeat is enough.
     """
     late = []
     for _ in range(_ROUNDS):
@@ -106,13 +106,13 @@ def test_64_slow_readers_cost_bounded_memory_and_no_heartbeat_comes_late(
             with slow_readers(daemon, "read slowly"):
                 assert wire.status().leases == wire.status().clients - 1 == _READERS
                 assert private_bytes(daemon) - own_bytes < _READERS * _FRAMES_PER_READER_MAX * MIB
-                assert wire.has(LARGE, chain[:64])  # Who reads is served meanwhile.
+                assert wire.has(LARGE, chain[:64])  # A client that reads is served meanwhile.
             until(lambda: wire.state() == before)
 
         keeps_time(daemon, read_slowly)
 
 
-def test_a_prefix_of_thousands_of_blocks_keeps_nobody_else_waiting(new_daemon: Callable[..., DaemonProcess]) -> None:
+def test_a_lookup_of_thousands_of_blocks_does_not_delay_other_clients(new_daemon: Callable[..., DaemonProcess]) -> None:
     layout = Layout("tiny", "uint8", layers=2, kv_heads=1, k_head_dim=8, v_head_dim=8, block_tokens=4)
     daemon = new_daemon(server__metrics_address="127.0.0.1:0")
     with Client(daemon.address, timeout_s=60) as client:
@@ -130,7 +130,9 @@ def test_a_prefix_of_thousands_of_blocks_keeps_nobody_else_waiting(new_daemon: C
         keeps_time(daemon, use_all_of_it)
 
 
-def test_a_load_that_nobody_reads_ends_and_lets_its_blocks_go(new_daemon: Callable[..., DaemonProcess]) -> None:
+def test_a_load_whose_client_does_not_read_ends_and_releases_its_blocks(
+    new_daemon: Callable[..., DaemonProcess],
+) -> None:
     daemon = new_daemon(server__transfer_idle_s=3, server__loads_max=1)
     chain = new_chain(LARGE, _BLOCKS, "unread")
     with Client(daemon.address) as client, Wire(daemon.address) as wire:

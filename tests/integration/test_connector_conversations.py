@@ -1,4 +1,4 @@
-"""Conversations that overflow their window: what is left is reused at its new positions, and goes on from there."""
+"""Conversations that overflow their window: the rest is reused at its new positions, and the next turn continues."""
 
 from __future__ import annotations
 
@@ -241,9 +241,9 @@ def test_after_a_restart_of_daemon_and_engine_a_cut_conversation_goes_on(
         assert connector(client, model).restore(ids, conversation=same).tokens == conversation.token_count
 
 
-def test_a_history_that_is_not_its_sessions_is_a_miss_and_begun_anew(client: Client) -> None:
+def test_a_history_that_is_not_its_sessions_is_a_miss_and_the_session_starts_again(client: Client) -> None:
     model, ids = tiny_llama(), prompt(40)
-    subject, conversation = connector(client, model, model_revision="anew"), Conversation("anew")
+    subject, conversation = connector(client, model, model_revision="restarted"), Conversation("restarted")
 
     def save(until_token: int) -> None:
         given = np.append(conversation.token_ids, ids[0, conversation.token_count : until_token])
@@ -265,7 +265,7 @@ def test_a_history_that_is_not_its_sessions_is_a_miss_and_begun_anew(client: Cli
     with torch.inference_mode():
         model(torch.from_numpy(np.append(left, [5, 6]).astype(np.int64))[None], past_key_values=missed.cache)
     assert subject.save(np.append(left, [5, 6]), missed.cache, conversation=conversation, wait_s=30.0).error is None
-    state = client.session(subject.layout, "anew").get()
+    state = client.session(subject.layout, "restarted").get()
     assert (state.cuts, state.token_count) == (0, len(left) + 2)
     assert subject.restore(np.append(left, [5, 6, 7]), conversation=conversation).tokens == len(left) + 2
 

@@ -1,4 +1,4 @@
-"""Whatever happens to the daemon, and whenever, a generation ends with the tokens of the model without a connector."""
+"""With every fault of the daemon, at any time, a generation has the tokens of the model without a connector."""
 
 from __future__ import annotations
 

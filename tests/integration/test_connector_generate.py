@@ -193,7 +193,7 @@ def test_once_hidden_tokens_were_seen_histories_with_them_are_loaded_as_they_wer
         assert errors == [False, False, True, False], "only what is masked in another way is computed again"
 
 
-def test_a_mask_with_holes_that_restore_is_told_of_is_reused(daemon: DaemonProcess) -> None:
+def test_a_mask_with_holes_that_restore_receives_is_reused(daemon: DaemonProcess) -> None:
     model, ids = tiny_llama(), torch.randint(1, 90, (2, 41), generator=torch.Generator().manual_seed(5))
     mask = torch.ones_like(ids)
     mask[0, :3] = mask[0, 9] = mask[1, 20] = 0

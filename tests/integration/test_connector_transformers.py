@@ -1,4 +1,4 @@
-"""The transformers connector with a real daemon: over its death and return, an engine only ever recomputes."""
+"""The transformers connector with a real daemon, also one that dies and returns: the engine recomputes at most."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_the_same_prompt_again_leaves_its_last_token_to_compute(daemon: DaemonPr
         assert turns(connector(client, model, salt=b"again"), model, [10, 10, 12, 12], "again") == [0, 9, 10, 11]
 
 
-def test_a_conversation_that_went_another_way_is_begun_anew(daemon: DaemonProcess) -> None:
+def test_a_conversation_whose_history_differs_from_its_session_starts_the_session_again(daemon: DaemonProcess) -> None:
     model = tiny_llama()
     with Client(daemon.address) as client:
         subject = connector(client, model, salt=b"edited")
@@ -166,7 +166,7 @@ def test_without_a_session_only_whole_blocks_are_kept(daemon: DaemonProcess) -> 
 
         assert subject.save(tokens, computed(model, tokens)).stored == 3
         assert subject.restore(tokens).tokens == 12
-        assert subject.restore(tokens, session_id="nobody").tokens == 12
+        assert subject.restore(tokens, session_id="unknown").tokens == 12
 
 
 @pytest.mark.parametrize("name", ["user 17", "Grüße", "a\n", "x" * 201, 17, b"chat", ["a", "b"], [17], [""] * 2])
@@ -202,7 +202,7 @@ def test_every_session_id_that_is_allowed_here_is_allowed_by_the_daemon(daemon: 
             assert subject.restore(tokens, session_id=name).tokens == 8
 
 
-def test_what_the_session_could_not_be_told_is_in_the_answer(new_daemon: Callable[..., DaemonProcess]) -> None:
+def test_a_failed_update_of_the_session_is_in_the_answer(new_daemon: Callable[..., DaemonProcess]) -> None:
     model, tokens = tiny_llama(), prompt(9)
     with Client(new_daemon(session__sessions_max=1).address) as client:
         subject = connector(client, model)

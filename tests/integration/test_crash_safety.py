@@ -1,8 +1,8 @@
-"""A daemon that is killed at work loses nothing that it acknowledged, and serves nothing that is wrong.
+"""A daemon that is killed under load loses nothing that it acknowledged, and serves no wrong byte.
 
-After each SIGKILL: ``kvservice check`` is clean, every block there is has the right bytes, every
-acknowledged one is there that nobody discarded, and none that was discarded. The marks of what the
-daemon wrote prove what the kill interrupted, and that bytes, flushes and records kept their order.
+After each SIGKILL: ``kvservice check`` is clean; every stored block has the right bytes; every acknowledged block
+is stored unless a client discarded it; no discarded block is stored. The marks of the daemon's writes prove what
+the kill interrupted, and that bytes, flushes and records kept their order.
 """
 
 from __future__ import annotations

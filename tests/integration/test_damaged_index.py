@@ -1,4 +1,4 @@
-"""An index that is damaged, cut short, gone, or another one: the volatile costs DRAM's blocks, the durable a word."""
+"""A damaged, truncated, missing or foreign index: a volatile one costs DRAM's blocks, a durable one needs a repair."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
 
 
 @pytest.mark.parametrize("damage", KINDS)
-def test_whatever_the_volatile_index_is_dram_starts_empty_and_ssd_is_whole(
+def test_with_every_damage_of_the_volatile_index_dram_starts_empty_and_ssd_is_whole(
     daemon: DaemonProcess, damage: Damage
 ) -> None:
     chain = new_chain(LARGE, 4)
@@ -215,7 +215,9 @@ def test_repair_saves_what_a_damaged_durable_index_still_has(tmp_path: Path, nam
             leaves = pages.leaf_pages_in_use(index / "data.mdb")
             data = (index / "data.mdb").read_bytes()
             [leaf] = [page for page in leaves if chain.keys[0] in data[page * PAGE_BYTES : (page + 1) * PAGE_BYTES]]
-            flip(index / "data.mdb", leaf * PAGE_BYTES + 13, 4)  # `lower`: no node can be told.
+            flip(
+                index / "data.mdb", leaf * PAGE_BYTES + 13, 4
+            )  # In the field `lower`, so that no node of the page can be found.
         else:
             DAMAGE[name](index)
         checked = daemon.check("--repair")
@@ -238,7 +240,7 @@ def found(client: Client, chain: object) -> int:
         return lease.hit_blocks
 
 
-def test_an_index_of_another_store_is_told_from_this_ones(tmp_path: Path) -> None:
+def test_an_index_of_another_store_is_recognized(tmp_path: Path) -> None:
     with (
         DaemonProcess(tmp_path / "one", dram__capacity_bytes=16 * MIB, ssd__capacity_bytes=32 * MIB) as one,
         DaemonProcess(tmp_path / "other", dram__capacity_bytes=16 * MIB, ssd__capacity_bytes=32 * MIB) as other,

@@ -24,7 +24,7 @@ _BYTES_PER_TOKEN = 2 * 30 * 3 * 64 * 4  # K and V, layers, heads, dims, fp32: Sm
 
 
 def run_demo(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """With `folder` as its temporary directory. Whatever happens, it leaves nothing behind."""
+    """Runs with `folder` as its temporary directory. Its processes end with this call, also if it fails."""
     with subprocess.Popen(
         [sys.executable, "-m", "examples.demo", *arguments],
         stdout=subprocess.PIPE,
@@ -108,8 +108,8 @@ def test_the_first_token_of_the_last_turn_comes_in_a_fraction_of_the_time(shown:
 
 
 def test_a_model_that_is_not_there_is_said_so(tmp_path: Path) -> None:
-    done = run_demo(tmp_path, "--json", "--model", "nobody/nothing", HF_HUB_OFFLINE="1")
+    done = run_demo(tmp_path, "--json", "--model", "unknown/missing", HF_HUB_OFFLINE="1")
 
     assert (done.returncode, done.stdout) == (1, "")
-    assert "nobody/nothing" in done.stderr
+    assert "unknown/missing" in done.stderr
     assert "Traceback" not in done.stderr

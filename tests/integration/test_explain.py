@@ -1,4 +1,4 @@
-"""`explain` against a real daemon: a test for each reason why a block is a miss, and for what a request tells."""
+"""`explain` against a real daemon: a test per reason of a miss, and tests of what it answers about a request."""
 
 from __future__ import annotations
 
@@ -340,6 +340,6 @@ def test_other_layout_names_the_fields_that_differ(client: Client) -> None:
     assert differences == {"dtype": ("float16", "bfloat16"), "block_tokens": ("16", "8")}
 
 
-def test_a_request_that_nobody_made_is_not_found(client: Client) -> None:
-    with pytest.raises(RequestNotFound, match="'nobody'"):
-        client.admin.explain_request("nobody")
+def test_an_unknown_request_is_not_found(client: Client) -> None:
+    with pytest.raises(RequestNotFound, match="'unknown'"):
+        client.admin.explain_request("unknown")

@@ -163,7 +163,7 @@ def test_an_older_arena_of_the_same_store_is_not_taken_for_the_present_one(
     expect_empty_dram(daemon, on_ssd, in_dram)
 
 
-def test_an_arena_of_another_capacity_is_made_anew(daemon: DaemonProcess) -> None:
+def test_an_arena_of_another_capacity_is_replaced(daemon: DaemonProcess) -> None:
     on_ssd, in_dram = fill(daemon)
     assert daemon.stop() == 0
     daemon.settings["dram.capacity_bytes"] = 24 * MIB

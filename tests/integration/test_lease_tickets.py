@@ -39,7 +39,7 @@ class Process:
         command = [sys.executable, "-m", ticket_processes.__name__, *map(str, arguments)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def hear(self) -> str:
+    def read_line(self) -> str:
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
@@ -47,7 +47,7 @@ class Process:
         assert self.process.stdin is not None
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
-        return self.hear()
+        return self.read_line()
 
     def kill(self) -> None:
         self.process.kill()
@@ -100,7 +100,7 @@ def test_four_ranks_adopt_what_the_scheduler_found_under_pressure_though_it_is_k
         else:
             save_by_head(client, chain)
         ranks = [start("rank", daemon.address, transport, head, salt, _BLOCKS) for head in _HEADS]
-        assert [rank.hear() for rank in ranks] == ["ready"] * 4
+        assert [rank.read_line() for rank in ranks] == ["ready"] * 4
 
         def press() -> None:
             """Save more than DRAM holds, so that all is evicted that nothing holds."""
@@ -108,7 +108,7 @@ def test_four_ranks_adopt_what_the_scheduler_found_under_pressure_though_it_is_k
                 save(client, LARGE, new_chain(LARGE, _BLOCKS))
 
         scheduler = start("scheduler", daemon.address, salt, _BLOCKS, 4)
-        hit, ticket = scheduler.hear().split()
+        hit, ticket = scheduler.read_line().split()
         assert hit == str(_BLOCKS)
         press()
         assert [rank.ask(f"adopt {ticket}") for rank in ranks[:2]] == [hit] * 2

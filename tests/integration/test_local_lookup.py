@@ -113,7 +113,7 @@ def test_right_after_a_restart_the_answer_is_right(new_daemon: Callable[..., Dae
         assert hit.blocks == BLOCKS
 
 
-def test_a_dead_daemons_directory_answers_nobody(new_daemon: Callable[..., DaemonProcess]) -> None:
+def test_a_dead_daemons_directory_answers_no_lookup(new_daemon: Callable[..., DaemonProcess]) -> None:
     daemon = new_daemon()
     with daemon.client(reconnect_wait_s=0.0) as client:
         blocks = client.open_layout(LAYOUT)

@@ -1,4 +1,4 @@
-"""A client saves bytes that look like somebody else's block, and the index is lost: a rebuild takes none of them."""
+"""A client saves bytes that look like another client's block, and the index is lost: a rebuild takes none of them."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def test_ListSessions_goes_through_all_sessions_page_by_page(wire: Wire) -> None
     assert listed() == [["listed-0", "listed-1", "listed-2"], ["listed-3", "listed-4", "listed-0"]]
     assert listed(session_id="listed-0") == [["listed-0", "listed-0"]]
     assert listed(layout_fingerprint=other.fingerprint) == [["listed-0"]]
-    assert listed(session_id="nobody") == [[]]
+    assert listed(session_id="unknown") == [[]]
     assert wire.status().sessions == 6
     for wrong in ({"page_size": 1001}, {"page_token": "1.2"}, {"layout_fingerprint": b"short"}):
         with refused(InvalidRequest, "page|32 bytes"):
@@ -157,7 +157,7 @@ def test_Discard_leaves_the_bytes_of_a_leased_block_in_place_until_its_lease_end
     assert wire.state()["DRAM bytes"] == 0
 
 
-def test_Scrub_reads_every_copy_of_the_tiers_it_is_told(wire: Wire) -> None:
+def test_Scrub_reads_every_copy_of_the_tiers_in_the_request(wire: Wire) -> None:
     chain = saved(wire, 4)
     evict_from_dram(wire, chain[:1])
     before = wire.status().counters["scrubbed_bytes"]

@@ -334,7 +334,7 @@ def test_AdoptLease_gives_another_client_a_lease_on_the_same_blocks(wire: Wire, 
     with refused(TicketLayoutMismatch, "is for the layout"):
         adopt(wire, ticket, layout_fingerprint=bytes(32))
     with refused(UnknownClient, "attach"):
-        adopt(wire, ticket, client_id=b"nobody")
+        adopt(wire, ticket, client_id=b"unknown")
     whole = adopt(wire, ticket)
     part = adopt(wire, ticket, shard=Shard(2, 4, 1, 2).to_proto(), lease_ttl_ms=2**32 - 1)
     assert (list(whole.token_counts), whole.lease_ttl_ms) == ([SMALL.block_tokens] * 3, 20_000)
@@ -423,7 +423,7 @@ def test_SaveBlocks_takes_frames_in_any_order_and_of_any_size(wire: Wire) -> Non
     assert wire.has(SMALL, chain)
 
 
-def test_ReportRequest_is_told_by_Explain_once_with_or_without_a_lookup(wire: Wire) -> None:
+def test_ReportRequest_appears_in_Explain_once_with_or_without_a_lookup(wire: Wire) -> None:
     report = pb.RequestReport(
         report_id=7,
         request_id="reported",
@@ -445,13 +445,13 @@ def test_ReportRequest_is_told_by_Explain_once_with_or_without_a_lookup(wire: Wi
     )
     for _ in range(2):
         wire.blocks.ReportRequest(pb.ReportRequestRequest(report=report))
-    told = wire.admin.Explain(admin_pb2.ExplainRequest(request_id="reported")).request
-    (explained,) = told.reports
+    answer = wire.admin.Explain(admin_pb2.ExplainRequest(request_id="reported")).request
+    (explained,) = answer.reports
     report.ago_ms = 0
     assert explained.report == report
     assert 4 <= time.time() - explained.at.seconds <= 60
-    assert not told.lookups
-    assert not explained.report.estimates.HasField("recompute_ms"), "what nobody knew is not 0"
+    assert not answer.lookups
+    assert not explained.report.estimates.HasField("recompute_ms"), "an unknown estimate is not 0"
 
 
 @pytest.mark.parametrize(
@@ -470,7 +470,7 @@ def test_ReportRequest_is_told_by_Explain_once_with_or_without_a_lookup(wire: Wi
         ({"times": pb.RequestTimes(first_token_ms=float("inf"))}, "first_token_ms"),
     ],
 )
-def test_ReportRequest_refuses_what_cannot_be_told(wire: Wire, changes: dict[str, Any], field: str) -> None:
+def test_ReportRequest_refuses_invalid_fields(wire: Wire, changes: dict[str, Any], field: str) -> None:
     fields: dict[str, Any] = {"request_id": "odd", "outcome": pb.REQUEST_OUTCOME_DONE, **changes}
     with refused(InvalidRequest, "", field=field):
         wire.blocks.ReportRequest(pb.ReportRequestRequest(report=pb.RequestReport(**fields)))
@@ -481,5 +481,5 @@ def test_ReportRequest_refuses_what_cannot_be_told(wire: Wire, changes: dict[str
 def test_ReportRequest_takes_times_from_before_the_epoch_as_long_ago(wire: Wire) -> None:
     report = pb.RequestReport(request_id="old", outcome=pb.REQUEST_OUTCOME_DONE, ago_ms=2**64 - 1)
     wire.blocks.ReportRequest(pb.ReportRequestRequest(report=report))
-    (told,) = wire.admin.Explain(admin_pb2.ExplainRequest(request_id="old")).request.reports
-    assert 0 < told.at.seconds < time.time() - 86400
+    (report,) = wire.admin.Explain(admin_pb2.ExplainRequest(request_id="old")).request.reports
+    assert 0 < report.at.seconds < time.time() - 86400

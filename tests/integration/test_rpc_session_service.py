@@ -131,7 +131,7 @@ def test_AppendTurn_refuses_what_does_not_continue_the_session(
         with refused(InvalidRequest, "each of 16 tokens"):
             wire.append(session_id, SMALL, BlockChain(before.tip, (bytes(32),), (16,)), 1, stored_positions=[1, 2])
         with refused(SessionNotFound, "never begun"):
-            wire.append("nobody", SMALL, chain, 1)
+            wire.append("unknown", SMALL, chain, 1)
         many = tuple(number.to_bytes(32, "big") for number in range(9000))
         with refused(SessionsFull, "at most 8192"):
             wire.append("too-long", SMALL, BlockChain(bytes(32), many, (16,) * 9000))
@@ -172,8 +172,8 @@ def test_GetSession_tells_how_much_of_the_history_is_stored_and_where(wire: Wire
     wire.admin.Discard(admin_pb2.DiscardRequest(keys=chain[2:3].packed_keys))
     answer = wire.get_session(session_id, SMALL)
     assert (answer.stored_slices, answer.stored_tokens) == (2, 32)
-    with refused(SessionNotFound, "nobody"):
-        wire.get_session("nobody", SMALL)
+    with refused(SessionNotFound, "unknown"):
+        wire.get_session("unknown", SMALL)
     with refused(UnknownLayout, "OpenLayout"):
         wire.sessions.GetSession(pb.GetSessionRequest(session_id=session_id, layout_fingerprint=bytes(32)))
     request = pb.GetSessionRequest(session_id=session_id, layout_fingerprint=SMALL.fingerprint)
@@ -182,7 +182,7 @@ def test_GetSession_tells_how_much_of_the_history_is_stored_and_where(wire: Wire
         wire.sessions.GetSession(request)
 
 
-def test_TruncateSession_keeps_the_ranges_it_is_told_and_cuts_the_chain(wire: Wire, session_id: str) -> None:
+def test_TruncateSession_keeps_the_ranges_of_the_request_and_cuts_the_chain(wire: Wire, session_id: str) -> None:
     chain = saved(wire, 4)
     wire.append(session_id, SMALL, chain)
     used = wire.state()["DRAM bytes"]
@@ -257,7 +257,7 @@ def test_TruncateSession_refuses_a_stale_revision_with_the_session_as_it_is(wire
         wire.truncate(session_id, SMALL, 1, (0, 5))
     assert attached_to(caught.value).revision == 2
     with refused(SessionNotFound, "never begun"):
-        wire.truncate("nobody", SMALL, 1, (0, 5))
+        wire.truncate("unknown", SMALL, 1, (0, 5))
 
 
 def test_TruncateSession_keeps_listed_positions_with_their_tokens(wire: Wire, session_id: str) -> None:

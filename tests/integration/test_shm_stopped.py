@@ -1,6 +1,6 @@
-"""A client that is stopped while it reads or writes in place, and goes on when it is too late.
+"""A client is stopped while it reads or writes in place, and continues after its lease or upload has ended.
 
-It returns no wrong byte, and overwrites nobody's. Nor does a daemon that is stopped keep anything of a save for good.
+It returns no wrong byte, and overwrites no other client's bytes. A stopped daemon keeps no space of a save for ever.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def daemon(new_daemon: Callable[..., DaemonProcess]) -> DaemonProcess:
 
 
 def fill(client: Client, chains: int = 12) -> None:
-    """Others' blocks in all of DRAM that may be had: 12 MiB and more, in chains of 1.5 MiB."""
+    """Fill all DRAM that can be evicted with other blocks: 12 MiB and more, in chains of 1.5 MiB."""
     for _ in range(chains):
         chain = new_chain(LARGE, 8)
         save(client, LARGE, chain)
@@ -102,7 +102,7 @@ def test_a_reader_that_goes_on_in_time_is_right(daemon: DaemonProcess, stop: Cal
 def test_a_reader_whose_blocks_left_with_the_daemon_finds_out_although_its_lease_would_go_on(
     daemon: DaemonProcess, stop: Callable[..., Stopped], what: str
 ) -> None:
-    """The clock tells it nothing: only the generations do."""
+    """The client's clock cannot show it; only the generations do."""
     with daemon.client() as client:
         chain = new_chain(LARGE, _BLOCKS, what)
         save(client, LARGE, chain, Durability.SSD)
@@ -126,7 +126,7 @@ def test_a_reader_over_a_restart_that_kept_its_blocks_is_right(
         assert reader.go_on() == "right"
 
 
-def test_what_a_stopped_writer_reserved_is_lent_to_nobody_however_long_it_takes(
+def test_space_that_a_stopped_writer_reserved_is_not_reused_however_long_it_is_stopped(
     daemon: DaemonProcess, stop: Callable[..., Stopped]
 ) -> None:
     with daemon.client() as client:
@@ -185,7 +185,7 @@ def test_a_stopped_writer_that_is_killed_leaves_nothing_visible_and_its_space_co
 def test_blocks_whose_save_ended_while_the_daemon_was_stopped_can_be_saved_when_it_goes_on(
     daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It heard neither of the commit nor, for as long as it was stopped, that the client had given up."""
+    """The daemon received no commit and, while it was stopped, no notice that the client had abandoned the save."""
     write = ShmTransport._write
 
     def write_and_stop(*arguments: object) -> object:

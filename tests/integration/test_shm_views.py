@@ -61,7 +61,7 @@ def test_a_view_shows_nothing_once_it_or_its_lease_is_over(client: Client) -> No
         left.slices(SMALL.layers)
     with pytest.raises(LeaseExpired, match="was left"):
         left.slices(0)
-    with pytest.raises(LeaseExpired), lease.view() as view:  # Noticed by whoever leaves the view, too.
+    with pytest.raises(LeaseExpired), lease.view() as view:  # Leaving the view checks it too.
         lease.release()
     with pytest.raises(LeaseExpired):
         view.check()

@@ -1,4 +1,4 @@
-"""A throttled client: the same bytes, no faster than it was told."""
+"""A throttled client: the same bytes, no faster than its rate limit."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def authority() -> Authority:
 
 @pytest.fixture(scope="module")
 def stranger() -> Authority:
-    """A CA that nobody here trusts."""
+    """A CA that neither the daemon nor the client trusts."""
     return Authority("another CA")
 
 
@@ -177,7 +177,7 @@ class TestRotation:
 
             eventually(lambda: works(client))
 
-    def test_to_files_that_cannot_be_used_is_refused_told_and_counted_and_the_old_ones_go_on(
+    def test_to_unusable_files_is_refused_logged_and_counted_and_the_old_files_stay_in_use(
         self, folder: Path, authority: Authority
     ) -> None:
         first, expired, good = authority.issue(), authority.issue(expired=True), authority.issue()
@@ -332,7 +332,7 @@ def connections_to(daemon: DaemonProcess) -> set[int]:
 
 class TestAClientsFiles:
     @pytest.mark.parametrize("name", ["ca", "certificate", "key"])
-    def test_that_cannot_be_used_are_told_before_anything_is_sent(
+    def test_that_cannot_be_used_are_an_error_before_anything_is_sent(
         self, folder: Path, authority: Authority, name: str
     ) -> None:
         files = files_of(folder, authority, authority.issue("client"))
@@ -342,7 +342,7 @@ class TestAClientsFiles:
             with pytest.raises(TlsFileUnusable, match=f"{path} .*{reason}"):
                 Client("127.0.0.1:1", tls=files)
 
-    def test_that_vanish_while_they_are_read_are_told(
+    def test_that_vanish_while_they_are_read_are_an_error(
         self, folder: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         files = files_of(folder, authority, authority.issue("client"))
@@ -354,12 +354,12 @@ class TestAClientsFiles:
         with pytest.raises(TlsFileUnusable, match=f"{files.ca} cannot be read: No such file"):
             files.read()
 
-    def test_that_lack_one_of_a_pair_are_told(self, folder: Path, authority: Authority) -> None:
+    def test_that_lack_one_of_a_pair_are_an_error(self, folder: Path, authority: Authority) -> None:
         certificate, _ = authority.issue().write(folder)
         with pytest.raises(TlsFileUnusable, match="go together"):
             Client("127.0.0.1:1", tls=TlsFiles(certificate=certificate))
 
-    def test_whose_key_has_a_passphrase_are_told(self, folder: Path, authority: Authority) -> None:
+    def test_whose_key_has_a_passphrase_are_an_error(self, folder: Path, authority: Authority) -> None:
         pair = authority.issue("client")
         files = files_of(folder, authority, pair)
         Path(files.key).write_bytes(pair.key_with_passphrase())
@@ -437,7 +437,7 @@ class TestOffLoopback:
 
 @pytest.mark.parametrize("setting", ["server.address", "server.metrics_address"])
 @pytest.mark.parametrize("insecure", [(), ("--insecure",)])
-def test_off_loopback_without_tls_the_daemon_starts_only_if_told_insecure(
+def test_off_loopback_without_tls_the_daemon_starts_only_with_the_insecure_setting(
     tmp_path: Path, setting: str, insecure: tuple[str, ...]
 ) -> None:
     daemon = DaemonProcess(tmp_path)
@@ -491,18 +491,18 @@ class TestTheUnixSocket:
 
         assert daemon.socket_path.stat().st_mode & 0o777 == mode
 
-    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
     @pytest.mark.parametrize("access", ["user", "all"])
     def test_lets_other_users_in_only_where_the_setting_says_so(
         self, new_daemon: Callable[..., DaemonProcess], access: str
     ) -> None:
         daemon = new_daemon(server__unix_socket_access=access)
-        become_nobody = "import os, socket; os.setgroups([]); os.setgid(65534); os.setuid(65534)"
+        become_other_user = "import os, socket; os.setgroups([]); os.setgid(65534); os.setuid(65534)"
         connect = "socket.socket(socket.AF_UNIX).connect('kvservice.sock'); print('connected')"
 
         done = subprocess.run(
-            [sys.executable, "-c", f"{become_nobody}; {connect}"],
-            cwd=daemon.store,  # The folders above belong to pytest, which lets nobody else through.
+            [sys.executable, "-c", f"{become_other_user}; {connect}"],
+            cwd=daemon.store,  # The folders above belong to pytest, which gives other users no access.
             capture_output=True,
             text=True,
             check=False,

@@ -61,7 +61,7 @@ def refused(kind: type[KVError], message: str, **details: str) -> Iterator[None]
 
 @contextmanager
 def unharmed(address: str) -> Iterator[BlockChain]:
-    """Blocks in both tiers. When it leaves they are all there, and so is all space: nothing was lost or left behind."""
+    """Blocks in both tiers. On leaving, all of them are still stored, and no other space is in use."""
     with Wire(address) as wire:
         wire.attach("watcher")
         wire.open_layout(SMALL)
@@ -90,7 +90,7 @@ class Wire:
         self.client_id = b""
 
     def attach(self, name: str = "by hand") -> blocks_pb2.AttachResponse:
-        """Open the life line, and keep it open."""
+        """Open the Attach stream, and keep it open."""
 
         def requests() -> Iterator[blocks_pb2.AttachRequest]:
             yield blocks_pb2.AttachRequest(client_name=name)
@@ -126,7 +126,7 @@ class Wire:
         return list(self.blocks.LoadBlocks(request))
 
     def save(self, messages: Iterable[bytes], timeout_s: float | None = 30.0) -> blocks_pb2.SaveBlocksResponse:
-        """A save of whatever bytes are given."""
+        """A save whose messages are these bytes."""
         answer: blocks_pb2.SaveBlocksResponse = self._save(iter(messages), timeout=timeout_s)
         return answer
 

@@ -158,7 +158,7 @@ class StoreBesideModel(RuleBasedStateMachine):
         self.evictions_seen = 0
 
     def do(self, work: Coroutine[Any, Any, T]) -> T:
-        """One step of the store's event loop's life. None may take long, whatever is going on."""
+        """Run one coroutine on the store's event loop. Fails if it takes longer than two minutes."""
         return self.loop.run_until_complete(asyncio.wait_for(work, 120))
 
     def teardown(self) -> None:
@@ -228,7 +228,7 @@ class StoreBesideModel(RuleBasedStateMachine):
             until_ms, expected_ms = self.pinned_until_ms(name), self.pins.get(name, 0)
             assert until_ms == expected_ms or max(until_ms, expected_ms) <= now_ms, "a pin is not what it was"
         resident = {name: tiers for name in self.visible() if (tiers := self.opened.residency(*name))}
-        assert self.opened.published() == resident, "clients on this host are told something else"
+        assert self.opened.published() == resident, "the directory that clients on this host read has other blocks"
         for held in self.leases:
             for row in held.lease.held_rows.tolist():
                 for tier in TierName:
@@ -245,7 +245,7 @@ class StoreBesideModel(RuleBasedStateMachine):
         evictions = counters.lost_unwritten_blocks + counters.evicted_ssd_blocks
         if self.ample:
             assert not lost
-        assert len(lost) <= evictions - self.evictions_seen, "a block is gone that nobody evicted"
+        assert len(lost) <= evictions - self.evictions_seen, "a block is gone that was not evicted"
         self.evictions_seen = evictions
         now_ms = self.files.clock.wall_ms()
         assert not any(self.pins.get(name, 0) > now_ms for name in lost), "a pinned block was evicted"

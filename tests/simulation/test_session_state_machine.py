@@ -1,4 +1,4 @@
-"""Sessions beside a plain model of them: whatever the order of events, both tell the same.
+"""Sessions beside a plain model of them: for every order of events, both give the same answers.
 
 The store is a real one, and the model knows a history as a list of tokens. Turns are saved or not,
 blocks go missing, sessions are truncated, forked, ended and forgotten, and the store is closed, or
@@ -98,8 +98,8 @@ class SessionMachine(RuleBasedStateMachine):
         limits = StoreLimits(session=SessionLimits(ttl_s=TTL_S, sessions_max=SESSIONS_MAX, slices_max=SLICES_MAX))
         self.files = StoreFiles(self.folder, dram_bytes=2048 * KIB, ssd_bytes=0, limits=limits)
         self.talks: dict[str, Talk] = {}
-        self.after_cuts: set[bytes] = set()  # Keys of what was ever said after a cut.
-        self.orphans: set[bytes] = set()  # Partial blocks that nobody names: they are to go.
+        self.after_cuts: set[bytes] = set()  # Keys of all blocks that were saved after a cut.
+        self.orphans: set[bytes] = set()  # Partial blocks that no session names: the store must drop them.
         self.next_token = 1
 
     @initialize()
@@ -137,7 +137,7 @@ class SessionMachine(RuleBasedStateMachine):
         return talk if talk is not None and talk.expires_s > self.now_s else None
 
     def put(self, session_id: str, talk: Talk | None) -> None:
-        """The session is this from now on. Partial blocks that nobody names any more are orphans."""
+        """Replace the session. Partial blocks that no session names any more are orphans."""
         before = self.talks.pop(session_id, None)
         if talk is not None:
             self.talks[session_id] = talk
@@ -334,7 +334,7 @@ class SessionMachine(RuleBasedStateMachine):
             self.compare(each.session_id, each)
 
     @invariant()
-    def partial_blocks_that_nobody_names_are_dropped(self) -> None:
+    def partial_blocks_that_no_session_names_are_dropped(self) -> None:
         if hasattr(self, "opened"):
             self.do(until(lambda: not any(self.opened.hits([key], layout=LAYOUT) for key in self.orphans)))
 

@@ -1,4 +1,4 @@
-"""A real store beside a plain model of it: whatever the order of events, both tell the same.
+"""A real store beside a plain model of it: for every order of events, both give the same answers.
 
 The store is the daemon's own, with LMDB, a shared-memory arena, SSD files and threads. Two sizes:
 with ample space nothing may ever be missing; under pressure only what the policy evicted.
@@ -385,7 +385,7 @@ class StoreMachine(StoreBesideModel):
     def crash_meanwhile(
         self, chain: int, count: int, shard: Shard, on_ssd: bool, other: int, act: str, turns: int, power_cut: bool
     ) -> None:
-        """Die some turns of the event loop after a save and something else began."""
+        """Kill the store some iterations of the event loop after a save and another operation began."""
         layout, part = self.part(chain, 0, count)
         _, other_part = self.part(other, 0, 6)
         self.reconcile()

@@ -92,7 +92,7 @@ def test_an_address_is_host_and_port_or_the_path_of_a_socket(text: str, address:
 
 
 @pytest.mark.parametrize("text", NO_ADDRESSES, ids=repr)
-def test_whatever_else_is_refused_with_the_rule_and_examples(text: object) -> None:
+def test_any_other_text_is_refused_with_the_rule_and_examples(text: object) -> None:
     with pytest.raises(ValueError, match=r"is not the address of a daemon: .*host:port .*\[::1\]:7070.*UNIX socket"):
         parse_address(text)
 

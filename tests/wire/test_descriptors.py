@@ -82,7 +82,7 @@ def test_every_byte_of_the_trailer_is_under_the_tag(position: int) -> None:
         decode(ENCODED[:104] + checksum(other).to_bytes(8, "little") + ENCODED[112:], other)
 
 
-def test_a_descriptor_of_another_store_is_told_from_no_descriptor() -> None:
+def test_a_descriptor_of_another_store_is_distinguished_from_no_descriptor() -> None:
     with pytest.raises(TagMismatch):
         decode(ENCODED, TRAILER, secret=flipped(SECRET, 31))
     with pytest.raises(ValueError, match="descriptor") as raised:

@@ -140,7 +140,7 @@ def assert_read_as_protobuf_does(data: bytes) -> None:
 
 
 class TestSaveStream:
-    def test_header_frame_and_commit_are_told_apart(self) -> None:
+    def test_header_frame_and_commit_are_distinguished(self) -> None:
         header = pb.SaveHeader(client_id=b"c" * 16, keys=b"k" * 32)
         commit = pb.SaveCommit(checksums=b"s" * 8)
 

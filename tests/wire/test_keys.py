@@ -1,4 +1,4 @@
-"""A block's key is the same in every release, on every host, whatever engine computes it."""
+"""A block's key is the same in every release, on every host, in every engine."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def test_an_empty_slot_has_no_flags_and_a_withdrawn_one_no_tier() -> None:
     assert WITHDRAWN_SLOT[4:] == struct.pack("<I", 4) + bytes(52)
 
 
-def test_a_layout_is_told_by_the_first_8_bytes_of_its_fingerprint() -> None:
+def test_a_layout_is_identified_by_the_first_8_bytes_of_its_fingerprint() -> None:
     assert layout_mark(bytes(range(32))) == bytes(range(8))
 
 

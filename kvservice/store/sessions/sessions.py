@@ -283,7 +283,7 @@ class Sessions:
         self._install(name, after)
         self._touched.pop(name, None)
         if before is not None:
-            self._let_go(self._partial_keys(before), Reason.DISCARDED)
+            self._unname(self._partial_keys(before), Reason.DISCARDED)
 
     def _partial_keys(self, manifest: Manifest) -> set[bytes]:
         return manifests.partial_keys(manifest, self._index.layouts[manifest.layout_id])
@@ -303,10 +303,10 @@ class Sessions:
             del self._serials[name]
             self._touched.pop(name, None)
             named += self._partial_keys(manifest)
-        self._let_go(named, why)
+        self._unname(named, why)
 
-    def _let_go(self, keys: Iterable[bytes], why: Reason) -> None:
-        """One manifest fewer names these partial blocks. Those that none names any more are dropped."""
+    def _unname(self, keys: Iterable[bytes], why: Reason) -> None:
+        """One manifest fewer names these partial blocks. Blocks that no manifest names any more are dropped."""
         if orphans := self._uncount(keys):
             self._tasks.start(self._drop(orphans, why), "drop of partial blocks")
 

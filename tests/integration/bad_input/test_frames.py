@@ -268,7 +268,7 @@ def test_a_save_ends_with_the_attachment_of_its_client(
     assert wire.lookup(SMALL, chain).hit_blocks == 0
 
 
-def test_whatever_bytes_come_nothing_is_kept_of_them(wire: Wire, upload: Upload, chain: BlockChain) -> None:
+def test_of_a_save_with_spoiled_bytes_nothing_is_kept(wire: Wire, upload: Upload, chain: BlockChain) -> None:
     """Every message of a save, spoiled at many places."""
     for place, message in itertools.product(range(3), upload.messages()):
         spoiled = bytearray(message[:200])

@@ -80,7 +80,7 @@ def test_a_fingerprint_that_differs_is_refused(wire: Wire, fingerprint: bytes) -
 
 
 @pytest.mark.parametrize("fingerprint", [KEY, KEY[:5], b""], ids=["another", "a short one", "none"])
-def test_an_unknown_layout_is_refused_and_the_caller_told_to_open_it(wire: Wire, fingerprint: bytes) -> None:
+def test_an_unknown_layout_is_refused_with_a_message_that_says_to_open_it(wire: Wire, fingerprint: bytes) -> None:
     message = f"no layout with fingerprint {fingerprint.hex() or '.empty.'} was opened here: call OpenLayout"
     with refused(UnknownLayout, message):
         wire.blocks.LookupPrefix(blocks_pb2.LookupPrefixRequest(layout_fingerprint=fingerprint, keys=KEY))
@@ -185,15 +185,15 @@ REFUSED: dict[str, tuple[Callable[[Wire], object], type[KVError], str]] = {
     "a shard beyond the heads": (lookup(shard=shard((0, 5), (2, 4))), InvalidRequest, "heads 2..4 is not within"),
     "a lease for a client that is not attached": (
         lookup(client_id=bytes(16), lease_ttl_ms=1), UnknownClient, "no attached client has this id: attach"),
-    "a lease for nobody": (lookup(lease_ttl_ms=1), UnknownClient, "no attached client has this id"),
+    "a lease without a client": (lookup(lease_ttl_ms=1), UnknownClient, "no attached client has this id"),
     "an eviction from no tier": (
         lambda wire: wire.blocks.Evict(blocks_pb2.EvictRequest(keys=KEY)), InvalidRequest, "name the tier to evict"),
     "an eviction from a tier of the future": (
         lambda wire: wire.blocks.Evict(blocks_pb2.EvictRequest(keys=KEY, tier=TIER_7)), InvalidRequest, "the tier"),
     "a list of a tier of the future": (list_blocks(tier=TIER_7), InvalidRequest, "no tier has the number 7"),
     "a page of more than a thousand": (list_blocks(page_size=1001), InvalidRequest, "page_size is 1001; at most 1000"),
-    "a page token of somebody else": (list_blocks(page_token="1.0"), InvalidRequest, "gave no such page token"),
-    "a page token that is none": (list_blocks(page_token="next, please"), InvalidRequest, "gave no such page token"),
+    "a page token of another daemon": (list_blocks(page_token="1.0"), InvalidRequest, "gave no such page token"),
+    "an invalid page token": (list_blocks(page_token="next, please"), InvalidRequest, "gave no such page token"),
     "a list of half a fingerprint": (
         list_blocks(layout_fingerprint=KEY[:16]), InvalidRequest, "a fingerprint has 32 bytes, not 16"),
     "a discard of nothing": (discard(), InvalidRequest, "exactly one of keys, layout_fingerprint and everything"),
@@ -254,7 +254,7 @@ def test_another_clients_lease_cannot_be_loaded_renewed_or_released(
         for use in (thief.load, thief.renew, thief.release):
             with refused(LeaseNotYours, "the lease belongs to another client", lease_id=str(lease_id)):
                 use(lease_id)
-        thief.client_id = b"nobody"
+        thief.client_id = b"unknown"
         for use in (thief.load, thief.renew):
             with refused(UnknownClient, "no attached client has this id"):
                 use(lease_id)
@@ -317,12 +317,12 @@ def test_a_lease_is_not_renewed_for_no_time(wire: Wire, kept: BlockChain) -> Non
 # Too much at once
 
 
-def test_who_asks_for_too_much_at_once_is_told_when_to_come_back(new_daemon: NewDaemon) -> None:
+def test_requests_beyond_a_limit_are_refused_with_a_time_to_retry(new_daemon: NewDaemon) -> None:
     daemon = new_daemon(server__clients_max=2, server__loads_max=1, server__keys_max=64, leases__per_client_max=2)
     with Wire(daemon.address) as wire:
         wire.attach()
         wire.open_layout(LARGE)
-        chain = new_chain(LARGE, 64)  # 12 MiB: more than the connection buffers of a load that nobody reads.
+        chain = new_chain(LARGE, 64)  # 12 MiB: more than the connection buffers of a load whose client does not read.
         until(lambda: wire.status().dram.capacity_bytes > 48 * MIB)
         assert wire.save(Upload.of(wire, LARGE, chain).messages()).stored == 64
 

@@ -117,7 +117,7 @@ def test_a_second_daemon_on_one_unix_socket_is_refused_and_the_first_keeps_it(tm
             with Client(str(path)) as another:
                 verify(another, SMALL, chain)
 
-            first.kill()  # Its socket stays and is nobody's.
+            first.kill()  # Its socket stays, and no process listens on it.
             assert path.is_socket()
             second.start()
             with Client(str(path)) as client_of_second:

@@ -38,7 +38,7 @@ def test_a_call_whose_deadline_has_passed_has_no_effect(wire: Wire, kept: BlockC
     passes_its_deadline(lambda: wire.save(Upload.of(wire, SMALL, new_chain(SMALL)).messages(), timeout_s=passed))
 
 
-def test_a_load_that_nobody_reads_until_its_deadline_lets_its_blocks_go(
+def test_a_load_whose_client_does_not_read_releases_its_blocks_at_its_deadline(
     new_daemon: Callable[..., DaemonProcess],
 ) -> None:
     with Wire(new_daemon(ssd__capacity_bytes=0).address) as wire:

@@ -14,7 +14,7 @@ SCORED_TOKENS = 160
 
 
 @pytest.fixture(scope="module")
-def told() -> Quality:
+def quality() -> Quality:
     """stories260K reads its own stories, in a window of 64 tokens."""
     model = stories_model("half")
     torch.manual_seed(0)
@@ -26,17 +26,17 @@ def told() -> Quality:
 
 
 class TestATinyModel:
-    def test_turned_keys_serve_as_well_as_keys_computed_again(self, told: Quality) -> None:
-        assert told.with_sinks.overflows == told.recomputed.overflows >= 4
-        assert told.with_sinks.perplexity < 6
-        assert told.difference < 0.1 * told.recomputed.perplexity
-        assert told.without_sinks.perplexity < 1.1 * told.recomputed.perplexity  # This one needs no sinks.
+    def test_turned_keys_serve_as_well_as_keys_computed_again(self, quality: Quality) -> None:
+        assert quality.with_sinks.overflows == quality.recomputed.overflows >= 4
+        assert quality.with_sinks.perplexity < 6
+        assert quality.difference < 0.1 * quality.recomputed.perplexity
+        assert quality.without_sinks.perplexity < 1.1 * quality.recomputed.perplexity  # This one needs no sinks.
 
-    def test_naive_reuse_ruins_it(self, told: Quality) -> None:
-        assert told.naive.perplexity > 5 * told.with_sinks.perplexity
+    def test_naive_reuse_ruins_it(self, quality: Quality) -> None:
+        assert quality.naive.perplexity > 5 * quality.with_sinks.perplexity
 
-    def test_every_token_after_the_first_overflow_is_scored_once(self, told: Quality) -> None:
-        for score in (told.with_sinks, told.without_sinks, told.recomputed, told.naive):
+    def test_every_token_after_the_first_overflow_is_scored_once(self, quality: Quality) -> None:
+        for score in (quality.with_sinks, quality.without_sinks, quality.recomputed, quality.naive):
             assert score.losses.shape == (4, SCORED_TOKENS)
 
 

@@ -145,7 +145,7 @@ def test_what_comes_late_from_before_it_opened_changes_nothing(daemon: Daemon, b
     assert breaker.times_opened == 1
 
 
-def test_it_pauses_between_probes_as_long_as_it_was_told(daemon: Daemon, breaker: Breaker) -> None:
+def test_it_pauses_between_probes_for_the_configured_time(daemon: Daemon, breaker: Breaker) -> None:
     opened(breaker)
     assert daemon.pauses.get(timeout=60) == 0.5
 

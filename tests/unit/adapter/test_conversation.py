@@ -85,7 +85,7 @@ def test_ranges_that_overlap_descend_are_empty_or_go_past_the_end_are_refused(ke
     assert conversation.token_count == 10
 
 
-def test_a_prompt_that_begins_with_it_is_told_from_one_that_does_not() -> None:
+def test_a_prompt_that_begins_with_it_is_distinguished_from_one_that_does_not() -> None:
     conversation = said(1, 2, 3)
     assert conversation.is_prefix_of(np.array([1, 2, 3, 4]))
     assert conversation.is_prefix_of(np.array([1, 2, 3]))

@@ -119,7 +119,7 @@ def test_what_other_loads_took_of_the_way_is_not_this_ones_and_adds_to_the_next(
     assert rates.load_s(10**8, "dram", loads_ahead=1) == pytest.approx(2.0)
 
 
-def test_loads_of_long_ago_are_forgotten_and_measured_anew() -> None:
+def test_old_loads_are_forgotten_and_measured_again() -> None:
     clock = FakeClock()
     rates = Rates(clock.monotonic_s, memory_s=600)
     rates.observe_load(10**8, 100.0, "dram")

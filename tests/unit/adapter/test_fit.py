@@ -62,7 +62,7 @@ def test_two_observations_of_two_sizes_tell_what_is_fixed() -> None:
     ),
     st.floats(1, 1e9),
 )
-def test_whatever_was_observed_more_takes_longer_and_nothing_takes_no_time(
+def test_after_any_observations_more_work_takes_longer_and_no_work_takes_no_time(
     observations: list[tuple[float, float]], size: float
 ) -> None:
     fit = Fit(fixed_s_max=0.005)

@@ -366,7 +366,7 @@ def test_a_loader_that_is_dropped_frees_its_lease_and_its_thread(begun: bool) ->
     until(lambda: not [each for each in threading.enumerate() if each.name == "dropped-load"])
 
 
-def test_loads_take_turns_on_a_stream_and_a_full_buffer_keeps_nobody() -> None:
+def test_loads_take_turns_on_a_stream_and_a_full_buffer_does_not_delay_other_loads() -> None:
     stream, first, second = DEVICE.stream("test-load"), History(), History()
     paused, going = loader_of(first, stream, buffer_layers=2), loader_of(second, stream)
 

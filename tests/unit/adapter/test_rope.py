@@ -167,7 +167,7 @@ class TestDynamic:
         with pytest.raises(UnsupportedRotation, match="change above 511 tokens; this prompt has 512"):
             rope.check_shift(CONTEXT_TOKENS)
 
-    def test_up_to_that_length_the_model_uses_its_first_frequencies_whatever_came_before(self) -> None:
+    def test_up_to_that_length_the_model_uses_its_first_frequencies_also_after_longer_prompts(self) -> None:
         """A longer prompt changes them; the first shorter one has them back, one of the context's length not."""
         model = rotary_model("llama, dynamic")
         rope = Rope.from_model(model)
@@ -345,7 +345,7 @@ def test_a_part_of_the_sequence_is_turned_as_it_is_in_the_whole(data: st.DataObj
     assert torch.equal(part[:, cut[1] :], untouched[:, cut[1] :])
 
 
-def test_tokens_that_do_not_move_keep_their_bits_whatever_these_are() -> None:
+def test_tokens_that_do_not_move_keep_their_bits() -> None:
     """An angle of 0 keeps the sign of a zero and NaNs, which arithmetic would change."""
     rotation = rope_of({}).rotation([0, 1, 2, 3], [0, 1, 1, 2])
     assert rotation is not None
@@ -359,7 +359,7 @@ def test_tokens_that_do_not_move_keep_their_bits_whatever_these_are() -> None:
     assert not torch.equal(keys[:, 2:], before[:, 2:])
 
 
-def test_keys_are_turned_in_place_whatever_their_strides() -> None:
+def test_keys_of_any_strides_are_turned_in_place() -> None:
     rope = rope_of({}, pairing="interleaved")
     rotation = rope.rotation(range(6), range(5, 11))
     assert rotation is not None

@@ -1,4 +1,4 @@
-"""Callers' memory as flat bytes: shared, never copied, whatever it comes in."""
+"""Callers' memory as flat bytes: shared, never copied, for every array type."""
 
 from __future__ import annotations
 

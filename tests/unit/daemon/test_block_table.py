@@ -202,7 +202,7 @@ steps = st.lists(
 
 @settings(max_examples=150, deadline=None)
 @given(steps)
-def test_whatever_happens_the_table_tells_what_a_dict_tells(
+def test_after_every_operation_the_table_equals_a_dict(
     steps: list[tuple[str, int, Shard, TierName]],
 ) -> None:
     table, model = BlockTable(row_capacity=2), Model()

@@ -133,7 +133,7 @@ def test_a_file_that_is_not_toml_is_refused(tmp_path: Path) -> None:
     assert "is not TOML" in refusal(["--config", written(tmp_path, "[server")])
 
 
-def test_every_problem_is_told_at_once() -> None:
+def test_one_error_lists_every_problem() -> None:
     message = refusal(["--log.level", "loud"], {"KVSERVICE_SERVER__KEYS_MAX": "0"})
 
     assert "log.level among the flags" in message
@@ -214,7 +214,7 @@ class TestWhatFollowsFromSettings:
         assert maps("128GiB", "4TiB") == (GIB, GIB)
         assert load_settings(["--index.durable_map_bytes", "8MiB"], {}).durable_map_bytes == 8 * 2**20
 
-    def test_the_unix_socket_lies_in_the_store_unless_told_otherwise(self) -> None:
+    def test_the_unix_socket_is_in_the_store_by_default(self) -> None:
         def socket(*flags: str) -> Path | None:
             return load_settings(["--store.path", "/store", *flags], {}).unix_socket_path
 

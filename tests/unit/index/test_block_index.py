@@ -248,7 +248,7 @@ async def test_the_arena_index_of_another_schema_is_emptied(tmp_path: Path) -> N
     assert dram_keys(tmp_path, tmp_path / "arena") == ("schema differs", [])
 
 
-async def test_an_arena_index_that_is_garbage_is_made_anew(tmp_path: Path) -> None:
+async def test_an_arena_index_that_is_garbage_is_created_again(tmp_path: Path) -> None:
     await given_dram_record(tmp_path, tmp_path / "arena")
     (tmp_path / "arena" / "data.mdb").write_bytes(os.urandom(65536))
 

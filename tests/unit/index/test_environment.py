@@ -83,7 +83,7 @@ def failing_writes(path: Path, *, meta: bool, data: bool) -> Iterator[None]:
         yield
     finally:
         for fd, original in replaced:
-            with suppress(FileNotFoundError):  # It was closed, and opened anew as another file perhaps.
+            with suppress(FileNotFoundError):  # It was closed, and its number may be another file's by now.
                 if os.readlink(f"/proc/self/fd/{fd}") == "/dev/full":
                     os.dup2(original, fd)
             os.close(original)
@@ -345,7 +345,7 @@ async def test_an_index_that_cannot_be_opened_again_is_tried_at_every_change(tmp
 
 
 @pytest.mark.parametrize("instead", ["nothing", "an empty folder", "another index"])
-async def test_an_index_that_is_away_is_not_made_anew(tmp_path: Path, instead: str) -> None:
+async def test_an_index_that_is_away_is_not_created_again(tmp_path: Path, instead: str) -> None:
     """As where its drive is unmounted under the daemon: what is acknowledged has to be found at the next start."""
     path, aside = tmp_path / "index", tmp_path / "aside"
     with opened(path, durable=True) as environment:
@@ -389,7 +389,7 @@ async def test_an_index_that_was_damaged_under_the_daemon_fails_each_change_as_a
                 await environment.delete(BLOCKS, [b"before"])
 
 
-async def test_a_waiter_that_gave_up_disturbs_nobody(tmp_path: Path) -> None:
+async def test_a_cancelled_waiter_disturbs_no_other_waiter(tmp_path: Path) -> None:
     gate = Gate()
     with opened(tmp_path / "index", before_commit=gate) as environment:
         first = put(environment, (b"a", b"1"))

@@ -45,7 +45,7 @@ def test_what_is_let_pass_can_be_read_written_and_deleted_many_times(tmp_path: P
 
 
 @pytest.mark.parametrize(("seed", "transactions"), [(1, 60), pytest.param(2, 3000, marks=pytest.mark.slow)])
-def test_whatever_lmdb_wrote_is_sound(tmp_path: Path, seed: int, transactions: int) -> None:
+def test_every_file_that_lmdb_wrote_is_sound(tmp_path: Path, seed: int, transactions: int) -> None:
     """Puts, deletes, large values, transactions that end without a commit, and a map that is full."""
     chooser = random.Random(seed)
     path = tmp_path / DATA_NAME

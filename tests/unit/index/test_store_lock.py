@@ -21,7 +21,7 @@ sys.stdin.read()
 """
 
 
-def test_a_second_holder_is_refused_and_told_who_the_first_is(tmp_path: Path) -> None:
+def test_a_second_holder_is_refused_and_the_error_names_the_first(tmp_path: Path) -> None:
     lock = StoreLock(tmp_path / "lock")
 
     with pytest.raises(StoreLocked, match=f"{tmp_path} is in use by process {os.getpid()}"):

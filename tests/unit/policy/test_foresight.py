@@ -1,4 +1,4 @@
-"""What foresight decides from what it was told, without a simulator around it."""
+"""What foresight decides from the calls that it receives, without a simulator."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Stage:
 
 
 def people(seed: int = 0) -> Callable[[], float]:
-    """Nobody comes back within 30 seconds."""
+    """Return times in seconds; no user returns within 30 seconds."""
     random = np.random.default_rng(seed)
     return lambda: float(random.uniform(30, 50))
 
@@ -255,7 +255,7 @@ def test_a_queue_beyond_what_dram_holds_is_read_when_it_is_nearer() -> None:
 
 
 def test_it_sees_nothing_of_the_future() -> None:
-    """Two lives that are alike until now are judged alike, whatever comes later."""
+    """Two items with the same past have the same score, also if their futures differ."""
     worths = []
     for later in (5.0, 500.0):
         stage = Stage(4)

@@ -76,7 +76,7 @@ def test_writing_keeps_the_ssd_as_busy_as_reading() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e6])
-def test_the_price_is_that_of_an_item_of_mean_size_whatever_the_unit(scale: float) -> None:
+def test_the_price_is_that_of_an_item_of_mean_size_in_any_unit(scale: float) -> None:
     assert priced(0.9, mean_bytes=1000 * scale) == pytest.approx(priced(0.9))
 
 

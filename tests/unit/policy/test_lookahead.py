@@ -231,7 +231,9 @@ def test_nothing_that_is_needed_is_dropped_while_dram_has_something_that_is_not(
     for item in (1, 2, 3):
         mover.request(item, look=False)
     row = mover.row_of[1]
-    assert not mover.policy.wants_on_ssd(mover.table, row, 0.0), "nobody needs KV4: it leaves DRAM before KV1 must"
+    assert not mover.policy.wants_on_ssd(mover.table, row, 0.0), (
+        "no waiting job needs KV4: it is evicted from DRAM before KV1"
+    )
     assert mover.evict(DRAM, 1) == [4]
     assert mover.policy.wants_on_ssd(mover.table, row, 0.0)
 
@@ -341,7 +343,7 @@ def test_what_found_no_room_is_asked_for_again_when_its_turn_is_near() -> None:
     table, policy, queue = waiting(1_000, 500)
     policy.promotions(table, queue, 0.0)
     table.dram_bytes[:500] = 1
-    table.dram_bytes[100] = 0  # Was asked for, and nobody came to read it.
+    table.dram_bytes[100] = 0  # Its promotion was requested, and no read of it has started.
     asked = [set[int]() for _ in range(100)]
     for turn in range(100):
         serve(table, policy, queue)

@@ -71,10 +71,10 @@ def test_the_age_counts_from_the_last_use_and_in_the_items_own_pace() -> None:
     returns.factor[0] = 2.0
     assert returns.ages(np.array([0]), 130.0) == pytest.approx([15.0])
     assert returns.hazard(0, 130.0) == pytest.approx(0.5 * returns.hazards[0, np.searchsorted(BEGINS, 15.0) - 1])
-    assert returns.hazard(1, 130.0) == 0.0, "nobody waits for it"
+    assert returns.hazard(1, 130.0) == 0.0, "no return of it is awaited"
 
 
-def test_a_row_that_was_forgotten_begins_anew() -> None:
+def test_a_row_that_was_forgotten_starts_again_with_the_prior() -> None:
     random = np.random.default_rng(2)
     returns = lived(30 * np.array([[0.1], [1], [10]]) * random.lognormal(0, 0.2, (3, 60)), learn_every=10)
     assert factors(returns)[0] < 0.5
@@ -85,7 +85,7 @@ def test_a_row_that_was_forgotten_begins_anew() -> None:
 
 
 def test_what_was_forgotten_while_it_was_waited_for_had_not_come_by_then() -> None:
-    """As if it still waited at that age, and unlike what nobody ever waited for."""
+    """It counts as waiting until that age, unlike a row whose return was never awaited."""
     known = []
     for forgotten in (False, True):
         returns = ReturnTimes(1000)

@@ -44,7 +44,7 @@ def test_where_what_leaves_is_lost_the_index_is_the_best_mean_over_any_stop(haza
 
 
 def value_of_plan(plan: tuple[bool, ...], began_in: bool, hazards: list[float], price: float, rent: float) -> float:
-    """Of holding at the ages where `plan` says so, fetching and letting go between them."""
+    """The value of holding the item at the ages where `plan` is true, with a fetch or an eviction between them."""
     value, there, is_in = 0.0, 1.0, began_in
     for held, hazard in zip(plan, hazards, strict=True):
         if held and not is_in:

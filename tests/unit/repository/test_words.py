@@ -52,7 +52,6 @@ LEFT = {
     "proto": 1,
     "benchmarks": 6,
     "examples": 2,
-    "tests": 108,
     "docs": 14,
 }
 FOLDERS = (

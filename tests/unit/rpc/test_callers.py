@@ -221,7 +221,7 @@ async def test_a_request_that_names_a_client_which_is_not_attached_is_refused(
     async with _asked(opened, address, None):
         assert await _principal(grpc.aio.insecure_channel(address), client.client_id) == "local"
         opened.store.detach(CALLER, client)
-        for client_id in (client.client_id, b"nobody", bytes(16)):
+        for client_id in (client.client_id, b"unknown", bytes(16)):
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await _principal(grpc.aio.insecure_channel(address), client_id)
             assert isinstance(from_rpc_error(refused.value), UnknownClient)

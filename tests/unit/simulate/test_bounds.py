@@ -1,4 +1,4 @@
-"""The bounds beside the policies: nobody is above the optimum."""
+"""The bounds beside the policies: no policy is above the optimum."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.workloads import Request, machine, path_workloads, sessions
 
 
 def belady_hits(workload: Workload, capacity_blocks: int) -> int:
-    """By its definition, block by block: what is used the furthest ahead leaves, of one path the end first."""
+    """By definition, block by block: evict the block whose next use is latest, the end of a path first."""
     blocks: list[list[tuple[int, int]]] = []
     for turn in range(workload.turns):
         path = workload.path_items[workload.path_begins[turn] : workload.path_begins[turn + 1]].tolist()

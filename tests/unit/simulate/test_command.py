@@ -73,7 +73,7 @@ def test_json_is_a_list_with_an_object_for_each_policy_in_the_order_asked_for() 
         assert each["hit_rate"] < each["hit_rate_history"]
 
 
-def test_a_variant_of_a_policy_is_told_by_the_name_that_was_asked_for() -> None:
+def test_a_variant_of_a_policy_is_reported_under_the_requested_name() -> None:
     found = simulated("--trace", "people", "--policy", "foresight-unlearned,foresight", "--sessions", "20", *SMALL[2:])
 
     assert [each["policy"] for each in found] == ["foresight-unlearned", "foresight"]

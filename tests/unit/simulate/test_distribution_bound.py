@@ -24,7 +24,7 @@ def test_the_hazard_of_exponential_gaps_is_their_rate_and_of_those_who_leave_les
     assert (np.diff(some_leave[::4]) < 0).all() and some_leave[0] == pytest.approx(1 / 40, rel=0.15)
 
 
-def test_at_ages_at_which_nobody_comes_back_nothing_is_held() -> None:
+def test_at_ages_without_returns_nothing_is_held() -> None:
     hazards = true_hazards(np.full(1000, 30.0), 0.1)
     assert hazards[BEGINS < 20].max() < 1e-6 and hazards[BEGINS > 60].max() < 1e-6
 

@@ -112,7 +112,7 @@ def test_a_policy_that_cuts_keeps_the_beginning() -> None:
 
 
 def test_what_leaves_dram_before_it_was_copied_is_written_at_once() -> None:
-    # At 3 s B takes A's place, when 20 of A's bytes are on SSD: the other 30 are owed, and lost for nobody.
+    # At 3 s B takes A's place, when 20 of A's bytes are on SSD: the other 30 are still to be written.
     turns = sessions(Request(A, 0.0), Request(B, 2.0), Request(A, 20.0))
     result = simulate(turns, machine(dram_bytes=60), "lru")
     assert shares(result) == (0, 0, 1, 0)
@@ -178,34 +178,34 @@ class Cuts(LruPolicy):
     whole_items: ClassVar[bool] = False
 
 
-class Hears(LruPolicy):
-    """Writes down what it is told."""
+class RecordingPolicy(LruPolicy):
+    """Records the calls that it receives."""
 
-    name: ClassVar[str] = "hears"
+    name: ClassVar[str] = "recording"
 
     def __init__(self) -> None:
-        self.heard: list[tuple[float, str, int]] = []
+        self.calls: list[tuple[float, str, int]] = []
 
     def queued(self, items: ItemTable, row: int, now_s: float) -> None:
-        self.heard.append((now_s, "queued", row))
+        self.calls.append((now_s, "queued", row))
 
     def used(self, items: ItemTable, row: int, now_s: float) -> None:
-        self.heard.append((now_s, "used " + ("", "typing", "tool_call", "ended")[items.hint[row]], row))
+        self.calls.append((now_s, "used " + ("", "typing", "tool_call", "ended")[items.hint[row]], row))
 
     def stored(self, items: ItemTable, row: int, now_s: float) -> None:
-        self.heard.append((now_s, "stored", row))
+        self.calls.append((now_s, "stored", row))
 
     def hinted(self, items: ItemTable, row: int, hint: Hint, now_s: float) -> None:
         assert (items.hinted_at_s[row], items.ended[row]) == (now_s, hint is Hint.ENDED)
-        self.heard.append((now_s, hint, row))
+        self.calls.append((now_s, hint, row))
 
 
 def test_hints_come_before_the_request_or_after_the_answer() -> None:
     hints = Hints(np.array([-1, 1, -2]), np.array([2, 1, 3], np.int8), np.array([4.0, 3.0, 5.0]))
     turns = sessions(Request(A, 0.0), Request(A, 20.0), hints=hints)
-    policy = Hears()
+    policy = RecordingPolicy()
     simulate(turns, machine(), policy)
-    assert policy.heard == [
+    assert policy.calls == [
         (0.0, "queued", A),
         (0.0, "used ", A),
         (1.0, "stored", A),
@@ -219,9 +219,9 @@ def test_hints_come_before_the_request_or_after_the_answer() -> None:
 
 def test_a_hint_for_a_request_that_is_here_already_says_nothing() -> None:
     hints = Hints(np.array([1]), np.array([1], np.int8), np.array([3.0]))
-    policy = Hears()
+    policy = RecordingPolicy()
     simulate(sessions(Request(A, 0.0), Request(A, 0.5), hints=hints), machine(), policy)
-    assert [what for _, what, _ in policy.heard] == ["queued", "used ", "stored", "queued", "used ", "stored"]
+    assert [what for _, what, _ in policy.calls] == ["queued", "used ", "stored", "queued", "used ", "stored"]
 
 
 def test_live_bytes_are_those_of_sessions_that_go_on() -> None:

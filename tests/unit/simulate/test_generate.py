@@ -116,7 +116,7 @@ def test_think_times_have_the_mean_that_was_asked_for(shape: Any) -> None:
     assert never == pytest.approx(LARGE / workload.turns)
 
 
-def test_nobody_thinks_in_no_time() -> None:
+def test_every_think_time_is_above_zero() -> None:
     workload = sharegpt(sessions=100, think_s=0.0, typing_lead_s=(2, 5), false_hints=0.5)
 
     assert (workload.think_s == 0).all()
@@ -124,7 +124,7 @@ def test_nobody_thinks_in_no_time() -> None:
     assert (workload.hints.turn > 0).all()  # There is no moment in which a wrong one could come.
 
 
-def test_the_model_s_window_is_told() -> None:
+def test_the_models_window_is_reported() -> None:
     assert sharegpt(sessions=1).context_tokens == 4096
     assert people(users=1, context_tokens=2048).context_tokens == 2048
 

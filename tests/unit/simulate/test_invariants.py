@@ -1,4 +1,4 @@
-"""What holds at every moment of a run, whatever is played and whoever decides."""
+"""Invariants of a run at every moment, for every workload and every policy."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class WhimsicalWholes(Whimsical):
 
 
 def watched(policy: Placement) -> Placement:
-    """The same policy, which looks around whenever it is told something."""
+    """The same policy; it checks the invariants each time the simulator calls it."""
 
     class Watched(type(policy)):  # type: ignore[misc]
         engine: Engine

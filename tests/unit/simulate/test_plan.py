@@ -142,7 +142,7 @@ def test_a_target_beyond_what_an_endless_store_has_is_refused_with_how_far_one_g
     )
 
 
-def test_people_are_told_the_mix_and_what_it_saves(tmp_path: Path) -> None:
+def test_the_text_output_states_the_mix_and_what_it_saves(tmp_path: Path) -> None:
     done = run("--trace", round_robin(tmp_path), "--target-hit", "0.9")
 
     assert done.exit_code == 0

@@ -1,4 +1,4 @@
-"""Victims by worth: an order of many serves more than one asking, and nobody leaves by an old one."""
+"""Victims by score: one sorted list serves several evictions, and no victim is taken from an outdated list."""
 
 from __future__ import annotations
 

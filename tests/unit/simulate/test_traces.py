@@ -235,7 +235,7 @@ def test_a_request_is_continued_once_later_and_with_room_for_its_answer(tmp_path
     path = written(
         tmp_path,
         request(0, 1030, [0, 1, 2], 30),
-        request(0, 1600, [0, 1, 3, 4]),  # Nobody answers in no time.
+        request(0, 1600, [0, 1, 3, 4]),  # An answer takes some time.
         request(1, 1059, [0, 1, 5]),  # A token short of the prompt and the answer.
         request(2, 1066, [0, 1, 6]),  # Enough for the one above.
         request(3, 1536, [0, 1, 7]),

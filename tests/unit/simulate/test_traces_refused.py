@@ -125,7 +125,7 @@ CASES = {
     "a text column too few": (1, "the header names no time and no response length", ["user query_length round"]),
     "a word too few": (2, "has 4 words and the header 5", [TEXT, "x 0 35 44"]),
     "text times that go back": (3, "time goes back: 0.0 after 1", [TEXT, "x 1 35 44 1", "x 0 35 44 2"]),
-    "a text time that is none": (2, "time is neither a number nor a date", [TEXT, "x now 35 44 1"]),
+    "a text time that is not a time": (2, "time is neither a number nor a date", [TEXT, "x now 35 44 1"]),
     "a text time below nought": (2, "time is negative", [TEXT, "x -1 35 44 1"]),
     "a text time that is no number": (2, "time is beyond what can be: nan", [TEXT, "x nan 35 44 1"]),
     "a negative query": (2, "query_length is negative: -35", [TEXT, "x 0 -35 44 1"]),
@@ -139,7 +139,7 @@ CASES = {
         4, "round 5 of this user comes after round 6",
         [TEXT, "x 0 35 44 5", "x 1 35 44 6", "x 2 35 44 5"],
     ),
-    "two bad rounds, of which the upper is told": (
+    "two bad rounds, of which the message names the first": (
         4, "round 3 of this user comes after round 1",
         [TEXT, "x 0 35 44 1", "y 1 35 44 1", "y 2 35 44 3", "x 3 35 44 4"],
     ),
@@ -212,7 +212,7 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
     assert refused(path).reason == "cannot be read: Permission denied"
 
 
-def test_an_unknown_format_is_told_the_known_ones(tmp_path: Path) -> None:
+def test_the_error_for_an_unknown_format_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown format 'parquet': one of auto, jsonl, mooncake, "):
         read(tmp_path / "trace", "parquet")
 

@@ -104,7 +104,7 @@ async def test_loads_and_saves_are_bounded_each_and_a_save_that_is_refused_is_re
     await loads(opened, client, send)
 
 
-async def test_a_load_that_is_refused_is_told_with_its_request(opened: OpenStore, client: Client) -> None:
+async def test_a_refused_load_is_listed_with_its_request(opened: OpenStore, client: Client) -> None:
     gate, sent = asyncio.Event(), []
 
     async def send(frame: bytes) -> None:

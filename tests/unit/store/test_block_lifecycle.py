@@ -20,7 +20,7 @@ from tests.stores import CALLER, WHOLE, OpenStore, caller_of, some_chain, some_i
 
 
 async def turns(count: int = 20) -> None:
-    """Let whatever can go on go on."""
+    """Run the event loop until every task that can run has run."""
     for _ in range(count):
         await asyncio.sleep(0)
 
@@ -237,7 +237,7 @@ async def filled_index(opened: OpenStore) -> list[bytes]:
     return names
 
 
-@pytest.mark.parametrize("error", [StorageFailed("the disk is gone"), RuntimeError("nobody foresaw this")])
+@pytest.mark.parametrize("error", [StorageFailed("the disk is gone"), RuntimeError("an unexpected error")])
 async def test_a_removal_that_fails_is_reported_and_tried_again_until_it_succeeds(
     opened: OpenStore, client: Client, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:

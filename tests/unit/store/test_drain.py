@@ -62,7 +62,9 @@ async def test_a_drained_store_still_serves_loads(opened: OpenStore, client: Cli
     assert len(await opened.load(lease)) == 2
 
 
-async def test_undone_it_takes_saves_again_and_whoever_watches_hears_of_it(opened: OpenStore, client: Client) -> None:
+async def test_when_it_is_undone_saves_are_accepted_again_and_watchers_receive_the_state(
+    opened: OpenStore, client: Client
+) -> None:
     drain, chain = opened.drain, some_chain(1)
     async with opened.begin_save(client, chain):
         drain.begin(CALLER)

@@ -85,7 +85,7 @@ async def test_where_everything_is_leased_a_save_is_refused_at_once_and_nothing_
 
 
 @pytest.mark.parametrize("tier", TierName)
-async def test_a_block_larger_than_the_tier_evicts_nobody(open_store: Callable[..., Any], tier: TierName) -> None:
+async def test_a_block_larger_than_the_tier_evicts_nothing(open_store: Callable[..., Any], tier: TierName) -> None:
     opened: OpenStore = await open_store(dram_bytes=8 * BLOCK + HEADER, ssd_bytes=16 * BLOCK, ssd_files=2)
     client = opened.store.attach(CALLER, "test")
     keys = await saved(opened, client, 4)

@@ -97,7 +97,7 @@ async def test_what_was_there_at_the_start_was_kept(store_files: Callable[..., S
 # Why it is not there
 
 
-async def test_an_eviction_after_a_pins_end_is_told_as_its_expiry(open_store: Callable[..., Any]) -> None:
+async def test_an_eviction_after_a_pins_end_is_explained_by_the_expiry(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER, ssd_bytes=0)
     client, clock = opened.store.attach(CALLER, "test"), opened.files.clock
     pinned, other = await saved(opened, client, 2, on_ssd=False)
@@ -121,7 +121,7 @@ async def test_a_block_on_its_way_in_is_being_saved(opened: OpenStore, client: C
     assert found.event.reason is Reason.ABANDONED
 
 
-async def test_saves_that_a_draining_daemon_refuses_are_told(opened: OpenStore, client: Client) -> None:
+async def test_saves_that_a_draining_daemon_refuses_are_explained(opened: OpenStore, client: Client) -> None:
     opened.drain.begin(CALLER)
     chain = some_chain(1)
     with pytest.raises(Exception, match="draining"):
@@ -193,14 +193,14 @@ def ask(
     opened: OpenStore, keys: list[bytes], request_id: str = "r", *, layout: Layout = LAYOUT, shard: Shard = WHOLE
 ) -> Any:
     at_once(opened.store.lookup(CALLER, layout.fingerprint, shard, keys, 0, request_id))
-    return told(opened, request_id)[-1]
+    return requests_of(opened, request_id)[-1]
 
 
-def told(opened: OpenStore, request_id: str = "r") -> list[Any]:
+def requests_of(opened: OpenStore, request_id: str = "r") -> list[Any]:
     return list(opened.explain.lookups(CALLER, opened.requests.get(CALLER, request_id)))
 
 
-async def test_a_miss_is_told_as_of_the_time_of_the_lookup(opened: OpenStore, client: Client) -> None:
+async def test_a_miss_is_explained_as_of_the_time_of_the_lookup(opened: OpenStore, client: Client) -> None:
     clock = opened.files.clock
     keys = await saved(opened, client, 2)
     await opened.store.operators.discard(CALLER, keys[1:])
@@ -214,7 +214,7 @@ async def test_a_miss_is_told_as_of_the_time_of_the_lookup(opened: OpenStore, cl
     await opened.settle()
     await opened.store.evict(CALLER, keys[1:], TierName.DRAM)
     await opened.store.evict(CALLER, keys[1:], TierName.SSD)
-    (again,) = told(opened)
+    (again,) = requests_of(opened)
     assert again.missing.why is Miss.DISCARDED, "what came later does not count"
     assert opened.explain.missing(CALLER, keys[1]).why is Miss.EVICTED
 
@@ -224,7 +224,7 @@ async def test_a_block_that_was_stored_after_the_miss_says_so(opened: OpenStore,
     assert ask(opened, keys).missing.why is Miss.NEVER_STORED
     opened.files.clock.advance(seconds=5)
     await saved(opened, client, 1)
-    (lookup,) = told(opened)
+    (lookup,) = requests_of(opened)
     assert lookup.missing.why is Miss.NEVER_STORED
     assert lookup.missing.stored_since_ms == lookup.record.at_ms + 5000
 
@@ -239,7 +239,7 @@ async def test_a_block_of_which_only_other_shards_are_stored_is_there_in_part(
     assert ask(opened, list(chain.keys), shard=half).missing is None
 
 
-async def test_other_layout_is_told_only_where_this_one_has_nothing_and_the_models_others_have(
+async def test_other_layout_is_the_reason_only_if_this_layout_has_no_blocks_and_another_of_the_model_has(
     opened: OpenStore, client: Client
 ) -> None:
     await saved(opened, client, 2)
@@ -258,11 +258,11 @@ async def test_other_layout_is_told_only_where_this_one_has_nothing_and_the_mode
     await opened.save(client, chain, some_images(chain, layout=other), layout=other)
     absent = list(some_chain(1, seed=9, layout=other).keys)
     assert ask(opened, absent, layout=other).missing.why is Miss.NEVER_STORED, "the layout has blocks of its own"
-    (before, *_) = told(opened)
+    (before, *_) = requests_of(opened)
     assert before.missing.why is Miss.OTHER_LAYOUT, "as of then"
 
 
-async def test_other_layout_is_told_of_a_layout_that_is_empty_again_and_after_a_restart(
+async def test_other_layout_is_the_reason_for_an_emptied_layout_and_after_a_restart(
     store_files: Callable[..., StoreFiles],
 ) -> None:
     other = changed(LAYOUT, dtype="float16")
@@ -380,6 +380,6 @@ async def test_how_loads_ended_is_remembered_with_their_lookup(opened: OpenStore
     with pytest.raises(asyncio.CancelledError), opened.requests.load(CALLER, lease, range(1, 2), range(1)):
         raise asyncio.CancelledError
     (lookup,) = opened.requests.get(CALLER, "r").lookups
-    told = [(load.outcome, load.from_dram, load.from_ssd, load.sent_bytes) for load in lookup.loads]
-    assert told == [("done", 1, 1, 7), ("invalid_request", 1, 0, 0), ("cancelled", 0, 1, 0)]
+    outcomes = [(load.outcome, load.from_dram, load.from_ssd, load.sent_bytes) for load in lookup.loads]
+    assert outcomes == [("done", 1, 1, 7), ("invalid_request", 1, 0, 0), ("cancelled", 0, 1, 0)]
     assert lookup.loads[0].took_ms == pytest.approx(2000)

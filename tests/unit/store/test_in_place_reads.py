@@ -1,4 +1,4 @@
-"""Places of leased blocks: right, held while somebody reads there, and verified where that is asked for."""
+"""Places of leased blocks: right, held while a client reads there, and verified on request."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def run(opened: OpenStore, lease: Lease, *, verify: bool = False) -> Any:
     return opened.locate(lease.client, lease, verify=verify)
 
 
-async def test_blocks_in_dram_are_told_at_once_and_stay_until_the_reader_leaves(
+async def test_places_in_dram_are_returned_at_once_and_stay_until_the_reader_ends(
     opened: OpenStore, client: Client
 ) -> None:
     chain, images, lease = await saved(opened, client)

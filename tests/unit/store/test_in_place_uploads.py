@@ -159,7 +159,7 @@ async def test_a_wrong_number_of_checksums_changes_nothing(opened: OpenStore, cl
     assert (await commit(opened, client, places, images)).stored == [0, 1]
 
 
-async def test_numbers_are_drawn_anew_and_reservations_are_bounded(
+async def test_a_reservation_number_in_use_is_refused_and_reservations_are_bounded(
     opened: OpenStore, client: Client, lock: WriterLock
 ) -> None:
     await reserve(opened, client, some_chain(1, seed=1))
@@ -174,7 +174,7 @@ async def test_numbers_are_drawn_anew_and_reservations_are_bounded(
     assert opened.explain.missing(CALLER, refused.keys[0]).why is Miss.DROPPED_AT_SAVE
 
 
-async def test_a_block_that_is_reserved_is_uploaded_by_nobody_else(
+async def test_a_reserved_block_is_not_uploaded_by_another_client(
     opened: OpenStore, client: Client, lock: WriterLock
 ) -> None:
     chain = some_chain(2)
@@ -331,7 +331,7 @@ async def test_the_daemon_after_this_one_sets_aside_what_a_living_client_may_be_
         await opened.close()
 
 
-async def test_what_was_written_in_place_counts_as_verified_once_somebody_has_read_it(
+async def test_a_block_written_in_place_counts_as_verified_after_its_first_read(
     open_store: Callable[..., Any],
 ) -> None:
     opened = await open_store(share=True, ssd_bytes=0, dram_bytes=MIB)

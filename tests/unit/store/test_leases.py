@@ -72,7 +72,7 @@ def test_a_lease_ends_exactly_when_its_time_is_over(leases: Leases, clock: FakeC
     assert leases.get(caller_of(client), lease.lease_id) is lease
 
     clock.advance(seconds=0.002)
-    with pytest.raises(LeaseExpired):  # Whether or not somebody has looked meanwhile.
+    with pytest.raises(LeaseExpired):  # Also if no call has noticed the end yet.
         leases.get(caller_of(client), lease.lease_id)
     with pytest.raises(LeaseExpired):
         leases.renew(caller_of(client), lease.lease_id, 30)
@@ -317,7 +317,7 @@ async def test_expiry_of_many_leases_takes_several_turns_and_none_of_them_is_fou
     assert residency.leased == {1: 0}
 
 
-async def test_a_lease_that_was_released_with_many_blocks_holds_none_of_them_once_it_is_let_go(
+async def test_a_released_lease_of_many_blocks_holds_none_of_them_once_its_counts_are_decremented(
     opened: OpenStore, client: Client
 ) -> None:
     chain = some_chain(2)
@@ -333,7 +333,7 @@ async def test_a_lease_that_was_released_with_many_blocks_holds_none_of_them_onc
 
 
 async def fill_dram(opened: OpenStore, client: Client) -> None:
-    """More than DRAM holds, so that whatever may leave it leaves."""
+    """Save more than DRAM holds, so that everything that may be evicted is evicted."""
     for _ in range(12):
         seed = int(opened.blocks.next_access_seq) + 1000
         chain = some_chain(10, seed=seed)

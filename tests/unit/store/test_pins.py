@@ -178,7 +178,7 @@ async def test_a_pin_is_in_the_index_when_it_is_answered_and_survives_a_kill(
     files.clock.advance(seconds=3601)
     opened = files.open()
     await saved(opened, opened.store.attach(CALLER, "test"), 4, seed=10, on_ssd=False)
-    assert opened.hits(keys) == 0, "its time passed while nobody looked"
+    assert opened.hits(keys) == 0, "its time has passed, though no call noticed it yet"
     await opened.close()
 
 
@@ -305,7 +305,7 @@ async def test_a_pin_that_changes_while_a_copy_is_recorded_is_in_that_record_too
     await opened.store.evict(CALLER, keys, TierName.DRAM)
     with opened.commits_held(TierName.DRAM):
         promoting = asyncio.create_task(opened.store.prefetch(CALLER, keys, within_s=0, wait=True))
-        await until(lambda: bool(opened.block_lifecycle._placing))  # The record is on its way, with the old pin.
+        await until(lambda: bool(opened.block_lifecycle._placing))  # The commit of the record, with the old pin, runs.
         change: Any = (
             opened.store.operators.unpin(CALLER, keys)
             if first_pinned
@@ -313,7 +313,7 @@ async def test_a_pin_that_changes_while_a_copy_is_recorded_is_in_that_record_too
         )
         changing: asyncio.Task[Any] = asyncio.create_task(change)
         await asyncio.sleep(0.05)
-        assert not changing.done(), "that record still says otherwise: whoever died now would find it"
+        assert not changing.done(), "the pending record has the old pin: a daemon that died now would restart with it"
     await changing
     expected = 0 if first_pinned else opened.files.clock.wall_ms() + HOUR_MS
     for tier in TierName:
@@ -345,7 +345,7 @@ async def test_a_block_discarded_while_its_pin_waits_for_a_copys_record_leaves_n
         await until(lambda: bool(opened.blocks.pinned(0).any()))
         discarding = asyncio.create_task(opened.store.operators.discard(CALLER, keys))
         await until(lambda: opened.blocks.live_count == 0)
-        await asyncio.sleep(0.01)  # The removal is on its way: what is recorded behind it would stay for ever.
+        await asyncio.sleep(0.01)  # The removal runs: a record that is written after it would stay for ever.
     await asyncio.gather(promoting, pinning, discarding)
     await opened.settle()
     assert opened.records(TierName.SSD) == opened.records(TierName.DRAM) == {}

@@ -291,7 +291,7 @@ async def test_a_disk_that_cannot_be_read_fails_the_load_and_keeps_the_block(
 
 
 @pytest.mark.parametrize("turns", [0, 1, 2, 4, 8, 16, 32])
-async def test_a_load_that_is_broken_off_anywhere_lets_go_of_its_blocks(
+async def test_a_load_that_is_cancelled_at_any_point_releases_its_blocks(
     opened: OpenStore, client: Client, turns: int
 ) -> None:
     chain = some_chain(4)

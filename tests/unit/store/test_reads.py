@@ -1,4 +1,4 @@
-"""What a load reads stays until it has let go of it, and is verified last of all before it leaves."""
+"""Blocks stay in place until the load has released them, and each byte is verified last before it is sent."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HEADER = 4 * KIB
 
 
 class ReadPastDram(LruPolicy):
-    """Brings nothing up: loads read from SSD."""
+    """Promotes nothing: loads read from SSD."""
 
     def wants_in_dram(self, *_: object) -> bool:
         return False
@@ -66,7 +66,7 @@ async def opened(open_store: Callable[..., Any], calls: HeldRead) -> OpenStore:
 
 
 async def turns(count: int = 20) -> None:
-    """Let whatever can go on go on."""
+    """Run the event loop until every task that can run has run."""
     for _ in range(count):
         await asyncio.sleep(0)
 
@@ -92,7 +92,7 @@ def trailer_at(opened: OpenStore, row: int) -> int:
 async def test_a_load_that_fails_holds_its_blocks_until_the_last_of_its_reads_has_ended(
     opened: OpenStore, client: Client, calls: HeldRead
 ) -> None:
-    """Else a late read is held against whatever block has the row by then."""
+    """Otherwise a late read would be counted against another block, which has the row by then."""
     chain, lease = await on_ssd(opened, client)
     damaged, slow = lease.rows.tolist()
     calls.held_at, calls.damaged_at = trailer_at(opened, slow), trailer_at(opened, damaged)
@@ -161,7 +161,7 @@ async def test_a_row_that_has_another_block_by_now_is_not_taken_out_of_service(
     assert opened.hits(chain.keys) == 1 and opened.counters.quarantined_blocks == 0
 
 
-# Of blocks on their way up
+# Loads of blocks whose promotion runs
 
 
 async def leased_on_ssd(opened: OpenStore, client: Client) -> tuple[BlockChain, Lease]:
@@ -184,7 +184,7 @@ async def promoting(open_store: Callable[..., Any]) -> OpenStore:
 async def first_frame_of_a_landing(
     opened: OpenStore, lease: Lease, then: Callable[[], Any] = lambda: None
 ) -> tuple[Any, list[bytes]]:
-    """A load that has read one frame of a block whose landing has ended. `then` is done before it could."""
+    """A load that has read one frame of a block whose promotion has ended. `then` runs before it could read on."""
     assert isinstance(opened.files.calls, FaultyCalls) and opened.promoter is not None
     frames = opened.frames(lease, range(1), range(2))
     with opened.files.calls.held("preadv") as waiting:
@@ -265,7 +265,7 @@ class DamagingRead(FileCalls):
 async def test_a_small_slice_is_verified_again_where_a_later_read_has_written_its_last_page(
     open_store: Callable[..., Any],
 ) -> None:
-    """Pieces of a landing share a page there: what was right when it came need not be when it leaves."""
+    """Pieces of a promotion share a page there: bytes that were right when read may be wrong when they are sent."""
     layout = Layout(
         model_id="unaligned", dtype="float32", layers=44, kv_heads=2, k_head_dim=200, v_head_dim=200, block_tokens=16
     )

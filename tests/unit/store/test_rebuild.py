@@ -13,7 +13,7 @@ def _block(
     return _Block(name, Extent(0, first * _PAGE, pages * _PAGE), 1, 4, checksum, bytes(32), stored_at_ms, is_tagged)
 
 
-def test_a_block_inside_another_is_not_kept_whatever_time_it_states() -> None:
+def test_a_block_inside_another_is_not_kept_with_any_time_in_its_descriptor() -> None:
     outer, planted = _block(b"outer", 0, 8), _block(b"victim", 1, 2, stored_at_ms=2**62)
     assert _without_overlaps([planted, outer]) == [outer]
 

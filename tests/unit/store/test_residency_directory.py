@@ -1,4 +1,4 @@
-"""The residency directory: what the daemon's block table tells, and what a client finds in shared memory."""
+"""The residency directory: its entries equal the daemon's block table, and clients read them in shared memory."""
 
 from __future__ import annotations
 
@@ -412,7 +412,7 @@ def test_of_a_small_tmpfs_it_takes_a_sixteenth_unless_blocks_need_more(tmp_path:
         for number in range(9000):
             made.put(hashlib.sha256(number.to_bytes(4, "big")).digest())
             if number == 2000:
-                made.directory.close()  # It would ask to be replaced: nobody keeps it here.
+                made.directory.close()  # It would request its replacement, and this test runs no task that does it.
         again = DirectoryFixture(folder, blocks=made.blocks)
         assert _mapping(again).header.slot_count == 16384
         again.directory.close()
@@ -501,7 +501,7 @@ def test_a_header_of_more_slots_than_can_be_is_no_directory(folder: Path, slots:
     assert LocalDirectory().look_up(str(path), STORE_ID, 7, KEYS[0], MARK, SHARDS[0]) is None
 
 
-def test_what_is_no_file_is_no_directory_and_nobody_waits_for_it(folder: Path) -> None:
+def test_a_path_that_is_not_a_regular_file_is_not_opened_and_does_not_block(folder: Path) -> None:
     os.mkfifo(folder / "directory")
     for path in (folder / "directory", folder, folder / "nothing", "", "/proc/self/mem"):
         assert LocalDirectory().look_up(str(path), STORE_ID, 7, KEYS[0], MARK, SHARDS[0]) is None

@@ -117,7 +117,7 @@ async def test_a_change_whose_caller_is_gone_is_ended(opened: OpenStore) -> None
     await again.close()
 
 
-async def test_of_two_changes_at_a_time_one_is_told(opened: OpenStore) -> None:
+async def test_of_two_concurrent_changes_one_is_refused(opened: OpenStore) -> None:
     chain = some_chain(2, tail_tokens=5)
     first = await begin(opened, chain=chain[:1])
 
@@ -128,9 +128,9 @@ async def test_of_two_changes_at_a_time_one_is_told(opened: OpenStore) -> None:
     )
 
     done = [each for each in results if isinstance(each, Manifest)]
-    told = [each for each in results if isinstance(each, SessionChanged)]
-    assert (len(done), len(told)) == (1, 1)
-    assert told[0].now.manifest.revision == done[0].revision == 2
+    refused = [each for each in results if isinstance(each, SessionChanged)]
+    assert (len(done), len(refused)) == (1, 1)
+    assert refused[0].now.manifest.revision == done[0].revision == 2
     assert same(get(opened), done[0])
 
 
@@ -243,7 +243,9 @@ async def test_the_old_tail_is_dropped_once_a_fuller_one_is_named(opened: OpenSt
     assert opened.hits(chain.keys[:2]) == 2, "full blocks are of use to others"
 
 
-async def test_a_tail_that_a_fork_names_stays_until_the_fork_lets_go_of_it(opened: OpenStore, client: Client) -> None:
+async def test_a_tail_that_a_fork_names_stays_until_the_fork_no_longer_names_it(
+    opened: OpenStore, client: Client
+) -> None:
     chain = await saved(opened, client, some_chain(2, tail_tokens=5))
     first = await begin(opened, chain=chain)
     fork = await opened.sessions.fork(CALLER, LAYOUT.fingerprint, "chat", "fork", 0)
@@ -260,7 +262,7 @@ async def test_a_tail_that_a_fork_names_stays_until_the_fork_lets_go_of_it(opene
     await again.close()
 
 
-async def test_a_tail_that_is_named_again_while_it_is_let_go_stays(opened: OpenStore, client: Client) -> None:
+async def test_a_tail_that_is_named_again_while_it_is_dropped_stays(opened: OpenStore, client: Client) -> None:
     chain = await saved(opened, client, some_chain(2, tail_tokens=5))
     await begin(opened, chain=chain)
 
@@ -275,7 +277,7 @@ async def test_a_tail_that_is_named_again_while_it_is_let_go_stays(opened: OpenS
     assert stored(opened, chain.keys[-1])
 
 
-async def test_a_full_block_that_somebody_calls_a_tail_is_not_dropped(opened: OpenStore, client: Client) -> None:
+async def test_a_full_block_that_a_session_names_as_its_tail_is_not_dropped(opened: OpenStore, client: Client) -> None:
     chain = await saved(opened, client, some_chain(2))
     await opened.sessions.append(CALLER, LAYOUT.fingerprint, "chat", 0, SessionAppend(chain.parent, chain.keys, 3))
 
@@ -301,7 +303,7 @@ async def test_why_a_partial_block_left_is_remembered(opened: OpenStore, client:
     assert opened.explain.missing(CALLER, longer.keys[-1]).why is Miss.EXPIRED
 
 
-async def test_what_many_sessions_let_go_of_at_a_time_leaves_in_small_steps(
+async def test_tails_that_many_sessions_drop_at_once_are_dropped_in_small_steps(
     open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: OpenStore = await open_store(limits=replace(LIMITS, session=SessionLimits(ttl_s=TTL_S)))
@@ -337,7 +339,7 @@ async def test_full_blocks_outlive_their_session(opened: OpenStore, client: Clie
 # Time
 
 
-async def test_a_session_expires_when_nobody_used_it_for_its_time(opened: OpenStore) -> None:
+async def test_a_session_expires_when_it_was_not_used_for_its_time_to_live(opened: OpenStore) -> None:
     clock = opened.files.clock
     await begin(opened)
     await begin(opened, "other", some_chain(1, seed=1))
@@ -367,7 +369,7 @@ async def test_a_use_counts_after_a_restart(opened: OpenStore) -> None:
     await again.close()
 
 
-async def test_who_asks_for_a_session_that_is_not_there_is_told_why(opened: OpenStore) -> None:
+async def test_the_error_for_a_missing_session_says_why(opened: OpenStore) -> None:
     sessions, clock = opened.sessions, opened.files.clock
     with pytest.raises(SessionNotFound, match="never begun, or went before"):
         sessions.find_by_id(CALLER, "chat")
@@ -524,7 +526,7 @@ async def test_sane_session_ids_are_taken(opened: OpenStore, session_id: str) ->
     await again.close()
 
 
-async def test_a_session_of_a_layout_nobody_opened_is_refused(opened: OpenStore) -> None:
+async def test_a_session_of_a_layout_that_was_not_opened_is_refused(opened: OpenStore) -> None:
     with pytest.raises(UnknownLayout):
         opened.sessions.get(CALLER, bytes(32), "chat")
 

@@ -113,7 +113,9 @@ async def test_a_ticket_holds_the_blocks_though_its_exporter_is_gone(
     assert await evictable(opened, chain) == 3, "after the last adoption the ticket holds nothing"
 
 
-async def test_a_ticket_lets_go_exactly_when_it_expires(opened: OpenStore, client: Client, rank: Client) -> None:
+async def test_a_ticket_releases_its_blocks_exactly_when_it_expires(
+    opened: OpenStore, client: Client, rank: Client
+) -> None:
     chain, lease = await leased(opened, client)
     ticket = export(opened, client, lease, ttl_s=TTL_S, adoptions=9)
     opened.store.detach(CALLER, client)
@@ -179,7 +181,7 @@ async def test_what_is_known_of_expired_tickets_does_not_pile_up(opened: OpenSto
     assert len(opened.tickets._adoptions_left) < 100
 
 
-async def test_loads_of_adopted_leases_are_told_with_the_lookup_of_the_exporter(
+async def test_loads_of_adopted_leases_are_listed_with_the_exporters_lookup(
     opened: OpenStore, client: Client, rank: Client
 ) -> None:
     chain = some_chain(2)

@@ -78,7 +78,7 @@ async def nothing_left(opened: OpenStore, used_before: int = 0) -> None:
 
 
 @given(st.data())
-def test_a_slice_is_complete_once_every_byte_came_in_whatever_order(data: st.DataObject) -> None:
+def test_a_slice_is_complete_once_every_byte_has_arrived_in_any_order(data: st.DataObject) -> None:
     slices = _Slices(block_geometry(LAYOUT, WHOLE, 16))
     cuts = sorted({0, SLICE, *data.draw(st.lists(st.integers(1, SLICE - 1), max_size=12))})
     parts = data.draw(st.permutations(list(itertools.pairwise(cuts))))
@@ -88,7 +88,7 @@ def test_a_slice_is_complete_once_every_byte_came_in_whatever_order(data: st.Dat
         arrived[start:end] = True
         assert complete == (number == len(parts) - 1)
         again = data.draw(st.integers(0, SLICE - 1))
-        if arrived[again]:  # Whatever has a byte that came before is refused, and changes nothing.
+        if arrived[again]:  # A frame that repeats a received byte is refused, and changes nothing.
             with pytest.raises(InvalidFrame):
                 slices.add(1, data.draw(st.integers(0, again)), data.draw(st.integers(again + 1, SLICE)))
     assert slices.missing == 1
@@ -306,10 +306,10 @@ async def test_a_client_that_goes_in_the_middle_leaves_nothing_at_once(opened: O
     await nothing_left(opened)
 
 
-async def test_a_client_that_goes_while_its_save_is_committed_holds_nobody_up(
+async def test_a_client_that_disconnects_during_its_commit_does_not_delay_other_saves(
     opened: OpenStore, client: Client
 ) -> None:
-    """The save is complete: it goes on, and whoever saves the same meanwhile finds it stored."""
+    """The save is complete: its commit continues, and another save of the same block meanwhile finds it stored."""
     chain, images = some_chain(2), some_images(some_chain(2))
     other = opened.store.attach(CALLER, "other")
     with opened.commits_held(TierName.DRAM):
@@ -324,7 +324,7 @@ async def test_a_client_that_goes_while_its_save_is_committed_holds_nobody_up(
     await nothing_left(opened, 2 * BLOCK)
 
 
-async def test_a_client_that_goes_while_it_waits_for_another_or_for_room_is_let_go_at_once(
+async def test_a_client_that_disconnects_while_it_waits_for_another_save_or_for_space_is_released_at_once(
     open_store: Callable[..., Any],
 ) -> None:
     opened: OpenStore = await open_store(dram_bytes=3 * BLOCK + HEADER)
@@ -495,7 +495,7 @@ async def test_without_an_ssd_tier_a_durable_save_is_refused(open_store: Callabl
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ({"client": b"nobody"}, UnknownClient),
+        ({"client": b"unknown"}, UnknownClient),
         ({"fingerprint": bytes(32)}, UnknownLayout),
         ({"fingerprint": b""}, UnknownLayout),
         ({"shard": Shard(0, 3, 0, 2)}, InvalidRequest),

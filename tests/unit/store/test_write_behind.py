@@ -104,11 +104,11 @@ async def test_while_commits_fail_blocks_are_not_all_written_again_and_again(
     assert index.refused <= 16, "each block was tried once at most, and then one at a time"
 
 
-async def test_a_save_to_ssd_ends_and_nothing_stays_held_whatever_fails_its_record(
+async def test_a_save_to_ssd_ends_and_nothing_stays_held_with_every_error_of_its_record(
     opened: OpenStore, index: RefusingIndex
 ) -> None:
     client, chain = opened.store.attach(CALLER, "test"), some_chain(4)
-    index.error = RuntimeError("nobody foresaw this")
+    index.error = RuntimeError("an unexpected error")
 
     async with asyncio.timeout(60):
         with pytest.raises(RuntimeError, match="foresaw"):
@@ -140,10 +140,10 @@ async def test_a_save_to_ssd_ends_where_the_index_was_damaged_under_the_daemon(
     await until(lambda: not opened.blocks.holds.any())
 
 
-async def test_bytes_written_before_a_failed_flush_are_written_anew_though_the_next_flush_succeeds(
+async def test_bytes_written_before_a_failed_flush_are_written_again_though_the_next_flush_succeeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel reports an error of its write-back once, to one flush, whosever bytes were lost."""
+    """The kernel reports an error of its write-back once, to one flush; the lost bytes may belong to another save."""
     monkeypatch.setattr(write_behind, "_PAUSE_AFTER_FAILURE_S", 0.01)
     calls = FaultyCalls()
     files = StoreFiles(tmp_path / "store", calls=calls)
@@ -198,7 +198,9 @@ async def test_where_the_index_of_the_ssd_is_full_old_blocks_leave_it_and_new_on
         assert opened.counters.evicted_ssd_blocks
         keys = [key for seed in range(15) for key in some_chain(200, seed=seed).keys]
         events = [event for key in keys for event in opened.explain.events(CALLER, key)]
-        assert {(event.reason, event.word) for event in events} == {(Reason.EVICTED, "lru")}, "at nobody's request"
+        assert {(event.reason, event.word) for event in events} == {(Reason.EVICTED, "lru")}, (
+            "not at a client's request"
+        )
         assert opened.ssd is not None and opened.ssd.used_bytes < opened.ssd.capacity_bytes // 2
         await opened.settle()
     finally:

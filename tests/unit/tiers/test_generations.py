@@ -1,4 +1,4 @@
-"""Generations: who reads in place learns that space was released, whatever happened to the daemon meanwhile."""
+"""Generations: a client that reads in place detects that space was released, also across a daemon's restart."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_an_extents_generation_is_raised_by_its_release_and_by_nothing_else(open
     assert seen(tier)[first.offset_bytes // PAGE_BYTES] == before[0] + 1
 
 
-def test_a_generation_begins_anew_after_its_highest_number(open_tier: Callable[..., DramTier]) -> None:
+def test_a_generation_starts_again_at_its_lowest_number_after_its_highest(open_tier: Callable[..., DramTier]) -> None:
     tier = open_tier()
     extent = tier.reserve(PAGE_BYTES)
     with (tier.arena_directory / GENERATIONS_NAME).open("r+b") as file:
@@ -79,7 +79,7 @@ def test_a_generation_begins_anew_after_its_highest_number(open_tier: Callable[.
 
 
 def test_after_a_restart_only_what_records_name_has_its_generation_still(open_tier: Callable[..., DramTier]) -> None:
-    """What else somebody may read was not released by anybody."""
+    """The generations of all other pages are raised: a client may still read there, and no release raised them."""
     tier = open_tier()
     extents = [tier.reserve(40_000) for _ in range(10)]
     before = seen(tier)
@@ -111,7 +111,7 @@ def test_an_arena_that_was_never_shared_has_no_generations_until_it_is(open_tier
 
 @pytest.mark.parametrize("damage", ["gone", "short", "another arena's"])
 def test_an_arena_that_lost_its_generations_is_replaced(open_tier: Callable[..., DramTier], damage: str) -> None:
-    """Somebody may still look at the old ones, which nobody would ever raise."""
+    """A client may still read the old generations, which no daemon would ever raise."""
     tier = open_tier()
     arena_id, path = tier.arena_id, tier.arena_directory / GENERATIONS_NAME
     if damage == "gone":

@@ -80,7 +80,7 @@ async def test_work_that_did_not_begin_is_called_off_by_cancelling(thread: OneTh
     assert thread.done == ["kept"]
 
 
-async def test_the_outcome_of_a_cancelled_call_disturbs_nobody() -> None:
+async def test_the_outcome_of_a_cancelled_call_disturbs_no_other_call() -> None:
     pool = IoPool(2)
     begun, go_on = threading.Event(), threading.Event()
 

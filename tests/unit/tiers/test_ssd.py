@@ -194,7 +194,7 @@ def test_a_disk_too_small_for_a_file_is_named_and_nothing_is_left(
     open_tier()
 
 
-def test_a_file_half_made_by_a_killed_daemon_is_made_anew(open_tier: OpenTier, tmp_path: Path) -> None:
+def test_a_file_that_a_killed_daemon_left_unfinished_is_created_again(open_tier: OpenTier, tmp_path: Path) -> None:
     path = path_of(tmp_path)
     path.parent.mkdir()
     path.with_name(path.name + ".partial").write_bytes(os.urandom(MIB))

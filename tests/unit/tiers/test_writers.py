@@ -1,4 +1,4 @@
-"""Writers' files: what is noted there is what a client may be writing, for as long as it holds the lock."""
+"""Writers' files: they list the pages that a client may be writing, for as long as it holds the lock."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def test_who_holds_no_lock_may_not_write(folder: Path) -> None:
     with pytest.raises(NoWriterLock, match="cannot be opened"):
         Writer.open(folder, CLIENT, ARENA)
     (folder / CLIENT.hex()).touch()
-    with pytest.raises(NoWriterLock, match="nobody holds"):
+    with pytest.raises(NoWriterLock, match="no client holds"):
         Writer.open(folder, CLIENT, ARENA)
     lock = WriterLock(folder.parent, CLIENT)
     writer = Writer.open(folder, CLIENT, ARENA)
     writer.check_locked()
     lock.release()
-    with pytest.raises(NoWriterLock, match="nobody holds"):
+    with pytest.raises(NoWriterLock, match="no client holds"):
         writer.check_locked()
     writer.close()
 
@@ -89,8 +89,8 @@ def test_the_file_goes_with_the_lock(folder: Path) -> None:
     assert left_behind(folder) == []
 
 
-def test_files_that_nobody_has_locked_are_removed_at_start(folder: Path) -> None:
-    (folder / CLIENT.hex()).write_bytes(b"whatever")
+def test_files_without_a_lock_are_removed_at_start(folder: Path) -> None:
+    (folder / CLIENT.hex()).write_bytes(b"anything")
     (folder / "odd").touch()
     assert left_behind(folder) == []
     assert not list(folder.iterdir())

@@ -207,7 +207,7 @@ def test_a_length_is_known_before_anything_came(kept: FailingBlocks) -> None:
 
     assert cache.get_seq_length() == 24
     assert cache.get_mask_sizes(2, 0) == (26, 0)
-    assert loaded(cache).error is None, "nobody has asked for a layer yet"
+    assert loaded(cache).error is None, "the model has not read a layer yet"
 
 
 def test_a_cache_may_be_copied_cropped_reset_and_reordered(kept: FailingBlocks) -> None:

@@ -16,7 +16,7 @@ _STORED, _PROMPT = 10 * BLOCK_TOKENS, 10 * BLOCK_TOKENS + 3
 
 
 class KnownRates(Rates):
-    """So many tokens a second."""
+    """Fixed rates, in tokens per second."""
 
     def __init__(self, loads: float, computes: float) -> None:
         super().__init__()

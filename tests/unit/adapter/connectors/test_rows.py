@@ -1,4 +1,4 @@
-"""Which sequences a batch holds, and what is none."""
+"""Which sequences a batch holds, and which batches are refused."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def answer(model: Any, ids: torch.Tensor, cache: Any = None, **more: Any) -> tor
 
 
 def assert_right(kept: KeptBlocks, model: Any, *prompts: torch.Tensor) -> None:
-    """Whatever is stored is what a new computation of its tokens gives, up to rounding."""
+    """Every stored block equals a new computation of its tokens, up to rounding."""
     checked = 0
     for ids in prompts:
         subject = connector(kept, model)
