@@ -36,12 +36,11 @@ def measure(*, quick: bool) -> Section:
             errors.append(abs(expected_s / taken_s - 1))
     section = Section(
         "estimates",
-        "What computing is expected to take",
+        "Predicted prefill times",
         f"A Llama in the shape of SmolLM2-135M ({model.config.num_hidden_layers} layers, fp32, "
         f"{torch.get_num_threads()} threads) computes {min(_NEW)} to {max(_NEW)} new tokens after up to "
-        f"{max(_CONTEXTS)} others, in random order. Each time is predicted from earlier ones; errors are shares of "
-        f"what "
-        "it took.",
+        f"{max(_CONTEXTS)} others, in random order. Each time is predicted from earlier ones. Errors are relative to "
+        "the measured time.",
     )
     section.add("first_errors_median", rig.median(errors[:_FIRST]), note=f"of the first {_FIRST}")
     section.add("error_median", rig.median(errors[_FIRST:]), "at most 0.1", "of all others")

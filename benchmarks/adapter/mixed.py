@@ -133,8 +133,8 @@ def _section(found: dict[Kind, list[Turn]], name: str, rate: float, history_toke
         "Load, recompute, or both",
         f"{name} ({torch.get_num_threads()} thread of its own) answers a prompt of {history_tokens} stored and "
         f"{new_tokens} new tokens, over a transport throttled to {rate / 1e6:.1f} MB/s: loading the history takes as "
-        "long as computing it. Seconds are those to the first token's logits. Pure loads are those of a connector that "
-        "has measured nothing yet; the mixed plan is what one decides that has.",
+        "long as computing it. Times end with the first token's logits. A connector without measurements makes the "
+        "pure loads; a connector with measurements decides on the mixed plan.",
     )
     plans = [turn.plan for turn in found[Kind.MIXED] if turn.plan is not None]
     mixed = [turn.seconds for turn, plan in zip(found[Kind.MIXED], plans, strict=True) if plan.kind is Kind.MIXED]
@@ -144,7 +144,7 @@ def _section(found: dict[Kind, list[Turn]], name: str, rate: float, history_toke
         expected = [plan.estimate_s[kind] for plan in plans if kind in plan.estimate_s]
         section.add(f"{kind}_ms", seconds * 1e3, note=f"expected {rig.median(expected) * 1e3:.4g}" if expected else "")
     gain = 1 - medians[Kind.MIXED] / min(medians[Kind.LOAD], medians[Kind.RECOMPUTE])
-    section.add("mixed_gain", gain, "at least 0.1", "less time than the faster of the two others")
-    section.add("mixed_decided", len(mixed) / len(plans), "1", "share of the decisions that were for both at once")
+    section.add("mixed_gain", gain, "at least 0.1", "time saved against the faster of the other two")
+    section.add("mixed_decided", len(mixed) / len(plans), "1", "share of the decisions for the mixed plan")
     section.add("computed_tokens", rig.median([float(plan.compute_tokens) for plan in plans]), note="of the history")
     return section

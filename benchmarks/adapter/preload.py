@@ -30,8 +30,8 @@ _LOAD_S = 60.0  # No wait may end by a timeout here.
 @dataclass(frozen=True, slots=True)
 class Prefill:
     total_s: float  # From when the request runs to its logits.
-    waited_s: float  # Of it, in the layers' updates.
-    bytes_per_s: float  # Of the load.
+    waited_s: float  # The part of it that layers' `update` calls waited.
+    bytes_per_s: float  # The rate of the load.
 
 
 class Rig:

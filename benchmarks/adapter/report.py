@@ -24,7 +24,7 @@ class Figure:
 
 @dataclass(slots=True)
 class Section:
-    """What one measurement found. `about` says what was done, in a sentence or some."""
+    """The results of one measurement. `about` says in some sentences what was done."""
 
     name: str
     title: str
@@ -40,7 +40,7 @@ class Section:
     def as_json(self) -> dict[str, Any]:
         found = asdict(self)
         for figure in found["figures"]:
-            if not math.isfinite(figure["value"]):  # Nothing of the kind was seen; JSON has no NaN.
+            if not math.isfinite(figure["value"]):  # Nothing was measured; JSON has no NaN.
                 figure["value"] = None
         return found
 

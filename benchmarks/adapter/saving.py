@@ -23,7 +23,7 @@ from kvservice_adapter.save import LayerSaver, SaveJob
 from kvservice_client import BlockCache, BlockChain, Client, block_chain
 
 _DECODE_STEPS = 20
-_SYNC_SHARE = 0.15  # Of a request's time, over the slow link: as in the paper's figure 20.
+_SYNC_SHARE = 0.15  # The share of a request's time over the slow link, as in the paper's figure 20.
 _SAVE_S = 120.0
 
 Way = Literal["not", "behind", "after"]  # How a request is saved.
@@ -35,7 +35,7 @@ class Request:
 
     prefill_s: float
     total_s: float
-    prefill_cpu_s: float  # Of all threads of this process: other work on the machine does not show in it.
+    prefill_cpu_s: float  # CPU time of all threads of this process, without other work on the machine.
 
 
 class Rig:
@@ -86,11 +86,11 @@ def measure(*, quick: bool) -> Section:
     rounds = 4 if quick else 8
     section = Section(
         "saving",
-        "Saving behind the forward pass",
+        "Saving during the forward pass",
         f"A Llama with random weights in the shape of SmolLM2-135M ({subject.layout.layers} layers, fp32, "
-        f"{torch.get_num_threads()} threads) prefills {subject.prompt_tokens} tokens, which makes "
-        f"{subject.save_bytes / 1e6:.0f} MB of KV; `request` means that and {_DECODE_STEPS} decode steps. Medians of "
-        "interleaved rounds, each with a new prompt; the daemon has the same cores.",
+        f"{torch.get_num_threads()} threads) prefills {subject.prompt_tokens} tokens, which gives "
+        f"{subject.save_bytes / 1e6:.0f} MB of KV; `request` is the prefill and {_DECODE_STEPS} decode steps. Medians "
+        "of interleaved rounds, each with a new prompt; the daemon has the same cores.",
     )
     with rig.daemon(dram_bytes=8 * subject.save_bytes + (64 << 20)) as address:
         with Client(address, name="adapter bench", timeout_s=_SAVE_S) as client:
@@ -177,7 +177,9 @@ def _measure_request(section: Section, subject: Rig, blocks: BlockCache, rounds:
     section.add(f"request{suffix}_saved_after_ms", after_s * 1e3, note=f"{1 - plain_s / after_s:.0%} of it for saving")
     goal = "0.10 to 0.20" if suffix else ""
     section.add(f"request{suffix}_saved_behind_ms", behind_s * 1e3)
-    section.add(f"request{suffix}_cut", 1 - behind_s / after_s, goal, "saved behind against saved after")
+    section.add(
+        f"request{suffix}_cut", 1 - behind_s / after_s, goal, "saved during the forward pass against saved after it"
+    )
     return plain_s
 
 

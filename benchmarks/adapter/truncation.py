@@ -70,10 +70,10 @@ def measure(*, quick: bool) -> Section:
         "truncation",
         "Quality after truncation",
         f"Perplexity of {loaded.model_id} (fp32) on the text of Python's `pydoc_data.topics`: {parts} parts of it, "
-        f"{STEP_TOKENS} tokens at a time, of each the {part_tokens} tokens after the first overflow of the window. At "
-        "each overflow the oldest half leaves. What is left is reused with its keys turned to their new positions "
-        "(with the first 4 tokens kept, and without), or computed anew (the same tokens as with sinks), or reused "
-        "naively: keys as they were, new tokens numbered from half the window.",
+        f"read {STEP_TOKENS} tokens at a time; the {part_tokens} tokens after a part's first overflow of the window "
+        "are scored. At each overflow the oldest half is dropped. The rest is used in one of these ways: with its "
+        "keys rotated to their new positions (with and without the first 4 tokens); computed again (the tokens of "
+        "the way with sinks); or reused naively, with unchanged keys and new tokens numbered from half the window.",
     )
     for window in WINDOWS[:1] if quick else WINDOWS:
         texts = text_tokens(loaded.tokenizer, parts, window + part_tokens + 1)

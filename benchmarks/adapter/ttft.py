@@ -23,10 +23,10 @@ from kvservice_adapter.connectors.transformers import TransformersConnector
 from kvservice_client import Client
 
 _THROTTLE_BYTES_PER_S = 50e6
-_LONG_TOKENS = 1000  # Of a history from which on the goal holds.
+_LONG_TOKENS = 1000  # The goal holds from this length of history on.
 _SLOWER_SHARE, _SLOWER_S = 0.05, 0.010
 _SAVE_S = 60.0
-# New tokens of each turn, the answer to the one before included.
+# New tokens per turn, with the answer to the turn before.
 _TURNS = (180, 34, 250, 60, 400, 120, 40, 64, 48)
 _PLAIN, _SLOW = "plain", "slow"
 
@@ -99,11 +99,11 @@ def measure(*, quick: bool) -> Section:
         "ttft",
         "Time to the first token",
         f"{loaded.model_id} ({layers} layers, fp32, {torch.get_num_threads()} threads), {conversation_count} "
-        f"conversations of {len(turns)} turns with {min(turns)} to {max(turns)} new tokens each: from the prompt in "
-        "hand to the first token, `restore` included; with the connector over `shm`, over `grpc`, and over a link "
-        f"throttled to {_THROTTLE_BYTES_PER_S / 1e6:.0f} MB/s (`slow`), against the model alone. Each figure is a "
-        f"median of {rounds} rounds, in which the order rotates, after one conversation to warm up. The daemon has the "
-        "same cores.",
+        f"conversations of {len(turns)} turns with {min(turns)} to {max(turns)} new tokens each: from the call with "
+        "the prompt to the first token, `restore` included; with the connector over `shm`, over `grpc`, and over a "
+        f"link throttled to {_THROTTLE_BYTES_PER_S / 1e6:.0f} MB/s (`slow`), against the model alone. Each figure is "
+        f"a median of {rounds} rounds, in which the order rotates, after one conversation to warm up. The daemon has "
+        "the same cores.",
     )
     _fill(section, found, len(turns), is_identical=all(len(each) == 1 for each in tokens.values()))
     return section
@@ -146,7 +146,7 @@ def _fill(section: Section, found: dict[tuple[str, Turn], list[float]], turn_cou
         ]
         if cuts:
             goal = "at least 0.85" if name != _SLOW else ""
-            note = f"turns with {_LONG_TOKENS}+ tokens of history; the least of them {min(cuts):.3f}"
+            note = f"turns with {_LONG_TOKENS}+ tokens of history; the lowest of them {min(cuts):.3f}"
             section.add(f"{name}_cut", rig.median(cuts), goal, note)
     for name in sorted(ways):
         excess = {turn: _excess_s(medians[name, turn], medians[_PLAIN, turn]) for turn in turns}

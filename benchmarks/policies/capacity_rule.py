@@ -1,4 +1,4 @@
-"""The paper's rule for capacity: what is needed is a share of what all sessions of an hour could fill."""
+"""The paper's rule for capacity: the store needs a share of what all sessions of an hour could fill."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def measure(options: Options) -> Section:
     section = Section(
         "capacity_rule",
         "How much is enough",
-        f"Sessions end after an hour without a request. In an hour {distinct:.0f} distinct ones come, of at most "
-        f"{load.context_tokens} tokens: together they could fill {need_gb / 1024:.1f} TiB. Both tiers together "
-        "have a share of "
-        f"that, {128 * scale:g} GiB of it DRAM. The paper: 51 % at 0.1, 98 % at 0.25.",
+        f"Sessions end after an hour without a request. In an hour {distinct:.0f} distinct sessions have a turn, each "
+        f"of at most {load.context_tokens} tokens: together they could fill {need_gb / 1024:.1f} TiB. Both tiers "
+        f"together have a share of that; {128 * scale:g} GiB of it is DRAM. The paper reports 51 % at 0.1 and 98 % at "
+        "0.25.",
     )
     names = ("lru", "lookahead", "foresight")
     ceiling = play(load, paper_machine(0, session_ttl_s=TTL_S), "infinite", warmup).hit_rate_history
@@ -48,15 +48,17 @@ def measure(options: Options) -> Section:
             result = play(load, machine, name, warmup)
             table.append((f"{share:g}", *row(result)))
             hits[name, share] = 100 * result.hit_rate_history
-    section.table("In percent:", ("Of the rule", *COLUMNS), table)
+    section.table("In percent:", ("Share of the rule", *COLUMNS), table)
     for name in ("lookahead", "foresight"):
         section.at_least(f"`{name}`, hits of history at 0.1", hits[name, 0.1], 40, " %")
-        section.at_least(f"`{name}` at 0.25, of what an endless store reaches", hits[name, 0.25] / ceiling, 95, " %")
+        section.at_least(
+            f"`{name}` at 0.25, share of what an unlimited store reaches", hits[name, 0.25] / ceiling, 95, " %"
+        )
     return section
 
 
 def distinct_sessions(load: Workload, turns_per_s: float, window_s: float, warmup_turns: int) -> float:
-    """How many sessions have a turn in a window, in the mean, where a server takes `turns_per_s` as they come."""
+    """The mean number of sessions with a turn in a window, if a server takes `turns_per_s` in their order."""
     session, count = load.session, load.turns
     waiting = [(float(load.arrives_s[turn]), turn) for turn in np.flatnonzero(np.diff(session, prepend=-1)).tolist()]
     heapq.heapify(waiting)

@@ -20,9 +20,8 @@ def measure(options: Options) -> Section:
     section = Section(
         "cost",
         "Cost",
-        "A GPU at $5 an hour, a GB of DRAM at $0.0088 and of SSD at $0.000082; 128 GB and 10 TB. First the "
-        "paper's speedups "
-        "through our formula; then what the simulator finds for the overload's load.",
+        "Prices per hour: $5 for a GPU, $0.0088 for a GB of DRAM and $0.000082 for a GB of SSD; 128 GB and 10 TB. "
+        "First our formula with the paper's speedups, then the simulator with the load of the overload.",
     )
     formula(section)
     load, warmup = paper_load(options.quick)

@@ -1,4 +1,4 @@
-"""The same users and a server without a queue: policies have only return times, as in the fluid calculation."""
+"""The same users and a server without a queue: policies know only return times, as in the fluid calculation."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def measure(options: Options) -> Section:
     users = 300 if options.quick else 1000
     section = Section(
         "no_queue",
-        "No queue: nothing but return times tells",
-        f"The {users:,} people of the section before, and a server a thousand times as fast as they are. Turns "
-        "with history "
-        "in DRAM on time, in percent, beside what a fluid calculation with the same gaps says of LRU and of the bound.",
+        "No queue: only return times are known",
+        f"The {users:,} users of the section before, and a server that is a thousand times as fast as their requests. "
+        "Turns with history in DRAM on time, in percent. A fluid calculation with the same gaps gives the values for "
+        "LRU and the bound.",
     )
     load = people(users=users, user_rate=USER_RATE, seed=0)
     table = []
@@ -38,7 +38,7 @@ def measure(options: Options) -> Section:
         if share < 0.4:
             section.at_least(f"{where}: `foresight`, times the best of the others", on_time["foresight"] / best, 2.0)
         worth = 100 * (on_time["foresight"] - on_time["foresight-unlearned"])
-        section.at_least(f"{where}: learning is worth", worth, 10, " points")
+        section.at_least(f"{where}: gain from learning", worth, 10, " points")
         written = round(found["foresight"].ssd_written_gb / found["lru"].ssd_written_gb, 3)
         section.at_most(f"{where}: written to SSD, of what `lru` writes", written, 1.0)
     section.table(

@@ -15,8 +15,8 @@ def measure(options: Options) -> Section:
     section = Section(
         "optimum_gap",
         "The distance to the optimum",
-        "The same load and sizes; a server that is overloaded (1.9 turns a second), nearly keeps up (5.2), and never "
-        "has a queue (20). `optimum` has the same tiers and bandwidth and knows every future request.",
+        "The same load and sizes, on servers of three speeds: overloaded (1.9 turns per second), almost fast enough "
+        "(5.2), and without a queue (20). `optimum` has the same tiers and bandwidth and knows every future request.",
     )
     names = (*POLICIES, "optimum")
     table = []
@@ -34,8 +34,7 @@ def measure(options: Options) -> Section:
                         section.at_most(f"`{name}` below `optimum`, {at}", gap, 3, " points")
     section.table("In percent:", ("Turns/s / SSD (TiB)", "", *(f"`{name}`" for name in names)), table)
     section.notes.append(
-        "With an empty queue `lookahead` sees nothing: it falls back to what it would do for sessions without a "
-        "request, "
-        "and its fetches begin when the server starts the request."
+        "With an empty queue `lookahead` sees no request. It treats all sessions as sessions without a request, "
+        "and its promotions begin when the server starts the request."
     )
     return section

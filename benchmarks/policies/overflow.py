@@ -20,11 +20,9 @@ def measure(options: Options) -> Section:
     section = Section(
         "overflow",
         "Conversations that outgrow the window",
-        f"The overload's load, `lookahead`, {10 * scale:g} TiB of SSD. A conversation that outgrows the window "
-        "is cut by half of "
-        "it. Its KV is reused at its new positions; where positions are coupled to keys (`--overflow-drops`) it "
-        "is lost. The "
-        "paper loses 17.6 and 41.5 points.",
+        f"The load of the overload with `lookahead` and {10 * scale:g} TiB of SSD. A conversation that exceeds the "
+        "window is cut by half of the window. Its KV is reused at its new positions. If positions are coupled to "
+        "keys (`--overflow-drops`), its KV is lost. The paper reports losses of 17.6 and 41.5 points.",
     )
     table = []
     for title, kv_mb, context, service, ssd_tb, (least, most) in MODELS:
@@ -42,7 +40,7 @@ def measure(options: Options) -> Section:
         section.at_most(f"{title}: hits lost", lost, most, " points")
     section.table("In percent:", ("Model", "KV at a cut", *COLUMNS), table)
     section.notes.append(
-        "Every cut costs one turn its history. Where the SSD is too small as well, some of these turns would have "
-        "missed anyway, so that fewer hits are lost."
+        "With coupled positions, every cut makes one turn lose its history. If the SSD is also too small, some of "
+        "these turns would have missed in any case, so fewer hits are lost."
     )
     return section

@@ -30,7 +30,7 @@ def measure(options: Options) -> Section:
     scale = shrunk(options.quick)
     section = Section(
         "overload",
-        "Overload: the queue knows what comes",
+        "Overload: the queue shows the future",
         f"{load.sessions:,} conversations, one per second, at 1.9 turns per second ({load.turns:,} turns, "
         f"{warmup:,} of them to warm up); {128 * scale:g} GiB of DRAM, an SSD that moves 5 GiB/s, 0.78 MiB of KV per "
         "token.",
@@ -89,7 +89,6 @@ def measure(options: Options) -> Section:
         lines = [(name, [each[name] for each in found.values()]) for name in (*POLICIES, "optimum")]
         section.pictures = ["policies-overload.svg"]
         capacities = [ssd_tb * 1024 * scale for ssd_tb in found]
-        plot.against_capacity(
-            options.pictures / section.pictures[0], lines, capacities, tier="ssd", title="Overload, 1.9 turns a second"
-        )
+        picture, title = options.pictures / section.pictures[0], "Overload, 1.9 turns per second"
+        plot.against_capacity(picture, lines, capacities, tier="ssd", title=title)
     return section

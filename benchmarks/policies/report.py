@@ -1,4 +1,4 @@
-"""One experiment's figures: tables and goals for people, in a section of a Markdown page that is its own."""
+"""One experiment's figures: tables and goals, in a section of its own in a Markdown page."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Table:
 
 @dataclass(slots=True)
 class Section:
-    """What one experiment found. `about` says what was done, in a sentence or some."""
+    """The results of one experiment. `about` says in some sentences what was done."""
 
     name: str
     title: str
@@ -37,7 +37,7 @@ class Section:
     goals: list[Goal] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     pictures: list[str] = field(default_factory=list)  # Names of files beside the page.
-    commands: list[str] = field(default_factory=list)  # The same by `kvctl simulate`, where it can be said there.
+    commands: list[str] = field(default_factory=list)  # Commands of `kvctl simulate` for some of the runs.
     notes: list[str] = field(default_factory=list)
     needs_traces: bool = False
 
@@ -66,7 +66,7 @@ class Section:
             lines += [*([table.title, ""] if table.title else []), *markdown_table(table.columns, table.rows), ""]
         lines += [line for note in self.notes for line in (note, "")]
         if self.commands:
-            lines += ["One of these runs by itself:", "", "```sh", *self.commands, "```", ""]
+            lines += ["The command of one of these runs:", "", "```sh", *self.commands, "```", ""]
         lines += [f"![{self.title}]({name})" for name in self.pictures]
         return "\n".join(lines).rstrip()
 

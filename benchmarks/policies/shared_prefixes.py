@@ -1,4 +1,4 @@
-"""Prompts that share prefixes, by the block: Mooncake's trace of conversations."""
+"""Prompts that share prefixes, counted in blocks: Mooncake's trace of conversations."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from kvservice.simulate.settings import GIB, MIB, Machine
 from kvservice.simulate.workload import Workload
 
 TRACE = "mooncake_conversation_trace.jsonl"
-SHARES = (0.01, 0.05, 0.2, 1.0)  # DRAM, of the footprint.
+SHARES = (0.01, 0.05, 0.2, 1.0)  # DRAM as a share of the footprint.
 POLICIES = ("lru", "fifo", "s3fifo", "lookahead", "foresight")
-KV_BYTES = MIB // 8  # A token's, of Llama-3-8B.
+KV_BYTES = MIB // 8  # Per token of Llama-3-8B.
 
 
 def measure(options: Options) -> Section | None:
@@ -30,12 +30,11 @@ def measure(options: Options) -> Section | None:
     footprint = footprint_tokens(load) * KV_BYTES
     section = Section(
         "shared_prefixes",
-        "Shared prefixes, by the block",
+        "Shared prefixes, per block",
         f"Mooncake's conversation trace: {load.turns:,} requests, blocks of {load.block_tokens} tokens, "
-        f"{footprint / GIB:,.0f} GiB "
-        "of KV in all (128 KiB a token). DRAM for a share of that and no SSD: the share of blocks found, of all "
-        "blocks asked "
-        "for, in percent. A path's hits end at its first block that is missing.",
+        f"{footprint / GIB:,.0f} GiB of KV in all (128 KiB per token). DRAM has space for a share of that, and there "
+        "is no SSD. The figures are hit blocks as a share of all requested blocks, in percent. A path's hits end at "
+        "its first missing block.",
         needs_traces=True,
     )
     table = []

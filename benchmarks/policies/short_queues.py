@@ -1,4 +1,4 @@
-"""Users who think between turns, and a server that keeps up: policies have only return times."""
+"""Users with think times between turns, and a server that is fast enough: policies know only return times."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvservice.simulate.think_times import Shape
 from kvservice.simulate.workload import Workload
 
 SHARES = (0.05, 0.1, 0.2, 0.4)  # DRAM, of the live set.
-LOADS = (0.5, 0.9)  # Turns that come, of those that the server could take.
+LOADS = (0.5, 0.9)  # Turns that arrive, as a share of those that the server could take.
 RIVALS = ("lru", "fifo", "s3fifo", "lookahead")
 NAMES = (*RIVALS, "foresight-unlearned", "foresight", "distribution-bound", "optimum")
 USER_RATE, TURNS = 0.2, 22.0
@@ -59,12 +59,11 @@ def measure(options: Options) -> Section:
     shares = quick_shares(options)
     section = Section(
         "short_queues",
-        "Short queues: only return times tell",
-        f"{users:,} people at a service ({users * 22:,} turns; gaps of 6/12/18/43/87/140 s at "
-        "p1/p5/p10/p50/p90/p99), a server "
-        "that keeps up, DRAM for a share of the KV of those who are there, an SSD of 5 GiB/s with room for all. "
-        "The share of "
-        f"turns with history whose KV is in DRAM on time, mean of {len(seeds)} seeds (`optimum`: one), in percent.",
+        "Short queues: only return times are known",
+        f"{users:,} users of a service ({users * 22:,} turns; gaps of 6/12/18/43/87/140 s at p1/p5/p10/p50/p90/p99), a "
+        "server that is fast enough, DRAM for a share of the live set (the KV of all users that are present), an SSD "
+        "of 5 GiB/s with space for everything. The figures are the share of turns with history whose KV is in DRAM "
+        f"on time, in percent, as a mean of {len(seeds)} seeds (`optimum`: one seed).",
     )
     curves: dict[float, dict[str, list[Result]]] = {}
     for utilisation in LOADS:
@@ -75,7 +74,7 @@ def measure(options: Options) -> Section:
             for seed in seeds:
                 setting = Setting.of(_people(users, "people", seed), utilisation, share)
                 for name in NAMES:
-                    if seed == seeds[0] or name != "optimum":  # It takes the longest, and is not judged here.
+                    if seed == seeds[0] or name != "optimum":  # It is the slowest, and has no goal here.
                         found[name].append(setting.play(name))
             for name in NAMES:
                 curves[utilisation][name].append(found[name][0])
@@ -87,8 +86,9 @@ def measure(options: Options) -> Section:
         section.table(f"At {utilisation:g} of the server's capacity:", columns, table)
     _other_shapes(section, users)
     section.notes.append(
-        "A queue of a few requests is a look into the future, too, and reading one of these sessions takes 0.06 s: so "
-        "`lookahead` has many on time, and policies that see the queue are above the bound, which does not."
+        "A queue of a few requests also shows the future, and the SSD reads one of these sessions in 0.06 s. So "
+        "`lookahead` has many sessions in DRAM on time. The bound does not see the queue, so policies that see it "
+        "are above the bound."
     )
     section.commands = [
         f"kvctl simulate --trace people --sessions {users} --session-rate {USER_RATE:g} --policy "
@@ -115,7 +115,7 @@ def quick_shares(options: Options) -> tuple[float, ...]:
 
 
 def _other_shapes(section: Section, users: int) -> None:
-    """Other people: the same must hold for gaps of other shapes, for paces of their own, and for long answers."""
+    """Other users: gaps of other distributions, users with a pace of their own, and gaps that follow answer lengths."""
     kinds = {
         "lognormal": _people(users, "lognormal", 7),
         "exponential (nothing to learn)": _people(users, "exponential", 7),
@@ -131,7 +131,7 @@ def _other_shapes(section: Section, users: int) -> None:
         part = _on_time(found["foresight"]) / _on_time(found["distribution-bound"])
         section.at_least(f"{kind}, DRAM 20%: `foresight`, of the bound", part, 0.9)
     columns = ("Gaps", *(f"`{name}`" for name in NAMES), "Written: `foresight` / `lru`")
-    section.table("Other people, at 0.7 of the server's capacity, DRAM 20 %:", columns, table)
+    section.table("Other distributions of gaps, at 0.7 of the server's capacity, DRAM 20 %:", columns, table)
 
 
 @cache
@@ -155,7 +155,7 @@ def _judge(section: Section, where: str, found: dict[str, list[Result]], factor:
     if factor is not None:
         section.at_least(f"{where}: `foresight`, times the best of the others", ours / best, factor)
     section.at_least(
-        f"{where}: learning is worth", 100 * (ours - _on_time(found["foresight-unlearned"])), 10, " points"
+        f"{where}: gain from learning", 100 * (ours - _on_time(found["foresight-unlearned"])), 10, " points"
     )
     written = [fmean(each.ssd_written_gb for each in found[name]) for name in ("foresight", "lru")]
     section.at_most(f"{where}: written to SSD, of what `lru` writes", round(written[0] / written[1], 3), 1.0)

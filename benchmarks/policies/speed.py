@@ -39,10 +39,8 @@ def measure(options: Options) -> Section:
     section = Section(
         "speed",
         "The simulator's speed",
-        f"By the processor's time, on one core; of `lru` and `foresight` the median of {ROUNDS} rounds. "
-        "Overload: thousands wait; "
-        "people: a short queue, DRAM for 10 "
-        "% of the live set.",
+        f"CPU time on one core; for `lru` and `foresight` the median of {ROUNDS} rounds. `overload` has thousands of "
+        "waiting requests; `people` has a short queue, and DRAM for 10 % of the live set.",
     )
     scale = shrunk(options.quick)
     overload, _ = paper_load(options.quick)
@@ -64,7 +62,7 @@ def measure(options: Options) -> Section:
     done = subprocess.run([sys.executable, "-c", _MANY, str(users)], capture_output=True, text=True, check=True)
     turns, per_s, peak_bytes = json.loads(done.stdout)
     section.at_most(f"Memory of {turns:,} turns with `lru`", peak_bytes / GIB, 1.0, " GiB")
-    section.notes.append(f"Those {turns:,} turns ran at {per_s:,.0f} per second.")
+    section.notes.append(f"The {turns:,} turns of the memory test were simulated at {per_s:,.0f} turns per second.")
     return section
 
 
@@ -73,7 +71,7 @@ def _turns_per_s(load: Workload, on: Machine, name: str, rounds: int) -> float:
 
 
 def _cpu_s(load: Workload, on: Machine, name: str) -> float:
-    """The CPU time of one run: other processes do not count."""
+    """The CPU time of one run, without that of other processes."""
     began_s = time.process_time()
     simulate(load, on, name)
     return time.process_time() - began_s

@@ -15,8 +15,8 @@ def measure(options: Options) -> Section:
     section = Section(
         "tiers",
         "What each tier is worth",
-        f"The overload's load: 10 GiB and nothing else, {128 * scale:g} GiB of DRAM without an SSD, and with "
-        f"{10 * scale:g} TiB of it.",
+        f"The load of the overload, on three machines: 10 GiB of memory, {128 * scale:g} GiB of DRAM without an SSD, "
+        f"and the same DRAM with {10 * scale:g} TiB of SSD.",
     )
     table, hits = [], {}
     for title, dram_gb, ssd_tb in MACHINES:

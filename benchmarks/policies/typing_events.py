@@ -9,7 +9,7 @@ from kvservice.simulate.generate import people
 
 LEAD_S = (2.0, 5.0)
 FALSE_SHARE = 0.6
-BUSY_MAX = 0.7  # Of the SSD: above it, what the promotions take is the limit, and not who decides on them.
+BUSY_MAX = 0.7  # Of the SSD's bandwidth. Above it, the bandwidth is the limit, not the policy.
 
 
 def measure(options: Options) -> Section:
@@ -17,8 +17,8 @@ def measure(options: Options) -> Section:
     section = Section(
         "typing_events",
         "Typing events",
-        f"The same people, whose typing is told {LEAD_S[0]:g} to {LEAD_S[1]:g} s before a request: always, with "
-        f"{FALSE_SHARE:.0%} of the hints wrong, and never. Turns with history in DRAM on time, in percent.",
+        f"The same people, with typing hints {LEAD_S[0]:g} to {LEAD_S[1]:g} s before a request: before every request, "
+        f"with {FALSE_SHARE:.0%} of the hints wrong, and never. Turns with history in DRAM on time, in percent.",
     )
     loads = {
         kind: people(users=users, user_rate=USER_RATE, typing_lead_s=lead_s, false_hints=share, seed=3)
@@ -66,12 +66,11 @@ def measure(options: Options) -> Section:
         table,
     )
     section.notes.append(
-        f"{USER_RATE * TURNS:g} requests arrive per second at most. With {FALSE_SHARE:.0%} of the hints wrong, "
-        f"{USER_RATE * TURNS / (1 - FALSE_SHARE):g} hints do, and each may be true for {LEAD_S[1]:g} s: whoever "
-        "believes "
-        f"them needs DRAM for {USER_RATE * TURNS / (1 - FALSE_SHARE) * LEAD_S[1]:.0f} sessions. The live set "
-        "has about 220: "
-        "where DRAM holds less than a quarter of it, false hints take the place of true ones, whatever the policy."
+        f"At most {USER_RATE * TURNS:g} requests arrive per second. With {FALSE_SHARE:.0%} wrong hints, "
+        f"{USER_RATE * TURNS / (1 - FALSE_SHARE):g} hints arrive per second, and each may be true for "
+        f"{LEAD_S[1]:g} s. A policy that follows them needs DRAM for "
+        f"{USER_RATE * TURNS / (1 - FALSE_SHARE) * LEAD_S[1]:.0f} sessions. The live set has about 220. If DRAM "
+        "holds less than a quarter of it, false hints displace true ones with every policy."
     )
     section.commands = [
         f"kvctl simulate --trace people --sessions {users} --session-rate {USER_RATE:g} --typing-lead-s 2:5 "

@@ -71,7 +71,7 @@ class Breaker:
     def record(self, ok: bool) -> None:
         """Report how an allowed request ended. Answers of any kind are `ok`; no answer in time is not.
 
-        While the breaker is open only a probe can close it: what comes late from before says nothing.
+        While the breaker is open only a probe can close it. Late reports of earlier requests are ignored.
         """
         if ok and not self._failures:
             return
@@ -123,7 +123,7 @@ def _run(
     probe_s: float,
     wait: Callable[[threading.Event, float], bool],
 ) -> None:
-    """Probe until the breaker is closed, or gone: nothing here keeps it while the thread waits."""
+    """Probe until the breaker is closed or garbage collected: the waiting thread has no reference to it."""
     while not wait(ends, probe_s):
         open_breaker = breaker()
         if open_breaker is None or open_breaker._probed():
@@ -132,7 +132,7 @@ def _run(
 
 
 def probe_of(blocks: BlockCache, timeout_s: float = _PROBE_TIMEOUT_S) -> Callable[[], bool]:
-    """A probe that does what a request would: attach, make the layout known, and hear from the daemon."""
+    """A probe that makes a request's calls: attach, open the layout, and wait for the daemon's answer."""
 
     def probe() -> bool:
         blocks.ping(timeout_s)
@@ -142,5 +142,5 @@ def probe_of(blocks: BlockCache, timeout_s: float = _PROBE_TIMEOUT_S) -> Callabl
 
 
 def answered(error: KVError | None) -> bool:
-    """Whether the daemon answered a request that ended so. A refusal is an answer too."""
+    """Whether a request that ended with this error got an answer from the daemon. A refusal is an answer too."""
     return type(error) not in (DaemonUnavailable, DeadlineExceeded)

@@ -28,12 +28,12 @@ from kvservice_adapter.fit import Fit
 _MEMORY_S = 600.0
 _FIXED_LOAD_S_MAX = 0.005
 _RECENT_OVERHEADS = 5
-_LEARN_S_MIN = 0.005  # What is computed faster than this is not worth a load to find out how long loads take.
-_MARGIN = 0.05  # By how much the mixed plan has to be faster: it is the one with the most that can go wrong.
+_LEARN_S_MIN = 0.005  # A history that is computed faster than this is not loaded just to measure loads.
+_MARGIN = 0.05  # The mixed plan must be faster by this share, because more can fail in it.
 
 
 class Kind(StrEnum):
-    """What becomes of a history."""
+    """How a history gets into the cache."""
 
     LOAD = "load"
     RECOMPUTE = "recompute"
@@ -48,12 +48,12 @@ class Rates:
 
         a + b * n + g * n * (c + n / 2)
 
-    for each forward has its costs, each token its matrices, and each pair of tokens its attention.
+    because each forward has a fixed cost, each token its matrices, and each pair of tokens its attention.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, memory_s: float = _MEMORY_S) -> None:
-        """Where nothing was loaded for `memory_s`, loads are measured again: else what was slow once were never tried
-        again."""
+        """After `memory_s` without a load, loads are measured again. Otherwise a transport that was slow once would
+        never be tried again."""
         self._clock = clock
         self._memory_s = memory_s
         self._lock = threading.Lock()
@@ -77,13 +77,13 @@ class Rates:
             fit.observe((size_bytes.bit_length(),), (float(size_bytes), 1.0), seconds / (1 + loads_ahead))
 
     def observe_prefill(self, new_tokens: int, context_tokens: int, seconds: float) -> None:
-        """A forward over so many new tokens, after so many whose KV was there, took so long without waits."""
+        """A forward over `new_tokens` tokens after `context_tokens` cached ones took `seconds`, without its waits."""
         order = (new_tokens.bit_length(), context_tokens.bit_length())
         with self._lock:
             self._prefill.observe(order, _prefill_terms(new_tokens, context_tokens), seconds)
 
     def observe_overhead(self, seconds: float) -> None:
-        """What a request that loads pays besides the load: preparing it, and putting the cache together."""
+        """A request with a load spent this much besides the load: on preparing it, and on making the cache."""
         with self._lock:
             self._overheads_s = [*self._overheads_s[1 - _RECENT_OVERHEADS :], seconds]
 
@@ -151,7 +151,7 @@ def plan(
 
     `bytes_per_token` is that of all layers together. The new tokens are computed layer by layer while the layers of
     the history are loaded; with `layers` 1, only once all is there. `edges` are where the history's blocks begin, if
-    they are not all of `block_tokens`. Where nothing was measured yet the history is loaded: so it gets measured.
+    they are not all of `block_tokens`. Without measurements the history is loaded, which measures loads.
     """
     if not history_tokens:
         return Plan(Kind.RECOMPUTE, 0, 0, {}, "there is no history")
@@ -206,7 +206,7 @@ class _Estimates:
         return self._rates.prefill_s(self._history_tokens + self._new_tokens)
 
     def load_s(self) -> float | None:
-        """None where loads were not measured. Computing that was not measured counts nothing."""
+        """None if loads were not measured. Computing that was not measured counts as 0."""
         parts = self.parts_s(0)
         return None if parts is None else max(parts)
 
@@ -230,7 +230,7 @@ class _Estimates:
 def _best_head(starts: Sequence[int], estimates: _Estimates) -> tuple[int, float] | None:
     """The block's edge up to which to compute, and what that takes. None where there is no edge.
 
-    The further the edge, the later the head is there and the earlier the rest: best is where they meet.
+    A later edge makes the head's time longer and the rest's time shorter; the best edge makes them equal.
     """
 
     def parts_s(index: int) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""How long something takes, learned from how long it took: a few terms fitted to a bounded number of observations."""
+"""Predicts durations from earlier ones: a few terms are fitted to a bounded number of observations."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Fit:
     """
 
     def __init__(self, fixed_s_max: float = 0.0) -> None:
-        """`fixed_s_max`: as long as nothing tells, up to this much of the least observation, and half of it at
-        most, is thought to be the second term's, which then must be the constant 1."""
+        """`fixed_s_max`: while the observations do not separate the terms, up to this part of the shortest
+        duration, and at most half of it, is attributed to the second term, which must be the constant 1."""
         self._fixed_s_max = fixed_s_max
         self._kept: dict[tuple[int, ...], deque[_Observation]] = {}
         self._recent: deque[_Observation] = deque(maxlen=_RECENT)
@@ -47,7 +47,7 @@ class Fit:
         return self._coefficients is not None
 
     def observe(self, order: tuple[int, ...], terms: Terms, seconds: float) -> None:
-        """`order` is the observation's order of magnitude. What took no time, or no finite one, teaches nothing."""
+        """`order` is the observation's order of magnitude. Ignored if `seconds` is zero, negative or not finite."""
         if not (0 < seconds < math.inf and terms[0] > 0):
             return
         observation = _Observation(terms, seconds)
@@ -58,7 +58,7 @@ class Fit:
         self._level = float(np.median([each.seconds / self.seconds(each.terms) for each in self._recent]))
 
     def seconds(self, terms: Terms) -> float:
-        """What is expected. Only once it `is_known`."""
+        """The predicted seconds. Call it only if `is_known`."""
         assert self._coefficients is not None, "nothing was observed"
         return self._level * float(self._coefficients @ terms)
 
@@ -116,8 +116,8 @@ def _not_negative(rows: Array, measured: Array, weights: Array, terms_max: int) 
 
 
 def _solved(equations: list[list[float]]) -> list[float] | None:
-    """Gauss-Jordan for a small positive definite matrix, the right side as its last column. None where it has no one
-    solution."""
+    """Gauss-Jordan for a small positive definite matrix, the right side as its last column. None if it has
+    no unique solution."""
     diagonals = [equation[row] for row, equation in enumerate(equations)]
     for pivot, equation in enumerate(equations):
         diagonal = equation[pivot]

@@ -36,7 +36,7 @@ class LayerSource(Protocol):
         called there too, and `pages_of_layer` must be called nowhere else. `next` is called only when the event before
         it is done, and only as far ahead as the read buffer allows, so a source may reuse a layer's staging then. The
         iterator ends after the last layer. Closing it earlier ends the load: on return nothing writes into the pages
-        any more. Whatever the iterator raises fails the load.
+        any more. Any exception of the iterator fails the load.
         """
 
 

@@ -7,9 +7,9 @@
     for layer in model:                 # in the engine's forward pass
         pages = loader.wait(layer)      # its keys and values are there
 
-Threads: the engine's thread calls the loader; the stream's thread calls the source, `pages_of_layer` and `release`, one
+Threads: the engine's thread calls the loader. The stream's thread calls the source, `pages_of_layer` and `release`, one
 layer at a time. So several loads take turns on one stream, and a load whose buffer is full occupies no thread.
-The arrays of a layer are the engine's from `wait` on; before that only the stream may touch them.
+The engine owns the arrays of a layer from `wait` on; before that only the stream may access them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LoadReport:
     first_layer_s: float = 0.0  # From the start to the first layer in the engine's pages.
     total_s: float = 0.0  # From the start to the last layer that was loaded.
     busy_s: float = 0.0  # Of it, loading: without the pauses of a full buffer.
-    waited_s: list[float] = field(default_factory=list)  # By layer: how long the engine was kept.
+    waited_s: list[float] = field(default_factory=list)  # By layer: how long the engine waited.
     error: Exception | None = None
 
     @property
@@ -92,7 +92,7 @@ class LayerLoader:
         self._load.request_runs()
 
     def wait(self, layer: int, timeout_s: float | None = None) -> Pages:
-        """The pages of a layer, filled: they are the engine's from now on. Layers are taken in order, each once.
+        """The filled pages of a layer, which the engine owns from now on. Layers are taken in order, each once.
 
         Raises LoadFailed where it is not there after `timeout_s`, or where loading has failed or was ended
         before; then within no time. Layers that were loaded before the failure can still be taken.
@@ -150,7 +150,7 @@ class _Loading:
         self._begun: list[BegunLayer | None] = []  # None: taken. The pages are held no longer than that.
         self._iterator: Iterator[BegunLayer] | None = None
         self._awaited = -1  # The layer that the engine asked for last.
-        self._on_stream = False  # A piece of work of ours is there: no second one is given.
+        self._on_stream = False  # Work of this load is queued on the stream: no second piece is queued.
         self._ended = False
         self._started_s = 0.0
         self.is_done = False
@@ -188,7 +188,7 @@ class _Loading:
         self.go_on()
 
     def go_on(self) -> None:
-        """Give the stream the next layer to load, where the buffer has room."""
+        """Queue the next layer on the stream, if the buffer has room."""
         with self._changed:
             if self._on_stream or self.is_done or not (self._ended or self._buffer.may_load):
                 return
@@ -230,7 +230,7 @@ class _Loading:
 
     def _copied(self, event: Event, begin_s: float, size_bytes: int) -> None:
         """A layer is in the engine's pages. The next one, if it is time; others' work may come first."""
-        if not event.is_done and not self._ended:  # It is not of this stream. Other loads take their turns meanwhile.
+        if not event.is_done and not self._ended:  # The event is of another stream. Other loads run meanwhile.
             event.wait(_TURN_S)
             try:
                 self._stream.submit(partial(self._copied, event, begin_s, size_bytes))
@@ -249,17 +249,17 @@ class _Loading:
         if report.layers == self._buffer.layer_count:
             assert self._iterator is not None
             with suppress(Exception):
-                next(self._iterator, None)  # Runs the load to its end: closed before that it would count as broken off.
+                next(self._iterator, None)  # Runs the load to its end: closed before that, it would count as cancelled.
             self._end()
             return
         with self._changed:
             self._on_stream = False
-            if self._awaited >= report.layers - 1:  # Taken as soon as the engine's thread wakes: go on before that.
+            if self._awaited >= report.layers - 1:  # The engine's thread wakes later.
                 self._buffer.taken = max(self._buffer.taken, report.layers)
         self.go_on()
 
     def _end(self, error: Exception | None = None) -> None:
-        """Close the load and free the lease; nothing of ours is on the stream any more."""
+        """Close the load and release the lease. No work of this load is on the stream any more."""
         if self.is_done:
             return
         self._stop(error)
@@ -273,7 +273,7 @@ class _Loading:
             self._changed.notify_all()
 
     def _stop(self, error: Exception | None) -> None:
-        """Load nothing more, and let the engine know."""
+        """Stop loading, and wake the engine's thread."""
         with self._changed:
             self.report.error = self.report.error or error
             self._ended = True

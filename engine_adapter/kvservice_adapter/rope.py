@@ -7,7 +7,7 @@
 
 Rotary encoding turns each pair of a key's dims by an angle in proportion to the position: R(p). Rotations
 compose, so a key of position p becomes the one of position q by R(q - p). The factor that YaRN puts on
-keys is in them already. Arithmetic is fp32 whatever the keys are; keys whose position does not change
+keys is in them already. Arithmetic is fp32 for every dtype of the keys; keys whose position does not change
 are not touched. Layers may rotate in different ways (Gemma 3: another base where attention is local).
 """
 
@@ -41,7 +41,8 @@ class Rope:
 
     `frequencies`: angle per position in radians, fp32 ``[dims / 2]``; `attention_scaling`: the factor on rotated
     keys. Above `tokens_max` tokens in one prompt the frequencies are others (dynamic NTK): neither save nor
-    reuse KV there. None: they never change. `rotates_in_fp32`: whether the engine does, whatever its keys are.
+    reuse KV there. None: they never change. `rotates_in_fp32`: whether the engine rotates in fp32, for every dtype of
+    its keys.
     """
 
     frequencies: torch.Tensor
@@ -132,7 +133,7 @@ class Rope:
         return Rotation((Stretch(0, len(positions), cos, -sin),), self.pairing)
 
     def _angles(self, positions: Positions) -> tuple[torch.Tensor, torch.Tensor]:
-        """fp32 throughout, as models compute them: what is rotated here is to be what the model rotates."""
+        """fp32 throughout, as models compute them, so that keys rotated here equal the model's own."""
         angles = torch.from_numpy(np.asarray(positions, np.float32))[:, None] * self.frequencies
         return angles.cos(), angles.sin()
 
@@ -157,8 +158,8 @@ class ModelRopes:
         """A transformers model's own rotations, tried on the model itself.
 
         The model computes a few tokens at two places, and the keys of every layer must be each other's
-        rotation. So layers without rotary encoding, norms after it and whatever else the configuration
-        does not tell are found. Raises UnsupportedRotation with the reason.
+        rotation. This finds layers without rotary encoding, norms after it, and everything else that the
+        configuration does not state. Raises UnsupportedRotation with the reason.
         """
         given = frequencies_of_layers(model)
         pairing = pairing_of(model)

@@ -1,4 +1,4 @@
-"""What a transformers model says, and what its code tells, about how it rotates keys."""
+"""How a transformers model rotates keys, read from its configuration and from its code."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def rotaries_of(model: Any, layer_count: int) -> list[Rotary]:
 
 
 class OwnFrequencies(NamedTuple):
-    """What a model's code rotates keys with."""
+    """The frequencies and the factor with which a model's code rotates keys."""
 
     kind: str
     frequencies: torch.Tensor
@@ -74,7 +74,7 @@ class LayerFrequencies(NamedTuple):
 
 
 def frequencies_of_layers(model: Any) -> LayerFrequencies:
-    """What the model's code rotates the keys of each layer with. Raises UnsupportedRotation."""
+    """The rotation parameters that the model's code uses in each layer. Raises UnsupportedRotation."""
     parameters = getattr(model.config, "rope_parameters", None) or {}
     types = _layer_types(model)
     if types is not None:
@@ -120,7 +120,7 @@ def _frequencies_of_type(model: Any, layer_type: str) -> torch.Tensor:
 
 
 def _named(model: Any, name: str) -> list[Any]:
-    """An attribute of the model's modules, of all that have it."""
+    """The values of an attribute, of all modules of the model that have it."""
     return [getattr(each, name) for each in model.modules() if getattr(each, name, None) is not None]
 
 
@@ -131,7 +131,7 @@ def _rotary_of_type(model: Any, layer_type: str, parameters: Mapping[str, Any]) 
     if not all(value is None or isinstance(value, (int, float)) for value in numbers.values()):
         raise UnsupportedRotation(f"the rotary parameters {numbers} are not plain numbers")
     given = [(name, float(value)) for name, value in numbers.items() if value is not None]
-    # What the model really computes with, whatever its configuration says.
+    # The frequencies that the model computes with; they may differ from its configuration.
     given.append(("frequencies_crc32", float(_checksum(frequencies))))
     pairing, unknown = _named_pairing(model)
     return Rotary(kind, pairing, 2 * frequencies.numel(), float(parameters["rope_theta"]), (*given, *unknown))
@@ -149,7 +149,7 @@ def _named_pairing(model: Any) -> tuple[str, tuple[tuple[str, float], ...]]:
 
 
 def pairing_of(model: Any) -> str:
-    """Which two dims turn together, asked of the model's own code: no configuration says it."""
+    """Which two dims are rotated together. Found by calling the model's code, because no configuration states it."""
     rotate_half = getattr(sys.modules[type(model).__module__], "rotate_half", None)
     if rotate_half is None:
         raise UnsupportedRotation(f"how {type(model).__name__} pairs the dims of its rotary encoding is not known")

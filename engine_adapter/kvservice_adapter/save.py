@@ -1,11 +1,11 @@
-"""Asynchronous saving: what the engine has computed is copied and sent while it goes on.
+"""Asynchronous saves: the KV that the engine has computed is copied and sent while the engine computes on.
 
     job = saver.begin(chain)                    # None: there is no room for it now
     for layer in model:                         # in the engine's forward pass
         job.layer(layer, pages)                 # gathered on the write stream while the next layer computes
     job.commit()                                # sent from a thread of the saver's
 
-What waits to be sent lies in staging, which is bounded. Where it is full a save is dropped and counted:
+Blocks wait for the sending thread in staging, whose size is bounded. If staging is full, a save is dropped and counted:
 the engine never waits, and never sees an error of the daemon's.
 """
 
@@ -59,7 +59,7 @@ class LayerSaver:
         self._changed = threading.Condition()
         self._stats = SaverStats()
         self._jobs = 0  # That hold staging.
-        self._ending = 0  # Of them, those that were committed or abandoned.
+        self._ending = 0  # How many of them were committed or abandoned.
         self._closed = False
         self._lines = RateLimitedLog(log)
 
@@ -75,11 +75,11 @@ class LayerSaver:
 
     @property
     def staged_bytes(self) -> int:
-        """How much of it is in use."""
+        """Bytes of staging in use."""
         return self._staging.lent_bytes
 
     def begin(self, chain: BlockChain) -> SaveJob | None:
-        """Room for the blocks of a chain, of which only the last may be partial. Never waits.
+        """Reserve staging for the blocks of a chain, of which only the last may be partial. Never waits.
 
         None where staging has no room, or the saver is closed: the save is dropped, and counted.
         """
@@ -99,7 +99,7 @@ class LayerSaver:
         return self._blocks.layout.group_of(self._blocks.shard.layer_begin + layer)
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until what was committed so far, or abandoned, has ended. Whether it has."""
+        """Wait until all jobs that were committed or abandoned so far have ended. Returns whether they have."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._ending, timeout_s)
 
@@ -181,11 +181,11 @@ class LayerSaver:
 
 @dataclass(slots=True)
 class _Work:
-    """What of a job outlives it."""
+    """The part of a job that exists until its staging is free."""
 
     chain: BlockChain
-    memory: Bytes  # From staging, which gets it back.
-    layers: list[Bytes]  # It, cut into layers.
+    memory: Bytes  # Of the staging, which releases it at the end.
+    layers: list[Bytes]  # The same memory, cut into layers.
     events: dict[int, Event]
     is_committed: bool = False
     durability: Durability = Durability.DRAM

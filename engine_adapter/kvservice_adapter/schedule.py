@@ -36,7 +36,7 @@ class ReadBuffer:
 
 
 def perfect_buffer_layers(layers: int, load_s: Time, compute_s: Time) -> int:
-    """The least k with which computing never waits: ceil(n - (n-1) c / l), and at least 1 of what is loaded at all.
+    """The least k with which computing never waits: ceil(n - (n-1) c / l), and at least 1 if anything is loaded.
 
     Times of one layer, or of all.
     """

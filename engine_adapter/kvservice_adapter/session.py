@@ -1,4 +1,4 @@
-"""A conversation as its engine knows it: all of its tokens, and where it was cut.
+"""A conversation on the engine's side: all of its tokens, and where it was cut.
 
     conversation = Conversation("chat-17")
     history = connector.restore(input_ids, conversation=conversation)
@@ -7,9 +7,9 @@
     connector.truncate(conversation, keep)           # the context overflows: some tokens leave
     input_ids = [*conversation.token_ids, *new]      # what is left, and the next message
 
-The tokens that are left do not say what was dropped, and their KV was computed with it in sight. So the log keeps all
-tokens, four bytes each: the key of the session's tip follows from them. A session with another tip is not this
-conversation.
+The remaining tokens do not show which tokens were dropped, but their KV was computed with attention to those. So the
+log keeps all tokens, at four bytes per token: the key of the session's tip follows from them. A session with another
+tip is not this conversation.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Ranges = tuple[tuple[int, int], ...]
 
 
 class Keys(NamedTuple):
-    """What a chain of keys depends on besides its tokens."""
+    """The inputs of a chain's keys other than its tokens."""
 
     layout: Layout
     salt: bytes = b""
@@ -57,7 +57,7 @@ class Keys(NamedTuple):
 
         `hidden` ``[token]`` marks tokens that the attention mask hides from all others. They change the KV of what
         follows them, so blocks with such tokens, and all blocks after them, have other keys. Raises InvalidRequest
-        for what is no token id.
+        for an invalid token id.
         """
         size = self.layout.block_tokens
         extras = [self.extra] * -(-len(token_ids) // size)

@@ -1,4 +1,4 @@
-"""A device for torch's tensors that do not lie in host memory, and the one place where a device is chosen by default.
+"""A device for torch tensors that are not in host memory, and the only place where a device is chosen by default.
 
 Its streams' threads copy with torch, through pageable host memory; the engine's thread copies nothing. Not tried on an
 accelerator: the contract suite runs it on tensors of the CPU.
@@ -22,7 +22,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def device_for(place: torch.device) -> Device:
-    """The device for an engine that computes there and was given none."""
+    """The default device for an engine that computes on this torch device."""
     return CpuDevice() if place.type == "cpu" else TorchDevice()
 
 
@@ -58,6 +58,6 @@ class _TorchStream(CpuStream):
         tensor = pages.key_view.array
         if isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu":
             computed = torch.Event(device=tensor.device)
-            computed.record()  # After what the engine's own stream has to compute.
+            computed.record()  # After the work that is queued on the engine's own stream.
             self.submit(computed.synchronize)
         return super().gather(pages, token_counts, into, rotation)

@@ -39,8 +39,8 @@ def keep_on_overflow(
     are no sinks there: `sink_tokens=0`). Nothing, where not even the sinks fit.
 
     With `block_tokens`, what follows the cut begins where a block does, at a multiple of it; or, in a history
-    that was cut before, after one of `block_ends` (ascending). Rather more leaves than less; where no later
-    block begins, all but the sinks. Raises InvalidRequest for settings under which no history could stay.
+    that was cut before, after one of `block_ends` (ascending). More tokens leave if needed; if no later
+    block begins, all but the sinks leave. Raises InvalidRequest for settings under which no history could stay.
     """
     _check(token_count, window, new_tokens, ratio, sink_tokens, block_tokens)
     if token_count + new_tokens <= window:
@@ -48,7 +48,7 @@ def keep_on_overflow(
     sinks = min(sink_tokens, token_count)
     if sinks + new_tokens > window:
         return []
-    first = sinks  # Of what stays besides the sinks.
+    first = sinks  # The first token after the cut.
     while sinks + (token_count - first) + new_tokens > window:
         first += math.ceil((token_count - first) * ratio)
         if block_ends is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 Message = dict[str, str]
 
-SYSTEM = "You are a patient librarian. Answer in a few plain sentences, and only from what you were told."
+SYSTEM = "You are a patient librarian. Answer in a few plain sentences, and only from the text that you have."
 
 _CHAPTERS = (
     """The island of Harrow lies nine miles off the coast and has one railway. It was built in 1887 by a
@@ -52,7 +52,7 @@ _CHAPTERS = (
     them and take the measurement for themselves.""",
     """During the second war the island had a garrison of two hundred men, and the railway carried them and
     everything they ate. The engines were painted grey, the station signs were taken down, and the lamps were
-    covered with blue paper. Nobody could explain how an invader who had reached the island might be confused
+    covered with blue paper. It was not clear how an invader who had reached the island might be confused
     by the lack of five signs, when there was only one railway line to follow. In 1943 a small aircraft ran
     out of fuel and landed on the straight stretch north of Mill Lane, between two trains. Its pilot, a young
     woman named Ruth Adler, walked to the station, asked for the timetable, and worked out that she had

@@ -142,10 +142,10 @@ class BlockIndex:
     def create(
         cls, directory: Path, *, map_bytes: int, meta: Mapping[bytes, bytes], layouts: Mapping[bytes, bytes]
     ) -> BlockIndex:
-        """Make the durable index of a store whose own was lost, in a folder that is not there yet.
+        """Create the durable index of a store that lost its own, in a folder that does not exist yet.
 
-        `meta` and `layouts` are entries as they stood in the lost one, what must be there is added. Raises
-        StoreDamaged where `meta` names no store; StorageFailed.
+        `meta` and `layouts` are the lost index's entries; missing required entries are added. Raises StoreDamaged
+        if `meta` names no store, and StorageFailed.
         """
         known = {key: value for key, value in meta.items() if key in _META_KEYS}
         durable = Environment(directory, map_bytes=map_bytes, durable=True)
@@ -167,8 +167,8 @@ class BlockIndex:
     ) -> str:
         """Open the index of the arena. Returns why it was emptied, or "" where it was kept.
 
-        Where there was one before, it is noted for good that it was emptied, and why: `why_new`, if the
-        arena itself is new. Its keys are then in `emptied_keys`, if it can still be read.
+        If there was one before, the index records permanently that it was emptied, and why (`why_new` if the
+        arena itself is new). Its keys are then in `emptied_keys`, if it can still be read.
         """
         why_emptied = self.adopt_volatile(directory, arena_id, map_bytes=map_bytes)
         if why_emptied:
@@ -208,7 +208,7 @@ class BlockIndex:
             volatile.close()
             return str(error)
         expected = self._volatile_meta(arena_id)
-        # What lies in a volatile index is the same in every schema so far, so that it may have another of them.
+        # The content of a volatile index is the same in all schemas so far, so another schema is accepted.
         has_other_schema = found.get(SCHEMA_KEY) != expected[SCHEMA_KEY] and schema_of(found) in range(1, SCHEMA + 1)
         wrong = [key.decode() for key, value in expected.items() if found.get(key) != value]
         if wrong and not (has_other_schema and wrong == [SCHEMA_KEY.decode()]):
@@ -371,7 +371,7 @@ class BlockIndex:
         return self._environments[TierName.SSD].put(SESSIONS, [manifest.name], lambda: [encode_manifest(manifest)])
 
     def put_session_values(self, values: Mapping[bytes, bytes]) -> asyncio.Future[None]:
-        """Record sessions as they stood in a lost index, by name. Done once on disk. IndexFull, StorageFailed."""
+        """Record the sessions of a lost index, by name. Done once on disk. IndexFull, StorageFailed."""
         return self._environments[TierName.SSD].put(SESSIONS, list(values), lambda: list(values.values()))
 
     def delete_sessions(self, names: Sequence[bytes]) -> asyncio.Future[None]:

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 SECRET_NAME = "descriptor_secret"
 
-# In the index, beside its schema: the same as in the file, for when that is lost.
+# A key in the index, beside its schema, with a copy of the file's content in case the file is lost.
 DESCRIPTORS_KEY = b"descriptors"
 _ALL, _LATER = b"all", b"later"
 
@@ -49,7 +49,7 @@ class DescriptorSecret:
 
     @property
     def mark(self) -> bytes:
-        """What the index has under DESCRIPTORS_KEY."""
+        """The index's value under DESCRIPTORS_KEY."""
         return _ALL if self.every_block else _LATER
 
 
@@ -75,8 +75,8 @@ def read_secret(store: Path) -> DescriptorSecret | None:
 def open_secret(store: Path, meta: Mapping[bytes, bytes]) -> DescriptorSecret:
     """The store's secret. A new one where there is none; it is on disk on return. For the daemon's start.
 
-    `meta` is what the index says of the store; empty for a new store. Where the file cannot be read or written, the
-    secret is in memory alone: the daemon serves, the file stays as it is, and the next start tries again.
+    `meta` has the index's entries about the store; empty for a new store. If the file cannot be read or written, the
+    secret is only in memory: the daemon serves, the file stays as it is, and the next start tries again.
     """
     path = store / SECRET_NAME
     made = DescriptorSecret.new(every_block=has_all_descriptors(meta))

@@ -108,7 +108,7 @@ class Environment:
     def keep_notes(self, path: Path) -> None:
         """Note in a file outside of the environment which transaction was the last, from now on.
 
-        So an older copy of the folder is told from the newest: `is_older_copy`. While nothing else is pending.
+        So an older copy of the folder is recognized: `is_older_copy`. Call it while nothing else is pending.
         Raises StorageFailed.
         """
         with self._env_lock, _as_store_errors(path):
@@ -118,11 +118,11 @@ class Environment:
                 self._note(txn.id())
 
     def put(self, database: bytes, keys: Sequence[bytes], encode: Encode) -> asyncio.Future[None]:
-        """Store `encode()`'s values under `keys`. Done once committed; IndexFull, StorageFailed.
+        """Store `encode()`'s values under `keys`. The future is done once committed; errors: IndexFull, StorageFailed.
 
         Changes are applied in the order of submission. A put that failed may still have reached the
-        disk, and cancelling the future cancels the waiting only: delete the keys before what they
-        name is used for something else.
+        disk, and cancelling the future cancels only the wait: delete the keys before the extents that
+        they name are reserved again.
         """
         return self._submit(_Change(database, keys, encode, asyncio.get_running_loop().create_future()))
 
@@ -267,8 +267,8 @@ class Environment:
 
     def _account(self, used_pages: int) -> None:
         self.used_bytes = used_pages * _PAGE_BYTES
-        # A key changes a page or two, each is written anew, and pages freed by one transaction can
-        # be used only by the one after the next: so a batch takes an eighth of what is free.
+        # A key changes one or two pages, and LMDB writes a new copy of each. Pages that one transaction
+        # frees can be used only by the one after the next. So a batch takes an eighth of the free pages.
         free_pages = self.map_bytes // _PAGE_BYTES - used_pages
         self._batch_keys_max = min(max(free_pages // 8, _BATCH_KEYS_MIN), _BATCH_KEYS_MAX)
 

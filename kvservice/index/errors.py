@@ -3,15 +3,15 @@
 * StoreError
   x StoreLocked   stop the other process, or name another store
   x StoreTooNew   run the KVService that wrote the store, or a newer one
-  x StoreDamaged  restore the index from a copy, have `kvservice check --repair` save what can be saved or
-                  `kvservice check --rebuild` look for the blocks, or start a new store
+  x StoreDamaged  restore the index from a copy, run `kvservice check --repair` to save sound records or
+                  `kvservice check --rebuild` to find the blocks in the SSD files, or start a new store
 """
 
 from __future__ import annotations
 
 
 class StoreError(Exception):
-    """Base of what keeps a store from being opened. The message says what the operator can do."""
+    """Base of the reasons why a store cannot be opened. The message says what the operator can do."""
 
 
 class StoreLocked(StoreError):

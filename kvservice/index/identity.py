@@ -1,4 +1,4 @@
-"""What a store is: its id, the schema of its index, and whether it was made before."""
+"""The identity of a store: its id, the schema of its index, and whether it existed before this start."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _BLANK_BYTES_AT_ONCE = 1 << 20
 
 
 def traces_of_store(directory: Path, ssd_files: Iterable[Path] = ()) -> list[Path]:
-    """What says that the store of the index in `directory` was made before. Raises StorageFailed."""
+    """The evidence that the store of the index in `directory` existed before. Raises StorageFailed."""
     store = directory.parent
     try:
         candidates = dict.fromkeys([store / IDENTITY_NAME, *sorted(store.glob("ssd-*.kv")), *ssd_files])
@@ -51,7 +51,7 @@ def read_identity(store: Path) -> bytes:
 
 
 def write_identity(store: Path, store_id: bytes) -> None:
-    """Write the store's identity file, in the place of what it has. Raises OSError."""
+    """Write the store's identity file; replaces an existing one. Raises OSError."""
     write_durably(store / IDENTITY_NAME, f"{store_id.hex()}\n".encode())
 
 
@@ -80,8 +80,8 @@ def _is_blank(path: Path) -> bool:
 
 
 def clear_blank(path: Path) -> None:
-    """What a first start left that was cut off, maybe by a power cut, is no index yet."""
-    with contextlib.suppress(OSError):  # Opening says better what is wrong.
+    """A file that an interrupted first start left, such as after a power cut, is not an index yet."""
+    with contextlib.suppress(OSError):  # Opening it gives a better error.
         if _is_blank(path):
             path.unlink()
 
@@ -101,7 +101,7 @@ def check_identity(directory: Path, store_id: bytes, *, note: bool) -> None:
     if not found and note:
         try:
             write_identity(store, store_id)
-        except OSError as error:  # The SSD files tell too that the store was made. The next start tries again.
+        except OSError as error:  # The SSD files also show that the store existed. The next start tries again.
             log.warning("%s could not be written: %s", store / IDENTITY_NAME, error.strerror)
 
 

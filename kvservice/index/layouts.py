@@ -21,7 +21,7 @@ from kvservice_api.v1 import types_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-# Beside the index: one file per layout, named by its fingerprint, with what the index has of it.
+# Beside the index: one file per layout, named by its fingerprint, with a copy of its entry.
 LAYOUTS_NAME = "layouts"
 
 NEXT_LAYOUT_KEY = b"next_layout_id"
@@ -35,7 +35,7 @@ class LayoutEntries:
     """The layouts that a store knows. All methods are for the event loop's thread."""
 
     def __init__(self, store: Path, durable: Environment, layouts_max: int, counter: bytes | None) -> None:
-        """Read the entries of the durable index. `counter` is what it has under NEXT_LAYOUT_KEY."""
+        """Read the entries of the durable index. `counter` is its value under NEXT_LAYOUT_KEY."""
         self._folder = store / LAYOUTS_NAME
         self._durable = durable
         self._max = layouts_max
@@ -85,7 +85,7 @@ class LayoutEntries:
         if fingerprint not in self._ids:
             self.expect_room(fingerprint)
             commit = self._in_flight.get(fingerprint) or self._commit(layout)
-            await asyncio.shield(commit)  # Another caller may wait for the same.
+            await asyncio.shield(commit)  # Another caller may wait for the same layout.
         return self._ids[fingerprint]
 
     def _commit(self, layout: Layout) -> asyncio.Future[tuple[None, None]]:
@@ -128,7 +128,7 @@ class LayoutEntries:
         return len(unused)
 
     def restore(self) -> int:
-        """Write the damaged entries again that have a sound copy. How many. Raises StorageFailed.
+        """Write the damaged entries that have a sound copy again. Returns their number. Raises StorageFailed.
 
         To be called while nothing waits for a commit.
         """
@@ -158,7 +158,7 @@ class LayoutEntries:
     def _write_copy(self, fingerprint: bytes, value: bytes) -> None:
         """Keep a layout's entry in a file of its own, too, for when the index is lost.
 
-        Where that cannot be written, as on a full disk, the store serves all the same: the next start tries again.
+        If it cannot be written, such as on a full disk, the store still serves: the next start tries again.
         """
         path = self._folder / fingerprint.hex()
         try:

@@ -1,4 +1,4 @@
-"""The pages of an LMDB file, read without LMDB: whether they are sound, and what can be saved of them.
+"""Reads the pages of an LMDB file without LMDB: checks whether they are sound, and salvages their records.
 
 LMDB trusts its file. A damaged page, or a file that is shorter than its pages, ends the process by
 SIGSEGV, SIGBUS or an assertion. So the pages are checked before LMDB maps them. The format is that of LMDB
@@ -12,7 +12,7 @@ SIGSEGV, SIGBUS or an assertion. So the pages are checked before LMDB maps them.
                   | last page u64 | transaction u64 |                 the page of the later transaction counts
     free tree     | transaction u64 | list of the pages that this transaction freed |   keys are in host order
 
-A bit flipped in a key's or a value's bytes is no fault of the pages: records have a CRC for that.
+A flipped bit in the bytes of a key or a value is not detected here: records have a CRC for that.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ SLICE = np.dtype(
         ("token_count", "<u4"),
         ("block_tokens", "<u4"),
         ("positions_at", "<i4"),  # Where the positions of its tokens begin in the manifest's, or -1.
-        ("stored_position", "<i8"),  # Of its first token; the others follow on it. -1: see positions, or none.
+        ("stored_position", "<i8"),  # Of its first token; the others' are consecutive. -1: see positions, or none.
     ]
 )
 assert SLICE.itemsize == 56  # On-disk format: another size needs another version.

@@ -20,7 +20,7 @@ class AddressUnusable(RuntimeError):
 
 
 def why_unusable(address: str) -> str:
-    """Why the daemon cannot listen at this host:port now: gRPC itself does not tell. Tries it with a socket."""
+    """Why the daemon cannot listen on this host:port now. Tries it with a socket, because gRPC gives no reason."""
     try:
         family, kind, protocol, _, place = socket.getaddrinfo(
             *parse_listen_address(address), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -35,7 +35,7 @@ def why_unusable(address: str) -> str:
 
 
 def reason(error: OSError) -> str:
-    """What is wrong with an address, and what to do where that is known."""
+    """The error for an address: the reason, and the remedy if one is known."""
     if error.errno == errno.EADDRINUSE:
         return "something else listens there; stop it, or name another address"
     return error.strerror or str(error)
@@ -73,11 +73,11 @@ def _expect_no_listener(path: Path) -> None:
     try:
         is_socket = stat.S_ISSOCK(path.stat().st_mode)
     except OSError:
-        return  # As a rule there is nothing.
+        return  # Usually there is no file.
     if not is_socket:
         raise _unusable(path, "a file that is no socket is in the way; move it, or name another socket")
     with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)  # One that is busy refuses with EAGAIN instead of keeping us waiting.
+        probe.setblocking(False)  # Non-blocking: a busy listener answers EAGAIN instead of blocking us.
         if probe.connect_ex(str(path)) in (0, errno.EAGAIN):
             raise _unusable(path, "another program listens there; stop it, or name another socket")
 

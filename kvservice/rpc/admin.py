@@ -1,4 +1,4 @@
-"""AdminService: what operators ask and do, for ``kvctl``."""
+"""AdminService: the RPCs of ``admin.proto``, for operators and ``kvctl``."""
 
 from __future__ import annotations
 

@@ -24,7 +24,8 @@ _TIERS = {types_pb2.TIER_DRAM: TierName.DRAM, types_pb2.TIER_SSD: TierName.SSD}
 
 class BlockService(InPlaceRpcs):
     def __init__(self, store: BlockStore, *, version: str, residency_directory: Callable[[], str]) -> None:
-        """`residency_directory` tells the path of the file that clients on this host may read; empty: there is none."""
+        """`residency_directory` returns the path of the file that clients on this host may read; empty if there is
+        none."""
         self._store = store
         self._callers = Callers(store)
         self._version = version
@@ -69,7 +70,7 @@ class BlockService(InPlaceRpcs):
         try:
             answer = pb.AttachResponse(client_id=client.client_id, boot_epoch=self._store.boot_epoch)
             await context.write(answer)
-            async for _ in requests:  # Ends when the client closes its side, or is gone.
+            async for _ in requests:  # Ends when the client closes its side, or disconnects.
                 pass
         finally:
             self._store.detach(caller, client)

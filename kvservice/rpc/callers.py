@@ -11,7 +11,7 @@ from kvservice_api.errors import UnknownClient
 
 _LOCAL = "local"
 _ANONYMOUS = "anonymous"
-# What gRPC says of a verified client certificate, the most specific first. The whole subject, not its common name
+# Properties of a verified client certificate in gRPC, the most specific first. The whole subject, not its common name
 # alone: certificates of several organisations may share a common name.
 _NAMES = ("peer_spiffe_id", "x509_subject", "x509_subject_alternative_name", "x509_common_name")
 
@@ -32,7 +32,7 @@ class Callers:
 def principal(peer: str, auth_context: Mapping[str, Iterable[bytes]]) -> str:
     """The name in the client's verified certificate, or what is known without one.
 
-    gRPC does not tell the uid of a UNIX socket's peer: over one, every process that may open it is "local".
+    gRPC does not give the uid of a UNIX socket's peer, so every process that may open the socket is "local".
     """
     for name in _NAMES:
         for value in auth_context.get(name, ()):

@@ -1,4 +1,4 @@
-"""Domain to wire for what operators ask about: blocks, events, misses, requests, drains."""
+"""Domain to wire for operators' queries: blocks, events, misses, requests, drains."""
 
 from __future__ import annotations
 

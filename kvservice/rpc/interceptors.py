@@ -1,4 +1,4 @@
-"""What surrounds every handler: errors become statuses here, so that handlers need no ``try``."""
+"""The interceptor of every handler: it turns errors into statuses, so that handlers need no ``try``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DETAILS_KEY = "grpc-status-details-bin"
 def guarded(handler: Unary, parse: Callable[[bytes], Any] | None = None) -> Unary:
     """A handler that answers once or writes to its context, its errors turned into statuses.
 
-    `parse` reads the one request of a unary call: here, for where grpc does it the caller gets no reason.
+    `parse` reads the request of a unary call here, because a parse error inside grpc gives the caller no reason.
     """
 
     @functools.wraps(handler)
@@ -40,9 +40,9 @@ def guarded(handler: Unary, parse: Callable[[bytes], Any] | None = None) -> Unar
         except grpc.aio.AbortError:
             raise
         except grpc.aio.InternalError as error:
-            # A write failed: the client is gone, and nobody is left to be told. Not worth an error in the log.
+            # A write failed because the client has disconnected: no error for the log, and no client to answer.
             raise asyncio.CancelledError from error
-        except Exception:  # A mistake of ours: it ends this call with a reason in the log, and no other one.
+        except Exception:  # A bug of the daemon: it ends this call only, with its traceback in the log.
             log.exception("a handler failed: %s", handler.__name__)
             await context.abort(grpc.StatusCode.INTERNAL, "internal error; the daemon's log has the details")
 

@@ -1,4 +1,4 @@
-"""What several RPCs of BlockService read from their requests and write into their answers."""
+"""Conversions that several RPCs of BlockService share: fields of requests and of answers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ON_SSD: Mapping[int, bool] = {
 
 
 def save_header(header: pb.SaveHeader) -> tuple[SaveHeader, bool]:
-    """What is to be saved, and whether it is durable on SSD only. Raises InvalidRequest."""
+    """The chain and the shard of a save, and whether it must be durable on SSD. Raises InvalidRequest."""
     if header.durability not in _ON_SSD:  # Never promise less than was asked for.
         raise InvalidRequest(f"no durability has the number {header.durability}", field="durability")
     keys = split_keys(header.keys, field="keys", count_max=SAVE_BLOCKS_MAX)

@@ -1,4 +1,4 @@
-"""Wire to domain, and back, for what the engine's side reports of its requests."""
+"""Wire to domain, and back, for the engine's reports of its requests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvservice_api.v1 import blocks_pb2 as pb
 _TEXT_BYTES_MAX = 200
 _TEXTS = ("client_name", "plan_reason", "outcome_reason", "tier", "transport")
 _COUNTS = ("history_tokens", "new_tokens", "loaded_tokens", "computed_tokens", "loaded_bytes")
-_TIMES = ("estimates", "times")  # Messages: of each the fields that are there are kept, by name.
+_TIMES = ("estimates", "times")  # Messages: the fields that are set are kept, by name.
 _AGO_MS_MAX = 30 * 86_400_000
 _PLANS: Mapping[pb.RequestPlan, str] = {
     pb.REQUEST_PLAN_UNSPECIFIED: "none",
@@ -53,7 +53,7 @@ def report_record(report: pb.RequestReport, now_ms: int) -> ReportRecord:
 
 
 def _durations(message: Message) -> dict[str, float]:
-    """The fields that are there, by name."""
+    """The fields that are set, by name."""
     found: dict[str, float] = {field.name: value for field, value in message.ListFields()}
     for name, value in found.items():
         if not (math.isfinite(value) and value >= 0):

@@ -31,13 +31,13 @@ _CONTROL_BYTES_MAX = 4 << 20  # Keys of a request, mostly.
 
 
 class UnixSocket(NamedTuple):
-    """A socket for this host, in plain: its mode says who may connect."""
+    """A UNIX socket without TLS: its mode decides who may connect."""
 
     path: Path
     mode: int
 
     def listen(self, server: grpc.aio.Server) -> None:
-        """Have the socket made. Nobody gets in between the making and the mode."""
+        """Create the socket. The umask gives it its mode at once, so that no other user can connect before."""
         before = os.umask(0o177)
         try:
             server.add_insecure_port(UnixAddress(str(self.path)).target)
@@ -93,11 +93,11 @@ class Server:
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def refuse_new_work(self) -> None:
-        """Tell load balancers and probes to look elsewhere. What runs goes on."""
+        """Report NOT_SERVING to load balancers and probes. Running calls continue."""
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
 
     async def stop(self, grace_s: float) -> None:
-        """Take no new calls; give running ones `grace_s` to end."""
+        """Accept no new calls, and give running ones `grace_s` seconds to end."""
         await self._server.stop(grace_s)
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
@@ -133,10 +133,10 @@ def _options(frame_bytes: int) -> list[tuple[str, int]]:
         ("grpc.http2.lookahead_bytes", 16 << 20),
         ("grpc.http2.write_buffer_size", 8 << 20),
         ("grpc.http2.bdp_probe", 0),
-        ("grpc.so_reuseport", 0),  # A second daemon on this address is an error, not a twin.
-        ("grpc.keepalive_time_ms", 20_000),  # A client whose host is gone is noticed within half a minute.
+        ("grpc.so_reuseport", 0),  # Refuse to start if another daemon has the address; do not share it.
+        ("grpc.keepalive_time_ms", 20_000),  # Detect a client whose host has failed within 30 seconds.
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.server_handshake_timeout_ms", 10_000),  # Who connects and says nothing is shown out.
+        ("grpc.server_handshake_timeout_ms", 10_000),  # Close connections that do not finish the handshake in time.
     ]

@@ -1,4 +1,4 @@
-"""A session's manifest as the message that travels: in answers, in lists, and with SESSION_CHANGED."""
+"""A session's manifest as a message: in answers, in lists, and with SESSION_CHANGED."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from kvservice_api.errors import SessionChanged
 from kvservice_api.layout import Layout
 from kvservice_api.v1 import sessions_pb2 as pb
 
-_STATUS_BYTES_MAX = 5120  # Of a session in an error: with base64 and the rest, a status may have 8 KiB.
+_STATUS_BYTES_MAX = 5120  # For a session in an error: with base64 and the other fields, a status may have 8 KiB.
 
 
 @contextmanager
 def change_refused() -> Iterator[None]:
-    """A SessionChanged that is raised inside takes the session's message along."""
+    """Attaches the session's message to a SessionChanged that is raised inside."""
     try:
         yield
     except SessionChanged as error:
@@ -27,7 +27,7 @@ def change_refused() -> Iterator[None]:
 
 
 def session_message(session: StoredSession, *, bytes_max: int | None = None) -> pb.Session:
-    """With its slices, unless the message would have more than `bytes_max` then; 0 leaves them out."""
+    """With its slices, unless the message would exceed `bytes_max` bytes; 0 leaves them out."""
     manifest, layout = session
     message = pb.Session(
         session_id=manifest.session_id,

@@ -1,7 +1,7 @@
 """TLS: the certificate, key and client CA that handshakes use, from files that may change meanwhile.
 
-They are read at the start, and again whenever a look at them, once a second, finds them changed. What
-has changed is taken only once a handshake with it works; until then the former ones serve. gRPC asks
+They are read at the start, and again when a check, once per second, finds that they have changed. New
+contents are used only after a handshake with them has worked; until then the old ones stay in use. gRPC asks
 for the latest before each handshake, on threads of its own; the metrics server takes their `context`.
 """
 
@@ -35,7 +35,8 @@ Stamps = tuple[object, ...]
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What the files held at one time, proven by a handshake. PEM; `client_ca` is empty where clients need none."""
+    """The files' contents at one time, tested by a handshake. PEM; `client_ca` is empty if clients need no
+    certificate."""
 
     certificate: bytes
     key: bytes
@@ -61,10 +62,10 @@ class Certificates:
         self._has_told = False
 
     def server_credentials(self) -> grpc.ServerCredentials:
-        """For one port: gRPC remembers there what it was given last."""
+        """Credentials for one port, because gRPC remembers the last contents per port."""
         given = self.latest
 
-        def newer() -> Any:  # grpc's types forget that None says: nothing new.
+        def newer() -> Any:  # grpc's type hints do not allow None, which means: no new contents.
             nonlocal given
             if given is self.latest:
                 return None
@@ -76,7 +77,7 @@ class Certificates:
         )
 
     async def watch(self, counters: Counters) -> NoReturn:
-        """Look at the files for ever. The looks run on a thread: the files may lie on a slow disk."""
+        """Check the files until cancelled. The checks run on a thread, because the files may be on a slow disk."""
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             await asyncio.to_thread(self.look, counters)
@@ -84,8 +85,8 @@ class Certificates:
     def look(self, counters: Counters) -> None:
         """Take the files' contents if they changed and can be used.
 
-        What cannot is looked at again each time. It is refused, and counted, once it was found the same
-        twice: the first time, somebody may be half way through writing.
+        Unusable contents are read again at each check. They are refused, and counted, once two checks found the
+        same contents: at the first check, a program may still be writing the files.
         """
         stamps = file_stamps(self._files.certificate, self._files.key, self._files.client_ca)
         if stamps == self._stamps:
@@ -149,7 +150,7 @@ def _trust(context: ssl.SSLContext, files: TlsSettings, name: str, certificates:
 
 def _load_pair(context: ssl.SSLContext, files: TlsSettings, certificate: bytes, key: bytes) -> None:
     def passphrase() -> str:
-        raise _unusable(files, "key", "has a passphrase, and nobody is there to type it")
+        raise _unusable(files, "key", "has a passphrase, which the daemon cannot ask for")
 
     with _as_file(certificate) as certificate_path, _as_file(key) as key_path:
         try:
@@ -158,7 +159,7 @@ def _load_pair(context: ssl.SSLContext, files: TlsSettings, certificate: bytes, 
             if error.reason == "KEY_VALUES_MISMATCH":
                 reason = f"is not the key of tls.certificate {files.certificate}"
                 raise _unusable(files, "key", reason) from error
-            if error.reason is None:  # OpenSSL found no key between its lines.
+            if error.reason is None:  # OpenSSL found no key between the BEGIN and END lines.
                 raise _unusable(files, "key", "holds no private key in PEM") from error
             raise _unusable(files, "certificate", f"cannot be used: {_reason(error)}") from error
 
@@ -189,7 +190,7 @@ def _shown_in_handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> Mappi
 
 def _check_time(files: TlsSettings, name: str, certificates: Sequence[Mapping[str, object]]) -> None:
     """Raises ConfigError where none of them is valid now."""
-    now_s = time.time()  # The clock on the wall, as clients read it; not one that stood still at our start.
+    now_s = time.time()  # Use the real wall clock, as clients do: the store's clock is start time plus monotonic time.
     latest = max(certificates, key=lambda each: _time_s(each, "notAfter"))
     if (end_s := _time_s(latest, "notAfter")) <= now_s:
         raise _unusable(files, name, f"expired on {_written(end_s)}")

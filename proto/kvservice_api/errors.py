@@ -135,7 +135,7 @@ class NotShared(KVError, code=Code.FAILED_PRECONDITION):
 
 
 class NoWriterLock(KVError, code=Code.FAILED_PRECONDITION):
-    """The client does not hold the lock that tells the daemon that it may be writing."""
+    """The client does not hold the lock by which the daemon knows that it may be writing."""
 
 
 class ReservationEnded(KVError, code=Code.FAILED_PRECONDITION):
@@ -151,7 +151,7 @@ class TicketExpired(KVError, code=Code.FAILED_PRECONDITION):
 
 
 class TicketSpent(KVError, code=Code.FAILED_PRECONDITION):
-    """The lease ticket was adopted as often as its exporter allowed."""
+    """The lease ticket was adopted the maximum number of times that its exporter allowed."""
 
 
 class TicketLayoutMismatch(KVError, code=Code.FAILED_PRECONDITION):
@@ -183,7 +183,7 @@ class RequestNotFound(KVError, code=Code.NOT_FOUND):
 
 
 class SessionNotFound(KVError, code=Code.NOT_FOUND):
-    """There is no such session: it was never begun, was ended, or nobody used it for its time to live."""
+    """There is no such session: it was never begun, was ended, or was not used for its time to live."""
 
 
 class SessionChanged(KVError, code=Code.ABORTED):
@@ -236,4 +236,4 @@ class DaemonUnavailable(KVError, code=Code.UNAVAILABLE):
 
 
 class DeadlineExceeded(KVError, code=Code.DEADLINE_EXCEEDED):
-    """The time that the caller allowed has passed, or the one that the daemon waits for a client to read on."""
+    """The caller's deadline has passed, or the client did not read for as long as the daemon waits."""

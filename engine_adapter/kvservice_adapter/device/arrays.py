@@ -27,8 +27,8 @@ class ArrayView:
     dtype: str  # NumPy's name of the element type, or "bfloat16", "float8_e4m3fn", "float8_e5m2".
     item_bytes: int
     device: tuple[int, int]
-    array: object  # What was given; it keeps the memory alive, with `capsule`.
-    capsule: object = None  # By which DLPack lends it.
+    array: object  # The given object: it keeps the memory alive, with `capsule`.
+    capsule: object = None  # DLPack's handle of the export.
 
     @property
     def is_on_host(self) -> bool:
@@ -43,7 +43,7 @@ class ArrayView:
 def view_of(array: Any) -> ArrayView:
     """Costs microseconds, copies nothing and waits for no stream: the caller orders its work.
 
-    Raises ValueError for what is no array, or an array that cannot be lent.
+    Raises ValueError if it is not an array, or if its memory cannot be exported.
     """
     if isinstance(array, ArrayView):
         return array
@@ -51,7 +51,7 @@ def view_of(array: Any) -> ArrayView:
         return ArrayView(
             array.ctypes.data, array.shape, array.strides, array.dtype.name, array.itemsize, (CPU, 0), array
         )
-    if getattr(array, "requires_grad", False):  # torch lends no memory of tensors that gradients may be asked of.
+    if getattr(array, "requires_grad", False):  # torch does not export the memory of tensors that require gradients.
         array = array.detach()
     try:
         if hasattr(array, "__dlpack__"):

@@ -1,4 +1,4 @@
-"""What the pipelines need of the machine that the engine computes on.
+"""The interface between the pipelines and the machine that the engine computes on.
 
 A stream does work in order, beside the engine's computing. Each piece of work is an event, which the host can wait
 for, or the engine's computing can. Staging is bounded host memory that the device copies to and from fast. An engine's

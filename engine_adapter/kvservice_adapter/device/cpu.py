@@ -75,11 +75,11 @@ class CpuEvent(Event):
 
 
 class _Worker:
-    """Does work in order, on a thread that exists while it is needed. It holds no reference to its stream.
+    """Runs work in order, on a thread that exists only while there is work. It holds no reference to its stream.
 
     Work may be given from a destructor, wherever the garbage collector runs it, and after the collector has
-    dropped the stream: it runs destructors last. The lock is reentrant, for a destructor may run while its thread
-    holds it.
+    dropped the stream: it runs destructors last. The lock is reentrant, because a destructor may run while
+    its thread holds it.
     """
 
     def __init__(self, name: str) -> None:

@@ -82,7 +82,7 @@ class Rotation:
         else:
             first, second = bits[..., 0 : 2 * half : 2], bits[..., 1 : 2 * half : 2]
         a, b = _floats(first, dtype), _floats(second, dtype)
-        # A key that is no number stays none; rounding to halves may overflow, as it does in any engine.
+        # A NaN stays a NaN. Rounding to halves may overflow, as it does in any engine.
         with np.errstate(invalid="ignore", over="ignore"):
             if self.in_fp32 or dtype == "float32":
                 turned, other = a * cos - b * sin, b * cos + a * sin
@@ -117,7 +117,7 @@ def _bits(values: Floats, dtype: str) -> NDArray[Any]:
     if dtype == "float16":
         return values.astype(np.float16).view(np.uint16)
     bits = values.view(np.uint32)
-    # To the nearest, of two to the even one. What is no number would be carried into infinity, or zero.
+    # Round to nearest, ties to even. NaNs are kept as they are: rounding could turn them into infinity or zero.
     carry = ((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF)
     halves = ((bits + carry) >> np.uint32(16)).astype(np.uint16)
     is_nan = np.isnan(values)

@@ -23,7 +23,8 @@ Place = TypeVar("Place")
 
 
 class ForwardSaves(Generic[Place]):
-    """For one cache, whose forwards come one after another. A `Place` is the engine's word for where a token lies.
+    """The saves of one cache, whose forwards run one after another. A `Place` is where a token is, in the engine's
+    terms.
 
     `wait` and `take_stored` may be called from any thread, the rest from the engine's; only `wait` waits.
     """
@@ -52,7 +53,8 @@ class ForwardSaves(Generic[Place]):
             self._jobs.append((job, place_of_block(first)))
 
     def layer(self, index: int, pages_at: Callable[[Place], Pages]) -> None:
-        """A layer is computed, or will be in the engine's order of work: `pages_at` gives where a place's tokens lie.
+        """A layer is computed, or its computing is queued on the engine's stream: `pages_at` gives the pages of a
+        place.
 
         The arrays must stay as they are until they are gathered.
         """
@@ -74,13 +76,13 @@ class ForwardSaves(Generic[Place]):
         return is_whole
 
     def abandon(self) -> None:
-        """Forget what was begun and not committed."""
+        """Abandon all saves that are not committed."""
         for job, _ in self._jobs:
             job.abandon()
         self._jobs = []
 
     def wait(self, timeout_s: float) -> bool:
-        """Block until what was sent is answered, or for that long. Returns whether it is answered."""
+        """Block until all sent saves are answered, at most `timeout_s`. Returns whether they are answered."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._unanswered, timeout_s)
 

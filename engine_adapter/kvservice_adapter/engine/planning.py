@@ -1,4 +1,4 @@
-"""How the stored tokens of a request get there: planned from what loads and forwards took so far, and learned from."""
+"""Plans how a request gets its stored tokens, from the measured times of loads and forwards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvservice_adapter.schedule import perfect_buffer_layers
 from kvservice_api.errors import KVError
 from kvservice_api.layout import Layout
 
-_BUFFER_LAYERS_MIN = 2  # So that the hand-over between threads is hidden.
+_BUFFER_LAYERS_MIN = 2  # Two hide the time of the hand-over between threads.
 
 
 class LoadPlanner:
@@ -42,7 +42,7 @@ class LoadPlanner:
         )
 
     def buffer_layers(self, load_tokens: int, new_tokens: int, context_tokens: int, tier: str) -> int:
-        """How many layers may be loaded ahead: as many as it takes that computing never waits."""
+        """How many layers to load ahead, so that computing never waits."""
         layers = self._layout.layers
         load_s = self._rates.load_s(load_tokens * self._layout.bytes_per_token, tier, self._transport)
         compute_s = self._rates.prefill_s(new_tokens, context_tokens)

@@ -1,4 +1,4 @@
-"""What of a prompt is stored: by its tokens, or as the history of a session."""
+"""Finds the stored prefix of a prompt: by its tokens, or as the history of a session."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class StoredPrefix:
 
     tokens: int
     token_counts: tuple[int, ...]  # Of the slices that hold them; the last may hold more.
-    load: Callable[[int, int], Iterator[LoadedLayer]]  # Of slices from the first-th on, so many.
+    load: Callable[[int, int], Iterator[LoadedLayer]]  # `load(first, count)` loads these slices.
     release: Callable[[], None]
     residency: tuple[ResidencyRun, ...]
-    keys: tuple[bytes, ...]  # Of the whole blocks among them, after the last cut.
-    parent: bytes  # What the first of those continues.
-    kept_tokens: int = 0  # How many of them the last cut has kept, before those blocks.
+    keys: tuple[bytes, ...]  # The keys of the whole blocks among them, after the last cut.
+    parent: bytes  # The key that the first of those continues.
+    kept_tokens: int = 0  # How many of the tokens the last cut has kept, before those blocks.
     rotations: Sequence[Rotation] | None = None  # One per layer, where keys are read elsewhere than stored.
     may_begin_later: bool = True  # Whether `load` can leave slices out.
 
@@ -73,7 +73,7 @@ class PrefixLookup:
         deadline: Deadline,
         request_id: str,
     ) -> StoredPrefix | None:
-        """The longest stored prefix, in whole blocks but for the end of what the session has. Raises KVError.
+        """The longest stored prefix. Whole blocks only, except for the session's last block. Raises KVError.
 
         `hidden` marks the tokens that the attention mask hides.
         """
@@ -141,9 +141,9 @@ class PrefixLookup:
         session_id: str,
         deadline: Deadline,
     ) -> BlockChain | None:
-        """The session's history, tail included, as far as the tokens begin with it; None where they do not."""
+        """The session's history, with its tail, if the tokens begin with it; else None."""
         state = self._state(session_id, deadline)
-        if state is None or state.cuts:  # The tokens that are left do not say what was cut.
+        if state is None or state.cuts:  # The remaining tokens alone do not show what was cut.
             return None
         chain = keys.chain(token_ids[: state.token_count], with_partial=True, hidden=hidden)
         return chain[: common_blocks(chain.keys, state)] or None
@@ -155,7 +155,7 @@ class PrefixLookup:
             return None
 
     def _rotations(self, state: SessionState) -> Sequence[Rotation] | None:
-        """What turns the keys of each layer from where they were stored to where they are read.
+        """The rotations that turn the keys of each layer from their stored positions to those where they are read.
 
         Raises UnsupportedRotation.
         """

@@ -1,4 +1,4 @@
-"""What becomes of one request: learned from by the plans to come, and reported to the daemon for `kvctl explain`."""
+"""How one request went: input for later plans, and a report to the daemon for `kvctl explain`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvservice_client import Client, Outcome, RequestReport
 
 
 class ReportedHistory(Protocol):
-    """What a request wants to know of the history that its engine computes with."""
+    """What a request reads of the history that its engine computes with."""
 
     @property
     def error(self) -> BaseException | None:
@@ -43,13 +43,13 @@ class Request:
         self.head_s: float | None = None
         self.plan: Plan | None = None
         self.tier = ""
-        self.tokens = 0  # Stored ones, as far as they were found.
+        self.tokens = 0  # How many stored tokens the lookup found.
         self.not_found: KVError | None = None
         self.was_asked = True  # The daemon.
 
     @property
     def transport(self) -> str:
-        """By what bytes have come since the request began: "shm", "grpc", "grpc+shm", or "" for none."""
+        """The transports that moved bytes since the request began: "shm", "grpc", "grpc+shm", or "" for none."""
         return transport_of(self._loaded_before, self._client.stats().loaded_bytes)
 
     def looked_up(self) -> None:

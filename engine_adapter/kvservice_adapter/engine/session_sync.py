@@ -15,9 +15,11 @@ log = logging.getLogger(__name__)
 
 
 def sync_session(client: Client, layout: Layout, session_id: str, chain: BlockChain) -> None:
-    """Name stored blocks from the conversation's first token on. A session with other blocks is ended, and made again.
+    """Name stored blocks from the conversation's first token on. A session with other blocks is ended and created
+    again.
 
-    A session that was cut is left as it is: tokens alone do not say what was cut. Waits for the daemon. Raises KVError.
+    A session that was cut is left as it is, because tokens alone do not show what was cut. Waits for the daemon. Raises
+    KVError.
     """
     session = client.session(layout, session_id)
     state = _state(session)
@@ -32,7 +34,7 @@ def sync_conversation(
 ) -> None:
     """Name stored blocks of the tokens since the last of `cuts` cuts, after the `kept_tokens` that the cut has kept.
 
-    A session that was cut in another way is ended and made again, if the conversation has no cut. Waits for the
+    A session that was cut in another way is ended and created again, if the conversation has no cut. Waits for the
     daemon. Raises KVError.
     """
     session = client.session(layout, session_id)

@@ -1,4 +1,4 @@
-"""Saves what is left of a turn when it has ended, and updates its session."""
+"""Saves the remaining blocks of a turn at its end, and updates its session."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from kvservice_client.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
-_PATIENCE_S = 10.0  # For copies, and for what else is being saved. The engine's thread does not wait that long.
+_PATIENCE_S = 10.0  # Bounds the wait for copies and for other saves. The engine's thread does not wait that long.
 
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What became of a save: counts of blocks, and why the first one was not stored, or the session not continued.
+    """The outcome of a save: counts of blocks, and why the first failed block or the session's update failed.
 
     Blocks that were stored while the model computed count as stored, once.
     """
@@ -54,7 +54,7 @@ class Turn:
     pages: Callable[[int, int], Pages]  # Of a layer, from the chain's n-th token on: (layer, n).
     session_id: str = ""  # "" for none.
     cuts: int | None = None  # Of its conversation; None where there is only a session.
-    kept_tokens: int = 0  # What the last cut has kept, before the chain.
+    kept_tokens: int = 0  # How many tokens the last cut has kept, before the chain.
 
 
 class TurnSaver:
@@ -68,7 +68,7 @@ class TurnSaver:
         self._lines = RateLimitedLog(log)
 
     def close(self) -> None:
-        """There is nothing more to save."""
+        """No more saves will come."""
         self._copies.close()
 
     def save(self, turn: Turn, durability: Durability, meanwhile: ForwardSaves[Any] | None = None) -> Saved:

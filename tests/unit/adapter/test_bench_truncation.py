@@ -14,7 +14,7 @@ SCORED_TOKENS = 160
 
 
 @pytest.fixture(scope="module")
-def quality() -> Quality:
+def scores() -> Quality:
     """stories260K reads its own stories, in a window of 64 tokens."""
     model = stories_model("half")
     torch.manual_seed(0)
@@ -26,17 +26,17 @@ def quality() -> Quality:
 
 
 class TestATinyModel:
-    def test_turned_keys_serve_as_well_as_keys_computed_again(self, quality: Quality) -> None:
-        assert quality.with_sinks.overflows == quality.recomputed.overflows >= 4
-        assert quality.with_sinks.perplexity < 6
-        assert quality.difference < 0.1 * quality.recomputed.perplexity
-        assert quality.without_sinks.perplexity < 1.1 * quality.recomputed.perplexity  # This one needs no sinks.
+    def test_turned_keys_serve_as_well_as_keys_computed_again(self, scores: Quality) -> None:
+        assert scores.with_sinks.overflows == scores.recomputed.overflows >= 4
+        assert scores.with_sinks.perplexity < 6
+        assert scores.difference < 0.1 * scores.recomputed.perplexity
+        assert scores.without_sinks.perplexity < 1.1 * scores.recomputed.perplexity  # This one needs no sinks.
 
-    def test_naive_reuse_ruins_it(self, quality: Quality) -> None:
-        assert quality.naive.perplexity > 5 * quality.with_sinks.perplexity
+    def test_naive_reuse_ruins_it(self, scores: Quality) -> None:
+        assert scores.naive.perplexity > 5 * scores.with_sinks.perplexity
 
-    def test_every_token_after_the_first_overflow_is_scored_once(self, quality: Quality) -> None:
-        for score in (quality.with_sinks, quality.without_sinks, quality.recomputed, quality.naive):
+    def test_every_token_after_the_first_overflow_is_scored_once(self, scores: Quality) -> None:
+        for score in (scores.with_sinks, scores.without_sinks, scores.recomputed, scores.naive):
             assert score.losses.shape == (4, SCORED_TOKENS)
 
 

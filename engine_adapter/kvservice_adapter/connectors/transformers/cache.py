@@ -31,7 +31,7 @@ Tensors = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """What a model is asked to compute: tokens ``[row, token]``, and how they are placed, where that is known.
+    """The input of a forward: tokens ``[row, token]``, and their mask and positions, if given.
 
     The mask and the positions may be of any kind that some model understands.
     """
@@ -61,7 +61,8 @@ class CacheHistory(Protocol):
         """The request runs: layers will be taken one after another."""
 
     def compute_masked(self, visible: NDArray[np.bool_]) -> bool:
-        """Compute it under this attention mask ``[row, column]``. Whether it is done: not once a layer was taken."""
+        """Compute it under this attention mask ``[row, column]``. Returns False, without effect, once a layer was
+        taken."""
 
     def layer(self, index: int) -> Tensors:
         """Keys and values, buffers of at least `columns` columns. Waits for them, and never raises a KVError."""
@@ -71,7 +72,7 @@ class CacheHistory(Protocol):
 
 
 class CacheObserver(Protocol):
-    """Gets to know what the model computes, on the engine's thread, before it is computed or in its order of work."""
+    """Receives what the model computes, on the engine's thread, before it is computed or in its order of work."""
 
     def other_mask(self, forward: Forward, first: int) -> NDArray[np.bool_] | None:
         """A forward's mask of the `first` columns before it, where it is not the one they were computed with."""
@@ -92,7 +93,7 @@ class CacheObserver(Protocol):
         """Columns from this one on were dropped from a layer."""
 
     def stop(self, reason: str) -> None:
-        """What the cache holds from now on is not what its tokens say."""
+        """From now on the cache's KV is not that of its tokens alone."""
 
 
 class WholeLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library's own class hook has no types.
@@ -123,7 +124,7 @@ class StoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library
         self._observer = observer
         self._keys: torch.Tensor | None = None
         self._values: torch.Tensor | None = None
-        self._buffers: Tensors | None = None  # What `_keys` and `_values` are the beginning of, where there is room.
+        self._buffers: Tensors | None = None  # With room for more tokens; `_keys` and `_values` are their beginnings.
         self._is_awaited = False
         super().__init__()  # type: ignore[no-untyped-call]  # Nor has its `__init__`.
         if history.columns:
@@ -165,7 +166,7 @@ class StoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add the new tokens' states `[row, head, token, dim]`. What the layer has then."""
+        """Add the new tokens' states `[row, head, token, dim]`. Returns all keys and values of the layer."""
         self._arrive()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -189,13 +190,13 @@ class StoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove >= 0 or not self.is_initialized:
-            super().crop(tokens_to_remove)  # It does nothing, or says what is wrong.
+            super().crop(tokens_to_remove)  # Returns without effect, or raises with the reason.
             return
         self._arrive()
         assert self._keys is not None and self._values is not None
         self._keys = self._keys[..., :tokens_to_remove, :]
         self._values = self._values[..., :tokens_to_remove, :]
-        self._buffers = None  # The columns after it may be being saved: they must not be overwritten.
+        self._buffers = None  # A save may still read the columns after it, so they must not be overwritten.
         self._observer.crop(self.get_seq_length())
 
     def reset(self) -> None:
@@ -278,7 +279,7 @@ def room(columns: int) -> int:
 
 
 def empty_buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    # Not as an inference tensor, whatever mode it is made in: those cannot be written to in another.
+    # A normal tensor also in inference mode: outside of that mode, inference tensors cannot be written to.
     with torch.inference_mode(False):
         return torch.empty(*shape, dtype=dtype, device=device)
 

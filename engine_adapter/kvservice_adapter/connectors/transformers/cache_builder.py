@@ -1,4 +1,4 @@
-"""Makes the cache of what of a prompt is stored: planned, loads started, and in place of them, how to compute it."""
+"""Makes a prompt's cache from its stored prefix: plans it, starts its loads, and prepares its recomputation."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """A cache for the next turn, and what of it comes from the daemon."""
+    """A cache for the next turn, and how much of it is loaded from the daemon."""
 
     cache: DynamicCache
     tokens: int = 0  # Of all rows together, computed heads included. The cache has `cache.get_seq_length()` columns.
     size_bytes: int = 0
-    tier: str = "none"  # Where it lay when asked for: "dram", "ssd", "mixed", or "none".
+    tier: str = "none"  # The tier of the stored blocks at the lookup: "dram", "ssd", "mixed", or "none".
     plan: Plan | None = None  # None where nothing was found.
     not_found: KVError | None = None
 
@@ -57,7 +57,7 @@ class Restored:
 
     @property
     def error(self) -> BaseException | None:
-        """Why nothing was restored, unless it just was not stored; or why it was computed again after all."""
+        """Why nothing was restored, or why the history was recomputed. Empty for a plain miss."""
         if self.not_found is not None or not isinstance(self.cache, StoredCache):
             return self.not_found
         return self.cache.history.error
@@ -71,10 +71,10 @@ class _Slices(NamedTuple):
 
 
 class _Reuse(NamedTuple):
-    """What of the stored prefixes a cache begins with."""
+    """The part of the stored prefixes that a cache begins with."""
 
     columns: int
-    tokens: tuple[int, ...]  # Per row: as far as all rows reach.
+    tokens: tuple[int, ...]  # Per row: the length of the shortest row's prefix.
     tier: str
 
     @property
@@ -133,7 +133,7 @@ class CacheBuilder:
         recompute_cut: Recompute | None,
         hooks: object,
     ) -> Restored:
-        """The cache of what was found, as far as loading it is the faster way.
+        """The cache of the stored prefix, or of the part of it for which a load is faster than computing.
 
         `recompute_cut` computes a history that was cut; it is of one sequence, and used whole or not at all.
         """
@@ -157,7 +157,7 @@ class CacheBuilder:
         return Restored(cache, reuse.total, size_bytes, reuse.tier, chosen)
 
     def release(self, found: Sequence[StoredPrefix | None]) -> None:
-        """End leases, on another thread: it takes a call to the daemon."""
+        """End leases, on another thread, because it needs a call to the daemon."""
         for each in found:
             if each is not None:
                 self._releases.submit(each.release)
@@ -196,7 +196,7 @@ class CacheBuilder:
         ends = [begin + sum(part.token_counts) for begin, part in zip(begins, slices, strict=True) if part is not None]
         columns = max(reuse.columns, *ends)
         buffers = Buffers(self._layout, given.pads, columns, self._model.dtype, self._model.device)
-        buffer_layers = self._layout.layers  # While a head is computed, all have time to come.
+        buffer_layers = self._layout.layers  # While the head is computed, there is time to load all layers.
         if not head_tokens:
             new_tokens = given.columns - reuse.columns
             buffer_layers = self._planner.buffer_layers(reuse.total, new_tokens, reuse.columns, reuse.tier)
@@ -299,7 +299,7 @@ class CacheBuilder:
         return UnrotatedCache(self._layout, self._key_hooks, *made)
 
     def _history_ended(self, tier: str, request: Request, history: LoadedHistory) -> None:
-        """Learn from a history that was loaded, or was not."""
+        """Give the planner the figures of a load, also of one that failed."""
         is_late = self._planner.load_ended(history.load_reports, history.error, history.lost_s, tier, request.transport)
         if is_late:  # Its thread may still be waiting for the daemon: later loads do not queue behind it.
             self._loads.close()
@@ -307,7 +307,7 @@ class CacheBuilder:
 
 
 def _common(given: Sequences, found: Sequence[StoredPrefix | None]) -> _Reuse:
-    """As far as the stored prefixes of all rows reach."""
+    """The length of the prefix that is stored for all rows."""
     columns = min(pad + _tokens(each) for pad, each in zip(given.pads, found, strict=True))
     tiers = {each.tier for each in found if each is not None}
     tier = tiers.pop() if len(tiers) == 1 else "mixed"
@@ -319,7 +319,7 @@ def _tokens(found: StoredPrefix | None) -> int:
 
 
 def _slices(found: StoredPrefix | None, tokens: int, head_tokens: int) -> _Slices | None:
-    """What holds the tokens after the head. None where none of the row's tokens are used."""
+    """The slices that hold the tokens after the head. None if none of the row's tokens are used."""
     if found is None or not tokens:
         return None
     counts = found.token_counts

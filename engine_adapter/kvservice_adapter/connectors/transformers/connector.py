@@ -63,10 +63,10 @@ _MIB = 2**20
 class TransformersConnector:
     """One model's caches in one daemon. Thread-safe; keeps nothing of a conversation between calls.
 
-    No method raises for what the daemon does, or does not: the engine computes, after waits that `wait_s`
-    bounds. They raise UnsupportedModel for caches of other kinds and once the model has adapters that
-    `lora_id` does not name, or another dtype, and InvalidRequest for what are no token ids, and for a `session_id`
-    that is not 1 to 200 letters, digits and ``-_.:@/+=~``. With "" a sequence has no session.
+    No method raises for a failure of the daemon: the engine computes instead, after waits that `wait_s` bounds.
+    They raise UnsupportedModel for caches of other kinds, and once the model has adapters that `lora_id` does not
+    name, or another dtype; InvalidRequest for invalid token ids, and for a `session_id` that is not 1 to 200
+    letters, digits and ``-_.:@/+=~``. With "" a sequence has no session.
     """
 
     def __init__(
@@ -90,15 +90,15 @@ class TransformersConnector:
         how they were quantized, if the engine did that.
 
         `lora_id` names the adapter that is active, if any. Caches of another `salt` are never found.
-        `wait_s` bounds each wait for the daemon: for what it has, and for each layer; `save_wait_s` how long
-        `save` and `truncate` wait for what goes on without them. `staging_bytes` of memory hold what is being
-        saved. With `rotated=False` keys are stored as they are before rotation, which is best for codecs, and rotated
-        when they are loaded. `rates` may be shared by connectors of one model on one machine.
+        `wait_s` bounds each wait for the daemon: for a lookup, and for each layer. `save_wait_s` bounds how long
+        `save` and `truncate` wait; their work continues after that. `staging_bytes` of memory hold the blocks
+        that are being saved. With `rotated=False` keys are stored as they are before rotation, which is best for
+        codecs, and rotated when they are loaded. `rates` may be shared by connectors of one model on one machine.
         `device` copies between the model's memory and the host's; by default it is chosen by where the model lies.
 
         Computes a few tokens in the model's first layers, to see what its cache holds and that its attention is
         causal (`model_probe`). Asks nothing of the daemon. Raises UnsupportedModel, with the reason, for a model, or
-        any other object, whose KV could not be restored exactly, and InvalidRequest for a `client` that is none.
+        any other object, whose KV could not be restored exactly, and InvalidRequest if `client` is not a client.
         """
         if not callable(getattr(client, "open_layout", None)):
             raise InvalidRequest(
@@ -139,7 +139,7 @@ class TransformersConnector:
         self._hidden_token = hidden_token(getattr(model, "generation_config", None))
         self._turns = Turns(model, self.layout, self._tokens_max)
         self._turn_saver = TurnSaver(client, self._blocks, device, self._breaker)
-        self._work = device.stream("kvservice-save")  # In order: what a turn saves, the next one finds.
+        self._work = device.stream("kvservice-save")  # One thread, so that a turn finds what the turn before it saved.
         self._hooks: ModelHooks | None = None
 
     def close(self) -> None:
@@ -172,10 +172,11 @@ class TransformersConnector:
     ) -> Restored:
         """A cache with the longest stored prefix of `token_ids`, to hand to `generate`.
 
-        Returns at once: the model waits for each layer when it comes to it. In whole blocks, but for the end of
-        what was saved under `session_id`, or by `conversation`. `token_ids` is one prompt from its first token
-        on, or a batch ``[row, column]`` with its `attention_mask`, padded on the left; then `session_id` has one
-        a row, if any. At least one token is left to compute, for the model has to give its logits.
+        Returns at once: the model waits for each layer when it comes to it. Only whole blocks are restored, except
+        for the last block that was saved with `session_id` or `conversation`. `token_ids` is one prompt from its
+        first token on, or a batch ``[row, column]`` with its `attention_mask`, padded on the left; then
+        `session_id` is a list with one id per row, if any. At least one token is left to compute, because the
+        model has to give its logits.
         `request_id` names the request to `kvctl explain`.
         """
         given = sequences(token_ids, attention_mask)
@@ -229,10 +230,11 @@ class TransformersConnector:
     ) -> Saved:
         """Store the blocks of `token_ids` that are not stored yet. `cache` starts with these tokens' KV.
 
-        Whole blocks only, unless a `session_id` or a `conversation` is given: then the last one too, which belongs
-        to the session until a later turn brings a fuller one. A session that was cut goes on with its
-        conversation only, and with the cache that `restore` gave. Waits at most `wait_s` (by default what the
-        connector was made with); what is not done by then goes on, and the answer has DeadlineExceeded.
+        Only whole blocks are stored, unless a `session_id` or a `conversation` is given: then the last, partial block
+        is stored too. It belongs to the session until a later turn replaces it with a fuller one. A session that
+        was cut can be continued only with its conversation and with the cache that `restore` returned. Waits at
+        most `wait_s` (default: the connector's `save_wait_s`). Work that is not done by then continues, and the
+        result has DeadlineExceeded.
         """
         given = sequences(token_ids, attention_mask, may_have_ended=True)
         turns = self._turns.of(given, cache, self._keys(), _names(session_id, len(given.pads)), conversation)
@@ -290,7 +292,7 @@ class TransformersConnector:
         return self._breaker.allow() and self._in_background(work, self._save_wait_s) and bool(outcome)
 
     def flush(self, timeout_s: float = 5.0) -> bool:
-        """Wait for all that is being saved. Whether it is done."""
+        """Wait for all running saves. Returns whether they are done."""
         deadline = Deadline(timeout_s)
         return self._saver.flush(timeout_s) and self._in_background(lambda: None, deadline.remaining_s)
 
@@ -323,7 +325,7 @@ class TransformersConnector:
         return found
 
     def _in_background(self, work: Callable[[], None], timeout_s: float) -> bool:
-        """Have it done on the connector's own thread, after what was given to it before. Whether it is done in time."""
+        """Run it on the connector's own thread, after all earlier work. Returns whether it was done in time."""
         try:
             event = self._work.submit(work)
         except StreamClosed:
@@ -334,7 +336,7 @@ class TransformersConnector:
         return is_done
 
     def _learn_hidden_token(self, token_ids: NDArray[Any], hidden: NDArray[np.bool_]) -> None:
-        """The next prompt is looked up as this one was computed: with one token hidden wherever it occurs, or none."""
+        """Remember which token this prompt's forward hid, if any: the next prompt is looked up with the same token."""
         if len(token_ids) != 1:
             return
         tokens = np.unique(token_ids[hidden])
@@ -349,7 +351,7 @@ class TransformersConnector:
             raise UnsupportedModel("the model has adapters loaded; name the active one by lora_id")
 
     def _refusal(self) -> KVError | None:
-        """Why the daemon is not asked now; None where it is."""
+        """Why the daemon is not asked now; None if it is asked."""
         if self._generation != forks.generation():
             return DaemonUnavailable(
                 "the connector was made before fork() and its threads are the parent's: make one here"
@@ -359,7 +361,7 @@ class TransformersConnector:
         return None
 
     def _keys(self) -> Keys:
-        """What keys depend on. Asked for each chain: the model may have got an adapter, or another dtype, meanwhile."""
+        """What keys depend on. Read per chain, because the model's adapter or dtype may have changed."""
         self._check_adapters()
         if self._model.dtype != torch_dtype(self.layout):
             raise UnsupportedModel(f"the model computes in {self._model.dtype} now; its layout has {self.layout.dtype}")

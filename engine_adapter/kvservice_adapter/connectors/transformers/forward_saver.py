@@ -4,8 +4,8 @@ Which tokens a forward computes is reported before it (`begin`). The blocks that
 saver layer by layer, as the layers are computed, and are sent when the forward has ended. So a prefill's
 blocks are gathered one layer behind it, and while it decodes, each block as it fills.
 
-A key may stand only for what its tokens give. So saving stops once the cache holds anything else: tokens that
-were not reported, placed or masked in another way, rows that were moved.
+The KV of a block must follow from the tokens in its key alone. So saving stops once the cache holds anything else:
+tokens that were not reported, other positions or masks, or rows that were moved.
 
 Keys are hashes of token ids, and masks say which tokens are hidden: these numbers are read on the host, a few bytes
 per token. The KV never is: the device gathers it.
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 class _Place(NamedTuple):
-    """Where a block's first token lies."""
+    """The row and the column of a block's first token."""
 
     row: int
     column: int
@@ -53,7 +53,7 @@ class Row:
 
 
 class ForwardSaver:
-    """For one cache, whose forwards come one after another. `saves` says what became of its blocks."""
+    """The saves of one cache, whose forwards run one after another. `saves` has the outcomes."""
 
     def __init__(
         self,
@@ -73,9 +73,9 @@ class ForwardSaver:
         """`token_ids`, ``[row, column]``, are what the cache holds already; `hidden`, of that shape, marks those that
         the attention mask hides, padding not included. Without `may_hide` nothing is saved once there are any.
 
-        Nothing is saved any more once a row has more than `tokens_max` tokens: all keys are rotated in another way
-        then. `keys` raises ValueError where the model is not what it was. `on_prompt` gets the prompt's tokens and
-        which of them are hidden.
+        Saving stops once a row has more than `tokens_max` tokens, because all keys are rotated in another way then.
+        `keys` raises ValueError if the model has changed. `on_prompt` receives the prompt's tokens and which of
+        them are hidden.
         """
         self.saves: ForwardSaves[_Place] = ForwardSaves(saver, breaker)
         self._keys = keys
@@ -96,16 +96,16 @@ class ForwardSaver:
 
     @property
     def stopped(self) -> str:
-        """Why nothing is saved any more. Empty while it is."""
+        """Why saving has stopped. Empty while it continues."""
         return self._stopped
 
     @property
     def misplaced(self) -> str:
-        """Why the cache's KV is not what its tokens give. Empty where it is, as far as is known."""
+        """Why the cache's KV does not follow from its tokens alone. Empty if no reason is known."""
         return self._misplaced
 
     def token_ids(self, row: int) -> NDArray[Any]:
-        """What is known of a row, from its first token on."""
+        """The reported tokens of a row, from its first token on."""
         self._known = [np.concatenate([_on_host(each) for each in self._known], axis=1)]
         ids: NDArray[Any] = self._known[0][row, self._rows[row].pad :]
         return ids
@@ -162,7 +162,7 @@ class ForwardSaver:
         if self._misplaced:
             self.stop(self._misplaced)
         elif self._forward is not None:
-            self.stop("a forward was broken off")  # By something like KeyboardInterrupt: it did not end.
+            self.stop("a forward was broken off")  # The forward before was interrupted, such as by KeyboardInterrupt.
         ids = forward.input_ids
         if ids is None or ids.ndim != 2 or len(ids) != len(self._rows) or first != self._columns:
             self.stop("the tokens of a forward are not known")
@@ -232,7 +232,7 @@ class ForwardSaver:
         return (self._rows[row].first, self._rows[row].parent) == (column, parent)
 
     def _mismatch(self, forward: Forward, first: int) -> str:
-        """Why the forward's KV is not what its tokens give, whichever these are. Empty where it is."""
+        """Why the forward's KV does not follow from its tokens alone. Empty if it does."""
         if forward.is_training:
             return "the model is in training mode, in which it may drop states at random"
         given = forward.input_ids if forward.input_ids is not None else forward.inputs_embeds

@@ -1,4 +1,4 @@
-"""The KV that a cache begins with: loaded from the daemon, and computed again where it does not come in time."""
+"""The KV that a cache begins with: loaded from the daemon, and recomputed if it does not arrive in time."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Buffers:
             return self._raw.pop(index, None)
 
     def take(self, index: int) -> Tensors:
-        """They are the caller's from now on."""
+        """Give a layer's buffers to the caller, who owns them from now on."""
         buffers = self.of(index)
         with self._lock:
             del self._layers[index]
@@ -137,7 +137,7 @@ class LoadedHistory:
         self._unrotate = unrotate
         self._on_end = on_end
         self._lines = lines or RateLimitedLog(log)
-        self._recomputed: dict[int, Tensors] | None = None  # What was computed, and is not taken yet.
+        self._recomputed: dict[int, Tensors] | None = None  # Computed layers that the cache has not taken yet.
         self._recomputed_raw: dict[int, torch.Tensor] = {}
 
     @property
@@ -206,7 +206,8 @@ class LoadedHistory:
         return keys, values
 
     def _compute(self, index: int) -> None:
-        """All layers from this one on. Into other memory: what comes late may still be written into the buffers."""
+        """Recompute all layers from this one on, into other memory, because a late load may still write into the
+        buffers."""
         why = self.error.reason if isinstance(self.error, KVError) else type(self.error).__name__
         self._lines.warning(
             "the history is computed from layer %d on, not loaded: %s: %s", index, why, self.error, kind=str(why)

@@ -1,4 +1,4 @@
-"""What a model's KV looks like, and whether blocks of it can be restored exactly."""
+"""The layout of a model's KV, and whether its blocks can be restored exactly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvservice_api.layout import DTYPE_BYTES, LayerGroup, Layout
 
 
 class UnsupportedModel(ValueError):
-    """The model, or its cache, is of a kind whose KV this connector cannot keep and give back exactly."""
+    """The model, or its cache, is of a kind whose KV this connector cannot store and restore exactly."""
 
 
 def layout_of(model: Any, *, model_id: str, model_revision: str, block_tokens: int, rotated: bool = True) -> Layout:
@@ -32,7 +32,7 @@ def layout_of(model: Any, *, model_id: str, model_revision: str, block_tokens: i
         raise
     except (NotProbed, UnsupportedRotation) as error:
         raise UnsupportedModel(str(error)) from error
-    except Exception as error:  # Whatever foreign code raises: no model may end an engine at its start.
+    except Exception as error:  # The model's code may raise any exception, and none may end the engine's start.
         why = f"{type(error).__name__}: {error}"
         raise UnsupportedModel(f"{type(model).__name__} could not be examined: {why}") from error
     return Layout(
@@ -49,7 +49,7 @@ def _geometry(model: Any) -> list[LayerGroup]:
     config = model.config
     _check_configuration(config)
     if getattr(getattr(model, "generation_config", None), "use_cache", None) is False:
-        # It would give the model all tokens at each step, beside a cache that has them already.
+        # `generate` would pass all tokens to the model at each step, although the cache has their KV already.
         raise UnsupportedModel("`generate` would use no cache: set `model.generation_config.use_cache = True`")
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1:

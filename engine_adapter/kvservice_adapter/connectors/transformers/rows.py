@@ -60,7 +60,7 @@ def sequences(token_ids: TokenIds, attention_mask: Any = None, *, may_have_ended
     on the left and for tokens that are hidden. With `may_have_ended`, rows may also be padded on the right: they have
     ended there.
 
-    Raises InvalidRequest for what are no token ids; UnsupportedModel for a batch without a mask, and for padding
+    Raises InvalidRequest for invalid token ids; UnsupportedModel for a batch without a mask, and for padding
     on the right.
     """
     ids = np.atleast_2d(_array(token_ids))

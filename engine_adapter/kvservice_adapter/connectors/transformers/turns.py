@@ -1,4 +1,4 @@
-"""What of a cache is to be stored when a turn has ended."""
+"""Which blocks of a cache to store at the end of a turn."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from kvservice_api.layout import Layout
 
 
 class Turns:
-    """The turns of one model's caches. For the engine's thread; waits for nothing but a cache's own history."""
+    """The turns of one model's caches. For the engine's thread; waits only for a cache's own history."""
 
     def __init__(self, model: PreTrainedModel, layout: Layout, tokens_max: int | None) -> None:
-        """Of sequences of more than `tokens_max` tokens nothing is stored."""
+        """Sequences of more than `tokens_max` tokens are not stored."""
         self._model = model
         self._layout = layout
         self._tokens_max = tokens_max
@@ -38,7 +38,7 @@ class Turns:
         session_ids: Sequence[str],
         conversation: Conversation | None,
     ) -> list[Turn]:
-        """What of each row is to be stored.
+        """The blocks of each row that are to be stored.
 
         Raises InvalidRequest where the tokens are not those of the cache, and UnsupportedModel where its layers are
         not what the layout describes.

@@ -1,7 +1,8 @@
 """Layouts with `rotated=False`: keys are stored as they are before rotation, and rotated where they are read.
 
-What a cache is given is rotated already. So hooks on the modules that compute the keys capture them, and each layer
-keeps both: rotated for the model, as they were for the store. The stream that loads a history rotates its keys.
+A cache receives keys that are rotated already. So hooks on the modules that compute the keys capture them before, and
+each layer keeps both: rotated keys for the model, unrotated keys for the store. The stream that loads a history
+rotates its keys.
 """
 
 from __future__ import annotations
@@ -201,6 +202,6 @@ class UnrotatedCache(StoredCache):
         super().begin(forward)
 
     def end(self, *, is_whole: bool) -> None:
-        self._key_hooks.into = None  # Forwards are not nested: what is left there is of one that was broken off.
-        self.captured.clear()
+        self._key_hooks.into = None
+        self.captured.clear()  # Forwards are not nested, so any keys left are of an interrupted forward.
         super().end(is_whole=is_whole)
