@@ -1,4 +1,4 @@
-"""What operators ask of a daemon: what it holds, and to drop or verify it."""
+"""The operators' verbs: list, explain, pin, verify and drop what a daemon stores."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvservice_client.retry import Deadline
 _PAGE_BLOCKS = 1000
 _PIN_KEYS = 4096
 _DRAIN_TIMEOUT_S = 3600.0
-_SCRUB_TIMEOUT_S = 7 * 86400.0  # A full reading at a low speed takes days; a dead daemon is noticed at once.
+_SCRUB_TIMEOUT_S = 7 * 86400.0  # A scrub at a low rate takes days; the end of the connection ends it at once.
 
 
 class Tier(StrEnum):
@@ -34,7 +34,7 @@ def _tier(tier: Tier | None) -> types_pb2.Tier:
 
 
 class Admin:
-    """`Client.admin`. Answers are the messages of ``admin.proto``, which says what their fields mean."""
+    """`Client.admin`. Answers are the messages of ``admin.proto``, which documents their fields."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -79,7 +79,7 @@ class Admin:
     def get_session(
         self, session_id: str, layout_fingerprint: bytes, timeout_s: float | None = None
     ) -> sessions_pb2.GetSessionResponse:
-        """One session with all its slices, whoever's it is. Counts as a use. Raises SessionNotFound."""
+        """One session with all its slices, also of another client. Counts as a use. Raises SessionNotFound."""
         deadline = self._connection.deadline(timeout_s)
         request = arguments.message(
             sessions_pb2.GetSessionRequest, session_id=session_id, layout_fingerprint=layout_fingerprint
@@ -108,9 +108,9 @@ class Admin:
         progress: Callable[[int], None] = lambda discarded: None,
         timeout_s: float | None = None,
     ) -> pb.DiscardResponse:
-        """Drop all blocks of a layout, or all there are.
+        """Drop all blocks of a layout, or all blocks.
 
-        In small steps, each told to `progress`, so that no request takes long; `timeout_s` is for one.
+        In small steps, with a call of `progress` after each, so that no request takes long; `timeout_s` is per request.
         """
         total = pb.DiscardResponse()
         while True:
@@ -131,15 +131,15 @@ class Admin:
     def scrub(
         self, tier: Tier | None = None, bytes_per_second: int = 0, timeout_s: float = _SCRUB_TIMEOUT_S
     ) -> Iterator[pb.ScrubResponse]:
-        """Verify everything stored. Yields about twice a second; the last message has `done`."""
+        """Verify everything stored. Yields about twice per second; the last message has `done`."""
         request = arguments.message(pb.ScrubRequest, tier=_tier(tier), bytes_per_second=bytes_per_second)
         return self._connection.channel.stream(ADMIN + "Scrub", request, pb.ScrubResponse, Deadline(timeout_s))
 
     def pin(self, keys: Iterable[bytes], ttl_s: float, timeout_s: float | None = None) -> pb.PinResponse:
         """Keep blocks from being evicted for `ttl_s` from now. Those that are not stored are counted.
 
-        More than 4,096 keys take several requests, each with its own `timeout_s`: where one is refused,
-        those before it have been pinned. Raises InvalidRequest, PinsFull, StorageFailed.
+        More than 4,096 keys take several requests, each with its own `timeout_s`. If one is refused, the keys of the
+        requests before it are pinned. Raises InvalidRequest, PinsFull, StorageFailed.
         """
         total, ttl_ms = pb.PinResponse(), round(arguments.seconds(ttl_s, "ttl_s") * 1e3)
         for packed in arguments.packed_keys(keys, _PIN_KEYS):
@@ -162,15 +162,15 @@ class Admin:
         return total
 
     def explain_block(self, key: bytes, timeout_s: float | None = None) -> pb.ExplainedBlock:
-        """Where a block is and why, or why it is not there."""
+        """Where a block is and why, or why it is missing."""
         return self._explain(pb.ExplainRequest(key=arguments.key(key)), timeout_s).block
 
     def explain_request(self, request_id: str, timeout_s: float | None = None) -> pb.ExplainedRequest:
-        """What became of the lookups with this request id. Raises RequestNotFound."""
+        """The lookups and loads with this request id, and their results. Raises RequestNotFound."""
         return self._explain(arguments.message(pb.ExplainRequest, request_id=request_id), timeout_s).request
 
     def explain_session(self, session_id: str, timeout_s: float | None = None) -> list[pb.ExplainedSession]:
-        """How much of a session is stored, one entry a layout. Raises SessionNotFound, which says why."""
+        """How much of a session is stored, one entry per layout. Raises SessionNotFound, which says why."""
         return list(self._explain(arguments.message(pb.ExplainRequest, session_id=session_id), timeout_s).sessions)
 
     def _explain(self, request: pb.ExplainRequest, timeout_s: float | None) -> pb.ExplainResponse:
@@ -178,16 +178,16 @@ class Admin:
         return self._connection.ask(ADMIN + "Explain", request, pb.ExplainResponse, deadline)
 
     def drain(self, timeout_s: float = _DRAIN_TIMEOUT_S) -> Iterator[pb.DrainResponse]:
-        """Have the daemon take no more saves and write everything to SSD; it goes on to serve loads.
+        """Make the daemon refuse new saves and write everything to SSD; it continues to serve loads.
 
-        Yields about twice a second; the last message has `done`, unless somebody undid the drain.
+        Yields about twice per second; the last message has `done`, unless the drain was undone.
         Leaving the iterator does not end the drain.
         """
         request = pb.DrainRequest(action=pb.DRAIN_ACTION_BEGIN)
         return self._connection.channel.stream(ADMIN + "Drain", request, pb.DrainResponse, Deadline(timeout_s))
 
     def undo_drain(self, timeout_s: float | None = None) -> pb.DrainResponse:
-        """Have the daemon take saves again. Raises Draining where it is stopping."""
+        """Make the daemon accept saves again. Raises Draining if it is stopping."""
         request, deadline = pb.DrainRequest(action=pb.DRAIN_ACTION_UNDO), self._connection.deadline(timeout_s)
         (answer,) = self._connection.channel.stream(ADMIN + "Drain", request, pb.DrainResponse, deadline)
         return answer

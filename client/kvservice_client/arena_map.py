@@ -1,4 +1,4 @@
-"""The daemon's arena, mapped into this process: bytes in place, and the generations that guard them."""
+"""The daemon's arena, mapped into this process: the bytes, and the generations that show their replacement."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from kvservice_api.mapping import Mapping
 from kvservice_client import forks
 from kvservice_client.buffers import Bytes
 
-# The process's lock of its memory map is held meanwhile, and every thread waits that wants memory.
+# Each step holds the lock of the process's memory map, and other threads that allocate memory wait.
 _FAULT_IN_BYTES = 2 << 20
 
 _GROWS_EVERY_S = 0.1
-_GROWS_WITHIN_S = 2.0  # The daemon prepares a new arena in the background: more of it comes soon, or never.
+_GROWS_WITHIN_S = 2.0  # The daemon allocates a new arena in the background. It ends after this time without growth.
 
 
 class ArenaMap:
-    """One arena, as long as somebody uses it. The files may be gone meanwhile: the memory stays.
+    """One arena, as long as an object uses it. Its files may be deleted meanwhile; the memory stays valid.
 
-    `data` has the bytes behind the arena's header, read-only.
+    `data` has the bytes after the arena's header, read-only.
     """
 
     def __init__(self, directory: Path, arena_id: bytes, capacity_bytes: int) -> None:
-        """Raises NotShared where that arena cannot be mapped here."""
+        """Raises NotShared if that arena cannot be mapped here."""
         self.directory = directory
         self.arena_id = arena_id
         self._capacity_bytes = capacity_bytes
@@ -63,12 +63,12 @@ class ArenaMap:
         weakref.finalize(self, self._faulting_in.end)
 
     def generations(self, offsets: NDArray[np.int64]) -> NDArray[np.uint32]:
-        """The generations, now, of the extents that begin at `offsets`."""
+        """The current generations of the extents that begin at `offsets`."""
         found: NDArray[np.uint32] = self._words[offsets // PAGE_BYTES]
         return found
 
     def writable(self) -> Bytes:
-        """As `data`, to be written where the daemon has reserved space. Raises NotShared."""
+        """As `data`, but writable; write only into extents that the daemon has reserved. Raises NotShared."""
         with self._lock:
             if self._writable is None:
                 try:
@@ -78,7 +78,7 @@ class ArenaMap:
             return self._writable
 
     def _map(self, *, writable: bool) -> Bytes:
-        """The bytes behind the header. Faulted in in the background: a first pass over them would be slow."""
+        """The bytes after the header. A background thread faults them in, because first accesses are slow."""
         with _opened(self.directory / ARENA_NAME, os.O_RDWR if writable else os.O_RDONLY) as fd:
             _check(fd, self.arena_id, self._capacity_bytes)
             mapping = Mapping(fd, PAGE_BYTES + self._capacity_bytes, writable=writable)
@@ -95,7 +95,7 @@ class _FaultingIn:
         forks.register(self)
 
     def reset_in_child(self) -> None:
-        """The threads are the parent's. Without them a child has no use for the files, which would keep the memory."""
+        """The threads exist only in the parent. A child closes the files, which would keep the memory allocated."""
         for file in self._files:
             with suppress(OSError):
                 os.close(file)
@@ -121,18 +121,18 @@ class _FaultingIn:
 
 
 class WriterLock:
-    """The lock that tells the daemon that this process may be writing. The kernel drops it with the process.
+    """The lock by which the daemon knows that this process may be writing. The kernel releases it with the process.
 
-    A forked child has the file open too, and with it the lock: it closes the file at once, without a word to the
-    kernel about the lock, which is its parent's. Else the daemon would take the parent for alive as long as the child.
+    A forked child inherits the open file, and with it the lock. It closes the file at once, without unlocking, because
+    the lock is its parent's. Otherwise the daemon would see the lock as long as the child runs.
     """
 
     def __init__(self, directory: Path, client_id: bytes) -> None:
-        """Raises NotShared where there is no place for it."""
+        """Raises NotShared if the file cannot be created."""
         self._path = directory / WRITERS_NAME / client_id.hex()
         self._fd: int | None = None
         try:
-            with forks.held_off():  # A child that has the file open knows of it.
+            with forks.held_off():  # A child closes all registered files.
                 self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
                 forks.register(self)
             fcntl.flock(self._fd, fcntl.LOCK_EX)
@@ -144,16 +144,17 @@ class WriterLock:
         self._close()
 
     def release(self) -> None:
-        """Nothing will be written any more. Whatever is reserved goes back to the daemon. No effect in a child."""
+        """Release the lock: this client writes no more, and the daemon reuses its reservations. No effect in a
+        child."""
         if self._fd is None:
             return
-        with suppress(OSError):  # The arena may be gone, and its folder with it.
+        with suppress(OSError):  # The arena and its folder may have been removed.
             self._path.unlink(missing_ok=True)
         fcntl.flock(self._fd, fcntl.LOCK_UN)  # Closing is not enough where another process has the file open.
         self._close()
 
     def _close(self) -> None:
-        with forks.held_off():  # A child never closes a number that is another file's by then.
+        with forks.held_off():  # So that a child never closes a number that has become another file's.
             fd, self._fd = self._fd, None
             if fd is not None:
                 os.close(fd)
@@ -172,7 +173,7 @@ def _opened(path: Path, flags: int) -> AbstractContextManager[int]:
 
 
 def _check(fd: int, arena_id: bytes, capacity_bytes: int) -> None:
-    """Raises ValueError where the file is not that arena: of another host, container, or time."""
+    """Raises ValueError if the file is not that arena: it is of another host, container, or daemon."""
     header = ArenaHeader.decode(os.pread(fd, HEADER_BYTES, 0))
     if header.arena_id != arena_id or header.capacity_bytes != capacity_bytes:
         raise ValueError("it is another arena than the daemon's")
@@ -181,16 +182,16 @@ def _check(fd: int, arena_id: bytes, capacity_bytes: int) -> None:
 
 
 def _fault_in(mapping: Mapping, fd: int, closing: threading.Event) -> None:
-    """Map the pages there are, in small steps.
+    """Fault in the allocated pages, in small steps.
 
-    Only what the daemon has allocated: touching more would take memory that nobody promised.
+    Only pages that the daemon has allocated: an access to others would allocate memory beyond the limit.
     """
     done, idle_s = 0, 0.0
     while done < mapping.size_bytes and idle_s < _GROWS_WITHIN_S:
         allocated = min(os.fstat(fd).st_blocks * 512, mapping.size_bytes)
         for start in range(done, allocated, _FAULT_IN_BYTES):
             if closing.is_set() or not mapping.fault_in(start, min(start + _FAULT_IN_BYTES, allocated)):
-                return  # Kernels before 5.14 cannot: no harm done.
+                return  # Kernels before 5.14 do not support it; the pages are then faulted in at their first use.
         idle_s = 0.0 if allocated > done else idle_s + _GROWS_EVERY_S
         done = max(done, allocated)
         if done < mapping.size_bytes and closing.wait(_GROWS_EVERY_S):

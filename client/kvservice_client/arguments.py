@@ -1,4 +1,4 @@
-"""Checks of what callers pass. A caller's mistake raises InvalidRequest at once: with the rule, before any call."""
+"""Checks of arguments. A caller's mistake raises InvalidRequest at once, with the rule, before any call."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def instance(value: object, kind: type[T], field: str) -> T:
 
 
 def whole(value: Any, field: str, least: int = 0, most: int = 2**32 - 1) -> int:
-    """The value, if it is a whole number in this range. NumPy's integers are numbers too; truth values are none."""
+    """The value, if it is a whole number in this range. NumPy's integers are accepted, booleans are not."""
     try:
         found = operator.index(value)
     except TypeError:
@@ -43,7 +43,7 @@ def whole(value: Any, field: str, least: int = 0, most: int = 2**32 - 1) -> int:
 
 
 def sequence(value: Any, field: str) -> Sequence[Any]:
-    """The value, if it has a length and a place for each item, as lists, tuples and arrays have."""
+    """The value, if it has a length and can be indexed, as lists, tuples and arrays."""
     if isinstance(value, (str, bytes)) or not (hasattr(value, "__len__") and hasattr(value, "__getitem__")):
         raise InvalidRequest(f"{field} is of type {type(value).__name__}; it must be a sequence", field=field)
     found: Sequence[Any] = value
@@ -51,14 +51,14 @@ def sequence(value: Any, field: str) -> Sequence[Any]:
 
 
 def request_id(value: object) -> str:
-    """The value, if the daemon takes it as a request's name."""
+    """The value, if it is a valid request id."""
     if not isinstance(value, str) or len(value.encode(errors="surrogatepass")) > _REQUEST_ID_BYTES_MAX:
         raise InvalidRequest(f"request_id must be text of at most {_REQUEST_ID_BYTES_MAX} bytes", field="request_id")
     return value
 
 
 def seconds(value: object, field: str) -> float:
-    """The value, if it is a span of time: a number from 0 to 1e9. Not NaN, and not infinite."""
+    """The value, if it is a duration in seconds: a number from 0 to 1e9, finite."""
     found = _number(value)
     if not 0 <= found <= _SECONDS_MAX:
         raise InvalidRequest(f"{field} is {value!r}; it must be a number of seconds from 0 to 1e9", field=field)
@@ -74,12 +74,12 @@ def rate(value: object, field: str) -> float:
 
 
 def _number(value: object) -> float:
-    """NaN where it is none. Texts, truth values and arrays are none."""
+    """The number; NaN if the value is not a number. Texts, booleans and arrays are not."""
     return float(value) if isinstance(value, (int, float, np.number)) and not isinstance(value, bool) else math.nan
 
 
 def member(value: Any, kind: type[E], field: str) -> E:
-    """The value as a member of an enumeration of words."""
+    """The value as a member of an enumeration of texts."""
     try:
         return kind(value)
     except ValueError:
@@ -88,7 +88,7 @@ def member(value: Any, kind: type[E], field: str) -> E:
 
 
 def client_name(value: object) -> str:
-    """The value, if the daemon takes it as a client's name."""
+    """The value, if it is a valid client name."""
     if not isinstance(value, str) or len(value) > _CLIENT_NAME_MAX:
         raise InvalidRequest(f"name must be text of at most {_CLIENT_NAME_MAX} characters", field="name")
     return value
@@ -116,7 +116,7 @@ def packed_keys(values: Any, count_max: int) -> Iterator[bytes]:
 
 
 def message(kind: type[M], **fields: object) -> M:
-    """A request with these fields. Raises InvalidRequest where a value is not of its field's type or range."""
+    """A request with these fields. Raises InvalidRequest if a value is not of its field's type or range."""
     try:
         return kind(**fields)
     except (TypeError, ValueError) as error:

@@ -1,8 +1,7 @@
 """The Attach stream, kept open by a background thread.
 
-Leases and uploads hang on the stream and end with it. When it breaks, the thread attaches again;
-another boot epoch tells that the daemon is another process. A client that holds nothing of the
-old attachment does not notice.
+Leases and uploads belong to the stream and end with it. When it breaks, the thread attaches again. Another boot epoch
+shows that the daemon has restarted. A client without leases or uploads is not affected.
 """
 
 from __future__ import annotations
@@ -28,22 +27,22 @@ _PAUSE_MAX_S = 1.0
 
 
 class Attachment(NamedTuple):
-    """What the daemon calls this client, for as long as the stream lives."""
+    """The daemon's id for this client, valid while the stream is open."""
 
     client_id: bytes
     boot_epoch: int
 
 
 def default_name() -> str:
-    """The name of a client that was given none: its host and process."""
+    """The default name of a client: its host and process."""
     return f"{socket.gethostname()}/{os.getpid()}"
 
 
 class AttachStream:
-    """Keeps one attachment alive. The thread starts with the first question for it."""
+    """Keeps one attachment open. The thread starts at the first call that needs it."""
 
     def __init__(self, channel: Channel, client_name: str) -> None:
-        """Where `client_name` is empty, `default_name` of the process that attaches is used."""
+        """If `client_name` is empty, `default_name` of the attaching process is used."""
         self._channel = channel
         self._client_name = client_name
         self._log = RateLimitedLog(log)
@@ -53,20 +52,20 @@ class AttachStream:
         forks.register(self)
 
     def reset_in_child(self) -> None:
-        """Begin unattached: the attachment, and what hangs on it, stay the parent's. A closed one stays closed."""
+        """Begin unattached: the attachment and its leases stay with the parent. A closed stream stays closed."""
         self._changed = threading.Condition()
         self._attachment: Attachment | None = None
         self._error: KVError = DaemonUnavailable("not attached yet")
         self._attempts_failed = 0
         self._thread: threading.Thread | None = None
-        self._retry_now = threading.Event()  # Somebody waits: end the pause between attempts.
-        self._stop_stream = threading.Event()  # The stream of the moment has ended, or shall.
+        self._retry_now = threading.Event()  # A call waits for the attachment: end the pause between attempts.
+        self._stop_stream = threading.Event()  # The current stream has ended, or must end.
         was_closed, self._closed = self._closed.is_set(), threading.Event()
         if was_closed:
             self._closed.set()
 
     def current(self, deadline: Deadline) -> Attachment:
-        """The attachment. Where there is none, waits for the next attempt to end, and raises why it failed."""
+        """The attachment. Without one, waits for the end of the next attempt, and raises its error if it failed."""
         attachment = self._attachment
         if attachment is not None:
             return attachment
@@ -96,7 +95,7 @@ class AttachStream:
         return attachment is not None and attachment.client_id == client_id
 
     def on_change(self, listener: Callable[[], None]) -> None:
-        """Have `listener` called whenever an attachment has begun or ended, on the attach stream's thread."""
+        """Call `listener` when an attachment has begun or ended, on the attach stream's thread."""
         self._listeners.append(listener)
 
     def close(self) -> None:
@@ -121,7 +120,7 @@ class AttachStream:
                 for answer in self._channel.converse(BLOCKS + "Attach", self._requests(over), pb.AttachResponse):
                     was_attached = True
                     self._set(Attachment(answer.client_id, answer.boot_epoch))
-                self._detached(DaemonUnavailable(f"the daemon at {self._channel.address} let this client go"))
+                self._detached(DaemonUnavailable(f"the daemon at {self._channel.address} ended this attachment"))
             except KVError as error:
                 self._detached(error)
             finally:
@@ -131,7 +130,7 @@ class AttachStream:
 
     def _requests(self, over: threading.Event) -> Iterator[pb.AttachRequest]:
         yield pb.AttachRequest(client_name=self._client_name or default_name())
-        over.wait()  # On gRPC's own thread: half-close would end the stream, and without an end it would leak.
+        over.wait()  # On gRPC's own thread. An early return would end the stream; without `over` the thread would leak.
 
     def _set(self, attachment: Attachment) -> None:
         with self._changed:

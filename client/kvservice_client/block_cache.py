@@ -23,12 +23,12 @@ from kvservice_client.retry import Deadline
 from kvservice_client.transports.base import Durability, SaveOrder, SaveResult
 from kvservice_client.transports.ordered import OrderedTransports
 
-# NumPy has no bfloat16 or float8: their elements show as integers of the same size.
+# NumPy has no bfloat16 or float8, so integers of the same size represent their elements.
 _VIEW_DTYPES = {"bfloat16": "int16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
 
 
 class BlockCache:
-    """What an engine's rank works with. Thread-safe. Made by `Client.open_layout`."""
+    """The lookups, loads and saves of one rank. Thread-safe. Made by `Client.open_layout`."""
 
     def __init__(self, connection: Connection, transports: OrderedTransports, layout: Layout, shard: Shard) -> None:
         self._connection = connection
@@ -37,10 +37,10 @@ class BlockCache:
         self.shard = shard
 
     def ping(self, timeout_s: float | None = None) -> None:
-        """Be answered: attach and make the layout known, as far as that is not done, and ask for a sign of life.
+        """Attach and open the layout if needed, and make a call that the daemon must answer.
 
-        After this the next request pays for none of it. Raises DaemonUnavailable or DeadlineExceeded where the
-        daemon is away.
+        The next request then needs none of these steps. Raises DaemonUnavailable or DeadlineExceeded if the daemon is
+        away.
         """
         deadline = self._connection.deadline(timeout_s)
         self._connection.retried(lambda: self._connection.session(self.layout, deadline), deadline)
@@ -48,9 +48,9 @@ class BlockCache:
         self._connection.channel.call(BLOCKS + "GetCapabilities", request, pb.GetCapabilitiesResponse, deadline)
 
     def contains(self, chain: BlockChain, timeout_s: float | None = None) -> int:
-        """How many leading blocks of the chain are stored. No lease: they may be gone the next moment.
+        """How many leading blocks of the chain are stored. No lease: they may be evicted at any time.
 
-        Asks the daemon only where `lookup_local` does not know.
+        Calls the daemon only if `lookup_local` has no answer.
         """
         if not len(arguments.chain(chain)):
             return 0
@@ -63,11 +63,11 @@ class BlockCache:
         return self._connection.retried(attempt, deadline)
 
     def lookup_local(self, chain: BlockChain, timeout_s: float | None = None) -> LocalHit | None:
-        """What the daemon's residency directory in shared memory says of the chain's leading blocks.
+        """The chain's stored leading blocks, from the daemon's residency directory in shared memory.
 
-        No call is made once this client is attached, and the blocks do not count as used. None where there
-        is no telling: the daemon is on another host or keeps no directory, it has not filled it yet since
-        its start, or blocks are stored in several parts. Raises as `contains` does where it cannot be reached.
+        Makes no call once this client is attached, and does not count as a use of the blocks. None if there is no
+        certain answer: the daemon is on another host, has no directory, has not filled it yet since its start, or
+        blocks are stored as several shards. Raises as `contains` if the daemon cannot be reached.
         """
         arguments.chain(chain)
         deadline = self._connection.deadline(timeout_s)
@@ -76,11 +76,11 @@ class BlockCache:
     def lookup(
         self, chain: BlockChain, lease_ttl_s: float = 30.0, timeout_s: float | None = None, *, request_id: str = ""
     ) -> Lease:
-        """Lease the stored part of a prefix. Of a chain longer than the daemon's limit, the part within it.
+        """Lease the stored part of a prefix. A chain longer than the daemon's limit is looked up as far as the limit.
 
-        `request_id` is the engine's name of the request, at most 200 bytes: `kvctl explain` then tells what
-        of it was reused, and why the rest was not.
-        A chain without blocks, of a prompt shorter than one, is an empty hit: the daemon is not asked.
+        `request_id` is the engine's name of the request, at most 200 bytes: `kvctl explain` then shows how much of it
+        was reused, and why the rest was not. A chain without blocks (a prompt shorter than one block) gives an empty
+        lease without a call.
         """
         if not len(arguments.chain(chain)):
             answer, not_attached = pb.LookupPrefixResponse(), Attachment(b"", 0)
@@ -110,7 +110,7 @@ class BlockCache:
     ) -> Lease:
         """A lease of this client's own on the blocks of a ticket (`Lease.export`): the same blocks, the same length.
 
-        It is for `shard`, by default this cache's, which must lie within the exporter's. Raises TicketForged,
+        It is for `shard`, by default this cache's, which must be within the exporter's. Raises TicketForged,
         TicketForeign, TicketExpired, TicketSpent, TicketLayoutMismatch, TicketNotYours; InvalidRequest for another
         shard; Overloaded.
         """
@@ -147,16 +147,15 @@ class BlockCache:
         durability: Durability = Durability.DRAM,
         timeout_s: float | None = None,
     ) -> SaveResult:
-        """Store the blocks of a chain. Those that are stored already succeed without being looked at.
+        """Store the blocks of a chain. Blocks that are stored already succeed, and their buffers are not read.
 
         `layers` has one entry per layer: a contiguous buffer of all blocks' slices, or a list with one buffer per
         block. A buffer is flat (the layout's elements, or raw bytes), or an array of the layout's elements of shape
         `[blocks, 2, kv_heads, tokens, dim]`, for one block also `[2, kv_heads, tokens, dim]`; InvalidRequest is
         raised for another element type, shape or size. The buffers must not change until this returns.
 
-        `timeout_s` is for the whole save; by default the client's timeout and a second more for each 128 MiB. A save
-        may be sent twice where the daemon restarts meanwhile.
-        Of a chain without blocks nothing is stored, and `layers` is not looked at.
+        `timeout_s` is for the whole save; by default the client's timeout plus one second per 128 MiB. A save may be
+        sent twice if the daemon restarts meanwhile. A chain without blocks stores nothing, and `layers` is not read.
         """
         arguments.member(durability, Durability, "durability")
         if not len(arguments.chain(chain)):
@@ -175,7 +174,7 @@ class BlockCache:
             refused = [*total.refused, *((first + block, error) for block, error in result.refused)]
             total = SaveResult(total.stored + result.stored, total.already_stored + result.already_stored, refused)
             if refused and isinstance(refused[-1][1], (TierFull, IndexFull)):
-                # What continues a block that found no space is of no use: it need not be sent.
+                # Blocks after a block that was refused cannot be used, so they are not sent.
                 later = range(first + blocks_max, len(chain))
                 refused.extend((block, refused[-1][1]) for block in later)
                 break
@@ -184,7 +183,7 @@ class BlockCache:
     def _save(
         self, chain: BlockChain, slices: list[list[Bytes]], durability: Durability, deadline: Deadline
     ) -> SaveResult:
-        """As many blocks as the daemon takes in one save."""
+        """The chain in parts of at most as many blocks as the daemon accepts in one save."""
         order: SaveOrder | None = None
 
         def attempt() -> SaveResult:
@@ -211,8 +210,8 @@ class BlockCache:
     def slice_bytes(self, token_count: int, layer: int | None = None) -> int:
         """The size of one layer of one block in this shard.
 
-        `layer` counts from the shard's first. It may be left out where all layers are of one size; InvalidRequest
-        is raised where they are not.
+        `layer` counts from the shard's first. It may be left out if all layers have one size; InvalidRequest
+        is raised if they do not.
         """
         return self._slices_of((token_count,), layer).size_bytes
 
@@ -222,8 +221,8 @@ class BlockCache:
         """Views of one layer's bytes: for each block, K and V as `[head, token, dim]`.
 
         The element type is that of the layer's group; bfloat16 shows as int16, float8 as uint8. `layer` counts from
-        the shard's first, as `LoadedLayer.index`. It may be left out where all layers have one geometry;
-        InvalidRequest is raised where they have not.
+        the shard's first, as `LoadedLayer.index`. It may be left out if all layers have one geometry;
+        InvalidRequest is raised if they do not.
         """
         slices = self._slices_of(token_counts, layer)
         group, heads = slices.group, slices.heads
@@ -279,7 +278,7 @@ class BlockCache:
         return session, call(BLOCKS + "LookupPrefix", request, pb.LookupPrefixResponse, deadline)
 
     def _slices(self, chain: BlockChain, layers: Sequence[Source | Sequence[Source]]) -> list[list[Bytes]]:
-        """Flat views, layer by layer and in each block by block. Raises InvalidRequest for wrong sizes."""
+        """Flat views, ordered by layer, then by block. Raises InvalidRequest for wrong sizes."""
         if len(arguments.sequence(layers, "layers")) != self.shard.layers:
             raise InvalidRequest(f"{len(layers)} layers are given; the shard has {self.shard.layers}", field="layers")
         if any(count != self.layout.block_tokens for count in chain.token_counts[:-1]):

@@ -1,6 +1,6 @@
 """Caller's memory as flat bytes: the buffer protocol, NumPy and DLPack, checked against the layout, without a copy.
 
-Torch is not imported: its CPU tensors come by DLPack (`dlpack`).
+Torch is not imported: its CPU tensors are read by DLPack (`dlpack`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kvservice_client.dlpack import HOST_DEVICES, DLPackTensor, is_compact, lent
 Bytes = NDArray[np.uint8]
 
 _RAW = ("uint8", "bytes8")  # Element types of plain bytes, in one dimension.
-# NumPy lacks these: `BlockCache.layer_arrays` shows them as integers, and integers are taken for them.
+# NumPy lacks these: `BlockCache.layer_arrays` returns integers for them, and integers are accepted for them.
 _NUMPY_STAND_INS = {
     "bfloat16": ("int16", "uint16"),
     "float8_e4m3fn": ("int8", "uint8"),
@@ -35,7 +35,7 @@ else:
 
 
 class Slices(NamedTuple):
-    """What a buffer of KV holds: one layer of one or more blocks, slice after slice."""
+    """The content of a KV buffer: one layer of one or more blocks, slice after slice."""
 
     group: LayerGroup
     heads: int
@@ -53,10 +53,10 @@ class Slices(NamedTuple):
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """The shapes that an array of more than one dimension may have; none where the slices are not alike.
+        """The shapes that an array of more than one dimension may have; empty if the slices differ in shape.
 
-        ``[blocks, 2, kv_heads, tokens, dim]``, for one block also without the first. Latent vectors have 1 in the
-        place of 2. Where K and V have other dims, or the last block is partial, there is no such shape.
+        ``[blocks, 2, kv_heads, tokens, dim]``, for one block also without the first dimension. Latent vectors have 1
+        instead of 2. If K and V have different dims, or the last block is partial, there is no such shape.
         """
         group, tokens = self.group, set(self.token_counts)
         if len(tokens) > 1 or group.v_head_dim not in (0, group.k_head_dim):
@@ -65,9 +65,9 @@ class Slices(NamedTuple):
         return [(len(self.token_counts), *one), *([one] if len(self.token_counts) == 1 else [])]
 
     def check(self, kind: str, stand_ins: Collection[str], shape: Sequence[int], what: str) -> None:
-        """Raises InvalidRequest where an array of elements `kind` cannot be these slices.
+        """Raises InvalidRequest if an array of elements `kind` cannot be these slices.
 
-        `stand_ins` are the element types that the array's library uses for the layout's where it lacks it.
+        `stand_ins` are the element types that the array's library uses instead of a type that it lacks.
         """
         is_raw = kind in _RAW and len(shape) == 1
         dtype = self.group.dtype
@@ -85,7 +85,7 @@ def readable(source: object, what: str, slices: Slices) -> Bytes:
 
     An array of one dimension has the layout's elements, or raw bytes (uint8). One of more dimensions has the
     layout's elements and one of `Slices.shapes`. Raises InvalidRequest for another element type, shape or size,
-    and where the memory is not contiguous or not the host's.
+    and if the memory is not contiguous or not host memory.
     """
     view = _flat(source, what, slices)
     if view.size != slices.size_bytes:
@@ -94,7 +94,7 @@ def readable(source: object, what: str, slices: Slices) -> Bytes:
 
 
 def writable(target: object, what: str, slices: Slices) -> Bytes:
-    """The target's bytes, to be written. Raises InvalidRequest as `readable`, or where it is read-only."""
+    """The target's bytes, writable. Raises InvalidRequest as `readable`, or if the target is read-only."""
     view = readable(target, what, slices)
     if not view.flags.writeable:
         raise InvalidRequest(f"{what} is read-only", field=what)
@@ -132,7 +132,7 @@ def _flat_array(array: NDArray[Any], what: str, slices: Slices) -> Bytes:
 
 
 class _Flat:
-    """Memory that a DLPack capsule lends. NumPy keeps this object, and it keeps the capsule."""
+    """Memory that a DLPack capsule exports. NumPy keeps this object, and it keeps the capsule."""
 
     def __init__(self, capsule: object, address: int, size_bytes: int) -> None:
         self._capsule = capsule

@@ -24,7 +24,7 @@ ADMIN = "/kvservice_api.v1.AdminService/"
 SESSIONS = "/kvservice_api.v1.SessionService/"
 
 if TYPE_CHECKING:
-    import grpc  # At run time it is `own_grpc()`.
+    import grpc  # For type checks; at run time `own_grpc()` is used.
 
 M = TypeVar("M", bound=Message)
 R = TypeVar("R")
@@ -34,17 +34,17 @@ _MIB = 2**20
 OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.max_receive_message_length", -1),  # Frames are bounded by the daemon's max_frame_bytes.
     ("grpc.max_send_message_length", -1),
-    ("grpc.http2.max_frame_size", 16_777_215),  # Fewer, larger pieces: each costs a call and a copy's start.
-    ("grpc.http2.lookahead_bytes", 4 * _MIB),  # Sent ahead of the reader; more would leave the caches.
+    ("grpc.http2.max_frame_size", 16_777_215),  # Fewer, larger pieces, because each piece has a fixed cost.
+    ("grpc.http2.lookahead_bytes", 4 * _MIB),  # Sent ahead of the reader; more would leave the processor's caches.
     ("grpc.http2.write_buffer_size", 8 * _MIB),
-    ("grpc.http2.bdp_probe", 0),  # With it, gRPC goes by its own guess instead of lookahead_bytes.
-    ("grpc.initial_reconnect_backoff_ms", 100),  # A daemon that restarts is found within this time.
+    ("grpc.http2.bdp_probe", 0),  # If it is on, gRPC uses its own estimate instead of lookahead_bytes.
+    ("grpc.initial_reconnect_backoff_ms", 100),  # A restarted daemon is found within this time.
     ("grpc.max_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 2000),  # How long one attempt to connect may take.
-    ("grpc.keepalive_time_ms", 20_000),  # A host that vanished is noticed, and its leases given up.
+    ("grpc.keepalive_time_ms", 20_000),  # Detects a host that has failed, and ends its leases.
     ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.max_pings_without_data", 0),  # 0: an idle client's pings are not held back to one a minute.
-    ("grpc.enable_retries", 0),  # What is tried again is decided in retry.py.
+    ("grpc.http2.max_pings_without_data", 0),  # 0: do not limit an idle client's pings to one per minute.
+    ("grpc.enable_retries", 0),  # retry.py decides what is tried again.
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),
 )
@@ -69,14 +69,14 @@ class _Link:
 
     @property
     def is_inherited(self) -> bool:
-        """Whether it is the link of a parent of this process. Such a link, and its calls, must not be touched."""
+        """Whether it is the link of a parent of this process. Do not use such a link or its calls."""
         return self.generation != forks.generation()
 
 
 class Channel:
-    """One HTTP/2 connection, opened with the first call and again whenever it breaks. Thread-safe.
+    """One HTTP/2 connection, opened at the first call, and again when it breaks. Thread-safe.
 
-    Calls that begin after the TLS files changed share a new connection; those that run live on with the old one.
+    Calls that begin after a change of the TLS files share a new connection; running calls continue on the old one.
     A forked child opens a connection of its own.
     """
 
@@ -91,7 +91,7 @@ class Channel:
             raise InvalidRequest(str(error), field="address") from error
         self.address = address
         self._tls = TlsWatch(tls) if tls is not None and isinstance(self._address, TcpAddress) else None
-        self._lock = threading.RLock()  # Re-entrant: an abandoned stream ends wherever the garbage collector runs.
+        self._lock = threading.RLock()  # Re-entrant: the garbage collector may end an abandoned stream at any place.
         self._link: _Link | None = None
         self._retired: set[_Link] = set()
         self._is_closed = False
@@ -106,7 +106,7 @@ class Channel:
             link.channel.close()
 
     def reset_in_child(self) -> None:
-        """Leave the parent's connections to the parent. To end or to destroy them here would wait for its threads."""
+        """Do not close or destroy the parent's connections here: that would wait for threads of the parent."""
         inherited = {self._link, *self._retired} if self._link is not None else self._retired
         for link in inherited:
             forks.keep_forever(link)
@@ -116,7 +116,7 @@ class Channel:
             forks.give_up_sockets(self._is_peer)
 
     def _is_peer(self, peer: Any) -> bool:
-        """Whether a connected socket leads to the daemon. Of a host name only the port is compared."""
+        """Whether a connected socket leads to the daemon. For a host name only the port is compared."""
         if isinstance(self._address, UnixAddress):
             return isinstance(peer, str) and os.path.realpath(peer) == os.path.realpath(self._address.path)
         if not isinstance(peer, tuple) or peer[1] != self._address.port:
@@ -137,15 +137,15 @@ class Channel:
         return response
 
     def stream(self, method: str, request: Message, answer: type[M], deadline: Deadline) -> Answers[M]:
-        """One request, many answers. The call begins with the question for the first of them."""
+        """One request, many answers. The call begins when the first answer is requested."""
         return self._answers(method, "unary_stream", answer.FromString, request, deadline)
 
     def stream_frames(self, method: str, request: Message, deadline: Deadline) -> Answers[bytes]:
-        """As `stream`, each answer left as the bytes it came in."""
+        """As `stream`, with each answer as its encoded bytes."""
         return self._answers(method, "unary_stream", None, request, deadline)
 
     def send_frames(self, method: str, requests: Iterator[bytes], answer: type[M], deadline: Deadline) -> M:
-        """Many requests that are bytes already, one answer."""
+        """Many encoded requests, one answer."""
         deadline.check()
         with self._calling() as link:
             call = link.callable(method, lambda grpc: grpc.stream_unary(method, None, answer.FromString))
@@ -153,7 +153,7 @@ class Channel:
         return response
 
     def converse(self, method: str, requests: Iterator[Message], answer: type[M]) -> Answers[M]:
-        """Many requests, many answers, without a deadline: for a stream that lives as long as its client."""
+        """Many requests, many answers, without a deadline: for a stream that is open as long as its client."""
         return self._answers(method, "stream_stream", answer.FromString, requests, None)
 
     def _answers(self, method: str, kind: str, decode: Any, request: Any, deadline: Deadline | None) -> Answers[Any]:
@@ -182,7 +182,7 @@ class Channel:
         return link
 
     def _end_call(self, link: _Link) -> None:
-        """A link that was replaced closes with its last call. One of a parent's is left alone."""
+        """A replaced link closes with its last call. A parent's link is not closed."""
         if link.is_inherited:
             return
         with self._lock:
@@ -194,7 +194,7 @@ class Channel:
             link.channel.close()
 
     def _current(self) -> _Link:
-        """The link for new calls, opened or replaced where needed. The lock is held."""
+        """The link for new calls; opens or replaces it if needed. The caller holds the lock."""
         if self._is_closed:
             raise DaemonUnavailable("the client is closed")
         former = self._link
@@ -221,13 +221,13 @@ class Channel:
             return run()
         except link.grpc.RpcError as error:
             raise self._explained(error) from error
-        except ValueError as error:  # What grpc raises for a call on a closed channel.
+        except ValueError as error:  # grpc raises it for a call on a closed channel.
             raise DaemonUnavailable("the client is closed") from error
 
     def _explained(self, error: grpc.RpcError) -> KVError:
         known = from_rpc_error(error)
-        if type(known) is DaemonUnavailable:  # grpc's own words do not always name the address.
-            if (tls := self._tls) is not None:  # Another thread may be closing us.
+        if type(known) is DaemonUnavailable:  # grpc's own message does not always name the address.
+            if (tls := self._tls) is not None:  # Another thread may be closing this channel.
                 tls.look_soon()
             return DaemonUnavailable(f"no answer from the daemon at {self.address}: {known.message}")
         if type(known) is DeadlineExceeded:
@@ -236,9 +236,9 @@ class Channel:
 
 
 class Answers(Generic[A]):
-    """The answers of one call, an iterator and no generator: nothing of it runs between two of them.
+    """The answers of one call. An iterator, not a generator: none of its code runs between two answers.
 
-    `close` cancels the call, unless it has ended; so does the end of the object. For one thread at a time.
+    `close` cancels the call unless it has ended; so does the object's destructor. For one thread at a time.
     """
 
     def __init__(self, channel: Channel, start: Callable[[_Link], Any]) -> None:
@@ -281,7 +281,7 @@ class Answers(Generic[A]):
         if was_over or link is None or link.is_inherited:
             return
         if self._call is not None:
-            self._call.cancel()  # Without effect on a call that has ended.
+            self._call.cancel()  # No effect on a call that has ended.
             link.streams.discard(self._call)
         self._channel._end_call(link)
 

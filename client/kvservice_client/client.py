@@ -26,7 +26,7 @@ DEFAULT_ADDRESS = "127.0.0.1:7070"
 
 
 class PrefetchResult(NamedTuple):
-    """Counts of blocks. `failed` is known only where the client waited."""
+    """Counts of blocks. `failed` is known only if the client waited."""
 
     missing: int
     in_dram: int
@@ -43,7 +43,7 @@ class EvictResult(NamedTuple):
 
 
 class Client:
-    """Synchronous and thread-safe. Connects with the first call, and again by itself. A context manager.
+    """Synchronous and thread-safe. Connects at the first call, and reconnects automatically. A context manager.
 
     Every call ends within its timeout, by default `timeout_s`, and raises only KVErrors. While the
     daemon is away, calls wait at most `reconnect_wait_s` for it before they raise DaemonUnavailable.
@@ -60,11 +60,11 @@ class Client:
         transport: Literal["auto", "shm", "grpc"] = "auto",
         throttle_bytes_per_s: float = 0.0,
     ) -> None:
-        """`address` is host:port or the path of a UNIX socket; `name` is what operators see of this client.
+        """`address` is host:port or the path of a UNIX socket; operators see `name`.
 
-        With `tls`, host:port is spoken to by TLS. `transport` is how bytes travel: by shared memory wherever that
-        works, and else by gRPC ("auto"); never by shared memory ("grpc"); or as in "auto", but a daemon whose arena
-        is not here is an error ("shm"). With `throttle_bytes_per_s` blocks travel no faster than that, which is for
+        With `tls`, connections to host:port use TLS. `transport` is how bytes are moved: through shared memory if
+        possible, else by gRPC ("auto"); never through shared memory ("grpc"); or as "auto", but with an error if the
+        daemon's arena is not on this host ("shm"). `throttle_bytes_per_s` limits the transfer rate of blocks, for
         measurements and tests. Raises InvalidRequest, TlsFileUnusable.
         """
         arguments.client_name(name)
@@ -84,7 +84,7 @@ class Client:
         return self._connection.channel.address
 
     def close(self) -> None:
-        """End all leases and the connection. What this client handed out is of no use after this."""
+        """End all leases and the connection. Objects that this client returned cannot be used after this."""
         self._connection.close()
         self._transports.close()
 
@@ -101,23 +101,23 @@ class Client:
         self.close()
 
     def capabilities(self, timeout_s: float | None = None) -> pb.GetCapabilitiesResponse:
-        """The daemon's version, boot epoch, limits and transports, asked for anew."""
+        """The daemon's version, boot epoch, limits and transports, read with a call each time."""
         deadline = self._connection.deadline(timeout_s)
         request = pb.GetCapabilitiesRequest()
         return self._connection.ask(BLOCKS + "GetCapabilities", request, pb.GetCapabilitiesResponse, deadline)
 
     def open_layout(self, layout: Layout, shard: Shard | None = None) -> BlockCache:
-        """The blocks of one layout, as one rank sees them; the whole of each block where no shard is given.
+        """The blocks of one layout, for one rank's shard; without a shard, the whole blocks.
 
-        Asks the daemon nothing yet. The layout is made known to it with the first call, and again
-        after it restarted. Raises InvalidRequest.
+        Makes no call yet. The first call opens the layout in the daemon; a call after the daemon's restart opens it
+        again. Raises InvalidRequest.
         """
         arguments.instance(layout, Layout, "layout")
         shard = Shard.whole(layout) if shard is None else arguments.instance(shard, Shard, "shard").check(layout)
         return BlockCache(self._connection, self._transports, layout, shard)
 
     def session(self, layout: Layout, session_id: str, shard: Shard | None = None) -> Session:
-        """A conversation whose history the daemon knows by this id. Asks the daemon nothing yet.
+        """A conversation whose history the daemon stores under this id. Makes no call yet.
 
         `session_id` has 1 to 200 ASCII letters, digits and ``-_.:@/+=~``, or InvalidRequest is raised. Sessions of
         one id in several layouts are several sessions. The ranks of one model share a session: one of them changes it.
@@ -125,17 +125,17 @@ class Client:
         return Session(self._connection, self.open_layout(layout, shard), checked_session_id(session_id))
 
     def report_request(self, report: RequestReport) -> None:
-        """Tell the daemon, in the background, what became of a request: `kvctl explain` shows it.
+        """Report to the daemon, in the background, how a request went: `kvctl explain` shows it.
 
-        Waits for nobody and raises for nothing that the daemon does. While it is away, the last 256 reports are
-        kept. Raises InvalidRequest for a plan that does not exist.
+        Does not wait, and does not raise for a failure of the daemon. While the daemon is away, the last 256 reports
+        are kept. Raises InvalidRequest for a plan that does not exist.
         """
         self._connection.reporter.report(arguments.instance(report, RequestReport, "report"))
 
     def prefetch(
         self, keys: Iterable[bytes], *, wait: bool = False, deadline_s: float = 0.0, timeout_s: float | None = None
     ) -> PrefetchResult:
-        """Ask for blocks to be copied up to DRAM, those with the nearest `deadline_s` first."""
+        """Request the promotion of blocks to DRAM, those with the earliest `deadline_s` first."""
         deadline = self._connection.deadline(timeout_s)
         deadline_ms = round(arguments.seconds(deadline_s, "deadline_s") * 1e3)
         total = PrefetchResult(0, 0, 0, 0)

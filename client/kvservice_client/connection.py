@@ -1,4 +1,4 @@
-"""What a client knows of its daemon: the attachment, the limits, the layouts opened there."""
+"""A client's state at its daemon: the attachment, the limits, the opened layouts."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from kvservice_client.tls import TlsFiles
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 
-_REPORTS_S = 0.5  # How long closing waits for what is still to be reported.
+_REPORTS_S = 0.5  # How long `close` waits for queued reports.
 _MAY_PASS = (DaemonUnavailable, UnknownClient, UnknownLayout)
 
 
 class RequestContext(NamedTuple):
-    """All that a request about blocks needs. Good for one attachment."""
+    """The inputs that every request about blocks needs. Valid for one attachment."""
 
     attachment: Attachment
     limits: pb.GetCapabilitiesResponse
 
 
 class Connection:
-    """Shared by everything that one client hands out, and closed when the last of it is gone.
+    """Shared by all objects of one client, and closed with the last of them.
 
     Thread-safe; holds no lock during a call.
     """
@@ -62,11 +62,11 @@ class Connection:
         return Deadline(self.timeout_s if timeout_s is None else timeout_s, self.clock)
 
     def ask(self, method: str, request: Message, answer: type[M], deadline: Deadline) -> M:
-        """One call of what may run twice, tried again while the daemon restarts."""
+        """One call that may run twice; it is tried again while the daemon restarts."""
         return self.retried(lambda: self.channel.call(method, request, answer, deadline), deadline)
 
     def retried(self, attempt: Callable[[], T], deadline: Deadline) -> T:
-        """What `attempt` returns, after as many attempts as a restart of the daemon takes, if it is a short one."""
+        """The result of `attempt`, which is tried again during a short restart of the daemon."""
 
         def repair(error: KVError) -> bool:
             if isinstance(error, UnknownLayout):
@@ -76,14 +76,14 @@ class Connection:
         return retry(attempt, deadline, self._reconnect_wait_s, repair)
 
     def session(self, layout: Layout, deadline: Deadline) -> RequestContext:
-        """Attach and open the layout, as far as that is not done yet."""
+        """Attach and open the layout, if that is not done yet."""
         attachment = self.attach_stream.current(deadline)
         limits = self.limits(deadline, attachment.boot_epoch)
         self.open_layout(layout, attachment.boot_epoch, deadline)
         return RequestContext(attachment, limits)
 
     def limits(self, deadline: Deadline, boot_epoch: int | None = None) -> pb.GetCapabilitiesResponse:
-        """The daemon's limits, asked for once an epoch."""
+        """The daemon's limits, read once per boot epoch."""
         limits = self._limits
         if limits is None or (boot_epoch is not None and limits.boot_epoch != boot_epoch):
             request = pb.GetCapabilitiesRequest()

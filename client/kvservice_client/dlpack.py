@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 @runtime_checkable
 class DLPackTensor(Protocol):
-    """A tensor that lends its memory by DLPack, as torch's, CuPy's and JAX's do."""
+    """A tensor that exports its memory by DLPack, as torch's, CuPy's and JAX's do."""
 
     def __dlpack__(self) -> Any: ...
 
@@ -59,7 +59,7 @@ _capsule_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
 
 
 class Lent(NamedTuple):
-    """Memory that an array lends, valid while `capsule` is kept. The capsule is never marked as consumed, so its own
+    """Memory that an array exports, valid while `capsule` is kept. The capsule is never marked as consumed, so its own
     destructor returns the array's reference."""
 
     address: int
@@ -71,11 +71,11 @@ class Lent(NamedTuple):
 
 
 def lent(tensor: Any, **options: Any) -> Lent:
-    """What `tensor` lends. `options` go to its ``__dlpack__``.
+    """The memory that `tensor` exports. `options` are passed to its ``__dlpack__``.
 
-    Raises what the array's library raises where it cannot lend: BufferError, RuntimeError or ValueError.
+    Raises the error of the array's library if it cannot export the memory: BufferError, RuntimeError or ValueError.
     """
-    capsule = tensor.__dlpack__(**options)  # Without a version: the first form of the struct, which all can give.
+    capsule = tensor.__dlpack__(**options)  # Without a version: all libraries support the first form of the struct.
     described = Tensor.from_address(_capsule_pointer(capsule, b"dltensor"))
     shape = tuple(described.shape[: described.dimensions])
     code, bits, lanes = described.dtype.code, described.dtype.bits, described.dtype.lanes
@@ -93,7 +93,7 @@ def lent(tensor: Any, **options: Any) -> Lent:
 
 
 def compact_strides(shape: tuple[int, ...], item: int = 1) -> tuple[int, ...]:
-    """Of an array whose last index varies fastest, counted in `item`."""
+    """The strides of an array whose last index varies fastest, in elements of size `item`."""
     strides = []
     for size in reversed(shape):
         strides.append(item)

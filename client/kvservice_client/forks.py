@@ -1,9 +1,9 @@
-"""What the client does when its process forks.
+"""Resets the client in forked children.
 
 A forked child has copies of its parent's objects and none of its parent's threads, and it shares the parent's
 open files and connections. A lock that another thread held at the fork stays locked in the child for ever. So each
 object of the client that has locks, threads or open files registers itself here, and its `reset_in_child` puts it
-in the state of a new object, before ``os.fork`` returns in the child. Nothing of this touches the parent.
+in the state of a new object, before ``os.fork`` returns in the child. The parent is not changed.
 
 The hooks run for ``os.fork``, ``os.forkpty`` and ``multiprocessing``; not where a C library forks by itself.
 """
@@ -30,7 +30,7 @@ class Forkable(Protocol):
     """An object with state that a forked child cannot use."""
 
     def reset_in_child(self) -> None:
-        """Called in the child, while it has one thread. Must not wait, raise, or touch what the parent uses."""
+        """Called in the child, while it has one thread. Must not wait, raise, or change what the parent uses."""
 
 
 _objects: WeakSet[Any] = WeakSet()
@@ -39,18 +39,18 @@ _fork_lock = threading.RLock()
 
 
 def generation() -> int:
-    """A number that is another one in each forked child: tells objects that were made before the fork."""
+    """A number that differs in each forked child: it identifies objects that were made before the fork."""
     return _generation
 
 
 def register(made: Forkable) -> None:
-    """Have `made.reset_in_child` called in forked children. Keeps no reference to `made`."""
+    """Call `made.reset_in_child` in forked children. Keeps no reference to `made`."""
     _objects.add(made)
 
 
 @contextmanager
 def held_off() -> Iterator[None]:
-    """No thread of this process forks while the block runs: for steps of which a child must see all or nothing.
+    """No thread of this process forks while the block runs: for steps that a child must see completely or not at all.
 
     Keep it short: a thread that wants to fork waits for it.
     """
@@ -64,7 +64,7 @@ def keep_forever(made: object) -> None:
 
 
 def give_up_sockets(is_peer: Callable[[Any], bool]) -> None:
-    """In a child: give up the parent's connections to certain peers, so that they end when the parent ends.
+    """In a child: close the parent's connections to certain peers, so that they end when the parent ends.
 
     `is_peer` judges what ``getpeername`` returns. The file descriptors stay in use and lead to ``/dev/null``: gRPC's
     objects remember the numbers, and might close them. The connections stay open in the parent.
@@ -80,7 +80,7 @@ def give_up_sockets(is_peer: Callable[[Any], bool]) -> None:
 
 
 def _peer(fd: int) -> Any:
-    """What the socket is connected to; None where it is no socket or not connected."""
+    """The peer's address; None if it is not a socket, or not connected."""
     try:
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             return None

@@ -1,4 +1,4 @@
-"""A lease on the stored part of a prefix: its blocks stay put until it ends, and can be loaded."""
+"""A lease on the stored part of a prefix: its blocks stay in their place until it ends, and can be loaded."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from kvservice_client.transports.base import LoadOrder
 from kvservice_client.transports.in_place import VERIFY, Verify, View
 from kvservice_client.transports.ordered import OrderedTransports
 
-# What a transfer is given beyond the client's timeout: slower than this, recomputing is faster.
+# The time of a transfer beyond the client's timeout. Below this rate, recomputing is faster.
 TRANSFER_BYTES_PER_S_MIN = 128 * 2**20
 _RELEASE_S = 1.0
-_USE_MARGIN = 0.2  # Of a lease's time: bytes in place are not used that late, for clocks do not run alike.
+_USE_MARGIN = 0.2  # The last part of a lease's time, not used for bytes in place: clocks differ in speed.
 
 
 @dataclass(frozen=True, slots=True)
 class ResidencyRun:
-    """Consecutive blocks held by the same tiers."""
+    """Consecutive blocks with copies in the same tiers."""
 
     count: int
     dram: bool
@@ -50,7 +50,7 @@ class Lease:
 
     A lease ends when it is released, when its time is over, or with the client's attachment, so
     a restart of the daemon ends it too. `load` then raises LeaseExpired: look the prefix up again.
-    It belongs to the process that made it: in a forked child it counts as ended, and goes on in the parent.
+    It belongs to the process that made it: in a forked child it counts as ended, and in the parent it continues.
     """
 
     def __init__(
@@ -72,7 +72,8 @@ class Lease:
         self._lease_id = answer.lease_id
         self._ttl_s = answer.lease_ttl_ms / 1e3
         self._generation = forks.generation()
-        self._end_s = asked_at_s + self._ttl_s  # Counted from before the question: never later than the daemon's.
+        # Measured from before the request was sent, so it never ends later than the daemon's lease.
+        self._end_s = asked_at_s + self._ttl_s
         self.token_counts = tuple(token_counts[: answer.hit_blocks])
         self.residency = [ResidencyRun(run.count, run.dram, run.ssd) for run in answer.runs]
 
@@ -87,16 +88,16 @@ class Lease:
 
     @property
     def remaining_s(self) -> float:
-        """How long the lease goes on unless it is renewed; 0 once it has ended."""
+        """Seconds until the lease ends unless it is renewed; 0 once it has ended."""
         if not self._lease_id or not self._connection.attach_stream.is_current(self._attachment):
             return 0.0
         return max(0.0, self._end_s - self._connection.clock.now_s())
 
     def layer_bytes(self, first_block: int = 0, block_count: int | None = None, layer: int | None = None) -> int:
-        """The size of one layer of these blocks: what a buffer for `load` must have.
+        """The size in bytes of one layer of these blocks: the size of a buffer for `load`.
 
-        `layer` counts from the shard's first. It may be left out where all layers are of one size; InvalidRequest
-        is raised where they are not.
+        `layer` counts from the shard's first. It may be left out if all layers have one size; InvalidRequest is raised
+        if they do not.
         """
         order = self._order(first_block, block_count)
         if layer is None:
@@ -113,13 +114,13 @@ class Lease:
         block_count: int | None = None,
         timeout_s: float | None = None,
     ) -> Generator[LoadedLayer, None, None]:
-        """The blocks' layers in order, each as soon as its last byte is there.
+        """The blocks' layers in order, each as soon as its last byte has arrived.
 
         `into` has one writable buffer per layer, filled in place; without it each layer gets a new
-        array. `timeout_s` is for the whole load; by default the client's timeout and a second more
-        for each 128 MiB. The lease is renewed meanwhile where needed. Raises LeaseExpired,
-        ChecksumMismatch, StorageFailed, DaemonUnavailable, DeadlineExceeded: layers that were
-        yielded are right all the same. Closing the generator ends the load, and the call on the daemon's side.
+        array. `timeout_s` is for the whole load; by default the client's timeout plus one second
+        per 128 MiB. The lease is renewed meanwhile if needed. Raises LeaseExpired, ChecksumMismatch, StorageFailed,
+        DaemonUnavailable, DeadlineExceeded; layers that were yielded before are still right. Closing the generator
+        ends the load, and the call on the daemon's side.
         """
         order = self._order(first_block, block_count)
         if into is not None:
@@ -136,15 +137,14 @@ class Lease:
         *,
         verify: Verify = "once",
     ) -> View:
-        """The blocks where the daemon has them, read-only and without a copy; blocks on SSD come up first.
+        """The blocks in the daemon's shared memory, read-only and without a copy; blocks on SSD are promoted first.
 
-        `verify` says when bytes are compared with their checksums. "once": the daemon has done so once since its
-        start, or does so now; damage to the memory after that is found by `load`, by a scrub, and by nothing else.
-        "always": the view does so itself, for each slice when `slices` first gives it out. Choose it where the CPU
-        reads the bytes anyway.
+        `verify` says when bytes are compared with their checksums. "once": the daemon verifies them once after its
+        start, at the latest now; later damage to the memory is found only by `load` and by a scrub. "always": the view
+        verifies each slice when `slices` first returns it. Choose it if the CPU reads the bytes in any case.
 
-        A context manager. The view lasts as long as the lease, less a fifth of it: renew the lease in time. Raises
-        InvalidRequest for another `verify`, NotShared where the blocks cannot be read in place (then `load` them),
+        A context manager. The view is valid for the first four fifths of the lease's time: renew the lease in time.
+        Raises InvalidRequest for another `verify`, NotShared if the blocks cannot be read in place (then `load` them),
         LeaseExpired, ChecksumMismatch, StorageFailed.
         """
         if verify not in VERIFY:
@@ -187,7 +187,7 @@ class Lease:
         ]
 
     def _is_usable(self) -> bool:
-        """Whether bytes in place may still be used, whether or not the daemon is there to say so."""
+        """Whether bytes in place may still be used, by this client's own clock."""
         return bool(self._lease_id) and self._connection.clock.now_s() <= self._end_s - _USE_MARGIN * self._ttl_s
 
     def _layers(self, order: LoadOrder, deadline: Deadline) -> Generator[LoadedLayer, None, None]:
@@ -197,11 +197,11 @@ class Lease:
                 yield LoadedLayer(index, data, self._layout.group_of(self._shard.layer_begin + index))
                 if self._is_inherited:
                     raise self._ended()
-                with suppress(KVError):  # The daemon holds what it is sending: the load needs the lease no more.
+                with suppress(KVError):  # The daemon holds the blocks that it sends: the load needs no lease.
                     self._keep(deadline)
 
     def renew(self, ttl_s: float | None = None, timeout_s: float | None = None) -> float:
-        """Extend the lease to `ttl_s` from now, by default what it had. What was granted, in seconds."""
+        """Extend the lease to `ttl_s` from now, by default its previous ttl. Returns the granted seconds."""
         self._renew(
             self._ttl_s if ttl_s is None else arguments.seconds(ttl_s, "ttl_s"), self._connection.deadline(timeout_s)
         )
@@ -210,10 +210,10 @@ class Lease:
     def export(self, ttl_s: float = 30.0, adoptions: int = 1, timeout_s: float | None = None) -> bytes:
         """A ticket with which other clients of this daemon get leases of their own on these blocks.
 
-        Pass it to `BlockCache.adopt` in another process: `adoptions` times, within `ttl_s`, of which the daemon may
-        grant less. Until then the ticket holds the blocks by itself: this lease may be released, and this process
-        may end. Its holder can read the blocks, so pass it on as a secret. Raises LeaseExpired, BlockNotFound
-        where nothing was hit, InvalidRequest, Overloaded.
+        Pass it to `BlockCache.adopt` in other processes: `adoptions` times, within `ttl_s`; the daemon may grant a
+        shorter time. Until then the ticket itself holds the blocks: this lease may be released, and this process may
+        end. A process with the ticket can read the blocks, so treat it as a secret. Raises LeaseExpired, BlockNotFound
+        if nothing was hit, InvalidRequest, Overloaded.
         """
         ttl_ms = min(max(1, round(arguments.seconds(ttl_s, "ttl_s") * 1e3)), 2**32 - 1)
         if not ttl_s:
@@ -230,10 +230,10 @@ class Lease:
         return self._connection.channel.call(BLOCKS + "ExportLease", request, pb.ExportLeaseResponse, deadline).ticket
 
     def release(self, timeout_s: float | None = None) -> None:
-        """End the lease. A daemon that does not answer is no error: the lease then ends by itself.
+        """End the lease. If the daemon does not answer, there is no error: the lease then ends at its time.
 
-        Waits at most `timeout_s`, by default the client's, and never longer than a second. Raises InvalidRequest
-        where `timeout_s` is no span of time.
+        Waits at most `timeout_s`, by default the client's, and never longer than a second. Raises InvalidRequest if
+        `timeout_s` is not a duration.
         """
         if timeout_s is not None:
             arguments.seconds(timeout_s, "timeout_s")
@@ -254,7 +254,7 @@ class Lease:
 
     @property
     def _is_inherited(self) -> bool:
-        """Whether the lease is that of a parent of this process, from before a fork."""
+        """Whether the lease belongs to a parent of this process, from before a fork."""
         return self._generation != forks.generation()
 
     def _ended(self) -> LeaseExpired:
@@ -263,7 +263,7 @@ class Lease:
         return LeaseExpired("the lease has ended; look the prefix up again")
 
     def _keep(self, deadline: Deadline) -> None:
-        """Renew where less than half is left and the load may take longer."""
+        """Renew the lease if less than half of its time is left and the load may take longer."""
         remaining_s = self.remaining_s
         if not remaining_s:
             raise self._ended()

@@ -1,8 +1,8 @@
 """Lookups without a call: the daemon's residency directory, where this process can map it.
 
-All keys of a question are answered together: for each, a few slots are copied at once, between two
-readings of their sequences. What may be torn, or is stored in several parts, is nobody's to say
-here: the daemon is asked then.
+All keys of a lookup are searched together: for each key a few slots are copied in one step, between two reads of their
+sequences. If a slot may be torn, or if a block is stored as several shards, the answer is None, and the caller asks the
+daemon.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from kvservice_api.residency_directory import (
 )
 
 _KEYS_AT_A_TIME = 1024
-_SLOTS_FIRST, _SLOTS_AT_A_TIME = 4, 64  # Most searches end at once; those that do not are for many shards.
-_SLOTS_MAX = 1024  # Further than that nobody searches: the daemon knows at once.
-_ATTEMPTS_MAX = 3  # For slots that are being written.
+_SLOTS_FIRST, _SLOTS_AT_A_TIME = 4, 64  # Most searches end at once; the others have many shards.
+_SLOTS_MAX = 1024  # A call to the daemon is faster than a longer search.
+_ATTEMPTS_MAX = 3  # Reads of slots that the daemon is writing.
 
 Flags = NDArray[np.uint32]
 
 
 class LocalHit(NamedTuple):
-    """How many leading blocks are stored, and how many of them in which tier. They may be gone the next moment."""
+    """How many leading blocks are stored, and how many of them per tier. They may be evicted at any time."""
 
     blocks: int
     in_dram: int
@@ -47,7 +47,7 @@ class LocalHit(NamedTuple):
 
 
 class LocalDirectory:
-    """The mapping of the moment. Thread-safe: a question works with the mapping that it found."""
+    """The current mapping. Thread-safe: a lookup uses the mapping that it began with."""
 
     def __init__(self) -> None:
         self._mapping: DirectoryMapping | None = None
@@ -55,10 +55,10 @@ class LocalDirectory:
     def look_up(
         self, path: str, store_id: bytes, boot_epoch: int, packed_keys: bytes, fingerprint: bytes, shard: Shard
     ) -> LocalHit | None:
-        """The leading blocks that are stored, of this layout and for all of `shard`. Never asks the daemon.
+        """The stored leading blocks of this layout, for all of `shard`. Makes no call.
 
-        None where the directory cannot tell: it is not there, cannot be read, is being built, is of
-        another store or life of the daemon; or the block that ends the answer is in doubt.
+        None if the directory has no certain answer: it is missing, unreadable, being filled, or of another store or
+        boot epoch; or the block at which the answer would end is in doubt.
         """
         mapping = self._mapping
         if mapping is None or not mapping.is_good_for(store_id, boot_epoch):
@@ -83,11 +83,11 @@ class DirectoryMapping:
     """One file of the directory, mapped for reading."""
 
     def __init__(self, fd: int) -> None:
-        """Raises OSError or ValueError where it is no whole directory. The file may be closed after this."""
+        """Raises OSError or ValueError if it is not a complete directory. The file may be closed after this."""
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise ValueError("it is no file")
         self.header = Header.decode(os.pread(fd, HEADER_BYTES, 0))
-        data = mmap.mmap(fd, self.header.file_bytes, prot=mmap.PROT_READ)  # A ValueError where the file has less.
+        data = mmap.mmap(fd, self.header.file_bytes, prot=mmap.PROT_READ)  # Raises ValueError if the file is shorter.
         words = np.frombuffer(data, "<u4")
         self._state = words[STATE_WORD : STATE_WORD + 1]
         self._sequences = words[HEADER_BYTES // 4 :: SLOT_BYTES // 4]
@@ -100,7 +100,7 @@ class DirectoryMapping:
         )
 
     def find(self, packed_keys: bytes, layout: bytes, shard: Shard) -> tuple[Flags, NDArray[np.bool_]]:
-        """For each key the flags of the first slots that answer for all of `shard`; and whether a miss is in doubt."""
+        """For each key the flags of the first slots that have all of `shard`; and whether a miss is in doubt."""
         keys = np.frombuffer(packed_keys, "<u8").reshape(-1, KEY_BYTES // 8)
         flags = np.zeros(len(keys), np.uint32)
         in_doubt = np.zeros(len(keys), np.bool_)
@@ -141,13 +141,13 @@ class DirectoryMapping:
             is_torn[searched] |= torn.any(1)
             ends = (slots[..., 1] & np.uint64(0xFFFF_FFFF) == 0) & ~torn
             searched = searched[(flags[searched] == 0) & ~ends.any(1)]
-        is_partial[searched] = True  # Nobody knows what comes behind.
+        is_partial[searched] = True  # The slots after it are not known.
         is_miss = flags == 0
         return flags, (is_partial | is_torn) & is_miss, is_torn & is_miss
 
 
 def _are_whole(slots: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Whose crc is right. `slots` has the shape [slots, 8]."""
+    """Which slots have a correct crc. `slots` has the shape [slots, 8]."""
     covered = np.ascontiguousarray(slots[:, 1:]).view(f"V{SLOT_BYTES - 8}").ravel().tolist()
     whole: NDArray[np.bool_] = crcs_of(covered) == (slots[:, 0] >> np.uint64(32))
     return whole
@@ -170,11 +170,11 @@ def _opened(path: str, store_id: bytes, boot_epoch: int) -> DirectoryMapping | N
     if not path:
         return None
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # A pipe of that name would have us wait.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # Opening a pipe of that name would block.
         try:
             mapping = DirectoryMapping(fd)
         finally:
             os.close(fd)
     except (OSError, ValueError, OverflowError):
-        return None  # Another host, another container, another user; or it is damaged.
+        return None  # It is of another host, container or user; or it is damaged.
     return mapping if mapping.is_good_for(store_id, boot_epoch) else None

@@ -1,4 +1,4 @@
-"""Tells glibc's malloc to keep large buffers instead of giving them back to the kernel.
+"""Makes glibc's malloc keep large buffers instead of returning them to the kernel.
 
 Every frame is a buffer of a MiB. By default glibc maps and unmaps such buffers one by one, and the
 page faults take longer than the copy: loads and saves run at half their speed.
@@ -16,7 +16,7 @@ _KEPT_FREE_BYTES = 256 * 2**20
 
 @functools.cache
 def keep_large_buffers() -> None:
-    """Once in a process. Without effect where the C library is not glibc."""
+    """Call it once per process. No effect if the C library is not glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _KEPT_BLOCK_BYTES)

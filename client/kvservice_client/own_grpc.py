@@ -1,13 +1,13 @@
-"""gRPC for this process: the installed package, or in a forked child a copy of it that no fork has touched.
+"""gRPC for this process: the installed package, or in a forked child a second copy of it, with a new state.
 
 gRPC's threads do not survive a fork, and the client's Attach stream keeps one of them inside gRPC at nearly every
 moment. gRPC then leaves its state in the child as it was at the fork ("Other threads are currently calling into
-gRPC, skipping fork() handlers"): calls there may wait for ever, on new channels too, and obey no deadline.
+gRPC, skipping fork() handlers"): calls there may wait for ever, also on new channels, and ignore deadlines.
 
 So a forked child does not use its parent's gRPC. It loads the extension module once more, from a copy of the file,
-which the dynamic linker takes for another library: that has its own state, locks and threads, as in a new process.
+which the dynamic linker loads as another library: it has its own state, locks and threads, as in a new process.
 The package's Python modules are run once more around it, under another name. This takes some 20 to 100 ms with the
-child's first call. The parent's gRPC, and whatever else of the process uses it, are left alone.
+child's first call. The parent's gRPC, and other code of the process that uses it, are not changed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from importlib.machinery import ExtensionFileLoader, ModuleSpec, PathFinder, Sou
 from types import ModuleType
 from typing import Any
 
-import kvservice_api.grpc_forks  # isort: skip  # noqa: F401  # Before whatever else imports gRPC.
+import kvservice_api.grpc_forks  # isort: skip  # noqa: F401  # Before any other import of gRPC.
 
 import grpc
 
@@ -52,7 +52,7 @@ class _OwnGrpc:
             if self._module is None and not self._refusal:
                 try:
                     self._module = _load_copy(f"grpc_after_fork_{forks.generation()}")
-                except Exception as error:  # Whatever the reason: the caller is told, and recomputes.
+                except Exception as error:  # Any error becomes a DaemonUnavailable, and the caller recomputes.
                     self._refusal = f"{type(error).__name__}: {error}"
             if self._module is None:
                 raise DaemonUnavailable(
@@ -132,7 +132,7 @@ def _file_of(module: ModuleType) -> str:
 def _copy(path: str, file: int) -> None:
     with open(path, "rb") as source:
         left = os.fstat(source.fileno()).st_size
-        while left and (copied := os.sendfile(file, source.fileno(), None, left)):  # From where it stopped before.
+        while left and (copied := os.sendfile(file, source.fileno(), None, left)):  # Continue at the current offset.
             left -= copied
     if left:
         raise OSError(f"{path} was cut while it was copied")

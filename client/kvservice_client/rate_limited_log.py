@@ -3,8 +3,8 @@
     log = RateLimitedLog(logging.getLogger(__name__))
     log.warning("a save failed: %s", error.message)     # at most one line per minute of this text
 
-The text before its arguments are put in is what counts as the same line, together with `kind`: give an error's reason
-there, and each reason has a line. The reason belongs into the text too: by default Python prints no ``extra`` fields.
+Two lines are the same if their format text and their `kind` are the same. Give an error's reason as `kind`, so that
+each reason has a line. Put the reason into the text too: by default Python does not print ``extra`` fields.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class RateLimitedLog:
         self._logger.log(level, text, *arguments, stacklevel=3)
 
     def _left_out(self, line: tuple[str, str]) -> int | None:
-        """How often the line was left out before this one, which is to be written; None where it is left out too."""
+        """How often the line was left out before this one; None if this one must be left out too."""
         now_s = self._clock()
         with self._lock:
             written_s, left_out = self._written.get(line, (-float("inf"), 0))

@@ -1,8 +1,8 @@
-"""What an engine tells the daemon of its requests, so that `kvctl explain` can tell it others.
+"""An engine's reports of its requests, which `kvctl explain` shows.
 
     client.report_request(RequestReport(request_id="cmpl-7", outcome=Outcome.DONE, plan="load", ...))
 
-Nobody waits for a report: a thread sends it. Where the daemon is away the last ones are kept until it is back.
+A thread sends the reports, so no call waits for them. While the daemon is away, the last ones are kept.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Outcome(StrEnum):
     """How a request with a history went."""
 
     DONE = "done"  # As planned.
-    MISS = "miss"  # Nothing was stored: all was computed.
-    FAILED_OVER = "failed_over"  # What was to be loaded was computed instead.
-    BREAKER_OPEN = "breaker_open"  # The daemon was not asked.
+    MISS = "miss"  # Nothing was stored, so everything was computed.
+    FAILED_OVER = "failed_over"  # The load failed, so the history was computed instead.
+    BREAKER_OPEN = "breaker_open"  # The circuit breaker was open, so the daemon was not asked.
 
 
 _OUTCOMES = {
@@ -53,27 +53,27 @@ _OUTCOMES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestReport:
-    """One request. Seconds are None where there were none, or nobody measured them; longer texts are cut."""
+    """One request. Seconds are None if the step did not run or was not measured; long texts are truncated."""
 
     request_id: str
     outcome: Outcome
-    outcome_reason: str = ""  # Why it did not go as planned.
+    outcome_reason: str = ""  # Why the outcome differs from the plan.
     plan: str = ""  # "load", "recompute", "mixed"; empty where none was made.
     plan_reason: str = ""
-    estimate_s: Mapping[str, float] = field(default_factory=dict)  # By plan: what the first token was expected to take.
-    history_tokens: int = 0  # Stored ones, as far as was known.
+    estimate_s: Mapping[str, float] = field(default_factory=dict)  # Expected time to the first token, per plan.
+    history_tokens: int = 0  # Stored tokens that the lookup found.
     new_tokens: int = 0
     loaded_tokens: int = 0
     computed_tokens: int = 0  # Of the history.
     loaded_bytes: int = 0
     tier: str = ""
     transport: str = ""
-    began_s: float | None = None  # When, by `time.monotonic`. Else as of the moment of the report.
+    began_s: float | None = None  # A time of `time.monotonic`; by default the time of the report.
     lookup_s: float | None = None
     first_layer_s: float | None = None  # From the load's call.
     load_s: float | None = None
-    waited_s: float | None = None  # The engine, for layers.
-    head_s: float | None = None  # Computing the head of a mixed plan, or in place of a load that failed.
+    waited_s: float | None = None  # The engine's waits for layers.
+    head_s: float | None = None  # Time to compute the head of a mixed plan, or the history after a failed load.
     first_token_s: float | None = None  # From the request's begin.
 
 
@@ -88,14 +88,14 @@ class Reporter:
         forks.register(self)
 
     def reset_in_child(self) -> None:
-        """Begin with an empty queue: what the parent has not sent yet, the parent sends."""
+        """Begin with an empty queue: the parent sends its own reports."""
         self._queue: deque[tuple[float, pb.RequestReport]] = deque(maxlen=_QUEUE_MAX)
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self.dropped = 0  # Reports that the daemon will never see.
 
     def report(self, report: RequestReport) -> None:
-        """Queue a report; where the queue is full the oldest one leaves. Waits for nobody. Raises InvalidRequest."""
+        """Queue a report; if the queue is full, drop the oldest one. Does not wait. Raises InvalidRequest."""
         message = _message(report, self._client_name or default_name())
         began_s = time.monotonic() if report.began_s is None else report.began_s
         with self._changed:
@@ -110,7 +110,7 @@ class Reporter:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Take no more reports. What is queued is still sent, if the daemon answers; `join` waits for that."""
+        """Accept no more reports. Queued reports are still sent if the daemon answers; `join` waits for that."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -129,7 +129,7 @@ class Reporter:
             except (DaemonUnavailable, DeadlineExceeded):
                 if not self._put_back(next_one):
                     return
-            except KVError:  # The daemon does not want it, or is too old to know what it is.
+            except KVError:  # The daemon refuses it, or is too old for reports.
                 self.dropped += 1
 
     def _next(self) -> tuple[float, pb.RequestReport] | None:
@@ -139,7 +139,7 @@ class Reporter:
             return self._queue.popleft() if self._queue else None
 
     def _put_back(self, report: tuple[float, pb.RequestReport]) -> bool:
-        """Keep a report that was not answered, and pause. False where nobody waits for the daemon any more."""
+        """Keep a report that was not answered, and pause. False if the queue was closed meanwhile."""
         with self._changed:
             if len(self._queue) < _QUEUE_MAX:
                 self._queue.appendleft(report)
@@ -188,6 +188,6 @@ def _ms(seconds: float | None) -> float | None:
 
 
 def _cut(text: str) -> str:
-    """What the daemon takes of a text: one line of so many bytes."""
+    """The text as the daemon accepts it: one line of at most so many bytes."""
     printable = "".join(each if each.isprintable() else " " for each in text)
     return printable.encode()[:_TEXT_BYTES_MAX].decode(errors="ignore")

@@ -52,10 +52,10 @@ def retry(
     patience_s: float,
     repair: Callable[[KVError], bool],
 ) -> T:
-    """What `attempt` returns. Only for what may run twice.
+    """The result of `attempt`, which may run more than once.
 
     After an error, `repair` says whether another attempt can help. Attempts end with the deadline,
-    or after `patience_s`, whichever comes first: an engine recomputes sooner than it waits.
+    or after `patience_s`, whichever is earlier: an engine recomputes rather than waits.
     """
     patience = Deadline(min(patience_s, deadline.remaining_s), deadline.clock)
     pause_s = _PAUSE_FIRST_S
@@ -66,5 +66,5 @@ def retry(
         except KVError as error:
             if not repair(error) or patience.remaining_s < pause_s:
                 raise
-        deadline.clock.sleep(pause_s)  # Less than what patience and deadline leave: both were asked above.
+        deadline.clock.sleep(pause_s)  # Below the remaining time of patience and deadline, which were checked above.
         pause_s = min(2 * pause_s, _PAUSE_MAX_S)

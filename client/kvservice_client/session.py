@@ -5,13 +5,13 @@
     state = session.append(more, state.revision)                # continues `state.tip`, in the tail's place
     state = session.truncate([(0, 4), (900, 600)], state.revision)
 
-    with session.lookup() as history:                           # what of it is stored now
+    with session.lookup() as history:                           # the stored part of the history
         for layer in history.load():                            # slice after slice
             ...
 
-Blocks are saved and loaded as ever, by a `BlockCache`; a session only remembers which ones, in which
-order, and how much of each. So it can keep what no other conversation would look for: a last block
-that is not full, and what was said after a truncation.
+Blocks are saved and loaded by a `BlockCache`, as without a session. A session only lists which tokens of which blocks
+make up the history, in order. So it also keeps blocks that no other conversation looks up: a last block that is not
+full, and the blocks after a truncation.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Slice(NamedTuple):
     first_token: int  # Of the block.
     token_count: int
     block_tokens: int  # How many the block has.
-    stored_position: int | None  # Where its first token's key was rotated. None: see the next, or not rotated.
-    stored_positions: tuple[int, ...] = ()  # One a token, where they did not lie side by side.
+    stored_position: int | None  # Of its first token's key, when rotated. None: see the next field, or not rotated.
+    stored_positions: tuple[int, ...] = ()  # One per token, if they are not consecutive.
 
     @property
     def is_whole(self) -> bool:
@@ -56,25 +56,25 @@ class Slice(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SessionState:
-    """A session as it was at one revision."""
+    """A session at one revision."""
 
     session_id: str
     layout_fingerprint: bytes
     revision: int
     tip: bytes  # The key that the next block continues; an open tail continues it too.
-    tail_tokens: int  # Of the last slice, where it is partial and the next append replaces it; else 0.
+    tail_tokens: int  # Tokens of the last slice, if it is partial and the next append replaces it; else 0.
     token_count: int
     slice_count: int
     cuts: int
     expires_at: datetime
-    slices: tuple[Slice, ...] = ()  # Of `Session.get`, and of SessionChanged where they are few.
-    stored_slices: int = 0  # How many leading ones are stored. Of `Session.get`.
+    slices: tuple[Slice, ...] = ()  # Set by `Session.get`, and by SessionChanged if there are few.
+    stored_slices: int = 0  # How many leading slices are stored. Set by `Session.get`.
     stored_tokens: int = 0
     residency: tuple[ResidencyRun, ...] = ()
 
     @property
     def read_positions(self) -> list[int]:
-        """Where each slice is read: at the sum of the token counts before it."""
+        """The position at which each slice is read: the sum of the token counts before it."""
         return list(accumulate((each.token_count for each in self.slices), initial=0))[:-1]
 
 
@@ -96,7 +96,7 @@ class SessionHistory:
 
     @property
     def token_counts(self) -> tuple[int, ...]:
-        """Of each slice in a loaded layer."""
+        """The token count of each slice in a loaded layer."""
         return tuple(each.token_count for each in self.slices)
 
     @property
@@ -111,7 +111,7 @@ class SessionHistory:
     def load(self, timeout_s: float | None = None) -> Iterator[LoadedLayer]:
         """Layer by layer, slice after slice, each `[K, V][head][token][dim]` of the slice's own tokens.
 
-        As `Lease.load`, and with its errors. BlockNotFound where nothing is stored.
+        As `Lease.load`, and with its errors. Raises BlockNotFound if nothing is stored.
         """
         if self._lease is None:
             raise BlockNotFound("nothing of this session's history is stored")
@@ -147,8 +147,8 @@ class Session:
     """One session in one layout. Thread-safe; keeps nothing between calls. Made by `Client.session`.
 
     Changes name the revision that they start from; at another one they raise SessionChanged, and
-    `current` tells what the session is then. All but `append` and `end` raise SessionNotFound where
-    there is none.
+    `current` returns the session as it is then. All except `append` and `end` raise SessionNotFound if the
+    session does not exist.
     """
 
     def __init__(self, connection: Connection, blocks: BlockCache, session_id: str) -> None:
@@ -193,10 +193,10 @@ class Session:
     ) -> SessionState:
         """Add saved blocks to the session's end; revision 0 begins it. Only the last block may be partial.
 
-        The chain's parent is the session's tip, and where it has an open tail, the first block begins
-        with the tail's tokens. Where keys were rotated elsewhere than where they will be read,
-        `stored_position` tells where the first one was, or `stored_positions` where each was. Tried again
-        where the connection breaks; a first attempt that was carried out all the same is recognized.
+        The chain's parent is the session's tip. If the session has an open tail, the first block begins with the
+        tail's tokens. If keys were rotated at other positions than those where they will be read, `stored_position` is
+        the position of the first key, or `stored_positions` has one per key. The call is tried again if the connection
+        breaks; if the daemon had executed the first attempt, the second recognizes that.
         """
         arguments.chain(chain)
         deadline = self._connection.deadline(timeout_s)
@@ -231,7 +231,7 @@ class Session:
     ) -> SessionState:
         """Keep only these ranges of tokens, (first, count) each: ascending and disjoint.
 
-        Where the connection broke meanwhile, SessionChanged may bring the outcome of this very call.
+        If the connection broke meanwhile, SessionChanged may be the result of this call's own first attempt.
         """
         deadline = self._connection.deadline(timeout_s)
         ranges = _ranges(keep)
@@ -251,9 +251,9 @@ class Session:
     def fork(
         self, new_session_id: str, expected_revision: int = 0, timeout_s: float | None = None
     ) -> tuple[Session, SessionState]:
-        """A second session with the same history so far. Revision 0 takes whichever there is.
+        """A second session with the same history so far. Revision 0 accepts any revision.
 
-        Where the connection broke meanwhile, SessionChanged may bring the outcome of this very call.
+        If the connection broke meanwhile, SessionChanged may be the result of this call's own first attempt.
         """
         checked_session_id(new_session_id, "new_session_id")
         deadline = self._connection.deadline(timeout_s)
@@ -272,7 +272,7 @@ class Session:
         return Session(self._connection, self._blocks, new_session_id), state
 
     def end(self, timeout_s: float | None = None) -> bool:
-        """Forget the session. False where there was none."""
+        """Delete the session. False if there was none."""
         deadline = self._connection.deadline(timeout_s)
 
         def attempt() -> pb.EndSessionResponse:
@@ -286,10 +286,10 @@ class Session:
     ) -> SessionHistory:
         """Lease the stored part of the history, up to the first slice that is not stored.
 
-        `state` is what `get` told, if it was asked before; without it, it is asked now.
+        `state` is the answer of an earlier `get`; without it, this makes the call.
         """
         state = self.get(timeout_s) if state is None else arguments.instance(state, SessionState, "state")
-        slices = state.slices[: state.stored_slices]  # The daemon has seen that these blocks have as many tokens.
+        slices = state.slices[: state.stored_slices]  # The daemon has verified the token counts of these blocks.
         place: dict[bytes, int] = {}  # After a truncation a block may have several slices; it is loaded once.
         block_of_slice = [place.setdefault(each.key, len(place)) for each in slices]
         tokens = {each.key: each.block_tokens for each in slices}
@@ -298,7 +298,7 @@ class Session:
         return SessionHistory(self._blocks, state, lease, block_of_slice)
 
     def _is_ours(self, now: pb.Session, chain: BlockChain, expected_revision: int, deadline: Deadline) -> bool:
-        """Whether the session is what an append of ours made of it, whose answer was lost."""
+        """Whether the session is the result of this client's append, whose answer was lost."""
         if now.revision == expected_revision + 1 and not now.HasField("slices"):
             request = pb.GetSessionRequest(**self._named(deadline))
             now = self._connection.channel.call(
@@ -307,7 +307,7 @@ class Session:
         return now.revision == expected_revision + 1 and now.slices.keys.endswith(chain.packed_keys)
 
     def _named(self, deadline: Deadline) -> dict[str, Any]:
-        """The fields that every request has; the layout is known to the daemon once they are given."""
+        """The fields of every request. Opens the layout in the daemon first."""
         self._connection.session(self.layout, deadline)
         return {"session_id": self.session_id, "layout_fingerprint": self.layout.fingerprint}
 
@@ -321,7 +321,7 @@ def _ranges(keep: Sequence[tuple[int, int]]) -> list[pb.TokenRange]:
 
 
 def current(error: SessionChanged) -> SessionState | None:
-    """The session that stands in the way of a change, as it is now. Without its slices where they are many."""
+    """The present session, with which a change conflicted. Without its slices if there are many."""
     return state_of(error.attached) if error.attached is not None else None
 
 

@@ -20,11 +20,11 @@ _LOOK_EVERY_S = 1.0
 
 @dataclass(frozen=True)
 class TlsFiles:
-    """How to know the daemon, and how to be known by it. Paths of PEM files; empty ones are not used.
+    """The client's CA and its own certificate for TLS. Paths of PEM files; empty ones are not used.
 
-    `ca` holds the authorities that may vouch for the daemon; without it, those that gRPC knows of.
-    `certificate` and `key` (without a passphrase) are this client's own, for a daemon that asks for
-    them. `server_name` is the name that the daemon's certificate must have, where it is not the address's.
+    `ca` has the CA certificates that may have signed the daemon's certificate; without it, gRPC's default ones are
+    used. `certificate` and `key` (without a passphrase) are this client's own, for a daemon that requires
+    them. `server_name` is the name that the daemon's certificate must have, if it is not the address's.
 
     The files are read again when they change: the connections that are opened after that use them.
     """
@@ -44,7 +44,7 @@ class TlsFiles:
                 context.load_verify_locations(self.ca)
             except ssl.SSLError as error:
                 raise _unusable("CA", self.ca, "holds no certificate in PEM") from error
-            except OSError as error:  # It was there a moment ago.
+            except OSError as error:  # It was removed between the two steps.
                 raise _unusable("CA", self.ca, f"cannot be read: {error.strerror}") from error
         if bool(self.certificate) != bool(self.key):
             raise TlsFileUnusable("a TLS certificate and its key go together, and only one of them is given")
@@ -55,7 +55,7 @@ class TlsFiles:
 
     def _check_pair(self, context: ssl.SSLContext) -> None:
         def passphrase() -> str:
-            raise _unusable("key", self.key, "has a passphrase, and nobody is there to type it")
+            raise _unusable("key", self.key, "has a passphrase, which the client cannot ask for")
 
         try:
             context.load_cert_chain(self.certificate, self.key, passphrase)
@@ -81,7 +81,7 @@ class TlsContents(NamedTuple):
 
 
 class TlsWatch:
-    """Says what the files hold now, once after each change. For one thread at a time."""
+    """Returns the contents of the files, once after each change. For one thread at a time."""
 
     def __init__(self, files: TlsFiles, clock: Clock = SYSTEM_CLOCK) -> None:
         """Raises TlsFileUnusable."""
@@ -93,11 +93,11 @@ class TlsWatch:
         self._next_look_s = clock.now_s() + _LOOK_EVERY_S
 
     def look_soon(self) -> None:
-        """A connection broke: do not wait with the next look."""
+        """A connection broke: check the files at the next call, without the pause."""
         self._next_look_s = 0.0
 
     def newer(self) -> TlsContents | None:
-        """What has replaced `latest`; None where nothing has, or nothing usable. Cheap: it looks once a second."""
+        """The contents that replace `latest`; None if there is no change, or no usable one. Checks once per second."""
         now_s = self._clock.now_s()
         if now_s < self._next_look_s:
             return None

@@ -1,4 +1,4 @@
-"""The meter: what went which way, as `Client.stats` returns it."""
+"""The meter: bytes and operations per transport and direction, as `Client.stats` returns them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from kvservice_client import forks
 
 @dataclass(frozen=True, slots=True)
 class TransportStats:
-    """What one transport did since the client was made.
+    """The counts of one transport since the client was made.
 
-    Bytes are payload. Operations are those that it carried to their end. Seconds are those in which it worked:
-    callers that take their time between two layers are not counted. `fallbacks` are the operations that it left, in
-    whole or in part, to the next transport.
+    Bytes are payload. Operations are those that it completed. Seconds are its working time, without the caller's time
+    between two layers. `fallbacks` are the operations that it left, completely or in part, to the next transport.
     """
 
     loads: int = 0
@@ -35,8 +34,8 @@ class Stats:
 
     A forked child counts from zero.
 
-    `shm_refused_because` says why shared memory was not used the last time that it was not; empty where it
-    always was, or was not wanted. `transports` has all that was counted, of each transport that was tried.
+    `shm_refused_because` is the last reason why shared memory was not used; empty if it was always used, or not
+    requested. `transports` has all counts, for each transport that was tried.
     """
 
     loaded_bytes: Mapping[str, int]

@@ -97,7 +97,7 @@ def test_sessions_are_listed_and_warmed(ask: Callable[..., Any], daemon: DaemonP
 
     for arguments, expected in (
         (["sessions"], "chat/1   "),
-        (["warm", "chat/1"], "brought 0 up, 2 were in DRAM, 1 are not stored"),
+        (["warm", "chat/1"], "promoted 0, 2 were in DRAM, 1 are not stored"),
     ):
         done = kvctl(*arguments, address=daemon.address)
         assert (done.returncode, done.stderr) == (0, "")
@@ -145,7 +145,7 @@ def test_people_get_tables(daemon: DaemonProcess, chain: BlockChain) -> None:
         (["inspect", chain.keys[0].hex()], "4 layers: full, 2 KV heads, 16+16 bfloat16"),
         (["evict", chain.keys[0].hex(), "--tier", "dram"], "evicted 1 from dram"),
         (["scrub"], "checked 5 copies of blocks"),
-        (["discard", chain.keys[0].hex()], "discarded 1, 0 were not there"),
+        (["discard", chain.keys[0].hex()], "discarded 1, 0 were not stored"),
     ):
         done = kvctl(*arguments, address=daemon.address)
         assert (done.returncode, done.stderr) == (0, "")

@@ -113,12 +113,12 @@ class TestWhereNoDaemonAnswers:
             port = bound.getsockname()[1]
         new_daemon(server__metrics_address=f"127.0.0.1:{port}")
         line = hint(f"127.0.0.1:{port}")
-        assert f"What listens at 127.0.0.1:{port} does not answer as a daemon of KVService does" in line
+        assert f"The program at 127.0.0.1:{port} is not a KVService daemon" in line
         assert "kvservice serve" not in line
 
     def test_it_says_that_the_host_is_not_known(self, hint: Any) -> None:
         line = hint("host.invalid:7070")
-        assert "The host host.invalid cannot be looked up" in line
+        assert "The host name host.invalid cannot be resolved" in line
         assert "kvservice serve" not in line
 
     def test_it_says_that_there_is_no_socket(self, hint: Any, tmp_path: Path) -> None:
@@ -160,12 +160,12 @@ class TestWhereNoDaemonAnswers:
         daemon = new_daemon(tls__certificate=certificate, tls__key=key, tls__client_ca=ca)
         address = f"localhost:{daemon.port}"  # Of two addresses, as a rule, and the daemon listens at one.
 
-        assert f"What listens at 127.0.0.1:{daemon.port} speaks TLS: give --tls-ca" in hint(address)
+        assert f"The program at 127.0.0.1:{daemon.port} uses TLS: give --tls-ca" in hint(address)
         line = hint(address, "--tls-ca", ca)
-        assert f"What listens at 127.0.0.1:{daemon.port} speaks TLS, and one side refused the other" in line
+        assert f"The program at 127.0.0.1:{daemon.port} uses TLS, and one side refused the other" in line
         assert "--tls-certificate" in line
         assert "kvservice serve" not in line
 
     def test_it_says_that_the_other_side_speaks_no_tls(self, hint: Any, daemon: DaemonProcess, tmp_path: Path) -> None:
         line = hint(daemon.address, "--tls-ca", Authority().write(tmp_path))
-        assert "does not speak TLS: leave the options --tls-... out" in line
+        assert "does not use TLS: remove the options --tls-..." in line

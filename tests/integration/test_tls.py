@@ -558,7 +558,7 @@ class TestKvctl:
         done = kvctl("ls", "--address", strict_daemon.address)
 
         assert (done.returncode, done.stdout) == (1, "")
-        assert "speaks TLS: give --tls-ca" in done.stderr
+        assert "uses TLS: give --tls-ca" in done.stderr
 
     def test_with_a_wrong_ca_says_so(self, strict_daemon: DaemonProcess, folder: Path, stranger: Authority) -> None:
         done = kvctl("ls", "--address", strict_daemon.address, "--tls-ca", stranger.write(folder, "stranger"))

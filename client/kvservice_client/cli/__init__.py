@@ -1,4 +1,4 @@
-"""``kvctl``: one verb a file, found by the entry-point group ``kvctl.commands``.
+"""``kvctl``: one verb per file, found by the entry-point group ``kvctl.commands``.
 
 A verb is a function with typer's annotations; its docstring is its help. The client's own verbs and
 those of other packages are registered in the same way, in a package's ``pyproject.toml``.
@@ -29,14 +29,14 @@ def main() -> None:
 
 
 def app(first_arguments: list[str]) -> typer.Typer:
-    """The program with all verbs, or with only the one that the first argument names: it starts faster."""
+    """The program with all verbs, or with only the one that the first argument names, which starts faster."""
     program = typer.Typer(
         help="Looks after a KVService daemon.",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    program.callback()(_nothing)  # With it, a program of one verb still takes the verb's name.
+    program.callback()(_nothing)  # So that a program with one verb still expects the verb's name.
     verbs = sorted(entry_points(group=GROUP), key=lambda verb: verb.name)
     for verb in [each for each in verbs if [each.name] == first_arguments] or verbs:
         _add(program, verb)

@@ -1,4 +1,4 @@
-"""What an operator does next after an error."""
+"""The operator's next step after an error."""
 
 from __future__ import annotations
 

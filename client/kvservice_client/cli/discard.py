@@ -38,4 +38,4 @@ def discard(
     if as_json:
         output.print_json(output.plain(answer))
     else:
-        print(f"discarded {answer.discarded}" + (f", {answer.missing} were not there" if wanted else ""))
+        print(f"discarded {answer.discarded}" + (f", {answer.missing} were not stored" if wanted else ""))

@@ -15,21 +15,21 @@ from kvservice_client.client import DEFAULT_ADDRESS
 
 
 def drain(
-    undo: Annotated[bool, typer.Option("--undo", help="Take saves again.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Accept saves again.")] = False,
     address: Address = DEFAULT_ADDRESS,
     timeout: Timeout = 3600.0,
     as_json: AsJson = False,
 ) -> None:
-    """Take no more saves, and write to SSD what only DRAM holds. Loads go on.
+    """Refuse new saves, and write the blocks that are only in DRAM to SSD. Loads continue.
 
-    Exit code 1 where blocks are left that only DRAM holds, or the drain was undone meanwhile.
+    Exit code 1 if some blocks are still only in DRAM, or if the drain was undone meanwhile.
     """
     with connect(address, timeout) as client:
         last = client.admin.undo_drain() if undo else _watched(client.admin.drain(timeout))
     if as_json:
         output.print_json(output.plain(last))
     elif undo:
-        print("the daemon takes saves again")
+        print("the daemon accepts saves again")
     else:
         print(_summary(last))
     if not undo and (last.blocks_only_in_dram or not last.done):
@@ -37,7 +37,7 @@ def drain(
 
 
 def _watched(messages: Iterator[pb.DrainResponse]) -> pb.DrainResponse:
-    """The last message, the others shown as progress."""
+    """The last message; the others are shown as progress."""
     last = pb.DrainResponse()
     try:
         with output.progress() as progress:
@@ -50,7 +50,7 @@ def _watched(messages: Iterator[pb.DrainResponse]) -> pb.DrainResponse:
                     what = f"draining (waiting: {last.waiting_because})"
                 progress.update(task, description=what, total=total or None, completed=total - last.unwritten)
     except KeyboardInterrupt:
-        print("kvctl: the daemon goes on draining; `kvctl drain --undo` has it take saves again", file=sys.stderr)
+        print("kvctl: the daemon continues to drain; `kvctl drain --undo` ends that", file=sys.stderr)
         raise typer.Exit(130) from None
     return last
 

@@ -26,4 +26,4 @@ def evict(
     if as_json:
         output.print_json(result._asdict())
     else:
-        print(f"evicted {result.evicted} from {tier}, {result.held} are in use, {result.missing} were not there")
+        print(f"evicted {result.evicted} from {tier}, {result.held} are in use, {result.missing} were not stored")

@@ -28,15 +28,15 @@ def explain(
             help="A block's key, 64 hexadecimal digits; or the id of a session or request.",
         ),
     ],
-    is_request: Annotated[bool, typer.Option("--request", help="It is a request's id, even if it looks else.")] = False,
-    is_session: Annotated[bool, typer.Option("--session", help="It is a session's id, even if it looks else.")] = False,
+    is_request: Annotated[bool, typer.Option("--request", help="The id is a request's, in any form.")] = False,
+    is_session: Annotated[bool, typer.Option("--session", help="The id is a session's, in any form.")] = False,
     address: Address = DEFAULT_ADDRESS,
     timeout: Timeout = 5.0,
     as_json: AsJson = False,
 ) -> None:
-    """Tell where a block is and why, or why it is not there; how much of a session is stored; what became of a request.
+    """Show where a block is and why, or why it is missing; how much of a session is stored; how a request went.
 
-    An id is looked for among the requests first, then among the sessions.
+    An id is searched among the requests first, then among the sessions.
     """
     if not what:
         raise typer.BadParameter(
@@ -139,7 +139,7 @@ def _print_request(request: pb.ExplainedRequest, console: Console) -> None:
             f"layers {shard.layer_begin}..{shard.layer_end}, heads {shard.head_begin}..{shard.head_end}"
         )
         say(
-            f"  {lookup.hit_blocks} of {lookup.asked_blocks} blocks were there: {lookup.hit_blocks_in_dram} in dram, "
+            f"  {lookup.hit_blocks} of {lookup.asked_blocks} blocks were stored: {lookup.hit_blocks_in_dram} in dram, "
             f"{lookup.hit_blocks_on_ssd} on ssd only"
         )
         for load in lookup.loads:
@@ -165,8 +165,8 @@ def _print_request(request: pb.ExplainedRequest, console: Console) -> None:
 
 _OUTCOMES = {
     blocks_pb2.REQUEST_OUTCOME_DONE: "as planned",
-    blocks_pb2.REQUEST_OUTCOME_MISS: "nothing was stored, all was computed",
-    blocks_pb2.REQUEST_OUTCOME_FAILED_OVER: "what was to be loaded was computed instead",
+    blocks_pb2.REQUEST_OUTCOME_MISS: "nothing was stored, everything was computed",
+    blocks_pb2.REQUEST_OUTCOME_FAILED_OVER: "the load failed, the history was computed instead",
     blocks_pb2.REQUEST_OUTCOME_BREAKER_OPEN: "the daemon was not asked, the circuit breaker was open",
 }
 

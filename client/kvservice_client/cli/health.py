@@ -10,7 +10,7 @@ from kvservice_client.client import DEFAULT_ADDRESS
 
 
 def health(address: Address = DEFAULT_ADDRESS, timeout: Timeout = 5.0, as_json: AsJson = False) -> None:
-    """Exit with 0 while the daemon serves, and with 1 where it drains or does not answer."""
+    """Exit with 0 while the daemon serves, and with 1 if it drains or does not answer."""
     with connect(address, timeout) as client:
         state = client.admin.status().state
     if as_json:

@@ -18,7 +18,7 @@ def inspect(
     timeout: Timeout = 5.0,
     as_json: AsJson = False,
 ) -> None:
-    """Show one block: its layout, and where each of its shards lies."""
+    """Show one block: its layout, and the place of each of its shards."""
     with connect(address, timeout) as client:
         answer = client.admin.inspect(digest(key, "key"))
     if as_json:

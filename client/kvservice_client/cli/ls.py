@@ -25,7 +25,7 @@ def ls(
     timeout: Timeout = 5.0,
     as_json: AsJson = False,
 ) -> None:
-    """List stored blocks, one row a shard."""
+    """List stored blocks, one row per shard."""
     fingerprint = digest(layout, "layout") if layout else b""
     with connect(address, timeout) as client:
         found = client.admin.list_blocks(tier, fingerprint)

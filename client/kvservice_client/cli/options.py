@@ -57,16 +57,16 @@ _SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d)")
 
 
 def seconds(text: str, what: str) -> float:
-    """A span of time from text such as ``90s``, ``15min``, ``2h`` or ``7d``."""
+    """A duration from text such as ``90s``, ``15min``, ``2h`` or ``7d``."""
     found = _SPAN.fullmatch(text.strip())
     span_s = float(found[1]) * _UNITS_S[found[2]] if found else math.inf
     if span_s > _SPAN_MAX_S:
-        raise typer.BadParameter(f"{what} {text!r} is no span of time such as 90s, 15min, 2h or 7d")
+        raise typer.BadParameter(f"{what} {text!r} is not a duration such as 90s, 15min, 2h or 7d")
     return span_s
 
 
 def first_of(found: Iterator[T], limit: int) -> tuple[list[T], bool]:
-    """The first `limit` of them, or all where it is 0; and whether there are more."""
+    """The first `limit` of them, or all if it is 0; and whether there are more."""
     return list(islice(found, limit or None)), next(found, None) is not None
 
 
@@ -75,10 +75,10 @@ def _tls_option(flag: str, text: str, metavar: str = "FILE") -> Any:
     return Annotated[str, typer.Option(flag, envvar=variable, metavar=metavar, help=text, rich_help_panel=_PANEL)]
 
 
-TLS_OPTIONS: dict[str, Any] = {  # Of every verb that has an --address.
-    "tls_ca": _tls_option("--tls-ca", "CA certificates that vouch for the daemon; use TLS."),
-    "tls_certificate": _tls_option("--tls-certificate", "Our own certificate, where the daemon asks for one."),
-    "tls_key": _tls_option("--tls-key", "The private key of our certificate."),
+TLS_OPTIONS: dict[str, Any] = {  # Options of every verb that has an --address.
+    "tls_ca": _tls_option("--tls-ca", "CA certificates that signed the daemon's certificate; use TLS."),
+    "tls_certificate": _tls_option("--tls-certificate", "This client's certificate, if the daemon requires one."),
+    "tls_key": _tls_option("--tls-key", "The private key of this client's certificate."),
     "tls_server_name": _tls_option("--tls-server-name", "The name in the daemon's certificate.", "NAME"),
 }
 
@@ -88,7 +88,7 @@ _connected_to: ContextVar[str] = ContextVar("connected_to", default="")
 
 
 def with_tls_options(verb: Callable[..., None]) -> Callable[..., None]:
-    """The verb with TLS_OPTIONS, if it has an --address. The verb itself never sees them: `connect` does."""
+    """The verb with TLS_OPTIONS, if it has an --address. `connect` uses the options, not the verb itself."""
     signature = inspect.signature(verb, eval_str=True)
     if "address" not in signature.parameters:
         return verb
@@ -104,7 +104,7 @@ def with_tls_options(verb: Callable[..., None]) -> Callable[..., None]:
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default="", annotation=kind)
 
     ours = [option(name, kind) for name, kind in TLS_OPTIONS.items()]
-    # Typer makes a verb's options from this, as inspect does; no type of a function has it.
+    # Typer reads a verb's options from this attribute, as `inspect` does; function types do not declare it.
     run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *ours])  # type: ignore[attr-defined]
     return run
 
@@ -112,13 +112,13 @@ def with_tls_options(verb: Callable[..., None]) -> Callable[..., None]:
 def connect(
     address: str, timeout_s: float, *, name: str = "kvctl", transport: Literal["auto", "shm", "grpc"] = "auto"
 ) -> Client:
-    """A client with the TLS options of the verb that runs."""
+    """A client with the TLS options of the running verb."""
     _connected_to.set(address)
     return Client(address, name=name, timeout_s=timeout_s, tls=_tls.get(), transport=transport)
 
 
 def why_no_answer() -> str:
-    """What to do about the daemon that the last client of `connect` could not reach. Tries to connect to it."""
+    """What to do if the last client of `connect` could not reach the daemon. Tests the connection."""
     return why_unreachable(parse_address(_connected_to.get()), with_tls=_tls.get() is not None)
 
 

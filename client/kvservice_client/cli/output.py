@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-_TABLE_WIDTH_MIN = 120  # A key has 64 digits: rows are rather broken by the terminal than cut off.
+_TABLE_WIDTH_MIN = 120  # A key has 64 digits: let the terminal break rows instead of truncating them.
 
 
 def print_json(document: object) -> None:
@@ -23,9 +23,9 @@ def print_json(document: object) -> None:
 
 
 def plain(message: Message) -> dict[str, Any]:
-    """A message as JSON types, all fields shown: bytes and fixed64 in hexadecimal, times in ISO 8601.
+    """A message as JSON types, with all fields: bytes and fixed64 in hexadecimal, times in ISO 8601.
 
-    What is absent, a message or a number, is None, and the values of enums are their names.
+    Absent messages and numbers are None; enum values are their names.
     """
     return {
         field.name: _plain_field(field, getattr(message, field.name))
@@ -60,7 +60,7 @@ def _plain_value(field: Any, value: Any) -> Any:
 def enum_name(kind: EnumDescriptor, value: int) -> str:
     """The value's name without its kind's: ``evicted`` for MISS_REASON_EVICTED."""
     zero: str = kind.values_by_number[0].name
-    if value not in kind.values_by_number:  # Of a newer daemon.
+    if value not in kind.values_by_number:  # A value of a newer daemon.
         return str(value)
     name: str = kind.values_by_number[value].name
     return name.removeprefix(zero.removesuffix("UNSPECIFIED")).lower()
@@ -71,7 +71,7 @@ def moment(timestamp: Timestamp) -> datetime:
 
 
 def when(timestamp: Timestamp) -> str:
-    """The moment by the clock on the wall, for people."""
+    """The time by the local wall clock."""
     return moment(timestamp).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 

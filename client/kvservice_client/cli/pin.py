@@ -1,4 +1,4 @@
-"""``kvctl pin``: keep blocks from being evicted, for a time."""
+"""``kvctl pin``: protect blocks from eviction, for a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def pin(
     timeout: Timeout = 30.0,
     as_json: AsJson = False,
 ) -> None:
-    """Keep blocks from being evicted, over restarts too. Exit code 1 where some of them are not stored."""
+    """Protect blocks from eviction, also over restarts. Exit code 1 if some of them are not stored."""
     wanted = [digest(key, "key") for key in keys]
     ttl_s = seconds(ttl, "--ttl")
     with connect(address, timeout) as client:
@@ -28,7 +28,7 @@ def pin(
     else:
         taken, allowed = output.size(answer.pinned_bytes), output.size(answer.pinned_bytes_max)
         until = output.when(answer.pinned_until)
-        print(f"pinned {answer.pinned} until {until}, {answer.missing} were not there")
-        print(f"all pins take {taken} of the {allowed} that they may")
+        print(f"pinned {answer.pinned} until {until}, {answer.missing} were not stored")
+        print(f"all pins take {taken} of at most {allowed}")
     if answer.missing:
         raise typer.Exit(1)

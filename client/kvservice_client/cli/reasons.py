@@ -1,4 +1,4 @@
-"""Why a block is where it is, or is not there, in sentences for people."""
+"""Why a block is where it is, or why it is missing, as sentences."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def arrival(place: pb.Place) -> str:
     where = "on ssd" if tier == "ssd" else f"in {tier}"
     how = {
         pb.ARRIVAL_SAVED: "by its save",
-        pb.ARRIVAL_PROMOTED: "brought up from ssd for a load or a prefetch",
+        pb.ARRIVAL_PROMOTED: "promoted from ssd for a load or a prefetch",
         pb.ARRIVAL_WRITTEN_BEHIND: "written behind from dram",
-    }.get(place.arrival, "it was there when the daemon started")
+    }.get(place.arrival, "it was stored when the daemon started")
     return f"{where} since {output.when(place.since)}, {how}" if place.HasField("since") else f"{where}: {how}"
 
 
@@ -32,8 +32,8 @@ def event(event: pb.BlockEvent) -> str:
     ended = f" after its pin had ended at {output.when(event.pin_ended_at)}" if event.HasField("pin_ended_at") else ""
     because = f": {event.detail}" if event.detail else " on request"
     sentences = {
-        pb.EVENT_KIND_REFUSED: f"a save brought it at {at} and was refused: {event.detail}",
-        pb.EVENT_KIND_ABANDONED: f"the save that brought it ended at {at} without a commit",
+        pb.EVENT_KIND_REFUSED: f"a save of it at {at} was refused: {event.detail}",
+        pb.EVENT_KIND_ABANDONED: f"a save of it ended at {at} without a commit",
         pb.EVENT_KIND_EVICTED: f"evicted from {tier} at {at} by the policy {event.detail}{ended}",
         pb.EVENT_KIND_EVICTED_ON_REQUEST: f"evicted from {tier} at {at} on request{ended}",
         pb.EVENT_KIND_DISCARDED: f"discarded at {at}{because}",
@@ -45,7 +45,7 @@ def event(event: pb.BlockEvent) -> str:
 
 
 def miss(miss: pb.Miss, others: Sequence[pb.OtherLayout] = ()) -> str:
-    """Why the block is not there, or was not."""
+    """Why the block is missing, or was missing."""
     since = output.when(miss.remembers_since)
     emptied = ""
     if miss.HasField("dram_emptied_at"):
@@ -54,19 +54,19 @@ def miss(miss: pb.Miss, others: Sequence[pb.OtherLayout] = ()) -> str:
         return f"{event(miss.event)}; {emptied}"
     if miss.reason == pb.MISS_REASON_IN_PART:
         past = f" ({event(miss.event)})" if miss.HasField("event") else ""
-        return f"stored in part only: not all of the range that was asked for{past}"
+        return f"stored only in part: not all of the requested range{past}"
     if miss.HasField("event"):
         return event(miss.event)
     if miss.reason == pb.MISS_REASON_OTHER_LAYOUT:
         return "other layout: nothing is stored under this one. " + " ".join(map(other_layout, others))
     if miss.reason == pb.MISS_REASON_BEING_SAVED:
-        return "not there yet: a save brings it right now"
+        return "not stored yet: a save of it runs now"
     if miss.reason == pb.MISS_REASON_NEVER_STORED_OR_LOST:
-        return f"never stored here, or lost when {emptied}; what was before {since} is not remembered"
-    return f"never stored here, as far as is remembered: since {since}"
+        return f"never stored here, or lost when {emptied}; the history begins at {since}"
+    return f"never stored here since {since}, when the history begins"
 
 
 def other_layout(other: pb.OtherLayout) -> str:
-    """Where blocks of the model are, and what is different there."""
-    differences = ", ".join(f"{each.field} {each.stored} (asked: {each.asked})" for each in other.differences)
+    """Under which layout the model's blocks are stored, and how that layout differs."""
+    differences = ", ".join(f"{each.field} {each.stored} (requested: {each.asked})" for each in other.differences)
     return f"Blocks of this model are stored under layout {other.layout_fingerprint.hex()[:16]}: {differences}."

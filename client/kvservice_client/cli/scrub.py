@@ -19,7 +19,7 @@ def scrub(
     timeout: Timeout = 7 * 86400.0,
     as_json: AsJson = False,
 ) -> None:
-    """Read and verify all blocks, and drop damaged ones. Exit code 1 where there was damage."""
+    """Read and verify all blocks, and drop damaged ones. Exit code 1 if there was damage."""
     last = pb.ScrubResponse()
     with connect(address, timeout) as client, output.progress() as progress:
         task = progress.add_task("scrubbing", total=None)

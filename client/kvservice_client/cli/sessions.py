@@ -1,4 +1,4 @@
-"""``kvctl sessions``: which conversations the daemon knows by name."""
+"""``kvctl sessions``: the sessions that the daemon stores."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def sessions(
     timeout: Timeout = 5.0,
     as_json: AsJson = False,
 ) -> None:
-    """List sessions, one row a session and layout, in the order in which they began."""
+    """List sessions, one row per session and layout, in the order of their creation."""
     fingerprint = digest(layout, "layout") if layout else b""
     with connect(address, timeout) as client:
         found = client.admin.list_sessions(session, fingerprint)
         listed, has_more = first_of(found, limit)
     if as_json:
-        without = ("slices",)  # A list does not carry them.
+        without = ("slices",)  # Lists have no slices.
         documents = [{k: v for k, v in output.plain(each).items() if k not in without} for each in listed]
         output.print_json({"sessions": documents, "has_more": has_more})
         return

@@ -1,4 +1,4 @@
-"""``kvctl status``: how the daemon is."""
+"""``kvctl status``: the daemon's state."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def status(address: Address = DEFAULT_ADDRESS, timeout: Timeout = 5.0, as_json: 
 
 
 def _spaces(answer: pb.StatusResponse) -> Table:
-    """What is used of what there is."""
+    """Used and available space."""
     index = answer.index
     spaces = output.table("space", "used", "of", "share", "blocks", right=("used", "of", "share", "blocks"))
     for name, used, capacity, blocks in (

@@ -1,4 +1,4 @@
-"""``kvctl top``: what a daemon does right now."""
+"""``kvctl top``: a daemon's current activity."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _RATES = (
     "evicted_ssd_blocks lost_unwritten_blocks promoted_blocks promoted_bytes written_behind_blocks "
     "written_behind_bytes quarantined_blocks storage_errors"
 ).split()
-_SHOWN = (  # What, counter of blocks, counter of bytes.
+_SHOWN = (  # Activity, counter of blocks, counter of bytes.
     ("loads by stream", "load_blocks", "load_bytes"),
     ("read in place", "located_blocks", ""),
     ("saves", "save_blocks_stored", "save_bytes"),
     ("saves refused", "save_blocks_refused", ""),
-    ("up to dram", "promoted_blocks", "promoted_bytes"),
-    ("down to ssd", "written_behind_blocks", "written_behind_bytes"),
+    ("promoted to dram", "promoted_blocks", "promoted_bytes"),
+    ("written to ssd", "written_behind_blocks", "written_behind_bytes"),
     ("evicted from dram", "evicted_dram_blocks", ""),
     ("evicted from ssd", "evicted_ssd_blocks", ""),
 )
@@ -42,15 +42,15 @@ _SHOWN = (  # What, counter of blocks, counter of bytes.
 
 @dataclass(frozen=True, slots=True)
 class StatusDelta:
-    """One moment, and the time since the moment before."""
+    """The changes between two samples."""
 
     status: pb.StatusResponse
     per_second: dict[str, float]
-    hit_ratio: float | None  # None where nobody looked anything up.
+    hit_ratio: float | None  # None if there were no lookups.
 
     @classmethod
     def between(cls, before: pb.StatusResponse, after: pb.StatusResponse, elapsed_s: float) -> StatusDelta:
-        """Of a daemon that was started anew meanwhile, what it has done since."""
+        """If the daemon was restarted meanwhile, the changes since its start."""
         old = before.counters if before.boot_epoch == after.boot_epoch else {}
 
         def grown(name: str) -> float:
@@ -73,13 +73,13 @@ class StatusDelta:
 
 
 def top(
-    interval: Annotated[float, typer.Option(min=0.05, help="Seconds between two looks.")] = 1.0,
-    count: Annotated[int, typer.Option(min=0, help="Looks; 0 means until interrupted.")] = 0,
+    interval: Annotated[float, typer.Option(min=0.05, help="Seconds between two samples.")] = 1.0,
+    count: Annotated[int, typer.Option(min=0, help="Number of samples; 0 means until interrupted.")] = 0,
     address: Address = DEFAULT_ADDRESS,
     timeout: Timeout = 5.0,
     as_json: AsJson = False,
 ) -> None:
-    """Show what the daemon does right now, again and again. With --json one line a look."""
+    """Show the daemon's current activity, repeatedly. With --json one line per sample."""
     with connect(address, timeout) as client, suppress(KeyboardInterrupt):
         if as_json:
             for view in _views(client, interval, count):
@@ -92,7 +92,7 @@ def _views(client: Client, interval_s: float, count: int) -> Iterator[StatusDelt
     before, before_s = client.admin.status(), time.monotonic()
     number = 0
     while not count or number < count:
-        time.sleep(interval_s)  # As long as was asked for.
+        time.sleep(interval_s)  # The requested number of samples is reached.
         after, after_s = client.admin.status(), time.monotonic()
         yield StatusDelta.between(before, after, after_s - before_s)
         before, before_s = after, after_s
@@ -100,7 +100,8 @@ def _views(client: Client, interval_s: float, count: int) -> Iterator[StatusDelt
 
 
 def _watch(client: Client, address: str, interval_s: float, count: int) -> None:
-    """On a terminal in place; a daemon that goes away may come back. Elsewhere only the last look is printed."""
+    """On a terminal the samples replace each other, also over a restart of the daemon. Elsewhere only the last is
+    shown."""
     with Live(console=output.console(), auto_refresh=False, transient=False) as live:
         shown = 0
         while not count or shown < count:
@@ -112,7 +113,7 @@ def _watch(client: Client, address: str, interval_s: float, count: int) -> None:
                 if not shown:
                     raise
                 live.update(f"[bold red]{escape(error.message)}[/]", refresh=True)
-                time.sleep(interval_s)  # The daemon may be back at the next look.
+                time.sleep(interval_s)  # The daemon may answer again at the next sample.
 
 
 def _picture(view: StatusDelta, address: str) -> RenderableType:
@@ -124,7 +125,7 @@ def _picture(view: StatusDelta, address: str) -> RenderableType:
     )
     counts = (
         f"{status.blocks} blocks, {status.clients} clients, {status.leases} leases, {status.uploads} uploads, "
-        f"hit ratio {hits}, event loop late by {delay} at most"
+        f"hit ratio {hits}, event loop late by at most {delay}"
     )
     parts: list[RenderableType] = [head, counts, "", _tiers(status), "", _rates(view)]
     for name, tier in (("DRAM", status.dram), ("SSD", status.ssd)):

@@ -1,4 +1,4 @@
-"""``kvctl unpin``: let blocks be evicted again."""
+"""``kvctl unpin``: end the protection of blocks from eviction."""
 
 from __future__ import annotations
 
@@ -15,4 +15,4 @@ def unpin(keys: Keys, address: Address = DEFAULT_ADDRESS, timeout: Timeout = 30.
     if as_json:
         output.print_json(output.plain(answer))
     else:
-        print(f"unpinned {answer.unpinned}, {answer.not_pinned} were not pinned, {answer.missing} were not there")
+        print(f"unpinned {answer.unpinned}, {answer.not_pinned} were not pinned, {answer.missing} were not stored")

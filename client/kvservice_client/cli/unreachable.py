@@ -1,4 +1,4 @@
-"""Why a daemon cannot be reached, found by connecting to it. gRPC reports only the last address that it tried."""
+"""Why a daemon cannot be reached, found with plain connections, because gRPC reports only the last address it tried."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kvservice_api.address import Address, TcpAddress, UnixAddress
 
-_TIMEOUT_S = 1.0  # Of each attempt to connect.
+_TIMEOUT_S = 1.0  # Timeout of each attempt to connect.
 
 _START = "Start a daemon with `kvservice serve`, or name another one with --address."
 
@@ -24,7 +24,7 @@ def why_unreachable(address: Address, *, with_tls: bool) -> str:
     try:
         places = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     except OSError as error:
-        return f"The host {address.host} cannot be looked up ({error.strerror}): correct --address."
+        return f"The host name {address.host} cannot be resolved ({error.strerror}): correct --address."
     is_out_of_reach = False
     for family, kind, protocol, _, place in places[:4]:
         with socket.socket(family, kind, protocol) as probe:
@@ -38,23 +38,23 @@ def why_unreachable(address: Address, *, with_tls: bool) -> str:
                 continue
             return _why_listener(address, str(place[0]), _speaks_tls(probe), with_tls)
     if is_out_of_reach:
-        return "The host does not answer: correct --address, or see what the network does with it."
+        return "The host does not answer: correct --address, or check the network."
     return _START
 
 
 def _why_listener(address: TcpAddress, host: str, speaks_tls: bool, with_tls: bool) -> str:
-    listener = f"What listens at {TcpAddress(host, address.port).target}"
+    listener = f"The program at {TcpAddress(host, address.port).target}"
     if speaks_tls and with_tls:
         return (
-            f"{listener} speaks TLS, and one side refused the other: see that --tls-ca is the authority of the "
-            "daemon's certificate and --tls-server-name its name; where the daemon asks for a certificate of yours, "
+            f"{listener} uses TLS, and one side refused the other: check that --tls-ca has the CA of the daemon's "
+            "certificate, and that --tls-server-name is its name; if the daemon requires a client certificate, "
             "give it with --tls-certificate and --tls-key."
         )
     if speaks_tls:
-        return f"{listener} speaks TLS: give --tls-ca."
+        return f"{listener} uses TLS: give --tls-ca."
     if with_tls:
-        return f"{listener} does not speak TLS: leave the options --tls-... out, or correct --address."
-    return f"{listener} does not answer as a daemon of KVService does: correct --address, or see what runs there."
+        return f"{listener} does not use TLS: remove the options --tls-..., or correct --address."
+    return f"{listener} is not a KVService daemon: correct --address, or check which program runs there."
 
 
 def _why_socket(address: UnixAddress) -> str:
@@ -67,8 +67,8 @@ def _why_socket(address: UnixAddress) -> str:
             probe.connect(str(path))
     except PermissionError:
         return (
-            "This user may not connect to the socket: the daemon's setting server.unix_socket_access says who may, and "
-            "the folders on its path must be open to them."
+            "This user may not connect to the socket: the daemon's setting server.unix_socket_access says which users "
+            "may, and they need access to all folders on its path."
         )
     except (FileNotFoundError, NotADirectoryError):
         return f"There is no {path}. {_START}"
@@ -76,11 +76,11 @@ def _why_socket(address: UnixAddress) -> str:
         return f"No process listens on the socket any more. {_START}"
     except OSError as error:
         return f"The socket cannot be used ({error.strerror or error}): correct --address."
-    return "What listens on the socket does not answer as a daemon of KVService does: correct --address."
+    return "The program that listens on the socket is not a KVService daemon: correct --address."
 
 
 def _speaks_tls(probe: socket.socket) -> bool:
-    """Whether the other side answers a TLS handshake. Nothing is sent after the handshake."""
+    """Whether the other side answers a TLS handshake. Sends nothing after the handshake."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])

@@ -1,4 +1,4 @@
-"""``kvctl warm``: bring a conversation's history up to DRAM before its next turn."""
+"""``kvctl warm``: promote a conversation's history to DRAM before its next turn."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvservice_client.cli import output
 from kvservice_client.cli.options import Address, AsJson, LayoutOption, Timeout, connect, digest
 from kvservice_client.client import DEFAULT_ADDRESS, PrefetchResult
 
-_KEYS_AT_A_TIME = 32  # Each of these requests waits for the disk, and moves the progress on.
+_KEYS_AT_A_TIME = 32  # Each of these requests waits for the disk, and updates the progress.
 _SLICES_MAX = 2**20
 
 
@@ -23,7 +23,7 @@ def warm(
     timeout: Timeout = 60.0,
     as_json: AsJson = False,
 ) -> None:
-    """Copy all blocks of a session up to DRAM, and wait for it. Counts as a use of the session."""
+    """Promote all blocks of a session to DRAM, and wait for it. Counts as a use of the session."""
     fingerprint = digest(layout, "layout") if layout else b""
     with connect(address, timeout) as client, output.progress() as progress:
         found = list(client.admin.list_sessions(session, fingerprint)) if session else []
@@ -44,6 +44,6 @@ def warm(
         output.print_json({"sessions": len(found), "blocks": len(wanted), **total._asdict()})
         return
     print(
-        f"brought {total.promoted} up, {total.in_dram} were in DRAM, {total.missing} are not stored, "
-        f"{total.failed} could not be brought up"
+        f"promoted {total.promoted}, {total.in_dram} were in DRAM, {total.missing} are not stored, "
+        f"{total.failed} could not be promoted"
     )

@@ -1,1 +1,1 @@
-"""The ways bytes travel between client and daemon. One file a transport; ``base`` says what each can do."""
+"""The transports of bytes between client and daemon. One file per transport; ``base`` has the interface."""

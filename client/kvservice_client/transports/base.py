@@ -1,4 +1,4 @@
-"""What a transport does: move the bytes of one load or one save."""
+"""The interface of a transport: it moves the bytes of one load or one save."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from kvservice_client.retry import Deadline
 class Durability(StrEnum):
     """When a save is acknowledged."""
 
-    DRAM = "dram"  # The block survives the death of the daemon, but not of the host.
-    SSD = "ssd"  # It survives a power cut too.
+    DRAM = "dram"  # The block survives a crash of the daemon, but not of the host.
+    SSD = "ssd"  # The block also survives a power cut.
 
 
 @dataclass(frozen=True)
 class LoadOrder:
-    """Blocks to load, and where their bytes go: one buffer a layer, block after block."""
+    """Blocks to load, and the buffers for their bytes: one per layer, block after block."""
 
     client_id: bytes
     lease_id: int
     first_block: int
-    into: Sequence[Bytes] | None  # None: a new buffer a layer.
+    into: Sequence[Bytes] | None  # None: a new buffer per layer.
     layout: Layout
-    shard: Shard  # What was looked up.
-    token_counts: Sequence[int]  # Of each block.
+    shard: Shard  # The shard of the lookup.
+    token_counts: Sequence[int]  # Per block.
     is_usable: Callable[[], bool]  # Whether bytes in place may still be used under the lease.
-    first_layer: int = 0  # Those before it are there already.
+    first_layer: int = 0  # Layers before it are loaded already.
 
     @property
     def block_count(self) -> int:
@@ -50,7 +50,7 @@ class LoadOrder:
 
     @property
     def size_bytes(self) -> int:
-        """Of all layers together."""
+        """Bytes of all layers together."""
         return sum(starts[-1] for starts in self._layer_starts)
 
     @cached_property
@@ -67,10 +67,10 @@ class LoadOrder:
 
 @dataclass
 class SaveOrder:
-    """Blocks to save: for each layer, the slice of each block. Checksums are computed once, on the way."""
+    """Blocks to save: for each layer, the slice of each block. Checksums are computed once, while a layer is sent."""
 
-    client_id: bytes  # Another one with each attachment: the same order may be sent again.
-    keys: bytes  # Of all blocks, one after the other.
+    client_id: bytes  # Differs per attachment: the same order may be sent again.
+    keys: bytes  # The keys of all blocks, concatenated.
     parent_key: bytes
     durability: Durability
     layers: Sequence[Sequence[Bytes]]
@@ -92,20 +92,20 @@ class SaveOrder:
             self._is_summed[layer] = True
 
     def checksums(self) -> bytes:
-        """Block by block, and in each by layer, as SaveCommit wants them."""
+        """Ordered by block, then by layer, as in SaveCommit."""
         for layer in range(len(self.layers)):
             self.sum_layer(layer)
         return self._checksums.tobytes()
 
     @property
     def size_bytes(self) -> int:
-        """Of all slices together."""
+        """Bytes of all slices together."""
         return sum(piece.size for layer in self.layers for piece in layer)
 
 
 @dataclass(frozen=True, slots=True)
 class SaveResult:
-    """What became of the blocks of a save. Counts, except for `refused`: (position in the chain, why)."""
+    """The outcome of a save, per block. Counts, except for `refused`: (position in the chain, reason)."""
 
     stored: int
     already_stored: int
@@ -117,32 +117,33 @@ class SaveResult:
 
 
 class NotCarried(Exception):
-    """A transport carries an order not at all, or not to its end: the next transport goes on with the rest."""
+    """A transport cannot carry an order, or not all of it: the next transport carries the rest."""
 
 
 class Transport(ABC):
-    """One way for bytes. Thread-safe. Errors are KVErrors; no method tries again, and none counts.
+    """One transport. Thread-safe. Errors are KVErrors; no method retries or counts.
 
-    `load` and `save` raise NotShared, NoWriterLock or NotCarried where the next transport is to be tried.
+    `load` and `save` raise NotShared, NoWriterLock or NotCarried if the next transport must be tried.
     """
 
     name: ClassVar[str]
 
     @abstractmethod
     def check_offered(self, deadline: Deadline) -> None:
-        """Raises NotShared where not both ends offer this transport, by the daemon's capabilities. May ask for them."""
+        """Raises NotShared unless client and daemon both offer this transport. May call the daemon for its
+        capabilities."""
 
     @abstractmethod
     def load(self, order: LoadOrder, deadline: Deadline) -> Generator[Bytes, None, None]:
-        """Each layer's buffer, in order, as soon as its last byte is there. Closing the generator ends the load."""
+        """Each layer's buffer, in order, as soon as its last byte has arrived. Closing the generator ends the load."""
 
     @abstractmethod
     def save(self, order: SaveOrder, deadline: Deadline) -> tuple[SaveResult, int]:
-        """Send what is not stored yet, and commit. The result, and how many payload bytes were sent.
+        """Send the blocks that are not stored yet, and commit. Returns the result and the payload bytes sent.
 
         The buffers may change once this has returned.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Release what outlives an order. No order begins after this."""
+        """Release resources that are shared by orders. No order begins after this."""

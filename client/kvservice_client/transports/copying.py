@@ -16,14 +16,14 @@ from kvservice_client import forks
 from kvservice_client.buffers import Bytes
 from kvservice_client.retry import Deadline
 
-PIECE_BYTES = 512 << 10  # Larger ones leave the caches before their checksum is taken; smaller ones cost calls.
-_BY_WORDS_BYTES_MIN = 32 << 10  # Less is copied before the question is answered.
+PIECE_BYTES = 512 << 10  # Larger ones leave the caches before their checksum is computed; smaller ones cost calls.
+_BY_WORDS_BYTES_MIN = 32 << 10  # Below this size, choosing the copy routine costs more than it saves.
 _PART_BYTES = 1 << 20
-_HELPERS = 2  # One core seldom fills the memory bus while it also computes checksums.
+_HELPERS = 2  # One core rarely saturates the memory bus while it also computes checksums.
 
 
 def copy_and_sum(source: Bytes, target: Bytes) -> int:
-    """Copy all of it; the answer is the checksum of the copy, read back from the cache."""
+    """Copy all of `source`. Returns the checksum of the copy, read back from the processor's cache."""
     if len(source) <= PIECE_BYTES:
         _copy(source, target, by_words=_copies_by_words(source, target))
         return checksum(target.data)
@@ -33,7 +33,7 @@ def copy_and_sum(source: Bytes, target: Bytes) -> int:
 
 
 def sum_and_copy(source: Bytes, target: Bytes) -> int:
-    """Copy all of it; the answer is the checksum of the source: of what was meant, whatever becomes of the copy."""
+    """Copy all of `source`. Returns the checksum of the source, so that an error in the copy is detected later."""
     if len(source) <= PIECE_BYTES:
         _copy(source, target, by_words=_copies_by_words(source, target))
         return checksum(source.data)
@@ -43,9 +43,9 @@ def sum_and_copy(source: Bytes, target: Bytes) -> int:
 
 
 def copy_runs_and_sum(source: Bytes, runs: Sequence[tuple[int, int]], target: Bytes) -> int:
-    """Copy some runs of bytes (start, end), one behind the other; the answer is the checksum of all of `source`.
+    """Copy some runs of bytes (start, end), one after the other. Returns the checksum of all of `source`.
 
-    Of the runs it is the copies that are read for it.
+    For the bytes of the runs, the checksum reads the copies.
     """
     digest = xxhash.xxh3_64()
     filled = position = 0
@@ -59,7 +59,8 @@ def copy_runs_and_sum(source: Bytes, runs: Sequence[tuple[int, int]], target: By
 
 
 def _copy_in_pieces(source: Bytes, target: Bytes, digest: xxhash.xxh3_64, *, summed: Bytes) -> None:
-    """Add each piece of `summed` (`source` or `target`) to the digest right after its copying: it is in the cache."""
+    """Add each piece of `summed` (`source` or `target`) to the digest right after its copy, while it is in the
+    cache."""
     by_words = _copies_by_words(source, target)
     for start in range(0, len(source), PIECE_BYTES):
         piece = slice(start, start + PIECE_BYTES)
@@ -75,10 +76,10 @@ def _copy(source: Bytes, target: Bytes, *, by_words: bool) -> None:
 
 
 def _copies_by_words(source: Bytes, target: Bytes) -> bool:
-    """Whether NumPy's own loop over words is faster, which does not care how the two lie.
+    """Whether NumPy's own loop over words is faster, whose speed does not depend on alignment.
 
-    Processors copy strings at a third of their speed where source and target lie badly to each other, as a
-    buffer from malloc and a page of the arena do: 16 bytes apart, but for whole pages.
+    Processors' string copies run at a third of their speed for some relative alignments of source and target, such as
+    a buffer from malloc and a page of the arena: their addresses differ by 16 bytes, modulo the page size.
     """
     if len(source) < _BY_WORDS_BYTES_MIN or len(source) % 8:
         return False
@@ -87,7 +88,7 @@ def _copies_by_words(source: Bytes, target: Bytes) -> bool:
 
 
 class Copiers:
-    """Threads that help with copies. NumPy and xxhash let go of the interpreter's lock while they work."""
+    """Threads that help with copies. NumPy and xxhash release the interpreter's lock while they work."""
 
     def __init__(self) -> None:
         self.reset_in_child()
@@ -108,7 +109,7 @@ class Copiers:
 
 
 class Group:
-    """Parts of one piece of work, which somebody waits for as a whole."""
+    """The parts of one piece of work. A thread waits for all of them together."""
 
     def __init__(self, parts: int) -> None:
         self.left = parts
@@ -119,10 +120,10 @@ class Group:
 
 
 class Batch:
-    """Work of one transfer, done by whoever waits for it, and by helpers as soon as it is there.
+    """The work of one transfer, done by the waiting thread and by helper threads, as soon as it is added.
 
-    Handing each part to a thread and waiting for it took a third of the time of a large load.
-    A context manager: leaving it waits for what runs, for it uses the caller's memory.
+    The hand-over of each part to a thread, with a wait for it, took a third of the time of a large load.
+    A context manager: leaving it waits for running parts, because they use the caller's memory.
     """
 
     def __init__(self, pool: Callable[[], ThreadPoolExecutor]) -> None:
@@ -139,13 +140,13 @@ class Batch:
         group = Group(len(parts))
         with self._lock:
             self._parts.extend((group, work, part) for part in parts)
-            wanted = min(_HELPERS, len(self._parts) - 1) - self._helping  # Who waits does one of them.
+            wanted = min(_HELPERS, len(self._parts) - 1) - self._helping  # The waiting thread does one of the parts.
             self._helping += max(0, wanted)
         self._helpers += [self._pool().submit(self._help) for _ in range(wanted)]
         return group
 
     def finish(self, group: Group, deadline: Deadline) -> None:
-        """Do what is there until the group is done. Raises what a part of it raised first, or DeadlineExceeded."""
+        """Run parts until the group is done. Raises the first error of a part of it, or DeadlineExceeded."""
         while not group.done.is_set() and deadline.remaining_s and (part := self._next()):
             self._run(*part)
         if not group.done.wait(deadline.remaining_s):
@@ -161,7 +162,7 @@ class Batch:
         with self._lock:
             if self._parts:
                 return self._parts.popleft()
-            self._helping -= helper  # In one step with the look: what is added from now on asks for another.
+            self._helping -= helper  # In one step with the check of the queue: later work requests another helper.
             return None
 
     def _run(self, group: Group, work: Callable[[int], None], part: range) -> None:
@@ -169,7 +170,7 @@ class Batch:
             if group.error is None:
                 for position in part:
                     work(position)
-        except BaseException as error:  # Raised where it is waited for; an interrupt at once, whosever part this was.
+        except BaseException as error:  # The waiting thread raises it. An interrupt is raised at once.
             group.error = group.error or error
             if not isinstance(error, Exception):
                 raise
@@ -184,7 +185,7 @@ class Batch:
 
     def __exit__(self, *exc: object) -> None:
         if self._generation != forks.generation():
-            return  # The helpers are the parent's, and so is what they are doing.
+            return  # The helpers and their work exist only in the parent.
         with self._lock:
             self._parts.clear()
         running = [helper for helper in self._helpers if not helper.cancel()]
@@ -192,14 +193,14 @@ class Batch:
         while not all(helper.done() for helper in running):
             try:
                 wait(running)
-            except BaseException as error:  # A signal's. No work may outlive this, and what runs ends soon.
+            except BaseException as error:  # Of a signal handler. No part may run after this returns.
                 interrupt = error
         if interrupt is not None:
             raise interrupt
 
 
 def _parts(sizes: Sequence[int]) -> Iterable[range]:
-    """Consecutive positions that make up `_PART_BYTES` or a little more."""
+    """Consecutive positions of `_PART_BYTES` or a little more in total."""
     start = total = 0
     for position, size in enumerate(sizes):
         total += size

@@ -1,4 +1,4 @@
-"""Frames on a gRPC stream: works everywhere, and costs two copies more than shared memory would."""
+"""Frames on a gRPC stream: works between all hosts, and needs two copies more than shared memory."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from kvservice_client.retry import Deadline
 from kvservice_client.transports.base import LoadOrder, SaveOrder, SaveResult, Transport
 from kvservice_client.transports.messages import save_header, save_result
 
-_PAYLOAD_BYTES_WANTED = 2**20  # Larger ones leave the caches before they are copied on.
+_PAYLOAD_BYTES_WANTED = 2**20  # Larger frames leave the processor's caches before they are copied again.
 
 
 class GrpcTransport(Transport):
-    """What every daemon offers, and what carries every order."""
+    """Every daemon offers it, and it carries every order."""
 
     name = "grpc"
 
@@ -33,7 +33,7 @@ class GrpcTransport(Transport):
         """Every daemon offers it."""
 
     def close(self) -> None:
-        """Nothing outlives an order."""
+        """Orders share no resources."""
 
     def load(self, order: LoadOrder, deadline: Deadline) -> Generator[Bytes, None, None]:
         keep_large_buffers()
@@ -62,7 +62,7 @@ class GrpcTransport(Transport):
                     np.copyto(target[filled:end], np.frombuffer(frame.payload, np.uint8))
                     filled = end
                 yield target
-            with suppress(KVError):  # All bytes are here: let the daemon end the call, instead of cancelling it.
+            with suppress(KVError):  # All bytes have arrived: let the daemon end the call instead of cancelling it.
                 next(messages, None)
         finally:
             messages.close()
@@ -83,7 +83,7 @@ def _messages(order: SaveOrder) -> Iterator[bytes]:
 
 
 def _frames(layer: int, slices: Sequence[Bytes], payload_bytes: int) -> Iterator[bytes]:
-    """Cut a layer into frames. Small slices share one; a large one is spread over several."""
+    """Cut a layer into frames. Small slices share a frame; a large slice is spread over several."""
     pieces: list[memoryview] = []
     space = payload_bytes
     first_block = first_offset = 0

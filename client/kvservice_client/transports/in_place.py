@@ -1,4 +1,4 @@
-"""Leased blocks where they lie in the arena: their slices, their checksums, and the fence that guards them."""
+"""Leased blocks in their place in the arena: their slices, their checksums, and the fence that detects reuse."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ VERIFY: tuple[Verify, ...] = ("once", "always")
 
 
 class InPlaceMismatch(NotCarried):
-    """Bytes in place are not those that were stored. The daemon finds out why: the next transport loads them."""
+    """Bytes in place are not the stored ones. The next transport loads them, so that the daemon verifies them."""
 
 
 class InPlace:
-    """The blocks of a load order, in place. A context manager: leaving it lets the daemon move them.
+    """The blocks of a load order, in place. A context manager: after leaving it, the daemon may move the blocks.
 
-    Bytes may be used only between a successful look at them and a `check` behind their last use.
+    Bytes that were read in place count only after a later `check` that did not raise.
     """
 
     def __init__(self, arena: ArenaMap, order: LoadOrder, answers: Answers[pb.LocateBlocksResponse]) -> None:
-        """`answers` are those of LocateBlocks. Raises NotShared where the blocks are not in this arena."""
+        """`answers` are those of LocateBlocks. Raises NotShared if the blocks are not in this arena."""
         self._answers = answers
         first = next(answers, None)
         if first is None:
@@ -55,7 +55,7 @@ class InPlace:
         self.layers_ready = first.layers_ready
 
     def _checked(self, token_counts: list[int]) -> list[BlockGeometry]:
-        """The blocks' geometries. Raises InvalidFrame where the answer does not fit the question."""
+        """The blocks' geometries. Raises InvalidFrame if the answer does not fit the request."""
         order, count = self._order, self._order.block_count
         columns = (self._offsets, self._generations, self._trailer_checksums, self._shards)
         if token_counts != list(order.token_counts) or any(len(column) != count for column in columns):
@@ -80,7 +80,7 @@ class InPlace:
         return self._order.layer_count
 
     def wait_for_layer(self, layer: int) -> None:
-        """Wait until the layer is there, of every block. Raises why it will not come."""
+        """Wait until the layer of every block is in place. Raises the error if it will not be."""
         while self.layers_ready <= layer:
             answer = next(self._answers, None)
             if answer is None:
@@ -88,16 +88,16 @@ class InPlace:
             self.layers_ready = answer.layers_ready
 
     def slice(self, block: int, layer: int) -> Bytes:
-        """One stored slice, all heads of it. `layer` counts from the first that was asked for."""
+        """One stored slice, with all heads. `layer` counts from the first requested one."""
         slices = self._geometries[block].slices
         begin, end, *_ = slices[layer + self._order.shard.layer_begin - self._shards[block].layer_begin]
         offset = int(self._offsets[block])
         return self._arena.data[offset + begin : offset + end]
 
     def runs(self, block: int, layer: int) -> list[tuple[int, int]] | None:
-        """Which bytes of one slice were asked for: keys, then values. None where it is all of them."""
+        """The requested bytes of one slice: keys, then values. None if all bytes are requested."""
         if self._shards[block].heads == self._order.shard.heads:
-            return None  # It covers what was asked for, so it is the same range.
+            return None  # It covers the requested range, so it is the same range.
         model_layer = layer + self._order.shard.layer_begin
         stored = self._geometries[block].slices[model_layer - self._shards[block].layer_begin]
         wanted = self._order.layout.heads_of(self._order.shard, model_layer)
@@ -106,7 +106,7 @@ class InPlace:
         return list(stored.head_runs(*wanted))
 
     def expected(self, block: int, layer: int) -> int:
-        """The slice's checksum. Raises InPlaceMismatch where the block's trailer is not the one that was stored."""
+        """The slice's checksum. Raises InPlaceMismatch if the block's trailer is not the stored one."""
         trailer = self._trailers.get(block)
         if trailer is None:
             trailer = self._trailers[block] = self._read_trailer(block)
@@ -123,14 +123,14 @@ class InPlace:
         return trailer
 
     def check(self) -> None:
-        """Behind the last use of bytes: raises LeaseExpired where they may have been others'."""
+        """Call it after the last use of the bytes. Raises LeaseExpired if they may have been replaced."""
         if (self._arena.generations(self._offsets) != self._generations).any():
             raise LeaseExpired("blocks left their places while they were read: look the prefix up again")
         if not self._order.is_usable():
             raise LeaseExpired("the lease is all but over: bytes in place are not used any more")
 
     def close(self) -> None:
-        """End the call, and with it the daemon's hold on the blocks."""
+        """End the call, which ends the daemon's hold on the blocks."""
         self._answers.close()
 
     def __enter__(self) -> Self:
@@ -143,18 +143,18 @@ class InPlace:
 class View:
     """Leased blocks in place, without a copy. A context manager: leaving it checks a last time.
 
-    By default a view trusts bytes that were verified once since the daemon's start: damage to the memory after
-    that is not noticed. A view made with ``verify="always"`` verifies each slice itself when it first gives it out.
+    By default a view trusts bytes that were verified once since the daemon's start, and does not detect later damage
+    to the memory. A view with ``verify="always"`` verifies each slice when `slices` first returns it.
 
-    Arrays that it gave out must not be used any more once `check` has raised, once the view was left, or
-    when the lease is nearly over. What was computed from them counts only after a `check` that did not raise.
+    Do not use its arrays after `check` has raised, after leaving the view, or when the lease's time is nearly over.
+    Results that were computed from them are valid only after a `check` that did not raise.
     """
 
     def __init__(self, blocks: InPlace, have_verified: Callable[[int, int], None] | None = None) -> None:
         """All layers must be there.
 
-        With `have_verified` (block, layer) the view verifies what it gives out, and calls it for a slice that is
-        not what its checksum says: the daemon then verifies the slice, and drops the block.
+        With `have_verified` (block, layer) the view verifies the slices that it returns, and calls it for a slice whose
+        checksum does not match: the daemon then verifies the slice, and drops the block.
         """
         self._blocks = blocks
         self._have_verified = have_verified
@@ -168,7 +168,7 @@ class View:
     def slices(self, layer: int) -> list[tuple[Bytes, ...]]:
         """For each block the bytes of one layer, read-only: one array `[K, V][head][token][dim]`.
 
-        Where a block was stored with more heads than were looked up, two: keys, and values. Raises LeaseExpired;
+        If a block was stored with more heads than were looked up, two arrays: keys, and values. Raises LeaseExpired;
         with ``verify="always"`` also ChecksumMismatch, after which the daemon has dropped the block.
         """
         if not 0 <= layer < self._blocks.layer_count:
@@ -185,9 +185,9 @@ class View:
             except InPlaceMismatch:
                 is_right = False
             if not is_right:
-                self.check()  # Another block's bytes lie there by now: that is no damage.
+                self.check()  # Another block's bytes may be there by now, which is not damage.
                 self._report(block, layer, have_verified)
-        self.check()  # What was summed up is what the lease holds.
+        self.check()  # The bytes that were verified are those of the leased block.
         self._verified_layers.add(layer)
 
     def _report(self, block: int, layer: int, have_verified: Callable[[int, int], None]) -> NoReturn:
@@ -205,7 +205,7 @@ class View:
         return (whole,) if runs is None else tuple(whole[start:end] for start, end in runs)
 
     def check(self) -> None:
-        """Raises LeaseExpired where bytes of this view may have become others."""
+        """Raises LeaseExpired if bytes of this view may have been replaced."""
         if not self._is_open:
             raise LeaseExpired("the view was left: its bytes may be others by now")
         self._blocks.check()
@@ -223,15 +223,15 @@ class View:
 
 @runtime_checkable
 class InPlaceReader(Protocol):
-    """What a transport can do besides, where the client reads the daemon's memory."""
+    """A transport by which the client can also read the daemon's memory."""
 
     def view(
         self, order: LoadOrder, deadline: Deadline, have_verified: Callable[[int, int], None] | None = None
     ) -> View:
-        """The blocks where they lie, without a copy. Raises NotShared where they cannot be read there.
+        """The blocks in place, without a copy. Raises NotShared if they cannot be read in place.
 
-        Without `have_verified` bytes are verified that were not since the daemon's start. With it (block, layer) the
-        view verifies each slice before it gives it out.
+        Without `have_verified` the daemon verifies bytes that it has not verified since its start. With it (block,
+        layer) the view verifies each slice before it returns it.
         """
 
 

@@ -1,4 +1,4 @@
-"""A save's order as the message that opens it, and its answer as the result."""
+"""Conversions: a save order to the header message, and the answer to the result."""
 
 from __future__ import annotations
 

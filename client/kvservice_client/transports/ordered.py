@@ -32,10 +32,10 @@ _TRY_NEXT = (NotShared, NoWriterLock, NotCarried)
 
 
 class OrderedTransports:
-    """Carries orders by the first transport that both ends offer and that can. Thread-safe."""
+    """Carries each order by the first transport that both sides offer and that can carry it. Thread-safe."""
 
     def __init__(self, connection: Connection, wanted: str = "auto", bytes_per_s: float = 0.0) -> None:
-        """`wanted` names the transport that must be offered, or is "auto". With `bytes_per_s` > 0 none is faster."""
+        """`wanted` names the transport that must be offered, or is "auto". `bytes_per_s` > 0 limits all transports."""
         made = [make(connection) for make in TRANSPORTS]
         self._required = wanted
         self._transports = [each for each in made if wanted in ("auto", each.name) or each is made[-1]]
@@ -52,7 +52,7 @@ class OrderedTransports:
             transport.close()
 
     def load(self, order: LoadOrder, deadline: Deadline) -> Generator[Bytes, None, None]:
-        """Each layer's buffer, in order, as soon as its last byte is there. Closing the generator ends the load."""
+        """Each layer's buffer, in order, as soon as its last byte has arrived. Closing the generator ends the load."""
         for transport in self._transports:
             if not self._is_offered(transport, deadline):
                 continue
@@ -79,7 +79,7 @@ class OrderedTransports:
             return
 
     def save(self, order: SaveOrder, deadline: Deadline) -> SaveResult:
-        """Send what is not stored yet, and commit. The buffers may change once this has returned."""
+        """Send the blocks that are not stored yet, and commit. The buffers may change once this has returned."""
         for transport in self._transports:
             if not self._is_offered(transport, deadline):
                 continue
@@ -96,10 +96,10 @@ class OrderedTransports:
         raise AssertionError("the last transport carries every order")
 
     def view(self, order: LoadOrder, deadline: Deadline, verify: Verify) -> View:
-        """The blocks where they lie, without a copy, by the first transport that can. Raises NotShared.
+        """The blocks in place, without a copy, by the first transport that supports it. Raises NotShared.
 
-        "once": bytes are verified that were not since the daemon's start. "always": the view verifies each slice
-        before it gives it out.
+        "once": the daemon verifies bytes that it has not verified since its start. "always": the view verifies each
+        slice before it returns it.
         """
         if self._down is not None:
             raise NotShared("a view moves no bytes that could be slowed down: load the blocks")
@@ -113,7 +113,7 @@ class OrderedTransports:
         raise NotShared("no transport of this client reads blocks in place: load the blocks")
 
     def _is_offered(self, transport: Transport, deadline: Deadline) -> bool:
-        """Raises NotShared where it is the one that is required, and is not offered."""
+        """Raises NotShared if this transport is required and is not offered."""
         try:
             transport.check_offered(deadline)
         except NotShared as error:
@@ -124,7 +124,7 @@ class OrderedTransports:
         return True
 
     def _fall_back(self, transport: Transport, error: Exception) -> None:
-        """Count it. Raises the error where there is no next transport."""
+        """Count a fallback. Raises the error if there is no next transport."""
         if transport is self._transports[-1]:
             raise error
         why = error.message if isinstance(error, KVError) else str(error)
@@ -132,7 +132,7 @@ class OrderedTransports:
         self._log.info("%s is not used: %s", transport.name, why)
 
     def _have_verified(self, order: LoadOrder, block: int, layer: int) -> None:
-        """Make the daemon verify one slice, by loading it: it drops the block and raises where the slice is damaged."""
+        """Make the daemon verify one slice, by loading it. For a damaged slice it drops the block and raises."""
         first, counts = order.first_block + block, order.token_counts[block : block + 1]
         one = replace(order, first_block=first, token_counts=counts, first_layer=layer, into=None)
         layers = self._transports[-1].load(one, self._connection.deadline(None))

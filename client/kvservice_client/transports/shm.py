@@ -1,8 +1,8 @@
 """Shared memory: loads and saves are one copy between the arena and the caller's memory, views are none.
 
-gRPC carries places and checksums only. What does not lie in place (no room in DRAM, several shards
-make up a block, another host) is left to the next transport, and so is what does not match its checksum:
-the daemon verifies it then.
+gRPC messages have only places and checksums. The next transport carries blocks that are not in place: DRAM has no
+space, a block is stored as several shards, or the daemon is on another host. It also carries blocks whose checksums do
+not match; the daemon then verifies them.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from kvservice_client.transports.messages import save_header, save_result
 M = TypeVar("M", bound=Message)
 
 _LAYERS_AHEAD = 3
-_ABANDON_S = 1.0  # One attempt to tell the daemon that a reservation is given up.
+_ABANDON_S = 1.0  # Time of one attempt to abandon a reservation at the daemon.
 _ABANDON_PAUSE_S = 0.2
 
 
 class ShmTransport(Transport):
-    """Offered where the daemon shares its arena, and the arena can be mapped here. Is an InPlaceReader too."""
+    """Offered if the daemon shares its arena and this process can map it. Is an InPlaceReader too."""
 
     name = "shm"
 
@@ -66,7 +66,7 @@ class ShmTransport(Transport):
     # Loading
 
     def load(self, order: LoadOrder, deadline: Deadline) -> Generator[Bytes, None, None]:
-        """As every transport's. Each layer is copied and verified while the next ones are on their way."""
+        """As `Transport.load`. Each layer is copied and verified while the daemon prepares the next ones."""
         started: deque[tuple[Bytes, Group]] = deque()
         next_layer = order.first_layer
         with self._located(order, deadline) as blocks:
@@ -83,7 +83,7 @@ class ShmTransport(Transport):
                         blocks.check()
                         yield target
             except InPlaceMismatch:
-                blocks.check()  # Others lie there by now: that is no damage.
+                blocks.check()  # The blocks may have been replaced, which is not damage.
                 raise
 
     def view(
@@ -95,7 +95,7 @@ class ShmTransport(Transport):
             return View(blocks, have_verified)
 
     def _located(self, order: LoadOrder, deadline: Deadline, *, verify: bool = False) -> InPlace:
-        """Raises NotShared where the blocks are not in place, or not for this client."""
+        """Raises NotShared if the blocks are not in place, or not for this client."""
         arena = self._arenas.get(self._connection.limits(deadline))
         request = pb.LocateBlocksRequest(
             client_id=order.client_id,
@@ -117,7 +117,7 @@ class ShmTransport(Transport):
         limits = self._connection.limits(deadline)
         arena = self._arenas.get(limits)
         if not limits.arena_writable:
-            raise NotShared("the daemon lets nobody write into its arena")
+            raise NotShared("the daemon does not allow clients to write into its arena")
         client_id = order.client_id
         with self._writers.lock(arena.directory, client_id):
             target = arena.writable()
@@ -133,14 +133,14 @@ class ShmTransport(Transport):
                 )
                 return save_result(self._call("CommitBlocks", commit, pb.SaveBlocksResponse, deadline)), size_bytes
             except BaseException:
-                # Nothing is written any more. The caller does not wait for a daemon that may not answer.
+                # No thread writes any more. The caller does not wait, because the daemon may not answer.
                 self._abandoned.add(pb.AbandonBlocksRequest(client_id=client_id, reservation_id=reservation_id))
                 raise
 
     def _write(
         self, order: SaveOrder, reserved: pb.ReserveBlocksResponse, arena: Bytes, deadline: Deadline
     ) -> tuple[np.ndarray[tuple[int, int], np.dtype[np.uint64]], int]:
-        """Copy the reserved blocks to their places. The checksums of what was copied, ``[block, layer]``; its bytes."""
+        """Copy the reserved blocks to their places. Returns the checksums, ``[block, layer]``, and the copied bytes."""
         geometries = [block_geometry(order.layout, order.shard, order.token_counts[block]) for block in reserved.blocks]
         places = list(zip(reserved.blocks, reserved.offsets, geometries, strict=True))
         sums = np.zeros((len(places), len(order.layers)), np.uint64)
@@ -190,9 +190,9 @@ def _write_slice(
 
 
 class _AbandonQueue:
-    """Reservations to abandon at the daemon: until that is done, no other client can save their blocks.
+    """Reservations to abandon at the daemon. Until then no other client can save their blocks.
 
-    A thread sends it until the daemon has answered, unless the attachment ends before: that abandons them too.
+    A thread sends each one until the daemon has answered, or until the attachment ends, which abandons them too.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -235,14 +235,14 @@ class _AbandonQueue:
 
 
 class _Arenas:
-    """The arena of the daemon at hand: mapped once, and once more where it was replaced."""
+    """The mapping of the daemon's current arena: made once, and again if the daemon has replaced the arena."""
 
     def __init__(self) -> None:
         self.reset_in_child()
         forks.register(self)
 
     def reset_in_child(self) -> None:
-        """Begin unmapped: a child that never asks must not keep the memory of an arena that was replaced."""
+        """Begin unmapped: a child that does not use the arena must not keep the memory of a replaced one."""
         self._lock = threading.Lock()
         self._mapped: ArenaMap | None = None
         self._refusal: tuple[bytes, str] = (b"", "")
@@ -252,7 +252,7 @@ class _Arenas:
         return self._mapped is not None
 
     def get(self, limits: pb.GetCapabilitiesResponse) -> ArenaMap:
-        """Raises NotShared where it cannot be mapped here. That is tried once an arena."""
+        """Raises NotShared if it cannot be mapped here. Tried once per arena."""
         if "shm" not in limits.transports:
             raise NotShared(f"the daemon does not share its arena: {limits.arena_not_shared_because}")
         with self._lock:
@@ -270,10 +270,10 @@ class _Arenas:
 
 
 class _Writers:
-    """This client's writer locks: one per attachment, held until it has ended and nothing is written under it.
+    """This client's writer locks: one per attachment, held until it has ended and no save writes under it.
 
-    While a daemon sees the lock it sets the space aside that an attachment had reserved, also after a restart. So the
-    lock is released as soon as the end of the attachment is noticed, or with the last save that runs then.
+    While the lock is held, the daemon does not reuse the space that the attachment had reserved, also after a restart.
+    So the lock is released as soon as the attachment's end is detected, or with the last save that runs then.
     """
 
     def __init__(self, is_attached_as: Callable[[bytes], bool]) -> None:
@@ -306,7 +306,7 @@ class _Writers:
         self.release_ended()
 
     def release_ended(self) -> None:
-        """An attachment has begun or ended."""
+        """Called when an attachment has begun or ended."""
         with self._lock:
             self._release_unused()
 

@@ -1,6 +1,6 @@
-"""Makes the link between client and daemon slow, for measurements and tests of what uses it.
+"""Limits the rate of the link between client and daemon, for measurements and tests.
 
-On a fast link all layers have arrived before a model needs them. With ``Client(..., throttle_bytes_per_s=50e6)`` the
+On a fast link all layers arrive before a model needs them. With ``Client(..., throttle_bytes_per_s=50e6)`` the
 bytes of each layer arrive at that rate, over any transport.
 """
 
@@ -25,7 +25,7 @@ class Throttle:
         self._free_at_s = 0.0
 
     def carry(self, size_bytes: int, begin_s: float, deadline: Deadline) -> None:
-        """Block until these bytes would have arrived, sent from `begin_s` on and after the bytes of earlier calls.
+        """Block until these bytes would have arrived, if sent from `begin_s` on, after the bytes of earlier calls.
 
         `begin_s` is a time of the deadline's clock. Raises DeadlineExceeded.
         """
@@ -33,6 +33,6 @@ class Throttle:
             self._free_at_s = max(self._free_at_s, begin_s) + size_bytes / self._bytes_per_s
             end_s = self._free_at_s
         clock = deadline.clock
-        clock.sleep(max(0.0, min(end_s - clock.now_s(), deadline.remaining_s)))  # This is what makes the link slow.
+        clock.sleep(max(0.0, min(end_s - clock.now_s(), deadline.remaining_s)))  # This wait makes the link slow.
         if clock.now_s() < end_s:
             deadline.check()

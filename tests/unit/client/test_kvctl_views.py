@@ -76,11 +76,11 @@ _LOST = pb.BlockEvent(kind=pb.EVENT_KIND_LOST, at=NOON, tier=types_pb2.TIER_DRAM
 @pytest.mark.parametrize(
     ("miss", "words"),
     [
-        (pb.Miss(reason=pb.MISS_REASON_NEVER_STORED), "never stored here, as far as is remembered"),
+        (pb.Miss(reason=pb.MISS_REASON_NEVER_STORED), "never stored here since"),
         (pb.Miss(reason=pb.MISS_REASON_EVICTED, event=_EVICTED), "by the policy lru"),
         (pb.Miss(reason=pb.MISS_REASON_EXPIRED, event=_EVICTED), "after its pin had ended"),
-        (pb.Miss(reason=pb.MISS_REASON_BEING_SAVED), "right now"),
-        (pb.Miss(reason=pb.MISS_REASON_IN_PART, event=_EVICTED), "in part only"),
+        (pb.Miss(reason=pb.MISS_REASON_BEING_SAVED), "a save of it runs now"),
+        (pb.Miss(reason=pb.MISS_REASON_IN_PART, event=_EVICTED), "only in part"),
         (pb.Miss(reason=pb.MISS_REASON_OTHER_LAYOUT), "other layout"),
         (
             pb.Miss(reason=pb.MISS_REASON_LOST_IN_RESTART, event=_LOST, dram_emptied_at=NOON, dram_emptied_because="!"),
@@ -98,7 +98,7 @@ def test_another_layout_is_named_with_what_is_different() -> None:
     difference = pb.LayoutDifference(field="dtype", stored="float16", asked="bfloat16")
     other = pb.OtherLayout(layout_fingerprint=bytes(32), differences=[difference])
     said = reasons.miss(pb.Miss(reason=pb.MISS_REASON_OTHER_LAYOUT), [other])
-    assert "dtype float16 (asked: bfloat16)" in said
+    assert "dtype float16 (requested: bfloat16)" in said
 
 
 def test_enums_of_a_newer_daemon_show_as_numbers() -> None:

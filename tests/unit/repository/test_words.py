@@ -45,7 +45,6 @@ BANNED_WORD = re.compile("|".join(rf"\b(?:{words})\b" for words in BANNED), re.I
 LEFT = {
     "kvservice/store": 35,
     "kvservice/tiers": 13,
-    "client": 29,
 }
 FOLDERS = (
     "kvservice", "kvservice/index", "kvservice/policy", "kvservice/rpc", "kvservice/simulate",
