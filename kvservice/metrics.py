@@ -52,7 +52,7 @@ class Heartbeat:
         buckets = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 1.0)
         self._delay = Histogram(
             _PREFIX + "event_loop_delay_seconds",
-            "How much later than due a heartbeat of the event loop came.",
+            "How late a heartbeat of the event loop was.",
             buckets=buckets,
             registry=registry,
         )
@@ -125,7 +125,7 @@ class StoreCollector(Collector):
             yield CounterMetricFamily(_PREFIX + name, HELP[name], value=value)
         reported = CounterMetricFamily(
             _PREFIX + "requests_reported",
-            "Requests whose engine told what became of their history, by plan and outcome.",
+            "Requests that engines reported, by plan and outcome.",
             labels=["plan", "outcome"],
         )
         for (plan, outcome), count in facts.reported.items():

@@ -52,12 +52,12 @@ def _process(directory: Path, arena: str, dram_bytes: int) -> subprocess.Popen[s
 
 def _port(process: subprocess.Popen[str]) -> int:
     assert process.stderr is not None
-    heard = ""
+    last_line = ""
     for line in process.stderr:
-        heard = line.strip() or heard
+        last_line = line.strip() or last_line
         if '"serving"' in line:
             return int(json.loads(line)["port"])
-    raise DaemonUnavailable(f"no daemon could be started here: {heard}")
+    raise DaemonUnavailable(f"no daemon could be started here: {last_line}")
 
 
 class Parts:

@@ -219,11 +219,11 @@ class ForesightPolicy(Placement):
             in_class = hints.in_class[rows[hinted]]
             age_s = now_s - hints.since_s[rows[hinted]]
             ready_s = age_s + reading_s[hinted] + self._looks.hinted_every_s
-            told = scores.rates(return_times.CLASSES + in_class, age_s, ready_s, price[hinted])
-            doubtful = (told[LATER] < rates[LATER, hinted]) & (in_class < hint_times.ENDED)
+            by_hint = scores.rates(return_times.CLASSES + in_class, age_s, ready_s, price[hinted])
+            doubtful = (by_hint[LATER] < rates[LATER, hinted]) & (in_class < hint_times.ENDED)
             for row in rows[hinted[doubtful]].tolist():
                 hints.expected.pop(row, None)
-            rates[:, hinted] = np.where(in_class >= hint_times.ENDED, told, np.maximum(told, rates[:, hinted]))
+            rates[:, hinted] = np.where(in_class >= hint_times.ENDED, by_hint, np.maximum(by_hint, rates[:, hinted]))
 
         for kind in (HOLD, FETCH, LATER):
             rates[kind] *= late

@@ -1,6 +1,6 @@
 """Copies of blocks in tiers, and the order of bytes, records and reuse.
 
-The two rules that make ``kill -9`` harmless live here and nowhere else:
+The two rules that make ``kill -9`` harmless are only here:
 
 * ``admit`` and ``place``: a record names an extent only after its bytes are complete there.
 * ``evict`` and ``discard``: an extent is released only after the commit that removes its record.
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
 _SETTLED_WITHIN_S = 5.0
-_FLUSH_ROWS = 1024  # A few milliseconds of the event loop.
+_FLUSH_ROWS = 1024  # They take a few milliseconds of the event loop.
 
 _COPIED = (
     "layout_id token_count hits trailer_checksum stored_at_ms used_at_ms access_seq parent_key pinned_until_ms tenant"
@@ -61,7 +61,7 @@ class BlockLifecycle:
     # About one row
 
     def geometry(self, row: int) -> BlockGeometry:
-        """Where the row's bytes lie in its image."""
+        """The geometry of the row's image."""
         layout = self._index.layouts[int(self.blocks.layout_id[row])]
         return block_geometry(layout, self.blocks.shard_of(row), int(self.blocks.token_count[row]))
 
@@ -69,12 +69,12 @@ class BlockLifecycle:
         """Whether nothing keeps the row's bytes in place."""
         return not self.blocks.leases[row] and not self.blocks.holds[row]
 
-    # Holding: what is held or leased keeps its bytes in their place.
+    # Holding: held or leased rows keep their bytes in their place.
 
     def hold(self, rows: Rows | Sequence[int]) -> None:
         """Keep the rows' bytes in place while I/O runs. Pair with `unhold` of the same rows.
 
-        A row that is named twice counts once, here and there.
+        A row that is named twice counts once, in both calls.
         """
         self.blocks.holds[np.asarray(rows, np.int64)] += 1
 
@@ -96,7 +96,7 @@ class BlockLifecycle:
     async def wait_record_deletes(self, object_keys: Iterable[bytes]) -> None:
         """Wait until no record of these objects is being removed, so that a new one is not removed with it.
 
-        Raises StorageFailed where the old ones cannot be removed.
+        Raises StorageFailed if the old ones cannot be removed.
         """
         names = list(object_keys)
         try:
@@ -114,10 +114,10 @@ class BlockLifecycle:
         unread: Callable[[], Awaitable[None]] | None = None,
         check: Callable[[], None] | None = None,
     ) -> None:
-        """Record that the rows' bytes lie complete in `extents`, then let lookups find them there.
+        """Record that the rows' bytes are complete in `extents`, then let lookups find them there.
 
-        Where the index or `check` (see `BlockIndex.put`) refuses, the error goes to the caller and the
-        extents are released, once `unread` says that nobody reads them.
+        If the index or `check` (see `BlockIndex.put`) refuses, the caller gets the error, and the extents are
+        released once `unread` has returned, when no load reads them any more.
         """
         names = [self.blocks.object_key_of(row) for row in rows]
         placed = asyncio.get_running_loop().create_future()
@@ -146,15 +146,15 @@ class BlockLifecycle:
             self.unhold(rows)
 
     def _note_arrival(self, rows: Rows, tier: TierName) -> None:
-        """Since when the copies are there: as long as the block itself where it is new, else a later time."""
+        """Since when the copies exist: for a new block its own time, else a later time."""
         stored_ms = self.blocks.stored_at_ms[rows]
         later_ms = np.maximum(stored_ms + np.uint64(1), np.uint64(self.history.now_ms))
         self.blocks.since_ms(tier)[rows] = np.where(self.blocks.live[rows], later_ms, stored_ms)
 
     def _pinned_meanwhile(self, rows: Sequence[int], records: Records) -> list[int]:
-        """Positions of rows that were pinned or unpinned after these records: `write_records` did not know of them.
+        """Positions of rows that were pinned or unpinned after these records were made, which `write_records` missed.
 
-        Not of those that were discarded: the removal of their records has been submitted.
+        Without discarded rows: the removal of their records has been submitted.
         """
         array = np.asarray(rows, np.int64)
         other = self.blocks.pinned_until_ms[array] != records["pinned_until_ms"]
@@ -162,9 +162,9 @@ class BlockLifecycle:
         return found
 
     async def admit(self, rows: Sequence[int], extents: Sequence[Extent]) -> None:
-        """Record new objects, whose bytes lie complete in the first tier, then make them visible.
+        """Record new objects, whose bytes are complete in the first tier, then make them visible.
 
-        Where the index refuses, rows and extents are given back.
+        If the index refuses, rows and extents are released.
         """
         self.hold(rows)
         try:
@@ -172,7 +172,7 @@ class BlockLifecycle:
             for row in rows:
                 self.blocks.link(row)
         finally:
-            self.unhold(rows)  # Frees those that were not linked.
+            self.unhold(rows)  # Frees the rows that were not linked.
 
     async def flush_recency(self) -> None:
         """Write use times and hit counts of the blocks used since the last flush into their records."""
@@ -184,20 +184,20 @@ class BlockLifecycle:
                 try:
                     await self._write_records(used[start : start + _FLUSH_ROWS].tolist(), tier)
                 except KVError:
-                    blocks.used_since_flush[used[start:]] = True  # Next time.
+                    blocks.used_since_flush[used[start:]] = True  # At the next flush.
                     raise
 
     async def write_records(self, rows: Sequence[int]) -> None:
-        """Write the records of these rows as the table has them now, in every tier that holds them, or soon will."""
+        """Write the present records of these rows, in every tier that has them, or soon will."""
         writes = [self._write_records(rows, tier) for tier in self.tiers]
         await asyncio.gather(*writes)
         placing = {self._placing[row, tier] for row in rows for tier in self.tiers if (row, tier) in self._placing}
-        if placing:  # Their records were made before, and are made again by `place`.
+        if placing:  # Their records were made before; `place` makes them again.
             await asyncio.wait(placing)
 
     def _write_records(self, rows: Sequence[int], tier: TierName) -> asyncio.Future[None]:
         blocks = self.blocks
-        # Asked anew each time: blocks leave and move while others are committed.
+        # Read again each time, because blocks leave and move while others are committed.
         there = [row for row in rows if blocks.live[row] and blocks.is_resident(row, tier)]
         extents = [extent for row in there if (extent := blocks.extent(row, tier))]
         names = [blocks.object_key_of(row) for row in there]
@@ -208,8 +208,8 @@ class BlockLifecycle:
     async def evict(self, rows: Sequence[int], tier: TierName, policy: str = "") -> None:
         """Drop copies that nothing holds from one tier. A block without another copy is forgotten.
 
-        `policy` is what chose them; empty where someone asked for it. Raises StorageFailed where the
-        records could not be removed; the copies then leave later.
+        `policy` names the policy that chose them; empty for a request. Raises StorageFailed if the records could
+        not be removed; the copies then leave later.
         """
         blocks = self.blocks
         last_copies = [row for row in rows if blocks.tiers_of(row) == [tier]]
@@ -232,7 +232,7 @@ class BlockLifecycle:
         why = Reason.EVICTED if policy else Reason.EVICTED_ON_REQUEST
         for part, last_copy in ((demoted, False), (last_copies, True)):
             self.history.note_rows(blocks, part, why, tier=tier, word=policy, last_copy=last_copy)
-        # Both begin before anything is awaited: nobody finds half of it done, or can cancel half of it.
+        # Both begin before the first await, so that no task sees or cancels half of the change.
         removals = [self._begin_removal({tier: freed}, demoted), self._begin_discard(last_copies)]
         for removal in removals:
             await removal.recorded()
@@ -240,16 +240,16 @@ class BlockLifecycle:
     async def discard(self, rows: Sequence[int], why: Reason = Reason.DISCARDED, word: str = "") -> None:
         """Forget blocks everywhere: invisible at once, records next, bytes when nothing holds them.
 
-        `word` says who let them go where nobody asked for it.
+        `word` is the reason, if it was not a request.
         """
         self.history.note_rows(self.blocks, rows, why, word=word)
         await self._begin_discard(rows).recorded()
 
     async def quarantine(self, row: int, generation: int, tier: TierName, what: str) -> None:
-        """Take a block whose bytes are damaged out of service, in every tier: whatever is in doubt is a miss.
+        """Take a block with damaged bytes out of service, in every tier: it becomes a miss.
 
-        `generation` is the row's from when its bytes began to be read. Where it has another one the block
-        is gone, and the row has one that nothing is known against.
+        `generation` is the row's from before its bytes were read. If the row has another generation now, the damaged
+        block is gone, and the row has another block.
         """
         if self.blocks.generation[row] != generation:
             return
@@ -264,7 +264,7 @@ class BlockLifecycle:
         if self.blocks.live[row]:
             self._counters.quarantined_blocks += 1
             self.history.note_rows(self.blocks, [row], Reason.QUARANTINED, tier=tier)
-            with contextlib.suppress(StorageFailed):  # It is invisible already; its records leave later.
+            with contextlib.suppress(StorageFailed):  # The block is invisible already; its records are removed later.
                 await self._begin_discard([row]).recorded()
 
     def _begin_discard(self, rows: Sequence[int]) -> _Removal:
@@ -305,7 +305,7 @@ class BlockLifecycle:
         while True:
             try:
                 return await self._index.delete(tier, removal.names)
-            except Exception as error:  # Until they are gone, nothing may take their space, and somebody waits.
+            except Exception as error:  # Retry: their space cannot be reused before, and a caller waits.
                 self._counters.storage_errors += 1
                 expected = isinstance(error, KVError)
                 log.error(
@@ -318,7 +318,7 @@ class BlockLifecycle:
                 await asyncio.sleep(_RETRY_S)
 
     def _free_unreferenced(self, rows: Rows | Sequence[int]) -> None:
-        """Release the bytes of forgotten rows that nothing holds any more. Their records are gone."""
+        """Release the bytes of forgotten rows that nothing holds any more. Their records are deleted already."""
         blocks = self.blocks
         array = np.asarray(rows, np.int64)
         over = array[~blocks.live[array] & (blocks.holds[array] == 0) & (blocks.leases[array] == 0)]
@@ -341,12 +341,12 @@ class BlockLifecycle:
 
 
 class _Removal:
-    """Marks objects as leaving from its creation until `end`. Removals of one object follow one another."""
+    """Marks objects as leaving, from its creation until `end`. Removals of one object run one after another."""
 
     def __init__(self, leaving: dict[bytes, asyncio.Future[None]], names: Sequence[bytes]) -> None:
         loop = asyncio.get_running_loop()
         self.names = names
-        self._failure: asyncio.Future[StorageFailed] = loop.create_future()  # The first one, if any.
+        self._failure: asyncio.Future[StorageFailed] = loop.create_future()  # The first error, if any.
         self._leaving = leaving
         self._done: asyncio.Future[None] = loop.create_future()
         self._earlier = {leaving[name] for name in names if name in leaving}
@@ -358,7 +358,8 @@ class _Removal:
             await asyncio.wait(self._earlier)
 
     async def recorded(self) -> None:
-        """Wait until the records are gone. Raises StorageFailed at the first refusal; they are tried again then."""
+        """Wait until the records are deleted. Raises StorageFailed at the first failure; the removal is then
+        retried."""
         ends: list[asyncio.Future[Any]] = [self._done, self._failure]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if self._failure.done():

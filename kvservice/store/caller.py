@@ -1,7 +1,6 @@
-"""Who asks: the value that every verb of the store takes, so that a rule can know for whom it decides.
+"""The caller of a verb: the value that every verb of the store takes, so that rules can depend on it.
 
-A request's caller is made in one place, ``rpc/callers.py``. What a caller may see or use is not limited yet:
-there is one tenant.
+A request's caller is made in one place, ``rpc/callers.py``. Access of a caller is not limited yet: there is one tenant.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from typing import NamedTuple
 
 
 class Tenant(NamedTuple):
-    """Whose blocks they are. `number` stands in the table of blocks and in index records, as a u32."""
+    """The owner of blocks. `number` is in the block table and in index records, as a u32."""
 
     number: int
     name: str
@@ -22,8 +21,8 @@ DEFAULT_TENANT = Tenant(0, "default")
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks the store for something. No part of it has a default: a caller is stated, never assumed."""
+    """The sender of a request. Its fields have no defaults: a caller is always given explicitly."""
 
     principal: str  # The client certificate's name; "local" over a UNIX socket; "anonymous" over plain TCP.
     tenant: Tenant
-    client: bytes  # The id of the attached client that asks; empty where the request names none.
+    client: bytes  # The id of the attached client; empty if the request names none.

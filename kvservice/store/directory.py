@@ -1,11 +1,10 @@
 """Publishes the block table's residency to clients on this host: ``kvservice_api/residency_directory.py``.
 
-The table tells of every row that is linked, unlinked, or gains or loses a copy, and the slot is
-changed before that call returns. So a block is published after lookups find it, and withdrawn
-before the commit that allows its bytes to be lent again. Clients may see a slot late: a stale hit
-costs them a lookup that misses.
+The table calls it for every row that is linked, unlinked, or gains or loses a copy, and the slot is changed before that
+call returns. So a block is published after lookups find it, and withdrawn before the commit that allows its space to be
+reused. Clients may see a slot late: a stale hit costs them a lookup that misses.
 
-A directory is a convenience. Where there is no space for it there is none, and nothing else fails.
+The directory is optional: without space for it there is none, and nothing else fails.
 """
 
 from __future__ import annotations
@@ -44,12 +43,12 @@ log = logging.getLogger(__name__)
 
 _FILL_MAX = 0.7
 _SLOTS_MIN = 1 << 12
-_FREE_SHARE = 16  # At the start it takes no more than this part of what the tmpfs has left: the arena needs it.
-_ROWS_A_TURN = 512  # A millisecond of the event loop.
+_FREE_SHARE = 16  # At the start it takes at most this part of the tmpfs's free space, because the arena needs space.
+_ROWS_A_TURN = 512  # They take a millisecond of the event loop.
 
 
 class ResidencyDirectory:
-    """The directory of one life of a daemon. `path` is empty where there is none."""
+    """The directory of one run of a daemon. `path` is empty if there is none."""
 
     def __init__(
         self,
@@ -64,7 +63,7 @@ class ResidencyDirectory:
         slots_min: int = _SLOTS_MIN,
         calls: FileCalls | None = None,
     ) -> None:
-        """Make the file, marked as being built, in place of one that an earlier daemon left. Never fails."""
+        """Create the file, marked as being built; it replaces an earlier daemon's file. Never fails."""
         self._blocks = blocks
         self._file = folder / FILE_NAME
         self._next_file = folder / f"{FILE_NAME}.next"
@@ -72,19 +71,19 @@ class ResidencyDirectory:
         self._bytes_max = bytes_max
         self._slots_min = slots_min
         self._calls = calls or FileCalls()
-        self._current: DirectoryTable | None = None  # What stands under the file's name.
-        self._next: DirectoryTable | None = None  # What is going to.
+        self._current: DirectoryTable | None = None  # The table under the file's name.
+        self._next: DirectoryTable | None = None  # The table that will replace it.
         self._crowded = asyncio.Event()
         self._mark = functools.cache(lambda layout_id: layout_mark(layouts[layout_id].fingerprint))
         self._open()
 
     @property
     def path(self) -> str:
-        """Where clients find it; empty where there is none."""
+        """The path for clients; empty if there is none."""
         return str(self._file.absolute()) if self._current is not None else ""
 
     async def keep(self) -> None:
-        """Fill the directory, and put another one in its place whenever it runs full. Ends where there is none."""
+        """Fill the directory, and replace it by a larger one when it is full. Returns if there is none."""
         if self._current is not None and await self._fill(self._current):
             self._current.set_state(DirectoryState.LIVE)
         while self._current is not None:
@@ -93,25 +92,25 @@ class ResidencyDirectory:
             await self._replace()
 
     def close(self) -> None:
-        """Tell readers that nothing is kept up to date any more, and give the memory back."""
+        """Mark the directory as closed for readers, and free its memory."""
         self._blocks.on_change = None
         for table in (self._current, self._next):
             if table is not None:
                 table.close(DirectoryState.CLOSED)
         self._current = self._next = None
-        self._crowded.set()  # Whoever keeps it sees that it is over.
+        self._crowded.set()  # Wakes `keep`, which then ends.
         for path in (self._file, self._next_file):
             with contextlib.suppress(OSError):
                 path.unlink()
 
-    # What the block table tells
+    # Calls of the block table
 
     def _changed(self, row: int) -> None:
         try:
             for table in (self._current, self._next):
                 if table is not None:
                     self._update(table, row)
-        except TableFull:  # It should have been replaced long ago.
+        except TableFull:  # The replacement came too late.
             self._give_up("it ran full before a larger one was ready")
 
     def _update(self, table: DirectoryTable, row: int) -> None:
@@ -142,7 +141,7 @@ class ResidencyDirectory:
             return
         try:
             _retire(self._file)
-            self._next_file.unlink(missing_ok=True)  # A daemon that was killed may have left it.
+            self._next_file.unlink(missing_ok=True)  # A killed daemon may have left it.
             self._current = self._make(self._file, slots)
         except OSError as error:
             self._give_up(str(error))
@@ -150,7 +149,7 @@ class ResidencyDirectory:
         self._blocks.on_change = self._changed
 
     def _first_slots(self) -> int:
-        """As many as the block table is likely to have rows, where there is space for them. 0 means none."""
+        """The number of slots for the expected rows of the block table, within the available space. 0 means none."""
         blocks = self._blocks
         least = self._slots_for(blocks.live_count)
         if HEADER_BYTES + SLOT_BYTES * least > self._bytes_max:
@@ -165,14 +164,15 @@ class ResidencyDirectory:
         return slots
 
     def _slots_for(self, rows: int) -> int:
-        """A power of two of slots in which so many rows leave room for some more."""
+        """A power of two of slots, with space for more rows than these."""
         return max(self._slots_min, 1 << int(rows / _FILL_MAX).bit_length())
 
     def _make(self, path: Path, slots: int) -> DirectoryTable:
         return DirectoryTable(path, Header(*self._identity, slots, DirectoryState.BUILDING), self._calls)
 
     async def _made(self, path: Path, slots: int) -> DirectoryTable:
-        """On a thread: the kernel clears all pages first. Cancelled, it ends first, so that `close` finds the file."""
+        """Runs on a thread, because the kernel clears all pages. If cancelled, it ends first, so that `close` finds the
+        file."""
         making = asyncio.get_running_loop().run_in_executor(None, self._make, path, slots)
         try:
             return await asyncio.shield(making)
@@ -181,7 +181,7 @@ class ResidencyDirectory:
             raise
 
     async def _fill(self, table: DirectoryTable) -> bool:
-        """Publish every row there is; False where the table was given up. What changes meanwhile it is told as well."""
+        """Publish every row; False if the table was closed. Changes meanwhile are also published."""
         blocks = self._blocks
         for start in range(0, blocks.row_end, _ROWS_A_TURN):
             if table not in (self._current, self._next):
@@ -199,7 +199,7 @@ class ResidencyDirectory:
         return table in (self._current, self._next)
 
     def _slots(self, rows: Rows) -> Slots:
-        """Slots without sequence and crc. Flags are 0 where a row has no copy."""
+        """Slots without sequence and crc. Flags are 0 for a row without a copy."""
         blocks = self._blocks
         slots = np.zeros(len(rows), SLOT)
         tiers = blocks.tier_sets(rows)
@@ -211,7 +211,7 @@ class ResidencyDirectory:
         return slots
 
     async def _replace(self) -> None:
-        """Put another file under the name: twice as large, or free of withdrawn slots where that is enough."""
+        """Replace the file: by one without withdrawn slots if that is enough, else by one twice as large."""
         old = self._current
         if old is None or old.fill <= _FILL_MAX:
             return
@@ -221,7 +221,7 @@ class ResidencyDirectory:
             return
         try:
             table = await self._made(self._next_file, slots)
-            if self._current is not old:  # Given up meanwhile.
+            if self._current is not old:  # Closed meanwhile.
                 table.close(DirectoryState.CLOSED)
                 self._next_file.unlink(missing_ok=True)
                 return
@@ -233,7 +233,7 @@ class ResidencyDirectory:
         except OSError as error:
             self._give_up(str(error))
             return
-        old.close(DirectoryState.REPLACED)  # Not before: who reads this looks for the new one.
+        old.close(DirectoryState.REPLACED)  # Only now, because readers of this state open the new file.
         self._current, self._next = table, None
         log.info("the residency directory was replaced: %d slots for %d blocks", slots, table.used_slots)
 
@@ -243,7 +243,7 @@ class ResidencyDirectory:
 
 
 def _retire(path: Path) -> None:
-    """Have readers let go of a file that a killed daemon left behind."""
+    """Mark a killed daemon's file as closed, so that readers unmap it."""
     try:
         with path.open("r+b") as file:
             header = Header.decode(file.read(HEADER_BYTES))

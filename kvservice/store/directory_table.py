@@ -1,7 +1,7 @@
-"""One file of the residency directory, as its only writer sees it.
+"""One file of the residency directory, on its only writer's side.
 
-Where each row's slot is stands here too, not in shared memory: what a client could damage is never
-read back. Bytes and rules: ``kvservice_api/residency_directory.py``.
+The slot number of each row is kept here, in private memory, because clients could damage shared memory: the daemon
+never reads it back. Bytes and rules: ``kvservice_api/residency_directory.py``.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ class DirectoryTable:
     """The hash table in one file. Rows are the block table's; each has at most one slot."""
 
     def __init__(self, path: Path, header: Header, calls: FileCalls) -> None:
-        """Make the file and claim all its space. An earlier file of this name keeps its readers.
+        """Create the file with all its space allocated. An earlier file of this name keeps its readers.
 
-        Raises OSError where the space is not to be had; nothing is left behind then.
+        Raises OSError if there is no space; it then leaves no file.
         """
         self.slot_count = header.slot_count
-        self.used_slots = 0  # In use.
-        self.gone_slots = 0  # Withdrawn, and not empty.
+        self.used_slots = 0  # Slots in use.
+        self.gone_slots = 0  # Withdrawn slots, which are not empty.
         path.unlink(missing_ok=True)
         fd = calls.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
-            calls.posix_fallocate(fd, 0, header.file_bytes)  # Else a full tmpfs would be a SIGBUS later.
+            calls.posix_fallocate(fd, 0, header.file_bytes)  # Otherwise a full tmpfs would cause a SIGBUS later.
             self._map = mmap.mmap(fd, header.file_bytes)
         except BaseException:
             path.unlink(missing_ok=True)
@@ -69,14 +69,14 @@ class DirectoryTable:
 
     @property
     def fill(self) -> float:
-        """The share of slots that a search does not end at."""
+        """The share of slots at which a search does not end."""
         return (self.used_slots + self.gone_slots) / self.slot_count
 
     def set_state(self, state: DirectoryState) -> None:
         self._words[STATE_WORD] = state
 
     def close(self, state: DirectoryState) -> None:
-        """Say so to readers, and let go. They may map the file for as long as they like."""
+        """Set the state for readers, and unmap the file. Readers may keep their mapping."""
         self.set_state(state)
         del self._words, self._slots, self._map
 
@@ -84,13 +84,13 @@ class DirectoryTable:
         return row < len(self._slot_of_row) and bool(self._slot_of_row[row] != _NO_SLOT)
 
     def missing(self, rows: Rows) -> Rows:
-        """Those that have no slot."""
+        """The rows without a slot."""
         self._know(int(rows.max(initial=0)))
         absent: Rows = rows[self._slot_of_row[rows] == _NO_SLOT]
         return absent
 
     def put(self, row: int, key: bytes, slot: bytes) -> None:
-        """Publish a row, or change what is published of it. `slot` comes from ``encode_slot``. Raises TableFull."""
+        """Publish a row, or change its slot. `slot` comes from ``encode_slot``. Raises TableFull."""
         self._know(row)
         at = int(self._slot_of_row[row])
         if at == _NO_SLOT:
@@ -112,7 +112,7 @@ class DirectoryTable:
         self._slot_of_row[rows] = places
 
     def withdraw(self, row: int) -> None:
-        """Publish nothing of a row any more."""
+        """Withdraw a row."""
         at = int(self._slot_of_row[row])
         assert at != _NO_SLOT
         self._slot_of_row[row] = _NO_SLOT
@@ -123,7 +123,7 @@ class DirectoryTable:
             self.gone_slots += 1
             self._write(at, WITHDRAWN_SLOT)
             return
-        # A search that came here would end at the next slot: so it may end here, and where nothing came before.
+        # The next slot is empty, so a search may end here; the same holds for withdrawn slots before.
         self._kinds[at] = _FREE
         self._write(at, EMPTY_SLOT)
         while self._kinds[at := (at - 1) & last] == _GONE:
@@ -145,7 +145,7 @@ class DirectoryTable:
         return free
 
     def _write(self, at: int, slot: bytes) -> None:
-        """Three stores that no reader can mistake for something else: see the sequence's rule."""
+        """Three stores, in the order that the sequence's rule requires."""
         word = _FIRST_WORD + _WORDS_PER_SLOT * at
         sequence = self._words[word]
         start = 4 * word

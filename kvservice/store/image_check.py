@@ -1,4 +1,4 @@
-"""How an image is cut into pieces of I/O, and how its bytes are verified."""
+"""Cuts images into pieces of I/O, and verifies their bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvservice_api.layout import Shard
 
 
 class ImagePiece(NamedTuple):
-    """Whole layers of one image, and the pages they lie on."""
+    """Whole layers of one image, and their pages."""
 
     layer_begin: int
     layer_end: int
@@ -25,7 +25,7 @@ class ImagePiece(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def cut(geometry: BlockGeometry, piece_bytes: int) -> tuple[ImagePiece, ...]:
-    """The layers in order, in pieces of at least `piece_bytes` where there are enough of them.
+    """The layers in order, in pieces of at least `piece_bytes`, except possibly the last.
 
     Small slices do not start on pages, so neighbouring pieces may share a page; both carry the
     same bytes of it.
@@ -42,19 +42,19 @@ def cut(geometry: BlockGeometry, piece_bytes: int) -> tuple[ImagePiece, ...]:
 
 
 def page_range(geometry: BlockGeometry, layer_begin: int, layer_end: int) -> tuple[int, int]:
-    """The pages that layers `layer_begin` to `layer_end` lie on."""
+    """The pages of layers `layer_begin` to `layer_end`."""
     start = geometry.slice_range(layer_begin)[0]
     end = geometry.slice_range(layer_end - 1)[1]
     return start // PAGE_BYTES * PAGE_BYTES, -(-end // PAGE_BYTES) * PAGE_BYTES
 
 
 def trailer_start(geometry: BlockGeometry) -> int:
-    """Where the pages begin that the trailer lies on."""
+    """The offset of the trailer's first page."""
     return geometry.trailer_offset // PAGE_BYTES * PAGE_BYTES
 
 
 def read_trailer(image_end: memoryview, geometry: BlockGeometry, key: bytes, expected: int) -> Trailer | None:
-    """The trailer at the end of `image_end`, or None where it is damaged or another block's.
+    """The trailer at the end of `image_end`, or None if it is damaged or another block's.
 
     `expected` is the trailer's checksum in the index record.
     """
@@ -88,7 +88,7 @@ def scratch(size_bytes: int) -> memoryview:
 
 
 def damage(image: memoryview, geometry: BlockGeometry, key: bytes, shard: Shard, expected: int) -> str:
-    """What of a whole image does not match its checksums; empty where all does. `expected` is the trailer's.
+    """The part of a whole image that does not match its checksums; empty if all match. `expected` is the trailer's.
 
     Layers are counted from the model's first.
     """
@@ -110,7 +110,7 @@ async def damage_in(
     piece_bytes: int,
     priority: float = 0.0,
 ) -> str:
-    """The same of a copy in a tier, which is read for it piece by piece. Raises StorageFailed."""
+    """The same for a copy in a tier, which is read piece by piece. Raises StorageFailed."""
     start = trailer_start(geometry)
     trailer = await tier.read(
         extent,

@@ -1,8 +1,8 @@
 """Attached clients and their leases.
 
-A lease keeps blocks in place for a client. It ends by release, by expiry, or with its client: it cannot be found from
-then on, and where its blocks are many, their counts are decremented over the next turns of the event loop. Time comes
-from the clock that is passed in; the store calls `expire` four times a second.
+A lease keeps blocks in place for a client. It ends by release, by expiry, or with its client. From then on it is not
+found. If it has many blocks, their counts are decremented over the next iterations of the event loop. The store passes
+the clock, and calls `expire` four times per second.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from kvservice.store.tasks import Tasks
 from kvservice_api.errors import InvalidRequest, LeaseExpired, LeaseNotYours, Overloaded, UnknownClient
 from kvservice_api.layout import Layout, Shard
 
-_ROWS_A_TURN = 512  # Two milliseconds of the event loop where all of them have been discarded.
+_ROWS_A_TURN = 512  # They take two milliseconds of the event loop if all of them have been discarded.
 _LEASES_A_TURN = 1024
 
 
 @dataclass(slots=True, eq=False)
 class Client:
-    """One attached client. Gone when its Attach stream ends."""
+    """One attached client. It is removed when its Attach stream ends."""
 
     client_id: bytes
     name: str
     leases: set[int] = field(default_factory=set)
-    leased_rows: int = 0  # A row counts once for each time that a lease names it.
-    on_detach: set[Callable[[], None]] = field(default_factory=set)  # Ends what else hangs on the client.
+    leased_rows: int = 0  # A row counts once per lease and mention.
+    on_detach: set[Callable[[], None]] = field(default_factory=set)  # Ends the client's other resources.
 
 
 @dataclass(slots=True, frozen=True)
 class Lease:
-    """Blocks of a prefix that stay put. `parts` has the rows of blocks that several shards make up."""
+    """Blocks of a prefix that stay in their place. `parts` has the rows of blocks that are stored as several shards."""
 
     lease_id: int
     client: Client
     layout: Layout
     shard: Shard
-    rows: Rows  # One a block: the one that holds the whole shard, or the first of `parts`.
+    rows: Rows  # One per block: the row with the whole shard, or the first of `parts`.
     parts: dict[int, tuple[int, ...]]
-    held_rows: Rows  # All rows, parts included.
+    held_rows: Rows  # All rows, with parts.
 
 
 class Leases:
@@ -76,10 +76,10 @@ class Leases:
         self._clients: dict[bytes, Client] = {}
         self._leases: dict[int, Lease] = {}
         self._ends_at_s: dict[int, float] = {}
-        self._by_end: list[tuple[float, int]] = []  # Old entries of renewed leases stay until they come up.
+        self._by_end: list[tuple[float, int]] = []  # Old entries of renewed leases stay until their time.
         self._ended_rows: deque[Rows] = deque()  # Row batches of ended leases whose counts are not decremented yet.
         self._drain: asyncio.Task[None] | None = None
-        self._next_lease_id = secrets.randbits(48) << 8  # A number of a daemon before this one means nothing here.
+        self._next_lease_id = secrets.randbits(48) << 8  # So that numbers of an earlier daemon are not valid here.
 
     @property
     def client_count(self) -> int:
@@ -101,7 +101,7 @@ class Leases:
         return client
 
     def detach(self, caller: Caller, client: Client) -> None:
-        """End the client's leases, and whatever else hangs on it."""
+        """End the client's leases and its other resources."""
         del self._clients[client.client_id]
         self._end([self._leases[lease_id] for lease_id in client.leases])
         for callback in list(client.on_detach):
@@ -111,14 +111,14 @@ class Leases:
         return client_id in self._clients
 
     def client(self, caller: Caller) -> Client:
-        """The attached client that asks. Raises UnknownClient."""
+        """The caller's attached client. Raises UnknownClient."""
         client = self._clients.get(caller.client)
         if client is None:
             raise UnknownClient("no attached client has this id: attach, then ask again", field="client_id")
         return client
 
     def name_of(self, client_id: bytes) -> str:
-        """What the client calls itself; empty where no such client is attached."""
+        """The client's name; empty if no such client is attached."""
         client = self._clients.get(client_id)
         return client.name if client is not None else ""
 
@@ -146,7 +146,7 @@ class Leases:
         return lease
 
     def get(self, caller: Caller, lease_id: int) -> Lease:
-        """The lease. Raises LeaseExpired once its time is over, whether or not `expire` has run."""
+        """The lease. Raises LeaseExpired once its time is over, also before `expire` has run."""
         client = self.client(caller)
         lease = self.find(lease_id)
         if lease is None:
@@ -175,9 +175,10 @@ class Leases:
         self._end([lease])
 
     def expire(self) -> bool:
-        """End leases whose time is over, as many as one turn of the event loop can take. Whether some are left."""
+        """End leases whose time is over, as many as fit into one iteration of the event loop. Returns whether some are
+        left."""
         now_s = self._clock.monotonic_s()
-        over: dict[int, Lease] = {}  # A renewed lease may come up twice.
+        over: dict[int, Lease] = {}  # A renewed lease may have two entries.
         while self._by_end and self._by_end[0][0] <= now_s and len(over) < _LEASES_A_TURN:
             _, lease_id = heapq.heappop(self._by_end)
             if lease_id in self._leases and self._ends_at_s[lease_id] <= now_s:
@@ -187,7 +188,7 @@ class Leases:
         return bool(self._by_end) and self._by_end[0][0] <= now_s
 
     async def drain_ended(self) -> None:
-        """Wait until nothing is held any more by leases that have ended."""
+        """Wait until ended leases hold nothing any more."""
         while self._ended_rows and self._drain is not None:
             await asyncio.wait({self._drain})
 
@@ -195,12 +196,12 @@ class Leases:
         end_s = self._clock.monotonic_s() + ttl_s
         self._ends_at_s[lease_id] = end_s
         heapq.heappush(self._by_end, (end_s, lease_id))
-        if len(self._by_end) > 2 * len(self._ends_at_s) + 1024:  # Mostly entries of what was renewed or released.
+        if len(self._by_end) > 2 * len(self._ends_at_s) + 1024:  # Mostly entries of renewed or released leases.
             self._by_end = [(end_s, lease_id) for lease_id, end_s in self._ends_at_s.items()]
             heapq.heapify(self._by_end)
 
     def _end(self, leases: Collection[Lease]) -> None:
-        """End them all: a client that dies may have had a thousand."""
+        """End all of them: a client that disconnects may have had a thousand."""
         for lease in leases:
             del self._leases[lease.lease_id]
             del self._ends_at_s[lease.lease_id]
@@ -221,11 +222,11 @@ class Leases:
             self._drain = None
 
     def _unlease_batch(self) -> None:
-        """Of as many rows, and as many leases, as one turn of the event loop can take."""
+        """A batch of ended leases whose rows fit into one iteration of the event loop."""
         room = _ROWS_A_TURN
         while self._ended_rows and room:
             rows = self._ended_rows.popleft()
             if len(rows) > room:
                 self._ended_rows.appendleft(rows[room:])
             self._lifecycle.unlease(rows[:room])
-            room -= min(room, max(len(rows), 16))  # Of small leases not too many.
+            room -= min(room, max(len(rows), 16))  # A bound on the number of small leases.

@@ -1,7 +1,7 @@
-"""Keeps the turns of the event loop short, however many have something to do at once.
+"""Keeps the iterations of the event loop short, also when many tasks are ready.
 
-Each piece of work may be small, and sixty-four of them in one turn still keep everybody waiting.
-Work that comes in such numbers asks for a turn before each piece.
+Each piece of work may be small, but sixty-four pieces in one iteration delay all other tasks. Work that occurs in such
+numbers waits for a slot before each piece.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ _AT_ONCE = 2
 
 
 class LoopBudget:
-    """Lets a few pieces of work, of a millisecond at most, into each turn of the event loop; the others queue up."""
+    """Allows a few pieces of work, each of a millisecond at most, per iteration of the event loop; the others queue
+    up."""
 
     def __init__(self) -> None:
         self._places = asyncio.Semaphore(_AT_ONCE)
 
     async def slot(self) -> None:
-        """Returns when it is the caller's turn, which lasts until the caller awaits something."""
+        """Returns when the caller has a slot, which ends when the caller awaits."""
         await self._places.acquire()
         asyncio.get_running_loop().call_soon(self._places.release)
 
 
 def parts_of(items: Sequence[T]) -> Iterator[Sequence[T]]:
-    """As many items at a time as one turn of the event loop can take."""
+    """The items in batches that fit into one iteration of the event loop."""
     for start in range(0, len(items), _PART):
         yield items[start : start + _PART]

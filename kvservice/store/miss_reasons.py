@@ -1,7 +1,7 @@
-"""What is remembered of blocks that left, or that were never taken: for `explain`.
+"""The history of blocks that were evicted, dropped or refused: for `explain`.
 
-A ring of arrays, not an object an event. It is fed at the one place where each thing happens, and asked
-by key: the first eight bytes of all its keys are compared at once, a third of a millisecond.
+It is a ring of arrays, without an object per event. Each event is noted at the one place where it happens. A query by
+key compares the first eight bytes of all keys in one step, which takes a third of a millisecond.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kvservice_api.keys import KEY_BYTES
 
 _TIERS = (None, *TierName)
 _WORDS_MAX = 256
-_FOUND_MAX = 16  # Events of one key that are told, the newest ones.
+_FOUND_MAX = 16  # The answer has at most so many events of one key, the newest ones.
 
 _EVENT = np.dtype(
     [
@@ -34,16 +34,16 @@ _EVENT = np.dtype(
 
 
 class Reason(IntEnum):
-    """Why a block, or one copy of it, is not there any more. The numbers are of this process only."""
+    """Why a block, or one copy of it, is gone. The numbers are used in this process only."""
 
-    REFUSED = 1  # A save brought it, and it was not taken. The word is the error's reason.
-    ABANDONED = 2  # The save that brought it ended without a commit.
-    EVICTED = 3  # The word is the policy.
+    REFUSED = 1  # A save of it was refused. The word is the error's reason.
+    ABANDONED = 2  # A save of it ended without a commit.
+    EVICTED = 3  # The word is the policy's name.
     EVICTED_ON_REQUEST = 4
-    DISCARDED = 5  # The word is why, where nobody asked for it.
+    DISCARDED = 5  # The word is the reason, if it was not a request.
     QUARANTINED = 6
-    LOST = 7  # Its record was dropped at start.
-    EXPIRED = 8  # A session's partial block: the session's time was over.
+    LOST = 7  # Its record was dropped at a start.
+    EXPIRED = 8  # A session's partial block: the session expired.
 
 
 class MissEvent(NamedTuple):
@@ -51,18 +51,18 @@ class MissEvent(NamedTuple):
     reason: Reason
     tier: TierName | None  # None: of every tier, or of none.
     word: str
-    last_copy: bool  # The block was gone with it.
-    pin_ended_ms: int  # Of an eviction: when the pin ended that had kept the block; 0 where there was none.
+    last_copy: bool  # It was the block's last copy.
+    pin_ended_ms: int  # For an eviction: the end of the block's pin; 0 without one.
 
 
 class MissReasons:
-    """The last `events_max` events. None are kept where that is 0."""
+    """The last `events_max` events. 0 keeps none."""
 
     def __init__(self, clock: Clock, events_max: int) -> None:
         self._clock = clock
         self._events = np.zeros(events_max, _EVENT)
-        self._starts = np.zeros(events_max, np.uint64)  # The keys' first eight bytes: a search reads nothing else.
-        self._count = 0  # Of all events ever; the next one goes to this place, modulo the ring's size.
+        self._starts = np.zeros(events_max, np.uint64)  # The keys' first eight bytes, which a search reads.
+        self._count = 0  # The count of all events; the next one goes to this place, modulo the ring's size.
         self._words: list[str] = [""]
         self._began_ms = clock.wall_ms()
 
@@ -72,7 +72,7 @@ class MissReasons:
 
     @property
     def remembers_since_ms(self) -> int:
-        """Everything since then is remembered."""
+        """The time since which the history is complete."""
         size = len(self._events)
         if self._count <= size:
             return self._began_ms if size else self.now_ms
@@ -98,14 +98,14 @@ class MissReasons:
         self._note(blocks.key[list(rows)], reason, tier, word, last_copy, ended)
 
     def note_keys(self, keys: Sequence[bytes], reason: Reason, word: str = "") -> None:
-        """Blocks that never had a row."""
+        """Note blocks that never had a row."""
         if keys:
             packed = np.frombuffer(b"".join(keys), "V32")
             self._note(packed, reason, None, word, True, np.zeros(len(keys), np.uint64))
 
     def note_lost(self, tier: TierName, object_keys: Sequence[bytes]) -> None:
-        """Objects whose records were dropped at start. A copy in another tier may be left."""
-        keys = [key[:KEY_BYTES] for key in object_keys if len(key) >= KEY_BYTES]  # A damaged one may have any length.
+        """Note objects whose records were dropped at start. They may have a copy in another tier."""
+        keys = [key[:KEY_BYTES] for key in object_keys if len(key) >= KEY_BYTES]  # A damaged key may have any length.
         if keys:
             packed = np.frombuffer(b"".join(keys), "V32")
             self._note(packed, Reason.LOST, tier, "", True, np.zeros(len(keys), np.uint64))
@@ -134,20 +134,20 @@ class MissReasons:
         self._count += count
 
     def _word(self, word: str) -> int:
-        """The number of a policy's or an error's name: there are few."""
+        """The number of a policy's or an error's name. There are few names."""
         if word not in self._words:
             if len(self._words) == _WORDS_MAX:
                 return 0
             self._words.append(word)
         return self._words.index(word)
 
-    # Asking
+    # Queries
 
     def of(self, key: bytes, until_ms: int | None = None) -> list[MissEvent]:
-        """What is remembered of a block, up to a time; the newest first."""
+        """The events of a block, up to a time; the newest first."""
         size = len(self._events)
         places = np.flatnonzero(self._starts == np.frombuffer(key, np.uint64)[0])
-        places = places[places < self._count]  # The others were never written.
+        places = places[places < self._count]  # The other places were never written.
         ages = (self._count - 1 - places) % size if size else places
         found = []
         for place in places[np.argsort(ages)].tolist():

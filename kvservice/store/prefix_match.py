@@ -1,8 +1,8 @@
-"""Finding blocks: which rows hold a wanted shard of a chain's leading blocks, and where they lie.
+"""Prefix lookup: which rows have the wanted shard of a chain's leading blocks, and their tiers.
 
-All blocks are looked at together, step by step: where each one's first row is, which of its rows
-holds all that is wanted, and for the blocks where none does, which several rows together do. A chain
-is stored in few combinations of shards, so the last question is asked once a combination.
+All blocks are processed together, step by step: find each block's first row; find the row with all of the wanted shard;
+for blocks without such a row, find several rows that have it together. A chain is stored in few combinations of shards,
+so the last step runs once per combination.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from kvservice_api.layout import Shard
 Run = tuple[int, bool, bool]  # Count of consecutive blocks, whether they are in DRAM, whether they are on SSD.
 
 _NOTHING = np.empty(0, np.int64)
-_PARTS_A_TURN = 512  # Two milliseconds of the event loop.
+_PARTS_A_TURN = 512  # They take two milliseconds of the event loop.
 
 
 @dataclass(slots=True)
 class PrefixMatch:
-    """Leading blocks of a chain that are stored."""
+    """The stored leading blocks of a chain."""
 
-    rows: Rows = field(default_factory=lambda: _NOTHING)  # One a block: that holds all of it, or its first part.
-    parts: dict[int, tuple[int, ...]] = field(default_factory=dict)  # Block -> its rows, where it takes several.
-    held: Rows = field(default_factory=lambda: _NOTHING)  # All rows, parts included.
+    rows: Rows = field(default_factory=lambda: _NOTHING)  # One per block: with all of it, or its first part.
+    parts: dict[int, tuple[int, ...]] = field(default_factory=dict)  # Block -> its rows, if there are several.
+    held: Rows = field(default_factory=lambda: _NOTHING)  # All rows, with parts.
 
     def extend(self, more: PrefixMatch) -> None:
-        """By the blocks that come next."""
+        """Append the next blocks."""
         self.parts |= {len(self.rows) + block: rows for block, rows in more.parts.items()}
         self.rows = np.concatenate([self.rows, more.rows])
         self.held = np.concatenate([self.held, more.held])
 
 
 def match_prefix(blocks: BlockTable, keys: Sequence[bytes], layout_id: int, wanted: Shard) -> PrefixMatch:
-    """The leading ones of these blocks of which all of `wanted` is stored. Takes a millisecond for 512 keys at most."""
+    """The leading blocks that have all of `wanted`. Takes at most a millisecond for 512 keys."""
     rows = blocks.rows_of_keys(keys)
     rows = rows[: _leading(rows != NO_ROW)]
     whole = _usable(blocks, rows, layout_id) & blocks.cover(rows, wanted)
@@ -58,7 +58,7 @@ def match_prefix(blocks: BlockTable, keys: Sequence[bytes], layout_id: int, want
 
 
 def _joined(blocks: BlockTable, rows: Rows, shards: Rows, wanted: Shard) -> PrefixMatch:
-    """`rows`, with those of several parts in the place of NO_ROW, up to the first block that is not whole."""
+    """`rows`, with the first part instead of NO_ROW for blocks in several parts, up to the first incomplete block."""
     codes = np.where(shards != NO_ROW, blocks.shard[shards].view(np.uint64), 0)
     joined: dict[int, tuple[int, ...]] = {}
     extra: list[Rows] = []
@@ -84,10 +84,10 @@ def _joined(blocks: BlockTable, rows: Rows, shards: Rows, wanted: Shard) -> Pref
 
 
 async def narrowed(blocks: BlockTable, lease: Lease, shard: Shard | None, loop_budget: LoopBudget) -> Lease:
-    """The lease as one of a shard within its own; itself where no shard is given.
+    """The lease, narrowed to a shard within its own; unchanged without a shard.
 
-    Blocks of several parts keep those that the shard takes. The answer is not known to `Leases`: the lease must
-    still be there when it is used, and may have ended meanwhile. Raises InvalidRequest.
+    Blocks in several parts keep the parts that the shard needs. `Leases` does not know the result, so check that the
+    lease has not ended when the result is used. Raises InvalidRequest.
     """
     if shard is None or shard == lease.shard:
         return lease
@@ -95,7 +95,7 @@ async def narrowed(blocks: BlockTable, lease: Lease, shard: Shard | None, loop_b
     if not lease.shard.covers(shard):
         raise InvalidRequest(f"{shard} does not lie in the lease's {lease.shard}", field="shard")
     rows, parts = lease.rows.copy(), {}
-    chosen: dict[tuple[bytes, ...], list[int]] = {}  # By how a block is cut: few ways, for thousands of blocks.
+    chosen: dict[tuple[bytes, ...], list[int]] = {}  # Per way to cut a block: there are few.
     for count, (block, several) in enumerate(lease.parts.items()):
         if count % _PARTS_A_TURN == _PARTS_A_TURN - 1:
             await loop_budget.slot()
@@ -111,7 +111,7 @@ async def narrowed(blocks: BlockTable, lease: Lease, shard: Shard | None, loop_b
 
 
 def _taken(stored: Sequence[Shard], wanted: Shard) -> list[int]:
-    """Which of these shards, which cover `wanted` together, it takes: one where that is enough."""
+    """The shards that are needed of these, which cover `wanted` together: one if that is enough."""
     whole = next((source for source, shard in enumerate(stored) if shard.covers(wanted)), None)
     if whole is not None:
         return [whole]
@@ -121,7 +121,7 @@ def _taken(stored: Sequence[Shard], wanted: Shard) -> list[int]:
 
 
 def _sources(blocks: BlockTable, shards: Rows, wanted: Shard) -> list[int]:
-    """Which of one block's shards together hold `wanted`, by position; none where they do not."""
+    """Positions of the block's shards that together have `wanted`; empty if they do not."""
     positions = np.flatnonzero(shards != NO_ROW).tolist()
     plan = cover([blocks.shard_of(row) for row in shards[positions].tolist()], wanted)
     if plan is None:
@@ -130,7 +130,7 @@ def _sources(blocks: BlockTable, shards: Rows, wanted: Shard) -> list[int]:
 
 
 def _shards(blocks: BlockTable, first_rows: Rows, layout_id: int) -> Rows:
-    """All usable rows of each block, ``[block, shard]`` in the order of the table, NO_ROW in the other places."""
+    """All usable rows of each block, ``[block, shard]`` in the order of the table; other places have NO_ROW."""
     columns = []
     row = first_rows
     while (there := row != NO_ROW).any():
@@ -146,12 +146,12 @@ def _usable(blocks: BlockTable, rows: Rows, layout_id: int) -> NDArray[np.bool_]
 
 
 def _leading(good: NDArray[np.bool_]) -> int:
-    """How many are good up to the first that is not."""
+    """How many leading values are true."""
     return len(good) if good.all() else int(good.argmin())
 
 
 def runs_of(blocks: BlockTable, rows: Rows) -> list[Run]:
-    """Where consecutive rows lie."""
+    """The tiers of consecutive rows, as runs."""
     if not len(rows):
         return []
     sets = blocks.tier_sets(rows)

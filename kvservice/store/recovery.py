@@ -1,6 +1,6 @@
-"""The block table as the records tell it at start.
+"""Fills the block table from the index records at start.
 
-Free space is not recorded anywhere: it is what no record names, so the two cannot disagree.
+Free space is not recorded: it is all space that no record names, so the two cannot disagree.
 """
 
 from __future__ import annotations
@@ -28,30 +28,29 @@ log = logging.getLogger(__name__)
 
 _LIKELY_BLOCK_BYTES = 64 << 10
 _LIKELY_ROWS_MIN, _LIKELY_ROWS_MAX = 1 << 12, 1 << 23
-_ROOM_FOR_MORE = 1.25  # Times the rows there are.
-_ROWS_MAX = 1 << 26  # A table of so many takes 20 GB of addresses, and memory for the rows in use.
+_ROOM_FOR_MORE = 1.25  # A multiple of the number of rows.
+_ROWS_MAX = 1 << 26  # A table of this size takes 20 GB of address space, and memory only for the rows in use.
 
 _EXTENT = ("segment", "offset_bytes", "size_bytes")
-_MERGED = ("access_seq", "used_at_ms", "hits", "pinned_until_ms")  # Of two records of one object the greater counts.
+_MERGED = ("access_seq", "used_at_ms", "hits", "pinned_until_ms")  # Of two records, the greater value counts.
 _COPIED = ("layout_id", "tenant", "token_count", "trailer_checksum", "parent_key", "stored_at_ms", *_MERGED)
 
 
 def recover(index: BlockIndex, tiers: Mapping[TierName, Tier], history: MissReasons | None = None) -> BlockTable:
-    """Fill a new table, and tell each tier which of its space is taken.
+    """Fill a new table, and mark the used space in each tier.
 
     `tiers` are in the order of speed, the fastest first.
 
-    Records that contradict their tier, their layout or each other are dropped: their blocks are misses,
-    and `history` notes them, as it notes those that an emptied DRAM tier had.
-    Raises StorageFailed where those cannot be removed from the index; StoreDamaged, and removes none of their
-    records, where blocks may be of a layout whose entry is damaged.
+    Records that contradict their tier, their layout or each other are dropped: their blocks are misses, and `history`
+    notes them, as it notes the blocks of an emptied DRAM tier. Raises StorageFailed if such records cannot be removed
+    from the index. Raises StoreDamaged, and removes no record, if blocks may be of a layout whose entry is damaged.
     """
     if history is not None:
         history.note_lost(next(iter(tiers)), index.emptied_keys)
     rows_likely = sum(tier.capacity_bytes for tier in tiers.values()) // _LIKELY_BLOCK_BYTES
     rows_likely = min(max(rows_likely, _LIKELY_ROWS_MIN), _LIKELY_ROWS_MAX)
     blocks: BlockTable | None = None
-    for name, tier in reversed(list(tiers.items())):  # The slowest first: most blocks lie there.
+    for name, tier in reversed(list(tiers.items())):  # The slowest tier first, because it has most blocks.
         found = index.load(name)
         if blocks is None:
             rows_likely = max(rows_likely, int(len(found.records) * _ROOM_FOR_MORE))
@@ -66,7 +65,7 @@ def recover(index: BlockIndex, tiers: Mapping[TierName, Tier], history: MissReas
         for reason, holds in (
             ("its extent lies outside the tier", tier.holds(*(records[field] for field in _EXTENT))),
             ("it does not fit its layout", (sizes > 0) & (sizes <= records["size_bytes"])),
-            # The same object in another tier must be the same bytes.
+            # The copies of an object must have the same bytes.
             ("its copy in the other tier has other bytes", _agrees(blocks, rows, records)),
         ):
             why[reason] += int(np.count_nonzero(sound & ~holds))
@@ -83,7 +82,7 @@ def recover(index: BlockIndex, tiers: Mapping[TierName, Tier], history: MissReas
             )
             if history is not None:
                 history.note_lost(name, dropped)
-            index.delete_now(name, dropped)  # Before any later record, which may name the same space.
+            index.delete_now(name, dropped)  # Before any new record, which may name the same space.
             keys, records, rows, sizes = keys[sound], records[sound], rows[sound], sizes[sound]
         tier.adopt(records["segment"], records["offset_bytes"], records["size_bytes"])
         _add_new(blocks, keys, records, rows, sizes)
@@ -103,12 +102,12 @@ def _with_lost_layouts(index: BlockIndex, tier: TierName, count: int) -> str:
     return (
         f"the index {index.directory} is damaged: its entries of the layouts {names} are damaged, {folder} has no "
         f"sound copy of them, and {count} blocks of the tier {tier} are of layouts that are not known. Nothing was "
-        f"removed. Bring {folder} back from a copy; `kvservice check --repair` deletes the records of these blocks"
+        f"removed. Restore {folder} from a backup; `kvservice check --repair` deletes the records of these blocks"
     )
 
 
 def _rows_max(index: BlockIndex, tiers: Mapping[TierName, Tier]) -> int:
-    """As many objects as the indexes can name: LMDB takes more than the bare bytes of a key and its record."""
+    """The number of objects that fit into the indexes: LMDB needs more than the bytes of a key and its record."""
     records_max = sum(index.map_bytes(name) for name in tiers) // (OBJECT_KEY_BYTES + RECORD.itemsize)
     return min(records_max, _ROWS_MAX)
 
@@ -116,7 +115,7 @@ def _rows_max(index: BlockIndex, tiers: Mapping[TierName, Tier]) -> int:
 def _add_new(blocks: BlockTable, keys: ObjectKeys, records: Records, rows: Rows, sizes: NDArray[np.uint64]) -> None:
     """Add the objects that are not in the table yet, and note their `rows` in place."""
     old = rows >= 0
-    if not old.any():  # As in the first tier: nothing needs to be picked out.
+    if not old.any():  # All objects are new, as in the first tier, so no selection is needed.
         rows[:] = blocks.add_many(keys, {name: records[name] for name in _COPIED} | {"size_bytes": sizes})
         return
     for name in _MERGED:
@@ -129,8 +128,8 @@ def _add_new(blocks: BlockTable, keys: ObjectKeys, records: Records, rows: Rows,
 
 
 def _image_sizes(keys: ObjectKeys, records: Records, layouts: Mapping[int, Layout]) -> NDArray[np.uint64]:
-    """The image size that layout, shard and token count give; 0 where they contradict each other."""
-    # Found among plain numbers, one after the other: of structures, a million take a second to sort.
+    """The image size for layout, shard and token count; 0 if they contradict each other."""
+    # Unique plain numbers instead of structures, of which a million take a second to sort.
     shards, which_shard = np.unique(np.ascontiguousarray(keys["shard"]).view(">u8"), return_inverse=True)
     lengths = records["layout_id"].astype(np.uint64) << np.uint64(32) | records["token_count"]
     lengths, which_length = np.unique(lengths, return_inverse=True)

@@ -1,7 +1,7 @@
-"""The store's facade: what clients ask of it. What operators ask is in ``operations/operators.py``.
+"""The store's facade: the clients' verbs. The operators' verbs are in ``operations/operators.py``.
 
-A verb takes its caller first. Everything is called on the event loop's thread, but for `BlockStore.facts`. Keys in,
-bytes out; the parts behind the verbs are private.
+The first argument of a verb is its caller. Call everything on the event loop's thread, except `BlockStore.facts`. The
+parts that implement the verbs are private.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ _LOOKUP_PART = 512
 
 @dataclass(frozen=True, slots=True)
 class StoreLimits:
-    """What bounds the store, besides the tiers' capacities. Times in seconds."""
+    """The limits of the store, besides the tiers' capacities. Times in seconds."""
 
     clients_max: int = 1024
     leases_per_client_max: int = 4096
@@ -233,7 +233,7 @@ class BlockStore:
         self._started_at_ms = clock.wall_ms()
 
     def start(self) -> None:
-        """Begin the background work: room, write-behind, lease expiry, recency."""
+        """Begin the background work: eviction, write-behind, lease expiry, recency."""
         self._dram.start()
         self._evictor.start(self._write_behind)
         self._in_place_uploads.start()
@@ -244,7 +244,7 @@ class BlockStore:
         self._sessions.start()
 
     async def stop(self) -> None:
-        """Finish what is quick, write recency, stop the rest. No upload or load may run any more."""
+        """Finish short work, write recency, stop the rest. No upload or load may run any more."""
         try:
             await self._lifecycle.flush_recency()
         except KVError as error:
@@ -254,7 +254,7 @@ class BlockStore:
 
     @property
     def draining(self) -> bool:
-        """Whether no save may begin."""
+        """Whether saves are refused."""
         return self._drain.is_draining
 
     # Facts: plain values
@@ -276,7 +276,7 @@ class BlockStore:
 
     @property
     def arena(self) -> SharedArena:
-        """The arena, for clients of this host."""
+        """The arena, for clients on this host."""
         dram = self._dram
         return SharedArena(
             not_shared_because=dram.not_shared_because,
@@ -287,7 +287,7 @@ class BlockStore:
         )
 
     def facts(self) -> StoreFacts:
-        """What metrics show. From any thread."""
+        """The values for the metrics. May be called from any thread."""
         index, set_aside = self._index, self._in_place_uploads.set_aside
         return StoreFacts(
             store_id=index.store_id,
@@ -319,7 +319,7 @@ class BlockStore:
         )
 
     def block_counts(self) -> dict[TierName, int]:
-        """How many stored objects have a copy in each tier. On the event loop: it looks at all of them."""
+        """How many stored objects have a copy in each tier. Call it on the event loop, because it reads all rows."""
         blocks = self._blocks
         live = blocks.live[: blocks.row_end]
         return {tier: int((blocks.resident(tier) & live).sum()) for tier in self.tier_names}
@@ -327,15 +327,15 @@ class BlockStore:
     # Clients and layouts
 
     def attach(self, caller: Caller, name: str) -> Client:
-        """A new client, to be detached in the end. Raises InvalidRequest, Overloaded."""
+        """A new client; detach it at its end. Raises InvalidRequest, Overloaded."""
         return self._leases.attach(caller, name)
 
     def detach(self, caller: Caller, client: Client) -> None:
-        """End the client's leases, and whatever else hangs on it."""
+        """End the client's leases and its other resources."""
         self._leases.detach(caller, client)
 
     async def open_layout(self, caller: Caller, layout: Layout) -> bool:
-        """Make a layout known. True where it was not."""
+        """Open a layout. True if it is new."""
         if self._index.layout_id(layout.fingerprint) is not None:
             return False
         await self._index.put_layout(layout)
@@ -349,7 +349,7 @@ class BlockStore:
             )
         return layout_id, self._index.layouts[layout_id]
 
-    # Finding
+    # Lookups
 
     async def lookup(
         self,
@@ -360,10 +360,10 @@ class BlockStore:
         lease_ttl_s: float,
         request_id: str = "",
     ) -> Hit:
-        """How many leading blocks are stored; leases them where `lease_ttl_s` is not 0. Waits only for many keys.
+        """How many leading blocks are stored; leases them if `lease_ttl_s` is not 0. Waits only if there are many keys.
 
-        With a `request_id` it is remembered for a while what was asked and found. Raises InvalidRequest,
-        UnknownLayout, UnknownClient, Overloaded.
+        With a `request_id`, the lookup and its result are noted for `explain`. Raises InvalidRequest, UnknownLayout,
+        UnknownClient, Overloaded.
         """
         self._requests.check_id(request_id)
         layout_id, layout = self._layout(fingerprint)
@@ -376,7 +376,7 @@ class BlockStore:
                     await self._loop_budget.slot()
                 part = keys[start : start + _LOOKUP_PART]
                 more = match_prefix(self._blocks, part, layout_id, wanted)
-                self._lifecycle.hold(more.held)  # What was found stays in place until all of it is leased.
+                self._lifecycle.hold(more.held)  # The hits stay in place until all of them are leased.
                 held.append(more.held)
                 found.extend(more)
                 if len(more.rows) < len(part):
@@ -417,16 +417,16 @@ class BlockStore:
     # Leases
 
     async def _narrowed_lease(self, caller: Caller, lease_id: int, shard: Shard | None) -> Lease:
-        """The caller's lease; with a shard, as one of that shard within the lease's.
+        """The caller's lease; with a shard, narrowed to that shard.
 
         Raises UnknownClient, LeaseExpired, LeaseNotYours, InvalidRequest.
         """
         part = await narrowed(self._blocks, self._leases.get(caller, lease_id), shard, self._loop_budget)
-        self._leases.get(caller, lease_id)  # It may have ended meanwhile.
+        self._leases.get(caller, lease_id)  # The lease may have ended meanwhile.
         return part
 
     def export_lease(self, caller: Caller, lease_id: int, ttl_s: float, adoptions: int) -> tuple[bytes, float]:
-        """A ticket for the lease's blocks, and how long it holds them. Raises as `Tickets.export`."""
+        """A ticket for the lease's blocks, and the seconds for which it holds them. Raises as `Tickets.export`."""
         ttl_s = self._granted(ttl_s, "ttl_ms is 0", "ttl_ms")
         return self._tickets.export(caller, lease_id, ttl_s, adoptions), ttl_s
 
@@ -439,7 +439,7 @@ class BlockStore:
         return Adopted(lease, ttl_s, runs_of(self._blocks, lease.rows), self._blocks.token_count[lease.rows].tolist())
 
     def renew(self, caller: Caller, lease_id: int, ttl_s: float) -> float:
-        """Have the lease end `ttl_s` from now, or when the longest one would; how long that is.
+        """Make the lease end `ttl_s` from now, or after the longest allowed time. Returns the granted seconds.
 
         Raises InvalidRequest, UnknownClient, LeaseExpired, LeaseNotYours.
         """
@@ -453,7 +453,7 @@ class BlockStore:
         return min(ttl_s, self.limits.lease_ttl_max_s)
 
     async def release(self, caller: Caller, lease_id: int) -> None:
-        """End a lease, and return once nothing is held by leases that have ended. Raises LeaseNotYours."""
+        """End a lease, and return once ended leases hold nothing any more. Raises LeaseNotYours."""
         self._leases.release(caller, lease_id)
         await self._leases.drain_ended()
 
@@ -472,7 +472,7 @@ class BlockStore:
         """Send leased blocks, layer by layer, as frames that `encode` makes on a thread; `send` awaits the client.
 
         Raises InvalidRequest, UnknownClient, LeaseExpired, LeaseNotYours, Overloaded, ChecksumMismatch, StorageFailed;
-        DeadlineExceeded where the client takes nothing for too long. What was sent before is right.
+        DeadlineExceeded if the client reads nothing for too long. Bytes that were sent before are right.
         """
         lease = await self._narrowed_lease(caller, lease_id, shard)
         which, parts = blocks.within(len(lease.rows), "block"), layers.within(lease.shard.layers, "layer")
@@ -485,7 +485,7 @@ class BlockStore:
     async def locate(
         self, caller: Caller, lease_id: int, shard: Shard | None, blocks: Span, *, verify: bool
     ) -> AsyncGenerator[Located | NotInPlace | int, None]:
-        """Where leased blocks lie in the arena, then how many of their layers are there, until all are.
+        """The places of leased blocks in the arena, then the number of layers that are ready, until all are.
 
         The blocks stay in place until this is closed. Raises InvalidRequest, UnknownClient, LeaseExpired,
         LeaseNotYours, NotShared, Overloaded, ChecksumMismatch, StorageFailed.
@@ -507,11 +507,11 @@ class BlockStore:
     # Saving
 
     def incoming(self, caller: Caller, messages: AsyncIterator[T]) -> Incoming[T]:
-        """The messages of a save, none of which may come too late."""
+        """The messages of a save, each within the time that a client may be idle."""
         return self._admission.incoming(messages)
 
     def save(self, caller: Caller, header: SaveHeader) -> Upload:
-        """One save, to be used as ``async with``: entering claims the blocks and waits for room, leaving without a
+        """One save, for use with ``async with``: entering claims the blocks and waits for space; leaving without a
         commit abandons it.
 
         Raises Overloaded, Draining, UnknownLayout, UnknownClient, InvalidRequest; entering it IncompleteSave.
@@ -534,21 +534,22 @@ class BlockStore:
         return await self._in_place_uploads.reserve(caller, reservation_id, client, request, on_ssd=on_ssd)
 
     async def commit(self, caller: Caller, reservation_id: int, checksums: NDArray[np.uint64]) -> SaveOutcome:
-        """Make visible what was written in place. `checksums`: u64, one per slice of the reserved blocks, in order.
+        """Make blocks visible that were written in place. `checksums`: u64, one per slice of the reserved blocks, in
+        order.
 
         Raises UnknownClient, ReservationEnded, ReservationNotYours, InvalidRequest.
         """
         return await self._in_place_uploads.commit(caller, reservation_id, self._leases.client(caller), checksums)
 
     def abandon(self, caller: Caller, reservation_id: int) -> None:
-        """The client writes no more, and wants nothing of it stored. Raises UnknownClient, ReservationNotYours."""
+        """The client writes no more, and abandons the blocks. Raises UnknownClient, ReservationNotYours."""
         self._in_place_uploads.abandon(caller, reservation_id, self._leases.client(caller))
 
     def _save_request(self, caller: Caller, header: SaveHeader) -> tuple[Client, SaveRequest]:
         """The client, and the blocks of its save. Raises Draining, UnknownLayout, UnknownClient, InvalidRequest."""
         fingerprint, shard, parent_key, keys, last_block_tokens = header
         if self.draining:
-            raise self._refused(keys, Draining(f"the daemon is {self._drain.word} and takes no new saves"))
+            raise self._refused(keys, Draining(f"the daemon is {self._drain.state_name} and accepts no new saves"))
         layout_id, layout = self._layout(fingerprint)
         client = self._leases.client(caller)
         if len(parent_key) != KEY_BYTES:
@@ -560,18 +561,18 @@ class BlockStore:
         return client, SaveRequest(layout_id, layout, part, parent_key, keys, counts)
 
     def _refused(self, keys: Sequence[bytes], error: KVError) -> KVError:
-        """The error with which a save of these blocks ends before it has begun; it is remembered."""
+        """The error with which a save of these blocks is refused; the history notes it."""
         self._history.note_keys(keys, Reason.REFUSED, error.reason)
         return error
 
     def report(self, caller: Caller, request_id: str, report: ReportRecord) -> None:
-        """What the engine's side tells of a request. Raises InvalidRequest."""
+        """Note an engine's report of a request. Raises InvalidRequest."""
         self._requests.note_report(caller, request_id, report)
 
     # Moving and dropping
 
     async def prefetch(self, caller: Caller, keys: Sequence[bytes], *, within_s: float, wait: bool) -> PrefetchOutcome:
-        """Copy blocks up to DRAM ahead of their load."""
+        """Promote blocks to DRAM ahead of their load."""
         blocks = self._blocks
         wanted: list[int] = []
         missing = in_dram = 0
@@ -592,7 +593,7 @@ class BlockStore:
         return PrefetchOutcome(missing, in_dram, promoted, len(wanted) - promoted)
 
     async def evict(self, caller: Caller, keys: Sequence[bytes], tier: TierName) -> EvictOutcome:
-        """Drop copies from one tier. What is leased, busy or kept by a pin stays."""
+        """Drop copies from one tier. Leased, busy and pinned copies stay."""
         blocks = self._blocks
         evicted = held = missing = 0
         for part in parts_of(list(dict.fromkeys(keys))):
@@ -615,7 +616,7 @@ class BlockStore:
     async def append_turn(
         self, caller: Caller, fingerprint: bytes, session_id: str, expected_revision: int, turn: SessionAppend
     ) -> StoredSession:
-        """Add a turn; begin the session where revision 0 is expected. Returns once it is on disk.
+        """Add a turn; revision 0 begins the session. Returns once it is on disk.
 
         Raises InvalidRequest, UnknownLayout, SessionNotFound, SessionChanged, SessionsFull, StorageFailed, IndexFull.
         """
@@ -639,13 +640,13 @@ class BlockStore:
     async def fork_session(
         self, caller: Caller, fingerprint: bytes, session_id: str, new_id: str, expected_revision: int
     ) -> StoredSession:
-        """A copy under `new_id`; `expected_revision` 0 takes whichever there is. Raises as `append_turn`."""
+        """A copy under `new_id`; `expected_revision` 0 accepts any revision. Raises as `append_turn`."""
         return self._sessions.stored(
             await self._sessions.fork(caller, fingerprint, session_id, new_id, expected_revision)
         )
 
     async def end_session(self, caller: Caller, fingerprint: bytes, session_id: str) -> bool:
-        """Forget a session. False where there was none."""
+        """Delete a session. False if there was none."""
         return await self._sessions.end(caller, fingerprint, session_id)
 
     def session(self, caller: Caller, fingerprint: bytes, session_id: str, shard: Shard | None) -> SessionHistory:
@@ -657,7 +658,7 @@ class BlockStore:
     # The daemon's end
 
     def begin_stop(self) -> None:
-        """Refuse saves for good. What only DRAM holds stays there: it is found at the next start."""
+        """Refuse saves permanently. Blocks that are only in DRAM stay there, and the next start finds them."""
         self._drain.begin_stop()
 
     async def quiet(self) -> None:

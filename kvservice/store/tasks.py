@@ -16,10 +16,10 @@ log = logging.getLogger(__name__)
 
 
 async def all_of(work: Iterable[Awaitable[T]]) -> list[T]:
-    """What each of them gives. Where one fails, or the caller is cancelled, the others are cancelled.
+    """The results of all of them. If one fails, or the caller is cancelled, the others are cancelled.
 
-    Returns or raises once all have ended, unlike `asyncio.gather`: whoever lets go then of what they
-    use takes it from nobody.
+    Unlike `asyncio.gather`, it returns or raises only when no task runs any more, so the caller may then free what the
+    tasks used.
     """
     running = [asyncio.ensure_future(each) for each in work]
     try:
@@ -35,11 +35,11 @@ async def all_of(work: Iterable[Awaitable[T]]) -> list[T]:
         for each in running:
             await ended(each)
             if not each.cancelled():
-                each.exception()  # Another one was raised before it.
+                each.exception()  # Another error was raised before it.
 
 
 class Tasks:
-    """Running background work. `stop` cancels what never ends by itself."""
+    """Running background work. `stop` cancels tasks that never end by themselves."""
 
     def __init__(self) -> None:
         self._running: set[asyncio.Task[Any]] = set()
@@ -51,18 +51,18 @@ class Tasks:
         return task
 
     def start_quietly(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
-        """The same for work whose failure its waiters handle; without any, an expected one passes."""
+        """The same for work whose failure its waiters handle; without waiters, an expected failure is ignored."""
         task = asyncio.get_running_loop().create_task(work, name=name)
         self._running.add(task)
         task.add_done_callback(self._ended_quietly)
         return task
 
     async def stop(self) -> None:
-        while tasks := list(self._running):  # The end of one may start another.
+        while tasks := list(self._running):  # The end of a task may start another.
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await asyncio.sleep(0)  # Their callbacks take them off the list.
+            await asyncio.sleep(0)  # Their callbacks remove them from the list.
 
     def _ended_quietly(self, task: asyncio.Task[Any]) -> None:
         if not task.cancelled() and isinstance(task.exception(), KVError):

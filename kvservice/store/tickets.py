@@ -1,8 +1,8 @@
 """Lease tickets: bytes with which other clients of this daemon adopt the blocks of a lease.
 
-A ticket holds the blocks by a lease of its own, which belongs to no client: from the export until the ticket
-expires, or until it was adopted as often as its exporter allowed. So there is no moment at which a valid ticket
-names blocks that can be evicted, whatever becomes of the exporter. The bytes of a ticket are::
+A ticket holds the blocks with a lease of its own, which belongs to no client: from the export until the ticket expires,
+or until it was adopted the maximum number of times. So the blocks of a valid ticket are never evicted, also if the
+exporter ends. The bytes of a ticket are::
 
     0           4            8                16               24                 32
     | "KVT1"    | tenant u32 | boot epoch u64 | number u64     | expires at u64   |
@@ -59,7 +59,7 @@ class _Ticket(NamedTuple):
 
 
 class Tickets:
-    """Exports leases as tickets, and lets clients adopt them."""
+    """Exports leases as tickets, and grants leases for tickets."""
 
     def __init__(
         self,
@@ -78,16 +78,16 @@ class Tickets:
         self._loop_budget = loop_budget
         self._boot_epoch = boot_epoch
         self._secret = secrets.token_bytes(32)
-        # Per exporting client what owns the leases of its tickets, and bounds them as one client. It is not attached,
-        # so no request can name it, and it outlives the exporter.
+        # Per exporting client, a client that owns the leases of its tickets, so that the limits of one client bound
+        # them. It is not attached, so no request can name it, and it outlives the exporter.
         self._holders: dict[bytes, Client] = {}
-        self._adoptions_left: dict[int, int] = {}  # Ticket number -> how often it may still be adopted.
+        self._adoptions_left: dict[int, int] = {}  # Ticket number -> remaining adoptions.
         self._forget_at = 64
 
     def export(self, caller: Caller, lease_id: int, ttl_s: float, adoptions: int) -> bytes:
-        """A ticket for the lease's blocks, which goes on without the lease.
+        """A ticket for the lease's blocks, which does not depend on the lease.
 
-        Raises InvalidRequest, LeaseExpired, LeaseNotYours, UnknownClient; Overloaded where this client's open tickets
+        Raises InvalidRequest, LeaseExpired, LeaseNotYours, UnknownClient; Overloaded if this client's open tickets
         hold as many leases or blocks as one client may.
         """
         if not 1 <= adoptions <= ADOPTIONS_MAX:
@@ -124,7 +124,7 @@ class Tickets:
         client = self._leases.client(caller)
         number, held = self._held(caller, ticket, fingerprint)
         part = await narrowed(self._blocks, held, shard, self._loop_budget)
-        # Whether the ticket and the client are still there: others ran meanwhile.
+        # Check the ticket and the client again: other tasks ran meanwhile.
         client = self._leases.client(caller)
         self._held(caller, ticket, fingerprint)
         lease = self._leases.grant(client, part.layout, part.shard, part.rows, part.parts, part.held_rows, ttl_s)
@@ -170,7 +170,7 @@ class Tickets:
         return ticket
 
     def _forget_expired(self) -> None:
-        """Drop what is kept of tickets whose leases have expired, once there is twice as much as there are tickets."""
+        """Drop the entries of expired tickets, once there are twice as many entries as tickets."""
         if len(self._adoptions_left) + len(self._holders) < self._forget_at:
             return
         self._holders = {client: holder for client, holder in self._holders.items() if holder.leases}

@@ -49,9 +49,10 @@ from kvservice_api.layout import Shard
 
 
 class SaveHeader(NamedTuple):
-    """What a save stores: consecutive blocks of one chain, all full but the last (`last_block_tokens` 0: full too).
+    """The blocks of a save: consecutive blocks of one chain, all full except the last (`last_block_tokens` 0: full
+    too).
 
-    Without a shard it is whole blocks.
+    Without a shard, whole blocks.
     """
 
     fingerprint: bytes
@@ -62,7 +63,7 @@ class SaveHeader(NamedTuple):
 
 
 class Hit(NamedTuple):
-    """The answer to a lookup. `runs` are over the leading hits; `ttl_s` is what the lease was granted for."""
+    """The answer to a lookup. `runs` are over the leading hits; `ttl_s` is the granted time of the lease."""
 
     blocks: int
     runs: list[Run]
@@ -71,7 +72,7 @@ class Hit(NamedTuple):
 
 
 class Adopted(NamedTuple):
-    """An adopted lease, what it was granted for, where its blocks lie, and the token count of each."""
+    """An adopted lease, its granted time, the tiers of its blocks, and the token count of each."""
 
     lease: Lease
     ttl_s: float
@@ -94,20 +95,20 @@ class EvictOutcome(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TierFacts:
-    """One tier, and its index. Sizes in bytes; `refusing_because` and `short_because` are empty where all is well."""
+    """One tier, and its index. Sizes in bytes; `refusing_because` and `short_because` are empty without a problem."""
 
     name: TierName
     capacity_bytes: int
-    configured_bytes: int  # What the setting asks for; `short_because` says why there is less.
+    configured_bytes: int  # The configured size; `short_because` says why the tier is smaller.
     used_bytes: int
     refusing_because: str
     short_because: str
-    is_direct: bool  # Whether its files are read and written past the page cache.
+    is_direct: bool  # Whether I/O bypasses the page cache.
 
 
 @dataclass(frozen=True, slots=True)
 class StoreFacts:
-    """Plain numbers of one moment."""
+    """Plain numbers at one time."""
 
     store_id: bytes
     started_at_ms: int
@@ -122,12 +123,12 @@ class StoreFacts:
     sessions: int
     set_aside_bytes: int
     set_aside_extents: int
-    reported: dict[tuple[str, str], int]  # (plan, outcome) -> requests that were reported so.
+    reported: dict[tuple[str, str], int]  # (plan, outcome) -> number of reported requests.
 
 
 @dataclass(frozen=True, slots=True)
 class SharedArena:
-    """The arena as clients on this host may use it. `not_shared_because` is empty where they may map it."""
+    """The arena, for clients on this host. `not_shared_because` is empty if they may map it."""
 
     not_shared_because: str
     directory: str

@@ -1,1 +1,1 @@
-"""Bytes and space. A tier knows no key, no recency, and no other tier."""
+"""Storage media: bytes and space. A tier does not know keys, recency or other tiers."""

@@ -1,9 +1,8 @@
 """The arena: one shared-memory file that outlives the daemon.
 
-Its first page is a header; extents count from the page behind it. Space is lent only from the part
-that the kernel has promised (``posix_fallocate``), so a full tmpfs means a smaller tier and never
-SIGBUS. The promise is asked for in the background, and the pages are then faulted in, without
-writing to them: they may hold live blocks.
+Its first page is a header; offsets of extents count from the page after it. Extents use only the part that the kernel
+has allocated (``posix_fallocate``), so a full tmpfs means a smaller tier and never SIGBUS. A background thread
+allocates the pages and then faults them in, without writing to them, because they may hold live blocks.
 
 The formats of the arena and of the files beside it are in ``kvservice_api/arena.py``.
 """
@@ -28,18 +27,16 @@ from kvservice_api.mapping import HUGE_PAGE_BYTES, Mapping
 log = logging.getLogger(__name__)
 
 _STEP_BYTES = 64 << 20
-_STEP_BYTES_MIN = 1 << 20  # What is left below it is left to others: an engine needs shared memory too.
+_STEP_BYTES_MIN = 1 << 20  # Shared memory that stays free for other programs, such as an engine.
 
-# Either holds the process's lock of its memory map, for which every thread waits that wants memory: so only
-# a little at a time.
+# Both calls hold the lock of the process's memory map, on which other threads wait that allocate memory. So each call
+# is for a small part.
 _FAULT_IN_BYTES = 1 << 20
-_REFUSALS_MAX = (
-    16  # A page may be busy; a kernel without huge pages, or without free ones, need not be asked on and on.
-)
+_REFUSALS_MAX = 16  # Give up after some failures: a page may be busy, or the kernel has no huge pages, or none free.
 
 
 class Arena:
-    """An open arena. `data` is all of it behind the header; only `ready_bytes` of that may be touched.
+    """An open arena. `data` is the memory after the header; only the first `ready_bytes` of it may be accessed.
 
     `capacity_bytes` counts without the header.
     """
@@ -59,8 +56,8 @@ class Arena:
         self.capacity_bytes = capacity_bytes
         self.arena_id = arena_id
         self.why_new = why_new
-        self.short_because = ""  # Why the arena stayed smaller than asked for.
-        self.generations: Generations | None = None  # None: nobody was ever told to read in place.
+        self.short_because = ""  # Why the arena is smaller than configured.
+        self.generations: Generations | None = None  # None: clients were never allowed to read in place.
         self.not_shared_because = "dram.share is off"
         self.ready_bytes = 0
         self._limit_bytes, self._limited_because = capacity_bytes, ""
@@ -70,16 +67,16 @@ class Arena:
         self._fd = fd
         self._map = Mapping(fd, PAGE_BYTES + capacity_bytes, writable=True)
         self.data = self._map.bytes.data[PAGE_BYTES:]
-        self._refusals = 0  # Of huge pages.
+        self._refusals = 0  # Bytes in huge pages.
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
     @classmethod
     def open(cls, parent: Path, store_id: bytes, capacity_bytes: int, *, calls: FileCalls | None = None) -> Arena:
-        """Open the store's arena, or make one. An arena of another store, size or version is replaced.
+        """Open the store's arena, or create one. An arena of another store, size or version is replaced.
 
-        `capacity_bytes` is what the file may take, its header included. Raises StoreMismatch where another
-        daemon has it, OSError where not even a first page can be had.
+        `capacity_bytes` is the maximum size of the file, with its header. Raises StoreMismatch if another daemon
+        uses it, OSError if not even the first page can be allocated.
         """
         calls = calls or FileCalls()
         capacity_bytes = max(0, capacity_bytes // PAGE_BYTES * PAGE_BYTES - PAGE_BYTES)
@@ -105,7 +102,7 @@ class Arena:
             os.close(lock_fd)
             raise
         if not why_new:
-            # It was allocated from its start on, so what it has of pages is how far it got.
+            # It is allocated from its start on, so its number of pages shows how far that had come.
             allocated = os.fstat(fd).st_blocks * 512 // PAGE_BYTES * PAGE_BYTES - PAGE_BYTES
             arena.ready_bytes = min(max(allocated, 0), capacity_bytes)
             arena._may_have_holes = arena.ready_bytes < capacity_bytes
@@ -114,7 +111,7 @@ class Arena:
         return arena
 
     def share(self) -> None:
-        """Let clients read in place, where there is space for the generations; else `not_shared_because` says why."""
+        """Allow clients to read in place, if there is space for the generations; else set `not_shared_because`."""
         try:
             (self.directory / WRITERS_NAME).mkdir(mode=0o700, exist_ok=True)
             if self.generations is None:
@@ -128,30 +125,30 @@ class Arena:
             log.warning("clients cannot read in place: %s", self.not_shared_because)
 
     def limit(self, size_bytes: int, why: str) -> None:
-        """Allocate no more than `size_bytes`, `why` says because of what; what is allocated already stays.
+        """Allocate at most `size_bytes`, for the reason `why`; pages that are allocated already stay.
 
-        Call it before the arena is prepared. The file keeps its size, so a later start may go on where it is.
+        Call it before the arena is prepared. The file keeps its size, so a later start can continue the allocation.
         """
         self._limit_bytes = max(self.ready_bytes, size_bytes // PAGE_BYTES * PAGE_BYTES)
         self._limited_because = why
 
     @property
     def missing_bytes(self) -> int:
-        """How much memory it will take yet, as far as the file system has it."""
+        """Bytes of memory that it will still allocate, as far as the file system has them."""
         return max(0, min(self._target_bytes - self.ready_bytes, self._free_bytes))
 
     def prepare_first_step(self) -> None:
-        """Allocate as much as takes no time worth mentioning, so that the tier is never without space.
+        """Allocate a first part that takes little time, so that the tier always has space.
 
-        Half of what the file system has is left: the index of the arena's blocks needs its part.
+        Leaves half of the file system's free space, because the index of the arena's blocks needs some.
         """
         half_free = self._free_bytes // 2 // PAGE_BYTES * PAGE_BYTES
         if (size := min(_STEP_BYTES, self._target_bytes - self.ready_bytes, half_free)) > 0:
             self._allocate(self.ready_bytes, self.ready_bytes + size)
-            self.short_because = ""  # Asked again in `prepare`.
+            self.short_because = ""  # `prepare` tries again.
 
     def prepare(self, on_more: Callable[[int], None]) -> None:
-        """Allocate and fault in on a thread. `on_more` hears there how many bytes are ready."""
+        """Allocate and fault in on a thread, which calls `on_more` with the number of ready bytes."""
         self._thread = threading.Thread(target=self._prepare, args=(on_more,), name="arena", daemon=True)
         self._thread.start()
 
@@ -161,7 +158,7 @@ class Arena:
             self._thread.join()
         os.close(self._fd)
         os.close(self._lock_fd)
-        # Views of the map may live on in tests and tracebacks; the map goes with the last of them.
+        # Tests and tracebacks may still have views of the map; it is unmapped with the last of them.
         del self.data, self._map
 
     @property
@@ -170,7 +167,7 @@ class Arena:
 
     @property
     def _free_bytes(self) -> int:
-        """What its file system has left."""
+        """The free space of its file system."""
         file_system = os.fstatvfs(self._fd)
         return file_system.f_bavail * file_system.f_frsize
 
@@ -185,18 +182,19 @@ class Arena:
             else:
                 self._join_pages(start, end)
             if end == start:
-                log.warning("the DRAM tier stays smaller than asked for: %s", self.short_because)
+                log.warning("the DRAM tier stays smaller than configured: %s", self.short_because)
                 return
             self._fault_in(start, end)
             start = end
         if start == target < self.capacity_bytes:
             self.short_because = self._limited_because
-            on_more(self.ready_bytes)  # A save that waits for more space must know that none comes.
+            on_more(self.ready_bytes)  # Wakes saves that wait for more space: none will come.
 
     def _allocate(self, start: int, end: int) -> int:
-        """Have the kernel promise the pages behind `start`, which is ready at most; returns up to where it did.
+        """Make the kernel allocate the pages after `start`, which is ready at most. Returns the end of the allocated
+        part.
 
-        Live blocks among them stay as they are.
+        Live blocks among them are not changed.
         """
         while True:
             try:
@@ -215,24 +213,24 @@ class Arena:
                 return end
 
     def _join_pages(self, start: int, end: int) -> None:
-        """Have huge pages where these bytes fill whole ones. What lies there stays as it is."""
+        """Collapse these bytes to huge pages, where they fill whole ones. Their content does not change."""
         first = -(-(PAGE_BYTES + start) // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
         if start == 0:
-            first = 0  # With the header.
+            first = 0  # Offsets in the file, with the header.
         for offset in range(first, PAGE_BYTES + end - HUGE_PAGE_BYTES + 1, HUGE_PAGE_BYTES):
             if self._stopping.is_set() or self._refusals == _REFUSALS_MAX:
                 return
             self._refusals += not self._map.collapse(offset)
 
     def _fault_in(self, start: int, end: int) -> None:
-        """Map the pages, for reading and writing, without changing them. Only spares later page faults."""
+        """Map the pages, for reading and writing, without changing them, to avoid later page faults."""
         for offset in range(start, end, _FAULT_IN_BYTES):
             if not self._map.fault_in(PAGE_BYTES + offset, PAGE_BYTES + min(offset + _FAULT_IN_BYTES, end)):
-                return  # Kernels before 5.14 cannot: no harm done.
+                return  # Kernels before 5.14 do not support it; the pages are then faulted in at their first use.
 
 
 def without_generations(size_bytes: int) -> int:
-    """What the arena may take of `size_bytes` that are for it and its generations."""
+    """The arena's part of `size_bytes`, which are for it and its generations."""
     arena_bytes = size_bytes * PAGE_BYTES // (PAGE_BYTES + 4) // PAGE_BYTES * PAGE_BYTES
     while arena_bytes > 0 and arena_bytes + generations_file_bytes(arena_bytes - PAGE_BYTES) > size_bytes:
         arena_bytes -= PAGE_BYTES
@@ -240,7 +238,7 @@ def without_generations(size_bytes: int) -> int:
 
 
 def examine(path: Path, store_id: bytes, capacity_bytes: int) -> tuple[bytes, str]:
-    """The arena's id, and why it cannot be used: empty where it can."""
+    """The arena's id, and why it cannot be used; empty if it can."""
     try:
         header, size = _read_header(path), path.stat().st_size
     except FileNotFoundError:
@@ -264,7 +262,7 @@ def _read_header(path: Path) -> ArenaHeader:
 
 
 def _create(path: Path, store_id: bytes, capacity_bytes: int, calls: FileCalls) -> bytes:
-    path.unlink(missing_ok=True)  # A new file: whoever still maps the old one keeps the old one.
+    path.unlink(missing_ok=True)  # A new file, because processes may still map the old one.
     arena_id = secrets.token_bytes(16)
     fd = calls.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:

@@ -1,4 +1,4 @@
-"""What every storage medium promises."""
+"""The interface of a storage medium."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ T = TypeVar("T")
 
 
 class StoreMismatch(ValueError):
-    """A file belongs to another store, or is no file of ours. The message names it and the way out."""
+    """A file belongs to another store, or is not a file of KVService. The message names it and the remedy."""
 
 
 class Tier(Protocol):
-    """One storage medium: it lends space and gives back bytes.
+    """One storage medium: it reserves space, and stores bytes there.
 
     A tier does not know keys, recency, leases, or other tiers. ``store`` decides what to keep,
-    promote, and evict; a tier carries the decision out. All calls come from one thread.
+    promote, and evict; a tier executes the decision. All calls come from one thread.
     """
 
     @property
@@ -32,16 +32,16 @@ class Tier(Protocol):
 
     @property
     def refusing_because(self) -> str:
-        """Why the last write failed; empty once one succeeded again."""
+        """Why the last write failed; empty after a write that succeeded."""
 
     def could_hold(self, size_bytes: int) -> bool:
-        """Whether an extent of this size has a place while the tier is empty."""
+        """Whether an extent of this size fits into the empty tier."""
 
     async def grown(self) -> bool:
-        """Wait for space that is still being prepared. False, at once, where none is."""
+        """Wait for space that is still being prepared. Returns False at once if there is none."""
 
     def reserve(self, size_bytes: int) -> Extent:
-        """Set space aside. Raises TierFull; never evicts to make room."""
+        """Reserve space. Raises TierFull; never evicts."""
 
     def release(self, extent: Extent) -> None:
         """Free the extent, sealed or not. Releasing twice is a caller's bug: it asserts."""
@@ -52,18 +52,19 @@ class Tier(Protocol):
         """Which of these extents lie within the tier."""
 
     def adopt(self, segments: NDArray[np.generic], offsets: NDArray[np.generic], sizes: NDArray[np.generic]) -> None:
-        """Take the extents of an earlier start, all at once and first of all. Raises ValueError on overlap."""
+        """Mark the extents of an earlier start as used: all in one call, before any other. Raises ValueError on
+        overlap."""
 
     async def write(
         self, extent: Extent, offset_bytes: int, data: memoryview, first: Callable[[memoryview], object] | None = None
     ) -> None:
         """Fill part of a reserved extent. Parts may arrive in any order. Raises StorageFailed.
 
-        `first` sees the data on the writing thread; where it raises, nothing is written.
+        `first` is called with the data on the writing thread; if it raises, nothing is written.
         """
 
     async def seal(self, extent: Extent) -> None:
-        """Nothing will be written to the extent any more."""
+        """Make the extent immutable: nothing is written to it any more."""
 
     async def read(
         self,
@@ -76,5 +77,5 @@ class Tier(Protocol):
     ) -> T | None:
         """Fill `into` from a part of an extent. Raises StorageFailed.
 
-        `then` sees the bytes on the reading thread; its result is the answer. Lower priorities go first.
+        `then` is called with the bytes on the reading thread; returns its result. Lower priorities are read first.
         """

@@ -30,7 +30,7 @@ class DramTier:
         self._more = asyncio.Event()
 
     def start(self) -> None:
-        """Prepare the rest of the arena in the background. Needs a running event loop."""
+        """Prepare the rest of the arena in the background. Call it on a running event loop."""
         loop = asyncio.get_running_loop()
 
         def grow(ready_bytes: int) -> None:
@@ -51,7 +51,8 @@ class DramTier:
 
     @property
     def configured_bytes(self) -> int:
-        """What extents may take once all of the arena is prepared, where nothing keeps the tier smaller."""
+        """Bytes that extents may take once the whole arena is prepared, without the limits that make the tier
+        smaller."""
         return self._arena.capacity_bytes
 
     @property
@@ -64,11 +65,11 @@ class DramTier:
 
     @property
     def short_because(self) -> str:
-        """Why the tier is smaller than configured; empty where it is not."""
+        """Why the tier is smaller than configured; empty if it is not."""
         return self._arena.short_because
 
     def view(self, extent: Extent) -> memoryview:
-        """The extent's bytes themselves, writable. Valid until its release."""
+        """The extent's own bytes, writable. Valid until its release."""
         return self._arena.data[extent.offset_bytes : extent.offset_bytes + extent.size_bytes]
 
     def could_hold(self, size_bytes: int) -> bool:
@@ -89,7 +90,7 @@ class DramTier:
 
     def release(self, extent: Extent) -> None:
         if self._arena.generations is not None:
-            self._arena.generations.raise_(extent.offset_bytes)  # First: who still reads in place shall notice.
+            self._arena.generations.bump(extent.offset_bytes)  # First: clients that read in place must detect it.
         self._space.release(extent.offset_bytes, extent.size_bytes)
 
     def holds(
@@ -101,19 +102,19 @@ class DramTier:
     def adopt(self, segments: NDArray[np.generic], offsets: NDArray[np.generic], sizes: NDArray[np.generic]) -> None:
         self._space.adopt(offsets.astype(np.int64), sizes.astype(np.int64))
         if self._arena.generations is not None:
-            self._arena.generations.raise_all_but(offsets.astype(np.int64))
+            self._arena.generations.bump_all_except(offsets.astype(np.int64))
 
     def set_aside(self, offset_bytes: int, size_bytes: int) -> Extent | None:
-        """Take a range that somebody may be writing since before the start; None where a record has a part of it."""
+        """Reserve a range that an earlier daemon's client may still be writing; None if a record has a part of it."""
         places = np.array([offset_bytes], np.uint64), np.array([size_bytes], np.uint64)
         if not self.holds(np.zeros(1, np.uint64), *places).all() or not self._space.take(offset_bytes, size_bytes):
             return None
         return Extent(0, offset_bytes, size_bytes)
 
-    # Sharing: clients of the same host read extents in place, and write those reserved for them.
+    # Sharing: clients on the same host read extents in place, and write the extents that are reserved for them.
 
     def share(self) -> None:
-        """Offer that, where it can be; else `not_shared_because` says why."""
+        """Offer sharing if possible; else set `not_shared_because`."""
         self._arena.share()
 
     @property
@@ -130,11 +131,11 @@ class DramTier:
 
     @property
     def arena_capacity_bytes(self) -> int:
-        """Of the file behind its header, prepared or not."""
+        """Bytes of the file after its header, prepared or not."""
         return self._arena.capacity_bytes
 
     def generations(self, extents: Sequence[Extent]) -> list[int]:
-        """The extents' generations, for who reads them in place."""
+        """The extents' generations, for clients that read them in place."""
         assert self._arena.generations is not None
         offsets = np.fromiter((extent.offset_bytes for extent in extents), np.int64, len(extents))
         found: list[int] = self._arena.generations.get_many(offsets).tolist()
@@ -176,7 +177,8 @@ class DramTier:
 
 
 async def _on_thread(work: Callable[[], T]) -> T:
-    """The copy's result. Cancelled, it ends first: the memory is the caller's again when he hears of it."""
+    """The copy's result. If the caller is cancelled, CancelledError is raised only after the copy has ended, so that
+    the caller may reuse the memory."""
     job = asyncio.get_running_loop().run_in_executor(None, work)
     try:
         return await asyncio.shield(job)

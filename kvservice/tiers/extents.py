@@ -1,8 +1,8 @@
-"""Which parts of a tier are free: a best-fit allocator whose free runs join with their neighbours.
+"""The free space of a tier: a best-fit allocator that joins adjacent free runs.
 
-Sizes are rounded up to a step of 1/32 of themselves (4 KiB at least), so that at most 3.1 % is
-wasted from 128 KiB up, and blocks of nearly the same size can take each other's place. Free runs
-are found by size with a sorted list of the sizes there are, and by place with one of their starts.
+Sizes are rounded up to a step of 1/32 of themselves (at least 4 KiB). So at most 3.1 % is wasted from 128 KiB up, and a
+block can use the freed space of another block of nearly the same size. A sorted list of the sizes finds free runs by
+size, and a sorted list of the starts finds them by place.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _STEPS_PER_OCTAVE = 32
 
 
 def extent_size(size_bytes: int) -> int:
-    """What an extent for `size_bytes` takes."""
+    """The bytes that an extent for `size_bytes` takes."""
     assert size_bytes > 0
     octave = 1 << (size_bytes.bit_length() - 1)
     step = max(PAGE_BYTES, octave // _STEPS_PER_OCTAVE)
@@ -29,12 +29,12 @@ def extent_size(size_bytes: int) -> int:
 def lie_within(
     offsets: NDArray[np.generic], sizes: NDArray[np.generic], capacities: NDArray[np.uint64] | np.uint64
 ) -> NDArray[np.bool_]:
-    """Which of these extents could be one of a `SpaceMap`. Numbers are as found on disk: anything."""
+    """Which of these extents are possible in a `SpaceMap`. The numbers come from the disk and may have any value."""
     starts, lengths = offsets.astype(np.uint64), sizes.astype(np.uint64)
     page = np.uint64(PAGE_BYTES)
     inside: NDArray[np.bool_] = (
         (starts <= capacities)
-        & (lengths <= capacities - np.minimum(starts, capacities))  # A sum could overflow.
+        & (lengths <= capacities - np.minimum(starts, capacities))  # Not a sum, which could overflow.
         & (starts % page == 0)
         & (lengths % page == 0)
         & (lengths > 0)
@@ -49,9 +49,9 @@ class SpaceMap:
         assert capacity_bytes % PAGE_BYTES == 0
         self.capacity_bytes = capacity_bytes
         self.used_bytes = 0
-        self._starts: list[int] = []  # Of the free runs, sorted.
+        self._starts: list[int] = []  # Starts of the free runs, sorted.
         self._size_at: dict[int, int] = {}  # Start of a free run -> its size.
-        self._sizes: list[int] = []  # Sorted; those that have at least one run.
+        self._sizes: list[int] = []  # The sizes that have at least one run, sorted.
         self._starts_of_size: dict[int, set[int]] = {}
         if capacity_bytes:
             self._put(0, 0, capacity_bytes)
@@ -61,7 +61,7 @@ class SpaceMap:
         return self._sizes[-1] if self._sizes else 0
 
     def reserve(self, size_bytes: int) -> int:
-        """The offset of a free range of `extent_size(size_bytes)`. Raises TierFull where none is long enough."""
+        """The offset of a free range of `extent_size(size_bytes)`. Raises TierFull if none is long enough."""
         size = extent_size(size_bytes)
         at = bisect_left(self._sizes, size)
         if at == len(self._sizes):
@@ -76,7 +76,7 @@ class SpaceMap:
         return start
 
     def take(self, offset: int, size: int) -> bool:
-        """Take exactly this range. False, and nothing is changed, where a part of it is in use."""
+        """Reserve exactly this range. Returns False, without a change, if a part of it is in use."""
         assert size > 0 and offset % PAGE_BYTES == size % PAGE_BYTES == 0
         place = bisect_right(self._starts, offset) - 1
         if place < 0 or (end := self._starts[place] + self._size_at[self._starts[place]]) < offset + size:
@@ -105,9 +105,9 @@ class SpaceMap:
             self._free(old, capacity_bytes - old)
 
     def adopt(self, offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> None:
-        """Take ranges that are in use since before the start. Nothing may be taken yet.
+        """Mark the ranges of an earlier start as used. The map must be empty.
 
-        Raises ValueError where ranges overlap or `lie_within` denies one; nothing is taken then.
+        Raises ValueError if ranges overlap or if `lie_within` is false for one; the map stays empty then.
         """
         assert not self.used_bytes, "extents are adopted once, before anything is reserved"
         if not lie_within(offsets, sizes, np.uint64(self.capacity_bytes)).all():
@@ -122,7 +122,7 @@ class SpaceMap:
         self.used_bytes = int(sizes.sum())
 
     def _reset(self, starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> None:
-        """Have exactly these free runs. There may be a million of them."""
+        """Set the free runs. There may be a million of them."""
         self._starts = starts.tolist()
         self._size_at = dict(zip(self._starts, sizes.tolist(), strict=True))
         order = np.argsort(sizes, kind="stable")
@@ -132,7 +132,7 @@ class SpaceMap:
         self._starts_of_size = {size: set(group.tolist()) for size, group in zip(self._sizes, groups, strict=True)}
 
     def _free(self, start: int, size: int) -> None:
-        """Add a free run, joined with those that touch it."""
+        """Add a free run, joined with adjacent ones."""
         place = bisect_left(self._starts, start)
         end = start + size
         if place < len(self._starts):
@@ -161,7 +161,7 @@ class SpaceMap:
             starts.add(start)
 
     def _take(self, place: int) -> int:
-        """Remove a free run; its size is the answer."""
+        """Remove a free run. Returns its size."""
         start = self._starts.pop(place)
         size = self._size_at.pop(start)
         starts = self._starts_of_size[size]

@@ -1,6 +1,6 @@
 """The calls to the operating system that tiers make on their files.
 
-A seam: tests put a subclass here that fails a call, shortens it, or writes down the order.
+Tests replace it with a subclass that makes a call fail, shortens it, or records the order.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def file_system_of(path: Path) -> str:
-    """The kind of file system that the path lies on, such as ``ext4``; empty where the kernel does not tell."""
+    """The type of the path's file system, such as ``ext4``; empty if it is not known."""
     device = os.stat(path).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     try:

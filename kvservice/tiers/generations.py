@@ -1,7 +1,7 @@
-"""The generations of a shared arena's extents: how those who read in place learn that bytes may have changed.
+"""The generations of a shared arena's extents, by which clients that read in place detect that bytes may have changed.
 
-The file belongs to its arena from the moment on that the arena's header says so. An arena whose
-generations got lost cannot be used any more: somebody may still look at the old ones.
+The file belongs to its arena once the arena's header says so. An arena without its generations cannot be used any more,
+because a client may still read the old ones.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _WORD_MAX = 2**32 - 1
 
 
 class Generations:
-    """One u32 a page. Raised by the daemon only, read by everybody."""
+    """One u32 per page. Only the daemon increments them; clients read them."""
 
     def __init__(self, directory: Path, capacity_bytes: int, calls: FileCalls) -> None:
-        """Open what `examine` found, or `create` made."""
+        """Open a file that `examine` accepted or `create` made."""
         fd = calls.open(directory / GENERATIONS_NAME, os.O_RDWR)
         try:
             self._map = mmap.mmap(fd, generations_file_bytes(capacity_bytes))
@@ -42,7 +42,7 @@ class Generations:
 
     @staticmethod
     def examine(directory: Path, arena_id: bytes, capacity_bytes: int) -> str:
-        """Why the file is not that of this arena; empty where it is."""
+        """Why the file does not belong to this arena; empty if it does."""
         try:
             with (directory / GENERATIONS_NAME).open("rb") as file:
                 head = file.read(PAGE_BYTES)
@@ -55,7 +55,7 @@ class Generations:
 
     @staticmethod
     def create(directory: Path, arena_id: bytes, capacity_bytes: int, calls: FileCalls) -> None:
-        """Make the file, its pages promised by the kernel. Raises OSError where there is no space for it."""
+        """Create the file, with all its pages allocated. Raises OSError if there is no space for it."""
         path = directory / GENERATIONS_NAME
         path.unlink(missing_ok=True)
         fd = calls.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
@@ -69,19 +69,19 @@ class Generations:
             os.close(fd)
 
     def get_many(self, offsets: NDArray[np.int64]) -> NDArray[np.uint32]:
-        """Those of the extents that begin at `offsets`."""
+        """The generations of the extents that begin at `offsets`."""
         found: NDArray[np.uint32] = self._words[offsets // PAGE_BYTES]
         return found
 
-    def raise_(self, offset_bytes: int) -> None:
-        """The extent that began here is no more: before its space is lent again."""
+    def bump(self, offset_bytes: int) -> None:
+        """Increment the generation of a released extent, before its space is reserved again."""
         index = generation_index(offset_bytes)
         self._words[index] = (int(self._words[index]) + 1) & _WORD_MAX
 
-    def raise_all_but(self, offsets: NDArray[np.int64]) -> None:
-        """No extents but those that begin at `offsets` were found at start.
+    def bump_all_except(self, offsets: NDArray[np.int64]) -> None:
+        """Increment every page's generation except at `offsets`, the extents that were recovered at start.
 
-        Others may have been read in place until the end of an earlier daemon, which had no time to release them.
+        Clients may still read other extents in place, which an earlier daemon did not release before its end.
         """
         kept = np.sort(offsets) // PAGE_BYTES
         for start in range(0, len(self._words), _WORDS_AT_A_TIME):

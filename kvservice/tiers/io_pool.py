@@ -1,7 +1,7 @@
 """Threads for disk I/O that take reads before writes, and urgent reads before others.
 
-Who is cancelled while a thread works for him hears of it when the thread has ended: only then is
-the memory that it reads or writes free for another use.
+If the awaiting task is cancelled after its job started, CancelledError is raised only once the job has finished, so the
+job's memory stays valid until then.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 
 WRITE = float("inf")  # Later than any read.
-_READS_IN_A_ROW_MAX = 32  # While a write waits. Reads without end would else keep all saves off the disk.
+_READS_IN_A_ROW_MAX = 32  # The most reads before a waiting write. Otherwise endless reads would block all saves.
 
 
 async def ended(future: asyncio.Future[Any]) -> None:
-    """Wait for the end of `future`, whoever cancels the waiting. Its own outcome is left aside."""
+    """Wait for the end of `future`, also if the waiting task is cancelled. Ignores the future's outcome."""
     while not future.done():
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait({future})
@@ -38,7 +38,7 @@ class _Job(Generic[T]):
         self.future: asyncio.Future[T] = self._loop.create_future()
 
     def claim(self) -> bool:
-        """True for the first who asks: the thread, to run it, or the caller, to call it off."""
+        """True for the first caller: the thread that runs the job, or the task that cancels it."""
         return self._claim.acquire(blocking=False)
 
     def run(self) -> None:
@@ -50,12 +50,12 @@ class _Job(Generic[T]):
             self._end(self.future.set_result, result)
 
     def _end(self, settle: Callable[[Any], None], outcome: object) -> None:
-        with contextlib.suppress(RuntimeError):  # The loop is closed: nobody waits any more.
+        with contextlib.suppress(RuntimeError):  # The loop is closed, so no task waits any more.
             self._loop.call_soon_threadsafe(settle, outcome)
 
 
 class IoPool:
-    """Its threads run from construction until `close`."""
+    """A pool of threads, from construction until `close`."""
 
     def __init__(self, threads: int) -> None:
         self._reads: list[tuple[float, int, _Job[Any]]] = []  # A heap.
@@ -71,7 +71,7 @@ class IoPool:
             thread.start()
 
     async def run(self, priority: float, work: Callable[[], T]) -> T:
-        """Run `work` on a thread. Once it began it runs to its end, even where the caller is cancelled."""
+        """Run `work` on a thread. Once begun, it runs to its end, even if the caller is cancelled."""
         job = _Job(work)
         with self._more:
             assert not self._closing
@@ -88,7 +88,7 @@ class IoPool:
             raise
 
     def close(self) -> None:
-        """Finish what is queued, then stop."""
+        """Finish the queued jobs, then stop."""
         with self._more:
             self._closing = True
             self._more.notify_all()
@@ -99,7 +99,7 @@ class IoPool:
         while (job := self._next()) is not None:
             if job.claim():
                 job.run()
-            del job  # It holds memory that its caller may want to be free of.
+            del job  # Drop the job's reference to its caller's memory.
 
     def _next(self) -> _Job[Any] | None:
         with self._more:

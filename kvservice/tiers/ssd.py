@@ -1,8 +1,7 @@
-"""The SSD tier: preallocated files, extents reused in place, I/O past the page cache on threads.
+"""The SSD tier: preallocated files, extents reused in place, direct I/O on threads.
 
-Each file begins with a page that names its store, its number and its size; extents count from the
-page behind it. Bytes go straight between the caller's memory and the file, so memory, offsets and
-lengths are multiples of 4 KiB.
+Each file begins with a page that names its store, its number and its size; offsets of extents count from the page after
+it. Bytes move directly between the caller's memory and the file, so memory, offsets and lengths are multiples of 4 KiB.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class SsdTier:
         """Use `open`."""
         self._files = files
         self._pool = IoPool(io_threads)
-        self._touched: set[int] = set()  # Files written since they were last flushed.
+        self._touched: set[int] = set()  # Files that were written since their last flush.
         self._sync_lock = threading.Lock()
 
     @classmethod
@@ -61,9 +60,9 @@ class SsdTier:
     ) -> SsdTier:
         """Open the files, creating those that are missing. `capacity_bytes` is shared evenly among them.
 
-        `creatable` are the numbers of the files that may be created; None means all. Nothing is created
-        where any file cannot be used. Raises StoreMismatch for a file of another store or another
-        capacity, and for a missing one that may not be created; OSError where the disk is full.
+        `creatable` are the numbers of the files that may be created; None means all. If any file cannot be used, none
+        is created. Raises StoreMismatch for a file of another store or another capacity, and for a missing file that
+        may not be created; OSError if the disk is full.
         """
         calls = calls or FileCalls()
         size = max(0, capacity_bytes // len(paths) // PAGE_BYTES * PAGE_BYTES - PAGE_BYTES)
@@ -74,8 +73,8 @@ class SsdTier:
                 _check(path, headers[number], size)
             elif creatable is not None and number not in creatable:
                 raise StoreMismatch(
-                    f"{path} is missing, and the store has blocks in it: mount its drive or bring the file back, or "
-                    "give the blocks up with `kvservice check --repair`"
+                    f"{path} is missing, and the store has blocks in it: mount its drive or restore the file, or "
+                    "drop the blocks with `kvservice check --repair`"
                 )
         files: list[_File] = []
         try:
@@ -99,23 +98,23 @@ class SsdTier:
 
     @property
     def refusing_because(self) -> str:
-        """Why no file could be written lately; empty while one can."""
+        """Why no file can be written; empty while one can."""
         reasons = [file.refusing_because for file in self._files]
         return reasons[0] if all(reasons) else ""
 
     @property
     def is_direct(self) -> bool:
-        """Whether I/O goes past the page cache."""
+        """Whether I/O bypasses the page cache."""
         return all(file.is_direct for file in self._files)
 
     def could_hold(self, size_bytes: int) -> bool:
         return extent_size(size_bytes) <= max(file.space.capacity_bytes for file in self._files)
 
     async def grown(self) -> bool:
-        return False  # Files have their size from the start.
+        return False  # Files have their full size from the start.
 
     def reserve(self, size_bytes: int) -> Extent:
-        """Space in the emptiest file that has it, files in trouble last."""
+        """Space in the file with the most free space; files with failed writes come last."""
 
         def rank(number: int) -> tuple[bool, int]:
             file = self._files[number]
@@ -161,15 +160,15 @@ class SsdTier:
         await self._pool.run(WRITE, work)
 
     def flush_failures(self, extent: Extent) -> int:
-        """How often the extent's file could not be flushed.
+        """How many flushes of the extent's file have failed.
 
-        What was written before such a failure may be lost, and no later flush says so: the kernel
-        reports an error once. An extent is sound only where this is what it was before its first write.
+        Bytes that were written before such a failure may be lost, and no later flush reports it: the kernel reports an
+        error once. An extent is sound only if this number is the same as before its first write.
         """
         return self._files[extent.segment].flush_failures
 
     async def seal(self, extent: Extent) -> None:
-        """Nothing to do: bytes become durable in `sync`, for all extents of a commit at once."""
+        """No effect: `sync` makes the bytes durable, for all extents of a commit in one step."""
 
     async def read(
         self,
@@ -193,9 +192,9 @@ class SsdTier:
     def sync(self) -> None:
         """Flush the files written since the last sync. Called on any thread, before their records' commit.
 
-        Raises StorageFailed; the file then counts as written still.
+        Raises StorageFailed; the file then still needs a flush.
         """
-        with self._sync_lock:  # Nobody may take a flush that still runs for one that is done.
+        with self._sync_lock:  # A second caller must not return while a flush still runs.
             for number in sorted(self._touched):
                 self._touched.discard(number)  # Before the flush: a write during it is not covered by it.
                 try:
@@ -227,7 +226,7 @@ class _File:
 
     @property
     def refusing_because(self) -> str:
-        """Why the last write or flush failed; empty once one succeeded again."""
+        """Why the last write or flush failed; empty after one that succeeded."""
         return self._write_refused or self._flush_refused
 
     def read(self, into: memoryview, position: int) -> None:
@@ -256,7 +255,7 @@ class _File:
         self._flush_refused = ""
 
     def _transfer(self, call: _Call, data: memoryview, position: int) -> None:
-        """Move all of `data`. Calls may move less: the next one goes on, past the page cache from a whole page."""
+        """Move all of `data`. A call may move less; the next one continues, with direct I/O from a page boundary."""
         done = 0
         while done < len(data):
             count = call(self._fd, [data[done:]], PAGE_BYTES + position + done)
@@ -274,7 +273,7 @@ class _File:
         os.close(self._fd)
 
     def _try_direct(self) -> None:
-        """Go past the page cache where reading and writing back the header's page that way works."""
+        """Use direct I/O if the header's page can be read and written back with it."""
         try:
             fd = self._calls.open(self._path, os.O_RDWR | os.O_DIRECT)
         except OSError:
@@ -295,7 +294,7 @@ class _File:
 
 
 def is_missing(path: Path) -> bool:
-    """Whether there is no such file. Raises OSError where that cannot be told."""
+    """Whether the file does not exist. Raises OSError if that cannot be determined."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -304,7 +303,7 @@ def is_missing(path: Path) -> bool:
 
 
 class Origin(NamedTuple):
-    """What an SSD file was made for: file `number` of `of` of a store."""
+    """The identity of an SSD file: file `number` of `of` of a store."""
 
     store_id: bytes
     number: int
@@ -312,7 +311,7 @@ class Origin(NamedTuple):
 
 
 def origin_of(path: Path) -> Origin | None:
-    """None where it is no SSD file of this version. Raises OSError."""
+    """None if it is not an SSD file of this version. Raises OSError."""
     with path.open("rb") as file:
         data = file.read(_HEADER.size)
     if len(data) < _HEADER.size or not data.startswith(_MAGIC):
@@ -322,7 +321,7 @@ def origin_of(path: Path) -> Origin | None:
 
 
 def _create(path: Path, header: bytes, size: int, calls: FileCalls) -> None:
-    """Allocate whole or not at all: under another name until every block is the file's own."""
+    """Allocate the file completely or not at all: it has another name until all its blocks are allocated."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     fd = calls.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
@@ -344,7 +343,7 @@ def _create(path: Path, header: bytes, size: int, calls: FileCalls) -> None:
 
 
 def _sync_directory(path: Path) -> None:
-    """Make a new name as durable as the bytes behind it."""
+    """Make a new name in the folder durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -1,8 +1,7 @@
-"""Clients that write into the arena in place, as the files beside it tell: who may be writing, and where.
+"""The files beside the arena that name the clients which may be writing in place, and where.
 
-A client holds an flock on its file for as long as it may write; the kernel drops it with the process,
-across PID namespaces too. The daemon notes in that file what it has lent. ``kvservice_api/arena.py``
-has the format.
+A client holds an flock on its file as long as it may write; the kernel releases it with the process, also across PID
+namespaces. The daemon notes the client's reserved extents in that file. ``kvservice_api/arena.py`` has the format.
 """
 
 from __future__ import annotations
@@ -19,19 +18,19 @@ from kvservice_api.image import PAGE_BYTES
 
 
 class Writer:
-    """One client's file. What is noted there survives the daemon."""
+    """One client's file. Its notes survive the daemon."""
 
     def __init__(self, path: Path, fd: int) -> None:
         """Use `open` or `left_behind`."""
         self._path = path
         self._fd = fd
-        self._places: dict[Extent, int] = {}  # Extent -> where in the file it is noted.
+        self._places: dict[Extent, int] = {}  # Extent -> the place of its note in the file.
         self._free: list[int] = []
         self._end = WRITER_HEADER_BYTES
 
     @classmethod
     def open(cls, directory: Path, client_id: bytes, arena_id: bytes) -> Writer:
-        """The file of a client that asks to write.
+        """The file of a client that requests to write.
 
         Raises NoWriterLock if no client holds its lock, NotShared if there is no space for a note.
         """
@@ -55,7 +54,7 @@ class Writer:
 
     @classmethod
     def left_behind(cls, directory: Path, arena_id: bytes) -> Iterator[Writer]:
-        """Those of an earlier daemon's clients that may still be writing, with what was noted for them."""
+        """The files of an earlier daemon's clients that may still be writing, with their notes."""
         for path in sorted(filter(Path.is_file, directory.iterdir())) if directory.exists() else ():
             writer = cls(path, os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW))
             if writer.remove_if_unlocked():
@@ -66,13 +65,13 @@ class Writer:
             yield writer
 
     def check_locked(self) -> None:
-        """Raises NoWriterLock where the client, or whoever has its lock, is gone."""
+        """Raises NoWriterLock if no process holds the client's lock any more."""
         if self._lock():
             fcntl.flock(self._fd, fcntl.LOCK_UN)
             raise NoWriterLock(f"no client holds the lock of {self._path}")
 
     def note(self, extent: Extent) -> None:
-        """The client may write here from now on. Raises NotShared where there is no space for the note."""
+        """Note an extent that the client may write from now on. Raises NotShared if there is no space for the note."""
         place = self._free[-1] if self._free else self._end
         try:
             os.pwrite(self._fd, WRITER_NOTE.pack(extent.offset_bytes, extent.size_bytes), place)
@@ -85,7 +84,7 @@ class Writer:
         self._places[extent] = place
 
     def forget(self, extent: Extent) -> None:
-        """The client has said that it writes here no more."""
+        """Delete the note of an extent that the client does not write any more."""
         place = self._places.pop(extent, None)
         if place is not None:
             os.pwrite(self._fd, WRITER_NOTE.pack(0, 0), place)
@@ -93,11 +92,11 @@ class Writer:
 
     @property
     def extents(self) -> list[Extent]:
-        """What the client may be writing."""
+        """The extents that the client may be writing."""
         return list(self._places)
 
     def remove_if_unlocked(self) -> bool:
-        """Whether the client is gone for good: then its file goes too, and what was noted is free."""
+        """Whether the client has released its lock. Then the file is deleted too, and the noted extents are free."""
         if not self._lock():
             return False
         self._path.unlink(missing_ok=True)
@@ -105,7 +104,7 @@ class Writer:
         return True
 
     def close(self) -> None:
-        """Leave the file to the next daemon."""
+        """Close the file, and keep it for the next daemon."""
         os.close(self._fd)
 
     def _lock(self) -> bool:

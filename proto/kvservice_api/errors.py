@@ -228,7 +228,7 @@ class StorageFailed(KVError, code=Code.UNAVAILABLE):
 
 
 class Draining(KVError, code=Code.UNAVAILABLE):
-    """The daemon is stopping and takes no new saves."""
+    """The daemon is stopping and accepts no new saves."""
 
 
 class DaemonUnavailable(KVError, code=Code.UNAVAILABLE):

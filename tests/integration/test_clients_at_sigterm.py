@@ -62,7 +62,7 @@ def test_what_runs_at_sigterm_completes_while_new_saves_are_refused(new_daemon: 
         until(lambda: wire.status().state == "draining")
         health = health_pb2_grpc.HealthStub(wire.channel).Check(health_pb2.HealthCheckRequest())
         assert health.status == health_pb2.HealthCheckResponse.NOT_SERVING
-        with refused(Draining, "the daemon is stopping and takes no new saves"):
+        with refused(Draining, "the daemon is stopping and accepts no new saves"):
             wire.save(Upload.of(wire, SMALL, after).messages())
         with Client(daemon.address) as client, pytest.raises(Draining):
             save(client, SMALL, after)

@@ -21,7 +21,7 @@ def test_shared_memory_smaller_than_asked_for_means_a_smaller_tier(tmp_path: Pat
         DaemonProcess(tmp_path, dram__path=shared_memory, dram__capacity_bytes=256 * MIB) as daemon,
         daemon.client() as client,
     ):
-        daemon.wait_for_log("the DRAM tier stays smaller than asked for")
+        daemon.wait_for_log("the DRAM tier stays smaller than configured")
         status = client.admin.status()
         assert 12 * MIB < status.dram.capacity_bytes < 24 * MIB
         chains = [new_chain(LARGE, 4) for _ in range(60)]  # 46 MiB.

@@ -43,7 +43,7 @@ def test_a_memory_limit_below_the_dram_tier_makes_a_smaller_tier_which_may_be_fi
         command = [sys.executable, "-c", "from kvservice_client.cli import main; main()", "status"]
         environment = {**os.environ, "KVCTL_ADDRESS": daemon.address}
         shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, env=environment).stdout
-        assert "DRAM is smaller than asked for" in " ".join(shown.split())
+        assert "DRAM is smaller than configured" in " ".join(shown.split())
         assert str(group.limit_file) in "".join(shown.split())
 
         chains = [new_chain(LARGE, 64) for _ in range(24)]  # 288 MiB: more than the tier has, less than the SSD's.

@@ -115,11 +115,11 @@ def test_blocks_that_dram_has_no_room_for_are_streamed(new_daemon: NewDaemon) ->
         before = client.stats()
         with blocks.lookup(chain) as lease:
             compare(lease, LARGE, chain)
-            with pytest.raises(NotShared, match="no room"):
+            with pytest.raises(NotShared, match="no space"):
                 lease.view()
         after = client.stats()
         assert after.loaded_bytes["grpc"] > before.loaded_bytes.get("grpc", 0)
-        assert "no room" in after.shm_refused_because
+        assert "no space" in after.shm_refused_because
 
 
 def test_blocks_that_several_ranks_saved_are_streamed(daemon: DaemonProcess) -> None:

@@ -32,7 +32,7 @@ def status(address: Address = DEFAULT_ADDRESS, timeout: Timeout = 5.0, as_json: 
     for name, tier in (("DRAM", answer.dram), ("SSD", answer.ssd)):
         if tier.short_because:
             sizes = f"{output.size(tier.capacity_bytes)} instead of {output.size(tier.configured_bytes)}"
-            console.print(f"[yellow]{name} is smaller than asked for, {sizes}:[/] {escape(tier.short_because)}")
+            console.print(f"[yellow]{name} is smaller than configured, {sizes}:[/] {escape(tier.short_because)}")
         if tier.refusing_because:
             console.print(f"[bold red]{name} takes no new blocks:[/] {escape(tier.refusing_because)}")
     if answer.set_aside_extents:

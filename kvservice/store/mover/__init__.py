@@ -1,1 +1,1 @@
-"""Moves copies between tiers: makes room, copies up, copies down."""
+"""Moves copies between tiers: eviction, promotion and write-behind."""

@@ -1,4 +1,4 @@
-"""Frees space in a tier: evicts what the policy values least, when a reservation needs it and ahead of need."""
+"""Frees space in a tier: evicts the blocks with the policy's lowest scores, on demand and in advance."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kvservice_api.errors import StorageFailed, TierFull
 
 log = logging.getLogger(__name__)
 
-_RANK_IN_THREAD_ROWS = 50_000  # Ranking more rows than this would keep the event loop for too long.
+_RANK_IN_THREAD_ROWS = 50_000  # Ranking more rows than this would block the event loop for too long.
 _VICTIMS_AHEAD = 1024
 _VICTIMS_AT_A_TIME = 128
 _SHED_BLOCKS_MIN, _SHED_PART = 256, 64
@@ -35,16 +35,16 @@ class Watermarks:
 
 
 class Cleaner(Protocol):
-    """Turns blocks that only DRAM holds into ones that may leave for nothing: the write-behind."""
+    """Copies blocks to the next slower tier, so that their eviction loses nothing: the write-behind."""
 
     def is_progressing(self) -> bool:
-        """Whether waiting will help."""
+        """Whether a wait can free space."""
 
     def is_writing(self) -> bool:
         """Whether writes are running. Each holds its block until it ends, also when it fails."""
 
     async def wait_for_one(self) -> None:
-        """Wait until one more block is written, or failed to be."""
+        """Wait until the write of one more block has succeeded or failed."""
 
 
 class Evictor:
@@ -73,14 +73,14 @@ class Evictor:
         self._taken = asyncio.Event()
 
     def start(self, cleaner: Cleaner | None) -> None:
-        """Keep free space between the watermarks from now on. Without a cleaner there is no SSD tier."""
+        """Keep free space between the watermarks from now on. A store without an SSD tier has no cleaner."""
         self._cleaner = cleaner
-        self._tasks.start(self._keep_free(), "keep room free")
+        self._tasks.start(self._keep_free(), "keep space free")
 
     async def reserve(self, tier: TierName, size_bytes: int, *, wait_s: float | None = None) -> Extent:
-        """Space in `tier`, evicting others where needed. Raises TierFull where nothing may leave in time.
+        """Reserve space in `tier`, with evictions if needed. Raises TierFull if nothing may be evicted in time.
 
-        Who waits is served in the order of asking: a large block would starve behind small ones else.
+        Waiting callers are served in order; otherwise smaller blocks would starve a large one.
         """
         space = self._lifecycle.tiers[tier]
         self._taken.set()
@@ -95,15 +95,16 @@ class Evictor:
             async with self._clock.timeout(wait_s), self._locks[tier]:
                 return await self._reserve_in_turn(tier, size_bytes)
         except TimeoutError as error:
-            raise TierFull(f"no space came free in the {tier} tier in {wait_s:g} s", tier=tier) from error
+            raise TierFull(f"no space became free in the {tier} tier in {wait_s:g} s", tier=tier) from error
         finally:
             self._waiting[tier] -= 1
 
-    def shed(self, tier: TierName) -> None:
-        """Begin to evict a small part of a tier whose index is full: their number counts then, not their size."""
+    def trim_index(self, tier: TierName) -> None:
+        """Begin to evict a small part of a tier whose index is full: there the number of blocks counts, not their
+        size."""
         if not self._shedding[tier]:
             self._shedding[tier] = True
-            self._tasks.start(self._shed(tier), "make room in an index")
+            self._tasks.start(self._shed(tier), "free space in an index")
 
     async def _shed(self, tier: TierName) -> None:
         missing = max(_SHED_BLOCKS_MIN, int(np.count_nonzero(self._blocks.resident(tier))) // _SHED_PART)
@@ -116,7 +117,7 @@ class Evictor:
                     return
                 missing -= len(rows)
         except StorageFailed as error:
-            log.warning("no room could be made in the index of %s: %s", tier, error.message)
+            log.warning("no space could be freed in the index of %s: %s", tier, error.message)
         finally:
             self._shedding[tier] = False
 
@@ -129,7 +130,7 @@ class Evictor:
                     raise
 
     async def _make(self, tier: TierName, size_bytes: int) -> bool:
-        """Evict at least `size_bytes`, or wait for space to come. False where neither is possible."""
+        """Evict at least `size_bytes`, or wait for space. Returns False if neither is possible."""
         if await self._lifecycle.tiers[tier].grown():
             return True
         if rows := await self._choose(tier, size_bytes):
@@ -142,13 +143,14 @@ class Evictor:
         return False
 
     def _has_held(self, tier: TierName) -> bool:
-        """Whether some block could be evicted once the I/O that holds it has ended."""
+        """Whether some block could be evicted after the I/O that holds it has ended."""
         blocks = self._blocks
         end = blocks.row_end
         return bool((blocks.resident(tier) & (blocks.leases[:end] == 0) & (blocks.holds[:end] > 0)).any())
 
     async def _choose(self, tier: TierName, size_bytes: int) -> list[int]:
-        """Rows to evict, worth `size_bytes` together, or fewer: no more than one turn of the event loop can take."""
+        """Rows to evict, of `size_bytes` in total, or fewer: at most as many as fit into one iteration of the event
+        loop."""
         blocks, queue = self._blocks, self._victims[tier]
         chosen: dict[int, None] = {}
         chosen_bytes = 0
@@ -165,7 +167,7 @@ class Evictor:
                 if extent is not None and row not in chosen and self._may_leave(row, tier):
                     chosen[row] = None
                     chosen_bytes += extent.size_bytes
-        return [row for row in chosen if self._may_leave(row, tier)]  # Ranking may have awaited.
+        return [row for row in chosen if self._may_leave(row, tier)]  # The ranking may have awaited.
 
     def _may_leave(self, row: int, tier: TierName) -> bool:
         blocks = self._blocks
@@ -173,12 +175,12 @@ class Evictor:
         return free and not blocks.pin_keeps(row, tier, self._clock.wall_ms())
 
     async def _rank(self, tier: TierName) -> bool:
-        """Fill the queue of victims, the least valuable first. False where there is none."""
+        """Fill the queue of victims, the lowest score first. Returns False if there is none."""
         blocks = self._blocks
         end = blocks.row_end
         free = blocks.resident(tier) & blocks.live[:end] & (blocks.leases[:end] == 0) & (blocks.holds[:end] == 0)
         pinned = blocks.pinned(self._clock.wall_ms())
-        rows = np.flatnonzero(free & blocks.resident_slower(tier))  # These leave without loss.
+        rows = np.flatnonzero(free & blocks.resident_slower(tier))  # Their eviction loses nothing.
         cleaner = self._cleaner if tier == blocks.first_tier else None
         if not len(rows) and not (cleaner is not None and cleaner.is_progressing()):
             free &= ~pinned
@@ -202,10 +204,10 @@ class Evictor:
                 try:
                     await self._free_up(tier, marks)
                 except StorageFailed as error:
-                    log.warning("no room could be kept free in %s: %s", tier, error.message)
+                    log.warning("space could not be kept free in %s: %s", tier, error.message)
 
     async def _free_up(self, tier: TierName, marks: Watermarks) -> None:
-        """From below the low watermark up to the high one, without losing a block: nobody needs the space yet."""
+        """Evict from the low watermark up to the high one, without losing a block, because no reservation waits."""
         space = self._lifecycle.tiers[tier]
         until = marks.low
         while True:
@@ -223,7 +225,7 @@ class Evictor:
 
 
 def _lowest(policy: Policy[BlockTable], blocks: BlockTable, rows: Rows, tier: TierName, now_s: float) -> Rows:
-    """The rows of least retention, lowest first; not all of them, where there are many."""
+    """The rows with the lowest scores, the lowest first; if there are many, not all of them."""
     worth = policy.retention(blocks, rows, tier, now_s)
     if len(rows) > _VICTIMS_AHEAD:
         part = np.argpartition(worth, _VICTIMS_AHEAD)[:_VICTIMS_AHEAD]

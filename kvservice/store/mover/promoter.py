@@ -33,8 +33,8 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _PIECE_BYTES = 1 << 20
-_ROWS_A_TURN = 64  # A millisecond of the event loop.
-_ROOM_WAIT_S = 0.2  # After this time, reading past DRAM is faster for a load than waiting.
+_ROWS_A_TURN = 64  # They take a millisecond of the event loop.
+_ROOM_WAIT_S = 0.2  # After this time, a load reads from the slower tier instead of waiting for space in DRAM.
 
 
 class PendingPromotion:
@@ -52,7 +52,7 @@ class PendingPromotion:
         self.row = row
         self.generation = generation
         self.geometry = geometry
-        self.tier = tier  # The copy that is read.
+        self.tier = tier  # The tier whose copy is read.
         self.pieces = image_check.cut(geometry, _PIECE_BYTES)
         self.extent = extent
         self.image = image
@@ -133,7 +133,7 @@ class Promoter:
 
     @asynccontextmanager
     async def promoting(self, rows: Sequence[int]) -> AsyncIterator[dict[int, PendingPromotion]]:
-        """Promote the rows that are only in slower tiers, and keep their images in place until the block is left.
+        """Promote the rows that are only in slower tiers, and keep their images in place until the context is left.
 
         Yields a promotion per row, but none for rows in DRAM and for rows that DRAM has no space for.
         """
@@ -172,8 +172,8 @@ class Promoter:
                     try:
                         begun.append(await self._reserve(row))
                     except (TierFull, StorageFailed) as error:
-                        log.debug("no room to promote: %s", error.message)
-                        break  # The later rows will not fit either: loads read them past DRAM.
+                        log.debug("no space to promote: %s", error.message)
+                        break  # The later rows will not fit either: loads read them from the slower tier.
                 if row in self._pending:
                     found[row] = self._pending[row]
         finally:
@@ -284,7 +284,7 @@ class Promoter:
             await self._lifecycle.quarantine(pending.row, pending.generation, pending.tier, error.details["damaged"])
 
     async def _end(self, pending: PendingPromotion) -> None:
-        """Make the block resident in DRAM, or give its space back."""
+        """Make the block resident in DRAM, or release its space."""
         row, blocks = pending.row, self._blocks
         placed = False
         try:
@@ -292,14 +292,14 @@ class Promoter:
                 await self._lifecycle.wait_record_deletes([blocks.object_key_of(row)])
                 if not blocks.live[row]:
                     raise BlockNotFound("the block was discarded while it was promoted")
-                placed = True  # From here on `place` owns the extent.
+                placed = True  # `place` owns the extent from here on.
                 await self._lifecycle.place([row], blocks.first_tier, [pending.extent], pending.unread)
                 blocks.verified[row] = blocks.is_resident(row, blocks.first_tier)
                 self._counters.promoted_blocks += 1
                 self._counters.promoted_bytes += pending.geometry.image_bytes
         except KVError as error:
-            # The bytes are right all the same, so loads may go on reading them.
-            log.debug("a promoted block got no record: %s", error.message)
+            # The bytes are right, so loads may continue to read them.
+            log.debug("the record of a promoted block was not written: %s", error.message)
         finally:
             del self._pending[row]
             pending.done.set()

@@ -1,4 +1,4 @@
-"""Write-behind: gives every block in DRAM its SSD copy soon, so that leaving DRAM costs no I/O.
+"""Write-behind: copies every block in DRAM to SSD soon, so that its eviction from DRAM needs no I/O.
 
 Bytes of several blocks are written at a time, and blocks whose
 bytes are written share index commits.
@@ -32,15 +32,15 @@ from kvservice_api.image import BlockGeometry, Trailer
 log = logging.getLogger(__name__)
 
 _PIECE_BYTES = 4 << 20
-_UNRECORDED_MAX = 1024  # Blocks whose bytes are written and whose commit is still to come.
-# A commit flushes the disk's cache, and writes stall meanwhile: nobody waiting, many blocks share one.
+_UNRECORDED_MAX = 1024  # Blocks with written bytes and without a committed record.
+# A commit flushes the disk's cache, and stalls writes. So many blocks share a commit if no save waits.
 _COMMIT_AFTER_S = 0.2
 _COMMIT_AFTER_BYTES = 512 << 20
-_AWAITED_AT_ONCE = 16  # To begin or end a write takes a tenth of a millisecond of the event loop.
+_AWAITED_AT_ONCE = 16  # The begin and the end of a write take a tenth of a millisecond of the event loop.
 _ENDED_A_TURN = 32
 _PAUSE_AFTER_FAILURE_S = 1.0
-_TRY_AGAIN_S = 30.0  # Where SSD had no space that could be made.
-_TRY_AGAIN_SHED_S = 5.0  # Where its index had none, and some is being made.
+_TRY_AGAIN_S = 30.0  # If SSD had no space, and none could be freed.
+_TRY_AGAIN_SHED_S = 5.0  # If its index had no space, while some is being freed.
 
 
 class WriteBehind:
@@ -72,20 +72,20 @@ class WriteBehind:
         self._writes_in_flight = writes_in_flight
         self._queue: deque[tuple[int, int]] = deque()  # (row, generation)
         self._queued = asyncio.Event()
-        self._pending = 0  # Queued or under way.
+        self._pending = 0  # Queued or running.
         self._writing: dict[tuple[int, int], asyncio.Task[None]] = {}
         self._unrecorded = asyncio.Semaphore(_UNRECORDED_MAX)
         self._progress = asyncio.Condition()
         self._copied: list[_Copied] = []
         self._copied_bytes = 0
         self._failing_because = ""
-        self._awaited = 0  # Saves that wait for their blocks to be on SSD.
+        self._awaited = 0  # Saves that wait for the SSD copies of their blocks.
         self._awaited_writes = asyncio.Semaphore(_AWAITED_AT_ONCE)
         self._some_copied = asyncio.Event()
         self._enough_copied = asyncio.Event()
 
     def start(self) -> None:
-        """Queue what an earlier daemon left unwritten, oldest first, and begin to work."""
+        """Queue the blocks that an earlier daemon did not write, the oldest first, and start."""
         blocks = self._blocks
         unwritten = blocks.resident(self._above) & ~blocks.resident(self._below) & blocks.live[: blocks.row_end]
         rows = np.flatnonzero(unwritten)
@@ -101,7 +101,8 @@ class WriteBehind:
         self._queued.set()
 
     async def written(self, row: int) -> None:
-        """Wait until the block is on SSD and recorded there, as soon as possible. Raises why it can't be."""
+        """Write the block to SSD with priority, and wait until it is recorded there. Raises the reason if that
+        fails."""
         self._awaited += 1
         self._enough_copied.set()
         try:
@@ -109,23 +110,23 @@ class WriteBehind:
                 async with self._awaited_writes:
                     copied = asyncio.Event()
                     writing = self._begin(row, copied)
-                    await copied.wait()  # Not until it is recorded: many blocks share one commit.
+                    await copied.wait()  # Not the commit of its record: many blocks share one commit.
                 await asyncio.shield(writing)
         finally:
             self._awaited -= 1
 
     @property
     def pending(self) -> int:
-        """Blocks that are queued or under way."""
+        """The number of queued and running writes."""
         return self._pending
 
     @property
     def failing_because(self) -> str:
-        """Why nothing can be written just now; empty while it can."""
+        """Why writes fail now; empty while they succeed."""
         return self._failing_because
 
     async def idle(self) -> None:
-        """Wait until nothing is left to write."""
+        """Wait until no block is left to write."""
         async with self._progress:
             await self._progress.wait_for(lambda: not self._pending)
 
@@ -154,25 +155,25 @@ class WriteBehind:
             copied = asyncio.Event()
             writing = self._begin(row, copied)
             self._tasks.start(self._finish_queued(writing, row, generation), "end of a write-behind")
-            await copied.wait()  # Not until it is recorded: many blocks share one commit.
+            await copied.wait()  # Not the commit of its record: many blocks share one commit.
 
     def _is_wanted(self, row: int, generation: int) -> bool:
-        """Whether the queued block is still there, and shall have a copy on SSD."""
+        """Whether the queued block is still stored, and needs a copy on SSD."""
         same = self._blocks.generation[row] == generation and bool(self._blocks.live[row])
         return same and self._policy.wants_on_ssd(self._blocks, row, self._clock.monotonic_s())
 
     async def _finish_queued(self, writing: asyncio.Task[None], row: int, generation: int) -> None:
-        """Wait for a queued write; where it failed and may yet succeed, queue it again."""
+        """Wait for a queued write. If it failed and may succeed later, queue it again."""
         try:
             await writing
             self._note_failure("")
         except (BlockNotFound, ChecksumMismatch):
             pass  # Gone.
         except (TierFull, IndexFull) as error:
-            # Meanwhile it may leave DRAM like any other: waiting for it would help nobody.
+            # Meanwhile it may be evicted from DRAM like any other block, because a wait would not help.
             again_s = _TRY_AGAIN_S
             if isinstance(error, IndexFull):
-                self._evictor.shed(self._below)
+                self._evictor.trim_index(self._below)
                 again_s = _TRY_AGAIN_SHED_S
             asyncio.get_running_loop().call_later(again_s, self._add_again, row, generation)
         except KVError as error:
@@ -189,7 +190,7 @@ class WriteBehind:
             self.add([row])
 
     def _note_failure(self, why: str) -> None:
-        """While writes or their commits fail, blocks are tried one by one; the log hears of it once."""
+        """While writes or their commits fail, blocks are tried one by one. Logs the first failure only."""
         if why and not self._failing_because:
             log.warning("blocks cannot be written to SSD; trying again: %s", why)
         elif self._failing_because and not why:
@@ -202,7 +203,7 @@ class WriteBehind:
             self._progress.notify_all()
 
     def _begin(self, row: int, copied: asyncio.Event | None = None) -> asyncio.Task[None]:
-        """The write of this row: a new one, or the one that runs."""
+        """The write of this row: a new one, or the running one."""
         mark = (row, int(self._blocks.generation[row]))
         writing = self._writing.get(mark)
         if writing is None:
@@ -228,7 +229,7 @@ class WriteBehind:
             if trailer is None:
                 raise ChecksumMismatch("the trailer was damaged in DRAM before the block was written")
             extent, flush_failures = await self._copy(image, geometry, trailer)
-            blocks.verified[row] = True  # Held, so it is still this copy.
+            blocks.verified[row] = True  # It is held, so it is still this copy.
             if copied is not None:
                 copied.set()
             await self._record(row, extent, flush_failures)
@@ -241,7 +242,7 @@ class WriteBehind:
             self._lifecycle.unhold([row])
 
     async def _copy(self, image: memoryview, geometry: BlockGeometry, trailer: Trailer) -> tuple[Extent, int]:
-        """The copy's place, and how often its file had failed to be flushed before."""
+        """The copy's place, and how many flushes of its file had failed before."""
         extent = await self._evictor.reserve(self._below, geometry.image_bytes)
         flush_failures = self._ssd.flush_failures(extent)
         with _released_on_error(self._ssd, extent):
@@ -259,12 +260,12 @@ class WriteBehind:
         return extent, flush_failures
 
     async def _record(self, row: int, extent: Extent, flush_failures: int) -> None:
-        """Wait until the index names the extent. Releases it where that cannot be."""
+        """Wait until the index names the extent. Releases the extent if that fails."""
         copied = _Copied(row, extent, flush_failures, asyncio.get_running_loop().create_future())
         self._copied.append(copied)
         self._some_copied.set()
         self._copied_bytes += extent.size_bytes
-        # The last ones, or someone waits, or they are many: no reason to wait for more.
+        # Commit now if these are the last blocks, or a save waits, or they are many.
         last = not self._queue and len(self._writing) <= len(self._copied)
         if self._awaited or last or self._copied_bytes >= _COMMIT_AFTER_BYTES:
             self._enough_copied.set()
@@ -284,7 +285,7 @@ class WriteBehind:
     async def _record_batch(self, batch: list[_Copied]) -> None:
         try:
             await self._lifecycle.wait_record_deletes([self._blocks.object_key_of(copied.row) for copied in batch])
-        except Exception as error:  # Whatever it is, somebody waits to hear of it.
+        except Exception as error:  # Any error: the saves that wait must get it.
             self._give_up(batch, error)
             return
         gone = [copied for copied in batch if not self._blocks.live[copied.row]]
@@ -296,7 +297,7 @@ class WriteBehind:
 
         def check() -> None:
             if any(self._ssd.flush_failures(copied.extent) != copied.flush_failures for copied in batch):
-                raise StorageFailed("a file was not flushed after blocks were written to it; they are written anew")
+                raise StorageFailed("a file was not flushed after blocks were written to it; they are written again")
 
         try:
             await self._lifecycle.place(rows, self._below, extents, check=check)
@@ -306,13 +307,13 @@ class WriteBehind:
         else:
             for count, copied in enumerate(batch):
                 if count % _ENDED_A_TURN == 0:
-                    await self._loop_budget.slot()  # Each has something to do once it is recorded.
+                    await self._loop_budget.slot()  # Each write continues once its block is recorded.
                 if not copied.recorded.done():
                     copied.recorded.set_result(None)
 
     def _give_up(self, batch: list[_Copied], error: Exception) -> None:
         for copied in batch:
-            self._ssd.release(copied.extent)  # No record names it.
+            self._ssd.release(copied.extent)  # No record names the extent.
             copied.fail(error)
 
 
@@ -322,11 +323,11 @@ class _Copied:
 
     row: int
     extent: Extent
-    flush_failures: int  # Of its file, from before the first write.
+    flush_failures: int  # Of its file, before the first write.
     recorded: asyncio.Future[None]
 
     def fail(self, error: Exception) -> None:
-        if not self.recorded.done():  # As where its write was cancelled.
+        if not self.recorded.done():  # For example, its write was cancelled.
             self.recorded.set_exception(error)
 
 
@@ -335,5 +336,5 @@ def _released_on_error(ssd: SsdTier, extent: Extent) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        ssd.release(extent)  # No record names it yet.
+        ssd.release(extent)  # No record names the extent yet.
         raise

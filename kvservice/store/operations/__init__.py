@@ -1,1 +1,1 @@
-"""What operators ask for: explain, pin, drain, scrub, and what was requested."""
+"""The operators' verbs: explain, pin, drain and scrub; and the log of requests."""

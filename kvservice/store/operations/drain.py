@@ -1,6 +1,6 @@
-"""Drain: no new saves, what runs may end, and what only DRAM holds gets its copy on SSD.
+"""Drain: refuses new saves, lets running ones end, and writes the blocks that are only in DRAM to SSD.
 
-Reads go on: an operator drains a daemon before its host is switched off, and its clients read until then.
+Loads continue: an operator drains a daemon before its host is switched off, and clients read until then.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _ROWS_A_TURN = 1024
 
 @dataclass(frozen=True, slots=True)
 class DrainProgress:
-    """Counts of blocks, but for `only_in_dram_bytes`. `waiting_because` is why they are not written just now."""
+    """Counts of blocks, except `only_in_dram_bytes`. `waiting_because` is why they cannot be written now."""
 
     uploads: int
     loads: int
     only_in_dram: int
     only_in_dram_bytes: int
-    unwritten: int  # Of those only in DRAM: still to be written. The policy wants no copy of the others.
+    unwritten: int  # The part of those that is still to be written. The policy wants no copy of the others.
     waiting_because: str
     done: bool
 
 
 class Drain:
-    """`is_draining` says that no save may begin."""
+    """While `is_draining`, no save may begin."""
 
     def __init__(
         self,
@@ -60,12 +60,12 @@ class Drain:
     # When the daemon stops
 
     def begin_stop(self) -> None:
-        """Refuse saves for good. What only DRAM holds stays there: it is found at the next start."""
+        """Refuse saves permanently. Blocks that are only in DRAM stay there, and the next start finds them."""
         self.is_draining = self._stopping = True
 
     @property
-    def word(self) -> str:
-        """What the daemon is doing, while it drains."""
+    def state_name(self) -> str:
+        """The daemon's state while it drains."""
         return "stopping" if self._stopping else "draining"
 
     async def quiet(self) -> None:
@@ -76,23 +76,23 @@ class Drain:
     # When an operator asks
 
     def begin(self, caller: Caller) -> None:
-        """Refuse saves, and write what only DRAM holds once those that run have ended. Once more does no harm."""
+        """Refuse saves, and after the end of running ones write the blocks that are only in DRAM. Idempotent."""
         self.is_draining = True
         if self._writing is None or self._writing.done():
             self._writing = self._tasks.start(self._write_all(), "drain")
 
     def undo(self, caller: Caller) -> DrainProgress:
-        """Take saves again; how far it had come. Raises Draining where the daemon itself is stopping."""
+        """Accept saves again. Returns the progress. Raises Draining if the daemon itself is stopping."""
         if self._stopping:
             raise Draining("the daemon is stopping: that cannot be undone")
         self.is_draining = False
         if self._writing is not None:
             self._writing.cancel()
-            self._writing = None  # A drain that begins before it has ended starts another one.
+            self._writing = None  # A drain that begins before this task has ended starts another task.
         return self._progress(True)
 
     async def progress(self, caller: Caller) -> AsyncGenerator[DrainProgress, None]:
-        """How far it is, about twice a second, and a last one with `done`; without, where it was undone."""
+        """The progress, about twice per second; the last one has `done`, unless the drain was undone."""
         while True:
             writing = self._writing
             if not self.is_draining or writing is None:
@@ -110,7 +110,7 @@ class Drain:
         if self._write_behind is None:
             return
         rows = self._only_in_dram()
-        for start in range(0, len(rows), _ROWS_A_TURN):  # Also those that failed before: they are tried at once.
+        for start in range(0, len(rows), _ROWS_A_TURN):  # Blocks whose writes failed before are tried again at once.
             self._write_behind.add(rows[start : start + _ROWS_A_TURN].tolist())
             await asyncio.sleep(0)
         await self._write_behind.idle()

@@ -1,4 +1,4 @@
-"""Why a block is where it is, and why a request was a miss: from the table, the history and the requests."""
+"""Explains where a block is, and why a request was a miss, from the block table, the history and the requests."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from kvservice_api.layout import LayerGroup, Layout, Rotary
 
 
 class Arrival(Enum):
-    """How a copy came to a tier."""
+    """How a copy got into a tier."""
 
     SAVED = auto()
     PROMOTED = auto()
     WRITTEN_BEHIND = auto()
-    KEPT = auto()  # It was there when the daemon started.
+    KEPT = auto()  # It was stored when the daemon started.
 
 
 class TierPlace(NamedTuple):
-    """A copy of an object. `since_ms` is 0 where it was there at the daemon's start."""
+    """A copy of an object. `since_ms` is 0 if it was stored before the daemon's start."""
 
     tier: TierName
     arrival: Arrival
@@ -39,7 +39,7 @@ class TierPlace(NamedTuple):
 class Miss(Enum):
     """Why a block is a miss."""
 
-    NEVER_STORED = auto()  # As far as is remembered.
+    NEVER_STORED = auto()  # In the time that the history covers.
     DROPPED_AT_SAVE = auto()
     EVICTED = auto()
     EXPIRED = auto()
@@ -47,8 +47,8 @@ class Miss(Enum):
     QUARANTINED = auto()
     OTHER_LAYOUT = auto()
     LOST_IN_RESTART = auto()
-    NEVER_STORED_OR_LOST = auto()  # DRAM was emptied by a restart, and nothing says what had been in it.
-    IN_PART = auto()  # Other shards of it are stored.
+    NEVER_STORED_OR_LOST = auto()  # A restart emptied DRAM, and its former content is not known.
+    IN_PART = auto()  # Only other shards of it are stored.
     BEING_SAVED = auto()
 
 
@@ -67,19 +67,19 @@ assert set(_MISS_OF) == set(Reason)
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """Why a block was a miss, at one time. `event` is what happened to it last, where that is remembered."""
+    """Why a block was a miss, at one time. `event` is its last event in the history, if any."""
 
     key: bytes
     why: Miss
     event: MissEvent | None
     remembers_since_ms: int
     dram_emptied: Emptied | None
-    stored_since_ms: int = 0  # Of a request's miss: the block was stored after it; else 0.
+    stored_since_ms: int = 0  # For a request's miss: when the block was stored after it; else 0.
 
 
 @dataclass(frozen=True, slots=True)
 class OtherLayout:
-    """A layout of the same model under which blocks are stored, and the fields in which it differs: (theirs, asked)."""
+    """A layout of the same model with stored blocks, and the fields in which it differs: (stored, requested)."""
 
     layout: Layout
     differs: Mapping[str, tuple[str, str]]
@@ -87,7 +87,7 @@ class OtherLayout:
 
 @dataclass(frozen=True, slots=True)
 class ExplainedBlock:
-    """A block's stored shards, each with the places where it lies; why it is a miss, where it has none."""
+    """A block's stored shards with their places; or why it is a miss, if it has none."""
 
     shards: Sequence[tuple[BlockFacts, Sequence[TierPlace]]]
     events: Sequence[MissEvent]
@@ -99,13 +99,13 @@ class ExplainedBlock:
 class ExplainedLookup:
     record: LookupRecord
     layout: Layout
-    missing: Missing | None  # The first block that was not there; None where all were.
+    missing: Missing | None  # The first missing block; None if all were stored.
     other_layouts: Sequence[OtherLayout]
 
 
 @dataclass(frozen=True, slots=True)
 class ExplainedSession:
-    """`missing` is why the first slice that is not usable is a miss; None where all are usable."""
+    """`missing` is why the first unusable slice is a miss; None if all are usable."""
 
     history: SessionHistory
     missing: Missing | None
@@ -113,7 +113,7 @@ class ExplainedSession:
 
 @dataclass(frozen=True, slots=True)
 class ExplainedRequest:
-    """What is remembered of a request; `lookups_more` and `reports_more` were counted and not kept."""
+    """The record of a request; `lookups_more` and `reports_more` were counted, not kept."""
 
     lookups: Sequence[ExplainedLookup]
     lookups_more: int
@@ -140,26 +140,26 @@ class Explain:
         return self._index.dram_emptied
 
     def block(self, caller: Caller, key: bytes) -> ExplainedBlock:
-        """Where the block lies and what is remembered of it."""
+        """The block's places and its events."""
         rows, now_ms = self.rows(caller, key), self._clock.wall_ms()
         shards = [
             (block_facts(self._blocks, self._index.layouts, row, now_ms), self.places(caller, row)) for row in rows
         ]
         events, missing = self.events(caller, key), None if rows else self.missing(caller, key)
-        # With the history off it is the time of reading: the same in both.
+        # Without a history it is the time of this call; the same value for both uses.
         since_ms = self.remembers_since_ms if missing is None else missing.remembers_since_ms
         return ExplainedBlock(shards, events, missing, since_ms)
 
     def rows(self, caller: Caller, key: bytes) -> list[int]:
-        """The rows of a block's shards; none where it is not stored."""
+        """The rows of a block's shards; empty if it is not stored."""
         return list(self._blocks.shards_of(int(self._blocks.rows_of_keys([key])[0])))
 
     def events(self, caller: Caller, key: bytes) -> list[MissEvent]:
-        """What is remembered of a block, the newest first."""
+        """The events of a block, the newest first."""
         return self._history.of(key)
 
     def places(self, caller: Caller, row: int) -> list[TierPlace]:
-        """Where an object lies, since when, and how it came there."""
+        """The places of an object, since when, and how it got there."""
         blocks = self._blocks
         found = []
         for tier in blocks.tiers_of(row):
@@ -174,12 +174,12 @@ class Explain:
         return found
 
     def missing(self, caller: Caller, key: bytes, until_ms: int | None = None) -> Missing:
-        """Why the block is not there; with `until_ms` why it was not there then."""
+        """Why the block is missing; with `until_ms`, why it was missing at that time."""
         events = self._history.of(key, until_ms)
         event = next((event for event in events if event.last_copy), None)
         emptied = self._index.dram_emptied
         if event is not None:
-            # What its pin had kept until then, its pin's end has cost.
+            # It was evicted because its pin had ended.
             is_expired = event.reason is Reason.EVICTED and event.pin_ended_ms
             why = Miss.EXPIRED if is_expired else _MISS_OF[event.reason]
         elif until_ms is None and self._claims.waiting_for(key):

@@ -17,12 +17,12 @@ from kvservice_api.errors import InvalidRequest
 from kvservice_api.layout import Layout, Shard
 
 _PAGE_SIZE, _PAGE_SIZE_MAX = 100, 1000
-_ROWS_A_TURN = 64  # Of the event loop.
+_ROWS_A_TURN = 64  # Time on the event loop.
 
 
 @dataclass(frozen=True, slots=True)
 class BlockFacts:
-    """One stored object. Times are wall-clock milliseconds; `pinned_until_ms` is 0 where no pin keeps it now."""
+    """One stored object. Times are wall-clock milliseconds; `pinned_until_ms` is 0 without a pin."""
 
     key: bytes
     parent_key: bytes
@@ -59,7 +59,7 @@ def block_facts(blocks: BlockTable, layouts: Mapping[int, Layout], row: int, now
 
 
 class Listings:
-    """Lists in pages. A page token is a number of this daemon's life: rows and serial numbers last no longer."""
+    """Lists in pages. A page token is valid for one run of the daemon, as rows and serial numbers are."""
 
     def __init__(
         self, blocks: BlockTable, layouts: Mapping[int, Layout], sessions: Sessions, clock: Clock, boot_epoch: int
@@ -96,7 +96,7 @@ class Listings:
     async def sessions(
         self, caller: Caller, page_token: str, page_size: int, session_id: str, layout_id: int | None
     ) -> tuple[list[Manifest], str]:
-        """A page of sessions in the order of their begin, and the next page's token. Raises InvalidRequest."""
+        """A page of sessions in the order of their creation, and the next page's token. Raises InvalidRequest."""
         size, start = _checked(page_size), self._number(page_token)
         found, following = await self._sessions.page(caller, start, size, session_id, layout_id)
         return found, "" if following is None else self._token(following)
@@ -105,7 +105,7 @@ class Listings:
         return f"{self._boot_epoch:x}.{number:x}"
 
     def _number(self, token: str, number_max: int = 2**62) -> int:
-        """The number that a page token carries; 0 of an empty one."""
+        """The number in a page token; 0 for an empty one."""
         if not token:
             return 0
         epoch, _, number = token.partition(".")

@@ -1,4 +1,4 @@
-"""What operators ask and do, for ``kvctl``: the second half of the store's facade.
+"""The operators' verbs, for ``kvctl``: the second half of the store's facade.
 
 Called on the event loop's thread.
 """
@@ -61,9 +61,9 @@ class Operators:
     async def list_blocks(
         self, caller: Caller, page_token: str, page_size: int, fingerprint: bytes, tiers: Sequence[TierName]
     ) -> tuple[list[BlockFacts], str]:
-        """A page of stored objects: of a layout where `fingerprint` is not empty, with a copy in each of `tiers`.
+        """A page of stored objects: of one layout unless `fingerprint` is empty, with a copy in each of `tiers`.
 
-        The token of the next page comes with it, empty on the last one. Raises InvalidRequest.
+        Also returns the next page's token, empty on the last page. Raises InvalidRequest.
         """
         layout_id = self._listed_layout(fingerprint)
         return await self._listings.blocks(caller, page_token, page_size, layout_id=layout_id, tiers=tiers)
@@ -77,7 +77,7 @@ class Operators:
         return [self._sessions.stored(each) for each in found], token
 
     def _listed_layout(self, fingerprint: bytes) -> int | None:
-        """The layout's id; -1 of one that was never opened, which has no blocks; None of an empty fingerprint."""
+        """The layout's id; -1 for one that was never opened, which has no blocks; None for an empty fingerprint."""
         if not fingerprint:
             return None
         if len(fingerprint) != _FINGERPRINT_BYTES:
@@ -88,13 +88,13 @@ class Operators:
         return -1 if layout_id is None else layout_id
 
     def explain_block(self, caller: Caller, key: bytes) -> ExplainedBlock:
-        """Where a block lies, or why it is a miss. Raises InvalidRequest."""
+        """The places of a block, or why it is a miss. Raises InvalidRequest."""
         if len(key) != KEY_BYTES:
             raise InvalidRequest(f"a key has {KEY_BYTES} bytes, not {len(key)}", field="key")
         return self._explain.block(caller, key)
 
     def explain_request(self, caller: Caller, request_id: str) -> ExplainedRequest:
-        """What a request asked and found. Raises RequestNotFound."""
+        """A request's lookups and their results. Raises RequestNotFound."""
         found = self._requests.get(caller, request_id)
         lookups = self._explain.lookups(caller, found)
         return ExplainedRequest(lookups, found.lookups_more, found.reports, found.reports_more)
@@ -102,7 +102,7 @@ class Operators:
     def explain_session(self, caller: Caller, session_id: str) -> list[ExplainedSession]:
         """The sessions of this id, one per layout, and why the first missing slice of each is a miss.
 
-        No use of them. Raises SessionNotFound.
+        Does not count as a use. Raises SessionNotFound.
         """
         found = []
         for manifest in self._sessions.find_by_id(caller, session_id):
@@ -113,7 +113,7 @@ class Operators:
         return found
 
     async def pin(self, caller: Caller, keys: Sequence[bytes], ttl_ms: int) -> PinOutcome:
-        """Keep blocks for so long from now. Raises as `Pins.pin`; then nothing has changed."""
+        """Pin blocks for `ttl_ms` from now. Raises as `Pins.pin`; then nothing has changed."""
         return await self._pins.pin(caller, keys, ttl_ms)
 
     async def unpin(self, caller: Caller, keys: Sequence[bytes]) -> UnpinOutcome:
@@ -123,23 +123,24 @@ class Operators:
     def scrub(
         self, caller: Caller, tiers: Sequence[TierName], bytes_per_second: int
     ) -> AsyncGenerator[ScrubProgress, None]:
-        """Verify all that these tiers hold, the last progress with `done`. Raises ScrubRunning, StorageFailed."""
+        """Verify all copies in these tiers; the last progress has `done`. Raises ScrubRunning, StorageFailed."""
         return self._scrub.run(caller, tiers, bytes_per_second)
 
     def drain(self, caller: Caller) -> AsyncGenerator[DrainProgress, None]:
-        """Refuse saves from now on, and write what only DRAM holds: how far it is, the last one with `done`.
+        """Refuse saves from now on, and write the blocks that are only in DRAM. Yields the progress; the last has
+        `done`.
 
-        It goes on where this is closed early. Raises nothing.
+        The drain continues if this is closed early. Raises nothing.
         """
         self._drain.begin(caller)
         return self._drain.progress(caller)
 
     def undrain(self, caller: Caller) -> DrainProgress:
-        """Take saves again. Raises Draining where the daemon itself is stopping."""
+        """Accept saves again. Raises Draining if the daemon itself is stopping."""
         return self._drain.undo(caller)
 
     async def discard(self, caller: Caller, keys: Sequence[bytes]) -> tuple[int, int]:
-        """Forget blocks everywhere, pinned or not: how many objects, and how many keys had none."""
+        """Discard blocks from all tiers, pinned or not. Returns the number of objects, and of keys without one."""
         discarded = missing = 0
         for part in parts_of(list(dict.fromkeys(keys))):
             first = self._blocks.rows_of_keys(part)
@@ -150,11 +151,11 @@ class Operators:
         return discarded, missing
 
     async def discard_layout(self, caller: Caller, fingerprint: bytes | None) -> int:
-        """Forget all blocks of a layout, or all blocks there are."""
+        """Discard all blocks of a layout, or all blocks."""
         blocks = self._blocks
         rows = blocks.live_rows()
         if fingerprint is not None:
-            self._listed_layout(fingerprint)  # Raises where it cannot be one.
+            self._listed_layout(fingerprint)  # Raises InvalidRequest for an invalid fingerprint.
             rows = rows[blocks.layout_id[rows] == self._find_layout(fingerprint)[0]]
         marks = blocks.generation[rows]
         discarded = 0

@@ -1,8 +1,7 @@
-"""Pins: an operator's timed wish to keep blocks. They stand in the index, so they outlive the daemon.
+"""Pins: an operator's timed requests to keep blocks. They are in the index, so they outlive the daemon.
 
-A pinned block keeps one copy: its copy on SSD is not evicted, nor the one in DRAM where there is no
-other. It ends by time, by the wall clock, or by `unpin`; discarding the block ends it too, and so
-does damage: the bytes of a pin are not trusted more than others.
+A pinned block keeps one copy: its copy on SSD is not evicted, nor the one in DRAM if it is the only one. A pin ends at
+its time by the wall clock, by `unpin`, when the block is discarded, and when its bytes are found damaged.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _ROWS_BEFORE_A_THREAD = 20_000
 
 
 class PinOutcome(NamedTuple):
-    """Counts of objects (`pinned`) and of keys (`missing`); bytes of all pinned blocks, and the most there may be."""
+    """Counts of objects (`pinned`) and of keys (`missing`); bytes of all pinned blocks, and their limit."""
 
     pinned: int
     missing: int
@@ -60,16 +59,16 @@ class Pins:
         self._ttl_max_ms = int(ttl_max_s * 1000)
         self._fraction_max = fraction_max
         self._pinning = asyncio.Lock()
-        # A clock that was set back meanwhile would keep what an earlier daemon pinned for years.
+        # Otherwise, after the clock was set back, pins of an earlier daemon could last for years.
         latest = np.uint64(clock.wall_ms() + self._ttl_max_ms)
         used = slice(self._blocks.row_end)
         self._blocks.pinned_until_ms[used] = np.minimum(self._blocks.pinned_until_ms[used], latest)
 
     async def pin(self, caller: Caller, keys: Sequence[bytes], ttl_ms: int) -> PinOutcome:
-        """Keep these blocks for so long from now, whatever their pins were before; all of them or none.
+        """Pin these blocks for `ttl_ms` from now, instead of their earlier pins; all of them or none.
 
-        Returns once the index has it. Keys under which nothing is stored are counted. Raises
-        InvalidRequest, PinsFull, StorageFailed, IndexFull; then nothing has changed.
+        Returns once the records are committed. Keys without a stored block are counted. Raises InvalidRequest,
+        PinsFull, StorageFailed, IndexFull; then nothing has changed.
         """
         if not 0 < ttl_ms <= self._ttl_max_ms:
             raise InvalidRequest(
@@ -77,21 +76,21 @@ class Pins:
                 f"and at most {self._ttl_max_ms / 1000:.15g} s",
                 field="ttl_ms",
             )
-        async with self._pinning:  # Two at one time would each find the same space free.
+        async with self._pinning:  # Two pins at a time would each count the same free space.
             asked, _ = self._rows(keys)
             pinned_bytes, pinned_bytes_max = await self._bounded(asked)
             rows, missing = self._rows(keys)
-            rows = rows[np.isin(rows, asked)]  # Those that are still there.
+            rows = rows[np.isin(rows, asked)]  # The blocks that are still stored.
             until_ms = self._clock.wall_ms() + ttl_ms
             await self._set(rows, until_ms)
         self._write_soon(rows)
         return PinOutcome(len(rows), missing, until_ms, pinned_bytes, pinned_bytes_max)
 
     async def unpin(self, caller: Caller, keys: Sequence[bytes]) -> UnpinOutcome:
-        """End pins before their time. Returns once the index has it. Raises StorageFailed, IndexFull."""
+        """End pins before their time. Returns once the records are committed. Raises StorageFailed, IndexFull."""
         rows, missing = self._rows(keys)
         pinned = rows[self._blocks.pinned_until_ms[rows] > self._clock.wall_ms()]
-        await self._set(rows, 0)  # Of the others, too: what the index may still say of an old one.
+        await self._set(rows, 0)  # Also for rows without a pin: their record may still have an old one.
         return UnpinOutcome(len(pinned), len(rows) - len(pinned), missing)
 
     def _rows(self, keys: Sequence[bytes]) -> tuple[Rows, int]:
@@ -100,7 +99,7 @@ class Pins:
         return np.array(rows, np.int64), int((first == NO_ROW).sum())
 
     async def _bounded(self, rows: Rows) -> tuple[int, int]:
-        """What all pinned blocks take with these, and may take. Raises PinsFull."""
+        """The bytes that all pinned blocks take with these, and their limit. Raises PinsFull."""
         blocks = self._blocks
         mask = blocks.pinned(self._clock.wall_ms())
         mask[rows] = True
@@ -117,7 +116,7 @@ class Pins:
         return taken, max_bytes
 
     async def _set(self, rows: Rows, until_ms: int) -> None:
-        """In the table and in the records. Where the index refuses, the table is what it was."""
+        """Set pins in the block table and in the records. If the index refuses, the table is restored."""
         blocks = self._blocks
         before, generations = blocks.pinned_until_ms[rows], blocks.generation[rows]
         blocks.pinned_until_ms[rows] = until_ms
@@ -128,11 +127,11 @@ class Pins:
             ours = (blocks.generation[rows] == generations) & (blocks.pinned_until_ms[rows] == until_ms)
             if isinstance(error, KVError):
                 blocks.pinned_until_ms[rows[ours]] = before[ours]
-            blocks.used_since_flush[rows[ours]] = True  # Some of it may be on disk: the next flush puts it right.
+            blocks.used_since_flush[rows[ours]] = True  # Some records may be on disk; the next flush corrects them.
             raise
 
     def _write_soon(self, rows: Rows) -> None:
-        """Have the SSD copy made that a pinned block stays on, even where the policy had dropped it from there."""
+        """Request the SSD copy that a pinned block keeps, also if the policy had evicted it from there."""
         if self._write_behind is None:
             return
         blocks = self._blocks
@@ -142,7 +141,7 @@ class Pins:
 
 
 def _sizes(blocks: BlockTable, rows: Rows) -> tuple[int, int]:
-    """What these blocks take: those of them that only the first tier holds, and all. They may be of any number."""
+    """The bytes of these blocks: of those that are only in the first tier, and of all. For any number of blocks."""
     rows = rows[blocks.live[rows]]
     sizes = blocks.size_bytes[rows]
     return int(sizes[blocks.tier_sets(rows) <= 1].sum()), int(sizes.sum())

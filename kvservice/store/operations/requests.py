@@ -1,8 +1,7 @@
-"""What became of the last requests that came with an id: for `explain`.
+"""The record of the last requests with an id: for `explain`.
 
-A request is what an engine calls one; its id is the engine's. It may look up several times, once a rank
-for example, and load from each lease several times. What the engine's side reports of it comes behind all
-that, or alone: a request that found the daemon away never asked it anything.
+The engine defines a request and its id. A request may make several lookups, for example one per rank, and several loads
+per lease. The engine's report arrives after them, or alone: if the daemon was away, the request made no lookup.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from kvservice_api.errors import InvalidRequest, KVError, RequestNotFound
 from kvservice_api.layout import Layout, Shard
 
 _ID_BYTES_MAX = 200
-_LOOKUPS_MAX, _LOADS_MAX = 64, 16  # Of one request, of one lookup; later ones are counted only.
+_LOOKUPS_MAX, _LOADS_MAX = 64, 16  # Per request, and per lookup; later ones are only counted.
 _REPORTS_MAX = 64  # Of one request.
-_SUCCESSORS_MAX = 256  # Of one lookup; loads of later ones are not noted.
+_SUCCESSORS_MAX = 256  # Per lookup; loads of later leases are not noted.
 
 
 @dataclass(slots=True)
@@ -39,7 +38,7 @@ class LoadRecord:
     sent_bytes: int = 0
     took_ms: float = 0.0
     outcome: str = "running"
-    ends_as: str = ""  # However the call itself ends: a client that reads in place leaves it when it has read.
+    ends_as: str = ""  # Regardless of how the call ends: a client that reads in place cancels it after reading.
 
 
 @dataclass(slots=True)
@@ -50,22 +49,22 @@ class LookupRecord:
     client: str
     asked: int
     hit: int
-    in_dram: int  # Of the hits; those in both tiers count here.
-    on_ssd: int  # Those that are only there.
+    in_dram: int  # Hits in DRAM, also those in both tiers.
+    on_ssd: int  # Hits that are only on SSD.
     first_missing_key: bytes = b""
-    is_partial: bool = False  # Some shards of the first missing block were stored, but not all that was asked for.
-    other_layout_ids: Sequence[int] = ()  # Of the same model, with blocks stored, where this layout had none.
+    is_partial: bool = False  # The first missing block was stored in part.
+    other_layout_ids: Sequence[int] = ()  # Layouts of the same model with blocks, if this layout had none.
     loads: list[LoadRecord] = field(default_factory=list)
     loads_more: int = 0
     lease_id: int = 0
-    successor_ids: list[int] = field(default_factory=list)  # Of leases and tickets that came from that one.
+    successor_ids: list[int] = field(default_factory=list)  # Leases and tickets that were derived from that lease.
 
 
 @dataclass(frozen=True, slots=True)
 class ReportRecord:
-    """What the engine's side tells of a request. The store looks at a few of its words, and keeps the rest as told."""
+    """An engine's report of a request. The store reads a few fields, and keeps the others unchanged."""
 
-    report_id: int  # The same one again is the same report; 0 is none in particular.
+    report_id: int  # A repeated id is the same report; 0 means no id.
     began_ms: int
     plan: str  # "load", "recompute", "mixed", or "none".
     outcome: str  # "done", "miss", "failed_over" or "breaker_open".
@@ -81,7 +80,7 @@ class RequestRecord:
 
 
 class Requests:
-    """The last `requests_max` requests, by id. None where that is 0."""
+    """The last `requests_max` requests, by id. 0 keeps none."""
 
     def __init__(self, blocks: BlockTable, clock: Clock, requests_max: int) -> None:
         self._blocks = blocks
@@ -89,7 +88,7 @@ class Requests:
         self._requests_max = requests_max
         self._records: OrderedDict[str, RequestRecord] = OrderedDict()
         self._by_lease: dict[int, LookupRecord] = {}
-        self.reported: Counter[tuple[str, str]] = Counter()  # (plan, outcome) of all reports since the start.
+        self.reported: Counter[tuple[str, str]] = Counter()  # (plan, outcome) -> number of reports since the start.
 
     @staticmethod
     def check_id(request_id: str) -> None:
@@ -118,7 +117,7 @@ class Requests:
         runs: Sequence[tuple[int, bool, bool]],
         lease: Lease | None,
     ) -> None:
-        """`runs` are those of the answer."""
+        """Note a lookup. `runs` are those of the answer."""
         if not self._requests_max:
             return
         hit = sum(count for count, _, _ in runs)
@@ -135,7 +134,7 @@ class Requests:
         self._add(request_id, record, lease)
 
     def note_report(self, caller: Caller, request_id: str, report: ReportRecord) -> None:
-        """One that was noted before, under the same id of its own, is not noted again. Raises InvalidRequest."""
+        """Note a report, unless one with the same report id is noted already. Raises InvalidRequest."""
         self.check_id(request_id)
         if not request_id:
             raise InvalidRequest("a report names its request", field="request_id")
@@ -150,7 +149,7 @@ class Requests:
         self.reported[report.plan, report.outcome] += 1
 
     def _record(self, request_id: str) -> RequestRecord:
-        """The record of this id, the youngest from now on. Where it is a new one, the oldest is forgotten for it."""
+        """The record of this id, which becomes the newest. For a new id, the oldest record is dropped if needed."""
         request = self._records.setdefault(request_id, RequestRecord())
         self._records.move_to_end(request_id)
         if len(self._records) > self._requests_max:
@@ -171,7 +170,7 @@ class Requests:
             self._by_lease[lease.lease_id] = record
 
     def follow(self, lease_id: int, successor_id: int) -> None:
-        """Loads of the successor count for the lookup that granted the lease: it was exported, or adopted."""
+        """Count loads of a derived (exported or adopted) lease for the lookup that granted the first lease."""
         record = self._by_lease.get(lease_id)
         if record is not None and len(record.successor_ids) < _SUCCESSORS_MAX:
             record.successor_ids.append(successor_id)
@@ -181,7 +180,7 @@ class Requests:
     def load(
         self, caller: Caller, lease: Lease, blocks: range, layers: range, *, in_place: bool = False
     ) -> Iterator[LoadRecord]:
-        """Notes a load of the lease while it runs, and how it ended. The caller counts `sent_bytes`."""
+        """Note a load of the lease, and how it ended. The caller counts `sent_bytes`."""
         lookup = self._by_lease.get(lease.lease_id)
         rows = lease.rows[blocks.start : blocks.stop]
         from_dram = int(self._blocks.lie_in(rows, self._blocks.first_tier).sum()) if lookup is not None else 0

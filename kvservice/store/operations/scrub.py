@@ -1,4 +1,4 @@
-"""Scrub: reads and verifies everything that a tier holds, at a bounded rate."""
+"""Scrub: reads and verifies all copies in a tier, at a bounded rate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kvservice_api.layout import Shard
 
 _PIECE_BYTES = 4 << 20
 _REPORT_EVERY_S = 0.5
-_LAST_PRIORITY = float("inf")  # Reads that a client waits for go first.
+_LAST_PRIORITY = float("inf")  # Reads for clients have priority.
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Scrub:
     async def run(
         self, caller: Caller, tiers: Sequence[TierName], bytes_per_second: int = 0
     ) -> AsyncGenerator[ScrubProgress, None]:
-        """Progress about twice a second, and a last one with `done`. Raises ScrubRunning."""
+        """The progress, about twice per second; the last one has `done`. Raises ScrubRunning."""
         if self._running:
             raise ScrubRunning("another scrub is under way: wait for it")
         self._running = True
@@ -96,7 +96,7 @@ class Scrub:
         yield replace(progress, done=True)
 
     async def _check(self, row: int, tier: TierName) -> bool:
-        """Whether the copy was damaged; it is then dropped. A disk that cannot be read counts as damage of none."""
+        """Whether the copy was damaged; it is then dropped. A read error of the disk does not count as damage."""
         generation = int(self._blocks.generation[row])
         self._lifecycle.hold([row])
         try:
@@ -134,6 +134,6 @@ class Scrub:
         )
 
     def _identity(self, row: int) -> tuple[bytes, Shard, int]:
-        """What the row's trailer must say, and its checksum."""
+        """The expected content of the row's trailer, and its checksum."""
         blocks = self._blocks
         return blocks.key_of(row), blocks.shard_of(row), int(blocks.trailer_checksum[row])

@@ -1,1 +1,1 @@
-"""What `kvservice check` does to a store whose index is damaged or lost. No daemon runs meanwhile."""
+"""Repairs a store whose index is damaged or lost, for `kvservice check`. No daemon runs meanwhile."""

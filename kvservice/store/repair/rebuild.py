@@ -1,13 +1,13 @@
-"""Blocks that are found in the SSD files without the index, by their trailers: for ``kvservice check --rebuild``.
+"""Finds blocks in the SSD files without the index, by their trailers: for ``kvservice check --rebuild``.
 
-A trailer ends on a page and says whose block it is; the descriptor in front of it says the rest (``image.py``). A
-block counts only if every one of its slices matches its checksum. A block that was removed, and whose space was not
-used again, may be found. That does no harm: a key stands for its bytes for ever.
+A trailer ends at a page boundary and has the block's key; the descriptor before it has the rest (``image.py``). A block
+is accepted only if each of its slices matches its checksum. The search may find a removed block whose space was not
+reused. This is harmless, because the bytes of a key never change.
 
-A client chooses the bytes it saves, also a whole image with descriptor and trailer. So a descriptor counts only with
-the tag that the store's secret gives. A trailer without such a descriptor counts where the image has no room for one,
-and in a store that has blocks from before there were descriptors. Layout and token count are then those for which the
-checksums match, and the parent is not known.
+A client chooses the bytes that it saves, and may save a whole image with descriptor and trailer. So a descriptor is
+accepted only with a tag of the store's secret. A trailer without such a descriptor is accepted if the image has no
+space for one, and in a store with blocks from before descriptors existed. Layout and token count are then those for
+which the checksums match, and the parent is not known.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _BLOCKS_AT_ONCE = 8
 
 @dataclass(slots=True)
 class Found:
-    """The blocks of the SSD files, and how many trailers led to none, by the reason."""
+    """The blocks of the SSD files, and the number of trailers without a block, per reason."""
 
     keys: list[bytes]
     records: Records
@@ -63,17 +63,17 @@ class Found:
 
 
 class Progress:
-    """Says how far a long check is: one line per `every_s` seconds, at most."""
+    """Reports the progress of a long check: at most one line per `every_s` seconds."""
 
     def __init__(self, clock: Clock, say: Callable[[str], None], *, every_s: float = 5.0) -> None:
-        """`say` gets each line, without a line break."""
+        """`say` is called with each line, without a line break."""
         self._clock = clock
         self._say = say
         self._every_s = every_s
         self._next_s = clock.monotonic_s() + every_s
 
     def note(self, line: Callable[[], str]) -> None:
-        """Say `line()`, where it is time."""
+        """Report `line()`, if `every_s` has passed."""
         now_s = self._clock.monotonic_s()
         if now_s >= self._next_s:
             self._next_s = now_s + self._every_s
@@ -81,14 +81,14 @@ class Progress:
 
 
 class _Candidate(NamedTuple):
-    """A trailer, and where its file has it; the file's first page counts."""
+    """A trailer, and its offset in the file, with the file's first page."""
 
     segment: int
     end: int
     trailer: Trailer
     trailer_checksum: int
     descriptor: Descriptor | None
-    has_other_tag: bool  # There is a descriptor, and its tag is not this store's.
+    has_other_tag: bool  # There is a descriptor, but its tag is not this store's.
 
 
 class _Block(NamedTuple):
@@ -99,7 +99,7 @@ class _Block(NamedTuple):
     trailer_checksum: int
     parent_key: bytes
     stored_at_ms: int
-    is_tagged: bool = False  # By this store.
+    is_tagged: bool = False  # Tagged by this store.
 
 
 class Search:
@@ -108,7 +108,7 @@ class Search:
     def __init__(
         self, tier: SsdTier, layouts: Mapping[int, Layout], secret: DescriptorSecret, progress: Progress | None = None
     ) -> None:
-        """`tier` has the same files open. `layouts`, by id, are those whose blocks are looked for."""
+        """`tier` has the same files open. `layouts`, by id, are those whose blocks are searched."""
         self._tier = tier
         self._layouts = layouts
         self._secret = secret
@@ -119,7 +119,7 @@ class Search:
         self._with_other_tag = 0
 
     async def run(self, files: Sequence[Path]) -> Found:
-        """Every block whose bytes are whole. Reads the files once, and each block once more. Raises OSError."""
+        """Every block with correct bytes. Reads the files once, and each block once more. Raises OSError."""
         self._total_bytes = sum(path.stat().st_size for path in files)
         for segment, path in enumerate(files):
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -153,13 +153,13 @@ class Search:
             )
 
     def _candidates(self, fd: int, segment: int) -> Iterator[_Candidate]:
-        """All bytes that look like a trailer and end on a page, in the order of the file."""
+        """All bytes that look like a trailer and end at a page boundary, in the order of the file."""
         size = os.fstat(fd).st_size
         self._read_bytes += min(PAGE_BYTES, size)
         for start in range(PAGE_BYTES, size, _READ_BYTES):
             try:
                 data = os.pread(fd, min(_READ_BYTES, size - start), start)
-            except OSError:  # The disk cannot read a part of it.
+            except OSError:  # The disk cannot read a part of the file.
                 data = b"".join(_page_or_zeros(fd, place) for place in range(start, start + _READ_BYTES, PAGE_BYTES))
             self._read_bytes += len(data)
             self._note_progress()
@@ -176,7 +176,7 @@ class Search:
                         continue
 
     def _candidate(self, segment: int, end: int, before: bytes, encoded: bytes) -> _Candidate:
-        """`before` are the bytes where a descriptor would be. Raises ValueError where `encoded` is no trailer."""
+        """`before` are the bytes at the place of a descriptor. Raises ValueError if `encoded` is not a trailer."""
         trailer = Trailer.decode(encoded)
         descriptor, has_other_tag = None, False
         try:
@@ -188,7 +188,7 @@ class Search:
         return _Candidate(segment, end, trailer, checksum(encoded), descriptor, has_other_tag)
 
     async def _block_of(self, fd: int, candidate: _Candidate) -> _Block | str:
-        """The block, its bytes verified, or why there is none."""
+        """The block, with verified bytes, or why there is none."""
         trailer, descriptor = candidate.trailer, candidate.descriptor
         if descriptor is None:
             return await self._block_without_descriptor(fd, candidate)
@@ -206,7 +206,7 @@ class Search:
         )
 
     async def _block_without_descriptor(self, fd: int, candidate: _Candidate) -> _Block | str:
-        """Full blocks first. Layouts that would give the same bytes cannot be told from each other."""
+        """Full blocks first. Two layouts with the same bytes cannot be distinguished."""
         matching: list[tuple[int, BlockGeometry, int]] = []
         for is_full in (True, False):
             for layout_id, layout in self._layouts.items():
@@ -288,10 +288,10 @@ def _first_slice_matches(fd: int, candidate: _Candidate, geometry: BlockGeometry
 
 
 def _without_overlaps(blocks: Sequence[_Block]) -> list[_Block]:
-    """Of blocks with the same bytes on disk the one that ends last.
+    """Of blocks that overlap on disk, the one that ends last.
 
-    A client may save bytes that look like a block: their trailer then lies inside the block that has them. No time
-    that a descriptor states decides, since the client would have chosen that too.
+    A client may save bytes that look like a block: their trailer is then inside the client's block. The time in a
+    descriptor cannot decide, because the client would have chosen that too.
     """
     kept: list[_Block] = []
     for block in sorted(blocks, key=_end, reverse=True):
@@ -306,7 +306,7 @@ def _end(block: _Block) -> tuple[int, int]:
 
 
 def _without_doubtful(blocks: Sequence[_Block]) -> list[_Block]:
-    """Of blocks with one key that have layers and heads in common: those that this store tagged, if there are any."""
+    """Of blocks with the same key and common layers and heads: those with this store's tag, if there are any."""
     tagged: dict[bytes, list[Shard]] = {}
     for block in blocks:
         if block.is_tagged:
@@ -328,7 +328,7 @@ def _overlap(one: Shard, other: Shard) -> bool:
 
 
 def _one_of_each_key(blocks: Sequence[_Block]) -> tuple[list[_Block], int]:
-    """One copy of each key; none where copies differ, and how many those are: nothing says which is right."""
+    """One copy per key; no copy if copies differ, because none is known to be right, and the number of such keys."""
     copies: dict[bytes, list[_Block]] = {}
     for block in blocks:
         copies.setdefault(block.key, []).append(block)

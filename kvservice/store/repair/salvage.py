@@ -1,11 +1,11 @@
-"""A new durable index out of what is left of a damaged one: for ``kvservice check --repair``.
+"""Makes a new durable index from the readable part of a damaged one: for ``kvservice check --repair``.
 
-Every leaf page of the old file is read, also those that no tree leads to any more. Each record, layout and
-session has a CRC over itself and its key. A record that only a free page has may be of a block that was removed
-since, so it counts only where the bytes at its place are still those of the block.
+It reads every leaf page of the old file, also pages that no tree reaches. Each record, layout and session has a CRC
+over itself and its key. A record that is only on a free page may be of a block that was removed later. So it is used
+only if the bytes at its place are still those of the block.
 
-The new index is made in a folder beside the old one, takes its place at the end, and the old one is kept
-(``index/replacement.py``). A repair that was interrupted before that left the old index as it was.
+The new index is created in a folder beside the old one and replaces it at the end; the old one is kept
+(``index/replacement.py``). If a repair is interrupted before that, the old index is unchanged.
 """
 
 from __future__ import annotations
@@ -48,27 +48,27 @@ Verify = Callable[[Sequence[bytes], Records], Awaitable[Sequence[bool]]]
 
 @dataclass(slots=True)
 class SalvagedIndex:
-    """What was found of a damaged index. Entries are as they stood there."""
+    """The contents of a damaged index that were found. Entries are unchanged."""
 
     meta: dict[bytes, bytes] = field(default_factory=dict)
     layouts: dict[bytes, bytes] = field(default_factory=dict)
     sessions: dict[bytes, bytes] = field(default_factory=dict)
     records: dict[bytes, bytes] = field(default_factory=dict)
-    doubtful: dict[bytes, bytes] = field(default_factory=dict)  # Records of pages that are not in use.
+    doubtful: dict[bytes, bytes] = field(default_factory=dict)  # Records on pages that are not in use.
     secret: DescriptorSecret = field(default_factory=lambda: DescriptorSecret.new(every_block=True))
-    secret_is_lost: bool = False  # `secret` is then one that no block was tagged with.
+    secret_is_lost: bool = False  # `secret` is then a new one, with which no block was tagged.
 
 
 def read(store: Path, ssd_files: Sequence[Path] = ()) -> SalvagedIndex:
-    """Everything of the store's durable index that has a sound CRC, the layouts' own files, and the store's secret.
+    """All entries of the store's durable index with a correct CRC, the layouts' own files, and the store's secret.
 
-    `ssd_files` are those that lie elsewhere. Raises OSError, StoreDamaged, StoreTooNew.
+    `ssd_files` are files in other folders. Raises OSError, StoreDamaged, StoreTooNew.
     """
     saved = SalvagedIndex(layouts=layout_copies(store))
     path = store / "index" / DATA_NAME
     if path.exists():
         found: list[tuple[bool, bytes, bytes]] = sorted(pages.salvage(path), key=lambda entry: entry[0])
-        for in_use, key, value in found:  # What is in use comes last, and replaces the rest.
+        for in_use, key, value in found:  # Entries in use come last, and replace the others.
             _sort_in(saved, in_use, key, value)
     refuse_newer(saved.meta)
     origins = (origin_of(file) for file in (*sorted(store.glob("ssd-*.kv")), *ssd_files))
@@ -86,9 +86,9 @@ def read(store: Path, ssd_files: Sequence[Path] = ()) -> SalvagedIndex:
 
 
 def _most_frequent(ids: Sequence[bytes]) -> bytes:
-    """The id that most places name; of several the one named first. Empty where none names one.
+    """The id that most places name; if several do, the first of them. Empty if no place names one.
 
-    One flipped bit may be in any of the places, and an SSD file of another id cannot be opened.
+    One flipped bit may be in any of the places, and an SSD file with another id cannot be opened.
     """
     counts = Counter(store_id for store_id in ids if len(store_id) == STORE_ID_BYTES)
     return counts.most_common(1)[0][0] if counts else b""
@@ -104,7 +104,7 @@ def _sort_in(saved: SalvagedIndex, in_use: bool, key: bytes, value: bytes) -> No
     elif in_use and decode_manifest(key, value) is not None:
         saved.sessions[key] = value
     elif in_use and key.isascii() and len(value) < 1 << 16:
-        saved.meta[key] = value  # `BlockIndex.create` takes those that it knows.
+        saved.meta[key] = value  # `BlockIndex.create` uses the entries that it knows.
 
 
 def _access_number(record: bytes) -> int:
@@ -112,9 +112,9 @@ def _access_number(record: bytes) -> int:
 
 
 def make_index(store: Path, saved: SalvagedIndex) -> BlockIndex:
-    """A new index beside the old one, without records of blocks and sessions yet.
+    """A new index beside the old one, still without records of blocks and sessions.
 
-    The store's identity file is written again where it names another store than `saved`. Raises StoreError,
+    The store's identity file is written again if it names another store than `saved`. Raises StoreError,
     StorageFailed, OSError.
     """
     if read_identity(store) != saved.meta[STORE_KEY]:
@@ -124,7 +124,7 @@ def make_index(store: Path, saved: SalvagedIndex) -> BlockIndex:
 
 
 def make_room(store: Path, saved: SalvagedIndex, more: int) -> BlockIndex:
-    """Open the new index again, closed before, with room for `more` blocks. Raises StoreError, StorageFailed."""
+    """Reopen the new index, with space for `more` blocks. Raises StoreError, StorageFailed."""
     return BlockIndex.open(replacement.new_index(store), map_bytes=_map_bytes(store, saved, more), create=False)
 
 
@@ -135,9 +135,9 @@ def _map_bytes(store: Path, saved: SalvagedIndex, more: int = 0) -> int:
 
 
 async def fill(index: BlockIndex, saved: SalvagedIndex, verify: Verify, found: Found | None = None) -> None:
-    """Record what was saved, and `found` of the SSD files where that is not the same.
+    """Record the saved entries, and the blocks `found` in the SSD files that are not among them.
 
-    `verify` says which doubtful records' bytes are still those of their blocks. Raises IndexFull, StorageFailed.
+    `verify` returns the doubtful records whose bytes are still those of their blocks. Raises IndexFull, StorageFailed.
     """
     keys, records = _joined(saved.records)
     doubtful_keys, doubtful = _joined(saved.doubtful)
@@ -163,7 +163,7 @@ async def fill(index: BlockIndex, saved: SalvagedIndex, verify: Verify, found: F
 
 
 def put_in_place(store: Path) -> Path | None:
-    """Have the new index take the old one's place. Returns where the old one is now. Raises OSError."""
+    """Replace the old index by the new one. Returns the old one's new path. Raises OSError."""
     _give_to_owner(store, replacement.new_index(store))
     return replacement.put_in_place(store)
 

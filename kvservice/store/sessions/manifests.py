@@ -1,4 +1,4 @@
-"""How a session's manifest changes. Pure functions: no store, no clock, no I/O.
+"""Changes of a session's manifest. Pure functions: no store, no clock, no I/O.
 
 A history is its slices, one after another: slice i is read at the sum of the token counts before it::
 
@@ -6,7 +6,7 @@ A history is its slices, one after another: slice i is read at the sum of the to
     truncate keep       0..4, 500..552
     slices       | A 0..4 | B 244..256 | C 0..40 |     tip: the cut's key; C is closed now
     read at      0        4            16
-    stored at    0        500          512             what was rotated there is turned by the difference
+    stored at    0        500          512             keys are rotated by the difference
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from kvservice_api.errors import InvalidRequest
 from kvservice_api.keys import cut_key
 from kvservice_api.layout import Layout
 
-KEEP_RANGES_MAX = 4096  # In one cut: a few milliseconds of the event loop.
-_POSITION_MAX = 2**62  # Sums of positions and counts stay inside 63 bits.
+KEEP_RANGES_MAX = 4096  # Per cut: they take a few milliseconds of the event loop.
+_POSITION_MAX = 2**62  # So that sums of positions and counts fit into 63 bits.
 NO_POSITIONS: Positions = np.empty(0, np.uint64)
 
 
@@ -37,10 +37,10 @@ class StoredSession(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SessionAppend:
-    """What an append brings: blocks that continue `parent_key`, all full but the last.
+    """The blocks of an append: they continue `parent_key`, and all except the last are full.
 
-    Where their keys were rotated: from `stored_position` on, or at one of `stored_positions` for each
-    token, or, with neither, at the places in the history where they are read.
+    Their keys were rotated at the positions from `stored_position` on, or at `stored_positions` (one per token), or,
+    with neither, at the positions in the history where they are read.
     """
 
     parent_key: bytes
@@ -58,10 +58,10 @@ def begun(session_id: str, layout_id: int, layout: Layout, turn: SessionAppend, 
 
 
 def appended(manifest: Manifest, layout: Layout, turn: SessionAppend) -> Manifest:
-    """With the turn's blocks at its end, in the place of an open tail. Raises InvalidRequest."""
+    """The manifest with the turn's blocks at its end; they replace an open tail. Raises InvalidRequest."""
     if turn.parent_key != manifest.tip:
         raise InvalidRequest(
-            f"parent_key is {turn.parent_key.hex()}; the session goes on from {manifest.tip.hex()}", field="parent_key"
+            f"parent_key is {turn.parent_key.hex()}; the session's tip is {manifest.tip.hex()}", field="parent_key"
         )
     before = manifest.slices[:-1] if manifest.has_tail else manifest.slices
     slices, positions = _slices_of(turn, layout, read_at=int(before["token_count"].sum(dtype=np.uint64)))
@@ -89,9 +89,9 @@ def appended(manifest: Manifest, layout: Layout, turn: SessionAppend) -> Manifes
 
 
 def truncated(manifest: Manifest, keep: Sequence[tuple[int, int]]) -> Manifest:
-    """With only the token ranges `keep`, (first, count) each. Itself where that is everything.
+    """The manifest with only the token ranges `keep`, (first, count) each. Unchanged if that is everything.
 
-    Raises InvalidRequest where they are none, empty, descending, overlapping, or past the end.
+    Raises InvalidRequest if there is no range, or if ranges are empty, descending, overlapping, or past the end.
     """
     firsts, counts = _checked(keep, manifest.token_count)
     firsts, counts = _joined(firsts, counts)
@@ -100,13 +100,13 @@ def truncated(manifest: Manifest, keep: Sequence[tuple[int, int]]) -> Manifest:
     slices = manifest.slices
     ends = np.cumsum(slices["token_count"].astype(np.int64))
     starts = ends - slices["token_count"]
-    # Each range takes the slices from the one that holds its first token to the one that holds its last.
+    # Each range has the slices from its first token's to its last token's.
     lowest = np.searchsorted(ends, firsts, "right")
     taken = np.searchsorted(starts, firsts + counts, "left") - lowest
     which = np.repeat(lowest - (np.cumsum(taken) - taken), taken) + np.arange(int(taken.sum()))
     first = np.maximum(np.repeat(firsts, taken), starts[which])
     count = np.minimum(np.repeat(firsts + counts, taken), ends[which]) - first
-    skipped = first - starts[which]  # Of the slice's tokens, before those that are kept.
+    skipped = first - starts[which]  # The slice's tokens before the kept ones.
     kept = slices[which].copy()
     kept["first_token"] += skipped.astype(np.uint32)
     kept["token_count"] = count
@@ -134,7 +134,7 @@ def forked(manifest: Manifest, session_id: str, now_ms: int) -> Manifest:
 
 
 def partial_keys(manifest: Manifest, layout: Layout) -> set[bytes]:
-    """The partial blocks that it names: of use to sessions only."""
+    """The partial blocks that it names, which only sessions use."""
     slices = manifest.slices
     return set(slices["key"][slices["block_tokens"] < layout.block_tokens].tolist())
 
@@ -161,7 +161,7 @@ def _slices_of(turn: SessionAppend, layout: Layout, *, read_at: int) -> tuple[Sl
         if turn.stored_position is not None or len(turn.stored_positions) != tokens:
             raise InvalidRequest(
                 f"give stored_position, or one of stored_positions for each of {tokens} tokens; "
-                f"{len(turn.stored_positions)} came",
+                f"{len(turn.stored_positions)} were sent",
                 field="stored_positions",
             )
         if int(turn.stored_positions.max()) >= _POSITION_MAX:
@@ -183,7 +183,7 @@ def _end(turn: SessionAppend, slices: Slices, layout: Layout) -> tuple[bytes, bo
 
 
 def _packed(slices: Slices, positions: Positions) -> tuple[Slices, Positions]:
-    """The slices with the positions that they name, and no others."""
+    """The slices, with only the positions that they use."""
     listed = slices["positions_at"] >= 0
     if not listed.any():
         return slices, NO_POSITIONS
@@ -220,7 +220,7 @@ def _checked(keep: Sequence[tuple[int, int]], token_count: int) -> tuple[NDArray
 
 
 def _joined(firsts: NDArray[np.int64], counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Ranges that touch become one, so that what is kept has one key however it was written down."""
+    """Join adjacent ranges, so that the same kept tokens always give the same key."""
     begins = np.ones(len(firsts), np.bool_)
     begins[1:] = firsts[1:] != (firsts + counts)[:-1]
     at = np.flatnonzero(begins)

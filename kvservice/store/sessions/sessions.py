@@ -1,7 +1,7 @@
 """Sessions: the manifest of each conversation, on disk before a change is answered.
 
-A manifest names blocks and holds none: they are stored, moved and evicted like any others. Sessions add one rule, for
-partial blocks, which no other conversation would look for: a partial block that no session names any more is dropped.
+A manifest names blocks and does not hold them: they are stored, moved and evicted like others. Sessions add one rule
+for partial blocks, which no other conversation looks up: a partial block that no session names any more is dropped.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ log = logging.getLogger(__name__)
 
 _EXPIRED_AT_A_TIME = 256
 _FLUSHED_AT_A_TIME = 64
-_DROPPED_A_TURN = 32  # Of the event loop: a millisecond.
-POSITIONS_MAX = 65536  # Explicit ones, in one session.
+_DROPPED_A_TURN = 32  # They take a millisecond of the event loop.
+POSITIONS_MAX = 65536  # Explicit positions in one session.
 _NAMES_A_TURN = 4096
 _TICK_S = 1.0
-_GONE_MAX = 4096  # Sessions whose end is remembered.
-_LET_GO = "no session names it any more"  # For `explain`, of a partial block that was dropped.
+_GONE_MAX = 4096  # Ended sessions in the history.
+_LET_GO = "no session names it any more"  # The reason of a dropped partial block, for `explain`.
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ Name = tuple[int, str]  # Layout and session id.
 
 @dataclass(frozen=True, slots=True)
 class SessionLimits:
-    """Times in seconds. A session that was not used for `ttl_s` is forgotten."""
+    """Times in seconds. A session that was not used for `ttl_s` is deleted."""
 
     ttl_s: float = 3600.0
     sessions_max: int = 16384
@@ -62,7 +62,7 @@ class SessionLimits:
 
 
 class SessionHistory(NamedTuple):
-    """A session, how many of its leading slices are stored, and where these lie."""
+    """A session, how many of its leading slices are stored, and their tiers."""
 
     session: StoredSession
     usable: int
@@ -70,7 +70,7 @@ class SessionHistory(NamedTuple):
 
 
 class Sessions:
-    """All sessions of the store. Manifests in memory are those on disk, but for the times of use."""
+    """All sessions of the store. Manifests in memory equal those on disk, except for the times of use."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Sessions:
         find_layout: Callable[[bytes], tuple[int, Layout]],
         limits: SessionLimits,
     ) -> None:
-        """`find_layout` tells id and layout of a fingerprint, or raises UnknownLayout."""
+        """`find_layout` returns id and layout of a fingerprint, or raises UnknownLayout."""
         self._index = index
         self._find_layout = find_layout
         self._lifecycle = lifecycle
@@ -90,13 +90,13 @@ class Sessions:
         self._counters = counters
         self._tasks = tasks
         self.limits = limits
-        self._manifests: dict[Name, Manifest] = {}  # Those that were used longest ago come first.
-        self._serials: dict[Name, int] = {}  # In the order of beginning: pages of a list go by them.
+        self._manifests: dict[Name, Manifest] = {}  # Ordered by time of use, the oldest first.
+        self._serials: dict[Name, int] = {}  # In the order of creation, for the pages of a list.
         self._next_serial = 1
-        self._arriving = 0  # Sessions that are begun, and not on disk yet.
+        self._arriving = 0  # New sessions that are not on disk yet.
         self._named: Counter[bytes] = Counter()  # Partial block -> how many manifests name it.
-        self._touched: dict[Name, None] = {}  # Used since their times were written.
-        self._gone: dict[str, tuple[int, str]] = {}  # Session id -> when and why it went, for those that ask.
+        self._touched: dict[Name, None] = {}  # Sessions that were used since their times were written.
+        self._gone: dict[str, tuple[int, str]] = {}  # Session id -> when and why it ended, for error messages.
         self._locks: WeakValueDictionary[Name, asyncio.Lock] = WeakValueDictionary()
         self._load()
 
@@ -105,7 +105,7 @@ class Sessions:
         return len(self._manifests)
 
     def start(self) -> None:
-        """Forget what expired, and write times of use, from now on."""
+        """Delete expired sessions and write times of use, from now on."""
         self._tasks.start(self._tick_forever(), "session expiry")
 
     async def stop(self) -> None:
@@ -123,22 +123,22 @@ class Sessions:
         return self._use(name, self._found(name))
 
     def find_by_id(self, caller: Caller, session_id: str) -> list[Manifest]:
-        """The sessions of this id, in whatever layouts. No use of them. Raises SessionNotFound, which says why."""
+        """The sessions of this id in all layouts. Does not count as a use. Raises SessionNotFound, which says why."""
         found = [manifest for each in self._index.layouts if (manifest := self._current((each, session_id)))]
         if not found:
             here = (self._manifests.get((each, session_id)) for each in self._index.layouts)
             over = [manifest.expires_at_ms for manifest in here if manifest is not None]
             at_ms, why = (max(over), "expired") if over else self._gone.get(session_id, (0, ""))
             when = datetime.fromtimestamp(at_ms / 1000, UTC).isoformat(timespec="seconds") if why else ""
-            told = f"it {why} at {when}" if why else "it was never begun, or went before this daemon's start"
-            raise SessionNotFound(f"there is no session {session_id!r}: {told}", session_id=session_id)
+            reason = f"it {why} at {when}" if why else "it was never begun, or it ended before this daemon's start"
+            raise SessionNotFound(f"there is no session {session_id!r}: {reason}", session_id=session_id)
         return found
 
     def stored(self, manifest: Manifest) -> StoredSession:
         return StoredSession(manifest, self._index.layouts[manifest.layout_id])
 
     def history(self, manifest: Manifest, wanted: Shard) -> SessionHistory:
-        """How much of a session is stored, for this shard. No use of it."""
+        """How much of a session is stored, for this shard. Does not count as a use."""
         blocks = self._lifecycle.blocks
         hits = match_prefix(blocks, manifest.slices["key"].tolist(), manifest.layout_id, wanted).rows
         wrong = np.flatnonzero(blocks.token_count[hits] != manifest.slices["block_tokens"][: len(hits)])
@@ -148,7 +148,7 @@ class Sessions:
     async def page(
         self, caller: Caller, start: int, size: int, session_id: str, layout_id: int | None
     ) -> tuple[list[Manifest], int | None]:
-        """Up to `size` sessions from the serial number `start` on, in the order of beginning, and the next number."""
+        """Up to `size` sessions from the serial number `start` on, in the order of creation, and the next number."""
         if session_id:
             names = [name for each in self._index.layouts if (name := (each, session_id)) in self._serials]
             names.sort(key=self._serials.__getitem__)
@@ -172,7 +172,7 @@ class Sessions:
     async def append(
         self, caller: Caller, fingerprint: bytes, session_id: str, expected_revision: int, turn: SessionAppend
     ) -> Manifest:
-        """Add a turn; begin the session where 0 is expected. Returns once it is on disk."""
+        """Add a turn; revision 0 begins the session. Returns once it is on disk."""
         name = self._name(fingerprint, session_id)
         layout = self._index.layouts[name[0]]
 
@@ -201,7 +201,7 @@ class Sessions:
     async def fork(
         self, caller: Caller, fingerprint: bytes, session_id: str, new_id: str, expected_revision: int
     ) -> Manifest:
-        """A copy under `new_id`. `expected_revision` 0 takes whichever there is."""
+        """A copy under `new_id`. `expected_revision` 0 accepts any revision."""
         name, new_name = self._name(fingerprint, session_id), self._name(fingerprint, new_id, "new_session_id")
         if name == new_name:
             raise InvalidRequest("new_session_id is the session's own id", field="new_session_id")
@@ -218,7 +218,7 @@ class Sessions:
         return await self._change(new_name, change)
 
     async def end(self, caller: Caller, fingerprint: bytes, session_id: str) -> bool:
-        """Forget a session. False where there was none."""
+        """Delete a session. False if there was none."""
         name = self._name(fingerprint, session_id)
 
         async def work() -> bool:
@@ -241,7 +241,7 @@ class Sessions:
             del self._gone[next(iter(self._gone))]
 
     async def _change(self, name: Name, change: Callable[[Manifest | None], Manifest]) -> Manifest:
-        """Put what `change` makes of a session in its place, on disk first. Where that fails it is as it was."""
+        """Replace a session by the result of `change`, on disk first. If that fails, the session is unchanged."""
 
         async def work() -> Manifest:
             async with self._lock(name):
@@ -263,11 +263,12 @@ class Sessions:
         return await self._shielded(work(), "change of a session")
 
     async def _shielded(self, work: Coroutine[Any, Any, T], what: str) -> T:
-        """What has begun is ended, though its caller is gone: memory must not fall behind the disk."""
+        """Run a change to its end, also if its caller is cancelled, so that memory and disk stay equal."""
         return await asyncio.shield(self._tasks.start_quietly(work, what))
 
     async def _put(self, name: Name, after: Manifest) -> None:
-        """Disk first, then memory. What `after` names counts as named from now on: it is not dropped meanwhile."""
+        """Disk first, then memory. Blocks that `after` names count as named from now on, so that they are not
+        dropped."""
         before, named = self._manifests.get(name), self._partial_keys(after)
         self._named.update(named)
         is_new = self._current(name) is None
@@ -289,14 +290,14 @@ class Sessions:
         return manifests.partial_keys(manifest, self._index.layouts[manifest.layout_id])
 
     def _install(self, name: Name, manifest: Manifest) -> None:
-        self._manifests.pop(name, None)  # It becomes the last one: the one that expires last.
+        self._manifests.pop(name, None)  # It moves to the end: it expires last.
         self._manifests[name] = manifest
         if name not in self._serials:
             self._serials[name] = self._next_serial
             self._next_serial += 1
 
     def _forget(self, names: Sequence[Name], why: Reason) -> None:
-        """Sessions whose records are gone."""
+        """Delete sessions whose records are deleted."""
         named: list[bytes] = []
         for name in names:
             manifest = self._manifests.pop(name)
@@ -311,7 +312,7 @@ class Sessions:
             self._tasks.start(self._drop(orphans, why), "drop of partial blocks")
 
     def _uncount(self, keys: Iterable[bytes]) -> list[bytes]:
-        """Those of them that no manifest names any more."""
+        """The keys that no manifest names any more."""
         orphans = []
         for key in keys:
             self._named[key] -= 1
@@ -324,21 +325,21 @@ class Sessions:
         for start in range(0, len(keys), _DROPPED_A_TURN):
             try:
                 await self._lifecycle.discard(self._partial_rows(keys[start : start + _DROPPED_A_TURN]), why, _LET_GO)
-            except StorageFailed as error:  # They are invisible already; their records leave later.
-                log.warning("partial blocks of sessions leave late: %s", error.message)
+            except StorageFailed as error:  # They are invisible already; their records are removed later.
+                log.warning("partial blocks of sessions could not be dropped yet: %s", error.message)
 
     def _partial_rows(self, keys: Sequence[bytes]) -> list[int]:
-        """Those of these partial blocks that are stored, and that still no manifest names."""
+        """The rows of these partial blocks that are stored and that still no manifest names."""
         blocks, layouts = self._lifecycle.blocks, self._index.layouts
-        orphans = [key for key in keys if not self._named[key]]  # A session may have named one again.
+        orphans = [key for key in keys if not self._named[key]]  # A session may name one again.
         rows = [row for first in blocks.rows_of_keys(orphans).tolist() for row in blocks.shards_of(first)]
-        # Clients say what is partial: a full block is of use to others, whatever a client calls it.
+        # Clients state which blocks are partial. A full block is not dropped, because other conversations can use it.
         return [row for row in rows if blocks.token_count[row] < layouts[int(blocks.layout_id[row])].block_tokens]
 
     # Time
 
     async def expire(self) -> None:
-        """Forget sessions whose time is over."""
+        """Delete expired sessions."""
         while over := list(islice(self._expired(), _EXPIRED_AT_A_TIME)):
             locks = [self._lock(name) for name in over]
             for lock in locks:
@@ -361,7 +362,7 @@ class Sessions:
             yield name
 
     async def flush(self) -> None:
-        """Write the times of those that were read since they were written."""
+        """Write the times of sessions that were used since the last write."""
         while names := list(islice(self._touched, _FLUSHED_AT_A_TIME)):
             written = {name: self._manifests[name] for name in names}
             for name in names:
@@ -392,7 +393,7 @@ class Sessions:
                 log.warning("sessions could not be written: %s", error.message)
 
     def _use(self, name: Name, manifest: Manifest) -> Manifest:
-        """Note that the session was used; written later."""
+        """Note a use of the session; it is written later."""
         manifest = self._used(manifest)
         self._install(name, manifest)
         self._touched[name] = None
@@ -446,7 +447,7 @@ class Sessions:
         return lock
 
     def _load(self) -> None:
-        """What the index holds. Times further ahead than the daemon's setting allows are cut to it."""
+        """The manifests in the index. Expiry times beyond the daemon's setting are reduced to it."""
         latest_ms = self._clock.wall_ms() + round(self.limits.ttl_s * 1000)
         found = [
             dataclasses.replace(manifest, expires_at_ms=min(manifest.expires_at_ms, latest_ms))

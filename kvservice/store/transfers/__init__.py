@@ -1,1 +1,1 @@
-"""The only ways to touch a block's bytes: uploads, reads, and both in place in shared memory."""
+"""The only ways to access a block's bytes: uploads, reads, and both in place in shared memory."""

@@ -1,4 +1,4 @@
-"""Which transfers may begin, how long one may be idle, and what one message may carry: one place for all listeners."""
+"""Which transfers may begin, how long one may be idle, and how large a message may be, for all listeners."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from kvservice_api.errors import DeadlineExceeded, IncompleteSave, InvalidFrame,
 
 T = TypeVar("T")
 
-# Claiming and recording more in one save would keep the event loop for over 5 ms.
+# Claims and records of more slices in one save would block the event loop for over 5 ms.
 SAVE_BLOCKS_MAX = 256
 SAVE_SLICES_MAX = 32768
 IN_PLACE_UPLOADS_PER_CLIENT_MAX = 64
 
 
 class Gate:
-    """Counts what is open of one kind of transfer, and refuses more than `open_max`."""
+    """Counts the open transfers of one kind, and refuses more than `open_max`."""
 
     def __init__(self, kind: str, open_max: int) -> None:
         self._kind = kind
@@ -27,7 +27,7 @@ class Gate:
         self.open_count = 0
 
     def check(self) -> None:
-        """Raises Overloaded where one more would be too many."""
+        """Raises Overloaded if no more may be opened."""
         if self.open_count >= self._open_max:
             raise Overloaded(f"{self._open_max} {self._kind} are open, the most that this daemon takes")
 
@@ -48,7 +48,7 @@ class Admission:
     def __init__(
         self, clock: Clock, *, loads_max: int, saves_max: int, slots: int, idle_s: float, frame_bytes: int
     ) -> None:
-        """`slots` bounds how many saves copy at one time; `idle_s` is how long a client may send or take nothing."""
+        """`slots` bounds how many saves copy at one time; `idle_s` is how long a client may send or read nothing."""
         self.loads = Gate("loads", loads_max)
         self.in_place_loads = Gate("loads", loads_max)
         self.saves = Gate("saves", saves_max)
@@ -62,7 +62,7 @@ class Admission:
         return self.loads.open_count + self.in_place_loads.open_count
 
     async def taken(self, sending: Awaitable[None]) -> None:
-        """Wait until the client has taken a frame. Raises DeadlineExceeded: a load keeps its blocks in place."""
+        """Wait until the client has read a frame. Raises DeadlineExceeded, because a load keeps its blocks in place."""
         try:
             async with self._clock.timeout(self._idle_s):
                 await sending
@@ -70,7 +70,7 @@ class Admission:
             raise DeadlineExceeded(f"the client took nothing for {self._idle_s:g} s; the load was ended") from error
 
     def incoming(self, messages: AsyncIterator[T]) -> Incoming[T]:
-        """The messages of a save, none of which may come too late."""
+        """The messages of a save, each within the time that a client may be idle."""
         return Incoming(messages, self._clock, self._idle_s)
 
     def check_frame(self, payload_bytes: int) -> None:
@@ -80,7 +80,7 @@ class Admission:
 
     @staticmethod
     def check_save(blocks: int, layers: int) -> None:
-        """Raises InvalidRequest where a save has more slices than one may have."""
+        """Raises InvalidRequest if a save has more slices than allowed."""
         if blocks * layers > SAVE_SLICES_MAX:
             raise InvalidRequest(
                 f"{blocks} blocks of {layers} layers are {blocks * layers} slices; "
@@ -98,14 +98,14 @@ class Incoming(Generic[T]):
         self._idle_s = idle_s
 
     async def next(self) -> T:
-        """The next message. Raises IncompleteSave at the end of the stream: that is never a commit."""
+        """The next message. Raises IncompleteSave at the end of the stream, which is never a commit."""
         message = await self._next()
         if message is None:
             raise IncompleteSave("the stream ended without a commit")
         return message
 
     async def ended(self) -> bool:
-        """Wait for the end of the stream. False where another message came instead."""
+        """Wait for the end of the stream. False if another message arrives instead."""
         return await self._next() is None
 
     async def _next(self) -> T | None:
@@ -113,4 +113,4 @@ class Incoming(Generic[T]):
             async with self._clock.timeout(self._idle_s):
                 return await anext(self._messages, None)
         except TimeoutError as error:
-            raise IncompleteSave(f"nothing came for {self._idle_s:g} s") from error
+            raise IncompleteSave(f"the client sent nothing for {self._idle_s:g} s") from error

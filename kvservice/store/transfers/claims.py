@@ -1,4 +1,4 @@
-"""Single flight: an object is uploaded once at a time. Saves that bring the same object queue for it."""
+"""Single flight: one upload of an object runs at a time. Other saves of the object queue for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True, eq=False)
 class Claim:
-    """One save's place in the queue for an object. `ended` is set when the save needs it no more."""
+    """One save's place in the queue for an object. `ended` is set when the save does not need it any more."""
 
     name: bytes  # The object's key.
     ended: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
@@ -23,11 +23,11 @@ class Claims:
 
     @property
     def object_count(self) -> int:
-        """How many objects are being saved."""
+        """The number of objects that are being saved."""
         return len(self._queues)
 
     def waiting_for(self, key: bytes) -> int:
-        """How many saves claim an object of this block, the one that uploads it included."""
+        """The number of saves that claim an object of this block, with the one that uploads it."""
         return sum(len(queue) for name, queue in self._queues.items() if name.startswith(key))
 
     def enqueue(self, name: bytes) -> Claim:

@@ -18,14 +18,14 @@ class HeadRun(NamedTuple):
 
 
 def cover(stored: Sequence[Shard], wanted: Shard) -> list[list[HeadRun]] | None:
-    """For each wanted layer the runs of heads that make it up, in order; None where some are missing.
+    """For each wanted layer its runs of heads, in order; None if some are missing.
 
     The answer is shared between calls: do not change it.
     """
     return _cover(tuple(stored), wanted)
 
 
-@functools.lru_cache(maxsize=4096)  # The blocks of one model are all cut alike.
+@functools.lru_cache(maxsize=4096)  # All blocks of one model are cut in the same way.
 def _cover(stored: tuple[Shard, ...], wanted: Shard) -> list[list[HeadRun]] | None:
     layers: list[list[HeadRun]] = []
     for layer in range(wanted.layer_begin, wanted.layer_end):

@@ -1,7 +1,7 @@
-"""Where leased blocks lie in the arena, for clients that read them in place.
+"""The places of leased blocks in the arena, for clients that read them in place.
 
-As a load it brings up what only SSD has, and keeps all rows in their places while it is open; it
-reads nothing for itself, unless it is asked to verify first what was not verified since the start.
+As a load, it promotes blocks that only SSD has, and keeps all rows in their place while it is open. It reads no bytes
+itself, unless the client requests that blocks are verified first that were not verified since the start.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class Located:
 
 @dataclass(frozen=True, slots=True)
 class NotInPlace:
-    """They have to be loaded by stream."""
+    """The blocks must be loaded by stream."""
 
     why: str
 
 
 class InPlaceReads:
-    """Finds blocks in the arena, and holds them while a client reads there."""
+    """Locates blocks in the arena, and holds them while a client reads there."""
 
     def __init__(
         self,
@@ -74,8 +74,8 @@ class InPlaceReads:
     async def run(
         self, caller: Caller, lease: Lease, blocks: range, *, verify: bool
     ) -> AsyncGenerator[Located | NotInPlace | int, None]:
-        """First the places, then how many layers are there, until all are. Then nothing more: the rows stay
-        in their places until this is closed, or the client is gone.
+        """First the places, then the number of layers that are ready, until all are. After that it yields nothing; the
+        rows stay in their place until this is closed, or the client disconnects.
 
         Raises NotShared, LeaseExpired, ChecksumMismatch, StorageFailed.
         """
@@ -116,7 +116,7 @@ class InPlaceReads:
                 self._counters.loads_failed += 1
                 raise
             self._counters.located_blocks += len(rows)
-            await left.wait()  # Or until this is closed: the blocks stay where they are meanwhile.
+            await left.wait()  # Or until this is closed. The blocks stay in their place meanwhile.
             raise LeaseExpired("the client's Attach stream has ended, and its leases with it")
         finally:
             await held.aclose()
@@ -133,7 +133,7 @@ class InPlaceReads:
             if extent is None:
                 if self._blocks.fastest(row) is None:
                     raise LeaseExpired("a block left the store before its load began: look the prefix up again")
-                return NotInPlace("DRAM has no room for a block")
+                return NotInPlace("DRAM has no space for a block")
             extents.append(extent)
         return extents
 
@@ -147,7 +147,7 @@ class InPlaceReads:
             yield wanted.layers
 
     async def _verify(self, rows: Rows) -> None:
-        """See that blocks in DRAM are what their checksums say, where that was not seen since the start."""
+        """Verify blocks in DRAM that were not verified since the start."""
         blocks = self._blocks
         unseen = rows[~blocks.verified[rows] & blocks.lie_in(rows, blocks.first_tier)]
         for row in dict.fromkeys(unseen.tolist()):

@@ -2,7 +2,7 @@
 
 Such an upload's bytes do not pass through the daemon. Its end differs from that of a streamed upload: the daemon reuses
 the space only after the client has committed or abandoned it, or when the kernel has dropped the lock of the client's
-process (``tiers/writers.py``). It never does so after a time: a stopped process that continues would write into another
+process (``tiers/writers.py``). A timeout is never enough: a stopped process that continues would write into another
 block.
 """
 
@@ -29,22 +29,22 @@ from kvservice_api.errors import InvalidRequest, KVError, NotShared, Overloaded,
 log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 0.1
-_RELEASED_A_TURN = 64  # A millisecond of the event loop.
+_RELEASED_A_TURN = 64  # They take a millisecond of the event loop.
 
 
 class _WrittenInPlace:
-    """Space that a client may be writing. What it may still write is not free before its writer's lock is gone."""
+    """Space that a client may be writing. It is not free before the writer's lock is released."""
 
     def __init__(self, dram: DramTier, writer: Writer) -> None:
         self._dram = dram
         self._writer = writer
-        self.may_be_written = False  # The client knows the places, and has not said yet that it has stopped.
+        self.may_be_written = False  # The client knows the places, and has not committed or abandoned yet.
 
     def lent(self, extent: Extent) -> None:
         self._writer.note(extent)
 
     def returned(self, extent: Extent) -> None:
-        if not self.may_be_written:  # Else the client is gone, or seems so: the space comes back with its lock.
+        if not self.may_be_written:  # Otherwise the space is free once the client's lock is released.
             self._writer.forget(extent)
             self._dram.release(extent)
 
@@ -62,10 +62,10 @@ class _InPlaceUpload(NamedTuple):
 
 
 class InPlaceUploads:
-    """All uploads in place, by the number that the client drew, and the clients that may be writing."""
+    """All uploads in place, by the client's random number, and the clients that may be writing."""
 
     def __init__(self, uploads: Uploads, dram: DramTier, tasks: Tasks, *, offered: bool) -> None:
-        """Sets aside, first of all, what clients of an earlier daemon may still be writing."""
+        """First sets the space aside that clients of an earlier daemon may still be writing."""
         self._uploads = uploads
         self._dram = dram
         self._tasks = tasks
@@ -77,25 +77,25 @@ class InPlaceUploads:
         for writer in self._leaving:
             for extent in writer.extents:
                 if dram.set_aside(extent.offset_bytes, extent.size_bytes) is None:
-                    writer.forget(extent)  # It was committed: the record wins.
+                    writer.forget(extent)  # It was committed, so the record is right.
 
     def start(self) -> None:
-        """Take space back from writers that are gone. Needs a running event loop."""
+        """Free the space of writers that have released their lock. Call it on a running event loop."""
         for writer in self._leaving:
-            self._tasks.start(self._until_gone(writer), "a writer of before")
+            self._tasks.start(self._until_gone(writer), "a writer of an earlier daemon")
 
     @property
     def set_aside(self) -> list[Extent]:
-        """What clients may be writing whose attachment has ended, here or at an earlier daemon."""
+        """The space of clients that may be writing and whose attachment has ended, at this or an earlier daemon."""
         return [extent for writer in self._leaving for extent in writer.extents]
 
     @property
     def refused_because(self) -> str:
-        """Why clients cannot write in place; empty where they can."""
+        """Why clients cannot write in place; empty if they can."""
         return self._dram.not_shared_because or ("" if self._offered else "dram.share is not writable")
 
     def writer(self, client: Client) -> Writer:
-        """The client's, whose lock it holds. Raises NotShared or NoWriterLock."""
+        """The client's writer, whose lock it holds. Raises NotShared or NoWriterLock."""
         if why := self.refused_because:
             raise NotShared(f"blocks cannot be written in place: {why}")
         writer = self._writers.get(client)
@@ -109,8 +109,8 @@ class InPlaceUploads:
     async def reserve(
         self, caller: Caller, number: int, client: Client, request: SaveRequest, *, on_ssd: bool
     ) -> tuple[list[Place], dict[int, KVError]]:
-        """The places to write, and why blocks were refused, by position. Waits, as a save does, for others that
-        store the same blocks, and for room.
+        """The places to write, and why blocks were refused, by position. Waits, as a save does, for other saves of the
+        same blocks, and for space.
 
         Raises InvalidRequest, Overloaded, NotShared, NoWriterLock, IncompleteSave.
         """
@@ -132,7 +132,7 @@ class InPlaceUploads:
         return upload.places, upload.outcome.refused
 
     async def commit(self, caller: Caller, number: int, client: Client, checksums: NDArray[np.uint64]) -> SaveOutcome:
-        """Raises ReservationEnded, ReservationNotYours; InvalidRequest, after which the upload goes on."""
+        """Raises ReservationEnded, ReservationNotYours; InvalidRequest, after which the upload continues."""
         found = self._get(number, client)
         if found is None or not found.space.may_be_written:
             raise ReservationEnded("there is no such reservation: reserve again", reservation_id=number)
@@ -142,7 +142,7 @@ class InPlaceUploads:
         return await found.upload.commit_written(checksums, on_ssd=found.on_ssd)
 
     def abandon(self, caller: Caller, number: int, client: Client) -> None:
-        """The client writes no more, and wants nothing of it stored. Raises ReservationNotYours."""
+        """The client writes no more, and abandons the blocks. Raises ReservationNotYours."""
         found = self._get(number, client)
         if found is not None:
             del self._open[number]
@@ -159,16 +159,16 @@ class InPlaceUploads:
         self._open = {number: each for number, each in self._open.items() if each.client is not client}
         writer = self._writers.pop(client)
         self._leaving.add(writer)
-        # As a task: whatever else hangs on the client ends first.
-        self._tasks.start(self._until_gone(writer), "a writer that has gone")
+        # As a task, so that the client's other resources end first.
+        self._tasks.start(self._until_gone(writer), "a writer whose client has disconnected")
 
     async def _until_gone(self, writer: Writer) -> None:
-        """Look for the end of the process that may be writing; its space is free then."""
+        """Wait for the end of the process that may be writing; then free its space."""
         try:
             while not writer.remove_if_unlocked():  # noqa: ASYNC110  (another process ends it)
                 await asyncio.sleep(_LOOK_EVERY_S)
         except asyncio.CancelledError:
-            writer.close()  # The daemon ends: the next one finds the file.
+            writer.close()  # The daemon ends, and the next one finds the file.
             raise
         self._leaving.discard(writer)
         extents = writer.extents

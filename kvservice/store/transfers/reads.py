@@ -1,7 +1,7 @@
-"""The load path: leased blocks leave layer by layer, each slice verified before any byte of it is sent.
+"""The load path: leased blocks are sent layer by layer, and each slice is verified before any byte of it is sent.
 
-Where a block lies decides only where its slices are read: in DRAM, in DRAM as it is promoted
-from SSD, or on SSD itself where DRAM has no room (one layer at a time, through scratch memory).
+The tier of a block decides only from where its slices are read: from DRAM; from DRAM during a promotion; or from SSD if
+DRAM has no space (one layer at a time, through scratch memory).
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ T = TypeVar("T")
 _SCRATCH_BYTES = 256 << 20
 _SCRATCH_WAIT_S = 5.0
 
-_ROWS_A_TURN = 256  # A millisecond of the event loop.
+_ROWS_A_TURN = 256  # They take a millisecond of the event loop.
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """`count` items from `first` on; a count of 0 means all that follow."""
+    """`count` items from `first` on; a count of 0 means all later ones."""
 
     first: int = 0
     count: int = 0
 
     def within(self, end: int, what: str) -> range:
-        """As a range of a lease's `end` items. Raises InvalidRequest where it is empty or reaches beyond."""
+        """As a range of a lease's `end` items. Raises InvalidRequest if it is empty or beyond the end."""
         last = self.first + self.count if self.count else end
         if not self.first < last <= end:
             raise InvalidRequest(f"{what}s {self.first}..{last} are not in the lease's {end}", field=f"first_{what}")
@@ -58,17 +58,17 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class LayerSlice:
-    """One layer of one stored object, somewhere in memory."""
+    """One layer of one stored object, in memory."""
 
     row: int
     layer: int  # Counted from the stored shard's first.
     data: memoryview
-    expected: int | None  # Its checksum; None where it was verified when it was read.
+    expected: int | None  # Its checksum; None if it was verified when it was read.
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Bytes of one layer, as many as one frame carries."""
+    """Bytes of one layer, at most as many as fit into one frame."""
 
     layer: int
     first_block: int
@@ -79,26 +79,26 @@ class Part:
 
 @dataclass(slots=True)
 class _Source:
-    """Where one row's slices come from, for the time of a load."""
+    """The source of one row's slices, during a load."""
 
     row: int
-    generation: int  # The row's, to tell whether it still has this block.
+    generation: int  # The row's generation, to detect that it has another block.
     shard: Shard
     geometry: BlockGeometry
-    image: memoryview | None  # In DRAM, or being promoted; None where the slices are read from SSD.
+    image: memoryview | None  # In DRAM, or being promoted; None if the slices are read from SSD.
     trailer: Trailer | None = None
     pending: PendingPromotion | None = None
-    tier: TierName | None = None  # That the slices are read from, where that is not memory.
-    extent: Extent | None = None  # Its place there.
+    tier: TierName | None = None  # From which the slices are read, if not from memory.
+    extent: Extent | None = None  # Its place in that tier.
 
     @property
     def is_at_hand(self) -> bool:
-        """Whether all of it lies in DRAM."""
+        """Whether all of it is in DRAM."""
         return self.image is not None and self.pending is None
 
 
 class Reads:
-    """All loads that run. `slots` bounds how many frames are put together at a time, over all clients."""
+    """All running loads. `slots` bounds how many frames are joined at a time, over all clients."""
 
     def __init__(
         self,
@@ -128,13 +128,13 @@ class Reads:
     ) -> AsyncGenerator[T, None]:
         """Every frame of a load, in order. `encode` runs on a thread, after the frame's slices are verified.
 
-        Raises ChecksumMismatch or StorageFailed; what was yielded before is right.
+        Raises ChecksumMismatch or StorageFailed; frames that were yielded before are right.
         """
         read = _Read(self, lease, blocks)
         self.lifecycle.hold(read.rows)
         try:
             await read.open()
-            ready: asyncio.Future[T] | None  # One frame is sent while the one behind it, `waiting`, is put together.
+            ready: asyncio.Future[T] | None  # One frame is sent while the next one, `waiting`, is joined.
             waiting: asyncio.Future[T] | None = None
             parts: asyncio.Future[list[Part]] | None = None
             try:
@@ -145,7 +145,7 @@ class Reads:
                         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
                         if not parts.done():
                             ready, waiting = waiting, None
-                            yield await ready  # It need not wait for a layer that is still being read.
+                            yield await ready  # It does not wait for a layer that is still being read.
                     for part in await parts:
                         following = asyncio.ensure_future(read.finish(part, encode))
                         ready, waiting = waiting, following
@@ -158,7 +158,7 @@ class Reads:
                 for unneeded in (waiting, parts):
                     if unneeded is not None:
                         unneeded.cancel()
-                        await ended(unneeded)  # It may be reading memory that is released below.
+                        await ended(unneeded)  # The thread may be reading memory that is released below.
                         if not unneeded.cancelled():
                             unneeded.exception()  # Another one was raised before it.
             self.counters.load_blocks += len(blocks)
@@ -183,10 +183,10 @@ class _Read:
         self._sources: dict[int, _Source] = {}
         self._jobs: set[asyncio.Future[Any]] = set()
         self._scratch_bytes = 0
-        self._held = AsyncExitStack()  # What is being promoted, for as long as it is read.
+        self._held = AsyncExitStack()  # Keeps the promotions in place while they are read.
 
     def _plan(self, rows: Sequence[int]) -> list[list[HeadRun]] | None:
-        """How several shards make up one; None where one row is just what is asked for."""
+        """How several shards give one; None if one row is exactly the requested shard."""
         stored = [self._blocks_table.shard_of(row) for row in rows]
         if len(rows) == 1 and (stored[0].head_begin, stored[0].head_end) == (
             self._shard.head_begin,
@@ -198,7 +198,7 @@ class _Read:
         return plan
 
     async def open(self) -> None:
-        """Find every row's bytes, and start to bring up what only SSD has."""
+        """Find every row's bytes, and start to promote rows that only SSD has."""
         table, reads = self._blocks_table, self._reads
         promotions: dict[int, PendingPromotion] = {}
         if reads.promoter is not None:
@@ -221,14 +221,14 @@ class _Read:
             if source.trailer is None:
                 await self._quarantine(source, table.first_tier, "the trailer")
         read_through = [source for source in self._sources.values() if source.extent is not None]
-        # One layer of each is being sent while the next one is being read.
+        # One layer of each is sent while the next one is read.
         wanted_bytes = sum(2 * (source.geometry.slice_bytes_max + 2 * PAGE_BYTES) for source in read_through)
         await reads.scratch.take(wanted_bytes)
         self._scratch_bytes = wanted_bytes
         await _gather(self._fetch_trailer, read_through)
 
     def _source(self, row: int) -> _Source:
-        """Of a block that is not being promoted."""
+        """The source of a block that is not being promoted."""
         table, source = self._blocks_table, self._new_source(row)
         tier = table.fastest(row)
         if tier is None:
@@ -253,7 +253,8 @@ class _Read:
         await self._held.aclose()
 
     async def _yield_to_loop(self, count: int) -> None:
-        """The event loop goes round now and then: a load may have thousands of blocks, and loads may be many."""
+        """Yield to the event loop regularly, because a load may have thousands of blocks, and there may be many
+        loads."""
         if count % _ROWS_A_TURN == 0:
             await self._reads.loop_budget.slot()
 
@@ -282,7 +283,7 @@ class _Read:
             await self._quarantine(source, source.tier, "the trailer")
 
     async def parts(self, layer: int) -> list[Part]:
-        """One wanted layer, cut into frames; `layer` counts from the shard's first."""
+        """One requested layer, cut into frames; `layer` counts from the shard's first."""
         return await self._cut(layer, await self._slices(layer + self._shard.layer_begin))
 
     async def _slices(self, layer: int) -> dict[int, LayerSlice]:
@@ -301,7 +302,7 @@ class _Read:
         return slices | {found.row: found for found in fetched}
 
     def _slice(self, source: _Source, layer: int) -> LayerSlice:
-        """Of a block in DRAM. Not a coroutine: a load asks for thousands of them."""
+        """The slice of a block in DRAM. Not a coroutine, because a load calls it thousands of times."""
         begin, end = source.geometry.slice_range(layer)
         assert source.image is not None and source.trailer is not None
         return LayerSlice(source.row, layer, source.image[begin:end], int(source.trailer.checksums[layer]))
@@ -311,7 +312,7 @@ class _Read:
         if source.pending is not None:
             pending = source.pending
             await pending.layer_ready(layer)
-            # Small slices share pages with neighbours that are still being read: they are verified once more.
+            # Small slices share pages with neighbours that are still being read, so they are verified once more.
             expected = int(pending.checksums[layer]) if source.geometry.shares_pages(layer) else None
             return LayerSlice(source.row, layer, pending.image[begin:end], expected)
         assert source.trailer is not None
@@ -341,7 +342,7 @@ class _Read:
                     taken = run[:room]
                     current.runs.append(taken)
                     current.unverified.extend(verify)
-                    verify = []  # Once is enough, with the first byte that goes out.
+                    verify = []  # Verify a slice once, before its first byte is sent.
                     run = run[len(taken) :]
                     room -= len(taken)
                     sent += len(taken)
@@ -349,7 +350,7 @@ class _Read:
         return parts
 
     def _runs(self, block: int, layer: int, slices: dict[int, LayerSlice]) -> list[memoryview]:
-        """The bytes of one block's layer, in order: whole, or keys and then values of each run of heads."""
+        """The bytes of one block's layer, in order: all of it, or keys and then values of each run of heads."""
         plan, rows = self._plans[block], self._rows_of_block[block]
         if plan is None:
             return [slices[rows[0]].data]
@@ -359,7 +360,7 @@ class _Read:
         for run in plan[layer]:
             source = self._sources[rows[run.source]]
             begin, end = self._layout.heads_between(model_layer, run.begin, run.end)
-            begin = max(begin, taken)  # A head that two shards hold is taken from the first.
+            begin = max(begin, taken)  # A head that two shards have is taken from the first.
             if begin >= end:
                 continue
             taken = end
@@ -372,7 +373,7 @@ class _Read:
         return keys + values
 
     async def finish(self, part: Part, encode: Callable[[Part], T]) -> T:
-        """Verify the slices that begin in this part, then encode it: both on a thread."""
+        """Verify the slices that begin in this part, then encode it; both on a thread."""
         reads = self._reads
 
         def work() -> T | LayerSlice:
@@ -396,7 +397,7 @@ class _Read:
 
 
 async def _gather(work: Callable[[_Source], Awaitable[T]], sources: Sequence[_Source]) -> list[T]:
-    """What `work` gives for each of them, not too many at a time."""
+    """The results of `work` for each of them, a bounded number at a time."""
     results: list[T] = []
     for start in range(0, len(sources), _ROWS_A_TURN):
         results += await all_of(map(work, sources[start : start + _ROWS_A_TURN]))
@@ -404,7 +405,8 @@ async def _gather(work: Callable[[_Source], Awaitable[T]], sources: Sequence[_So
 
 
 class _ScratchBudget:
-    """Memory for blocks that are read from SSD past a full DRAM, over all loads: slow readers must not pile it up."""
+    """The bound of all loads' memory for blocks that are read from SSD while DRAM is full, because clients may be
+    slow."""
 
     def __init__(self, clock: Clock, limit_bytes: int, wait_s: float) -> None:
         self._clock = clock
@@ -414,7 +416,8 @@ class _ScratchBudget:
         self._more = asyncio.Condition()
 
     async def take(self, size_bytes: int) -> None:
-        """Wait for a share; a load that wants more than there is gets it when it is alone. Raises Overloaded."""
+        """Wait for a share. A load that needs more than the bound gets it when no other load has a share. Raises
+        Overloaded."""
         if not size_bytes:
             return
         try:
@@ -424,7 +427,7 @@ class _ScratchBudget:
                 )
                 self._used_bytes += size_bytes
         except TimeoutError as error:
-            raise Overloaded("other loads take all the memory for reading past a full DRAM") from error
+            raise Overloaded("other loads use all the memory for reads from SSD while DRAM is full") from error
 
     def release(self, size_bytes: int) -> None:
         if size_bytes:

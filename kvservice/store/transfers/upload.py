@@ -1,7 +1,8 @@
 """The save path: claim the blocks, reserve destinations for their bytes, write them, commit or abandon.
 
-Nothing of an upload is visible before its commit, and nothing is left of one that ends without.
-The order of a commit: bytes complete and matching the client's checksums, trailer, index record, visible.
+No byte of an upload is visible before its commit, and an upload that ends without a commit leaves nothing. The order of
+a commit: bytes are complete and match the client's checksums, the trailer, the index record; then the blocks are
+visible.
 """
 
 from __future__ import annotations
@@ -53,13 +54,13 @@ from kvservice_api.image import (
 )
 from kvservice_api.layout import Layout, Shard
 
-_HASH_IN_THREAD_BYTES = 1 << 20  # Hashing less than this takes less than handing it to a thread.
-_RESERVED_A_TURN = 64  # A millisecond of the event loop.
+_HASH_IN_THREAD_BYTES = 1 << 20  # Below this size, hashing is faster than the hand-over to a thread.
+_RESERVED_A_TURN = 64  # They take a millisecond of the event loop.
 
 
 @dataclass(frozen=True, slots=True)
 class SaveRequest:
-    """What a save wants to store: consecutive blocks of one chain, all full but the last."""
+    """The blocks of a save: consecutive blocks of one chain, all full except the last."""
 
     layout_id: int
     layout: Layout
@@ -79,12 +80,12 @@ class SaveOutcome:
 
 
 class _Slices:
-    """Which bytes of one block's slices have arrived. Frames may come in any order, none twice."""
+    """Which bytes of one block's slices have arrived. Frames may arrive in any order, none twice."""
 
     def __init__(self, geometry: BlockGeometry) -> None:
         self._geometry = geometry
         self._complete = bytearray(geometry.slice_count)
-        # Of slices that came in part: sorted, never touching. A whole one costs no object that would have to be freed.
+        # Per incomplete slice: sorted, never adjacent. Complete slices have no objects, whose release would take time.
         self._runs: dict[int, list[tuple[int, int]]] = {}
         self.missing = geometry.slice_count
 
@@ -110,27 +111,27 @@ class _Slices:
 
 
 class Place(NamedTuple):
-    """Where a block's image begins in the arena."""
+    """The offset of a block's image in the arena."""
 
-    position: int  # In the save's keys.
+    position: int  # Its position in the save's keys.
     extent: Extent
 
 
 class Space(Protocol):
-    """What becomes of the space that an upload gets: a client that writes in place may still be writing there."""
+    """The handling of an upload's space: a client that writes in place may still be writing there."""
 
     def lent(self, extent: Extent) -> None:
-        """It is the upload's from now on."""
+        """The upload owns it from now on."""
 
     def returned(self, extent: Extent) -> None:
-        """The upload does not need it any more, and no record ever named it."""
+        """The upload does not need it any more, and no record has ever named it."""
 
     def recorded(self, extent: Extent) -> None:
         """A record is about to name it."""
 
 
 class OwnSpace:
-    """Space that only the daemon writes: free again at once."""
+    """Space that only the daemon writes: it is free at once."""
 
     def __init__(self, dram: DramTier) -> None:
         self._dram = dram
@@ -147,7 +148,7 @@ class OwnSpace:
 
 @dataclass(slots=True, eq=False)
 class _Destination:
-    """Where the bytes of one block go, once there is room for them."""
+    """The destination of one block's bytes, once it has space."""
 
     position: int
     claim: Claim
@@ -158,7 +159,7 @@ class _Destination:
 
 
 class Uploads:
-    """All saves that run, and what they share."""
+    """All running saves, and their shared state."""
 
     def __init__(
         self,
@@ -174,7 +175,7 @@ class Uploads:
         wait_s: float,
         secret: bytes,
     ) -> None:
-        """`wait_s` is how long a save waits for others of the same block; `secret` is for the tags of descriptors."""
+        """`wait_s` is how long a save waits for other saves of a block; `secret` is for the tags of descriptors."""
         self.lifecycle = lifecycle
         self.blocks: BlockTable = lifecycle.blocks
         self.evictor = evictor
@@ -200,7 +201,7 @@ class Uploads:
 
 
 class Upload:
-    """One save: claim, destinations, bytes, commit. The bytes come by `write`, or the client writes them in place."""
+    """One save: claim, destinations, bytes, commit. `write` stores the bytes, or the client writes them in place."""
 
     def __init__(self, uploads: Uploads, caller: Caller, client: Client, request: SaveRequest, space: Space) -> None:
         """Use `Uploads.begin`."""
@@ -212,7 +213,7 @@ class Upload:
         self._admitted = ExitStack()
         self.outcome = SaveOutcome()
         self._destinations: dict[int, _Destination] = {}
-        self._checksums = np.zeros((len(request.keys), request.shard.layers), np.uint64)  # Of what came.
+        self._checksums = np.zeros((len(request.keys), request.shard.layers), np.uint64)  # Of received slices.
         self._hashing: set[asyncio.Future[int]] = set()
         self._geometries = [block_geometry(request.layout, request.shard, count) for count in request.token_counts]
         self._layer_starts = layer_starts(request.layout, request.shard, request.token_counts)
@@ -223,7 +224,7 @@ class Upload:
 
     @property
     def places(self) -> list[Place]:
-        """Where the blocks go that this save stores, by position."""
+        """The destinations of the blocks that this save stores, by position."""
         return [
             Place(position, each.extent)
             for position, each in sorted(self._destinations.items())
@@ -231,7 +232,7 @@ class Upload:
         ]
 
     async def __aenter__(self) -> Self:
-        """Raises Overloaded, and what `claim` raises."""
+        """Raises Overloaded, and the errors of `claim`."""
         self._admitted.enter_context(self._all.admission.saves.entered())
         await self.claim()
         return self
@@ -242,7 +243,7 @@ class Upload:
     # Claim and destinations
 
     async def claim(self) -> None:
-        """Wait for others that save the same blocks, and for room. Raises IncompleteSave where the client goes."""
+        """Wait for other saves of the same blocks, and for space. Raises IncompleteSave if the client disconnects."""
         self._client.on_detach.add(self._abandon)
         self._all.open.add(self)
         try:
@@ -266,20 +267,20 @@ class Upload:
             (first if self._all.claims.is_first(each.claim) else others).append(each)
         for count, each in enumerate(first):
             if count % _RESERVED_A_TURN == 0:
-                await self._all.loop_budget.slot()  # Where there is room nothing below waits.
+                await self._all.loop_budget.slot()  # If there is space, nothing below waits.
             await self._reserve(each)
         deadline_s = self._all.clock.monotonic_s() + self._all.wait_s
         for each in others:
             await self._after_others(each, deadline_s)
 
     def _stored_row(self, position: int) -> int:
-        """A row that has all of what this save would store of a block, or NO_ROW."""
+        """A row that has everything that this save would store of a block, or NO_ROW."""
         blocks, shard = self._all.blocks, self._request.shard
         first = int(blocks.rows_of_keys([self._request.keys[position]])[0])
         return next((row for row in blocks.shards_of(first) if blocks.shard_of(row).covers(shard)), NO_ROW)
 
     async def _after_others(self, destination: _Destination, deadline_s: float) -> None:
-        """Other saves store this block: wait for them, and take over should none of them commit."""
+        """Other saves store this block: wait for them, and store it if none of them commits."""
         try:
             async with self._all.clock.timeout(max(0.0, deadline_s - self._all.clock.monotonic_s())):
                 await self._all.claims.until_first(destination.claim)
@@ -296,7 +297,7 @@ class Upload:
         extent: Extent | None = None
         try:
             if self._no_room is not None:
-                raise self._no_room  # A chain without this block is not worth another wait for room.
+                raise self._no_room  # Later blocks are useless without this one: do not wait for them.
             if not self._over:
                 await self._all.lifecycle.wait_record_deletes([destination.claim.name])
                 extent = await self._all.evictor.reserve(self._all.blocks.first_tier, destination.geometry.image_bytes)
@@ -305,10 +306,10 @@ class Upload:
                 self._no_room = error
                 self._refuse(destination, error)
                 return
-        if self._over:  # The client went away while we waited.
+        if self._over:  # The client has disconnected during the wait.
             if extent is not None:
                 self._all.dram.release(extent)
-            raise IncompleteSave("the client has gone")
+            raise IncompleteSave("the client has disconnected")
         assert extent is not None
         destination.extent = extent
         destination.image = self._all.dram.view(extent)[: destination.geometry.image_bytes]
@@ -321,14 +322,14 @@ class Upload:
     # Writing
 
     async def put(self, frame: Frame) -> None:
-        """`write`, in turn with other saves: the event loop goes round between frames."""
+        """`write`, in turn with other saves, one frame per iteration of the event loop."""
         async with self._all.admission.save_slots:
             self._all.admission.check_frame(len(frame.payload))
             self.write(frame)
-            await asyncio.sleep(0)  # With the slot in hand.
+            await asyncio.sleep(0)  # The slot is held.
 
     def write(self, frame: Frame) -> None:
-        """Put a frame's bytes in their place. Raises InvalidFrame; the caller then leaves the block."""
+        """Copy a frame's bytes to their place. Raises InvalidFrame; the caller then ends the save."""
         request = self._request
         if frame.layer >= request.shard.layers or frame.first_block >= len(request.keys):
             raise InvalidFrame(
@@ -337,7 +338,7 @@ class Upload:
         starts = self._layer_starts[frame.layer]
         first_end = starts[frame.first_block + 1] - starts[frame.first_block]
         if frame.first_offset_bytes >= first_end or not len(frame.payload):
-            raise InvalidFrame("the payload is empty, or starts behind its block's slice", layer=frame.layer)
+            raise InvalidFrame("the payload is empty, or starts after its block's slice", layer=frame.layer)
         start = starts[frame.first_block] + frame.first_offset_bytes
         if start + len(frame.payload) > starts[-1]:
             raise InvalidFrame("the payload reaches beyond the last block", layer=frame.layer)
@@ -353,7 +354,7 @@ class Upload:
     def _put(self, block: int, layer: int, offset: int, data: NDArray[np.uint8]) -> None:
         destination = self._destinations.get(block)
         if destination is None:
-            return  # Stored already, or refused: its bytes are not looked at.
+            return  # The block is stored already, or refused, so its bytes are not read.
         assert destination.image is not None
         complete = destination.slices.add(layer, offset, offset + len(data))
         begin, end = destination.geometry.slice_range(layer)
@@ -363,7 +364,7 @@ class Upload:
             self._hash(destination, layer, destination.image[begin:end])
 
     def _hash(self, destination: _Destination, layer: int, data: memoryview) -> None:
-        """Take the checksum of what lies in the arena now, while it is still in the processor's cache."""
+        """Compute the checksum of the bytes in the arena now, while they are still in the processor's cache."""
         if len(data) <= _HASH_IN_THREAD_BYTES:
             self._checksums[destination.position, layer] = checksum(data)
             return
@@ -382,19 +383,19 @@ class Upload:
         """Make complete, matching blocks visible. `checksums`: one per slice, ``[block, layer]`` flattened.
 
         `then_write` queues them for their SSD copy; `on_ssd` waits for it.
-        Raises IncompleteSave where bytes are missing; then nothing is stored.
+        Raises IncompleteSave if bytes are missing; then nothing is stored.
         """
         if self._over or self._committing:
-            raise IncompleteSave("the save has ended: its client has gone, or it was committed before")
+            raise IncompleteSave("the save has ended: its client has disconnected, or it was committed before")
         layers = self._request.shard.layers
         if len(checksums) != layers * len(self._request.keys):
             raise InvalidRequest(
-                f"{len(checksums)} checksums came for {len(self._request.keys)} blocks of {layers} layers",
+                f"{len(checksums)} checksums were sent for {len(self._request.keys)} blocks of {layers} layers",
                 field="checksums",
             )
         if incomplete := [each.position for each in self._destinations.values() if each.slices.missing]:
             raise IncompleteSave(f"bytes of block {incomplete[0]} are missing", block=incomplete[0])
-        self._committing = True  # A client that detaches from now on leaves the extents to this commit.
+        self._committing = True  # If the client detaches from now on, this commit owns the extents.
         if self._hashing:
             await asyncio.wait(self._hashing)
         good = self._matching(checksums)
@@ -404,21 +405,21 @@ class Upload:
         return self.outcome
 
     def check_written(self, checksums: NDArray[np.uint64]) -> None:
-        """Raises InvalidRequest where they are not one per slice of `places`."""
+        """Raises InvalidRequest unless there is one per slice of `places`."""
         layers = self._request.shard.layers
         if len(checksums) != layers * len(self._destinations):
             raise InvalidRequest(
-                f"{len(checksums)} checksums came for {len(self._destinations)} reserved blocks of {layers} layers",
+                f"{len(checksums)} checksums were sent for {len(self._destinations)} reserved blocks of {layers} layers",
                 field="checksums",
             )
 
     async def commit_written(self, checksums: NDArray[np.uint64], *, on_ssd: bool) -> SaveOutcome:
         """Make blocks visible that the client wrote to `places` itself. `checksums`: one per slice of these, flattened.
 
-        They are kept and not compared: a view or a load of the blocks does that.
+        They are stored and not compared now: a view or a load of the blocks compares them.
         """
         written = sorted(self._destinations.values(), key=lambda each: each.position)
-        self._committing = True  # A client that detaches from now on leaves the extents to this commit.
+        self._committing = True  # If the client detaches from now on, this commit owns the extents.
         positions = [each.position for each in written]
         self._checksums[positions] = checksums.reshape(len(written), self._request.shard.layers)
         try:
@@ -431,7 +432,7 @@ class Upload:
     async def _finish(
         self, good: list[_Destination], rows: list[int], *, on_ssd: bool, then_write: bool = True
     ) -> None:
-        """What follows the records."""
+        """The steps after the records."""
         self._count(good)
         if self._all.write_behind is not None and then_write:
             self._all.write_behind.add(rows)
@@ -439,7 +440,7 @@ class Upload:
             await self._until_on_ssd(good, rows)
 
     def _matching(self, checksums: NDArray[np.uint64]) -> list[_Destination]:
-        """The uploads whose bytes are those that the client's checksums were taken of. The others are refused."""
+        """The blocks whose bytes match the client's checksums. The others are refused."""
         wrong = checksums.reshape(self._checksums.shape) != self._checksums
         first_wrong = np.where(wrong.any(axis=1), wrong.argmax(axis=1), -1).tolist()
         good = []
@@ -489,7 +490,7 @@ class Upload:
         self._touch(rows, now_ms)
         for destination, extent in zip(written, extents, strict=True):
             self._space.recorded(extent)
-            destination.extent = destination.image = None  # `admit` owns the space from here on.
+            destination.extent = destination.image = None  # From here on `admit` owns the space.
         try:
             await self._all.lifecycle.admit(rows, extents)
         except KVError as error:
@@ -499,14 +500,14 @@ class Upload:
         return rows
 
     def _touch(self, rows: list[int], now_ms: int) -> None:
-        """The whole chain was used now. What comes first in it is worth most."""
+        """Mark the whole chain as used now. Its first blocks have the highest value."""
         blocks = self._all.blocks
         earlier = blocks.ancestors(rows[0])
         chain = [*reversed(earlier), *rows]
         blocks.touch(np.array(chain, np.int64), now_ms)
 
     async def _until_on_ssd(self, written: list[_Destination], rows: list[int]) -> None:
-        """Wait for the SSD copies: of what was stored now, and of what others had stored before."""
+        """Wait for the SSD copies of the blocks that were stored now, and of those that other saves had stored."""
         outcome, lifecycle = self.outcome, self._all.lifecycle
         row_of = {destination.position: row for destination, row in zip(written, rows, strict=False)}
         row_of |= {position: self._stored_row(position) for position in outcome.already_stored}
@@ -521,10 +522,10 @@ class Upload:
             done[:] = [position for position in done if position not in outcome.refused]
 
     async def _written(self, row: int) -> KVError | None:
-        """Wait for the row's SSD copy; why there will be none."""
+        """Wait for the row's SSD copy. Returns the reason if there will be none."""
         try:
             if row == NO_ROW:
-                raise BlockNotFound("the block was stored before, and left meanwhile")
+                raise BlockNotFound("the block was stored before, and was dropped meanwhile")
             if self._all.write_behind is None:
                 raise TierFull("this daemon has no SSD tier", tier="ssd")
             await self._all.write_behind.written(row)
@@ -548,12 +549,12 @@ class Upload:
             self._all.note_refused(keys, reason)
 
     def _abandon(self) -> None:
-        """The client has gone."""
+        """The client has disconnected."""
         if not self._committing:
             self.close()
 
     def close(self) -> None:
-        """End what is still open: its space is free at once, as no record ever named it."""
+        """End the open destinations. Their space is free at once, because no record has ever named it."""
         if not self._over:
             self._over = True
             self._all.open.discard(self)
@@ -569,7 +570,7 @@ class Upload:
 
     def _end(self, destination: _Destination) -> None:
         if destination.extent is not None:
-            self._space.returned(destination.extent)  # The result of a hash that still runs is not used.
+            self._space.returned(destination.extent)  # The result of a running hash is not used.
             destination.extent = destination.image = None
         del self._destinations[destination.position]
         self._all.claims.end(destination.claim)

@@ -47,12 +47,12 @@ def frame(**changes: Any) -> pb.SaveBlocksRequest:
         (frame(layer=U32_MAX), f"layer {U32_MAX} or block 0 is outside the save"),
         (frame(first_block=2), "layer 0 or block 2 is outside the save"),
         (frame(first_block=U32_MAX), f"layer 0 or block {U32_MAX} is outside the save"),
-        (frame(first_offset_bytes=SIZE), "is empty, or starts behind its block's slice"),
-        (frame(first_offset_bytes=U64_MAX), "is empty, or starts behind its block's slice"),
+        (frame(first_offset_bytes=SIZE), "is empty, or starts after its block's slice"),
+        (frame(first_offset_bytes=U64_MAX), "is empty, or starts after its block's slice"),
         (frame(first_block=1, first_offset_bytes=1), "reaches beyond the last block"),
         (frame(payload=bytes(2 * SIZE + 1)), "reaches beyond the last block"),
-        (frame(payload=b""), "is empty, or starts behind its block's slice"),
-        (frame(layer=1, payload=b""), "is empty, or starts behind its block's slice"),
+        (frame(payload=b""), "is empty, or starts after its block's slice"),
+        (frame(layer=1, payload=b""), "is empty, or starts after its block's slice"),
         (frame(payload=bytes(2**20 + 1)), "a frame carries 1048577 bytes; at most 1048576 are allowed"),
     ],
     ids=itertools.count(),
@@ -151,9 +151,9 @@ STREAMS: dict[str, tuple[Callable[[Upload], list[bytes]], type[KVError], str]] =
     "a frame after the commit": (
         lambda u: [*u.messages(), u.frames[0].SerializeToString()], InvalidRequest, "nothing may follow the commit"),
     "no checksums": (
-        lambda u: [*u.messages()[:-1], commit(b"")], InvalidRequest, "0 checksums came for 2 blocks of 5 layers"),
+        lambda u: [*u.messages()[:-1], commit(b"")], InvalidRequest, "0 checksums were sent for 2 blocks of 5 layers"),
     "too many checksums": (
-        lambda u: [*u.messages()[:-1], commit(bytes(88))], InvalidRequest, "11 checksums came for 2 blocks"),
+        lambda u: [*u.messages()[:-1], commit(bytes(88))], InvalidRequest, "11 checksums were sent for 2 blocks"),
     "half a checksum": (
         lambda u: [*u.messages()[:-1], commit(bytes(84))], InvalidRequest, "checksums must have 8 bytes each"),
     "a key twice": (
@@ -263,7 +263,7 @@ def test_a_save_ends_with_the_attachment_of_its_client(
     until(lambda: wire.status().uploads == 0)
     feed.send(*messages[2:])
     feed.end()
-    with refused(IncompleteSave, "its client has gone|the client has gone"):
+    with refused(IncompleteSave, "its client has disconnected|the client has disconnected"):
         saving.result()
     assert wire.lookup(SMALL, chain).hit_blocks == 0
 

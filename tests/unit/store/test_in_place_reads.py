@@ -148,7 +148,7 @@ async def test_what_does_not_lie_in_one_piece_in_dram_is_not_in_place(open_store
     lease = opened.lookup(client, chain.keys)
     assert held is not None and lease is not None
     found = await anext(run(opened, lease))
-    assert isinstance(found, NotInPlace) and "no room" in found.why
+    assert isinstance(found, NotInPlace) and "no space" in found.why
 
     halves = some_chain(1, seed=2)
     for shard in (Shard(0, 1, 0, 2), Shard(1, 2, 0, 2)):

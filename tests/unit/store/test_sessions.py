@@ -371,7 +371,7 @@ async def test_a_use_counts_after_a_restart(opened: OpenStore) -> None:
 
 async def test_the_error_for_a_missing_session_says_why(opened: OpenStore) -> None:
     sessions, clock = opened.sessions, opened.files.clock
-    with pytest.raises(SessionNotFound, match="never begun, or went before"):
+    with pytest.raises(SessionNotFound, match="never begun, or it ended before"):
         sessions.find_by_id(CALLER, "chat")
     await begin(opened)
     await begin(opened, "other", some_chain(1, seed=1))
