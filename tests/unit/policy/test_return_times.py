@@ -116,7 +116,7 @@ def test_without_learning_it_knows_recency_for_ever() -> None:
 
 
 def hinted(leads_s: Floats, *, wrong: int = 0, likely: float = 1.0, after_s: float = 60.0) -> HintTimes:
-    """Requests that came so long after a typing hint, and hints after which the client sent nothing for `after_s`."""
+    """Requests that came so long after a typing hint, and hints after which no request came for `after_s`."""
     hints = HintTimes(len(leads_s) + wrong)
     rows = np.arange(len(leads_s) + wrong)
     for row in rows[len(leads_s) :].tolist():
