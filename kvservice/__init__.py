@@ -1,4 +1,4 @@
-"""The daemon: keeps KV blocks in DRAM and on SSD, and gives them back layer by layer.
+"""The daemon: stores KV blocks in DRAM and on SSD, and loads them layer by layer.
 
 Floors, each importing only from those below it: ``blocks clock config counters`` - ``tiers index
 policy`` - ``store`` - ``rpc`` - ``metrics daemon __main__``. See ARCHITECTURE.md.

@@ -197,7 +197,7 @@ async def _repair_index(
     ssd_files: Sequence[Path] = (),
     progress: Progress | None = None,
 ) -> None:
-    """Put a new index in the place of the damaged one. Raises StoreDamaged, StoreMismatch.
+    """Replace the damaged index by a new one. Raises StoreDamaged, StoreMismatch.
 
     With `rebuild` the SSD files are searched for blocks, and each record is checked against its block.
     """

@@ -103,7 +103,7 @@ class ServerSettings(_Section):
         unit="host:port",
     )
     drain_timeout_s: float = _setting(
-        30.0, "How long running loads and saves may go on after SIGTERM.", unit="seconds", ge=0, le=86400
+        30.0, "How long running loads and saves may continue after SIGTERM.", unit="seconds", ge=0, le=86400
     )
     clients_max: int = _setting(
         1024, "Largest number of clients attached at the same time.", unit="clients", ge=1, le=1_000_000

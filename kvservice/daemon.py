@@ -124,7 +124,7 @@ class Daemon:
         # Objects of the start are never freed, so the garbage collector can skip them.
         gc.collect()
         gc.freeze()
-        _give_back_freed_memory()
+        _release_freed_memory()
         self._tasks.start(self.heartbeat.run(), "heartbeat")
         if self._certificates is not None:
             self._tasks.start(self._certificates.watch(self.counters), "TLS files")
@@ -196,7 +196,7 @@ def _keep_large_buffers() -> None:
     mallopt(m_trim_threshold, 512 << 20)
 
 
-def _give_back_freed_memory() -> None:
+def _release_freed_memory() -> None:
     """Reading a million records takes a quarter of a gigabyte, which is then unused."""
     with contextlib.suppress(OSError, AttributeError):  # Not glibc.
         ctypes.CDLL(None).malloc_trim(0)

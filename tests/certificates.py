@@ -27,7 +27,7 @@ class Pair:
         return x509.load_pem_x509_certificate(self.certificate).serial_number
 
     def write(self, folder: Path, name: str = "daemon") -> tuple[Path, Path]:
-        """The files' paths. What was there is replaced by renaming, each file at one instant."""
+        """The files' paths. Existing files are replaced by renaming, each file in one step."""
         return replace(folder / f"{name}.pem", self.certificate), replace(folder / f"{name}.key", self.key)
 
     def key_with_passphrase(self) -> bytes:
@@ -65,7 +65,7 @@ class Authority:
 
 
 def replace(path: Path, content: bytes) -> Path:
-    """Put a new file in the place of an old one, as tools that rotate certificates do."""
+    """Replace a file by a new one, as tools that rotate certificates do."""
     beside = path.with_name(path.name + ".new")
     beside.write_bytes(content)
     return beside.rename(path)

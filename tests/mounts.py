@@ -68,7 +68,7 @@ def disk(folder: Path, size_bytes: int) -> Iterator[Disk]:
 
 
 def fill(path: Path, *, leave_bytes: int = 0) -> Path:
-    """Take all free space of a file system but `leave_bytes`. Delete the file that comes back to give it back."""
+    """Take all free space of a file system but `leave_bytes`. Returns a file; delete it to free the space again."""
     filler = path / "filler"
     stat = os.statvfs(path)
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):

@@ -400,12 +400,12 @@ class OpenStore:
         blocks = self.blocks
         for tier in tiers:
             extents = self.extents(tier)
-            lent = list(extents.values())
+            known = list(extents.values())
             if tier is TierName.DRAM:
-                lent += self.lent()
+                known += self.uploading()
             used = self.block_lifecycle.tiers[tier].used_bytes
-            if used != sum(extent.size_bytes for extent in lent):
-                return f"{tier}: {used} bytes are in use, and the table knows of {sum(e.size_bytes for e in lent)}"
+            if used != sum(extent.size_bytes for extent in known):
+                return f"{tier}: {used} bytes are in use, and the table knows of {sum(e.size_bytes for e in known)}"
             if self.index.load(tier).damaged:
                 return f"{tier}: records that were dropped are still being removed"
             recorded = self.records(tier)
@@ -414,7 +414,7 @@ class OpenStore:
                 return f"{tier}: records and table differ in {recorded.items() ^ known.items()}"
         return ""
 
-    def lent(self) -> list[Extent]:
+    def uploading(self) -> list[Extent]:
         """The space that unfinished saves have."""
         return [place.extent for upload in self.uploads.open for place in upload.places]
 

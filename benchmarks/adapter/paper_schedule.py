@@ -35,8 +35,8 @@ def read_buffer_bytes(
     """S_buf = B (T_load L_hist - T_pref L_new); 0 where computing is the slower side. Times over all layers.
 
     This is how much cannot be loaded while the new tokens are computed. `perfect_buffer_layers` gives it in whole
-    layers, and counts besides that the last layer must be loaded before it is computed: what is loaded during the
-    last layer's computing is of no use.
+    layers, and counts besides that the last layer must be loaded before it is computed: bytes that are loaded
+    during the last layer's computing do not help.
     """
     return max(0 * bytes_per_s, bytes_per_s * (load_s_per_token * history_tokens - prefill_s_per_token * new_tokens))
 

@@ -114,7 +114,7 @@ def quality(model: Any, texts: torch.Tensor, window: int, step_tokens: int = STE
     )
 
 
-# Given the cache that overflows, the tokens in it and the ranges that stay: the cache to go on with.
+# Given the cache that overflows, the tokens in it and the ranges that stay: returns the cache to continue with.
 _Reuse = Callable[[DynamicCache, torch.Tensor, Ranges], DynamicCache]
 
 

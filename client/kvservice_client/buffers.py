@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.layout import LayerGroup, Layout, Shard
-from kvservice_client.dlpack import HOST_DEVICES, DLPackTensor, is_compact, lent
+from kvservice_client.dlpack import HOST_DEVICES, DLPackTensor, exported_memory, is_compact
 
 Bytes = NDArray[np.uint8]
 
@@ -143,9 +143,9 @@ def _flat_tensor(tensor: DLPackTensor, what: str, slices: Slices) -> Bytes:
     try:
         if tensor.__dlpack_device__()[0] not in HOST_DEVICES:
             raise InvalidRequest(f"{what} is not in host memory; copy it there first", field=what)
-        memory = lent(tensor)
+        memory = exported_memory(tensor)
     except (BufferError, RuntimeError, ValueError) as error:
-        raise InvalidRequest(f"{what} cannot be lent by DLPack: {error}", field=what) from error
+        raise InvalidRequest(f"{what} cannot be exported by DLPack: {error}", field=what) from error
     if not is_compact(memory.shape, memory.strides_bytes, memory.item_bytes):
         raise InvalidRequest(f"{what} is not contiguous", field=what)
     slices.check(memory.kind, (), memory.shape, what)

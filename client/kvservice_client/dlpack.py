@@ -58,7 +58,7 @@ _capsule_pointer.restype = ctypes.c_void_p
 _capsule_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
 
 
-class Lent(NamedTuple):
+class ExportedMemory(NamedTuple):
     """Memory that an array exports, valid while `capsule` is kept. The capsule is never marked as consumed, so its own
     destructor returns the array's reference."""
 
@@ -70,7 +70,7 @@ class Lent(NamedTuple):
     capsule: object
 
 
-def lent(tensor: Any, **options: Any) -> Lent:
+def exported_memory(tensor: Any, **options: Any) -> ExportedMemory:
     """The memory that `tensor` exports. `options` are passed to its ``__dlpack__``.
 
     Raises the error of the array's library if it cannot export the memory: BufferError, RuntimeError or ValueError.
@@ -82,7 +82,7 @@ def lent(tensor: Any, **options: Any) -> Lent:
     kind = KINDS.get((code, bits), f"DLPack code {code} with {bits} bits")
     item_bytes = bits * lanes // 8
     strides = described.strides[: described.dimensions] if described.strides else compact_strides(shape)
-    return Lent(
+    return ExportedMemory(
         (described.data or 0) + described.offset_bytes,
         shape,
         tuple(stride * item_bytes for stride in strides),

@@ -75,7 +75,7 @@ def _load_copy(name: str) -> ModuleType:
 
 
 class _CopyFinder:
-    """Finds the modules of a copy of gRPC: in gRPC's own files, but for the extension module."""
+    """Finds the modules of a copy of gRPC: in gRPC's own files, except the extension module."""
 
     def __init__(self, name: str, extension: str) -> None:
         self._name = name

@@ -68,7 +68,7 @@ class TlsFiles:
             raise _unusable("certificate", self.certificate, f"or its key cannot be read: {error.strerror}") from error
 
     def stamps(self) -> tuple[object, ...]:
-        """Differs after each change of a file, be it in place, by renaming, or of a link on its way."""
+        """Differs after each change of a file, in place, by renaming, or by a changed link in its path."""
         return file_stamps(self.ca, self.certificate, self.key)
 
 

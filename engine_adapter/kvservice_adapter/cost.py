@@ -147,7 +147,8 @@ def plan(
     edges: Sequence[int] = (),
     may_mix: bool = True,
 ) -> Plan:
-    """The fastest way to a history of stored tokens and the `new_tokens` after it. Pure, but for what `rates` knows.
+    """The fastest way to a history of stored tokens and the `new_tokens` after it. It depends only on its arguments and
+    `rates`.
 
     `bytes_per_token` is that of all layers together. The new tokens are computed layer by layer while the layers of
     the history are loaded; with `layers` 1, only once all is there. `edges` are where the history's blocks begin, if

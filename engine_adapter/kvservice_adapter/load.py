@@ -85,7 +85,7 @@ class LayerLoader:
 
         A load that begins long before its request runs needs a lease and a timeout that last as long.
         """
-        self._load.go_on()
+        self._load.load_next()
 
     def request_runs(self) -> None:
         """The request is computed from now on: layers are taken one after another. The first `wait` implies it."""
@@ -162,7 +162,7 @@ class _Loading:
         if not self._buffer.is_running:
             with self._changed:
                 self._buffer.is_running = True
-            self.go_on()
+            self.load_next()
 
     def begun(self, layer: int, end_s: float) -> BegunLayer:
         """The copy of a layer, which may not be done yet. Raises LoadFailed."""
@@ -185,9 +185,9 @@ class _Loading:
         with self._changed:
             self._buffer.taken = max(self._buffer.taken, layer + 1)
             self._begun[layer] = None
-        self.go_on()
+        self.load_next()
 
-    def go_on(self) -> None:
+    def load_next(self) -> None:
         """Queue the next layer on the stream, if the buffer has room."""
         with self._changed:
             if self._on_stream or self.is_done or not (self._ended or self._buffer.may_load):
@@ -203,7 +203,7 @@ class _Loading:
 
     def cancel(self) -> None:
         self._stop(None)
-        self.go_on()
+        self.load_next()
 
     # On the stream's thread
 
@@ -256,7 +256,7 @@ class _Loading:
             self._on_stream = False
             if self._awaited >= report.layers - 1:  # The engine's thread wakes later.
                 self._buffer.taken = max(self._buffer.taken, report.layers)
-        self.go_on()
+        self.load_next()
 
     def _end(self, error: Exception | None = None) -> None:
         """Close the load and release the lease. No work of this load is on the stream any more."""

@@ -76,7 +76,7 @@ class LayerSaver:
     @property
     def staged_bytes(self) -> int:
         """Bytes of staging in use."""
-        return self._staging.lent_bytes
+        return self._staging.reserved_bytes
 
     def begin(self, chain: BlockChain) -> SaveJob | None:
         """Reserve staging for the blocks of a chain, of which only the last may be partial. Never waits.

@@ -17,7 +17,7 @@ Time = TypeVar("Time", float, Fraction)
 class ReadBuffer:
     """The rule of layer-wise pre-loading: how far loading may run ahead of computing.
 
-    Before the request runs, k layers may be loaded. Once it runs, loading goes on while fewer than k layers,
+    Before the request runs, k layers may be loaded. Once it runs, loading continues while fewer than k layers,
     or one where k is 0, are loaded and not yet taken.
     """
 

@@ -25,11 +25,11 @@
   x BlockNotFound      NOT_FOUND            recompute
   x RequestNotFound    NOT_FOUND            ask for a later one; only the last lookups are remembered
   x SessionNotFound    NOT_FOUND            begin it again: append the whole conversation
-  x SessionChanged     ABORTED              go on from the session that travels with this error
+  x SessionChanged     ABORTED              continue from the session in this error
   x TierFull           RESOURCE_EXHAUSTED   skip this save; a cache is allowed to be full
   x IndexFull          RESOURCE_EXHAUSTED   skip this save; raise the index's map size or index.layouts_max
   x PinsFull           RESOURCE_EXHAUSTED   unpin others first, or raise pins.fraction_max
-  x SessionsFull       RESOURCE_EXHAUSTED   go on without a session; end or truncate some
+  x SessionsFull       RESOURCE_EXHAUSTED   continue without a session; end or truncate some
   x Overloaded         RESOURCE_EXHAUSTED   recompute, or retry after the time given
   x ChecksumMismatch   DATA_LOSS            recompute; the daemon has dropped the block
   x UploadCorrupted    DATA_LOSS            send the block again

@@ -6,7 +6,8 @@ import os
 
 
 def file_stamps(*paths: str | os.PathLike[str]) -> tuple[object, ...]:
-    """Differs after each change of a file, be it in place, by renaming, or of a link on its way. Skips empty paths."""
+    """Differs after each change of a file, in place, by renaming, or by a changed link in its path. Skips empty
+    paths."""
     return tuple(_stamp(path) for path in paths if path)
 
 

@@ -1,7 +1,7 @@
 """The residency directory: which blocks a daemon stores, in shared memory that its clients may read.
 
 One file, ``directory``, beside the arena: a page of header, then a hash table with open addressing.
-Little-endian, but for the shard, which is as ``Shard.encode`` has it::
+Little-endian, except the shard, which ``Shard.encode`` encodes::
 
     0          8           12        16            32            48             56            64
     | KVRESDIR | version 4 | state 4 | store id 16 | arena id 16 | boot epoch 8 | slot count 8 | zeros

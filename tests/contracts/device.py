@@ -307,19 +307,19 @@ class DeviceContract:
 
     # Staging
 
-    def test_staging_lends_what_it_has_and_no_more(self, device: Device) -> None:
+    def test_staging_reserves_at_most_its_size(self, device: Device) -> None:
         staging = device.staging(1 << 20)
 
         parts = [staging.reserve(256 << 10) for _ in range(5)]
 
         assert [part is not None for part in parts] == [True, True, True, True, False]
-        assert staging.size_bytes == staging.lent_bytes == 1 << 20
+        assert staging.size_bytes == staging.reserved_bytes == 1 << 20
         for number, part in enumerate(parts[:4]):
             assert part is not None
             part.fill(number)
         assert [int(part.min()) for part in parts[:4] if part is not None] == [0, 1, 2, 3]
 
-    def test_staging_that_came_back_is_lent_again_in_any_size(self, device: Device) -> None:
+    def test_released_staging_is_reserved_again_in_any_size(self, device: Device) -> None:
         staging = device.staging(1 << 20)
         parts = [staging.reserve(200_000) for _ in range(5)]
 
@@ -328,10 +328,10 @@ class DeviceContract:
             assert part is not None
             staging.release(part)
 
-        assert staging.lent_bytes == 0
+        assert staging.reserved_bytes == 0
         assert staging.reserve(1 << 20) is not None
 
-    def test_staging_is_given_back_once(self, device: Device) -> None:
+    def test_staging_is_released_once(self, device: Device) -> None:
         staging = device.staging(1 << 20)
         part = staging.reserve(10)
         assert part is not None
@@ -340,7 +340,7 @@ class DeviceContract:
         with pytest.raises(KeyError):
             staging.release(part)
 
-    def test_no_byte_of_staging_is_lent_to_two_at_a_time(self, device: Device) -> None:
+    def test_no_byte_of_staging_is_reserved_twice_at_one_time(self, device: Device) -> None:
         staging, wrong = device.staging(1 << 20), list[int]()
 
         def borrow(number: int) -> None:
@@ -360,5 +360,5 @@ class DeviceContract:
             thread.join()
 
         assert not wrong
-        assert staging.lent_bytes == 0
+        assert staging.reserved_bytes == 0
         assert staging.reserve(1 << 20) is not None

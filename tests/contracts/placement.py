@@ -174,7 +174,7 @@ class PlacementContract:
     def test_a_million_items_are_ranked_in_less_than_a_few_calls_take_for_each(
         self, make: Callable[[], Placement]
     ) -> None:
-        """Under 20 microseconds each, on a machine with nothing else to do."""
+        """Under 20 microseconds each, on an otherwise idle machine."""
         count, random = 1_000_000, np.random.default_rng(0)
         table, policy = ItemTable(count, Conditions(count * 5, count * 10, 1e9)), make()
         rows = np.arange(count)

@@ -183,7 +183,7 @@ class TierContract:
 
         assert await content(tier, kept, PAGE) == data
 
-    async def test_a_tier_lends_no_more_than_its_capacity_and_gets_all_of_it_back(self, tier: Tier) -> None:
+    async def test_a_tier_reserves_at_most_its_capacity_and_all_of_it_again_after_releases(self, tier: Tier) -> None:
         extents = fill(tier, 100 * KIB)
 
         assert tier.used_bytes == sum(extent.size_bytes for extent in extents) <= tier.capacity_bytes
@@ -191,7 +191,7 @@ class TierContract:
             tier.release(extent)
         assert tier.used_bytes == 0
 
-    async def test_released_space_is_lent_again_as_one_run(self, tier: Tier) -> None:
+    async def test_released_space_is_reserved_again_as_one_run(self, tier: Tier) -> None:
         quarter = tier.capacity_bytes // 4
         for size in (quarter, PAGE, quarter):
             extents = fill(tier, size)
@@ -214,7 +214,7 @@ class TierContract:
             assert extent.offset_bytes % PAGE == 0
             assert extent.size_bytes == extent_size(size)
 
-    async def test_extents_of_an_earlier_start_are_not_lent_again(self, tier: Tier) -> None:
+    async def test_extents_of_an_earlier_start_are_not_reserved_again(self, tier: Tier) -> None:
         extents = [tier.reserve(64 * KIB) for _ in range(8)]
         kept = extents[::2]
         for extent in extents:

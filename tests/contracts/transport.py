@@ -101,7 +101,7 @@ class TransportContract:
             assert same([layer.data for layer in lease.load()], layers)
 
     @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.model_id)
-    def test_blocks_come_up_from_ssd(self, client: Client, layout: Layout) -> None:
+    def test_blocks_are_promoted_from_ssd(self, client: Client, layout: Layout) -> None:
         blocks, chain = client.open_layout(layout), new_chain(layout, 2 * layout.block_tokens + 1)
         layers = layers_of(blocks, chain)
         blocks.save(chain, layers, Durability.SSD)
@@ -215,7 +215,7 @@ class TransportContract:
             load.close()
             assert all(each.gi_frame is None for each in held)
 
-    def test_a_client_that_was_closed_cannot_go_on(self, daemon: DaemonProcess) -> None:
+    def test_a_closed_client_cannot_be_used(self, daemon: DaemonProcess) -> None:
         layout = small_layout()
         client = daemon.client(transport=self.transport)
         blocks, chain = client.open_layout(layout), new_chain(layout, layout.block_tokens)

@@ -14,12 +14,12 @@ _first_tokens = itertools.count(1000)
 
 
 def small_layout(model_id: str = "small", layers: int = 4) -> Layout:
-    """Slices of 1 KiB a full block: many fit into a frame."""
+    """Slices of 1 KiB per full block: many fit into a frame."""
     return Layout(model_id, "bfloat16", layers, kv_heads=2, k_head_dim=16, v_head_dim=16, block_tokens=8)
 
 
 def large_layout(model_id: str = "large") -> Layout:
-    """Slices of 1.5 MiB a full block: each needs several frames."""
+    """Slices of 1.5 MiB per full block: each needs several frames."""
     return Layout(model_id, "float16", layers=8, kv_heads=6, k_head_dim=128, v_head_dim=128, block_tokens=512)
 
 
@@ -31,7 +31,7 @@ def new_chain(layout: Layout, token_count: int) -> BlockChain:
 
 
 def layers_of(blocks: BlockCache, chain: BlockChain) -> list[NDArray[np.uint8]]:
-    """One buffer a layer, different for every chain."""
+    """One buffer per layer, different for every chain."""
     size_bytes = sum(map(blocks.slice_bytes, chain.token_counts))
     generator = np.random.default_rng(list(chain.keys[-1]))
     return [generator.integers(0, 256, size_bytes, np.uint8) for _ in range(blocks.shard.layers)]

@@ -1,8 +1,8 @@
-"""A client that is stopped in the middle of reading or writing in place, and goes on later. Not a test: a program.
+"""A client that is stopped while it reads or writes in place, and continues later. Not a test: a program.
 
 Arguments: the daemon's address, what to do (``view``, ``load`` or ``write``), the salt of a chain of ``LARGE``
-blocks, its length, and the lease's time in seconds. It says ``in the middle``, waits for a line, goes on, and
-says how that ended: ``right``, ``WRONG`` or the name of the error.
+blocks, its length, and the lease's time in seconds. It prints ``in the middle``, waits for a line, continues, and
+prints the result: ``right``, ``WRONG`` or the name of the error.
 """
 
 from __future__ import annotations

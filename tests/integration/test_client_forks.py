@@ -407,7 +407,7 @@ print("undisturbed")
 
 
 @pytest.mark.parametrize("transport", ["grpc", "shm"])
-def test_while_threads_are_within_calls_children_work_and_the_calls_go_on(
+def test_while_threads_are_within_calls_children_work_and_the_calls_continue(
     daemon: DaemonProcess, transport: str
 ) -> None:
     ended = _run(_BUSY_PROGRAM, daemon.address, transport)

@@ -21,7 +21,7 @@ from tests.integration.conversations import layers_of, new_chain, same, small_la
 NewDaemon = Callable[..., DaemonProcess]
 
 
-def test_after_a_kill_and_a_restart_the_same_client_goes_on_with_what_survived(new_daemon: NewDaemon) -> None:
+def test_after_a_kill_and_a_restart_the_same_client_uses_the_blocks_that_survived(new_daemon: NewDaemon) -> None:
     daemon, layout = new_daemon(), small_layout()
     with Client(daemon.address) as client:
         blocks, chain = client.open_layout(layout), new_chain(layout, 3 * layout.block_tokens)

@@ -18,7 +18,7 @@ from kvservice_client.session import current
 from tests.daemon import DaemonProcess, until
 from tests.integration.conversations import layers_of, new_chain, small_layout
 
-LAYOUT = small_layout("sessions")  # 8 tokens a block.
+LAYOUT = small_layout("sessions")  # 8 tokens per block.
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_a_history_comes_back_whole_its_partial_block_too(client: Client) -> Non
 
 
 def test_partial_blocks_in_the_middle_load_right(client: Client) -> None:
-    """After a cut the chain goes on in a new block: the one before it stays as short as it was."""
+    """After a cut the chain continues in a new block; the block before it stays partial."""
     blocks, session, _, talk = said(client, "middle")
     cut = session.truncate([(2, 3), (7, 13)], 1)
     parts = [kept(talk, (2, 3), (7, 13))]
@@ -192,7 +192,7 @@ def test_a_daemon_that_was_killed_has_the_session_and_its_tail(new_daemon: Calla
 
 
 def test_wrong_token_counts_give_no_bytes(client: Client) -> None:
-    """Who says that a block has other tokens than it has gets nothing, and not another block's bytes."""
+    """With a wrong token count for a block, a client gets an error and no bytes of another block."""
     blocks, _, chain, _ = said(client, "lie")
     with blocks.lookup(BlockChain(chain.parent, chain.keys, (8, 7, 4))) as lease, pytest.raises(InvalidFrame):
         list(lease.load())

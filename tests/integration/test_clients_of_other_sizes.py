@@ -38,7 +38,7 @@ def new_chain(layout: Layout) -> BlockChain:
 
 
 def expected(layout: Layout, chain: BlockChain, shard: Shard) -> list[NDArray[np.uint8]]:
-    """One buffer a layer of the shard, cut from the whole blocks by hand: ``[K, V][head][token][dim]``."""
+    """One buffer per layer of the shard, cut from the whole blocks by hand: ``[K, V][head][token][dim]``."""
     layers = []
     for layer in range(shard.layer_begin, shard.layer_end):
         blocks = []

@@ -216,7 +216,7 @@ def test_a_list_of_tokens_to_discard_is_a_cut_like_another(client: Client) -> No
     assert (logits[0] - logits[1]).abs().max() <= 1e-4
 
 
-def test_after_a_restart_of_daemon_and_engine_a_cut_conversation_goes_on(
+def test_after_a_restart_of_daemon_and_engine_a_cut_conversation_continues(
     new_daemon: Callable[..., DaemonProcess],
 ) -> None:
     daemon, model = new_daemon(), minded()

@@ -201,7 +201,7 @@ def test_the_kv_that_the_connector_computes_is_that_of_generate(family: Family) 
 
 
 @pytest.mark.parametrize("family", REFUSED, ids=lambda family: family.name)
-def test_a_family_whose_blocks_could_not_be_given_back_exactly_is_refused_with_the_reason(
+def test_a_family_whose_blocks_could_not_be_restored_exactly_is_refused_with_the_reason(
     client: Client, family: Family
 ) -> None:
     with pytest.raises(UnsupportedModel, match=family.refused):

@@ -204,7 +204,7 @@ def test_a_bit_that_flipped_while_no_daemon_ran_is_caught_all_the_same(
 
 
 class DramFilled:
-    """Leases on all that DRAM holds, so that nothing comes up from SSD."""
+    """Leases on all blocks in DRAM, so that nothing is promoted from SSD."""
 
     def __init__(self, client: Client) -> None:
         self._client = client

@@ -75,7 +75,7 @@ DAMAGE: dict[str, Damage] = {
     "data.mdb gone": lambda index: (index / "data.mdb").unlink(),
     "gone": lambda index: shutil.rmtree(index),
     "a file": be_a_file,
-    "a folder in the place of data.mdb": be_a_folder,
+    "a folder instead of data.mdb": be_a_folder,
 }
 # The fast tests have one of each sort: nothing there, too little, and bytes that are wrong.
 _FAST = {
@@ -206,7 +206,9 @@ def test_repair_saves_what_a_damaged_durable_index_still_has(tmp_path: Path, nam
                 assert save(client, LARGE, each, Durability.SSD).is_complete
             for key in removed.keys:
                 client.admin.discard([key])
-            assert save(client, LARGE, new_chain(LARGE, 2), Durability.SSD).is_complete  # In the place of `removed`.
+            assert save(
+                client, LARGE, new_chain(LARGE, 2), Durability.SSD
+            ).is_complete  # They use the space of `removed`.
         daemon.stop()
         shutil.rmtree(daemon.shared_memory, ignore_errors=True)
         daemon.shared_memory.mkdir()

@@ -104,7 +104,7 @@ def client(daemon: DaemonProcess) -> Iterator[Client]:
         yield client
 
 
-def test_an_engine_with_pages_saves_a_turn_and_another_one_loads_it_and_goes_on(client: Client) -> None:
+def test_an_engine_with_pages_saves_a_turn_and_another_one_loads_it_and_continues(client: Client) -> None:
     ids, hidden = np.arange(500, 500 + 150), np.zeros(150, bool)
     first = PagedEngine(client, seed=1)
     saves = first.forward(ids[:100], 0, first.keys.root)

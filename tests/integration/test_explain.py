@@ -266,7 +266,7 @@ def test_with_the_history_off_nothing_is_remembered(new_daemon: Callable[..., Da
             client.admin.explain_request("one")
 
 
-# What is there
+# Stored blocks
 
 
 def test_a_stored_block_tells_where_it_is_and_what_keeps_it(client: Client) -> None:

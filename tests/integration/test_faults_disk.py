@@ -122,7 +122,9 @@ def test_blocks_that_the_disk_did_not_take_have_no_record_after_a_crash(
     assert len(save(client, SMALL, refused, Durability.SSD).refused) == 4
     daemon.kill()
     faults.clear()
-    faults.set("fdatasync", "EIO")  # Nothing is written behind now, so that we see what was there.
+    faults.set(
+        "fdatasync", "EIO"
+    )  # Write-behind fails now, so that the lookups below find only the blocks of the first start.
     daemon.start(environment={"TEST_FAULTS": str(faults.folder)})
     assert tiers_of(client, SMALL, on_ssd) == ["dram+ssd"] * 4
     assert tiers_of(client, SMALL, refused) == ["dram"] * 4

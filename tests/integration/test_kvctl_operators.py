@@ -257,7 +257,7 @@ def test_drain_ends_with_1_where_only_dram_holds_blocks(new_daemon: Callable[...
 
 
 @pytest.mark.usefixtures("undrained")
-def test_a_drain_goes_on_when_kvctl_is_interrupted(ask: Callable[..., Any], daemon: DaemonProcess) -> None:
+def test_a_drain_continues_when_kvctl_is_interrupted(ask: Callable[..., Any], daemon: DaemonProcess) -> None:
     with Wire(daemon.address) as wire:
         wire.attach()
         wire.open_layout(SMALL)
@@ -277,7 +277,7 @@ def test_a_drain_goes_on_when_kvctl_is_interrupted(ask: Callable[..., Any], daem
         assert ask("drain")["done"]
 
 
-def test_top_prints_one_object_a_look(daemon: DaemonProcess, client: Client, chain: BlockChain) -> None:
+def test_top_prints_one_object_per_sample(daemon: DaemonProcess, client: Client, chain: BlockChain) -> None:
     done = kvctl("top", "--json", "--count", "3", "--interval", "0.1", address=daemon.address)
     assert (done.returncode, done.stderr) == (0, "")
     looks = [json.loads(line) for line in done.stdout.splitlines()]

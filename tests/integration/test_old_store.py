@@ -146,7 +146,7 @@ def test_its_sessions_are_as_they_were_with_cuts_tails_and_bytes(started: OldSto
                 assert np.array_equal(layer.data, np.concatenate([each.view(np.uint8) for each in parts]))
 
 
-def test_a_session_of_it_goes_on(started: OldStore) -> None:
+def test_a_session_of_it_continues(started: OldStore) -> None:
     with started.daemon.client() as client:
         layout = layout_named("latent")
         session, cache = client.session(layout, "latent"), client.open_layout(layout)

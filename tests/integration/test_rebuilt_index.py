@@ -142,7 +142,7 @@ def test_what_was_removed_and_overwritten_or_damaged_is_not_found(daemon: Daemon
             assert save(client, LARGE, chain, Durability.SSD).is_complete
         client.admin.discard(removed)
         newer = new_chain(SMALL, 8)
-        assert save(client, SMALL, newer, Durability.SSD).is_complete  # In the place of some of them.
+        assert save(client, SMALL, newer, Durability.SSD).is_complete  # They use the space of some of them.
     daemon.stop()
     flip_data(ssd_file(daemon), LARGE, damaged.keys[0], random.Random(1))
     lose_index(daemon)
@@ -298,7 +298,7 @@ def test_an_index_that_root_makes_belongs_to_the_owner_of_the_store(daemon: Daem
 
 
 class SecondByLook(FakeClock):
-    """Time that goes on by a second with each look at it."""
+    """A clock that advances by a second with each read."""
 
     def monotonic_s(self) -> float:
         self.advance(seconds=1)

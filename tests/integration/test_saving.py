@@ -1,4 +1,4 @@
-"""Saving behind the forward pass, into a real daemon: nothing is kept waiting, and nothing is lost count of."""
+"""Saves during the forward pass, to a real daemon: the engine does not wait, and each save is counted."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def give(job: SaveJob | None, states: States) -> SaveJob:
 
 
 def room_for(saves: int, blocks: BlockCache) -> LayerSaver:
-    staged = -(-SAVE_BYTES // 4096) * 4096  # Staging lends whole pages.
+    staged = -(-SAVE_BYTES // 4096) * 4096  # Staging reserves whole pages.
     return LayerSaver(CpuDevice(), blocks, staging_bytes=saves * staged)
 
 
@@ -214,7 +214,7 @@ def test_a_save_larger_than_all_staging_is_dropped(blocks: BlockCache) -> None:
     assert saver.stats == SaverStats(dropped=1, dropped_blocks=3)
 
 
-def test_a_daemon_that_is_away_is_counted_and_the_saver_goes_on_once_it_is_back(
+def test_a_daemon_that_is_away_is_counted_and_the_saver_continues_once_it_is_back(
     new_daemon: Callable[..., DaemonProcess],
 ) -> None:
     daemon, told = new_daemon(), list[Any]()
@@ -304,7 +304,7 @@ def test_a_layer_that_cannot_be_copied_keeps_the_save_from_being_sent(blocks: Bl
     assert blocks.contains(chain) == 0
 
 
-def test_what_follows_a_save_may_fail_and_the_saver_goes_on(blocks: BlockCache) -> None:
+def test_the_step_after_a_save_may_fail_and_the_saver_continues(blocks: BlockCache) -> None:
     saver, chain, states = LayerSaver(CpuDevice(), blocks, staging_bytes=MIB), new_chain(), new_states()
 
     def fail(outcome: SaveResult | Exception) -> None:

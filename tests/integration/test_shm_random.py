@@ -1,6 +1,6 @@
 """Random operations of several clients over both transports, in a DRAM that is much too small for them.
 
-Every byte that anybody gets is compared. Reproduce a failure with the seed in the test's name.
+Every loaded byte is compared. Reproduce a failure with the seed in the test's name.
 """
 
 from __future__ import annotations

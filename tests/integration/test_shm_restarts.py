@@ -93,7 +93,7 @@ def test_places_in_another_arena_than_the_mapped_one_are_neither_read_nor_writte
         lease.view()
 
 
-def test_a_load_goes_on_without_its_daemon_as_long_as_its_bytes_are_there(
+def test_a_load_continues_without_its_daemon_as_long_as_its_bytes_are_in_place(
     daemon: DaemonProcess, client: Client
 ) -> None:
     chain = new_chain(LARGE, 8)

@@ -40,7 +40,7 @@ class Stopped:
         assert self.process.stdout.readline() == "in the middle\n"
         self.process.send_signal(signal.SIGSTOP)
 
-    def go_on(self) -> str:
+    def continue_(self) -> str:
         """How it ended."""
         self.process.send_signal(signal.SIGCONT)
         return self.process.communicate("\n", timeout=30)[0].strip()
@@ -75,7 +75,7 @@ def fill(client: Client, chains: int = 12) -> None:
 
 
 @pytest.mark.parametrize("what", ["view", "load"])
-def test_a_reader_stopped_past_its_lease_finds_out_when_it_goes_on(
+def test_a_reader_stopped_past_its_lease_detects_that_when_it_continues(
     daemon: DaemonProcess, stop: Callable[..., Stopped], what: str
 ) -> None:
     with daemon.client() as client:
@@ -86,20 +86,20 @@ def test_a_reader_stopped_past_its_lease_finds_out_when_it_goes_on(
         if what == "view":  # A load's blocks are held by its open call too.
             client.evict(chain, "dram")
             fill(client)
-        assert reader.go_on() == "LeaseExpired"
+        assert reader.continue_() == "LeaseExpired"
 
 
-def test_a_reader_that_goes_on_in_time_is_right(daemon: DaemonProcess, stop: Callable[..., Stopped]) -> None:
+def test_a_reader_that_continues_in_time_is_right(daemon: DaemonProcess, stop: Callable[..., Stopped]) -> None:
     with daemon.client() as client:
         for what in ("view", "load"):
             save(client, LARGE, new_chain(LARGE, _BLOCKS, what), Durability.SSD)
             reader = stop(daemon, what, what)
             fill(client)
-            assert reader.go_on() == "right"
+            assert reader.continue_() == "right"
 
 
 @pytest.mark.parametrize("what", ["view", "load"])
-def test_a_reader_whose_blocks_left_with_the_daemon_finds_out_although_its_lease_would_go_on(
+def test_a_reader_whose_blocks_left_with_the_daemon_detects_that_although_its_lease_would_still_be_valid(
     daemon: DaemonProcess, stop: Callable[..., Stopped], what: str
 ) -> None:
     """The client's clock cannot show it; only the generations do."""
@@ -112,7 +112,7 @@ def test_a_reader_whose_blocks_left_with_the_daemon_finds_out_although_its_lease
         assert tiers_of(client, LARGE, chain) == ["dram+ssd"] * _BLOCKS
         client.evict(chain, "dram")
         fill(client)
-        assert reader.go_on() == "LeaseExpired"
+        assert reader.continue_() == "LeaseExpired"
 
 
 def test_a_reader_over_a_restart_that_kept_its_blocks_is_right(
@@ -123,7 +123,7 @@ def test_a_reader_over_a_restart_that_kept_its_blocks_is_right(
         reader = stop(daemon, "view", "kept", ttl_s=300)
         daemon.kill()
         daemon.start()
-        assert reader.go_on() == "right"
+        assert reader.continue_() == "right"
 
 
 def test_space_that_a_stopped_writer_reserved_is_not_reused_however_long_it_is_stopped(
@@ -136,7 +136,7 @@ def test_space_that_a_stopped_writer_reserved_is_not_reused_however_long_it_is_s
         fill(client)
         verify(client, LARGE, before)
 
-        assert writer.go_on() == "right"
+        assert writer.continue_() == "right"
 
         verify(client, LARGE, new_chain(LARGE, _BLOCKS, "written"))
         verify(client, LARGE, before)
@@ -157,7 +157,7 @@ def test_a_stopped_writer_of_an_earlier_daemon_overwrites_nothing(
         for chain in chains:
             assert save(client, LARGE, chain, Durability.SSD).is_complete
 
-        assert writer.go_on() in ("UnknownClient", "DaemonUnavailable")
+        assert writer.continue_() in ("UnknownClient", "DaemonUnavailable")
 
         for chain in chains:
             verify(client, LARGE, chain)
@@ -182,7 +182,7 @@ def test_a_stopped_writer_that_is_killed_leaves_nothing_visible_and_its_space_co
         verify(client, LARGE, new_chain(LARGE, _BLOCKS, "doomed"))
 
 
-def test_blocks_whose_save_ended_while_the_daemon_was_stopped_can_be_saved_when_it_goes_on(
+def test_blocks_whose_save_ended_while_the_daemon_was_stopped_can_be_saved_when_it_continues(
     daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The daemon received no commit and, while it was stopped, no notice that the client had abandoned the save."""

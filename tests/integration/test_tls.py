@@ -264,7 +264,7 @@ class TestClientCertificates:
         with daemon.client(tls=files_of(folder, authority, authority.issue("client"))) as client:
             blocks, chain = client.open_layout(layout), new_chain(layout, layout.block_tokens)
             blocks.save(chain, layers_of(blocks, chain))
-            lease = blocks.lookup(chain)  # Hangs on the stream of the attachment, which runs on.
+            lease = blocks.lookup(chain)  # It belongs to the attachment's stream, which stays open.
             (before,) = connections_to(daemon)
 
             authority.issue("client").write(folder, "client")

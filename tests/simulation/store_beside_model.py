@@ -1,4 +1,4 @@
-"""A store and the plain model beside it: what it holds, what is going on in it, and whether the two agree."""
+"""A store and a plain model of its contents and running operations, and checks that the two agree."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def slice_of(layout: Layout, key: bytes, tokens: int, versions: Sequence[int], l
 
 @dataclass
 class OpenSave:
-    """A save that goes on over several steps."""
+    """A save over several steps."""
 
     upload: Upload
     client: Client
@@ -108,7 +108,7 @@ class HeldTicket:
 
 @dataclass
 class OpenLoad:
-    """A load that goes on over several steps."""
+    """A load over several steps."""
 
     held: HeldLease
     blocks: range
@@ -202,7 +202,7 @@ class StoreBesideModel(RuleBasedStateMachine):
             with pytest.raises(TicketForeign):
                 self.do(self._adopt(held, None, self.client(0), 50))
         found = self.found_at_start
-        assert found >= set(self.versions), "a restart lost what was there"
+        assert found >= set(self.versions), "a restart lost stored blocks"
         for name in found - set(self.versions):
             self.versions[name] = self.doubtful[name]  # KeyError: it was never saved, or was gone for good.
             self.pins[name] = self.pinned_until_ms(name)  # It comes back as it was, pinned or not.
@@ -216,7 +216,7 @@ class StoreBesideModel(RuleBasedStateMachine):
         self.reconcile()
         for tier in TierName:
             space = self.opened.block_lifecycle.tiers[tier]
-            extents = [*self.opened.extents(tier).values(), *(self.opened.lent() if tier is TierName.DRAM else [])]
+            extents = [*self.opened.extents(tier).values(), *(self.opened.uploading() if tier is TierName.DRAM else [])]
             assert sum(extent.size_bytes for extent in extents) <= space.used_bytes <= space.capacity_bytes
             for one, following in pairwise(sorted(extents)):
                 apart = one.offset_bytes + one.size_bytes <= following.offset_bytes
@@ -237,7 +237,7 @@ class StoreBesideModel(RuleBasedStateMachine):
                     assert extent == first, "a leased block was moved"
 
     def reconcile(self) -> None:
-        """What is visible is what the model says, but for what the policy evicted."""
+        """The visible blocks are those of the model, except those that the policy evicted."""
         visible = self.visible()
         assert visible <= set(self.versions), "something is visible that was not saved, or is gone"
         lost = set(self.versions) - visible

@@ -267,7 +267,7 @@ class StoreMachine(StoreBesideModel):
         self.leases = [held for held in self.leases if held.client is not gone]
         over = [save for save in self.saves if save.client is gone]
         self.saves = [save for save in self.saves if save.client is not gone]
-        assert len(self.opened.lent()) == sum(len(save.upload.places) for save in self.saves)
+        assert len(self.opened.uploading()) == sum(len(save.upload.places) for save in self.saves)
         for save in over:
             self.do(save.upload.__aexit__(None, None, None))
 

@@ -35,7 +35,7 @@ def test_no_header_with_a_flipped_bit_is_taken_for_one() -> None:
         ArenaHeader.decode(whole[:-1])
 
 
-def test_generations_are_one_word_a_page_behind_a_header_of_one_page() -> None:
+def test_generations_are_one_word_per_page_after_a_header_of_one_page() -> None:
     assert arena.encode_generations_header(ARENA).hex() == "4b5647454e455231" + ARENA.hex()
     assert arena.are_generations_of(arena.encode_generations_header(ARENA) + bytes(4072), ARENA)
     assert not arena.are_generations_of(arena.encode_generations_header(STORE), ARENA)

@@ -1,4 +1,4 @@
-"""Golden vectors: bytes that were computed once and never change, for they lie on disks and in other programs.
+"""Golden vectors: bytes that were computed once and never change, because disks and other programs have them.
 
 A test that needs a changed vector needs a new version of what it describes instead.
 """

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice_client.dlpack import HOST_DEVICES, compact_strides, lent
+from kvservice_client.dlpack import HOST_DEVICES, compact_strides, exported_memory
 
 CPU, CUDA = 1, 2  # Kinds of devices, as DLPack numbers them.
 
@@ -58,7 +58,7 @@ def view_of(array: Any) -> ArrayView:
             return _by_dlpack(array)
         described = array.__cuda_array_interface__
     except (BufferError, RuntimeError, AttributeError, TypeError) as error:
-        raise ValueError(f"a {type(array).__name__} does not lend its memory: {error}") from error
+        raise ValueError(f"a {type(array).__name__} does not export its memory: {error}") from error
     element = np.dtype(described["typestr"])
     shape = tuple(described["shape"])
     strides = described.get("strides") or compact_strides(shape, element.itemsize)
@@ -95,7 +95,9 @@ class _OnHost:
 
 def _by_dlpack(array: Any) -> ArrayView:
     kind, number = array.__dlpack_device__()
-    memory = lent(array) if kind in HOST_DEVICES else lent(array, stream=-1)  # -1: no stream waits for another.
+    memory = (
+        exported_memory(array) if kind in HOST_DEVICES else exported_memory(array, stream=-1)
+    )  # -1: no stream waits for another.
     place = int(kind), int(number)
     return ArrayView(
         memory.address,

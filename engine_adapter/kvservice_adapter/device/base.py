@@ -188,7 +188,7 @@ class Staging:
         return len(self._memory)
 
     @property
-    def lent_bytes(self) -> int:
+    def reserved_bytes(self) -> int:
         with self._lock:
             return sum(size for _, size in self._lent.values())
 
@@ -216,7 +216,7 @@ class Staging:
             self._free = merged
 
 
-_ALIGNMENT = 4096  # Of what staging lends: pages are what DMA and direct I/O go by.
+_ALIGNMENT = 4096  # Of staging's parts, because DMA and direct I/O work on pages.
 
 
 class Device(ABC):

@@ -179,7 +179,7 @@ class Promoter:
         finally:
             if begun:
                 due_s = self._clock.monotonic_s() + within_s
-                self._tasks.start(self._bring_up(begun, due_s), "promotion")
+                self._tasks.start(self._read_all(begun, due_s), "promotion")
         # A promotion that was joined may have ended while this call waited for space; its image is invalid then.
         return {row: pending for row, pending in found.items() if not pending.done.is_set()}
 
@@ -206,7 +206,7 @@ class Promoter:
         pending = self._pending[row] = PendingPromotion(row, generation, geometry, source, extent, image)
         return pending
 
-    async def _bring_up(self, promotions: list[PendingPromotion], due_s: float) -> None:
+    async def _read_all(self, promotions: list[PendingPromotion], due_s: float) -> None:
         """Read all pieces, several at a time, and end each promotion after its last piece."""
         await self._each(promotions, lambda pending: self._read_trailer(pending, due_s))
         missing = {pending.row: len(pending.pieces) for pending in promotions}

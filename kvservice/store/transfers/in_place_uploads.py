@@ -40,7 +40,7 @@ class _WrittenInPlace:
         self._writer = writer
         self.may_be_written = False  # The client knows the places, and has not committed or abandoned yet.
 
-    def lent(self, extent: Extent) -> None:
+    def reserved(self, extent: Extent) -> None:
         self._writer.note(extent)
 
     def returned(self, extent: Extent) -> None:

@@ -120,7 +120,7 @@ class Place(NamedTuple):
 class Space(Protocol):
     """The handling of an upload's space: a client that writes in place may still be writing there."""
 
-    def lent(self, extent: Extent) -> None:
+    def reserved(self, extent: Extent) -> None:
         """The upload owns it from now on."""
 
     def returned(self, extent: Extent) -> None:
@@ -136,7 +136,7 @@ class OwnSpace:
     def __init__(self, dram: DramTier) -> None:
         self._dram = dram
 
-    def lent(self, extent: Extent) -> None:
+    def reserved(self, extent: Extent) -> None:
         pass
 
     def returned(self, extent: Extent) -> None:
@@ -313,7 +313,7 @@ class Upload:
         assert extent is not None
         destination.extent = extent
         destination.image = self._all.dram.view(extent)[: destination.geometry.image_bytes]
-        self._space.lent(extent)
+        self._space.reserved(extent)
 
     def _refuse(self, destination: _Destination, error: KVError) -> None:
         self.outcome.refused[destination.position] = error

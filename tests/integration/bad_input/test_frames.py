@@ -1,4 +1,4 @@
-"""Saves that go wrong on their way are refused with their reason: nothing of them is kept, nothing else is lost."""
+"""Invalid saves are refused with a reason: nothing of them is kept, and nothing else is lost."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_a_refused_save_may_be_sent_again(daemon: DaemonProcess) -> None:
         assert wire.has(SMALL, chain)
 
 
-# Bytes that changed on their way
+# Bytes that changed in transit
 
 
 @pytest.mark.parametrize("durability", [types_pb2.DURABILITY_DRAM, types_pb2.DURABILITY_SSD])

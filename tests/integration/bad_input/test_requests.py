@@ -227,7 +227,7 @@ def test_bytes_that_are_no_message_are_refused(wire: Wire, method: Any, garbage:
 # Leases
 
 
-def test_an_expired_lease_is_of_no_use_and_may_be_released(wire: Wire, kept: BlockChain) -> None:
+def test_an_expired_lease_cannot_be_used_and_may_be_released(wire: Wire, kept: BlockChain) -> None:
     lease_id = wire.lookup(SMALL, kept, ttl_ms=50).lease_id
     until(lambda: wire.status().leases == 0)
     for use in (wire.load, wire.renew):
@@ -236,7 +236,7 @@ def test_an_expired_lease_is_of_no_use_and_may_be_released(wire: Wire, kept: Blo
     wire.release(lease_id)
 
 
-def test_a_lease_that_never_was_is_of_no_use(wire: Wire) -> None:
+def test_a_lease_that_was_never_granted_cannot_be_used(wire: Wire) -> None:
     for lease_id in (0, 1, 2**64 - 1):
         with refused(LeaseExpired, "the lease has ended"):
             wire.load(lease_id)

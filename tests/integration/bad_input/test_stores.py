@@ -58,7 +58,7 @@ def test_a_store_of_a_newer_schema_is_refused_and_left_as_it_is(tmp_path: Path) 
             assert client.admin.status().dram.blocks == 3
 
 
-def test_a_second_daemon_on_one_store_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+def test_a_second_daemon_on_one_store_is_refused_and_the_first_serves(tmp_path: Path) -> None:
     chain, more = new_chain(SMALL, 3), new_chain(SMALL, 3)
     with DaemonProcess(tmp_path) as first, first.client() as client:
         save(client, SMALL, chain, Durability.SSD)
@@ -81,7 +81,7 @@ def test_a_second_daemon_on_one_store_is_refused_and_the_first_goes_on(tmp_path:
 
 
 @pytest.mark.parametrize("setting", ["server.address", "server.metrics_address"])
-def test_a_second_daemon_on_one_address_is_refused_and_the_first_goes_on(tmp_path: Path, setting: str) -> None:
+def test_a_second_daemon_on_one_address_is_refused_and_the_first_serves(tmp_path: Path, setting: str) -> None:
     chain = new_chain(SMALL)
     with DaemonProcess(tmp_path / "first") as first, first.client() as client:
         save(client, SMALL, chain)

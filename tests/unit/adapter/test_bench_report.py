@@ -15,7 +15,7 @@ from benchmarks.adapter import __main__ as bench
 from benchmarks.adapter.report import Section
 
 
-def test_each_measurement_writes_a_section_of_its_own_in_the_place_of_the_one_before(tmp_path: Path) -> None:
+def test_each_measurement_replaces_its_own_section(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# Benchmarks\n\n<!-- kvctl bench: begin -->\ntheirs\n<!-- kvctl bench: end -->\n")
     first, second = Section("first", "The first", "About it."), Section("second", "The second", "About that.")

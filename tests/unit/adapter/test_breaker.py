@@ -1,4 +1,4 @@
-"""The circuit breaker: when requests ask the daemon, and who finds out that it is back."""
+"""The circuit breaker: when requests ask the daemon, and how its return is detected."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.daemon import until
 
 
 class Daemon:
-    """What a breaker asks, and the time between its questions: both go on when the test says so."""
+    """A breaker's probe, and the pauses between probes: both end when the test says so."""
 
     def __init__(self) -> None:
         self.pauses: queue.Queue[float] = queue.Queue()

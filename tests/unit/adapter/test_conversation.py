@@ -59,7 +59,7 @@ def test_it_grows_and_loses_its_middle() -> None:
     assert (conversation.token_count, conversation.cuts) == (0, ())
 
 
-def test_its_keys_go_on_from_the_cut_of_all_that_was_said() -> None:
+def test_its_keys_continue_from_the_cut_of_the_whole_history() -> None:
     conversation = said(*range(10))
     assert conversation.parent(KEYS) == KEYS.root
     conversation.truncate([(0, 2), (2, 1), (6, 4)])

@@ -53,7 +53,7 @@ def test_an_array_interface_of_cuda_is_enough() -> None:
 
 @pytest.mark.parametrize("given", [[1.0, 2.0], b"bytes", None, object()], ids=lambda each: type(each).__name__)
 def test_what_is_no_array_is_refused_with_its_type(given: object) -> None:
-    with pytest.raises(ValueError, match=f"a {type(given).__name__} does not lend its memory"):
+    with pytest.raises(ValueError, match=f"a {type(given).__name__} does not export its memory"):
         view_of(given)
 
 

@@ -304,7 +304,7 @@ def test_a_load_that_never_began_frees_its_lease_all_the_same() -> None:
     assert history.ended == ["released"]
 
 
-def test_cancelling_waits_for_nothing_while_a_layer_is_on_its_way() -> None:
+def test_cancelling_does_not_wait_while_a_layer_is_loaded() -> None:
     history = History()
     history.gates[1].clear()
     loader = loader_of(history, buffer_layers=4)

@@ -148,7 +148,7 @@ def story() -> torch.Tensor:
 
 @pytest.mark.parametrize("sink_tokens", [0, 4])
 @pytest.mark.parametrize("pairing", ["half", "interleaved"])
-def test_a_trained_model_goes_on_with_its_story_after_its_oldest_half_has_left(
+def test_a_trained_model_continues_its_story_after_its_oldest_half_was_dropped(
     pairing: str, sink_tokens: int, story: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = stories_model(pairing)

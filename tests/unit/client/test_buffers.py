@@ -49,7 +49,7 @@ def test_a_torch_tensor_of_every_dtype_shares_its_memory(dtype: torch.dtype) -> 
     assert not tensor.view(torch.uint8).any()
 
 
-def test_a_view_keeps_its_tensor_alive_and_lets_it_go() -> None:
+def test_a_view_keeps_its_tensor_alive_until_the_views_end() -> None:
     tensor = torch.full((1 << 20,), 7, dtype=torch.bfloat16)
     storage = weakref.ref(tensor.untyped_storage())
     expected = tensor.view(torch.uint8).numpy().tobytes()
@@ -171,7 +171,7 @@ def test_raw_bytes_of_more_than_one_dimension_are_refused() -> None:
         readable(np.zeros((2, 8), np.uint8), "buffer", slices("float16", heads=2))
 
 
-def test_a_latent_group_has_one_vector_in_the_place_of_keys_and_values() -> None:
+def test_a_latent_group_has_one_vector_instead_of_keys_and_values() -> None:
     latent = slices("float16", (8, 8), k=16, v=0)
 
     assert readable(np.zeros((2, 1, 1, 8, 16), np.float16), "buffer", latent).size == 512
@@ -194,8 +194,8 @@ def test_where_keys_and_values_have_other_dims_only_flat_buffers_are_taken() -> 
         (np.zeros((4, 4), np.uint16)[:, :2], "not contiguous"),
         (np.asfortranarray(np.zeros((2, 4), np.uint16)), "not contiguous"),
         (memoryview(bytes(32))[::2], "not contiguous"),
-        (torch.zeros(8, dtype=torch.bfloat16, requires_grad=True), "cannot be lent by DLPack.*"),
-        (torch.zeros(8, dtype=torch.bfloat16, device="meta"), "not in host memory|cannot be lent"),
+        (torch.zeros(8, dtype=torch.bfloat16, requires_grad=True), "cannot be exported by DLPack.*"),
+        (torch.zeros(8, dtype=torch.bfloat16, device="meta"), "not in host memory|cannot be exported"),
         (torch.zeros(0, dtype=torch.bfloat16), "has 0 bytes; it must have 16"),
         ((ctypes.c_void_p * 1)(), "has elements of a kind that NumPy lacks"),
         (array.array("u", "abcd"), "has elements of str32"),

@@ -45,7 +45,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 @pytest.mark.parametrize("size", [1, 4095, 64 << 10, PIECE_BYTES, PIECE_BYTES + 8, 3 * PIECE_BYTES + 5])
 @pytest.mark.parametrize("shift", [0, 1, 8, 16])
-def test_a_copy_has_its_bytes_and_its_checksum_however_the_two_lie(size: int, shift: int) -> None:
+def test_a_copy_has_its_bytes_and_its_checksum_for_every_alignment(size: int, shift: int) -> None:
     source = np.random.default_rng(size).integers(0, 256, size + 64, np.uint8)[:size]
     for copy in (copy_and_sum, sum_and_copy):
         target = np.zeros(size + 64, np.uint8)[shift : shift + size]
@@ -92,7 +92,7 @@ def test_who_waits_does_the_work_where_no_thread_helps() -> None:
         release.set()
 
 
-def test_helpers_begin_before_anybody_waits(pool: ThreadPoolExecutor) -> None:
+def test_helpers_begin_before_a_thread_waits(pool: ThreadPoolExecutor) -> None:
     with Batch(lambda: pool) as batch:
         helped = threading.Event()
         group = batch.start(lambda _: helped.set(), [MIB] * 2)
@@ -179,7 +179,7 @@ def test_a_batch_that_is_interrupted_is_left_once_its_work_has_ended() -> None:
 
 @pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_is_raised_at_once_though_it_hit_the_work_of_others() -> None:
-    """Who waits for one group does the parts of the next ones meanwhile."""
+    """A thread that waits for one group does parts of the next groups meanwhile."""
     hung, helped = threading.Event(), threading.Event()
 
     def first(at: int) -> None:

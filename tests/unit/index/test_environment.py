@@ -63,7 +63,7 @@ class Gate:
 
 @contextmanager
 def failing_writes(path: Path, *, meta: bool, data: bool) -> Iterator[None]:
-    """Put /dev/full in the place of LMDB's own file descriptors: every write fails with ENOSPC."""
+    """Replace LMDB's own file descriptors by /dev/full: every write fails with ENOSPC."""
     replaced = []
     with open("/dev/full", "r+b", buffering=0) as full:
         for name in os.listdir("/proc/self/fd"):

@@ -67,7 +67,7 @@ def test_an_old_index_that_is_a_file_is_kept_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("left", [["complete"], ["unfinished"], []])
-def test_a_removal_that_was_interrupted_goes_on(tmp_path: Path, left: list[str]) -> None:
+def test_an_interrupted_removal_is_finished(tmp_path: Path, left: list[str]) -> None:
     """The files that say what a new index is go last."""
     folder(tmp_path / "index", OLD)
     (tmp_path / "index.new").mkdir()

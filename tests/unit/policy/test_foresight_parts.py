@@ -101,7 +101,7 @@ def test_the_share_of_waits_that_are_over_before_a_read_is() -> None:
     assert shares == pytest.approx([0.1, 0.5, 0.9], abs=0.03)
 
 
-def test_where_all_wait_for_long_everything_is_read_in_time_but_for_a_rest_of_doubt() -> None:
+def test_with_long_waits_almost_everything_is_read_in_time() -> None:
     assert waited(*[1000.0] * 50).shorter(np.array([0.1, 1.0])) == pytest.approx(1e-3)
 
 

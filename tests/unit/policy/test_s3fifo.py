@@ -85,7 +85,7 @@ class Reference:
 
 
 def compare(capacity_bytes: int, sizes: dict[int, int], steps: Iterable[tuple[int, int, bool]]) -> Reference:
-    """Each step uses an item several times; the last use may go on until the item's next step."""
+    """Each step uses an item several times; the last use may continue until the item's next step."""
     reference = Reference(capacity_bytes, sizes)
     mover = SmallMover(S3FifoPolicy(), capacity_bytes, 0, row_count=len(sizes))
     for item, uses, goes_on in steps:

@@ -42,8 +42,7 @@ BANNED = {
 BANNED_WORD = re.compile("|".join(rf"\b(?:{words})\b" for words in BANNED), re.IGNORECASE)
 
 #: Folders whose texts still have banned words, and how many at most. A number may only become smaller.
-LEFT = {
-}
+LEFT = {}
 FOLDERS = (
     "kvservice", "kvservice/index", "kvservice/policy", "kvservice/rpc", "kvservice/simulate",
     "kvservice/store", "kvservice/tiers", "client", "engine_adapter", "proto", "benchmarks", "examples", "tools",

@@ -1,4 +1,4 @@
-"""Who asks: one value for each request, made in one place, without which no verb of the store is reached."""
+"""Callers: one value per request, made in one place; every verb of the store requires it."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_no_request_reaches_a_verb_of_the_store_without_a_caller() -> None:
     assert reached == _verbs()
 
 
-# Who it is
+# The principal
 
 
 @asynccontextmanager
@@ -227,7 +227,7 @@ async def test_a_request_that_names_a_client_which_is_not_attached_is_refused(
             assert isinstance(from_rpc_error(refused.value), UnknownClient)
 
 
-# Whose blocks they are
+# The tenant
 
 
 @pytest.mark.parametrize("on_ssd", [False, True])

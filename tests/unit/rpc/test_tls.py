@@ -1,4 +1,4 @@
-"""The daemon's TLS files: which are refused, with what words, and what becomes of files that change."""
+"""The daemon's TLS files: which are refused, with which messages, and how changed files are handled."""
 
 from __future__ import annotations
 

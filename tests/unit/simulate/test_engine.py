@@ -66,7 +66,7 @@ def test_what_no_tier_has_is_computed_again() -> None:
     assert result.ttft_mean_s == pytest.approx((0.03 + 0.03 + 0.08) / 3)
 
 
-def test_what_is_on_its_way_is_late_and_what_has_come_of_it_is_on_time() -> None:
+def test_of_a_running_promotion_the_moved_bytes_are_on_time_and_the_others_late() -> None:
     # From 18 s on A comes back: 20 of its 50 bytes are there at 20 s, the rest takes 3 s more.
     turns = sessions(Request(A, 0.0), Request(B, 10.0), Request(A, 20.0))
     result = simulate(turns, machine(dram_bytes=60), PromotesAt(A, 18.0, 20.0))
@@ -224,7 +224,7 @@ def test_a_hint_for_a_request_that_is_here_already_says_nothing() -> None:
     assert [what for _, what, _ in policy.calls] == ["queued", "used ", "stored", "queued", "used ", "stored"]
 
 
-def test_live_bytes_are_those_of_sessions_that_go_on() -> None:
+def test_live_bytes_are_those_of_sessions_with_a_later_turn() -> None:
     # 50 bytes from 1 s to 11 s; B has one turn only.
     result = simulate(sessions(Request(A, 0.0), Request(A, 10.0), Request(B, 19.0)), machine(), "lru")
     assert result.live_gb_mean * 2**30 == pytest.approx(50 * 10 / 20)
@@ -248,7 +248,7 @@ class KeepsEnds(Cuts):
         return rows.astype(np.float64)
 
 
-def test_blocks_after_a_missing_one_are_of_no_use() -> None:
+def test_blocks_after_a_missing_one_are_not_hits() -> None:
     # One block of the first item is left, and all three of the second.
     turns = paths([2, 3], (0.0, [0, 1]), (10.0, [0, 1]))
     result = simulate(turns, machine(dram_bytes=4, ssd_bytes=0), KeepsEnds())

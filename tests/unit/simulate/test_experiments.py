@@ -20,7 +20,7 @@ from tests.unit.simulate.test_command import trace_of, turn
 COMMAND = [sys.executable, "-m", "benchmarks.policies"]
 
 
-def test_each_experiment_writes_a_section_of_its_own_in_the_place_of_the_one_before(tmp_path: Path) -> None:
+def test_each_experiment_replaces_its_own_section(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# Placement policies\n\nOurs.\n")
     first, second = Section("first", "The first", "About it."), Section("second", "The second", "About that.")

@@ -93,7 +93,7 @@ def test_the_seed_decides_everything(make: Any) -> None:
     assert not same(make(seed=7, **options), make(seed=8, **options))
 
 
-def test_sessions_begin_at_the_rate_and_go_on_after_the_answer() -> None:
+def test_sessions_begin_at_the_rate_and_continue_after_the_answer() -> None:
     workload = sharegpt(sessions=LARGE, session_rate=4.0, seed=1)
     first = first_turns(workload)
     begins = workload.arrives_s[first]

@@ -31,7 +31,7 @@ def segmented(paths: Chains) -> Segments:
 
 
 def cut_naively(paths: Chains) -> list[list[tuple[int, ...]]]:
-    """Each chain as runs: a block goes on the run before it where the same requests have both."""
+    """Each chain as runs: a block continues the run before it if the same requests have both."""
     users = {block: {n for n, path in enumerate(paths) if block in path} for path in paths for block in path}
     cut: list[list[tuple[int, ...]]] = []
     for path in paths:

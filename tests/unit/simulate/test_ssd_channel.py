@@ -44,7 +44,7 @@ def channel_of(log: Log, bytes_per_s: float = 1.0) -> SsdChannel:
 
 
 class Plain:
-    """The same channel, event by event and one byte a second: always the first of all that wants it."""
+    """The same channel, event by event and with one byte per second: the first waiting transfer gets it."""
 
     def __init__(self, log: Log) -> None:
         self.log = log

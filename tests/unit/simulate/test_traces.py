@@ -242,7 +242,7 @@ def test_a_request_is_continued_once_later_and_with_room_for_its_answer(tmp_path
         request(4, 1536, [0, 1, 8]),  # What is left there is the first, with 1060.
         request(5, 1536, [0, 1, 9]),  # And now nothing.
         request(6, 600, [0, 10]),
-        request(7, 700, [0, 11]),  # The first block is everybody's.
+        request(7, 700, [0, 11]),  # All requests share the first block.
     )
 
     workload = read(path, "mooncake-sessions")

@@ -65,7 +65,7 @@ async def test_a_load_whose_client_takes_nothing_ends_in_time_and_no_sooner(
     assert not opened.blocks.holds.any()
 
 
-async def test_a_client_that_takes_a_frame_now_and_then_has_its_load_go_on(
+async def test_the_load_of_a_client_that_reads_a_frame_now_and_then_continues(
     opened: OpenStore, client: Client, clock: HandClock
 ) -> None:
     sent = []

@@ -106,7 +106,7 @@ async def test_a_block_saved_again_waits_until_the_record_of_the_old_one_is_gone
         await until(lambda: opened.hits(chain.keys) == 0)
         saving = asyncio.create_task(opened.save(client, chain, some_images(chain, seed=2)))
         await turns()
-        assert not opened.lent()
+        assert not opened.uploading()
     await asyncio.gather(discarding, saving)
     await opened.settle()
     assert opened.hits(chain.keys) == 1
@@ -171,7 +171,7 @@ async def test_one_block_evicted_twice_at_one_time_leaves_once(opened: OpenStore
 
 
 @pytest.mark.parametrize("turns_before", range(6))
-async def test_an_eviction_whose_caller_is_cancelled_goes_on_and_leaks_nothing(
+async def test_an_eviction_whose_caller_is_cancelled_continues_and_leaks_nothing(
     opened: OpenStore, client: Client, turns_before: int
 ) -> None:
     keys = await stored(opened, client, 3)
@@ -194,7 +194,9 @@ async def test_a_save_that_is_cancelled_while_its_record_is_committed_leaves_not
         await turns()
         saving.cancel()
         await asyncio.gather(saving, return_exceptions=True)
-        assert opened.dram.used_bytes > 0, "the record may still come: its space is not lent before it is gone"
+        assert opened.dram.used_bytes > 0, (
+            "the record may still be committed: its space is not reused before it is deleted"
+        )
     await until(lambda: opened.dram.used_bytes == 0)
     assert opened.hits(chain.keys) == 0 and opened.records(TierName.DRAM) == {}
     assert not (await opened.save(client, chain, some_images(chain))).refused

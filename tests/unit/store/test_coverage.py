@@ -23,7 +23,7 @@ def cells(shard: Shard) -> set[tuple[int, int]]:
     return {(layer, head) for layer in layers for head in heads}
 
 
-def test_one_shard_that_holds_it_all_gives_one_run_a_layer() -> None:
+def test_one_shard_with_everything_gives_one_run_per_layer() -> None:
     assert cover([Shard(0, 4, 0, 4)], Shard(1, 3, 1, 3)) == [[HeadRun(0, 1, 3)]] * 2
 
 

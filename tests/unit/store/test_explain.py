@@ -82,7 +82,7 @@ async def test_each_copy_tells_how_and_when_it_came(opened: OpenStore, client: C
     assert (event.reason, event.tier, event.last_copy) == (Reason.EVICTED_ON_REQUEST, TierName.DRAM, False)
 
 
-async def test_what_was_there_at_the_start_was_kept(store_files: Callable[..., StoreFiles]) -> None:
+async def test_blocks_of_an_earlier_start_are_explained_as_kept(store_files: Callable[..., StoreFiles]) -> None:
     files = store_files()
     opened = files.open()
     await opened.store.open_layout(CALLER, LAYOUT)
@@ -111,7 +111,7 @@ async def test_an_eviction_after_a_pins_end_is_explained_by_the_expiry(open_stor
     assert opened.explain.missing(CALLER, other).why is Miss.EVICTED
 
 
-async def test_a_block_on_its_way_in_is_being_saved(opened: OpenStore, client: Client) -> None:
+async def test_a_block_whose_save_runs_is_being_saved(opened: OpenStore, client: Client) -> None:
     chain = some_chain(1)
     async with opened.begin_save(client, chain):
         assert opened.explain.missing(CALLER, chain.keys[0]).why is Miss.BEING_SAVED

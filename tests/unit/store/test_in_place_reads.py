@@ -76,7 +76,7 @@ async def test_places_in_dram_are_returned_at_once_and_stay_until_the_reader_end
     assert generations == [generation + 1 for generation in located.generations]
 
 
-async def test_blocks_on_ssd_come_up_layer_by_layer(opened: OpenStore, client: Client) -> None:
+async def test_blocks_on_ssd_are_promoted_layer_by_layer(opened: OpenStore, client: Client) -> None:
     chain, images, lease = await saved(opened, client)
     opened.leases.release(caller_of(client), lease.lease_id)
     await opened.store.evict(CALLER, chain.keys[1:], DRAM)
@@ -91,10 +91,10 @@ async def test_blocks_on_ssd_come_up_layer_by_layer(opened: OpenStore, client: C
     await steps.aclose()
     await until(lambda: all(opened.blocks.is_resident(int(row), DRAM) for row in leased.rows))
     assert [opened.blocks.extent(int(row), DRAM) for row in leased.rows] == located.extents
-    assert opened.blocks.verified[leased.rows].all(), "the first by its upload, the others on their way up"
+    assert opened.blocks.verified[leased.rows].all(), "the first by its upload, the others during their promotion"
 
 
-async def test_a_block_that_came_up_and_got_no_record_stays_while_it_is_read(
+async def test_a_promoted_block_without_a_record_stays_while_it_is_read(
     opened: OpenStore, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chain, images, lease = await saved(opened, client)

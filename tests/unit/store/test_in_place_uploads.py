@@ -1,4 +1,4 @@
-"""Saves in place: what is reserved, committed and abandoned, and what becomes of the space."""
+"""Saves in place: reservations, commits and abandons, and the release of their space."""
 
 from __future__ import annotations
 
@@ -317,13 +317,13 @@ async def test_the_daemon_after_this_one_sets_aside_what_a_living_client_may_be_
         taken = opened.dram.used_bytes - sum(extent.size_bytes for extent in opened.extents(TierName.DRAM).values())
         assert taken == sum(place.extent.size_bytes for place in open_still)
         aside = {place.extent for place in open_still}
-        lent: set[Extent] = set()
+        reserved: set[Extent] = set()
         with contextlib.suppress(TierFull):
             while True:
-                lent.add(opened.dram.reserve(GEOMETRY.image_bytes))
-        assert not lent & aside
-        assert {place.extent for place in abandoned} <= lent
-        for extent in lent:
+                reserved.add(opened.dram.reserve(GEOMETRY.image_bytes))
+        assert not reserved & aside
+        assert {place.extent for place in abandoned} <= reserved
+        for extent in reserved:
             opened.dram.release(extent)
         lock.release()
         await until(lambda: opened.dram.used_bytes == sum(place.extent.size_bytes for place in committed))

@@ -136,7 +136,7 @@ def test_a_clients_leases_end_with_it_and_others_stay(leases: Leases, residency:
     leases.detach(CALLER, gone)
 
     assert residency.leased == {1: 0, 2: 1}
-    assert ended == ["save"], "what else hangs on the client ends, too"
+    assert ended == ["save"], "the client's other resources end, too"
     assert leases.get(caller_of(stays), kept.lease_id) is kept
     with pytest.raises(UnknownClient):
         leases.client(caller_of(gone))

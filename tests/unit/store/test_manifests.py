@@ -144,7 +144,7 @@ def test_positions_that_are_listed_stay_with_their_tokens(case: tuple[int, list[
         assert [position for *_, position in history(more)] == [*expected, *range(6)]
 
 
-def test_after_a_cut_the_chain_goes_on_from_the_key_of_the_cut() -> None:
+def test_after_a_cut_the_chain_continues_from_the_key_of_the_cut() -> None:
     session = session_of(10)
     after = truncated(session, [(0, 1), (4, 6)])
 

@@ -1,4 +1,4 @@
-"""Promotion and loads: one flight a block, and no byte that was not verified."""
+"""Promotion and loads: one promotion per block at a time, and no unverified byte."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ async def test_many_who_want_a_block_at_one_time_cause_one_read(
     assert opened.counters.promoted_blocks == 3
 
 
-async def test_a_block_that_is_being_brought_up_and_is_discarded_is_given_whole_to_who_loads_it(
+async def test_a_block_that_is_discarded_during_its_promotion_is_still_loaded_completely(
     opened: OpenStore, client: Client, calls: FaultyCalls
 ) -> None:
     chain = some_chain(2)
@@ -100,7 +100,7 @@ async def test_a_block_that_is_being_brought_up_and_is_discarded_is_given_whole_
 async def test_a_landing_that_ended_while_its_joiner_waited_for_room_is_not_read(
     opened: OpenStore, client: Client, calls: FaultyCalls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its image was given away: the joiner reads the block where it lies."""
+    """Its image was released: the second load reads the block from its tier."""
     chain, more = some_chain(1, seed=1), some_chain(1, seed=2)
     images = await on_ssd(opened, client, chain) + await on_ssd(opened, client, more)
     leases = [opened.lookup(client, keys) for keys in ((*chain.keys, *more.keys), chain.keys)]
@@ -112,7 +112,7 @@ async def test_a_landing_that_ended_while_its_joiner_waited_for_room_is_not_read
     reserve = opened.evictor.reserve
 
     async def slowly(tier: TierName, size_bytes: int, **waits: Any) -> Any:
-        if first in promotion._pending:  # The first block is on its way up; the second one waits for room.
+        if first in promotion._pending:  # The first block is being promoted; the second waits for space.
             await gate.wait()
         return await reserve(tier, size_bytes, **waits)
 
@@ -253,7 +253,7 @@ async def test_a_flipped_bit_is_found_before_any_byte_of_its_slice_leaves_and_th
         else:
             await opened.save(client, chain, some_images(chain), on_ssd=True)
         if how == "read through":
-            opened.dram.reserve(BLOCK)  # There is no room to bring it up.
+            opened.dram.reserve(BLOCK)  # There is no space to promote it.
         damage(opened, tier, key, at)
         lease = opened.lookup(client, [key])
         assert lease is not None

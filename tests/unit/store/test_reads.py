@@ -227,7 +227,7 @@ async def test_a_block_whose_record_is_refused_once_it_is_up_keeps_its_space_unt
     await until(lambda: promoting.dram.used_bytes == 0)
 
 
-async def test_a_block_that_is_discarded_on_its_way_up_keeps_its_space_until_its_last_reader_has_left(
+async def test_a_block_that_is_discarded_during_its_promotion_keeps_its_space_until_its_last_reader_has_left(
     promoting: OpenStore,
 ) -> None:
     client = promoting.store.attach(CALLER, "test")

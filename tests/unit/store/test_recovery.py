@@ -73,7 +73,7 @@ def everything(opened: OpenStore) -> dict[bytes, tuple[object, ...]]:
     }
 
 
-async def test_the_order_of_use_survives_a_restart_and_goes_on_from_there(opened: OpenStore) -> None:
+async def test_the_order_of_use_survives_a_restart_and_continues_from_there(opened: OpenStore) -> None:
     first, second = await saved(opened, 2, seed=1), await saved(opened, 2, seed=2)
     opened.hits(first)
     before = opened.blocks.next_access_seq

@@ -70,7 +70,7 @@ async def loaded(opened: OpenStore, client: Client, chain: BlockChain) -> list[b
 
 async def nothing_left(opened: OpenStore, used_before: int = 0) -> None:
     assert not opened.claims.object_count
-    assert not opened.lent()
+    assert not opened.uploading()
     await until(lambda: opened.dram.used_bytes == used_before)
 
 
@@ -395,7 +395,7 @@ async def test_waiting_for_another_save_ends_in_time_and_costs_only_what_it_stor
     client, chain = opened.store.attach(CALLER, "test"), some_chain(3)
     slow = await half_saved(opened, client, chain[:2])
     saving = asyncio.create_task(opened.save(client, chain, some_images(chain)))
-    await until(lambda: opened.claims.waiting_for(chain.keys[0]) == 2 and len(opened.lent()) == 3)
+    await until(lambda: opened.claims.waiting_for(chain.keys[0]) == 2 and len(opened.uploading()) == 3)
     clock.advance(seconds=9.9)
     for _ in range(10):
         await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""Write-behind: where the SSD or its index refuses, DRAM goes on as a tier of its own."""
+"""Write-behind: if the SSD or its index fails, DRAM continues as a tier of its own."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ async def test_a_save_to_ssd_ends_where_the_index_was_damaged_under_the_daemon(
         async with asyncio.timeout(60):
             outcome = await opened.save(client, chain, some_images(chain), on_ssd=True)
         assert {type(error) for error in outcome.refused.values()} == {StorageFailed}
-    assert opened.hits(chain.keys) == 2, "DRAM goes on"
+    assert opened.hits(chain.keys) == 2, "DRAM continues"
     await until(lambda: not opened.blocks.holds.any())
 
 

@@ -240,7 +240,7 @@ async def test_the_tier_grows_while_the_arena_is_prepared(open_arena: Callable[.
         tier.start()
         await asyncio.to_thread(waiting.acquire)
         data = noise(MIB // 2)
-        extent = await stored(tier, data)  # Saves go on meanwhile.
+        extent = await stored(tier, data)  # Saves continue meanwhile.
         assert tier.capacity_bytes == MIB
     assert arena._thread is not None
     await asyncio.to_thread(arena._thread.join)

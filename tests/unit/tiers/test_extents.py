@@ -1,4 +1,4 @@
-"""The space map beside a plain model: a list with one entry a page."""
+"""The space map beside a plain model: a list with one entry per page."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class SpaceMapMachine(RuleBasedStateMachine):
         super().__init__()
         self.pages: list[bool] = [False] * 600  # True: in use.
         self.space = SpaceMap(len(self.pages) * PAGE)
-        self.lent: list[tuple[int, int]] = []
+        self.reserved: list[tuple[int, int]] = []
 
     def runs(self) -> list[int]:
         """Lengths of the free runs, in pages."""
@@ -49,7 +49,7 @@ class SpaceMapMachine(RuleBasedStateMachine):
             return
         before = sorted(self.runs())
         self.mark(offset, taken, True)
-        self.lent.append((offset, taken))
+        self.reserved.append((offset, taken))
         # Best fit: exactly one of the shortest fitting runs has become shorter.
         before.remove(min(fitting))
         rest = min(fitting) - taken // PAGE
@@ -62,12 +62,12 @@ class SpaceMapMachine(RuleBasedStateMachine):
         assert taken == (len(pages) == count and not any(pages))
         if taken:
             self.mark(first * PAGE, count * PAGE, True)
-            self.lent.append((first * PAGE, count * PAGE))
+            self.reserved.append((first * PAGE, count * PAGE))
 
-    @precondition(lambda self: self.lent)
+    @precondition(lambda self: self.reserved)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        offset, size = self.lent.pop(data.draw(st.integers(0, len(self.lent) - 1)))
+        offset, size = self.reserved.pop(data.draw(st.integers(0, len(self.reserved) - 1)))
         self.space.release(offset, size)
         self.mark(offset, size, False)
 
@@ -88,8 +88,8 @@ class SpaceMapMachine(RuleBasedStateMachine):
     def start_again(self) -> None:
         """As after a restart: the same state from the extents alone."""
         again = SpaceMap(len(self.pages) * PAGE)
-        lent = np.array(self.lent, np.int64).reshape(-1, 2)
-        again.adopt(lent[:, 0], lent[:, 1])
+        reserved = np.array(self.reserved, np.int64).reshape(-1, 2)
+        again.adopt(reserved[:, 0], reserved[:, 1])
         assert again.used_bytes == self.space.used_bytes
         assert again.largest_free_bytes == self.space.largest_free_bytes
         self.space = again
@@ -135,7 +135,7 @@ def test_a_full_map_names_the_longest_free_run() -> None:
         space.reserve(5 * PAGE)
 
 
-def test_an_empty_map_lends_nothing_until_it_grows() -> None:
+def test_an_empty_map_reserves_nothing_until_it_grows() -> None:
     space = SpaceMap(0)
     with pytest.raises(TierFull):
         space.reserve(1)

@@ -90,7 +90,7 @@ def test_after_a_restart_only_what_records_name_has_its_generation_still(open_ti
     assert raised.sum() == len(raised) - 3
 
 
-def test_a_daemon_that_does_not_share_goes_on_raising_what_was_shared(open_tier: Callable[..., DramTier]) -> None:
+def test_a_daemon_that_does_not_share_still_increments_existing_generations(open_tier: Callable[..., DramTier]) -> None:
     open_tier()
     tier = open_tier(share=False)
     assert tier.not_shared_because == "dram.share is off"

@@ -285,7 +285,7 @@ async def test_a_failed_read_says_why_and_the_next_one_may_succeed(tier: SsdTier
 
 @pytest.mark.parametrize("direct", ["auto", "off"])
 @pytest.mark.parametrize("most_bytes", [PAGE, 3 * PAGE, PAGE + 100, 5 * PAGE - 1])
-async def test_short_reads_and_writes_go_on_where_they_ended(
+async def test_short_reads_and_writes_continue_where_they_ended(
     open_tier: OpenTier, calls: FaultyCalls, direct: Direct, most_bytes: int
 ) -> None:
     tier, data = open_tier(direct=direct), noise(16 * PAGE)

@@ -145,7 +145,7 @@ class TransformersConnector:
     def close(self) -> None:
         """Take no more saves; what was begun is still sent. Does not wait.
 
-        Caches go on working. The hooks on the model are removed with the last of them.
+        Caches still work. The hooks on the model are removed with the last of them.
         """
         self._hooks = None
         self._breaker.close(0.0)
@@ -256,7 +256,7 @@ class TransformersConnector:
             saved.extend(self._turn_saver.save(turn, durability, meanwhile) for turn in turns)
 
         if not self._in_background(work, self._save_wait_s if wait_s is None else wait_s):
-            error = DeadlineExceeded("the save is not done yet; it goes on in the background")
+            error = DeadlineExceeded("the save is not done yet; it continues in the background")
             return Saved(refused=block_count, error=error)
         return sum(saved, Saved())
 

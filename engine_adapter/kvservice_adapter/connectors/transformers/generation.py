@@ -32,7 +32,7 @@ class Generation:
     def kept(self, generated: NDArray[Any]) -> int | None:
         """How many of a row's generated tokens ``[token]`` are before its last one. None where it has not ended.
 
-        The last token is left out as in a row that goes on to the end of the batch, whose last token is never
+        The last token is left out as in a row that runs to the end of the batch, whose last token is never
         computed. Where criteria other than end-of-sequence tokens may have ended the row, all padding at its end counts
         as such, though the model may have said some of it. Without any end-of-sequence token `generate` pads no row.
         """

@@ -16,8 +16,8 @@ from kvservice_adapter.connectors.transformers.cache import Forward, StoredCache
 class ModelHooks:
     """Hooks on one model, for the caches that hold this object. Without references to it they are removed.
 
-    A connector and its caches hold it, so a cache goes on working after its connector. Forwards with other caches
-    pass by. For the engine's thread.
+    A connector and its caches hold it, so a cache still works after its connector. Forwards with other caches
+    are ignored. For the engine's thread.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:

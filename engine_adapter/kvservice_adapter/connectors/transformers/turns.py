@@ -118,7 +118,7 @@ def _pages(states: Sequence[Tensors], row: int, column: int) -> Callable[[int, i
 
 
 def _continue(conversation: Conversation, tokens: NDArray[Any]) -> None:
-    """Let the conversation go on to these tokens."""
+    """Extend the conversation to these tokens."""
     if not conversation.is_prefix_of(tokens):
         if conversation.cuts:
             raise InvalidRequest("the tokens do not begin with what is left of the conversation")

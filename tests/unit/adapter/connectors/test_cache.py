@@ -146,7 +146,7 @@ def test_rows_of_a_batch_are_waited_for_together(kept: FailingBlocks) -> None:
     assert sorted(waits, reverse=True) == waits and waits[-1] <= 0.1 < waits[0] <= 0.4
 
 
-def test_a_closed_connector_has_no_threads_and_its_caches_go_on(kept: FailingBlocks) -> None:
+def test_a_closed_connector_has_no_threads_and_its_caches_still_work(kept: FailingBlocks) -> None:
     model, ids = tiny_llama(), prompt(6 * BLOCK_TOKENS + 2)
     others = set(threading.enumerate())
     subject = connector(kept, model)
@@ -236,7 +236,7 @@ def test_a_cache_may_be_copied_cropped_reset_and_reordered(kept: FailingBlocks) 
     assert answer(model, ids, emptied) == answer(model, ids)
 
 
-def test_beam_search_and_sampling_go_on_from_a_history(kept: FailingBlocks) -> None:
+def test_beam_search_and_sampling_continue_from_a_history(kept: FailingBlocks) -> None:
     model, ids = tiny_llama(), prompt(6 * BLOCK_TOKENS + 2)
     subject = connector(kept, model)
     subject.save(ids, computed(model, ids))

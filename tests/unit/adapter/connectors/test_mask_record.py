@@ -36,7 +36,7 @@ def test_it_is_the_mask_that_its_parts_make_however_they_come_and_go(data: st.Da
         assert record.has_hidden == hidden.any()
 
 
-def test_columns_that_no_mask_has_named_are_visible_but_for_padding() -> None:
+def test_columns_that_no_mask_has_named_are_visible_except_padding() -> None:
     record = MaskRecord([0, 2], np.array([[False, True], [False, False]]))
 
     assert record.visible(4).tolist() == [[True, False, True, True], [False, False, True, True]]

@@ -1,4 +1,4 @@
-"""The transformers connector gives back what it was given, bit for bit, and refuses what it cannot keep."""
+"""The transformers connector restores the saved KV bit for bit, and refuses models whose KV it cannot restore."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_only_blocks_that_are_not_stored_yet_are_sent(kept: KeptBlocks) -> None:
     assert kept.saves == [2, 3]
 
 
-def test_generate_goes_on_from_a_restored_cache_with_the_same_answer(kept: KeptBlocks) -> None:
+def test_generate_continues_from_a_restored_cache_with_the_same_answer(kept: KeptBlocks) -> None:
     model, tokens = tiny_llama(), prompt(30)
     ask = {"attention_mask": torch.ones_like(tokens), "do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
     answer = model.generate(tokens, **ask)
@@ -187,7 +187,7 @@ _LONGROPE: dict[str, Any] = {
     ],
     ids=["rotary encoding that depends on the length", "encoder"],
 )
-def test_models_whose_blocks_could_not_be_given_back_exactly_are_refused(model: Any, why: str) -> None:
+def test_models_whose_blocks_could_not_be_restored_exactly_are_refused(model: Any, why: str) -> None:
     with pytest.raises(UnsupportedModel, match=why):
         layout_for(model())
 

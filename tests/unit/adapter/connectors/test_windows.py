@@ -82,7 +82,7 @@ def test_a_librarys_own_cache_of_such_a_model_is_refused_for_it_holds_only_the_w
         connector(KeptBlocks(), model).save(ids, computed(model, ids))
 
 
-def test_a_cropped_cache_goes_on_though_its_window_was_full() -> None:
+def test_a_cropped_cache_still_works_though_its_window_was_full() -> None:
     model, ids = gemma(), prompt(30)
     cache = connector(KeptBlocks(), model).restore(ids).cache
     with torch.inference_mode():
