@@ -71,7 +71,7 @@ class LayoutEntries:
         return self._ids.get(fingerprint)
 
     def expect_room(self, fingerprint: bytes) -> None:
-        """Raises IndexFull where the layout is new and the store knows as many as it may."""
+        """Raises IndexFull where the layout is new and the store has its maximum of layouts."""
         known = self._ids.keys() | self._in_flight
         if fingerprint not in known and len(known) >= self._max:
             raise IndexFull(

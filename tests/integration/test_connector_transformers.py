@@ -183,7 +183,7 @@ def test_a_session_id_that_is_not_allowed_raises_at_once(daemon: DaemonProcess, 
                 Conversation(name)
 
 
-def test_two_rows_of_one_session_are_a_mistake_and_a_row_without_a_session_is_none(daemon: DaemonProcess) -> None:
+def test_two_rows_of_one_session_are_refused_and_a_row_without_a_session_is_not(daemon: DaemonProcess) -> None:
     model, tokens = tiny_llama(), prompt(9).repeat(2, 1)
     mask = torch.ones_like(tokens)
     with Client(daemon.address) as client:

@@ -187,7 +187,7 @@ def test_nonsense_is_refused(daemon: Daemon, failures: int, probe_s: float) -> N
         Breaker(daemon.probe, failures=failures, probe_s=probe_s)
 
 
-def test_a_refusal_is_an_answer_and_silence_is_none() -> None:
+def test_a_refusal_is_an_answer_and_no_answer_in_time_is_not() -> None:
     assert not answered(DaemonUnavailable("gone"))
     assert not answered(DeadlineExceeded("hangs"))
     assert answered(None)

@@ -71,7 +71,7 @@ def test_its_keys_continue_from_the_cut_of_the_whole_history() -> None:
     assert conversation.parent(KEYS) == cut_key(first, [(0, 4)]), "nothing was said between the cuts"
 
 
-def test_a_cut_that_keeps_everything_is_none() -> None:
+def test_a_cut_that_keeps_everything_is_not_recorded() -> None:
     conversation = said(1, 2, 3)
     conversation.truncate([(0, 2), (2, 1)])
     assert conversation.cuts == ()

@@ -87,7 +87,7 @@ def test_of_version_1_the_smallest_limit_of_the_group_and_those_above_counts(hos
     assert found == MemoryLimit(300 * MIB, Path(file))
 
 
-def test_of_version_1_the_number_without_a_limit_is_none(host: Host) -> None:
+def test_in_version_1_the_number_for_unlimited_is_not_a_limit(host: Host) -> None:
     files = {
         "sys/fs/cgroup/memory/memory.limit_in_bytes": V1_NO_LIMIT,
         "sys/fs/cgroup/memory/memory.stat": f"cache 4096\nhierarchical_memory_limit {V1_NO_LIMIT}",

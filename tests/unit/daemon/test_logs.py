@@ -52,7 +52,7 @@ def test_of_one_kind_so_many_lines_of_a_period_are_written_and_later_it_says_how
     assert "left_out" not in vars(last)
 
 
-def test_kinds_are_limited_each_on_its_own_whatever_their_arguments() -> None:
+def test_each_kind_is_limited_separately_for_all_arguments() -> None:
     limit = RateLimit(lines=1, period_s=60)
     assert [limit.filter(record(1000, line)) for line in (1, 2, 1, 2, 3)] == [True, True, False, False, True]
 

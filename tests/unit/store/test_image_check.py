@@ -71,7 +71,9 @@ def test_a_sound_trailer_is_read_from_the_images_end(image: tuple[bytearray, Blo
         assert image_check.damaged_layers(view, 0, geometry, range(3), trailer.checksums) == []
 
 
-def test_a_trailer_with_a_flipped_bit_or_of_another_block_is_none(image: tuple[bytearray, BlockGeometry, int]) -> None:
+def test_a_trailer_with_a_flipped_bit_or_of_another_block_is_not_accepted(
+    image: tuple[bytearray, BlockGeometry, int],
+) -> None:
     data, geometry, expected = image
     assert image_check.read_trailer(memoryview(data), geometry, bytes(32), expected) is None
     assert image_check.read_trailer(memoryview(data), geometry, KEY, expected ^ 1) is None
