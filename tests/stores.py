@@ -400,12 +400,12 @@ class OpenStore:
         blocks = self.blocks
         for tier in tiers:
             extents = self.extents(tier)
-            known = list(extents.values())
+            in_use = list(extents.values())
             if tier is TierName.DRAM:
-                known += self.uploading()
+                in_use += self.uploading()
             used = self.block_lifecycle.tiers[tier].used_bytes
-            if used != sum(extent.size_bytes for extent in known):
-                return f"{tier}: {used} bytes are in use, and the table knows of {sum(e.size_bytes for e in known)}"
+            if used != sum(extent.size_bytes for extent in in_use):
+                return f"{tier}: {used} bytes are in use, and the table knows of {sum(e.size_bytes for e in in_use)}"
             if self.index.load(tier).damaged:
                 return f"{tier}: records that were dropped are still being removed"
             recorded = self.records(tier)
