@@ -559,6 +559,8 @@ def _unknown(given: str, name: str, origin: str, *, written: Callable[[str], str
 def _explained(problem: Mapping[str, Any], origins: Mapping[str, str]) -> str:
     name = ".".join(str(part) for part in problem["loc"][:2])
     reason = str(problem["msg"]).removeprefix("Value error, ")
+    if inner := ".".join(str(part) for part in problem["loc"][2:]):  # Such as "0.path", in a list of tables.
+        reason = f"{inner}: {reason}"
     return f"{name} {origins[name]}: {reason[0].lower()}{reason[1:]}" if name else reason
 
 
