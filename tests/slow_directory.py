@@ -86,8 +86,8 @@ class SlowDirectory:
     def holds(
         self, segments: NDArray[np.generic], offsets: NDArray[np.generic], sizes: NDArray[np.generic]
     ) -> NDArray[np.bool_]:
-        inside = lie_within(offsets, sizes, np.uint64(self.capacity_bytes))
-        return inside & (segments.astype(np.int64) == 0)
+        inside: NDArray[np.bool_] = lie_within(offsets, sizes, np.uint64(self.capacity_bytes)) & (segments == 0)
+        return inside
 
     def adopt(self, segments: NDArray[np.generic], offsets: NDArray[np.generic], sizes: NDArray[np.generic]) -> None:
         self._space.adopt(offsets.astype(np.int64), sizes.astype(np.int64))

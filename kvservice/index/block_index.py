@@ -44,7 +44,7 @@ from kvservice.index.identity import (
     traces_of_store,
 )
 from kvservice.index.layouts import NEXT_LAYOUT_KEY, LayoutEntries
-from kvservice.index.records import Records, encode_records
+from kvservice.index.records import BELOW_SSD, Records, encode_records
 from kvservice.index.session_records import Manifest, decode_manifest, encode_manifest
 from kvservice_api.errors import StorageFailed
 from kvservice_api.layout import Layout
@@ -319,7 +319,11 @@ class BlockIndex:
         def encode() -> list[bytes]:
             if check is not None:
                 check()
-            return encode_records(keys, records)
+            if tier in (TierName.DRAM, TierName.SSD):
+                return encode_records(keys, records)
+            marked = records.copy()
+            marked["flags"] = BELOW_SSD
+            return encode_records(keys, marked)
 
         return self._environment(tier).put(self._databases[tier], keys, encode)
 

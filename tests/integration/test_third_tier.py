@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from kvservice.index.pages import leaf_pages_in_use
 from kvservice_api.errors import InvalidRequest
 from kvservice_client import BlockChain, Client, Durability
 from tests.daemon import MIB, DaemonProcess, until
@@ -53,6 +54,7 @@ def test_blocks_move_through_all_three_tiers_and_survive_sigkill(daemon: DaemonP
         held = counts(client)
         assert 0 < held["dram"] < CHAINS and 0 < held["ssd"] < CHAINS, "the faster tiers hold a part"
         daemon.kill()
+        assert daemon.check().returncode == 0
         daemon.start()
 
         found = counts(client)
@@ -138,6 +140,25 @@ def test_a_store_goes_on_without_its_third_tier_and_finds_it_again(
         assert counts(client)["archive"] == CHAINS
 
 
+def test_a_repaired_index_has_the_blocks_on_ssd_and_the_third_tier_starts_empty(daemon: DaemonProcess) -> None:
+    with daemon.client() as client:
+        chains = fill(client)
+        on_ssd = [chain for chain in chains if "ssd" in tiers_of(client, chain)]
+        assert daemon.stop() == 0
+        index = daemon.store / "index" / "data.mdb"
+        with index.open("r+b") as file:  # A page of records is cut off; its records are in older pages, too.
+            file.truncate(max(leaf_pages_in_use(index)) * 4096)
+        assert daemon.check().returncode == 1
+        assert "made new the index" in daemon.check("--repair").stdout
+        daemon.start()
+
+        found = counts(client)
+        assert found["ssd"] == len(on_ssd)
+        for chain in on_ssd:
+            verify(client, LARGE, chain)
+        until(lambda: counts(client)["archive"] >= len(on_ssd))  # Every block on SSD is copied again.
+
+
 def test_a_tier_that_the_store_does_not_have_is_refused_with_those_it_has(daemon: DaemonProcess) -> None:
     with daemon.client() as client:
         for ask in (
@@ -162,8 +183,8 @@ def test_operators_see_the_third_tier(
         save(client, LARGE, chain)
         until(lambda: counts(client)["archive"] == 1)
     assert "archive" in kvctl("status")
-    [listed] = json.loads(kvctl("ls", "--tier", "archive", "--json"))
-    assert listed["tiers"] == ["dram", "ssd", "archive"]
+    listed = json.loads(kvctl("ls", "--tier", "archive", "--json"))
+    assert listed["blocks"][0]["tiers"] == ["dram", "ssd", "archive"]
     assert "in archive since" in kvctl("explain", chain.keys[0].hex())
     assert "evicted 1 from archive" in kvctl("evict", chain.keys[0].hex(), "--tier", "archive")
 
