@@ -60,6 +60,8 @@ _TIER_OF_NUMBER = {number: name for name, number in TIER_NUMBERS.items()}
 def tier_of(number: types_pb2.Tier, name: str, known: Sequence[TierName]) -> TierName:
     """The tier that a request names, which is one of `known` or a standard one. Raises InvalidRequest."""
     tier = TierName(name) if name else _TIER_OF_NUMBER.get(number)
+    if not name and not number:
+        raise InvalidRequest(f"name the tier: this store has {', '.join(known)}", field="tier")
     if tier is None or (tier not in known and tier not in TIER_NUMBERS):
         asked = repr(name) if name else f"the number {number}"
         raise InvalidRequest(f"no tier has {asked}; this store has {', '.join(known)}", field="tier")
