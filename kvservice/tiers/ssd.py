@@ -160,11 +160,6 @@ class SsdTier:
         await self._pool.run(WRITE, work)
 
     def flush_failures(self, extent: Extent) -> int:
-        """How many flushes of the extent's file have failed.
-
-        Bytes that were written before such a failure may be lost, and no later flush reports it: the kernel reports an
-        error once. An extent is sound only if this number is the same as before its first write.
-        """
         return self._files[extent.segment].flush_failures
 
     async def seal(self, extent: Extent) -> None:
