@@ -1,4 +1,4 @@
-"""Certificates made for a test: an authority, and what it signs."""
+"""Certificates for tests: an authority, and the certificates that it signs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Pair:
 
 
 class Authority:
-    """A CA. All that it signs is good for 127.0.0.1 and localhost, and for servers and clients alike."""
+    """A CA. Its certificates are valid for 127.0.0.1 and localhost, for servers and for clients."""
 
     def __init__(self, name: str = "test CA", *, expired: bool = False) -> None:
         self._key = ec.generate_private_key(ec.SECP256R1())

@@ -28,7 +28,7 @@ class FakeClock:
         self._seconds += seconds
 
     def timeout(self, seconds: float) -> asyncio.Timeout:
-        """Waits in real time: most tests do not check the duration."""
+        """Waits take real time, because most tests do not check the duration."""
         return asyncio.timeout(seconds)
 
 
@@ -48,7 +48,7 @@ class HandClock(FakeClock):
         super().advance(seconds=seconds)
         for end_s, timeout in self._timeouts:
             if end_s <= self._seconds:
-                with contextlib.suppress(RuntimeError):  # What it was for has ended before.
+                with contextlib.suppress(RuntimeError):  # The awaited work has ended before.
                     timeout.reschedule(asyncio.get_running_loop().time())
         self._timeouts = [(end_s, timeout) for end_s, timeout in self._timeouts if end_s > self._seconds]
 
@@ -63,7 +63,7 @@ class TickingClock(FakeClock):
 
 @contextlib.contextmanager
 def later(*, seconds: float) -> Iterator[None]:
-    """In this process `time.monotonic` is ahead by so much meanwhile: for what a client does late."""
+    """Inside the block, `time.monotonic` of this process is ahead by `seconds`, to test what a client does late."""
     real = time.monotonic
 
     def ahead() -> float:

@@ -9,13 +9,13 @@ from hypothesis import HealthCheck, settings
 
 import kvservice_api.grpc_forks  # noqa: F401  # Before a test module imports gRPC by itself.
 
-# A machine that does other things meanwhile takes longer for an example, or for making one up: that is no fault.
+# On a busy machine an example, or its generation, may take long, which is not a failure.
 settings.register_profile("kvservice", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("kvservice")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> None:
-    """torch computes on one: threads that share work this small mostly wait for each other, and keep cores busy."""
+    """torch uses one thread: for such small work, more threads mostly wait for each other and keep cores busy."""
     if torch := sys.modules.get("torch"):  # A test that uses torch has imported it by now.
         torch.set_num_threads(1)

@@ -21,11 +21,11 @@ class MemoryGroup:
 
     @property
     def peak_bytes(self) -> int:
-        """The most that its processes had at one time."""
+        """The peak memory of its processes."""
         return int(self._peak_file.read_text())
 
     def program(self) -> tuple[str, ...]:
-        """What Python runs instead of ``-m kvservice``: the daemon, in this group from its first line on."""
+        """A program to run instead of ``-m kvservice``: the daemon, in this group from its first line on."""
         join = f"import os; open({str(self._folder / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))"
         return ("-c", f"{join}; import sys; from kvservice.__main__ import main; sys.exit(main())")
 

@@ -21,8 +21,8 @@ MIB = 2**20
 _ROOT = Path(__file__).resolve().parent.parent
 _TIMEOUT_S = 120.0  # On a busy machine an operation of one second may take this long.
 
-# Tests that hold a wait to a bound use a bound this long, and make the wait that would be wrong longer by far: so
-# they fail for a wait too many, and not on a slow machine.
+# Tests that check the bound of a wait use this bound, and make a wrong wait much longer. So they fail because of a
+# wrong wait, and not because the machine is slow.
 SOON_S = 30.0
 NEVER_S = 600.0
 
@@ -39,7 +39,7 @@ def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> float:
 class DaemonProcess:
     """``kvservice serve`` on a store. Can be killed, and started again on the same store, arena and port.
 
-    A context manager: entering starts the daemon, leaving kills it and takes its shared memory away.
+    A context manager: entering starts the daemon; leaving kills it and removes its shared memory.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class DaemonProcess:
     ) -> None:
         """`settings` are the daemon's, with two underscores for the dot: ``ssd__capacity_bytes=0``.
 
-        `program` is what Python runs instead of the daemon, with the daemon's arguments.
+        `program` runs instead of the daemon, with the daemon's arguments.
         """
         self.folder = folder
         self.store = folder / "store"
@@ -141,7 +141,7 @@ class DaemonProcess:
         ]
 
     def serves(self) -> bool:
-        """Wait until the daemon serves or has ended. Whether it serves."""
+        """Wait until the daemon serves or has ended. Returns whether it serves."""
         with self._more_lines:
             assert self._more_lines.wait_for(lambda: self._log_ended or self.logged("serving"), _TIMEOUT_S)
         if found := self.logged("serving"):
@@ -149,7 +149,7 @@ class DaemonProcess:
         return bool(found)
 
     def wait_for_end(self, timeout_s: float = _TIMEOUT_S) -> int:
-        """Wait for the process to end by itself. Its exit code."""
+        """Wait for the process to end by itself. Returns its exit code."""
         code = self.process.wait(timeout_s)
         self._join_reader()
         return code
@@ -164,12 +164,12 @@ class DaemonProcess:
         self.process.terminate()
 
     def stop(self, timeout_s: float = _TIMEOUT_S) -> int:
-        """SIGTERM, and wait. The exit code."""
+        """SIGTERM, and wait. Returns the exit code."""
         self.terminate()
         return self.wait_for_end(timeout_s)
 
     def remove(self) -> None:
-        """Kill the daemon, if it runs, and take its shared memory away."""
+        """Kill the daemon, if it runs, and remove its shared memory."""
         if self._process is not None:
             self.kill()
         shutil.rmtree(self.shared_memory, ignore_errors=True)

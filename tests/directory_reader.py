@@ -1,7 +1,7 @@
 """A process that searches a residency directory while another one changes it: ``python -m tests.directory_reader``.
 
-Key number n is only ever stored as `object_of(n)`, and those from `NEVER` on never are. Prints how
-often it found keys that are always stored, sometimes stored, and never stored.
+Key number n is only stored as `object_of(n)`; keys from `NEVER` on are never stored. Prints how often it found keys
+that are always stored, sometimes stored, and never stored.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the Dockerfile says, as the tests of the image need it."""
+"""Parses the Dockerfile for the tests of the image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Instruction(NamedTuple):
 
     @property
     def words(self) -> list[str]:
-        """The JSON form's words, or those that a shell would see."""
+        """The words of the JSON form, or the words that a shell would get."""
         found = re.search(r"\[.*\]$", self.value)
         return json.loads(found[0]) if found else shlex.split(self.value)
 
@@ -41,7 +41,7 @@ class Stage(NamedTuple):
 
 
 def stages() -> list[Stage]:
-    """The first one is what stands before the first FROM."""
+    """The first stage has the lines before the first FROM."""
     text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE).replace("\\\n", " ")
     found = [Stage([])]
     for line in filter(None, map(str.strip, text.splitlines())):
@@ -53,7 +53,7 @@ def stages() -> list[Stage]:
 
 
 def let_through() -> set[str]:
-    """What .dockerignore leaves of the repository's root."""
+    """The entries of the repository's root that .dockerignore does not exclude."""
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     assert "*" in lines
     return {line.removeprefix("!") for line in lines if line.startswith("!")}

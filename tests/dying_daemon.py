@@ -1,7 +1,7 @@
 """``python -m tests.dying_daemon serve ...``: the real daemon, which kills itself in the middle of its start.
 
-The environment variable TEST_DIES_AT says at how many-th of the events that Python audits (a file
-is opened, renamed, truncated, mapped, ...). With a larger number the daemon is not killed.
+The environment variable TEST_DIES_AT is the number of the audit event of Python (a file is opened, renamed, truncated,
+mapped, ...) at which it does so. If there are fewer events, the daemon is not killed.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The environment variable TEST_FAULTS names a folder. A file in it that is named like one of the
 file calls makes that call fail with the errno whose name it holds; ``SHORT`` makes the call
-transfer less than it was asked to. Delete the file, and the call works again.
+transfer less than requested. Delete the file, and the call works again.
 """
 
 from __future__ import annotations

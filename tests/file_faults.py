@@ -29,7 +29,7 @@ class FaultyCalls(FileCalls):
         self.made: list[Call] = []
         self.failing: dict[str, int] = {}  # Name of a call -> the errno it fails with.
         self.failing_once: dict[str, int] = {}  # The same for one call.
-        self.most_bytes: int | None = None  # What one preadv or pwritev moves at most.
+        self.most_bytes: int | None = None  # The most bytes that one preadv or pwritev moves.
         self._gates: dict[str, threading.Event] = {}
         self._waiting = threading.Semaphore(0)
 

@@ -1,4 +1,4 @@
-"""Which files of some packages run code: in this process with `FilesRun`, in a daemon with `FilesRunInDaemon`.
+"""Records which files of some packages run code: in this process with `FilesRun`, in a daemon with `FilesRunInDaemon`.
 
 python -m tests.files_run        prints the files of one save and of one load over gRPC, client and daemon
 """

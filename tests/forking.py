@@ -1,4 +1,4 @@
-"""Forked children of a test: what they return or raise, within a time, and none is left behind."""
+"""Forked children of a test: returns their results or errors within a time, and leaves no child behind."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Forked:
         os.write(self._start, b"!")
 
     def result(self) -> Any:
-        """What `work` returned. Raises what it raised, and AssertionError where neither came in time."""
+        """The result of `work`. Raises its error, and AssertionError if there is neither in time."""
         returned, value = pickle.loads(self._received())
         if not returned:
             raise value
@@ -72,13 +72,13 @@ class Forked:
 
 
 def in_child(work: Callable[[], object]) -> Any:
-    """What `work` returns in a forked child; raises what it raises there."""
+    """The result of `work` in a forked child; raises its error."""
     with Forked(work) as child:
         return child.result()
 
 
 def adopt_orphans() -> None:
-    """Have this process reap the children of its dead children."""
+    """Make this process reap the children of its dead children."""
     assert ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
 
 
@@ -87,7 +87,7 @@ def _be_child(work: Callable[[], object], start: int, into: int, parents: tuple[
     try:
         for fd in parents:
             os.close(fd)
-        signal.alarm(int(3 * TIMEOUT_S))  # Should the parent be killed, the child does not stay.
+        signal.alarm(int(3 * TIMEOUT_S))  # So that the child does not stay if the parent is killed.
         os.read(start, 1)
         try:
             report = pickle.dumps((True, work()))

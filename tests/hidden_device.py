@@ -1,4 +1,4 @@
-"""A device whose memory the host cannot touch: each access by its address ends the process.
+"""A device whose memory the host cannot access: each access by its address ends the process.
 
 The memory is mapped twice. Arrays carry addresses of a mapping without any permission; the device itself copies through
 the other one. It gives its arrays by the CUDA array interface, as accelerators do.
@@ -26,7 +26,7 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 class HiddenArray:
-    """An array in the device's memory. It has an address and a shape, and no elements that the host could see."""
+    """An array in the device's memory. It has an address and a shape, and no elements that the host can read."""
 
     def __init__(self, address: int, shape: tuple[int, ...], typestr: str) -> None:
         self.__cuda_array_interface__ = {
@@ -50,7 +50,7 @@ class HiddenDevice(CpuDevice):
         os.close(descriptor)
         self._size_bytes = size_bytes
         self._used_bytes = 0
-        self.accesses = 0  # Arrays that the device's own copies have touched.
+        self.accesses = 0  # Arrays that the device's own copies have accessed.
 
     def close(self) -> None:
         _libc.munmap(self._hidden_address, self._size_bytes)

@@ -1,4 +1,4 @@
-"""A table of items and a mover for tests: moves whole items at once, as a policy says, and writes down what it did."""
+"""A table of items and a mover for tests: it moves whole items in one step, as a policy decides, and records moves."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ DRAM, SSD = TierName.DRAM, TierName.SSD
 
 
 class Move(NamedTuple):
-    what: str  # "fetch", "demote" (DRAM gave it up, SSD has it) or "drop" (it was the last copy).
+    what: str  # "fetch", "demote" (evicted from DRAM, with a copy on SSD) or "drop" (it was the last copy).
     item: int
 
 
 class SmallMover:
-    """Tiers, a queue and a server of one request at a time, without any time that passes of itself.
+    """Tiers, a queue and a server of one request at a time. Time advances only when a test says so.
 
-    `items` numbers items for ever; `row_of` says which row each has. Rows that nothing needs any more are given to
-    other items where `reuse` says so.
+    `items` has permanent numbers of items; `row_of` has the row of each. With `reuse`, rows that are not needed any
+    more are given to other items.
     """
 
     def __init__(
@@ -38,13 +38,13 @@ class SmallMover:
         self.now_s = 0.0
         self.row_of: dict[int, int] = {}
         self.item_of: dict[int, int] = {}
-        self._written = NO_ROW  # Goes to SSD now: the copy that it has there makes no room for it.
+        self._written = NO_ROW  # Being written to SSD: its own copy there is not evicted for it.
         self._reuse = reuse
         self._free_rows = list(range(row_count))[::-1]
         self._sequence = 0
         self._requests = 0
 
-    # What the engine does
+    # Actions of the engine
 
     def request(self, item: int, *, look: bool = True) -> None:
         """Queue a request that continues the item. Whether the policy may ask for promotions at once."""
@@ -62,7 +62,7 @@ class SmallMover:
             self.look()
 
     def begin(self) -> int:
-        """The turn of the queue's first request has come: what SSD has of it is read. Returns the item."""
+        """Dispatch the queue's first request: its bytes on SSD are read. Returns the item."""
         row, table = self.queue.popleft(), self.table
         self.conditions.served += 1
         self.conditions.queued = len(self.queue)
@@ -79,7 +79,7 @@ class SmallMover:
         return self.item_of[row]
 
     def end(self, item: int, size_bytes: int) -> None:
-        """The item's request has ended: it is `size_bytes` large now, in DRAM, and written to SSD at once."""
+        """The item's request has ended: the item has `size_bytes` now, in DRAM, and is written to SSD at once."""
         row, table = self.row_of[item], self.table
         self.now_s += 1.0
         table.size_bytes[row] = size_bytes
@@ -94,13 +94,13 @@ class SmallMover:
         self.look()
 
     def turn(self, item: int, size_bytes: int) -> None:
-        """A request that nothing else waits with."""
+        """A request while no other request waits."""
         self.request(item)
         assert self.begin() == item
         self.end(item, size_bytes)
 
     def place(self, item: int, tier: TierName, size_bytes: int) -> None:
-        """Have a stored item in one tier alone."""
+        """Put a stored item into one tier only."""
         row = self._row(item)
         self.table.size_bytes[row] = size_bytes
         self.table.access_seq[row] = self._next()
@@ -108,7 +108,7 @@ class SmallMover:
         self.policy.stored(self.table, row, self.now_s)
 
     def evict(self, tier: TierName, count: int, *, rank_once: bool = False) -> list[int]:
-        """Make `count` items leave. Returns them in that order."""
+        """Evict `count` items. Returns them in that order."""
         victims: list[int] = []
         ranked = self._victims(tier)
         for number in range(count):
@@ -118,7 +118,7 @@ class SmallMover:
                 self._leave(row, tier)
         return victims
 
-    # What it moves
+    # Moves
 
     def bytes_in(self, tier: TierName) -> NDArray[np.int64]:
         return self.table.dram_bytes if tier is DRAM else self.table.ssd_bytes
@@ -133,7 +133,7 @@ class SmallMover:
         return capacity_bytes - int(self.bytes_in(tier).sum())
 
     def look(self) -> None:
-        """Read what the policy wants in DRAM, if it has something to say."""
+        """Execute the policy's promotions, if it is time to call it."""
         while self.policy.look_at_s <= self.now_s:
             kept_free_bytes = int(self.policy.dram_kept_free * self.conditions.dram_capacity_bytes)
             asked = self.policy.promotions(self.table, self.queue, self.now_s)

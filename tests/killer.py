@@ -1,4 +1,4 @@
-"""Reads a daemon's marks and kills it in the middle of a chosen one. A separate process, because it must be fast.
+"""Reads a daemon's marks and kills the daemon during a chosen one. A separate process, because it must be fast.
 
 usage: killer.py MARKS_FD PID LOG_PATH
 
@@ -15,7 +15,7 @@ import sys
 
 def main() -> None:
     fd, pid, log_path = sys.argv[1:]
-    with contextlib.suppress(OSError):  # Where it is allowed: a write is over in a fraction of a millisecond.
+    with contextlib.suppress(OSError):  # If it is allowed, because a write takes a fraction of a millisecond.
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     chunks: list[bytes] = []
     rest = b""

@@ -1,4 +1,4 @@
-"""Stores of very many small blocks, written in bulk by the daemon's own modules, as if by many saves."""
+"""Stores of very many small blocks, written in bulk by the daemon's own modules, as after many saves."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ IMAGE_BYTES = _GEOMETRY.image_bytes
 
 @dataclass(frozen=True)
 class LargeStore:
-    """The keys of what was written, and where a daemon finds it."""
+    """The written keys, and the store's folders."""
 
     folder: Path
     chains: list[BlockChain]
@@ -40,12 +40,12 @@ class LargeStore:
 
     @property
     def settings(self) -> dict[str, object]:
-        """The daemon's, for ``DaemonProcess``."""
+        """The daemon's settings, for ``DaemonProcess``."""
         return {"ssd__capacity_bytes": self.ssd_bytes, "index__durable_map_bytes": self.map_bytes}
 
 
 def slices_of(key: bytes) -> list[bytes]:
-    """What is stored of a block, layer by layer."""
+    """The stored bytes of a block, layer by layer."""
     return [key, key[::-1]]
 
 
@@ -55,7 +55,7 @@ def write_store(folder: Path, block_count: int) -> LargeStore:
         block_chain(LAYOUT, np.arange(min(_CHAIN_BLOCKS, block_count - first)), salt=first.to_bytes(8, "big"))
         for first in range(0, block_count, _CHAIN_BLOCKS)
     ]
-    # Keys come in no order, so pages of the index are two thirds full: 160 bytes of key and record take up to 256.
+    # Keys are not sorted, so pages of the index are two thirds full: 160 bytes of key and record take up to 256.
     map_bytes = (4 << 20) + 512 * block_count
     ssd_bytes = map_bytes + (block_count + 256) * IMAGE_BYTES * 8 // 7  # Above the low watermark.
     asyncio.run(_write(folder, chains, ssd_bytes, map_bytes))

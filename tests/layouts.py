@@ -1,4 +1,4 @@
-"""Layouts made from others."""
+"""Variants of layouts."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ _SSD_FILE = re.compile(r"ssd-(\d+)\.kv$")
 
 
 class Marks:
-    """Writes lines that other threads' lines do not cut in two."""
+    """Writes lines without mixing them with other threads' lines."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -42,7 +42,7 @@ class Marks:
         os.write(self._fd, " ".join(map(str, (threading.get_ident(), *words, "\n"))).encode())
 
     def around(self, call: Callable[[], Any], *words: object) -> Any:
-        """`call`'s result. Marks its begin and its end."""
+        """The result of `call`. Marks its begin and its end."""
         self.write("begin", *words)
         try:
             result = call()
@@ -147,7 +147,7 @@ class _MarkedCursor:
 
 
 def marked_open(marks: Marks) -> Callable[..., MarkedEnvironment]:
-    """A stand-in for ``lmdb.open``."""
+    """Replaces ``lmdb.open``."""
     real_open = lmdb.open
 
     def open_marked(path: str, *, sync: bool, **options: Any) -> MarkedEnvironment:
@@ -161,19 +161,19 @@ class OrderBroken(AssertionError):
 
 
 class Replay:
-    """Follows the marks of one daemon, and raises OrderBroken at the first that should not be there.
+    """Follows the marks of one daemon, and raises OrderBroken at the first mark in a wrong order.
 
     * A record is committed only after its bytes were written and a later fdatasync of that file ended.
-    * Bytes are written only where no committed record points to, nor one that is being committed.
+    * Bytes are written only to places that no committed record names, nor one that is being committed.
     """
 
     _NEVER = np.iinfo(np.int64).max
 
     def __init__(self, capacities: Sequence[int], records: dict[str, Extent]) -> None:
-        """`records` are those that the daemon found at its start, by object key."""
+        """`records` are the records that the daemon found at its start, by object key."""
         self.records = dict(records)
         self.committed_count = 0  # Durable records put by this daemon.
-        self.open: dict[str, list[str]] = {}  # Thread -> what it has begun.
+        self.open: dict[str, list[str]] = {}  # Thread -> its running operation.
         self._written_at = [np.full(size // PAGE_BYTES, self._NEVER) for size in capacities]
         self._named = [np.zeros(size // PAGE_BYTES, np.int32) for size in capacities]  # Records that name a page.
         self._synced_before = [-1] * len(capacities)  # Bytes written before this mark are durable.
@@ -205,7 +205,7 @@ class Replay:
 
     @property
     def in_flight(self) -> set[str]:
-        """What was begun and not ended: some of ``write``, ``sync``, ``commit ssd``, ``commit dram``."""
+        """The running operations: some of ``write``, ``sync``, ``commit ssd``, ``commit dram``."""
         return {" ".join(words) if words[0] == "commit" else words[0] for words in self.open.values()}
 
     def _begin(self, number: int, thread: str, words: list[str]) -> None:

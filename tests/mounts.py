@@ -1,4 +1,4 @@
-"""Small real file systems, for tests that fill or break one. Skips the test where mounting is not allowed."""
+"""Small real file systems, for tests that fill or break one. Skips the test if mounting is not allowed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Disk:
         _unmount(self.path)
 
     def cut_off(self) -> None:
-        """From now on every call fails, and what was not flushed is lost."""
+        """From now on every call fails, and bytes that were not flushed are lost."""
         fd = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.ioctl(fd, _IOC_SHUTDOWN, struct.pack("I", _WITHOUT_FLUSHING))
@@ -68,14 +68,14 @@ def disk(folder: Path, size_bytes: int) -> Iterator[Disk]:
 
 
 def fill(path: Path, *, leave_bytes: int = 0) -> Path:
-    """Take all free space of a file system but `leave_bytes`. Returns a file; delete it to free the space again."""
+    """Use all free space of a file system except `leave_bytes`. Returns a file; delete it to free the space again."""
     filler = path / "filler"
     stat = os.statvfs(path)
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         if (size := stat.f_bavail * stat.f_frsize - leave_bytes) > 0:
             os.posix_fallocate(file.fileno(), 0, size)
             file.seek(0, os.SEEK_END)
-        while not leave_bytes:  # To the last block.
+        while not leave_bytes:  # Up to the last block.
             file.write(bytes(4096))
     return filler
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 ARCHIVE = Path(__file__).parent / "data" / "store-b052b6d.tar.xz"
 MIB = 2**20
-# They decide how large the files are, and so whether a daemon takes them.
+# They determine the size of the files, which a daemon checks.
 SIZES = {
     "dram.capacity_bytes": 4 * MIB,
     "ssd.capacity_bytes": 5 * MIB,
@@ -39,7 +39,7 @@ SIZES = {
     "index.volatile_map_bytes": MIB,
 }
 _YEAR_2100_MS = 4_102_444_800_000
-_PERIOD = 1021  # Prime, so that no slice, page or frame begins as another one does.
+_PERIOD = 1021  # Prime, so that no two slices, pages or frames begin with the same bytes.
 
 _ROTARY = {"kind": "yarn", "pairing": "interleaved", "dims": 64, "base": 10_000.0, "parameters": [["factor", 4.0]]}
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -73,13 +73,13 @@ def layout_named(name: str) -> Layout:
 
 
 def slice_content(key: bytes, shard: Shard, layer: int, size_bytes: int) -> NDArray[np.uint8]:
-    """The bytes that were saved as layer `layer` of the block, counted from the model's first layer."""
+    """The saved bytes of layer `layer` of the block, counted from the model's first layer."""
     seed = hashlib.shake_256(key + shard.encode() + bytes([layer])).digest(_PERIOD)
     return np.resize(np.frombuffer(seed, np.uint8), size_bytes)
 
 
 def unpack(folder: Path, shared_memory: Path) -> dict[str, Any]:
-    """Put the store into ``folder/store`` and its arena into `shared_memory`. What was saved in it."""
+    """Unpack the store into ``folder/store`` and its arena into `shared_memory`. Returns the saved contents."""
     with tempfile.TemporaryDirectory(dir=folder) as unpacked, tarfile.open(ARCHIVE) as archive:
         archive.extractall(unpacked, filter="data")
         root = Path(unpacked)
@@ -210,7 +210,7 @@ def _fill(daemon: Any) -> dict[str, Any]:
 
 
 def described(state: SessionState) -> dict[str, Any]:
-    """What is compared of a session, as JSON has it."""
+    """The compared fields of a session, as JSON values."""
     return {
         "session_id": state.session_id,
         "revision": state.revision,

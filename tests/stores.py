@@ -78,14 +78,14 @@ def caller_of(client: Client) -> Caller:
 
 _boot_epochs = itertools.count(1)
 
-NO_WATERMARKS = Watermarks(0.0, 0.0)  # Nothing is evicted ahead of need.
+NO_WATERMARKS = Watermarks(0.0, 0.0)  # Nothing is evicted in advance.
 LIMITS = StoreLimits(reserve_wait_s=2.0, upload_wait_s=2.0)
-PATIENT = StoreLimits(reserve_wait_s=600.0, upload_wait_s=600.0)  # For tests of what must not wait at all.
+PATIENT = StoreLimits(reserve_wait_s=600.0, upload_wait_s=600.0)  # For tests of operations that must not wait.
 
 
 @dataclass
 class StoreFiles:
-    """What outlives a process: a store's folder, its arena's, and how the store is set up."""
+    """The parts that outlive a process: a store's folder, its arena's folder, and the store's settings."""
 
     folder: Path
     dram_bytes: int = 1 * MIB
@@ -113,7 +113,7 @@ class StoreFiles:
         return opened
 
     def lose_power(self) -> None:
-        """What was in memory is gone."""
+        """Delete the shared memory, as after a reboot."""
         shutil.rmtree(self.shared_memory)
         self.shared_memory.mkdir()
 
@@ -123,7 +123,7 @@ class StoreFiles:
 
 
 class OpenStore:
-    """One life of a store, put together as the daemon does it, without gRPC."""
+    """One run of a store, composed as the daemon does it, without gRPC."""
 
     def __init__(self, files: StoreFiles) -> None:
         """Use `StoreFiles.open`."""
@@ -190,14 +190,14 @@ class OpenStore:
         )
 
     async def close(self) -> None:
-        """As at SIGTERM. Once it is over, nothing."""
+        """Close as at SIGTERM. No effect if it is closed already."""
         if not self.is_over:
             await self.store.stop()
             self.directory.close()
             self._close_files()
 
     async def kill(self) -> None:
-        """As by SIGKILL: what is not committed yet never will be; the rest of the process only looks on."""
+        """Stop as by SIGKILL: changes that are not committed yet are lost. The process itself continues."""
         for environment in filter(None, (self.index._durable, self.index._volatile)):
             with contextlib.suppress(queue.Empty):
                 while True:
@@ -216,7 +216,7 @@ class OpenStore:
             self.ssd.close()
         self.arena.close()
 
-    # Parts of the store, for the tests of each of them. What clients and operators do goes through `store`.
+    # Parts of the store, for tests of these parts. The verbs of clients and operators are used through `store`.
 
     @property
     def tasks(self) -> Tasks:
@@ -286,10 +286,10 @@ class OpenStore:
     def drain(self) -> Drain:
         return self.store._drain
 
-    # What tests ask and do often
+    # Operations that many tests use
 
     def published(self) -> dict[tuple[bytes, Shard], set[TierName]] | None:
-        """What the residency directory tells clients; None while it is being filled."""
+        """The contents of the residency directory; None while it is being filled."""
         data = Path(self.directory.path).read_bytes()
         if Header.decode(data).state is not DirectoryState.LIVE:
             return None
@@ -307,13 +307,13 @@ class OpenStore:
             yield
 
     def extents(self, tier: TierName) -> dict[int, Extent]:
-        """Row -> where it lies in `tier`, forgotten rows that are still held included."""
+        """Row -> its extent in `tier`, with discarded rows that are still held."""
         blocks = self.blocks
         rows = np.flatnonzero(blocks.resident(tier)).tolist()
         return {row: extent for row in rows if (extent := blocks.extent(row, tier)) is not None}
 
     def records(self, tier: TierName) -> dict[bytes, Extent]:
-        """Object key -> where the index says it lies in `tier`."""
+        """Object key -> its extent in `tier` according to the index."""
         found = self.index.load(tier)
         assert not found.damaged
         places = found.records[["segment", "offset_bytes", "size_bytes"]].tolist()
@@ -335,7 +335,7 @@ class OpenStore:
         on_ssd: bool = False,
         caller: Caller | None = None,
     ) -> SaveOutcome:
-        """`images`: of each block all its slices, one after the other."""
+        """`images`: per block all its slices, concatenated."""
         async with self.begin_save(client, chain, shard=shard, layout=layout, caller=caller) as upload:
             for frame in frames_of(layout, shard, chain, images):
                 upload.write(frame)
@@ -350,12 +350,12 @@ class OpenStore:
         layout: Layout = LAYOUT,
         caller: Caller | None = None,
     ) -> Upload:
-        """By `caller`, which is by default the one that names the client."""
+        """`caller` is by default the one that names the client."""
         caller = caller_of(client) if caller is None else caller
         return self.store.save(caller, header_of(chain, shard=shard, layout=layout))
 
     def narrowed(self, client: Client, lease: Lease, shard: Shard) -> Awaitable[Lease]:
-        """The lease as one of this shard, as a load of the shard has it."""
+        """The lease, narrowed to this shard as for a load of the shard."""
         return self.store._narrowed_lease(caller_of(client), lease.lease_id, shard)
 
     def locate(
@@ -373,7 +373,7 @@ class OpenStore:
         return at_once(self.store.lookup(CALLER, layout.fingerprint, shard, keys, 0)).blocks
 
     async def load(self, lease: Lease, blocks: range | None = None, layers: range | None = None) -> list[bytes]:
-        """The asked-for layers of the asked-for blocks: of each layer all blocks' bytes, one after the other."""
+        """The requested layers of the requested blocks: per layer all blocks' bytes, concatenated."""
         blocks = range(len(lease.rows)) if blocks is None else blocks
         layers = range(lease.shard.layers) if layers is None else layers
         found = dict.fromkeys(layers, b"")
@@ -395,7 +395,7 @@ class OpenStore:
         await until(lambda: not self.unsettled())
 
     def unsettled(self) -> str:
-        """In which way space, table and records do not agree yet; empty where they do."""
+        """How space, table and records disagree; empty if they agree."""
         tiers = [TierName.DRAM, TierName.SSD] if self.ssd else [TierName.DRAM]
         blocks = self.blocks
         for tier in tiers:
@@ -415,7 +415,7 @@ class OpenStore:
         return ""
 
     def uploading(self) -> list[Extent]:
-        """The space that unfinished saves have."""
+        """The extents of open saves."""
         return [place.extent for upload in self.uploads.open for place in upload.places]
 
 
@@ -430,12 +430,12 @@ def at_once(work: Coroutine[Any, Any, T]) -> T:
 
 
 def header_of(chain: BlockChain, *, shard: Shard | None = WHOLE, layout: Layout = LAYOUT) -> SaveHeader:
-    """What a save of this chain says first."""
+    """The header of a save of this chain."""
     return SaveHeader(layout.fingerprint, shard, chain.parent, chain.keys, chain.token_counts[-1])
 
 
 def some_chain(blocks: int, *, seed: int = 0, tail_tokens: int = 0, layout: Layout = LAYOUT) -> BlockChain:
-    """A conversation of so many full blocks, and of a last one with `tail_tokens`."""
+    """A chain of so many full blocks, and of a last one with `tail_tokens`."""
     tokens = np.random.default_rng(seed).integers(0, 50_000, blocks * layout.block_tokens + tail_tokens)
     return block_chain(layout, tokens, with_partial=True)
 
@@ -452,7 +452,7 @@ def layer_of(image: bytes, layer: int, *, shard: Shard = WHOLE) -> bytes:
 
 
 def layers_of(images: Iterable[bytes], *, shard: Shard = WHOLE) -> list[bytes]:
-    """What a load of these blocks gives: layer by layer, all blocks of each."""
+    """The bytes that a load of these blocks returns: layer by layer, all blocks of each."""
     images = list(images)
     return [b"".join(layer_of(image, layer, shard=shard) for image in images) for layer in range(shard.layers)]
 
@@ -460,7 +460,7 @@ def layers_of(images: Iterable[bytes], *, shard: Shard = WHOLE) -> list[bytes]:
 def frames_of(
     layout: Layout, shard: Shard, chain: BlockChain, images: Sequence[bytes], *, frame_bytes: int = 5000
 ) -> list[Frame]:
-    """A save's frames in order. The odd size has them begin and end inside blocks."""
+    """A save's frames in order. Because of the odd size they begin and end inside blocks."""
     frames = []
     starts = np.cumsum([0, *(block_geometry(layout, shard, count).slice_bytes(0) for count in chain.token_counts)])
     for layer, data in enumerate(layers_of(images, shard=shard)):
@@ -481,7 +481,7 @@ def names_of(chain: BlockChain, shard: Shard = WHOLE) -> list[bytes]:
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    """Let the event loop go round until `condition` holds."""
+    """Run the event loop until `condition` holds."""
     end_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end_s, "it never came true"

@@ -25,7 +25,7 @@ BEGIN = 1  # The token before a story.
 
 
 def stories_model(pairing: str) -> Any:
-    """The model with pairs that are "half" or "interleaved". Skips the test where the checkpoint is not there."""
+    """The model with pairs that are "half" or "interleaved". Skips the test if the checkpoint is missing."""
     if not _CHECKPOINT.exists():
         pytest.skip(f"the model stories260K is not in {_FOLDER}")
     data = _CHECKPOINT.read_bytes()
@@ -96,7 +96,7 @@ def _in_halves(matrix: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 
 def stories_text(token_ids: list[int]) -> str:
-    """What tokens say, by the vocabulary of llama2.c: a count, then of each piece a score, a length and its bytes."""
+    """The text of tokens, by the vocabulary of llama2.c: a count, then per piece a score, a length and its bytes."""
     data = _VOCABULARY.read_bytes()
     pieces, at = [], 4
     while at < len(data):

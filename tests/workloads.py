@@ -39,7 +39,7 @@ def sessions(*requests: Request, context_tokens: int = 0, hints: Hints | None = 
 
 
 def paths(item_blocks: Sequence[int], *requests: tuple[float, Sequence[int]], block_tokens: int = 1) -> Workload:
-    """Requests at times, each with the items that it reads."""
+    """Requests with their times and the items that they read."""
     count = len(requests)
     lengths = [len(path) for _, path in requests]
     return Workload(

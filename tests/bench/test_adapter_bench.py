@@ -16,7 +16,7 @@ from benchmarks.adapter import MEASUREMENTS
 
 @cache
 def measured(name: str, attempt: int = 1) -> tuple[dict[str, float], str]:
-    """What a measurement found: its figures by name, and the page that it wrote. Measured once for all tests."""
+    """The results of a measurement: its figures by name, and the page that it wrote. Measured once for all tests."""
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "page.md"
         command = [sys.executable, "-m", "benchmarks.adapter", name, "--quick", "--json", "--write", str(page)]
@@ -37,7 +37,7 @@ def test_each_measurement_runs_and_writes_its_table(name: str) -> None:
 
 @pytest.mark.slow
 def test_layers_that_come_in_while_others_are_computed_cut_the_prefill_as_the_paper_says() -> None:
-    """Without a buffer at least 30 %, with the perfect one 55 %, and never more with a smaller one than a larger."""
+    """The time saved is at least 30 % without a buffer and 55 % with the perfect one, and grows with the buffer."""
     for attempt in (1, 2, 3):
         figures, _ = measured("preload", attempt)
         cuts = figures["buffer_0_cut"], figures["buffer_perfect_cut"]
@@ -59,7 +59,7 @@ def test_where_loading_is_as_fast_as_computing_both_at_once_are_faster_by_a_tent
 
 @pytest.mark.slow
 def test_the_first_token_comes_sooner_and_never_later_with_the_same_answer() -> None:
-    """At turns with a long history at least 85 % sooner, and at none later by more than 5 % or 10 ms."""
+    """With a long history the first token is at least 85 % earlier, and at no turn later by more than 5 % or 10 ms."""
     for attempt in (1, 2, 3):
         figures, _ = measured("ttft", attempt)
         assert figures["first_tokens_identical"]

@@ -1,4 +1,4 @@
-"""``kvctl bench`` runs and prints what it promises. What it measures is for people to judge."""
+"""``kvctl bench`` runs and prints what it promises. The figures themselves are not tested."""
 
 from __future__ import annotations
 

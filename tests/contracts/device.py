@@ -23,7 +23,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
 
 
 def noise(size_bytes: int, seed: int = 0) -> Bytes:
-    """Any bits at all: numbers that are none among them."""
+    """Random bits, with NaNs among them."""
     return np.random.default_rng(seed).integers(0, 256, size_bytes, np.uint8)
 
 
@@ -43,7 +43,7 @@ def pages_of(
 
 
 def read_token(pages: Pages, token: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of one token of the run, ``[head, dim]``: what `Pages` says, word for word."""
+    """Keys and values of one token of the run, ``[head, dim]``, by the definition of `Pages`."""
     page, at = divmod(pages.first_token + token, pages.page_tokens)
     page_id = pages.page_ids[page]
     return pages.keys[page_id, :, at].cpu(), pages.values[page_id, :, at].cpu()
@@ -52,7 +52,7 @@ def read_token(pages: Pages, token: int) -> tuple[torch.Tensor, torch.Tensor]:
 def stored_token(
     slices: Bytes, token_counts: Sequence[int], token: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, ...]:
-    """Keys and values of one token as stored: block after block, each ``[K, V][head][token][dim]``."""
+    """Keys and values of one token in the stored form: block after block, each ``[K, V][head][token][dim]``."""
     elements = torch.from_numpy(slices).view(dtype)
     start = 0
     for count in token_counts:
@@ -79,13 +79,13 @@ def holding(gate: threading.Event) -> Callable[[], None]:
 
 
 def numbering(tokens: int, dim: int = K_DIM) -> Rotation:
-    """One that can be read back: keys of ones become the number of their token in the run, and one."""
+    """A rotation with a known result: keys of ones become the number of their token in the run, plus one."""
     numbers = np.arange(1, tokens + 1, dtype=np.float32)[:, None].repeat(dim // 2, 1)
     return Rotation((Stretch(0, tokens, numbers, np.zeros_like(numbers)),))
 
 
 class DeviceContract:
-    """`place` is what torch calls where the engine's tensors are."""
+    """`place` is torch's name of the device of the engine's tensors."""
 
     place = "cpu"
 

@@ -1,4 +1,4 @@
-"""What every policy over items promises. Subclass it, provide `make`, inherit the specification."""
+"""The contract of every policy over items. Subclass it, provide `make`, inherit the specification."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ITEMS = 40
 def played(
     policy: Placement, *, seed: int, turns: int = 150, reuse: bool = False, comebacks: bool = True
 ) -> SmallMover:
-    """A mover after some turns of sessions of different sizes, with a queue and more than the tiers can hold.
+    """A mover after some turns of sessions of different sizes, with a queue and more data than fits into the tiers.
 
     Without `comebacks`, an item that was dropped is never asked for again.
     """
@@ -58,7 +58,7 @@ def play(mover: SmallMover, random: np.random.Generator, turns: int, comebacks: 
 
 
 class PlacementContract:
-    #: Whether a worth depends on what happened alone: then a batch leaves in the order in which single ones would.
+    #: Whether a score depends on past events alone: then a batch is evicted in the order of single evictions.
     worth_stands_still = True
 
     @pytest.fixture

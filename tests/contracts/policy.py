@@ -1,4 +1,4 @@
-"""What every placement policy promises. Subclass it, provide `policy`, inherit the specification."""
+"""The contract of every placement policy. Subclass it, provide `policy`, inherit the specification."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every tier promises. Subclass it, provide `tier`, inherit the specification."""
+"""The contract of every tier. Subclass it, provide `tier`, inherit the specification."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def content(tier: Tier, extent: Extent, size_bytes: int) -> bytes:
 
 
 def fill(tier: Tier, size_bytes: int) -> list[Extent]:
-    """All extents of this size that there is space for."""
+    """As many extents of this size as there is space for."""
     extents: list[Extent] = []
     with contextlib.suppress(TierFull):
         while True:
@@ -57,7 +57,7 @@ def fill(tier: Tier, size_bytes: int) -> list[Extent]:
 
 
 def columns(extents: list[Extent]) -> tuple[NDArray[np.uint16], NDArray[np.uint64], NDArray[np.uint64]]:
-    """As the records of an index have them."""
+    """In the form of index records."""
     table = np.array(extents, np.uint64).reshape(-1, 3)
     return table[:, 0].astype(np.uint16), table[:, 1], table[:, 2]
 
@@ -203,7 +203,7 @@ class TierContract:
         first, second, third = (tier.reserve(64 * KIB) for _ in range(3))
         for extent in (first, second, third):
             tier.release(extent)
-        tier.reserve(PAGE)  # So that the bytes in use do not give it away.
+        tier.reserve(PAGE)  # So that the bytes in use alone do not show it.
 
         with pytest.raises(AssertionError):
             tier.release(second)
@@ -242,7 +242,7 @@ class TierContract:
     async def test_a_tier_knows_which_extents_can_be_its_own(self, tier: Tier) -> None:
         own = tier.reserve(PAGE)
         tier.release(own)
-        tail = tier.capacity_bytes  # Of all files together: beyond the end of each of them, or at it.
+        tail = tier.capacity_bytes  # Offsets in all files together: at the end of each file, and beyond it.
         candidates = [
             (own, True),
             (Extent(7, 0, PAGE), False),

@@ -1,7 +1,7 @@
-"""What every transport promises: the same bytes for the same keys, and the same errors.
+"""The contract of every transport: the same bytes for the same keys, and the same errors.
 
-Subclass it, provide `transport`, inherit the specification. What one transport saved the other loads:
-each test has a client of its own kind, and `other`, which has frames on a stream.
+Subclass it, provide `transport`, inherit the specification. Each transport loads what the others saved: a test has a
+client with its own transport, and `other`, which uses frames on a stream.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LAYOUTS = [TINY, small_layout(), ODD, large_layout()]
 
 
 def heads_of(whole: BlockCache, chain: BlockChain, layer: Any, shard: Shard) -> bytes:
-    """What of one layer of whole blocks a shard has."""
+    """A shard's part of one layer of whole blocks."""
     begin, end = shard.head_begin, shard.head_end
     parts = whole.layer_arrays(layer, chain.token_counts)
     return b"".join(array[begin:end].tobytes() for pair in parts for array in pair)
@@ -127,7 +127,7 @@ class TransportContract:
     def test_a_durable_save_is_on_ssd_when_it_returns(self, client: Client) -> None:
         layout = small_layout()
         blocks, chain = client.open_layout(layout), new_chain(layout, 3 * layout.block_tokens)
-        for _ in range(2):  # The second time all are stored already.
+        for _ in range(2):  # At the second save all are stored already.
             assert blocks.save(chain, layers_of(blocks, chain), Durability.SSD).is_complete
             assert all(run.ssd for run in blocks.lookup(chain).residency)
 
@@ -227,7 +227,7 @@ class TransportContract:
 
 
 def suspended_generators() -> list[GeneratorType[Any, Any, Any]]:
-    """Those of the client's code that have begun and not ended; threads that help with copies have none."""
+    """Generators of the client's code that run; threads that help with copies have none."""
     return [
         each
         for each in gc.get_objects()

@@ -35,7 +35,7 @@ def cupy() -> Any:
 
 
 class CupyDevice(CpuDevice):
-    """Copies with CuPy on the streams' threads, and waits for each copy: what the pipelines ask, and no more."""
+    """Copies with CuPy on the streams' threads, and waits for each copy: only what the pipelines need."""
 
     def __init__(self, cupy: Any) -> None:
         self._cupy = cupy

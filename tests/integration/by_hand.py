@@ -1,4 +1,4 @@
-"""A client made by hand that writes into the arena in place, step by step, as the library does at once."""
+"""A client without the library, which writes into the arena in place, step by step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _numbers = itertools.count(1)
 
 
 class InPlaceWriter:
-    """What one attached client reserves and writes."""
+    """The reservations and writes of one attached client."""
 
     def __init__(self, wire: Wire, layout: Layout = SMALL, *, locked: bool = True) -> None:
         self.wire = wire
@@ -65,7 +65,7 @@ class Reserved:
         return self.writer.arena.writable()[self.offsets[block] + begin : self.offsets[block] + end]
 
     def write(self, layers: range | None = None) -> None:
-        """Put the right bytes in place: of these layers, or of all."""
+        """Write the right bytes: of these layers, or of all."""
         for layer in layers or range(self.writer.layout.layers):
             for block in self.offsets:
                 np.copyto(self.place(block, layer), self._slices[layer][block])

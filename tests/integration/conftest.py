@@ -27,7 +27,8 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
 
 @pytest.fixture
 def wire(daemon: DaemonProcess, request: pytest.FixtureRequest) -> Iterator[Wire]:
-    """A client of the file's daemon, made by hand. In a file with a `SERVICE` each test calls the RPC in its name."""
+    """A client of the file's daemon, without the library. In a file with a `SERVICE` each test calls the RPC in its
+    name."""
     with Wire(daemon.address) as wire:
         wire.attach()
         wire.open_layout(SMALL)
@@ -58,10 +59,10 @@ def new_daemon(tmp_path: Path) -> Iterator[Callable[..., DaemonProcess]]:
 def kvctl_here(
     daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs a verb in this process: it prints and ends as it does in one of its own, and starts in no time."""
+    """Runs a verb in this process: it prints and ends as in a process of its own, and starts faster."""
     monkeypatch.setenv("KVCTL_ADDRESS", daemon.address)
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(sys.modules["__main__"], "__package__", None)  # Else usage would name pytest.
+    monkeypatch.setattr(sys.modules["__main__"], "__package__", None)  # Otherwise the usage message would name pytest.
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         monkeypatch.setattr(sys, "argv", ["kvctl", *arguments])

@@ -1,4 +1,4 @@
-"""KV of made-up conversations: layouts, chains, and bytes that tell where they belong."""
+"""KV of invented conversations: layouts, chains, and bytes that identify their place."""
 
 from __future__ import annotations
 

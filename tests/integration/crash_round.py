@@ -1,7 +1,7 @@
-"""One round of a crash test: a daemon at work, its death at a chosen moment, and what must be left.
+"""One round of a crash test: a daemon under load, a kill at a chosen time, and checks of the remaining store.
 
-Clients save, load, evict and discard conversations, and keep a ledger of what the daemon promised.
-Blocks are unlike each other, and each one's bytes follow from its key.
+Clients save, load, evict and discard conversations, and keep a ledger of the daemon's acknowledgements. All blocks
+differ, and the bytes of a block follow from its key.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from tests.integration.known_blocks import LARGE, SMALL, compare, new_chain, sav
 from tests.marks import Replay, read_marks
 
 BLOCKS_MIN = 100  # Acknowledged in a round before its kill.
-_KEPT_CONVERSATIONS = 6  # From one round to the next.
-_SSD_BYTES = 256 * MIB  # More than all rounds between two discards need: nothing leaves it by policy.
+_KEPT_CONVERSATIONS = 6  # Kept from one round to the next.
+_SSD_BYTES = 256 * MIB  # More than all rounds between two discards need, so that the policy evicts nothing.
 _DURABLE_MAP_BYTES = 4 * MIB
 _KILLER = Path(__file__).parent.parent / "killer.py"
 
@@ -40,7 +40,7 @@ LAYOUTS = (LARGE, SMALL)
 
 @dataclass(eq=False, slots=True)
 class Conversation:
-    """A chain, and what the daemon promised about its blocks, by position."""
+    """A chain, and the daemon's acknowledgements of its blocks, by position."""
 
     layout: Layout
     chain: BlockChain
@@ -71,7 +71,7 @@ class Workload:
         self._acknowledged = threading.Condition()
 
     def run(self, until: Callable[[], None]) -> None:
-        """Work until the daemon is gone; `until` returns once it is. Raises what went wrong."""
+        """Work until the daemon is killed; `until` returns then. Raises the first error of a client."""
         parts = (self._save_to_dram, self._save_to_ssd, self._read, self._move)
         with ThreadPoolExecutor(len(parts)) as threads:
             jobs = [threads.submit(self._work, part) for part in parts]
@@ -104,7 +104,7 @@ class Workload:
     def _save(self, client: Client, chooser: random.Random, durability: Durability) -> None:
         layout = chooser.choice(LAYOUTS)
         talk = Conversation(layout, new_chain(layout, chooser.randint(1, 6), f"{self._seed} {next(self._numbers)}"))
-        self._ledger.append(talk)  # Before the save: a block may survive whose save was never answered.
+        self._ledger.append(talk)  # Before the save, because a block may survive although its save was not answered.
         result = save(client, layout, talk.chain, durability)
         stored = set(range(len(talk.chain))) - {position for position, _ in result.refused}
         talk.stored |= stored
@@ -131,7 +131,7 @@ class Workload:
                 self.done["loaded"] += lease.hit_blocks
 
     def _move(self, client: Client, chooser: random.Random) -> None:
-        """Evict a copy of which there is another one, bring one back, or discard."""
+        """Evict a copy of a block that has another one, promote a block, or discard one."""
         talk = self._some(chooser)
         if talk is None:
             return
@@ -153,7 +153,7 @@ class Workload:
             self.done[f"evicted {tier}"] += client.evict(talk.chain, tier).evicted
 
     def _some(self, chooser: random.Random) -> Conversation | None:
-        """One that was saved, rather a recent one."""
+        """A saved conversation, more likely a recent one."""
         talks = [talk for talk in self._ledger[-40:] if talk.stored]
         if not talks:
             self._over.wait(0.001)
@@ -162,7 +162,7 @@ class Workload:
 
 
 class Report(NamedTuple):
-    """What a round did, and what was left. Counts are of blocks."""
+    """The operations of a round, and the remaining blocks. Counts are of blocks."""
 
     number: int
     target: str
@@ -191,10 +191,10 @@ class Report(NamedTuple):
 
 
 class CrashStore:
-    """A store whose daemon is killed round after round. Make one, call `round` often, `remove` it."""
+    """A store whose daemon is killed in each round. Create it, call `round` repeatedly, then `remove`."""
 
     def __init__(self, folder: Path, *, dram_bytes: int, evicts_from_ssd: bool) -> None:
-        """`evicts_from_ssd` is for a DRAM tier that holds everything: what leaves the SSD stays there."""
+        """`evicts_from_ssd` is for a DRAM tier that holds everything, so that evicted SSD copies are not lost."""
         folder.mkdir()
         self._daemon = DaemonProcess(
             folder,
@@ -239,7 +239,7 @@ class CrashStore:
 
     def remove(self) -> None:
         self._daemon.remove()
-        self._marks.close()  # Ends the killer, too.
+        self._marks.close()  # This also ends the killer.
         self._killer.wait()
 
     def _start(self) -> None:

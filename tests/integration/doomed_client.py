@@ -1,4 +1,4 @@
-"""A client that is in the middle of everything: a lease, a load, and a save. Not a test: a program that gets killed.
+"""A client with a lease, a running load and a running save. Not a test: a program that a test kills.
 
 Arguments: the daemon's address, the salt of a stored chain of ``LARGE`` blocks, and its length.
 """

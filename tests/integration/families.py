@@ -1,4 +1,4 @@
-"""Families of transformers, as tiny models of random weights, and what the connector does with each.
+"""Families of transformers, as tiny models with random weights, and whether the connector supports each.
 
 `docs/transformers.md` has the same table for readers; `test_connector_families.py` compares the two.
 """
@@ -68,7 +68,7 @@ _MLA = {
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One row of the table. `refused` is part of the reason of UnsupportedModel; empty where the model is taken."""
+    """One row of the table. `refused` is part of the reason of UnsupportedModel; empty if the model is supported."""
 
     name: str
     make: Callable[[], Any]

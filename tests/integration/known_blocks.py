@@ -1,4 +1,4 @@
-"""Blocks whose bytes follow from their keys, so that any of them can be recognized and compared anywhere."""
+"""Blocks whose bytes follow from their keys, so that tests can identify and compare them anywhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _salts = itertools.count()
 
 
 def new_chain(layout: Layout, blocks: int = 1, salt: str = "") -> BlockChain:
-    """A chain that no other call gives, unless it gives the same salt."""
+    """A chain that differs from that of every other call, except a call with the same salt."""
     salt = salt or f"chain {next(_salts)}"
     return block_chain(layout, np.arange(blocks * layout.block_tokens), salt=salt.encode())
 
@@ -45,21 +45,21 @@ def save(
 
 
 def compare(lease: Lease, layout: Layout, chain: BlockChain) -> None:
-    """Load what was hit of the chain, and compare every byte."""
+    """Load the hits of the chain, and compare every byte."""
     expected = layers_of(layout, chain[: lease.hit_blocks])
     for layer, slices in zip(lease.load(), expected, strict=True):
         assert np.array_equal(layer.data, np.concatenate(slices)), f"wrong bytes in layer {layer.index}"
 
 
 def verify(client: Client, layout: Layout, chain: BlockChain) -> None:
-    """The whole chain is there, and right."""
+    """The whole chain is stored, with the right bytes."""
     with client.open_layout(layout).lookup(chain) as lease:
         assert lease.hit_blocks == len(chain)
         compare(lease, layout, chain)
 
 
 def tiers_of(client: Client, layout: Layout, chain: BlockChain) -> list[str]:
-    """Where each leading block lies: ``dram``, ``ssd``, ``dram+ssd``."""
+    """The tiers of each leading block: ``dram``, ``ssd``, ``dram+ssd``."""
     with client.open_layout(layout).lookup(chain) as lease:
         names = {(True, False): "dram", (False, True): "ssd", (True, True): "dram+ssd"}
         return [names[run.dram, run.ssd] for run in lease.residency for _ in range(run.count)]

@@ -1,6 +1,6 @@
-"""The daemon's files seen from outside: where a block lies, and how to damage it there.
+"""Finds blocks in the daemon's files from outside, and damages them.
 
-A block's bytes follow from its key, so its place in a file is found by looking for them.
+A block's bytes follow from its key, so a search for the bytes finds its place.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Medium:
             file.write(bytes([byte ^ 1 << bit]))
 
     def find(self, pattern: bytes) -> int:
-        """Where the file has these bytes; it has them once."""
+        """The offset of these bytes in the file, which must have them once."""
         with self._path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as whole:
             position = whole.find(pattern)
             assert position >= 0, "the bytes are not in the file"
@@ -54,7 +54,7 @@ def flip_bit_of(medium: Medium, layout: Layout, key: bytes, layer: int) -> None:
 
 
 def flip_trailer(medium: Medium, layout: Layout, key: bytes, chooser: random.Random) -> None:
-    # With what stands before the key in a trailer: the next block's descriptor has this key too, as its parent.
+    # With the trailer's bytes before the key, because the next block's descriptor has the key too, as its parent.
     start = medium.find(b"KVTR" + struct.pack("<HH", 1, layout.layers) + key)
     medium.flip(start + chooser.randrange(Trailer.size_bytes(layout.layers)), chooser.randrange(8))
 

@@ -1,4 +1,4 @@
-"""Has the rows of a batch end where a test wants it."""
+"""Makes the rows of a batch end at the places that a test chooses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import LogitsProcessor
 
 
 class EndsRows(LogitsProcessor):
-    """Row r says `token` as its new token number steps[r], and none of `never` before."""
+    """Row r generates `token` as its new token number steps[r], and none of `never` before."""
 
     def __init__(self, prompt_columns: int, steps: Mapping[int, int], token: int, never: Sequence[int]) -> None:
         self._prompt, self._steps, self._token, self._never = prompt_columns, steps, token, list(never)

@@ -20,7 +20,7 @@ from tests.integration.wire import Wire
 
 
 def view(address: str, salt: str, blocks: int, ttl_s: float) -> bool:
-    """Reads what the view gave out before, then asks whether it counted."""
+    """Reads arrays of the view, then checks whether they were valid."""
     chain = new_chain(LARGE, blocks, salt)
     with Client(address, transport="shm") as client:
         lease = client.open_layout(LARGE).lookup(chain, lease_ttl_s=ttl_s)
@@ -33,7 +33,7 @@ def view(address: str, salt: str, blocks: int, ttl_s: float) -> bool:
 
 
 def load(address: str, salt: str, blocks: int, ttl_s: float) -> bool:
-    """Loads one layer before, and the others after."""
+    """Loads one layer before the stop, and the others after it."""
     chain = new_chain(LARGE, blocks, salt)
     with Client(address, transport="shm") as client:
         layers = client.open_layout(LARGE).lookup(chain, lease_ttl_s=ttl_s).load()
@@ -46,7 +46,7 @@ def load(address: str, salt: str, blocks: int, ttl_s: float) -> bool:
 
 
 def write(address: str, salt: str, blocks: int, ttl_s: float) -> bool:
-    """Writes half of it before, then something else over all of it, and commits."""
+    """Writes half of the blocks before the stop; after it, writes other bytes over all of them and commits."""
     with Wire(address) as wire:
         wire.attach("stopped")
         wire.open_layout(LARGE)

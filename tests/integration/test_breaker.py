@@ -1,4 +1,4 @@
-"""The circuit breaker before a real daemon that is killed, hangs, and comes back."""
+"""The circuit breaker with a real daemon that is killed, hangs, and returns."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.integration.conversations import layers_of, new_chain, small_layout
 
 NewDaemon = Callable[..., DaemonProcess]
 
-WAIT_S = 0.25  # What a request waits for a daemon that is away or hangs.
+WAIT_S = 0.25  # How long a request waits for a daemon that is away or hangs.
 
 
 @contextmanager
@@ -62,7 +62,7 @@ class Request(NamedTuple):
 
 
 def request_of(breaker: Breaker, blocks: BlockCache, chain: BlockChain, wait_s: float = SOON_S) -> Request:
-    """What an engine does for one request that waits for the daemon no longer than `wait_s`."""
+    """An engine's calls for one request that waits for the daemon at most `wait_s`."""
     began_s = time.monotonic()
     hit_blocks, error = 0, None
     if asked := breaker.allow():

@@ -26,7 +26,7 @@ from tests.daemon import DaemonProcess, until
 from tests.forking import Forked, adopt_orphans, in_child
 from tests.integration.known_blocks import LARGE, SMALL, compare, layers_of, new_chain, save, verify
 
-# Python 3.12 and later warn of forks of processes with threads, which is what is tried here.
+# Python 3.12 and later warn of forks of processes with threads, which these tests do on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 
 _TIMEOUT_S = 20.0  # Of a call: on a busy machine a child may wait long for the processor.
@@ -42,7 +42,7 @@ def transport(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def client(daemon: DaemonProcess, transport: str) -> Iterator[Client]:
-    """A client that has called: attached, and with leases, loads and saves behind it."""
+    """An attached client that has made leases, loads and saves."""
     with daemon.client(transport=transport, timeout_s=_TIMEOUT_S) as client:
         save(client, LARGE, STORED)
         verify(client, LARGE, STORED)
@@ -433,7 +433,7 @@ if child:
     assert status == 0, status
     assert len(list(layers)) == 1
     print("both ended")
-"""  # The child ends as programs do: the interpreter destroys all that it inherited.
+"""  # The child ends as programs do: the interpreter destroys all inherited objects.
 
 
 @pytest.mark.parametrize("support", ["", "0", "1"], ids=["unset", "off", "on"])
@@ -445,7 +445,7 @@ def test_a_forked_program_ends_by_itself_with_and_without_grpc_fork_support(
 
 
 def _run(program: str, *arguments: str, support: str = "") -> subprocess.CompletedProcess[str]:
-    """The program in a process of its own: there gRPC is loaded as an engine would load it."""
+    """The program in a process of its own, in which gRPC is loaded as in an engine."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     environment.pop("GRPC_ENABLE_FORK_SUPPORT", None)
     if support:

@@ -1,4 +1,4 @@
-"""The client and a daemon that is away, comes back, or hangs: bounded waits, and no stale lease."""
+"""The client with a daemon that is away, returns, or hangs: bounded waits, and no stale lease."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_a_slow_reader_keeps_its_lease(daemon: DaemonProcess) -> None:
 
         with blocks.lookup(chain, lease_ttl_s=300) as lease, contextlib.ExitStack() as computing:
             for _ in lease.load(timeout_s=NEVER_S * 10):
-                computing.enter_context(later(seconds=200))  # What an engine computes meanwhile.
+                computing.enter_context(later(seconds=200))  # The engine computes meanwhile.
             assert layout.layers * 200 > 2 * 300
             assert lease.remaining_s > 0
 
@@ -240,7 +240,7 @@ def test_an_idle_client_stays_attached(daemon: DaemonProcess) -> None:
         blocks, chain = client.open_layout(layout), new_chain(layout, layout.block_tokens)
         blocks.save(chain, layers_of(blocks, chain))
         with blocks.lookup(chain, lease_ttl_s=300.0) as lease:
-            time.sleep(130)  # Six keepalive pings: a daemon that takes them for abuse hangs up after four.
+            time.sleep(130)  # Six keepalive pings: a daemon that treats them as abuse closes the connection after four.
             assert lease.remaining_s > 0
             assert list(lease.load())
 

@@ -1,4 +1,4 @@
-"""Reports of requests: sent behind the engine's back, kept while the daemon is away, bounded."""
+"""Reports of requests: sent in the background, kept while the daemon is away, bounded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sessions as an engine uses them: what it saved comes back, in order, and only what was kept of it."""
+"""Sessions as an engine uses them: it loads what it saved, in order, without the parts that were cut."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def test_an_append_whose_answer_was_lost_is_recognized(daemon: DaemonProcess, cl
     way = broken_once(daemon.port)
     with way as (port, break_it), Client(f"127.0.0.1:{port}", timeout_s=20, reconnect_wait_s=15) as far:
         session = far.session(LAYOUT, "lost")
-        session.end()  # The connection stands, and the layout is open.
+        session.end()  # The client is connected, and the layout is open.
         answers_held = break_it()
         done: list[int] = []
         worker = threading.Thread(target=lambda: done.append(session.append(chain).revision))
@@ -230,7 +230,7 @@ def test_an_append_whose_answer_was_lost_is_recognized(daemon: DaemonProcess, cl
 
 @contextmanager
 def broken_once(port: int) -> Iterator[tuple[int, Callable[[], threading.Event]]]:
-    """A way to the daemon that can lose its answers, and then breaks; the next connection is a good one."""
+    """A proxy to the daemon that can lose an answer and then breaks the connection; the next connection works."""
     listener = socket.create_server(("127.0.0.1", 0))
     losing, lost = threading.Event(), threading.Event()
     open_sockets: list[socket.socket] = []

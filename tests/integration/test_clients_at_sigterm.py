@@ -16,7 +16,7 @@ from tests.daemon import MIB, DaemonProcess, until
 from tests.integration.known_blocks import LARGE, SMALL, layers_of, new_chain, save, verify
 from tests.integration.wire import Feed, Upload, Wire, refused
 
-_BLOCKS = 128  # 24 MiB: far more than a connection buffers.
+_BLOCKS = 128  # 24 MiB: much more than a connection buffers.
 NewDaemon = Callable[..., DaemonProcess]
 
 
@@ -37,7 +37,7 @@ class LoadUnderWay:
         self._loaded = [next(self._load).payload]
 
     def rest_is_right(self) -> bool:
-        """Read what is left, and compare all of it."""
+        """Read the remaining frames, and compare all bytes."""
         self._loaded += [frame.payload for frame in self._load]
         expected = b"".join(data.tobytes() for layer in layers_of(LARGE, self.chain) for data in layer)
         return b"".join(self._loaded) == expected

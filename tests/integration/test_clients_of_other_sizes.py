@@ -1,4 +1,4 @@
-"""Ranks of another number find what was stored: shards make up the whole, and wholes give shards, byte for byte."""
+"""Another number of ranks finds the stored blocks: shards together give a whole, and a whole gives shards."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def store(client: Client, layout: Layout, chain: BlockChain, shard: Shard) -> No
 
 
 def finds(client: Client, layout: Layout, chain: BlockChain, shard: Shard) -> bool:
-    """Whether the shard is found. Its bytes are right, if so."""
+    """Whether the shard is found. Compares its bytes if so."""
     with client.open_layout(layout, shard).lookup(chain) as lease:
         if not lease.hit_blocks:
             return False

@@ -20,7 +20,7 @@ _CLIENTS = 3
 
 @pytest.fixture
 def doomed() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts clients that are in the middle of a lease, a load and a save."""
+    """Starts clients with a lease, a running load and a running save."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*arguments: object) -> subprocess.Popen[str]:

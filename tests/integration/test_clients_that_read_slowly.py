@@ -28,7 +28,7 @@ _ROUNDS = 5
 
 @contextmanager
 def slow_readers(daemon: DaemonProcess, salt: str) -> Iterator[None]:
-    """Each a client of its own that loads the same blocks, has read one frame, and stops."""
+    """Clients that load the same blocks, read one frame, and stop."""
     with ExitStack() as opened, ThreadPoolExecutor(_READERS) as threads:
         loads = []
 
@@ -57,7 +57,7 @@ def until_still(wire: Wire) -> None:
 
 
 def private_bytes(daemon: DaemonProcess) -> int:
-    """Memory of the daemon's own, the arena not counted."""
+    """The daemon's memory without the arena."""
     status = Path(f"/proc/{daemon.process.pid}/status").read_text()
     found = re.search(r"RssAnon:\s+(\d+) kB", status)
     assert found
@@ -151,4 +151,4 @@ def test_a_load_whose_client_does_not_read_ends_and_releases_its_blocks(
                 pass  # There is a place for it.
         with refused(DeadlineExceeded, "took nothing for 3 s"):
             for _ in load:
-                pass  # What was under way still comes.
+                pass  # Frames that were sent before still arrive.

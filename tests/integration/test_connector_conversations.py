@@ -51,7 +51,7 @@ def answered(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
 
 
 def local_and_global() -> Any:
-    """Layers of two kinds, each with a rotary base of its own; in some a window that is shorter than the history."""
+    """Layers of two kinds with different rotary bases; some have a window that is shorter than the history."""
     torch.manual_seed(0)
     config = Gemma3TextConfig(
         vocab_size=97,
@@ -76,7 +76,7 @@ def local_and_global() -> Any:
 
 
 def cut(cache: DynamicCache, keep: list[tuple[int, int]], ropes: ModelRopes) -> None:
-    """The truncation done in memory: keys are turned to where they are read."""
+    """The truncation in memory: keys are rotated to their new positions."""
     at = np.concatenate([np.arange(first, first + count) for first, count in keep])
     rotations = ropes.rotations(at, np.arange(len(at)))
     layers: list[Any] = cache.layers
@@ -109,7 +109,7 @@ def stored(
     on_turn: Callable[[int], Any] = int,
     **options: Any,
 ) -> tuple[list[list[int]], list[tuple[int, int]]]:
-    """The same with a new cache each turn. The answers, and for each turn how much there was, and was reused."""
+    """The same with a new cache each turn. Returns the answers, and per turn the history's and the reused tokens."""
     answers, reused = [], []
     last = torch.empty(1, 0, dtype=torch.long)
     for turn, new in enumerate(_TURNS):
@@ -254,7 +254,7 @@ def test_a_history_that_is_not_its_sessions_is_a_miss_and_the_session_starts_aga
 
     save(30)
     assert subject.truncate(conversation, [(0, 4), (16, 14)])
-    other = conversation.copy()  # As if another engine had cut it once more.
+    other = conversation.copy()  # As after a second cut by another engine.
     assert subject.truncate(other, [(0, 10)])
 
     left = conversation.token_ids

@@ -1,6 +1,6 @@
 """Families of transformers with the connector and a real daemon: token for token what `generate` answers alone.
 
-The normal suite runs all ways to generate for some families; `slow` runs them for all families of the table.
+The normal suite runs all ways of generation for some families; `slow` runs them for all families of the table.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Engine:
     def __init__(self, family: Family, client: Client) -> None:
         self.family = family
         self.model = family.model()
-        self.name = next(_names)  # Of its part of the store, and of its sessions.
+        self.name = next(_names)  # For its salt, and for the ids of its sessions.
         self.connector: TransformersConnector = connector(
             client,
             self.model,
@@ -88,7 +88,7 @@ def sampled(engine: Engine) -> None:
 
 
 def a_conversation(engine: Engine) -> None:
-    """The prompt that equals what is stored, one token more, and a block more."""
+    """A prompt that equals the stored tokens, one with one token more, and one with a block more."""
     ids = prompt_of(PROMPT_TOKENS + 7 + BLOCK_TOKENS)
     assert engine.turn(ids[:, :PROMPT_TOKENS], engine.name, max_new_tokens=1).tokens == 0
     assert engine.turn(ids[:, :PROMPT_TOKENS], engine.name, max_new_tokens=1).tokens == PROMPT_TOKENS - 1
@@ -138,7 +138,7 @@ def beams(engine: Engine) -> None:
 
 
 def computed_again(engine: Engine) -> None:
-    """The history does not come: it is computed in the middle of the forward."""
+    """The history does not arrive: it is computed in the middle of the forward."""
     ids = prompt_of(PROMPT_TOKENS)
     engine.turn(ids)
     history = engine.connector.restore(ids)

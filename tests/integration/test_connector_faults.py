@@ -23,13 +23,13 @@ from tests.unit.connector_models import computed, connector, prompt, states, tin
 
 _TOKENS = 34
 _WAIT_S = 0.25
-_SLACK_S = 0.5  # What a busy machine may add to a wait that is bounded.
+_SLACK_S = 0.5  # A busy machine may add this to a bounded wait.
 _HITS_AGAIN_S = 5.0
 _ASK: dict[str, Any] = {"do_sample": False, "max_new_tokens": 24, "min_new_tokens": 24, "pad_token_id": 0}
 
 
 class AtToken(BaseStreamer):
-    """Does something once the model has given so many new tokens."""
+    """Calls a function once the model has generated so many new tokens."""
 
     def __init__(self, new_tokens: int, act: Callable[[], object]) -> None:
         self._calls_left, self._act = new_tokens + 1, act  # The prompt comes first.

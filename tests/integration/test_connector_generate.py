@@ -1,4 +1,4 @@
-"""What `generate` does to tokens besides computing them: it pads rows that have ended, and hides padding tokens."""
+"""Special handling of tokens in `generate`: it pads rows that have ended, and hides padding tokens."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_rows_whose_end_the_callers_mask_tells_are_kept_up_to_there(daemon: Daem
 
 
 def turns(subject: TransformersConnector, model: Any, answer: dict[str, Any], name: str, count: int = 3) -> list[int]:
-    """A conversation that says padding tokens. How many tokens each turn found; each answers as `generate` alone."""
+    """A conversation with padding tokens. Returns the found tokens per turn; each turn answers as `generate` alone."""
     generator, found = torch.Generator().manual_seed(1), []
     prompt = torch.randint(1, 24, (1, 40), generator=generator)
     for _ in range(count):

@@ -74,9 +74,9 @@ def test_the_tier_that_served_is_named(daemon: DaemonProcess) -> None:
 
 
 def turns(subject: TransformersConnector, model: Any, lengths: Sequence[int], session_id: str) -> list[int]:
-    """A conversation that grows to each of these lengths. How many tokens each turn found."""
+    """A conversation that grows to each of these lengths. Returns how many tokens each turn found."""
     tokens, found = prompt(40), []
-    first: list[tuple[torch.Tensor, torch.Tensor]] = []  # What was saved first: computed again, it may differ a bit.
+    first: list[tuple[torch.Tensor, torch.Tensor]] = []  # A second computation may differ slightly.
     for length in lengths:
         restored = subject.restore(tokens[:, :length], session_id=session_id)
         assert restored.error is None
@@ -102,7 +102,7 @@ def test_with_a_session_the_whole_history_comes_back_at_every_turn(daemon: Daemo
     with Client(daemon.address) as client:
         subject = connector(
             client, model, model_revision="whole"
-        )  # Its blocks are counted: no other test has the layout.
+        )  # The test counts blocks, so no other test has this layout.
 
         assert turns(subject, model, lengths, "whole") == [0, *lengths[:-1]]
         state = client.session(subject.layout, "whole").get()

@@ -15,7 +15,8 @@ _EVENTS_MAX = 400
 
 
 def deaths(daemon: DaemonProcess, *, first: int, step: int) -> int:
-    """Start the daemon again and again, each time dying a little later, until it serves. How often it died."""
+    """Start the daemon repeatedly, with a kill a little later each time, until it serves. Returns the number of
+    kills."""
     for died, dies_at in enumerate(range(first, _EVENTS_MAX, step)):
         daemon.launch(environment={"TEST_DIES_AT": str(dies_at)})
         if daemon.serves():
@@ -27,7 +28,7 @@ def deaths(daemon: DaemonProcess, *, first: int, step: int) -> int:
 
 @pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_store_whose_creation_was_killed_at_any_point_can_be_used(tmp_path: Path, step: int) -> None:
-    """Each death meets what the earlier ones left; the last ones find a store that is complete."""
+    """Each start finds the state that the earlier kills left; the last starts find a complete store."""
     sizes = {"dram__capacity_bytes": 8 * MIB, "ssd__capacity_bytes": 8 * MIB}
     dying = DaemonProcess(tmp_path, program=("-m", "tests.dying_daemon"), **sizes)
     try:

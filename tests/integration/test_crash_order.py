@@ -48,7 +48,7 @@ class MarkedDaemon:
         self._pipe.write(f"test {word}\n".encode())
 
     def stop(self) -> list[str]:
-        """End the daemon. All marks there are."""
+        """End the daemon. Returns all marks."""
         assert self.daemon.stop() == 0
         self._pipe.close()
         self._reader.join()
@@ -64,7 +64,7 @@ def test_a_save_to_ssd_writes_then_flushes_then_commits_then_answers(tmp_path: P
     chain = new_chain(LARGE, 4)
     with MarkedDaemon(tmp_path) as marked:
         with marked.daemon.client() as client:
-            client.open_layout(LARGE).contains(chain)  # The layout's own commit is not what is looked at.
+            client.open_layout(LARGE).contains(chain)  # Ignore the layout's own commit.
             marked.mark("begun")
             assert save(client, LARGE, chain, Durability.SSD).is_complete
             marked.mark("answered")
@@ -84,7 +84,7 @@ def test_a_save_to_ssd_writes_then_flushes_then_commits_then_answers(tmp_path: P
 
 
 def test_no_record_goes_before_its_bytes_and_no_bytes_over_a_record_while_the_ssd_overflows(tmp_path: Path) -> None:
-    """The SSD tier holds a fraction of what three clients save, so that its extents are used again and again."""
+    """The SSD tier is much smaller than the blocks that three clients save, so its extents are reused many times."""
     with MarkedDaemon(tmp_path, ssd__capacity_bytes=8 * MIB, dram__capacity_bytes=16 * MIB) as marked:
         with ThreadPoolExecutor(3) as threads:
             for done in [threads.submit(overflow, marked.daemon, number) for number in range(3)]:

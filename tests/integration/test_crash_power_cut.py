@@ -1,4 +1,4 @@
-"""What was acknowledged on SSD survives the loss of everything that was not flushed to the disk."""
+"""Blocks that were acknowledged as durable survive the loss of all bytes that were not flushed to the disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LAYOUTS = (LARGE, SMALL)
 def test_every_block_acknowledged_on_ssd_survives_a_disk_that_loses_what_was_not_flushed(
     tmp_path: Path, direct: str
 ) -> None:
-    """A file system that is cut off in the middle of saves stands in for the power cut."""
+    """A power cut is simulated by a file system that fails in the middle of saves."""
     acknowledged: list[tuple[int, BlockChain]] = []
     with disk(tmp_path, 160 * MIB) as drive:
         daemon = DaemonProcess(drive.path, ssd__capacity_bytes=96 * MIB, ssd__direct=direct)

@@ -19,9 +19,9 @@ _TARGETS = ("write", "commit ssd", "commit dram", "any")
 
 
 def run_rounds(folder: Path, count: int) -> list[Report]:
-    """Rounds on two stores by turns: one where DRAM holds everything, one whose DRAM overflows to SSD.
+    """Rounds on two stores in turn: one whose DRAM holds everything, and one whose DRAM overflows to SSD.
 
-    Every fifth round ends as a power cut does: DRAM is empty after it.
+    Every fifth round ends as with a power cut: DRAM is empty after it.
     """
     with ExitStack() as opened:
         stores = []

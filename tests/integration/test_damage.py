@@ -1,4 +1,4 @@
-"""One flipped bit, wherever it is, is found by the next load that copies: quarantined, counted, a miss.
+"""The next load that copies finds one flipped bit at any place: the block is quarantined, counted, and a miss.
 
 Bits are flipped from outside, in the files of a running daemon.
 """
@@ -41,7 +41,7 @@ def quarantined(client: Client) -> int:
 
 
 def expect_quarantine(daemon: DaemonProcess, client: Client, layout: Layout, chain: BlockChain) -> None:
-    """The load fails, then the block is a miss, and can be stored again."""
+    """The load fails; then the block is a miss, and can be stored again."""
     before = quarantined(client)
     with client.open_layout(layout).lookup(chain) as lease:
         assert lease.hit_blocks == 1
@@ -194,7 +194,7 @@ def test_a_bit_that_flipped_while_no_daemon_ran_is_caught_all_the_same(
     daemon.start()
     for chain in chains[1:3]:
         with client.open_layout(LARGE).lookup(chain) as lease:
-            if lease.hit_blocks:  # Unless the write-behind found it first.
+            if lease.hit_blocks:  # Unless the write-behind found the damage first.
                 with pytest.raises(ChecksumMismatch):
                     compare(lease, LARGE, chain)
         assert client.open_layout(LARGE).contains(chain) == 0

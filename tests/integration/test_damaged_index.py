@@ -78,7 +78,7 @@ DAMAGE: dict[str, Damage] = {
     "a file": be_a_file,
     "a folder instead of data.mdb": be_a_folder,
 }
-# The fast tests have one of each sort: nothing there, too little, and bytes that are wrong.
+# The fast tests have one case of each kind: a missing file, a truncated one, and wrong bytes.
 _FAST = {
     "gone",
     "empty",
@@ -236,7 +236,7 @@ def test_repair_saves_what_a_damaged_durable_index_still_has(tmp_path: Path, nam
 
 
 def found(client: Client, chain: object) -> int:
-    """How many of a chain's blocks are there; their bytes are right."""
+    """How many of a chain's blocks are stored; compares their bytes."""
     with client.open_layout(LARGE).lookup(chain) as lease:  # type: ignore[arg-type]
         if lease.hit_blocks:
             compare(lease, LARGE, chain[: lease.hit_blocks])  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""The demo as users run it: a real model, a real daemon, SIGKILL halfway. It must show what the project promises."""
+"""The demo as users run it: a real model, a real daemon, and a SIGKILL in the middle. It must show the promises."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run_demo(folder: Path, *arguments: str, **environment: str) -> subprocess.Co
 
 
 def first_turns(folder: Path, count: int) -> dict[str, Any]:
-    """What the program prints of so many turns."""
+    """The output of the program for so many turns."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(folder))
         patch.setenv("OMP_NUM_THREADS", "1")  # Another test runs on the other core.
@@ -52,10 +52,10 @@ def first_turns(folder: Path, count: int) -> dict[str, Any]:
             return report.as_object(list(islice(turns, count)))
 
 
-# Up to the turn after the kill, every promise but two has been seen once. The whole takes twice as long.
+# The turns up to the one after the kill show all promises except two. All turns take twice as long.
 @pytest.fixture(scope="module", params=["as far as after the kill", pytest.param("whole", marks=pytest.mark.slow)])
 def shown(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The demo's object. Of the whole program, standard output holds it and nothing else."""
+    """The demo's JSON object. The program writes nothing else to standard output."""
     folder = tmp_path_factory.mktemp("demo")
     if request.param != "whole":
         return first_turns(folder, KILL_AFTER + 1)

@@ -1,6 +1,6 @@
-"""A conversation that overflows its window, in the daemon and in memory: the same KV, and the same answers.
+"""A conversation that exceeds its window, with the daemon and in memory: the same KV, and the same answers.
 
-With tiny models and a daemon that is killed in between; and once, slowly, as users run it.
+With tiny models and a daemon that is killed meanwhile; and one slow test of the program as users run it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class LettersOf97(Letters):
 
 
 def connected(address: str, loaded: LoadedModel) -> tuple[WindowedEngine, TransformersConnector, Client]:
-    """What an engine's process has when it has just begun."""
+    """The state of an engine's process at its start."""
     client = Client(address, timeout_s=PATIENCE_S)
     connector = TransformersConnector(
         client,
@@ -112,7 +112,7 @@ def test_over_several_overflows_and_a_kill_the_daemon_gives_what_memory_has_bit_
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The object of the demo with the real model, which nothing else may be printed with."""
+    """The JSON object of the demo with the real model. The program must print nothing else."""
     done = subprocess.run(
         [sys.executable, "-m", "examples.demo", "--overflow", "--json"],
         capture_output=True,

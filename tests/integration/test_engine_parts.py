@@ -1,4 +1,4 @@
-"""What engines share is enough for another engine: here one with pages of 16 tokens in NumPy, and no transformers."""
+"""The shared parts are enough for another engine: here with pages of 16 tokens in NumPy, without transformers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Array = NDArray[np.float32]
 
 
 class History:
-    """What a request asks of it."""
+    """The interface that a request reads."""
 
     error: BaseException | None = None
     recompute_s = 0.0
@@ -48,7 +48,7 @@ class History:
 
 
 class PagedEngine:
-    """Its KV is the same for the same token at the same place, so that what is loaded can be compared."""
+    """Its KV depends only on token and position, so that loaded KV can be compared."""
 
     def __init__(self, client: Client, seed: int) -> None:
         self.client, self.blocks = client, client.open_layout(LAYOUT)
@@ -79,7 +79,7 @@ class PagedEngine:
                 values[place] = at + layer * 1000 + np.arange(4)
 
     def forward(self, token_ids: NDArray[Any], first: int, parent: bytes) -> ForwardSaves[int]:
-        """Compute all tokens from `first` on, which is where a block begins, and save the whole blocks among them."""
+        """Compute all tokens from `first` on, where a block begins, and save the whole blocks among them."""
         saves: ForwardSaves[int] = ForwardSaves(self.saver, self.breaker)
         chain = self.keys.chain(token_ids[first:], parent)
         block_bytes = LAYOUT.block_tokens * LAYOUT.bytes_per_token

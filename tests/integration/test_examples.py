@@ -17,7 +17,7 @@ EXAMPLES = ("save_and_load", "two_processes", "chat_transformers", "batch")
 
 
 def run(name: str, *arguments: str) -> str:
-    """What the example prints."""
+    """The output of the example."""
     command = [sys.executable, "-m", f"examples.{name}", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -30,7 +30,7 @@ def client(daemon: DaemonProcess) -> Iterator[Client]:
 
 
 def miss_of(client: Client, chain: BlockChain) -> pb.Miss:
-    """Why the chain's first block is not there."""
+    """Why the chain's first block is missing."""
     block = client.admin.explain_block(chain.keys[0])
     assert block.HasField("miss"), "it is stored"
     assert (block.miss.key, len(block.shards)) == (chain.keys[0], 0)
@@ -39,7 +39,7 @@ def miss_of(client: Client, chain: BlockChain) -> pb.Miss:
 
 
 def fill(client: Client, layout: Layout = LARGE) -> list[BlockChain]:
-    """More blocks than the small daemon has space for, each a chain of its own."""
+    """More blocks than fit into the small daemon, each in a chain of its own."""
     chains = [new_chain(layout) for _ in range(60)]
     for chain in chains:
         save(client, layout, chain)
@@ -48,7 +48,7 @@ def fill(client: Client, layout: Layout = LARGE) -> list[BlockChain]:
 
 @pytest.fixture
 def small_daemon(new_daemon: Callable[..., DaemonProcess]) -> DaemonProcess:
-    """Room for 20 large blocks, and no SSD."""
+    """Space for 20 large blocks, and no SSD."""
     return new_daemon(dram__capacity_bytes=8 * MIB, ssd__capacity_bytes=0, pins__fraction_max=1.0)
 
 
@@ -218,7 +218,7 @@ def test_lost_in_a_restart_that_found_its_record_damaged(new_daemon: Callable[..
 
 
 def _flip_record(index: Path, key: bytes) -> None:
-    """In every page that has it: old pages stay behind."""
+    """In every page that has it, because LMDB keeps old pages."""
     data = bytearray(index.read_bytes())
     place = data.find(key)
     assert place >= 0

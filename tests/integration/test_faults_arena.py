@@ -1,4 +1,4 @@
-"""A store whose arena is not its own any more starts with an empty DRAM tier and serves what is on SSD."""
+"""A store whose arena was replaced starts with an empty DRAM tier and serves the blocks on SSD."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def new_daemon(folder: Path) -> DaemonProcess:
 
 
 def fill(daemon: DaemonProcess) -> tuple[list[BlockChain], list[BlockChain]]:
-    """Chains that are on SSD, and chains that only DRAM has; one of each layout, and nothing else."""
+    """Chains on SSD, and chains that are only in DRAM; one per layout, and nothing else."""
     on_ssd, in_dram = ([new_chain(layout, 4) for layout in _LAYOUTS] for _ in range(2))
     with daemon.client() as client:
         client.admin.discard_all()
@@ -96,7 +96,7 @@ def overwrite_with_noise(folder: Path) -> None:
 
 
 def damage_its_index(folder: Path) -> None:
-    """All but the first pages, which say that the file is an LMDB's."""
+    """All pages except the first two, which identify an LMDB file."""
     with (folder / "index" / "data.mdb").open("r+b") as file:
         file.seek(2 * 4096)
         file.write(random.Random(2).randbytes(256 * 1024))
@@ -126,7 +126,7 @@ def test_without_its_arena_a_store_serves_its_ssd_blocks(
 
 
 def test_an_arena_of_another_store_is_not_taken_for_its_own(daemon: DaemonProcess, tmp_path: Path) -> None:
-    """Neither the other's arena alone, nor together with the other's index."""
+    """The other store's arena, alone and together with its index."""
     on_ssd, in_dram = fill(daemon)
     daemon.kill()
     with new_daemon(tmp_path) as other:

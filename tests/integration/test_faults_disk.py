@@ -1,4 +1,4 @@
-"""A disk that fails costs what is on it and nothing else: refused saves, failed loads, and a daemon that lives.
+"""A failing disk costs only the blocks on it: saves are refused, loads fail, and the daemon runs.
 
 The faults are injected at the daemon's file calls, below the SSD tier.
 """
@@ -19,7 +19,7 @@ from tests.integration.media import arena, flip_data
 
 
 class Faults:
-    """What fails in a running ``tests.faulty_daemon``."""
+    """Controls the faults of a running ``tests.faulty_daemon``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -55,7 +55,7 @@ def daemon(faults: Faults) -> Iterator[DaemonProcess]:
 
 @pytest.fixture
 def client(daemon: DaemonProcess, faults: Faults) -> Iterator[Client]:
-    """A client of an empty store, whose disk works at first and in the end."""
+    """A client of an empty store, whose disk works at the start and at the end of a test."""
     with daemon.client() as made:
         made.admin.discard_all()
         yield made
@@ -115,16 +115,14 @@ def test_a_disk_that_takes_no_writes_refuses_saves_to_ssd_until_it_does(
 def test_blocks_that_the_disk_did_not_take_have_no_record_after_a_crash(
     daemon: DaemonProcess, client: Client, faults: Faults, call: str
 ) -> None:
-    """With the arena they are all there; without it, only what was on SSD."""
+    """With the arena all blocks are stored; without it, only those on SSD."""
     on_ssd, refused = new_chain(SMALL, 4), new_chain(SMALL, 4)
     assert save(client, SMALL, on_ssd, Durability.SSD).is_complete
     faults.set(call, "EIO")
     assert len(save(client, SMALL, refused, Durability.SSD).refused) == 4
     daemon.kill()
     faults.clear()
-    faults.set(
-        "fdatasync", "EIO"
-    )  # Write-behind fails now, so that the lookups below find only the blocks of the first start.
+    faults.set("fdatasync", "EIO")  # So that write-behind adds no block.
     daemon.start(environment={"TEST_FAULTS": str(faults.folder)})
     assert tiers_of(client, SMALL, on_ssd) == ["dram+ssd"] * 4
     assert tiers_of(client, SMALL, refused) == ["dram"] * 4
@@ -132,7 +130,7 @@ def test_blocks_that_the_disk_did_not_take_have_no_record_after_a_crash(
 
 
 def test_more_saves_than_dram_holds_are_refused_while_the_disk_takes_none(client: Client, faults: Faults) -> None:
-    """What DRAM already has stays readable or leaves by policy; the daemon answers all the time."""
+    """Blocks in DRAM stay readable or are evicted by policy; the daemon answers all the time."""
     faults.set("pwritev", "ENOSPC")
     chains = [new_chain(LARGE, 8) for _ in range(30)]  # 47 MiB; DRAM has 28.
     for chain in chains:
@@ -178,7 +176,7 @@ def test_a_disk_that_transfers_less_than_asked_is_asked_again(client: Client, fa
         chain = new_chain(layout, 3)
         assert save(client, layout, chain, Durability.SSD).is_complete
         client.evict(chain, Tier.DRAM)
-        assert save(client, layout, new_chain(layout, 3)).stored == 3  # Where the evicted ones were.
+        assert save(client, layout, new_chain(layout, 3)).stored == 3  # In the space of the evicted blocks.
         verify(client, layout, chain)
 
 

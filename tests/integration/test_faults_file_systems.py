@@ -1,4 +1,4 @@
-"""File systems that are really full, read-only or dead: fewer blocks, clear errors, and a daemon that lives."""
+"""File systems that are really full, read-only or dead: fewer blocks, clear errors, and a daemon that runs."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_shared_memory_that_others_fill_while_the_daemon_runs_costs_it_nothing(t
 
 
 def test_a_full_disk_refuses_what_must_be_recorded_on_it_until_there_is_space(tmp_path: Path) -> None:
-    """The disk was full before the durable index could take the space of its map. The SSD files lie elsewhere."""
+    """The disk was full before the durable index could take the space of its map. The SSD files are on another one."""
     with disk(tmp_path, 32 * MIB) as drive:
         filler = fill(drive.path, leave_bytes=256 * KIB)
         daemon = DaemonProcess(drive.path, ssd__paths=tmp_path / "ssd", ssd__capacity_bytes=128 * MIB)

@@ -1,4 +1,4 @@
-"""The pipelines with an engine whose memory the host cannot touch, and without torch: arrays are addresses to them."""
+"""The pipelines with an engine whose memory the host cannot access, and without torch: they use only addresses."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_keys_are_turned_inside_such_memory(device: HiddenDevice) -> None:
 
 
 def test_a_host_that_reads_such_memory_is_refused_and_one_that_insists_ends(device: HiddenDevice) -> None:
-    """So the tests above would fail if a pipeline touched it."""
+    """So the tests above would fail if a pipeline accessed the memory."""
     with pytest.raises(ValueError, match="cannot be read by the host"):
         bits_of(view_of(device.array(np.ones(8, np.uint16))))
     program = """

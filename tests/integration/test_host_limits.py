@@ -34,7 +34,7 @@ def test_a_memory_limit_below_the_dram_tier_makes_a_smaller_tier_which_may_be_fi
         ) as daemon,
         daemon.client(transport=transport) as client,
     ):
-        eventually(lambda: bool(client.admin.status().dram.short_because), within_s=60)  # It is prepared then.
+        eventually(lambda: bool(client.admin.status().dram.short_because), within_s=60)  # The arena is prepared then.
         status = client.admin.status()
         assert 180 * MIB < status.dram.capacity_bytes < 208 * MIB
         assert status.dram.configured_bytes > 1000 * MIB
@@ -102,9 +102,9 @@ def test_a_memory_limit_that_holds_tier_and_daemon_changes_nothing(tmp_path: Pat
 async def test_a_tier_larger_than_the_memory_that_is_available_is_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, available_mib: int
 ) -> None:
-    """Here alone the kernel's word is made up: a real shortage would hit every other process."""
+    """Only here the kernel's answer is simulated, because a real shortage would affect all other processes."""
     monkeypatch.setattr("kvservice.daemon.available_memory_bytes", lambda: available_mib * MIB)
-    process = DaemonProcess(tmp_path)  # For its settings; it is not started.
+    process = DaemonProcess(tmp_path)  # Only for its settings; it is not started.
     try:
         flags = [f"--{name}={value}" for name, value in process.settings.items()]
         daemon = await Daemon.open(load_settings([*flags, "--server.address=127.0.0.1:0"], {}))

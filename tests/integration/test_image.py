@@ -1,4 +1,4 @@
-"""The image without Docker: the Dockerfile's own lines, run here on folders of the test's own."""
+"""The image without Docker: runs the Dockerfile's own lines on folders of the test."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _, BUILD, IMAGE = stages()
 
 
 class Built:
-    """What the first stage leaves behind, with the image's folders moved below `root`."""
+    """The result of the first stage, with the image's folders moved below `root`."""
 
     def __init__(self, root: Path, arena: Path) -> None:
         self._moved = {
@@ -65,7 +65,7 @@ class Built:
 
 
 def _outer_environment() -> dict[str, str]:
-    """Ours without what would make the build find this working tree."""
+    """Our environment without the variables by which the build would find this working tree."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
 
 

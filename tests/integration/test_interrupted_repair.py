@@ -1,4 +1,4 @@
-"""A repair of the durable index is killed while its new index takes the old one's place, at every step of that."""
+"""A repair of the durable index is killed at every step of the replacement of the old index."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def put_in_place_until_killed(store):
 replacement.put_in_place = put_in_place_until_killed
 sys.exit(check.main([store, "--rebuild"]))
 """
-# Of each kind, the fast tests have one step before the new index is in place and one after it.
+# Per kind, the fast tests have one step before the new index is in place and one after it.
 _FAST = {("exchange", 1), ("exchange", 3), ("rename", 2), ("rename", 4)}
 _STEPS = [
     pytest.param(kind, step, marks=() if (kind, step) in _FAST else pytest.mark.slow)

@@ -1,4 +1,4 @@
-"""``kvctl`` and addresses: wrong ones are wrong usage, and of a daemon that does not answer it says what to do."""
+"""``kvctl`` and addresses: wrong ones are wrong usage, and for a daemon that does not answer it gives the remedy."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ print(why_unreachable(UnixAddress(sys.argv[1]), with_tls=False))
 class TestWhereNoDaemonAnswers:
     @pytest.fixture
     def hint(self, kvctl_here: Kvctl) -> Callable[..., str]:
-        """What the last line on standard error says after gRPC's reason."""
+        """The end of the last line on standard error, after gRPC's reason."""
 
         def run(address: object, *options: object) -> str:
             done = kvctl_here("status", "--timeout", "5", "--address", str(address), *map(str, options))
@@ -158,7 +158,7 @@ class TestWhereNoDaemonAnswers:
         certificate, key = authority.issue("localhost").write(tmp_path)
         ca = authority.write(tmp_path)
         daemon = new_daemon(tls__certificate=certificate, tls__key=key, tls__client_ca=ca)
-        address = f"localhost:{daemon.port}"  # Of two addresses, as a rule, and the daemon listens at one.
+        address = f"localhost:{daemon.port}"  # Usually of two addresses, and the daemon listens at one.
 
         assert f"The program at 127.0.0.1:{daemon.port} uses TLS: give --tls-ca" in hint(address)
         line = hint(address, "--tls-ca", ca)

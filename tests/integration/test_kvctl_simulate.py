@@ -1,4 +1,4 @@
-"""``kvctl simulate`` and ``plan`` as users run them: found among the client's verbs, and asking no daemon."""
+"""``kvctl simulate`` and ``plan`` as users run them: found among the client's verbs, and without a daemon."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def test_four_ranks_adopt_what_the_scheduler_found_under_pressure_though_it_is_k
         assert [rank.read_line() for rank in ranks] == ["ready"] * 4
 
         def press() -> None:
-            """Save more than DRAM holds, so that all is evicted that nothing holds."""
+            """Save more than DRAM holds, so that everything that is not held is evicted."""
             for _ in range(8):
                 save(client, LARGE, new_chain(LARGE, _BLOCKS))
 
@@ -155,7 +155,7 @@ def test_what_is_no_valid_ticket_is_refused_with_its_own_error(
         with other.client(timeout_s=20) as stranger, pytest.raises(TicketForeign):
             stranger.open_layout(SMALL).adopt(ticket)
 
-        with blocks.adopt(ticket) as adopted:  # After all of this it is as good as before.
+        with blocks.adopt(ticket) as adopted:  # After all of this it is still valid.
             compare(adopted, SMALL, chain)
         with pytest.raises(TicketSpent):
             blocks.adopt(ticket)
@@ -201,7 +201,7 @@ def test_a_ticket_outlives_the_release_of_its_lease_and_an_adopted_lease_its_tic
     first.release()
     second.renew(60)
     compare(second, SMALL, chain)
-    with blocks.adopt(second.export()) as again:  # What was adopted can be exported in its turn.
+    with blocks.adopt(second.export()) as again:  # An adopted lease can be exported again.
         second.release()
         compare(again, SMALL, chain)
 

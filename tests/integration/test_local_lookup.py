@@ -1,4 +1,4 @@
-"""Lookups in shared memory, beside a real daemon: right while it lives, and never trusted for another one."""
+"""Lookups in shared memory of a real daemon: right while it runs, and never trusted for another daemon."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BLOCKS = 20
 
 
 def filled(blocks: BlockCache) -> None:
-    """Wait until the daemon has filled its directory after a start, or never will."""
+    """Wait until the daemon has filled its directory after a start, or has closed it."""
     until(lambda: blocks.lookup_local(new_chain(LAYOUT, 8)) is not None)
 
 
@@ -30,7 +30,7 @@ def saved(blocks: BlockCache, durability: Durability = Durability.DRAM) -> Block
 
 
 def lookups_asked(daemon: DaemonProcess) -> float:
-    """How many blocks the daemon was asked for by calls."""
+    """How many blocks were looked up by calls."""
     with daemon.client() as client:
         return float(client.admin.status().counters["lookup_blocks_asked"])
 
@@ -127,7 +127,7 @@ def test_a_dead_daemons_directory_answers_no_lookup(new_daemon: Callable[..., Da
             fresh = other.open_layout(LAYOUT)
             filled(fresh)
             (daemon.arena_folder / "directory").unlink()
-            (daemon.arena_folder / "directory").write_bytes(old)  # LIVE, and of another boot epoch.
+            (daemon.arena_folder / "directory").write_bytes(old)  # In the state LIVE, but of another boot epoch.
             with daemon.client() as late:
                 assert late.open_layout(LAYOUT).lookup_local(chain) is None
                 assert late.open_layout(LAYOUT).contains(chain) == 0

@@ -44,13 +44,13 @@ class OldStore:
         ]
 
     def caches(self, client: Client) -> Iterator[tuple[BlockCache, BlockChain]]:
-        """Each saved chain, and what reads it."""
+        """Each saved chain, and a reader of it."""
         for name, shard, chain in self.chains:
             yield client.open_layout(layout_named(name), shard), chain
 
 
 def expected(cache: BlockCache, chain: BlockChain, layer: int) -> list[np.ndarray[Any, Any]]:
-    """What was saved as this layer of the shard, one array per block."""
+    """The saved bytes of this layer of the shard, one array per block."""
     return [
         slice_content(key, cache.shard, cache.shard.layer_begin + layer, cache.slice_bytes(count))
         for key, count in zip(chain.keys, chain.token_counts, strict=True)
@@ -180,7 +180,7 @@ def test_a_check_finds_it_sound_before_and_after_a_daemon_of_today_ran_on_it(old
 
 
 def test_its_archive_has_slices_of_every_size_shards_and_partial_blocks(old: OldStore) -> None:
-    """So that the tests above compare what they say."""
+    """So that the tests above compare the right things."""
     sizes, shards, partial = set(), set(), 0
     for name, shard, chain in old.chains:
         layout = layout_named(name)

@@ -1,4 +1,4 @@
-"""Pins of a real daemon: they outlive SIGKILL, end by the clock, and keep their blocks meanwhile."""
+"""Pins of a real daemon: they survive SIGKILL, end by the clock, and keep their blocks until then."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def pinned_until_s(client: Client, chain: BlockChain) -> int:
 
 @pytest.fixture
 def daemon(new_daemon: Callable[..., DaemonProcess]) -> DaemonProcess:
-    """Room for 20 large blocks in DRAM, and for 20 on SSD."""
+    """Space for 20 large blocks in DRAM, and for 20 on SSD."""
     return new_daemon(dram__capacity_bytes=8 * MIB, ssd__capacity_bytes=8 * MIB)
 
 

@@ -39,8 +39,8 @@ def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
         yield process
 
 
-# What an attacker puts in front of its trailer, and which trailer it takes. Each gets the trailer of the planted
-# slices, and what the arena has of a genuine block: descriptor and trailer.
+# Per attack: the bytes before the trailer, and the trailer. Each gets the trailer of the planted slices, and the
+# descriptor and the trailer of a genuine block in the arena.
 Forge = Callable[[bytes, bytes], bytes]
 
 
@@ -138,7 +138,7 @@ def test_no_planted_image_is_taken_for_a_block(daemon: DaemonProcess, transport:
 def test_an_image_planted_without_a_descriptor_is_taken_in_a_store_of_an_earlier_version_alone(
     daemon: DaemonProcess,
 ) -> None:
-    """The blocks of such a store have none either. So the images above are what a rebuild takes for blocks."""
+    """The blocks of such a store have no tags either, so a rebuild accepts the images above as blocks."""
     absent = new_chain(SMALL)
     with daemon.client() as client:
         genuine = new_chain(SMALL)

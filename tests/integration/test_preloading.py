@@ -1,4 +1,4 @@
-"""Layers that come from a real daemon while an engine takes them: over its death, and while it hangs."""
+"""Layers from a real daemon while an engine takes them, also when the daemon dies or hangs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.layouts import changed
 LAYOUT = Layout("preloaded", "float16", layers=8, kv_heads=4, k_head_dim=64, v_head_dim=64, block_tokens=256)
 TOKENS = 600
 LAYER_BYTES = TOKENS * LAYOUT.bytes_per_token // LAYOUT.layers
-# 2000 tokens of it are 65 MB: far more than what gRPC sends ahead of its reader.
+# 2000 tokens of it are 65 MB: much more than gRPC sends ahead of its reader.
 LARGE, LARGE_TOKENS = changed(LAYOUT, model_id="preloaded/large", layers=32), 2000
 DEVICE = CpuDevice()
 Layers = list[NDArray[np.uint8]]
@@ -126,7 +126,7 @@ def test_a_daemon_that_goes_away_in_the_middle_costs_one_bounded_wait(
             daemon.process.send_signal(signal.SIGSTOP)
 
         error = take_all(loader, taken)
-        assert len(taken) < LARGE.layers  # Some were under way already.
+        assert len(taken) < LARGE.layers  # Some had been sent already.
         if way == "killed":
             assert isinstance(error.__cause__, KVError)
         for pages, data in zip(taken, layers, strict=False):
@@ -138,7 +138,7 @@ def test_a_daemon_that_goes_away_in_the_middle_costs_one_bounded_wait(
 
 
 def take_all(loader: LayerLoader, taken: list[Pages]) -> LoadFailed:
-    """The layers that still come, and why the next one does not."""
+    """The layers that still arrive, and the error of the next one."""
     while True:
         try:
             taken.append(loader.wait(len(taken)))

@@ -1,4 +1,4 @@
-"""The durable index is lost, and made again of the blocks in the SSD files: ``kvservice check --rebuild``."""
+"""The durable index is lost, and made again from the blocks in the SSD files: ``kvservice check --rebuild``."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
 
 
 def lose_index(daemon: DaemonProcess) -> None:
-    """And what is in shared memory."""
+    """Also the contents of shared memory."""
     shutil.rmtree(daemon.store / "index")
     shutil.rmtree(daemon.arena_folder)
 
@@ -54,7 +54,7 @@ def rebuild(daemon: DaemonProcess) -> dict[str, Any]:
 
 
 def be_of_an_earlier_version(daemon: DaemonProcess) -> int:
-    """Make store and blocks as versions without descriptors wrote them. How many blocks had a descriptor."""
+    """Change store and blocks to the form of versions without descriptors. Returns how many had a descriptor."""
     path = daemon.store / "ssd-000.kv"
     data = bytearray(path.read_bytes())
     count, place = 0, 0

@@ -1,4 +1,4 @@
-"""No RPC is forgotten: each one in the proto has a test of its own, and the daemon serves what the proto says."""
+"""Each RPC in the protocol files has a test of its own, and the daemon serves exactly these RPCs."""
 
 from __future__ import annotations
 

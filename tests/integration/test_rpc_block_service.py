@@ -91,7 +91,7 @@ def test_Attach_names_the_client_until_its_stream_ends(wire: Wire, daemon: Daemo
         assert wire.status().leases == before["leases"] + 1
 
     until(lambda: wire.state() == before)
-    wire.attach()  # For the fixture to see: the other connection is gone.
+    wire.attach()  # For the fixture's check: the other connection has ended.
 
 
 def test_LookupPrefix_counts_the_unbroken_prefix_and_leases_it(wire: Wire) -> None:
@@ -145,7 +145,7 @@ def test_SaveBlocks_stores_what_is_new_as_durably_as_was_asked(wire: Wire) -> No
 
 
 def locate(wire: Wire, lease_id: int, **request: Any) -> list[pb.LocateBlocksResponse]:
-    """All answers; the call is left when the last layer is there."""
+    """All answers; ends the call when the last layer is ready."""
     call = wire.blocks.LocateBlocks(pb.LocateBlocksRequest(client_id=wire.client_id, lease_id=lease_id, **request))
     answers = []
     for answer in call:
@@ -232,7 +232,7 @@ def test_AbandonBlocks_gives_the_space_back_and_may_come_twice(wire: Wire) -> No
 
 
 def heads_of(key: bytes, layer: int, first: int, end: int) -> bytes:
-    """What a load gives of these heads of a slice."""
+    """The bytes that a load returns for these heads of a slice."""
     halves = slice_of(key, layer, slice_bytes(SMALL)).reshape(2, SMALL.kv_heads, -1)
     return np.ascontiguousarray(halves[:, first:end]).tobytes()
 
@@ -411,7 +411,7 @@ def test_SaveBlocks_takes_frames_in_any_order_and_of_any_size(wire: Wire) -> Non
     upload.frames = []
     for layer in range(SMALL.layers):
         whole = b"".join(slice_of(key, layer, size).tobytes() for key in chain)
-        for start in range(0, len(whole), 1000):  # Across the border between the blocks, too.
+        for start in range(0, len(whole), 1000):  # Also across the boundary between the blocks.
             block, offset = divmod(start, size)
             payload = whole[start : start + 1000]
             upload.frames.append(

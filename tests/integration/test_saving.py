@@ -29,7 +29,7 @@ States = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class HeldDevice(CpuDevice):
-    """A CPU whose streams can be held up by name."""
+    """A CPU device whose streams can be paused by name."""
 
     def __init__(self) -> None:
         self.streams: dict[str, CpuStream] = {}
@@ -55,7 +55,7 @@ def new_chain() -> BlockChain:
 
 
 def new_states() -> States:
-    """What a model computed: keys and values of each layer, ``[batch, head, token, dim]``."""
+    """A model's output: keys and values of each layer, ``[batch, head, token, dim]``."""
     return [
         (torch.randn(1, 2, TOKENS, 16).bfloat16(), torch.randn(1, 2, TOKENS, 8).bfloat16())
         for _ in range(LAYOUT.layers)
@@ -140,7 +140,7 @@ def test_tensors_that_the_engine_replaces_are_saved_as_they_were(blocks: BlockCa
     grown = [(keys.clone(), values.clone()) for keys, values in states]
 
     give(saver.begin(chain), grown).commit()
-    for layer, (keys, values) in enumerate(grown):  # As a decode step does; the old tensors are referred to no more.
+    for layer, (keys, values) in enumerate(grown):  # As a decode step does; nothing refers to the old tensors any more.
         grown[layer] = (torch.cat([keys, keys[:, :, :1]], 2), torch.cat([values, values[:, :, :1]], 2))
     gate.set()
 

@@ -1,4 +1,4 @@
-"""A store of very many blocks: it starts soon, takes little memory, can be listed, and reads back right."""
+"""A store of very many blocks: it starts fast, takes little memory, can be listed, and loads the right bytes."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def resident_bytes(daemon: DaemonProcess) -> dict[str, int]:
 
 
 def seconds_in_line(daemon: DaemonProcess) -> float:
-    """How long the daemon's main thread was ready to run and had to wait for a processor."""
+    """How long the daemon's main thread was ready to run and waited for a processor."""
     numbers = Path(f"/proc/{daemon.process.pid}/task/{daemon.process.pid}/schedstat").read_text().split()
     return int(numbers[1]) / 1e9
 
@@ -132,6 +132,6 @@ def test_a_million_blocks_start_within_3_s_and_take_less_than_a_kilobyte_each(tm
         found = {"starts_s": starts_s, "queued_s": queued_s, **{name: size / count for name, size in memory.items()}}
         print(json.dumps(found))
         assert sum(memory.values()) < 1024 * count
-        # What others on this machine took is not the daemon's.
+        # Without the time that other processes on this machine took.
         assert min(start - queued for start, queued in zip(starts_s, queued_s, strict=True)) < 3
         assert daemon.stop() == 0

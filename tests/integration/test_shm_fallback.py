@@ -1,4 +1,4 @@
-"""Where shared memory cannot be used, the client takes gRPC by itself, and says why."""
+"""If shared memory cannot be used, the client uses gRPC automatically, and reports why."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_daemon_that_shares_for_reading_is_written_by_grpc(new_daemon: NewDaem
 
 @contextmanager
 def moved_away(folder: Path) -> Iterator[None]:
-    """The daemon has its files open; others no longer find them."""
+    """The daemon has its files open; other processes no longer find them."""
     aside = folder.rename(folder.with_name("aside"))
     try:
         yield

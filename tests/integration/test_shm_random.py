@@ -1,4 +1,4 @@
-"""Random operations of several clients over both transports, in a DRAM that is much too small for them.
+"""Random operations of several clients over both transports, with a DRAM tier that is much too small for them.
 
 Every loaded byte is compared. Reproduce a failure with the seed in the test's name.
 """

@@ -1,4 +1,4 @@
-"""Reading and writing in place across the end of a daemon: the same arena, or another one in its place."""
+"""Reads and writes in place across a restart of the daemon, with the same arena or with a new one."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_replaced_arena_cannot_be_mapped_by_its_old_name(daemon: DaemonProcess
 def test_places_in_another_arena_than_the_mapped_one_are_neither_read_nor_written(
     daemon: DaemonProcess, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if the client had mapped the old one and then asked the new daemon."""
+    """As if the client had mapped the old arena and then called the new daemon."""
     save(client, LARGE, new_chain(LARGE, 4))
     arenas = client._transports._transports[0]._arenas  # type: ignore[attr-defined]
     mapped = arenas.get(client.capabilities())
@@ -109,7 +109,7 @@ def test_a_load_continues_without_its_daemon_as_long_as_its_bytes_are_in_place(
 def test_a_view_ends_when_its_blocks_were_discarded_before_the_daemon_died(
     daemon: DaemonProcess, client: Client
 ) -> None:
-    """Their records were gone and their space was not free yet: to the next daemon it is."""
+    """Their records were deleted, but their space was not free yet; for the next daemon it is free."""
     chain = new_chain(LARGE, 8)
     save(client, LARGE, chain)
     with client.open_layout(LARGE).lookup(chain, lease_ttl_s=300) as lease:

@@ -1,4 +1,4 @@
-"""Views: blocks in place, without a copy, and never a byte that is in doubt."""
+"""Views: blocks in place, without a copy, and never a doubtful byte."""
 
 from __future__ import annotations
 
@@ -115,7 +115,9 @@ def test_a_view_that_always_verifies_finds_damage_since_the_last_look_and_has_th
                 assert seen(view, layout.layers) == expected
             flip(arena(daemon), layout, chain.keys[2], chooser)
             with blocks.lookup(chain) as lease:
-                with lease.view(block_count=2, verify="always") as view:  # What is not damaged is shown.
+                with lease.view(
+                    block_count=2, verify="always"
+                ) as view:  # The view returns slices that are not damaged.
                     assert seen(view, layout.layers) == [layer[:2] for layer in expected]
                 view = lease.view(1, verify="always")
                 with pytest.raises(ChecksumMismatch):

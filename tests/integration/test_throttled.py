@@ -33,7 +33,7 @@ def test_bytes_arrive_no_faster_than_the_throttle_lets_them(daemon: DaemonProces
             for index in range(LAYOUT.layers):
                 begin_s = time.monotonic()
                 loaded = next(load)
-                # Each from when it is asked for: a link that idles saves nothing up.
+                # Each from its request on, because an idle link does not save up bandwidth.
                 assert time.monotonic() - begin_s >= 0.99 * layer_s
                 assert np.array_equal(loaded.data, layers[index])
             assert next(load, None) is None

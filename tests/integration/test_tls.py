@@ -1,4 +1,4 @@
-"""TLS between real processes: who gets in with which certificate, rotation, and not a plain byte off loopback."""
+"""TLS between real processes: access per certificate, rotation, and no unencrypted byte outside of loopback."""
 
 from __future__ import annotations
 
@@ -243,8 +243,8 @@ class TestClientCertificates:
         stranger: Authority,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """The daemon comes to ask for another CA's: only the client's new files get in after a restart."""
-        monkeypatch.setattr("kvservice_client.tls._LOOK_EVERY_S", 3600.0)  # Not because time has passed.
+        """The daemon changes to another client CA: after a restart, only the client's new files have access."""
+        monkeypatch.setattr("kvservice_client.tls._LOOK_EVERY_S", 3600.0)  # Not because a time has passed.
         files = files_of(folder, authority, authority.issue("client"))
         with daemon.client(tls=files) as client:
             assert client.capabilities().version
@@ -322,7 +322,7 @@ class TestClientCertificates:
 
 
 def connections_to(daemon: DaemonProcess) -> set[int]:
-    """Our own ports of this process's connections to the daemon."""
+    """The local ports of this process's connections to the daemon."""
     return {
         each.laddr.port
         for each in psutil.Process().net_connections("tcp")
@@ -398,7 +398,7 @@ class TestOffLoopback:
             pytest.param(PREFACE, id="HTTP/2"),
             pytest.param(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n", id="HTTP/1"),
             pytest.param(b"\x00" * 4096, id="zeros"),
-            pytest.param(b"", id="silence", marks=pytest.mark.slow),  # Shown out after ten seconds.
+            pytest.param(b"", id="silence", marks=pytest.mark.slow),  # Disconnected after ten seconds.
         ],
     )
     def test_no_plain_byte_is_answered(self, open_daemon: DaemonProcess, port_name: str, sent: bytes) -> None:
@@ -429,7 +429,7 @@ class TestOffLoopback:
         self, open_daemon: DaemonProcess, authority: Authority
     ) -> None:
         port = open_daemon.logged("serving")[0]["metrics_port"]
-        with ExitStack() as silent:  # So many that the patience with all of them would outlast ours.
+        with ExitStack() as silent:  # So many that, one after another, their timeouts would exceed the test's.
             for _ in range(5):
                 silent.enter_context(socket.create_connection(("127.0.0.1", port)))
             assert "kvservice_tls_certificate_expires_seconds" in scraped(open_daemon, authority)
@@ -478,7 +478,7 @@ def test_no_file_of_a_store_or_an_arena_can_be_read_by_other_users(new_daemon: C
     files = [path for folder in (daemon.store, daemon.shared_memory) for path in folder.rglob("*") if path.is_file()]
     readable = {path.name for path in files if path.stat().st_mode & 0o077}
 
-    assert readable == {"lock"}  # The daemon's process id.
+    assert readable == {"lock"}  # The process id of the daemon.
     assert len(files) >= 4
 
 

@@ -22,7 +22,7 @@ class TestShm(TransportContract):
 
 
 def test_closing_a_load_early_ends_the_call_at_the_daemon(new_daemon: Callable[..., DaemonProcess]) -> None:
-    daemon, chain = new_daemon(server__loads_max=1), new_chain(LARGE, 192)  # More than gRPC sends ahead.
+    daemon, chain = new_daemon(server__loads_max=1), new_chain(LARGE, 192)  # More than gRPC sends ahead of its reader.
     with daemon.client(transport="grpc", timeout_s=15) as client:
         save(client, LARGE, chain)
         with client.open_layout(LARGE).lookup(chain) as lease:

@@ -1,4 +1,4 @@
-"""The wheel that users install: what it holds, and what ``kvctl bench`` says there."""
+"""The wheel that users install: its contents, and the message of ``kvctl bench`` there."""
 
 from __future__ import annotations
 

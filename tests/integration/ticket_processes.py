@@ -65,7 +65,7 @@ def rank(address: str, transport: Literal["shm", "grpc"], head: int, salt: str, 
 
 
 def _layers_of_head(salt: str, blocks: int, head: int) -> list[bytes]:
-    """Of each layer what a rank with this head gets: of each block its keys, then its values."""
+    """Per layer, the bytes for a rank with this head: per block its keys, then its values."""
     found = []
     for layer in layers_of(LARGE, new_chain(LARGE, blocks, salt)):
         halves = np.stack([piece.reshape(2, LARGE.kv_heads, -1) for piece in layer])

@@ -1,4 +1,4 @@
-"""A client made by hand: raw stubs, raw bytes, and requests that the library would never send."""
+"""A client without the library: raw stubs, raw bytes, and requests that the library never sends."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", -1),
 )
 
-# What must not change where a request is refused.
+# The state that must not change if a request is refused.
 _STATE = ("evicted_dram_blocks evicted_ssd_blocks lost_unwritten_blocks discarded_blocks quarantined_blocks "
           "save_blocks_stored save_bytes storage_errors").split()  # fmt: skip
 
@@ -131,7 +131,7 @@ class Wire:
         return answer
 
     def begin_save(self, feed: Feed, timeout_s: float = 30.0) -> grpc.Future[blocks_pb2.SaveBlocksResponse]:
-        """A save whose messages come as the feed gets them."""
+        """A save whose messages the feed provides."""
         future: grpc.Future[blocks_pb2.SaveBlocksResponse] = self._save.future(feed, timeout=timeout_s)
         return future
 
@@ -178,7 +178,7 @@ class Wire:
         return answer
 
     def state(self) -> dict[str, float]:
-        """What the daemon holds and has lost, by name."""
+        """The daemon's contents and losses, by name."""
         status = self.status()
         return {
             "layouts": status.layouts,
@@ -194,7 +194,7 @@ class Wire:
         }
 
     def has(self, layout: Layout, chain: BlockChain) -> bool:
-        """The whole chain is there, and its bytes are right."""
+        """The whole chain is stored, and its bytes are right."""
         hit = self.lookup(layout, chain)
         if hit.hit_blocks < len(chain):
             return False
@@ -236,7 +236,7 @@ class Upload:
     """The messages of one save of known blocks, to be changed before they are sent."""
 
     header: blocks_pb2.SaveHeader
-    frames: list[blocks_pb2.SaveBlocksRequest]  # One a slice, layer by layer.
+    frames: list[blocks_pb2.SaveBlocksRequest]  # One per slice, layer by layer.
     commit: blocks_pb2.SaveCommit
 
     @classmethod
@@ -282,7 +282,7 @@ class _Recorder(
     grpc.StreamUnaryClientInterceptor,  # type: ignore[type-arg]
     grpc.StreamStreamClientInterceptor,  # type: ignore[type-arg]
 ):
-    """Writes down which RPCs are called."""
+    """Records which RPCs are called."""
 
     def __init__(self, called: list[str]) -> None:
         self._called = called

@@ -43,7 +43,7 @@ def _chain(layout: Layout, *parts: tuple[int, int]) -> BlockChain:
 
 CHAINS = (
     (LAYOUT, _chain(LAYOUT, (1, 48), (2, 32))),
-    (LAYOUT, _chain(LAYOUT, (1, 48), (3, 37))),  # Goes another way after three blocks, and ends in part of one.
+    (LAYOUT, _chain(LAYOUT, (1, 48), (3, 37))),  # Differs after three blocks, and ends with a partial block.
     (LAYOUT, _chain(LAYOUT, (4, 70))),
     (LARGE, _chain(LARGE, (5, 48))),
 )
@@ -62,7 +62,7 @@ def cell(layout: Layout, key: bytes, tokens: int, version: int, layer: int, head
 
 
 def image_of(layout: Layout, key: bytes, tokens: int, version: int, shard: Shard) -> bytes:
-    """All slices of a block, as the shard's owner would save them."""
+    """All slices of a block, in the form in which the shard's rank saves them."""
     layers = range(shard.layer_begin, shard.layer_end)
     return b"".join(slice_of(layout, key, tokens, [version] * shard.heads, layer, shard) for layer in layers)
 
@@ -94,7 +94,7 @@ class HeldLease:
     shard: Shard
     chain: BlockChain
     ends_at_s: float
-    versions: dict[Object, set[int]]  # What the store held of these keys at the time of the grant.
+    versions: dict[Object, set[int]]  # What the store had of these keys when it granted the lease.
     places: dict[tuple[int, TierName], Extent] = field(default_factory=dict)
 
 
@@ -117,7 +117,7 @@ class OpenLoad:
 
 
 class StoreBesideModel(RuleBasedStateMachine):
-    """The store, the model, and what both are asked. Subclasses add the rules, and say how much space there is."""
+    """The store, the model, and the operations on both. Subclasses add the rules, and set the sizes of the tiers."""
 
     dram_bytes: ClassVar[int]
     ssd_bytes: ClassVar[int]
@@ -165,7 +165,7 @@ class StoreBesideModel(RuleBasedStateMachine):
         try:
             if hasattr(self, "opened"):
                 self.do(self._end_all())
-                if sys.exc_info()[0] is None:  # Else it would hide what went wrong before.
+                if sys.exc_info()[0] is None:  # Otherwise it would hide the earlier error.
                     self.settle()
                     self.check()
                 self.do(self.opened.close())
@@ -190,7 +190,7 @@ class StoreBesideModel(RuleBasedStateMachine):
         return self.last_version
 
     def settle(self) -> None:
-        """Once nothing runs, table, records and space say the same."""
+        """When nothing runs, table, records and space agree."""
         self.do(self.opened.settle())
         self.reconcile()
         self.doubtful.clear()
@@ -205,7 +205,7 @@ class StoreBesideModel(RuleBasedStateMachine):
         assert found >= set(self.versions), "a restart lost stored blocks"
         for name in found - set(self.versions):
             self.versions[name] = self.doubtful[name]  # KeyError: it was never saved, or was gone for good.
-            self.pins[name] = self.pinned_until_ms(name)  # It comes back as it was, pinned or not.
+            self.pins[name] = self.pinned_until_ms(name)  # It returns as it was, pinned or not.
         self.doubtful = {}
         assert self.do(self._scrub()) == 0, "a restart brought back a block with other bytes"
 
@@ -276,7 +276,7 @@ class StoreBesideModel(RuleBasedStateMachine):
         return all(any(shard.covers(cell) for shard in shards) for cell in cells)
 
     def tiers_of(self, key: bytes, wanted: Shard) -> set[TierName]:
-        """Where the rows lie that have all of `wanted`."""
+        """The tiers of the rows that have all of `wanted`."""
         found: set[TierName] = set()
         for name in self.visible():
             if name[0] == key and name[1].covers(wanted):
@@ -284,7 +284,7 @@ class StoreBesideModel(RuleBasedStateMachine):
         return found
 
     def being_saved(self, chain: BlockChain, shard: Shard) -> set[bytes]:
-        """Of the chain, what open saves bring. Blocks that were stored when a save began are not among them."""
+        """The chain's blocks that open saves upload, without blocks that were stored when the save began."""
         saves = [save for save in self.saves if save.shard == shard]
         brought = {save.chain.keys[place.position] for save in saves for place in save.upload.places}
         return brought & set(chain.keys)
@@ -294,11 +294,13 @@ class StoreBesideModel(RuleBasedStateMachine):
         for at in outcome.stored:
             name = (chain.keys[at], shard)
             self.versions[name] = {version}
-            self.doubtful.pop(name, None)  # The record of an earlier one went before this one came.
+            self.doubtful.pop(name, None)  # An earlier record was deleted before this one was written.
         for at in outcome.refused:
             name = (chain.keys[at], shard)
             if name not in self.versions and name in self.visible():
-                self.versions[name] = {version}  # SSD was asked for and had no space: it is in DRAM all the same.
+                self.versions[name] = {
+                    version
+                }  # The save required SSD, which had no space: the block is in DRAM nevertheless.
 
     def check_load(self, load: OpenLoad) -> None:
         held = load.held
@@ -364,7 +366,7 @@ class StoreBesideModel(RuleBasedStateMachine):
         return answer
 
     async def _evict(self, chain: BlockChain, tier: TierName) -> None:
-        """Copies that nothing holds leave; a block whose last copy leaves is gone."""
+        """Copies that nothing holds are evicted; a block without a copy is gone."""
         self.reconcile()
         blocks = self.opened.blocks
         rows = [row for first in set(blocks.rows_of_keys(chain.keys).tolist()) for row in blocks.shards_of(first)]
@@ -379,13 +381,13 @@ class StoreBesideModel(RuleBasedStateMachine):
         self.gone(gone)
 
     def pin_keeps(self, name: Object, tier: TierName) -> bool:
-        """A pinned block's copy on SSD stays, and so does one that only DRAM has."""
+        """A pinned block's copy on SSD stays, and so does a copy that is only in DRAM."""
         if self.pins.get(name, 0) <= self.files.clock.wall_ms():
             return False
         return tier == TierName.SSD or TierName.SSD not in self.opened.residency(*name)
 
     def go(self, names: list[Object]) -> None:
-        """They are invisible, and a crash may bring them back until their records are gone."""
+        """They are invisible; until their records are deleted, a crash may make them visible again."""
         for name in names:
             self.pins.pop(name, None)
             self.doubtful.setdefault(name, set()).update(self.versions.pop(name))

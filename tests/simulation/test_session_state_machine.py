@@ -45,7 +45,7 @@ TTL_S = 100
 
 
 class Token(NamedTuple):
-    """One token of a history: what it is, in which block it is kept, and where it was rotated."""
+    """One token of a history: its id, its block, and the position of its rotation."""
 
     token_id: int
     key: bytes
@@ -63,14 +63,14 @@ class Talk:
     cuts: int
     revision: int
     expires_s: float
-    on_disk_s: float  # When it expires as far as the disk knows.
+    on_disk_s: float  # Its expiry according to the disk.
 
     @property
     def partial_keys(self) -> set[bytes]:
         return {token.key for token in self.tokens if PARTIAL.get(token.key)}
 
 
-PARTIAL: dict[bytes, bool] = {}  # Every key of a partial block, ever.
+PARTIAL: dict[bytes, bool] = {}  # All keys of partial blocks, also of earlier ones.
 
 
 def chain_from(parent: bytes, token_ids: Sequence[int]) -> BlockChain:
@@ -126,7 +126,7 @@ class SessionMachine(RuleBasedStateMachine):
             self.files.remove()
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    # What the model knows
+    # The model
 
     @property
     def now_s(self) -> float:
@@ -263,7 +263,7 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(session_id=ids, after_s=st.sampled_from([0, 10, 40]))
     def read(self, session_id: str, after_s: int) -> None:
-        """What is usable is what is stored up to the first block that is not, and its bytes are right."""
+        """The usable slices are those before the first missing block, and their bytes are right."""
         self.files.clock.advance(seconds=after_s)
         talk = self.alive(session_id)
         if talk is None:
@@ -315,13 +315,13 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule()
     def kill(self) -> None:
-        """Uses since the last flush are forgotten, and nothing else."""
+        """A crash loses the uses since the last flush, and nothing else."""
         self.do(self.opened.kill())
         self.talks = {name: replace(talk, expires_s=talk.on_disk_s) for name, talk in self.talks.items()}
-        self.orphans.clear()  # Their drop may have been cut off: the policy will find them.
+        self.orphans.clear()  # Their drop may have been interrupted; the policy evicts them later.
         self.do(self._open())
 
-    # What always holds
+    # Invariants
 
     @invariant()
     def both_know_the_same_sessions(self) -> None:

@@ -1,7 +1,7 @@
 """A real store beside a plain model of it: for every order of events, both give the same answers.
 
 The store is the daemon's own, with LMDB, a shared-memory arena, SSD files and threads. Two sizes:
-with ample space nothing may ever be missing; under pressure only what the policy evicted.
+with ample space no block may be missing; under pressure only blocks that the policy evicted.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class StoreMachine(StoreBesideModel):
         version = self.new_version()
         images = [image_of(layout, *named, version, shard) for named in zip(part.keys, part.token_counts, strict=True)]
         checksums = checksums_of(shard, images)
-        checksums[-1] ^= np.uint64(1)  # Of the last block's last layer.
+        checksums[-1] ^= np.uint64(1)  # The checksum of the last block's last layer.
 
         async def work() -> SaveOutcome:
             async with self.opened.begin_save(self.client(0), part, shard=shard, layout=layout) as upload:
@@ -154,7 +154,7 @@ class StoreMachine(StoreBesideModel):
         else:
             self.do(save.upload.__aexit__(None, None, None))
 
-    # Finding and loading
+    # Lookups and loads
 
     @rule(chain=chains, first=firsts, count=counts, shard=shards, ttl_s=st.sampled_from([0, 5, 50, 50]), client=numbers)
     def lookup(self, chain: int, first: int, count: int, shard: Shard, ttl_s: int, client: int) -> None:
@@ -271,7 +271,7 @@ class StoreMachine(StoreBesideModel):
         for save in over:
             self.do(save.upload.__aexit__(None, None, None))
 
-    # Moving and dropping
+    # Moves and drops
 
     @rule(chain=chains, first=firsts, count=counts, tier=tiers)
     def evict(self, chain: int, first: int, count: int, tier: TierName) -> None:
@@ -284,7 +284,7 @@ class StoreMachine(StoreBesideModel):
         keys = {key for other, whole in CHAINS if other is layout for key in whole.keys}
 
         async def work() -> None:
-            self.reconcile()  # In the same turn of the event loop: else the policy evicts between the two.
+            self.reconcile()  # In the same iteration of the event loop; otherwise the policy may evict between the two.
             gone = [name for name in self.versions if name[0] in (keys if whole_layout else part.keys)]
             if not whole_layout:
                 missing = len(set(part.keys) - {key for key, _ in gone})
@@ -333,7 +333,7 @@ class StoreMachine(StoreBesideModel):
         else:
             assert self.do(self._scrub()) == 0
 
-    # At one time
+    # Concurrent operations
 
     @rule(chain=chains, count=counts, shard=shards, other=chains, act=st.sampled_from(["discard", "dram", "ssd", "up"]))
     def save_while_others_act(self, chain: int, count: int, shard: Shard, other: int, act: str) -> None:
@@ -350,7 +350,7 @@ class StoreMachine(StoreBesideModel):
 
         outcome = self.do(both())
         self.note_save(part, shard, version, outcome)
-        if act != "up":  # What both touched may have come before or after.
+        if act != "up":  # For blocks of both operations, either order is possible.
             for key in set(part.keys) & set(other_part.keys):
                 for name in [(key, each) for each in SHARDS]:
                     found = before.get(name, set()) | self.versions.get(name, set())
@@ -360,7 +360,7 @@ class StoreMachine(StoreBesideModel):
                     elif found:  # The policy may have evicted it meanwhile, and its record may still be there.
                         self.doubtful.setdefault(name, set()).update(found)
 
-    # Life and death
+    # Restarts and crashes
 
     @rule(how=st.sampled_from(["crash", "power cut", "clean"]))
     def restart(self, how: str) -> None:
@@ -412,12 +412,12 @@ class StoreMachine(StoreBesideModel):
         self.open_again()
 
     async def _crash(self, power_cut: bool) -> None:
-        """What is visible in the last moment survives; on SSD, where the power is cut."""
+        """Blocks that are visible at the kill survive; after a power cut, those on SSD."""
         survivors = self.visible()
         if power_cut:
             survivors = {name for name in survivors if TierName.SSD in self.opened.residency(*name)}
         self.go(list(set(self.versions) - survivors))
-        for name in survivors - set(self.versions):  # Saved just now.
+        for name in survivors - set(self.versions):  # Blocks that were saved just before.
             self.versions[name] = set(self.doubtful[name])
         await self.opened.kill()
         await self._end_all()
@@ -433,7 +433,7 @@ class AmpleStore(StoreMachine):
 
 
 class StoreUnderPressure(StoreMachine):
-    """Room for a fifth of the blocks in DRAM, for half of them on SSD."""
+    """Space for a fifth of the blocks in DRAM, and for half of them on SSD."""
 
     dram_bytes = 280 * KIB
     ssd_bytes = 560 * KIB

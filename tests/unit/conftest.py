@@ -44,7 +44,7 @@ async def open_store(store_files: Callable[..., StoreFiles]) -> AsyncIterator[Ca
 
 @pytest.fixture
 async def opened(open_store: Callable[..., Any]) -> OpenStore:
-    """A store with room for 80 blocks in DRAM and 300 on SSD."""
+    """A store with space for 80 blocks in DRAM and 300 on SSD."""
     store: OpenStore = await open_store()
     return store
 

@@ -49,7 +49,7 @@ def tiny_llama(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
 
 
 class NothingMeasured(Rates):
-    """Learns nothing, so that what is stored is loaded, however fast it could be computed."""
+    """Learns nothing, so that stored KV is always loaded, also if computing it is faster."""
 
     def observe_load(self, *measured: Any, **more: Any) -> None:
         pass
@@ -82,11 +82,11 @@ def states(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 class KeptBlocks:
-    """A client and its blocks at once: what was saved, block by block and layer by layer, in a dict."""
+    """A client and its block cache in one object: saved blocks are in a dict, layer by layer."""
 
     def __init__(self) -> None:
         self.stored: dict[bytes, list[bytes]] = {}
-        self.saves: list[int] = []  # How many blocks each save brought.
+        self.saves: list[int] = []  # The number of blocks per save.
         self.failing: KVError | None = None
         self.layout: Layout | None = None
         self.reports: list[RequestReport] = []

@@ -1,7 +1,8 @@
-"""Damages an index in many ways, and uses what is said to be sound. A process of its own: LMDB may end it.
+"""Damages an index in many ways, and uses it if the check calls it sound. A process of its own, because LMDB may end
+it.
 
-``python -m tests.unit.index_damage FOLDER SEED COUNT`` prints one line of JSON; what it was doing stands in
-``FOLDER/doing`` if it died.
+``python -m tests.unit.index_damage FOLDER SEED COUNT`` prints one line of JSON. If it dies, ``FOLDER/doing`` has its
+last operation.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def opened(folder: Path) -> lmdb.Environment:
 
 
 def use(folder: Path, expected: dict[bytes, bytes]) -> None:
-    """Read, write and delete everything. Asserts that what has a sound CRC is what was written."""
+    """Read, write and delete everything. Asserts that values with a correct CRC equal the written ones."""
     with opened(folder) as env:
         handles = {name: env.open_db(name, create=False) for name in _NAMES}
         with env.begin() as txn:
@@ -82,7 +83,7 @@ def main(folder: Path, seed: int, count: int) -> None:
             doing = f"cut to {len(data)} bytes"
         else:
             page = number % page_count
-            # Where a page's own numbers stand, more often than where keys and values do.
+            # In a page's own numbers, more often than in keys and values.
             offset = page * PAGE_BYTES + chooser.randrange(chooser.choice((PAGE_BYTES, 16, 160)))
             bit = chooser.randrange(8)
             data[offset] ^= 1 << bit

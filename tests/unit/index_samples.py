@@ -14,12 +14,12 @@ SHARD = Shard.whole(LAYOUT)
 
 
 def some_keys(count: int, first: int = 0) -> list[bytes]:
-    """Object keys that are spread like real ones."""
+    """Object keys with the distribution of real ones."""
     return [hashlib.sha256(b"%d" % number).digest() + SHARD.encode() for number in range(first, first + count)]
 
 
 def some_records(count: int, first: int = 0, layout_id: int = 1) -> Records:
-    """Records of blocks that lie side by side, one page each."""
+    """Records of adjacent blocks, one page each."""
     numbers = np.arange(first, first + count)
     records = new_records(count)
     records["layout_id"] = layout_id

@@ -1,4 +1,4 @@
-"""Tiny models of random weights, one for each way to rotate keys, and what their own code makes of a key."""
+"""Tiny models with random weights, one per kind of rotary encoding, and the keys that their own code computes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ OPTIONS: dict[str, Any] = {
     "pad_token_id": None,
     "bos_token_id": None,
     "eos_token_id": None,
-    "initializer_range": 0.1,  # Scores far enough from one another that a key in the wrong place is seen.
+    "initializer_range": 0.1,  # So that scores differ enough to show a key at a wrong place.
 }
 SCALINGS: dict[str, dict[str, Any]] = {
     "linear": {"factor": 2.5},
@@ -96,7 +96,7 @@ def computed(model: Any, token_ids: torch.Tensor, first_position: int = 0) -> Dy
 def logits_after(
     model: Any, cache: DynamicCache, token_ids: torch.Tensor, first_position: int | None = None
 ) -> torch.Tensor:
-    """Of some more tokens, ``[token, vocabulary]``; at the positions after the cache's length unless told."""
+    """Logits of further tokens, ``[token, vocabulary]``; by default at the positions after the cache's length."""
     first = cache.get_seq_length() if first_position is None else first_position
     positions = torch.arange(first, first + token_ids.shape[1])[None]
     logits: torch.Tensor = model(token_ids, past_key_values=cache, position_ids=positions).logits
@@ -104,7 +104,7 @@ def logits_after(
 
 
 def picked(cache: DynamicCache, kept: NDArray[np.int64]) -> DynamicCache:
-    """A cache of some of another's tokens, as they are, in memory of its own."""
+    """A cache with some of another cache's tokens, unchanged, in memory of its own."""
     index = torch.from_numpy(kept)
     chosen = DynamicCache()
     for layer, (keys, values) in enumerate(states(cache)):
@@ -118,7 +118,7 @@ def states(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 class RecordedKeys:
-    """What the model's own code took and gave when it rotated the keys of each layer."""
+    """The input and output of the model's own rotation of each layer's keys."""
 
     def __init__(self, model: Any, patch: pytest.MonkeyPatch) -> None:
         self.unrotated: list[torch.Tensor] = []
@@ -134,7 +134,7 @@ class RecordedKeys:
 
     @torch.inference_mode()
     def rotated_at(self, layer: int, kept: NDArray[np.int64], positions: Sequence[int]) -> torch.Tensor:
-        """The keys of some tokens, freshly rotated by the model's code: ``[1, head, token, dim or rotary dim]``."""
+        """The keys of some tokens, rotated by the model's own code: ``[1, head, token, dim or rotary dim]``."""
         keys = self.unrotated[layer][:, :, torch.from_numpy(kept)]
         [rotary] = [each for each in self._model.modules() if hasattr(each, "inv_freq")]
         cos, sin = rotary(keys, torch.tensor(positions)[None])

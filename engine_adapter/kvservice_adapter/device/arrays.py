@@ -95,9 +95,8 @@ class _OnHost:
 
 def _by_dlpack(array: Any) -> ArrayView:
     kind, number = array.__dlpack_device__()
-    memory = (
-        exported_memory(array) if kind in HOST_DEVICES else exported_memory(array, stream=-1)
-    )  # -1: no stream waits for another.
+    # -1: no stream waits for another.
+    memory = exported_memory(array) if kind in HOST_DEVICES else exported_memory(array, stream=-1)
     place = int(kind), int(number)
     return ArrayView(
         memory.address,

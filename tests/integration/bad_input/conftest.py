@@ -1,4 +1,4 @@
-"""What is wrong is refused, and the refusal costs no block and no space."""
+"""Invalid input is refused, and the refusal costs no block and no space."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ def kept(daemon: DaemonProcess) -> Iterator[BlockChain]:
 
 @pytest.fixture
 def wire(kept: BlockChain, wire: Wire) -> Wire:
-    """The test ends with what is `kept`."""
+    """At the end of the test, the store has exactly the blocks of `kept`."""
     return wire

@@ -98,7 +98,7 @@ def test_a_frame_cut_off_anywhere_is_refused(wire: Wire, upload: Upload) -> None
         messages = [upload.first, whole[:length], upload.last]
         with pytest.raises(grpc.RpcError) as caught:
             wire.save(messages)
-        # Where the cut falls between two fields, what is left is a frame without a payload.
+        # If the cut is between two fields, the rest is a frame without a payload.
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, length
         assert re.search("is cut off or not a frame|is empty", str(caught.value.details())), length
 
@@ -207,7 +207,7 @@ def test_a_block_that_does_not_match_its_checksum_is_refused_and_the_others_are_
         wire.attach()
         wire.open_layout(SMALL)
         wire.admin.Discard(admin_pb2.DiscardRequest(everything=True))
-        until(lambda: wire.state()["DRAM bytes"] == 0)  # What is being written to SSD stays until it is.
+        until(lambda: wire.state()["DRAM bytes"] == 0)  # A block stays until its running write to SSD has ended.
         chain = new_chain(SMALL, 3)
         upload = Upload.of(wire, SMALL, chain, durability)
         spoiled = next(frame for frame in upload.frames if (frame.layer, frame.first_block) == (4, 1))
@@ -230,7 +230,7 @@ def test_a_block_that_does_not_match_its_checksum_is_refused_and_the_others_are_
         assert wire.has(SMALL, chain)
 
 
-# Saves that are left
+# Saves that the client leaves
 
 
 def test_a_save_whose_deadline_passes_leaves_nothing(wire: Wire, upload: Upload, chain: BlockChain) -> None:

@@ -1,4 +1,4 @@
-"""Requests that ask for the impossible are refused with their reason, and lose nothing."""
+"""Requests that are not possible are refused with a reason, and lose nothing."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_token_ids_that_are_no_u32_never_reach_the_wire(token: float, message: s
     assert caught.value.details == {"field": "token_ids"}
 
 
-# Everything else that a field may get wrong
+# Other wrong fields
 
 
 def lookup(**fields: Any) -> Callable[[Wire], object]:

@@ -19,7 +19,7 @@ from tests.integration.known_blocks import SMALL, new_chain, save, verify
 
 
 def refuses(daemon: DaemonProcess, *, code: int = 1) -> str:
-    """The daemon ends by itself, with this exit code. What it said."""
+    """The daemon ends by itself, with this exit code. Returns its log."""
     daemon.launch()
     assert daemon.wait_for_end() == code
     assert "Traceback" not in "".join(daemon.lines)
@@ -27,7 +27,7 @@ def refuses(daemon: DaemonProcess, *, code: int = 1) -> str:
 
 
 def fingerprints(folder: Path) -> dict[str, str]:
-    """Of all files below, by name."""
+    """The content of all files below the folder, by name."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("lock", "lock.mdb")]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -71,7 +71,7 @@ def test_a_second_daemon_on_one_store_is_refused_and_the_first_serves(tmp_path: 
             with Client(str(first.socket_path)) as by_socket:
                 verify(by_socket, SMALL, more)
 
-            first.kill()  # The lock goes with its holder.
+            first.kill()  # The kernel releases the lock with its holder.
             second.start()
             with second.client() as client_of_second:
                 verify(client_of_second, SMALL, chain)
@@ -184,7 +184,7 @@ def test_a_drive_that_is_away_keeps_the_daemon_from_starting_and_costs_no_block(
         with daemon.client() as client:
             save(client, SMALL, chain, Durability.SSD)
         daemon.stop()
-        for folder in daemon.shared_memory.iterdir():  # As at a reboot of the host.
+        for folder in daemon.shared_memory.iterdir():  # As after a reboot of the host.
             shutil.rmtree(folder)
         drive.rename(tmp_path / "unmounted")
         drive.mkdir()

@@ -1,4 +1,4 @@
-"""Deadlines that pass and a wall clock that jumps: calls end in time, leases and blocks stay what they were."""
+"""Deadlines that pass, and a wall clock that jumps: calls end in time, and leases and blocks do not change."""
 
 from __future__ import annotations
 
