@@ -202,8 +202,8 @@ class OpenStore:
             with contextlib.suppress(queue.Empty):
                 while True:
                     environment._queue.get_nowait()
-        self.index.close()  # The commit that runs may end.
-        logging.disable()  # What is cut off complains about the index.
+        self.index.close()  # The running commit may end.
+        logging.disable()  # Interrupted tasks log errors of the index.
         await self.tasks.stop()
         logging.disable(logging.NOTSET)
         self._close_files()

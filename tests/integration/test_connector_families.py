@@ -88,7 +88,7 @@ def sampled(engine: Engine) -> None:
 
 
 def a_conversation(engine: Engine) -> None:
-    """A prompt that equals the stored tokens, one with one token more, and one with a block more."""
+    """A prompt that equals the stored tokens, one that is one token longer, and one that is a block longer."""
     ids = prompt_of(PROMPT_TOKENS + 7 + BLOCK_TOKENS)
     assert engine.turn(ids[:, :PROMPT_TOKENS], engine.name, max_new_tokens=1).tokens == 0
     assert engine.turn(ids[:, :PROMPT_TOKENS], engine.name, max_new_tokens=1).tokens == PROMPT_TOKENS - 1

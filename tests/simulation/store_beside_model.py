@@ -136,9 +136,11 @@ class StoreBesideModel(RuleBasedStateMachine):
             watermarks=self.watermarks, limits=limits,
         )  # fmt: skip
         # The model
-        self.versions: dict[Object, set[int]] = {}  # What is visible, and which of the saved contents it may have.
-        self.doubtful: dict[Object, set[int]] = {}  # What a crash may bring back, or not.
-        self.pins: dict[Object, int] = {}  # When they end, by the wall clock.
+        self.versions: dict[
+            Object, set[int]
+        ] = {}  # The visible objects, and which of the saved contents each may have.
+        self.doubtful: dict[Object, set[int]] = {}  # Objects that a crash may make visible again.
+        self.pins: dict[Object, int] = {}  # The ends of pins, by the wall clock.
         self.last_version = 0
         self.evictions_seen = 0
         self.clients: list[Client] = []
@@ -298,9 +300,7 @@ class StoreBesideModel(RuleBasedStateMachine):
         for at in outcome.refused:
             name = (chain.keys[at], shard)
             if name not in self.versions and name in self.visible():
-                self.versions[name] = {
-                    version
-                }  # The save required SSD, which had no space: the block is in DRAM nevertheless.
+                self.versions[name] = {version}  # SSD had no space: the block is only in DRAM.
 
     def check_load(self, load: OpenLoad) -> None:
         held = load.held

@@ -52,8 +52,8 @@ class StoreMachine(StoreBesideModel):
         for chain, on_ssd in stored:
             self.save(chain=chain, first=0, count=6, shard=SHARDS[0], on_ssd=on_ssd, client=0)
 
-    # What rules choose from. Nothing here, and no precondition, depends on how far background work has
-    # come: hypothesis wants to run a failed example again.
+    # The rules choose from these. Nothing here, and no precondition, depends on the progress of background work, so
+    # that hypothesis can repeat a failed example.
 
     chains = st.integers(0, len(CHAINS) - 1)
     counts = st.integers(1, 6)
