@@ -14,8 +14,10 @@ class TransportStats:
     """What one transport did since the client was made.
 
     Bytes are payload. Operations are those that it carried to their end. Seconds are those in which it worked:
-    callers that take their time between two layers are not counted. `fallbacks` are the operations that it left, in
-    whole or in part, to the next transport.
+    callers that take their time between two layers are not counted. `fallbacks` are the operations that it could not
+    carry, in whole or in part, so that the next transport did. `mismatches` are the loads and views whose bytes in
+    place were not those that their checksums were taken of. They are no fallbacks, although the daemon then verifies
+    the bytes by way of the next transport.
     """
 
     loads: int = 0
@@ -27,6 +29,7 @@ class TransportStats:
     load_seconds: float = 0.0
     save_seconds: float = 0.0
     fallbacks: int = 0
+    mismatches: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,7 @@ class Meter:
         viewed_bytes: int = 0,
         load_seconds: float = 0.0,
         save_seconds: float = 0.0,
+        mismatches: int = 0,
     ) -> None:
         with self._lock:
             was = self._counts.get(transport) or TransportStats()
@@ -83,6 +87,7 @@ class Meter:
                 was.load_seconds + load_seconds,
                 was.save_seconds + save_seconds,
                 was.fallbacks,
+                was.mismatches + mismatches,
             )
 
     def fell_back(self, transport: str, why: str) -> None:
