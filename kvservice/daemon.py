@@ -7,8 +7,6 @@ index (it belongs to the arena), then the block table from the records of both.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
 import gc
 import logging
 import os
@@ -54,11 +52,14 @@ from kvservice.tiers.arena import Arena, without_generations
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.files import FileCalls, file_system_of
 from kvservice.tiers.ssd import SsdTier
+from kvservice_api.malloc import keep_large_buffers, return_free_memory
 
 log = logging.getLogger(__name__)
 
 MIB = 2**20
 _DRAM_BYTES_MIN = 64 * MIB  # A DRAM tier that a memory limit makes smaller than this would hold few blocks, or none.
+
+_KEPT_FREE_BYTES = 512 * MIB
 
 _SOCKET_MODES = {"user": 0o600, "group": 0o660, "all": 0o666}
 
@@ -124,7 +125,7 @@ class Daemon:
         # Objects of the start are never freed, so the garbage collector can skip them.
         gc.collect()
         gc.freeze()
-        _give_back_freed_memory()
+        return_free_memory()  # Reading a million records takes a quarter of a gigabyte, which is then unused.
         self._tasks.start(self.heartbeat.run(), "heartbeat")
         if self._certificates is not None:
             self._tasks.start(self._certificates.watch(self.counters), "TLS files")
@@ -182,24 +183,7 @@ def tune_process() -> None:
     """Set the process-wide options of a daemon: for memory and for threads."""
     # I/O threads and committers take the GIL for microseconds, often: 5 ms is too long to wait for it.
     sys.setswitchinterval(0.0005)
-    _keep_large_buffers()
-
-
-def _keep_large_buffers() -> None:
-    """Have glibc keep freed megabytes instead of unmapping them: a fresh page costs more than its copy."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return  # Not glibc: another allocator.
-    m_trim_threshold, m_mmap_threshold = -1, -3
-    mallopt(m_mmap_threshold, 64 << 20)
-    mallopt(m_trim_threshold, 512 << 20)
-
-
-def _give_back_freed_memory() -> None:
-    """Reading a million records takes a quarter of a gigabyte, which is then unused."""
-    with contextlib.suppress(OSError, AttributeError):  # Not glibc.
-        ctypes.CDLL(None).malloc_trim(0)
+    keep_large_buffers(_KEPT_FREE_BYTES)  # A fresh page costs more than its copy.
 
 
 class _StoreParts(NamedTuple):

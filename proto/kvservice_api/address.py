@@ -87,7 +87,7 @@ def parse_listen_address(text: object) -> TcpAddress:
 
 
 def parse_listen_socket(text: object) -> UnixAddress:
-    """A UNIX socket that a daemon listens on, by its path with or without ``unix:``. Raises ValueError, with the rule."""
+    """A UNIX socket that a daemon listens on: its path, with or without ``unix:``. Raises ValueError, with the rule."""
     with _refused(text, _SOCKET_RULE):
         return _unix(_text(text).removeprefix("unix:"))
 
