@@ -73,8 +73,10 @@ class Daemon:
         parts: _StoreParts,
         resources: ExitStack,
         certificates: Certificates | None,
+        clock: Clock,
     ) -> None:
         """Use `open`."""
+        self._clock = clock
         self.settings = settings
         self._certificates = certificates
         self.store, self.counters, self.directory, self._executor = parts
@@ -82,7 +84,7 @@ class Daemon:
         self._resources = resources
         self.boot_epoch = self.store.boot_epoch
         self.registry = CollectorRegistry()
-        self.heartbeat = Heartbeat(self.registry)
+        self.heartbeat = Heartbeat(clock, self.registry)
         server = settings.server
         path = settings.unix_socket_path
         if path is not None:
@@ -112,9 +114,9 @@ class Daemon:
         """
         certificates = Certificates(settings.tls) if settings.tls.certificate else None
         with ExitStack() as opening:
-            files = files or FileCalls()
-            parts = _open_store(settings, clock or SystemClock(), files, opening)
-            daemon = cls(settings, parts, opening, certificates)
+            files, clock = files or FileCalls(), clock or SystemClock()
+            parts = _open_store(settings, clock, files, opening)
+            daemon = cls(settings, parts, opening, certificates, clock)
             daemon._resources = opening.pop_all()
             return daemon
 
@@ -128,7 +130,7 @@ class Daemon:
         return_free_memory()  # Reading a million records takes a quarter of a gigabyte, which is then unused.
         self._tasks.start(self.heartbeat.run(), "heartbeat")
         if self._certificates is not None:
-            self._tasks.start(self._certificates.watch(self.counters), "TLS files")
+            self._tasks.start(self._certificates.watch(self.counters, self._clock), "TLS files")
         self._tasks.start(self.directory.keep(), "residency directory")
         ports = {"port": self.port, "metrics_port": self.metrics_port}
         log.info("serving", extra={**ports, "blocks": self.store.facts().blocks, "pid": os.getpid()})
@@ -140,7 +142,7 @@ class Daemon:
         timeout_s = self.settings.server.drain_timeout_s
         log.info("draining: running loads and saves may take %g s", timeout_s, extra={"timeout_s": timeout_s})
         try:
-            async with asyncio.timeout(timeout_s):
+            async with self._clock.timeout(timeout_s):
                 await self.store.quiet()
         except TimeoutError:
             log.warning("the drain timeout is over; running loads and saves are cancelled")

@@ -31,6 +31,10 @@ class FakeClock:
         """Waits in real time: most tests do not check the duration."""
         return asyncio.timeout(seconds)
 
+    async def sleep(self, seconds: float) -> None:
+        """In real time too: the loops of a store go on by themselves."""
+        await asyncio.sleep(seconds)
+
 
 class HandClock(FakeClock):
     """Waits also end only when the test moves the time."""

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import grpc
 
+from kvservice.clock import Clock
 from kvservice.config import ConfigError, TlsSettings
 from kvservice.counters import Counters
 from kvservice_api.pem_files import PemError, PemFile, file_stamps, load_authorities, load_pair, reason_of
@@ -77,10 +78,10 @@ class Certificates:
             given.configuration, newer, require_client_authentication=bool(self._files.client_ca)
         )
 
-    async def watch(self, counters: Counters) -> NoReturn:
+    async def watch(self, counters: Counters, clock: Clock) -> NoReturn:
         """Look at the files for ever. The looks run on a thread: the files may lie on a slow disk."""
         while True:
-            await asyncio.sleep(_LOOK_EVERY_S)
+            await clock.sleep(_LOOK_EVERY_S)
             await asyncio.to_thread(self.look, counters)
 
     def look(self, counters: Counters) -> None:
