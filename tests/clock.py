@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import time
-from collections.abc import Iterator
-from unittest import mock
+
+from kvservice_client import Clock
 
 
 class FakeClock:
@@ -65,13 +64,18 @@ class TickingClock(FakeClock):
         return super().wall_ms()
 
 
-@contextlib.contextmanager
-def later(*, seconds: float) -> Iterator[None]:
-    """In this process `time.monotonic` is ahead by so much meanwhile: for what a client does late."""
-    real = time.monotonic
+class ClientClock(Clock):
+    """A client's clock: only a test and the pauses of the client move it. Waits for something end in real time."""
 
-    def ahead() -> float:
-        return real() + seconds
+    def __init__(self) -> None:
+        self._seconds = random.randrange(80, 8_000_000) / 8
 
-    with mock.patch.object(time, "monotonic", ahead):
-        yield
+    def now_s(self) -> float:
+        return self._seconds
+
+    def sleep(self, seconds: float) -> None:
+        self.advance(seconds=seconds)
+
+    def advance(self, *, seconds: float) -> None:
+        assert seconds >= 0
+        self._seconds += seconds
