@@ -370,7 +370,7 @@ async def test_a_client_that_goes_while_it_waits_for_another_or_for_room_is_let_
     chain = some_chain(2)
     upload = await half_saved(opened, owner, chain)
     save = asyncio.create_task(opened.save(waiting, chain, some_images(chain)))
-    await asyncio.sleep(0.01)
+    await until(lambda: opened.claims.waiting_for(chain.keys[0]) == 2)
     assert not save.done()
 
     opened.store.detach(CALLER, waiting)
@@ -417,7 +417,7 @@ async def test_who_waits_takes_over_where_the_first_one_gives_up(opened: OpenSto
     chain = some_chain(2)
     first = await half_saved(opened, client, chain)
     waiting = [asyncio.create_task(opened.save(client, chain, some_images(chain, seed=seed))) for seed in (1, 2)]
-    await asyncio.sleep(0.01)
+    await until(lambda: opened.claims.waiting_for(chain.keys[0]) == 3)
     await first.__aexit__(None, None, None)
     outcomes = await asyncio.gather(*waiting)
     assert [len(outcome.stored) for outcome in outcomes] == [2, 0]
@@ -452,7 +452,7 @@ async def test_saves_that_wait_for_one_another_form_no_circle(opened: OpenStore,
     gives_up = await half_saved(opened, client, b)
     # The first holds A and waits for B, the second waits for both.
     both = [asyncio.create_task(opened.save(client, chain, some_images(chain, seed=seed))) for seed in (1, 2)]
-    await asyncio.sleep(0.01)
+    await until(lambda: opened.claims.waiting_for(a.keys[0]) == 2 and opened.claims.waiting_for(b.keys[0]) == 3)
     third = asyncio.create_task(opened.save(client, b, some_images(b, seed=3)))
     await gives_up.__aexit__(None, None, None)
     fourth = asyncio.create_task(opened.save(client, a, some_images(a, seed=4)))
@@ -500,7 +500,7 @@ async def test_an_acknowledgement_from_ssd_holds_for_blocks_that_others_had_stor
     with calls.held("pwritev"):
         await opened.save(client, chain, images)
         durable = asyncio.create_task(opened.save(client, chain, images, on_ssd=True))
-        await asyncio.sleep(0.02)
+        await until(lambda: opened.write_behind is not None and opened.write_behind._awaited == 2)
         assert not durable.done()
     assert (await durable).already_stored == [0, 1]
     assert opened.residency(chain.keys[0]) == {TierName.DRAM, TierName.SSD}
