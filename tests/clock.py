@@ -36,7 +36,7 @@ class FakeClock:
 
 
 class HandClock(FakeClock):
-    """Waits also end only when the test moves the time."""
+    """Waits and pauses also end only when the test moves the time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,6 +47,11 @@ class HandClock(FakeClock):
         self._timeouts.append((self._seconds + seconds, timeout))
         return timeout
 
+    async def sleep(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with self.timeout(seconds):
+                await asyncio.get_running_loop().create_future()
+
     def advance(self, *, seconds: float) -> None:
         super().advance(seconds=seconds)
         for end_s, timeout in self._timeouts:
@@ -54,6 +59,12 @@ class HandClock(FakeClock):
                 with contextlib.suppress(RuntimeError):  # What it was for has ended before.
                     timeout.reschedule(asyncio.get_running_loop().time())
         self._timeouts = [(end_s, timeout) for end_s, timeout in self._timeouts if end_s > self._seconds]
+
+
+def passes(clock: FakeClock) -> bool:
+    """A second passes. True, for use in conditions that are awaited: the waits for them end by themselves."""
+    clock.advance(seconds=1)
+    return True
 
 
 class TickingClock(FakeClock):
