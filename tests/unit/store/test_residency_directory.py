@@ -165,7 +165,7 @@ async def test_readers_in_other_processes_never_find_what_is_not_stored(folder: 
             number = chosen.randrange(ALWAYS, NEVER)
             key, shard, layout_id = object_of(number)
             if number not in there:
-                made.put(key, shard, layout_id, chosen.choice(list(TierName)))
+                made.put(key, shard, layout_id, chosen.choice([TierName.DRAM, TierName.SSD]))
             else:
                 made.drop(key, shard)
             there ^= {number}
@@ -285,6 +285,7 @@ async def test_a_larger_file_takes_over_while_blocks_come_and_go(folder: Path) -
             made.drop(keys[number - 1])
         if number % 16 == 0:
             await asyncio.sleep(0)
+        await until(lambda: made.fill <= 0.9)  # The larger one is made from 0.7 on; none is made once this one is full.
     await until(lambda: made.fill <= 0.7)
 
     assert not first.is_good_for(STORE_ID, made.epoch)
