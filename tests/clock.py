@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import time
-from collections.abc import Iterator
-from unittest import mock
+
+from kvservice_client import Clock
 
 
 class FakeClock:
@@ -31,9 +30,13 @@ class FakeClock:
         """Waits take real time, because most tests do not check the duration."""
         return asyncio.timeout(seconds)
 
+    async def sleep(self, seconds: float) -> None:
+        """In real time: the background loops of a store run without a test's help."""
+        await asyncio.sleep(seconds)
+
 
 class HandClock(FakeClock):
-    """Waits also end only when the test moves the time."""
+    """Waits and pauses also end only when the test moves the time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,6 +47,11 @@ class HandClock(FakeClock):
         self._timeouts.append((self._seconds + seconds, timeout))
         return timeout
 
+    async def sleep(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with self.timeout(seconds):
+                await asyncio.get_running_loop().create_future()
+
     def advance(self, *, seconds: float) -> None:
         super().advance(seconds=seconds)
         for end_s, timeout in self._timeouts:
@@ -51,6 +59,12 @@ class HandClock(FakeClock):
                 with contextlib.suppress(RuntimeError):  # The awaited work has ended before.
                     timeout.reschedule(asyncio.get_running_loop().time())
         self._timeouts = [(end_s, timeout) for end_s, timeout in self._timeouts if end_s > self._seconds]
+
+
+def passes(clock: FakeClock) -> bool:
+    """Advances by a second. Returns True, for use in awaited conditions, so that their waits end."""
+    clock.advance(seconds=1)
+    return True
 
 
 class TickingClock(FakeClock):
@@ -61,13 +75,18 @@ class TickingClock(FakeClock):
         return super().wall_ms()
 
 
-@contextlib.contextmanager
-def later(*, seconds: float) -> Iterator[None]:
-    """Inside the block, `time.monotonic` of this process is ahead by `seconds`, to test what a client does late."""
-    real = time.monotonic
+class ClientClock(Clock):
+    """A client's clock: only a test and the pauses of the client move it. Waits for conditions end in real time."""
 
-    def ahead() -> float:
-        return real() + seconds
+    def __init__(self) -> None:
+        self._seconds = random.randrange(80, 8_000_000) / 8
 
-    with mock.patch.object(time, "monotonic", ahead):
-        yield
+    def now_s(self) -> float:
+        return self._seconds
+
+    def sleep(self, seconds: float) -> None:
+        self.advance(seconds=seconds)
+
+    def advance(self, *, seconds: float) -> None:
+        assert seconds >= 0
+        self._seconds += seconds

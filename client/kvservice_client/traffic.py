@@ -14,7 +14,9 @@ class TransportStats:
     """The counts of one transport since the client was made.
 
     Bytes are payload. Operations are those that it completed. Seconds are its working time, without the caller's time
-    between two layers. `fallbacks` are the operations that it left, completely or in part, to the next transport.
+    between two layers. `fallbacks` are the operations that it could not carry, completely or in part, so that the next
+    transport did. `mismatches` are the loads and views whose bytes in place did not match their checksums. They are not
+    fallbacks, although the daemon then verifies the bytes through the next transport.
     """
 
     loads: int = 0
@@ -26,6 +28,7 @@ class TransportStats:
     load_seconds: float = 0.0
     save_seconds: float = 0.0
     fallbacks: int = 0
+    mismatches: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,7 @@ class Meter:
         viewed_bytes: int = 0,
         load_seconds: float = 0.0,
         save_seconds: float = 0.0,
+        mismatches: int = 0,
     ) -> None:
         with self._lock:
             was = self._counts.get(transport) or TransportStats()
@@ -82,6 +86,7 @@ class Meter:
                 was.load_seconds + load_seconds,
                 was.save_seconds + save_seconds,
                 was.fallbacks,
+                was.mismatches + mismatches,
             )
 
     def fell_back(self, transport: str, why: str) -> None:

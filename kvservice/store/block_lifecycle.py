@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from kvservice.blocks import BlockTable, Extent, Rows, TierName
+from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.index.records import Records, new_records
@@ -48,6 +49,7 @@ class BlockLifecycle:
         counters: Counters,
         tasks: Tasks,
         history: MissReasons,
+        clock: Clock,
     ) -> None:
         self.blocks = blocks
         self.tiers = tiers
@@ -55,6 +57,7 @@ class BlockLifecycle:
         self._counters = counters
         self._tasks = tasks
         self.history = history
+        self._clock = clock
         self._leaving: dict[bytes, asyncio.Future[None]] = {}  # Objects whose records are being removed.
         self._placing: dict[tuple[int, TierName], asyncio.Future[None]] = {}  # Rows whose records are being written.
 
@@ -100,7 +103,7 @@ class BlockLifecycle:
         """
         names = list(object_keys)
         try:
-            async with asyncio.timeout(_SETTLED_WITHIN_S):
+            async with self._clock.timeout(_SETTLED_WITHIN_S):
                 while waiting := {self._leaving[name] for name in names if name in self._leaving}:
                     await asyncio.wait(waiting)
         except TimeoutError:
@@ -314,7 +317,7 @@ class BlockLifecycle:
                     exc_info=None if expected else error,
                 )
                 removal.report(error if isinstance(error, StorageFailed) else StorageFailed(str(error)))
-                await asyncio.sleep(_RETRY_S)
+                await self._clock.sleep(_RETRY_S)
 
     def _free_unreferenced(self, rows: Rows | Sequence[int]) -> None:
         """Release the bytes of forgotten rows that nothing holds any more. Their records are deleted already."""

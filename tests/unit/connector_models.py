@@ -14,6 +14,7 @@ from kvservice_adapter.connectors.transformers import TransformersConnector
 from kvservice_adapter.cost import Rates
 from kvservice_client import (
     BlockChain,
+    Clock,
     Durability,
     KVError,
     Layout,
@@ -85,6 +86,7 @@ class KeptBlocks:
     """A client and its block cache in one object: saved blocks are in a dict, layer by layer."""
 
     def __init__(self) -> None:
+        self.clock = Clock()
         self.stored: dict[bytes, list[bytes]] = {}
         self.saves: list[int] = []  # The number of blocks per save.
         self.failing: KVError | None = None

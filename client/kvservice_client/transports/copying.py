@@ -149,7 +149,7 @@ class Batch:
         """Run parts until the group is done. Raises the first error of a part of it, or DeadlineExceeded."""
         while not group.done.is_set() and deadline.remaining_s and (part := self._next()):
             self._run(*part)
-        if not group.done.wait(deadline.remaining_s):
+        if not deadline.clock.wait(group.done, deadline.remaining_s):
             raise DeadlineExceeded(f"the {deadline.allowed_s:.3g} s allowed for this call have passed")
         if group.error is not None:
             raise group.error

@@ -9,16 +9,17 @@ import numpy as np
 
 from kvservice_api.errors import InvalidFrame, KVError
 from kvservice_api.frames import HEAD_BYTES_MAX, decode_frame, encode_frame
+from kvservice_api.malloc import keep_large_buffers
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client.buffers import Bytes
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection
-from kvservice_client.malloc import keep_large_buffers
 from kvservice_client.retry import Deadline
 from kvservice_client.transports.base import LoadOrder, SaveOrder, SaveResult, Transport
 from kvservice_client.transports.messages import save_header, save_result
 
 _PAYLOAD_BYTES_WANTED = 2**20  # Larger frames leave the processor's caches before they are copied again.
+_KEPT_FREE_BYTES = 256 * 2**20
 
 
 class GrpcTransport(Transport):
@@ -36,7 +37,7 @@ class GrpcTransport(Transport):
         """Orders share no resources."""
 
     def load(self, order: LoadOrder, deadline: Deadline) -> Generator[Bytes, None, None]:
-        keep_large_buffers()
+        keep_large_buffers(_KEPT_FREE_BYTES)
         request = pb.LoadBlocksRequest(
             client_id=order.client_id,
             lease_id=order.lease_id,
@@ -68,7 +69,7 @@ class GrpcTransport(Transport):
             messages.close()
 
     def save(self, order: SaveOrder, deadline: Deadline) -> tuple[SaveResult, int]:
-        keep_large_buffers()
+        keep_large_buffers(_KEPT_FREE_BYTES)
         answer = self._channel.send_frames(BLOCKS + "SaveBlocks", _messages(order), pb.SaveBlocksResponse, deadline)
         return save_result(answer), order.size_bytes
 

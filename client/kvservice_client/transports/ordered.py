@@ -19,7 +19,7 @@ from kvservice_client.retry import Deadline
 from kvservice_client.traffic import Meter
 from kvservice_client.transports.base import LoadOrder, NotCarried, SaveOrder, SaveResult, Transport
 from kvservice_client.transports.grpc import GrpcTransport
-from kvservice_client.transports.in_place import InPlaceReader, Verify, View
+from kvservice_client.transports.in_place import InPlaceMismatch, InPlaceReader, Verify, View
 from kvservice_client.transports.shm import ShmTransport
 from kvservice_client.transports.throttle import Throttle
 
@@ -103,9 +103,9 @@ class OrderedTransports:
         """
         if self._down is not None:
             raise NotShared("a view moves no bytes that could be slowed down: load the blocks")
-        have_verified = partial(self._have_verified, order) if verify == "always" else None
         for transport in self._transports:
             if isinstance(transport, InPlaceReader):
+                have_verified = partial(self._have_verified, transport, order) if verify == "always" else None
                 transport.check_offered(deadline)
                 view = transport.view(order, deadline, have_verified)
                 self._meter.add(transport.name, views=1, viewed_bytes=order.size_bytes)
@@ -128,11 +128,16 @@ class OrderedTransports:
         if transport is self._transports[-1]:
             raise error
         why = error.message if isinstance(error, KVError) else str(error)
+        if isinstance(error, InPlaceMismatch):
+            self._meter.add(transport.name, mismatches=1)
+            self._log.warning("bytes read by %s are not used, the daemon is asked for them: %s", transport.name, why)
+            return
         self._meter.fell_back(transport.name, why)
         self._log.info("%s is not used: %s", transport.name, why)
 
-    def _have_verified(self, order: LoadOrder, block: int, layer: int) -> None:
+    def _have_verified(self, transport: Transport, order: LoadOrder, block: int, layer: int) -> None:
         """Make the daemon verify one slice, by loading it. For a damaged slice it drops the block and raises."""
+        self._meter.add(transport.name, mismatches=1)
         first, counts = order.first_block + block, order.token_counts[block : block + 1]
         one = replace(order, first_block=first, token_counts=counts, first_layer=layer, into=None)
         layers = self._transports[-1].load(one, self._connection.deadline(None))

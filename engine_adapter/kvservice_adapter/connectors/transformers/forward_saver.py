@@ -49,7 +49,9 @@ class Row:
     pad: int  # Columns before its first token.
     first: int  # The column where the block after `parent` begins: the sequence's first, or after a cut.
     parent: bytes
-    keys: list[bytes] = field(default_factory=list)  # Of the blocks from there on that are stored or being saved.
+    keys: list[bytes] = field(
+        default_factory=list
+    )  # The keys of the blocks from there on that are stored or are being saved.
 
 
 class ForwardSaver:
