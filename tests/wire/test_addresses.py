@@ -1,4 +1,4 @@
-"""Addresses: one rule for the client, kvctl and the daemon, and a message that says it."""
+"""Addresses: one rule for the client, kvctl and the daemon, and a message with the rule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files beside the arena are the same bytes in every release: two containers may have two of them."""
+"""The files beside the arena have the same bytes in every release, because containers may have different releases."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_the_bytes_that_are_always_zero_are_under_the_tag_too(position: int) -> 
 
 @pytest.mark.parametrize("position", range(len(TRAILER)))
 def test_every_byte_of_the_trailer_is_under_the_tag(position: int) -> None:
-    """Also where the descriptor names the other trailer by its checksum, which any client can compute."""
+    """Also if the descriptor has the other trailer's checksum, which any client can compute."""
     other = flipped(TRAILER, position)
     with pytest.raises(ValueError, match="another trailer"):
         decode(ENCODED, other)

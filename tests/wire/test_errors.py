@@ -1,4 +1,4 @@
-"""An error's status is the same bytes in every release."""
+"""An error's status has the same bytes in every release."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The committed protobuf code is what the .proto files say."""
+"""The committed protobuf code agrees with the .proto files."""
 
 from __future__ import annotations
 

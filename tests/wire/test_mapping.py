@@ -1,4 +1,4 @@
-"""Shared memory as both sides map it."""
+"""Mapping of shared memory, for both sides."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_joining_pages_and_faulting_in_change_no_byte(fd: int) -> None:
     mapping.bytes[:] = random
     reader = Mapping(fd, SIZE, writable=False)
     for start in range(0, SIZE - HUGE_PAGE_BYTES, HUGE_PAGE_BYTES):
-        mapping.collapse(start)  # Whether or not the kernel can.
+        mapping.collapse(start)  # Also if the kernel does not support it.
     assert mapping.fault_in(0, SIZE) and reader.fault_in(4096, SIZE)
     assert np.array_equal(reader.bytes, random)
     assert os.fstat(fd).st_blocks * 512 == SIZE

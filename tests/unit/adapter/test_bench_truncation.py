@@ -1,4 +1,4 @@
-"""What is left of a truncated history serves as well as if it were computed again; reused naively it is ruined."""
+"""The rest of a truncated history is as good as if it were computed again; naive reuse ruins it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TestATinyModel:
         assert scores.with_sinks.overflows == scores.recomputed.overflows >= 4
         assert scores.with_sinks.perplexity < 6
         assert scores.difference < 0.1 * scores.recomputed.perplexity
-        assert scores.without_sinks.perplexity < 1.1 * scores.recomputed.perplexity  # This one needs no sinks.
+        assert scores.without_sinks.perplexity < 1.1 * scores.recomputed.perplexity  # This model needs no sinks.
 
     def test_naive_reuse_ruins_it(self, scores: Quality) -> None:
         assert scores.naive.perplexity > 5 * scores.with_sinks.perplexity
@@ -48,7 +48,7 @@ def test_a_real_model_understands_what_is_left_and_needs_its_first_tokens() -> N
     found = quality(loaded.model, texts, window=512)
 
     assert found.with_sinks.losses.numel() == 2048
-    assert found.difference <= 0.1 + 2 * found.standard_error  # So few tokens say no more.
+    assert found.difference <= 0.1 + 2 * found.standard_error  # So few tokens show no more.
     assert found.difference <= 0.03 * found.recomputed.perplexity
     assert found.without_sinks.perplexity > 1.2 * found.with_sinks.perplexity
     assert found.naive.perplexity > 5 * found.with_sinks.perplexity

@@ -44,7 +44,7 @@ class Daemon(Clock):
         return answer
 
     def is_asked(self, answer: bool | Exception) -> None:
-        """The pause of the moment ends; the probe that follows is answered so."""
+        """End the present pause; the next probe gets this answer."""
         self.pauses.get(timeout=60)
         self.probes.put(answer)
         self._go_on.release()
@@ -67,7 +67,7 @@ _others: set[threading.Thread] = set()
 
 @pytest.fixture(autouse=True)
 def others() -> None:
-    """Threads that were there before the test."""
+    """Threads that existed before the test."""
     _others.clear()
     _others.update(threading.enumerate())
 

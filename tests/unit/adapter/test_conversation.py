@@ -1,4 +1,4 @@
-"""A conversation's log gives its history, and the key that its session must have come to."""
+"""A conversation's log gives its history, and the expected key of its session's tip."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def said(*token_ids: int) -> Conversation:
 
 
 def state_of(conversation: Conversation, *, since: int | None = None, tip: bytes | None = None) -> SessionState:
-    """The session as the daemon would have it, with the first `since` tokens behind the last cut."""
+    """The session in the daemon's form, with the first `since` tokens after the last cut."""
     since = len(conversation.tokens_since_cut) if since is None else since
     parent = conversation.parent(KEYS)
     chain = KEYS.chain(conversation.tokens_since_cut[:since], parent, with_partial=True)

@@ -1,4 +1,4 @@
-"""Load, recompute, or both: which plan is made from what was measured."""
+"""Load, recompute, or both: the plan for given measurements."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KIB = 2**10
 
 @dataclass(frozen=True)
 class Machine:
-    """How long things really take."""
+    """The true durations."""
 
     call_s: float = 0.002
     bytes_per_s: float = 100e6
@@ -34,7 +34,7 @@ class Machine:
         return self.forward_s + new * self.token_s + new * (context + new / 2) * self.pair_s
 
     def rates(self) -> Rates:
-        """What one learns of it."""
+        """Rates that have observed these durations."""
         rates = Rates()
         for new, context in ((1000, 0), (100, 0), (10, 3000), (500, 2000), (4000, 0), (30, 0)):
             rates.observe_prefill(new, context, self.prefill_s(new, context))
@@ -90,7 +90,7 @@ requests = st.builds(
 )
 
 
-# What is learned
+# Learning
 
 
 def test_what_was_measured_is_what_is_expected() -> None:
@@ -159,7 +159,7 @@ def test_threads_may_observe_and_ask_at_once() -> None:
     assert not failed
 
 
-# What is decided
+# Decisions
 
 
 def test_where_nothing_was_measured_the_history_is_loaded_and_so_gets_measured() -> None:

@@ -1,4 +1,4 @@
-"""The demo's parts that keep a conversation in a window: its history in memory, and what is new at each turn."""
+"""The demo's conversations in a window: the history in memory, and the new tokens of each turn."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def text_of(ids: list[int]) -> str:
 
 
 def test_what_is_new_is_the_last_message_in_the_chats_form() -> None:
-    """The answer before it is left out: the tokens of it are known already."""
+    """Without the answer before it, whose tokens are known already."""
     assert text_of(new_token_ids(Letters(), spoken("Be kind", "Hi"))) == "<s:Be kind><u:Hi><a:"
     assert text_of(new_token_ids(Letters(), spoken("Be kind", "Hi", "Hello", "Why"))) == "><u:Why><a:"
 

@@ -1,4 +1,4 @@
-"""Arrays of any library are known by where their elements are; halves are rounded as torch rounds them."""
+"""Views of arrays of any library; rounding to halves is as in torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.contracts.device import WAIT_S
 
 
 class OnAGpu:
-    """What Numba and others give: the interface alone."""
+    """An array that has only the interface, as in Numba."""
 
     def __init__(self, **described: Any) -> None:
         self.__cuda_array_interface__ = {"data": (4096, False), "version": 3, **described}

@@ -1,4 +1,4 @@
-"""The CPU as a device: the contract, and what its threads hold on to."""
+"""The CPU as a device: the contract, and the references of its threads."""
 
 from __future__ import annotations
 

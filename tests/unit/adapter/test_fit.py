@@ -1,4 +1,4 @@
-"""How durations are learned: few observations, outliers, changes of conditions."""
+"""Predicted durations: with few observations, with outliers, and after changes of conditions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layer-wise pre-loading on the CPU: how far it runs ahead, and how every load ends."""
+"""Layer-wise pre-loading on the CPU: how far it runs ahead, and all ends of a load."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DEVICE = CpuDevice()
 
 
 class History:
-    """Some layers, as a lease gives them. Each may be held back or fail; how the load ended is written down."""
+    """Some layers, as a lease yields them. Each may be delayed or fail; records how the load ended."""
 
     def __init__(self, layers: int = LAYERS) -> None:
         self.data = [noise(LAYER_BYTES, seed) for seed in range(layers)]
@@ -80,7 +80,7 @@ def check(history: History, layer: int, pages: Pages) -> None:
 
 
 def settle(stream: Stream, loader: LayerLoader) -> int:
-    """How many layers are there once nothing more happens by itself: each turn of the queue is a step."""
+    """The number of loaded layers once the stream's queue is empty."""
     loaded, still = -1, 0
     while still < 6:
         assert stream.submit(lambda: None).wait(WAIT_S)
@@ -131,7 +131,7 @@ def test_loading_runs_ahead_as_far_as_the_buffer_goes(k: int) -> None:
 
 def test_the_layer_after_one_that_the_engine_waits_for_is_loaded_before_the_engine_wakes() -> None:
     class LateDevice(CpuDevice):
-        """The engine's thread takes its time."""
+        """The engine's thread is slow."""
 
         def wait_in_compute(self, event: Event, timeout_s: float) -> bool:
             return super().wait_in_compute(event, timeout_s) and gate.wait(WAIT_S)

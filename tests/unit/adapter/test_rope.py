@@ -1,4 +1,4 @@
-"""How far keys turn, from a configuration and from a model, and which rotations are refused."""
+"""Rotations of keys, from a configuration and from a model, and which rotations are refused."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_older_configurations_say_type_for_rope_type() -> None:
 
 
 def test_gpt_j_pairs_neighbouring_dims() -> None:
-    """It has no parameters of its own; an engine's connector says what they are."""
+    """It has no parameters of its own; an engine's connector provides them."""
     model: Any = GPTJForCausalLM(GPTJConfig(vocab_size=97, n_embd=64, n_head=2, n_layer=1, rotary_dim=16))
     model.eval()
     rope = rope_of({"rope_theta": 10000.0, "partial_rotary_factor": 0.5}, head_dim=32, pairing="interleaved")
@@ -125,7 +125,7 @@ def test_gpt_j_pairs_neighbouring_dims() -> None:
 
 
 def test_yarn_puts_its_scale_on_keys_once() -> None:
-    """When they are rotated, and never when they are turned."""
+    """When keys are rotated for the first time, and never when they move to new positions."""
     rope = rope_of(PARAMETERS["yarn"])
     assert rope.attention_scaling == pytest.approx(0.1 * math.log(4) + 1)
     unrotated = random_keys(10)
@@ -168,7 +168,8 @@ class TestDynamic:
             rope.check_shift(CONTEXT_TOKENS)
 
     def test_up_to_that_length_the_model_uses_its_first_frequencies_also_after_longer_prompts(self) -> None:
-        """A longer prompt changes them; the first shorter one has them back, one of the context's length not."""
+        """A longer prompt changes them; the first shorter prompt restores them, one of the context's length does
+        not."""
         model = rotary_model("llama, dynamic")
         rope = Rope.from_model(model)
         assert rope.tokens_max is not None
@@ -329,7 +330,7 @@ def test_each_token_is_turned_by_its_own_difference_and_those_without_one_are_le
 
 @given(st.data())
 def test_a_part_of_the_sequence_is_turned_as_it_is_in_the_whole(data: st.DataObject) -> None:
-    """Pages hold runs of a sequence; each is turned where it lies."""
+    """Pages hold runs of a sequence; each run is rotated in place."""
     stored = [0, 1, 2, 3, 20, 21, 22, 30, 40, 50, 51]
     cut = sorted(data.draw(st.lists(st.integers(0, len(stored)), min_size=2, max_size=2)))
     rotation = rope_of({}).rotation(stored, range(len(stored)))

@@ -1,4 +1,4 @@
-"""Keys that were turned are those that the model would have rotated there, for every kind of rotary encoding."""
+"""Keys that moved to new positions equal those that the model rotates there, for every kind of rotary encoding."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Tokens = NDArray[np.int64]
 
 
 def turned(rope: Rope, cache: DynamicCache, kept: Tokens) -> DynamicCache:
-    """Some tokens of a history, their keys turned to where they are now read: 0, 1, 2..."""
+    """Some tokens of a history, with their keys rotated to the positions 0, 1, 2..."""
     chosen = picked(cache, kept)
     rotation = rope.rotation(kept, np.arange(len(kept)))
     assert rotation is not None
@@ -67,12 +67,12 @@ def test_logits_on_turned_keys_are_those_on_freshly_rotated_ones(
     left = logits_after(model, picked(cache, kept), new)
 
     assert (ours - fresh).abs().max() <= LOGITS_DIFFER_MAX
-    assert (left - fresh).abs().max() > 1000 * LOGITS_DIFFER_MAX  # It does matter where keys are.
+    assert (left - fresh).abs().max() > 1000 * LOGITS_DIFFER_MAX  # The positions of keys do matter.
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_in_bf16_turned_keys_are_as_good_as_bf16_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both are rounded to 8 bits; turned ones once more."""
+    """Both are rounded to 8 bits; moved keys are rounded twice."""
     model = rotary_model(name, torch.bfloat16)
     rope = Rope.from_model(model)
     recorded = RecordedKeys(model, monkeypatch)
@@ -106,7 +106,7 @@ def test_keys_that_are_read_where_they_were_stored_keep_every_bit(name: str, dty
 
 @pytest.mark.parametrize("name", MODELS)
 def test_dropping_the_oldest_half_and_counting_from_0_is_dropping_it_and_counting_on(name: str) -> None:
-    """Attention knows distances only, so the same tokens at their old positions give the same logits."""
+    """Attention depends only on distances, so the same tokens at their old positions give the same logits."""
     model = rotary_model(name)
     cache, new = computed(model, tokens_of(HISTORY_TOKENS)), tokens_of(NEW_TOKENS, seed=1)
     kept = kept_tokens(KEPT["the oldest half leaves"])
@@ -133,7 +133,7 @@ def test_turning_twice_is_turning_once_by_the_sum(name: str) -> None:
     rotation.apply(once)
 
     assert torch.allclose(twice, once, atol=5e-6)
-    assert torch.allclose(once.norm(dim=-1), keys.norm(dim=-1), rtol=1e-6)  # No factor is put on keys: YaRN's is in.
+    assert torch.allclose(once.norm(dim=-1), keys.norm(dim=-1), rtol=1e-6)  # The keys contain YaRN's factor already.
 
 
 @pytest.fixture(scope="module")

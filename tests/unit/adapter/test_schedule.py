@@ -54,11 +54,11 @@ def test_the_perfect_buffer_is_the_papers_in_whole_layers(
     s_buf = read_buffer_bytes(bytes_per_token / t_load, t_load, history, t_pref, new)
     perfect = perfect_buffer_layers(layers, load_s, compute_s)
 
-    # What is loaded while the last layer is computed comes too late: that much more than S_buf is needed.
+    # Bytes that are loaded while the last layer is computed are too late, so the buffer must be larger than S_buf.
     too_late = bytes_per_token / t_load * compute_s
     assert perfect == ceil((s_buf + too_late) / layer_bytes)
     assert ceil(s_buf / layer_bytes) <= perfect <= ceil(s_buf / layer_bytes) + 1
-    # And with S_buf to the byte, rounded up to a layer, computing stands still less than for one layer's time.
+    # With exactly S_buf, rounded up to a layer, computing waits for less than one layer's time.
     assert simulate(layers, load_s, compute_s, ceil(s_buf / layer_bytes)).stall_s <= compute_s
 
 

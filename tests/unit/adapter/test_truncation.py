@@ -1,4 +1,4 @@
-"""What stays of a history that overflows: the latest of it and the sinks, in ranges that a session takes."""
+"""The rest of a history that exceeds its window: the latest tokens and the sinks, in ranges for a session."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvservice_api.errors import InvalidRequest
 
 @st.composite
 def overflows(draw: st.DrawFn) -> dict[str, Any]:
-    """A history and settings under which some of it can stay."""
+    """A history, and settings with which a part of it can stay."""
     window = draw(st.integers(2, 3000))
     new_tokens = draw(st.integers(0, window - 1))
     return {
@@ -80,7 +80,7 @@ def test_no_more_leaves_than_one_step_of_the_ratio_needs(overflow: dict[str, Any
     latest = kept_count(keep) - sinks
 
     if keep and latest < token_count - sinks and overflow["ratio"] < 1:
-        before = (latest + 1) / (1 - overflow["ratio"])  # At least as many followed the sinks one step before.
+        before = (latest + 1) / (1 - overflow["ratio"])  # One step before, at least as many tokens followed the sinks.
         assert sinks + before + overflow["new_tokens"] > overflow["window"]
 
 
@@ -120,7 +120,7 @@ def test_a_conversation_that_overflows_several_times_never_leaves_its_window_and
 
 
 def test_after_a_cut_blocks_end_where_the_history_says() -> None:
-    """Four sinks, two whole blocks, and what was left of a third: the edges are not multiples any more."""
+    """Four sinks, two whole blocks, and a part of a third: the edges are not multiples any more."""
     ends = [4, 260, 516, 616]
 
     assert keep_on_overflow(616, window=600, new_tokens=50, block_ends=ends) == [(0, 4), (516, 100)]
@@ -165,7 +165,7 @@ def test_a_discard_list_leaves_the_other_tokens(given: tuple[int, list[int]]) ->
 
     assert_a_session_takes(keep, token_count)
     assert kept_tokens(keep).tolist() == sorted(set(range(token_count)) - set(discard))
-    assert all(first + count < after for (first, count), (after, _) in pairwise(keep))  # As few ranges as can be.
+    assert all(first + count < after for (first, count), (after, _) in pairwise(keep))  # As few ranges as possible.
 
 
 @pytest.mark.parametrize("discard", [[10], [-1], [3, 99]])

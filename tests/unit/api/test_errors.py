@@ -1,4 +1,4 @@
-"""The error table, and what is left of an error after the wire."""
+"""The error table, and errors after a transfer over the wire."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_reason_of_another_domain_is_not_ours() -> None:
 
 
 class FailedCall(grpc.RpcError):
-    """A call as grpc raises it: an error that is the call too."""
+    """A call as grpc raises it: the error is also the call."""
 
     def __init__(self, code: grpc.StatusCode, status: status_pb2.Status | None) -> None:
         self._code, self._status = code, status

@@ -1,4 +1,4 @@
-"""What may become a block key, and what may not."""
+"""Valid and invalid inputs of block keys."""
 
 from __future__ import annotations
 

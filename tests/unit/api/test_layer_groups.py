@@ -133,7 +133,8 @@ def test_slices_follow_one_another_and_large_ones_have_pages_of_their_own(data: 
         assert geometry.slice_bytes(layer) == size
         is_shared = any(own & other for number, other in enumerate(pages) if number != layer)
         assert not (is_shared and size >= 64 * 1024)
-        assert geometry.shares_pages(layer) or not is_shared  # It may say so of one that only starts within a page.
+        # `shares_pages` may be true for a slice that only starts within a page.
+        assert geometry.shares_pages(layer) or not is_shared
     starts = layer_starts(layout, shard, [tokens, tokens])
     assert [each[1:] for each in starts] == [[end - start, 2 * (end - start)] for start, end in ranges]
 

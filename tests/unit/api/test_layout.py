@@ -1,4 +1,4 @@
-"""Layouts, shards, and where the bytes of a block lie."""
+"""Layouts, shards, and the places of a block's bytes."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ BEGIN, END = f"<!-- {SECTION}: begin -->", f"<!-- {SECTION}: end -->"
 
 
 def in_turn(*values: float) -> Callable[[], Mapping[str, float]]:
-    """A measure that gives another value at every call, and is slower by another setting."""
+    """A measure that returns another value at every call, and is slower with another setting."""
     left: Iterator[float] = iter(values)
 
     def measure() -> Mapping[str, float]:

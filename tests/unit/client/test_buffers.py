@@ -34,7 +34,7 @@ def slices(
 
 
 def raw(size_bytes: int) -> Slices:
-    """What `size_bytes` plain bytes may be."""
+    """The slices of a buffer of `size_bytes` plain bytes."""
     return slices("uint8", (size_bytes // 2,))
 
 

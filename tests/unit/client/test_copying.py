@@ -31,7 +31,7 @@ _COPY = copying._copy
 
 @pytest.fixture
 def interrupts() -> Iterator[None]:
-    """SIGINT interrupts: a shell has its background jobs, and so their tests, ignore it."""
+    """SIGINT interrupts, although a shell makes background jobs ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -116,7 +116,7 @@ def test_an_error_is_raised_where_the_work_is_waited_for_and_ends_it(pool: Threa
         group = batch.start(work, [MIB] * 100)
         with pytest.raises(ValueError, match=r"^\d+$"):
             batch.finish(group, Deadline(10))
-    assert len(began) <= 3  # One a thread at most.
+    assert len(began) <= 3  # At most one per thread.
 
 
 def test_work_that_takes_longer_than_allowed_is_given_up(pool: ThreadPoolExecutor) -> None:

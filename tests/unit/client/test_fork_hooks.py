@@ -1,4 +1,4 @@
-"""What is registered for forks is reset in the child and never in the parent, and a block may hold forks off."""
+"""Registered objects are reset in a forked child and never in the parent, and a block can delay forks."""
 
 from __future__ import annotations
 

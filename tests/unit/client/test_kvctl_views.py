@@ -1,4 +1,4 @@
-"""What ``kvctl top`` and ``explain`` make of the daemon's answers."""
+"""The output of ``kvctl top`` and ``explain`` for given answers of the daemon."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `kvservice_client` offers: every public name that can be imported from it stands in `__all__`."""
+"""The public names of `kvservice_client`: every name that can be imported from it is in `__all__`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lines that repeat: the first at once, then few, and none without its reason."""
+"""Repeated lines: the first is written at once, later ones rarely, and each has its reason."""
 
 from __future__ import annotations
 

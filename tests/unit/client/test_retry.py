@@ -1,4 +1,4 @@
-"""What the client tries again, and for how long."""
+"""Which calls the client tries again, and for how long."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ def test_cover_says_which_rows_hold_all_of_a_shard() -> None:
 
 @dataclass
 class Model:
-    """What the table should hold: objects by key and shard, in plain Python."""
+    """The expected content of the table: objects by key and shard, in plain Python."""
 
     live: dict[tuple[bytes, Shard], int] = field(default_factory=dict)
     extents: dict[tuple[int, TierName], Extent] = field(default_factory=dict)

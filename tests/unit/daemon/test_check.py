@@ -1,4 +1,4 @@
-"""``kvservice check``: finds every kind of damage in a stopped store, and repairs what can be repaired."""
+"""``kvservice check``: finds every kind of damage in a stopped store, and repairs it if possible."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Store:
             file.write(bytes([byte ^ 1 << bit]))
 
     def change(self, tier: TierName, database: bytes, change: Callable[[dict[bytes, bytes]], None]) -> None:
-        """Change a database of an index past the rules."""
+        """Change a database of an index without the index's rules."""
         with opened_environment(self.index_of(tier)) as environment:
             items = contents(environment, database)
             change(items)
@@ -179,7 +179,7 @@ def problems(report: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def repaired(store: Store, *bad: tuple[TierName, int]) -> None:
-    """Check, repair, and check again: the damage is gone, and nothing else is."""
+    """Check, repair, and check again: the damage is gone, and nothing else is lost."""
     code, report = store.check("--repair")
     assert code == 1
     assert report["repaired"] == len(bad)
@@ -254,7 +254,7 @@ def test_a_record_that_contradicts_the_store_is_found_and_dropped(
 ) -> None:
     if tier == TierName.DRAM and "trailer_checksum" in fields:
         what = "copy on SSD has other bytes"
-    block = 2 if tier == TierName.DRAM else 3  # A block that the other tier's copy says nothing about.
+    block = 2 if tier == TierName.DRAM else 3  # A block without a copy in the other tier.
     store.change_record(tier, block, **fields)
 
     [(found_tier, key, found)] = problems(store.check()[1])
@@ -313,7 +313,7 @@ def test_a_damaged_layout_with_a_sound_copy_costs_no_block(store: Store) -> None
 
 
 def test_looking_at_an_index_that_begins_with_zeros_never_makes_an_empty_one(store: Store, tmp_path: Path) -> None:
-    """Without the identity file, and with the SSD files in another folder: nothing else tells of the store."""
+    """Without the identity file, and with the SSD files in another folder: nothing else identifies the store."""
     (store.path / "store_id").unlink()
     ssd_file = store.ssd_file.rename(tmp_path / "elsewhere.kv")
     path = store.path / "index" / "data.mdb"
@@ -431,7 +431,7 @@ def test_repair_gives_the_blocks_of_a_missing_ssd_file_up_and_says_so(store: Sto
 
 
 def test_repair_keeps_the_blocks_of_ssd_files_that_are_there(store: Store, tmp_path: Path) -> None:
-    """Two drives, one of them away: the first three blocks lie on the other one."""
+    """Two drives, one of them missing: the first three blocks are on the other one."""
     away = tmp_path / "away" / "ssd-001.kv"
     store.change_record(TierName.SSD, 3, segment=1)
     index = BlockIndex.open(store.path / "index", map_bytes=MIB)
@@ -541,7 +541,7 @@ def test_an_index_that_is_no_index_is_a_problem_without_repair(store: Store) -> 
 def test_with_any_bit_of_the_durable_index_flipped_a_check_ends_with_a_report_and_the_blocks_are_found(
     store: Store, tmp_path: Path, seed: int, count: int
 ) -> None:
-    """And wherever the file was cut."""
+    """Also for a file that is truncated at any place."""
     chooser = random.Random(seed)
     kept = shutil.copytree(store.path, tmp_path / "kept")
     whole = (kept / "index" / "data.mdb").read_bytes()

@@ -1,4 +1,4 @@
-"""Where settings come from, and how a wrong one is refused."""
+"""The sources of settings, and the refusal of wrong ones."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class TestTypos:
             "--server.adress among the flags is no setting; the nearest one is --server.address"
         )
         assert "--dram.capacity_bytes" in refusal(["--dram.capacity-bytes=4GiB"])
-        assert "--server.address" in refusal(["--server.addr", "x"])  # Nothing is completed by guessing.
+        assert "--server.address" in refusal(["--server.addr", "x"])  # Abbreviated names are not accepted.
 
     def test_in_the_environment(self) -> None:
         assert refusal(environ={"KVSERVICE_SERVER__ADRESS": "x"}) == (

@@ -1,4 +1,4 @@
-"""Memory limits of both versions of control groups, read from made-up trees."""
+"""Memory limits of both versions of control groups, read from test trees."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OTHER_MOUNTS = """\
 
 @pytest.fixture
 def host(tmp_path: Path) -> Callable[..., MemoryLimit | None]:
-    """The limit that is found where /proc says this, and these files lie under the root."""
+    """The limit for this content of /proc, and these files below the root."""
 
     def find(cgroup: str, mounts: str, files: Mapping[str, object]) -> MemoryLimit | None:
         proc = tmp_path / "proc"
@@ -109,7 +109,7 @@ def test_of_version_1_a_group_out_of_sight_counts_by_what_the_kernel_sums_up(hos
     [
         ("0::/\n", "/"),  # A namespace of its own.
         ("0::/system.slice/docker-0c0e.scope\n", "/system.slice/docker-0c0e.scope"),  # The host's names.
-        ("0::/system.slice/docker-0c0e.scope\n", "/elsewhere"),  # Names that do not fit together.
+        ("0::/system.slice/docker-0c0e.scope\n", "/elsewhere"),  # Names that contradict each other.
         ("0::/../other\n", "/"),  # The process was moved out of its namespace.
         ("0::/../../system.slice/x\n", "/../.."),
     ],

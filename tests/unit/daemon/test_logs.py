@@ -1,4 +1,4 @@
-"""Log lines: their reason in the message, fields in both forms, and no flood of one kind."""
+"""Log lines: the reason is in the message, fields are in both formats, and repeated lines are limited."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_daemons_logs_are_limited(written: Callable[[], list[str]]) -> None:
 
 
 def test_no_line_of_the_daemon_leaves_its_reason_to_a_field() -> None:
-    """A default formatter prints no fields: ``why`` and the like belong into the message."""
+    """A default formatter prints no fields, so the reason must be in the message."""
     hidden = [
         f"{path.name}: {call}"
         for path in Path(kvservice.__file__).parent.rglob("*.py")

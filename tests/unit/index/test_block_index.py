@@ -1,4 +1,4 @@
-"""The block index: two environments of one store, its layouts, and what is refused or emptied at open."""
+"""The block index: two environments of one store, its layouts, and indexes that are refused or emptied at open."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def opened(
 
 
 async def change(directory: Path, database: bytes, items: dict[bytes, bytes | None]) -> None:
-    """Write into a closed index past the rules."""
+    """Write into a closed index without its rules."""
     environment = Environment(directory, map_bytes=4 * MIB, durable=False)
     for key, value in items.items():
         if value is None:
@@ -55,7 +55,7 @@ async def change(directory: Path, database: bytes, items: dict[bytes, bytes | No
 
 
 def stored(directory: Path, database: bytes) -> dict[bytes, bytes]:
-    """What lies in a closed index."""
+    """The content of a closed index."""
     environment = Environment(directory, map_bytes=4 * MIB, durable=False)
     found = {key: value for keys, values in environment.read(database) for key, value in zip(keys, values, strict=True)}
     environment.close()
@@ -193,7 +193,7 @@ async def test_a_layout_that_is_refused_leaves_the_schema_as_it_is(tmp_path: Pat
 
 
 async def test_a_store_of_schema_2_that_has_a_layout_of_schema_3_is_upgraded(tmp_path: Path) -> None:
-    """As an unreleased version may have left it; a new index out of a lost one too."""
+    """As an unreleased version may have left it; also for a new index that replaces a lost one."""
     with opened(tmp_path) as index:
         await index.put_layout(GROUPS)
     await change(tmp_path / "index", META, {b"schema": b"2"})
@@ -443,7 +443,7 @@ async def test_a_damaged_layout_whose_file_is_damaged_too_is_not_guessed(tmp_pat
 
 
 async def test_an_index_that_begins_with_zeros_and_has_more_is_no_first_start(tmp_path: Path) -> None:
-    """Nothing else tells that the store was made before: its SSD files are on a drive that is away."""
+    """Nothing else shows that the store existed before: its SSD files are on a missing drive."""
     await given_layouts_and_a_block(tmp_path)
     (tmp_path / "store_id").unlink()
     path = tmp_path / "index" / "data.mdb"

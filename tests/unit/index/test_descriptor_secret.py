@@ -1,4 +1,4 @@
-"""The secret of a store: made once, kept, and in the way of no start; which stores have blocks without descriptors."""
+"""The secret of a store: created once and kept; it never prevents a start. Which stores have older blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The environment: group commit, order, durability before the commit, and what a failure leaves."""
+"""The environment: group commit, order, durability before the commit, and the state after a failure."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def put(environment: Environment, *items: tuple[bytes, bytes]) -> asyncio.Future
 
 
 class Gate:
-    """Holds the committer inside `before_commit`, so that a batch can gather behind it."""
+    """Holds the committer inside `before_commit`, so that later changes form one batch."""
 
     def __init__(self) -> None:
         self.passed = 0
@@ -235,7 +235,7 @@ async def test_a_full_map_refuses_puts_and_never_deletes(tmp_path: Path, map_byt
 
         assert environment.used_bytes > 0.85 * map_bytes, "it is used before it refuses"
         assert environment.used_bytes <= 0.9 * map_bytes
-        await put(environment, (stored[0], b"y" * 120))  # Nothing grows: times of use are still written.
+        await put(environment, (stored[0], b"y" * 120))  # The index does not grow, so times of use are still written.
         refused = some_keys(500, first=10**6)
         with pytest.raises(IndexFull, match="kept for deletes"):
             await put(environment, *((key, bytes(120)) for key in refused))
@@ -309,7 +309,7 @@ async def test_a_failed_commit_fails_its_waiters_and_leaves_the_environment_usab
                 return_exceptions=True,
             )
         assert isinstance(failures[0], StorageFailed)
-        if isinstance(failures[1], BaseException):  # Tried again alone, it may have met the mended file.
+        if isinstance(failures[1], BaseException):  # Its retry may have met the repaired file.
             assert isinstance(failures[1], StorageFailed)
             assert contents(environment) == {b"before": b"1", b"gone": b"1"}
 
@@ -346,7 +346,7 @@ async def test_an_index_that_cannot_be_opened_again_is_tried_at_every_change(tmp
 
 @pytest.mark.parametrize("instead", ["nothing", "an empty folder", "another index"])
 async def test_an_index_that_is_away_is_not_created_again(tmp_path: Path, instead: str) -> None:
-    """As where its drive is unmounted under the daemon: what is acknowledged has to be found at the next start."""
+    """As if its drive were unmounted: the next start must find all acknowledged records."""
     path, aside = tmp_path / "index", tmp_path / "aside"
     with opened(path, durable=True) as environment:
         await put(environment, (b"before", b"1"))

@@ -1,4 +1,4 @@
-"""The check of an LMDB file's pages: what it lets pass, LMDB can use without ending the process."""
+"""The check of an LMDB file's pages: LMDB can use every accepted file without ending the process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def damage_in_a_process_of_its_own(folder: Path, seed: int, count: int) -> dict[
 
 
 def test_what_is_let_pass_can_be_read_written_and_deleted(tmp_path: Path) -> None:
-    """One bit in every page, and files cut short anywhere."""
+    """One flipped bit in every page, and files truncated at any place."""
     found = damage_in_a_process_of_its_own(tmp_path, 1, 400)
     assert found["sound"] and found["damaged"]
 
@@ -80,7 +80,7 @@ def test_every_file_that_lmdb_wrote_is_sound(tmp_path: Path, seed: int, transact
             with env.begin(write=True) as txn:
                 txn.drop(handles[3], delete=False)
         assert pages.examine(path) == "", number
-        # A crash before the commit writes the first of its pages that counts leaves that one as it was.
+        # A crash before the commit has written its meta page leaves the earlier one valid.
         (tmp_path / "cut off").write_bytes(before + path.read_bytes()[8192:])
         assert pages.examine(tmp_path / "cut off") == "", number
         if number % 20 == 19:
@@ -98,7 +98,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def test_every_bit_of_a_page_header_that_lmdb_reads_is_noticed(tmp_path: Path, whole: bytes) -> None:
-    """Its number, its kind, and where its nodes are, of a leaf in use."""
+    """The number, the kind and the node offsets of a leaf in use."""
     path = tmp_path / DATA_NAME
     path.write_bytes(whole)
     in_use = pages.leaf_pages_in_use(path)
@@ -182,7 +182,7 @@ def test_what_is_no_file_is_refused_with_words(tmp_path: Path) -> None:
 
 
 def test_what_pages_still_have_is_found_without_their_tree(tmp_path: Path, whole: bytes) -> None:
-    """The page that leads to all others is lost: every record is there all the same."""
+    """The page that leads to all others is lost: every record is still found."""
     (tmp_path / "same").mkdir()
     expected = index_damage.make(tmp_path / "same" / "index")
     data = bytearray(whole)

@@ -19,9 +19,9 @@ GOLDEN_VALUE = (
 )
 
 
-# Of a version that knew no pins, which is that of GOLDEN_VALUE: zeros where the end of a pin stands now.
+# Of a version without pins, the version of GOLDEN_VALUE: zeros instead of the end of a pin.
 PINNED_AT = 96
-TENANT_AT = 104  # Likewise, of a version that knew no tenants.
+TENANT_AT = 104  # Likewise, of a version without tenants.
 
 
 def golden_record() -> Records:

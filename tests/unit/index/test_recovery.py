@@ -1,4 +1,4 @@
-"""What is read back at start: sound records, damaged ones, and how fast."""
+"""Reading the records at start: sound ones, damaged ones, and the time."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_place_that_no_tier_has_is_no_sound_one(place: tuple[int, int, int]) -
 
 @pytest.mark.slow
 async def test_a_million_records_are_loaded_and_verified_in_a_few_times_what_reading_them_takes(tmp_path: Path) -> None:
-    """A second or two, on a machine with nothing else to do."""
+    """One or two seconds on an otherwise idle machine."""
     count, part = 1_000_000, 4096
     with opened(tmp_path, 2**30) as environment:
         for first in range(0, count, part):

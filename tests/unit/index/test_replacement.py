@@ -1,4 +1,4 @@
-"""What an interrupted replacement of the durable index leaves, and what ends it."""
+"""An interrupted replacement of the durable index: its states, and how each is finished or undone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def folder(path: Path, content: bytes, marker: str = "") -> Path:
 
 
 def contents(store: Path) -> dict[str, bytes]:
-    """What the store has afterwards; no marker is left."""
+    """The indexes of the store afterwards; no marker remains."""
     assert all([file.name for file in path.iterdir()] == ["data.mdb"] for path in store.iterdir())
     return {path.name: (path / "data.mdb").read_bytes() for path in store.iterdir()}
 
@@ -68,7 +68,7 @@ def test_an_old_index_that_is_a_file_is_kept_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("left", [["complete"], ["unfinished"], []])
 def test_an_interrupted_removal_is_finished(tmp_path: Path, left: list[str]) -> None:
-    """The files that say what a new index is go last."""
+    """The step files of a new index are removed last."""
     folder(tmp_path / "index", OLD)
     (tmp_path / "index.new").mkdir()
     for name in left:

@@ -1,4 +1,4 @@
-"""The policies there are, each held to the contract, and what the store makes of their answers."""
+"""All policies keep the contract, and the store executes their decisions."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ async def test_the_mover_copies_nothing_that_the_policy_does_not_want(open_store
     await opened.settle()
     assert opened.residency(chain.keys[0]) == {TierName.DRAM}
 
-    await opened.save(client, chain, images, on_ssd=True)  # A client's wish is no matter of policy.
+    await opened.save(client, chain, images, on_ssd=True)  # A client's request does not depend on the policy.
     await opened.store.evict(CALLER, chain.keys, TierName.DRAM)
     assert (await opened.store.prefetch(CALLER, chain.keys, within_s=0, wait=True)).failed == 3
     assert opened.residency(chain.keys[0]) == {TierName.SSD}

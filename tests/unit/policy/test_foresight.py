@@ -16,7 +16,7 @@ from tests.contracts.placement import PlacementContract
 
 DRAM, SSD = TierName.DRAM, TierName.SSD
 SIZE = 1024
-RATE = 1e6  # Of the SSD: an item takes a millisecond.
+RATE = 1e6  # The SSD's rate: an item takes a millisecond.
 GAP_S = 40.0
 
 
@@ -36,7 +36,7 @@ class TestForesightUnlearned(PlacementContract):
         return partial(ForesightPolicy, learning=False)
 
     def test_it_is_known_by_its_name(self, make: Callable[[], Placement]) -> None:
-        """The simulator alone knows it, by another name."""
+        """Only the simulator has it, under another name."""
 
 
 class Stage:
@@ -50,7 +50,7 @@ class Stage:
         self.now_s = 0.0
 
     def come(self, row: int, at_s: float) -> None:
-        """A request that is served at once."""
+        """A request that is dispatched at once."""
         self.now_s = at_s
         items = self.items
         items.live[row] = True
@@ -74,7 +74,7 @@ class Stage:
         self.policy.hinted(self.items, row, hint, at_s)
 
     def asked(self, at_s: float) -> list[Promotion]:
-        """All that it asks for when it looks at everything at this time."""
+        """All promotions that it requests when it scans all items at this time."""
         self.now_s = at_s
         self.policy.look_at_s = self.policy._looks.next_s = at_s
         return list(self.policy.promotions(self.items, [], at_s))
@@ -87,7 +87,7 @@ class Stage:
     def teach(
         self, gap_s: Callable[[], float], *, returns: int = 1000, lead_s: Callable[[], float] | None = None
     ) -> None:
-        """The last row comes again and again after such gaps, a typing hint `lead_s` before it."""
+        """The last row returns repeatedly after such gaps, with a typing hint `lead_s` before."""
         items, at_s = self.items, 0.0
         row = items.row_count - 1
         for number in range(returns):
@@ -157,7 +157,7 @@ def test_it_fetches_what_soon_comes_back_and_not_before() -> None:
     stage.come(2, now_s - 20)
     stage.answer(2, now_s - 20)
     stage.come(2, now_s + 27)
-    stage.answer(2, now_s + 27)  # In DRAM, and not soon to come back.
+    stage.answer(2, now_s + 27)  # In DRAM, with no return soon.
     stage.conditions.dram_capacity_bytes = SIZE
     assert stage.asked(now_s + 5) == []
     assert len(stage.asked(now_s + 33)) == 1, "one more would have to leave for the second"
@@ -296,7 +296,7 @@ def test_among_equals_the_prefix_is_worth_more_than_what_continues_it() -> None:
 
 
 def test_with_no_ssd_what_leaves_is_lost_and_what_may_come_back_some_day_is_worth_keeping() -> None:
-    """Of two that do not come back soon, recency would keep the wrong one."""
+    """Of two items without a return soon, recency would keep the wrong one."""
     stage = Stage(4, ssd_items=0)
     stage.teach(people())
     now_s = stage.now_s

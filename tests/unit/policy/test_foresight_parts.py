@@ -1,4 +1,4 @@
-"""When foresight looks, what a read costs it, and what the queue gives it time for."""
+"""Parts of foresight: the times of its scans, the price of a read, and the waits in the queue."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvservice.policy.look_times import LookTimes
 from kvservice.policy.queue_waits import QueueWaits
 from kvservice.policy.read_price import ReadPrice
 
-# When to look
+# Times of scans
 
 
 def looked(looks: LookTimes, *, events: int, over_s: float, rows: int = 100, now_s: float = 0.0) -> LookTimes:
@@ -55,7 +55,7 @@ def test_hints_are_looked_at_several_times_before_their_requests_come() -> None:
     assert looks.hinted_s == pytest.approx(1.25)
 
 
-# What a read costs
+# The price of a read
 
 
 def priced(busy: float, *, mean_bytes: float = 1000.0, written_bytes: int = 0) -> float:
@@ -80,7 +80,7 @@ def test_the_price_is_that_of_an_item_of_mean_size_in_any_unit(scale: float) -> 
     assert priced(0.9, mean_bytes=1000 * scale) == pytest.approx(priced(0.9))
 
 
-# What the queue gives time for
+# Waits in the queue
 
 
 def waited(*waits_s: float) -> QueueWaits:

@@ -1,4 +1,4 @@
-"""The paper's policy: its example, its windows, and what it may cost."""
+"""The paper's policy: its example, its windows, and its cost."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TestLookahead(PlacementContract):
 
 
 def figure_9() -> SmallMover:
-    """DRAM has KV4 and KV2, KV1 whose job runs, and a free place; SSD has KV9, KV8, KV7 and KV3. Jobs 2 to 9 wait."""
+    """DRAM has KV4, KV2, KV1 (its job runs) and a free place; SSD has KV9, KV8, KV7 and KV3. Jobs 2 to 9 wait."""
     mover = SmallMover(LookaheadPolicy(dram_kept_free=1 / 4), 4, 4)
     for session in (9, 8, 7, 3):
         mover.place(session, SSD, 1)
@@ -127,7 +127,7 @@ STEPS = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 4)) | st.none(), m
 
 
 def run(mover: SmallMover, steps: list[tuple[int, int] | None], size_bytes: int | None) -> None:
-    """A number: that session's request comes, if it has none; None: the queue's first is served."""
+    """A number: that session's request arrives, if it has none; None: the queue's first request is dispatched."""
     growth: dict[int, int] = {}
     sizes: dict[int, int] = {}
     for step in steps:
@@ -159,7 +159,7 @@ def test_no_item_inside_the_window_is_dropped_while_one_outside_exists(
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_window_holds_in_overload(seed: int) -> None:
-    """Many more sessions wait than the tiers can hold."""
+    """Many more sessions wait than fit into the tiers."""
     random = np.random.default_rng(seed)
     mover = Watched(LookaheadPolicy(1 / 8), 8, 24, row_count=200)
     mover.one_size = True
@@ -177,7 +177,7 @@ def test_the_window_holds_in_overload(seed: int) -> None:
     assert what.count("drop") > 50 and what.count("fetch") > 20 and len(mover.queue) > 20
 
 
-# What leaves
+# Evictions
 
 
 def test_what_no_request_waits_for_leaves_first_and_the_tail_of_the_queue_next() -> None:
@@ -254,11 +254,11 @@ def test_what_is_larger_than_the_ssd_is_not_wanted_there() -> None:
     assert not mover.policy.wants_on_ssd(mover.table, mover.row_of[1], 0.0)
 
 
-# What comes
+# Promotions
 
 
 class CountingQueue(deque[int]):
-    """Counts how many places of it were looked at."""
+    """Counts how many of its elements were read."""
 
     looked = 0
 
@@ -273,7 +273,7 @@ class CountingQueue(deque[int]):
 
 
 def waiting(count: int, dram_bytes: int) -> tuple[ItemTable, LookaheadPolicy, CountingQueue]:
-    """So many sessions on SSD, of one byte each, wait in the order of their rows."""
+    """`count` sessions on SSD, of one byte each, wait in the order of their rows."""
     table = ItemTable(count, Conditions(dram_bytes, count, 1e9))
     policy = LookaheadPolicy(0.0)
     table.size_bytes[:] = table.ssd_bytes[:] = 1
@@ -286,7 +286,7 @@ def waiting(count: int, dram_bytes: int) -> tuple[ItemTable, LookaheadPolicy, Co
 
 def test_it_fetches_the_prefetch_window_in_the_order_of_the_queue() -> None:
     table, policy, queue = waiting(100, 10)
-    table.ssd_bytes[3] = 0  # Nowhere.
+    table.ssd_bytes[3] = 0  # In no tier.
     table.dram_bytes[5] = 1  # In DRAM.
     table.coming_bytes[7] = 1  # Being read.
     table.conditions.turns_per_s = 2.0
@@ -308,7 +308,7 @@ def test_a_prefix_that_several_requests_wait_for_is_fetched_once() -> None:
 
 
 def serve(table: ItemTable, policy: LookaheadPolicy, queue: deque[int]) -> None:
-    """The queue's first has its turn, and needs no place in DRAM."""
+    """The queue's first request is dispatched, and needs no space in DRAM."""
     row = queue.popleft()
     table.conditions.served += 1
     table.conditions.queued -= 1

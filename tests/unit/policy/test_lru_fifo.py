@@ -1,4 +1,4 @@
-"""LRU and FIFO over items, and what all policies without foresight have in common."""
+"""LRU and FIFO over items, and the common behaviour of all policies without foresight."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_fifo_counts_what_comes_back_from_ssd_as_new_in_dram_and_as_old_on_ssd()
 
 @pytest.mark.parametrize("make", [LruPolicy, FifoPolicy, S3FifoPolicy, LookaheadPolicy])
 def test_what_ssd_gave_up_is_not_written_there_again_before_it_is_used(make: Callable[[], Placement]) -> None:
-    """It was worth the least there: it would only take the place of another."""
+    """It had the lowest score there, so a new copy would only evict another item."""
     mover = SmallMover(make(), 4, 4)
     for item in (1, 2):
         mover.turn(item, 1)

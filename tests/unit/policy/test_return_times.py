@@ -1,4 +1,4 @@
-"""When items and hinted requests come back, learned per item and overall."""
+"""Return times of items and of hinted requests, learned per item and over all items."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def between(begin_s: float, end_s: float) -> slice:
 
 
 def lived(gaps_s: Floats, *, answers: Floats | None = None, learn_every: int = 50) -> ReturnTimes:
-    """Items (the first axis) one after the other, each with its gaps in a row."""
+    """Items (the first axis) one after the other, each with its consecutive gaps."""
     returns = ReturnTimes(len(gaps_s))
     now_s, seen = 0.0, 0
     for turn in range(gaps_s.shape[1]):
@@ -116,7 +116,7 @@ def test_without_learning_it_knows_recency_for_ever() -> None:
 
 
 def hinted(leads_s: Floats, *, wrong: int = 0, likely: float = 1.0, after_s: float = 60.0) -> HintTimes:
-    """Requests that came so long after a typing hint, and hints after which no request came for `after_s`."""
+    """Requests at these times after a typing hint, and hints without a request for `after_s`."""
     hints = HintTimes(len(leads_s) + wrong)
     rows = np.arange(len(leads_s) + wrong)
     for row in rows[len(leads_s) :].tolist():

@@ -1,4 +1,4 @@
-"""S3-FIFO: the contract, and the algorithm as its authors wrote it down, in plain Python."""
+"""S3-FIFO: the contract, and the authors' algorithm in plain Python."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TestS3Fifo(PlacementContract):
 class Reference:
     """Algorithm 1 of the paper, item by item, with sizes. The right end of a queue is its old one.
 
-    The paper knows no items that are in use: here a hand goes past them, and they keep their place.
+    The paper has no items in use: here a scan skips them, and they keep their place.
     """
 
     def __init__(self, capacity_bytes: int, sizes: dict[int, int]) -> None:
@@ -55,7 +55,7 @@ class Reference:
             self.freq[item] = 0
         self.in_use.remove(item)
         while self.bytes_of(self.freq) > self.capacity_bytes:
-            self.evict()  # What is in use left no room for it.
+            self.evict()  # The items in use left no space for it.
 
     def bytes_of(self, items: Iterable[int]) -> int:
         return sum(self.sizes[item] for item in items)

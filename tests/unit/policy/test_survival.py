@@ -1,4 +1,4 @@
-"""Hazards by age: learned from what came, what ceased, and what is still waited for."""
+"""Hazards by age, learned from events, from censored waits, and from running waits."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_hazard_of_uniform_gaps_rises_like_one_over_the_time_that_is_left(se
 
 
 def test_who_never_returns_lowers_the_hazard_of_old_ages_and_hardly_that_of_young_ones() -> None:
-    """Half of them leave for good: what is left of the others at an age says how likely the next one is."""
+    """Half of them never return: the remaining ones at an age determine the hazard."""
     random = np.random.default_rng(1)
     gaps_s = random.exponential(10.0, 4000)
     all_return, half_return = survival(), survival()
@@ -132,7 +132,7 @@ def test_those_that_wait_fade_with_the_events_that_passed_since() -> None:
 
 @given(st.integers(1, 8))
 def test_in_other_units_of_time_the_hazards_are_the_same_ones(octaves: int) -> None:
-    """The bins shift along: nothing knows what a second is but the prior."""
+    """The bins shift: only the prior depends on the unit of time."""
     ages_s = np.random.default_rng(6).lognormal(1.0, 0.5, 300)
     known, scaled = survival(), survival()
     for age_s in ages_s.tolist():

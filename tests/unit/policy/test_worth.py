@@ -127,7 +127,7 @@ def held_ages(index: Floats, fetch: Floats, rent: float) -> NDArray[np.bool_]:
 def test_on_real_gaps_it_keeps_what_a_fluid_calculation_keeps() -> None:
     """Sessions of one size whose users always return: 10 / 19 / 37 / 66 % on time with 5 / 10 / 20 / 40 % of the room.
 
-    Recency keeps 0.1 / 0.4 / 3 / 14 %. The quantiles say nothing of what is between them.
+    Recency keeps 0.1 / 0.4 / 3 / 14 %. The quantiles do not determine the values between them.
     """
     gaps_s = draw("people", 400_000, np.random.default_rng(0)) * people_mean_s()
     hold, fetch = (table[0, 0] for table in whittle_index(true_hazards(gaps_s, 0.0)[None, :], np.array([1e-3])))

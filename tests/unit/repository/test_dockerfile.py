@@ -1,4 +1,4 @@
-"""The image: what its Dockerfile says fits the daemon, the client and the package."""
+"""The image: its Dockerfile agrees with the daemon, the client and the package."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_both_stages_stand_on_one_base_that_is_pinned_by_version_and_digest() ->
 
 
 def test_it_runs_as_a_user_whose_number_is_not_roots() -> None:
-    """By number: Kubernetes can tell then that it is not root."""
+    """By number, so that Kubernetes can check that it is not root."""
     user, group = IMAGE.only("USER").value.split(":")
 
     assert int(user) > 0

@@ -26,7 +26,7 @@ from tests.certificates import Authority, Pair
 from tests.stores import CALLER, LAYOUT, WHOLE, OpenStore, StoreFiles, caller_of, some_chain, some_images
 
 _SOURCES = Path(kvservice.__file__).parent
-# What is read of a store besides its verbs: plain values, and how a daemon begins and ends it.
+# Attributes of a store that others may use besides its verbs: plain values, and its start and end.
 _VALUES = {"arena", "boot_epoch", "draining", "limits", "store_id", "tier_names"}
 _READINGS = {"block_counts", "facts", "is_attached", "wall_ms"}
 _STARTS: dict[str, tuple[str, ...]] = {"store": (), "_store": (), "_operators": ("operators",)}
@@ -56,12 +56,12 @@ def test_requests_get_their_caller_in_one_place() -> None:
 
 
 class _StoreUses(ast.NodeVisitor):
-    """What one module reads and calls of a store, also by names that were assigned from it."""
+    """The attributes of a store that one module reads and calls, also through names that were assigned from it."""
 
     def __init__(self) -> None:
         self.names: dict[str, tuple[str, ...]] = {"store": ()}
         self.calls: list[tuple[tuple[str, ...], ast.Call]] = []
-        self.read: set[tuple[str, ...]] = set()  # Of each way what is the store's, or its operators'.
+        self.read: set[tuple[str, ...]] = set()  # Per access path, the attributes of the store, or of its operators.
 
     def path(self, node: ast.expr) -> tuple[str, ...] | None:
         """The attributes from the store to this expression; None where it does not begin at one."""
@@ -98,7 +98,7 @@ class _StoreUses(ast.NodeVisitor):
 
 
 def _uses(*modules: str) -> Iterator[tuple[str, _StoreUses]]:
-    """What these modules of the daemon do with a store."""
+    """The accesses of these modules of the daemon to a store."""
     for pattern in modules:
         for path in sorted(_SOURCES.glob(pattern)):
             uses = _StoreUses()
@@ -120,7 +120,7 @@ def test_listeners_and_metrics_use_the_verbs_of_the_store_and_named_plain_values
 
 
 def _verbs() -> set[tuple[str, ...]]:
-    """What of a store, or of its operators, takes a caller first."""
+    """The methods of a store, or of its operators, whose first argument is a caller."""
     found = set()
     for kind, before in ((BlockStore, ()), (Operators, ("operators",))):
         for name, function in inspect.getmembers(kind, inspect.isfunction):

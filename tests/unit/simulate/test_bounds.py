@@ -43,7 +43,7 @@ def belady_hits(workload: Workload, capacity_blocks: int) -> int:
 
 
 def clairvoyant(workload: Workload, on: Machine, warmup_turns: int = 0) -> Result:
-    """The optimum without what the policies play."""
+    """The optimum without the policies' runs."""
     return best_of([simulate(workload, on, play, warmup_turns=warmup_turns) for play in optimum_plays(workload, on)])
 
 
@@ -66,7 +66,7 @@ def test_no_policy_has_more_hits_on_blocks_than_the_clairvoyant(workload: Worklo
 
 
 def some_sessions(rng: random.Random) -> Workload:
-    """Up to thirty sessions of up to six turns, half of which come after the answer before them."""
+    """Up to thirty sessions of up to six turns, half of them with think times after the previous answer."""
     requests = []
     for session in range(rng.randint(4, 30)):
         at_s = rng.random() * 50
@@ -81,7 +81,7 @@ def some_sessions(rng: random.Random) -> Workload:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_no_policy_is_above_the_clairvoyant_on_small_sessions(seed: int) -> None:
-    """Each tier has room for a few sessions at least, and the channel for what it is asked."""
+    """Each tier has space for at least a few sessions, and the channel has enough bandwidth."""
     rng = random.Random(seed)
     workload = some_sessions(rng)
     on = machine(rng.choice([200, 400]), rng.choice([0, 600, 1500, 5000]), ssd_bytes_per_s=rng.choice([30.0, 100.0]))
@@ -109,7 +109,7 @@ def test_no_policy_is_above_the_clairvoyant_under_load(dram_gb: int, ssd_gb: int
 
 @pytest.mark.parametrize("seed", range(8))
 def test_no_policy_is_above_the_optimum_where_the_clairvoyant_is_at_a_loss(seed: int) -> None:
-    """A channel that cannot carry what moves, and tiers with hardly room for a session."""
+    """A channel with too little bandwidth, and tiers with hardly any space for a session."""
     rng = random.Random(seed)
     workload = some_sessions(rng)
     on = machine(rng.choice([20, 60]), rng.choice([0, 30, 5000]), ssd_bytes_per_s=rng.choice([0.3, 3.0]))

@@ -1,4 +1,4 @@
-"""``kvctl simulate``: what it prints, and what it refuses."""
+"""``kvctl simulate``: its output, and the options that it refuses."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def simulated(*arguments: str) -> list[dict[str, Any]]:
 
 
 def refused(*arguments: str) -> str:
-    """What stderr says, without the frame around it."""
+    """The text on stderr, without its frame."""
     done = run(*arguments)
     assert done.exit_code == 2, done.output
     assert done.stdout == ""

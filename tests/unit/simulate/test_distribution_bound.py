@@ -1,4 +1,4 @@
-"""The bound that knows how return times are distributed, and nothing else."""
+"""The bound that knows the distribution of return times, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workloads of a few turns, worked out with a pencil."""
+"""Workloads of a few turns, with results computed by hand."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def shares(result: Result) -> tuple[float, float, float, float]:
 
 
 class PromotesAt(LruPolicy):
-    """Asks for one session's KV at one time."""
+    """Requests one session's KV at one time."""
 
     name: ClassVar[str] = "promotes-at"
 
@@ -214,7 +214,7 @@ def test_hints_come_before_the_request_or_after_the_answer() -> None:
         (20.0, "queued", A),
         (20.0, "used typing", A),
         (21.0, "stored", A),
-    ]  # Nothing is played after the last answer.
+    ]  # The simulation ends with the last answer.
 
 
 def test_a_hint_for_a_request_that_is_here_already_says_nothing() -> None:
@@ -240,7 +240,7 @@ def test_a_path_hits_up_to_its_first_missing_block() -> None:
 
 
 class KeepsEnds(Cuts):
-    """What stands later on a path is worth more."""
+    """Later items of a path have higher scores."""
 
     name: ClassVar[str] = "keeps-ends"
 
@@ -331,7 +331,7 @@ def test_what_a_policy_does_not_want_on_ssd_is_lost_when_it_leaves_dram() -> Non
 
 
 class KeepsOut(LruPolicy):
-    """What was read from SSD gets no place in DRAM."""
+    """Bytes that are read from SSD get no space in DRAM."""
 
     name: ClassVar[str] = "keeps-out"
 
@@ -342,7 +342,7 @@ class KeepsOut(LruPolicy):
 def test_what_a_policy_does_not_want_in_dram_goes_past_it() -> None:
     turns = sessions(Request(A, 0.0), Request(B, 10.0), Request(A, 20.0), Request(B, 40.0), Request(A, 50.0))
     result = simulate(turns, machine(dram_bytes=60), KeepsOut())
-    assert shares(result) == (1 / 3, 0, 2 / 3, 0)  # B stayed where it was.
+    assert shares(result) == (1 / 3, 0, 2 / 3, 0)  # B stayed in its tier.
 
 
 def test_an_unknown_policy_is_named() -> None:

@@ -1,4 +1,4 @@
-"""What foresight is worth: beside the other policies and the bounds, on loads of many shapes and seeds."""
+"""The benefit of foresight, compared with the other policies and the bounds, on many loads and seeds."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from kvservice.simulate.traces import read
 from kvservice.simulate.workload import Workload
 
 OTHERS = ("lru", "fifo", "s3fifo", "lookahead")
-KV_BYTES = 800 * 1024  # Of a token.
+KV_BYTES = 800 * 1024  # Bytes per token.
 MOONCAKE = Path(__file__).parents[4] / "shared" / "traces" / "mooncake_conversation_trace.jsonl"
 
 
 def live_bytes(workload: Workload) -> float:
-    """KV of sessions whose users think and will come back, in the mean while sessions begin."""
+    """Mean KV of sessions whose users think and will return, while sessions begin."""
     tokens = (workload.new_tokens + workload.output_tokens).astype(np.float64)
     firsts = np.flatnonzero(np.diff(workload.session, prepend=-1))
     before = np.repeat((np.cumsum(tokens) - tokens)[firsts], np.diff(np.append(firsts, workload.turns)))
@@ -116,7 +116,7 @@ def test_when_most_hints_are_false_little_is_lost() -> None:
 
 
 def test_in_overload_it_is_as_good_as_looking_at_the_queue() -> None:
-    """Sessions come three times as fast as they are served, and the tiers hold a fifth of what waits."""
+    """Sessions arrive three times as fast as they are served, and the tiers hold a fifth of the waiting ones."""
     workload = sharegpt(sessions=700, session_rate=1.0, think_s=30.0, seed=1)
     on = Machine(24 * GIB, 180 * GIB, 5 * GIB, int(0.78 * MIB), service_turns_per_s=1.9)
     results = played(workload, on, "lru", "lookahead", "foresight")

@@ -121,7 +121,7 @@ def test_every_think_time_is_above_zero() -> None:
 
     assert (workload.think_s == 0).all()
     assert (workload.hints.lead_s == 0).all()
-    assert (workload.hints.turn > 0).all()  # There is no moment in which a wrong one could come.
+    assert (workload.hints.turn > 0).all()  # There is no think time in which a wrong hint could occur.
 
 
 def test_the_models_window_is_reported() -> None:

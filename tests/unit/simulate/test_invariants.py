@@ -31,7 +31,7 @@ SHARES = ("dram_on_time", "dram_late", "ssd", "miss")
 
 
 class Whimsical(Placement):
-    """Decides by lot: what moves, when, and what stays."""
+    """Random decisions: what moves, when, and what stays."""
 
     name: ClassVar[str] = "whimsical"
 
@@ -168,7 +168,7 @@ def test_tiers_channel_and_requests_keep_their_bounds_at_every_moment(
 
 
 class RecordedEverything(EverythingKept):
-    """Counts what the requests ask for again, and how much of that an answer that has ended had stored."""
+    """Counts the repeated blocks of requests, and how many of them an ended answer had stored."""
 
     def __init__(self) -> None:
         self.known = self.stored_before = 0.0
@@ -226,7 +226,7 @@ def test_the_same_workload_gives_the_same_result(workload: Workload, on: Machine
 
 
 def test_write_behind_is_the_same_for_every_policy() -> None:
-    """Where nothing has to leave, and no policy can know that a session is over."""
+    """If nothing must be evicted, and no policy can know that a session is over."""
     workload = sharegpt(sessions=60, think_s=20.0, seed=3)
     on = Machine(2000 * GIB, 4000 * GIB, 2.0 * GIB, MIB, service_turns_per_s=4.0)
     names = [name for name in PLACEMENTS if not name.startswith("foresight")]

@@ -1,4 +1,4 @@
-"""When a conversation outgrows the model's window."""
+"""Conversations that exceed the model's window."""
 
 from __future__ import annotations
 

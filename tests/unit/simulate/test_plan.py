@@ -1,4 +1,4 @@
-"""What a target takes: the search by itself, and ``kvctl plan`` on traces whose answer is known."""
+"""The sizes for a target: the search alone, and ``kvctl plan`` on traces with a known answer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def figures(**known: float) -> result.Result:
 
 
 def hits(share: Callable[[float, float], float], gpu_hours: Callable[[float, float], float]) -> Any:
-    """What a simulation of sizes would give."""
+    """The result of a simulation of sizes."""
 
     def measure(dram_gb: float, ssd_gb: float) -> result.Result:
         return figures(hit_rate_history=share(dram_gb, ssd_gb), gpu_hours=gpu_hours(dram_gb, ssd_gb))
@@ -48,7 +48,7 @@ def test_the_least_of_a_tier_is_found_to_within_the_precision() -> None:
 
     best = mixes(measure, reaches, 10_000, PRICES, 1)[0]
 
-    assert best.dram_gb == 0  # It saves no GPU time here, so that none is worth its price.
+    assert best.dram_gb == 0  # It saves no GPU time here, so no size is worth its price.
     assert 777 <= best.ssd_gb <= 777 * (1 + PRECISION)
     assert best.storage_dollars_per_h == pytest.approx(best.ssd_gb * 0.000082)
     assert best.dollars == pytest.approx(5 + best.storage_dollars_per_h)

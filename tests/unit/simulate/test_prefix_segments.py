@@ -14,12 +14,12 @@ Chains = list[list[int]]
 
 @st.composite
 def chains(draw: st.DrawFn) -> Chains:
-    """Paths from the root of a tree of blocks; ids say nothing about the place in it."""
+    """Paths from the root of a tree of blocks; ids do not depend on the place in the tree."""
     parents = draw(st.lists(st.integers(-1, 30), min_size=1, max_size=30))
     names = draw(st.permutations(range(len(parents))))
     paths: dict[int, list[int]] = {-1: []}
     for block, parent in enumerate(parents):
-        # A low parent makes a bush, the one before it a long run.
+        # A low parent gives many branches; the previous block as parent gives a long run.
         paths[block] = [*paths[parent if parent < block else block - 1], names[block]]
     ends = draw(st.lists(st.integers(0, len(parents) - 1), min_size=1, max_size=12))
     return [paths[end] for end in ends]

@@ -1,4 +1,4 @@
-"""The SSD's channel: who gets it first, and that it never gives more than it has."""
+"""The SSD's channel: the priorities of transfers, and the limit of its bandwidth."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIZES = {row: 1 + 3 * row for row in range(6)}
 
 
 class Log:
-    """Takes what the channel tells. Reading an odd row makes room by a write that is owed."""
+    """Receives the channel's callbacks. A read of an odd row defers a write to free space."""
 
     def __init__(self) -> None:
         self.channel: SsdChannel | Plain

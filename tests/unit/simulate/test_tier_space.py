@@ -15,7 +15,7 @@ from kvservice.simulate.tier_space import NO_ROW, RowEpochs, TierSpace
 
 
 class ByNumber(Placement):
-    """The worth of a row stands beside it."""
+    """Each row has its score beside it."""
 
     name: ClassVar[str] = "by-number"
 

@@ -14,7 +14,7 @@ SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "traces"
 
 
 def written(folder: Path, *lines: str | dict[str, object], end: str = "\n") -> Path:
-    """A trace under a name that tells nothing."""
+    """A trace under a name without a known suffix."""
     path = folder / "trace"
     path.write_text(end.join(line if isinstance(line, str) else json.dumps(line) for line in lines) + end)
     return path
@@ -239,7 +239,7 @@ def test_a_request_is_continued_once_later_and_with_room_for_its_answer(tmp_path
         request(1, 1059, [0, 1, 5]),  # A token short of the prompt and the answer.
         request(2, 1066, [0, 1, 6]),  # Enough for the one above.
         request(3, 1536, [0, 1, 7]),
-        request(4, 1536, [0, 1, 8]),  # What is left there is the first, with 1060.
+        request(4, 1536, [0, 1, 8]),  # Only the first is left there, with 1060.
         request(5, 1536, [0, 1, 9]),  # And now nothing.
         request(6, 600, [0, 10]),
         request(7, 700, [0, 11]),  # All requests share the first block.

@@ -1,4 +1,4 @@
-"""What may begin, how long a client may be idle, and what one message may carry: for every listener."""
+"""Which transfers may begin, how long a client may be idle, and how large a message may be, for every listener."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def encode(part: Part) -> bytes:
 
 
 async def loads(opened: OpenStore, client: Client, send: Callable[[bytes], Any]) -> None:
-    """A load of a block that this saves first, each frame of it given to `send`."""
+    """Saves a block and loads it, with `send` for each frame."""
     chain = some_chain(1)
     await opened.save(client, chain, some_images(chain))
     lease = opened.lookup(client, chain.keys, ttl_s=10_000)
@@ -61,7 +61,7 @@ async def test_a_load_whose_client_takes_nothing_ends_in_time_and_no_sooner(
     clock.advance(seconds=0.2)
     with pytest.raises(DeadlineExceeded, match="60 s"):
         await asyncio.wait_for(loading, 30)
-    await opened.settle()  # What is written to SSD is held, too.
+    await opened.settle()  # Blocks that are being written to SSD are held, too.
     assert not opened.blocks.holds.any()
 
 

@@ -1,4 +1,4 @@
-"""Bytes before record, record gone before reuse: the order that makes a crash harmless."""
+"""Bytes before the record, and the record deleted before reuse: the order that makes a crash harmless."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ async def test_the_space_of_a_discarded_block_is_free_once_its_records_are_gone_
 async def test_a_block_saved_again_waits_until_the_record_of_the_old_one_is_gone(
     opened: OpenStore, client: Client
 ) -> None:
-    """Else the removal of the old record would take the new one along."""
+    """Otherwise the removal of the old record would remove the new one too."""
     chain = some_chain(1)
     await opened.save(client, chain, some_images(chain))
     with opened.commits_held(TierName.DRAM):
@@ -118,7 +118,7 @@ async def test_a_block_saved_again_waits_until_the_record_of_the_old_one_is_gone
 async def test_removals_of_one_object_follow_one_another(
     opened: OpenStore, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else a save that waited for the last of them would lose its record to one before."""
+    """Otherwise a save that waited for the last of them would lose its record to an earlier removal."""
     chain = some_chain(1)
     await opened.save(client, chain, some_images(chain), on_ssd=True)
     delete, gate, asked = opened.index.delete, asyncio.Event(), []
@@ -229,7 +229,7 @@ async def test_a_full_index_refuses_saves_and_nothing_else(opened: OpenStore, cl
 
 
 async def filled_index(opened: OpenStore) -> list[bytes]:
-    """Fills the DRAM tier's index up to the last gap. The keys of its records."""
+    """Fills the DRAM tier's index completely. Returns the keys of its records."""
     names: list[bytes] = []
     for count in (100, 1):
         refusals = 0
@@ -241,7 +241,9 @@ async def filled_index(opened: OpenStore) -> list[bytes]:
             try:
                 await opened.index.put(TierName.DRAM, some, records)
                 names += some
-                refusals = 0  # Commits free pages for later ones: it is full once none is taken many times running.
+                refusals = (
+                    0  # Commits free pages, so it is full only after many refusals in a row.
+                )
             except IndexFull:
                 refusals += 1
     return names
@@ -295,7 +297,7 @@ async def test_use_times_that_could_not_be_written_are_written_the_next_time(
 
 
 async def test_use_times_of_very_many_blocks_are_written_in_small_steps(opened: OpenStore) -> None:
-    """Python objects for all of them at once would keep the event loop for long, as their memory tells."""
+    """Python objects for all of them at once would block the event loop for long; the test measures their memory."""
     count = 200_000
     names = np.zeros((count, OBJECT_KEY_BYTES), np.uint8)
     names[:, :4] = np.arange(count, dtype=">u4").view(np.uint8).reshape(count, 4)

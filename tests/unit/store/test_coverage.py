@@ -1,4 +1,4 @@
-"""Which stored shards make up a wanted one."""
+"""Which stored shards give a requested one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drain: no new saves, what runs ends, and what only DRAM holds is written."""
+"""Drain: new saves are refused, running ones end, and blocks that are only in DRAM are written to SSD."""
 
 from __future__ import annotations
 

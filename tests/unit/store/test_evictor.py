@@ -1,4 +1,4 @@
-"""Room: what leaves a tier so that something else fits, and what does not."""
+"""The evictor: which blocks are evicted to make space, and which are not."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def test_what_is_on_ssd_leaves_dram_before_what_would_be_lost(open_store: 
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER)
     client = opened.store.attach(CALLER, "test")
     only_dram = await saved(opened, client, 2, seed=1)
-    await opened.store.evict(CALLER, only_dram, TierName.SSD)  # And LRU does not write them there again.
+    await opened.store.evict(CALLER, only_dram, TierName.SSD)  # LRU does not write them there again.
     await saved(opened, client, 2, seed=2)
 
     await saved(opened, client, 2, seed=3)
@@ -90,7 +90,7 @@ async def test_a_block_larger_than_the_tier_evicts_nothing(open_store: Callable[
     client = opened.store.attach(CALLER, "test")
     keys = await saved(opened, client, 4)
     capacity = opened.block_lifecycle.tiers[tier].capacity_bytes
-    largest = capacity if tier == TierName.DRAM else capacity // 2  # No extent spans two files.
+    largest = capacity if tier == TierName.DRAM else capacity // 2  # An extent is never in two files.
     with pytest.raises(TierFull):
         await opened.evictor.reserve(tier, largest + 1)
     assert in_dram(opened, keys) == opened.hits(keys) == 4

@@ -1,4 +1,4 @@
-"""Why a block is where it is and why it is not, on a store whose clock the test moves."""
+"""Why a block is in its tiers, or missing, on a store whose clock the test moves."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def places(opened: OpenStore, key: bytes) -> list[TierPlace]:
 async def test_an_answer_tells_one_time_since_when_all_is_remembered(
     open_store: Callable[..., Any], history_events: int
 ) -> None:
-    """With the history off that is the time of reading, which must be read once."""
+    """Without a history that is the time of the call, which must be read once."""
     opened = await open_store(clock=TickingClock(), history_events=history_events)
     key = some_chain(1).keys[0]
     answer = explained.block(key, opened.store.operators.explain_block(CALLER, key))
@@ -63,7 +63,7 @@ async def test_an_answer_tells_one_time_since_when_all_is_remembered(
     assert answer.remembers_since.ToMilliseconds() > 0
 
 
-# Where a block is
+# Stored blocks
 
 
 async def test_each_copy_tells_how_and_when_it_came(opened: OpenStore, client: Client) -> None:
@@ -94,7 +94,7 @@ async def test_blocks_of_an_earlier_start_are_explained_as_kept(store_files: Cal
     await opened.close()
 
 
-# Why it is not there
+# Missing blocks
 
 
 async def test_an_eviction_after_a_pins_end_is_explained_by_the_expiry(open_store: Callable[..., Any]) -> None:
@@ -141,7 +141,7 @@ async def test_of_a_dram_tier_that_is_gone_only_the_time_is_known(store_files: C
     await opened.close()
     files.clock.advance(seconds=50)
     files.lose_power()
-    for _ in range(2):  # And it is still known when the daemon has started once more.
+    for _ in range(2):  # It is still known after another start of the daemon.
         opened = files.open()
         found = opened.explain.missing(CALLER, key)
         assert (found.why, found.event) == (Miss.NEVER_STORED_OR_LOST, None)
@@ -210,7 +210,7 @@ async def test_a_miss_is_explained_as_of_the_time_of_the_lookup(opened: OpenStor
     assert first.missing.stored_since_ms == 0
 
     clock.advance(seconds=1)
-    await saved(opened, client, 2)  # As an engine does after a miss.
+    await saved(opened, client, 2)  # As an engine saves after a miss.
     await opened.settle()
     await opened.store.evict(CALLER, keys[1:], TierName.DRAM)
     await opened.store.evict(CALLER, keys[1:], TierName.SSD)
@@ -314,7 +314,7 @@ async def test_only_the_last_requests_are_remembered_and_only_so_much_of_each(
         ask(opened, keys, f"later {number}")
     assert not opened.requests._by_lease, "what is forgotten is forgotten whole"
     with opened.requests.load(CALLER, lease, range(1), range(2)):
-        pass  # A load whose lookup is forgotten.
+        pass  # A load whose lookup is not in the history any more.
 
 
 async def test_no_request_is_remembered_where_the_operator_wants_none(open_store: Callable[..., Any]) -> None:

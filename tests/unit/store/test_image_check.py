@@ -1,4 +1,4 @@
-"""How images are cut for I/O, and how their bytes are verified."""
+"""The pieces of an image for I/O, and the verification of its bytes."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from tests.stores import CALLER, LAYOUT, WHOLE, OpenStore, caller_of, layers_of,
 
 @dataclass
 class CountingResidency:
-    """Takes the place of the residency where only the number of leases a row has matters."""
+    """Replaces the block lifecycle in tests that need only the number of leases per row."""
 
     leased: dict[int, int]
 
@@ -61,7 +61,7 @@ def granted(leases: Leases, client: Client, rows: list[int], ttl_s: float = 30.0
     return leases.grant(client, LAYOUT, WHOLE, held, {}, held, ttl_s)
 
 
-# Their end
+# Ends of leases
 
 
 def test_a_lease_ends_exactly_when_its_time_is_over(leases: Leases, clock: FakeClock) -> None:
@@ -103,7 +103,7 @@ def test_a_renewed_lease_lives_from_the_renewal_on_longer_or_shorter(leases: Lea
     leases.renew(caller_of(client), longer.lease_id, 30)
     leases.renew(caller_of(client), shorter.lease_id, 1)
 
-    clock.advance(seconds=6)  # The first end of the longer one is over.
+    clock.advance(seconds=6)  # The longer lease's first end is over.
     leases.expire()
     assert leases.get(caller_of(client), longer.lease_id) is longer
     with pytest.raises(LeaseExpired):
@@ -143,7 +143,7 @@ def test_a_clients_leases_end_with_it_and_others_stay(leases: Leases, residency:
     assert (leases.client_count, leases.count) == (1, 1)
 
 
-# Whose they are
+# Owners of leases
 
 
 @pytest.mark.parametrize("call", ["get", "renew", "release"])
@@ -188,7 +188,7 @@ def test_clients_names_and_leases_are_bounded(leases: Leases) -> None:
 
 
 def test_the_blocks_that_one_clients_leases_hold_are_bounded(clock: FakeClock, residency: CountingResidency) -> None:
-    """However often they are named: each time takes memory, and time to end."""
+    """Also repeated keys count, because each takes memory, and time at the end."""
     leases = new_leases(residency, clock, blocks_per_client_max=10)
     greedy, other = leases.attach(CALLER, "greedy"), leases.attach(CALLER, "other")
     lease = granted(leases, greedy, [1] * 6)
@@ -227,7 +227,7 @@ def test_what_is_forgotten_of_old_ends_is_never_a_lease_that_lives(leases: Lease
 
 
 async def leased_at_length(opened: OpenStore, client: Client, keys: Sequence[bytes]) -> Lease | None:
-    """Of more keys than a lookup finds at once."""
+    """A lookup of more keys than fit into one iteration of the event loop."""
     return (await opened.store.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 30)).lease
 
 

@@ -46,7 +46,7 @@ def session_of(token_count: int, layout: Layout = LAYOUT) -> Manifest:
 
 
 def history(manifest: Manifest) -> list[Token]:
-    """Token by token, as a reader would go through it."""
+    """Token by token, in the order of a reader."""
     tokens: list[Token] = []
     for each in manifest.slices:
         for number in range(int(each["token_count"])):
@@ -63,7 +63,7 @@ def kept(tokens: list[Token], keep: list[tuple[int, int]]) -> list[Token]:
 
 @st.composite
 def ranges(draw: st.DrawFn, total: int) -> list[tuple[int, int]]:
-    """Ascending, disjoint, some of them touching."""
+    """Ascending and disjoint; some of them are adjacent."""
     ends = sorted(draw(st.sets(st.integers(0, total), min_size=2, max_size=10)))
     chosen = [(start, end - start) for start, end in pairwise(ends) if draw(st.booleans())]
     return chosen or [(ends[0], ends[-1] - ends[0])]

@@ -1,4 +1,4 @@
-"""The history beside a plain list of all events: it tells the same, as far back as it reaches."""
+"""The history beside a plain list of all events: both give the same answers, for the time that the history covers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.clock import FakeClock
 
 SHARD = Shard(0, 2, 0, 2)
 KEYS = [hashlib.sha256(b"%d" % number).digest() for number in range(6)]
-KEYS.append(KEYS[0][:8] + bytes(24))  # Begins as another one does.
-KEYS.append(bytes(32))  # As a place that was never written.
+KEYS.append(KEYS[0][:8] + bytes(24))  # Begins with the same bytes as another one.
+KEYS.append(bytes(32))  # Zeros, as a place that was never written.
 
 reasons = st.sampled_from(list(Reason))
 tiers = st.sampled_from([None, TierName.DRAM, TierName.SSD])

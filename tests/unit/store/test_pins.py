@@ -1,4 +1,4 @@
-"""Pins: what they keep, for how long, and what they may take."""
+"""Pins: the copies that they keep, their duration, and their limits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def saved(opened: OpenStore, client: Client, blocks: int, *, seed: int = 0
 
 
 def records_pinned(opened: OpenStore, tier: TierName) -> dict[bytes, int]:
-    """Block key -> what its record says."""
+    """Block key -> the pin in its record."""
     found = opened.index.load(tier)
     return {key[:32]: int(at) for key, at in zip(found.keys, found.records["pinned_until_ms"], strict=True)}
 
@@ -236,7 +236,7 @@ async def test_what_is_not_there_is_counted(opened: OpenStore, client: Client) -
     assert await opened.store.operators.unpin(CALLER, keys) == (1, 1, 0)
 
 
-# Bounds
+# Limits
 
 
 async def test_pins_take_a_share_of_ssd_at_most_all_or_none_of_a_request(open_store: Callable[..., Any]) -> None:
@@ -292,7 +292,7 @@ async def test_a_block_that_goes_while_the_bound_is_computed_is_missing(
     assert (outcome.pinned, outcome.missing) == (1, 1)
 
 
-# Beside other changes
+# Concurrent changes
 
 
 @pytest.mark.parametrize("first_pinned", [False, True])

@@ -1,4 +1,4 @@
-"""Lookups: what a chain's leading blocks are made of, in one shard or several."""
+"""Lookups: the rows of a chain's leading blocks, in one shard or several."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def stored(table: BlockTable, key: bytes, shard: Shard, *, layout_id: int = 1, t
 
 
 def rows_of_one(table: BlockTable, key: bytes, layout_id: int, wanted: Shard) -> tuple[int, ...]:
-    """One block's rows that together hold `wanted`, looked for one by one."""
+    """One block's rows that together have `wanted`, found one by one."""
     first = int(table.rows_of_keys([key])[0])
     rows = [row for row in table.shards_of(first) if table.layout_id[row] == layout_id and table.tiers_of(row)]
     for row in rows:
@@ -82,7 +82,7 @@ def test_all_blocks_together_are_found_as_each_of_them_alone(
 def test_the_table_is_asked_no_more_often_for_many_blocks_in_shards_than_for_few(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Blocks are looked at together: per block nothing is decided in Python."""
+    """Blocks are processed together, without Python code per block."""
     calls = 0
     decode = BlockTable.shard_of
 
@@ -103,7 +103,7 @@ def test_the_table_is_asked_no_more_often_for_many_blocks_in_shards_than_for_few
         assert calls <= most
 
 
-# In turns
+# In several iterations of the event loop
 
 
 async def saved(opened: OpenStore, client: Client, blocks: int) -> tuple[bytes, ...]:
@@ -153,7 +153,7 @@ async def test_a_long_lookup_ends_with_the_first_block_that_is_missing(opened: O
 async def test_what_a_long_lookup_has_found_stays_until_its_lease_has_it(
     opened: OpenStore, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between its turns others evict and discard: the lease names rows that still have these blocks."""
+    """Other tasks evict and discard between its iterations: the lease has rows that still have these blocks."""
     first, *_, last = keys = await saved(opened, client, 20)
     pace, gate, waiting = opened.loop_budget.slot, asyncio.Event(), asyncio.Event()
     taken = 0

@@ -38,7 +38,7 @@ async def opened(open_store: Callable[..., Any], calls: FaultyCalls) -> OpenStor
 
 
 async def on_ssd(opened: OpenStore, client: Client, chain: BlockChain, **more: Any) -> list[bytes]:
-    """Only there. The images."""
+    """Saves blocks that are only on SSD. Returns the images."""
     layout = more.get("layout", LAYOUT)
     images = some_images(chain, shard=Shard.whole(layout), layout=layout)
     outcome = await opened.save(client, chain, images, shard=Shard.whole(layout), on_ssd=True, **more)
@@ -154,7 +154,7 @@ async def test_what_dram_has_no_room_for_is_read_where_it_lies(open_store: Calla
 
 
 class HeldReads(FileCalls):
-    """Reads of what lies behind a place wait for the gate. Trailers come through."""
+    """Reads after a place wait for the gate, except those of trailers."""
 
     def __init__(self) -> None:
         self.held_from = 1 << 62
@@ -167,7 +167,7 @@ class HeldReads(FileCalls):
 
 
 async def test_a_layer_that_is_there_does_not_wait_for_the_next_one(open_store: Callable[..., Any]) -> None:
-    """Pieces have a whole layer here, so the second one can be kept away."""
+    """A piece is a whole layer here, so the second one can be delayed."""
     layout = Layout(
         model_id="deep", dtype="float32", layers=2, kv_heads=2, k_head_dim=4096, v_head_dim=4096, block_tokens=16
     )
@@ -286,7 +286,7 @@ async def test_a_disk_that_cannot_be_read_fails_the_load_and_keeps_the_block(
     with pytest.raises(StorageFailed):
         await opened.load(lease)
     await until(lambda: opened.dram.used_bytes == 0)
-    calls.failing.clear()  # Not before: the second block may not have been read yet, and would stay in DRAM.
+    calls.failing.clear()  # Not earlier, because the second block may not have been read yet, and would stay in DRAM.
     assert await opened.load(lease) == layers_of(images)
     assert opened.counters.quarantined_blocks == 0
 
@@ -313,7 +313,7 @@ async def test_a_load_that_is_cancelled_at_any_point_releases_its_blocks(
 
 
 async def test_shards_of_several_ranks_come_back_as_one(opened: OpenStore, client: Client) -> None:
-    """Heads of a layer are one run of keys and one of values in each rank's slice."""
+    """The heads of a layer are one run of keys and one of values in each rank's slice."""
     chain, whole = some_chain(2), Shard.whole(LAYOUT)
     images = some_images(chain)
     shards = (Shard(0, 2, 0, 1), Shard(0, 1, 1, 2), Shard(1, 2, 1, 2))
@@ -332,6 +332,6 @@ async def test_shards_of_several_ranks_come_back_as_one(opened: OpenStore, clien
 
 
 def part_of(image: bytes, whole: Shard, part: Shard) -> bytes:
-    """What the rank with `part` has of a block. Keys and values are of one size in the tests' layout."""
+    """The bytes of a block for the rank with `part`. Keys and values have the same size in the tests' layout."""
     array = np.frombuffer(image, np.uint8).reshape(whole.layers, 2, whole.heads, -1)
     return array[part.layer_begin : part.layer_end, :, part.head_begin : part.head_end].tobytes()

@@ -35,7 +35,7 @@ class ReadPastDram(LruPolicy):
 
 
 class HeldRead(FileCalls):
-    """Reads at one place wait for the gate; those at another bring a flipped bit."""
+    """Reads at one place wait for the gate; reads at another return a flipped bit."""
 
     def __init__(self) -> None:
         self.held_at = self.damaged_at = -1
@@ -72,7 +72,7 @@ async def turns(count: int = 20) -> None:
 
 
 async def on_ssd(opened: OpenStore, client: Client) -> tuple[BlockChain, Lease]:
-    """Two blocks that lie only there, leased."""
+    """Two leased blocks that are only on SSD."""
     chain = some_chain(2)
     await opened.save(client, chain, some_images(chain), on_ssd=True)
     await opened.settle()
@@ -83,7 +83,7 @@ async def on_ssd(opened: OpenStore, client: Client) -> tuple[BlockChain, Lease]:
 
 
 def trailer_at(opened: OpenStore, row: int) -> int:
-    """Where in the file the row's trailer is read."""
+    """The offset in the file at which the row's trailer is read."""
     extent = opened.blocks.extent(row, TierName.SSD)
     assert extent is not None
     return HEADER + extent.offset_bytes + image_check.trailer_start(opened.block_lifecycle.geometry(row))
@@ -176,7 +176,7 @@ async def leased_on_ssd(opened: OpenStore, client: Client) -> tuple[BlockChain, 
 
 @pytest.fixture
 async def promoting(open_store: Callable[..., Any]) -> OpenStore:
-    """A store that brings blocks up, and whose reads can be held."""
+    """A store that promotes blocks, and whose reads can be delayed."""
     opened: OpenStore = await open_store(calls=FaultyCalls())
     return opened
 
@@ -247,7 +247,7 @@ async def test_a_block_that_is_discarded_during_its_promotion_keeps_its_space_un
 
 
 class DamagingRead(FileCalls):
-    """A read at one place waits for the gate, and then brings a flipped bit in its first byte."""
+    """A read at one place waits for the gate, and then returns a flipped bit in its first byte."""
 
     def __init__(self) -> None:
         self.damaged_at = -1
@@ -290,7 +290,7 @@ async def test_a_small_slice_is_verified_again_where_a_later_read_has_written_it
 
     frames = opened.frames(lease, range(1), range(layout.layers))
     try:
-        received = [await anext(frames)]  # The first piece is there, and was verified.
+        received = [await anext(frames)]  # The first piece has been read and verified.
     finally:
         calls.gate.set()
     await until(lambda: TierName.DRAM in opened.residency(chain.keys[0], whole))

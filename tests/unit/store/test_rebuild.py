@@ -1,4 +1,4 @@
-"""Which blocks a rebuild keeps of those whose bytes are whole."""
+"""Which blocks with correct bytes a rebuild keeps."""
 
 from kvservice.blocks import Extent, object_key
 from kvservice.store.repair.rebuild import _Block, _one_of_each_key, _without_doubtful, _without_overlaps

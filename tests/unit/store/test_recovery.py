@@ -1,4 +1,4 @@
-"""A store opened again: the table as the records tell it, and what cannot be trusted dropped."""
+"""A reopened store: the table follows from the records, and untrusted records are dropped."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ async def test_damage_in_a_recovered_block_is_found_at_its_first_load(opened: Op
 
 
 async def test_the_table_has_rows_from_the_start_for_as_many_blocks_as_the_index_can_name(opened: OpenStore) -> None:
-    """To make more would copy all of it, on the event loop."""
+    """Growing later would copy all of it, on the event loop."""
     blocks, named = opened.blocks, 0
     for tier in (TierName.DRAM, TierName.SSD):
         first = named

@@ -38,7 +38,7 @@ from tests.directory_reader import ALWAYS, NEVER, object_of
 from tests.mounts import tmpfs
 from tests.stores import until
 
-# Homes at both ends of any table, so that searches go round the end.
+# Home slots at both ends of the table, so that searches wrap around.
 KEYS = [
     home.to_bytes(8, "little", signed=True) + hashlib.sha256(bytes([number])).digest()[8:]
     for number, home in enumerate([0, 0, 1, 2, 5, -1, -1, -1, -2, -3, 0, -1, 3, 1000, 5000, -400])
@@ -53,7 +53,7 @@ def folder() -> Iterator[Path]:
 
 
 async def kept(made: DirectoryFixture) -> asyncio.Task[None]:
-    """Fill it, and keep it from now on. The caller cancels."""
+    """Fill it, and run its background task until the caller cancels."""
     task = asyncio.create_task(made.directory.keep())
     await until(lambda: look_up(made, LocalDirectory(), KEYS[:1]) is not None)
     return task
@@ -106,7 +106,7 @@ async def _follow(steps: list[tuple[str, int, Shard, int]]) -> None:
                 layout_id = stored.get(name, (layout_id, 0))[0]
                 made.put(*name, layout_id, TierName(what))
                 stored[name] = layout_id, stored.get(name, (0, 0))[1] | (IN_DRAM if what == "dram" else ON_SSD)
-                await until(lambda: made.fill <= 0.7)  # Tables this small run full faster than they are replaced.
+                await until(lambda: made.fill <= 0.7)  # Tables of this size are full before they are replaced.
             elif what.startswith("evict") and name in stored:
                 made.blocks.set_extent(made.blocks.row_of(*name), TierName(what[6:]), None)
                 stored[name] = stored[name][0], stored[name][1] & ~(IN_DRAM if what == "evict dram" else ON_SSD)
@@ -131,7 +131,7 @@ def _mapping(made: DirectoryFixture) -> DirectoryMapping:
 
 
 def _compare(mapping: DirectoryMapping, stored: dict[tuple[bytes, Shard], tuple[int, int]], wanted: Shard) -> None:
-    """Where several shards answer, the first one found is enough: the flags are some of theirs."""
+    """If several shards match, the first found one is enough: the flags are those of one of them."""
     flags, in_doubt = mapping.find(b"".join(KEYS), MARK, wanted)
     for key, found, doubted in zip(KEYS, flags.tolist(), in_doubt.tolist(), strict=True):
         expected = others = 0
@@ -223,7 +223,7 @@ async def test_a_slot_whose_parts_do_not_belong_together_is_no_hit_and_the_answe
 @pytest.mark.parametrize("order", [1, -1, 7, 11])
 async def test_what_leaves_hides_nothing_that_stays_and_leaves_no_trace_in_the_end(folder: Path, order: int) -> None:
     made = DirectoryFixture(folder, slots_min=64)
-    keys = [(60).to_bytes(8, "little") + bytes([number] * 24) for number in range(40)]  # All have the same home.
+    keys = [(60).to_bytes(8, "little") + bytes([number] * 24) for number in range(40)]  # All have the same home slot.
     for key in keys:
         made.put(key)
     task = await kept(made)
@@ -298,7 +298,7 @@ async def test_a_larger_file_takes_over_while_blocks_come_and_go(folder: Path) -
 
 
 class FullTmpfs(FileCalls):
-    """Gives the first `files` files their space, and no other."""
+    """Allocates space for the first `files` files only."""
 
     def __init__(self, files: int) -> None:
         self.files = files
@@ -348,7 +348,7 @@ async def test_one_that_runs_full_before_it_can_be_replaced_is_closed(folder: Pa
 
 
 class SlowTmpfs(FileCalls):
-    """Makes the first file at once, and others when it is let."""
+    """Creates the first file at once, and others when the test allows it."""
 
     def __init__(self) -> None:
         self.files = 0

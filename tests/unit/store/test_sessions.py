@@ -1,4 +1,4 @@
-"""Sessions in a real store: what is on disk when a change is answered, what is dropped, and what ends."""
+"""Sessions in a real store: the disk after an answered change, dropped blocks, and the ends of sessions."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def same(one: Manifest, other: Manifest) -> bool:
 
 
 async def some_turns() -> None:
-    """Let the event loop go round, as often as anything that waits for no disk may need."""
+    """Run the event loop often enough for every task that waits for no disk."""
     for _ in range(20):
         await asyncio.sleep(0)
 
@@ -557,7 +557,7 @@ async def test_a_block_of_another_size_than_the_session_says_is_missing(opened: 
 
 
 async def test_blocks_after_a_cut_are_no_ordinary_prefix(opened: OpenStore, client: Client) -> None:
-    """Tokens that read like an ordinary prompt once the middle is gone do not find what was said after the cut."""
+    """An ordinary prompt with the same tokens as a history after its cut does not find the blocks after the cut."""
     chain = await saved(opened, client, some_chain(3))
     first = await begin(opened, chain=chain)
     cut = await opened.sessions.truncate(CALLER, LAYOUT.fingerprint, "chat", 1, [(0, 16)])

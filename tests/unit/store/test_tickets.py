@@ -1,4 +1,4 @@
-"""Lease tickets: what they hold, for how long, for whom, and which are refused."""
+"""Lease tickets: their blocks, their duration, their adopters, and which tickets are refused."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ async def evictable(opened: OpenStore, chain: BlockChain) -> int:
     return (await opened.store.evict(CALLER, chain.keys, TierName.DRAM)).evicted
 
 
-# What a ticket holds
+# The blocks of a ticket
 
 
 async def test_an_adopted_lease_is_the_ranks_own_on_the_same_blocks(
@@ -127,7 +127,7 @@ async def test_a_ticket_releases_its_blocks_exactly_when_it_expires(
     assert await evictable(opened, chain) == 0
 
     opened.files.clock.advance(seconds=0.002)
-    for _ in range(2):  # Whether or not the daemon has ended the ticket's lease yet.
+    for _ in range(2):  # Also before the daemon has ended the ticket's lease.
         with pytest.raises(TicketExpired):
             await adopt(opened, rank, ticket)
         opened.leases.expire()
@@ -234,7 +234,7 @@ async def test_a_rank_adopts_its_shard_and_holds_only_what_it_takes(
 
 def part_of(image: bytes, whole: Shard, shard: Shard) -> bytes:
     """A shard's slices of an image that has all layers and heads."""
-    size = len(image) // (whole.layers * whole.heads * 2)  # Of K or V of one head in one layer.
+    size = len(image) // (whole.layers * whole.heads * 2)  # Bytes of K or V of one head in one layer.
     pieces = []
     for layer in range(shard.layer_begin, shard.layer_end):
         for which in range(2):
@@ -257,7 +257,7 @@ async def test_a_shard_outside_the_exporters_is_refused(opened: OpenStore, clien
     assert (await adopt(opened, rank, ticket)).shard == lease.shard
 
 
-# Which are refused
+# Refused tickets
 
 
 async def test_a_ticket_with_any_bit_changed_is_refused(opened: OpenStore, client: Client, rank: Client) -> None:

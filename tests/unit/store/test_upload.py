@@ -1,4 +1,4 @@
-"""The save path: frames in any order, all or nothing, one upload of a block at a time."""
+"""The save path: frames in any order, everything or nothing, and one upload of a block at a time."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_slice_is_complete_once_every_byte_has_arrived_in_any_order(data: st.D
 
 
 def test_a_slice_that_came_whole_leaves_no_object_behind() -> None:
-    """A save may have tens of thousands, and they would all be freed in one turn of the event loop."""
+    """A save may have tens of thousands, and freeing them in one iteration would block the event loop."""
     slices = _Slices(block_geometry(LAYOUT, WHOLE, 16))
     assert slices.add(0, 0, SLICE)
     assert not slices.add(1, 0, 100) and slices._runs
@@ -320,7 +320,7 @@ async def test_slices_too_large_to_be_hashed_at_once_are_hashed_on_threads(open_
         assert outcome.stored == stored
 
 
-# The end of a client
+# Clients that disconnect
 
 
 async def half_saved(opened: OpenStore, client: Client, chain: BlockChain) -> Upload:
@@ -374,7 +374,7 @@ async def test_a_client_that_disconnects_while_it_waits_for_another_save_or_for_
     assert not save.done()
 
     opened.store.detach(CALLER, waiting)
-    with pytest.raises(IncompleteSave, match="gone"):
+    with pytest.raises(IncompleteSave, match="disconnected"):
         await asyncio.wait_for(save, 30)
     await upload.__aexit__(None, None, None)
     await nothing_left(opened)
@@ -446,11 +446,11 @@ async def test_waiting_for_another_save_ends_in_time_and_costs_only_what_it_stor
 
 
 async def test_saves_that_wait_for_one_another_form_no_circle(opened: OpenStore, client: Client) -> None:
-    """One holds A and waits for B, which is given up: another one that wants both must not take B before it."""
+    """A save has A and waits for B, whose save is abandoned: another save of both must not get B before it."""
     chain = some_chain(2)
     a, b = chain[:1], chain[1:]
     gives_up = await half_saved(opened, client, b)
-    # The first holds A and waits for B, the second waits for both.
+    # The first has A and waits for B; the second waits for both.
     both = [asyncio.create_task(opened.save(client, chain, some_images(chain, seed=seed))) for seed in (1, 2)]
     await until(lambda: opened.claims.waiting_for(a.keys[0]) == 2 and opened.claims.waiting_for(b.keys[0]) == 3)
     third = asyncio.create_task(opened.save(client, b, some_images(b, seed=3)))
@@ -476,7 +476,7 @@ async def test_shards_of_one_block_are_uploaded_side_by_side(opened: OpenStore, 
     assert opened.hits(chain.keys) == 2
 
 
-# Room and durability
+# Space and durability
 
 
 async def test_blocks_that_find_no_room_are_refused_and_those_before_them_stored(
@@ -527,7 +527,7 @@ async def test_without_an_ssd_tier_a_durable_save_is_refused(open_store: Callabl
     assert isinstance(outcome.refused[0], TierFull) and not outcome.stored
 
 
-# What is refused before it begins
+# Saves that are refused before they begin
 
 
 @pytest.mark.parametrize(

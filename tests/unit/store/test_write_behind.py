@@ -22,7 +22,7 @@ from tests.stores import CALLER, LAYOUT, MIB, PATIENT, OpenStore, StoreFiles, so
 
 
 class RefusingIndex:
-    """Stands before a store's index and refuses records of blocks on SSD while `error` is set."""
+    """Wraps a store's index, and refuses records of blocks on SSD while `error` is set."""
 
     def __init__(self, opened: OpenStore) -> None:
         self._put = opened.index.put
@@ -66,7 +66,7 @@ async def test_an_index_that_refuses_costs_ssd_copies_and_no_save(
     client = opened.store.attach(CALLER, "test")
     index.error = error
 
-    for seed in range(6):  # Three times what DRAM holds.
+    for seed in range(6):  # Three times DRAM's capacity.
         chain = some_chain(8, seed=seed)
         outcome = await opened.save(client, chain, some_images(chain, seed=seed))
         assert not outcome.refused
@@ -119,7 +119,7 @@ async def test_a_save_to_ssd_ends_and_nothing_stays_held_with_every_error_of_its
     index.error = RuntimeError("an unexpected error")
 
     async with asyncio.timeout(60):
-        with pytest.raises(RuntimeError, match="foresaw"):
+        with pytest.raises(RuntimeError, match="unexpected"):
             await opened.save(client, chain, some_images(chain), on_ssd=True)
 
     await until(lambda: not opened.blocks.holds.any() and not opened.unsettled())
@@ -132,11 +132,11 @@ async def test_a_save_to_ssd_ends_and_nothing_stays_held_with_every_error_of_its
 async def test_a_save_to_ssd_ends_where_the_index_was_damaged_under_the_daemon(
     opened: OpenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(block_lifecycle, "_SETTLED_WITHIN_S", 0.1)  # So long the second save waits for the first.
+    monkeypatch.setattr(block_lifecycle, "_SETTLED_WITHIN_S", 0.1)  # The second save waits for the first for this time.
     client, chain = opened.store.attach(CALLER, "test"), some_chain(2)
     environment = opened.index._durable
     assert environment._env is not None
-    environment._env.close()  # Stands for any error that LMDB does not recover from.
+    environment._env.close()  # An example of an error from which LMDB does not recover.
     with (opened.files.folder / "index" / "data.mdb").open("r+b") as file:
         file.write(b"\xff" * 65536)
 

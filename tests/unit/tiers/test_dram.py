@@ -33,7 +33,7 @@ def shm() -> Iterator[Path]:
 
 @pytest.fixture
 def open_arena(shm: Path) -> Iterator[Callable[..., Arena]]:
-    """Opens arenas in `shm`, and closes them in the end."""
+    """Opens arenas in `shm`, and closes them at the end."""
     opened: list[Arena] = []
 
     def open_arena(
@@ -60,7 +60,7 @@ async def prepared(tier: DramTier, arena: Arena) -> DramTier:
     tier.start()
     assert arena._thread is not None
     await asyncio.to_thread(arena._thread.join)
-    await asyncio.sleep(0)  # The thread's last word to the loop.
+    await asyncio.sleep(0)  # The thread's last callback to the loop.
     return tier
 
 
@@ -87,7 +87,7 @@ class TestDramTier(TierContract):
         assert np.frombuffer(view, np.uint8).ctypes.data % PAGE == 0
 
 
-# What an arena keeps
+# Contents of an arena
 
 
 async def test_bytes_survive_a_restart_of_the_daemon(open_arena: Callable[..., Arena]) -> None:
@@ -102,7 +102,7 @@ async def test_bytes_survive_a_restart_of_the_daemon(open_arena: Callable[..., A
     again = DramTier(second)
     again.adopt(*columns([extent]))
     assert again.view(extent) == data
-    assert (await prepared(again, second)).view(extent) == data  # Faulting in has not changed it.
+    assert (await prepared(again, second)).view(extent) == data  # Faulting in did not change the bytes.
 
 
 def test_a_complete_arena_is_ready_at_once(open_arena: Callable[..., Arena]) -> None:
@@ -311,7 +311,7 @@ def small_shm(tmp_path: Path) -> Iterator[Path]:
     if made.returncode:
         pytest.skip("mounting a tmpfs takes more rights than this user has")
     yield tmp_path
-    subprocess.run(["umount", "--lazy", tmp_path], check=True)  # A traceback may still map the arena.
+    subprocess.run(["umount", "--lazy", tmp_path], check=True)  # A traceback may still have the arena mapped.
 
 
 async def test_a_really_full_tmpfs_means_a_smaller_tier_and_no_signal(
@@ -321,7 +321,7 @@ async def test_a_really_full_tmpfs_means_a_smaller_tier_and_no_signal(
     arena = open_arena(parent=small_shm, capacity_bytes=16 * MIB)
     tier = DramTier(arena)
     half = tier.capacity_bytes
-    assert MIB <= half <= 2 * MIB  # The index needs its part.
+    assert MIB <= half <= 2 * MIB  # The index needs some of the space.
     (arena.directory / "index").write_bytes(bytes(MIB))
 
     await prepared(tier, arena)
@@ -329,7 +329,7 @@ async def test_a_really_full_tmpfs_means_a_smaller_tier_and_no_signal(
     assert half < tier.capacity_bytes < 3 * MIB
     assert "No space left" in tier.short_because
     whole = tier.reserve(tier.capacity_bytes // MIB * MIB)
-    tier.view(whole)[:] = noise(whole.size_bytes)  # Every page is there: no SIGBUS.
+    tier.view(whole)[:] = noise(whole.size_bytes)  # Every page is allocated, so there is no SIGBUS.
     view = bytes(tier.view(whole))
     arena.close()
 

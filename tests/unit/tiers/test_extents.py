@@ -86,7 +86,7 @@ class SpaceMapMachine(RuleBasedStateMachine):
 
     @rule()
     def start_again(self) -> None:
-        """As after a restart: the same state from the extents alone."""
+        """As after a restart: the same state, from the extents alone."""
         again = SpaceMap(len(self.pages) * PAGE)
         reserved = np.array(self.reserved, np.int64).reshape(-1, 2)
         again.adopt(reserved[:, 0], reserved[:, 1])
@@ -154,9 +154,9 @@ def test_extents_outside_the_map_are_not_adopted() -> None:
 
 
 def test_a_million_extents_are_adopted_sooner_than_they_are_sorted_into_a_dict() -> None:
-    """0.6 s, on a machine with nothing else to do: one at a time they would take far longer."""
+    """0.6 s on an otherwise idle machine; one by one it would take much longer."""
     count, size = 1_000_000, 64 * KIB
-    offsets = np.random.default_rng(1).permutation(count) * (size + PAGE)  # The worst case: a gap behind each.
+    offsets = np.random.default_rng(1).permutation(count) * (size + PAGE)  # The worst case: a gap after each extent.
     space = SpaceMap(count * (size + PAGE))
 
     started = time.thread_time()

@@ -1,4 +1,4 @@
-"""What the daemon knows of the file systems that its files lie on."""
+"""The daemon's knowledge of the file systems of its files."""
 
 from __future__ import annotations
 

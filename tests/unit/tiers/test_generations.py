@@ -31,7 +31,7 @@ def shm() -> Iterator[Path]:
 
 @pytest.fixture
 def open_tier(shm: Path) -> Iterator[Callable[..., DramTier]]:
-    """Opens the tier; the one before is closed first. `kept` are the extents that records name."""
+    """Opens the tier, after closing an earlier one. `kept` are the extents that records name."""
     opened: list[Arena] = []
 
     def open_tier(*kept: Extent, share: bool = True, calls: FaultyCalls | None = None) -> DramTier:
@@ -51,7 +51,7 @@ def open_tier(shm: Path) -> Iterator[Callable[..., DramTier]]:
 
 
 def seen(tier: DramTier) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
-    """All words, as another process reads them."""
+    """All words, read as in another process."""
     data = (tier.arena_directory / GENERATIONS_NAME).read_bytes()
     return np.frombuffer(data, "<u4", tier.arena_capacity_bytes // PAGE_BYTES, PAGE_BYTES).copy()
 

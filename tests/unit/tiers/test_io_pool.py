@@ -1,4 +1,4 @@
-"""The order in which the disk's threads take their work, and what cancelling does to it."""
+"""The order in which the I/O threads run their jobs, and the effect of cancellation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvservice.tiers.io_pool import WRITE, IoPool
 
 
 class OneThread:
-    """A pool of one thread that is kept busy until `go`, so that work queues up behind it."""
+    """A pool with one thread that is busy until `go`, so that later jobs queue."""
 
     def __init__(self) -> None:
         self.pool = IoPool(1)

@@ -1,4 +1,4 @@
-"""The SSD tier on a real file system, past the page cache and through it, and with calls that fail."""
+"""The SSD tier on a real file system, with and without the page cache, and with failing calls."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def calls() -> FaultyCalls:
 
 @pytest.fixture
 def open_tier(tmp_path: Path, calls: FaultyCalls) -> Iterator[OpenTier]:
-    """Opens the tier of files in `tmp_path`, and closes it in the end."""
+    """Opens the tier of files in `tmp_path`, and closes it at the end."""
     opened: list[SsdTier] = []
 
     def open_tier(
@@ -104,7 +104,7 @@ def test_files_are_allocated_whole_and_stay_within_the_capacity(open_tier: OpenT
     found = [path_of(tmp_path, number).stat() for number in range(2)]
     assert sum(each.st_size for each in found) <= CAPACITY
     assert all(each.st_blocks * 512 >= each.st_size for each in found)
-    assert tier.capacity_bytes == CAPACITY - 2 * PAGE  # A header each.
+    assert tier.capacity_bytes == CAPACITY - 2 * PAGE  # One header per file.
 
 
 def test_files_are_closed_to_other_users(open_tier: OpenTier, tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 async def test_a_really_full_disk_refuses_writes_until_space_is_back(open_tier: OpenTier, small_disk: Path) -> None:
     tier = open_tier(capacity_bytes=2 * MIB, folder=small_disk)
     extent, data = tier.reserve(MIB), noise(MIB)
-    os.truncate(path_of(small_disk), PAGE)  # Gives the file's blocks back, so that writing needs new ones.
+    os.truncate(path_of(small_disk), PAGE)  # Frees the file's blocks, so that writes need new ones.
     (small_disk / "others").write_bytes(bytes(4 * MIB - 16 * PAGE))
 
     with pytest.raises(StorageFailed):

@@ -1,4 +1,4 @@
-"""The cache that a model computes with: layers are awaited one by one, and what does not come is computed."""
+"""The cache that a model uses: it waits for each layer, and layers that do not arrive are computed."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_rows_of_a_batch_are_waited_for_together(kept: FailingBlocks) -> None:
 
     def slow(layer: int, timeout_s: float) -> None:
         waits.append(timeout_s)
-        clock.advance(seconds=2.0)  # What the next loader is given is less by this.
+        clock.advance(seconds=2.0)  # The next loader's time is shorter by this.
 
     for loader in history.loaders:
         loader.wait = slow  # type: ignore[assignment,method-assign]

@@ -1,4 +1,4 @@
-"""The device is given to the connector; no KV moves between devices beside it; a model keeps no hooks of ours."""
+"""The connector receives its device; only the device moves KV; a model keeps no hooks of the connector."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from kvservice_adapter.torch_device import TorchDevice, device_for
 from tests.unit.connector_models import KeptBlocks, connector, prompt, tiny_llama
 
 _MOVES = {"cpu", "cuda", "to", "pin_memory", "numpy", "item", "tolist"}
-# Numbers that the host has to know: keys are hashes of token ids, and masks and positions say what these stand for.
+# The host must read these numbers: block keys are hashes of token ids, and depend on masks and positions.
 _TOKENS_ON_HOST = {"forward_saver._on_host", "forward_saver._read", "forward_saver._are_counted"}
-# These examine a model when the connector is made, or prepare what a model gets in place of a history.
+# These probe a model when the connector is made, or prepare the model's input for a recomputed history.
 _NOT_IN_A_FORWARD = {"model_layout", "model_probe", "rows", "unrotated", "generation"}
 _IDS_FOR_A_MODEL = {"recompute._forward", "recompute._cut"}
 
@@ -52,7 +52,7 @@ def test_all_kv_is_copied_by_the_device_that_is_given(rotated: bool) -> None:
     with torch.inference_mode():
         model(ids[:, 16:], past_key_values=again)
 
-    copies = 2 if rotated else 4  # Keys before rotation too.
+    copies = 2 if rotated else 4  # Also keys before rotation.
     assert device.arrays == (2 + copies) * model.config.num_hidden_layers
 
 
@@ -62,7 +62,7 @@ def test_the_default_device_is_chosen_by_where_the_model_lies() -> None:
 
 
 def test_no_line_on_the_path_of_a_forward_moves_kv_between_devices() -> None:
-    """Pipelines and devices have no torch to do so (a contract of imports); here is the connector."""
+    """Pipelines and devices cannot import torch (an import contract); this test checks the connector."""
     folder = Path(kvservice_adapter.__file__).parent / "connectors" / "transformers"
     found = set()
     for file in folder.glob("*.py"):

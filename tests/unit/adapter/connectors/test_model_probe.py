@@ -1,4 +1,4 @@
-"""Which models the connector takes is decided by what they compute, not by what they are called."""
+"""The connector accepts or refuses models by their computation, not by their names."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_the_same_encoder_is_taken_once_it_is_a_decoder() -> None:
 
 
 class _LooksAhead(torch.nn.Module):
-    """Attention whose mask shows everything, in place of a model's own."""
+    """Attention whose mask hides nothing, instead of a model's own."""
 
     def __init__(self, attention: Any) -> None:
         super().__init__()

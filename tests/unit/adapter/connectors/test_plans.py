@@ -1,4 +1,4 @@
-"""What is stored is loaded, computed again, or both at once: whichever is faster, with the same answer."""
+"""Stored KV is loaded, computed again, or both at the same time: the fastest plan, with the same answer."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def test_generate_continues_from_a_restored_cache_with_the_same_answer(kept: Kep
     restored = subject.restore(tokens)
     assert restored.tokens == 28
     assert torch.equal(model.generate(tokens, past_key_values=restored.cache, **ask), answer)
-    assert subject.save(answer, restored.cache).stored == 41 // BLOCK_TOKENS - 7  # The last token was never fed.
+    assert subject.save(answer, restored.cache).stored == 41 // BLOCK_TOKENS - 7  # The last token was never an input.
 
 
 def test_lists_arrays_and_tensors_of_token_ids_mean_the_same(kept: KeptBlocks) -> None:

@@ -1,4 +1,4 @@
-"""Layouts with `rotated=False`: what is stored are the keys before rotation, and what is computed does not change."""
+"""Layouts with `rotated=False`: keys are stored before rotation, and the model's results do not change."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_a_model_that_shows_no_keys_before_rotation_is_refused(kept: FailingBloc
 def test_a_model_that_does_more_to_its_keys_than_to_rotate_them_is_refused(kept: FailingBlocks) -> None:
     model = tiny_llama()
     attention = model.model.layers[1].self_attn
-    attention.k_norm = torch.nn.Identity()  # A module that is not the one whose output is rotated.
+    attention.k_norm = torch.nn.Identity()  # Not the module whose output is rotated.
     with pytest.raises(UnsupportedModel):
         connector(kept, model, rotated=False)
 
@@ -220,7 +220,7 @@ def test_a_plain_cache_is_computed_as_ever(kept: FailingBlocks) -> None:
 
 
 def test_hidden_tokens_are_not_saved_where_keys_are_stored_before_rotation(kept: FailingBlocks) -> None:
-    """What follows a hidden token is at another position than its place in the sequence says."""
+    """Tokens after a hidden token have positions that differ from their index in the sequence."""
     model, ids = tiny_llama(), prompt(18)
     subject = connector(kept, model, rotated=False)
     cache = subject.restore(ids).cache

@@ -1,4 +1,4 @@
-"""Sliding-window layers keep all tokens in our cache; the mask leaves out what lies before the window."""
+"""Sliding-window layers keep all tokens in our cache; the mask hides tokens before the window."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks are saved while the model computes them, and never under a key that says anything else."""
+"""Blocks are saved while the model computes them, and never under a key of other tokens."""
 
 from __future__ import annotations
 
@@ -416,7 +416,7 @@ def test_a_daemon_that_is_away_stops_no_forward(kept: KeptBlocks) -> None:
 
     kept.failing = None
     while subject.restore(ids).error is not None:
-        pass  # Until the breaker has found out.
+        pass  # Until the breaker is open.
     assert subject.save(answer(model, ids), cache).stored == 7
 
 
