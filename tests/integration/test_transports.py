@@ -46,4 +46,4 @@ def test_a_save_and_a_load_over_grpc_run_few_files() -> None:
     """`python -m tests.files_run` prints them."""
     files = save_and_loads()
     in_client = {name: sum(each.startswith("kvservice_client") for each in files[name]) for name in files}
-    assert in_client == {"save": 13, "load from DRAM": 11, "load from SSD": 11}, files
+    assert in_client == {"save": 11, "load from DRAM": 10, "load from SSD": 10}, files
