@@ -7,9 +7,8 @@ from contextlib import aclosing
 
 from kvservice.blocks import TierName
 from kvservice.rpc import explained
-from kvservice.rpc.callers import Callers
+from kvservice.rpc.calls import Callers, Context
 from kvservice.rpc.explained import stored_block
-from kvservice.rpc.interceptors import Context
 from kvservice.rpc.session_messages import session_message
 from kvservice.rpc.timestamps import timestamp
 from kvservice.store.store import BlockStore

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvservice.rpc.callers import Callers
-from kvservice.rpc.interceptors import Context
-from kvservice.rpc.messages import residency_runs, shard_of
+from kvservice.rpc.blocks import residency_runs, shard_of
+from kvservice.rpc.calls import Callers, Context
 from kvservice.rpc.session_messages import change_refused, session_message
 from kvservice.store.store import BlockStore
 from kvservice.store.types import KEEP_RANGES_MAX, POSITIONS_MAX, SessionAppend

@@ -23,9 +23,8 @@ from kvservice.store import image_check
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.store.leases import Lease
-from kvservice.store.loop_budget import LoopBudget
 from kvservice.store.mover.promoter import PendingPromotion, Promoter
-from kvservice.store.tasks import all_of
+from kvservice.store.tasks import LoopBudget, all_of
 from kvservice.store.transfers.coverage import HeadRun, cover
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.io_pool import ended
