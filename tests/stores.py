@@ -149,7 +149,7 @@ class OpenStore:
         self.arena = Arena.open(files.shared_memory, self.index.store_id, files.dram_bytes, calls=files.calls)
         self.dram = DramTier(self.arena)
         if files.share:
-            self.dram.share()
+            self.arena.share()
         self.index.open_volatile(
             self.arena.directory / "index",
             self.arena.arena_id,

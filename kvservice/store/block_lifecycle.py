@@ -52,6 +52,7 @@ class BlockLifecycle:
         self.blocks = blocks
         self.tiers = tiers
         self._index = index
+        self._layouts = index.layouts
         self._counters = counters
         self._tasks = tasks
         self.history = history
@@ -62,7 +63,7 @@ class BlockLifecycle:
 
     def geometry(self, row: int) -> BlockGeometry:
         """Where the row's bytes lie in its image."""
-        layout = self._index.layouts[int(self.blocks.layout_id[row])]
+        layout = self._layouts[int(self.blocks.layout_id[row])]
         return block_geometry(layout, self.blocks.shard_of(row), int(self.blocks.token_count[row]))
 
     def is_free(self, row: int) -> bool:

@@ -276,12 +276,12 @@ class BlockStore:
     @property
     def arena(self) -> SharedArena:
         """The arena, for clients of this host."""
-        dram = self._dram
+        arena = self._dram.arena
         return SharedArena(
-            not_shared_because=dram.not_shared_because,
-            directory=str(dram.arena_directory.absolute()),
-            arena_id=dram.arena_id,
-            capacity_bytes=dram.arena_capacity_bytes,
+            not_shared_because=arena.not_shared_because,
+            directory=str(arena.directory.absolute()),
+            arena_id=arena.arena_id,
+            capacity_bytes=arena.capacity_bytes,
             is_writable=not self._in_place_uploads.refused_because,
         )
 

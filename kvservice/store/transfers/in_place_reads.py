@@ -79,7 +79,7 @@ class InPlaceReads:
 
         Raises NotShared, LeaseExpired, ChecksumMismatch, StorageFailed.
         """
-        if why := self._dram.not_shared_because:
+        if why := self._dram.arena.not_shared_because:
             raise NotShared(f"blocks cannot be read in place: {why}")
         if any(block in lease.parts for block in blocks):
             yield NotInPlace("several shards make up a block")

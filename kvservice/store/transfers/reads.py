@@ -199,10 +199,10 @@ class _Read:
     async def open(self) -> None:
         """Find every row's bytes, and start to bring up what only SSD has."""
         table, reads = self._blocks_table, self._reads
+        rows = np.array(self.rows, np.int64)
+        missing = rows[~table.lie_in(rows, table.first_tier)].tolist()
         promotions: dict[int, PendingPromotion] = {}
-        if reads.promoter is not None:
-            rows = np.array(self.rows, np.int64)
-            missing = rows[~table.lie_in(rows, table.first_tier)].tolist()
+        if missing and reads.promoter is not None:
             promotions = await self._held.enter_async_context(reads.promoter.promoting(missing))
         for row, pending in promotions.items():
             self._sources[row] = source = self._new_source(row)
