@@ -9,8 +9,8 @@ from kvservice.blocks import TierName
 from kvservice.rpc import explained
 from kvservice.rpc.calls import Callers, Context
 from kvservice.rpc.explained import stored_block
+from kvservice.rpc.messages import timestamp
 from kvservice.rpc.session_messages import session_message
-from kvservice.rpc.timestamps import timestamp
 from kvservice.store.store import BlockStore
 from kvservice.store.types import DISCARD_KEYS_MAX, PIN_KEYS_MAX
 from kvservice_api.errors import BlockNotFound, InvalidRequest

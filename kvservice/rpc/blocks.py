@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from kvservice.blocks import TierName
 from kvservice.rpc.calls import Callers, Context
+from kvservice.rpc.messages import residency_runs
 from kvservice.rpc.reports import report_record
 from kvservice.store.store import BlockStore
 from kvservice.store.types import (
@@ -18,7 +19,6 @@ from kvservice.store.types import (
     Located,
     NotInPlace,
     Part,
-    Run,
     SaveHeader,
     SaveOutcome,
     Span,
@@ -29,17 +29,12 @@ from kvservice_api.keys import split_keys
 from kvservice_api.layout import Layout, Shard
 from kvservice_api.status import to_status
 from kvservice_api.v1 import blocks_pb2 as pb
-from kvservice_api.v1 import sessions_pb2, types_pb2
+from kvservice_api.v1 import types_pb2
 
 _TIERS = {types_pb2.TIER_DRAM: TierName.DRAM, types_pb2.TIER_SSD: TierName.SSD}
 
 _WithShard = (
-    pb.LookupPrefixRequest
-    | pb.SaveHeader
-    | pb.LoadBlocksRequest
-    | pb.LocateBlocksRequest
-    | pb.AdoptLeaseRequest
-    | sessions_pb2.GetSessionRequest
+    pb.LookupPrefixRequest | pb.SaveHeader | pb.LoadBlocksRequest | pb.LocateBlocksRequest | pb.AdoptLeaseRequest
 )
 
 _ON_SSD: Mapping[int, bool] = {
@@ -271,10 +266,6 @@ def save_response(outcome: SaveOutcome) -> pb.SaveBlocksResponse:
 
 def refused_blocks(refused: Mapping[int, KVError]) -> list[pb.RefusedBlock]:
     return [pb.RefusedBlock(block=block, status=to_status(error)) for block, error in sorted(refused.items())]
-
-
-def residency_runs(runs: Iterable[Run]) -> list[pb.ResidencyRun]:
-    return [pb.ResidencyRun(count=count, dram=dram, ssd=ssd) for count, dram, ssd in runs]
 
 
 def checksums_of(data: bytes) -> NDArray[np.uint64]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from kvservice.blocks import BlockTable, Extent, Rows, TierName
+from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.index.records import Records, new_records
@@ -48,6 +49,7 @@ class BlockLifecycle:
         counters: Counters,
         tasks: Tasks,
         history: MissReasons,
+        clock: Clock,
     ) -> None:
         self.blocks = blocks
         self.tiers = tiers
@@ -56,6 +58,7 @@ class BlockLifecycle:
         self._counters = counters
         self._tasks = tasks
         self.history = history
+        self._clock = clock
         self._leaving: dict[bytes, asyncio.Future[None]] = {}  # Objects whose records are being removed.
         self._placing: dict[tuple[int, TierName], asyncio.Future[None]] = {}  # Rows whose records are being written.
 
@@ -149,7 +152,7 @@ class BlockLifecycle:
     def _note_arrival(self, rows: Rows, tier: TierName) -> None:
         """Since when the copies are there: as long as the block itself where it is new, else a later time."""
         stored_ms = self.blocks.stored_at_ms[rows]
-        later_ms = np.maximum(stored_ms + np.uint64(1), np.uint64(self.history.now_ms))
+        later_ms = np.maximum(stored_ms + np.uint64(1), np.uint64(self._clock.wall_ms()))
         self.blocks.since_ms(tier)[rows] = np.where(self.blocks.live[rows], later_ms, stored_ms)
 
     def _pinned_meanwhile(self, rows: Sequence[int], records: Records) -> list[int]:

@@ -146,7 +146,7 @@ class BlockStore:
         self._tasks = Tasks()
         self._loop_budget = LoopBudget()
         tiers = {tier: space for tier, space in zip(blocks.tiers, (dram, ssd), strict=False) if space is not None}
-        self._lifecycle = BlockLifecycle(blocks, tiers, index, counters, self._tasks, self._history)
+        self._lifecycle = BlockLifecycle(blocks, tiers, index, counters, self._tasks, self._history, clock)
         self._evictor = Evictor(
             self._lifecycle,
             policy,
