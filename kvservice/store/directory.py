@@ -24,7 +24,7 @@ import numpy as np
 
 from kvservice.blocks import BlockTable, Rows
 from kvservice.tiers.files import FileCalls
-from kvservice.tiers.io_pool import ended
+from kvservice.tiers.io_pool import on_thread
 from kvservice_api.layout import Layout
 from kvservice_api.residency_directory import (
     EMPTY_SLOT,
@@ -183,15 +183,6 @@ class ResidencyDirectory:
     def _make(self, path: Path, slots: int) -> DirectoryTable:
         return DirectoryTable(path, Header(*self._identity, slots, DirectoryState.BUILDING), self._calls)
 
-    async def _made(self, path: Path, slots: int) -> DirectoryTable:
-        """On a thread: the kernel clears all pages first. Cancelled, it ends first, so that `close` finds the file."""
-        making = asyncio.get_running_loop().run_in_executor(None, self._make, path, slots)
-        try:
-            return await asyncio.shield(making)
-        except asyncio.CancelledError:
-            await ended(making)
-            raise
-
     async def _fill(self, table: DirectoryTable) -> bool:
         """Publish every row there is; False where the table was given up. Changes meanwhile reach it by `_changed`."""
         blocks = self._blocks
@@ -232,7 +223,8 @@ class ResidencyDirectory:
             self._give_up(f"{old.used_slots} blocks would take more than the {self._bytes_max} bytes allowed")
             return
         try:
-            table = await self._made(self._next_file, slots)
+            # On a thread, for the kernel clears all pages first.
+            table = await on_thread(lambda: self._make(self._next_file, slots))
             if self._current is not old:  # Given up meanwhile.
                 table.close(DirectoryState.CLOSED)
                 self._next_file.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kvservice.blocks import Extent
 from kvservice.tiers.arena import Arena
 from kvservice.tiers.extents import SpaceMap, extent_size, lie_within
-from kvservice.tiers.io_pool import ended
+from kvservice.tiers.io_pool import on_thread
 
 T = TypeVar("T")
 
@@ -127,7 +127,7 @@ class DramTier:
                 first(data)
             np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(data, np.uint8))
 
-        await _on_thread(work)
+        await on_thread(work)
 
     async def seal(self, extent: Extent) -> None:
         pass
@@ -148,14 +148,4 @@ class DramTier:
             np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(source, np.uint8))
             return then(into) if then is not None else None
 
-        return await _on_thread(work)
-
-
-async def _on_thread(work: Callable[[], T]) -> T:
-    """The copy's result. Cancelled, it ends first: the memory is the caller's again when he hears of it."""
-    job = asyncio.get_running_loop().run_in_executor(None, work)
-    try:
-        return await asyncio.shield(job)
-    except asyncio.CancelledError:
-        await ended(job)
-        raise
+        return await on_thread(work)

@@ -1,7 +1,7 @@
 """Threads for disk I/O that take reads before writes, and urgent reads before others.
 
-Who is cancelled while a thread works for him hears of it when the thread has ended: only then is
-the memory that it reads or writes free for another use.
+If the awaiting task is cancelled after its job started, CancelledError is raised only once the job has ended, so its
+buffers stay valid.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Executor
 from heapq import heappop, heappush
 from typing import Any, Generic, TypeVar
 
@@ -22,10 +23,23 @@ _READS_IN_A_ROW_MAX = 32  # While a write waits. Reads without end would else ke
 
 
 async def ended(future: asyncio.Future[Any]) -> None:
-    """Wait for the end of `future`, whoever cancels the waiting. Its own outcome is left aside."""
+    """Wait for the end of `future`, also if the awaiting task is cancelled. Its outcome is not looked at."""
     while not future.done():
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait({future})
+
+
+async def on_thread(work: Callable[[], T], executor: Executor | None = None) -> T:
+    """What `work` returns, on a thread of `executor`, by default of asyncio's own.
+
+    If the awaiting task is cancelled, CancelledError is raised only once `work` has ended: until then a thread may
+    use the memory that it was given.
+    """
+    job = asyncio.get_running_loop().run_in_executor(executor, work)
+    try:
+        return await asyncio.shield(job)
+    finally:
+        await ended(job)
 
 
 class _Job(Generic[T]):

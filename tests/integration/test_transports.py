@@ -42,8 +42,19 @@ def test_closing_a_load_early_ends_the_call_at_the_daemon(new_daemon: Callable[.
             until(is_free)
 
 
-def test_a_save_and_a_load_over_grpc_run_few_files() -> None:
+@pytest.fixture(scope="module")
+def files_of() -> dict[str, set[str]]:
+    return save_and_loads()
+
+
+@pytest.mark.parametrize(
+    ("operation", "files_max", "client_files_max"),
+    [("save", 39, 10), ("load from DRAM", 26, 9), ("load from SSD", 37, 9)],
+)
+def test_a_save_and_a_load_over_grpc_run_few_files(
+    files_of: dict[str, set[str]], operation: str, files_max: int, client_files_max: int
+) -> None:
     """`python -m tests.files_run` prints them."""
-    files = save_and_loads()
-    in_client = {name: sum(each.startswith("kvservice_client") for each in files[name]) for name in files}
-    assert in_client == {"save": 11, "load from DRAM": 10, "load from SSD": 10}, files
+    files = files_of[operation]
+    assert len(files) <= files_max, sorted(files)
+    assert sum(each.startswith("kvservice_client") for each in files) <= client_files_max, sorted(files)
