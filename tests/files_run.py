@@ -23,7 +23,7 @@ class FilesRun:
     """Notes each call of the packages' code, in all threads that begin after `start` and in the one that called it.
 
     A call counts for the outermost function of the packages on its stack, the *root*: the handler of an RPC, or a
-    background loop. So calls for a request can be told from those of loops that run without one.
+    background loop. So the calls for a request are separate from those of loops that run without one.
     """
 
     def __init__(self, packages: Sequence[str] = PACKAGES) -> None:
@@ -55,7 +55,7 @@ class FilesRun:
         self._calls.add((name, root))
 
     def _name(self, frame: FrameType) -> str | None:
-        """Generated code does not count: it has no lines that somebody reads."""
+        """Generated code does not count: it is not code that a reader of the project reads."""
         file = frame.f_code.co_filename
         if file not in self._files:
             parts = Path(file).parts
