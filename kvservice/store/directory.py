@@ -23,8 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from kvservice.blocks import BlockTable, Rows
-from kvservice.tiers.files import FileCalls
-from kvservice.tiers.io_pool import on_thread
+from kvservice.tiers.files import FileCalls, on_thread
 from kvservice_api.layout import Layout
 from kvservice_api.residency_directory import (
     EMPTY_SLOT,

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable, Coroutine, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from kvservice.tiers.io_pool import ended
+from kvservice.tiers.files import ended
 from kvservice_api.errors import KVError
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kvservice.blocks import Extent
 from kvservice.tiers.arena import Arena
 from kvservice.tiers.extents import SpaceMap, extent_size, lie_within
-from kvservice.tiers.io_pool import on_thread
+from kvservice.tiers.files import on_thread
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ from kvservice.store import image_check
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.tiers.dram import DramTier
-from kvservice.tiers.io_pool import on_thread
+from kvservice.tiers.files import on_thread
 from kvservice_api.errors import ScrubRunning, StorageFailed
 from kvservice_api.layout import Shard
 

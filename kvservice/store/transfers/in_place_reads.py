@@ -25,7 +25,7 @@ from kvservice.store.caller import Caller
 from kvservice.store.leases import Lease
 from kvservice.store.mover.promoter import PendingPromotion, Promoter
 from kvservice.tiers.dram import DramTier
-from kvservice.tiers.io_pool import on_thread
+from kvservice.tiers.files import on_thread
 from kvservice_api.errors import ChecksumMismatch, KVError, LeaseExpired, NotShared
 
 _ROWS_A_TURN = 256

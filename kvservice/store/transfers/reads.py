@@ -27,7 +27,7 @@ from kvservice.store.mover.promoter import PendingPromotion, Promoter
 from kvservice.store.tasks import LoopBudget, all_of
 from kvservice.store.transfers.coverage import HeadRun, cover
 from kvservice.tiers.dram import DramTier
-from kvservice.tiers.io_pool import ended, on_thread
+from kvservice.tiers.files import ended, on_thread
 from kvservice_api.errors import ChecksumMismatch, InvalidRequest, KVError, LeaseExpired, Overloaded
 from kvservice_api.image import PAGE_BYTES, BlockGeometry, Trailer, checksum
 from kvservice_api.layout import Layout, Shard
