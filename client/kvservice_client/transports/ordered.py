@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from kvservice_api.errors import KVError, NotShared, NoWriterLock
 from kvservice_client import forks
@@ -78,30 +80,28 @@ class Meter:
 
     def reset_in_child(self) -> None:
         self._lock = threading.Lock()
-        self._counts: dict[str, TransportStats] = {}
+        self._counts: defaultdict[str, dict[str, Any]] = defaultdict(dict)  # By transport, then by field.
         self._refused_because: dict[str, str] = {}
 
     def add(self, transport: str, **counts: float) -> None:
         """Add to fields of the transport's `TransportStats`."""
         with self._lock:
-            was = self._counts.get(transport) or TransportStats()
-            sums = {name: getattr(was, name) + count for name, count in counts.items()}
-            self._counts[transport] = replace(was, **sums)
+            sums = self._counts[transport]
+            for name, count in counts.items():
+                sums[name] = sums.get(name, 0) + count
 
     def fell_back(self, transport: str, why: str) -> None:
-        with self._lock:
-            was = self._counts.get(transport) or TransportStats()
-            self._counts[transport] = replace(was, fallbacks=was.fallbacks + 1)
-            self._refused_because[transport] = why
+        self.add(transport, fallbacks=1)
+        self._refused_because[transport] = why
 
     def stats(self) -> Stats:
         with self._lock:
-            counts, because = dict(self._counts), self._refused_because.get("shm", "")
+            counts = {name: TransportStats(**sums) for name, sums in self._counts.items()}
         return Stats(
             {name: count.loaded_bytes for name, count in counts.items() if count.loaded_bytes},
             {name: count.saved_bytes for name, count in counts.items() if count.saves},
             sum(count.viewed_bytes for count in counts.values()),
-            because,
+            self._refused_because.get("shm", ""),
             counts,
         )
 
