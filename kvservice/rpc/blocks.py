@@ -8,9 +8,8 @@ from contextlib import aclosing
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice.blocks import TierName
 from kvservice.rpc.calls import Callers, Context
-from kvservice.rpc.messages import residency_runs
+from kvservice.rpc.messages import residency_runs, tier_of
 from kvservice.rpc.reports import report_record
 from kvservice.store.store import BlockStore
 from kvservice.store.types import (
@@ -30,8 +29,6 @@ from kvservice_api.layout import Layout, Shard
 from kvservice_api.status import to_status
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_api.v1 import types_pb2
-
-_TIERS = {types_pb2.TIER_DRAM: TierName.DRAM, types_pb2.TIER_SSD: TierName.SSD}
 
 _WithShard = (
     pb.LookupPrefixRequest | pb.SaveHeader | pb.LoadBlocksRequest | pb.LocateBlocksRequest | pb.AdoptLeaseRequest
@@ -221,9 +218,8 @@ class BlockService:
 
     async def Evict(self, request: pb.EvictRequest, context: Context) -> pb.EvictResponse:
         keys = split_keys(request.keys, field="keys", count_max=self._store.limits.keys_max)
-        if request.tier not in _TIERS:
-            raise InvalidRequest("name the tier to evict from: TIER_DRAM or TIER_SSD", field="tier")
-        outcome = await self._store.evict(self._callers.of(context), keys, _TIERS[request.tier])
+        tier = tier_of(request.tier, request.tier_name, self._store.tier_names)
+        outcome = await self._store.evict(self._callers.of(context), keys, tier)
         return pb.EvictResponse(**outcome._asdict())
 
     async def ReportRequest(self, request: pb.ReportRequestRequest, context: Context) -> pb.ReportRequestResponse:
