@@ -21,12 +21,11 @@ from kvservice.counters import Counters
 from kvservice.policy.base import Policy
 from kvservice.store import image_check
 from kvservice.store.block_lifecycle import BlockLifecycle
-from kvservice.store.loop_budget import LoopBudget
 from kvservice.store.mover.evictor import Evictor
-from kvservice.store.tasks import Tasks
+from kvservice.store.tasks import LoopBudget, Tasks
 from kvservice.tiers.base import DurableTier
 from kvservice.tiers.dram import DramTier
-from kvservice.tiers.io_pool import WRITE
+from kvservice.tiers.files import WRITE
 from kvservice_api.errors import BlockNotFound, ChecksumMismatch, IndexFull, KVError, StorageFailed, TierFull
 from kvservice_api.image import BlockGeometry, Trailer
 
@@ -311,8 +310,8 @@ class WriteBehind:
         except Exception as error:  # Whatever it is, somebody waits to hear of it.
             self._give_up(batch, error)
             return
-        gone = [copied for copied in batch if not self._blocks.live[copied.row]]
-        self._give_up(gone, BlockNotFound("the block was discarded while it was written"))
+        if gone := [copied for copied in batch if not self._blocks.live[copied.row]]:
+            self._give_up(gone, BlockNotFound("the block was discarded while it was written"))
         batch = [copied for copied in batch if not copied.recorded.done()]
         if not batch:
             return
