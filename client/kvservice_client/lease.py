@@ -239,7 +239,9 @@ class Lease:
             arguments.seconds(timeout_s, "timeout_s")
         if self.remaining_s:
             request = pb.ReleaseLeaseRequest(client_id=self._attachment.client_id, lease_id=self._lease_id)
-            deadline = Deadline(min(_RELEASE_S, self._connection.timeout_s if timeout_s is None else timeout_s))
+            deadline = self._connection.deadline(
+                min(_RELEASE_S, self._connection.timeout_s if timeout_s is None else timeout_s)
+            )
             with suppress(KVError):
                 self._connection.channel.call(BLOCKS + "ReleaseLease", request, pb.ReleaseLeaseResponse, deadline)
         self._lease_id = 0

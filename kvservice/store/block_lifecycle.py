@@ -104,7 +104,7 @@ class BlockLifecycle:
         """
         names = list(object_keys)
         try:
-            async with asyncio.timeout(_SETTLED_WITHIN_S):
+            async with self._clock.timeout(_SETTLED_WITHIN_S):
                 while waiting := {self._leaving[name] for name in names if name in self._leaving}:
                     await asyncio.wait(waiting)
         except TimeoutError:
@@ -318,7 +318,7 @@ class BlockLifecycle:
                     exc_info=None if expected else error,
                 )
                 removal.report(error if isinstance(error, StorageFailed) else StorageFailed(str(error)))
-                await asyncio.sleep(_RETRY_S)
+                await self._clock.sleep(_RETRY_S)
 
     def _free_unreferenced(self, rows: Rows | Sequence[int]) -> None:
         """Release the bytes of forgotten rows that nothing holds any more. Their records are gone."""

@@ -6,7 +6,6 @@ bytes out; the parts behind the verbs are private.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence, Sized
@@ -219,7 +218,7 @@ class BlockStore:
             self._leases, blocks, self._requests, clock, self._loop_budget, boot_epoch=self.boot_epoch
         )
         self._explain = Explain(blocks, index, self._history, self._uploads.claims, clock)
-        self._drain = Drain(blocks, self._uploads.claims, self._admission, self._write_behind, self._tasks)
+        self._drain = Drain(blocks, self._uploads.claims, self._admission, self._write_behind, self._tasks, clock)
         self._sessions = Sessions(index, self._lifecycle, clock, counters, self._tasks, self._layout, limits.session)
         self.operators = Operators(
             blocks,
@@ -676,13 +675,13 @@ class BlockStore:
 
     async def _expire_forever(self) -> None:
         while True:
-            await asyncio.sleep(_EXPIRE_EVERY_S)
+            await self._clock.sleep(_EXPIRE_EVERY_S)
             while self._leases.expire():
                 await self._loop_budget.slot()
 
     async def _flush_forever(self) -> None:
         while True:
-            await asyncio.sleep(self.limits.recency_flush_s)
+            await self._clock.sleep(self.limits.recency_flush_s)
             try:
                 await self._lifecycle.flush_recency()
             except KVError as error:

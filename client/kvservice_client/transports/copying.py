@@ -148,7 +148,7 @@ class Batch:
         """Do what is there until the group is done. Raises what a part of it raised first, or DeadlineExceeded."""
         while not group.done.is_set() and deadline.remaining_s and (part := self._next()):
             self._run(*part)
-        if not group.done.wait(deadline.remaining_s):
+        if not deadline.clock.wait(group.done, deadline.remaining_s):
             raise DeadlineExceeded(f"the {deadline.allowed_s:.3g} s allowed for this call have passed")
         if group.error is not None:
             raise group.error

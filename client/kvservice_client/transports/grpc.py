@@ -9,18 +9,19 @@ import numpy as np
 
 from kvservice_api.errors import InvalidFrame, KVError
 from kvservice_api.frames import HEAD_BYTES_MAX, decode_frame, encode_frame
+from kvservice_api.malloc import keep_large_buffers
 from kvservice_api.status import from_status
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_api.v1 import types_pb2
 from kvservice_client.buffers import Bytes
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection
-from kvservice_client.malloc import keep_large_buffers
 from kvservice_client.retry import Deadline
 from kvservice_client.transports.base import Durability, LoadOrder, SaveOrder, SaveResult, Transport
 
 _PAYLOAD_BYTES_WANTED = 2**20  # Larger ones leave the caches before they are copied on.
 _DURABILITY = {Durability.DRAM: types_pb2.DURABILITY_DRAM, Durability.SSD: types_pb2.DURABILITY_SSD}
+_KEPT_FREE_BYTES = 256 * 2**20
 
 
 class GrpcTransport(Transport):
@@ -38,7 +39,7 @@ class GrpcTransport(Transport):
         """Nothing outlives an order."""
 
     def load(self, order: LoadOrder, deadline: Deadline) -> Generator[Bytes, None, None]:
-        keep_large_buffers()
+        keep_large_buffers(_KEPT_FREE_BYTES)
         request = pb.LoadBlocksRequest(
             client_id=order.client_id,
             lease_id=order.lease_id,
@@ -70,7 +71,7 @@ class GrpcTransport(Transport):
             messages.close()
 
     def save(self, order: SaveOrder, deadline: Deadline) -> tuple[SaveResult, int]:
-        keep_large_buffers()
+        keep_large_buffers(_KEPT_FREE_BYTES)
         answer = self._channel.send_frames(BLOCKS + "SaveBlocks", _messages(order), pb.SaveBlocksResponse, deadline)
         return save_result(answer), order.size_bytes
 

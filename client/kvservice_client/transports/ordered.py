@@ -22,7 +22,7 @@ from kvservice_client.rate_limited_log import RateLimitedLog
 from kvservice_client.retry import Deadline
 from kvservice_client.transports.base import LoadOrder, NotCarried, SaveOrder, SaveResult, Transport
 from kvservice_client.transports.grpc import GrpcTransport
-from kvservice_client.transports.in_place import InPlaceReader, Verify, View
+from kvservice_client.transports.in_place import InPlaceMismatch, InPlaceReader, Verify, View
 from kvservice_client.transports.shm import ShmTransport
 from kvservice_client.transports.throttle import Throttle
 
@@ -39,8 +39,10 @@ class TransportStats:
     """What one transport did since the client was made.
 
     Bytes are payload. Operations are those that it carried to their end. Seconds are those in which it worked:
-    callers that take their time between two layers are not counted. `fallbacks` are the operations that it left, in
-    whole or in part, to the next transport.
+    callers that take their time between two layers are not counted. `fallbacks` are the operations that it could not
+    carry, in whole or in part, so that the next transport did. `mismatches` are the loads and views whose bytes in
+    place were not those that their checksums were taken of. They are no fallbacks, although the daemon then verifies
+    the bytes by way of the next transport.
     """
 
     loads: int = 0
@@ -52,6 +54,7 @@ class TransportStats:
     load_seconds: float = 0.0
     save_seconds: float = 0.0
     fallbacks: int = 0
+    mismatches: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,9 +181,9 @@ class OrderedTransports:
         """
         if self._down is not None:
             raise NotShared("a view moves no bytes that could be slowed down: load the blocks")
-        have_verified = partial(self._have_verified, order) if verify == "always" else None
         for transport in self._transports:
             if isinstance(transport, InPlaceReader):
+                have_verified = partial(self._have_verified, transport, order) if verify == "always" else None
                 transport.check_offered(deadline)
                 view = transport.view(order, deadline, have_verified)
                 self._meter.add(transport.name, views=1, viewed_bytes=order.size_bytes)
@@ -203,11 +206,16 @@ class OrderedTransports:
         if transport is self._transports[-1]:
             raise error
         why = error.message if isinstance(error, KVError) else str(error)
+        if isinstance(error, InPlaceMismatch):
+            self._meter.add(transport.name, mismatches=1)
+            self._log.warning("bytes read by %s are not used, the daemon is asked for them: %s", transport.name, why)
+            return
         self._meter.fell_back(transport.name, why)
         self._log.info("%s is not used: %s", transport.name, why)
 
-    def _have_verified(self, order: LoadOrder, block: int, layer: int) -> None:
+    def _have_verified(self, transport: Transport, order: LoadOrder, block: int, layer: int) -> None:
         """Make the daemon verify one slice, by loading it: it drops the block and raises where the slice is damaged."""
+        self._meter.add(transport.name, mismatches=1)
         first, counts = order.first_block + block, order.token_counts[block : block + 1]
         one = replace(order, first_block=first, token_counts=counts, first_layer=layer, into=None)
         layers = self._transports[-1].load(one, self._connection.deadline(None))

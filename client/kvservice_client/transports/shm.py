@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import secrets
 import threading
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -221,14 +220,14 @@ class _AbandonQueue:
                     return
                 request = self._waiting.popleft()
             while not self._send_abandon(request):
-                time.sleep(_ABANDON_PAUSE_S)  # No call waits for this thread.
+                self._connection.clock.sleep(_ABANDON_PAUSE_S)  # No call waits for this thread.
 
     def _send_abandon(self, request: pb.AbandonBlocksRequest) -> bool:
         if not self._connection.attach_stream.is_attached_as(request.client_id):
             return True
         call = self._connection.channel.call
         try:
-            call(BLOCKS + "AbandonBlocks", request, pb.AbandonBlocksResponse, Deadline(_ABANDON_S))
+            call(BLOCKS + "AbandonBlocks", request, pb.AbandonBlocksResponse, self._connection.deadline(_ABANDON_S))
         except KVError as error:
             return not isinstance(error, (DaemonUnavailable, DeadlineExceeded))
         return True

@@ -156,7 +156,7 @@ class WriteBehind:
                 await self._queued.wait()
             row, generation = self._queue.popleft()
             if self._failing_because and self._is_wanted(row, generation):
-                await asyncio.sleep(_PAUSE_AFTER_FAILURE_S)
+                await self._clock.sleep(_PAUSE_AFTER_FAILURE_S)
             if not self._is_wanted(row, generation):
                 await self._one_less()
                 continue
@@ -297,7 +297,7 @@ class WriteBehind:
         while True:
             await self._some_copied.wait()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_COMMIT_AFTER_S):
+                async with self._clock.timeout(_COMMIT_AFTER_S):
                     await self._enough_copied.wait()
             batch, self._copied, self._copied_bytes = self._copied, [], 0
             self._some_copied.clear()

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
 from kvservice.blocks import BlockTable, Rows
+from kvservice.clock import Clock
 from kvservice.store.caller import Caller
 from kvservice.store.mover.write_behind import WriteBehind
 from kvservice.store.tasks import Tasks
@@ -46,12 +48,14 @@ class Drain:
         admission: Admission,
         write_behind: WriteBehind | None,
         tasks: Tasks,
+        clock: Clock,
     ) -> None:
         self._blocks = blocks
         self._claims = claims
         self._admission = admission
         self._write_behind = write_behind
         self._tasks = tasks
+        self._clock = clock
         self._writing: asyncio.Task[None] | None = None
         self._stopping = False
         self.is_draining = False
@@ -69,8 +73,8 @@ class Drain:
 
     async def quiet(self) -> None:
         """Wait until no load and no save runs."""
-        while self._admission.loads_open or self._claims.object_count:  # noqa: ASYNC110  (once in a life)
-            await asyncio.sleep(_LOOK_EVERY_S)
+        while self._admission.loads_open or self._claims.object_count:
+            await self._clock.sleep(_LOOK_EVERY_S)
 
     # When an operator asks
 
@@ -101,11 +105,13 @@ class Drain:
             yield self._progress(done)
             if done:
                 return
-            await asyncio.wait({writing}, timeout=_REPORT_EVERY_S)
+            with suppress(TimeoutError):
+                async with self._clock.timeout(_REPORT_EVERY_S):
+                    await asyncio.wait({writing})
 
     async def _write_all(self) -> None:
-        while self._claims.object_count:  # noqa: ASYNC110  (uploads signal no end)
-            await asyncio.sleep(_LOOK_EVERY_S)
+        while self._claims.object_count:
+            await self._clock.sleep(_LOOK_EVERY_S)
         if self._write_behind is None:
             return
         rows = self._only_in_dram()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from concurrent.futures import Executor
@@ -92,7 +91,7 @@ class Scrub:
                 reported_s = now_s
                 yield progress
             ahead_s = progress.bytes_checked / bytes_per_second - (now_s - started_s)
-            await asyncio.sleep(max(0.0, ahead_s))
+            await self._clock.sleep(max(0.0, ahead_s))
         yield replace(progress, done=True)
 
     async def _check(self, row: int, tier: TierName) -> bool:

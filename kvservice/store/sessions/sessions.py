@@ -381,7 +381,7 @@ class Sessions:
     async def _tick_forever(self) -> None:
         passed_s = 0.0
         while True:
-            await asyncio.sleep(_TICK_S)
+            await self._clock.sleep(_TICK_S)
             passed_s += _TICK_S
             try:
                 await self.expire()

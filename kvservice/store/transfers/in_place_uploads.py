@@ -165,8 +165,8 @@ class InPlaceUploads:
     async def _until_gone(self, writer: Writer) -> None:
         """Look for the end of the process that may be writing; its space is free then."""
         try:
-            while not writer.remove_if_unlocked():  # noqa: ASYNC110  (another process ends it)
-                await asyncio.sleep(_LOOK_EVERY_S)
+            while not writer.remove_if_unlocked():  # Another process unlocks it.
+                await self._uploads.clock.sleep(_LOOK_EVERY_S)
         except asyncio.CancelledError:
             writer.close()  # The daemon ends: the next one finds the file.
             raise

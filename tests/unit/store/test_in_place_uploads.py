@@ -15,6 +15,7 @@ from kvservice.blocks import Extent, TierName
 from kvservice.store.leases import Client
 from kvservice.store.operations.explain import Miss
 from kvservice.store.transfers.upload import Place, SaveOutcome
+from kvservice.tiers.writers import Writer
 from kvservice_api.errors import (
     InvalidRequest,
     NotShared,
@@ -213,17 +214,22 @@ async def test_a_block_that_could_never_fit_is_refused_before_it_is_written(
 
 
 async def test_space_that_a_lost_client_may_be_writing_comes_back_with_its_lock_and_no_sooner(
-    opened: OpenStore, client: Client
+    opened: OpenStore, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock = WriterLock(opened.dram.arena.directory, client.client_id)
     places = await reserve(opened, client, some_chain(2))
-    used = opened.dram.used_bytes
+    used, looks, look = opened.dram.used_bytes, 0, Writer.remove_if_unlocked
 
+    def counted(writer: Writer) -> bool:
+        nonlocal looks
+        looks += 1
+        return look(writer)
+
+    monkeypatch.setattr(Writer, "remove_if_unlocked", counted)
     opened.store.detach(CALLER, client)
     opened.files.clock.advance(seconds=10_000)
-    for _ in range(3):
-        await asyncio.sleep(0.12)  # The daemon looks every 100 ms.
-        assert opened.dram.used_bytes == used
+    await until(lambda: looks == 3)
+    assert opened.dram.used_bytes == used
     assert not opened.claims.object_count, "others may store these blocks elsewhere"
     assert not opened.in_place_uploads._open
     before = opened.dram.generations([place.extent for place in places])

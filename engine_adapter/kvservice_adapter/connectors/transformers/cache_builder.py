@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +32,7 @@ from kvservice_adapter.session import Keys
 from kvservice_api.errors import KVError
 from kvservice_api.layout import Layout
 from kvservice_client.rate_limited_log import RateLimitedLog
+from kvservice_client.retry import Clock
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +95,7 @@ class CacheBuilder:
         rates: Rates,
         keys: Callable[[], Keys],
         *,
+        clock: Clock,
         wait_s: float,
         tokens_max: int | None,
         key_hooks: KeyHooks | None,
@@ -113,6 +114,7 @@ class CacheBuilder:
         self._rates = rates
         self._planner = LoadPlanner(layout, rates, breaker)
         self._keys = keys
+        self._clock = clock
         self._wait_s = wait_s
         self._tokens_max = tokens_max
         self._key_hooks = key_hooks
@@ -143,13 +145,13 @@ class CacheBuilder:
         if chosen is None or chosen.kind is Kind.RECOMPUTE:
             self.release(found)
             return Restored(self._empty_cache(given, keys, found, request, hooks), plan=chosen)
-        begin_s = time.perf_counter()
+        begin_s = self._clock.now_s()
         request.tier = reuse.tier
         head_tokens = chosen.compute_tokens
         slices = [_slices(each, tokens, head_tokens) for each, tokens in zip(found, reuse.tokens, strict=True)]
         self.release([each for each, part in zip(found, slices, strict=True) if part is None])
         buffers, loaders = self._start_loads(given, found, slices, reuse, head_tokens)
-        self._rates.observe_overhead(time.perf_counter() - begin_s)
+        self._rates.observe_overhead(self._clock.now_s() - begin_s)
         head = self._compute_head(given, head_tokens, request) if head_tokens else None
         history = self._history(given, buffers, loaders, reuse, head, recompute_cut, request)
         cache = self._cache(history, _rows(given, found, reuse.tokens, keys), given, reuse.columns, request, hooks)
@@ -212,6 +214,7 @@ class CacheBuilder:
                 layer_count=self._layout.layers,
                 buffer_layers=buffer_layers,
                 release=each.release,
+                clock=self._clock,
             )
             loader.start()
             loaders.append(loader)
@@ -252,6 +255,7 @@ class CacheBuilder:
             recompute_cut or partial(recompute_masked, given.visible(columns)),
             layer_count=self._layout.layers,
             wait_s=self._wait_s,
+            clock=self._clock,
             dtype=self._model.dtype,
             device=self._model.device,
             head=head,
@@ -263,9 +267,9 @@ class CacheBuilder:
 
     def _compute_head(self, given: Sequences, tokens: int, request: Request) -> Head:
         """Compute the beginning of a history while the rest of it is loaded."""
-        begin_s = time.perf_counter()
+        begin_s = self._clock.now_s()
         layers = computed(self._model, given.ids[:, :tokens], given.visible(tokens))
-        request.head_s = time.perf_counter() - begin_s
+        request.head_s = self._clock.now_s() - begin_s
         self._rates.observe_prefill(tokens, 0, request.head_s)
         return Head(dict(enumerate(layers)), tokens)
 

@@ -111,7 +111,7 @@ class TransformersConnector:
         self.layout = layout_of(
             model, model_id=model_id, model_revision=model_revision, block_tokens=block_tokens, rotated=rotated
         )
-        self.rates = rates or Rates()
+        self.rates = rates or Rates(client.clock.now_s)
         self._client = client
         self._blocks = client.open_layout(self.layout)
         self._salt = salt
@@ -119,7 +119,7 @@ class TransformersConnector:
         self._ropes: ModelRopes | None = None
         self._tokens_max = self._ropes_for_all().tokens_max if self._is_dynamic else None
         self._lookup = PrefixLookup(client, self._blocks, self._ropes_of_model)
-        self._breaker = Breaker(probe_of(self._blocks))
+        self._breaker = Breaker(probe_of(self._blocks), clock=client.clock)
         self._device = device = device or device_for(model.device)
         self._saver = LayerSaver(device, self._blocks, staging_bytes=staging_bytes)
         self._builder = CacheBuilder(
@@ -130,6 +130,7 @@ class TransformersConnector:
             self._breaker,
             self.rates,
             self._keys,
+            clock=client.clock,
             wait_s=wait_s,
             tokens_max=self._tokens_max,
             key_hooks=None if rotated else self._key_hooks(),
@@ -291,7 +292,7 @@ class TransformersConnector:
 
     def flush(self, timeout_s: float = 5.0) -> bool:
         """Wait for all that is being saved. Whether it is done."""
-        deadline = Deadline(timeout_s)
+        deadline = Deadline(timeout_s, self._client.clock)
         return self._saver.flush(timeout_s) and self._in_background(lambda: None, deadline.remaining_s)
 
     def _find(
@@ -303,7 +304,7 @@ class TransformersConnector:
         request_id: str,
     ) -> list[StoredPrefix | None]:
         """For each row what is stored of it, leased. Raises KVError."""
-        deadline = Deadline(self._wait_s)
+        deadline = Deadline(self._wait_s, self._client.clock)
         found: list[StoredPrefix | None] = []
         try:
             for row in range(len(given.pads)):
