@@ -262,7 +262,7 @@ def _open_store(settings: Settings, clock: Clock, files: FileCalls, opening: Exi
     _warn_of_little_memory(arena, kind)
     dram = DramTier(arena)
     if settings.dram.share != "off":
-        dram.share()
+        arena.share()
     emptied = index.open_volatile(
         arena.directory / "index",
         arena.arena_id,

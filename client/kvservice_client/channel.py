@@ -58,7 +58,7 @@ class _Link:
         self.channel = channel
         self.calls = 0
         self.streams: set[Any] = set()  # Running calls that are objects of gRPC.
-        self.generation = forks.generation()
+        self.generation = forks.generation
         self._callables: dict[str, Any] = {}
 
     def callable(self, method: str, make: Callable[[grpc.Channel], Any]) -> Any:
@@ -70,7 +70,7 @@ class _Link:
     @property
     def is_inherited(self) -> bool:
         """Whether it is the link of a parent of this process. Do not use such a link or its calls."""
-        return self.generation != forks.generation()
+        return self.generation != forks.generation
 
 
 class Channel:

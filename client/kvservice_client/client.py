@@ -19,8 +19,7 @@ from kvservice_client.reports import RequestReport
 from kvservice_client.retry import SYSTEM_CLOCK, Clock, Deadline
 from kvservice_client.session import Session
 from kvservice_client.tls import TlsFiles
-from kvservice_client.traffic import Stats
-from kvservice_client.transports.ordered import OrderedTransports
+from kvservice_client.transports.ordered import OrderedTransports, Stats
 
 DEFAULT_ADDRESS = "127.0.0.1:7070"
 

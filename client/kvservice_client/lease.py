@@ -71,7 +71,7 @@ class Lease:
         self._attachment = attachment
         self._lease_id = answer.lease_id
         self._ttl_s = answer.lease_ttl_ms / 1e3
-        self._generation = forks.generation()
+        self._generation = forks.generation
         # Measured from before the request was sent, so it never ends later than the daemon's lease.
         self._end_s = asked_at_s + self._ttl_s
         self.token_counts = tuple(token_counts[: answer.hit_blocks])
@@ -257,7 +257,7 @@ class Lease:
     @property
     def _is_inherited(self) -> bool:
         """Whether the lease belongs to a parent of this process, from before a fork."""
-        return self._generation != forks.generation()
+        return self._generation != forks.generation
 
     def _ended(self) -> LeaseExpired:
         if self._is_inherited:

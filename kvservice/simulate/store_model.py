@@ -141,9 +141,9 @@ class StoreModel(TierContents):
         self._arrive(row, size_bytes, size_bytes)
         self.release(row)
 
-    def _arrive(self, row: int, come_bytes: int, lent_bytes: int) -> None:
+    def _arrive(self, row: int, come_bytes: int, reserved_bytes: int) -> None:
         self._arriving[row] = 0
-        self.dram.used_bytes -= lent_bytes - come_bytes
+        self.dram.used_bytes -= reserved_bytes - come_bytes
         have = self._dram[row]
         self._dram[row] = have + come_bytes
         self._promoted[row] += come_bytes

@@ -54,6 +54,7 @@ class BlockLifecycle:
         self.blocks = blocks
         self.tiers = tiers
         self._index = index
+        self._layouts = index.layouts
         self._counters = counters
         self._tasks = tasks
         self.history = history
@@ -65,7 +66,7 @@ class BlockLifecycle:
 
     def geometry(self, row: int) -> BlockGeometry:
         """The geometry of the row's image."""
-        layout = self._index.layouts[int(self.blocks.layout_id[row])]
+        layout = self._layouts[int(self.blocks.layout_id[row])]
         return block_geometry(layout, self.blocks.shard_of(row), int(self.blocks.token_count[row]))
 
     def is_free(self, row: int) -> bool:
@@ -151,7 +152,7 @@ class BlockLifecycle:
     def _note_arrival(self, rows: Rows, tier: TierName) -> None:
         """Since when the copies exist: for a new block its own time, else a later time."""
         stored_ms = self.blocks.stored_at_ms[rows]
-        later_ms = np.maximum(stored_ms + np.uint64(1), np.uint64(self.history.now_ms))
+        later_ms = np.maximum(stored_ms + np.uint64(1), np.uint64(self._clock.wall_ms()))
         self.blocks.since_ms(tier)[rows] = np.where(self.blocks.live[rows], later_ms, stored_ms)
 
     def _pinned_meanwhile(self, rows: Sequence[int], records: Records) -> list[int]:

@@ -25,7 +25,6 @@ from kvservice.policy.base import Policy
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.store.leases import Client, Lease, Leases
-from kvservice.store.loop_budget import LoopBudget, parts_of
 from kvservice.store.miss_reasons import MissReasons, Reason
 from kvservice.store.mover.evictor import Evictor, Watermarks
 from kvservice.store.mover.promoter import Promoter
@@ -39,7 +38,7 @@ from kvservice.store.operations.requests import Requests
 from kvservice.store.operations.scrub import Scrub
 from kvservice.store.prefix_match import PrefixMatch, match_prefix, narrowed, runs_of
 from kvservice.store.sessions.sessions import SessionLimits, Sessions
-from kvservice.store.tasks import Tasks
+from kvservice.store.tasks import LoopBudget, Tasks, parts_of
 from kvservice.store.tickets import Tickets
 from kvservice.store.transfers.admission import Admission
 from kvservice.store.transfers.in_place_reads import InPlaceReads
@@ -282,12 +281,12 @@ class BlockStore:
     @property
     def arena(self) -> SharedArena:
         """The arena, for clients on this host."""
-        dram = self._dram
+        arena = self._dram.arena
         return SharedArena(
-            not_shared_because=dram.not_shared_because,
-            directory=str(dram.arena_directory.absolute()),
-            arena_id=dram.arena_id,
-            capacity_bytes=dram.arena_capacity_bytes,
+            not_shared_because=arena.not_shared_because,
+            directory=str(arena.directory.absolute()),
+            arena_id=arena.arena_id,
+            capacity_bytes=arena.capacity_bytes,
             is_writable=not self._in_place_uploads.refused_because,
         )
 
@@ -426,7 +425,10 @@ class BlockStore:
 
         Raises UnknownClient, LeaseExpired, LeaseNotYours, InvalidRequest.
         """
-        part = await narrowed(self._blocks, self._leases.get(caller, lease_id), shard, self._loop_budget)
+        lease = self._leases.get(caller, lease_id)
+        if shard is None or shard == lease.shard:
+            return lease
+        part = await narrowed(self._blocks, lease, shard, self._loop_budget)
         self._leases.get(caller, lease_id)  # The lease may have ended meanwhile.
         return part
 

@@ -86,7 +86,7 @@ class DurableTier(Tier, Protocol):
 
     @property
     def is_direct(self) -> bool:
-        """Whether I/O goes past the page cache."""
+        """Whether I/O bypasses the page cache."""
 
     def flush_failures(self, extent: Extent) -> int:
         """How often the extent's medium could not be flushed.

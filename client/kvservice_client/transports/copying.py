@@ -132,7 +132,7 @@ class Batch:
         self._parts: deque[tuple[Group, Callable[[int], None], range]] = deque()
         self._helping = 0
         self._helpers: list[Future[None]] = []
-        self._generation = forks.generation()
+        self._generation = forks.generation
 
     def start(self, work: Callable[[int], None], sizes: Sequence[int]) -> Group:
         """`work` on all positions in `sizes`, in parts of a MiB and more."""
@@ -184,7 +184,7 @@ class Batch:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._generation != forks.generation():
+        if self._generation != forks.generation:
             return  # The helpers and their work exist only in the parent.
         with self._lock:
             self._parts.clear()

@@ -6,17 +6,20 @@ A new transport is a class beside the others, and its line in `TRANSPORTS`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from kvservice_api.errors import KVError, NotShared, NoWriterLock
+from kvservice_client import forks
 from kvservice_client.buffers import Bytes
 from kvservice_client.connection import Connection
 from kvservice_client.rate_limited_log import RateLimitedLog
 from kvservice_client.retry import Deadline
-from kvservice_client.traffic import Meter
 from kvservice_client.transports.base import LoadOrder, NotCarried, SaveOrder, SaveResult, Transport
 from kvservice_client.transports.grpc import GrpcTransport
 from kvservice_client.transports.in_place import InPlaceMismatch, InPlaceReader, Verify, View
@@ -29,6 +32,80 @@ log = logging.getLogger(__name__)
 TRANSPORTS: tuple[Callable[[Connection], Transport], ...] = (ShmTransport, GrpcTransport)
 
 _TRY_NEXT = (NotShared, NoWriterLock, NotCarried)
+
+
+@dataclass(frozen=True, slots=True)
+class TransportStats:
+    """What one transport did since the client was made.
+
+    Bytes are payload. Operations are those that it completed. Seconds are its working time, without the caller's time
+    between two layers. `fallbacks` are the operations that it could not carry, completely or in part, so that the next
+    transport did. `mismatches` are the loads and views whose bytes in place did not match their checksums. They are not
+    fallbacks, although the daemon then verifies the bytes through the next transport.
+    """
+
+    loads: int = 0
+    saves: int = 0
+    views: int = 0
+    loaded_bytes: int = 0
+    saved_bytes: int = 0
+    viewed_bytes: int = 0
+    load_seconds: float = 0.0
+    save_seconds: float = 0.0
+    fallbacks: int = 0
+    mismatches: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Payload bytes since the client was made, by transport ("shm", "grpc"); views are read in place, uncopied.
+
+    A forked child counts from zero.
+
+    `shm_refused_because` is the last reason why shared memory was not used; empty if it was always used, or not
+    requested. `transports` has all counts, for each transport that was tried.
+    """
+
+    loaded_bytes: Mapping[str, int]
+    saved_bytes: Mapping[str, int]
+    viewed_bytes: int
+    shm_refused_because: str
+    transports: Mapping[str, TransportStats] = field(default_factory=dict)
+
+
+class Meter:
+    """Counts for all transports alike. Thread-safe. A forked child counts from zero."""
+
+    def __init__(self) -> None:
+        self.reset_in_child()
+        forks.register(self)
+
+    def reset_in_child(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: defaultdict[str, dict[str, Any]] = defaultdict(dict)  # By transport, then by field.
+        self._refused_because: dict[str, str] = {}
+
+    def add(self, transport: str, **counts: float) -> None:
+        """Add to fields of the transport's `TransportStats`."""
+        with self._lock:
+            sums = self._counts[transport]
+            for name, count in counts.items():
+                sums[name] = sums.get(name, 0) + count
+
+    def fell_back(self, transport: str, why: str) -> None:
+        self.add(transport, fallbacks=1)
+        self._refused_because[transport] = why
+
+    def stats(self) -> Stats:
+        with self._lock:
+            counts = {name: TransportStats(**sums) for name, sums in self._counts.items()}
+        return Stats(
+            {name: count.loaded_bytes for name, count in counts.items() if count.loaded_bytes},
+            {name: count.saved_bytes for name, count in counts.items() if count.saves},
+            sum(count.viewed_bytes for count in counts.values()),
+            self._refused_because.get("shm", ""),
+            counts,
+        )
 
 
 class OrderedTransports:

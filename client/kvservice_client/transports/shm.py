@@ -32,8 +32,8 @@ from kvservice_client.connection import Connection
 from kvservice_client.retry import Deadline
 from kvservice_client.transports.base import LoadOrder, SaveOrder, SaveResult, Transport
 from kvservice_client.transports.copying import Batch, Copiers, Group, copy_and_sum, copy_runs_and_sum, sum_and_copy
+from kvservice_client.transports.grpc import save_header, save_result
 from kvservice_client.transports.in_place import InPlace, InPlaceMismatch, View
-from kvservice_client.transports.messages import save_header, save_result
 
 M = TypeVar("M", bound=Message)
 

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 _RANK_IN_THREAD_ROWS = 50_000  # Ranking more rows than this would block the event loop for too long.
 _VICTIMS_AHEAD = 1024
 _VICTIMS_AT_A_TIME = 128
-_SHED_BLOCKS_MIN, _SHED_PART = 256, 64
+_TRIM_BLOCKS_MIN, _TRIM_PART = 256, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Evictor:
         self._victims: dict[TierName, deque[tuple[int, int, int]]] = {tier: deque() for tier in lifecycle.tiers}
         self._locks = {tier: asyncio.Lock() for tier in lifecycle.tiers}
         self._waiting = dict.fromkeys(lifecycle.tiers, 0)
-        self._shedding = dict.fromkeys(lifecycle.tiers, False)
+        self._trimming = dict.fromkeys(lifecycle.tiers, False)
         self._taken = asyncio.Event()
 
     def start(self, cleaners: Mapping[TierName, Cleaner]) -> None:
@@ -103,12 +103,12 @@ class Evictor:
     def trim_index(self, tier: TierName) -> None:
         """Begin to evict a small part of a tier whose index is full: there the number of blocks counts, not their
         size."""
-        if not self._shedding[tier]:
-            self._shedding[tier] = True
-            self._tasks.start(self._shed(tier), "free space in an index")
+        if not self._trimming[tier]:
+            self._trimming[tier] = True
+            self._tasks.start(self._trim(tier), "free space in an index")
 
-    async def _shed(self, tier: TierName) -> None:
-        missing = max(_SHED_BLOCKS_MIN, int(np.count_nonzero(self._blocks.resident(tier))) // _SHED_PART)
+    async def _trim(self, tier: TierName) -> None:
+        missing = max(_TRIM_BLOCKS_MIN, int(np.count_nonzero(self._blocks.resident(tier))) // _TRIM_PART)
         try:
             while missing > 0:
                 async with self._locks[tier]:
@@ -120,7 +120,7 @@ class Evictor:
         except StorageFailed as error:
             log.warning("no space could be freed in the index of %s: %s", tier, error.message)
         finally:
-            self._shedding[tier] = False
+            self._trimming[tier] = False
 
     async def _reserve_in_turn(self, tier: TierName, size_bytes: int) -> Extent:
         while True:

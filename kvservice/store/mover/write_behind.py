@@ -21,12 +21,11 @@ from kvservice.counters import Counters
 from kvservice.policy.base import Policy
 from kvservice.store import image_check
 from kvservice.store.block_lifecycle import BlockLifecycle
-from kvservice.store.loop_budget import LoopBudget
 from kvservice.store.mover.evictor import Evictor
-from kvservice.store.tasks import Tasks
+from kvservice.store.tasks import LoopBudget, Tasks
 from kvservice.tiers.base import DurableTier
 from kvservice.tiers.dram import DramTier
-from kvservice.tiers.io_pool import WRITE
+from kvservice.tiers.files import WRITE
 from kvservice_api.errors import BlockNotFound, ChecksumMismatch, IndexFull, KVError, StorageFailed, TierFull
 from kvservice_api.image import BlockGeometry, Trailer
 
@@ -41,7 +40,7 @@ _AWAITED_AT_ONCE = 16  # The begin and the end of a write take a tenth of a mill
 _ENDED_A_TURN = 32
 _PAUSE_AFTER_FAILURE_S = 1.0
 _TRY_AGAIN_S = 30.0  # If the tier below had no space, and none could be freed.
-_TRY_AGAIN_SHED_S = 5.0  # If its index had no space, while some is being freed.
+_TRY_AGAIN_TRIM_S = 5.0  # If its index had no space, while some is being freed.
 
 
 class WriteBehind:
@@ -188,7 +187,7 @@ class WriteBehind:
             again_s = _TRY_AGAIN_S
             if isinstance(error, IndexFull):
                 self._evictor.trim_index(self._below)
-                again_s = _TRY_AGAIN_SHED_S
+                again_s = _TRY_AGAIN_TRIM_S
             asyncio.get_running_loop().call_later(again_s, self._add_again, row, generation)
         except KVError as error:
             self._counters.storage_errors += isinstance(error, StorageFailed)
@@ -311,8 +310,8 @@ class WriteBehind:
         except Exception as error:  # Any error: the saves that wait must get it.
             self._give_up(batch, error)
             return
-        gone = [copied for copied in batch if not self._blocks.live[copied.row]]
-        self._give_up(gone, BlockNotFound("the block was discarded while it was written"))
+        if gone := [copied for copied in batch if not self._blocks.live[copied.row]]:
+            self._give_up(gone, BlockNotFound("the block was discarded while it was written"))
         batch = [copied for copied in batch if not copied.recorded.done()]
         if not batch:
             return

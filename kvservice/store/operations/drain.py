@@ -17,8 +17,7 @@ from kvservice.clock import Clock
 from kvservice.store.caller import Caller
 from kvservice.store.mover.write_behind import WriteBehind
 from kvservice.store.tasks import Tasks
-from kvservice.store.transfers.admission import Admission
-from kvservice.store.transfers.claims import Claims
+from kvservice.store.transfers.admission import Admission, Claims
 from kvservice_api.errors import Draining
 
 _LOOK_EVERY_S = 0.02

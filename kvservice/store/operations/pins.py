@@ -20,7 +20,7 @@ from kvservice.store.mover.write_behind import WriteBehind
 from kvservice_api.errors import InvalidRequest, KVError, PinsFull
 
 PIN_KEYS_MAX = 4096  # In one call.
-_ROWS_A_TURN = 256  # A millisecond of the event loop.
+_ROWS_A_TURN = 256  # They take a millisecond of the event loop.
 _ROWS_BEFORE_A_THREAD = 20_000
 
 

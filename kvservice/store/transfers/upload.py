@@ -23,13 +23,11 @@ from kvservice.counters import Counters
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.store.leases import Client
-from kvservice.store.loop_budget import LoopBudget
 from kvservice.store.miss_reasons import Reason
 from kvservice.store.mover.evictor import Evictor
 from kvservice.store.mover.write_behind import WriteBehind
-from kvservice.store.tasks import all_of
-from kvservice.store.transfers.admission import Admission
-from kvservice.store.transfers.claims import Claim, Claims
+from kvservice.store.tasks import LoopBudget, all_of
+from kvservice.store.transfers.admission import Admission, Claim, Claims
 from kvservice.tiers.dram import DramTier
 from kvservice_api.errors import (
     BlockNotFound,

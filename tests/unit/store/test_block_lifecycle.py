@@ -241,9 +241,7 @@ async def filled_index(opened: OpenStore) -> list[bytes]:
             try:
                 await opened.index.put(TierName.DRAM, some, records)
                 names += some
-                refusals = (
-                    0  # Commits free pages, so it is full only after many refusals in a row.
-                )
+                refusals = 0  # Commits free pages, so it is full only after many refusals in a row.
             except IndexFull:
                 refusals += 1
     return names

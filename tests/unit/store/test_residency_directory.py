@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvservice.blocks import BlockTable, TierName
-from kvservice.store.directory_table import DirectoryTable
+from kvservice.store.directory import DirectoryTable
 from kvservice.tiers.files import FileCalls
 from kvservice_api.layout import Shard
 from kvservice_api.residency_directory import (

@@ -187,7 +187,7 @@ async def test_bytes_written_before_a_failed_flush_are_written_again_though_the_
 async def test_where_the_index_of_the_ssd_is_full_old_blocks_leave_it_and_new_ones_come(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(write_behind, "_TRY_AGAIN_SHED_S", 0.01)
+    monkeypatch.setattr(write_behind, "_TRY_AGAIN_TRIM_S", 0.01)
     files = StoreFiles(tmp_path / "store", ssd_bytes=64 * MIB, dram_bytes=4 * MIB, map_bytes=MIB // 2)
     files.folder.mkdir()
     opened = files.open()

@@ -104,7 +104,7 @@ class TransformersConnector:
             raise InvalidRequest(
                 f"client is of type {type(client).__name__}; give a kvservice_client.Client", field="client"
             )
-        self._generation = forks.generation()
+        self._generation = forks.generation
         self._lines = RateLimitedLog(log)
         self._model, self._lora_id = model, lora_id
         self._check_adapters()
@@ -353,7 +353,7 @@ class TransformersConnector:
 
     def _refusal(self) -> KVError | None:
         """Why the daemon is not asked now; None if it is asked."""
-        if self._generation != forks.generation():
+        if self._generation != forks.generation:
             return DaemonUnavailable(
                 "the connector was made before fork() and its threads are the parent's: make one here"
             )
