@@ -65,7 +65,7 @@ class FilesRun:
 
 
 def _is_event_loop(frame: FrameType) -> bool:
-    """Whether the frame runs the event loop: what is further out on the stack started the loop, and is no caller."""
+    """Whether the frame runs the event loop. The frames below it on the stack started the loop, and are not callers."""
     return frame.f_code.co_filename.endswith("asyncio/runners.py")
 
 

@@ -137,7 +137,7 @@ class BlockService:
                 raise InvalidRequest("nothing may follow the commit", field="commit")
             return save_response(await upload.commit(checksums_of(message.checksums), on_ssd=on_ssd))
 
-    # For clients that map the arena: places instead of bytes.
+    # For clients that map the arena: the places of blocks instead of bytes.
 
     async def LocateBlocks(self, request: pb.LocateBlocksRequest, context: Context) -> None:
         caller = self._callers.of(context, request.client_id)
@@ -147,7 +147,7 @@ class BlockService:
             answer = pb.LocateBlocksResponse()
             async for step in steps:
                 if isinstance(step, Located):
-                    answer = self._places(step)  # They travel with the first count of layers.
+                    answer = self._places(step)  # They are sent with the first count of layers.
                     continue
                 if isinstance(step, NotInPlace):
                     answer.not_in_place_because = step.why

@@ -1,4 +1,4 @@
-"""Values that messages of several services have."""
+"""Values that occur in the messages of several services."""
 
 from __future__ import annotations
 
@@ -36,5 +36,5 @@ def timestamp(wall_ms: int) -> Timestamp:
 
 
 def known_timestamp(wall_ms: int) -> Timestamp | None:
-    """None where 0 stands for a time that is not known."""
+    """None where 0 means an unknown time."""
     return timestamp(wall_ms) if wall_ms else None

@@ -1,7 +1,7 @@
 """The caller of a verb: the value that every verb of the store takes, so that rules can depend on it.
 
 A request's caller is made in one place, ``rpc/calls.py``. What a caller may see or use is not limited yet:
-there is one tenant.
+there is only one tenant.
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ class ResidencyDirectory:
         return DirectoryTable(path, Header(*self._identity, slots, DirectoryState.BUILDING), self._calls)
 
     async def _fill(self, table: DirectoryTable) -> bool:
-        """Publish every row there is; False where the table was given up. Changes meanwhile reach it by `_changed`."""
+        """Publish every row; False if the table was abandoned. `_changed` handles changes meanwhile."""
         blocks = self._blocks
         for start in range(0, blocks.row_end, _ROWS_A_TURN):
             if table not in (self._current, self._next):
@@ -221,7 +221,7 @@ class ResidencyDirectory:
             self._give_up(f"{old.used_slots} blocks would take more than the {self._bytes_max} bytes allowed")
             return
         try:
-            # On a thread, for the kernel clears all pages first.
+            # On a thread, because the kernel clears all pages first.
             table = await on_thread(lambda: self._make(self._next_file, slots))
             if self._current is not old:  # Closed meanwhile.
                 table.close(DirectoryState.CLOSED)

@@ -53,7 +53,7 @@ class FileCalls:
 
 
 async def ended(future: asyncio.Future[Any]) -> None:
-    """Wait for the end of `future`, also if the awaiting task is cancelled. Its outcome is not looked at."""
+    """Wait for the end of `future`, also if the awaiting task is cancelled. Its outcome is ignored."""
     while not future.done():
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait({future})
