@@ -106,7 +106,7 @@ _decode_shard = functools.lru_cache(maxsize=4096)(Shard.decode)
 class BlockTable:
     """All stored objects, as rows of arrays. Rows are numbers; a freed one is used again.
 
-    `tiers` are the tiers that a block may lie in, from the fastest to the slowest. A tier's position in them is
+    `tiers` are the tiers that a block may be in, from the fastest to the slowest. A tier's position in them is
     its row of the columns ``[tier, row]``.
 
     Arrays grow by replacement: read them through the table, never keep one across an await.
@@ -234,7 +234,7 @@ class BlockTable:
         return self._position[tier]
 
     def extent(self, row: int, tier: TierName) -> Extent | None:
-        """Where the row's bytes lie in `tier`, if they do."""
+        """Where the row's bytes are in `tier`, if it has them."""
         if not self.is_resident(row, tier):
             return None
         position = self._position[tier]

@@ -1,7 +1,7 @@
 """``kvservice check``: verifies a stopped store, and repairs it.
 
 Every record, extent, trailer and slice of every tier is read and compared, and the free space is
-counted. The store says itself where its files lie. What is damaged is a miss in a running daemon;
+counted. The store itself says where its files are. What is damaged is a miss in a running daemon;
 ``--repair`` deletes its records, which is all that is needed to have the space back. An SSD file that
 is missing keeps the daemon from starting: ``--repair`` deletes its records, and the next start creates the file again.
 Where the index itself is damaged, ``--repair`` creates a new one from the records that can be saved
@@ -303,7 +303,7 @@ class _Check:
         tier.adopt(*(column[within] for column in places))
         copies = []
         for row, key in enumerate(found.keys):
-            copy = self._copy_of(key, records[row]) if within[row] else "its extent lies outside the tier"
+            copy = self._copy_of(key, records[row]) if within[row] else "its extent is outside the tier"
             if isinstance(copy, str):
                 self._complain(name, key, copy)
             elif self._trailers.setdefault(key, copy.trailer_checksum) != copy.trailer_checksum:
@@ -355,7 +355,7 @@ class _Check:
         right = [False] * len(keys)
         self._begin_verifying("the old index", len(keys))
         for row, key in enumerate(keys):
-            copy = self._copy_of(key, records[row]) if within[row] else "its extent lies outside the tier"
+            copy = self._copy_of(key, records[row]) if within[row] else "its extent is outside the tier"
             if isinstance(copy, _Copy):
                 with suppress(StorageFailed):
                     right[row] = not await _damage(tier, copy)
@@ -482,11 +482,11 @@ def _in_order(files: Collection[Path]) -> list[Path]:
     origins = {file: origin for file in files if (origin := origin_of(file)) is not None}
     ordered = sorted(origins, key=lambda file: origins[file].number)
     if not ordered:
-        raise StoreMismatch("no SSD file was found: name those that lie elsewhere with --ssd-file")
+        raise StoreMismatch("no SSD file was found: name those that are elsewhere with --ssd-file")
     count = origins[ordered[0]].of
     if [origins[file].number for file in ordered] != list(range(count)):
         raise StoreMismatch(
-            f"of the store's {count} SSD files these were found: {', '.join(map(str, ordered))}. Name those that lie "
+            f"of the store's {count} SSD files these were found: {', '.join(map(str, ordered))}. Name those that are "
             "elsewhere with --ssd-file"
         )
     return [file.absolute() for file in ordered]

@@ -256,7 +256,7 @@ def _open_store(settings: Settings, clock: Clock, files: FileCalls, opening: Exi
     opening.callback(arena.close)
     kind = file_system_of(arena.directory)
     if kind not in ("", "tmpfs", "ramfs", "hugetlbfs"):
-        log.warning("the arena lies on a disk: dram.path is meant for a tmpfs, and %s has %s", settings.dram.path, kind)
+        log.warning("the arena is on a disk: dram.path is meant for a tmpfs, and %s has %s", settings.dram.path, kind)
     if arena_limit is not None:
         arena.limit(*arena_limit)
     _warn_of_little_memory(arena, kind)

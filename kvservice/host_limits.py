@@ -106,7 +106,7 @@ def _memory_groups(proc: Path, root: Path) -> Iterator[tuple[Path, Path, int]]:
 
 
 def _folder_of(path: str, mounted: str, top: Path) -> Path:
-    """Where the group `path` lies, when the group `mounted` is mounted at `top`."""
+    """Where the group `path` is, when the group `mounted` is mounted at `top`."""
     parts, base = Path(path).parts, Path(mounted).parts
     if parts[: len(base)] == base and ".." not in parts[len(base) :]:
         folder = top.joinpath(*parts[len(base) :])

@@ -1,4 +1,4 @@
-"""Time that stands still until a test moves it."""
+"""A clock that stops until a test advances it."""
 
 from __future__ import annotations
 

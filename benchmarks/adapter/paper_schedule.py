@@ -46,7 +46,7 @@ class Timeline:
     """A prefill on a virtual clock."""
 
     total_s: float | Fraction  # From when the request runs to the end of the last layer's computing.
-    waited_s: tuple[float | Fraction, ...]  # By layer: how long computing stood still for it.
+    waited_s: tuple[float | Fraction, ...]  # By layer: how long computing waited for it.
 
     @property
     def stall_s(self) -> float | Fraction:

@@ -164,7 +164,7 @@ class Lease:
             block_count = arguments.whole(block_count, "block_count")
         end = self.hit_blocks if block_count is None else first_block + block_count
         if not 0 <= first_block < end <= self.hit_blocks:
-            raise InvalidRequest(f"blocks {first_block}..{end} do not lie in the {self.hit_blocks} that were hit")
+            raise InvalidRequest(f"blocks {first_block}..{end} are not within the {self.hit_blocks} that were hit")
         return LoadOrder(
             self._attachment.client_id,
             self._lease_id,

@@ -67,7 +67,7 @@ class Rates:
     ) -> None:
         """A load of so many bytes took so long, from the call to the last byte, waits for the engine left out.
 
-        `tier` is where the bytes lay ("dram", "ssd", "mixed"), `loads_ahead` with how many others it shared the way.
+        `tier` is where the bytes were ("dram", "ssd", "mixed"), `loads_ahead` with how many others it shared the way.
         """
         key = (tier, transport)
         with self._lock:

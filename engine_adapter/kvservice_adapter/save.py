@@ -206,7 +206,7 @@ class SaveJob:
         return self._work.chain
 
     def layer(self, index: int, pages: Pages, rotation: Rotation | None = None) -> Event:
-        """Have a layer gathered: the chain's tokens lie in `pages`. Takes no time; each layer once.
+        """Have a layer gathered: the chain's tokens are in `pages`. Takes no time; each layer once.
 
         The job refers to the tensors until the event is done. An engine that writes into the same pages again
         must not do so before; one whose tensors stay as they are need not look at it. `rotation` turns the

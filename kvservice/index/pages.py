@@ -34,7 +34,7 @@ _NODE = struct.Struct("<IHH")  # Of a node.
 _MAGIC, _VERSION = 0xBEEFC0DE, 1
 _HEAD_BYTES, _NODE_BYTES = _HEAD.size, _NODE.size
 _BRANCH, _LEAF, _OVERFLOW, _META_PAGE = 1, 2, 4, 8
-_BIG, _SUBTREE = 1, 2  # A leaf node's value lies on overflow pages; is a tree.
+_BIG, _SUBTREE = 1, 2  # A leaf node's value is on overflow pages; is a tree.
 _INTEGER_KEYS = 8  # Flags of the free tree.
 _NO_PAGE = 2**64 - 1
 _DEPTH_MAX = 32
@@ -69,7 +69,7 @@ class _Meta(NamedTuple):
 
 
 class _Leaf(NamedTuple):
-    """A leaf node outside of its page. `value` is None where it lies on overflow pages, from `overflow` on."""
+    """A leaf node outside of its page. `value` is None if it is on overflow pages, from `overflow` on."""
 
     flags: int
     key: bytes

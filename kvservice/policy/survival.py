@@ -81,7 +81,7 @@ class Survival:
         self._within_s[in_class, at] += weight * (age_s - BEGINS[at])
 
     def quantile(self, share: float) -> float:
-        """The age in seconds below which `share` of the events lie; 0 without events."""
+        """The age in seconds below which `share` of the events are; 0 without events."""
         events = np.cumsum(self._events.sum(axis=0))
         return BEGINS.item(int(np.searchsorted(events, share * events[-1], side="right"))) if events[-1] else 0.0
 

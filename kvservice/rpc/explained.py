@@ -76,7 +76,7 @@ def _event(event: MissEvent) -> pb.BlockEvent:
         at=timestamp(event.at_ms),
         tier=TIER_NUMBERS.get(event.tier) if event.tier else None,
         tier_name=event.tier or "",
-        detail=event.word,
+        detail=event.detail,
         last_copy=event.last_copy,
         pin_ended_at=known_timestamp(event.pin_ended_ms),
     )

@@ -47,7 +47,7 @@ def report_record(report: pb.RequestReport, now_ms: int) -> ReportRecord:
         began_ms=max(0, now_ms - min(report.ago_ms, _AGO_MS_MAX)),
         plan=_PLANS[report.plan],
         outcome=_OUTCOMES[report.outcome],
-        told={name: getattr(report, name) for name in (*_TEXTS, *_COUNTS)}
+        values={name: getattr(report, name) for name in (*_TEXTS, *_COUNTS)}
         | {name: _durations(getattr(report, name)) for name in _TIMES},
     )
 
@@ -67,5 +67,5 @@ def report_message(request_id: str, record: ReportRecord) -> pb.RequestReport:
         request_id=request_id,
         plan=_PLAN_NUMBERS[record.plan],
         outcome=_OUTCOME_NUMBERS[record.outcome],
-        **record.told,
+        **record.values,
     )

@@ -234,18 +234,18 @@ class BlockLifecycle:
             self._counters.evicted_ssd_blocks += len(rows)
         why = Reason.EVICTED if policy else Reason.EVICTED_ON_REQUEST
         for part, last_copy in ((demoted, False), (last_copies, True)):
-            self.history.note_rows(blocks, part, why, tier=tier, word=policy, last_copy=last_copy)
+            self.history.note_rows(blocks, part, why, tier=tier, detail=policy, last_copy=last_copy)
         # Both begin before the first await, so that no task sees or cancels half of the change.
         removals = [self._begin_removal({tier: freed}, demoted), self._begin_discard(last_copies)]
         for removal in removals:
             await removal.recorded()
 
-    async def discard(self, rows: Sequence[int], why: Reason = Reason.DISCARDED, word: str = "") -> None:
+    async def discard(self, rows: Sequence[int], why: Reason = Reason.DISCARDED, detail: str = "") -> None:
         """Forget blocks everywhere: invisible at once, records next, bytes when nothing holds them.
 
-        `word` is the reason, if it was not a request.
+        `detail` is the reason, if it was not a request.
         """
-        self.history.note_rows(self.blocks, rows, why, word=word)
+        self.history.note_rows(self.blocks, rows, why, detail=detail)
         await self._begin_discard(rows).recorded()
 
     async def quarantine(self, row: int, generation: int, tier: TierName, what: str) -> None:

@@ -16,7 +16,7 @@ from kvservice.blocks import BlockTable, TierName
 from kvservice.clock import Clock
 from kvservice_api.keys import KEY_BYTES
 
-_WORDS_MAX = 256
+_DETAILS_MAX = 256
 _FOUND_MAX = 16  # The answer has at most so many events of one key, the newest ones.
 
 _EVENT = np.dtype(
@@ -26,7 +26,7 @@ _EVENT = np.dtype(
         ("pin_ended_ms", "<u8"),
         ("reason", "u1"),
         ("tier", "u1"),  # A position in `MissReasons._tiers`.
-        ("word", "u1"),
+        ("detail", "u1"),
         ("last_copy", "?"),
     ]
 )
@@ -35,11 +35,11 @@ _EVENT = np.dtype(
 class Reason(IntEnum):
     """Why a block, or one copy of it, is gone. The numbers are used in this process only."""
 
-    REFUSED = 1  # A save of it was refused. The word is the error's reason.
+    REFUSED = 1  # A save of it was refused. The detail is the error's reason.
     ABANDONED = 2  # A save of it ended without a commit.
-    EVICTED = 3  # The word is the policy's name.
+    EVICTED = 3  # The detail is the policy's name.
     EVICTED_ON_REQUEST = 4
-    DISCARDED = 5  # The word is the reason, if it was not a request.
+    DISCARDED = 5  # The detail is the reason, if it was not a request.
     QUARANTINED = 6
     LOST = 7  # Its record was dropped at a start.
     EXPIRED = 8  # A session's partial block: the session expired.
@@ -49,7 +49,7 @@ class MissEvent(NamedTuple):
     at_ms: int
     reason: Reason
     tier: TierName | None  # None: of every tier, or of none.
-    word: str
+    detail: str
     last_copy: bool  # It was the block's last copy.
     pin_ended_ms: int  # For an eviction: the end of the block's pin; 0 without one.
 
@@ -62,7 +62,7 @@ class MissReasons:
         self._events = np.zeros(events_max, _EVENT)
         self._starts = np.zeros(events_max, np.uint64)  # The keys' first eight bytes, which a search reads.
         self._count = 0  # The count of all events; the next one goes to this place, modulo the ring's size.
-        self._words: list[str] = [""]
+        self._details: list[str] = [""]
         self._tiers: list[TierName | None] = [None]  # Those that were noted.
         self._began_ms = clock.wall_ms()
 
@@ -87,7 +87,7 @@ class MissReasons:
         reason: Reason,
         *,
         tier: TierName | None = None,
-        word: str = "",
+        detail: str = "",
         last_copy: bool = True,
     ) -> None:
         if not len(rows):
@@ -95,13 +95,13 @@ class MissReasons:
         now_ms = self.now_ms
         pinned = blocks.pinned_until_ms[list(rows)]
         ended = np.where(pinned <= now_ms, pinned, np.uint64(0))
-        self._note(blocks.key[list(rows)], reason, tier, word, last_copy, ended)
+        self._note(blocks.key[list(rows)], reason, tier, detail, last_copy, ended)
 
-    def note_keys(self, keys: Sequence[bytes], reason: Reason, word: str = "") -> None:
+    def note_keys(self, keys: Sequence[bytes], reason: Reason, detail: str = "") -> None:
         """Note blocks that never had a row."""
         if keys:
             packed = np.frombuffer(b"".join(keys), "V32")
-            self._note(packed, reason, None, word, True, np.zeros(len(keys), np.uint64))
+            self._note(packed, reason, None, detail, True, np.zeros(len(keys), np.uint64))
 
     def note_lost(self, tier: TierName, object_keys: Sequence[bytes]) -> None:
         """Note objects whose records were dropped at start. They may have a copy in another tier."""
@@ -115,7 +115,7 @@ class MissReasons:
         keys: np.ndarray[tuple[int], np.dtype[np.void]],
         reason: Reason,
         tier: TierName | None,
-        word: str,
+        detail: str,
         last_copy: bool,
         pin_ended_ms: np.ndarray[tuple[int], np.dtype[np.uint64]],
     ) -> None:
@@ -127,7 +127,7 @@ class MissReasons:
         events = np.zeros(count - skipped, _EVENT)
         events["key"] = keys[skipped:]
         events["at_ms"], events["reason"], events["tier"] = self.now_ms, reason, self._tier(tier)
-        events["word"], events["last_copy"] = self._word(word), last_copy
+        events["detail"], events["last_copy"] = self._detail_number(detail), last_copy
         events["pin_ended_ms"] = pin_ended_ms[skipped:]
         self._events[places] = events
         self._starts[places] = np.ascontiguousarray(keys[skipped:]).view(np.uint64)[:: KEY_BYTES // 8]
@@ -138,13 +138,13 @@ class MissReasons:
             self._tiers.append(tier)
         return self._tiers.index(tier)
 
-    def _word(self, word: str) -> int:
+    def _detail_number(self, detail: str) -> int:
         """The number of a policy's or an error's name. There are few names."""
-        if word not in self._words:
-            if len(self._words) == _WORDS_MAX:
+        if detail not in self._details:
+            if len(self._details) == _DETAILS_MAX:
                 return 0
-            self._words.append(word)
-        return self._words.index(word)
+            self._details.append(detail)
+        return self._details.index(detail)
 
     # Queries
 
@@ -164,7 +164,7 @@ class MissReasons:
                     int(event["at_ms"]),
                     Reason(int(event["reason"])),
                     self._tiers[int(event["tier"])],
-                    self._words[int(event["word"])],
+                    self._details[int(event["detail"])],
                     bool(event["last_copy"]),
                     int(event["pin_ended_ms"]),
                 )

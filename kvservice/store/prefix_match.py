@@ -84,14 +84,14 @@ def _joined(blocks: BlockTable, rows: Rows, shards: Rows, wanted: Shard) -> Pref
 
 
 async def narrowed(blocks: BlockTable, lease: Lease, shard: Shard, loop_budget: LoopBudget) -> Lease:
-    """The lease as one of another shard, which lies within its own.
+    """The lease as one of another shard, which is within its own.
 
     Blocks in several parts keep the parts that the shard needs. `Leases` does not know the result, so check that the
     lease has not ended when the result is used. Raises InvalidRequest.
     """
     shard.check(lease.layout)
     if not lease.shard.covers(shard):
-        raise InvalidRequest(f"{shard} does not lie in the lease's {lease.shard}", field="shard")
+        raise InvalidRequest(f"{shard} is not within the lease's {lease.shard}", field="shard")
     rows, parts = lease.rows.copy(), {}
     chosen: dict[tuple[bytes, ...], list[int]] = {}  # Per way to cut a block: there are few.
     for count, (block, several) in enumerate(lease.parts.items()):

@@ -63,7 +63,7 @@ def recover(index: BlockIndex, tiers: Mapping[TierName, Tier], history: MissReas
         rows = blocks.rows_of_objects(keys)
         sound = np.ones(len(keys), np.bool_)
         for reason, holds in (
-            ("its extent lies outside the tier", tier.holds(*(records[field] for field in _EXTENT))),
+            ("its extent is outside the tier", tier.holds(*(records[field] for field in _EXTENT))),
             ("it does not fit its layout", (sizes > 0) & (sizes <= records["size_bytes"])),
             # The copies of an object must have the same bytes.
             ("its copy in the other tier has other bytes", _agrees(blocks, rows, records)),

@@ -111,7 +111,7 @@ class SpaceMap:
         """
         assert not self.used_bytes, "extents are adopted once, before anything is reserved"
         if not lie_within(offsets, sizes, np.uint64(self.capacity_bytes)).all():
-            raise ValueError("an extent lies outside its tier")
+            raise ValueError("an extent is outside its tier")
         order = np.argsort(offsets)
         starts, ends = offsets[order], offsets[order] + sizes[order]
         if (starts[1:] < ends[:-1]).any():

@@ -131,10 +131,10 @@ def _host(text: str) -> str:
         try:
             ipaddress.IPv6Address(inner)
         except ValueError:
-            raise ValueError("what stands in the brackets is not an IPv6 address") from None
+            raise ValueError("the text in the brackets is not an IPv6 address") from None
         return inner
     if ":" in text:
-        raise ValueError("an IPv6 address stands in brackets")
+        raise ValueError("an IPv6 address needs brackets")
     if not text:
         raise ValueError("it has no host")
     if _NUMBERS.match(text):

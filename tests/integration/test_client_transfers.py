@@ -165,7 +165,7 @@ def test_buffers_of_a_wrong_shape_are_refused_by_name(client: Client) -> None:
     with blocks.lookup(chain) as lease:
         with pytest.raises(InvalidRequest, match=r"into\[2\] is read-only"):
             lease.load([*layers[:2], layers[2].tobytes(), layers[3]])
-        with pytest.raises(InvalidRequest, match=r"blocks 1\.\.3 do not lie in the 2"):
+        with pytest.raises(InvalidRequest, match=r"blocks 1\.\.3 are not within the 2"):
             lease.load(first_block=1, block_count=2)
 
 

@@ -183,8 +183,8 @@ def test_any_flipped_bit_in_the_arenas_header_empties_the_dram_tier(daemon: Daem
 
 def test_an_arena_on_a_disk_is_warned_of(tmp_path: Path) -> None:
     if file_system_of(tmp_path) in ("", "tmpfs"):
-        pytest.skip("the temporary folder lies in memory")
+        pytest.skip("the temporary folder is in memory")
     on_disk = new_daemon(tmp_path)
     on_disk.settings["dram.path"] = tmp_path / "arena"
     with on_disk:
-        on_disk.wait_for_log("the arena lies on a disk")
+        on_disk.wait_for_log("the arena is on a disk")

@@ -109,7 +109,7 @@ def test_the_daemon_starts_becomes_healthy_and_drains_when_stopped(built: Built)
             daemon.kill()
     assert daemon.returncode == 0, log
     assert '"event": "draining"' in log
-    assert "lies on a disk" not in log
+    assert "is on a disk" not in log
     assert health() == 1
 
 

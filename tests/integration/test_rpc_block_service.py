@@ -277,7 +277,7 @@ def test_LocateBlocks_counts_the_layers_of_a_shard_within_the_leases(wire: Wire)
         ready.append(next(call).layers_ready)
     call.cancel()
     assert ready[-1] == 2
-    assert first.shards == Shard.whole(SMALL).encode() * 2, "what is stored, in which the shard lies"
+    assert first.shards == Shard.whole(SMALL).encode() * 2, "what is stored, which contains the shard"
 
 
 def test_ExportLease_makes_a_ticket_that_holds_the_blocks_by_itself(wire: Wire) -> None:

@@ -19,7 +19,7 @@ _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ArrayView:
-    """An array's memory, which lies where `device` says: (DLPack's kind, number). Valid while the view is kept."""
+    """An array's memory, which is where `device` says: (DLPack's kind, number). Valid while the view is kept."""
 
     address: int
     shape: tuple[int, ...]

@@ -4,7 +4,7 @@ A stream does work in order, beside the engine's computing. Each piece of work i
 for, or the engine's computing can. Staging is bounded host memory that the device copies to and from fast. An engine's
 arrays may be of any library (`arrays`); stored bytes are flat NumPy arrays of uint8 in host memory.
 
-Stored slices lie one block after another, each ``[K, V][kv head][token][dim]``. An engine has the same
+Stored slices are stored one block after another, each ``[K, V][kv head][token][dim]``. An engine has the same
 numbers in pages: ``Pages`` says in which ones, and ``scatter`` and ``gather`` carry them over.
 """
 
@@ -23,7 +23,7 @@ from kvservice_client.buffers import Bytes
 
 
 class Piece(NamedTuple):
-    """Consecutive tokens that lie in one page: `blocks` blocks of `tokens` tokens each."""
+    """Consecutive tokens that are in one page: `blocks` blocks of `tokens` tokens each."""
 
     block: int
     blocks: int  # More than one only where they are whole, and equally long.
@@ -88,7 +88,7 @@ class Pages:
         end = position + sum(token_counts)
         if position < 0 or end > len(self.page_ids) * self.page_tokens:
             raise ValueError(
-                f"tokens {position}..{end} do not lie in {len(self.page_ids)} pages of {self.page_tokens} tokens"
+                f"tokens {position}..{end} are not within {len(self.page_ids)} pages of {self.page_tokens} tokens"
             )
         block = 0
         while block < len(token_counts):

@@ -1,6 +1,6 @@
 """The saves of what one forward computes: blocks are begun before it, given layer by layer, and sent when it has ended.
 
-An engine's connector says which blocks a forward completes, and where their tokens lie.
+An engine's connector says which blocks a forward completes, and where their tokens are.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class LoadPlanner:
         self._transport = ""  # Of the last load.
 
     def plan(self, stored_tokens: int, new_tokens: int, tier: str, *, may_mix: bool) -> Plan:
-        """The fastest way to `stored_tokens` that lie in `tier` and the `new_tokens` after them.
+        """The fastest way to have `stored_tokens` that are in `tier` and the `new_tokens` after them.
 
         Sequences of a batch count as if they were computed one after another. Without `may_mix` all of the stored
         tokens are loaded, or none.

@@ -34,7 +34,7 @@ def read_prefixes(lines: Lines, text: Iterable[str]) -> Workload:
     except Contradiction as error:
         first, second = requests.numbers[error.first], requests.numbers[error.second]
         there = "twice here" if first == second else f"after other blocks than in line {first}"
-        reason = f"hash id {error.hash_id} comes {there}: an id stands for one prefix"
+        reason = f"hash id {error.hash_id} comes {there}: an id names one prefix"
         raise TraceError(lines.path, second, reason) from None
     arrives = view(requests.arrives_s, np.float64)
     return Workload(

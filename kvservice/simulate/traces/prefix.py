@@ -17,7 +17,7 @@ class Segments(NamedTuple):
 
 
 class Contradiction(ValueError):
-    """One id stands for two prefixes.
+    """One id names two prefixes.
 
     Attributes:
         first, second: Numbers of two requests with different ids before it.

@@ -68,7 +68,7 @@ class ReportRecord:
     began_ms: int
     plan: str  # "load", "recompute", "mixed", or "none".
     outcome: str  # "done", "miss", "failed_over" or "breaker_open".
-    told: Mapping[str, Any]  # Counts, texts, and the mappings of times, by the names of `RequestReport`'s fields.
+    values: Mapping[str, Any]  # Counts, texts, and the mappings of times, by the names of `RequestReport`'s fields.
 
 
 @dataclass(slots=True)

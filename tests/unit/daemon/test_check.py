@@ -240,8 +240,8 @@ def test_a_flipped_bit_in_a_record_is_found_and_the_record_dropped(store: Store,
 @pytest.mark.parametrize(
     ("fields", "what"),
     [
-        ({"offset_bytes": 4 * MIB}, "lies outside the tier"),
-        ({"segment": 7}, "lies outside the tier"),
+        ({"offset_bytes": 4 * MIB}, "is outside the tier"),
+        ({"segment": 7}, "is outside the tier"),
         ({"size_bytes": PAGE_BYTES}, "has 4096 bytes and needs"),
         ({"token_count": 65}, "does not fit its layout"),
         ({"token_count": 63}, "trailer is damaged"),

@@ -29,7 +29,7 @@ def survival(classes: int = 1, memory: float = 1e12) -> Survival:
 
 
 def middle(begin_s: float, end_s: float) -> NDArray[np.int64]:
-    """The bins that lie between these ages."""
+    """The bins between these ages."""
     return np.flatnonzero((begin_s <= BEGINS) & (end_s >= BEGINS + WIDTHS))
 
 

@@ -24,7 +24,7 @@ SHARED_NAMES = {
     "Tier": "the client's name of a storage medium, and the daemon's interface to it",
 }
 
-#: The first version's private dialect. A plain word stands in the message.
+#: The first version's private dialect. The message proposes a plain word.
 BANNED = {
     r"whoever|whosever": "name the actor: the client, the daemon, the caller",
     r"nobody|no one": "say what does not happen: 'no client holds it'",
@@ -90,7 +90,7 @@ def test_a_name_that_is_said_to_be_shared_is_defined_more_than_once(name: str) -
 
 
 def files_of(folder: str) -> Iterator[Path]:
-    """The texts of a folder; of one that others in FOLDERS lie in, only those beside them."""
+    """The texts of a folder; for a folder that contains others in FOLDERS, only the texts beside those."""
     nested = any(other != folder and (folder == "." or other.startswith(folder + "/")) for other in FOLDERS)
     for pattern in ("*.py", "*.md", "*.proto"):
         for file in (ROOT / folder).glob(pattern) if nested else (ROOT / folder).rglob(pattern):

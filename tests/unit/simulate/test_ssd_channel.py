@@ -19,23 +19,23 @@ class Log:
 
     def __init__(self) -> None:
         self.channel: SsdChannel | Plain
-        self.told: list[tuple[str, int, int, float]] = []
+        self.noted: list[tuple[str, int, int, float]] = []
 
     def begin_read(self, row: int, now_s: float) -> int:
-        self.told.append(("begin read", row, SIZES[row], now_s))
+        self.noted.append(("begin read", row, SIZES[row], now_s))
         if row % 2:
             self.channel.defer_write(row)
         return SIZES[row]
 
     def end_read(self, row: int, size_bytes: int, now_s: float) -> None:
-        self.told.append(("end read", row, size_bytes, now_s))
+        self.noted.append(("end read", row, size_bytes, now_s))
 
     def begin_write(self, row: int, now_s: float) -> int:
-        self.told.append(("begin write", row, SIZES[row], now_s))
+        self.noted.append(("begin write", row, SIZES[row], now_s))
         return SIZES[row]
 
     def end_write(self, row: int, size_bytes: int, now_s: float) -> None:
-        self.told.append(("end write", row, size_bytes, now_s))
+        self.noted.append(("end write", row, size_bytes, now_s))
 
 
 def channel_of(log: Log, bytes_per_s: float = 1.0) -> SsdChannel:
@@ -160,7 +160,7 @@ def test_what_is_worked_out_late_is_what_happens_event_by_event(acts: list[Act])
         assert lazy.read_backlog_s() == pytest.approx(backlog_s)
     lazy.advance(now_s + 1000)
     plain.advance(now_s + 1000)
-    assert lazy_log.told == plain_log.told
+    assert lazy_log.noted == plain_log.noted
 
 
 @given(acts, st.sampled_from([0.5, 3.0, 7.0]))
@@ -178,7 +178,7 @@ def test_it_never_gives_more_bytes_than_its_rate_times_the_time(acts: list[Act],
             channel.promote(act.row, act.deadline_s, SIZES[act.row])
         elif act.what == "write":
             channel.write(act.row)
-        ended = sum(size for what, _, size, _ in log.told if what.startswith("end"))
+        ended = sum(size for what, _, size, _ in log.noted if what.startswith("end"))
         waited_for = sum(size for at_s, size in demanded if at_s <= now_s)
         assert ended + waited_for <= rate * now_s + 1e-6
 
@@ -192,7 +192,7 @@ def test_a_demand_interrupts_a_promotion_which_keeps_what_it_has_done() -> None:
     assert channel.read_now(4) == 14.0
 
     channel.advance(100.0)
-    assert log.told[-1] == ("end read", 5, 16, 20.0)  # Its own, and the four.
+    assert log.noted[-1] == ("end read", 5, 16, 20.0)  # Its own, and the four.
     assert channel.read_s == 20.0
 
 
@@ -203,7 +203,7 @@ def test_the_earlier_deadline_is_read_first_and_a_deadline_may_change() -> None:
         channel.promote(row, deadline_s, SIZES[row])
     channel.promote(0, 5.0, SIZES[0])
     channel.advance(100.0)
-    assert [row for what, row, _, _ in log.told if what == "end read"] == [0, 4, 2]
+    assert [row for what, row, _, _ in log.noted if what == "end read"] == [0, 4, 2]
 
 
 def test_what_is_owed_waits_for_promotions_and_goes_before_write_behind() -> None:
@@ -214,7 +214,7 @@ def test_what_is_owed_waits_for_promotions_and_goes_before_write_behind() -> Non
     channel.defer_write(5)
     channel.promote(4, 1000.0, SIZES[4])
     channel.advance(100.0)
-    assert log.told[-2:] == [("end read", 4, 13, 16.0), ("end write", 2, 7, 25.0)]
+    assert log.noted[-2:] == [("end read", 4, 13, 16.0), ("end write", 2, 7, 25.0)]
 
 
 def test_write_behind_waits_for_every_read() -> None:
@@ -224,7 +224,7 @@ def test_write_behind_waits_for_every_read() -> None:
     channel.advance(3.0)
     channel.promote(4, 1000.0, SIZES[4])
     channel.advance(100.0)
-    assert log.told[-2:] == [("end read", 4, 13, 16.0), ("end write", 2, 7, 20.0)]
+    assert log.noted[-2:] == [("end read", 4, 13, 16.0), ("end write", 2, 7, 20.0)]
 
 
 def test_only_so_much_may_wait_to_be_written_without_a_place() -> None:

@@ -107,7 +107,7 @@ async def test_an_eviction_after_a_pins_end_is_explained_by_the_expiry(open_stor
     found = opened.explain.missing(CALLER, pinned)
     assert found.why is Miss.EXPIRED
     assert found.event is not None
-    assert (found.event.pin_ended_ms, found.event.word) == (pin.until_ms, "lru")
+    assert (found.event.pin_ended_ms, found.event.detail) == (pin.until_ms, "lru")
     assert opened.explain.missing(CALLER, other).why is Miss.EVICTED
 
 
@@ -129,7 +129,7 @@ async def test_saves_that_a_draining_daemon_refuses_are_explained(opened: OpenSt
     found = opened.explain.missing(CALLER, chain.keys[0])
     assert found.why is Miss.DROPPED_AT_SAVE
     assert found.event is not None
-    assert found.event.word == "DRAINING"
+    assert found.event.detail == "DRAINING"
 
 
 async def test_of_a_dram_tier_that_is_gone_only_the_time_is_known(store_files: Callable[..., StoreFiles]) -> None:

@@ -76,7 +76,7 @@ def test_it_notes_rows_with_their_tier_and_the_end_of_their_pin(
         for key in ends
     ]
     blocks.pinned_until_ms[rows] = [[0, now_ms - 5, now_ms, now_ms + 5][how] for how in ends.values()]
-    history.note_rows(blocks, rows, reason, tier=tier, word="lru", last_copy=False)
+    history.note_rows(blocks, rows, reason, tier=tier, detail="lru", last_copy=False)
     for key, how in ends.items():
         ended_ms = [0, now_ms - 5, now_ms, 0][how]  # A pin that still runs has not ended.
         assert history.of(key) == [MissEvent(now_ms, reason, tier, "lru", False, ended_ms)]

@@ -173,10 +173,10 @@ def of_other_bytes_than_on_ssd(records: Records, opened: OpenStore) -> None:
 
 
 REASONS: dict[Callable[[Records, OpenStore], None], str] = {
-    misplaced: "its extent lies outside the tier",
+    misplaced: "its extent is outside the tier",
     crooked: "its extent ",
     overflowing: "its extent overlaps another",
-    in_another_file: "its extent lies outside the tier",
+    in_another_file: "its extent is outside the tier",
     too_small: "it does not fit its layout",
     with_too_many_tokens: "it does not fit its layout",
     of_an_unknown_layout: "its layout is unknown",

@@ -295,7 +295,7 @@ async def test_why_a_partial_block_left_is_remembered(opened: OpenStore, client:
     await until(lambda: not stored(opened, chain.keys[-1]))
     replaced = opened.explain.missing(CALLER, chain.keys[-1])
     assert replaced.event is not None
-    assert (replaced.why, replaced.event.word) == (Miss.DISCARDED, "no session names it any more")
+    assert (replaced.why, replaced.event.detail) == (Miss.DISCARDED, "no session names it any more")
 
     opened.files.clock.advance(seconds=TTL_S)
     await opened.sessions.expire()

@@ -206,7 +206,7 @@ async def test_where_the_index_of_the_ssd_is_full_old_blocks_leave_it_and_new_on
         assert opened.counters.evicted_ssd_blocks
         keys = [key for seed in range(15) for key in some_chain(200, seed=seed).keys]
         events = [event for key in keys for event in opened.explain.events(CALLER, key)]
-        assert {(event.reason, event.word) for event in events} == {(Reason.EVICTED, "lru")}, (
+        assert {(event.reason, event.detail) for event in events} == {(Reason.EVICTED, "lru")}, (
             "not at a client's request"
         )
         assert opened.ssd is not None and opened.ssd.used_bytes < opened.ssd.capacity_bytes // 2

@@ -1,6 +1,6 @@
 """The cache that a model computes with: its history may still be loading, and new tokens are saved meanwhile.
 
-A layer's keys and values lie in buffers with room for more tokens, ``[row, head, column, dim]``::
+A layer's keys and values are in buffers with space for more tokens, ``[row, head, column, dim]``::
 
     | history: loaded, or computed again | new tokens ...        | room |
     0                                    history.columns         |
@@ -97,7 +97,7 @@ class CacheObserver(Protocol):
 
 
 class WholeLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library's own class hook has no types.
-    """A layer that keeps all tokens, with sliding-window attention too: there the mask leaves out what lies before
+    """A layer that keeps all tokens, with sliding-window attention too: there the mask excludes what is before
     the window, where a layer of the library's own drops it."""
 
     def __init__(self, is_sliding: bool) -> None:

@@ -94,7 +94,7 @@ class TransformersConnector:
         `save` and `truncate` wait; their work continues after that. `staging_bytes` of memory hold the blocks
         that are being saved. With `rotated=False` keys are stored as they are before rotation, which is best for
         codecs, and rotated when they are loaded. `rates` may be shared by connectors of one model on one machine.
-        `device` copies between the model's memory and the host's; by default it is chosen by where the model lies.
+        `device` copies between the model's memory and the host's; by default the model's device decides.
 
         Computes a few tokens in the model's first layers, to see what its cache holds and that its attention is
         causal (`model_probe`). Asks nothing of the daemon. Raises UnsupportedModel, with the reason, for a model, or

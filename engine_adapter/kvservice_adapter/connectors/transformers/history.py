@@ -32,7 +32,7 @@ class Buffers:
         self, layout: Layout, pads: Sequence[int], columns: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         """`columns` are those that loads fill, at most; a row's first `pads` stay zero. There is room for more after
-        them. The buffers lie where the model computes, on `device`.
+        them. The buffers are on `device`, where the model computes.
         """
         self._layout = layout
         self._pads = pads

@@ -42,7 +42,7 @@ class MaskRecord:
         return bool((self.counts < self.columns - self._pads[:, 0]).any())
 
     def after_padding(self, first: int, end: int) -> NDArray[np.bool_]:
-        """Which of columns `first` to `end` lie after their row's padding."""
+        """Which of columns `first` to `end` are after their row's padding."""
         shown: NDArray[np.bool_] = np.arange(first, end) >= self._pads
         return shown
 

@@ -53,9 +53,9 @@ def _geometry(model: Any) -> list[LayerGroup]:
         raise UnsupportedModel("`generate` would use no cache: set `model.generation_config.use_cache = True`")
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1:
-        raise UnsupportedModel("the model lies on several devices")
+        raise UnsupportedModel("the model is on several devices")
     if any(device.type == "meta" for device in devices):
-        raise UnsupportedModel("the model has no weights: it lies on the meta device")
+        raise UnsupportedModel("the model has no weights: it is on the meta device")
     dtype = str(model.dtype).removeprefix("torch.")
     if dtype not in DTYPE_BYTES:
         raise UnsupportedModel(f"the model computes in {dtype}; KV can be kept in {', '.join(DTYPE_BYTES)}")
