@@ -33,7 +33,7 @@ from kvservice.index.records import Records
 from kvservice.index.store_lock import StoreLock
 from kvservice.store import image_check
 from kvservice.store.repair import salvage
-from kvservice.store.repair.rebuild import Found, Progress, Search
+from kvservice.store.repair.rebuild import Progress, Search, SearchResult
 from kvservice.tiers.arena import Arena, examine
 from kvservice.tiers.base import StoreMismatch, Tier
 from kvservice.tiers.dram import DramTier
@@ -207,7 +207,7 @@ async def _repair_index(
         saved.records.clear()
     elif not (saved.records or saved.doubtful or saved.sessions):
         raise StoreDamaged("no record of a block or a session was found, so no index is made of it: use --rebuild")
-    found: Found | None = None
+    found: SearchResult | None = None
     index = salvage.make_index(store, saved)
     try:
         with ExitStack() as opened:
@@ -335,7 +335,7 @@ class _Check:
             if what:
                 self._complain(name, copy.key, what)
 
-    async def search(self, ssd_files: Sequence[Path], secret: DescriptorSecret) -> Found:
+    async def search(self, ssd_files: Sequence[Path], secret: DescriptorSecret) -> SearchResult:
         """The blocks in the SSD files, in any folder. Raises StoreMismatch if a file is missing."""
         if not self._index.ssd_files:
             self._index.remember_ssd_files(_in_order({*self._store.glob("ssd-*.kv"), *ssd_files}))

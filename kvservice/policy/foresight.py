@@ -244,7 +244,7 @@ class ForesightPolicy(Placement):
         self.look_at_s = self._looks.soonest_s
         return wanted
 
-    def _wanted(self, items: ItemTable, rows: Rows, worths: Floats, now_s: float) -> list[Promotion]:
+    def _promotions_of(self, items: ItemTable, rows: Rows, worths: Floats, now_s: float) -> list[Promotion]:
         """Deadlines: for hinted items the soonest arrivals after such hints; for others the mean time to the return."""
         hints = self._hints
         deadlines = now_s + items.value[rows] / (worths * np.maximum(items.size_bytes[rows], 1))
@@ -323,7 +323,7 @@ class ForesightPolicy(Placement):
         costs = np.where(after <= free, 0.0, costs)
         readable = conditions.ssd_bytes_per_s * (2 * self._looks.every_s - conditions.read_backlog_s)
         wanted = wanted[(fetch[wanted] > costs) & (after - lacks[wanted] < readable)]
-        return self._wanted(items, thinking[wanted], fetch[wanted], now_s)
+        return self._promotions_of(items, thinking[wanted], fetch[wanted], now_s)
 
     @staticmethod
     def _level_at(wanted_bytes: float, free_bytes: int, room: Floats, leaves: Floats) -> float:

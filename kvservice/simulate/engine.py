@@ -162,7 +162,7 @@ class Engine:
             if policy.look_at_s < when:
                 now_s = max(now_s, policy.look_at_s)
                 advance(now_s)
-                self._look(now_s)
+                self._ask_policy(now_s)
                 continue
             now_s = when
             advance(now_s)
@@ -273,7 +273,7 @@ class Engine:
         account.served(number, begins_s - now_s + prefill_s, self._outputs[turn])
         return ends_s, turn
 
-    def _look(self, now_s: float) -> None:
+    def _ask_policy(self, now_s: float) -> None:
         policy, store = self.policy, self.store
         self._measure(now_s)
         for row, deadline_s, worth in policy.promotions(self.items, self._rows, now_s):

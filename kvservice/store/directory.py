@@ -153,7 +153,7 @@ class ResidencyDirectory:
         try:
             _retire(self._file)
             self._next_file.unlink(missing_ok=True)  # A killed daemon may have left it.
-            self._current = self._make(self._file, slots)
+            self._current = self._new_table(self._file, slots)
         except OSError as error:
             self._give_up(str(error))
             return
@@ -178,7 +178,7 @@ class ResidencyDirectory:
         """A power of two of slots, with space for more rows than these."""
         return max(self._slots_min, 1 << int(rows / _FILL_MAX).bit_length())
 
-    def _make(self, path: Path, slots: int) -> DirectoryTable:
+    def _new_table(self, path: Path, slots: int) -> DirectoryTable:
         return DirectoryTable(path, Header(*self._identity, slots, DirectoryState.BUILDING), self._calls)
 
     async def _fill(self, table: DirectoryTable) -> bool:
@@ -222,7 +222,7 @@ class ResidencyDirectory:
             return
         try:
             # On a thread, because the kernel clears all pages first.
-            table = await on_thread(lambda: self._make(self._next_file, slots))
+            table = await on_thread(lambda: self._new_table(self._next_file, slots))
             if self._current is not old:  # Closed meanwhile.
                 table.close(DirectoryState.CLOSED)
                 self._next_file.unlink(missing_ok=True)

@@ -67,7 +67,7 @@ class Workload:
         self._seed = seed
         self._evicts_from_ssd = evicts_from_ssd
         self._numbers = itertools.count()
-        self._over = threading.Event()
+        self._ended = threading.Event()
         self._acknowledged = threading.Condition()
 
     def run(self, until: Callable[[], None]) -> None:
@@ -78,7 +78,7 @@ class Workload:
             try:
                 until()
             finally:
-                self._over.set()
+                self._ended.set()
         for job in jobs:
             job.result()
 
@@ -89,7 +89,7 @@ class Workload:
     def _work(self, part: Callable[[Client, random.Random], None]) -> None:
         chooser = random.Random(f"{self._seed} {part.__name__}")
         with self._daemon.client(part.__name__, reconnect_wait_s=0.0) as client:
-            while not self._over.is_set():
+            while not self._ended.is_set():
                 try:
                     part(client, chooser)
                 except DaemonUnavailable:
@@ -156,7 +156,7 @@ class Workload:
         """A saved conversation, more likely a recent one."""
         talks = [talk for talk in self._ledger[-40:] if talk.stored]
         if not talks:
-            self._over.wait(0.001)
+            self._ended.wait(0.001)
             return None
         return chooser.choice(talks)
 

@@ -127,10 +127,10 @@ class Evictor:
             try:
                 return self._lifecycle.tiers[tier].reserve(size_bytes)
             except TierFull:
-                if not await self._make(tier, size_bytes):
+                if not await self._evict_for(tier, size_bytes):
                     raise
 
-    async def _make(self, tier: TierName, size_bytes: int) -> bool:
+    async def _evict_for(self, tier: TierName, size_bytes: int) -> bool:
         """Evict at least `size_bytes`, or wait for space. Returns False if neither is possible."""
         if await self._lifecycle.tiers[tier].grown():
             return True

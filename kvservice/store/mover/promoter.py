@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 _PIECE_BYTES = 1 << 20
 _ROWS_A_TURN = 64  # They take a millisecond of the event loop.
-_ROOM_WAIT_S = 0.2  # After this time, a load reads from the slower tier instead of waiting for space in DRAM.
+_SPACE_WAIT_S = 0.2  # After this time, a load reads from the slower tier instead of waiting for space in DRAM.
 
 
 class PendingPromotion:
@@ -170,7 +170,7 @@ class Promoter:
                     await self._loop_budget.slot()  # If there is space, nothing below waits.
                 while row in self._reserving:
                     await asyncio.wait({self._reserving[row]})
-                if row not in self._pending and self._wanted(row):
+                if row not in self._pending and self._should_promote(row):
                     try:
                         begun.append(await self._reserve(row))
                     except (TierFull, StorageFailed) as error:
@@ -185,7 +185,7 @@ class Promoter:
         # A promotion that was joined may have ended while this call waited for space; its image is invalid then.
         return {row: pending for row, pending in found.items() if not pending.done.is_set()}
 
-    def _wanted(self, row: int) -> bool:
+    def _should_promote(self, row: int) -> bool:
         blocks = self._blocks
         below = blocks.fastest(row) not in (None, blocks.first_tier)
         return below and bool(blocks.live[row]) and self._policy.wants_in_dram(blocks, row, self._clock.monotonic_s())
@@ -195,7 +195,7 @@ class Promoter:
         reserving = self._reserving[row] = asyncio.get_running_loop().create_future()
         self._lifecycle.hold([row])
         try:
-            extent = await self._evictor.reserve(self._blocks.first_tier, geometry.image_bytes, wait_s=_ROOM_WAIT_S)
+            extent = await self._evictor.reserve(self._blocks.first_tier, geometry.image_bytes, wait_s=_SPACE_WAIT_S)
         except BaseException:
             self._lifecycle.unhold([row])
             raise

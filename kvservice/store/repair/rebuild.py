@@ -53,7 +53,7 @@ _BLOCKS_AT_ONCE = 8
 
 
 @dataclass(slots=True)
-class Found:
+class SearchResult:
     """The blocks of the SSD files, and the number of trailers without a block, per reason."""
 
     keys: list[bytes]
@@ -118,7 +118,7 @@ class Search:
         self._others: Counter[str] = Counter()
         self._with_other_tag = 0
 
-    async def run(self, files: Sequence[Path]) -> Found:
+    async def run(self, files: Sequence[Path]) -> SearchResult:
         """Every block with correct bytes. Reads the files once, and each block once more. Raises OSError."""
         self._total_bytes = sum(path.stat().st_size for path in files)
         for segment, path in enumerate(files):
@@ -141,7 +141,7 @@ class Search:
         if differing:
             self._others["of keys that have copies with different bytes: none of these is kept"] = differing
         kept.sort(key=lambda block: block.stored_at_ms)
-        return Found([block.key for block in kept], _records(kept), self._others, self._with_other_tag)
+        return SearchResult([block.key for block in kept], _records(kept), self._others, self._with_other_tag)
 
     def _note_progress(self) -> None:
         if self._progress is not None:

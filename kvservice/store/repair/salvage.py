@@ -36,7 +36,7 @@ from kvservice.index.layouts import LAYOUTS_NAME, decode_layout, layout_copies
 from kvservice.index.records import BELOW_SSD, RECORD, Records, is_sound
 from kvservice.index.recovery import overlaps
 from kvservice.index.session_records import decode_manifest
-from kvservice.store.repair.rebuild import Found
+from kvservice.store.repair.rebuild import SearchResult
 from kvservice.tiers.ssd import origin_of
 
 _RECORDS_AT_ONCE = 4096
@@ -136,7 +136,7 @@ def _map_bytes(store: Path, saved: SalvagedIndex, more: int = 0) -> int:
     return max(size, _MAP_BYTES_MIN + _MAP_BYTES_PER_RECORD * (len(saved.records) + len(saved.doubtful) + more))
 
 
-async def fill(index: BlockIndex, saved: SalvagedIndex, verify: Verify, found: Found | None = None) -> None:
+async def fill(index: BlockIndex, saved: SalvagedIndex, verify: Verify, found: SearchResult | None = None) -> None:
     """Record the saved entries, and the blocks `found` in the SSD files that are not among them.
 
     `verify` returns the doubtful records whose bytes are still those of their blocks. Raises IndexFull, StorageFailed.

@@ -216,7 +216,7 @@ class Upload:
         self._geometries = [block_geometry(request.layout, request.shard, count) for count in request.token_counts]
         self._layer_starts = layer_starts(request.layout, request.shard, request.token_counts)
         self._no_room: KVError | None = None
-        self._over = False
+        self._is_ended = False
         self._committing = False
         self._committed = False
 
@@ -287,7 +287,7 @@ class Upload:
         except TimeoutError:
             self._refuse(destination, Overloaded("another client is storing this block, and slowly"))
             return
-        if not self._over and self._stored_row(destination.position) != NO_ROW:
+        if not self._is_ended and self._stored_row(destination.position) != NO_ROW:
             self.outcome.already_stored.append(destination.position)
             self._end(destination)
         else:
@@ -302,15 +302,15 @@ class Upload:
         try:
             if self._no_room is not None:
                 raise self._no_room  # Later blocks are useless without this one: do not wait for them.
-            if not self._over:
+            if not self._is_ended:
                 await self._all.lifecycle.wait_record_deletes([destination.claim.name])
                 extent = await self._all.evictor.reserve(self._all.blocks.first_tier, destination.geometry.image_bytes)
         except KVError as error:
-            if not self._over:
+            if not self._is_ended:
                 self._no_room = error
                 self._refuse(destination, error)
                 return
-        if self._over:  # The client has disconnected during the wait.
+        if self._is_ended:  # The client has disconnected during the wait.
             if extent is not None:
                 self._all.dram.release(extent)
             raise IncompleteSave("the client has disconnected")
@@ -389,7 +389,7 @@ class Upload:
         `then_write` queues them for their SSD copy; `on_ssd` waits for it.
         Raises IncompleteSave if bytes are missing; then nothing is stored.
         """
-        if self._over or self._committing:
+        if self._is_ended or self._committing:
             raise IncompleteSave("the save has ended: its client has disconnected, or it was committed before")
         layers = self._request.shard.layers
         if len(checksums) != layers * len(self._request.keys):
@@ -559,8 +559,8 @@ class Upload:
 
     def close(self) -> None:
         """End the open destinations. Their space is free at once, because no record has ever named it."""
-        if not self._over:
-            self._over = True
+        if not self._is_ended:
+            self._is_ended = True
             self._all.open.discard(self)
             self._client.on_detach.discard(self._abandon)
             if not self._committed:

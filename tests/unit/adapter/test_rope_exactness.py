@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from kvservice_adapter.rope import Rope
 from kvservice_adapter.truncation import keep_on_overflow, keep_without, kept_tokens
-from tests.stories import BEGIN, stories_model, stories_text
+from tests.stories260k import BEGIN, stories_model, stories_text
 from tests.unit.rotary_models import (
     MODELS,
     RecordedKeys,
