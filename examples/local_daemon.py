@@ -26,7 +26,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 @contextmanager
 def daemon(address: str) -> Iterator[str]:
-    """Yield `address`, or where it is empty the address of a new daemon, which ends with the block.
+    """Yield `address`, or if it is empty the address of a new daemon, which ends with the block.
 
     Blocks until the daemon answers. Ends the program with a message if it does not: within 5 s where it runs already,
     within 30 s where it was started here.

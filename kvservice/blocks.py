@@ -308,7 +308,7 @@ class BlockTable:
         return [tier for tier, offset in zip(self.tiers, offsets, strict=True) if offset != _NOWHERE]
 
     def fastest(self, row: int) -> TierName | None:
-        """The fastest tier that has a copy of the row; None where no tier has one."""
+        """The fastest tier that has a copy of the row; None if no tier has one."""
         return next(iter(self.tiers_of(row)), None)
 
     def since_ms(self, tier: TierName) -> NDArray[np.uint64]:

@@ -4,7 +4,7 @@ Every record, extent, trailer and slice of every tier is read and compared, and 
 counted. The store itself says where its files are. What is damaged is a miss in a running daemon;
 ``--repair`` deletes its records, which is all that is needed to have the space back. An SSD file that
 is missing keeps the daemon from starting: ``--repair`` deletes its records, and the next start creates the file again.
-Where the index itself is damaged, ``--repair`` creates a new one from the records that can be saved
+If the index itself is damaged, ``--repair`` creates a new one from the records that can be saved
 (``store/repair/salvage.py``).
 """
 
@@ -176,7 +176,7 @@ async def check(
 
 
 async def _open_index(store: Path, report: Report, *, repair: bool) -> BlockIndex | None:
-    """The durable index. If damaged: None, or with `repair` a new one. Raises StoreDamaged where that fails."""
+    """The durable index. If damaged: None, or with `repair` a new one. Raises StoreDamaged if that fails."""
     directory = store / "index"
     try:
         return BlockIndex.open(directory, map_bytes=_map_bytes(directory), create=False)
@@ -441,7 +441,7 @@ class _Check:
         return tier
 
     def _found_at_home(self, number: int, file: Path) -> Path:
-        """The file, or where the index names none that is there, the one of this number in the store's own folder."""
+        """The file, or if the index names none that is there, the one of this number in the store's own folder."""
         if not is_missing(file):
             return file
         for other in sorted(self._store.glob("ssd-*.kv")):

@@ -165,7 +165,7 @@ class DramSettings(_Section):
 
     capacity_bytes: Size = _setting(
         ByteSize(GIB),
-        "Shared memory that the arena, its generations and the volatile index may take. Where the file system has "
+        "Shared memory that the arena, its generations and the volatile index may take. If the file system has "
         "less, or a memory limit of the process's control groups allows less, the tier is smaller.",
         unit="bytes",
     )
@@ -177,7 +177,7 @@ class DramSettings(_Section):
     directory_bytes_max: Size = _setting(
         ByteSize(256 * MIB),
         "Shared memory that the residency directory may take beside the arena, 64 to 128 bytes per block and half as "
-        "much again while it grows. Where it does not fit, or at 0, clients on this host look blocks up by a call.",
+        "much again while it grows. If it does not fit, or at 0, clients on this host look blocks up by a call.",
         unit="bytes",
     )
     share: Literal["writable", "read-only", "off"] = _setting(

@@ -320,7 +320,7 @@ def _arena_limit(settings: Settings) -> tuple[int, str] | None:
     """How much of the arena may be allocated, and why no more; None where all of it may.
 
     Shared memory counts against the memory limit of the process's control groups, and the kernel kills the process
-    that goes past it. Raises HostLimit where the limit leaves too little for a DRAM tier.
+    that goes past it. Raises HostLimit if the limit leaves too little for a DRAM tier.
     """
     limit = memory_limit()
     folder = next(

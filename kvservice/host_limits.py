@@ -130,7 +130,7 @@ def _limits(folder: Path, top: Path, version: int) -> Iterator[MemoryLimit]:
 
 
 def _number(file: Path, field: str = "") -> int | None:
-    """The size that a file, or a line of it, holds; None where there is none, or no limit."""
+    """The size that a file, or a line of it, holds; None if there is none, or no limit."""
     try:
         text = file.read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""Control groups of the kernel with a memory limit. Skips the test where none can be made."""
+"""Control groups of the kernel with a memory limit. Skips the test if none can be made."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from benchmarks.report import markdown_table, where_and_when, write_section
 class Figure:
     name: str  # With its unit last: prefill_ms.
     value: float | bool
-    goal: str = ""  # "at least 0.3"; empty where there is none.
+    goal: str = ""  # "at least 0.3"; empty if there is none.
     note: str = ""
 
     @property

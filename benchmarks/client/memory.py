@@ -25,7 +25,7 @@ VIEW_BYTES = 1 << 30
 
 
 class Memory:
-    """Measures against one daemon on this host. Raises NotShared where its arena cannot be used here."""
+    """Measures against one daemon on this host. Raises NotShared if its arena cannot be used here."""
 
     def __init__(self, client: Client, layout: Layout, *, blocks: int, runs: int) -> None:
         self._client = client

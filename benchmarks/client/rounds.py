@@ -31,7 +31,7 @@ def compare(
     attempts_max: int,
     before: Mapping[str, float] | None = None,
 ) -> Round:
-    """Rounds until the limit's spread is at most 15 %; the quietest one where none is that quiet.
+    """Rounds until the limit's spread is at most 15 %; the quietest one if none is that quiet.
 
     `limit` measures by setting; the best setting counts, averaged over before and after.
     `before` is a measure of the limit that was made already.

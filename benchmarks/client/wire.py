@@ -81,7 +81,7 @@ class Wire:
         return found
 
     def local_lookup_us_per_key(self, count: int) -> float | None:
-        """Median time of a lookup of 512 stored keys in shared memory, by key; None where there is no directory."""
+        """Median time of a lookup of 512 stored keys in shared memory, by key; None if there is no directory."""
         cache, chain = self._small_blocks()
         deadline = time.monotonic() + 10
         while (hit := cache.lookup_local(chain)) is None and time.monotonic() < deadline:
@@ -151,7 +151,7 @@ def random_bytes(size_bytes: int) -> NDArray[np.uint8]:
 def until_written(client: Client, cache: BlockCache, chain: BlockChain) -> None:
     """Wait until write-behind is done with these blocks: otherwise it disturbs the next measurement.
 
-    Raises DeadlineExceeded where it is not done in a minute: figures taken beside it would be wrong.
+    Raises DeadlineExceeded if it is not done in a minute: figures taken beside it would be wrong.
     """
     if not client.admin.status().ssd.capacity_bytes:
         return

@@ -15,7 +15,7 @@ _THREADS = (1, 2)
 
 
 def measure(directory: Path, size_bytes: int, way: Literal["read", "write"]) -> dict[str, float]:
-    """GB/s by setting; empty where the file system has no O_DIRECT, as a tmpfs."""
+    """GB/s by setting; empty if the file system has no O_DIRECT, as a tmpfs."""
     path = directory / "raw"
     try:
         fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_DIRECT, 0o600)

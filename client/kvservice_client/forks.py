@@ -5,7 +5,7 @@ open files and connections. A lock that another thread held at the fork stays lo
 object of the client that has locks, threads or open files registers itself here, and its `reset_in_child` puts it
 in the state of a new object, before ``os.fork`` returns in the child. The parent is not changed.
 
-The hooks run for ``os.fork``, ``os.forkpty`` and ``multiprocessing``; not where a C library forks by itself.
+The hooks run for ``os.fork``, ``os.forkpty`` and ``multiprocessing``; not if a C library forks by itself.
 """
 
 from __future__ import annotations

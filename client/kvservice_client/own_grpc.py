@@ -47,7 +47,7 @@ class _OwnGrpc:
         self._module, self._refusal = None, ""
 
     def get(self) -> Any:
-        """Raises DaemonUnavailable where a forked child cannot load a copy. That is tried once per process."""
+        """Raises DaemonUnavailable if a forked child cannot load a copy. That is tried once per process."""
         with self._lock:
             if self._module is None and not self._refusal:
                 try:

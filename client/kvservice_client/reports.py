@@ -57,7 +57,7 @@ class RequestReport:
     request_id: str
     outcome: Outcome
     outcome_reason: str = ""  # Why the outcome differs from the plan.
-    plan: str = ""  # "load", "recompute", "mixed"; empty where none was made.
+    plan: str = ""  # "load", "recompute", "mixed"; empty if none was made.
     plan_reason: str = ""
     estimate_s: Mapping[str, float] = field(default_factory=dict)  # Expected time to the first token, per plan.
     history_tokens: int = 0  # Stored tokens that the lookup found.

@@ -94,7 +94,7 @@ class Rates:
         return known[len(known) // 2] if known else 0.0
 
     def load_s(self, size_bytes: int, tier: str, transport: str = "", loads_ahead: int = 0) -> float | None:
-        """How long a load will take, the overhead left out. None where none was measured lately."""
+        """How long a load will take, the overhead left out. None if none was measured lately."""
         key = (tier, transport)
         with self._lock:
             self._forget_what_is_old(key)
@@ -104,7 +104,7 @@ class Rates:
             return (1 + loads_ahead) * fit.seconds((float(size_bytes), 1.0)) if size_bytes else 0.0
 
     def prefill_s(self, new_tokens: int, context_tokens: int = 0) -> float | None:
-        """How long computing so many tokens will take. None where it was never measured."""
+        """How long computing so many tokens will take. None if it was never measured."""
         with self._lock:
             if not self._prefill.is_known:
                 return None
@@ -229,7 +229,7 @@ class _Estimates:
 
 
 def _best_head(starts: Sequence[int], estimates: _Estimates) -> tuple[int, float] | None:
-    """The block's edge up to which to compute, and what that takes. None where there is no edge.
+    """The block's edge up to which to compute, and what that takes. None if there is no edge.
 
     A later edge makes the head's time longer and the rest's time shorter; the best edge makes them equal.
     """

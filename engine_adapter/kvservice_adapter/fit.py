@@ -109,7 +109,7 @@ def _not_negative(rows: Array, measured: Array, weights: Array, terms_max: int) 
             if some is None or min(some) < 0:
                 continue
             error = total - sum(each * right[row] for each, row in zip(some, chosen, strict=True))
-            if error < best_error * (1 - _SAME):  # More terms only where they explain more.
+            if error < best_error * (1 - _SAME):  # More terms only if they explain more.
                 best, best_error = np.zeros(rows.shape[1]), error
                 best[list(chosen)] = some
     return np.asarray(best / unit)

@@ -46,7 +46,7 @@ class LoadReport:
 
     @property
     def bytes_per_s(self) -> float:
-        """The rate while loading. 0 where nothing was loaded."""
+        """The rate while loading. 0 if nothing was loaded."""
         return self.size_bytes / self.busy_s if self.busy_s else 0.0
 
 
@@ -97,7 +97,7 @@ class LayerLoader:
     def wait(self, layer: int, timeout_s: float | None = None) -> Pages:
         """The filled pages of a layer, which the engine owns from now on. Layers are taken in order, each once.
 
-        Raises LoadFailed where it is not there after `timeout_s`, or where loading has failed or was ended
+        Raises LoadFailed if it is not there after `timeout_s`, or if loading has failed or was ended
         before; then within no time. Layers that were loaded before the failure can still be taken.
         """
         begin_s = self._clock.now_s()

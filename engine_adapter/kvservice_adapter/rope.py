@@ -100,7 +100,7 @@ class Rope:
     def rotation(self, stored: Positions, read: Positions) -> Rotation | None:
         """What turns keys from the positions they were rotated at to those they are read at, token by token.
 
-        None where no position changes: then there is nothing to do, and every bit stays.
+        None if no position changes: then there is nothing to do, and every bit stays.
         """
         shifts = np.asarray(read, np.int64) - np.asarray(stored, np.int64)
         if not shifts.any():
@@ -185,7 +185,7 @@ class ModelRopes:
             rope.check_shift(total_tokens)
 
     def rotations(self, stored: Positions, read: Positions) -> list[Rotation] | None:
-        """`Rope.rotation` of each layer. None where no position changes."""
+        """`Rope.rotation` of each layer. None if no position changes."""
         made = {rope: rope.rotation(stored, read) for rope in self._distinct}
         rotations = [made[rope] for rope in self.layers]
         return [each for each in rotations if each is not None] or None  # It is None for all of them, or for none.

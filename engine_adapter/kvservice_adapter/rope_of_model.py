@@ -15,7 +15,7 @@ from kvservice_api.layout import Rotary
 
 
 def rotary_of(model: Any) -> Rotary:
-    """How the model rotates its keys, for a layout. Raises UnsupportedRotation where no prefix could be reused.
+    """How the model rotates its keys, for a layout. Raises UnsupportedRotation if no prefix could be reused.
 
     A model that computes with other frequencies than its configuration gives (`model.to(bfloat16)` rounds
     them) is distinguished by a checksum of them.
@@ -138,9 +138,9 @@ def _rotary_of_type(model: Any, layer_type: str, parameters: Mapping[str, Any]) 
 
 
 def _named_pairing(model: Any) -> tuple[str, tuple[tuple[str, float], ...]]:
-    """The pairing for a layout, and a parameter that says so where it is not known.
+    """The pairing for a layout, and a parameter that says so if it is not known.
 
-    Keys that are read where they were stored need no pairing. Where they are to be turned, `pairing_of` raises.
+    Keys that are read where they were stored need no pairing. If they are to be turned, `pairing_of` raises.
     """
     try:
         return pairing_of(model), ()
@@ -162,7 +162,7 @@ def pairing_of(model: Any) -> str:
 
 @torch.inference_mode()
 def rotated_by(model: Any, keys: torch.Tensor, positions: Sequence[int], layer_type: str = "") -> torch.Tensor | None:
-    """Keys ``[1, head, token, rotary dim]``, rotated by the model's own code; None where it is called another way."""
+    """Keys ``[1, head, token, rotary dim]``, rotated by the model's own code; None if it is called another way."""
     rotate = getattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb", None)
     if rotate is None:
         return None
@@ -184,7 +184,7 @@ def rotated_by(model: Any, keys: torch.Tensor, positions: Sequence[int], layer_t
 def rotary_modules(model: Any) -> list[Any]:
     """The modules that keep the model's frequencies: one at least, all of the same.
 
-    Raises UnsupportedRotation where there is none, or where they differ.
+    Raises UnsupportedRotation if there is none, or if they differ.
     """
     modules = _frequency_modules(model)
     if not modules:

@@ -210,7 +210,7 @@ class SaveJob:
 
         The job refers to the tensors until the event is done. An engine that writes into the same pages again
         must not do so before; one whose tensors stay as they are need not look at it. `rotation` turns the
-        gathered keys, not the engine's. Raises ValueError where the pages have another element type or other head
+        gathered keys, not the engine's. Raises ValueError if the pages have another element type or other head
         dims than the layer's group.
         """
         if index in self._work.events:

@@ -99,7 +99,7 @@ class Conversation:
 
     @property
     def kept_tokens(self) -> int:
-        """How many of them, the first ones, the last cut kept. 0 where there was no cut."""
+        """How many of them, the first ones, the last cut kept. 0 if there was no cut."""
         return len(self._kept)
 
     @property

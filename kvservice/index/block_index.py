@@ -112,7 +112,7 @@ class BlockIndex:
 
         `layouts_max` are the layouts that it takes; those that it has are kept, however many they are.
         `below_ssd` are the names of the tiers below SSD. `before_commit` makes the bytes of a tier's blocks durable; it
-        runs on the committer thread before the commit of their records. An index is made only where none was before:
+        runs on the committer thread before the commit of their records. An index is made only if there was none before:
         the store's identity file, and the `ssd_files` that are there, tell that one is missing. Where `create` is
         false, an index is never made, and nothing of the store is upgraded or restored. Raises StoreTooNew,
         StoreDamaged, StorageFailed.
@@ -346,7 +346,7 @@ class BlockIndex:
     async def put_layout(self, layout: Layout) -> int:
         """The layout's id in this store; a new layout gets one, and is durable on return.
 
-        Raises IndexFull, also where the store knows as many layouts as it may; StorageFailed.
+        Raises IndexFull, also if the store knows as many layouts as it may; StorageFailed.
         """
         if self.layout_id(layout.fingerprint) is None:
             self.layout_entries.expect_room(layout.fingerprint)

@@ -61,7 +61,7 @@ def has_all_descriptors(meta: Mapping[bytes, bytes]) -> bool:
 
 
 def read_secret(store: Path) -> DescriptorSecret | None:
-    """The secret in the store's file; None where there is no file, or it is not whole. Raises OSError."""
+    """The secret in the store's file; None if there is no file, or it is not whole. Raises OSError."""
     try:
         data = (store / SECRET_NAME).read_bytes()
     except FileNotFoundError:
@@ -73,7 +73,7 @@ def read_secret(store: Path) -> DescriptorSecret | None:
 
 
 def open_secret(store: Path, meta: Mapping[bytes, bytes]) -> DescriptorSecret:
-    """The store's secret. A new one where there is none; it is on disk on return. For the daemon's start.
+    """The store's secret. A new one if there is none; it is on disk on return. For the daemon's start.
 
     `meta` has the index's entries about the store; empty for a new store. If the file cannot be read or written, the
     secret is only in memory: the daemon serves, the file stays as it is, and the next start tries again.

@@ -76,7 +76,7 @@ class Environment:
     `more_databases` are databases beside those of every environment.
 
     Every page in use is checked before LMDB maps the file, see `pages`: LMDB itself ends the process on some
-    damage. Raises StoreDamaged where the file is not LMDB's or its pages are damaged, StorageFailed where it cannot be
+    damage. Raises StoreDamaged if the file is not LMDB's or its pages are damaged, StorageFailed if it cannot be
     read or made.
     """
 

@@ -22,7 +22,7 @@ SCHEMA = 3
 SCHEMA_AT_LEAST = 2
 SCHEMA_KEY = b"schema"
 
-# Beside the index: the store's id in hexadecimal. Where it is, the store was made, though its index may be lost.
+# Beside the index: the store's id in hexadecimal. If it is there, the store was made, though its index may be lost.
 IDENTITY_NAME = "store_id"
 STORE_KEY = b"store_id"
 STORE_ID_BYTES = 16
@@ -41,7 +41,7 @@ def traces_of_store(directory: Path, ssd_files: Iterable[Path] = ()) -> list[Pat
 
 
 def read_identity(store: Path) -> bytes:
-    """The id that the store's identity file has; empty where there is none, or it is damaged. Raises OSError."""
+    """The id that the store's identity file has; empty if there is none, or it is damaged. Raises OSError."""
     try:
         text = (store / IDENTITY_NAME).read_text("ascii", errors="replace").split()
         store_id = bytes.fromhex(text[0]) if text else b""
@@ -56,7 +56,7 @@ def write_identity(store: Path, store_id: bytes) -> None:
 
 
 def expect_index(directory: Path, traces: Sequence[Path]) -> None:
-    """Raises StoreDamaged where the index of a store that was made before is gone or empty. Writes nothing."""
+    """Raises StoreDamaged if the index of a store that was made before is gone or empty. Writes nothing."""
     try:
         blank = _is_blank(directory / DATA_NAME)
         what = "empty" if blank else ""
@@ -87,7 +87,8 @@ def clear_blank(path: Path) -> None:
 
 
 def check_identity(directory: Path, store_id: bytes, *, note: bool) -> None:
-    """Compare the index's store with that of the folder. With `note`, write it where none is. Raises StoreDamaged."""
+    """Compare the index's store with that of the folder. With `note`, write it if there is none. Raises
+    StoreDamaged."""
     store = directory.parent
     try:
         found = read_identity(store)
@@ -106,20 +107,20 @@ def check_identity(directory: Path, store_id: bytes, *, note: bool) -> None:
 
 
 def schema_of(meta: Mapping[bytes, bytes]) -> int:
-    """0 where there is none."""
+    """0 if there is none."""
     text = meta.get(SCHEMA_KEY, b"").decode(errors="replace")
     return int(text) if text.isdecimal() else 0
 
 
 def check_schema(directory: Path, meta: Mapping[bytes, bytes]) -> None:
-    """Raises StoreDamaged where there is none, StoreTooNew where this program does not know it."""
+    """Raises StoreDamaged if there is none, StoreTooNew if this program does not know it."""
     if not schema_of(meta):
         raise StoreDamaged(f"the index {directory} has no schema version")
     refuse_newer(meta)
 
 
 def refuse_newer(meta: Mapping[bytes, bytes]) -> None:
-    """Raises StoreTooNew where a newer program wrote the index: this one would lose what it does not know."""
+    """Raises StoreTooNew if a newer program wrote the index: this one would lose what it does not know."""
     schema = schema_of(meta)
     if schema > SCHEMA:
         raise StoreTooNew(

@@ -66,7 +66,7 @@ class LayoutEntries:
         return len(self._layouts) >= self._max
 
     def expect_room(self, fingerprint: bytes) -> None:
-        """Raises IndexFull where the layout is new and the store has its maximum of layouts."""
+        """Raises IndexFull if the layout is new and the store has its maximum of layouts."""
         known = self._ids.keys() | self._in_flight
         if fingerprint not in known and len(known) >= self._max:
             raise IndexFull(

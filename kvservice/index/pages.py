@@ -196,7 +196,7 @@ class _Check:
             self._check_transaction(meta)
 
     def _check_transaction(self, meta: _Meta) -> None:
-        """Raises Unsound where one of the first two pages has the number of another transaction than its own.
+        """Raises Unsound if one of the first two pages has the number of another transaction than its own.
 
         A wrong number can make the earlier of the two pages count, which silently undoes the last commit. Every
         transaction but the first replaces the root of the main tree, and frees the old one under its own number.
@@ -212,7 +212,7 @@ class _Check:
             )
 
     def _last_freed(self, meta: _Meta) -> int | None:
-        """The last key of the page's free tree, 0 where it is empty. None where it cannot be read.
+        """The last key of the page's free tree, 0 if it is empty. None if it cannot be read.
 
         The free tree of the earlier page has not been checked: a later commit may use damaged pages of it again, so
         these are no reason to refuse the file.
@@ -447,7 +447,7 @@ def _keys_of(pages: Bytes, nodes: _Nodes) -> list[bytes]:
 
 
 def _check_order(name: str, pages: Bytes, nodes: _Nodes, integers: bool) -> None:
-    """Raises Unsound where a page's keys do not ascend."""
+    """Raises Unsound if a page's keys do not ascend."""
     same_page = nodes.which[1:] == nodes.which[:-1]
     if integers or (nodes.key_sizes < 8).any():
         unsure = same_page.copy()

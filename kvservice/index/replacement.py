@@ -80,7 +80,7 @@ def interrupted(store: Path) -> str:
 
 
 def end_interrupted(store: Path) -> str:
-    """Finish or undo an interrupted replacement. Returns what was done; empty where nothing was. Raises OSError."""
+    """Finish or undo an interrupted replacement. Returns what was done; empty if nothing was. Raises OSError."""
     new, index = new_index(store), store / "index"
     with suppress(FileNotFoundError, NotADirectoryError):
         if not (new / _COMPLETE_NAME).exists():
@@ -127,7 +127,7 @@ def _rename(old: Path, new: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Have two names change places in one step. False where the file system, the kernel or the C library cannot."""
+    """Have two names change places in one step. False if the file system, the kernel or the C library cannot."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:

@@ -69,7 +69,7 @@ def _passage(hazards: Floats, widths_s: Floats) -> tuple[Floats, Floats]:
 
 
 def _break_even(gains: Floats, rents: Floats) -> Floats:
-    """The rent at which the gain, which falls with the rent, reaches 0; 0 where it is negative at every rent."""
+    """The rent at which the gain, which falls with the rent, reaches 0; 0 if it is negative at every rent."""
     right = np.count_nonzero(gains >= 0, axis=-1)
     low = np.clip(right - 1, 0, gains.shape[-1] - 2)[..., None]
     gain_low, gain_high = (np.take_along_axis(gains, low + step, -1)[..., 0] for step in (0, 1))

@@ -45,7 +45,7 @@ class SocketLock:
     """Keeps other daemons from taking a UNIX socket over: making a socket removes an earlier one.
 
     A lock on a file beside the socket, which the kernel drops when its holder dies, so that the socket
-    of a dead daemon is replaced. The file stays. Raises AddressUnusable where a daemon or any other
+    of a dead daemon is replaced. The file stays. Raises AddressUnusable if a daemon or any other
     program listens on the socket.
     """
 

@@ -37,7 +37,7 @@ class Callers:
         self._store = store
 
     def of(self, context: Context, client_id: bytes = b"") -> Caller:
-        """The caller of a request that names this client, or none. Raises UnknownClient where it is not attached."""
+        """The caller of a request that names this client, or none. Raises UnknownClient if it is not attached."""
         if client_id and not self._store.is_attached(client_id):
             raise UnknownClient("no attached client has this id: attach, then ask again", field="client_id")
         return Caller(principal(context.peer(), context.auth_context()), DEFAULT_TENANT, client_id)

@@ -209,7 +209,7 @@ class CrashStore:
         self._start()
 
     def round(self, number: int, target: str, *, power_cut: bool) -> Report:
-        """Work, kill, check, start again, verify. Raises AssertionError where a promise was broken."""
+        """Work, kill, check, start again, verify. Raises AssertionError if a promise was broken."""
         workload = Workload(self._daemon, self._ledger, seed=number, evicts_from_ssd=self._evicts_from_ssd)
         workload.run(lambda: self._kill(workload, random.Random(number).randrange(40), target))
         replay = Replay([_SSD_BYTES], self._records).follow(read_marks(self._log_path))

@@ -25,7 +25,7 @@ ABSENT = "ab" * 32
 
 
 def started(*arguments: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
-    """A running ``kvctl`` that a SIGINT interrupts, even where the tests themselves run in the background."""
+    """A running ``kvctl`` that a SIGINT interrupts, even if the tests themselves run in the background."""
 
     def heed_interrupts() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -294,7 +294,7 @@ def test_top_prints_one_object_per_sample(daemon: DaemonProcess, client: Client,
 def test_top_shows_people_a_picture(daemon: DaemonProcess, chain: BlockChain) -> None:
     done = kvctl("top", "--count", "2", "--interval", "0.1", address=daemon.address)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("kvservice 0") == 1, "the last look only, where there is no terminal"
+    assert done.stdout.count("kvservice 0") == 1, "only the last screen, because there is no terminal"
     for part in ("serving", "hit ratio", "evicted from dram", "loads", "ssd"):
         assert part in done.stdout
 

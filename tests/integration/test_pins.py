@@ -24,7 +24,7 @@ def pressure(client: Client, count: int = 60) -> None:
 
 
 def pinned_until_s(client: Client, chain: BlockChain) -> int:
-    """0 where the first block is not pinned."""
+    """0 if the first block is not pinned."""
     block = client.admin.inspect(chain.keys[0]).shards[0]
     return block.pinned_until.seconds if block.HasField("pinned_until") else 0
 

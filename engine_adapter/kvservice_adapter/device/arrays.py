@@ -68,7 +68,7 @@ def view_of(array: Any) -> ArrayView:
 def bits_of(view: ArrayView) -> NDArray[Any]:
     """Elements in host memory as unsigned integers of their size.
 
-    Raises ValueError where the host may not touch them.
+    Raises ValueError if the host may not touch them.
     """
     if not view.is_on_host:
         raise ValueError(f"memory of device {view.device} cannot be read by the host")

@@ -26,7 +26,7 @@ class Piece(NamedTuple):
     """Consecutive tokens that are in one page: `blocks` blocks of `tokens` tokens each."""
 
     block: int
-    blocks: int  # More than one only where they are whole, and equally long.
+    blocks: int  # More than one only if they are whole, and equally long.
     token_of_block: int
     tokens: int
     page_id: int
@@ -79,7 +79,7 @@ class Pages:
             )
 
     def pieces(self, token_counts: Sequence[int]) -> Iterator[Piece]:
-        """The blocks of the run, cut at the pages' ends. Raises ValueError where they do not fit."""
+        """The blocks of the run, cut at the pages' ends. Raises ValueError if they do not fit."""
         keys, values = self.key_view, self.value_view
         if keys.shape[:3] != values.shape[:3] or keys.dtype != values.dtype:
             shapes = f"{keys.shape} and {values.shape}"
@@ -124,7 +124,7 @@ class Event(ABC):
     @property
     @abstractmethod
     def error(self) -> Exception | None:
-        """What the work raised. None where it did not, or is not done."""
+        """What the work raised. None if it did not, or is not done."""
 
     @abstractmethod
     def wait(self, timeout_s: float) -> bool:
@@ -193,7 +193,7 @@ class Staging:
             return sum(size for _, size in self._lent.values())
 
     def reserve(self, size_bytes: int) -> Bytes | None:
-        """That much memory in one piece, or None where there is none, until `release`."""
+        """That much memory in one piece, or None if there is none, until `release`."""
         needed = -(-size_bytes // _ALIGNMENT) * _ALIGNMENT
         with self._lock:
             for number, (offset, size) in enumerate(self._free):
@@ -204,7 +204,7 @@ class Staging:
         return None
 
     def release(self, memory: Bytes) -> None:
-        """Free what `reserve` returned. Raises KeyError where it is not reserved."""
+        """Free what `reserve` returned. Raises KeyError if it is not reserved."""
         with self._lock:
             offset, size = self._lent.pop(memory.__array_interface__["data"][0])
             merged: list[tuple[int, int]] = []

@@ -62,7 +62,7 @@ class ForwardSaves(Generic[Place]):
             job.layer(index, pages_at(place))
 
     def commit(self) -> bool:
-        """The forward has ended: send its blocks. False where a layer was not given: nothing of it is stored then."""
+        """The forward has ended: send its blocks. False if a layer was not given: nothing of it is stored then."""
         jobs, self._jobs = self._jobs, []
         is_whole = True
         for job, _ in jobs:

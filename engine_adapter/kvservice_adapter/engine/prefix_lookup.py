@@ -99,7 +99,7 @@ class PrefixLookup:
     def by_conversation(
         self, conversation: Conversation, tokens_max: int, keys: Keys, deadline: Deadline
     ) -> StoredPrefix | None:
-        """All of a history that was cut, at its new positions. None where the session is not this conversation's,
+        """All of a history that was cut, at its new positions. None if the session is not this conversation's,
         or not all of it is stored. Raises KVError.
         """
         state = self._state(conversation.session_id, deadline)

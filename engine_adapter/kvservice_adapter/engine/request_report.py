@@ -20,7 +20,7 @@ class ReportedHistory(Protocol):
 
     @property
     def recompute_s(self) -> float:
-        """How long it took to compute it in place of loading it; 0 where it was loaded."""
+        """How long it took to compute it in place of loading it; 0 if it was loaded."""
 
     @property
     def load_reports(self) -> Sequence[LoadReport]:

@@ -53,7 +53,7 @@ class Turn:
     chain: BlockChain
     pages: Callable[[int, int], Pages]  # Of a layer, from the chain's n-th token on: (layer, n).
     session_id: str = ""  # "" for none.
-    cuts: int | None = None  # Of its conversation; None where there is only a session.
+    cuts: int | None = None  # Of its conversation; None if there is only a session.
     kept_tokens: int = 0  # How many tokens the last cut has kept, before the chain.
 
 

@@ -48,6 +48,7 @@ BANNED = {
     r"what (?:is|was|are) there": "name the things: 'the stored blocks'",
     r"(?-i:Who) (?!has access\b|was\b)\w+s": "name the actor: 'The waiting thread', 'A client that reads'",
     r"(?<=[,;] )for (?:it|they|he)": "'because'",
+    r"(?-i:None|0|False|-1|Raises \w+)[.,:;]? where (?:there|it|they|nothing|no|none)": "'if'",
     r"becomes of": "say what happens",
     r"hangs? on|hung on": "'belongs to'",
     r"but for": "'except'",

@@ -63,7 +63,7 @@ class _StoreUses(ast.NodeVisitor):
         self.read: set[tuple[str, ...]] = set()  # Per access path, the attributes of the store, or of its operators.
 
     def path(self, node: ast.expr) -> tuple[str, ...] | None:
-        """The attributes from the store to this expression; None where it does not begin at one."""
+        """The attributes from the store to this expression; None if it does not begin at one."""
         if isinstance(node, ast.Name):
             return self.names.get(node.id)
         if isinstance(node, ast.Attribute):

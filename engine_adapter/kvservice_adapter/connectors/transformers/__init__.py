@@ -3,7 +3,7 @@
 * ``connector``: restore, save, truncate.
 * ``cache``: the cache that a model computes with. It waits for each layer, and reports what is new.
 * ``model_hooks``: report the tokens of each forward to its cache.
-* ``history``: the layers that are loaded; ``recompute``: computes them where they do not come.
+* ``history``: the layers that are loaded; ``recompute``: computes them if they do not arrive.
 * ``cache_builder``: makes the cache of what of a prompt is stored.
 * ``forward_saver``: saves the blocks that a forward completes. ``turns``: what is left to save at the end.
 * ``mask_record``: which tokens the attention masks have hidden. ``rows``: batches.

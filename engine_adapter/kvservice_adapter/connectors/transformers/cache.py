@@ -51,7 +51,7 @@ class CacheHistory(Protocol):
     device: torch.device
     error: BaseException | None  # Why some of it was computed again.
     lost_s: float  # How long forwards waited for it so far.
-    recompute_s: float  # How long it took to compute it in place of loading it; 0 where it was loaded.
+    recompute_s: float  # How long it took to compute it in place of loading it; 0 if it was loaded.
 
     @property
     def load_reports(self) -> Sequence[LoadReport]:
@@ -75,7 +75,7 @@ class CacheObserver(Protocol):
     """Receives what the model computes, on the engine's thread, before it is computed or in its order of work."""
 
     def other_mask(self, forward: Forward, first: int) -> NDArray[np.bool_] | None:
-        """A forward's mask of the `first` columns before it, where it is not the one they were computed with."""
+        """A forward's mask of the `first` columns before it, if it is not the one they were computed with."""
 
     def adopt(self, visible: NDArray[np.bool_]) -> None:
         """They were computed again under this mask."""

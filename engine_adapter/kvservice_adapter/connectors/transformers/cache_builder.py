@@ -45,7 +45,7 @@ class Restored:
     tokens: int = 0  # Of all rows together, computed heads included. The cache has `cache.get_seq_length()` columns.
     size_bytes: int = 0
     tier: str = "none"  # The tier of the stored blocks at the lookup: "dram", "ssd", "mixed", or "none".
-    plan: Plan | None = None  # None where nothing was found.
+    plan: Plan | None = None  # None if nothing was found.
     not_found: KVError | None = None
 
     @property

@@ -265,7 +265,7 @@ class TransformersConnector:
         """Cut a conversation that was saved: only these ranges of its tokens, (first, count) each, stay.
 
         `truncation.keep_on_overflow` gives those that a full context window leaves. Its next `restore` gives the
-        KV of `conversation.token_ids`, at the positions where they are now. False where the daemon could not be
+        KV of `conversation.token_ids`, at the positions where they are now. False if the daemon could not be
         updated in time: the conversation is cut all the same, and computed again. Raises InvalidRequest for ranges
         that are not ascending, disjoint and inside the conversation.
         """
@@ -374,7 +374,7 @@ class TransformersConnector:
         return any(group.rotary.kind == "dynamic" for group in self.layout.groups)
 
     def _key_hooks(self) -> KeyHooks:
-        """For layouts of keys before rotation. Raises UnsupportedModel where the model does not show them."""
+        """For layouts of keys before rotation. Raises UnsupportedModel if the model does not show them."""
         ropes = self._ropes_for_all()
         try:
             return KeyHooks(self._model, self.layout, ropes)

@@ -311,7 +311,7 @@ def _read(mask: torch.Tensor) -> NDArray[np.bool_]:
 def _are_counted(positions: Any, visible: NDArray[np.bool_], before: NDArray[np.int64], *, or_none: bool) -> bool:
     """Whether positions count the visible tokens of each row on from `before`, as `generate` does.
 
-    `visible` is ``[row, token]``. `or_none`: what it is where there are no positions, and the model counts columns.
+    `visible` is ``[row, token]``. `or_none`: what it is if there are no positions, and the model counts columns.
     """
     if positions is None:
         return or_none

@@ -30,7 +30,7 @@ class Generation:
     has_other_ends: bool  # Stop strings, or criteria of the caller's.
 
     def kept(self, generated: NDArray[Any]) -> int | None:
-        """How many of a row's generated tokens ``[token]`` are before its last one. None where it has not ended.
+        """How many of a row's generated tokens ``[token]`` are before its last one. None if it has not ended.
 
         The last token is left out as in a row that runs to the end of the batch, whose last token is never
         computed. Where criteria other than end-of-sequence tokens may have ended the row, all padding at its end counts
@@ -49,7 +49,7 @@ class Generation:
 
 
 def running() -> Generation | None:
-    """That of the `generate` that calls the model on this thread. None where there is none."""
+    """That of the `generate` that calls the model on this thread. None if there is none."""
     frame: FrameType | None = inspect.currentframe()
     for _ in range(_FRAMES_MAX):
         if frame is None:

@@ -116,7 +116,7 @@ class LoadedHistory:
     ) -> None:
         """`recompute` gives every layer's keys and values, ``[row, head, column, dim]`` of `columns` columns.
 
-        `recompute_masked` gives the same under an attention mask ``[row, column]``; None where that is not known.
+        `recompute_masked` gives the same under an attention mask ``[row, column]``; None if that is not known.
         `wait_s` bounds the wait for a layer, of all rows together, by `clock`.
         `unrotate` is for layouts that keep keys before rotation: it gives those of a layer whose keys were computed.
         `on_end` is called once: when the last layer has come, or the first has failed. `lines` is shared by
@@ -155,7 +155,7 @@ class LoadedHistory:
     def compute_masked(self, visible: NDArray[np.bool_]) -> bool:
         """Compute the history under another attention mask ``[row, column]`` than it was stored with.
 
-        Whether it is done: not where a layer was taken before, nor for a history that was cut.
+        Whether it is done: not if a layer was taken before, nor for a history that was cut.
         """
         if self._is_taken or self._recompute_masked is None:
             return False

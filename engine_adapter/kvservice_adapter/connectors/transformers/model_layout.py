@@ -69,7 +69,7 @@ def _geometry(model: Any) -> list[LayerGroup]:
 
 
 def _kept_layers(cache: DynamicCache, config: Any) -> list[Any]:
-    """The layers of a model's own cache. Raises UnsupportedModel where they keep anything but each token's KV."""
+    """The layers of a model's own cache. Raises UnsupportedModel if they keep anything but each token's KV."""
     layers: list[Any] = cache.layers
     kinds = (DynamicLayer, DynamicSlidingWindowLayer)  # Not isinstance: subclasses keep other states beside, or less.
     strange = sorted({type(layer).__name__ for layer in layers if type(layer) not in kinds})
@@ -105,7 +105,7 @@ def torch_dtype(layout: Layout) -> torch.dtype:
 
 
 def dynamic_layers(cache: Cache, layer_count: int) -> list[DynamicLayer]:
-    """The cache's layers. Raises UnsupportedModel where they are of another kind or number."""
+    """The cache's layers. Raises UnsupportedModel if they are of another kind or number."""
     # Not isinstance: sliding, quantized and indexed layers are subclasses, and keep less, or more. A sliding-window
     # layer of ours keeps all tokens.
     layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer) and _is_kept(layer)]

@@ -112,12 +112,12 @@ def probe(model: PreTrainedModel, cache: DynamicCache) -> list[LayerShape]:
 
 
 def window_of(layer: Any) -> int:
-    """How many tokens a layer of an empty cache attends to; 0 where it attends to all."""
+    """How many tokens a layer of an empty cache attends to; 0 if it attends to all."""
     return int(layer.sliding_window) if layer.is_sliding else 0
 
 
 def _check_windows(body: Any, cache: DynamicCache) -> None:
-    """Raises NotProbed where only the library's cache makes the window: a cache that keeps all tokens has none then."""
+    """Raises NotProbed if only the library's cache makes the window: a cache that keeps all tokens has none then."""
     if not any(cache.is_sliding):
         return
     makers = ("create_sliding_window_causal_mask", "create_masks_for_generate")
@@ -160,7 +160,7 @@ def _kinds_of_layers(model: PreTrainedModel, windows: Sequence[int]) -> list[Any
     """For each layer of the cache something that is equal only for layers whose attention is of the same kind.
 
     Attention modules carry the number of their cache layer; two of one class with parameters of the same shapes
-    cache the same shape. Where a layer has no such module it is of a kind of its own. `windows` are the layers'.
+    cache the same shape. A layer without such a module is of a kind of its own. `windows` are the layers'.
     """
     modules: dict[int, list[Any]] = {}
     for module in model.modules():

@@ -40,7 +40,7 @@ class Turns:
     ) -> list[Turn]:
         """The blocks of each row that are to be stored.
 
-        Raises InvalidRequest where the tokens are not those of the cache, and UnsupportedModel where its layers are
+        Raises InvalidRequest if the tokens are not those of the cache, and UnsupportedModel if its layers are
         not what the layout describes.
         """
         states = self._states(cache, len(given.pads))
@@ -79,7 +79,7 @@ class Turns:
         return turns
 
     def _states(self, cache: Cache, rows: int) -> list[Tensors]:
-        """Keys and values of each layer. Raises UnsupportedModel where they are not what the layout describes."""
+        """Keys and values of each layer. Raises UnsupportedModel if they are not what the layout describes."""
         layout, dtype = self._layout, self._model.dtype
         columns = cache.get_seq_length()
         found = []

@@ -35,7 +35,7 @@ class KeyHooks:
     """
 
     def __init__(self, model: PreTrainedModel, layout: Layout, ropes: ModelRopes) -> None:
-        """Raises UnsupportedModel where the model computes its keys otherwise than in modules of their own, or where
+        """Raises UnsupportedModel if the model computes its keys otherwise than in modules of their own, or where
         these keys, once rotated, are not those of its cache.
         """
         self._layout = layout
@@ -147,7 +147,7 @@ class UnrotatedLayer(StoredLayer):  # type: ignore[no-untyped-call]  # The libra
 
     @property
     def raw_keys(self) -> torch.Tensor | None:
-        """``[row, head, column, dim]``. None where they are not known."""
+        """``[row, head, column, dim]``. None if they are not known."""
         self._arrive()
         return self._raw[..., : self.get_seq_length(), :] if self._raw is not None else None
 
