@@ -17,7 +17,7 @@ MIB = 2**20
 # What a daemon needs beside its DRAM tier: 41 MiB of its own and 34 MiB of programs when idle, 137 MiB of its own
 # with one client that moves blocks of 192 MiB over gRPC, 281 MiB with eight (docs/container.md).
 _RESERVE_BYTES_MIN = 192 * MIB
-_RESERVE_SHARE = 16  # Of a large limit, one part in so many: more memory comes with more clients and more blocks.
+_RESERVE_SHARE = 16  # Of a large limit, one part in so many: a larger limit allows more clients and more blocks.
 
 # An idle daemon has 33 files open: the store's, gRPC's pollers and sockets. gRPC ends the process by SIGSEGV
 # where its poller gets none, so the start is refused well above that.

@@ -209,7 +209,7 @@ class _HttpServer(ThreadingMixIn, WSGIServer):
         connection, peer = super().get_request()
         connection.settimeout(_PATIENCE_S)
         if self._certificates is not None:
-            # The handshake comes with the first read: on the connection's thread, not on the one that accepts.
+            # The first read does the handshake: on the connection's thread, not on the one that accepts.
             context = self._certificates.latest.context
             connection = context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
         return connection, peer

@@ -1,4 +1,4 @@
-"""``kvctl bench``: how near this machine's limits we come."""
+"""``kvctl bench``: how close the store is to this machine's limits."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Forkable(Protocol):
 
 
 _objects: WeakSet[Any] = WeakSet()
-generation = 0  # Another number in each forked child: tells which objects were made before the fork.
+generation = 0  # Another number in each forked child: it identifies the objects that were made before the fork.
 _fork_lock = threading.RLock()
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _OF_ONE_ORDER = 8  # Observations kept of one order of magnitude: many small ones do not push out the large.
-_RECENT = 5  # Their median tells how fast things are now: two outliers of five do not move it.
+_RECENT = 5  # Their median is the present speed: two outliers of five do not change it.
 _ROUNDS = 5  # Of reweighting, by which least squares become least absolute values: outliers count less.
 _SAME = 1e-3  # Relative errors below this are all the same.
 _SINGULAR = 1e-9

@@ -30,7 +30,7 @@ class LayerSource(Protocol):
     """The layers of one load, for one request."""
 
     def begin(self, pages_of_layer: PagesOfLayer) -> Iterator[BegunLayer]:
-        """Begin the layers in order, one with each `next`, which may block while a layer's bytes come.
+        """Begin the layers in order, one with each `next`, which may block while a layer's bytes arrive.
 
         Called once, on the thread of the stream that loads; `next`, and `close` of the iterator if it has one, are
         called there too, and `pages_of_layer` must be called nowhere else. `next` is called only when the event before

@@ -237,7 +237,7 @@ class _Loading:
             self._changed.notify_all()
 
     def _copied(self, event: Event, begin_s: float, size_bytes: int) -> None:
-        """A layer is in the engine's pages. The next one, if it is time; others' work may come first."""
+        """A layer is in the engine's pages. Begin the next one, if it is time; work of others may run first."""
         if not event.is_done and not self._ended:  # The event is of another stream. Other loads run meanwhile.
             event.wait(_TURN_S)
             try:

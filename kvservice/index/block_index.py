@@ -113,7 +113,7 @@ class BlockIndex:
         `layouts_max` are the layouts that it takes; those that it has are kept, however many they are.
         `below_ssd` are the names of the tiers below SSD. `before_commit` makes the bytes of a tier's blocks durable; it
         runs on the committer thread before the commit of their records. An index is made only if there was none before:
-        the store's identity file, and the `ssd_files` that are there, tell that one is missing. Where `create` is
+        the store's identity file, and `ssd_files` that exist, show that one is missing. If `create` is
         false, an index is never made, and nothing of the store is upgraded or restored. Raises StoreTooNew,
         StoreDamaged, StorageFailed.
         """

@@ -294,7 +294,7 @@ class Environment:
         return min(pages * 9 // 10, pages - _DELETE_PAGES_MIN)
 
     def _used_pages(self, txn: lmdb.Transaction) -> int:
-        """Pages in use: LMDB itself only tells the highest page it ever used."""
+        """Pages in use: LMDB itself reports only the highest page that it ever used."""
         used = 2  # The meta pages.
         for handle in (None, *self._handles.values()):
             stat = txn.stat(handle) if handle is not None else txn.stat()

@@ -15,8 +15,8 @@ A record is the value that LMDB keeps under an object key (block key and shard):
 
 Little-endian. The crc is CRC-32 over the object key and the record before it, so a record that was
 damaged, or has another key, is detected. Records written before pins and tenants existed have zeros
-there: not pinned, of tenant 0, which is "default". The flag `BELOW_SSD` tells a record of a tier below SSD from one of
-SSD where both are found in the pages of a damaged index.
+there: not pinned, of tenant 0, which is "default". The flag `BELOW_SSD` distinguishes a record of a tier below SSD from
+one of SSD if both are found in the pages of a damaged index.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class ForesightPolicy(Placement):
         self._scores = Scores(self._returns.hazards, self._hints.hazards)
         self._in_dram = np.zeros(items.row_count)
         self._on_ssd = np.zeros(items.row_count)
-        self._late = np.ones(items.row_count)  # Probability that a read begun at the request comes too late.
+        self._late = np.ones(items.row_count)  # Probability that a read begun at the request ends too late.
         self._candidate = np.zeros(items.row_count, np.bool_)  # In DRAM, or may score above the threshold soon.
         self._since_all = 0  # Events since the last full scan.
         self._waits = QueueWaits(items.row_count)

@@ -81,7 +81,7 @@ class Tasks:
 class LoopBudget:
     """Lets a few pieces of work, of a millisecond at most, into each turn of the event loop; the others queue.
 
-    Work that comes in large numbers, such as the frames of all loads, awaits a slot before each piece.
+    Work in large numbers, such as the frames of all loads, awaits a slot before each piece.
     """
 
     def __init__(self) -> None:

@@ -102,7 +102,7 @@ class Arena:
             os.close(lock_fd)
             raise
         if not why_new:
-            # It is allocated from its start on, so its number of pages shows how far that had come.
+            # It is allocated from its start on, so its number of pages shows how much was allocated.
             allocated = os.fstat(fd).st_blocks * 512 // PAGE_BYTES * PAGE_BYTES - PAGE_BYTES
             arena.ready_bytes = min(max(allocated, 0), capacity_bytes)
             arena._may_have_holes = arena.ready_bytes < capacity_bytes
@@ -188,7 +188,7 @@ class Arena:
             start = end
         if start == target < self.capacity_bytes:
             self.short_because = self._limited_because
-            on_more(self.ready_bytes)  # Wakes saves that wait for more space: none will come.
+            on_more(self.ready_bytes)  # Wakes saves that wait for more space: there will be none.
 
     def _allocate(self, start: int, end: int) -> int:
         """Make the kernel allocate the pages after `start`, which is ready at most. Returns the end of the allocated

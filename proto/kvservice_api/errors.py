@@ -107,7 +107,7 @@ class IncompleteSave(KVError, code=Code.FAILED_PRECONDITION):
 
 
 class LayoutMismatch(KVError, code=Code.FAILED_PRECONDITION):
-    """A fingerprint is not that of the layout it came with."""
+    """A fingerprint is not that of the layout in the same message."""
 
 
 class UnknownLayout(KVError, code=Code.FAILED_PRECONDITION):

@@ -55,5 +55,5 @@ def time_s(name: str, field: str, least_s: float, unit_s: float = 1.0) -> float:
         moment = moment.replace(tzinfo=UTC)
     at_s = moment.timestamp()
     if at_s < least_s:
-        raise BadLine(f"{name} goes back: {field} comes after a later line; lines must ascend in time")
+        raise BadLine(f"{name} goes back: {field} is after a later line; lines must ascend in time")
     return at_s

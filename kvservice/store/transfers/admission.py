@@ -118,7 +118,7 @@ class Incoming(Generic[T]):
             async with self._clock.timeout(self._idle_s):
                 return await anext(self._messages, None)
         except TimeoutError as error:
-            raise IncompleteSave(f"nothing came for {self._idle_s:g} s") from error
+            raise IncompleteSave(f"no message arrived for {self._idle_s:g} s") from error
 
 
 @dataclass(slots=True, eq=False)

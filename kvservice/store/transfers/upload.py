@@ -413,7 +413,8 @@ class Upload:
         layers = self._request.shard.layers
         if len(checksums) != layers * len(self._destinations):
             raise InvalidRequest(
-                f"{len(checksums)} checksums came for {len(self._destinations)} reserved blocks of {layers} layers",
+                f"{len(checksums)} checksums were received for {len(self._destinations)} reserved blocks of {layers} "
+                "layers",
                 field="checksums",
             )
 

@@ -86,8 +86,8 @@ class TransformersConnector:
         rates: Rates | None = None,
         device: Device | None = None,
     ) -> None:
-        """`model_revision` tells weights apart that share a name: a commit, or a hash of the files, and
-        how they were quantized, if the engine did that.
+        """`model_revision` distinguishes weights that share a name: a commit, or a hash of the files, and
+        how the engine quantized them, if it did.
 
         `lora_id` names the adapter that is active, if any. Caches of another `salt` are never found.
         `wait_s` bounds each wait for the daemon: for a lookup, and for each layer. `save_wait_s` bounds how long
@@ -173,7 +173,7 @@ class TransformersConnector:
     ) -> Restored:
         """A cache with the longest stored prefix of `token_ids`, to hand to `generate`.
 
-        Returns at once: the model waits for each layer when it comes to it. Only whole blocks are restored, except
+        Returns at once: the model waits for each layer when it needs it. Only whole blocks are restored, except
         for the last block that was saved with `session_id` or `conversation`. `token_ids` is one prompt from its
         first token on, or a batch ``[row, column]`` with its `attention_mask`, padded on the left; then
         `session_id` is a list with one id per row, if any. At least one token is left to compute, because the

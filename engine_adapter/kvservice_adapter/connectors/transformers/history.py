@@ -119,7 +119,7 @@ class LoadedHistory:
         `recompute_masked` gives the same under an attention mask ``[row, column]``; None if that is not known.
         `wait_s` bounds the wait for a layer, of all rows together, by `clock`.
         `unrotate` is for layouts that keep keys before rotation: it gives those of a layer whose keys were computed.
-        `on_end` is called once: when the last layer has come, or the first has failed. `lines` is shared by
+        `on_end` is called once: when the last layer has arrived, or the first has failed. `lines` is shared by
         histories, so that their log lines are limited together.
         """
         self.columns = columns

@@ -1,4 +1,5 @@
-"""Reports each forward of a model to the cache it is given: which tokens come, when it begins, when it has ended."""
+"""Reports each forward of a model to the cache it is given: which tokens it adds, when it begins, and when it has
+ended."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def probe(model: PreTrainedModel, cache: DynamicCache) -> list[LayerShape]:
         raise NotProbed(f"{type(model).__name__} takes no past_key_values: it has no KV cache of this kind")
     _check_windows(body, cache)
     kinds = _kinds_of_layers(model, [window_of(layer) for layer in cache.layers])
-    seen = _Seen(_last_layer(kinds), needs_output=len(kinds) == 1)  # Its keys tell nothing of its attention.
+    seen = _Seen(_last_layer(kinds), needs_output=len(kinds) == 1)  # Its keys show nothing about its attention.
     sliding = cache.is_sliding
     cache.layers = [_ProbedLayer(index, seen, each) for index, each in enumerate(sliding)]
     ids = _rows(model)
