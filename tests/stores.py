@@ -130,7 +130,7 @@ class OpenStore:
         self.is_over = False
         self.ssd: SsdTier | None = None
 
-        def make_bytes_durable(tier: TierName) -> None:
+        def make_bytes_durable() -> None:
             if self.ssd is not None:
                 self.ssd.sync()
 
@@ -197,7 +197,7 @@ class OpenStore:
 
     async def kill(self) -> None:
         """As by SIGKILL: what is not committed yet never will be; the rest of the process only looks on."""
-        for environment in filter(None, (self.index._durable, self.index._volatile)):
+        for environment in self.index._environments.values():
             with contextlib.suppress(queue.Empty):
                 while True:
                     environment._queue.get_nowait()
@@ -302,7 +302,7 @@ class OpenStore:
     @contextlib.contextmanager
     def commits_held(self, tier: TierName) -> Iterator[None]:
         """No commit to this tier's index ends before the block is left."""
-        with self.index._environment(tier)._env_lock:
+        with self.index._environments[tier]._env_lock:
             yield
 
     def extents(self, tier: TierName) -> dict[int, Extent]:
