@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.adapter import MEASUREMENTS
 from benchmarks.adapter.report import Section
-from examples.demo.model import ModelNotFound
+from examples.models import ModelNotFound
 
 
 def main() -> int:
