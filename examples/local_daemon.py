@@ -53,7 +53,7 @@ class LocalDaemon:
     """`kvservice serve` as a child process, on a UNIX socket. The end of the block stops it."""
 
     def __init__(self, folder: Path, *, dram_folder: Path, dram_bytes: int, ssd_bytes: int) -> None:
-        """The store lies in `folder`. Blocks until the daemon answers. If it does not, ends the program with its log."""
+        """The store lies in `folder`. Blocks until the daemon answers. If it does not, ends the program."""
         self.address = str(folder / "kvservice.sock")
         settings = {
             "store.path": folder / "store",
