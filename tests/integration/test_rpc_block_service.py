@@ -454,7 +454,7 @@ def test_ReportRequest_is_told_by_Explain_once_with_or_without_a_lookup(wire: Wi
     assert not explained.report.estimates.HasField("recompute_ms"), "what nobody knew is not 0"
 
 
-def test_the_daemon_does_not_keep_fields_of_a_report_that_it_does_not_know(wire: Wire) -> None:
+def test_ReportRequest_keeps_no_field_that_the_daemon_does_not_know(wire: Wire) -> None:
     known = pb.RequestReport(request_id="newer", outcome=pb.REQUEST_OUTCOME_DONE)
     unknown = b"\xa2\x06\x05later"  # Field 100, five bytes.
     report = pb.RequestReport.FromString(known.SerializeToString() + unknown)
