@@ -52,6 +52,7 @@ class EngineProcess:
 def _serve(pipe: Connection, address: str, model: str, wait_s: float | None) -> None:
     """The engine's process: call a method per message, until the other side closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the demo, and the demo stops this process.
+    multiprocessing.set_start_method("fork", force=True)  # Locks of libraries are then gone with a killed process.
     os.dup2(2, 1)  # A library's output must not mix with the demo's.
     os.environ.update(TQDM_DISABLE="1", TRANSFORMERS_VERBOSITY="error")
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # Threads that spin slow down the daemon. torch reads this at import.
