@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from kvservice_adapter.breaker import Breaker
 from kvservice_adapter.connectors.transformers.cache import StoredCache
 from kvservice_adapter.connectors.transformers.forward_saver import ForwardSaver, Row
-from kvservice_adapter.connectors.transformers.history import Buffers, Head, LoadedHistory, NoHistory, Recompute
+from kvservice_adapter.connectors.transformers.history import Buffers, Head, History, LoadedHistory, Recompute
 from kvservice_adapter.connectors.transformers.model_layout import torch_dtype
 from kvservice_adapter.connectors.transformers.recompute import computed
 from kvservice_adapter.connectors.transformers.rows import Sequences
@@ -181,7 +181,7 @@ class CacheBuilder:
         """What is stored is computed, and need not be saved again. A history that was cut begins as another one."""
         uncut = [each if each is not None and not each.kept_tokens else None for each in found]
         rows = _rows(given, uncut, [_tokens(each) for each in uncut], keys)
-        return self._cache(NoHistory(self._model.dtype, self._model.device), rows, given, 0, request, hooks)
+        return self._cache(History(0, self._model.dtype, self._model.device), rows, given, 0, request, hooks)
 
     def _start_loads(
         self,
@@ -271,7 +271,7 @@ class CacheBuilder:
 
     def _cache(
         self,
-        history: LoadedHistory | NoHistory,
+        history: History,
         rows: Sequence[Row],
         given: Sequences,
         columns: int,

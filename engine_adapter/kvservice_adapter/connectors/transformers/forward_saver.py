@@ -23,7 +23,6 @@ import torch
 from numpy.typing import NDArray
 
 from kvservice_adapter.breaker import Breaker
-from kvservice_adapter.connectors.transformers.cache import Forward
 from kvservice_adapter.connectors.transformers.generation import Generation, running
 from kvservice_adapter.connectors.transformers.mask_record import MaskRecord
 from kvservice_adapter.device.arrays import view_of
@@ -33,6 +32,20 @@ from kvservice_adapter.save import LayerSaver
 from kvservice_adapter.session import Keys
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """What a model is asked to compute: tokens ``[row, token]``, and how they are placed, where that is known.
+
+    The mask and the positions may be of any kind that some model understands.
+    """
+
+    input_ids: torch.Tensor | None
+    inputs_embeds: torch.Tensor | None  # In place of ids.
+    attention_mask: Any
+    position_ids: Any
+    is_training: bool  # The model may drop states at random.
 
 
 class _Place(NamedTuple):
@@ -127,9 +140,10 @@ class ForwardSaver:
         kept = self._generation.kept(self.token_ids(row)[prompt:])
         return None if kept is None else self._prompt_columns + kept
 
-    # Called by the cache
+    # Called by the cache, on the engine's thread: before what the model computes, or in its order of work
 
     def other_mask(self, forward: Forward, first: int) -> NDArray[np.bool_] | None:
+        """A forward's mask of the `first` columns before it, where it is not the one they were computed with."""
         given = forward.input_ids if forward.input_ids is not None else forward.inputs_embeds
         if given is None or given.ndim < 2 or len(given) != len(self._rows) or not first:
             return None
@@ -147,6 +161,7 @@ class ForwardSaver:
         return before if is_counted else None
 
     def adopt(self, visible: NDArray[np.bool_]) -> None:
+        """The columns so far were computed again under this mask."""
         columns = visible.shape[1]
         visible = visible & self._mask.after_padding(0, columns)
         differs = (visible != self._mask.visible(columns)).any(0)
@@ -186,6 +201,7 @@ class ForwardSaver:
             self.stop(str(error))
 
     def layer(self, index: int, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """A layer's buffers have the KV of new tokens, from column `first` on. Returns at once."""
         if self._stopped:
             return
         if self._forward is None or self._forward[0] != first:
@@ -207,6 +223,7 @@ class ForwardSaver:
             self.stop("not every layer of a forward was given")
 
     def crop(self, columns: int) -> None:
+        """Columns from this one on were dropped from a layer."""
         self._mask.crop(columns)
         if self._stopped or columns >= self._columns:
             return
@@ -220,6 +237,7 @@ class ForwardSaver:
             del row.keys[(columns - row.first) // self._block_tokens :]
 
     def stop(self, reason: str) -> None:
+        """What the cache holds from now on is not what its tokens say."""
         if not self._stopped:
             log.info("nothing more of this cache is saved while it grows: %s", reason)
             self._stopped = reason
