@@ -48,6 +48,10 @@ class Forward:
     is_training: bool  # The model may drop states at random.
 
 
+#: Called once a prompt's forward has begun: with its tokens ``[row, column]``, and which of them the mask hides.
+OnPrompt = Callable[[NDArray[Any], NDArray[np.bool_]], None]
+
+
 class _Place(NamedTuple):
     """Where a block's first token lies."""
 
@@ -81,14 +85,13 @@ class ForwardSaver:
         tokens_max: int | None = None,
         *,
         may_hide: bool = True,
-        on_prompt: Callable[[NDArray[Any], NDArray[np.bool_]], None] = lambda token_ids, hidden: None,
+        on_prompt: OnPrompt,
     ) -> None:
         """`token_ids`, ``[row, column]``, are what the cache holds already; `hidden`, of that shape, marks those that
         the attention mask hides, padding not included. Without `may_hide` nothing is saved once there are any.
 
         Nothing is saved any more once a row has more than `tokens_max` tokens: all keys are rotated in another way
-        then. `keys` raises ValueError where the model is not what it was. `on_prompt` gets the prompt's tokens and
-        which of them are hidden.
+        then. `keys` raises ValueError where the model is not what it was.
         """
         self.saves: ForwardSaves[_Place] = ForwardSaves(saver, breaker)
         self._keys = keys
