@@ -239,8 +239,8 @@ class Device(ABC):
         """
 
     @abstractmethod
-    def rotate(self, keys: Any, rotation: Rotation, first_token: int = 0) -> None:
+    def rotate(self, keys: Any, rotation: Rotation) -> None:
         """Turn an array of keys ``[..., token, dim]`` in place, in order with the engine's computing.
 
-        They are the sequence's tokens from `first_token` on. Called on the engine's thread.
+        They are the sequence's tokens from its first one on. Called on the engine's thread.
         """

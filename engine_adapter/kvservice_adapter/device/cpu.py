@@ -35,9 +35,9 @@ class CpuDevice(Device):
     def wait_in_compute(self, event: Event, timeout_s: float) -> bool:
         return event.wait(timeout_s)
 
-    def rotate(self, keys: Any, rotation: Rotation, first_token: int = 0) -> None:
+    def rotate(self, keys: Any, rotation: Rotation) -> None:
         view = view_of(keys)
-        self.turn(self.bits(view), view.dtype, rotation, first_token)
+        self.turn(self.bits(view), view.dtype, rotation, 0)
 
     # On a stream's thread. A device whose memory the host cannot touch has other means.
 

@@ -157,8 +157,8 @@ class StoredCache(DynamicCache):
         config: PretrainedConfig,
         history: History,
         saver: ForwardSaver,
-        on_forward: Callable[[int, int, float], None] = lambda new_tokens, context_tokens, seconds: None,
-        hooks: object = None,
+        on_forward: Callable[[int, int, float], None],
+        hooks: object,
     ) -> None:
         """`hooks` call `begin` and `end` for forwards of the model, as long as they are kept: the cache keeps them.
 

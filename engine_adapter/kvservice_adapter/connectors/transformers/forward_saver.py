@@ -82,9 +82,9 @@ class ForwardSaver:
         hidden: NDArray[np.bool_],
         block_tokens: int,
         dtype: torch.dtype,
-        tokens_max: int | None = None,
+        tokens_max: int | None,
         *,
-        may_hide: bool = True,
+        may_hide: bool,
         on_prompt: OnPrompt,
     ) -> None:
         """`token_ids`, ``[row, column]``, are what the cache holds already; `hidden`, of that shape, marks those that

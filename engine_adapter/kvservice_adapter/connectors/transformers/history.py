@@ -165,11 +165,11 @@ class LoadedHistory(History):
         wait_s: float,
         dtype: torch.dtype,
         device: torch.device,
-        head: Head | None = None,
-        recompute_masked: Callable[[NDArray[np.bool_]], Sequence[Tensors]] | None = None,
-        unrotate: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
-        on_end: Callable[[LoadedHistory], None] = lambda history: None,
-        lines: RateLimitedLog | None = None,
+        head: Head | None,
+        recompute_masked: Callable[[NDArray[np.bool_]], Sequence[Tensors]] | None,
+        unrotate: Callable[[int, torch.Tensor], torch.Tensor] | None,
+        on_end: Callable[[LoadedHistory], None],
+        lines: RateLimitedLog,
     ) -> None:
         """`recompute` gives every layer's keys and values, ``[row, head, column, dim]`` of `columns` columns.
 
@@ -190,7 +190,7 @@ class LoadedHistory(History):
         self._head = head
         self._unrotate = unrotate
         self._on_end = on_end
-        self._lines = lines or RateLimitedLog(log)
+        self._lines = lines
         self._recomputed: dict[int, Tensors] | None = None  # What was computed, and is not taken yet.
         self._recomputed_raw: dict[int, torch.Tensor] = {}
 
