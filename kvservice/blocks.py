@@ -9,9 +9,8 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from enum import StrEnum
 from itertools import repeat
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +25,16 @@ NO_ROW = -1
 _NOWHERE = -1
 
 
-class TierName(StrEnum):
-    DRAM = "dram"
-    SSD = "ssd"
+class TierName(str):
+    """The name of a tier: lower-case letters, digits and hyphens. `DRAM` and `SSD` are the first two of every store."""
+
+    __slots__ = ()
+    DRAM: ClassVar[TierName]
+    SSD: ClassVar[TierName]
+
+
+TierName.DRAM = TierName("dram")
+TierName.SSD = TierName("ssd")
 
 
 class Extent(NamedTuple):
@@ -81,7 +87,6 @@ _COLUMNS: dict[str, str] = {
     "next_shard": "i8",  # The next row of the same block key, or NO_ROW.
     "generation": "u4",  # Incremented when the row is freed, so that a stale row number is detected.
     "used_since_flush": "?",
-    "unwanted_on_ssd": "?",  # Evicted from SSD; not written again until it is used.
     "verified": "?",  # This daemon verified the checksums of the copy in the first tier.
     "live": "?",  # Linked: lookups find it.
 }
@@ -92,6 +97,7 @@ _TIER_COLUMNS: dict[str, str] = {
     "offset": "i8",
     "extent_size": "u8",
     "arrived_ms": "u8",  # When the copy was written to the tier; 0 if before this daemon's start.
+    "unwanted": "?",  # Evicted from this tier; not written to it again until it is used.
 }
 
 _decode_shard = functools.lru_cache(maxsize=4096)(Shard.decode)
@@ -128,13 +134,13 @@ class BlockTable:
     next_shard: NDArray[np.int64]
     generation: NDArray[np.uint32]
     used_since_flush: NDArray[np.bool_]
-    unwanted_on_ssd: NDArray[np.bool_]
     verified: NDArray[np.bool_]
     live: NDArray[np.bool_]
     segment: NDArray[np.uint16]
     offset: NDArray[np.int64]
     extent_size: NDArray[np.uint64]
     arrived_ms: NDArray[np.uint64]
+    unwanted: NDArray[np.bool_]
 
     def __init__(
         self,
@@ -310,6 +316,12 @@ class BlockTable:
         column: NDArray[np.uint64] = self.arrived_ms[self._position[tier]]
         return column
 
+    @property
+    def unwanted_on_ssd(self) -> NDArray[np.bool_]:
+        """The column of `unwanted` for the second tier, as policies read it."""
+        column: NDArray[np.bool_] = self.unwanted[1]
+        return column
+
     def _any_copy(self, positions: slice, rows: slice) -> NDArray[np.bool_]:
         mask: NDArray[np.bool_] = (self.offset[positions, rows] != _NOWHERE).any(axis=0)
         return mask
@@ -387,7 +399,8 @@ class BlockTable:
         assert (self.offset[:, row] == _NOWHERE).all()
         self.access_seq[row] = self.hits[row] = self.pinned_until_ms[row] = 0
         self.arrived_ms[:, row] = 0
-        self.used_since_flush[row] = self.unwanted_on_ssd[row] = self.verified[row] = False
+        self.used_since_flush[row] = self.verified[row] = False
+        self.unwanted[:, row] = False
         self.generation[row] += 1
         self._free.append(row)
 
@@ -400,7 +413,7 @@ class BlockTable:
         self.next_access_seq += count
         self.used_at_ms[rows] = now_ms
         self.used_since_flush[rows] = True
-        self.unwanted_on_ssd[rows] = False
+        self.unwanted[:, rows] = False
 
     def ancestors(self, row: int, limit: int = 1024) -> list[int]:
         """Rows of the stored blocks that this one continues, from its parent on; at most `limit`.

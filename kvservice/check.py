@@ -257,7 +257,7 @@ class _Check:
         self._report = report
         self._opened = opened
         self._progress = progress
-        self._bad: dict[TierName, list[bytes]] = {tier: [] for tier in TierName}
+        self._bad: dict[TierName, list[bytes]] = {tier: [] for tier in (TierName.DRAM, TierName.SSD)}
         self._trailers: dict[bytes, int] = {}  # Of the copies on SSD.
         self._away: dict[int, Path] = {}  # SSD files that are missing, by number.
         self._ssd: Tier | str = ""  # Set once it is opened for a search.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import os
 import re
 import tomllib
@@ -198,6 +199,38 @@ class SsdSettings(_Section):
     )
 
 
+class LowerTier(_Section):
+    """A tier below SSD."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")
+    kind: str = "file"
+    path: Path
+    capacity_bytes: Annotated[ByteSize, Field(gt=0)]
+    io_threads: int = Field(4, ge=1, le=256)
+    free_low: float = Field(0.02, ge=0, lt=1)
+    free_high: float = Field(0.05, ge=0, lt=1)
+
+    def model_post_init(self, context: Any, /) -> None:
+        if self.free_low > self.free_high:
+            raise ValueError(f"free_low ({self.free_low}) is above free_high ({self.free_high})")
+
+
+def _from_json(value: object) -> object:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+class TierSettings(_Section):
+    """Tiers below SSD, for slower and larger media."""
+
+    below_ssd: Annotated[tuple[LowerTier, ...], BeforeValidator(_from_json)] = _setting(
+        (),
+        "Tiers from the fastest to the slowest. Each has a `name`, a `path`, `capacity_bytes`, and may have a `kind` "
+        "(`file`: one preallocated file; or `module:Class`), `io_threads`, `free_low` and `free_high`. Every block on "
+        "SSD is copied to the next tier soon. The index of SSD has their records too (`index.durable_map_bytes`). As a "
+        "flag or in the environment it is a JSON list.",
+    )
+
+
 class IndexSettings(_Section):
     """The index: two LMDB environments, one on disk and one in the arena's tmpfs."""
 
@@ -331,6 +364,7 @@ class Settings(BaseSettings):
     tls: TlsSettings = TlsSettings()
     dram: DramSettings = DramSettings()
     ssd: SsdSettings = SsdSettings()
+    tiers: TierSettings = TierSettings()
     index: IndexSettings = IndexSettings()
     mover: MoverSettings = MoverSettings()
     leases: LeaseSettings = LeaseSettings()
@@ -381,6 +415,11 @@ class Settings(BaseSettings):
                     f"{name}.capacity_bytes ({capacity_bytes}) leaves nothing for blocks: "
                     f"the index takes {map_bytes} bytes of it"
                 )
+        names = [tier.name for tier in self.tiers.below_ssd]
+        if names and not self.ssd.capacity_bytes:
+            raise ValueError("tiers.below_ssd needs an SSD tier: ssd.capacity_bytes is 0")
+        if len({*names, "dram", "ssd"}) != len(names) + 2:
+            raise ValueError(f"tiers.below_ssd: every tier has a name of its own: dram, ssd, {', '.join(names)}")
         if len(self._unix_socket_name.encode()) > SOCKET_PATH_BYTES_MAX and self.server.unix_socket:
             raise ValueError(f"server.unix_socket is longer than {SOCKET_PATH_BYTES_MAX} bytes")
 
@@ -520,6 +559,8 @@ def _unknown(given: str, name: str, origin: str, *, written: Callable[[str], str
 def _explained(problem: Mapping[str, Any], origins: Mapping[str, str]) -> str:
     name = ".".join(str(part) for part in problem["loc"][:2])
     reason = str(problem["msg"]).removeprefix("Value error, ")
+    if inner := ".".join(str(part) for part in problem["loc"][2:]):  # Such as "0.path", in a list of tables.
+        reason = f"{inner}: {reason}"
     return f"{name} {origins[name]}: {reason[0].lower()}{reason[1:]}" if name else reason
 
 

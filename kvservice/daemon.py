@@ -24,7 +24,7 @@ from prometheus_client import CollectorRegistry
 from kvservice import __version__
 from kvservice.blocks import TierName
 from kvservice.clock import Clock, SystemClock
-from kvservice.config import Settings
+from kvservice.config import ConfigError, Settings
 from kvservice.counters import Counters
 from kvservice.host_limits import (
     HostLimit,
@@ -51,8 +51,10 @@ from kvservice.store.sessions.sessions import SessionLimits
 from kvservice.store.store import BlockStore, StoreLimits
 from kvservice.store.tasks import Tasks
 from kvservice.tiers.arena import Arena, without_generations
+from kvservice.tiers.base import DurableTier
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.files import FileCalls, file_system_of
+from kvservice.tiers.kinds import tier_kind
 from kvservice.tiers.ssd import SsdTier
 
 log = logging.getLogger(__name__)
@@ -216,11 +218,12 @@ def _open_store(settings: Settings, clock: Clock, files: FileCalls, opening: Exi
     lock = StoreLock(path / "lock")
     opening.callback(lock.release)
     has_ssd = bool(settings.ssd.capacity_bytes)
-    ssd: SsdTier | None = None
+    lower_tiers = settings.tiers.below_ssd
+    slower: dict[TierName, DurableTier] = {}  # From the fastest to the slowest.
 
-    def make_bytes_durable() -> None:
-        if ssd is not None:
-            ssd.sync()
+    def make_bytes_durable(tier: TierName) -> None:
+        if tier in slower:
+            slower[tier].sync()
 
     if left := replacement.interrupted(path):
         log.warning(left)
@@ -229,6 +232,7 @@ def _open_store(settings: Settings, clock: Clock, files: FileCalls, opening: Exi
         map_bytes=settings.durable_map_bytes,
         layouts_max=settings.index.layouts_max,
         before_commit=make_bytes_durable if has_ssd else None,
+        below_ssd=[TierName(tier.name) for tier in lower_tiers],
         ssd_files=_ssd_files(settings) if has_ssd else (),
     )
     opening.callback(index.close)
@@ -243,7 +247,25 @@ def _open_store(settings: Settings, clock: Clock, files: FileCalls, opening: Exi
             creatable=index.ssd_files_to_create(len(settings.ssd_directories)),
         )
         opening.callback(ssd.close)
+        slower[TierName.SSD] = ssd
         index.remember_ssd_files(_ssd_files(settings))
+    for lower in lower_tiers:
+        name = TierName(lower.name)
+        try:
+            open_tier = tier_kind(lower.kind)
+        except ValueError as error:
+            raise ConfigError(f"tiers.below_ssd: the tier {name}: {error}") from error
+        tier = open_tier(
+            lower.path.absolute(),
+            name=name,
+            store_id=index.store_id,
+            capacity_bytes=int(lower.capacity_bytes),
+            io_threads=lower.io_threads,
+            calls=files,
+            may_create=not index.count(name),
+        )
+        opening.callback(tier.close)
+        slower[name] = tier
     arena = Arena.open(settings.dram.path, index.store_id, _arena_bytes(settings), calls=files)
     opening.callback(arena.close)
     kind = file_system_of(arena.directory)
@@ -269,13 +291,13 @@ def _open_store(settings: Settings, clock: Clock, files: FileCalls, opening: Exi
     if forgotten := index.forget_unused_layouts():
         log.info("layouts without blocks are forgotten: %d of them, as there were too many", forgotten)
     history = MissReasons(clock, settings.history.events_max)
-    blocks = recover(index, {TierName.DRAM: dram, TierName.SSD: ssd} if ssd else {TierName.DRAM: dram}, history)
+    blocks = recover(index, {TierName.DRAM: dram, **slower}, history)
     executor = ThreadPoolExecutor(max(2, min(settings.server.transfer_slots, 8)), thread_name_prefix="transfer")
     counters = Counters()
     store = BlockStore(
         blocks,
         dram,
-        ssd,
+        slower,
         index,
         POLICIES[settings.mover.policy](),
         clock,
@@ -285,6 +307,7 @@ def _open_store(settings: Settings, clock: Clock, files: FileCalls, opening: Exi
         watermarks={
             TierName.DRAM: Watermarks(settings.mover.dram_free_low, settings.mover.dram_free_high),
             TierName.SSD: Watermarks(settings.mover.ssd_free_low, settings.mover.ssd_free_high),
+            **{TierName(tier.name): Watermarks(tier.free_low, tier.free_high) for tier in lower_tiers},
         },
         history=history,
     )

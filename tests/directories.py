@@ -69,7 +69,7 @@ class DirectoryFixture:
         """Delete an object."""
         row = self.blocks.row_of(key, shard)
         self.blocks.unlink(row)
-        for tier in TierName:
+        for tier in (TierName.DRAM, TierName.SSD):
             self.blocks.set_extent(row, tier, None)
         self.blocks.free(row)
 

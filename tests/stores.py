@@ -131,7 +131,7 @@ class OpenStore:
         self.is_over = False
         self.ssd: SsdTier | None = None
 
-        def make_bytes_durable() -> None:
+        def make_bytes_durable(tier: TierName) -> None:
             if self.ssd is not None:
                 self.ssd.sync()
 
@@ -168,14 +168,14 @@ class OpenStore:
         self.store = BlockStore(
             self.blocks,
             self.dram,
-            self.ssd,
+            {TierName.SSD: self.ssd} if self.ssd else {},
             self.index,
             files.policy,
             files.clock,
             self.counters,
             self.executor,
             limits=files.limits,
-            watermarks=dict.fromkeys(TierName, files.watermarks),
+            watermarks=dict.fromkeys(tiers, files.watermarks),
             history=history,
         )
 
@@ -198,7 +198,7 @@ class OpenStore:
 
     async def kill(self) -> None:
         """As by SIGKILL: what is not committed yet never will be; the rest of the process only looks on."""
-        for environment in self.index._environments.values():
+        for environment in filter(None, (self.index._durable, self.index._volatile)):
             with contextlib.suppress(queue.Empty):
                 while True:
                     environment._queue.get_nowait()
@@ -294,7 +294,7 @@ class OpenStore:
         if Header.decode(data).state is not DirectoryState.LIVE:
             return None
         slots = np.frombuffer(data, SLOT, offset=HEADER_BYTES)
-        flags = {IN_DRAM: {TierName.DRAM}, ON_SSD: {TierName.SSD}, IN_DRAM | ON_SSD: set(TierName)}
+        flags = {IN_DRAM: {TierName.DRAM}, ON_SSD: {TierName.SSD}, IN_DRAM | ON_SSD: {TierName.DRAM, TierName.SSD}}
         used = slots[(slots["flags"] & (IN_DRAM | ON_SSD)) != 0]
         found = {(slot["key"].tobytes(), Shard.decode(slot["shard"].tobytes())): flags[slot["flags"]] for slot in used}
         assert len(found) == len(used), "an object has one slot"
@@ -303,7 +303,7 @@ class OpenStore:
     @contextlib.contextmanager
     def commits_held(self, tier: TierName) -> Iterator[None]:
         """No commit to this tier's index ends before the block is left."""
-        with self.index._environments[tier]._env_lock:
+        with self.index._environment(tier)._env_lock:
             yield
 
     def extents(self, tier: TierName) -> dict[int, Extent]:
@@ -322,7 +322,7 @@ class OpenStore:
     def residency(self, key: bytes, shard: Shard = WHOLE) -> set[TierName]:
         blocks = self.blocks
         row = blocks.row_of(key, shard)
-        return {tier for tier in TierName if row >= 0 and blocks.is_resident(row, tier)}
+        return {tier for tier in (TierName.DRAM, TierName.SSD) if row >= 0 and blocks.is_resident(row, tier)}
 
     async def save(
         self,
@@ -401,7 +401,7 @@ class OpenStore:
         for tier in tiers:
             extents = self.extents(tier)
             lent = list(extents.values())
-            if tier is TierName.DRAM:
+            if tier == TierName.DRAM:
                 lent += self.lent()
             used = self.block_lifecycle.tiers[tier].used_bytes
             if used != sum(extent.size_bytes for extent in lent):

@@ -98,7 +98,7 @@ async def _measure(daemon: Daemon, block_count: int) -> dict[str, Any]:
 
 def _has_room(tiers: Sequence[TierFacts], size_bytes: int) -> bool:
     """Whether DRAM has grown to this size, or will not grow any more."""
-    (dram,) = (tier for tier in tiers if tier.name is TierName.DRAM)
+    (dram,) = (tier for tier in tiers if tier.name == TierName.DRAM)
     return dram.capacity_bytes >= size_bytes or bool(dram.short_because)
 
 

@@ -7,7 +7,7 @@ from enum import StrEnum
 from itertools import islice
 
 from kvservice_api.v1 import admin_pb2 as pb
-from kvservice_api.v1 import sessions_pb2, types_pb2
+from kvservice_api.v1 import sessions_pb2
 from kvservice_client import arguments
 from kvservice_client.channel import ADMIN, SESSIONS
 from kvservice_client.connection import Connection
@@ -20,17 +20,10 @@ _SCRUB_TIMEOUT_S = 7 * 86400.0  # A full reading at a low speed takes days; a de
 
 
 class Tier(StrEnum):
-    """A medium that holds blocks."""
+    """A medium that holds blocks. A store may have more, with names of their own: see `Client.admin.status().tiers`."""
 
     DRAM = "dram"
     SSD = "ssd"
-
-
-TIERS = {None: types_pb2.TIER_UNSPECIFIED, Tier.DRAM: types_pb2.TIER_DRAM, Tier.SSD: types_pb2.TIER_SSD}
-
-
-def _tier(tier: Tier | None) -> types_pb2.Tier:
-    return TIERS[None if tier is None else arguments.member(tier, Tier, "tier")]
 
 
 class Admin:
@@ -44,11 +37,14 @@ class Admin:
         return self._connection.ask(ADMIN + "Status", pb.StatusRequest(), pb.StatusResponse, deadline)
 
     def list_blocks(
-        self, tier: Tier | None = None, layout_fingerprint: bytes = b"", timeout_s: float | None = None
+        self, tier: Tier | str | None = None, layout_fingerprint: bytes = b"", timeout_s: float | None = None
     ) -> Iterator[pb.StoredBlock]:
         """All stored objects, page by page; `timeout_s` is for one page."""
         request = arguments.message(
-            pb.ListBlocksRequest, tier=_tier(tier), layout_fingerprint=layout_fingerprint, page_size=_PAGE_BLOCKS
+            pb.ListBlocksRequest,
+            **arguments.tier_fields(tier),
+            layout_fingerprint=layout_fingerprint,
+            page_size=_PAGE_BLOCKS,
         )
         while True:
             deadline = self._connection.deadline(timeout_s)
@@ -129,10 +125,10 @@ class Admin:
         return total
 
     def scrub(
-        self, tier: Tier | None = None, bytes_per_second: int = 0, timeout_s: float = _SCRUB_TIMEOUT_S
+        self, tier: Tier | str | None = None, bytes_per_second: int = 0, timeout_s: float = _SCRUB_TIMEOUT_S
     ) -> Iterator[pb.ScrubResponse]:
         """Verify everything stored. Yields about twice a second; the last message has `done`."""
-        request = arguments.message(pb.ScrubRequest, tier=_tier(tier), bytes_per_second=bytes_per_second)
+        request = arguments.message(pb.ScrubRequest, **arguments.tier_fields(tier), bytes_per_second=bytes_per_second)
         return self._connection.channel.stream(ADMIN + "Scrub", request, pb.ScrubResponse, Deadline(timeout_s))
 
     def pin(self, keys: Iterable[bytes], ttl_s: float, timeout_s: float | None = None) -> pb.PinResponse:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
 from itertools import islice
@@ -14,11 +15,14 @@ from google.protobuf.message import Message
 
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.keys import KEY_BYTES, BlockChain
+from kvservice_api.v1 import types_pb2
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 E = TypeVar("E", bound=StrEnum)
 
+_TIER_NAME = re.compile(r"[a-z][a-z0-9-]{0,31}")
+_TIER_NUMBERS = {"dram": types_pb2.TIER_DRAM, "ssd": types_pb2.TIER_SSD}
 _SECONDS_MAX = 1e9  # Some thirty years. Clocks of threads and of gRPC overflow at larger ones.
 _CLIENT_NAME_MAX = 200
 _REQUEST_ID_BYTES_MAX = 200
@@ -85,6 +89,15 @@ def member(value: Any, kind: type[E], field: str) -> E:
     except ValueError:
         words = ", ".join(repr(each.value) for each in kind)
         raise InvalidRequest(f"{field} is {value!r}; it must be one of {words}", field=field) from None
+
+
+def tier_fields(tier: object) -> dict[str, Any]:
+    """The fields of a request that name a tier; none for None. The daemon refuses a tier that it does not have."""
+    if tier is None:
+        return {}
+    if not isinstance(tier, str) or not _TIER_NAME.fullmatch(tier):
+        raise InvalidRequest(f"tier is {tier!r}; it must be 'dram', 'ssd' or the name of another tier", field="tier")
+    return {"tier": _TIER_NUMBERS.get(tier), "tier_name": str(tier)}
 
 
 def client_name(value: object) -> str:

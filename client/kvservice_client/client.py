@@ -11,7 +11,7 @@ from kvservice_api.layout import Layout, Shard
 from kvservice_api.session_ids import checked_session_id
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client import arguments
-from kvservice_client.admin import TIERS, Admin, Tier
+from kvservice_client.admin import Admin, Tier
 from kvservice_client.block_cache import BlockCache
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection
@@ -152,10 +152,10 @@ class Client:
 
     def evict(self, keys: Iterable[bytes], tier: Tier | str, timeout_s: float | None = None) -> EvictResult:
         """Drop blocks from one tier. Those that are leased or busy stay."""
-        deadline, kind = self._connection.deadline(timeout_s), TIERS[arguments.member(tier, Tier, "tier")]
+        deadline, fields = self._connection.deadline(timeout_s), arguments.tier_fields(tier)
         total = EvictResult(0, 0, 0)
         for packed in self._packed(keys, deadline):
-            request = pb.EvictRequest(keys=packed, tier=kind)
+            request = pb.EvictRequest(keys=packed, **fields)
             answer = self._connection.ask(BLOCKS + "Evict", request, pb.EvictResponse, deadline)
             total = EvictResult(
                 total.evicted + answer.evicted, total.held + answer.held, total.missing + answer.missing

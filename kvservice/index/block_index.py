@@ -1,6 +1,7 @@
 """The index of all blocks and their tiers, in two LMDB environments of one schema.
 
-* durable: in the store's directory, synced. Layouts, sessions, and a record of every block on SSD.
+* durable: in the store's directory, synced. Layouts, sessions, and a record of every block on SSD. The records of
+  each tier below SSD are in a database of their own, ``blocks-NAME``.
 * volatile: beside the arena, on its tmpfs. A record of every block in DRAM. It belongs to
   the arena: if store, schema or arena are not those it was created for, it is emptied.
 
@@ -43,7 +44,7 @@ from kvservice.index.identity import (
     traces_of_store,
 )
 from kvservice.index.layouts import NEXT_LAYOUT_KEY, LayoutEntries
-from kvservice.index.records import Records, encode_records
+from kvservice.index.records import BELOW_SSD, Records, encode_records
 from kvservice.index.session_records import Manifest, decode_manifest, encode_manifest
 from kvservice_api.errors import StorageFailed
 from kvservice_api.layout import Layout
@@ -75,12 +76,21 @@ class Emptied(NamedTuple):
 class BlockIndex:
     """The index of one store. Call all methods from the event loop's thread."""
 
-    def __init__(self, directory: Path, durable: Environment, meta: dict[bytes, bytes], layouts_max: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        durable: Environment,
+        meta: dict[bytes, bytes],
+        layouts_max: int,
+        below_ssd: Sequence[TierName] = (),
+    ) -> None:
         """Use ``open``."""
         self.directory = directory
         self.store_id = meta[STORE_KEY]
         self._meta = meta
-        self._environments: dict[TierName, Environment] = {TierName.SSD: durable}
+        self._databases = {TierName.DRAM: BLOCKS, TierName.SSD: BLOCKS, **_databases_of(below_ssd)}
+        self._durable = durable
+        self._volatile: Environment | None = None
         self.layout_entries = LayoutEntries(directory.parent, durable, layouts_max, meta.get(NEXT_LAYOUT_KEY))
         self.emptied_keys: list[bytes] = []  # Objects that the DRAM tier had when it was emptied at this start.
         self.damaged_sessions: list[bytes] = []  # Names, as of the last `load_sessions`.
@@ -93,24 +103,38 @@ class BlockIndex:
         *,
         map_bytes: int,
         layouts_max: int = 256,
-        before_commit: Callable[[], None] | None = None,
+        before_commit: Callable[[TierName], None] | None = None,
+        below_ssd: Sequence[TierName] = (),
         ssd_files: Sequence[Path] = (),
         create: bool = True,
     ) -> BlockIndex:
         """Open the durable index, or create an empty one with a new store id.
 
         `layouts_max` are the layouts that it takes; those that it has are kept, however many they are.
-        `before_commit` makes the bytes of blocks durable; it runs on the committer thread before the
-        commit of their records. An index is made only where none was before: the store's identity file, and the
-        `ssd_files` that are there, tell that one is missing. Where `create` is false, an index is never made, and
-        nothing of the store is upgraded or restored. Raises StoreTooNew, StoreDamaged, StorageFailed.
+        `below_ssd` are the names of the tiers below SSD. `before_commit` makes the bytes of a tier's blocks durable; it
+        runs on the committer thread before the commit of their records. An index is made only where none was before:
+        the store's identity file, and the `ssd_files` that are there, tell that one is missing. Where `create` is
+        false, an index is never made, and nothing of the store is upgraded or restored. Raises StoreTooNew,
+        StoreDamaged, StorageFailed.
         """
         traces = traces_of_store(directory, ssd_files)
         if traces or not create:
             expect_index(directory, traces)
         else:
             clear_blank(directory / DATA_NAME)
-        durable = Environment(directory, map_bytes=map_bytes, durable=True, before_commit=before_commit)
+        lower = {database: tier for tier, database in _databases_of(below_ssd).items()}
+
+        def make_durable(database: bytes) -> None:
+            if before_commit is not None:
+                before_commit(lower.get(database, TierName.SSD))
+
+        durable = Environment(
+            directory,
+            map_bytes=map_bytes,
+            durable=True,
+            before_commit=make_durable,
+            more_databases=tuple(lower),
+        )
         try:
             meta = _read_meta(durable)
             if not meta and not traces and create:
@@ -126,7 +150,7 @@ class BlockIndex:
             if len(meta.get(STORE_KEY, b"")) != STORE_ID_BYTES:
                 raise StoreDamaged(f"the index {directory} names no store")
             check_identity(directory, meta[STORE_KEY], note=create)
-            index = cls(directory, durable, meta, layouts_max)
+            index = cls(directory, durable, meta, layouts_max, below_ssd)
             if create:
                 index._upgrade()
                 index.layout_entries.restore()
@@ -180,13 +204,13 @@ class BlockIndex:
             volatile = Environment(directory, map_bytes=map_bytes, durable=False)
             volatile.keep_notes(notes)
             volatile.write_now(META, self._volatile_meta(arena_id))
-            self._environments[TierName.DRAM] = volatile
+            self._volatile = volatile
         self._remember(_VOLATILE_DIRECTORY_KEY, os.fsencode(directory.absolute()))
         return why_emptied
 
     def adopt_volatile(self, directory: Path, arena_id: bytes, *, map_bytes: int) -> str:
         """Open the index of the arena as it is. Returns why it cannot be used and is not open, or ""."""
-        assert TierName.DRAM not in self._environments
+        assert self._volatile is None
         try:
             if not (directory / DATA_NAME).stat().st_size:
                 return "it is empty"
@@ -224,7 +248,7 @@ class BlockIndex:
             return str(error)
         if has_other_schema:
             volatile.write_now(META, {SCHEMA_KEY: expected[SCHEMA_KEY]})
-        self._environments[TierName.DRAM] = volatile
+        self._volatile = volatile
         return ""
 
     def _volatile_meta(self, arena_id: bytes) -> dict[bytes, bytes]:
@@ -274,12 +298,12 @@ class BlockIndex:
 
     def _remember(self, key: bytes, value: bytes) -> None:
         if self._meta.get(key, b"") != value:
-            self._environments[TierName.SSD].write_now(META, {key: value})
+            self._durable.write_now(META, {key: value})
             self._meta[key] = value
 
     def load(self, tier: TierName) -> recovery.Recovered:
         """All records of a tier. For the start: it blocks the caller for one second per million records."""
-        return recovery.load(self._environments[tier], self.layouts)
+        return recovery.load(self._environment(tier), self._databases[tier], self.layouts)
 
     def put(
         self, tier: TierName, keys: Sequence[bytes], records: Records, check: Callable[[], None] | None = None
@@ -295,17 +319,21 @@ class BlockIndex:
         def encode() -> list[bytes]:
             if check is not None:
                 check()
-            return encode_records(keys, records)
+            if tier in (TierName.DRAM, TierName.SSD):
+                return encode_records(keys, records)
+            marked = records.copy()
+            marked["flags"] = BELOW_SSD
+            return encode_records(keys, marked)
 
-        return self._environments[tier].put(BLOCKS, keys, encode)
+        return self._environment(tier).put(self._databases[tier], keys, encode)
 
     def delete(self, tier: TierName, keys: Sequence[bytes]) -> asyncio.Future[None]:
         """Delete the records of blocks in `tier`. Their extents may be reserved again only once this is done."""
-        return self._environments[tier].delete(BLOCKS, keys)
+        return self._environment(tier).delete(self._databases[tier], keys)
 
     def delete_now(self, tier: TierName, keys: Iterable[bytes]) -> None:
         """The same for the start, before any change waits for a commit. Raises StorageFailed."""
-        self._environments[tier].delete_now(BLOCKS, keys)
+        self._environment(tier).delete_now(self._databases[tier], keys)
 
     @property
     def layouts(self) -> Mapping[int, Layout]:
@@ -332,7 +360,7 @@ class BlockIndex:
         A daemon that knows only an older schema would treat such a layout as damaged, and remove its blocks.
         """
         value = str(schema).encode()
-        await self._environments[TierName.SSD].put(META, [SCHEMA_KEY], lambda: [value])
+        await self._durable.put(META, [SCHEMA_KEY], lambda: [value])
         self._meta[SCHEMA_KEY] = value
 
     def forget_unused_layouts(self) -> int:
@@ -344,7 +372,7 @@ class BlockIndex:
         if not self.layout_entries.is_full:
             return 0
         used: set[int] = set()
-        for tier in self._environments:
+        for tier in self._databases:
             used.update(np.unique(self.load(tier).records["layout_id"]).tolist())
         used.update(manifest.layout_id for manifest in self.load_sessions())
         return self.layout_entries.forget_all_but(used)
@@ -355,7 +383,7 @@ class BlockIndex:
         """All sound manifests of known layouts. For the start; see `damaged_sessions` for the others."""
         found: list[Manifest] = []
         self.damaged_sessions = []
-        for names, values in self._environments[TierName.SSD].read(SESSIONS):
+        for names, values in self._durable.read(SESSIONS):
             for name, value in zip(names, values, strict=True):
                 manifest = decode_manifest(name, value)
                 if manifest is None or manifest.layout_id not in self.layouts:
@@ -368,34 +396,45 @@ class BlockIndex:
 
     def put_session(self, manifest: Manifest) -> asyncio.Future[None]:
         """Replace the record of a session. Done once on disk. IndexFull, StorageFailed."""
-        return self._environments[TierName.SSD].put(SESSIONS, [manifest.name], lambda: [encode_manifest(manifest)])
+        return self._durable.put(SESSIONS, [manifest.name], lambda: [encode_manifest(manifest)])
 
     def put_session_values(self, values: Mapping[bytes, bytes]) -> asyncio.Future[None]:
         """Record sessions as they stood in a lost index, by name. Done once on disk. IndexFull, StorageFailed."""
-        return self._environments[TierName.SSD].put(SESSIONS, list(values), lambda: list(values.values()))
+        return self._durable.put(SESSIONS, list(values), lambda: list(values.values()))
 
     def delete_sessions(self, names: Sequence[bytes]) -> asyncio.Future[None]:
         """Forget sessions, by `Manifest.name`. Done once on disk. StorageFailed."""
-        return self._environments[TierName.SSD].delete(SESSIONS, names)
+        return self._durable.delete(SESSIONS, names)
 
     def count(self, tier: TierName) -> int:
         """How many records a tier has."""
-        return self._environments[tier].count(BLOCKS)
+        return self._environment(tier).count(self._databases[tier])
 
-    def used_bytes(self, tier: TierName) -> int:
-        return self._environments[tier].used_bytes
+    @property
+    def used_sizes(self) -> dict[TierName, int]:
+        """Bytes in use, by the first tier of each environment. That of SSD also has the tiers below SSD."""
+        return {tier: self._environment(tier).used_bytes for tier in (TierName.DRAM, TierName.SSD)}
 
-    def map_bytes(self, tier: TierName) -> int:
-        return self._environments[tier].map_bytes
+    @property
+    def map_sizes(self) -> dict[TierName, int]:
+        """Sizes of the maps, by the same tiers."""
+        return {tier: self._environment(tier).map_bytes for tier in (TierName.DRAM, TierName.SSD)}
 
     def commits(self, tier: TierName) -> int:
         """Transactions since the start."""
-        return self._environments[tier].commits
+        return self._environment(tier).commits
+
+    def _environment(self, tier: TierName) -> Environment:
+        if tier != TierName.DRAM:
+            return self._durable
+        assert self._volatile is not None, "it is opened after the arena"
+        return self._volatile
 
     def close(self) -> None:
         """Commit what is pending, then close."""
-        for environment in self._environments.values():
-            environment.close()
+        self._durable.close()
+        if self._volatile is not None:
+            self._volatile.close()
 
     def _upgrade(self) -> None:
         """Upgrade an older store to the schema it needs. `Environment` has created the missing databases."""
@@ -404,6 +443,11 @@ class BlockIndex:
         if needed > found:
             log.info("the store is upgraded from schema %s to %s", found, needed)
             self._remember(SCHEMA_KEY, str(needed).encode())
+
+
+def _databases_of(below_ssd: Sequence[TierName]) -> dict[TierName, bytes]:
+    """The database of each tier below SSD."""
+    return {name: BLOCKS + b"-" + name.encode() for name in below_ssd}
 
 
 def _remove(path: Path) -> None:

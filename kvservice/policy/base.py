@@ -22,7 +22,10 @@ class Recency(Protocol):
     """The columns that a policy by recency reads. The daemon's `BlockTable` has them, with single blocks as items."""
 
     access_seq: NDArray[np.int64]  # Greater is later; within one lookup a prefix is later than its suffix.
-    unwanted_on_ssd: NDArray[np.bool_]  # Evicted from SSD, and not used since.
+
+    @property
+    def unwanted_on_ssd(self) -> NDArray[np.bool_]:
+        """Evicted from SSD, and not used since."""
 
 
 class Hint(StrEnum):

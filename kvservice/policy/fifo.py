@@ -19,7 +19,7 @@ class FifoPolicy(Placement):
     whole_items: ClassVar[bool] = True
 
     def retention(self, items: ItemTable, rows: Rows, tier: TierName, now_s: float) -> NDArray[np.float64]:
-        arrivals = items.dram_seq if tier is TierName.DRAM else items.ssd_seq
+        arrivals = items.dram_seq if tier == TierName.DRAM else items.ssd_seq
         return arrivals[rows].astype(np.float64)
 
     def wants_on_ssd(self, items: ItemTable, row: int, now_s: float) -> bool:

@@ -125,7 +125,7 @@ class ForesightPolicy(Placement):
         self._happened(now_s)
 
     def left(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
-        if tier is TierName.SSD:
+        if tier == TierName.SSD:
             self._ssd_level = self._on_ssd.item(row)
 
     def forgotten(self, items: ItemTable, row: int, now_s: float) -> None:
@@ -146,7 +146,7 @@ class ForesightPolicy(Placement):
     def retention(self, items: ItemTable, rows: Rows, tier: TierName, now_s: float) -> Floats:
         if not self._started:
             return items.access_seq[rows].astype(np.float64)
-        lost = tier is TierName.SSD or not items.conditions.ssd_capacity_bytes
+        lost = tier == TierName.SSD or not items.conditions.ssd_capacity_bytes
         queue_seq = items.queue_seq[rows]
         waiting = (queue_seq != NOT_QUEUED).nonzero()[0]
         if len(waiting) == len(rows):

@@ -63,7 +63,7 @@ class LookaheadPolicy(Placement):
 
     def left(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
         seq = int(items.queue_seq[row])
-        if tier is TierName.DRAM and seq != NOT_QUEUED and seq < self._looked_to_seq:
+        if tier == TierName.DRAM and seq != NOT_QUEUED and seq < self._looked_to_seq:
             self._looked_to_seq = seq
 
     def forgotten(self, items: ItemTable, row: int, now_s: float) -> None:
@@ -108,7 +108,7 @@ class LookaheadPolicy(Placement):
         seq = items.queue_seq[rows]
         waits = seq != NOT_QUEUED
         worth = np.where(waits, _CLASS - seq, items.access_seq[rows])
-        if tier is TierName.SSD:
+        if tier == TierName.SSD:
             inside = waits & (seq < items.conditions.served + self.eviction_window(items))
             only = items.ssd_bytes[rows] > items.dram_bytes[rows]
             worth += np.where(inside, _CLASS * (1 + only), 0.0)

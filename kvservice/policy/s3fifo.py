@@ -35,7 +35,7 @@ class S3FifoPolicy(Placement):
     newcomers_may_leave: ClassVar[bool] = True
 
     def __init__(self) -> None:
-        self._queues = {tier: _Queues() for tier in TierName}
+        self._queues = {tier: _Queues() for tier in (TierName.DRAM, TierName.SSD)}
 
     def used(self, items: ItemTable, row: int, now_s: float) -> None:
         is_new = items.uses[row] <= 1  # The row has a new item: the ghost queue lists the row's previous item.
@@ -45,7 +45,7 @@ class S3FifoPolicy(Placement):
     def arrived(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
         queues = self._queues[tier]
         queues.insert(row, items.row_count)
-        if tier is TierName.SSD:  # The eviction for it is over.
+        if tier == TierName.SSD:  # The eviction for it is over.
             queues.seat()
 
     def left(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
@@ -70,7 +70,7 @@ class S3FifoPolicy(Placement):
 
 def _of_tier(items: ItemTable, tier: TierName) -> tuple[int, NDArray[np.int64]]:
     """(the tier's capacity in bytes, the bytes that it has of each item)."""
-    if tier is TierName.DRAM:
+    if tier == TierName.DRAM:
         return items.conditions.dram_capacity_bytes, items.dram_bytes
     return items.conditions.ssd_capacity_bytes, items.ssd_bytes
 

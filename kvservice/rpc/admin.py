@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 
 from kvservice.blocks import TierName
@@ -10,6 +10,7 @@ from kvservice.rpc import explained
 from kvservice.rpc.callers import Callers
 from kvservice.rpc.explained import stored_block
 from kvservice.rpc.interceptors import Context
+from kvservice.rpc.messages import tier_of
 from kvservice.rpc.session_messages import session_message
 from kvservice.rpc.timestamps import timestamp
 from kvservice.store.store import BlockStore
@@ -18,8 +19,6 @@ from kvservice_api.errors import BlockNotFound, InvalidRequest
 from kvservice_api.keys import split_keys
 from kvservice_api.v1 import admin_pb2 as pb
 from kvservice_api.v1 import types_pb2
-
-_TIERS: dict[int, list[TierName]] = {types_pb2.TIER_DRAM: [TierName.DRAM], types_pb2.TIER_SSD: [TierName.SSD]}
 
 
 class AdminService:
@@ -32,8 +31,9 @@ class AdminService:
 
     async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:
         facts, counts = self._store.facts(), self._store.block_counts()
-        tiers = {
-            tier.name: pb.TierStatus(
+        tiers = [
+            pb.TierStatus(
+                name=tier.name,
                 capacity_bytes=tier.capacity_bytes,
                 used_bytes=tier.used_bytes,
                 blocks=counts[tier.name],
@@ -42,15 +42,16 @@ class AdminService:
                 short_because=tier.short_because,
             )
             for tier in facts.tiers
-        }
+        ]
         return pb.StatusResponse(
             version=self._version,
             store_id=facts.store_id,
             boot_epoch=self._store.boot_epoch,
             started_at=timestamp(facts.started_at_ms),
             state="draining" if self._store.draining else "serving",
-            dram=tiers[TierName.DRAM],
-            ssd=tiers.get(TierName.SSD, pb.TierStatus()),
+            dram=_without_name(tiers, TierName.DRAM),
+            ssd=_without_name(tiers, TierName.SSD),
+            tiers=tiers,
             index=pb.IndexStatus(
                 durable_map_bytes=facts.index_map_bytes[TierName.SSD],
                 durable_used_bytes=facts.index_used_bytes[TierName.SSD],
@@ -69,7 +70,7 @@ class AdminService:
         )
 
     async def ListBlocks(self, request: pb.ListBlocksRequest, context: Context) -> pb.ListBlocksResponse:
-        caller, tiers = self._callers.of(context), _tiers(request.tier, [])
+        caller, tiers = self._callers.of(context), self._tiers(request, [])
         blocks, token = await self._operators.list_blocks(
             caller, request.page_token, request.page_size, request.layout_fingerprint, tiers
         )
@@ -95,7 +96,7 @@ class AdminService:
         return pb.DiscardResponse(discarded=discarded)
 
     async def Scrub(self, request: pb.ScrubRequest, context: Context) -> None:
-        tiers = _tiers(request.tier, list(self._store.tier_names))
+        tiers = self._tiers(request, self._store.tier_names)
         scrub = self._operators.scrub(self._callers.of(context), tiers, request.bytes_per_second)
         async with aclosing(scrub) as progress:
             async for step in progress:
@@ -158,10 +159,18 @@ class AdminService:
             sessions=[session_message(each, bytes_max=0) for each in sessions], next_page_token=token
         )
 
+    def _tiers(
+        self, request: pb.ListBlocksRequest | pb.ScrubRequest, where_unspecified: Sequence[TierName]
+    ) -> Sequence[TierName]:
+        if request.tier == types_pb2.TIER_UNSPECIFIED and not request.tier_name:
+            return where_unspecified
+        return [tier_of(request.tier, request.tier_name, self._store.tier_names)]
 
-def _tiers(tier: int, where_unspecified: list[TierName]) -> list[TierName]:
-    if tier == types_pb2.TIER_UNSPECIFIED:
-        return where_unspecified
-    if tier not in _TIERS:
-        raise InvalidRequest(f"no tier has the number {tier}", field="tier")
-    return _TIERS[tier]
+
+def _without_name(tiers: Sequence[pb.TierStatus], name: TierName) -> pb.TierStatus:
+    status = pb.TierStatus()
+    for tier in tiers:
+        if tier.name == name:
+            status.CopyFrom(tier)
+    status.name = ""
+    return status

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 
-from kvservice.blocks import TierName
 from kvservice.rpc.callers import Callers
 from kvservice.rpc.in_place import InPlaceRpcs
 from kvservice.rpc.interceptors import Context
-from kvservice.rpc.messages import checksums_of, residency_runs, save_header, save_response, shard_of
+from kvservice.rpc.messages import checksums_of, residency_runs, save_header, save_response, shard_of, tier_of
 from kvservice.rpc.reports import report_record
 from kvservice.store.store import BlockStore
 from kvservice.store.types import SAVE_BLOCKS_MAX, SAVE_SLICES_MAX, Part, Span
@@ -17,9 +16,6 @@ from kvservice_api.frames import HEAD_BYTES_MAX, Frame, decode_save, encode_fram
 from kvservice_api.keys import split_keys
 from kvservice_api.layout import Layout
 from kvservice_api.v1 import blocks_pb2 as pb
-from kvservice_api.v1 import types_pb2
-
-_TIERS = {types_pb2.TIER_DRAM: TierName.DRAM, types_pb2.TIER_SSD: TierName.SSD}
 
 
 class BlockService(InPlaceRpcs):
@@ -158,9 +154,8 @@ class BlockService(InPlaceRpcs):
 
     async def Evict(self, request: pb.EvictRequest, context: Context) -> pb.EvictResponse:
         keys = split_keys(request.keys, field="keys", count_max=self._store.limits.keys_max)
-        if request.tier not in _TIERS:
-            raise InvalidRequest("name the tier to evict from: TIER_DRAM or TIER_SSD", field="tier")
-        outcome = await self._store.evict(self._callers.of(context), keys, _TIERS[request.tier])
+        tier = tier_of(request.tier, request.tier_name, self._store.tier_names)
+        outcome = await self._store.evict(self._callers.of(context), keys, tier)
         return pb.EvictResponse(**outcome._asdict())
 
     async def ReportRequest(self, request: pb.ReportRequestRequest, context: Context) -> pb.ReportRequestResponse:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvservice.blocks import TierName
-from kvservice.rpc.messages import residency_runs
+from kvservice.rpc.messages import TIER_NUMBERS, residency_runs
 from kvservice.rpc.session_messages import session_message
 from kvservice.rpc.timestamps import known_timestamp, timestamp
 from kvservice.store.types import (
@@ -22,9 +22,6 @@ from kvservice.store.types import (
     TierPlace,
 )
 from kvservice_api.v1 import admin_pb2 as pb
-from kvservice_api.v1 import types_pb2
-
-_TIERS = {None: types_pb2.TIER_UNSPECIFIED, TierName.DRAM: types_pb2.TIER_DRAM, TierName.SSD: types_pb2.TIER_SSD}
 
 
 def stored_block(facts: BlockFacts) -> pb.StoredBlock:
@@ -37,6 +34,7 @@ def stored_block(facts: BlockFacts) -> pb.StoredBlock:
         size_bytes=facts.size_bytes,
         in_dram=TierName.DRAM in facts.tiers,
         on_ssd=TierName.SSD in facts.tiers,
+        tiers=facts.tiers,
         stored_at=timestamp(facts.stored_at_ms),
         used_at=timestamp(facts.used_at_ms),
         hits=facts.hits,
@@ -61,7 +59,8 @@ def _shard(facts: BlockFacts, places: Sequence[TierPlace]) -> pb.ExplainedShard:
         block=stored_block(facts),
         places=[
             pb.Place(
-                tier=_TIERS[place.tier],
+                tier=TIER_NUMBERS.get(place.tier),
+                tier_name=place.tier,
                 arrival=f"ARRIVAL_{place.arrival.name}",
                 since=known_timestamp(place.since_ms),
             )
@@ -75,7 +74,8 @@ def _event(event: MissEvent) -> pb.BlockEvent:
     return pb.BlockEvent(
         kind=f"EVENT_KIND_{event.reason.name}",
         at=timestamp(event.at_ms),
-        tier=_TIERS[event.tier],
+        tier=TIER_NUMBERS.get(event.tier) if event.tier else None,
+        tier_name=event.tier or "",
         detail=event.word,
         last_copy=event.last_copy,
         pin_ended_at=known_timestamp(event.pin_ended_ms),

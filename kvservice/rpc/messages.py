@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvservice.blocks import TierName
 from kvservice.store.types import SAVE_BLOCKS_MAX, Run, SaveHeader, SaveOutcome
 from kvservice_api.errors import InvalidRequest, KVError
 from kvservice_api.keys import split_keys
@@ -50,6 +51,21 @@ def save_response(outcome: SaveOutcome) -> pb.SaveBlocksResponse:
 
 def refused_blocks(refused: Mapping[int, KVError]) -> list[pb.RefusedBlock]:
     return [pb.RefusedBlock(block=block, status=to_status(error)) for block, error in sorted(refused.items())]
+
+
+TIER_NUMBERS = {TierName.DRAM: types_pb2.TIER_DRAM, TierName.SSD: types_pb2.TIER_SSD}
+_TIER_OF_NUMBER = {number: name for name, number in TIER_NUMBERS.items()}
+
+
+def tier_of(number: types_pb2.Tier, name: str, known: Sequence[TierName]) -> TierName:
+    """The tier that a request names, which is one of `known` or a standard one. Raises InvalidRequest."""
+    tier = TierName(name) if name else _TIER_OF_NUMBER.get(number)
+    if not name and not number:
+        raise InvalidRequest(f"name the tier: this store has {', '.join(known)}", field="tier")
+    if tier is None or (tier not in known and tier not in TIER_NUMBERS):
+        asked = repr(name) if name else f"the number {number}"
+        raise InvalidRequest(f"no tier has {asked}; this store has {', '.join(known)}", field="tier")
+    return tier
 
 
 def residency_runs(runs: Iterable[Run]) -> list[pb.ResidencyRun]:

@@ -82,7 +82,7 @@ class Clairvoyant(Bound):
             self._next_at_s[row] = _NEVER
 
     def left(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
-        if tier is TierName.DRAM and items.ssd_bytes[row]:
+        if tier == TierName.DRAM and items.ssd_bytes[row]:
             lacks_s = (items.ssd_bytes[row] - items.dram_bytes[row]) / items.conditions.ssd_bytes_per_s
             due_s = float(self._due_s(items, np.array([row]), now_s)[0])
             if math.isfinite(due_s):
@@ -96,7 +96,7 @@ class Clairvoyant(Bound):
         if self._shared:
             return self._next.worth(rows)
         kept = self._density(items, rows, now_s)
-        if self._exclusive and tier is TierName.SSD:
+        if self._exclusive and tier == TierName.SSD:
             kept[items.dram_bytes[rows] >= items.ssd_bytes[rows]] *= _DOUBLED
         return kept
 

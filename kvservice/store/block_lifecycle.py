@@ -222,8 +222,7 @@ class BlockLifecycle:
             assert extent is not None
             freed.append(extent)
             blocks.set_extent(row, tier, None)
-            if tier != blocks.first_tier:
-                blocks.unwanted_on_ssd[row] = True
+            blocks.unwanted[blocks.position(tier), row] = True
         if tier == blocks.first_tier:
             self._counters.evicted_dram_blocks += len(rows)
             self._counters.lost_unwritten_blocks += len(last_copies)

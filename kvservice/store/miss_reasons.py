@@ -16,7 +16,6 @@ from kvservice.blocks import BlockTable, TierName
 from kvservice.clock import Clock
 from kvservice_api.keys import KEY_BYTES
 
-_TIERS = (None, *TierName)
 _WORDS_MAX = 256
 _FOUND_MAX = 16  # Events of one key that are told, the newest ones.
 
@@ -26,7 +25,7 @@ _EVENT = np.dtype(
         ("at_ms", "<u8"),
         ("pin_ended_ms", "<u8"),
         ("reason", "u1"),
-        ("tier", "u1"),  # A position in _TIERS.
+        ("tier", "u1"),  # A position in `MissReasons._tiers`.
         ("word", "u1"),
         ("last_copy", "?"),
     ]
@@ -64,6 +63,7 @@ class MissReasons:
         self._starts = np.zeros(events_max, np.uint64)  # The keys' first eight bytes: a search reads nothing else.
         self._count = 0  # Of all events ever; the next one goes to this place, modulo the ring's size.
         self._words: list[str] = [""]
+        self._tiers: list[TierName | None] = [None]  # Those that were noted.
         self._began_ms = clock.wall_ms()
 
     @property
@@ -126,12 +126,17 @@ class MissReasons:
         places = np.arange(self._count + skipped, self._count + count) % size
         events = np.zeros(count - skipped, _EVENT)
         events["key"] = keys[skipped:]
-        events["at_ms"], events["reason"], events["tier"] = self.now_ms, reason, _TIERS.index(tier)
+        events["at_ms"], events["reason"], events["tier"] = self.now_ms, reason, self._tier(tier)
         events["word"], events["last_copy"] = self._word(word), last_copy
         events["pin_ended_ms"] = pin_ended_ms[skipped:]
         self._events[places] = events
         self._starts[places] = np.ascontiguousarray(keys[skipped:]).view(np.uint64)[:: KEY_BYTES // 8]
         self._count += count
+
+    def _tier(self, tier: TierName | None) -> int:
+        if tier not in self._tiers:
+            self._tiers.append(tier)
+        return self._tiers.index(tier)
 
     def _word(self, word: str) -> int:
         """The number of a policy's or an error's name: there are few."""
@@ -158,7 +163,7 @@ class MissReasons:
                 MissEvent(
                     int(event["at_ms"]),
                     Reason(int(event["reason"])),
-                    _TIERS[int(event["tier"])],
+                    self._tiers[int(event["tier"])],
                     self._words[int(event["word"])],
                     bool(event["last_copy"]),
                     int(event["pin_ended_ms"]),

@@ -55,7 +55,7 @@ def recover(index: BlockIndex, tiers: Mapping[TierName, Tier], history: MissReas
         found = index.load(name)
         if blocks is None:
             rows_likely = max(rows_likely, int(len(found.records) * _ROOM_FOR_MORE))
-            blocks = BlockTable(max(rows_likely, _rows_max(index, tiers)), rows_likely=rows_likely, tiers=tuple(tiers))
+            blocks = BlockTable(max(rows_likely, _rows_max(index)), rows_likely=rows_likely, tiers=tuple(tiers))
         keys, records, dropped = found.object_keys, found.records, list(found.damaged)
         why = Counter(found.damaged.values())
         if index.layout_entries.damaged and why[UNKNOWN_LAYOUT]:
@@ -107,9 +107,9 @@ def _with_lost_layouts(index: BlockIndex, tier: TierName, count: int) -> str:
     )
 
 
-def _rows_max(index: BlockIndex, tiers: Mapping[TierName, Tier]) -> int:
+def _rows_max(index: BlockIndex) -> int:
     """As many objects as the indexes can name: LMDB takes more than the bare bytes of a key and its record."""
-    records_max = sum(index.map_bytes(name) for name in tiers) // (OBJECT_KEY_BYTES + RECORD.itemsize)
+    records_max = sum(index.map_sizes.values()) // (OBJECT_KEY_BYTES + RECORD.itemsize)
     return min(records_max, _ROWS_MAX)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence, Sized
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence, Sized
 from concurrent.futures import Executor
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -69,9 +69,8 @@ from kvservice.store.types import (
     StoreFacts,
     TierFacts,
 )
-from kvservice.tiers.base import Tier
+from kvservice.tiers.base import DurableTier, Tier
 from kvservice.tiers.dram import DramTier
-from kvservice.tiers.ssd import SsdTier
 from kvservice_api.errors import Draining, InvalidRequest, KVError, Overloaded, UnknownLayout
 from kvservice_api.keys import KEY_BYTES
 from kvservice_api.layout import Layout, Shard
@@ -117,7 +116,7 @@ class BlockStore:
         self,
         blocks: BlockTable,
         dram: DramTier,
-        ssd: SsdTier | None,
+        slower: Mapping[TierName, DurableTier],
         index: BlockIndex,
         policy: Policy[BlockTable],
         clock: Clock,
@@ -128,9 +127,10 @@ class BlockStore:
         watermarks: dict[TierName, Watermarks],
         history: MissReasons | None = None,
     ) -> None:
+        """`slower` are the tiers below DRAM, from the fastest to the slowest; `blocks` has the same tiers."""
         self._blocks = blocks
         self._dram = dram
-        self._ssd = ssd
+        self._slower = slower
         self._index = index
         self._clock = clock
         self._counters = counters
@@ -146,7 +146,7 @@ class BlockStore:
         )
         self._tasks = Tasks()
         self._loop_budget = LoopBudget()
-        tiers = {tier: space for tier, space in zip(blocks.tiers, (dram, ssd), strict=False) if space is not None}
+        tiers: dict[TierName, Tier] = dict(zip(blocks.tiers, (dram, *slower.values()), strict=True))
         self._lifecycle = BlockLifecycle(blocks, tiers, index, counters, self._tasks, self._history)
         self._evictor = Evictor(
             self._lifecycle,
@@ -156,12 +156,18 @@ class BlockStore:
             watermarks={tier: watermarks[tier] for tier in tiers},
             wait_s=limits.reserve_wait_s,
         )
-        self._write_behind: WriteBehind | None = None
+        shared = (self._lifecycle, self._evictor, dram, policy, clock, counters, self._tasks, self._loop_budget)
+        self._writers: dict[TierName, WriteBehind] = {}  # By the tier that each copies from.
+        following: WriteBehind | None = None
+        for name, target in reversed(list(slower.items())):
+            above = blocks.tiers[blocks.position(name) - 1]
+            self._writers[above] = following = WriteBehind(
+                *shared, above=above, target=target, following=following, writes_in_flight=limits.writes_in_flight
+            )
+        self._write_behind = following  # From the first tier.
         self._promoter: Promoter | None = None
-        if ssd is not None:
-            shared = (self._lifecycle, self._evictor, dram, policy, clock, counters, self._tasks, self._loop_budget)
-            self._write_behind = WriteBehind(*shared, ssd=ssd, writes_in_flight=limits.writes_in_flight)
-            self._promoter = Promoter(*shared, reads_in_flight=limits.reads_in_flight)
+        if following is not None:
+            self._promoter = Promoter(*shared, write_behind=following, reads_in_flight=limits.reads_in_flight)
         self._leases = Leases(
             self._lifecycle,
             clock,
@@ -235,10 +241,10 @@ class BlockStore:
     def start(self) -> None:
         """Begin the background work: room, write-behind, lease expiry, recency."""
         self._dram.start()
-        self._evictor.start(self._write_behind)
+        self._evictor.start(self._writers)
         self._in_place_uploads.start()
-        if self._write_behind is not None:
-            self._write_behind.start()
+        for writer in self._writers.values():
+            writer.start()
         self._tasks.start(self._expire_forever(), "lease expiry")
         self._tasks.start(self._flush_forever(), "recency flush")
         self._sessions.start()
@@ -293,8 +299,8 @@ class BlockStore:
             store_id=index.store_id,
             started_at_ms=self._started_at_ms,
             tiers=[self._tier_facts(name, tier) for name, tier in self._lifecycle.tiers.items()],
-            index_map_bytes={tier: index.map_bytes(tier) for tier in TierName},
-            index_used_bytes={tier: index.used_bytes(tier) for tier in TierName},
+            index_map_bytes=index.map_sizes,
+            index_used_bytes=index.used_sizes,
             blocks=self._blocks.live_count,
             layouts=len(index.layouts),
             clients=self._leases.client_count,
@@ -315,7 +321,7 @@ class BlockStore:
             used_bytes=tier.used_bytes,
             refusing_because=tier.refusing_because,
             short_because=self._dram.short_because if is_dram else "",
-            is_direct=self._ssd is not None and tier is self._ssd and self._ssd.is_direct,
+            is_direct=self._slower[name].is_direct if name in self._slower else False,
         )
 
     def block_counts(self) -> dict[TierName, int]:

@@ -78,3 +78,27 @@ class Tier(Protocol):
 
         `then` sees the bytes on the reading thread; its result is the answer. Lower priorities go first.
         """
+
+
+class DurableTier(Tier, Protocol):
+    """A tier below the first one: its bytes survive a power cut once `sync` has returned."""
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether I/O goes past the page cache."""
+
+    def flush_failures(self, extent: Extent) -> int:
+        """How often the extent's medium could not be flushed.
+
+        Bytes that were written before such a failure may be lost, and no later flush reports that: the kernel
+        reports an error once. An extent is sound only if the number is the same as before its first write.
+        """
+
+    def sync(self) -> None:
+        """Make everything durable that was written before the call. Raises StorageFailed.
+
+        Called on the index's committer thread, before the records of these bytes are committed.
+        """
+
+    def close(self) -> None:
+        """Wait for the running I/O and close the files."""

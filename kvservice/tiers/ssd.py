@@ -161,11 +161,6 @@ class SsdTier:
         await self._pool.run(WRITE, work)
 
     def flush_failures(self, extent: Extent) -> int:
-        """How often the extent's file could not be flushed.
-
-        What was written before such a failure may be lost, and no later flush says so: the kernel
-        reports an error once. An extent is sound only where this is what it was before its first write.
-        """
         return self._files[extent.segment].flush_failures
 
     async def seal(self, extent: Extent) -> None:

@@ -72,7 +72,7 @@ class PlacementContract:
     def test_it_is_known_by_its_name(self, make: Callable[[], Placement]) -> None:
         assert make().name in PLACEMENTS and make() is not make()
 
-    @pytest.mark.parametrize("tier", TierName)
+    @pytest.mark.parametrize("tier", [TierName.DRAM, TierName.SSD])
     def test_every_item_has_one_worth(self, mover: SmallMover, tier: TierName) -> None:
         residents = mover.idle_in(tier)
         assert len(residents) > 3, "the test has something to look at"
@@ -81,7 +81,7 @@ class PlacementContract:
             assert worth.shape == rows.shape and worth.dtype == np.float64
             assert np.isfinite(worth).all()
 
-    @pytest.mark.parametrize("tier", TierName)
+    @pytest.mark.parametrize("tier", [TierName.DRAM, TierName.SSD])
     def test_an_items_worth_depends_on_the_state_alone(self, mover: SmallMover, tier: TierName) -> None:
         rows, policy = mover.idle_in(tier), mover.policy
         worth = policy.retention(mover.table, rows, tier, mover.now_s)
@@ -102,7 +102,7 @@ class PlacementContract:
             policy.queued(table, row, now_s)
             policy.used(table, row, now_s)
             policy.stored(table, row, now_s)
-            for tier in TierName:
+            for tier in (TierName.DRAM, TierName.SSD):
                 policy.left(table, row, tier, now_s)
                 policy.retention(table, mover.idle_in(tier), tier, now_s)
                 policy.arrived(table, row, tier, now_s)
@@ -130,7 +130,7 @@ class PlacementContract:
         assert max(reused.item_of) < max(apart.item_of), "rows were used again"
         assert reused.moves == apart.moves
 
-    @pytest.mark.parametrize("tier", TierName)
+    @pytest.mark.parametrize("tier", [TierName.DRAM, TierName.SSD])
     @pytest.mark.parametrize("seed", range(4))
     def test_a_batch_leaves_in_the_order_in_which_single_items_would(
         self, make: Callable[[], Placement], seed: int, tier: TierName
@@ -144,7 +144,7 @@ class PlacementContract:
                 play(mover, np.random.default_rng(count), 10)
             assert at_once.moves == one_by_one.moves, "and it knows the same afterwards"
 
-    @pytest.mark.parametrize("tier", TierName)
+    @pytest.mark.parametrize("tier", [TierName.DRAM, TierName.SSD])
     def test_a_prefix_is_worth_no_less_than_what_continues_it(
         self, make: Callable[[], Placement], tier: TierName
     ) -> None:
@@ -163,7 +163,7 @@ class PlacementContract:
                     for arrivals in (table.dram_seq, table.ssd_seq):
                         arrivals[row] = number + 1
                     table.dram_bytes[row] = table.ssd_bytes[row] = 10
-                    for each in TierName:
+                    for each in (TierName.DRAM, TierName.SSD):
                         policy.arrived(table, row, each, 10.0)
                 table.used_at_s[row] = 10.0 * uses + 1
                 policy.stored(table, row, 10.0 * uses + 1)
@@ -191,7 +191,7 @@ class PlacementContract:
             policy.arrived(table, row, TierName.SSD, 1.0)
             policy.stored(table, row, 1.0)
         calls_s = time.thread_time() - began_s
-        for tier in TierName:
+        for tier in (TierName.DRAM, TierName.SSD):
             began_s = time.thread_time()
             policy.retention(table, rows, tier, 1001.0)
             took_s = time.thread_time() - began_s

@@ -24,7 +24,7 @@ def some_blocks(count: int, *, seed: int = 0) -> BlockTable:
             random.bytes(32), _WHOLE, parent_key=bytes(32), layout_id=1, tenant=0,
             token_count=int(random.integers(1, 17)), size_bytes=4096, trailer_checksum=number, now_ms=1000 + number,
         )  # fmt: skip
-        for tier in TierName:
+        for tier in (TierName.DRAM, TierName.SSD):
             table.set_extent(row, tier, Extent(0, number * 4096, 4096))
         table.link(row)
     for _ in range(3 * count):
@@ -42,14 +42,14 @@ class PolicyContract:
     def test_it_is_known_by_its_name(self, policy: Policy[BlockTable]) -> None:
         assert POLICIES[policy.name] is type(policy)
 
-    @pytest.mark.parametrize("tier", TierName)
+    @pytest.mark.parametrize("tier", [TierName.DRAM, TierName.SSD])
     def test_every_row_has_one_worth(self, policy: Policy[BlockTable], blocks: BlockTable, tier: TierName) -> None:
         for rows in (blocks.live_rows(), blocks.live_rows()[::3], np.empty(0, np.int64)):
             worth = policy.retention(blocks, rows, tier, NOW_S)
             assert worth.shape == rows.shape and worth.dtype == np.float64
             assert np.isfinite(worth).all()
 
-    @pytest.mark.parametrize("tier", TierName)
+    @pytest.mark.parametrize("tier", [TierName.DRAM, TierName.SSD])
     def test_a_rows_worth_depends_on_the_state_alone(
         self, policy: Policy[BlockTable], blocks: BlockTable, tier: TierName
     ) -> None:
@@ -60,7 +60,7 @@ class PolicyContract:
         assert (policy.retention(blocks, rows[5:9], tier, NOW_S) == worth[5:9]).all(), "nor on who else is asked about"
         assert (type(policy)().retention(blocks, rows, tier, NOW_S) == worth).all(), "nor on what it was asked before"
 
-    @pytest.mark.parametrize("tier", TierName)
+    @pytest.mark.parametrize("tier", [TierName.DRAM, TierName.SSD])
     def test_a_prefix_is_worth_no_less_than_what_continues_it(
         self, policy: Policy[BlockTable], blocks: BlockTable, tier: TierName
     ) -> None:

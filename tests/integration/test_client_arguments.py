@@ -169,9 +169,9 @@ def test_what_is_no_key_is_refused(away: Client, key: Any) -> None:
 
 def test_words_that_are_not_known_are_refused_with_those_that_are(away: Client) -> None:
     chain = new_chain(SMALL, 1)
-    refused(lambda: away.evict(chain.keys, "gpu"), "tier", "'dram', 'ssd'")
-    refused(lambda: next(away.admin.list_blocks("gpu")), "tier", "'dram', 'ssd'")  # type: ignore[arg-type]
-    refused(lambda: away.admin.scrub("gpu"), "tier", "'dram', 'ssd'")  # type: ignore[arg-type]
+    refused(lambda: away.evict(chain.keys, "GPU 0"), "tier", "'dram', 'ssd'")
+    refused(lambda: next(away.admin.list_blocks("GPU 0")), "tier", "'dram', 'ssd'")
+    refused(lambda: away.admin.scrub("GPU 0"), "tier", "'dram', 'ssd'")
     blocks, layers = away.open_layout(SMALL), layers_of(SMALL, chain)
     refused(lambda: blocks.save(chain, layers, "tape"), "durability", "'dram', 'ssd'")  # type: ignore[arg-type]
     report = RequestReport(request_id="r", outcome="well")  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ import pytest
 
 from kvservice.index import pages
 from kvservice.index.environment import LAYOUTS, Environment
+from kvservice_api.layout import Shard
 from kvservice_client import Client, Durability
 from tests.daemon import MIB, DaemonProcess
 from tests.integration.known_blocks import LARGE, compare, new_chain, save, verify
@@ -214,7 +215,10 @@ def test_repair_saves_what_a_damaged_durable_index_still_has(tmp_path: Path, nam
         if name == "a flipped bit in every leaf":  # One of them: the others are what can be saved.
             leaves = pages.leaf_pages_in_use(index / "data.mdb")
             data = (index / "data.mdb").read_bytes()
-            [leaf] = [page for page in leaves if chain.keys[0] in data[page * PAGE_BYTES : (page + 1) * PAGE_BYTES]]
+            name_of_first = (
+                chain.keys[0] + Shard.whole(LARGE).encode()
+            )  # The next record has the key too, as its parent.
+            [leaf] = [page for page in leaves if name_of_first in data[page * PAGE_BYTES : (page + 1) * PAGE_BYTES]]
             flip(index / "data.mdb", leaf * PAGE_BYTES + 13, 4)  # `lower`: no node can be told.
         else:
             DAMAGE[name](index)

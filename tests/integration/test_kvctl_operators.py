@@ -124,7 +124,7 @@ def test_explain_tells_of_a_block(
     assert [(event["kind"], event["tier"]) for event in stored["events"]] == [("evicted_on_request", "dram")]
     done = kvctl("explain", key, address=daemon.address)
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.search(r"on ssd since .*, written behind from dram", done.stdout)
+    assert re.search(r"on ssd since .*, written behind", done.stdout)
     assert re.search(r"before: evicted from dram at .* on request", done.stdout)
 
     client.admin.discard(chain)

@@ -214,9 +214,9 @@ class StoreBesideModel(RuleBasedStateMachine):
         if not hasattr(self, "opened"):
             return
         self.reconcile()
-        for tier in TierName:
+        for tier in (TierName.DRAM, TierName.SSD):
             space = self.opened.block_lifecycle.tiers[tier]
-            extents = [*self.opened.extents(tier).values(), *(self.opened.lent() if tier is TierName.DRAM else [])]
+            extents = [*self.opened.extents(tier).values(), *(self.opened.lent() if tier == TierName.DRAM else [])]
             assert sum(extent.size_bytes for extent in extents) <= space.used_bytes <= space.capacity_bytes
             for one, following in pairwise(sorted(extents)):
                 apart = one.offset_bytes + one.size_bytes <= following.offset_bytes
@@ -231,7 +231,7 @@ class StoreBesideModel(RuleBasedStateMachine):
         assert self.opened.published() == resident, "clients on this host are told something else"
         for held in self.leases:
             for row in held.lease.held_rows.tolist():
-                for tier in TierName:
+                for tier in (TierName.DRAM, TierName.SSD):
                     extent = self.opened.blocks.extent(row, tier)
                     first = held.places.setdefault((row, tier), extent) if extent else held.places.get((row, tier))
                     assert extent == first, "a leased block was moved"
@@ -352,7 +352,9 @@ class StoreBesideModel(RuleBasedStateMachine):
         return None
 
     async def _scrub(self) -> int:
-        return [progress async for progress in self.opened.scrub.run(CALLER, list(TierName), 1 << 50)][-1].damaged
+        return [progress async for progress in self.opened.scrub.run(CALLER, [TierName.DRAM, TierName.SSD], 1 << 50)][
+            -1
+        ].damaged
 
     async def _discard(self, chain: BlockChain) -> tuple[int, int]:
         gone = [name for name in self.versions if name[0] in chain.keys]
@@ -380,7 +382,7 @@ class StoreBesideModel(RuleBasedStateMachine):
         """A pinned block's copy on SSD stays, and so does one that only DRAM has."""
         if self.pins.get(name, 0) <= self.files.clock.wall_ms():
             return False
-        return tier is TierName.SSD or TierName.SSD not in self.opened.residency(*name)
+        return tier == TierName.SSD or TierName.SSD not in self.opened.residency(*name)
 
     def go(self, names: list[Object]) -> None:
         """They are invisible, and a crash may bring them back until their records are gone."""

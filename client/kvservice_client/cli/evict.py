@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from kvservice_client.admin import Tier
 from kvservice_client.cli import output
 from kvservice_client.cli.options import Address, AsJson, Keys, Timeout, connect, digest
 from kvservice_client.client import DEFAULT_ADDRESS
@@ -14,7 +13,7 @@ from kvservice_client.client import DEFAULT_ADDRESS
 
 def evict(
     keys: Keys,
-    tier: Annotated[Tier, typer.Option(help="The tier to drop them from.")],
+    tier: Annotated[str, typer.Option(help="The tier to drop them from: dram, ssd, or the name of a tier below SSD.")],
     address: Address = DEFAULT_ADDRESS,
     timeout: Timeout = 30.0,
     as_json: AsJson = False,

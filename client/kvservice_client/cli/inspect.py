@@ -46,7 +46,7 @@ def inspect(
             f"{block.shard.head_begin}..{block.shard.head_end}",
             str(block.token_count),
             output.size(block.size_bytes),
-            output.tiers(block.in_dram, block.on_ssd),
+            output.tiers(block),
             f"{output.age(block.stored_at)} ago",
             f"{output.age(block.used_at)} ago",
             str(block.hits),

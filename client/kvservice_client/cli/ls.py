@@ -41,7 +41,7 @@ def ls(
             block.layout_fingerprint.hex()[:8],
             str(block.token_count),
             output.size(block.size_bytes),
-            output.tiers(block.in_dram, block.on_ssd),
+            output.tiers(block),
             output.age(block.used_at),
             str(block.hits),
             str(block.leases),

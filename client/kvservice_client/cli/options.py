@@ -15,7 +15,6 @@ import typer
 
 from kvservice_api.address import parse_address
 from kvservice_api.keys import KEY_BYTES
-from kvservice_client.admin import Tier
 from kvservice_client.cli.unreachable import why_unreachable
 from kvservice_client.client import Client
 from kvservice_client.tls import TlsFiles
@@ -45,7 +44,9 @@ Address = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Timeout = Annotated[float, typer.Option("--timeout", min=0.001, help="Seconds that one request may take.")]
-TierOption = Annotated[Tier | None, typer.Option("--tier", help="Only this tier.")]
+TierOption = Annotated[
+    str | None, typer.Option("--tier", help="Only this tier: dram, ssd, or the name of a tier below SSD.")
+]
 LayoutOption = Annotated[str, typer.Option("--layout", metavar="FINGERPRINT", help="Only blocks of this layout.")]
 Limit = Annotated[int, typer.Option(min=0, help="Most rows shown; 0 means all.")]
 Keys = Annotated[list[str], typer.Argument(metavar="KEY...", help="Block keys, 64 hexadecimal digits each.")]

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from kvservice_api.v1 import admin_pb2 as pb
+
 _TABLE_WIDTH_MIN = 120  # A key has 64 digits: rows are rather broken by the terminal than cut off.
 
 
@@ -101,8 +103,15 @@ def size(size_bytes: float) -> str:
     return f"{size_bytes:.4g} TiB"
 
 
-def tiers(in_dram: bool, on_ssd: bool) -> str:
-    return "+".join(name for name, held in (("dram", in_dram), ("ssd", on_ssd)) if held) or "-"
+def tiers(block: pb.StoredBlock) -> str:
+    """The tiers that hold a block. A daemon of an older version sends no names."""
+    names = list(block.tiers) or [name for name, held in (("dram", block.in_dram), ("ssd", block.on_ssd)) if held]
+    return "+".join(names) or "-"
+
+
+def tier_statuses(status: pb.StatusResponse) -> dict[str, pb.TierStatus]:
+    """The tiers by name, from the fastest to the slowest. A daemon of an older version has two, without names."""
+    return {tier.name: tier for tier in status.tiers} or {"dram": status.dram, "ssd": status.ssd}
 
 
 def table(*columns: str, right: tuple[str, ...] = ()) -> Table:

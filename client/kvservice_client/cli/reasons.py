@@ -5,29 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvservice_api.v1 import admin_pb2 as pb
-from kvservice_client.admin import TIERS
+from kvservice_api.v1 import types_pb2
 from kvservice_client.cli import output
 
 
-def _tier(tier: int) -> str:
-    return next((str(name) for name, number in TIERS.items() if name and number == tier), "a tier")
+def _tier(of: pb.Place | pb.BlockEvent) -> str:
+    """The tier's name; a daemon of an older version sends numbers only."""
+    return of.tier_name or {types_pb2.TIER_DRAM: "dram", types_pb2.TIER_SSD: "ssd"}.get(of.tier, "a tier")
 
 
 def arrival(place: pb.Place) -> str:
     """How a copy came to its tier: ``in dram since ..., by its save``."""
-    tier = _tier(place.tier)
+    tier = _tier(place)
     where = "on ssd" if tier == "ssd" else f"in {tier}"
     how = {
         pb.ARRIVAL_SAVED: "by its save",
-        pb.ARRIVAL_PROMOTED: "brought up from ssd for a load or a prefetch",
-        pb.ARRIVAL_WRITTEN_BEHIND: "written behind from dram",
+        pb.ARRIVAL_PROMOTED: "promoted for a load or a prefetch",
+        pb.ARRIVAL_WRITTEN_BEHIND: "written behind",
     }.get(place.arrival, "it was there when the daemon started")
     return f"{where} since {output.when(place.since)}, {how}" if place.HasField("since") else f"{where}: {how}"
 
 
 def event(event: pb.BlockEvent) -> str:
     """What happened, where and when."""
-    tier = _tier(event.tier)
+    tier = _tier(event)
     at = output.when(event.at)
     ended = f" after its pin had ended at {output.when(event.pin_ended_at)}" if event.HasField("pin_ended_at") else ""
     because = f": {event.detail}" if event.detail else " on request"

@@ -29,12 +29,12 @@ def status(address: Address = DEFAULT_ADDRESS, timeout: Timeout = 5.0, as_json: 
         f"{answer.leases} leases, {answer.uploads} uploads\n"
     )
     console.print(_spaces(answer))
-    for name, tier in (("DRAM", answer.dram), ("SSD", answer.ssd)):
+    for name, tier in output.tier_statuses(answer).items():
         if tier.short_because:
             sizes = f"{output.size(tier.capacity_bytes)} instead of {output.size(tier.configured_bytes)}"
-            console.print(f"[yellow]{name} is smaller than asked for, {sizes}:[/] {escape(tier.short_because)}")
+            console.print(f"[yellow]{name.upper()} is smaller than asked for, {sizes}:[/] {escape(tier.short_because)}")
         if tier.refusing_because:
-            console.print(f"[bold red]{name} takes no new blocks:[/] {escape(tier.refusing_because)}")
+            console.print(f"[bold red]{name.upper()} takes no new blocks:[/] {escape(tier.refusing_because)}")
     if answer.set_aside_extents:
         console.print(
             f"{output.size(answer.set_aside_bytes)} of DRAM in {answer.set_aside_extents} extents are set aside: "
@@ -52,11 +52,10 @@ def status(address: Address = DEFAULT_ADDRESS, timeout: Timeout = 5.0, as_json: 
 
 def _spaces(answer: pb.StatusResponse) -> Table:
     """What is used of what there is."""
-    index = answer.index
+    index, tiers = answer.index, output.tier_statuses(answer)
     spaces = output.table("space", "used", "of", "share", "blocks", right=("used", "of", "share", "blocks"))
     for name, used, capacity, blocks in (
-        ("dram", answer.dram.used_bytes, answer.dram.capacity_bytes, str(answer.dram.blocks)),
-        ("ssd", answer.ssd.used_bytes, answer.ssd.capacity_bytes, str(answer.ssd.blocks)),
+        *((name, tier.used_bytes, tier.capacity_bytes, str(tier.blocks)) for name, tier in tiers.items()),
         ("index of dram", index.volatile_used_bytes, index.volatile_map_bytes, ""),
         ("index of ssd", index.durable_used_bytes, index.durable_map_bytes, ""),
     ):

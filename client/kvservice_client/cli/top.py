@@ -127,15 +127,15 @@ def _picture(view: StatusDelta, address: str) -> RenderableType:
         f"hit ratio {hits}, event loop late by {delay} at most"
     )
     parts: list[RenderableType] = [head, counts, "", _tiers(status), "", _rates(view)]
-    for name, tier in (("DRAM", status.dram), ("SSD", status.ssd)):
+    for name, tier in output.tier_statuses(status).items():
         if tier.refusing_because:
-            parts.append(f"[bold red]{name} takes no new blocks:[/] {escape(tier.refusing_because)}")
+            parts.append(f"[bold red]{name.upper()} takes no new blocks:[/] {escape(tier.refusing_because)}")
     return Group(*parts)
 
 
 def _tiers(status: pb.StatusResponse) -> Table:
     table = output.table("tier", "used", "of", "share", "", "blocks", right=("used", "of", "share", "blocks"))
-    for name, tier in (("dram", status.dram), ("ssd", status.ssd)):
+    for name, tier in output.tier_statuses(status).items():
         if tier.capacity_bytes:
             table.add_row(
                 name,

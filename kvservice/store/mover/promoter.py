@@ -23,6 +23,7 @@ from kvservice.store import image_check
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.loop_budget import LoopBudget
 from kvservice.store.mover.evictor import Evictor
+from kvservice.store.mover.write_behind import WriteBehind
 from kvservice.store.tasks import Tasks, all_of
 from kvservice.tiers.dram import DramTier
 from kvservice_api.errors import BlockNotFound, ChecksumMismatch, KVError, StorageFailed, TierFull
@@ -116,6 +117,7 @@ class Promoter:
         tasks: Tasks,
         loop_budget: LoopBudget,
         *,
+        write_behind: WriteBehind,
         reads_in_flight: int,
     ) -> None:
         self._lifecycle = lifecycle
@@ -127,6 +129,7 @@ class Promoter:
         self._counters = counters
         self._tasks = tasks
         self._loop_budget = loop_budget
+        self._write_behind = write_behind
         self._reads_in_flight = reads_in_flight
         self._pending: dict[int, PendingPromotion] = {}
         self._reserving: dict[int, asyncio.Future[None]] = {}
@@ -297,6 +300,7 @@ class Promoter:
                 blocks.verified[row] = blocks.is_resident(row, blocks.first_tier)
                 self._counters.promoted_blocks += 1
                 self._counters.promoted_bytes += pending.geometry.image_bytes
+                self._write_behind.add_missing(row)
         except KVError as error:
             # The bytes are right all the same, so loads may go on reading them.
             log.debug("a promoted block got no record: %s", error.message)

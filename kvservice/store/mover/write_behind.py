@@ -1,7 +1,7 @@
-"""Write-behind: gives every block in DRAM its SSD copy soon, so that leaving DRAM costs no I/O.
+"""Write-behind: copies every block of one tier to the next slower tier soon, so that its eviction costs no I/O.
 
-Bytes of several blocks are written at a time, and blocks whose
-bytes are written share index commits.
+There is one `WriteBehind` for each two neighbouring tiers. It writes the bytes of several blocks at a time; blocks
+whose bytes are written share index commits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvservice.blocks import BlockTable, Extent
+from kvservice.blocks import BlockTable, Extent, TierName
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.policy.base import Policy
@@ -24,8 +24,9 @@ from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.loop_budget import LoopBudget
 from kvservice.store.mover.evictor import Evictor
 from kvservice.store.tasks import Tasks
+from kvservice.tiers.base import DurableTier
 from kvservice.tiers.dram import DramTier
-from kvservice.tiers.ssd import SsdTier
+from kvservice.tiers.io_pool import WRITE
 from kvservice_api.errors import BlockNotFound, ChecksumMismatch, IndexFull, KVError, StorageFailed, TierFull
 from kvservice_api.image import BlockGeometry, Trailer
 
@@ -39,7 +40,7 @@ _COMMIT_AFTER_BYTES = 512 << 20
 _AWAITED_AT_ONCE = 16  # To begin or end a write takes a tenth of a millisecond of the event loop.
 _ENDED_A_TURN = 32
 _PAUSE_AFTER_FAILURE_S = 1.0
-_TRY_AGAIN_S = 30.0  # Where SSD had no space that could be made.
+_TRY_AGAIN_S = 30.0  # Where the tier below had no space that could be made.
 _TRY_AGAIN_SHED_S = 5.0  # Where its index had none, and some is being made.
 
 
@@ -55,15 +56,20 @@ class WriteBehind:
         tasks: Tasks,
         loop_budget: LoopBudget,
         *,
-        ssd: SsdTier,
+        above: TierName,
+        target: DurableTier,
+        following: WriteBehind | None,
         writes_in_flight: int,
     ) -> None:
+        """Copies from `above` to the tier after it, which is `target`. `following` copies on from there."""
         self._lifecycle = lifecycle
         self._blocks = lifecycle.blocks
         self._evictor = evictor
         self._dram = dram
-        self._ssd = ssd
-        self._above, self._below = lifecycle.blocks.tiers[:2]  # It copies from the one to the other.
+        self._target = target
+        self._above = above
+        self._below = lifecycle.blocks.tiers[lifecycle.blocks.position(above) + 1]
+        self._following = following
         self._policy = policy
         self._clock = clock
         self._counters = counters
@@ -79,7 +85,7 @@ class WriteBehind:
         self._copied: list[_Copied] = []
         self._copied_bytes = 0
         self._failing_because = ""
-        self._awaited = 0  # Saves that wait for their blocks to be on SSD.
+        self._awaited = 0  # Saves that wait for their blocks to be in the tier below.
         self._awaited_writes = asyncio.Semaphore(_AWAITED_AT_ONCE)
         self._some_copied = asyncio.Event()
         self._enough_copied = asyncio.Event()
@@ -95,13 +101,18 @@ class WriteBehind:
         self._tasks.start(self._record_forever(), "write-behind records")
 
     def add(self, rows: Sequence[int]) -> None:
-        """Queue blocks in DRAM for their SSD copy."""
+        """Queue blocks of the upper tier for their copy in the tier below."""
         self._queue.extend((row, int(self._blocks.generation[row])) for row in rows)
         self._pending += len(rows)
         self._queued.set()
 
+    def add_missing(self, row: int) -> None:
+        """Queue a block that was promoted past the tier below, because only a slower one had it."""
+        if not self._blocks.is_resident(row, self._below):
+            self.add([row])
+
     async def written(self, row: int) -> None:
-        """Wait until the block is on SSD and recorded there, as soon as possible. Raises why it can't be."""
+        """Wait until the block is in the tier below and recorded there, as soon as possible. Raises why it can't be."""
         self._awaited += 1
         self._enough_copied.set()
         try:
@@ -130,7 +141,7 @@ class WriteBehind:
             await self._progress.wait_for(lambda: not self._pending)
 
     def is_progressing(self) -> bool:
-        return self._pending > 0 and not self._failing_because and not self._ssd.refusing_because
+        return self._pending > 0 and not self._failing_because and not self._target.refusing_because
 
     def is_writing(self) -> bool:
         return bool(self._writing)
@@ -157,9 +168,13 @@ class WriteBehind:
             await copied.wait()  # Not until it is recorded: many blocks share one commit.
 
     def _is_wanted(self, row: int, generation: int) -> bool:
-        """Whether the queued block is still there, and shall have a copy on SSD."""
+        """Whether the queued block is still in the upper tier, and is to have a copy below."""
         same = self._blocks.generation[row] == generation and bool(self._blocks.live[row])
-        return same and self._policy.wants_on_ssd(self._blocks, row, self._clock.monotonic_s())
+        if not same or not self._blocks.is_resident(row, self._above):
+            return False
+        if self._above != self._blocks.first_tier:  # The policy decides about the first two tiers.
+            return not self._blocks.unwanted[self._blocks.position(self._below), row]
+        return self._policy.wants_on_ssd(self._blocks, row, self._clock.monotonic_s())
 
     async def _finish_queued(self, writing: asyncio.Task[None], row: int, generation: int) -> None:
         """Wait for a queued write; where it failed and may yet succeed, queue it again."""
@@ -191,9 +206,9 @@ class WriteBehind:
     def _note_failure(self, why: str) -> None:
         """While writes or their commits fail, blocks are tried one by one; the log hears of it once."""
         if why and not self._failing_because:
-            log.warning("blocks cannot be written to SSD; trying again: %s", why)
+            log.warning("blocks cannot be written to %s; trying again: %s", self._below, why)
         elif self._failing_because and not why:
-            log.info("blocks can be written to SSD again")
+            log.info("blocks can be written to %s again", self._below)
         self._failing_because = why
 
     async def _one_less(self) -> None:
@@ -223,12 +238,13 @@ class WriteBehind:
         self._lifecycle.hold([row])
         try:
             geometry = self._lifecycle.geometry(row)
-            image = self._dram.view(source)[: geometry.image_bytes]
+            image = await self._image(source, geometry)
             trailer = image_check.read_trailer(image, geometry, blocks.key_of(row), int(blocks.trailer_checksum[row]))
             if trailer is None:
-                raise ChecksumMismatch("the trailer was damaged in DRAM before the block was written")
+                raise ChecksumMismatch(f"the trailer was damaged in {self._above} before the block was written")
             extent, flush_failures = await self._copy(image, geometry, trailer)
-            blocks.verified[row] = True  # Held, so it is still this copy.
+            if self._above == blocks.first_tier:
+                blocks.verified[row] = True  # Held, so it is still this copy.
             if copied is not None:
                 copied.set()
             await self._record(row, extent, flush_failures)
@@ -240,22 +256,30 @@ class WriteBehind:
         finally:
             self._lifecycle.unhold([row])
 
+    async def _image(self, source: Extent, geometry: BlockGeometry) -> memoryview:
+        """The block's bytes as memory: in place where they are in DRAM, else read into memory of their own."""
+        if self._above == self._blocks.first_tier:
+            return self._dram.view(source)[: geometry.image_bytes]
+        image = image_check.scratch(geometry.image_bytes)
+        await self._lifecycle.tiers[self._above].read(source, 0, image, priority=WRITE)
+        return image
+
     async def _copy(self, image: memoryview, geometry: BlockGeometry, trailer: Trailer) -> tuple[Extent, int]:
         """The copy's place, and how often its file had failed to be flushed before."""
         extent = await self._evictor.reserve(self._below, geometry.image_bytes)
-        flush_failures = self._ssd.flush_failures(extent)
-        with _released_on_error(self._ssd, extent):
+        flush_failures = self._target.flush_failures(extent)
+        with _released_on_error(self._target, extent):
             for piece in image_check.cut(geometry, _PIECE_BYTES):
 
                 def verify(pages: memoryview, piece: image_check.ImagePiece = piece) -> None:
                     layers = range(piece.layer_begin, piece.layer_end)
                     if image_check.damaged_layers(pages, piece.start, geometry, layers, trailer.checksums):
-                        raise ChecksumMismatch("a layer was damaged in DRAM before the block was written")
+                        raise ChecksumMismatch(f"a layer was damaged in {self._above} before the block was written")
 
-                await self._ssd.write(extent, piece.start, image[piece.start : piece.end], verify)
+                await self._target.write(extent, piece.start, image[piece.start : piece.end], verify)
             start = image_check.trailer_start(geometry)
-            await self._ssd.write(extent, start, image[start:])
-            await self._ssd.seal(extent)
+            await self._target.write(extent, start, image[start:])
+            await self._target.seal(extent)
         return extent, flush_failures
 
     async def _record(self, row: int, extent: Extent, flush_failures: int) -> None:
@@ -279,7 +303,7 @@ class WriteBehind:
             batch, self._copied, self._copied_bytes = self._copied, [], 0
             self._some_copied.clear()
             self._enough_copied.clear()
-            self._tasks.start(self._record_batch(batch), "record blocks on SSD")
+            self._tasks.start(self._record_batch(batch), "record written blocks")
 
     async def _record_batch(self, batch: list[_Copied]) -> None:
         try:
@@ -295,7 +319,7 @@ class WriteBehind:
         rows, extents = [copied.row for copied in batch], [copied.extent for copied in batch]
 
         def check() -> None:
-            if any(self._ssd.flush_failures(copied.extent) != copied.flush_failures for copied in batch):
+            if any(self._target.flush_failures(copied.extent) != copied.flush_failures for copied in batch):
                 raise StorageFailed("a file was not flushed after blocks were written to it; they are written anew")
 
         try:
@@ -304,6 +328,8 @@ class WriteBehind:
             for copied in batch:
                 copied.fail(error)
         else:
+            if self._following is not None:
+                self._following.add(rows)
             for count, copied in enumerate(batch):
                 if count % _ENDED_A_TURN == 0:
                     await self._loop_budget.slot()  # Each has something to do once it is recorded.
@@ -312,13 +338,13 @@ class WriteBehind:
 
     def _give_up(self, batch: list[_Copied], error: Exception) -> None:
         for copied in batch:
-            self._ssd.release(copied.extent)  # No record names it.
+            self._target.release(copied.extent)  # No record names it.
             copied.fail(error)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Copied:
-    """A block whose bytes are on SSD, and whose record is not committed yet."""
+    """A block whose bytes are in the tier below, and whose record is not committed yet."""
 
     row: int
     extent: Extent
@@ -331,9 +357,9 @@ class _Copied:
 
 
 @contextlib.contextmanager
-def _released_on_error(ssd: SsdTier, extent: Extent) -> Iterator[None]:
+def _released_on_error(target: DurableTier, extent: Extent) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        ssd.release(extent)  # No record names it yet.
+        target.release(extent)  # No record names it yet.
         raise

@@ -30,7 +30,7 @@ class BlockFacts:
     shard: Shard
     token_count: int
     size_bytes: int
-    tiers: frozenset[TierName]
+    tiers: Sequence[TierName]  # That hold it, the fastest first.
     stored_at_ms: int
     used_at_ms: int
     hits: int
@@ -48,7 +48,7 @@ def block_facts(blocks: BlockTable, layouts: Mapping[int, Layout], row: int, now
         shard=blocks.shard_of(row),
         token_count=int(blocks.token_count[row]),
         size_bytes=int(blocks.size_bytes[row]),
-        tiers=frozenset(blocks.tiers_of(row)),
+        tiers=blocks.tiers_of(row),
         stored_at_ms=int(blocks.stored_at_ms[row]),
         used_at_ms=int(blocks.used_at_ms[row]),
         hits=int(blocks.hits[row]),

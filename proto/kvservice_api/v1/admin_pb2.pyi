@@ -88,7 +88,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("version", "store_id", "boot_epoch", "started_at", "state", "dram", "ssd", "index", "blocks", "layouts", "clients", "leases", "uploads", "counters", "sessions", "set_aside_bytes", "set_aside_extents")
+    __slots__ = ("version", "store_id", "boot_epoch", "started_at", "state", "dram", "ssd", "index", "blocks", "layouts", "clients", "leases", "uploads", "counters", "sessions", "set_aside_bytes", "set_aside_extents", "tiers")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -113,6 +113,7 @@ class StatusResponse(_message.Message):
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
     SET_ASIDE_BYTES_FIELD_NUMBER: _ClassVar[int]
     SET_ASIDE_EXTENTS_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
     version: str
     store_id: bytes
     boot_epoch: int
@@ -130,23 +131,26 @@ class StatusResponse(_message.Message):
     sessions: int
     set_aside_bytes: int
     set_aside_extents: int
-    def __init__(self, version: _Optional[str] = ..., store_id: _Optional[bytes] = ..., boot_epoch: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., state: _Optional[str] = ..., dram: _Optional[_Union[TierStatus, _Mapping]] = ..., ssd: _Optional[_Union[TierStatus, _Mapping]] = ..., index: _Optional[_Union[IndexStatus, _Mapping]] = ..., blocks: _Optional[int] = ..., layouts: _Optional[int] = ..., clients: _Optional[int] = ..., leases: _Optional[int] = ..., uploads: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ..., sessions: _Optional[int] = ..., set_aside_bytes: _Optional[int] = ..., set_aside_extents: _Optional[int] = ...) -> None: ...
+    tiers: _containers.RepeatedCompositeFieldContainer[TierStatus]
+    def __init__(self, version: _Optional[str] = ..., store_id: _Optional[bytes] = ..., boot_epoch: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., state: _Optional[str] = ..., dram: _Optional[_Union[TierStatus, _Mapping]] = ..., ssd: _Optional[_Union[TierStatus, _Mapping]] = ..., index: _Optional[_Union[IndexStatus, _Mapping]] = ..., blocks: _Optional[int] = ..., layouts: _Optional[int] = ..., clients: _Optional[int] = ..., leases: _Optional[int] = ..., uploads: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ..., sessions: _Optional[int] = ..., set_aside_bytes: _Optional[int] = ..., set_aside_extents: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ...) -> None: ...
 
 class TierStatus(_message.Message):
-    __slots__ = ("capacity_bytes", "used_bytes", "blocks", "refusing_because", "configured_bytes", "short_because")
+    __slots__ = ("capacity_bytes", "used_bytes", "blocks", "refusing_because", "configured_bytes", "short_because", "name")
     CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
     USED_BYTES_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     REFUSING_BECAUSE_FIELD_NUMBER: _ClassVar[int]
     CONFIGURED_BYTES_FIELD_NUMBER: _ClassVar[int]
     SHORT_BECAUSE_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
     capacity_bytes: int
     used_bytes: int
     blocks: int
     refusing_because: str
     configured_bytes: int
     short_because: str
-    def __init__(self, capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., refusing_because: _Optional[str] = ..., configured_bytes: _Optional[int] = ..., short_because: _Optional[str] = ...) -> None: ...
+    name: str
+    def __init__(self, capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., refusing_because: _Optional[str] = ..., configured_bytes: _Optional[int] = ..., short_because: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
 
 class IndexStatus(_message.Message):
     __slots__ = ("durable_map_bytes", "durable_used_bytes", "volatile_map_bytes", "volatile_used_bytes")
@@ -161,16 +165,18 @@ class IndexStatus(_message.Message):
     def __init__(self, durable_map_bytes: _Optional[int] = ..., durable_used_bytes: _Optional[int] = ..., volatile_map_bytes: _Optional[int] = ..., volatile_used_bytes: _Optional[int] = ...) -> None: ...
 
 class ListBlocksRequest(_message.Message):
-    __slots__ = ("layout_fingerprint", "tier", "page_size", "page_token")
+    __slots__ = ("layout_fingerprint", "tier", "tier_name", "page_size", "page_token")
     LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
+    TIER_NAME_FIELD_NUMBER: _ClassVar[int]
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     layout_fingerprint: bytes
     tier: _types_pb2.Tier
+    tier_name: str
     page_size: int
     page_token: str
-    def __init__(self, layout_fingerprint: _Optional[bytes] = ..., tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+    def __init__(self, layout_fingerprint: _Optional[bytes] = ..., tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., tier_name: _Optional[str] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
 
 class ListBlocksResponse(_message.Message):
     __slots__ = ("blocks", "next_page_token")
@@ -181,7 +187,7 @@ class ListBlocksResponse(_message.Message):
     def __init__(self, blocks: _Optional[_Iterable[_Union[StoredBlock, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class StoredBlock(_message.Message):
-    __slots__ = ("key", "parent_key", "layout_fingerprint", "shard", "token_count", "size_bytes", "in_dram", "on_ssd", "stored_at", "used_at", "hits", "leases", "pinned_until")
+    __slots__ = ("key", "parent_key", "layout_fingerprint", "shard", "token_count", "size_bytes", "in_dram", "on_ssd", "tiers", "stored_at", "used_at", "hits", "leases", "pinned_until")
     KEY_FIELD_NUMBER: _ClassVar[int]
     PARENT_KEY_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -190,6 +196,7 @@ class StoredBlock(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     IN_DRAM_FIELD_NUMBER: _ClassVar[int]
     ON_SSD_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
     STORED_AT_FIELD_NUMBER: _ClassVar[int]
     USED_AT_FIELD_NUMBER: _ClassVar[int]
     HITS_FIELD_NUMBER: _ClassVar[int]
@@ -203,12 +210,13 @@ class StoredBlock(_message.Message):
     size_bytes: int
     in_dram: bool
     on_ssd: bool
+    tiers: _containers.RepeatedScalarFieldContainer[str]
     stored_at: _timestamp_pb2.Timestamp
     used_at: _timestamp_pb2.Timestamp
     hits: int
     leases: int
     pinned_until: _timestamp_pb2.Timestamp
-    def __init__(self, key: _Optional[bytes] = ..., parent_key: _Optional[bytes] = ..., layout_fingerprint: _Optional[bytes] = ..., shard: _Optional[_Union[_types_pb2.Shard, _Mapping]] = ..., token_count: _Optional[int] = ..., size_bytes: _Optional[int] = ..., in_dram: bool = ..., on_ssd: bool = ..., stored_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., used_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., hits: _Optional[int] = ..., leases: _Optional[int] = ..., pinned_until: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    def __init__(self, key: _Optional[bytes] = ..., parent_key: _Optional[bytes] = ..., layout_fingerprint: _Optional[bytes] = ..., shard: _Optional[_Union[_types_pb2.Shard, _Mapping]] = ..., token_count: _Optional[int] = ..., size_bytes: _Optional[int] = ..., in_dram: bool = ..., on_ssd: bool = ..., tiers: _Optional[_Iterable[str]] = ..., stored_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., used_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., hits: _Optional[int] = ..., leases: _Optional[int] = ..., pinned_until: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class InspectRequest(_message.Message):
     __slots__ = ("key",)
@@ -243,12 +251,14 @@ class DiscardResponse(_message.Message):
     def __init__(self, discarded: _Optional[int] = ..., missing: _Optional[int] = ...) -> None: ...
 
 class ScrubRequest(_message.Message):
-    __slots__ = ("tier", "bytes_per_second")
+    __slots__ = ("tier", "tier_name", "bytes_per_second")
     TIER_FIELD_NUMBER: _ClassVar[int]
+    TIER_NAME_FIELD_NUMBER: _ClassVar[int]
     BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     tier: _types_pb2.Tier
+    tier_name: str
     bytes_per_second: int
-    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., bytes_per_second: _Optional[int] = ...) -> None: ...
+    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., tier_name: _Optional[str] = ..., bytes_per_second: _Optional[int] = ...) -> None: ...
 
 class ScrubResponse(_message.Message):
     __slots__ = ("blocks_total", "blocks_checked", "bytes_checked", "damaged", "done")
@@ -365,30 +375,34 @@ class ExplainedShard(_message.Message):
     def __init__(self, block: _Optional[_Union[StoredBlock, _Mapping]] = ..., places: _Optional[_Iterable[_Union[Place, _Mapping]]] = ..., holds: _Optional[int] = ...) -> None: ...
 
 class Place(_message.Message):
-    __slots__ = ("tier", "arrival", "since")
+    __slots__ = ("tier", "tier_name", "arrival", "since")
     TIER_FIELD_NUMBER: _ClassVar[int]
+    TIER_NAME_FIELD_NUMBER: _ClassVar[int]
     ARRIVAL_FIELD_NUMBER: _ClassVar[int]
     SINCE_FIELD_NUMBER: _ClassVar[int]
     tier: _types_pb2.Tier
+    tier_name: str
     arrival: Arrival
     since: _timestamp_pb2.Timestamp
-    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., arrival: _Optional[_Union[Arrival, str]] = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., tier_name: _Optional[str] = ..., arrival: _Optional[_Union[Arrival, str]] = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class BlockEvent(_message.Message):
-    __slots__ = ("kind", "at", "tier", "detail", "last_copy", "pin_ended_at")
+    __slots__ = ("kind", "at", "tier", "tier_name", "detail", "last_copy", "pin_ended_at")
     KIND_FIELD_NUMBER: _ClassVar[int]
     AT_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
+    TIER_NAME_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     LAST_COPY_FIELD_NUMBER: _ClassVar[int]
     PIN_ENDED_AT_FIELD_NUMBER: _ClassVar[int]
     kind: EventKind
     at: _timestamp_pb2.Timestamp
     tier: _types_pb2.Tier
+    tier_name: str
     detail: str
     last_copy: bool
     pin_ended_at: _timestamp_pb2.Timestamp
-    def __init__(self, kind: _Optional[_Union[EventKind, str]] = ..., at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., detail: _Optional[str] = ..., last_copy: bool = ..., pin_ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    def __init__(self, kind: _Optional[_Union[EventKind, str]] = ..., at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., tier_name: _Optional[str] = ..., detail: _Optional[str] = ..., last_copy: bool = ..., pin_ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class Miss(_message.Message):
     __slots__ = ("key", "reason", "event", "remembers_since", "dram_emptied_at", "dram_emptied_because", "stored_since")

@@ -404,12 +404,14 @@ class PrefetchResponse(_message.Message):
     def __init__(self, missing: _Optional[int] = ..., in_dram: _Optional[int] = ..., promoted: _Optional[int] = ..., failed: _Optional[int] = ...) -> None: ...
 
 class EvictRequest(_message.Message):
-    __slots__ = ("keys", "tier")
+    __slots__ = ("keys", "tier", "tier_name")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
+    TIER_NAME_FIELD_NUMBER: _ClassVar[int]
     keys: bytes
     tier: _types_pb2.Tier
-    def __init__(self, keys: _Optional[bytes] = ..., tier: _Optional[_Union[_types_pb2.Tier, str]] = ...) -> None: ...
+    tier_name: str
+    def __init__(self, keys: _Optional[bytes] = ..., tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., tier_name: _Optional[str] = ...) -> None: ...
 
 class EvictResponse(_message.Message):
     __slots__ = ("evicted", "held", "missing")

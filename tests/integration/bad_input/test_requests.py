@@ -187,9 +187,9 @@ REFUSED: dict[str, tuple[Callable[[Wire], object], type[KVError], str]] = {
         lookup(client_id=bytes(16), lease_ttl_ms=1), UnknownClient, "no attached client has this id: attach"),
     "a lease for nobody": (lookup(lease_ttl_ms=1), UnknownClient, "no attached client has this id"),
     "an eviction from no tier": (
-        lambda wire: wire.blocks.Evict(blocks_pb2.EvictRequest(keys=KEY)), InvalidRequest, "name the tier to evict"),
+        lambda wire: wire.blocks.Evict(blocks_pb2.EvictRequest(keys=KEY)), InvalidRequest, "name the tier: this store"),
     "an eviction from a tier of the future": (
-        lambda wire: wire.blocks.Evict(blocks_pb2.EvictRequest(keys=KEY, tier=TIER_7)), InvalidRequest, "the tier"),
+        lambda wire: wire.blocks.Evict(blocks_pb2.EvictRequest(keys=KEY, tier=TIER_7)), InvalidRequest, "the number 7"),
     "a list of a tier of the future": (list_blocks(tier=TIER_7), InvalidRequest, "no tier has the number 7"),
     "a page of more than a thousand": (list_blocks(page_size=1001), InvalidRequest, "page_size is 1001; at most 1000"),
     "a page token of somebody else": (list_blocks(page_token="1.0"), InvalidRequest, "gave no such page token"),

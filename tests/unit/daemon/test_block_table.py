@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import cast
 
 import numpy as np
 import pytest
@@ -39,7 +38,7 @@ def added(table: BlockTable, key: bytes, shard: Shard = WHOLE, *, parent: bytes 
 
 def removed(table: BlockTable, row: int) -> None:
     table.unlink(row)
-    for tier in TierName:
+    for tier in (TierName.DRAM, TierName.SSD):
         table.set_extent(row, tier, None)
     table.free(row)
 
@@ -194,7 +193,7 @@ steps = st.lists(
         st.sampled_from(["add", "unlink", "free", "place", "drop", "touch"]),
         st.integers(0, len(KEYS) - 1),
         st.sampled_from(SHARDS),
-        st.sampled_from(list(TierName)),
+        st.sampled_from([TierName.DRAM, TierName.SSD]),
     ),
     max_size=60,
 )
@@ -217,12 +216,12 @@ def test_whatever_happens_the_table_tells_what_a_dict_tells(
             model.unlinked.add(model.live.pop(name))
         elif act == "free" and model.unlinked:
             row = model.unlinked.pop()
-            for each in TierName:
+            for each in (TierName.DRAM, TierName.SSD):
                 table.set_extent(row, each, None)
                 model.extents.pop((row, each), None)
             table.free(row)
         elif act == "place" and row is not None:
-            extent = Extent(3 if tier is TierName.SSD else 0, number * 4096, 8192)
+            extent = Extent(3 if tier == TierName.SSD else 0, number * 4096, 8192)
             table.set_extent(row, tier, extent)
             model.extents[row, tier] = extent
         elif act == "drop" and row is not None:
@@ -243,14 +242,14 @@ def check(table: BlockTable, model: Model) -> None:
     for key in KEYS:
         first = int(table.rows_of_keys([key])[0])
         assert set(table.shards_of(first)) == {row for (found, _), row in model.live.items() if found == key}
-    for tier in TierName:
+    for tier in (TierName.DRAM, TierName.SSD):
         resident = {row for row, where in model.extents if where is tier}
         assert set(np.flatnonzero(table.resident(tier)).tolist()) == resident
         for row in resident:
             assert table.extent(row, tier) == model.extents[row, tier]
 
 
-COLD = cast(TierName, "cold")
+COLD = TierName("cold")
 THREE_TIERS = (TierName.DRAM, TierName.SSD, COLD)
 
 

@@ -68,10 +68,10 @@ class Store:
         return path
 
     def index_of(self, tier: TierName) -> Path:
-        return self.path / "index" if tier is TierName.SSD else self.arena_file.parent / "index"
+        return self.path / "index" if tier == TierName.SSD else self.arena_file.parent / "index"
 
     def file_of(self, tier: TierName) -> Path:
-        return self.ssd_file if tier is TierName.SSD else self.arena_file
+        return self.ssd_file if tier == TierName.SSD else self.arena_file
 
     def flip(self, tier: TierName, block: int, offset: int, bit: int = 0) -> None:
         """Change one bit of a block's image."""
@@ -186,7 +186,7 @@ def repaired(store: Store, *bad: tuple[TierName, int]) -> None:
 
     code, report = store.check()
     assert (code, problems(report)) == (0, [])
-    for tier in TierName:
+    for tier in (TierName.DRAM, TierName.SSD):
         with opened_environment(store.index_of(tier)) as environment:
             expected = {KEYS[at] for at in range(len(store.extents[tier])) if (tier, at) not in bad}
             assert set(contents(environment, BLOCKS)) == expected
@@ -206,7 +206,7 @@ def test_a_sound_store_is_clean_and_counted(store: Store) -> None:
         assert found["free_bytes"] == 4 * MIB - count * size
 
 
-@pytest.mark.parametrize("tier", TierName)
+@pytest.mark.parametrize("tier", [TierName.DRAM, TierName.SSD])
 @pytest.mark.parametrize("layer", range(3))
 def test_a_flipped_bit_in_a_layer_is_found_and_the_block_dropped(store: Store, tier: TierName, layer: int) -> None:
     start, end = GEOMETRY.slice_range(layer)
@@ -216,7 +216,7 @@ def test_a_flipped_bit_in_a_layer_is_found_and_the_block_dropped(store: Store, t
     repaired(store, (tier, 1))
 
 
-@pytest.mark.parametrize("tier", TierName)
+@pytest.mark.parametrize("tier", [TierName.DRAM, TierName.SSD])
 @pytest.mark.parametrize("offset", [0, 4, 6, 8, 40, 48, Trailer.size_bytes(3) - 1])
 def test_a_flipped_bit_in_a_trailer_is_found_and_the_block_dropped(store: Store, tier: TierName, offset: int) -> None:
     store.flip(tier, 2, GEOMETRY.trailer_offset + offset)
@@ -225,7 +225,7 @@ def test_a_flipped_bit_in_a_trailer_is_found_and_the_block_dropped(store: Store,
     repaired(store, (tier, 2))
 
 
-@pytest.mark.parametrize("tier", TierName)
+@pytest.mark.parametrize("tier", [TierName.DRAM, TierName.SSD])
 def test_a_flipped_bit_in_a_record_is_found_and_the_record_dropped(store: Store, tier: TierName) -> None:
     def flip(items: dict[bytes, bytes]) -> None:
         items[KEYS[0]] = bytes([items[KEYS[0]][0], items[KEYS[0]][1] ^ 8]) + items[KEYS[0]][2:]
@@ -236,7 +236,7 @@ def test_a_flipped_bit_in_a_record_is_found_and_the_record_dropped(store: Store,
     repaired(store, (tier, 0))
 
 
-@pytest.mark.parametrize("tier", TierName)
+@pytest.mark.parametrize("tier", [TierName.DRAM, TierName.SSD])
 @pytest.mark.parametrize(
     ("fields", "what"),
     [
@@ -252,9 +252,9 @@ def test_a_flipped_bit_in_a_record_is_found_and_the_record_dropped(store: Store,
 def test_a_record_that_contradicts_the_store_is_found_and_dropped(
     store: Store, tier: TierName, fields: dict[str, int], what: str
 ) -> None:
-    if tier is TierName.DRAM and "trailer_checksum" in fields:
+    if tier == TierName.DRAM and "trailer_checksum" in fields:
         what = "copy on SSD has other bytes"
-    block = 2 if tier is TierName.DRAM else 3  # A block that the other tier's copy says nothing about.
+    block = 2 if tier == TierName.DRAM else 3  # A block that the other tier's copy says nothing about.
     store.change_record(tier, block, **fields)
 
     [(found_tier, key, found)] = problems(store.check()[1])

@@ -99,7 +99,7 @@ def watched(policy: Placement) -> Placement:
             self._see(items, now_s, is_settled=False)
             assert not items.in_use[row]
             assert not items.coming_bytes[row]
-            assert tier is TierName.DRAM or self.engine.store.channel.write_row != row
+            assert tier == TierName.DRAM or self.engine.store.channel.write_row != row
             super().left(items, row, tier, now_s)
 
         def forgotten(self, items: ItemTable, row: int, now_s: float) -> None:

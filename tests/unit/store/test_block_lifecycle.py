@@ -63,7 +63,7 @@ async def test_a_copy_on_ssd_counts_once_its_record_is_committed_and_not_before(
     assert opened.residency(chain.keys[0]) == {TierName.DRAM, TierName.SSD}
 
 
-@pytest.mark.parametrize("tier", TierName)
+@pytest.mark.parametrize("tier", [TierName.DRAM, TierName.SSD])
 async def test_the_space_of_an_evicted_copy_is_free_once_its_record_is_gone_and_not_before(
     opened: OpenStore, client: Client, tier: TierName
 ) -> None:
@@ -80,7 +80,7 @@ async def test_the_space_of_an_evicted_copy_is_free_once_its_record_is_gone_and_
     assert opened.records(tier) == {}
 
 
-@pytest.mark.parametrize("tier", TierName)
+@pytest.mark.parametrize("tier", [TierName.DRAM, TierName.SSD])
 async def test_the_space_of_a_discarded_block_is_free_once_its_records_are_gone_and_not_before(
     opened: OpenStore, client: Client, tier: TierName
 ) -> None:
@@ -163,7 +163,9 @@ async def test_where_an_old_record_cannot_be_removed_a_new_save_is_refused_in_ti
 async def test_one_block_evicted_twice_at_one_time_leaves_once(opened: OpenStore, client: Client) -> None:
     keys = await stored(opened, client)
     discarding = asyncio.ensure_future(opened.store.operators.discard(CALLER, keys))
-    outcomes = await asyncio.gather(*(opened.store.evict(CALLER, keys, tier) for tier in [*TierName, *TierName]))
+    outcomes = await asyncio.gather(
+        *(opened.store.evict(CALLER, keys, tier) for tier in [TierName.DRAM, TierName.SSD, TierName.DRAM, TierName.SSD])
+    )
     await discarding
     assert opened.hits(keys) == 0
     assert sum(outcome.evicted for outcome in outcomes) <= 2
@@ -279,7 +281,7 @@ async def test_use_times_that_could_not_be_written_are_written_the_next_time(
         with pytest.raises(StorageFailed):
             await opened.block_lifecycle.flush_recency()
     await opened.block_lifecycle.flush_recency()
-    for tier in TierName:
+    for tier in (TierName.DRAM, TierName.SSD):
         assert opened.index.load(tier).records["hits"].tolist() == [1]
         assert opened.index.load(tier).records["access_seq"].tolist() == [opened.blocks.next_access_seq - 1]
 

@@ -165,7 +165,7 @@ async def test_of_an_arena_that_was_replaced_each_block_is_known(store_files: Ca
     found = opened.explain.missing(CALLER, only_dram)
     assert found.why is Miss.LOST_IN_RESTART
     assert found.event is not None
-    assert found.event.tier is TierName.DRAM
+    assert found.event.tier == TierName.DRAM
     assert found.dram_emptied is not None
     assert "its capacity is" in found.dram_emptied.why
     assert [place.tier for place in places(opened, both)] == [TierName.SSD]

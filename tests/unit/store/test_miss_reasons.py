@@ -19,7 +19,7 @@ KEYS.append(KEYS[0][:8] + bytes(24))  # Begins as another one does.
 KEYS.append(bytes(32))  # As a place that was never written.
 
 reasons = st.sampled_from(list(Reason))
-tiers = st.sampled_from([None, *TierName])
+tiers = st.sampled_from([None, TierName.DRAM, TierName.SSD])
 notes = st.tuples(
     st.lists(st.sampled_from(KEYS), min_size=1, max_size=5, unique=True),
     reasons,

@@ -57,7 +57,7 @@ async def test_a_load_from_ssd_brings_its_blocks_up(opened: OpenStore, client: C
     lease = opened.lookup(client, chain.keys)
     assert lease is not None
     assert await opened.load(lease) == layers_of(images)
-    await until(lambda: all(opened.residency(key) == set(TierName) for key in chain.keys))
+    await until(lambda: all(opened.residency(key) == {TierName.DRAM, TierName.SSD} for key in chain.keys))
     assert opened.counters.promoted_blocks == 5
     await opened.settle()
 
@@ -207,7 +207,7 @@ def damage(opened: OpenStore, tier: TierName, key: bytes, at: int) -> None:
     row = int(opened.blocks.rows_of_keys([key])[0])
     extent = opened.blocks.extent(row, tier)
     assert extent is not None
-    [path] = opened.files.folder.glob("ssd-*.kv") if tier is TierName.SSD else opened.files.shared_memory.rglob("arena")
+    [path] = opened.files.folder.glob("ssd-*.kv") if tier == TierName.SSD else opened.files.shared_memory.rglob("arena")
     flip(path, HEADER + extent.offset_bytes + at)
 
 
@@ -248,7 +248,7 @@ async def test_a_flipped_bit_is_found_before_any_byte_of_its_slice_leaves_and_th
         assert progress[-1].damaged == 1
     else:
         tier = TierName.DRAM if how == "load from dram" else TierName.SSD
-        if tier is TierName.SSD:
+        if tier == TierName.SSD:
             await on_ssd(opened, client, chain)
         else:
             await opened.save(client, chain, some_images(chain), on_ssd=True)

@@ -30,7 +30,7 @@ class RefusingIndex:
     def put(
         self, tier: TierName, keys: Sequence[bytes], records: Records, check: Callable[[], None] | None = None
     ) -> asyncio.Future[None]:
-        if tier is TierName.SSD and self.error is not None:
+        if tier == TierName.SSD and self.error is not None:
             self.refused += 1
             failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             failed.set_exception(self.error)
@@ -126,7 +126,7 @@ async def test_a_save_to_ssd_ends_where_the_index_was_damaged_under_the_daemon(
 ) -> None:
     monkeypatch.setattr(block_lifecycle, "_SETTLED_WITHIN_S", 0.1)  # So long the second save waits for the first.
     client, chain = opened.store.attach(CALLER, "test"), some_chain(2)
-    environment = opened.index._environments[TierName.SSD]
+    environment = opened.index._durable
     assert environment._env is not None
     environment._env.close()  # Stands for any error that LMDB does not recover from.
     with (opened.files.folder / "index" / "data.mdb").open("r+b") as file:
@@ -163,7 +163,7 @@ async def test_bytes_written_before_a_failed_flush_are_written_anew_though_the_n
             await asyncio.to_thread(flushing.acquire)
             of_one = writes() - before
             await opened.save(client, second, some_images(second, seed=2))
-            commits_waiting = opened.index._environments[TierName.SSD]._queue
+            commits_waiting = opened.index._durable._queue
             await until(lambda: writes() == before + 2 * of_one and not commits_waiting.empty())
             calls.failing_once["fdatasync"] = errno.EIO  # The one that is held.
 

@@ -1,0 +1,207 @@
+"""A third tier below SSD, from one class and the configuration: a real daemon moves blocks through all three tiers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kvservice.index.pages import leaf_pages_in_use
+from kvservice_api.errors import InvalidRequest
+from kvservice_client import BlockChain, Client, Durability
+from tests.daemon import MIB, DaemonProcess, until
+from tests.integration.known_blocks import LARGE, new_chain, save, verify
+
+CHAINS = 60  # Three times as many blocks as DRAM or SSD has space for.
+
+
+def below_ssd(path: Path, kind: str = "tests.slow_directory:SlowDirectory", size: str = "64MiB") -> str:
+    return json.dumps([{"name": "archive", "kind": kind, "path": str(path), "capacity_bytes": size}])
+
+
+@pytest.fixture
+def daemon(new_daemon: Callable[..., DaemonProcess], tmp_path: Path) -> DaemonProcess:
+    """Room for about 20 large blocks in DRAM and on SSD each, and for all in the third tier."""
+    return new_daemon(
+        dram__capacity_bytes=8 * MIB, ssd__capacity_bytes=8 * MIB, tiers__below_ssd=below_ssd(tmp_path / "archive")
+    )
+
+
+def tiers_of(client: Client, chain: BlockChain) -> tuple[str, ...]:
+    return tuple(client.admin.inspect(chain.keys[0]).shards[0].tiers)
+
+
+def counts(client: Client) -> dict[str, int]:
+    return {tier.name: tier.blocks for tier in client.admin.status().tiers}
+
+
+def fill(client: Client) -> list[BlockChain]:
+    """Save more than two tiers hold, and wait until the third has all of it."""
+    chains = [new_chain(LARGE) for _ in range(CHAINS)]
+    for chain in chains:
+        save(client, LARGE, chain, Durability.SSD)
+    until(lambda: counts(client)["archive"] == CHAINS)
+    return chains
+
+
+def test_blocks_move_through_all_three_tiers_and_survive_sigkill(daemon: DaemonProcess) -> None:
+    with daemon.client() as client:
+        chains = fill(client)
+        held = counts(client)
+        assert 0 < held["dram"] < CHAINS and 0 < held["ssd"] < CHAINS, "the faster tiers hold a part"
+        daemon.kill()
+        assert daemon.check().returncode == 0
+        daemon.start()
+
+        found = counts(client)
+        assert found["archive"] == CHAINS and found["ssd"] > 0 and found["dram"] > 0
+        only_below = [chain for chain in chains if tiers_of(client, chain) == ("archive",)]
+        assert only_below, "some block is in the third tier alone"
+        for chain in chains:
+            verify(client, LARGE, chain)
+        assert client.admin.status().counters["promoted_blocks"] >= len(only_below)
+
+
+def test_a_block_lost_by_the_faster_tiers_is_read_from_the_third(daemon: DaemonProcess) -> None:
+    with daemon.client() as client:
+        chain = new_chain(LARGE, 3)
+        save(client, LARGE, chain)
+        until(lambda: counts(client)["archive"] == 3)
+        for tier in ("dram", "ssd"):
+            assert client.evict(chain.keys, tier).evicted == 3
+        assert tiers_of(client, chain) == ("archive",)
+        verify(client, LARGE, chain)
+        until(lambda: tiers_of(client, chain) == ("dram", "ssd", "archive"))  # A used block gets its copy on SSD again.
+        assert client.evict(chain.keys, "archive").evicted == 3
+        assert "archive" not in tiers_of(client, chain)
+        verify(client, LARGE, chain)
+
+
+def test_a_damaged_copy_in_the_third_tier_is_a_miss_and_never_wrong_bytes(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    with daemon.client() as client:
+        chain = new_chain(LARGE)
+        save(client, LARGE, chain)
+        until(lambda: counts(client)["archive"] == 1)
+        for tier in ("dram", "ssd"):
+            client.evict(chain.keys, tier)
+        [file] = [each for each in (tmp_path / "archive").iterdir() if each.name != "store_id"]
+        data = bytearray(file.read_bytes())
+        data[1000] ^= 1
+        file.write_bytes(data)
+
+        last = list(client.admin.scrub("archive"))[-1]
+        assert (last.blocks_checked, last.damaged) == (1, 1)
+        assert client.open_layout(LARGE).lookup(chain).hit_blocks == 0
+        [event, *_] = client.admin.explain_block(chain.keys[0]).events
+        assert event.tier_name == "archive"
+
+
+def test_the_built_in_kind_is_one_preallocated_file(new_daemon: Callable[..., DaemonProcess], tmp_path: Path) -> None:
+    folder = tmp_path / "drive"
+    daemon = new_daemon(
+        dram__capacity_bytes=8 * MIB, ssd__capacity_bytes=8 * MIB, tiers__below_ssd=below_ssd(folder, "file")
+    )
+    with daemon.client() as client:
+        chains = fill(client)
+        daemon.kill()
+        daemon.start()
+        for chain in chains:
+            verify(client, LARGE, chain)
+    assert daemon.stop() == 0
+    (folder / "archive.kv").rename(folder / "elsewhere")
+    daemon.launch()
+    assert daemon.wait_for_end() != 0
+    assert any("archive.kv is missing" in line for line in daemon.lines)
+
+
+def test_a_store_goes_on_without_its_third_tier_and_finds_it_again(
+    new_daemon: Callable[..., DaemonProcess], tmp_path: Path
+) -> None:
+    sizes = {"dram__capacity_bytes": 8 * MIB, "ssd__capacity_bytes": 8 * MIB}
+    daemon = new_daemon(**sizes, tiers__below_ssd=below_ssd(tmp_path / "archive"))
+    with daemon.client() as client:
+        fill(client)
+    assert daemon.stop() == 0
+    lower = daemon.settings.pop("tiers.below_ssd")
+    daemon.start()
+    with daemon.client() as client:
+        assert set(counts(client)) == {"dram", "ssd"}
+        assert client.admin.status().blocks < CHAINS
+    assert daemon.stop() == 0
+    daemon.settings["tiers.below_ssd"] = lower
+    daemon.start()
+    with daemon.client() as client:
+        assert counts(client)["archive"] == CHAINS
+
+
+def test_a_repaired_index_has_the_blocks_on_ssd_and_the_third_tier_starts_empty(daemon: DaemonProcess) -> None:
+    with daemon.client() as client:
+        chains = fill(client)
+        on_ssd = [chain for chain in chains if "ssd" in tiers_of(client, chain)]
+        assert daemon.stop() == 0
+        index = daemon.store / "index" / "data.mdb"
+        with index.open("r+b") as file:  # A page of records is cut off; its records are in older pages, too.
+            file.truncate(max(leaf_pages_in_use(index)) * 4096)
+        assert daemon.check().returncode == 1
+        assert "made new the index" in daemon.check("--repair").stdout
+        daemon.start()
+
+        found = counts(client)
+        assert found["ssd"] == len(on_ssd)
+        for chain in on_ssd:
+            verify(client, LARGE, chain)
+        until(lambda: counts(client)["archive"] >= len(on_ssd))  # Every block on SSD is copied again.
+
+
+def test_a_tier_that_the_store_does_not_have_is_refused_with_those_it_has(daemon: DaemonProcess) -> None:
+    with daemon.client() as client:
+        for ask in (
+            lambda: client.evict(new_chain(LARGE).keys, "tape"),
+            lambda: list(client.admin.list_blocks("tape")),
+            lambda: list(client.admin.scrub("tape")),
+        ):
+            with pytest.raises(InvalidRequest, match="dram, ssd, archive"):
+                ask()
+
+
+def test_operators_see_the_third_tier(
+    daemon: DaemonProcess, kvctl_here: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    def kvctl(*arguments: str) -> str:
+        done = kvctl_here(*arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    with daemon.client() as client:
+        chain = new_chain(LARGE)
+        save(client, LARGE, chain)
+        until(lambda: counts(client)["archive"] == 1)
+    assert "archive" in kvctl("status")
+    listed = json.loads(kvctl("ls", "--tier", "archive", "--json"))
+    assert listed["blocks"][0]["tiers"] == ["dram", "ssd", "archive"]
+    assert "in archive since" in kvctl("explain", chain.keys[0].hex())
+    assert "evicted 1 from archive" in kvctl("evict", chain.keys[0].hex(), "--tier", "archive")
+
+
+@pytest.mark.parametrize(
+    ("below", "what"),
+    [
+        ("not json", "tiers.below_ssd"),
+        ('[{"name": "Archive", "path": "/x", "capacity_bytes": 1}]', "pattern"),
+        ('[{"name": "ssd", "path": "/x", "capacity_bytes": 1}]', "name of its own"),
+        ('[{"name": "a", "path": "/x"}]', "capacity_bytes"),
+        ('[{"name": "a", "path": "/x", "capacity_bytes": "1GiB", "kind": "tape"}]', "no kind of tier"),
+        ('[{"name": "a", "path": "/x", "capacity_bytes": "1GiB", "kind": "no.module:Class"}]', "no kind of tier"),
+        ('[{"name": "a", "path": "/x", "capacity_bytes": "1GiB", "size": 3}]', "size"),
+    ],
+)
+def test_a_wrong_configuration_is_refused_with_its_reason(tmp_path: Path, below: str, what: str) -> None:
+    command = [sys.executable, "-m", "kvservice", "serve", "--tiers.below_ssd", below, "--store.path", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and what in done.stderr and "Traceback" not in done.stderr, done.stderr
