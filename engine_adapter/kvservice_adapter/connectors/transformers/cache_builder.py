@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 from transformers import DynamicCache, PreTrainedModel
 
-from kvservice_adapter.breaker import Breaker
 from kvservice_adapter.connectors.transformers.cache import StoredCache
-from kvservice_adapter.connectors.transformers.forward_saver import ForwardSaver, OnPrompt, Row
+from kvservice_adapter.connectors.transformers.forward_saver import ForwardSaver, Row, SaverParts
 from kvservice_adapter.connectors.transformers.history import Buffers, Head, History, LoadedHistory, Recompute
-from kvservice_adapter.connectors.transformers.model_layout import torch_dtype
 from kvservice_adapter.connectors.transformers.recompute import computed
 from kvservice_adapter.connectors.transformers.rows import Sequences
 from kvservice_adapter.connectors.transformers.unrotated import KeyHooks, UnrotatedCache
@@ -26,7 +24,6 @@ from kvservice_adapter.engine.prefix_lookup import StoredPrefix
 from kvservice_adapter.engine.request_report import Request
 from kvservice_adapter.layer_source import HostLayers
 from kvservice_adapter.load import LayerLoader
-from kvservice_adapter.save import LayerSaver
 from kvservice_adapter.session import Keys
 from kvservice_api.errors import KVError
 from kvservice_api.layout import Layout
@@ -97,18 +94,13 @@ class CacheBuilder:
     model: PreTrainedModel
     layout: Layout
     device: Device
-    saver: LayerSaver
-    breaker: Breaker
     rates: Rates
-    keys: Callable[[], Keys]
-    _: KW_ONLY
+    saver_parts: SaverParts
     wait_s: float
-    tokens_max: int | None
     key_hooks: KeyHooks | None  # For layouts that keep keys before rotation.
-    on_prompt: OnPrompt
 
     def __post_init__(self) -> None:
-        self._planner = LoadPlanner(self.layout, self.rates, self.breaker)
+        self._planner = LoadPlanner(self.layout, self.rates, self.saver_parts.breaker)
         self._lines = RateLimitedLog(log)
         self._loads, self._releases = self._new_streams()
 
@@ -255,19 +247,7 @@ class CacheBuilder:
         """`columns` of the prompt are the history."""
         given, request = asked.given, asked.request
         request.rows = len(rows)
-        saver = ForwardSaver(
-            self.saver,
-            self.breaker,
-            self.keys,
-            rows,
-            given.ids[:, :columns],
-            given.hidden[:, :columns],
-            self.layout.block_tokens,
-            torch_dtype(self.layout),
-            self.tokens_max,
-            may_hide=self.key_hooks is None,
-            on_prompt=self.on_prompt,
-        )
+        saver = ForwardSaver(self.saver_parts, rows, given.ids[:, :columns], given.hidden[:, :columns])
         made = self.model.config, history, saver, partial(request.forward_ended, history), asked.hooks
         if self.key_hooks is None:
             return StoredCache(*made)

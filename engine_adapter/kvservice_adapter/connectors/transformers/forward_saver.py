@@ -69,38 +69,32 @@ class Row:
     keys: list[bytes] = field(default_factory=list)  # Of the blocks from there on that are stored or being saved.
 
 
+@dataclass(frozen=True, slots=True)
+class SaverParts:
+    """What the savers of all caches of one connector share."""
+
+    saver: LayerSaver
+    breaker: Breaker
+    keys: Callable[[], Keys]  # Raises ValueError where the model is not what it was.
+    block_tokens: int
+    dtype: torch.dtype
+    tokens_max: int | None  # Of a row with more tokens nothing more is saved: its keys are rotated in another way.
+    may_hide: bool  # Whether anything is saved once the attention mask hides tokens.
+    on_prompt: OnPrompt
+
+
 class ForwardSaver:
     """For one cache, whose forwards come one after another. `saves` says what became of its blocks."""
 
     def __init__(
-        self,
-        saver: LayerSaver,
-        breaker: Breaker,
-        keys: Callable[[], Keys],
-        rows: Sequence[Row],
-        token_ids: NDArray[Any],
-        hidden: NDArray[np.bool_],
-        block_tokens: int,
-        dtype: torch.dtype,
-        tokens_max: int | None,
-        *,
-        may_hide: bool,
-        on_prompt: OnPrompt,
+        self, parts: SaverParts, rows: Sequence[Row], token_ids: NDArray[Any], hidden: NDArray[np.bool_]
     ) -> None:
         """`token_ids`, ``[row, column]``, are what the cache holds already; `hidden`, of that shape, marks those that
-        the attention mask hides, padding not included. Without `may_hide` nothing is saved once there are any.
-
-        Nothing is saved any more once a row has more than `tokens_max` tokens: all keys are rotated in another way
-        then. `keys` raises ValueError where the model is not what it was.
+        the attention mask hides, padding not included.
         """
-        self.saves: ForwardSaves[_Place] = ForwardSaves(saver, breaker)
-        self._keys = keys
+        self.saves: ForwardSaves[_Place] = ForwardSaves(parts.saver, parts.breaker)
+        self._parts = parts
         self._rows = rows
-        self._block_tokens = block_tokens
-        self._dtype = dtype
-        self._tokens_max = tokens_max
-        self._may_hide = may_hide
-        self._on_prompt = on_prompt
         self._known: list[Any] = [np.asarray(token_ids)]  # [row, some columns], one after another.
         self._mask = MaskRecord([row.pad for row in rows], hidden)
         self._generation: Generation | None = None
@@ -172,7 +166,7 @@ class ForwardSaver:
         self._mask.crop(0)
         self._mask.extend(visible)
         for row in self._rows:  # Keys of blocks from there on name other KV.
-            del row.keys[max(0, first - row.first) // self._block_tokens :]
+            del row.keys[max(0, first - row.first) // self._parts.block_tokens :]
 
     def begin(self, forward: Forward, first: int) -> None:
         """A forward begins; its first token will be in column `first`."""
@@ -196,7 +190,7 @@ class ForwardSaver:
             self._generation, self._prompt_columns = running(), end
             if is_first:
                 self._known = [np.concatenate([_on_host(each) for each in self._known], axis=1)]
-                self._on_prompt(self._known[0], self._mask.hidden(end))
+                self._parts.on_prompt(self._known[0], self._mask.hidden(end))
         try:
             for number, row in enumerate(self._rows):
                 self._open(number, row, end)
@@ -212,7 +206,7 @@ class ForwardSaver:
             return
         if not self.saves.is_any_open:
             return
-        if {keys.dtype, values.dtype} != {self._dtype}:
+        if {keys.dtype, values.dtype} != {self._parts.dtype}:
             self.stop("states are not of the layout's dtype")  # Those of autocast, for one.
         key_view, value_view = view_of(keys), view_of(values)  # Once for all rows.
         self.saves.layer(index, lambda place: Pages(key_view, value_view, [place.row], place.column))
@@ -237,7 +231,7 @@ class ForwardSaver:
             if columns < row.first:
                 self.stop("the cache was cropped to before its last cut")
                 return
-            del row.keys[(columns - row.first) // self._block_tokens :]
+            del row.keys[(columns - row.first) // self._parts.block_tokens :]
 
     def stop(self, reason: str) -> None:
         """What the cache holds from now on is not what its tokens say."""
@@ -262,8 +256,8 @@ class ForwardSaver:
         if not self._is_placed_as_expected(forward, len(given), first, first + given.shape[1]):
             return "tokens were masked or placed in another way than the call of restore says"
         longest = first + given.shape[1] - min(row.pad for row in self._rows)
-        if self._tokens_max is not None and longest > self._tokens_max:
-            return f"from {self._tokens_max} tokens on the model rotates its keys in another way"
+        if self._parts.tokens_max is not None and longest > self._parts.tokens_max:
+            return f"from {self._parts.tokens_max} tokens on the model rotates its keys in another way"
         return ""
 
     def _is_placed_as_expected(self, forward: Forward, rows: int, first: int, end: int) -> bool:
@@ -290,7 +284,7 @@ class ForwardSaver:
                 return False
         if (new & ~after_padding).any():
             return False
-        if not self._may_hide and (self.has_hidden or not np.array_equal(new, after_padding)):
+        if not self._parts.may_hide and (self.has_hidden or not np.array_equal(new, after_padding)):
             return False
         if not _are_counted(positions, new, self._mask.counts, or_none=are_all and bool(new.all())):
             return False
@@ -299,8 +293,8 @@ class ForwardSaver:
 
     def _open(self, number: int, row: Row, end: int) -> None:
         """Begin to save the blocks of a row that this forward completes."""
-        keys = self._keys()
-        tokens = self._block_tokens
+        keys = self._parts.keys()
+        tokens = self._parts.block_tokens
         column = row.first + len(row.keys) * tokens
         count = (end - column) // tokens
         if count < 1:
