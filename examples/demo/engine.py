@@ -147,6 +147,7 @@ class Engine:
             answer_ids=answer_ids,
             history_tokens=history_tokens,
             new_tokens=prompt_tokens - history_tokens,
+            answer_tokens=len(answer_ids),
             reused_tokens=history.loaded_tokens,
             tier=history.tier,
             transport=answered.transport or "none",

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from examples.demo.script import BLOCK_TOKENS, KILL_AFTER
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
     """One answered turn. Times run from the given text to the first token."""
 
     answer: str
     answer_ids: list[int]
+    problem: str  # Why a load or a save failed; empty if both succeeded.
     history_tokens: int
     new_tokens: int
+    answer_tokens: int
     reused_tokens: int
     tier: str  # "dram", "ssd", "mixed" or "none".
     transport: str  # Of the load: "shm", "grpc", "grpc+shm" or "none".
     bytes: int
-    ttft_reuse_s: float
-    problem: str  # Why a load or a save failed; empty if both succeeded.
-    dropped_tokens: int = 0  # Tokens dropped before this turn, because the history overflowed its window.
     ttft_recompute_s: float = 0.0  # Of the same answer without the daemon.
+    ttft_reuse_s: float
     identical: bool = False
+    dropped_tokens: int = 0  # Tokens dropped before this turn, because the history overflowed its window.
 
 
 def header(overflow: bool) -> str:
@@ -63,23 +64,12 @@ def totals(turns: Sequence[Turn], overflow: bool) -> str:
 
 def as_object(turns: Sequence[Turn], overflow: bool) -> dict[str, Any]:
     """The object of ``--json``."""
-    rows = []
-    for number, turn in enumerate(turns, start=1):
-        rows.append({
-            "turn": number,
-            "history_tokens": turn.history_tokens,
-            "new_tokens": turn.new_tokens,
-            "answer_tokens": len(turn.answer_ids),
-            "reused_tokens": turn.reused_tokens,
-            "tier": turn.tier,
-            "transport": turn.transport,
-            "bytes": turn.bytes,
-            "ttft_recompute_s": turn.ttft_recompute_s,
-            "ttft_reuse_s": turn.ttft_reuse_s,
-            "identical": turn.identical,
-            **({"dropped_tokens": turn.dropped_tokens} if overflow else {}),
-            "after_kill": number == KILL_AFTER + 1,
-        })  # fmt: skip
+    hidden = {"answer", "answer_ids", "problem"} | (set() if overflow else {"dropped_tokens"})
+    rows = [
+        {"turn": number, **{name: value for name, value in asdict(turn).items() if name not in hidden}}
+        | {"after_kill": number == KILL_AFTER + 1}
+        for number, turn in enumerate(turns, start=1)
+    ]
     return {"turns": rows, "summary": _summary(turns, overflow)}
 
 
