@@ -17,6 +17,9 @@ class Clock(Protocol):
     def timeout(self, seconds: float) -> asyncio.Timeout:
         """As `asyncio.timeout`, by this clock: ``async with`` raises TimeoutError after this time."""
 
+    async def sleep(self, seconds: float) -> None:
+        """As `asyncio.sleep`, by this clock."""
+
 
 class SystemClock:
     """The machine's clock. The wall clock is read once, so a later change of it has no effect here."""
@@ -33,3 +36,6 @@ class SystemClock:
 
     def timeout(self, seconds: float) -> asyncio.Timeout:
         return asyncio.timeout(seconds)
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)

@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from kvservice_api.address import SOCKET_PATH_BYTES_MAX, parse_listen_address
+from kvservice_api.address import SOCKET_PATH_BYTES_MAX, parse_listen_address, parse_listen_socket
 
 ENVIRONMENT_PREFIX = "KVSERVICE_"
 CONFIG_VARIABLE = "KVSERVICE_CONFIG"
@@ -49,11 +49,16 @@ def _checked_address(text: str) -> str:
     return text
 
 
+def _checked_socket(text: str) -> str:
+    return parse_listen_socket(text).path if text not in ("", "off") else text
+
+
 def _split_paths(value: object) -> object:
     return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
 
 
 AddressText = Annotated[str, AfterValidator(_checked_address)]
+SocketText = Annotated[str, AfterValidator(_checked_socket)]
 Paths = Annotated[tuple[Path, ...], BeforeValidator(_split_paths)]
 Size = Annotated[ByteSize, Field(ge=0)]
 
@@ -82,7 +87,7 @@ class ServerSettings(_Section):
     address: AddressText = _setting(
         "127.0.0.1:7070", "Where gRPC listens. Port 0 takes any free port.", unit="host:port", min_length=1
     )
-    unix_socket: str = _setting(
+    unix_socket: SocketText = _setting(
         "",
         "UNIX socket where gRPC listens too. Empty means `kvservice.sock` in the store's folder, left out where that "
         "path is longer than the 107 bytes a socket's may have; `off` means none.",
@@ -420,8 +425,6 @@ class Settings(BaseSettings):
             raise ValueError("tiers.below_ssd needs an SSD tier: ssd.capacity_bytes is 0")
         if len({*names, "dram", "ssd"}) != len(names) + 2:
             raise ValueError(f"tiers.below_ssd: every tier has a name of its own: dram, ssd, {', '.join(names)}")
-        if len(self._unix_socket_name.encode()) > SOCKET_PATH_BYTES_MAX and self.server.unix_socket:
-            raise ValueError(f"server.unix_socket is longer than {SOCKET_PATH_BYTES_MAX} bytes")
 
     @property
     def durable_map_bytes(self) -> int:

@@ -7,8 +7,6 @@ index (it belongs to the arena), then the block table from the records of both.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
 import gc
 import logging
 import os
@@ -56,11 +54,14 @@ from kvservice.tiers.dram import DramTier
 from kvservice.tiers.files import FileCalls, file_system_of
 from kvservice.tiers.kinds import tier_kind
 from kvservice.tiers.ssd import SsdTier
+from kvservice_api.malloc import keep_large_buffers, return_free_memory
 
 log = logging.getLogger(__name__)
 
 MIB = 2**20
 _DRAM_BYTES_MIN = 64 * MIB  # A DRAM tier that a memory limit makes smaller than this would hold few blocks, or none.
+
+_KEPT_FREE_BYTES = 512 * MIB
 
 _SOCKET_MODES = {"user": 0o600, "group": 0o660, "all": 0o666}
 
@@ -74,8 +75,10 @@ class Daemon:
         parts: _StoreParts,
         resources: ExitStack,
         certificates: Certificates | None,
+        clock: Clock,
     ) -> None:
         """Use `open`."""
+        self._clock = clock
         self.settings = settings
         self._certificates = certificates
         self.store, self.counters, self.directory, self._executor = parts
@@ -83,7 +86,7 @@ class Daemon:
         self._resources = resources
         self.boot_epoch = self.store.boot_epoch
         self.registry = CollectorRegistry()
-        self.heartbeat = Heartbeat(self.registry)
+        self.heartbeat = Heartbeat(clock, self.registry)
         server = settings.server
         path = settings.unix_socket_path
         if path is not None:
@@ -113,9 +116,9 @@ class Daemon:
         """
         certificates = Certificates(settings.tls) if settings.tls.certificate else None
         with ExitStack() as opening:
-            files = files or FileCalls()
-            parts = _open_store(settings, clock or SystemClock(), files, opening)
-            daemon = cls(settings, parts, opening, certificates)
+            files, clock = files or FileCalls(), clock or SystemClock()
+            parts = _open_store(settings, clock, files, opening)
+            daemon = cls(settings, parts, opening, certificates, clock)
             daemon._resources = opening.pop_all()
             return daemon
 
@@ -126,10 +129,10 @@ class Daemon:
         # Objects of the start are never freed, so the garbage collector can skip them.
         gc.collect()
         gc.freeze()
-        _give_back_freed_memory()
+        return_free_memory()  # Reading a million records takes a quarter of a gigabyte, which is then unused.
         self._tasks.start(self.heartbeat.run(), "heartbeat")
         if self._certificates is not None:
-            self._tasks.start(self._certificates.watch(self.counters), "TLS files")
+            self._tasks.start(self._certificates.watch(self.counters, self._clock), "TLS files")
         self._tasks.start(self.directory.keep(), "residency directory")
         ports = {"port": self.port, "metrics_port": self.metrics_port}
         log.info("serving", extra={**ports, "blocks": self.store.facts().blocks, "pid": os.getpid()})
@@ -141,7 +144,7 @@ class Daemon:
         timeout_s = self.settings.server.drain_timeout_s
         log.info("draining: running loads and saves may take %g s", timeout_s, extra={"timeout_s": timeout_s})
         try:
-            async with asyncio.timeout(timeout_s):
+            async with self._clock.timeout(timeout_s):
                 await self.store.quiet()
         except TimeoutError:
             log.warning("the drain timeout is over; running loads and saves are cancelled")
@@ -184,24 +187,7 @@ def tune_process() -> None:
     """Set the process-wide options of a daemon: for memory and for threads."""
     # I/O threads and committers take the GIL for microseconds, often: 5 ms is too long to wait for it.
     sys.setswitchinterval(0.0005)
-    _keep_large_buffers()
-
-
-def _keep_large_buffers() -> None:
-    """Have glibc keep freed megabytes instead of unmapping them: a fresh page costs more than its copy."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return  # Not glibc: another allocator.
-    m_trim_threshold, m_mmap_threshold = -1, -3
-    mallopt(m_mmap_threshold, 64 << 20)
-    mallopt(m_trim_threshold, 512 << 20)
-
-
-def _give_back_freed_memory() -> None:
-    """Reading a million records takes a quarter of a gigabyte, which is then unused."""
-    with contextlib.suppress(OSError, AttributeError):  # Not glibc.
-        ctypes.CDLL(None).malloc_trim(0)
+    keep_large_buffers(_KEPT_FREE_BYTES)  # A fresh page costs more than its copy.
 
 
 class _StoreParts(NamedTuple):
@@ -276,7 +262,7 @@ def _open_store(settings: Settings, clock: Clock, files: FileCalls, opening: Exi
     _warn_of_little_memory(arena, kind)
     dram = DramTier(arena)
     if settings.dram.share != "off":
-        dram.share()
+        arena.share()
     emptied = index.open_volatile(
         arena.directory / "index",
         arena.arena_id,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import logging
 import os
@@ -21,6 +20,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from kvservice.clock import Clock
 from kvservice.counters import HELP, Counters
 from kvservice.rpc.addresses import AddressUnusable, reason
 from kvservice.rpc.tls import Certificates
@@ -45,7 +45,8 @@ class Heartbeat:
     too: it is the machine's delay, not the daemon's.
     """
 
-    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+    def __init__(self, clock: Clock, registry: CollectorRegistry | None = None) -> None:
+        self._clock = clock
         self.latest_ms = 0.0  # The worst since the start.
         self._recent_ms = [0.0, 0.0]  # The worst of the last whole window, and of the one that runs.
         self._window_ends_s = 0.0
@@ -68,9 +69,9 @@ class Heartbeat:
             beat_s = _IDLE_BEAT_S
             while True:
                 waited_s, used_s = processor_wait.total_s(), time.thread_time()
-                due = time.monotonic() + beat_s
-                await asyncio.sleep(beat_s)
-                late_s = max(0.0, time.monotonic() - due)
+                due = self._clock.monotonic_s() + beat_s
+                await self._clock.sleep(beat_s)
+                late_s = max(0.0, self._clock.monotonic_s() - due)
                 self._delay.observe(late_s)
                 self._own_delay.observe(max(0.0, late_s - (processor_wait.total_s() - waited_s)))
                 self.latest_ms = max(self.latest_ms, late_s * 1000)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import time
-from collections.abc import Iterator
-from unittest import mock
+
+from kvservice_client import Clock
 
 
 class FakeClock:
@@ -31,9 +30,13 @@ class FakeClock:
         """Waits in real time: most tests do not check the duration."""
         return asyncio.timeout(seconds)
 
+    async def sleep(self, seconds: float) -> None:
+        """In real time too: the loops of a store go on by themselves."""
+        await asyncio.sleep(seconds)
+
 
 class HandClock(FakeClock):
-    """Waits also end only when the test moves the time."""
+    """Waits and pauses also end only when the test moves the time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,6 +47,11 @@ class HandClock(FakeClock):
         self._timeouts.append((self._seconds + seconds, timeout))
         return timeout
 
+    async def sleep(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with self.timeout(seconds):
+                await asyncio.get_running_loop().create_future()
+
     def advance(self, *, seconds: float) -> None:
         super().advance(seconds=seconds)
         for end_s, timeout in self._timeouts:
@@ -51,6 +59,12 @@ class HandClock(FakeClock):
                 with contextlib.suppress(RuntimeError):  # What it was for has ended before.
                     timeout.reschedule(asyncio.get_running_loop().time())
         self._timeouts = [(end_s, timeout) for end_s, timeout in self._timeouts if end_s > self._seconds]
+
+
+def passes(clock: FakeClock) -> bool:
+    """A second passes. True, for use in conditions that are awaited: the waits for them end by themselves."""
+    clock.advance(seconds=1)
+    return True
 
 
 class TickingClock(FakeClock):
@@ -61,13 +75,18 @@ class TickingClock(FakeClock):
         return super().wall_ms()
 
 
-@contextlib.contextmanager
-def later(*, seconds: float) -> Iterator[None]:
-    """In this process `time.monotonic` is ahead by so much meanwhile: for what a client does late."""
-    real = time.monotonic
+class ClientClock(Clock):
+    """A client's clock: only a test and the pauses of the client move it. Waits for something end in real time."""
 
-    def ahead() -> float:
-        return real() + seconds
+    def __init__(self) -> None:
+        self._seconds = random.randrange(80, 8_000_000) / 8
 
-    with mock.patch.object(time, "monotonic", ahead):
-        yield
+    def now_s(self) -> float:
+        return self._seconds
+
+    def sleep(self, seconds: float) -> None:
+        self.advance(seconds=seconds)
+
+    def advance(self, *, seconds: float) -> None:
+        assert seconds >= 0
+        self._seconds += seconds

@@ -1,6 +1,6 @@
-"""Which files of some packages run code: in this process with `FilesRun`, in a daemon with `FilesRunInDaemon`.
+"""Which files of some packages run code for a request: here with `FilesRun`, in a daemon with `FilesRunInDaemon`.
 
-python -m tests.files_run        prints the files of one save and of one load over gRPC, client and daemon
+python -m tests.files_run        prints the files of one save and of two loads over gRPC, client and daemon
 """
 
 from __future__ import annotations
@@ -9,20 +9,27 @@ import os
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
 PACKAGES = ("kvservice", "kvservice_api", "kvservice_client")
 _IN, _OUT = "TEST_FILES_RUN_IN", "TEST_FILES_RUN_OUT"
+_IDLE_S = 3.0  # Longer than the period of every loop that an idle daemon runs often.
 
 
 class FilesRun:
-    """Notes each file whose code runs, in all threads that begin after `start` and in the one that called it."""
+    """Notes each call of the packages' code, in all threads that begin after `start` and in the one that called it.
+
+    A call counts for the outermost function of the packages on its stack, the *root*: the handler of an RPC, or a
+    background loop. So the calls for a request are separate from those of loops that run without one.
+    """
 
     def __init__(self, packages: Sequence[str] = PACKAGES) -> None:
         self._packages = packages
-        self._files: set[str] = set()
+        self._files: dict[str, str | None] = {}  # The name of each file, None for those that do not count.
+        self._calls: set[tuple[str, str]] = set()
 
     def start(self) -> None:
         threading.setprofile(self._note)
@@ -32,20 +39,34 @@ class FilesRun:
         sys.setprofile(None)
         threading.setprofile(None)
 
-    def take(self) -> set[str]:
-        """The files since the last call, as package/path."""
-        files, self._files = self._files, set()
-        return {name for file in files if (name := self._name(file))}
+    def take(self) -> set[tuple[str, str]]:
+        """What was called since the last call: pairs of a file, as package/path, and the root that it ran for."""
+        calls, self._calls = self._calls, set()
+        return calls
 
     def _note(self, frame: FrameType, event: str, argument: object) -> None:
-        if event == "call":
-            self._files.add(frame.f_code.co_filename)
+        if event != "call" or (name := self._name(frame)) is None:
+            return
+        root, each = "", frame
+        while each is not None and not _is_event_loop(each):
+            if (file := self._name(each)) is not None:
+                root = f"{file}:{each.f_code.co_qualname}"
+            each = each.f_back  # type: ignore[assignment]
+        self._calls.add((name, root))
 
-    def _name(self, file: str) -> str | None:
-        """Generated code does not count: it has no lines that somebody reads."""
-        parts = Path(file).parts
-        starts = [at for at, part in enumerate(parts) if part in self._packages]
-        return None if not starts or "v1" in parts else "/".join(parts[starts[-1] :])
+    def _name(self, frame: FrameType) -> str | None:
+        """Generated code does not count: it is not code that a reader of the project reads."""
+        file = frame.f_code.co_filename
+        if file not in self._files:
+            parts = Path(file).parts
+            starts = [at for at, part in enumerate(parts) if part in self._packages]
+            self._files[file] = None if not starts or "v1" in parts else "/".join(parts[starts[-1] :])
+        return self._files[file]
+
+
+def _is_event_loop(frame: FrameType) -> bool:
+    """Whether the frame runs the event loop: what is further out on the stack started the loop, and is no caller."""
+    return frame.f_code.co_filename.endswith("asyncio/runners.py")
 
 
 class FilesRunInDaemon:
@@ -57,10 +78,10 @@ class FilesRunInDaemon:
         os.mkfifo(self._out)
         self.environment = {_IN: str(self._in), _OUT: str(self._out)}
 
-    def take(self) -> set[str]:
-        """The files since the last call. Blocks until the daemon answers."""
+    def take(self) -> set[tuple[str, str]]:
+        """What was called since the last call. Blocks until the daemon answers."""
         self._in.write_text("take")
-        return set(self._out.read_text().split())
+        return {(file, root) for line in self._out.read_text().splitlines() for file, root in [line.split("\t")]}
 
 
 def _daemon() -> int:
@@ -71,45 +92,57 @@ def _daemon() -> int:
     def answer() -> None:
         while True:
             Path(os.environ[_IN]).read_text()
-            Path(os.environ[_OUT]).write_text("\n".join(sorted(run.take())))
+            Path(os.environ[_OUT]).write_text("\n".join(f"{file}\t{root}" for file, root in sorted(run.take())))
 
     threading.Thread(target=answer, name="files-run", daemon=True).start()
     run.start()
     return main()
 
 
-def save_and_load() -> dict[str, set[str]]:
-    """The files of one save of one block and of one load, over gRPC, in client and daemon together."""
+def save_and_loads() -> dict[str, set[str]]:
+    """The files that run for one save of one block, up to its copy on SSD, and for its loads from DRAM and from SSD.
+
+    All over gRPC, in client and daemon together. Calls whose root also runs in an idle daemon do not count.
+    """
+    from kvservice_client import Durability
     from tests.daemon import DaemonProcess
     from tests.integration.known_blocks import SMALL, layers_of, new_chain
 
     with tempfile.TemporaryDirectory() as folder:
         in_daemon, in_client = FilesRunInDaemon(Path(folder)), FilesRun()
         daemon = DaemonProcess(Path(folder) / "store", program=("-m", "tests.files_run"))
+        calls: dict[str, set[tuple[str, str]]] = {}
         try:
             daemon.start(environment=in_daemon.environment)
             with daemon.client(transport="grpc") as client:
                 blocks = client.open_layout(SMALL)
-                blocks.save(warm := new_chain(SMALL), layers_of(SMALL, warm))  # Connects, attaches, opens the layout.
+                warm = new_chain(SMALL)
+                blocks.save(warm, layers_of(SMALL, warm), Durability.SSD)  # Connects, attaches, opens the layout.
                 chain = new_chain(SMALL)
                 layers = layers_of(SMALL, chain)
                 in_daemon.take()
+                time.sleep(_IDLE_S)
+                idle = {root for _, root in in_daemon.take()}
                 in_client.start()
-                blocks.save(chain, layers)
-                saved = in_client.take() | in_daemon.take()
-                with blocks.lookup(chain) as lease:
-                    in_client.take()
-                    in_daemon.take()
-                    list(lease.load())
-                    loaded = in_client.take() | in_daemon.take()
+                blocks.save(chain, layers, Durability.SSD)
+                calls["save"] = in_client.take() | in_daemon.take()
+                for tier in ("DRAM", "SSD"):
+                    if tier == "SSD":
+                        assert client.evict(chain, "dram").evicted == 1
+                    with blocks.lookup(chain) as lease:
+                        in_client.take()
+                        in_daemon.take()
+                        list(lease.load())
+                        calls[f"load from {tier}"] = in_client.take() | in_daemon.take()
                 in_client.stop()
         finally:
             daemon.__exit__(None, None, None)
-    return {"save": saved, "load": loaded}
+    return {name: {file for file, root in pairs if root not in idle} for name, pairs in calls.items()}
 
 
 if __name__ == "__main__":
     if _IN in os.environ:
         sys.exit(_daemon())
-    for operation, files in save_and_load().items():
-        print(f"{operation}: {len(files)} files", *sorted(files), sep="\n  ")
+    for operation, files in save_and_loads().items():
+        client_files = sum(file.startswith("kvservice_client") for file in files)
+        print(f"{operation}: {len(files)} files, {client_files} of the client", *sorted(files), sep="\n  ")

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from kvservice.blocks import Extent, TierName
 from kvservice.tiers.base import StoreMismatch
 from kvservice.tiers.extents import SpaceMap, extent_size, lie_within
-from kvservice.tiers.files import FileCalls
-from kvservice.tiers.io_pool import WRITE, IoPool
+from kvservice.tiers.files import WRITE, FileCalls, IoPool
 from kvservice_api.errors import StorageFailed, TierFull
 from kvservice_api.image import PAGE_BYTES
 

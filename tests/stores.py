@@ -29,7 +29,6 @@ from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import DEFAULT_TENANT, Caller
 from kvservice.store.directory import ResidencyDirectory
 from kvservice.store.leases import Client, Lease, Leases
-from kvservice.store.loop_budget import LoopBudget
 from kvservice.store.miss_reasons import MissReasons
 from kvservice.store.mover.evictor import Evictor, Watermarks
 from kvservice.store.mover.promoter import Promoter
@@ -41,9 +40,9 @@ from kvservice.store.operations.scrub import Scrub
 from kvservice.store.recovery import recover
 from kvservice.store.sessions.sessions import Sessions
 from kvservice.store.store import BlockStore, StoreLimits
-from kvservice.store.tasks import Tasks
+from kvservice.store.tasks import LoopBudget, Tasks
 from kvservice.store.tickets import Tickets
-from kvservice.store.transfers.claims import Claims
+from kvservice.store.transfers.admission import Claims
 from kvservice.store.transfers.in_place_uploads import InPlaceUploads
 from kvservice.store.transfers.reads import Part, Reads
 from kvservice.store.transfers.upload import SaveOutcome, Upload, Uploads
@@ -150,7 +149,7 @@ class OpenStore:
         self.arena = Arena.open(files.shared_memory, self.index.store_id, files.dram_bytes, calls=files.calls)
         self.dram = DramTier(self.arena)
         if files.share:
-            self.dram.share()
+            self.arena.share()
         self.index.open_volatile(
             self.arena.directory / "index",
             self.arena.arena_id,

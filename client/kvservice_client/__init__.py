@@ -25,11 +25,12 @@ from kvservice_client.client import DEFAULT_ADDRESS, Client, EvictResult, Prefet
 from kvservice_client.lease import Lease, LoadedLayer, ResidencyRun
 from kvservice_client.local_directory import LocalHit
 from kvservice_client.reports import Outcome, RequestReport
+from kvservice_client.retry import Clock
 from kvservice_client.session import Session, SessionHistory, SessionState, Slice
 from kvservice_client.tls import TlsFiles
-from kvservice_client.traffic import Stats, TransportStats
 from kvservice_client.transports.base import Durability, SaveResult
 from kvservice_client.transports.in_place import View
+from kvservice_client.transports.ordered import Stats, TransportStats
 
 __all__ = [
     "DEFAULT_ADDRESS",
@@ -37,6 +38,7 @@ __all__ = [
     "BlockCache",
     "BlockChain",
     "Client",
+    "Clock",
     "Durability",
     "EvictResult",
     "KVError",

@@ -11,7 +11,6 @@ from kvservice_api.v1 import sessions_pb2
 from kvservice_client import arguments
 from kvservice_client.channel import ADMIN, SESSIONS
 from kvservice_client.connection import Connection
-from kvservice_client.retry import Deadline
 
 _PAGE_BLOCKS = 1000
 _PIN_KEYS = 4096
@@ -129,7 +128,8 @@ class Admin:
     ) -> Iterator[pb.ScrubResponse]:
         """Verify everything stored. Yields about twice a second; the last message has `done`."""
         request = arguments.message(pb.ScrubRequest, **arguments.tier_fields(tier), bytes_per_second=bytes_per_second)
-        return self._connection.channel.stream(ADMIN + "Scrub", request, pb.ScrubResponse, Deadline(timeout_s))
+        deadline = self._connection.deadline(timeout_s)
+        return self._connection.channel.stream(ADMIN + "Scrub", request, pb.ScrubResponse, deadline)
 
     def pin(self, keys: Iterable[bytes], ttl_s: float, timeout_s: float | None = None) -> pb.PinResponse:
         """Keep blocks from being evicted for `ttl_s` from now. Those that are not stored are counted.
@@ -180,7 +180,9 @@ class Admin:
         Leaving the iterator does not end the drain.
         """
         request = pb.DrainRequest(action=pb.DRAIN_ACTION_BEGIN)
-        return self._connection.channel.stream(ADMIN + "Drain", request, pb.DrainResponse, Deadline(timeout_s))
+        return self._connection.channel.stream(
+            ADMIN + "Drain", request, pb.DrainResponse, self._connection.deadline(timeout_s)
+        )
 
     def undo_drain(self, timeout_s: float | None = None) -> pb.DrainResponse:
         """Have the daemon take saves again. Raises Draining where it is stopping."""

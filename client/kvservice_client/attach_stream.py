@@ -19,7 +19,7 @@ from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client import forks
 from kvservice_client.channel import BLOCKS, Channel
 from kvservice_client.rate_limited_log import RateLimitedLog
-from kvservice_client.retry import Deadline
+from kvservice_client.retry import SYSTEM_CLOCK, Clock, Deadline
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +42,11 @@ def default_name() -> str:
 class AttachStream:
     """Keeps one attachment alive. The thread starts with the first question for it."""
 
-    def __init__(self, channel: Channel, client_name: str) -> None:
+    def __init__(self, channel: Channel, client_name: str, clock: Clock = SYSTEM_CLOCK) -> None:
         """Where `client_name` is empty, `default_name` of the process that attaches is used."""
         self._channel = channel
         self._client_name = client_name
+        self._clock = clock
         self._log = RateLimitedLog(log)
         self._closed = threading.Event()
         self._listeners: list[Callable[[], None]] = []
@@ -78,7 +79,8 @@ class AttachStream:
                 self._thread.start()
             attempt = self._attempts_failed + 1
             self._retry_now.set()
-            has_ended = self._changed.wait_for(
+            has_ended = deadline.clock.wait_for(
+                self._changed,
                 lambda: self._attachment or self._attempts_failed >= attempt or self._closed.is_set(),
                 deadline.remaining_s,
             )
@@ -127,7 +129,7 @@ class AttachStream:
             finally:
                 over.set()
             pause_s = _PAUSE_FIRST_S if was_attached else min(2 * pause_s, _PAUSE_MAX_S)
-            self._retry_now.wait(pause_s)
+            self._clock.wait(self._retry_now, pause_s)
 
     def _requests(self, over: threading.Event) -> Iterator[pb.AttachRequest]:
         yield pb.AttachRequest(client_name=self._client_name or default_name())

@@ -16,7 +16,7 @@ from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, InvalidReq
 from kvservice_api.status import from_rpc_error
 from kvservice_client import forks
 from kvservice_client.own_grpc import own_grpc
-from kvservice_client.retry import Deadline
+from kvservice_client.retry import SYSTEM_CLOCK, Clock, Deadline
 from kvservice_client.tls import TlsFiles, TlsWatch
 
 BLOCKS = "/kvservice_api.v1.BlockService/"
@@ -58,7 +58,7 @@ class _Link:
         self.channel = channel
         self.calls = 0
         self.streams: set[Any] = set()  # Running calls that are objects of gRPC.
-        self.generation = forks.generation()
+        self.generation = forks.generation
         self._callables: dict[str, Any] = {}
 
     def callable(self, method: str, make: Callable[[grpc.Channel], Any]) -> Any:
@@ -70,7 +70,7 @@ class _Link:
     @property
     def is_inherited(self) -> bool:
         """Whether it is the link of a parent of this process. Such a link, and its calls, must not be touched."""
-        return self.generation != forks.generation()
+        return self.generation != forks.generation
 
 
 class Channel:
@@ -80,7 +80,7 @@ class Channel:
     A forked child opens a connection of its own.
     """
 
-    def __init__(self, address: str, tls: TlsFiles | None = None) -> None:
+    def __init__(self, address: str, tls: TlsFiles | None = None, clock: Clock = SYSTEM_CLOCK) -> None:
         """`address` is host:port, or the path of a UNIX socket, which is never encrypted.
 
         Raises InvalidRequest, TlsFileUnusable.
@@ -90,7 +90,7 @@ class Channel:
         except ValueError as error:
             raise InvalidRequest(str(error), field="address") from error
         self.address = address
-        self._tls = TlsWatch(tls) if tls is not None and isinstance(self._address, TcpAddress) else None
+        self._tls = TlsWatch(tls, clock) if tls is not None and isinstance(self._address, TcpAddress) else None
         self._lock = threading.RLock()  # Re-entrant: an abandoned stream ends wherever the garbage collector runs.
         self._link: _Link | None = None
         self._retired: set[_Link] = set()

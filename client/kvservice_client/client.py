@@ -16,11 +16,10 @@ from kvservice_client.block_cache import BlockCache
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection
 from kvservice_client.reports import RequestReport
-from kvservice_client.retry import Deadline
+from kvservice_client.retry import SYSTEM_CLOCK, Clock, Deadline
 from kvservice_client.session import Session
 from kvservice_client.tls import TlsFiles
-from kvservice_client.traffic import Stats
-from kvservice_client.transports.ordered import OrderedTransports
+from kvservice_client.transports.ordered import OrderedTransports, Stats
 
 DEFAULT_ADDRESS = "127.0.0.1:7070"
 
@@ -59,13 +58,15 @@ class Client:
         tls: TlsFiles | None = None,
         transport: Literal["auto", "shm", "grpc"] = "auto",
         throttle_bytes_per_s: float = 0.0,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         """`address` is host:port or the path of a UNIX socket; `name` is what operators see of this client.
 
         With `tls`, host:port is spoken to by TLS. `transport` is how bytes travel: by shared memory wherever that
         works, and else by gRPC ("auto"); never by shared memory ("grpc"); or as in "auto", but a daemon whose arena
         is not here is an error ("shm"). With `throttle_bytes_per_s` blocks travel no faster than that, which is for
-        measurements and tests. Raises InvalidRequest, TlsFileUnusable.
+        measurements and tests. Deadlines, pauses and the time that leases have left go by `clock`. Raises
+        InvalidRequest, TlsFileUnusable.
         """
         arguments.client_name(name)
         arguments.seconds(timeout_s, "timeout_s")
@@ -75,13 +76,18 @@ class Client:
         if transport not in ("auto", "shm", "grpc"):
             raise InvalidRequest(f"transport is {transport!r}; it must be 'auto', 'shm' or 'grpc'", field="transport")
         arguments.rate(throttle_bytes_per_s, "throttle_bytes_per_s")
-        self._connection = Connection(address, name, timeout_s, reconnect_wait_s, tls)
+        self._connection = Connection(address, name, timeout_s, reconnect_wait_s, tls, clock)
         self._transports = OrderedTransports(self._connection, transport, throttle_bytes_per_s)
         self.admin = Admin(self._connection)
 
     @property
     def address(self) -> str:
         return self._connection.channel.address
+
+    @property
+    def clock(self) -> Clock:
+        """What this client's deadlines, pauses and leases go by."""
+        return self._connection.clock
 
     def close(self) -> None:
         """End all leases and the connection. What this client handed out is of no use after this."""

@@ -48,9 +48,9 @@ class Connection:
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self.clock = clock
-        self.channel = Channel(address, tls)
-        self.attach_stream = AttachStream(self.channel, name)
-        self.reporter = Reporter(self.channel, name)
+        self.channel = Channel(address, tls, clock)
+        self.attach_stream = AttachStream(self.channel, name, clock)
+        self.reporter = Reporter(self.channel, name, clock)
         self.local_directory = LocalDirectory()
         self.timeout_s = timeout_s
         self._reconnect_wait_s = reconnect_wait_s

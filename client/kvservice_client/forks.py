@@ -34,13 +34,8 @@ class Forkable(Protocol):
 
 
 _objects: WeakSet[Any] = WeakSet()
-_generation = 0
+generation = 0  # Another number in each forked child: tells which objects were made before the fork.
 _fork_lock = threading.RLock()
-
-
-def generation() -> int:
-    """A number that is another one in each forked child: tells objects that were made before the fork."""
-    return _generation
 
 
 def register(made: Forkable) -> None:
@@ -104,8 +99,8 @@ def _after_in_parent() -> None:
 
 
 def _after_in_child() -> None:
-    global _generation, _fork_lock
-    _generation += 1
+    global generation, _fork_lock
+    generation += 1
     _fork_lock = threading.RLock()
     for made in list(_objects):
         try:

@@ -71,7 +71,7 @@ class Lease:
         self._attachment = attachment
         self._lease_id = answer.lease_id
         self._ttl_s = answer.lease_ttl_ms / 1e3
-        self._generation = forks.generation()
+        self._generation = forks.generation
         self._end_s = asked_at_s + self._ttl_s  # Counted from before the question: never later than the daemon's.
         self.token_counts = tuple(token_counts[: answer.hit_blocks])
         self.residency = [ResidencyRun(run.count, run.dram, run.ssd) for run in answer.runs]
@@ -239,7 +239,9 @@ class Lease:
             arguments.seconds(timeout_s, "timeout_s")
         if self.remaining_s:
             request = pb.ReleaseLeaseRequest(client_id=self._attachment.client_id, lease_id=self._lease_id)
-            deadline = Deadline(min(_RELEASE_S, self._connection.timeout_s if timeout_s is None else timeout_s))
+            deadline = self._connection.deadline(
+                min(_RELEASE_S, self._connection.timeout_s if timeout_s is None else timeout_s)
+            )
             with suppress(KVError):
                 self._connection.channel.call(BLOCKS + "ReleaseLease", request, pb.ReleaseLeaseResponse, deadline)
         self._lease_id = 0
@@ -255,7 +257,7 @@ class Lease:
     @property
     def _is_inherited(self) -> bool:
         """Whether the lease is that of a parent of this process, from before a fork."""
-        return self._generation != forks.generation()
+        return self._generation != forks.generation
 
     def _ended(self) -> LeaseExpired:
         if self._is_inherited:

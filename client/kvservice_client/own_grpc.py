@@ -51,7 +51,7 @@ class _OwnGrpc:
         with self._lock:
             if self._module is None and not self._refusal:
                 try:
-                    self._module = _load_copy(f"grpc_after_fork_{forks.generation()}")
+                    self._module = _load_copy(f"grpc_after_fork_{forks.generation}")
                 except Exception as error:  # Whatever the reason: the caller is told, and recomputes.
                     self._refusal = f"{type(error).__name__}: {error}"
             if self._module is None:

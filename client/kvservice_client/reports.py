@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import secrets
 import threading
-import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client import arguments, forks
 from kvservice_client.attach_stream import default_name
 from kvservice_client.channel import BLOCKS, Channel
-from kvservice_client.retry import Deadline
+from kvservice_client.retry import SYSTEM_CLOCK, Clock, Deadline
 
 _QUEUE_MAX = 256
 _SEND_S = 1.0
@@ -74,7 +73,7 @@ class RequestReport:
     loaded_bytes: int = 0
     tier: str = ""
     transport: str = ""
-    began_s: float | None = None  # When, by `time.monotonic`. Else as of the moment of the report.
+    began_s: float | None = None  # When, by the client's clock. Else as of the moment of the report.
     lookup_s: float | None = None
     first_layer_s: float | None = None  # From the load's call.
     load_s: float | None = None
@@ -86,8 +85,9 @@ class RequestReport:
 class Reporter:
     """Sends reports, one after another, on a thread that starts with the first. Thread-safe."""
 
-    def __init__(self, channel: Channel, client_name: str) -> None:
+    def __init__(self, channel: Channel, client_name: str, clock: Clock = SYSTEM_CLOCK) -> None:
         self._channel = channel
+        self._clock = clock
         self._client_name = client_name
         self._is_closed = False
         self.reset_in_child()
@@ -103,7 +103,7 @@ class Reporter:
     def report(self, report: RequestReport) -> None:
         """Queue a report; where the queue is full the oldest one leaves. Waits for nobody. Raises InvalidRequest."""
         message = _message(report, self._client_name or default_name())
-        began_s = time.monotonic() if report.began_s is None else report.began_s
+        began_s = self._clock.now_s() if report.began_s is None else report.began_s
         with self._changed:
             if self._is_closed:
                 self.dropped += 1
@@ -128,10 +128,11 @@ class Reporter:
     def _run(self) -> None:
         while (next_one := self._next()) is not None:
             began_s, message = next_one
-            message.ago_ms = max(0, round((time.monotonic() - began_s) * 1e3))
+            message.ago_ms = max(0, round((self._clock.now_s() - began_s) * 1e3))
             request = pb.ReportRequestRequest(report=message)
+            deadline = Deadline(_SEND_S, self._clock)
             try:
-                self._channel.call(BLOCKS + "ReportRequest", request, pb.ReportRequestResponse, Deadline(_SEND_S))
+                self._channel.call(BLOCKS + "ReportRequest", request, pb.ReportRequestResponse, deadline)
             except (DaemonUnavailable, DeadlineExceeded):
                 if not self._put_back(next_one):
                     return
@@ -151,7 +152,7 @@ class Reporter:
                 self._queue.appendleft(report)
             else:
                 self.dropped += 1
-            if self._changed.wait_for(lambda: self._is_closed, _PAUSE_S):
+            if self._clock.wait_for(self._changed, lambda: self._is_closed, _PAUSE_S):
                 self.dropped += len(self._queue)
                 self._queue.clear()
                 return False

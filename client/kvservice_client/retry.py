@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -16,13 +17,21 @@ _PAUSE_MAX_S = 0.1
 
 
 class Clock:
-    """The client's time in seconds, from a clock that never goes back. Tests pass another clock."""
+    """The client's time in seconds, from a clock that never goes back, and its waits. Tests pass another clock."""
 
     def now_s(self) -> float:
         return time.monotonic()
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
+
+    def wait(self, event: threading.Event, seconds: float) -> bool:
+        """Wait for the event, at most that long. Whether it is set."""
+        return event.wait(seconds)
+
+    def wait_for(self, changed: threading.Condition, predicate: Callable[[], object], seconds: float) -> bool:
+        """As ``changed.wait_for(predicate, seconds)``, with its lock held. Whether the predicate is true."""
+        return bool(changed.wait_for(predicate, seconds))
 
 
 SYSTEM_CLOCK = Clock()

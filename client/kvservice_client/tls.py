@@ -6,11 +6,10 @@ import logging
 import os
 import ssl
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from kvservice_api.errors import TlsFileUnusable
-from kvservice_api.file_stamps import file_stamps
+from kvservice_api.pem_files import PemError, PemFile, file_stamps, load_authorities, load_pair
 from kvservice_client.retry import SYSTEM_CLOCK, Clock
 
 log = logging.getLogger(__name__)
@@ -36,36 +35,22 @@ class TlsFiles:
 
     def read(self) -> TlsContents:
         """Raises TlsFileUnusable, naming file and reason."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        ca = certificate = key = None
-        if self.ca:
-            ca = _read("CA", self.ca)
-            try:
-                context.load_verify_locations(self.ca)
-            except ssl.SSLError as error:
-                raise _unusable("CA", self.ca, "holds no certificate in PEM") from error
-            except OSError as error:  # It was there a moment ago.
-                raise _unusable("CA", self.ca, f"cannot be read: {error.strerror}") from error
         if bool(self.certificate) != bool(self.key):
             raise TlsFileUnusable("a TLS certificate and its key go together, and only one of them is given")
-        if self.certificate:
-            certificate, key = _read("certificate", self.certificate), _read("key", self.key)
-            self._check_pair(context)
-        return TlsContents(ca, certificate, key)
-
-    def _check_pair(self, context: ssl.SSLContext) -> None:
-        def passphrase() -> str:
-            raise _unusable("key", self.key, "has a passphrase, and nobody is there to type it")
-
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        contents = TlsContents()
         try:
-            context.load_cert_chain(self.certificate, self.key, passphrase)
-        except ssl.SSLError as error:
-            if error.reason == "KEY_VALUES_MISMATCH":
-                raise _unusable("key", self.key, f"is not the key of the certificate {self.certificate}") from error
-            reason = f"and its key {self.key} cannot be used, one of them holds no PEM of its kind"
-            raise _unusable("certificate", self.certificate, reason) from error
-        except OSError as error:
-            raise _unusable("certificate", self.certificate, f"or its key cannot be read: {error.strerror}") from error
+            if self.ca:
+                ca = PemFile("the TLS CA", self.ca)
+                load_authorities(context, ca)
+                contents = contents._replace(ca=ca.content)
+            if self.certificate:
+                certificate, key = PemFile("the TLS certificate", self.certificate), PemFile("the TLS key", self.key)
+                load_pair(context, certificate, key)
+                contents = contents._replace(certificate=certificate.content, key=key.content)
+        except PemError as error:
+            raise TlsFileUnusable(str(error)) from error
+        return contents
 
     def stamps(self) -> tuple[object, ...]:
         """Differs after each change of a file, be it in place, by renaming, or of a link on its way."""
@@ -75,9 +60,9 @@ class TlsFiles:
 class TlsContents(NamedTuple):
     """PEM, or None for what is not used."""
 
-    ca: bytes | None
-    certificate: bytes | None
-    key: bytes | None
+    ca: bytes | None = None
+    certificate: bytes | None = None
+    key: bytes | None = None
 
 
 class TlsWatch:
@@ -117,14 +102,3 @@ class TlsWatch:
             return None
         self.latest = contents
         return contents
-
-
-def _read(what: str, path: str | os.PathLike[str]) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise _unusable(what, path, f"cannot be read: {error.strerror}") from error
-
-
-def _unusable(what: str, path: str | os.PathLike[str], reason: str) -> TlsFileUnusable:
-    return TlsFileUnusable(f"the TLS {what} {os.fspath(path)} {reason}")

@@ -16,6 +16,7 @@ from typing import Self
 
 from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, KVError
 from kvservice_client import BlockCache
+from kvservice_client.retry import SYSTEM_CLOCK, Clock
 
 _PROBE_TIMEOUT_S = 0.25
 
@@ -35,19 +36,17 @@ class Breaker:
         *,
         failures: int = 2,
         probe_s: float = 0.5,
-        wait: Callable[[threading.Event, float], bool] = threading.Event.wait,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         """`probe` asks the daemon, within a time of its own, and returns whether it answered. An exception counts as
-        no answer.
-
-        `wait` waits for the event for so many seconds; it returns whether the event was set.
+        no answer. The pauses between probes go by `clock`.
         """
         if failures < 1 or probe_s <= 0:
             raise ValueError("a breaker needs at least one failure, and time between its probes")
         self._probe = probe
         self._failures_max = failures
         self._probe_s = probe_s
-        self._wait = wait
+        self._clock = clock
         self._lock = threading.Lock()
         self._failures = 0
         self._state = State.CLOSED
@@ -85,7 +84,7 @@ class Breaker:
     def _open(self) -> None:
         self._state = State.OPEN
         self._opened += 1
-        arguments = (weakref.ref(self), self._ends, self._probe_s, self._wait)
+        arguments = (weakref.ref(self), self._ends, self._probe_s, self._clock)
         self._thread = threading.Thread(target=_run, args=arguments, name="kvservice-breaker", daemon=True)
         self._thread.start()
 
@@ -121,10 +120,10 @@ def _run(
     breaker: weakref.ref[Breaker],
     ends: threading.Event,
     probe_s: float,
-    wait: Callable[[threading.Event, float], bool],
+    clock: Clock,
 ) -> None:
     """Probe until the breaker is closed, or gone: nothing here keeps it while the thread waits."""
-    while not wait(ends, probe_s):
+    while not clock.wait(ends, probe_s):
         open_breaker = breaker()
         if open_breaker is None or open_breaker._probed():
             return

@@ -15,7 +15,6 @@ The arrays of a layer are the engine's from `wait` on; before that only the stre
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from functools import partial
 from kvservice_adapter.device.base import Device, Event, Pages, Stream, StreamClosed
 from kvservice_adapter.layer_source import BegunLayer, LayerSource, PagesOfLayer
 from kvservice_adapter.schedule import ReadBuffer
+from kvservice_client.retry import SYSTEM_CLOCK, Clock
 
 _TURN_S = 0.01  # Of waiting on the stream's thread for an event of another stream.
 
@@ -67,13 +67,16 @@ class LayerLoader:
         buffer_layers: int = 0,
         wait_s: float = 0.25,
         release: Callable[[], None] | None = None,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         """`pages_of_layer` gives the pages of a layer when its bytes are there.
 
         It is called on the stream's thread, and so is `release`, once, after all else. `buffer_layers` is
-        k: `schedule.ReadBuffer`. `wait_s` bounds each `wait` unless it says otherwise.
+        k: `schedule.ReadBuffer`. `wait_s` bounds each `wait` unless it says otherwise, by `clock`.
         """
-        self._load = _Loading(device, stream, source, pages_of_layer, ReadBuffer(layer_count, buffer_layers), release)
+        buffer = ReadBuffer(layer_count, buffer_layers)
+        self._load = _Loading(device, stream, source, pages_of_layer, buffer, release, clock)
+        self._clock = clock
         self._device = device
         self._wait_s = wait_s
 
@@ -97,17 +100,17 @@ class LayerLoader:
         Raises LoadFailed where it is not there after `timeout_s`, or where loading has failed or was ended
         before; then within no time. Layers that were loaded before the failure can still be taken.
         """
-        begin_s = time.monotonic()
+        begin_s = self._clock.now_s()
         end_s = begin_s + (self._wait_s if timeout_s is None else timeout_s)
         self._load.request_runs()
         try:
             pages, event, _ = self._load.begun(layer, end_s)
-            if not self._device.wait_in_compute(event, max(0.0, end_s - time.monotonic())):
+            if not self._device.wait_in_compute(event, max(0.0, end_s - self._clock.now_s())):
                 raise LoadFailed(f"layer {layer} was not copied in time")
             if event.error is not None:
                 raise LoadFailed(f"layer {layer} could not be copied: {event.error}") from event.error
         finally:
-            self._load.report.waited_s[layer] += time.monotonic() - begin_s
+            self._load.report.waited_s[layer] += self._clock.now_s() - begin_s
         self._load.took(layer)
         return pages
 
@@ -139,6 +142,7 @@ class _Loading:
         pages_of_layer: PagesOfLayer,
         buffer: ReadBuffer,
         release: Callable[[], None] | None,
+        clock: Clock,
     ) -> None:
         self._device = device
         self._stream = stream
@@ -146,6 +150,7 @@ class _Loading:
         self._pages_of_layer = pages_of_layer
         self._buffer = buffer
         self._release = release
+        self._clock = clock
         self._changed = threading.Condition()
         self._begun: list[BegunLayer | None] = []  # None: taken. The pages are held no longer than that.
         self._iterator: Iterator[BegunLayer] | None = None
@@ -168,18 +173,21 @@ class _Loading:
         """The copy of a layer, which may not be done yet. Raises LoadFailed."""
         with self._changed:
             self._awaited = layer
-            while len(self._begun) <= layer:
+            self._clock.wait_for(self._changed, lambda: self._has_come_or_will_not(layer), end_s - self._clock.now_s())
+            if len(self._begun) <= layer:
                 if self.report.error is not None:
                     error = self.report.error
                     raise LoadFailed(f"layer {layer} is not loaded: {error}") from error
                 if self._ended:
                     raise LoadFailed(f"layer {layer} is not loaded: the load was ended before")
-                if not self._changed.wait(end_s - time.monotonic()):
-                    raise LoadFailed(f"layer {layer} did not come in time")
+                raise LoadFailed(f"layer {layer} did not come in time")
             begun = self._begun[layer]
         if begun is None:
             raise LoadFailed(f"layer {layer} was taken before")
         return begun
+
+    def _has_come_or_will_not(self, layer: int) -> bool:
+        return len(self._begun) > layer or self._ended
 
     def took(self, layer: int) -> None:
         with self._changed:
@@ -193,7 +201,7 @@ class _Loading:
             if self._on_stream or self.is_done or not (self._ended or self._buffer.may_load):
                 return
             self._on_stream = True
-            self._started_s = self._started_s or time.monotonic()
+            self._started_s = self._started_s or self._clock.now_s()
         try:
             self._stream.submit(self._next)
         except StreamClosed as error:
@@ -212,7 +220,7 @@ class _Loading:
         if self._ended:
             self._end()
             return
-        begin_s = time.monotonic()
+        begin_s = self._clock.now_s()
         try:
             if self._iterator is None:
                 self._iterator = self._source.begin(self._pages_of_layer)
@@ -240,7 +248,7 @@ class _Loading:
         if event.error is not None or not event.is_done:
             self._end(event.error)
             return
-        report, now_s = self.report, time.monotonic()
+        report, now_s = self.report, self._clock.now_s()
         report.busy_s += now_s - begin_s
         report.total_s = now_s - self._started_s
         report.first_layer_s = report.first_layer_s or report.total_s

@@ -341,7 +341,7 @@ class BlockIndex:
         return self.layout_entries.by_id
 
     def layout_id(self, fingerprint: bytes) -> int | None:
-        return self.layout_entries.id_of(fingerprint)
+        return self.layout_entries.ids.get(fingerprint)
 
     async def put_layout(self, layout: Layout) -> int:
         """The layout's id in this store; a new layout gets one, and is durable on return.

@@ -41,6 +41,8 @@ class LayoutEntries:
         self._max = layouts_max
         self._layouts: dict[int, Layout] = {}
         self._ids: dict[bytes, int] = {}
+        self.by_id: Mapping[int, Layout] = MappingProxyType(self._layouts)
+        self.ids: Mapping[bytes, int] = MappingProxyType(self._ids)  # By fingerprint.
         self._in_flight: dict[bytes, asyncio.Future[tuple[None, None]]] = {}
         self.damaged: list[bytes] = []  # Keys of entries without a sound copy. Their blocks are lost with them.
         self.restorable: list[bytes] = []  # Fingerprints: the entry is damaged, its copy in a file is sound.
@@ -59,16 +61,9 @@ class LayoutEntries:
         self._next_id = max(after_known, _U32.unpack(counter)[0] if counter else 1)
 
     @property
-    def by_id(self) -> Mapping[int, Layout]:
-        return MappingProxyType(self._layouts)
-
-    @property
     def is_full(self) -> bool:
         """Whether the store knows as many layouts as it may."""
         return len(self._layouts) >= self._max
-
-    def id_of(self, fingerprint: bytes) -> int | None:
-        return self._ids.get(fingerprint)
 
     def expect_room(self, fingerprint: bytes) -> None:
         """Raises IndexFull where the layout is new and the store knows as many as it may."""

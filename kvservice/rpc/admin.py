@@ -7,12 +7,10 @@ from contextlib import aclosing
 
 from kvservice.blocks import TierName
 from kvservice.rpc import explained
-from kvservice.rpc.callers import Callers
+from kvservice.rpc.calls import Callers, Context
 from kvservice.rpc.explained import stored_block
-from kvservice.rpc.interceptors import Context
-from kvservice.rpc.messages import tier_of
+from kvservice.rpc.messages import tier_of, timestamp
 from kvservice.rpc.session_messages import session_message
-from kvservice.rpc.timestamps import timestamp
 from kvservice.store.store import BlockStore
 from kvservice.store.types import DISCARD_KEYS_MAX, PIN_KEYS_MAX
 from kvservice_api.errors import BlockNotFound, InvalidRequest

@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import aclosing
 
-from kvservice.rpc.callers import Callers
-from kvservice.rpc.in_place import InPlaceRpcs
-from kvservice.rpc.interceptors import Context
-from kvservice.rpc.messages import checksums_of, residency_runs, save_header, save_response, shard_of, tier_of
+import numpy as np
+from numpy.typing import NDArray
+
+from kvservice.rpc.calls import Callers, Context
+from kvservice.rpc.messages import residency_runs, tier_of
 from kvservice.rpc.reports import report_record
 from kvservice.store.store import BlockStore
-from kvservice.store.types import SAVE_BLOCKS_MAX, SAVE_SLICES_MAX, Part, Span
-from kvservice_api.errors import InvalidRequest
+from kvservice.store.types import (
+    SAVE_BLOCKS_MAX,
+    SAVE_SLICES_MAX,
+    Located,
+    NotInPlace,
+    Part,
+    SaveHeader,
+    SaveOutcome,
+    Span,
+)
+from kvservice_api.errors import InvalidRequest, KVError
 from kvservice_api.frames import HEAD_BYTES_MAX, Frame, decode_save, encode_frame
 from kvservice_api.keys import split_keys
-from kvservice_api.layout import Layout
+from kvservice_api.layout import Layout, Shard
+from kvservice_api.status import to_status
 from kvservice_api.v1 import blocks_pb2 as pb
+from kvservice_api.v1 import types_pb2
+
+_WithShard = (
+    pb.LookupPrefixRequest | pb.SaveHeader | pb.LoadBlocksRequest | pb.LocateBlocksRequest | pb.AdoptLeaseRequest
+)
+
+_ON_SSD: Mapping[int, bool] = {
+    types_pb2.DURABILITY_UNSPECIFIED: False,
+    types_pb2.DURABILITY_DRAM: False,
+    types_pb2.DURABILITY_SSD: True,
+}
 
 
-class BlockService(InPlaceRpcs):
+class BlockService:
     def __init__(self, store: BlockStore, *, version: str, residency_directory: Callable[[], str]) -> None:
         """`residency_directory` tells the path of the file that clients on this host may read; empty: there is none."""
         self._store = store
@@ -113,6 +136,47 @@ class BlockService(InPlaceRpcs):
                 raise InvalidRequest("nothing may follow the commit", field="commit")
             return save_response(await upload.commit(checksums_of(message.checksums), on_ssd=on_ssd))
 
+    # For clients that map the arena: places instead of bytes.
+
+    async def LocateBlocks(self, request: pb.LocateBlocksRequest, context: Context) -> None:
+        caller = self._callers.of(context, request.client_id)
+        blocks = Span(request.first_block, request.block_count)
+        found = self._store.locate(caller, request.lease_id, shard_of(request), blocks, verify=request.verify)
+        async with aclosing(found) as steps:
+            answer = pb.LocateBlocksResponse()
+            async for step in steps:
+                if isinstance(step, Located):
+                    answer = self._places(step)  # They travel with the first count of layers.
+                    continue
+                if isinstance(step, NotInPlace):
+                    answer.not_in_place_because = step.why
+                else:
+                    answer.layers_ready = step
+                await context.write(answer)
+                answer = pb.LocateBlocksResponse()
+
+    async def ReserveBlocks(self, request: pb.ReserveBlocksRequest, context: Context) -> pb.ReserveBlocksResponse:
+        caller = self._callers.of(context, request.header.client_id)
+        header, on_ssd = save_header(request.header)
+        places, refused = await self._store.reserve(caller, request.reservation_id, header, on_ssd=on_ssd)
+        return pb.ReserveBlocksResponse(
+            arena_id=self._store.arena.arena_id,
+            blocks=[place.position for place in places],
+            offsets=[place.extent.offset_bytes for place in places],
+            refused=refused_blocks(refused),
+        )
+
+    async def CommitBlocks(self, request: pb.CommitBlocksRequest, context: Context) -> pb.SaveBlocksResponse:
+        caller = self._callers.of(context, request.client_id)
+        checksums = checksums_of(request.checksums)
+        return save_response(await self._store.commit(caller, request.reservation_id, checksums))
+
+    async def AbandonBlocks(self, request: pb.AbandonBlocksRequest, context: Context) -> pb.AbandonBlocksResponse:
+        self._store.abandon(self._callers.of(context, request.client_id), request.reservation_id)
+        return pb.AbandonBlocksResponse()
+
+    # Leases, hints and reports
+
     async def ExportLease(self, request: pb.ExportLeaseRequest, context: Context) -> pb.ExportLeaseResponse:
         caller = self._callers.of(context, request.client_id)
         ttl_s = request.ttl_ms / 1000
@@ -164,6 +228,47 @@ class BlockService(InPlaceRpcs):
         self._store.report(caller, report.request_id, record)
         return pb.ReportRequestResponse()
 
+    def _places(self, located: Located) -> pb.LocateBlocksResponse:
+        return pb.LocateBlocksResponse(
+            arena_id=self._store.arena.arena_id,
+            offsets=[extent.offset_bytes for extent in located.extents],
+            generations=located.generations,
+            trailer_checksums=located.trailer_checksums.tolist(),
+            token_counts=located.token_counts.tolist(),
+            shards=np.ascontiguousarray(located.shards).tobytes(),
+        )
+
 
 def _encode(part: Part) -> bytes:
     return encode_frame(part.layer, part.first_block, part.first_offset_bytes, part.runs)
+
+
+def save_header(header: pb.SaveHeader) -> tuple[SaveHeader, bool]:
+    """What is to be saved, and whether it is durable on SSD only. Raises InvalidRequest."""
+    if header.durability not in _ON_SSD:  # Never promise less than was asked for.
+        raise InvalidRequest(f"no durability has the number {header.durability}", field="durability")
+    keys = split_keys(header.keys, field="keys", count_max=SAVE_BLOCKS_MAX)
+    save = SaveHeader(header.layout_fingerprint, shard_of(header), header.parent_key, keys, header.last_block_tokens)
+    return save, _ON_SSD[header.durability]
+
+
+def save_response(outcome: SaveOutcome) -> pb.SaveBlocksResponse:
+    return pb.SaveBlocksResponse(
+        stored=len(outcome.stored),
+        already_stored=len(outcome.already_stored),
+        refused=refused_blocks(outcome.refused),
+    )
+
+
+def refused_blocks(refused: Mapping[int, KVError]) -> list[pb.RefusedBlock]:
+    return [pb.RefusedBlock(block=block, status=to_status(error)) for block, error in sorted(refused.items())]
+
+
+def checksums_of(data: bytes) -> NDArray[np.uint64]:
+    if len(data) % 8:
+        raise InvalidRequest("checksums must have 8 bytes each", field="checksums")
+    return np.frombuffer(data, "<u8").astype(np.uint64)
+
+
+def shard_of(request: _WithShard) -> Shard | None:
+    return Shard.from_proto(request.shard) if request.HasField("shard") else None

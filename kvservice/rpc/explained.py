@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvservice.blocks import TierName
-from kvservice.rpc.messages import TIER_NUMBERS, residency_runs
+from kvservice.rpc.messages import TIER_NUMBERS, known_timestamp, residency_runs, timestamp
 from kvservice.rpc.session_messages import session_message
-from kvservice.rpc.timestamps import known_timestamp, timestamp
 from kvservice.store.types import (
     BlockFacts,
     DrainProgress,

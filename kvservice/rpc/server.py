@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha import reflection
 from kvservice.rpc.addresses import AddressUnusable, why_unusable
 from kvservice.rpc.admin import AdminService
 from kvservice.rpc.blocks import BlockService
-from kvservice.rpc.interceptors import guarded
+from kvservice.rpc.calls import guarded
 from kvservice.rpc.sessions import SessionService
 from kvservice_api.address import UnixAddress
 from kvservice_api.v1 import admin_pb2, blocks_pb2, sessions_pb2

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from kvservice.rpc.timestamps import timestamp
+from kvservice.rpc.messages import timestamp
 from kvservice.store.types import Manifest, StoredSession
 from kvservice_api.errors import SessionChanged
 from kvservice_api.layout import Layout

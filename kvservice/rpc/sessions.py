@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvservice.rpc.callers import Callers
-from kvservice.rpc.interceptors import Context
-from kvservice.rpc.messages import residency_runs, shard_of
+from kvservice.rpc.calls import Callers, Context
+from kvservice.rpc.messages import residency_runs
 from kvservice.rpc.session_messages import change_refused, session_message
 from kvservice.store.store import BlockStore
 from kvservice.store.types import KEEP_RANGES_MAX, POSITIONS_MAX, SessionAppend
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.keys import KEY_BYTES, split_keys
+from kvservice_api.layout import Shard
 from kvservice_api.v1 import sessions_pb2 as pb
 
 
@@ -32,9 +32,8 @@ class SessionService:
 
     async def GetSession(self, request: pb.GetSessionRequest, context: Context) -> pb.GetSessionResponse:
         caller = self._callers.of(context)
-        session, usable, runs = self._store.session(
-            caller, request.layout_fingerprint, request.session_id, shard_of(request)
-        )
+        shard = Shard.from_proto(request.shard) if request.HasField("shard") else None
+        session, usable, runs = self._store.session(caller, request.layout_fingerprint, request.session_id, shard)
         return pb.GetSessionResponse(
             session=session_message(session),
             stored_slices=usable,

@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import ssl
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, NoReturn
 
 import grpc
 
+from kvservice.clock import Clock
 from kvservice.config import ConfigError, TlsSettings
 from kvservice.counters import Counters
-from kvservice_api.file_stamps import file_stamps
+from kvservice_api.pem_files import PemError, PemFile, file_stamps, load_authorities, load_pair, reason_of
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +50,16 @@ class Identity:
 class Certificates:
     """The latest usable state of the files that the settings name."""
 
-    def __init__(self, files: TlsSettings) -> None:
-        """Read the files. Raises ConfigError, naming setting, file and reason."""
+    def __init__(self, files: TlsSettings, wall_s: Callable[[], float] = time.time) -> None:
+        """Read the files. Raises ConfigError, naming setting, file and reason.
+
+        `wall_s` gives the seconds since the epoch as clients have them: a `Clock` keeps to the time of its start,
+        and certificates are not to expire by a wrong one.
+        """
         self._files = files
+        self._wall_s = wall_s
         self._stamps = file_stamps(files.certificate, files.key, files.client_ca)
-        self.latest = read_identity(files)
+        self.latest = read_identity(files, wall_s)
         self._doubt: tuple[Stamps, str] | None = None
         self._has_told = False
 
@@ -75,10 +78,10 @@ class Certificates:
             given.configuration, newer, require_client_authentication=bool(self._files.client_ca)
         )
 
-    async def watch(self, counters: Counters) -> NoReturn:
+    async def watch(self, counters: Counters, clock: Clock) -> NoReturn:
         """Look at the files for ever. The looks run on a thread: the files may lie on a slow disk."""
         while True:
-            await asyncio.sleep(_LOOK_EVERY_S)
+            await clock.sleep(_LOOK_EVERY_S)
             await asyncio.to_thread(self.look, counters)
 
     def look(self, counters: Counters) -> None:
@@ -91,7 +94,7 @@ class Certificates:
         if stamps == self._stamps:
             return
         try:
-            identity = read_identity(self._files)
+            identity = read_identity(self._files, self._wall_s)
         except ConfigError as error:
             self._refuse((stamps, str(error)), counters)
             return
@@ -112,64 +115,44 @@ class Certificates:
             log.warning("changed TLS files refused, the former ones stay in use: %s", doubt[1])
 
 
-def read_identity(files: TlsSettings) -> Identity:
-    """The files' contents, once they are known to work. Raises ConfigError, naming setting, file and reason."""
-    certificate, key = _read(files, "certificate"), _read(files, "key")
-    client_ca = _read(files, "client_ca") if files.client_ca else b""
+def read_identity(files: TlsSettings, wall_s: Callable[[], float] = time.time) -> Identity:
+    """The files' contents, once they are known to work at the time that `wall_s` gives, in seconds since the epoch.
+
+    Raises ConfigError, naming setting, file and reason.
+    """
+    try:
+        certificate, key = PemFile("tls.certificate", files.certificate), PemFile("tls.key", files.key)
+        client_ca = PemFile("tls.client_ca", files.client_ca) if files.client_ca else None
+        return _identity(certificate, key, client_ca, wall_s())
+    except PemError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _identity(certificate: PemFile, key: PemFile, client_ca: PemFile | None, now_s: float) -> Identity:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    load_pair(context, certificate, key)
     trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # A client that trusts just this certificate.
     trust.check_hostname = False
     trust.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | ssl.VerifyFlags(_NO_CHECK_TIME)
-    _trust(trust, files, "certificate", certificate)
-    _load_pair(context, files, certificate, key)
+    load_authorities(trust, certificate)
     try:
         seen = _shown_in_handshake(context, trust)
     except ssl.SSLError as error:
-        raise _unusable(files, "certificate", f"cannot be used: {_reason(error)}") from error
-    _check_time(files, "certificate", [seen])
-    if files.client_ca:
-        _require_client_certificates(context, files, client_ca)
-    return Identity(certificate, key, client_ca, _time_s(seen, "notAfter"), context)
+        raise certificate.unusable(f"cannot be used: {reason_of(error)}") from error
+    _check_time(certificate, [seen], now_s)
+    if client_ca is not None:
+        _require_client_certificates(context, client_ca, now_s)
+    authorities = client_ca.content if client_ca is not None else b""
+    return Identity(certificate.content, key.content, authorities, _time_s(seen, "notAfter"), context)
 
 
-def _read(files: TlsSettings, name: str) -> bytes:
-    try:
-        return Path(getattr(files, name)).read_bytes()
-    except OSError as error:
-        raise _unusable(files, name, f"cannot be read: {error.strerror}") from error
-
-
-def _trust(context: ssl.SSLContext, files: TlsSettings, name: str, certificates: bytes) -> None:
-    text = certificates.decode("ascii", "ignore")  # Comments between them may be in any language.
-    try:
-        context.load_verify_locations(cadata=text or " ")
-    except ssl.SSLError as error:
-        raise _unusable(files, name, f"holds no certificate in PEM: {_reason(error)}") from error
-
-
-def _load_pair(context: ssl.SSLContext, files: TlsSettings, certificate: bytes, key: bytes) -> None:
-    def passphrase() -> str:
-        raise _unusable(files, "key", "has a passphrase, and nobody is there to type it")
-
-    with _as_file(certificate) as certificate_path, _as_file(key) as key_path:
-        try:
-            context.load_cert_chain(certificate_path, key_path, passphrase)
-        except ssl.SSLError as error:
-            if error.reason == "KEY_VALUES_MISMATCH":
-                reason = f"is not the key of tls.certificate {files.certificate}"
-                raise _unusable(files, "key", reason) from error
-            if error.reason is None:  # OpenSSL found no key between its lines.
-                raise _unusable(files, "key", "holds no private key in PEM") from error
-            raise _unusable(files, "certificate", f"cannot be used: {_reason(error)}") from error
-
-
-def _require_client_certificates(context: ssl.SSLContext, files: TlsSettings, client_ca: bytes) -> None:
+def _require_client_certificates(context: ssl.SSLContext, client_ca: PemFile, now_s: float) -> None:
     context.verify_mode = ssl.CERT_REQUIRED
-    _trust(context, files, "client_ca", client_ca)
+    load_authorities(context, client_ca)
     authorities = context.get_ca_certs()
     if not authorities:
-        raise _unusable(files, "client_ca", "holds no certificate of a CA, one that may sign others")
-    _check_time(files, "client_ca", authorities)
+        raise client_ca.unusable("holds no certificate of a CA, one that may sign others")
+    _check_time(client_ca, authorities, now_s)
 
 
 def _shown_in_handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> Mapping[str, object]:
@@ -187,35 +170,14 @@ def _shown_in_handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> Mappi
     return asking.getpeercert() or {}
 
 
-def _check_time(files: TlsSettings, name: str, certificates: Sequence[Mapping[str, object]]) -> None:
-    """Raises ConfigError where none of them is valid now."""
-    now_s = time.time()  # The clock on the wall, as clients read it; not one that stood still at our start.
+def _check_time(file: PemFile, certificates: Sequence[Mapping[str, object]], now_s: float) -> None:
+    """Raises PemError where none of them is valid now."""
     latest = max(certificates, key=lambda each: _time_s(each, "notAfter"))
     if (end_s := _time_s(latest, "notAfter")) <= now_s:
-        raise _unusable(files, name, f"expired on {_written(end_s)}")
+        raise file.unusable(f"expired on {_written(end_s)}")
     start_s = min(_time_s(each, "notBefore") for each in certificates)
     if start_s > now_s:
-        raise _unusable(files, name, f"is not valid before {_written(start_s)}")
-
-
-@contextmanager
-def _as_file(content: bytes) -> Iterator[str]:
-    """A path to these very bytes: OpenSSL reads pairs from files only, and ours may change between two readings."""
-    fd = os.memfd_create("kvservice-tls")
-    try:
-        with open(fd, "wb", closefd=False) as file:
-            file.write(content)
-        yield f"/proc/self/fd/{fd}"
-    finally:
-        os.close(fd)
-
-
-def _unusable(files: TlsSettings, name: str, reason: str) -> ConfigError:
-    return ConfigError(f"tls.{name} {getattr(files, name)} {reason}")
-
-
-def _reason(error: ssl.SSLError) -> str:
-    return str(error.args[-1]).partition(" (_ssl.c")[0]
+        raise file.unusable(f"is not valid before {_written(start_s)}")
 
 
 def _time_s(certificate: Mapping[str, object], name: str) -> float:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from kvservice.blocks import BlockTable, Extent, Rows, TierName
+from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.index.records import Records, new_records
@@ -48,13 +49,16 @@ class BlockLifecycle:
         counters: Counters,
         tasks: Tasks,
         history: MissReasons,
+        clock: Clock,
     ) -> None:
         self.blocks = blocks
         self.tiers = tiers
         self._index = index
+        self._layouts = index.layouts
         self._counters = counters
         self._tasks = tasks
         self.history = history
+        self._clock = clock
         self._leaving: dict[bytes, asyncio.Future[None]] = {}  # Objects whose records are being removed.
         self._placing: dict[tuple[int, TierName], asyncio.Future[None]] = {}  # Rows whose records are being written.
 
@@ -62,7 +66,7 @@ class BlockLifecycle:
 
     def geometry(self, row: int) -> BlockGeometry:
         """Where the row's bytes lie in its image."""
-        layout = self._index.layouts[int(self.blocks.layout_id[row])]
+        layout = self._layouts[int(self.blocks.layout_id[row])]
         return block_geometry(layout, self.blocks.shard_of(row), int(self.blocks.token_count[row]))
 
     def is_free(self, row: int) -> bool:
@@ -100,7 +104,7 @@ class BlockLifecycle:
         """
         names = list(object_keys)
         try:
-            async with asyncio.timeout(_SETTLED_WITHIN_S):
+            async with self._clock.timeout(_SETTLED_WITHIN_S):
                 while waiting := {self._leaving[name] for name in names if name in self._leaving}:
                     await asyncio.wait(waiting)
         except TimeoutError:
@@ -148,7 +152,7 @@ class BlockLifecycle:
     def _note_arrival(self, rows: Rows, tier: TierName) -> None:
         """Since when the copies are there: as long as the block itself where it is new, else a later time."""
         stored_ms = self.blocks.stored_at_ms[rows]
-        later_ms = np.maximum(stored_ms + np.uint64(1), np.uint64(self.history.now_ms))
+        later_ms = np.maximum(stored_ms + np.uint64(1), np.uint64(self._clock.wall_ms()))
         self.blocks.since_ms(tier)[rows] = np.where(self.blocks.live[rows], later_ms, stored_ms)
 
     def _pinned_meanwhile(self, rows: Sequence[int], records: Records) -> list[int]:
@@ -314,7 +318,7 @@ class BlockLifecycle:
                     exc_info=None if expected else error,
                 )
                 removal.report(error if isinstance(error, StorageFailed) else StorageFailed(str(error)))
-                await asyncio.sleep(_RETRY_S)
+                await self._clock.sleep(_RETRY_S)
 
     def _free_unreferenced(self, rows: Rows | Sequence[int]) -> None:
         """Release the bytes of forgotten rows that nothing holds any more. Their records are gone."""

@@ -1,6 +1,6 @@
 """Who asks: the value that every verb of the store takes, so that a rule can know for whom it decides.
 
-A request's caller is made in one place, ``rpc/callers.py``. What a caller may see or use is not limited yet:
+A request's caller is made in one place, ``rpc/calls.py``. What a caller may see or use is not limited yet:
 there is one tenant.
 """
 

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,22 +23,26 @@ from pathlib import Path
 import numpy as np
 
 from kvservice.blocks import BlockTable, Rows
-from kvservice.store.directory_table import DirectoryTable, TableFull
-from kvservice.tiers.files import FileCalls
-from kvservice.tiers.io_pool import ended
+from kvservice.tiers.files import FileCalls, on_thread
 from kvservice_api.layout import Layout
 from kvservice_api.residency_directory import (
+    EMPTY_SLOT,
     FILE_NAME,
     HEADER_BYTES,
     IN_DRAM,
     ON_SSD,
     SLOT,
     SLOT_BYTES,
+    STATE_WORD,
+    WITHDRAWN_SLOT,
     DirectoryState,
     Header,
     Slots,
     encode_slot,
+    home_slot,
+    home_slots,
     layout_mark,
+    seal_slots,
 )
 
 log = logging.getLogger(__name__)
@@ -46,6 +51,12 @@ _FILL_MAX = 0.7
 _SLOTS_MIN = 1 << 12
 _FREE_SHARE = 16  # At the start it takes no more than this part of what the tmpfs has left: the arena needs it.
 _ROWS_A_TURN = 512  # A millisecond of the event loop.
+
+_NO_SLOT = -1
+_FREE, _GONE, _TAKEN = 0, 1, 2
+_WORDS_PER_SLOT = SLOT_BYTES // 4
+_FIRST_WORD = HEADER_BYTES // 4
+assert (_FREE, _GONE) == (0, 1)  # Counted in `DirectoryTable._take`.
 
 
 class ResidencyDirectory:
@@ -93,13 +104,13 @@ class ResidencyDirectory:
             await self._replace()
 
     def close(self) -> None:
-        """Tell readers that nothing is kept up to date any more, and give the memory back."""
+        """Tell readers that the directory is no longer up to date, and free its memory."""
         self._blocks.on_change = None
         for table in (self._current, self._next):
             if table is not None:
                 table.close(DirectoryState.CLOSED)
         self._current = self._next = None
-        self._crowded.set()  # Whoever keeps it sees that it is over.
+        self._crowded.set()  # `keep` returns.
         for path in (self._file, self._next_file):
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -171,17 +182,8 @@ class ResidencyDirectory:
     def _make(self, path: Path, slots: int) -> DirectoryTable:
         return DirectoryTable(path, Header(*self._identity, slots, DirectoryState.BUILDING), self._calls)
 
-    async def _made(self, path: Path, slots: int) -> DirectoryTable:
-        """On a thread: the kernel clears all pages first. Cancelled, it ends first, so that `close` finds the file."""
-        making = asyncio.get_running_loop().run_in_executor(None, self._make, path, slots)
-        try:
-            return await asyncio.shield(making)
-        except asyncio.CancelledError:
-            await ended(making)
-            raise
-
     async def _fill(self, table: DirectoryTable) -> bool:
-        """Publish every row there is; False where the table was given up. What changes meanwhile it is told as well."""
+        """Publish every row there is; False where the table was given up. Changes meanwhile reach it by `_changed`."""
         blocks = self._blocks
         for start in range(0, blocks.row_end, _ROWS_A_TURN):
             if table not in (self._current, self._next):
@@ -220,7 +222,8 @@ class ResidencyDirectory:
             self._give_up(f"{old.used_slots} blocks would take more than the {self._bytes_max} bytes allowed")
             return
         try:
-            table = await self._made(self._next_file, slots)
+            # On a thread, for the kernel clears all pages first.
+            table = await on_thread(lambda: self._make(self._next_file, slots))
             if self._current is not old:  # Given up meanwhile.
                 table.close(DirectoryState.CLOSED)
                 self._next_file.unlink(missing_ok=True)
@@ -243,7 +246,7 @@ class ResidencyDirectory:
 
 
 def _retire(path: Path) -> None:
-    """Have readers let go of a file that a killed daemon left behind."""
+    """Mark a file that a killed daemon left as closed, so that its readers unmap it."""
     try:
         with path.open("r+b") as file:
             header = Header.decode(file.read(HEADER_BYTES))
@@ -251,3 +254,137 @@ def _retire(path: Path) -> None:
             file.write(dataclasses.replace(header, state=DirectoryState.CLOSED).encode())
     except (FileNotFoundError, ValueError):
         return
+
+
+class TableFull(Exception):
+    """No slot is free."""
+
+
+class DirectoryTable:
+    """The hash table in one file, as its only writer sees it. Rows are the block table's; each has at most one slot.
+
+    The slot of each row is kept here, not in shared memory: what a client could damage is never read back.
+    """
+
+    def __init__(self, path: Path, header: Header, calls: FileCalls) -> None:
+        """Make the file and claim all its space. An earlier file of this name keeps its readers.
+
+        Raises OSError where the space is not to be had; nothing is left behind then.
+        """
+        self.slot_count = header.slot_count
+        self.used_slots = 0  # In use.
+        self.gone_slots = 0  # Withdrawn, and not empty.
+        path.unlink(missing_ok=True)
+        fd = calls.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        try:
+            calls.posix_fallocate(fd, 0, header.file_bytes)  # Else a full tmpfs would be a SIGBUS later.
+            self._map = mmap.mmap(fd, header.file_bytes)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(fd)
+        self._words = memoryview(self._map).cast("I")  # A store of 4 bytes through it is one instruction.
+        self._slots = np.frombuffer(self._map, SLOT, self.slot_count, HEADER_BYTES)
+        self._kinds = bytearray(self.slot_count)
+        self._slot_of_row = np.full(1024, _NO_SLOT, np.int32)
+        encoded = header.encode()
+        self._map[: len(encoded)] = encoded
+
+    @property
+    def fill(self) -> float:
+        """The share of slots that a search does not end at."""
+        return (self.used_slots + self.gone_slots) / self.slot_count
+
+    def set_state(self, state: DirectoryState) -> None:
+        self._words[STATE_WORD] = state
+
+    def close(self, state: DirectoryState) -> None:
+        """Write the state for readers, and unmap the file. Readers may keep it mapped."""
+        self.set_state(state)
+        del self._words, self._slots, self._map
+
+    def has(self, row: int) -> bool:
+        return row < len(self._slot_of_row) and bool(self._slot_of_row[row] != _NO_SLOT)
+
+    def missing(self, rows: Rows) -> Rows:
+        """Those that have no slot."""
+        self._know(int(rows.max(initial=0)))
+        absent: Rows = rows[self._slot_of_row[rows] == _NO_SLOT]
+        return absent
+
+    def put(self, row: int, key: bytes, slot: bytes) -> None:
+        """Publish a row, or change what is published of it. `slot` comes from ``encode_slot``. Raises TableFull."""
+        self._know(row)
+        at = int(self._slot_of_row[row])
+        if at == _NO_SLOT:
+            at = self._take(home_slot(key, self.slot_count))
+            self._slot_of_row[row] = at
+        self._write(at, slot)
+
+    def put_all(self, rows: Rows, slots: Slots) -> None:
+        """Publish rows that have no slot, in a table that no reader trusts yet. Raises TableFull.
+
+        `slots` need neither sequence nor crc.
+        """
+        self._know(int(rows.max(initial=0)))
+        keys = np.ascontiguousarray(slots["key"]).view("<u8").reshape(-1, 4)
+        places = np.fromiter(map(self._take, home_slots(keys, self.slot_count).tolist()), np.int64, len(rows))
+        seal_slots(slots)
+        slots["sequence"] = (self._slots["sequence"][places] | 1) + 1
+        self._slots[places] = slots
+        self._slot_of_row[rows] = places
+
+    def withdraw(self, row: int) -> None:
+        """Publish nothing of a row any more."""
+        at = int(self._slot_of_row[row])
+        assert at != _NO_SLOT
+        self._slot_of_row[row] = _NO_SLOT
+        self.used_slots -= 1
+        last = self.slot_count - 1
+        if self._kinds[(at + 1) & last] != _FREE:
+            self._kinds[at] = _GONE
+            self.gone_slots += 1
+            self._write(at, WITHDRAWN_SLOT)
+            return
+        # A search that came here would end at the next slot: so it may end here, and where nothing came before.
+        self._kinds[at] = _FREE
+        self._write(at, EMPTY_SLOT)
+        while self._kinds[at := (at - 1) & last] == _GONE:
+            self._kinds[at] = _FREE
+            self.gone_slots -= 1
+            self._write(at, EMPTY_SLOT)
+
+    def _take(self, home: int) -> int:
+        """The first slot from `home` on that is not in use."""
+        kinds = self._kinds
+        free = _nearest(kinds, home, len(kinds))
+        if free < 0:
+            free = _nearest(kinds, 0, home)
+        if free < 0:
+            raise TableFull
+        self.gone_slots -= kinds[free]
+        self.used_slots += 1
+        kinds[free] = _TAKEN
+        return free
+
+    def _write(self, at: int, slot: bytes) -> None:
+        """Three stores that no reader can mistake for something else: see the sequence's rule."""
+        word = _FIRST_WORD + _WORDS_PER_SLOT * at
+        sequence = self._words[word]
+        start = 4 * word
+        self._words[word] = sequence | 1
+        self._map[start + 4 : start + SLOT_BYTES] = slot
+        self._words[word] = ((sequence | 1) + 1) & 0xFFFF_FFFF
+
+    def _know(self, row: int) -> None:
+        if row >= (known := len(self._slot_of_row)):
+            more = np.full(max(known, row + 1 - known), _NO_SLOT, np.int32)
+            self._slot_of_row = np.concatenate([self._slot_of_row, more])
+
+
+def _nearest(kinds: bytearray, start: int, end: int) -> int:
+    """The first slot in a range that is free or withdrawn; -1 where there is none."""
+    free = kinds.find(_FREE, start, end)
+    gone = kinds.find(_GONE, start, end if free < 0 else free)
+    return free if gone < 0 else gone

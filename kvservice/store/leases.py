@@ -19,8 +19,7 @@ from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
-from kvservice.store.loop_budget import LoopBudget
-from kvservice.store.tasks import Tasks
+from kvservice.store.tasks import LoopBudget, Tasks
 from kvservice_api.errors import InvalidRequest, LeaseExpired, LeaseNotYours, Overloaded, UnknownClient
 from kvservice_api.layout import Layout, Shard
 

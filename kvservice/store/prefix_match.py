@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kvservice.blocks import NO_ROW, BlockTable, Rows
 from kvservice.store.leases import Lease
-from kvservice.store.loop_budget import LoopBudget
+from kvservice.store.tasks import LoopBudget
 from kvservice.store.transfers.coverage import cover
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.layout import Shard
@@ -83,14 +83,12 @@ def _joined(blocks: BlockTable, rows: Rows, shards: Rows, wanted: Shard) -> Pref
     return PrefixMatch(rows, joined, np.concatenate([rows, *extra]))
 
 
-async def narrowed(blocks: BlockTable, lease: Lease, shard: Shard | None, loop_budget: LoopBudget) -> Lease:
-    """The lease as one of a shard within its own; itself where no shard is given.
+async def narrowed(blocks: BlockTable, lease: Lease, shard: Shard, loop_budget: LoopBudget) -> Lease:
+    """The lease as one of another shard, which lies within its own.
 
     Blocks of several parts keep those that the shard takes. The answer is not known to `Leases`: the lease must
     still be there when it is used, and may have ended meanwhile. Raises InvalidRequest.
     """
-    if shard is None or shard == lease.shard:
-        return lease
     shard.check(lease.layout)
     if not lease.shard.covers(shard):
         raise InvalidRequest(f"{shard} does not lie in the lease's {lease.shard}", field="shard")

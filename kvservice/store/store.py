@@ -6,7 +6,6 @@ bytes out; the parts behind the verbs are private.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence, Sized
@@ -26,7 +25,6 @@ from kvservice.policy.base import Policy
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.store.leases import Client, Lease, Leases
-from kvservice.store.loop_budget import LoopBudget, parts_of
 from kvservice.store.miss_reasons import MissReasons, Reason
 from kvservice.store.mover.evictor import Evictor, Watermarks
 from kvservice.store.mover.promoter import Promoter
@@ -40,7 +38,7 @@ from kvservice.store.operations.requests import Requests
 from kvservice.store.operations.scrub import Scrub
 from kvservice.store.prefix_match import PrefixMatch, match_prefix, narrowed, runs_of
 from kvservice.store.sessions.sessions import SessionLimits, Sessions
-from kvservice.store.tasks import Tasks
+from kvservice.store.tasks import LoopBudget, Tasks, parts_of
 from kvservice.store.tickets import Tickets
 from kvservice.store.transfers.admission import Admission
 from kvservice.store.transfers.in_place_reads import InPlaceReads
@@ -147,7 +145,7 @@ class BlockStore:
         self._tasks = Tasks()
         self._loop_budget = LoopBudget()
         tiers: dict[TierName, Tier] = dict(zip(blocks.tiers, (dram, *slower.values()), strict=True))
-        self._lifecycle = BlockLifecycle(blocks, tiers, index, counters, self._tasks, self._history)
+        self._lifecycle = BlockLifecycle(blocks, tiers, index, counters, self._tasks, self._history, clock)
         self._evictor = Evictor(
             self._lifecycle,
             policy,
@@ -220,7 +218,7 @@ class BlockStore:
             self._leases, blocks, self._requests, clock, self._loop_budget, boot_epoch=self.boot_epoch
         )
         self._explain = Explain(blocks, index, self._history, self._uploads.claims, clock)
-        self._drain = Drain(blocks, self._uploads.claims, self._admission, self._write_behind, self._tasks)
+        self._drain = Drain(blocks, self._uploads.claims, self._admission, self._write_behind, self._tasks, clock)
         self._sessions = Sessions(index, self._lifecycle, clock, counters, self._tasks, self._layout, limits.session)
         self.operators = Operators(
             blocks,
@@ -283,12 +281,12 @@ class BlockStore:
     @property
     def arena(self) -> SharedArena:
         """The arena, for clients of this host."""
-        dram = self._dram
+        arena = self._dram.arena
         return SharedArena(
-            not_shared_because=dram.not_shared_because,
-            directory=str(dram.arena_directory.absolute()),
-            arena_id=dram.arena_id,
-            capacity_bytes=dram.arena_capacity_bytes,
+            not_shared_because=arena.not_shared_because,
+            directory=str(arena.directory.absolute()),
+            arena_id=arena.arena_id,
+            capacity_bytes=arena.capacity_bytes,
             is_writable=not self._in_place_uploads.refused_because,
         )
 
@@ -427,7 +425,10 @@ class BlockStore:
 
         Raises UnknownClient, LeaseExpired, LeaseNotYours, InvalidRequest.
         """
-        part = await narrowed(self._blocks, self._leases.get(caller, lease_id), shard, self._loop_budget)
+        lease = self._leases.get(caller, lease_id)
+        if shard is None or shard == lease.shard:
+            return lease
+        part = await narrowed(self._blocks, lease, shard, self._loop_budget)
         self._leases.get(caller, lease_id)  # It may have ended meanwhile.
         return part
 
@@ -674,13 +675,13 @@ class BlockStore:
 
     async def _expire_forever(self) -> None:
         while True:
-            await asyncio.sleep(_EXPIRE_EVERY_S)
+            await self._clock.sleep(_EXPIRE_EVERY_S)
             while self._leases.expire():
                 await self._loop_budget.slot()
 
     async def _flush_forever(self) -> None:
         while True:
-            await asyncio.sleep(self.limits.recency_flush_s)
+            await self._clock.sleep(self.limits.recency_flush_s)
             try:
                 await self._lifecycle.flush_recency()
             except KVError as error:

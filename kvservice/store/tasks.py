@@ -1,25 +1,27 @@
-"""Background tasks that are kept alive, named, and never fail unseen."""
+"""Work on the event loop: background tasks that are kept alive and named, and turns that are kept short."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Coroutine, Iterable
+from collections.abc import Awaitable, Coroutine, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from kvservice.tiers.io_pool import ended
+from kvservice.tiers.files import ended
 from kvservice_api.errors import KVError
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
+_PART = 256
+_AT_ONCE = 2
+
 
 async def all_of(work: Iterable[Awaitable[T]]) -> list[T]:
     """What each of them gives. Where one fails, or the caller is cancelled, the others are cancelled.
 
-    Returns or raises once all have ended, unlike `asyncio.gather`: whoever lets go then of what they
-    use takes it from nobody.
+    Returns or raises once all have ended, unlike `asyncio.gather`: on return the caller may free what they use.
     """
     running = [asyncio.ensure_future(each) for each in work]
     try:
@@ -74,3 +76,24 @@ class Tasks:
         self._running.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("background work failed: %s", task.get_name(), exc_info=error)
+
+
+class LoopBudget:
+    """Lets a few pieces of work, of a millisecond at most, into each turn of the event loop; the others queue.
+
+    Work that comes in large numbers, such as the frames of all loads, awaits a slot before each piece.
+    """
+
+    def __init__(self) -> None:
+        self._places = asyncio.Semaphore(_AT_ONCE)
+
+    async def slot(self) -> None:
+        """Returns when it is the caller's turn, which lasts until the caller awaits something."""
+        await self._places.acquire()
+        asyncio.get_running_loop().call_soon(self._places.release)
+
+
+def parts_of(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    """As many items at a time as one turn of the event loop can take."""
+    for start in range(0, len(items), _PART):
+        yield items[start : start + _PART]

@@ -24,9 +24,9 @@ from kvservice.blocks import BlockTable
 from kvservice.clock import Clock
 from kvservice.store.caller import Caller
 from kvservice.store.leases import Client, Lease, Leases
-from kvservice.store.loop_budget import LoopBudget
 from kvservice.store.operations.requests import Requests
 from kvservice.store.prefix_match import narrowed
+from kvservice.store.tasks import LoopBudget
 from kvservice_api.errors import (
     InvalidRequest,
     Overloaded,
@@ -123,7 +123,9 @@ class Tickets:
         """
         client = self._leases.client(caller)
         number, held = self._held(caller, ticket, fingerprint)
-        part = await narrowed(self._blocks, held, shard, self._loop_budget)
+        part = held
+        if shard is not None and shard != held.shard:
+            part = await narrowed(self._blocks, held, shard, self._loop_budget)
         # Whether the ticket and the client are still there: others ran meanwhile.
         client = self._leases.client(caller)
         self._held(caller, ticket, fingerprint)

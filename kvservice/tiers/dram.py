@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from kvservice.blocks import Extent
 from kvservice.tiers.arena import Arena
 from kvservice.tiers.extents import SpaceMap, extent_size, lie_within
-from kvservice.tiers.io_pool import ended
+from kvservice.tiers.files import on_thread
 
 T = TypeVar("T")
 
@@ -23,7 +22,7 @@ class DramTier:
     """The tier over an arena. Its capacity grows while the arena is being prepared."""
 
     def __init__(self, arena: Arena) -> None:
-        self._arena = arena
+        self.arena = arena  # Clients of this host may map it: `Arena.share`.
         arena.prepare_first_step()
         self._space = SpaceMap(arena.ready_bytes)
         self._is_started = False
@@ -43,7 +42,7 @@ class DramTier:
                 loop.call_soon_threadsafe(grow, ready_bytes)
 
         self._is_started = True
-        self._arena.prepare(on_more)
+        self.arena.prepare(on_more)
 
     @property
     def capacity_bytes(self) -> int:
@@ -52,7 +51,7 @@ class DramTier:
     @property
     def configured_bytes(self) -> int:
         """What extents may take once all of the arena is prepared, where nothing keeps the tier smaller."""
-        return self._arena.capacity_bytes
+        return self.arena.capacity_bytes
 
     @property
     def used_bytes(self) -> int:
@@ -60,19 +59,19 @@ class DramTier:
 
     @property
     def refusing_because(self) -> str:
-        return "" if self.capacity_bytes else self._arena.short_because
+        return "" if self.capacity_bytes else self.arena.short_because
 
     @property
     def short_because(self) -> str:
         """Why the tier is smaller than configured; empty where it is not."""
-        return self._arena.short_because
+        return self.arena.short_because
 
     def view(self, extent: Extent) -> memoryview:
         """The extent's bytes themselves, writable. Valid until its release."""
-        return self._arena.data[extent.offset_bytes : extent.offset_bytes + extent.size_bytes]
+        return self.arena.data[extent.offset_bytes : extent.offset_bytes + extent.size_bytes]
 
     def could_hold(self, size_bytes: int) -> bool:
-        return extent_size(size_bytes) <= (self._arena.capacity_bytes if self._is_growing else self.capacity_bytes)
+        return extent_size(size_bytes) <= (self.arena.capacity_bytes if self._is_growing else self.capacity_bytes)
 
     async def grown(self) -> bool:
         if not self._is_growing:
@@ -82,14 +81,14 @@ class DramTier:
 
     @property
     def _is_growing(self) -> bool:
-        return self._is_started and self.capacity_bytes < self._arena.capacity_bytes and not self.short_because
+        return self._is_started and self.capacity_bytes < self.arena.capacity_bytes and not self.short_because
 
     def reserve(self, size_bytes: int) -> Extent:
         return Extent(0, self._space.reserve(size_bytes), extent_size(size_bytes))
 
     def release(self, extent: Extent) -> None:
-        if self._arena.generations is not None:
-            self._arena.generations.raise_(extent.offset_bytes)  # First: who still reads in place shall notice.
+        if self.arena.generations is not None:
+            self.arena.generations.raise_(extent.offset_bytes)  # First: who still reads in place shall notice.
         self._space.release(extent.offset_bytes, extent.size_bytes)
 
     def holds(
@@ -100,8 +99,8 @@ class DramTier:
 
     def adopt(self, segments: NDArray[np.generic], offsets: NDArray[np.generic], sizes: NDArray[np.generic]) -> None:
         self._space.adopt(offsets.astype(np.int64), sizes.astype(np.int64))
-        if self._arena.generations is not None:
-            self._arena.generations.raise_all_but(offsets.astype(np.int64))
+        if self.arena.generations is not None:
+            self.arena.generations.raise_all_but(offsets.astype(np.int64))
 
     def set_aside(self, offset_bytes: int, size_bytes: int) -> Extent | None:
         """Take a range that somebody may be writing since before the start; None where a record has a part of it."""
@@ -110,34 +109,11 @@ class DramTier:
             return None
         return Extent(0, offset_bytes, size_bytes)
 
-    # Sharing: clients of the same host read extents in place, and write those reserved for them.
-
-    def share(self) -> None:
-        """Offer that, where it can be; else `not_shared_because` says why."""
-        self._arena.share()
-
-    @property
-    def not_shared_because(self) -> str:
-        return self._arena.not_shared_because
-
-    @property
-    def arena_id(self) -> bytes:
-        return self._arena.arena_id
-
-    @property
-    def arena_directory(self) -> Path:
-        return self._arena.directory
-
-    @property
-    def arena_capacity_bytes(self) -> int:
-        """Of the file behind its header, prepared or not."""
-        return self._arena.capacity_bytes
-
     def generations(self, extents: Sequence[Extent]) -> list[int]:
         """The extents' generations, for who reads them in place."""
-        assert self._arena.generations is not None
+        assert self.arena.generations is not None
         offsets = np.fromiter((extent.offset_bytes for extent in extents), np.int64, len(extents))
-        found: list[int] = self._arena.generations.get_many(offsets).tolist()
+        found: list[int] = self.arena.generations.get_many(offsets).tolist()
         return found
 
     async def write(
@@ -151,7 +127,7 @@ class DramTier:
                 first(data)
             np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(data, np.uint8))
 
-        await _on_thread(work)
+        await on_thread(work)
 
     async def seal(self, extent: Extent) -> None:
         pass
@@ -172,14 +148,4 @@ class DramTier:
             np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(source, np.uint8))
             return then(into) if then is not None else None
 
-        return await _on_thread(work)
-
-
-async def _on_thread(work: Callable[[], T]) -> T:
-    """The copy's result. Cancelled, it ends first: the memory is the caller's again when he hears of it."""
-    job = asyncio.get_running_loop().run_in_executor(None, work)
-    try:
-        return await asyncio.shield(job)
-    except asyncio.CancelledError:
-        await ended(job)
-        raise
+        return await on_thread(work)

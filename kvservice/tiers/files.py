@@ -1,13 +1,23 @@
-"""The calls to the operating system that tiers make on their files.
-
-A seam: tests put a subclass here that fails a call, shortens it, or writes down the order.
-"""
+"""Files of tiers: the system calls that tiers make on them, and the threads that make these calls."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import itertools
 import os
-from collections.abc import Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from heapq import heappop, heappush
 from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+WRITE = float("inf")  # Later than any read.
+_READS_IN_A_ROW_MAX = 32  # While a write waits. Reads without end would else keep all saves off the disk.
 
 
 def file_system_of(path: Path) -> str:
@@ -24,7 +34,7 @@ def file_system_of(path: Path) -> str:
 
 
 class FileCalls:
-    """As in ``os``, with the same errors."""
+    """As in ``os``, with the same errors. Tests pass a subclass that fails a call, shortens it, or records it."""
 
     def open(self, path: str | os.PathLike[str], flags: int, mode: int = 0o600) -> int:
         return os.open(path, flags | os.O_CLOEXEC, mode)
@@ -40,3 +50,112 @@ class FileCalls:
 
     def posix_fallocate(self, fd: int, offset: int, length: int) -> None:
         os.posix_fallocate(fd, offset, length)
+
+
+async def ended(future: asyncio.Future[Any]) -> None:
+    """Wait for the end of `future`, also if the awaiting task is cancelled. Its outcome is not looked at."""
+    while not future.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait({future})
+
+
+async def on_thread(work: Callable[[], T], executor: Executor | None = None) -> T:
+    """What `work` returns, on a thread of `executor`, by default of asyncio's own.
+
+    If the awaiting task is cancelled, CancelledError is raised only once `work` has ended: until then a thread may
+    use the memory that it was given.
+    """
+    job = asyncio.get_running_loop().run_in_executor(executor, work)
+    try:
+        return await asyncio.shield(job)
+    finally:
+        await ended(job)
+
+
+class _Job(Generic[T]):
+    __slots__ = ("_claim", "_loop", "_work", "future")
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._work = work
+        self._claim = threading.Lock()
+        self.future: asyncio.Future[T] = self._loop.create_future()
+
+    def claim(self) -> bool:
+        """True for the first who asks: the thread, to run it, or the caller, to call it off."""
+        return self._claim.acquire(blocking=False)
+
+    def run(self) -> None:
+        try:
+            result = self._work()
+        except BaseException as error:
+            self._end(self.future.set_exception, error)
+        else:
+            self._end(self.future.set_result, result)
+
+    def _end(self, settle: Callable[[Any], None], outcome: object) -> None:
+        with contextlib.suppress(RuntimeError):  # The loop is closed: nobody waits any more.
+            self._loop.call_soon_threadsafe(settle, outcome)
+
+
+class IoPool:
+    """Threads for disk I/O that take reads before writes, and urgent reads before others.
+
+    They run from construction until `close`. As with `on_thread`, cancellation waits for a job that has started.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._reads: list[tuple[float, int, _Job[Any]]] = []  # A heap.
+        self._writes: deque[_Job[Any]] = deque()
+        self._reads_in_a_row = 0
+        self._order = itertools.count()  # Equal priorities: first come, first served.
+        self._closing = False
+        self._more = threading.Condition()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"ssd-io-{number}", daemon=True) for number in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    async def run(self, priority: float, work: Callable[[], T]) -> T:
+        """Run `work` on a thread. Once it began it runs to its end, even where the caller is cancelled."""
+        job = _Job(work)
+        with self._more:
+            assert not self._closing
+            if priority == WRITE:
+                self._writes.append(job)
+            else:
+                heappush(self._reads, (priority, next(self._order), job))
+            self._more.notify()
+        try:
+            return await asyncio.shield(job.future)
+        except asyncio.CancelledError:
+            if not job.claim():
+                await ended(job.future)
+            raise
+
+    def close(self) -> None:
+        """Finish what is queued, then stop."""
+        with self._more:
+            self._closing = True
+            self._more.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        while (job := self._next()) is not None:
+            if job.claim():
+                job.run()
+            del job  # It holds memory that its caller may want to be free of.
+
+    def _next(self) -> _Job[Any] | None:
+        with self._more:
+            while not (self._reads or self._writes):
+                if self._closing:
+                    return None
+                self._more.wait()
+            if self._writes and (not self._reads or self._reads_in_a_row >= _READS_IN_A_ROW_MAX):
+                self._reads_in_a_row = 0
+                return self._writes.popleft()
+            self._reads_in_a_row = self._reads_in_a_row + 1 if self._writes else 0
+            return heappop(self._reads)[2]

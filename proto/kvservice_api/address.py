@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 from urllib.parse import quote
 
@@ -28,6 +30,7 @@ _RULE = (
     "or the path of a UNIX socket (/run/kvservice.sock, ./kvservice.sock, unix:kvservice.sock)"
 )
 _TCP_RULE = "an address to listen on is host:port, such as 127.0.0.1:7070, 0.0.0.0:7070 or [::1]:7070"
+_SOCKET_RULE = "a UNIX socket to listen on is named by its path, such as /run/kvservice.sock or ./kvservice.sock"
 
 
 class TcpAddress(NamedTuple):
@@ -66,30 +69,42 @@ Address = TcpAddress | UnixAddress
 
 def parse_address(text: object) -> Address:
     """The address that a client connects to. Raises ValueError, whose message has the rule and examples."""
-    try:
-        if not isinstance(text, str):
-            raise ValueError(f"it is of type {type(text).__name__}, not text")
+    with _refused(text, _RULE):
+        text = _text(text)
         if text.startswith("unix:"):
             return _unix(text.removeprefix("unix:"))
-        if "://" in text:
-            raise ValueError("it is a URL: leave the scheme out")
-        if "/" in text:
+        if "/" in text and "://" not in text:
             if re.match(r"[^/]+:[0-9]+/", text):
                 raise ValueError("nothing may follow the port")
             return _unix(text)
         return _tcp(text, port_min=1)
-    except ValueError as error:
-        raise ValueError(f"{_shown(text)} is not the address of a daemon: {error}; {_RULE}") from None
 
 
 def parse_listen_address(text: object) -> TcpAddress:
     """A TCP address that a daemon listens on; port 0 takes any free port. Raises ValueError, with the rule."""
+    with _refused(text, _TCP_RULE):
+        return _tcp(_text(text), port_min=0)
+
+
+def parse_listen_socket(text: object) -> UnixAddress:
+    """A UNIX socket that a daemon listens on: its path, with or without ``unix:``. Raises ValueError, with the rule."""
+    with _refused(text, _SOCKET_RULE):
+        return _unix(_text(text).removeprefix("unix:"))
+
+
+@contextmanager
+def _refused(text: object, rule: str) -> Iterator[None]:
+    """One message for all that is no address: what it is, the reason, and the rule."""
     try:
-        if not isinstance(text, str):
-            raise ValueError(f"it is of type {type(text).__name__}, not text")
-        return _tcp(text, port_min=0)
+        yield
     except ValueError as error:
-        raise ValueError(f"{_shown(text)} is not host:port: {error}; {_TCP_RULE}") from None
+        raise ValueError(f"{_shown(text)} is not an address: {error}; {rule}") from None
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"it is of type {type(value).__name__}, not text")
+    return value
 
 
 def _shown(value: object) -> str:
@@ -100,6 +115,8 @@ def _shown(value: object) -> str:
 def _tcp(text: str, *, port_min: int) -> TcpAddress:
     if not text:
         raise ValueError("it is empty")
+    if "://" in text:
+        raise ValueError("it is a URL: leave the scheme out")
     host, separator, port = text.rpartition(":")
     if not separator or port.endswith("]"):
         raise ValueError("it has no port")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -14,7 +13,7 @@ import pytest
 
 from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, LeaseExpired
 from kvservice_client import Client, Lease
-from tests.clock import later
+from tests.clock import ClientClock
 from tests.daemon import NEVER_S, SOON_S, DaemonProcess, until
 from tests.integration.conversations import layers_of, new_chain, same, small_layout
 
@@ -194,14 +193,14 @@ def test_a_lease_lives_by_renewal_and_ends_by_time_and_by_release(daemon: Daemon
 
 
 def test_a_slow_reader_keeps_its_lease(daemon: DaemonProcess) -> None:
-    layout = small_layout()
-    with Client(daemon.address) as client:
+    layout, clock = small_layout(), ClientClock()
+    with Client(daemon.address, clock=clock) as client:
         blocks, chain = client.open_layout(layout), new_chain(layout, layout.block_tokens)
         blocks.save(chain, layers_of(blocks, chain))
 
-        with blocks.lookup(chain, lease_ttl_s=300) as lease, contextlib.ExitStack() as computing:
+        with blocks.lookup(chain, lease_ttl_s=300) as lease:
             for _ in lease.load(timeout_s=NEVER_S * 10):
-                computing.enter_context(later(seconds=200))  # What an engine computes meanwhile.
+                clock.advance(seconds=200)  # What an engine computes meanwhile.
             assert layout.layers * 200 > 2 * 300
             assert lease.remaining_s > 0
 

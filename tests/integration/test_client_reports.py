@@ -8,6 +8,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from kvservice_api.errors import DeadlineExceeded, InvalidRequest, RequestNotFound
 from kvservice_client import Client, Outcome, RequestReport
 from kvservice_client.channel import Channel
+from tests.clock import ClientClock
 from tests.daemon import NEVER_S, SOON_S, DaemonProcess, until
 
 NewDaemon = Callable[..., DaemonProcess]
@@ -56,6 +58,27 @@ def test_reports_wait_for_a_daemon_that_is_away_and_come_once(new_daemon: NewDae
         daemon.start()
         until(lambda: reports_of(client, "away 2") == 1)
         assert [reports_of(client, f"away {number}") for number in range(3)] == [1, 1, 1]
+
+
+def test_a_report_that_waited_tells_when_its_request_began_by_the_clients_clock(new_daemon: NewDaemon) -> None:
+    daemon, clock = new_daemon(), ClientClock()
+    with daemon.client(clock=clock) as client:
+        client.report_request(report("before"))
+        with daemon.client() as watcher:
+            until(lambda: reports_of(watcher, "before") == 1)
+        daemon.kill()
+        client.report_request(report("away"))
+        client.report_request(replace(report("began earlier"), began_s=clock.now_s() - 1000))
+        clock.advance(seconds=3000)
+        daemon.start()
+        with daemon.client() as watcher:
+            until(lambda: reports_of(watcher, "began earlier") == 1)
+            began_s = [
+                watcher.admin.explain_request(request_id).reports[0].at.ToMilliseconds() / 1e3
+                for request_id in ("began earlier", "away")
+            ]
+    now_s = time.time()
+    assert [now_s - each for each in began_s] == pytest.approx([4000, 3000], abs=SOON_S)
 
 
 def test_a_report_whose_answer_was_lost_is_sent_again_and_counts_once(

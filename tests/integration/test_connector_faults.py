@@ -122,8 +122,8 @@ def test_layers_that_come_too_late_are_computed_within_the_bound(daemon: DaemonP
         connector(client, model).save(ids, computed(model, ids), wait_s=30.0)
         late = connector(slow_client, model, wait_s=0.1)
 
-        history = late.restore(ids)
-        assert history.tokens == 32
+        while (history := late.restore(ids)).tokens != 32:  # On a busy machine the lookup can be late, too.
+            assert history.not_found is not None
         assert answer(model, ids, history.cache) == answer(model, ids)
         assert history.error is not None
         assert sum(history_of(history.cache).loaders[0].report.waited_s) <= 0.1 + _SLACK_S

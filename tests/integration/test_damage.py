@@ -6,14 +6,14 @@ Bits are flipped from outside, in the files of a running daemon.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from kvservice_api.errors import ChecksumMismatch
 from kvservice_api.v1 import admin_pb2
-from kvservice_client import BlockChain, Client, Durability, Layout, Tier
+from kvservice_client import BlockChain, Client, Durability, Layout, Lease, Tier
 from tests.daemon import MIB, DaemonProcess
 from tests.integration.known_blocks import LARGE, SMALL, compare, new_chain, save, tiers_of, verify
 from tests.integration.media import Flip, arena, flip_data, flip_trailer, ssd_file
@@ -223,3 +223,23 @@ class DramFilled:
     def __exit__(self, *exc: object) -> None:
         for lease in self._leases:
             lease.release()  # type: ignore[attr-defined]
+
+
+def read_view(lease: Lease) -> None:
+    with lease.view(verify="always") as view:
+        for layer in range(LARGE.layers):
+            view.slices(layer)
+
+
+def test_bytes_in_place_that_were_damaged_are_counted_as_mismatches_and_not_as_fallbacks(tmp_path: Path) -> None:
+    with DaemonProcess(tmp_path, ssd__capacity_bytes=0) as daemon, daemon.client(transport="shm") as client:
+        blocks = client.open_layout(LARGE)
+        reads: list[Callable[[Lease], object]] = [lambda lease: list(lease.load()), read_view]
+        for count, read in enumerate(reads, start=1):
+            chain = new_chain(LARGE, 1)
+            save(client, LARGE, chain)
+            flip_data(arena(daemon), LARGE, chain.keys[0], random.Random(count))
+            with blocks.lookup(chain) as lease, pytest.raises(ChecksumMismatch):
+                read(lease)
+            counted = client.stats().transports["shm"]
+            assert (counted.mismatches, counted.fallbacks, client.stats().shm_refused_because) == (count, 0, "")

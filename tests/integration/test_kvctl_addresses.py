@@ -13,6 +13,10 @@ from typing import Any
 
 import pytest
 
+from kvservice.config import ConfigError, load_settings
+from kvservice_api.address import UnixAddress, parse_address
+from kvservice_api.errors import InvalidRequest
+from kvservice_client import Client
 from tests.certificates import Authority
 from tests.daemon import DaemonProcess
 
@@ -37,9 +41,44 @@ def test_a_wrong_address_is_wrong_usage_with_the_rule(kvctl_here: Kvctl, verb: s
     done = kvctl_here(verb, "--address", address)
     assert (done.returncode, done.stdout) == (2, "")
     assert "Invalid value for '--address'" in words(done.stderr)
-    assert "is not the address of a daemon" in words(done.stderr)
+    assert "is not an address" in words(done.stderr)
     assert "an address is host:port" in words(done.stderr)
     assert "kvservice serve" not in done.stderr
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "[::1]", "::1:7070", "h:70700", "[::g]:1", "http://h:1", "1.2.3:1"])
+def test_client_kvctl_and_daemon_refuse_an_address_with_the_same_words(kvctl_here: Kvctl, address: str) -> None:
+    with pytest.raises(InvalidRequest) as by_client:
+        Client(address)
+    refused, _, rule = by_client.value.message.partition("; ")
+    assert refused.startswith(f"'{address}' is not an address: ")
+    assert rule.startswith("an address is host:port")
+    assert f"{refused}; {rule}" in words(kvctl_here("status", "--address", address).stderr)
+    for setting in ("address", "metrics_address"):
+        for flags, environ in (
+            ([f"--server.{setting}", address], {}),
+            ([], {f"KVSERVICE_SERVER__{setting.upper()}": address}),
+        ):
+            with pytest.raises(ConfigError) as by_daemon:
+                load_settings(flags, environ)
+            # A daemon may have port 0, so its range of ports differs.
+            assert refused.replace("from 1", "from 0") in str(by_daemon.value)
+            assert "; an address to listen on is host:port" in str(by_daemon.value)
+
+
+@pytest.mark.parametrize("path", ["/run/", "unix:", "/run/\n.sock", "/" + "x" * 107], ids=repr)
+def test_client_and_daemon_refuse_a_path_with_the_same_words(path: str) -> None:
+    with pytest.raises(InvalidRequest) as by_client:
+        Client(path)
+    with pytest.raises(ConfigError) as by_daemon:
+        load_settings(["--server.unix_socket", path], {})
+    assert by_client.value.message.partition("; ")[0] in str(by_daemon.value)
+
+
+def test_client_and_daemon_take_a_path_alike() -> None:
+    for text, path in (("unix:kv.sock", "kv.sock"), ("/run/kv.sock", "/run/kv.sock"), ("unix:/kv.sock", "/kv.sock")):
+        assert parse_address(text) == UnixAddress(path)
+        assert load_settings(["--server.unix_socket", text], {}).unix_socket_path == Path(path)
 
 
 def test_a_wrong_address_in_the_environment_is_named_by_its_variable(

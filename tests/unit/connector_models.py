@@ -14,6 +14,7 @@ from kvservice_adapter.connectors.transformers import TransformersConnector
 from kvservice_adapter.cost import Rates
 from kvservice_client import (
     BlockChain,
+    Clock,
     Durability,
     KVError,
     Layout,
@@ -85,6 +86,7 @@ class KeptBlocks:
     """A client and its blocks at once: what was saved, block by block and layer by layer, in a dict."""
 
     def __init__(self) -> None:
+        self.clock = Clock()
         self.stored: dict[bytes, list[bytes]] = {}
         self.saves: list[int] = []  # How many blocks each save brought.
         self.failing: KVError | None = None

@@ -93,13 +93,13 @@ def test_an_address_is_host_and_port_or_the_path_of_a_socket(text: str, address:
 
 @pytest.mark.parametrize("text", NO_ADDRESSES, ids=repr)
 def test_whatever_else_is_refused_with_the_rule_and_examples(text: object) -> None:
-    with pytest.raises(ValueError, match=r"is not the address of a daemon: .*host:port .*\[::1\]:7070.*UNIX socket"):
+    with pytest.raises(ValueError, match=r"is not an address: .*host:port .*\[::1\]:7070.*UNIX socket"):
         parse_address(text)
 
 
 @pytest.mark.parametrize("text", NO_ADDRESSES, ids=repr)
 def test_a_client_refuses_it_when_it_is_made(text: object) -> None:
-    with pytest.raises(InvalidRequest, match=r"is not the address of a daemon: .*host:port") as refused:
+    with pytest.raises(InvalidRequest, match=r"is not an address: .*host:port") as refused:
         Client(text)  # type: ignore[arg-type]
     assert refused.value.details["field"] == "address"
 
@@ -107,7 +107,7 @@ def test_a_client_refuses_it_when_it_is_made(text: object) -> None:
 def test_a_daemon_may_leave_its_port_to_the_system_and_has_its_socket_elsewhere() -> None:
     assert parse_listen_address("[::]:0") == TcpAddress("::", 0)
     for text in ("127.0.0.1", "127.0.0.1:65536", "/run/kv.sock", "unix:kv.sock", "", None):
-        with pytest.raises(ValueError, match=r"is not host:port: .*0\.0\.0\.0:7070"):
+        with pytest.raises(ValueError, match=r"is not an address: .*0\.0\.0\.0:7070"):
             parse_listen_address(text)
 
 
@@ -120,6 +120,6 @@ def test_which_hosts_only_this_host_can_reach(host: str, is_loopback: bool) -> N
 
 
 def test_a_long_one_is_cut_in_the_message() -> None:
-    with pytest.raises(ValueError, match=r"^'x{90,}\.\.\. is not the address") as refused:
+    with pytest.raises(ValueError, match=r"^'x{90,}\.\.\. is not an address") as refused:
         parse_address("x" * 10_000)
     assert len(str(refused.value)) < 500

@@ -131,7 +131,7 @@ class Batch:
         self._parts: deque[tuple[Group, Callable[[int], None], range]] = deque()
         self._helping = 0
         self._helpers: list[Future[None]] = []
-        self._generation = forks.generation()
+        self._generation = forks.generation
 
     def start(self, work: Callable[[int], None], sizes: Sequence[int]) -> Group:
         """`work` on all positions in `sizes`, in parts of a MiB and more."""
@@ -148,7 +148,7 @@ class Batch:
         """Do what is there until the group is done. Raises what a part of it raised first, or DeadlineExceeded."""
         while not group.done.is_set() and deadline.remaining_s and (part := self._next()):
             self._run(*part)
-        if not group.done.wait(deadline.remaining_s):
+        if not deadline.clock.wait(group.done, deadline.remaining_s):
             raise DeadlineExceeded(f"the {deadline.allowed_s:.3g} s allowed for this call have passed")
         if group.error is not None:
             raise group.error
@@ -183,7 +183,7 @@ class Batch:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._generation != forks.generation():
+        if self._generation != forks.generation:
             return  # The helpers are the parent's, and so is what they are doing.
         with self._lock:
             self._parts.clear()

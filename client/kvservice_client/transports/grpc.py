@@ -9,16 +9,19 @@ import numpy as np
 
 from kvservice_api.errors import InvalidFrame, KVError
 from kvservice_api.frames import HEAD_BYTES_MAX, decode_frame, encode_frame
+from kvservice_api.malloc import keep_large_buffers
+from kvservice_api.status import from_status
 from kvservice_api.v1 import blocks_pb2 as pb
+from kvservice_api.v1 import types_pb2
 from kvservice_client.buffers import Bytes
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection
-from kvservice_client.malloc import keep_large_buffers
 from kvservice_client.retry import Deadline
-from kvservice_client.transports.base import LoadOrder, SaveOrder, SaveResult, Transport
-from kvservice_client.transports.messages import save_header, save_result
+from kvservice_client.transports.base import Durability, LoadOrder, SaveOrder, SaveResult, Transport
 
 _PAYLOAD_BYTES_WANTED = 2**20  # Larger ones leave the caches before they are copied on.
+_KEPT_FREE_BYTES = 256 * 2**20
+_DURABILITY = {Durability.DRAM: types_pb2.DURABILITY_DRAM, Durability.SSD: types_pb2.DURABILITY_SSD}
 
 
 class GrpcTransport(Transport):
@@ -36,7 +39,7 @@ class GrpcTransport(Transport):
         """Nothing outlives an order."""
 
     def load(self, order: LoadOrder, deadline: Deadline) -> Generator[Bytes, None, None]:
-        keep_large_buffers()
+        keep_large_buffers(_KEPT_FREE_BYTES)
         request = pb.LoadBlocksRequest(
             client_id=order.client_id,
             lease_id=order.lease_id,
@@ -68,9 +71,27 @@ class GrpcTransport(Transport):
             messages.close()
 
     def save(self, order: SaveOrder, deadline: Deadline) -> tuple[SaveResult, int]:
-        keep_large_buffers()
+        keep_large_buffers(_KEPT_FREE_BYTES)
         answer = self._channel.send_frames(BLOCKS + "SaveBlocks", _messages(order), pb.SaveBlocksResponse, deadline)
         return save_result(answer), order.size_bytes
+
+
+def save_header(order: SaveOrder) -> pb.SaveHeader:
+    """The message that opens a save, by stream or in place."""
+    return pb.SaveHeader(
+        client_id=order.client_id,
+        layout_fingerprint=order.layout.fingerprint,
+        shard=order.shard.to_proto(),
+        parent_key=order.parent_key,
+        keys=order.keys,
+        last_block_tokens=order.token_counts[-1],
+        durability=_DURABILITY[order.durability],
+    )
+
+
+def save_result(answer: pb.SaveBlocksResponse) -> SaveResult:
+    refused = [(each.block, from_status(each.status)) for each in answer.refused]
+    return SaveResult(answer.stored, answer.already_stored, refused)
 
 
 def _messages(order: SaveOrder) -> Iterator[bytes]:

@@ -6,20 +6,23 @@ A new transport is a class beside the others, and its line in `TRANSPORTS`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from kvservice_api.errors import KVError, NotShared, NoWriterLock
+from kvservice_client import forks
 from kvservice_client.buffers import Bytes
 from kvservice_client.connection import Connection
 from kvservice_client.rate_limited_log import RateLimitedLog
 from kvservice_client.retry import Deadline
-from kvservice_client.traffic import Meter
 from kvservice_client.transports.base import LoadOrder, NotCarried, SaveOrder, SaveResult, Transport
 from kvservice_client.transports.grpc import GrpcTransport
-from kvservice_client.transports.in_place import InPlaceReader, Verify, View
+from kvservice_client.transports.in_place import InPlaceMismatch, InPlaceReader, Verify, View
 from kvservice_client.transports.shm import ShmTransport
 from kvservice_client.transports.throttle import Throttle
 
@@ -29,6 +32,81 @@ log = logging.getLogger(__name__)
 TRANSPORTS: tuple[Callable[[Connection], Transport], ...] = (ShmTransport, GrpcTransport)
 
 _TRY_NEXT = (NotShared, NoWriterLock, NotCarried)
+
+
+@dataclass(frozen=True, slots=True)
+class TransportStats:
+    """What one transport did since the client was made.
+
+    Bytes are payload. Operations are those that it carried to their end. Seconds are those in which it worked:
+    callers that take their time between two layers are not counted. `fallbacks` are the operations that it could not
+    carry, in whole or in part, so that the next transport did. `mismatches` are the loads and views whose bytes in
+    place were not those that their checksums were taken of. They are no fallbacks, although the daemon then verifies
+    the bytes by way of the next transport.
+    """
+
+    loads: int = 0
+    saves: int = 0
+    views: int = 0
+    loaded_bytes: int = 0
+    saved_bytes: int = 0
+    viewed_bytes: int = 0
+    load_seconds: float = 0.0
+    save_seconds: float = 0.0
+    fallbacks: int = 0
+    mismatches: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Payload bytes since the client was made, by transport ("shm", "grpc"); views are read in place, uncopied.
+
+    A forked child counts from zero.
+
+    `shm_refused_because` says why shared memory was not used the last time that it was not; empty where it
+    always was, or was not wanted. `transports` has all that was counted, of each transport that was tried.
+    """
+
+    loaded_bytes: Mapping[str, int]
+    saved_bytes: Mapping[str, int]
+    viewed_bytes: int
+    shm_refused_because: str
+    transports: Mapping[str, TransportStats] = field(default_factory=dict)
+
+
+class Meter:
+    """Counts for all transports alike. Thread-safe. A forked child counts from zero."""
+
+    def __init__(self) -> None:
+        self.reset_in_child()
+        forks.register(self)
+
+    def reset_in_child(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: defaultdict[str, dict[str, Any]] = defaultdict(dict)  # By transport, then by field.
+        self._refused_because: dict[str, str] = {}
+
+    def add(self, transport: str, **counts: float) -> None:
+        """Add to fields of the transport's `TransportStats`."""
+        with self._lock:
+            sums = self._counts[transport]
+            for name, count in counts.items():
+                sums[name] = sums.get(name, 0) + count
+
+    def fell_back(self, transport: str, why: str) -> None:
+        self.add(transport, fallbacks=1)
+        self._refused_because[transport] = why
+
+    def stats(self) -> Stats:
+        with self._lock:
+            counts = {name: TransportStats(**sums) for name, sums in self._counts.items()}
+        return Stats(
+            {name: count.loaded_bytes for name, count in counts.items() if count.loaded_bytes},
+            {name: count.saved_bytes for name, count in counts.items() if count.saves},
+            sum(count.viewed_bytes for count in counts.values()),
+            self._refused_because.get("shm", ""),
+            counts,
+        )
 
 
 class OrderedTransports:
@@ -103,9 +181,9 @@ class OrderedTransports:
         """
         if self._down is not None:
             raise NotShared("a view moves no bytes that could be slowed down: load the blocks")
-        have_verified = partial(self._have_verified, order) if verify == "always" else None
         for transport in self._transports:
             if isinstance(transport, InPlaceReader):
+                have_verified = partial(self._have_verified, transport, order) if verify == "always" else None
                 transport.check_offered(deadline)
                 view = transport.view(order, deadline, have_verified)
                 self._meter.add(transport.name, views=1, viewed_bytes=order.size_bytes)
@@ -128,11 +206,16 @@ class OrderedTransports:
         if transport is self._transports[-1]:
             raise error
         why = error.message if isinstance(error, KVError) else str(error)
+        if isinstance(error, InPlaceMismatch):
+            self._meter.add(transport.name, mismatches=1)
+            self._log.warning("bytes read by %s are not used, the daemon is asked for them: %s", transport.name, why)
+            return
         self._meter.fell_back(transport.name, why)
         self._log.info("%s is not used: %s", transport.name, why)
 
-    def _have_verified(self, order: LoadOrder, block: int, layer: int) -> None:
+    def _have_verified(self, transport: Transport, order: LoadOrder, block: int, layer: int) -> None:
         """Make the daemon verify one slice, by loading it: it drops the block and raises where the slice is damaged."""
+        self._meter.add(transport.name, mismatches=1)
         first, counts = order.first_block + block, order.token_counts[block : block + 1]
         one = replace(order, first_block=first, token_counts=counts, first_layer=layer, into=None)
         layers = self._transports[-1].load(one, self._connection.deadline(None))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import secrets
 import threading
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -33,8 +32,8 @@ from kvservice_client.connection import Connection
 from kvservice_client.retry import Deadline
 from kvservice_client.transports.base import LoadOrder, SaveOrder, SaveResult, Transport
 from kvservice_client.transports.copying import Batch, Copiers, Group, copy_and_sum, copy_runs_and_sum, sum_and_copy
+from kvservice_client.transports.grpc import save_header, save_result
 from kvservice_client.transports.in_place import InPlace, InPlaceMismatch, View
-from kvservice_client.transports.messages import save_header, save_result
 
 M = TypeVar("M", bound=Message)
 
@@ -221,14 +220,14 @@ class _AbandonQueue:
                     return
                 request = self._waiting.popleft()
             while not self._send_abandon(request):
-                time.sleep(_ABANDON_PAUSE_S)  # No call waits for this thread.
+                self._connection.clock.sleep(_ABANDON_PAUSE_S)  # No call waits for this thread.
 
     def _send_abandon(self, request: pb.AbandonBlocksRequest) -> bool:
         if not self._connection.attach_stream.is_attached_as(request.client_id):
             return True
         call = self._connection.channel.call
         try:
-            call(BLOCKS + "AbandonBlocks", request, pb.AbandonBlocksResponse, Deadline(_ABANDON_S))
+            call(BLOCKS + "AbandonBlocks", request, pb.AbandonBlocksResponse, self._connection.deadline(_ABANDON_S))
         except KVError as error:
             return not isinstance(error, (DaemonUnavailable, DeadlineExceeded))
         return True

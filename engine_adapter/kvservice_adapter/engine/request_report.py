@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -35,7 +34,8 @@ class Request:
         self._client = client
         self._rates = rates
         self._request_id = request_id
-        self._began_s = time.monotonic()
+        self._clock = client.clock
+        self._began_s = self._clock.now_s()
         self._loaded_before = dict(client.stats().loaded_bytes)
         self._is_reported = not request_id
         self.rows = 1
@@ -53,7 +53,7 @@ class Request:
         return transport_of(self._loaded_before, self._client.stats().loaded_bytes)
 
     def looked_up(self) -> None:
-        self.lookup_s = time.monotonic() - self._began_s
+        self.lookup_s = self._clock.now_s() - self._began_s
 
     def forward_ended(self, history: ReportedHistory, new_tokens: int, context_tokens: int, seconds: float) -> None:
         """The model has computed so many tokens; the first time, that was the request's prefill."""
@@ -89,7 +89,7 @@ class Request:
             load_s=max((load.total_s for load in loads), default=None),
             waited_s=sum(sum(load.waited_s) for load in loads) if loads else None,
             head_s=again_s or self.head_s,
-            first_token_s=time.monotonic() - self._began_s,
+            first_token_s=self._clock.now_s() - self._began_s,
         )
 
     def _outcome(self, history: ReportedHistory) -> tuple[Outcome, str]:

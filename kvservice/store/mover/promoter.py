@@ -21,10 +21,9 @@ from kvservice.counters import Counters
 from kvservice.policy.base import Policy
 from kvservice.store import image_check
 from kvservice.store.block_lifecycle import BlockLifecycle
-from kvservice.store.loop_budget import LoopBudget
 from kvservice.store.mover.evictor import Evictor
 from kvservice.store.mover.write_behind import WriteBehind
-from kvservice.store.tasks import Tasks, all_of
+from kvservice.store.tasks import LoopBudget, Tasks, all_of
 from kvservice.tiers.dram import DramTier
 from kvservice_api.errors import BlockNotFound, ChecksumMismatch, KVError, StorageFailed, TierFull
 from kvservice_api.image import BlockGeometry, Trailer

@@ -21,12 +21,11 @@ from kvservice.counters import Counters
 from kvservice.policy.base import Policy
 from kvservice.store import image_check
 from kvservice.store.block_lifecycle import BlockLifecycle
-from kvservice.store.loop_budget import LoopBudget
 from kvservice.store.mover.evictor import Evictor
-from kvservice.store.tasks import Tasks
+from kvservice.store.tasks import LoopBudget, Tasks
 from kvservice.tiers.base import DurableTier
 from kvservice.tiers.dram import DramTier
-from kvservice.tiers.io_pool import WRITE
+from kvservice.tiers.files import WRITE
 from kvservice_api.errors import BlockNotFound, ChecksumMismatch, IndexFull, KVError, StorageFailed, TierFull
 from kvservice_api.image import BlockGeometry, Trailer
 
@@ -157,7 +156,7 @@ class WriteBehind:
                 await self._queued.wait()
             row, generation = self._queue.popleft()
             if self._failing_because and self._is_wanted(row, generation):
-                await asyncio.sleep(_PAUSE_AFTER_FAILURE_S)
+                await self._clock.sleep(_PAUSE_AFTER_FAILURE_S)
             if not self._is_wanted(row, generation):
                 await self._one_less()
                 continue
@@ -298,7 +297,7 @@ class WriteBehind:
         while True:
             await self._some_copied.wait()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_COMMIT_AFTER_S):
+                async with self._clock.timeout(_COMMIT_AFTER_S):
                     await self._enough_copied.wait()
             batch, self._copied, self._copied_bytes = self._copied, [], 0
             self._some_copied.clear()
@@ -311,8 +310,8 @@ class WriteBehind:
         except Exception as error:  # Whatever it is, somebody waits to hear of it.
             self._give_up(batch, error)
             return
-        gone = [copied for copied in batch if not self._blocks.live[copied.row]]
-        self._give_up(gone, BlockNotFound("the block was discarded while it was written"))
+        if gone := [copied for copied in batch if not self._blocks.live[copied.row]]:
+            self._give_up(gone, BlockNotFound("the block was discarded while it was written"))
         batch = [copied for copied in batch if not copied.recorded.done()]
         if not batch:
             return

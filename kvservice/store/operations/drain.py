@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
 from kvservice.blocks import BlockTable, Rows
+from kvservice.clock import Clock
 from kvservice.store.caller import Caller
 from kvservice.store.mover.write_behind import WriteBehind
 from kvservice.store.tasks import Tasks
-from kvservice.store.transfers.admission import Admission
-from kvservice.store.transfers.claims import Claims
+from kvservice.store.transfers.admission import Admission, Claims
 from kvservice_api.errors import Draining
 
 _LOOK_EVERY_S = 0.02
@@ -47,12 +48,14 @@ class Drain:
         admission: Admission,
         write_behind: WriteBehind | None,
         tasks: Tasks,
+        clock: Clock,
     ) -> None:
         self._blocks = blocks
         self._claims = claims
         self._admission = admission
         self._write_behind = write_behind
         self._tasks = tasks
+        self._clock = clock
         self._writing: asyncio.Task[None] | None = None
         self._stopping = False
         self.is_draining = False
@@ -70,8 +73,8 @@ class Drain:
 
     async def quiet(self) -> None:
         """Wait until no load and no save runs."""
-        while self._admission.loads_open or self._claims.object_count:  # noqa: ASYNC110  (once in a life)
-            await asyncio.sleep(_LOOK_EVERY_S)
+        while self._admission.loads_open or self._claims.object_count:
+            await self._clock.sleep(_LOOK_EVERY_S)
 
     # When an operator asks
 
@@ -102,11 +105,13 @@ class Drain:
             yield self._progress(done)
             if done:
                 return
-            await asyncio.wait({writing}, timeout=_REPORT_EVERY_S)
+            with suppress(TimeoutError):
+                async with self._clock.timeout(_REPORT_EVERY_S):
+                    await asyncio.wait({writing})
 
     async def _write_all(self) -> None:
-        while self._claims.object_count:  # noqa: ASYNC110  (uploads signal no end)
-            await asyncio.sleep(_LOOK_EVERY_S)
+        while self._claims.object_count:
+            await self._clock.sleep(_LOOK_EVERY_S)
         if self._write_behind is None:
             return
         rows = self._only_in_dram()

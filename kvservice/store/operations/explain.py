@@ -15,7 +15,7 @@ from kvservice.store.miss_reasons import MissEvent, MissReasons, Reason
 from kvservice.store.operations.listings import BlockFacts, block_facts
 from kvservice.store.operations.requests import LookupRecord, ReportRecord, RequestRecord
 from kvservice.store.sessions.sessions import SessionHistory
-from kvservice.store.transfers.claims import Claims
+from kvservice.store.transfers.admission import Claims
 from kvservice_api.layout import LayerGroup, Layout, Rotary
 
 

@@ -12,7 +12,6 @@ from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
-from kvservice.store.loop_budget import parts_of
 from kvservice.store.operations.drain import Drain, DrainProgress
 from kvservice.store.operations.explain import Explain, ExplainedBlock, ExplainedRequest, ExplainedSession
 from kvservice.store.operations.listings import BlockFacts, Listings
@@ -21,6 +20,7 @@ from kvservice.store.operations.requests import Requests
 from kvservice.store.operations.scrub import Scrub, ScrubProgress
 from kvservice.store.sessions.manifests import StoredSession
 from kvservice.store.sessions.sessions import Sessions
+from kvservice.store.tasks import parts_of
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.keys import KEY_BYTES
 from kvservice_api.layout import Layout, Shard

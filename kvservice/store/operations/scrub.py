@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from concurrent.futures import Executor
@@ -17,7 +16,7 @@ from kvservice.store import image_check
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.tiers.dram import DramTier
-from kvservice.tiers.io_pool import ended
+from kvservice.tiers.files import on_thread
 from kvservice_api.errors import ScrubRunning, StorageFailed
 from kvservice_api.layout import Shard
 
@@ -92,7 +91,7 @@ class Scrub:
                 reported_s = now_s
                 yield progress
             ahead_s = progress.bytes_checked / bytes_per_second - (now_s - started_s)
-            await asyncio.sleep(max(0.0, ahead_s))
+            await self._clock.sleep(max(0.0, ahead_s))
         yield replace(progress, done=True)
 
     async def _check(self, row: int, tier: TierName) -> bool:
@@ -119,11 +118,7 @@ class Scrub:
         geometry = self._lifecycle.geometry(row)
         image = self._dram.view(extent)[: geometry.image_bytes]
         verify = functools.partial(image_check.damage, image, geometry, *self._identity(row))
-        job = asyncio.get_running_loop().run_in_executor(self._executor, verify)
-        try:
-            return await asyncio.shield(job)
-        finally:
-            await ended(job)  # The thread reads memory that is about to be released.
+        return await on_thread(verify, self._executor)
 
     async def _check_read(self, row: int, tier: TierName) -> str:
         extent = self._blocks.extent(row, tier)

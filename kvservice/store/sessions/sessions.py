@@ -256,7 +256,7 @@ class Sessions:
                     )
                 if len(after.positions) > POSITIONS_MAX:
                     raise SessionsFull(f"a session may list {POSITIONS_MAX} positions, not {len(after.positions)}")
-                after = self._used(after)
+                after = self._used(after, after.created_at_ms if before is None else self._clock.wall_ms())
                 await self._put(name, after)
                 return after
 
@@ -381,7 +381,7 @@ class Sessions:
     async def _tick_forever(self) -> None:
         passed_s = 0.0
         while True:
-            await asyncio.sleep(_TICK_S)
+            await self._clock.sleep(_TICK_S)
             passed_s += _TICK_S
             try:
                 await self.expire()
@@ -393,13 +393,12 @@ class Sessions:
 
     def _use(self, name: Name, manifest: Manifest) -> Manifest:
         """Note that the session was used; written later."""
-        manifest = self._used(manifest)
+        manifest = self._used(manifest, self._clock.wall_ms())
         self._install(name, manifest)
         self._touched[name] = None
         return manifest
 
-    def _used(self, manifest: Manifest) -> Manifest:
-        now_ms = self._clock.wall_ms()
+    def _used(self, manifest: Manifest, now_ms: int) -> Manifest:
         return dataclasses.replace(manifest, used_at_ms=now_ms, expires_at_ms=now_ms + round(self.limits.ttl_s * 1000))
 
     # Finding

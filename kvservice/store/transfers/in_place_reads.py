@@ -25,7 +25,7 @@ from kvservice.store.caller import Caller
 from kvservice.store.leases import Lease
 from kvservice.store.mover.promoter import PendingPromotion, Promoter
 from kvservice.tiers.dram import DramTier
-from kvservice.tiers.io_pool import ended
+from kvservice.tiers.files import on_thread
 from kvservice_api.errors import ChecksumMismatch, KVError, LeaseExpired, NotShared
 
 _ROWS_A_TURN = 256
@@ -79,7 +79,7 @@ class InPlaceReads:
 
         Raises NotShared, LeaseExpired, ChecksumMismatch, StorageFailed.
         """
-        if why := self._dram.not_shared_because:
+        if why := self._dram.arena.not_shared_because:
             raise NotShared(f"blocks cannot be read in place: {why}")
         if any(block in lease.parts for block in blocks):
             yield NotInPlace("several shards make up a block")
@@ -157,12 +157,7 @@ class InPlaceReads:
             geometry, key, generation = self._lifecycle.geometry(row), blocks.key_of(row), int(blocks.generation[row])
             image, expected = self._dram.view(extent)[: geometry.image_bytes], int(blocks.trailer_checksum[row])
             verify = functools.partial(image_check.damage, image, geometry, key, blocks.shard_of(row), expected)
-            job = asyncio.get_running_loop().run_in_executor(self._executor, verify)
-            try:
-                what = await asyncio.shield(job)
-            finally:
-                await ended(job)  # The thread reads memory that is about to be released.
-            if what:
+            if what := await on_thread(verify, self._executor):
                 await self._lifecycle.quarantine(row, generation, blocks.first_tier, what)
                 raise ChecksumMismatch(f"{what} of block {key.hex()} is damaged in dram", key=key.hex())
             blocks.verified[row] = True

@@ -70,10 +70,10 @@ class InPlaceUploads:
         self._dram = dram
         self._tasks = tasks
         self._offered = offered
-        self._directory = dram.arena_directory / WRITERS_NAME
+        self._directory = dram.arena.directory / WRITERS_NAME
         self._writers: dict[Client, Writer] = {}
         self._open: dict[int, _InPlaceUpload] = {}
-        self._leaving = set(Writer.left_behind(self._directory, dram.arena_id))  # Until their locks are released.
+        self._leaving = set(Writer.left_behind(self._directory, dram.arena.arena_id))  # Until their locks are released.
         for writer in self._leaving:
             for extent in writer.extents:
                 if dram.set_aside(extent.offset_bytes, extent.size_bytes) is None:
@@ -92,7 +92,7 @@ class InPlaceUploads:
     @property
     def refused_because(self) -> str:
         """Why clients cannot write in place; empty where they can."""
-        return self._dram.not_shared_because or ("" if self._offered else "dram.share is not writable")
+        return self._dram.arena.not_shared_because or ("" if self._offered else "dram.share is not writable")
 
     def writer(self, client: Client) -> Writer:
         """The client's, whose lock it holds. Raises NotShared or NoWriterLock."""
@@ -102,7 +102,7 @@ class InPlaceUploads:
         if writer is not None:
             writer.check_locked()
             return writer
-        writer = self._writers[client] = Writer.open(self._directory, client.client_id, self._dram.arena_id)
+        writer = self._writers[client] = Writer.open(self._directory, client.client_id, self._dram.arena.arena_id)
         client.on_detach.add(lambda: self._detached(client))
         return writer
 
@@ -165,8 +165,8 @@ class InPlaceUploads:
     async def _until_gone(self, writer: Writer) -> None:
         """Look for the end of the process that may be writing; its space is free then."""
         try:
-            while not writer.remove_if_unlocked():  # noqa: ASYNC110  (another process ends it)
-                await asyncio.sleep(_LOOK_EVERY_S)
+            while not writer.remove_if_unlocked():  # Another process unlocks it.
+                await self._uploads.clock.sleep(_LOOK_EVERY_S)
         except asyncio.CancelledError:
             writer.close()  # The daemon ends: the next one finds the file.
             raise

@@ -23,12 +23,11 @@ from kvservice.store import image_check
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.store.leases import Lease
-from kvservice.store.loop_budget import LoopBudget
 from kvservice.store.mover.promoter import PendingPromotion, Promoter
-from kvservice.store.tasks import all_of
+from kvservice.store.tasks import LoopBudget, all_of
 from kvservice.store.transfers.coverage import HeadRun, cover
 from kvservice.tiers.dram import DramTier
-from kvservice.tiers.io_pool import ended
+from kvservice.tiers.files import ended, on_thread
 from kvservice_api.errors import ChecksumMismatch, InvalidRequest, KVError, LeaseExpired, Overloaded
 from kvservice_api.image import PAGE_BYTES, BlockGeometry, Trailer, checksum
 from kvservice_api.layout import Layout, Shard
@@ -181,7 +180,6 @@ class _Read:
         self.rows = list(dict.fromkeys(itertools.chain.from_iterable(self._rows_of_block)))
         self._plans: list[list[list[HeadRun]] | None] = []
         self._sources: dict[int, _Source] = {}
-        self._jobs: set[asyncio.Future[Any]] = set()
         self._scratch_bytes = 0
         self._held = AsyncExitStack()  # What is being promoted, for as long as it is read.
 
@@ -200,10 +198,10 @@ class _Read:
     async def open(self) -> None:
         """Find every row's bytes, and start to bring up what only SSD has."""
         table, reads = self._blocks_table, self._reads
+        rows = np.array(self.rows, np.int64)
+        missing = rows[~table.lie_in(rows, table.first_tier)].tolist()
         promotions: dict[int, PendingPromotion] = {}
-        if reads.promoter is not None:
-            rows = np.array(self.rows, np.int64)
-            missing = rows[~table.lie_in(rows, table.first_tier)].tolist()
+        if missing and reads.promoter is not None:
             promotions = await self._held.enter_async_context(reads.promoter.promoting(missing))
         for row, pending in promotions.items():
             self._sources[row] = source = self._new_source(row)
@@ -216,7 +214,7 @@ class _Read:
             await self._yield_to_loop(count)
             self._plans.append(self._plan(rows_of_block))
         resident = [source for source in self._sources.values() if source.image is not None and not source.pending]
-        await self._on_thread(lambda: self._read_trailers(resident))
+        await on_thread(lambda: self._read_trailers(resident), reads.executor)
         for source in resident:
             if source.trailer is None:
                 await self._quarantine(source, table.first_tier, "the trailer")
@@ -246,9 +244,7 @@ class _Read:
         return _Source(row, int(table.generation[row]), table.shard_of(row), self._reads.lifecycle.geometry(row), None)
 
     async def close(self) -> None:
-        """Wait for threads that still read the blocks' memory, then release it."""
-        for job in list(self._jobs):
-            await ended(job)
+        """Release the blocks' memory. No thread reads it any more: `on_thread` returns after its work has ended."""
         self._reads.scratch.release(self._scratch_bytes)
         await self._held.aclose()
 
@@ -256,12 +252,6 @@ class _Read:
         """The event loop goes round now and then: a load may have thousands of blocks, and loads may be many."""
         if count % _ROWS_A_TURN == 0:
             await self._reads.loop_budget.slot()
-
-    async def _on_thread(self, work: Callable[[], T]) -> T:
-        job = asyncio.get_running_loop().run_in_executor(self._reads.executor, work)
-        self._jobs.add(job)
-        job.add_done_callback(self._jobs.discard)
-        return await asyncio.shield(job)  # A cancelled load still waits for it, in `close`.
 
     def _read_trailers(self, sources: list[_Source]) -> None:
         for source in sources:
@@ -382,7 +372,7 @@ class _Read:
             return encode(part)
 
         async with reads.slots:
-            result = await self._on_thread(work)
+            result = await on_thread(work, reads.executor)
         if isinstance(result, LayerSlice):
             source = self._sources[result.row]
             await self._quarantine(source, source.tier or self._blocks_table.first_tier, f"layer {result.layer}")

@@ -22,13 +22,11 @@ from kvservice.counters import Counters
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.store.leases import Client
-from kvservice.store.loop_budget import LoopBudget
 from kvservice.store.miss_reasons import Reason
 from kvservice.store.mover.evictor import Evictor
 from kvservice.store.mover.write_behind import WriteBehind
-from kvservice.store.tasks import all_of
-from kvservice.store.transfers.admission import Admission
-from kvservice.store.transfers.claims import Claim, Claims
+from kvservice.store.tasks import LoopBudget, all_of
+from kvservice.store.transfers.admission import Admission, Claim, Claims
 from kvservice.tiers.dram import DramTier
 from kvservice_api.errors import (
     BlockNotFound,
@@ -273,10 +271,12 @@ class Upload:
             await self._after_others(each, deadline_s)
 
     def _stored_row(self, position: int) -> int:
-        """A row that has all of what this save would store of a block, or NO_ROW."""
-        blocks, shard = self._all.blocks, self._request.shard
-        first = int(blocks.rows_of_keys([self._request.keys[position]])[0])
-        return next((row for row in blocks.shards_of(first) if blocks.shard_of(row).covers(shard)), NO_ROW)
+        """A row that has all of what this save would store of a block, in its layout, or NO_ROW."""
+        blocks, request = self._all.blocks, self._request
+        for row in blocks.shards_of(int(blocks.rows_of_keys([request.keys[position]])[0])):
+            if blocks.layout_id[row] == request.layout_id and blocks.shard_of(row).covers(request.shard):
+                return row
+        return NO_ROW
 
     async def _after_others(self, destination: _Destination, deadline_s: float) -> None:
         """Other saves store this block: wait for them, and take over should none of them commit."""
@@ -293,6 +293,10 @@ class Upload:
             await self._reserve(destination)
 
     async def _reserve(self, destination: _Destination) -> None:
+        if self._all.blocks.row_of(self._request.keys[destination.position], self._request.shard) != NO_ROW:
+            why = "a block of another layout is stored under this key: the root of a chain is taken of its layout"
+            self._refuse(destination, InvalidRequest(why, field="keys"))
+            return
         extent: Extent | None = None
         try:
             if self._no_room is not None:

@@ -236,7 +236,8 @@ class BlockServiceServicer(object):
         * RESOURCE_EXHAUSTED OVERLOADED: too many saves run; skip this one.
         Per block, in `refused`: RESOURCE_EXHAUSTED TIER_FULL or INDEX_FULL (skip this save),
         DATA_LOSS UPLOAD_CORRUPTED (the bytes do not match the checksum in `commit`; send them again),
-        UNAVAILABLE STORAGE_FAILED (retry later).
+        UNAVAILABLE STORAGE_FAILED (retry later), INVALID_ARGUMENT INVALID_REQUEST (a block of another
+        layout is stored under this key; make the key from the layout's fingerprint).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -18,10 +18,11 @@ from kvservice_api.errors import (
     Overloaded,
     StorageFailed,
 )
+from kvservice_client import Clock
 from tests.daemon import until
 
 
-class Daemon:
+class Daemon(Clock):
     """What a breaker asks, and the time between its questions: both go on when the test says so."""
 
     def __init__(self) -> None:
@@ -30,10 +31,10 @@ class Daemon:
         self.asked = threading.Semaphore(0)
         self._go_on = threading.Semaphore(0)
 
-    def wait(self, ends: threading.Event, seconds: float) -> bool:
+    def wait(self, event: threading.Event, seconds: float) -> bool:
         self.pauses.put(seconds)
-        until(lambda: ends.is_set() or self._go_on.acquire(blocking=False))
-        return ends.is_set()
+        until(lambda: event.is_set() or self._go_on.acquire(blocking=False))
+        return event.is_set()
 
     def probe(self) -> bool:
         self.asked.release()
@@ -57,7 +58,7 @@ def daemon() -> Daemon:
 
 @pytest.fixture
 def breaker(daemon: Daemon) -> Iterator[Breaker]:
-    with Breaker(daemon.probe, failures=2, probe_s=0.5, wait=daemon.wait) as breaker:
+    with Breaker(daemon.probe, failures=2, probe_s=0.5, clock=daemon) as breaker:
         yield breaker
 
 

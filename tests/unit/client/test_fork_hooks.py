@@ -28,10 +28,10 @@ class Counted:
 
 
 def test_an_object_is_reset_once_in_each_child_and_never_in_the_parent() -> None:
-    counted, generation = Counted(), forks.generation()
-    assert in_child(lambda: (counted.resets, forks.generation())) == (1, generation + 1)
+    counted, generation = Counted(), forks.generation
+    assert in_child(lambda: (counted.resets, forks.generation)) == (1, generation + 1)
     assert in_child(lambda: in_child(lambda: counted.resets)) == 2
-    assert (counted.resets, forks.generation()) == (0, generation)
+    assert (counted.resets, forks.generation) == (0, generation)
 
 
 def test_an_object_that_cannot_be_reset_does_not_keep_others_from_it() -> None:

@@ -338,7 +338,8 @@ def test_repair_takes_the_id_that_most_of_the_store_names(store: Store, where: s
     if where == "store_id":
         identity.write_text(("0" if sound[0] != "0" else "1") + sound[1:])
     else:
-        store.change(TierName.SSD, META, lambda items: items.update({b"store_id": bytes(1) + items[b"store_id"][1:]}))
+        found = bytes.fromhex(sound.strip())
+        store.change(TierName.SSD, META, lambda items: items.update({b"store_id": bytes([found[0] ^ 1]) + found[1:]}))
 
     assert "another store's" in problems(store.check()[1])[0][2]
     assert store.check("--repair")[0] == 1

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import pytest
 from prometheus_client import CollectorRegistry
 
-from kvservice import metrics
 from kvservice.metrics import Heartbeat, next_beat_s
+from tests.clock import FakeClock
 from tests.stores import until
 
 
-async def test_a_late_beat_counts_for_ever_and_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_WINDOW_S", 0.05)
-    heartbeat = Heartbeat(CollectorRegistry())
+class _BusyLoop(FakeClock):
+    """The time of a loop that wakes each sleeper so many seconds late, a number of times, and then on time."""
+
+    def __init__(self, *late_s: float) -> None:
+        super().__init__()
+        self.late_s = list(late_s)
+
+    async def sleep(self, seconds: float) -> None:
+        self.advance(seconds=seconds + (self.late_s.pop() if self.late_s else 0.0))
+        await asyncio.sleep(0)
+
+
+async def test_a_late_beat_counts_for_ever_and_for_a_while() -> None:
+    clock = _BusyLoop(0.5)
+    heartbeat = Heartbeat(clock, CollectorRegistry())
     beating = asyncio.create_task(heartbeat.run())
-    await asyncio.sleep(0)
-    time.sleep(0.5)  # noqa: ASYNC251  (what is measured)
-    await until(lambda: heartbeat.recent_ms > 400)
-    assert heartbeat.latest_ms >= heartbeat.recent_ms
-    await until(lambda: heartbeat.recent_ms < 400)
-    assert heartbeat.latest_ms > 400
+    await until(lambda: not clock.late_s and heartbeat.recent_ms > 0)
+    assert heartbeat.recent_ms == heartbeat.latest_ms == pytest.approx(500)
+    await until(lambda: heartbeat.recent_ms < 1)
+    assert heartbeat.latest_ms == pytest.approx(500)
     beating.cancel()
 
 

@@ -14,8 +14,7 @@ import grpc
 import pytest
 
 import kvservice
-from kvservice.rpc.callers import Callers
-from kvservice.rpc.interceptors import guarded
+from kvservice.rpc.calls import Callers, guarded
 from kvservice.store.caller import DEFAULT_TENANT, Caller, Tenant
 from kvservice.store.leases import Client
 from kvservice.store.operations.operators import Operators
@@ -52,7 +51,7 @@ def test_requests_get_their_caller_in_one_place() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Caller"
     }
-    assert made == {"rpc/callers.py"}
+    assert made == {"rpc/calls.py"}
 
 
 class _StoreUses(ast.NodeVisitor):

@@ -196,19 +196,20 @@ class TestFilesThatChange:
 
     def test_and_are_not_valid_yet_are_taken_once_they_are(
         self,
-        certificates: Certificates,
+        files: TlsSettings,
         counters: Counters,
         authority: Authority,
         tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        start = datetime.now(UTC) + timedelta(hours=1)
+        now = datetime.now(UTC)
+        certificates = Certificates(files, lambda: now.timestamp())
+        start = now + timedelta(hours=1)
         new = authority.issue(valid_from=start, valid_until=start + timedelta(hours=1))
         new.write(tmp_path)
         certificates.look(counters)
         assert certificates.latest.certificate != new.certificate
 
-        monkeypatch.setattr("kvservice.rpc.tls.time.time", lambda: start.timestamp() + 1)
+        now = start + timedelta(seconds=1)
         certificates.look(counters)
 
         assert certificates.latest.certificate == new.certificate

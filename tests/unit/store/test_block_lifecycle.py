@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import tracemalloc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from kvservice.store import block_lifecycle
 from kvservice.store.leases import Client
 from kvservice_api.errors import IndexFull, StorageFailed
 from kvservice_api.keys import KEY_BYTES
+from tests.clock import HandClock, passes
 from tests.stores import CALLER, WHOLE, OpenStore, caller_of, some_chain, some_images, until
 
 
@@ -147,16 +149,20 @@ async def test_removals_of_one_object_follow_one_another(
 
 
 async def test_where_an_old_record_cannot_be_removed_a_new_save_is_refused_in_time(
-    opened: OpenStore, client: Client, monkeypatch: pytest.MonkeyPatch
+    open_store: Callable[..., Any],
 ) -> None:
-    monkeypatch.setattr(block_lifecycle, "_SETTLED_WITHIN_S", 0.01)
-    chain = some_chain(1)
+    clock = HandClock()
+    opened: OpenStore = await open_store(clock=clock)
+    client, chain = opened.store.attach(CALLER, "test"), some_chain(1)
     await opened.save(client, chain, some_images(chain))
     with opened.commits_held(TierName.DRAM):
         discarding = asyncio.create_task(opened.store.operators.discard(CALLER, chain.keys))
         await until(lambda: opened.hits(chain.keys) == 0)
-        outcome = await opened.save(client, chain, some_images(chain))
-        assert isinstance(outcome.refused[0], StorageFailed)
+        saving = asyncio.create_task(opened.save(client, chain, some_images(chain)))
+        await turns()
+        assert not saving.done()
+        await until(lambda: passes(clock) and saving.done())
+        assert isinstance((await saving).refused[0], StorageFailed)
     await discarding
 
 

@@ -81,7 +81,7 @@ async def test_a_drain_that_follows_an_undone_one_at_once_writes_everything(open
     images = some_images(chain)
     async with opened.begin_save(client, chain) as upload:
         drain.begin(CALLER)
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0)  # The drain's task begins, and waits for the upload.
         for frame in frames_of(LAYOUT, WHOLE, chain, images):
             upload.write(frame)
         await upload.commit(checksums_of(WHOLE, images), on_ssd=False, then_write=False)

@@ -15,6 +15,7 @@ from kvservice.blocks import Extent, TierName
 from kvservice.store.leases import Client
 from kvservice.store.operations.explain import Miss
 from kvservice.store.transfers.upload import Place, SaveOutcome
+from kvservice.tiers.writers import Writer
 from kvservice_api.errors import (
     InvalidRequest,
     NotShared,
@@ -55,7 +56,7 @@ async def opened(open_store: Callable[..., Any]) -> OpenStore:
 
 @pytest.fixture
 def lock(opened: OpenStore, client: Client) -> Iterator[WriterLock]:
-    lock = WriterLock(opened.dram.arena_directory, client.client_id)
+    lock = WriterLock(opened.dram.arena.directory, client.client_id)
     yield lock
     lock.release()
 
@@ -204,7 +205,7 @@ async def test_a_block_that_could_never_fit_is_refused_before_it_is_written(
 ) -> None:
     opened = await open_store(share=True, dram_bytes=24 * 1024)
     client = opened.store.attach(CALLER, "test")
-    lock = WriterLock(opened.dram.arena_directory, client.client_id)
+    lock = WriterLock(opened.dram.arena.directory, client.client_id)
     chain = some_chain(3)
     places, refused = await opened.store.reserve(caller_of(client), 1, header_of(chain), on_ssd=False)
     assert len(places) == 1
@@ -213,17 +214,22 @@ async def test_a_block_that_could_never_fit_is_refused_before_it_is_written(
 
 
 async def test_space_that_a_lost_client_may_be_writing_comes_back_with_its_lock_and_no_sooner(
-    opened: OpenStore, client: Client
+    opened: OpenStore, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lock = WriterLock(opened.dram.arena_directory, client.client_id)
+    lock = WriterLock(opened.dram.arena.directory, client.client_id)
     places = await reserve(opened, client, some_chain(2))
-    used = opened.dram.used_bytes
+    used, looks, look = opened.dram.used_bytes, 0, Writer.remove_if_unlocked
 
+    def counted(writer: Writer) -> bool:
+        nonlocal looks
+        looks += 1
+        return look(writer)
+
+    monkeypatch.setattr(Writer, "remove_if_unlocked", counted)
     opened.store.detach(CALLER, client)
     opened.files.clock.advance(seconds=10_000)
-    for _ in range(3):
-        await asyncio.sleep(0.12)  # The daemon looks every 100 ms.
-        assert opened.dram.used_bytes == used
+    await until(lambda: looks == 3)
+    assert opened.dram.used_bytes == used
     assert not opened.claims.object_count, "others may store these blocks elsewhere"
     assert not opened.in_place_uploads._open
     before = opened.dram.generations([place.extent for place in places])
@@ -231,7 +237,7 @@ async def test_space_that_a_lost_client_may_be_writing_comes_back_with_its_lock_
     lock.release()
     await until(lambda: opened.dram.used_bytes == 0)
     assert opened.dram.generations([place.extent for place in places]) == [each + 1 for each in before]
-    assert not list((opened.dram.arena_directory / "writers").iterdir())
+    assert not list((opened.dram.arena.directory / "writers").iterdir())
 
 
 async def test_much_space_of_a_lost_client_comes_back_in_short_turns(
@@ -239,7 +245,7 @@ async def test_much_space_of_a_lost_client_comes_back_in_short_turns(
 ) -> None:
     opened = await open_store(share=True, dram_bytes=4 * MIB)
     client = opened.store.attach(CALLER, "test")
-    lock = WriterLock(opened.dram.arena_directory, client.client_id)
+    lock = WriterLock(opened.dram.arena.directory, client.client_id)
     await reserve(opened, client, some_chain(200))
     release, turn, released = opened.dram.release, 0, Counter[int]()
 
@@ -263,7 +269,7 @@ async def test_much_space_of_a_lost_client_comes_back_in_short_turns(
 
 
 async def test_what_was_committed_stays_where_it_is_when_its_writer_ends(opened: OpenStore, client: Client) -> None:
-    lock = WriterLock(opened.dram.arena_directory, client.client_id)
+    lock = WriterLock(opened.dram.arena.directory, client.client_id)
     chain = some_chain(2)
     images = some_images(chain)
     places = await reserve(opened, client, chain)
@@ -303,7 +309,7 @@ async def test_the_daemon_after_this_one_sets_aside_what_a_living_client_may_be_
     opened = files.open()
     await opened.store.open_layout(CALLER, LAYOUT)
     client = opened.store.attach(CALLER, "writer")
-    lock = WriterLock(opened.dram.arena_directory, client.client_id)
+    lock = WriterLock(opened.dram.arena.directory, client.client_id)
     places = [await reserve(opened, client, some_chain(2, seed=seed), seed) for seed in (1, 2, 3)]
     committed, abandoned, open_still = places
     images = some_images(some_chain(2, seed=1))
@@ -336,7 +342,7 @@ async def test_what_was_written_in_place_counts_as_verified_once_somebody_has_re
 ) -> None:
     opened = await open_store(share=True, ssd_bytes=0, dram_bytes=MIB)
     client = opened.store.attach(CALLER, "test")
-    lock = WriterLock(opened.dram.arena_directory, client.client_id)
+    lock = WriterLock(opened.dram.arena.directory, client.client_id)
     chain = some_chain(2)
     images = some_images(chain)
     places = await reserve(opened, client, chain)

@@ -13,9 +13,8 @@ import pytest
 from kvservice.blocks import TierName
 from kvservice.counters import Counters
 from kvservice.store.leases import Client, Lease, Leases
-from kvservice.store.loop_budget import LoopBudget
 from kvservice.store.store import StoreLimits
-from kvservice.store.tasks import Tasks
+from kvservice.store.tasks import LoopBudget, Tasks
 from kvservice_api.errors import InvalidRequest, KVError, LeaseExpired, LeaseNotYours, Overloaded, UnknownClient
 from tests.clock import FakeClock
 from tests.stores import CALLER, LAYOUT, WHOLE, OpenStore, caller_of, layers_of, some_chain, some_images, until

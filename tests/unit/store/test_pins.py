@@ -312,7 +312,7 @@ async def test_a_pin_that_changes_while_a_copy_is_recorded_is_in_that_record_too
             else opened.store.operators.pin(CALLER, keys, HOUR_MS)
         )
         changing: asyncio.Task[Any] = asyncio.create_task(change)
-        await asyncio.sleep(0.05)
+        await until(lambda: bool(opened.blocks.pinned(0).any()) != first_pinned)
         assert not changing.done(), "that record still says otherwise: whoever died now would find it"
     await changing
     expected = 0 if first_pinned else opened.files.clock.wall_ms() + HOUR_MS
@@ -327,7 +327,7 @@ async def test_a_block_discarded_while_it_is_pinned_leaves_no_record(opened: Ope
         pinning = asyncio.create_task(opened.store.operators.pin(CALLER, keys, HOUR_MS))
         await asyncio.sleep(0)
         discarding = asyncio.create_task(opened.store.operators.discard(CALLER, keys))
-        await asyncio.sleep(0.01)
+        await until(lambda: opened.blocks.live_count == 0)
     await asyncio.gather(pinning, discarding)
     await opened.settle()
     assert opened.records(TierName.SSD) == opened.records(TierName.DRAM) == {}
@@ -344,8 +344,8 @@ async def test_a_block_discarded_while_its_pin_waits_for_a_copys_record_leaves_n
         pinning = asyncio.create_task(opened.store.operators.pin(CALLER, keys, HOUR_MS))
         await until(lambda: bool(opened.blocks.pinned(0).any()))
         discarding = asyncio.create_task(opened.store.operators.discard(CALLER, keys))
-        await until(lambda: opened.blocks.live_count == 0)
-        await asyncio.sleep(0.01)  # The removal is on its way: what is recorded behind it would stay for ever.
+        # The removal is on its way: what is recorded behind it would stay for ever.
+        await until(lambda: opened.blocks.live_count == 0 and bool(opened.block_lifecycle._leaving))
     await asyncio.gather(promoting, pinning, discarding)
     await opened.settle()
     assert opened.records(TierName.SSD) == opened.records(TierName.DRAM) == {}

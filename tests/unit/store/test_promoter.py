@@ -108,11 +108,12 @@ async def test_a_landing_that_ended_while_its_joiner_waited_for_room_is_not_read
     promotion = opened.promoter
     assert promotion is not None
     first, second = leases[0].rows.tolist()
-    gate = asyncio.Event()
+    waits_for_room, gate = asyncio.Event(), asyncio.Event()
     reserve = opened.evictor.reserve
 
     async def slowly(tier: TierName, size_bytes: int, **waits: Any) -> Any:
         if first in promotion._pending:  # The first block is on its way up; the second one waits for room.
+            waits_for_room.set()
             await gate.wait()
         return await reserve(tier, size_bytes, **waits)
 
@@ -127,7 +128,7 @@ async def test_a_landing_that_ended_while_its_joiner_waited_for_room_is_not_read
         async with promotion.promoting([first]) as pending:
             [landing] = pending.values()
         joining = asyncio.create_task(opened.load(leases[0]))
-        await asyncio.sleep(0.01)
+        await waits_for_room.wait()
     await landing.done.wait()
     await until(lambda: opened.dram.used_bytes == 0)
     overwritten = opened.dram.reserve(BLOCK)

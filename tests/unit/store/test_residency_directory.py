@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvservice.blocks import BlockTable, TierName
-from kvservice.store.directory_table import DirectoryTable
+from kvservice.store.directory import DirectoryTable
 from kvservice.tiers.files import FileCalls
 from kvservice_api.layout import Shard
 from kvservice_api.residency_directory import (
@@ -284,7 +284,8 @@ async def test_a_larger_file_takes_over_while_blocks_come_and_go(folder: Path) -
         if number % 3 == 2:
             made.drop(keys[number - 1])
         if number % 16 == 0:
-            await asyncio.sleep(0.0001)
+            await asyncio.sleep(0)
+        await until(lambda: made.fill <= 0.9)  # The larger one is made from 0.7 on; none is made once this one is full.
     await until(lambda: made.fill <= 0.7)
 
     assert not first.is_good_for(STORE_ID, made.epoch)

@@ -191,6 +191,44 @@ async def test_a_frame_that_is_out_of_range_or_overlaps_ends_the_save_and_nothin
     assert opened.counters.saves_abandoned == 1
 
 
+async def test_a_block_of_another_layout_under_the_same_key_does_not_count_as_stored(
+    opened: OpenStore, client: Client
+) -> None:
+    """Keys contain their layout's fingerprint, but for those that a client makes otherwise."""
+    chain, images, other = some_chain(2), some_images(some_chain(2)), replace(LAYOUT, model_revision="other")
+    await opened.store.open_layout(CALLER, other)
+    await opened.save(client, chain, images)
+
+    outcome = await opened.save(client, chain, images, layout=other)
+    assert (outcome.stored, outcome.already_stored) == ([], [])
+    assert [(type(error), error.details["field"]) for error in outcome.refused.values()] == [
+        (InvalidRequest, "keys")
+    ] * 2
+    assert opened.hits(chain.keys, layout=other) == 0
+    assert await loaded(opened, client, chain) == layers_of(images)
+
+    part = Shard(0, 1, 0, LAYOUT.kv_heads)  # The first save's blocks have its layers and heads, of their own layout.
+    first_layers = some_images(chain, shard=part, layout=other)
+    outcome = await opened.save(client, chain, first_layers, shard=part, layout=other)
+    assert (outcome.stored, outcome.already_stored) == ([0, 1], [])
+    assert opened.hits(chain.keys, layout=other, shard=part) == 2
+    assert await loaded(opened, client, chain) == layers_of(images)
+
+
+async def test_a_save_that_waited_for_one_of_another_layout_is_refused(opened: OpenStore, client: Client) -> None:
+    chain, images, other = some_chain(1), some_images(some_chain(1)), replace(LAYOUT, model_revision="other")
+    await opened.store.open_layout(CALLER, other)
+    async with opened.begin_save(client, chain) as first:
+        second = asyncio.create_task(opened.save(client, chain, images, layout=other))
+        await until(lambda: opened.claims.waiting_for(chain.keys[0]) == 2)
+        for frame in frames_of(LAYOUT, WHOLE, chain, images):
+            first.write(frame)
+        await first.commit(checksums_of(WHOLE, images), on_ssd=False)
+    outcome = await second
+    assert not outcome.already_stored and isinstance(outcome.refused[0], InvalidRequest)
+    await nothing_left(opened, used_before=BLOCK)
+
+
 async def test_bytes_of_blocks_that_are_stored_already_are_not_looked_at(opened: OpenStore, client: Client) -> None:
     chain, images = some_chain(3), some_images(some_chain(3))
     await opened.save(client, chain[:2], images[:2])
@@ -332,7 +370,7 @@ async def test_a_client_that_goes_while_it_waits_for_another_or_for_room_is_let_
     chain = some_chain(2)
     upload = await half_saved(opened, owner, chain)
     save = asyncio.create_task(opened.save(waiting, chain, some_images(chain)))
-    await asyncio.sleep(0.01)
+    await until(lambda: opened.claims.waiting_for(chain.keys[0]) == 2)
     assert not save.done()
 
     opened.store.detach(CALLER, waiting)
@@ -379,7 +417,7 @@ async def test_who_waits_takes_over_where_the_first_one_gives_up(opened: OpenSto
     chain = some_chain(2)
     first = await half_saved(opened, client, chain)
     waiting = [asyncio.create_task(opened.save(client, chain, some_images(chain, seed=seed))) for seed in (1, 2)]
-    await asyncio.sleep(0.01)
+    await until(lambda: opened.claims.waiting_for(chain.keys[0]) == 3)
     await first.__aexit__(None, None, None)
     outcomes = await asyncio.gather(*waiting)
     assert [len(outcome.stored) for outcome in outcomes] == [2, 0]
@@ -414,7 +452,7 @@ async def test_saves_that_wait_for_one_another_form_no_circle(opened: OpenStore,
     gives_up = await half_saved(opened, client, b)
     # The first holds A and waits for B, the second waits for both.
     both = [asyncio.create_task(opened.save(client, chain, some_images(chain, seed=seed))) for seed in (1, 2)]
-    await asyncio.sleep(0.01)
+    await until(lambda: opened.claims.waiting_for(a.keys[0]) == 2 and opened.claims.waiting_for(b.keys[0]) == 3)
     third = asyncio.create_task(opened.save(client, b, some_images(b, seed=3)))
     await gives_up.__aexit__(None, None, None)
     fourth = asyncio.create_task(opened.save(client, a, some_images(a, seed=4)))
@@ -462,7 +500,7 @@ async def test_an_acknowledgement_from_ssd_holds_for_blocks_that_others_had_stor
     with calls.held("pwritev"):
         await opened.save(client, chain, images)
         durable = asyncio.create_task(opened.save(client, chain, images, on_ssd=True))
-        await asyncio.sleep(0.02)
+        await until(lambda: opened.write_behind is not None and opened.write_behind._awaited == 2)
         assert not durable.done()
     assert (await durable).already_stored == [0, 1]
     assert opened.residency(chain.keys[0]) == {TierName.DRAM, TierName.SSD}

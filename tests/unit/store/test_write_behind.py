@@ -6,6 +6,7 @@ import asyncio
 import errno
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from kvservice.store import block_lifecycle
 from kvservice.store.miss_reasons import Reason
 from kvservice.store.mover import write_behind
 from kvservice_api.errors import IndexFull, KVError, StorageFailed
+from tests.clock import HandClock, passes
 from tests.file_faults import FaultyCalls
 from tests.stores import CALLER, LAYOUT, MIB, PATIENT, OpenStore, StoreFiles, some_chain, some_images, until
 
@@ -90,9 +92,12 @@ async def test_once_the_index_takes_records_again_blocks_reach_the_ssd(opened: O
 
 
 async def test_while_commits_fail_blocks_are_not_all_written_again_and_again(
-    opened: OpenStore, index: RefusingIndex, monkeypatch: pytest.MonkeyPatch
+    open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(write_behind, "_PAUSE_AFTER_FAILURE_S", 3600.0)
+    clock = HandClock()
+    opened: OpenStore = await open_store(clock=clock, dram_bytes=256 * 1024, limits=PATIENT)
+    index = RefusingIndex(opened)
+    monkeypatch.setattr(opened.index, "put", index.put)
     client, chain = opened.store.attach(CALLER, "test"), some_chain(16)
     index.error = StorageFailed("the disk is gone")
 
@@ -102,6 +107,9 @@ async def test_while_commits_fail_blocks_are_not_all_written_again_and_again(
         await asyncio.sleep(0)
 
     assert index.refused <= 16, "each block was tried once at most, and then one at a time"
+
+    index.error = None
+    await until(lambda: passes(clock) and opened.residency(chain.keys[15]) == {TierName.DRAM, TierName.SSD})
 
 
 async def test_a_save_to_ssd_ends_and_nothing_stays_held_whatever_fails_its_record(

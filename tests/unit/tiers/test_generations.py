@@ -40,7 +40,7 @@ def open_tier(shm: Path) -> Iterator[Callable[..., DramTier]]:
         opened.append(Arena.open(shm, STORE, CAPACITY, calls=calls))
         tier = DramTier(opened[-1])
         if share:
-            tier.share()
+            tier.arena.share()
         columns = np.array(kept or np.zeros((0, 3)), np.uint64).reshape(-1, 3).T
         tier.adopt(*columns)
         return tier
@@ -52,8 +52,8 @@ def open_tier(shm: Path) -> Iterator[Callable[..., DramTier]]:
 
 def seen(tier: DramTier) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
     """All words, as another process reads them."""
-    data = (tier.arena_directory / GENERATIONS_NAME).read_bytes()
-    return np.frombuffer(data, "<u4", tier.arena_capacity_bytes // PAGE_BYTES, PAGE_BYTES).copy()
+    data = (tier.arena.directory / GENERATIONS_NAME).read_bytes()
+    return np.frombuffer(data, "<u4", tier.arena.capacity_bytes // PAGE_BYTES, PAGE_BYTES).copy()
 
 
 def test_an_extents_generation_is_raised_by_its_release_and_by_nothing_else(open_tier: Callable[..., DramTier]) -> None:
@@ -70,7 +70,7 @@ def test_an_extents_generation_is_raised_by_its_release_and_by_nothing_else(open
 def test_a_generation_begins_anew_after_its_highest_number(open_tier: Callable[..., DramTier]) -> None:
     tier = open_tier()
     extent = tier.reserve(PAGE_BYTES)
-    with (tier.arena_directory / GENERATIONS_NAME).open("r+b") as file:
+    with (tier.arena.directory / GENERATIONS_NAME).open("r+b") as file:
         file.seek(PAGE_BYTES + 4 * (extent.offset_bytes // PAGE_BYTES))
         file.write(b"\xff" * 4)
     assert tier.generations([extent])[0] == 2**32 - 1
@@ -93,7 +93,7 @@ def test_after_a_restart_only_what_records_name_has_its_generation_still(open_ti
 def test_a_daemon_that_does_not_share_goes_on_raising_what_was_shared(open_tier: Callable[..., DramTier]) -> None:
     open_tier()
     tier = open_tier(share=False)
-    assert tier.not_shared_because == "dram.share is off"
+    assert tier.arena.not_shared_because == "dram.share is off"
     extent = tier.reserve(PAGE_BYTES)
     before = tier.generations([extent])[0]
     tier.release(extent)
@@ -101,10 +101,10 @@ def test_a_daemon_that_does_not_share_goes_on_raising_what_was_shared(open_tier:
 
 
 def test_an_arena_that_was_never_shared_has_no_generations_until_it_is(open_tier: Callable[..., DramTier]) -> None:
-    arena_id = open_tier(share=False).arena_id
+    arena_id = open_tier(share=False).arena.arena_id
     tier = open_tier()
-    assert (tier.arena_id, tier.not_shared_because) == (arena_id, "")
-    assert (tier.arena_directory / GENERATIONS_NAME).stat().st_blocks * 512 >= generations_file_bytes(
+    assert (tier.arena.arena_id, tier.arena.not_shared_because) == (arena_id, "")
+    assert (tier.arena.directory / GENERATIONS_NAME).stat().st_blocks * 512 >= generations_file_bytes(
         CAPACITY - PAGE_BYTES
     )
 
@@ -113,14 +113,14 @@ def test_an_arena_that_was_never_shared_has_no_generations_until_it_is(open_tier
 def test_an_arena_that_lost_its_generations_is_replaced(open_tier: Callable[..., DramTier], damage: str) -> None:
     """Somebody may still look at the old ones, which nobody would ever raise."""
     tier = open_tier()
-    arena_id, path = tier.arena_id, tier.arena_directory / GENERATIONS_NAME
+    arena_id, path = tier.arena.arena_id, tier.arena.directory / GENERATIONS_NAME
     if damage == "gone":
         path.unlink()
     elif damage == "short":
         os.truncate(path, 100)
     else:
         path.write_bytes(path.read_bytes()[:8] + bytes(16) + path.read_bytes()[24:])
-    assert open_tier().arena_id != arena_id
+    assert open_tier().arena.arena_id != arena_id
 
 
 def test_a_tmpfs_without_space_for_the_generations_has_an_arena_all_the_same(
@@ -129,10 +129,10 @@ def test_a_tmpfs_without_space_for_the_generations_has_an_arena_all_the_same(
     calls = FaultyCalls()
     tier = open_tier(share=False, calls=calls)
     calls.failing["posix_fallocate"] = errno.ENOSPC
-    tier.share()
-    assert "No space left" in tier.not_shared_because
+    tier.arena.share()
+    assert "No space left" in tier.arena.not_shared_because
     tier.release(tier.reserve(PAGE_BYTES))
-    assert not (tier.arena_directory / GENERATIONS_NAME).exists()
+    assert not (tier.arena.directory / GENERATIONS_NAME).exists()
 
 
 @pytest.mark.parametrize("size", [0, 4096, 8192, 12_288, MIB, 10 * MIB + 4096, 3 << 30, 1 << 40])

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable
 
 import pytest
 
-from kvservice.tiers.io_pool import WRITE, IoPool
+from kvservice.tiers.files import WRITE, IoPool
 
 
 class OneThread:

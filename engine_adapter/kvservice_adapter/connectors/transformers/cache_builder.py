@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +27,7 @@ from kvservice_adapter.session import Keys
 from kvservice_api.errors import KVError
 from kvservice_api.layout import Layout
 from kvservice_client.rate_limited_log import RateLimitedLog
+from kvservice_client.retry import Clock
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +96,7 @@ class CacheBuilder:
     device: Device
     rates: Rates
     saver_parts: SaverParts
+    clock: Clock
     wait_s: float
     key_hooks: KeyHooks | None  # For layouts that keep keys before rotation.
 
@@ -128,13 +129,13 @@ class CacheBuilder:
         if chosen is None or chosen.kind is Kind.RECOMPUTE:
             self.release(found)
             return Restored(self._empty_cache(asked), plan=chosen)
-        begin_s = time.perf_counter()
+        begin_s = self.clock.now_s()
         request.tier = reuse.tier
         head_tokens = chosen.compute_tokens
         slices = [_slices(each, tokens, head_tokens) for each, tokens in zip(found, reuse.tokens, strict=True)]
         self.release([each for each, part in zip(found, slices, strict=True) if part is None])
         buffers, loaders = self._start_loads(asked, slices, reuse, head_tokens)
-        self.rates.observe_overhead(time.perf_counter() - begin_s)
+        self.rates.observe_overhead(self.clock.now_s() - begin_s)
         head = self._compute_head(asked, head_tokens) if head_tokens else None
         history = self._history(asked, buffers, loaders, reuse, head, recompute_cut)
         cache = self._cache(asked, history, _rows(asked, found, reuse.tokens), reuse.columns)
@@ -187,6 +188,7 @@ class CacheBuilder:
                 layer_count=self.layout.layers,
                 buffer_layers=buffer_layers,
                 release=each.release,
+                clock=self.clock,
             )
             loader.start()
             loaders.append(loader)
@@ -226,6 +228,7 @@ class CacheBuilder:
             recompute_cut or partial(recompute_masked, given.visible(columns)),
             layer_count=self.layout.layers,
             wait_s=self.wait_s,
+            clock=self.clock,
             dtype=self.model.dtype,
             device=self.model.device,
             head=head,
@@ -237,9 +240,9 @@ class CacheBuilder:
 
     def _compute_head(self, asked: _Asked, tokens: int) -> Head:
         """Compute the beginning of a history while the rest of it is loaded."""
-        begin_s = time.perf_counter()
+        begin_s = self.clock.now_s()
         layers = computed(self.model, asked.given.ids[:, :tokens], asked.given.visible(tokens))
-        head_s = asked.request.head_s = time.perf_counter() - begin_s
+        head_s = asked.request.head_s = self.clock.now_s() - begin_s
         self.rates.observe_prefill(tokens, 0, head_s)
         return Head(dict(enumerate(layers)), tokens)
 

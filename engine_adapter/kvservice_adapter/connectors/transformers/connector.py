@@ -105,14 +105,14 @@ class TransformersConnector:
             raise InvalidRequest(
                 f"client is of type {type(client).__name__}; give a kvservice_client.Client", field="client"
             )
-        self._generation = forks.generation()
+        self._generation = forks.generation
         self._lines = RateLimitedLog(log)
         self._model, self._lora_id = model, lora_id
         self._check_adapters()
         self.layout = layout_of(
             model, model_id=model_id, model_revision=model_revision, block_tokens=block_tokens, rotated=rotated
         )
-        self.rates = rates or Rates()
+        self.rates = rates or Rates(client.clock.now_s)
         self._client = client
         self._blocks = client.open_layout(self.layout)
         self._salt = salt
@@ -120,7 +120,7 @@ class TransformersConnector:
         self._ropes: ModelRopes | None = None
         self._tokens_max = self._ropes_for_all().tokens_max if self._is_dynamic else None
         self._lookup = PrefixLookup(client, self._blocks, self._ropes_of_model)
-        self._breaker = Breaker(probe_of(self._blocks))
+        self._breaker = Breaker(probe_of(self._blocks), clock=client.clock)
         self._device = device = device or device_for(model.device)
         self._saver = LayerSaver(device, self._blocks, staging_bytes=staging_bytes)
         parts = SaverParts(
@@ -134,7 +134,7 @@ class TransformersConnector:
             on_prompt=self._learn_hidden_token,
         )
         key_hooks = None if rotated else self._key_hooks()
-        self._builder = CacheBuilder(model, self.layout, device, self.rates, parts, wait_s, key_hooks)
+        self._builder = CacheBuilder(model, self.layout, device, self.rates, parts, client.clock, wait_s, key_hooks)
         # What `generate` is expected to hide where it is given no mask; each prompt's first forward shows what it does.
         self._hidden_token = hidden_token(getattr(model, "generation_config", None))
         self._turns = Turns(model, self.layout, self._tokens_max)
@@ -291,7 +291,7 @@ class TransformersConnector:
 
     def flush(self, timeout_s: float = 5.0) -> bool:
         """Wait for all that is being saved. Whether it is done."""
-        deadline = Deadline(timeout_s)
+        deadline = Deadline(timeout_s, self._client.clock)
         return self._saver.flush(timeout_s) and self._in_background(lambda: None, deadline.remaining_s)
 
     def _find(
@@ -303,7 +303,7 @@ class TransformersConnector:
         request_id: str,
     ) -> list[StoredPrefix | None]:
         """For each row what is stored of it, leased. Raises KVError."""
-        deadline = Deadline(self._wait_s)
+        deadline = Deadline(self._wait_s, self._client.clock)
         found: list[StoredPrefix | None] = []
         try:
             for row in range(len(given.pads)):
@@ -350,7 +350,7 @@ class TransformersConnector:
 
     def _refusal(self) -> KVError | None:
         """Why the daemon is not asked now; None where it is."""
-        if self._generation != forks.generation():
+        if self._generation != forks.generation:
             return DaemonUnavailable(
                 "the connector was made before fork() and its threads are the parent's: make one here"
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from kvservice_adapter.load import LayerLoader, LoadFailed, LoadReport
 from kvservice_api.errors import InvalidRequest, KVError
 from kvservice_api.layout import Layout
 from kvservice_client.rate_limited_log import RateLimitedLog
+from kvservice_client.retry import SYSTEM_CLOCK, Clock
 
 log = logging.getLogger(__name__)
 
@@ -163,6 +163,7 @@ class LoadedHistory(History):
         *,
         layer_count: int,
         wait_s: float,
+        clock: Clock = SYSTEM_CLOCK,
         dtype: torch.dtype,
         device: torch.device,
         head: Head | None,
@@ -174,7 +175,7 @@ class LoadedHistory(History):
         """`recompute` gives every layer's keys and values, ``[row, head, column, dim]`` of `columns` columns.
 
         `recompute_masked` gives the same under an attention mask ``[row, column]``; None where that is not known.
-        `wait_s` bounds the wait for a layer, of all rows together.
+        `wait_s` bounds the wait for a layer, of all rows together, by `clock`.
         `unrotate` is for layouts that keep keys before rotation: it gives those of a layer whose keys were computed.
         `on_end` is called once: when the last layer has come, or the first has failed. `lines` is shared by
         histories, so that their log lines are limited together.
@@ -187,6 +188,7 @@ class LoadedHistory(History):
         self._is_taken = False  # Some layer was given to the cache.
         self._layer_count = layer_count
         self._wait_s = wait_s
+        self._clock = clock
         self._head = head
         self._unrotate = unrotate
         self._on_end = on_end
@@ -215,16 +217,16 @@ class LoadedHistory(History):
     def layer(self, index: int) -> Tensors:
         self._is_taken = True
         if self._recomputed is None:
-            begin_s = time.perf_counter()
+            begin_s = self._clock.now_s()
             try:
                 for loader in self.loaders:  # One per row. Each row's columns of the same buffers.
-                    loader.wait(index, max(0.0, begin_s + self._wait_s - time.perf_counter()))
+                    loader.wait(index, max(0.0, begin_s + self._wait_s - self._clock.now_s()))
             except LoadFailed as error:
                 self.error = error.__cause__ or error
-                self.lost_s += time.perf_counter() - begin_s
+                self.lost_s += self._clock.now_s() - begin_s
                 self._compute(index)
             else:
-                self.lost_s += time.perf_counter() - begin_s
+                self.lost_s += self._clock.now_s() - begin_s
                 return self._loaded(index)
         assert self._recomputed is not None
         keys, values = self._recomputed.pop(index)
@@ -258,8 +260,8 @@ class LoadedHistory(History):
             "the history is computed from layer %d on, not loaded: %s: %s", index, why, self.error, kind=str(why)
         )
         self.close()
-        begin_s = time.perf_counter()
+        begin_s = self._clock.now_s()
         self._recomputed = dict(enumerate(self._recompute()))
-        self.recompute_s = time.perf_counter() - begin_s
+        self.recompute_s = self._clock.now_s() - begin_s
         self.lost_s += self.recompute_s
         self._on_end(self)

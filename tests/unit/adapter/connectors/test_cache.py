@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +15,7 @@ from kvservice_adapter.connectors.transformers.cache import StoredCache
 from kvservice_adapter.connectors.transformers.history import LoadedHistory
 from kvservice_api.errors import ChecksumMismatch, KVError, LeaseExpired
 from kvservice_client import BlockChain, LoadedLayer, Outcome
+from tests.clock import ClientClock
 from tests.daemon import until
 from tests.unit.connector_models import (
     BLOCK_TOKENS,
@@ -125,9 +125,10 @@ def test_a_load_that_hangs_holds_up_no_other(kept: FailingBlocks) -> None:
 
 
 def test_rows_of_a_batch_are_waited_for_together(kept: FailingBlocks) -> None:
-    model = tiny_llama()
+    model, clock = tiny_llama(), ClientClock()
+    kept.clock = clock
     ids = torch.stack([prompt(10)[0].roll(each) for each in range(4)])
-    subject = connector(kept, model, wait_s=0.4)
+    subject = connector(kept, model, wait_s=10.0)
     for row in ids:
         subject.save(row[None], computed(model, row[None]))
     history = loaded(subject.restore(ids, attention_mask=torch.ones_like(ids)).cache)
@@ -135,15 +136,14 @@ def test_rows_of_a_batch_are_waited_for_together(kept: FailingBlocks) -> None:
 
     def slow(layer: int, timeout_s: float) -> None:
         waits.append(timeout_s)
-        time.sleep(0.1)  # What the next loader is given is less by this.
+        clock.advance(seconds=2.0)  # What the next loader is given is less by this.
 
     for loader in history.loaders:
         loader.wait = slow  # type: ignore[assignment,method-assign]
 
     history.layer(0)
 
-    assert len(waits) == 4
-    assert sorted(waits, reverse=True) == waits and waits[-1] <= 0.1 < waits[0] <= 0.4
+    assert waits == [10.0, 8.0, 6.0, 4.0]
 
 
 def test_a_closed_connector_has_no_threads_and_its_caches_go_on(kept: FailingBlocks) -> None:

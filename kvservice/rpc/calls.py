@@ -1,17 +1,19 @@
-"""What surrounds every handler: errors become statuses here, so that handlers need no ``try``."""
+"""What every RPC has around its handler: its caller, and statuses for errors, so that handlers need no ``try``."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from kvservice_api.errors import InvalidRequest, KVError
+from kvservice.store.caller import DEFAULT_TENANT, Caller
+from kvservice.store.store import BlockStore
+from kvservice_api.errors import InvalidRequest, KVError, UnknownClient
 from kvservice_api.status import grpc_code, to_status
 
 log = logging.getLogger(__name__)
@@ -21,6 +23,36 @@ Unary = Callable[[Any, Context], Awaitable[Any]]
 Streaming = Callable[[Any, Context], AsyncIterator[Any]]
 
 _DETAILS_KEY = "grpc-status-details-bin"
+_LOCAL = "local"
+_ANONYMOUS = "anonymous"
+# What gRPC says of a verified client certificate, the most specific first. The whole subject, not its common name
+# alone: certificates of several organisations may share a common name.
+_NAMES = ("peer_spiffe_id", "x509_subject", "x509_subject_alternative_name", "x509_common_name")
+
+
+class Callers:
+    """Makes the callers of requests; no other code does. The store knows which clients are attached."""
+
+    def __init__(self, store: BlockStore) -> None:
+        self._store = store
+
+    def of(self, context: Context, client_id: bytes = b"") -> Caller:
+        """The caller of a request that names this client, or none. Raises UnknownClient where it is not attached."""
+        if client_id and not self._store.is_attached(client_id):
+            raise UnknownClient("no attached client has this id: attach, then ask again", field="client_id")
+        return Caller(principal(context.peer(), context.auth_context()), DEFAULT_TENANT, client_id)
+
+
+def principal(peer: str, auth_context: Mapping[str, Iterable[bytes]]) -> str:
+    """The name in the client's verified certificate, or what is known without one.
+
+    gRPC does not tell the uid of a UNIX socket's peer: over one, every process that may open it is "local".
+    """
+    for name in _NAMES:
+        for value in auth_context.get(name, ()):
+            if value:
+                return value.decode("utf-8", "backslashreplace")
+    return _LOCAL if peer.startswith("unix:") else _ANONYMOUS
 
 
 def guarded(handler: Unary, parse: Callable[[bytes], Any] | None = None) -> Unary:
