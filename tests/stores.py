@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from kvservice.blocks import BlockTable, Extent, TierName, object_key
+from kvservice.blocks import BlockTable, Extent, TierName
 from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.policy import LruPolicy, Policy
@@ -473,10 +473,6 @@ def frames_of(
 def checksums_of(shard: Shard, images: Sequence[bytes]) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
     slices = [layer_of(image, layer, shard=shard) for image in images for layer in range(shard.layers)]
     return np.array([checksum(data) for data in slices], np.uint64)
-
-
-def names_of(chain: BlockChain, shard: Shard = WHOLE) -> list[bytes]:
-    return [object_key(key, shard) for key in chain.keys]
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:

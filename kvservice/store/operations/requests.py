@@ -63,13 +63,13 @@ class LookupRecord:
 
 @dataclass(frozen=True, slots=True)
 class ReportRecord:
-    """What the engine's side tells of a request. The store looks at a few of its words, and keeps the rest as told."""
+    """What the engine's side reports of a request. The store reads four fields, and keeps the message for `explain`."""
 
     report_id: int  # The same one again is the same report; 0 is none in particular.
     began_ms: int
     plan: str  # "load", "recompute", "mixed", or "none".
     outcome: str  # "done", "miss", "failed_over" or "breaker_open".
-    told: Mapping[str, Any]  # Counts, texts, and the mappings of times, by the names of `RequestReport`'s fields.
+    message: Any  # `RequestReport`, as the listener received and checked it. The store does not look at it.
 
 
 @dataclass(slots=True)
