@@ -1,7 +1,8 @@
-"""Writes measurements into Markdown pages: each run replaces its own section of a page and nothing else."""
+"""Shared by the measuring programs: their arguments, and Markdown pages in which each run replaces its own section."""
 
 from __future__ import annotations
 
+import argparse
 import platform
 import re
 import subprocess
@@ -10,6 +11,26 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+
+
+def parser_of(program: str, about: str | None, known: Iterable[str], quick: str) -> argparse.ArgumentParser:
+    """A parser for the names of runs, `--quick` and `--write`."""
+    parser = argparse.ArgumentParser(prog=program, description=about)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}; all of them if none is given")
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--write", type=Path, metavar="FILE", help="also write the results into this Markdown file")
+    return parser
+
+
+def checked(parser: argparse.ArgumentParser, what: str, known: Sequence[str]) -> argparse.Namespace:
+    """The arguments of this process. Ends it with code 2 for an unknown name, and for a page without a folder."""
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(known):
+        parser.error(f"no {what} is called {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    if arguments.write is not None and not arguments.write.parent.is_dir():
+        parser.error(f"--write: there is no folder {arguments.write.parent}")  # Now, not after the measurements.
+    arguments.names = arguments.names or list(known)
+    return arguments
 
 
 def write_section(path: Path, name: str, markdown: str, *, title: str = "Benchmarks") -> None:

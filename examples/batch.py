@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from examples import local_daemon
-from examples.models import model_and_tokenizer
+from examples.models import load_model, tiny_model
 from kvservice_adapter.connectors.transformers import TransformersConnector
 from kvservice_client import Client
 
@@ -24,14 +24,14 @@ def main() -> None:
     parser = local_daemon.arguments(__doc__)
     parser.add_argument("--model", default="", help="a folder, or a model of the hub (default: a tiny random one)")
     options = parser.parse_args()
-    model, tokenizer, revision = model_and_tokenizer(options.model)
+    model, tokenizer, model_id, revision = load_model(options.model) if options.model else tiny_model()
     with (
         local_daemon.daemon(options.address) as address,
         Client(address, name="batch") as client,
         TransformersConnector(
             client,
             model,
-            model_id=options.model or "examples/tiny",
+            model_id=model_id,
             model_revision=revision,
             block_tokens=32,
             wait_s=5.0,  # An engine that serves people keeps the default of 0.25 s, and then computes.

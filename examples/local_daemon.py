@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import subprocess
 import sys
 import tempfile
@@ -10,10 +11,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 from kvservice_client import Client, KVError
 
-_START_TIMEOUT_S = 30.0
+_START_TIMEOUT_S, _STOP_TIMEOUT_S = 30.0, 10.0
+_MIB = 2**20
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
@@ -39,35 +42,65 @@ def daemon(address: str) -> Iterator[str]:
             raise SystemExit(f"{error.message}\nStart a daemon with `kvservice serve`, or give no address.") from error
         yield address
         return
-    with tempfile.TemporaryDirectory(prefix="kvservice-example-") as folder:
-        socket = str(Path(folder) / "kvservice.sock")
+    with tempfile.TemporaryDirectory(prefix="kvservice-example-") as name:
+        folder = Path(name)
+        # On a host of your own, leave `dram.path` out: the default is /dev/shm.
+        with LocalDaemon(folder, dram_folder=folder, dram_bytes=256 * _MIB, ssd_bytes=256 * _MIB) as started:
+            yield started.address
+
+
+class LocalDaemon:
+    """`kvservice serve` as a child process, on a UNIX socket. The end of the block stops it."""
+
+    def __init__(self, folder: Path, *, dram_folder: Path, dram_bytes: int, ssd_bytes: int) -> None:
+        """The store is in `folder`. Blocks until the daemon answers. If it does not, ends the program."""
+        self.address = str(folder / "kvservice.sock")
         settings = {
-            "store.path": f"{folder}/store",
-            "dram.path": folder,  # On a host of your own, leave it out: the default is /dev/shm.
-            "dram.capacity_bytes": "256MiB",
-            "ssd.capacity_bytes": "256MiB",
+            "store.path": folder / "store",
+            "dram.path": dram_folder,
+            "dram.capacity_bytes": dram_bytes,
+            "ssd.capacity_bytes": ssd_bytes,
             "server.address": "127.0.0.1:0",
-            "server.unix_socket": socket,
+            "server.unix_socket": self.address,
             "server.metrics_address": "",
         }
         flags = [f"--{name}={value}" for name, value in settings.items()]
-        command = [sys.executable, "-m", "kvservice", "serve", *flags]
-        with (Path(folder) / "log").open("w+") as log, subprocess.Popen(command, stderr=log) as process:
-            try:
-                _wait_until_it_serves(process, socket, Path(log.name))
-                yield socket
-            finally:
-                process.terminate()
+        self._log = folder / "daemon.log"
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen([sys.executable, "-m", "kvservice", "serve", *flags], stderr=log)
+        try:
+            self._wait_until_it_serves()
+        except BaseException:
+            self.stop()
+            raise
 
+    def kill(self) -> None:
+        """SIGKILL: no handler runs, nothing is flushed."""
+        self._process.kill()
+        self._process.wait()
 
-def _wait_until_it_serves(process: subprocess.Popen[bytes], socket: str, log: Path) -> None:
-    give_up_s = time.monotonic() + _START_TIMEOUT_S
-    with Client(socket, name="example", timeout_s=1.0) as client:
-        while True:
-            try:
-                client.capabilities()
-                return
-            except KVError as error:
-                if process.poll() is not None or time.monotonic() > give_up_s:
-                    raise SystemExit(f"the daemon did not start: {log.read_text()}") from error
-            time.sleep(0.02)
+    def stop(self) -> None:
+        """Send SIGTERM; send SIGKILL if the daemon does not end in time."""
+        self._process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_STOP_TIMEOUT_S)
+        self.kill()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def _wait_until_it_serves(self) -> None:
+        give_up_s = time.monotonic() + _START_TIMEOUT_S
+        with Client(self.address, name="example", timeout_s=1.0) as client:
+            while True:
+                try:
+                    client.capabilities()
+                    return
+                except KVError as error:
+                    if self._process.poll() is not None or time.monotonic() > give_up_s:
+                        lines = "\n".join(self._log.read_text(errors="replace").strip().splitlines()[-5:])
+                        raise SystemExit(f"the daemon did not start: {error.message}\n{lines}") from error
+                time.sleep(0.02)

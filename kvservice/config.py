@@ -31,7 +31,7 @@ ENVIRONMENT_PREFIX = "KVSERVICE_"
 CONFIG_VARIABLE = "KVSERVICE_CONFIG"
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
-_MAP_BYTES_MIN, _MAP_BYTES_MAX = 4 * MIB, 1 * GIB
+_MAP_BYTES_MIN, _MAP_BYTES_MAX, _LOWER_MAP_BYTES_MAX = 4 * MIB, 1 * GIB, 4 * GIB
 
 _SHORT_FLAGS = {"server.insecure": ("--insecure",)}
 
@@ -210,8 +210,9 @@ class LowerTier(_Section):
     name: str = Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")
     kind: str = "file"
     path: Path
-    capacity_bytes: Annotated[ByteSize, Field(gt=0)]
+    capacity_bytes: Annotated[ByteSize, Field(ge=MIB)]
     io_threads: int = Field(4, ge=1, le=256)
+    index_map_bytes: Size = ByteSize(0)
     free_low: float = Field(0.02, ge=0, lt=1)
     free_high: float = Field(0.05, ge=0, lt=1)
 
@@ -230,9 +231,10 @@ class TierSettings(_Section):
     below_ssd: Annotated[tuple[LowerTier, ...], BeforeValidator(_from_json)] = _setting(
         (),
         "Tiers from the fastest to the slowest. Each has a `name`, a `path`, `capacity_bytes`, and may have a `kind` "
-        "(`file`: one preallocated file; or `module:Class`), `io_threads`, `free_low` and `free_high`. Every block on "
-        "SSD is copied to the next tier soon. The index of SSD has their records too (`index.durable_map_bytes`). As a "
-        "flag or in the environment it is a JSON list.",
+        "(`file`: one preallocated file; or `module:Class`), `io_threads`, `free_low`, `free_high`, and "
+        "`index_map_bytes`, the size of its index in the store's folder (0 means 1/256 of the capacity, 4 MiB to "
+        "4 GiB). Every block on SSD is copied to the next tier soon. A tier that the last start did not have starts "
+        "empty. As a flag or in the environment it is a JSON list.",
     )
 
 
@@ -423,6 +425,9 @@ class Settings(BaseSettings):
         names = [tier.name for tier in self.tiers.below_ssd]
         if names and not self.ssd.capacity_bytes:
             raise ValueError("tiers.below_ssd needs an SSD tier: ssd.capacity_bytes is 0")
+        paths = [tier.path.absolute() for tier in self.tiers.below_ssd]
+        if len(set(paths)) != len(paths):
+            raise ValueError(f"tiers.below_ssd: every tier needs its own path: {', '.join(map(str, paths))}")
         if len({*names, "dram", "ssd"}) != len(names) + 2:
             raise ValueError(f"tiers.below_ssd: every tier has a name of its own: dram, ssd, {', '.join(names)}")
 
@@ -433,6 +438,10 @@ class Settings(BaseSettings):
     @property
     def volatile_map_bytes(self) -> int:
         return self.index.volatile_map_bytes or _auto_map_bytes(self.dram.capacity_bytes)
+
+    def lower_map_bytes(self, tier: LowerTier) -> int:
+        """The size of the index of a tier below SSD."""
+        return tier.index_map_bytes or min(max(_MAP_BYTES_MIN, tier.capacity_bytes // 256), _LOWER_MAP_BYTES_MAX)
 
     @property
     def ssd_directories(self) -> tuple[Path, ...]:

@@ -12,8 +12,10 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +51,7 @@ from kvservice.store.sessions.sessions import SessionLimits
 from kvservice.store.store import BlockStore, StoreLimits
 from kvservice.store.tasks import Tasks
 from kvservice.tiers.arena import Arena, without_generations
-from kvservice.tiers.base import DurableTier
+from kvservice.tiers.base import DurableTier, StoreMismatch
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.files import FileCalls, file_system_of
 from kvservice.tiers.kinds import tier_kind
@@ -204,10 +206,9 @@ def _open_store(settings: Settings, clock: Clock, files: FileCalls, opening: Exi
     lock = StoreLock(path / "lock")
     opening.callback(lock.release)
     has_ssd = bool(settings.ssd.capacity_bytes)
-    lower_tiers = settings.tiers.below_ssd
     slower: dict[TierName, DurableTier] = {}  # From the fastest to the slowest.
 
-    def make_bytes_durable(tier: TierName) -> None:
+    def make_durable(tier: TierName) -> None:
         if tier in slower:
             slower[tier].sync()
 
@@ -217,8 +218,7 @@ def _open_store(settings: Settings, clock: Clock, files: FileCalls, opening: Exi
         path / "index",
         map_bytes=settings.durable_map_bytes,
         layouts_max=settings.index.layouts_max,
-        before_commit=make_bytes_durable if has_ssd else None,
-        below_ssd=[TierName(tier.name) for tier in lower_tiers],
+        before_commit=partial(make_durable, TierName.SSD) if has_ssd else None,
         ssd_files=_ssd_files(settings) if has_ssd else (),
     )
     opening.callback(index.close)
@@ -235,23 +235,7 @@ def _open_store(settings: Settings, clock: Clock, files: FileCalls, opening: Exi
         opening.callback(ssd.close)
         slower[TierName.SSD] = ssd
         index.remember_ssd_files(_ssd_files(settings))
-    for lower in lower_tiers:
-        name = TierName(lower.name)
-        try:
-            open_tier = tier_kind(lower.kind)
-        except ValueError as error:
-            raise ConfigError(f"tiers.below_ssd: the tier {name}: {error}") from error
-        tier = open_tier(
-            lower.path.absolute(),
-            name=name,
-            store_id=index.store_id,
-            capacity_bytes=int(lower.capacity_bytes),
-            io_threads=lower.io_threads,
-            calls=files,
-            may_create=not index.count(name),
-        )
-        opening.callback(tier.close)
-        slower[name] = tier
+    slower |= _lower_tiers(settings, index, make_durable, files, opening)
     arena = Arena.open(settings.dram.path, index.store_id, _arena_bytes(settings), calls=files)
     opening.callback(arena.close)
     kind = file_system_of(arena.directory)
@@ -293,7 +277,7 @@ def _open_store(settings: Settings, clock: Clock, files: FileCalls, opening: Exi
         watermarks={
             TierName.DRAM: Watermarks(settings.mover.dram_free_low, settings.mover.dram_free_high),
             TierName.SSD: Watermarks(settings.mover.ssd_free_low, settings.mover.ssd_free_high),
-            **{TierName(tier.name): Watermarks(tier.free_low, tier.free_high) for tier in lower_tiers},
+            **{TierName(tier.name): Watermarks(tier.free_low, tier.free_high) for tier in settings.tiers.below_ssd},
         },
         history=history,
     )
@@ -309,6 +293,43 @@ def _open_store(settings: Settings, clock: Clock, files: FileCalls, opening: Exi
     )
     opening.callback(directory.close)
     return _StoreParts(store, counters, directory, executor)
+
+
+def _lower_tiers(
+    settings: Settings,
+    index: BlockIndex,
+    make_durable: Callable[[TierName], None],
+    files: FileCalls,
+    opening: ExitStack,
+) -> dict[TierName, DurableTier]:
+    """Open the indexes and the media of the tiers below SSD. Raises ConfigError, StoreMismatch, OSError."""
+    lower = {TierName(tier.name): tier for tier in settings.tiers.below_ssd}
+    emptied = index.open_lower(
+        {name: (settings.lower_map_bytes(tier), partial(make_durable, name)) for name, tier in lower.items()}
+    )
+    for name, why in emptied.items():
+        log.info("the tier %s starts empty: %s", name, why, extra={"tier": name, "why": why})
+    opened: dict[TierName, DurableTier] = {}
+    for name, tier in lower.items():
+        try:
+            opened[name] = tier_kind(tier.kind)(
+                tier.path.absolute(),
+                name=name,
+                store_id=index.store_id,
+                capacity_bytes=int(tier.capacity_bytes),
+                io_threads=tier.io_threads,
+                calls=files,
+                may_create=not index.count(name),
+            )
+        except (ValueError, TypeError) as error:
+            if isinstance(error, StoreMismatch):
+                folder = index.lower_directory(name)
+                raise StoreMismatch(
+                    f"{error}. To give the blocks of this tier up, remove the folder {folder}"
+                ) from error
+            raise ConfigError(f"tiers.below_ssd: the tier {name}: {error}") from error
+        opening.callback(opened[name].close)
+    return opened
 
 
 def _arena_bytes(settings: Settings) -> int:

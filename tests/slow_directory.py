@@ -5,6 +5,8 @@ The configuration names it as ``kind = "tests.slow_directory:SlowDirectory"``.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from kvservice.blocks import Extent, TierName
 from kvservice.tiers.base import StoreMismatch
 from kvservice.tiers.extents import SpaceMap, extent_size, lie_within
 from kvservice.tiers.files import WRITE, FileCalls, IoPool
-from kvservice_api.errors import StorageFailed, TierFull
+from kvservice_api.errors import TierFull
 from kvservice_api.image import PAGE_BYTES
 
 T = TypeVar("T")
@@ -36,6 +38,7 @@ class SlowDirectory:
         self._space = SpaceMap(capacity_bytes // PAGE_BYTES * PAGE_BYTES)
         self._pool = IoPool(io_threads)
         self._unsynced: set[Path] = set()
+        self._flush_failures = 0
         self.refusing_because = ""
 
     @classmethod
@@ -80,7 +83,8 @@ class SlowDirectory:
 
     def release(self, extent: Extent) -> None:
         self._space.release(extent.offset_bytes, extent.size_bytes)
-        self._file(extent).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # Its space is free nevertheless; the next write overwrites it.
+            self._file(extent).unlink(missing_ok=True)
 
     def holds(
         self, segments: NDArray[np.generic], offsets: NDArray[np.generic], sizes: NDArray[np.generic]
@@ -126,28 +130,56 @@ class SlowDirectory:
 
         def work() -> T | None:
             time.sleep(_PAUSE_S)
-            try:
-                with self._file(extent).open("rb") as file:
-                    count = os.preadv(file.fileno(), [into], offset_bytes)
-            except OSError as error:
-                raise StorageFailed(f"could not read {self._file(extent)}: {error}") from error
+            with self._file(extent).open("rb") as file:  # The pool converts an OSError to StorageFailed.
+                count = os.preadv(file.fileno(), [into], offset_bytes)
             into[count:] = bytes(len(into) - count)  # What was never written.
             return then(into) if then is not None else None
 
         return await self._pool.run(priority, work)
 
     def flush_failures(self, extent: Extent) -> int:
-        return 0
+        return self._flush_failures
 
     def sync(self) -> None:
-        while self._unsynced:
-            file = self._unsynced.pop()
-            if file.exists():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
+        for file in [*list(self._unsynced), self._path]:  # The folder last: it has the files' names.
+            with contextlib.suppress(FileNotFoundError):  # Released meanwhile.
+                fd = os.open(file, os.O_RDONLY)
+                try:
+                    os.fsync(fd)
+                except OSError:
+                    self._flush_failures += 1  # Of any file: all extents that are not recorded yet are written again.
+                    raise
+                finally:
+                    os.close(fd)
+            self._unsynced.discard(file)
 
     def close(self) -> None:
         self._pool.close()
 
     def _file(self, extent: Extent) -> Path:
         return self._path / f"{extent.offset_bytes:016x}"
+
+
+class TroubledDirectory(SlowDirectory):
+    """Follows the file ``FOLDER.trouble`` beside its folder: a write or a sync hangs or fails."""
+
+    async def write(
+        self, extent: Extent, offset_bytes: int, data: memoryview, first: Callable[[memoryview], object] | None = None
+    ) -> None:
+        def trouble(data: memoryview) -> None:
+            self._trouble("write")
+            if first is not None:
+                first(data)
+
+        await super().write(extent, offset_bytes, data, trouble)
+
+    def sync(self) -> None:
+        self._trouble("sync")
+        super().sync()
+
+    def _trouble(self, call: str) -> None:
+        file = self._path.with_suffix(".trouble")
+        while file.exists() and file.read_text() == f"{call} hangs":
+            time.sleep(0.01)
+        if file.exists() and file.read_text() == f"{call} fails":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from kvservice.blocks import BlockTable, Extent, TierName, object_key
+from kvservice.blocks import BlockTable, Extent, TierName
 from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.policy import LruPolicy, Policy
@@ -130,7 +130,7 @@ class OpenStore:
         self.is_over = False
         self.ssd: SsdTier | None = None
 
-        def make_bytes_durable(tier: TierName) -> None:
+        def make_bytes_durable() -> None:
             if self.ssd is not None:
                 self.ssd.sync()
 
@@ -197,7 +197,7 @@ class OpenStore:
 
     async def kill(self) -> None:
         """Stop as by SIGKILL: changes that are not committed yet are lost. The process itself continues."""
-        for environment in filter(None, (self.index._durable, self.index._volatile)):
+        for environment in self.index._environments.values():
             with contextlib.suppress(queue.Empty):
                 while True:
                     environment._queue.get_nowait()
@@ -302,7 +302,7 @@ class OpenStore:
     @contextlib.contextmanager
     def commits_held(self, tier: TierName) -> Iterator[None]:
         """No commit to this tier's index ends before the block is left."""
-        with self.index._environment(tier)._env_lock:
+        with self.index._environments[tier]._env_lock:
             yield
 
     def extents(self, tier: TierName) -> dict[int, Extent]:
@@ -473,10 +473,6 @@ def frames_of(
 def checksums_of(shard: Shard, images: Sequence[bytes]) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
     slices = [layer_of(image, layer, shard=shard) for image in images for layer in range(shard.layers)]
     return np.array([checksum(data) for data in slices], np.uint64)
-
-
-def names_of(chain: BlockChain, shard: Shard = WHOLE) -> list[bytes]:
-    return [object_key(key, shard) for key in chain.keys]
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:

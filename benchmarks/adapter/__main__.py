@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import os
 import signal
 import sys
-from pathlib import Path
 
 # Threads that spin slow down other threads on the same cores, and the daemon. torch reads this at import.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.adapter import MEASUREMENTS
 from benchmarks.adapter.report import Section
-from examples.demo.model import ModelNotFound
+from benchmarks.report import checked, parser_of
+from examples.models import ModelNotFound
 
 
 def main() -> int:
@@ -23,23 +22,13 @@ def main() -> int:
 
     Exit codes: 0 if all measurements ran, even if a goal is missed; 1 if the model is not installed.
     """
-    names = ", ".join(MEASUREMENTS)
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.adapter", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {names}; all of them if none is given")
-    parser.add_argument("--quick", action="store_true", help="a smaller model and fewer rounds")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="also write the tables into this Markdown file")
+    parser = parser_of("python -m benchmarks.adapter", __doc__, MEASUREMENTS, "a smaller model and fewer rounds")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    arguments = parser.parse_args()
-    if unknown := set(arguments.names) - set(MEASUREMENTS):
-        parser.error(f"no measurement is called {', '.join(sorted(unknown))}; there are {names}")
-    if (
-        arguments.write is not None and not arguments.write.parent.is_dir()
-    ):  # Fail before the measurements, not after them.
-        parser.error(f"--write: there is no folder {arguments.write.parent}")
+    arguments = checked(parser, "measurement", MEASUREMENTS)
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # Unwind, so that the daemons stop.
     found: dict[str, Section] = {}
-    for name in arguments.names or MEASUREMENTS:
+    for name in arguments.names:
         print(f"measuring {name}", file=sys.stderr, flush=True)
         try:
             section = importlib.import_module(f"benchmarks.adapter.{name}").measure(quick=arguments.quick)

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.adapter import rig
 from benchmarks.adapter.report import Section
-from examples.demo.model import load_model
+from examples.models import load_model
 from kvservice_adapter.connectors.transformers import Restored, TransformersConnector
 from kvservice_adapter.cost import Kind, Plan, Rates
 from kvservice_client import Client

@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 from benchmarks.adapter.report import Section
 from examples.demo.in_memory import HistoryInMemory
-from examples.demo.model import load_model
+from examples.models import load_model
 from kvservice_adapter.rope import Rope
 from kvservice_adapter.truncation import Ranges, keep_on_overflow, kept_tokens
 

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.adapter import rig
 from benchmarks.adapter.report import Section
-from examples.demo.model import load_model
+from examples.models import load_model
 from kvservice_adapter.connectors.transformers import TransformersConnector
 from kvservice_client import Client
 

@@ -97,7 +97,7 @@ def tier_fields(tier: object) -> dict[str, Any]:
         return {}
     if not isinstance(tier, str) or not _TIER_NAME.fullmatch(tier):
         raise InvalidRequest(f"tier is {tier!r}; it must be 'dram', 'ssd' or the name of another tier", field="tier")
-    return {"tier": _TIER_NUMBERS.get(tier), "tier_name": str(tier)}
+    return {"tier": _TIER_NUMBERS.get(tier, types_pb2.TIER_NAMED), "tier_name": str(tier)}
 
 
 def client_name(value: object) -> str:

@@ -33,6 +33,12 @@ _PLANS = {
 }
 
 
+# Fields with the same name in a report and in its message; the names of times end in a unit, too.
+_COUNTS = ("history_tokens", "new_tokens", "loaded_tokens", "computed_tokens", "loaded_bytes")
+_TEXTS = ("plan_reason", "outcome_reason", "tier", "transport")
+_TIMES = ("lookup", "first_layer", "load", "waited", "head", "first_token")
+
+
 class Outcome(StrEnum):
     """How a request with a history went."""
 
@@ -162,25 +168,11 @@ def _message(report: RequestReport, client_name: str) -> pb.RequestReport:
         request_id=report.request_id,
         client_name=_cut(client_name),
         plan=_PLANS[report.plan],
-        plan_reason=_cut(report.plan_reason),
         outcome=_OUTCOMES[arguments.member(report.outcome, Outcome, "outcome")],
-        outcome_reason=_cut(report.outcome_reason),
-        history_tokens=report.history_tokens,
-        new_tokens=report.new_tokens,
-        loaded_tokens=report.loaded_tokens,
-        computed_tokens=report.computed_tokens,
-        loaded_bytes=report.loaded_bytes,
-        tier=_cut(report.tier),
-        transport=_cut(report.transport),
+        **{name: getattr(report, name) for name in _COUNTS},
+        **{name: _cut(getattr(report, name)) for name in _TEXTS},
         estimates=pb.PlanEstimates(**{f"{plan}_ms": _ms(seconds) for plan, seconds in report.estimate_s.items()}),
-        times=pb.RequestTimes(
-            lookup_ms=_ms(report.lookup_s),
-            first_layer_ms=_ms(report.first_layer_s),
-            load_ms=_ms(report.load_s),
-            waited_ms=_ms(report.waited_s),
-            head_ms=_ms(report.head_s),
-            first_token_ms=_ms(report.first_token_s),
-        ),
+        times=pb.RequestTimes(**{f"{name}_ms": _ms(getattr(report, f"{name}_s")) for name in _TIMES}),
     )
 
 

@@ -156,7 +156,10 @@ def plan(
     """
     if not history_tokens:
         return Plan(Kind.RECOMPUTE, 0, 0, {}, "there is no history")
-    estimates = _Estimates(rates, history_tokens, new_tokens, bytes_per_token, tier, transport, layers, loads_ahead)
+    overhead_s = rates.overhead_s()
+    estimates = _Estimates(
+        rates, history_tokens, new_tokens, bytes_per_token, tier, transport, layers, loads_ahead, overhead_s
+    )
     recompute_s, load_s = estimates.recompute_s(), estimates.load_s()
     if load_s is None:
         by = f" by {transport}" if transport else ""
@@ -181,30 +184,22 @@ def plan(
     return Plan(pure, 0, history_tokens, estimate_s, "loading the history is faster than computing it again")
 
 
+@dataclass(frozen=True, slots=True)
 class _Estimates:
     """Seconds from now to the end of the forward over the new tokens."""
 
-    def __init__(
-        self,
-        rates: Rates,
-        history_tokens: int,
-        new_tokens: int,
-        bytes_per_token: int,
-        tier: str,
-        transport: str,
-        layers: int,
-        loads_ahead: int,
-    ) -> None:
-        self._rates = rates
-        self._history_tokens = history_tokens
-        self._new_tokens = new_tokens
-        self._bytes_per_token = bytes_per_token
-        self._from = (tier, transport, loads_ahead)
-        self._layers = layers
-        self._overhead_s = rates.overhead_s()
+    rates: Rates
+    history_tokens: int
+    new_tokens: int
+    bytes_per_token: int
+    tier: str
+    transport: str
+    layers: int
+    loads_ahead: int
+    overhead_s: float
 
     def recompute_s(self) -> float | None:
-        return self._rates.prefill_s(self._history_tokens + self._new_tokens)
+        return self.rates.prefill_s(self.history_tokens + self.new_tokens)
 
     def load_s(self) -> float | None:
         """None if loads were not measured. Computing that was not measured counts as 0."""
@@ -217,15 +212,17 @@ class _Estimates:
         Of n layers that each take l to load and c to compute, the last is computed after l + n c or n l + c,
         whichever is later.
         """
-        size_bytes = (self._history_tokens - head_tokens) * self._bytes_per_token
-        last_s = self._rates.load_s(size_bytes, *self._from)
-        first_s = self._rates.load_s(size_bytes // self._layers, *self._from)
+        size_bytes = (self.history_tokens - head_tokens) * self.bytes_per_token
+        last_s, first_s = (
+            self.rates.load_s(each, self.tier, self.transport, self.loads_ahead)
+            for each in (size_bytes, size_bytes // self.layers)
+        )
         if last_s is None or first_s is None:
             return None
-        head_s = self._rates.prefill_s(head_tokens) or 0.0
-        new_s = self._rates.prefill_s(self._new_tokens, self._history_tokens) or 0.0
-        loaded_s = max(first_s + new_s, last_s + new_s / self._layers)
-        return self._overhead_s + head_s + new_s, self._overhead_s + loaded_s
+        head_s = self.rates.prefill_s(head_tokens) or 0.0
+        new_s = self.rates.prefill_s(self.new_tokens, self.history_tokens) or 0.0
+        loaded_s = max(first_s + new_s, last_s + new_s / self.layers)
+        return self.overhead_s + head_s + new_s, self.overhead_s + loaded_s
 
 
 def _best_head(starts: Sequence[int], estimates: _Estimates) -> tuple[int, float] | None:

@@ -14,48 +14,25 @@ from kvservice_adapter.rope_frequencies import frequencies_of, kind_of
 from kvservice_api.layout import Rotary
 
 
-def rotary_of(model: Any) -> Rotary:
-    """How the model rotates its keys, for a layout. Raises UnsupportedRotation if no prefix could be reused.
+def rotaries_of(model: Any, layer_count: int) -> list[Rotary]:
+    """How each layer rotates its keys, for a layout.
 
-    A model that computes with other frequencies than its configuration gives (`model.to(bfloat16)` rounds
-    them) is distinguished by a checksum of them.
+    A model that computes with other frequencies than its configuration gives (`model.to(bfloat16)` rounds them) is
+    distinguished by a checksum of them. A model with several rotations has parameters per layer type, and frequencies
+    under the type's name (Gemma 3). Raises UnsupportedRotation if no prefix could be reused, and where layer types
+    are missing.
     """
     parameters = getattr(model.config, "rope_parameters", None) or {}
     if not parameters and not _frequency_modules(model):
-        return Rotary()
-    kind = kind_of(parameters)
-    frequencies = rotary_modules(model)[0].inv_freq
-    if kind == "dynamic":
-        frequencies = rotary_modules(model)[0].original_inv_freq
-    numbers = {name: value for name, value in parameters.items() if name not in ("rope_type", "type", "rope_theta")}
-    if not all(value is None or isinstance(value, (int, float)) for value in numbers.values()):
-        raise UnsupportedRotation(f"the rotary parameters {numbers} are not plain numbers")
-    given = [(name, float(value)) for name, value in numbers.items() if value is not None]
-    if not _as_configured(model, frequencies):
-        given.append(("frequencies_crc32", float(_checksum(frequencies))))
-    pairing, unknown = _named_pairing(model)
-    return Rotary(
-        kind=kind,
-        pairing=pairing,
-        dims=2 * frequencies.numel(),
-        base=float(parameters["rope_theta"]),
-        parameters=(*given, *unknown),
-    )
-
-
-def rotaries_of(model: Any, layer_count: int) -> list[Rotary]:
-    """How each layer rotates its keys. Raises UnsupportedRotation as `rotary_of`, and where layer types are missing.
-
-    A model with several rotations has parameters per layer type, and frequencies under the type's name (Gemma 3).
-    """
-    parameters = getattr(model.config, "rope_parameters", None) or {}
-    types = _layer_types(model)
-    if types is None:
-        return [rotary_of(model)] * layer_count
-    if len(types) != layer_count:
+        return [Rotary()] * layer_count
+    given = frequencies_of_layers(model)
+    if "" in given.of_type:
+        is_configured = _as_configured(model, given.of_type[""].frequencies)
+        return [_rotary(model, given.of_type[""], parameters, with_checksum=not is_configured)] * layer_count
+    if len(given.layer_types) != layer_count:
         raise UnsupportedRotation("the rotary encoding differs from layer to layer, and no layer types say how")
-    made = {each: _rotary_of_type(model, each, parameters[each]) for each in set(types)}
-    return [made[each] for each in types]
+    made = {each: _rotary(model, own, parameters[each], with_checksum=True) for each, own in given.of_type.items()}
+    return [made[each] for each in given.layer_types]
 
 
 class OwnFrequencies(NamedTuple):
@@ -80,11 +57,9 @@ def frequencies_of_layers(model: Any) -> LayerFrequencies:
     if types is not None:
         found = {}
         for each in set(types):
-            frequencies = _frequencies_of_type(model, each)
+            type_kind, frequencies = _kind_of_type(parameters[each]), _frequencies_of_type(model, each)
             scaling = _named(model, f"{each}_attention_scaling")
-            found[each] = OwnFrequencies(
-                _kind_of_type(parameters[each]), frequencies, float(scaling[0]) if scaling else 1.0
-            )
+            found[each] = OwnFrequencies(type_kind, frequencies, float(scaling[0]) if scaling else 1.0)
         return LayerFrequencies(types, found)
     kind = kind_of(parameters)
     module = rotary_modules(model)[0]
@@ -124,17 +99,16 @@ def _named(model: Any, name: str) -> list[Any]:
     return [getattr(each, name) for each in model.modules() if getattr(each, name, None) is not None]
 
 
-def _rotary_of_type(model: Any, layer_type: str, parameters: Mapping[str, Any]) -> Rotary:
-    kind = _kind_of_type(parameters)
-    frequencies = _frequencies_of_type(model, layer_type)
+def _rotary(model: Any, own: OwnFrequencies, parameters: Mapping[str, Any], *, with_checksum: bool) -> Rotary:
+    """`parameters` are the configuration's. The checksum is over the values that the model really uses."""
     numbers = {name: value for name, value in parameters.items() if name not in ("rope_type", "type", "rope_theta")}
     if not all(value is None or isinstance(value, (int, float)) for value in numbers.values()):
         raise UnsupportedRotation(f"the rotary parameters {numbers} are not plain numbers")
     given = [(name, float(value)) for name, value in numbers.items() if value is not None]
-    # The frequencies that the model computes with; they may differ from its configuration.
-    given.append(("frequencies_crc32", float(_checksum(frequencies))))
+    if with_checksum:
+        given.append(("frequencies_crc32", float(_checksum(own.frequencies))))
     pairing, unknown = _named_pairing(model)
-    return Rotary(kind, pairing, 2 * frequencies.numel(), float(parameters["rope_theta"]), (*given, *unknown))
+    return Rotary(own.kind, pairing, 2 * own.frequencies.numel(), float(parameters["rope_theta"]), (*given, *unknown))
 
 
 def _named_pairing(model: Any) -> tuple[str, tuple[tuple[str, float], ...]]:

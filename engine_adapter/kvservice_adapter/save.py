@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from kvservice_adapter.device.base import Device, Event, Pages, StreamClosed
-from kvservice_adapter.device.rotation import Rotation
 from kvservice_api.errors import KVError
 from kvservice_api.image import layer_starts
 from kvservice_client import BlockCache, BlockChain, Durability, LayerGroup, SaveResult
@@ -116,8 +115,8 @@ class LayerSaver:
 
     # A job's way through the threads
 
-    def _gather(self, pages: Pages, chain: BlockChain, into: Bytes, rotation: Rotation | None) -> Event:
-        return self._gathering.gather(pages, chain.token_counts, into, rotation)
+    def _gather(self, pages: Pages, chain: BlockChain, into: Bytes) -> Event:
+        return self._gathering.gather(pages, chain.token_counts, into)
 
     def _end(self, work: _Work) -> None:
         """A job is given no more layers: once those it has are gathered, it is sent, or its staging is free."""
@@ -205,18 +204,17 @@ class SaveJob:
     def chain(self) -> BlockChain:
         return self._work.chain
 
-    def layer(self, index: int, pages: Pages, rotation: Rotation | None = None) -> Event:
+    def layer(self, index: int, pages: Pages) -> Event:
         """Have a layer gathered: the chain's tokens are in `pages`. Takes no time; each layer once.
 
         The job refers to the tensors until the event is done. An engine that writes into the same pages again
-        must not do so before; one whose tensors stay as they are need not look at it. `rotation` turns the
-        gathered keys, not the engine's. Raises ValueError if the pages have another element type or other head
-        dims than the layer's group.
+        must not do so before; one whose tensors stay as they are need not look at it. Raises ValueError where
+        the pages have another element type or other head dims than the layer's group.
         """
         if index in self._work.events:
             raise ValueError(f"layer {index} was given before")
         pages.check(self._saver.group_of(index))
-        event = self._saver._gather(pages, self._work.chain, self._work.layers[index], rotation)
+        event = self._saver._gather(pages, self._work.chain, self._work.layers[index])
         self._work.events[index] = event
         return event
 

@@ -22,8 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvservice_adapter.truncation import kept_tokens
-from kvservice_api.errors import InvalidRequest
-from kvservice_api.keys import BlockChain, block_chain, cut_key, root_key
+from kvservice_api.keys import BlockChain, block_chain, cut_key, kept_ranges, root_key
 from kvservice_api.layout import Layout
 from kvservice_api.session_ids import checked_session_id
 from kvservice_client import SessionState
@@ -129,7 +128,7 @@ class Conversation:
         if not keep:
             self.reset()
             return
-        kept = joined(keep, self.token_count)
+        kept = tuple((first, count) for first, count in kept_ranges(keep, self.token_count).tolist())
         if kept == ((0, self.token_count),):
             return
         left = self.token_ids[kept_tokens(kept)]
@@ -161,22 +160,6 @@ class Conversation:
         listed = tuple(each.key for each in state.slices[len(state.slices) - len(chain) :])
         closed = chain[: len(chain) - bool(state.tail_tokens)]
         return listed == chain.keys and state.tip == (closed.keys[-1] if len(closed) else closed.parent)
-
-
-def joined(keep: Sequence[tuple[int, int]], token_count: int) -> Ranges:
-    """Ranges of tokens, those that touch made one, as the daemon names a cut. Raises InvalidRequest."""
-    found: list[tuple[int, int]] = []
-    for first, count in keep:
-        end = sum(found[-1]) if found else 0
-        if count < 1 or first < end or first + count > token_count:
-            raise InvalidRequest(
-                f"ranges of {token_count} tokens must be ascending, disjoint and not empty: {list(keep)}", field="keep"
-            )
-        if found and first == end:
-            found[-1] = (found[-1][0], found[-1][1] + count)
-        else:
-            found.append((first, count))
-    return tuple((int(first), int(count)) for first, count in found)
 
 
 _NOTHING = np.empty(0, np.uint32)

@@ -52,12 +52,10 @@ class TorchDevice(CpuDevice):
 
 
 class _TorchStream(CpuStream):
-    def gather(
-        self, pages: Pages, token_counts: Sequence[int], into: Bytes, rotation: Rotation | None = None
-    ) -> CpuEvent:
+    def gather(self, pages: Pages, token_counts: Sequence[int], into: Bytes) -> CpuEvent:
         tensor = pages.key_view.array
         if isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu":
             computed = torch.Event(device=tensor.device)
             computed.record()  # After the work that is queued on the engine's own stream.
             self.submit(computed.synchronize)
-        return super().gather(pages, token_counts, into, rotation)
+        return super().gather(pages, token_counts, into)

@@ -8,8 +8,7 @@ import signal
 import sys
 
 from examples.demo import report
-from examples.demo.conversation import hold_conversation, hold_overflowing_conversation
-from examples.demo.processes import ProcessFailed
+from examples.demo.conversation import hold_conversation
 
 _WINDOW_TOKENS = 1024
 
@@ -22,44 +21,32 @@ def main() -> int:
     parser.add_argument("--overflow", action="store_true", help="in a window that the conversation overflows")
     parser.add_argument("--window", type=int, help=f"tokens, with --overflow (default: {_WINDOW_TOKENS})")
     arguments = parser.parse_args()
-    if arguments.window is not None and not arguments.overflow:
+    overflow = arguments.overflow
+    if arguments.window is not None and not overflow:
         parser.error("--window goes with --overflow")
     window_tokens = _WINDOW_TOKENS if arguments.window is None else arguments.window
     if window_tokens < 1:
         parser.error("--window must be a number of tokens")
 
-    signal.signal(
-        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
-    )  # Unwind the stack, so that the daemon stops.
-
-    if not arguments.json:
-        print(report.header(arguments.overflow))
-    turns = []
+    # Unwind the stack, so that the daemon stops.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
     def log(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
+    if not arguments.json:
+        print(report.header(overflow))
+    turns = []
     try:
-        for turn in (
-            hold_overflowing_conversation(arguments.model, window_tokens, log)
-            if arguments.overflow
-            else hold_conversation(arguments.model, log)
-        ):
+        for turn in hold_conversation(arguments.model, log, window_tokens if overflow else None):
             turns.append(turn)
             if turn.problem:
-                print(turn.problem, file=sys.stderr)
+                log(turn.problem)
             if not arguments.json:
-                print(report.row(len(turns), turn, arguments.overflow), flush=True)
-    except ProcessFailed as error:
-        print(error, file=sys.stderr)
-        return 1
+                print(report.row(len(turns), turn, overflow), flush=True)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    print(
-        json.dumps(report.as_object(turns, arguments.overflow), indent=2)
-        if arguments.json
-        else report.totals(turns, arguments.overflow)
-    )
+    print(json.dumps(report.as_object(turns, overflow), indent=2) if arguments.json else report.totals(turns, overflow))
     return 0 if all(turn.identical for turn in turns) else 1
 
 

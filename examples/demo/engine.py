@@ -1,187 +1,171 @@
-"""The engine of the demo: a process that answers one turn at a time, and keeps no KV between turns.
-
-It reads one JSON object per line from standard input, and writes one per line to standard output:
-first a `Loaded`, then a reply for each request.
-"""
+"""The engine of the demo: it answers one turn at a time, and keeps no KV between turns."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import sys
 import time
-import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
-from typing import Any, NamedTuple, TextIO
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
-from examples.demo.generation import generate
-from examples.demo.model import LoadedModel, ModelNotFound, load_model
-from examples.demo.protocol import BLOCK_TOKENS, Loaded, Turn
-from examples.demo.script import Message, assistant
-from examples.demo.windowed import EngineInMemory, OnlyLoads, WindowedEngine
-from kvservice_adapter.connectors.transformers import Restored, Saved, TransformersConnector, UnsupportedModel
-from kvservice_adapter.rope import UnsupportedRotation
+from examples.demo.generation import Generated, generate, kept_in, message_ids, new_token_ids, without_end
+from examples.demo.in_memory import EngineInMemory
+from examples.demo.report import Turn
+from examples.demo.script import BLOCK_TOKENS, Message, assistant
+from examples.models import LoadedModel
+from kvservice_adapter.connectors.transformers import Restored, TransformersConnector
+from kvservice_adapter.cost import Rates
+from kvservice_adapter.engine.request_report import transport_of
+from kvservice_adapter.session import Conversation
+from kvservice_adapter.truncation import kept_tokens
 from kvservice_api.image import block_geometry
 from kvservice_api.layout import Shard
 from kvservice_client import Client
 
+State = tuple[Conversation, list[int]]  # A conversation, and the tokens of the last answer that the model has not read.
 
-class _Run(NamedTuple):
-    prompt: torch.Tensor
-    output: list[int]  # Prompt and answer.
-    ttft_s: float
-    history: Restored | None
+
+class OnlyLoads(Rates):
+    """Ignores the measured prefill times, so that the connector loads all stored KV.
+
+    Otherwise the connector may recompute the tokens after a cut. Their KV then differs, because it is
+    computed without the tokens that were cut.
+    """
+
+    def observe_prefill(self, new_tokens: int, context_tokens: int, seconds: float) -> None:
+        pass
+
+
+class _Answered(NamedTuple):
+    history: Restored
+    output: Generated
+    transport: str
 
 
 class Engine:
-    def __init__(self, loaded: LoadedModel, connector: TransformersConnector, client: Client) -> None:
-        """`client` is the client of the connector."""
-        self._model, self._tokenizer = loaded.model, loaded.tokenizer
-        self._connector = connector
-        self._client = client
-
-    def warm_up(self) -> None:
-        """Run the one-time initialisation of the libraries, so that no turn includes it."""
-        self._model.generate(torch.arange(1, 65)[None], max_new_tokens=2)
-
-    def answer(self, messages: Sequence[Message], *, session_id: str, compare: bool) -> Turn:
-        """Answer the last message; with `compare`, first without KVService and then with it."""
-        recomputed = self._run(messages) if compare else None
-        before_run = self._client.stats().loaded_bytes
-        run = self._run(messages, session_id)
-        loaded = self._client.stats().loaded_bytes
-        transports = [name for name, size_bytes in loaded.items() if size_bytes > before_run.get(name, 0)]
-        assert run.history is not None
-        prompt_tokens = run.prompt.shape[1]
-        answer_ids = run.output[prompt_tokens:]
-        text = self._tokenizer.decode(answer_ids, skip_special_tokens=True).strip()
-        saved = self._save([*messages, assistant(text)], run, session_id)
-        before = any(message["role"] == "assistant" for message in messages)
-        history_tokens = _common(self._ids(messages[:-1], to_answer=False)[0], run.prompt[0]) if before else 0
-        error = run.history.error or saved.error
-        return Turn(
-            answer=text,
-            answer_tokens=len(answer_ids),
-            history_tokens=history_tokens,
-            new_tokens=prompt_tokens - history_tokens,
-            reused_tokens=run.history.loaded_tokens,
-            tier=run.history.tier,
-            transport="+".join(sorted(transports)) or "none",
-            bytes=run.history.size_bytes if run.history.loaded_tokens else 0,
-            ttft_reuse_s=run.ttft_s,
-            ttft_recompute_s=recomputed.ttft_s if recomputed else None,
-            identical=recomputed.output == run.output if recomputed else None,
-            problem=f"{type(error).__name__}: {error}" if error else "",
+    def __init__(
+        self, client: Client, loaded: LoadedModel, *, block_tokens: int = BLOCK_TOKENS, wait_s: float | None = None
+    ) -> None:
+        """With `wait_s` it loads all stored KV, even if computing is faster, and waits this long per call."""
+        patient: dict[str, Any] = {"wait_s": wait_s, "save_wait_s": wait_s, "rates": OnlyLoads()}
+        self.connector = TransformersConnector(
+            client,
+            loaded.model,
+            model_id=loaded.model_id,
+            model_revision=loaded.model_revision,
+            block_tokens=block_tokens,
+            **({} if wait_s is None else patient),
         )
+        self._client, self._loaded = client, loaded
+        self._model, self._tokenizer = loaded.model, loaded.tokenizer
+        self._in_memory: EngineInMemory | None = None
+
+    def warm_up(self) -> tuple[str, int, int]:
+        """Run the one-time initialisation of the libraries, so that no turn includes it.
+
+        Returns the model's name, the bytes of one block in a tier, and the tokens that the model takes (0: unknown).
+        """
+        self._model.generate(torch.arange(1, 65)[None], max_new_tokens=2)
+        layout = self.connector.layout
+        block_bytes = block_geometry(layout, Shard.whole(layout), layout.block_tokens).image_bytes
+        return self._loaded.model_id, block_bytes, getattr(self._model.config, "max_position_embeddings", 0)
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
-        return self._ids(messages, to_answer=False).shape[1]
+        return len(self._ids(messages, to_answer=False))
 
-    def _run(self, messages: Sequence[Message], session_id: str = "") -> _Run:
-        """Generate an answer. Without a session no KV is reused."""
+    def recompute(self, messages: Sequence[Message]) -> tuple[list[int], float]:
+        """The tokens of an answer for which no KV is reused, and the seconds to the first of them."""
         began_s = time.perf_counter()
         prompt = self._ids(messages, to_answer=True)
-        history = self._connector.restore(prompt, session_id=session_id) if session_id else None
-        answered = generate(self._model, prompt, history.cache if history else None)
-        return _Run(prompt, answered.token_ids, answered.first_token_at_s - began_s, history)
+        output = generate(self._model, torch.tensor([prompt]), None, began_s)
+        return output.token_ids[len(prompt) :], output.ttft_s
 
-    def _save(self, messages: Sequence[Message], run: _Run, session_id: str) -> Saved:
-        """Save the KV of the tokens with which the next turn's prompt begins.
-
-        The cache differs from that: the model never read the answer's last tokens, and the tokenizer
-        may split the answer's text into other tokens than the model chose.
-        """
-        assert run.history is not None
-        cache = run.history.cache
-        history = self._ids(messages, to_answer=False)
-        known = min(_common(history[0], run.output), cache.get_seq_length())
+    def answer(self, messages: Sequence[Message], session_id: str) -> Turn:
+        """Answer the last message."""
+        began_s = time.perf_counter()
+        prompt = self._ids(messages, to_answer=True)
+        answered = self._answer(prompt, began_s, session_id=session_id)
+        answer = self._text(answered.output.token_ids[len(prompt) :])
+        # Save the tokens with which the next turn's prompt begins. The cache differs from them: the model never read
+        # the answer's last tokens, and the tokenizer may split the answer into other tokens than the model chose.
+        cache = answered.history.cache
+        history = self._ids([*messages, assistant(answer)], to_answer=False)
+        known = min(_common(history, answered.output.token_ids), cache.get_seq_length())
         cache.crop(known - cache.get_seq_length())
-        if known < history.shape[1]:
+        if known < len(history):
             with torch.inference_mode():
-                self._model(history[:, known:], past_key_values=cache, logits_to_keep=1)
-        return self._connector.save(history, cache, session_id=session_id)
+                self._model(torch.tensor([history[known:]]), past_key_values=cache, logits_to_keep=1)
+        saved = self.connector.save(history, cache, session_id=session_id)
+        has_history = any(message["role"] == "assistant" for message in messages)
+        history_tokens = _common(self._ids(messages[:-1], to_answer=False), prompt) if has_history else 0
+        return self._turn(answered, len(prompt), history_tokens, saved.error)
 
-    def _ids(self, messages: Sequence[Message], *, to_answer: bool) -> torch.Tensor:
-        text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=to_answer)
-        ids: torch.Tensor = self._tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
-        return ids
+    def answer_in_window(self, messages: Sequence[Message], window: int, state: State) -> tuple[Turn, State]:
+        """Answer the last message in a window that the conversation may overflow.
+
+        `state` is what the last turn returned; at the first turn a new conversation and no tokens.
+        """
+        began_s = time.perf_counter()
+        conversation, unread = state
+        new = unread + new_token_ids(self._tokenizer, messages)
+        before = conversation.token_count
+        keep = kept_in(window, before, len(new))
+        is_cut = len(kept_tokens(keep)) == before or self.connector.truncate(conversation, keep)
+        history_tokens = conversation.token_count
+        prompt = [*conversation.token_ids.tolist(), *new]
+        answered = self._answer(prompt, began_s, conversation=conversation)
+        token_ids, cache = answered.output.token_ids, answered.history.cache
+        known = cache.get_seq_length()
+        saved = self.connector.save(token_ids[:known], cache, conversation=conversation)
+        error = saved.error if is_cut else RuntimeError("the daemon did not record the cut")
+        turn = self._turn(answered, len(prompt), history_tokens, error, before - history_tokens)
+        return turn, (conversation, without_end(self._tokenizer, token_ids[known:]))
+
+    def answer_in_memory(self, messages: Sequence[Message], window: int) -> tuple[list[int], float]:
+        """The same without the daemon: `EngineInMemory.answer`. Call it from the first turn on."""
+        self._in_memory = self._in_memory or EngineInMemory(self._loaded)
+        return self._in_memory.answer(messages, window)
+
+    def _answer(self, prompt: list[int], began_s: float, **restored_by: Any) -> _Answered:
+        loaded_before = dict(self._client.stats().loaded_bytes)
+        history = self.connector.restore(prompt, **restored_by)
+        output = generate(self._model, torch.tensor([prompt]), history.cache, began_s)
+        return _Answered(history, output, transport_of(loaded_before, self._client.stats().loaded_bytes))
+
+    def _turn(
+        self,
+        answered: _Answered,
+        prompt_tokens: int,
+        history_tokens: int,
+        save_error: BaseException | None,
+        dropped_tokens: int = 0,
+    ) -> Turn:
+        history, answer_ids = answered.history, answered.output.token_ids[prompt_tokens:]
+        error = history.error or save_error
+        return Turn(
+            answer=self._text(answer_ids),
+            answer_ids=answer_ids,
+            history_tokens=history_tokens,
+            new_tokens=prompt_tokens - history_tokens,
+            answer_tokens=len(answer_ids),
+            reused_tokens=history.loaded_tokens,
+            tier=history.tier,
+            transport=answered.transport or "none",
+            bytes=history.size_bytes if history.loaded_tokens else 0,
+            ttft_reuse_s=answered.output.ttft_s,
+            problem=f"{type(error).__name__}: {error}" if error else "",
+            dropped_tokens=dropped_tokens,
+        )
+
+    def _ids(self, messages: Sequence[Message], *, to_answer: bool) -> list[int]:
+        return message_ids(self._tokenizer, messages, to_answer=to_answer)
+
+    def _text(self, answer_ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(answer_ids, skip_special_tokens=True)
+        return text.strip()
 
 
-def _common(first: Iterable[Any], second: Iterable[Any]) -> int:
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
     """The number of leading tokens that two sequences share."""
-    count = 0
-    for one, other in zip(first, second, strict=False):
-        if int(one) != int(other):
-            break
-        count += 1
-    return count
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--address", required=True)
-    parser.add_argument("--model", default="")
-    parser.add_argument(
-        "--wait-s", type=float, help="seconds to wait for the daemon per call; the engine then loads all stored KV"
-    )
-    arguments = parser.parse_args()
-    wait_s = arguments.wait_s
-
-    # A library's output on stdout must not mix with the lines of the protocol.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    warnings.filterwarnings("ignore")
-    try:
-        loaded = load_model(arguments.model)
-        with Client(arguments.address, name="demo engine") as client:
-            connector = TransformersConnector(
-                client,
-                loaded.model,
-                model_id=loaded.model_id,
-                model_revision=loaded.model_revision,
-                block_tokens=BLOCK_TOKENS,
-                **({} if wait_s is None else {"wait_s": wait_s, "save_wait_s": wait_s, "rates": OnlyLoads()}),
-            )
-            engine = Engine(loaded, connector, client)
-            _serve(engine, WindowedEngine(loaded, connector, client), loaded, connector, answers)
-    except (ModelNotFound, UnsupportedModel, UnsupportedRotation, OSError) as error:
-        print(f"the engine cannot work: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _serve(
-    engine: Engine,
-    windowed: WindowedEngine,
-    loaded: LoadedModel,
-    connector: TransformersConnector,
-    answers: TextIO,
-) -> None:
-    engine.warm_up()
-    layout = connector.layout
-    geometry = block_geometry(layout, Shard.whole(layout), layout.block_tokens)
-    context_tokens = getattr(loaded.model.config, "max_position_embeddings", 0)
-    loaded_line = Loaded(loaded.model_id, geometry.image_bytes, context_tokens)
-    print(json.dumps(asdict(loaded_line)), file=answers)
-    in_memory: EngineInMemory | None = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "count" in request:
-            reply: Any = [engine.count_tokens(messages) for messages in request["count"]]
-        elif "state" in request:
-            reply = asdict(windowed.answer(**request))
-        elif "window" in request:
-            in_memory = in_memory or EngineInMemory(loaded)
-            reply = asdict(in_memory.answer(**request))
-        else:
-            turn = engine.answer(request["messages"], session_id=request["session_id"], compare=request["compare"])
-            reply = asdict(turn)
-        print(json.dumps(reply), file=answers)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((at for at, (one, other) in pairs if one != other), min(len(first), len(second)))

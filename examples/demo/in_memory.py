@@ -9,6 +9,7 @@ history.cut(keep_on_overflow(history.token_count, window=1024, new_tokens=200))
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +17,9 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from examples.demo.generation import generate, kept_in, new_token_ids, without_end
+from examples.demo.script import Message
+from examples.models import LoadedModel
 from kvservice_adapter.rope import Rope
 from kvservice_adapter.truncation import kept_tokens
 
@@ -65,3 +69,36 @@ class HistoryInMemory:
         index = torch.from_numpy(kept)
         self._layers = [(keys[:, :, index], values[:, :, index]) for keys, values in self._layers]
         self._positions = self._positions[kept]
+
+
+class EngineInMemory:
+    """Answers without the daemon: cuts and rotates the KV in this process."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._loaded = loaded
+        self._history = HistoryInMemory(Rope.from_model(loaded.model))
+        self._token_ids: list[int] = []
+        self._unread: list[int] = []
+
+    def cache(self) -> DynamicCache:
+        """The KV of the remaining conversation, as a cache for the model."""
+        return self._history.cache()
+
+    def answer(self, messages: Sequence[Message], window: int) -> tuple[list[int], float]:
+        """The tokens of an answer to the last message, and the TTFT when all remaining tokens are recomputed."""
+        model, tokenizer = self._loaded.model, self._loaded.tokenizer
+        began_s = time.perf_counter()
+        new = self._unread + new_token_ids(tokenizer, messages)
+        keep = kept_in(window, len(self._token_ids), len(new))
+        prompt_ids = [*(self._token_ids[at] for at in kept_tokens(keep).tolist()), *new]
+        prompt = torch.tensor([prompt_ids])
+        recomputed = generate(model, prompt, None, began_s, answer_tokens_max=1)
+        if len(prompt_ids) < len(self._token_ids) + len(new):
+            self._history.cut(keep)
+        cache = self._history.cache()
+        token_ids = generate(model, prompt, cache, began_s).token_ids
+        self._history.extend(cache)
+        known = self._history.token_count
+        self._token_ids = token_ids[:known]
+        self._unread = without_end(tokenizer, token_ids[known:])
+        return token_ids[len(prompt_ids) :], recomputed.ttft_s

@@ -1,7 +1,9 @@
-"""The index of all blocks and their tiers, in two LMDB environments of one schema.
+"""The index of all blocks and their tiers, in LMDB environments of one schema.
 
-* durable: in the store's directory, synced. Layouts, sessions, and a record of every block on SSD. The records of
-  each tier below SSD are in a database of their own, ``blocks-NAME``.
+* durable: in the store's directory, synced. Layouts, sessions, and a record of every block on SSD.
+* lower: beside the durable one, an environment ``index-NAME`` per tier below SSD, synced. A record of every block
+  there. Each has a map and a committer of its own, so that a slow or full one stops no other. It is emptied where it
+  may be out of date.
 * volatile: beside the arena, on its tmpfs. A record of every block in DRAM. It belongs to
   the arena: if store, schema or arena are not those it was created for, it is emptied.
 
@@ -33,6 +35,7 @@ from kvservice.index.identity import (
     SCHEMA,
     SCHEMA_AT_LEAST,
     SCHEMA_KEY,
+    SCHEMA_WITH_LOWER_TIERS,
     STORE_ID_BYTES,
     STORE_KEY,
     check_identity,
@@ -44,7 +47,7 @@ from kvservice.index.identity import (
     traces_of_store,
 )
 from kvservice.index.layouts import NEXT_LAYOUT_KEY, LayoutEntries
-from kvservice.index.records import BELOW_SSD, Records, encode_records
+from kvservice.index.records import Records, encode_records
 from kvservice.index.session_records import Manifest, decode_manifest, encode_manifest
 from kvservice_api.errors import StorageFailed
 from kvservice_api.layout import Layout
@@ -58,6 +61,8 @@ _ARENA_KEY = b"arena_id"
 _SSD_FILES_KEY = b"ssd_files"
 _VOLATILE_DIRECTORY_KEY = b"volatile_directory"
 _EMPTIED_KEY = b"dram_emptied"
+_TIER_KEY = b"tier"  # In the environment of a tier below SSD: its name.
+_LOWER_TIERS_KEY = b"tiers_below_ssd"  # Those of the last start.
 _META_KEYS = frozenset(
     (SCHEMA_KEY, STORE_KEY, DESCRIPTORS_KEY, NEXT_LAYOUT_KEY, _SSD_FILES_KEY, _VOLATILE_DIRECTORY_KEY, _EMPTIED_KEY)
 )
@@ -76,21 +81,12 @@ class Emptied(NamedTuple):
 class BlockIndex:
     """The index of one store. Call all methods from the event loop's thread."""
 
-    def __init__(
-        self,
-        directory: Path,
-        durable: Environment,
-        meta: dict[bytes, bytes],
-        layouts_max: int,
-        below_ssd: Sequence[TierName] = (),
-    ) -> None:
+    def __init__(self, directory: Path, durable: Environment, meta: dict[bytes, bytes], layouts_max: int) -> None:
         """Use ``open``."""
         self.directory = directory
         self.store_id = meta[STORE_KEY]
         self._meta = meta
-        self._databases = {TierName.DRAM: BLOCKS, TierName.SSD: BLOCKS, **_databases_of(below_ssd)}
-        self._durable = durable
-        self._volatile: Environment | None = None
+        self._environments: dict[TierName, Environment] = {TierName.SSD: durable}
         self.layout_entries = LayoutEntries(directory.parent, durable, layouts_max, meta.get(NEXT_LAYOUT_KEY))
         self.emptied_keys: list[bytes] = []  # Objects that the DRAM tier had when it was emptied at this start.
         self.damaged_sessions: list[bytes] = []  # Names, as of the last `load_sessions`.
@@ -103,38 +99,24 @@ class BlockIndex:
         *,
         map_bytes: int,
         layouts_max: int = 256,
-        before_commit: Callable[[TierName], None] | None = None,
-        below_ssd: Sequence[TierName] = (),
+        before_commit: Callable[[], None] | None = None,
         ssd_files: Sequence[Path] = (),
         create: bool = True,
     ) -> BlockIndex:
         """Open the durable index, or create an empty one with a new store id.
 
         `layouts_max` are the layouts that it takes; those that it has are kept, however many they are.
-        `below_ssd` are the names of the tiers below SSD. `before_commit` makes the bytes of a tier's blocks durable; it
-        runs on the committer thread before the commit of their records. An index is made only if there was none before:
-        the store's identity file, and `ssd_files` that exist, show that one is missing. If `create` is
-        false, an index is never made, and nothing of the store is upgraded or restored. Raises StoreTooNew,
-        StoreDamaged, StorageFailed.
+        `before_commit` makes the bytes of blocks durable; it runs on the committer thread before the
+        commit of their records. An index is made only if there was none before: the store's identity file, and the
+        `ssd_files` that are there, tell that one is missing. Where `create` is false, an index is never made, and
+        nothing of the store is upgraded or restored. Raises StoreTooNew, StoreDamaged, StorageFailed.
         """
         traces = traces_of_store(directory, ssd_files)
         if traces or not create:
             expect_index(directory, traces)
         else:
             clear_blank(directory / DATA_NAME)
-        lower = {database: tier for tier, database in _databases_of(below_ssd).items()}
-
-        def make_durable(database: bytes) -> None:
-            if before_commit is not None:
-                before_commit(lower.get(database, TierName.SSD))
-
-        durable = Environment(
-            directory,
-            map_bytes=map_bytes,
-            durable=True,
-            before_commit=make_durable,
-            more_databases=tuple(lower),
-        )
+        durable = Environment(directory, map_bytes=map_bytes, durable=True, before_commit=before_commit)
         try:
             meta = _read_meta(durable)
             if not meta and not traces and create:
@@ -150,7 +132,7 @@ class BlockIndex:
             if len(meta.get(STORE_KEY, b"")) != STORE_ID_BYTES:
                 raise StoreDamaged(f"the index {directory} names no store")
             check_identity(directory, meta[STORE_KEY], note=create)
-            index = cls(directory, durable, meta, layouts_max, below_ssd)
+            index = cls(directory, durable, meta, layouts_max)
             if create:
                 index._upgrade()
                 index.layout_entries.restore()
@@ -204,13 +186,13 @@ class BlockIndex:
             volatile = Environment(directory, map_bytes=map_bytes, durable=False)
             volatile.keep_notes(notes)
             volatile.write_now(META, self._volatile_meta(arena_id))
-            self._volatile = volatile
+            self._environments[TierName.DRAM] = volatile
         self._remember(_VOLATILE_DIRECTORY_KEY, os.fsencode(directory.absolute()))
         return why_emptied
 
     def adopt_volatile(self, directory: Path, arena_id: bytes, *, map_bytes: int) -> str:
         """Open the index of the arena as it is. Returns why it cannot be used and is not open, or ""."""
-        assert self._volatile is None
+        assert TierName.DRAM not in self._environments
         try:
             if not (directory / DATA_NAME).stat().st_size:
                 return "it is empty"
@@ -248,8 +230,57 @@ class BlockIndex:
             return str(error)
         if has_other_schema:
             volatile.write_now(META, {SCHEMA_KEY: expected[SCHEMA_KEY]})
-        self._volatile = volatile
+        self._environments[TierName.DRAM] = volatile
         return ""
+
+    def open_lower(self, tiers: Mapping[TierName, tuple[int, Callable[[], None]]]) -> dict[TierName, str]:
+        """Open the indexes of the tiers below SSD, each with the size of its map and its `before_commit`.
+
+        Returns those that were emptied, with the reason. A tier that the last start did not have is emptied: blocks may
+        have been discarded or saved again meanwhile. A damaged one is emptied too: its blocks are misses. Once a store
+        has such a tier, older daemons refuse it: they would not remove its records. Raises StorageFailed.
+        """
+        if tiers:
+            self._remember(SCHEMA_KEY, str(max(SCHEMA_WITH_LOWER_TIERS, schema_of(self._meta))).encode())
+        before = self._meta.get(_LOWER_TIERS_KEY, b"").split(b"\0")
+        emptied = {}
+        for tier, (map_bytes, before_commit) in tiers.items():
+            directory = self.lower_directory(tier)
+            why = "" if tier.encode() in before else "the daemon ran without this tier, or it is new"
+            if not why:
+                why = self._adopt_lower(tier, directory, map_bytes, before_commit)
+            if why:
+                emptied[tier] = why
+                _remove(directory)
+                environment = Environment(directory, map_bytes=map_bytes, durable=True, before_commit=before_commit)
+                self._environments[tier] = environment
+                environment.write_now(META, self._lower_meta(tier))
+        self._remember(_LOWER_TIERS_KEY, b"\0".join(tier.encode() for tier in tiers))
+        return emptied
+
+    def _adopt_lower(self, tier: TierName, directory: Path, map_bytes: int, before_commit: Callable[[], None]) -> str:
+        """Open the index of a tier below SSD as it is. Returns why it cannot be used and is not open, or ""."""
+        try:
+            environment = Environment(directory, map_bytes=map_bytes, durable=True, before_commit=before_commit)
+        except (StoreDamaged, StorageFailed) as error:
+            return error.message if isinstance(error, StorageFailed) else str(error)
+        try:
+            found = _read_meta(environment)
+        except (StoreDamaged, StorageFailed) as error:
+            environment.close()
+            return str(error)
+        if found != self._lower_meta(tier):
+            environment.close()
+            return "it is not this store's index of the tier"
+        self._environments[tier] = environment
+        return ""
+
+    def lower_directory(self, tier: TierName) -> Path:
+        """The folder of the index of a tier below SSD."""
+        return self.directory.with_name(f"{self.directory.name}-{tier}")
+
+    def _lower_meta(self, tier: TierName) -> dict[bytes, bytes]:
+        return {STORE_KEY: self.store_id, _TIER_KEY: tier.encode()}
 
     def _volatile_meta(self, arena_id: bytes) -> dict[bytes, bytes]:
         assert len(arena_id) == STORE_ID_BYTES
@@ -298,12 +329,12 @@ class BlockIndex:
 
     def _remember(self, key: bytes, value: bytes) -> None:
         if self._meta.get(key, b"") != value:
-            self._durable.write_now(META, {key: value})
+            self._environments[TierName.SSD].write_now(META, {key: value})
             self._meta[key] = value
 
     def load(self, tier: TierName) -> recovery.Recovered:
         """All records of a tier. For the start: it blocks the caller for one second per million records."""
-        return recovery.load(self._environment(tier), self._databases[tier], self.layouts)
+        return recovery.load(self._environments[tier], self.layouts)
 
     def put(
         self, tier: TierName, keys: Sequence[bytes], records: Records, check: Callable[[], None] | None = None
@@ -319,21 +350,17 @@ class BlockIndex:
         def encode() -> list[bytes]:
             if check is not None:
                 check()
-            if tier in (TierName.DRAM, TierName.SSD):
-                return encode_records(keys, records)
-            marked = records.copy()
-            marked["flags"] = BELOW_SSD
-            return encode_records(keys, marked)
+            return encode_records(keys, records)
 
-        return self._environment(tier).put(self._databases[tier], keys, encode)
+        return self._environments[tier].put(BLOCKS, keys, encode)
 
     def delete(self, tier: TierName, keys: Sequence[bytes]) -> asyncio.Future[None]:
         """Delete the records of blocks in `tier`. Their extents may be reserved again only once this is done."""
-        return self._environment(tier).delete(self._databases[tier], keys)
+        return self._environments[tier].delete(BLOCKS, keys)
 
     def delete_now(self, tier: TierName, keys: Iterable[bytes]) -> None:
         """The same for the start, before any change waits for a commit. Raises StorageFailed."""
-        self._environment(tier).delete_now(self._databases[tier], keys)
+        self._environments[tier].delete_now(BLOCKS, keys)
 
     @property
     def layouts(self) -> Mapping[int, Layout]:
@@ -360,7 +387,7 @@ class BlockIndex:
         A daemon that knows only an older schema would treat such a layout as damaged, and remove its blocks.
         """
         value = str(schema).encode()
-        await self._durable.put(META, [SCHEMA_KEY], lambda: [value])
+        await self._environments[TierName.SSD].put(META, [SCHEMA_KEY], lambda: [value])
         self._meta[SCHEMA_KEY] = value
 
     def forget_unused_layouts(self) -> int:
@@ -372,7 +399,7 @@ class BlockIndex:
         if not self.layout_entries.is_full:
             return 0
         used: set[int] = set()
-        for tier in self._databases:
+        for tier in self._environments:
             used.update(np.unique(self.load(tier).records["layout_id"]).tolist())
         used.update(manifest.layout_id for manifest in self.load_sessions())
         return self.layout_entries.forget_all_but(used)
@@ -383,7 +410,7 @@ class BlockIndex:
         """All sound manifests of known layouts. For the start; see `damaged_sessions` for the others."""
         found: list[Manifest] = []
         self.damaged_sessions = []
-        for names, values in self._durable.read(SESSIONS):
+        for names, values in self._environments[TierName.SSD].read(SESSIONS):
             for name, value in zip(names, values, strict=True):
                 manifest = decode_manifest(name, value)
                 if manifest is None or manifest.layout_id not in self.layouts:
@@ -396,45 +423,38 @@ class BlockIndex:
 
     def put_session(self, manifest: Manifest) -> asyncio.Future[None]:
         """Replace the record of a session. Done once on disk. IndexFull, StorageFailed."""
-        return self._durable.put(SESSIONS, [manifest.name], lambda: [encode_manifest(manifest)])
+        return self._environments[TierName.SSD].put(SESSIONS, [manifest.name], lambda: [encode_manifest(manifest)])
 
     def put_session_values(self, values: Mapping[bytes, bytes]) -> asyncio.Future[None]:
         """Record the sessions of a lost index, by name. Done once on disk. IndexFull, StorageFailed."""
-        return self._durable.put(SESSIONS, list(values), lambda: list(values.values()))
+        return self._environments[TierName.SSD].put(SESSIONS, list(values), lambda: list(values.values()))
 
     def delete_sessions(self, names: Sequence[bytes]) -> asyncio.Future[None]:
         """Forget sessions, by `Manifest.name`. Done once on disk. StorageFailed."""
-        return self._durable.delete(SESSIONS, names)
+        return self._environments[TierName.SSD].delete(SESSIONS, names)
 
     def count(self, tier: TierName) -> int:
         """How many records a tier has."""
-        return self._environment(tier).count(self._databases[tier])
+        return self._environments[tier].count(BLOCKS)
 
     @property
     def used_sizes(self) -> dict[TierName, int]:
-        """Bytes in use, by the first tier of each environment. That of SSD also has the tiers below SSD."""
-        return {tier: self._environment(tier).used_bytes for tier in (TierName.DRAM, TierName.SSD)}
+        """Bytes in use of each tier's index."""
+        return {tier: environment.used_bytes for tier, environment in self._environments.items()}
 
     @property
     def map_sizes(self) -> dict[TierName, int]:
-        """Sizes of the maps, by the same tiers."""
-        return {tier: self._environment(tier).map_bytes for tier in (TierName.DRAM, TierName.SSD)}
+        """The size of the map of each tier's index."""
+        return {tier: environment.map_bytes for tier, environment in self._environments.items()}
 
     def commits(self, tier: TierName) -> int:
         """Transactions since the start."""
-        return self._environment(tier).commits
-
-    def _environment(self, tier: TierName) -> Environment:
-        if tier != TierName.DRAM:
-            return self._durable
-        assert self._volatile is not None, "it is opened after the arena"
-        return self._volatile
+        return self._environments[tier].commits
 
     def close(self) -> None:
         """Commit what is pending, then close."""
-        self._durable.close()
-        if self._volatile is not None:
-            self._volatile.close()
+        for environment in self._environments.values():
+            environment.close()
 
     def _upgrade(self) -> None:
         """Upgrade an older store to the schema it needs. `Environment` has created the missing databases."""
@@ -443,11 +463,6 @@ class BlockIndex:
         if needed > found:
             log.info("the store is upgraded from schema %s to %s", found, needed)
             self._remember(SCHEMA_KEY, str(needed).encode())
-
-
-def _databases_of(below_ssd: Sequence[TierName]) -> dict[TierName, bytes]:
-    """The database of each tier below SSD."""
-    return {name: BLOCKS + b"-" + name.encode() for name in below_ssd}
 
 
 def _remove(path: Path) -> None:

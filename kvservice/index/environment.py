@@ -71,9 +71,8 @@ class Environment:
     """An open environment. Call all methods from the event loop's thread.
 
     `durable` commits are synced to the disk. Others survive the process, not the machine: right for
-    an index on a tmpfs. `before_commit` is called on the committer thread before a commit with puts, once for each
-    database that they are for; a KVError or OSError from it fails the puts of that database.
-    `more_databases` are databases beside those of every environment.
+    an index on a tmpfs. `before_commit` is called on the committer thread, before a commit that holds
+    puts; a KVError or OSError from it fails them.
 
     Every page in use is checked before LMDB maps the file, see `pages`: LMDB itself ends the process on some
     damage. Raises StoreDamaged if the file is not LMDB's or its pages are damaged, StorageFailed if it cannot be
@@ -86,8 +85,7 @@ class Environment:
         *,
         map_bytes: int,
         durable: bool,
-        before_commit: Callable[[bytes], None] | None = None,
-        more_databases: Sequence[bytes] = (),
+        before_commit: Callable[[], None] | None = None,
     ) -> None:
         self.path = path
         self.map_bytes = map_bytes // _PAGE_BYTES * _PAGE_BYTES
@@ -95,7 +93,6 @@ class Environment:
         self.commits = 0
         self._durable = durable
         self._before_commit = before_commit
-        self._databases = (*_DATABASES, *more_databases)
         self._notes_fd: int | None = None
         self._queue: queue.SimpleQueue[_Change | None] = queue.SimpleQueue()
         self._batch_keys_max = _BATCH_KEYS_MIN
@@ -211,11 +208,6 @@ class Environment:
         if failure is None:
             _wake(batch, None)
             return
-        databases = dict.fromkeys(change.database for change in batch)
-        if len(databases) > 1:  # The failure of one tier must not fail the records of another.
-            for database in databases:
-                self._carry_out([change for change in batch if change.database == database])
-            return
         deletes = [change for change in batch if change.encode is None]
         _wake([change for change in batch if change.encode is not None], failure)
         if deletes:
@@ -225,9 +217,8 @@ class Environment:
     def _attempt(self, batch: list[_Change]) -> Exception | None:
         """Commit the batch. On failure set the error on the futures; the thread continues."""
         try:
-            if self._before_commit is not None:
-                for database in dict.fromkeys(change.database for change in batch if change.encode is not None):
-                    self._before_commit(database)
+            if self._before_commit is not None and any(change.encode is not None for change in batch):
+                self._before_commit()
             self._write_in_parts(_merge(batch))
         except OSError as error:
             return StorageFailed(f"a block's bytes could not be made durable: {error}")
@@ -311,7 +302,7 @@ class Environment:
                 lmdb.open(
                     str(self.path),
                     map_size=self.map_bytes,
-                    max_dbs=len(self._databases),
+                    max_dbs=len(_DATABASES),
                     create=create,
                     lock=False,
                     mode=0o600,
@@ -320,7 +311,7 @@ class Environment:
                     metasync=self._durable,
                 )
             )
-            self._handles = {name: env.open_db(name, create=create) for name in self._databases}
+            self._handles = {name: env.open_db(name, create=create) for name in _DATABASES}
             with env.begin() as txn:
                 self._account(self._used_pages(txn))
             self._env = env

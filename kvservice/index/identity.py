@@ -17,8 +17,10 @@ log = logging.getLogger(__name__)
 
 # The newest schema. 2 added the database of sessions. 3 added layouts of several groups and layouts with a window.
 # Records of blocks are the same in all. A store of 1 becomes one of 2 when it is opened. It becomes one of 3 before its
-# first layout that needs 3 is stored: until then a daemon that knows only 2 can open it.
-SCHEMA = 3
+# first layout that needs 3 is stored: until then a daemon that knows only 2 can open it. 4 is a store with tiers below
+# SSD: a daemon that knows only 3 would leave the records of a block that it discards.
+SCHEMA = 4
+SCHEMA_WITH_LOWER_TIERS = 4
 SCHEMA_AT_LEAST = 2
 SCHEMA_KEY = b"schema"
 

@@ -3,7 +3,7 @@
 A record is the value that LMDB keeps under an object key (block key and shard)::
 
     0        1       2            4             8              12         16
-    | ver u8 | flag u8 | segment u16 | layout u32 | tokens u32  | hits u32 |
+    | ver u8 | 0 u8  | segment u16 | layout u32  | tokens u32   | hits u32 |
     16                       24                     32
     | extent offset u64      | extent size u64      | trailer xxh3-64 u64  |
     40                       48                     56
@@ -15,8 +15,7 @@ A record is the value that LMDB keeps under an object key (block key and shard):
 
 Little-endian. The crc is CRC-32 over the object key and the record before it, so a record that was
 damaged, or has another key, is detected. Records written before pins and tenants existed have zeros
-there: not pinned, of tenant 0, which is "default". The flag `BELOW_SSD` distinguishes a record of a tier below SSD from
-one of SSD if both are found in the pages of a damaged index.
+there: not pinned, of tenant 0, which is "default".
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ from numpy.typing import NDArray
 from kvservice.blocks import OBJECT_KEY_BYTES
 
 RECORD_VERSION = 1
-BELOW_SSD = 1
 
 RECORD = np.dtype(
     [

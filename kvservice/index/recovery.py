@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvservice.blocks import OBJECT_KEY, ObjectKeys, pack_object_keys
-from kvservice.index.environment import Environment
+from kvservice.index.environment import BLOCKS, Environment
 from kvservice.index.records import RECORD, Records, decode_records
 
 UNKNOWN_LAYOUT = "its layout is unknown"
@@ -35,18 +35,18 @@ class Recovered:
         return [key.tobytes() for key in self.object_keys]
 
 
-def load(environment: Environment, database: bytes, layout_ids: Collection[int]) -> Recovered:
-    """All records of one tier, which are in `database`: a million take about a second.
+def load(environment: Environment, layout_ids: Collection[int]) -> Recovered:
+    """All records: a million take about a second.
 
     Damaged is a record whose crc is wrong, whose layout is unknown, or whose extent overlaps another:
     of two records for the same bytes at least one is wrong, and nothing says which.
     """
-    count = environment.count(database)
+    count = environment.count(BLOCKS)
     all_keys, all_records = np.empty(count, OBJECT_KEY), np.empty(count, RECORD)  # Filled in, for joining takes space.
     end = 0
     damaged: dict[bytes, str] = {}
     known_layouts = np.fromiter(layout_ids, np.uint32, len(layout_ids))
-    for names, values in environment.read(database):
+    for names, values in environment.read(BLOCKS):
         sound, records = decode_records(names, values)
         if not sound.all():
             damaged.update((names[row], "its record does not match its crc") for row in np.flatnonzero(~sound).tolist())

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from kvservice.blocks import TierName
 from kvservice.rpc.messages import TIER_NUMBERS, known_timestamp, residency_runs, timestamp
-from kvservice.rpc.reports import report_message
 from kvservice.rpc.session_messages import session_message
 from kvservice.store.types import (
     BlockFacts,
@@ -100,10 +99,7 @@ def request(request_id: str, found: ExplainedRequest) -> pb.ExplainedRequest:
         request_id=request_id,
         lookups=[_lookup(each) for each in found.lookups],
         lookups_more=found.lookups_more,
-        reports=[
-            pb.ExplainedReport(at=timestamp(each.began_ms), report=report_message(request_id, each))
-            for each in found.reports
-        ],
+        reports=[pb.ExplainedReport(at=timestamp(each.began_ms), report=each.message) for each in found.reports],
         reports_more=found.reports_more,
     )
 

@@ -10,8 +10,7 @@ import typer
 
 from kvservice.simulate import command_output as output
 from kvservice.simulate import plot
-from kvservice.simulate.command_options import LoadOptions, RateOptions, SizeOptions
-from kvservice.simulate.command_parts import fail, policies, with_options
+from kvservice.simulate.command_options import LoadOptions, RateOptions, SizeOptions, fail, policies, with_options
 from kvservice.simulate.engine import CONTENDERS
 from kvservice.simulate.engine import simulate as run
 from kvservice.simulate.result import Result

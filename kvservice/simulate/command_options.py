@@ -1,19 +1,125 @@
-"""Options that ``kvctl simulate`` and ``kvctl plan`` share: the load and the machine. Impossible values are refused."""
+"""The options of ``kvctl simulate`` and ``kvctl plan``: the load and the machine. Impossible values are refused."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from dataclasses import dataclass, replace
-from typing import Annotated
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
 from kvservice.simulate import generate, traces
-from kvservice.simulate.command_parts import fail, number, span
+from kvservice.simulate.engine import CONTENDERS
 from kvservice.simulate.generated_hints import with_typing_hints
 from kvservice.simulate.settings import GIB, MIB, Machine
 from kvservice.simulate.think_times import SHAPES
 from kvservice.simulate.workload import Workload
+
+NumberT = TypeVar("NumberT", int, float)
+NameT = TypeVar("NameT", bound=str)
+
+
+def fail(reason: str) -> NoReturn:
+    """Print one line to stderr and end with exit code 1."""
+    print(f"kvctl: {reason}", file=sys.stderr)
+    raise typer.Exit(1)
+
+
+def number(
+    flag: str, text: str, panel: str | None = None, *, least: float = 0.0, most: float = 1e12, above: bool = False,
+    below: bool = False, **how: Any,
+) -> Any:  # fmt: skip
+    """An option for one number from `least` to `most`. `above` and `below` exclude the ends themselves."""
+
+    def check(value: NumberT | None) -> NumberT | None:
+        if value is None:
+            return None
+        low, high = f"{'above' if above else 'at least'} {least:g}", f"{'below' if below else 'at most'} {most:g}"
+        if not math.isfinite(value):
+            raise typer.BadParameter(f"{value} is not a finite number; it must be {low}")
+        if value < least or (above and value == least):
+            raise typer.BadParameter(f"{value:g} is too small; it must be {low}")
+        if value > most or (below and value == most):
+            raise typer.BadParameter(f"{value:g} is too large; it must be {high}")
+        return value
+
+    return typer.Option(flag, help=text, rich_help_panel=panel, callback=check, **how)
+
+
+def policies(text: str) -> list[str]:
+    """Names from text such as ``lru,foresight``. Refuses unknown and repeated names."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        _one_of(name, CONTENDERS, "policy", "--policy")
+        if names.count(name) > 1:
+            raise typer.BadParameter(f"{name!r} is given more than once", param_hint="--policy")
+    return names
+
+
+def _one_of(name: str, known: Sequence[NameT], kind: str, flag: str) -> NameT:
+    if name in known:
+        return known[known.index(name)]
+    raise typer.BadParameter(f"no {kind} is called {name!r}; choose from {', '.join(known)}", param_hint=flag)
+
+
+def _refuse_given(options: object, names: Sequence[str], reason: str) -> None:
+    """Refuse options that were given, named as the fields of a group."""
+    for name in names:
+        if getattr(options, name) is not None:
+            raise typer.BadParameter(reason, param_hint=f"--{name.replace('_', '-')}")
+
+
+def span(text: str, flag: str) -> tuple[float, float]:
+    """Two numbers of seconds from text such as ``2:5``."""
+
+    def refuse(reason: str) -> NoReturn:
+        raise typer.BadParameter(f"{text!r} {reason}", param_hint=flag)
+
+    first, colon, last = text.partition(":")
+    try:
+        low, high = float(first), float(last)
+    except ValueError:
+        colon = ""
+    if not colon:
+        refuse("is not of the form A:B, such as 2:5")
+    if not (math.isfinite(low) and math.isfinite(high)):
+        refuse("has an end that is not a finite number")
+    if low < 0:
+        refuse("begins below 0")
+    if low > high:
+        refuse("ends before it begins")
+    return low, high
+
+
+def with_options(verb: Callable[..., None]) -> Callable[..., None]:
+    """The verb with one option per field of each parameter that is a dataclass, in the parameter's place."""
+    parameters = inspect.signature(verb, eval_str=True).parameters.values()
+    groups: dict[str, Any] = {each.name: each.annotation for each in parameters if is_dataclass(each.annotation)}
+
+    @functools.wraps(verb)
+    def run(**arguments: Any) -> None:
+        for name, group in groups.items():
+            arguments[name] = group(**{field: arguments.pop(field) for field in group.__dataclass_fields__})
+        verb(**arguments)
+
+    shown: list[inspect.Parameter] = []
+    for each in parameters:
+        shown += _options_of(each.annotation) if each.name in groups else [each.replace(kind=each.KEYWORD_ONLY)]
+    # Typer reads a verb's options from `__signature__`, which function types do not declare.
+    run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    return run
+
+
+def _options_of(group: Any) -> list[inspect.Parameter]:
+    hints = typing.get_type_hints(group, include_extras=True)
+    parameters = inspect.signature(group).parameters.values()
+    return [each.replace(kind=each.KEYWORD_ONLY, annotation=hints[each.name]) for each in parameters]
+
 
 GENERATORS = ("sharegpt", "people")
 
@@ -99,10 +205,7 @@ class LoadOptions:
     def _generated(self, lead_s: tuple[float, float] | None) -> Workload:
         if self.format != "auto":
             raise typer.BadParameter(f"is for files; {self.trace} is generated", param_hint="--format")
-        shape = self.think_shape or "people"
-        if shape not in SHAPES:
-            known = ", ".join(SHAPES)
-            raise typer.BadParameter(f"no shape is called {shape!r}; choose from {known}", param_hint="--think-shape")
+        shape = _one_of(self.think_shape or "people", SHAPES, "shape", "--think-shape")
         if self.trace == "people":
             return generate.people(
                 users=self.sessions or 2000,
@@ -126,13 +229,9 @@ class LoadOptions:
         )
 
     def _read(self, lead_s: tuple[float, float] | None) -> Workload:
-        for name in ("sessions", "session_rate", "think_s", "think_shape"):
-            if getattr(self, name) is not None:
-                flag = f"--{name.replace('_', '-')}"
-                raise typer.BadParameter(f"is for generated load; {self.trace} is a file", param_hint=flag)
-        if self.format not in traces.FORMATS:
-            known = ", ".join(traces.FORMATS)
-            raise typer.BadParameter(f"no format is called {self.format!r}; choose from {known}", param_hint="--format")
+        generated = ("sessions", "session_rate", "think_s", "think_shape")
+        _refuse_given(self, generated, f"is for generated load; {self.trace} is a file")
+        _one_of(self.format, traces.FORMATS, "format", "--format")
         try:
             workload = traces.read(self.trace, self.format)
         except traces.TraceError as error:
@@ -213,12 +312,8 @@ class RateOptions:
                 f"{self.kv_mb_per_token:g} MiB is less than a byte", param_hint="--kv-mb-per-token"
             )
         if self.service_turns_per_s is not None:
-            for name in ("decode_tokens_per_s", "batch"):
-                if getattr(self, name) is not None:
-                    flag = f"--{name.replace('_', '-')}"
-                    raise typer.BadParameter(
-                        "belongs to the GPU's model, which --service-turns-per-s replaces", param_hint=flag
-                    )
+            gpu = "belongs to the GPU's model, which --service-turns-per-s replaces"
+            _refuse_given(self, ("decode_tokens_per_s", "batch"), gpu)
         return Machine(
             dram_bytes=round(dram_gb * GIB),
             ssd_bytes=round(ssd_gb * GIB),

@@ -8,11 +8,10 @@ from typing import Annotated, Any, Literal
 import typer
 
 from kvservice.simulate import command_output as output
-from kvservice.simulate import cost
-from kvservice.simulate.command_options import LoadOptions, RateOptions
-from kvservice.simulate.command_parts import fail, number, policies, with_options
+from kvservice.simulate.command_options import LoadOptions, RateOptions, fail, number, policies, with_options
+from kvservice.simulate.cost import PAPER_PRICES, Prices
 from kvservice.simulate.engine import CONTENDERS, simulate
-from kvservice.simulate.plan import Mix, Prices, footprint_tokens, mixes
+from kvservice.simulate.plan import Mix, footprint_tokens, mixes
 from kvservice.simulate.result import Result
 from kvservice.simulate.settings import GIB
 
@@ -41,9 +40,9 @@ def plan(
     policy: Annotated[
         str, typer.Option("--policy", metavar="NAME", help=f"Placement policy: {', '.join(CONTENDERS)}.")
     ] = "foresight",
-    dram_price: Annotated[float, number("--dram-price", "A GiB of DRAM.", _PRICES)] = cost.DRAM_GB_DOLLARS,
-    ssd_price: Annotated[float, number("--ssd-price", "A GiB of SSD.", _PRICES)] = cost.SSD_GB_DOLLARS,
-    gpu_price: Annotated[float, number("--gpu-price", "A GPU.", _PRICES)] = cost.GPU_DOLLARS,
+    dram_price: Annotated[float, number("--dram-price", "A GiB of DRAM.", _PRICES)] = PAPER_PRICES.dram_gb,
+    ssd_price: Annotated[float, number("--ssd-price", "A GiB of SSD.", _PRICES)] = PAPER_PRICES.ssd_gb,
+    gpu_price: Annotated[float, number("--gpu-price", "A GPU.", _PRICES)] = PAPER_PRICES.gpu,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
 ) -> None:
     """Find the cheapest DRAM and SSD that reach a hit rate, by simulating a load with different sizes.
@@ -90,7 +89,7 @@ def plan(
         "footprint_gb": footprint_gb,
         **cheapest,
         "others": others,
-        "without_storage": {"dollars": prices.dollars(without, 0.0, rates.gpus), **_figures(without)},
+        "without_storage": {"dollars": prices.dollars(without.gpu_hours, 0.0, rates.gpus), **_figures(without)},
     }
     if as_json:
         output.print_json(document)

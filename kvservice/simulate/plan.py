@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvservice.simulate.cost import Prices
 from kvservice.simulate.result import Result
 from kvservice.simulate.workload import Workload
 
@@ -19,23 +20,6 @@ _DRAM_SHARES = (0.003, 0.01, 0.03, 0.1, 0.3)  # Of the footprint, if the target 
 
 Measure = Callable[[float, float], Result]
 Reaches = Callable[[Result], bool]
-
-
-@dataclass(frozen=True, slots=True)
-class Prices:
-    """Dollars per hour and GiB, and per hour and GPU."""
-
-    dram_gb: float
-    ssd_gb: float
-    gpu: float
-
-    def storage(self, dram_gb: float, ssd_gb: float) -> float:
-        """Dollars per hour of both tiers."""
-        return dram_gb * self.dram_gb + ssd_gb * self.ssd_gb
-
-    def dollars(self, result: Result, storage_dollars_per_h: float, gpus: int) -> float:
-        """Dollars of the GPUs for the time that they work, and of the storage for the same time."""
-        return result.gpu_hours * (self.gpu + storage_dollars_per_h / gpus)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +44,7 @@ def mixes(measure: Measure, reaches: Reaches, footprint_gb: float, prices: Price
 
     def mix(dram_gb: float, ssd_gb: float, result: Result) -> Mix:
         per_h = prices.storage(dram_gb, ssd_gb)
-        return Mix(dram_gb, ssd_gb, per_h, prices.dollars(result, per_h, gpus), result)
+        return Mix(dram_gb, ssd_gb, per_h, prices.dollars(result.gpu_hours, per_h, gpus), result)
 
     least = _smallest(lambda gb: measure(gb, footprint_gb), reaches, footprint_gb)
     if least is None:

@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 from kvservice.policy import PLACEMENTS
 from kvservice.policy.placement import Placement
-from kvservice.simulate.bounds import EverythingKept, NothingKept
+from kvservice.simulate.bounds import DistributionBound, EverythingKept, NothingKept
 from kvservice.simulate.clairvoyant import optimum_plays
-from kvservice.simulate.distribution_bound import DistributionBound
 from kvservice.simulate.settings import Machine
 from kvservice.simulate.think_times import return_times
 from kvservice.simulate.workload import Workload

@@ -7,11 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvservice.policy.items import NOT_QUEUED, ItemTable
-from kvservice.policy.placement import Placement
-from kvservice.simulate.account import Account
+from kvservice.policy.items import NOT_QUEUED
 from kvservice.simulate.settings import Machine
-from kvservice.simulate.store_model import StoreModel
 from kvservice.simulate.turn_replay import TurnReplay
 from kvservice.simulate.views import ints
 from kvservice.simulate.workload import Workload
@@ -20,28 +17,19 @@ from kvservice.simulate.workload import Workload
 class PrefixReplay(TurnReplay):
     """`TurnReplay` of a workload of shared prefixes. A request's hit ends at the first block that no tier holds."""
 
-    def __init__(
-        self,
-        workload: Workload,
-        machine: Machine,
-        policy: Placement,
-        items: ItemTable,
-        store: StoreModel,
-        account: Account,
-    ) -> None:
-        super().__init__(workload, machine, policy, items, store, account)
+    def _prepare(self, workload: Workload, machine: Machine) -> None:
         self._block_tokens = workload.block_tokens
         self._block_bytes = workload.block_tokens * machine.kv_bytes_per_token
         self._begins = ints(workload.path_begins)
         self._path = ints(workload.path_items)
         self._blocks = ints(workload.item_blocks)
         turns = np.repeat(np.arange(workload.turns, dtype=np.int32), np.diff(workload.path_begins))
-        last = np.zeros(items.row_count, np.int32)
+        last = np.zeros(self._items.row_count, np.int32)
         np.maximum.at(last, workload.path_items, turns)
         self._last_turn = ints(last)
         self._later: dict[int, deque[int]] = {}  # By row: the queued requests for it after the first.
         self._numbers: dict[int, int] = {}  # By queued turn: its number.
-        items.value[:] = workload.item_blocks
+        self._items.value[:] = workload.item_blocks
 
     def rows(self, turn: int) -> Sequence[int]:
         """The rows on the request's path, from the first block on."""

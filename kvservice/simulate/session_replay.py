@@ -6,11 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvservice.policy.items import NOT_QUEUED, ItemTable
-from kvservice.policy.placement import Placement
-from kvservice.simulate.account import Account
+from kvservice.policy.items import NOT_QUEUED
 from kvservice.simulate.settings import Machine
-from kvservice.simulate.store_model import StoreModel
 from kvservice.simulate.turn_replay import TurnReplay
 from kvservice.simulate.views import ints
 from kvservice.simulate.workload import Workload
@@ -19,22 +16,13 @@ from kvservice.simulate.workload import Workload
 class SessionReplay(TurnReplay):
     """`TurnReplay` of a workload of sessions."""
 
-    def __init__(
-        self,
-        workload: Workload,
-        machine: Machine,
-        policy: Placement,
-        items: ItemTable,
-        store: StoreModel,
-        account: Account,
-    ) -> None:
-        super().__init__(workload, machine, policy, items, store, account)
+    def _prepare(self, workload: Workload, machine: Machine) -> None:
         self._kv_bytes = machine.kv_bytes_per_token
         self._context = workload.context_tokens
         self._overflow_keeps = machine.overflow_keeps
         self._session = ints(workload.session)
         self._new = ints(workload.new_tokens)
-        self._tokens = ints(np.zeros(items.row_count, np.int64))
+        self._tokens = ints(np.zeros(self._items.row_count, np.int64))
 
     def rows(self, turn: int) -> Sequence[int]:
         """The row of the request's session."""

@@ -43,26 +43,6 @@ class SsdChannel:
     A higher class preempts a lower one. A preempted transfer keeps its progress.
     """
 
-    __slots__ = (
-        "_asked_bytes",
-        "_deferred_s",
-        "_left",
-        "_promotions",
-        "_rate",
-        "_read_now_until_s",
-        "_sizes",
-        "_transfers",
-        "_write_left",
-        "_write_size",
-        "_writes",
-        "deadlines",
-        "now_s",
-        "read_bytes",
-        "read_s",
-        "write_row",
-        "written_bytes",
-    )  # fmt: skip
-
     def __init__(self, bytes_per_s: float, transfers: Transfers, start_s: float = 0.0) -> None:
         self._rate = bytes_per_s
         self._transfers = transfers

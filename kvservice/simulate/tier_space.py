@@ -18,8 +18,6 @@ _SHARE = 64
 class RowEpochs:
     """Per row, the ranking epoch of its last change. A ranking is out of date for rows that changed since."""
 
-    __slots__ = ("epoch", "last")
-
     def __init__(self, row_count: int) -> None:
         self.epoch = 0
         self.last = ints(np.zeros(row_count, np.int64))
@@ -27,23 +25,6 @@ class RowEpochs:
 
 class TierSpace:
     """Counts bytes, keeps the rows that are not held as a dense array, and selects the next victim."""
-
-    __slots__ = (
-        "_epoch",
-        "_items",
-        "_order",
-        "_place",
-        "_policy",
-        "_row_epochs",
-        "_rows",
-        "_scores",
-        "_view",
-        "capacity_bytes",
-        "count",
-        "retention",
-        "tier",
-        "used_bytes",
-    )  # fmt: skip
 
     def __init__(
         self, tier: TierName, capacity_bytes: int, items: ItemTable, policy: Placement, row_epochs: RowEpochs

@@ -56,6 +56,11 @@ class TurnReplay(ABC):
         self._tells_used = overrides(policy, "used")
         self._tells_stored = overrides(policy, "stored")
         self._tells_hinted = overrides(policy, "hinted")
+        self._prepare(workload, machine)
+
+    @abstractmethod
+    def _prepare(self, workload: Workload, machine: Machine) -> None:
+        """Make the further state of this kind of workload."""
 
     @abstractmethod
     def rows(self, turn: int) -> Sequence[int]:

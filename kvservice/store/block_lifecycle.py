@@ -183,13 +183,16 @@ class BlockLifecycle:
         blocks = self.blocks
         used = np.flatnonzero(blocks.used_since_flush[: blocks.row_end] & blocks.live[: blocks.row_end])
         blocks.used_since_flush[used] = False
-        for start in range(0, len(used), _FLUSH_ROWS):
-            for tier in self.tiers:
-                try:
+        failure: KVError | None = None
+        for tier in self.tiers:
+            try:
+                for start in range(0, len(used), _FLUSH_ROWS):
                     await self._write_records(used[start : start + _FLUSH_ROWS].tolist(), tier)
-                except KVError:
-                    blocks.used_since_flush[used[start:]] = True  # At the next flush.
-                    raise
+            except KVError as error:
+                failure = failure or error  # The other tiers' records are written nevertheless.
+        if failure is not None:
+            blocks.used_since_flush[used] = True  # At the next flush.
+            raise failure
 
     async def write_records(self, rows: Sequence[int]) -> None:
         """Write the present records of these rows, in every tier that has them, or soon will."""
@@ -236,7 +239,7 @@ class BlockLifecycle:
         for part, last_copy in ((demoted, False), (last_copies, True)):
             self.history.note_rows(blocks, part, why, tier=tier, detail=policy, last_copy=last_copy)
         # Both begin before the first await, so that no task sees or cancels half of the change.
-        removals = [self._begin_removal({tier: freed}, demoted), self._begin_discard(last_copies)]
+        removals = [self._begin_removal({tier: freed}, demoted), self._begin_discard(last_copies, [tier])]
         for removal in removals:
             await removal.recorded()
 
@@ -270,10 +273,14 @@ class BlockLifecycle:
             with contextlib.suppress(StorageFailed):  # The block is invisible already; its records are removed later.
                 await self._begin_discard([row]).recorded()
 
-    def _begin_discard(self, rows: Sequence[int]) -> _Removal:
+    def _begin_discard(self, rows: Sequence[int], tiers: Iterable[TierName] = ()) -> _Removal:
+        """`tiers` are those that have records of the rows; if empty, any tier may have one or soon get one.
+
+        A block that nothing holds has records just where it is resident. An eviction then waits for no other tier.
+        """
         for row in rows:
             self.blocks.unlink(row)
-        return self._begin_removal({tier: [] for tier in self.tiers}, rows)
+        return self._begin_removal({tier: [] for tier in tiers or self.tiers}, rows)
 
     def _begin_removal(self, freed: dict[TierName, list[Extent]], rows: Sequence[int]) -> _Removal:
         """Remove the rows' records from the tiers named in `freed`, then release its extents."""

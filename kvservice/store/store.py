@@ -239,7 +239,7 @@ class BlockStore:
     def start(self) -> None:
         """Begin the background work: eviction, write-behind, lease expiry, recency."""
         self._dram.start()
-        self._evictor.start(self._writers)
+        self._evictor.start(self._write_behind)
         self._in_place_uploads.start()
         for writer in self._writers.values():
             writer.start()
@@ -312,12 +312,14 @@ class BlockStore:
 
     def _tier_facts(self, name: TierName, tier: Tier) -> TierFacts:
         is_dram = tier is self._dram
+        position = self._blocks.position(name)
+        writer = self._writers.get(self._blocks.tiers[position - 1]) if position else None
         return TierFacts(
             name=name,
             capacity_bytes=tier.capacity_bytes,
             configured_bytes=self._dram.configured_bytes if is_dram else tier.capacity_bytes,
             used_bytes=tier.used_bytes,
-            refusing_because=tier.refusing_because,
+            refusing_because=tier.refusing_because or (writer.failing_because if writer is not None else ""),
             short_because=self._dram.short_because if is_dram else "",
             is_direct=self._slower[name].is_direct if name in self._slower else False,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import os
 import threading
@@ -13,6 +14,8 @@ from concurrent.futures import Executor
 from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+
+from kvservice_api.errors import StorageFailed
 
 T = TypeVar("T")
 
@@ -88,6 +91,11 @@ class _Job(Generic[T]):
     def run(self) -> None:
         try:
             result = self._work()
+        except OSError as error:  # A tier may rely on its pool for this.
+            self._end(
+                self.future.set_exception,
+                StorageFailed(str(error), errno=errno.errorcode.get(error.errno or 0, "unknown")),
+            )
         except BaseException as error:
             self._end(self.future.set_exception, error)
         else:

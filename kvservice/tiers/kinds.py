@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Protocol
 
 from kvservice.blocks import TierName
-from kvservice.tiers.base import DurableTier
+from kvservice.tiers.base import DurableTier, StoreMismatch
 from kvservice.tiers.files import FileCalls
-from kvservice.tiers.ssd import SsdTier
+from kvservice.tiers.ssd import SsdTier, is_missing
 
 
 class OpenTier(Protocol):
@@ -45,13 +45,15 @@ def _open_files(
     may_create: bool,
 ) -> SsdTier:
     """One preallocated file, as on SSD: for a slower drive or a network file system."""
+    file = path / f"tier-{name}.kv"
+    if not may_create and is_missing(file):
+        raise StoreMismatch(f"{file} is missing, and the tier has blocks in it: mount its drive or bring the file back")
     return SsdTier.open(
-        [path / f"{name}.kv"],
+        [file],
         store_id=store_id,
         capacity_bytes=capacity_bytes,
         io_threads=io_threads,
         calls=calls,
-        creatable=None if may_create else (),
     )
 
 

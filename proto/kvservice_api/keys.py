@@ -21,6 +21,7 @@ import hashlib
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,6 +67,33 @@ def cut_key(tip: bytes, keep: Sequence[tuple[int, int]] | NDArray[np.int64]) -> 
     """
     ranges = np.array(keep, ">u8").tobytes()
     return hashlib.sha256(_CUT_TAG + tip + _U32.pack(len(keep)) + ranges).digest()
+
+
+def kept_ranges(keep: Sequence[tuple[int, int]], token_count: int) -> NDArray[np.int64]:
+    """The ranges (first, count) of a cut in the form that `cut_key` takes: adjacent ranges are joined.
+
+    `keep` has ranges of a history of `token_count` tokens. Returns int64 ``[range, 2]``. Raises InvalidRequest for
+    ranges that are not ascending, disjoint, not empty and inside the history.
+    """
+    if any(first < 0 or count < 1 for first, count in keep):
+        raise InvalidRequest("a range of keep is empty, or begins before the history", field="keep")
+    firsts, counts = np.fromiter(chain.from_iterable(keep), np.uint64, 2 * len(keep)).reshape(-1, 2).T
+    total = np.uint64(token_count)
+    past = (firsts >= total) | (counts > total - np.minimum(firsts, total))
+    if past.any():
+        at = int(past.argmax())
+        raise InvalidRequest(
+            f"keep[{at}] is tokens {keep[at][0]}..{keep[at][0] + keep[at][1]}; the session has {token_count}",
+            field="keep",
+        )
+    ends = firsts + counts
+    wrong = np.flatnonzero(firsts[1:] < ends[:-1])
+    if len(wrong):
+        at = int(wrong[0]) + 1
+        what = "descends" if firsts[at] < firsts[at - 1] else "overlaps the one before"
+        raise InvalidRequest(f"keep[{at}] {what}: ranges must be ascending and disjoint", field="keep")
+    begins = np.flatnonzero(np.append(True, firsts[1:] != ends[:-1])[: len(keep)])
+    return np.stack([firsts[begins], np.add.reduceat(counts, begins)], axis=1).astype(np.int64)
 
 
 def extra_identity(lora_id: str = "", media_hashes: Sequence[bytes] = ()) -> bytes:

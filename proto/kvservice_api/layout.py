@@ -295,44 +295,21 @@ class Layout:
 
     def to_proto(self) -> pb.Layout:
         """The message. One group without a window uses the fields of the first version, else `groups` is set."""
-        message = pb.Layout(
-            model_id=self.model_id,
-            model_revision=self.model_revision,
-            block_tokens=self.block_tokens,
-            rotated=self.rotated,
-        )
-        first = self.groups[0]
+        about, first = _fields(self, _LAYOUT_FIELDS), self.groups[0]
         if len(self.groups) > 1 or first.window:
-            message.groups.extend(_group_to_proto(group) for group in self.groups)
-            return message
-        message.dtype, message.layers, message.kv_heads = first.dtype, first.layers, first.kv_heads
-        message.k_head_dim, message.v_head_dim = first.k_head_dim, first.v_head_dim
-        message.rotary.CopyFrom(_rotary_to_proto(first.rotary))
-        return message
+            return pb.Layout(**about, groups=map(_group_to_proto, self.groups))
+        return pb.Layout(**about, **_fields(first, _GEOMETRY_FIELDS), rotary=_rotary_to_proto(first.rotary))
 
     @classmethod
     def from_proto(cls, message: pb.Layout, fingerprint: bytes | None = None) -> Layout:
         """The layout in a message. Raises InvalidLayout, or LayoutMismatch for another fingerprint."""
         if len(message.groups) > _LAYERS_MAX:
             raise InvalidLayout(f"there are {len(message.groups)} groups; the limit is {_LAYERS_MAX}", field="groups")
-        about: dict[str, Any] = {
-            "model_id": message.model_id,
-            "model_revision": message.model_revision,
-            "block_tokens": message.block_tokens,
-            "rotated": message.rotated,
-        }
+        about = _fields(message, _LAYOUT_FIELDS)
         if message.groups:
             layout = cls(**about, groups=[_group_from_proto(group) for group in message.groups])
         else:
-            layout = cls(
-                **about,
-                dtype=message.dtype,
-                layers=message.layers,
-                kv_heads=message.kv_heads,
-                k_head_dim=message.k_head_dim,
-                v_head_dim=message.v_head_dim,
-                rotary=_rotary_from_proto(message.rotary),
-            )
+            layout = cls(**about, **_fields(message, _GEOMETRY_FIELDS), rotary=_rotary_from_proto(message.rotary))
         if fingerprint is not None and fingerprint != layout.fingerprint:
             raise LayoutMismatch(
                 f"the layout's fingerprint is {layout.fingerprint.hex()}, not {fingerprint.hex() or 'empty'}",
@@ -396,12 +373,7 @@ class Shard:
         return cls(*cls._STRUCT.unpack(data))
 
     def to_proto(self) -> pb.Shard:
-        return pb.Shard(
-            layer_begin=self.layer_begin,
-            layer_end=self.layer_end,
-            head_begin=self.head_begin,
-            head_end=self.head_end,
-        )
+        return pb.Shard(**_fields(self, _SHARD_FIELDS))
 
     @classmethod
     def from_proto(cls, message: pb.Shard) -> Shard:
@@ -424,48 +396,33 @@ def _joined(groups: Sequence[LayerGroup]) -> tuple[LayerGroup, ...]:
     return tuple(joined)
 
 
+# Fields with the same names in a message and in its value.
+_LAYOUT_FIELDS = ("model_id", "model_revision", "block_tokens", "rotated")
+_GEOMETRY_FIELDS = ("layers", "kv_heads", "k_head_dim", "v_head_dim", "dtype")
+_ROTARY_FIELDS = ("kind", "pairing", "dims", "base")
+_SHARD_FIELDS = ("layer_begin", "layer_end", "head_begin", "head_end")
+
+
+def _fields(source: object, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(source, name) for name in names}
+
+
 def _group_to_proto(group: LayerGroup) -> pb.LayerGroup:
-    return pb.LayerGroup(
-        layers=group.layers,
-        kv_heads=group.kv_heads,
-        k_head_dim=group.k_head_dim,
-        v_head_dim=group.v_head_dim,
-        dtype=group.dtype,
-        window=group.window,
-        rotary=_rotary_to_proto(group.rotary),
-    )
+    geometry = _fields(group, _GEOMETRY_FIELDS)
+    return pb.LayerGroup(**geometry, window=group.window, rotary=_rotary_to_proto(group.rotary))
 
 
 def _group_from_proto(message: pb.LayerGroup) -> LayerGroup:
-    return LayerGroup(
-        layers=message.layers,
-        kv_heads=message.kv_heads,
-        k_head_dim=message.k_head_dim,
-        v_head_dim=message.v_head_dim,
-        dtype=message.dtype,
-        window=message.window,
-        rotary=_rotary_from_proto(message.rotary),
-    )
+    geometry = _fields(message, _GEOMETRY_FIELDS)
+    return LayerGroup(**geometry, window=message.window, rotary=_rotary_from_proto(message.rotary))
 
 
 def _rotary_to_proto(rotary: Rotary) -> pb.Rotary:
-    return pb.Rotary(
-        kind=rotary.kind,
-        pairing=rotary.pairing,
-        dims=rotary.dims,
-        base=rotary.base,
-        parameters=dict(rotary.parameters),
-    )
+    return pb.Rotary(**_fields(rotary, _ROTARY_FIELDS), parameters=dict(rotary.parameters))
 
 
 def _rotary_from_proto(message: pb.Rotary) -> Rotary:
-    return Rotary(
-        kind=message.kind,
-        pairing=message.pairing,
-        dims=message.dims,
-        base=message.base,
-        parameters=tuple(message.parameters.items()),
-    )
+    return Rotary(**_fields(message, _ROTARY_FIELDS), parameters=tuple(message.parameters.items()))
 
 
 def _encoded(rotary: Rotary) -> list[bytes]:

@@ -32,8 +32,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWa
 _TIMEOUT_S = 20.0  # Of a call: on a busy machine a child may wait long for the processor.
 STORED = new_chain(LARGE, 4, "stored before all forks")
 
-Connect = Callable[..., Client]
-
 
 @pytest.fixture(params=["grpc", "shm"])
 def transport(request: pytest.FixtureRequest) -> str:

@@ -49,7 +49,7 @@ def first_turns(folder: Path, count: int) -> dict[str, Any]:
         patch.setenv("OMP_NUM_THREADS", "1")  # Another test runs on the other core.
         turns: Any = hold_conversation("", log=print)  # A generator: closing it ends its processes.
         with closing(turns):
-            return report.as_object(list(islice(turns, count)))
+            return report.as_object(list(islice(turns, count)), overflow=False)
 
 
 # The turns up to the one after the kill show all promises except two. All turns take twice as long.

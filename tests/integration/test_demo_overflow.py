@@ -5,7 +5,6 @@ With tiny models and a daemon that is killed meanwhile; and one slow test of the
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import pickle
@@ -18,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from examples.demo.model import LoadedModel
-from examples.demo.windowed import EngineInMemory, OnlyLoads, WindowedEngine
-from kvservice_adapter.connectors.transformers import TransformersConnector
+from examples.demo.engine import Engine, State
+from examples.demo.in_memory import EngineInMemory
+from examples.models import LoadedModel
 from kvservice_adapter.session import Conversation
 from kvservice_client import Client
 from tests.daemon import DaemonProcess
@@ -44,20 +43,10 @@ class LettersOf97(Letters):
         return "".join(chr(token + 160) for token in token_ids)
 
 
-def connected(address: str, loaded: LoadedModel) -> tuple[WindowedEngine, TransformersConnector, Client]:
+def connected(address: str, loaded: LoadedModel) -> tuple[Engine, Client]:
     """The state of an engine's process at its start."""
     client = Client(address, timeout_s=PATIENCE_S)
-    connector = TransformersConnector(
-        client,
-        loaded.model,
-        model_id=loaded.model_id,
-        model_revision=loaded.model_revision,
-        block_tokens=BLOCK_TOKENS,
-        wait_s=PATIENCE_S,
-        save_wait_s=PATIENCE_S,
-        rates=OnlyLoads(),
-    )
-    return WindowedEngine(loaded, connector, client), connector, client
+    return Engine(client, loaded, block_tokens=BLOCK_TOKENS, wait_s=PATIENCE_S), client
 
 
 @pytest.mark.parametrize(
@@ -73,40 +62,40 @@ def test_over_several_overflows_and_a_kill_the_daemon_gives_what_memory_has_bit_
     name: str, dtype: torch.dtype, new_daemon: Callable[..., DaemonProcess]
 ) -> None:
     daemon, loaded = new_daemon(), LoadedModel(rotary_model(name, dtype), LettersOf97(), "tiny", "1")
-    engine, connector, client = connected(daemon.address, loaded)
+    engine, client = connected(daemon.address, loaded)
     in_memory = EngineInMemory(loaded)
-    messages, state, dropped = [{"role": "system", "content": "Be kind."}], "", []
+    messages, dropped = [{"role": "system", "content": "Be kind."}], []
+    state: State = Conversation("chat"), []
     for turn in range(9):
         messages.append({"role": "user", "content": _QUESTIONS[turn % 3]})
-        expected = in_memory.answer(messages, window=WINDOW_TOKENS)
+        expected_ids, _ = in_memory.answer(messages, WINDOW_TOKENS)
 
-        answered = engine.answer(messages, session_id="chat", window=WINDOW_TOKENS, state=state)
+        answered, state = engine.answer_in_window(messages, WINDOW_TOKENS, state)
 
-        assert answered.turn.problem == ""
-        assert answered.answer_ids == expected.answer_ids
-        assert answered.turn.reused_tokens == answered.turn.history_tokens
-        assert answered.turn.history_tokens + answered.turn.new_tokens + 32 <= WINDOW_TOKENS
-        messages.append({"role": "assistant", "content": answered.turn.answer})
-        state = answered.state
-        dropped.append(answered.turn.dropped_tokens)
+        assert answered.problem == ""
+        assert answered.answer_ids == expected_ids
+        assert answered.reused_tokens == answered.history_tokens
+        assert answered.history_tokens + answered.new_tokens + 32 <= WINDOW_TOKENS
+        messages.append({"role": "assistant", "content": answered.answer})
+        dropped.append(answered.dropped_tokens)
         if turn == 5:
             daemon.kill()
-            connector.close()
+            engine.connector.close()
             client.close()
             daemon.start()
-            engine, connector, client = connected(daemon.address, loaded)
+            engine, client = connected(daemon.address, loaded)
+            state = pickle.loads(pickle.dumps(state))  # It goes to another process.
 
     assert sum(count > 0 for count in dropped) >= 3
     assert any(dropped[6:])  # After the kill too.
-    conversation: Conversation
-    conversation, _ = pickle.loads(base64.b64decode(state))
-    history = connector.restore([*conversation.token_ids, 5], conversation=conversation)
+    conversation, _ = state
+    history = engine.connector.restore([*conversation.token_ids, 5], conversation=conversation)
     with torch.inference_mode():
         loaded.model(torch.tensor([[5]]), past_key_values=history.cache)
     for (keys, values), (kept_keys, kept_values) in zip(states(history.cache), states(in_memory.cache()), strict=True):
         assert torch.equal(keys[:, :, :-1], kept_keys)
         assert torch.equal(values[:, :, :-1], kept_values)
-    connector.close()
+    engine.connector.close()
     client.close()
 
 

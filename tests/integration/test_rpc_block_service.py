@@ -454,6 +454,15 @@ def test_ReportRequest_appears_in_Explain_once_with_or_without_a_lookup(wire: Wi
     assert not explained.report.estimates.HasField("recompute_ms"), "an unknown estimate is not 0"
 
 
+def test_ReportRequest_keeps_no_field_that_the_daemon_does_not_know(wire: Wire) -> None:
+    known = pb.RequestReport(request_id="newer", outcome=pb.REQUEST_OUTCOME_DONE)
+    unknown = b"\xa2\x06\x05later"  # Field 100, five bytes.
+    report = pb.RequestReport.FromString(known.SerializeToString() + unknown)
+    wire.blocks.ReportRequest(pb.ReportRequestRequest(report=report))
+    (explained,) = wire.admin.Explain(admin_pb2.ExplainRequest(request_id="newer")).request.reports
+    assert explained.report.SerializeToString() == known.SerializeToString()
+
+
 @pytest.mark.parametrize(
     ("changes", "field"),
     [

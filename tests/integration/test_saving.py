@@ -18,7 +18,7 @@ from kvservice_adapter.device.cpu import CpuDevice, CpuStream
 from kvservice_adapter.save import LayerSaver, SaveJob, SaverStats
 from kvservice_api.errors import DaemonUnavailable, KVError
 from kvservice_client import BlockCache, BlockChain, Layout, SaveResult
-from tests.contracts.device import WAIT_S, holding, numbering
+from tests.contracts.device import WAIT_S, holding
 from tests.daemon import MIB, DaemonProcess, until
 from tests.integration import conversations
 
@@ -164,22 +164,6 @@ def test_an_event_tells_when_a_layers_pages_may_be_written_again(blocks: BlockCa
 
     assert saver.flush(WAIT_S)
     assert is_stored(blocks, chain, states)
-
-
-def test_keys_are_turned_in_what_is_saved_and_nowhere_else(blocks: BlockCache) -> None:
-    saver, chain = LayerSaver(CpuDevice(), blocks, staging_bytes=MIB), new_chain()
-    states = [(torch.ones(1, 2, TOKENS, 16).bfloat16(), torch.zeros(1, 2, TOKENS, 8).bfloat16())] * LAYOUT.layers
-    job = saver.begin(chain)
-    assert job is not None
-
-    for layer, (keys, values) in enumerate(states):
-        job.layer(layer, Pages(keys, values, [0]), numbering(TOKENS, 16))
-    job.commit()
-
-    assert saver.flush(WAIT_S)
-    assert torch.all(states[0][0] == 1)
-    numbers = torch.arange(1.0, 41.0)[:, None].expand(1, 2, TOKENS, 16).bfloat16()
-    assert is_stored(blocks, chain, [(numbers, values) for _, values in states])
 
 
 def test_full_staging_drops_a_save_and_counts_it_and_takes_the_next_once_there_is_room(

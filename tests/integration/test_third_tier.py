@@ -114,30 +114,71 @@ def test_the_built_in_kind_is_one_preallocated_file(new_daemon: Callable[..., Da
         for chain in chains:
             verify(client, LARGE, chain)
     assert daemon.stop() == 0
-    (folder / "archive.kv").rename(folder / "elsewhere")
+    (folder / "tier-archive.kv").rename(folder / "elsewhere")
     daemon.launch()
     assert daemon.wait_for_end() != 0
-    assert any("archive.kv is missing" in line for line in daemon.lines)
+    assert any("tier-archive.kv is missing" in line for line in daemon.lines)
 
 
-def test_a_store_runs_without_its_third_tier_and_finds_it_again(
+def test_a_tier_that_a_start_did_not_have_starts_empty_so_that_no_discarded_block_is_found_again(
     new_daemon: Callable[..., DaemonProcess], tmp_path: Path
 ) -> None:
     sizes = {"dram__capacity_bytes": 8 * MIB, "ssd__capacity_bytes": 8 * MIB}
     daemon = new_daemon(**sizes, tiers__below_ssd=below_ssd(tmp_path / "archive"))
     with daemon.client() as client:
         fill(client)
+        discarded = new_chain(LARGE)
+        save(client, LARGE, discarded, Durability.SSD)
+        until(lambda: "archive" in tiers_of(client, discarded))
     assert daemon.stop() == 0
     lower = daemon.settings.pop("tiers.below_ssd")
     daemon.start()
     with daemon.client() as client:
         assert set(counts(client)) == {"dram", "ssd"}
-        assert client.admin.status().blocks < CHAINS
+        client.admin.discard(discarded.keys)
     assert daemon.stop() == 0
     daemon.settings["tiers.below_ssd"] = lower
     daemon.start()
+    daemon.wait_for_log("the tier archive starts empty: the daemon ran without this tier, or it is new")
     with daemon.client() as client:
-        assert counts(client)["archive"] == CHAINS
+        assert client.open_layout(LARGE).lookup(discarded).hit_blocks == 0
+        until(lambda: counts(client)["archive"] >= counts(client)["ssd"] > 0)  # What SSD has is copied again.
+
+
+def test_a_damaged_index_of_the_third_tier_costs_that_tier_alone(daemon: DaemonProcess) -> None:
+    with daemon.client() as client:
+        chains = fill(client)
+        on_ssd = [chain for chain in chains if "ssd" in tiers_of(client, chain)]
+        assert daemon.stop() == 0
+        (daemon.store / "index-archive" / "data.mdb").write_bytes(b"no index")
+        daemon.start()
+        for chain in on_ssd:
+            verify(client, LARGE, chain)
+        until(lambda: counts(client)["archive"] >= len(on_ssd))
+
+
+@pytest.mark.parametrize("trouble", ["write hangs", "sync hangs", "write fails", "sync fails"])
+def test_a_third_tier_in_trouble_stops_neither_saves_nor_evictions_from_ssd(
+    new_daemon: Callable[..., DaemonProcess], tmp_path: Path, trouble: str
+) -> None:
+    lower = below_ssd(tmp_path / "archive", "tests.slow_directory:TroubledDirectory")
+    daemon = new_daemon(dram__capacity_bytes=8 * MIB, ssd__capacity_bytes=8 * MIB, tiers__below_ssd=lower)
+    marker = tmp_path / "archive.trouble"
+    with daemon.client() as client:
+        first = new_chain(LARGE)
+        save(client, LARGE, first, Durability.SSD)
+        until(lambda: "archive" in tiers_of(client, first))
+        marker.write_text(trouble)
+        for _ in range(CHAINS):  # More than SSD has space for: blocks leave it, though nothing comes below.
+            assert save(client, LARGE, new_chain(LARGE), Durability.SSD).is_complete
+        pinned = new_chain(LARGE)
+        save(client, LARGE, pinned, Durability.SSD)
+        assert client.admin.status().counters["evicted_ssd_blocks"] >= CHAINS // 2
+        if trouble.endswith("fails"):
+            until(lambda: client.admin.status().tiers[2].refusing_because != "")
+        marker.unlink()
+        until(lambda: "archive" in tiers_of(client, pinned))  # It is tried again.
+        verify(client, LARGE, pinned)
 
 
 def test_a_repaired_index_has_the_blocks_on_ssd_and_the_third_tier_starts_empty(daemon: DaemonProcess) -> None:
@@ -193,8 +234,8 @@ def test_operators_see_the_third_tier(
     ("below", "what"),
     [
         ("not json", "tiers.below_ssd"),
-        ('[{"name": "Archive", "path": "/x", "capacity_bytes": 1}]', "pattern"),
-        ('[{"name": "ssd", "path": "/x", "capacity_bytes": 1}]', "name of its own"),
+        ('[{"name": "Archive", "path": "/x", "capacity_bytes": "1GiB"}]', "pattern"),
+        ('[{"name": "ssd", "path": "/x", "capacity_bytes": "1GiB"}]', "name of its own"),
         ('[{"name": "a", "path": "/x"}]', "capacity_bytes"),
         ('[{"name": "a", "path": "/x", "capacity_bytes": "1GiB", "kind": "tape"}]', "no kind of tier"),
         ('[{"name": "a", "path": "/x", "capacity_bytes": "1GiB", "kind": "no.module:Class"}]', "no kind of tier"),

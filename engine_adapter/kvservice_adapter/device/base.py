@@ -157,8 +157,8 @@ class Stream(ABC):
         """
 
     @abstractmethod
-    def gather(self, pages: Pages, token_counts: Sequence[int], into: Bytes, rotation: Rotation | None = None) -> Event:
-        """Copy an engine's pages into the blocks of one layer; then turn the keys in `into`.
+    def gather(self, pages: Pages, token_counts: Sequence[int], into: Bytes) -> Event:
+        """Copy an engine's pages into the blocks of one layer.
 
         It begins once what the engine's computing was given before is computed. The pages must not change until the
         event is done. Errors as those of `scatter`.
@@ -239,8 +239,8 @@ class Device(ABC):
         """
 
     @abstractmethod
-    def rotate(self, keys: Any, rotation: Rotation, first_token: int = 0) -> None:
+    def rotate(self, keys: Any, rotation: Rotation) -> None:
         """Turn an array of keys ``[..., token, dim]`` in place, in order with the engine's computing.
 
-        They are the sequence's tokens from `first_token` on. Called on the engine's thread.
+        They are the sequence's tokens from its first one on. Called on the engine's thread.
         """

@@ -11,7 +11,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
 from queue import SimpleQueue
 from typing import Any
 
@@ -36,9 +35,9 @@ class CpuDevice(Device):
     def wait_in_compute(self, event: Event, timeout_s: float) -> bool:
         return event.wait(timeout_s)
 
-    def rotate(self, keys: Any, rotation: Rotation, first_token: int = 0) -> None:
+    def rotate(self, keys: Any, rotation: Rotation) -> None:
         view = view_of(keys)
-        self.turn(self.bits(view), view.dtype, rotation, first_token)
+        self.turn(self.bits(view), view.dtype, rotation, 0)
 
     # On a stream's thread. A device whose memory the host cannot touch has other means.
 
@@ -171,18 +170,13 @@ class CpuStream(Stream):
 
         return self.submit(work)
 
-    def gather(
-        self, pages: Pages, token_counts: Sequence[int], into: Bytes, rotation: Rotation | None = None
-    ) -> CpuEvent:
+    def gather(self, pages: Pages, token_counts: Sequence[int], into: Bytes) -> CpuEvent:
         def work() -> None:
             keys, values = self._device.bits(pages.key_view), self._device.bits(pages.value_view)
             for piece in pages.pieces(token_counts):
                 stored = _stored(into, token_counts, pages, piece)
                 for source, target in zip(_paged(keys, values, piece), stored, strict=True):
                     self._device.copy(source, target)
-            if rotation is not None:
-                for first_token, turned in _stored_keys(into, token_counts, pages):
-                    self._device.turn(turned, pages.key_view.dtype, rotation, first_token)
 
         return self.submit(work)
 
@@ -241,16 +235,6 @@ def _stored(slices: Bytes, token_counts: Sequence[int], pages: Pages, piece: Pie
         part = blocks[:, first : first + size].reshape(piece.blocks, heads, count, dim)
         yield part[:, :, tokens].transpose(1, 0, 2, 3)
         first += size
-
-
-def _stored_keys(slices: Bytes, token_counts: Sequence[int], pages: Pages) -> Iterator[tuple[int, _Bits]]:
-    """Each block's first token and its keys, ``[head, token, dim]``, as they are stored."""
-    heads, dim = pages.key_view.shape[1], pages.key_view.shape[3]
-    elements = slices.view(_element(pages))
-    token_elements = pages.token_bytes // pages.key_view.item_bytes
-    for first_token, count in zip(accumulate(token_counts, initial=0), token_counts, strict=False):
-        start = first_token * token_elements
-        yield first_token, elements[start : start + heads * count * dim].reshape(heads, count, dim)
 
 
 def _element(pages: Pages) -> str:

@@ -53,20 +53,19 @@ class Rotation:
     pairing: str = "half"
     in_fp32: bool = True
 
-    def apply(self, keys: Any, first: int = 0, count: int | None = None) -> None:
+    def apply(self, keys: Any) -> None:
         """Turn `keys`, an array ``[..., token, dim]`` in host memory with any strides, in place; on this thread.
 
-        They are `count` tokens of the sequence (default: all that `keys` holds) from its token `first` on.
-        Raises UnsupportedRotation for quantized keys.
+        They are the sequence's tokens from its first one on. Raises UnsupportedRotation for quantized keys.
         """
         view = view_of(keys)
-        self.turn(bits_of(view), view.dtype, first, count)
+        self.turn(bits_of(view), view.dtype)
 
-    def turn(self, bits: NDArray[Any], dtype: str, first: int = 0, count: int | None = None) -> None:
-        """As `apply`, of the elements' bits (`arrays.bits_of`) and the name of their type."""
+    def turn(self, bits: NDArray[Any], dtype: str, first: int = 0) -> None:
+        """As `apply`, of tokens from `first` on: the elements' bits (`arrays.bits_of`) and the name of their type."""
         if dtype not in ("float32", "float16", "bfloat16"):
             raise UnsupportedRotation(f"keys of {dtype} cannot be turned; recompute them")
-        end = first + (bits.shape[-2] if count is None else count)
+        end = first + bits.shape[-2]
         tokens_max = max(1, _CHUNK_ELEMENTS // max(1, bits[..., :1, :].size))
         for stretch in self.stretches:
             stop = min(end, stretch.end)

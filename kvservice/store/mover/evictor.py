@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,7 +35,7 @@ class Watermarks:
 
 
 class Cleaner(Protocol):
-    """Copies blocks of a tier to the next slower one, so that they can be evicted without loss: the write-behind."""
+    """Copies blocks of the first tier to the next one, so that they can be evicted without loss: the write-behind."""
 
     def is_progressing(self) -> bool:
         """Whether a wait can free space."""
@@ -66,16 +65,19 @@ class Evictor:
         self._tasks = tasks
         self._watermarks = watermarks
         self._wait_s = wait_s
-        self._cleaners: Mapping[TierName, Cleaner] = {}
+        self._cleaner: Cleaner | None = None
         self._victims: dict[TierName, deque[tuple[int, int, int]]] = {tier: deque() for tier in lifecycle.tiers}
         self._locks = {tier: asyncio.Lock() for tier in lifecycle.tiers}
         self._waiting = dict.fromkeys(lifecycle.tiers, 0)
         self._trimming = dict.fromkeys(lifecycle.tiers, False)
         self._taken = asyncio.Event()
 
-    def start(self, cleaners: Mapping[TierName, Cleaner]) -> None:
-        """Keep free space between the watermarks from now on. Each tier but the last has a cleaner."""
-        self._cleaners = cleaners
+    def start(self, cleaner: Cleaner | None) -> None:
+        """Keep free space between the watermarks from now on. `cleaner` copies blocks out of the first tier.
+
+        Evictions from slower tiers do not wait for copies, because a slow or hanging tier below must not stop them.
+        """
+        self._cleaner = cleaner
         self._tasks.start(self._keep_free(), "keep space free")
 
     async def reserve(self, tier: TierName, size_bytes: int, *, wait_s: float | None = None) -> Extent:
@@ -137,7 +139,7 @@ class Evictor:
         if rows := await self._choose(tier, size_bytes):
             await self._lifecycle.evict(rows, tier, self._policy.name)
             return True
-        cleaner = self._cleaners.get(tier)
+        cleaner = self._cleaner if tier == self._blocks.first_tier else None
         if cleaner is not None and (cleaner.is_progressing() or (cleaner.is_writing() and self._has_held(tier))):
             await cleaner.wait_for_one()
             return True
@@ -182,7 +184,7 @@ class Evictor:
         free = blocks.resident(tier) & blocks.live[:end] & (blocks.leases[:end] == 0) & (blocks.holds[:end] == 0)
         pinned = blocks.pinned(self._clock.wall_ms())
         rows = np.flatnonzero(free & blocks.resident_slower(tier))  # Their eviction loses nothing.
-        cleaner = self._cleaners.get(tier)
+        cleaner = self._cleaner if tier == blocks.first_tier else None
         if not len(rows) and not (cleaner is not None and cleaner.is_progressing()):
             free &= ~pinned
             rows = np.flatnonzero(free & ~blocks.resident_faster(tier))
@@ -217,7 +219,7 @@ class Evictor:
                 if missing_bytes <= 0:
                     return
                 rows = await self._choose(tier, missing_bytes)
-                if tier == self._blocks.first_tier or tier in self._cleaners:
+                if tier == self._blocks.first_tier or tier != self._blocks.last_tier:
                     rows = [row for row in rows if self._blocks.has_slower_copy(row, tier)]
                 if not rows:
                     return

@@ -32,7 +32,9 @@ from kvservice_api.image import BlockGeometry, Trailer
 log = logging.getLogger(__name__)
 
 _PIECE_BYTES = 4 << 20
-_UNRECORDED_MAX = 1024  # Blocks with written bytes and without a committed record.
+# Blocks with written bytes and without a committed record. They stay held, so only a few for a slower tier, whose
+# commits may hang with a network file system.
+_UNRECORDED_MAX = 1024
 # A commit flushes the disk's cache, and stalls writes. So many blocks share a commit if no save waits.
 _COMMIT_AFTER_S = 0.2
 _COMMIT_AFTER_BYTES = 512 << 20
@@ -76,10 +78,12 @@ class WriteBehind:
         self._loop_budget = loop_budget
         self._writes_in_flight = writes_in_flight
         self._queue: deque[tuple[int, int]] = deque()  # (row, generation)
+        self._marks: set[tuple[int, int]] = set()  # Those in the queue: however long writes fail, each is in it once.
         self._queued = asyncio.Event()
         self._pending = 0  # Queued or running.
         self._writing: dict[tuple[int, int], asyncio.Task[None]] = {}
-        self._unrecorded = asyncio.Semaphore(_UNRECORDED_MAX)
+        of_first_tier = above == lifecycle.blocks.first_tier
+        self._unrecorded = asyncio.Semaphore(_UNRECORDED_MAX if of_first_tier else 2 * writes_in_flight)
         self._progress = asyncio.Condition()
         self._copied: list[_Copied] = []
         self._copied_bytes = 0
@@ -101,8 +105,12 @@ class WriteBehind:
 
     def add(self, rows: Sequence[int]) -> None:
         """Queue blocks of the upper tier for their copy in the tier below."""
-        self._queue.extend((row, int(self._blocks.generation[row])) for row in rows)
-        self._pending += len(rows)
+        for row in rows:
+            mark = (row, int(self._blocks.generation[row]))
+            if mark not in self._marks:
+                self._marks.add(mark)
+                self._queue.append(mark)
+                self._pending += 1
         self._queued.set()
 
     def add_missing(self, row: int) -> None:
@@ -155,6 +163,7 @@ class WriteBehind:
                 self._queued.clear()
                 await self._queued.wait()
             row, generation = self._queue.popleft()
+            self._marks.discard((row, generation))
             if self._failing_because and self._is_wanted(row, generation):
                 await self._clock.sleep(_PAUSE_AFTER_FAILURE_S)
             if not self._is_wanted(row, generation):
@@ -170,6 +179,8 @@ class WriteBehind:
         """Whether the queued block is still in the upper tier, and needs a copy below."""
         same = self._blocks.generation[row] == generation and bool(self._blocks.live[row])
         if not same or not self._blocks.is_resident(row, self._above):
+            return False
+        if not self._target.could_hold(int(self._blocks.size_bytes[row])):
             return False
         if self._above != self._blocks.first_tier:  # The policy decides about the first two tiers.
             return not self._blocks.unwanted[self._blocks.position(self._below), row]
@@ -189,9 +200,9 @@ class WriteBehind:
                 self._evictor.trim_index(self._below)
                 again_s = _TRY_AGAIN_TRIM_S
             asyncio.get_running_loop().call_later(again_s, self._add_again, row, generation)
-        except KVError as error:
-            self._counters.storage_errors += isinstance(error, StorageFailed)
-            self._note_failure(error.message)
+        except Exception as error:  # A tier of another kind may raise anything.
+            self._counters.storage_errors += not isinstance(error, KVError) or isinstance(error, StorageFailed)
+            self._note_failure(str(error) or type(error).__name__)
             self._add_again(row, generation)
         finally:
             self._unrecorded.release()
@@ -237,11 +248,7 @@ class WriteBehind:
         self._lifecycle.hold([row])
         try:
             geometry = self._lifecycle.geometry(row)
-            image = await self._image(source, geometry)
-            trailer = image_check.read_trailer(image, geometry, blocks.key_of(row), int(blocks.trailer_checksum[row]))
-            if trailer is None:
-                raise ChecksumMismatch(f"the trailer was damaged in {self._above} before the block was written")
-            extent, flush_failures = await self._copy(image, geometry, trailer)
+            extent, flush_failures = await self._copy(row, source, geometry)  # Its memory is free before the commit.
             if self._above == blocks.first_tier:
                 blocks.verified[row] = True  # It is held, so it is still this copy.
             if copied is not None:
@@ -263,11 +270,13 @@ class WriteBehind:
         await self._lifecycle.tiers[self._above].read(source, 0, image, priority=WRITE)
         return image
 
-    async def _copy(self, image: memoryview, geometry: BlockGeometry, trailer: Trailer) -> tuple[Extent, int]:
+    async def _copy(self, row: int, source: Extent, geometry: BlockGeometry) -> tuple[Extent, int]:
         """The copy's place, and how many flushes of its file had failed before."""
         extent = await self._evictor.reserve(self._below, geometry.image_bytes)
         flush_failures = self._target.flush_failures(extent)
         with _released_on_error(self._target, extent):
+            image = await self._image(source, geometry)
+            trailer = self._trailer(row, image, geometry)
             for piece in image_check.cut(geometry, _PIECE_BYTES):
 
                 def verify(pages: memoryview, piece: image_check.ImagePiece = piece) -> None:
@@ -280,6 +289,13 @@ class WriteBehind:
             await self._target.write(extent, start, image[start:])
             await self._target.seal(extent)
         return extent, flush_failures
+
+    def _trailer(self, row: int, image: memoryview, geometry: BlockGeometry) -> Trailer:
+        expected = int(self._blocks.trailer_checksum[row])
+        trailer = image_check.read_trailer(image, geometry, self._blocks.key_of(row), expected)
+        if trailer is None:
+            raise ChecksumMismatch(f"the trailer was damaged in {self._above} before the block was written")
+        return trailer
 
     async def _record(self, row: int, extent: Extent, flush_failures: int) -> None:
         """Wait until the index names the extent. Releases the extent if that fails."""

@@ -107,7 +107,7 @@ class Pins:
         in_thread = len(pinned) > _ROWS_BEFORE_A_THREAD
         sizes = await asyncio.to_thread(_sizes, blocks, pinned) if in_thread else _sizes(blocks, pinned)
         taken = max_bytes = 0
-        for tier, taken in zip((blocks.first_tier, blocks.last_tier), sizes, strict=True):
+        for tier, taken in zip(blocks.tiers, sizes, strict=True):
             max_bytes = int(self._fraction_max * self._lifecycle.tiers[tier].capacity_bytes)
             if taken > max_bytes:
                 raise PinsFull(
@@ -140,8 +140,12 @@ class Pins:
         self._write_behind.add(last_copies)
 
 
-def _sizes(blocks: BlockTable, rows: Rows) -> tuple[int, int]:
-    """The bytes of these blocks: of those that are only in the first tier, and of all. For any number of blocks."""
+def _sizes(blocks: BlockTable, rows: Rows) -> list[int]:
+    """Per tier, the bytes of those blocks that no slower tier has: their pins keep them there, or above.
+
+    For any number of blocks.
+    """
     rows = rows[blocks.live[rows]]
     sizes = blocks.size_bytes[rows]
-    return int(sizes[blocks.tier_sets(rows) <= 1].sum()), int(sizes.sum())
+    tiers = blocks.tier_sets(rows)
+    return [int(sizes[tiers < 2 << position].sum()) for position in range(len(blocks.tiers))]

@@ -62,13 +62,13 @@ class LookupRecord:
 
 @dataclass(frozen=True, slots=True)
 class ReportRecord:
-    """An engine's report of a request. The store reads a few fields, and keeps the others unchanged."""
+    """An engine's report of a request. The store reads four fields, and keeps the message for `explain`."""
 
     report_id: int  # A repeated id is the same report; 0 means no id.
     began_ms: int
     plan: str  # "load", "recompute", "mixed", or "none".
     outcome: str  # "done", "miss", "failed_over" or "breaker_open".
-    values: Mapping[str, Any]  # Counts, texts, and the mappings of times, by the names of `RequestReport`'s fields.
+    message: Any  # `RequestReport`, as the listener received and checked it. The store does not read it.
 
 
 @dataclass(slots=True)

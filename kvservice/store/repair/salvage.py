@@ -33,7 +33,7 @@ from kvservice.index.identity import (
     write_identity,
 )
 from kvservice.index.layouts import LAYOUTS_NAME, decode_layout, layout_copies
-from kvservice.index.records import BELOW_SSD, RECORD, Records, is_sound
+from kvservice.index.records import RECORD, Records, is_sound
 from kvservice.index.recovery import overlaps
 from kvservice.index.session_records import decode_manifest
 from kvservice.store.repair.rebuild import SearchResult
@@ -96,8 +96,6 @@ def _most_frequent(ids: Sequence[bytes]) -> bytes:
 
 def _sort_in(saved: SalvagedIndex, in_use: bool, key: bytes, value: bytes) -> None:
     if is_sound(key, value):
-        if np.frombuffer(value, RECORD)["flags"][0] == BELOW_SSD:
-            return  # The new index has the blocks on SSD only.
         chosen = saved.records if in_use else saved.doubtful
         if key not in chosen or _access_number(chosen[key]) <= _access_number(value):
             chosen[key] = value

@@ -14,15 +14,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvservice.index.session_records import SLICE, Manifest, Positions, Slices
 from kvservice_api.errors import InvalidRequest
-from kvservice_api.keys import cut_key
+from kvservice_api.keys import cut_key, kept_ranges
 from kvservice_api.layout import Layout
 
 KEEP_RANGES_MAX = 4096  # Per cut: they take a few milliseconds of the event loop.
@@ -93,8 +91,10 @@ def truncated(manifest: Manifest, keep: Sequence[tuple[int, int]]) -> Manifest:
 
     Raises InvalidRequest if there is no range, or if ranges are empty, descending, overlapping, or past the end.
     """
-    firsts, counts = _checked(keep, manifest.token_count)
-    firsts, counts = _joined(firsts, counts)
+    if not keep:
+        raise InvalidRequest("keep is empty: to drop everything, end the session", field="keep")
+    ranges = kept_ranges(keep, manifest.token_count)
+    firsts, counts = ranges.T
     if len(firsts) == 1 and counts[0] == manifest.token_count:
         return manifest
     slices = manifest.slices
@@ -118,7 +118,7 @@ def truncated(manifest: Manifest, keep: Sequence[tuple[int, int]]) -> Manifest:
     return dataclasses.replace(
         manifest,
         revision=manifest.revision + 1,
-        tip=cut_key(tip, np.stack([firsts, counts], axis=1)),
+        tip=cut_key(tip, ranges),
         slices=kept,
         positions=positions,
         has_tail=False,
@@ -194,34 +194,3 @@ def _packed(slices: Slices, positions: Positions) -> tuple[Slices, Positions]:
     packed = slices.copy()
     packed["positions_at"][listed] = starts
     return packed, positions[source]
-
-
-def _checked(keep: Sequence[tuple[int, int]], token_count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    if not keep:
-        raise InvalidRequest("keep is empty: to drop everything, end the session", field="keep")
-    ranges = np.fromiter(chain.from_iterable(keep), np.uint64, 2 * len(keep))
-    firsts, counts = ranges[::2], ranges[1::2]
-    if not counts.all():
-        raise InvalidRequest("a range of keep is empty", field="keep")
-    total = np.uint64(token_count)
-    past = (firsts >= total) | (counts > total - np.minimum(firsts, total))
-    if past.any():
-        at = int(np.flatnonzero(past)[0])
-        raise InvalidRequest(
-            f"keep[{at}] is tokens {keep[at][0]}..{keep[at][0] + keep[at][1]}; the session has {token_count}",
-            field="keep",
-        )
-    wrong = np.flatnonzero(firsts[1:] < (firsts + counts)[:-1])
-    if len(wrong):
-        at = int(wrong[0]) + 1
-        what = "descends" if firsts[at] < firsts[at - 1] else "overlaps the one before"
-        raise InvalidRequest(f"keep[{at}] {what}: ranges must be ascending and disjoint", field="keep")
-    return firsts.astype(np.int64), counts.astype(np.int64)
-
-
-def _joined(firsts: NDArray[np.int64], counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Join adjacent ranges, so that the same kept tokens always give the same key."""
-    begins = np.ones(len(firsts), np.bool_)
-    begins[1:] = firsts[1:] != (firsts + counts)[:-1]
-    at = np.flatnonzero(begins)
-    return firsts[at], np.add.reduceat(counts, at)

@@ -67,7 +67,7 @@ def test_a_file_in_a_folder_that_is_not_there_is_refused_before_anything_is_meas
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tmp_path / "missing" / "page.md"
-    monkeypatch.setattr("examples.demo.model._PACKAGE", "no_such_package")
+    monkeypatch.setattr("examples.models._PACKAGE", "no_such_package")
     monkeypatch.setattr(sys, "argv", ["bench", "truncation", "--write", str(page)])
 
     with pytest.raises(SystemExit) as ended:
@@ -80,7 +80,7 @@ def test_a_file_in_a_folder_that_is_not_there_is_refused_before_anything_is_meas
 def test_a_model_that_is_not_installed_is_said_in_a_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("examples.demo.model._PACKAGE", "no_such_package")
+    monkeypatch.setattr("examples.models._PACKAGE", "no_such_package")
     monkeypatch.setattr("signal.signal", lambda number, handler: None)
     monkeypatch.setattr(sys, "argv", ["bench", "truncation", "--quick"])
 

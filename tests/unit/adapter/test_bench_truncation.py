@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.adapter import truncation
 from benchmarks.adapter.truncation import Quality, quality, text_tokens
-from examples.demo.model import load_model
+from examples.models import load_model
 from tests.stories260k import BEGIN, stories_model
 
 SCORED_TOKENS = 160

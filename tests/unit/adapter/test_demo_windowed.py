@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from examples.demo.generation import kept_in, new_token_ids, without_end
 from examples.demo.in_memory import HistoryInMemory
-from examples.demo.windowed import kept_in, new_token_ids, without_end
 from kvservice_adapter.rope import Rope
 from kvservice_adapter.truncation import kept_tokens
 from tests.unit.rotary_models import RecordedKeys, computed, logits_after, rotary_model, states, tokens_of

@@ -29,8 +29,9 @@ from transformers import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from kvservice_adapter.device.arrays import bits_of, view_of
 from kvservice_adapter.rope import ModelRopes, Rope, UnsupportedRotation
-from kvservice_adapter.rope_of_model import rotary_of
+from kvservice_adapter.rope_of_model import rotaries_of
 from tests.unit.rotary_models import (
     CONTEXT_TOKENS,
     MODELS,
@@ -190,7 +191,7 @@ class TestDynamic:
 
         assert torch.equal(Rope.from_model(model).frequencies, before.frequencies)
         computed(model, tokens_of(CONTEXT_TOKENS + 100))
-        assert rotary_of(model) == rotary_of(rotary_model("llama, dynamic"))
+        assert rotaries_of(model, 1) == rotaries_of(rotary_model("llama, dynamic"), 1)
 
     def test_without_the_context_length_it_is_refused(self) -> None:
         with pytest.raises(UnsupportedRotation, match="max_position_embeddings"):
@@ -300,10 +301,10 @@ def test_a_model_whose_frequencies_were_rounded_has_another_identity() -> None:
     """`model.to(bfloat16)` rounds them: its keys are others than those of a model that was loaded as bf16."""
     rounded, loaded = rotary_model("llama", torch.bfloat16), rotary_model("llama")
 
-    assert rotary_of(rounded) != rotary_of(loaded)
-    assert rotary_of(loaded).parameters == ()
-    assert rotary_of(rounded).parameters[0][0] == "frequencies_crc32"
-    assert rotary_of(rounded) == rotary_of(rotary_model("llama", torch.bfloat16))
+    assert rotaries_of(rounded, 1) != rotaries_of(loaded, 1)
+    assert rotaries_of(loaded, 1)[0].parameters == ()
+    assert rotaries_of(rounded, 1)[0].parameters[0][0] == "frequencies_crc32"
+    assert rotaries_of(rounded, 1) == rotaries_of(rotary_model("llama", torch.bfloat16), 1)
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=40))
@@ -338,7 +339,8 @@ def test_a_part_of_the_sequence_is_turned_as_it_is_in_the_whole(data: st.DataObj
     whole, part = random_keys(len(stored)), random_keys(len(stored))
     rotation.apply(whole)
 
-    rotation.apply(part[:, cut[0] :], first=cut[0], count=cut[1] - cut[0])
+    run = view_of(part[:, cut[0] : cut[1]])
+    rotation.turn(bits_of(run), run.dtype, cut[0])
 
     assert torch.equal(part[:, cut[0] : cut[1]], whole[:, cut[0] : cut[1]])
     untouched = random_keys(len(stored))

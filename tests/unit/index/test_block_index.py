@@ -34,7 +34,7 @@ OTHER_LAYOUT = changed(LAYOUT, rotary=Rotary("yarn", "half", 8, 10000.0, (("fact
 
 @contextmanager
 def opened(
-    path: Path, *, layouts_max: int = 256, before_commit: Callable[[TierName], None] | None = None
+    path: Path, *, layouts_max: int = 256, before_commit: Callable[[], None] | None = None
 ) -> Iterator[BlockIndex]:
     index = BlockIndex.open(path / "index", map_bytes=4 * MIB, layouts_max=layouts_max, before_commit=before_commit)
     try:
@@ -107,7 +107,7 @@ async def test_records_of_both_tiers_survive_and_do_not_mix(tmp_path: Path) -> N
 
 async def test_only_records_of_bytes_on_disk_wait_for_the_disk(tmp_path: Path) -> None:
     synced: list[int] = []
-    with opened(tmp_path, before_commit=lambda _: synced.append(1)) as index:
+    with opened(tmp_path, before_commit=lambda: synced.append(1)) as index:
         index.open_volatile(tmp_path / "arena", ARENA, map_bytes=4 * MIB)
         await index.put(TierName.DRAM, some_keys(1), some_records(1))
         assert not synced
@@ -174,7 +174,7 @@ async def test_the_schema_is_on_disk_before_the_layout_that_needs_it(tmp_path: P
     """A daemon that knows only schema 2 takes such a layout for damaged, and removes its blocks."""
     commits: list[int] = []
 
-    def fail_second_commit(tier: TierName) -> None:
+    def fail_second_commit() -> None:
         commits.append(1)
         if len(commits) > 1:
             raise StorageFailed("the drive is gone")
@@ -358,7 +358,7 @@ async def test_a_layout_opened_by_many_at_once_gets_one_id(tmp_path: Path) -> No
 async def test_a_layout_that_could_not_be_stored_is_unknown_and_may_be_tried_again(tmp_path: Path) -> None:
     failures = [StorageFailed("the drive is gone")]
 
-    def before_commit(tier: TierName) -> None:
+    def before_commit() -> None:
         if failures:
             raise failures[0]
 

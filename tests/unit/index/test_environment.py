@@ -24,7 +24,7 @@ MIB = 2**20
 
 @contextmanager
 def opened(
-    path: Path, *, map_bytes: int = 4 * MIB, durable: bool = False, before_commit: Callable[[bytes], None] | None = None
+    path: Path, *, map_bytes: int = 4 * MIB, durable: bool = False, before_commit: Callable[[], None] | None = None
 ) -> Iterator[Environment]:
     environment = Environment(path, map_bytes=map_bytes, durable=durable, before_commit=before_commit)
     try:
@@ -49,7 +49,7 @@ class Gate:
         self._reached = threading.Event()
         self._open = threading.Event()
 
-    def __call__(self, database: bytes = BLOCKS) -> None:
+    def __call__(self) -> None:
         self._reached.set()
         assert self._open.wait(60)
         self.passed += 1
@@ -116,7 +116,7 @@ async def test_many_waiters_share_one_commit(tmp_path: Path) -> None:
 
 async def test_before_commit_runs_while_nothing_is_committed_yet(tmp_path: Path) -> None:
     seen: list[dict[bytes, bytes]] = []
-    with opened(tmp_path / "index", before_commit=lambda _: seen.append(contents(environment))) as environment:
+    with opened(tmp_path / "index", before_commit=lambda: seen.append(contents(environment))) as environment:
         await put(environment, (b"a", b"1"))
         await put(environment, (b"b", b"2"))
 
@@ -125,7 +125,7 @@ async def test_before_commit_runs_while_nothing_is_committed_yet(tmp_path: Path)
 
 async def test_deletes_alone_wait_for_no_bytes(tmp_path: Path) -> None:
     calls: list[int] = []
-    with opened(tmp_path / "index", before_commit=lambda _: calls.append(1)) as environment:
+    with opened(tmp_path / "index", before_commit=lambda: calls.append(1)) as environment:
         await environment.delete(BLOCKS, some_keys(3))
 
         assert environment.commits == 1
@@ -139,7 +139,7 @@ async def test_bytes_that_cannot_be_made_durable_fail_the_puts_and_nothing_else(
     gate = Gate()
     failures: list[Exception] = []
 
-    def before_commit(database: bytes) -> None:
+    def before_commit() -> None:
         gate()
         if failures:
             raise failures[0]

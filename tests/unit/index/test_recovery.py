@@ -37,7 +37,7 @@ def extents(*places: tuple[int, int, int]) -> Records:
 
 def test_an_empty_index_gives_nothing(tmp_path: Path) -> None:
     with opened(tmp_path) as environment:
-        found = load(environment, BLOCKS, [1])
+        found = load(environment, [1])
 
     assert found.keys == []
     assert len(found.records) == 0
@@ -52,7 +52,7 @@ async def test_damaged_records_are_skipped_and_reported(tmp_path: Path) -> None:
     values[count - 1] = b""
     with opened(tmp_path) as environment:
         await environment.put(BLOCKS, keys, lambda: values)
-        found = load(environment, BLOCKS, [1])
+        found = load(environment, [1])
 
     assert set(found.damaged) == {keys[3], keys[9999], keys[-1]}
     assert set(found.damaged.values()) == {"its record does not match its crc"}
@@ -66,7 +66,7 @@ async def test_records_of_an_unknown_layout_are_damaged(tmp_path: Path) -> None:
     records["layout_id"] = [1, 2, 3]
     with opened(tmp_path) as environment:
         await environment.put(BLOCKS, keys, lambda: encode_records(keys, records))
-        found = load(environment, BLOCKS, [1, 3, 7])
+        found = load(environment, [1, 3, 7])
 
     assert found.damaged == {keys[1]: "its layout is unknown"}
 
@@ -76,7 +76,7 @@ async def test_of_two_records_for_the_same_bytes_neither_is_trusted(tmp_path: Pa
     records = extents((0, 0, 8192), (0, 4096, 4096), (1, 4096, 4096))
     with opened(tmp_path) as environment:
         await environment.put(BLOCKS, keys, lambda: encode_records(keys, records))
-        found = load(environment, BLOCKS, [1])
+        found = load(environment, [1])
 
     assert set(found.damaged) == set(keys[:2])
     assert found.keys == [keys[2]]
@@ -115,7 +115,7 @@ async def test_a_million_records_are_loaded_and_verified_in_a_few_times_what_rea
 
     with opened(tmp_path, 2**30) as environment:
         started_s = time.thread_time()
-        found = load(environment, BLOCKS, [1])
+        found = load(environment, [1])
         took_s = time.thread_time() - started_s
     with lmdb.open(str(tmp_path / "index"), max_dbs=8, readonly=True, lock=False) as plain, plain.begin() as reading:
         started_s = time.thread_time()

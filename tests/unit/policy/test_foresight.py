@@ -17,7 +17,6 @@ from tests.contracts.placement import PlacementContract
 DRAM, SSD = TierName.DRAM, TierName.SSD
 SIZE = 1024
 RATE = 1e6  # The SSD's rate: an item takes a millisecond.
-GAP_S = 40.0
 
 
 class TestForesight(PlacementContract):

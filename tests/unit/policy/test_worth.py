@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kvservice.policy.survival import BEGINS, WIDTHS, Floats, bins_of
 from kvservice.policy.worth import gittins_index, whittle_index
-from kvservice.simulate.distribution_bound import true_hazards
+from kvservice.simulate.bounds import true_hazards
 from kvservice.simulate.think_times import draw, people_mean_s
 
 few_hazards = st.lists(st.floats(0.01, 3.0), min_size=1, max_size=5).map(lambda values: np.array([values]))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvservice.policy.survival import BEGINS, WIDTHS
-from kvservice.simulate.distribution_bound import true_hazards
+from kvservice.simulate.bounds import true_hazards
 from kvservice.simulate.engine import simulate
 from kvservice.simulate.generate import sharegpt
 from kvservice.simulate.settings import GIB, MIB, Machine

@@ -14,7 +14,8 @@ from typer.testing import CliRunner, Result
 
 from kvservice.simulate import result
 from kvservice.simulate.command_plan import plan
-from kvservice.simulate.plan import PRECISION, Prices, footprint_tokens, mixes
+from kvservice.simulate.cost import Prices
+from kvservice.simulate.plan import PRECISION, footprint_tokens, mixes
 from kvservice.simulate.traces import read
 from kvservice.simulate.workload import Workload
 from tests.unit.simulate.test_command import trace_of, turn
@@ -82,7 +83,7 @@ def test_gpus_work_side_by_side_and_share_the_storage() -> None:
     measure = hits(lambda dram, ssd: 1.0, lambda dram, ssd: 4.0)
 
     assert mixes(measure, reaches, 1000, Prices(1, 1, 10), 2)[0].dollars == 40
-    assert Prices(1, 1, 10).dollars(figures(gpu_hours=4.0), 6.0, 2) == 4 * 10 + 2 * 6
+    assert Prices(1, 1, 10).dollars(4.0, 6.0, 2) == 4 * 10 + 2 * 6
 
 
 def test_the_footprint_counts_each_session_no_longer_than_the_window(tmp_path: Path) -> None:

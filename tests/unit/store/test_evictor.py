@@ -122,7 +122,7 @@ class StalledCleaner:
 async def test_who_waits_is_served_before_who_comes_later(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=64 * KIB + HEADER, ssd_bytes=0)
     room, cleaner = opened.evictor, StalledCleaner()
-    room._cleaners = {TierName.DRAM: cleaner}
+    room._cleaner = cleaner
     taken = [opened.dram.reserve(16 * KIB) for _ in range(4)]
 
     large = asyncio.create_task(room.reserve(TierName.DRAM, 32 * KIB))
@@ -147,7 +147,7 @@ async def test_while_writes_fail_a_block_leaves_once_its_write_has_ended(open_st
     client = opened.store.attach(CALLER, "test")
     keys = await saved(opened, client, 4, on_ssd=False)
     evictor, cleaner = opened.evictor, StalledCleaner(is_failing=True)
-    evictor._cleaners = {TierName.DRAM: cleaner}
+    evictor._cleaner = cleaner
     rows = opened.blocks.rows_of_keys(keys)
     opened.block_lifecycle.hold(rows)
 
@@ -168,7 +168,7 @@ async def test_while_writes_fail_and_no_block_is_held_space_is_refused_at_once(
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER, ssd_bytes=0)
     client = opened.store.attach(CALLER, "test")
     lease = opened.lookup(client, await saved(opened, client, 4, on_ssd=False))
-    opened.evictor._cleaners = {TierName.DRAM: StalledCleaner(is_failing=True)}
+    opened.evictor._cleaner = StalledCleaner(is_failing=True)
 
     with pytest.raises(TierFull):
         await asyncio.wait_for(opened.evictor.reserve(TierName.DRAM, BLOCK), 1)
@@ -181,7 +181,7 @@ async def test_waiting_for_room_ends_in_time(open_store: Callable[..., Any]) -> 
         dram_bytes=64 * KIB + HEADER, ssd_bytes=0, clock=clock, limits=StoreLimits(reserve_wait_s=10)
     )
     room = opened.evictor
-    room._cleaners = {TierName.DRAM: StalledCleaner()}
+    room._cleaner = StalledCleaner()
     opened.dram.reserve(64 * KIB)
     waiting = [asyncio.create_task(room.reserve(TierName.DRAM, 4 * KIB)) for _ in range(3)]
     await asyncio.sleep(0)

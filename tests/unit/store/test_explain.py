@@ -325,7 +325,7 @@ async def test_no_request_is_remembered_where_the_operator_wants_none(open_store
 
 
 def report(report_id: int = 0, plan: str = "load") -> ReportRecord:
-    return ReportRecord(report_id, 0, plan, "done", {})
+    return ReportRecord(report_id, 0, plan, "done", None)
 
 
 async def test_reports_are_bounded_and_one_that_comes_twice_counts_once(opened: OpenStore) -> None:

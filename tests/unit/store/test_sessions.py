@@ -200,7 +200,7 @@ async def test_a_tail_whose_turn_could_not_be_written_may_be_appended_again(
 async def test_a_damaged_record_is_not_trusted(opened: OpenStore, caplog: pytest.LogCaptureFixture) -> None:
     await begin(opened, "good")
     bad = await begin(opened, "bad", some_chain(1, seed=5))
-    environment = opened.index._durable
+    environment = opened.index._environments[TierName.SSD]
     await environment.put(SESSIONS, [bad.name], lambda: [b"not a session"])
 
     with caplog.at_level(logging.ERROR):

@@ -134,7 +134,7 @@ async def test_a_save_to_ssd_ends_where_the_index_was_damaged_under_the_daemon(
 ) -> None:
     monkeypatch.setattr(block_lifecycle, "_SETTLED_WITHIN_S", 0.1)  # The second save waits for the first for this time.
     client, chain = opened.store.attach(CALLER, "test"), some_chain(2)
-    environment = opened.index._durable
+    environment = opened.index._environments[TierName.SSD]
     assert environment._env is not None
     environment._env.close()  # An example of an error from which LMDB does not recover.
     with (opened.files.folder / "index" / "data.mdb").open("r+b") as file:
@@ -171,7 +171,7 @@ async def test_bytes_written_before_a_failed_flush_are_written_again_though_the_
             await asyncio.to_thread(flushing.acquire)
             of_one = writes() - before
             await opened.save(client, second, some_images(second, seed=2))
-            commits_waiting = opened.index._durable._queue
+            commits_waiting = opened.index._environments[TierName.SSD]._queue
             await until(lambda: writes() == before + 2 * of_one and not commits_waiting.empty())
             calls.failing_once["fdatasync"] = errno.EIO  # The one that is held.
 

@@ -12,88 +12,15 @@ Columns that were written once are not written again, so they may be read later 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from kvservice_adapter.load import LoadReport
-
-_ROOM_TOKENS_MIN = 64
-
-Tensors = tuple[torch.Tensor, torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Forward:
-    """The input of a forward: tokens ``[row, token]``, and their mask and positions, if given.
-
-    The mask and the positions may be of any kind that some model understands.
-    """
-
-    input_ids: torch.Tensor | None
-    inputs_embeds: torch.Tensor | None  # In place of ids.
-    attention_mask: Any
-    position_ids: Any
-    is_training: bool  # The model may drop states at random.
-
-
-class CacheHistory(Protocol):
-    """What a cache begins with."""
-
-    columns: int
-    dtype: torch.dtype
-    device: torch.device
-    error: BaseException | None  # Why some of it was computed again.
-    lost_s: float  # How long forwards waited for it so far.
-    recompute_s: float  # How long it took to compute it in place of loading it; 0 if it was loaded.
-
-    @property
-    def load_reports(self) -> Sequence[LoadReport]:
-        """One per load, so far."""
-
-    def begin(self) -> None:
-        """The request runs: layers will be taken one after another."""
-
-    def compute_masked(self, visible: NDArray[np.bool_]) -> bool:
-        """Compute it under this attention mask ``[row, column]``. Returns False, without effect, once a layer was
-        taken."""
-
-    def layer(self, index: int) -> Tensors:
-        """Keys and values, buffers of at least `columns` columns. Waits for them, and never raises a KVError."""
-
-    def raw_keys(self, index: int) -> torch.Tensor | None:
-        """As `layer`, after it: the keys before rotation, where the layout keeps those."""
-
-
-class CacheObserver(Protocol):
-    """Receives what the model computes, on the engine's thread, before it is computed or in its order of work."""
-
-    def other_mask(self, forward: Forward, first: int) -> NDArray[np.bool_] | None:
-        """A forward's mask of the `first` columns before it, if it is not the one they were computed with."""
-
-    def adopt(self, visible: NDArray[np.bool_]) -> None:
-        """They were computed again under this mask."""
-
-    def begin(self, forward: Forward, first: int) -> None:
-        """A forward begins whose first token will be in column `first`."""
-
-    def end(self, *, is_whole: bool) -> None:
-        """It has ended; `is_whole` where it raised nothing."""
-
-    def layer(self, index: int, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """A layer's buffers have the KV of new tokens, from column `first` on. Must return at once."""
-
-    def crop(self, columns: int) -> None:
-        """Columns from this one on were dropped from a layer."""
-
-    def stop(self, reason: str) -> None:
-        """From now on the cache's KV is not that of its tokens alone."""
+from kvservice_adapter.connectors.transformers.forward_saver import Forward, ForwardSaver
+from kvservice_adapter.connectors.transformers.history import History, Tensors, grown
 
 
 class WholeLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library's own class hook has no types.
@@ -117,11 +44,11 @@ class StoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library
 
     is_initialized = False
 
-    def __init__(self, index: int, history: CacheHistory, observer: CacheObserver, is_sliding: bool) -> None:
+    def __init__(self, index: int, history: History, saver: ForwardSaver, is_sliding: bool) -> None:
         self.is_sliding = is_sliding  # Masks are made for it; all tokens are kept, as in `WholeLayer`.
         self._index = index
         self._history = history
-        self._observer = observer
+        self._saver = saver
         self._keys: torch.Tensor | None = None
         self._values: torch.Tensor | None = None
         self._buffers: Tensors | None = None  # With room for more tokens; `_keys` and `_values` are their beginnings.
@@ -172,7 +99,7 @@ class StoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library
             self.lazy_initialization(key_states, value_states)
         assert self._keys is not None and self._values is not None
         if not (_continues(self._keys, key_states) and _continues(self._values, value_states)):
-            self._observer.stop("states of another kind were added to the cache")
+            self._saver.stop("states of another kind were added to the cache")
             self._buffers = None
             self._keys = torch.cat([self._keys, key_states], dim=-2)
             self._values = torch.cat([self._values, value_states], dim=-2)
@@ -197,7 +124,7 @@ class StoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library
         self._keys = self._keys[..., :tokens_to_remove, :]
         self._values = self._values[..., :tokens_to_remove, :]
         self._buffers = None  # A save may still read the columns after it, so they must not be overwritten.
-        self._observer.crop(self.get_seq_length())
+        self._saver.crop(self.get_seq_length())
 
     def reset(self) -> None:
         self._is_awaited = False
@@ -212,14 +139,14 @@ class StoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library
             self._is_awaited = False
 
     def _wrote(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self._observer.layer(self._index, first, keys, values)
+        self._saver.layer(self._index, first, keys, values)
 
     def _change(self, is_dropped: bool) -> None:
         """Keys or values are replaced from outside: rows were reordered, repeated, selected, or moved."""
         self._buffers = None
         if self.is_initialized or not is_dropped:
             self._arrive()
-            self._observer.stop("the cache was changed from outside")
+            self._saver.stop("the cache was changed from outside")
 
 
 class StoredCache(DynamicCache):
@@ -228,10 +155,10 @@ class StoredCache(DynamicCache):
     def __init__(
         self,
         config: PretrainedConfig,
-        history: CacheHistory,
-        observer: CacheObserver,
-        on_forward: Callable[[int, int, float], None] = lambda new_tokens, context_tokens, seconds: None,
-        hooks: object = None,
+        history: History,
+        saver: ForwardSaver,
+        on_forward: Callable[[int, int, float], None],
+        hooks: object,
     ) -> None:
         """`hooks` call `begin` and `end` for forwards of the model, as long as they are kept: the cache keeps them.
 
@@ -239,9 +166,9 @@ class StoredCache(DynamicCache):
         """
         super().__init__(config=config)
         self.history = history
-        self.observer = observer
+        self.saver = saver
         self.hooks = hooks
-        self.layers = [StoredLayer(index, history, observer, each) for index, each in enumerate(self.is_sliding)]
+        self.layers = [StoredLayer(index, history, saver, each) for index, each in enumerate(self.is_sliding)]
         self._on_forward = on_forward
         self._began = 0, 0.0, 0.0
 
@@ -249,16 +176,16 @@ class StoredCache(DynamicCache):
         """A forward with this cache begins."""
         columns = self.get_seq_length()
         if columns == self.history.columns:
-            other = self.observer.other_mask(forward, columns)
+            other = self.saver.other_mask(forward, columns)
             if other is not None and self.history.compute_masked(other):
-                self.observer.adopt(other)
+                self.saver.adopt(other)
             self.history.begin()
-        self.observer.begin(forward, columns)
+        self.saver.begin(forward, columns)
         self._began = columns, time.perf_counter(), self.history.lost_s
 
     def end(self, *, is_whole: bool) -> None:
         """It has ended; `is_whole` where it raised nothing."""
-        self.observer.end(is_whole=is_whole)
+        self.saver.end(is_whole=is_whole)
         columns, began_s, lost_s = self._began
         if is_whole:
             taken_s = time.perf_counter() - began_s - (self.history.lost_s - lost_s)
@@ -273,17 +200,6 @@ class StoredCache(DynamicCache):
         return copied
 
 
-def room(columns: int) -> int:
-    """How many columns more than these a buffer should have, so that it need not grow with every token."""
-    return max(_ROOM_TOKENS_MIN, columns // 8)
-
-
-def empty_buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    # A normal tensor also in inference mode: outside of that mode, inference tensors cannot be written to.
-    with torch.inference_mode(False):
-        return torch.empty(*shape, dtype=dtype, device=device)
-
-
 def _continues(states: torch.Tensor, new: torch.Tensor) -> bool:
     """Whether new states can be written after these: one kind of tensor, and no gradient is asked of them."""
     return (
@@ -293,11 +209,3 @@ def _continues(states: torch.Tensor, new: torch.Tensor) -> bool:
         and states.device == new.device
         and not (torch.is_grad_enabled() and (new.requires_grad or states.requires_grad))
     )
-
-
-def grown(states: torch.Tensor, columns: int, columns_needed: int) -> torch.Tensor:
-    """The first columns of ``[row, head, column, dim]`` in a buffer that holds as many as are needed, and some more."""
-    rows, heads, _, dim = states.shape
-    buffer = empty_buffer((rows, heads, columns_needed + room(columns_needed), dim), states.dtype, states.device)
-    buffer[..., :columns, :].copy_(states[..., :columns, :])
-    return buffer

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 
-from kvservice_adapter.breaker import Breaker
 from kvservice_adapter.connectors.transformers.cache import StoredCache
-from kvservice_adapter.connectors.transformers.forward_saver import ForwardSaver, Row
-from kvservice_adapter.connectors.transformers.history import Buffers, Head, LoadedHistory, NoHistory, Recompute
-from kvservice_adapter.connectors.transformers.model_layout import torch_dtype
+from kvservice_adapter.connectors.transformers.forward_saver import ForwardSaver, Row, SaverParts
+from kvservice_adapter.connectors.transformers.history import Buffers, Head, History, LoadedHistory, Recompute
 from kvservice_adapter.connectors.transformers.recompute import computed
 from kvservice_adapter.connectors.transformers.rows import Sequences
 from kvservice_adapter.connectors.transformers.unrotated import KeyHooks, UnrotatedCache
@@ -27,7 +23,6 @@ from kvservice_adapter.engine.prefix_lookup import StoredPrefix
 from kvservice_adapter.engine.request_report import Request
 from kvservice_adapter.layer_source import HostLayers
 from kvservice_adapter.load import LayerLoader
-from kvservice_adapter.save import LayerSaver
 from kvservice_adapter.session import Keys
 from kvservice_api.errors import KVError
 from kvservice_api.layout import Layout
@@ -83,43 +78,31 @@ class _Reuse(NamedTuple):
         return sum(self.tokens)
 
 
+class _Asked(NamedTuple):
+    """One call of `restore`: its sequences, and their stored prefixes."""
+
+    given: Sequences
+    keys: Keys
+    found: Sequence[StoredPrefix | None]
+    request: Request
+    hooks: object
+
+
+@dataclass(eq=False)
 class CacheBuilder:
     """Makes the caches of one connector. For the engine's thread; it waits for no daemon."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        layout: Layout,
-        device: Device,
-        saver: LayerSaver,
-        breaker: Breaker,
-        rates: Rates,
-        keys: Callable[[], Keys],
-        *,
-        clock: Clock,
-        wait_s: float,
-        tokens_max: int | None,
-        key_hooks: KeyHooks | None,
-        on_prompt: Callable[[NDArray[Any], NDArray[np.bool_]], None],
-    ) -> None:
-        """`key_hooks` are for layouts that keep keys before rotation.
+    model: PreTrainedModel
+    layout: Layout
+    device: Device
+    rates: Rates
+    saver_parts: SaverParts
+    clock: Clock
+    wait_s: float
+    key_hooks: KeyHooks | None  # For layouts that keep keys before rotation.
 
-        `on_prompt` is called once a prompt's forward has begun, with its tokens ``[row, column]`` and which of them
-        the attention mask hides.
-        """
-        self._model = model
-        self._layout = layout
-        self._device = device
-        self._saver = saver
-        self._breaker = breaker
-        self._rates = rates
-        self._planner = LoadPlanner(layout, rates, breaker)
-        self._keys = keys
-        self._clock = clock
-        self._wait_s = wait_s
-        self._tokens_max = tokens_max
-        self._key_hooks = key_hooks
-        self._on_prompt = on_prompt
+    def __post_init__(self) -> None:
+        self._planner = LoadPlanner(self.layout, self.rates, self.saver_parts.breaker)
         self._lines = RateLimitedLog(log)
         self._loads, self._releases = self._new_streams()
 
@@ -140,23 +123,24 @@ class CacheBuilder:
 
         `recompute_cut` computes a history that was cut; it is of one sequence, and used whole or not at all.
         """
+        asked = _Asked(given, keys, found, request, hooks)
         reuse = _common(given, found)
         request.tokens = reuse.total
-        chosen = request.plan = self._plan(given, found, reuse) if reuse.total else None
+        chosen = request.plan = self._plan(asked, reuse) if reuse.total else None
         if chosen is None or chosen.kind is Kind.RECOMPUTE:
             self.release(found)
-            return Restored(self._empty_cache(given, keys, found, request, hooks), plan=chosen)
-        begin_s = self._clock.now_s()
+            return Restored(self._empty_cache(asked), plan=chosen)
+        begin_s = self.clock.now_s()
         request.tier = reuse.tier
         head_tokens = chosen.compute_tokens
         slices = [_slices(each, tokens, head_tokens) for each, tokens in zip(found, reuse.tokens, strict=True)]
         self.release([each for each, part in zip(found, slices, strict=True) if part is None])
-        buffers, loaders = self._start_loads(given, found, slices, reuse, head_tokens)
-        self._rates.observe_overhead(self._clock.now_s() - begin_s)
-        head = self._compute_head(given, head_tokens, request) if head_tokens else None
-        history = self._history(given, buffers, loaders, reuse, head, recompute_cut, request)
-        cache = self._cache(history, _rows(given, found, reuse.tokens, keys), given, reuse.columns, request, hooks)
-        size_bytes = (reuse.total - head_tokens) * self._layout.bytes_per_token
+        buffers, loaders = self._start_loads(asked, slices, reuse, head_tokens)
+        self.rates.observe_overhead(self.clock.now_s() - begin_s)
+        head = self._compute_head(asked, head_tokens) if head_tokens else None
+        history = self._history(asked, buffers, loaders, reuse, head, recompute_cut)
+        cache = self._cache(asked, history, _rows(asked, found, reuse.tokens), reuse.columns)
+        size_bytes = (reuse.total - head_tokens) * self.layout.bytes_per_token
         return Restored(cache, reuse.total, size_bytes, reuse.tier, chosen)
 
     def release(self, found: Sequence[StoredPrefix | None]) -> None:
@@ -166,56 +150,46 @@ class CacheBuilder:
                 self._releases.submit(each.release)
 
     def _new_streams(self) -> tuple[Stream, Stream]:
-        return self._device.stream("kvservice-load"), self._device.stream("kvservice-release")
+        return self.device.stream("kvservice-load"), self.device.stream("kvservice-release")
 
-    def _plan(self, given: Sequences, found: Sequence[StoredPrefix | None], reuse: _Reuse) -> Plan:
+    def _plan(self, asked: _Asked, reuse: _Reuse) -> Plan:
+        given, found = asked.given, asked.found
         new_tokens = sum(given.columns - pad for pad in given.pads) - reuse.total
-        may_mix = self._key_hooks is None and len(found) == 1 and found[0] is not None and found[0].may_begin_later
+        may_mix = self.key_hooks is None and len(found) == 1 and found[0] is not None and found[0].may_begin_later
         return self._planner.plan(reuse.total, new_tokens, reuse.tier, may_mix=may_mix)
 
-    def _empty_cache(
-        self,
-        given: Sequences,
-        keys: Keys,
-        found: Sequence[StoredPrefix | None],
-        request: Request,
-        hooks: object,
-    ) -> StoredCache:
+    def _empty_cache(self, asked: _Asked) -> StoredCache:
         """What is stored is computed, and need not be saved again. A history that was cut begins as another one."""
-        uncut = [each if each is not None and not each.kept_tokens else None for each in found]
-        rows = _rows(given, uncut, [_tokens(each) for each in uncut], keys)
-        return self._cache(NoHistory(self._model.dtype, self._model.device), rows, given, 0, request, hooks)
+        uncut = [each if each is not None and not each.kept_tokens else None for each in asked.found]
+        rows = _rows(asked, uncut, [_tokens(each) for each in uncut])
+        return self._cache(asked, History(0, self.model.dtype, self.model.device), rows, 0)
 
     def _start_loads(
-        self,
-        given: Sequences,
-        found: Sequence[StoredPrefix | None],
-        slices: Sequence[_Slices | None],
-        reuse: _Reuse,
-        head_tokens: int,
+        self, asked: _Asked, slices: Sequence[_Slices | None], reuse: _Reuse, head_tokens: int
     ) -> tuple[Buffers, list[LayerLoader]]:
         """One load per row that has slices, into buffers of all rows."""
+        given = asked.given
         begins = [pad + head_tokens for pad in given.pads]
         ends = [begin + sum(part.token_counts) for begin, part in zip(begins, slices, strict=True) if part is not None]
         columns = max(reuse.columns, *ends)
-        buffers = Buffers(self._layout, given.pads, columns, self._model.dtype, self._model.device)
-        buffer_layers = self._layout.layers  # While the head is computed, there is time to load all layers.
+        buffers = Buffers(self.layout, given.pads, columns, self.model.dtype, self.model.device)
+        buffer_layers = self.layout.layers  # While the head is computed, there is time to load all layers.
         if not head_tokens:
             new_tokens = given.columns - reuse.columns
             buffer_layers = self._planner.buffer_layers(reuse.total, new_tokens, reuse.columns, reuse.tier)
         loaders = []
-        for row, (each, part) in enumerate(zip(found, slices, strict=True)):
+        for row, (each, part) in enumerate(zip(asked.found, slices, strict=True)):
             if each is None or part is None:
                 continue
             loader = LayerLoader(
-                self._device,
+                self.device,
                 self._loads,
                 self._source(each, part, buffers, row, begins[row], begins[row] - given.pads[row]),
                 partial(buffers.pages, row, begins[row]),
-                layer_count=self._layout.layers,
+                layer_count=self.layout.layers,
                 buffer_layers=buffer_layers,
                 release=each.release,
-                clock=self._clock,
+                clock=self.clock,
             )
             loader.start()
             loaders.append(loader)
@@ -226,89 +200,69 @@ class CacheBuilder:
     ) -> HostLayers:
         """A row's slices, whose first token has this column and this position."""
         load = partial(prefix.load, part.first, len(part.token_counts))
-        if self._key_hooks is None:
+        if self.key_hooks is None:
             return HostLayers(self._loads, load, part.token_counts, rotations=prefix.rotations)
         return HostLayers(
             self._loads,
             load,
             part.token_counts,
-            rotations=self._key_hooks.placing(position, sum(part.token_counts)),
+            rotations=self.key_hooks.placing(position, sum(part.token_counts)),
             unrotated_pages=partial(buffers.raw_pages, row, column),
         )
 
     def _history(
         self,
-        given: Sequences,
+        asked: _Asked,
         buffers: Buffers,
         loaders: Sequence[LayerLoader],
         reuse: _Reuse,
         head: Head | None,
         recompute_cut: Recompute | None,
-        request: Request,
     ) -> LoadedHistory:
-        ids, columns = given.ids[:, : reuse.columns], reuse.columns
-        recompute_masked = partial(computed, self._model, ids)
-        key_hooks = self._key_hooks
+        given, columns = asked.given, reuse.columns
+        recompute_masked = partial(computed, self.model, given.ids[:, :columns])
+        key_hooks = self.key_hooks
         return LoadedHistory(
             buffers,
             columns,
             loaders,
             recompute_cut or partial(recompute_masked, given.visible(columns)),
-            layer_count=self._layout.layers,
-            wait_s=self._wait_s,
-            clock=self._clock,
-            dtype=self._model.dtype,
-            device=self._model.device,
+            layer_count=self.layout.layers,
+            wait_s=self.wait_s,
+            clock=self.clock,
+            dtype=self.model.dtype,
+            device=self.model.device,
             head=head,
             recompute_masked=None if recompute_cut else recompute_masked,
-            unrotate=partial(key_hooks.captured_of, self._device, given.pads) if key_hooks is not None else None,
-            on_end=partial(self._history_ended, reuse.tier, request),
+            unrotate=partial(key_hooks.captured_of, self.device, given.pads) if key_hooks is not None else None,
+            on_end=partial(self._history_ended, reuse.tier, asked.request),
             lines=self._lines,
         )
 
-    def _compute_head(self, given: Sequences, tokens: int, request: Request) -> Head:
+    def _compute_head(self, asked: _Asked, tokens: int) -> Head:
         """Compute the beginning of a history while the rest of it is loaded."""
-        begin_s = self._clock.now_s()
-        layers = computed(self._model, given.ids[:, :tokens], given.visible(tokens))
-        request.head_s = self._clock.now_s() - begin_s
-        self._rates.observe_prefill(tokens, 0, request.head_s)
+        begin_s = self.clock.now_s()
+        layers = computed(self.model, asked.given.ids[:, :tokens], asked.given.visible(tokens))
+        head_s = asked.request.head_s = self.clock.now_s() - begin_s
+        self.rates.observe_prefill(tokens, 0, head_s)
         return Head(dict(enumerate(layers)), tokens)
 
-    def _cache(
-        self,
-        history: LoadedHistory | NoHistory,
-        rows: Sequence[Row],
-        given: Sequences,
-        columns: int,
-        request: Request,
-        hooks: object,
-    ) -> StoredCache:
+    def _cache(self, asked: _Asked, history: History, rows: Sequence[Row], columns: int) -> StoredCache:
         """`columns` of the prompt are the history."""
+        given, request = asked.given, asked.request
         request.rows = len(rows)
-        saver = ForwardSaver(
-            self._saver,
-            self._breaker,
-            self._keys,
-            rows,
-            given.ids[:, :columns],
-            given.hidden[:, :columns],
-            self._layout.block_tokens,
-            torch_dtype(self._layout),
-            self._tokens_max,
-            may_hide=self._key_hooks is None,
-            on_prompt=self._on_prompt,
-        )
-        made = self._model.config, history, saver, partial(request.forward_ended, history), hooks
-        if self._key_hooks is None:
+        saver = ForwardSaver(self.saver_parts, rows, given.ids[:, :columns], given.hidden[:, :columns])
+        made = self.model.config, history, saver, partial(request.forward_ended, history), asked.hooks
+        if self.key_hooks is None:
             return StoredCache(*made)
-        return UnrotatedCache(self._layout, self._key_hooks, *made)
+        return UnrotatedCache(self.layout, self.key_hooks, *made)
 
     def _history_ended(self, tier: str, request: Request, history: LoadedHistory) -> None:
         """Give the planner the figures of a load, also of one that failed."""
         is_late = self._planner.load_ended(history.load_reports, history.error, history.lost_s, tier, request.transport)
         if is_late:  # Its thread may still be waiting for the daemon: later loads do not queue behind it.
             self._loads.close()
-            self._loads = self._device.stream("kvservice-load")
+            self._loads = self.device.stream("kvservice-load")
 
 
 def _common(given: Sequences, found: Sequence[StoredPrefix | None]) -> _Reuse:
@@ -341,10 +295,10 @@ def _slices(found: StoredPrefix | None, tokens: int, head_tokens: int) -> _Slice
     return _Slices(first, counts[first:end])
 
 
-def _rows(given: Sequences, found: Sequence[StoredPrefix | None], tokens: Sequence[int], keys: Keys) -> list[Row]:
+def _rows(asked: _Asked, found: Sequence[StoredPrefix | None], tokens: Sequence[int]) -> list[Row]:
     """For each row, the blocks that are stored of its first tokens."""
-    rows = []
-    for pad, each, count in zip(given.pads, found, tokens, strict=True):
+    keys, rows = asked.keys, []
+    for pad, each, count in zip(asked.given.pads, found, tokens, strict=True):
         if each is None or not count:
             rows.append(Row(pad, pad, keys.root))
         else:

@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache
 
 from kvservice_adapter.breaker import Breaker, answered, probe_of
 from kvservice_adapter.connectors.transformers.cache_builder import CacheBuilder, Restored
+from kvservice_adapter.connectors.transformers.forward_saver import SaverParts
 from kvservice_adapter.connectors.transformers.generation import hidden_token
 from kvservice_adapter.connectors.transformers.model_hooks import ModelHooks
 from kvservice_adapter.connectors.transformers.model_layout import (
@@ -122,20 +123,18 @@ class TransformersConnector:
         self._breaker = Breaker(probe_of(self._blocks), clock=client.clock)
         self._device = device = device or device_for(model.device)
         self._saver = LayerSaver(device, self._blocks, staging_bytes=staging_bytes)
-        self._builder = CacheBuilder(
-            model,
-            self.layout,
-            device,
+        parts = SaverParts(
             self._saver,
             self._breaker,
-            self.rates,
             self._keys,
-            clock=client.clock,
-            wait_s=wait_s,
-            tokens_max=self._tokens_max,
-            key_hooks=None if rotated else self._key_hooks(),
+            block_tokens,
+            torch_dtype(self.layout),
+            self._tokens_max,
+            may_hide=rotated,
             on_prompt=self._learn_hidden_token,
         )
+        key_hooks = None if rotated else self._key_hooks()
+        self._builder = CacheBuilder(model, self.layout, device, self.rates, parts, client.clock, wait_s, key_hooks)
         # What `generate` is expected to hide where it is given no mask; each prompt's first forward shows what it does.
         self._hidden_token = hidden_token(getattr(model, "generation_config", None))
         self._turns = Turns(model, self.layout, self._tokens_max)

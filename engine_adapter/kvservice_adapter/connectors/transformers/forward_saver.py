@@ -23,7 +23,6 @@ import torch
 from numpy.typing import NDArray
 
 from kvservice_adapter.breaker import Breaker
-from kvservice_adapter.connectors.transformers.cache import Forward
 from kvservice_adapter.connectors.transformers.generation import Generation, running
 from kvservice_adapter.connectors.transformers.mask_record import MaskRecord
 from kvservice_adapter.device.arrays import view_of
@@ -33,6 +32,24 @@ from kvservice_adapter.save import LayerSaver
 from kvservice_adapter.session import Keys
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """The input of a forward: tokens ``[row, token]``, and their mask and positions, if given.
+
+    The mask and the positions may have any form that a model accepts.
+    """
+
+    input_ids: torch.Tensor | None
+    inputs_embeds: torch.Tensor | None  # In place of ids.
+    attention_mask: Any
+    position_ids: Any
+    is_training: bool  # The model may drop states at random.
+
+
+#: Called once a prompt's forward has begun: with its tokens ``[row, column]``, and which of them the mask hides.
+OnPrompt = Callable[[NDArray[Any], NDArray[np.bool_]], None]
 
 
 class _Place(NamedTuple):
@@ -49,44 +66,35 @@ class Row:
     pad: int  # Columns before its first token.
     first: int  # The column where the block after `parent` begins: the sequence's first, or after a cut.
     parent: bytes
-    keys: list[bytes] = field(
-        default_factory=list
-    )  # The keys of the blocks from there on that are stored or are being saved.
+    keys: list[bytes] = field(default_factory=list)  # Of the blocks from there on that are stored or are being saved.
+
+
+@dataclass(frozen=True, slots=True)
+class SaverParts:
+    """The values that the savers of all caches of one connector share."""
+
+    saver: LayerSaver
+    breaker: Breaker
+    keys: Callable[[], Keys]  # Raises ValueError if the model has changed.
+    block_tokens: int
+    dtype: torch.dtype
+    tokens_max: int | None  # Rows with more tokens are not saved further: their keys are rotated in another way.
+    may_hide: bool  # Whether saving continues after the attention mask has hidden tokens.
+    on_prompt: OnPrompt
 
 
 class ForwardSaver:
     """The saves of one cache, whose forwards run one after another. `saves` has the outcomes."""
 
     def __init__(
-        self,
-        saver: LayerSaver,
-        breaker: Breaker,
-        keys: Callable[[], Keys],
-        rows: Sequence[Row],
-        token_ids: NDArray[Any],
-        hidden: NDArray[np.bool_],
-        block_tokens: int,
-        dtype: torch.dtype,
-        tokens_max: int | None = None,
-        *,
-        may_hide: bool = True,
-        on_prompt: Callable[[NDArray[Any], NDArray[np.bool_]], None] = lambda token_ids, hidden: None,
+        self, parts: SaverParts, rows: Sequence[Row], token_ids: NDArray[Any], hidden: NDArray[np.bool_]
     ) -> None:
         """`token_ids`, ``[row, column]``, are what the cache holds already; `hidden`, of that shape, marks those that
-        the attention mask hides, padding not included. Without `may_hide` nothing is saved once there are any.
-
-        Saving stops once a row has more than `tokens_max` tokens, because all keys are rotated in another way then.
-        `keys` raises ValueError if the model has changed. `on_prompt` receives the prompt's tokens and which of
-        them are hidden.
+        the attention mask hides, padding not included.
         """
-        self.saves: ForwardSaves[_Place] = ForwardSaves(saver, breaker)
-        self._keys = keys
+        self.saves: ForwardSaves[_Place] = ForwardSaves(parts.saver, parts.breaker)
+        self._parts = parts
         self._rows = rows
-        self._block_tokens = block_tokens
-        self._dtype = dtype
-        self._tokens_max = tokens_max
-        self._may_hide = may_hide
-        self._on_prompt = on_prompt
         self._known: list[Any] = [np.asarray(token_ids)]  # [row, some columns], one after another.
         self._mask = MaskRecord([row.pad for row in rows], hidden)
         self._generation: Generation | None = None
@@ -129,9 +137,10 @@ class ForwardSaver:
         kept = self._generation.kept(self.token_ids(row)[prompt:])
         return None if kept is None else self._prompt_columns + kept
 
-    # Called by the cache
+    # The cache calls these on the engine's thread, before the model computes or in the order of its work
 
     def other_mask(self, forward: Forward, first: int) -> NDArray[np.bool_] | None:
+        """A forward's mask of the `first` columns before it, if it is not the one they were computed with."""
         given = forward.input_ids if forward.input_ids is not None else forward.inputs_embeds
         if given is None or given.ndim < 2 or len(given) != len(self._rows) or not first:
             return None
@@ -149,6 +158,7 @@ class ForwardSaver:
         return before if is_counted else None
 
     def adopt(self, visible: NDArray[np.bool_]) -> None:
+        """The columns so far were computed again under this mask."""
         columns = visible.shape[1]
         visible = visible & self._mask.after_padding(0, columns)
         differs = (visible != self._mask.visible(columns)).any(0)
@@ -156,7 +166,7 @@ class ForwardSaver:
         self._mask.crop(0)
         self._mask.extend(visible)
         for row in self._rows:  # Keys of blocks from there on name other KV.
-            del row.keys[max(0, first - row.first) // self._block_tokens :]
+            del row.keys[max(0, first - row.first) // self._parts.block_tokens :]
 
     def begin(self, forward: Forward, first: int) -> None:
         """A forward begins; its first token will be in column `first`."""
@@ -180,7 +190,7 @@ class ForwardSaver:
             self._generation, self._prompt_columns = running(), end
             if is_first:
                 self._known = [np.concatenate([_on_host(each) for each in self._known], axis=1)]
-                self._on_prompt(self._known[0], self._mask.hidden(end))
+                self._parts.on_prompt(self._known[0], self._mask.hidden(end))
         try:
             for number, row in enumerate(self._rows):
                 self._open(number, row, end)
@@ -188,6 +198,7 @@ class ForwardSaver:
             self.stop(str(error))
 
     def layer(self, index: int, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """A layer's buffers have the KV of new tokens, from column `first` on. Returns at once."""
         if self._stopped:
             return
         if self._forward is None or self._forward[0] != first:
@@ -195,7 +206,7 @@ class ForwardSaver:
             return
         if not self.saves.is_any_open:
             return
-        if {keys.dtype, values.dtype} != {self._dtype}:
+        if {keys.dtype, values.dtype} != {self._parts.dtype}:
             self.stop("states are not of the layout's dtype")  # Those of autocast, for one.
         key_view, value_view = view_of(keys), view_of(values)  # Once for all rows.
         self.saves.layer(index, lambda place: Pages(key_view, value_view, [place.row], place.column))
@@ -209,6 +220,7 @@ class ForwardSaver:
             self.stop("not every layer of a forward was given")
 
     def crop(self, columns: int) -> None:
+        """Columns from this one on were dropped from a layer."""
         self._mask.crop(columns)
         if self._stopped or columns >= self._columns:
             return
@@ -219,9 +231,10 @@ class ForwardSaver:
             if columns < row.first:
                 self.stop("the cache was cropped to before its last cut")
                 return
-            del row.keys[(columns - row.first) // self._block_tokens :]
+            del row.keys[(columns - row.first) // self._parts.block_tokens :]
 
     def stop(self, reason: str) -> None:
+        """From now on the cache's KV depends on more than its tokens."""
         if not self._stopped:
             log.info("nothing more of this cache is saved while it grows: %s", reason)
             self._stopped = reason
@@ -243,8 +256,8 @@ class ForwardSaver:
         if not self._is_placed_as_expected(forward, len(given), first, first + given.shape[1]):
             return "tokens were masked or placed in another way than the call of restore says"
         longest = first + given.shape[1] - min(row.pad for row in self._rows)
-        if self._tokens_max is not None and longest > self._tokens_max:
-            return f"from {self._tokens_max} tokens on the model rotates its keys in another way"
+        if self._parts.tokens_max is not None and longest > self._parts.tokens_max:
+            return f"from {self._parts.tokens_max} tokens on the model rotates its keys in another way"
         return ""
 
     def _is_placed_as_expected(self, forward: Forward, rows: int, first: int, end: int) -> bool:
@@ -271,7 +284,7 @@ class ForwardSaver:
                 return False
         if (new & ~after_padding).any():
             return False
-        if not self._may_hide and (self.has_hidden or not np.array_equal(new, after_padding)):
+        if not self._parts.may_hide and (self.has_hidden or not np.array_equal(new, after_padding)):
             return False
         if not _are_counted(positions, new, self._mask.counts, or_none=are_all and bool(new.all())):
             return False
@@ -280,8 +293,8 @@ class ForwardSaver:
 
     def _open(self, number: int, row: Row, end: int) -> None:
         """Begin to save the blocks of a row that this forward completes."""
-        keys = self._keys()
-        tokens = self._block_tokens
+        keys = self._parts.keys()
+        tokens = self._parts.block_tokens
         column = row.first + len(row.keys) * tokens
         count = (end - column) // tokens
         if count < 1:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvservice_adapter.connectors.transformers.cache import Tensors, empty_buffer, room
 from kvservice_adapter.device.base import Pages
 from kvservice_adapter.load import LayerLoader, LoadFailed, LoadReport
 from kvservice_api.errors import InvalidRequest, KVError
@@ -22,7 +21,30 @@ from kvservice_client.retry import SYSTEM_CLOCK, Clock
 
 log = logging.getLogger(__name__)
 
+_ROOM_TOKENS_MIN = 64
+
+Tensors = tuple[torch.Tensor, torch.Tensor]
 Recompute = Callable[[], Sequence[Tensors]]
+
+
+def room(columns: int) -> int:
+    """How many spare columns a buffer of `columns` should have, so that it need not grow with every token."""
+    return max(_ROOM_TOKENS_MIN, columns // 8)
+
+
+def empty_buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    # A normal tensor also in inference mode: outside of that mode, inference tensors cannot be written to.
+    with torch.inference_mode(False):
+        return torch.empty(*shape, dtype=dtype, device=device)
+
+
+def grown(states: torch.Tensor, columns: int, columns_needed: int) -> torch.Tensor:
+    """The first columns of ``[row, head, column, dim]`` in a buffer with `columns_needed` columns, and some spare
+    ones."""
+    rows, heads, _, dim = states.shape
+    buffer = empty_buffer((rows, heads, columns_needed + room(columns_needed), dim), states.dtype, states.device)
+    buffer[..., :columns, :].copy_(states[..., :columns, :])
+    return buffer
 
 
 class Buffers:
@@ -93,8 +115,46 @@ class Head(NamedTuple):
     tokens: int
 
 
-class LoadedHistory:
-    """The history of one cache. For the engine's thread."""
+class History:
+    """The initial contents of a cache: nothing, if it is not a `LoadedHistory`. For the engine's thread."""
+
+    def __init__(self, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.columns = columns
+        self.dtype, self.device = dtype, device
+        self.lost_s = 0.0  # How long forwards waited for it so far.
+        self.recompute_s = 0.0  # How long it took to compute it in place of loading it; 0 if it was loaded.
+        self.error: BaseException | None = None  # Why some of it was computed again.
+
+    @property
+    def load_reports(self) -> Sequence[LoadReport]:
+        """One per load, so far."""
+        return ()
+
+    def begin(self) -> None:
+        """The request runs: the model will take the layers one after another."""
+
+    def compute_masked(self, visible: NDArray[np.bool_]) -> bool:
+        """Compute it under another attention mask ``[row, column]`` than it was stored with.
+
+        Returns False, without effect, if a layer was taken before, or the history was cut.
+        """
+        return True
+
+    def layer(self, index: int) -> Tensors:
+        """A layer's buffers; the history is their first `columns` columns. Waits for a bounded time; raises no
+        KVError."""
+        raise AssertionError("there is nothing to wait for")
+
+    def raw_keys(self, index: int) -> torch.Tensor | None:
+        """As `layer`, after it: the keys before rotation, if the layout keeps those."""
+        return None
+
+    def close(self) -> None:
+        """End the loads: later layers are not requested. Does not wait."""
+
+
+class LoadedHistory(History):
+    """A history that is loaded, or recomputed if it does not arrive in time."""
 
     def __init__(
         self,
@@ -108,11 +168,11 @@ class LoadedHistory:
         clock: Clock = SYSTEM_CLOCK,
         dtype: torch.dtype,
         device: torch.device,
-        head: Head | None = None,
-        recompute_masked: Callable[[NDArray[np.bool_]], Sequence[Tensors]] | None = None,
-        unrotate: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
-        on_end: Callable[[LoadedHistory], None] = lambda history: None,
-        lines: RateLimitedLog | None = None,
+        head: Head | None,
+        recompute_masked: Callable[[NDArray[np.bool_]], Sequence[Tensors]] | None,
+        unrotate: Callable[[int, torch.Tensor], torch.Tensor] | None,
+        on_end: Callable[[LoadedHistory], None],
+        lines: RateLimitedLog,
     ) -> None:
         """`recompute` gives every layer's keys and values, ``[row, head, column, dim]`` of `columns` columns.
 
@@ -122,11 +182,7 @@ class LoadedHistory:
         `on_end` is called once: when the last layer has arrived, or the first has failed. `lines` is shared by
         histories, so that their log lines are limited together.
         """
-        self.columns = columns
-        self.dtype, self.device = dtype, device
-        self.lost_s = 0.0
-        self.recompute_s = 0.0
-        self.error: BaseException | None = None  # Why some of it was computed again.
+        super().__init__(columns, dtype, device)
         self._buffers = buffers
         self.loaders = loaders
         self._recompute = recompute
@@ -138,25 +194,19 @@ class LoadedHistory:
         self._head = head
         self._unrotate = unrotate
         self._on_end = on_end
-        self._lines = lines or RateLimitedLog(log)
+        self._lines = lines
         self._recomputed: dict[int, Tensors] | None = None  # Computed layers that the cache has not taken yet.
         self._recomputed_raw: dict[int, torch.Tensor] = {}
 
     @property
     def load_reports(self) -> Sequence[LoadReport]:
-        """One per load, so far."""
         return [loader.report for loader in self.loaders]
 
     def begin(self) -> None:
-        """The request runs: layers will be taken one after another."""
         for loader in self.loaders:
             loader.request_runs()
 
     def compute_masked(self, visible: NDArray[np.bool_]) -> bool:
-        """Compute the history under another attention mask ``[row, column]`` than it was stored with.
-
-        Whether it is done: not if a layer was taken before, nor for a history that was cut.
-        """
         if self._is_taken or self._recompute_masked is None:
             return False
         self._recompute = partial(self._recompute_masked, visible)
@@ -167,7 +217,6 @@ class LoadedHistory:
         return True
 
     def layer(self, index: int) -> Tensors:
-        """A layer's buffers; the history is their first `columns` columns. Waits within the bound."""
         self._is_taken = True
         if self._recomputed is None:
             begin_s = self._clock.now_s()
@@ -193,7 +242,6 @@ class LoadedHistory:
         return self._recomputed_raw.pop(index, None)
 
     def close(self) -> None:
-        """End the loads: no later layer is asked for. Does not wait."""
         for loader in self.loaders:
             loader.close()
 
@@ -220,31 +268,3 @@ class LoadedHistory:
         self.recompute_s = self._clock.now_s() - begin_s
         self.lost_s += self.recompute_s
         self._on_end(self)
-
-
-class NoHistory:
-    """The history of a cache that begins empty."""
-
-    columns = 0
-    lost_s = 0.0
-    recompute_s = 0.0
-    load_reports: Sequence[LoadReport] = ()
-    error: BaseException | None = None
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.device = dtype, device
-
-    def begin(self) -> None:
-        pass
-
-    def compute_masked(self, visible: NDArray[np.bool_]) -> bool:
-        return True
-
-    def layer(self, index: int) -> Tensors:
-        raise AssertionError("there is nothing to wait for")
-
-    def raw_keys(self, index: int) -> torch.Tensor | None:
-        return None
-
-    def close(self) -> None:
-        pass

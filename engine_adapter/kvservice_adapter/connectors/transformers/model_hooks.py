@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvservice_adapter.connectors.transformers.cache import Forward, StoredCache
+from kvservice_adapter.connectors.transformers.cache import StoredCache
+from kvservice_adapter.connectors.transformers.forward_saver import Forward
 
 
 class ModelHooks:

@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 
-from kvservice_adapter.connectors.transformers.cache import Tensors, whole_cache
+from kvservice_adapter.connectors.transformers.cache import whole_cache
+from kvservice_adapter.connectors.transformers.history import Tensors
 from kvservice_adapter.device.base import Device
 from kvservice_adapter.rope import ModelRopes
 from kvservice_adapter.session import Conversation

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvservice_adapter.connectors.transformers.cache import StoredCache, Tensors
+from kvservice_adapter.connectors.transformers.cache import StoredCache
 from kvservice_adapter.connectors.transformers.forward_saver import ForwardSaver
+from kvservice_adapter.connectors.transformers.history import Tensors
 from kvservice_adapter.connectors.transformers.model_layout import UnsupportedModel, dynamic_layers
 from kvservice_adapter.connectors.transformers.rows import Sequences, common_tokens
 from kvservice_adapter.connectors.transformers.unrotated import UnrotatedLayer
@@ -106,10 +107,7 @@ class Turns:
 
 def forward_saver_of(cache: Cache) -> ForwardSaver | None:
     """The saver of a cache that this connector made; None for one of the library's own."""
-    if not isinstance(cache, StoredCache):
-        return None
-    assert isinstance(cache.observer, ForwardSaver)  # The only one that a connector makes.
-    return cache.observer
+    return cache.saver if isinstance(cache, StoredCache) else None
 
 
 def _pages(states: Sequence[Tensors], row: int, column: int) -> Callable[[int, int], Pages]:

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from kvservice_adapter.connectors.transformers.cache import StoredCache, StoredLayer, grown, whole_cache
+from kvservice_adapter.connectors.transformers.cache import StoredCache, StoredLayer, whole_cache
+from kvservice_adapter.connectors.transformers.history import grown
 from kvservice_adapter.connectors.transformers.model_layout import UnsupportedModel
 from kvservice_adapter.device.base import Device
 from kvservice_adapter.device.rotation import Rotation
@@ -143,7 +144,7 @@ class UnrotatedLayer(StoredLayer):  # type: ignore[no-untyped-call]  # The libra
         self._layout = layout
         self._captured = cache.captured
         self._raw: torch.Tensor | None = None  # A buffer with room, as long as nothing was changed.
-        super().__init__(index, cache.history, cache.observer, is_sliding)
+        super().__init__(index, cache.history, cache.saver, is_sliding)
 
     @property
     def raw_keys(self) -> torch.Tensor | None:
@@ -160,7 +161,7 @@ class UnrotatedLayer(StoredLayer):  # type: ignore[no-untyped-call]  # The libra
         end = first + key_states.shape[-2]
         if captured is None or captured.shape[1] != key_states.shape[-2] or captured.numel() != key_states.numel():
             self._raw = None
-            self._observer.stop("keys were not seen before they were rotated")
+            self._saver.stop("keys were not seen before they were rotated")
         elif self._raw is not None or not first:
             states = as_states(captured, self._layout, self._index)
             if self._raw is None or end > self._raw.shape[-2]:

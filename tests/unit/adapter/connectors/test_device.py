@@ -91,7 +91,7 @@ def test_a_model_keeps_no_hooks_once_the_connector_and_its_caches_are_gone(rotat
     subject.close()
     with torch.inference_mode():
         model(ids, past_key_values=cache)
-    assert not cache.observer.stopped, "the cache still works, and is called for its forwards"
+    assert not cache.saver.stopped, "the cache still works, and is called for its forwards"
     assert hooks_of(model)
 
     del subject, cache

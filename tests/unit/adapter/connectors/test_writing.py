@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from kvservice_adapter.connectors.transformers import UnsupportedModel
-from kvservice_adapter.connectors.transformers.cache import Forward
+from kvservice_adapter.connectors.transformers.forward_saver import Forward
 from kvservice_adapter.session import Conversation
 from kvservice_api.errors import DaemonUnavailable, InvalidRequest
 from tests.unit.connector_models import BLOCK_TOKENS, KeptBlocks, computed, connector, prompt, states, tiny_llama
@@ -200,7 +200,7 @@ def test_a_cache_whose_rows_were_moved_is_saved_no_more(kept: KeptBlocks, change
         model(ids[:, :12].repeat(2 if change == "repeat" else 1, 1), past_key_values=cache)
     assert subject.flush()
 
-    assert cache.observer.stopped
+    assert cache.saver.stopped
     assert_right(kept, model, ids)
 
 
