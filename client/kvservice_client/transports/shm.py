@@ -246,10 +246,6 @@ class _Arenas:
         self._mapped: ArenaMap | None = None
         self._refusal: tuple[bytes, str] = (b"", "")
 
-    @property
-    def is_open(self) -> bool:
-        return self._mapped is not None
-
     def get(self, limits: pb.GetCapabilitiesResponse) -> ArenaMap:
         """Raises NotShared if it cannot be mapped here. Tried once per arena."""
         if "shm" not in limits.transports:
