@@ -43,9 +43,8 @@ def load_pair(context: ssl.SSLContext, certificate: PemFile, key: PemFile) -> No
     def passphrase() -> str:
         raise key.unusable("has a passphrase, which the program cannot ask for")
 
-    load_authorities(
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), certificate
-    )  # Its error is the best for a file without a certificate.
+    # First, because its error is the best one for a file without a certificate.
+    load_authorities(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), certificate)
     with _as_file(certificate.content) as certificate_path, _as_file(key.content) as key_path:
         try:
             context.load_cert_chain(certificate_path, key_path, passphrase)

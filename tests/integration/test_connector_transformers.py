@@ -100,9 +100,8 @@ def test_with_a_session_the_whole_history_comes_back_at_every_turn(daemon: Daemo
     model = tiny_llama()
     lengths = [3, 5, 6, 8, 9, 17, 31]
     with Client(daemon.address) as client:
-        subject = connector(
-            client, model, model_revision="whole"
-        )  # The test counts blocks, so no other test has this layout.
+        # The test counts blocks, so it has a layout of its own.
+        subject = connector(client, model, model_revision="whole")
 
         assert turns(subject, model, lengths, "whole") == [0, *lengths[:-1]]
         state = client.session(subject.layout, "whole").get()

@@ -207,9 +207,8 @@ def test_repair_saves_what_a_damaged_durable_index_still_has(tmp_path: Path, nam
                 assert save(client, LARGE, each, Durability.SSD).is_complete
             for key in removed.keys:
                 client.admin.discard([key])
-            assert save(
-                client, LARGE, new_chain(LARGE, 2), Durability.SSD
-            ).is_complete  # They use the space of `removed`.
+            newer = new_chain(LARGE, 2)
+            assert save(client, LARGE, newer, Durability.SSD).is_complete  # They use the space of `removed`.
         daemon.stop()
         shutil.rmtree(daemon.shared_memory, ignore_errors=True)
         daemon.shared_memory.mkdir()

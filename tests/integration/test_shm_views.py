@@ -116,9 +116,8 @@ def test_a_view_that_always_verifies_finds_damage_since_the_last_look_and_has_th
                 assert seen(view, layout.layers) == expected
             flip(arena(daemon), layout, chain.keys[2], chooser)
             with blocks.lookup(chain) as lease:
-                with lease.view(
-                    block_count=2, verify="always"
-                ) as view:  # The view returns slices that are not damaged.
+                # Slices that are not damaged can be read.
+                with lease.view(block_count=2, verify="always") as view:
                     assert seen(view, layout.layers) == [layer[:2] for layer in expected]
                 view = lease.view(1, verify="always")
                 with pytest.raises(ChecksumMismatch):

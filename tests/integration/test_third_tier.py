@@ -237,8 +237,8 @@ def test_operators_see_the_third_tier(
         ('[{"name": "Archive", "path": "/x", "capacity_bytes": "1GiB"}]', "pattern"),
         ('[{"name": "ssd", "path": "/x", "capacity_bytes": "1GiB"}]', "name of its own"),
         ('[{"name": "a", "path": "/x"}]', "capacity_bytes"),
-        ('[{"name": "a", "path": "/x", "capacity_bytes": "1GiB", "kind": "tape"}]', "no kind of tier"),
-        ('[{"name": "a", "path": "/x", "capacity_bytes": "1GiB", "kind": "no.module:Class"}]', "no kind of tier"),
+        ('[{"name": "a", "path": "/x", "capacity_bytes": "1GiB", "kind": "tape"}]', "not a kind of tier"),
+        ('[{"name": "a", "path": "/x", "capacity_bytes": "1GiB", "kind": "no.module:Class"}]', "not a kind of tier"),
         ('[{"name": "a", "path": "/x", "capacity_bytes": "1GiB", "size": 3}]', "size"),
     ],
 )

@@ -136,9 +136,8 @@ class StoreBesideModel(RuleBasedStateMachine):
             watermarks=self.watermarks, limits=limits,
         )  # fmt: skip
         # The model
-        self.versions: dict[
-            Object, set[int]
-        ] = {}  # The visible objects, and which of the saved contents each may have.
+        # The visible objects, and which of the saved contents each may have.
+        self.versions: dict[Object, set[int]] = {}
         self.doubtful: dict[Object, set[int]] = {}  # Objects that a crash may make visible again.
         self.pins: dict[Object, int] = {}  # The ends of pins, by the wall clock.
         self.last_version = 0
