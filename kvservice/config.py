@@ -429,7 +429,7 @@ class Settings(BaseSettings):
         if len(set(paths)) != len(paths):
             raise ValueError(f"tiers.below_ssd: every tier needs its own path: {', '.join(map(str, paths))}")
         if len({*names, "dram", "ssd"}) != len(names) + 2:
-            raise ValueError(f"tiers.below_ssd: every tier has a name of its own: dram, ssd, {', '.join(names)}")
+            raise ValueError(f"tiers.below_ssd: every tier needs its own name: dram, ssd, {', '.join(names)}")
 
     @property
     def durable_map_bytes(self) -> int:

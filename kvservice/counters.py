@@ -68,7 +68,7 @@ HELP: dict[str, str] = {
     "evicted_ssd_blocks": "Copies dropped from SSD and from the tiers below it.",
     "lost_unwritten_blocks": "Blocks evicted from DRAM before they were on SSD.",
     "discarded_blocks": "Blocks dropped everywhere on request.",
-    "quarantined_blocks": "Blocks taken out of service because their bytes were damaged.",
+    "quarantined_blocks": "Blocks quarantined because their bytes were damaged.",
     "scrubbed_bytes": "Bytes that scrubs have verified.",
     "storage_errors": "Reads, writes and commits that the operating system refused.",
     "leases_granted": "Leases granted.",

@@ -259,7 +259,7 @@ def _open_store(settings: Settings, clock: Clock, files: FileCalls, opening: Exi
         log.info("the DRAM tier starts empty: %s", why, extra={"why": why})
 
     if forgotten := index.forget_unused_layouts():
-        log.info("layouts without blocks are forgotten: %d of them, as there were too many", forgotten)
+        log.info("layouts without blocks are removed, because there were too many: %d", forgotten)
     history = MissReasons(clock, settings.history.events_max)
     blocks = recover(index, {TierName.DRAM: dram, **slower}, history)
     executor = ThreadPoolExecutor(max(2, min(settings.server.transfer_slots, 8)), thread_name_prefix="transfer")
@@ -324,9 +324,7 @@ def _lower_tiers(
         except (ValueError, TypeError) as error:
             if isinstance(error, StoreMismatch):
                 folder = index.lower_directory(name)
-                raise StoreMismatch(
-                    f"{error}. To give the blocks of this tier up, remove the folder {folder}"
-                ) from error
+                raise StoreMismatch(f"{error}. To drop the blocks of this tier, remove the folder {folder}") from error
             raise ConfigError(f"tiers.below_ssd: the tier {name}: {error}") from error
         opening.callback(opened[name].close)
     return opened

@@ -74,7 +74,7 @@ class HostLayers:
 
     def _begin(self, pages_of_layer: PagesOfLayer, expected: int, loaded: LoadedLayer) -> BegunLayer:
         if loaded.index != expected:
-            raise ValueError(f"layer {expected} was to come; {loaded.index} did")
+            raise ValueError(f"expected layer {expected}; layer {loaded.index} was loaded")
         pages = pages_of_layer(loaded.index)
         pages.check(loaded.group)
         if self._unrotated_pages is not None:

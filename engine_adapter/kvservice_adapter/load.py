@@ -180,7 +180,7 @@ class _Loading:
                     raise LoadFailed(f"layer {layer} is not loaded: {error}") from error
                 if self._ended:
                     raise LoadFailed(f"layer {layer} is not loaded: the load was ended before")
-                raise LoadFailed(f"layer {layer} did not come in time")
+                raise LoadFailed(f"layer {layer} did not arrive in time")
             begun = self._begun[layer]
         if begun is None:
             raise LoadFailed(f"layer {layer} was taken before")
@@ -226,7 +226,7 @@ class _Loading:
                 self._iterator = self._source.begin(self._pages_of_layer)
             begun = next(self._iterator, None)
             if begun is None:
-                raise ValueError(f"layer {self._buffer.loaded} was to come, and the load is over")
+                raise ValueError(f"the load ended before layer {self._buffer.loaded} arrived")
             self._stream.submit(partial(self._copied, begun.event, begin_s, begun.size_bytes))
         except Exception as error:
             self._end(error)

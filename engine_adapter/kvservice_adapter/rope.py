@@ -213,8 +213,8 @@ class ModelRopes:
             if not difference <= _PROBE_DIFFERENCE_MAX[keys.dtype]:
                 rope = self.layers[layer]
                 raise UnsupportedRotation(
-                    f"keys of layer {layer} are not turned by {rope.kind} rotary encoding of {rope.pairing} pairs "
-                    f"alone: moved by {shift} positions they differ by {difference:.2g}"
+                    f"keys of layer {layer} are not rotated only by {rope.kind} rotary encoding of {rope.pairing} "
+                    f"pairs: moved by {shift} positions they differ by {difference:.2g}"
                 )
 
 

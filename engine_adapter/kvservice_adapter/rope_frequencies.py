@@ -24,10 +24,10 @@ def kind_of(parameters: Mapping[str, Any]) -> str:
     if any(isinstance(value, Mapping) for value in parameters.values()):
         raise UnsupportedRotation("the rotary encoding differs from layer to layer")
     if parameters.get("mrope_section") is not None:
-        raise UnsupportedRotation("the rotary encoding has several positions a token (mrope)")
+        raise UnsupportedRotation("the rotary encoding has several positions per token (mrope)")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "longrope":
-        raise UnsupportedRotation("with longrope, how far a key is turned depends on the length of the whole prompt")
+        raise UnsupportedRotation("with longrope, the rotation of a key depends on the length of the whole prompt")
     if kind not in KINDS:
         raise UnsupportedRotation(f"rotary encoding of kind {kind!r} is not known; known are {', '.join(KINDS)}")
     return str(kind)
@@ -44,7 +44,7 @@ def frequencies_of(
     kind = kind_of(parameters)
     dims = int(head_dim * _number(parameters, "partial_rotary_factor", 1.0))
     if dims < 2 or dims % 2 or dims > head_dim:
-        raise UnsupportedRotation(f"{dims} of {head_dim} dims cannot be turned in pairs")
+        raise UnsupportedRotation(f"{dims} of {head_dim} dims cannot be rotated in pairs")
     base = _number(parameters, "rope_theta")
     wavelengths = base ** (torch.arange(0, dims, 2, dtype=torch.int64).float() / dims)
     frequencies = 1.0 / wavelengths

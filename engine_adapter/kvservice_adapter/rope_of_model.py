@@ -30,7 +30,7 @@ def rotaries_of(model: Any, layer_count: int) -> list[Rotary]:
         is_configured = _as_configured(model, given.of_type[""].frequencies)
         return [_rotary(model, given.of_type[""], parameters, with_checksum=not is_configured)] * layer_count
     if len(given.layer_types) != layer_count:
-        raise UnsupportedRotation("the rotary encoding differs from layer to layer, and no layer types say how")
+        raise UnsupportedRotation("the rotary encoding differs from layer to layer, and no layer types describe it")
     made = {each: _rotary(model, own, parameters[each], with_checksum=True) for each, own in given.of_type.items()}
     return [made[each] for each in given.layer_types]
 
@@ -76,7 +76,7 @@ def _layer_types(model: Any) -> list[str] | None:
         return None
     types = list(getattr(model.config, "layer_types", None) or ())
     if not types or not all(isinstance(parameters.get(each), Mapping) for each in types):
-        raise UnsupportedRotation("the rotary encoding differs from layer to layer, and no layer types say how")
+        raise UnsupportedRotation("the rotary encoding differs from layer to layer, and no layer types describe it")
     return types
 
 

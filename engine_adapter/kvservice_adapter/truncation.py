@@ -102,7 +102,7 @@ def _check(
             raise InvalidRequest(f"{name} is {value}; it must be at least {least}", field=name)
     if window <= new_tokens:
         raise InvalidRequest(
-            f"the window has {window} tokens and {new_tokens} are new: no history fits; shorten what is new",
+            f"the window has {window} tokens and {new_tokens} are new: no history fits; shorten the new tokens",
             field="window",
         )
     if sink_tokens >= window:

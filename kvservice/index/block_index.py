@@ -159,7 +159,7 @@ class BlockIndex:
             durable.write_now(LAYOUTS, dict(layouts))
             durable.write_now(META, {**known, SCHEMA_KEY: str(SCHEMA_AT_LEAST).encode()})
             if len(known.get(STORE_KEY, b"")) != STORE_ID_BYTES:
-                raise StoreDamaged(f"nothing says which store the index {directory} is of")
+                raise StoreDamaged(f"no file names the store of the index {directory}")
             index = cls(directory, durable, _read_meta(durable), len(layouts))
             index._upgrade()
             index.layout_entries.write_copies()

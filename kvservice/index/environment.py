@@ -336,7 +336,7 @@ class Environment:
         with _as_store_errors(self.path):
             if self._find_file() == self._file_id:
                 return
-        raise StorageFailed(f"the index {self.path} is another file than at the start: bring it back, or start again")
+        raise StorageFailed(f"the index {self.path} was replaced since the start: restore it, or restart the daemon")
 
     def _find_file(self) -> tuple[int, int]:
         """The identity of the file, independent of its name."""

@@ -270,7 +270,7 @@ class _Check:
                     last = end
         found_counts = (branch_pages, len(level), overflow_pages, entries)
         if found_counts != (tree.branch_pages, tree.leaf_pages, tree.overflow_pages, tree.entries):
-            raise Unsound(f"its tree {name} has other pages or entries than it says")
+            raise Unsound(f"its tree {name} has a wrong number of pages or entries")
         return level
 
     def _children(

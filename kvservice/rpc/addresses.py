@@ -75,7 +75,7 @@ def _expect_no_listener(path: Path) -> None:
     except OSError:
         return  # Usually there is no file.
     if not is_socket:
-        raise _unusable(path, "a file that is no socket is in the way; move it, or name another socket")
+        raise _unusable(path, "a file that is not a socket has this path; move it, or name another socket")
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)  # Non-blocking: a busy listener answers EAGAIN instead of blocking us.
         if probe.connect_ex(str(path)) in (0, errno.EAGAIN):

@@ -261,7 +261,7 @@ class BlockLifecycle:
             return
         extent = self.blocks.extent(row, tier)
         log.error(
-            "a damaged block was taken out of service: %s of %s in %s",
+            "a damaged block was quarantined: %s of %s in %s",
             what,
             self.blocks.key_of(row).hex(),
             tier,

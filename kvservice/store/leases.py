@@ -128,10 +128,10 @@ class Leases:
         ttl_s: float,
     ) -> Lease:  # fmt: skip
         if len(client.leases) >= self._per_client_max:
-            raise Overloaded(f"the client holds {self._per_client_max} leases, the most it may: release some")
+            raise Overloaded(f"the client holds {self._per_client_max} leases, which is the maximum: release some")
         if client.leased_rows + len(held) > self._blocks_per_client_max:
             raise Overloaded(
-                f"the client's leases would hold over {self._blocks_per_client_max} blocks, the most they may: "
+                f"the client's leases would hold over {self._blocks_per_client_max} blocks, which is the maximum: "
                 "release some"
             )
         self._next_lease_id += 1

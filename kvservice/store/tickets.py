@@ -102,8 +102,8 @@ class Tickets:
             )
         except Overloaded as error:
             raise Overloaded(
-                "this client's open tickets hold as many leases or blocks as they may: wait until some were adopted "
-                "or expired"
+                "this client's open tickets hold the maximum of leases or blocks: wait until some are adopted "
+                "or have expired"
             ) from error
         self._adoptions_left[held.lease_id] = adoptions
         self._requests.follow(lease.lease_id, held.lease_id)
@@ -168,7 +168,7 @@ class Tickets:
         if ticket.boot_epoch != self._boot_epoch:
             raise TicketForeign("the ticket is another daemon's, or from before this daemon's restart")
         if not hmac.compare_digest(mac, hmac.digest(self._secret, fields, _MAC)):
-            raise TicketForged("this daemon never made this ticket: its bytes were changed, or made up")
+            raise TicketForged("this daemon did not issue this ticket: its bytes were changed or invented")
         return ticket
 
     def _forget_expired(self) -> None:

@@ -47,7 +47,7 @@ def _open_files(
     """One preallocated file, as on SSD: for a slower drive or a network file system."""
     file = path / f"tier-{name}.kv"
     if not may_create and is_missing(file):
-        raise StoreMismatch(f"{file} is missing, and the tier has blocks in it: mount its drive or bring the file back")
+        raise StoreMismatch(f"{file} is missing, and the tier has blocks in it: mount its drive or restore the file")
     return SsdTier.open(
         [file],
         store_id=store_id,

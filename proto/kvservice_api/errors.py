@@ -159,7 +159,7 @@ class TicketLayoutMismatch(KVError, code=Code.FAILED_PRECONDITION):
 
 
 class TicketForged(KVError, code=Code.PERMISSION_DENIED):
-    """The bytes are no lease ticket of this daemon: they were cut off, changed, or made up."""
+    """The bytes are no lease ticket of this daemon: they were cut off, changed, or invented."""
 
 
 class TicketNotYours(KVError, code=Code.PERMISSION_DENIED):

@@ -43,7 +43,7 @@ def load_pair(context: ssl.SSLContext, certificate: PemFile, key: PemFile) -> No
     def passphrase() -> str:
         raise key.unusable("has a passphrase, which the program cannot ask for")
 
-    # First, because its error is the best one for a file without a certificate.
+    # First, because its error is the best if the file has no certificate.
     load_authorities(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), certificate)
     with _as_file(certificate.content) as certificate_path, _as_file(key.content) as key_path:
         try:

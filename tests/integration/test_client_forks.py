@@ -305,7 +305,7 @@ class TestWhatTheParentHolds:
                     lease.release()
                     assert client.admin.discard(chain.keys).discarded == len(chain)
                     child.go()
-                    with pytest.raises(LeaseExpired, match="left their places"):
+                    with pytest.raises(LeaseExpired, match="moved or evicted"):
                         child.result()
 
     def test_when_it_is_killed_its_leases_and_its_writer_lock_end_though_its_child_lives(

@@ -149,6 +149,6 @@ def test_a_load_whose_client_does_not_read_ends_and_releases_its_blocks(
         with client.open_layout(LARGE).lookup(chain) as lease:
             for _ in lease.load():
                 pass  # There is a place for it.
-        with refused(DeadlineExceeded, "took nothing for 3 s"):
+        with refused(DeadlineExceeded, "read nothing for 3 s"):
             for _ in load:
                 pass  # Frames that were sent before still arrive.

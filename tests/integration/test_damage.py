@@ -67,7 +67,7 @@ def test_the_log_names_the_damaged_block_and_what_of_it_is_damaged(tmp_path: Pat
                 flip((arena if tier is Tier.DRAM else ssd_file)(daemon), LARGE, chain.keys[0], random.Random(3))
                 with client.open_layout(LARGE).lookup(chain) as lease, pytest.raises(ChecksumMismatch):
                     compare(lease, LARGE, chain)
-                event = "a damaged block was taken out of service"
+                event = "a damaged block was quarantined"
                 line = daemon.wait_for_log(event, key=chain.keys[0].hex(), tier=str(tier))
                 assert str(line["damaged"]).startswith(what)
 

@@ -78,7 +78,7 @@ def test_a_view_lasts_as_long_as_its_lease_less_a_fifth(daemon: DaemonProcess) -
             clock.advance(seconds=239)
             view.check()
             clock.advance(seconds=2)
-            with pytest.raises(LeaseExpired, match="all but over"):
+            with pytest.raises(LeaseExpired, match="about to end"):
                 view.check()
             lease.renew(300)
             view.check()

@@ -235,7 +235,7 @@ def test_operators_see_the_third_tier(
     [
         ("not json", "tiers.below_ssd"),
         ('[{"name": "Archive", "path": "/x", "capacity_bytes": "1GiB"}]', "pattern"),
-        ('[{"name": "ssd", "path": "/x", "capacity_bytes": "1GiB"}]', "name of its own"),
+        ('[{"name": "ssd", "path": "/x", "capacity_bytes": "1GiB"}]', "its own name"),
         ('[{"name": "a", "path": "/x"}]', "capacity_bytes"),
         ('[{"name": "a", "path": "/x", "capacity_bytes": "1GiB", "kind": "tape"}]', "not a kind of tier"),
         ('[{"name": "a", "path": "/x", "capacity_bytes": "1GiB", "kind": "no.module:Class"}]', "not a kind of tier"),

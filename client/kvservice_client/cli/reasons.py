@@ -38,7 +38,7 @@ def event(event: pb.BlockEvent) -> str:
         pb.EVENT_KIND_EVICTED: f"evicted from {tier} at {at} by the policy {event.detail}{ended}",
         pb.EVENT_KIND_EVICTED_ON_REQUEST: f"evicted from {tier} at {at} on request{ended}",
         pb.EVENT_KIND_DISCARDED: f"discarded at {at}{because}",
-        pb.EVENT_KIND_QUARANTINED: f"taken out of service at {at}: its bytes in {tier} were damaged",
+        pb.EVENT_KIND_QUARANTINED: f"quarantined at {at}: its bytes in {tier} were damaged",
         pb.EVENT_KIND_LOST: f"lost from {tier} when the daemon started at {at}",
         pb.EVENT_KIND_EXPIRED: f"the last session that named it expired at {at}",
     }

@@ -61,7 +61,7 @@ class GrpcTransport(Transport):
                     end = filled + len(frame.payload)
                     in_place = frame.layer == layer and frame.first_block < order.block_count
                     if not in_place or starts[frame.first_block] + frame.first_offset_bytes != filled or end > size:
-                        raise InvalidFrame(f"the load continued elsewhere than at byte {filled} of layer {layer}")
+                        raise InvalidFrame(f"the load did not continue at byte {filled} of layer {layer}")
                     np.copyto(target[filled:end], np.frombuffer(frame.payload, np.uint8))
                     filled = end
                 yield target

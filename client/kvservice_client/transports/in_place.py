@@ -59,9 +59,9 @@ class InPlace:
         order, count = self._order, self._order.block_count
         columns = (self._offsets, self._generations, self._trailer_checksums, self._shards)
         if token_counts != list(order.token_counts) or any(len(column) != count for column in columns):
-            raise InvalidFrame("the daemon located other blocks than those that were asked for")
+            raise InvalidFrame("the daemon located other blocks than those that were requested")
         if not all(shard.covers(order.shard) for shard in self._shards):
-            raise InvalidFrame("the daemon located blocks that lack a part of what was asked for")
+            raise InvalidFrame("the daemon located blocks that lack a part of the request")
         found = [
             block_geometry(order.layout, shard, tokens)
             for shard, tokens in zip(self._shards, token_counts, strict=True)
@@ -84,7 +84,7 @@ class InPlace:
         while self.layers_ready <= layer:
             answer = next(self._answers, None)
             if answer is None:
-                raise InvalidFrame("the daemon ended the call before all layers were there")
+                raise InvalidFrame("the daemon ended the call before all layers had arrived")
             self.layers_ready = answer.layers_ready
 
     def slice(self, block: int, layer: int) -> Bytes:
@@ -125,9 +125,9 @@ class InPlace:
     def check(self) -> None:
         """Call it after the last use of the bytes. Raises LeaseExpired if they may have been replaced."""
         if (self._arena.generations(self._offsets) != self._generations).any():
-            raise LeaseExpired("blocks left their places while they were read: look the prefix up again")
+            raise LeaseExpired("blocks were moved or evicted while they were read: look the prefix up again")
         if not self._order.is_usable():
-            raise LeaseExpired("the lease is all but over: bytes in place are not used any more")
+            raise LeaseExpired("the lease is about to end: bytes in place are not used any more")
 
     def close(self) -> None:
         """End the call, which ends the daemon's hold on the blocks."""
@@ -198,7 +198,7 @@ class View:
             raise
         except KVError as error:
             raise ChecksumMismatch(f"{what}; the daemon could not verify it: {error.message}") from error
-        raise ChecksumMismatch(f"{what}, though the daemon finds it right by now")
+        raise ChecksumMismatch(f"{what}, but the daemon now finds it valid")
 
     def _slice(self, block: int, layer: int) -> tuple[Bytes, ...]:
         whole, runs = self._blocks.slice(block, layer), self._blocks.runs(block, layer)
@@ -207,7 +207,7 @@ class View:
     def check(self) -> None:
         """Raises LeaseExpired if bytes of this view may have been replaced."""
         if not self._is_open:
-            raise LeaseExpired("the view was left: its bytes may be others by now")
+            raise LeaseExpired("the view is closed: its bytes may have been replaced")
         self._blocks.check()
 
     def __enter__(self) -> Self:

@@ -207,7 +207,7 @@ class OrderedTransports:
         why = error.message if isinstance(error, KVError) else str(error)
         if isinstance(error, InPlaceMismatch):
             self._meter.add(transport.name, mismatches=1)
-            self._log.warning("bytes read by %s are not used, the daemon is asked for them: %s", transport.name, why)
+            self._log.warning("bytes read by %s are requested from the daemon instead: %s", transport.name, why)
             return
         self._meter.fell_back(transport.name, why)
         self._log.info("%s is not used: %s", transport.name, why)

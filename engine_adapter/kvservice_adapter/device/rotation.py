@@ -64,7 +64,7 @@ class Rotation:
     def turn(self, bits: NDArray[Any], dtype: str, first: int = 0) -> None:
         """As `apply`, of tokens from `first` on: the elements' bits (`arrays.bits_of`) and the name of their type."""
         if dtype not in ("float32", "float16", "bfloat16"):
-            raise UnsupportedRotation(f"keys of {dtype} cannot be turned; recompute them")
+            raise UnsupportedRotation(f"keys of {dtype} cannot be rotated; recompute them")
         end = first + bits.shape[-2]
         tokens_max = max(1, _CHUNK_ELEMENTS // max(1, bits[..., :1, :].size))
         for stretch in self.stretches:

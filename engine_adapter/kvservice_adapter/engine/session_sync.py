@@ -24,7 +24,7 @@ def sync_session(client: Client, layout: Layout, session_id: str, chain: BlockCh
     session = client.session(layout, session_id)
     state = _state(session)
     if state is not None and state.cuts:
-        log.info("session %s was truncated, and is left as it is", session_id)
+        log.info("session %s was truncated, and is not changed", session_id)
         return
     _continue(session, state, chain, 0)
 
@@ -42,7 +42,7 @@ def sync_conversation(
     if cuts:
         is_cut_alike = state is not None and state.cuts == cuts and state.token_count >= kept_tokens
         if not is_cut_alike:
-            raise SessionChanged("the session was not cut as the conversation was: the next turn makes it again")
+            raise SessionChanged("the session was not cut with the conversation: the next turn creates it again")
     elif state is not None and state.cuts:
         session.end()
         state = None

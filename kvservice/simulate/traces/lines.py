@@ -89,7 +89,7 @@ def whole_number(name: str, value: object, most: int) -> int:
     if value < 0:
         raise BadLine(f"{name} is negative: {shown(value)}")
     if value > most:
-        raise BadLine(f"{name} is beyond what can be: {shown(value)}, at most {most}")
+        raise BadLine(f"{name} is impossibly large: {shown(value)}, at most {most}")
     return value
 
 
@@ -101,7 +101,7 @@ def seconds(name: str, value: object, least_s: float, unit_s: float = 1.0) -> fl
     if value < 0:
         raise BadLine(f"{name} is negative: {shown(value)}")
     if not value <= TIME_MAX_S / unit_s:
-        raise BadLine(f"{name} is beyond what can be: {shown(value)}, at most {TIME_MAX_S / unit_s:.0f}")
+        raise BadLine(f"{name} is impossibly large: {shown(value)}, at most {TIME_MAX_S / unit_s:.0f}")
     time_s = value * unit_s
     if time_s < least_s:
         raise BadLine(f"{name} goes back: {shown(value)} after {least_s / unit_s:.12g}; lines must ascend in time")

@@ -241,7 +241,7 @@ class WriteBehind:
         blocks = self._blocks
         source = blocks.extent(row, self._above) if blocks.live[row] else None
         if source is None:
-            raise BlockNotFound("the block left before it was written")
+            raise BlockNotFound("the block was evicted or discarded before it was written")
         if blocks.is_resident(row, self._below):
             return
         generation = int(blocks.generation[row])

@@ -114,7 +114,7 @@ class Listings:
                 return start
         except ValueError:
             pass
-        raise InvalidRequest("this daemon gave no such page token: start from the first page", field="page_token")
+        raise InvalidRequest("this daemon issued no such page token: start from the first page", field="page_token")
 
 
 def _checked(page_size: int) -> int:

@@ -75,7 +75,7 @@ def read(store: Path, ssd_files: Sequence[Path] = ()) -> SalvagedIndex:
     ids = [origin.store_id for origin in origins if origin is not None]
     saved.meta[STORE_KEY] = _most_frequent([*ids, saved.meta.get(STORE_KEY, b""), read_identity(store)])
     if not saved.meta[STORE_KEY]:
-        raise StoreDamaged(f"nothing in {store} says which store it is")
+        raise StoreDamaged(f"no file in {store} names the store")
     for key in saved.records:
         saved.doubtful.pop(key, None)
     found_secret = read_secret(store)

@@ -72,7 +72,7 @@ class Admission:
             async with self._clock.timeout(self._idle_s):
                 await sending
         except TimeoutError as error:
-            raise DeadlineExceeded(f"the client took nothing for {self._idle_s:g} s; the load was ended") from error
+            raise DeadlineExceeded(f"the client read nothing for {self._idle_s:g} s; the load was ended") from error
 
     def incoming(self, messages: AsyncIterator[T]) -> Incoming[T]:
         """The messages of a save, each within the time that a client may be idle."""

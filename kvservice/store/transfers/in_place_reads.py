@@ -132,7 +132,7 @@ class InPlaceReads:
             extent = self._blocks.extent(row, self._blocks.first_tier) if pending is None else pending.extent
             if extent is None:
                 if self._blocks.fastest(row) is None:
-                    raise LeaseExpired("a block left the store before its load began: look the prefix up again")
+                    raise LeaseExpired("a block was removed before its load began: look the prefix up again")
                 return NotInPlace("DRAM has no space for a block")
             extents.append(extent)
         return extents

@@ -115,7 +115,7 @@ class InPlaceUploads:
         Raises InvalidRequest, Overloaded, NotShared, NoWriterLock, IncompleteSave.
         """
         if not number or number in self._open:
-            raise InvalidRequest("reservation_id is 0 or in use: draw another", field="reservation_id")
+            raise InvalidRequest("reservation_id is 0 or in use: choose another", field="reservation_id")
         if sum(each.client is client for each in self._open.values()) >= IN_PLACE_UPLOADS_PER_CLIENT_MAX:
             error = Overloaded(f"the client holds {IN_PLACE_UPLOADS_PER_CLIENT_MAX} reservations, the most it may")
             self._uploads.note_refused(request.keys, error.reason)

@@ -192,8 +192,8 @@ REFUSED: dict[str, tuple[Callable[[Wire], object], type[KVError], str]] = {
         lambda wire: wire.blocks.Evict(blocks_pb2.EvictRequest(keys=KEY, tier=TIER_7)), InvalidRequest, "the number 7"),
     "a list of a tier of the future": (list_blocks(tier=TIER_7), InvalidRequest, "no tier has the number 7"),
     "a page of more than a thousand": (list_blocks(page_size=1001), InvalidRequest, "page_size is 1001; at most 1000"),
-    "a page token of another daemon": (list_blocks(page_token="1.0"), InvalidRequest, "gave no such page token"),
-    "an invalid page token": (list_blocks(page_token="next, please"), InvalidRequest, "gave no such page token"),
+    "a page token of another daemon": (list_blocks(page_token="1.0"), InvalidRequest, "issued no such page token"),
+    "an invalid page token": (list_blocks(page_token="next, please"), InvalidRequest, "issued no such page token"),
     "a list of half a fingerprint": (
         list_blocks(layout_fingerprint=KEY[:16]), InvalidRequest, "a fingerprint has 32 bytes, not 16"),
     "a discard of nothing": (discard(), InvalidRequest, "exactly one of keys, layout_fingerprint and everything"),
@@ -328,7 +328,7 @@ def test_requests_beyond_a_limit_are_refused_with_a_time_to_retry(new_daemon: Ne
 
         lease_id = wire.lookup(LARGE, chain).lease_id
         wire.lookup(LARGE, chain)
-        with refused(Overloaded, "the client holds 2 leases, the most it may"):
+        with refused(Overloaded, "the client holds 2 leases, which is the maximum"):
             wire.lookup(LARGE, chain)
 
         request = blocks_pb2.LoadBlocksRequest(client_id=wire.client_id, lease_id=lease_id)
@@ -381,7 +381,7 @@ def test_more_layouts_than_the_store_may_know_are_refused_until_a_start_forgets_
     daemon.stop()
     daemon.start()
     with daemon.client() as client:
-        assert "1 of them" in daemon.logged("layouts without blocks are forgotten")[0]["event"]
+        assert "1 of them" in daemon.logged("layouts without blocks are removed")[0]["event"]
         assert save(client, third, of_third).is_complete
         for layout, blocks in ((SMALL, chain), (third, of_third)):
             verify(client, layout, blocks)

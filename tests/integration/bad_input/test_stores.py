@@ -148,7 +148,7 @@ def test_a_unix_socket_that_cannot_be_made_is_named_with_the_reason(tmp_path: Pa
         assert f"server.unix_socket {path}: " in said
         assert {
             "a program without our lock": "another program listens there",
-            "a file": "no socket is in the way",
+            "a file": "not a socket has this path",
             "no folder": "cannot be made: No such file or directory",
         }[in_the_way] in said
         assert path.exists() == (in_the_way != "no folder")

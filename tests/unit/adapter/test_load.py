@@ -174,9 +174,9 @@ def test_a_wait_ends_with_its_bound_and_layers_that_came_stay() -> None:
     loader.wait(0, WAIT_S)
     pages = loader.wait(1, WAIT_S)
 
-    with pytest.raises(LoadFailed, match="layer 2 did not come in time"):
+    with pytest.raises(LoadFailed, match="layer 2 did not arrive in time"):
         loader.wait(2)
-    with pytest.raises(LoadFailed, match="layer 3 did not come in time"):
+    with pytest.raises(LoadFailed, match="layer 3 did not arrive in time"):
         loader.wait(3, 0.0)
 
     check(history, 1, pages)
@@ -221,7 +221,7 @@ def test_a_failure_reaches_the_engine_at_its_layer_with_its_cause_and_no_later(k
     assert loader.report.error is history.failing[2]
 
 
-def test_pages_that_cannot_be_had_are_a_failure() -> None:
+def test_pages_that_are_not_available_are_a_failure() -> None:
     history, error = History(), MemoryError("no pages")
 
     def pages_of_layer(layer: int) -> Pages:
@@ -272,7 +272,7 @@ def test_a_load_that_ends_early_is_a_failure(given: int) -> None:
 
     for layer in range(given):
         check(history, layer, loader.wait(layer))
-    with pytest.raises(LoadFailed, match=f"layer {given} was to come"):
+    with pytest.raises(LoadFailed, match=f"ended before layer {given}"):
         loader.wait(given)
 
 

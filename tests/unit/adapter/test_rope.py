@@ -208,7 +208,7 @@ class TestDynamic:
     ("parameters", "why"),
     [
         ({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}, "length of the whole prompt"),
-        ({"rope_type": "default", "mrope_section": [16, 8, 8]}, "several positions a token"),
+        ({"rope_type": "default", "mrope_section": [16, 8, 8]}, "several positions per token"),
         ({"full_attention": {"rope_type": "default"}, "sliding_attention": {}}, "from layer to layer"),
         ({"rope_type": "proportional"}, "'proportional' is not known"),
         ({"rope_type": "linear"}, "factor is None"),
@@ -293,7 +293,9 @@ def test_what_a_models_code_does_to_its_keys_after_rotation_is_noticed() -> None
     forward = model.model.forward
     model.model.forward = lambda *args, **options: forward(*args, **{**options, "past_key_values": Normed()})
 
-    with pytest.raises(UnsupportedRotation, match="keys of layer 1 are not turned by default rotary encoding of half"):
+    with pytest.raises(
+        UnsupportedRotation, match="keys of layer 1 are not rotated only by default rotary encoding of half"
+    ):
         Rope.from_model(model)
 
 

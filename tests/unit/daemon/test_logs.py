@@ -70,7 +70,7 @@ def test_a_wall_clock_that_is_set_back_ends_the_period() -> None:
 def test_the_daemons_logs_are_limited(written: Callable[[], list[str]]) -> None:
     logs.set_up("info", "json")
     for number in range(1000):
-        logging.getLogger("kvservice.x").error("a damaged block was taken out of service: %d", number)
+        logging.getLogger("kvservice.x").error("a damaged block was quarantined: %d", number)
     assert len(written()) == 100
 
 

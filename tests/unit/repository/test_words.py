@@ -54,7 +54,7 @@ BANNED = {
     r"but for": "'except'",
     r"in the place of": "'instead of', 'replaces'",
     r"of no use": "'cannot be used'",
-    r"(?:may|can|could|to) be had": "'is available'",
+    r"(?:may|can|cannot|could|to) be had": "'is available'",
     r"as (?:often|many|much) as (?:it|they|he) may": "name the limit",
 }
 BANNED_WORD = re.compile("|".join(rf"\b(?:{words})\b" for words in BANNED), re.IGNORECASE)

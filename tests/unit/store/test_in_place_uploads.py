@@ -165,7 +165,7 @@ async def test_a_reservation_number_in_use_is_refused_and_reservations_are_bound
 ) -> None:
     await reserve(opened, client, some_chain(1, seed=1))
     for number in (0, 1):
-        with pytest.raises(InvalidRequest, match="draw another"):
+        with pytest.raises(InvalidRequest, match="choose another"):
             await reserve(opened, client, some_chain(1, seed=2), number)
     for number in range(2, 65):
         await reserve(opened, client, some_chain(1, seed=number), number)

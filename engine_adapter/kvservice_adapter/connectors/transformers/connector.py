@@ -381,7 +381,7 @@ class TransformersConnector:
             raise
         except Exception as error:  # The model's modules may give anything, of any shape.
             why = f"{type(error).__name__}: {error}"
-            raise UnsupportedModel(f"its keys before rotation cannot be had: {why}; keep them rotated") from error
+            raise UnsupportedModel(f"its keys before rotation are not available: {why}; keep them rotated") from error
 
     def _ropes_of_model(self) -> ModelRopes:
         """Raises UnsupportedRotation."""

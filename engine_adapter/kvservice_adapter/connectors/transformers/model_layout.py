@@ -82,7 +82,7 @@ def _kept_layers(cache: DynamicCache, config: Any) -> list[Any]:
 
 def _check_configuration(config: Any) -> None:
     if config.is_encoder_decoder or config.get_text_config() is not config:
-        raise UnsupportedModel("the model reads more than tokens: their ids alone do not tell what its KV is")
+        raise UnsupportedModel("the model reads more than tokens: its KV does not follow from token ids alone")
     if getattr(config, "add_cross_attention", False):
         raise UnsupportedModel("the model attends to an encoder's states: its KV does not follow from token ids alone")
     decoder_layers = getattr(config, "decoder_layers", None)

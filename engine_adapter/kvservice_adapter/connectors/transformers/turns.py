@@ -48,7 +48,7 @@ class Turns:
         saver = forward_saver_of(cache)
         if saver is None and conversation is not None and conversation.cuts:
             raise InvalidRequest(
-                "a conversation that was cut is saved with the cache that restore gave: no other knows the cut"
+                "a conversation that was cut is saved with the cache that restore returned: no other cache has the cut"
             )
         columns = cache.get_seq_length()
         longest = columns - min(given.pads)
@@ -119,6 +119,6 @@ def _continue(conversation: Conversation, tokens: NDArray[Any]) -> None:
     """Extend the conversation to these tokens."""
     if not conversation.is_prefix_of(tokens):
         if conversation.cuts:
-            raise InvalidRequest("the tokens do not begin with what is left of the conversation")
+            raise InvalidRequest("the tokens do not begin with those that are left of the conversation")
         conversation.reset()  # It was edited.
     conversation.extend(tokens[conversation.token_count :])
