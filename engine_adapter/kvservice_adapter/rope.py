@@ -1,4 +1,4 @@
-"""Positions are decoupled from keys: a key that was rotated at one position is turned to another.
+"""Positions are decoupled from keys: a key that was rotated at one position is rotated further to another.
 
     ropes = ModelRopes.from_model(model)
     rotations = ropes.rotations(stored_positions, read_positions)      # None: every key is where it is read
@@ -70,7 +70,7 @@ class Rope:
     ) -> Rope:
         """From `rope_parameters` as transformers 5 writes them: `rope_type`, `rope_theta`, `partial_rotary_factor`, ...
 
-        `pairing` is in no configuration: the engine's code decides which two dims turn together ("half":
+        `pairing` is in no configuration: the engine's code decides which two dims are rotated together ("half":
         i and i + dims / 2; "interleaved": 2 i and 2 i + 1). Raises UnsupportedRotation.
         """
         kind = kind_of(parameters)
@@ -91,14 +91,14 @@ class Rope:
         return 2 * len(self.frequencies)
 
     def check_shift(self, total_tokens: int) -> None:
-        """Raises UnsupportedRotation if in a prompt of `total_tokens` keys would be turned by other frequencies."""
+        """Raises UnsupportedRotation if in a prompt of `total_tokens` keys would be rotated by other frequencies."""
         if self.tokens_max is not None and total_tokens > self.tokens_max:
             raise UnsupportedRotation(
                 f"{self.kind} frequencies change above {self.tokens_max} tokens; this prompt has {total_tokens}"
             )
 
     def rotation(self, stored: Positions, read: Positions) -> Rotation | None:
-        """What turns keys from the positions they were rotated at to those they are read at, token by token.
+        """The rotations of keys from the positions where they were stored to those where they are read, token by token.
 
         None if no position changes: then there is nothing to do, and every bit stays.
         """
@@ -180,7 +180,7 @@ class ModelRopes:
         return min((rope.tokens_max for rope in self.layers if rope.tokens_max is not None), default=None)
 
     def check_shift(self, total_tokens: int) -> None:
-        """Raises UnsupportedRotation if in a prompt of `total_tokens` keys would be turned by other frequencies."""
+        """Raises UnsupportedRotation if in a prompt of `total_tokens` keys would be rotated by other frequencies."""
         for rope in self._distinct:
             rope.check_shift(total_tokens)
 

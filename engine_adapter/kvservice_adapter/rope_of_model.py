@@ -114,7 +114,7 @@ def _rotary(model: Any, own: OwnFrequencies, parameters: Mapping[str, Any], *, w
 def _named_pairing(model: Any) -> tuple[str, tuple[tuple[str, float], ...]]:
     """The pairing for a layout, and a parameter that says so if it is not known.
 
-    Keys that are read where they were stored need no pairing. If they are to be turned, `pairing_of` raises.
+    Keys that are read where they were stored need no pairing. If they are to be rotated, `pairing_of` raises.
     """
     try:
         return pairing_of(model), ()

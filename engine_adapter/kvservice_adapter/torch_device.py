@@ -42,12 +42,12 @@ class TorchDevice(CpuDevice):
         else:
             np.copyto(target, source.cpu().numpy().view(target.dtype))
 
-    def turn(self, keys: Any, dtype: str, rotation: Rotation, first_token: int) -> None:
+    def rotate_bits(self, keys: Any, dtype: str, rotation: Rotation, first_token: int) -> None:
         if not isinstance(keys, torch.Tensor):
-            super().turn(keys, dtype, rotation, first_token)
+            super().rotate_bits(keys, dtype, rotation, first_token)
             return
         on_host = keys.cpu().numpy().view(f"u{keys.element_size()}").copy()
-        super().turn(on_host, dtype, rotation, first_token)
+        super().rotate_bits(on_host, dtype, rotation, first_token)
         self.copy(on_host, keys)
 
 

@@ -54,9 +54,9 @@ class CupyDevice(CpuDevice):
             target[...] = self._cupy.asarray(source)
             self._cupy.cuda.get_current_stream().synchronize()
 
-    def turn(self, keys: Any, dtype: str, rotation: Rotation, first_token: int) -> None:
+    def rotate_bits(self, keys: Any, dtype: str, rotation: Rotation, first_token: int) -> None:
         on_host = self._cupy.asnumpy(keys)
-        super().turn(on_host, dtype, rotation, first_token)
+        super().rotate_bits(on_host, dtype, rotation, first_token)
         self.copy(on_host, keys)
 
 

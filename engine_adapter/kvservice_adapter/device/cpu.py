@@ -37,7 +37,7 @@ class CpuDevice(Device):
 
     def rotate(self, keys: Any, rotation: Rotation) -> None:
         view = view_of(keys)
-        self.turn(self.bits(view), view.dtype, rotation, 0)
+        self.rotate_bits(self.bits(view), view.dtype, rotation, 0)
 
     # On a stream's thread. A device whose memory the host cannot touch has other means.
 
@@ -48,8 +48,8 @@ class CpuDevice(Device):
     def copy(self, source: _Bits, target: _Bits) -> None:
         np.copyto(target, source)
 
-    def turn(self, keys: _Bits, dtype: str, rotation: Rotation, first_token: int) -> None:
-        rotation.turn(keys, dtype, first_token)
+    def rotate_bits(self, keys: _Bits, dtype: str, rotation: Rotation, first_token: int) -> None:
+        rotation.rotate_bits(keys, dtype, first_token)
 
 
 class CpuEvent(Event):
@@ -165,7 +165,7 @@ class CpuStream(Stream):
                 tokens = piece.blocks * piece.tokens
                 if rotation is not None:
                     turned = keys[piece.page_id, :, piece.token_of_page : piece.token_of_page + tokens]
-                    self._device.turn(turned, pages.key_view.dtype, rotation, token)
+                    self._device.rotate_bits(turned, pages.key_view.dtype, rotation, token)
                 token += tokens
 
         return self.submit(work)

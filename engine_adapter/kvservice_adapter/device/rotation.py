@@ -1,4 +1,4 @@
-"""How keys are turned to other positions, as numbers that a device can use; and the turning itself, on a CPU.
+"""Rotates keys to other positions: the numbers that a device uses, and the rotation itself on a CPU.
 
 Rotary encoding turns each pair of a key's dims by an angle in proportion to the position. `rope` makes rotations
 from models; a device applies them where the keys are.
@@ -21,12 +21,12 @@ Floats = NDArray[np.float32]
 
 
 class UnsupportedRotation(ValueError):
-    """Keys cannot be turned to another position exactly. Recompute them there; the message says why."""
+    """Keys cannot be rotated to another position exactly. Recompute them there; the message says why."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stretch:
-    """Consecutive tokens that are turned, `end` excluded. `cos` and `sin` are ``[1 or token, dims / 2]``, fp32."""
+    """Consecutive tokens that are rotated, `end` excluded. `cos` and `sin` are ``[1 or token, dims / 2]``, fp32."""
 
     first: int
     end: int
@@ -45,8 +45,8 @@ class Rotation:
     """Turns the keys of one sequence in one layer. Immutable; any thread may use it.
 
     `stretches` are ascending and disjoint; tokens between them stay where they are. `pairing` says which two dims
-    turn together: "half", i and i + dims / 2, or "interleaved", 2 i and 2 i + 1. Products and sums are computed in
-    fp32 and rounded once to the keys' type; with `in_fp32` False each of them is rounded.
+    are rotated together: "half", i and i + dims / 2, or "interleaved", 2 i and 2 i + 1. Products and sums are computed
+    in fp32 and rounded once to the keys' type; with `in_fp32` False each of them is rounded.
     """
 
     stretches: tuple[Stretch, ...]
@@ -59,9 +59,9 @@ class Rotation:
         They are the sequence's tokens from its first one on. Raises UnsupportedRotation for quantized keys.
         """
         view = view_of(keys)
-        self.turn(bits_of(view), view.dtype)
+        self.rotate_bits(bits_of(view), view.dtype)
 
-    def turn(self, bits: NDArray[Any], dtype: str, first: int = 0) -> None:
+    def rotate_bits(self, bits: NDArray[Any], dtype: str, first: int = 0) -> None:
         """As `apply`, of tokens from `first` on: the elements' bits (`arrays.bits_of`) and the name of their type."""
         if dtype not in ("float32", "float16", "bfloat16"):
             raise UnsupportedRotation(f"keys of {dtype} cannot be rotated; recompute them")
@@ -71,9 +71,9 @@ class Rotation:
             stop = min(end, stretch.end)
             for begin in range(max(first, stretch.first), stop, tokens_max):
                 part_end = min(begin + tokens_max, stop)
-                self._turn(bits[..., begin - first : part_end - first, :], dtype, *stretch.part(begin, part_end))
+                self._rotate(bits[..., begin - first : part_end - first, :], dtype, *stretch.part(begin, part_end))
 
-    def _turn(self, bits: NDArray[Any], dtype: str, cos: Floats, sin: Floats) -> None:
+    def _rotate(self, bits: NDArray[Any], dtype: str, cos: Floats, sin: Floats) -> None:
         """Pairs of the first dims: (a, b) -> (a cos - b sin, b cos + a sin)."""
         half = cos.shape[-1]
         if self.pairing == "half":

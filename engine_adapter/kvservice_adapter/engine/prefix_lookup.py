@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class KeyRotations(Protocol):
-    """How a model's keys are turned to other positions: `rope.ModelRopes`."""
+    """How a model's keys are rotated to other positions: `rope.ModelRopes`."""
 
     def check_shift(self, total_tokens: int) -> None: ...
 

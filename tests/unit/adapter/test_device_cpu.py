@@ -73,7 +73,7 @@ def test_tensors_with_gradients_are_copied_as_any_others() -> None:
     assert np.all(into.view(np.float32) == 1)
 
 
-def test_turning_many_keys_starts_no_threads_beside_the_streams_own() -> None:
+def test_rotating_many_keys_starts_no_threads_beside_the_streams_own() -> None:
     stream, tokens = CpuDevice().stream("test"), 4096
     pages = pages_of(1, tokens, [0])
     assert stream.submit(lambda: None).wait(WAIT_S)

@@ -342,7 +342,7 @@ def test_a_part_of_the_sequence_is_turned_as_it_is_in_the_whole(data: st.DataObj
     rotation.apply(whole)
 
     run = view_of(part[:, cut[0] : cut[1]])
-    rotation.turn(bits_of(run), run.dtype, cut[0])
+    rotation.rotate_bits(bits_of(run), run.dtype, cut[0])
 
     assert torch.equal(part[:, cut[0] : cut[1]], whole[:, cut[0] : cut[1]])
     untouched = random_keys(len(stored))

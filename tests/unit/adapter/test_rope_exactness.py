@@ -118,7 +118,7 @@ def test_dropping_the_oldest_half_and_counting_from_0_is_dropping_it_and_countin
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_turning_twice_is_turning_once_by_the_sum(name: str) -> None:
+def test_two_rotations_equal_one_by_their_sum(name: str) -> None:
     rope = Rope.from_model(rotary_model(name))
     keys = torch.randn(2, 50, 16, generator=torch.Generator().manual_seed(0))
     places = np.arange(50)

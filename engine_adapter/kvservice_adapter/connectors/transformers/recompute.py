@@ -42,7 +42,7 @@ def replayed(
     """As `computed`, of the first `token_count` tokens of a conversation, cut where it was cut.
 
     What a cut has dropped is computed too: the rest was computed with it in sight. `ropes` is called where
-    keys are to be turned.
+    keys are to be rotated.
     """
     cache = whole_cache(model.config)
     for cut in conversation.cuts:
