@@ -117,7 +117,7 @@ CASES = {
         2, "GeneratedTokens must be a whole number, not ''",
         [AZURE, "2023-11-16 18:15:46,374,"],
     ),
-    "absurd CSV tokens": (2, "ContextTokens is beyond", [AZURE, f"2023-11-16 18:15:46,{'9' * 30},4"]),
+    "absurd CSV tokens": (2, "ContextTokens is impossibly large", [AZURE, f"2023-11-16 18:15:46,{'9' * 30},4"]),
     "an open quote": (2, "unexpected end of data", [AZURE, '"2023-11-16 18:15:46,374,44']),
     "a header alone": (None, "has no turn", [AZURE]),
     "JSON in CSV": (2, "has 5 fields and the header 3", [AZURE, TURN]),
