@@ -1,7 +1,7 @@
 """The composition root: the one module that names every concrete class and puts a daemon together.
 
-The order of opening: lock, durable index (it has the store's id), SSD files, arena, volatile
-index (it belongs to the arena), then the block table from the records of both.
+The order of opening: lock, durable index (it has the store's id), SSD files, the tiers below SSD
+and their indexes, arena, volatile index (it belongs to the arena), then the block table from the records of all.
 """
 
 from __future__ import annotations

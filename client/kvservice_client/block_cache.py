@@ -183,7 +183,7 @@ class BlockCache:
     def _save(
         self, chain: BlockChain, slices: list[list[Bytes]], durability: Durability, deadline: Deadline
     ) -> SaveResult:
-        """The chain in parts of at most as many blocks as the daemon accepts in one save."""
+        """Save one part of a chain; tried again during a short restart of the daemon."""
         order: SaveOrder | None = None
 
         def attempt() -> SaveResult:

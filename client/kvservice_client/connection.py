@@ -22,7 +22,7 @@ M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 
 _REPORTS_S = 0.5  # How long `close` waits for queued reports.
-_MAY_PASS = (DaemonUnavailable, UnknownClient, UnknownLayout)
+_RETRIED_ERRORS = (DaemonUnavailable, UnknownClient, UnknownLayout)
 
 
 class RequestContext(NamedTuple):
@@ -68,12 +68,12 @@ class Connection:
     def retried(self, attempt: Callable[[], T], deadline: Deadline) -> T:
         """The result of `attempt`, which is tried again during a short restart of the daemon."""
 
-        def repair(error: KVError) -> bool:
+        def should_retry(error: KVError) -> bool:
             if isinstance(error, UnknownLayout):
                 self._opened.clear()
-            return type(error) in _MAY_PASS
+            return type(error) in _RETRIED_ERRORS
 
-        return retry(attempt, deadline, self._reconnect_wait_s, repair)
+        return retry(attempt, deadline, self._reconnect_wait_s, should_retry)
 
     def session(self, layout: Layout, deadline: Deadline) -> RequestContext:
         """Attach and open the layout, if that is not done yet."""

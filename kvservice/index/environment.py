@@ -215,7 +215,7 @@ class Environment:
             _wake(deletes, StorageFailed(failure.message) if isinstance(failure, IndexFull) else failure)
 
     def _attempt(self, batch: list[_Change]) -> Exception | None:
-        """Commit the batch. On failure set the error on the futures; the thread continues."""
+        """Commit the batch. Returns the error if that fails: the caller sets it on the futures."""
         try:
             if self._before_commit is not None and any(change.encode is not None for change in batch):
                 self._before_commit()

@@ -122,7 +122,7 @@ class Group:
 class Batch:
     """The work of one transfer, done by the waiting thread and by helper threads, as soon as it is added.
 
-    The hand-over of each part to a thread, with a wait for it, took a third of the time of a large load.
+    The hand-over of each part to a thread, with a wait for it, takes a third of the time of a large load.
     A context manager: leaving it waits for running parts, because they use the caller's memory.
     """
 

@@ -1,6 +1,6 @@
 """The transports of one client, in the order in which they are tried: one loop of fallbacks, and one meter.
 
-A new transport is a class beside the others, and its line in `TRANSPORTS`.
+To add a transport, write a class beside the others and list it in `TRANSPORTS`.
 """
 
 from __future__ import annotations

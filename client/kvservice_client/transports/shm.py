@@ -265,7 +265,7 @@ class _Arenas:
 
 
 class _Writers:
-    """This client's writer locks: one per attachment, held until it has ended and no save writes under it.
+    """This client's writer locks: one per attachment, held until the attachment has ended and no save uses the lock.
 
     While the lock is held, the daemon does not reuse the space that the attachment had reserved, also after a restart.
     So the lock is released as soon as the attachment's end is detected, or with the last save that runs then.

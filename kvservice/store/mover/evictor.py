@@ -210,7 +210,7 @@ class Evictor:
                     log.warning("space could not be kept free in %s: %s", tier, error.message)
 
     async def _free_up(self, tier: TierName, marks: Watermarks) -> None:
-        """Evict from the low watermark up to the high one, without losing a block, because no reservation waits."""
+        """Evict from the low watermark up to the high one. No reservation waits: only the last tier loses blocks by it."""
         space = self._lifecycle.tiers[tier]
         until = marks.low
         while True:
@@ -219,7 +219,7 @@ class Evictor:
                 if missing_bytes <= 0:
                     return
                 rows = await self._choose(tier, missing_bytes)
-                if tier == self._blocks.first_tier or tier != self._blocks.last_tier:
+                if tier in (self._blocks.first_tier, *self._blocks.tiers[:-1]):
                     rows = [row for row in rows if self._blocks.has_slower_copy(row, tier)]
                 if not rows:
                     return

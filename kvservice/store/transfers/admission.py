@@ -1,6 +1,6 @@
 """Which transfers may begin, how long one may be idle, and what one message may carry: one place for all listeners.
 
-Single flight too: an object is uploaded once at a time, and saves that bring the same object queue for it.
+It also allows only one upload per object at a time, and saves of the same object queue for it.
 """
 
 from __future__ import annotations
