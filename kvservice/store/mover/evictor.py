@@ -210,7 +210,7 @@ class Evictor:
                     log.warning("space could not be kept free in %s: %s", tier, error.message)
 
     async def _free_up(self, tier: TierName, marks: Watermarks) -> None:
-        """Evict from the low watermark up to the high one. No reservation waits: only the last tier loses blocks by it."""
+        """Evict from the low watermark up to the high one. Only the last tier loses blocks by it."""
         space = self._lifecycle.tiers[tier]
         until = marks.low
         while True:

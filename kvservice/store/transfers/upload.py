@@ -295,7 +295,7 @@ class Upload:
 
     async def _reserve(self, destination: _Destination) -> None:
         if self._all.blocks.row_of(self._request.keys[destination.position], self._request.shard) != NO_ROW:
-            why = "a block of another layout is stored under this key: the root key of a chain must be made from its layout"
+            why = "a block of another layout is stored under this key: make the root key of a chain from its layout"
             self._refuse(destination, InvalidRequest(why, field="keys"))
             return
         extent: Extent | None = None
