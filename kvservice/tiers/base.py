@@ -21,7 +21,8 @@ class Tier(Protocol):
     """One storage medium: it reserves space, and stores bytes there.
 
     A tier does not know keys, recency, leases, or other tiers. ``store`` decides what to keep,
-    promote, and evict; a tier executes the decision. All calls come from one thread, except those of `DurableTier.sync`.
+    promote, and evict; a tier executes the decision. All calls come from one thread, except those of
+    `DurableTier.sync`.
     """
 
     @property
