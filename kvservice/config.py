@@ -239,7 +239,7 @@ class TierSettings(_Section):
 
 
 class IndexSettings(_Section):
-    """The index: two LMDB environments, one on disk and one in the arena's tmpfs."""
+    """The index of DRAM, in the arena's tmpfs, and that of SSD, on disk: two LMDB environments."""
 
     durable_map_bytes: Size = _setting(
         ByteSize(0),
@@ -422,6 +422,9 @@ class Settings(BaseSettings):
                     f"{name}.capacity_bytes ({capacity_bytes}) leaves nothing for blocks: "
                     f"the index takes {map_bytes} bytes of it"
                 )
+        for lower in self.tiers.below_ssd:
+            if self.lower_map_bytes(lower) < MIB:
+                raise ValueError(f"tiers.below_ssd: index_map_bytes of {lower.name} is less than 1 MiB")
         names = [tier.name for tier in self.tiers.below_ssd]
         if names and not self.ssd.capacity_bytes:
             raise ValueError("tiers.below_ssd needs an SSD tier: ssd.capacity_bytes is 0")

@@ -173,6 +173,19 @@ class TroubledDirectory(SlowDirectory):
 
         await super().write(extent, offset_bytes, data, trouble)
 
+    async def read(
+        self,
+        extent: Extent,
+        offset_bytes: int,
+        into: memoryview,
+        then: Callable[[memoryview], T] | None = None,
+        *,
+        priority: float = 0.0,
+    ) -> T | None:
+        if self._path.with_suffix(".trouble").exists():
+            raise RuntimeError("not even an error of the kinds that a tier may raise")
+        return await super().read(extent, offset_bytes, into, then, priority=priority)
+
     def sync(self) -> None:
         self._trouble("sync")
         super().sync()

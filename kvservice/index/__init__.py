@@ -1,1 +1,1 @@
-"""Which blocks are where: records in two LMDB environments. The only importer of lmdb."""
+"""Which blocks are where: records in LMDB environments. The only importer of lmdb."""

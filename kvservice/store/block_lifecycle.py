@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
 _SETTLED_WITHIN_S = 5.0
+_FLUSHED_WITHIN_S = 5.0  # Each part of a tier. A tier below SSD may hang.
 _FLUSH_ROWS = 1024  # They take a few milliseconds of the event loop.
 
 _COPIED = (
@@ -59,7 +60,7 @@ class BlockLifecycle:
         self._tasks = tasks
         self.history = history
         self._clock = clock
-        self._leaving: dict[bytes, asyncio.Future[None]] = {}  # Objects whose records are being removed.
+        self._leaving: dict[tuple[TierName, bytes], asyncio.Future[None]] = {}  # Records that are being removed.
         self._placing: dict[tuple[int, TierName], asyncio.Future[None]] = {}  # Rows whose records are being written.
 
     # About one row
@@ -97,15 +98,18 @@ class BlockLifecycle:
 
     # Placing
 
-    async def wait_record_deletes(self, object_keys: Iterable[bytes]) -> None:
+    async def wait_record_deletes(self, object_keys: Iterable[bytes], tier: TierName | None = None) -> None:
         """Wait until no record of these objects is being removed, so that a new one is not removed with it.
 
-        Raises StorageFailed if the old ones cannot be removed.
+        Without `tier` for a new object: no tier may keep a record of other bytes. With it for another copy of a stored
+        object: records that other tiers still have are of the same bytes. Raises StorageFailed if the old ones cannot
+        be removed.
         """
-        names = list(object_keys)
+        tiers = self.tiers if tier is None else (tier,)
+        records = [(each, name) for name in object_keys for each in tiers]
         try:
             async with self._clock.timeout(_SETTLED_WITHIN_S):
-                while waiting := {self._leaving[name] for name in names if name in self._leaving}:
+                while waiting := {self._leaving[record] for record in records if record in self._leaving}:
                     await asyncio.wait(waiting)
         except TimeoutError:
             raise StorageFailed("the record of an earlier copy could not be removed yet") from None
@@ -135,7 +139,7 @@ class BlockLifecycle:
                 await self._index.put(tier, [names[at] for at in late], records[late])
         except BaseException:
             # A failed or abandoned commit may have reached the disk: its record must go before reuse.
-            removal = _Removal(self._leaving, names)
+            removal = _Removal(self._leaving, [tier], names)
             work = self._remove_until_done(removal, {tier: list(extents)}, (), unread)
             self._tasks.start(work, "withdraw records")
             raise
@@ -187,7 +191,10 @@ class BlockLifecycle:
         for tier in self.tiers:
             try:
                 for start in range(0, len(used), _FLUSH_ROWS):
-                    await self._write_records(used[start : start + _FLUSH_ROWS].tolist(), tier)
+                    async with self._clock.timeout(_FLUSHED_WITHIN_S):
+                        await self._write_records(used[start : start + _FLUSH_ROWS].tolist(), tier)
+            except TimeoutError:
+                failure = failure or StorageFailed(f"the index of {tier} did not answer in {_FLUSHED_WITHIN_S:g} s")
             except KVError as error:
                 failure = failure or error  # The other tiers' records are written nevertheless.
         if failure is not None:
@@ -239,7 +246,7 @@ class BlockLifecycle:
         for part, last_copy in ((demoted, False), (last_copies, True)):
             self.history.note_rows(blocks, part, why, tier=tier, detail=policy, last_copy=last_copy)
         # Both begin before the first await, so that no task sees or cancels half of the change.
-        removals = [self._begin_removal({tier: freed}, demoted), self._begin_discard(last_copies, [tier])]
+        removals = [self._begin_removal({tier: freed}, demoted, hold=False), self._begin_discard(last_copies, [tier])]
         for removal in removals:
             await removal.recorded()
 
@@ -273,21 +280,31 @@ class BlockLifecycle:
             with contextlib.suppress(StorageFailed):  # The block is invisible already; its records are removed later.
                 await self._begin_discard([row]).recorded()
 
-    def _begin_discard(self, rows: Sequence[int], tiers: Iterable[TierName] = ()) -> _Removal:
-        """`tiers` are those that have records of the rows; if empty, any tier may have one or soon get one.
-
-        A block that nothing holds has records just where it is resident. An eviction then waits for no other tier.
-        """
+    def _begin_discard(self, rows: Sequence[int], tiers: Sequence[TierName] | None = None) -> _Removal:
+        """`tiers` are those to wait for. An eviction waits for its own tier only, as another may hang."""
+        if tiers is None:
+            tiers = [tier for tier in self.tiers if any(self._may_have_record(row, tier) for row in rows)]
         for row in rows:
             self.blocks.unlink(row)
-        return self._begin_removal({tier: [] for tier in tiers or self.tiers}, rows)
+        return self._begin_removal({tier: [] for tier in tiers}, rows)
 
-    def _begin_removal(self, freed: dict[TierName, list[Extent]], rows: Sequence[int]) -> _Removal:
-        """Remove the rows' records from the tiers named in `freed`, then release its extents."""
-        removal = _Removal(self._leaving, [self.blocks.object_key_of(row) for row in rows])
+    def _may_have_record(self, row: int, tier: TierName) -> bool:
+        """Whether the tier has a record of the row, gets one, or is about to remove one."""
+        leaving = (tier, self.blocks.object_key_of(row)) in self._leaving
+        return leaving or (row, tier) in self._placing or self.blocks.is_resident(row, tier)
+
+    def _begin_removal(
+        self, freed: dict[TierName, list[Extent]], rows: Sequence[int], *, hold: bool = True
+    ) -> _Removal:
+        """Remove the rows' records from the tiers named in `freed`, then release its extents.
+
+        Rows that have copies elsewhere are not held: those copies may be evicted meanwhile.
+        """
+        removal = _Removal(self._leaving, list(freed), [self.blocks.object_key_of(row) for row in rows])
         if rows:
-            self.hold(rows)
-            self._tasks.start(self._remove_until_done(removal, freed, rows), "remove records")
+            held = rows if hold else ()
+            self.hold(held)
+            self._tasks.start(self._remove_until_done(removal, freed, held), "remove records")
         else:
             removal.end()
         return removal
@@ -351,17 +368,25 @@ class BlockLifecycle:
 
 
 class _Removal:
-    """Marks objects as leaving, from its creation until `end`. Removals of one object run one after another."""
+    """Marks records as leaving, from its creation until `end`. Removals of one record run one after another.
 
-    def __init__(self, leaving: dict[bytes, asyncio.Future[None]], names: Sequence[bytes]) -> None:
+    Those of one object in two tiers do not wait for each other: a tier below SSD may hang.
+    """
+
+    def __init__(
+        self,
+        leaving: dict[tuple[TierName, bytes], asyncio.Future[None]],
+        tiers: Sequence[TierName],
+        names: Sequence[bytes],
+    ) -> None:
         loop = asyncio.get_running_loop()
         self.names = names
         self._failure: asyncio.Future[StorageFailed] = loop.create_future()  # The first error, if any.
         self._leaving = leaving
         self._done: asyncio.Future[None] = loop.create_future()
-        self._earlier = {leaving[name] for name in names if name in leaving}
-        for name in names:
-            leaving[name] = self._done
+        self._records = [(tier, name) for tier in tiers for name in names]
+        self._earlier = {leaving[record] for record in self._records if record in leaving}
+        leaving |= dict.fromkeys(self._records, self._done)
 
     async def earlier_ones_done(self) -> None:
         if self._earlier:
@@ -380,7 +405,7 @@ class _Removal:
             self._failure.set_result(error)
 
     def end(self) -> None:
-        for name in self.names:
-            if self._leaving.get(name) is self._done:
-                del self._leaving[name]
+        for record in self._records:
+            if self._leaving.get(record) is self._done:
+                del self._leaving[record]
         self._done.set_result(None)

@@ -113,7 +113,7 @@ class StoreFacts:
     store_id: bytes
     started_at_ms: int
     tiers: Sequence[TierFacts]
-    index_map_bytes: dict[TierName, int]  # Of DRAM's index and of SSD's, which also has the tiers below SSD.
+    index_map_bytes: dict[TierName, int]  # Of each tier's index.
     index_used_bytes: dict[TierName, int]
     blocks: int
     layouts: int

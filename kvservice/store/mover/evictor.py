@@ -70,7 +70,7 @@ class Evictor:
         self._locks = {tier: asyncio.Lock() for tier in lifecycle.tiers}
         self._waiting = dict.fromkeys(lifecycle.tiers, 0)
         self._trimming = dict.fromkeys(lifecycle.tiers, False)
-        self._taken = asyncio.Event()
+        self._taken = {tier: asyncio.Event() for tier in lifecycle.tiers}
 
     def start(self, cleaner: Cleaner | None) -> None:
         """Keep free space between the watermarks from now on. `cleaner` copies blocks out of the first tier.
@@ -78,7 +78,8 @@ class Evictor:
         Evictions from slower tiers do not wait for copies, because a slow or hanging tier below must not stop them.
         """
         self._cleaner = cleaner
-        self._tasks.start(self._keep_free(), "keep space free")
+        for tier, marks in self._watermarks.items():  # Each on its own: a tier below SSD may hang.
+            self._tasks.start(self._keep_free(tier, marks), f"keep space free in {tier}")
 
     async def reserve(self, tier: TierName, size_bytes: int, *, wait_s: float | None = None) -> Extent:
         """Reserve space in `tier`, with evictions if needed. Raises TierFull if nothing may be evicted in time.
@@ -86,7 +87,7 @@ class Evictor:
         Waiting callers are served in order; otherwise smaller blocks would starve a large one.
         """
         space = self._lifecycle.tiers[tier]
-        self._taken.set()
+        self._taken[tier].set()
         if not space.could_hold(size_bytes):
             raise TierFull(f"{size_bytes} bytes are more than the {tier} tier could ever hold in one piece", tier=tier)
         if not self._waiting[tier]:
@@ -199,15 +200,14 @@ class Evictor:
         self._victims[tier].extend(zip(*marks, strict=True))
         return True
 
-    async def _keep_free(self) -> None:
+    async def _keep_free(self, tier: TierName, marks: Watermarks) -> None:
         while True:
-            await self._taken.wait()
-            self._taken.clear()
-            for tier, marks in self._watermarks.items():
-                try:
-                    await self._free_up(tier, marks)
-                except StorageFailed as error:
-                    log.warning("space could not be kept free in %s: %s", tier, error.message)
+            await self._taken[tier].wait()
+            self._taken[tier].clear()
+            try:
+                await self._free_up(tier, marks)
+            except StorageFailed as error:
+                log.warning("space could not be kept free in %s: %s", tier, error.message)
 
     async def _free_up(self, tier: TierName, marks: Watermarks) -> None:
         """Evict from the low watermark up to the high one. Only the last tier loses blocks by it."""

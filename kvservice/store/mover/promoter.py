@@ -249,8 +249,8 @@ class Promoter:
             )
             if pending.trailer is None:
                 raise self._damaged(pending, "the trailer")
-        except KVError as error:
-            await self._fail(pending, error)
+        except Exception as error:
+            await self._fail(pending, _as_kv_error(error))
 
     async def _read_piece(self, pending: PendingPromotion, piece: image_check.ImagePiece, due_s: float) -> None:
         if pending.error is not None:
@@ -271,8 +271,8 @@ class Promoter:
                 first_layer = self._blocks.shard_of(pending.row).layer_begin
                 raise self._damaged(pending, f"layer {first_layer + damaged[0]}")
             pending.piece_verified(piece)
-        except KVError as error:
-            await self._fail(pending, error)
+        except Exception as error:
+            await self._fail(pending, _as_kv_error(error))
 
     def _damaged(self, pending: PendingPromotion, what: str) -> ChecksumMismatch:
         key = self._blocks.key_of(pending.row).hex()
@@ -291,7 +291,7 @@ class Promoter:
         placed = False
         try:
             if pending.error is None:
-                await self._lifecycle.wait_record_deletes([blocks.object_key_of(row)])
+                await self._lifecycle.wait_record_deletes([blocks.object_key_of(row)], blocks.first_tier)
                 if not blocks.live[row]:
                     raise BlockNotFound("the block was discarded while it was promoted")
                 placed = True  # `place` owns the extent from here on.
@@ -310,6 +310,11 @@ class Promoter:
             if not placed:
                 await pending.unread()
                 self._dram.release(pending.extent)
+
+
+def _as_kv_error(error: Exception) -> KVError:
+    """A tier of another kind may raise anything."""
+    return error if isinstance(error, KVError) else StorageFailed(f"{type(error).__name__}: {error}")
 
 
 def _layer_major(promotions: Sequence[PendingPromotion]) -> Iterator[tuple[PendingPromotion, image_check.ImagePiece]]:

@@ -322,7 +322,8 @@ class WriteBehind:
 
     async def _record_batch(self, batch: list[_Copied]) -> None:
         try:
-            await self._lifecycle.wait_record_deletes([self._blocks.object_key_of(copied.row) for copied in batch])
+            names = [self._blocks.object_key_of(copied.row) for copied in batch]
+            await self._lifecycle.wait_record_deletes(names, self._below)
         except Exception as error:  # Any error: the saves that wait must get it.
             self._give_up(batch, error)
             return
