@@ -194,5 +194,8 @@ class TroubledDirectory(SlowDirectory):
         file = self._path.with_suffix(".trouble")
         while file.exists() and file.read_text() == f"{call} hangs":
             time.sleep(0.01)
-        if file.exists() and file.read_text() == f"{call} fails":
+        once = file.exists() and file.read_text() == f"{call} fails once and hangs"
+        if once:
+            file.write_text(f"{call} hangs")
+        if once or (file.exists() and file.read_text() == f"{call} fails"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,9 @@ class BlockLifecycle:
         self._tasks = tasks
         self.history = history
         self._clock = clock
+        # Tiers below the second may be network file systems, which hang. Evictions from other tiers do not wait for
+        # their records, so after a crash a copy that such a tier evicted may be found again. Its bytes are the same.
+        self._may_hang = frozenset(blocks.tiers[2:])
         self._leaving: dict[tuple[TierName, bytes], asyncio.Future[None]] = {}  # Records that are being removed.
         self._placing: dict[tuple[int, TierName], asyncio.Future[None]] = {}  # Rows whose records are being written.
 
@@ -246,7 +249,10 @@ class BlockLifecycle:
         for part, last_copy in ((demoted, False), (last_copies, True)):
             self.history.note_rows(blocks, part, why, tier=tier, detail=policy, last_copy=last_copy)
         # Both begin before the first await, so that no task sees or cancels half of the change.
-        removals = [self._begin_removal({tier: freed}, demoted, hold=False), self._begin_discard(last_copies, [tier])]
+        removals = [
+            self._begin_removal({tier: freed}, demoted, hold=tier not in self._may_hang),
+            self._begin_discard(last_copies, but_for=self._may_hang - {tier}),
+        ]
         for removal in removals:
             await removal.recorded()
 
@@ -280,10 +286,11 @@ class BlockLifecycle:
             with contextlib.suppress(StorageFailed):  # The block is invisible already; its records are removed later.
                 await self._begin_discard([row]).recorded()
 
-    def _begin_discard(self, rows: Sequence[int], tiers: Sequence[TierName] | None = None) -> _Removal:
-        """`tiers` are those to wait for. An eviction waits for its own tier only, as another may hang."""
-        if tiers is None:
-            tiers = [tier for tier in self.tiers if any(self._may_have_record(row, tier) for row in rows)]
+    def _begin_discard(self, rows: Sequence[int], *, but_for: Set[TierName] = frozenset()) -> _Removal:
+        """Wait for the records of all tiers, except of those in `but_for`."""
+        tiers = [
+            tier for tier in self.tiers if tier not in but_for and any(self._may_have_record(row, tier) for row in rows)
+        ]
         for row in rows:
             self.blocks.unlink(row)
         return self._begin_removal({tier: [] for tier in tiers}, rows)
@@ -298,7 +305,7 @@ class BlockLifecycle:
     ) -> _Removal:
         """Remove the rows' records from the tiers named in `freed`, then release its extents.
 
-        Rows that have copies elsewhere are not held: those copies may be evicted meanwhile.
+        Without `hold` the rows' other copies may be evicted meanwhile.
         """
         removal = _Removal(self._leaving, list(freed), [self.blocks.object_key_of(row) for row in rows])
         if rows:

@@ -158,7 +158,9 @@ def test_a_damaged_index_of_the_third_tier_costs_that_tier_alone(daemon: DaemonP
 
 
 @pytest.mark.parametrize("archive", ["64MiB", "4MiB"])
-@pytest.mark.parametrize("trouble", ["write hangs", "sync hangs", "write fails", "sync fails"])
+@pytest.mark.parametrize(
+    "trouble", ["write hangs", "sync hangs", "write fails", "sync fails", "sync fails once and hangs"]
+)
 def test_a_third_tier_in_trouble_stops_neither_saves_nor_evictions_from_ssd(
     new_daemon: Callable[..., DaemonProcess], tmp_path: Path, trouble: str, archive: str
 ) -> None:

@@ -82,18 +82,6 @@ async def test_the_space_of_an_evicted_copy_is_free_once_its_record_is_gone_and_
     assert opened.records(tier) == {}
 
 
-async def test_an_eviction_from_one_tier_waits_for_no_removal_in_another(opened: OpenStore, client: Client) -> None:
-    keys = await stored(opened, client)
-    with opened.commits_held(TierName.SSD):
-        evicting = asyncio.create_task(opened.store.evict(CALLER, keys, TierName.SSD))
-        await until(lambda: TierName.SSD not in opened.residency(keys[0]))
-        outcome = await opened.store.evict(CALLER, keys, TierName.DRAM)
-        assert outcome.evicted == len(keys)
-        assert opened.dram.used_bytes == 0 and not evicting.done()
-    await evicting
-    assert opened.records(TierName.DRAM) == opened.records(TierName.SSD) == {}
-
-
 @pytest.mark.parametrize("tier", [TierName.DRAM, TierName.SSD])
 async def test_the_space_of_a_discarded_block_is_free_once_its_records_are_gone_and_not_before(
     opened: OpenStore, client: Client, tier: TierName
