@@ -110,7 +110,7 @@ def test_a_load_that_a_kill_cuts_off_raises_and_what_it_yielded_is_right(new_dae
     with Client(daemon.address, transport="grpc") as client:
         blocks, chain = client.open_layout(layout), new_chain(layout, 64 * layout.block_tokens)
         layers = layers_of(blocks, chain)
-        blocks.save(chain, layers)
+        blocks.save(chain, layers, timeout_s=60.0)  # 32,768 frames, on a machine that may be busy.
         load = blocks.lookup(chain).load()
         loaded = [next(load)]
         daemon.kill()
