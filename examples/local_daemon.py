@@ -103,4 +103,4 @@ class LocalDaemon:
                     if self._process.poll() is not None or time.monotonic() > give_up_s:
                         lines = "\n".join(self._log.read_text(errors="replace").strip().splitlines()[-5:])
                         raise SystemExit(f"the daemon did not start: {error.message}\n{lines}") from error
-                time.sleep(0.02)
+                time.sleep(0.02)  # The daemon reports its start to nothing that a program could wait for.

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import uvloop
 
 from kvservice import __version__, daemon, logs
-from kvservice.config import ConfigError, load_settings
+from kvservice.config import ConfigError
+from kvservice.config_sources import load_settings
 from kvservice.host_limits import raise_open_files_limit
 from kvservice.index.errors import StoreDamaged, StoreError
 from kvservice.tiers.base import StoreMismatch

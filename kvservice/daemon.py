@@ -54,7 +54,7 @@ from kvservice.tiers.arena import Arena, without_generations
 from kvservice.tiers.base import DurableTier, StoreMismatch
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.files import FileCalls, file_system_of
-from kvservice.tiers.kinds import tier_kind
+from kvservice.tiers.kinds import TierOptions, tier_kind
 from kvservice.tiers.ssd import SsdTier
 from kvservice_api.malloc import keep_large_buffers, return_free_memory
 
@@ -313,13 +313,15 @@ def _lower_tiers(
     for name, tier in lower.items():
         try:
             opened[name] = tier_kind(tier.kind)(
-                tier.path.absolute(),
-                name=name,
-                store_id=index.store_id,
-                capacity_bytes=int(tier.capacity_bytes),
-                io_threads=tier.io_threads,
-                calls=files,
-                may_create=not index.count(name),
+                TierOptions(
+                    path=tier.path.absolute(),
+                    name=name,
+                    store_id=index.store_id,
+                    capacity_bytes=int(tier.capacity_bytes),
+                    io_threads=tier.io_threads,
+                    calls=files,
+                    may_create=not index.count(name),
+                )
             )
         except (ValueError, TypeError) as error:
             if isinstance(error, StoreMismatch):

@@ -62,6 +62,6 @@ def _remove(folder: Path) -> None:
         except OSError:
             if time.monotonic() > end_s:
                 raise
-            time.sleep(0.01)
+            time.sleep(0.01)  # The kernel reports no event for it.
         else:
             return

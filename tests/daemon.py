@@ -28,7 +28,7 @@ NEVER_S = 600.0
 
 
 def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> float:
-    """Wait for a condition of another process. Returns the seconds waited."""
+    """Poll until it is true: for work of another process that reports no end. Returns the seconds waited."""
     start_s = time.monotonic()
     while not condition():
         assert time.monotonic() - start_s < timeout_s, "it did not come about"
@@ -216,14 +216,6 @@ class DaemonProcess:
     def _join_reader(self) -> None:
         if self._reader is not None:
             self._reader.join(_TIMEOUT_S)
-
-
-def eventually(condition: Callable[[], bool], within_s: float = 60.0) -> None:
-    """Poll until it is true: for background work that the daemon does not report."""
-    end_s = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < end_s, "it did not come true in time"
-        time.sleep(0.02)
 
 
 def _python_path() -> str:

@@ -28,9 +28,9 @@ def main() -> int:
 
     async def open_dying(*args: object, **options: object) -> daemon.Daemon:
         sys.addaudithook(die)
-        return await open_store(*args, **options)  # type: ignore[arg-type]
+        return await open_store(*args, **options)  # type: ignore[arg-type]  # It passes on all arguments.
 
-    daemon.Daemon.open = open_dying  # type: ignore[method-assign]
+    daemon.Daemon.open = open_dying  # type: ignore[method-assign]  # Otherwise the daemon under test is the real one.
     return __main__.main()
 
 

@@ -55,7 +55,7 @@ class FaultyFileCalls(FileCalls):
 
 def main() -> int:
     files = FaultyFileCalls(Path(os.environ.pop("TEST_FAULTS")))
-    daemon.Daemon.open = functools.partial(daemon.Daemon.open, files=files)  # type: ignore[method-assign]
+    daemon.Daemon.open = functools.partial(daemon.Daemon.open, files=files)  # type: ignore[method-assign]  # Otherwise the daemon under test is the real one.
     return __main__.main()
 
 

@@ -47,11 +47,12 @@ class FilesRun:
     def _note(self, frame: FrameType, event: str, argument: object) -> None:
         if event != "call" or (name := self._name(frame)) is None:
             return
-        root, each = "", frame
+        root = ""
+        each: FrameType | None = frame
         while each is not None and not _is_event_loop(each):
             if (file := self._name(each)) is not None:
                 root = f"{file}:{each.f_code.co_qualname}"
-            each = each.f_back  # type: ignore[assignment]
+            each = each.f_back
         self._calls.add((name, root))
 
     def _name(self, frame: FrameType) -> str | None:
@@ -121,7 +122,7 @@ def save_and_loads() -> dict[str, set[str]]:
                 chain = new_chain(SMALL)
                 layers = layers_of(SMALL, chain)
                 in_daemon.take()
-                time.sleep(_IDLE_S)
+                time.sleep(_IDLE_S)  # What runs in an idle daemon is found by its being idle.
                 idle = {root for _, root in in_daemon.take()}
                 in_client.start()
                 blocks.save(chain, layers, Durability.SSD)

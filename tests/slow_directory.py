@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from kvservice.blocks import Extent, TierName
 from kvservice.tiers.base import StoreMismatch
 from kvservice.tiers.extents import SpaceMap, extent_size, lie_within
-from kvservice.tiers.files import WRITE, FileCalls, IoPool
+from kvservice.tiers.files import WRITE, IoPool
+from kvservice.tiers.kinds import TierOptions
 from kvservice_api.errors import TierFull
 from kvservice_api.image import PAGE_BYTES
 
@@ -42,24 +43,14 @@ class SlowDirectory:
         self.refusing_because = ""
 
     @classmethod
-    def open(
-        cls,
-        path: Path,
-        *,
-        name: TierName,
-        store_id: bytes,
-        capacity_bytes: int,
-        io_threads: int,
-        calls: FileCalls,
-        may_create: bool,
-    ) -> SlowDirectory:
-        owner = path / "store_id"
-        if may_create and not owner.exists():
-            path.mkdir(parents=True, exist_ok=True)
-            owner.write_bytes(store_id)
-        if not owner.exists() or owner.read_bytes() != store_id:
-            raise StoreMismatch(f"{path} is missing or belongs to another store")
-        return cls(path, name, capacity_bytes, io_threads)
+    def open(cls, options: TierOptions) -> SlowDirectory:
+        owner = options.path / "store_id"
+        if options.may_create and not owner.exists():
+            options.path.mkdir(parents=True, exist_ok=True)
+            owner.write_bytes(options.store_id)
+        if not owner.exists() or owner.read_bytes() != options.store_id:
+            raise StoreMismatch(f"{options.path} is missing or belongs to another store")
+        return cls(options.path, options.name, options.capacity_bytes, options.io_threads)
 
     @property
     def capacity_bytes(self) -> int:

@@ -10,7 +10,7 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
-from kvservice.config import SETTINGS, Setting, default_text, environment_name
+from kvservice.config_sources import SETTINGS, Setting, default_text, environment_name
 from kvservice_api import errors
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"

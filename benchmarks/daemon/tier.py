@@ -20,7 +20,7 @@ import numpy as np
 import uvloop
 
 from kvservice.blocks import TierName
-from kvservice.config import load_settings
+from kvservice.config_sources import load_settings
 from kvservice.daemon import Daemon, tune_process
 from kvservice.store.caller import DEFAULT_TENANT, Caller
 from kvservice.store.store import BlockStore

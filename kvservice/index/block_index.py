@@ -7,9 +7,10 @@
 * volatile: beside the arena, on its tmpfs. A record of every block in DRAM. It belongs to
   the arena: if store, schema or arena are not those it was created for, it is emptied.
 
-Opening goes in two steps, because the arena needs the store's id and the volatile index the arena's::
+Opening goes in steps, because the media of the tiers need the store's id and the volatile index the arena's::
 
-    index = BlockIndex.open(store / "index", ...)     index.store_id    (opens or creates the arena)
+    index = BlockIndex.open(store / "index", ...)     index.store_id    (opens or creates the media and the arena)
+    index.open_lower({name: ...})
     index.open_volatile(arena_directory / "index", arena_id, ...)
 """
 
@@ -260,10 +261,12 @@ class BlockIndex:
 
     def _adopt_lower(self, tier: TierName, directory: Path, map_bytes: int, before_commit: Callable[[], None]) -> str:
         """Open the index of a tier below SSD as it is. Returns why it cannot be used and is not open, or ""."""
+        if not (directory / DATA_NAME).exists():
+            return "its index was removed"
         try:
             environment = Environment(directory, map_bytes=map_bytes, durable=True, before_commit=before_commit)
         except (StoreDamaged, StorageFailed) as error:
-            return error.message if isinstance(error, StorageFailed) else str(error)
+            return str(error)
         try:
             found = _read_meta(environment)
         except (StoreDamaged, StorageFailed) as error:
@@ -466,7 +469,7 @@ class BlockIndex:
 
 
 def _remove(path: Path) -> None:
-    """Remove the folder or file at the path of the volatile index. Raises StorageFailed."""
+    """Remove the folder or file at the path of an index that is to be made again. Raises StorageFailed."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -251,7 +251,7 @@ class BlockLifecycle:
         # Both begin before the first await, so that no task sees or cancels half of the change.
         removals = [
             self._begin_removal({tier: freed}, demoted, hold=tier not in self._may_hang),
-            self._begin_discard(last_copies, but_for=self._may_hang - {tier}),
+            self._begin_discard(last_copies, excluded=self._may_hang - {tier}),
         ]
         for removal in removals:
             await removal.recorded()
@@ -286,10 +286,12 @@ class BlockLifecycle:
             with contextlib.suppress(StorageFailed):  # The block is invisible already; its records are removed later.
                 await self._begin_discard([row]).recorded()
 
-    def _begin_discard(self, rows: Sequence[int], *, but_for: Set[TierName] = frozenset()) -> _Removal:
-        """Wait for the records of all tiers, except of those in `but_for`."""
+    def _begin_discard(self, rows: Sequence[int], *, excluded: Set[TierName] = frozenset()) -> _Removal:
+        """Make the rows invisible. The removal covers all tiers that may have records of them, without `excluded`."""
         tiers = [
-            tier for tier in self.tiers if tier not in but_for and any(self._may_have_record(row, tier) for row in rows)
+            tier
+            for tier in self.tiers
+            if tier not in excluded and any(self._may_have_record(row, tier) for row in rows)
         ]
         for row in rows:
             self.blocks.unlink(row)

@@ -9,12 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvservice.blocks import Extent
+from kvservice_api.errors import KVError, StorageFailed
 
 T = TypeVar("T")
 
 
 class StoreMismatch(ValueError):
     """A file belongs to another store, or is not a file of KVService. The message names it and the remedy."""
+
+
+def as_kv_error(error: Exception) -> KVError:
+    """The error itself, or StorageFailed in its place: a tier of another kind may raise anything."""
+    return error if isinstance(error, KVError) else StorageFailed(f"{type(error).__name__}: {error}")
 
 
 class Tier(Protocol):

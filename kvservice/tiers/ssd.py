@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice.blocks import Extent
+from kvservice.blocks import Extent, TierName
 from kvservice.tiers.base import StoreMismatch
 from kvservice.tiers.extents import SpaceMap, extent_size, lie_within
 from kvservice.tiers.files import WRITE, FileCalls, IoPool
@@ -38,8 +38,9 @@ assert _HEADER.size == 40
 
 
 class SsdTier:
-    def __init__(self, files: list[_File], io_threads: int) -> None:
+    def __init__(self, files: list[_File], io_threads: int, name: TierName) -> None:
         """Use `open`."""
+        self._name = name
         self._files = files
         self._pool = IoPool(io_threads)
         self._touched: set[int] = set()  # Files that were written since their last flush.
@@ -55,6 +56,7 @@ class SsdTier:
         io_threads: int,
         calls: FileCalls | None = None,
         direct: Literal["auto", "off"] = "auto",
+        name: TierName = TierName.SSD,
         creatable: Collection[int] | None = None,
     ) -> SsdTier:
         """Open the files, creating those that are missing. `capacity_bytes` is shared evenly among them.
@@ -85,7 +87,7 @@ class SsdTier:
             for file in files:
                 file.close()
             raise
-        return cls(files, io_threads)
+        return cls(files, io_threads, name)
 
     @property
     def capacity_bytes(self) -> int:
@@ -123,7 +125,9 @@ class SsdTier:
             space = self._files[number].space
             if space.largest_free_bytes >= extent_size(size_bytes):
                 return Extent(number, space.reserve(size_bytes), extent_size(size_bytes))
-        raise TierFull(f"no SSD file has a free run of {extent_size(size_bytes)} bytes", tier="ssd")
+        raise TierFull(
+            f"no file of the tier {self._name} has a free run of {extent_size(size_bytes)} bytes", tier=self._name
+        )
 
     def release(self, extent: Extent) -> None:
         self._files[extent.segment].space.release(extent.offset_bytes, extent.size_bytes)

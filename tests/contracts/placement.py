@@ -63,7 +63,7 @@ class PlacementContract:
 
     @pytest.fixture
     def make(self) -> Callable[[], Placement]:
-        raise NotImplementedError
+        raise NotImplementedError("each policy's tests override this fixture")
 
     @pytest.fixture(params=range(3))
     def mover(self, make: Callable[[], Placement], request: pytest.FixtureRequest) -> SmallMover:

@@ -146,7 +146,7 @@ def test_what_is_no_chain_is_refused(away: Client, chain: Any) -> None:
         away.session(SMALL, "chat").append,
         lambda chain: blocks.save(chain, []),
     ):
-        refused(lambda call=call: call(chain), "chain", "must be a BlockChain")  # type: ignore[misc]
+        refused(partial(call, chain), "chain", "must be a BlockChain")
 
 
 @pytest.mark.parametrize("keys", [[b"short"], ["k" * 32], [None], [bytes(33)], bytes(32), "keys", 7, None], ids=repr)

@@ -12,7 +12,7 @@ from kvservice_adapter.connectors.transformers import TransformersConnector
 from kvservice_adapter.session import Conversation
 from kvservice_api.errors import InvalidRequest
 from kvservice_client import Client, Durability
-from tests.daemon import DaemonProcess, eventually, until
+from tests.daemon import DaemonProcess, until
 from tests.forking import in_child
 from tests.unit.connector_models import BLOCK_TOKENS, computed, connector, prompt, states, tiny_llama
 
@@ -67,9 +67,9 @@ def test_the_tier_that_served_is_named(daemon: DaemonProcess) -> None:
         keys = [block.key for block in client.admin.list_blocks(layout_fingerprint=subject.layout.fingerprint)]
         assert subject.restore(tokens).tier == "dram"
 
-        eventually(lambda: client.evict(keys[:1], "dram").evicted == 1)  # Once the load has ended.
+        until(lambda: client.evict(keys[:1], "dram").evicted == 1)  # Once the load has ended.
         assert subject.restore(tokens).tier == "mixed"
-        eventually(lambda: client.evict(keys, "dram").held == 0)
+        until(lambda: client.evict(keys, "dram").held == 0)
         assert subject.restore(tokens).tier == "ssd"
 
 
@@ -107,7 +107,7 @@ def test_with_a_session_the_whole_history_comes_back_at_every_turn(daemon: Daemo
         state = client.session(subject.layout, "whole").get()
         assert (state.token_count, state.tail_tokens, state.revision) == (31, 3, 7)
         # Seven full blocks and the tail: those of earlier turns are gone.
-        eventually(lambda: sum(1 for _ in client.admin.list_blocks(None, subject.layout.fingerprint)) == 8)
+        until(lambda: sum(1 for _ in client.admin.list_blocks(None, subject.layout.fingerprint)) == 8)
 
 
 def test_the_tail_survives_the_death_of_engine_and_daemon(new_daemon: Callable[..., DaemonProcess]) -> None:

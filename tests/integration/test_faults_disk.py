@@ -13,7 +13,7 @@ import pytest
 
 from kvservice_api.errors import StorageFailed
 from kvservice_client import Client, Durability, Tier
-from tests.daemon import MIB, DaemonProcess, eventually
+from tests.daemon import MIB, DaemonProcess, until
 from tests.integration.known_blocks import LARGE, SMALL, compare, new_chain, save, tiers_of, verify
 from tests.integration.media import arena, flip_data
 
@@ -102,8 +102,8 @@ def test_a_disk_that_takes_no_writes_refuses_saves_to_ssd_until_it_does(
     assert status.counters["storage_errors"] > errors
 
     faults.clear()
-    eventually(lambda: tiers_of(client, LARGE, dram_only) == ["dram+ssd"] * 3)
-    eventually(lambda: tiers_of(client, LARGE, refused) == ["dram+ssd"] * 3)
+    until(lambda: tiers_of(client, LARGE, dram_only) == ["dram+ssd"] * 3)
+    until(lambda: tiers_of(client, LARGE, refused) == ["dram+ssd"] * 3)
     assert save(client, LARGE, new_chain(LARGE, 3), Durability.SSD).is_complete
     assert client.admin.status().ssd.refusing_because == ""
     for chain in (before, refused, dram_only):
@@ -142,7 +142,7 @@ def test_more_saves_than_dram_holds_are_refused_while_the_disk_takes_none(client
                 compare(lease, LARGE, chain)
     faults.clear()
     last = new_chain(LARGE, 8)
-    eventually(lambda: save(client, LARGE, last, Durability.SSD).is_complete)
+    until(lambda: save(client, LARGE, last, Durability.SSD).is_complete)
     verify(client, LARGE, last)
 
 
@@ -188,9 +188,9 @@ def test_a_block_damaged_in_dram_does_not_reach_the_ssd(daemon: DaemonProcess, c
         assert save(client, LARGE, chain).stored == 1
     flip_data(arena(daemon), LARGE, damaged.keys[0], random.Random(8))
     faults.clear()
-    eventually(lambda: counted(client, "quarantined_blocks") == before + 1)
+    until(lambda: counted(client, "quarantined_blocks") == before + 1)
     assert client.open_layout(LARGE).contains(damaged) == 0
-    eventually(lambda: tiers_of(client, LARGE, good) == ["dram+ssd"])
+    until(lambda: tiers_of(client, LARGE, good) == ["dram+ssd"])
     verify(client, LARGE, good)
 
 

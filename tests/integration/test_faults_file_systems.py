@@ -8,7 +8,7 @@ import pytest
 
 from kvservice_api.errors import StorageFailed
 from kvservice_client import BlockChain, Durability, KVError, Tier
-from tests.daemon import MIB, DaemonProcess, eventually
+from tests.daemon import MIB, DaemonProcess, until
 from tests.integration.known_blocks import LARGE, SMALL, new_chain, save, tiers_of, verify
 from tests.mounts import disk, fill, tmpfs
 
@@ -78,7 +78,7 @@ def test_shared_memory_that_others_fill_while_the_daemon_runs_costs_it_nothing(t
         DaemonProcess(tmp_path, dram__path=shared_memory, dram__capacity_bytes=32 * MIB) as daemon,
         daemon.client() as client,
     ):
-        eventually(lambda: client.admin.status().dram.capacity_bytes > 27 * MIB)
+        until(lambda: client.admin.status().dram.capacity_bytes > 27 * MIB)
         fill(shared_memory)
         chains = [new_chain(LARGE, 4) for _ in range(60)]
         for chain in chains:
@@ -108,7 +108,7 @@ def test_a_full_disk_refuses_what_must_be_recorded_on_it_until_there_is_space(tm
                     verify(client, SMALL, chain)
                 filler.unlink()
                 for chain in (saved[-1], in_dram):
-                    eventually(lambda chain=chain: tiers_of(client, SMALL, chain) == ["dram+ssd"] * 16)  # type: ignore[misc]
+                    until(lambda chain=chain: tiers_of(client, SMALL, chain) == ["dram+ssd"] * 16)  # type: ignore[misc]
                     client.evict(chain, Tier.DRAM)
                     verify(client, SMALL, chain)
             assert daemon.stop() == 0

@@ -12,11 +12,11 @@ from typing import Literal
 
 import pytest
 
-from kvservice.config import load_settings
+from kvservice.config_sources import load_settings
 from kvservice.daemon import Daemon
 from kvservice_client import Durability
 from tests.control_groups import memory_group
-from tests.daemon import MIB, DaemonProcess, eventually
+from tests.daemon import MIB, DaemonProcess, until
 from tests.integration.known_blocks import LARGE, new_chain, save, verify
 
 ASKED = 1024 * MIB
@@ -34,7 +34,7 @@ def test_a_memory_limit_below_the_dram_tier_makes_a_smaller_tier_which_may_be_fi
         ) as daemon,
         daemon.client(transport=transport) as client,
     ):
-        eventually(lambda: bool(client.admin.status().dram.short_because), within_s=60)  # The arena is prepared then.
+        until(lambda: bool(client.admin.status().dram.short_because), timeout_s=60.0)  # The arena is prepared then.
         status = client.admin.status()
         assert 180 * MIB < status.dram.capacity_bytes < 208 * MIB
         assert status.dram.configured_bytes > 1000 * MIB
@@ -93,7 +93,7 @@ def test_a_memory_limit_that_holds_tier_and_daemon_changes_nothing(tmp_path: Pat
         DaemonProcess(tmp_path, program=group.program(), dram__capacity_bytes=64 * MIB) as daemon,
         daemon.client() as client,
     ):
-        eventually(lambda: client.admin.status().dram.capacity_bytes == client.admin.status().dram.configured_bytes)
+        until(lambda: client.admin.status().dram.capacity_bytes == client.admin.status().dram.configured_bytes)
         assert client.admin.status().dram.short_because == ""
         assert not [line for line in daemon.log if line["level"] == "warning"]
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from kvservice.config import ConfigError, load_settings
+from kvservice.config import ConfigError
+from kvservice.config_sources import load_settings
 from kvservice_api.address import UnixAddress, parse_address
 from kvservice_api.errors import InvalidRequest
 from kvservice_client import Client

@@ -18,7 +18,7 @@ from kvservice_adapter.load import LayerLoader, LoadFailed
 from kvservice_api.errors import KVError
 from kvservice_client import BlockCache, BlockChain, Client, Layout, Lease
 from tests.contracts.device import WAIT_S
-from tests.daemon import MIB, SOON_S, DaemonProcess, eventually, until
+from tests.daemon import MIB, SOON_S, DaemonProcess, until
 from tests.integration.conversations import layers_of, new_chain
 from tests.layouts import changed
 
@@ -104,7 +104,7 @@ def test_a_load_that_is_dropped_while_it_waits_for_the_engine_ends_its_lease(cli
 
     del loader
 
-    eventually(lambda: leases(client) == 0)
+    until(lambda: leases(client) == 0)
 
 
 @pytest.mark.parametrize("way", ["killed", "hung"])

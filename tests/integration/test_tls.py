@@ -25,7 +25,7 @@ from cryptography import x509
 from kvservice_api.errors import DaemonUnavailable, TlsFileUnusable
 from kvservice_client import Client, Durability, Tier, TlsFiles
 from tests.certificates import Authority, Pair, replace
-from tests.daemon import DaemonProcess, eventually, until
+from tests.daemon import DaemonProcess, until
 from tests.integration.conversations import large_layout, layers_of, new_chain, same, small_layout
 
 KVCTL = Path(sys.executable).with_name("kvctl")
@@ -174,7 +174,7 @@ class TestRotation:
             daemon.kill()
             daemon.start()
 
-            eventually(lambda: works(client))
+            until(lambda: works(client))
 
     def test_to_unusable_files_is_refused_logged_and_counted_and_the_old_files_stay_in_use(
         self, folder: Path, authority: Authority
@@ -254,7 +254,7 @@ class TestClientCertificates:
             daemon.kill()
             daemon.start()
 
-            eventually(lambda: works(client))
+            until(lambda: works(client))
 
     def test_that_changed_serve_new_calls_while_running_ones_keep_their_connection(
         self, daemon: DaemonProcess, folder: Path, authority: Authority
@@ -267,12 +267,12 @@ class TestClientCertificates:
             (before,) = connections_to(daemon)
 
             authority.issue("client").write(folder, "client")
-            eventually(lambda: works(client) and len(connections_to(daemon)) == 2)
+            until(lambda: works(client) and len(connections_to(daemon)) == 2)
 
             assert before in connections_to(daemon)
             lease.renew()
             assert client.admin.status().clients == 1
-        eventually(lambda: not connections_to(daemon))
+        until(lambda: not connections_to(daemon))
 
     def test_that_changed_close_the_former_connection_with_the_last_call_on_it(
         self, daemon: DaemonProcess, folder: Path, authority: Authority
@@ -281,18 +281,18 @@ class TestClientCertificates:
         with daemon.client(tls=files) as other:
             blocks, chain = other.open_layout(layout), new_chain(layout, 100 * layout.block_tokens)
             blocks.save(chain, layers_of(blocks, chain))
-        eventually(lambda: not connections_to(daemon))
+        until(lambda: not connections_to(daemon))
         with daemon.client(tls=files) as client:
             scrub = client.admin.scrub(Tier.DRAM, bytes_per_second=8192)  # A minute, one block of 4 KiB after another.
             next(scrub)
             (before,) = connections_to(daemon)
             authority.issue("client").write(folder, "client")
-            eventually(lambda: works(client) and len(connections_to(daemon)) == 2)
+            until(lambda: works(client) and len(connections_to(daemon)) == 2)
             assert before in connections_to(daemon)
 
             del scrub  # Cancels it.
 
-            eventually(lambda: before not in connections_to(daemon))
+            until(lambda: before not in connections_to(daemon))
             assert works(client)
 
     def test_that_changed_leave_no_connection_behind_on_which_nothing_runs(
@@ -304,7 +304,7 @@ class TestClientCertificates:
 
             authority.issue("client").write(folder, "client")
 
-            eventually(lambda: works(client) and not {before} & connections_to(daemon))
+            until(lambda: works(client) and not {before} & connections_to(daemon))
             assert len(connections_to(daemon)) == 1
 
     def test_that_changed_and_cannot_be_used_are_passed_over(
@@ -316,7 +316,7 @@ class TestClientCertificates:
 
             replace(folder / "client.key", authority.issue().key)
 
-            eventually(lambda: works(client) and "is not the key of the TLS certificate" in caplog.text)
+            until(lambda: works(client) and "is not the key of the TLS certificate" in caplog.text)
             assert connections_to(daemon) == before
 
 

@@ -24,6 +24,7 @@ from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.mover.evictor import Evictor
 from kvservice.store.mover.write_behind import WriteBehind
 from kvservice.store.tasks import LoopBudget, Tasks, all_of
+from kvservice.tiers.base import as_kv_error
 from kvservice.tiers.dram import DramTier
 from kvservice_api.errors import BlockNotFound, ChecksumMismatch, KVError, StorageFailed, TierFull
 from kvservice_api.image import BlockGeometry, Trailer
@@ -250,7 +251,7 @@ class Promoter:
             if pending.trailer is None:
                 raise self._damaged(pending, "the trailer")
         except Exception as error:
-            await self._fail(pending, _as_kv_error(error))
+            await self._fail(pending, as_kv_error(error))
 
     async def _read_piece(self, pending: PendingPromotion, piece: image_check.ImagePiece, due_s: float) -> None:
         if pending.error is not None:
@@ -272,7 +273,7 @@ class Promoter:
                 raise self._damaged(pending, f"layer {first_layer + damaged[0]}")
             pending.piece_verified(piece)
         except Exception as error:
-            await self._fail(pending, _as_kv_error(error))
+            await self._fail(pending, as_kv_error(error))
 
     def _damaged(self, pending: PendingPromotion, what: str) -> ChecksumMismatch:
         key = self._blocks.key_of(pending.row).hex()
@@ -310,11 +311,6 @@ class Promoter:
             if not placed:
                 await pending.unread()
                 self._dram.release(pending.extent)
-
-
-def _as_kv_error(error: Exception) -> KVError:
-    """A tier of another kind may raise anything."""
-    return error if isinstance(error, KVError) else StorageFailed(f"{type(error).__name__}: {error}")
 
 
 def _layer_major(promotions: Sequence[PendingPromotion]) -> Iterator[tuple[PendingPromotion, image_check.ImagePiece]]:

@@ -23,10 +23,10 @@ from kvservice.store import image_check
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.mover.evictor import Evictor
 from kvservice.store.tasks import LoopBudget, Tasks
-from kvservice.tiers.base import DurableTier
+from kvservice.tiers.base import DurableTier, as_kv_error
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.files import WRITE
-from kvservice_api.errors import BlockNotFound, ChecksumMismatch, IndexFull, KVError, StorageFailed, TierFull
+from kvservice_api.errors import BlockNotFound, ChecksumMismatch, IndexFull, StorageFailed, TierFull
 from kvservice_api.image import BlockGeometry, Trailer
 
 log = logging.getLogger(__name__)
@@ -200,9 +200,10 @@ class WriteBehind:
                 self._evictor.trim_index(self._below)
                 again_s = _TRY_AGAIN_TRIM_S
             asyncio.get_running_loop().call_later(again_s, self._add_again, row, generation)
-        except Exception as error:  # A tier of another kind may raise anything.
-            self._counters.storage_errors += not isinstance(error, KVError) or isinstance(error, StorageFailed)
-            self._note_failure(str(error) or type(error).__name__)
+        except Exception as error:
+            failure = as_kv_error(error)
+            self._counters.storage_errors += isinstance(failure, StorageFailed)
+            self._note_failure(failure.message)
             self._add_again(row, generation)
         finally:
             self._unrecorded.release()

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kvservice.config import SETTINGS, ConfigError, Settings, environment_name, load_settings
+from kvservice.config import ConfigError, Settings
+from kvservice.config_sources import SETTINGS, environment_name, load_settings
 from kvservice.policy import POLICIES
 
 GIB = 2**30

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kvservice.config import load_settings
+from kvservice.config_sources import load_settings
 from tests.dockerfile import ROOT, let_through, stages
 
 ARGUMENTS, BUILD, IMAGE = stages()

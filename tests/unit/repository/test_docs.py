@@ -14,7 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks.policies import EXPERIMENTS
-from kvservice.config import SETTINGS, environment_name
+from kvservice.config_sources import SETTINGS, environment_name
 from kvservice.counters import HELP
 from kvservice.policy import PLACEMENTS
 from kvservice.simulate.command import simulate

@@ -10,6 +10,7 @@ import pytest
 from kvservice.blocks import TierName
 from kvservice.tiers.base import DurableTier
 from kvservice.tiers.files import FileCalls
+from kvservice.tiers.kinds import TierOptions
 from tests.contracts.tier import MIB, TierContract
 from tests.slow_directory import SlowDirectory
 
@@ -18,13 +19,15 @@ class TestSlowDirectory(TierContract):
     @pytest.fixture
     def tier(self, tmp_path: Path) -> Iterator[DurableTier]:
         tier = SlowDirectory.open(
-            tmp_path,
-            name=TierName("slow"),
-            store_id=bytes(16),
-            capacity_bytes=16 * MIB,
-            io_threads=4,
-            calls=FileCalls(),
-            may_create=True,
+            TierOptions(
+                path=tmp_path,
+                name=TierName("slow"),
+                store_id=bytes(16),
+                capacity_bytes=16 * MIB,
+                io_threads=4,
+                calls=FileCalls(),
+                may_create=True,
+            )
         )
         yield tier
         tier.close()
