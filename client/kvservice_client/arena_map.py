@@ -145,7 +145,8 @@ class WriterLock:
 
     def release(self) -> None:
         """Release the lock: this client writes no more, and the daemon reuses its reservations. No effect in a
-        child."""
+        child.
+        """
         if self._fd is None:
             return
         with suppress(OSError):  # The arena and its folder may have been removed.

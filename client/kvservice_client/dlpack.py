@@ -60,7 +60,8 @@ _capsule_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
 
 class ExportedMemory(NamedTuple):
     """Memory that an array exports, valid while `capsule` is kept. The capsule is never marked as consumed, so its own
-    destructor returns the array's reference."""
+    destructor returns the array's reference.
+    """
 
     address: int
     shape: tuple[int, ...]

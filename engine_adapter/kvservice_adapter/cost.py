@@ -53,7 +53,8 @@ class Rates:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, memory_s: float = _MEMORY_S) -> None:
         """After `memory_s` without a load, loads are measured again. Otherwise a transport that was slow once would
-        never be tried again."""
+        never be tried again.
+        """
         self._clock = clock
         self._memory_s = memory_s
         self._lock = threading.Lock()

@@ -35,7 +35,8 @@ class Fit:
 
     def __init__(self, fixed_s_max: float = 0.0) -> None:
         """`fixed_s_max`: while the observations do not separate the terms, up to this part of the shortest
-        duration, and at most half of it, is attributed to the second term, which must be the constant 1."""
+        duration, and at most half of it, is attributed to the second term, which must be the constant 1.
+        """
         self._fixed_s_max = fixed_s_max
         self._kept: dict[tuple[int, ...], deque[_Observation]] = {}
         self._recent: deque[_Observation] = deque(maxlen=_RECENT)
@@ -117,7 +118,8 @@ def _not_negative(rows: Array, measured: Array, weights: Array, terms_max: int) 
 
 def _solved(equations: list[list[float]]) -> list[float] | None:
     """Gauss-Jordan for a small positive definite matrix, the right side as its last column. None if it has
-    no unique solution."""
+    no unique solution.
+    """
     diagonals = [equation[row] for row, equation in enumerate(equations)]
     for pivot, equation in enumerate(equations):
         diagonal = equation[pivot]

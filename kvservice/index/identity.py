@@ -90,7 +90,8 @@ def clear_blank(path: Path) -> None:
 
 def check_identity(directory: Path, store_id: bytes, *, note: bool) -> None:
     """Compare the index's store with that of the folder. With `note`, write it if there is none. Raises
-    StoreDamaged."""
+    StoreDamaged.
+    """
     store = directory.parent
     try:
         found = read_identity(store)

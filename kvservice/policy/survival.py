@@ -58,7 +58,8 @@ class Survival:
 
     def __init__(self, classes: int, prior: Floats, memory: float = 4096.0) -> None:
         """`prior` is the hazard before the first event, in events per second, one value per bin. Events fade
-        exponentially: one that is `memory` events old counts 1/e."""
+        exponentially: one that is `memory` events old counts 1/e.
+        """
         self._prior = prior
         self._memory = memory
         self._events = np.zeros((classes, BIN_COUNT))

@@ -44,7 +44,8 @@ _ON_SSD: Mapping[int, bool] = {
 class BlockService:
     def __init__(self, store: BlockStore, *, version: str, residency_directory: Callable[[], str]) -> None:
         """`residency_directory` returns the path of the file that clients on this host may read; empty if there is
-        none."""
+        none.
+        """
         self._store = store
         self._callers = Callers(store)
         self._version = version

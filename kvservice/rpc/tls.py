@@ -34,7 +34,8 @@ Stamps = tuple[object, ...]
 @dataclass(frozen=True, slots=True)
 class Identity:
     """The files' contents at one time, tested by a handshake. PEM; `client_ca` is empty if clients need no
-    certificate."""
+    certificate.
+    """
 
     certificate: bytes
     key: bytes

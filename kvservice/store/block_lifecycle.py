@@ -403,7 +403,8 @@ class _Removal:
 
     async def recorded(self) -> None:
         """Wait until the records are deleted. Raises StorageFailed at the first failure; the removal is then
-        retried."""
+        retried.
+        """
         ends: list[asyncio.Future[Any]] = [self._done, self._failure]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if self._failure.done():

@@ -175,7 +175,8 @@ class Leases:
 
     def expire(self) -> bool:
         """End leases whose time is over, as many as fit into one iteration of the event loop. Returns whether some are
-        left."""
+        left.
+        """
         now_s = self._clock.monotonic_s()
         over: dict[int, Lease] = {}  # A renewed lease may have two entries.
         while self._by_end and self._by_end[0][0] <= now_s and len(over) < _LEASES_A_TURN:

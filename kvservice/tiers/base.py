@@ -60,7 +60,8 @@ class Tier(Protocol):
 
     def adopt(self, segments: NDArray[np.generic], offsets: NDArray[np.generic], sizes: NDArray[np.generic]) -> None:
         """Mark the extents of an earlier start as used: all in one call, before any other. Raises ValueError on
-        overlap."""
+        overlap.
+        """
 
     async def write(
         self, extent: Extent, offset_bytes: int, data: memoryview, first: Callable[[memoryview], object] | None = None

@@ -51,7 +51,8 @@ class DramTier:
     @property
     def configured_bytes(self) -> int:
         """Bytes that extents may take once the whole arena is prepared, without the limits that make the tier
-        smaller."""
+        smaller.
+        """
         return self.arena.capacity_bytes
 
     @property

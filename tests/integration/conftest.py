@@ -28,7 +28,8 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
 @pytest.fixture
 def wire(daemon: DaemonProcess, request: pytest.FixtureRequest) -> Iterator[Wire]:
     """A client of the file's daemon, without the library. In a file with a `SERVICE` each test calls the RPC in its
-    name."""
+    name.
+    """
     with Wire(daemon.address) as wire:
         wire.attach()
         wire.open_layout(SMALL)

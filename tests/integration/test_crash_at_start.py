@@ -16,7 +16,8 @@ _EVENTS_MAX = 400
 
 def deaths(daemon: DaemonProcess, *, first: int, step: int) -> int:
     """Start the daemon repeatedly, with a kill a little later each time, until it serves. Returns the number of
-    kills."""
+    kills.
+    """
     for died, dies_at in enumerate(range(first, _EVENTS_MAX, step)):
         daemon.launch(environment={"TEST_DIES_AT": str(dies_at)})
         if daemon.serves():

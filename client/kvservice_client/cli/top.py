@@ -101,7 +101,8 @@ def _views(client: Client, interval_s: float, count: int) -> Iterator[StatusDelt
 
 def _watch(client: Client, address: str, interval_s: float, count: int) -> None:
     """On a terminal the samples replace each other, also over a restart of the daemon. Elsewhere only the last is
-    shown."""
+    shown.
+    """
     with Live(console=output.console(), auto_refresh=False, transient=False) as live:
         shown = 0
         while not count or shown < count:

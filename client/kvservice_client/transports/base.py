@@ -131,7 +131,8 @@ class Transport(ABC):
     @abstractmethod
     def check_offered(self, deadline: Deadline) -> None:
         """Raises NotShared unless client and daemon both offer this transport. May call the daemon for its
-        capabilities."""
+        capabilities.
+        """
 
     @abstractmethod
     def load(self, order: LoadOrder, deadline: Deadline) -> Generator[Bytes, None, None]:

@@ -60,7 +60,8 @@ def copy_runs_and_sum(source: Bytes, runs: Sequence[tuple[int, int]], target: By
 
 def _copy_in_pieces(source: Bytes, target: Bytes, digest: xxhash.xxh3_64, *, summed: Bytes) -> None:
     """Add each piece of `summed` (`source` or `target`) to the digest right after its copy, while it is in the
-    cache."""
+    cache.
+    """
     by_words = _copies_by_words(source, target)
     for start in range(0, len(source), PIECE_BYTES):
         piece = slice(start, start + PIECE_BYTES)

@@ -1,5 +1,6 @@
 """Where an array of any library has its elements: NumPy's, what gives DLPack (torch, CuPy, JAX), and what has a
-`__cuda_array_interface__`. None of these libraries is imported but NumPy."""
+`__cuda_array_interface__`. None of these libraries is imported but NumPy.
+"""
 
 from __future__ import annotations
 

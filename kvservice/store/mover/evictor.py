@@ -105,7 +105,8 @@ class Evictor:
 
     def trim_index(self, tier: TierName) -> None:
         """Begin to evict a small part of a tier whose index is full: there the number of blocks counts, not their
-        size."""
+        size.
+        """
         if not self._trimming[tier]:
             self._trimming[tier] = True
             self._tasks.start(self._trim(tier), "free space in an index")
@@ -154,7 +155,8 @@ class Evictor:
 
     async def _choose(self, tier: TierName, size_bytes: int) -> list[int]:
         """Rows to evict, of `size_bytes` in total, or fewer: at most as many as fit into one iteration of the event
-        loop."""
+        loop.
+        """
         blocks, queue = self._blocks, self._victims[tier]
         chosen: dict[int, None] = {}
         chosen_bytes = 0

@@ -268,7 +268,8 @@ class Sessions:
 
     async def _put(self, name: Name, after: Manifest) -> None:
         """Disk first, then memory. Blocks that `after` names count as named from now on, so that they are not
-        dropped."""
+        dropped.
+        """
         before, named = self._manifests.get(name), self._partial_keys(after)
         self._named.update(named)
         is_new = self._current(name) is None

@@ -250,7 +250,8 @@ class _Read:
 
     async def _yield_to_loop(self, count: int) -> None:
         """Yield to the event loop regularly, because a load may have thousands of blocks, and there may be many
-        loads."""
+        loads.
+        """
         if count % _ROWS_A_TURN == 0:
             await self._reads.loop_budget.slot()
 
@@ -396,7 +397,8 @@ async def _gather(work: Callable[[_Source], Awaitable[T]], sources: Sequence[_So
 
 class _ScratchBudget:
     """The bound of all loads' memory for blocks that are read from SSD while DRAM is full, because clients may be
-    slow."""
+    slow.
+    """
 
     def __init__(self, clock: Clock, limit_bytes: int, wait_s: float) -> None:
         self._clock = clock
@@ -407,7 +409,8 @@ class _ScratchBudget:
 
     async def take(self, size_bytes: int) -> None:
         """Wait for a share. A load that needs more than the bound gets it when no other load has a share. Raises
-        Overloaded."""
+        Overloaded.
+        """
         if not size_bytes:
             return
         try:

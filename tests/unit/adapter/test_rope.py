@@ -170,7 +170,8 @@ class TestDynamic:
 
     def test_up_to_that_length_the_model_uses_its_first_frequencies_also_after_longer_prompts(self) -> None:
         """A longer prompt changes them; the first shorter prompt restores them, one of the context's length does
-        not."""
+        not.
+        """
         model = rotary_model("llama, dynamic")
         rope = Rope.from_model(model)
         assert rope.tokens_max is not None

@@ -101,7 +101,8 @@ def files_of(folder: str) -> Iterator[Path]:
 
 def texts_of(file: Path) -> Iterator[tuple[int, str]]:
     """Line numbers and text. Of Python: comments, strings, and names of functions and classes; of protocol files: the
-    comments; of other files: everything."""
+    comments; of other files: everything.
+    """
     text = file.read_text()
     if file.suffix == ".py":
         before = ""

@@ -25,7 +25,8 @@ from kvservice_adapter.connectors.transformers.history import History, Tensors, 
 
 class WholeLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library's own class hook has no types.
     """A layer that keeps all tokens, with sliding-window attention too: there the mask excludes what is before
-    the window, where a layer of the library's own drops it."""
+    the window, where a layer of the library's own drops it.
+    """
 
     def __init__(self, is_sliding: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # Nor has its `__init__`.

@@ -46,7 +46,8 @@ class Restored:
     @property
     def loaded_tokens(self) -> int:
         """Of `tokens`, those that are loaded from the daemon: without a mixed plan's head. 0 after all was
-        recomputed."""
+        recomputed.
+        """
         if self.error is not None or self.plan is None:
             return 0
         return self.tokens - (self.plan.compute_tokens if self.plan.kind is Kind.MIXED else 0)

@@ -262,7 +262,8 @@ class ForwardSaver:
 
     def _is_placed_as_expected(self, forward: Forward, rows: int, first: int, end: int) -> bool:
         """Whether tokens are placed as the history's are: each row after its padding, one position after another, and
-        hidden where they were hidden before. Records which of the forward's tokens are hidden. Reads the mask once."""
+        hidden where they were hidden before. Records which of the forward's tokens are hidden. Reads the mask once.
+        """
         mask, positions = forward.attention_mask, forward.position_ids
         if mask is not None and not _is_2d(mask, rows, end):
             return False

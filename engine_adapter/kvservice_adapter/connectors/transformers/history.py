@@ -40,7 +40,8 @@ def empty_buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device)
 
 def grown(states: torch.Tensor, columns: int, columns_needed: int) -> torch.Tensor:
     """The first columns of ``[row, head, column, dim]`` in a buffer with `columns_needed` columns, and some spare
-    ones."""
+    ones.
+    """
     rows, heads, _, dim = states.shape
     buffer = empty_buffer((rows, heads, columns_needed + room(columns_needed), dim), states.dtype, states.device)
     buffer[..., :columns, :].copy_(states[..., :columns, :])
@@ -142,7 +143,8 @@ class History:
 
     def layer(self, index: int) -> Tensors:
         """A layer's buffers; the history is their first `columns` columns. Waits for a bounded time; raises no
-        KVError."""
+        KVError.
+        """
         raise AssertionError("there is nothing to wait for")
 
     def raw_keys(self, index: int) -> torch.Tensor | None:
@@ -257,7 +259,8 @@ class LoadedHistory(History):
 
     def _compute(self, index: int) -> None:
         """Recompute all layers from this one on, into other memory, because a late load may still write into the
-        buffers."""
+        buffers.
+        """
         why = self.error.reason if isinstance(self.error, KVError) else type(self.error).__name__
         self._lines.warning(
             "the history is computed from layer %d on, not loaded: %s: %s", index, why, self.error, kind=str(why)

@@ -27,7 +27,8 @@ class MaskRecord:
 
     def visible(self, columns: int) -> NDArray[np.bool_]:
         """The mask of the first `columns` columns, valid until the next change. Columns that no mask named count as
-        visible."""
+        visible.
+        """
         if columns > self.columns:
             self.extend(self.after_padding(self.columns, columns))
         return self._buffer[:, :columns]

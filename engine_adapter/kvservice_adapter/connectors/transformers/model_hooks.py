@@ -1,5 +1,6 @@
 """Reports each forward of a model to the cache it is given: which tokens it adds, when it begins, and when it has
-ended."""
+ended.
+"""
 
 from __future__ import annotations
 
