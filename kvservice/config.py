@@ -202,14 +202,21 @@ class LowerTier(_Section):
             raise ValueError(f"free_low ({self.free_low}) is above free_high ({self.free_high})")
 
 
-def _from_json(value: object) -> object:
-    return json.loads(value) if isinstance(value, str) else value
+def _tiers_from_json(value: object) -> object:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"this is not JSON: {error}") from error
+    if not isinstance(value, list | tuple):
+        raise ValueError("give a list of tiers, in TOML as [[tiers.below_ssd]]")
+    return value
 
 
 class TierSettings(_Section):
     """Tiers below SSD, for slower and larger media."""
 
-    below_ssd: Annotated[tuple[LowerTier, ...], BeforeValidator(_from_json)] = _setting(
+    below_ssd: Annotated[tuple[LowerTier, ...], BeforeValidator(_tiers_from_json)] = _setting(
         (),
         "Tiers from the fastest to the slowest. Each has a `name`, a `path`, `capacity_bytes`, and may have a `kind` "
         "(`file`: one preallocated file; or `module:Class`), `io_threads`, `free_low`, `free_high`, and "

@@ -327,7 +327,7 @@ def _lower_tiers(
             if isinstance(error, StoreMismatch):
                 folder = index.lower_directory(name)
                 raise StoreMismatch(f"{error}. To drop the blocks of this tier, remove the folder {folder}") from error
-            raise ConfigError(f"tiers.below_ssd: the tier {name}: {error}") from error
+            raise ConfigError(f"tiers.below_ssd: the tier {name} of the kind {tier.kind!r}: {error}") from error
         opening.callback(opened[name].close)
     return opened
 

@@ -258,7 +258,9 @@ def test_operators_see_the_third_tier(
 @pytest.mark.parametrize(
     ("below", "what"),
     [
-        ("not json", "tiers.below_ssd"),
+        ("not json", "this is not JSON"),
+        ("{}", "give a list of tiers"),
+        ('[{"name": "a", "path": "/x", "capacity_bytes": "1GiB", "kind": "pathlib:Path"}]', "'pathlib:Path'"),
         ('[{"name": "Archive", "path": "/x", "capacity_bytes": "1GiB"}]', "pattern"),
         ('[{"name": "ssd", "path": "/x", "capacity_bytes": "1GiB"}]', "its own name"),
         ('[{"name": "a", "path": "/x"}]', "capacity_bytes"),
