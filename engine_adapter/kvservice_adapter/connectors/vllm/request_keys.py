@@ -1,7 +1,7 @@
 """The keys of a vLLM request's blocks, and which requests have none.
 
-Keys follow from token ids alone, whatever hash vLLM uses, and from what else changes a token's KV: the LoRA adapter, the
-images whose placeholders are in a block, and vLLM's `cache_salt`.
+Keys follow from token ids alone, whatever hash vLLM uses, and from what else changes a token's KV: the LoRA adapter,
+the images whose placeholders are in a block, and vLLM's `cache_salt`.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def salt_of(request: Any, generation: int) -> bytes:
 def extra_of_block(request: Any, block_tokens: int) -> Callable[[int], bytes] | None:
     """The `extra_identity` of each block of a request; None if no block has one.
 
-    An adapter is its name and its path. An image is its hash and where its placeholder begins, relative to the block: it
-    belongs to each block that has a part of it.
+    An adapter is its name and its path. An image is its hash and where its placeholder begins, relative to the block.
+    It belongs to each block that has a part of it.
     """
     lora = request.lora_request
     adapter = f"{lora.lora_name}\0{lora.lora_path}" if lora is not None else ""
