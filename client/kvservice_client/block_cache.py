@@ -19,6 +19,7 @@ from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection, RequestContext
 from kvservice_client.lease import TRANSFER_BYTES_PER_S_MIN, Lease
 from kvservice_client.local_directory import LocalHit
+from kvservice_client.pending_lookup import LookupOrder, PendingLookup
 from kvservice_client.retry import Deadline
 from kvservice_client.transports.base import Durability, SaveOrder, SaveResult
 from kvservice_client.transports.ordered import OrderedTransports
@@ -73,6 +74,17 @@ class BlockCache:
         deadline = self._connection.deadline(timeout_s)
         return self._connection.retried(lambda: self._look_up_locally(chain, deadline), deadline)
 
+    def peek(self, chain: BlockChain) -> LocalHit | None:
+        """As `lookup_local`, and never waits: makes no call and no attempt to attach on the caller's thread.
+
+        None also if this client is not attached, or has not opened the layout since the daemon's start. That then
+        begins in the background, so a later peek can have an answer. An answer does not say that the daemon responds:
+        the directory of a process that is stopped stays readable.
+        """
+        arguments.chain(chain)
+        session = self._connection.known_session(self.layout)
+        return None if session is None else self._read_directory(chain, session)
+
     def lookup(
         self, chain: BlockChain, lease_ttl_s: float = 30.0, timeout_s: float | None = None, *, request_id: str = ""
     ) -> Lease:
@@ -104,6 +116,35 @@ class BlockCache:
             )
 
         return self._connection.retried(attempt, deadline)
+
+    def begin_lookup(
+        self,
+        chain: BlockChain,
+        lease_ttl_s: float = 30.0,
+        timeout_s: float | None = None,
+        *,
+        request_id: str = "",
+        adoptions: int = 0,
+        ticket_ttl_s: float = 30.0,
+    ) -> PendingLookup:
+        """Begin what `lookup` does on a thread of the client, and return at once, also if the daemon does not answer.
+
+        With `adoptions`, a hit is also exported as a ticket, as by ``lease.export(ticket_ttl_s, adoptions)``. At most
+        four lookups of a client run at a time; others are queued. `timeout_s`, by default the client's, counts from
+        this call, for lookup and export together. Raises InvalidRequest for wrong arguments; `PendingLookup.poll`
+        raises the other errors.
+        """
+        arguments.chain(chain)
+        _ttl_ms(lease_ttl_s)
+        arguments.request_id(request_id)
+        adoptions = arguments.whole(adoptions, "adoptions")
+        if not arguments.seconds(ticket_ttl_s, "ticket_ttl_s"):
+            raise InvalidRequest("ticket_ttl_s is 0; a ticket must last for some time", field="ticket_ttl_s")
+        order = LookupOrder(chain, lease_ttl_s, request_id, adoptions, ticket_ttl_s)
+        connection = self._connection
+        pending = PendingLookup(self, connection.background, order, connection.deadline(timeout_s))
+        pending.begin()
+        return pending
 
     def adopt(
         self, ticket: bytes, shard: Shard | None = None, lease_ttl_s: float = 30.0, timeout_s: float | None = None
@@ -250,9 +291,11 @@ class BlockCache:
         return Slices.of(self.layout, self.shard, layer, token_counts)
 
     def _look_up_locally(self, chain: BlockChain, deadline: Deadline) -> LocalHit | None:
-        connection = self._connection
-        attachment, limits = connection.session(self.layout, deadline)
-        return connection.local_directory.look_up(
+        return self._read_directory(chain, self._connection.session(self.layout, deadline))
+
+    def _read_directory(self, chain: BlockChain, session: RequestContext) -> LocalHit | None:
+        attachment, limits = session
+        return self._connection.local_directory.look_up(
             limits.residency_directory,
             limits.store_id,
             attachment.boot_epoch,
