@@ -22,6 +22,7 @@ from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.index.records import Records, new_records
 from kvservice.store.miss_reasons import MissReasons, Reason
+from kvservice.store.tails import Tails
 from kvservice.store.tasks import Tasks
 from kvservice.tiers.base import Tier
 from kvservice_api.errors import KVError, StorageFailed
@@ -60,6 +61,7 @@ class BlockLifecycle:
         self._tasks = tasks
         self.history = history
         self._clock = clock
+        self.tails = Tails(blocks, index.layouts)
         # Tiers below the second may be network file systems, which hang. Evictions from other tiers do not wait for
         # their records, so after a crash a copy that such a tier evicted may be found again. Its bytes are the same.
         self._may_hang = frozenset(blocks.tiers[2:])
@@ -182,6 +184,7 @@ class BlockLifecycle:
             await self.place(rows, self.blocks.first_tier, extents)
             for row in rows:
                 self.blocks.link(row)
+            self.tails.add(rows)
         finally:
             self.unhold(rows)  # Frees the rows that were not linked.
 
@@ -295,6 +298,7 @@ class BlockLifecycle:
         ]
         for row in rows:
             self.blocks.unlink(row)
+        self.tails.remove(rows)
         return self._begin_removal({tier: [] for tier in tiers}, rows)
 
     def _may_have_record(self, row: int, tier: TierName) -> bool:
