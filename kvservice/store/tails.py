@@ -1,8 +1,8 @@
 """The partial blocks that continue a block, or the root of a chain: with them a lookup finds the end of a history.
 
-A lookup by keys finds the whole blocks of a conversation that has gone on, but not its last block: the key of a partial
-block depends on how many tokens there were when it was saved. Nothing here is recorded: at start it is made from the
-block table.
+A lookup by keys finds the whole blocks of a conversation that was continued, but not its last block: the key of a
+partial block depends on how many tokens there were when it was saved. Nothing here is recorded: at start it is made
+from the block table.
 """
 
 from __future__ import annotations
