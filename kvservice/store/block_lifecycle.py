@@ -16,13 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from kvservice.blocks import BlockTable, Extent, Rows, TierName
+from kvservice.blocks import BlockTable, Extent, Rows, Tails, TierName
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.index.records import Records, new_records
 from kvservice.store.miss_reasons import MissReasons, Reason
-from kvservice.store.tails import Tails
 from kvservice.store.tasks import Tasks
 from kvservice.tiers.base import Tier
 from kvservice_api.errors import KVError, StorageFailed

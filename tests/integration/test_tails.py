@@ -25,7 +25,8 @@ def client(daemon: DaemonProcess, request: pytest.FixtureRequest) -> Iterator[Cl
 
 def some_tokens(count: int) -> list[int]:
     """Tokens with which no other history begins."""
-    return np.random.default_rng(next(_seeds)).integers(0, 50_000, count).tolist()
+    tokens: list[int] = np.random.default_rng(next(_seeds)).integers(0, 50_000, count).tolist()
+    return tokens
 
 
 def history(tokens: Sequence[int], salt: bytes = b"") -> BlockChain:
