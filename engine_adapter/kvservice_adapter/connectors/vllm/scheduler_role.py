@@ -70,6 +70,11 @@ class SchedulerRole:
         """vLLM's KV cache manager, which knows the pages of each request."""
         self._manager = manager
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether lookups can be answered without a call. False until the daemon has answered for the first time."""
+        return self._blocks.peek(ChainBuilder(self.layout).chain) is not None
+
     # Requests
 
     def on_new(self, request: Any) -> None:
