@@ -31,6 +31,7 @@ from kvservice_client.tls import TlsFiles
 from kvservice_client.transports.base import Durability, SaveResult
 from kvservice_client.transports.in_place import View
 from kvservice_client.transports.ordered import Stats, TransportStats
+from kvservice_client.transports.reservation import Reservation
 
 __all__ = [
     "DEFAULT_ADDRESS",
@@ -50,6 +51,7 @@ __all__ = [
     "Outcome",
     "PrefetchResult",
     "RequestReport",
+    "Reservation",
     "ResidencyRun",
     "Rotary",
     "SaveResult",
