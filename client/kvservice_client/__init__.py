@@ -17,7 +17,7 @@ can go wrong is a ``KVError``, and means: recompute.
 """
 
 from kvservice_api.errors import KVError
-from kvservice_api.keys import BlockChain, block_chain
+from kvservice_api.keys import BlockChain, ChainBuilder, block_chain
 from kvservice_api.layout import LayerGroup, Layout, Rotary, Shard
 from kvservice_client.admin import Admin, Tier
 from kvservice_client.block_cache import BlockCache
@@ -37,6 +37,7 @@ __all__ = [
     "Admin",
     "BlockCache",
     "BlockChain",
+    "ChainBuilder",
     "Client",
     "Clock",
     "Durability",

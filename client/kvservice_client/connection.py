@@ -15,7 +15,7 @@ from kvservice_client.attach_stream import Attachment, AttachStream
 from kvservice_client.channel import BLOCKS, Channel
 from kvservice_client.local_directory import LocalDirectory
 from kvservice_client.reports import Reporter
-from kvservice_client.retry import SYSTEM_CLOCK, Clock, Deadline, retry
+from kvservice_client.retry import SYSTEM_CLOCK, Clock, Deadline, TransferDeadline, Watchdog, retry
 from kvservice_client.tls import TlsFiles
 
 M = TypeVar("M", bound=Message)
@@ -52,6 +52,7 @@ class Connection:
         self.attach_stream = AttachStream(self.channel, name, clock)
         self.reporter = Reporter(self.channel, name, clock)
         self.local_directory = LocalDirectory()
+        self._watchdog = Watchdog(clock)
         self.timeout_s = timeout_s
         self._reconnect_wait_s = reconnect_wait_s
         self._limits: pb.GetCapabilitiesResponse | None = None
@@ -60,6 +61,9 @@ class Connection:
 
     def deadline(self, timeout_s: float | None) -> Deadline:
         return Deadline(self.timeout_s if timeout_s is None else timeout_s, self.clock)
+
+    def transfer_deadline(self, timeout_s: float, *, per_layer: bool) -> TransferDeadline:
+        return TransferDeadline(timeout_s, self.clock, self._watchdog if per_layer else None)
 
     def ask(self, method: str, request: Message, answer: type[M], deadline: Deadline) -> M:
         """One call that may run twice; it is tried again while the daemon restarts."""

@@ -19,7 +19,7 @@ from kvservice_client import forks
 from kvservice_client.buffers import Bytes
 from kvservice_client.connection import Connection
 from kvservice_client.rate_limited_log import RateLimitedLog
-from kvservice_client.retry import Deadline
+from kvservice_client.retry import Deadline, TransferDeadline
 from kvservice_client.transports.base import LoadOrder, NotCarried, SaveOrder, SaveResult, Transport
 from kvservice_client.transports.grpc import GrpcTransport
 from kvservice_client.transports.in_place import InPlaceMismatch, InPlaceReader, Verify, View
@@ -172,7 +172,7 @@ class OrderedTransports:
             return result
         raise AssertionError("the last transport carries every order")
 
-    def view(self, order: LoadOrder, deadline: Deadline, verify: Verify) -> View:
+    def view(self, order: LoadOrder, deadline: TransferDeadline, verify: Verify) -> View:
         """The blocks in place, without a copy, by the first transport that supports it. Raises NotShared.
 
         "once": the daemon verifies bytes that it has not verified since its start. "always": the view verifies each

@@ -29,7 +29,7 @@ from kvservice_client.arena_map import ArenaMap, WriterLock
 from kvservice_client.buffers import Bytes
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection
-from kvservice_client.retry import Deadline
+from kvservice_client.retry import Deadline, TransferDeadline
 from kvservice_client.transports.base import LoadOrder, SaveOrder, SaveResult, Transport
 from kvservice_client.transports.copying import Batch, Copiers, Group, copy_and_sum, copy_runs_and_sum, sum_and_copy
 from kvservice_client.transports.grpc import save_header, save_result
@@ -86,12 +86,14 @@ class ShmTransport(Transport):
                 raise
 
     def view(
-        self, order: LoadOrder, deadline: Deadline, have_verified: Callable[[int, int], None] | None = None
+        self, order: LoadOrder, deadline: TransferDeadline, have_verified: Callable[[int, int], None] | None = None
     ) -> View:
-        with self._located(order, deadline, verify=have_verified is None) as blocks:
-            blocks.wait_for_layer(order.layer_count - 1)
-            blocks.check()
-            return View(blocks, have_verified)
+        blocks = self._located(order, deadline, verify=have_verified is None)
+        if not deadline.is_per_layer:
+            with blocks:  # From then on only the lease keeps the blocks in their place.
+                blocks.wait_for_layer(order.layer_count - 1)
+                blocks.check()
+        return View(blocks, deadline, have_verified)
 
     def _located(self, order: LoadOrder, deadline: Deadline, *, verify: bool = False) -> InPlace:
         """Raises NotShared if the blocks are not in place, or not for this client."""
