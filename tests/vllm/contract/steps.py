@@ -44,6 +44,7 @@ class Steps:
         )
         self.scheduler.use_v2_model_runner = runner is Runner.V2
         self.worker = Worker(self._config, caches, setup.model, runner)
+        self.count = 0  # Steps so far.
         self.requests: dict[str, Request] = {}  # All so far, with what they have generated.
         self.hits: dict[str, int] = {}  # Tokens that came from the connector, as vLLM reports them with a first token.
         self.bad_pages: list[int] = []  # That the connector reported so far.
@@ -72,9 +73,14 @@ class Steps:
         self.scheduler.add_request(request)
         return request.request_id
 
-    def step(self) -> KVConnectorOutput:
-        """Schedule, compute, and report back. Returns what the worker's connector reported."""
+    def step(self, before_work: Callable[[], object] = lambda: None) -> KVConnectorOutput:
+        """Schedule, compute, and report back. Returns what the worker's connector reported.
+
+        `before_work` runs between the scheduler's part and the worker's.
+        """
         scheduled = self.scheduler.schedule()
+        before_work()
+        self.count += 1
         output = self.worker.execute(scheduled)
         reported = output.kv_connector_output or KVConnectorOutput()
         self.bad_pages += sorted(reported.invalid_block_ids)

@@ -69,6 +69,7 @@ class Worker:
         self._forward_of_step: list[tuple[str, range]] = []  # Each request's tokens to compute.
         self._attention = maybe_transfer_kv_layer(self._attend)
         self.wrong_pages: list[WrongPage] = []  # Of the last step.
+        self.unchecked_pages: set[int] = set()  # That a test has changed.
 
     def close(self) -> None:
         """As vLLM does at its end, where it comes to that."""
@@ -191,11 +192,12 @@ class Worker:
             wrong = [(each != known).any(axis=(1, 2)) for each, known in zip(found, right, strict=True)]
             for token in np.flatnonzero(wrong[0] | wrong[1]).tolist():
                 page_id = row.page_ids[token // page_tokens]
-                self.wrong_pages.append(WrongPage(request_id, layer_name, token, page_id))
+                if page_id not in self.unchecked_pages:
+                    self.wrong_pages.append(WrongPage(request_id, layer_name, token, page_id))
 
     def _read(self, name: str, row: _Row, count: int) -> tuple[Numbers, Numbers]:
         """The first tokens' keys and values, ``[token, head, dim]``: per page and head, keys ``[dim][token]``, then
-        values ``[token][dim]``, whatever the shape of vLLM's tensor.
+        values ``[token][dim]``. The shape of vLLM's tensor does not show it.
         """
         _, heads, page_tokens, both = self.pages[name].shape
         dim = both // 2
