@@ -97,8 +97,6 @@ class Pages:
         starts = [0, *accumulate(token_counts)]
         begin, end = self.copied or (0, starts[-1])
         for piece in self._pieces(token_counts):
-            if starts[piece.block] + piece.token_of_block >= end:
-                return
             for number in range(piece.blocks):
                 first = starts[piece.block + number] + piece.token_of_block
                 clipped_first, clipped_end = max(first, begin), min(first + piece.tokens, end)
@@ -111,6 +109,8 @@ class Pages:
                         piece.page_id,
                         piece.token_of_page + number * piece.tokens + clipped_first - first,
                     )
+            if first + piece.tokens >= end:  # The pages need not have what is after it.
+                return
 
     def _pieces(self, token_counts: Sequence[int]) -> Iterator[Piece]:
         keys, values = self.key_view, self.value_view

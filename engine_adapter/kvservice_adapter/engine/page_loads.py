@@ -39,8 +39,8 @@ class PagedLayers:
 class Waits:
     """How long a load waits for the daemon, in seconds."""
 
-    first_s: float  # For the lease, and for the first layer's place.
-    layer_s: float  # For each layer after that.
+    first_s: float  # For the lease.
+    layer_s: float  # For each layer.
 
 
 class PrefixLoad:
@@ -66,6 +66,8 @@ class PrefixLoad:
         self._waits = waits
         self._release = release
         self._events: list[Event] = []
+        self._lease: Lease | None = None
+        self._is_cancelled = False
         self.size_bytes = 0  # Of the layers begun so far.
 
     def pages_of_layer(self, layers: PagedLayers, page_ids: Sequence[int]) -> PagesOfLayer:
@@ -73,6 +75,12 @@ class PrefixLoad:
         begin, end = self._tokens
         first = self._first_block * self._blocks.layout.block_tokens
         return lambda layer: layers.pages(layer, page_ids, first, (begin - first, end - first))
+
+    def cancel(self) -> None:
+        """End the load soon: the iterator raises Cancelled. From any thread; does not wait."""
+        self._is_cancelled = True
+        if self._lease is not None:
+            self._lease.cancel()
 
     @property
     def _first_block(self) -> int:
@@ -84,7 +92,9 @@ class PrefixLoad:
         The iterator ends once all copies are done, and raises a KVError if they cannot be trusted. ValueError for
         pages of another geometry.
         """
-        lease = self._blocks.adopt(self._ticket, timeout_s=self._waits.first_s)
+        lease = self._lease = self._blocks.adopt(self._ticket, timeout_s=self._waits.first_s)
+        if self._is_cancelled:
+            lease.cancel()
         try:
             starts = [0, *accumulate(lease.token_counts)]
             if starts[-1] < self._tokens[1]:
@@ -93,7 +103,7 @@ class PrefixLoad:
             count = next(block for block, start in enumerate(starts) if start >= self._tokens[1]) - first
             token_counts = lease.token_counts[first : first + count]
             try:
-                view = lease.view(first, count, self._waits.first_s + self._waits.layer_s, verify="always")
+                view = lease.view(first, count, verify="always", layer_timeout_s=self._waits.layer_s)
             except NotShared:
                 yield from self._by_client(lease, first, count, pages_of_layer)
                 return
@@ -107,7 +117,7 @@ class PrefixLoad:
             self._release(lease)
 
     def _by_client(self, lease: Lease, first: int, count: int, pages_of_layer: PagesOfLayer) -> Iterator[BegunLayer]:
-        layers = lease.load(first_block=first, block_count=count)
+        layers = lease.load(first_block=first, block_count=count, layer_timeout_s=self._waits.layer_s)
         token_counts = lease.token_counts[first : first + count]
         try:
             for loaded in layers:

@@ -62,6 +62,11 @@ class PageSaver:
             first_token += part.token_count
         return Gathering(events, None)
 
+    def close(self, timeout_s: float) -> None:
+        """Take no more saves. Waits until those that were begun are answered, at most that long."""
+        self._saver.flush(timeout_s)
+        self._saver.close()
+
     def _done(self, outcome: SaveResult | Exception) -> None:
         """On a thread of the saver's."""
         self._breaker.record(answered(outcome if isinstance(outcome, KVError) else None))

@@ -30,6 +30,7 @@ from kvservice_client.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
+_CLOSED_S = 2.0
 _GATHERED_S = 30.0  # For copies out of the pages, from memory to memory.
 
 
@@ -54,7 +55,9 @@ class WorkerRole:
         self._report = StepReport()
         self._stats = TransferStats()
         self._loaders: list[tuple[LoadOrder, LayerLoader]] = []
+        self._between_steps: dict[str, PrefixLoad] = {}  # By request.
         self._gatherings: list[Gathering] = []
+        self._saver: PageSaver | None = None
         self._orders: StepOrders | None = None
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
@@ -84,9 +87,7 @@ class WorkerRole:
         self._layer_of_name = {name: index for index, name in enumerate(place.names)}
         if self._settings.save and self._is_writer:
             saver = LayerSaver(device, self._blocks, staging_bytes=self._settings.staging_bytes)
-            self._saver: PageSaver | None = PageSaver(saver, self._blocks, self._layers, self._breaker)
-        else:
-            self._saver = None
+            self._saver = PageSaver(saver, self._blocks, self._layers, self._breaker)
         threading.Thread(target=self._attach, name="kvservice-start", daemon=True).start()
 
     def _attach(self) -> None:
@@ -136,20 +137,23 @@ class WorkerRole:
             if not self._breaker.allow():
                 self._failed(order, "the daemon did not answer lately: it is not asked", is_unanswered=True)
             elif order.mode is LoadMode.BETWEEN_STEPS:
-                self._loading.submit(partial(self._load_between_steps, order))
+                load = self._between_steps[order.request_id] = self._load(order)
+                self._loading.submit(partial(self._load_between_steps, order, load))
             elif order.mode is LoadMode.LAYERS:
                 self._loaders.append((order, self._begin_layers(order)))
             else:
-                self._load_whole(order)
+                self._load_whole(order, self._load(order))
+        for request_id in orders.cancelled:
+            if (running := self._between_steps.get(request_id)) is not None:
+                running.cancel()
 
     def _load(self, order: LoadOrder) -> PrefixLoad:
         tokens = (order.first_token, order.end_token)
         return PrefixLoad(self._copying, self._blocks, order.ticket, tokens, self._waits, self._release)
 
-    def _load_whole(self, order: LoadOrder) -> None:
+    def _load_whole(self, order: LoadOrder, load: PrefixLoad) -> None:
         assert self._layers is not None
         began_s = self._clock.now_s()
-        load = self._load(order)
         try:
             for _ in load.begin(load.pages_of_layer(self._layers, order.page_ids)):
                 pass
@@ -158,10 +162,11 @@ class WorkerRole:
         else:
             self._load_ended(order, load.size_bytes, self._clock.now_s() - began_s, None)
 
-    def _load_between_steps(self, order: LoadOrder) -> None:
+    def _load_between_steps(self, order: LoadOrder, load: PrefixLoad) -> None:
         """On the loading stream's thread."""
-        self._load_whole(order)
+        self._load_whole(order, load)
         with self._lock:
+            del self._between_steps[order.request_id]
             self._finished.add(order.request_id)
 
     def _begin_layers(self, order: LoadOrder) -> LayerLoader:
@@ -259,6 +264,9 @@ class WorkerRole:
             self._stats.count(**more)
 
     def close(self) -> None:
+        """Send what was gathered, for a bounded time."""
+        if self._saver is not None:
+            self._saver.close(_CLOSED_S)
         self._breaker.close(0.0)
         self._client.close()
 
