@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from vllm.v1.request import Request, RequestStatus
 
-from kvservice_client import BlockCache, Client
+from kvservice_client import BlockCache, Client, block_chain
 from tests.daemon import MIB, DaemonProcess, until
 from tests.integration.media import arena
 from tests.vllm.contract.numbers import NumberedModel, states_of
@@ -80,7 +80,7 @@ def store(client: Client, steps: Steps, tokens: list[int]) -> None:
     steps.expect(request.request_id)
     steps.forget_pages()
     blocks = blocks_of(client, steps)
-    chain = blocks.chain(tokens)
+    chain = block_chain(blocks.layout, tokens)
     until(lambda: blocks.contains(chain) == len(chain))
 
 
