@@ -44,7 +44,6 @@ class Steps:
         )
         self.scheduler.use_v2_model_runner = runner is Runner.V2
         self.worker = Worker(self._config, caches, setup.model, runner)
-        self.count = 0  # Steps so far.
         self.requests: dict[str, Request] = {}  # All so far, with what they have generated.
         self.hits: dict[str, int] = {}  # Tokens that came from the connector, as vLLM reports them with a first token.
         self.bad_pages: list[int] = []  # That the connector reported so far.
@@ -80,7 +79,6 @@ class Steps:
         """
         scheduled = self.scheduler.schedule()
         before_work()
-        self.count += 1
         output = self.worker.execute(scheduled)
         reported = output.kv_connector_output or KVConnectorOutput()
         self.bad_pages += sorted(reported.invalid_block_ids)

@@ -38,6 +38,7 @@ class _Row:
     """A request, as the worker knows it from the scheduler's outputs."""
 
     tokens: list[int]
+    prompt_count: int
     page_ids: list[int]
     computed: int
 
@@ -131,8 +132,8 @@ class Worker:
             self._rows.pop(request_id, None)
         for new in step.scheduled_new_reqs:
             (page_ids,) = new.block_ids
-            tokens = new.prefill_token_ids or new.prompt_token_ids
-            self._rows[new.req_id] = _Row(list(tokens), list(page_ids), new.num_computed_tokens)
+            tokens = list(new.prefill_token_ids or new.prompt_token_ids)
+            self._rows[new.req_id] = _Row(tokens, len(new.prompt_token_ids), list(page_ids), new.num_computed_tokens)
         cached = step.scheduled_cached_reqs
         for index, request_id in enumerate(cached.req_ids):
             row = self._rows[request_id]
@@ -140,6 +141,7 @@ class Worker:
             new_pages = cached.new_block_ids[index]
             if request_id in cached.all_token_ids:
                 row.tokens = list(cached.all_token_ids[request_id])
+            del row.tokens[row.prompt_count + cached.num_output_tokens[index] :]  # Sampled after a load that failed.
             if request_id in cached.resumed_req_ids:
                 row.page_ids = []
             if new_pages is not None:
