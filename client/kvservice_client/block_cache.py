@@ -135,7 +135,7 @@ class BlockCache:
 
     def begin_lookup(
         self,
-        chain: BlockChain,
+        chain: BlockChain | ChainBuilder,
         lease_ttl_s: float = 30.0,
         timeout_s: float | None = None,
         *,
@@ -147,10 +147,11 @@ class BlockCache:
 
         With `adoptions`, a hit is also exported as a ticket, as by ``lease.export(ticket_ttl_s, adoptions)``. At most
         four lookups of a client run at a time; others are queued. `timeout_s`, by default the client's, counts from
-        this call, for lookup and export together. Raises InvalidRequest for wrong arguments; `PendingLookup.poll`
-        raises the other errors.
+        this call, for lookup and export together. A `ChainBuilder` may get more tokens meanwhile. Raises InvalidRequest
+        for wrong arguments; `PendingLookup.poll` raises the other errors.
         """
-        arguments.chain(chain)
+        if not isinstance(chain, ChainBuilder):
+            arguments.chain(chain)
         _ttl_ms(lease_ttl_s)
         arguments.request_id(request_id)
         adoptions = arguments.whole(adoptions, "adoptions")

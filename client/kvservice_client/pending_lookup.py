@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, KVError, LeaseExpired
-from kvservice_api.keys import BlockChain
+from kvservice_api.keys import BlockChain, ChainBuilder
 from kvservice_client import arguments, forks
 from kvservice_client.background import Background
 from kvservice_client.lease import Lease
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class LookupOrder(NamedTuple):
     """What `BlockCache.begin_lookup` was asked for."""
 
-    chain: BlockChain
+    chain: BlockChain | ChainBuilder
     lease_ttl_s: float
     request_id: str
     adoptions: int

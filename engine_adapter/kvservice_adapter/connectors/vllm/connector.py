@@ -47,7 +47,7 @@ def _none(connector: KVServiceConnector) -> None:
     return None
 
 
-class KVServiceConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM has no types where it is not installed.
+class KVServiceConnector(KVConnectorBase_V1):
     """vLLM's KV cache in a KVService daemon. A failure of the daemon costs a computation, never a request.
 
     Its constructor, and `register_kv_caches`, raise for a configuration, a model or an attention backend that is not

@@ -40,7 +40,7 @@ class SaveOrder:
 
 
 @dataclass(slots=True)
-class StepOrders(KVConnectorMetadata):  # type: ignore[misc]
+class StepOrders(KVConnectorMetadata):
     """Scheduler to workers."""
 
     loads: list[LoadOrder] = field(default_factory=list)
@@ -60,7 +60,7 @@ class FailedLoad:
 
 
 @dataclass(slots=True)
-class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
+class StepReport(KVConnectorWorkerMetadata):
     """Workers to scheduler."""
 
     failed: list[FailedLoad] = field(default_factory=list)

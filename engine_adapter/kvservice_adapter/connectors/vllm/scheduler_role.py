@@ -114,7 +114,7 @@ class SchedulerRole:
             state.is_answered = True
             return
         state.lookup = self._blocks.begin_lookup(
-            chain,
+            state.builder,
             self._settings.ticket_s,
             self._settings.lookup_wait_s * 5,
             request_id=state.request.request_id,

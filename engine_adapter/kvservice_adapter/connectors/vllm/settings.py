@@ -63,11 +63,10 @@ def _checked(name: str, value: Any, kind: type) -> Any:
         if value not in list(LoadMode):
             raise InvalidRequest(f"{name} is {value!r}; it must be one of {', '.join(LoadMode)}", field=name)
         return LoadMode(value)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is float and is_number:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not kind:
         raise InvalidRequest(f"{name} is {value!r}; it must be of type {kind.__name__}", field=name)
-    if is_number and not value > 0:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
         raise InvalidRequest(f"{name} is {value!r}; it must be greater than 0", field=name)
     return value

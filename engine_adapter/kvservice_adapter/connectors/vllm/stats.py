@@ -24,7 +24,7 @@ COUNTERS: Mapping[str, str] = {
 
 
 @dataclass
-class TransferStats(KVConnectorStats):  # type: ignore[misc]
+class TransferStats(KVConnectorStats):
     """Counts since they were last taken."""
 
     def reset(self) -> None:
@@ -52,7 +52,7 @@ class TransferStats(KVConnectorStats):  # type: ignore[misc]
         return not any(self.data.values())
 
 
-class PrometheusMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
+class PrometheusMetrics(KVConnectorPromMetrics):
     """One counter per name, with vLLM's labels."""
 
     def __init__(self, vllm_config: Any, metric_types: Any, labelnames: Any, per_engine_labelvalues: Any) -> None:
