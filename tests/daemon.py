@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -158,6 +160,15 @@ class DaemonProcess:
         """SIGKILL: nothing of the daemon runs after this."""
         self.process.kill()
         self.wait_for_end()
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """The daemon does nothing until the block is left, and its connections stay open."""
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
 
     def terminate(self) -> None:
         """SIGTERM, without waiting."""

@@ -2,7 +2,7 @@
 
 The environment variable TEST_FAULTS names a folder. A file in it that is named like one of the
 file calls makes that call fail with the errno whose name it holds; ``SHORT`` makes the call
-transfer less than requested. Delete the file, and the call works again.
+transfer less than requested, and ``HOLD`` makes it wait. Delete the file, and the call works again.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import errno
 import functools
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,7 +45,8 @@ class FaultyFileCalls(FileCalls):
 
     def _fail(self, call: str) -> str:
         try:
-            fault = (self._folder / call).read_text()
+            while (fault := (self._folder / call).read_text()) == "HOLD":
+                time.sleep(0.005)
         except FileNotFoundError:
             return ""
         if fault != "SHORT":

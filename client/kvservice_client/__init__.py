@@ -24,6 +24,7 @@ from kvservice_client.block_cache import BlockCache
 from kvservice_client.client import DEFAULT_ADDRESS, Client, EvictResult, PrefetchResult
 from kvservice_client.lease import Lease, LoadedLayer, ResidencyRun
 from kvservice_client.local_directory import LocalHit
+from kvservice_client.pending_lookup import FoundPrefix, PendingLookup
 from kvservice_client.reports import Outcome, RequestReport
 from kvservice_client.retry import Clock
 from kvservice_client.session import Session, SessionHistory, SessionState, Slice
@@ -31,6 +32,7 @@ from kvservice_client.tls import TlsFiles
 from kvservice_client.transports.base import Durability, SaveResult
 from kvservice_client.transports.in_place import View
 from kvservice_client.transports.ordered import Stats, TransportStats
+from kvservice_client.transports.reservation import Reservation
 
 __all__ = [
     "DEFAULT_ADDRESS",
@@ -42,6 +44,7 @@ __all__ = [
     "Clock",
     "Durability",
     "EvictResult",
+    "FoundPrefix",
     "KVError",
     "LayerGroup",
     "Layout",
@@ -49,8 +52,10 @@ __all__ = [
     "LoadedLayer",
     "LocalHit",
     "Outcome",
+    "PendingLookup",
     "PrefetchResult",
     "RequestReport",
+    "Reservation",
     "ResidencyRun",
     "Rotary",
     "SaveResult",

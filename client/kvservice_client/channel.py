@@ -97,6 +97,10 @@ class Channel:
         self._is_closed = False
         forks.register(self)
 
+    @property
+    def is_closed(self) -> bool:
+        return self._is_closed
+
     def close(self) -> None:
         with self._lock:
             self._is_closed = True
@@ -161,10 +165,10 @@ class Channel:
             if deadline is not None:
                 deadline.check()
             call = link.callable(method, lambda grpc: getattr(grpc, kind)(method, _to_bytes, decode))
-            timeout_s = None if deadline is None else deadline.remaining_s
+            timeout_s = None if deadline is None else deadline.of_stream_s
             return self._guarded(link, lambda: call(request, timeout=timeout_s))
 
-        return Answers(self, start)
+        return Answers(self, start, deadline)
 
     @contextmanager
     def _calling(self) -> Iterator[_Link]:
@@ -241,9 +245,11 @@ class Answers(Generic[A]):
     `close` cancels the call unless it has ended; so does the object's destructor. For one thread at a time.
     """
 
-    def __init__(self, channel: Channel, start: Callable[[_Link], Any]) -> None:
+    def __init__(self, channel: Channel, start: Callable[[_Link], Any], deadline: Deadline | None) -> None:
+        """A `deadline` that is cancelled from another thread cancels the call. Its error is then raised."""
         self._channel = channel
         self._start = start
+        self._deadline = deadline
         self._link: _Link | None = None
         self._call: Any = None
         self._is_over = False
@@ -264,6 +270,8 @@ class Answers(Generic[A]):
         link = self._link = self._channel._begin_call()
         self._call = self._start(link)
         link.streams.add(self._call)
+        if self._deadline is not None:
+            self._deadline.add_call(self._call.cancel)
         return link
 
     def _next(self, link: _Link) -> A:
@@ -272,6 +280,8 @@ class Answers(Generic[A]):
         try:
             answer: A = next(self._call)
         except link.grpc.RpcError as error:
+            if self._deadline is not None and self._deadline.was_cancelled:
+                raise self._deadline.error from error
             raise self._channel._explained(error) from error
         return answer
 
@@ -281,6 +291,8 @@ class Answers(Generic[A]):
         if was_over or link is None or link.is_inherited:
             return
         if self._call is not None:
+            if self._deadline is not None:
+                self._deadline.remove_call(self._call.cancel)
             self._call.cancel()  # No effect on a call that has ended.
             link.streams.discard(self._call)
         self._channel._end_call(link)

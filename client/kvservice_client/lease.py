@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
+from weakref import WeakSet
 
-from kvservice_api.errors import BlockNotFound, InvalidRequest, KVError, LeaseExpired
+from kvservice_api.errors import BlockNotFound, Cancelled, InvalidRequest, KVError, LeaseExpired
 from kvservice_api.layout import LayerGroup, Layout, Shard
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client import arguments, forks
@@ -16,7 +18,7 @@ from kvservice_client.attach_stream import Attachment
 from kvservice_client.buffers import Bytes, Slices, Source, writable
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection
-from kvservice_client.retry import Deadline
+from kvservice_client.retry import Deadline, TransferDeadline
 from kvservice_client.transports.base import LoadOrder
 from kvservice_client.transports.in_place import VERIFY, Verify, View
 from kvservice_client.transports.ordered import OrderedTransports
@@ -74,6 +76,9 @@ class Lease:
         self._generation = forks.generation
         # Measured from before the request was sent, so it never ends later than the daemon's lease.
         self._end_s = asked_at_s + self._ttl_s
+        self._transfers: WeakSet[TransferDeadline] = WeakSet()  # Of loads and views that are in use.
+        self._lock = threading.Lock()
+        self._is_cancelled = False
         self.token_counts = tuple(token_counts[: answer.hit_blocks])
         self.residency = [ResidencyRun(run.count, run.dram, run.ssd) for run in answer.runs]
 
@@ -113,21 +118,25 @@ class Lease:
         first_block: int = 0,
         block_count: int | None = None,
         timeout_s: float | None = None,
+        *,
+        layer_timeout_s: float | None = None,
     ) -> Generator[LoadedLayer, None, None]:
         """The blocks' layers in order, each as soon as its last byte has arrived.
 
         `into` has one writable buffer per layer, filled in place; without it each layer gets a new
-        array. `timeout_s` is for the whole load; by default the client's timeout plus one second
-        per 128 MiB. The lease is renewed meanwhile if needed. Raises LeaseExpired, ChecksumMismatch, StorageFailed,
-        DaemonUnavailable, DeadlineExceeded; layers that were yielded before are still right. Closing the generator
-        ends the load, and the call on the daemon's side.
+        array. `timeout_s` is for the whole load, with the time that the caller uses each layer; by default the client's
+        timeout plus one second per 128 MiB. With `layer_timeout_s` instead, each `next` may take that long, and the
+        time between two of them does not count. The daemon ends a load of which it could send nothing for
+        `server.transfer_idle_s` (60 s).
+
+        The lease is renewed meanwhile if needed. Raises LeaseExpired, ChecksumMismatch, StorageFailed,
+        DaemonUnavailable, DeadlineExceeded, Cancelled (after `cancel`); layers that were yielded before are still
+        right. Closing the generator ends the load, and the call on the daemon's side.
         """
         order = self._order(first_block, block_count)
         if into is not None:
             order = replace(order, into=self._targets(order, into))
-        if timeout_s is None:
-            timeout_s = self._connection.timeout_s + order.size_bytes / TRANSFER_BYTES_PER_S_MIN
-        return self._layers(order, self._connection.deadline(timeout_s))
+        return self._layers(order, self._deadline(order, timeout_s, layer_timeout_s))
 
     def view(
         self,
@@ -136,8 +145,14 @@ class Lease:
         timeout_s: float | None = None,
         *,
         verify: Verify = "once",
+        layer_timeout_s: float | None = None,
     ) -> View:
         """The blocks in the daemon's shared memory, read-only and without a copy; blocks on SSD are promoted first.
+
+        By default waits for all layers, for at most `timeout_s`: the client's timeout plus one second per 128 MiB.
+        With `layer_timeout_s` instead, returns as soon as the blocks are located. `slices` then waits for its layer, so
+        that the caller uses the first layers while the next ones are promoted. Each of these waits may take that long.
+        The daemon keeps the blocks in their place until the view is left, so leave it as soon as possible.
 
         `verify` says when bytes are compared with their checksums. "once": the daemon verifies them once after its
         start, at the latest now; later damage to the memory is found only by `load` and by a scrub. "always": the view
@@ -145,16 +160,47 @@ class Lease:
 
         A context manager. The view is valid for the first four fifths of the lease's time: renew the lease in time.
         Raises InvalidRequest for another `verify`, NotShared if the blocks cannot be read in place (then `load` them),
-        LeaseExpired, ChecksumMismatch, StorageFailed.
+        LeaseExpired, ChecksumMismatch, StorageFailed, DaemonUnavailable, DeadlineExceeded, Cancelled (after `cancel`).
         """
         if verify not in VERIFY:
             raise InvalidRequest(f'verify is {verify!r}; it must be "once" or "always"', field="verify")
         order = self._order(first_block, block_count)
-        if timeout_s is None:
-            timeout_s = self._connection.timeout_s + order.size_bytes / TRANSFER_BYTES_PER_S_MIN
-        deadline = self._connection.deadline(timeout_s)
-        self._keep(deadline)
-        return self._transports.view(order, deadline, verify)
+        deadline = self._deadline(order, timeout_s, layer_timeout_s)
+        with deadline.layer():
+            self._keep(deadline)
+            return self._transports.view(order, deadline, verify)
+
+    def cancel(self) -> None:
+        """End all running loads and views of this lease, and refuse later ones: they raise Cancelled.
+
+        May be called from any thread, and does not block: a thread that waits for a layer continues at once, also if
+        the daemon does not answer. The lease continues until it is released.
+        """
+        if self._is_inherited:
+            return
+        with self._lock:
+            self._is_cancelled = True
+            transfers = list(self._transfers)
+        for each in transfers:
+            each.cancel(_cancelled())
+
+    def _deadline(self, order: LoadOrder, timeout_s: float | None, layer_timeout_s: float | None) -> TransferDeadline:
+        """The deadline of a new load or view, which `cancel` ends."""
+        if layer_timeout_s is not None and timeout_s is not None:
+            raise InvalidRequest("timeout_s and layer_timeout_s exclude each other", field="layer_timeout_s")
+        if layer_timeout_s is not None:
+            seconds = arguments.seconds(layer_timeout_s, "layer_timeout_s")
+        elif timeout_s is not None:
+            seconds = timeout_s
+        else:
+            seconds = self._connection.timeout_s + order.size_bytes / TRANSFER_BYTES_PER_S_MIN
+        deadline = self._connection.transfer_deadline(seconds, per_layer=layer_timeout_s is not None)
+        if not self._is_inherited:
+            with self._lock:
+                self._transfers.add(deadline)
+            if self._is_cancelled:
+                deadline.cancel(_cancelled())
+        return deadline
 
     def _order(self, first_block: int, block_count: int | None) -> LoadOrder:
         if not self.hit_blocks:
@@ -190,15 +236,21 @@ class Lease:
         """Whether bytes in place may still be used, by this client's own clock."""
         return bool(self._lease_id) and self._connection.clock.now_s() <= self._end_s - _USE_MARGIN * self._ttl_s
 
-    def _layers(self, order: LoadOrder, deadline: Deadline) -> Generator[LoadedLayer, None, None]:
-        self._keep(deadline)
-        with closing(self._transports.load(order, deadline)) as layers:
-            for index, data in enumerate(layers):
-                yield LoadedLayer(index, data, self._layout.group_of(self._shard.layer_begin + index))
-                if self._is_inherited:
-                    raise self._ended()
-                with suppress(KVError):  # The daemon holds the blocks that it sends: the load needs no lease.
-                    self._keep(deadline)
+    def _layers(self, order: LoadOrder, deadline: TransferDeadline) -> Generator[LoadedLayer, None, None]:
+        deadline.begin_layer()
+        try:
+            self._keep(deadline)
+            with closing(self._transports.load(order, deadline)) as layers:
+                for index, data in enumerate(layers):
+                    deadline.end_layer()
+                    yield LoadedLayer(index, data, self._layout.group_of(self._shard.layer_begin + index))
+                    if self._is_inherited:
+                        raise self._ended()
+                    deadline.begin_layer()
+                    with suppress(KVError):  # The daemon holds the blocks that it sends: the load needs no lease.
+                        self._keep(deadline)
+        finally:
+            deadline.end_layer()
 
     def renew(self, ttl_s: float | None = None, timeout_s: float | None = None) -> float:
         """Extend the lease to `ttl_s` from now, by default its previous ttl. Returns the granted seconds."""
@@ -264,12 +316,14 @@ class Lease:
             return LeaseExpired("the lease was made before fork() and is the parent's; look the prefix up again here")
         return LeaseExpired("the lease has ended; look the prefix up again")
 
-    def _keep(self, deadline: Deadline) -> None:
-        """Renew the lease if less than half of its time is left and the load may take longer."""
+    def _keep(self, deadline: TransferDeadline) -> None:
+        """Renew the lease if less than half of its time is left and the transfer may take longer."""
         remaining_s = self.remaining_s
         if not remaining_s:
             raise self._ended()
-        if remaining_s < min(self._ttl_s / 2, deadline.remaining_s + _USE_MARGIN * self._ttl_s):
+        half_s = self._ttl_s / 2
+        needed_s = half_s if deadline.is_per_layer else deadline.remaining_s + _USE_MARGIN * self._ttl_s
+        if remaining_s < min(half_s, needed_s):
             self._renew(self._ttl_s, deadline)
 
     def _renew(self, ttl_s: float, deadline: Deadline) -> None:
@@ -279,6 +333,13 @@ class Lease:
         request = pb.RenewLeaseRequest(
             client_id=self._attachment.client_id, lease_id=self._lease_id, ttl_ms=max(1, round(ttl_s * 1e3))
         )
-        answer = self._connection.channel.call(BLOCKS + "RenewLease", request, pb.RenewLeaseResponse, deadline)
+        # As a stream of one answer, because a stream ends when its load is cancelled.
+        renewing = self._connection.channel.stream(BLOCKS + "RenewLease", request, pb.RenewLeaseResponse, deadline)
+        with closing(renewing):
+            answer = next(renewing)
         self._ttl_s = answer.ttl_ms / 1e3
         self._end_s = asked_at_s + self._ttl_s
+
+
+def _cancelled() -> Cancelled:
+    return Cancelled("the loads and views of this lease were cancelled")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from kvservice_api.errors import DeadlineExceeded, KVError
-from kvservice_client import arguments
+from kvservice_client import arguments, forks
 
 T = TypeVar("T")
 
 _PAUSE_FIRST_S = 0.01
 _PAUSE_MAX_S = 0.1
+_LINGER_S = 10.0  # How long the watchdog's thread stays without work. A start per layer would take longer than a wait.
 
 
 class Clock:
@@ -44,15 +47,161 @@ class Deadline:
         """Raises InvalidRequest where `seconds` is not a number from 0 to 1e9."""
         self.allowed_s = seconds = arguments.seconds(seconds, "timeout_s")
         self.clock = clock
-        self._end_s = clock.now_s() + seconds
+        self.end_s = clock.now_s() + seconds
 
     @property
     def remaining_s(self) -> float:
-        return max(0.0, self._end_s - self.clock.now_s())
+        return max(0.0, self.end_s - self.clock.now_s())
+
+    @property
+    def of_stream_s(self) -> float | None:
+        """The time for a stream that begins now; None if only `cancel` ends it."""
+        return self.remaining_s
+
+    @property
+    def was_cancelled(self) -> bool:
+        """Whether another thread has ended the streams under this deadline."""
+        return False
+
+    @property
+    def error(self) -> KVError:
+        """The error to raise when no time remains."""
+        return DeadlineExceeded(f"the {self.allowed_s:.3g} s allowed for this call have passed")
 
     def check(self) -> None:
         if not self.remaining_s:
-            raise DeadlineExceeded(f"the {self.allowed_s:.3g} s allowed for this call have passed")
+            raise self.error
+
+    def add_call(self, cancel_call: Callable[[], object]) -> None:
+        """A stream runs under this deadline. A deadline that can be cancelled then calls `cancel_call`."""
+
+    def remove_call(self, cancel_call: Callable[[], object]) -> None:
+        """The stream has ended."""
+
+
+class TransferDeadline(Deadline):
+    """A moment for a whole transfer, or a time for each of its layers. Time between two layers does not count.
+
+    gRPC fixes a call's deadline when the call begins. So the calls of a transfer with a time per layer have no deadline
+    of their own, and the watchdog cancels them. `cancel` may be called from any thread.
+    """
+
+    def __init__(self, seconds: float, clock: Clock, watchdog: Watchdog | None = None) -> None:
+        """With `watchdog`, `seconds` are for each layer. Raises InvalidRequest as `Deadline`."""
+        super().__init__(seconds, clock)
+        self._watchdog = watchdog
+        self._error: KVError | None = None
+        self._calls: set[Callable[[], object]] = set()  # Each cancels a running call.
+        if watchdog is not None:
+            self.end_s = math.inf
+
+    @property
+    def is_per_layer(self) -> bool:
+        return self._watchdog is not None
+
+    @property
+    def remaining_s(self) -> float:
+        return 0.0 if self._error is not None else super().remaining_s
+
+    @property
+    def of_stream_s(self) -> float | None:
+        return self.remaining_s if self._watchdog is None else None
+
+    @property
+    def was_cancelled(self) -> bool:
+        return self._error is not None
+
+    @property
+    def error(self) -> KVError:
+        if self._error is not None:
+            return self._error
+        if self._watchdog is not None:
+            return DeadlineExceeded(f"the layer did not arrive within the {self.allowed_s:.3g} s allowed for it")
+        return super().error
+
+    def check_cancelled(self) -> None:
+        """Raises the error that ended the transfer."""
+        if self._error is not None:
+            raise self._error
+
+    def begin_layer(self) -> None:
+        """The time of a layer begins. Raises as `check_cancelled`."""
+        self.check_cancelled()
+        if self._watchdog is not None:
+            self.end_s = self.clock.now_s() + self.allowed_s
+            self._watchdog.add(self)
+
+    def end_layer(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.remove(self)
+            self.end_s = math.inf
+
+    @contextmanager
+    def layer(self) -> Iterator[None]:
+        self.begin_layer()
+        try:
+            yield
+        finally:
+            self.end_layer()
+
+    def cancel(self, error: KVError) -> None:
+        """End the running calls. The transfer raises `error`, or the error of an earlier `cancel`. Does not block."""
+        if self._error is None:
+            self._error = error
+        for cancel_call in tuple(self._calls):
+            cancel_call()
+
+    def add_call(self, cancel_call: Callable[[], object]) -> None:
+        self._calls.add(cancel_call)
+        if self._error is not None:  # Checked after the call was added, so no `cancel` misses it.
+            cancel_call()
+
+    def remove_call(self, cancel_call: Callable[[], object]) -> None:
+        self._calls.discard(cancel_call)
+
+
+class Watchdog:
+    """Cancels transfers whose layer did not arrive in time. Its thread runs while there are such transfers."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.reset_in_child()
+        forks.register(self)
+
+    def reset_in_child(self) -> None:
+        self._changed = threading.Condition()
+        self._watched: set[TransferDeadline] = set()
+        self._has_thread = False
+        self._wakes_at_s = 0.0
+        self._must_look = False
+
+    def add(self, deadline: TransferDeadline) -> None:
+        with self._changed:
+            self._watched.add(deadline)
+            if not self._has_thread:
+                self._has_thread = True
+                threading.Thread(target=self._run, name="kvservice-layers", daemon=True).start()
+            elif deadline.end_s < self._wakes_at_s:  # Otherwise the thread sees it when it wakes up.
+                self._must_look = True
+                self._changed.notify()
+
+    def remove(self, deadline: TransferDeadline) -> None:
+        with self._changed:
+            self._watched.discard(deadline)
+
+    def _run(self) -> None:
+        with self._changed:
+            is_needed = True
+            while is_needed:
+                for late in [each for each in self._watched if not each.remaining_s]:
+                    self._watched.discard(late)
+                    late.cancel(late.error)
+                now_s = self._clock.now_s()
+                self._wakes_at_s = min((each.end_s for each in self._watched), default=now_s + _LINGER_S)
+                self._must_look = False
+                self._clock.wait_for(self._changed, lambda: self._must_look, self._wakes_at_s - now_s)
+                is_needed = self._must_look or bool(self._watched)
+            self._has_thread = False
 
 
 def retry(

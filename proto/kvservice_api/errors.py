@@ -37,6 +37,7 @@
   x Draining           UNAVAILABLE          skip this save; attach again later
   x DaemonUnavailable  UNAVAILABLE          recompute; the client reconnects on its own
   x DeadlineExceeded   DEADLINE_EXCEEDED    recompute
+  x Cancelled          CANCELLED            nothing: this process has cancelled the lease's transfers itself
 
 On the wire (``kvservice_api/status.py``) an error is its status code, its message, and a ``google.rpc.ErrorInfo`` with
 the domain "kvservice" and the reason derived from the class name. Where waiting helps there is a
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 class Code(IntEnum):
     """The status codes of gRPC that our errors travel as: names and numbers of ``google.rpc.Code``."""
 
+    CANCELLED = 1
     INVALID_ARGUMENT = 3
     DEADLINE_EXCEEDED = 4
     NOT_FOUND = 5
@@ -237,3 +239,7 @@ class DaemonUnavailable(KVError, code=Code.UNAVAILABLE):
 
 class DeadlineExceeded(KVError, code=Code.DEADLINE_EXCEEDED):
     """The caller's deadline has passed, or the client did not read for as long as the daemon waits."""
+
+
+class Cancelled(KVError, code=Code.CANCELLED):
+    """Another thread has cancelled the load or view. Raised on the client's side only."""

@@ -7,16 +7,27 @@ client with its own transport, and `other`, which uses frames on a stream.
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import GeneratorType
 from typing import Any
 
 import numpy as np
 import pytest
 
-from kvservice_api.errors import ChecksumMismatch, LeaseExpired, TierFull, UnknownClient
+from kvservice_api.errors import (
+    Cancelled,
+    ChecksumMismatch,
+    DeadlineExceeded,
+    InvalidRequest,
+    LeaseExpired,
+    TierFull,
+    UnknownClient,
+)
 from kvservice_client import BlockCache, BlockChain, Client, Durability, Layout, Shard
-from tests.daemon import MIB, DaemonProcess, until
+from tests.clock import ClientClock
+from tests.daemon import MIB, NEVER_S, SOON_S, DaemonProcess, until
 from tests.integration.conversations import large_layout, layers_of, new_chain, same, small_layout
 
 # Slices that begin on pages, that follow one another, that take several pieces, and of a single byte.
@@ -124,12 +135,106 @@ class TransportContract:
         with other.open_layout(layout).lookup(chain) as lease:
             assert same([layer.data for layer in lease.load()], layers)
 
+    def test_many_chains_are_saved_in_one_call_with_a_result_for_each(self, client: Client, other: Client) -> None:
+        layout = small_layout()
+        blocks, tokens = client.open_layout(layout), layout.block_tokens
+        one = new_chain(layout, 3 * tokens + 2)
+        chains = [one[:2], new_chain(layout, tokens), one[1:], new_chain(layout, 2 * tokens)[1:], one[:0]]
+        layers = [layers_of(blocks, chain) if len(chain) else [] for chain in chains]
+        size = blocks.slice_bytes(tokens)
+        for first, third in zip(layers[0], layers[2], strict=True):
+            third[:size] = first[size:]  # The block that both chains have.
+        other.open_layout(layout).save(chains[1], layers[1])
+
+        results = blocks.save_many(list(zip(chains, layers, strict=True)))
+
+        found = [(each.stored, each.already_stored, each.refused) for each in results]
+        assert found == [(2, 0, []), (0, 1, []), (2, 1, []), (1, 0, []), (0, 0, [])]
+        for chain, saved in zip(chains[:4], layers[:4], strict=True):
+            with other.open_layout(layout).lookup(chain) as lease:
+                assert same([layer.data for layer in lease.load()], saved)
+        shard = other.admin.inspect(chains[3].keys[0]).shards[0]
+        assert shard.parent_key == chains[3].parent, "not the last block of the chain before"
+        assert client.stats().transports[self.transport].saves == 1
+
+    def test_more_chains_than_one_save_may_have_are_saved_too(self, client: Client) -> None:
+        blocks = client.open_layout(TINY)
+        chains = [new_chain(TINY, 4 * count + 1) for count in (1, 300, *[5] * 60)]
+        layers = [layers_of(blocks, chain) for chain in chains]
+        results = blocks.save_many(list(zip(chains, layers, strict=True)), Durability.SSD)
+        assert [each.stored for each in results] == [len(chain) for chain in chains]
+        for chain, saved in zip(chains, layers, strict=True):
+            with blocks.lookup(chain) as lease:
+                assert same([layer.data for layer in lease.load()], saved)
+
     def test_a_durable_save_is_on_ssd_when_it_returns(self, client: Client) -> None:
         layout = small_layout()
         blocks, chain = client.open_layout(layout), new_chain(layout, 3 * layout.block_tokens)
         for _ in range(2):  # At the second save all are stored already.
             assert blocks.save(chain, layers_of(blocks, chain), Durability.SSD).is_complete
             assert all(run.ssd for run in blocks.lookup(chain).residency)
+
+    def test_a_time_for_each_layer_does_not_count_the_callers_time(self, daemon: DaemonProcess) -> None:
+        layout, clock = large_layout(), ClientClock()
+        chain = new_chain(layout, 2 * layout.block_tokens)
+        with daemon.client(transport=self.transport, clock=clock, throttle_bytes_per_s=100e6) as client:
+            blocks = client.open_layout(layout)
+            layers = layers_of(blocks, chain)
+            blocks.save(chain, layers)
+            layer_s = layers[0].nbytes / 100e6
+            with blocks.lookup(chain, lease_ttl_s=300) as lease:
+                for layer in lease.load(layer_timeout_s=2 * layer_s):
+                    assert np.array_equal(layer.data, layers[layer.index])
+                    clock.advance(seconds=30)
+                with pytest.raises(DeadlineExceeded, match="layer"):
+                    next(lease.load(layer_timeout_s=layer_s / 2))
+                with pytest.raises(InvalidRequest, match="exclude each other"):
+                    lease.load(timeout_s=1, layer_timeout_s=1)
+
+    def test_a_layer_that_a_stopped_daemon_does_not_send_ends_the_load_after_its_time(
+        self, new_daemon: Callable[..., DaemonProcess]
+    ) -> None:
+        daemon, layout = new_daemon(), large_layout()
+        with daemon.client(transport=self.transport, timeout_s=NEVER_S) as client:
+            blocks, chain = client.open_layout(layout), new_chain(layout, layout.block_tokens)
+            blocks.save(chain, layers_of(blocks, chain))
+            lease = blocks.lookup(chain, lease_ttl_s=NEVER_S)
+            with daemon.stopped():
+                begin_s = time.monotonic()
+                with pytest.raises(DeadlineExceeded, match="layer"):
+                    next(lease.load(layer_timeout_s=0.1))
+                assert time.monotonic() - begin_s < SOON_S
+
+    def test_cancel_ends_a_load_that_waits_for_a_stopped_daemon(self, new_daemon: Callable[..., DaemonProcess]) -> None:
+        daemon, layout = new_daemon(), large_layout()
+        with daemon.client(transport=self.transport, timeout_s=NEVER_S) as client, ThreadPoolExecutor() as threads:
+            blocks, chain = client.open_layout(layout), new_chain(layout, layout.block_tokens)
+            blocks.save(chain, layers_of(blocks, chain))
+            for whole_s, layer_s in ((NEVER_S, None), (None, NEVER_S)):
+                lease = blocks.lookup(chain, lease_ttl_s=NEVER_S)
+                with daemon.stopped():
+                    load = threads.submit(next, lease.load(timeout_s=whole_s, layer_timeout_s=layer_s))
+                    with pytest.raises(TimeoutError):
+                        load.result(0.2)  # It waits for the daemon by now; if not, `cancel` ends it at its begin.
+                    lease.cancel()
+                    with pytest.raises(Cancelled):
+                        load.result(SOON_S)
+                lease.release()
+
+    def test_after_cancel_a_lease_loads_nothing_and_other_leases_do(self, client: Client) -> None:
+        layout = large_layout()
+        blocks, chain = client.open_layout(layout), new_chain(layout, layout.block_tokens)
+        layers = layers_of(blocks, chain)
+        blocks.save(chain, layers)
+        with blocks.lookup(chain) as lease, blocks.lookup(chain) as other:
+            running = lease.load()
+            next(running)
+            lease.cancel()
+            for load in (running, lease.load()):
+                with pytest.raises(Cancelled):
+                    next(load)
+            assert lease.remaining_s > 0
+            assert same([layer.data for layer in other.load()], layers)
 
     def test_a_released_lease_loads_nothing(self, client: Client) -> None:
         layout = small_layout()
@@ -165,6 +270,8 @@ class TransportContract:
 
             assert (position, type(error)) == (0, TierFull)
             assert blocks.contains(large) == 0
+            results = blocks.save_many([(large, layers_of(blocks, large)), (large, layers_of(blocks, large))])
+            assert [(each.stored, type(each.refused[0][1])) for each in results] == [(0, TierFull)] * 2
             with small.lookup(chain) as lease:
                 assert same([layer.data for layer in lease.load()], layers)
 

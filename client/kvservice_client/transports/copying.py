@@ -10,7 +10,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import numpy as np
 import xxhash
 
-from kvservice_api.errors import DeadlineExceeded
 from kvservice_api.image import checksum
 from kvservice_client import forks
 from kvservice_client.buffers import Bytes
@@ -147,11 +146,11 @@ class Batch:
         return group
 
     def finish(self, group: Group, deadline: Deadline) -> None:
-        """Run parts until the group is done. Raises the first error of a part of it, or DeadlineExceeded."""
+        """Run parts until the group is done. Raises the first error of a part of it, or the deadline's."""
         while not group.done.is_set() and deadline.remaining_s and (part := self._next()):
             self._run(*part)
         if not deadline.clock.wait(group.done, deadline.remaining_s):
-            raise DeadlineExceeded(f"the {deadline.allowed_s:.3g} s allowed for this call have passed")
+            raise deadline.error
         if group.error is not None:
             raise group.error
 

@@ -15,7 +15,7 @@ from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client.arena_map import ArenaMap
 from kvservice_client.buffers import Bytes
 from kvservice_client.channel import Answers
-from kvservice_client.retry import Deadline
+from kvservice_client.retry import TransferDeadline
 from kvservice_client.transports.base import LoadOrder, NotCarried
 
 _SHARD_BYTES = 8
@@ -146,17 +146,24 @@ class View:
     By default a view trusts bytes that were verified once since the daemon's start, and does not detect later damage
     to the memory. A view with ``verify="always"`` verifies each slice when `slices` first returns it.
 
+    It is for one thread at a time; `Lease.cancel` may be called from another one.
     Do not use its arrays after `check` has raised, after leaving the view, or when the lease's time is nearly over.
     Results that were computed from them are valid only after a `check` that did not raise.
     """
 
-    def __init__(self, blocks: InPlace, have_verified: Callable[[int, int], None] | None = None) -> None:
-        """All layers must be there.
+    def __init__(
+        self,
+        blocks: InPlace,
+        deadline: TransferDeadline,
+        have_verified: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """The deadline is for the waits for layers that are not in place yet.
 
         With `have_verified` (block, layer) the view verifies the slices that it returns, and calls it for a slice whose
         checksum does not match: the daemon then verifies the slice, and drops the block.
         """
         self._blocks = blocks
+        self._deadline = deadline
         self._have_verified = have_verified
         self._verified_layers: set[int] = set()
         self._is_open = True
@@ -168,12 +175,18 @@ class View:
     def slices(self, layer: int) -> list[tuple[Bytes, ...]]:
         """For each block the bytes of one layer, read-only: one array `[K, V][head][token][dim]`.
 
-        If a block was stored with more heads than were looked up, two arrays: keys, and values. Raises LeaseExpired;
-        with ``verify="always"`` also ChecksumMismatch, after which the daemon has dropped the block.
+        If a block was stored with more heads than were looked up, two arrays: keys, and values. Waits for the layer if
+        the view was made with `layer_timeout_s`. Raises LeaseExpired, Cancelled; with ``verify="always"`` also
+        ChecksumMismatch, after which the daemon has dropped the block; while it waits also DeadlineExceeded,
+        ChecksumMismatch, StorageFailed, DaemonUnavailable.
         """
         if not 0 <= layer < self._blocks.layer_count:
             raise InvalidRequest(f"layer {layer} is not one of {self._blocks.layer_count}", field="layer")
         self.check()
+        if self._blocks.layers_ready <= layer:
+            with self._deadline.layer():
+                self._blocks.wait_for_layer(layer)
+            self.check()
         if self._have_verified is not None and layer not in self._verified_layers:
             self._verify(layer, self._have_verified)
         return [self._slice(block, layer) for block in range(self.block_count)]
@@ -205,9 +218,10 @@ class View:
         return (whole,) if runs is None else tuple(whole[start:end] for start, end in runs)
 
     def check(self) -> None:
-        """Raises LeaseExpired if bytes of this view may have been replaced."""
+        """Raises LeaseExpired if bytes of this view may have been replaced, Cancelled after `Lease.cancel`."""
         if not self._is_open:
             raise LeaseExpired("the view is closed: its bytes may have been replaced")
+        self._deadline.check_cancelled()
         self._blocks.check()
 
     def __enter__(self) -> Self:
@@ -219,6 +233,7 @@ class View:
                 self.check()
         finally:
             self._is_open = False
+            self._blocks.close()
 
 
 @runtime_checkable
@@ -226,10 +241,11 @@ class InPlaceReader(Protocol):
     """A transport by which the client can also read the daemon's memory."""
 
     def view(
-        self, order: LoadOrder, deadline: Deadline, have_verified: Callable[[int, int], None] | None = None
+        self, order: LoadOrder, deadline: TransferDeadline, have_verified: Callable[[int, int], None] | None = None
     ) -> View:
         """The blocks in place, without a copy. Raises NotShared if they cannot be read in place.
 
+        Waits for all layers, unless the deadline is for each layer: the view then waits for them one by one.
         Without `have_verified` the daemon verifies bytes that it has not verified since its start. With it (block,
         layer) the view verifies each slice before it returns it.
         """

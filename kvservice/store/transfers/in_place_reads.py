@@ -74,8 +74,8 @@ class InPlaceReads:
     async def run(
         self, caller: Caller, lease: Lease, blocks: range, *, verify: bool
     ) -> AsyncGenerator[Located | NotInPlace | int, None]:
-        """First the places, then the number of layers that are ready, until all are. After that it yields nothing; the
-        rows stay in their place until this is closed, or the client disconnects.
+        """First the places, then the number of layers that are ready: 0 if none is yet, until all are. After that it
+        yields nothing; the rows stay in their place until this is closed, or the client disconnects.
 
         Raises NotShared, LeaseExpired, ChecksumMismatch, StorageFailed.
         """
@@ -139,6 +139,8 @@ class InPlaceReads:
 
     async def _layers(self, lease: Lease, promotions: dict[int, PendingPromotion]) -> AsyncGenerator[int, None]:
         wanted = lease.shard
+        if promotions:
+            yield 0
         for layer in range(wanted.layer_begin, wanted.layer_end) if promotions else ():
             for row, pending in promotions.items():
                 await pending.layer_ready(layer - int(self._blocks.layer_begin[row]))

@@ -84,6 +84,7 @@ async def test_blocks_on_ssd_are_promoted_layer_by_layer(opened: OpenStore, clie
     assert leased is not None
     steps = run(opened, leased)
     located = await anext(steps)
+    assert await anext(steps) == 0, "the places are known before the first layer is there"
     for layer in range(LAYOUT.layers):
         assert await anext(steps) == layer + 1
         found = [bytes_at(opened, located, block, layer) for block in range(3)]
@@ -112,8 +113,8 @@ async def test_a_promoted_block_without_a_record_stays_while_it_is_read(
     monkeypatch.setattr(opened.index, "put", refuse_dram)
     steps = run(opened, leased)
     located = await anext(steps)
-    for layer in range(LAYOUT.layers):
-        assert await anext(steps) == layer + 1
+    for layer in range(LAYOUT.layers + 1):
+        assert await anext(steps) == layer
     await until(lambda: not promotion._pending)
     for _ in range(10):  # What follows the promotion's end.
         await asyncio.sleep(0)
