@@ -130,7 +130,7 @@ class BlockCache:
             except Overloaded:  # The client holds as many leases, or leased blocks, as it may.
                 return lease
             unused = lease if more.hit_blocks > lease.hit_blocks else more  # The tail may be gone by now.
-            unused.release()
+            self._connection.background.submit(unused.release)
             return more if unused is lease else lease
 
         return self._connection.retried(attempt, deadline)
