@@ -70,7 +70,8 @@ class BlockCache:
 
         Makes no call once this client is attached, and does not count as a use of the blocks. None if there is no
         certain answer: the daemon is on another host, has no directory, has not filled it yet since its start, or
-        blocks are stored as several shards. Raises as `contains` if the daemon cannot be reached.
+        blocks are stored as several shards. The directory does not know which partial blocks continue a block: `lookup`
+        of a `ChainBuilder` may find more. Raises as `contains` if the daemon cannot be reached.
         """
         arguments.chain(chain)
         deadline = self._connection.deadline(timeout_s)
@@ -99,8 +100,9 @@ class BlockCache:
 
         With a `ChainBuilder` the prefix is all tokens that were added to it. Then the last block of the lease may be
         partial: the longest that the daemon names of the newest partial blocks which continue the last whole hit with
-        exactly the next tokens. So a conversation finds its history to the last token. An engine that must compute
-        at least one token uses one token less of a lease of all its tokens. A partial block that goes beyond the
+        exactly the next tokens. So a conversation finds its history to the last token. `hit_blocks` of the lease counts
+        the partial block too. An engine that must compute at least one token uses one token less of a lease of all its
+        tokens. A partial block that goes beyond the
         tokens of the builder is no hit, though it begins with them: its key depends on all of its tokens.
 
         `request_id` is the engine's name of the request, at most 200 bytes: `kvctl explain` then shows how much of it
