@@ -98,12 +98,11 @@ class BlockCache:
     ) -> Lease:
         """Lease the stored part of a prefix. A chain longer than the daemon's limit is looked up as far as the limit.
 
-        With a `ChainBuilder` the prefix is all tokens that were added to it. Then the last block of the lease may be
-        partial: the longest that the daemon names of the newest partial blocks which continue the last whole hit with
-        exactly the next tokens. So a conversation finds its history to the last token. `hit_blocks` of the lease counts
-        the partial block too. An engine that must compute at least one token uses one token less of a lease of all its
-        tokens. A partial block that goes beyond the
-        tokens of the builder is no hit, though it begins with them: its key depends on all of its tokens.
+        With a `ChainBuilder` the prefix is all tokens that were added to it. Then the last block of the lease, which
+        `hit_blocks` counts too, may be partial: the longest of the newest partial blocks that continue the last whole
+        hit with exactly the next tokens. So a conversation finds its history to the last token. An engine that must
+        compute at least one token uses one token less of a lease of all its tokens. A block that goes beyond the
+        builder's tokens is no hit, though it begins with them: its key depends on all of its tokens.
 
         `request_id` is the engine's name of the request, at most 200 bytes: `kvctl explain` then shows how much of it
         was reused, and why the rest was not. A chain without blocks, or a builder without tokens, gives an empty lease
