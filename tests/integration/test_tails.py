@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from kvservice_client import BlockChain, ChainBuilder, Client, Durability, Shard, block_chain
 from tests.daemon import DaemonProcess, until
 from tests.integration.known_blocks import SMALL, compare, layers_of, save
+from tests.integration.test_rebuilt_index import lose_index, rebuild
 
 BLOCK = SMALL.block_tokens
 _seeds = itertools.count()
@@ -205,6 +206,17 @@ def test_tails_are_found_after_the_daemon_was_killed(
         process.start()
         assert found(client, said) == BLOCK + 9
         assert found(client, [*short, 1]) == 9
+
+
+def test_tails_are_found_after_the_index_was_lost_and_built_again(new_daemon: Callable[..., DaemonProcess]) -> None:
+    process, said = new_daemon(), some_tokens(BLOCK + 9)
+    with process.client() as client:
+        save(client, SMALL, history(said), Durability.SSD)
+        process.stop()
+        lose_index(process)
+        rebuild(process)
+        process.start()
+        assert found(client, [*said, 1]) == BLOCK + 9
 
 
 def test_a_builder_without_tokens_has_an_empty_lease(client: Client) -> None:
