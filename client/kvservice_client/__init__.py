@@ -17,13 +17,14 @@ can go wrong is a ``KVError``, and means: recompute.
 """
 
 from kvservice_api.errors import KVError
-from kvservice_api.keys import BlockChain, block_chain
+from kvservice_api.keys import BlockChain, ChainBuilder, block_chain
 from kvservice_api.layout import LayerGroup, Layout, Rotary, Shard
 from kvservice_client.admin import Admin, Tier
 from kvservice_client.block_cache import BlockCache
 from kvservice_client.client import DEFAULT_ADDRESS, Client, EvictResult, PrefetchResult
 from kvservice_client.lease import Lease, LoadedLayer, ResidencyRun
 from kvservice_client.local_directory import LocalHit
+from kvservice_client.pending_lookup import FoundPrefix, PendingLookup
 from kvservice_client.reports import Outcome, RequestReport
 from kvservice_client.retry import Clock
 from kvservice_client.session import Session, SessionHistory, SessionState, Slice
@@ -38,10 +39,12 @@ __all__ = [
     "Admin",
     "BlockCache",
     "BlockChain",
+    "ChainBuilder",
     "Client",
     "Clock",
     "Durability",
     "EvictResult",
+    "FoundPrefix",
     "KVError",
     "LayerGroup",
     "Layout",
@@ -49,6 +52,7 @@ __all__ = [
     "LoadedLayer",
     "LocalHit",
     "Outcome",
+    "PendingLookup",
     "PrefetchResult",
     "RequestReport",
     "Reservation",

@@ -89,6 +89,11 @@ class AttachStream:
                 raise DeadlineExceeded(f"the daemon at {self._channel.address} did not answer in time")
             raise type(self._error)(self._error.message)
 
+    @property
+    def latest(self) -> Attachment | None:
+        """The attachment if there is one now. Does not wait."""
+        return self._attachment
+
     def is_current(self, attachment: Attachment) -> bool:
         return self._attachment == attachment
 

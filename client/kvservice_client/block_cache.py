@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice_api.errors import IndexFull, InvalidRequest, KVError, NotShared, TierFull
-from kvservice_api.keys import KEY_BYTES, BlockChain
+from kvservice_api.errors import IndexFull, InvalidRequest, KVError, NotShared, Overloaded, TierFull
+from kvservice_api.keys import KEY_BYTES, BlockChain, ChainBuilder
 from kvservice_api.layout import Layout, Shard
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client import arguments
@@ -20,6 +20,7 @@ from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection, RequestContext
 from kvservice_client.lease import TRANSFER_BYTES_PER_S_MIN, Lease
 from kvservice_client.local_directory import LocalHit
+from kvservice_client.pending_lookup import LookupOrder, PendingLookup
 from kvservice_client.retry import Deadline
 from kvservice_client.transports.base import Durability, SaveOrder, SaveResult, SaveSet
 from kvservice_client.transports.ordered import OrderedTransports
@@ -75,37 +76,94 @@ class BlockCache:
         deadline = self._connection.deadline(timeout_s)
         return self._connection.retried(lambda: self._look_up_locally(chain, deadline), deadline)
 
+    def peek(self, chain: BlockChain) -> LocalHit | None:
+        """As `lookup_local`, and never waits: makes no call and no attempt to attach on the caller's thread.
+
+        None also if this client is not attached, or has not opened the layout since the daemon's start. That then
+        begins in the background, so a later peek can have an answer. An answer does not say that the daemon responds:
+        the directory of a process that is stopped stays readable.
+        """
+        arguments.chain(chain)
+        session = self._connection.known_session(self.layout)
+        return None if session is None else self._read_directory(chain, session)
+
     def lookup(
-        self, chain: BlockChain, lease_ttl_s: float = 30.0, timeout_s: float | None = None, *, request_id: str = ""
+        self,
+        chain: BlockChain | ChainBuilder,
+        lease_ttl_s: float = 30.0,
+        timeout_s: float | None = None,
+        *,
+        request_id: str = "",
     ) -> Lease:
         """Lease the stored part of a prefix. A chain longer than the daemon's limit is looked up as far as the limit.
 
+        With a `ChainBuilder` the prefix is all tokens that were added to it. Then the last block of the lease may be
+        partial: the longest that the daemon names of the newest partial blocks which continue the last whole hit with
+        exactly the next tokens. So a conversation finds its history to the last token. An engine that must compute
+        at least one token uses one token less of a lease of all its tokens. A partial block that goes beyond the
+        tokens of the builder is no hit, though it begins with them: its key depends on all of its tokens.
+
         `request_id` is the engine's name of the request, at most 200 bytes: `kvctl explain` then shows how much of it
-        was reused, and why the rest was not. A chain without blocks (a prompt shorter than one block) gives an empty
-        lease without a call.
+        was reused, and why the rest was not. A chain without blocks, or a builder without tokens, gives an empty lease
+        without a call.
         """
-        if not len(arguments.chain(chain)):
-            answer, not_attached = pb.LookupPrefixResponse(), Attachment(b"", 0)
-            return Lease(self._connection, self._transports, self.layout, self.shard, (), not_attached, answer, 0.0)
+        builder = chain if isinstance(chain, ChainBuilder) else None
+        whole = arguments.chain(chain) if builder is None else builder.chain
         deadline = self._connection.deadline(timeout_s)
         ttl_ms = _ttl_ms(lease_ttl_s)
         arguments.request_id(request_id)
+        if not len(whole) and (builder is None or not builder.token_count):
+            return self._lease(whole, Attachment(b"", 0), pb.LookupPrefixResponse(), 0.0)
+
+        def leased(part: BlockChain, *, with_tails: bool = False) -> tuple[Lease, pb.LookupPrefixResponse]:
+            asked_at_s = self._connection.clock.now_s()
+            session, answer = self._look_up(part, ttl_ms, deadline, request_id, with_tails=with_tails)
+            return self._lease(part, session.attachment, answer, asked_at_s), answer
 
         def attempt() -> Lease:
-            asked_at_s = self._connection.clock.now_s()
-            session, answer = self._look_up(chain, ttl_ms, deadline, request_id)
-            return Lease(
-                self._connection,
-                self._transports,
-                self.layout,
-                self.shard,
-                chain.token_counts,
-                session.attachment,
-                answer,
-                asked_at_s,
-            )
+            lease, answer = leased(whole, with_tails=builder is not None)
+            longer = _with_tail(builder, lease.hit_tokens, answer.tails) if builder is not None else None
+            if longer is None:
+                return lease
+            try:
+                more = leased(longer)[0]
+            except Overloaded:  # The client holds as many leases, or leased blocks, as it may.
+                return lease
+            unused = lease if more.hit_blocks > lease.hit_blocks else more  # The tail may be gone by now.
+            unused.release()
+            return more if unused is lease else lease
 
         return self._connection.retried(attempt, deadline)
+
+    def begin_lookup(
+        self,
+        chain: BlockChain | ChainBuilder,
+        lease_ttl_s: float = 30.0,
+        timeout_s: float | None = None,
+        *,
+        request_id: str = "",
+        adoptions: int = 0,
+        ticket_ttl_s: float = 30.0,
+    ) -> PendingLookup:
+        """Begin what `lookup` does on a thread of the client, and return at once, also if the daemon does not answer.
+
+        With `adoptions`, a hit is also exported as a ticket, as by ``lease.export(ticket_ttl_s, adoptions)``. At most
+        four lookups of a client run at a time; others are queued. `timeout_s`, by default the client's, counts from
+        this call, for lookup and export together. A `ChainBuilder` may get more tokens meanwhile. Raises InvalidRequest
+        for wrong arguments; `PendingLookup.poll` raises the other errors.
+        """
+        if not isinstance(chain, ChainBuilder):
+            arguments.chain(chain)
+        _ttl_ms(lease_ttl_s)
+        arguments.request_id(request_id)
+        adoptions = arguments.whole(adoptions, "adoptions")
+        if not arguments.seconds(ticket_ttl_s, "ticket_ttl_s"):
+            raise InvalidRequest("ticket_ttl_s is 0; a ticket must last for some time", field="ticket_ttl_s")
+        order = LookupOrder(chain, lease_ttl_s, request_id, adoptions, ticket_ttl_s)
+        connection = self._connection
+        pending = PendingLookup(self, connection.background, order, connection.deadline(timeout_s))
+        pending.begin()
+        return pending
 
     def adopt(
         self, ticket: bytes, shard: Shard | None = None, lease_ttl_s: float = 30.0, timeout_s: float | None = None
@@ -303,9 +361,11 @@ class BlockCache:
         return Slices.of(self.layout, self.shard, layer, token_counts)
 
     def _look_up_locally(self, chain: BlockChain, deadline: Deadline) -> LocalHit | None:
-        connection = self._connection
-        attachment, limits = connection.session(self.layout, deadline)
-        return connection.local_directory.look_up(
+        return self._read_directory(chain, self._connection.session(self.layout, deadline))
+
+    def _read_directory(self, chain: BlockChain, session: RequestContext) -> LocalHit | None:
+        attachment, limits = session
+        return self._connection.local_directory.look_up(
             limits.residency_directory,
             limits.store_id,
             attachment.boot_epoch,
@@ -314,10 +374,27 @@ class BlockCache:
             self.shard,
         )
 
+    def _lease(
+        self, chain: BlockChain, attachment: Attachment, answer: pb.LookupPrefixResponse, asked_at_s: float
+    ) -> Lease:
+        counts = chain.token_counts
+        return Lease(
+            self._connection, self._transports, self.layout, self.shard, counts, attachment, answer, asked_at_s
+        )
+
     def _look_up(
-        self, chain: BlockChain, lease_ttl_ms: int, deadline: Deadline, request_id: str = ""
+        self,
+        chain: BlockChain,
+        lease_ttl_ms: int,
+        deadline: Deadline,
+        request_id: str = "",
+        *,
+        with_tails: bool = False,
     ) -> tuple[RequestContext, pb.LookupPrefixResponse]:
         session = self._connection.session(self.layout, deadline)
+        with_tails = with_tails and session.limits.max_tails > 0
+        if not len(chain) and not with_tails:
+            return session, pb.LookupPrefixResponse()
         request = arguments.message(
             pb.LookupPrefixRequest,
             client_id=session.attachment.client_id,
@@ -326,6 +403,7 @@ class BlockCache:
             keys=chain.packed_keys[: session.limits.max_keys * KEY_BYTES],
             lease_ttl_ms=min(lease_ttl_ms, session.limits.max_lease_ttl_ms),
             request_id=request_id,
+            parent_key=chain.parent if with_tails else b"",
         )
         call = self._connection.channel.call
         return session, call(BLOCKS + "LookupPrefix", request, pb.LookupPrefixResponse, deadline)
@@ -358,6 +436,16 @@ class BlockCache:
                 ]
             )
         return slices
+
+
+def _with_tail(builder: ChainBuilder, hit_tokens: int, tails: Iterable[pb.Tail]) -> BlockChain | None:
+    """The chain of the hits and the longest of these tails that the next tokens of the builder make up."""
+    for tail in sorted(tails, key=lambda tail: -tail.token_count):
+        if hit_tokens + tail.token_count <= builder.token_count:
+            chain = builder.prefix(hit_tokens + tail.token_count)
+            if chain.keys[-1] == tail.key:
+                return chain
+    return None
 
 
 def _parts(chains: Sequence[BlockChain], blocks_max: int, chains_max: int) -> Iterator[list[tuple[int, range]]]:

@@ -97,6 +97,10 @@ class Channel:
         self._is_closed = False
         forks.register(self)
 
+    @property
+    def is_closed(self) -> bool:
+        return self._is_closed
+
     def close(self) -> None:
         with self._lock:
             self._is_closed = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple, TypeVar
 
 from google.protobuf.message import Message
@@ -12,6 +13,7 @@ from kvservice_api.errors import DaemonUnavailable, KVError, UnknownClient, Unkn
 from kvservice_api.layout import Layout
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client.attach_stream import Attachment, AttachStream
+from kvservice_client.background import Background
 from kvservice_client.channel import BLOCKS, Channel
 from kvservice_client.local_directory import LocalDirectory
 from kvservice_client.reports import Reporter
@@ -53,11 +55,12 @@ class Connection:
         self.reporter = Reporter(self.channel, name, clock)
         self.local_directory = LocalDirectory()
         self._watchdog = Watchdog(clock)
+        self.background = Background()
         self.timeout_s = timeout_s
         self._reconnect_wait_s = reconnect_wait_s
         self._limits: pb.GetCapabilitiesResponse | None = None
         self._opened: dict[bytes, int] = {}  # Layout fingerprint -> the boot epoch it was opened in.
-        self.close = weakref.finalize(self, _close, self.attach_stream, self.reporter, self.channel)
+        self.close = weakref.finalize(self, _close, self.attach_stream, self.reporter, self.background, self.channel)
 
     def deadline(self, timeout_s: float | None) -> Deadline:
         return Deadline(self.timeout_s if timeout_s is None else timeout_s, self.clock)
@@ -75,7 +78,7 @@ class Connection:
         def should_retry(error: KVError) -> bool:
             if isinstance(error, UnknownLayout):
                 self._opened.clear()
-            return type(error) in _RETRIED_ERRORS
+            return type(error) in _RETRIED_ERRORS and not self.channel.is_closed
 
         return retry(attempt, deadline, self._reconnect_wait_s, should_retry)
 
@@ -85,6 +88,21 @@ class Connection:
         limits = self.limits(deadline, attachment.boot_epoch)
         self.open_layout(layout, attachment.boot_epoch, deadline)
         return RequestContext(attachment, limits)
+
+    def known_session(self, layout: Layout) -> RequestContext | None:
+        """As `session`, without a wait: None if a step is missing. The steps are then done in the background."""
+        attachment, limits = self.attach_stream.latest, self._limits
+        if attachment is not None and limits is not None:
+            epoch = attachment.boot_epoch
+            if limits.boot_epoch == epoch == self._opened.get(layout.fingerprint):
+                return RequestContext(attachment, limits)
+        self.background.submit_once(layout.fingerprint, lambda: self._prepare(layout))
+        return None
+
+    def _prepare(self, layout: Layout) -> None:
+        deadline = self.deadline(None)
+        with suppress(KVError):  # The next call that needs the daemon raises it.
+            self.retried(lambda: self.session(layout, deadline), deadline)
 
     def limits(self, deadline: Deadline, boot_epoch: int | None = None) -> pb.GetCapabilitiesResponse:
         """The daemon's limits, read once per boot epoch."""
@@ -104,9 +122,11 @@ class Connection:
         self._opened[fingerprint] = boot_epoch
 
 
-def _close(attach_stream: AttachStream, reporter: Reporter, channel: Channel) -> None:
+def _close(attach_stream: AttachStream, reporter: Reporter, background: Background, channel: Channel) -> None:
     reporter.close()
     reporter.join(_REPORTS_S)
+    background.close()
     attach_stream.close()
-    channel.close()
+    channel.close()  # Ends the calls of all threads.
     attach_stream.join(1.0)
+    background.join(1.0)

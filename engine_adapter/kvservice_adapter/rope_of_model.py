@@ -13,6 +13,8 @@ from kvservice_adapter.device.rotation import UnsupportedRotation
 from kvservice_adapter.rope_frequencies import frequencies_of, kind_of
 from kvservice_api.layout import Rotary
 
+NamedPairing = tuple[str, tuple[tuple[str, float], ...]]  # The pairing for a layout, and parameters that go with it.
+
 
 def rotaries_of(model: Any, layer_count: int) -> list[Rotary]:
     """How each layer rotates its keys, for a layout.
@@ -26,13 +28,43 @@ def rotaries_of(model: Any, layer_count: int) -> list[Rotary]:
     if not parameters and not _frequency_modules(model):
         return [Rotary()] * layer_count
     given = frequencies_of_layers(model)
+    pairing = _named_pairing(type(model))
     if "" in given.of_type:
         is_configured = _as_configured(model, given.of_type[""].frequencies)
-        return [_rotary(model, given.of_type[""], parameters, with_checksum=not is_configured)] * layer_count
+        return [_rotary(given.of_type[""], parameters, pairing, with_checksum=not is_configured)] * layer_count
     if len(given.layer_types) != layer_count:
         raise UnsupportedRotation("the rotary encoding differs from layer to layer, and no layer types describe it")
-    made = {each: _rotary(model, own, parameters[each], with_checksum=True) for each, own in given.of_type.items()}
+    made = {each: _rotary(own, parameters[each], pairing, with_checksum=True) for each, own in given.of_type.items()}
     return [made[each] for each in given.layer_types]
+
+
+def rotaries_of_config(config: Any, model_class: type | None, head_dims: Sequence[int]) -> list[Rotary]:
+    """As `rotaries_of`, for an engine with its own code that computes with the configuration's frequencies.
+
+    `model_class` is that of transformers' own model of this configuration, if there is one: its code shows how dims are
+    paired. `head_dims` are those of each layer's keys. Raises UnsupportedRotation, also for dynamic encodings: engines
+    differ in when they change the frequencies.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if not parameters:
+        return [Rotary()] * len(head_dims)
+    types = _layer_types(config)
+    if types is not None and len(types) != len(head_dims):
+        raise UnsupportedRotation("the rotary encoding differs from layer to layer, and no layer types describe it")
+    pairing = _named_pairing(model_class)
+    made: dict[tuple[str, int], Rotary] = {}
+    for each in zip(types or [""] * len(head_dims), head_dims, strict=True):
+        if each in made:
+            continue
+        layer_type, head_dim = each
+        own = parameters[layer_type] if layer_type else parameters
+        kind = kind_of(own)
+        if kind == "dynamic":
+            raise UnsupportedRotation("with a dynamic rotary encoding, engines rotate the same keys differently")
+        frequencies, scaling = frequencies_of(own, head_dim, getattr(config, "max_position_embeddings", None))
+        computed = OwnFrequencies(kind, frequencies, scaling)
+        made[each] = _rotary(computed, own, pairing, with_checksum=bool(layer_type))
+    return [made[each] for each in zip(types or [""] * len(head_dims), head_dims, strict=True)]
 
 
 class OwnFrequencies(NamedTuple):
@@ -53,7 +85,7 @@ class LayerFrequencies(NamedTuple):
 def frequencies_of_layers(model: Any) -> LayerFrequencies:
     """The rotation parameters that the model's code uses in each layer. Raises UnsupportedRotation."""
     parameters = getattr(model.config, "rope_parameters", None) or {}
-    types = _layer_types(model)
+    types = _layer_types(model.config)
     if types is not None:
         found = {}
         for each in set(types):
@@ -69,12 +101,12 @@ def frequencies_of_layers(model: Any) -> LayerFrequencies:
     return LayerFrequencies([""] * model.config.num_hidden_layers, {"": own})
 
 
-def _layer_types(model: Any) -> list[str] | None:
+def _layer_types(config: Any) -> list[str] | None:
     """The type of each layer, where types rotate in ways of their own; else None."""
-    parameters = getattr(model.config, "rope_parameters", None) or {}
+    parameters = getattr(config, "rope_parameters", None) or {}
     if not any(isinstance(value, Mapping) for value in parameters.values()):
         return None
-    types = list(getattr(model.config, "layer_types", None) or ())
+    types = list(getattr(config, "layer_types", None) or ())
     if not types or not all(isinstance(parameters.get(each), Mapping) for each in types):
         raise UnsupportedRotation("the rotary encoding differs from layer to layer, and no layer types describe it")
     return types
@@ -99,7 +131,7 @@ def _named(model: Any, name: str) -> list[Any]:
     return [getattr(each, name) for each in model.modules() if getattr(each, name, None) is not None]
 
 
-def _rotary(model: Any, own: OwnFrequencies, parameters: Mapping[str, Any], *, with_checksum: bool) -> Rotary:
+def _rotary(own: OwnFrequencies, parameters: Mapping[str, Any], named: NamedPairing, *, with_checksum: bool) -> Rotary:
     """`parameters` are the configuration's. The checksum is over the values that the model really uses."""
     numbers = {name: value for name, value in parameters.items() if name not in ("rope_type", "type", "rope_theta")}
     if not all(value is None or isinstance(value, (int, float)) for value in numbers.values()):
@@ -107,30 +139,35 @@ def _rotary(model: Any, own: OwnFrequencies, parameters: Mapping[str, Any], *, w
     given = [(name, float(value)) for name, value in numbers.items() if value is not None]
     if with_checksum:
         given.append(("frequencies_crc32", float(_checksum(own.frequencies))))
-    pairing, unknown = _named_pairing(model)
+    pairing, unknown = named
     return Rotary(own.kind, pairing, 2 * own.frequencies.numel(), float(parameters["rope_theta"]), (*given, *unknown))
 
 
-def _named_pairing(model: Any) -> tuple[str, tuple[tuple[str, float], ...]]:
+def _named_pairing(model_class: type | None) -> NamedPairing:
     """The pairing for a layout, and a parameter that says so if it is not known.
 
     Keys that are read where they were stored need no pairing. If they are to be rotated, `pairing_of` raises.
     """
     try:
-        return pairing_of(model), ()
+        return _pairing_of_class(model_class), ()
     except UnsupportedRotation:
         return "half", (("pairing_unknown", 1.0),)
 
 
 def pairing_of(model: Any) -> str:
     """Which two dims are rotated together. Found by calling the model's code, because no configuration states it."""
-    rotate_half = getattr(sys.modules[type(model).__module__], "rotate_half", None)
+    return _pairing_of_class(type(model))
+
+
+def _pairing_of_class(model_class: type | None) -> str:
+    name = model_class.__name__ if model_class is not None else "this model"
+    rotate_half = getattr(sys.modules[model_class.__module__], "rotate_half", None) if model_class is not None else None
     if rotate_half is None:
-        raise UnsupportedRotation(f"how {type(model).__name__} pairs the dims of its rotary encoding is not known")
+        raise UnsupportedRotation(f"how {name} pairs the dims of its rotary encoding is not known")
     rotated = rotate_half(torch.arange(1.0, 5.0)).tolist()
     known = {(-3.0, -4.0, 1.0, 2.0): "half", (-2.0, 1.0, -4.0, 3.0): "interleaved"}
     if tuple(rotated) not in known:
-        raise UnsupportedRotation(f"{type(model).__name__} pairs the dims of its rotary encoding in an unknown way")
+        raise UnsupportedRotation(f"{name} pairs the dims of its rotary encoding in an unknown way")
     return known[tuple(rotated)]
 
 

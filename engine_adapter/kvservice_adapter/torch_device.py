@@ -13,10 +13,9 @@ import numpy as np
 import torch
 
 from kvservice_adapter.device.arrays import ArrayView
-from kvservice_adapter.device.base import Device, Pages
+from kvservice_adapter.device.base import Device, Pages, Slices
 from kvservice_adapter.device.cpu import CpuDevice, CpuEvent, CpuStream
 from kvservice_adapter.device.rotation import Rotation
-from kvservice_client.buffers import Bytes
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -52,7 +51,7 @@ class TorchDevice(CpuDevice):
 
 
 class _TorchStream(CpuStream):
-    def gather(self, pages: Pages, token_counts: Sequence[int], into: Bytes) -> CpuEvent:
+    def gather(self, pages: Pages, token_counts: Sequence[int], into: Slices) -> CpuEvent:
         tensor = pages.key_view.array
         if isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu":
             computed = torch.Event(device=tensor.device)

@@ -15,6 +15,7 @@ from kvservice.store.store import BlockStore
 from kvservice.store.types import (
     SAVE_BLOCKS_MAX,
     SAVE_SLICES_MAX,
+    TAILS_MAX,
     Located,
     NotInPlace,
     Part,
@@ -67,6 +68,7 @@ class BlockService:
                 max_keys=limits.keys_max,
                 max_save_blocks=SAVE_BLOCKS_MAX,
                 max_save_slices=SAVE_SLICES_MAX,
+                max_tails=TAILS_MAX,
                 max_save_chains=SAVE_BLOCKS_MAX,
                 max_lease_ttl_ms=int(limits.lease_ttl_max_s * 1000),
                 transports=["grpc"] if arena.not_shared_because else ["shm", "grpc"],
@@ -98,19 +100,23 @@ class BlockService:
             self._store.detach(caller, client)
 
     async def LookupPrefix(self, request: pb.LookupPrefixRequest, context: Context) -> pb.LookupPrefixResponse:
+        only_tails = request.parent_key and not request.keys
+        keys_max = self._store.limits.keys_max
         hit = await self._store.lookup(
             self._callers.of(context, request.client_id),
             request.layout_fingerprint,
             shard_of(request),
-            split_keys(request.keys, field="keys", count_max=self._store.limits.keys_max),
+            [] if only_tails else split_keys(request.keys, field="keys", count_max=keys_max),
             request.lease_ttl_ms / 1000,
             request.request_id,
+            request.parent_key,
         )
-        runs = residency_runs(hit.runs)
-        if hit.lease is None:
-            return pb.LookupPrefixResponse(hit_blocks=hit.blocks, runs=runs)
         return pb.LookupPrefixResponse(
-            hit_blocks=hit.blocks, runs=runs, lease_id=hit.lease.lease_id, lease_ttl_ms=round(hit.ttl_s * 1000)
+            hit_blocks=hit.blocks,
+            runs=residency_runs(hit.runs),
+            tails=[pb.Tail(key=key, token_count=count) for key, count in hit.tails],
+            lease_id=hit.lease.lease_id if hit.lease is not None else 0,
+            lease_ttl_ms=round(hit.ttl_s * 1000),
         )
 
     async def LoadBlocks(self, request: pb.LoadBlocksRequest, context: Context) -> None:

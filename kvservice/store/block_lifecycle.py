@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from kvservice.blocks import BlockTable, Extent, Rows, TierName
+from kvservice.blocks import BlockTable, Extent, Rows, Tails, TierName
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
@@ -60,6 +60,7 @@ class BlockLifecycle:
         self._tasks = tasks
         self.history = history
         self._clock = clock
+        self.tails = Tails(blocks, index.layouts)
         # Tiers below the second may be network file systems, which hang. Evictions from other tiers do not wait for
         # their records, so after a crash a copy that such a tier evicted may be found again. Its bytes are the same.
         self._may_hang = frozenset(blocks.tiers[2:])
@@ -182,6 +183,7 @@ class BlockLifecycle:
             await self.place(rows, self.blocks.first_tier, extents)
             for row in rows:
                 self.blocks.link(row)
+            self.tails.add(rows)
         finally:
             self.unhold(rows)  # Frees the rows that were not linked.
 
@@ -295,6 +297,7 @@ class BlockLifecycle:
         ]
         for row in rows:
             self.blocks.unlink(row)
+        self.tails.remove(rows)
         return self._begin_removal({tier: [] for tier in tiers}, rows)
 
     def _may_have_record(self, row: int, tier: TierName) -> bool:

@@ -7,13 +7,15 @@ so the last step runs once per combination.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvservice.blocks import NO_ROW, BlockTable, Rows
+from kvservice.store.caller import Tenant
 from kvservice.store.leases import Lease
 from kvservice.store.tasks import LoopBudget
 from kvservice.store.transfers.coverage import cover
@@ -22,7 +24,11 @@ from kvservice_api.layout import Shard
 
 Run = tuple[int, bool, bool]  # Count of consecutive blocks, whether they are in DRAM, whether they are on SSD.
 
+Tail = tuple[bytes, int]  # A partial block: its key, its number of tokens.
+TAILS_MAX = 4
+
 _NOTHING = np.empty(0, np.int64)
+_TAIL_ROWS_MAX = 64  # Beyond these, a tail of this shard or tenant is not found. They take a millisecond or two.
 _PARTS_A_TURN = 512  # They take two milliseconds of the event loop.
 
 
@@ -55,6 +61,20 @@ def match_prefix(blocks: BlockTable, keys: Sequence[bytes], layout_id: int, want
     if by_one.all():
         return PrefixMatch(rows, {}, rows)
     return _joined(blocks, rows, shards, wanted)
+
+
+def match_tails(
+    blocks: BlockTable, newest_first: Iterable[int], tenant: Tenant, layout_id: int, wanted: Shard
+) -> list[Tail]:
+    """The newest partial blocks of the tenant that have all of `wanted`. At most `TAILS_MAX`, the newest first."""
+    found: dict[bytes, int] = {}
+    for row in islice(newest_first, _TAIL_ROWS_MAX):
+        key = blocks.key_of(row)
+        if blocks.tenant[row] == tenant.number and len(match_prefix(blocks, [key], layout_id, wanted).rows):
+            found[key] = int(blocks.token_count[row])
+            if len(found) == TAILS_MAX:
+                break
+    return list(found.items())
 
 
 def _joined(blocks: BlockTable, rows: Rows, shards: Rows, wanted: Shard) -> PrefixMatch:

@@ -36,7 +36,7 @@ from kvservice.store.operations.operators import Operators
 from kvservice.store.operations.pins import Pins
 from kvservice.store.operations.requests import Requests
 from kvservice.store.operations.scrub import Scrub
-from kvservice.store.prefix_match import PrefixMatch, match_prefix, narrowed, runs_of
+from kvservice.store.prefix_match import PrefixMatch, match_prefix, match_tails, narrowed, runs_of
 from kvservice.store.sessions.sessions import SessionLimits, Sessions
 from kvservice.store.tasks import LoopBudget, Tasks, parts_of
 from kvservice.store.tickets import Tickets
@@ -365,13 +365,16 @@ class BlockStore:
         keys: Sequence[bytes],
         lease_ttl_s: float,
         request_id: str = "",
+        parent_key: bytes = b"",
     ) -> Hit:
         """How many leading blocks are stored; leases them if `lease_ttl_s` is not 0. Waits only if there are many keys.
 
-        With a `request_id`, the lookup and its result are noted for `explain`. Raises InvalidRequest, UnknownLayout,
-        UnknownClient, Overloaded.
+        With a `request_id`, the lookup and its result are noted for `explain`. With the `parent_key` of the first key,
+        the answer has the tails of the last hit. Raises InvalidRequest, UnknownLayout, UnknownClient, Overloaded.
         """
         self._requests.check_id(request_id)
+        if len(parent_key) not in (0, KEY_BYTES):
+            raise InvalidRequest(f"parent_key has {len(parent_key)} bytes, not {KEY_BYTES}", field="parent_key")
         layout_id, layout = self._layout(fingerprint)
         wanted = Shard.whole(layout) if shard is None else shard.check(layout)
         found, held = PrefixMatch(), []
@@ -392,7 +395,10 @@ class BlockStore:
             client = self._leases.client(caller) if lease_ttl_s else None
             hit = self._hit(client, layout, wanted, len(keys), found, lease_ttl_s)
             self._note_lookup(request_id, caller, layout_id, wanted, keys, hit)
-            return hit
+            if not parent_key:
+                return hit
+            newest_first = self._lifecycle.tails.newest_first(keys[hit.blocks - 1] if hit.blocks else parent_key)
+            return hit._replace(tails=match_tails(self._blocks, newest_first, caller.tenant, layout_id, wanted))
         finally:
             for rows in held:
                 self._lifecycle.unhold(rows)
@@ -414,7 +420,7 @@ class BlockStore:
     def _note_lookup(
         self, request_id: str, caller: Caller, layout_id: int, wanted: Shard, keys: Sequence[bytes], hit: Hit
     ) -> None:
-        if request_id:
+        if request_id and keys:
             who = self._leases.name_of(caller.client)
             self._requests.note_lookup(
                 request_id, self._index.layouts, layout_id, wanted, who, keys, hit.runs, hit.lease

@@ -30,7 +30,9 @@ from kvservice.store.operations.pins import UnpinOutcome as UnpinOutcome
 from kvservice.store.operations.requests import LoadRecord as LoadRecord
 from kvservice.store.operations.requests import ReportRecord as ReportRecord
 from kvservice.store.operations.scrub import ScrubProgress as ScrubProgress
+from kvservice.store.prefix_match import TAILS_MAX as TAILS_MAX
 from kvservice.store.prefix_match import Run as Run
+from kvservice.store.prefix_match import Tail as Tail
 from kvservice.store.sessions.manifests import KEEP_RANGES_MAX as KEEP_RANGES_MAX
 from kvservice.store.sessions.manifests import SessionAppend as SessionAppend
 from kvservice.store.sessions.manifests import StoredSession as StoredSession
@@ -65,12 +67,15 @@ class SaveHeader(NamedTuple):
 
 
 class Hit(NamedTuple):
-    """The answer to a lookup. `runs` are over the leading hits; `ttl_s` is the granted time of the lease."""
+    """The answer to a lookup. `runs` are over the leading hits; `ttl_s` is the granted time of the lease; `tails`
+    continue the last hit.
+    """
 
     blocks: int
     runs: list[Run]
     lease: Lease | None
     ttl_s: float = 0.0
+    tails: Sequence[Tail] = ()
 
 
 class Adopted(NamedTuple):

@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -174,6 +175,47 @@ class DeviceContract:
             for ours, theirs in zip(read_token(pages, token), stored_token(slices, counts, token, dtype), strict=True):
                 assert same_bits(ours, theirs), token
         assert np.array_equal(back, slices)
+
+    @settings(
+        max_examples=60,
+        deadline=None,
+        suppress_health_check=[
+            HealthCheck.differing_executors,
+            HealthCheck.function_scoped_fixture,
+            HealthCheck.too_slow,
+        ],
+    )
+    @given(
+        counts=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+        page_tokens=st.integers(1, 40),
+        first_token=st.integers(0, 20),
+        ends=st.tuples(st.integers(0, 50), st.integers(0, 50)),
+    )
+    def test_tokens_that_are_not_copied_keep_their_place_as_it_is(
+        self, device: Device, counts: list[int], page_tokens: int, first_token: int, ends: tuple[int, int]
+    ) -> None:
+        """The pages need not hold what is after the copied tokens. Each block is in an array of its own."""
+        tokens = sum(counts)
+        begin, end = sorted(min(each, tokens) for each in ends)
+        page_ids = list(range(-(-(first_token + max(end, 1)) // page_tokens)))
+        whole = pages_of(len(page_ids), page_tokens, page_ids, first_token, place=self.place)
+        pages = Pages(whole.keys, whole.values, page_ids, first_token, copied=(begin, end))
+        slices = np.random.default_rng(1).random(tokens * HEADS * (K_DIM + V_DIM), np.float32).view(np.uint8)
+        edges = [0, *(sum(counts[: each + 1]) * HEADS * (K_DIM + V_DIM) * 4 for each in range(len(counts)))]
+        blocks = [slices[first:last] for first, last in pairwise(edges)]
+        halves = [np.split(each, [each.size * K_DIM // (K_DIM + V_DIM)]) for each in blocks]
+
+        for given_slices in (slices, blocks, halves):
+            whole.keys.fill_(1)
+            whole.values.fill_(1)
+            event = device.stream("test").scatter(given_slices, counts, pages)
+            assert event.wait(WAIT_S)
+            assert event.error is None
+            ones = torch.ones(HEADS, K_DIM), torch.ones(HEADS, V_DIM)
+            for token in range(min(tokens, len(page_ids) * page_tokens - first_token)):
+                expected = stored_token(slices, counts, token, torch.float32) if begin <= token < end else ones
+                for ours, theirs in zip(read_token(pages, token), expected, strict=True):
+                    assert same_bits(ours, theirs), token
 
     @settings(
         max_examples=60,

@@ -34,8 +34,9 @@ def slice_bytes(layout: Layout) -> int:
 
 def layers_of(layout: Layout, chain: BlockChain) -> list[list[NDArray[np.uint8]]]:
     """Layer by layer the slices of a chain's blocks."""
-    size = slice_bytes(layout)
-    return [[slice_of(key, layer, size) for key in chain] for layer in range(layout.layers)]
+    sizes = [layout.slice_bytes(layout.kv_heads, count) for count in chain.token_counts]
+    named = list(zip(chain.keys, sizes, strict=True))
+    return [[slice_of(key, layer, size) for key, size in named] for layer in range(layout.layers)]
 
 
 def save(

@@ -72,6 +72,9 @@ def test_what_is_no_span_of_time_is_refused_everywhere(client: Client, away: Cli
     refused(lambda: away.capabilities(span), "timeout_s", rule)
     refused(lambda: blocks.lookup(chain, timeout_s=span), "timeout_s", rule)
     refused(lambda: blocks.lookup(chain, span), "lease_ttl_s", rule)
+    refused(lambda: blocks.begin_lookup(chain, timeout_s=span), "timeout_s", rule)
+    refused(lambda: blocks.begin_lookup(chain, span), "lease_ttl_s", rule)
+    refused(lambda: blocks.begin_lookup(chain, ticket_ttl_s=span), "ticket_ttl_s", rule)
     refused(lambda: blocks.lookup_local(chain, span), rule)
     refused(lambda: blocks.contains(chain, span), rule)
     refused(lambda: blocks.save(chain, layers_of(SMALL, chain), timeout_s=span), rule)
@@ -143,6 +146,8 @@ def test_what_is_no_chain_is_refused(away: Client, chain: Any) -> None:
         blocks.lookup,
         blocks.contains,
         blocks.lookup_local,
+        blocks.peek,
+        blocks.begin_lookup,
         away.session(SMALL, "chat").append,
         lambda chain: blocks.save(chain, []),
     ):
@@ -184,6 +189,8 @@ def test_values_of_the_wrong_type_or_range_are_refused(client: Client, away: Cli
     blocks: Any = client.open_layout(SMALL)
     session: Any = client.session(SMALL, "typed")
     refused(lambda: blocks.lookup(chain, request_id=7))
+    refused(lambda: blocks.begin_lookup(chain, request_id=7))
+    refused(lambda: blocks.begin_lookup(chain, ticket_ttl_s=0.0), "ticket_ttl_s is 0")
     refused(lambda: session.append(chain, "first"))
     refused(lambda: session.append(chain, -1))
     refused(lambda: session.append(chain, stored_position="first"))
@@ -209,6 +216,7 @@ def test_counts_and_places_are_whole_numbers(client: Client, wrong: Any) -> None
     save(client, SMALL, chain)
     with blocks.lookup(chain) as lease:
         refused(lambda: lease.export(adoptions=wrong), "adoptions is", "whole number in 1..")
+        refused(lambda: blocks.begin_lookup(chain, adoptions=wrong), "adoptions is", "whole number in 0..")
         if wrong is not None:
             refused(lambda: lease.layer_bytes(layer=wrong), "layer is", "whole number in 0..4")
             refused(lambda: lease.layer_bytes(0, wrong))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from kvservice_api.residency_directory import STATE_WORD, DirectoryState
 from kvservice_client import BlockCache, BlockChain, Durability, LocalHit, Shard, Tier
-from tests.daemon import DaemonProcess, until
+from tests.daemon import NEVER_S, DaemonProcess, until
 from tests.integration.conversations import layers_of, new_chain, small_layout
 from tests.mounts import fill, tmpfs
 
@@ -211,3 +213,75 @@ def test_a_full_tmpfs_means_no_directory_and_a_line_in_the_log(tmp_path: Path) -
             assert daemon.stop() == 0
         finally:
             daemon.remove()
+
+
+class TestAPeek:
+    def test_answers_as_a_lookup_in_shared_memory_without_a_call(self, daemon: DaemonProcess) -> None:
+        with daemon.client() as client:
+            blocks = client.open_layout(LAYOUT)
+            filled(blocks)
+            chain = saved(blocks)
+            asked = lookups_asked(daemon)
+            assert blocks.peek(new_chain(LAYOUT, 8)) == LocalHit(0, 0, 0)
+            client.admin.discard(chain.keys[11:12])
+            for first in range(BLOCKS):
+                assert blocks.peek(chain[first:]) == blocks.lookup_local(chain[first:])
+            assert lookups_asked(daemon) == asked
+
+    def test_begins_to_attach_and_to_open_the_layout(self, daemon: DaemonProcess) -> None:
+        with daemon.client() as client:
+            chain = saved(client.open_layout(LAYOUT))
+        with daemon.client() as new:
+            blocks, unknown = new.open_layout(LAYOUT), small_layout("never opened")
+            until(lambda: blocks.peek(chain) is not None)
+            assert blocks.peek(chain) == blocks.lookup_local(chain)
+            other = new.open_layout(unknown)
+            until(lambda: other.peek(new_chain(unknown, 8)) == LocalHit(0, 0, 0))
+
+    def test_has_no_answer_without_a_directory(self, new_daemon: Callable[..., DaemonProcess]) -> None:
+        with new_daemon(dram__directory_bytes_max=0).client() as client:
+            blocks = client.open_layout(LAYOUT)
+            assert blocks.peek(saved(blocks)) is None
+
+    def test_never_waits_for_a_daemon_that_is_stopped(self, new_daemon: Callable[..., DaemonProcess]) -> None:
+        daemon = new_daemon()
+        with daemon.client() as attached, daemon.client(timeout_s=NEVER_S) as new:
+            filled(attached.open_layout(LAYOUT))
+            chain = saved(attached.open_layout(LAYOUT))
+            blocks = new.open_layout(LAYOUT)
+            threads = threading.active_count()
+            daemon.process.send_signal(signal.SIGSTOP)
+            try:
+                for _ in range(100):
+                    assert blocks.peek(chain) is None
+                assert threading.active_count() <= threads + 3, "one that attaches, the attach stream, and one of gRPC"
+                hit = attached.open_layout(LAYOUT).peek(chain)
+                assert hit is not None
+                assert hit.blocks == BLOCKS, "the directory stays readable"
+            finally:
+                daemon.process.send_signal(signal.SIGCONT)
+            until(lambda: blocks.peek(chain) is not None)
+
+    def test_has_an_answer_again_after_a_restart(self, new_daemon: Callable[..., DaemonProcess]) -> None:
+        daemon = new_daemon()
+        with daemon.client(reconnect_wait_s=0.0) as client:
+            blocks = client.open_layout(LAYOUT)
+            filled(blocks)
+            kept, dropped = saved(blocks), saved(blocks)
+            daemon.kill()
+            until(lambda: blocks.peek(kept) is None)
+            daemon.start()
+            with daemon.client() as other:
+                other.admin.discard(dropped)
+            until(lambda: blocks.peek(kept) is not None)
+            hit = blocks.peek(kept)
+            assert hit is not None
+            assert hit.blocks == BLOCKS
+            assert blocks.peek(dropped) == LocalHit(0, 0, 0)
+
+    def test_of_a_closed_client_has_no_answer(self, daemon: DaemonProcess) -> None:
+        client = daemon.client()
+        blocks = client.open_layout(LAYOUT)
+        filled(blocks)
+        client.close()
+        until(lambda: blocks.peek(new_chain(LAYOUT, 8)) is None)

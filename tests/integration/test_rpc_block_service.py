@@ -24,7 +24,7 @@ from kvservice_api.errors import (
 )
 from kvservice_api.frames import HEAD_BYTES_MAX
 from kvservice_api.image import Trailer, block_geometry, checksum
-from kvservice_api.keys import BlockChain
+from kvservice_api.keys import BlockChain, block_chain
 from kvservice_api.layout import Layout, Shard
 from kvservice_api.v1 import admin_pb2, types_pb2
 from kvservice_api.v1 import blocks_pb2 as pb
@@ -110,6 +110,24 @@ def test_LookupPrefix_counts_the_unbroken_prefix_and_leases_it(wire: Wire) -> No
     assert answer.lease_ttl_ms == 20_000
     assert evict(wire, chain, DRAM).held == 2
     assert wire.lookup(SMALL, new_chain(SMALL)) == pb.LookupPrefixResponse()
+
+
+def test_LookupPrefix_lists_the_tails_of_its_last_hit_if_the_request_names_the_parent(wire: Wire) -> None:
+    chain = saved(wire, 2)
+    tail = block_chain(SMALL, range(5), with_partial=True, parent=chain.keys[-1])
+    wire.save(Upload.of(wire, SMALL, tail).messages())
+
+    request = pb.LookupPrefixRequest(layout_fingerprint=SMALL.fingerprint, keys=chain.packed_keys)
+    assert not wire.blocks.LookupPrefix(request).tails
+    request.parent_key = chain.parent
+    answer = wire.blocks.LookupPrefix(request)
+    assert (answer.hit_blocks, list(answer.tails)) == (2, [pb.Tail(key=tail.keys[0], token_count=5)])
+    request = pb.LookupPrefixRequest(layout_fingerprint=SMALL.fingerprint, parent_key=chain.keys[-1])
+    assert wire.blocks.LookupPrefix(request) == pb.LookupPrefixResponse(tails=answer.tails)
+    assert wire.capabilities().max_tails == 4
+    request.parent_key = chain.parent[:31]
+    with refused(InvalidRequest, "parent_key has 31 bytes, not 32", field="parent_key"):
+        wire.blocks.LookupPrefix(request)
 
 
 def test_LoadBlocks_streams_the_leased_bytes_layer_by_layer(wire: Wire) -> None:

@@ -254,6 +254,7 @@ class Upload:
             shard=Shard.whole(layout).to_proto(),
             parent_key=chain.parent,
             keys=chain.packed_keys,
+            last_block_tokens=chain.token_counts[-1] if len(chain) else 0,
             durability=durability,
         )
         frames = [

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -21,13 +21,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant
 from kvservice.blocks import Extent, TierName
 from kvservice.store.leases import Client, Lease
 from kvservice.store.mover.evictor import Watermarks
+from kvservice.store.prefix_match import TAILS_MAX
 from kvservice.store.store import StoreLimits
 from kvservice.store.transfers.upload import SaveOutcome, Upload
 from kvservice_api.errors import TicketForeign
 from kvservice_api.frames import Frame
 from kvservice_api.keys import BlockChain, block_chain
 from kvservice_api.layout import Layout, Shard
-from tests.stores import CALLER, LAYOUT, StoreFiles, caller_of, until
+from tests.stores import CALLER, LAYOUT, StoreFiles, at_once, caller_of, until
 
 T = TypeVar("T")
 
@@ -47,6 +48,17 @@ CHAINS = (
     (LAYOUT, _chain(LAYOUT, (4, 70))),
     (LARGE, _chain(LARGE, (5, 48))),
 )
+# Single partial blocks: six that continue the third block of the first chains, and two short prompts.
+TAILS = (
+    *((LAYOUT, _chain(LAYOUT, (1, 48), (20 + number, 1 + 2 * number))[3:]) for number in range(6)),
+    (LAYOUT, _chain(LAYOUT, (30, 9))),
+    (LAYOUT, _chain(LAYOUT, (31, 9))),
+)
+PARTIAL = {
+    chain.keys[-1]: (chain[-1:].parent, chain.token_counts[-1])
+    for layout, chain in CHAINS + TAILS
+    if chain.token_counts[-1] < layout.block_tokens
+}
 SHARDS = (Shard(0, 2, 0, 2), Shard(0, 2, 0, 1), Shard(0, 2, 1, 2), Shard(0, 1, 0, 2), Shard(1, 2, 0, 2))
 
 Object = tuple[bytes, Shard]  # Block key and shard.
@@ -236,6 +248,27 @@ class StoreBesideModel(RuleBasedStateMachine):
                     extent = self.opened.blocks.extent(row, tier)
                     first = held.places.setdefault((row, tier), extent) if extent else held.places.get((row, tier))
                     assert extent == first, "a leased block was moved"
+
+    @invariant()
+    def check_tails(self) -> None:
+        """A parent's tails are the newest four of its stored partial blocks; other blocks have none."""
+        if not hasattr(self, "opened"):
+            return
+        self.reconcile()
+        stored = {key for key, _ in self.versions if key in PARTIAL}
+        assert len(self.opened.block_lifecycle.tails) == len({PARTIAL[key][0] for key in stored})
+        for shard, parent in product(SHARDS, {parent for parent, _ in PARTIAL.values()}):
+            asked = self.store.lookup(CALLER, LAYOUT.fingerprint, shard, [], 0, parent_key=parent)
+            found = [key for key, count in at_once(asked).tails if PARTIAL[key] == (parent, count)]
+            usable = {key for key in stored if PARTIAL[key][0] == parent and self.covered(key, shard)}
+            assert len(found) == min(len(usable), TAILS_MAX) and usable.issuperset(found)
+            times = [self.stored_at_ms(key) for key in found]
+            assert times == sorted(times, reverse=True), "an older tail is before a newer one"
+            assert all(self.stored_at_ms(key) <= times[-1] for key in usable - set(found)), "a newer tail is left out"
+
+    def stored_at_ms(self, key: bytes) -> int:
+        blocks = self.opened.blocks
+        return max(int(blocks.stored_at_ms[row]) for row in blocks.shards_of(int(blocks.rows_of_keys([key])[0])))
 
     def reconcile(self) -> None:
         """The visible blocks are those of the model, except those that the policy evicted."""

@@ -33,6 +33,7 @@ from kvservice_api.layout import Layout, Shard
 from tests.simulation.store_beside_model import (
     CHAINS,
     SHARDS,
+    TAILS,
     HeldLease,
     HeldTicket,
     OpenLoad,
@@ -84,6 +85,13 @@ class StoreMachine(StoreBesideModel):
                 assert all(TierName.SSD in self.tiers_of(key, shard) for key in set(part.keys) - busy)
         for error in outcome.refused.values():
             assert isinstance(error, Overloaded | TierFull | BlockNotFound)
+
+    @rule(tail=st.integers(0, len(TAILS) - 1), shard=shards, on_ssd=st.booleans())
+    def save_a_tail(self, tail: int, shard: Shard, on_ssd: bool) -> None:
+        layout, chain = TAILS[tail]
+        version = self.new_version()
+        outcome = self.do(self._save(self.client(0), layout, chain, shard, version, on_ssd=on_ssd))
+        self.note_save(chain, shard, version, outcome)
 
     @rule(chain=chains, count=counts, shard=shards)
     def two_clients_save_the_same(self, chain: int, count: int, shard: Shard) -> None:
@@ -278,10 +286,14 @@ class StoreMachine(StoreBesideModel):
         _, part = self.part(chain, first, count)
         self.do(self._evict(part, tier))
 
+    @rule(tail=st.integers(0, len(TAILS) - 1), act=st.sampled_from(["discard", "dram", "ssd"]))
+    def drop_a_tail(self, tail: int, act: str) -> None:
+        self.do(self._act(act, TAILS[tail][1]))
+
     @rule(chain=chains, first=firsts, count=counts, whole_layout=st.sampled_from([False, False, True]))
     def discard(self, chain: int, first: int, count: int, whole_layout: bool) -> None:
         layout, part = self.part(chain, first, count)
-        keys = {key for other, whole in CHAINS if other is layout for key in whole.keys}
+        keys = {key for other, whole in CHAINS + TAILS if other is layout for key in whole.keys}
 
         async def work() -> None:
             self.reconcile()  # In the same iteration of the event loop; otherwise the policy may evict between the two.

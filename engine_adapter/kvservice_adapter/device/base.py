@@ -14,12 +14,17 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from kvservice_adapter.device.arrays import ArrayView, view_of
 from kvservice_adapter.device.rotation import Rotation
 from kvservice_client import LayerGroup
 from kvservice_client.buffers import Bytes
+
+# One layer of some blocks as it is stored: one array of all blocks, or a sequence with an entry per block: an array, or
+# two, of keys and of values.
+Slices = Bytes | Sequence[Bytes | Sequence[Bytes]]
 
 
 class Piece(NamedTuple):
@@ -41,7 +46,9 @@ class Pages:
     DLPack or the CUDA array interface. With P tokens per page, token t of the run is in page
     ``page_ids[(first_token + t) // P]``, at ``(first_token + t) % P``. So an array ``[batch, kv_head, token, dim]``
     is ``Pages(keys, values, [row])``: one long page. `dtype` names the elements where the array's library lacks
-    their type and has integers instead: "bfloat16", "float8_e4m3fn". Raises ValueError for what is no array.
+    their type and has integers instead: "bfloat16", "float8_e4m3fn". With `copied`, copies touch only these tokens of
+    the run, ``[begin, end)``: an engine's page may hold other tokens beside them. Raises ValueError for what is no
+    array.
     """
 
     keys: Any
@@ -49,6 +56,7 @@ class Pages:
     page_ids: Sequence[int]
     first_token: int = 0
     dtype: str = ""
+    copied: tuple[int, int] | None = None
     key_view: ArrayView = field(init=False)
     value_view: ArrayView = field(init=False)
 
@@ -78,14 +86,40 @@ class Pages:
                 f"the layer has {group.dtype} with {group.k_head_dim} and {group.v_head_dim}"
             )
 
-    def pieces(self, token_counts: Sequence[int]) -> Iterator[Piece]:
-        """The blocks of the run, cut at the pages' ends. Raises ValueError if they do not fit."""
+    def pieces(self, token_counts: Sequence[int], *, join_blocks: bool = True) -> Iterator[Piece]:
+        """The blocks of the run, cut at the pages' ends, as far as they are `copied`.
+
+        Without `join_blocks` each piece is of one block. Raises ValueError if they do not fit.
+        """
+        if self.copied is None and join_blocks:
+            yield from self._pieces(token_counts)
+            return
+        starts = [0, *accumulate(token_counts)]
+        begin, end = self.copied or (0, starts[-1])
+        for piece in self._pieces(token_counts):
+            for number in range(piece.blocks):
+                first = starts[piece.block + number] + piece.token_of_block
+                clipped_first, clipped_end = max(first, begin), min(first + piece.tokens, end)
+                if clipped_first < clipped_end:
+                    yield Piece(
+                        piece.block + number,
+                        1,
+                        piece.token_of_block + clipped_first - first,
+                        clipped_end - clipped_first,
+                        piece.page_id,
+                        piece.token_of_page + number * piece.tokens + clipped_first - first,
+                    )
+            if first + piece.tokens >= end:  # The pages need not have what is after it.
+                return
+
+    def _pieces(self, token_counts: Sequence[int]) -> Iterator[Piece]:
         keys, values = self.key_view, self.value_view
         if keys.shape[:3] != values.shape[:3] or keys.dtype != values.dtype:
             shapes = f"{keys.shape} and {values.shape}"
             raise ValueError(f"keys and values do not belong together: {shapes}")
         position = self.first_token
-        end = position + sum(token_counts)
+        tokens = sum(token_counts)
+        end = position + (tokens if self.copied is None else min(tokens, self.copied[1]))
         if position < 0 or end > len(self.page_ids) * self.page_tokens:
             raise ValueError(
                 f"tokens {position}..{end} are not within {len(self.page_ids)} pages of {self.page_tokens} tokens"
@@ -148,7 +182,11 @@ class Stream(ABC):
 
     @abstractmethod
     def scatter(
-        self, slices: Bytes, token_counts: Sequence[int], pages: Pages, rotation: Rotation | None = None
+        self,
+        slices: Slices,
+        token_counts: Sequence[int],
+        pages: Pages,
+        rotation: Rotation | None = None,
     ) -> Event:
         """Copy the blocks of one layer into an engine's pages; then turn the keys there.
 
@@ -157,7 +195,7 @@ class Stream(ABC):
         """
 
     @abstractmethod
-    def gather(self, pages: Pages, token_counts: Sequence[int], into: Bytes) -> Event:
+    def gather(self, pages: Pages, token_counts: Sequence[int], into: Slices) -> Event:
         """Copy an engine's pages into the blocks of one layer.
 
         It begins once what the engine's computing was given before is computed. The pages must not change until the

@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from queue import SimpleQueue
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvservice_adapter.device.arrays import ArrayView, bits_of, view_of
-from kvservice_adapter.device.base import Device, Event, Pages, Piece, Staging, Stream, StreamClosed
+from kvservice_adapter.device.base import Device, Event, Pages, Piece, Slices, Staging, Stream, StreamClosed
 from kvservice_adapter.device.rotation import Rotation
 from kvservice_client.buffers import Bytes
 
@@ -153,29 +154,31 @@ class CpuStream(Stream):
         return event
 
     def scatter(
-        self, slices: Bytes, token_counts: Sequence[int], pages: Pages, rotation: Rotation | None = None
+        self,
+        slices: Slices,
+        token_counts: Sequence[int],
+        pages: Pages,
+        rotation: Rotation | None = None,
     ) -> CpuEvent:
         def work() -> None:
             keys, values = self._device.bits(pages.key_view), self._device.bits(pages.value_view)
-            token = 0
-            for piece in pages.pieces(token_counts):
-                stored = _stored(slices, token_counts, pages, piece)
-                for source, target in zip(stored, _paged(keys, values, piece), strict=True):
+            stored = _Stored(slices, token_counts, pages)
+            for piece in stored.pieces():
+                for source, target in zip(stored.of(piece), _paged(keys, values, piece), strict=True):
                     self._device.copy(source, target)
-                tokens = piece.blocks * piece.tokens
                 if rotation is not None:
+                    tokens = piece.blocks * piece.tokens
                     turned = keys[piece.page_id, :, piece.token_of_page : piece.token_of_page + tokens]
-                    self._device.rotate_bits(turned, pages.key_view.dtype, rotation, token)
-                token += tokens
+                    self._device.rotate_bits(turned, pages.key_view.dtype, rotation, stored.first_token(piece))
 
         return self.submit(work)
 
-    def gather(self, pages: Pages, token_counts: Sequence[int], into: Bytes) -> CpuEvent:
+    def gather(self, pages: Pages, token_counts: Sequence[int], into: Slices) -> CpuEvent:
         def work() -> None:
             keys, values = self._device.bits(pages.key_view), self._device.bits(pages.value_view)
-            for piece in pages.pieces(token_counts):
-                stored = _stored(into, token_counts, pages, piece)
-                for source, target in zip(_paged(keys, values, piece), stored, strict=True):
+            stored = _Stored(into, token_counts, pages)
+            for piece in stored.pieces():
+                for source, target in zip(_paged(keys, values, piece), stored.of(piece), strict=True):
                     self._device.copy(source, target)
 
         return self.submit(work)
@@ -221,28 +224,58 @@ def _paged(keys: _Bits, values: _Bits, piece: Piece) -> Iterator[_Bits]:
         yield states[piece.page_id, :, tokens].reshape(heads, piece.blocks, piece.tokens, dim)
 
 
-def _stored(slices: Bytes, token_counts: Sequence[int], pages: Pages, piece: Piece) -> Iterator[_Bits]:
-    """A piece's keys, then its values, as they are stored: ``[head, block, token, dim]``."""
-    _check_size(slices, token_counts, pages)
-    count, heads = token_counts[piece.block], pages.key_view.shape[1]
-    start = sum(token_counts[: piece.block]) * pages.token_bytes
-    end = start + piece.blocks * count * pages.token_bytes
-    blocks = slices[start:end].view(_element(pages)).reshape(piece.blocks, -1)
-    tokens = slice(piece.token_of_block, piece.token_of_block + piece.tokens)
-    first = 0
-    for dim in (pages.key_view.shape[3], pages.value_view.shape[3]):
-        size = heads * count * dim
-        part = blocks[:, first : first + size].reshape(piece.blocks, heads, count, dim)
-        yield part[:, :, tokens].transpose(1, 0, 2, 3)
-        first += size
+class _Stored:
+    """The blocks of one layer as they are stored: in one array, or in an array or two per block."""
+
+    def __init__(self, slices: Slices, token_counts: Sequence[int], pages: Pages) -> None:
+        """Raises ValueError where sizes do not agree."""
+        self._pages, self._token_counts = pages, token_counts
+        self._starts = [0, *accumulate(token_counts)]
+        self._heads = pages.key_view.shape[1]
+        self._dims = pages.key_view.shape[3], pages.value_view.shape[3]
+        self._element = f"u{pages.key_view.item_bytes}"  # Elements are copied as integers.
+        self._joined = slices if isinstance(slices, np.ndarray) else None
+        self._per_block = [] if isinstance(slices, np.ndarray) else [_arrays(each) for each in slices]
+        tokens = self._starts[-1]
+        size_bytes = slices.size if isinstance(slices, np.ndarray) else 0
+        if self._joined is None:
+            if len(self._per_block) != len(token_counts):
+                raise ValueError(f"{len(self._per_block)} slices are given for {len(token_counts)} blocks")
+            size_bytes = sum(array.size for arrays in self._per_block for array in arrays)
+        if size_bytes != tokens * pages.token_bytes:
+            raise ValueError(f"{size_bytes} bytes are given; these {tokens} tokens have {tokens * pages.token_bytes}")
+
+    def pieces(self) -> Iterator[Piece]:
+        return self._pages.pieces(self._token_counts, join_blocks=self._joined is not None)
+
+    def first_token(self, piece: Piece) -> int:
+        """The piece's first token, counted from the first block's."""
+        return self._starts[piece.block] + piece.token_of_block
+
+    def of(self, piece: Piece) -> Iterator[_Bits]:
+        """A piece's keys, then its values: ``[head, block, token, dim]``."""
+        count, heads = self._token_counts[piece.block], self._heads
+        tokens = slice(piece.token_of_block, piece.token_of_block + piece.tokens)
+        for dim, part in zip(self._dims, self._keys_and_values(piece), strict=True):
+            yield part.reshape(piece.blocks, heads, count, dim)[:, :, tokens].transpose(1, 0, 2, 3)
+
+    def _keys_and_values(self, piece: Piece) -> Iterator[_Bits]:
+        """Elements of whole blocks, ``[block, element]``."""
+        tokens = self._token_counts[piece.block]
+        arrays: tuple[Bytes, ...]
+        if self._joined is None:
+            arrays = self._per_block[piece.block]
+        else:
+            start, size = self._starts[piece.block], piece.blocks * tokens
+            arrays = (self._joined[start * self._pages.token_bytes : (start + size) * self._pages.token_bytes],)
+        if len(arrays) == 2:
+            yield from (array.view(self._element)[None] for array in arrays)
+            return
+        blocks = arrays[0].view(self._element).reshape(piece.blocks, -1)
+        edge = self._heads * tokens * self._dims[0]
+        yield blocks[:, :edge]
+        yield blocks[:, edge:]
 
 
-def _element(pages: Pages) -> str:
-    """Elements of stored bytes as integers."""
-    return f"u{pages.key_view.item_bytes}"
-
-
-def _check_size(slices: Bytes, token_counts: Sequence[int], pages: Pages) -> None:
-    expected = sum(token_counts) * pages.token_bytes
-    if slices.size != expected:
-        raise ValueError(f"{slices.size} bytes are given; these {sum(token_counts)} tokens have {expected}")
+def _arrays(slices: Bytes | Sequence[Bytes]) -> tuple[Bytes, ...]:
+    return (slices,) if isinstance(slices, np.ndarray) else tuple(slices)

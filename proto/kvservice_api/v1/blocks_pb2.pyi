@@ -38,7 +38,7 @@ class GetCapabilitiesRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetCapabilitiesResponse(_message.Message):
-    __slots__ = ("version", "boot_epoch", "store_id", "max_frame_bytes", "max_keys", "max_lease_ttl_ms", "transports", "max_save_blocks", "max_save_slices", "max_save_chains", "arena_directory", "arena_id", "arena_capacity_bytes", "arena_writable", "arena_not_shared_because", "residency_directory", "max_session_slices", "session_ttl_ms")
+    __slots__ = ("version", "boot_epoch", "store_id", "max_frame_bytes", "max_keys", "max_lease_ttl_ms", "transports", "max_save_blocks", "max_save_slices", "max_tails", "max_save_chains", "arena_directory", "arena_id", "arena_capacity_bytes", "arena_writable", "arena_not_shared_because", "residency_directory", "max_session_slices", "session_ttl_ms")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BOOT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     STORE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +48,7 @@ class GetCapabilitiesResponse(_message.Message):
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     MAX_SAVE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     MAX_SAVE_SLICES_FIELD_NUMBER: _ClassVar[int]
+    MAX_TAILS_FIELD_NUMBER: _ClassVar[int]
     MAX_SAVE_CHAINS_FIELD_NUMBER: _ClassVar[int]
     ARENA_DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     ARENA_ID_FIELD_NUMBER: _ClassVar[int]
@@ -66,6 +67,7 @@ class GetCapabilitiesResponse(_message.Message):
     transports: _containers.RepeatedScalarFieldContainer[str]
     max_save_blocks: int
     max_save_slices: int
+    max_tails: int
     max_save_chains: int
     arena_directory: str
     arena_id: bytes
@@ -75,7 +77,7 @@ class GetCapabilitiesResponse(_message.Message):
     residency_directory: str
     max_session_slices: int
     session_ttl_ms: int
-    def __init__(self, version: _Optional[str] = ..., boot_epoch: _Optional[int] = ..., store_id: _Optional[bytes] = ..., max_frame_bytes: _Optional[int] = ..., max_keys: _Optional[int] = ..., max_lease_ttl_ms: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., max_save_blocks: _Optional[int] = ..., max_save_slices: _Optional[int] = ..., max_save_chains: _Optional[int] = ..., arena_directory: _Optional[str] = ..., arena_id: _Optional[bytes] = ..., arena_capacity_bytes: _Optional[int] = ..., arena_writable: bool = ..., arena_not_shared_because: _Optional[str] = ..., residency_directory: _Optional[str] = ..., max_session_slices: _Optional[int] = ..., session_ttl_ms: _Optional[int] = ...) -> None: ...
+    def __init__(self, version: _Optional[str] = ..., boot_epoch: _Optional[int] = ..., store_id: _Optional[bytes] = ..., max_frame_bytes: _Optional[int] = ..., max_keys: _Optional[int] = ..., max_lease_ttl_ms: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., max_save_blocks: _Optional[int] = ..., max_save_slices: _Optional[int] = ..., max_tails: _Optional[int] = ..., max_save_chains: _Optional[int] = ..., arena_directory: _Optional[str] = ..., arena_id: _Optional[bytes] = ..., arena_capacity_bytes: _Optional[int] = ..., arena_writable: bool = ..., arena_not_shared_because: _Optional[str] = ..., residency_directory: _Optional[str] = ..., max_session_slices: _Optional[int] = ..., session_ttl_ms: _Optional[int] = ...) -> None: ...
 
 class OpenLayoutRequest(_message.Message):
     __slots__ = ("layout", "fingerprint")
@@ -106,32 +108,44 @@ class AttachResponse(_message.Message):
     def __init__(self, client_id: _Optional[bytes] = ..., boot_epoch: _Optional[int] = ...) -> None: ...
 
 class LookupPrefixRequest(_message.Message):
-    __slots__ = ("client_id", "layout_fingerprint", "shard", "keys", "lease_ttl_ms", "request_id")
+    __slots__ = ("client_id", "layout_fingerprint", "shard", "keys", "lease_ttl_ms", "parent_key", "request_id")
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     LEASE_TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    PARENT_KEY_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     client_id: bytes
     layout_fingerprint: bytes
     shard: _types_pb2.Shard
     keys: bytes
     lease_ttl_ms: int
+    parent_key: bytes
     request_id: str
-    def __init__(self, client_id: _Optional[bytes] = ..., layout_fingerprint: _Optional[bytes] = ..., shard: _Optional[_Union[_types_pb2.Shard, _Mapping]] = ..., keys: _Optional[bytes] = ..., lease_ttl_ms: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
+    def __init__(self, client_id: _Optional[bytes] = ..., layout_fingerprint: _Optional[bytes] = ..., shard: _Optional[_Union[_types_pb2.Shard, _Mapping]] = ..., keys: _Optional[bytes] = ..., lease_ttl_ms: _Optional[int] = ..., parent_key: _Optional[bytes] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class LookupPrefixResponse(_message.Message):
-    __slots__ = ("hit_blocks", "lease_id", "lease_ttl_ms", "runs")
+    __slots__ = ("hit_blocks", "lease_id", "lease_ttl_ms", "runs", "tails")
     HIT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     LEASE_TTL_MS_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
+    TAILS_FIELD_NUMBER: _ClassVar[int]
     hit_blocks: int
     lease_id: int
     lease_ttl_ms: int
     runs: _containers.RepeatedCompositeFieldContainer[ResidencyRun]
-    def __init__(self, hit_blocks: _Optional[int] = ..., lease_id: _Optional[int] = ..., lease_ttl_ms: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[ResidencyRun, _Mapping]]] = ...) -> None: ...
+    tails: _containers.RepeatedCompositeFieldContainer[Tail]
+    def __init__(self, hit_blocks: _Optional[int] = ..., lease_id: _Optional[int] = ..., lease_ttl_ms: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[ResidencyRun, _Mapping]]] = ..., tails: _Optional[_Iterable[_Union[Tail, _Mapping]]] = ...) -> None: ...
+
+class Tail(_message.Message):
+    __slots__ = ("key", "token_count")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    token_count: int
+    def __init__(self, key: _Optional[bytes] = ..., token_count: _Optional[int] = ...) -> None: ...
 
 class ResidencyRun(_message.Message):
     __slots__ = ("count", "dram", "ssd")

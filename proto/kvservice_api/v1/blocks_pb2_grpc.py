@@ -161,9 +161,11 @@ class BlockServiceServicer(object):
     def LookupPrefix(self, request, context):
         """Returns how many leading blocks of a prefix are stored, and leases them.
         The answer ends at the first missing block, because an engine can reuse only an unbroken prefix.
-        A block counts only if stored shards cover the whole requested range. Errors:
-        * INVALID_ARGUMENT INVALID_REQUEST: keys empty, too many or not a multiple of 32 bytes,
-        a shard outside the layout, or a request_id that is too long.
+        A block counts only if stored shards cover the whole requested range.
+        With a parent_key the answer also lists tails: partial blocks that continue the last hit. To lease one,
+        look up the hits and its key. Errors:
+        * INVALID_ARGUMENT INVALID_REQUEST: keys empty (without a parent_key), too many or not a multiple of 32 bytes,
+        a parent_key of another size, a shard outside the layout, or a request_id that is too long.
         * FAILED_PRECONDITION UNKNOWN_LAYOUT: call OpenLayout, then retry.
         * FAILED_PRECONDITION UNKNOWN_CLIENT: the named client is not attached, or the request wants a
         lease and names no client; attach (again), then retry.

@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvservice_api.errors import InvalidRequest
-from kvservice_api.keys import BlockChain, block_chain, block_key, extra_identity, root_key, split_keys
+from kvservice_api.keys import BlockChain, ChainBuilder, block_chain, block_key, extra_identity, root_key, split_keys
 from kvservice_api.layout import Layout
 
 LAYOUT = Layout("model", "float16", layers=2, kv_heads=1, k_head_dim=8, v_head_dim=8, block_tokens=4)
 ROOT = root_key(LAYOUT.fingerprint)
+TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=40)
+
+
+class ReadOnly(Sequence[int]):
+    """A sequence that is no list, as an engine's view of its token ids."""
+
+    def __init__(self, token_ids: list[int]) -> None:
+        self._token_ids = token_ids
+
+    def __getitem__(self, at: Any) -> Any:
+        return self._token_ids[at]
+
+    def __len__(self) -> int:
+        return len(self._token_ids)
+
+
+def keys_one_after_another(parent: bytes, token_ids: list[int], extras: Sequence[bytes] = ()) -> Iterator[bytes]:
+    for block, first in enumerate(range(0, len(token_ids), LAYOUT.block_tokens)):
+        extra = extras[block] if block < len(extras) else b""
+        parent = block_key(parent, token_ids[first : first + LAYOUT.block_tokens], extra)
+        yield parent
 
 
 @pytest.mark.parametrize(
@@ -26,6 +51,12 @@ def test_ids_that_are_not_32_bit_unsigned_integers_are_refused(token_ids: Any) -
     assert refusal.value.details["field"] == "token_ids"
     with pytest.raises(InvalidRequest):
         block_chain(LAYOUT, token_ids)
+    builder = ChainBuilder(LAYOUT)
+    builder.extend([1, 2, 3])
+    with pytest.raises(InvalidRequest) as refusal:
+        builder.extend(token_ids)
+    assert refusal.value.details["field"] == "token_ids"
+    assert (builder.token_count, len(builder.chain)) == (3, 0)
 
 
 def test_a_block_without_tokens_is_refused() -> None:
@@ -92,6 +123,105 @@ class TestChain:
 
         assert plain.keys[0] == second.keys[0]
         assert not set(plain.keys[1:]) & set(second.keys[1:])
+
+
+class TestChainBuilder:
+    @given(TOKENS, st.lists(st.integers(0, 40)), st.lists(st.binary(max_size=3), max_size=8))
+    def test_gives_the_same_keys_however_the_tokens_are_split(
+        self, token_ids: list[int], cuts: list[int], extras: list[bytes]
+    ) -> None:
+        builder = ChainBuilder(LAYOUT, extra_of_block=lambda block: extras[block] if block < len(extras) else b"")
+        ends = sorted(min(cut, len(token_ids)) for cut in cuts)
+
+        for first, end in zip([0, *ends], [*ends, len(token_ids)], strict=True):
+            builder.extend(token_ids[first:end])
+            expected = tuple(keys_one_after_another(ROOT, token_ids[:end], extras))
+            whole = end // LAYOUT.block_tokens
+            assert builder.token_count == end
+            assert builder.chain.keys == expected[:whole]
+            assert builder.prefix(end).keys == expected
+            assert builder.prefix(end).token_count == end
+        assert block_chain(LAYOUT, token_ids, extras=extras) == builder.chain
+        assert block_chain(LAYOUT, token_ids, extras=extras, with_partial=True) == builder.prefix(len(token_ids))
+
+    @given(TOKENS)
+    def test_gives_the_chain_of_each_prefix(self, token_ids: list[int]) -> None:
+        builder = ChainBuilder(LAYOUT, parent=b"p" * 32)
+        builder.extend(token_ids)
+
+        for count in range(len(token_ids) + 1):
+            prefix = builder.prefix(count)
+            assert (prefix.parent, prefix.token_count) == (b"p" * 32, count)
+            assert prefix.keys == tuple(keys_one_after_another(b"p" * 32, token_ids[:count]))
+
+    @given(st.lists(st.integers(0, 127), max_size=20))
+    def test_takes_any_sequence_or_array_of_integers(self, token_ids: list[int]) -> None:
+        expected = block_chain(LAYOUT, token_ids, with_partial=True)
+        others: list[Any] = [tuple(token_ids), ReadOnly(token_ids), array("h", token_ids), bytearray(token_ids)]
+        others += [np.array(token_ids, dtype) for dtype in ("u1", "i1", "u2", "<i4", ">u4", "u4", "i8", ">u8")]
+        others += [list(np.array(token_ids, np.int64)), np.repeat(np.array(token_ids, np.int32), 2)[::2]]
+
+        for other in others:
+            builder = ChainBuilder(LAYOUT)
+            builder.extend(other)
+            assert builder.prefix(len(token_ids)) == expected
+
+    @pytest.mark.parametrize("token_ids", ["12", b"12", {1, 2}, iter([1, 2]), [True, True], [1, None], [[1]]], ids=repr)
+    def test_refuses_what_is_no_sequence_of_integers(self, token_ids: Any) -> None:
+        with pytest.raises(InvalidRequest, match="token ids"):
+            ChainBuilder(LAYOUT).extend(token_ids)
+
+    def test_asks_for_the_extra_of_a_block_once_when_it_is_full(self) -> None:
+        asked: list[int] = []
+
+        def extra_of_block(block: int) -> bytes:
+            asked.append(block)
+            return b""
+
+        builder = ChainBuilder(LAYOUT, extra_of_block=extra_of_block)
+        for token in range(11):
+            builder.extend([token])
+            assert len(builder.chain) == len(asked) == (token + 1) // 4
+        builder.prefix(8)
+        assert asked == [0, 1]
+        builder.prefix(10)
+        assert asked == [0, 1, 2]
+
+    def test_adds_nothing_when_an_extra_is_not_known(self) -> None:
+        extras = {0: b"image"}
+        builder = ChainBuilder(LAYOUT, extra_of_block=lambda block: extras[block])
+        builder.extend(range(3))
+        with pytest.raises(KeyError):
+            builder.extend(range(3, 9))
+        assert (builder.token_count, len(builder.chain)) == (3, 0)
+
+        extras[1] = b"sound"
+        builder.extend(range(3, 9))
+
+        assert builder.chain == block_chain(LAYOUT, range(9), extras=[b"image", b"sound"])
+
+    def test_keeps_a_chain_that_was_taken_earlier(self) -> None:
+        builder = ChainBuilder(LAYOUT, salt=b"tenant")
+        builder.extend(range(8))
+        earlier = builder.chain
+        builder.extend(range(8, 12))
+
+        assert earlier == block_chain(LAYOUT, range(8), salt=b"tenant")
+        assert builder.chain is builder.chain
+        assert builder.chain == block_chain(LAYOUT, range(12), salt=b"tenant")
+
+    @pytest.mark.parametrize("count", [-1, 6])
+    def test_has_no_prefix_beyond_its_tokens(self, count: int) -> None:
+        builder = ChainBuilder(LAYOUT)
+        builder.extend(range(5))
+        with pytest.raises(InvalidRequest) as refusal:
+            builder.prefix(count)
+        assert refusal.value.details["field"] == "token_count"
+
+    def test_needs_a_layout(self) -> None:
+        with pytest.raises(InvalidRequest) as refusal:
+            ChainBuilder("model")  # type: ignore[arg-type]
+        assert refusal.value.details["field"] == "layout"
 
 
 class TestPackedKeys:

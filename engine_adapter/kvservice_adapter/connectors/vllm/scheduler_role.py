@@ -1,0 +1,312 @@
+"""The scheduler's role: what of a request is stored, what to load, and what to save. No method waits for the daemon."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from kvservice_adapter.breaker import Breaker, answered, probe_of
+from kvservice_adapter.connectors.vllm.metadata import FailedLoad, LoadOrder, SaveOrder, StepOrders, StepReport
+from kvservice_adapter.connectors.vllm.model_layout import layout_of
+from kvservice_adapter.connectors.vllm.request_keys import extra_of_block, refusal_of, salt_of
+from kvservice_adapter.connectors.vllm.settings import LoadMode, Settings
+from kvservice_adapter.connectors.vllm.stats import TransferStats
+from kvservice_api.errors import KVError
+from kvservice_api.keys import ChainBuilder
+from kvservice_client import Client, FoundPrefix, PendingLookup
+from kvservice_client.rate_limited_log import RateLimitedLog
+
+log = logging.getLogger(__name__)
+
+PARAMETERS = "kvservice"  # The connector's entry in a request's `kv_transfer_params`.
+
+
+@dataclass(slots=True)
+class _Request:
+    """What is known of one request, from its arrival to its end."""
+
+    request: Any
+    builder: ChainBuilder
+    mode: LoadMode
+    may_load: bool
+    may_save: bool
+    lookup: PendingLookup | None = None  # It holds the lease of what it found.
+    found: FoundPrefix | None = None
+    asked_at_s: float = 0.0  # When vLLM first asked for the answer of `lookup`; 0 if it has not.
+    found_at_s: float = 0.0
+    is_answered: bool = False  # There will be no other answer for this attempt.
+    attempt: int = 0  # The preemptions at the last lookup.
+    has_loaded: bool = False  # In this attempt. If vLLM asks again, the load has failed: there is no second one.
+    is_loading: bool = False  # Between steps: vLLM counts tokens as computed that are not there yet.
+    saved_tokens: int = 0  # Tokens whose blocks are stored, or on their way.
+
+
+class SchedulerRole:
+    """All methods are called on vLLM's scheduler thread."""
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, settings: Settings) -> None:
+        """Makes no call to the daemon. Raises UnsupportedModel."""
+        self._settings = settings
+        self.layout, place = layout_of(vllm_config, kv_cache_config, settings)
+        self._page_tokens = place.page_tokens
+        self._workers: int = vllm_config.parallel_config.world_size
+        name = f"vllm/{str(vllm_config.kv_transfer_config.engine_id or '')[:32]}/scheduler"
+        self._client = Client(settings.address, name=name, transport="grpc")  # It moves no blocks.
+        self._clock = self._client.clock
+        self._blocks = self._client.open_layout(self.layout)
+        self._breaker = Breaker(probe_of(self._blocks), clock=self._clock)
+        self._is_on_cpu: bool = vllm_config.device_config.device_type == "cpu"
+        self._manager: Any = None
+        self._requests: dict[str, _Request] = {}
+        self._orders = StepOrders()
+        self._lines = RateLimitedLog(log)
+        self._generation = 0
+        self._are_workers_away = False
+        self._stats = TransferStats()
+        self._blocks.peek(ChainBuilder(self.layout).chain)  # Begins to attach.
+
+    def bind_manager(self, manager: Any) -> None:
+        """vLLM's KV cache manager, which knows the pages of each request."""
+        self._manager = manager
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether lookups can be answered without a call. False until the daemon has answered for the first time."""
+        return self._blocks.peek(ChainBuilder(self.layout).chain) is not None
+
+    # Requests
+
+    def on_new(self, request: Any) -> None:
+        why = refusal_of(request)
+        given = (request.kv_transfer_params or {}).get(PARAMETERS) or {}
+        builder = ChainBuilder(
+            self.layout,
+            salt=salt_of(request, self._generation),
+            extra_of_block=extra_of_block(request, self.layout.block_tokens),
+        )
+        state = self._requests[request.request_id] = _Request(
+            request,
+            builder,
+            LoadMode(given.get("load", self._settings.load)),
+            may_load=not why and given.get("may_load", True) and not request.skip_reading_prefix_cache,
+            may_save=not why and given.get("may_save", True) and self._settings.save,
+        )
+        if why:
+            log.debug("request %s is neither looked up nor saved: %s", request.request_id, why)
+            return
+        self._extend(state)
+        if state.may_load:
+            self._look_up(state)
+
+    def _extend(self, state: _Request) -> None:
+        """Hash the tokens that are new since the last call."""
+        tokens, known = state.request.all_token_ids, state.builder.token_count
+        if len(tokens) > known:
+            state.builder.extend(tokens[known:] if known else list(tokens))
+
+    def _look_up(self, state: _Request) -> None:
+        """Begin to look up the request's prefix, if it may be stored."""
+        state.attempt = state.request.num_preemptions
+        state.asked_at_s, state.is_answered, state.has_loaded = 0.0, False, False
+        chain = state.builder.chain
+        if not self._breaker.allow() or self._are_workers_away or not len(chain):
+            state.is_answered = True
+            return
+        self._stats.count(lookups=1)
+        local = self._blocks.peek(chain)
+        if local is not None and not local.blocks:
+            state.is_answered = True
+            return
+        state.lookup = self._blocks.begin_lookup(
+            state.builder,
+            self._settings.ticket_s,
+            self._settings.lookup_wait_s * 5,
+            request_id=state.request.request_id,
+            adoptions=self._workers,
+            ticket_ttl_s=self._settings.ticket_s,
+        )
+
+    def matched_tokens(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
+        """How many tokens after `computed_tokens` to load: None if the daemon has not answered yet, and whether between
+        steps.
+        """
+        state = self._requests.get(request.request_id)
+        if state is None or not state.may_load:
+            return 0, False
+        if request.num_preemptions != state.attempt:
+            self._drop_found(state)
+            self._extend(state)
+            self._look_up(state)
+        if state.has_loaded:
+            return 0, False
+        if not state.is_answered and not self._poll(state):
+            return None, False
+        if state.found is None:
+            return 0, False
+        if self._clock.now_s() - state.found_at_s > self._settings.ticket_s / 2:  # It waited for long in vLLM's queue.
+            self._drop_found(state)
+            self._look_up(state)
+            return (0, False) if state.is_answered else (None, False)
+        tokens = min(state.found.lease.hit_tokens, request.num_tokens - 1) - computed_tokens
+        if tokens <= 0:
+            return 0, False
+        return tokens, self._mode(state) is LoadMode.BETWEEN_STEPS
+
+    def _mode(self, state: _Request) -> LoadMode:
+        if state.mode is not LoadMode.AUTO:
+            return state.mode
+        return LoadMode.WHOLE if self._is_on_cpu else LoadMode.BETWEEN_STEPS
+
+    def _poll(self, state: _Request) -> bool:
+        """Take the lookup's answer. False if there is none yet, and the time to wait for it is not over."""
+        now_s, lookup = self._clock.now_s(), state.lookup
+        assert lookup is not None
+        state.asked_at_s = state.asked_at_s or now_s
+        is_late, error = False, None
+        try:
+            found = lookup.poll()
+            if found is None and now_s - state.asked_at_s < self._settings.lookup_wait_s:
+                return False
+            is_late = found is None
+        except KVError as raised:
+            found, error = None, raised
+            self._lines.warning("a request is computed: %s: %s", error.reason, error.message, kind=str(error.reason))
+        self._breaker.record(not is_late and answered(error))
+        self._stats.count(late_lookups=is_late)
+        state.is_answered = True
+        if found is not None and found.ticket:
+            state.found, state.found_at_s = found, now_s
+            state.saved_tokens = max(state.saved_tokens, found.lease.hit_tokens)
+        else:
+            self._drop_found(state)
+        return True
+
+    def _drop_found(self, state: _Request) -> None:
+        """The answer is not used any more: its lease ends, and a ticket that the workers have stays valid."""
+        if state.lookup is not None:
+            state.lookup.cancel()
+        state.lookup = state.found = None
+
+    def allocated(self, request: Any, page_ids: tuple[list[int], ...], external_tokens: int) -> None:
+        """vLLM has given a request its pages, and expects so many tokens to be loaded into them."""
+        state = self._requests.get(request.request_id)
+        if state is None:
+            return
+        if not external_tokens:
+            if state.is_answered:
+                self._drop_found(state)
+            return
+        mode = self._mode(state)
+        if state.found is None:  # Not to be expected. A ticket that no daemon takes fails the load.
+            raise RuntimeError(f"{external_tokens} tokens are to be loaded, and none were found")
+        total = min(state.found.lease.hit_tokens, request.num_tokens - 1)
+        order = LoadOrder(
+            request.request_id,
+            state.attempt,
+            state.found.ticket,
+            total - external_tokens,
+            total,
+            tuple(page_ids[0][: -(-total // self._page_tokens)]),
+            mode,
+        )
+        self._orders.loads.append(order)
+        state.is_loading = mode is LoadMode.BETWEEN_STEPS
+        self._stats.count(hits=1, hit_tokens=external_tokens)
+        state.has_loaded = True
+        self._drop_found(state)  # The ticket holds the blocks until the workers have them.
+
+    def finished(self, request: Any, page_ids: tuple[list[int], ...]) -> None:
+        """A request has ended; vLLM frees its pages after this."""
+        state = self._requests.pop(request.request_id, None)
+        if state is None:
+            return
+        self._drop_found(state)
+        if state.is_loading:
+            self._orders.cancelled.append(request.request_id)
+        elif state.may_save:
+            self._save(state, request.num_computed_tokens - request.num_in_flight_tokens, page_ids[0], is_freed=True)
+
+    # Steps
+
+    def orders_of_step(self, scheduled: Any) -> StepOrders:
+        """What the workers do in this step. The next call has other orders."""
+        for request_id in scheduled.num_scheduled_tokens:
+            state = self._requests.get(request_id)
+            if state is None or not state.may_save:
+                continue
+            request = state.request
+            computed = request.num_computed_tokens - request.num_in_flight_tokens
+            if computed // self.layout.block_tokens * self.layout.block_tokens > state.saved_tokens:
+                self._save(state, computed, self._manager.get_block_ids(request_id)[0], is_freed=False)
+        return self.take_orders()
+
+    def _save(self, state: _Request, computed_tokens: int, page_ids: list[int], *, is_freed: bool) -> None:
+        """Order the save of blocks whose tokens the scheduler knows, and whose KV earlier steps have computed."""
+        computed_tokens = min(computed_tokens, state.request.num_tokens)
+        size = self.layout.block_tokens
+        first = state.saved_tokens // size
+        end_token = computed_tokens if is_freed else computed_tokens // size * size  # At the end, a partial block too.
+        if end_token <= state.saved_tokens:
+            return
+        self._extend(state)
+        chain = state.builder.prefix(end_token)[first:]
+        pages = tuple(page_ids[: -(-end_token // self._page_tokens)])
+        self._orders.saves.append(SaveOrder(state.request.request_id, chain, first * size, pages, is_freed))
+        state.saved_tokens = end_token
+
+    def on_output(self, report: StepReport | None, finished_loads: set[str]) -> None:
+        """The workers' answer to a step."""
+        for request_id in finished_loads:
+            if (state := self._requests.get(request_id)) is not None:
+                state.is_loading = False
+        if report is None:
+            self._are_workers_away = False
+            return
+        self._are_workers_away = report.is_daemon_away
+        for failed in report.failed:
+            self._on_failed(failed)
+        for request_id, first_token in report.dropped_saves:
+            if (state := self._requests.get(request_id)) is not None:
+                state.saved_tokens = min(state.saved_tokens, first_token)
+
+    def _on_failed(self, failed: FailedLoad) -> None:
+        if failed.is_unanswered:
+            self._breaker.record(False)
+        state = self._requests.get(failed.request_id)
+        if state is not None:
+            state.may_load = False  # The daemon has the blocks, or not: a second try would cost as much again.
+            state.saved_tokens = min(state.saved_tokens, failed.valid_tokens)
+
+    def reset(self) -> bool:
+        """Forget everything that is stored: what was computed so far is never found again."""
+        self._generation += 1
+        return True
+
+    def take_stats(self) -> TransferStats | None:
+        """What was counted since the last call."""
+        stats, self._stats = self._stats, TransferStats()
+        return None if stats.is_empty() else stats
+
+    def count_error(self) -> None:
+        self._stats.count(errors=1)
+
+    def fail_load(self, request: Any, page_ids: tuple[list[int], ...], external_tokens: int) -> None:
+        """vLLM expects tokens that are not ordered: have the workers mark their pages as bad."""
+        state = self._requests.get(request.request_id)
+        pages = tuple(page_ids[0])
+        total = min(len(pages) * self._page_tokens, request.num_tokens)
+        is_async = state is not None and self._mode(state) is LoadMode.BETWEEN_STEPS
+        mode = LoadMode.BETWEEN_STEPS if is_async else LoadMode.WHOLE
+        self._orders.loads.append(LoadOrder(request.request_id, request.num_preemptions, b"", 0, total, pages, mode))
+        if state is not None:
+            state.has_loaded, state.may_load = True, False
+
+    def take_orders(self) -> StepOrders:
+        """The orders so far."""
+        orders, self._orders = self._orders, StepOrders()
+        return orders
+
+    def close(self) -> None:
+        self._breaker.close(0.0)
+        self._client.close()

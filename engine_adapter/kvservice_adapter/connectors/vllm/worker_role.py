@@ -1,0 +1,303 @@
+"""The worker's role: copies KV between vLLM's pages and the daemon."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+from kvservice_adapter.breaker import Breaker, answered, probe_of
+from kvservice_adapter.connectors.vllm.metadata import FailedLoad, LoadOrder, SaveOrder, StepOrders, StepReport
+from kvservice_adapter.connectors.vllm.model_layout import UnsupportedModel, layout_of, shard_of
+from kvservice_adapter.connectors.vllm.page_layouts import UnsupportedPages, proven_views
+from kvservice_adapter.connectors.vllm.settings import LoadMode, Settings
+from kvservice_adapter.connectors.vllm.stats import TransferStats
+from kvservice_adapter.device.arrays import view_of
+from kvservice_adapter.engine.page_loads import PagedLayers, PrefixLoad, Waits, release_on
+from kvservice_adapter.engine.page_saves import Gathering, PageSaver
+from kvservice_adapter.load import LayerLoader, LoadFailed
+from kvservice_adapter.save import LayerSaver
+from kvservice_adapter.torch_device import device_for
+from kvservice_api.errors import KVError
+from kvservice_client import Client
+from kvservice_client.rate_limited_log import RateLimitedLog
+
+log = logging.getLogger(__name__)
+
+_CLOSED_S = 2.0
+_GATHERED_S = 30.0  # For copies out of the pages, from memory to memory.
+
+
+class WorkerRole:
+    """One rank. All methods are called on vLLM's worker thread."""
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, settings: Settings) -> None:
+        """Makes no call to the daemon. Raises UnsupportedModel."""
+        self._vllm_config, self._settings = vllm_config, settings
+        self.layout, self._place = layout_of(vllm_config, kv_cache_config, settings)
+        self._shard, self._is_writer = shard_of(self.layout, vllm_config.parallel_config)
+        self._client = Client(settings.address, name=_client_name(vllm_config), transport=settings.transport)
+        self._clock = self._client.clock
+        self._blocks = self._client.open_layout(self.layout, self._shard)
+        self._breaker = Breaker(probe_of(self._blocks), clock=self._clock)
+        self._waits = Waits(settings.wait_s, settings.layer_wait_s)
+        self._lines = RateLimitedLog(log)
+        self._layers: PagedLayers | None = None
+        self._lock = threading.Lock()  # Of what loads between steps report.
+        self._finished: set[str] = set()
+        self._bad_pages: set[int] = set()
+        self._report = StepReport()
+        self._stats = TransferStats()
+        self._loaders: list[tuple[LoadOrder, LayerLoader]] = []
+        self._between_steps: dict[str, PrefixLoad] = {}  # By request.
+        self._gatherings: list[Gathering] = []
+        self._saver: PageSaver | None = None
+        self._orders: StepOrders | None = None
+
+    def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+        """Find keys and values in vLLM's pages. Raises UnsupportedPages, UnsupportedModel."""
+        place = self._place
+        missing = sorted(set(place.names) - set(kv_caches))
+        if missing:
+            raise UnsupportedModel(f"vLLM registered no pages of {', '.join(missing)}")
+        modules = get_layers_from_vllm_config(self._vllm_config, AttentionLayerBase, place.names)
+        keys, values, dtypes = [], [], []
+        for name, spec in zip(place.names, place.specs, strict=True):
+            if type(spec).__name__ == "MLAAttentionSpec":
+                raise UnsupportedPages(f"{name}: pages of latent attention (MLA) are not supported yet")
+            if name not in modules:
+                raise UnsupportedPages(f"{name} is no attention layer of this model")
+            views = proven_views(name, modules[name], kv_caches[name], spec.head_size, spec.head_size_v)
+            if views.keys.shape[2] != place.page_tokens:
+                raise UnsupportedPages(f"{name} has pages of {views.keys.shape[2]} tokens, not {place.page_tokens}")
+            keys.append(view_of(views.keys))
+            values.append(view_of(views.values))
+            dtypes.append(str(spec.dtype).removeprefix("torch."))
+        self._layers = PagedLayers(keys, values, dtypes)
+        device = device_for(next(iter(kv_caches.values())).device)
+        self._device = device
+        self._copying, self._loading = device.stream("kvservice-copy"), device.stream("kvservice-load")
+        self._release = release_on(device.stream("kvservice-release"))
+        self._layer_of_name = {name: index for index, name in enumerate(place.names)}
+        if self._settings.save and self._is_writer:
+            saver = LayerSaver(device, self._blocks, staging_bytes=self._settings.staging_bytes)
+            self._saver = PageSaver(saver, self._blocks, self._layers, self._breaker)
+        threading.Thread(target=self._attach, name="kvservice-start", daemon=True).start()
+
+    def _attach(self) -> None:
+        """Attach before the first request needs it, and say which way bytes will move."""
+        try:
+            self._blocks.ping()
+        except KVError as error:
+            log.warning("KVService is not used until the daemon answers: %s", error)
+            return
+        why = self._client.stats().shm_refused_because
+        log.info(
+            "connected to the KVService daemon at %s, layout %s%s",
+            self._settings.address,
+            self.layout.fingerprint.hex()[:12],
+            f"; not by shared memory: {why}" if why else "",
+        )
+
+    # A step, in vLLM's order
+
+    def before_step(self, orders: StepOrders) -> None:
+        """Before vLLM changes any page: copy out the blocks to save."""
+        if orders is self._orders:
+            return
+        self._orders = orders
+        freed = [self._gather(save) for save in orders.saves if save.is_freed]
+        self._gatherings = [self._gather(save) for save in orders.saves if not save.is_freed]
+        for gathering in freed:
+            self._wait(gathering)
+
+    def _gather(self, order: SaveOrder) -> Gathering:
+        if self._saver is None:
+            return Gathering((), None)
+        gathering = self._saver.gather(order.chain, order.first_token, order.page_ids)
+        if gathering.dropped_from is not None:
+            self._report.dropped_saves.append((order.request_id, gathering.dropped_from))
+        self._count(saved_blocks=len(order.chain))
+        return gathering
+
+    def _wait(self, gathering: Gathering) -> None:
+        if not gathering.wait(_GATHERED_S):
+            raise RuntimeError("blocks were not copied out of vLLM's pages in time")
+
+    def start_loads(self, orders: StepOrders) -> None:
+        """Copy in what the step's forward needs, and begin what later steps need."""
+        assert self._layers is not None
+        for order in orders.loads:
+            if not self._breaker.allow():
+                self._failed(order, "the daemon did not answer lately: it is not asked", is_unanswered=True)
+            elif order.mode is LoadMode.BETWEEN_STEPS:
+                load = self._between_steps[order.request_id] = self._load(order)
+                self._loading.submit(partial(self._load_between_steps, order, load))
+            elif order.mode is LoadMode.LAYERS:
+                self._loaders.append((order, self._begin_layers(order)))
+            else:
+                self._load_whole(order, self._load(order))
+        for request_id in orders.cancelled:
+            if (running := self._between_steps.get(request_id)) is not None:
+                running.cancel()
+
+    def _load(self, order: LoadOrder) -> PrefixLoad:
+        tokens = (order.first_token, order.end_token)
+        return PrefixLoad(self._copying, self._blocks, order.ticket, tokens, self._waits, self._release)
+
+    def _load_whole(self, order: LoadOrder, load: PrefixLoad) -> None:
+        assert self._layers is not None
+        began_s = self._clock.now_s()
+        try:
+            for _ in load.begin(load.pages_of_layer(self._layers, order.page_ids)):
+                pass
+        except Exception as error:
+            self._load_ended(order, 0, 0.0, error)
+        else:
+            self._load_ended(order, load.size_bytes, self._clock.now_s() - began_s, None)
+
+    def _load_between_steps(self, order: LoadOrder, load: PrefixLoad) -> None:
+        """On the loading stream's thread."""
+        self._load_whole(order, load)
+        with self._lock:
+            del self._between_steps[order.request_id]
+            self._finished.add(order.request_id)
+
+    def _begin_layers(self, order: LoadOrder) -> LayerLoader:
+        assert self._layers is not None
+        load = self._load(order)
+        loader = LayerLoader(
+            self._device,
+            self._loading,
+            load,
+            load.pages_of_layer(self._layers, order.page_ids),
+            layer_count=self._shard.layers,
+            buffer_layers=self._shard.layers,  # They go straight into the pages: nothing is buffered.
+            wait_s=self._waits.first_s + self._waits.layer_s,
+            clock=self._clock,
+        )
+        loader.start()
+        return loader
+
+    def wait_for_layer(self, name: str) -> None:
+        """Before the forward reads a layer's pages."""
+        if not self._loaders:
+            return
+        layer, running = self._layer_of_name[name], []
+        for order, loader in self._loaders:
+            try:
+                loader.wait(layer)
+            except LoadFailed as error:
+                loader.cancel()
+                self._load_ended(order, 0, 0.0, error)
+                continue
+            running.append((order, loader))
+            if layer + 1 == self._shard.layers:
+                report = loader.report
+                self._load_ended(order, report.size_bytes, report.busy_s, None)
+        self._loaders = running if layer + 1 < self._shard.layers else []
+
+    def end_step(self) -> None:
+        """After the forward: from now on vLLM may give the pages to others."""
+        for gathering in self._gatherings:
+            self._wait(gathering)
+        self._gatherings = []
+        for order, loader in self._loaders:  # The forward did not ask for all layers.
+            loader.cancel()
+            self._load_ended(order, 0, 0.0, LoadFailed("the forward ended before all layers were loaded"))
+        self._loaders = []
+
+    # What is reported after a step
+
+    @property
+    def finished(self) -> set[str]:
+        return set(self._finished)
+
+    def take_finished(self) -> set[str]:
+        """Requests whose loads between steps have ended, with or without success."""
+        with self._lock:
+            finished, self._finished = self._finished, set()
+        return finished
+
+    def take_bad_pages(self) -> set[int]:
+        with self._lock:
+            pages, self._bad_pages = self._bad_pages, set()
+        return pages
+
+    def take_report(self) -> StepReport | None:
+        with self._lock:
+            report, self._report = self._report, StepReport()
+        report.is_daemon_away = not self._breaker.allow()
+        is_empty = not (report.failed or report.loaded or report.dropped_saves or report.is_daemon_away)
+        return None if is_empty else report
+
+    def take_stats(self) -> TransferStats | None:
+        with self._lock:
+            stats, self._stats = self._stats, TransferStats()
+        return None if stats.is_empty() else stats
+
+    def fail_loads(self, orders: StepOrders, error: Exception) -> None:
+        """A hook raised: no load of this step counts."""
+        for order in orders.loads:
+            self._failed(order, f"{type(error).__name__}: {error}", is_unanswered=False)
+            if order.mode is LoadMode.BETWEEN_STEPS:
+                with self._lock:
+                    self._finished.add(order.request_id)
+        self._loaders = []
+
+    def pages_in_doubt(self) -> set[int]:
+        """Pages that this step's loads were to fill."""
+        orders = self._orders.loads if self._orders is not None else []
+        return {page for order in orders for page in order.page_ids} | self._bad_pages
+
+    def count_error(self) -> None:
+        self._count(errors=1)
+
+    def _count(self, **more: float) -> None:
+        with self._lock:
+            self._stats.count(**more)
+
+    def close(self) -> None:
+        """Send what was gathered, for a bounded time."""
+        if self._saver is not None:
+            self._saver.close(_CLOSED_S)
+        self._breaker.close(0.0)
+        self._client.close()
+
+    def _load_ended(self, order: LoadOrder, size_bytes: int, seconds: float, error: Exception | None) -> None:
+        """On any thread."""
+        if error is None:
+            self._breaker.record(True)
+            with self._lock:
+                self._report.loaded.append((size_bytes, seconds))
+                self._stats.count(loads=1, loaded_bytes=size_bytes, load_seconds=seconds)
+            return
+        cause = error.__cause__ if isinstance(error, LoadFailed) and error.__cause__ is not None else error
+        is_unanswered = isinstance(cause, LoadFailed) or (isinstance(cause, KVError) and not answered(cause))
+        self._breaker.record(not is_unanswered)
+        reason = (
+            f"{cause.reason}: {cause.message}" if isinstance(cause, KVError) else f"{type(cause).__name__}: {cause}"
+        )
+        self._failed(order, reason, is_unanswered=is_unanswered)
+
+    def _failed(self, order: LoadOrder, reason: str, *, is_unanswered: bool) -> None:
+        self._lines.warning("a prefix of %d tokens is computed, not loaded: %s", order.end_token, reason)
+        first_page = order.first_token // self._place.page_tokens
+        last_page = -(-order.end_token // self._place.page_tokens)
+        with self._lock:
+            self._bad_pages.update(order.page_ids[first_page:last_page])
+            self._report.failed.append(
+                FailedLoad(order.request_id, order.attempt, order.first_token, reason, is_unanswered)
+            )
+            self._stats.count(failed_loads=1)
+
+
+def _client_name(vllm_config: Any) -> str:
+    engine, rank = vllm_config.kv_transfer_config.engine_id or "vllm", vllm_config.parallel_config.rank
+    return f"vllm/{str(engine)[:32]}/worker-{rank}"

@@ -1,0 +1,156 @@
+"""Loads of a leased prefix into an engine's pages, by a ticket that its scheduler has got.
+
+On the daemon's host, blocks are copied from shared memory straight into the pages, each slice verified before it is
+copied; otherwise the client loads them, and the device copies them from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import accumulate
+
+from kvservice_adapter.device.arrays import ArrayView
+from kvservice_adapter.device.base import Event, Pages, Slices, Stream, StreamClosed
+from kvservice_adapter.layer_source import BegunLayer, PagesOfLayer
+from kvservice_api.errors import BlockNotFound, DeadlineExceeded, NotShared
+from kvservice_client import BlockCache, Lease
+
+_COPIED_S = 30.0  # For the copies of one load, from memory to memory.
+
+
+@dataclass(frozen=True, slots=True)
+class PagedLayers:
+    """An engine's paged KV cache: for each layer of the shard its keys and values, ``[page, kv head, token, dim]``."""
+
+    keys: Sequence[ArrayView]
+    values: Sequence[ArrayView]
+    dtypes: Sequence[str]  # The names of the layers' element types in their layout.
+
+    def pages(
+        self, layer: int, page_ids: Sequence[int], first_token: int = 0, copied: tuple[int, int] | None = None
+    ) -> Pages:
+        """Tokens of one sequence: `Pages`."""
+        return Pages(self.keys[layer], self.values[layer], page_ids, first_token, self.dtypes[layer], copied)
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """How long a load waits for the daemon, in seconds."""
+
+    first_s: float  # For the lease.
+    layer_s: float  # For each layer.
+
+
+class PrefixLoad:
+    """The load of tokens ``[first_token, end_token)`` of a ticket's prefix. A `LayerSource`, for one use.
+
+    Only these tokens are written; others in the same pages stay as they are.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        blocks: BlockCache,
+        ticket: bytes,
+        tokens: tuple[int, int],
+        waits: Waits,
+        release: Callable[[Lease], None],
+    ) -> None:
+        """`release` ends a lease, and may do so later, on another thread."""
+        self._stream = stream
+        self._blocks = blocks
+        self._ticket = ticket
+        self._tokens = tokens
+        self._waits = waits
+        self._release = release
+        self._events: list[Event] = []
+        self._lease: Lease | None = None
+        self._is_cancelled = False
+        self.size_bytes = 0  # Of the layers begun so far.
+
+    def pages_of_layer(self, layers: PagedLayers, page_ids: Sequence[int]) -> PagesOfLayer:
+        """Where the tokens go. `page_ids` are the sequence's pages, from its first token on."""
+        begin, end = self._tokens
+        first = self._first_block * self._blocks.layout.block_tokens
+        return lambda layer: layers.pages(layer, page_ids, first, (begin - first, end - first))
+
+    def cancel(self) -> None:
+        """End the load soon: the iterator raises Cancelled. From any thread; does not wait."""
+        self._is_cancelled = True
+        if self._lease is not None:
+            self._lease.cancel()
+
+    @property
+    def _first_block(self) -> int:
+        return self._tokens[0] // self._blocks.layout.block_tokens
+
+    def begin(self, pages_of_layer: PagesOfLayer) -> Iterator[BegunLayer]:
+        """As `LayerSource.begin`, on any thread. `next` may also be called before the event before it is done.
+
+        The iterator ends once all copies are done, and raises a KVError if they cannot be trusted. ValueError for
+        pages of another geometry.
+        """
+        lease = self._lease = self._blocks.adopt(self._ticket, timeout_s=self._waits.first_s)
+        if self._is_cancelled:
+            lease.cancel()
+        try:
+            starts = [0, *accumulate(lease.token_counts)]
+            if starts[-1] < self._tokens[1]:
+                raise BlockNotFound(f"the lease covers {starts[-1]} tokens; {self._tokens[1]} are to be loaded")
+            first = self._first_block
+            count = next(block for block, start in enumerate(starts) if start >= self._tokens[1]) - first
+            token_counts = lease.token_counts[first : first + count]
+            try:
+                view = lease.view(first, count, verify="always", layer_timeout_s=self._waits.layer_s)
+            except NotShared:
+                yield from self._by_client(lease, first, count, pages_of_layer)
+                return
+            with view:
+                for layer in range(self._blocks.shard.layers):
+                    yield self._copy(layer, view.slices(layer), token_counts, pages_of_layer)
+                self._finish()
+        finally:
+            for event in self._events:  # After an error too, nothing is written to the pages any more.
+                event.wait(_COPIED_S)
+            self._release(lease)
+
+    def _by_client(self, lease: Lease, first: int, count: int, pages_of_layer: PagesOfLayer) -> Iterator[BegunLayer]:
+        layers = lease.load(first_block=first, block_count=count, layer_timeout_s=self._waits.layer_s)
+        token_counts = lease.token_counts[first : first + count]
+        try:
+            for loaded in layers:
+                yield self._copy(loaded.index, loaded.data, token_counts, pages_of_layer)
+            self._finish()
+        finally:
+            layers.close()
+
+    def _copy(
+        self, layer: int, slices: Slices, token_counts: Sequence[int], pages_of_layer: PagesOfLayer
+    ) -> BegunLayer:
+        pages = pages_of_layer(layer)
+        pages.check(self._blocks.layout.group_of(self._blocks.shard.layer_begin + layer))
+        event = self._stream.scatter(slices, token_counts, pages)
+        self._events.append(event)
+        size_bytes = sum(token_counts) * pages.token_bytes
+        self.size_bytes += size_bytes
+        return BegunLayer(pages, event, size_bytes)
+
+    def _finish(self) -> None:
+        """Wait until everything is copied. Raises what a copy raised."""
+        for event in self._events:
+            if not event.wait(_COPIED_S):
+                raise DeadlineExceeded("the copies into the engine's pages are not done in time")
+            if event.error is not None:
+                raise event.error
+
+
+def release_on(stream: Stream) -> Callable[[Lease], None]:
+    """Ends leases on a stream's thread, so that the engine does not wait for the daemon's answer."""
+
+    def release(lease: Lease) -> None:
+        with suppress(StreamClosed):
+            stream.submit(lease.release)
+
+    return release

@@ -1,0 +1,117 @@
+"""A real vLLM on the CPU that keeps its KV in a daemon, and the model that it serves."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Read by vLLM when it is imported. One compute thread, because tests share two cores with the engine's own threads.
+os.environ.update(
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_CPU_OMP_THREADS_BIND="1",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_LOGGING_LEVEL="WARNING",
+    HF_HUB_OFFLINE="1",
+)
+
+from vllm import LLM, SamplingParams
+from vllm.config import KVTransferConfig
+
+NOT_KEPT = {"may_load": False, "may_save": False}  # A request that vLLM computes as if there were no connector.
+
+
+def transfer_config(**settings: Any) -> KVTransferConfig:
+    """vLLM's configuration with the connector, as users write it. `settings` are the connector's."""
+    return KVTransferConfig(
+        kv_connector="KVServiceConnector",
+        kv_connector_module_path="kvservice_adapter.connectors.vllm",
+        kv_role="kv_both",
+        kv_load_failure_policy="recompute",
+        kv_connector_extra_config=settings,
+    )
+
+
+class Answer(NamedTuple):
+    token_ids: list[int]
+    cached_tokens: int  # As vLLM reports them: its own and the connector's.
+    first_token_s: float
+
+
+class Engine:
+    """One engine. Its own prefix cache is emptied before each turn, so hits can come only from the connector."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+
+    def answer(self, prompt: Sequence[int], tokens: int = 8, *, keep_own: bool = False, **kept: Any) -> Answer:
+        """The answer to one prompt. `kept` are the connector's parameters of the request."""
+        return self.answers([prompt], tokens, keep_own=keep_own, **kept)[0]
+
+    def answers(
+        self, prompts: Sequence[Sequence[int]], tokens: int = 8, *, keep_own: bool = False, **kept: Any
+    ) -> list[Answer]:
+        """The answers to prompts that vLLM computes together."""
+        if not keep_own:
+            assert self.llm.reset_prefix_cache()  # False if the connector held pages of a finished request.
+        parameters = SamplingParams(
+            temperature=0,
+            max_tokens=tokens,
+            ignore_eos=True,
+            extra_args={"kv_transfer_params": {"kvservice": kept}} if kept else None,
+        )
+        given: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        outputs = self.llm.generate(given, parameters, use_tqdm=False)
+        return [
+            Answer(
+                list(output.outputs[0].token_ids),
+                output.num_cached_tokens or 0,
+                output.metrics.first_token_latency if output.metrics is not None else 0.0,
+            )
+            for output in outputs
+        ]
+
+
+@contextmanager
+def engine(model: Path, transfer: KVTransferConfig | None, **options: Any) -> Iterator[Engine]:
+    """A vLLM that serves the model. It takes half a minute to start: share one among tests."""
+    llm = LLM(
+        str(model),
+        max_model_len=4096,
+        enforce_eager=True,
+        enable_prefix_caching=True,
+        disable_log_stats=False,
+        kv_transfer_config=transfer,
+        **{"dtype": "float32", **options},
+    )
+    try:
+        yield Engine(llm)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def model_folder() -> Path:
+    """SmolLM2-135M-Instruct as a folder that vLLM reads, made from its Python package and kept in the environment."""
+    folder = Path(sys.prefix) / "smollm2-135m-instruct"
+    if not folder.is_dir():
+        unfinished = folder.with_suffix(".unfinished")
+        _write_model(unfinished)
+        unfinished.rename(folder)
+    return folder
+
+
+def _write_model(folder: Path) -> None:
+    from examples.models import load_model
+
+    loaded = load_model()
+    model = loaded.model
+    # Transformers refuses to write a model that it has read from a GGUF file, although its weights are plain now.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.is_quantized, model.quantization_method = False, None
+    model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
