@@ -156,7 +156,7 @@ class ShmTransport(Transport):
         return self._call("CommitBlocks", commit, pb.SaveBlocksResponse, deadline)
 
     def _end(self, client_id: bytes, reservation_id: int, generation: int, is_abandoned: bool) -> None:
-        """No thread writes any more. An abandoned reservation ends on another thread: the daemon may not answer, and the
+        """No thread writes any more. An abandoned one ends on another thread: the daemon may not answer, and the
         garbage collector may call this on a thread that holds any lock.
         """
         if generation != forks.generation:
