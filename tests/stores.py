@@ -46,7 +46,7 @@ from kvservice.store.transfers.admission import Claims
 from kvservice.store.transfers.in_place_uploads import InPlaceUploads
 from kvservice.store.transfers.reads import Part, Reads
 from kvservice.store.transfers.upload import SaveOutcome, Upload, Uploads
-from kvservice.store.types import Located, NotInPlace, SaveHeader, Span
+from kvservice.store.types import Located, NotInPlace, SaveChain, SaveHeader, Span
 from kvservice.tiers.arena import Arena
 from kvservice.tiers.base import Tier
 from kvservice.tiers.dram import DramTier
@@ -428,9 +428,10 @@ def at_once(work: Coroutine[Any, Any, T]) -> T:
     raise AssertionError("it waits")
 
 
-def header_of(chain: BlockChain, *, shard: Shard | None = WHOLE, layout: Layout = LAYOUT) -> SaveHeader:
-    """The header of a save of this chain."""
-    return SaveHeader(layout.fingerprint, shard, chain.parent, chain.keys, chain.token_counts[-1])
+def header_of(*chains: BlockChain, shard: Shard | None = WHOLE, layout: Layout = LAYOUT) -> SaveHeader:
+    """The header of a save of these chains."""
+    saved = [SaveChain(chain.parent, chain.keys, chain.token_counts[-1]) for chain in chains]
+    return SaveHeader(layout.fingerprint, shard, saved)
 
 
 def some_chain(blocks: int, *, seed: int = 0, tail_tokens: int = 0, layout: Layout = LAYOUT) -> BlockChain:

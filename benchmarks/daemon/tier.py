@@ -24,7 +24,7 @@ from kvservice.config_sources import load_settings
 from kvservice.daemon import Daemon, tune_process
 from kvservice.store.caller import DEFAULT_TENANT, Caller
 from kvservice.store.store import BlockStore
-from kvservice.store.types import Client, SaveHeader, TierFacts
+from kvservice.store.types import Client, SaveChain, SaveHeader, TierFacts
 from kvservice_api.frames import Frame
 from kvservice_api.image import checksum
 from kvservice_api.keys import block_chain
@@ -110,7 +110,7 @@ async def _fill(store: BlockStore, client: Client, block_count: int, *, first_to
     sums = np.full(block_count * _LAYOUT.layers, checksum(payload), np.uint64)
     fingerprint = _LAYOUT.fingerprint
     parent = secrets.token_bytes(32)
-    header = SaveHeader(fingerprint, None, parent, chain.keys, 0)
+    header = SaveHeader(fingerprint, None, [SaveChain(parent, chain.keys, 0)])
     async with store.save(replace(_CALLER, client=client.client_id), header) as upload:
         for block in range(block_count):
             for layer in range(_LAYOUT.layers):

@@ -32,6 +32,7 @@ from kvservice_client.tls import TlsFiles
 from kvservice_client.transports.base import Durability, SaveResult
 from kvservice_client.transports.in_place import View
 from kvservice_client.transports.ordered import Stats, TransportStats
+from kvservice_client.transports.reservation import Reservation
 
 __all__ = [
     "DEFAULT_ADDRESS",
@@ -54,6 +55,7 @@ __all__ = [
     "PendingLookup",
     "PrefetchResult",
     "RequestReport",
+    "Reservation",
     "ResidencyRun",
     "Rotary",
     "SaveResult",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Hashable
 
@@ -67,10 +66,9 @@ class Background:
 
     def join(self, timeout_s: float) -> None:
         """Wait until the threads of a closed object have ended, at most that long."""
-        end_s = time.monotonic() + timeout_s
         for thread in list(self._threads):
             if thread is not threading.current_thread():
-                thread.join(max(0.0, end_s - time.monotonic()))
+                thread.join(timeout_s / _THREADS_MAX)
 
     def _start_thread(self) -> None:
         thread = threading.Thread(target=self._run, name="kvservice-background", daemon=True)

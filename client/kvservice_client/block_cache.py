@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice_api.errors import IndexFull, InvalidRequest, Overloaded, TierFull
+from kvservice_api.errors import IndexFull, InvalidRequest, KVError, NotShared, Overloaded, TierFull
 from kvservice_api.keys import KEY_BYTES, BlockChain, ChainBuilder
 from kvservice_api.layout import Layout, Shard
 from kvservice_api.v1 import blocks_pb2 as pb
@@ -21,8 +22,9 @@ from kvservice_client.lease import TRANSFER_BYTES_PER_S_MIN, Lease
 from kvservice_client.local_directory import LocalHit
 from kvservice_client.pending_lookup import LookupOrder, PendingLookup
 from kvservice_client.retry import Deadline
-from kvservice_client.transports.base import Durability, SaveOrder, SaveResult
+from kvservice_client.transports.base import Durability, SaveOrder, SaveResult, SaveSet
 from kvservice_client.transports.ordered import OrderedTransports
+from kvservice_client.transports.reservation import Reservation
 
 # NumPy has no bfloat16 or float8, so integers of the same size represent their elements.
 _VIEW_DTYPES = {"bfloat16": "int16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
@@ -215,50 +217,101 @@ class BlockCache:
         `timeout_s` is for the whole save; by default the client's timeout plus one second per 128 MiB. A save may be
         sent twice if the daemon restarts meanwhile. A chain without blocks stores nothing, and `layers` is not read.
         """
+        (result,) = self.save_many([(chain, layers)], durability, timeout_s)
+        return result
+
+    def save_many(
+        self,
+        saves: Sequence[tuple[BlockChain, Sequence[Source | Sequence[Source]]]],
+        durability: Durability = Durability.DRAM,
+        timeout_s: float | None = None,
+    ) -> list[SaveResult]:
+        """As `save`, for many chains, in as few calls as the daemon's limits allow: (chain, layers) for each.
+
+        Returns the result of each. A block that two chains have in common is stored once; for the later chain it counts
+        as already stored.
+        """
         arguments.member(durability, Durability, "durability")
-        if not len(arguments.chain(chain)):
-            return SaveResult(0, 0, [])
-        slices = self._slices(chain, layers)
+        pairs = [tuple(arguments.sequence(each, "saves")) for each in arguments.sequence(saves, "saves")]
+        if any(len(pair) != 2 for pair in pairs):
+            raise InvalidRequest("saves must have pairs: a chain, and its layers", field="saves")
+        chains = [arguments.chain(chain) for chain, _ in pairs]
+        slices = [self._slices(chain, layers) if len(chain) else [] for chain, layers in pairs]
         if timeout_s is None:
-            size_bytes = sum(len(piece) for layer in slices for piece in layer)
+            size_bytes = sum(len(piece) for layers in slices for layer in layers for piece in layer)
             timeout_s = self._connection.timeout_s + size_bytes / TRANSFER_BYTES_PER_S_MIN
         deadline = self._connection.deadline(timeout_s)
+        if not any(map(len, chains)):
+            return [SaveResult(0, 0, []) for _ in chains]
         limits = self._connection.retried(lambda: self._connection.limits(deadline), deadline)
-        total = SaveResult(0, 0, [])
-        blocks_max = max(1, min(limits.max_save_blocks, limits.max_save_slices // self.shard.layers))
-        for first in range(0, len(chain), blocks_max):
-            part = slice(first, first + blocks_max)
-            result = self._save(chain[part], [layer[part] for layer in slices], durability, deadline)
-            refused = [*total.refused, *((first + block, error) for block, error in result.refused)]
-            total = SaveResult(total.stored + result.stored, total.already_stored + result.already_stored, refused)
-            if refused and isinstance(refused[-1][1], (TierFull, IndexFull)):
-                # Blocks after a block that was refused cannot be used, so they are not sent.
-                later = range(first + blocks_max, len(chain))
-                refused.extend((block, refused[-1][1]) for block in later)
-                break
-        return total
+        results: list[list[SaveResult]] = [[] for _ in chains]  # Of each chain's parts.
+        full: KVError | None = None
+        for parts in _parts(chains, self._blocks_max(limits), max(1, limits.max_save_chains)):
+            if full is not None:  # Blocks after a block that was refused cannot be used, so they are not sent.
+                of_parts = [SaveResult(0, 0, [(block, full) for block in range(len(part))]) for _, part in parts]
+            else:
+                layers = [
+                    [piece for number, part in parts for piece in slices[number][layer][part.start : part.stop]]
+                    for layer in range(self.shard.layers)
+                ]
+                of_parts = self._save(
+                    [chains[number][part.start : part.stop] for number, part in parts], layers, durability, deadline
+                )
+                refused = [result.refused[-1][1] for result in of_parts if result.refused]
+                full = next((error for error in refused if isinstance(error, (TierFull, IndexFull))), None)
+            for (number, part), result in zip(parts, of_parts, strict=True):
+                errors = [(part.start + block, error) for block, error in result.refused]
+                results[number].append(replace(result, refused=errors))
+        return [_joined(of_chain) for of_chain in results]
+
+    def reserve(
+        self, saves: Sequence[BlockChain], durability: Durability = Durability.DRAM, timeout_s: float | None = None
+    ) -> Reservation:
+        """Space in the daemon's shared memory for the blocks of one or more chains, which the caller writes itself.
+
+        It saves a copy: gather the slices straight into `Reservation.slices`. Other clients that save the same blocks
+        wait until the reservation has ended, so end it soon. Waits, as a save does, for their saves, and for space; at
+        most `timeout_s`, by default the client's.
+
+        Raises NotShared if blocks cannot be written in place (the daemon is on another host, its arena is not
+        writable, or it is of a version that takes one chain): then `save_many` them. InvalidRequest for more blocks
+        than one save may have; Overloaded if this client holds too many reservations; as `save`.
+        """
+        arguments.member(durability, Durability, "durability")
+        chains = [self._checked(each) for each in arguments.sequence(saves, "saves")]
+        if not chains or not all(map(len, chains)):
+            raise InvalidRequest("saves must have a chain, and each chain a block", field="saves")
+        deadline = self._connection.deadline(timeout_s)
+
+        def attempt() -> Reservation:
+            session = self._connection.session(self.layout, deadline)
+            count, most = sum(map(len, chains)), self._blocks_max(session.limits)
+            if count > most:
+                raise InvalidRequest(f"saves has {count} blocks; at most {most} may be reserved at once", field="saves")
+            if len(chains) > max(1, session.limits.max_save_chains):
+                raise NotShared("this daemon reserves the blocks of one chain at a time: save the blocks")
+            client_id = session.attachment.client_id
+            saved = SaveSet(client_id, chains, Durability(durability), self.layout, self.shard)
+            return self._transports.reserve(saved, deadline)
+
+        return self._connection.retried(attempt, deadline)
+
+    def _blocks_max(self, limits: pb.GetCapabilitiesResponse) -> int:
+        return max(1, min(limits.max_save_blocks, limits.max_save_slices // self.shard.layers))
 
     def _save(
-        self, chain: BlockChain, slices: list[list[Bytes]], durability: Durability, deadline: Deadline
-    ) -> SaveResult:
-        """Save one part of a chain; tried again during a short restart of the daemon."""
+        self, chains: list[BlockChain], layers: list[list[Bytes]], durability: Durability, deadline: Deadline
+    ) -> list[SaveResult]:
+        """One save; tried again during a short restart of the daemon."""
         order: SaveOrder | None = None
 
-        def attempt() -> SaveResult:
+        def attempt() -> list[SaveResult]:
             nonlocal order
             session = self._connection.session(self.layout, deadline)
-            client_id = session.attachment.client_id
+            client_id, frame_bytes = session.attachment.client_id, session.limits.max_frame_bytes
             if order is None:
                 order = SaveOrder(
-                    client_id,
-                    chain.packed_keys,
-                    chain.parent,
-                    Durability(durability),
-                    slices,
-                    session.limits.max_frame_bytes,
-                    self.layout,
-                    self.shard,
-                    chain.token_counts,
+                    client_id, chains, Durability(durability), self.layout, self.shard, layers, frame_bytes
                 )
             order.client_id = client_id
             return self._transports.save(order, deadline)
@@ -355,13 +408,17 @@ class BlockCache:
         call = self._connection.channel.call
         return session, call(BLOCKS + "LookupPrefix", request, pb.LookupPrefixResponse, deadline)
 
+    def _checked(self, chain: BlockChain) -> BlockChain:
+        """Raises InvalidRequest for a chain that cannot be saved."""
+        if any(count != self.layout.block_tokens for count in arguments.chain(chain).token_counts[:-1]):
+            raise InvalidRequest("only the last block of a save may be partial", field="chain")
+        return chain
+
     def _slices(self, chain: BlockChain, layers: Sequence[Source | Sequence[Source]]) -> list[list[Bytes]]:
         """Flat views, ordered by layer, then by block. Raises InvalidRequest for wrong sizes."""
         if len(arguments.sequence(layers, "layers")) != self.shard.layers:
             raise InvalidRequest(f"{len(layers)} layers are given; the shard has {self.shard.layers}", field="layers")
-        if any(count != self.layout.block_tokens for count in chain.token_counts[:-1]):
-            raise InvalidRequest("only the last block of a save may be partial", field="chain")
-        counts = chain.token_counts
+        counts = self._checked(chain).token_counts
         slices = []
         for index, layer in enumerate(layers):
             name = f"layers[{index}]"
@@ -389,6 +446,29 @@ def _with_tail(builder: ChainBuilder, hit_tokens: int, tails: Iterable[pb.Tail])
             if chain.keys[-1] == tail.key:
                 return chain
     return None
+
+
+def _parts(chains: Sequence[BlockChain], blocks_max: int, chains_max: int) -> Iterator[list[tuple[int, range]]]:
+    """The blocks of all chains in saves of so many: for each part of a chain the chain's number, and the blocks."""
+    parts: list[tuple[int, range]] = []
+    space = blocks_max
+    for number, chain in enumerate(chains):
+        first = 0
+        while first < len(chain):
+            part = range(first, min(first + space, len(chain)))
+            parts.append((number, part))
+            first, space = part.stop, space - len(part)
+            if not space or len(parts) == chains_max:
+                yield parts
+                parts, space = [], blocks_max
+    if parts:
+        yield parts
+
+
+def _joined(results: Sequence[SaveResult]) -> SaveResult:
+    """The result of a chain, from those of its parts."""
+    refused = [each for result in results for each in result.refused]
+    return SaveResult(sum(each.stored for each in results), sum(each.already_stored for each in results), refused)
 
 
 def _ttl_ms(lease_ttl_s: float) -> int:

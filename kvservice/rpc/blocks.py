@@ -19,6 +19,7 @@ from kvservice.store.types import (
     Located,
     NotInPlace,
     Part,
+    SaveChain,
     SaveHeader,
     SaveOutcome,
     Span,
@@ -68,6 +69,7 @@ class BlockService:
                 max_save_blocks=SAVE_BLOCKS_MAX,
                 max_save_slices=SAVE_SLICES_MAX,
                 max_tails=TAILS_MAX,
+                max_save_chains=SAVE_BLOCKS_MAX,
                 max_lease_ttl_ms=int(limits.lease_ttl_max_s * 1000),
                 transports=["grpc"] if arena.not_shared_because else ["shm", "grpc"],
                 arena_writable=arena.is_writable,
@@ -252,12 +254,18 @@ def _encode(part: Part) -> bytes:
 
 
 def save_header(header: pb.SaveHeader) -> tuple[SaveHeader, bool]:
-    """The chain and the shard of a save, and whether it must be durable on SSD. Raises InvalidRequest."""
+    """The chains and the shard of a save, and whether it must be durable on SSD. Raises InvalidRequest."""
     if header.durability not in _ON_SSD:  # Never promise less than was asked for.
         raise InvalidRequest(f"no durability has the number {header.durability}", field="durability")
-    keys = split_keys(header.keys, field="keys", count_max=SAVE_BLOCKS_MAX)
-    save = SaveHeader(header.layout_fingerprint, shard_of(header), header.parent_key, keys, header.last_block_tokens)
-    return save, _ON_SSD[header.durability]
+    chains = [_save_chain(header), *map(_save_chain, header.more)]
+    if (count := sum(len(chain.keys) for chain in chains)) > SAVE_BLOCKS_MAX:
+        raise InvalidRequest(f"the chains have {count} keys; at most {SAVE_BLOCKS_MAX} are allowed", field="keys")
+    return SaveHeader(header.layout_fingerprint, shard_of(header), chains), _ON_SSD[header.durability]
+
+
+def _save_chain(chain: pb.SaveHeader | pb.SaveChain) -> SaveChain:
+    keys = split_keys(chain.keys, field="keys", count_max=SAVE_BLOCKS_MAX)
+    return SaveChain(chain.parent_key, keys, chain.last_block_tokens)
 
 
 def save_response(outcome: SaveOutcome) -> pb.SaveBlocksResponse:
@@ -265,6 +273,7 @@ def save_response(outcome: SaveOutcome) -> pb.SaveBlocksResponse:
         stored=len(outcome.stored),
         already_stored=len(outcome.already_stored),
         refused=refused_blocks(outcome.refused),
+        stored_blocks=sorted(outcome.stored),
     )
 
 

@@ -534,7 +534,7 @@ class BlockStore:
         try:
             self._admission.saves.check()
         except Overloaded as error:
-            raise self._refused(header.keys, error) from None
+            raise self._refused(_keys_of(header), error) from None
         client, request = self._save_request(caller, header)
         return self._uploads.begin(caller, client, request)
 
@@ -562,18 +562,26 @@ class BlockStore:
 
     def _save_request(self, caller: Caller, header: SaveHeader) -> tuple[Client, SaveRequest]:
         """The client, and the blocks of its save. Raises Draining, UnknownLayout, UnknownClient, InvalidRequest."""
-        fingerprint, shard, parent_key, keys, last_block_tokens = header
+        fingerprint, shard, chains = header
+        keys = _keys_of(header)
         if self.draining:
             raise self._refused(keys, Draining(f"the daemon is {self._drain.state_name} and accepts no new saves"))
         layout_id, layout = self._layout(fingerprint)
         client = self._leases.client(caller)
-        if len(parent_key) != KEY_BYTES:
-            raise InvalidRequest(f"parent_key has {len(parent_key)} bytes, not {KEY_BYTES}", field="parent_key")
-        last = last_block_tokens or layout.block_tokens
-        counts = [*[layout.block_tokens] * (len(keys) - 1), last]
         part = Shard.whole(layout) if shard is None else shard.check(layout)
         self._admission.check_save(len(keys), part.layers)
-        return client, SaveRequest(layout_id, layout, part, parent_key, keys, counts)
+        parents: list[bytes] = []
+        counts: list[int] = []
+        for chain in chains:
+            if len(chain.parent_key) != KEY_BYTES:
+                size = len(chain.parent_key)
+                raise InvalidRequest(f"parent_key has {size} bytes, not {KEY_BYTES}", field="parent_key")
+            if len(set(chain.keys)) != len(chain.keys):
+                raise InvalidRequest("a key appears twice in one save", field="keys")
+            parents += [chain.parent_key, *chain.keys[:-1]]
+            full = len(chain.keys) - 1
+            counts += [*[layout.block_tokens] * full, chain.last_block_tokens or layout.block_tokens]
+        return client, SaveRequest(layout_id, layout, part, parents, keys, counts)
 
     def _refused(self, keys: Sequence[bytes], error: KVError) -> KVError:
         """The error with which a save of these blocks is refused; the history notes it."""
@@ -695,3 +703,7 @@ class BlockStore:
                 await self._lifecycle.flush_recency()
             except KVError as error:
                 log.warning("use times were not written: %s", error.message)
+
+
+def _keys_of(header: SaveHeader) -> list[bytes]:
+    return [key for chain in header.chains for key in chain.keys]

@@ -50,18 +50,20 @@ from kvservice.store.transfers.upload import SaveOutcome as SaveOutcome
 from kvservice_api.layout import Shard
 
 
-class SaveHeader(NamedTuple):
-    """The blocks of a save: consecutive blocks of one chain, all full except the last (`last_block_tokens` 0: full
-    too).
+class SaveChain(NamedTuple):
+    """Consecutive blocks of one chain, all full except the last (`last_block_tokens` 0: full too)."""
 
-    Without a shard, whole blocks.
-    """
-
-    fingerprint: bytes
-    shard: Shard | None
     parent_key: bytes
     keys: Sequence[bytes]
     last_block_tokens: int
+
+
+class SaveHeader(NamedTuple):
+    """The blocks of a save: those of its chains, one after the other. Without a shard, whole blocks."""
+
+    fingerprint: bytes
+    shard: Shard | None
+    chains: Sequence[SaveChain]
 
 
 class Hit(NamedTuple):

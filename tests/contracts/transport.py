@@ -135,6 +135,38 @@ class TransportContract:
         with other.open_layout(layout).lookup(chain) as lease:
             assert same([layer.data for layer in lease.load()], layers)
 
+    def test_many_chains_are_saved_in_one_call_with_a_result_for_each(self, client: Client, other: Client) -> None:
+        layout = small_layout()
+        blocks, tokens = client.open_layout(layout), layout.block_tokens
+        one = new_chain(layout, 3 * tokens + 2)
+        chains = [one[:2], new_chain(layout, tokens), one[1:], new_chain(layout, 2 * tokens)[1:], one[:0]]
+        layers = [layers_of(blocks, chain) if len(chain) else [] for chain in chains]
+        size = blocks.slice_bytes(tokens)
+        for first, third in zip(layers[0], layers[2], strict=True):
+            third[:size] = first[size:]  # The block that both chains have.
+        other.open_layout(layout).save(chains[1], layers[1])
+
+        results = blocks.save_many(list(zip(chains, layers, strict=True)))
+
+        found = [(each.stored, each.already_stored, each.refused) for each in results]
+        assert found == [(2, 0, []), (0, 1, []), (2, 1, []), (1, 0, []), (0, 0, [])]
+        for chain, saved in zip(chains[:4], layers[:4], strict=True):
+            with other.open_layout(layout).lookup(chain) as lease:
+                assert same([layer.data for layer in lease.load()], saved)
+        shard = other.admin.inspect(chains[3].keys[0]).shards[0]
+        assert shard.parent_key == chains[3].parent, "not the last block of the chain before"
+        assert client.stats().transports[self.transport].saves == 1
+
+    def test_more_chains_than_one_save_may_have_are_saved_too(self, client: Client) -> None:
+        blocks = client.open_layout(TINY)
+        chains = [new_chain(TINY, 4 * count + 1) for count in (1, 300, *[5] * 60)]
+        layers = [layers_of(blocks, chain) for chain in chains]
+        results = blocks.save_many(list(zip(chains, layers, strict=True)), Durability.SSD)
+        assert [each.stored for each in results] == [len(chain) for chain in chains]
+        for chain, saved in zip(chains, layers, strict=True):
+            with blocks.lookup(chain) as lease:
+                assert same([layer.data for layer in lease.load()], saved)
+
     def test_a_durable_save_is_on_ssd_when_it_returns(self, client: Client) -> None:
         layout = small_layout()
         blocks, chain = client.open_layout(layout), new_chain(layout, 3 * layout.block_tokens)
@@ -238,6 +270,8 @@ class TransportContract:
 
             assert (position, type(error)) == (0, TierFull)
             assert blocks.contains(large) == 0
+            results = blocks.save_many([(large, layers_of(blocks, large)), (large, layers_of(blocks, large))])
+            assert [(each.stored, type(each.refused[0][1])) for each in results] == [(0, TierFull)] * 2
             with small.lookup(chain) as lease:
                 assert same([layer.data for layer in lease.load()], layers)
 

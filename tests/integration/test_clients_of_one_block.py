@@ -49,7 +49,7 @@ def test_the_second_save_of_a_block_returns_already_stored(clients: tuple[Wire, 
     feed.send(messages[-1])
     feed.end()
 
-    assert saving.result() == pb.SaveBlocksResponse(stored=3)
+    assert saving.result() == pb.SaveBlocksResponse(stored=3, stored_blocks=range(3))
     assert saving_too.result() == pb.SaveBlocksResponse(already_stored=3)
     assert is_one_copy(first, chain)
 
@@ -62,7 +62,7 @@ def test_where_the_first_gives_up_the_second_stores_the_block(clients: tuple[Wir
     saving_too = second.begin_save(ended(Feed(*Upload.of(second, SMALL, chain).messages())))
 
     saving.cancel()
-    assert saving_too.result() == pb.SaveBlocksResponse(stored=3)
+    assert saving_too.result() == pb.SaveBlocksResponse(stored=3, stored_blocks=range(3))
     assert is_one_copy(second, chain)
 
 
@@ -79,8 +79,8 @@ def test_saves_that_overlap_crosswise_do_not_wait_for_each_other_for_ever(client
         feed.send(*upload.messages()[1:])
         feed.end()
 
-    assert saving.result() == pb.SaveBlocksResponse(stored=3)
-    assert saving_too.result() == pb.SaveBlocksResponse(stored=1, already_stored=2)
+    assert saving.result() == pb.SaveBlocksResponse(stored=3, stored_blocks=range(3))
+    assert saving_too.result() == pb.SaveBlocksResponse(stored=1, already_stored=2, stored_blocks=[2])
     assert is_one_copy(first, chain)
 
 

@@ -153,10 +153,12 @@ def test_SaveBlocks_stores_what_is_new_as_durably_as_was_asked(wire: Wire) -> No
     chain = new_chain(SMALL, 3)
 
     upload = Upload.of(wire, SMALL, chain[:2], types_pb2.DURABILITY_SSD)
-    assert wire.save(upload.messages()) == pb.SaveBlocksResponse(stored=2)
+    assert wire.save(upload.messages()) == pb.SaveBlocksResponse(stored=2, stored_blocks=range(2))
     assert residency(wire, chain) == [(2, True, True)]
 
-    assert wire.save(Upload.of(wire, SMALL, chain).messages()) == pb.SaveBlocksResponse(stored=1, already_stored=2)
+    assert wire.save(Upload.of(wire, SMALL, chain).messages()) == pb.SaveBlocksResponse(
+        stored=1, already_stored=2, stored_blocks=[2]
+    )
     assert wire.has(SMALL, chain)
     shard = wire.admin.Inspect(admin_pb2.InspectRequest(key=chain.keys[2])).shards[0]
     assert (shard.parent_key, shard.token_count) == (chain.keys[1], SMALL.block_tokens)
@@ -181,7 +183,7 @@ def test_LocateBlocks_tells_where_leased_blocks_lie_and_keeps_them_there(wire: W
     arena = InPlaceWriter(wire, locked=False).arena
 
     first, *others = locate(wire, lease_id)
-    assert [answer.layers_ready for answer in [first, *others]] == list(range(1, SMALL.layers + 1))
+    assert [answer.layers_ready for answer in [first, *others]] == list(range(SMALL.layers + 1))
     geometry = block_geometry(SMALL, Shard.whole(SMALL), SMALL.block_tokens)
     for block, (key, offset) in enumerate(zip(chain, first.offsets, strict=True)):
         for layer in range(SMALL.layers):
@@ -228,7 +230,7 @@ def test_CommitBlocks_makes_visible_what_was_written_in_place(wire: Wire) -> Non
     reserved.write()
     assert wire.lookup(SMALL, chain).hit_blocks == 0
 
-    assert reserved.commit() == pb.SaveBlocksResponse(stored=3)
+    assert reserved.commit() == pb.SaveBlocksResponse(stored=3, stored_blocks=range(3))
 
     assert residency(wire, chain) == [(3, True, True)]
     assert wire.has(SMALL, chain)

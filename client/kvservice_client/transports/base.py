@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from kvservice_api.errors import KVError
 from kvservice_api.image import checksum, layer_starts
+from kvservice_api.keys import BlockChain
 from kvservice_api.layout import Layout, Shard
 from kvservice_client.buffers import Bytes
 from kvservice_client.retry import Deadline
@@ -66,18 +67,27 @@ class LoadOrder:
 
 
 @dataclass
-class SaveOrder:
-    """Blocks to save: for each layer, the slice of each block. Checksums are computed once, while a layer is sent."""
+class SaveSet:
+    """The blocks of one save: those of its chains, one after the other. At least one chain, and none is empty."""
 
-    client_id: bytes  # Differs per attachment: the same order may be sent again.
-    keys: bytes  # The keys of all blocks, concatenated.
-    parent_key: bytes
+    client_id: bytes  # Differs per attachment: the same blocks may be sent again.
+    chains: Sequence[BlockChain]
     durability: Durability
-    layers: Sequence[Sequence[Bytes]]
-    max_frame_bytes: int
     layout: Layout
     shard: Shard
-    token_counts: Sequence[int]  # Of each block.
+
+    @cached_property
+    def token_counts(self) -> list[int]:
+        """Of each block."""
+        return [count for chain in self.chains for count in chain.token_counts]
+
+
+@dataclass
+class SaveOrder(SaveSet):
+    """Blocks to save: for each layer, the slice of each block. Checksums are computed once, while a layer is sent."""
+
+    layers: Sequence[Sequence[Bytes]]
+    max_frame_bytes: int
     _checksums: NDArray[np.uint64] = field(init=False)
     _is_summed: list[bool] = field(init=False)
 
@@ -139,8 +149,9 @@ class Transport(ABC):
         """Each layer's buffer, in order, as soon as its last byte has arrived. Closing the generator ends the load."""
 
     @abstractmethod
-    def save(self, order: SaveOrder, deadline: Deadline) -> tuple[SaveResult, int]:
-        """Send the blocks that are not stored yet, and commit. Returns the result and the payload bytes sent.
+    def save(self, order: SaveOrder, deadline: Deadline) -> tuple[list[SaveResult], int]:
+        """Send the blocks that are not stored yet, and commit. Returns the result of each chain, and the payload bytes
+        sent.
 
         The buffers may change once this has returned.
         """

@@ -9,6 +9,7 @@ import numpy as np
 
 from kvservice_api.errors import InvalidFrame, KVError
 from kvservice_api.frames import HEAD_BYTES_MAX, decode_frame, encode_frame
+from kvservice_api.keys import BlockChain
 from kvservice_api.malloc import keep_large_buffers
 from kvservice_api.status import from_status
 from kvservice_api.v1 import blocks_pb2 as pb
@@ -17,7 +18,7 @@ from kvservice_client.buffers import Bytes
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection
 from kvservice_client.retry import Deadline
-from kvservice_client.transports.base import Durability, LoadOrder, SaveOrder, SaveResult, Transport
+from kvservice_client.transports.base import Durability, LoadOrder, SaveOrder, SaveResult, SaveSet, Transport
 
 _PAYLOAD_BYTES_WANTED = 2**20  # Larger frames leave the processor's caches before they are copied again.
 _KEPT_FREE_BYTES = 256 * 2**20
@@ -70,28 +71,42 @@ class GrpcTransport(Transport):
         finally:
             messages.close()
 
-    def save(self, order: SaveOrder, deadline: Deadline) -> tuple[SaveResult, int]:
+    def save(self, order: SaveOrder, deadline: Deadline) -> tuple[list[SaveResult], int]:
         keep_large_buffers(_KEPT_FREE_BYTES)
         answer = self._channel.send_frames(BLOCKS + "SaveBlocks", _messages(order), pb.SaveBlocksResponse, deadline)
-        return save_result(answer), order.size_bytes
+        return save_results(answer, order.chains), order.size_bytes
 
 
-def save_header(order: SaveOrder) -> pb.SaveHeader:
+def save_header(saved: SaveSet) -> pb.SaveHeader:
     """The message that opens a save, by stream or in place."""
+    first, *more = saved.chains
     return pb.SaveHeader(
-        client_id=order.client_id,
-        layout_fingerprint=order.layout.fingerprint,
-        shard=order.shard.to_proto(),
-        parent_key=order.parent_key,
-        keys=order.keys,
-        last_block_tokens=order.token_counts[-1],
-        durability=_DURABILITY[order.durability],
+        client_id=saved.client_id,
+        layout_fingerprint=saved.layout.fingerprint,
+        shard=saved.shard.to_proto(),
+        parent_key=first.parent,
+        keys=first.packed_keys,
+        last_block_tokens=first.token_counts[-1],
+        durability=_DURABILITY[saved.durability],
+        more=[
+            pb.SaveChain(parent_key=each.parent, keys=each.packed_keys, last_block_tokens=each.token_counts[-1])
+            for each in more
+        ],
     )
 
 
-def save_result(answer: pb.SaveBlocksResponse) -> SaveResult:
-    refused = [(each.block, from_status(each.status)) for each in answer.refused]
-    return SaveResult(answer.stored, answer.already_stored, refused)
+def save_results(answer: pb.SaveBlocksResponse, chains: Sequence[BlockChain]) -> list[SaveResult]:
+    """The result of each chain of a save."""
+    refused = {each.block: from_status(each.status) for each in answer.refused}
+    results, first = [], 0
+    for chain in chains:
+        end = first + len(chain)
+        # Daemons that take one chain name no stored blocks.
+        stored = answer.stored if len(chains) == 1 else sum(first <= each < end for each in answer.stored_blocks)
+        errors = [(block - first, error) for block, error in refused.items() if first <= block < end]
+        results.append(SaveResult(stored, len(chain) - stored - len(errors), errors))
+        first = end
+    return results
 
 
 def _messages(order: SaveOrder) -> Iterator[bytes]:

@@ -20,9 +20,10 @@ from kvservice_client.buffers import Bytes
 from kvservice_client.connection import Connection
 from kvservice_client.rate_limited_log import RateLimitedLog
 from kvservice_client.retry import Deadline, TransferDeadline
-from kvservice_client.transports.base import LoadOrder, NotCarried, SaveOrder, SaveResult, Transport
+from kvservice_client.transports.base import LoadOrder, NotCarried, SaveOrder, SaveResult, SaveSet, Transport
 from kvservice_client.transports.grpc import GrpcTransport
 from kvservice_client.transports.in_place import InPlaceMismatch, InPlaceReader, Verify, View
+from kvservice_client.transports.reservation import InPlaceWriter, Reservation
 from kvservice_client.transports.shm import ShmTransport
 from kvservice_client.transports.throttle import Throttle
 
@@ -39,9 +40,10 @@ class TransportStats:
     """What one transport did since the client was made.
 
     Bytes are payload. Operations are those that it completed. Seconds are its working time, without the caller's time
-    between two layers. `fallbacks` are the operations that it could not carry, completely or in part, so that the next
-    transport did. `mismatches` are the loads and views whose bytes in place did not match their checksums. They are not
-    fallbacks, although the daemon then verifies the bytes through the next transport.
+    between two layers, or between the reservation of a save in place and its commit. `fallbacks` are the operations
+    that it could not carry, completely or in part, so that the next transport did. `mismatches` are the loads and views
+    whose bytes in place did not match their checksums. They are not fallbacks, although the daemon then verifies the
+    bytes through the next transport.
     """
 
     loads: int = 0
@@ -155,22 +157,38 @@ class OrderedTransports:
             self._meter.add(transport.name, loads=1)
             return
 
-    def save(self, order: SaveOrder, deadline: Deadline) -> SaveResult:
-        """Send the blocks that are not stored yet, and commit. The buffers may change once this has returned."""
+    def save(self, order: SaveOrder, deadline: Deadline) -> list[SaveResult]:
+        """Send the blocks that are not stored yet, and commit: the result of each chain. The buffers may change once
+        this has returned.
+        """
         for transport in self._transports:
             if not self._is_offered(transport, deadline):
                 continue
             begin_s = self._now_s()
             try:
-                result, sent_bytes = transport.save(order, deadline)
+                results, sent_bytes = transport.save(order, deadline)
             except _TRY_NEXT as error:
                 self._fall_back(transport, error)
                 continue
             self._meter.add(transport.name, saves=1, saved_bytes=sent_bytes, save_seconds=self._now_s() - begin_s)
             if self._up is not None:
                 self._up.carry(order.size_bytes, begin_s, deadline)
-            return result
+            return results
         raise AssertionError("the last transport carries every order")
+
+    def reserve(self, saved: SaveSet, deadline: Deadline) -> Reservation:
+        """Space for the blocks, in place, by the first transport that supports it. Raises NotShared, NoWriterLock."""
+        if self._up is not None:
+            raise NotShared("a save in place moves no bytes that could be slowed down: save the blocks")
+        for transport in self._transports:
+            if isinstance(transport, InPlaceWriter):
+                transport.check_offered(deadline)
+                begin_s = self._now_s()
+                reservation = transport.reserve(saved, deadline)
+                reserving_s = self._now_s() - begin_s
+                reservation.on_commit = partial(self._committed, transport, reservation.size_bytes, reserving_s)
+                return reservation
+        raise NotShared("no transport of this client writes blocks in place: save the blocks")
 
     def view(self, order: LoadOrder, deadline: TransferDeadline, verify: Verify) -> View:
         """The blocks in place, without a copy, by the first transport that supports it. Raises NotShared.
@@ -211,6 +229,10 @@ class OrderedTransports:
             return
         self._meter.fell_back(transport.name, why)
         self._log.info("%s is not used: %s", transport.name, why)
+
+    def _committed(self, transport: Transport, size_bytes: int, reserving_s: float, committing_s: float) -> None:
+        """Count a save that the caller wrote in place."""
+        self._meter.add(transport.name, saves=1, saved_bytes=size_bytes, save_seconds=reserving_s + committing_s)
 
     def _have_verified(self, transport: Transport, order: LoadOrder, block: int, layer: int) -> None:
         """Make the daemon verify one slice, by loading it. For a damaged slice it drops the block and raises."""

@@ -11,18 +11,15 @@ import secrets
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 from google.protobuf.message import Message
 
 from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, KVError, NotShared
-from kvservice_api.image import BlockGeometry, block_geometry
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client import forks
 from kvservice_client.arena_map import ArenaMap, WriterLock
@@ -30,10 +27,11 @@ from kvservice_client.buffers import Bytes
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection
 from kvservice_client.retry import Deadline, TransferDeadline
-from kvservice_client.transports.base import LoadOrder, SaveOrder, SaveResult, Transport
+from kvservice_client.transports.base import LoadOrder, SaveOrder, SaveResult, SaveSet, Transport
 from kvservice_client.transports.copying import Batch, Copiers, Group, copy_and_sum, copy_runs_and_sum, sum_and_copy
-from kvservice_client.transports.grpc import save_header, save_result
+from kvservice_client.transports.grpc import save_header
 from kvservice_client.transports.in_place import InPlace, InPlaceMismatch, View
+from kvservice_client.transports.reservation import Reservation
 
 M = TypeVar("M", bound=Message)
 
@@ -43,7 +41,7 @@ _ABANDON_PAUSE_S = 0.2
 
 
 class ShmTransport(Transport):
-    """Offered if the daemon shares its arena and this process can map it. Is an InPlaceReader too."""
+    """Offered if the daemon shares its arena and this process can map it. Also an InPlaceReader and InPlaceWriter."""
 
     name = "shm"
 
@@ -114,49 +112,58 @@ class ShmTransport(Transport):
 
     # Saving
 
-    def save(self, order: SaveOrder, deadline: Deadline) -> tuple[SaveResult, int]:
+    def reserve(self, saved: SaveSet, deadline: Deadline) -> Reservation:
         limits = self._connection.limits(deadline)
         arena = self._arenas.get(limits)
         if not limits.arena_writable:
             raise NotShared("the daemon does not allow clients to write into its arena")
-        client_id = order.client_id
-        with self._writers.lock(arena.directory, client_id):
+        client_id, reservation_id = saved.client_id, secrets.randbits(63) | 1
+        self._writers.acquire(arena.directory, client_id, reservation_id)
+        end = partial(self._end, client_id, reservation_id, forks.generation)
+        try:
             target = arena.writable()
-            reservation_id = secrets.randbits(63) | 1
-            request = pb.ReserveBlocksRequest(header=save_header(order), reservation_id=reservation_id)
-            try:
-                reserved = self._call("ReserveBlocks", request, pb.ReserveBlocksResponse, deadline)
-                if reserved.arena_id != arena.arena_id:
-                    raise NotShared("the daemon has replaced its arena")
-                sums, size_bytes = self._write(order, reserved, target, deadline)
-                commit = pb.CommitBlocksRequest(
-                    client_id=client_id, reservation_id=reservation_id, checksums=sums.astype("<u8").tobytes()
-                )
-                return save_result(self._call("CommitBlocks", commit, pb.SaveBlocksResponse, deadline)), size_bytes
-            except BaseException:
-                # No thread writes any more. The caller does not wait, because the daemon may not answer.
-                self._abandoned.add(pb.AbandonBlocksRequest(client_id=client_id, reservation_id=reservation_id))
-                raise
+            request = pb.ReserveBlocksRequest(header=save_header(saved), reservation_id=reservation_id)
+            answer = self._call("ReserveBlocks", request, pb.ReserveBlocksResponse, deadline)
+            if answer.arena_id != arena.arena_id:
+                raise NotShared("the daemon has replaced its arena")
+            commit = partial(self._commit, client_id, reservation_id)
+            return Reservation(saved, answer, target, commit, end, self._connection.deadline)
+        except BaseException:
+            end(is_abandoned=True)
+            raise
 
-    def _write(
-        self, order: SaveOrder, reserved: pb.ReserveBlocksResponse, arena: Bytes, deadline: Deadline
-    ) -> tuple[np.ndarray[tuple[int, int], np.dtype[np.uint64]], int]:
-        """Copy the reserved blocks to their places. Returns the checksums, ``[block, layer]``, and the copied bytes."""
-        geometries = [block_geometry(order.layout, order.shard, order.token_counts[block]) for block in reserved.blocks]
-        places = list(zip(reserved.blocks, reserved.offsets, geometries, strict=True))
-        sums = np.zeros((len(places), len(order.layers)), np.uint64)
-        size_bytes = 0
+    def save(self, order: SaveOrder, deadline: Deadline) -> tuple[list[SaveResult], int]:
+        with self.reserve(order, deadline) as reservation:
+            self._write(order, reservation, deadline)
+            return reservation.commit_sealed(deadline), reservation.size_bytes
+
+    def _write(self, order: SaveOrder, reservation: Reservation, deadline: Deadline) -> None:
+        """Copy the reserved blocks to their places, and compute their checksums."""
         with self._copiers.begin() as batch:
             running: list[Group] = []
             for layer in range(len(order.layers)):
-                sizes = [geometry.slice_bytes(layer) for geometry in geometries]
-                size_bytes += sum(sizes)
-                running.append(batch.start(partial(_write_slice, order, places, layer, arena, sums), sizes))
+                work = partial(_write_slice, order, reservation, layer)
+                running.append(batch.start(work, reservation.slice_sizes(layer)))
                 if len(running) > _LAYERS_AHEAD:
                     batch.finish(running.pop(0), deadline)
             for group in running:
                 batch.finish(group, deadline)
-        return sums, size_bytes
+
+    def _commit(
+        self, client_id: bytes, reservation_id: int, checksums: bytes, deadline: Deadline
+    ) -> pb.SaveBlocksResponse:
+        commit = pb.CommitBlocksRequest(client_id=client_id, reservation_id=reservation_id, checksums=checksums)
+        return self._call("CommitBlocks", commit, pb.SaveBlocksResponse, deadline)
+
+    def _end(self, client_id: bytes, reservation_id: int, generation: int, is_abandoned: bool) -> None:
+        """No thread writes any more. Does not wait, because the daemon may not answer; the garbage collector may call
+        it at any place.
+        """
+        if generation != forks.generation:
+            return  # It is the parent's.
+        if is_abandoned:
+            self._abandoned.add(pb.AbandonBlocksRequest(client_id=client_id, reservation_id=reservation_id))
+        self._writers.release(client_id, reservation_id)
 
     def _call(self, method: str, request: Message, answer: type[M], deadline: Deadline) -> M:
         return self._connection.channel.call(BLOCKS + method, request, answer, deadline)
@@ -177,17 +184,9 @@ def _copy_slice(blocks: InPlace, starts: list[int], layer: int, target: Bytes, b
         raise InPlaceMismatch(f"layer {layer} of block {block} is not what its checksum says")
 
 
-def _write_slice(
-    order: SaveOrder,
-    places: list[tuple[int, int, BlockGeometry]],
-    layer: int,
-    arena: Bytes,
-    sums: np.ndarray[tuple[int, int], np.dtype[np.uint64]],
-    number: int,
-) -> None:
-    block, offset, geometry = places[number]
-    begin, end = geometry.slice_range(layer)
-    sums[number, layer] = sum_and_copy(order.layers[layer][block], arena[offset + begin : offset + end])
+def _write_slice(order: SaveOrder, reservation: Reservation, layer: int, number: int) -> None:
+    source = order.layers[layer][reservation.positions[number]]
+    reservation.sums[number, layer] = sum_and_copy(source, reservation.slice(number, layer))
 
 
 class _AbandonQueue:
@@ -202,7 +201,7 @@ class _AbandonQueue:
         forks.register(self)
 
     def reset_in_child(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # Re-entrant: the garbage collector may end a reservation at any place.
         self._waiting: deque[pb.AbandonBlocksRequest] = deque()
         self._is_running = False
 
@@ -217,9 +216,10 @@ class _AbandonQueue:
     def _run(self) -> None:
         while True:
             with self._lock:
+                self._is_running = False  # Before the check: a request that the garbage collector adds after it, runs.
                 if not self._waiting:
-                    self._is_running = False
                     return
+                self._is_running = True
                 request = self._waiting.popleft()
             while not self._send_abandon(request):
                 self._connection.clock.sleep(_ABANDON_PAUSE_S)  # No call waits for this thread.
@@ -267,10 +267,10 @@ class _Arenas:
 
 
 class _Writers:
-    """This client's writer locks: one per attachment, held until the attachment has ended and no save uses the lock.
+    """This client's writer locks: one per attachment, held until it and its reservations have ended.
 
     While the lock is held, the daemon does not reuse the space that the attachment had reserved, also after a restart.
-    So the lock is released as soon as the attachment's end is detected, or with the last save that runs then.
+    So the lock is released as soon as the attachment's end is detected, or with the last reservation that exists then.
     """
 
     def __init__(self, is_attached_as: Callable[[bytes], bool]) -> None:
@@ -279,24 +279,22 @@ class _Writers:
         forks.register(self)
 
     def reset_in_child(self) -> None:
-        self._lock = threading.Lock()
-        self._held: dict[bytes, tuple[WriterLock, int]] = {}  # Client id -> the lock, and how many saves use it.
+        self._lock = threading.RLock()  # Re-entrant: the garbage collector may end a reservation at any place.
+        self._held: dict[bytes, tuple[WriterLock, set[int]]] = {}  # Client id -> the lock, and its reservations.
         self._closed = False
 
-    @contextmanager
-    def lock(self, directory: Path, client_id: bytes) -> Iterator[None]:
-        """Hold the lock of this attachment, at least while the block runs. Raises NotShared."""
+    def acquire(self, directory: Path, client_id: bytes, reservation_id: int) -> None:
+        """Lock for this attachment, at least until `release`. Raises NotShared."""
         with self._lock:
-            lock, users = self._held.get(client_id) or (WriterLock(directory, client_id), 0)
-            self._held[client_id] = (lock, users + 1)
+            if client_id not in self._held:
+                self._held[client_id] = (WriterLock(directory, client_id), set())
+            self._held[client_id][1].add(reservation_id)
             self._release_unused()
-        try:
-            yield
-        finally:
-            with self._lock:
-                lock, users = self._held[client_id]
-                self._held[client_id] = (lock, users - 1)
-                self._release_unused()
+
+    def release(self, client_id: bytes, reservation_id: int) -> None:
+        with self._lock:
+            self._held[client_id][1].discard(reservation_id)
+            self._release_unused()
 
     def close(self) -> None:
         self._closed = True
@@ -308,7 +306,7 @@ class _Writers:
             self._release_unused()
 
     def _release_unused(self) -> None:
-        for client_id, (lock, users) in list(self._held.items()):
-            if not users and (self._closed or not self._is_attached_as(client_id)):
-                del self._held[client_id]
+        for client_id, (lock, reservations) in list(self._held.items()):
+            unused = not reservations and (self._closed or not self._is_attached_as(client_id))
+            if unused and self._held.pop(client_id, None) is not None:
                 lock.release()

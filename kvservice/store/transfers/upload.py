@@ -58,12 +58,12 @@ _RESERVED_A_TURN = 64  # They take a millisecond of the event loop.
 
 @dataclass(frozen=True, slots=True)
 class SaveRequest:
-    """The blocks of a save: consecutive blocks of one chain, all full except the last."""
+    """The blocks of a save, of one or more chains. A block that several of these have appears once for each."""
 
     layout_id: int
     layout: Layout
     shard: Shard
-    parent_key: bytes
+    parent_keys: Sequence[bytes]  # Of each block.
     keys: Sequence[bytes]
     token_counts: Sequence[int]
 
@@ -189,9 +189,7 @@ class Uploads:
         self.open: set[Upload] = set()
 
     def begin(self, caller: Caller, client: Client, request: SaveRequest, space: Space | None = None) -> Upload:
-        """Use it as ``async with``: leaving without a commit abandons it. Raises InvalidRequest."""
-        if len(set(request.keys)) != len(request.keys):
-            raise InvalidRequest("a key appears twice in one save", field="keys")
+        """Use it as ``async with``: leaving without a commit abandons it."""
         return Upload(self, caller, client, request, space or OwnSpace(self.dram))
 
     def note_refused(self, keys: Sequence[bytes], reason: str) -> None:
@@ -211,6 +209,7 @@ class Upload:
         self._admitted = ExitStack()
         self.outcome = SaveOutcome()
         self._destinations: dict[int, _Destination] = {}
+        self._first_of: dict[int, int] = {}  # Positions of blocks that an earlier chain has too, and their first one.
         self._checksums = np.zeros((len(request.keys), request.shard.layers), np.uint64)  # Of received slices.
         self._hashing: set[asyncio.Future[int]] = set()
         self._geometries = [block_geometry(request.layout, request.shard, count) for count in request.token_counts]
@@ -252,7 +251,11 @@ class Upload:
 
     async def _claim(self) -> None:
         """Queue for every missing object in one step: a save waits only for earlier ones, so there is no deadlock."""
+        first_positions: dict[bytes, int] = {}
         for position, key in enumerate(self._request.keys):
+            if (earlier := first_positions.setdefault(key, position)) != position:
+                self._first_of[position] = earlier
+                continue
             if self._stored_row(position) != NO_ROW:
                 self.outcome.already_stored.append(position)
                 continue
@@ -438,11 +441,18 @@ class Upload:
         self, good: list[_Destination], rows: list[int], *, on_ssd: bool, then_write: bool = True
     ) -> None:
         """The steps after the records."""
+        await self._touch_ancestors(good)
         self._count(good)
         if self._all.write_behind is not None and then_write:
             self._all.write_behind.add(rows)
         if on_ssd:
             await self._until_on_ssd(good, rows)
+        outcome = self.outcome
+        for position, first in self._first_of.items():
+            if first in outcome.refused:
+                outcome.refused[position] = outcome.refused[first]
+            else:
+                outcome.already_stored.append(position)
 
     def _matching(self, checksums: NDArray[np.uint64]) -> list[_Destination]:
         """The blocks whose bytes match the client's checksums. The others are refused."""
@@ -467,7 +477,7 @@ class Upload:
             trailer = Trailer(key, request.shard, self._checksums[destination.position]).encode()
             assert destination.image is not None and destination.extent is not None
             destination.image[destination.geometry.trailer_offset :] = trailer
-            parent_key = request.keys[destination.position - 1] if destination.position else request.parent_key
+            parent_key = request.parent_keys[destination.position]
             if (offset := descriptor_offset(destination.geometry)) is not None:
                 destination.image[offset : destination.geometry.trailer_offset] = Descriptor(
                     request.token_counts[destination.position],
@@ -492,7 +502,7 @@ class Upload:
             extents.append(destination.extent)
         if not rows:
             return []
-        self._touch(rows, now_ms)
+        blocks.touch(np.array(rows, np.int64), now_ms)
         for destination, extent in zip(written, extents, strict=True):
             self._space.recorded(extent)
             destination.extent = destination.image = None  # From here on `admit` owns the space.
@@ -504,12 +514,17 @@ class Upload:
         self.outcome.stored.extend(destination.position for destination in written)
         return rows
 
-    def _touch(self, rows: list[int], now_ms: int) -> None:
-        """Mark the whole chain as used now. Its first blocks have the highest value."""
-        blocks = self._all.blocks
-        earlier = blocks.ancestors(rows[0])
-        chain = [*reversed(earlier), *rows]
-        blocks.touch(np.array(chain, np.int64), now_ms)
+    async def _touch_ancestors(self, written: list[_Destination]) -> None:
+        """Mark the earlier blocks of each chain as used now, after its new ones: the first have the highest value."""
+        blocks, request = self._all.blocks, self._request
+        new_keys = {request.keys[each.position] for each in written}
+        heads = [each.position for each in written if request.parent_keys[each.position] not in new_keys]
+        for count, position in enumerate(heads):
+            if count:  # A long chain takes a millisecond of the event loop.
+                await self._all.loop_budget.slot()
+            row = blocks.row_of(request.keys[position], request.shard)
+            if row != NO_ROW:
+                blocks.touch(np.array(blocks.ancestors(row)[::-1], np.int64), self._all.clock.wall_ms())
 
     async def _until_on_ssd(self, written: list[_Destination], rows: list[int]) -> None:
         """Wait for the SSD copies of the blocks that were stored now, and of those that other saves had stored."""

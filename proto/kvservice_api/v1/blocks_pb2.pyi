@@ -38,7 +38,7 @@ class GetCapabilitiesRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetCapabilitiesResponse(_message.Message):
-    __slots__ = ("version", "boot_epoch", "store_id", "max_frame_bytes", "max_keys", "max_lease_ttl_ms", "transports", "max_save_blocks", "max_save_slices", "max_tails", "arena_directory", "arena_id", "arena_capacity_bytes", "arena_writable", "arena_not_shared_because", "residency_directory", "max_session_slices", "session_ttl_ms")
+    __slots__ = ("version", "boot_epoch", "store_id", "max_frame_bytes", "max_keys", "max_lease_ttl_ms", "transports", "max_save_blocks", "max_save_slices", "max_tails", "max_save_chains", "arena_directory", "arena_id", "arena_capacity_bytes", "arena_writable", "arena_not_shared_because", "residency_directory", "max_session_slices", "session_ttl_ms")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BOOT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     STORE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +49,7 @@ class GetCapabilitiesResponse(_message.Message):
     MAX_SAVE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     MAX_SAVE_SLICES_FIELD_NUMBER: _ClassVar[int]
     MAX_TAILS_FIELD_NUMBER: _ClassVar[int]
+    MAX_SAVE_CHAINS_FIELD_NUMBER: _ClassVar[int]
     ARENA_DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     ARENA_ID_FIELD_NUMBER: _ClassVar[int]
     ARENA_CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -67,6 +68,7 @@ class GetCapabilitiesResponse(_message.Message):
     max_save_blocks: int
     max_save_slices: int
     max_tails: int
+    max_save_chains: int
     arena_directory: str
     arena_id: bytes
     arena_capacity_bytes: int
@@ -75,7 +77,7 @@ class GetCapabilitiesResponse(_message.Message):
     residency_directory: str
     max_session_slices: int
     session_ttl_ms: int
-    def __init__(self, version: _Optional[str] = ..., boot_epoch: _Optional[int] = ..., store_id: _Optional[bytes] = ..., max_frame_bytes: _Optional[int] = ..., max_keys: _Optional[int] = ..., max_lease_ttl_ms: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., max_save_blocks: _Optional[int] = ..., max_save_slices: _Optional[int] = ..., max_tails: _Optional[int] = ..., arena_directory: _Optional[str] = ..., arena_id: _Optional[bytes] = ..., arena_capacity_bytes: _Optional[int] = ..., arena_writable: bool = ..., arena_not_shared_because: _Optional[str] = ..., residency_directory: _Optional[str] = ..., max_session_slices: _Optional[int] = ..., session_ttl_ms: _Optional[int] = ...) -> None: ...
+    def __init__(self, version: _Optional[str] = ..., boot_epoch: _Optional[int] = ..., store_id: _Optional[bytes] = ..., max_frame_bytes: _Optional[int] = ..., max_keys: _Optional[int] = ..., max_lease_ttl_ms: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., max_save_blocks: _Optional[int] = ..., max_save_slices: _Optional[int] = ..., max_tails: _Optional[int] = ..., max_save_chains: _Optional[int] = ..., arena_directory: _Optional[str] = ..., arena_id: _Optional[bytes] = ..., arena_capacity_bytes: _Optional[int] = ..., arena_writable: bool = ..., arena_not_shared_because: _Optional[str] = ..., residency_directory: _Optional[str] = ..., max_session_slices: _Optional[int] = ..., session_ttl_ms: _Optional[int] = ...) -> None: ...
 
 class OpenLayoutRequest(_message.Message):
     __slots__ = ("layout", "fingerprint")
@@ -248,7 +250,7 @@ class SaveBlocksRequest(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., first_block: _Optional[int] = ..., first_offset_bytes: _Optional[int] = ..., header: _Optional[_Union[SaveHeader, _Mapping]] = ..., commit: _Optional[_Union[SaveCommit, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class SaveHeader(_message.Message):
-    __slots__ = ("client_id", "layout_fingerprint", "shard", "parent_key", "keys", "last_block_tokens", "durability")
+    __slots__ = ("client_id", "layout_fingerprint", "shard", "parent_key", "keys", "last_block_tokens", "durability", "more")
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
@@ -256,6 +258,7 @@ class SaveHeader(_message.Message):
     KEYS_FIELD_NUMBER: _ClassVar[int]
     LAST_BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
     client_id: bytes
     layout_fingerprint: bytes
     shard: _types_pb2.Shard
@@ -263,7 +266,18 @@ class SaveHeader(_message.Message):
     keys: bytes
     last_block_tokens: int
     durability: _types_pb2.Durability
-    def __init__(self, client_id: _Optional[bytes] = ..., layout_fingerprint: _Optional[bytes] = ..., shard: _Optional[_Union[_types_pb2.Shard, _Mapping]] = ..., parent_key: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., last_block_tokens: _Optional[int] = ..., durability: _Optional[_Union[_types_pb2.Durability, str]] = ...) -> None: ...
+    more: _containers.RepeatedCompositeFieldContainer[SaveChain]
+    def __init__(self, client_id: _Optional[bytes] = ..., layout_fingerprint: _Optional[bytes] = ..., shard: _Optional[_Union[_types_pb2.Shard, _Mapping]] = ..., parent_key: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., last_block_tokens: _Optional[int] = ..., durability: _Optional[_Union[_types_pb2.Durability, str]] = ..., more: _Optional[_Iterable[_Union[SaveChain, _Mapping]]] = ...) -> None: ...
+
+class SaveChain(_message.Message):
+    __slots__ = ("parent_key", "keys", "last_block_tokens")
+    PARENT_KEY_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    LAST_BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    parent_key: bytes
+    keys: bytes
+    last_block_tokens: int
+    def __init__(self, parent_key: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., last_block_tokens: _Optional[int] = ...) -> None: ...
 
 class SaveCommit(_message.Message):
     __slots__ = ("checksums",)
@@ -272,14 +286,16 @@ class SaveCommit(_message.Message):
     def __init__(self, checksums: _Optional[bytes] = ...) -> None: ...
 
 class SaveBlocksResponse(_message.Message):
-    __slots__ = ("stored", "already_stored", "refused")
+    __slots__ = ("stored", "already_stored", "refused", "stored_blocks")
     STORED_FIELD_NUMBER: _ClassVar[int]
     ALREADY_STORED_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
+    STORED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     stored: int
     already_stored: int
     refused: _containers.RepeatedCompositeFieldContainer[RefusedBlock]
-    def __init__(self, stored: _Optional[int] = ..., already_stored: _Optional[int] = ..., refused: _Optional[_Iterable[_Union[RefusedBlock, _Mapping]]] = ...) -> None: ...
+    stored_blocks: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, stored: _Optional[int] = ..., already_stored: _Optional[int] = ..., refused: _Optional[_Iterable[_Union[RefusedBlock, _Mapping]]] = ..., stored_blocks: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RefusedBlock(_message.Message):
     __slots__ = ("block", "status")

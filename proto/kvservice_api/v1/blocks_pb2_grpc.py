@@ -224,7 +224,7 @@ class BlockServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def SaveBlocks(self, request_iterator, context):
-        """Stores blocks of one chain: one `header`, then frames in any order that cover every
+        """Stores blocks of one or more chains: one `header`, then frames in any order that cover every
         slice once, then one `commit`, after which the client closes its side. A stream that
         ends without `commit` stores nothing.
         For blocks that are stored already, the daemon ignores the bytes and reports success. Errors:

@@ -17,6 +17,7 @@ from kvservice.blocks import TierName
 from kvservice.store.leases import Client
 from kvservice.store.store import StoreLimits
 from kvservice.store.transfers.upload import SaveOutcome, Upload, _Slices
+from kvservice.store.types import SaveChain
 from kvservice_api.errors import (
     Draining,
     IncompleteSave,
@@ -546,11 +547,13 @@ async def test_without_an_ssd_tier_a_durable_save_is_refused(open_store: Callabl
 async def test_a_save_of_what_cannot_be_is_refused(
     opened: OpenStore, client: Client, change: dict[str, Any], error: type[KVError]
 ) -> None:
-    chain = some_chain(2)
+    header = header_of(some_chain(2))
     asked = dict(change)
     caller = replace(CALLER, client=asked.pop("client", client.client_id))
+    of_chain = {name: asked.pop(name) for name in SaveChain._fields if name in asked}
+    header = header._replace(chains=[header.chains[0]._replace(**of_chain)], **asked)
     with pytest.raises(error):
-        opened.store.save(caller, header_of(chain)._replace(**asked))
+        opened.store.save(caller, header)
     assert not opened.claims.object_count and not client.on_detach
 
 

@@ -1,0 +1,179 @@
+"""Blocks that the caller writes in place: space in the daemon's arena, reserved until it is committed or abandoned."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Protocol, Self, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvservice_api.errors import InvalidFrame, InvalidRequest, ReservationEnded, UnknownClient
+from kvservice_api.image import block_geometry, checksum
+from kvservice_api.keys import BlockChain
+from kvservice_api.v1 import blocks_pb2 as pb
+from kvservice_client import arguments, forks
+from kvservice_client.buffers import Bytes
+from kvservice_client.retry import Deadline
+from kvservice_client.transports.base import SaveResult, SaveSet
+from kvservice_client.transports.grpc import save_results
+
+
+class Reservation:
+    """Blocks whose slices the caller writes into the daemon's shared memory itself. Made by `BlockCache.reserve`.
+
+    For each layer: write all of `slices`, then `seal`. After the last layer `commit` stores the blocks; no other client
+    sees them before. A context manager: leaving it without a commit abandons the blocks, as does dropping it and all
+    arrays that it has returned. Do not write into these after `seal`, and never after `commit` or `abandon`: the space
+    then belongs to other blocks.
+
+    One thread at a time writes and seals. `commit` and `abandon` may be called from another thread. In a forked child
+    it counts as ended, and in the parent it continues.
+    """
+
+    def __init__(
+        self,
+        saved: SaveSet,
+        answer: pb.ReserveBlocksResponse,
+        arena: Bytes,
+        commit: Callable[[bytes, Deadline], pb.SaveBlocksResponse],
+        end: Callable[[bool], None],
+        deadline: Callable[[float | None], Deadline],
+    ) -> None:
+        """`commit` sends checksums. `end` is called once, with whether the reservation must be abandoned."""
+        self._chains: Sequence[BlockChain] = saved.chains
+        self._arena = arena
+        self._commit = commit
+        self._end = end
+        self._deadline = deadline
+        self._generation = forks.generation
+        geometries = [block_geometry(saved.layout, saved.shard, saved.token_counts[each]) for each in answer.blocks]
+        places = list(zip(answer.offsets, geometries, strict=True))
+        if any(offset + geometry.image_bytes > len(arena) for offset, geometry in places):
+            raise InvalidFrame("the daemon reserved space outside the arena")
+        self.positions: list[int] = list(answer.blocks)  # Of the reserved blocks, among those of all chains.
+        self._ranges = [
+            [(offset + begin, offset + end) for offset, each in places for begin, end in [each.slice_range(layer)]]
+            for layer in range(saved.shard.layers)
+        ]
+        self.sums: NDArray[np.uint64] = np.zeros((len(places), saved.shard.layers), "<u8")
+        self._sealed: set[int] = set()
+        self._abandon = weakref.finalize(self, end, True)
+        self.on_commit: Callable[[float], None] | None = None  # Called with the seconds of the commit.
+        self._abandon.atexit = False  # The daemon then sees the end of the process.
+
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        """The blocks to write, in the order of `slices`: (position in `saves`, position in this chain).
+
+        The others are stored already, refused, or also part of an earlier chain; `commit` says which.
+        """
+        of_all = [(number, block) for number, chain in enumerate(self._chains) for block in range(len(chain))]
+        return [of_all[position] for position in self.positions]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all slices to write."""
+        return sum(end - begin for ranges in self._ranges for begin, end in ranges)
+
+    def slices(self, layer: int) -> list[Bytes]:
+        """The memory of one layer: for each of `blocks` its slice, ``[K, V][head][token][dim]``, as flat bytes.
+
+        Writable, with undefined content. `layer` counts from the shard's first. Raises InvalidRequest for another
+        layer, ReservationEnded.
+        """
+        self._check_open()
+        ranges = self._ranges[self._checked(layer)]
+        held = np.asarray(_Held(self._arena, self))
+        return [held[begin:end] for begin, end in ranges]
+
+    def seal(self, layer: int) -> None:
+        """Compute the checksums of a layer that is written. Right after its last byte it is still in the CPU's caches.
+
+        Raises as `slices`.
+        """
+        self._check_open()
+        ranges = self._ranges[self._checked(layer)]
+        self.sums[:, layer] = [checksum(self._arena[begin:end].data) for begin, end in ranges]
+        self._sealed.add(layer)
+
+    def commit(self, timeout_s: float | None = None) -> list[SaveResult]:
+        """Store the blocks, and end the reservation. Returns the result of each chain, as `BlockCache.save_many`.
+
+        Waits for the daemon for at most `timeout_s`, by default the client's. Raises InvalidRequest while a layer is
+        not sealed (the reservation continues); ReservationEnded if it was committed or abandoned, or if the client's
+        attachment has ended, as at a restart of the daemon: reserve and write again; DaemonUnavailable,
+        DeadlineExceeded: whether the blocks are stored is then unknown.
+        """
+        self._check_open()
+        missing = [layer for layer in range(self.sums.shape[1]) if layer not in self._sealed]
+        if missing and self.positions:
+            raise InvalidRequest(f"layer {missing[0]} is not sealed: its bytes may not be written", field="layer")
+        deadline = self._deadline(timeout_s)
+        begin_s = deadline.clock.now_s()
+        try:
+            results = self.commit_sealed(deadline)
+        except UnknownClient as error:
+            raise ReservationEnded("the reservation has ended with the client's attachment: reserve again") from error
+        if self.on_commit is not None:
+            self.on_commit(deadline.clock.now_s() - begin_s)
+        return results
+
+    def commit_sealed(self, deadline: Deadline) -> list[SaveResult]:
+        """As `commit`, with the checksums in `sums`. Raises the daemon's errors; the reservation has ended then too."""
+        try:
+            answer = self._commit(self.sums.tobytes(), deadline)
+        except BaseException:
+            self._abandon()
+            raise
+        if self._abandon.detach() is not None:
+            self._end(False)
+        return save_results(answer, self._chains)
+
+    def abandon(self) -> None:
+        """Free the space, and let other clients save the blocks. No thread may write any more.
+
+        Does not block: a thread tells the daemon. No effect if the reservation has ended.
+        """
+        if self._generation == forks.generation:
+            self._abandon()
+
+    def slice(self, number: int, layer: int) -> Bytes:
+        """One writable slice, by its position in `blocks`. It does not keep the reservation."""
+        begin, end = self._ranges[layer][number]
+        return self._arena[begin:end]
+
+    def slice_sizes(self, layer: int) -> list[int]:
+        return [end - begin for begin, end in self._ranges[layer]]
+
+    def _checked(self, layer: int) -> int:
+        return arguments.whole(layer, "layer", 0, len(self._ranges) - 1)
+
+    def _check_open(self) -> None:
+        if self._generation != forks.generation:
+            raise ReservationEnded("the reservation was made before fork() and is the parent's; reserve here again")
+        if not self._abandon.alive:
+            raise ReservationEnded("the reservation was committed or abandoned: reserve again")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.abandon()
+
+
+class _Held:
+    """The arena's memory for NumPy. Arrays of it keep the reservation, so that its space is not reused under them."""
+
+    def __init__(self, arena: Bytes, reservation: Reservation) -> None:
+        self._kept = (arena, reservation)
+        self.__array_interface__ = arena.__array_interface__
+
+
+@runtime_checkable
+class InPlaceWriter(Protocol):
+    """A transport by which the caller can write blocks into the daemon's memory itself."""
+
+    def reserve(self, saved: SaveSet, deadline: Deadline) -> Reservation:
+        """Waits, as a save does, for other saves of the same blocks, and for space. Raises NotShared, NoWriterLock."""

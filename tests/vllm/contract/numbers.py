@@ -1,0 +1,55 @@
+"""Numbers in place of a model's keys and values: each follows from the tokens up to its own, its layer, head and dim.
+
+So every byte of a page can be checked, and a token that was sampled from pages with a wrong number is a wrong token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+VOCABULARY = 1000
+
+Numbers = npt.NDArray[np.float32]
+
+_STATE_BITS = (1 << 21) - 1
+_NUMBER_BITS = (1 << 22) - 1  # float32 keeps 24 bits exactly.
+
+
+def states_of(tokens: Iterable[int], state: int = 0) -> npt.NDArray[np.int64]:
+    """What a model would know after each token. `state` is the one before the first of them."""
+    states = []
+    for token in tokens:
+        state = (state * 1_000_003 + token + 1) & _STATE_BITS
+        states.append(state)
+    return np.array(states, np.int64)
+
+
+@dataclass(frozen=True)
+class NumberedModel:
+    """As many keys and values as a model of this shape has."""
+
+    layers: int = 3
+    kv_heads: int = 2
+    head_dim: int = 32
+
+    def keys_and_values(self, states: npt.NDArray[np.int64], layer: int) -> tuple[Numbers, Numbers]:
+        """Of the tokens after which these states are known, each ``[token, head, dim]``."""
+        place = np.arange(self.kv_heads * self.head_dim, dtype=np.int64).reshape(self.kv_heads, self.head_dim)
+        mixed = states[:, None, None] * 7919 + (layer * 512 + place) * 104_729
+        return (mixed & _NUMBER_BITS).astype(np.float32), (mixed * 31 + 1 & _NUMBER_BITS).astype(np.float32)
+
+    def next_token(self, keys: Iterable[Numbers]) -> int:
+        """The token that follows, from the last layer's keys of all tokens so far: ``[token, head, dim]`` arrays."""
+        return int(sum(each.sum(dtype=np.float64) for each in keys)) % VOCABULARY
+
+    def generate(self, prompt: Sequence[int], count: int) -> list[int]:
+        """The tokens that follow the prompt where all numbers are right."""
+        tokens = list(prompt)
+        for _ in range(count):
+            keys, _ = self.keys_and_values(states_of(tokens), self.layers - 1)
+            tokens.append(self.next_token([keys]))
+        return tokens[len(prompt) :]

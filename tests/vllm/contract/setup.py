@@ -1,0 +1,130 @@
+"""vLLM's configuration, attention layers and pages for a model of numbers, on the CPU platform, without weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+from vllm.config import (
+    CacheConfig,
+    DeviceConfig,
+    KVTransferConfig,
+    ModelConfig,
+    SchedulerConfig,
+    VllmConfig,
+    set_current_vllm_config,
+)
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+
+from tests.vllm.contract.numbers import VOCABULARY, NumberedModel
+
+MAX_TOKENS = 4096
+
+_MODEL = NumberedModel()
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an engine is started with."""
+
+    connector: str
+    module: str
+    options: Mapping[str, Any] = field(default_factory=dict)  # kv_connector_extra_config.
+    model: NumberedModel = _MODEL
+    pages: int = 200
+    page_tokens: int = 32
+    step_tokens: int = 512  # At most so many in one step: a longer prompt is computed in chunks.
+    failure_policy: str = "recompute"
+
+    def vllm_config(self) -> VllmConfig:
+        config = VllmConfig(
+            model_config=_model_config(self.model),
+            scheduler_config=SchedulerConfig(
+                max_num_seqs=16,
+                max_num_batched_tokens=self.step_tokens,
+                max_model_len=MAX_TOKENS,
+                enable_chunked_prefill=True,
+                is_encoder_decoder=False,
+                async_scheduling=False,
+            ),
+            cache_config=CacheConfig(block_size=self.page_tokens, enable_prefix_caching=True),
+            kv_transfer_config=KVTransferConfig(
+                kv_connector=self.connector,
+                kv_connector_module_path=self.module,
+                kv_role="kv_both",
+                kv_load_failure_policy=self.failure_policy,
+                kv_connector_extra_config=dict(self.options),
+            ),
+            device_config=DeviceConfig("cpu"),
+        )
+        config.cache_config.kv_cache_layout = (
+            "LBHNC"  # An engine asks its attention backend: CPU_ATTN has this one only.
+        )
+        config.cache_config.num_gpu_blocks = self.pages
+        return config
+
+
+def attention_layers(config: VllmConfig, model: NumberedModel) -> dict[str, Any]:
+    """vLLM's own attention layers, as loading a model makes them, by their names."""
+    with set_current_vllm_config(config):
+        layers = [
+            Attention(
+                model.kv_heads,
+                model.head_dim,
+                model.head_dim**-0.5,
+                num_kv_heads=model.kv_heads,
+                cache_config=config.cache_config,
+                prefix=f"model.layers.{index}.self_attn.attn",
+            )
+            for index in range(model.layers)
+        ]
+    for layer in layers:
+        layer.isa = _get_attn_isa(torch.float32, config.cache_config.block_size, model.head_dim)
+    return {layer.layer_name: layer for layer in layers}
+
+
+def kv_cache_config(config: VllmConfig, layers: Mapping[str, Any]) -> KVCacheConfig:
+    """One group of pages, as vLLM makes it where all layers are alike."""
+    spec = next(iter(layers.values())).get_kv_cache_spec(config)
+    return KVCacheConfig(
+        num_blocks=config.cache_config.num_gpu_blocks,
+        kv_cache_tensors=[],
+        kv_cache_groups=[KVCacheGroupSpec(list(layers), spec)],
+    )
+
+
+def pages_of(config: KVCacheConfig) -> dict[str, torch.Tensor]:
+    """A tensor of pages per layer, as the CPU worker registers them. No number has the value that they begin with."""
+    (group,) = config.kv_cache_groups
+    spec = group.kv_cache_spec
+    shape = (config.num_blocks, spec.num_kv_heads, spec.block_size, 2 * spec.head_size)
+    return {name: torch.full(shape, -1.0) for name in group.layer_names}
+
+
+@lru_cache(maxsize=1)  # vLLM looks at the model's class in a process of its own, for some seconds.
+def _model_config(model: NumberedModel) -> ModelConfig:
+    folder = Path(mkdtemp(prefix="kvservice-numbers-"))
+    settings = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": model.kv_heads * model.head_dim,
+        "num_attention_heads": model.kv_heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_dim,
+        "num_hidden_layers": model.layers,
+        "intermediate_size": 64,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": MAX_TOKENS,
+        "rms_norm_eps": 1e-5,
+        "torch_dtype": "float32",
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    return ModelConfig(model=str(folder), dtype="float32", skip_tokenizer_init=True, max_model_len=MAX_TOKENS)

@@ -1,0 +1,303 @@
+"""KVService's connector under vLLM's real scheduler: every way in which a request's history is loaded, or is not."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from vllm.v1.request import RequestStatus
+
+from kvservice_client import BlockCache, Client, block_chain
+from tests.daemon import MIB, DaemonProcess, until
+from tests.integration.media import arena
+from tests.vllm.contract.numbers import NumberedModel, states_of
+from tests.vllm.contract.setup import Setup
+from tests.vllm.contract.steps import Steps
+from tests.vllm.contract.worker import Runner
+
+pytestmark = pytest.mark.fast
+
+BLOCK = 64
+PAGE = 32
+BEFORE_FORWARD = ["whole", "layers"]
+LOADS = [*BEFORE_FORWARD, "between_steps"]
+
+_MODEL = NumberedModel()
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    with DaemonProcess(tmp_path_factory.mktemp("daemon"), dram__capacity_bytes=256 * MIB) as process:
+        yield process
+
+
+@pytest.fixture
+def client(daemon: DaemonProcess) -> Iterator[Client]:
+    with daemon.client() as made:
+        yield made
+
+
+@pytest.fixture(params=LOADS)
+def load(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def tokens(request: pytest.FixtureRequest) -> list[int]:
+    """A prompt of the test's own."""
+    return prompt(request.node.nodeid, 6 * BLOCK)
+
+
+def prompt(seed: str, count: int) -> list[int]:
+    chooser = random.Random(seed)
+    return [chooser.randrange(1000) for _ in range(count)]
+
+
+def ours(daemon: DaemonProcess, load: str = "whole", **more: Any) -> Setup:
+    """An engine with our connector, on a daemon that is near and may be slow."""
+    options = {
+        "address": daemon.address,
+        "model_id": "numbers",
+        "model_revision": "1",
+        "block_tokens": BLOCK,
+        "load": load,
+        "lookup_wait_s": 5.0,
+        "wait_s": 5.0,
+        **more.pop("options", {}),
+    }
+    return Setup("KVServiceConnector", "kvservice_adapter.connectors.vllm", options, **more)
+
+
+def blocks_of(client: Client, steps: Steps) -> BlockCache:
+    return client.open_layout(steps.scheduler.connector._scheduler.layout)
+
+
+def store(client: Client, steps: Steps, tokens: list[int]) -> None:
+    """Have the engine compute and save whole blocks, and forget its own pages."""
+    request = steps.ask(tokens)
+    steps.expect(request.request_id)
+    steps.forget_pages()
+    blocks = blocks_of(client, steps)
+    chain = block_chain(blocks.layout, tokens)
+    until(lambda: blocks.contains(chain) == len(chain))
+
+
+def expect_nothing_is_held(client: Client, steps: Steps) -> None:
+    """No page in vLLM, and no lease or ticket in the daemon."""
+    steps.expect_nothing_is_held()
+    until(lambda: client.admin.status().leases == 0)
+    until(lambda: not any(block.leases for block in client.admin.list_blocks()))
+
+
+@pytest.mark.parametrize("runner", Runner)
+def test_a_hit_has_the_numbers_of_a_computation(
+    daemon: DaemonProcess, client: Client, load: str, runner: Runner, tokens: list[int]
+) -> None:
+    with Steps(ours(daemon, load), runner) as steps:
+        store(client, steps, tokens)
+        request = steps.ask([*tokens, *range(50)], 40)
+        steps.expect(request.request_id)
+        assert steps.hits[request.request_id] == len(tokens)
+        assert not steps.bad_pages
+        expect_nothing_is_held(client, steps)
+
+
+def test_what_is_stored_are_the_numbers_of_the_model(daemon: DaemonProcess, client: Client, tokens: list[int]) -> None:
+    with Steps(ours(daemon)) as steps:
+        store(client, steps, tokens)
+        blocks = blocks_of(client, steps)
+        with blocks.lookup(block_chain(blocks.layout, tokens)) as lease:
+            assert lease.hit_tokens == len(tokens)
+            for layer in lease.load():
+                arrays = blocks.layer_arrays(layer.data, lease.token_counts)
+                for (keys, values), first in zip(arrays, range(0, len(tokens), BLOCK), strict=True):
+                    known = _MODEL.keys_and_values(states_of(tokens)[first : first + BLOCK], layer.index)
+                    assert (keys == known[0].transpose(1, 0, 2)).all()
+                    assert (values == known[1].transpose(1, 0, 2)).all()
+
+
+@pytest.mark.parametrize("runner", Runner)
+def test_a_miss_is_computed(
+    daemon: DaemonProcess, client: Client, load: str, runner: Runner, tokens: list[int]
+) -> None:
+    with Steps(ours(daemon, load), runner) as steps:
+        request = steps.ask(tokens, 10)
+        steps.expect(request.request_id)
+        assert steps.hits[request.request_id] == 0
+        expect_nothing_is_held(client, steps)
+
+
+def test_a_hit_ends_with_the_last_block_that_the_prompts_share(
+    daemon: DaemonProcess, client: Client, load: str, tokens: list[int]
+) -> None:
+    with Steps(ours(daemon, load)) as steps:
+        store(client, steps, tokens)
+        request = steps.ask([*tokens[: 2 * BLOCK], 1, 2, 3, *tokens[2 * BLOCK :]], 10)
+        steps.expect(request.request_id)
+        assert steps.hits[request.request_id] == 2 * BLOCK
+        expect_nothing_is_held(client, steps)
+
+
+def test_all_but_one_token_of_a_stored_prompt_is_loaded(
+    daemon: DaemonProcess, client: Client, load: str, tokens: list[int]
+) -> None:
+    """vLLM needs a token to compute: the last one, in a page whose other tokens are loaded."""
+    with Steps(ours(daemon, load)) as steps:
+        store(client, steps, tokens)
+        request = steps.ask(tokens, 10)
+        steps.expect(request.request_id)
+        assert steps.hits[request.request_id] == len(tokens) - 1
+        expect_nothing_is_held(client, steps)
+
+
+def test_pages_that_are_vllms_own_are_not_written(
+    daemon: DaemonProcess, client: Client, load: str, tokens: list[int]
+) -> None:
+    own = 3  # Pages, which end inside a block.
+    with Steps(ours(daemon, load)) as steps:
+        store(client, steps, tokens)
+        kept = steps.add(tokens[: own * PAGE], 1000)
+        steps.until(lambda: steps.requests[kept].num_output_tokens > 0)
+        page_ids = steps.scheduler.kv_cache_manager.get_block_ids(kept)[0][:own]
+        for pages in steps.worker.pages.values():
+            pages[page_ids] += 0.5  # So that a copy of the same numbers shows.
+        changed = [pages[page_ids].clone() for pages in steps.worker.pages.values()]
+        steps.worker.unchecked_pages.update(page_ids)
+        request = steps.ask(tokens)
+        assert steps.hits[request.request_id] == len(tokens) - 1 - own * PAGE
+        for pages, before in zip(steps.worker.pages.values(), changed, strict=True):
+            assert (pages[page_ids] == before).all()
+        steps.abort(kept)
+        expect_nothing_is_held(client, steps)
+
+
+def test_a_hit_and_what_is_left_are_computed_in_chunks(
+    daemon: DaemonProcess, client: Client, load: str, tokens: list[int]
+) -> None:
+    with Steps(ours(daemon, load, step_tokens=50)) as steps:
+        store(client, steps, tokens)
+        request = steps.ask([*tokens, *prompt("more", 170)], 10)
+        steps.expect(request.request_id)
+        assert steps.hits[request.request_id] == len(tokens)
+        whole = [*tokens, *prompt("more", 170)]
+        steps.forget_pages()
+        blocks = blocks_of(client, steps)
+        chain = block_chain(blocks.layout, whole)
+        until(lambda: blocks.contains(chain) == len(chain))
+        again = steps.ask(whole, 10)
+        steps.expect(again.request_id)
+        assert steps.hits[again.request_id] >= len(whole) // BLOCK * BLOCK
+        expect_nothing_is_held(client, steps)
+
+
+@pytest.mark.parametrize("runner", Runner)
+def test_requests_that_were_preempted_continue_with_what_they_saved(
+    daemon: DaemonProcess, client: Client, load: str, runner: Runner, tokens: list[int]
+) -> None:
+    with Steps(ours(daemon, load, pages=24), runner) as steps:
+        ids = [steps.add(prompt(f"{tokens[0]} {number}", 3 * BLOCK), 200) for number in range(3)]
+        steps.run()
+        for request_id in ids:
+            steps.expect(request_id)
+        assert sum(request.num_preemptions for request in steps.requests.values()) > 0
+        assert not steps.bad_pages
+        expect_nothing_is_held(client, steps)
+
+
+@pytest.mark.parametrize("runner", Runner)
+def test_an_abort_during_a_load_leaves_nothing_behind(
+    daemon: DaemonProcess, client: Client, runner: Runner, tokens: list[int]
+) -> None:
+    with Steps(ours(daemon, "between_steps"), runner) as steps:
+        store(client, steps, tokens)
+        request = steps.requests[steps.add(tokens)]
+        steps.until(lambda: request.status is RequestStatus.WAITING_FOR_REMOTE_KVS)
+        steps.abort(request.request_id)
+        expect_nothing_is_held(client, steps)
+        again = steps.ask(tokens, 10)
+        steps.expect(again.request_id)
+        assert steps.hits[again.request_id] == len(tokens) - 1
+
+
+@pytest.mark.parametrize("when", ["queued", "scheduled"])
+def test_an_abort_before_a_load_leaves_nothing_behind(
+    daemon: DaemonProcess, client: Client, load: str, when: str, tokens: list[int]
+) -> None:
+    with Steps(ours(daemon, load)) as steps:
+        store(client, steps, tokens)
+        request_id = steps.add(tokens, 10)
+        if when == "scheduled":
+            steps.step(lambda: steps.abort(request_id))
+        else:
+            steps.abort(request_id)
+        expect_nothing_is_held(client, steps)
+
+
+@pytest.mark.parametrize("damaged", [0, 2], ids=["the first block", "a later block"])
+@pytest.mark.parametrize("runner", Runner)
+def test_a_load_that_fails_is_computed_once(
+    daemon: DaemonProcess, client: Client, load: str, runner: Runner, damaged: int, tokens: list[int]
+) -> None:
+    with Steps(ours(daemon, load), runner) as steps:
+        store(client, steps, tokens)
+        damage(daemon, tokens, damaged)
+        request = steps.ask(tokens, 10)
+        steps.expect(request.request_id)
+        assert steps.bad_pages
+        assert len(steps.bad_pages) == len(set(steps.bad_pages))  # No page twice: the load was tried once.
+        expect_nothing_is_held(client, steps)
+        steps.forget_pages()
+        again = steps.ask(tokens, 10)  # The damaged block has been stored again.
+        steps.expect(again.request_id)
+
+
+@pytest.mark.parametrize("runner", Runner)
+def test_a_daemon_that_is_killed_before_a_load_costs_a_computation(
+    tmp_path: Any, load: str, runner: Runner, tokens: list[int]
+) -> None:
+    with DaemonProcess(tmp_path) as own, own.client() as client, Steps(ours(own, load), runner) as steps:
+        store(client, steps, tokens)
+        request = steps.requests[steps.add(tokens, 10)]
+
+        def kill_once_it_is_scheduled() -> None:
+            if request.status is not RequestStatus.WAITING:
+                own.kill()
+
+        while request.status is RequestStatus.WAITING:  # The daemon has not answered yet.
+            steps.step(kill_once_it_is_scheduled)
+        steps.run()
+        steps.expect(request.request_id)
+        assert steps.bad_pages
+        steps.expect_nothing_is_held()
+
+
+@pytest.mark.parametrize("runner", Runner)
+def test_after_a_reset_of_the_connectors_cache_nothing_older_is_found(
+    daemon: DaemonProcess, client: Client, load: str, runner: Runner, tokens: list[int]
+) -> None:
+    with Steps(ours(daemon, load), runner) as steps:
+        store(client, steps, tokens)
+        assert steps.scheduler.reset_prefix_cache(reset_connector=True)
+        request = steps.ask(tokens, 10)
+        steps.expect(request.request_id)
+        assert steps.hits[request.request_id] == 0
+        steps.forget_pages()
+
+        def found() -> bool:
+            again = steps.ask(tokens, 10)
+            steps.expect(again.request_id)
+            steps.forget_pages()
+            return steps.hits[again.request_id] == len(tokens) - 1
+
+        until(found)
+        expect_nothing_is_held(client, steps)
+
+
+def damage(daemon: DaemonProcess, tokens: list[int], block: int) -> None:
+    """Flip a bit of a stored block, in its last layer."""
+    states = states_of(tokens)[block * BLOCK : (block + 1) * BLOCK]
+    keys, _ = _MODEL.keys_and_values(states, _MODEL.layers - 1)
+    medium = arena(daemon)
+    medium.flip(medium.find(keys.transpose(1, 0, 2).tobytes()) + 5, 0)
