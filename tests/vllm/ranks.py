@@ -216,11 +216,13 @@ def settings_of(address: str, **more: Any) -> Settings:
 _requests = 0
 
 
-def request_of(prompt: Sequence[int], **given: Any) -> Request:
+def request_of(prompt: Sequence[int], mode: str = "whole", **given: Any) -> Request:
     """vLLM's own request, as its scheduler gets it."""
     global _requests
     _requests += 1
-    return Request(f"request-{_requests}", list(prompt), SamplingParams(max_tokens=8), None, **given)
+    extra = {"kv_transfer_params": {"kvservice": {"load": mode}}}
+    parameters = SamplingParams(max_tokens=8, extra_args=extra)
+    return Request(f"request-{_requests}", list(prompt), parameters, None, **given)
 
 
 def found_tokens(scheduler: SchedulerRole, request: Request, own_tokens: int = 0) -> int:
