@@ -6,6 +6,7 @@ the same: then both engines share blocks.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import time
@@ -84,30 +85,43 @@ def layout_of(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> tup
     """The layout of the whole model, whatever part of it a worker has. Raises UnsupportedModel, InvalidLayout."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     _check_configuration(vllm_config)
-    config = model.hf_text_config
+    config = _published(model.hf_text_config)
     place = LayerPlace(kv_cache_config, model.get_total_num_hidden_layers())
     try:
-        head_dims = [spec.head_size for spec in place.specs]
-        rotaries = rotaries_of_config(config, _model_class(config), head_dims)
+        # A latent vector is rotated in a part of it.
+        rotated = [config.qk_rope_head_dim if _is_latent(spec) else spec.head_size for spec in place.specs]
+        rotaries = rotaries_of_config(config, _model_class(config), rotated)
     except UnsupportedRotation as error:
         raise UnsupportedModel(str(error)) from error
     groups = []
     for spec, rotary in zip(place.specs, rotaries, strict=True):
-        is_latent = type(spec).__name__ == "MLAAttentionSpec"
         dtype = str(spec.dtype).removeprefix("torch.")
         if dtype not in DTYPE_BYTES:
             raise UnsupportedModel(f"the KV cache is of {dtype}; KV can be kept in {', '.join(DTYPE_BYTES)}")
-        heads = 1 if is_latent else _total_heads(spec.num_kv_heads, model, parallel)
-        v_dim = 0 if is_latent else spec.head_size_v
-        groups.append(LayerGroup(1, heads, spec.head_size, v_dim, dtype, spec_window(spec), rotary))
+        heads = 1 if _is_latent(spec) else _total_heads(spec.num_kv_heads, model, parallel)
+        groups.append(LayerGroup(1, heads, spec.head_size, spec.head_size_v, dtype, spec_window(spec), rotary))
     model_id, revision = _identity(model, settings)
     return Layout(model_id, groups=groups, model_revision=revision, block_tokens=settings.block_tokens), place
+
+
+def _published(config: Any) -> Any:
+    """The configuration before vLLM's DeepSeek models have renamed their rotary encoding, which only the workers do."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if parameters.get("rope_type") != "deepseek_yarn":
+        return config
+    config = copy.copy(config)
+    config.rope_parameters = {**parameters, "rope_type": "yarn"}
+    return config
 
 
 def _model_class(config: Any) -> type | None:
     """The class of transformers' own model of this configuration, if it has one."""
     found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return found if isinstance(found, type) else None
+
+
+def _is_latent(spec: Any) -> bool:
+    return type(spec).__name__ == "MLAAttentionSpec"
 
 
 def spec_window(spec: Any) -> int:

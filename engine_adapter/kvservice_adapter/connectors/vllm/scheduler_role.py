@@ -171,7 +171,7 @@ class SchedulerRole:
             self._rates,
             tokens,
             state.request.num_tokens - computed_tokens - tokens,
-            self.layout.bytes_per_token // self._workers,
+            self.layout.bytes_per_token // min(self._workers, self.layout.kv_heads),
             state.tier,
             self.layout.block_tokens,
             may_mix=False,

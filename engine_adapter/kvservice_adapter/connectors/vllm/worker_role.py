@@ -75,8 +75,6 @@ class WorkerRole:
         modules = get_layers_from_vllm_config(self._vllm_config, AttentionLayerBase, place.names)
         keys, values, dtypes = [], [], []
         for name, spec in zip(place.names, place.specs, strict=True):
-            if type(spec).__name__ == "MLAAttentionSpec":
-                raise UnsupportedPages(f"{name}: pages of latent attention (MLA) are not supported yet")
             if name not in modules:
                 raise UnsupportedPages(f"{name} is no attention layer of this model")
             views = proven_views(name, modules[name], kv_caches[name], spec.head_size, spec.head_size_v)
