@@ -1,18 +1,22 @@
-"""The connector with methods of its roles that raise, chosen by a file, so that one engine serves all cases."""
+"""The connector with methods of its roles that raise, or stop the daemon. A file chooses: one engine serves all cases."""
 
 from __future__ import annotations
 
 import functools
 import os
+import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from kvservice_adapter.connectors.vllm import KVServiceConnector
 
-FAULT = "KVSERVICE_TEST_FAULT"  # The environment variable that names the file: `{method} {moment}`, or empty.
+# The environment variable that names the file: `{method} {moment}`, `{method} {signal} {process}`, or empty.
+FAULT = "CONNECTOR_FAULT_FILE"
 
+LONG_S = 0.02  # Calls that take longer are listed beside the file.
 LOADS_LATER_S = 0.3  # Loads between steps take at least this long: steps of others, and their errors, come between.
 
 # By method: what vLLM's hook of it is called.
@@ -64,7 +68,15 @@ def _raising(name: str, method: Callable[..., Any], fault: Path) -> Callable[...
         chosen, _, moment = fault.read_text().partition(" ")
         if chosen == name and moment == "before":
             _raise(name, fault)
+        if chosen == name and moment.startswith("SIG"):
+            signal_name, _, process = moment.partition(" ")
+            with suppress(ProcessLookupError):
+                os.kill(int(process), signal.Signals[signal_name])
+        began_s = time.monotonic()
         answer = method(*args)
+        if (waited_s := time.monotonic() - began_s) > LONG_S:
+            with fault.with_suffix(".waited").open("a") as file:
+                file.write(f"{name} {waited_s:.3f}\n")
         if chosen == name and moment == "after":
             _raise(name, fault)
         return answer

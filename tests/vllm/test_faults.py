@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from signal import SIGCONT
 from typing import Any, NamedTuple
 
 import pytest
@@ -23,7 +24,7 @@ from tests.vllm.raising_connector import FAULT, SCHEDULER_HOOKS, WORKER_HOOKS
 BLOCK = 64
 TOKENS = 5  # Of an answer.
 TIE = 1e-4  # Two logits this close may change places when vLLM computes a request in another batch.
-HANGS_S = 240.0  # An engine that has not answered then does not answer: it is killed, and its test fails.
+HANGS_S = 120.0  # An engine without an answer after that is killed, and its test fails.
 LAYOUT = Layout(
     "smollm2",
     "float32",
@@ -163,26 +164,45 @@ def stored(daemon: DaemonProcess) -> Iterator[BlockCache]:
 
 
 class Conversations:
-    """A prompt for each way to load, of which a prefix is stored, and one that is saved. All are computed together."""
+    """Eight prompts: two for each way to load, of which a prefix is stored, and two that are saved."""
 
     HISTORY = 2 * BLOCK + 30
+    STORED = 6
+    ALL = range(8)
+    ONE_OF_EACH = (0, 1, 2, 6)
 
     def __init__(self, vllm: Engine, stored: BlockCache, text: list[int]) -> None:
-        self._histories = [[500 + index, *text[: self.HISTORY - 1]] for index in range(4)]
-        for history in self._histories[:3]:
-            run(vllm, [Prompt(history, kept={"may_load": False}, tokens=1)])  # Its KV is not computed: it is the last.
-            chain = block_chain(LAYOUT, history, with_partial=True)
-            until(lambda chain=chain: stored.contains(chain) == len(chain))  # type: ignore[misc]
+        self._vllm, self._stored = vllm, stored
+        self._histories = [[500 + index, *text[: self.HISTORY - 1]] for index in self.ALL]
         self._prompts = [[*history, *text[300:320]] for history in self._histories]
-        self.expected = run(vllm, [Prompt(prompt) for prompt in self._prompts])
+        self._expected = run(vllm, [Prompt(prompt) for prompt in self._prompts])
+        self.store()
 
-    def prompts(self, salt: str) -> list[Prompt]:
-        modes = (LoadMode.WHOLE, LoadMode.LAYERS, LoadMode.BETWEEN_STEPS)
-        kept = [{"load": mode.value, "may_save": False} for mode in modes]
-        return [
-            *(Prompt(prompt, kept=each) for prompt, each in zip(self._prompts, kept, strict=False)),
-            Prompt(self._prompts[3], salt, {"load": "whole"}),
+    def store(self) -> None:
+        """Have the daemon keep the prefixes, if it does not."""
+        for history in self._histories[: self.STORED]:
+            chain = block_chain(LAYOUT, history, with_partial=True)
+            if self._stored.contains(chain) < len(chain):  # One token of an answer, whose KV is not computed.
+                run(self._vllm, [Prompt(history, kept={"may_load": False}, tokens=1)])
+                until(lambda chain=chain: self._stored.contains(chain) == len(chain))  # type: ignore[misc]
+
+    def run(
+        self, which: Sequence[int], salt: str, at_step: Mapping[int, Callable[[], object]] | None = None
+    ) -> list[int]:
+        """Continue conversations together, and check their answers. Returns the tokens that were loaded of each.
+
+        What is saved has a salt, and is found only by the same.
+        """
+        modes = [mode.value for mode in (LoadMode.WHOLE, LoadMode.LAYERS, LoadMode.BETWEEN_STEPS)]
+        prompts = [
+            Prompt(self._prompts[each], kept={"load": modes[each % 3], "may_save": False})
+            if each < self.STORED
+            else Prompt(self._prompts[each], salt)
+            for each in which
         ]
+        answers = run(self._vllm, prompts, at_step)
+        check(answers, [self._expected[each] for each in which])
+        return [answer.cached_tokens for each, answer in zip(which, answers, strict=True) if each < self.STORED]
 
 
 @pytest.fixture(scope="module")
@@ -204,17 +224,59 @@ FAST = {("allocated", "before"), ("start_loads", "after"), ("wait_for_layer", "b
     ("method", "moment"), [pytest.param(*case, marks=[pytest.mark.fast] if case in FAST else []) for case in CASES]
 )
 def test_a_hook_that_raises_at_each_call_changes_no_token(
-    vllm: Engine, conversations: Conversations, fault: Path, method: str, moment: str
+    conversations: Conversations, fault: Path, method: str, moment: str
 ) -> None:
     salt, raised = f"{method} {moment}", fault.with_suffix(".raised")
     raised.unlink(missing_ok=True)
     fault.write_text(f"{method} {moment}")
     try:
-        answers = run(vllm, conversations.prompts(salt))
+        conversations.run(Conversations.ONE_OF_EACH, salt)
     finally:
         fault.write_text("")
     assert raised.exists()
-    check(answers, conversations.expected)
-    after = run(vllm, conversations.prompts(salt))  # What was saved meanwhile is right, and hits are back.
-    check(after, conversations.expected)
-    assert [answer.cached_tokens for answer in after[:3]] == [Conversations.HISTORY] * 3
+    # What was saved meanwhile is right, and hits are back.
+    assert conversations.run(Conversations.ONE_OF_EACH, salt) == [Conversations.HISTORY] * 3
+
+
+def hits_are_back(conversations: Conversations) -> None:
+    """Once a probe of the circuit breakers has found the daemon."""
+    conversations.store()
+    until(lambda: conversations.run([0, 1, 2], "") == [Conversations.HISTORY] * 3)
+
+
+MOMENTS = ["on_new", "matched_tokens", "allocated", "start_loads", "wait_for_layer", "end_step"]
+
+
+@pytest.mark.parametrize("method", MOMENTS)
+@pytest.mark.parametrize("signal", ["SIGSTOP", "SIGKILL"])
+def test_a_daemon_that_is_stopped_or_killed_during_a_hook_changes_no_token(
+    vllm: Engine, conversations: Conversations, daemon: DaemonProcess, fault: Path, signal: str, method: str
+) -> None:
+    waited = fault.with_suffix(".waited")
+    waited.unlink(missing_ok=True)
+    salt = f"{method} {signal}"
+    fault.write_text(f"{method} {signal} {daemon.process.pid}")
+    try:
+        conversations.run(Conversations.ALL, salt)
+        conversations.run(Conversations.ALL, salt)
+    finally:
+        fault.write_text("")
+        if signal == "SIGSTOP":
+            daemon.process.send_signal(SIGCONT)
+        else:
+            daemon.wait_for_end()
+            daemon.start()
+    if waited.exists():
+        print(f"{signal} in {method}: hooks took {waited.read_text().splitlines()}")
+    hits_are_back(conversations)
+    conversations.run(Conversations.ALL, salt)
+
+
+def test_a_daemon_that_is_restarted_while_requests_run_changes_no_token(
+    conversations: Conversations, daemon: DaemonProcess
+) -> None:
+    for step in (1, 2, 3):
+        conversations.run(Conversations.ALL, f"restart {step}", {step: lambda: (daemon.kill(), daemon.start())})
+    hits_are_back(conversations)
+    for step in (1, 2, 3):
+        conversations.run(Conversations.ALL, f"restart {step}")

@@ -179,7 +179,7 @@ class WorkerRole:
             self._load_ended(order, load.size_bytes, self._clock.now_s() - began_s, None)
 
     def _load_between_steps(self, order: LoadOrder, load: PrefixLoad) -> None:
-        """On the loading stream's thread. vLLM must get an answer, whatever happens: else the request never runs."""
+        """On the loading stream's thread. Every end is reported: else the request never runs."""
         try:
             if self._breaker.allow():
                 self._load_whole(order, load)
@@ -273,7 +273,7 @@ class WorkerRole:
         return None if stats.is_empty() else stats
 
     def fail_loads(self, orders: StepOrders, error: Exception) -> None:
-        """A hook raised: no load of this step counts that has not ended. Those between steps that run go on."""
+        """A hook raised: this step's loads have failed that have not ended. The loading thread reports its own."""
         self._begin_step(orders)
         self._end_layers(LoadFailed(f"{type(error).__name__}: {error}"))
         for order in list(self._open.values()):
