@@ -1,4 +1,4 @@
-"""The connector with methods of its roles that raise, or stop the daemon. A file chooses: one engine serves all cases."""
+"""The connector with methods of its roles that raise, or stop the daemon. A file chooses: one engine has all cases."""
 
 from __future__ import annotations
 
