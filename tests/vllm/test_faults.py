@@ -197,7 +197,7 @@ class Conversations:
         prompts = [
             Prompt(self._prompts[each], kept={"load": modes[each % 3], "may_save": False})
             if each < self.STORED
-            else Prompt(self._prompts[each], salt)
+            else Prompt(self._prompts[each], salt, {"load": LoadMode.WHOLE.value})
             for each in which
         ]
         answers = run(self._vllm, prompts, at_step)
