@@ -154,7 +154,7 @@ class KVServiceConnector(KVConnectorBase_V1):
     def wait_for_save(self) -> None:
         self._of_worker.end_step()
 
-    @guarded(lambda self: (None, self._of_worker.finished))
+    @guarded(lambda self: (None, self._of_worker.finished_anyway()))
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         return None, self._of_worker.take_finished() or None
 

@@ -338,6 +338,7 @@ class SchedulerRole:
         total = min(len(pages) * self._page_tokens, request.num_tokens)
         is_async = state is not None and self._mode(state) is LoadMode.BETWEEN_STEPS
         mode = LoadMode.BETWEEN_STEPS if is_async else LoadMode.WHOLE
+        self._orders.loads = [order for order in self._orders.loads if order.request_id != request.request_id]
         self._orders.loads.append(LoadOrder(request.request_id, request.num_preemptions, b"", 0, total, pages, mode))
         if state is not None:
             state.has_loaded, state.may_load = True, False
