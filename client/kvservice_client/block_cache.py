@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
+from google.protobuf.message import Message
 from numpy.typing import NDArray
 
-from kvservice_api.errors import IndexFull, InvalidRequest, KVError, NotShared, Overloaded, TierFull
+from kvservice_api.errors import DaemonTooOld, IndexFull, InvalidRequest, KVError, NotShared, Overloaded, TierFull
 from kvservice_api.keys import KEY_BYTES, BlockChain, ChainBuilder
 from kvservice_api.layout import Layout, Shard
 from kvservice_api.v1 import blocks_pb2 as pb
@@ -28,6 +30,8 @@ from kvservice_client.transports.reservation import Reservation
 
 # NumPy has no bfloat16 or float8, so integers of the same size represent their elements.
 _VIEW_DTYPES = {"bfloat16": "int16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
+
+M = TypeVar("M", pb.GetGenerationResponse, pb.BeginGenerationResponse)
 
 
 class BlockCache:
@@ -49,6 +53,25 @@ class BlockCache:
         self._connection.retried(lambda: self._connection.session(self.layout, deadline), deadline)
         request = pb.GetCapabilitiesRequest()
         self._connection.channel.call(BLOCKS + "GetCapabilities", request, pb.GetCapabilitiesResponse, deadline)
+
+    def generation(self, timeout_s: float | None = None) -> int:
+        """The layout's key generation: a number for the `salt` of keys; 0 if none was ever begun.
+
+        Blocks with keys of another generation are not found. The daemon keeps the number per tenant and layout, over
+        restarts, and gives a new one if it has lost it. Raises DaemonTooOld, and as `ping`.
+        """
+        request = pb.GetGenerationRequest(layout_fingerprint=self.layout.fingerprint)
+        return self._ask_generation("GetGeneration", request, pb.GetGenerationResponse, timeout_s).generation
+
+    def begin_generation(self, timeout_s: float | None = None) -> int:
+        """Begin a key generation, such as after a change of the weights. The number was never used before.
+
+        It is durable on return. After an error it is not known which generation other clients, and this one after its
+        next start, see: use none of the earlier ones until a call succeeds. Raises StorageFailed, DaemonTooOld, and as
+        `ping`.
+        """
+        request = pb.BeginGenerationRequest(layout_fingerprint=self.layout.fingerprint)
+        return self._ask_generation("BeginGeneration", request, pb.BeginGenerationResponse, timeout_s).generation
 
     def contains(self, chain: BlockChain, timeout_s: float | None = None) -> int:
         """How many leading blocks of the chain are stored. No lease: they may be evicted at any time.
@@ -359,6 +382,18 @@ class BlockCache:
             return first
         layer = arguments.whole(layer, "layer", 0, self.shard.layers - 1)
         return Slices.of(self.layout, self.shard, layer, token_counts)
+
+    def _ask_generation(self, method: str, request: Message, answer: type[M], timeout_s: float | None) -> M:
+        deadline = self._connection.deadline(timeout_s)
+
+        def attempt() -> M:
+            session = self._connection.session(self.layout, deadline)
+            if not session.limits.keeps_generations:
+                address, version = self._connection.channel.address, session.limits.version
+                raise DaemonTooOld(f"the daemon at {address}, version {version}, keeps no key generations: upgrade it")
+            return self._connection.channel.call(BLOCKS + method, request, answer, deadline)
+
+        return self._connection.retried(attempt, deadline)
 
     def _look_up_locally(self, chain: BlockChain, deadline: Deadline) -> LocalHit | None:
         return self._read_directory(chain, self._connection.session(self.layout, deadline))

@@ -1,4 +1,7 @@
-"""The scheduler's role: what of a request is stored, what to load, and what to save. No method waits for the daemon."""
+"""The scheduler's role: what of a request is stored, what to load, and what to save.
+
+No method but `reset` waits for the daemon.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from kvservice_adapter.connectors.vllm.model_layout import layout_of
 from kvservice_adapter.connectors.vllm.request_keys import extra_of_block, refusal_of, salt_of
 from kvservice_adapter.connectors.vllm.settings import LoadMode, Settings
 from kvservice_adapter.connectors.vllm.stats import TransferStats
+from kvservice_adapter.engine.key_generation import KeyGeneration
 from kvservice_api.errors import KVError
 from kvservice_api.keys import ChainBuilder
 from kvservice_client import Client, FoundPrefix, PendingLookup
@@ -19,6 +23,7 @@ from kvservice_client.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
+_RESET_WAIT_S = 1.0  # How long `reset` may wait. The daemon answers once its disk has written a file.
 PARAMETERS = "kvservice"  # The connector's entry in a request's `kv_transfer_params`.
 
 
@@ -61,10 +66,9 @@ class SchedulerRole:
         self._requests: dict[str, _Request] = {}
         self._orders = StepOrders()
         self._lines = RateLimitedLog(log)
-        self._generation = 0
+        self._generation = KeyGeneration(self._blocks, self._clock)  # Begins to attach.
         self._are_workers_away = False
         self._stats = TransferStats()
-        self._blocks.peek(ChainBuilder(self.layout).chain)  # Begins to attach.
 
     def bind_manager(self, manager: Any) -> None:
         """vLLM's KV cache manager, which knows the pages of each request."""
@@ -73,16 +77,17 @@ class SchedulerRole:
     @property
     def is_ready(self) -> bool:
         """Whether lookups can be answered without a call. False until the daemon has answered for the first time."""
-        return self._blocks.peek(ChainBuilder(self.layout).chain) is not None
+        return self._generation.number is not None and self._blocks.peek(ChainBuilder(self.layout).chain) is not None
 
     # Requests
 
     def on_new(self, request: Any) -> None:
-        why = refusal_of(request)
+        generation = self._generation.number
+        why = refusal_of(request) if generation is not None else "the key generation is not known yet"
         given = (request.kv_transfer_params or {}).get(PARAMETERS) or {}
         builder = ChainBuilder(
             self.layout,
-            salt=salt_of(request, self._generation),
+            salt=salt_of(request, generation or 0),
             extra_of_block=extra_of_block(request, self.layout.block_tokens),
         )
         state = self._requests[request.request_id] = _Request(
@@ -279,9 +284,14 @@ class SchedulerRole:
             state.saved_tokens = min(state.saved_tokens, failed.valid_tokens)
 
     def reset(self) -> bool:
-        """Forget everything that is stored: what was computed so far is never found again."""
-        self._generation += 1
-        return True
+        """Begin a new generation of keys: what was computed so far is never found again. Whether the daemon confirms.
+
+        If it does not, nothing is looked up or saved until it has begun one. Requests that run keep what they have.
+        """
+        for state in self._requests.values():  # vLLM may compute them again, with other weights.
+            self._drop_found(state)
+            state.may_load = state.may_save = False
+        return self._generation.begin(_RESET_WAIT_S)
 
     def take_stats(self) -> TransferStats | None:
         """What was counted since the last call."""
@@ -308,5 +318,6 @@ class SchedulerRole:
         return orders
 
     def close(self) -> None:
+        self._generation.close()
         self._breaker.close(0.0)
         self._client.close()
