@@ -84,7 +84,7 @@ class KeyGenerations:
         return self._numbers.get((tenant, fingerprint), self._of_others)
 
     async def begin(self, tenant: int, fingerprint: bytes) -> int:
-        """Begin a generation; it is on disk on return. Raises StorageFailed. It must not be cancelled: the write would continue."""
+        """Begin a generation; it is on disk on return. Raises StorageFailed. Not to be cancelled while it writes."""
         async with self._changing:
             of_others, numbers = self._of_others, self._numbers
             if len(numbers) >= _ENTRIES_MAX and (tenant, fingerprint) not in numbers:  # Bound the file.
