@@ -88,25 +88,28 @@ class BlockCache:
 
         return self._connection.retried(attempt, deadline)
 
-    def lookup_local(self, chain: BlockChain, timeout_s: float | None = None) -> LocalHit | None:
+    def lookup_local(self, chain: BlockChain | ChainBuilder, timeout_s: float | None = None) -> LocalHit | None:
         """The chain's stored leading blocks, from the daemon's residency directory in shared memory.
+
+        With a `ChainBuilder`, the answer also says whether a partial block may continue them: only then, or if it has
+        blocks, can `lookup` find anything.
 
         Makes no call once this client is attached, and does not count as a use of the blocks. None if there is no
         certain answer: the daemon is on another host, has no directory, has not filled it yet since its start, or
         blocks are stored as several shards. Raises as `contains` if the daemon cannot be reached.
         """
-        arguments.chain(chain)
+        _checked(chain)
         deadline = self._connection.deadline(timeout_s)
         return self._connection.retried(lambda: self._look_up_locally(chain, deadline), deadline)
 
-    def peek(self, chain: BlockChain) -> LocalHit | None:
+    def peek(self, chain: BlockChain | ChainBuilder) -> LocalHit | None:
         """As `lookup_local`, and never waits: makes no call and no attempt to attach on the caller's thread.
 
         None also if this client is not attached, or has not opened the layout since the daemon's start. That then
         begins in the background, so a later peek can have an answer. An answer does not say that the daemon responds:
         the directory of a process that is stopped stays readable.
         """
-        arguments.chain(chain)
+        _checked(chain)
         session = self._connection.known_session(self.layout)
         return None if session is None else self._read_directory(chain, session)
 
@@ -131,7 +134,7 @@ class BlockCache:
         without a call.
         """
         builder = chain if isinstance(chain, ChainBuilder) else None
-        whole = arguments.chain(chain) if builder is None else builder.chain
+        whole = _checked(chain)
         deadline = self._connection.deadline(timeout_s)
         ttl_ms = _ttl_ms(lease_ttl_s)
         arguments.request_id(request_id)
@@ -395,19 +398,24 @@ class BlockCache:
 
         return self._connection.retried(attempt, deadline)
 
-    def _look_up_locally(self, chain: BlockChain, deadline: Deadline) -> LocalHit | None:
+    def _look_up_locally(self, chain: BlockChain | ChainBuilder, deadline: Deadline) -> LocalHit | None:
         return self._read_directory(chain, self._connection.session(self.layout, deadline))
 
-    def _read_directory(self, chain: BlockChain, session: RequestContext) -> LocalHit | None:
+    def _read_directory(self, chain: BlockChain | ChainBuilder, session: RequestContext) -> LocalHit | None:
         attachment, limits = session
-        return self._connection.local_directory.look_up(
+        whole = _checked(chain)
+        hit = self._connection.local_directory.look_up(
             limits.residency_directory,
             limits.store_id,
             attachment.boot_epoch,
-            chain.packed_keys,
+            whole.packed_keys,
             self.layout.fingerprint,
             self.shard,
+            b"" if whole is chain else whole.parent,
         )
+        if isinstance(chain, ChainBuilder) and hit and hit.blocks * self.layout.block_tokens == chain.token_count:
+            return hit._replace(may_have_tail=False)  # No token is left that it could have.
+        return hit
 
     def _lease(
         self, chain: BlockChain, attachment: Attachment, answer: pb.LookupPrefixResponse, asked_at_s: float
@@ -471,6 +479,12 @@ class BlockCache:
                 ]
             )
         return slices
+
+
+def _checked(chain: BlockChain | ChainBuilder) -> BlockChain:
+    """The chain of whole blocks. Raises InvalidRequest."""
+    whole: BlockChain = arguments.chain(chain.chain if isinstance(chain, ChainBuilder) else chain)
+    return whole
 
 
 def _with_tail(builder: ChainBuilder, hit_tokens: int, tails: Iterable[pb.Tail]) -> BlockChain | None:

@@ -114,13 +114,12 @@ class SchedulerRole:
         """Begin to look up the request's prefix, if it may be stored."""
         state.attempt = state.request.num_preemptions
         state.asked_at_s, state.is_answered, state.has_loaded = 0.0, False, False
-        chain = state.builder.chain
-        if not self._breaker.allow() or self._are_workers_away or not len(chain):
+        if not self._breaker.allow() or self._are_workers_away:
             state.is_answered = True
             return
         self._stats.count(lookups=1)
-        local = self._blocks.peek(chain)
-        if local is not None and not local.blocks:
+        local = self._blocks.peek(state.builder)
+        if local is not None and not local.blocks and local.may_have_tail is False:
             state.is_answered = True
             return
         state.lookup = self._blocks.begin_lookup(

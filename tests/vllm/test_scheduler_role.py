@@ -1,4 +1,4 @@
-"""`reset_cache` begins a generation of keys that a restarted engine knows. The roles are real; no model runs."""
+"""The scheduler's role on a real daemon: generations of keys, and short histories. No model runs."""
 
 from __future__ import annotations
 
@@ -105,4 +105,22 @@ def test_after_a_reset_without_the_daemon_nothing_is_looked_up_or_saved_until_it
     until(lambda: roles.scheduler.is_ready)
     assert found(roles) == 0
     save(roles)
+    roles.close()
+
+
+def test_a_history_shorter_than_a_block_is_found(daemon: DaemonProcess) -> None:
+    roles = started(daemon)
+    save(roles, PROMPT[:50])
+    assert found(roles, PROMPT[:80]) == 50
+    roles.close()
+
+
+def test_a_prompt_of_which_nothing_is_stored_is_a_miss_without_a_call(daemon: DaemonProcess) -> None:
+    roles = started(daemon)
+    short = roles.request(next(_names), PROMPT[:50])
+    long = roles.request(next(_names), PROMPT)
+    with daemon.stopped():
+        for request in (short, long):
+            roles.scheduler.on_new(request)
+            assert roles.scheduler.matched_tokens(request, 0) == (0, False)
     roles.close()
