@@ -1,4 +1,7 @@
-"""The scheduler's role: what of a request is stored, what to load, and what to save. No method waits for the daemon."""
+"""The scheduler's role: what of a request is stored, what to load, and what to save.
+
+No method but `reset` waits for the daemon.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from kvservice_adapter.connectors.vllm.request_keys import extra_of_block, refus
 from kvservice_adapter.connectors.vllm.settings import LoadMode, Settings
 from kvservice_adapter.connectors.vllm.stats import TransferStats
 from kvservice_adapter.cost import Kind, Rates, plan
+from kvservice_adapter.engine.key_generation import KeyGeneration
 from kvservice_adapter.engine.prefix_lookup import tier_of
 from kvservice_api.errors import KVError
 from kvservice_api.keys import ChainBuilder
@@ -22,6 +26,7 @@ from kvservice_client.rate_limited_log import RateLimitedLog
 log = logging.getLogger(__name__)
 
 _MEASURED_MIN = 32  # Tokens of a step. The time of fewer says little about a prefill.
+_RESET_WAIT_S = 1.0  # How long `reset` may wait. The daemon answers once its disk has written a file.
 PARAMETERS = "kvservice"  # The connector's entry in a request's `kv_transfer_params`.
 
 
@@ -68,10 +73,9 @@ class SchedulerRole:
         self._requests: dict[str, _Request] = {}
         self._orders = StepOrders()
         self._lines = RateLimitedLog(log)
-        self._generation = 0
+        self._generation = KeyGeneration(self._blocks, self._clock)  # Begins to attach.
         self._are_workers_away = False
         self._stats = TransferStats()
-        self._blocks.peek(ChainBuilder(self.layout).chain)  # Begins to attach.
 
     def bind_manager(self, manager: Any) -> None:
         """vLLM's KV cache manager, which knows the pages of each request."""
@@ -80,16 +84,17 @@ class SchedulerRole:
     @property
     def is_ready(self) -> bool:
         """Whether lookups can be answered without a call. False until the daemon has answered for the first time."""
-        return self._blocks.peek(ChainBuilder(self.layout).chain) is not None
+        return self._generation.number is not None and self._blocks.peek(ChainBuilder(self.layout).chain) is not None
 
     # Requests
 
     def on_new(self, request: Any) -> None:
-        why = refusal_of(request)
+        generation = self._generation.number
+        why = refusal_of(request) if generation is not None else "the key generation is not known yet"
         given = (request.kv_transfer_params or {}).get(PARAMETERS) or {}
         builder = ChainBuilder(
             self.layout,
-            salt=salt_of(request, self._generation),
+            salt=salt_of(request, generation or 0),
             extra_of_block=extra_of_block(request, self.layout.block_tokens),
         )
         state = self._requests[request.request_id] = _Request(
@@ -116,13 +121,12 @@ class SchedulerRole:
         """Begin to look up the request's prefix, if it may be stored."""
         state.attempt = state.request.num_preemptions
         state.asked_at_s, state.is_answered, state.has_loaded = 0.0, False, False
-        chain = state.builder.chain
-        if not self._breaker.allow() or self._are_workers_away or not len(chain):
+        if not self._breaker.allow() or self._are_workers_away:
             state.is_answered = True
             return
         self._stats.count(lookups=1)
-        local = self._blocks.peek(chain)
-        if local is not None and not local.blocks:
+        local = self._blocks.peek(state.builder)
+        if local is not None and not local.blocks and local.may_have_tail is False:
             state.is_answered = True
             return
         state.lookup = self._blocks.begin_lookup(
@@ -319,9 +323,14 @@ class SchedulerRole:
             state.saved_tokens = min(state.saved_tokens, failed.valid_tokens)
 
     def reset(self) -> bool:
-        """Forget everything that is stored: what was computed so far is never found again."""
-        self._generation += 1
-        return True
+        """Begin a new generation of keys: what was computed so far is never found again. Whether the daemon confirms.
+
+        If it does not, nothing is looked up or saved until it has begun one. Requests that run keep what they have.
+        """
+        for state in self._requests.values():  # vLLM may compute them again, with other weights.
+            self._drop_found(state)
+            state.may_load = state.may_save = False
+        return self._generation.begin(_RESET_WAIT_S)
 
     def take_stats(self) -> TransferStats | None:
         """What was counted since the last call."""
@@ -349,5 +358,6 @@ class SchedulerRole:
         return orders
 
     def close(self) -> None:
+        self._generation.close()
         self._breaker.close(0.0)
         self._client.close()
