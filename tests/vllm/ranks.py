@@ -34,7 +34,7 @@ from vllm.v1.request import Request
 
 from kvservice_adapter.connectors.vllm.metadata import StepOrders, StepReport
 from kvservice_adapter.connectors.vllm.scheduler_role import SchedulerRole
-from kvservice_adapter.connectors.vllm.settings import Settings
+from kvservice_adapter.connectors.vllm.settings import ConnectorSettings
 from kvservice_adapter.connectors.vllm.worker_role import WorkerRole
 from kvservice_client import ChainBuilder
 
@@ -97,7 +97,9 @@ class KV:
 class Rank:
     """One rank's worker role, with pages of its own."""
 
-    def __init__(self, model: Path, settings: Settings, *, rank: int, size: int, page_tokens: int, dtype: str) -> None:
+    def __init__(
+        self, model: Path, settings: ConnectorSettings, *, rank: int, size: int, page_tokens: int, dtype: str
+    ) -> None:
         parallel = {"tensor_parallel_size": size, "rank": rank}
         config = vllm_config(model, dtype=dtype, page_tokens=page_tokens, parallel=parallel)
         heads = max(1, KV_HEADS // size)
@@ -207,10 +209,10 @@ class Ranks:
         self.scheduler.close()
 
 
-def settings_of(address: str, **more: Any) -> Settings:
-    """Settings with which a lookup or a load is never too late on a busy machine."""
+def settings_of(address: str, **more: Any) -> ConnectorSettings:
+    """ConnectorSettings with which a lookup or a load is never too late on a busy machine."""
     given = {"model_id": "tiny", "model_revision": "1", "block_tokens": 48, "lookup_wait_s": 60.0, "wait_s": 60.0}
-    return Settings.of({"address": address, "layer_wait_s": 60.0, **given, **more})
+    return ConnectorSettings.of({"address": address, "layer_wait_s": 60.0, **given, **more})
 
 
 _requests = 0

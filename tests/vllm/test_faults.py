@@ -272,11 +272,16 @@ def test_a_daemon_that_is_stopped_or_killed_during_a_hook_changes_no_token(
     conversations.run(Conversations.ALL, salt)
 
 
+def restart(daemon: DaemonProcess) -> None:
+    daemon.kill()
+    daemon.start()
+
+
 def test_a_daemon_that_is_restarted_while_requests_run_changes_no_token(
     conversations: Conversations, daemon: DaemonProcess
 ) -> None:
     for step in (1, 2, 3):
-        conversations.run(Conversations.ALL, f"restart {step}", {step: lambda: (daemon.kill(), daemon.start())})
+        conversations.run(Conversations.ALL, f"restart {step}", {step: lambda: restart(daemon)})
     hits_are_back(conversations)
     for step in (1, 2, 3):
         conversations.run(Conversations.ALL, f"restart {step}")

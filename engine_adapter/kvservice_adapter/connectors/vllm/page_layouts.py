@@ -116,6 +116,6 @@ def _update(layer: Any, keys: torch.Tensor, values: torch.Tensor, pages: torch.T
     if values.shape[2]:
         update(layer, keys, values, pages, slots)
         return
-    latent, rotated = keys.split([layer.kv_lora_rank, layer.qk_rope_head_dim], dim=2)
+    latent, rotated = keys[..., : layer.kv_lora_rank], keys[..., layer.kv_lora_rank :]
     parts = latent[:, 0].contiguous(), rotated.contiguous()
     update(*parts, pages.squeeze(1), slots, layer.kv_cache_dtype, layer._k_scale)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvservice_adapter.breaker import Breaker, answered, probe_of
-from kvservice_adapter.connectors.vllm.metadata import FailedLoad, LoadOrder, SaveOrder, StepOrders, StepReport
+from kvservice_adapter.connectors.vllm.metadata import FailedLoad, PageLoadOrder, PageSaveOrder, StepOrders, StepReport
 from kvservice_adapter.connectors.vllm.model_layout import layout_of
 from kvservice_adapter.connectors.vllm.request_keys import extra_of_block, refusal_of, salt_of
-from kvservice_adapter.connectors.vllm.settings import LoadMode, Settings
+from kvservice_adapter.connectors.vllm.settings import ConnectorSettings, LoadMode
 from kvservice_adapter.connectors.vllm.stats import TransferStats
 from kvservice_adapter.cost import Kind, Rates, plan
 from kvservice_adapter.engine.key_generation import KeyGeneration
@@ -48,14 +48,14 @@ class _Request:
     attempt: int = 0  # The preemptions at the last lookup.
     has_loaded: bool = False  # In this attempt. If vLLM asks again, the load has failed: there is no second one.
     is_loading: bool = False  # Between steps: vLLM counts tokens as computed that are not there yet.
-    saved_tokens: int = 0  # Tokens whose blocks are stored, or on their way.
+    saved_tokens: int = 0  # Tokens whose blocks are stored, or being saved.
 
 
 class SchedulerRole:
     """All methods are called on vLLM's scheduler thread."""
 
-    def __init__(self, vllm_config: Any, kv_cache_config: Any, settings: Settings) -> None:
-        """Makes no call to the daemon. Raises UnsupportedModel."""
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, settings: ConnectorSettings) -> None:
+        """Makes no call to the daemon. Raises ModelRefused."""
         self._settings = settings
         self.layout, place = layout_of(vllm_config, kv_cache_config, settings)
         self._page_tokens = place.page_tokens
@@ -231,7 +231,7 @@ class SchedulerRole:
         if state.found is None:  # Not to be expected. A ticket that no daemon takes fails the load.
             raise RuntimeError(f"{external_tokens} tokens are to be loaded, and none were found")
         total = min(state.found.lease.hit_tokens, request.num_tokens - 1)
-        order = LoadOrder(
+        order = PageLoadOrder(
             request.request_id,
             state.attempt,
             state.found.ticket,
@@ -290,7 +290,7 @@ class SchedulerRole:
         self._extend(state)
         chain = state.builder.prefix(end_token)[first:]
         pages = tuple(page_ids[: -(-end_token // self._page_tokens)])
-        self._orders.saves.append(SaveOrder(state.request.request_id, chain, first * size, pages, is_freed))
+        self._orders.saves.append(PageSaveOrder(state.request.request_id, chain, first * size, pages, is_freed))
         state.saved_tokens = end_token
 
     def on_output(self, report: StepReport | None, finished_loads: set[str]) -> None:
@@ -348,7 +348,9 @@ class SchedulerRole:
         is_async = state is not None and self._mode(state) is LoadMode.BETWEEN_STEPS
         mode = LoadMode.BETWEEN_STEPS if is_async else LoadMode.WHOLE
         self._orders.loads = [order for order in self._orders.loads if order.request_id != request.request_id]
-        self._orders.loads.append(LoadOrder(request.request_id, request.num_preemptions, b"", 0, total, pages, mode))
+        self._orders.loads.append(
+            PageLoadOrder(request.request_id, request.num_preemptions, b"", 0, total, pages, mode)
+        )
         if state is not None:
             state.has_loaded, state.may_load = True, False
 

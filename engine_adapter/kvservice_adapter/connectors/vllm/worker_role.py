@@ -13,10 +13,10 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from kvservice_adapter.breaker import Breaker, answered, probe_of
-from kvservice_adapter.connectors.vllm.metadata import FailedLoad, LoadOrder, SaveOrder, StepOrders, StepReport
-from kvservice_adapter.connectors.vllm.model_layout import UnsupportedModel, layout_of, shard_of
+from kvservice_adapter.connectors.vllm.metadata import FailedLoad, PageLoadOrder, PageSaveOrder, StepOrders, StepReport
+from kvservice_adapter.connectors.vllm.model_layout import ModelRefused, layout_of, shard_of
 from kvservice_adapter.connectors.vllm.page_layouts import UnsupportedPages, proven_views
-from kvservice_adapter.connectors.vllm.settings import LoadMode, Settings
+from kvservice_adapter.connectors.vllm.settings import ConnectorSettings, LoadMode
 from kvservice_adapter.connectors.vllm.stats import TransferStats
 from kvservice_adapter.device.arrays import view_of
 from kvservice_adapter.engine.page_loads import PagedLayers, PrefixLoad, Waits, release_on
@@ -43,8 +43,8 @@ class _Gathered(NamedTuple):
 class WorkerRole:
     """One rank. All methods are called on vLLM's worker thread."""
 
-    def __init__(self, vllm_config: Any, kv_cache_config: Any, settings: Settings) -> None:
-        """Makes no call to the daemon. Raises UnsupportedModel."""
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, settings: ConnectorSettings) -> None:
+        """Makes no call to the daemon. Raises ModelRefused."""
         self._vllm_config, self._settings = vllm_config, settings
         self.layout, self._place = layout_of(vllm_config, kv_cache_config, settings)
         self._shard, self._is_writer = shard_of(self.layout, vllm_config.parallel_config)
@@ -60,20 +60,20 @@ class WorkerRole:
         self._bad_pages: set[int] = set()
         self._report = StepReport()
         self._stats = TransferStats()
-        self._loaders: list[tuple[LoadOrder, PrefixLoad, LayerLoader]] = []
+        self._loaders: list[tuple[PageLoadOrder, PrefixLoad, LayerLoader]] = []
         self._between_steps: dict[str, PrefixLoad] = {}  # By request.
         self._gathering: _Gathered | None = None
         self._saver: PageSaver | None = None
         self._orders: StepOrders | None = None
-        self._open: dict[str, LoadOrder] = {}  # By request: the loads of this step that have not ended.
+        self._open: dict[str, PageLoadOrder] = {}  # By request: the loads of this step that have not ended.
         self._is_silent = False  # In this step a load had no answer in time: no other one waits for the daemon.
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
-        """Find keys and values in vLLM's pages. Raises UnsupportedPages, UnsupportedModel."""
+        """Find keys and values in vLLM's pages. Raises UnsupportedPages, ModelRefused."""
         place = self._place
         missing = sorted(set(place.names) - set(kv_caches))
         if missing:
-            raise UnsupportedModel(f"vLLM registered no pages of {', '.join(missing)}")
+            raise ModelRefused(f"vLLM registered no pages of {', '.join(missing)}")
         modules = get_layers_from_vllm_config(self._vllm_config, AttentionLayerBase, place.names)
         keys, values, dtypes = [], [], []
         for name, spec in zip(place.names, place.specs, strict=True):
@@ -130,7 +130,7 @@ class WorkerRole:
         self._gathering = self._gather([save for save in orders.saves if not save.is_freed])
         self._wait(freed)
 
-    def _gather(self, orders: list[SaveOrder]) -> _Gathered | None:
+    def _gather(self, orders: list[PageSaveOrder]) -> _Gathered | None:
         if self._saver is None or not orders:
             return None
         saves = [PageSave(order.chain, order.first_token, order.page_ids) for order in orders]
@@ -182,11 +182,11 @@ class WorkerRole:
     def _may_ask(self) -> bool:
         return self._breaker.allow() and not self._is_silent
 
-    def _load(self, order: LoadOrder) -> PrefixLoad:
+    def _load(self, order: PageLoadOrder) -> PrefixLoad:
         tokens = (order.first_token, order.end_token)
         return PrefixLoad(self._copying, self._blocks, order.ticket, tokens, self._waits, self._release)
 
-    def _load_whole(self, order: LoadOrder, load: PrefixLoad) -> None:
+    def _load_whole(self, order: PageLoadOrder, load: PrefixLoad) -> None:
         assert self._layers is not None
         began_s = self._clock.now_s()
         try:
@@ -197,7 +197,7 @@ class WorkerRole:
         else:
             self._load_ended(order, load.size_bytes, self._clock.now_s() - began_s, None)
 
-    def _load_between_steps(self, order: LoadOrder, load: PrefixLoad) -> None:
+    def _load_between_steps(self, order: PageLoadOrder, load: PrefixLoad) -> None:
         """On the loading stream's thread. Every end is reported: else the request never runs."""
         try:
             if self._breaker.allow():
@@ -210,7 +210,7 @@ class WorkerRole:
         finally:
             self._between_steps.pop(order.request_id, None)
 
-    def _begin_layers(self, order: LoadOrder) -> tuple[PrefixLoad, LayerLoader]:
+    def _begin_layers(self, order: PageLoadOrder) -> tuple[PrefixLoad, LayerLoader]:
         assert self._layers is not None
         load = self._load(order)
         loader = LayerLoader(
@@ -316,7 +316,7 @@ class WorkerRole:
         self._breaker.close(0.0)
         self._client.close()
 
-    def _load_ended(self, order: LoadOrder, size_bytes: int, seconds: float, error: Exception | None) -> None:
+    def _load_ended(self, order: PageLoadOrder, size_bytes: int, seconds: float, error: Exception | None) -> None:
         """On any thread."""
         if error is None:
             self._breaker.record(True)
@@ -333,7 +333,7 @@ class WorkerRole:
         )
         self._failed(order, reason, is_unanswered=is_unanswered)
 
-    def _failed(self, order: LoadOrder, reason: str, *, is_unanswered: bool) -> None:
+    def _failed(self, order: PageLoadOrder, reason: str, *, is_unanswered: bool) -> None:
         self._lines.warning("a prefix of %d tokens is computed, not loaded: %s", order.end_token, reason)
         with self._lock:
             self._is_silent |= is_unanswered
@@ -344,13 +344,13 @@ class WorkerRole:
             )
             self._stats.count(failed_loads=1)
 
-    def _end(self, order: LoadOrder) -> None:
+    def _end(self, order: PageLoadOrder) -> None:
         """With the lock: vLLM gets the pages and the end of a load between steps at once."""
         self._open.pop(order.request_id, None)
         if order.mode is LoadMode.BETWEEN_STEPS:
             self._finished.add(order.request_id)
 
-    def _pages_of(self, order: LoadOrder) -> tuple[int, ...]:
+    def _pages_of(self, order: PageLoadOrder) -> tuple[int, ...]:
         """The pages into which it loads."""
         size = self._place.page_tokens
         return order.page_ids[order.first_token // size : -(-order.end_token // size)]
