@@ -16,10 +16,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from benchmarks.vllm.roles import Roles
 from kvservice_adapter.connectors.vllm.settings import LoadMode
+from kvservice_client import block_chain
 from tests.daemon import MIB, DaemonProcess, until
 
 _LOADED_TOKENS = 2816
@@ -70,7 +72,7 @@ class Hooks:
     def step_without_work(self) -> float:
         """A worker's hooks in a decode step that neither loads nor saves."""
         orders = [self._roles.orders() for _ in range(1000)]
-        return statistics.median(timed_ms(lambda each=each: self._roles.step(each)) for each in orders)
+        return statistics.median(timed_ms(partial(self._roles.step, each)) for each in orders)
 
     def transfers(self, mode: LoadMode) -> tuple[float, float, float]:
         """The lookup until its answer, a load and a save of `_LOADED_TOKENS` tokens; the save until pages are free."""
@@ -84,10 +86,10 @@ class Hooks:
             roles.scheduler.finished(request, (pages,))
             orders = roles.orders()
             assert orders.saves
-            saves.append(timed_ms(lambda orders=orders: roles.step(orders)))
+            saves.append(timed_ms(partial(roles.step, orders)))
             again = roles.request(self.name(), [*prompt, 1])
             again.kv_transfer_params = {"kvservice": {"load": mode}}
-            until(lambda prompt=prompt: self._is_stored(prompt))
+            until(partial(self._is_stored, prompt))
 
             def look_up(again: object = again) -> None:
                 roles.scheduler.on_new(again)
@@ -99,7 +101,7 @@ class Hooks:
             pages = roles.give_pages(again)
             roles.scheduler.allocated(again, (pages,), _LOADED_TOKENS)
             orders = roles.orders()
-            loads.append(timed_ms(lambda orders=orders: roles.step(orders)))
+            loads.append(timed_ms(partial(roles.step, orders)))
             report = roles.worker.take_report()
             assert report is not None
             assert not report.failed
@@ -108,8 +110,6 @@ class Hooks:
         return statistics.median(lookups), statistics.median(loads), statistics.median(saves)
 
     def _is_stored(self, prompt: list[int]) -> bool:
-        from kvservice_client import block_chain
-
         blocks = self._roles.worker._blocks
         chain = block_chain(self._roles.worker.layout, prompt)
         return blocks.contains(chain) == len(chain)
@@ -128,7 +128,7 @@ def main() -> None:
         for transport in ("shm", "grpc"):
             roles = Roles(given.model, daemon.address, transport=transport, staging_bytes=512 * MIB)
             hooks = Hooks(roles, given.repetitions)
-            until(lambda roles=roles: roles.scheduler.is_ready)
+            until(partial(getattr, roles.scheduler, "is_ready"))
             if transport == "shm":
                 rows += [(f"miss, {tokens:,} tokens", hooks.miss(tokens)) for tokens in (500, 3000, 131_000)]
                 rows.append(("`build_connector_meta`, 64 requests, no block full", hooks.orders_without_work()))

@@ -90,14 +90,14 @@ class PendingLookup:
         deadline = self._deadline
         return deadline.clock.wait(self._has_ended, min(timeout_s, deadline.remaining_s)) or not deadline.remaining_s
 
-    def cancel(self) -> None:
+    def cancel(self, *, with_ticket: bool = False) -> None:
         """The result is not wanted. Does not wait.
 
         The lease, if it was or will be granted, is released in the background, also if `poll` has returned it. A ticket
-        that `poll` has returned stays valid.
+        that `poll` has returned stays valid, except `with_ticket`: then it is used up in the background.
         """
         if self._generation == forks.generation:
-            self._give_up(LeaseExpired("this lookup was cancelled; begin another one"))
+            self._give_up(LeaseExpired("this lookup was cancelled; begin another one"), with_ticket=with_ticket)
 
     def __del__(self) -> None:
         if self._found is not None and not self._is_taken:
@@ -133,7 +133,7 @@ class PendingLookup:
             lease.release()
             raise
 
-    def _give_up(self, error: Exception, *, only_unfinished: bool = False) -> None:
+    def _give_up(self, error: Exception, *, only_unfinished: bool = False, with_ticket: bool = False) -> None:
         """Let `poll` raise the error, and release what was found."""
         with self._lock:
             if self._error is not None or (only_unfinished and self._has_ended.is_set()):
@@ -142,7 +142,7 @@ class PendingLookup:
             self._error = error
             self._has_ended.set()
         if found is not None:
-            adoptions = 0 if self._is_taken else self._order.adoptions
+            adoptions = 0 if self._is_taken and not with_ticket else self._order.adoptions
             self._background.submit(partial(_release, self._blocks, found, adoptions))
 
     def _late(self) -> DeadlineExceeded:

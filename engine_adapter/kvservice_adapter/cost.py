@@ -79,9 +79,16 @@ class Rates:
 
     def observe_prefill(self, new_tokens: int, context_tokens: int, seconds: float) -> None:
         """A forward over `new_tokens` tokens after `context_tokens` cached ones took `seconds`, without its waits."""
+        self.observe_forward([(new_tokens, context_tokens)], seconds)
+
+    def observe_forward(self, sequences: Sequence[tuple[int, int]], seconds: float) -> None:
+        """As `observe_prefill`, for a forward over several sequences: (new tokens, context tokens) each."""
+        terms = [_prefill_terms(*each) for each in sequences]
+        new_tokens, context_tokens = (sum(each) for each in zip(*sequences, strict=True))
         order = (new_tokens.bit_length(), context_tokens.bit_length())
+        total = (sum(each[0] for each in terms), 1.0, sum(each[2] for each in terms))
         with self._lock:
-            self._prefill.observe(order, _prefill_terms(new_tokens, context_tokens), seconds)
+            self._prefill.observe(order, total, seconds)
 
     def observe_overhead(self, seconds: float) -> None:
         """A request with a load spent this much besides the load: on preparing it, and on making the cache."""

@@ -1,72 +1,255 @@
-"""Saves of blocks from an engine's pages: gathered while the pages are valid, sent in the background."""
+"""Saves of blocks from an engine's pages: copied out while the pages are valid, and sent in the background.
+
+On the daemon's host blocks are copied straight into space that the daemon reserved in shared memory. Otherwise they are
+copied into staging, and sent from there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import accumulate
+from typing import NamedTuple
 
 from kvservice_adapter.breaker import Breaker, answered
-from kvservice_adapter.device.base import Event
+from kvservice_adapter.device.base import Device, Event, StreamClosed
 from kvservice_adapter.engine.page_loads import PagedLayers
-from kvservice_adapter.save import LayerSaver
-from kvservice_api.errors import KVError
+from kvservice_adapter.save import LayerSaver, SaveJob
+from kvservice_api.errors import KVError, NotShared
 from kvservice_api.keys import BlockChain
 from kvservice_client import BlockCache, SaveResult
+from kvservice_client.rate_limited_log import RateLimitedLog
+from kvservice_client.transports.reservation import Reservation
+
+log = logging.getLogger(__name__)
 
 _JOB_SHARE = 4  # Of the staging, at most, for one job: what is gathered is sent while the rest is gathered.
+_RESERVED_BLOCKS = 32  # In one call; the next ones are gathered while it is committed.
+_COPIED_S = 30.0
 
 
-@dataclass(frozen=True, slots=True)
+class PageSave(NamedTuple):
+    """Blocks of one sequence. The first begins at `first_token` of the sequence whose pages these are."""
+
+    chain: BlockChain
+    first_token: int
+    page_ids: Sequence[int]
+
+
 class Gathering:
-    """Blocks of one sequence that are being copied out of its pages."""
+    """Blocks that are being copied out of an engine's pages."""
 
-    events: Sequence[Event]
-    dropped_from: int | None  # The first token of the blocks for which staging had no room.
+    def __init__(self) -> None:
+        self._done = threading.Event()
+        self.is_abandoned = False
+        self.dropped: list[PageSave] = []  # What there was no room for. Complete once `wait` has returned True.
 
     def wait(self, timeout_s: float) -> bool:
-        """Block until the pages may be written again, at most that long. Returns whether they may."""
-        return all(event.wait(timeout_s) for event in self.events)
+        """Block until the pages may be written again, at most that long.
+
+        If it returns False, nothing of it that is not sent yet will be: the pages may be written all the same.
+        """
+        if not self._done.wait(timeout_s):
+            self.is_abandoned = True
+        return self._done.is_set()
+
+    def end(self) -> None:
+        self._done.set()
 
 
 class PageSaver:
-    """The saves of one worker. `gather` is for the engine's thread, the rest for any."""
+    """The saves of one worker. No method but `close` waits; any thread may call it."""
 
-    def __init__(self, saver: LayerSaver, blocks: BlockCache, layers: PagedLayers, breaker: Breaker) -> None:
-        self._saver = saver
-        self._blocks = blocks
-        self._layers = layers
-        self._breaker = breaker
+    def __init__(
+        self,
+        device: Device,
+        blocks: BlockCache,
+        layers: PagedLayers,
+        breaker: Breaker,
+        *,
+        staging_bytes: int,
+        reserve_s: float,
+        on_saved: Callable[[SaveResult], None] = lambda result: None,
+    ) -> None:
+        """`reserve_s` bounds the wait for reserved space. `on_saved` is called on a thread of the saver's."""
+        self._blocks, self._layers, self._breaker = blocks, layers, breaker
+        self._reserve_s, self._on_saved = reserve_s, on_saved
+        self._staged = LayerSaver(device, blocks, staging_bytes=staging_bytes)
+        self._working = device.stream("kvservice-save-pages")
+        self._gathering = device.stream("kvservice-gather-pages")
+        self._committing = device.stream("kvservice-commit")
+        self._lines = RateLimitedLog(log)
+        self._is_shared = True
         token_bytes = sum(layers.pages(layer, (0,)).token_bytes for layer in range(blocks.shard.layers))
-        block_bytes = token_bytes * blocks.layout.block_tokens
-        self._job_blocks = max(1, saver.staging_bytes // _JOB_SHARE // block_bytes)
+        self._job_blocks = max(1, staging_bytes // _JOB_SHARE // (token_bytes * blocks.layout.block_tokens))
 
-    def gather(self, chain: BlockChain, first_token: int, page_ids: Sequence[int]) -> Gathering:
-        """Begin to copy a chain's blocks out of the pages, and to send them. Waits for nothing.
+    def gather(self, saves: Sequence[PageSave]) -> Gathering:
+        """Begin to copy blocks out of the pages, and then to store them.
 
-        The chain's first block begins at `first_token` of the sequence whose pages these are. The pages must not
-        change until the result's events are done.
+        The pages must not change until the result's `wait` has returned.
         """
-        if not self._breaker.allow():
-            return Gathering((), None)
-        events: list[Event] = []
-        for first in range(0, len(chain), self._job_blocks):
-            part = chain[first : first + self._job_blocks]
-            job = self._saver.begin(part)
-            if job is None:
-                return Gathering(events, first_token)
-            events += [
-                job.layer(layer, self._layers.pages(layer, page_ids, first_token))
-                for layer in range(self._blocks.shard.layers)
-            ]
-            job.commit(on_done=self._done)
-            first_token += part.token_count
-        return Gathering(events, None)
+        gathering = Gathering()
+        if not saves or not self._breaker.allow():
+            gathering.end()
+            return gathering
+        try:
+            self._working.submit(partial(self._work, saves, gathering))
+        except StreamClosed:
+            gathering.end()
+        return gathering
 
     def close(self, timeout_s: float) -> None:
         """Take no more saves. Waits until those that were begun are answered, at most that long."""
-        self._saver.flush(timeout_s)
-        self._saver.close()
+        with suppress(StreamClosed):
+            self._working.submit(lambda: None).wait(timeout_s)
+        self._working.close()
+        with suppress(StreamClosed):
+            self._committing.submit(lambda: None).wait(timeout_s)
+        for stream in (self._gathering, self._committing):
+            stream.close()
+        self._staged.flush(timeout_s)
+        self._staged.close()
+
+    # On the working stream's thread
+
+    def _work(self, saves: Sequence[PageSave], gathering: Gathering) -> None:
+        try:
+            for part in _parts(saves):
+                if gathering.is_abandoned:
+                    return
+                reservation = self._reserved(part) if self._is_shared else None
+                if reservation is not None:
+                    self._write(part, reservation, gathering)
+                elif self._breaker.allow():
+                    for save in part:
+                        self._stage(save, gathering)
+        except Exception as error:
+            self._lines.warning("blocks are not saved: %s: %s", type(error).__name__, error, kind=type(error).__name__)
+        finally:
+            gathering.end()
+
+    def _reserved(self, saves: Sequence[PageSave]) -> Reservation | None:
+        try:
+            return self._blocks.reserve([save.chain for save in saves], timeout_s=self._reserve_s)
+        except NotShared as error:
+            log.info("blocks are saved by a copy, not in place: %s", error.message)
+            self._is_shared = False
+        except KVError as error:
+            self._breaker.record(answered(error))
+            self._lines.info("blocks are saved by a copy, not in place: %s", error.message, kind=str(error.reason))
+        return None
+
+    def _write(self, saves: Sequence[PageSave], reservation: Reservation, gathering: Gathering) -> None:
+        """Copy the reserved blocks to their places: each layer is sealed while the next one is copied."""
+        runs = list(_runs(saves, reservation.blocks))
+        written: list[list[Event]] = []
+        for layer in range(self._blocks.shard.layers):
+            slices = reservation.slices(layer)
+            written.append(
+                [
+                    self._gathering.gather(
+                        self._layers.pages(layer, run.page_ids, run.first_token),
+                        run.token_counts,
+                        slices[run.begin : run.begin + len(run.token_counts)],
+                    )
+                    for run in runs
+                ]
+            )
+        for layer, events in enumerate(written):
+            _finish(events)
+            reservation.seal(layer)
+        if not gathering.is_abandoned:
+            self._committing.submit(partial(self._commit, reservation))
+
+    def _stage(self, save: PageSave, gathering: Gathering) -> None:
+        first_token = save.first_token
+        for first in range(0, len(save.chain), self._job_blocks):
+            part = save.chain[first : first + self._job_blocks]
+            job = self._staged.begin(part)
+            if job is None:
+                gathering.dropped.append(PageSave(save.chain[first:], first_token, save.page_ids))
+                return
+            self._gather_job(job, save.page_ids, first_token)
+            if gathering.is_abandoned:
+                job.abandon()
+                return
+            job.commit(on_done=self._done)
+            first_token += part.token_count
+
+    def _gather_job(self, job: SaveJob, page_ids: Sequence[int], first_token: int) -> None:
+        layers = range(self._blocks.shard.layers)
+        _finish([job.layer(layer, self._layers.pages(layer, page_ids, first_token)) for layer in layers])
+
+    # On the threads that send
+
+    def _commit(self, reservation: Reservation) -> None:
+        try:
+            results = reservation.commit()
+        except Exception as error:
+            self._done(error)
+            return
+        for result in results:
+            self._done(result)
 
     def _done(self, outcome: SaveResult | Exception) -> None:
-        """On a thread of the saver's."""
         self._breaker.record(answered(outcome if isinstance(outcome, KVError) else None))
+        if isinstance(outcome, SaveResult):
+            self._on_saved(outcome)
+        else:
+            kind = type(outcome).__name__
+            self._lines.warning("blocks were not saved: %s: %s", kind, outcome, kind=kind)
+
+
+class _Run(NamedTuple):
+    """Consecutive blocks of one sequence, which are consecutive in the reservation too."""
+
+    page_ids: Sequence[int]
+    first_token: int
+    token_counts: Sequence[int]
+    begin: int  # Of its slices, among those of all reserved blocks.
+
+
+def _runs(saves: Sequence[PageSave], blocks: Sequence[tuple[int, int]]) -> Iterator[_Run]:
+    """The reserved blocks, in runs. `blocks` are (position of the save, position of the block in its chain)."""
+    begin = 0
+    while begin < len(blocks):
+        number, block = blocks[begin]
+        end = begin + 1
+        while end < len(blocks) and blocks[end] == (number, block + end - begin):
+            end += 1
+        save = saves[number]
+        starts = list(accumulate(save.chain.token_counts, initial=save.first_token))
+        counts = save.chain.token_counts[block : block + end - begin]
+        yield _Run(save.page_ids, starts[block], counts, begin)
+        begin = end
+
+
+def _parts(saves: Sequence[PageSave]) -> Iterator[list[PageSave]]:
+    """The saves, in lists of at most `_RESERVED_BLOCKS` blocks."""
+    part: list[PageSave] = []
+    space = _RESERVED_BLOCKS
+    for save in saves:
+        chain, first_token = save.chain, save.first_token
+        while len(chain):
+            some = chain[:space]
+            part.append(PageSave(some, first_token, save.page_ids))
+            space -= len(some)
+            first_token += some.token_count
+            chain = chain[len(some) :]
+            if not space:
+                yield part
+                part, space = [], _RESERVED_BLOCKS
+    if part:
+        yield part
+
+
+def _finish(events: Sequence[Event]) -> None:
+    """Wait until everything is copied. Raises what a copy raised."""
+    for event in events:
+        if not event.wait(_COPIED_S):
+            raise TimeoutError("the copies out of the engine's pages are not done in time")
+        if event.error is not None:
+            raise event.error

@@ -47,10 +47,15 @@ class StoredPrefix:
     @property
     def tier(self) -> str:
         """ "dram", "ssd" or "mixed"."""
-        in_dram = {run.dram for run in self.residency if run.count}
-        if len(in_dram) > 1:
-            return "mixed"
-        return "dram" if in_dram.pop() else "ssd"
+        return tier_of(self.residency)
+
+
+def tier_of(residency: Sequence[ResidencyRun]) -> str:
+    """ "dram", "ssd" or "mixed": where the blocks of a hit are."""
+    in_dram = {run.dram for run in residency if run.count}
+    if len(in_dram) > 1:
+        return "mixed"
+    return "dram" if in_dram.pop() else "ssd"
 
 
 class PrefixLookup:

@@ -64,7 +64,7 @@ class StepReport(KVConnectorWorkerMetadata):
     """Workers to scheduler."""
 
     failed: list[FailedLoad] = field(default_factory=list)
-    loaded: list[tuple[int, float]] = field(default_factory=list)  # (bytes, seconds) of each load that ended.
+    loaded: list[tuple[str, int, float]] = field(default_factory=list)  # (request, bytes, seconds) of ended loads.
     dropped_saves: list[tuple[str, int]] = field(default_factory=list)  # (request, first token): staging was full.
     is_daemon_away: bool = False  # A worker's circuit breaker is open.
 

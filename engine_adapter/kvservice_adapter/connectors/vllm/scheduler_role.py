@@ -15,7 +15,9 @@ from kvservice_adapter.connectors.vllm.model_layout import layout_of
 from kvservice_adapter.connectors.vllm.request_keys import extra_of_block, refusal_of, salt_of
 from kvservice_adapter.connectors.vllm.settings import LoadMode, Settings
 from kvservice_adapter.connectors.vllm.stats import TransferStats
+from kvservice_adapter.cost import Kind, Rates, plan
 from kvservice_adapter.engine.key_generation import KeyGeneration
+from kvservice_adapter.engine.prefix_lookup import tier_of
 from kvservice_api.errors import KVError
 from kvservice_api.keys import ChainBuilder
 from kvservice_client import Client, FoundPrefix, PendingLookup
@@ -24,6 +26,7 @@ from kvservice_client.rate_limited_log import RateLimitedLog
 log = logging.getLogger(__name__)
 
 _RESET_WAIT_S = 1.0  # How long `reset` may wait. The daemon answers once its disk has written a file.
+_MEASURED_MIN = 32  # Tokens of a step. The time of fewer says little about a prefill.
 PARAMETERS = "kvservice"  # The connector's entry in a request's `kv_transfer_params`.
 
 
@@ -40,6 +43,7 @@ class _Request:
     found: FoundPrefix | None = None
     asked_at_s: float = 0.0  # When vLLM first asked for the answer of `lookup`; 0 if it has not.
     found_at_s: float = 0.0
+    tier: str = ""  # Where its blocks are: "dram", "ssd" or "mixed".
     is_answered: bool = False  # There will be no other answer for this attempt.
     attempt: int = 0  # The preemptions at the last lookup.
     has_loaded: bool = False  # In this attempt. If vLLM asks again, the load has failed: there is no second one.
@@ -62,6 +66,9 @@ class SchedulerRole:
         self._blocks = self._client.open_layout(self.layout)
         self._breaker = Breaker(probe_of(self._blocks), clock=self._clock)
         self._is_on_cpu: bool = vllm_config.device_config.device_type == "cpu"
+        self._is_async: bool = bool(vllm_config.scheduler_config.async_scheduling)
+        self._rates = Rates(self._clock.now_s)
+        self._step: tuple[float, list[tuple[int, int]]] | None = None  # When it began, and what it computes.
         self._manager: Any = None
         self._requests: dict[str, _Request] = {}
         self._orders = StepOrders()
@@ -155,7 +162,25 @@ class SchedulerRole:
         tokens = min(state.found.lease.hit_tokens, request.num_tokens - 1) - computed_tokens
         if tokens <= 0:
             return 0, False
+        if state.mode is LoadMode.AUTO and not self._is_worth_loading(state, tokens, computed_tokens):
+            self._stats.count(computed_hits=1)
+            self._drop_found(state)
+            return 0, False
         return tokens, self._mode(state) is LoadMode.BETWEEN_STEPS
+
+    def _is_worth_loading(self, state: _Request, tokens: int, computed_tokens: int) -> bool:
+        """Whether these stored tokens are there sooner if they are loaded, by what was measured."""
+        assert state.found is not None
+        chosen = plan(
+            self._rates,
+            tokens,
+            state.request.num_tokens - computed_tokens - tokens,
+            self.layout.bytes_per_token // self._workers,
+            state.tier,
+            self.layout.block_tokens,
+            may_mix=False,
+        )
+        return chosen.kind is Kind.LOAD
 
     def _mode(self, state: _Request) -> LoadMode:
         if state.mode is not LoadMode.AUTO:
@@ -181,15 +206,16 @@ class SchedulerRole:
         state.is_answered = True
         if found is not None and found.ticket:
             state.found, state.found_at_s = found, now_s
+            state.tier = tier_of(found.lease.residency)
             state.saved_tokens = max(state.saved_tokens, found.lease.hit_tokens)
         else:
             self._drop_found(state)
         return True
 
-    def _drop_found(self, state: _Request) -> None:
-        """The answer is not used any more: its lease ends, and a ticket that the workers have stays valid."""
+    def _drop_found(self, state: _Request, *, is_ticket_used: bool = False) -> None:
+        """The answer is not used any more: its lease ends, and so does its ticket unless the workers get it."""
         if state.lookup is not None:
-            state.lookup.cancel()
+            state.lookup.cancel(with_ticket=not is_ticket_used)
         state.lookup = state.found = None
 
     def allocated(self, request: Any, page_ids: tuple[list[int], ...], external_tokens: int) -> None:
@@ -218,7 +244,7 @@ class SchedulerRole:
         state.is_loading = mode is LoadMode.BETWEEN_STEPS
         self._stats.count(hits=1, hit_tokens=external_tokens)
         state.has_loaded = True
-        self._drop_found(state)  # The ticket holds the blocks until the workers have them.
+        self._drop_found(state, is_ticket_used=True)  # The ticket holds the blocks until the workers have them.
 
     def finished(self, request: Any, page_ids: tuple[list[int], ...]) -> None:
         """A request has ended; vLLM frees its pages after this."""
@@ -235,14 +261,22 @@ class SchedulerRole:
 
     def orders_of_step(self, scheduled: Any) -> StepOrders:
         """What the workers do in this step. The next call has other orders."""
-        for request_id in scheduled.num_scheduled_tokens:
+        computing: list[tuple[int, int]] = []
+        for request_id, new_tokens in scheduled.num_scheduled_tokens.items():
             state = self._requests.get(request_id)
-            if state is None or not state.may_save:
+            if state is None:
                 continue
             request = state.request
+            computing.append((new_tokens, request.num_computed_tokens))
+            if not state.may_save:
+                continue
             computed = request.num_computed_tokens - request.num_in_flight_tokens
             if computed // self.layout.block_tokens * self.layout.block_tokens > state.saved_tokens:
                 self._save(state, computed, self._manager.get_block_ids(request_id)[0], is_freed=False)
+        is_measured = (
+            not self._is_async and not self._orders.loads and sum(new for new, _ in computing) >= _MEASURED_MIN
+        )
+        self._step = (self._clock.now_s(), computing) if is_measured else None
         return self.take_orders()
 
     def _save(self, state: _Request, computed_tokens: int, page_ids: list[int], *, is_freed: bool) -> None:
@@ -261,6 +295,9 @@ class SchedulerRole:
 
     def on_output(self, report: StepReport | None, finished_loads: set[str]) -> None:
         """The workers' answer to a step."""
+        step, self._step = self._step, None
+        if step is not None:
+            self._rates.observe_forward(step[1], self._clock.now_s() - step[0])
         for request_id in finished_loads:
             if (state := self._requests.get(request_id)) is not None:
                 state.is_loading = False
@@ -268,6 +305,9 @@ class SchedulerRole:
             self._are_workers_away = False
             return
         self._are_workers_away = report.is_daemon_away
+        for request_id, size_bytes, seconds in report.loaded:
+            if (state := self._requests.get(request_id)) is not None:
+                self._rates.observe_load(size_bytes, seconds, state.tier)
         for failed in report.failed:
             self._on_failed(failed)
         for request_id, first_token in report.dropped_saves:

@@ -13,12 +13,14 @@ COUNTERS: Mapping[str, str] = {
     "lookups": "Requests that were looked up.",
     "hits": "Requests of which a prefix is stored.",
     "hit_tokens": "Tokens of those prefixes that vLLM did not have itself.",
+    "computed_hits": "Requests of which a prefix is stored, and was computed because that is faster.",
     "late_lookups": "Lookups that the daemon did not answer in time: the request was computed.",
     "loads": "Loads that ended with their KV in vLLM's pages.",
     "failed_loads": "Loads that failed: their tokens were computed.",
     "loaded_bytes": "Bytes that were loaded.",
     "load_seconds": "Seconds that loads took.",
-    "saved_blocks": "Blocks that were handed to the saver.",
+    "saved_blocks": "Blocks that were stored.",
+    "already_stored_blocks": "Blocks that were to be stored, and were already.",
     "errors": "Errors in the connector itself, each of which is logged once.",
 }
 

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from vllm.config import get_layers_from_vllm_config
@@ -20,18 +20,24 @@ from kvservice_adapter.connectors.vllm.settings import LoadMode, Settings
 from kvservice_adapter.connectors.vllm.stats import TransferStats
 from kvservice_adapter.device.arrays import view_of
 from kvservice_adapter.engine.page_loads import PagedLayers, PrefixLoad, Waits, release_on
-from kvservice_adapter.engine.page_saves import Gathering, PageSaver
+from kvservice_adapter.engine.page_saves import Gathering, PageSave, PageSaver
 from kvservice_adapter.load import LayerLoader, LoadFailed
-from kvservice_adapter.save import LayerSaver
 from kvservice_adapter.torch_device import device_for
 from kvservice_api.errors import KVError
-from kvservice_client import Client
+from kvservice_client import Client, SaveResult
 from kvservice_client.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
 _CLOSED_S = 2.0
 _GATHERED_S = 30.0  # For copies out of the pages, from memory to memory.
+
+
+class _Gathered(NamedTuple):
+    """The saves of one step that are copied out together."""
+
+    gathering: Gathering
+    request_of_tip: dict[bytes, str]  # By the key of a chain's last block.
 
 
 class WorkerRole:
@@ -56,7 +62,7 @@ class WorkerRole:
         self._stats = TransferStats()
         self._loaders: list[tuple[LoadOrder, LayerLoader]] = []
         self._between_steps: dict[str, PrefixLoad] = {}  # By request.
-        self._gatherings: list[Gathering] = []
+        self._gathering: _Gathered | None = None
         self._saver: PageSaver | None = None
         self._orders: StepOrders | None = None
 
@@ -86,8 +92,15 @@ class WorkerRole:
         self._release = release_on(device.stream("kvservice-release"))
         self._layer_of_name = {name: index for index, name in enumerate(place.names)}
         if self._settings.save and self._is_writer:
-            saver = LayerSaver(device, self._blocks, staging_bytes=self._settings.staging_bytes)
-            self._saver = PageSaver(saver, self._blocks, self._layers, self._breaker)
+            self._saver = PageSaver(
+                device,
+                self._blocks,
+                self._layers,
+                self._breaker,
+                staging_bytes=self._settings.staging_bytes,
+                reserve_s=self._settings.wait_s / 2,
+                on_saved=self._saved,
+            )
         threading.Thread(target=self._attach, name="kvservice-start", daemon=True).start()
 
     def _attach(self) -> None:
@@ -112,23 +125,29 @@ class WorkerRole:
         if orders is self._orders:
             return
         self._orders = orders
-        freed = [self._gather(save) for save in orders.saves if save.is_freed]
-        self._gatherings = [self._gather(save) for save in orders.saves if not save.is_freed]
-        for gathering in freed:
-            self._wait(gathering)
+        freed = self._gather([save for save in orders.saves if save.is_freed])
+        self._gathering = self._gather([save for save in orders.saves if not save.is_freed])
+        self._wait(freed)
 
-    def _gather(self, order: SaveOrder) -> Gathering:
-        if self._saver is None:
-            return Gathering((), None)
-        gathering = self._saver.gather(order.chain, order.first_token, order.page_ids)
-        if gathering.dropped_from is not None:
-            self._report.dropped_saves.append((order.request_id, gathering.dropped_from))
-        self._count(saved_blocks=len(order.chain))
-        return gathering
+    def _gather(self, orders: list[SaveOrder]) -> _Gathered | None:
+        if self._saver is None or not orders:
+            return None
+        saves = [PageSave(order.chain, order.first_token, order.page_ids) for order in orders]
+        return _Gathered(self._saver.gather(saves), {order.chain.keys[-1]: order.request_id for order in orders})
 
-    def _wait(self, gathering: Gathering) -> None:
-        if not gathering.wait(_GATHERED_S):
-            raise RuntimeError("blocks were not copied out of vLLM's pages in time")
+    def _wait(self, gathered: _Gathered | None) -> None:
+        """Until vLLM may write into the pages."""
+        if gathered is None:
+            return
+        if not gathered.gathering.wait(_GATHERED_S):
+            self._lines.warning("blocks were not copied out of vLLM's pages in time: they are not saved")
+            return
+        for save in gathered.gathering.dropped:
+            self._report.dropped_saves.append((gathered.request_of_tip[save.chain.keys[-1]], save.first_token))
+
+    def _saved(self, result: SaveResult) -> None:
+        """On a thread of the saver's."""
+        self._count(saved_blocks=result.stored, already_stored_blocks=result.already_stored)
 
     def start_loads(self, orders: StepOrders) -> None:
         """Copy in what the step's forward needs, and begin what later steps need."""
@@ -205,9 +224,8 @@ class WorkerRole:
 
     def end_step(self) -> None:
         """After the forward: from now on vLLM may give the pages to others."""
-        for gathering in self._gatherings:
-            self._wait(gathering)
-        self._gatherings = []
+        gathering, self._gathering = self._gathering, None
+        self._wait(gathering)
         for order, loader in self._loaders:  # The forward did not ask for all layers.
             loader.cancel()
             self._load_ended(order, 0, 0.0, LoadFailed("the forward ended before all layers were loaded"))
@@ -275,7 +293,7 @@ class WorkerRole:
         if error is None:
             self._breaker.record(True)
             with self._lock:
-                self._report.loaded.append((size_bytes, seconds))
+                self._report.loaded.append((order.request_id, size_bytes, seconds))
                 self._stats.count(loads=1, loaded_bytes=size_bytes, load_seconds=seconds)
             return
         cause = error.__cause__ if isinstance(error, LoadFailed) and error.__cause__ is not None else error
