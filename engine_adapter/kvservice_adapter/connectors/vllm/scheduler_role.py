@@ -25,8 +25,8 @@ from kvservice_client.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
-_MEASURED_MIN = 32  # Tokens of a step. The time of fewer says little about a prefill.
 _RESET_WAIT_S = 1.0  # How long `reset` may wait. The daemon answers once its disk has written a file.
+_MEASURED_MIN = 32  # Tokens of a step. The time of fewer says little about a prefill.
 PARAMETERS = "kvservice"  # The connector's entry in a request's `kv_transfer_params`.
 
 
