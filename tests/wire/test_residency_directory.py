@@ -37,7 +37,7 @@ def header_of(vector: dict[str, Any]) -> Header:
 def test_headers_are_the_golden_ones(vector: dict[str, Any]) -> None:
     header = header_of(vector)
     by_hand = b"KVRESDIR" + struct.pack("<II", 1, vector["state"]) + header.store_id + header.arena_id
-    by_hand += struct.pack("<QQQ", vector["boot_epoch"], vector["slot_count"], vector["contents"])
+    by_hand += struct.pack("<QQI", vector["boot_epoch"], vector["slot_count"], vector["contents"])
 
     assert header.encode().hex() == by_hand.hex() == vector["encoded"]
     assert Header.decode(by_hand) == header
