@@ -44,8 +44,16 @@ class DirectoryFixture:
             calls=calls,
         )
 
-    def put(self, key: bytes, shard: Shard = SHARDS[0], layout_id: int = 1, tier: TierName = TierName.DRAM) -> int:
-        """Store an object, or give it a copy in another tier."""
+    def put(
+        self,
+        key: bytes,
+        shard: Shard = SHARDS[0],
+        layout_id: int = 1,
+        tier: TierName = TierName.DRAM,
+        *,
+        parent: bytes = b"",
+    ) -> int:
+        """Store an object, or give it a copy in another tier. With a `parent` it is a partial block."""
         row = self.blocks.row_of(key, shard)
         if row >= 0:
             self.blocks.set_extent(row, tier, Extent(0, 4096 * row, 4096))
@@ -53,10 +61,10 @@ class DirectoryFixture:
         row = self.blocks.add(
             key,
             shard,
-            parent_key=bytes(32),
+            parent_key=parent or bytes(32),
             layout_id=layout_id,
             tenant=0,
-            token_count=16,
+            token_count=LAYOUTS[layout_id].block_tokens - bool(parent),
             size_bytes=4096,
             trailer_checksum=0,
             now_ms=0,

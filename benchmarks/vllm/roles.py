@@ -22,7 +22,7 @@ from vllm.v1.request import Request
 
 from kvservice_adapter.connectors.vllm.metadata import StepOrders
 from kvservice_adapter.connectors.vllm.scheduler_role import SchedulerRole
-from kvservice_adapter.connectors.vllm.settings import Settings
+from kvservice_adapter.connectors.vllm.settings import ConnectorSettings
 from kvservice_adapter.connectors.vllm.worker_role import WorkerRole
 
 
@@ -63,7 +63,7 @@ class Roles:
         names = [f"model.layers.{layer}.self_attn.attn" for layer in layers]
         cache = KVCacheConfig(num_blocks=pages, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(names, spec)])
         config.compilation_config.static_forward_context.update({name: _Layer() for name in names})
-        given = Settings.of({"address": address, "model_revision": "measured", **settings})
+        given = ConnectorSettings.of({"address": address, "model_revision": "measured", **settings})
         self.scheduler = SchedulerRole(config, cache, given)
         self.worker = WorkerRole(config, cache, given)
         self.pages = {name: torch.randn(pages, heads, page_tokens, 2 * dim) for name in names}

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
+from google.protobuf.message import Message
 from numpy.typing import NDArray
 
-from kvservice_api.errors import IndexFull, InvalidRequest, KVError, NotShared, Overloaded, TierFull
+from kvservice_api.errors import DaemonTooOld, IndexFull, InvalidRequest, KVError, NotShared, Overloaded, TierFull
 from kvservice_api.keys import KEY_BYTES, BlockChain, ChainBuilder
 from kvservice_api.layout import Layout, Shard
 from kvservice_api.v1 import blocks_pb2 as pb
@@ -28,6 +30,8 @@ from kvservice_client.transports.reservation import Reservation
 
 # NumPy has no bfloat16 or float8, so integers of the same size represent their elements.
 _VIEW_DTYPES = {"bfloat16": "int16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
+
+M = TypeVar("M", pb.GetGenerationResponse, pb.BeginGenerationResponse)
 
 
 class BlockCache:
@@ -50,6 +54,25 @@ class BlockCache:
         request = pb.GetCapabilitiesRequest()
         self._connection.channel.call(BLOCKS + "GetCapabilities", request, pb.GetCapabilitiesResponse, deadline)
 
+    def generation(self, timeout_s: float | None = None) -> int:
+        """The layout's key generation: a number for the `salt` of keys; 0 if none was ever begun.
+
+        Blocks with keys of another generation are not found. The daemon keeps the number per tenant and layout, over
+        restarts, and gives a new one if it has lost it. Raises DaemonTooOld, and as `ping`.
+        """
+        request = pb.GetGenerationRequest(layout_fingerprint=self.layout.fingerprint)
+        return self._ask_generation("GetGeneration", request, pb.GetGenerationResponse, timeout_s).generation
+
+    def begin_generation(self, timeout_s: float | None = None) -> int:
+        """Begin a key generation, such as after a change of the weights. The number was never used before.
+
+        It is durable on return. After an error it is not known which generation other clients, and this one after its
+        next start, see: use none of the earlier ones until a call succeeds. Raises StorageFailed, DaemonTooOld, and as
+        `ping`.
+        """
+        request = pb.BeginGenerationRequest(layout_fingerprint=self.layout.fingerprint)
+        return self._ask_generation("BeginGeneration", request, pb.BeginGenerationResponse, timeout_s).generation
+
     def contains(self, chain: BlockChain, timeout_s: float | None = None) -> int:
         """How many leading blocks of the chain are stored. No lease: they may be evicted at any time.
 
@@ -65,25 +88,29 @@ class BlockCache:
 
         return self._connection.retried(attempt, deadline)
 
-    def lookup_local(self, chain: BlockChain, timeout_s: float | None = None) -> LocalHit | None:
+    def lookup_local(self, chain: BlockChain | ChainBuilder, timeout_s: float | None = None) -> LocalHit | None:
         """The chain's stored leading blocks, from the daemon's residency directory in shared memory.
+
+        With a `ChainBuilder`, the answer also says whether a partial block may continue them: only then, or if it has
+        blocks, can `lookup` find anything.
 
         Makes no call once this client is attached, and does not count as a use of the blocks. None if there is no
         certain answer: the daemon is on another host, has no directory, has not filled it yet since its start, or
-        blocks are stored as several shards. Raises as `contains` if the daemon cannot be reached.
+        blocks are stored as several shards. The directory does not know which partial blocks continue a block: `lookup`
+        of a `ChainBuilder` may find more. Raises as `contains` if the daemon cannot be reached.
         """
-        arguments.chain(chain)
+        _checked(chain)
         deadline = self._connection.deadline(timeout_s)
         return self._connection.retried(lambda: self._look_up_locally(chain, deadline), deadline)
 
-    def peek(self, chain: BlockChain) -> LocalHit | None:
+    def peek(self, chain: BlockChain | ChainBuilder) -> LocalHit | None:
         """As `lookup_local`, and never waits: makes no call and no attempt to attach on the caller's thread.
 
         None also if this client is not attached, or has not opened the layout since the daemon's start. That then
         begins in the background, so a later peek can have an answer. An answer does not say that the daemon responds:
         the directory of a process that is stopped stays readable.
         """
-        arguments.chain(chain)
+        _checked(chain)
         session = self._connection.known_session(self.layout)
         return None if session is None else self._read_directory(chain, session)
 
@@ -97,18 +124,18 @@ class BlockCache:
     ) -> Lease:
         """Lease the stored part of a prefix. A chain longer than the daemon's limit is looked up as far as the limit.
 
-        With a `ChainBuilder` the prefix is all tokens that were added to it. Then the last block of the lease may be
-        partial: the longest that the daemon names of the newest partial blocks which continue the last whole hit with
-        exactly the next tokens. So a conversation finds its history to the last token. An engine that must compute
-        at least one token uses one token less of a lease of all its tokens. A partial block that goes beyond the
-        tokens of the builder is no hit, though it begins with them: its key depends on all of its tokens.
+        With a `ChainBuilder` the prefix is all tokens that were added to it. Then the last block of the lease, which
+        `hit_blocks` counts too, may be partial: the longest of the newest partial blocks that continue the last whole
+        hit with exactly the next tokens. So a conversation finds its history to the last token. An engine that must
+        compute at least one token uses one token less of a lease of all its tokens. A block that goes beyond the
+        builder's tokens is no hit, though it begins with them: its key depends on all of its tokens.
 
         `request_id` is the engine's name of the request, at most 200 bytes: `kvctl explain` then shows how much of it
         was reused, and why the rest was not. A chain without blocks, or a builder without tokens, gives an empty lease
         without a call.
         """
         builder = chain if isinstance(chain, ChainBuilder) else None
-        whole = arguments.chain(chain) if builder is None else builder.chain
+        whole = _checked(chain)
         deadline = self._connection.deadline(timeout_s)
         ttl_ms = _ttl_ms(lease_ttl_s)
         arguments.request_id(request_id)
@@ -130,7 +157,7 @@ class BlockCache:
             except Overloaded:  # The client holds as many leases, or leased blocks, as it may.
                 return lease
             unused = lease if more.hit_blocks > lease.hit_blocks else more  # The tail may be gone by now.
-            unused.release()
+            self._connection.background.submit(unused.release)
             return more if unused is lease else lease
 
         return self._connection.retried(attempt, deadline)
@@ -360,19 +387,36 @@ class BlockCache:
         layer = arguments.whole(layer, "layer", 0, self.shard.layers - 1)
         return Slices.of(self.layout, self.shard, layer, token_counts)
 
-    def _look_up_locally(self, chain: BlockChain, deadline: Deadline) -> LocalHit | None:
+    def _ask_generation(self, method: str, request: Message, answer: type[M], timeout_s: float | None) -> M:
+        deadline = self._connection.deadline(timeout_s)
+
+        def attempt() -> M:
+            session = self._connection.session(self.layout, deadline)
+            if not session.limits.keeps_generations:
+                address, version = self._connection.channel.address, session.limits.version
+                raise DaemonTooOld(f"the daemon at {address}, version {version}, keeps no key generations: upgrade it")
+            return self._connection.channel.call(BLOCKS + method, request, answer, deadline)
+
+        return self._connection.retried(attempt, deadline)
+
+    def _look_up_locally(self, chain: BlockChain | ChainBuilder, deadline: Deadline) -> LocalHit | None:
         return self._read_directory(chain, self._connection.session(self.layout, deadline))
 
-    def _read_directory(self, chain: BlockChain, session: RequestContext) -> LocalHit | None:
+    def _read_directory(self, chain: BlockChain | ChainBuilder, session: RequestContext) -> LocalHit | None:
         attachment, limits = session
-        return self._connection.local_directory.look_up(
+        whole = _checked(chain)
+        hit = self._connection.local_directory.look_up(
             limits.residency_directory,
             limits.store_id,
             attachment.boot_epoch,
-            chain.packed_keys,
+            whole.packed_keys,
             self.layout.fingerprint,
             self.shard,
+            b"" if whole is chain else whole.parent,
         )
+        if isinstance(chain, ChainBuilder) and hit and hit.blocks * self.layout.block_tokens == chain.token_count:
+            return hit._replace(may_have_tail=False)  # No token is left that it could have.
+        return hit
 
     def _lease(
         self, chain: BlockChain, attachment: Attachment, answer: pb.LookupPrefixResponse, asked_at_s: float
@@ -436,6 +480,12 @@ class BlockCache:
                 ]
             )
         return slices
+
+
+def _checked(chain: BlockChain | ChainBuilder) -> BlockChain:
+    """The chain of whole blocks. Raises InvalidRequest."""
+    whole: BlockChain = arguments.chain(chain.chain if isinstance(chain, ChainBuilder) else chain)
+    return whole
 
 
 def _with_tail(builder: ChainBuilder, hit_tokens: int, tails: Iterable[pb.Tail]) -> BlockChain | None:

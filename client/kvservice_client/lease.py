@@ -249,6 +249,7 @@ class Lease:
                     deadline.begin_layer()
                     with suppress(KVError):  # The daemon holds the blocks that it sends: the load needs no lease.
                         self._keep(deadline)
+                    deadline.check_cancelled()
         finally:
             deadline.end_layer()
 

@@ -18,16 +18,19 @@ from numpy.typing import NDArray
 from kvservice_api.keys import KEY_BYTES
 from kvservice_api.layout import Shard
 from kvservice_api.residency_directory import (
+    HAS_TAILS,
     HEADER_BYTES,
     IN_DRAM,
     ON_SSD,
     SLOT_BYTES,
     STATE_WORD,
+    TAIL,
     DirectoryState,
     Header,
     crcs_of,
     home_slots,
     layout_mark,
+    tail_key,
 )
 
 _KEYS_AT_A_TIME = 1024
@@ -39,11 +42,17 @@ Flags = NDArray[np.uint32]
 
 
 class LocalHit(NamedTuple):
-    """How many leading blocks are stored, and how many of them per tier. They may be evicted at any time."""
+    """How many leading blocks are stored, and how many of them per tier. They may be evicted at any time.
+
+    `may_have_tail` is for a search with a `ChainBuilder`: false if no partial block continues the hit, so that `lookup`
+    would find no more. It is true also if all of them are of other conversations. None: not searched, or a daemon
+    that does not say.
+    """
 
     blocks: int
     in_dram: int
     on_ssd: int
+    may_have_tail: bool | None = None
 
 
 class LocalDirectory:
@@ -53,9 +62,18 @@ class LocalDirectory:
         self._mapping: DirectoryMapping | None = None
 
     def look_up(
-        self, path: str, store_id: bytes, boot_epoch: int, packed_keys: bytes, fingerprint: bytes, shard: Shard
+        self,
+        path: str,
+        store_id: bytes,
+        boot_epoch: int,
+        packed_keys: bytes,
+        fingerprint: bytes,
+        shard: Shard,
+        parent: bytes = b"",
     ) -> LocalHit | None:
         """The stored leading blocks of this layout, for all of `shard`. Makes no call.
+
+        With `parent`, the key before the first one, the tails of the last hit are searched too.
 
         None if the directory has no certain answer: it is missing, unreadable, being filled, or of another store or
         boot epoch; or the block at which the answer would end is in doubt.
@@ -76,7 +94,14 @@ class LocalDirectory:
             if len(misses):
                 break
         hits = np.concatenate(found) if found else np.empty(0, np.uint32)
-        return LocalHit(len(hits), int((hits & IN_DRAM != 0).sum()), int((hits & ON_SSD != 0).sum()))
+        may_have_tail: bool | None = None
+        if parent and mapping.header.contents & HAS_TAILS:
+            end = len(hits) * KEY_BYTES
+            last = packed_keys[end - KEY_BYTES : end] if end else parent
+            tails, in_doubt = mapping.find(tail_key(last), layout_mark(fingerprint), shard, TAIL)
+            may_have_tail = bool(tails[0] or in_doubt[0])
+        in_dram, on_ssd = (int((hits & flag != 0).sum()) for flag in (IN_DRAM, ON_SSD))
+        return LocalHit(len(hits), in_dram, on_ssd, may_have_tail)
 
 
 class DirectoryMapping:
@@ -99,21 +124,26 @@ class DirectoryMapping:
             self._state[0] == DirectoryState.LIVE and header.boot_epoch == boot_epoch and header.store_id == store_id
         )
 
-    def find(self, packed_keys: bytes, layout: bytes, shard: Shard) -> tuple[Flags, NDArray[np.bool_]]:
-        """For each key the flags of the first slots that have all of `shard`; and whether a miss is in doubt."""
+    def find(
+        self, packed_keys: bytes, layout: bytes, shard: Shard, wanted_flags: int = IN_DRAM | ON_SSD
+    ) -> tuple[Flags, NDArray[np.bool_]]:
+        """For each key the flags of the first slots that have all of `shard`; and whether a miss is in doubt.
+
+        Slots with none of `wanted_flags` are ignored.
+        """
         keys = np.frombuffer(packed_keys, "<u8").reshape(-1, KEY_BYTES // 8)
         flags = np.zeros(len(keys), np.uint32)
         in_doubt = np.zeros(len(keys), np.bool_)
         wanted = np.arange(len(keys))
         for _ in range(_ATTEMPTS_MAX):
-            flags[wanted], in_doubt[wanted], is_torn = self._search(keys[wanted], layout, shard)
+            flags[wanted], in_doubt[wanted], is_torn = self._search(keys[wanted], layout, shard, wanted_flags)
             wanted = wanted[is_torn]
             if not len(wanted):
                 break
         return flags, in_doubt
 
     def _search(
-        self, keys: NDArray[np.uint64], layout: bytes, shard: Shard
+        self, keys: NDArray[np.uint64], layout: bytes, shard: Shard, wanted_flags: int
     ) -> tuple[Flags, NDArray[np.bool_], NDArray[np.bool_]]:
         """Flags, which misses are in doubt, and which of those because a slot was being written."""
         last = len(self._slots) - 1
@@ -130,7 +160,7 @@ class DirectoryMapping:
             after = self._sequences[places]
             torn = (before != after) | (before & 1 == 1)
             same_key = (slots[..., 4:] == keys[searched, None]).all(-1)
-            found = slots[..., 1].astype(np.uint32) & np.uint32(IN_DRAM | ON_SSD)
+            found = slots[..., 1].astype(np.uint32) & np.uint32(wanted_flags)
             stored = same_key & (found != 0) & ~torn
             stored[stored] = _are_whole(slots[stored])
             torn |= same_key & (found != 0) & ~stored

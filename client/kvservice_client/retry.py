@@ -190,18 +190,24 @@ class Watchdog:
             self._watched.discard(deadline)
 
     def _run(self) -> None:
+        while (late := self._late()) is not None:
+            for each in late:
+                each.cancel(each.error)  # Without our lock: gRPC has locks of its own.
+
+    def _late(self) -> list[TransferDeadline] | None:
+        """Wait for transfers that are late. None if there was no transfer for a while: the thread then ends."""
         with self._changed:
-            is_needed = True
-            while is_needed:
-                for late in [each for each in self._watched if not each.remaining_s]:
-                    self._watched.discard(late)
-                    late.cancel(late.error)
+            while True:
+                if late := [each for each in self._watched if not each.remaining_s]:
+                    self._watched.difference_update(late)
+                    return late
                 now_s = self._clock.now_s()
                 self._wakes_at_s = min((each.end_s for each in self._watched), default=now_s + _LINGER_S)
                 self._must_look = False
                 self._clock.wait_for(self._changed, lambda: self._must_look, self._wakes_at_s - now_s)
-                is_needed = self._must_look or bool(self._watched)
-            self._has_thread = False
+                if not self._watched and not self._must_look:
+                    self._has_thread = False
+                    return None
 
 
 def retry(

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvservice_adapter.truncation import kept_tokens
-from kvservice_api.keys import BlockChain, block_chain, cut_key, kept_ranges, root_key
+from kvservice_api.keys import BlockChain, ChainBuilder, cut_key, kept_ranges, root_key
 from kvservice_api.layout import Layout
 from kvservice_api.session_ids import checked_session_id
 from kvservice_client import SessionState
@@ -52,21 +52,32 @@ class Keys(NamedTuple):
         with_partial: bool = False,
         hidden: NDArray[np.bool_] | None = None,
     ) -> BlockChain:
-        """The blocks of tokens, from the root or from `parent` on.
+        """The blocks of tokens, from the root or from `parent` on. Arguments as for `builder`."""
+        builder = self.builder(token_ids, parent, hidden=hidden)
+        return builder.prefix(builder.token_count) if with_partial else builder.chain
+
+    def builder(
+        self, token_ids: Any, parent: bytes | None = None, *, hidden: NDArray[np.bool_] | None = None
+    ) -> ChainBuilder:
+        """The chain of tokens, from the root or from `parent` on; also of their first tokens.
 
         `hidden` ``[token]`` marks tokens that the attention mask hides from all others. They change the KV of what
-        follows them, so blocks with such tokens, and all blocks after them, have other keys. Raises InvalidRequest
+        follows them, so blocks with such tokens, and all blocks after them, have other keys. Of a block with
+        hidden tokens a shorter part may have another key than that of a chain that ends there. Raises InvalidRequest
         for an invalid token id.
         """
         size = self.layout.block_tokens
-        extras = [self.extra] * -(-len(token_ids) // size)
-        if hidden is not None:
-            for block in np.unique(np.flatnonzero(hidden[: len(token_ids)]) // size).tolist():
-                marks = np.packbits(hidden[block * size : min((block + 1) * size, len(token_ids))]).tobytes()
-                extras[block] = self.extra + _HIDDEN_TAG + marks
-        return block_chain(
-            self.layout, token_ids, salt=self.salt, extras=extras, with_partial=with_partial, parent=parent
-        )
+        marks = None if hidden is None else hidden[: len(token_ids)]
+
+        def extra_of_block(block: int) -> bytes:
+            of_block = marks[block * size : (block + 1) * size] if marks is not None else None
+            if of_block is None or not of_block.any():
+                return self.extra
+            return self.extra + _HIDDEN_TAG + np.packbits(of_block).tobytes()
+
+        builder = ChainBuilder(self.layout, salt=self.salt, parent=parent, extra_of_block=extra_of_block)
+        builder.extend(token_ids)
+        return builder
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ from kvservice.index.identity import (
     schema_of,
     traces_of_store,
 )
+from kvservice.index.key_generations import KeyGenerations
 from kvservice.index.layouts import NEXT_LAYOUT_KEY, LayoutEntries
 from kvservice.index.records import Records, encode_records
 from kvservice.index.session_records import Manifest, decode_manifest, encode_manifest
@@ -64,6 +65,7 @@ _VOLATILE_DIRECTORY_KEY = b"volatile_directory"
 _EMPTIED_KEY = b"dram_emptied"
 _TIER_KEY = b"tier"  # In the environment of a tier below SSD: its name.
 _LOWER_TIERS_KEY = b"tiers_below_ssd"  # Those of the last start.
+_KEY_GENERATIONS_KEY = b"key_generations"  # There, if the store has their file: without it they are lost.
 _META_KEYS = frozenset(
     (SCHEMA_KEY, STORE_KEY, DESCRIPTORS_KEY, NEXT_LAYOUT_KEY, _SSD_FILES_KEY, _VOLATILE_DIRECTORY_KEY, _EMPTIED_KEY)
 )
@@ -92,6 +94,7 @@ class BlockIndex:
         self.emptied_keys: list[bytes] = []  # Objects that the DRAM tier had when it was emptied at this start.
         self.damaged_sessions: list[bytes] = []  # Names, as of the last `load_sessions`.
         self.secret: DescriptorSecret | None = None  # Of an index that a daemon opened.
+        self.key_generations: KeyGenerations | None = None  # The same.
 
     @classmethod
     def open(
@@ -140,6 +143,10 @@ class BlockIndex:
                 index.layout_entries.write_copies()
                 index.secret = open_secret(directory.parent, meta)
                 index._remember(DESCRIPTORS_KEY, index.secret.mark)
+                had_file = _KEY_GENERATIONS_KEY in meta
+                index.key_generations = KeyGenerations.open(directory.parent, had_file=had_file)
+                if index.key_generations.is_on_disk:
+                    index._remember(_KEY_GENERATIONS_KEY, b"1")
             return index
         except BaseException:
             durable.close()
@@ -158,7 +165,9 @@ class BlockIndex:
         durable = Environment(directory, map_bytes=map_bytes, durable=True)
         try:
             durable.write_now(LAYOUTS, dict(layouts))
-            durable.write_now(META, {**known, SCHEMA_KEY: str(SCHEMA_AT_LEAST).encode()})
+            # The lost index may have noted that there are key generations: without their file, all get new ones.
+            meta = {**known, SCHEMA_KEY: str(SCHEMA_AT_LEAST).encode(), _KEY_GENERATIONS_KEY: b"1"}
+            durable.write_now(META, meta)
             if len(known.get(STORE_KEY, b"")) != STORE_ID_BYTES:
                 raise StoreDamaged(f"no file names the store of the index {directory}")
             index = cls(directory, durable, _read_meta(durable), len(layouts))

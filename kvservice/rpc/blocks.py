@@ -69,6 +69,7 @@ class BlockService:
                 max_save_blocks=SAVE_BLOCKS_MAX,
                 max_save_slices=SAVE_SLICES_MAX,
                 max_tails=TAILS_MAX,
+                keeps_generations=True,
                 max_save_chains=SAVE_BLOCKS_MAX,
                 max_lease_ttl_ms=int(limits.lease_ttl_max_s * 1000),
                 transports=["grpc"] if arena.not_shared_because else ["shm", "grpc"],
@@ -237,6 +238,16 @@ class BlockService:
         record = report_record(report, self._store.wall_ms())
         self._store.report(caller, report.request_id, record)
         return pb.ReportRequestResponse()
+
+    # Key generations
+
+    async def GetGeneration(self, request: pb.GetGenerationRequest, context: Context) -> pb.GetGenerationResponse:
+        number = self._store.generation(self._callers.of(context), request.layout_fingerprint)
+        return pb.GetGenerationResponse(generation=number)
+
+    async def BeginGeneration(self, request: pb.BeginGenerationRequest, context: Context) -> pb.BeginGenerationResponse:
+        number = await self._store.begin_generation(self._callers.of(context), request.layout_fingerprint)
+        return pb.BeginGenerationResponse(generation=number)
 
     def _places(self, located: Located) -> pb.LocateBlocksResponse:
         return pb.LocateBlocksResponse(

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvservice.blocks import BlockTable, Rows
 from kvservice.tiers.files import FileCalls, on_thread
@@ -33,6 +34,7 @@ from kvservice_api.residency_directory import (
     SLOT,
     SLOT_BYTES,
     STATE_WORD,
+    TAIL,
     WITHDRAWN_SLOT,
     DirectoryState,
     Header,
@@ -42,6 +44,7 @@ from kvservice_api.residency_directory import (
     home_slots,
     layout_mark,
     seal_slots,
+    tail_key,
 )
 
 log = logging.getLogger(__name__)
@@ -51,6 +54,7 @@ _SLOTS_MIN = 1 << 12
 _FREE_SHARE = 16  # At the start it takes at most this part of the tmpfs's free space, because the arena needs space.
 _ROWS_A_TURN = 512  # They take a millisecond of the event loop.
 
+_ENTRIES_PER_ROW = 2  # Entry 2 * row is for the row's object, the next one for the tail that it is.
 _NO_SLOT = -1
 _FREE, _GONE, _TAKEN = 0, 1, 2
 _WORDS_PER_SLOT = SLOT_BYTES // 4
@@ -86,6 +90,7 @@ class ResidencyDirectory:
         self._next: DirectoryTable | None = None  # The table that will replace it.
         self._crowded = asyncio.Event()
         self._mark = functools.cache(lambda layout_id: layout_mark(layouts[layout_id].fingerprint))
+        self._full_tokens = functools.cache(lambda layout_id: layouts[layout_id].block_tokens)
         self._open()
 
     @property
@@ -125,17 +130,24 @@ class ResidencyDirectory:
             self._give_up("it ran full before a larger one was ready")
 
     def _update(self, table: DirectoryTable, row: int) -> None:
-        flags = self._flags(row)
+        flags, entry = self._flags(row), _ENTRIES_PER_ROW * row
         if flags:
-            blocks = self._blocks
-            key = blocks.key[row].tobytes()
-            mark = self._mark(int(blocks.layout_id[row]))
-            slot = encode_slot(flags, int(blocks.token_count[row]), mark, blocks.shard[row].tobytes(), key)
-            table.put(row, key, slot)
+            self._publish(table, row, entry, flags)
             if table.fill > _FILL_MAX:
                 self._crowded.set()
-        elif table.has(row):
-            table.withdraw(row)
+            return
+        for each in (entry, entry + 1):
+            if table.has(each):
+                table.withdraw(each)
+
+    def _publish(self, table: DirectoryTable, row: int, entry: int, flags: int) -> None:
+        blocks = self._blocks
+        layout_id, token_count = int(blocks.layout_id[row]), int(blocks.token_count[row])
+        key, shard, mark = blocks.key[row].tobytes(), blocks.shard[row].tobytes(), self._mark(layout_id)
+        table.put(entry, key, encode_slot(flags, token_count, mark, shard, key))
+        if token_count < self._full_tokens(layout_id) and not table.has(entry + 1):
+            key = tail_key(blocks.parent_key[row].tobytes())
+            table.put(entry + 1, key, encode_slot(TAIL, token_count, mark, shard, key))
 
     def _flags(self, row: int) -> int:
         blocks = self._blocks
@@ -162,21 +174,30 @@ class ResidencyDirectory:
     def _first_slots(self) -> int:
         """The number of slots for the expected rows of the block table, within the available space. 0 means none."""
         blocks = self._blocks
-        least = self._slots_for(blocks.live_count)
+        rows = blocks.live_rows()
+        in_use = len(rows) + int(self._are_tails(rows).sum())
+        least = self._slots_for(in_use)
         if HEADER_BYTES + SLOT_BYTES * least > self._bytes_max:
             if self._bytes_max:
                 log.warning("no residency directory: %d bytes are too few for it", self._bytes_max)
             return 0
         file_system = os.statvfs(self._file.parent)
         size_max = min(self._bytes_max, file_system.f_bavail * file_system.f_frsize // _FREE_SHARE) - HEADER_BYTES
-        slots = self._slots_for(max(blocks.rows_likely, blocks.live_count))
+        slots = self._slots_for(max(blocks.rows_likely, in_use))
         while slots > least and SLOT_BYTES * slots > size_max:
             slots //= 2
         return slots
 
-    def _slots_for(self, rows: int) -> int:
-        """A power of two of slots, with space for more rows than these."""
-        return max(self._slots_min, 1 << int(rows / _FILL_MAX).bit_length())
+    def _slots_for(self, in_use: int) -> int:
+        """A power of two of slots, with space for more than these."""
+        return max(self._slots_min, 1 << int(in_use / _FILL_MAX).bit_length())
+
+    def _are_tails(self, rows: Rows) -> NDArray[np.bool_]:
+        """Which rows are of partial blocks."""
+        ids, which = np.unique(self._blocks.layout_id[rows], return_inverse=True)
+        full = np.array([self._full_tokens(layout_id) for layout_id in ids.tolist()], np.int64)
+        are_tails: NDArray[np.bool_] = self._blocks.token_count[rows] < full[which]
+        return are_tails
 
     def _new_table(self, path: Path, slots: int) -> DirectoryTable:
         return DirectoryTable(path, Header(*self._identity, slots, DirectoryState.BUILDING), self._calls)
@@ -188,28 +209,33 @@ class ResidencyDirectory:
             if table not in (self._current, self._next):
                 return False
             rows = np.arange(start, min(start + _ROWS_A_TURN, blocks.row_end))
-            rows = table.missing(rows[blocks.live[rows]])
-            slots = self._slots(rows)
-            stored = slots["flags"] != 0
+            entries, slots = self._slots(table.missing(rows[blocks.live[rows]]))
             try:
-                table.put_all(rows[stored], slots[stored])
+                table.put_all(entries, slots)
             except TableFull:
                 self._give_up("it ran full while it was filled")
                 return False
             await asyncio.sleep(0)
         return table in (self._current, self._next)
 
-    def _slots(self, rows: Rows) -> Slots:
-        """Slots without sequence and crc. Flags are 0 for a row without a copy."""
+    def _slots(self, rows: Rows) -> tuple[Rows, Slots]:
+        """Entries and their slots, without sequence and crc, of those rows that have a copy."""
         blocks = self._blocks
-        slots = np.zeros(len(rows), SLOT)
         tiers = blocks.tier_sets(rows)
+        rows, tiers = rows[tiers != 0], tiers[tiers != 0]
+        slots = np.zeros(len(rows), SLOT)
         slots["flags"] = IN_DRAM * (tiers & 1) | ON_SSD * (tiers > 1)
         for name in ("token_count", "shard", "key"):
             slots[name] = getattr(blocks, name)[rows]
         ids, which = np.unique(blocks.layout_id[rows], return_inverse=True)
         slots["layout"] = np.array([self._mark(layout_id) for layout_id in ids.tolist()], "V8")[which]
-        return slots
+        are_tails = self._are_tails(rows)
+        tails = slots[are_tails]
+        tails["flags"] = TAIL
+        tails["key"] = np.array([tail_key(key) for key in blocks.parent_key[rows[are_tails]].tolist()], "V32")
+        entries = _ENTRIES_PER_ROW * np.concatenate([rows, rows[are_tails]])
+        entries[len(rows) :] += 1
+        return entries, np.concatenate([slots, tails])
 
     async def _replace(self) -> None:
         """Replace the file: by one without withdrawn slots if that is enough, else by one twice as large."""
@@ -218,7 +244,7 @@ class ResidencyDirectory:
             return
         slots = old.slot_count * 2 if old.used_slots > old.slot_count * _FILL_MAX / 2 else old.slot_count
         if HEADER_BYTES + SLOT_BYTES * slots > self._bytes_max:
-            self._give_up(f"{old.used_slots} blocks would take more than the {self._bytes_max} bytes allowed")
+            self._give_up(f"{old.used_slots} slots in use would take more than the {self._bytes_max} bytes allowed")
             return
         try:
             # On a thread, because the kernel clears all pages first.
@@ -237,7 +263,7 @@ class ResidencyDirectory:
             return
         old.close(DirectoryState.REPLACED)  # Only now, because readers of this state open the new file.
         self._current, self._next = table, None
-        log.info("the residency directory was replaced: %d slots for %d blocks", slots, table.used_slots)
+        log.info("the residency directory was replaced: %d slots, %d of them in use", slots, table.used_slots)
 
     def _give_up(self, why: str) -> None:
         log.warning("no residency directory: %s", why)
@@ -260,9 +286,9 @@ class TableFull(Exception):
 
 
 class DirectoryTable:
-    """The hash table in one file, as its only writer sees it. Rows are the block table's; each has at most one slot.
+    """The hash table in one file, as its only writer sees it. An entry has at most one slot, see `_ENTRIES_PER_ROW`.
 
-    The slot of each row is kept here, not in shared memory: what a client could damage is never read back.
+    The slot of each entry is kept here, not in shared memory: what a client could damage is never read back.
     """
 
     def __init__(self, path: Path, header: Header, calls: FileCalls) -> None:
@@ -286,7 +312,7 @@ class DirectoryTable:
         self._words = memoryview(self._map).cast("I")  # A store of 4 bytes through it is one instruction.
         self._slots = np.frombuffer(self._map, SLOT, self.slot_count, HEADER_BYTES)
         self._kinds = bytearray(self.slot_count)
-        self._slot_of_row = np.full(1024, _NO_SLOT, np.int32)
+        self._slot_of_entry = np.full(1024, _NO_SLOT, np.int32)
         encoded = header.encode()
         self._map[: len(encoded)] = encoded
 
@@ -303,42 +329,43 @@ class DirectoryTable:
         self.set_state(state)
         del self._words, self._slots, self._map
 
-    def has(self, row: int) -> bool:
-        return row < len(self._slot_of_row) and bool(self._slot_of_row[row] != _NO_SLOT)
+    def has(self, entry: int) -> bool:
+        return entry < len(self._slot_of_entry) and bool(self._slot_of_entry[entry] != _NO_SLOT)
 
     def missing(self, rows: Rows) -> Rows:
-        """The rows without a slot."""
-        self._know(int(rows.max(initial=0)))
-        absent: Rows = rows[self._slot_of_row[rows] == _NO_SLOT]
+        """The rows whose object has no slot. Its tail then has none either."""
+        entries = _ENTRIES_PER_ROW * rows
+        self._know(int(entries.max(initial=0)))
+        absent: Rows = rows[self._slot_of_entry[entries] == _NO_SLOT]
         return absent
 
-    def put(self, row: int, key: bytes, slot: bytes) -> None:
-        """Publish a row, or change its slot. `slot` comes from ``encode_slot``. Raises TableFull."""
-        self._know(row)
-        at = int(self._slot_of_row[row])
+    def put(self, entry: int, key: bytes, slot: bytes) -> None:
+        """Publish an entry, or change its slot. `slot` comes from ``encode_slot``. Raises TableFull."""
+        self._know(entry)
+        at = int(self._slot_of_entry[entry])
         if at == _NO_SLOT:
             at = self._take(home_slot(key, self.slot_count))
-            self._slot_of_row[row] = at
+            self._slot_of_entry[entry] = at
         self._write(at, slot)
 
-    def put_all(self, rows: Rows, slots: Slots) -> None:
-        """Publish rows that have no slot, in a table that no reader trusts yet. Raises TableFull.
+    def put_all(self, entries: Rows, slots: Slots) -> None:
+        """Publish entries that have no slot, in a table that no reader trusts yet. Raises TableFull.
 
         `slots` need neither sequence nor crc.
         """
-        self._know(int(rows.max(initial=0)))
+        self._know(int(entries.max(initial=0)))
         keys = np.ascontiguousarray(slots["key"]).view("<u8").reshape(-1, 4)
-        places = np.fromiter(map(self._take, home_slots(keys, self.slot_count).tolist()), np.int64, len(rows))
+        places = np.fromiter(map(self._take, home_slots(keys, self.slot_count).tolist()), np.int64, len(entries))
         seal_slots(slots)
         slots["sequence"] = (self._slots["sequence"][places] | 1) + 1
         self._slots[places] = slots
-        self._slot_of_row[rows] = places
+        self._slot_of_entry[entries] = places
 
-    def withdraw(self, row: int) -> None:
-        """Withdraw a row."""
-        at = int(self._slot_of_row[row])
+    def withdraw(self, entry: int) -> None:
+        """Withdraw an entry."""
+        at = int(self._slot_of_entry[entry])
         assert at != _NO_SLOT
-        self._slot_of_row[row] = _NO_SLOT
+        self._slot_of_entry[entry] = _NO_SLOT
         self.used_slots -= 1
         last = self.slot_count - 1
         if self._kinds[(at + 1) & last] != _FREE:
@@ -376,10 +403,10 @@ class DirectoryTable:
         self._map[start + 4 : start + SLOT_BYTES] = slot
         self._words[word] = ((sequence | 1) + 1) & 0xFFFF_FFFF
 
-    def _know(self, row: int) -> None:
-        if row >= (known := len(self._slot_of_row)):
-            more = np.full(max(known, row + 1 - known), _NO_SLOT, np.int32)
-            self._slot_of_row = np.concatenate([self._slot_of_row, more])
+    def _know(self, entry: int) -> None:
+        if entry >= (known := len(self._slot_of_entry)):
+            more = np.full(max(known, entry + 1 - known), _NO_SLOT, np.int32)
+            self._slot_of_entry = np.concatenate([self._slot_of_entry, more])
 
 
 def _nearest(kinds: bytearray, start: int, end: int) -> int:

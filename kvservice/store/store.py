@@ -6,6 +6,7 @@ parts that implement the verbs are private.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence, Sized
@@ -176,7 +177,8 @@ class BlockStore:
             per_client_max=limits.leases_per_client_max,
             blocks_per_client_max=limits.leased_blocks_per_client_max,
         )
-        assert index.secret is not None, "a daemon opened it"
+        assert index.secret is not None and index.key_generations is not None, "a daemon opened it"
+        self._key_generations = index.key_generations
         self._uploads = Uploads(
             self._lifecycle,
             self._evictor,
@@ -346,6 +348,19 @@ class BlockStore:
             return False
         await self._index.put_layout(layout)
         return True
+
+    def generation(self, caller: Caller, fingerprint: bytes) -> int:
+        """The key generation of a layout for the caller's tenant. Raises UnknownLayout."""
+        self._layout(fingerprint)
+        return self._key_generations.of(caller.tenant.number, fingerprint)
+
+    async def begin_generation(self, caller: Caller, fingerprint: bytes) -> int:
+        """Begin a key generation; it is durable on return. Raises UnknownLayout, StorageFailed."""
+        self._layout(fingerprint)
+        begun = self._tasks.start_quietly(
+            self._key_generations.begin(caller.tenant.number, fingerprint), "key generation"
+        )
+        return await asyncio.shield(begun)  # The caller's deadline must not interrupt it.
 
     def _layout(self, fingerprint: bytes) -> tuple[int, Layout]:
         layout_id = self._index.layout_id(fingerprint)

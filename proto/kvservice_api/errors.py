@@ -18,6 +18,7 @@
   x TicketExpired      FAILED_PRECONDITION  look the prefix up again, or ask the exporter for another ticket
   x TicketSpent        FAILED_PRECONDITION  look the prefix up again; export with as many adoptions as there are ranks
   x TicketLayoutMismatch FAILED_PRECONDITION adopt with the layout that the exporter looked up
+  x DaemonTooOld       FAILED_PRECONDITION  upgrade the daemon
   x TicketForged       PERMISSION_DENIED    pass on the exporter's bytes unchanged; else look the prefix up again
   x TicketNotYours     PERMISSION_DENIED    use a ticket of your own tenant
   x LeaseNotYours      PERMISSION_DENIED    use the lease of your own lookup
@@ -158,6 +159,10 @@ class TicketSpent(KVError, code=Code.FAILED_PRECONDITION):
 
 class TicketLayoutMismatch(KVError, code=Code.FAILED_PRECONDITION):
     """The lease ticket is for blocks of another layout than the one that it was adopted with."""
+
+
+class DaemonTooOld(KVError, code=Code.FAILED_PRECONDITION):
+    """The daemon's version does not have what this call needs. Raised on the client's side only."""
 
 
 class TicketForged(KVError, code=Code.PERMISSION_DENIED):

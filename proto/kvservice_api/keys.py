@@ -157,7 +157,8 @@ class ChainBuilder:
         builder.extend(new_token_ids)
         blocks.save(builder.chain[lease.hit_blocks :], layers)
 
-    One thread at a time may use it. It keeps all tokens, 4 bytes per token.
+    One thread adds tokens; others may read `token_count`, `chain` and `prefix` meanwhile. It keeps all tokens, 4 bytes
+    per token.
     """
 
     def __init__(
@@ -183,19 +184,21 @@ class ChainBuilder:
         self._extra_of_block = extra_of_block
         self._tokens = bytearray()
         self._keys: list[bytes] = []
+        self._token_count = 0  # Changed last, so that readers find the tokens and keys of this count.
         self._chain = BlockChain(self.parent, (), ())
 
     @property
     def token_count(self) -> int:
         """How many tokens were added, with those after the last whole block."""
-        return len(self._tokens) // _TOKEN_BYTES
+        return self._token_count
 
     @property
     def chain(self) -> BlockChain:
         """The whole blocks so far. The same object is returned until the next block is full."""
-        if len(self._chain) != len(self._keys):
-            self._chain = self.prefix(len(self._keys) * self._block_tokens)
-        return self._chain
+        whole, chain = self._token_count // self._block_tokens, self._chain
+        if len(chain) != whole:
+            chain = self._chain = self.prefix(whole * self._block_tokens)
+        return chain
 
     def extend(self, token_ids: ArrayLike | Sequence[int]) -> None:
         """Add tokens at the end: a list, another sequence of integers, or an array of any integer dtype.
@@ -213,6 +216,7 @@ class ChainBuilder:
             keys.append(tip)
         self._tokens += added
         self._keys += keys
+        self._token_count = len(self._tokens) // _TOKEN_BYTES
 
     def prefix(self, token_count: int) -> BlockChain:
         """The chain of the first `token_count` tokens. Its last block is partial if they end inside a block.

@@ -4,15 +4,21 @@ One file, ``directory``, beside the arena: a page of header, then a hash table w
 Little-endian, except the shard, which ``Shard.encode`` encodes::
 
     0          8           12        16            32            48             56            64
-    | KVRESDIR | version 4 | state 4 | store id 16 | arena id 16 | boot epoch 8 | slot count 8 | zeros
+    | KVRESDIR | version 4 | state 4 | store id 16 | arena id 16 | boot epoch 8 | slot count 8 |
+    64               68
+    | contents 4     | zeros
     4096                 4160                 4224
     | slot 0             | slot 1             | ...                      a power of two of slots
 
     0            4       8         12          16         24        32                            64
     | sequence 4 | crc 4 | flags 4 | tokens 4  | layout 8 | shard 8 | block key 32                |
 
-A slot describes one stored object. The search for a key starts at the slot number of its first 8 bytes
-modulo the slot count, continues with the next slots, wraps around, and ends at an empty slot (flags 0).
+A slot describes one stored object. A partial block has a second slot, of flag ``TAIL``, under the key `tail_key` of
+its parent key: it shows that a tail continues the parent. Readers that do not know this flag ignore the slot, because
+it has neither of the other flags. The bit ``HAS_TAILS`` of the contents says that the daemon writes such slots.
+
+The search for a key starts at the slot number of its first 8 bytes modulo the slot count, continues with the next
+slots, wraps around, and ends at an empty slot (flags 0).
 A withdrawn object leaves a slot that is not empty (``GONE``), so that the search continues after it.
 
 Only the daemon writes; clients read without a lock. A reader uses a slot only if both conditions hold.
@@ -30,6 +36,7 @@ stopped. A slot is out of date at most for the time that the daemon needs to wri
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,11 +56,14 @@ SLOT_BYTES = 64
 
 IN_DRAM, ON_SSD = 1, 2  # Flags. A slot that has one of them is in use.
 GONE = 4
+TAIL = 8  # A slot that has this flag is in use too.
+HAS_TAILS = 1  # A bit of the header's contents.
 
-_HEADER = struct.Struct("<8sII16s16sQQ")
+_HEADER = struct.Struct("<8sII16s16sQQI")
 _MAGIC = b"KVRESDIR"
 STATE_WORD = 3  # The index of the state in the file, in words of 4 bytes.
-assert _HEADER.size == 64
+assert _HEADER.size == 68
+_TAILS = b"kvservice/tails/1"
 
 SLOT = np.dtype(
     {
@@ -86,6 +96,7 @@ class Header:
     boot_epoch: int
     slot_count: int
     state: DirectoryState
+    contents: int = HAS_TAILS
 
     @property
     def file_bytes(self) -> int:
@@ -93,24 +104,30 @@ class Header:
 
     def encode(self) -> bytes:
         assert self.slot_count & (self.slot_count - 1) == 0 < self.slot_count
-        return _HEADER.pack(_MAGIC, VERSION, self.state, self.store_id, self.arena_id, self.boot_epoch, self.slot_count)
+        known = (self.store_id, self.arena_id, self.boot_epoch, self.slot_count, self.contents)
+        return _HEADER.pack(_MAGIC, VERSION, self.state, *known)
 
     @classmethod
     def decode(cls, data: bytes | memoryview) -> Header:
         """Parse the begin of `data`. Raises ValueError if it is not a header of this version."""
         if len(data) < _HEADER.size:
             raise ValueError("the directory's header is cut off")
-        magic, version, state, store_id, arena_id, boot_epoch, slot_count = _HEADER.unpack_from(data)
+        magic, version, state, store_id, arena_id, boot_epoch, slot_count, contents = _HEADER.unpack_from(data)
         if magic != _MAGIC or version != VERSION:
             raise ValueError("it is not a directory of this version")
         if not slot_count or slot_count & (slot_count - 1):
             raise ValueError(f"the slot count {slot_count} is not a power of two")
-        return cls(store_id, arena_id, boot_epoch, slot_count, DirectoryState(state))
+        return cls(store_id, arena_id, boot_epoch, slot_count, DirectoryState(state), contents)
 
 
 def layout_mark(fingerprint: bytes) -> bytes:
     """The value of a slot's `layout` field: the first 8 bytes of the layout's fingerprint."""
     return fingerprint[:8]
+
+
+def tail_key(parent: bytes) -> bytes:
+    """The key of the slots of partial blocks that continue the key `parent`: 32 bytes, no key of a block."""
+    return hashlib.sha256(_TAILS + parent).digest()
 
 
 def home_slot(key: bytes, slot_count: int) -> int:

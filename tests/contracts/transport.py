@@ -221,6 +221,29 @@ class TransportContract:
                         load.result(SOON_S)
                 lease.release()
 
+    def test_cancel_ends_a_load_that_waits_for_its_lease_to_be_renewed(
+        self, new_daemon: Callable[..., DaemonProcess]
+    ) -> None:
+        daemon, layout, clock = new_daemon(), large_layout(), ClientClock()
+        chain = new_chain(layout, layout.block_tokens)
+        with (
+            daemon.client(transport=self.transport, timeout_s=NEVER_S, clock=clock) as client,
+            ThreadPoolExecutor() as threads,
+        ):
+            blocks = client.open_layout(layout)
+            blocks.save(chain, layers_of(blocks, chain))
+            lease = blocks.lookup(chain, lease_ttl_s=300)
+            load = lease.load(layer_timeout_s=NEVER_S)
+            next(load)
+            clock.advance(seconds=200)  # More than half of the lease's time.
+            with daemon.stopped():
+                waiting = threads.submit(next, load)
+                with pytest.raises(TimeoutError):
+                    waiting.result(0.2)
+                lease.cancel()
+                with pytest.raises(Cancelled):
+                    waiting.result(SOON_S)
+
     def test_after_cancel_a_lease_loads_nothing_and_other_leases_do(self, client: Client) -> None:
         layout = large_layout()
         blocks, chain = client.open_layout(layout), new_chain(layout, layout.block_tokens)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, LeaseExpired
-from kvservice_client import Client, Lease
+from kvservice_client import Client, Clock, Lease
 from tests.clock import ClientClock
 from tests.daemon import NEVER_S, SOON_S, DaemonProcess, until
 from tests.integration.conversations import layers_of, new_chain, same, small_layout
@@ -207,6 +207,24 @@ def test_a_slow_reader_keeps_its_lease(daemon: DaemonProcess) -> None:
 
 def leases_of(client: Client) -> int:
     return client.admin.status().leases
+
+
+def test_a_call_on_a_closed_client_fails_at_once_and_is_not_tried_again(daemon: DaemonProcess) -> None:
+    layout, pauses_s = small_layout(), []
+
+    class PausesNoted(Clock):
+        def sleep(self, seconds: float) -> None:
+            pauses_s.append(seconds)
+            super().sleep(seconds)
+
+    client = Client(daemon.address, clock=PausesNoted())
+    blocks = client.open_layout(layout)
+    blocks.ping()
+    client.close()
+    pauses_s.clear()
+    with pytest.raises(DaemonUnavailable):
+        blocks.lookup(new_chain(layout, layout.block_tokens))
+    assert not pauses_s
 
 
 def test_leases_end_with_their_client_closed_or_forgotten(daemon: DaemonProcess) -> None:

@@ -17,6 +17,13 @@ from tests.forking import in_child
 from tests.unit.connector_models import BLOCK_TOKENS, computed, connector, prompt, states, tiny_llama
 
 
+def answer(model: Any, ids: torch.Tensor, cache: Any = None) -> list[list[int]]:
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0}
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
+    tokens: list[list[int]] = output.tolist()
+    return tokens
+
+
 def test_a_history_survives_the_daemon_and_its_absence_only_costs_time(
     new_daemon: Callable[..., DaemonProcess],
 ) -> None:
@@ -26,7 +33,7 @@ def test_a_history_survives_the_daemon_and_its_absence_only_costs_time(
         subject = connector(client, model)
         first = subject.save(tokens[:, : 2 * BLOCK_TOKENS], cache)
         second = subject.save(tokens, cache)
-        assert (first.stored, second.stored, second.already_stored) == (2, 4, 2)
+        assert (first.stored, second.stored, second.already_stored) == (2, 5, 2)
 
         daemon.kill()
         away = subject.restore(tokens)
@@ -47,7 +54,7 @@ def test_a_connector_from_before_a_fork_asks_nothing_in_the_child_and_says_why(d
     cache = computed(model, tokens)
     with Client(daemon.address) as client:
         subject = connector(client, model)
-        assert subject.save(tokens, cache).stored == 4
+        assert subject.save(tokens, cache).stored == 5
 
         def work() -> list[tuple[int, str]]:
             restored, saved = subject.restore(tokens), subject.save(tokens, cache)
@@ -153,19 +160,44 @@ def test_a_session_that_was_truncated_is_left_as_it_is(daemon: DaemonProcess) ->
         turns(subject, model, [14], "cut")
         cut = client.session(subject.layout, "cut").truncate([(4, 10)], 1)
 
-        assert subject.restore(tokens, session_id="cut").tokens == 12, "whole blocks are found by their tokens"
+        assert subject.restore(tokens, session_id="cut").tokens == 13, "its blocks are found by their tokens"
         assert subject.save(tokens, computed(model, tokens), session_id="cut").error is None
         assert client.session(subject.layout, "cut").get().tip == cut.tip
 
 
-def test_without_a_session_only_whole_blocks_are_kept(daemon: DaemonProcess) -> None:
-    model, tokens = tiny_llama(num_hidden_layers=2), prompt(15)
-    with Client(daemon.address) as client:
-        subject = connector(client, model)
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
+def test_without_a_session_the_partial_block_is_kept_too(daemon: DaemonProcess, transport: str) -> None:
+    model, tokens = tiny_llama(num_hidden_layers=2), prompt(21)
+    with daemon.client(transport=transport) as client:
+        subject = connector(client, model, salt=transport.encode())
+        cache = computed(model, tokens)
 
-        assert subject.save(tokens, computed(model, tokens)).stored == 3
-        assert subject.restore(tokens).tokens == 12
-        assert subject.restore(tokens, session_id="unknown").tokens == 12
+        assert subject.save(tokens[:, :15], cache).stored == 4
+        for session_id in ("", "unknown"):
+            restored = subject.restore(tokens, session_id=session_id)
+            assert restored.tokens == 15
+            for before, after in zip(states(cache), states(restored.cache), strict=True):
+                assert torch.equal(before[0][:, :, :15], after[0])
+                assert torch.equal(before[1][:, :, :15], after[1])
+        assert subject.restore(tokens[:, :15]).tokens == 14, "one token is left to compute"
+        assert subject.restore(tokens[:, :14]).tokens == 12, "the block has another token"
+        assert answer(model, tokens, subject.restore(tokens).cache) == answer(model, tokens)
+
+
+def test_conversations_without_a_session_find_their_own_last_turn(daemon: DaemonProcess) -> None:
+    model, common = tiny_llama(num_hidden_layers=2), prompt(10)
+    with daemon.client() as client:
+        subject = connector(client, model, salt=b"branches")
+        said = [common, common]
+        for turn in range(3):
+            for number in range(2):
+                ids = torch.cat([said[number], prompt(3 + 4 * turn + number)], 1)
+                history = subject.restore(ids)
+                assert history.tokens == (said[number].shape[1] - 1 if turn else 0 if number == 0 else 8)
+                output = torch.tensor(answer(model, ids, history.cache))
+                assert output.tolist() == answer(model, ids)
+                assert subject.save(output, history.cache).error is None
+                said[number] = output
 
 
 @pytest.mark.parametrize("name", ["user 17", "Grüße", "a\n", "x" * 201, 17, b"chat", ["a", "b"], [17], [""] * 2])

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from kvservice_api.errors import (
 from kvservice_client import BlockChain, Client, Durability, Layout, Reservation, Shard, block_chain
 from tests.daemon import MIB, NEVER_S, SOON_S, DaemonProcess, until
 from tests.forking import in_child
-from tests.integration.known_blocks import LARGE, SMALL, new_chain, save, slice_of, tiers_of, verify
+from tests.integration.known_blocks import LARGE, SMALL, layers_of, new_chain, save, slice_of, tiers_of, verify
 
 
 @pytest.fixture
@@ -211,6 +212,28 @@ def test_a_daemon_that_lets_no_client_write_refuses_reservations_and_takes_saves
         with pytest.raises(NotShared):
             client.open_layout(SMALL).reserve([chain])
         assert save(client, SMALL, chain).stored == 1
+
+
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
+def test_a_daemon_that_takes_one_chain_per_save_is_given_one(tmp_path: Path, transport: str) -> None:
+    daemon = DaemonProcess(tmp_path, program=("-m", "tests.one_chain_daemon"))
+    try:
+        daemon.start()
+        with daemon.client(transport=transport) as client:
+            blocks, whole = client.open_layout(SMALL), new_chain(SMALL, 4)
+            chains = [whole[:2], whole[1:], new_chain(SMALL, 1)]
+            results = blocks.save_many([(chain, layers_of(SMALL, chain)) for chain in chains])
+            assert [(each.stored, each.already_stored) for each in results] == [(2, 0), (2, 1), (1, 0)]
+            verify(client, SMALL, whole)
+            verify(client, SMALL, chains[2])
+            if transport == "shm":
+                with pytest.raises(NotShared, match="one chain at a time"):
+                    blocks.reserve([new_chain(SMALL, 1), new_chain(SMALL, 1)])
+                with blocks.reserve([chain := new_chain(SMALL, 2)]) as reservation:
+                    write(reservation, SMALL, [chain])
+                    assert reservation.commit()[0].stored == 2
+    finally:
+        daemon.remove()
 
 
 def test_a_client_may_hold_so_many_reservations(client: Client) -> None:

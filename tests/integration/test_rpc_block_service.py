@@ -21,6 +21,7 @@ from kvservice_api.errors import (
     TicketLayoutMismatch,
     TicketSpent,
     UnknownClient,
+    UnknownLayout,
 )
 from kvservice_api.frames import HEAD_BYTES_MAX
 from kvservice_api.image import Trailer, block_geometry, checksum
@@ -512,3 +513,19 @@ def test_ReportRequest_takes_times_from_before_the_epoch_as_long_ago(wire: Wire)
     wire.blocks.ReportRequest(pb.ReportRequestRequest(report=report))
     (report,) = wire.admin.Explain(admin_pb2.ExplainRequest(request_id="old")).request.reports
     assert 0 < report.at.seconds < time.time() - 86400
+
+
+def test_GetGeneration_returns_the_layouts_number(wire: Wire) -> None:
+    request = pb.GetGenerationRequest(layout_fingerprint=SMALL.fingerprint)
+    begun = wire.blocks.BeginGeneration(pb.BeginGenerationRequest(layout_fingerprint=SMALL.fingerprint)).generation
+    assert wire.blocks.GetGeneration(request).generation == begun
+    assert wire.capabilities().keeps_generations
+    with refused(UnknownLayout, "call OpenLayout"):
+        wire.blocks.GetGeneration(pb.GetGenerationRequest(layout_fingerprint=bytes(32)))
+
+
+def test_BeginGeneration_returns_a_number_that_was_never_used(wire: Wire) -> None:
+    request = pb.BeginGenerationRequest(layout_fingerprint=SMALL.fingerprint)
+    assert len({0, *(wire.blocks.BeginGeneration(request).generation for _ in range(5))}) == 6
+    with refused(UnknownLayout, "call OpenLayout"):
+        wire.blocks.BeginGeneration(pb.BeginGenerationRequest(layout_fingerprint=bytes(32)))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from kvservice_client import Client
+from kvservice_client import Client, LocalHit
 from tests.daemon import DaemonProcess, until
 from tests.large_stores import LAYOUT, LargeStore, slices_of, write_store
 
@@ -49,7 +49,7 @@ def expect_found_in_shared_memory(client: Client, store: LargeStore) -> None:
     blocks = client.open_layout(LAYOUT)
     until(lambda: blocks.lookup_local(store.chains[0]) is not None, 60)
     for chain in store.chains[:: max(1, len(store.chains) // 100)]:
-        assert blocks.lookup_local(chain) == (len(chain), 0, len(chain))
+        assert blocks.lookup_local(chain) == LocalHit(len(chain), 0, len(chain))
 
 
 def listed(daemon: DaemonProcess, limit: int) -> set[str]:

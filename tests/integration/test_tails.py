@@ -10,8 +10,9 @@ import pytest
 from numpy.typing import NDArray
 
 from kvservice_client import BlockChain, ChainBuilder, Client, Durability, Shard, block_chain
-from tests.daemon import DaemonProcess
+from tests.daemon import DaemonProcess, until
 from tests.integration.known_blocks import SMALL, compare, layers_of, save
+from tests.integration.test_rebuilt_index import lose_index, rebuild
 
 BLOCK = SMALL.block_tokens
 _seeds = itertools.count()
@@ -152,8 +153,36 @@ def test_only_one_lease_stays_open(client: Client) -> None:
 
     with client.open_layout(SMALL).lookup(builder([*said, 1])) as lease:
         assert lease.hit_tokens == len(said)
-        assert client.admin.status().leases == before + 1
+        until(lambda: client.admin.status().leases == before + 1)
     assert client.admin.status().leases == before
+
+
+def test_a_lookup_in_the_background_finds_the_tail_and_its_ticket_has_it(client: Client) -> None:
+    said = some_tokens(2 * BLOCK + 5)
+    save(client, SMALL, history(said))
+    blocks = client.open_layout(SMALL)
+
+    pending = blocks.begin_lookup(builder([*said, 1]), adoptions=1)
+    until(lambda: pending.poll() is not None)
+    result = pending.poll()
+    assert result is not None and result.lease.hit_tokens == len(said)
+    result.lease.release()
+    with blocks.adopt(result.ticket) as adopted:
+        assert adopted.token_counts == (BLOCK, BLOCK, 5)
+        compare(adopted, SMALL, history(said))
+
+
+def test_a_request_is_explained_by_the_lookup_of_whole_blocks_and_the_lookup_with_the_tail(client: Client) -> None:
+    said = some_tokens(3 * BLOCK)
+    save(client, SMALL, history(said[: BLOCK + 5]))
+    name = f"request {said}"[:100]
+
+    with client.open_layout(SMALL).lookup(builder(said), request_id=name) as lease:
+        compare(lease, SMALL, history(said[: BLOCK + 5]))
+    whole, with_tail = client.admin.explain_request(name).lookups
+    assert (whole.asked_blocks, whole.hit_blocks, whole.miss.key) == (3, 1, history(said).keys[1])
+    assert (with_tail.asked_blocks, with_tail.hit_blocks, with_tail.HasField("miss")) == (2, 2, False)
+    assert (len(whole.loads), [load.blocks for load in with_tail.loads]) == (0, [2])
 
 
 def test_a_tail_of_a_session_is_found_without_the_session(client: Client) -> None:
@@ -177,6 +206,17 @@ def test_tails_are_found_after_the_daemon_was_killed(
         process.start()
         assert found(client, said) == BLOCK + 9
         assert found(client, [*short, 1]) == 9
+
+
+def test_tails_are_found_after_the_index_was_lost_and_built_again(new_daemon: Callable[..., DaemonProcess]) -> None:
+    process, said = new_daemon(), some_tokens(BLOCK + 9)
+    with process.client() as client:
+        save(client, SMALL, history(said), Durability.SSD)
+        process.stop()
+        lose_index(process)
+        rebuild(process)
+        process.start()
+        assert found(client, [*said, 1]) == BLOCK + 9
 
 
 def test_a_builder_without_tokens_has_an_empty_lease(client: Client) -> None:

@@ -14,6 +14,7 @@ from kvservice_adapter.connectors.transformers import TransformersConnector
 from kvservice_adapter.cost import Rates
 from kvservice_client import (
     BlockChain,
+    ChainBuilder,
     Clock,
     Durability,
     KVError,
@@ -130,8 +131,16 @@ class KeptBlocks:
             self.stored[key] = [layer[start:end].tobytes() for layer in layers]
         return SaveResult(len(chain), 0, [])
 
-    def lookup(self, chain: BlockChain, *, timeout_s: float, request_id: str) -> KeptLease:
-        return KeptLease([self.stored[key] for key in chain.keys[: self.contains(chain)]], self._layout)
+    def lookup(self, chain: BlockChain | ChainBuilder, *, timeout_s: float, request_id: str) -> KeptLease:
+        """As of a daemon that lists all tails."""
+        found = chain.chain if isinstance(chain, ChainBuilder) else chain
+        found = found[: self.contains(found)]
+        if isinstance(chain, ChainBuilder):
+            first, size = found.token_count + 1, self._layout.block_tokens
+            longer = [chain.prefix(end) for end in range(first, min(first + size, chain.token_count + 1))]
+            longer = [each for each in longer if each.keys[-1] in self.stored]
+            found = longer[-1] if longer else found
+        return KeptLease(found, [self.stored[key] for key in found], self._layout)
 
     @property
     def _token_bytes(self) -> int:
@@ -148,11 +157,11 @@ class KeptBlocks:
 
 
 class KeptLease:
-    def __init__(self, blocks: list[list[bytes]], layout: Layout) -> None:
+    def __init__(self, chain: BlockChain, blocks: list[list[bytes]], layout: Layout) -> None:
         self._blocks, self._layout = blocks, layout
         self.hit_blocks = len(blocks)
-        self.hit_tokens = len(blocks) * layout.block_tokens
-        self.token_counts = (layout.block_tokens,) * len(blocks)
+        self.hit_tokens = chain.token_count
+        self.token_counts = chain.token_counts
         self.residency = [ResidencyRun(len(blocks), dram=True, ssd=False)]
 
     def load(self, first_block: int, block_count: int) -> Iterator[LoadedLayer]:

@@ -29,14 +29,15 @@ DIRECTORY = golden("residency_directory")
 
 def header_of(vector: dict[str, Any]) -> Header:
     ids = bytes.fromhex(vector["store_id"]), bytes.fromhex(vector["arena_id"])
-    return Header(*ids, vector["boot_epoch"], vector["slot_count"], DirectoryState(vector["state"]))
+    state = DirectoryState(vector["state"])
+    return Header(*ids, vector["boot_epoch"], vector["slot_count"], state, vector["contents"])
 
 
-@pytest.mark.parametrize("vector", DIRECTORY["headers"], ids=["building", "live"])
+@pytest.mark.parametrize("vector", DIRECTORY["headers"], ids=["building", "live", "with tails"])
 def test_headers_are_the_golden_ones(vector: dict[str, Any]) -> None:
     header = header_of(vector)
     by_hand = b"KVRESDIR" + struct.pack("<II", 1, vector["state"]) + header.store_id + header.arena_id
-    by_hand += struct.pack("<QQ", vector["boot_epoch"], vector["slot_count"])
+    by_hand += struct.pack("<QQI", vector["boot_epoch"], vector["slot_count"], vector["contents"])
 
     assert header.encode().hex() == by_hand.hex() == vector["encoded"]
     assert Header.decode(by_hand) == header

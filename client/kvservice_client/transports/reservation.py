@@ -28,8 +28,8 @@ class Reservation:
     arrays that it has returned. Do not write into these after `seal`, and never after `commit` or `abandon`: the space
     then belongs to other blocks.
 
-    One thread at a time writes and seals. `commit` and `abandon` may be called from another thread. In a forked child
-    it counts as ended, and in the parent it continues.
+    Any thread may write, and any may seal a layer that is written. `commit` and `abandon` may be called from any thread
+    once none writes any more. In a forked child it counts as ended, and in the parent it continues.
     """
 
     def __init__(

@@ -51,7 +51,7 @@ class ShmTransport(Transport):
         self._arenas = _Arenas()
         self._writers = _Writers(connection.attach_stream.is_attached_as)
         connection.attach_stream.on_change(self._writers.release_ended)
-        self._abandoned = _AbandonQueue(connection)
+        self._abandoned = _AbandonQueue(connection, self._writers)
         self._close = weakref.finalize(self, self._writers.close)
 
     def close(self) -> None:
@@ -156,14 +156,15 @@ class ShmTransport(Transport):
         return self._call("CommitBlocks", commit, pb.SaveBlocksResponse, deadline)
 
     def _end(self, client_id: bytes, reservation_id: int, generation: int, is_abandoned: bool) -> None:
-        """No thread writes any more. Does not wait, because the daemon may not answer; the garbage collector may call
-        it at any place.
+        """No thread writes any more. An abandoned one ends on another thread: the daemon may not answer, and the
+        garbage collector may call this on a thread that holds any lock.
         """
         if generation != forks.generation:
             return  # It is the parent's.
         if is_abandoned:
             self._abandoned.add(pb.AbandonBlocksRequest(client_id=client_id, reservation_id=reservation_id))
-        self._writers.release(client_id, reservation_id)
+        else:
+            self._writers.release(client_id, reservation_id)
 
     def _call(self, method: str, request: Message, answer: type[M], deadline: Deadline) -> M:
         return self._connection.channel.call(BLOCKS + method, request, answer, deadline)
@@ -192,11 +193,13 @@ def _write_slice(order: SaveOrder, reservation: Reservation, layer: int, number:
 class _AbandonQueue:
     """Reservations to abandon at the daemon. Until then no other client can save their blocks.
 
-    A thread sends each one until the daemon has answered, or until the attachment ends, which abandons them too.
+    A thread ends their use of the writer's lock. It sends each one until the daemon has answered, or until the
+    attachment ends, which abandons them too.
     """
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, writers: _Writers) -> None:
         self._connection = connection
+        self._writers = writers
         self.reset_in_child()
         forks.register(self)
 
@@ -221,6 +224,7 @@ class _AbandonQueue:
                     return
                 self._is_running = True
                 request = self._waiting.popleft()
+            self._writers.release(request.client_id, request.reservation_id)
             while not self._send_abandon(request):
                 self._connection.clock.sleep(_ABANDON_PAUSE_S)  # No call waits for this thread.
 
@@ -279,7 +283,7 @@ class _Writers:
         forks.register(self)
 
     def reset_in_child(self) -> None:
-        self._lock = threading.RLock()  # Re-entrant: the garbage collector may end a reservation at any place.
+        self._lock = threading.Lock()
         self._held: dict[bytes, tuple[WriterLock, set[int]]] = {}  # Client id -> the lock, and its reservations.
         self._closed = False
 
@@ -307,6 +311,6 @@ class _Writers:
 
     def _release_unused(self) -> None:
         for client_id, (lock, reservations) in list(self._held.items()):
-            unused = not reservations and (self._closed or not self._is_attached_as(client_id))
-            if unused and self._held.pop(client_id, None) is not None:
+            if not reservations and (self._closed or not self._is_attached_as(client_id)):
+                del self._held[client_id]
                 lock.release()

@@ -6,6 +6,7 @@ copied; otherwise the client loads them, and the device copies them from there.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from itertools import accumulate
 from kvservice_adapter.device.arrays import ArrayView
 from kvservice_adapter.device.base import Event, Pages, Slices, Stream, StreamClosed
 from kvservice_adapter.layer_source import BegunLayer, PagesOfLayer
-from kvservice_api.errors import BlockNotFound, DeadlineExceeded, NotShared
+from kvservice_api.errors import BlockNotFound, Cancelled, DeadlineExceeded, NotShared
 from kvservice_client import BlockCache, Lease
 
 _COPIED_S = 30.0  # For the copies of one load, from memory to memory.
@@ -68,6 +69,7 @@ class PrefixLoad:
         self._events: list[Event] = []
         self._lease: Lease | None = None
         self._is_cancelled = False
+        self._copies = threading.Lock()  # Of the events: no copy begins after `stop`.
         self.size_bytes = 0  # Of the layers begun so far.
 
     def pages_of_layer(self, layers: PagedLayers, page_ids: Sequence[int]) -> PagesOfLayer:
@@ -81,6 +83,14 @@ class PrefixLoad:
         self._is_cancelled = True
         if self._lease is not None:
             self._lease.cancel()
+
+    def stop(self) -> None:
+        """`cancel`, and wait until nothing more is written to the pages; not for the daemon. From any thread."""
+        self.cancel()
+        with self._copies:
+            events = list(self._events)
+        for event in events:
+            event.wait(_COPIED_S)
 
     @property
     def _first_block(self) -> int:
@@ -131,8 +141,11 @@ class PrefixLoad:
     ) -> BegunLayer:
         pages = pages_of_layer(layer)
         pages.check(self._blocks.layout.group_of(self._blocks.shard.layer_begin + layer))
-        event = self._stream.scatter(slices, token_counts, pages)
-        self._events.append(event)
+        with self._copies:
+            if self._is_cancelled:
+                raise Cancelled("the load was cancelled")
+            event = self._stream.scatter(slices, token_counts, pages)
+            self._events.append(event)
         size_bytes = sum(token_counts) * pages.token_bytes
         self.size_bytes += size_bytes
         return BegunLayer(pages, event, size_bytes)

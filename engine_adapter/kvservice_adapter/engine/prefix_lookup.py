@@ -78,16 +78,16 @@ class PrefixLookup:
         deadline: Deadline,
         request_id: str,
     ) -> StoredPrefix | None:
-        """The longest stored prefix. Whole blocks only, except for the session's last block. Raises KVError.
+        """The longest stored prefix: whole blocks, and one of the newest partial blocks that continue them.
 
-        `hidden` marks the tokens that the attention mask hides.
+        With a session its last block is found too if it is not one of the newest. `hidden` marks the tokens that the
+        attention mask hides. At most `tokens_max` tokens of the prefix are to be used. Raises KVError.
         """
-        chain = keys.chain(token_ids[:tokens_max], hidden=hidden)
-        if session_id:
-            chain = self._session_chain(token_ids, hidden, keys, session_id, deadline) or chain
-        if not len(chain):
+        if not tokens_max:
             return None
-        lease = self._blocks.lookup(chain, timeout_s=deadline.remaining_s, request_id=request_id)
+        of_session = self._session_chain(token_ids, hidden, keys, session_id, deadline) if session_id else None
+        builder = keys.builder(token_ids, hidden=hidden)
+        lease = self._blocks.lookup(of_session or builder, timeout_s=deadline.remaining_s, request_id=request_id)
         if not lease.hit_blocks:
             return None
         tokens = min(lease.hit_tokens, tokens_max)
@@ -97,8 +97,8 @@ class PrefixLookup:
             lambda first, count: lease.load(first_block=first, block_count=count),
             lease.release,
             tuple(lease.residency),
-            chain.keys[: tokens // keys.layout.block_tokens],
-            chain.parent,
+            builder.chain.keys[: tokens // keys.layout.block_tokens],
+            builder.parent,
         )
 
     def by_conversation(

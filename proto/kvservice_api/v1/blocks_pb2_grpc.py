@@ -121,6 +121,16 @@ class BlockServiceStub(object):
                 request_serializer=kvservice__api_dot_v1_dot_blocks__pb2.ReportRequestRequest.SerializeToString,
                 response_deserializer=kvservice__api_dot_v1_dot_blocks__pb2.ReportRequestResponse.FromString,
                 _registered_method=True)
+        self.GetGeneration = channel.unary_unary(
+                '/kvservice_api.v1.BlockService/GetGeneration',
+                request_serializer=kvservice__api_dot_v1_dot_blocks__pb2.GetGenerationRequest.SerializeToString,
+                response_deserializer=kvservice__api_dot_v1_dot_blocks__pb2.GetGenerationResponse.FromString,
+                _registered_method=True)
+        self.BeginGeneration = channel.unary_unary(
+                '/kvservice_api.v1.BlockService/BeginGeneration',
+                request_serializer=kvservice__api_dot_v1_dot_blocks__pb2.BeginGenerationRequest.SerializeToString,
+                response_deserializer=kvservice__api_dot_v1_dot_blocks__pb2.BeginGenerationResponse.FromString,
+                _registered_method=True)
 
 
 class BlockServiceServicer(object):
@@ -351,6 +361,27 @@ class BlockServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetGeneration(self, request, context):
+        """Returns the key generation of a layout for the caller's tenant: a number that engines put into the salt of their
+        keys. 0 if none was ever begun. The daemon itself computes no key. Errors:
+        * FAILED_PRECONDITION UNKNOWN_LAYOUT: call OpenLayout, then retry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BeginGeneration(self, request, context):
+        """Begins a key generation of a layout for the caller's tenant: a random number that was never used before. It is
+        durable before the answer. Blocks with keys of earlier generations stay until they are evicted. A call whose
+        answer was lost may be repeated: it begins another generation. Errors:
+        * FAILED_PRECONDITION UNKNOWN_LAYOUT: call OpenLayout, then retry.
+        * UNAVAILABLE STORAGE_FAILED: the number could not be written, and may or may not be in use after a restart; use no
+        earlier generation, and retry later.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BlockServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -438,6 +469,16 @@ def add_BlockServiceServicer_to_server(servicer, server):
                     servicer.ReportRequest,
                     request_deserializer=kvservice__api_dot_v1_dot_blocks__pb2.ReportRequestRequest.FromString,
                     response_serializer=kvservice__api_dot_v1_dot_blocks__pb2.ReportRequestResponse.SerializeToString,
+            ),
+            'GetGeneration': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetGeneration,
+                    request_deserializer=kvservice__api_dot_v1_dot_blocks__pb2.GetGenerationRequest.FromString,
+                    response_serializer=kvservice__api_dot_v1_dot_blocks__pb2.GetGenerationResponse.SerializeToString,
+            ),
+            'BeginGeneration': grpc.unary_unary_rpc_method_handler(
+                    servicer.BeginGeneration,
+                    request_deserializer=kvservice__api_dot_v1_dot_blocks__pb2.BeginGenerationRequest.FromString,
+                    response_serializer=kvservice__api_dot_v1_dot_blocks__pb2.BeginGenerationResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -901,6 +942,60 @@ class BlockService(object):
             '/kvservice_api.v1.BlockService/ReportRequest',
             kvservice__api_dot_v1_dot_blocks__pb2.ReportRequestRequest.SerializeToString,
             kvservice__api_dot_v1_dot_blocks__pb2.ReportRequestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetGeneration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvservice_api.v1.BlockService/GetGeneration',
+            kvservice__api_dot_v1_dot_blocks__pb2.GetGenerationRequest.SerializeToString,
+            kvservice__api_dot_v1_dot_blocks__pb2.GetGenerationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BeginGeneration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvservice_api.v1.BlockService/BeginGeneration',
+            kvservice__api_dot_v1_dot_blocks__pb2.BeginGenerationRequest.SerializeToString,
+            kvservice__api_dot_v1_dot_blocks__pb2.BeginGenerationResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -112,6 +112,11 @@ def test_a_message_larger_than_grpc_takes_is_refused_by_grpc(wire: Wire, upload:
 # The messages of a save come in the wrong order, or not at all.
 
 
+def further(upload: Upload, **changes: Any) -> pb.SaveChain:
+    """A chain of one block after those of the header."""
+    return pb.SaveChain(**{"parent_key": bytes(32), "keys": bytes(32), **changes})
+
+
 def header(upload: Upload, **changes: Any) -> bytes:
     fields = {field.name: value for field, value in upload.header.ListFields()}
     return pb.SaveBlocksRequest(header=pb.SaveHeader(**{**fields, **changes})).SerializeToString()
@@ -158,6 +163,16 @@ STREAMS: dict[str, tuple[Callable[[Upload], list[bytes]], type[KVError], str]] =
         lambda u: [*u.messages()[:-1], commit(bytes(84))], InvalidRequest, "checksums must have 8 bytes each"),
     "a key twice": (
         lambda u: [header(u, keys=u.header.keys[:32] * 2)], InvalidRequest, "a key appears twice in one save"),
+    "a further chain with half a parent": (
+        lambda u: [header(u, more=[further(u, parent_key=bytes(16))])], InvalidRequest, "parent_key has 16 bytes"),
+    "a further chain without keys": (
+        lambda u: [header(u, more=[further(u, keys=b"")])], InvalidRequest, "keys has 0 bytes"),
+    "a key twice in a further chain": (
+        lambda u: [header(u, more=[further(u, keys=bytes(64))])], InvalidRequest, "a key appears twice in one save"),
+    "too many keys together": (
+        lambda u: [header(u, more=[further(u)] * 255)], InvalidRequest, "the chains have 257 keys; at most 256"),
+    "a further chain with too many tokens": (
+        lambda u: [header(u, more=[further(u, last_block_tokens=17)])], InvalidRequest, "a block has 1"),
     "half a parent": (
         lambda u: [header(u, parent_key=bytes(16))], InvalidRequest, "parent_key has 16 bytes, not 32"),
     "no parent": (lambda u: [header(u, parent_key=b"")], InvalidRequest, "parent_key has 0 bytes, not 32"),

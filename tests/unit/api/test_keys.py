@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -209,6 +211,30 @@ class TestChainBuilder:
         assert earlier == block_chain(LAYOUT, range(8), salt=b"tenant")
         assert builder.chain is builder.chain
         assert builder.chain == block_chain(LAYOUT, range(12), salt=b"tenant")
+
+    def test_can_be_read_by_another_thread_at_any_moment_of_an_extend(self) -> None:
+        builder, expected = ChainBuilder(LAYOUT), block_chain(LAYOUT, range(40)).keys
+        seen: set[int] = set()
+
+        def read(frame: FrameType, event: str, argument: object) -> Any:
+            """What another thread may do between any two lines of `extend`."""
+            if frame.f_code is not ChainBuilder.extend.__code__:
+                return None
+            count = builder.token_count
+            for prefix in (builder.chain, builder.prefix(count // 4 * 4)):
+                assert prefix.keys == expected[: count // 4]
+                assert prefix.token_counts == (4,) * (count // 4)
+            seen.add(count)
+            return read
+
+        former = sys.gettrace()
+        for first in range(0, 40, 10):
+            sys.settrace(read)
+            try:
+                builder.extend(range(first, first + 10))
+            finally:
+                sys.settrace(former)
+        assert seen == {0, 10, 20, 30, 40}
 
     @pytest.mark.parametrize("count", [-1, 6])
     def test_has_no_prefix_beyond_its_tokens(self, count: int) -> None:

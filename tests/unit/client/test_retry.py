@@ -1,12 +1,17 @@
-"""Which calls the client tries again, and for how long."""
+"""Which calls the client tries again, and for how long. The deadlines of transfers, and their end by another thread."""
 
 from __future__ import annotations
 
+import math
+import threading
+
 import pytest
 
-from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, KVError, TierFull
-from kvservice_client.retry import Deadline, retry
+from kvservice_api.errors import Cancelled, DaemonUnavailable, DeadlineExceeded, KVError, TierFull
+from kvservice_client.retry import SYSTEM_CLOCK, Deadline, TransferDeadline, Watchdog, retry
 from tests.clock import ClientClock
+from tests.daemon import NEVER_S, SOON_S
+from tests.forking import in_child
 
 
 class Attempts:
@@ -56,3 +61,72 @@ def test_nothing_is_attempted_after_the_deadline() -> None:
     with pytest.raises(DeadlineExceeded, match=r"the 0 s allowed"):
         retry(attempts, Deadline(0.0), 1.0, may_pass)
     assert attempts.count == 0
+
+
+def test_a_call_of_a_layer_that_is_late_is_cancelled_although_another_layer_has_much_time() -> None:
+    watchdog, calls = Watchdog(SYSTEM_CLOCK), [threading.Event(), threading.Event()]
+    patient, late = (TransferDeadline(seconds, SYSTEM_CLOCK, watchdog) for seconds in (NEVER_S, 0.05))
+    for deadline, call in zip((patient, late), calls, strict=True):
+        deadline.begin_layer()
+        deadline.add_call(call.set)
+    assert calls[1].wait(SOON_S)
+    with pytest.raises(DeadlineExceeded, match=r"the layer did not arrive within the 0\.05 s"):
+        late.begin_layer()
+    assert not calls[0].is_set()
+    patient.end_layer()
+
+
+def test_time_between_two_layers_does_not_count_and_the_time_of_each_layer_does() -> None:
+    clock = ClientClock()
+    deadline = TransferDeadline(5, clock, Watchdog(clock))
+    assert (deadline.remaining_s, deadline.of_stream_s) == (math.inf, None)
+    for _ in range(3):
+        with deadline.layer():
+            clock.advance(seconds=4)
+            assert deadline.remaining_s == 1
+        clock.advance(seconds=1000)
+        deadline.check()
+    whole = TransferDeadline(5, clock)
+    with whole.layer():
+        clock.advance(seconds=4)
+    clock.advance(seconds=1000)
+    assert (whole.remaining_s, whole.of_stream_s) == (0, 0)
+
+
+def test_a_cancelled_transfer_runs_no_call_and_its_first_error_counts() -> None:
+    before, after = threading.Event(), threading.Event()
+    deadline = TransferDeadline(5, ClientClock())
+    deadline.add_call(before.set)
+    deadline.cancel(Cancelled("first"))
+    deadline.cancel(DeadlineExceeded("second"))
+    deadline.add_call(after.set)
+    assert before.is_set() and after.is_set()
+    with pytest.raises(Cancelled, match="first"):
+        deadline.check()
+    with pytest.raises(Cancelled, match="first"):
+        deadline.begin_layer()
+
+
+def test_many_layers_have_one_watchdog_thread() -> None:
+    def count() -> int:
+        return sum(each.name == "kvservice-layers" for each in threading.enumerate())
+
+    before = count()
+    deadline = TransferDeadline(NEVER_S, SYSTEM_CLOCK, Watchdog(SYSTEM_CLOCK))
+    for _ in range(100):
+        with deadline.layer():
+            pass
+    assert count() == before + 1
+
+
+def test_the_watchdog_of_a_forked_child_works() -> None:
+    watchdog = Watchdog(SYSTEM_CLOCK)
+
+    def is_cancelled() -> bool:
+        call, deadline = threading.Event(), TransferDeadline(0.05, SYSTEM_CLOCK, watchdog)
+        deadline.begin_layer()
+        deadline.add_call(call.set)
+        return call.wait(SOON_S)
+
+    assert is_cancelled()
+    assert in_child(is_cancelled)

@@ -31,6 +31,7 @@ from kvservice_api.residency_directory import (
     DirectoryState,
     Header,
     layout_mark,
+    tail_key,
 )
 from kvservice_client.local_directory import DirectoryMapping, LocalDirectory, LocalHit
 from tests.directories import ARENA_ID, LAYOUTS, SHARDS, STORE_ID, DirectoryFixture
@@ -68,10 +69,12 @@ def look_up(
     shard: Shard = SHARDS[0],
     store_id: bytes = STORE_ID,
     epoch: int | None = None,
-) -> LocalHit | None:
+) -> tuple[int, int, int] | None:
+    """Leading blocks, those in DRAM, those on SSD."""
     path = str(made.folder / "directory")
     mark = LAYOUTS[layout_id].fingerprint
-    return client.look_up(path, store_id, made.epoch if epoch is None else epoch, b"".join(keys), mark, shard)
+    hit = client.look_up(path, store_id, made.epoch if epoch is None else epoch, b"".join(keys), mark, shard)
+    return hit and hit[:3]
 
 
 # The table against a dict
@@ -491,7 +494,7 @@ def test_a_cut_off_file_is_no_directory(folder: Path, size: int) -> None:
 
     assert LocalDirectory().look_up(str(path), STORE_ID, 7, KEYS[0], MARK, SHARDS[0]) is None
     path.write_bytes(whole)
-    assert LocalDirectory().look_up(str(path), STORE_ID, 7, KEYS[0], MARK, SHARDS[0]) == (0, 0, 0)
+    assert LocalDirectory().look_up(str(path), STORE_ID, 7, KEYS[0], MARK, SHARDS[0]) == LocalHit(0, 0, 0)
 
 
 @pytest.mark.parametrize("slots", [1 << 40, 1 << 63])
@@ -515,3 +518,79 @@ def test_a_search_that_finds_no_end_leaves_the_answer_in_doubt(folder: Path) -> 
     path = _directory_file(folder, header + (bytes([2]) + other[1:]) * slots)
 
     assert LocalDirectory().look_up(str(path), STORE_ID, 7, KEYS[0], MARK, SHARDS[0]) is None
+
+
+# Tails
+
+
+def tail_after(made: DirectoryFixture, parent: bytes) -> bool | None:
+    """Whether a tail may continue the key."""
+    path = str(made.folder / "directory")
+    hit = LocalDirectory().look_up(path, STORE_ID, made.epoch, b"", MARK, SHARDS[0], parent)
+    assert hit is not None
+    return hit.may_have_tail
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["before it is filled", "after that"])
+async def test_a_parent_has_a_tail_until_the_last_partial_block_of_it_is_deleted(folder: Path, is_first: bool) -> None:
+    made = DirectoryFixture(folder)
+    task = None if is_first else await kept(made)
+    for key in KEYS[1:3]:
+        made.put(key, parent=KEYS[0])
+    task = task or await kept(made)
+
+    assert (tail_after(made, KEYS[0]), tail_after(made, KEYS[1])) == (True, False)
+    assert look_up(made, LocalDirectory(), KEYS[1:3]) == (2, 2, 0)
+    made.drop(KEYS[1])
+    assert tail_after(made, KEYS[0])
+    made.drop(KEYS[2])
+    assert tail_after(made, KEYS[0]) is False
+    task.cancel()
+
+
+async def test_slots_of_tails_are_no_hits_for_readers_of_blocks(folder: Path) -> None:
+    made = DirectoryFixture(folder)
+    task = await kept(made)
+    made.put(KEYS[1], parent=KEYS[0])
+
+    assert look_up(made, LocalDirectory(), [tail_key(KEYS[0])]) == (0, 0, 0)
+    task.cancel()
+
+
+async def test_a_directory_that_grows_keeps_its_tails(folder: Path) -> None:
+    made = DirectoryFixture(folder)
+    task = await kept(made)
+    slots = _mapping(made).header.slot_count
+    keys = [hashlib.sha256(bytes([number])).digest() for number in range(60)]
+    for key in keys:
+        made.put(key, parent=hashlib.sha256(key).digest())
+        await until(lambda: made.fill <= 0.7)
+
+    await until(lambda: _mapping(made).header.slot_count > slots)
+    assert all(tail_after(made, hashlib.sha256(key).digest()) for key in keys)
+    task.cancel()
+
+
+async def test_it_has_room_for_the_tails_of_a_store_of_partial_blocks(folder: Path) -> None:
+    blocks = BlockTable(1 << 10)
+    before = DirectoryFixture(folder, blocks=blocks)
+    before.directory.close()
+    keys = [hashlib.sha256(number.to_bytes(2, "big")).digest() for number in range(700)]
+    for key in keys:
+        before.put(key, parent=hashlib.sha256(key).digest())
+    made = DirectoryFixture(folder, blocks=blocks)
+    task = await kept(made)
+
+    assert all(tail_after(made, hashlib.sha256(key).digest()) for key in keys)
+    task.cancel()
+
+
+async def test_a_directory_of_a_daemon_that_publishes_no_tails_says_nothing_of_them(folder: Path) -> None:
+    made = DirectoryFixture(folder)
+    task = await kept(made)
+    with (made.folder / "directory").open("r+b") as file:
+        file.seek(64)
+        file.write(bytes(4))  # As such a daemon writes it.
+
+    assert tail_after(made, KEYS[0]) is None
+    task.cancel()

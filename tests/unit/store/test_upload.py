@@ -561,3 +561,43 @@ async def test_a_daemon_that_stops_takes_no_new_saves(opened: OpenStore, client:
     opened.drain.begin(CALLER)
     with pytest.raises(Draining):
         opened.begin_save(client, some_chain(1))
+
+
+async def test_a_save_of_many_chains_is_a_use_of_the_earlier_blocks_of_each(opened: OpenStore, client: Client) -> None:
+    chains = [some_chain(3, seed=seed) for seed in (1, 2)]
+    for chain in chains:
+        await opened.save(client, chain[:2], some_images(chain[:2]))
+    used = opened.blocks.next_access_seq
+    tails = [chain[2:] for chain in chains]
+    both = BlockChain(bytes(32), tails[0].keys + tails[1].keys, tails[0].token_counts + tails[1].token_counts)
+    images = some_images(both)
+
+    async with opened.store.save(caller_of(client), header_of(*tails)) as upload:
+        for frame in frames_of(LAYOUT, WHOLE, both, images):
+            upload.write(frame)
+        outcome = await upload.commit(checksums_of(WHOLE, images), on_ssd=False)
+
+    assert outcome.stored == [0, 1]
+    for chain in chains:
+        first, second, third = (opened.blocks.access_seq[opened.blocks.row_of(key, WHOLE)] for key in chain)
+        assert first > second > third >= used, "a suffix is worth less than its prefix"
+    await opened.settle()
+
+
+async def test_a_block_of_two_chains_is_stored_or_refused_for_both(open_store: Callable[..., Any]) -> None:
+    for ssd_bytes, refused in ((0, {0, 1, 2}), (MIB, set[int]())):  # Without SSD no block is as durable as requested.
+        opened: OpenStore = await open_store(ssd_bytes=ssd_bytes)
+        client, chain = opened.store.attach(CALLER, "test"), some_chain(2)
+        images = some_images(chain)
+        async with opened.store.save(caller_of(client), header_of(chain[:1], chain)) as upload:
+            assert [place.position for place in upload.places] == [0, 2]
+            for position, image in ((0, images[0]), (2, images[1])):
+                for layer, data in enumerate(layers_of([image])):
+                    upload.write(Frame(layer, position, 0, memoryview(data)))
+            upload.write(Frame(0, 1, 0, memoryview(layers_of(images[:1])[0])))  # Ignored.
+            sums = checksums_of(WHOLE, [images[0], images[0], images[1]])
+            outcome = await upload.commit(sums, on_ssd=True)
+        assert set(outcome.refused) == refused
+        assert (outcome.stored, outcome.already_stored) == (([], []) if refused else ([0, 2], [1]))
+        assert await loaded(opened, client, chain) == layers_of(images)
+        await opened.settle()

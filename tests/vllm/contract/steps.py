@@ -15,6 +15,7 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from tests.daemon import until
 from tests.vllm.contract.setup import Setup, attention_layers, kv_cache_config
 from tests.vllm.contract.worker import Runner, Worker
 
@@ -51,6 +52,9 @@ class Steps:
         self._ids = (f"request-{number}" for number in count())
 
     def __enter__(self) -> Self:
+        ours = getattr(self.scheduler.connector, "_scheduler", None)
+        if ours is not None:  # Before the daemon has answered, requests are neither looked up nor saved.
+            until(lambda: ours.is_ready)
         return self
 
     def __exit__(self, *exc: object) -> None:

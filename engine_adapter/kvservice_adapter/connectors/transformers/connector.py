@@ -6,8 +6,8 @@
     output = model.generate(input_ids, past_key_values=history.cache)      # prefills what is not there
     connector.save(output[0, : history.cache.get_seq_length()], history.cache)
 
-Both take a `session_id`: then the last block is kept too, though it is not full, and all of a
-conversation's history is there again at its next turn. With a `Conversation` it may also be cut.
+The last block is kept too, though it is not full. Without a `session_id` it is found if it is one of the newest that
+continue the same whole block; a session names it. With a `Conversation` the history may also be cut.
 """
 
 from __future__ import annotations
@@ -172,11 +172,11 @@ class TransformersConnector:
     ) -> Restored:
         """A cache with the longest stored prefix of `token_ids`, to hand to `generate`.
 
-        Returns at once: the model waits for each layer when it needs it. Only whole blocks are restored, except
-        for the last block that was saved with `session_id` or `conversation`. `token_ids` is one prompt from its
-        first token on, or a batch ``[row, column]`` with its `attention_mask`, padded on the left; then
-        `session_id` is a list with one id per row, if any. At least one token is left to compute, because the
-        model has to give its logits.
+        Returns at once: the model waits for each layer when it needs it. The last, partial block is found if it is one
+        of the newest that continue the same whole block, or if the session or the conversation names it.
+        `token_ids` is one prompt from its first token on, or a batch ``[row, column]`` with its `attention_mask`,
+        padded on the left; then `session_id` is a list with one id per row, if any. At least one token is left to
+        compute, because the model has to give its logits.
         `request_id` names the request to `kvctl explain`.
         """
         given = sequences(token_ids, attention_mask)
@@ -230,11 +230,10 @@ class TransformersConnector:
     ) -> Saved:
         """Store the blocks of `token_ids` that are not stored yet. `cache` starts with these tokens' KV.
 
-        Only whole blocks are stored, unless a `session_id` or a `conversation` is given: then the last, partial block
-        is stored too. It belongs to the session until a later turn replaces it with a fuller one. A session that
-        was cut can be continued only with its conversation and with the cache that `restore` returned. Waits at
-        most `wait_s` (default: the connector's `save_wait_s`). Work that is not done by then continues, and the
-        result has DeadlineExceeded.
+        The last, partial block is stored too. With a `session_id` or a `conversation` it belongs to the session until a
+        later turn replaces it with a fuller one. A session that was cut can be continued only with its conversation and
+        with the cache that `restore` returned. Waits at most `wait_s` (default: the connector's `save_wait_s`). Work
+        that is not done by then continues, and the result has DeadlineExceeded.
         """
         given = sequences(token_ids, attention_mask, may_have_ended=True)
         turns = self._turns.of(given, cache, self._keys(), _names(session_id, len(given.pads)), conversation)

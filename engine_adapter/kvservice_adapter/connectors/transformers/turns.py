@@ -66,7 +66,7 @@ class Turns:
             if conversation is None:
                 name, column = session_ids[row], pad
                 hidden = saver.hidden_tokens(row) if saver is not None else None
-                chain = keys.chain(tokens, with_partial=bool(name), hidden=hidden)
+                chain = keys.chain(tokens, with_partial=True, hidden=hidden)
                 turn = Turn(chain, _pages(states, row, column), name)
             else:
                 _continue(conversation, tokens)

@@ -11,7 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 from kvservice_adapter.connectors.vllm.metadata import StepOrders, StepReport
 from kvservice_adapter.connectors.vllm.scheduler_role import SchedulerRole
-from kvservice_adapter.connectors.vllm.settings import LoadMode, Settings
+from kvservice_adapter.connectors.vllm.settings import ConnectorSettings, LoadMode
 from kvservice_adapter.connectors.vllm.stats import PrometheusMetrics, TransferStats
 from kvservice_adapter.connectors.vllm.worker_role import WorkerRole
 
@@ -57,7 +57,7 @@ class KVServiceConnector(KVConnectorBase_V1):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         self._errors_logged: set[str] = set()
-        settings = Settings.of(self._kv_transfer_config.kv_connector_extra_config)
+        settings = ConnectorSettings.of(self._kv_transfer_config.kv_connector_extra_config)
         self._scheduler: SchedulerRole | None = None
         self._worker: WorkerRole | None = None
         if role is KVConnectorRole.SCHEDULER:
@@ -101,7 +101,7 @@ class KVServiceConnector(KVConnectorBase_V1):
             self._of_scheduler.allocated(request, blocks.get_block_ids(), num_external_tokens)
         except Exception as error:
             self._hook_raised("update_state_after_alloc", error)
-            if num_external_tokens:  # vLLM counts on them: it must hear from the worker that they are not there.
+            if num_external_tokens:  # vLLM expects them: the worker must report that they are not there.
                 self._of_scheduler.fail_load(request, blocks.get_block_ids(), num_external_tokens)
 
     @guarded(lambda self: self._of_scheduler.take_orders())
@@ -154,7 +154,7 @@ class KVServiceConnector(KVConnectorBase_V1):
     def wait_for_save(self) -> None:
         self._of_worker.end_step()
 
-    @guarded(lambda self: (None, self._of_worker.finished))
+    @guarded(lambda self: (None, self._of_worker.finished_anyway()))
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         return None, self._of_worker.take_finished() or None
 

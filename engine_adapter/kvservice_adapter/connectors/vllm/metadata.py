@@ -13,7 +13,7 @@ PageIds = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class LoadOrder:
+class PageLoadOrder:
     """Copy tokens ``[first_token, end_token)`` of a leased prefix into a request's pages."""
 
     request_id: str
@@ -26,7 +26,7 @@ class LoadOrder:
 
 
 @dataclass(frozen=True, slots=True)
-class SaveOrder:
+class PageSaveOrder:
     """Store blocks whose KV earlier steps have computed.
 
     If `is_freed`, vLLM may give the pages to another request in this step: they are read before anything is written.
@@ -43,8 +43,8 @@ class SaveOrder:
 class StepOrders(KVConnectorMetadata):
     """Scheduler to workers."""
 
-    loads: list[LoadOrder] = field(default_factory=list)
-    saves: list[SaveOrder] = field(default_factory=list)
+    loads: list[PageLoadOrder] = field(default_factory=list)
+    saves: list[PageSaveOrder] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)  # Requests whose asynchronous load is not wanted any more.
 
 

@@ -6,9 +6,9 @@ the same: then both engines share blocks.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from kvservice_adapter.connectors.vllm.settings import Settings
+from kvservice_adapter.connectors.vllm.settings import ConnectorSettings
 from kvservice_adapter.device.rotation import UnsupportedRotation
 from kvservice_adapter.rope_of_model import rotaries_of_config
 from kvservice_api.layout import DTYPE_BYTES, LayerGroup, Layout, Shard
@@ -27,7 +27,7 @@ _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.gguf", "config.json")
 _HASH_PIECE_BYTES = 64 * 2**20
 
 
-class UnsupportedModel(ValueError):
+class ModelRefused(ValueError):
     """The model, or the way it is run, is one whose KV this connector cannot store and restore exactly."""
 
 
@@ -35,10 +35,10 @@ class LayerPlace:
     """The layers of a model in vLLM's terms: their names in order, and each one's spec."""
 
     def __init__(self, kv_cache_config: Any, layer_count: int) -> None:
-        """Raises UnsupportedModel where vLLM caches something else than each token's KV in each layer."""
+        """Raises ModelRefused where vLLM caches something else than each token's KV in each layer."""
         groups = kv_cache_config.kv_cache_groups
         if len(groups) != 1:
-            raise UnsupportedModel(
+            raise ModelRefused(
                 f"vLLM has {len(groups)} KV cache groups for this model; run it with --disable-hybrid-kv-cache-manager"
             )
         spec = groups[0].kv_cache_spec
@@ -47,10 +47,10 @@ class LayerPlace:
         for name in groups[0].layer_names:
             index = _layer_index(name)
             if index in by_index:
-                raise UnsupportedModel(f"layers {by_index[index]} and {name} have one number: models of several parts")
+                raise ModelRefused(f"layers {by_index[index]} and {name} have one number: models of several parts")
             by_index[index] = name
         if sorted(by_index) != list(range(layer_count)):
-            raise UnsupportedModel(f"vLLM caches the layers {sorted(by_index)}; the model has {layer_count}")
+            raise ModelRefused(f"vLLM caches the layers {sorted(by_index)}; the model has {layer_count}")
         self.names = [by_index[index] for index in range(layer_count)]
         self.specs = [_supported(by_index[index], specs[by_index[index]]) for index in range(layer_count)]
         self.page_tokens: int = spec.block_size
@@ -59,7 +59,7 @@ class LayerPlace:
 def _layer_index(name: str) -> int:
     numbers = [part for part in name.split(".") if part.isdigit()]
     if len(numbers) != 1:
-        raise UnsupportedModel(f"the layer {name} has no number of its own")
+        raise ModelRefused(f"the layer {name} has no number of its own")
     return int(numbers[0])
 
 
@@ -67,47 +67,60 @@ def _supported(name: str, spec: Any) -> Any:
     kind = type(spec).__name__
     if kind not in ("FullAttentionSpec", "SlidingWindowSpec", "MLAAttentionSpec"):
         what = "keeps a state, not the KV of tokens (Mamba)" if "Mamba" in kind else f"is of kind {kind}"
-        raise UnsupportedModel(f"layer {name} {what}: its cache cannot be stored")
+        raise ModelRefused(f"layer {name} {what}: its cache cannot be stored")
     if getattr(spec, "attention_chunk_size", None):
-        raise UnsupportedModel(f"layer {name} has chunked attention, which is not supported")
+        raise ModelRefused(f"layer {name} has chunked attention, which is not supported")
     if getattr(spec, "non_causal", False):
-        raise UnsupportedModel(f"layer {name} is not causal: a token's KV depends on later tokens")
+        raise ModelRefused(f"layer {name} is not causal: a token's KV depends on later tokens")
     mode = getattr(getattr(spec, "kv_quant_mode", None), "name", "NONE")
     if mode != "NONE":
-        raise UnsupportedModel(f"layer {name} has a quantized KV cache ({mode}), which is not supported yet")
+        raise ModelRefused(f"layer {name} has a quantized KV cache ({mode}), which is not supported yet")
     if spec.num_head_slots is not None or spec.state_content_bytes is not None or spec.tokens_per_state != 1:
-        raise UnsupportedModel(f"layer {name} has packed pages")
+        raise ModelRefused(f"layer {name} has packed pages")
     return spec
 
 
-def layout_of(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> tuple[Layout, LayerPlace]:
-    """The layout of the whole model, whatever part of it a worker has. Raises UnsupportedModel, InvalidLayout."""
+def layout_of(vllm_config: Any, kv_cache_config: Any, settings: ConnectorSettings) -> tuple[Layout, LayerPlace]:
+    """The layout of the whole model, of which a worker may have a part. Raises ModelRefused, InvalidLayout."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     _check_configuration(vllm_config)
-    config = model.hf_text_config
+    config = _published(model.hf_text_config)
     place = LayerPlace(kv_cache_config, model.get_total_num_hidden_layers())
     try:
-        head_dims = [spec.head_size for spec in place.specs]
-        rotaries = rotaries_of_config(config, _model_class(config), head_dims)
+        # A latent vector is rotated in a part of it.
+        rotated = [config.qk_rope_head_dim if _is_latent(spec) else spec.head_size for spec in place.specs]
+        rotaries = rotaries_of_config(config, _model_class(config), rotated)
     except UnsupportedRotation as error:
-        raise UnsupportedModel(str(error)) from error
+        raise ModelRefused(str(error)) from error
     groups = []
     for spec, rotary in zip(place.specs, rotaries, strict=True):
-        is_latent = type(spec).__name__ == "MLAAttentionSpec"
         dtype = str(spec.dtype).removeprefix("torch.")
         if dtype not in DTYPE_BYTES:
-            raise UnsupportedModel(f"the KV cache is of {dtype}; KV can be kept in {', '.join(DTYPE_BYTES)}")
-        heads = 1 if is_latent else _total_heads(spec.num_kv_heads, model, parallel)
-        v_dim = 0 if is_latent else spec.head_size_v
-        groups.append(LayerGroup(1, heads, spec.head_size, v_dim, dtype, spec_window(spec), rotary))
+            raise ModelRefused(f"the KV cache is of {dtype}; KV can be kept in {', '.join(DTYPE_BYTES)}")
+        heads = 1 if _is_latent(spec) else _total_heads(spec.num_kv_heads, model, parallel)
+        groups.append(LayerGroup(1, heads, spec.head_size, spec.head_size_v, dtype, spec_window(spec), rotary))
     model_id, revision = _identity(model, settings)
     return Layout(model_id, groups=groups, model_revision=revision, block_tokens=settings.block_tokens), place
+
+
+def _published(config: Any) -> Any:
+    """The configuration before vLLM's DeepSeek models have renamed their rotary encoding, which only the workers do."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if parameters.get("rope_type") != "deepseek_yarn":
+        return config
+    config = copy.copy(config)
+    config.rope_parameters = {**parameters, "rope_type": "yarn"}
+    return config
 
 
 def _model_class(config: Any) -> type | None:
     """The class of transformers' own model of this configuration, if it has one."""
     found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return found if isinstance(found, type) else None
+
+
+def _is_latent(spec: Any) -> bool:
+    return type(spec).__name__ == "MLAAttentionSpec"
 
 
 def spec_window(spec: Any) -> int:
@@ -125,7 +138,7 @@ def shard_of(layout: Layout, parallel_config: Any) -> tuple[Shard, bool]:
         each = heads // size
         return Shard(0, layout.layers, rank * each, (rank + 1) * each), True
     if size % heads:
-        raise UnsupportedModel(f"{heads} KV heads cannot be divided among {size} tensor-parallel ranks")
+        raise ModelRefused(f"{heads} KV heads cannot be divided among {size} tensor-parallel ranks")
     replicas = size // heads
     head = rank // replicas
     return Shard(0, layout.layers, head, head + 1), rank % replicas == 0
@@ -135,25 +148,23 @@ def _total_heads(rank_heads: int, model: Any, parallel: Any) -> int:
     total = int(model.get_total_num_kv_heads())
     size = parallel.tensor_parallel_size
     if rank_heads != max(1, total // size):
-        raise UnsupportedModel(f"a rank has {rank_heads} KV heads of {total}, which {size} ranks do not explain")
+        raise ModelRefused(f"a rank has {rank_heads} KV heads of {total}, which {size} ranks do not explain")
     return total
 
 
 def _check_configuration(vllm_config: Any) -> None:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     if parallel.pipeline_parallel_size > 1:
-        raise UnsupportedModel("pipeline parallelism is not supported yet")
+        raise ModelRefused("pipeline parallelism is not supported yet")
     if max(parallel.decode_context_parallel_size, getattr(parallel, "prefill_context_parallel_size", 1)) > 1:
-        raise UnsupportedModel("context parallelism is not supported yet")
+        raise ModelRefused("context parallelism is not supported yet")
     if model.is_encoder_decoder:
-        raise UnsupportedModel(
-            "encoder-decoder models are not supported: a decoder's KV depends on the encoder's input"
-        )
+        raise ModelRefused("encoder-decoder models are not supported: a decoder's KV depends on the encoder's input")
     if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
-        raise UnsupportedModel("with calculate_kv_scales the same tokens have another KV in each run")
+        raise ModelRefused("with calculate_kv_scales the same tokens have another KV in each run")
 
 
-def _identity(model: Any, settings: Settings) -> tuple[str, str]:
+def _identity(model: Any, settings: ConnectorSettings) -> tuple[str, str]:
     """The layout's `model_id` and `model_revision`."""
     folder = Path(model.model)
     model_id = settings.model_id or (folder.resolve().name if folder.exists() else model.model)
@@ -167,7 +178,7 @@ def _identity(model: Any, settings: Settings) -> tuple[str, str]:
         elif folder.is_file():
             revision = _content_hash([folder])
         else:
-            raise UnsupportedModel(f"which weights {model.model} has is not known: set model_revision")
+            raise ModelRefused(f"which weights {model.model} has is not known: set model_revision")
     if model.quantization:
         described = str(getattr(model.hf_config, "quantization_config", None))
         revision += f" {model.quantization}:{hashlib.sha256(described.encode()).hexdigest()[:16]}"
@@ -176,14 +187,11 @@ def _identity(model: Any, settings: Settings) -> tuple[str, str]:
 
 def _content_hash(files: Iterable[Path]) -> str:
     """A hash of the files' contents, at the speed of reading them. It is not of use against an attacker."""
-    began_s = time.monotonic()
     digest = xxhash.xxh3_128()
+    log.info("reading all of the model's files to name its weights; model_revision in the configuration saves it")
     for path in sorted(files):
         digest.update(f"{path.name}:{path.stat().st_size}:".encode())
         with path.open("rb", buffering=0) as opened:
             while piece := opened.read(_HASH_PIECE_BYTES):
                 digest.update(piece)
-    log.info(
-        "read the model's files in %.1f s to name its weights; model_revision saves it", time.monotonic() - began_s
-    )
     return f"xxh3:{digest.hexdigest()}"

@@ -22,7 +22,10 @@ class UnsupportedPages(ValueError):
 
 
 class PageViews(NamedTuple):
-    """Keys and values of one layer, each ``[page, kv head, token, dim]``, without a copy."""
+    """Keys and values of one layer, each ``[page, kv head, token, dim]``, without a copy.
+
+    Latent attention has one vector per token, which is kept as the key of one head; its values have no dims.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -37,7 +40,7 @@ def _transposed_keys(pages: torch.Tensor, k_dim: int) -> PageViews:
 
 
 def _side_by_side(pages: torch.Tensor, k_dim: int) -> PageViews:
-    """Pages ``[head, token, key and value]``, of any strides."""
+    """Pages ``[head, token, key and value]``, of any strides; also latent vectors, beside values without dims."""
     return PageViews(pages[..., :k_dim], pages[..., k_dim:])
 
 
@@ -47,6 +50,13 @@ VIEWS: Mapping[str, Callable[[torch.Tensor, int], PageViews]] = {
     "FLASH_ATTN": _side_by_side,
     "TRITON_ATTN": _side_by_side,
     "FLEX_ATTENTION": _side_by_side,
+    "CPU_MLA": _side_by_side,
+    "AMX_MLA": _side_by_side,
+    "TRITON_MLA": _side_by_side,
+    "FLASHMLA": _side_by_side,
+    "FLASH_ATTN_MLA": _side_by_side,
+    "FLASHINFER_MLA": _side_by_side,
+    "CUTLASS_MLA": _side_by_side,
 }
 
 
@@ -74,8 +84,7 @@ def proven_views(name: str, layer: Any, pages: torch.Tensor, k_dim: int, v_dim: 
 
 
 def _prove(name: str, backend: str, layer: Any, pages: torch.Tensor, views: PageViews) -> None:
-    update = getattr(layer.impl, "do_kv_cache_update", None)
-    if update is None:
+    if not hasattr(layer.impl, "do_kv_cache_update"):
         raise UnsupportedPages(f"{backend} has no cache update of its own, so its pages cannot be proven")
     page_tokens = views.keys.shape[2]
     used = pages[1:3]  # Page 0 is vLLM's null page.
@@ -91,7 +100,7 @@ def _prove(name: str, backend: str, layer: Any, pages: torch.Tensor, views: Page
     try:
         while place < highest:  # One digit of the numbers at a time: all elements are different in some digit.
             keys, values = ((each // place % _BASE).to(dtype) for each in (key_numbers, value_numbers))
-            update(layer, keys.contiguous(), values.contiguous(), pages, slots)
+            _update(layer, keys.contiguous(), values.contiguous(), pages, slots)
             for what, given, view in (("keys", keys, views.keys), ("values", values, views.values)):
                 found = view[1:3].permute(0, 2, 1, 3).reshape(given.shape)
                 if not torch.equal(found, given):
@@ -99,3 +108,14 @@ def _prove(name: str, backend: str, layer: Any, pages: torch.Tensor, views: Page
             place *= _BASE
     finally:
         used.copy_(before)
+
+
+def _update(layer: Any, keys: torch.Tensor, values: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor) -> None:
+    """Write tokens ``[token, head, dim]`` into pages, by the backend's own code."""
+    update = layer.impl.do_kv_cache_update
+    if values.shape[2]:
+        update(layer, keys, values, pages, slots)
+        return
+    latent, rotated = keys[..., : layer.kv_lora_rank], keys[..., layer.kv_lora_rank :]
+    parts = latent[:, 0].contiguous(), rotated.contiguous()
+    update(*parts, pages.squeeze(1), slots, layer.kv_cache_dtype, layer._k_scale)

@@ -1,6 +1,6 @@
 """The keys of a vLLM request's blocks, and which requests have none.
 
-Keys follow from token ids alone, whatever hash vLLM uses, and from what else changes a token's KV: the LoRA adapter,
+Keys follow from token ids alone, not from vLLM's own hashes, and from what else changes a token's KV: the LoRA adapter,
 the images whose placeholders are in a block, and vLLM's `cache_salt`.
 """
 

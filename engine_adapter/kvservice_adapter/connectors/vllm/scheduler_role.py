@@ -1,4 +1,7 @@
-"""The scheduler's role: what of a request is stored, what to load, and what to save. No method waits for the daemon."""
+"""The scheduler's role: what of a request is stored, what to load, and what to save.
+
+No method but `reset` waits for the daemon.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvservice_adapter.breaker import Breaker, answered, probe_of
-from kvservice_adapter.connectors.vllm.metadata import FailedLoad, LoadOrder, SaveOrder, StepOrders, StepReport
+from kvservice_adapter.connectors.vllm.metadata import FailedLoad, PageLoadOrder, PageSaveOrder, StepOrders, StepReport
 from kvservice_adapter.connectors.vllm.model_layout import layout_of
 from kvservice_adapter.connectors.vllm.request_keys import extra_of_block, refusal_of, salt_of
-from kvservice_adapter.connectors.vllm.settings import LoadMode, Settings
+from kvservice_adapter.connectors.vllm.settings import ConnectorSettings, LoadMode
 from kvservice_adapter.connectors.vllm.stats import TransferStats
 from kvservice_adapter.cost import Kind, Rates, plan
+from kvservice_adapter.engine.key_generation import KeyGeneration
 from kvservice_adapter.engine.prefix_lookup import tier_of
 from kvservice_api.errors import KVError
 from kvservice_api.keys import ChainBuilder
@@ -21,6 +25,7 @@ from kvservice_client.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
+_RESET_WAIT_S = 1.0  # How long `reset` may wait. The daemon answers once its disk has written a file.
 _MEASURED_MIN = 32  # Tokens of a step. The time of fewer says little about a prefill.
 PARAMETERS = "kvservice"  # The connector's entry in a request's `kv_transfer_params`.
 
@@ -43,14 +48,14 @@ class _Request:
     attempt: int = 0  # The preemptions at the last lookup.
     has_loaded: bool = False  # In this attempt. If vLLM asks again, the load has failed: there is no second one.
     is_loading: bool = False  # Between steps: vLLM counts tokens as computed that are not there yet.
-    saved_tokens: int = 0  # Tokens whose blocks are stored, or on their way.
+    saved_tokens: int = 0  # Tokens whose blocks are stored, or being saved.
 
 
 class SchedulerRole:
     """All methods are called on vLLM's scheduler thread."""
 
-    def __init__(self, vllm_config: Any, kv_cache_config: Any, settings: Settings) -> None:
-        """Makes no call to the daemon. Raises UnsupportedModel."""
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, settings: ConnectorSettings) -> None:
+        """Makes no call to the daemon. Raises ModelRefused."""
         self._settings = settings
         self.layout, place = layout_of(vllm_config, kv_cache_config, settings)
         self._page_tokens = place.page_tokens
@@ -68,10 +73,9 @@ class SchedulerRole:
         self._requests: dict[str, _Request] = {}
         self._orders = StepOrders()
         self._lines = RateLimitedLog(log)
-        self._generation = 0
+        self._generation = KeyGeneration(self._blocks, self._clock)  # Begins to attach.
         self._are_workers_away = False
         self._stats = TransferStats()
-        self._blocks.peek(ChainBuilder(self.layout).chain)  # Begins to attach.
 
     def bind_manager(self, manager: Any) -> None:
         """vLLM's KV cache manager, which knows the pages of each request."""
@@ -80,16 +84,17 @@ class SchedulerRole:
     @property
     def is_ready(self) -> bool:
         """Whether lookups can be answered without a call. False until the daemon has answered for the first time."""
-        return self._blocks.peek(ChainBuilder(self.layout).chain) is not None
+        return self._generation.number is not None and self._blocks.peek(ChainBuilder(self.layout).chain) is not None
 
     # Requests
 
     def on_new(self, request: Any) -> None:
-        why = refusal_of(request)
+        generation = self._generation.number
+        why = refusal_of(request) if generation is not None else "the key generation is not known yet"
         given = (request.kv_transfer_params or {}).get(PARAMETERS) or {}
         builder = ChainBuilder(
             self.layout,
-            salt=salt_of(request, self._generation),
+            salt=salt_of(request, generation or 0),
             extra_of_block=extra_of_block(request, self.layout.block_tokens),
         )
         state = self._requests[request.request_id] = _Request(
@@ -116,13 +121,12 @@ class SchedulerRole:
         """Begin to look up the request's prefix, if it may be stored."""
         state.attempt = state.request.num_preemptions
         state.asked_at_s, state.is_answered, state.has_loaded = 0.0, False, False
-        chain = state.builder.chain
-        if not self._breaker.allow() or self._are_workers_away or not len(chain):
+        if not self._breaker.allow() or self._are_workers_away:
             state.is_answered = True
             return
         self._stats.count(lookups=1)
-        local = self._blocks.peek(chain)
-        if local is not None and not local.blocks:
+        local = self._blocks.peek(state.builder)
+        if local is not None and not local.blocks and local.may_have_tail is False:
             state.is_answered = True
             return
         state.lookup = self._blocks.begin_lookup(
@@ -171,7 +175,7 @@ class SchedulerRole:
             self._rates,
             tokens,
             state.request.num_tokens - computed_tokens - tokens,
-            self.layout.bytes_per_token // self._workers,
+            self.layout.bytes_per_token // min(self._workers, self.layout.kv_heads),
             state.tier,
             self.layout.block_tokens,
             may_mix=False,
@@ -227,7 +231,7 @@ class SchedulerRole:
         if state.found is None:  # Not to be expected. A ticket that no daemon takes fails the load.
             raise RuntimeError(f"{external_tokens} tokens are to be loaded, and none were found")
         total = min(state.found.lease.hit_tokens, request.num_tokens - 1)
-        order = LoadOrder(
+        order = PageLoadOrder(
             request.request_id,
             state.attempt,
             state.found.ticket,
@@ -286,7 +290,7 @@ class SchedulerRole:
         self._extend(state)
         chain = state.builder.prefix(end_token)[first:]
         pages = tuple(page_ids[: -(-end_token // self._page_tokens)])
-        self._orders.saves.append(SaveOrder(state.request.request_id, chain, first * size, pages, is_freed))
+        self._orders.saves.append(PageSaveOrder(state.request.request_id, chain, first * size, pages, is_freed))
         state.saved_tokens = end_token
 
     def on_output(self, report: StepReport | None, finished_loads: set[str]) -> None:
@@ -319,9 +323,14 @@ class SchedulerRole:
             state.saved_tokens = min(state.saved_tokens, failed.valid_tokens)
 
     def reset(self) -> bool:
-        """Forget everything that is stored: what was computed so far is never found again."""
-        self._generation += 1
-        return True
+        """Begin a new generation of keys: what was computed so far is never found again. Whether the daemon confirms.
+
+        If it does not, nothing is looked up or saved until it has begun one. Requests that run keep what they have.
+        """
+        for state in self._requests.values():  # vLLM may compute them again, with other weights.
+            self._drop_found(state)
+            state.may_load = state.may_save = False
+        return self._generation.begin(_RESET_WAIT_S)
 
     def take_stats(self) -> TransferStats | None:
         """What was counted since the last call."""
@@ -338,7 +347,10 @@ class SchedulerRole:
         total = min(len(pages) * self._page_tokens, request.num_tokens)
         is_async = state is not None and self._mode(state) is LoadMode.BETWEEN_STEPS
         mode = LoadMode.BETWEEN_STEPS if is_async else LoadMode.WHOLE
-        self._orders.loads.append(LoadOrder(request.request_id, request.num_preemptions, b"", 0, total, pages, mode))
+        self._orders.loads = [order for order in self._orders.loads if order.request_id != request.request_id]
+        self._orders.loads.append(
+            PageLoadOrder(request.request_id, request.num_preemptions, b"", 0, total, pages, mode)
+        )
         if state is not None:
             state.has_loaded, state.may_load = True, False
 
@@ -348,5 +360,6 @@ class SchedulerRole:
         return orders
 
     def close(self) -> None:
+        self._generation.close()
         self._breaker.close(0.0)
         self._client.close()

@@ -25,7 +25,7 @@ class LoadMode(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class ConnectorSettings:
     """Read once, in each of vLLM's processes."""
 
     address: str = (
@@ -41,7 +41,7 @@ class Settings:
     wait_s: float = 0.1  # How long a step may wait for the daemon's first answer to a load.
     layer_wait_s: float = 1.0  # How long a load may wait for each further layer, such as from SSD.
     ticket_s: float = 30.0  # How long a hit stays leased until the workers load it.
-    staging_bytes: int = 256 * 2**20  # Memory per worker for blocks on their way to the daemon.
+    staging_bytes: int = 256 * 2**20  # Memory per worker for blocks that wait to be sent.
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Self:

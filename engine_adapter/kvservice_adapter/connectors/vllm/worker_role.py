@@ -13,10 +13,10 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from kvservice_adapter.breaker import Breaker, answered, probe_of
-from kvservice_adapter.connectors.vllm.metadata import FailedLoad, LoadOrder, SaveOrder, StepOrders, StepReport
-from kvservice_adapter.connectors.vllm.model_layout import UnsupportedModel, layout_of, shard_of
+from kvservice_adapter.connectors.vllm.metadata import FailedLoad, PageLoadOrder, PageSaveOrder, StepOrders, StepReport
+from kvservice_adapter.connectors.vllm.model_layout import ModelRefused, layout_of, shard_of
 from kvservice_adapter.connectors.vllm.page_layouts import UnsupportedPages, proven_views
-from kvservice_adapter.connectors.vllm.settings import LoadMode, Settings
+from kvservice_adapter.connectors.vllm.settings import ConnectorSettings, LoadMode
 from kvservice_adapter.connectors.vllm.stats import TransferStats
 from kvservice_adapter.device.arrays import view_of
 from kvservice_adapter.engine.page_loads import PagedLayers, PrefixLoad, Waits, release_on
@@ -43,8 +43,8 @@ class _Gathered(NamedTuple):
 class WorkerRole:
     """One rank. All methods are called on vLLM's worker thread."""
 
-    def __init__(self, vllm_config: Any, kv_cache_config: Any, settings: Settings) -> None:
-        """Makes no call to the daemon. Raises UnsupportedModel."""
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, settings: ConnectorSettings) -> None:
+        """Makes no call to the daemon. Raises ModelRefused."""
         self._vllm_config, self._settings = vllm_config, settings
         self.layout, self._place = layout_of(vllm_config, kv_cache_config, settings)
         self._shard, self._is_writer = shard_of(self.layout, vllm_config.parallel_config)
@@ -60,23 +60,23 @@ class WorkerRole:
         self._bad_pages: set[int] = set()
         self._report = StepReport()
         self._stats = TransferStats()
-        self._loaders: list[tuple[LoadOrder, LayerLoader]] = []
+        self._loaders: list[tuple[PageLoadOrder, PrefixLoad, LayerLoader]] = []
         self._between_steps: dict[str, PrefixLoad] = {}  # By request.
         self._gathering: _Gathered | None = None
         self._saver: PageSaver | None = None
         self._orders: StepOrders | None = None
+        self._open: dict[str, PageLoadOrder] = {}  # By request: the loads of this step that have not ended.
+        self._is_silent = False  # In this step a load had no answer in time: no other one waits for the daemon.
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
-        """Find keys and values in vLLM's pages. Raises UnsupportedPages, UnsupportedModel."""
+        """Find keys and values in vLLM's pages. Raises UnsupportedPages, ModelRefused."""
         place = self._place
         missing = sorted(set(place.names) - set(kv_caches))
         if missing:
-            raise UnsupportedModel(f"vLLM registered no pages of {', '.join(missing)}")
+            raise ModelRefused(f"vLLM registered no pages of {', '.join(missing)}")
         modules = get_layers_from_vllm_config(self._vllm_config, AttentionLayerBase, place.names)
         keys, values, dtypes = [], [], []
         for name, spec in zip(place.names, place.specs, strict=True):
-            if type(spec).__name__ == "MLAAttentionSpec":
-                raise UnsupportedPages(f"{name}: pages of latent attention (MLA) are not supported yet")
             if name not in modules:
                 raise UnsupportedPages(f"{name} is no attention layer of this model")
             views = proven_views(name, modules[name], kv_caches[name], spec.head_size, spec.head_size_v)
@@ -122,14 +122,15 @@ class WorkerRole:
 
     def before_step(self, orders: StepOrders) -> None:
         """Before vLLM changes any page: copy out the blocks to save."""
-        if orders is self._orders:
+        if not self._begin_step(orders):
             return
-        self._orders = orders
+        former, self._gathering = self._gathering, None
+        self._wait(former)  # If `end_step` was not called, or has failed.
         freed = self._gather([save for save in orders.saves if save.is_freed])
         self._gathering = self._gather([save for save in orders.saves if not save.is_freed])
         self._wait(freed)
 
-    def _gather(self, orders: list[SaveOrder]) -> _Gathered | None:
+    def _gather(self, orders: list[PageSaveOrder]) -> _Gathered | None:
         if self._saver is None or not orders:
             return None
         saves = [PageSave(order.chain, order.first_token, order.page_ids) for order in orders]
@@ -149,28 +150,43 @@ class WorkerRole:
         """On a thread of the saver's."""
         self._count(saved_blocks=result.stored, already_stored_blocks=result.already_stored)
 
+    def _begin_step(self, orders: StepOrders) -> bool:
+        """False if the step of these orders has begun already."""
+        if orders is self._orders:
+            return False
+        self._orders, self._is_silent = orders, False
+        self._open = {order.request_id: order for order in orders.loads}
+        return True
+
     def start_loads(self, orders: StepOrders) -> None:
         """Copy in what the step's forward needs, and begin what later steps need."""
-        assert self._layers is not None
-        for order in orders.loads:
-            if not self._breaker.allow():
+        self._begin_step(orders)
+        for order in list(self._open.values()):
+            if not order.ticket:
+                self._failed(order, "the scheduler's role has failed", is_unanswered=False)
+            elif not self._may_ask:
                 self._failed(order, "the daemon did not answer lately: it is not asked", is_unanswered=True)
             elif order.mode is LoadMode.BETWEEN_STEPS:
                 load = self._between_steps[order.request_id] = self._load(order)
                 self._loading.submit(partial(self._load_between_steps, order, load))
+                self._open.pop(order.request_id)  # From now on it is reported by the loading thread.
             elif order.mode is LoadMode.LAYERS:
-                self._loaders.append((order, self._begin_layers(order)))
+                self._loaders.append((order, *self._begin_layers(order)))
             else:
                 self._load_whole(order, self._load(order))
         for request_id in orders.cancelled:
             if (running := self._between_steps.get(request_id)) is not None:
                 running.cancel()
 
-    def _load(self, order: LoadOrder) -> PrefixLoad:
+    @property
+    def _may_ask(self) -> bool:
+        return self._breaker.allow() and not self._is_silent
+
+    def _load(self, order: PageLoadOrder) -> PrefixLoad:
         tokens = (order.first_token, order.end_token)
         return PrefixLoad(self._copying, self._blocks, order.ticket, tokens, self._waits, self._release)
 
-    def _load_whole(self, order: LoadOrder, load: PrefixLoad) -> None:
+    def _load_whole(self, order: PageLoadOrder, load: PrefixLoad) -> None:
         assert self._layers is not None
         began_s = self._clock.now_s()
         try:
@@ -181,14 +197,20 @@ class WorkerRole:
         else:
             self._load_ended(order, load.size_bytes, self._clock.now_s() - began_s, None)
 
-    def _load_between_steps(self, order: LoadOrder, load: PrefixLoad) -> None:
-        """On the loading stream's thread."""
-        self._load_whole(order, load)
-        with self._lock:
-            del self._between_steps[order.request_id]
-            self._finished.add(order.request_id)
+    def _load_between_steps(self, order: PageLoadOrder, load: PrefixLoad) -> None:
+        """On the loading stream's thread. Every end is reported: else the request never runs."""
+        try:
+            if self._breaker.allow():
+                self._load_whole(order, load)
+            else:
+                self._failed(order, "the daemon did not answer lately: it is not asked", is_unanswered=True)
+        except BaseException as error:
+            self._failed(order, f"{type(error).__name__}: {error}", is_unanswered=False)
+            raise
+        finally:
+            self._between_steps.pop(order.request_id, None)
 
-    def _begin_layers(self, order: LoadOrder) -> LayerLoader:
+    def _begin_layers(self, order: PageLoadOrder) -> tuple[PrefixLoad, LayerLoader]:
         assert self._layers is not None
         load = self._load(order)
         loader = LayerLoader(
@@ -202,21 +224,22 @@ class WorkerRole:
             clock=self._clock,
         )
         loader.start()
-        return loader
+        return load, loader
 
     def wait_for_layer(self, name: str) -> None:
         """Before the forward reads a layer's pages."""
         if not self._loaders:
             return
         layer, running = self._layer_of_name[name], []
-        for order, loader in self._loaders:
+        for order, load, loader in self._loaders:
             try:
-                loader.wait(layer)
+                loader.wait(layer, None if self._may_ask else 0.0)
             except LoadFailed as error:
                 loader.cancel()
+                load.stop()  # vLLM computes into the pages after this.
                 self._load_ended(order, 0, 0.0, error)
                 continue
-            running.append((order, loader))
+            running.append((order, load, loader))
             if layer + 1 == self._shard.layers:
                 report = loader.report
                 self._load_ended(order, report.size_bytes, report.busy_s, None)
@@ -226,24 +249,31 @@ class WorkerRole:
         """After the forward: from now on vLLM may give the pages to others."""
         gathering, self._gathering = self._gathering, None
         self._wait(gathering)
-        for order, loader in self._loaders:  # The forward did not ask for all layers.
+        self._end_layers(LoadFailed("the forward ended before all layers were loaded"))
+
+    def _end_layers(self, error: Exception) -> None:
+        loaders, self._loaders = self._loaders, []
+        for order, load, loader in loaders:
             loader.cancel()
-            self._load_ended(order, 0, 0.0, LoadFailed("the forward ended before all layers were loaded"))
-        self._loaders = []
+            load.stop()
+            self._load_ended(order, 0, 0.0, error)
 
     # What is reported after a step
 
-    @property
-    def finished(self) -> set[str]:
-        return set(self._finished)
-
     def take_finished(self) -> set[str]:
-        """Requests whose loads between steps have ended, with or without success."""
+        """Requests whose loads between steps have ended, with or without success. vLLM ends if it gets one twice."""
+        return self.finished_anyway()
+
+    def finished_anyway(self) -> set[str]:
+        """What `take_finished` returns, if that has raised."""
         with self._lock:
             finished, self._finished = self._finished, set()
         return finished
 
     def take_bad_pages(self) -> set[int]:
+        return self._taken_bad_pages()
+
+    def _taken_bad_pages(self) -> set[int]:
         with self._lock:
             pages, self._bad_pages = self._bad_pages, set()
         return pages
@@ -261,18 +291,16 @@ class WorkerRole:
         return None if stats.is_empty() else stats
 
     def fail_loads(self, orders: StepOrders, error: Exception) -> None:
-        """A hook raised: no load of this step counts."""
-        for order in orders.loads:
+        """A hook raised: this step's loads have failed that have not ended. The loading thread reports its own."""
+        self._begin_step(orders)
+        self._end_layers(LoadFailed(f"{type(error).__name__}: {error}"))
+        for order in list(self._open.values()):
             self._failed(order, f"{type(error).__name__}: {error}", is_unanswered=False)
-            if order.mode is LoadMode.BETWEEN_STEPS:
-                with self._lock:
-                    self._finished.add(order.request_id)
-        self._loaders = []
 
     def pages_in_doubt(self) -> set[int]:
-        """Pages that this step's loads were to fill."""
+        """What `take_bad_pages` returns, if that has raised: with all pages that this step's loads were to fill."""
         orders = self._orders.loads if self._orders is not None else []
-        return {page for order in orders for page in order.page_ids} | self._bad_pages
+        return {page for order in orders for page in self._pages_of(order)} | self._taken_bad_pages()
 
     def count_error(self) -> None:
         self._count(errors=1)
@@ -288,11 +316,12 @@ class WorkerRole:
         self._breaker.close(0.0)
         self._client.close()
 
-    def _load_ended(self, order: LoadOrder, size_bytes: int, seconds: float, error: Exception | None) -> None:
+    def _load_ended(self, order: PageLoadOrder, size_bytes: int, seconds: float, error: Exception | None) -> None:
         """On any thread."""
         if error is None:
             self._breaker.record(True)
             with self._lock:
+                self._end(order)
                 self._report.loaded.append((order.request_id, size_bytes, seconds))
                 self._stats.count(loads=1, loaded_bytes=size_bytes, load_seconds=seconds)
             return
@@ -304,16 +333,27 @@ class WorkerRole:
         )
         self._failed(order, reason, is_unanswered=is_unanswered)
 
-    def _failed(self, order: LoadOrder, reason: str, *, is_unanswered: bool) -> None:
+    def _failed(self, order: PageLoadOrder, reason: str, *, is_unanswered: bool) -> None:
         self._lines.warning("a prefix of %d tokens is computed, not loaded: %s", order.end_token, reason)
-        first_page = order.first_token // self._place.page_tokens
-        last_page = -(-order.end_token // self._place.page_tokens)
         with self._lock:
-            self._bad_pages.update(order.page_ids[first_page:last_page])
+            self._is_silent |= is_unanswered
+            self._bad_pages.update(self._pages_of(order))
+            self._end(order)
             self._report.failed.append(
                 FailedLoad(order.request_id, order.attempt, order.first_token, reason, is_unanswered)
             )
             self._stats.count(failed_loads=1)
+
+    def _end(self, order: PageLoadOrder) -> None:
+        """With the lock: vLLM gets the pages and the end of a load between steps at once."""
+        self._open.pop(order.request_id, None)
+        if order.mode is LoadMode.BETWEEN_STEPS:
+            self._finished.add(order.request_id)
+
+    def _pages_of(self, order: PageLoadOrder) -> tuple[int, ...]:
+        """The pages into which it loads."""
+        size = self._place.page_tokens
+        return order.page_ids[order.first_token // size : -(-order.end_token // size)]
 
 
 def _client_name(vllm_config: Any) -> str:

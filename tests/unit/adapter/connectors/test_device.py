@@ -45,15 +45,16 @@ def test_all_kv_is_copied_by_the_device_that_is_given(rotated: bool) -> None:
     cache = subject.restore(ids).cache
     with torch.inference_mode():
         model(ids, past_key_values=cache)
-    assert subject.save(ids, cache).stored == 4
-    assert device.arrays == 2 * model.config.num_hidden_layers, "keys and values of each layer, of one save"
+    assert subject.save(ids, cache).stored == 5
+    saves = 2 * 2  # Keys and values of each layer; the whole blocks while they are computed, then the partial one.
+    assert device.arrays == saves * model.config.num_hidden_layers
 
     again = subject.restore(ids).cache
     with torch.inference_mode():
-        model(ids[:, 16:], past_key_values=again)
+        model(ids[:, 17:], past_key_values=again)
 
     copies = 2 if rotated else 4  # Also keys before rotation.
-    assert device.arrays == (2 + copies) * model.config.num_hidden_layers
+    assert device.arrays == (saves + copies) * model.config.num_hidden_layers
 
 
 def test_the_default_device_is_chosen_by_where_the_model_lies() -> None:

@@ -45,7 +45,7 @@ def assert_right(kept: KeptBlocks, model: Any, *prompts: torch.Tensor) -> None:
             for (keys, values), (keys_there, values_there) in zip(expected, states(restored.cache), strict=True):
                 assert torch.allclose(keys, keys_there, atol=1e-5)
                 assert torch.allclose(values, values_there, atol=1e-5)
-        checked += restored.tokens // BLOCK_TOKENS
+        checked += -(-restored.tokens // BLOCK_TOKENS)
     assert checked == len(kept.stored), "blocks are stored that none of the prompts has"
 
 
@@ -69,8 +69,8 @@ def test_they_count_as_stored_once(kept: KeptBlocks) -> None:
 
     first, second = subject.save(output, cache), subject.save(output, cache)
 
-    assert (first.stored, first.already_stored, first.refused) == (7, 0, 0)
-    assert (second.stored, second.already_stored, second.refused) == (0, 7, 0)
+    assert (first.stored, first.already_stored, first.refused) == (8, 0, 0)
+    assert (second.stored, second.already_stored, second.refused) == (0, 8, 0)
 
 
 def test_what_was_restored_is_not_saved_again(kept: KeptBlocks) -> None:
@@ -81,8 +81,8 @@ def test_what_was_restored_is_not_saved_again(kept: KeptBlocks) -> None:
     cache = subject.restore(ids).cache
     saved = subject.save(answer(model, ids, cache), cache)
 
-    assert kept.saves == [4, 1, 1, 1]
-    assert (saved.stored, saved.already_stored) == (3, 4)
+    assert kept.saves == [5, 1, 1, 1, 1]
+    assert (saved.stored, saved.already_stored) == (4, 4)
 
 
 def test_full_staging_drops_saves_and_the_end_of_the_turn_makes_up_for_it(kept: KeptBlocks) -> None:
@@ -93,7 +93,7 @@ def test_full_staging_drops_saves_and_the_end_of_the_turn_makes_up_for_it(kept: 
     assert subject.flush()
     assert not kept.stored
 
-    assert subject.save(output, cache).stored == 7
+    assert subject.save(output, cache).stored == 8
     assert_right(kept, model, output)
 
 
@@ -231,7 +231,7 @@ def test_tokens_that_are_masked_or_placed_otherwise_are_not_saved(kept: KeptBloc
     saved = subject.save(ids, cache)
 
     assert not kept.stored
-    assert (saved.stored, saved.refused) == (0, 4)
+    assert (saved.stored, saved.refused) == (0, 5)
     assert isinstance(saved.error, InvalidRequest)
 
 
@@ -244,7 +244,7 @@ def test_states_of_unknown_tokens_are_not_saved_until_they_are_named(kept: KeptB
     assert subject.flush()
     assert not kept.stored
 
-    assert subject.save(ids, cache).stored == 4
+    assert subject.save(ids, cache).stored == 5
     assert_right(kept, model, ids)
 
 
@@ -275,9 +275,9 @@ def test_tokens_that_were_hidden_while_they_were_unknown_are_stored_as_hidden(ke
         embeds = model.get_input_embeddings()(ids)
         model(inputs_embeds=embeds, past_key_values=cache, attention_mask=mask, position_ids=positions)
 
-    assert subject.save(ids, cache).stored == 4
+    assert subject.save(ids, cache).stored == 5
     assert subject.restore(ids).tokens == 4, "up to the block with the hidden token"
-    assert subject.restore(ids, attention_mask=mask).tokens == 16
+    assert subject.restore(ids, attention_mask=mask).tokens == 17
 
 
 def test_what_a_model_in_training_mode_computes_is_not_saved(kept: KeptBlocks) -> None:
@@ -290,7 +290,7 @@ def test_what_a_model_in_training_mode_computes_is_not_saved(kept: KeptBlocks) -
     saved = subject.save(ids, cache)
 
     assert not kept.stored
-    assert saved.refused == 4 and "training" in str(saved.error)
+    assert saved.refused == 5 and "training" in str(saved.error)
 
 
 def test_tokens_that_are_not_those_of_the_cache_are_refused(kept: KeptBlocks) -> None:
@@ -417,7 +417,7 @@ def test_a_daemon_that_is_away_stops_no_forward(kept: KeptBlocks) -> None:
     kept.failing = None
     while subject.restore(ids).error is not None:
         pass  # Until the breaker is open.
-    assert subject.save(answer(model, ids), cache).stored == 7
+    assert subject.save(answer(model, ids), cache).stored == 8
 
 
 def test_two_connectors_of_one_model_save_their_own_caches_only(kept: KeptBlocks) -> None:
