@@ -21,6 +21,8 @@ os.environ.update(
 from vllm import LLM, SamplingParams
 from vllm.config import KVTransferConfig
 
+# Settings for tests that are not about waits: on a busy machine an answer may take longer than users would wait.
+PATIENT = {"lookup_wait_s": 30.0, "wait_s": 30.0, "layer_wait_s": 30.0}
 NOT_KEPT = {"may_load": False, "may_save": False}  # A request that vLLM computes as if there were no connector.
 
 

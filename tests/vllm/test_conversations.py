@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kvservice_adapter.connectors.transformers import TransformersConnector
 from kvservice_client import BlockCache, Client, Layout, Rotary, block_chain
 from tests.daemon import MIB, DaemonProcess, until
-from tests.vllm.engine import NOT_KEPT, Engine, engine, model_folder, transfer_config
+from tests.vllm.engine import NOT_KEPT, PATIENT, Engine, engine, model_folder, transfer_config
 
 pytestmark = pytest.mark.fast
 
@@ -40,7 +40,9 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
 
 @pytest.fixture(scope="module")
 def vllm(daemon: DaemonProcess) -> Iterator[Engine]:
-    settings = transfer_config(address=daemon.address, model_id=LAYOUT.model_id, model_revision=LAYOUT.model_revision)
+    settings = transfer_config(
+        address=daemon.address, model_id=LAYOUT.model_id, model_revision=LAYOUT.model_revision, **PATIENT
+    )
     with engine(model_folder(), settings, block_size=64) as running:
         yield running
 
