@@ -48,8 +48,11 @@ class NumberedModel:
 
     def generate(self, prompt: Sequence[int], count: int) -> list[int]:
         """The tokens that follow the prompt where all numbers are right."""
-        tokens = list(prompt)
+        states = states_of(prompt).tolist()
+        keys = [self.keys_and_values(np.array(states), self.layers - 1)[0]]
+        tokens: list[int] = []
         for _ in range(count):
-            keys, _ = self.keys_and_values(states_of(tokens), self.layers - 1)
-            tokens.append(self.next_token([keys]))
-        return tokens[len(prompt) :]
+            tokens.append(self.next_token(keys))
+            states.append(int(states_of(tokens[-1:], states[-1])[0]))
+            keys.append(self.keys_and_values(np.array(states[-1:]), self.layers - 1)[0])
+        return tokens

@@ -43,6 +43,7 @@ class Setup:
     page_tokens: int = 32
     step_tokens: int = 512  # At most so many in one step: a longer prompt is computed in chunks.
     failure_policy: str = "recompute"
+    is_asynchronous: bool = False  # A step is scheduled before the tokens of the last one are known, as on a GPU.
 
     def vllm_config(self) -> VllmConfig:
         config = VllmConfig(
@@ -69,6 +70,7 @@ class Setup:
             "LBHNC"  # An engine asks its attention backend: CPU_ATTN has this one only.
         )
         config.cache_config.num_gpu_blocks = self.pages
+        config.scheduler_config.async_scheduling = self.is_asynchronous  # The CPU platform would have turned it off.
         return config
 
 

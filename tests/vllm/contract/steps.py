@@ -10,6 +10,7 @@ from typing import Any, Self
 from vllm import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
@@ -36,7 +37,7 @@ class Steps:
         self.setup = setup
         self._config = setup.vllm_config()
         caches = kv_cache_config(self._config, attention_layers(setup.vllm_config(), setup.model))
-        self.scheduler = Scheduler(
+        self.scheduler = (AsyncScheduler if setup.is_asynchronous else Scheduler)(
             vllm_config=self._config,
             kv_cache_config=caches,
             log_stats=True,
@@ -47,6 +48,7 @@ class Steps:
         self.worker = Worker(self._config, caches, setup.model, runner)
         self.requests: dict[str, Request] = {}  # All so far, with what they have generated.
         self.hits: dict[str, int] = {}  # Tokens that came from the connector, as vLLM reports them with a first token.
+        self._in_flight: tuple[Any, Any] = None, None  # The last step and its output, until the next is scheduled.
         self.bad_pages: list[int] = []  # That the connector reported so far.
         self._hasher = get_request_block_hasher(setup.page_tokens, sha256)
         self._ids = (f"request-{number}" for number in count())
@@ -90,6 +92,10 @@ class Steps:
         for request_id, page in wrong.items():
             bad = {page.page_id for page in self.worker.wrong_pages if page.request_id == request_id}
             assert bad <= reported.invalid_block_ids, f"not reported as bad: {page}"
+        if self.setup.is_asynchronous:
+            self._in_flight, (scheduled, output) = (scheduled, output), self._in_flight
+        if output is None:
+            return reported
         for answered in self.scheduler.update_from_output(scheduled, output).values():
             for each in answered.outputs:
                 if each.prefill_stats is not None:

@@ -362,3 +362,22 @@ def test_pages_of_any_size_hold_blocks_of_any_size(
         assert steps.hits[request.request_id] == len(tokens)
         assert not steps.bad_pages
         expect_nothing_is_held(client, steps)
+
+
+@pytest.mark.parametrize("runner", Runner)
+def test_a_step_that_is_scheduled_before_the_last_ones_tokens_are_known_stores_only_known_tokens(
+    daemon: DaemonProcess, client: Client, load: str, runner: Runner, tokens: list[int]
+) -> None:
+    with Steps(ours(daemon, load, pages=30, is_asynchronous=True), runner) as steps:
+        store(client, steps, tokens)
+        ids = [steps.add([*tokens, number], 150) for number in range(3)]
+        steps.run()
+        for request_id in ids:
+            steps.expect(request_id)
+            request = steps.requests[request_id]
+            steps.forget_pages()
+            again = steps.ask(list(request.all_token_ids), 10)  # Its answer is in the store, and is read back.
+            steps.expect(again.request_id)
+            assert steps.hits[again.request_id] > len(tokens) + BLOCK
+        assert not steps.bad_pages
+        expect_nothing_is_held(client, steps)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer import kv_transfer_state
@@ -41,6 +42,14 @@ class _Row:
     prompt_count: int
     page_ids: list[int]
     computed: int
+    _states: list[int] = field(default_factory=list)
+
+    def states(self) -> npt.NDArray[np.int64]:
+        """`states_of` the tokens. Those that are computed do not change."""
+        del self._states[self.computed :]
+        last = self._states[-1] if self._states else 0
+        self._states += states_of(self.tokens[len(self._states) :], last).tolist()
+        return np.array(self._states, np.int64)
 
 
 @dataclass(frozen=True)
@@ -175,7 +184,7 @@ class Worker:
         slots: list[int] = []
         for request_id, positions in self._forward_of_step:
             row = self._rows[request_id]
-            states = states_of(row.tokens)[positions.start : positions.stop]
+            states = row.states()[positions.start : positions.stop]
             for into, numbers in zip((keys, values), self._model.keys_and_values(states, index), strict=True):
                 into.append(numbers)
             slots += [row.page_ids[place // page_tokens] * page_tokens + place % page_tokens for place in positions]
@@ -190,7 +199,7 @@ class Worker:
         for request_id, positions in self._forward_of_step:
             row = self._rows[request_id]
             found = self._read(layer_name, row, positions.stop)
-            right = self._model.keys_and_values(states_of(row.tokens[: positions.stop]), index)
+            right = self._model.keys_and_values(row.states()[: positions.stop], index)
             wrong = [(each != known).any(axis=(1, 2)) for each, known in zip(found, right, strict=True)]
             for token in np.flatnonzero(wrong[0] | wrong[1]).tolist():
                 page_id = row.page_ids[token // page_tokens]
