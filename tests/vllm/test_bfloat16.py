@@ -25,8 +25,9 @@ LAYOUT = Layout(
     block_tokens=BLOCK,
     rotary=Rotary("default", "half", 64, 100000.0),
 )
-# Of the largest value of a layer: bfloat16 has 8 bits of precision, and rounding differs with the order of sums.
-FIRST_LAYER, ANY_LAYER = 0.01, 0.1
+# The norm of a layer's differences, of the norm of its values: bfloat16 has 8 bits of precision, and each layer adds to
+# what the order of sums made of those before. Keys or values of other tokens differ by more than 1.
+FIRST_LAYER, ANY_LAYER = 0.01, 0.05
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +48,7 @@ def vllm(daemon: DaemonProcess) -> Iterator[Engine]:
 def text() -> list[int]:
     """Token ids of a text without repetitions."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
-    lines = (
-        f"The bridge of road {each} is {each * each % 79} feet high and goes to {each + 3}." for each in range(99)
-    )
+    lines = (f"The bridge of road {each} is {each * each % 79} feet high and goes to {each + 3}." for each in range(99))
     ids: list[int] = tokenizer.encode(" ".join(lines))
     return ids
 
@@ -90,7 +89,7 @@ def test_blocks_in_bfloat16_are_the_kv_that_transformers_computes(
                 expected = cache.layers[layer.index]
                 for found, right in zip(zip(*arrays, strict=True), (expected.keys[0], expected.values[0]), strict=True):
                     values = torch.from_numpy(np.concatenate(found, axis=1)).view(torch.bfloat16).float()
-                    share = float((values - right.float()).abs().max() / right.float().abs().max())
+                    share = float((values - right.float()).norm() / right.float().norm())
                     largest = max(largest, share)
                     assert share < (ANY_LAYER if layer.index else FIRST_LAYER), layer.index
-        print(f"largest difference: {largest:.3g} of the layer's largest value")
+        print(f"largest difference: {largest:.3g} of a layer's norm")
