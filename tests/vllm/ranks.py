@@ -210,7 +210,7 @@ class Ranks:
 
 
 def settings_of(address: str, **more: Any) -> ConnectorSettings:
-    """ConnectorSettings with which a lookup or a load is never too late on a busy machine."""
+    """Settings with which a lookup or a load is never too late on a busy machine."""
     given = {"model_id": "tiny", "model_revision": "1", "block_tokens": 48, "lookup_wait_s": 60.0, "wait_s": 60.0}
     return ConnectorSettings.of({"address": address, "layer_wait_s": 60.0, **given, **more})
 
