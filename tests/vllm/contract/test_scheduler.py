@@ -301,3 +301,64 @@ def damage(daemon: DaemonProcess, tokens: list[int], block: int) -> None:
     keys, _ = _MODEL.keys_and_values(states, _MODEL.layers - 1)
     medium = arena(daemon)
     medium.flip(medium.find(keys.transpose(1, 0, 2).tobytes()) + 5, 0)
+
+
+@pytest.mark.parametrize("runner", Runner)
+def test_a_load_that_fails_costs_no_other_request_its_tokens(
+    daemon: DaemonProcess, client: Client, load: str, runner: Runner, tokens: list[int]
+) -> None:
+    """One other request runs, one loads another history, and one has the same prompt as the request that fails."""
+    other = prompt(f"{tokens[0]} other", 4 * BLOCK)
+    with Steps(ours(daemon, load, step_tokens=2000), runner) as steps:
+        store(client, steps, tokens)
+        store(client, steps, other)
+        running = steps.add(prompt(f"{tokens[0]} running", 100), 60)
+        steps.step()
+        damage(daemon, tokens, 1)
+        ids = [running, steps.add(tokens, 20), steps.add(other, 20), steps.add([*tokens, 5], 20)]
+        steps.run()
+        for request_id in ids:
+            steps.expect(request_id)
+        assert steps.hits[ids[2]] == len(other) - 1
+        assert steps.bad_pages
+        expect_nothing_is_held(client, steps)
+
+
+def test_with_the_policy_fail_vllm_ends_the_request_and_frees_its_pages(
+    daemon: DaemonProcess, client: Client, load: str, tokens: list[int]
+) -> None:
+    with Steps(ours(daemon, load, failure_policy="fail")) as steps:
+        store(client, steps, tokens)
+        damage(daemon, tokens, 1)
+        request = steps.ask(tokens, 10)
+        assert request.status is RequestStatus.FINISHED_ERROR
+        expect_nothing_is_held(client, steps)
+
+
+def test_a_reset_under_running_requests_computes_them_again(
+    daemon: DaemonProcess, client: Client, load: str, tokens: list[int]
+) -> None:
+    with Steps(ours(daemon, load)) as steps:
+        ids = [steps.add(prompt(f"{tokens[0]} {number}", 3 * BLOCK), 100) for number in range(3)]
+        steps.until(lambda: all(steps.requests[each].num_output_tokens > 20 for each in ids))
+        assert steps.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+        steps.run()
+        for request_id in ids:
+            steps.expect(request_id)
+        expect_nothing_is_held(client, steps)
+
+
+@pytest.mark.parametrize("page_tokens", [32, 64, 128])
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
+def test_pages_of_any_size_hold_blocks_of_any_size(
+    daemon: DaemonProcess, client: Client, load: str, transport: str, page_tokens: int, tokens: list[int]
+) -> None:
+    """Blocks of 96 tokens begin and end inside pages."""
+    options = {"transport": transport, "block_tokens": 96}
+    with Steps(ours(daemon, load, page_tokens=page_tokens, options=options)) as steps:
+        store(client, steps, tokens)
+        request = steps.ask([*tokens, *range(50)], 40)
+        steps.expect(request.request_id)
+        assert steps.hits[request.request_id] == len(tokens)
+        assert not steps.bad_pages
+        expect_nothing_is_held(client, steps)

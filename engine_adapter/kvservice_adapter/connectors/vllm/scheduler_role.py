@@ -6,6 +6,7 @@ No method but `reset` waits for the daemon.
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +72,7 @@ class SchedulerRole:
         self._step: tuple[float, list[tuple[int, int]]] | None = None  # When it began, and what it computes.
         self._manager: Any = None
         self._requests: dict[str, _Request] = {}
+        self._late: list[PendingLookup] = []  # Lookups that still run, and that no request waits for.
         self._orders = StepOrders()
         self._lines = RateLimitedLog(log)
         self._generation = KeyGeneration(self._blocks, self._clock)  # Begins to attach.
@@ -192,17 +194,14 @@ class SchedulerRole:
         now_s, lookup = self._clock.now_s(), state.lookup
         assert lookup is not None
         state.asked_at_s = state.asked_at_s or now_s
-        is_late, error = False, None
-        try:
-            found = lookup.poll()
-            if found is None and now_s - state.asked_at_s < self._settings.lookup_wait_s:
+        is_running, found = self._answer_of(lookup)
+        if is_running:
+            if now_s - state.asked_at_s < self._settings.lookup_wait_s:
+                time.sleep(0)  # vLLM asks again at once. Without this its thread would keep the interpreter's lock.
                 return False
-            is_late = found is None
-        except KVError as raised:
-            found, error = None, raised
-            self._lines.warning("a request is computed: %s: %s", error.reason, error.message, kind=str(error.reason))
-        self._breaker.record(not is_late and answered(error))
-        self._stats.count(late_lookups=is_late)
+            self._stats.count(late_lookups=1)
+            self._late.append(lookup)
+            state.lookup = None
         state.is_answered = True
         if found is not None and found.ticket:
             state.found, state.found_at_s = found, now_s
@@ -211,6 +210,28 @@ class SchedulerRole:
         else:
             self._drop_found(state)
         return True
+
+    def _answer_of(self, lookup: PendingLookup) -> tuple[bool, FoundPrefix | None]:
+        """Whether a lookup still runs, and what it has found."""
+        try:
+            found = lookup.poll()
+        except KVError as error:
+            self._breaker.record(answered(error))
+            self._lines.warning("a request is computed: %s: %s", error.reason, error.message, kind=str(error.reason))
+            return False, None
+        if found is not None:
+            self._breaker.record(True)
+        return found is None, found
+
+    def _end_late_lookups(self) -> None:
+        """No request waits for them any more. How they end says whether the daemon answers."""
+        late, self._late = self._late, []
+        for lookup in late:
+            is_running, _ = self._answer_of(lookup)
+            if is_running:
+                self._late.append(lookup)
+            else:
+                lookup.cancel(with_ticket=True)
 
     def _drop_found(self, state: _Request, *, is_ticket_used: bool = False) -> None:
         """The answer is not used any more: its lease ends, and so does its ticket unless the workers get it."""
@@ -261,6 +282,8 @@ class SchedulerRole:
 
     def orders_of_step(self, scheduled: Any) -> StepOrders:
         """What the workers do in this step. The next call has other orders."""
+        if self._late:
+            self._end_late_lookups()
         computing: list[tuple[int, int]] = []
         for request_id, new_tokens in scheduled.num_scheduled_tokens.items():
             state = self._requests.get(request_id)
