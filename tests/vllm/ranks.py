@@ -37,6 +37,7 @@ from kvservice_adapter.connectors.vllm.scheduler_role import SchedulerRole
 from kvservice_adapter.connectors.vllm.settings import ConnectorSettings
 from kvservice_adapter.connectors.vllm.worker_role import WorkerRole
 from kvservice_client import ChainBuilder
+from tests.daemon import until
 
 LAYERS, QUERY_HEADS, KV_HEADS, DIM = 3, 8, 4, 32
 PAGES = 16
@@ -179,6 +180,7 @@ class Ranks:
             for layer in range(LAYERS):
                 Attention(QUERY_HEADS // size, DIM, 1.0, heads, prefix=f"model.layers.{layer}.self_attn.attn")
         self.scheduler = SchedulerRole(config, cache_config(config), settings)
+        until(lambda: self.scheduler.is_ready)  # Before that, requests are neither looked up nor saved.
 
     def page_ids(self, tokens: int) -> list[int]:
         return self.all[0].page_ids(tokens)
@@ -210,7 +212,7 @@ class Ranks:
 
 
 def settings_of(address: str, **more: Any) -> ConnectorSettings:
-    """ConnectorSettings with which a lookup or a load is never too late on a busy machine."""
+    """Settings with which a lookup or a load is never too late on a busy machine."""
     given = {"model_id": "tiny", "model_revision": "1", "block_tokens": 48, "lookup_wait_s": 60.0, "wait_s": 60.0}
     return ConnectorSettings.of({"address": address, "layer_wait_s": 60.0, **given, **more})
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend, CPUMLAImpl
 
 from kvservice_adapter.connectors.vllm import page_layouts
-from kvservice_adapter.connectors.vllm.page_layouts import UnsupportedPages, proven_views
+from kvservice_adapter.connectors.vllm.page_layouts import UnsupportedPages, check_backend, proven_views
 
 pytestmark = pytest.mark.fast
 
@@ -87,3 +88,30 @@ def test_a_backend_without_a_cache_update_of_its_own_is_refused() -> None:
     layer.impl = SimpleNamespace()
     with pytest.raises(UnsupportedPages, match="cannot be proven"):
         proven_views("layer", layer, pages_of(32), DIM, DIM)
+
+
+class _LatentLayer:
+    """As `_Layer`, with latent attention."""
+
+    kv_lora_rank, qk_rope_head_dim, kv_cache_dtype, _k_scale = 512, 64, "auto", torch.ones(1)
+    impl = CPUMLAImpl.__new__(CPUMLAImpl)
+
+    def get_attn_backend(self) -> Any:
+        return CPUMLABackend
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_latent_vector_is_kept_as_a_key_without_a_value(dtype: torch.dtype) -> None:
+    pages, layer = torch.zeros(PAGES, 1, 16, 576, dtype=dtype), _LatentLayer()
+    views = proven_views("layer", layer, pages, 576, 0)
+    assert not pages.any()
+    latent, rotated = torch.randn(1, 512).to(dtype), torch.randn(1, 1, 64).to(dtype)
+    layer.impl.do_kv_cache_update(latent, rotated, pages.squeeze(1), torch.tensor([3 * 16 + 7]), "auto", layer._k_scale)
+    assert torch.equal(views.keys[3, 0, 7], torch.cat([latent[0], rotated[0, 0]]))
+    assert views.values.shape == (PAGES, 1, 16, 0)
+
+
+def test_a_backend_that_computes_other_tokens_after_a_hit_is_refused() -> None:
+    with pytest.raises(UnsupportedPages, match="other tokens"):
+        check_backend("layer", _LatentLayer())
+    check_backend("layer", _Layer())

@@ -214,19 +214,17 @@ def test_adapters_and_salts_share_nothing(fp32: Any, client: Client) -> None:
         until(lambda chain=order.chain: stored(client, engine).contains(chain) == len(chain))  # type: ignore[misc]
 
 
-def test_generations_share_nothing(daemon: DaemonProcess, model: Path, fp32: Any, client: Client) -> None:
-    prompt, first = new_prompt(), fp32(1)
-    save(client, first, prompt)
-    with closing(Ranks(model, daemon.address, size=1)) as second:
-        assert found_tokens(second.scheduler, request_of(prompt)) == TOKENS - 1
-        assert second.scheduler.reset()
-        assert found_tokens(second.scheduler, request_of(prompt)) == 0
-        longer = [*prompt, *prompt]
-        orders = second.save(longer, KV(len(longer), torch.float32))
-        second.all[0].step(orders)
-        until(lambda: stored(client, second).contains(orders.saves[0].chain) == len(orders.saves[0].chain))
-        assert found_tokens(second.scheduler, request_of(longer)) == len(longer) - 1
-    assert found_tokens(first.scheduler, request_of(longer)) == TOKENS
+def test_generations_share_nothing(daemon: DaemonProcess, model: Path, client: Client) -> None:
+    prompt = new_prompt()
+    with closing(Ranks(model, daemon.address, size=1, model_revision="generations")) as engine:
+        save(client, engine, prompt)
+        assert found_tokens(engine.scheduler, request_of(prompt)) == TOKENS - 1
+        assert engine.scheduler.reset()
+        assert found_tokens(engine.scheduler, request_of(prompt)) == 0
+        orders = engine.save(prompt, KV(TOKENS, torch.float32))
+        engine.all[0].step(orders)
+        until(lambda: stored(client, engine).contains(orders.saves[0].chain) == len(orders.saves[0].chain))
+        assert found_tokens(engine.scheduler, request_of(prompt)) == TOKENS - 1
 
 
 def test_revisions_share_nothing(daemon: DaemonProcess, model: Path, fp32: Any, client: Client) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from transformers import DynamicCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from kvservice_adapter.connectors.vllm.settings import ConnectorSettings
@@ -65,7 +66,12 @@ def _layer_index(name: str) -> int:
 
 def _supported(name: str, spec: Any) -> Any:
     kind = type(spec).__name__
-    if kind not in ("FullAttentionSpec", "SlidingWindowSpec", "MLAAttentionSpec"):
+    if kind == "SlidingWindowSpec":
+        raise ModelRefused(
+            f"layer {name}: vLLM frees this model's pages once they are outside of the sliding window of "
+            f"{spec.sliding_window} tokens, before they can be saved"
+        )
+    if kind not in ("FullAttentionSpec", "MLAAttentionSpec"):
         what = "keeps a state, not the KV of tokens (Mamba)" if "Mamba" in kind else f"is of kind {kind}"
         raise ModelRefused(f"layer {name} {what}: its cache cannot be stored")
     if getattr(spec, "attention_chunk_size", None):
@@ -93,12 +99,12 @@ def layout_of(vllm_config: Any, kv_cache_config: Any, settings: ConnectorSetting
     except UnsupportedRotation as error:
         raise ModelRefused(str(error)) from error
     groups = []
-    for spec, rotary in zip(place.specs, rotaries, strict=True):
+    for spec, window, rotary in zip(place.specs, _windows(config, len(place.specs)), rotaries, strict=True):
         dtype = str(spec.dtype).removeprefix("torch.")
         if dtype not in DTYPE_BYTES:
             raise ModelRefused(f"the KV cache is of {dtype}; KV can be kept in {', '.join(DTYPE_BYTES)}")
         heads = 1 if _is_latent(spec) else _total_heads(spec.num_kv_heads, model, parallel)
-        groups.append(LayerGroup(1, heads, spec.head_size, spec.head_size_v, dtype, spec_window(spec), rotary))
+        groups.append(LayerGroup(1, heads, spec.head_size, spec.head_size_v, dtype, window, rotary))
     model_id, revision = _identity(model, settings)
     return Layout(model_id, groups=groups, model_revision=revision, block_tokens=settings.block_tokens), place
 
@@ -123,8 +129,30 @@ def _is_latent(spec: Any) -> bool:
     return type(spec).__name__ == "MLAAttentionSpec"
 
 
-def spec_window(spec: Any) -> int:
-    return int(getattr(spec, "sliding_window", None) or 0)
+def _windows(config: Any, layer_count: int) -> list[int]:
+    """The sliding window of each layer, 0 for none: as transformers makes it of the same configuration.
+
+    vLLM's specs lack it where layers with a window and without one are one group.
+    """
+    try:
+        layers: list[Any] = DynamicCache(config=config).layers
+    except Exception as error:  # The library's code may raise any exception for a configuration it does not know.
+        raise ModelRefused(
+            f"which layers have a sliding window is not known: {type(error).__name__}: {error}"
+        ) from error
+    if len(layers) not in (0, layer_count):
+        raise ModelRefused(f"the configuration describes {len(layers)} layers; vLLM caches {layer_count}")
+    return [int(layer.sliding_window) if getattr(layer, "is_sliding", False) else 0 for layer in layers] or [
+        0
+    ] * layer_count
+
+
+def check_window(name: str, used: int | None, window: int, model_tokens: int) -> None:
+    """Raises ModelRefused if vLLM computes a layer with another window than its layout has. `used` is vLLM's."""
+    # A window that no prompt fills has no effect.
+    attended, described = (min(each or model_tokens, model_tokens) for each in (used, window))
+    if attended != described:
+        raise ModelRefused(f"{name} attends to {attended} tokens in vLLM, and to {described} by the configuration")
 
 
 def shard_of(layout: Layout, parallel_config: Any) -> tuple[Shard, bool]:

@@ -59,6 +59,16 @@ VIEWS: Mapping[str, Callable[[torch.Tensor, int], PageViews]] = {
     "CUTLASS_MLA": _side_by_side,
 }
 
+# Backends whose pages are known, and with which a hit does not give the tokens that a computation gives.
+UNFIT: Mapping[str, str] = {"CPU_MLA": "vLLM 0.32 gives other tokens where a prompt follows cached KV, also its own"}
+
+
+def check_backend(name: str, layer: Any) -> None:
+    """Raises UnsupportedPages where a layer's backend cannot continue from loaded KV."""
+    backend = layer.get_attn_backend().get_name()
+    if backend in UNFIT:
+        raise UnsupportedPages(f"{name} uses the attention backend {backend}: {UNFIT[backend]}")
+
 
 def proven_views(name: str, layer: Any, pages: torch.Tensor, k_dim: int, v_dim: int) -> PageViews:
     """The views of a layer's registered pages. `layer` is vLLM's attention layer of that name.

@@ -14,8 +14,8 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from kvservice_adapter.breaker import Breaker, answered, probe_of
 from kvservice_adapter.connectors.vllm.metadata import FailedLoad, PageLoadOrder, PageSaveOrder, StepOrders, StepReport
-from kvservice_adapter.connectors.vllm.model_layout import ModelRefused, layout_of, shard_of
-from kvservice_adapter.connectors.vllm.page_layouts import UnsupportedPages, proven_views
+from kvservice_adapter.connectors.vllm.model_layout import ModelRefused, check_window, layout_of, shard_of
+from kvservice_adapter.connectors.vllm.page_layouts import UnsupportedPages, check_backend, proven_views
 from kvservice_adapter.connectors.vllm.settings import ConnectorSettings, LoadMode
 from kvservice_adapter.connectors.vllm.stats import TransferStats
 from kvservice_adapter.device.arrays import view_of
@@ -76,9 +76,13 @@ class WorkerRole:
             raise ModelRefused(f"vLLM registered no pages of {', '.join(missing)}")
         modules = get_layers_from_vllm_config(self._vllm_config, AttentionLayerBase, place.names)
         keys, values, dtypes = [], [], []
-        for name, spec in zip(place.names, place.specs, strict=True):
+        model_tokens = self._vllm_config.model_config.max_model_len
+        for layer, (name, spec) in enumerate(zip(place.names, place.specs, strict=True)):
             if name not in modules:
                 raise UnsupportedPages(f"{name} is no attention layer of this model")
+            window = getattr(modules[name], "sliding_window", None)
+            check_window(name, window, self.layout.group_of(layer).window, model_tokens)
+            check_backend(name, modules[name])
             views = proven_views(name, modules[name], kv_caches[name], spec.head_size, spec.head_size_v)
             if views.keys.shape[2] != place.page_tokens:
                 raise UnsupportedPages(f"{name} has pages of {views.keys.shape[2]} tokens, not {place.page_tokens}")
