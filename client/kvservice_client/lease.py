@@ -151,7 +151,8 @@ class Lease:
 
         By default waits for all layers, for at most `timeout_s`: the client's timeout plus one second per 128 MiB.
         With `layer_timeout_s` instead, returns as soon as the blocks are located. `slices` then waits for its layer, so
-        that the caller uses the first layers while the next ones are promoted. Each of these waits may take that long.
+        that the caller uses the first layers while the next ones are promoted. Each of these waits may take that long;
+        `timeout_s` is then the time for locating, by default the same.
         The daemon keeps the blocks in their place until the view is left, so leave it as soon as possible.
 
         `verify` says when bytes are compared with their checksums. "once": the daemon verifies them once after its
@@ -165,8 +166,9 @@ class Lease:
         if verify not in VERIFY:
             raise InvalidRequest(f'verify is {verify!r}; it must be "once" or "always"', field="verify")
         order = self._order(first_block, block_count)
-        deadline = self._deadline(order, timeout_s, layer_timeout_s)
-        with deadline.layer():
+        locate_s = arguments.seconds(timeout_s, "timeout_s") if timeout_s is not None else None
+        deadline = self._deadline(order, None if layer_timeout_s is not None else timeout_s, layer_timeout_s)
+        with deadline.layer(locate_s):
             self._keep(deadline)
             return self._transports.view(order, deadline, verify)
 

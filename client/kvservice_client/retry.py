@@ -90,6 +90,7 @@ class TransferDeadline(Deadline):
         """With `watchdog`, `seconds` are for each layer. Raises InvalidRequest as `Deadline`."""
         super().__init__(seconds, clock)
         self._watchdog = watchdog
+        self._layer_s = seconds  # Of the layer that is awaited.
         self._error: KVError | None = None
         self._calls: set[Callable[[], object]] = set()  # Each cancels a running call.
         if watchdog is not None:
@@ -116,7 +117,7 @@ class TransferDeadline(Deadline):
         if self._error is not None:
             return self._error
         if self._watchdog is not None:
-            return DeadlineExceeded(f"the layer did not arrive within the {self.allowed_s:.3g} s allowed for it")
+            return DeadlineExceeded(f"the layer did not arrive within the {self._layer_s:.3g} s allowed for it")
         return super().error
 
     def check_cancelled(self) -> None:
@@ -124,11 +125,12 @@ class TransferDeadline(Deadline):
         if self._error is not None:
             raise self._error
 
-    def begin_layer(self) -> None:
-        """The time of a layer begins. Raises as `check_cancelled`."""
+    def begin_layer(self, allowed_s: float | None = None) -> None:
+        """The time of a layer begins, or another time, `allowed_s`. Raises as `check_cancelled`."""
         self.check_cancelled()
         if self._watchdog is not None:
-            self.end_s = self.clock.now_s() + self.allowed_s
+            self._layer_s = self.allowed_s if allowed_s is None else allowed_s
+            self.end_s = self.clock.now_s() + self._layer_s
             self._watchdog.add(self)
 
     def end_layer(self) -> None:
@@ -137,8 +139,8 @@ class TransferDeadline(Deadline):
             self.end_s = math.inf
 
     @contextmanager
-    def layer(self) -> Iterator[None]:
-        self.begin_layer()
+    def layer(self, allowed_s: float | None = None) -> Iterator[None]:
+        self.begin_layer(allowed_s)
         try:
             yield
         finally:

@@ -158,9 +158,17 @@ def test_cancel_ends_a_view_that_waits_and_a_view_that_is_whole(
         faults.clear()
 
 
-def test_two_times_for_one_view_are_refused(client: Client, chain: BlockChain) -> None:
+def test_blocks_are_located_within_a_time_of_their_own(
+    client: Client, chain: BlockChain, daemon: DaemonProcess
+) -> None:
+    late = pytest.raises(DeadlineExceeded, match=r"0\.05 s")
+    with client.open_layout(LARGE).lookup(chain, lease_ttl_s=NEVER_S) as lease, daemon.stopped(), late:
+        lease.view(timeout_s=0.05, layer_timeout_s=NEVER_S)
+
+
+def test_a_wrong_time_for_a_view_is_refused(client: Client, chain: BlockChain) -> None:
     with client.open_layout(LARGE).lookup(chain) as lease:
-        with pytest.raises(InvalidRequest, match="exclude each other"):
-            lease.view(timeout_s=1, layer_timeout_s=1)
+        with pytest.raises(InvalidRequest, match="timeout_s"):
+            lease.view(timeout_s=-1, layer_timeout_s=1)
         with pytest.raises(InvalidRequest, match="layer_timeout_s"):
             lease.view(layer_timeout_s=-1)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 from kvservice_adapter.device.arrays import ArrayView
 from kvservice_adapter.device.base import Event, Pages, Slices, Stream, StreamClosed
@@ -36,11 +37,10 @@ class PagedLayers:
         return Pages(self.keys[layer], self.values[layer], page_ids, first_token, self.dtypes[layer], copied)
 
 
-@dataclass(frozen=True, slots=True)
-class Waits:
+class Waits(NamedTuple):
     """How long a load waits for the daemon, in seconds."""
 
-    first_s: float  # For the lease.
+    first_s: float  # For the lease, and for the place of its blocks.
     layer_s: float  # For each layer.
 
 
@@ -113,7 +113,8 @@ class PrefixLoad:
             count = next(block for block, start in enumerate(starts) if start >= self._tokens[1]) - first
             token_counts = lease.token_counts[first : first + count]
             try:
-                view = lease.view(first, count, verify="always", layer_timeout_s=self._waits.layer_s)
+                first_s, layer_s = self._waits
+                view = lease.view(first, count, first_s, verify="always", layer_timeout_s=layer_s)
             except NotShared:
                 yield from self._by_client(lease, first, count, pages_of_layer)
                 return
