@@ -49,7 +49,7 @@ def transfer(connector: str, **settings: Any) -> KVTransferConfig:
 @contextmanager
 def lmcache_server(folder: Path) -> Iterator[None]:
     command = [
-        Path(sys.executable).with_name("lmcache"), "server", "--host", "127.0.0.1", "--port", str(_PORT),
+        str(Path(sys.executable).with_name("lmcache")), "server", "--host", "127.0.0.1", "--port", str(_PORT),
         "--http-port", str(_PORT + 25), "--prometheus-port", str(_PORT + 35), "--l1-size-gb", "2",
         "--eviction-policy", "LRU", "--supported-transfer-mode", "auto", "--shm-name", f"lmc_{os.getpid()}",
         "--chunk-size", str(_BLOCK),
@@ -91,7 +91,7 @@ class Measured:
     def _hooks(self) -> list[tuple[str, str, float]]:
         lines = self._times.read_text().splitlines()
         new, self._read = lines[self._read :], len(lines)
-        return [tuple(json.loads(line)) for line in new]  # type: ignore[misc]
+        return [tuple(json.loads(line)) for line in new]
 
 
 def main() -> None:
@@ -126,7 +126,9 @@ def main() -> None:
             if not repetition:  # The first turns load what is loaded once.
                 for each in engines:
                     each.figures.clear()
-    print(f"\nLoad average {os.getloadavg()[0]:.1f}; medians of {given.repetitions}; milliseconds but for tokens.\n")
+    print(
+        f"\nLoad average {os.getloadavg()[0]:.1f}; medians of {given.repetitions}; all in milliseconds, except tokens.\n"
+    )
     print("| | " + " | ".join(each.name for each in engines) + " |\n|---|" + "---:|" * len(engines))
     for what in engines[0].figures:
         print(f"| {what} | " + " | ".join(f"{statistics.median(each.figures[what]):.4g}" for each in engines) + " |")
