@@ -126,9 +126,7 @@ def main() -> None:
             if not repetition:  # The first turns load what is loaded once.
                 for each in engines:
                     each.figures.clear()
-    print(
-        f"\nLoad average {os.getloadavg()[0]:.1f}; medians of {given.repetitions}; all in milliseconds, except tokens.\n"
-    )
+    print(f"\nLoad average {os.getloadavg()[0]:.1f}; medians of {given.repetitions}; in milliseconds, except tokens.\n")
     print("| | " + " | ".join(each.name for each in engines) + " |\n|---|" + "---:|" * len(engines))
     for what in engines[0].figures:
         print(f"| {what} | " + " | ".join(f"{statistics.median(each.figures[what]):.4g}" for each in engines) + " |")
