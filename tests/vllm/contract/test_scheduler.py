@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from vllm.v1.request import RequestStatus
 
-from kvservice_client import BlockCache, Client, block_chain
+from kvservice_adapter.connectors.vllm.request_keys import salt_of
+from kvservice_client import BlockCache, BlockChain, Client, block_chain
 from tests.daemon import MIB, DaemonProcess, until
 from tests.integration.media import arena
 from tests.vllm.contract.numbers import NumberedModel, states_of
@@ -31,6 +32,8 @@ _MODEL = NumberedModel()
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
     with DaemonProcess(tmp_path_factory.mktemp("daemon"), dram__capacity_bytes=256 * MIB) as process:
         yield process
+        code = process.process.poll()
+        assert code is None, f"the daemon ended with {code}: {process.lines[-20:]}"
 
 
 @pytest.fixture
@@ -74,13 +77,20 @@ def blocks_of(client: Client, steps: Steps) -> BlockCache:
     return client.open_layout(steps.scheduler.connector._scheduler.layout)
 
 
+def chain_of(steps: Steps, tokens: list[int]) -> BlockChain:
+    """The keys of a request without a salt, in the generation of keys that the last reset began."""
+    scheduler = steps.scheduler.connector._scheduler
+    request = next(iter(steps.requests.values()))
+    return block_chain(scheduler.layout, tokens, salt=salt_of(request, scheduler._generation.number))
+
+
 def store(client: Client, steps: Steps, tokens: list[int]) -> None:
     """Have the engine compute and save whole blocks, and forget its own pages."""
     request = steps.ask(tokens)
     steps.expect(request.request_id)
     steps.forget_pages()
     blocks = blocks_of(client, steps)
-    chain = block_chain(blocks.layout, tokens)
+    chain = chain_of(steps, tokens)
     until(lambda: blocks.contains(chain) == len(chain))
 
 
@@ -108,7 +118,7 @@ def test_what_is_stored_are_the_numbers_of_the_model(daemon: DaemonProcess, clie
     with Steps(ours(daemon)) as steps:
         store(client, steps, tokens)
         blocks = blocks_of(client, steps)
-        with blocks.lookup(block_chain(blocks.layout, tokens)) as lease:
+        with blocks.lookup(chain_of(steps, tokens)) as lease:
             assert lease.hit_tokens == len(tokens)
             for layer in lease.load():
                 arrays = blocks.layer_arrays(layer.data, lease.token_counts)
@@ -184,7 +194,7 @@ def test_a_hit_and_what_is_left_are_computed_in_chunks(
         whole = [*tokens, *prompt("more", 170)]
         steps.forget_pages()
         blocks = blocks_of(client, steps)
-        chain = block_chain(blocks.layout, whole)
+        chain = chain_of(steps, whole)
         until(lambda: blocks.contains(chain) == len(chain))
         again = steps.ask(whole, 10)
         steps.expect(again.request_id)
