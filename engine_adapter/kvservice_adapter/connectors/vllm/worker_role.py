@@ -23,7 +23,7 @@ from kvservice_adapter.engine.page_loads import PagedLayers, PrefixLoad, Waits, 
 from kvservice_adapter.engine.page_saves import Gathering, PageSave, PageSaver
 from kvservice_adapter.load import LayerLoader, LoadFailed
 from kvservice_adapter.torch_device import device_for
-from kvservice_api.errors import KVError
+from kvservice_api.errors import Cancelled, KVError
 from kvservice_client import Client, SaveResult
 from kvservice_client.rate_limited_log import RateLimitedLog
 
@@ -331,7 +331,8 @@ class WorkerRole:
             return
         cause = error.__cause__ if isinstance(error, LoadFailed) and error.__cause__ is not None else error
         is_unanswered = isinstance(cause, LoadFailed) or (isinstance(cause, KVError) and not answered(cause))
-        self._breaker.record(not is_unanswered)
+        if not isinstance(cause, Cancelled):  # That says nothing of the daemon.
+            self._breaker.record(not is_unanswered)
         reason = (
             f"{cause.reason}: {cause.message}" if isinstance(cause, KVError) else f"{type(cause).__name__}: {cause}"
         )
