@@ -120,7 +120,7 @@ class PageSaver:
             for part in _parts(saves):
                 if gathering.is_abandoned:
                     return
-                reservation = self._reserved(part) if self._is_shared else None
+                reservation = self._reserved(part) if self._is_shared and self._breaker.allow() else None
                 if reservation is not None:
                     self._write(part, reservation, gathering)
                 elif self._breaker.allow():

@@ -111,6 +111,8 @@ class KVServiceConnector(KVConnectorBase_V1):
     @guarded(_none)
     def update_connector_output(self, connector_output: Any) -> None:
         report = connector_output.kv_connector_worker_meta
+        if connector_output.invalid_block_ids:
+            self._of_scheduler.on_bad_pages(set(connector_output.invalid_block_ids))
         self._of_scheduler.on_output(
             report if isinstance(report, StepReport) else None, set(connector_output.finished_recving or ())
         )

@@ -198,6 +198,8 @@ def _identity(model: Any, settings: ConnectorSettings) -> tuple[str, str]:
     model_id = settings.model_id or (folder.resolve().name if folder.exists() else model.model)
     revision = settings.model_revision
     if not revision:
+        if model.hf_overrides:
+            raise ModelRefused("hf_overrides may change the model's KV: name it by model_revision")
         commit = getattr(model.hf_config, "_commit_hash", None)
         if commit:
             revision = str(commit)

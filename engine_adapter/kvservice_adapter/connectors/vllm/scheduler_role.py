@@ -49,6 +49,7 @@ class _Request:
     attempt: int = 0  # The preemptions at the last lookup.
     has_loaded: bool = False  # In this attempt. If vLLM asks again, the load has failed: there is no second one.
     is_loading: bool = False  # Between steps: vLLM counts tokens as computed that are not there yet.
+    began: tuple[int, int] | None = None  # (preemptions, computed tokens) at the first step of this attempt.
     saved_tokens: int = 0  # Tokens whose blocks are stored, or being saved.
 
 
@@ -291,6 +292,8 @@ class SchedulerRole:
                 continue
             request = state.request
             computing.append((new_tokens, request.num_computed_tokens))
+            if state.began is None or state.began[0] != request.num_preemptions:
+                state.began = request.num_preemptions, request.num_computed_tokens - request.num_in_flight_tokens
             if not state.may_save:
                 continue
             computed = request.num_computed_tokens - request.num_in_flight_tokens
@@ -304,6 +307,10 @@ class SchedulerRole:
 
     def _save(self, state: _Request, computed_tokens: int, page_ids: list[int], *, is_freed: bool) -> None:
         """Order the save of blocks whose tokens the scheduler knows, and whose KV earlier steps have computed."""
+        # vLLM shares pages between requests of one step before their KV is computed or loaded. So nothing of a request
+        # is saved before a step of its own has ended: then its earlier tokens are there too.
+        if state.began is None or computed_tokens <= state.began[1]:
+            return
         computed_tokens = min(computed_tokens, state.request.num_tokens)
         size = self.layout.block_tokens
         first = state.saved_tokens // size
@@ -336,6 +343,13 @@ class SchedulerRole:
         for request_id, first_token in report.dropped_saves:
             if (state := self._requests.get(request_id)) is not None:
                 state.saved_tokens = min(state.saved_tokens, first_token)
+
+    def on_bad_pages(self, page_ids: set[int]) -> None:
+        """Loads have failed: what requests compute on these pages, before vLLM has computed them again, is not saved."""
+        for request_id, state in self._requests.items():
+            if state.may_save and state.began is not None:
+                pages = self._manager.get_block_ids(request_id)[0]
+                state.may_save = page_ids.isdisjoint(pages)
 
     def _on_failed(self, failed: FailedLoad) -> None:
         if failed.is_unanswered:
