@@ -345,7 +345,7 @@ class SchedulerRole:
                 state.saved_tokens = min(state.saved_tokens, first_token)
 
     def on_bad_pages(self, page_ids: set[int]) -> None:
-        """Loads have failed: what requests compute on these pages, before vLLM has computed them again, is not saved."""
+        """Loads have failed: what requests with these pages compute from now on is not saved."""
         for request_id, state in self._requests.items():
             if state.may_save and state.began is not None:
                 pages = self._manager.get_block_ids(request_id)[0]
