@@ -309,7 +309,7 @@ class SchedulerRole:
         """Order the save of blocks whose tokens the scheduler knows, and whose KV earlier steps have computed."""
         # vLLM shares pages between requests of one step before their KV is computed or loaded. So nothing of a request
         # is saved before a step of its own has ended: then its earlier tokens are there too.
-        if state.began is None or computed_tokens <= state.began[1]:
+        if state.began is not None and computed_tokens <= state.began[1]:
             return
         computed_tokens = min(computed_tokens, state.request.num_tokens)
         size = self.layout.block_tokens
