@@ -81,8 +81,7 @@ class Hooks:
             prompt = self.tokens(_LOADED_TOKENS)
             request = roles.request(self.name(), prompt)
             roles.scheduler.on_new(request)
-            pages = roles.give_pages(request)
-            request.num_computed_tokens = _LOADED_TOKENS
+            pages = roles.compute(request)
             roles.scheduler.finished(request, (pages,))
             orders = roles.orders()
             assert orders.saves
@@ -94,7 +93,7 @@ class Hooks:
             def look_up(again: object = again) -> None:
                 roles.scheduler.on_new(again)
                 while (found := roles.scheduler.matched_tokens(again, 0)[0]) is None:
-                    time.sleep(0.0001)
+                    time.sleep(0.0001)  # vLLM would take an empty step, and ask again.
                 assert found == _LOADED_TOKENS, found
 
             lookups.append(timed_ms(look_up))

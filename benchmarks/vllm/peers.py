@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -25,14 +26,14 @@ from typing import Any
 
 from vllm.config import KVTransferConfig
 
-from tests.daemon import MIB, DaemonProcess
+from tests.daemon import MIB, DaemonProcess, until
 from tests.vllm.engine import Engine, engine, model_folder  # Sets what vLLM reads when it is imported.
 
 TIMES_VARIABLE = "KVSERVICE_HOOK_TIMES"  # Names the file for the times of `benchmarks.vllm.timed`, which vLLM imports.
 _BLOCK = 256
 _HISTORY = 1500
 _NEW = 24
-_STORED_S = 2.0  # Until the saves of a turn are done: neither engine says so.
+_STORED_S = 2.0
 _PORT = 16555
 
 
@@ -54,15 +55,21 @@ def lmcache_server(folder: Path) -> Iterator[None]:
         "--eviction-policy", "LRU", "--supported-transfer-mode", "auto", "--shm-name", f"lmc_{os.getpid()}",
         "--chunk-size", str(_BLOCK),
     ]  # fmt: skip
+    ports = _PORT, _PORT + 25
     with (folder / "lmcache.log").open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log)
         try:
-            time.sleep(15.0)
+            until(lambda: server.poll() is not None or all(map(_accepts, ports)))
             assert server.poll() is None, (folder / "lmcache.log").read_text()
             yield
         finally:
             server.terminate()
             server.wait(30)
+
+
+def _accepts(port: int) -> bool:
+    with socket.socket() as tried:
+        return tried.connect_ex(("127.0.0.1", port)) == 0
 
 
 class Measured:
@@ -76,7 +83,7 @@ class Measured:
     def ask(self, what: str, prompt: list[int], tokens: int) -> list[int]:
         self._hooks()
         answer = self._engine.answer(prompt, tokens)
-        time.sleep(_STORED_S)
+        time.sleep(_STORED_S)  # Neither engine says when the saves of a turn are done.
         hooks = self._hooks()
         self.figures[f"{what}: first token"].append(answer.first_token_s * 1e3)
         self.figures[f"{what}: tokens from the store"].append(answer.cached_tokens)

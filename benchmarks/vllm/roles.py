@@ -38,7 +38,7 @@ class _Layer(AttentionLayerBase):
         return CPUAttentionBackend
 
     def get_kv_cache_spec(self, vllm_config: Any) -> Any:
-        raise NotImplementedError
+        raise NotImplementedError  # vLLM asks for it where it makes the pages itself.
 
 
 class Roles:
@@ -80,6 +80,13 @@ class Roles:
         count = -(-request.num_tokens // self.page_tokens)
         self._page_ids[request.request_id] = list(range(1, count + 1))
         return self._page_ids[request.request_id]
+
+    def compute(self, request: Request) -> list[int]:
+        """Schedule all of a request in one step, whose forward leaves the pages as they are. Returns them."""
+        pages = self.give_pages(request)
+        self.orders([request])
+        request.num_computed_tokens = request.num_tokens
+        return pages
 
     def orders(self, scheduled: Sequence[Request] = ()) -> StepOrders:
         return self.scheduler.orders_of_step(

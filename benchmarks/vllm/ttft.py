@@ -21,23 +21,14 @@ from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer
 
-from kvservice_client import BlockCache, Layout, Rotary, block_chain
+from kvservice_client import BlockCache, block_chain
 from tests.daemon import MIB, DaemonProcess, until
-from tests.vllm.engine import NOT_KEPT, Engine, engine, model_folder, transfer_config
+from tests.vllm.engine import NOT_KEPT, Engine, engine, model_folder, model_layout, transfer_config, wait_until_stored
 
 HISTORIES = (500, 1500, 3000)
 NEW_TOKENS = 24
 TOKENS = 2  # Of an answer.
-LAYOUT = Layout(
-    "smollm2",
-    "float32",
-    layers=30,
-    kv_heads=3,
-    k_head_dim=64,
-    v_head_dim=64,
-    model_revision="benchmark",
-    rotary=Rotary("default", "half", 64, 100000.0),
-)
+LAYOUT = model_layout(revision="benchmark")
 
 
 class Way(NamedTuple):
@@ -65,7 +56,7 @@ def measure(
         chain = block_chain(LAYOUT, history, with_partial=True)
         if stored.contains(chain) < len(chain):
             vllm.answer(history, 1, may_load=False)
-            until(lambda chain=chain: stored.contains(chain) == len(chain))  # type: ignore[misc]
+            wait_until_stored(stored, history)
         prompt = [*history, *text[-NEW_TOKENS:]]
         all_ways = [Way("computed", NOT_KEPT), *ways]
         ratios: dict[str, list[float]] = {way.name: [] for way in ways}

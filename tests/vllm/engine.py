@@ -21,9 +21,33 @@ os.environ.update(
 from vllm import LLM, SamplingParams
 from vllm.config import KVTransferConfig
 
+from kvservice_client import BlockCache, Layout, Rotary, block_chain
+from tests.daemon import until
+
 # Settings for tests that are not about waits: on a busy machine an answer may take longer than users would wait.
 PATIENT = {"lookup_wait_s": 30.0, "wait_s": 30.0, "layer_wait_s": 30.0}
 NOT_KEPT = {"may_load": False, "may_save": False}  # A request that vLLM computes as if there were no connector.
+
+
+def model_layout(*, dtype: str = "float32", revision: str = "test", block_tokens: int = 256) -> Layout:
+    """The layout of SmolLM2-135M that the connector must find, written out."""
+    return Layout(
+        "smollm2",
+        dtype,
+        layers=30,
+        kv_heads=3,
+        k_head_dim=64,
+        v_head_dim=64,
+        model_revision=revision,
+        block_tokens=block_tokens,
+        rotary=Rotary("default", "half", 64, 100000.0),
+    )
+
+
+def wait_until_stored(stored: BlockCache, token_ids: Sequence[int]) -> None:
+    """Saves are sent in the background. The last block is partial."""
+    chain = block_chain(stored.layout, token_ids, with_partial=True)
+    until(lambda: stored.contains(chain) == len(chain))
 
 
 def transfer_config(**settings: Any) -> KVTransferConfig:

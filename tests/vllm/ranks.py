@@ -9,6 +9,7 @@ import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 # Read by vLLM when it is imported.
@@ -240,6 +241,7 @@ def found_tokens(scheduler: SchedulerRole, request: Request, own_tokens: int = 0
 def saves_of(scheduler: SchedulerRole, request: Request, page_ids: list[int]) -> StepOrders:
     """The orders after a request has ended whose prompt was computed."""
     scheduler.on_new(request)
+    scheduler.orders_of_step(SimpleNamespace(num_scheduled_tokens={request.request_id: request.num_tokens}))
     request.num_computed_tokens = request.num_tokens
     scheduler.finished(request, (page_ids,))
     return scheduler.take_orders()

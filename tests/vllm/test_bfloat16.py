@@ -9,22 +9,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvservice_client import Layout, Rotary, block_chain
+from kvservice_client import block_chain
 from tests.daemon import MIB, DaemonProcess, until
-from tests.vllm.engine import NOT_KEPT, Engine, engine, model_folder, transfer_config
+from tests.vllm.engine import (
+    NOT_KEPT,
+    PATIENT,
+    Engine,
+    engine,
+    model_folder,
+    model_layout,
+    transfer_config,
+    wait_until_stored,
+)
 
 BLOCK = 256
-LAYOUT = Layout(
-    "smollm2",
-    "bfloat16",
-    layers=30,
-    kv_heads=3,
-    k_head_dim=64,
-    v_head_dim=64,
-    model_revision="test",
-    block_tokens=BLOCK,
-    rotary=Rotary("default", "half", 64, 100000.0),
-)
+LAYOUT = model_layout(dtype="bfloat16", block_tokens=BLOCK)
 # The norm of a layer's differences, of the norm of its values: bfloat16 has 8 bits of precision, and each layer adds to
 # what the order of sums made of those before. Keys or values of other tokens differ by more than 1.
 FIRST_LAYER, ANY_LAYER = 0.01, 0.05
@@ -39,7 +38,9 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
 
 @pytest.fixture(scope="module")
 def vllm(daemon: DaemonProcess) -> Iterator[Engine]:
-    settings = transfer_config(address=daemon.address, model_id=LAYOUT.model_id, model_revision=LAYOUT.model_revision)
+    settings = transfer_config(
+        address=daemon.address, model_id=LAYOUT.model_id, model_revision=LAYOUT.model_revision, **PATIENT
+    )
     with engine(model_folder(), settings, block_size=64, dtype="bfloat16") as running:
         yield running
 
@@ -65,8 +66,7 @@ def test_a_conversation_in_bfloat16_continues_with_the_same_tokens(
             assert (answer.token_ids, answer.cached_tokens) == (expected.token_ids, stored_tokens)
             history = [*history, *answer.token_ids]
             stored_tokens = len(history) - 1  # vLLM has not computed the last token of its answer.
-            chain = block_chain(LAYOUT, history[:-1], with_partial=True)
-            until(lambda chain=chain: stored.contains(chain) == len(chain))  # type: ignore[misc]
+            wait_until_stored(stored, history[:-1])
             history += text[900 : 900 + 40]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -10,25 +10,24 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvservice_adapter.connectors.transformers import TransformersConnector
-from kvservice_client import BlockCache, Client, Layout, Rotary, block_chain
-from tests.daemon import MIB, DaemonProcess, until
-from tests.vllm.engine import NOT_KEPT, PATIENT, Engine, engine, model_folder, transfer_config
+from kvservice_client import BlockCache, Client, block_chain
+from tests.daemon import MIB, DaemonProcess
+from tests.vllm.engine import (
+    NOT_KEPT,
+    PATIENT,
+    Engine,
+    engine,
+    model_folder,
+    model_layout,
+    transfer_config,
+    wait_until_stored,
+)
 
 pytestmark = pytest.mark.fast
 
 BLOCK = 256
 MODES = ["whole", "layers", "between_steps"]
-LAYOUT = Layout(
-    "smollm2",
-    "float32",
-    layers=30,
-    kv_heads=3,
-    k_head_dim=64,
-    v_head_dim=64,
-    model_revision="test",
-    block_tokens=BLOCK,
-    rotary=Rotary("default", "half", 64, 100000.0),
-)
+LAYOUT = model_layout(block_tokens=BLOCK)
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +78,6 @@ def stored(daemon: DaemonProcess) -> Iterator[BlockCache]:
     """The blocks that the daemon has of this model."""
     with daemon.client() as client:
         yield client.open_layout(LAYOUT)
-
-
-def wait_until_stored(stored: BlockCache, token_ids: Sequence[int]) -> None:
-    """Saves are sent in the background. The last block is partial."""
-    chain = block_chain(LAYOUT, token_ids, with_partial=True)
-    until(lambda: stored.contains(chain) == len(chain))
 
 
 def save(vllm: Engine, stored: BlockCache, prompt: list[int], tokens: int = 8) -> list[int]:

@@ -16,26 +16,16 @@ from transformers import AutoTokenizer
 from vllm import SamplingParams
 
 from kvservice_adapter.connectors.vllm.settings import LoadMode
-from kvservice_client import BlockCache, Layout, Rotary, block_chain
+from kvservice_client import BlockCache, block_chain
 from tests.daemon import MIB, DaemonProcess, until
-from tests.vllm.engine import NOT_KEPT, Engine, engine, model_folder, transfer_config
+from tests.vllm.engine import NOT_KEPT, Engine, engine, model_folder, model_layout, transfer_config, wait_until_stored
 from tests.vllm.raising_connector import FAULT, SCHEDULER_HOOKS, WORKER_HOOKS
 
 BLOCK = 64
 TOKENS = 5  # Of an answer.
 TIE = 1e-4  # Two logits this close may change places when vLLM computes a request in another batch.
 HANGS_S = 120.0  # An engine without an answer after that is killed, and its test fails.
-LAYOUT = Layout(
-    "smollm2",
-    "float32",
-    layers=30,
-    kv_heads=3,
-    k_head_dim=64,
-    v_head_dim=64,
-    model_revision="test",
-    block_tokens=BLOCK,
-    rotary=Rotary("default", "half", 64, 100000.0),
-)
+LAYOUT = model_layout(block_tokens=BLOCK)
 
 
 class Prompt(NamedTuple):
@@ -184,7 +174,7 @@ class Conversations:
             chain = block_chain(LAYOUT, history, with_partial=True)
             if self._stored.contains(chain) < len(chain):  # One token of an answer, whose KV is not computed.
                 run(self._vllm, [Prompt(history, kept={"may_load": False}, tokens=1)])
-                until(lambda chain=chain: self._stored.contains(chain) == len(chain))  # type: ignore[misc]
+                wait_until_stored(self._stored, history)
 
     def run(
         self, which: Sequence[int], salt: str, at_step: Mapping[int, Callable[[], object]] | None = None

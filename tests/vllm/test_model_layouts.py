@@ -21,6 +21,7 @@ from vllm.v1.kv_cache_interface import (
 
 from kvservice_adapter.connectors.transformers import model_layout as transformers_layouts
 from kvservice_adapter.connectors.vllm.model_layout import ModelRefused, check_window, layout_of, shard_of
+from kvservice_adapter.connectors.vllm.settings import ConnectorSettings
 from kvservice_client import Layout
 from tests.vllm.ranks import PAGES, model_folder, settings_of, vllm_config
 
@@ -176,6 +177,24 @@ def test_ways_to_run_a_model_are_refused(vllm: Any, part: str, replaced: dict[st
     given = _With(vllm, **{part: _With(getattr(vllm, part), **replaced)})
     with pytest.raises(ModelRefused, match=why):
         layout_of(given, one_group(spec()), settings_of("127.0.0.1:1"))
+
+
+@pytest.mark.parametrize(
+    ("part", "replaced", "why"),
+    [
+        ("model_config", {"hf_overrides": {"rms_norm_eps": 1.0}}, "hf_overrides"),
+        ("load_config", {"load_format": "dummy"}, "dummy"),
+    ],
+)
+@fast
+def test_weights_that_the_models_files_do_not_say_need_a_revision(
+    vllm: Any, part: str, replaced: dict[str, Any], why: str
+) -> None:
+    given = _With(vllm, **{part: _With(getattr(vllm, part), **replaced)})
+    with pytest.raises(ModelRefused, match=why):
+        layout_of(given, one_group(spec()), ConnectorSettings(address="127.0.0.1:1"))
+    named, _ = layout_of(given, one_group(spec()), ConnectorSettings(address="127.0.0.1:1", model_revision="mine"))
+    assert named.model_revision == "mine"
 
 
 @pytest.mark.parametrize(

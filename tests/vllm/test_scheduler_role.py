@@ -47,8 +47,7 @@ def found(roles: Roles, prompt: Sequence[int] = PROMPT) -> int:
 def save(roles: Roles, prompt: Sequence[int] = PROMPT) -> None:
     request = roles.request(next(_names), prompt)
     roles.scheduler.on_new(request)
-    pages = roles.give_pages(request)
-    request.num_computed_tokens = len(prompt)
+    pages = roles.compute(request)
     roles.scheduler.finished(request, (pages,))
     orders = roles.orders()
     assert orders.saves
@@ -80,8 +79,7 @@ def test_requests_from_before_a_reset_are_neither_loaded_nor_saved_after_it(daem
     roles.scheduler.on_new(before)
     assert roles.scheduler.reset()
     assert roles.scheduler.matched_tokens(before, 0) == (0, False)
-    pages = roles.give_pages(before)
-    before.num_computed_tokens = before.num_tokens
+    pages = roles.compute(before)
     roles.scheduler.finished(before, (pages,))
     assert not roles.orders().saves
     roles.close()
@@ -97,8 +95,7 @@ def test_after_a_reset_without_the_daemon_nothing_is_looked_up_or_saved_until_it
     request = roles.request(next(_names), PROMPT)
     roles.scheduler.on_new(request)
     assert roles.scheduler.matched_tokens(request, 0) == (0, False)
-    pages = roles.give_pages(request)
-    request.num_computed_tokens = request.num_tokens
+    pages = roles.compute(request)
     roles.scheduler.finished(request, (pages,))
     assert not roles.orders().saves
     daemon.start()

@@ -63,12 +63,13 @@ class KeyGeneration:
             try:
                 if self._ask():
                     return
-            except KVError as error:
+            except Exception as error:  # The thread must try again: without a number nothing is looked up or saved.
+                reason = error.reason if isinstance(error, KVError) else type(error).__name__
                 self._lines.warning(
                     "nothing is looked up or saved until the daemon gives a key generation: %s: %s",
-                    error.reason,
-                    error.message,
-                    kind=str(error.reason),
+                    reason,
+                    error,
+                    kind=str(reason),
                 )
                 self._clock.wait(self._closed, _RETRY_S)
 

@@ -18,9 +18,9 @@ from kvservice_adapter.breaker import Breaker, answered
 from kvservice_adapter.device.base import Device, Event, StreamClosed
 from kvservice_adapter.engine.page_loads import PagedLayers
 from kvservice_adapter.save import LayerSaver, SaveJob
-from kvservice_api.errors import KVError, NotShared
+from kvservice_api.errors import DeadlineExceeded, KVError, NotShared
 from kvservice_api.keys import BlockChain
-from kvservice_client import BlockCache, SaveResult
+from kvservice_client import BlockCache, Clock, SaveResult
 from kvservice_client.rate_limited_log import RateLimitedLog
 from kvservice_client.transports.reservation import Reservation
 
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 _JOB_SHARE = 4  # Of the staging, at most, for one job: what is gathered is sent while the rest is gathered.
 _RESERVED_BLOCKS = 32  # In one call; the next ones are gathered while it is committed.
+_SILENT_S = 1.0  # After a reservation without an answer in time.
 _COPIED_S = 30.0
 
 
@@ -69,13 +70,14 @@ class PageSaver:
         blocks: BlockCache,
         layers: PagedLayers,
         breaker: Breaker,
+        clock: Clock,
         *,
         staging_bytes: int,
         reserve_s: float,
         on_saved: Callable[[SaveResult], None] = lambda result: None,
     ) -> None:
         """`reserve_s` bounds the wait for reserved space. `on_saved` is called on a thread of the saver's."""
-        self._blocks, self._layers, self._breaker = blocks, layers, breaker
+        self._blocks, self._layers, self._breaker, self._clock = blocks, layers, breaker, clock
         self._reserve_s, self._on_saved = reserve_s, on_saved
         self._staged = LayerSaver(device, blocks, staging_bytes=staging_bytes)
         self._working = device.stream("kvservice-save-pages")
@@ -83,8 +85,14 @@ class PageSaver:
         self._committing = device.stream("kvservice-commit")
         self._lines = RateLimitedLog(log)
         self._is_shared = True
+        self._silent_until_s = 0.0
         token_bytes = sum(layers.pages(layer, (0,)).token_bytes for layer in range(blocks.shard.layers))
         self._job_blocks = max(1, staging_bytes // _JOB_SHARE // (token_bytes * blocks.layout.block_tokens))
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether a reservation was not answered in time just now. Until later none is made, and saves are staged."""
+        return self._clock.now_s() < self._silent_until_s
 
     def gather(self, saves: Sequence[PageSave]) -> Gathering:
         """Begin to copy blocks out of the pages, and then to store them.
@@ -120,7 +128,7 @@ class PageSaver:
             for part in _parts(saves):
                 if gathering.is_abandoned:
                     return
-                reservation = self._reserved(part) if self._is_shared and self._breaker.allow() else None
+                reservation = self._reserved(part) if self._may_reserve else None
                 if reservation is not None:
                     self._write(part, reservation, gathering)
                 elif self._breaker.allow():
@@ -138,9 +146,16 @@ class PageSaver:
             log.info("blocks are saved by a copy, not in place: %s", error.message)
             self._is_shared = False
         except KVError as error:
-            self._breaker.record(answered(error))
+            if isinstance(error, DeadlineExceeded):  # Or another engine is saving the same blocks: no failure then.
+                self._silent_until_s = self._clock.now_s() + _SILENT_S
+            else:
+                self._breaker.record(answered(error))
             self._lines.info("blocks are saved by a copy, not in place: %s", error.message, kind=str(error.reason))
         return None
+
+    @property
+    def _may_reserve(self) -> bool:
+        return self._is_shared and self._breaker.allow() and not self.is_silent
 
     def _write(self, saves: Sequence[PageSave], reservation: Reservation, gathering: Gathering) -> None:
         """Copy the reserved blocks to their places: each layer is sealed while the next one is copied."""

@@ -48,6 +48,8 @@ class Steps:
         self.worker = Worker(self._config, caches, setup.model, runner)
         self.requests: dict[str, Request] = {}  # All so far, with what they have generated.
         self.hits: dict[str, int] = {}  # Tokens that came from the connector, as vLLM reports them with a first token.
+        self.own_hits: dict[str, int] = {}  # Tokens that came from vLLM's own prefix cache.
+        self.orders: Any = None  # What the scheduler's connector gave the worker's in the last step.
         self._in_flight: tuple[Any, Any] = None, None  # The last step and its output, until the next is scheduled.
         self.bad_pages: list[int] = []  # That the connector reported so far.
         self._hasher = get_request_block_hasher(setup.page_tokens, sha256)
@@ -84,6 +86,7 @@ class Steps:
         `before_work` runs between the scheduler's part and the worker's.
         """
         scheduled = self.scheduler.schedule()
+        self.orders = scheduled.kv_connector_metadata
         before_work()
         output = self.worker.execute(scheduled)
         reported = output.kv_connector_output or KVConnectorOutput()
@@ -100,6 +103,7 @@ class Steps:
             for each in answered.outputs:
                 if each.prefill_stats is not None:
                     self.hits[each.request_id] = each.prefill_stats.num_external_cached_tokens
+                    self.own_hits[each.request_id] = each.prefill_stats.num_local_cached_tokens
         return reported
 
     def run(self, *request_ids: str) -> None:

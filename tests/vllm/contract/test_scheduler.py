@@ -114,18 +114,91 @@ def test_a_hit_has_the_numbers_of_a_computation(
         expect_nothing_is_held(client, steps)
 
 
+def expect_right_numbers(client: Client, steps: Steps, tokens: list[int]) -> int:
+    """What is stored of the tokens are the numbers of the model. Returns how many tokens are stored."""
+    blocks = blocks_of(client, steps)
+    with blocks.lookup(chain_of(steps, tokens)) as lease:
+        for layer in lease.load() if lease.hit_blocks else ():
+            arrays = blocks.layer_arrays(layer.data, lease.token_counts)
+            for (keys, values), first in zip(arrays, range(0, lease.hit_tokens, BLOCK), strict=True):
+                known = _MODEL.keys_and_values(states_of(tokens)[first : first + BLOCK], layer.index)
+                assert (keys == known[0].transpose(1, 0, 2)).all()
+                assert (values == known[1].transpose(1, 0, 2)).all()
+        return lease.hit_tokens
+
+
 def test_what_is_stored_are_the_numbers_of_the_model(daemon: DaemonProcess, client: Client, tokens: list[int]) -> None:
     with Steps(ours(daemon)) as steps:
         store(client, steps, tokens)
-        blocks = blocks_of(client, steps)
-        with blocks.lookup(chain_of(steps, tokens)) as lease:
-            assert lease.hit_tokens == len(tokens)
-            for layer in lease.load():
-                arrays = blocks.layer_arrays(layer.data, lease.token_counts)
-                for (keys, values), first in zip(arrays, range(0, len(tokens), BLOCK), strict=True):
-                    known = _MODEL.keys_and_values(states_of(tokens)[first : first + BLOCK], layer.index)
-                    assert (keys == known[0].transpose(1, 0, 2)).all()
-                    assert (values == known[1].transpose(1, 0, 2)).all()
+        assert expect_right_numbers(client, steps, tokens) == len(tokens)
+
+
+@pytest.mark.parametrize("is_asynchronous", [False, True], ids=["in one step", "a step ahead"])
+@pytest.mark.parametrize("runner", Runner)
+def test_pages_that_a_step_still_computes_are_not_saved_for_a_request_that_shares_them(
+    daemon: DaemonProcess, client: Client, runner: Runner, is_asynchronous: bool, tokens: list[int]
+) -> None:
+    """vLLM gives the second request the pages of the first before a forward has written them."""
+    with Steps(ours(daemon, step_tokens=2000, is_asynchronous=is_asynchronous), runner) as steps:
+        ids = [steps.add([*tokens, number], 8) for number in range(5)]
+        steps.step()
+        assert steps.orders.saves == []
+        steps.run()
+        for request_id in ids:
+            steps.expect(request_id)
+        assert steps.own_hits[ids[1]] == len(tokens)
+        steps.forget_pages()
+        until(lambda: expect_right_numbers(client, steps, tokens) == len(tokens))
+        expect_nothing_is_held(client, steps)
+
+
+def three_that_fail_together(daemon: DaemonProcess, client: Client, steps: Steps, tokens: list[int]) -> list[str]:
+    """Requests that are scheduled in one step, and whose stored prompt is damaged."""
+    store(client, steps, tokens)
+    damage(daemon, tokens, 1)
+    for pages in steps.worker.pages.values():
+        pages.fill_(0.5)  # Freed pages still had the right numbers.
+    steps.scheduler.scheduler_config.long_prefill_token_threshold = 50  # Others run beside a long computation.
+    ids = [steps.add([*tokens, number], 20) for number in range(3)]
+    for state in steps.scheduler.connector._scheduler._requests.values():
+        assert state.lookup.wait(60.0)
+    return ids
+
+
+@pytest.mark.parametrize("load", BEFORE_FORWARD)
+@pytest.mark.parametrize("runner", Runner)
+def test_nothing_is_saved_of_requests_that_share_pages_of_a_failed_load(
+    daemon: DaemonProcess, client: Client, load: str, runner: Runner, tokens: list[int]
+) -> None:
+    """They continue before vLLM has computed all of the pages again, in several steps: their KV may be wrong."""
+    with Steps(ours(daemon, load, step_tokens=2000), runner) as steps:
+        ids = three_that_fail_together(daemon, client, steps, tokens)
+        steps.worker.checks_pages = False
+        saved: list[str] = []
+
+        def have_ended() -> bool:
+            saved.extend(order.request_id for order in steps.orders.saves)
+            return all(steps.requests[each].is_finished() for each in ids)
+
+        steps.until(have_ended)
+        steps.step()
+        have_ended()
+        assert steps.bad_pages
+        assert set(saved) == {ids[0]}, "only of the request that computes them again"
+        expect_nothing_is_held(client, steps)
+
+
+@pytest.mark.parametrize("runner", Runner)
+def test_requests_whose_loads_between_steps_fail_share_no_page(
+    daemon: DaemonProcess, client: Client, runner: Runner, tokens: list[int]
+) -> None:
+    with Steps(ours(daemon, "between_steps", step_tokens=2000), runner) as steps:
+        ids = three_that_fail_together(daemon, client, steps, tokens)
+        steps.run()
+        assert steps.bad_pages
+        for request_id in ids:
+            steps.expect(request_id)
+        expect_nothing_is_held(client, steps)
 
 
 @pytest.mark.parametrize("runner", Runner)

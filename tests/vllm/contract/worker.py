@@ -80,6 +80,7 @@ class Worker:
         self._attention = maybe_transfer_kv_layer(self._attend)
         self.wrong_pages: list[WrongPage] = []  # Of the last step.
         self.unchecked_pages: set[int] = set()  # That a test has changed.
+        self.checks_pages = True
 
     def close(self) -> None:
         """As vLLM does at its end, where it comes to that."""
@@ -203,7 +204,7 @@ class Worker:
             wrong = [(each != known).any(axis=(1, 2)) for each, known in zip(found, right, strict=True)]
             for token in np.flatnonzero(wrong[0] | wrong[1]).tolist():
                 page_id = row.page_ids[token // page_tokens]
-                if page_id not in self.unchecked_pages:
+                if self.checks_pages and page_id not in self.unchecked_pages:
                     self.wrong_pages.append(WrongPage(request_id, layer_name, token, page_id))
 
     def _read(self, name: str, row: _Row, count: int) -> tuple[Numbers, Numbers]:

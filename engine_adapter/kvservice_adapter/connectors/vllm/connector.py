@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
@@ -38,7 +38,7 @@ def guarded(otherwise: Callable[[KVServiceConnector], Any]) -> Callable[[F], F]:
                 self._hook_raised(hook.__name__, error)
                 return otherwise(self)
 
-        return call  # type: ignore[return-value]
+        return cast(F, call)
 
     return decorate
 
@@ -51,7 +51,8 @@ class KVServiceConnector(KVConnectorBase_V1):
     """vLLM's KV cache in a KVService daemon. A failure of the daemon costs a computation, never a request.
 
     Its constructor, and `register_kv_caches`, raise for a configuration, a model or an attention backend that is not
-    supported; no other method raises.
+    supported. Of the other methods only `update_state_after_alloc` could: if it can neither order a load nor report it
+    as failed, the engine's end is better than wrong tokens.
     """
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
@@ -110,12 +111,11 @@ class KVServiceConnector(KVConnectorBase_V1):
 
     @guarded(_none)
     def update_connector_output(self, connector_output: Any) -> None:
-        report = connector_output.kv_connector_worker_meta
+        meta = connector_output.kv_connector_worker_meta
+        report = meta if isinstance(meta, StepReport) else None
         if connector_output.invalid_block_ids:
-            self._of_scheduler.on_bad_pages(set(connector_output.invalid_block_ids))
-        self._of_scheduler.on_output(
-            report if isinstance(report, StepReport) else None, set(connector_output.finished_recving or ())
-        )
+            self._of_scheduler.on_bad_pages(connector_output.invalid_block_ids, report)
+        self._of_scheduler.on_output(report, set(connector_output.finished_recving or ()))
 
     @guarded(lambda self: (False, None))
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:

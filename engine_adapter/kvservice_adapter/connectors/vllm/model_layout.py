@@ -105,7 +105,7 @@ def layout_of(vllm_config: Any, kv_cache_config: Any, settings: ConnectorSetting
             raise ModelRefused(f"the KV cache is of {dtype}; KV can be kept in {', '.join(DTYPE_BYTES)}")
         heads = 1 if _is_latent(spec) else _total_heads(spec.num_kv_heads, model, parallel)
         groups.append(LayerGroup(1, heads, spec.head_size, spec.head_size_v, dtype, window, rotary))
-    model_id, revision = _identity(model, settings)
+    model_id, revision = _identity(vllm_config, settings)
     return Layout(model_id, groups=groups, model_revision=revision, block_tokens=settings.block_tokens), place
 
 
@@ -192,14 +192,17 @@ def _check_configuration(vllm_config: Any) -> None:
         raise ModelRefused("with calculate_kv_scales the same tokens have another KV in each run")
 
 
-def _identity(model: Any, settings: ConnectorSettings) -> tuple[str, str]:
-    """The layout's `model_id` and `model_revision`."""
+def _identity(vllm_config: Any, settings: ConnectorSettings) -> tuple[str, str]:
+    """The layout's `model_id` and `model_revision`. Raises ModelRefused if it is not known which weights these are."""
+    model = vllm_config.model_config
     folder = Path(model.model)
     model_id = settings.model_id or (folder.resolve().name if folder.exists() else model.model)
     revision = settings.model_revision
     if not revision:
         if model.hf_overrides:
-            raise ModelRefused("hf_overrides may change the model's KV: name it by model_revision")
+            raise ModelRefused("hf_overrides may change the model's KV: set model_revision to a name of their own")
+        if vllm_config.load_config.load_format == "dummy":
+            raise ModelRefused("with load_format dummy the weights are not the folder's: set model_revision")
         commit = getattr(model.hf_config, "_commit_hash", None)
         if commit:
             revision = str(commit)

@@ -67,7 +67,6 @@ class SchedulerRole:
         self._clock = self._client.clock
         self._blocks = self._client.open_layout(self.layout)
         self._breaker = Breaker(probe_of(self._blocks), clock=self._clock)
-        self._is_on_cpu: bool = vllm_config.device_config.device_type == "cpu"
         self._is_async: bool = bool(vllm_config.scheduler_config.async_scheduling)
         self._rates = Rates(self._clock.now_s)
         self._step: tuple[float, list[tuple[int, int]]] | None = None  # When it began, and what it computes.
@@ -186,9 +185,7 @@ class SchedulerRole:
         return chosen.kind is Kind.LOAD
 
     def _mode(self, state: _Request) -> LoadMode:
-        if state.mode is not LoadMode.AUTO:
-            return state.mode
-        return LoadMode.WHOLE if self._is_on_cpu else LoadMode.BETWEEN_STEPS
+        return LoadMode.BETWEEN_STEPS if state.mode is LoadMode.AUTO else state.mode
 
     def _poll(self, state: _Request) -> bool:
         """Take the lookup's answer. False if there is none yet, and the time to wait for it is not over."""
@@ -309,7 +306,7 @@ class SchedulerRole:
         """Order the save of blocks whose tokens the scheduler knows, and whose KV earlier steps have computed."""
         # vLLM shares pages between requests of one step before their KV is computed or loaded. So nothing of a request
         # is saved before a step of its own has ended: then its earlier tokens are there too.
-        if state.began is not None and computed_tokens <= state.began[1]:
+        if state.began is None or state.began[0] != state.request.num_preemptions or computed_tokens <= state.began[1]:
             return
         computed_tokens = min(computed_tokens, state.request.num_tokens)
         size = self.layout.block_tokens
@@ -344,12 +341,19 @@ class SchedulerRole:
             if (state := self._requests.get(request_id)) is not None:
                 state.saved_tokens = min(state.saved_tokens, first_token)
 
-    def on_bad_pages(self, page_ids: set[int]) -> None:
-        """Loads have failed: what requests with these pages compute from now on is not saved."""
+    def on_bad_pages(self, bad_pages: set[int], report: StepReport | None) -> None:
+        """Loads have failed. What other requests compute on these pages, before vLLM has filled them, is not saved.
+
+        vLLM computes them again for the request of the load, which may take several steps. Another request that shares
+        them continues meanwhile.
+        """
+        valid = {failed.request_id: failed.valid_tokens for failed in report.failed} if report is not None else {}
         for request_id, state in self._requests.items():
-            if state.may_save and state.began is not None:
-                pages = self._manager.get_block_ids(request_id)[0]
-                state.may_save = page_ids.isdisjoint(pages)
+            shared: list[int] = self._manager.get_block_ids(request_id)[0]
+            if request_id in valid:
+                shared = shared[: valid[request_id] // self._page_tokens]
+            if not bad_pages.isdisjoint(shared):
+                state.may_save = False
 
     def _on_failed(self, failed: FailedLoad) -> None:
         if failed.is_unanswered:

@@ -18,7 +18,7 @@ ADDRESS_VARIABLE = "KVSERVICE_ADDRESS"
 class LoadMode(StrEnum):
     """When a hit's KV is copied into vLLM's pages."""
 
-    AUTO = "auto"  # Before the forward on a CPU, and between steps where vLLM has several KV cache groups.
+    AUTO = "auto"  # BETWEEN_STEPS, or not at all if computing is faster. Before that vLLM shares pages that may fail.
     WHOLE = "whole"  # All layers before the forward of the request's first step.
     LAYERS = "layers"  # Layer i + 1 while the forward computes layer i.
     BETWEEN_STEPS = "between_steps"  # Asynchronously: the request runs once its KV is there, others run meanwhile.

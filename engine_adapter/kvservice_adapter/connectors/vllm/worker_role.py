@@ -66,7 +66,7 @@ class WorkerRole:
         self._saver: PageSaver | None = None
         self._orders: StepOrders | None = None
         self._open: dict[str, PageLoadOrder] = {}  # By request: the loads of this step that have not ended.
-        self._is_silent = False  # In this step a load had no answer in time: no other one waits for the daemon.
+        self._is_silent = False  # In this step the daemon did not answer in time: no load waits for it any more.
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Find keys and values in vLLM's pages. Raises UnsupportedPages, ModelRefused."""
@@ -101,6 +101,7 @@ class WorkerRole:
                 self._blocks,
                 self._layers,
                 self._breaker,
+                self._clock,
                 staging_bytes=self._settings.staging_bytes,
                 reserve_s=self._settings.wait_s / 2,
                 on_saved=self._saved,
@@ -133,6 +134,7 @@ class WorkerRole:
         freed = self._gather([save for save in orders.saves if save.is_freed])
         self._gathering = self._gather([save for save in orders.saves if not save.is_freed])
         self._wait(freed)
+        self._is_silent = self._saver is not None and self._saver.is_silent
 
     def _gather(self, orders: list[PageSaveOrder]) -> _Gathered | None:
         if self._saver is None or not orders:
@@ -265,7 +267,11 @@ class WorkerRole:
     # What is reported after a step
 
     def take_finished(self) -> set[str]:
-        """Requests whose loads between steps have ended, with or without success. vLLM ends if it gets one twice."""
+        """Requests whose loads between steps have ended, with or without success. vLLM ends if it gets one twice.
+
+        The forward has ended, also where vLLM calls `wait_for_save` after this: with speculative decoding.
+        """
+        self._end_layers(LoadFailed("the forward ended before all layers were loaded"))
         return self.finished_anyway()
 
     def finished_anyway(self) -> set[str]:

@@ -1,0 +1,141 @@
+"""Blocks go from an engine's pages to a daemon, and back into other pages: what every paged engine's connector uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvservice_adapter.breaker import Breaker, probe_of
+from kvservice_adapter.device.arrays import view_of
+from kvservice_adapter.device.cpu import CpuDevice
+from kvservice_adapter.engine.page_loads import PagedLayers, PrefixLoad, Waits, release_on
+from kvservice_adapter.engine.page_saves import PageSave, PageSaver
+from kvservice_api.errors import TicketForged
+from kvservice_client import BlockCache, BlockChain, Client, Layout, block_chain
+from tests.daemon import MIB, SOON_S, DaemonProcess, until
+
+LAYOUT = Layout("pages", "float32", layers=3, kv_heads=2, k_head_dim=8, v_head_dim=4, block_tokens=32)
+PAGE_TOKENS = 12  # No divisor of a block's: blocks begin and end inside pages.
+PAGES = 200
+
+
+@pytest.fixture(params=["shm", "grpc"])
+def client(daemon: DaemonProcess, request: pytest.FixtureRequest) -> Iterator[Client]:
+    with daemon.client(transport=request.param) as client:
+        yield client
+
+
+@pytest.fixture
+def daemon(tmp_path: Any) -> Iterator[DaemonProcess]:
+    with DaemonProcess(tmp_path) as daemon:
+        yield daemon
+
+
+class Engine:
+    """The pages of an engine, and one sequence in them."""
+
+    def __init__(self, blocks: BlockCache, page_ids: Sequence[int], seed: int = 0) -> None:
+        chooser = np.random.default_rng(seed)
+        self.keys, self.values = (
+            [chooser.random((PAGES, LAYOUT.kv_heads, PAGE_TOKENS, dim), np.float32) for _ in range(LAYOUT.layers)]
+            for dim in (LAYOUT.k_head_dim, LAYOUT.v_head_dim)
+        )
+        self.page_ids = page_ids
+        self.device = CpuDevice()
+        self.layers = PagedLayers(
+            [view_of(each) for each in self.keys], [view_of(each) for each in self.values], ["float32"] * LAYOUT.layers
+        )
+        self.blocks = blocks
+        self.breaker = Breaker(probe_of(blocks))
+
+    def saver(self, reserve_s: float = SOON_S) -> PageSaver:
+        clock = self.blocks._connection.clock
+        return PageSaver(
+            self.device, self.blocks, self.layers, self.breaker, clock, staging_bytes=8 * MIB, reserve_s=reserve_s
+        )
+
+    def load(self, ticket: bytes, begin: int, end: int) -> None:
+        stream = self.device.stream("test")
+        load = PrefixLoad(stream, self.blocks, ticket, (begin, end), Waits(SOON_S, SOON_S), release_on(stream))
+        for _ in load.begin(load.pages_of_layer(self.layers, self.page_ids)):
+            pass
+
+    def tokens(self, begin: int, end: int) -> np.ndarray[Any, Any]:
+        """All layers' keys and values of tokens of the sequence, ``[layer, head, token, dim of both]``."""
+        places = [(self.page_ids[token // PAGE_TOKENS], token % PAGE_TOKENS) for token in range(begin, end)]
+        pages, offsets = np.array(places).T
+        both = [np.concatenate(each, axis=-1) for each in zip(self.keys, self.values, strict=True)]
+        return np.stack([layer[pages, :, offsets].transpose(1, 0, 2) for layer in both])
+
+
+def save(engine: Engine, chain: BlockChain) -> None:
+    saver = engine.saver()
+    assert saver.gather([PageSave(chain, 0, engine.page_ids)]).wait(SOON_S)
+    until(lambda: engine.blocks.contains(chain) == len(chain))
+    saver.close(SOON_S)
+
+
+@pytest.mark.parametrize(("begin", "end"), [(0, 100), (0, 101), (40, 100), (37, 90)])
+def test_tokens_come_back_into_other_pages_and_no_other_token_changes(client: Client, begin: int, end: int) -> None:
+    blocks = client.open_layout(LAYOUT)
+    chain = block_chain(LAYOUT, range(101), with_partial=True)
+    saved = Engine(blocks, [7, 3, 11, 2, 19, 5, 23, 29, 31])
+    save(saved, chain)
+    loaded = Engine(blocks, [4, 9, 1, 8, 30, 12, 14, 6, 20], seed=1)
+    expected = loaded.tokens(0, 101)
+    expected[:, :, begin:end] = saved.tokens(begin, end)
+    loaded.load(blocks.lookup(chain).export(), begin, end)
+    assert np.array_equal(loaded.tokens(0, 101), expected)
+
+
+def test_more_blocks_than_one_reservation_has_are_saved_with_those_of_other_sequences(client: Client) -> None:
+    blocks = client.open_layout(LAYOUT)
+    engine = Engine(blocks, list(range(199, 0, -1)))
+    long, short = block_chain(LAYOUT, range(40 * 32)), block_chain(LAYOUT, range(5000, 5064))
+    saver = engine.saver()
+    gathering = saver.gather([PageSave(long, 0, engine.page_ids), PageSave(short, 32, engine.page_ids)])
+    assert gathering.wait(SOON_S)
+    assert gathering.dropped == []
+    until(lambda: blocks.contains(long) == len(long) and blocks.contains(short) == len(short))
+    other = Engine(blocks, list(range(1, 200)), seed=1)
+    other.load(blocks.lookup(long).export(), 0, 40 * 32)
+    assert np.array_equal(other.tokens(0, 40 * 32), engine.tokens(0, 40 * 32))
+    other.load(blocks.lookup(short).export(), 0, 64)
+    assert np.array_equal(other.tokens(0, 64), engine.tokens(32, 96))
+    saver.close(SOON_S)
+
+
+def test_a_reservation_without_an_answer_in_time_is_followed_by_no_other_one(daemon: DaemonProcess) -> None:
+    """A step waits once, however many blocks it saves. They are staged, and stored when the daemon answers."""
+    with daemon.client(transport="shm") as client:
+        blocks = client.open_layout(LAYOUT)
+        engine = Engine(blocks, list(range(1, 200)))
+        save(engine, block_chain(LAYOUT, range(9000, 9032)))  # The client is attached.
+        asked: list[int] = []
+        reserve = blocks.reserve
+
+        def counted(chains: Sequence[BlockChain], **options: Any) -> Any:
+            asked.append(len(chains))
+            return reserve(chains, **options)
+
+        blocks.reserve = counted  # type: ignore[method-assign, assignment]  # It counts the calls of the real one.
+        saver = engine.saver(reserve_s=0.05)
+        chain = block_chain(LAYOUT, range(64 * 32))
+        with daemon.stopped():
+            assert saver.gather([PageSave(chain, 0, engine.page_ids)]).wait(SOON_S)
+            assert saver.is_silent
+        assert asked == [1]
+        until(lambda: blocks.contains(chain) == len(chain))
+        saver.close(SOON_S)
+
+
+def test_a_load_by_a_ticket_that_no_daemon_made_fails_and_writes_nothing(client: Client) -> None:
+    blocks = client.open_layout(LAYOUT)
+    engine = Engine(blocks, [1, 2, 3, 4, 5, 6, 7, 8, 9])
+    before = engine.tokens(0, 101)
+    with pytest.raises(TicketForged):
+        engine.load(b"no ticket", 0, 64)
+    assert np.array_equal(engine.tokens(0, 101), before)
