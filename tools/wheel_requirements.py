@@ -9,7 +9,7 @@ So an environment can have a package's dependencies, except those that it must h
 from __future__ import annotations
 
 import argparse
-from importlib.metadata import requires
+from importlib.metadata import PackageNotFoundError, requires
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -32,4 +32,8 @@ if __name__ == "__main__":
     arguments.add_argument("package")
     arguments.add_argument("without", nargs="*", help="packages to leave out")
     parsed = arguments.parse_args()
-    print(*requirements_of(parsed.package, parsed.without), sep="\n")
+    try:
+        lines = requirements_of(parsed.package, parsed.without)
+    except PackageNotFoundError:
+        arguments.error(f"{parsed.package} is not installed in this environment")
+    print(*lines, sep="\n")

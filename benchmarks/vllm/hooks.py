@@ -12,7 +12,6 @@ import argparse
 import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from benchmarks.vllm.roles import Roles
 from kvservice_adapter.connectors.vllm.settings import LoadMode
 from kvservice_client import block_chain
 from tests.daemon import MIB, DaemonProcess, until
+from tests.vllm.engine import model_folder
 
 _LOADED_TOKENS = 2816
 
@@ -116,16 +116,21 @@ class Hooks:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path(sys.prefix) / "smollm2-135m-instruct")
+    parser.add_argument("--model", type=Path, help="a folder with a model; by default SmolLM2-135M")
     parser.add_argument("--repetitions", type=int, default=9)
     given = parser.parse_args()
+    if given.repetitions < 1:
+        parser.error("--repetitions must be at least 1")
+    if given.model is not None and not given.model.is_dir():
+        parser.error(f"--model {given.model} is no folder")
+    model = given.model or model_folder()
     rows: list[tuple[str, float]] = []
     with (
         tempfile.TemporaryDirectory() as folder,
         DaemonProcess(Path(folder), dram__capacity_bytes=2048 * MIB, ssd__capacity_bytes=0) as daemon,
     ):
         for transport in ("shm", "grpc"):
-            roles = Roles(given.model, daemon.address, transport=transport, staging_bytes=512 * MIB)
+            roles = Roles(model, daemon.address, transport=transport, staging_bytes=512 * MIB)
             hooks = Hooks(roles, given.repetitions)
             until(partial(getattr, roles.scheduler, "is_ready"))
             if transport == "shm":

@@ -149,6 +149,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=5)
     given = parser.parse_args()
+    if given.repetitions < 1:
+        parser.error("--repetitions must be at least 1")
     loads, began_s = [os.getloadavg()[0]], time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kvservice-ttft-") as folder:
         rows = run(given.repetitions, Path(folder))

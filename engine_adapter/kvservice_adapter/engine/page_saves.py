@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 _JOB_SHARE = 4  # Of the staging, at most, for one job: what is gathered is sent while the rest is gathered.
 _RESERVED_BLOCKS = 32  # In one call; the next ones are gathered while it is committed.
 _SILENT_S = 1.0  # After a reservation without an answer in time.
-_COPIED_S = 30.0
+_COPIED_S = 30.0  # For the copies of one layer, from memory to memory.
 
 
 class PageSave(NamedTuple):

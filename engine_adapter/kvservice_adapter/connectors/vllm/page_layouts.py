@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 
 _BASE = 4  # Digits 0 to 3 are exact in every element type, also in float8.
-_TOKENS_MIN = 2
 
 
 class UnsupportedPages(ValueError):

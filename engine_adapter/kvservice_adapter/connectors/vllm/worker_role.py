@@ -29,7 +29,7 @@ from kvservice_client.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
-_CLOSED_S = 2.0
+_CLOSED_S = 2.0  # At vLLM's end: for the last saves.
 _GATHERED_S = 30.0  # For copies out of the pages, from memory to memory.
 
 
