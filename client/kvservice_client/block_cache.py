@@ -96,8 +96,8 @@ class BlockCache:
 
         Makes no call once this client is attached, and does not count as a use of the blocks. None if there is no
         certain answer: the daemon is on another host, has no directory, has not filled it yet since its start, or
-        blocks are stored as several shards. The directory does not know which partial blocks continue a block: `lookup`
-        of a `ChainBuilder` may find more. Raises as `contains` if the daemon cannot be reached.
+        blocks are stored as several shards. It does not count partial blocks that only `lookup` of a `ChainBuilder`
+        finds. Raises as `contains` if the daemon cannot be reached.
         """
         _checked(chain)
         deadline = self._connection.deadline(timeout_s)
