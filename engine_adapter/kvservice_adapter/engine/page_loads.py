@@ -71,6 +71,7 @@ class PrefixLoad:
         self._is_cancelled = False
         self._copies = threading.Lock()  # Of the events: no copy begins after `stop`.
         self.size_bytes = 0  # Of the layers begun so far.
+        self.transport = ""  # By which they come: "shm" or "grpc".
 
     def pages_of_layer(self, layers: PagedLayers, page_ids: Sequence[int]) -> PagesOfLayer:
         """Where the tokens go. `page_ids` are the sequence's pages, from its first token on."""
@@ -115,7 +116,9 @@ class PrefixLoad:
             try:
                 first_s, layer_s = self._waits
                 view = lease.view(first, count, first_s, verify="always", layer_timeout_s=layer_s)
+                self.transport = "shm"
             except NotShared:
+                self.transport = "grpc"
                 yield from self._by_client(lease, first, count, pages_of_layer)
                 return
             with view:
