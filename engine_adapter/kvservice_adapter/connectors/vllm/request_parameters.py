@@ -14,11 +14,9 @@ ENTRY = "kvservice"
 _NAMES = ("load", "may_load", "may_save", "session_id")
 
 
-class Problem(NamedTuple):
-    """A part of a request's parameters that is ignored."""
-
-    name: str
-    text: str
+class IgnoredParameter(NamedTuple):
+    name: str  # Empty for names that do not exist.
+    why: str
 
 
 class RequestParameters(NamedTuple):
@@ -28,21 +26,21 @@ class RequestParameters(NamedTuple):
     session_id: str  # Of the conversation; empty for none.
 
 
-def parameters_of(request: Any, load: LoadMode) -> tuple[RequestParameters, list[Problem]]:
-    """A request's parameters, and what of them is wrong. Raises nothing: a request must not end the engine.
+def parameters_of(request: Any, load: LoadMode) -> tuple[RequestParameters, list[IgnoredParameter]]:
+    """A request's parameters, and what of them is wrong and ignored. Never raises: a request must not end the engine.
 
     `load` is the engine's. An entry's session id precedes vLLM's own, which is the field `session_id` of a request's
     body, or the header `X-Session-ID`.
     """
-    problems: list[Problem] = []
+    ignored: list[IgnoredParameter] = []
 
     def note(name: str, value: object, must: str) -> None:
-        problems.append(Problem(name, f"{name} is {reprlib.repr(value)}; it must be {must}"))
+        ignored.append(IgnoredParameter(name, f"{name} is {reprlib.repr(value)}; it must be {must}"))
 
     given = _entry(request.kv_transfer_params, note)
     unknown = [name for name in given if name not in _NAMES]
     if unknown:
-        problems.append(Problem("", f"{ENTRY} has no {reprlib.repr(unknown)}; it has {', '.join(_NAMES)}"))
+        ignored.append(IgnoredParameter("", f"{ENTRY} has no {reprlib.repr(unknown)}; it has {', '.join(_NAMES)}"))
     flags = {"may_load": True, "may_save": True}
     for name in flags.keys() & given.keys():
         if isinstance(given[name], bool):
@@ -58,9 +56,9 @@ def parameters_of(request: Any, load: LoadMode) -> tuple[RequestParameters, list
     try:
         session_id = session_id and checked_session_id(session_id)
     except InvalidRequest as error:
-        problems.append(Problem("session_id", f"{error.message}. The session is not kept"))
+        ignored.append(IgnoredParameter("session_id", f"{error.message}. The session is not kept"))
         session_id = ""
-    return RequestParameters(load, session_id=session_id, **flags), problems
+    return RequestParameters(load, session_id=session_id, **flags), ignored
 
 
 def _entry(parameters: Any, note: Callable[[str, object, str], None]) -> Mapping[Any, Any]:

@@ -38,7 +38,7 @@ class EndedLoad(NamedTuple):
 
 
 @dataclass(slots=True)
-class Progress:
+class RequestProgress:
     """One request. For one thread."""
 
     request_id: str  # The response's.

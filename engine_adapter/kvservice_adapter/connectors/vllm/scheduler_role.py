@@ -17,7 +17,7 @@ from kvservice_adapter.connectors.vllm.metadata import FailedLoad, PageLoadOrder
 from kvservice_adapter.connectors.vllm.model_layout import layout_of
 from kvservice_adapter.connectors.vllm.request_keys import extra_of_block, refusal_of, salt_of
 from kvservice_adapter.connectors.vllm.request_parameters import RequestParameters, parameters_of
-from kvservice_adapter.connectors.vllm.request_progress import Progress, response_id
+from kvservice_adapter.connectors.vllm.request_progress import RequestProgress, response_id
 from kvservice_adapter.connectors.vllm.session_updates import SessionUpdates
 from kvservice_adapter.connectors.vllm.settings import ConnectorSettings, LoadMode
 from kvservice_adapter.connectors.vllm.stats import TransferStats
@@ -43,7 +43,7 @@ class _Request:
     builder: ChainBuilder
     mode: LoadMode
     session_id: str  # Empty for none.
-    progress: Progress
+    progress: RequestProgress
     may_load: bool
     may_save: bool
     lookup: PendingLookup | None = None  # It holds the lease of what it found.
@@ -113,7 +113,7 @@ class SchedulerRole:
             builder,
             given.load,
             given.session_id,
-            Progress(name, self._clock.now_s()),
+            RequestProgress(name, self._clock.now_s()),
             may_load=not why and given.may_load and not request.skip_reading_prefix_cache,
             may_save=not why and given.may_save and self._settings.save,
         )
@@ -130,9 +130,9 @@ class SchedulerRole:
             self._look_up(state)
 
     def _parameters_of(self, request: Any) -> RequestParameters:
-        given, problems = parameters_of(request, self._settings.load)
-        for problem in problems:
-            self._lines.warning("a request's parameter is ignored: %s", problem.text, kind=problem.name)
+        given, ignored = parameters_of(request, self._settings.load)
+        for each in ignored:
+            self._lines.warning("a request's parameter is ignored: %s", each.why, kind=each.name)
         return given
 
     def _extend(self, state: _Request) -> None:

@@ -96,7 +96,7 @@ class SessionUpdates:
             why = self._update(session_id, turn.chain)
         except _TRY_AGAIN as error:
             why = f"{error.reason}: {error.message}"
-        except Exception as error:  # The thread must go on: other sessions wait for it.
+        except Exception as error:  # The thread must not end: other sessions wait for it.
             why, is_last = f"{type(error).__name__}: {error}", True
         if why and not is_last:
             turn.next_s = self._clock.now_s() + turn.pause_s
