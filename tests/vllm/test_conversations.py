@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -74,10 +75,31 @@ def prompts(text: list[int]) -> Prompts:
 
 
 @pytest.fixture(scope="module")
-def stored(daemon: DaemonProcess) -> Iterator[BlockCache]:
-    """The blocks that the daemon has of this model."""
+def client(daemon: DaemonProcess) -> Iterator[Client]:
     with daemon.client() as client:
-        yield client.open_layout(LAYOUT)
+        yield client
+
+
+@pytest.fixture(scope="module")
+def stored(client: Client) -> BlockCache:
+    """The blocks that the daemon has of this model."""
+    return client.open_layout(LAYOUT)
+
+
+class LeaseCounts(NamedTuple):
+    """What the daemon has leased so far."""
+
+    leases: int
+    blocks: int
+    located: int  # Blocks that were then read in place.
+
+    @classmethod
+    def of(cls, client: Client) -> LeaseCounts:
+        counters = client.admin.status().counters
+        return cls(counters["leases_granted"], counters["lookup_blocks_hit"], counters["located_blocks"])
+
+    def __sub__(self, before: LeaseCounts) -> LeaseCounts:
+        return LeaseCounts(*(now - then for now, then in zip(self, before, strict=True)))
 
 
 def save(vllm: Engine, stored: BlockCache, prompt: list[int], tokens: int = 8) -> list[int]:
@@ -89,15 +111,18 @@ def save(vllm: Engine, stored: BlockCache, prompt: list[int], tokens: int = 8) -
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_conversation_continues_with_the_same_tokens(
-    vllm: Engine, stored: BlockCache, prompts: Prompts, mode: str
+    vllm: Engine, client: Client, stored: BlockCache, prompts: Prompts, mode: str
 ) -> None:
     history, stored_tokens = prompts.new(2 * BLOCK + 30), 0
     for _ in range(3):
         expected = vllm.answer(history, **NOT_KEPT)
         assert expected.cached_tokens == 0
+        leased = LeaseCounts.of(client)
         answer = vllm.answer(history, load=mode)
         assert answer.token_ids == expected.token_ids
         assert answer.cached_tokens == stored_tokens
+        blocks = -(-stored_tokens // BLOCK)
+        assert LeaseCounts.of(client) - leased == LeaseCounts(leases=bool(blocks), blocks=blocks, located=blocks)
         history += answer.token_ids
         stored_tokens = len(history) - 1  # vLLM has not computed the last token of its answer.
         wait_until_stored(stored, history[:-1])
