@@ -330,6 +330,8 @@ def test_a_load_that_fails_is_computed_once(
         steps.expect(request.request_id)
         assert steps.bad_pages
         assert len(steps.bad_pages) == len(set(steps.bad_pages))  # No page twice: the load was tried once.
+        # What is before the damaged block is loaded, and only the rest is computed.
+        assert len(steps.bad_pages) == -(-(len(tokens) - 1) // PAGE) - damaged * BLOCK // PAGE
         expect_nothing_is_held(client, steps)
         steps.forget_pages()
         again = steps.ask(tokens, 10)  # The damaged block has been stored again.

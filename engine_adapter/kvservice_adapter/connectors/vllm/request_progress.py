@@ -50,7 +50,7 @@ class RequestProgress:
     tier: str = ""
     stored_tokens: int = 0  # That the lookup found.
     own_tokens: int = 0  # Of these, how many vLLM has itself.
-    load_tokens: int = 0  # That vLLM expects to be loaded.
+    load_tokens: int = 0  # Of these, how many are loaded.
     loads: list[EndedLoad] = field(default_factory=list)
 
     def ends_as(self, outcome: Outcome, why: str = "") -> None:
@@ -73,9 +73,13 @@ class RequestProgress:
         if plan is None:
             self.ends_as(Outcome.DONE, "vLLM has the stored tokens itself")
 
+    def load_failed(self, valid_tokens: int, why: str) -> None:
+        """Only the first `valid_tokens` of the request are there: those after them are computed."""
+        self.load_tokens = min(self.load_tokens, max(0, valid_tokens - self.own_tokens))
+        self.ends_as(Outcome.FAILED_OVER, why)
+
     def report(self, prompt_tokens: int, now_s: float, *, has_token: bool) -> RequestReport:
         """`has_token`: the first token of the answer has just been computed. Else the request ends without one."""
-        loaded_tokens = self.load_tokens if self.outcome is Outcome.DONE else 0
         loads = self.loads
         return RequestReport(
             request_id=self.request_id,
@@ -83,8 +87,8 @@ class RequestProgress:
             outcome_reason=self.why if has_token else "; ".join(filter(None, (self.why, "it ended without a token"))),
             history_tokens=self.stored_tokens,
             new_tokens=prompt_tokens - self.stored_tokens,
-            loaded_tokens=loaded_tokens,
-            computed_tokens=self.stored_tokens - self.own_tokens - loaded_tokens,
+            loaded_tokens=self.load_tokens,
+            computed_tokens=self.stored_tokens - self.own_tokens - self.load_tokens,
             loaded_bytes=sum(load.size_bytes for load in loads),
             tier=self.tier,
             transport="+".join(sorted({load.transport for load in loads})),

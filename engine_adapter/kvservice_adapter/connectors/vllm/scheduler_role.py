@@ -410,7 +410,7 @@ class SchedulerRole:
             self._breaker.record(False)
         state = self._requests.get(failed.request_id)
         if state is not None:
-            state.progress.ends_as(Outcome.FAILED_OVER, failed.reason)
+            state.progress.load_failed(failed.valid_tokens, failed.reason)
             state.may_load = False  # The daemon has the blocks, or not: a second try would cost as much again.
             state.saved_tokens = min(state.saved_tokens, failed.valid_tokens)
 
