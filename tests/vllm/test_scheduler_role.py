@@ -36,9 +36,9 @@ def started(daemon: DaemonProcess) -> Roles:
     return roles
 
 
-def found(roles: Roles, prompt: Sequence[int] = PROMPT) -> int:
+def found(roles: Roles, prompt: Sequence[int] = PROMPT, **given: Any) -> int:
     """How many tokens of a request vLLM would load."""
-    request = roles.request(next(_names), prompt)
+    request = roles.request(next(_names), prompt, **given)
     roles.scheduler.on_new(request)
     tokens: list[int | None] = []
 
@@ -182,6 +182,21 @@ def test_a_session_of_another_branch_names_that_branch(daemon: DaemonProcess) ->
         for tokens in (PROMPT, edited, [*edited, 1, 2, 3], PROMPT[:280]):
             turn(roles, tokens, session_id="chat")
             until_named(client, roles, "chat", tokens)
+    roles.close()
+
+
+def test_many_conversations_that_begin_alike_come_back_to_their_last_token_by_their_sessions(
+    daemon: DaemonProcess,
+) -> None:
+    roles = started(daemon)
+    conversations = {f"chat-{number}": [*PROMPT[:256], number, number + 1] for number in range(500, 506)}
+    with daemon.client() as client:
+        for session_id, tokens in conversations.items():
+            turn(roles, tokens, session_id=session_id)
+            until_named(client, roles, session_id, tokens)
+    hits = [found(roles, [*tokens, 7], session_id=each) for each, tokens in conversations.items()]
+    assert hits == [258] * 6
+    assert min(found(roles, [*tokens, 7]) for tokens in conversations.values()) == 256, "without, only the newest four"
     roles.close()
 
 

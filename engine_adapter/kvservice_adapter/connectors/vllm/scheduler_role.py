@@ -160,6 +160,7 @@ class SchedulerRole:
             self._settings.ticket_s,
             self._settings.lookup_wait_s * 5,
             request_id=state.progress.request_id,
+            session_id=state.session_id,
             adoptions=self._workers,
             ticket_ttl_s=self._settings.ticket_s,
         )
