@@ -119,6 +119,7 @@ def named_by_vllm(given: str, index: int | None = None) -> str:
         ("cmpl-4f0c-0", "cmpl-4f0c"),
         ("cmpl-mine-1-12", "cmpl-mine-1"),
         ("chatcmpl-4f0c", "chatcmpl-4f0c"),
+        ("resp_4f0c_0", "resp_4f0c"),
         ("chatcmpl-job_3-0", "chatcmpl-job_3-0"),
         ("7", "7"),
         ("my-own-id", "my-own-id"),

@@ -322,6 +322,10 @@ def test_a_chat_with_a_session_id_in_its_body_or_its_header_is_kept_also_if_its_
             report = report_of(client, f"chatcmpl-mine-{session_id}")
             assert report.outcome == pb.REQUEST_OUTCOME_DONE
             assert report.history_tokens == BLOCK
+        prompt = {"input": sentence * 15, "max_output_tokens": 4, "temperature": 0}
+        response = json.loads(server.post("/v1/responses", prompt, {"X-Session-ID": "of-a-response"}))
+        assert client.session(layout_of(client, "of-a-response"), "of-a-response").get().token_count == tokens
+        assert report_of(client, response["id"]).outcome == pb.REQUEST_OUTCOME_DONE
         assert "unused" not in {each.session_id for each in client.admin.list_sessions()}
 
 

@@ -12,8 +12,8 @@ from kvservice_client import Outcome, RequestReport
 
 _ID_BYTES_MAX = 200  # The daemon refuses longer ones.
 _RANDOM = re.compile(r"-[0-9a-f]{8}\Z")
-# One prompt of a completion, or one choice of several (`n`), as vLLM names it, and the id of the whole response.
-_OF_HTTP = re.compile(r"(?:\d+_)?(?:(?P<completion>cmpl-.+)-\d+|(?P<chat>chatcmpl-.+))\Z", re.DOTALL)
+# One prompt of a completion, one round of a response, or one choice of several (`n`): its name, and that of the whole.
+_PART = re.compile(r"(?:\d+_)?(?:(cmpl-.+)-\d+|(resp_.+)_\d+|(chatcmpl-.+))\Z", re.DOTALL)
 
 
 def response_id(request_id: str, *, is_randomized: bool) -> str:
@@ -22,8 +22,8 @@ def response_id(request_id: str, *, is_randomized: bool) -> str:
     `is_randomized`: vLLM has added characters to it, so that ids differ. It has at most 200 bytes.
     """
     given = _RANDOM.sub("", request_id) if is_randomized else request_id
-    part = _OF_HTTP.match(given)
-    known = (part["completion"] or part["chat"]) if part is not None else given
+    part = _PART.match(given)
+    known = str(part[part.lastindex or 0]) if part is not None else given
     return known.encode(errors="replace")[:_ID_BYTES_MAX].decode(errors="ignore")
 
 
