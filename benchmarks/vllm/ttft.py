@@ -1,6 +1,6 @@
 """The time to the first token of a real vLLM on the CPU, for histories that are stored.
 
-    .venv-vllm/bin/python -m benchmarks.vllm.ttft [--repetitions 5]
+    .venv-vllm/bin/python -m benchmarks.vllm.ttft [--repetitions 5] [--ways session]
 
 Each turn asks every way once, in rotated order: a request that is neither looked up nor saved, and the ways to load.
 Prints a Markdown table of medians of the ratios to the first. The time is vLLM's own (`first_token_latency`); every
@@ -28,6 +28,7 @@ from tests.vllm.engine import NOT_KEPT, Engine, engine, model_folder, model_layo
 HISTORIES = (500, 1500, 3000)
 NEW_TOKENS = 24
 TOKENS = 2  # Of an answer.
+SESSION = "benchmark"  # Of what is stored. One way names it.
 LAYOUT = model_layout(revision="benchmark")
 
 
@@ -55,7 +56,7 @@ def measure(
         history = list(text[:history_tokens])
         chain = block_chain(LAYOUT, history, with_partial=True)
         if stored.contains(chain) < len(chain):
-            vllm.answer(history, 1, may_load=False)
+            vllm.answer(history, 1, may_load=False, session_id=SESSION)
             wait_until_stored(stored, history)
         prompt = [*history, *text[-NEW_TOKENS:]]
         all_ways = [Way("computed", NOT_KEPT), *ways]
@@ -83,7 +84,8 @@ def measure(
     return rows
 
 
-def run(repetitions: int, folder: Path) -> list[Row]:
+def run(repetitions: int, folder: Path, named: str) -> list[Row]:
+    """`named` is in the names of the ways to measure."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
     lines = (
         f"The river of city {each} is {each * each % 89} miles long and meets river {each + 7}." for each in range(300)
@@ -109,6 +111,9 @@ def run(repetitions: int, folder: Path) -> list[Row]:
             until(lambda: client.evict(keys, "dram").held == 0 and not any(block.in_dram for block in blocks()))
 
         def engine_of(page_tokens: int, transport: str, ways: Sequence[Way]) -> None:
+            ways = [way for way in ways if named in way.name]
+            if not ways:
+                return
             transfer = transfer_config(address=daemon.address, transport=transport, **settings)
             with engine(model_folder(), transfer, block_size=page_tokens) as vllm:
                 rows.extend(measure(vllm, stored, ways, text, page_tokens, repetitions))
@@ -121,6 +126,7 @@ def run(repetitions: int, folder: Path) -> list[Row]:
             "shm",
             [
                 by("whole, shm", "whole"),
+                Way("whole, shm, with session id", {"load": "whole", "may_save": False, "session_id": SESSION}),
                 by("layers, shm", "layers"),
                 by("between_steps, shm", "between_steps"),
                 by("whole, shm, from SSD", "whole", evict),
@@ -148,12 +154,13 @@ def table(rows: Sequence[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--ways", default="", help="only ways with this in their names; by default all")
     given = parser.parse_args()
     if given.repetitions < 1:
         parser.error("--repetitions must be at least 1")
     loads, began_s = [os.getloadavg()[0]], time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kvservice-ttft-") as folder:
-        rows = run(given.repetitions, Path(folder))
+        rows = run(given.repetitions, Path(folder), given.ways)
     loads.append(os.getloadavg()[0])
     print(
         f"\n{datetime.now(UTC):%d %B %Y}, {os.cpu_count()} cores, load average {loads[0]:.1f} at the begin and "
