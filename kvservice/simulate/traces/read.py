@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
 
-from kvservice.simulate.traces import azure, jsonl, mooncake, text
+from kvservice.simulate.traces import azure, burstgpt, jsonl, mooncake, text
 from kvservice.simulate.traces.lines import BadLine, Lines, TraceError
 from kvservice.simulate.workload import Workload
 
@@ -15,6 +15,7 @@ _READERS: dict[str, Callable[[Lines, Iterable[str]], Workload]] = {
     "mooncake": mooncake.read_prefixes,
     "mooncake-sessions": mooncake.read_conversations,
     "azure": azure.read_requests,
+    "burstgpt": burstgpt.read_requests,
     "text": text.read_users,
 }
 FORMATS = ("auto", *_READERS)
@@ -50,9 +51,12 @@ def recognised(first_line: str) -> str:
         raise BadLine(f"is a JSON object of no known format: it has {', '.join(sorted(keys)) or 'nothing'}"[:300])
     if azure.is_header(first_line):
         return "azure"
+    if burstgpt.is_header(first_line):
+        return "burstgpt"
     if text.is_header(first_line):
         return "text"
     raise BadLine(
-        "is of no known format: neither a JSON object, nor a header with TIMESTAMP,ContextTokens,GeneratedTokens,"
+        "is of no known format: neither a JSON object, nor a header with TIMESTAMP,ContextTokens,GeneratedTokens"
+        " or Timestamp,Request tokens,Response tokens,"
         " nor words that name user, time, query length and response length"
     )

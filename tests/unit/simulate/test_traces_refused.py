@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,8 @@ NEXT = '{"t": 2, "session": "a", "turn": 1, "new_tokens": 3, "output_tokens": 4}
 REQUEST = '{"timestamp": 1000, "input_length": 600, "output_length": 4, "hash_ids": [0, 1]}'
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens"
 AZURE_ROW = "2023-11-16 18:15:46.6805900,374,44"
+BURSTGPT = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type"
+BURSTGPT_ROWS = ("5,ChatGPT,472,18,490,API log", "4,ChatGPT,472,18,490,API log")
 TEXT = "user time query_length response_length round"
 
 
@@ -121,7 +125,20 @@ CASES = {
     "an open quote": (2, "unexpected end of data", [AZURE, '"2023-11-16 18:15:46,374,44']),
     "a header alone": (None, "has no turn", [AZURE]),
     "JSON in CSV": (2, "has 5 fields and the header 3", [AZURE, TURN]),
+    # BurstGPT's.
+    "a BurstGPT column too few": (1, "the header lacks Timestamp", ["Model,Request tokens,Response tokens"]),
+    "a cut BurstGPT line": (2, "has 3 fields and the header 6", [BURSTGPT, "5,ChatGPT,472"]),
+    "BurstGPT times that go back": (3, "Timestamp goes back: 4.0 after 5", [BURSTGPT, *BURSTGPT_ROWS]),
+    "BurstGPT tokens in parts": (
+        2, "Request tokens must be a whole number, not '1.5'",
+        [BURSTGPT, "5,ChatGPT,1.5,18,490,API log"],
+    ),
     # Words.
+    "a unit that is not known": (
+        1, "the header gives 'time(fortnights)' in a unit that is not known: it must be s, ms, us or ns",
+        ["user time(fortnights) query response", "x 0 35 44"],
+    ),
+    "words among commas": (2, "has 1 fields and the header 4", ["user,time,query,response", "x 0 35 44"]),
     "a text column too few": (1, "the header names no time and no response length", ["user query_length round"]),
     "a word too few": (2, "has 4 words and the header 5", [TEXT, "x 0 35 44"]),
     "text times that go back": (3, "time goes back: 0.0 after 1", [TEXT, "x 1 35 44 1", "x 0 35 44 2"]),
@@ -181,11 +198,29 @@ def test_what_is_not_utf_8_is_named_by_its_line(tmp_path: Path) -> None:
     assert (refused(path).line, refused(path).reason) == (2, "is not UTF-8 text")
 
 
-def test_a_packed_file_is_not_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda packed: packed[:8],
+        lambda packed: packed[:-9],
+        lambda packed: packed[:-1],
+        lambda packed: packed[:20] + bytes(8) + packed[28:],
+        lambda packed: packed[:-8] + bytes(4) + packed[-4:],
+        lambda packed: packed + b"more",
+    ],
+)
+def test_a_damaged_gzip_file_is_refused(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     path = tmp_path / "trace"
-    path.write_bytes(b"\x1f\x8b\x08\x00\x00\x00\x00\x00")
+    path.write_bytes(damage(gzip.compress(f"{TURN}\n{NEXT}\n".encode())))
 
-    assert refused(path).reason == "is not UTF-8 text"
+    assert refused(path).reason.startswith("is no whole gzip file")
+
+
+def test_what_is_not_utf_8_in_a_gzip_file_is_named_by_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    path.write_bytes(gzip.compress(f"{TURN}\n".encode() + b"\xff\n"))
+
+    assert (refused(path).line, refused(path).reason) == (2, "is not UTF-8 text")
 
 
 def test_a_folder_is_no_trace(tmp_path: Path) -> None:
