@@ -8,7 +8,6 @@ import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 #: Limit on the tokens of one request. The longest context windows hold ten million tokens.
 TOKENS_MAX = 2**24
@@ -91,7 +90,7 @@ class Lines:
         return None
 
 
-def _unpacked(path: Path) -> IO[bytes]:
+def _unpacked(path: Path) -> gzip.GzipFile | io.BufferedReader:
     with path.open("rb") as file:
         packed = file.read(len(_GZIP)) == _GZIP
     return gzip.open(path) if packed else path.open("rb")

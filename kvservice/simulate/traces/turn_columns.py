@@ -84,7 +84,7 @@ class EventColumns:
 
         An event before a request of the same session becomes a hint before that request. An event after a session's
         last request becomes a hint as long after the answer as it was after the request, because a trace has no end
-        times of answers.
+        times of answers. An event at the time of the next request or later has no lead, and so no effect.
         """
         if not self._session:
             return Hints.none()
@@ -99,7 +99,7 @@ class EventColumns:
         return Hints(
             turn=np.where(returns, follows + 1, -follows - 1)[order],
             kind=view(self._kind, np.int8)[order],
-            lead_s=np.where(returns, arrives_s[next_turn] - at, at - arrives_s[follows])[order],
+            lead_s=np.maximum(np.where(returns, arrives_s[next_turn] - at, at - arrives_s[follows])[order], 0.0),
         )
 
 

@@ -17,6 +17,19 @@ from kvservice.simulate.workload import Workload
 TURN = '{"t": 1, "session": "a", "turn": 0, "new_tokens": 3, "output_tokens": 4}'
 NEXT = '{"t": 2, "session": "a", "turn": 1, "new_tokens": 3, "output_tokens": 4}'
 REQUEST = '{"timestamp": 1000, "input_length": 600, "output_length": 4, "hash_ids": [0, 1]}'
+CHAT = (
+    '{"chat_id": 1, "parent_chat_id": -1, "timestamp": 61.1, "input_length": 33, "output_length": 7, "type": "text",'
+    ' "turn": 1, "hash_ids": [5, 6, 7]}'
+)
+NEXT_CHAT = (
+    '{"chat_id": 2, "parent_chat_id": 1, "timestamp": 62, "input_length": 43, "output_length": 7, "type": "text",'
+    ' "turn": 2, "hash_ids": [5, 6, 8]}'
+)
+ROUND = (
+    '{"provider": "claude", "session_id": "claude:1", "round_index": 0, "input_tokens_total": 35, "output_tokens": 4,'
+    ' "timing_events": [{"event_type": "user_message", "timestamp": "2026-06-01T05:40:20.151Z"}], "tools": []}'
+)
+AGENT = '{"id": "a", "models": ["m"], "block_size": 64, "requests": [%s]}'
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens"
 AZURE_ROW = "2023-11-16 18:15:46.6805900,374,44"
 BURSTGPT = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type"
@@ -106,6 +119,53 @@ CASES = {
     "a cut Mooncake line": (2, "is no whole JSON object", [REQUEST, REQUEST[:-4]]),
     "a negative prompt": (1, "input_length is negative", [changed(REQUEST, "600", "-600")]),
     "our line in Mooncake's": (2, "timestamp is missing", [REQUEST, TURN]),
+    # Bailian's.
+    "seconds that go back": (2, "timestamp goes back: 0.5 after 61.1", [CHAT, changed(NEXT_CHAT, "62", "0.5")]),
+    "a chat twice": (2, "chat_id 1 comes twice", [CHAT, changed(NEXT_CHAT, '"chat_id": 2', '"chat_id": 1')]),
+    "a parent as words": (1, "parent_chat_id must be a whole number, not '0'", [changed(CHAT, "-1", '"0"')]),
+    "a chat without tokens": (2, "input_length is missing", [CHAT, changed(NEXT_CHAT, "input_length", "inputs")]),
+    # Agents'.
+    "a round without a session": (1, "session_id must be a string, not None", [changed(ROUND, '"claude:1"', "null")]),
+    "a round's event that is none": (1, "timing_events must be a list of objects", [changed(ROUND, "[{", "[7, {")]),
+    "a round's time that is none": (
+        1, "timing_events: timestamp is neither a number nor a date and time: 'noon'",
+        [changed(ROUND, "2026-06-01T05:40:20.151Z", "noon")],
+    ),
+    "a round's tool that is none": (1, "tools must be a list of objects, not 7", [changed(ROUND, "[]", "7")]),
+    "a round with absurd tokens": (1, "input_tokens_total is impossibly large", [changed(ROUND, "35", "9" * 9)]),
+    "rounds without a time alone": (None, "has no turn", [changed(ROUND, "user_message", "usage_report")]),
+    "an agent without requests": (1, "requests must be a list, not 7", ['{"requests": 7, "block_size": 64}']),
+    "an agent's request that is none": (1, "requests[0] must be an object, not 7", [AGENT % "7"]),
+    "an agent's request without a time": (1, "requests[0].t is missing", [AGENT % '{"type": "s"}']),
+    "an agent's request of an unknown type": (
+        1, "requests[0].type must be one of s, n, subagent, not 'x'",
+        [AGENT % '{"t": 0, "type": "x"}'],
+    ),
+    "an agent's request without an answer": (
+        1, "requests[0].out is missing",
+        [AGENT % '{"t": 0, "type": "s", "in": 1}'],
+    ),
+    "a subagent's bad request": (
+        1, "requests[0].requests[1].in must be a whole number, not 1.5",
+        [
+            AGENT
+            % (
+                '{"t": 0, "type": "subagent", "requests": [{"t": 0, "type": "s", "in": 1, "out": 1},'
+                ' {"t": 0, "type": "s", "in": 1.5, "out": 1}]}'
+            )
+        ],
+    ),
+    "an agent's blocks that are none": (
+        1, "requests[0].hash_ids must be a list, not 7",
+        [AGENT % '{"t": 0, "type": "s", "in": 1, "out": 1, "hash_ids": 7}'],
+    ),
+    "an agent with nested subagents without end": (
+        1, "is nested too deep",
+        [AGENT % ('{"t": 0, "type": "subagent", "requests": [' * 480 + "]}" * 480)],
+    ),
+    "an agent over several lines that is cut": (3, "is no whole JSON object", ["{", '"requests": [', "{"]),
+    "an agent over several lines that is none": (1, "requests must be a list, not None", ["{", '"x": 1', "}"]),
+    "no agents' requests": (None, "has no turn", [AGENT % ""]),
     # Azure's.
     "a CSV column too few": (1, "the header lacks GeneratedTokens", ["TIMESTAMP,ContextTokens"]),
     "a CSV column twice": (1, "the header names 'TIMESTAMP' twice", [AZURE + ",timestamp"]),
@@ -223,8 +283,13 @@ def test_what_is_not_utf_8_in_a_gzip_file_is_named_by_its_line(tmp_path: Path) -
     assert (refused(path).line, refused(path).reason) == (2, "is not UTF-8 text")
 
 
-def test_a_folder_is_no_trace(tmp_path: Path) -> None:
-    assert refused(tmp_path).reason == "is a folder"
+def test_a_folder_is_no_trace_unless_it_has_sessions_of_agents(tmp_path: Path) -> None:
+    assert refused(tmp_path).reason == "is a folder without .json files"
+    assert refused(tmp_path, "jsonl").reason == "is a folder"
+
+    (tmp_path / "turns.jsonl").write_text(TURN)
+
+    assert refused(tmp_path).reason == "is a folder, and turns.jsonl in it is no session of an agent"
 
 
 def test_a_pipe_is_no_trace(tmp_path: Path) -> None:
