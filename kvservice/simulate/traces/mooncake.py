@@ -31,7 +31,7 @@ def read_prefixes(lines: Lines, text: Iterable[str], *, block_tokens: int = BLOC
     return shared_prefixes(lines, read_requests(lines, text, block_tokens, _MS), block_tokens)
 
 
-def shared_prefixes(lines: Lines, requests: Requests, block_tokens: int) -> Workload:
+def shared_prefixes(lines: Lines, requests: HashedRequests, block_tokens: int) -> Workload:
     """A workload of the prefixes that requests share. Raises TraceError if an id names two prefixes."""
     begins = view(requests.begins, np.int64)
     try:
@@ -89,7 +89,7 @@ def read_conversations(lines: Lines, text: Iterable[str], *, block_tokens: int =
     return turns.workload(lines.path, notes=("The trace has no sessions: they were derived from shared blocks.",))
 
 
-class Requests:
+class HashedRequests:
     """Requests with the ids of their prompts' blocks, as columns: request `n` has the ids `begins[n]:begins[n + 1]`."""
 
     def __init__(self) -> None:
@@ -101,9 +101,9 @@ class Requests:
         self.hash_ids = array("q")
 
 
-def read_requests(lines: Lines, text: Iterable[str], block_tokens: int, per_unit_s: float) -> Requests:
+def read_requests(lines: Lines, text: Iterable[str], block_tokens: int, per_unit_s: float) -> HashedRequests:
     """The requests of a file, with times in units of `per_unit_s` seconds. Raises TraceError."""
-    requests = Requests()
+    requests = HashedRequests()
     now_s = 0.0
     for line in text:
         try:

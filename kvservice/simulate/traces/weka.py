@@ -1,4 +1,4 @@
-"""Weka's format (kv-cache-tester): a JSON object per session of a coding agent, in a file, a line, or a folder of files.
+"""Weka's format (kv-cache-tester): one object per session of a coding agent, in a file, a line, or a folder of files.
 
 ``{"id": str, "block_size": tokens, "requests": [{"t": seconds, "type": "s" | "n", "model": str, "in": tokens,
 "out": tokens, "hash_ids": [int, ...], "stop": str, "api_time": seconds}, ...]}``

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -283,6 +284,26 @@ def test_burstgpts_header_may_be_quoted_with_a_byte_order_mark_and_windows_line_
     path = written(tmp_path, "\ufeff" + header, row, end="\r\n")
 
     assert turns_of(read(path)) == [(0, 0, 10, 5)]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [turn(0, "a", 0), turn(1, "a", 1)],
+        [request(0, 600, [0, 1]), request(1000, 600, [0, 1])],
+        ["TIMESTAMP,ContextTokens,GeneratedTokens", "2023-11-16 18:15:46.68,374,44", "2023-11-16 18:15:47.68,1,2"],
+        [BURSTGPT, "5,ChatGPT,472,18,490,API log", "6,ChatGPT,1087,30,1117,API log"],
+        ["user time query response", "x 0 1 2", "y 1 3 4"],
+    ],
+)
+def test_a_file_that_is_packed_with_gzip_is_read_like_the_plain_one_under_any_name(
+    tmp_path: Path, lines: list[str | dict[str, object]]
+) -> None:
+    path = written(tmp_path, *lines)
+    plain = read(path)
+    path.write_bytes(gzip.compress(path.read_bytes()))
+
+    assert turns_of(read(path)) == turns_of(plain)
 
 
 def test_requests_with_hash_ids_share_the_runs_of_blocks_that_are_used_alike(tmp_path: Path) -> None:

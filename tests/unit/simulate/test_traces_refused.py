@@ -126,16 +126,16 @@ CASES = {
     "a chat without tokens": (2, "input_length is missing", [CHAT, changed(NEXT_CHAT, "input_length", "inputs")]),
     # Agents'.
     "a round without a session": (1, "session_id must be a string, not None", [changed(ROUND, '"claude:1"', "null")]),
-    "a round's event that is none": (1, "timing_events must be a list of objects", [changed(ROUND, "[{", "[7, {")]),
-    "a round's time that is none": (
+    "a round's event that is a number": (1, "timing_events must be a list of objects", [changed(ROUND, "[{", "[7, {")]),
+    "a round's time that is a word": (
         1, "timing_events: timestamp is neither a number nor a date and time: 'noon'",
         [changed(ROUND, "2026-06-01T05:40:20.151Z", "noon")],
     ),
-    "a round's tool that is none": (1, "tools must be a list of objects, not 7", [changed(ROUND, "[]", "7")]),
+    "a round's tools that are a number": (1, "tools must be a list of objects, not 7", [changed(ROUND, "[]", "7")]),
     "a round with absurd tokens": (1, "input_tokens_total is impossibly large", [changed(ROUND, "35", "9" * 9)]),
     "rounds without a time alone": (None, "has no turn", [changed(ROUND, "user_message", "usage_report")]),
     "an agent without requests": (1, "requests must be a list, not 7", ['{"requests": 7, "block_size": 64}']),
-    "an agent's request that is none": (1, "requests[0] must be an object, not 7", [AGENT % "7"]),
+    "an agent's request that is a number": (1, "requests[0] must be an object, not 7", [AGENT % "7"]),
     "an agent's request without a time": (1, "requests[0].t is missing", [AGENT % '{"type": "s"}']),
     "an agent's request of an unknown type": (
         1, "requests[0].type must be one of s, n, subagent, not 'x'",
@@ -155,16 +155,16 @@ CASES = {
             )
         ],
     ),
-    "an agent's blocks that are none": (
+    "an agent's blocks that are a number": (
         1, "requests[0].hash_ids must be a list, not 7",
         [AGENT % '{"t": 0, "type": "s", "in": 1, "out": 1, "hash_ids": 7}'],
     ),
-    "an agent with nested subagents without end": (
+    "an agent with a chain of 480 subagents": (
         1, "is nested too deep",
         [AGENT % ('{"t": 0, "type": "subagent", "requests": [' * 480 + "]}" * 480)],
     ),
     "an agent over several lines that is cut": (3, "is no whole JSON object", ["{", '"requests": [', "{"]),
-    "an agent over several lines that is none": (1, "requests must be a list, not None", ["{", '"x": 1', "}"]),
+    "an object over several lines of no known format": (1, "requests must be a list, not None", ["{", '"x": 1', "}"]),
     "no agents' requests": (None, "has no turn", [AGENT % ""]),
     # Azure's.
     "a CSV column too few": (1, "the header lacks GeneratedTokens", ["TIMESTAMP,ContextTokens"]),
