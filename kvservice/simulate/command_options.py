@@ -136,8 +136,8 @@ class LoadOptions:
         str,
         typer.Option(
             metavar="FILE|sharegpt|people",
-            help="A trace file, or a folder of agents' sessions (docs/traces.md); or generated load: conversations as in"
-            " ShareGPT, or the users of a real service.",
+            help="A trace file, or a folder of agents' sessions (docs/traces.md). Or generated load: conversations as"
+            " in ShareGPT, or the users of a real service.",
         ),
     ]
     format: Annotated[str, typer.Option(help=f"The file's format: {', '.join(traces.FORMATS)}.")] = "auto"

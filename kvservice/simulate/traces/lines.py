@@ -69,7 +69,7 @@ class Lines:
                     self.number = number
                     yield line.rstrip("\r\n")
         except UnicodeDecodeError as error:
-            raise TraceError(self.path, self._undecodable(), "is not UTF-8 text") from error
+            raise self._undecodable() from error
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise TraceError(self.path, number or None, f"is no whole gzip file after this: {error}") from error
         except OSError as error:
@@ -79,15 +79,19 @@ class Lines:
         """The error for the current line."""
         return TraceError(self.path, self.number, str(reason))
 
-    def _undecodable(self) -> int | None:
+    def _undecodable(self) -> TraceError:
         # The decoder works on chunks and does not know the line: read the file again to find it.
-        with _unpacked(self.path) as file:
-            for number, line in enumerate(file, 1):
-                try:
+        number = 0
+        try:
+            with _unpacked(self.path) as file:
+                for line in file:
+                    number += 1
                     line.decode()
-                except UnicodeDecodeError:
-                    return number
-        return None
+        except UnicodeDecodeError:
+            return TraceError(self.path, number, "is not UTF-8 text")
+        except (OSError, EOFError, zlib.error):
+            return TraceError(self.path, None, "is no whole gzip file, and not UTF-8 text")
+        return TraceError(self.path, None, "is not UTF-8 text")
 
 
 def _unpacked(path: Path) -> gzip.GzipFile | io.BufferedReader:

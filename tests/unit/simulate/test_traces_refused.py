@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -276,6 +277,14 @@ def test_a_damaged_gzip_file_is_refused(tmp_path: Path, damage: Callable[[bytes]
     assert refused(path).reason.startswith("is no whole gzip file")
 
 
+def test_a_gzip_file_whose_text_is_damaged_too_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    packed = gzip.compress(b"\xff" + TURN.encode(), compresslevel=0)
+    path.write_bytes(packed[:-8] + bytes(4) + packed[-4:])
+
+    assert refused(path).reason == "is no whole gzip file, and not UTF-8 text"
+
+
 def test_what_is_not_utf_8_in_a_gzip_file_is_named_by_its_line(tmp_path: Path) -> None:
     path = tmp_path / "trace"
     path.write_bytes(gzip.compress(f"{TURN}\n".encode() + b"\xff\n"))
@@ -346,3 +355,45 @@ def test_a_damaged_file_is_read_or_refused_and_nothing_else(
         return
     assert isinstance(read_back, Workload)
     assert read_back.turns >= 1
+
+
+SUBAGENT = '{"t": 1, "type": "subagent", "status": "completed", "requests": [{"t": 0, "type": "n", "in": 9, "out": 1}]}'
+REQUEST_OF_AGENT = '{"t": 0, "type": "s", "in": 99, "out": 4, "hash_ids": [1], "stop": "tool_use", "api_time": 1.5}'
+WHOLE = [
+    f"{REQUEST}\n",
+    f"{CHAT}\n{NEXT_CHAT}\n",
+    f"{ROUND}\n" + ROUND.replace("[]", '[{"tool_name": "Bash", "emitted_at": "2026-06-01T05:40:30Z"}]'),
+    AGENT % f"{REQUEST_OF_AGENT}, {SUBAGENT}",
+    json.dumps(json.loads(AGENT % f"{REQUEST_OF_AGENT}, {SUBAGENT}"), indent=2),
+    f"{AZURE}\n{AZURE_ROW}\n",
+    f"{BURSTGPT.replace('Model', 'Session ID')}\n{BURSTGPT_ROWS[0]}\n",
+    f"{TEXT}\nx 0 35 44 1\n",
+    "user,time_stamp(ms),query,response\nx,0,35,44\n",
+]
+
+
+@pytest.mark.parametrize("whole", WHOLE, ids=lambda whole: whole[:30])
+@given(
+    at=st.integers(0, 1000),
+    length=st.integers(0, 20),
+    damage=st.sampled_from(
+        [b"null", b"-1", b"1e400", b"NaN", b"[]", b"{}", b'"', b",", b"\n", b"(h)", b"\xff", b"9" * 30]
+    ),
+    packed=st.booleans(),
+)
+def test_a_damaged_file_of_any_format_is_read_or_refused_and_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, whole: str, at: int, length: int, damage: bytes, packed: bool
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "damaged"
+    content = whole.encode()
+    content = gzip.compress(content, mtime=0) if packed else content
+    at %= len(content)
+    path.write_bytes(content[:at] + damage + content[at + length :])
+
+    try:
+        workload = read(path)
+    except TraceError:
+        return
+    assert workload.turns >= 1
+    assert (workload.arrives_s >= 0).all()
+    assert (workload.hints.lead_s >= 0).all()
