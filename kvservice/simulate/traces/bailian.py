@@ -57,7 +57,7 @@ def read_chats(lines: Lines, text: Iterable[str]) -> Workload:
             session = prompts.begin(now_s, prompt_tokens, answer_tokens)
         chats.add(chat)
         session_of[chat] = session
-    notes = (f"{branches:,} branches of conversations are sessions of their own.",) if branches else ()
+    notes = (f"Branches of conversations, which are sessions of their own: {branches:,}.",) if branches else ()
     return prompts.turns.workload(lines.path, notes=notes)
 
 

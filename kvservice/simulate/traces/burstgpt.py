@@ -56,7 +56,7 @@ def read_requests(lines: Lines, text: Iterable[str]) -> Workload:
         raise lines.refusal(error) from None
     notes = [] if newest else [NO_SESSIONS]
     if failed:
-        notes.append(f"{failed:,} requests without a response failed, and are left out.")
+        notes.append(f"Left out: requests without a response, which failed ({failed:,}).")
     return prompts.turns.workload(lines.path, notes=tuple(notes))
 
 

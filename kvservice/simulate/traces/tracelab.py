@@ -73,7 +73,7 @@ def read_rounds(lines: Lines, text: Iterable[str]) -> Workload:
         calls_at_s = rounds.calls_at_s[number]
         if not math.isnan(calls_at_s):
             prompts.hint(known, "tool_call", max(now_s, calls_at_s))
-    notes = (f"{left_out:,} rounds without a time or tokens, or copies, are left out.",) if left_out else ()
+    notes = (f"Left out: rounds without a time or tokens, and copies of rounds ({left_out:,}).",) if left_out else ()
     return prompts.turns.workload(lines.path, prompts.events, notes)
 
 

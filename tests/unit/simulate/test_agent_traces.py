@@ -62,7 +62,7 @@ def test_a_second_child_of_a_bailian_chat_is_a_branch_with_a_session_of_its_own(
     workload = read(path)
 
     assert turns_of(workload) == [(0, 0, 40, 20), (0, 1, 10, 5), (0, 4, 5, 5), (1, 2, 66, 5), (1, 3, 9, 5)]
-    assert workload.notes == ("1 branches of conversations are sessions of their own.",)
+    assert workload.notes == ("Branches of conversations, which are sessions of their own: 1.",)
 
 
 def test_bailians_blocks_have_16_tokens_and_are_the_same_block_only_after_the_same_blocks(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_tracelabs_rounds_without_a_time_or_tokens_and_copies_are_left_out_and_c
     workload = read(path)
 
     assert turns_of(workload) == [(0, 0, 900, 10), (0, 4, 90, 10)]
-    assert workload.notes == ("4 rounds without a time or tokens, or copies, are left out.",)
+    assert workload.notes == ("Left out: rounds without a time or tokens, and copies of rounds (4).",)
 
 
 def request(t: float, tokens: int, ids: list[int], out: int = 10, stop: str = "", **more: Any) -> dict[str, Any]:

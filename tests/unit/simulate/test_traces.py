@@ -9,6 +9,7 @@ import pytest
 
 from kvservice.policy.items import HINTS
 from kvservice.simulate.traces import read
+from kvservice.simulate.traces.turn_columns import NO_SESSIONS
 from kvservice.simulate.workload import Workload
 
 SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "traces"
@@ -243,10 +244,7 @@ def test_burstgpts_requests_are_sessions_of_one_turn_where_it_has_no_session_ids
     workload = read(path)
 
     assert turns_of(workload) == [(0, 0, 472, 18), (1, 113, 417, 276)]
-    assert [note.split()[0:4] for note in workload.notes] == [
-        ["The", "trace", "has", "no"],
-        ["1", "requests", "without", "a"],
-    ]
+    assert workload.notes == (NO_SESSIONS, "Left out: requests without a response, which failed (1).")
 
 
 def test_burstgpts_sessions_are_read_with_the_history_that_their_prompts_contain(tmp_path: Path) -> None:
