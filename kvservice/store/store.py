@@ -158,9 +158,7 @@ class BlockStore:
         self._items: BlockItems | None = None
         if not isinstance(policy, Policy):
             ssd_bytes = tiers[blocks.tiers[1]].capacity_bytes if slower else 0
-            used_share = (
-                1 - watermarks[blocks.first_tier].high
-            )  # Else a policy fills what is to be kept free, for ever.
+            used_share = 1 - watermarks[blocks.first_tier].high  # Else a policy always fills what is to be kept free.
             conditions = Conditions(int(dram.capacity_bytes * used_share), ssd_bytes, _SSD_BYTES_PER_S)
             self._items = BlockItems(blocks, self._block_tokens_of, policy, conditions, clock.monotonic_s)
             blocks.listeners.append(self._items.changed)
