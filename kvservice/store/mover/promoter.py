@@ -133,6 +133,12 @@ class Promoter:
         self._reads_in_flight = reads_in_flight
         self._pending: dict[int, PendingPromotion] = {}
         self._reserving: dict[int, asyncio.Future[None]] = {}
+        self.read_rate = 0.0  # Bytes per second of the last batch; 0 before the first.
+
+    @property
+    def pending_bytes(self) -> int:
+        """Of all promotions that have not ended."""
+        return sum(pending.geometry.image_bytes for pending in self._pending.values())
 
     @asynccontextmanager
     async def promoting(self, rows: Sequence[int]) -> AsyncIterator[dict[int, PendingPromotion]]:
@@ -211,6 +217,7 @@ class Promoter:
 
     async def _read_all(self, promotions: list[PendingPromotion], due_s: float) -> None:
         """Read all pieces, several at a time, and end each promotion after its last piece."""
+        began_s = self._clock.monotonic_s()
         await self._each(promotions, lambda pending: self._read_trailer(pending, due_s))
         missing = {pending.row: len(pending.pieces) for pending in promotions}
 
@@ -223,6 +230,9 @@ class Promoter:
                 self._tasks.start(self._end(pending), "end of a promotion")
 
         await self._each(_layer_major(promotions), read)
+        took_s = self._clock.monotonic_s() - began_s
+        if took_s > 0:
+            self.read_rate = sum(pending.geometry.image_bytes for pending in promotions) / took_s
 
     async def _each(self, jobs: Iterable[T], work: Callable[[T], Awaitable[None]]) -> None:
         """Run `work` on all jobs, in order, `reads_in_flight` at a time."""
