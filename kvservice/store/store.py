@@ -202,7 +202,7 @@ class BlockStore:
             slots=limits.transfer_slots,
             frame_bytes=limits.frame_bytes,
         )
-        self._in_place_reads = InPlaceReads(self._lifecycle, dram, self._promoter, counters, executor)
+        self._in_place_reads = InPlaceReads(self._lifecycle, dram, self._promoter, clock, counters, executor)
         self._in_place_uploads = InPlaceUploads(self._uploads, dram, self._tasks, offered=limits.writes_in_place)
         self._scrub = Scrub(
             self._lifecycle, dram, clock, counters, executor, bytes_per_second=limits.scrub_bytes_per_second

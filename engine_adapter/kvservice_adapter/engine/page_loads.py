@@ -17,7 +17,7 @@ from kvservice_adapter.device.arrays import ArrayView
 from kvservice_adapter.device.base import Event, Pages, Slices, Stream, StreamClosed
 from kvservice_adapter.layer_source import BegunLayer, PagesOfLayer
 from kvservice_api.errors import BlockNotFound, Cancelled, DeadlineExceeded, NotShared
-from kvservice_client import BlockCache, Lease
+from kvservice_client import BlockCache, Clock, Lease
 
 _COPIED_S = 30.0  # For the copies of one load, from memory to memory.
 
@@ -37,11 +37,33 @@ class PagedLayers:
         return Pages(self.keys[layer], self.values[layer], page_ids, first_token, self.dtypes[layer], copied)
 
 
+class AnswerWait:
+    """How long a step waits for a daemon that does not answer: from the step's begin, and again after each answer.
+
+    The loads of one step share it. Any thread may call it.
+    """
+
+    def __init__(self, allowed_s: float, clock: Clock, *, used_s: float = 0.0) -> None:
+        """Of the first wait, `used_s` have passed."""
+        self.allowed_s = allowed_s
+        self._clock = clock
+        self._end_s = clock.now_s() + allowed_s - used_s
+
+    @property
+    def remaining_s(self) -> float:
+        return max(0.0, self._end_s - self._clock.now_s())
+
+    def restart(self) -> None:
+        """The daemon has answered, or was not asked until now."""
+        self._end_s = self._clock.now_s() + self.allowed_s
+
+
 class Waits(NamedTuple):
     """How long a load waits for the daemon, in seconds."""
 
-    first_s: float  # For the lease, and for the place of its blocks.
+    answer: AnswerWait  # For the lease, and for the place of its blocks.
     layer_s: float  # For each layer.
+    idle_s: float  # For each layer while the daemon sends nothing.
 
 
 class PrefixLoad:
@@ -64,7 +86,7 @@ class PrefixLoad:
         self._blocks = blocks
         self._ticket = ticket
         self._tokens = tokens
-        self._waits = waits
+        self.waits = waits
         self._release = release
         self._events: list[Event] = []
         self._lease: Lease | None = None
@@ -102,7 +124,9 @@ class PrefixLoad:
         The iterator ends once all copies are done, and raises a KVError if they cannot be trusted. ValueError for
         pages of another geometry.
         """
-        lease = self._lease = self._blocks.adopt(self._ticket, timeout_s=self._waits.first_s)
+        answer, layer_s, idle_s = self.waits
+        lease = self._lease = self._blocks.adopt(self._ticket, timeout_s=answer.remaining_s)
+        answer.restart()
         if self._is_cancelled:
             lease.cancel()
         try:
@@ -113,14 +137,17 @@ class PrefixLoad:
             count = next(block for block, start in enumerate(starts) if start >= self._tokens[1]) - first
             token_counts = lease.token_counts[first : first + count]
             try:
-                first_s, layer_s = self._waits
-                view = lease.view(first, count, first_s, verify="always", layer_timeout_s=layer_s)
+                view = lease.view(
+                    first, count, answer.remaining_s, verify="always", layer_timeout_s=layer_s, idle_timeout_s=idle_s
+                )
             except NotShared:
                 yield from self._by_client(lease, first, count, pages_of_layer)
                 return
             with view:
                 for layer in range(self._blocks.shard.layers):
-                    yield self._copy(layer, view.slices(layer), token_counts, pages_of_layer)
+                    slices = view.slices(layer)
+                    answer.restart()
+                    yield self._copy(layer, slices, token_counts, pages_of_layer)
                 self._finish()
         finally:
             for event in self._events:  # After an error too, nothing is written to the pages any more.
@@ -128,10 +155,12 @@ class PrefixLoad:
             self._release(lease)
 
     def _by_client(self, lease: Lease, first: int, count: int, pages_of_layer: PagesOfLayer) -> Iterator[BegunLayer]:
-        layers = lease.load(first_block=first, block_count=count, layer_timeout_s=self._waits.layer_s)
+        answer, layer_s, idle_s = self.waits
+        layers = lease.load(first_block=first, block_count=count, layer_timeout_s=layer_s, idle_timeout_s=idle_s)
         token_counts = lease.token_counts[first : first + count]
         try:
             for loaded in layers:
+                answer.restart()
                 yield self._copy(loaded.index, loaded.data, token_counts, pages_of_layer)
             self._finish()
         finally:
