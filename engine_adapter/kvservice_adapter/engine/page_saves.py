@@ -161,24 +161,17 @@ class PageSaver:
         return self._is_shared and self._breaker.allow() and not self.is_silent
 
     def _write(self, saves: Sequence[PageSave], reservation: Reservation, gathering: Gathering) -> None:
-        """Copy the reserved blocks to their places: each layer is sealed while the next one is copied."""
+        """Copy the reserved blocks to their places. Each slice is sealed while the processor's cache has it."""
         runs = list(_runs(saves, reservation.blocks))
-        written: list[list[Event]] = []
+        written = []
         for layer in range(self._blocks.shard.layers):
             slices = reservation.slices(layer)
-            written.append(
-                [
-                    self._gathering.gather(
-                        self._layers.pages(layer, run.page_ids, run.first_token),
-                        run.token_counts,
-                        slices[run.begin : run.begin + len(run.token_counts)],
-                    )
-                    for run in runs
-                ]
-            )
-        for layer, events in enumerate(written):
-            _finish(events)
-            reservation.seal(layer)
+            for run in runs:
+                pages = self._layers.pages(layer, run.page_ids, run.first_token)
+                into = slices[run.begin : run.begin + len(run.token_counts)]
+                seal = partial(_seal, reservation, layer, run.begin)
+                written.append(self._gathering.gather(pages, run.token_counts, into, seal))
+        _finish(written)
         if not gathering.is_abandoned:
             self._committing.submit(partial(self._commit, reservation))
 
@@ -219,6 +212,11 @@ class PageSaver:
         else:
             kind = type(outcome).__name__
             self._lines.warning("blocks were not saved: %s: %s", kind, outcome, kind=kind)
+
+
+def _seal(reservation: Reservation, layer: int, begin: int, block: int) -> None:
+    """Seal a block of a run, whose slices begin at `begin`."""
+    reservation.seal(layer, begin + block)
 
 
 class _Run(NamedTuple):
