@@ -82,7 +82,8 @@ class InPlaceReads:
         number again while bytes arrive. After that it yields nothing; the rows stay in their place until this is
         closed, or the client disconnects.
 
-        Raises NotShared, LeaseExpired, ChecksumMismatch, StorageFailed.
+        Raises NotShared, LeaseExpired; ChecksumMismatch or StorageFailed, with the block's position in the lease as the
+        detail `block`.
         """
         if why := self._dram.arena.not_shared_because:
             raise NotShared(f"blocks cannot be read in place: {why}")
@@ -117,9 +118,9 @@ class InPlaceReads:
                 )
                 async for ready in self._layers(lease, promotions):
                     yield ready
-            except KVError:
+            except KVError as error:
                 self._counters.loads_failed += 1
-                raise
+                raise lease.placed(error, self._blocks) from error
             self._counters.located_blocks += len(rows)
             await left.wait()  # Or until this is closed. The blocks stay in their place meanwhile.
             raise LeaseExpired("the client's Attach stream has ended, and its leases with it")
@@ -137,7 +138,8 @@ class InPlaceReads:
             extent = self._blocks.extent(row, self._blocks.first_tier) if pending is None else pending.extent
             if extent is None:
                 if self._blocks.fastest(row) is None:
-                    raise LeaseExpired("a block was removed before its load began: look the prefix up again")
+                    key = self._blocks.key_of(row).hex()
+                    raise LeaseExpired("a block was removed before its load began: look the prefix up again", key=key)
                 return NotInPlace("DRAM has no space for a block")
             extents.append(extent)
         return extents
