@@ -1,6 +1,6 @@
 """The time to the first token of a real vLLM on the CPU, for histories that are stored.
 
-    .venv-vllm/bin/python -m benchmarks.vllm.ttft [--repetitions 5] [--histories 500 1500 3000] [--from-ssd] [--ways TEXT]
+    .venv-vllm/bin/python -m benchmarks.vllm.ttft [--histories 500 1500 3000] [--from-ssd] [--ways TEXT]
 
 Each turn asks every way once, in rotated order: a request that is neither looked up nor saved, and the ways to load.
 Prints a Markdown table of medians of the ratios to the first. The time is vLLM's own (`first_token_latency`); every
