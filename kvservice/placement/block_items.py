@@ -90,8 +90,9 @@ class BlockItems:
         order = live[np.lexsort((-self._depth[self._first_row[live]], scores))]
         place_of = np.zeros(self._end + 1)  # The last one is for blocks without an item: NO_ITEM is -1.
         place_of[order] = np.arange(1, len(order) + 1)
-        item_of, depth = self._item_of, self._depth
-        deepest = float(depth[: self._blocks.row_end].max(initial=0)) + 1
+        # Copies: while a thread ranks, the event loop may split items, which gives blocks to items unknown here.
+        item_of, depth = self._item_of[: self._blocks.row_end].copy(), self._depth[: self._blocks.row_end].copy()
+        deepest = float(depth.max(initial=0)) + 1
 
         def score(rows: Rows) -> NDArray[np.float64]:
             return place_of[item_of[rows]] - depth[rows] / deepest

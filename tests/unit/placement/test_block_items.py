@@ -80,6 +80,16 @@ def test_conversations_share_the_item_of_their_prompt() -> None:
     assert store.items.item_of(one[0]) not in {store.items.item_of(each[2]) for each in (one, two, three)}
 
 
+def test_a_ranking_scores_blocks_as_they_were_also_after_their_items_were_split() -> None:
+    store = Store()
+    rows = np.array(store.save(range(40)))
+    score = store.items.places(TierName.DRAM, store.now_s)
+    before = score(rows)
+    for shared in (20, 12, 4):  # The event loop does so while a thread ranks.
+        store.save([*range(shared), *range(900, 908)])
+    assert np.array_equal(score(rows), before)
+
+
 def test_the_shards_of_a_block_are_in_its_item() -> None:
     store = Store()
     first, second = Shard(0, 1, 0, 1), Shard(0, 1, 1, 2)
