@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from kvservice.blocks import BlockTable, Rows
 from kvservice.clock import Clock
 from kvservice.counters import Counters
@@ -53,10 +55,10 @@ class Lease:
     def placed(self, error: KVError, table: BlockTable) -> KVError:
         """An error of one block, with the block's position in the lease: its detail `block`. Others as they are."""
         key = error.details.get("key")
-        if key is not None:
-            for block, row in enumerate(self.rows.tolist()):
-                if any(table.key_of(each).hex() == key for each in self.parts.get(block, (row,))):
-                    return type(error)(error.message, **{**error.details, "block": block})
+        if key is not None:  # Rows of one block have one key. In one pass, because a lease may have many blocks.
+            places = np.flatnonzero(table.key[self.rows] == np.void(bytes.fromhex(key)))
+            if len(places):
+                return type(error)(error.message, **{**error.details, "block": int(places[0])})
         return error
 
 
