@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -178,6 +179,25 @@ def test_a_load_ends_when_the_daemon_is_stopped_in_the_middle_of_it(tmp_path: Pa
         with daemon.stopped(), pytest.raises(DeadlineExceeded, match="sent nothing"):
             for _ in layers:
                 pass
+
+
+def test_a_load_that_finds_damage_while_the_daemon_is_stopped_ends_too(client: Client, daemon: DaemonProcess) -> None:
+    """The client of `daemon.client` waits for `SOON_S` where a call has no other time."""
+    blocks, chain = client.open_layout(LAYOUT), block_chain(LAYOUT, range(96))
+    saved = Engine(blocks, [7, 3, 11, 2, 19, 5, 23, 29])
+    save(saved, chain)
+    first_head = saved.tokens(64, 96)[1, 0, :, : LAYOUT.k_head_dim]
+    medium = arena(daemon)
+    medium.flip(medium.find(first_head.tobytes()) + 5, 0)
+    waits = Waits(AnswerWait(SOON_S, SYSTEM_CLOCK), NEVER_S, 0.1)
+    load = saved.prefix_load(blocks.lookup(chain).export(), 0, 96, waits)
+    layers = load.begin(load.pages_of_layer(saved.layers, saved.page_ids))
+    next(layers)
+    waits.answer.allowed_s = 0.1  # For the blocks before the damaged one.
+    begin_s = time.monotonic()
+    with daemon.stopped(), pytest.raises(DeadlineExceeded):
+        list(layers)
+    assert time.monotonic() - begin_s < SOON_S
 
 
 def test_the_wait_for_answers_begins_again_with_each_of_them() -> None:

@@ -200,7 +200,7 @@ class OrderedTransports:
             raise NotShared("a view moves no bytes that could be slowed down: load the blocks")
         for transport in self._transports:
             if isinstance(transport, InPlaceReader):
-                have_verified = partial(self._have_verified, transport, order) if verify == "always" else None
+                have_verified = partial(self._have_verified, transport, order, deadline) if verify == "always" else None
                 transport.check_offered(deadline)
                 view = transport.view(order, deadline, have_verified)
                 self._meter.add(transport.name, views=1, viewed_bytes=order.size_bytes)
@@ -234,13 +234,18 @@ class OrderedTransports:
         """Count a save that the caller wrote in place."""
         self._meter.add(transport.name, saves=1, saved_bytes=size_bytes, save_seconds=reserving_s + committing_s)
 
-    def _have_verified(self, transport: Transport, order: LoadOrder, block: int, layer: int) -> None:
-        """Make the daemon verify one slice, by loading it. For a damaged slice it drops the block and raises."""
+    def _have_verified(
+        self, transport: Transport, order: LoadOrder, deadline: TransferDeadline, block: int, layer: int
+    ) -> None:
+        """Make the daemon verify one slice, by loading it. For a damaged slice it drops the block and raises.
+
+        Waits as long as the view waits for a layer, or as long as a call may take.
+        """
         self._meter.add(transport.name, mismatches=1)
         first, counts = order.first_block + block, order.token_counts[block : block + 1]
         one = replace(order, first_block=first, token_counts=counts, first_layer=layer, into=None)
-        layers = self._transports[-1].load(one, self._connection.deadline(None))
-        with closing(layers):
+        wait = deadline if deadline.is_per_layer else self._connection.deadline(None)
+        with deadline.layer(), closing(self._transports[-1].load(one, wait)) as layers:
             data = next(layers, None)
             if data is not None:
                 self._meter.add(self._transports[-1].name, loaded_bytes=data.size)
