@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,20 @@ def test_a_save_that_is_answered_leaves_the_loads_all_of_their_time(roles: Roles
     roles.step(orders)
     assert [name for name, _ in calls] == ["reserve", "adopt", "adopt"]
     assert all(seconds > _WAIT_S / 2 for name, seconds in calls if name == "adopt")
+    report = roles.worker.take_report()
+    assert report is not None
+    assert not report.failed
+
+
+@pytest.mark.parametrize("mode", [LoadMode.WHOLE, LoadMode.LAYERS])
+def test_the_time_in_which_vllm_prepares_its_forward_is_no_wait_for_the_daemon(roles: Roles, mode: LoadMode) -> None:
+    store(roles)
+    order_load(roles, mode)
+    orders = roles.orders()
+    roles.worker.before_step(orders)
+    prepared_s = time.monotonic() + _WAIT_S
+    until(lambda: time.monotonic() > prepared_s)
+    roles.step(orders)
     report = roles.worker.take_report()
     assert report is not None
     assert not report.failed

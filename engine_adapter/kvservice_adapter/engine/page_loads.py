@@ -46,7 +46,7 @@ class PagedLayers:
 
 
 class AnswerWait:
-    """How long a step waits for a daemon that does not answer: from the step's begin, and again after each answer.
+    """How long a step waits for a daemon that does not answer: from its first call on, and again after each answer.
 
     The loads of one step share it. Any thread may call it.
     """

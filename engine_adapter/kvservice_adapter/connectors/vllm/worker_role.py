@@ -54,6 +54,7 @@ class WorkerRole:
         self._blocks = self._client.open_layout(self.layout, self._shard)
         self._breaker = Breaker(probe_of(self._blocks), clock=self._clock)
         self._answer_wait = self._new_wait()
+        self._unanswered_s = 0.0  # How long this step has waited for the daemon in vain, before its loads.
         self._lines = RateLimitedLog(log)
         self._layers: PagedLayers | None = None
         self._lock = threading.Lock()  # Of what loads between steps report.
@@ -135,7 +136,7 @@ class WorkerRole:
         freed = self._gather([save for save in orders.saves if save.is_freed])
         self._gathering = self._gather([save for save in orders.saves if not save.is_freed])
         self._wait(freed)
-        self._answer_wait = self._new_wait(0.0 if freed is None else freed.gathering.unanswered_s)
+        self._unanswered_s = 0.0 if freed is None else freed.gathering.unanswered_s
 
     def _gather(self, orders: list[PageSaveOrder]) -> _Gathered | None:
         if self._saver is None or not orders:
@@ -162,13 +163,15 @@ class WorkerRole:
         """False if the step of these orders has begun already."""
         if orders is self._orders:
             return False
-        self._orders, self._is_silent, self._answer_wait = orders, False, self._new_wait()
+        self._orders, self._is_silent, self._unanswered_s = orders, False, 0.0
         self._open = {order.request_id: order for order in orders.loads}
         return True
 
     def start_loads(self, orders: StepOrders) -> None:
         """Copy in what the step's forward needs, and begin what later steps need."""
         self._begin_step(orders)
+        # vLLM's own work between these hooks, such as its image encoder, was no wait for the daemon.
+        self._answer_wait = self._new_wait(self._unanswered_s)
         for order in list(self._open.values()):
             if not order.ticket:
                 self._failed(order, "the scheduler's role has failed", is_unanswered=False)
@@ -178,7 +181,7 @@ class WorkerRole:
                 waits = Waits(self._new_wait(), self._settings.layer_wait_s, self._settings.layer_wait_s)
                 load = self._between_steps[order.request_id] = self._load(order, waits)
                 self._loading_between_steps.submit(partial(self._load_between_steps, order, load))
-                self._open.pop(order.request_id)  # From now on it is reported by the loading thread.
+                self._open.pop(order.request_id, None)  # The loading thread reports it, and may have done so.
             elif order.mode is LoadMode.LAYERS:
                 self._loaders.append((order, *self._begin_layers(order)))
             else:
