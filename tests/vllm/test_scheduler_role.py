@@ -361,6 +361,31 @@ def test_the_report_of_a_request_whose_load_failed_says_why(daemon: DaemonProces
     roles.close()
 
 
+def test_the_report_of_a_request_that_was_preempted_is_of_its_last_attempt(daemon: DaemonProcess) -> None:
+    roles = started(daemon)
+    save(roles)
+    scheduler, request = roles.scheduler, roles.request(next(_names), [*PROMPT, 7], {"load": "whole"})
+    scheduler.on_new(request)
+    while scheduler.matched_tokens(request, 0)[0] is None:
+        pass
+    scheduler.allocated(request, (roles.give_pages(request),), len(PROMPT))
+    roles.step(roles.orders([request]))
+    scheduler.on_output(roles.worker.take_report(), set())
+    with daemon.client() as client:
+        client.admin.discard_all()
+        request.num_preemptions += 1
+        while (tokens := scheduler.matched_tokens(request, 0)[0]) is None:
+            pass
+        assert tokens == 0
+        request.append_output_token_ids(1)
+        roles.orders([request])
+        report = report_of(client, request.request_id)
+    assert report.outcome == pb.REQUEST_OUTCOME_MISS
+    assert (report.history_tokens, report.loaded_tokens, report.computed_tokens) == (0, 0, 0)
+    assert (report.plan, report.loaded_bytes) == (pb.REQUEST_PLAN_UNSPECIFIED, 0)
+    roles.close()
+
+
 def test_requests_while_the_daemon_is_away_are_reported_once_it_is_back(daemon: DaemonProcess) -> None:
     roles = started(daemon)
     save(roles)

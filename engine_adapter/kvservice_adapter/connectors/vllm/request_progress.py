@@ -57,10 +57,14 @@ class RequestProgress:
         """What is known now. Later steps may change it."""
         self.outcome, self.why = outcome, why
 
+    def begins(self) -> None:
+        """The request is looked up: for the first time, or again after vLLM has preempted it, or let it wait."""
+        self.plan, self.tier, self.loads = None, "", []
+        self.stored_tokens = self.own_tokens = self.load_tokens = 0
+
     def looked_up(self, now_s: float) -> None:
         """There is an answer, or it is not waited for any more. It is a miss until something else is known."""
         self.lookup_s = now_s - self.began_s
-        self.stored_tokens = 0
         self.ends_as(Outcome.MISS)
 
     def found(self, tokens: int, tier: str) -> None:

@@ -145,6 +145,7 @@ class SchedulerRole:
         """Begin to look up the request's prefix, if it may be stored."""
         state.attempt = state.request.num_preemptions
         state.asked_at_s, state.is_answered, state.has_loaded = 0.0, False, False
+        state.progress.begins()
         if not self._breaker.allow() or self._are_workers_away:
             state.is_answered = True
             state.progress.ends_as(Outcome.BREAKER_OPEN)
