@@ -156,7 +156,8 @@ class Lease:
         With `layer_timeout_s` instead, returns as soon as the blocks are located. `slices` then waits for its layer, so
         that the caller uses the first layers while the next ones are promoted. Each of these waits may take that long;
         `timeout_s` is then the time for locating, by default the same. `idle_timeout_s` as in `load`: while blocks are
-        promoted, the daemon reports it 50 times per second.
+        promoted, the daemon reports the reads that end, at most 50 times per second. A disk that hangs looks like a
+        daemon that hangs.
         The daemon keeps the blocks in their place until the view is left, so leave it as soon as possible.
 
         `verify` says when bytes are compared with their checksums. "once": the daemon verifies them once after its

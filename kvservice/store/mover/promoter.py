@@ -72,10 +72,14 @@ class PendingPromotion:
 
     async def layer_ready(self, layer: int) -> None:
         """Wait until the layer is read and verified. Raises the error with which the promotion failed."""
-        while not self._is_verified[layer]:
-            if self.error is not None:
-                raise self.error
+        while not self.is_ready(layer):
             await self._more.wait()
+
+    def is_ready(self, layer: int) -> bool:
+        """Whether the layer is read and verified. Raises as `layer_ready`."""
+        if not self._is_verified[layer] and self.error is not None:
+            raise self.error
+        return self._is_verified[layer]
 
     def begin_reading(self) -> None:
         """Keep the image in place until `end_reading`, also if the promotion fails."""
@@ -133,12 +137,17 @@ class Promoter:
         self._reads_in_flight = reads_in_flight
         self._pending: dict[int, PendingPromotion] = {}
         self._reserving: dict[int, asyncio.Future[None]] = {}
+        self._read_ended = asyncio.Event()  # Set, and replaced, at the end of each read of any promotion.
         self.read_rate = 0.0  # Bytes per second of the last batch; 0 before the first.
 
     @property
     def pending_bytes(self) -> int:
         """Of all promotions that have not ended."""
         return sum(pending.geometry.image_bytes for pending in self._pending.values())
+
+    async def read_ended(self) -> None:
+        """Wait for the end of the next read of any promotion, with or without success."""
+        await self._read_ended.wait()
 
     @asynccontextmanager
     async def promoting(self, rows: Sequence[int]) -> AsyncIterator[dict[int, PendingPromotion]]:
@@ -244,6 +253,8 @@ class Promoter:
         async def worker() -> None:
             for job in shared:
                 await work(job)
+                ended, self._read_ended = self._read_ended, asyncio.Event()
+                ended.set()
 
         await all_of(worker() for _ in range(self._reads_in_flight))
 

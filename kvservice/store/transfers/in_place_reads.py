@@ -151,10 +151,15 @@ class InPlaceReads:
         reported_s = self._clock.monotonic_s()
         for layer in range(wanted.layer_begin, wanted.layer_end) if promotions else ():
             for row, pending in promotions.items():
-                await pending.layer_ready(layer - int(self._blocks.layer_begin[row]))
-                if (now_s := self._clock.monotonic_s()) - reported_s >= _REPORT_S:
-                    reported_s = now_s
-                    yield layer - wanted.layer_begin
+                is_ready = False
+                while not is_ready:
+                    # Also while the disk reads for other promotions that were begun before.
+                    if not (is_ready := pending.is_ready(layer - int(self._blocks.layer_begin[row]))):
+                        assert self._promoter is not None
+                        await self._promoter.read_ended()
+                    if (now_s := self._clock.monotonic_s()) - reported_s >= _REPORT_S:
+                        reported_s = now_s
+                        yield layer - wanted.layer_begin
             yield layer - wanted.layer_begin + 1
         if not promotions:
             yield wanted.layers
