@@ -46,7 +46,10 @@ class Engine:
         self.page_ids = page_ids
         self.device = CpuDevice()
         self.layers = PagedLayers(
-            [view_of(each) for each in self.keys], [view_of(each) for each in self.values], ["float32"] * LAYOUT.layers
+            [view_of(each) for each in self.keys],
+            [view_of(each) for each in self.values],
+            ["float32"] * LAYOUT.layers,
+            [0] * LAYOUT.layers,
         )
         self.blocks = blocks
         self.breaker = Breaker(probe_of(blocks))
@@ -60,7 +63,7 @@ class Engine:
     def load(self, ticket: bytes, begin: int, end: int) -> None:
         stream = self.device.stream("test")
         load = PrefixLoad(stream, self.blocks, ticket, (begin, end), Waits(SOON_S, SOON_S), release_on(stream))
-        for _ in load.begin(load.pages_of_layer(self.layers, self.page_ids)):
+        for _ in load.begin(load.pages_of_layer(self.layers, [self.page_ids])):
             pass
 
     def tokens(self, begin: int, end: int) -> np.ndarray[Any, Any]:
@@ -73,7 +76,7 @@ class Engine:
 
 def save(engine: Engine, chain: BlockChain) -> None:
     saver = engine.saver()
-    assert saver.gather([PageSave(chain, 0, engine.page_ids)]).wait(SOON_S)
+    assert saver.gather([PageSave(chain, 0, [engine.page_ids])]).wait(SOON_S)
     until(lambda: engine.blocks.contains(chain) == len(chain))
     saver.close(SOON_S)
 
@@ -96,7 +99,7 @@ def test_more_blocks_than_one_reservation_has_are_saved_with_those_of_other_sequ
     engine = Engine(blocks, list(range(199, 0, -1)))
     long, short = block_chain(LAYOUT, range(40 * 32)), block_chain(LAYOUT, range(5000, 5064))
     saver = engine.saver()
-    gathering = saver.gather([PageSave(long, 0, engine.page_ids), PageSave(short, 32, engine.page_ids)])
+    gathering = saver.gather([PageSave(long, 0, [engine.page_ids]), PageSave(short, 32, [engine.page_ids])])
     assert gathering.wait(SOON_S)
     assert gathering.dropped == []
     until(lambda: blocks.contains(long) == len(long) and blocks.contains(short) == len(short))
@@ -125,7 +128,7 @@ def test_a_reservation_without_an_answer_in_time_is_followed_by_no_other_one(dae
         saver = engine.saver(reserve_s=0.05)
         chain = block_chain(LAYOUT, range(64 * 32))
         with daemon.stopped():
-            assert saver.gather([PageSave(chain, 0, engine.page_ids)]).wait(SOON_S)
+            assert saver.gather([PageSave(chain, 0, [engine.page_ids])]).wait(SOON_S)
             assert saver.is_silent
         assert asked == [1]
         until(lambda: blocks.contains(chain) == len(chain))
