@@ -59,10 +59,12 @@ class RequestPages:
     ) -> tuple[PageIds, bool] | None:
         """The pages of tokens ``[first_token, end_token)``, and whether some of them are freed in this step.
 
-        None if there is no page of some of the tokens any more. `given` are the request's pages now, if known.
+        None if there is no page of some of the tokens any more. Between steps, where a request ends, vLLM has freed
+        pages since the last step, and `given` are those that are left.
         """
         pages = self._until(given or self.of(request.request_id), end_token)
-        preemptions, former = self._former.get(request.request_id, (-1, ()))
+        kept = self._former if given is None else self._kept
+        preemptions, former = kept.get(request.request_id, (-1, ()))
         if preemptions != request.num_preemptions:
             former = ()
         found, is_freed = [], False
@@ -83,7 +85,7 @@ class RequestPages:
             self._kept[request.request_id] = request.num_preemptions, self.of(request.request_id)
 
     def forget(self, request_id: str) -> None:
-        """The request has ended. Another one may have its name."""
+        """The request has ended, and its save is ordered. Another one may have its name."""
         self._kept.pop(request_id, None)
 
     def _until(self, given: _Given, end_token: int) -> PageIds:

@@ -288,11 +288,11 @@ class SchedulerRole:
         if state is None:
             return
         self._drop_found(state)
-        self._pages.forget(request.request_id)
         if state.is_loading:
             self._orders.cancelled.append(request.request_id)
         elif state.may_save:
             self._save(state, request.num_computed_tokens - request.num_in_flight_tokens, page_ids)
+        self._pages.forget(request.request_id)
 
     # Steps
 
