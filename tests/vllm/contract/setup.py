@@ -6,11 +6,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
 import torch
+from packaging.version import Version
+from vllm import __version__
 from vllm.config import (
     CacheConfig,
     DeviceConfig,
@@ -22,10 +25,11 @@ from vllm.config import (
 )
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
-from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from tests.vllm.contract.numbers import VOCABULARY, NumberedModel
+
+_PLANNING = import_module(f"vllm.v1.core.kv_cache_{'planning' if Version(__version__) >= Version('0.33') else 'utils'}")
 
 MAX_TOKENS = 4096
 
@@ -98,8 +102,10 @@ def attention_layers(config: VllmConfig, model: NumberedModel) -> dict[str, Any]
 
 def kv_cache_config(config: VllmConfig, layers: Mapping[str, Any]) -> KVCacheConfig:
     """The groups of pages that vLLM makes."""
-    groups = get_kv_cache_groups(config, {name: layer.get_kv_cache_spec(config) for name, layer in layers.items()})
-    return get_kv_cache_config_from_groups(config, groups, 2**30)
+    specs = {name: layer.get_kv_cache_spec(config) for name, layer in layers.items()}
+    groups = _PLANNING.get_kv_cache_groups(config, specs)
+    made: KVCacheConfig = _PLANNING.get_kv_cache_config_from_groups(config, groups, 2**30)
+    return made
 
 
 def pages_of(config: KVCacheConfig) -> dict[str, torch.Tensor]:

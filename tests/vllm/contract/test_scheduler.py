@@ -77,11 +77,13 @@ def blocks_of(client: Client, steps: Steps) -> BlockCache:
     return client.open_layout(steps.scheduler.connector._scheduler.layout)
 
 
-def chain_of(steps: Steps, tokens: list[int]) -> BlockChain:
+def chain_of(steps: Steps, tokens: list[int], *, with_partial: bool = False) -> BlockChain:
     """The keys of a request without a salt, in the generation of keys that the last reset began."""
     scheduler = steps.scheduler.connector._scheduler
     request = next(iter(steps.requests.values()))
-    return block_chain(scheduler.layout, tokens, salt=salt_of(request, scheduler._generation.number))
+    return block_chain(
+        scheduler.layout, tokens, salt=salt_of(request, scheduler._generation.number), with_partial=with_partial
+    )
 
 
 def store(client: Client, steps: Steps, tokens: list[int]) -> None:
@@ -114,10 +116,10 @@ def test_a_hit_has_the_numbers_of_a_computation(
         expect_nothing_is_held(client, steps)
 
 
-def expect_right_numbers(client: Client, steps: Steps, tokens: list[int]) -> int:
+def expect_right_numbers(client: Client, steps: Steps, tokens: list[int], *, with_partial: bool = False) -> int:
     """What is stored of the tokens are the numbers of the model. Returns how many tokens are stored."""
     blocks = blocks_of(client, steps)
-    with blocks.lookup(chain_of(steps, tokens)) as lease:
+    with blocks.lookup(chain_of(steps, tokens, with_partial=with_partial)) as lease:
         for layer in lease.load() if lease.hit_blocks else ():
             arrays = blocks.layer_arrays(layer.data, lease.token_counts, layer=layer.index)
             for (keys, values), first in zip(arrays, range(0, lease.hit_tokens, BLOCK), strict=True):
