@@ -35,19 +35,17 @@ SIZES: dict[str, Any] = {
     "pad_token_id": None,
 }
 LAYERS = ["sliding_attention", "sliding_attention", "full_attention"] * 2
-MODELS: dict[str, tuple[str, dict[str, Any], list[int]]] = {
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixed": (
         "Gemma3TextConfig",
         {"num_hidden_layers": 6, "layer_types": LAYERS, "query_pre_attn_scalar": 32},
-        [WINDOW, WINDOW, 0],
     ),
-    "windows only": ("MistralConfig", {"num_hidden_layers": 4}, [WINDOW]),
+    "windows only": ("MistralConfig", {"num_hidden_layers": 4}),
 }
 
 
 class Served(NamedTuple):
     folder: Path
-    groups: list[int]  # The windows of vLLM's KV cache groups.
     plain: list[list[int]]  # A conversation's answers by vLLM without the connector.
     vllm: Engine
 
@@ -77,7 +75,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
 def served(
     request: pytest.FixtureRequest, daemon: DaemonProcess, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
-    name, more, groups = MODELS[request.param]
+    name, more = MODELS[request.param]
     folder = tmp_path_factory.mktemp("model") / "tiny"
     torch.manual_seed(1)
     made: Any = AutoModelForCausalLM
@@ -93,7 +91,7 @@ def served(
         address=daemon.address, model_id="tiny", model_revision=request.param, block_tokens=BLOCK, **PATIENT
     )
     with engine(folder, settings, **options) as vllm:
-        yield Served(folder, groups, answers, vllm)
+        yield Served(folder, answers, vllm)
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +113,7 @@ def _identity(model: Any) -> dict[str, Any]:
 
 def test_vllm_frees_pages_behind_the_windows(served: Served) -> None:
     """Else these tests would show nothing."""
-    core: Any = served.vllm.llm.llm_engine.vllm_config
-    assert not core.scheduler_config.disable_hybrid_kv_cache_manager
+    assert served.vllm.llm.llm_engine.vllm_config.scheduler_config.disable_hybrid_kv_cache_manager is False
 
 
 def test_a_conversation_longer_than_the_window_has_the_tokens_of_vllm_alone(served: Served, stored: BlockCache) -> None:
