@@ -14,13 +14,13 @@ from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
-from kvservice.blocks import Rows
+from kvservice.blocks import BlockTable, Rows
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.store.tasks import LoopBudget, Tasks
-from kvservice_api.errors import InvalidRequest, LeaseExpired, LeaseNotYours, Overloaded, UnknownClient
+from kvservice_api.errors import InvalidRequest, KVError, LeaseExpired, LeaseNotYours, Overloaded, UnknownClient
 from kvservice_api.layout import Layout, Shard
 
 _ROWS_A_TURN = 512  # They take two milliseconds of the event loop if all of them have been discarded.
@@ -49,6 +49,15 @@ class Lease:
     rows: Rows  # One per block: the row with the whole shard, or the first of `parts`.
     parts: dict[int, tuple[int, ...]]
     held_rows: Rows  # All rows, with parts.
+
+    def placed(self, error: KVError, table: BlockTable) -> KVError:
+        """An error of one block, with the block's position in the lease: its detail `block`. Others as they are."""
+        key = error.details.get("key")
+        if key is not None:
+            for block, row in enumerate(self.rows.tolist()):
+                if any(table.key_of(each).hex() == key for each in self.parts.get(block, (row,))):
+                    return type(error)(error.message, **{**error.details, "block": block})
+        return error
 
 
 class Leases:

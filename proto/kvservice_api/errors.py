@@ -223,7 +223,10 @@ class Overloaded(KVError, code=Code.RESOURCE_EXHAUSTED):
 
 
 class ChecksumMismatch(KVError, code=Code.DATA_LOSS):
-    """Stored bytes are not those that were saved. The block has been dropped."""
+    """Stored bytes are not those that were saved. The block has been dropped.
+
+    The detail `block` of a load or view is its position in the lease.
+    """
 
 
 class UploadCorrupted(KVError, code=Code.DATA_LOSS):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,11 @@ from kvservice_adapter.device.arrays import view_of
 from kvservice_adapter.device.cpu import CpuDevice
 from kvservice_adapter.engine.page_loads import PagedLayers, PrefixLoad, Waits, release_on
 from kvservice_adapter.engine.page_saves import PageSave, PageSaver
-from kvservice_api.errors import TicketForged
-from kvservice_client import BlockCache, BlockChain, Client, Layout, block_chain
+from kvservice_api.errors import ChecksumMismatch, TicketForged
+from kvservice_client import BlockCache, BlockChain, Client, Layout, Tier, block_chain
 from tests.daemon import MIB, SOON_S, DaemonProcess, until
+from tests.integration.known_blocks import tiers_of
+from tests.integration.media import arena, flip_trailer, ssd_file
 
 LAYOUT = Layout("pages", "float32", layers=3, kv_heads=2, k_head_dim=8, v_head_dim=4, block_tokens=32)
 PAGE_TOKENS = 12  # No divisor of a block's: blocks begin and end inside pages.
@@ -60,9 +64,12 @@ class Engine:
             self.device, self.blocks, self.layers, self.breaker, clock, staging_bytes=8 * MIB, reserve_s=reserve_s
         )
 
-    def load(self, ticket: bytes, begin: int, end: int) -> None:
+    def prefix_load(self, ticket: bytes, begin: int, end: int) -> PrefixLoad:
         stream = self.device.stream("test")
-        load = PrefixLoad(stream, self.blocks, ticket, (begin, end), Waits(SOON_S, SOON_S), release_on(stream))
+        return PrefixLoad(stream, self.blocks, ticket, (begin, end), Waits(SOON_S, SOON_S), release_on(stream))
+
+    def load(self, ticket: bytes, begin: int, end: int) -> None:
+        load = self.prefix_load(ticket, begin, end)
         for _ in load.begin(load.pages_of_layer(self.layers, [self.page_ids])):
             pass
 
@@ -142,3 +149,35 @@ def test_a_load_by_a_ticket_that_no_daemon_made_fails_and_writes_nothing(client:
     with pytest.raises(TicketForged):
         engine.load(b"no ticket", 0, 64)
     assert np.array_equal(engine.tokens(0, 101), before)
+
+
+@pytest.mark.parametrize("layer", [0, 1, LAYOUT.layers - 1, "trailer"])
+@pytest.mark.parametrize("tier", [Tier.DRAM, Tier.SSD])
+@pytest.mark.parametrize(("damaged", "first", "valid"), [(2, 0, 64), (2, 37, 64), (1, 37, 0), (0, 0, 0)])
+def test_what_is_before_a_damaged_block_is_loaded(
+    daemon: DaemonProcess, client: Client, tier: Tier, layer: int | str, damaged: int, first: int, valid: int
+) -> None:
+    blocks = client.open_layout(LAYOUT)
+    chain = block_chain(LAYOUT, range(101), with_partial=True)
+    saved = Engine(blocks, [7, 3, 11, 2, 19, 5, 23, 29, 31])
+    save(saved, chain)
+    if tier is Tier.SSD:
+        until(lambda: tiers_of(client, LAYOUT, chain) == ["dram+ssd"] * len(chain))
+        client.evict(chain, Tier.DRAM)
+    medium = (arena if tier is Tier.DRAM else ssd_file)(daemon)
+    if isinstance(layer, str):
+        flip_trailer(medium, LAYOUT, chain.keys[damaged], random.Random(1))
+    else:
+        first_head = saved.tokens(damaged * 32, damaged * 32 + 32)[layer, 0, :, : LAYOUT.k_head_dim]
+        medium.flip(medium.find(first_head.tobytes()) + 5, 0)
+    engine = Engine(blocks, [4, 9, 1, 8, 30, 12, 14, 6, 20], seed=1)
+    expected = engine.tokens(0, 101)
+    load = engine.prefix_load(blocks.lookup(chain).export(), first, 101)
+    layers = load.begin(load.pages_of_layer(engine.layers, [engine.page_ids]))
+    with pytest.raises(ChecksumMismatch):  # Before the last layer: the engine would take the load as whole.
+        list(islice(layers, LAYOUT.layers))
+    assert load.valid_tokens == valid
+    if valid:
+        expected[:, :, first:valid] = saved.tokens(first, valid)
+        assert np.array_equal(engine.tokens(0, valid), expected[:, :, :valid])
+    assert blocks.contains(chain) == damaged

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvservice_adapter.connectors.transformers import TransformersConnector
 from kvservice_client import BlockCache, Client, block_chain
-from tests.daemon import MIB, DaemonProcess
+from tests.daemon import MIB, DaemonProcess, until
 from tests.vllm.engine import (
     NOT_KEPT,
     PATIENT,
@@ -74,10 +74,20 @@ def prompts(text: list[int]) -> Prompts:
 
 
 @pytest.fixture(scope="module")
-def stored(daemon: DaemonProcess) -> Iterator[BlockCache]:
-    """The blocks that the daemon has of this model."""
+def client(daemon: DaemonProcess) -> Iterator[Client]:
     with daemon.client() as client:
-        yield client.open_layout(LAYOUT)
+        yield client
+
+
+@pytest.fixture(scope="module")
+def stored(client: Client) -> BlockCache:
+    """The blocks that the daemon has of this model."""
+    return client.open_layout(LAYOUT)
+
+
+def leased_blocks(client: Client) -> int:
+    """How many blocks the daemon has located so far for leases, to be read in place."""
+    return int(client.admin.status().counters["located_blocks"])
 
 
 def save(vllm: Engine, stored: BlockCache, prompt: list[int], tokens: int = 8) -> list[int]:
@@ -89,15 +99,18 @@ def save(vllm: Engine, stored: BlockCache, prompt: list[int], tokens: int = 8) -
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_conversation_continues_with_the_same_tokens(
-    vllm: Engine, stored: BlockCache, prompts: Prompts, mode: str
+    vllm: Engine, client: Client, stored: BlockCache, prompts: Prompts, mode: str
 ) -> None:
     history, stored_tokens = prompts.new(2 * BLOCK + 30), 0
     for _ in range(3):
         expected = vllm.answer(history, **NOT_KEPT)
         assert expected.cached_tokens == 0
+        leased = leased_blocks(client)
         answer = vllm.answer(history, load=mode)
         assert answer.token_ids == expected.token_ids
         assert answer.cached_tokens == stored_tokens
+        assert leased_blocks(client) - leased == -(-stored_tokens // BLOCK)  # The daemon counts the same hit.
+        until(lambda: client.admin.status().leases == 0)
         history += answer.token_ids
         stored_tokens = len(history) - 1  # vLLM has not computed the last token of its answer.
         wait_until_stored(stored, history[:-1])

@@ -142,7 +142,7 @@ def test_stored_blocks_are_the_kv_that_transformers_computes(served: Served, sto
         for layer in lease.load():
             arrays = stored.layer_arrays(layer.data, lease.token_counts, layer=layer.index)
             keys, values = (np.concatenate(each, axis=1) for each in zip(*arrays, strict=True))
-            expected = cache.layers[layer.index]
+            expected: Any = cache.layers[layer.index]
             assert np.abs(keys - expected.keys[0].numpy()).max() < 1e-3
             assert np.abs(values - expected.values[0].numpy()).max() < 1e-3
 

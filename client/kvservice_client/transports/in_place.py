@@ -72,6 +72,11 @@ class InPlace:
         return found
 
     @property
+    def first_block(self) -> int:
+        """The position of the first block in the lease."""
+        return self._order.first_block
+
+    @property
     def block_count(self) -> int:
         return self._order.block_count
 
@@ -210,8 +215,9 @@ class View:
         except ChecksumMismatch:
             raise
         except KVError as error:
-            raise ChecksumMismatch(f"{what}; the daemon could not verify it: {error.message}") from error
-        raise ChecksumMismatch(f"{what}, but the daemon now finds it valid")
+            why = f"{what}; the daemon could not verify it: {error.message}"
+            raise ChecksumMismatch(why, block=self._blocks.first_block + block) from error
+        raise ChecksumMismatch(f"{what}, but the daemon now finds it valid", block=self._blocks.first_block + block)
 
     def _slice(self, block: int, layer: int) -> tuple[Bytes, ...]:
         whole, runs = self._blocks.slice(block, layer), self._blocks.runs(block, layer)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -16,7 +16,14 @@ from typing import NamedTuple
 from kvservice_adapter.device.arrays import ArrayView
 from kvservice_adapter.device.base import Event, Pages, Slices, Stream, StreamClosed
 from kvservice_adapter.layer_source import BegunLayer, PagesOfLayer
-from kvservice_api.errors import BlockNotFound, Cancelled, DeadlineExceeded, NotShared
+from kvservice_api.errors import (
+    BlockNotFound,
+    Cancelled,
+    ChecksumMismatch,
+    DeadlineExceeded,
+    NotShared,
+    StorageFailed,
+)
 from kvservice_client import BlockCache, Lease
 
 _COPIED_S = 30.0  # For the copies of one load, from memory to memory.
@@ -82,6 +89,7 @@ class PrefixLoad:
         self._is_cancelled = False
         self._copies = threading.Lock()  # Of the events: no copy begins after `stop`.
         self.size_bytes = 0  # Of the layers begun so far.
+        self.valid_tokens = 0  # After an error: how many tokens of the prefix, from its first on, are in the pages.
 
     def pages_of_layer(
         self, layers: PagedLayers, page_ids: PageIds, begins: Sequence[int] | None = None
@@ -117,8 +125,9 @@ class PrefixLoad:
     def begin(self, pages_of_layer: PagesOfLayer) -> Iterator[BegunLayer]:
         """As `LayerSource.begin`, on any thread. `next` may also be called before the event before it is done.
 
-        The iterator ends once all copies are done, and raises a KVError if they cannot be trusted. ValueError for
-        pages of another geometry.
+        The last layer is there once all copies are done and can be trusted; before that the iterator raises a KVError.
+        If one block is damaged, or cannot be read, those before it are loaded to the end: `valid_tokens`. Raises
+        ValueError for pages of another geometry.
         """
         lease = self._lease = self._blocks.adopt(self._ticket, timeout_s=self._waits.first_s)
         if self._is_cancelled:
@@ -127,33 +136,50 @@ class PrefixLoad:
             starts = [0, *accumulate(lease.token_counts)]
             if starts[-1] < self._tokens[1]:
                 raise BlockNotFound(f"the lease covers {starts[-1]} tokens; {self._tokens[1]} are to be loaded")
-            first = self._first_block
-            count = next(block for block, start in enumerate(starts) if start >= self._tokens[1]) - first
-            token_counts = lease.token_counts[first : first + count]
+            end_block = next(block for block, start in enumerate(starts) if start >= self._tokens[1])
+            given = 0
             try:
-                first_s, layer_s = self._waits
-                view = lease.view(first, count, first_s, verify="always", layer_timeout_s=layer_s)
-            except NotShared:
-                yield from self._by_client(lease, first, count, pages_of_layer)
-                return
-            with view:
-                for layer in range(self._blocks.shard.layers):
-                    yield self._copy(layer, view.slices(layer), token_counts, pages_of_layer)
-                self._finish()
+                for begun in self._all_layers(lease, end_block, pages_of_layer):
+                    yield begun
+                    given += 1
+            except (ChecksumMismatch, StorageFailed) as error:
+                bad_block = int(error.details.get("block", 0))
+                if bad_block <= self._first_block:
+                    raise
+                for layer, begun in enumerate(self._all_layers(lease, bad_block, pages_of_layer)):
+                    if given <= layer < self._blocks.shard.layers - 1:
+                        yield begun
+                self.valid_tokens = starts[bad_block]
+                raise
         finally:
             for event in self._events:  # After an error too, nothing is written to the pages any more.
                 event.wait(_COPIED_S)
             self._release(lease)
 
-    def _by_client(self, lease: Lease, first: int, count: int, pages_of_layer: PagesOfLayer) -> Iterator[BegunLayer]:
-        layers = lease.load(first_block=first, block_count=count, layer_timeout_s=self._waits.layer_s)
-        token_counts = lease.token_counts[first : first + count]
+    def _all_layers(self, lease: Lease, end_block: int, pages_of_layer: PagesOfLayer) -> Iterator[BegunLayer]:
+        """Copy the blocks before `end_block`."""
+        first, layers = self._first_block, self._blocks.shard.layers
+        count = end_block - first
+        token_counts = lease.token_counts[first:end_block]
+        first_s, layer_s = self._waits
         try:
-            for loaded in layers:
-                yield self._copy(loaded.index, loaded.data, token_counts, pages_of_layer)
-            self._finish()
-        finally:
-            layers.close()
+            view = lease.view(first, count, first_s, verify="always", layer_timeout_s=layer_s)
+        except NotShared:
+            loaded = lease.load(first_block=first, block_count=count, layer_timeout_s=layer_s)
+            with closing(loaded):
+                for each in loaded:
+                    begun = self._copy(each.index, each.data, token_counts, pages_of_layer)
+                    if each.index == layers - 1:
+                        self._finish()
+                    yield begun
+            return
+        with view:
+            for layer in range(layers):
+                begun = self._copy(layer, view.slices(layer), token_counts, pages_of_layer)
+                if layer == layers - 1:
+                    self._finish()
+                    view.check()
+                yield begun
 
     def _copy(
         self, layer: int, slices: Slices, token_counts: Sequence[int], pages_of_layer: PagesOfLayer

@@ -281,6 +281,7 @@ class Promoter:
 
     async def _fail(self, pending: PendingPromotion, error: KVError) -> None:
         """Take a damaged block out of service at once, before the other promotions have ended."""
+        error.details.setdefault("key", self._blocks.key_of(pending.row).hex())
         pending.failed(error)
         self._counters.storage_errors += isinstance(error, StorageFailed)
         if isinstance(error, ChecksumMismatch):

@@ -77,7 +77,8 @@ class InPlaceReads:
         """First the places, then the number of layers that are ready: 0 if none is yet, until all are. After that it
         yields nothing; the rows stay in their place until this is closed, or the client disconnects.
 
-        Raises NotShared, LeaseExpired, ChecksumMismatch, StorageFailed.
+        Raises NotShared, LeaseExpired; ChecksumMismatch or StorageFailed, with the block's position in the lease as the
+        detail `block`.
         """
         if why := self._dram.arena.not_shared_because:
             raise NotShared(f"blocks cannot be read in place: {why}")
@@ -112,9 +113,9 @@ class InPlaceReads:
                 )
                 async for ready in self._layers(lease, promotions):
                     yield ready
-            except KVError:
+            except KVError as error:
                 self._counters.loads_failed += 1
-                raise
+                raise lease.placed(error, self._blocks) from error
             self._counters.located_blocks += len(rows)
             await left.wait()  # Or until this is closed. The blocks stay in their place meanwhile.
             raise LeaseExpired("the client's Attach stream has ended, and its leases with it")

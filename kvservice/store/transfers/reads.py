@@ -28,7 +28,7 @@ from kvservice.store.tasks import LoopBudget, all_of
 from kvservice.store.transfers.coverage import HeadRun, cover
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.files import ended, on_thread
-from kvservice_api.errors import ChecksumMismatch, InvalidRequest, KVError, LeaseExpired, Overloaded
+from kvservice_api.errors import ChecksumMismatch, InvalidRequest, KVError, LeaseExpired, Overloaded, StorageFailed
 from kvservice_api.image import PAGE_BYTES, BlockGeometry, Trailer, checksum
 from kvservice_api.layout import Layout, Shard
 
@@ -127,7 +127,8 @@ class Reads:
     ) -> AsyncGenerator[T, None]:
         """Every frame of a load, in order. `encode` runs on a thread, after the frame's slices are verified.
 
-        Raises ChecksumMismatch or StorageFailed; frames that were yielded before are right.
+        Raises ChecksumMismatch or StorageFailed, with the block's position in the lease as the detail `block`; frames
+        that were yielded before are right.
         """
         read = _Read(self, lease, blocks)
         self.lifecycle.hold(read.rows)
@@ -161,9 +162,9 @@ class Reads:
                         if not unneeded.cancelled():
                             unneeded.exception()  # Another error was raised before it.
             self.counters.load_blocks += len(blocks)
-        except KVError:
+        except KVError as error:
             self.counters.loads_failed += 1
-            raise
+            raise lease.placed(error, self.lifecycle.blocks) from error
         finally:
             await read.close()
             self.lifecycle.unhold(read.rows)
@@ -267,11 +268,21 @@ class _Read:
     async def _fetch_trailer(self, source: _Source) -> None:
         start = image_check.trailer_start(source.geometry)
         pages = image_check.scratch(source.geometry.image_bytes - start)
-        assert source.tier is not None and source.extent is not None
-        tier = self._reads.lifecycle.tiers[source.tier]
-        source.trailer = await tier.read(source.extent, start, pages, lambda end: self._trailer(source, end))
+        source.trailer = await self._read(source, start, pages, lambda end: self._trailer(source, end))
         if source.trailer is None:
+            assert source.tier is not None
             await self._quarantine(source, source.tier, "the trailer")
+
+    async def _read(
+        self, source: _Source, start: int, into: memoryview, then: Callable[[memoryview], T] | None = None
+    ) -> T | None:
+        """Read a part of a block that is only in a slower tier. An error says which block it is of."""
+        assert source.tier is not None and source.extent is not None
+        try:
+            return await self._reads.lifecycle.tiers[source.tier].read(source.extent, start, into, then)
+        except StorageFailed as error:
+            error.details.setdefault("key", self._blocks_table.key_of(source.row).hex())
+            raise
 
     async def parts(self, layer: int) -> list[Part]:
         """One requested layer, cut into frames; `layer` counts from the shard's first."""
@@ -309,8 +320,7 @@ class _Read:
         assert source.trailer is not None
         start, stop = image_check.page_range(source.geometry, layer, layer + 1)
         pages = image_check.scratch(stop - start)
-        assert source.tier is not None and source.extent is not None
-        await self._reads.lifecycle.tiers[source.tier].read(source.extent, start, pages)
+        await self._read(source, start, pages)
         self._reads.counters.read_through_bytes += end - begin
         return LayerSlice(source.row, layer, pages[begin - start : end - start], int(source.trailer.checksums[layer]))
 

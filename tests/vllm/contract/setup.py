@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
+from shutil import rmtree
 from tempfile import mkdtemp
 from typing import Any
 
@@ -128,6 +130,7 @@ def pages_of(config: KVCacheConfig) -> dict[str, torch.Tensor]:
 @lru_cache  # vLLM looks at the model's class in a process of its own, for some seconds.
 def _model_config(model: NumberedModel) -> ModelConfig:
     folder = Path(mkdtemp(prefix="kvservice-numbers-"))
+    atexit.register(rmtree, folder)
     settings = {
         **({"architectures": ["LlamaForCausalLM"], "model_type": "llama"} if not model.windows else _windows(model)),
         "hidden_size": model.kv_heads * model.head_dim,

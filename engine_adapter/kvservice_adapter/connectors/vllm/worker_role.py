@@ -201,7 +201,7 @@ class WorkerRole:
             for _ in load.begin(load.pages_of_layer(self._layers, order.page_ids, order.begins)):
                 pass
         except Exception as error:
-            self._load_ended(order, 0, 0.0, error)
+            self._load_ended(order, 0, 0.0, error, load.valid_tokens)
         else:
             self._load_ended(order, load.size_bytes, self._clock.now_s() - began_s, None)
 
@@ -245,7 +245,7 @@ class WorkerRole:
             except LoadFailed as error:
                 loader.cancel()
                 load.stop()  # vLLM computes into the pages after this.
-                self._load_ended(order, 0, 0.0, error)
+                self._load_ended(order, 0, 0.0, error, load.valid_tokens)
                 continue
             running.append((order, load, loader))
             if layer + 1 == self._shard.layers:
@@ -316,7 +316,7 @@ class WorkerRole:
     def pages_in_doubt(self) -> set[int]:
         """What `take_bad_pages` returns, if that has raised: with all pages that this step's loads were to fill."""
         orders = self._orders.loads if self._orders is not None and self._place.is_plain else []
-        return {page for order in orders for page in self._pages_of(order)} | self._taken_bad_pages()
+        return {page for order in orders for page in self._pages_of(order, order.first_token)} | self._taken_bad_pages()
 
     def count_error(self) -> None:
         self._count(errors=1)
@@ -332,7 +332,9 @@ class WorkerRole:
         self._breaker.close(0.0)
         self._client.close()
 
-    def _load_ended(self, order: PageLoadOrder, size_bytes: int, seconds: float, error: Exception | None) -> None:
+    def _load_ended(
+        self, order: PageLoadOrder, size_bytes: int, seconds: float, error: Exception | None, valid_tokens: int = 0
+    ) -> None:
         """On any thread."""
         if error is None:
             self._breaker.record(True)
@@ -348,20 +350,22 @@ class WorkerRole:
         reason = (
             f"{cause.reason}: {cause.message}" if isinstance(cause, KVError) else f"{type(cause).__name__}: {cause}"
         )
-        self._failed(order, reason, is_unanswered=is_unanswered)
+        self._failed(order, reason, is_unanswered=is_unanswered, valid_tokens=valid_tokens)
 
-    def _failed(self, order: PageLoadOrder, reason: str, *, is_unanswered: bool) -> None:
-        self._lines.warning("a prefix of %d tokens is computed, not loaded: %s", order.end_token, reason)
+    def _failed(self, order: PageLoadOrder, reason: str, *, is_unanswered: bool, valid_tokens: int = 0) -> None:
+        """`valid_tokens` of the request, from its first token on, were loaded all the same."""
+        # With several groups, or pages that were freed, vLLM computes the request from its first token.
+        begin = max(order.first_token, valid_tokens) if self._place.is_plain else 0
+        end = order.end_token
+        self._lines.warning("%d tokens of a prefix of %d are computed, not loaded: %s", end - begin, end, reason)
         with self._lock:
             self._is_silent |= is_unanswered
             if self._place.is_plain:
-                valid_tokens = order.first_token
-                self._bad_pages.update(self._pages_of(order))
+                self._bad_pages.update(self._pages_of(order, begin))
             else:
-                valid_tokens = 0
                 self._failed_requests.add(order.request_id)
             self._end(order)
-            self._report.failed.append(FailedLoad(order.request_id, order.attempt, valid_tokens, reason, is_unanswered))
+            self._report.failed.append(FailedLoad(order.request_id, order.attempt, begin, reason, is_unanswered))
             self._stats.count(failed_loads=1)
 
     def _end(self, order: PageLoadOrder) -> None:
@@ -370,10 +374,10 @@ class WorkerRole:
         if order.mode is LoadMode.BETWEEN_STEPS:
             self._finished.add(order.request_id)
 
-    def _pages_of(self, order: PageLoadOrder) -> tuple[int, ...]:
-        """The pages into which it loads, where there is one group that keeps them."""
+    def _pages_of(self, order: PageLoadOrder, first_token: int) -> tuple[int, ...]:
+        """The pages into which it loads, from the one with this token on; where one group keeps its pages."""
         (group,) = self._place.groups
-        return order.page_ids[0][order.first_token // group.page_tokens : -(-order.end_token // group.page_tokens)]
+        return order.page_ids[0][first_token // group.page_tokens : -(-order.end_token // group.page_tokens)]
 
 
 def _client_name(vllm_config: Any) -> str:
