@@ -107,7 +107,7 @@ def test_a_hit_has_the_numbers_of_a_computation(
 def test_loads_are_between_steps_also_where_another_way_is_asked_for(
     daemon: DaemonProcess, client: Client, load: str, tokens: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Within a step vLLM has no report for a load that fails: it could go on with wrong tokens."""
+    """Within a step vLLM has no report for a load that fails: it could continue with wrong tokens."""
     caplog.set_level(logging.INFO, "kvservice_adapter")
     with Steps(grouped(daemon, MODELS["mixed"], load=load)) as steps:
         store(client, steps, tokens)

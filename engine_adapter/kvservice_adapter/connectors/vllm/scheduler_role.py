@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvservice_adapter.breaker import Breaker, answered, probe_of
-from kvservice_adapter.connectors.vllm.metadata import FailedLoad, PageLoadOrder, PageSaveOrder, StepOrders, StepReport
+from kvservice_adapter.connectors.vllm.metadata import FailedLoad, PageLoadOrder, StepOrders, StepReport
 from kvservice_adapter.connectors.vllm.model_layout import layout_of
 from kvservice_adapter.connectors.vllm.request_keys import extra_of_block, refusal_of, salt_of
 from kvservice_adapter.connectors.vllm.request_pages import RequestPages
+from kvservice_adapter.connectors.vllm.request_saves import RequestSaves
 from kvservice_adapter.connectors.vllm.settings import ConnectorSettings, LoadMode
 from kvservice_adapter.connectors.vllm.stats import TransferStats
 from kvservice_adapter.cost import Kind, Rates, plan
@@ -62,9 +63,9 @@ class SchedulerRole:
         self._settings = settings
         self.layout, place = layout_of(vllm_config, kv_cache_config, settings)
         self._pages = RequestPages(place.groups)
+        self._saves = RequestSaves(self._pages, self.layout.block_tokens, self._extend)
         self._page_tokens = place.groups[0].page_tokens
         self._loads_between_steps = not place.is_plain
-        self._has_replaced_mode = False
         windows = [group.window for group in place.groups if group.window]
         if windows and min(windows) < self.layout.block_tokens:
             log.warning(
@@ -113,7 +114,7 @@ class SchedulerRole:
         state = self._requests[request.request_id] = _Request(
             request,
             builder,
-            self._possible(LoadMode(given.get("load", self._settings.load))),
+            LoadMode(given.get("load", self._settings.load)),
             may_load=not why and given.get("may_load", True) and not request.skip_reading_prefix_cache,
             may_save=not why and given.get("may_save", True) and self._settings.save,
         )
@@ -196,19 +197,15 @@ class SchedulerRole:
         return chosen.kind is Kind.LOAD
 
     def _mode(self, state: _Request) -> LoadMode:
-        return LoadMode.BETWEEN_STEPS if state.mode is LoadMode.AUTO else state.mode
-
-    def _possible(self, mode: LoadMode) -> LoadMode:
-        if not self._loads_between_steps or mode in (LoadMode.AUTO, LoadMode.BETWEEN_STEPS):
-            return mode
-        if not self._has_replaced_mode:
-            self._has_replaced_mode = True
-            log.info(
+        if self._loads_between_steps and state.mode not in (LoadMode.AUTO, LoadMode.BETWEEN_STEPS):
+            self._lines.info(
                 'with sliding windows, or several KV cache groups, "load": "%s" is "between_steps": within a step vLLM '
                 "takes no report of a failed load",
-                mode.value,
+                state.mode.value,
+                kind="mode",
             )
-        return LoadMode.BETWEEN_STEPS
+            state.mode = LoadMode.BETWEEN_STEPS
+        return LoadMode.BETWEEN_STEPS if state.mode is LoadMode.AUTO else state.mode
 
     def _poll(self, state: _Request) -> bool:
         """Take the lookup's answer. False if there is none yet, and the time to wait for it is not over."""
@@ -291,7 +288,7 @@ class SchedulerRole:
         if state.is_loading:
             self._orders.cancelled.append(request.request_id)
         elif state.may_save:
-            self._save(state, request.num_computed_tokens - request.num_in_flight_tokens, page_ids)
+            self._orders.saves += self._saves.at_end(state, page_ids)
         self._pages.forget(request.request_id)
 
     # Steps
@@ -300,7 +297,7 @@ class SchedulerRole:
         """What the workers do in this step. The next call has other orders."""
         if self._late:
             self._end_late_lookups()
-        waiting = self._pages.begin_step()
+        size, kept = self.layout.block_tokens, self._pages.begin_step()
         computing: list[tuple[int, int]] = []
         for request_id, new_tokens in scheduled.num_scheduled_tokens.items():
             state = self._requests.get(request_id)
@@ -310,54 +307,16 @@ class SchedulerRole:
             computing.append((new_tokens, request.num_computed_tokens))
             if state.began is None or state.began[0] != request.num_preemptions:
                 state.began = request.num_preemptions, request.num_computed_tokens - request.num_in_flight_tokens
-            self._save_blocks(state, new_tokens)
-        for request_id in waiting:
+            if state.may_save and (request.num_computed_tokens + new_tokens) // size * size > state.saved_tokens:
+                self._orders.saves += self._saves.of_step(state)
+        for request_id in kept:
             if request_id not in scheduled.num_scheduled_tokens and (state := self._requests.get(request_id)):
-                self._save_blocks(state, 0)
+                self._orders.saves += self._saves.of_step(state)
         is_measured = (
             not self._is_async and not self._orders.loads and sum(new for new, _ in computing) >= _MEASURED_MIN
         )
         self._step = (self._clock.now_s(), computing) if is_measured else None
         return self.take_orders()
-
-    def _save_blocks(self, state: _Request, new_tokens: int) -> None:
-        """Order the save of whole blocks of a request of which this step computes `new_tokens`."""
-        if not state.may_save:
-            return
-        request, size = state.request, self.layout.block_tokens
-        computed = request.num_computed_tokens - request.num_in_flight_tokens
-        if computed // size * size > state.saved_tokens:
-            self._save(state, computed)
-        if self._pages.are_freed and (request.num_computed_tokens + new_tokens) // size * size > state.saved_tokens:
-            self._pages.keep(request)
-
-    def _save(self, state: _Request, end_token: int, last_pages: tuple[list[int], ...] | None = None) -> None:
-        """Order the save of tokens that the scheduler knows, and whose KV earlier steps have computed.
-
-        `last_pages` are those of a request that has ended: of it a partial block is saved too.
-        """
-        # vLLM shares pages between requests of one step before their KV is computed or loaded. So nothing of a request
-        # is saved before a step of its own has ended: then its earlier tokens are there too.
-        if state.began is None or state.began[0] != state.request.num_preemptions or end_token <= state.began[1]:
-            return
-        size = self.layout.block_tokens
-        end_token = min(end_token, state.request.num_tokens)
-        if last_pages is None:
-            end_token = end_token // size * size
-        first = state.saved_tokens // size
-        if end_token <= state.saved_tokens:
-            return
-        found = self._pages.to_save(state.request, first * size, end_token, last_pages)
-        if found is None:  # A window is shorter than a block, or vLLM's own prefix cache has only the window.
-            state.may_save = False
-            return
-        pages, is_freed = found
-        self._extend(state)
-        chain = state.builder.prefix(end_token)[first:]
-        self._orders.saves.append(
-            PageSaveOrder(state.request.request_id, chain, first * size, pages, is_freed or last_pages is not None)
-        )
-        state.saved_tokens = end_token
 
     def on_output(self, report: StepReport | None, finished_loads: set[str]) -> None:
         """The workers' answer to a step."""
