@@ -163,7 +163,7 @@ class BlockTable:
         self.live_count = 0
         self.live_of_layout: Counter[int] = Counter()  # Layout id -> live rows.
         self.next_access_seq = 1
-        self.on_change: Callable[[int], None] | None = None  # Called with each changed row, by `_tell`.
+        self.listeners: list[Callable[[int], None]] = []  # Called with each changed row, by `_tell`.
         for name, dtype in _COLUMNS.items():
             setattr(self, name, np.zeros(row_capacity, dtype))
         for name, dtype in _TIER_COLUMNS.items():
@@ -257,7 +257,7 @@ class BlockTable:
         offsets: NDArray[np.generic],
         sizes: NDArray[np.generic],
     ) -> None:
-        """Set the extents of recovered rows in `tier`. `on_change` is not called."""
+        """Set the extents of recovered rows in `tier`. No listener is called."""
         position = self._position[tier]
         self.segment[position, rows], self.offset[position, rows] = segments, offsets
         self.extent_size[position, rows] = sizes
@@ -428,6 +428,10 @@ class BlockTable:
             parent = self._parent_row(parent, shard)
         return list(found)
 
+    def parent_row(self, row: int) -> int:
+        """The row of the stored block that this one continues, of the same shard if there is one; else NO_ROW."""
+        return self._parent_row(row, self.shard[row].tobytes())
+
     def _parent_row(self, row: int, shard: bytes) -> int:
         first = self._first_row.get(self.parent_key[row].tobytes(), NO_ROW)
         if first == NO_ROW or self.next_shard[first] == NO_ROW:
@@ -483,8 +487,8 @@ class BlockTable:
 
     def _tell(self, row: int) -> None:
         """Lookups find the row from now on, or no longer, or find another residency."""
-        if self.on_change is not None:
-            self.on_change(row)
+        for listener in self.listeners:
+            listener(row)
 
     def _take_row(self) -> int:
         if self._free:
