@@ -10,7 +10,7 @@ from kvservice_adapter.connectors.vllm.request_pages import PagesOfRequest, Requ
 from kvservice_api.keys import ChainBuilder
 
 
-class Saved(Protocol):
+class SavedRequest(Protocol):
     """What saving needs to know of a request, and changes."""
 
     request: Any
@@ -27,7 +27,7 @@ class RequestSaves:
         """`extend` hashes the tokens of a request that are not hashed yet."""
         self._pages, self._block_tokens, self._extend = pages, block_tokens, extend
 
-    def of_step(self, state: Saved) -> list[PageSaveOrder]:
+    def of_step(self, state: SavedRequest) -> list[PageSaveOrder]:
         """Whole blocks, before a step that may complete another one."""
         if not state.may_save:
             return []
@@ -38,13 +38,13 @@ class RequestSaves:
             self._pages.keep(request)
         return orders
 
-    def at_end(self, state: Saved, last_pages: PagesOfRequest) -> list[PageSaveOrder]:
+    def at_end(self, state: SavedRequest, last_pages: PagesOfRequest) -> list[PageSaveOrder]:
         """What is left of a request that has ended, also a partial block."""
         computed = state.request.num_computed_tokens - state.request.num_in_flight_tokens
         return self._orders(state, computed, computed, last_pages)
 
     def _orders(
-        self, state: Saved, end_token: int, computed_tokens: int, last_pages: PagesOfRequest | None = None
+        self, state: SavedRequest, end_token: int, computed_tokens: int, last_pages: PagesOfRequest | None = None
     ) -> list[PageSaveOrder]:
         """The save of tokens that the scheduler knows, and whose KV earlier steps have computed."""
         # vLLM shares pages between requests of one step before their KV is computed or loaded. So nothing of a request
