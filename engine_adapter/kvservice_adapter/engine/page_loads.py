@@ -112,6 +112,7 @@ class PrefixLoad:
         self._is_cancelled = False
         self._copies = threading.Lock()  # Of the events: no copy begins after `stop`.
         self.size_bytes = 0  # Of the layers begun so far.
+        self.transport = ""  # By which they come: "shm" or "grpc".
         self.valid_tokens = 0  # After an error: how many tokens of the prefix, from its first on, are in the pages.
 
     def pages_of_layer(
@@ -192,7 +193,9 @@ class PrefixLoad:
             view = lease.view(
                 first, count, answer.remaining_s, verify="always", layer_timeout_s=layer_s, idle_timeout_s=idle_s
             )
+            self.transport = "shm"
         except NotShared:
+            self.transport = "grpc"
             loaded = lease.load(first_block=first, block_count=count, layer_timeout_s=layer_s, idle_timeout_s=idle_s)
             with closing(loaded):
                 for each in loaded:

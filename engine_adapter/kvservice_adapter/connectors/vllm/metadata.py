@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
+from kvservice_adapter.connectors.vllm.request_progress import EndedLoad
 from kvservice_adapter.connectors.vllm.settings import LoadMode
 from kvservice_api.keys import BlockChain
 
@@ -65,7 +66,7 @@ class StepReport(KVConnectorWorkerMetadata):
     """Workers to scheduler."""
 
     failed: list[FailedLoad] = field(default_factory=list)
-    loaded: list[tuple[str, int, float]] = field(default_factory=list)  # (request, bytes, seconds) of ended loads.
+    loaded: list[EndedLoad] = field(default_factory=list)
     dropped_saves: list[tuple[str, int]] = field(default_factory=list)  # (request, first token): staging was full.
     is_daemon_away: bool = False  # A worker's circuit breaker is open.
 

@@ -16,6 +16,7 @@ from kvservice_adapter.breaker import Breaker, answered, probe_of
 from kvservice_adapter.connectors.vllm.metadata import FailedLoad, PageLoadOrder, PageSaveOrder, StepOrders, StepReport
 from kvservice_adapter.connectors.vllm.model_layout import ModelRefused, check_window, layout_of, shard_of
 from kvservice_adapter.connectors.vllm.page_layouts import UnsupportedPages, check_backend, proven_views
+from kvservice_adapter.connectors.vllm.request_progress import EndedLoad
 from kvservice_adapter.connectors.vllm.settings import ConnectorSettings, LoadMode
 from kvservice_adapter.connectors.vllm.stats import TransferStats
 from kvservice_adapter.device.arrays import view_of
@@ -212,9 +213,11 @@ class WorkerRole:
             for _ in load.begin(load.pages_of_layer(self._layers, order.page_ids, order.begins)):
                 pass
         except Exception as error:
-            self._load_ended(order, 0, 0.0, error, load.valid_tokens)
+            self._load_failed(order, error, load.valid_tokens)
         else:
-            self._load_ended(order, load.size_bytes, self._clock.now_s() - began_s, None)
+            seconds = self._clock.now_s() - began_s
+            waited_s = 0.0 if order.mode is LoadMode.BETWEEN_STEPS else seconds
+            self._load_ended(order, EndedLoad(order.request_id, load.size_bytes, seconds, waited_s, load.transport))
 
     def _load_between_steps(self, order: PageLoadOrder, load: PrefixLoad) -> None:
         """On the loading stream's thread. Every end is reported: else the request never runs."""
@@ -257,12 +260,13 @@ class WorkerRole:
             except LoadFailed as error:
                 loader.cancel()
                 load.stop()  # vLLM computes into the pages after this.
-                self._load_ended(order, 0, 0.0, error, load.valid_tokens)
+                self._load_failed(order, error, load.valid_tokens)
                 continue
             running.append((order, load, loader))
             if layer + 1 == self._shard.layers:
                 report = loader.report
-                self._load_ended(order, report.size_bytes, report.busy_s, None)
+                times = report.busy_s, sum(report.waited_s)
+                self._load_ended(order, EndedLoad(order.request_id, report.size_bytes, *times, load.transport))
         self._loaders = running if layer + 1 < self._shard.layers else []
 
     def end_step(self) -> None:
@@ -276,7 +280,7 @@ class WorkerRole:
         for order, load, loader in loaders:
             loader.cancel()
             load.stop()
-            self._load_ended(order, 0, 0.0, error)
+            self._load_failed(order, error)
 
     # What is reported after a step
 
@@ -344,17 +348,16 @@ class WorkerRole:
         self._breaker.close(0.0)
         self._client.close()
 
-    def _load_ended(
-        self, order: PageLoadOrder, size_bytes: int, seconds: float, error: Exception | None, valid_tokens: int = 0
-    ) -> None:
+    def _load_ended(self, order: PageLoadOrder, load: EndedLoad) -> None:
         """On any thread."""
-        if error is None:
-            self._breaker.record(True)
-            with self._lock:
-                self._end(order)
-                self._report.loaded.append((order.request_id, size_bytes, seconds))
-                self._stats.count(loads=1, loaded_bytes=size_bytes, load_seconds=seconds)
-            return
+        self._breaker.record(True)
+        with self._lock:
+            self._end(order)
+            self._report.loaded.append(load)
+            self._stats.count(loads=1, loaded_bytes=load.size_bytes, load_seconds=load.seconds)
+
+    def _load_failed(self, order: PageLoadOrder, error: Exception, valid_tokens: int = 0) -> None:
+        """On any thread."""
         cause = error.__cause__ if isinstance(error, LoadFailed) and error.__cause__ is not None else error
         is_unanswered = isinstance(cause, LoadFailed) or (isinstance(cause, KVError) and not answered(cause))
         if not isinstance(cause, Cancelled):  # That says nothing of the daemon.
