@@ -10,7 +10,7 @@ from kvservice_adapter.connectors.vllm.request_progress import EndedLoad
 from kvservice_adapter.connectors.vllm.settings import LoadMode
 from kvservice_api.keys import BlockChain
 
-PageIds = tuple[int, ...]
+PageIds = tuple[tuple[int, ...], ...]  # Of a request, from its first token on: per KV cache group of vLLM's.
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,8 @@ class PageLoadOrder:
     ticket: bytes  # Of the lease: each worker adopts it.
     first_token: int
     end_token: int
-    page_ids: PageIds  # Of the request, from its first token on.
+    page_ids: PageIds
+    begins: tuple[int, ...]  # Per group: tokens before it are not copied, because a sliding window has no pages there.
     mode: LoadMode
 
 
@@ -36,7 +37,7 @@ class PageSaveOrder:
     request_id: str
     chain: BlockChain  # The blocks to save; its parent is the key before them.
     first_token: int
-    page_ids: PageIds  # Of the request, from its first token on, as far as the chain goes.
+    page_ids: PageIds  # As far as the chain goes. Those before it may be missing (0).
     is_freed: bool
 
 

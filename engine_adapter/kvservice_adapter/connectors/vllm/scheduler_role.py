@@ -13,11 +13,13 @@ from typing import Any
 from vllm import envs
 
 from kvservice_adapter.breaker import Breaker, answered, probe_of
-from kvservice_adapter.connectors.vllm.metadata import FailedLoad, PageLoadOrder, PageSaveOrder, StepOrders, StepReport
+from kvservice_adapter.connectors.vllm.metadata import FailedLoad, PageLoadOrder, StepOrders, StepReport
 from kvservice_adapter.connectors.vllm.model_layout import layout_of
 from kvservice_adapter.connectors.vllm.request_keys import extra_of_block, refusal_of, salt_of
+from kvservice_adapter.connectors.vllm.request_pages import RequestPages
 from kvservice_adapter.connectors.vllm.request_parameters import RequestParameters, parameters_of
 from kvservice_adapter.connectors.vllm.request_progress import RequestProgress, response_id
+from kvservice_adapter.connectors.vllm.request_saves import RequestSaves
 from kvservice_adapter.connectors.vllm.session_updates import SessionUpdates
 from kvservice_adapter.connectors.vllm.settings import ConnectorSettings, LoadMode
 from kvservice_adapter.connectors.vllm.stats import TransferStats
@@ -67,7 +69,18 @@ class SchedulerRole:
         """Makes no call to the daemon. Raises ModelRefused."""
         self._settings = settings
         self.layout, place = layout_of(vllm_config, kv_cache_config, settings)
-        self._page_tokens = place.page_tokens
+        self._pages = RequestPages(place.groups)
+        self._saves = RequestSaves(self._pages, self.layout.block_tokens, self._extend)
+        self._page_tokens = place.groups[0].page_tokens
+        self._loads_between_steps = not place.is_plain
+        windows = [group.window for group in place.groups if group.window]
+        if windows and min(windows) < self.layout.block_tokens:
+            log.warning(
+                "blocks have %d tokens, and a sliding window %d: a block that fills while vLLM generates is not saved. "
+                "Set block_tokens to at most the window, in all engines that share blocks",
+                self.layout.block_tokens,
+                min(windows),
+            )
         self._workers: int = vllm_config.parallel_config.world_size
         name = f"vllm/{str(vllm_config.kv_transfer_config.engine_id or '')[:32]}/scheduler"
         self._client = Client(settings.address, name=name, transport="grpc")  # It moves no blocks.
@@ -77,7 +90,6 @@ class SchedulerRole:
         self._is_async: bool = bool(vllm_config.scheduler_config.async_scheduling)
         self._rates = Rates(self._clock.now_s)
         self._step: tuple[float, list[tuple[int, int]]] | None = None  # When it began, and what it computes.
-        self._manager: Any = None
         self._requests: dict[str, _Request] = {}
         self._late: list[PendingLookup] = []  # Lookups that still run, and that no request waits for.
         self._orders = StepOrders()
@@ -89,7 +101,7 @@ class SchedulerRole:
 
     def bind_manager(self, manager: Any) -> None:
         """vLLM's KV cache manager, which knows the pages of each request."""
-        self._manager = manager
+        self._pages.bind(manager)
 
     @property
     def is_ready(self) -> bool:
@@ -214,6 +226,14 @@ class SchedulerRole:
         )
 
     def _mode(self, state: _Request) -> LoadMode:
+        if self._loads_between_steps and state.mode not in (LoadMode.AUTO, LoadMode.BETWEEN_STEPS):
+            self._lines.info(
+                'with sliding windows, or several KV cache groups, "load": "%s" is "between_steps": within a step vLLM '
+                "takes no report of a failed load",
+                state.mode.value,
+                kind="mode",
+            )
+            state.mode = LoadMode.BETWEEN_STEPS
         return LoadMode.BETWEEN_STEPS if state.mode is LoadMode.AUTO else state.mode
 
     def _poll(self, state: _Request) -> bool:
@@ -283,15 +303,9 @@ class SchedulerRole:
         if state.found is None:  # Not to be expected. A ticket that no daemon takes fails the load.
             raise RuntimeError(f"{external_tokens} tokens are to be loaded, and none were found")
         total = min(state.found.lease.hit_tokens, request.num_tokens - 1)
-        order = PageLoadOrder(
-            request.request_id,
-            state.attempt,
-            state.found.ticket,
-            total - external_tokens,
-            total,
-            tuple(page_ids[0][: -(-total // self._page_tokens)]),
-            mode,
-        )
+        first = total - external_tokens
+        pages, begins = self._pages.to_load(page_ids, first, total)
+        order = PageLoadOrder(request.request_id, state.attempt, state.found.ticket, first, total, pages, begins, mode)
         self._orders.loads.append(order)
         state.is_loading = mode is LoadMode.BETWEEN_STEPS
         self._stats.count(hits=1, hit_tokens=external_tokens)
@@ -311,10 +325,11 @@ class SchedulerRole:
             self._orders.cancelled.append(request.request_id)
         elif state.may_save:
             computed = request.num_computed_tokens - request.num_in_flight_tokens
-            self._save(state, computed, page_ids[0], is_freed=True)
+            self._orders.saves += self._saves.at_end(state, page_ids)
             if state.session_id and computed >= request.num_prompt_tokens:  # Else a part of it, which would shorten it.
                 self._extend(state)
                 self._sessions.turn_ended(state.session_id, state.builder.prefix(min(computed, request.num_tokens)))
+        self._pages.forget(request.request_id)
 
     def _report(self, state: _Request) -> None:
         """Report how a request went up to its first token. Does not wait."""
@@ -331,6 +346,7 @@ class SchedulerRole:
         """What the workers do in this step. The next call has other orders."""
         if self._late:
             self._end_late_lookups()
+        size, kept = self.layout.block_tokens, self._pages.begin_step()
         computing: list[tuple[int, int]] = []
         for request_id, new_tokens in scheduled.num_scheduled_tokens.items():
             state = self._requests.get(request_id)
@@ -342,34 +358,16 @@ class SchedulerRole:
             computing.append((new_tokens, request.num_computed_tokens))
             if state.began is None or state.began[0] != request.num_preemptions:
                 state.began = request.num_preemptions, request.num_computed_tokens - request.num_in_flight_tokens
-            if not state.may_save:
-                continue
-            computed = request.num_computed_tokens - request.num_in_flight_tokens
-            if computed // self.layout.block_tokens * self.layout.block_tokens > state.saved_tokens:
-                self._save(state, computed, self._manager.get_block_ids(request_id)[0], is_freed=False)
+            if state.may_save and (request.num_computed_tokens + new_tokens) // size * size > state.saved_tokens:
+                self._orders.saves += self._saves.of_step(state)
+        for request_id in kept:
+            if request_id not in scheduled.num_scheduled_tokens and (state := self._requests.get(request_id)):
+                self._orders.saves += self._saves.of_step(state)
         is_measured = (
             not self._is_async and not self._orders.loads and sum(new for new, _ in computing) >= _MEASURED_MIN
         )
         self._step = (self._clock.now_s(), computing) if is_measured else None
         return self.take_orders()
-
-    def _save(self, state: _Request, computed_tokens: int, page_ids: list[int], *, is_freed: bool) -> None:
-        """Order the save of blocks whose tokens the scheduler knows, and whose KV earlier steps have computed."""
-        # vLLM shares pages between requests of one step before their KV is computed or loaded. So nothing of a request
-        # is saved before a step of its own has ended: then its earlier tokens are there too.
-        if state.began is None or state.began[0] != state.request.num_preemptions or computed_tokens <= state.began[1]:
-            return
-        computed_tokens = min(computed_tokens, state.request.num_tokens)
-        size = self.layout.block_tokens
-        first = state.saved_tokens // size
-        end_token = computed_tokens if is_freed else computed_tokens // size * size  # At the end, a partial block too.
-        if end_token <= state.saved_tokens:
-            return
-        self._extend(state)
-        chain = state.builder.prefix(end_token)[first:]
-        pages = tuple(page_ids[: -(-end_token // self._page_tokens)])
-        self._orders.saves.append(PageSaveOrder(state.request.request_id, chain, first * size, pages, is_freed))
-        state.saved_tokens = end_token
 
     def on_output(self, report: StepReport | None, finished_loads: set[str]) -> None:
         """The workers' answer to a step."""
@@ -401,7 +399,7 @@ class SchedulerRole:
         """
         valid = {failed.request_id: failed.valid_tokens for failed in report.failed} if report is not None else {}
         for request_id, state in self._requests.items():
-            shared: list[int] = self._manager.get_block_ids(request_id)[0]
+            shared = self._pages.of(request_id)[0]
             if request_id in valid:
                 shared = shared[: valid[request_id] // self._page_tokens]
             if not bad_pages.isdisjoint(shared):
@@ -439,13 +437,13 @@ class SchedulerRole:
     def fail_load(self, request: Any, page_ids: tuple[list[int], ...], external_tokens: int) -> None:
         """vLLM expects tokens that are not ordered: have the workers mark their pages as bad."""
         state = self._requests.get(request.request_id)
-        pages = tuple(page_ids[0])
-        total = min(len(pages) * self._page_tokens, request.num_tokens)
-        is_async = state is not None and self._mode(state) is LoadMode.BETWEEN_STEPS
+        total = min(len(page_ids[0]) * self._page_tokens, request.num_tokens)
+        pages, begins = self._pages.to_load(page_ids, 0, total)
+        is_async = self._loads_between_steps or (state is not None and self._mode(state) is LoadMode.BETWEEN_STEPS)
         mode = LoadMode.BETWEEN_STEPS if is_async else LoadMode.WHOLE
         self._orders.loads = [order for order in self._orders.loads if order.request_id != request.request_id]
         self._orders.loads.append(
-            PageLoadOrder(request.request_id, request.num_preemptions, b"", 0, total, pages, mode)
+            PageLoadOrder(request.request_id, request.num_preemptions, b"", 0, total, pages, begins, mode)
         )
         if state is not None:
             state.has_loaded, state.may_load = True, False
