@@ -194,7 +194,7 @@ def test_a_load_that_finds_damage_while_the_daemon_is_stopped_ends_too(client: C
     medium.flip(medium.find(first_head.tobytes()) + 5, 0)
     waits = Waits(AnswerWait(SOON_S, SYSTEM_CLOCK), NEVER_S, 0.1)
     load = saved.prefix_load(blocks.lookup(chain).export(), 0, 96, waits)
-    layers = load.begin(load.pages_of_layer(saved.layers, saved.page_ids))
+    layers = load.begin(load.pages_of_layer(saved.layers, [saved.page_ids]))
     next(layers)
     waits.answer.allowed_s = 0.1  # For the blocks before the damaged one.
     begin_s = time.monotonic()

@@ -12,6 +12,7 @@ import pytest
 from vllm.v1.request import Request
 
 from benchmarks.vllm.roles import Roles
+from kvservice_adapter.connectors.vllm.metadata import FailedLoad, StepReport
 from kvservice_api.errors import RequestNotFound, SessionNotFound
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client import Client, SessionState, block_chain
@@ -215,6 +216,18 @@ def test_a_request_that_may_not_save_or_ends_early_leaves_its_session_as_it_is(d
         turn(roles, PROMPT, session_id="another")
         until_named(client, roles, "another", PROMPT)  # Turns are updated in their order.
         until_named(client, roles, "chat", PROMPT[:200])
+    roles.close()
+
+
+def test_a_request_of_which_two_ranks_have_loaded_parts_is_saved(daemon: DaemonProcess) -> None:
+    roles = started(daemon)
+    request = roles.request(next(_names), PROMPT)
+    roles.scheduler.on_new(request)
+    pages = roles.compute(request)
+    failed = [FailedLoad(request.request_id, 0, valid, "damaged", is_unanswered=False) for valid in (128, 256)]
+    roles.scheduler.on_bad_pages(set(pages[1:]), StepReport(failed=failed))
+    roles.scheduler.finished(request, (pages,))
+    assert roles.orders().saves
     roles.close()
 
 
