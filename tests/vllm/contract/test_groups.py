@@ -420,3 +420,33 @@ def test_requests_that_share_a_history_store_right_numbers(
         for request_id in ids:
             expect_right_numbers(client, steps, list(steps.requests[request_id].all_token_ids))
         expect_nothing_is_held(client, steps)
+
+
+def test_pages_of_a_step_before_one_whose_orders_failed_are_not_saved(
+    daemon: DaemonProcess, client: Client, model: NumberedModel, tokens: list[int]
+) -> None:
+    """They are other tokens' by now: an error in a hook costs a save, and never stores wrong bytes."""
+    with Steps(grouped(daemon, model, pages=100)) as steps:
+        role, manager = steps.scheduler.connector._scheduler, steps.scheduler.kv_cache_manager
+        orders_of_step = role.orders_of_step
+
+        def fail(scheduled: Any) -> None:
+            raise RuntimeError("not expected")
+
+        request = steps.requests[steps.add(tokens[: 3 * BLOCK - 20], 400)]
+        steps.until(lambda: request.num_computed_tokens == 3 * BLOCK)  # Saved in the next step.
+        role.orders_of_step = fail
+        steps.until(lambda: request.num_computed_tokens == 3 * BLOCK + WINDOW + 4)  # The window has left its block.
+        others = []
+        while manager.block_pool.get_num_free_blocks() > 20:
+            others.append(steps.add(prompt(f"{tokens[0]} {len(others)}", BLOCK), 400))
+            steps.step()
+        role.orders_of_step = orders_of_step
+        steps.step()
+        for other in others:
+            steps.abort(other)
+        steps.run(request.request_id)
+        steps.expect(request.request_id)
+        steps.settle()
+        expect_right_numbers(client, steps, list(request.all_token_ids), with_partial=True)
+        expect_nothing_is_held(client, steps)

@@ -58,9 +58,13 @@ class RequestProgress:
         self.outcome, self.why = outcome, why
 
     def looked_up(self, now_s: float) -> None:
-        """There is an answer, or it is not waited for any more. It is a miss until something else is known."""
+        """There is an answer, or it is not waited for any more. It is a miss until something else is known.
+
+        After a preemption vLLM asks again: what an earlier attempt has loaded does not count.
+        """
         self.lookup_s = now_s - self.began_s
-        self.stored_tokens = 0
+        self.stored_tokens = self.own_tokens = self.load_tokens = 0
+        self.plan = None
         self.ends_as(Outcome.MISS)
 
     def found(self, tokens: int, tier: str) -> None:
