@@ -56,26 +56,27 @@ class RequestPages:
 
     def to_save(
         self, request_id: str, first_token: int, end_token: int, given: PagesOfRequest | None = None
-    ) -> tuple[PageIds, bool] | None:
-        """The pages of tokens ``[first_token, end_token)``, and whether some of them are freed in this step.
+    ) -> tuple[PageIds, int, bool]:
+        """The pages of tokens ``[first_token, end_token)``, from which of them on none is missing, and whether some are
+        freed in this step.
 
-        None if there is no page of some of the tokens any more. Between steps, where a request ends, vLLM has freed
-        pages since the last step, and `given` are those that are left.
+        Between steps, where a request ends, vLLM has freed pages since the last step, and `given` are those that are
+        left.
         """
         pages = self._until(given or self.of(request_id), end_token)
         kept = self._former if given is None else self._kept
         former = kept.get(request_id)
-        found, is_freed = [], False
+        found, begin, is_freed = [], first_token, False
         for number, (group, ids) in enumerate(zip(self._groups, pages, strict=True)):
             first = first_token // group.page_tokens
             if NULL_PAGE in ids[first:]:
                 known = former[number][: len(ids)] if former is not None else ()
                 ids = tuple(now or then for now, then in zip_longest(ids, known, fillvalue=NULL_PAGE))
                 is_freed = True
-                if NULL_PAGE in ids[first:]:
-                    return None
+                missing = next((place for place in reversed(range(first, len(ids))) if ids[place] == NULL_PAGE), -1)
+                begin = max(begin, min((missing + 1) * group.page_tokens, end_token))
             found.append(ids)
-        return tuple(found), is_freed
+        return tuple(found), begin, is_freed
 
     def keep(self, request: Any) -> None:
         """Of a request that may have something to save in the next step, after this step's saves are ordered."""

@@ -59,11 +59,15 @@ class RequestSaves:
         if end_token <= state.saved_tokens:
             return []
         first = state.saved_tokens // size
-        found = self._pages.to_save(request.request_id, first * size, end_token, last_pages)
-        if found is None:  # A window is shorter than a block, or vLLM's own prefix cache has only the window.
-            state.may_save = False
-            return []
-        pages, is_freed = found
+        pages, begin, is_freed = self._pages.to_save(request.request_id, first * size, end_token, last_pages)
+        if begin > first * size:
+            first = -(-begin // size)
+            if first * size > state.began[1]:  # A window is shorter than a block.
+                state.may_save = False
+                return []
+            # vLLM's own prefix cache has only the window of what is before it. The request that computed it saves it.
+            if first * size >= end_token:
+                return []
         self._extend(state)
         chain = state.builder.prefix(end_token)[first:]
         state.saved_tokens = end_token
