@@ -334,6 +334,30 @@ def test_the_report_counts_neither_as_loaded_nor_as_computed_what_vllm_has_itsel
     roles.close()
 
 
+def test_the_report_of_a_request_that_was_preempted_counts_its_last_attempt(daemon: DaemonProcess) -> None:
+    """vLLM still has what the first attempt has loaded."""
+    roles = started(daemon)
+    save(roles)
+    scheduler, request = roles.scheduler, roles.request(next(_names), [*PROMPT, 7], {"load": "whole"})
+    scheduler.on_new(request)
+    pages = roles.give_pages(request)
+    for own_tokens, loaded in ((0, len(PROMPT)), (len(PROMPT), 0)):
+        while (tokens := scheduler.matched_tokens(request, own_tokens)[0]) is None:
+            pass
+        assert tokens == loaded
+        scheduler.allocated(request, (pages,), tokens)
+        roles.step(roles.orders([request]))
+        scheduler.on_output(roles.worker.take_report(), set())
+        request.num_preemptions += 1
+    request.num_preemptions -= 1
+    request.append_output_token_ids(1)
+    roles.step(roles.orders([request]))
+    with daemon.client() as client:
+        report = report_of(client, request.request_id)
+    assert (report.history_tokens, report.loaded_tokens, report.computed_tokens) == (len(PROMPT), 0, 0)
+    roles.close()
+
+
 def test_the_report_of_a_miss_says_whether_it_was_looked_up(daemon: DaemonProcess) -> None:
     roles = started(daemon)
     miss, other = roles.request(next(_names), PROMPT), roles.request(next(_names), PROMPT, {"may_load": False})

@@ -160,6 +160,24 @@ def test_null_pages_are_not_saved(
         expect_nothing_is_held(client, steps)
 
 
+@pytest.mark.parametrize("is_asynchronous", [False, True], ids=["in one step", "a step ahead"])
+def test_what_follows_a_shared_history_is_saved_for_each_request(
+    daemon: DaemonProcess, client: Client, model: NumberedModel, is_asynchronous: bool, tokens: list[int]
+) -> None:
+    """Only the first has computed the history. Of it the others have the window, and the daemon had nothing."""
+    with Steps(grouped(daemon, model, step_tokens=2000, pages=300, is_asynchronous=is_asynchronous)) as steps:
+        ids = [steps.add([*tokens, number], 3 * BLOCK) for number in range(3)]
+        steps.run()
+        for request_id in ids:
+            steps.expect(request_id)
+            assert steps.hits[request_id] == 0
+        assert steps.own_hits[ids[-1]] > WINDOW
+        steps.forget_pages()
+        for request_id in ids:
+            expect_all_is_stored(client, steps, list(steps.requests[request_id].all_token_ids)[:-1])
+        expect_nothing_is_held(client, steps)
+
+
 def test_a_hit_ends_with_the_last_block_that_the_prompts_share(
     daemon: DaemonProcess, client: Client, model: NumberedModel, tokens: list[int]
 ) -> None:
@@ -419,4 +437,34 @@ def test_requests_that_share_a_history_store_right_numbers(
         until(lambda: expect_right_numbers(client, steps, tokens) == len(tokens))
         for request_id in ids:
             expect_right_numbers(client, steps, list(steps.requests[request_id].all_token_ids))
+        expect_nothing_is_held(client, steps)
+
+
+def test_pages_of_a_step_before_one_whose_orders_failed_are_not_saved(
+    daemon: DaemonProcess, client: Client, model: NumberedModel, tokens: list[int]
+) -> None:
+    """They are other tokens' by now: an error in a hook costs a save, and never stores wrong bytes."""
+    with Steps(grouped(daemon, model, pages=100)) as steps:
+        role, manager = steps.scheduler.connector._scheduler, steps.scheduler.kv_cache_manager
+        orders_of_step = role.orders_of_step
+
+        def fail(scheduled: Any) -> None:
+            raise RuntimeError("not expected")
+
+        request = steps.requests[steps.add(tokens[: 3 * BLOCK - 20], 400)]
+        steps.until(lambda: request.num_computed_tokens == 3 * BLOCK)  # Saved in the next step.
+        role.orders_of_step = fail
+        steps.until(lambda: request.num_computed_tokens == 3 * BLOCK + WINDOW + 4)  # The window has left its block.
+        others: list[str] = []
+        while manager.block_pool.get_num_free_blocks() > 20:
+            others.append(steps.add(prompt(f"{tokens[0]} {len(others)}", BLOCK), 400))
+            steps.step()
+        role.orders_of_step = orders_of_step
+        steps.step()
+        for other in others:
+            steps.abort(other)
+        steps.run(request.request_id)
+        steps.expect(request.request_id)
+        steps.settle()
+        expect_right_numbers(client, steps, list(request.all_token_ids), with_partial=True)
         expect_nothing_is_held(client, steps)

@@ -114,7 +114,7 @@ class KVServiceConnector(KVConnectorBase_V1, SupportsHMA):
             if num_external_tokens:  # vLLM expects them: the worker must report that they are not there.
                 self._of_scheduler.fail_load(request, blocks.get_block_ids(), num_external_tokens)
 
-    @guarded(lambda self: self._of_scheduler.take_orders())
+    @guarded(lambda self: self._of_scheduler.orders_after_error())
     def build_connector_meta(self, scheduler_output: Any) -> StepOrders:
         return self._of_scheduler.orders_of_step(scheduler_output)
 

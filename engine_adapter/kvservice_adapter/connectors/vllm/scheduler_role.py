@@ -448,6 +448,11 @@ class SchedulerRole:
         if state is not None:
             state.has_loaded, state.may_load = True, False
 
+    def orders_after_error(self) -> StepOrders:
+        """What `orders_of_step` returns, if that has raised."""
+        self._pages.begin_step()  # What was kept for this step may be others' pages in the next one.
+        return self.take_orders()
+
     def take_orders(self) -> StepOrders:
         """The orders so far."""
         orders, self._orders = self._orders, StepOrders()
