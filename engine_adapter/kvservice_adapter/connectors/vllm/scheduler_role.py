@@ -16,9 +16,10 @@ from kvservice_adapter.connectors.vllm.model_layout import layout_of
 from kvservice_adapter.connectors.vllm.request_keys import extra_of_block, refusal_of, salt_of
 from kvservice_adapter.connectors.vllm.settings import ConnectorSettings, LoadMode
 from kvservice_adapter.connectors.vllm.stats import TransferStats
-from kvservice_adapter.cost import Kind, Rates, plan
 from kvservice_adapter.engine.key_generation import KeyGeneration
 from kvservice_adapter.engine.prefix_lookup import tier_of
+from kvservice_adapter.rates import Rates
+from kvservice_api.cost import Kind, plan
 from kvservice_api.errors import KVError
 from kvservice_api.keys import ChainBuilder
 from kvservice_client import Client, FoundPrefix, PendingLookup

@@ -1,12 +1,11 @@
-"""Load a history, compute it again, or both at once: decided for each request from what was measured.
-
-    rates = Rates()
-    rates.observe_prefill(new_tokens=900, context_tokens=0, seconds=1.4)       # after each forward over a prompt
-    rates.observe_load(size_bytes, seconds, "dram", "shm")                     # after each load
+"""Load a history, compute it again, or both at once: decided for each request from what both cost.
 
     chosen = plan(rates, history_tokens=2048, new_tokens=40, bytes_per_token=46_080, tier="dram",
                   transport="shm", block_tokens=256, layers=30)
     chosen.kind, chosen.compute_tokens, chosen.load_tokens, chosen.estimate_s, chosen.reason
+
+Engine adapters ask it with the rates that they learned, the simulator with those of the simulated machine. It does no
+I/O, knows no clock, and may be called from any thread.
 
 The mixed plan is that of Cake (ICML '25): the history's first `compute_tokens` are computed while the
 blocks after them are loaded.
@@ -15,19 +14,13 @@ blocks after them are loaded.
 from __future__ import annotations
 
 import math
-import threading
-import time
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from operator import ge
+from typing import Protocol
 
-from kvservice_adapter.fit import Fit
-
-_MEMORY_S = 600.0
-_FIXED_LOAD_S_MAX = 0.005
-_RECENT_OVERHEADS = 5
 _LEARN_S_MIN = 0.005  # A history that is computed faster than this is not loaded just to measure loads.
 _MARGIN = 0.05  # The mixed plan must be faster by this share, because more can fail in it.
 
@@ -40,91 +33,17 @@ class Kind(StrEnum):
     MIXED = "mixed"
 
 
-class Rates:
-    """What loads and computing cost here, learned from each of them. Thread-safe; at most a few hundred numbers.
-
-    Loads by another transport, or from another tier, are measured apart. A load takes a fixed time and one that
-    grows with its bytes. Computing `n` new tokens that attend to `c` earlier ones takes
-
-        a + b * n + g * n * (c + n / 2)
-
-    because each forward has a fixed cost, each token its matrices, and each pair of tokens its attention.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic, memory_s: float = _MEMORY_S) -> None:
-        """After `memory_s` without a load, loads are measured again. Otherwise a transport that was slow once would
-        never be tried again.
-        """
-        self._clock = clock
-        self._memory_s = memory_s
-        self._lock = threading.Lock()
-        self._prefill = Fit()
-        self._loads: dict[tuple[str, str], Fit] = {}
-        self._loaded_at_s: dict[tuple[str, str], float] = {}
-        self._overheads_s: list[float] = []
-
-    def observe_load(
-        self, size_bytes: int, seconds: float, tier: str, transport: str = "", loads_ahead: int = 0
-    ) -> None:
-        """A load of so many bytes took so long, from the call to the last byte, waits for the engine left out.
-
-        `tier` is where the bytes were ("dram", "ssd", "mixed"), `loads_ahead` with how many others it shared the way.
-        """
-        key = (tier, transport)
-        with self._lock:
-            fit = self._loads.setdefault(key, Fit(_FIXED_LOAD_S_MAX))
-            self._forget_what_is_old(key)
-            self._loaded_at_s[key] = self._clock()
-            fit.observe((size_bytes.bit_length(),), (float(size_bytes), 1.0), seconds / (1 + loads_ahead))
-
-    def observe_prefill(self, new_tokens: int, context_tokens: int, seconds: float) -> None:
-        """A forward over `new_tokens` tokens after `context_tokens` cached ones took `seconds`, without its waits."""
-        self.observe_forward([(new_tokens, context_tokens)], seconds)
-
-    def observe_forward(self, sequences: Sequence[tuple[int, int]], seconds: float) -> None:
-        """As `observe_prefill`, for a forward over several sequences: (new tokens, context tokens) each."""
-        terms = [_prefill_terms(*each) for each in sequences]
-        new_tokens, context_tokens = (sum(each) for each in zip(*sequences, strict=True))
-        order = (new_tokens.bit_length(), context_tokens.bit_length())
-        total = (sum(each[0] for each in terms), 1.0, sum(each[2] for each in terms))
-        with self._lock:
-            self._prefill.observe(order, total, seconds)
-
-    def observe_overhead(self, seconds: float) -> None:
-        """A request with a load spent this much besides the load: on preparing it, and on making the cache."""
-        with self._lock:
-            self._overheads_s = [*self._overheads_s[1 - _RECENT_OVERHEADS :], seconds]
+class Costs(Protocol):
+    """What loads and computing cost, in seconds."""
 
     def overhead_s(self) -> float:
-        """0 until it is known."""
-        with self._lock:
-            known = sorted(self._overheads_s)
-        return known[len(known) // 2] if known else 0.0
+        """What a request with a load spends besides the load. 0 if it is not known."""
 
-    def load_s(self, size_bytes: int, tier: str, transport: str = "", loads_ahead: int = 0) -> float | None:
-        """How long a load will take, the overhead left out. None if none was measured lately."""
-        key = (tier, transport)
-        with self._lock:
-            self._forget_what_is_old(key)
-            fit = self._loads.get(key)
-            if fit is None or not fit.is_known:
-                return None
-            return (1 + loads_ahead) * fit.seconds((float(size_bytes), 1.0)) if size_bytes else 0.0
+    def load_s(self, size_bytes: int, tier: str, transport: str = "", loads_ahead: int = 0, /) -> float | None:
+        """How long a load of so many bytes will take, the overhead left out. None if it is not known."""
 
-    def prefill_s(self, new_tokens: int, context_tokens: int = 0) -> float | None:
-        """How long computing so many tokens will take. None if it was never measured."""
-        with self._lock:
-            if not self._prefill.is_known:
-                return None
-            return self._prefill.seconds(_prefill_terms(new_tokens, context_tokens)) if new_tokens else 0.0
-
-    def _forget_what_is_old(self, key: tuple[str, str]) -> None:
-        if key in self._loaded_at_s and self._clock() - self._loaded_at_s[key] > self._memory_s:
-            self._loads[key].forget()
-
-
-def _prefill_terms(new_tokens: int, context_tokens: int) -> tuple[float, float, float]:
-    return float(new_tokens), 1.0, new_tokens * (context_tokens + new_tokens / 2)
+    def prefill_s(self, new_tokens: int, context_tokens: int = 0, /) -> float | None:
+        """How long computing so many tokens after `context_tokens` cached ones will take. None if it is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +61,7 @@ class Plan:
 
 
 def plan(
-    rates: Rates,
+    rates: Costs,
     history_tokens: int,
     new_tokens: int,
     bytes_per_token: int,
@@ -180,8 +99,7 @@ def plan(
         return Plan(Kind.LOAD, 0, history_tokens, {}, "how fast this model computes was not measured yet")
     estimate_s = {Kind.LOAD: load_s, Kind.RECOMPUTE: recompute_s}
     pure = Kind.LOAD if load_s <= recompute_s else Kind.RECOMPUTE
-    starts = [start for start in edges or range(0, history_tokens, block_tokens) if 0 < start < history_tokens]
-    best = _best_head(starts, estimates) if may_mix else None
+    best = _best_head(_starts(history_tokens, block_tokens, edges), estimates) if may_mix else None
     if best is not None:
         head_tokens, estimate_s[Kind.MIXED] = best
         if estimate_s[Kind.MIXED] < (1 - _MARGIN) * estimate_s[pure]:
@@ -196,7 +114,7 @@ def plan(
 class _Estimates:
     """Seconds from now to the end of the forward over the new tokens."""
 
-    rates: Rates
+    rates: Costs
     history_tokens: int
     new_tokens: int
     bytes_per_token: int
@@ -221,16 +139,23 @@ class _Estimates:
         whichever is later.
         """
         size_bytes = (self.history_tokens - head_tokens) * self.bytes_per_token
-        last_s, first_s = (
-            self.rates.load_s(each, self.tier, self.transport, self.loads_ahead)
-            for each in (size_bytes, size_bytes // self.layers)
-        )
+        load_s = self.rates.load_s
+        last_s = first_s = load_s(size_bytes, self.tier, self.transport, self.loads_ahead)
+        if self.layers > 1:
+            first_s = load_s(size_bytes // self.layers, self.tier, self.transport, self.loads_ahead)
         if last_s is None or first_s is None:
             return None
         head_s = self.rates.prefill_s(head_tokens) or 0.0
         new_s = self.rates.prefill_s(self.new_tokens, self.history_tokens) or 0.0
         loaded_s = max(first_s + new_s, last_s + new_s / self.layers)
         return self.overhead_s + head_s + new_s, self.overhead_s + loaded_s
+
+
+def _starts(history_tokens: int, block_tokens: int, edges: Sequence[int]) -> Sequence[int]:
+    """Where blocks begin, without the first."""
+    if edges:
+        return [start for start in edges if 0 < start < history_tokens]
+    return range(block_tokens, history_tokens, block_tokens)
 
 
 def _best_head(starts: Sequence[int], estimates: _Estimates) -> tuple[int, float] | None:
