@@ -21,7 +21,7 @@ _COLUMNS = {
     "wait_s": np.float32,  # From the request's arrival to its dispatch.
     "load_s": np.float32,  # From its dispatch to the start of its prefill: the time to read what is not in DRAM.
     "history_tokens": np.int64,
-    "missing_tokens": np.int64,  # Tokens of the history in no tier: the engine computes them again.
+    "missing_tokens": np.int64,  # Tokens of the history that the engine computes again.
     "queued": np.int32,  # Requests that wait after it.
 }
 
@@ -43,6 +43,7 @@ class Account:
         self.history_tokens, self.missing_tokens = ints(columns["history_tokens"]), ints(columns["missing_tokens"])
         self._new = ints(workload.new_tokens)
         self._new_is_prompt = workload.shares_prefixes
+        self._block_tokens = workload.block_tokens
         self._link_token_s = machine.kv_bytes_per_token / machine.link_bytes_per_s
         self._token_s = 1.0 / machine.prefill_tokens_per_s
         self._decode_s = 1.0 / (machine.decode_tokens_per_s * machine.batch)
@@ -55,6 +56,7 @@ class Account:
         self.late = 0.0
         self.ssd = 0.0
         self.miss = 0.0
+        self.recomputed = 0.0
         self._gpu_s = 0.0
         self._prefill_s = 0.0
         self._live_bytes = 0
@@ -71,13 +73,23 @@ class Account:
         channel = store.channel
         self._start_bytes = (channel.read_bytes, channel.written_bytes, store.promoted_unused_bytes, channel.read_s)
 
-    def prefill_s(self, turn: int, number: int) -> float:
-        """Seconds of the dispatch's prefill. The copy of its history from DRAM to the GPU overlaps it."""
-        history, missing = self.history_tokens[number], self.missing_tokens[number]
+    def to_compute(self, turn: int, number: int) -> int:
+        """Tokens that the dispatch computes if it reads all that is on SSD."""
         new = self._new[turn]
         if self._new_is_prompt:
-            new = max(0, new - history)
-        return max((history - missing) * self._link_token_s, (new + missing) * self._token_s)
+            new = max(0, new - self.history_tokens[number])
+        return new + self.missing_tokens[number]
+
+    def recompute(self, number: int, tokens: int) -> None:
+        """The dispatch computes so many tokens again that are on SSD."""
+        self.missing_tokens[number] += tokens
+        if number >= self.warmup_turns:
+            self.recomputed += tokens / (self._block_tokens or self.history_tokens[number])
+
+    def prefill_s(self, turn: int, number: int) -> float:
+        """Seconds of the dispatch's prefill. The copy of its history from DRAM to the GPU overlaps it."""
+        held = self.history_tokens[number] - self.missing_tokens[number]
+        return max(held * self._link_token_s, self.to_compute(turn, number) * self._token_s)
 
     def served(self, number: int, prefill_s: float, output_tokens: int) -> None:
         """Add the GPU time of a dispatch: its prefill, with the wait for its KV, and its share of batched decoding."""
@@ -127,6 +139,7 @@ class Account:
             dram_late=self.late / known,
             ssd=self.ssd / known,
             miss=self.miss / known,
+            recomputed_hits=self.recomputed / known,
             ttft_mean_s=_mean(ttft_s),
             ttft_p50_s=ttft_p50,
             ttft_p99_s=ttft_p99,

@@ -327,6 +327,14 @@ class RateOptions:
             rich_help_panel=_MACHINE,
         ),
     ] = False
+    always_load: Annotated[
+        bool,
+        typer.Option(
+            "--always-load",
+            help="Read what SSD has, also where computing it again takes less time.",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = False
     overflow_drops: Annotated[
         bool,
         typer.Option(
@@ -370,6 +378,7 @@ class RateOptions:
             decode_tokens_per_s=self.decode_tokens_per_s or 25.0,
             batch=self.batch or 24,
             readiness_aware=self.readiness_aware,
+            always_load=self.always_load,
             overflow_keeps=not self.overflow_drops,
             session_ttl_s=math.inf if self.session_ttl_s is None else self.session_ttl_s,
             gpus=self.gpus,

@@ -16,6 +16,7 @@ from kvservice.policy.placement import Placement
 from kvservice.simulate.account import Account
 from kvservice.simulate.bounds import Bound
 from kvservice.simulate.inference_server import CALLED_MAX, server_of
+from kvservice.simulate.load_or_recompute import LoadOrRecompute
 from kvservice.simulate.plan import footprint_tokens
 from kvservice.simulate.policies import CONTENDERS, plays
 from kvservice.simulate.prefix_replay import PrefixReplay
@@ -111,6 +112,7 @@ class Engine:
         self.items = ItemTable(row_count, self.conditions)
         block_bytes = workload.block_tokens * machine.kv_bytes_per_token
         self.store = StoreModel(self.items, machine, policy, block_bytes, self.now_s)
+        self._decision = LoadOrRecompute(machine, self.store.channel, workload.block_tokens)
         self.account = Account(workload, paid or machine, warmup_turns)
         kind = PrefixReplay if workload.shares_prefixes else SessionReplay
         self.replay = kind(workload, machine, policy, self.items, self.store, self.account)
@@ -262,7 +264,19 @@ class Engine:
         account.wait_s[number] = now_s - self._arrived_at_s[self._session[turn]]
         account.queued[number] = len(self._queue)
         account.dispatched = number + 1
-        return turn, number, self.store.channel.read_now(wanted) if wanted else now_s
+        return turn, number, self._load(turn, number, wanted, now_s) if wanted else now_s
+
+    def _load(self, turn: int, number: int, on_ssd_bytes: int, now_s: float) -> float:
+        """Read from SSD what is not computed again. Returns the latest start of the prefill, in s, with which it does
+        not wait for the read: what is computed again comes first, while the rest is read.
+        """
+        account = self.account
+        read = self._decision.read(on_ssd_bytes, account.to_compute(turn, number))
+        loaded_s = self.store.channel.read_now(read.size_bytes) if read.size_bytes else now_s
+        if not read.computed_tokens:
+            return loaded_s
+        account.recompute(number, read.computed_tokens)
+        return max(now_s, loaded_s - read.computed_tokens / self.machine.prefill_tokens_per_s)
 
     def _take(self, turn: int, number: int, called_s: float, loaded_s: float, now_s: float) -> tuple[float, int]:
         account = self.account

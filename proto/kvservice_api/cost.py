@@ -13,12 +13,9 @@ blocks after them are loaded.
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from operator import ge
 from typing import Protocol
 
 _LEARN_S_MIN = 0.005  # A history that is computed faster than this is not loaded just to measure loads.
@@ -83,12 +80,9 @@ def plan(
     """
     if not history_tokens:
         return Plan(Kind.RECOMPUTE, 0, 0, {}, "there is no history")
-    overhead_s = rates.overhead_s()
-    estimates = _Estimates(
-        rates, history_tokens, new_tokens, bytes_per_token, tier, transport, layers, loads_ahead, overhead_s
-    )
-    recompute_s, load_s = estimates.recompute_s(), estimates.load_s()
-    if load_s is None:
+    recompute_s = rates.prefill_s(history_tokens + new_tokens)
+    size_bytes = history_tokens * bytes_per_token
+    if rates.load_s(size_bytes, tier, transport, loads_ahead) is None:
         by = f" by {transport}" if transport else ""
         if recompute_s is not None and recompute_s - (rates.prefill_s(new_tokens) or 0.0) < _LEARN_S_MIN:
             why = f"it is short, and no load from {tier}{by} was measured lately"
@@ -97,58 +91,34 @@ def plan(
         return Plan(Kind.LOAD, 0, history_tokens, known, f"no load from {tier}{by} was measured lately: this one is")
     if recompute_s is None:
         return Plan(Kind.LOAD, 0, history_tokens, {}, "how fast this model computes was not measured yet")
+    overhead_s, new_s = rates.overhead_s(), rates.prefill_s(new_tokens, history_tokens) or 0.0
+
+    def parts_s(head_tokens: int) -> tuple[float, float]:
+        """When the new tokens would be there if loads took no time, and when if the head took none.
+
+        Of n layers that each take l to load and c to compute, the last is computed after l + n c or n l + c,
+        whichever is later.
+        """
+        rest_bytes = size_bytes - head_tokens * bytes_per_token
+        loaded_s = (rates.load_s(rest_bytes, tier, transport, loads_ahead) or 0.0) + new_s / layers
+        if layers > 1:
+            first_s = rates.load_s(rest_bytes // layers, tier, transport, loads_ahead) or 0.0
+            loaded_s = max(first_s + new_s, loaded_s)
+        head_s = (rates.prefill_s(head_tokens) or 0.0) if head_tokens else 0.0
+        return overhead_s + head_s + new_s, overhead_s + loaded_s
+
+    load_s = max(parts_s(0))
     estimate_s = {Kind.LOAD: load_s, Kind.RECOMPUTE: recompute_s}
     pure = Kind.LOAD if load_s <= recompute_s else Kind.RECOMPUTE
-    best = _best_head(_starts(history_tokens, block_tokens, edges), estimates) if may_mix else None
+    best = _best_head(_starts(history_tokens, block_tokens, edges), parts_s) if may_mix else None
     if best is not None:
-        head_tokens, estimate_s[Kind.MIXED] = best
+        estimate_s[Kind.MIXED], head_tokens = best
         if estimate_s[Kind.MIXED] < (1 - _MARGIN) * estimate_s[pure]:
             why = f"the first {head_tokens} tokens are computed while the rest is loaded"
             return Plan(Kind.MIXED, head_tokens, history_tokens - head_tokens, estimate_s, why)
     if pure is Kind.RECOMPUTE:
         return Plan(pure, history_tokens, 0, estimate_s, "computing the history again is faster than its load")
     return Plan(pure, 0, history_tokens, estimate_s, "loading the history is faster than computing it again")
-
-
-@dataclass(frozen=True, slots=True)
-class _Estimates:
-    """Seconds from now to the end of the forward over the new tokens."""
-
-    rates: Costs
-    history_tokens: int
-    new_tokens: int
-    bytes_per_token: int
-    tier: str
-    transport: str
-    layers: int
-    loads_ahead: int
-    overhead_s: float
-
-    def recompute_s(self) -> float | None:
-        return self.rates.prefill_s(self.history_tokens + self.new_tokens)
-
-    def load_s(self) -> float | None:
-        """None if loads were not measured. Computing that was not measured counts as 0."""
-        parts = self.parts_s(0)
-        return None if parts is None else max(parts)
-
-    def parts_s(self, head_tokens: int) -> tuple[float, float] | None:
-        """When the new tokens would be there if loads took no time, and when if the head took none.
-
-        Of n layers that each take l to load and c to compute, the last is computed after l + n c or n l + c,
-        whichever is later.
-        """
-        size_bytes = (self.history_tokens - head_tokens) * self.bytes_per_token
-        load_s = self.rates.load_s
-        last_s = first_s = load_s(size_bytes, self.tier, self.transport, self.loads_ahead)
-        if self.layers > 1:
-            first_s = load_s(size_bytes // self.layers, self.tier, self.transport, self.loads_ahead)
-        if last_s is None or first_s is None:
-            return None
-        head_s = self.rates.prefill_s(head_tokens) or 0.0
-        new_s = self.rates.prefill_s(self.new_tokens, self.history_tokens) or 0.0
-        loaded_s = max(first_s + new_s, last_s + new_s / self.layers)
-        return self.overhead_s + head_s + new_s, self.overhead_s + loaded_s
 
 
 def _starts(history_tokens: int, block_tokens: int, edges: Sequence[int]) -> Sequence[int]:
@@ -158,18 +128,23 @@ def _starts(history_tokens: int, block_tokens: int, edges: Sequence[int]) -> Seq
     return range(block_tokens, history_tokens, block_tokens)
 
 
-def _best_head(starts: Sequence[int], estimates: _Estimates) -> tuple[int, float] | None:
-    """The block's edge up to which to compute, and what that takes. None if there is no edge.
+def _best_head(starts: Sequence[int], parts_s: Callable[[int], tuple[float, float]]) -> tuple[float, int] | None:
+    """What the best head takes, and how many tokens it has. None if there is no edge.
 
-    A later edge makes the head's time longer and the rest's time shorter; the best edge makes them equal.
+    A later edge makes the head's time longer and the rest's time shorter: the best edge is one of the two around the
+    point where they are equal, and the search sees both.
     """
-
-    def parts_s(index: int) -> tuple[float, float]:
-        return estimates.parts_s(starts[index]) or (math.inf, math.inf)
-
-    if not starts:
-        return None
-    head_is_later = bisect_left(range(len(starts)), True, key=lambda index: ge(*parts_s(index)))
-    around = {max(0, head_is_later - 1), min(head_is_later, len(starts) - 1)}
-    takes_s, index = min((max(parts_s(index)), index) for index in around)
-    return starts[index], takes_s
+    best = None
+    low, high = 0, len(starts)
+    while low < high:
+        middle = (low + high) // 2
+        head_s, loaded_s = parts_s(starts[middle])
+        if head_s >= loaded_s:
+            high = middle
+            takes = head_s, starts[middle]
+        else:
+            low = middle + 1
+            takes = loaded_s, starts[middle]
+        if best is None or takes < best:
+            best = takes
+    return best
