@@ -92,7 +92,7 @@ class Account:
         return max(held * self._link_token_s, self.to_compute(turn, number) * self._token_s)
 
     def served(self, number: int, prefill_s: float, output_tokens: int) -> None:
-        """Add the GPU time of a dispatch: its prefill, with the wait for its KV, and its share of batched decoding."""
+        """Add the GPU time of a dispatch: its prefill, with the GPU's wait for its KV, and its share of decoding."""
         if number >= self.warmup_turns:
             self._prefill_s += prefill_s
             self._gpu_s += prefill_s + output_tokens * self._decode_s

@@ -319,11 +319,11 @@ class RateOptions:
         float, number("--prefill-tokens-per-s", "Prompt tokens that the GPU computes per second.", _MACHINE, above=True)
     ] = 8000.0
     gpus: Annotated[int, number("--gpus", "GPUs of the machine, for its cost.", _MACHINE, least=1, most=1e6)] = 1
-    readiness_aware: Annotated[
+    blocking_loads: Annotated[
         bool,
         typer.Option(
-            "--readiness-aware",
-            help="A request whose KV is in DRAM may run before one that waits for the SSD.",
+            "--blocking-loads",
+            help="The GPU waits for the KV of the request that it has started, in place of running others meanwhile.",
             rich_help_panel=_MACHINE,
         ),
     ] = False
@@ -377,7 +377,7 @@ class RateOptions:
             prefill_tokens_per_s=self.prefill_tokens_per_s,
             decode_tokens_per_s=self.decode_tokens_per_s or 25.0,
             batch=self.batch or 24,
-            readiness_aware=self.readiness_aware,
+            blocking_loads=self.blocking_loads,
             always_load=self.always_load,
             overflow_keeps=not self.overflow_drops,
             session_ttl_s=math.inf if self.session_ttl_s is None else self.session_ttl_s,

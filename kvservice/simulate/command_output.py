@@ -56,8 +56,8 @@ def print_results(results: Iterable[Result]) -> None:
     if first is not None:
         out.print(
             f"\n{first.turns:,} turns were measured, {first.turns_with_history:,} of them with history: on time, late, "
-            f"ssd and miss are shares of these.\nagain is the share that was on SSD and was computed again, because that "
-            f"is faster than reading it.\nTime to first token is measured from the request, with the queue."
+            f"ssd and miss are shares of these.\nagain is the share that was on SSD and was computed again, because "
+            f"that is faster than a read.\nTime to first token is measured from the request, with the queue."
         )
 
 

@@ -148,5 +148,5 @@ def _print(document: dict[str, Any], of: Share) -> None:
     how = f"saves {saved:.0%}" if saved >= 0 else f"costs {-saved:.0%} more: loading takes longer than recomputing"
     out.print(
         f"\nThe load costs ${without['dollars']:,.2f} without storage; the first row {how}. "
-        f"The cost is that of the GPUs while they load, prefill and decode, and of the storage for the same time."
+        f"The cost is that of the GPUs while they prefill and decode, and of the storage for the same time."
     )

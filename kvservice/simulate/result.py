@@ -34,7 +34,7 @@ class Result:
     service_ttft_p50_s: float
     service_ttft_p99_s: float
     prefill_tokens_per_s: float  # Prompt tokens, with the reused ones, per second of prefill.
-    gpu_hours: float
+    gpu_hours: float  # Prefill, decoding, and with `Machine.blocking_loads` the waits for KV.
     cost_dollars: float  # At the paper's prices.
     storage_share_of_cost: float
     read_gb: float  # From SSD.
