@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvservice.simulate import cost
+from kvservice.simulate.offered_load import unhindered_s
 from kvservice.simulate.result import Result
 from kvservice.simulate.settings import GIB, Machine
 from kvservice.simulate.store_model import StoreModel
@@ -128,6 +129,7 @@ class Account:
         ttft_p50, ttft_p99 = _quantiles(ttft_s)
         service_p50, service_p99 = _quantiles(service_s)
         queue_p50, queue_p99 = _quantiles(queued)
+        begins_s, ends_s = unhindered_s(workload, machine)
         seconds = time.perf_counter() - self._began
         return Result(
             policy=name,
@@ -156,6 +158,7 @@ class Account:
             promoted_unused_gb=(store.promoted_unused_bytes - unused) / GIB,
             queue_p50=queue_p50,
             queue_p99=queue_p99,
+            server_share=min(1.0, (ends_s - begins_s) / max(now_s - begins_s, 1e-9)) if workload.turns else 1.0,
             live_gb_mean=self._live_byte_s / elapsed_s / GIB,
             read_busy=min(1.0, (channel.read_s - read_s) / elapsed_s),
             simulated_s=elapsed_s,

@@ -43,6 +43,7 @@ class Result:
     promoted_unused_gb: float  # Promoted, and evicted from DRAM before a request used it.
     queue_p50: float
     queue_p99: float
+    server_share: float  # What the server takes of what comes, 0 to 1; 1 if it keeps up. Over the whole run.
     live_gb_mean: float  # KV of sessions between their first and their last turn, if all of it were stored.
     read_busy: float  # Share of the simulated time in which the SSD read.
     simulated_s: float

@@ -215,9 +215,9 @@ def test_the_requests_of_a_coarse_clock_are_spread_unless_they_are_to_be_kept_an
 
     assert (spread["queue_p99"], kept["queue_p99"]) == (0, 3)
     clock = "The file's clock ticks in 3 s, and up to 4 requests share a tick: they "
-    assert spread["notes"] == f"{clock}are spread over it (--keep-ticks keeps them)."
-    assert kept["notes"] == f"{clock}arrive together (--keep-ticks)."
-    assert f"Note: {spread['notes']}" in run(*arguments).stdout
+    assert spread["notes"].startswith(f"{clock}are spread over it (--keep-ticks keeps them).")
+    assert kept["notes"].startswith(f"{clock}arrive together (--keep-ticks).")
+    assert f"Note: {clock}are spread" in run(*arguments).stdout
 
 
 def test_a_load_without_notes_has_none_in_its_output(tmp_path: Path) -> None:
