@@ -20,7 +20,7 @@ from kvservice.simulate.workload import Workload
 PAPER_SERVICE = 1.9  # Turns per second: 42K turns in 6.25 hours.
 PAPER_PREFILL = 2000.0  # Tokens per second: a prompt of some 1,700 tokens takes 0.85 s, as the paper's without storage.
 POLICIES = ("lru", "fifo", "s3fifo", "lookahead", "foresight")
-BOUNDS = ("none", "distribution-bound", "optimum", "infinite")
+BOUNDS = ("none", "ages-only", "optimum", "infinite")
 
 _runs: dict[tuple[int, Machine, str, int], Result] = {}
 _kept: list[Workload] = []  # Keeps the objects alive, so that the ids in `_runs` stay unique.

@@ -19,7 +19,7 @@ from kvservice.simulate.workload import Workload
 SHARES = (0.05, 0.1, 0.2, 0.4)  # DRAM, of the live set.
 LOADS = (0.5, 0.9)  # Turns that arrive, as a share of those that the server could take.
 RIVALS = ("lru", "fifo", "s3fifo", "lookahead")
-NAMES = (*RIVALS, "foresight-unlearned", "foresight", "distribution-bound", "optimum")
+NAMES = (*RIVALS, "foresight-unlearned", "foresight", "ages-only", "optimum")
 USER_RATE, TURNS = 0.2, 22.0
 
 
@@ -93,7 +93,7 @@ def measure(options: Options) -> Section:
     section.commands = [
         f"kvctl simulate --trace people --sessions {users} --session-rate {USER_RATE:g} --policy "
         "lru,lookahead,foresight,"
-        f"distribution-bound,optimum --dram-gb 6 --ssd-gb 102400 --kv-mb-per-token 0.125 "
+        f"ages-only,optimum --dram-gb 6 --ssd-gb 102400 --kv-mb-per-token 0.125 "
         f"--service-turns-per-s {USER_RATE * TURNS / 0.5:g} --warmup-turns {users * 4}"
     ]
     if options.pictures is not None:
@@ -128,7 +128,7 @@ def _other_shapes(section: Section, users: int) -> None:
         setting = Setting.of(load, 0.7, 0.2)
         found = {name: [setting.play(name)] for name in NAMES}
         table.append((kind, *(percent(_on_time(found[name])) for name in NAMES), _written(found)))
-        part = _on_time(found["foresight"]) / _on_time(found["distribution-bound"])
+        part = _on_time(found["foresight"]) / _on_time(found["ages-only"])
         section.at_least(f"{kind}, DRAM 20%: `foresight`, of the bound", part, 0.9)
     columns = ("Gaps", *(f"`{name}`" for name in NAMES), "Written: `foresight` / `lru`")
     section.table("Other distributions of gaps, at 0.7 of the server's capacity, DRAM 20 %:", columns, table)
@@ -149,7 +149,7 @@ def _written(found: dict[str, list[Result]]) -> str:
 
 
 def _judge(section: Section, where: str, found: dict[str, list[Result]], factor: float | None) -> None:
-    ours, bound = _on_time(found["foresight"]), _on_time(found["distribution-bound"])
+    ours, bound = _on_time(found["foresight"]), _on_time(found["ages-only"])
     best = max(_on_time(found[name]) for name in RIVALS)
     section.at_least(f"{where}: `foresight`, of the bound", ours / bound, 0.9)
     if factor is not None:

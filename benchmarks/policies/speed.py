@@ -51,7 +51,7 @@ def measure(options: Options) -> Section:
     )
     table = []
     for title, load, on in where:
-        for name in ("lru", "fifo", "s3fifo", "lookahead", "foresight", "distribution-bound", "optimum"):
+        for name in ("lru", "fifo", "s3fifo", "lookahead", "foresight", "ages-only", "optimum"):
             speed = _turns_per_s(load, on, name, ROUNDS if name in ("lru", "foresight") and not options.quick else 1)
             table.append((title, f"`{name}`", f"{speed:,.0f}"))
             if name in ("lru", "foresight"):

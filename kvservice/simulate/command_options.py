@@ -16,6 +16,7 @@ import typer
 from kvservice.simulate import generate, traces
 from kvservice.simulate.engine import CONTENDERS
 from kvservice.simulate.generated_hints import with_typing_hints
+from kvservice.simulate.policies import FORMER_NAMES
 from kvservice.simulate.settings import GIB, MIB, Machine
 from kvservice.simulate.think_times import SHAPES
 from kvservice.simulate.ticks import spread, tick_of
@@ -56,6 +57,8 @@ def policies(text: str) -> list[str]:
     """Names from text such as ``lru,foresight``. Refuses unknown and repeated names."""
     names = [name.strip() for name in text.split(",")]
     for name in names:
+        if name in FORMER_NAMES:
+            raise typer.BadParameter(f"{name!r} is called {FORMER_NAMES[name]} now", param_hint="--policy")
         _one_of(name, CONTENDERS, "policy", "--policy")
         if names.count(name) > 1:
             raise typer.BadParameter(f"{name!r} is given more than once", param_hint="--policy")

@@ -11,7 +11,7 @@ from kvservice.simulate import command_output as output
 from kvservice.simulate.command_options import LoadOptions, RateOptions, fail, number, policies, with_options
 from kvservice.simulate.cost import PAPER_PRICES, Prices
 from kvservice.simulate.engine import CONTENDERS, simulate
-from kvservice.simulate.offered_load import server_notes
+from kvservice.simulate.notes import notes_of
 from kvservice.simulate.plan import Mix, footprint_tokens, mixes
 from kvservice.simulate.result import Result
 from kvservice.simulate.settings import GIB
@@ -81,7 +81,7 @@ def plan(
             most = share(measure(footprint_gb, footprint_gb))
             fail(_beyond(target_hit, of, most, f"{policy} with space for everything that is stored"))
         without = simulated("none", 0.0, 0.0)
-    notes = (*workload.notes, *server_notes([found[0].result], rates.machine(0, 0)))
+    notes = (*workload.notes, *notes_of([found[0].result], rates.machine(0, 0)))
     cheapest, *others = (_mix(each) for each in found)
     document = {
         "policy": policy,

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from kvservice.simulate.result import Result
 from kvservice.simulate.settings import Machine
 from kvservice.simulate.workload import Workload
-
-#: Below this share a server does not keep up. Runs of few turns end a little later than the load without any queue.
-_KEEPS_UP = 0.95
 
 
 def unhindered_s(workload: Workload, machine: Machine) -> tuple[float, float]:
@@ -34,22 +28,3 @@ def unhindered_s(workload: Workload, machine: Machine) -> tuple[float, float]:
     apart_s = session * (np.ptp(own_s[np.isfinite(own_s)]) + 1.0)  # A later session's times are above an earlier one's.
     arrives_s = np.maximum.accumulate(own_s + apart_s) - apart_s + passed_s
     return float(arrives_s.min()), float((arrives_s + turn_s).max())
-
-
-def server_notes(results: Sequence[Result], machine: Machine) -> tuple[str, ...]:
-    """Sentences for the user: whether the server is overloaded, and whether it can gain time by hits."""
-    notes = []
-    slow = {each.policy: f"{each.server_share:.2f}" for each in results if each.server_share < _KEEPS_UP}
-    if slow:
-        same = len(set(slow.values())) == 1 and len(slow) == len(results)
-        taken = next(iter(slow.values())) if same else ", ".join(f"{share} ({name})" for name, share in slow.items())
-        notes.append(
-            f"The server takes {taken} of what comes: times to first token are those of a queue that grows. "
-            "Give fewer requests, or a faster server."
-        )
-    if machine.service_turns_per_s is not None:
-        notes.append(
-            "A server of --service-turns-per-s starts no turn sooner because of hits: they save time to first token "
-            "after the queue, and none in it. Leave the option out for a GPU that hits make faster."
-        )
-    return tuple(notes)

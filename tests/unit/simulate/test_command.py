@@ -158,6 +158,7 @@ def test_people_get_a_table() -> None:
         (("--false-hints", "0.5"), "--false-hints: is the share of wrong hints: give --typing-lead-s too"),
         (("--format", "azure"), "--format: is for files; sharegpt is generated"),
         (("--policy", "lru,belady"), f"--policy: no policy is called 'belady'; choose from {', '.join(CONTENDERS)}"),
+        (("--policy", "distribution-bound"), "--policy: 'distribution-bound' is called ages-only now"),
         (("--policy", "lru,fifo,lru"), "--policy: 'lru' is given more than once"),
         (("--policy", ""), "--policy: no policy is called ''"),
         (("--sweep", "ssd"), "--sweep: selects what --plot draws: give --plot too"),

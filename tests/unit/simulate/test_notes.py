@@ -1,4 +1,4 @@
-"""The server's share of the load, and the notes that say that it does not keep up or cannot gain by hits."""
+"""The server's share of the load, and the notes on what the figures of a run mean."""
 
 from __future__ import annotations
 
@@ -71,3 +71,12 @@ def test_a_server_of_fixed_rate_is_noted_as_one_that_hits_do_not_speed_up() -> N
     assert "A server of --service-turns-per-s starts no turn sooner" in run(*load, "--service-turns-per-s", "9").stdout
     assert "Note" not in run(*load).stdout
     assert json.loads(run(*load, "--json").stdout)[0]["notes"] == ""
+
+
+def test_an_optimum_of_everything_is_noted_as_no_bar_and_one_of_less_is_not() -> None:
+    load = ("--trace", "people", "--sessions", "30", "--kv-mb-per-token", "0.125", "--ssd-gb")
+    ample, none = (simulated(*load, ssd, "--policy", "optimum", "--dram-gb", "2")[0] for ssd in ("1000", "0"))
+
+    assert ample["dram_on_time"] > 0.999 > none["dram_on_time"]
+    assert ample["notes"].startswith("optimum has all history in DRAM on time by construction")
+    assert none["notes"] == ""
