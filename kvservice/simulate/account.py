@@ -64,7 +64,8 @@ class Account:
         self._live_since_s = 0.0
         self._live_byte_s = 0.0
         self._start_s = 0.0
-        self._start_bytes = (0, 0, 0, 0.0)
+        self._start_bytes = (0, 0, 0, 0)
+        self._start_read_s = 0.0
 
     def start(self, store: StoreModel, now_s: float) -> None:
         """The warm-up is over."""
@@ -72,7 +73,8 @@ class Account:
         self._live_byte_s = 0.0
         self._start_s = now_s
         channel = store.channel
-        self._start_bytes = (channel.read_bytes, channel.written_bytes, store.promoted_unused_bytes, channel.read_s)
+        self._start_bytes = _bytes_of(store)
+        self._start_read_s = channel.read_s
 
     def to_compute(self, turn: int, number: int) -> int:
         """Tokens that the dispatch computes if it reads all that is on SSD."""
@@ -121,9 +123,9 @@ class Account:
         gpu_hours = self._gpu_s * machine.gpus / 3600
         elapsed_s = max(now_s - self._start_s, 1e-9)
         channel = store.channel
-        read, written, unused, read_s = self._start_bytes
-        read_gb = (channel.read_bytes - read) / GIB
-        written_gb = (channel.written_bytes - written) / GIB
+        read_gb, written_gb, unused_gb, dropped_gb = (
+            (now - then) / GIB for now, then in zip(_bytes_of(store), self._start_bytes, strict=True)
+        )
         hits = self.on_time + self.late + self.ssd
         known = max(self.units_with_history, 1)
         ttft_p50, ttft_p99 = _quantiles(ttft_s)
@@ -155,16 +157,23 @@ class Account:
             read_gb=read_gb,
             ssd_written_gb=written_gb,
             moved_gb=read_gb + written_gb,
-            promoted_unused_gb=(store.promoted_unused_bytes - unused) / GIB,
+            promoted_unused_gb=unused_gb,
+            writes_dropped_gb=dropped_gb,
             queue_p50=queue_p50,
             queue_p99=queue_p99,
             server_share=min(1.0, (ends_s - begins_s) / max(now_s - begins_s, 1e-9)) if workload.turns else 1.0,
             live_gb_mean=self._live_byte_s / elapsed_s / GIB,
-            read_busy=min(1.0, (channel.read_s - read_s) / elapsed_s),
+            read_busy=min(1.0, (channel.read_s - self._start_read_s) / elapsed_s),
             simulated_s=elapsed_s,
             seconds=seconds,
             turns_simulated_per_s=self.dispatched / max(seconds, 1e-9),
         )
+
+
+def _bytes_of(store: StoreModel) -> tuple[int, int, int, int]:
+    """Bytes since the start: read, written, promoted and not used, not written in time."""
+    channel = store.channel
+    return channel.read_bytes, channel.written_bytes, store.promoted_unused_bytes, store.writes_dropped_bytes
 
 
 def _mean(values: NDArray[Any]) -> float:

@@ -41,6 +41,7 @@ class Result:
     ssd_written_gb: float
     moved_gb: float  # Both together.
     promoted_unused_gb: float  # Promoted, and evicted from DRAM before a request used it.
+    writes_dropped_gb: float  # Left DRAM before write-behind had written it: reads had the SSD. It is lost.
     queue_p50: float
     queue_p99: float
     server_share: float  # What the server takes of what comes, 0 to 1; 1 if it keeps up. Over the whole run.

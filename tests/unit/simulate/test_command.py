@@ -23,7 +23,8 @@ from kvservice.simulate.settings import GIB, MIB, Machine
 
 KEYS = {
     "policy", "hit_rate", "hit_rate_history", "dram_on_time", "dram_late", "ssd", "miss", "ttft_p50_s", "ttft_p99_s",
-    "ssd_written_gb", "moved_gb", "queue_p50", "turns", "turns_simulated_per_s",
+    "ssd_written_gb", "moved_gb", "promoted_unused_gb", "writes_dropped_gb",
+    "recomputed_hits", "server_share", "queue_p50", "turns", "turns_simulated_per_s",
 }  # fmt: skip
 SMALL = ("--sessions", "80", "--dram-gb", "8", "--ssd-gb", "64", "--service-turns-per-s", "3")
 

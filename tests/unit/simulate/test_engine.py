@@ -122,6 +122,18 @@ def test_what_leaves_dram_while_too_much_is_owed_is_lost() -> None:
     turns = sessions(Request(A, 0.0), Request(B, 2.0), Request(A, 20.0))
     result = simulate(turns, machine(dram_bytes=60, ssd_bytes_per_s=0.1), "lru")
     assert shares(result) == (0, 0, 0, 1)
+    assert result.writes_dropped_gb * 2**30 == 200  # A, B, and A again with its second turn.
+    assert simulate(turns, machine(dram_bytes=60), "lru").writes_dropped_gb == 0
+    assert simulate(turns, machine(dram_bytes=60, ssd_bytes=0), "lru").writes_dropped_gb == 0
+
+
+def test_writes_that_reads_leave_no_time_for_are_counted_as_dropped() -> None:
+    # A is read from 260 s to 310 s. What eight others store meanwhile cannot be written, and a large one replaces it.
+    others = [*(Request(C + number, 262.0 + 2 * number) for number in range(8)), Request(20, 300.0, new_tokens=480)]
+    turns = sessions(Request(A, 0.0, new_tokens=480), Request(B, 100.0), Request(A, 260.0, new_tokens=1), *others)
+    starved = simulate(turns, machine(dram_bytes=521), "lru")
+    assert 250 <= starved.writes_dropped_gb * 2**30 <= 350  # 400 bytes, less the ten seconds' worth that are deferred.
+    assert simulate(turns, machine(dram_bytes=521, ssd_bytes_per_s=1000.0), "lru").writes_dropped_gb == 0
 
 
 def test_what_ssd_has_no_room_for_replaces_what_is_worth_least() -> None:
