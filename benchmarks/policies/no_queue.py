@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.policies import Options
 from benchmarks.policies.report import Section, percent
-from benchmarks.policies.short_queues import NAMES, RIVALS, SHARES, USER_RATE, Setting
+from benchmarks.policies.short_queues import FORMER_PEOPLE, NAMES, RIVALS, SHARES, USER_RATE, Setting
 from kvservice.simulate.generate import people
 
 UTILISATION = 0.001
@@ -21,7 +21,7 @@ def measure(options: Options) -> Section:
         "Turns with history in DRAM on time, in percent. A fluid calculation with the same gaps gives the values for "
         "LRU and the bound.",
     )
-    load = people(users=users, user_rate=USER_RATE, seed=0)
+    load = people(users=users, user_rate=USER_RATE, **FORMER_PEOPLE, seed=0)
     table = []
     for share in SHARES:
         setting = Setting.of(load, UTILISATION, share)

@@ -27,11 +27,15 @@ _kept: list[Workload] = []  # Keeps the objects alive, so that the ids in `_runs
 
 
 def paper_machine(ssd_tb: float, dram_gb: float = 128, *, kv_mb: float = 0.78125, **rest: Any) -> Machine:
-    """PAPER's testbed with LLaMA-13B: 0.78 MiB of KV per token, an SSD that moves 5 GiB/s."""
+    """PAPER's testbed with LLaMA-13B: 0.78 MiB of KV per token, an SSD that moves 5 GiB/s, and an engine that waits for
+    KV and reads all that is stored.
+    """
     settings: dict[str, Any] = {
         "service_turns_per_s": PAPER_SERVICE,
         "prefill_tokens_per_s": PAPER_PREFILL,
         "gpus": 2,
+        "always_load": True,
+        "blocking_loads": True,
         **rest,
     }
     return Machine(

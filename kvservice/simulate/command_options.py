@@ -7,7 +7,7 @@ import inspect
 import math
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -71,7 +71,7 @@ def _one_of(name: str, known: Sequence[NameT], kind: str, flag: str) -> NameT:
     raise typer.BadParameter(f"no {kind} is called {name!r}; choose from {', '.join(known)}", param_hint=flag)
 
 
-def _refuse_given(options: object, names: Sequence[str], reason: str) -> None:
+def _refuse_given(options: object, names: Iterable[str], reason: str) -> None:
     """Refuse options that were given, named as the fields of a group."""
     for name in names:
         if getattr(options, name) is not None:
@@ -176,6 +176,27 @@ class LoadOptions:
             show_default="people",
         ),
     ] = None
+    start_tokens: Annotated[
+        float | None,
+        number(
+            "--start-tokens",
+            "People: mean tokens of a first request besides its query: a persona, documents.",
+            _LOAD,
+            most=1e6,
+            show_default="45",
+        ),
+    ] = None
+    answer_share: Annotated[
+        float | None,
+        number(
+            "--answer-share",
+            "People: how much of the variance in the order of think times the answer before them explains; 0: nothing,"
+            " and all users are alike.",
+            _LOAD,
+            most=0.88,
+            show_default="0.62",
+        ),
+    ] = None
     context: Annotated[
         int | None,
         number(
@@ -236,6 +257,7 @@ class LoadOptions:
             raise typer.BadParameter(f"is for files; {self.trace} is generated", param_hint="--format")
         _refuse_given(self, ("block_tokens", "spread_ticks"), f"is for files; {self.trace} is generated")
         shape = _one_of(self.think_shape or "people", SHAPES, "shape", "--think-shape")
+        people = ("start_tokens", "answer_share")
         if self.trace == "people":
             return generate.people(
                 users=self.sessions or 2000,
@@ -243,10 +265,12 @@ class LoadOptions:
                 think_s=self.think_s,
                 shape=shape,
                 context_tokens=self.context or 0,
+                **{name: getattr(self, name) for name in people if getattr(self, name) is not None},
                 typing_lead_s=lead_s,
                 false_hints=self.false_hints,
                 seed=self.seed,
             )
+        _refuse_given(self, people, f"is for people, not for {self.trace}")
         return generate.sharegpt(
             sessions=self.sessions or 9000,
             session_rate=self.session_rate or 1.0,
@@ -260,7 +284,7 @@ class LoadOptions:
 
     def _read(self, lead_s: tuple[float, float] | None) -> Workload:
         generated = f"is for generated load; {self.trace} is a file"
-        _refuse_given(self, ("sessions", "think_s", "think_shape"), generated)
+        _refuse_given(self, ("sessions", "think_s", "think_shape", "start_tokens", "answer_share"), generated)
         _one_of(self.format, traces.FORMATS, "format", "--format")
         try:
             form = traces.format_of(self.trace) if self.format == "auto" else self.format

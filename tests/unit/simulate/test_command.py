@@ -149,6 +149,8 @@ def test_people_get_a_table() -> None:
         (("--think-s", "-1"), "'--think-s': -1 is too small"),
         (("--think-s", "nan"), "'--think-s': nan is not a finite number"),
         (("--think-shape", "square"), "--think-shape: no shape is called 'square'; choose from people, exponential"),
+        (("--start-tokens", "5"), "--start-tokens: is for people, not for sharegpt"),
+        (("--answer-share", "0.9"), "'--answer-share': 0.9 is too large; it must be at most 0.88"),
         (("--context", "-1"), "'--context': -1 is too small"),
         (("--typing-lead-s", "5:2"), "--typing-lead-s: '5:2' ends before it begins"),
         (("--typing-lead-s", "-1:2"), "--typing-lead-s: '-1:2' begins below 0"),
@@ -374,6 +376,7 @@ def test_each_option_of_the_machine_is_the_machines() -> None:
         prefill_tokens_per_s=900,
         gpus=4,
         blocking_loads=True,
+        always_load=True,
         overflow_drops=True,
         session_ttl_s=60,
         decode_tokens_per_s=11,
@@ -391,6 +394,7 @@ def test_each_option_of_the_machine_is_the_machines() -> None:
         decode_tokens_per_s=11,
         batch=5,
         blocking_loads=True,
+        always_load=True,
         overflow_keeps=False,
         session_ttl_s=60,
         gpus=4,
@@ -399,7 +403,7 @@ def test_each_option_of_the_machine_is_the_machines() -> None:
 
 
 def test_each_option_of_the_load_is_the_loads() -> None:
-    told = LoadOptions("sharegpt", "auto", 0, 3, 40, 2.0, 12.0, "lognormal", 1000, "1:2", 0.25)
+    told = LoadOptions("sharegpt", "auto", 0, 3, 40, 2.0, 12.0, "lognormal", None, None, 1000, "1:2", 0.25)
     theirs = generate.sharegpt(
         sessions=40,
         session_rate=2.0,
@@ -417,6 +421,13 @@ def test_each_option_of_the_load_is_the_loads() -> None:
         assert np.array_equal(getattr(ours, name), getattr(theirs, name), equal_nan=True)
     assert np.array_equal(ours.hints.lead_s, theirs.hints.lead_s)
     assert ours.context_tokens == 1000
+
+
+def test_people_start_and_follow_answers_as_the_options_say() -> None:
+    ours = LoadOptions("people", sessions=20, start_tokens=2000.0, answer_share=0.0).workload()
+    theirs = generate.people(users=20, start_tokens=2000.0, answer_share=0.0)
+    assert np.array_equal(ours.new_tokens, theirs.new_tokens) and np.array_equal(ours.think_s, theirs.think_s)
+    assert not np.array_equal(ours.think_s, LoadOptions("people", sessions=20).workload().think_s)
 
 
 def test_a_sweep_changes_one_tier() -> None:

@@ -61,7 +61,7 @@ def test_with_think_times_alone_it_reaches_what_knowing_their_distribution_allow
 
 
 def test_users_with_a_pace_of_their_own_are_known_better_than_by_the_distribution_of_all() -> None:
-    workload = people(users=150, user_rate=0.4, pace_sigma=0.7, seed=4)
+    workload = people(users=150, user_rate=0.4, pace_sigma=0.7, start_tokens=2000, answer_share=0, seed=4)
     on_time = {
         name: result.dram_on_time
         for name, result in played(workload, machine(workload, 0.1), "foresight", "ages-only").items()

@@ -59,7 +59,7 @@ def test_hazards_after_short_and_after_long_answers_are_their_own() -> None:
 
 
 def test_where_gaps_follow_answers_the_bound_that_knows_answers_has_more_on_time() -> None:
-    follow, apart = (people(users=150, user_rate=0.4, answer_power=power, seed=3) for power in (1.0, 0.0))
+    follow, apart = (people(users=150, user_rate=0.4, answer_share=share, seed=3) for share in (0.62, 0.0))
     on_time = {
         (load is follow, name): simulate(load, FEW, name, warmup_turns=load.turns // 4).dram_on_time
         for load in (follow, apart)
