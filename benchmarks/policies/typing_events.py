@@ -5,6 +5,7 @@ from __future__ import annotations
 from benchmarks.policies import Options
 from benchmarks.policies.report import Section, percent
 from benchmarks.policies.short_queues import (
+    FORMER_OPTIONS,
     FORMER_PEOPLE,
     LOADS,
     TURNS,
