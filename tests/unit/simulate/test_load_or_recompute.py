@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kvservice.policy import LruPolicy
 from kvservice.simulate.engine import Engine, simulate
 from kvservice.simulate.load_or_recompute import LoadOrRecompute, Read
-from kvservice.simulate.settings import Machine
+from kvservice.simulate.settings import GIB, MIB, Machine
 from kvservice.simulate.workload import Workload
 from tests.workloads import Request, machine, path_workloads, paths, session_workloads, sessions
 
@@ -84,6 +84,16 @@ def test_the_decision_counts_the_tokens_that_are_computed_in_any_case() -> None:
 
     assert decision.read(1000, new_tokens=1) == Read(770, 230)
     assert decision.read(1000, new_tokens=10_000) == Read(1000, 0)
+
+
+def test_the_plan_of_the_page_on_policies_is_the_simulators() -> None:
+    """docs/policies.md: 2,048 tokens of 13B KV on an SSD that is busy for 0.1 s."""
+    kv_bytes = round(0.78125 * MIB)
+    on = Machine(0, GIB, 5 * GIB, kv_bytes)
+    channel = Engine(sessions(), on, LruPolicy()).store.channel
+    channel.read_now(GIB // 2)
+
+    assert LoadOrRecompute(on, channel).read(2048 * kv_bytes, new_tokens=40) == Read(512 * kv_bytes, 1536)
 
 
 @settings(max_examples=100, deadline=None)
