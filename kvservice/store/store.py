@@ -223,7 +223,7 @@ class BlockStore:
             slots=limits.transfer_slots,
             frame_bytes=limits.frame_bytes,
         )
-        self._in_place_reads = InPlaceReads(self._lifecycle, dram, self._promoter, counters, executor)
+        self._in_place_reads = InPlaceReads(self._lifecycle, dram, self._promoter, clock, counters, executor)
         self._in_place_uploads = InPlaceUploads(self._uploads, dram, self._tasks, offered=limits.writes_in_place)
         self._scrub = Scrub(
             self._lifecycle, dram, clock, counters, executor, bytes_per_second=limits.scrub_bytes_per_second
@@ -484,9 +484,17 @@ class BlockStore:
         return part
 
     def export_lease(self, caller: Caller, lease_id: int, ttl_s: float, adoptions: int) -> tuple[bytes, float]:
-        """A ticket for the lease's blocks, and the seconds for which it holds them. Raises as `Tickets.export`."""
+        """A ticket for the lease's blocks, and the seconds for which it holds them. Raises as `Tickets.export`.
+
+        A ticket is made for a load that is about to come: blocks that DRAM lacks are promoted from now on.
+        """
         ttl_s = self._granted(ttl_s, "ttl_ms is 0", "ttl_ms")
-        return self._tickets.export(caller, lease_id, ttl_s, adoptions), ttl_s
+        ticket = self._tickets.export(caller, lease_id, ttl_s, adoptions)
+        rows = self._leases.get(caller, lease_id).held_rows
+        missing = rows[~self._blocks.lie_in(rows, self._blocks.first_tier)].tolist()
+        if missing and self._promoter is not None:
+            self._promoter.prefetch(missing, within_s=0.0)
+        return ticket, ttl_s
 
     async def adopt(
         self, caller: Caller, ticket: bytes, fingerprint: bytes, shard: Shard | None, lease_ttl_s: float

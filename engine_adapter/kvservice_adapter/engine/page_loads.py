@@ -21,12 +21,16 @@ from kvservice_api.errors import (
     Cancelled,
     ChecksumMismatch,
     DeadlineExceeded,
+    LeaseExpired,
     NotShared,
     StorageFailed,
 )
-from kvservice_client import BlockCache, Lease
+from kvservice_client import BlockCache, Clock, Lease
 
 _COPIED_S = 30.0  # For the copies of one load, from memory to memory.
+
+
+PageIds = Sequence[Sequence[int]]  # Of one sequence, from its first token on: per group of layers.
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +40,49 @@ class PagedLayers:
     keys: Sequence[ArrayView]
     values: Sequence[ArrayView]
     dtypes: Sequence[str]  # The names of the layers' element types in their layout.
+    groups: Sequence[int]  # Of each layer: layers of one group have the same tokens in pages of the same numbers.
 
     def pages(
-        self, layer: int, page_ids: Sequence[int], first_token: int = 0, copied: tuple[int, int] | None = None
+        self, layer: int, page_ids: PageIds, first_token: int = 0, copied: tuple[int, int] | None = None
     ) -> Pages:
         """Tokens of one sequence: `Pages`."""
-        return Pages(self.keys[layer], self.values[layer], page_ids, first_token, self.dtypes[layer], copied)
+        of_group = page_ids[self.groups[layer]]
+        return Pages(self.keys[layer], self.values[layer], of_group, first_token, self.dtypes[layer], copied)
+
+    @property
+    def token_bytes(self) -> int:
+        """Of one token in all layers, as it is stored."""
+        no_pages: PageIds = [()] * (max(self.groups) + 1)
+        return sum(self.pages(layer, no_pages).token_bytes for layer in range(len(self.keys)))
+
+
+class AnswerWait:
+    """How long a step waits for a daemon that does not answer: from the step's begin, and again after each answer.
+
+    The loads of one step share it. Any thread may call it.
+    """
+
+    def __init__(self, allowed_s: float, clock: Clock, *, used_s: float = 0.0) -> None:
+        """Of the first wait, `used_s` have passed."""
+        self.allowed_s = allowed_s
+        self._clock = clock
+        self._end_s = clock.now_s() + allowed_s - used_s
+
+    @property
+    def remaining_s(self) -> float:
+        return max(0.0, self._end_s - self._clock.now_s())
+
+    def restart(self) -> None:
+        """The daemon has answered, or was not asked until now."""
+        self._end_s = self._clock.now_s() + self.allowed_s
 
 
 class Waits(NamedTuple):
     """How long a load waits for the daemon, in seconds."""
 
-    first_s: float  # For the lease, and for the place of its blocks.
+    answer: AnswerWait  # For the lease, and for the place of its blocks.
     layer_s: float  # For each layer.
+    idle_s: float  # For each layer while the daemon sends nothing.
 
 
 class PrefixLoad:
@@ -71,20 +105,28 @@ class PrefixLoad:
         self._blocks = blocks
         self._ticket = ticket
         self._tokens = tokens
-        self._waits = waits
+        self.waits = waits
         self._release = release
         self._events: list[Event] = []
         self._lease: Lease | None = None
         self._is_cancelled = False
         self._copies = threading.Lock()  # Of the events: no copy begins after `stop`.
         self.size_bytes = 0  # Of the layers begun so far.
+        self.transport = ""  # By which they come: "shm" or "grpc".
         self.valid_tokens = 0  # After an error: how many tokens of the prefix, from its first on, are in the pages.
 
-    def pages_of_layer(self, layers: PagedLayers, page_ids: Sequence[int]) -> PagesOfLayer:
-        """Where the tokens go. `page_ids` are the sequence's pages, from its first token on."""
+    def pages_of_layer(
+        self, layers: PagedLayers, page_ids: PageIds, begins: Sequence[int] | None = None
+    ) -> PagesOfLayer:
+        """Where the tokens go. With `begins` only those from a token on are written, per group of layers."""
         begin, end = self._tokens
         first = self._first_block * self._blocks.layout.block_tokens
-        return lambda layer: layers.pages(layer, page_ids, first, (begin - first, end - first))
+
+        def pages(layer: int) -> Pages:
+            from_token = begin if begins is None else begins[layers.groups[layer]]
+            return layers.pages(layer, page_ids, first, (from_token - first, end - first))
+
+        return pages
 
     def cancel(self) -> None:
         """End the load soon: the iterator raises Cancelled. From any thread; does not wait."""
@@ -108,10 +150,12 @@ class PrefixLoad:
         """As `LayerSource.begin`, on any thread. `next` may also be called before the event before it is done.
 
         The last layer is there once all copies are done and can be trusted; before that the iterator raises a KVError.
-        If one block is damaged, or cannot be read, those before it are loaded to the end: `valid_tokens`. Raises
-        ValueError for pages of another geometry.
+        If one block is damaged, was removed, or cannot be read, those before it are loaded to the end: `valid_tokens`.
+        Raises ValueError for pages of another geometry.
         """
-        lease = self._lease = self._blocks.adopt(self._ticket, timeout_s=self._waits.first_s)
+        answer = self.waits.answer
+        lease = self._lease = self._blocks.adopt(self._ticket, timeout_s=answer.remaining_s)
+        answer.restart()
         if self._is_cancelled:
             lease.cancel()
         try:
@@ -124,10 +168,11 @@ class PrefixLoad:
                 for begun in self._all_layers(lease, end_block, pages_of_layer):
                     yield begun
                     given += 1
-            except (ChecksumMismatch, StorageFailed) as error:
+            except (ChecksumMismatch, StorageFailed, LeaseExpired) as error:
                 bad_block = int(error.details.get("block", 0))
                 if bad_block <= self._first_block:
                     raise
+                answer.restart()
                 for layer, begun in enumerate(self._all_layers(lease, bad_block, pages_of_layer)):
                     if given <= layer < self._blocks.shard.layers - 1:
                         yield begun
@@ -143,13 +188,18 @@ class PrefixLoad:
         first, layers = self._first_block, self._blocks.shard.layers
         count = end_block - first
         token_counts = lease.token_counts[first:end_block]
-        first_s, layer_s = self._waits
+        answer, layer_s, idle_s = self.waits
         try:
-            view = lease.view(first, count, first_s, verify="always", layer_timeout_s=layer_s)
+            view = lease.view(
+                first, count, answer.remaining_s, verify="always", layer_timeout_s=layer_s, idle_timeout_s=idle_s
+            )
+            self.transport = "shm"
         except NotShared:
-            loaded = lease.load(first_block=first, block_count=count, layer_timeout_s=layer_s)
+            self.transport = "grpc"
+            loaded = lease.load(first_block=first, block_count=count, layer_timeout_s=layer_s, idle_timeout_s=idle_s)
             with closing(loaded):
                 for each in loaded:
+                    answer.restart()
                     begun = self._copy(each.index, each.data, token_counts, pages_of_layer)
                     if each.index == layers - 1:
                         self._finish()
@@ -157,7 +207,9 @@ class PrefixLoad:
             return
         with view:
             for layer in range(layers):
-                begun = self._copy(layer, view.slices(layer), token_counts, pages_of_layer)
+                slices = view.slices(layer)
+                answer.restart()
+                begun = self._copy(layer, slices, token_counts, pages_of_layer)
                 if layer == layers - 1:
                     self._finish()
                     view.check()

@@ -157,12 +157,15 @@ class Promoter:
 
     async def promote(self, rows: Sequence[int], *, within_s: float, wait: bool) -> None:
         """Promote the rows that are only in slower tiers. With `wait`, return once each has succeeded or failed."""
-        begin = self._begin(rows, within_s=within_s)
         if not wait:
-            self._tasks.start(begin, "prefetch")
+            self.prefetch(rows, within_s=within_s)
             return
-        for each in (await begin).values():
+        for each in (await self._begin(rows, within_s=within_s)).values():
             await each.done.wait()
+
+    def prefetch(self, rows: Sequence[int], *, within_s: float) -> None:
+        """As `promote` without `wait`. Called on the event loop."""
+        self._tasks.start(self._begin(rows, within_s=within_s), "prefetch")
 
     async def _begin(self, rows: Sequence[int], *, within_s: float) -> dict[int, PendingPromotion]:
         """Start to read the rows that are only in slower tiers. A row that is being promoted is not read twice.

@@ -16,10 +16,11 @@ from kvservice_adapter.breaker import Breaker, answered, probe_of
 from kvservice_adapter.connectors.vllm.metadata import FailedLoad, PageLoadOrder, PageSaveOrder, StepOrders, StepReport
 from kvservice_adapter.connectors.vllm.model_layout import ModelRefused, check_window, layout_of, shard_of
 from kvservice_adapter.connectors.vllm.page_layouts import UnsupportedPages, check_backend, proven_views
+from kvservice_adapter.connectors.vllm.request_progress import EndedLoad
 from kvservice_adapter.connectors.vllm.settings import ConnectorSettings, LoadMode
 from kvservice_adapter.connectors.vllm.stats import TransferStats
 from kvservice_adapter.device.arrays import view_of
-from kvservice_adapter.engine.page_loads import PagedLayers, PrefixLoad, Waits, release_on
+from kvservice_adapter.engine.page_loads import AnswerWait, PagedLayers, PrefixLoad, Waits, release_on
 from kvservice_adapter.engine.page_saves import Gathering, PageSave, PageSaver
 from kvservice_adapter.load import LayerLoader, LoadFailed
 from kvservice_adapter.torch_device import device_for
@@ -52,12 +53,13 @@ class WorkerRole:
         self._clock = self._client.clock
         self._blocks = self._client.open_layout(self.layout, self._shard)
         self._breaker = Breaker(probe_of(self._blocks), clock=self._clock)
-        self._waits = Waits(settings.wait_s, settings.layer_wait_s)
+        self._answer_wait = self._new_wait()
         self._lines = RateLimitedLog(log)
         self._layers: PagedLayers | None = None
         self._lock = threading.Lock()  # Of what loads between steps report.
         self._finished: set[str] = set()
         self._bad_pages: set[int] = set()
+        self._failed_requests: set[str] = set()
         self._report = StepReport()
         self._stats = TransferStats()
         self._loaders: list[tuple[PageLoadOrder, PrefixLoad, LayerLoader]] = []
@@ -84,15 +86,17 @@ class WorkerRole:
             check_window(name, window, self.layout.group_of(layer).window, model_tokens)
             check_backend(name, modules[name])
             views = proven_views(name, modules[name], kv_caches[name], spec.head_size, spec.head_size_v)
-            if views.keys.shape[2] != place.page_tokens:
-                raise UnsupportedPages(f"{name} has pages of {views.keys.shape[2]} tokens, not {place.page_tokens}")
+            page_tokens = place.groups[place.group_of_layer[layer]].page_tokens
+            if views.keys.shape[2] != page_tokens:
+                raise UnsupportedPages(f"{name} has pages of {views.keys.shape[2]} tokens, not {page_tokens}")
             keys.append(view_of(views.keys))
             values.append(view_of(views.values))
             dtypes.append(str(spec.dtype).removeprefix("torch."))
-        self._layers = PagedLayers(keys, values, dtypes)
+        self._layers = PagedLayers(keys, values, dtypes, place.group_of_layer)
         device = device_for(next(iter(kv_caches.values())).device)
         self._device = device
         self._copying, self._loading = device.stream("kvservice-copy"), device.stream("kvservice-load")
+        self._loading_between_steps = device.stream("kvservice-load-between")  # They may wait longer than a step.
         self._release = release_on(device.stream("kvservice-release"))
         self._layer_of_name = {name: index for index, name in enumerate(place.names)}
         if self._settings.save and self._is_writer:
@@ -103,7 +107,6 @@ class WorkerRole:
                 self._breaker,
                 self._clock,
                 staging_bytes=self._settings.staging_bytes,
-                reserve_s=self._settings.wait_s / 2,
                 on_saved=self._saved,
             )
         threading.Thread(target=self._attach, name="kvservice-start", daemon=True).start()
@@ -134,13 +137,14 @@ class WorkerRole:
         freed = self._gather([save for save in orders.saves if save.is_freed])
         self._gathering = self._gather([save for save in orders.saves if not save.is_freed])
         self._wait(freed)
-        self._is_silent = self._saver is not None and self._saver.is_silent
+        self._answer_wait = self._new_wait(0.0 if freed is None else freed.gathering.unanswered_s)
 
     def _gather(self, orders: list[PageSaveOrder]) -> _Gathered | None:
         if self._saver is None or not orders:
             return None
         saves = [PageSave(order.chain, order.first_token, order.page_ids) for order in orders]
-        return _Gathered(self._saver.gather(saves), {order.chain.keys[-1]: order.request_id for order in orders})
+        gathering = self._saver.gather(saves, self._settings.wait_s / 2)  # The loads of the step have the other half.
+        return _Gathered(gathering, {order.chain.keys[-1]: order.request_id for order in orders})
 
     def _wait(self, gathered: _Gathered | None) -> None:
         """Until vLLM may write into the pages."""
@@ -160,7 +164,7 @@ class WorkerRole:
         """False if the step of these orders has begun already."""
         if orders is self._orders:
             return False
-        self._orders, self._is_silent = orders, False
+        self._orders, self._is_silent, self._answer_wait = orders, False, self._new_wait()
         self._open = {order.request_id: order for order in orders.loads}
         return True
 
@@ -173,13 +177,16 @@ class WorkerRole:
             elif not self._may_ask:
                 self._failed(order, "the daemon did not answer lately: it is not asked", is_unanswered=True)
             elif order.mode is LoadMode.BETWEEN_STEPS:
-                load = self._between_steps[order.request_id] = self._load(order)
-                self._loading.submit(partial(self._load_between_steps, order, load))
+                waits = Waits(self._new_wait(), self._settings.layer_wait_s, self._settings.layer_wait_s)
+                load = self._between_steps[order.request_id] = self._load(order, waits)
+                self._loading_between_steps.submit(partial(self._load_between_steps, order, load))
                 self._open.pop(order.request_id)  # From now on it is reported by the loading thread.
             elif order.mode is LoadMode.LAYERS:
                 self._loaders.append((order, *self._begin_layers(order)))
             else:
-                self._load_whole(order, self._load(order))
+                self._load_whole(order, self._load(order, self._waits_of_step))
+                if not self._is_silent:
+                    self._answer_wait.restart()  # Its copies were no wait for the daemon.
         for request_id in orders.cancelled:
             if (running := self._between_steps.get(request_id)) is not None:
                 running.cancel()
@@ -188,25 +195,35 @@ class WorkerRole:
     def _may_ask(self) -> bool:
         return self._breaker.allow() and not self._is_silent
 
-    def _load(self, order: PageLoadOrder) -> PrefixLoad:
-        tokens = (order.first_token, order.end_token)
-        return PrefixLoad(self._copying, self._blocks, order.ticket, tokens, self._waits, self._release)
+    def _new_wait(self, used_s: float = 0.0) -> AnswerWait:
+        return AnswerWait(self._settings.wait_s, self._clock, used_s=used_s)
+
+    @property
+    def _waits_of_step(self) -> Waits:
+        return Waits(self._answer_wait, self._settings.layer_wait_s, self._settings.wait_s)
+
+    def _load(self, order: PageLoadOrder, waits: Waits) -> PrefixLoad:
+        tokens = (min(order.begins), order.end_token)
+        return PrefixLoad(self._copying, self._blocks, order.ticket, tokens, waits, self._release)
 
     def _load_whole(self, order: PageLoadOrder, load: PrefixLoad) -> None:
         assert self._layers is not None
         began_s = self._clock.now_s()
         try:
-            for _ in load.begin(load.pages_of_layer(self._layers, order.page_ids)):
+            for _ in load.begin(load.pages_of_layer(self._layers, order.page_ids, order.begins)):
                 pass
         except Exception as error:
-            self._load_ended(order, 0, 0.0, error, load.valid_tokens)
+            self._load_failed(order, error, load.valid_tokens)
         else:
-            self._load_ended(order, load.size_bytes, self._clock.now_s() - began_s, None)
+            seconds = self._clock.now_s() - began_s
+            waited_s = 0.0 if order.mode is LoadMode.BETWEEN_STEPS else seconds
+            self._load_ended(order, EndedLoad(order.request_id, load.size_bytes, seconds, waited_s, load.transport))
 
     def _load_between_steps(self, order: PageLoadOrder, load: PrefixLoad) -> None:
         """On the loading stream's thread. Every end is reported: else the request never runs."""
         try:
             if self._breaker.allow():
+                load.waits.answer.restart()  # Loads before it used this thread.
                 self._load_whole(order, load)
             else:
                 self._failed(order, "the daemon did not answer lately: it is not asked", is_unanswered=True)
@@ -218,15 +235,15 @@ class WorkerRole:
 
     def _begin_layers(self, order: PageLoadOrder) -> tuple[PrefixLoad, LayerLoader]:
         assert self._layers is not None
-        load = self._load(order)
+        load = self._load(order, self._waits_of_step)
         loader = LayerLoader(
             self._device,
             self._loading,
             load,
-            load.pages_of_layer(self._layers, order.page_ids),
+            load.pages_of_layer(self._layers, order.page_ids, order.begins),
             layer_count=self._shard.layers,
             buffer_layers=self._shard.layers,  # They go straight into the pages: nothing is buffered.
-            wait_s=self._waits.first_s + self._waits.layer_s,
+            wait_s=self._settings.wait_s + self._settings.layer_wait_s,
             clock=self._clock,
         )
         loader.start()
@@ -243,12 +260,13 @@ class WorkerRole:
             except LoadFailed as error:
                 loader.cancel()
                 load.stop()  # vLLM computes into the pages after this.
-                self._load_ended(order, 0, 0.0, error, load.valid_tokens)
+                self._load_failed(order, error, load.valid_tokens)
                 continue
             running.append((order, load, loader))
             if layer + 1 == self._shard.layers:
                 report = loader.report
-                self._load_ended(order, report.size_bytes, report.busy_s, None)
+                times = report.busy_s, sum(report.waited_s)
+                self._load_ended(order, EndedLoad(order.request_id, report.size_bytes, *times, load.transport))
         self._loaders = running if layer + 1 < self._shard.layers else []
 
     def end_step(self) -> None:
@@ -262,23 +280,27 @@ class WorkerRole:
         for order, load, loader in loaders:
             loader.cancel()
             load.stop()
-            self._load_ended(order, 0, 0.0, error)
+            self._load_failed(order, error)
 
     # What is reported after a step
 
-    def take_finished(self) -> set[str]:
+    def take_finished(self) -> tuple[set[str], set[str]]:
         """Requests whose loads between steps have ended, with or without success. vLLM ends if it gets one twice.
+
+        And those of them that vLLM has to compute from their first token, because bad pages cannot say which of their
+        tokens are missing.
 
         The forward has ended, also where vLLM calls `wait_for_save` after this: with speculative decoding.
         """
         self._end_layers(LoadFailed("the forward ended before all layers were loaded"))
         return self.finished_anyway()
 
-    def finished_anyway(self) -> set[str]:
+    def finished_anyway(self) -> tuple[set[str], set[str]]:
         """What `take_finished` returns, if that has raised."""
         with self._lock:
             finished, self._finished = self._finished, set()
-        return finished
+            failed, self._failed_requests = self._failed_requests, set()
+        return finished, failed
 
     def take_bad_pages(self) -> set[int]:
         return self._taken_bad_pages()
@@ -309,7 +331,7 @@ class WorkerRole:
 
     def pages_in_doubt(self) -> set[int]:
         """What `take_bad_pages` returns, if that has raised: with all pages that this step's loads were to fill."""
-        orders = self._orders.loads if self._orders is not None else []
+        orders = self._orders.loads if self._orders is not None and self._place.is_plain else []
         return {page for order in orders for page in self._pages_of(order, order.first_token)} | self._taken_bad_pages()
 
     def count_error(self) -> None:
@@ -326,17 +348,16 @@ class WorkerRole:
         self._breaker.close(0.0)
         self._client.close()
 
-    def _load_ended(
-        self, order: PageLoadOrder, size_bytes: int, seconds: float, error: Exception | None, valid_tokens: int = 0
-    ) -> None:
+    def _load_ended(self, order: PageLoadOrder, load: EndedLoad) -> None:
         """On any thread."""
-        if error is None:
-            self._breaker.record(True)
-            with self._lock:
-                self._end(order)
-                self._report.loaded.append((order.request_id, size_bytes, seconds))
-                self._stats.count(loads=1, loaded_bytes=size_bytes, load_seconds=seconds)
-            return
+        self._breaker.record(True)
+        with self._lock:
+            self._end(order)
+            self._report.loaded.append(load)
+            self._stats.count(loads=1, loaded_bytes=load.size_bytes, load_seconds=load.seconds)
+
+    def _load_failed(self, order: PageLoadOrder, error: Exception, valid_tokens: int = 0) -> None:
+        """On any thread."""
         cause = error.__cause__ if isinstance(error, LoadFailed) and error.__cause__ is not None else error
         is_unanswered = isinstance(cause, LoadFailed) or (isinstance(cause, KVError) and not answered(cause))
         if not isinstance(cause, Cancelled):  # That says nothing of the daemon.
@@ -348,11 +369,16 @@ class WorkerRole:
 
     def _failed(self, order: PageLoadOrder, reason: str, *, is_unanswered: bool, valid_tokens: int = 0) -> None:
         """`valid_tokens` of the request, from its first token on, were loaded all the same."""
-        begin, end = max(order.first_token, valid_tokens), order.end_token
+        # With several groups, or pages that were freed, vLLM computes the request from its first token.
+        begin = max(order.first_token, valid_tokens) if self._place.is_plain else 0
+        end = order.end_token
         self._lines.warning("%d tokens of a prefix of %d are computed, not loaded: %s", end - begin, end, reason)
         with self._lock:
             self._is_silent |= is_unanswered
-            self._bad_pages.update(self._pages_of(order, begin))
+            if self._place.is_plain:
+                self._bad_pages.update(self._pages_of(order, begin))
+            else:
+                self._failed_requests.add(order.request_id)
             self._end(order)
             self._report.failed.append(FailedLoad(order.request_id, order.attempt, begin, reason, is_unanswered))
             self._stats.count(failed_loads=1)
@@ -364,9 +390,9 @@ class WorkerRole:
             self._finished.add(order.request_id)
 
     def _pages_of(self, order: PageLoadOrder, first_token: int) -> tuple[int, ...]:
-        """The pages into which it loads, from the one with this token on."""
-        size = self._place.page_tokens
-        return order.page_ids[first_token // size : -(-order.end_token // size)]
+        """The pages into which it loads, from the one with this token on; where one group keeps its pages."""
+        (group,) = self._place.groups
+        return order.page_ids[0][first_token // group.page_tokens : -(-order.end_token // group.page_tokens)]
 
 
 def _client_name(vllm_config: Any) -> str:
