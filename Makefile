@@ -80,8 +80,8 @@ bench: .venv/installed-dev ## Measure against the hardware's limits, and write d
 bench-adapter: .venv/installed-demo ## Measure the adapter on a real model, and write docs/benchmarks.md
 	@$(BIN)/python -m benchmarks.adapter --write docs/benchmarks.md $(ARGS)
 
-simulate: .venv/installed-dev ## Try the placement policies, and write docs/policies.md (ARGS='--traces FOLDER')
-	@$(BIN)/python -m benchmarks.policies --write docs/policies.md $(ARGS)
+simulate: .venv/installed-dev ## Try the placement policies, and write docs/policies-experiments.md (ARGS='--traces FOLDER')
+	@$(BIN)/python -m benchmarks.policies --write docs/policies-experiments.md $(ARGS)
 
 clean: ## Remove .venv, .venv-vllm and everything generated
 	rm -rf .venv .venv-vllm .venv-vllm33 dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

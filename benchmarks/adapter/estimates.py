@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from benchmarks.adapter import rig
 from benchmarks.adapter.report import Section
-from kvservice_adapter.cost import Rates
+from kvservice_adapter.rates import Rates
 
 _NEW = (30, 40, 64, 100, 200, 256, 400, 512, 800, 1000, 1500, 2048)
 _CONTEXTS = (0, 0, 256, 512, 1000, 2048, 3000)

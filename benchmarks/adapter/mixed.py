@@ -15,7 +15,8 @@ from benchmarks.adapter import rig
 from benchmarks.adapter.report import Section
 from examples.models import load_model
 from kvservice_adapter.connectors.transformers import Restored, TransformersConnector
-from kvservice_adapter.cost import Kind, Plan, Rates
+from kvservice_adapter.rates import Rates
+from kvservice_api.cost import Kind, Plan
 from kvservice_client import Client
 
 _BLOCK_TOKENS = 64

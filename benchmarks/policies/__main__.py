@@ -1,4 +1,4 @@
-"""``python -m benchmarks.policies``: runs the experiments of docs/policies.md."""
+"""``python -m benchmarks.policies``: runs the experiments of docs/policies-experiments.md."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def measure(options: Options) -> Section:
     section.commands = [
         f"kvctl simulate --trace sharegpt --sessions {load.sessions} --policy lookahead,lru,fifo,foresight,optimum "
         f"--dram-gb {128 * scale:g} --ssd-gb {2048 * scale:g} --ssd-gbps 5 --kv-mb-per-token 0.78125 "
-        f"--service-turns-per-s 1.9 --warmup-turns {warmup}"
+        f"--service-turns-per-s 1.9 --warmup-turns {warmup} --always-load --blocking-loads"
     ]
     if options.pictures is not None:
         lines = [(name, [each[name] for each in found.values()]) for name in (*POLICIES, "optimum")]

@@ -12,7 +12,7 @@ from benchmarks.policies import Options
 from benchmarks.policies.report import Section
 from benchmarks.policies.runs import paper_load, paper_machine, shrunk
 from benchmarks.policies.shared_prefixes import KV_BYTES, TRACE, first_part
-from benchmarks.policies.short_queues import USER_RATE, machine
+from benchmarks.policies.short_queues import FORMER_PEOPLE, USER_RATE, machine
 from kvservice.simulate import traces
 from kvservice.simulate.engine import simulate
 from kvservice.simulate.generate import people
@@ -25,10 +25,10 @@ ROUNDS = 3
 _MANY = """
 import json, resource, sys
 from kvservice.simulate.engine import simulate
-from benchmarks.policies.short_queues import machine
+from benchmarks.policies.short_queues import FORMER_PEOPLE, machine
 from kvservice.simulate.generate import people
 from kvservice.simulate.settings import GIB
-load = people(users=int(sys.argv[1]), user_rate=0.2)
+load = people(users=int(sys.argv[1]), user_rate=0.2, **FORMER_PEOPLE)
 found = simulate(load, machine(8 * GIB, 0.9), "lru")
 peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps([load.turns, found.turns_simulated_per_s, peak_bytes]))
@@ -44,14 +44,14 @@ def measure(options: Options) -> Section:
     )
     scale = shrunk(options.quick)
     overload, _ = paper_load(options.quick)
-    crowd = people(users=300 if options.quick else 1500, user_rate=USER_RATE, seed=1)
+    crowd = people(users=300 if options.quick else 1500, user_rate=USER_RATE, **FORMER_PEOPLE, seed=1)
     where = (
         ("overload", overload, paper_machine(2 * scale, 128 * scale)),
         ("people", crowd, machine(6 * GIB, 0.9)),
     )
     table = []
     for title, load, on in where:
-        for name in ("lru", "fifo", "s3fifo", "lookahead", "foresight", "distribution-bound", "optimum"):
+        for name in ("lru", "fifo", "s3fifo", "lookahead", "foresight", "ages-only", "optimum"):
             speed = _turns_per_s(load, on, name, ROUNDS if name in ("lru", "foresight") and not options.quick else 1)
             table.append((title, f"`{name}`", f"{speed:,.0f}"))
             if name in ("lru", "foresight"):

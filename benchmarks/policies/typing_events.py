@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from benchmarks.policies import Options
 from benchmarks.policies.report import Section, percent
-from benchmarks.policies.short_queues import LOADS, TURNS, USER_RATE, Setting, quick_shares
+from benchmarks.policies.short_queues import (
+    FORMER_OPTIONS,
+    FORMER_PEOPLE,
+    LOADS,
+    TURNS,
+    USER_RATE,
+    Setting,
+    quick_shares,
+)
 from kvservice.simulate.generate import people
 
 LEAD_S = (2.0, 5.0)
@@ -21,7 +29,7 @@ def measure(options: Options) -> Section:
         f"with {FALSE_SHARE:.0%} of the hints wrong, and never. Turns with history in DRAM on time, in percent.",
     )
     loads = {
-        kind: people(users=users, user_rate=USER_RATE, typing_lead_s=lead_s, false_hints=share, seed=3)
+        kind: people(users=users, user_rate=USER_RATE, **FORMER_PEOPLE, typing_lead_s=lead_s, false_hints=share, seed=3)
         for kind, lead_s, share in (("true", LEAD_S, 0.0), ("false", LEAD_S, FALSE_SHARE), ("none", None, 0.0))
     }
     table = []
@@ -76,6 +84,6 @@ def measure(options: Options) -> Section:
         f"kvctl simulate --trace people --sessions {users} --session-rate {USER_RATE:g} --typing-lead-s 2:5 "
         "--false-hints 0.6 --policy foresight,optimum,lru --dram-gb 8 --ssd-gb 102400 --ssd-gbps 5 "
         "--kv-mb-per-token 0.125 "
-        "--service-turns-per-s 4.9"
+        f"--service-turns-per-s 4.9 {FORMER_OPTIONS}"
     ]
     return section

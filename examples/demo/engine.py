@@ -14,8 +14,8 @@ from examples.demo.report import Turn
 from examples.demo.script import BLOCK_TOKENS, Message, assistant
 from examples.models import LoadedModel
 from kvservice_adapter.connectors.transformers import Restored, TransformersConnector
-from kvservice_adapter.cost import Rates
 from kvservice_adapter.engine.request_report import transport_of
+from kvservice_adapter.rates import Rates
 from kvservice_adapter.session import Conversation
 from kvservice_adapter.truncation import kept_tokens
 from kvservice_api.image import block_geometry

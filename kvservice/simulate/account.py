@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvservice.simulate import cost
+from kvservice.simulate.offered_load import unhindered_s
 from kvservice.simulate.result import Result
 from kvservice.simulate.settings import GIB, Machine
 from kvservice.simulate.store_model import StoreModel
@@ -21,7 +22,7 @@ _COLUMNS = {
     "wait_s": np.float32,  # From the request's arrival to its dispatch.
     "load_s": np.float32,  # From its dispatch to the start of its prefill: the time to read what is not in DRAM.
     "history_tokens": np.int64,
-    "missing_tokens": np.int64,  # Tokens of the history in no tier: the engine computes them again.
+    "missing_tokens": np.int64,  # Tokens of the history that the engine computes again.
     "queued": np.int32,  # Requests that wait after it.
 }
 
@@ -43,6 +44,7 @@ class Account:
         self.history_tokens, self.missing_tokens = ints(columns["history_tokens"]), ints(columns["missing_tokens"])
         self._new = ints(workload.new_tokens)
         self._new_is_prompt = workload.shares_prefixes
+        self._block_tokens = workload.block_tokens
         self._link_token_s = machine.kv_bytes_per_token / machine.link_bytes_per_s
         self._token_s = 1.0 / machine.prefill_tokens_per_s
         self._decode_s = 1.0 / (machine.decode_tokens_per_s * machine.batch)
@@ -55,13 +57,15 @@ class Account:
         self.late = 0.0
         self.ssd = 0.0
         self.miss = 0.0
+        self.recomputed = 0.0
         self._gpu_s = 0.0
         self._prefill_s = 0.0
         self._live_bytes = 0
         self._live_since_s = 0.0
         self._live_byte_s = 0.0
         self._start_s = 0.0
-        self._start_bytes = (0, 0, 0, 0.0)
+        self._start_bytes = (0, 0, 0, 0)
+        self._start_read_s = 0.0
 
     def start(self, store: StoreModel, now_s: float) -> None:
         """The warm-up is over."""
@@ -69,18 +73,29 @@ class Account:
         self._live_byte_s = 0.0
         self._start_s = now_s
         channel = store.channel
-        self._start_bytes = (channel.read_bytes, channel.written_bytes, store.promoted_unused_bytes, channel.read_s)
+        self._start_bytes = _bytes_of(store)
+        self._start_read_s = channel.read_s
+
+    def to_compute(self, turn: int, number: int) -> int:
+        """Tokens that the dispatch computes if it reads all that is on SSD."""
+        new = self._new[turn]
+        if self._new_is_prompt:
+            new = max(0, new - self.history_tokens[number])
+        return new + self.missing_tokens[number]
+
+    def recompute(self, number: int, tokens: int) -> None:
+        """The dispatch computes so many tokens again that are on SSD."""
+        self.missing_tokens[number] += tokens
+        if number >= self.warmup_turns:
+            self.recomputed += tokens / (self._block_tokens or self.history_tokens[number])
 
     def prefill_s(self, turn: int, number: int) -> float:
         """Seconds of the dispatch's prefill. The copy of its history from DRAM to the GPU overlaps it."""
-        history, missing = self.history_tokens[number], self.missing_tokens[number]
-        new = self._new[turn]
-        if self._new_is_prompt:
-            new = max(0, new - history)
-        return max((history - missing) * self._link_token_s, (new + missing) * self._token_s)
+        held = self.history_tokens[number] - self.missing_tokens[number]
+        return max(held * self._link_token_s, self.to_compute(turn, number) * self._token_s)
 
     def served(self, number: int, prefill_s: float, output_tokens: int) -> None:
-        """Add the GPU time of a dispatch: its prefill, with the wait for its KV, and its share of batched decoding."""
+        """Add the GPU time of a dispatch: its prefill, with the GPU's wait for its KV, and its share of decoding."""
         if number >= self.warmup_turns:
             self._prefill_s += prefill_s
             self._gpu_s += prefill_s + output_tokens * self._decode_s
@@ -108,14 +123,15 @@ class Account:
         gpu_hours = self._gpu_s * machine.gpus / 3600
         elapsed_s = max(now_s - self._start_s, 1e-9)
         channel = store.channel
-        read, written, unused, read_s = self._start_bytes
-        read_gb = (channel.read_bytes - read) / GIB
-        written_gb = (channel.written_bytes - written) / GIB
+        read_gb, written_gb, unused_gb, dropped_gb = (
+            (now - then) / GIB for now, then in zip(_bytes_of(store), self._start_bytes, strict=True)
+        )
         hits = self.on_time + self.late + self.ssd
         known = max(self.units_with_history, 1)
         ttft_p50, ttft_p99 = _quantiles(ttft_s)
         service_p50, service_p99 = _quantiles(service_s)
         queue_p50, queue_p99 = _quantiles(queued)
+        begins_s, ends_s = unhindered_s(workload, machine)
         seconds = time.perf_counter() - self._began
         return Result(
             policy=name,
@@ -127,6 +143,7 @@ class Account:
             dram_late=self.late / known,
             ssd=self.ssd / known,
             miss=self.miss / known,
+            recomputed_hits=self.recomputed / known,
             ttft_mean_s=_mean(ttft_s),
             ttft_p50_s=ttft_p50,
             ttft_p99_s=ttft_p99,
@@ -140,15 +157,23 @@ class Account:
             read_gb=read_gb,
             ssd_written_gb=written_gb,
             moved_gb=read_gb + written_gb,
-            promoted_unused_gb=(store.promoted_unused_bytes - unused) / GIB,
+            promoted_unused_gb=unused_gb,
+            writes_dropped_gb=dropped_gb,
             queue_p50=queue_p50,
             queue_p99=queue_p99,
+            server_share=min(1.0, (ends_s - begins_s) / max(now_s - begins_s, 1e-9)) if workload.turns else 1.0,
             live_gb_mean=self._live_byte_s / elapsed_s / GIB,
-            read_busy=min(1.0, (channel.read_s - read_s) / elapsed_s),
+            read_busy=min(1.0, (channel.read_s - self._start_read_s) / elapsed_s),
             simulated_s=elapsed_s,
             seconds=seconds,
             turns_simulated_per_s=self.dispatched / max(seconds, 1e-9),
         )
+
+
+def _bytes_of(store: StoreModel) -> tuple[int, int, int, int]:
+    """Bytes since the start: read, written, promoted and not used, not written in time."""
+    channel = store.channel
+    return channel.read_bytes, channel.written_bytes, store.promoted_unused_bytes, store.writes_dropped_bytes
 
 
 def _mean(values: NDArray[Any]) -> float:

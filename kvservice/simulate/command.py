@@ -13,6 +13,7 @@ from kvservice.simulate import plot
 from kvservice.simulate.command_options import LoadOptions, RateOptions, SizeOptions, fail, policies, with_options
 from kvservice.simulate.engine import CONTENDERS
 from kvservice.simulate.engine import simulate as run
+from kvservice.simulate.notes import notes_of
 from kvservice.simulate.result import Result
 from kvservice.simulate.settings import Machine
 from kvservice.simulate.workload import Workload
@@ -48,10 +49,11 @@ def simulate(
 
     Sizes are binary: GB means GiB, MB means MiB.
 
-    Notes below the table, or in the JSON, say what the reader of a trace left out, derived or spread.
+    Notes below the table, or in the JSON, say what the reader of a trace left out, derived or spread, and whether the
+    server keeps up with the load.
 
-    Four of the names are bounds. none recomputes everything, infinite has unlimited DRAM.
-    optimum knows the future, distribution-bound knows the true distribution of return times.
+    Five of the names are bounds. none recomputes everything, infinite has unlimited DRAM. optimum knows the future.
+    ages-only knows the true distribution of return times, ages-and-answers also after each length of the last answer.
     """
     names = policies(policy)
     if plot_file is None and sweep is not None:
@@ -71,11 +73,12 @@ def simulate(
         except OSError as error:
             fail(f"--plot: {plot_file} cannot be written: {error.strerror}. Name another file.")
     results = [found[name, 1.0] for name in names]
+    notes = (*workload.notes, *notes_of(results, machine))
     if as_json:
-        output.print_json([output.as_json(each) | {"notes": " ".join(workload.notes)} for each in results])
+        output.print_json([output.as_json(each) | {"notes": " ".join(notes)} for each in results])
     else:
         output.print_results(results)
-        output.print_notes(workload.notes)
+        output.print_notes(notes)
 
 
 def _check_plot(file: Path, sweep: Sweep, sizes: SizeOptions) -> None:

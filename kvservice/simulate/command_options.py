@@ -7,7 +7,7 @@ import inspect
 import math
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -16,6 +16,7 @@ import typer
 from kvservice.simulate import generate, traces
 from kvservice.simulate.engine import CONTENDERS
 from kvservice.simulate.generated_hints import with_typing_hints
+from kvservice.simulate.policies import FORMER_NAMES
 from kvservice.simulate.settings import GIB, MIB, Machine
 from kvservice.simulate.think_times import SHAPES
 from kvservice.simulate.ticks import spread, tick_of
@@ -56,6 +57,8 @@ def policies(text: str) -> list[str]:
     """Names from text such as ``lru,foresight``. Refuses unknown and repeated names."""
     names = [name.strip() for name in text.split(",")]
     for name in names:
+        if name in FORMER_NAMES:
+            raise typer.BadParameter(f"{name!r} is called {FORMER_NAMES[name]} now", param_hint="--policy")
         _one_of(name, CONTENDERS, "policy", "--policy")
         if names.count(name) > 1:
             raise typer.BadParameter(f"{name!r} is given more than once", param_hint="--policy")
@@ -68,7 +71,7 @@ def _one_of(name: str, known: Sequence[NameT], kind: str, flag: str) -> NameT:
     raise typer.BadParameter(f"no {kind} is called {name!r}; choose from {', '.join(known)}", param_hint=flag)
 
 
-def _refuse_given(options: object, names: Sequence[str], reason: str) -> None:
+def _refuse_given(options: object, names: Iterable[str], reason: str) -> None:
     """Refuse options that were given, named as the fields of a group."""
     for name in names:
         if getattr(options, name) is not None:
@@ -173,6 +176,27 @@ class LoadOptions:
             show_default="people",
         ),
     ] = None
+    start_tokens: Annotated[
+        float | None,
+        number(
+            "--start-tokens",
+            "People: mean tokens of a first request besides its query: a persona, documents.",
+            _LOAD,
+            most=1e6,
+            show_default="45",
+        ),
+    ] = None
+    answer_share: Annotated[
+        float | None,
+        number(
+            "--answer-share",
+            "People: how much of the variance in the order of think times the answer before them explains; 0: nothing,"
+            " and all users are alike.",
+            _LOAD,
+            most=0.88,
+            show_default="0.62",
+        ),
+    ] = None
     context: Annotated[
         int | None,
         number(
@@ -233,6 +257,7 @@ class LoadOptions:
             raise typer.BadParameter(f"is for files; {self.trace} is generated", param_hint="--format")
         _refuse_given(self, ("block_tokens", "spread_ticks"), f"is for files; {self.trace} is generated")
         shape = _one_of(self.think_shape or "people", SHAPES, "shape", "--think-shape")
+        people = ("start_tokens", "answer_share")
         if self.trace == "people":
             return generate.people(
                 users=self.sessions or 2000,
@@ -240,10 +265,12 @@ class LoadOptions:
                 think_s=self.think_s,
                 shape=shape,
                 context_tokens=self.context or 0,
+                **{name: getattr(self, name) for name in people if getattr(self, name) is not None},
                 typing_lead_s=lead_s,
                 false_hints=self.false_hints,
                 seed=self.seed,
             )
+        _refuse_given(self, people, f"is for people, not for {self.trace}")
         return generate.sharegpt(
             sessions=self.sessions or 9000,
             session_rate=self.session_rate or 1.0,
@@ -257,7 +284,7 @@ class LoadOptions:
 
     def _read(self, lead_s: tuple[float, float] | None) -> Workload:
         generated = f"is for generated load; {self.trace} is a file"
-        _refuse_given(self, ("sessions", "think_s", "think_shape"), generated)
+        _refuse_given(self, ("sessions", "think_s", "think_shape", "start_tokens", "answer_share"), generated)
         _one_of(self.format, traces.FORMATS, "format", "--format")
         try:
             form = traces.format_of(self.trace) if self.format == "auto" else self.format
@@ -319,11 +346,19 @@ class RateOptions:
         float, number("--prefill-tokens-per-s", "Prompt tokens that the GPU computes per second.", _MACHINE, above=True)
     ] = 8000.0
     gpus: Annotated[int, number("--gpus", "GPUs of the machine, for its cost.", _MACHINE, least=1, most=1e6)] = 1
-    readiness_aware: Annotated[
+    blocking_loads: Annotated[
         bool,
         typer.Option(
-            "--readiness-aware",
-            help="A request whose KV is in DRAM may run before one that waits for the SSD.",
+            "--blocking-loads",
+            help="The GPU waits for the KV of the request that it has started, in place of running others meanwhile.",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = False
+    always_load: Annotated[
+        bool,
+        typer.Option(
+            "--always-load",
+            help="Read what SSD has, also where computing it again takes less time.",
             rich_help_panel=_MACHINE,
         ),
     ] = False
@@ -369,7 +404,8 @@ class RateOptions:
             prefill_tokens_per_s=self.prefill_tokens_per_s,
             decode_tokens_per_s=self.decode_tokens_per_s or 25.0,
             batch=self.batch or 24,
-            readiness_aware=self.readiness_aware,
+            blocking_loads=self.blocking_loads,
+            always_load=self.always_load,
             overflow_keeps=not self.overflow_drops,
             session_ttl_s=math.inf if self.session_ttl_s is None else self.session_ttl_s,
             gpus=self.gpus,

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from kvservice.simulate.result import Result
 
-_TABLE_WIDTH_MIN = 140
+_TABLE_WIDTH_MIN = 160
 
 
 def print_json(document: object) -> None:
@@ -33,18 +33,24 @@ def plain(value: Any) -> Any:
 
 def print_results(results: Iterable[Result]) -> None:
     """Print one row per result, with the figures that differ between policies."""
-    columns = ("hits", "of history", "on time", "late", "ssd", "miss", "ttft p50", "p99", "written", "moved", "queue")
+    columns = (
+        "hits", "of history", "on time", "late", "ssd", "again", "miss", "ttft p50", "p99", "read", "unused",
+        "written", "dropped", "queue",
+    )  # fmt: skip
     rows = table("policy", *columns, "turns/s", right=(*columns, "turns/s"))
     first = None
     for each in results:
         first = first or each
         rows.add_row(
             each.policy,
-            *map(share, (each.hit_rate, each.hit_rate_history, each.dram_on_time, each.dram_late, each.ssd, each.miss)),
+            *map(share, (each.hit_rate, each.hit_rate_history, each.dram_on_time, each.dram_late, each.ssd)),
+            *map(share, (each.recomputed_hits, each.miss)),
             seconds(each.ttft_p50_s),
             seconds(each.ttft_p99_s),
+            size(each.read_gb),
+            size(each.promoted_unused_gb),
             size(each.ssd_written_gb),
-            size(each.moved_gb),
+            size(each.writes_dropped_gb),
             f"{each.queue_p50:.0f}",
             f"{each.turns_simulated_per_s:,.0f}",
         )
@@ -53,7 +59,9 @@ def print_results(results: Iterable[Result]) -> None:
     if first is not None:
         out.print(
             f"\n{first.turns:,} turns were measured, {first.turns_with_history:,} of them with history: on time, late, "
-            f"ssd and miss are shares of these.\nTime to first token is measured from the request, with the queue."
+            f"ssd and miss are shares of these.\nagain is the share that was on SSD and was computed again, because "
+            f"that is faster than a read.\nunused was promoted and evicted before any use. dropped left DRAM before it "
+            f"was written to SSD.\nTime to first token is measured from the request, with the queue."
         )
 
 

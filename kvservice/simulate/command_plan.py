@@ -11,6 +11,7 @@ from kvservice.simulate import command_output as output
 from kvservice.simulate.command_options import LoadOptions, RateOptions, fail, number, policies, with_options
 from kvservice.simulate.cost import PAPER_PRICES, Prices
 from kvservice.simulate.engine import CONTENDERS, simulate
+from kvservice.simulate.notes import notes_of
 from kvservice.simulate.plan import Mix, footprint_tokens, mixes
 from kvservice.simulate.result import Result
 from kvservice.simulate.settings import GIB
@@ -80,6 +81,7 @@ def plan(
             most = share(measure(footprint_gb, footprint_gb))
             fail(_beyond(target_hit, of, most, f"{policy} with space for everything that is stored"))
         without = simulated("none", 0.0, 0.0)
+    notes = (*workload.notes, *notes_of([found[0].result], rates.machine(0, 0)))
     cheapest, *others = (_mix(each) for each in found)
     document = {
         "policy": policy,
@@ -89,14 +91,14 @@ def plan(
         "footprint_gb": footprint_gb,
         **cheapest,
         "others": others,
-        "notes": " ".join(workload.notes),
+        "notes": " ".join(notes),
         "without_storage": {"dollars": prices.dollars(without.gpu_hours, 0.0, rates.gpus), **_figures(without)},
     }
     if as_json:
         output.print_json(document)
     else:
         _print(document, of)
-        output.print_notes(workload.notes)
+        output.print_notes(notes)
 
 
 def _beyond(target_hit: float, of: Share, most: float, who: str) -> str:
@@ -148,5 +150,5 @@ def _print(document: dict[str, Any], of: Share) -> None:
     how = f"saves {saved:.0%}" if saved >= 0 else f"costs {-saved:.0%} more: loading takes longer than recomputing"
     out.print(
         f"\nThe load costs ${without['dollars']:,.2f} without storage; the first row {how}. "
-        f"The cost is that of the GPUs while they load, prefill and decode, and of the storage for the same time."
+        f"The cost is that of the GPUs while they prefill and decode, and of the storage for the same time."
     )

@@ -15,7 +15,8 @@ from kvservice.policy.items import Conditions, ItemTable
 from kvservice.policy.placement import Placement
 from kvservice.simulate.account import Account
 from kvservice.simulate.bounds import Bound
-from kvservice.simulate.inference_server import CALLED_MAX, server_of
+from kvservice.simulate.inference_server import server_of
+from kvservice.simulate.load_or_recompute import LoadOrRecompute
 from kvservice.simulate.plan import footprint_tokens
 from kvservice.simulate.policies import CONTENDERS, plays
 from kvservice.simulate.prefix_replay import PrefixReplay
@@ -62,7 +63,7 @@ _LATER_S = 1e-6
 
 @dataclass(slots=True, order=True)
 class _CalledTurn:
-    """A turn that waits for its KV while later turns run (`Machine.readiness_aware`)."""
+    """A turn whose KV is being loaded while other turns run."""
 
     loaded_s: float
     turn: int
@@ -111,12 +112,14 @@ class Engine:
         self.items = ItemTable(row_count, self.conditions)
         block_bytes = workload.block_tokens * machine.kv_bytes_per_token
         self.store = StoreModel(self.items, machine, policy, block_bytes, self.now_s)
+        self._decision = LoadOrRecompute(machine, self.store.channel, workload.block_tokens)
         self.account = Account(workload, paid or machine, warmup_turns)
         kind = PrefixReplay if workload.shares_prefixes else SessionReplay
         self.replay = kind(workload, machine, policy, self.items, self.store, self.account)
         self._queue: deque[int] = deque()
         self._rows: deque[int] = deque()  # The rows of the queued requests, for a policy that reads ahead.
         self._called: list[_CalledTurn] = []
+        self._loads_aside = machine.service_turns_per_s is None and not machine.blocking_loads
         # (time, event). With T turns and H hints, an event below T is the end of that turn's answer, below 2 T the
         # arrival of turn event - T, below 2 T + H a hint, and from there on the expiry after a turn.
         self._events: list[tuple[float, int]] = []
@@ -134,7 +137,8 @@ class Engine:
         """Simulate until the last answer has ended."""
         policy, server, queue, called, events = self.policy, self.server, self._queue, self._called, self._events
         advance = self.store.channel.advance
-        dispatch = self._dispatch_ready if self.machine.readiness_aware else self._dispatch_first
+        dispatch = self._dispatch_loaded if self._loads_aside else self._dispatch_first
+        loads_max = self.machine.batch
         push, pop = heapq.heappush, heapq.heappop
         turn_count = self.workload.turns
         firsts, first_at_s = iter(ints(self._firsts)), itertools.chain(floats(self._first_at), [math.inf])
@@ -150,7 +154,7 @@ class Engine:
                 at = server.free_at_s
                 if at < now_s:
                     at = now_s
-                if called and not queue:
+                if called and (not queue or len(called) >= loads_max):
                     at = max(at, called[0].loaded_s)
                 if at < when and at <= policy.look_at_s:
                     now_s = at
@@ -226,18 +230,16 @@ class Engine:
         turn, number, loaded_s = self._call(now_s)
         return self._take(turn, number, now_s, loaded_s, now_s)
 
-    def _dispatch_ready(self, now_s: float) -> tuple[float, int] | None:
+    def _dispatch_loaded(self, now_s: float) -> tuple[float, int] | None:
         """Start the first turn whose KV is loaded. Returns (end of its answer in s, turn).
 
         Returns None if the first turn in the queue started to load its KV, so that another turn may run first.
-        At most `CALLED_MAX` turns load at a time, which bounds the wait.
+        At most as many turns load at a time as the batch has places.
         """
         called = self._called
-        if called:
-            soonest = called[0]
-            if soonest.loaded_s <= now_s or len(called) >= CALLED_MAX or not self._queue:
-                heapq.heappop(called)
-                return self._take(soonest.turn, soonest.number, soonest.called_s, soonest.loaded_s, now_s)
+        if called and called[0].loaded_s <= now_s:
+            soonest = heapq.heappop(called)
+            return self._take(soonest.turn, soonest.number, soonest.called_s, soonest.loaded_s, now_s)
         turn, number, loaded_s = self._call(now_s)
         if loaded_s > now_s:
             heapq.heappush(called, _CalledTurn(loaded_s, turn, number, now_s))
@@ -262,7 +264,19 @@ class Engine:
         account.wait_s[number] = now_s - self._arrived_at_s[self._session[turn]]
         account.queued[number] = len(self._queue)
         account.dispatched = number + 1
-        return turn, number, self.store.channel.read_now(wanted) if wanted else now_s
+        return turn, number, self._load(turn, number, wanted, now_s) if wanted else now_s
+
+    def _load(self, turn: int, number: int, on_ssd_bytes: int, now_s: float) -> float:
+        """Read from SSD what is not computed again. Returns the latest start of the prefill, in s, with which it does
+        not wait for the read: what is computed again comes first, while the rest is read.
+        """
+        account = self.account
+        read = self._decision.read(on_ssd_bytes, account.to_compute(turn, number))
+        loaded_s = self.store.channel.read_now(read.size_bytes) if read.size_bytes else now_s
+        if not read.computed_tokens:
+            return loaded_s
+        account.recompute(number, read.computed_tokens)
+        return max(now_s, loaded_s - read.computed_tokens / self.machine.prefill_tokens_per_s)
 
     def _take(self, turn: int, number: int, called_s: float, loaded_s: float, now_s: float) -> tuple[float, int]:
         account = self.account
@@ -270,7 +284,8 @@ class Engine:
         begins_s, ends_s = self.server.take(now_s, loaded_s, prefill_s, self._outputs[turn])
         self.conditions.turns_per_s = self.server.turns_per_s
         account.load_s[number] = begins_s - called_s
-        account.served(number, begins_s - now_s + prefill_s, self._outputs[turn])
+        waits_s = begins_s - now_s if self.machine.blocking_loads else 0.0
+        account.served(number, waits_s + prefill_s, self._outputs[turn])
         return ends_s, turn
 
     def _ask_policy(self, now_s: float) -> None:

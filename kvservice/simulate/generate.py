@@ -81,24 +81,33 @@ _PEOPLE_QUERY_TOKENS = 35.0
 _PEOPLE_REPLY_TOKENS = 44.0
 _PEOPLE_TOKENS_SIGMA = 0.8
 _PEOPLE_TOKENS_MAX = 4096
+_PEOPLE_START_TOKENS = 45.0  # In addition to the query: the first prompt has 80 tokens.
+# A gap grows with the answer that the user reads, by 19 s and 0.63 s per token, and each user's own pace explains 12 %
+# of the gaps' variance. The shares are fitted to the rank correlations at the service: of a gap with the answer before
+# it (0.75), and with the gap before it (0.30).
+_READING_S, _READING_S_PER_TOKEN = 19.0, 0.63
+_PEOPLE_ANSWER_SHARE, _PEOPLE_PACE_SHARE = 0.62, 0.12
+_PEOPLE_LENGTH_SHARE = 0.31  # Of the variance of answers' logarithms: the users'.
 
 
 def people(
     *,
     users: int = 2000,
     user_rate: float = 0.2,
-    start_tokens: float = 2000.0,
+    start_tokens: float = _PEOPLE_START_TOKENS,
     start_sigma: float = 0.5,
     think_s: float | None = None,
     shape: Shape = "people",
     pace_sigma: float = 0.0,
     answer_power: float = 0.0,
+    answer_share: float = _PEOPLE_ANSWER_SHARE,
     context_tokens: int = 0,
     typing_lead_s: tuple[float, float] | None = None,
     false_hints: float = 0.0,
     seed: int = 0,
 ) -> Workload:
-    """Users of a real interactive service: 22 short turns on average, and think times with a rising hazard.
+    """Users of a real interactive service: 22 short turns on average, from an empty conversation on, and think times
+    that follow the answers' lengths.
 
     Args:
         users: Number of users, one session each. They arrive as a Poisson process with `user_rate` per second.
@@ -108,6 +117,9 @@ def people(
         shape: Distribution of the think times, see `think_times.draw`.
         pace_sigma: Sigma of a lognormal factor per session, of mean 1, on its think times.
         answer_power: Think times are proportional to this power of the length of the previous answer.
+        answer_share: How much of the variance in the order of think times the previous answer explains. The think times
+            keep their distribution: they are given to the turns in another order. With 0, think times depend on
+            nothing and users differ in nothing, except by `pace_sigma` and `answer_power`.
         context_tokens, typing_lead_s, false_hints: As for `sharegpt`.
 
     Raises ValueError for values out of range.
@@ -120,12 +132,23 @@ def people(
     session = np.repeat(np.arange(users, dtype=np.int32), np.maximum(turns, 1))
     count = len(session)
     queries = _PEOPLE_QUERY_TOKENS * unit_lognormal(_PEOPLE_TOKENS_SIGMA, count, rng)
-    replies = _PEOPLE_REPLY_TOKENS * unit_lognormal(_PEOPLE_TOKENS_SIGMA, count, rng)
+    if not 0 <= answer_share <= 1 - _PEOPLE_PACE_SHARE:
+        raise ValueError(f"answer_share must be from 0 to {1 - _PEOPLE_PACE_SHARE:g}, not {answer_share}")
+    if answer_share:
+        of_users, of_turns = (
+            _PEOPLE_TOKENS_SIGMA * np.sqrt(share) for share in (_PEOPLE_LENGTH_SHARE, 1 - _PEOPLE_LENGTH_SHARE)
+        )
+        replies = _PEOPLE_REPLY_TOKENS * unit_lognormal(of_users, users, rng)[session]
+        replies *= unit_lognormal(of_turns, count, rng)
+    else:
+        replies = _PEOPLE_REPLY_TOKENS * unit_lognormal(_PEOPLE_TOKENS_SIGMA, count, rng)
     new_tokens = _whole(queries - 0.5, _PEOPLE_TOKENS_MAX)
     output_tokens = _whole(replies - 0.5, _PEOPLE_TOKENS_MAX)
     first = _first_turns(session)
     new_tokens[first] += np.rint(start_tokens * unit_lognormal(start_sigma, users, rng)).astype(np.int32)
     think = _think_times(session, people_mean_s() if think_s is None else think_s, shape, rng)
+    if answer_share:
+        think = _after_answers(think, session, output_tokens, answer_share, rng)
     if pace_sigma:
         think *= unit_lognormal(pace_sigma, users, rng)[session]
     if answer_power:
@@ -143,6 +166,26 @@ def people(
         false_hints=false_hints,
         rng=rng,
     )
+
+
+def _after_answers(
+    think: NDArray[np.float64],
+    session: NDArray[np.int32],
+    output_tokens: NDArray[np.int32],
+    answer_share: float,
+    rng: np.random.Generator,
+) -> NDArray[np.float64]:
+    """The think times in an order in which long ones follow long answers, and slow users have more of them."""
+    again = np.flatnonzero(session[1:] == session[:-1]) + 1
+    reading = np.log(_READING_S + _READING_S_PER_TOKEN * output_tokens[again - 1])
+    if len(again) and (spread := reading.std()):
+        reading = (reading - reading.mean()) / spread
+    slowness = np.sqrt(answer_share) * reading
+    slowness += np.sqrt(_PEOPLE_PACE_SHARE) * rng.standard_normal(session[-1] + 1)[session[again]]
+    slowness += np.sqrt(1 - answer_share - _PEOPLE_PACE_SHARE) * rng.standard_normal(len(again))
+    ordered = think.copy()
+    ordered[again[np.argsort(slowness)]] = np.sort(think[again])
+    return ordered
 
 
 def _closed_loop(

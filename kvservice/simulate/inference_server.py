@@ -7,8 +7,6 @@ from typing import Protocol
 
 from kvservice.simulate.settings import Machine
 
-#: At most this many turns wait for their KV while later turns run.
-CALLED_MAX = 8
 #: The weight of the last turn in the moving average of the time per turn.
 _LAST = 0.02
 
@@ -46,7 +44,8 @@ class FixedRate:
 class GpuServer:
     """Prefills one turn at a time, and decodes up to `batch` turns together at the same time.
 
-    The GPU waits for the KV of the turn that it has started.
+    With `Machine.blocking_loads` it waits for the KV of the turn that it has started. Else turns start once their KV is
+    loaded.
     """
 
     def __init__(self, batch: int, decode_tokens_per_s: float) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".svg", ".png", ".pdf")
 
-_BOUNDS = ("none", "distribution-bound", "optimum", "infinite")  # Drawn as dashed lines.
+_BOUNDS = ("none", "ages-only", "ages-and-answers", "optimum", "infinite")  # Drawn as dashed lines.
 
 
 def is_available() -> bool:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 class Result:
     """Shares are of the measured turns, those after the warm-up. A turn counts as 1, split by its history's bytes.
 
-    The four shares of turns with history add up to 1. `dram_on_time` was in DRAM when the turn was dispatched,
-    `dram_late` had a promotion queued or running, `ssd` was on SSD without one, and `miss` was in no tier.
+    The four shares of turns with history add up to 1; `recomputed_hits` is a part of `dram_late` and `ssd`.
+    `dram_on_time` was in DRAM when the turn was dispatched, `dram_late` had a promotion queued or running, `ssd` was
+    on SSD without one, and `miss` was in no tier.
     With shared prefixes every block counts as 1, and a block has history if an earlier request had it.
     While that request still computes the block, no tier has it: a later request misses it, also with endless DRAM.
     """
@@ -25,6 +26,7 @@ class Result:
     dram_late: float
     ssd: float
     miss: float
+    recomputed_hits: float  # Share of turns with history that was on SSD and computed again, which was faster.
     ttft_mean_s: float  # From the request's arrival to its first token, with the wait in the queue.
     ttft_p50_s: float
     ttft_p99_s: float
@@ -32,15 +34,17 @@ class Result:
     service_ttft_p50_s: float
     service_ttft_p99_s: float
     prefill_tokens_per_s: float  # Prompt tokens, with the reused ones, per second of prefill.
-    gpu_hours: float
+    gpu_hours: float  # Prefill, decoding, and with `Machine.blocking_loads` the waits for KV.
     cost_dollars: float  # At the paper's prices.
     storage_share_of_cost: float
     read_gb: float  # From SSD.
     ssd_written_gb: float
     moved_gb: float  # Both together.
     promoted_unused_gb: float  # Promoted, and evicted from DRAM before a request used it.
+    writes_dropped_gb: float  # Left DRAM before write-behind had written it: reads had the SSD. It is lost.
     queue_p50: float
     queue_p99: float
+    server_share: float  # What the server takes of what comes, 0 to 1; 1 if it keeps up. Over the whole run.
     live_gb_mean: float  # KV of sessions between their first and their last turn, if all of it were stored.
     read_busy: float  # Share of the simulated time in which the SSD read.
     simulated_s: float

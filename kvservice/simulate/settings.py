@@ -21,7 +21,8 @@ class Machine:
     prefill_tokens_per_s: float = 8000.0
     decode_tokens_per_s: float = 25.0  # Per sequence in a batch.
     batch: int = 24  # Sequences that decode at the same time.
-    readiness_aware: bool = False  # A request whose KV is in DRAM may pass one that waits for SSD.
+    blocking_loads: bool = False  # True: the GPU waits for the KV of the request that it has started.
+    always_load: bool = False  # True: what is on SSD is read, also where computing it again takes less time.
     overflow_keeps: bool = True  # False: stored keys contain positions, so that a cut loses the session's KV.
     session_ttl_s: float = float("inf")  # A session ends when it is idle for longer.
     gpus: int = 1

@@ -124,6 +124,10 @@ class SsdChannel:
         self.read_s += size_bytes / self._rate
         return self._read_now_until_s
 
+    def read_now_backlog_s(self) -> float:
+        """Seconds until a read that a request waits for would begin."""
+        return max(0.0, self._read_now_until_s - self.now_s)
+
     def can_defer_write(self, size_bytes: int) -> bool:
         """Whether `size_bytes` more fit into the buffer of deferred writes."""
         return self._deferred_s + size_bytes / self._rate <= DEFERRED_LIMIT_S
@@ -188,7 +192,7 @@ class SsdChannel:
     def read_backlog_s(self) -> float:
         """Seconds that the channel needs for all reads that are queued or running."""
         done = sum(self._sizes[row] - left for row, left in self._left.items())
-        return max(0.0, self._read_now_until_s - self.now_s) + (self._asked_bytes - done) / self._rate
+        return self.read_now_backlog_s() + (self._asked_bytes - done) / self._rate
 
     def _forget(self, row: int) -> None:
         self._drop(row, self.deadlines.pop(row))

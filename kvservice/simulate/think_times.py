@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,25 +61,36 @@ def unit_lognormal(sigma: float, count: int, rng: np.random.Generator) -> NDArra
     return np.exp(sigma * rng.standard_normal(count) - sigma * sigma / 2)
 
 
-def return_times(workload: Workload) -> tuple[NDArray[np.float64], float]:
-    """The true return times: (gaps in seconds, ascending; the share of uses without a later use).
+class Uses(NamedTuple):
+    """Every use of an item, by a turn. All arrays have the shape [uses]."""
 
-    The gap of a session's turn is its think time, or, in a trace, the time since the session's previous request. The
+    gap_s: NDArray[np.float64]  # To the item's next use: infinite if there is none, NaN if it depends on the run.
+    answer_tokens: NDArray[np.int32]  # Of the turn's answer.
+
+
+def uses_of(workload: Workload) -> Uses:
+    """The true return times after every use.
+
+    The gap after a session's turn is the next think time, or, in a trace, the time between the two requests. The
     gap of a shared prefix is the time between two requests that use the same item.
     """
     if workload.shares_prefixes:
-        owner = workload.path_items
-        arrives = np.repeat(workload.arrives_s, np.diff(workload.path_begins))
-        order = np.argsort(owner, kind="stable")
-        owner, arrives = owner[order], arrives[order]
+        turns = np.repeat(np.arange(workload.turns), np.diff(workload.path_begins))
+        order = np.argsort(workload.path_items, kind="stable")
+        owner, turns = workload.path_items[order], turns[order]
+        arrives, answers = workload.arrives_s[turns], workload.output_tokens[turns]
         think = np.zeros_like(arrives)
     else:
         owner, arrives, think = workload.session, workload.arrives_s, workload.think_s
-    if not len(owner):
-        return np.empty(0), 1.0
+        answers = workload.output_tokens
+    gap_s = np.full(len(owner), np.inf)
     again = np.flatnonzero(owner[1:] == owner[:-1]) + 1
-    gaps = np.where(np.isnan(arrives[again]), think[again], arrives[again] - arrives[again - 1])
-    # If a turn has a fixed time and the turn before it does not, the gap between them depends on the run.
-    gaps = gaps[~np.isnan(gaps)]
-    gaps.sort()
-    return gaps, 1 - len(again) / len(owner)
+    # If a turn has a fixed time and the turn before it does not, the gap between them depends on the run: it is NaN.
+    gap_s[again - 1] = np.where(np.isnan(arrives[again]), think[again], arrives[again] - arrives[again - 1])
+    return Uses(gap_s, answers)
+
+
+def return_times(workload: Workload) -> tuple[NDArray[np.float64], float]:
+    """The true return times: (gaps in seconds, ascending; the share of uses without a later use)."""
+    gap_s = uses_of(workload).gap_s
+    return np.sort(gap_s[np.isfinite(gap_s)]), float(np.isinf(gap_s).mean()) if len(gap_s) else 1.0

@@ -54,6 +54,7 @@ class TierContents:
         self._promoted = ints(np.zeros(items.row_count, np.int64))  # Promoted bytes in DRAM that no request has used.
         self._arrivals = 0
         self.promoted_unused_bytes = 0
+        self.writes_dropped_bytes = 0
         self._tells_arrived = overrides(policy, "arrived")
         self._tells_left = overrides(policy, "left")
         self._tells_forgotten = overrides(policy, "forgotten")
@@ -201,7 +202,10 @@ class TierContents:
             self._ssd_may_leave(row)
 
     def _write_now(self, row: int, end_bytes: int, now_s: float) -> None:
-        """Count the item's first `end_bytes` as on SSD, if SSD has space and the write can be deferred."""
+        """Count the item's first `end_bytes` as on SSD, if SSD has space and the write can be deferred.
+
+        Bytes that cannot be deferred are lost: write-behind was too late, because reads had the channel.
+        """
         lacks = end_bytes - self._ssd[row]
         if lacks <= 0 or not self.ssd.capacity_bytes:
             return
@@ -214,4 +218,6 @@ class TierContents:
             self.ssd.used_bytes += lacks
             if lacks:
                 self._entered_ssd(row, lacks, now_s)
+        else:
+            self.writes_dropped_bytes += lacks
         self._ssd_may_leave(row)

@@ -10,7 +10,6 @@ import pytest
 from numpy.typing import NDArray
 
 from kvservice_adapter.breaker import Breaker, probe_of
-from kvservice_adapter.cost import Kind, Rates
 from kvservice_adapter.device.base import Pages
 from kvservice_adapter.device.cpu import CpuDevice
 from kvservice_adapter.engine import session_sync
@@ -21,8 +20,10 @@ from kvservice_adapter.engine.request_report import Request
 from kvservice_adapter.engine.turn_saver import Saved, Turn, TurnSaver
 from kvservice_adapter.layer_source import HostLayers
 from kvservice_adapter.load import LayerLoader, LoadReport
+from kvservice_adapter.rates import Rates
 from kvservice_adapter.save import LayerSaver
 from kvservice_adapter.session import Keys
+from kvservice_api.cost import Kind
 from kvservice_client import Client, Durability, Layout
 from kvservice_client.retry import Deadline
 from tests.contracts.device import WAIT_S

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvservice_adapter.connectors.transformers import TransformersConnector
-from kvservice_adapter.cost import Rates
+from kvservice_adapter.rates import Rates
 from kvservice_client import (
     BlockChain,
     ChainBuilder,

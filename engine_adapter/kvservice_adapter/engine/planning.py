@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvservice_adapter.breaker import Breaker, answered
-from kvservice_adapter.cost import Plan, Rates, plan
 from kvservice_adapter.load import LoadReport
+from kvservice_adapter.rates import Rates
 from kvservice_adapter.schedule import perfect_buffer_layers
+from kvservice_api.cost import Plan, plan
 from kvservice_api.errors import KVError
 from kvservice_api.layout import Layout
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from kvservice_adapter.cost import Plan, Rates
 from kvservice_adapter.load import LoadReport
+from kvservice_adapter.rates import Rates
+from kvservice_api.cost import Plan
 from kvservice_api.errors import KVError
 from kvservice_client import Client, Outcome, RequestReport
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvservice_adapter.cost import Kind, Plan, Rates, plan
+from kvservice_adapter.rates import Rates
+from kvservice_api.cost import Kind, Plan, plan
 from tests.clock import FakeClock
 
 KIB = 2**10

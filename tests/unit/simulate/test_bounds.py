@@ -114,7 +114,7 @@ def test_no_policy_is_above_the_optimum_where_the_clairvoyant_is_at_a_loss(seed:
     workload = some_sessions(rng)
     on = machine(rng.choice([20, 60]), rng.choice([0, 30, 5000]), ssd_bytes_per_s=rng.choice([0.3, 3.0]))
     best = simulate(workload, on, "optimum")
-    for name in (*PLACEMENTS, "distribution-bound"):
+    for name in (*PLACEMENTS, "ages-only", "ages-and-answers"):
         result = simulate(workload, on, name)
         assert result.hit_rate_history <= best.hit_rate_history
         assert result.dram_on_time <= best.dram_on_time

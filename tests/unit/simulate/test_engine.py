@@ -122,6 +122,18 @@ def test_what_leaves_dram_while_too_much_is_owed_is_lost() -> None:
     turns = sessions(Request(A, 0.0), Request(B, 2.0), Request(A, 20.0))
     result = simulate(turns, machine(dram_bytes=60, ssd_bytes_per_s=0.1), "lru")
     assert shares(result) == (0, 0, 0, 1)
+    assert result.writes_dropped_gb * 2**30 == 200  # A, B, and A again with its second turn.
+    assert simulate(turns, machine(dram_bytes=60), "lru").writes_dropped_gb == 0
+    assert simulate(turns, machine(dram_bytes=60, ssd_bytes=0), "lru").writes_dropped_gb == 0
+
+
+def test_writes_that_reads_leave_no_time_for_are_counted_as_dropped() -> None:
+    # A is read from 260 s to 310 s. What eight others store meanwhile cannot be written, and a large one replaces it.
+    others = [*(Request(C + number, 262.0 + 2 * number) for number in range(8)), Request(20, 300.0, new_tokens=480)]
+    turns = sessions(Request(A, 0.0, new_tokens=480), Request(B, 100.0), Request(A, 260.0, new_tokens=1), *others)
+    starved = simulate(turns, machine(dram_bytes=521), "lru")
+    assert 250 <= starved.writes_dropped_gb * 2**30 <= 350  # 400 bytes, less the ten seconds' worth that are deferred.
+    assert simulate(turns, machine(dram_bytes=521, ssd_bytes_per_s=1000.0), "lru").writes_dropped_gb == 0
 
 
 def test_what_ssd_has_no_room_for_replaces_what_is_worth_least() -> None:
@@ -289,23 +301,38 @@ def test_history_comes_to_the_gpu_beside_prefill_and_the_slower_counts() -> None
     assert simulate(turns, slow, "lru").service_ttft_p99_s == pytest.approx(5.0, rel=0.02)
 
 
-def test_a_request_whose_kv_is_there_may_go_first() -> None:
+def test_while_one_request_loads_its_kv_others_run_unless_loads_block() -> None:
     # A's KV has to be read for 5 s when both come; B has none, and its prefill takes a second.
     turns = sessions(Request(A, 0.0), Request(C, 10.0), Request(A, 30.0), Request(B, 30.1))
     gpu = machine(dram_bytes=60, service_turns_per_s=None, prefill_tokens_per_s=30.0, decode_tokens_per_s=100.0)
-    in_order = simulate(turns, gpu, "lru")
-    ready_first = simulate(turns, dataclasses.replace(gpu, readiness_aware=True), "lru")
+    in_order = simulate(turns, dataclasses.replace(gpu, blocking_loads=True), "lru")
+    ready_first = simulate(turns, gpu, "lru")
     assert in_order.ttft_mean_s == pytest.approx((1 + 1 + 6 + 6.9) / 4)
     assert ready_first.ttft_mean_s == pytest.approx((1 + 1 + 6 + 1) / 4)
     assert shares(in_order) == shares(ready_first)
+    # Four prefills of a second and answers of 0.2 s, 24 at a time; a GPU that waits for the load is paid 5 s more.
+    busy_s = 4 * (1 + 0.2 / 24)
+    assert ready_first.gpu_hours * 3600 == pytest.approx(busy_s)
+    assert in_order.gpu_hours * 3600 == pytest.approx(busy_s + 5)
 
 
-def test_who_was_passed_over_goes_first_once_its_kv_is_there() -> None:
+def test_as_many_requests_load_at_a_time_as_the_batch_has_places() -> None:
+    # Both A and B need 5 s from SSD. With one place B's load, and then C, wait for A's.
+    turns = sessions(
+        *(Request(session, at_s) for session, at_s in ((A, 0.0), (B, 20.0), (A, 40.0), (B, 40.1), (C, 40.2)))
+    )
+    gpu = machine(dram_bytes=0, service_turns_per_s=None, decode_tokens_per_s=1e6)
+    many, one = (simulate(turns, dataclasses.replace(gpu, batch=batch), "lru") for batch in (2, 1))
+    assert many.ttft_mean_s == pytest.approx((0.03 + 0.03 + 5.03 + 9.93 + 0.03 + 4.8) / 5, abs=0.02)
+    assert one.ttft_mean_s > many.ttft_mean_s
+
+
+def test_a_request_runs_next_once_its_kv_is_loaded() -> None:
     # A needs 5 s from SSD, while one request after the other comes, each with half a second of prefill.
     others = [Request(2 + number, 40.0 + 0.1 + number * 0.5, new_tokens=15) for number in range(40)]
     turns = sessions(Request(A, 0.0), Request(B, 20.0), Request(A, 40.0), *others)
     gpu = machine(dram_bytes=60, service_turns_per_s=None, prefill_tokens_per_s=30.0, decode_tokens_per_s=1e6)
-    engine = Engine(turns, dataclasses.replace(gpu, readiness_aware=True), LruPolicy())
+    engine = Engine(turns, gpu, LruPolicy())
     engine.run()
     number = list(engine.account.turn).index(1)
     assert 5.0 <= engine.account.load_s[number] <= 5.5

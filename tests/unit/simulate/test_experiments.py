@@ -1,4 +1,4 @@
-"""The experiments behind docs/policies.md: how they report, and one that runs."""
+"""The experiments behind docs/policies-experiments.md: how they report, and one that runs."""
 
 from __future__ import annotations
 

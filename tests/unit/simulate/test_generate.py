@@ -77,6 +77,41 @@ def test_users_of_the_interactive_service_are_as_measured() -> None:
     assert np.quantile(gaps, [0.01, 0.05, 0.1, 0.5, 0.9, 0.99]) == pytest.approx([6, 12, 18, 43, 87, 140], rel=0.02)
 
 
+def rank_correlation(first: Any, second: Any) -> float:
+    ranks = [np.argsort(np.argsort(each)) for each in (first, second)]
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+def test_users_gaps_follow_the_length_of_the_answer_as_at_the_service() -> None:
+    workload = people(users=5000, seed=3)
+    again = np.flatnonzero(~first_turns(workload))
+    gaps, answers = workload.think_s[again], workload.output_tokens[again - 1]
+    explained = np.corrcoef(np.log(19 + 0.63 * answers), np.log(gaps))[0, 1] ** 2
+    assert explained == pytest.approx(0.53, abs=0.03)  # At the service 0.59.
+    assert rank_correlation(gaps, answers) == pytest.approx(0.75, abs=0.02)
+    twice = np.flatnonzero(np.diff(again) == 1)
+    assert rank_correlation(gaps[twice + 1], gaps[twice]) == pytest.approx(0.30, abs=0.02)
+
+
+def test_sessions_of_users_grow_from_nothing() -> None:
+    workload = people(users=5000, seed=3)
+    assert workload.new_tokens[first_turns(workload)].mean() == pytest.approx(80, rel=0.02)
+
+
+def test_without_a_share_of_answers_gaps_depend_on_nothing_and_are_the_same_ones() -> None:
+    apart = people(users=2000, answer_share=0, seed=3)
+    again = np.flatnonzero(~first_turns(apart))
+    assert abs(rank_correlation(apart.think_s[again], apart.output_tokens[again - 1])) < 0.02
+    follow = people(users=2000, seed=3)
+    assert return_times(follow)[0].mean() == pytest.approx(return_times(apart)[0].mean(), rel=0.02)
+
+
+@pytest.mark.parametrize("share", [-0.1, 0.9])
+def test_a_share_that_leaves_no_room_for_users_paces_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match=r"answer_share must be from 0 to 0.88"):
+        people(users=2, answer_share=share)
+
+
 def test_a_start_may_be_the_same_for_all_or_nothing() -> None:
     same_for_all = people(users=50, start_tokens=500, start_sigma=0, seed=1)
     none = people(users=50, start_tokens=0, seed=1)
@@ -136,8 +171,8 @@ def test_users_may_have_a_pace_of_their_own() -> None:
         sums = np.bincount(workload.session[again], workload.think_s[again], minlength=workload.sessions)
         return float(np.log(sums[counts > 10] / counts[counts > 10]).std())
 
-    assert spread_of_means(people(users=3000, pace_sigma=0.7, seed=1)) == pytest.approx(0.7, abs=0.05)
-    assert spread_of_means(people(users=3000, seed=1)) < 0.2
+    assert spread_of_means(people(users=3000, pace_sigma=0.7, answer_share=0, seed=1)) == pytest.approx(0.7, abs=0.05)
+    assert spread_of_means(people(users=3000, answer_share=0, seed=1)) < 0.2
 
 
 def test_longer_answers_may_take_longer_to_think_about() -> None:
@@ -145,10 +180,10 @@ def test_longer_answers_may_take_longer_to_think_about() -> None:
         again = np.flatnonzero(~first_turns(workload))
         return float(np.corrcoef(workload.output_tokens[again - 1], workload.think_s[again])[0, 1])
 
-    slower = people(users=3000, answer_power=0.5, seed=1)
+    slower = people(users=3000, answer_power=0.5, answer_share=0, seed=1)
 
     assert correlation(slower) > 0.4
-    assert abs(correlation(people(users=3000, seed=1))) < 0.05
+    assert abs(correlation(people(users=3000, answer_share=0, seed=1))) < 0.05
     assert return_times(slower)[0].mean() == pytest.approx(49.2, rel=0.02)
 
 

@@ -133,7 +133,8 @@ machines = st.builds(
     service_turns_per_s=st.sampled_from([0.3, 1.0, 4.0, None]),
     batch=st.sampled_from([1, 3]),
     prefill_tokens_per_s=st.just(60.0),
-    readiness_aware=st.booleans(),
+    blocking_loads=st.booleans(),
+    always_load=st.booleans(),
     overflow_keeps=st.booleans(),
     session_ttl_s=st.sampled_from([5.0, math.inf]),
 )

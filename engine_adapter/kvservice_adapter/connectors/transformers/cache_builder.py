@@ -16,14 +16,15 @@ from kvservice_adapter.connectors.transformers.history import Buffers, Head, His
 from kvservice_adapter.connectors.transformers.recompute import computed
 from kvservice_adapter.connectors.transformers.rows import Sequences
 from kvservice_adapter.connectors.transformers.unrotated import KeyHooks, UnrotatedCache
-from kvservice_adapter.cost import Kind, Plan, Rates
 from kvservice_adapter.device.base import Device, Stream
 from kvservice_adapter.engine.planning import LoadPlanner
 from kvservice_adapter.engine.prefix_lookup import StoredPrefix
 from kvservice_adapter.engine.request_report import Request
 from kvservice_adapter.layer_source import HostLayers
 from kvservice_adapter.load import LayerLoader
+from kvservice_adapter.rates import Rates
 from kvservice_adapter.session import Keys
+from kvservice_api.cost import Kind, Plan
 from kvservice_api.errors import KVError
 from kvservice_api.layout import Layout
 from kvservice_client.rate_limited_log import RateLimitedLog

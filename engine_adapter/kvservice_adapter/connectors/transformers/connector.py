@@ -39,12 +39,12 @@ from kvservice_adapter.connectors.transformers.recompute import replayed
 from kvservice_adapter.connectors.transformers.rows import Sequences, TokenIds, sequences
 from kvservice_adapter.connectors.transformers.turns import Turns, forward_saver_of
 from kvservice_adapter.connectors.transformers.unrotated import KeyHooks
-from kvservice_adapter.cost import Rates
 from kvservice_adapter.device.base import Device, StreamClosed
 from kvservice_adapter.engine import session_sync
 from kvservice_adapter.engine.prefix_lookup import PrefixLookup, StoredPrefix
 from kvservice_adapter.engine.request_report import Request
 from kvservice_adapter.engine.turn_saver import Saved, TurnSaver
+from kvservice_adapter.rates import Rates
 from kvservice_adapter.rope import ModelRopes, UnsupportedRotation
 from kvservice_adapter.save import LayerSaver
 from kvservice_adapter.session import Conversation, Keys

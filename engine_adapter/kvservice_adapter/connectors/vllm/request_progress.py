@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kvservice_adapter.cost import Plan
 from kvservice_adapter.engine.request_report import fields_of_plan
+from kvservice_api.cost import Plan
 from kvservice_client import Outcome, RequestReport
 
 _ID_BYTES_MAX = 200  # The daemon refuses longer ones.

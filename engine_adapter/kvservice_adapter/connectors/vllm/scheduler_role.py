@@ -23,9 +23,10 @@ from kvservice_adapter.connectors.vllm.request_saves import RequestSaves
 from kvservice_adapter.connectors.vllm.session_updates import SessionUpdates
 from kvservice_adapter.connectors.vllm.settings import ConnectorSettings, LoadMode
 from kvservice_adapter.connectors.vllm.stats import TransferStats
-from kvservice_adapter.cost import Kind, Plan, Rates, plan
 from kvservice_adapter.engine.key_generation import KeyGeneration
 from kvservice_adapter.engine.prefix_lookup import tier_of
+from kvservice_adapter.rates import Rates
+from kvservice_api.cost import Kind, Plan, plan
 from kvservice_api.errors import DeadlineExceeded, KVError
 from kvservice_api.keys import ChainBuilder
 from kvservice_client import Client, FoundPrefix, Outcome, PendingLookup

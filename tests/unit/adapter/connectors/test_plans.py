@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvservice_adapter.cost import Kind, Rates
+from kvservice_adapter.rates import Rates
+from kvservice_api.cost import Kind
 from kvservice_client import Outcome
 from tests.unit.connector_models import BLOCK_TOKENS, KeptBlocks, computed, connector, prompt, states, tiny_llama
 
