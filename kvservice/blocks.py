@@ -23,6 +23,7 @@ OBJECT_KEY_BYTES = KEY_BYTES + 8
 Rows = NDArray[np.int64]
 NO_ROW = -1
 _NOWHERE = -1
+_NO_USER, _USERS_UNKNOWN = 2**32 - 1, 0  # Values of the column `used_by`.
 
 
 class TierName(str):
@@ -81,6 +82,7 @@ _COLUMNS: dict[str, str] = {
     "used_at_ms": "u8",
     "access_seq": "i8",
     "hits": "u4",
+    "used_by": "u4",  # The only client, by number, that stored or looked it up; 0 if others did, or if it is not known.
     "pinned_until_ms": "u8",  # Wall clock, ms; 0 if the block is not pinned.
     "leases": "i4",  # Number of leases that hold the row.
     "holds": "i4",  # Number of running I/O operations that hold the row.
@@ -128,6 +130,7 @@ class BlockTable:
     used_at_ms: NDArray[np.uint64]
     access_seq: NDArray[np.int64]
     hits: NDArray[np.uint32]
+    used_by: NDArray[np.uint32]
     pinned_until_ms: NDArray[np.uint64]
     leases: NDArray[np.int32]
     holds: NDArray[np.int32]
@@ -162,6 +165,7 @@ class BlockTable:
         self.row_end = 0  # Rows at and above it were never used.
         self.live_count = 0
         self.live_of_layout: Counter[int] = Counter()  # Layout id -> live rows.
+        self.changes = 0  # How often a row's visibility or residency changed.
         self.next_access_seq = 1
         self.on_change: Callable[[int], None] | None = None  # Called with each changed row, by `_tell`.
         for name, dtype in _COLUMNS.items():
@@ -362,6 +366,7 @@ class BlockTable:
         self.size_bytes[row] = size_bytes
         self.trailer_checksum[row] = trailer_checksum
         self.stored_at_ms[row] = self.used_at_ms[row] = now_ms
+        self.used_by[row] = _NO_USER
         self._set_shard(row, shard)
         return row
 
@@ -414,6 +419,27 @@ class BlockTable:
         self.used_at_ms[rows] = now_ms
         self.used_since_flush[rows] = True
         self.unwanted[:, rows] = False
+
+    def note_user(self, rows: Rows, client: int) -> None:
+        """Note that the client with this number, 1 or more, stores or reads the rows."""
+        used_by = self.used_by[rows]
+        self.used_by[rows] = np.where((used_by == _NO_USER) | (used_by == client), client, _USERS_UNKNOWN)
+
+    def used_only_by(self, rows: Rows, client: int) -> NDArray[np.bool_]:
+        """Which of these rows no other client than this one has stored or read, as far as is known."""
+        used_by = self.used_by[rows]
+        mask: NDArray[np.bool_] = (used_by == _NO_USER) | (used_by == client)
+        return mask
+
+    def rank_newest(self, rows: Rows) -> None:
+        """Rank the rows as used now, the first as the last used one. It is no use: their times of use stay."""
+        count = len(rows)
+        self.access_seq[rows] = np.arange(self.next_access_seq + count - 1, self.next_access_seq - 1, -1)
+        self.next_access_seq += count
+
+    def rank_oldest(self, rows: Rows) -> None:
+        """Rank the rows as used before all others, until they are used again."""
+        self.access_seq[rows] = 0
 
     def ancestors(self, row: int, limit: int = 1024) -> list[int]:
         """Rows of the stored blocks that this one continues, from its parent on; at most `limit`.
@@ -483,6 +509,7 @@ class BlockTable:
 
     def _tell(self, row: int) -> None:
         """Lookups find the row from now on, or no longer, or find another residency."""
+        self.changes += 1
         if self.on_change is not None:
             self.on_change(row)
 

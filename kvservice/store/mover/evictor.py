@@ -103,6 +103,18 @@ class Evictor:
         finally:
             self._waiting[tier] -= 1
 
+    def evict_first(self, rows: Rows) -> None:
+        """Evict these rows before all others, from each tier that needs space, unless they are used before that.
+
+        Nothing happens to rows that are evicted first already.
+        """
+        blocks = self._blocks
+        rows = rows[blocks.access_seq[rows] > 0]
+        blocks.rank_oldest(rows)
+        marks = list(zip(rows.tolist(), blocks.generation[rows].tolist(), [0] * len(rows), strict=True))
+        for queue in self._victims.values():
+            queue.extendleft(marks)
+
     def trim_index(self, tier: TierName) -> None:
         """Begin to evict a small part of a tier whose index is full: there the number of blocks counts, not their
         size.

@@ -134,6 +134,10 @@ class Promoter:
         self._pending: dict[int, PendingPromotion] = {}
         self._reserving: dict[int, asyncio.Future[None]] = {}
 
+    def is_promoting(self, row: int) -> bool:
+        """Whether the row is being copied to DRAM, or waits for space there."""
+        return row in self._pending or row in self._reserving
+
     @asynccontextmanager
     async def promoting(self, rows: Sequence[int]) -> AsyncIterator[dict[int, PendingPromotion]]:
         """Promote the rows that are only in slower tiers, and keep their images in place until the context is left.
