@@ -11,14 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvservice.blocks import TierName
-from kvservice.store.caller import Caller, Tenant
+from kvservice.store.caller import Tenant
 from kvservice.store.hints.exchange import HintExchange, HintLimits
 from kvservice.store.hints.queue_mirror import HintSubject, QueueEntry, QueueLimits, QueueMirror
 from kvservice.store.leases import Client
 from kvservice.store.types import HintStream, Nearness, SessionAppend
-from kvservice_api.errors import UnknownClient
 from kvservice_api.keys import BlockChain
-from tests.stores import CALLER, KIB, LAYOUT, PATIENT, OpenStore, caller_of, some_chain, some_images, until
+from tests.stores import CALLER, KIB, LAYOUT, PATIENT, OpenStore, caller_of, some_chain, some_images
 
 BLOCK = 12 * KIB
 BLOCKS = 4  # Of each session.
@@ -175,20 +174,22 @@ async def test_the_window_moves_with_the_queue_and_what_left_the_queue_is_evicte
 
 
 async def test_a_request_of_higher_priority_is_promoted_first(
-    opened: OpenStore, client: Client, stream: HintStream
+    opened: OpenStore, client: Client, stream: HintStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chains, seen = await stored_sessions(opened, client, 4), Seen(stream)
     other = opened.store.attach(CALLER, "other")
     with opened.store.hints(caller_of(other)) as second:
         order: list[int] = []
-        promote = opened.store._hints._placement._promoter.promote
+        promoter = opened.promoter
+        assert promoter is not None
+        promote = promoter.promote
 
         async def noted(rows: Sequence[int], **more: Any) -> None:
             key = opened.blocks.key_of(rows[0])
             order.append(next(number for number, chain in enumerate(chains) if key in chain.keys))
             await promote(rows, **more)
 
-        opened.store._hints._placement._promoter.promote = noted
+        monkeypatch.setattr(promoter, "promote", noted)
         stream.put("late", session("chat-0"), None, 0, "")
         second.put("urgent", session("chat-1"), None, 5, "")
         await seen.until("late", Nearness.IN_DRAM)
