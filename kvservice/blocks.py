@@ -165,9 +165,8 @@ class BlockTable:
         self.row_end = 0  # Rows at and above it were never used.
         self.live_count = 0
         self.live_of_layout: Counter[int] = Counter()  # Layout id -> live rows.
-        self.changes = 0  # How often a row's visibility or residency changed.
         self.next_access_seq = 1
-        self.on_change: Callable[[int], None] | None = None  # Called with each changed row, by `_tell`.
+        self.listeners: list[Callable[[int], None]] = []  # Called with each changed row, by `_tell`.
         for name, dtype in _COLUMNS.items():
             setattr(self, name, np.zeros(row_capacity, dtype))
         for name, dtype in _TIER_COLUMNS.items():
@@ -261,7 +260,7 @@ class BlockTable:
         offsets: NDArray[np.generic],
         sizes: NDArray[np.generic],
     ) -> None:
-        """Set the extents of recovered rows in `tier`. `on_change` is not called."""
+        """Set the extents of recovered rows in `tier`. No listener is called."""
         position = self._position[tier]
         self.segment[position, rows], self.offset[position, rows] = segments, offsets
         self.extent_size[position, rows] = sizes
@@ -454,6 +453,10 @@ class BlockTable:
             parent = self._parent_row(parent, shard)
         return list(found)
 
+    def parent_row(self, row: int) -> int:
+        """The row of the stored block that this one continues, of the same shard if there is one; else NO_ROW."""
+        return self._parent_row(row, self.shard[row].tobytes())
+
     def _parent_row(self, row: int, shard: bytes) -> int:
         first = self._first_row.get(self.parent_key[row].tobytes(), NO_ROW)
         if first == NO_ROW or self.next_shard[first] == NO_ROW:
@@ -509,9 +512,8 @@ class BlockTable:
 
     def _tell(self, row: int) -> None:
         """Lookups find the row from now on, or no longer, or find another residency."""
-        self.changes += 1
-        if self.on_change is not None:
-            self.on_change(row)
+        for listener in self.listeners:
+            listener(row)
 
     def _take_row(self) -> int:
         if self._free:

@@ -36,7 +36,7 @@ from kvservice.index import replacement
 from kvservice.index.block_index import BlockIndex
 from kvservice.index.store_lock import StoreLock
 from kvservice.metrics import Heartbeat, MetricsServer
-from kvservice.policy import POLICIES
+from kvservice.policy import PLACEMENTS
 from kvservice.rpc.addresses import SocketLock
 from kvservice.rpc.admin import AdminService
 from kvservice.rpc.blocks import BlockService
@@ -273,7 +273,7 @@ def _open_store(settings: Settings, clock: Clock, files: FileCalls, opening: Exi
         dram,
         slower,
         index,
-        POLICIES[settings.mover.policy](),
+        PLACEMENTS[settings.mover.policy](),
         clock,
         counters,
         executor,

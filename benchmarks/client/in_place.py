@@ -4,7 +4,7 @@ Both ways begin with the KV of 2,816 tokens (11 blocks of 30 layers, 130 MB) in 
 daemon has stored the blocks:
 
 - by a copy: gather every layer into private memory, then `BlockCache.save`;
-- in place: gather every layer into `Reservation.slices`, seal it, then commit.
+- in place: gather every slice into `Reservation.slices` and seal it, then commit.
 
 The order of the two changes each round. Times are medians, in milliseconds.
 """
@@ -15,7 +15,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -42,13 +42,17 @@ class Pages:
         self._layers = [generator.standard_normal(shape, np.float32) for _ in range(_LAYOUT.layers)]
         self._ids = generator.permutation(page_count).tolist()
 
-    def gather(self, layer: int, targets: Sequence[NDArray[np.uint8]]) -> None:
+    def gather(
+        self, layer: int, targets: Sequence[NDArray[np.uint8]], on_slice: Callable[[int, int], None] | None = None
+    ) -> None:
         """One layer of all blocks into their slices."""
         ids = iter(self._ids)
-        for target in targets:
+        for number, target in enumerate(targets):
             slices = target.view(np.float32).reshape(2, _LAYOUT.kv_heads, _LAYOUT.block_tokens, -1)
             for first in range(0, _LAYOUT.block_tokens, self.page_tokens):
                 np.copyto(slices[:, :, first : first + self.page_tokens], self._layers[layer][next(ids)])
+            if on_slice is not None:
+                on_slice(layer, number)
 
 
 class Saves:
@@ -74,8 +78,7 @@ class Saves:
         with self._blocks.reserve([chain]) as reservation:
             times.append(time.perf_counter())
             for layer in range(_LAYOUT.layers):
-                self._pages.gather(layer, reservation.slices(layer))
-                reservation.seal(layer)
+                self._pages.gather(layer, reservation.slices(layer), reservation.seal)
             times.append(time.perf_counter())
             (result,) = reservation.commit()
         times.append(time.perf_counter())

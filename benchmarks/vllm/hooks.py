@@ -18,6 +18,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from vllm.v1.request import Request
+
 from benchmarks.vllm.roles import Roles
 from kvservice_adapter.connectors.vllm.settings import LoadMode
 from kvservice_client import block_chain
@@ -108,6 +110,30 @@ class Hooks:
             roles.orders()
         return statistics.median(lookups), statistics.median(loads), statistics.median(saves)
 
+    def hung(self, daemon: DaemonProcess, mode: LoadMode) -> float:
+        """A step with a save and two loads, the first for which the daemon does not answer. For new roles, once."""
+        roles, prompt = self._roles, self.tokens(512)
+        for tokens in (prompt, self.tokens(512)):
+            request = roles.request(self.name(), tokens)
+            roles.scheduler.on_new(request)
+            roles.scheduler.finished(request, (roles.compute(request),))
+            if tokens is prompt:
+                roles.step(roles.orders())
+                until(partial(self._is_stored, prompt))
+        for _ in range(2):
+            again = roles.request(self.name(), [*prompt, 1])
+            again.kv_transfer_params = {"kvservice": {"load": mode}}
+            roles.scheduler.on_new(again)
+            until(partial(self._is_found, again))
+            roles.scheduler.allocated(again, (roles.give_pages(again),), len(prompt))
+        orders = roles.orders()
+        assert (len(orders.saves), len(orders.loads)) == (1, 2)
+        with daemon.stopped():
+            return timed_ms(partial(roles.step, orders))
+
+    def _is_found(self, request: Request) -> bool:
+        return self._roles.scheduler.matched_tokens(request, 0)[0] is not None
+
     def _is_stored(self, prompt: list[int]) -> bool:
         blocks = self._roles.worker._blocks
         chain = block_chain(self._roles.worker.layout, prompt)
@@ -142,6 +168,12 @@ def main() -> None:
             rows.append((f"load whole, {_LOADED_TOKENS:,} tokens (130 MB), {transport}", load))
             rows.append((f"save, until the pages are free, {_LOADED_TOKENS:,} tokens, {transport}", save))
             roles.close()
+            for mode in (LoadMode.WHOLE, LoadMode.LAYERS):
+                roles = Roles(model, daemon.address, transport=transport, lookup_wait_s=1.0)
+                until(partial(getattr, roles.scheduler, "is_ready"))
+                hung_ms = Hooks(roles, 1).hung(daemon, mode)
+                rows.append((f"a step with a save and two loads `{mode}`, {transport}, the daemon stopped", hung_ms))
+                roles.close()
     print(f"Load average {os.getloadavg()[0]:.1f}; medians of {given.repetitions}.\n")
     print("| Hook | ms |\n|---|---|")
     for what, value in rows:

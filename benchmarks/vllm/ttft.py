@@ -1,6 +1,6 @@
 """The time to the first token of a real vLLM on the CPU, for histories that are stored.
 
-    .venv-vllm/bin/python -m benchmarks.vllm.ttft [--repetitions 5]
+    .venv-vllm/bin/python -m benchmarks.vllm.ttft [--repetitions 5] [--histories 500 1500 3000] [--from-ssd]
 
 Each turn asks every way once, in rotated order: a request that is neither looked up nor saved, and the ways to load.
 Prints a Markdown table of medians of the ratios to the first. The time is vLLM's own (`first_token_latency`); every
@@ -14,6 +14,7 @@ import os
 import statistics
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,11 +48,11 @@ class Row(NamedTuple):
 
 
 def measure(
-    vllm: Engine, stored: BlockCache, ways: Sequence[Way], text: Sequence[int], page_tokens: int, repetitions: int
+    vllm: Engine, stored: BlockCache, ways: Sequence[Way], text: Sequence[int], page_tokens: int, given: Namespace
 ) -> list[Row]:
     """The rows of one engine."""
     rows = []
-    for history_tokens in HISTORIES:
+    for history_tokens in given.histories:
         history = list(text[:history_tokens])
         chain = block_chain(LAYOUT, history, with_partial=True)
         if stored.contains(chain) < len(chain):
@@ -61,7 +62,7 @@ def measure(
         all_ways = [Way("computed", NOT_KEPT), *ways]
         ratios: dict[str, list[float]] = {way.name: [] for way in ways}
         computed, loaded = [], {}
-        for turn in range(repetitions):
+        for turn in range(given.repetitions):
             first = turn % len(all_ways)
             answers = {}
             for way in (*all_ways[first:], *all_ways[:first]):
@@ -83,7 +84,7 @@ def measure(
     return rows
 
 
-def run(repetitions: int, folder: Path) -> list[Row]:
+def run(given: Namespace, folder: Path) -> list[Row]:
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
     lines = (
         f"The river of city {each} is {each * each % 89} miles long and meets river {each + 7}." for each in range(300)
@@ -111,24 +112,20 @@ def run(repetitions: int, folder: Path) -> list[Row]:
         def engine_of(page_tokens: int, transport: str, ways: Sequence[Way]) -> None:
             transfer = transfer_config(address=daemon.address, transport=transport, **settings)
             with engine(model_folder(), transfer, block_size=page_tokens) as vllm:
-                rows.extend(measure(vllm, stored, ways, text, page_tokens, repetitions))
+                rows.extend(measure(vllm, stored, ways, text, page_tokens, given))
 
         def by(name: str, mode: str, prepare: Callable[[Sequence[int]], None] = lambda history: None) -> Way:
             return Way(name, {"load": mode, "may_save": False}, prepare)
 
-        engine_of(
-            128,
-            "shm",
-            [
-                by("whole, shm", "whole"),
-                by("layers, shm", "layers"),
-                by("between_steps, shm", "between_steps"),
-                by("whole, shm, from SSD", "whole", evict),
-            ],
-        )
+        whole, from_ssd = by("whole, shm", "whole"), by("whole, shm, from SSD", "whole", evict)
+        if given.from_ssd:
+            engine_of(128, "shm", [whole, from_ssd])
+            return rows
+        layers, between_steps = by("layers, shm", "layers"), by("between_steps, shm", "between_steps")
+        engine_of(128, "shm", [whole, layers, between_steps, from_ssd])
         engine_of(128, "grpc", [by("whole, gRPC", "whole")])
         for page_tokens in (32, 64):
-            engine_of(page_tokens, "shm", [by("whole, shm", "whole")])
+            engine_of(page_tokens, "shm", [whole])
     return rows
 
 
@@ -148,12 +145,14 @@ def table(rows: Sequence[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--histories", type=int, nargs="+", default=HISTORIES)
+    parser.add_argument("--from-ssd", action="store_true", help="only hits on SSD, and in DRAM beside them")
     given = parser.parse_args()
     if given.repetitions < 1:
         parser.error("--repetitions must be at least 1")
     loads, began_s = [os.getloadavg()[0]], time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kvservice-ttft-") as folder:
-        rows = run(given.repetitions, Path(folder))
+        rows = run(given, Path(folder))
     loads.append(os.getloadavg()[0])
     print(
         f"\n{datetime.now(UTC):%d %B %Y}, {os.cpu_count()} cores, load average {loads[0]:.1f} at the begin and "

@@ -138,7 +138,11 @@ class Channel:
         deadline.check()
         with self._calling() as link:
             call = link.callable(method, lambda grpc: grpc.unary_unary(method, _to_bytes, answer.FromString))
-            response: M = self._guarded(link, lambda: call(request, timeout=deadline.remaining_s))
+            deadline.begin_answer()
+            try:
+                response: M = self._guarded(link, lambda: call(request, timeout=deadline.remaining_s))
+            finally:
+                deadline.end_answer()
         return response
 
     def stream(self, method: str, request: Message, answer: type[M], deadline: Deadline) -> Answers[M]:
@@ -278,12 +282,18 @@ class Answers(Generic[A]):
     def _next(self, link: _Link) -> A:
         if link.is_inherited:
             raise DaemonUnavailable("this call was begun before fork(), in the parent: begin it again here")
+        deadline = self._deadline
+        if deadline is not None:
+            deadline.begin_answer()
         try:
             answer: A = next(self._call)
         except link.grpc.RpcError as error:
-            if self._deadline is not None and self._deadline.was_cancelled:
-                raise self._deadline.error from error
+            if deadline is not None and deadline.was_cancelled:
+                raise deadline.error from error
             raise self._channel._explained(error) from error
+        finally:
+            if deadline is not None:
+                deadline.end_answer()
         return answer
 
     def close(self) -> None:

@@ -65,8 +65,8 @@ class Connection:
     def deadline(self, timeout_s: float | None) -> Deadline:
         return Deadline(self.timeout_s if timeout_s is None else timeout_s, self.clock)
 
-    def transfer_deadline(self, timeout_s: float, *, per_layer: bool) -> TransferDeadline:
-        return TransferDeadline(timeout_s, self.clock, self._watchdog if per_layer else None)
+    def transfer_deadline(self, timeout_s: float, *, per_layer: bool, idle_s: float | None = None) -> TransferDeadline:
+        return TransferDeadline(timeout_s, self.clock, self._watchdog if per_layer else None, idle_s)
 
     def ask(self, method: str, request: Message, answer: type[M], deadline: Deadline) -> M:
         """One call that may run twice; it is tried again while the daemon restarts."""

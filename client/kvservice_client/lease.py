@@ -120,13 +120,15 @@ class Lease:
         timeout_s: float | None = None,
         *,
         layer_timeout_s: float | None = None,
+        idle_timeout_s: float | None = None,
     ) -> Generator[LoadedLayer, None, None]:
         """The blocks' layers in order, each as soon as its last byte has arrived.
 
         `into` has one writable buffer per layer, filled in place; without it each layer gets a new
         array. `timeout_s` is for the whole load, with the time that the caller uses each layer; by default the client's
         timeout plus one second per 128 MiB. With `layer_timeout_s` instead, each `next` may take that long, and the
-        time between two of them does not count. The daemon ends a load of which it could send nothing for
+        time between two of them does not count. With `idle_timeout_s` too, a wait ends already when the daemon has sent
+        nothing for that long, which means that it hangs. The daemon ends a load of which it could send nothing for
         `server.transfer_idle_s` (60 s).
 
         The lease is renewed meanwhile if needed. Raises LeaseExpired, ChecksumMismatch, StorageFailed,
@@ -136,7 +138,7 @@ class Lease:
         order = self._order(first_block, block_count)
         if into is not None:
             order = replace(order, into=self._targets(order, into))
-        return self._layers(order, self._deadline(order, timeout_s, layer_timeout_s))
+        return self._layers(order, self._deadline(order, timeout_s, layer_timeout_s, idle_timeout_s))
 
     def view(
         self,
@@ -146,13 +148,15 @@ class Lease:
         *,
         verify: Verify = "once",
         layer_timeout_s: float | None = None,
+        idle_timeout_s: float | None = None,
     ) -> View:
         """The blocks in the daemon's shared memory, read-only and without a copy; blocks on SSD are promoted first.
 
         By default waits for all layers, for at most `timeout_s`: the client's timeout plus one second per 128 MiB.
         With `layer_timeout_s` instead, returns as soon as the blocks are located. `slices` then waits for its layer, so
         that the caller uses the first layers while the next ones are promoted. Each of these waits may take that long;
-        `timeout_s` is then the time for locating, by default the same.
+        `timeout_s` is then the time for locating, by default the same. `idle_timeout_s` as in `load`: while blocks are
+        promoted, the daemon reports it 50 times per second.
         The daemon keeps the blocks in their place until the view is left, so leave it as soon as possible.
 
         `verify` says when bytes are compared with their checksums. "once": the daemon verifies them once after its
@@ -167,7 +171,8 @@ class Lease:
             raise InvalidRequest(f'verify is {verify!r}; it must be "once" or "always"', field="verify")
         order = self._order(first_block, block_count)
         locate_s = arguments.seconds(timeout_s, "timeout_s") if timeout_s is not None else None
-        deadline = self._deadline(order, None if layer_timeout_s is not None else timeout_s, layer_timeout_s)
+        whole_s = None if layer_timeout_s is not None else timeout_s
+        deadline = self._deadline(order, whole_s, layer_timeout_s, idle_timeout_s)
         with deadline.layer(locate_s):
             self._keep(deadline)
             return self._transports.view(order, deadline, verify)
@@ -186,8 +191,17 @@ class Lease:
         for each in transfers:
             each.cancel(_cancelled())
 
-    def _deadline(self, order: LoadOrder, timeout_s: float | None, layer_timeout_s: float | None) -> TransferDeadline:
+    def _deadline(
+        self,
+        order: LoadOrder,
+        timeout_s: float | None,
+        layer_timeout_s: float | None,
+        idle_timeout_s: float | None,
+    ) -> TransferDeadline:
         """The deadline of a new load or view, which `cancel` ends."""
+        if idle_timeout_s is not None and layer_timeout_s is None:
+            raise InvalidRequest("idle_timeout_s needs layer_timeout_s", field="idle_timeout_s")
+        idle_s = None if idle_timeout_s is None else arguments.seconds(idle_timeout_s, "idle_timeout_s")
         if layer_timeout_s is not None and timeout_s is not None:
             raise InvalidRequest("timeout_s and layer_timeout_s exclude each other", field="layer_timeout_s")
         if layer_timeout_s is not None:
@@ -196,7 +210,7 @@ class Lease:
             seconds = timeout_s
         else:
             seconds = self._connection.timeout_s + order.size_bytes / TRANSFER_BYTES_PER_S_MIN
-        deadline = self._connection.transfer_deadline(seconds, per_layer=layer_timeout_s is not None)
+        deadline = self._connection.transfer_deadline(seconds, per_layer=layer_timeout_s is not None, idle_s=idle_s)
         if not self._is_inherited:
             with self._lock:
                 self._transfers.add(deadline)

@@ -78,19 +78,34 @@ class Deadline:
     def remove_call(self, cancel_call: Callable[[], object]) -> None:
         """The stream has ended."""
 
+    def begin_answer(self) -> None:
+        """The daemon's next answer is awaited from now on."""
+
+    def end_answer(self) -> None:
+        """It has arrived, or will not."""
+
 
 class TransferDeadline(Deadline):
     """A moment for a whole transfer, or a time for each of its layers. Time between two layers does not count.
+
+    With a time per layer, each wait for an answer of the daemon may have a shorter time, because a daemon that sends
+    nothing hangs, and one that sends much works.
 
     gRPC fixes a call's deadline when the call begins. So the calls of a transfer with a time per layer have no deadline
     of their own, and the watchdog cancels them. `cancel` may be called from any thread.
     """
 
-    def __init__(self, seconds: float, clock: Clock, watchdog: Watchdog | None = None) -> None:
-        """With `watchdog`, `seconds` are for each layer. Raises InvalidRequest as `Deadline`."""
+    def __init__(
+        self, seconds: float, clock: Clock, watchdog: Watchdog | None = None, idle_s: float | None = None
+    ) -> None:
+        """With `watchdog`, `seconds` are for each layer, and `idle_s` for each answer. Raises InvalidRequest as
+        `Deadline`.
+        """
         super().__init__(seconds, clock)
         self._watchdog = watchdog
+        self._idle_s = idle_s
         self._layer_s = seconds  # Of the layer that is awaited.
+        self._layer_end_s = math.inf
         self._error: KVError | None = None
         self._calls: set[Callable[[], object]] = set()  # Each cancels a running call.
         if watchdog is not None:
@@ -116,6 +131,8 @@ class TransferDeadline(Deadline):
     def error(self) -> KVError:
         if self._error is not None:
             return self._error
+        if self._watchdog is not None and self.end_s < self._layer_end_s:
+            return DeadlineExceeded(f"the daemon sent nothing of the layer for {self._idle_s:.3g} s")
         if self._watchdog is not None:
             return DeadlineExceeded(f"the layer did not arrive within the {self._layer_s:.3g} s allowed for it")
         return super().error
@@ -130,13 +147,22 @@ class TransferDeadline(Deadline):
         self.check_cancelled()
         if self._watchdog is not None:
             self._layer_s = self.allowed_s if allowed_s is None else allowed_s
-            self.end_s = self.clock.now_s() + self._layer_s
+            self.end_s = self._layer_end_s = self.clock.now_s() + self._layer_s
             self._watchdog.add(self)
 
     def end_layer(self) -> None:
         if self._watchdog is not None:
             self._watchdog.remove(self)
-            self.end_s = math.inf
+            self.end_s = self._layer_end_s = math.inf
+
+    def begin_answer(self) -> None:
+        if self._watchdog is not None and self._idle_s is not None and self._layer_end_s < math.inf:
+            self.end_s = min(self._layer_end_s, self.clock.now_s() + self._idle_s)
+            self._watchdog.add(self)
+
+    def end_answer(self) -> None:
+        if self._watchdog is not None:
+            self.end_s = self._layer_end_s
 
     @contextmanager
     def layer(self, allowed_s: float | None = None) -> Iterator[None]:

@@ -6,7 +6,7 @@ accelerator: the contract suite runs it on tensors of the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,10 +51,16 @@ class TorchDevice(CpuDevice):
 
 
 class _TorchStream(CpuStream):
-    def gather(self, pages: Pages, token_counts: Sequence[int], into: Slices) -> CpuEvent:
+    def gather(
+        self,
+        pages: Pages,
+        token_counts: Sequence[int],
+        into: Slices,
+        on_block: Callable[[int], None] | None = None,
+    ) -> CpuEvent:
         tensor = pages.key_view.array
         if isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu":
             computed = torch.Event(device=tensor.device)
             computed.record()  # After the work that is queued on the engine's own stream.
             self.submit(computed.synchronize)
-        return super().gather(pages, token_counts, into)
+        return super().gather(pages, token_counts, into, on_block)

@@ -9,8 +9,9 @@ only on these events and on the time that each call passes.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from enum import StrEnum
-from typing import ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,15 +48,22 @@ class Promotion(NamedTuple):
 ItemsT = TypeVar("ItemsT", contravariant=True)
 
 
+@runtime_checkable
 class Policy(Protocol, Generic[ItemsT]):
     """Scores items. Never changes them."""
 
-    name: ClassVar[str]
+    @property
+    def name(self) -> str: ...
 
-    def retention(self, items: ItemsT, rows: Rows, tier: TierName, now_s: float) -> NDArray[np.float64]:
-        """The score of each of `rows` in `tier`, shape [rows]. The lowest are evicted first, ties in any order.
+    @property
+    def ranking_lasts_s(self) -> float:
+        """For how long the order of rows stays right that were not used since."""
 
-        `rows` have bytes in `tier` and are not held. May be called from any thread.
+    def scores(self, items: ItemsT, tier: TierName, now_s: float) -> Callable[[Rows], NDArray[np.float64]]:
+        """What scores rows in `tier`, as they are now, as an array of the shape [rows].
+
+        The lowest are evicted first, ties in any order. The rows have bytes in `tier` and are not held. The
+        result may be called from any thread.
         """
 
     def wants_in_dram(self, items: ItemsT, row: int, now_s: float) -> bool:

@@ -18,7 +18,7 @@ from kvservice.blocks import Rows, TierName
 from kvservice.policy import hint_times, return_times
 from kvservice.policy.base import Hint, Promotion
 from kvservice.policy.hint_times import HintTimes
-from kvservice.policy.items import NOT_QUEUED, ItemTable
+from kvservice.policy.items import NOT_QUEUED, ItemTable, grown
 from kvservice.policy.look_times import LookTimes
 from kvservice.policy.placement import Placement
 from kvservice.policy.queue_waits import QueueWaits
@@ -75,6 +75,25 @@ class ForesightPolicy(Placement):
     def _start_learning(self, row_count: int) -> tuple[ReturnTimes, HintTimes]:
         return ReturnTimes(row_count, self._learning), HintTimes(row_count)
 
+    # The table
+
+    def grow(self, row_count: int) -> None:
+        if not self._started:
+            return
+        for part in (self._returns, self._hints, self._waits):
+            part.grow(row_count)
+        self._in_dram, self._on_ssd = grown(self._in_dram, row_count, 0.0), grown(self._on_ssd, row_count, 0.0)
+        self._late = grown(self._late, row_count, 1.0)
+        self._candidate = grown(self._candidate, row_count, False)
+
+    def split(self, items: ItemTable, row: int, front_row: int, now_s: float) -> None:
+        if not self._started:
+            return
+        self._returns.split(row, front_row)
+        for array in (self._in_dram, self._on_ssd, self._late):
+            array[front_row] = array[row]
+        self._candidate[front_row] = True
+
     # Events
 
     def queued(self, items: ItemTable, row: int, now_s: float) -> None:
@@ -125,7 +144,7 @@ class ForesightPolicy(Placement):
         self._happened(now_s)
 
     def left(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
-        if tier == TierName.SSD:
+        if self._started and tier == TierName.SSD:
             self._ssd_level = self._on_ssd.item(row)
 
     def forgotten(self, items: ItemTable, row: int, now_s: float) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from kvservice.blocks import Rows
 from kvservice.policy.base import Hint
+from kvservice.policy.items import grown
 from kvservice.policy.return_times import RECENCY
 from kvservice.policy.survival import BIN_COUNT, WIDTHS, Floats, Survival, bin_of
 
@@ -49,6 +50,11 @@ class HintTimes:
         self.soonest_s: Floats = np.zeros(
             CLASSES
         )  # By class, the `_SOONEST_SHARE` quantile of the time to the request.
+
+    def grow(self, row_count: int) -> None:
+        self.in_class = grown(self.in_class, row_count, NONE)
+        self.since_s = grown(self.since_s, row_count, math.nan)
+        self._since_events = grown(self._since_events, row_count, 0)
 
     def hinted(self, row: int, hint: Hint, likely: float, now_s: float) -> None:
         """`likely`: the hazard of a return without this hint, relative to the average hazard."""

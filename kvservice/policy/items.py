@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,7 @@ _COLUMNS = {
     "value": np.float64,  # What one use of the whole item saves. The table's owner chooses the unit (turns, seconds).
     "live": np.bool_,  # Has bytes in a tier, or a request that waits or runs.
 }
+_BEGIN = {"queue_seq": NOT_QUEUED, "used_at_s": math.nan, "hinted_at_s": math.nan, "value": 1.0}  # Others: 0.
 HINTS = ("", "typing", "tool_call", "ended")
 
 
@@ -59,11 +61,30 @@ class ItemTable:
         self.conditions = conditions
         self.row_count = row_count
         for name, dtype in _COLUMNS.items():
-            setattr(self, name, np.zeros(row_count, dtype))
-        self.queue_seq[:] = NOT_QUEUED
-        self.used_at_s[:] = math.nan
-        self.hinted_at_s[:] = math.nan
-        self.value[:] = 1.0
+            setattr(self, name, np.full(row_count, _BEGIN.get(name, 0), dtype))
+
+    def grow(self, row_count: int) -> None:
+        """Make space for so many rows. The arrays are replaced. Call the policy's `grow` next."""
+        self.row_count = row_count
+        for name in _COLUMNS:
+            setattr(self, name, grown(getattr(self, name), row_count, _BEGIN.get(name, 0)))
+
+    def reset(self, row: int) -> None:
+        """Make the row ready for another item."""
+        for name in _COLUMNS:
+            getattr(self, name)[row] = _BEGIN.get(name, 0)
+
+    def copy(self, row: int, to_row: int) -> None:
+        """Let another row begin as this one is."""
+        for name in _COLUMNS:
+            column = getattr(self, name)
+            column[to_row] = column[row]
+
+
+def grown(array: NDArray[Any], row_count: int, begin: float) -> NDArray[Any]:
+    """An array with the same rows, and further ones that have the value `begin`."""
+    more = np.full((row_count - len(array), *array.shape[1:]), begin, array.dtype)
+    return np.concatenate([array, more])
 
 
 @dataclass(slots=True)

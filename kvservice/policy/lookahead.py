@@ -49,6 +49,10 @@ class LookaheadPolicy(Placement):
 
     # Events
 
+    def split(self, items: ItemTable, row: int, front_row: int, now_s: float) -> None:
+        self._know(row, int(items.size_bytes[row]))
+        self._know(front_row, int(items.size_bytes[front_row]))
+
     def queued(self, items: ItemTable, row: int, now_s: float) -> None:
         if items.queue_seq[row] < items.conditions.served + self.prefetch_window(items):
             self.look_at_s = now_s

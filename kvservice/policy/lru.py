@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
@@ -20,9 +22,13 @@ class LruPolicy(Placement):
 
     name: ClassVar[str] = "lru"
     whole_items: ClassVar[bool] = True
+    ranking_lasts_s: ClassVar[float] = math.inf
 
     def retention(self, items: Recency, rows: Rows, tier: TierName, now_s: float) -> NDArray[np.float64]:
         return items.access_seq[rows].astype(np.float64)
+
+    def scores(self, items: Recency, tier: TierName, now_s: float) -> Callable[[Rows], NDArray[np.float64]]:
+        return lambda rows: self.retention(items, rows, tier, now_s)
 
     def wants_in_dram(self, items: Recency, row: int, now_s: float) -> bool:
         return True

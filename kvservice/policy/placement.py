@@ -31,6 +31,12 @@ class Placement:
     #: When to call `promotions` next. An event method may set it to `now_s`.
     look_at_s: float = math.inf
 
+    def grow(self, row_count: int) -> None:
+        """The table has grown to so many rows."""
+
+    def split(self, items: ItemTable, row: int, front_row: int, now_s: float) -> None:
+        """The item was split: `front_row` has its front now. Both begin with what was known of the whole item."""
+
     def queued(self, items: ItemTable, row: int, now_s: float) -> None:
         """A request for the item joined the queue, at `queue_seq`."""
 

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from kvservice.policy.items import grown
 from kvservice.policy.survival import BIN_COUNT, Floats, bin_of, places_of
 
 _MEMORY = 1024.0  # Requests after which a wait's weight has fallen to 1/e.
@@ -20,6 +21,9 @@ class QueueWaits:
         self._waits = [0.0] * BIN_COUNT
         self._weight = 1.0  # Weight of the next wait. It grows, instead of all other weights decreasing.
         self._shorter: Floats = np.ones(BIN_COUNT + 1)
+
+    def grow(self, row_count: int) -> None:
+        self._since_s = grown(self._since_s, row_count, math.nan)
 
     def queued(self, row: int, now_s: float) -> None:
         self._since_s[row] = now_s

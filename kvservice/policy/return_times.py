@@ -13,6 +13,7 @@ import math
 import numpy as np
 
 from kvservice.blocks import Rows
+from kvservice.policy.items import grown
 from kvservice.policy.survival import BEGINS, BIN_COUNT, WIDTHS, Floats, Survival, bin_of
 
 CLASSES = 4  # 1, 2 and 3, 4 to 7, 8 or more uses.
@@ -46,6 +47,30 @@ class ReturnTimes:
         self._seen: list[tuple[float, ...]] = []  # Observations that `_moments` lacks.
         self._means = [0.0] * (_FEATURES + 1)
         self._effects = [0.0] * _FEATURES
+
+    def grow(self, row_count: int) -> None:
+        self.since_s = grown(self.since_s, row_count, math.nan)
+        self.factor = grown(self.factor, row_count, 1.0)
+        self.in_class = grown(self.in_class, row_count, 0)
+        self._since_events = grown(self._since_events, row_count, 0)
+        self._value = grown(self._value, row_count, 1.0)
+        self._gaps = grown(self._gaps, row_count, 0.0)
+        self._log_gaps = grown(self._log_gaps, row_count, 0.0)
+        self._features = grown(self._features, row_count, 0.0)
+
+    def split(self, row: int, front_row: int) -> None:
+        """`front_row` has returned as often as `row`, and waits as long."""
+        for array in (
+            self.since_s,
+            self.factor,
+            self.in_class,
+            self._since_events,
+            self._value,
+            self._gaps,
+            self._log_gaps,
+            self._features,
+        ):
+            array[front_row] = array[row]
 
     def start_waiting(self, row: int, uses: int, answer_tokens: int, now_s: float, value: float = 1.0) -> None:
         """The item's use has ended, so its age is 0 now. `value` is its weight in the estimate."""

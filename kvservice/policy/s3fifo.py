@@ -48,6 +48,11 @@ class S3FifoPolicy(Placement):
         if tier == TierName.SSD:  # The eviction for it is over.
             queues.seat()
 
+    def split(self, items: ItemTable, row: int, front_row: int, now_s: float) -> None:
+        for queues in self._queues.values():
+            queues.grow(items.row_count)
+            queues.insert_beside(row, front_row)
+
     def left(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
         capacity_bytes, resident_bytes = _of_tier(items, tier)
         ghost_share_bytes = capacity_bytes - capacity_bytes // _SMALL_PART
@@ -127,6 +132,14 @@ class _Queues:
         self._newcomer, self._newcomer_queue = row, _MAIN if self._queue[row] == _GHOST else _SMALL
         self._unlink(row)
         self._freq[row] = 0
+
+    def insert_beside(self, row: int, new_row: int) -> None:
+        """A new item enters the queue of another one, and counts as used as often."""
+        self.seat()
+        queue = self._queue[row]
+        if queue in (_SMALL, _MAIN):
+            self._link(new_row, queue)
+            self._freq[new_row] = self._freq[row]
 
     def seat(self) -> None:
         """The eviction for the newest item is over: the item enters its queue."""

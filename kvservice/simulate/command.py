@@ -48,6 +48,8 @@ def simulate(
 
     Sizes are binary: GB means GiB, MB means MiB.
 
+    Notes below the table, or in the JSON, say what the reader of a trace left out, derived or spread.
+
     Four of the names are bounds. none recomputes everything, infinite has unlimited DRAM.
     optimum knows the future, distribution-bound knows the true distribution of return times.
     """
@@ -70,9 +72,10 @@ def simulate(
             fail(f"--plot: {plot_file} cannot be written: {error.strerror}. Name another file.")
     results = [found[name, 1.0] for name in names]
     if as_json:
-        output.print_json([output.as_json(each) for each in results])
+        output.print_json([output.as_json(each) | {"notes": " ".join(workload.notes)} for each in results])
     else:
         output.print_results(results)
+        output.print_notes(workload.notes)
 
 
 def _check_plot(file: Path, sweep: Sweep, sizes: SizeOptions) -> None:

@@ -18,6 +18,7 @@ from kvservice.simulate.engine import CONTENDERS
 from kvservice.simulate.generated_hints import with_typing_hints
 from kvservice.simulate.settings import GIB, MIB, Machine
 from kvservice.simulate.think_times import SHAPES
+from kvservice.simulate.ticks import spread, tick_of
 from kvservice.simulate.workload import Workload
 
 NumberT = TypeVar("NumberT", int, float)
@@ -135,19 +136,24 @@ class LoadOptions:
         str,
         typer.Option(
             metavar="FILE|sharegpt|people",
-            help="A trace file, or generated load: conversations as in ShareGPT, or the users of a real service.",
+            help="A trace file, or a folder of agents' sessions (docs/traces.md). Or generated load: conversations as"
+            " in ShareGPT, or the users of a real service.",
         ),
     ]
     format: Annotated[str, typer.Option(help=f"The file's format: {', '.join(traces.FORMATS)}.")] = "auto"
     warmup_turns: Annotated[int, number("--warmup-turns", "Turns that run before the measurement starts.")] = 0
-    seed: Annotated[int, number("--seed", "Seed of the generated load and hints.", _LOAD)] = 0
+    seed: Annotated[
+        int, number("--seed", "Seed of the generated load and hints, and of what a file leaves open.", _LOAD)
+    ] = 0
     sessions: Annotated[
         int | None,
         number("--sessions", "Number of sessions.", _LOAD, least=1, most=1e7, show_default="9000; people: 2000"),
     ] = None
     session_rate: Annotated[
         float | None,
-        number("--session-rate", "New sessions per second.", _LOAD, above=True, show_default="1; people: 0.2"),
+        number(
+            "--session-rate", "New sessions per second.", _LOAD, above=True, show_default="1; people: 0.2; weka: 1/60"
+        ),
     ] = None
     think_s: Annotated[
         float | None,
@@ -188,6 +194,26 @@ class LoadOptions:
     false_hints: Annotated[
         float, number("--false-hints", "The share of hints that are wrong.", _LOAD, most=1, below=True)
     ] = 0.0
+    block_tokens: Annotated[
+        int | None,
+        number(
+            "--block-tokens",
+            f"Tokens per block of a file of {', '.join(traces.WITH_BLOCKS)}.",
+            _LOAD,
+            least=1,
+            most=2**20,
+            show_default="512; bailian: 16",
+        ),
+    ] = None
+    spread_ticks: Annotated[
+        bool | None,
+        typer.Option(
+            "--spread-ticks/--keep-ticks",
+            help="Where a file's clock ticks in whole seconds, spread the requests of a tick evenly over it.",
+            rich_help_panel=_LOAD,
+            show_default="spread",
+        ),
+    ] = None
 
     def workload(self) -> Workload:
         """The turns. Ends the program if the trace is not usable, and refuses contradictory options."""
@@ -205,6 +231,7 @@ class LoadOptions:
     def _generated(self, lead_s: tuple[float, float] | None) -> Workload:
         if self.format != "auto":
             raise typer.BadParameter(f"is for files; {self.trace} is generated", param_hint="--format")
+        _refuse_given(self, ("block_tokens", "spread_ticks"), f"is for files; {self.trace} is generated")
         shape = _one_of(self.think_shape or "people", SHAPES, "shape", "--think-shape")
         if self.trace == "people":
             return generate.people(
@@ -229,13 +256,21 @@ class LoadOptions:
         )
 
     def _read(self, lead_s: tuple[float, float] | None) -> Workload:
-        generated = ("sessions", "session_rate", "think_s", "think_shape")
-        _refuse_given(self, generated, f"is for generated load; {self.trace} is a file")
+        generated = f"is for generated load; {self.trace} is a file"
+        _refuse_given(self, ("sessions", "think_s", "think_shape"), generated)
         _one_of(self.format, traces.FORMATS, "format", "--format")
         try:
-            workload = traces.read(self.trace, self.format)
+            form = traces.format_of(self.trace) if self.format == "auto" else self.format
+            if form not in traces.WITHOUT_CLOCK:
+                _refuse_given(self, ("session_rate",), generated)
+            if form not in traces.WITH_BLOCKS:
+                _refuse_given(self, ("block_tokens",), f"is for {', '.join(traces.WITH_BLOCKS)}; the file is {form}")
+            workload = traces.read(
+                self.trace, form, block_tokens=self.block_tokens, session_rate=self.session_rate, seed=self.seed
+            )
         except traces.TraceError as error:
             fail(f"--trace: {error}")
+        workload = self._spread(workload)
         if self.context is not None:
             workload = replace(workload, context_tokens=self.context)
         if lead_s is not None:
@@ -244,6 +279,16 @@ class LoadOptions:
             except ValueError as error:
                 raise typer.BadParameter(str(error), param_hint="--typing-lead-s") from None
         return workload
+
+    def _spread(self, workload: Workload) -> Workload:
+        tick = tick_of(workload)
+        if tick is None:
+            return workload
+        shared = f"The file's clock ticks in {tick.seconds} s, and up to {tick.most:,} requests share a tick: they "
+        if self.spread_ticks is False:
+            return replace(workload, notes=(*workload.notes, f"{shared}arrive together (--keep-ticks)."))
+        spread_out = spread(workload, tick, self.seed)
+        return replace(spread_out, notes=(*workload.notes, f"{shared}are spread over it (--keep-ticks keeps them)."))
 
 
 @dataclass(frozen=True)

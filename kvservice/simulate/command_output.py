@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -55,6 +55,12 @@ def print_results(results: Iterable[Result]) -> None:
             f"\n{first.turns:,} turns were measured, {first.turns_with_history:,} of them with history: on time, late, "
             f"ssd and miss are shares of these.\nTime to first token is measured from the request, with the queue."
         )
+
+
+def print_notes(notes: Sequence[str]) -> None:
+    """Print one line per note on the load, after an empty line."""
+    if notes:
+        console().print("\n" + "\n".join(f"Note: {note}" for note in notes), markup=False)
 
 
 def share(value: float) -> str:

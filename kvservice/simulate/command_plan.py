@@ -89,12 +89,14 @@ def plan(
         "footprint_gb": footprint_gb,
         **cheapest,
         "others": others,
+        "notes": " ".join(workload.notes),
         "without_storage": {"dollars": prices.dollars(without.gpu_hours, 0.0, rates.gpus), **_figures(without)},
     }
     if as_json:
         output.print_json(document)
     else:
         _print(document, of)
+        output.print_notes(workload.notes)
 
 
 def _beyond(target_hit: float, of: Share, most: float, who: str) -> str:

@@ -54,6 +54,7 @@ class Workload:
     path_items: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     item_blocks: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     context_tokens: int = 0  # The model's window: what is over it is cut by half from the front. 0: no limit.
+    notes: tuple[str, ...] = ()  # Sentences for the user: what was left out or derived when the load was read.
 
     @property
     def turns(self) -> int:

@@ -109,7 +109,8 @@ class ResidencyDirectory:
 
     def close(self) -> None:
         """Tell readers that the directory is no longer up to date, and free its memory."""
-        self._blocks.on_change = None
+        if self._changed in self._blocks.listeners:
+            self._blocks.listeners.remove(self._changed)
         for table in (self._current, self._next):
             if table is not None:
                 table.close(DirectoryState.CLOSED)
@@ -169,7 +170,7 @@ class ResidencyDirectory:
         except OSError as error:
             self._give_up(str(error))
             return
-        self._blocks.on_change = self._changed
+        self._blocks.listeners.append(self._changed)
 
     def _first_slots(self) -> int:
         """The number of slots for the expected rows of the block table, within the available space. 0 means none."""

@@ -89,6 +89,7 @@ class Leases:
         self._by_end: list[tuple[float, int]] = []  # Old entries of renewed leases stay until their time.
         self._ended_rows: deque[Rows] = deque()  # Row batches of ended leases whose counts are not decremented yet.
         self._drain: asyncio.Task[None] | None = None
+        self.on_end: Callable[[Rows], None] | None = None  # Called with the rows of each lease that has ended.
         self._next_lease_id = secrets.randbits(48) << 8  # So that numbers of an earlier daemon are not valid here.
 
     @property
@@ -241,4 +242,6 @@ class Leases:
             if len(rows) > room:
                 self._ended_rows.appendleft(rows[room:])
             self._lifecycle.unlease(rows[:room])
+            if self.on_end is not None:
+                self.on_end(rows[:room])
             room -= min(room, max(len(rows), 16))  # A bound on the number of small leases.

@@ -22,7 +22,10 @@ from kvservice.blocks import NO_ROW, BlockTable, TierName
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
-from kvservice.policy.base import Policy
+from kvservice.placement.block_items import BlockItems
+from kvservice.placement.item_policy import ItemPolicy
+from kvservice.policy import Placement, Policy
+from kvservice.policy.items import Conditions
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.store.hints.exchange import HintExchange, HintLimits, HintStream
@@ -31,6 +34,7 @@ from kvservice.store.leases import Client, Lease, Leases
 from kvservice.store.miss_reasons import MissReasons, Reason
 from kvservice.store.mover.evictor import Evictor, Watermarks
 from kvservice.store.mover.promoter import Promoter
+from kvservice.store.mover.read_ahead import ReadAhead
 from kvservice.store.mover.write_behind import WriteBehind
 from kvservice.store.operations.drain import Drain
 from kvservice.store.operations.explain import Explain
@@ -82,6 +86,7 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Sized)
 
 _EXPIRE_EVERY_S = 0.25
+_SSD_BYTES_PER_S = float(2**30)  # Until it is measured.
 _LOOKUP_PART = 512
 
 
@@ -120,7 +125,7 @@ class BlockStore:
         dram: DramTier,
         slower: Mapping[TierName, DurableTier],
         index: BlockIndex,
-        policy: Policy[BlockTable],
+        policy: Policy[BlockTable] | Placement,
         clock: Clock,
         counters: Counters,
         executor: Executor,
@@ -129,7 +134,10 @@ class BlockStore:
         watermarks: dict[TierName, Watermarks],
         history: MissReasons | None = None,
     ) -> None:
-        """`slower` are the tiers below DRAM, from the fastest to the slowest; `blocks` has the same tiers."""
+        """`slower` are the tiers below DRAM, from the fastest to the slowest; `blocks` has the same tiers.
+
+        A policy that ranks single blocks is used as it is; one over items ranks the items that blocks are grouped into.
+        """
         self._blocks = blocks
         self._dram = dram
         self._slower = slower
@@ -150,6 +158,14 @@ class BlockStore:
         self._loop_budget = LoopBudget()
         tiers: dict[TierName, Tier] = dict(zip(blocks.tiers, (dram, *slower.values()), strict=True))
         self._lifecycle = BlockLifecycle(blocks, tiers, index, counters, self._tasks, self._history, clock)
+        self._items: BlockItems | None = None
+        if not isinstance(policy, Policy):
+            ssd_bytes = tiers[blocks.tiers[1]].capacity_bytes if slower else 0
+            used_share = 1 - watermarks[blocks.first_tier].high  # Else a policy always fills what is to be kept free.
+            conditions = Conditions(int(dram.capacity_bytes * used_share), ssd_bytes, _SSD_BYTES_PER_S)
+            self._items = BlockItems(blocks, self._block_tokens_of, policy, conditions, clock.monotonic_s)
+            blocks.listeners.append(self._items.changed)
+            policy = ItemPolicy(self._items)
         self._evictor = Evictor(
             self._lifecycle,
             policy,
@@ -170,6 +186,9 @@ class BlockStore:
         self._promoter: Promoter | None = None
         if following is not None:
             self._promoter = Promoter(*shared, write_behind=following, reads_in_flight=limits.reads_in_flight)
+        self._read_ahead: ReadAhead | None = None
+        if isinstance(policy, ItemPolicy):
+            self._read_ahead = ReadAhead(policy, blocks, self._promoter, clock, counters, self._loop_budget)
         self._leases = Leases(
             self._lifecycle,
             clock,
@@ -180,6 +199,8 @@ class BlockStore:
             per_client_max=limits.leases_per_client_max,
             blocks_per_client_max=limits.leased_blocks_per_client_max,
         )
+        if self._items is not None:
+            self._leases.on_end = self._items.released
         assert index.secret is not None and index.key_generations is not None, "a daemon opened it"
         self._key_generations = index.key_generations
         self._uploads = Uploads(
@@ -205,7 +226,7 @@ class BlockStore:
             slots=limits.transfer_slots,
             frame_bytes=limits.frame_bytes,
         )
-        self._in_place_reads = InPlaceReads(self._lifecycle, dram, self._promoter, counters, executor)
+        self._in_place_reads = InPlaceReads(self._lifecycle, dram, self._promoter, clock, counters, executor)
         self._in_place_uploads = InPlaceUploads(self._uploads, dram, self._tasks, offered=limits.writes_in_place)
         self._scrub = Scrub(
             self._lifecycle, dram, clock, counters, executor, bytes_per_second=limits.scrub_bytes_per_second
@@ -268,6 +289,8 @@ class BlockStore:
         self._in_place_uploads.start()
         for writer in self._writers.values():
             writer.start()
+        if self._read_ahead is not None:
+            self._tasks.start(self._read_ahead.run(), "read ahead")
         self._tasks.start(self._expire_forever(), "lease expiry")
         self._tasks.start(self._flush_forever(), "recency flush")
         self._sessions.start()
@@ -388,6 +411,9 @@ class BlockStore:
         )
         return await asyncio.shield(begun)  # The caller's deadline must not interrupt it.
 
+    def _block_tokens_of(self, layout_id: int) -> int:
+        return self._index.layouts[layout_id].block_tokens
+
     def _layout(self, fingerprint: bytes) -> tuple[int, Layout]:
         layout_id = self._index.layout_id(fingerprint)
         if layout_id is None:
@@ -455,6 +481,8 @@ class BlockStore:
             self._blocks.hits[found.held] += 1
             if client is not None:
                 self._blocks.note_user(found.held, client.number)
+                if self._items is not None:
+                    self._items.looked_up(found.rows, self._clock.monotonic_s())
                 ttl_s = min(lease_ttl_s, self.limits.lease_ttl_max_s)
                 lease = self._leases.grant(client, layout, wanted, found.rows, found.parts, found.held, ttl_s)
         return Hit(len(found.rows), runs_of(self._blocks, found.rows), lease, ttl_s)
@@ -483,9 +511,17 @@ class BlockStore:
         return part
 
     def export_lease(self, caller: Caller, lease_id: int, ttl_s: float, adoptions: int) -> tuple[bytes, float]:
-        """A ticket for the lease's blocks, and the seconds for which it holds them. Raises as `Tickets.export`."""
+        """A ticket for the lease's blocks, and the seconds for which it holds them. Raises as `Tickets.export`.
+
+        A ticket is made for a load that is about to come: blocks that DRAM lacks are promoted from now on.
+        """
         ttl_s = self._granted(ttl_s, "ttl_ms is 0", "ttl_ms")
-        return self._tickets.export(caller, lease_id, ttl_s, adoptions), ttl_s
+        ticket = self._tickets.export(caller, lease_id, ttl_s, adoptions)
+        rows = self._leases.get(caller, lease_id).held_rows
+        missing = rows[~self._blocks.lie_in(rows, self._blocks.first_tier)].tolist()
+        if missing and self._promoter is not None:
+            self._promoter.prefetch(missing, within_s=0.0)
+        return ticket, ttl_s
 
     async def adopt(
         self, caller: Caller, ticket: bytes, fingerprint: bytes, shard: Shard | None, lease_ttl_s: float

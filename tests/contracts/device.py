@@ -275,6 +275,36 @@ class DeviceContract:
         assert np.array_equal(back, slices)
         assert not memory[:, 1::2].any()
 
+    @pytest.mark.parametrize("is_joined", [True, False])
+    @pytest.mark.parametrize(("page_tokens", "page_ids"), [(64, [1]), (16, [3, 1, 2]), (5, [2, 3, 7, 1, 9, 4, 5])])
+    def test_each_block_is_reported_in_order_once_it_is_gathered(
+        self, device: Device, page_tokens: int, page_ids: list[int], is_joined: bool
+    ) -> None:
+        stream, counts = device.stream("test"), [8, 8, 8, 3]
+        token_bytes = HEADS * (K_DIM + V_DIM) * 4
+        slices = np.arange(27 * token_bytes // 4, dtype=np.float32).view(np.uint8)
+        ends = np.cumsum(counts) * token_bytes
+        pages = pages_of(10, page_tokens, page_ids, 2, place=self.place)
+        stream.scatter(slices, counts, pages)
+        joined, seen = np.zeros_like(slices), []
+        into = joined if is_joined else np.split(joined, ends[:-1])
+
+        event = stream.gather(pages, counts, into, lambda block: seen.append((block, joined[: ends[block]].copy())))
+
+        assert event.wait(WAIT_S)
+        assert event.error is None
+        assert [block for block, _ in seen] == [0, 1, 2, 3]
+        assert all(np.array_equal(found, slices[: len(found)]) for _, found in seen)
+
+    def test_what_the_report_of_a_block_raises_is_the_error_of_the_gathering(self, device: Device) -> None:
+        def refuse(block: int) -> None:
+            raise InterruptedError("no more")
+
+        stream, slices = device.stream("test"), np.zeros(8 * HEADS * (K_DIM + V_DIM) * 4, np.uint8)
+        event = stream.gather(pages_of(2, 8, [1], 0, place=self.place), [8], slices, refuse)
+        assert event.wait(WAIT_S)
+        assert isinstance(event.error, InterruptedError)
+
     @pytest.mark.parametrize(("page_tokens", "page_ids"), [(64, [1]), (16, [3, 1, 2]), (5, [2, 3, 7, 1, 9, 4, 5])])
     def test_a_rotation_turns_each_key_once_by_its_place_in_the_run(
         self, device: Device, page_tokens: int, page_ids: list[int]

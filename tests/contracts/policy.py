@@ -45,7 +45,7 @@ class PolicyContract:
     @pytest.mark.parametrize("tier", [TierName.DRAM, TierName.SSD])
     def test_every_row_has_one_worth(self, policy: Policy[BlockTable], blocks: BlockTable, tier: TierName) -> None:
         for rows in (blocks.live_rows(), blocks.live_rows()[::3], np.empty(0, np.int64)):
-            worth = policy.retention(blocks, rows, tier, NOW_S)
+            worth = policy.scores(blocks, tier, NOW_S)(rows)
             assert worth.shape == rows.shape and worth.dtype == np.float64
             assert np.isfinite(worth).all()
 
@@ -54,11 +54,11 @@ class PolicyContract:
         self, policy: Policy[BlockTable], blocks: BlockTable, tier: TierName
     ) -> None:
         rows = blocks.live_rows()
-        worth = policy.retention(blocks, rows, tier, NOW_S)
+        worth = policy.scores(blocks, tier, NOW_S)(rows)
         order = np.random.default_rng(1).permutation(len(rows))
-        assert (policy.retention(blocks, rows[order], tier, NOW_S) == worth[order]).all(), "not on the order of asking"
-        assert (policy.retention(blocks, rows[5:9], tier, NOW_S) == worth[5:9]).all(), "nor on who else is asked about"
-        assert (type(policy)().retention(blocks, rows, tier, NOW_S) == worth).all(), "nor on what it was asked before"
+        assert (policy.scores(blocks, tier, NOW_S)(rows[order]) == worth[order]).all(), "not on the order of asking"
+        assert (policy.scores(blocks, tier, NOW_S)(rows[5:9]) == worth[5:9]).all(), "nor on who else is asked about"
+        assert (type(policy)().scores(blocks, tier, NOW_S)(rows) == worth).all(), "nor on what it was asked before"
 
     @pytest.mark.parametrize("tier", [TierName.DRAM, TierName.SSD])
     def test_a_prefix_is_worth_no_less_than_what_continues_it(
@@ -67,7 +67,7 @@ class PolicyContract:
         """A suffix is useless without its prefix, so the prefix must not be evicted first."""
         chain = blocks.live_rows()[10:30]
         blocks.touch(chain, 3000)
-        worth = policy.retention(blocks, chain, tier, NOW_S)
+        worth = policy.scores(blocks, tier, NOW_S)(chain)
         assert (np.diff(worth) <= 0).all()
 
     def test_it_answers_for_every_row_and_changes_nothing(self, policy: Policy[BlockTable], blocks: BlockTable) -> None:
@@ -77,12 +77,12 @@ class PolicyContract:
         for row in blocks.live_rows().tolist():
             assert policy.wants_in_dram(blocks, row, NOW_S) in (True, False)
             assert policy.wants_on_ssd(blocks, row, NOW_S) in (True, False)
-        policy.retention(blocks, blocks.live_rows(), TierName.DRAM, NOW_S)
+        policy.scores(blocks, TierName.DRAM, NOW_S)(blocks.live_rows())
 
     def test_it_may_be_asked_from_another_thread(self, policy: Policy[BlockTable], blocks: BlockTable) -> None:
         rows = blocks.live_rows()
         answers: list[NDArray[np.float64]] = []
-        ask = threading.Thread(target=lambda: answers.append(policy.retention(blocks, rows, TierName.SSD, NOW_S)))
+        ask = threading.Thread(target=lambda: answers.append(policy.scores(blocks, TierName.SSD, NOW_S)(rows)))
         ask.start()
         ask.join()
-        assert (answers[0] == policy.retention(blocks, rows, TierName.SSD, NOW_S)).all()
+        assert (answers[0] == policy.scores(blocks, TierName.SSD, NOW_S)(rows)).all()

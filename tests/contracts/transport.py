@@ -204,6 +204,8 @@ class TransportContract:
                 with pytest.raises(DeadlineExceeded, match="layer"):
                     next(lease.load(layer_timeout_s=0.1))
                 assert time.monotonic() - begin_s < SOON_S
+                with pytest.raises(DeadlineExceeded, match="sent nothing"):
+                    next(lease.load(layer_timeout_s=NEVER_S, idle_timeout_s=0.1))
 
     def test_cancel_ends_a_load_that_waits_for_a_stopped_daemon(self, new_daemon: Callable[..., DaemonProcess]) -> None:
         daemon, layout = new_daemon(), large_layout()

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 
-from kvservice_api.errors import InvalidRequest
 from kvservice_client import BlockChain, Client, Durability, QueuedRequest, Readiness, ReadyState, Session
 from tests.daemon import MIB, DaemonProcess, until
 from tests.integration.known_blocks import LARGE, new_chain, save, verify

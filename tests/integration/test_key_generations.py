@@ -203,3 +203,21 @@ def test_a_reset_while_the_generation_is_read_begins_a_new_one(own: DaemonProces
     own.start()
     assert known(engine) == generation(own) != 0
     engine.close()
+
+
+def test_an_engine_asks_again_after_an_error_that_no_daemon_gives(client: Client) -> None:
+    """A thread that ended by it would leave the engine without a generation, and so without a store, for ever."""
+    blocks = client.open_layout(SMALL)
+    ask, calls = blocks.generation, []
+
+    def asked(timeout_s: float | None = None) -> int:
+        calls.append(timeout_s)
+        if len(calls) == 1:
+            raise RuntimeError("an error of another kind")
+        return ask(timeout_s)
+
+    blocks.generation = asked  # type: ignore[method-assign]  # The first call fails as no real one does.
+    engine = KeyGeneration(blocks, client.clock)
+    assert known(engine) == 0
+    assert len(calls) == 2
+    engine.close()

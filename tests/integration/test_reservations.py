@@ -128,6 +128,21 @@ def test_a_layer_that_is_not_sealed_is_not_committed(client: Client) -> None:
         reservation.commit()
     write(reservation, SMALL, chains)  # It continues.
     assert reservation.commit()[0].stored == 1
+
+
+def test_slices_may_be_sealed_one_by_one(client: Client) -> None:
+    chains = [new_chain(SMALL, 2)]
+    reservation = client.open_layout(SMALL).reserve(chains)
+    for layer in range(SMALL.layers):
+        for number, target in enumerate(reservation.slices(layer)):
+            with pytest.raises(InvalidRequest, match=f"layer {layer} is not sealed"):
+                reservation.commit()
+            np.copyto(target, slice_of(chains[0].keys[number], layer, target.size))
+            reservation.seal(layer, number)
+    with pytest.raises(InvalidRequest, match="number"):
+        reservation.seal(0, 2)
+    assert reservation.commit()[0].stored == 2
+    verify(client, SMALL, chains[0])
     verify(client, SMALL, chains[0])
 
 

@@ -99,6 +99,17 @@ def test_a_layer_that_is_not_promoted_in_its_time_ends_the_view(
         faults.clear()
 
 
+def test_a_view_of_which_nothing_arrives_ends_before_the_time_of_its_layer(
+    client: Client, chain: BlockChain, faults: Faults
+) -> None:
+    faults.set("preadv", "HOLD")
+    with client.open_layout(LARGE).lookup(chain, lease_ttl_s=NEVER_S) as lease:
+        view = lease.view(layer_timeout_s=NEVER_S, idle_timeout_s=0.1)
+        with pytest.raises(DeadlineExceeded, match=r"sent nothing of the layer for 0\.1 s"):
+            view.slices(0)
+        faults.clear()
+
+
 def test_the_daemon_keeps_the_blocks_in_their_place_until_the_view_is_left(client: Client, chain: BlockChain) -> None:
     lease = client.open_layout(LARGE).lookup(chain, lease_ttl_s=NEVER_S)
     view = lease.view(layer_timeout_s=NEVER_S)
@@ -172,3 +183,5 @@ def test_a_wrong_time_for_a_view_is_refused(client: Client, chain: BlockChain) -
             lease.view(timeout_s=-1, layer_timeout_s=1)
         with pytest.raises(InvalidRequest, match="layer_timeout_s"):
             lease.view(layer_timeout_s=-1)
+        with pytest.raises(InvalidRequest, match="needs layer_timeout_s"):
+            lease.view(idle_timeout_s=1)

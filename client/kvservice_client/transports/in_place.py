@@ -127,9 +127,14 @@ class InPlace:
             raise InPlaceMismatch(f"the trailer of block {block} is not the one that was stored")
         return trailer
 
+    @property
+    def are_replaced(self) -> bool:
+        """Whether the daemon has moved or evicted blocks, which it does only after it has ended the call."""
+        return bool((self._arena.generations(self._offsets) != self._generations).any())
+
     def check(self) -> None:
         """Call it after the last use of the bytes. Raises LeaseExpired if they may have been replaced."""
-        if (self._arena.generations(self._offsets) != self._generations).any():
+        if self.are_replaced:
             raise LeaseExpired("blocks were moved or evicted while they were read: look the prefix up again")
         if not self._order.is_usable():
             raise LeaseExpired("the lease is about to end: bytes in place are not used any more")
@@ -187,11 +192,11 @@ class View:
         """
         if not 0 <= layer < self._blocks.layer_count:
             raise InvalidRequest(f"layer {layer} is not one of {self._blocks.layer_count}", field="layer")
-        self.check()
+        self._check_with_reason()
         if self._blocks.layers_ready <= layer:
             with self._deadline.layer():
                 self._blocks.wait_for_layer(layer)
-            self.check()
+            self._check_with_reason()
         if self._have_verified is not None and layer not in self._verified_layers:
             self._verify(layer, self._have_verified)
         return [self._slice(block, layer) for block in range(self.block_count)]
@@ -229,6 +234,16 @@ class View:
             raise LeaseExpired("the view is closed: its bytes may have been replaced")
         self._deadline.check_cancelled()
         self._blocks.check()
+
+    def _check_with_reason(self) -> None:
+        """As `check`. If the daemon ended the call with an error, raises that."""
+        try:
+            self.check()
+        except LeaseExpired:
+            if self._is_open and self._blocks.are_replaced and self._blocks.layers_ready < self._blocks.layer_count:
+                with self._deadline.layer():
+                    self._blocks.wait_for_layer(self._blocks.layer_count - 1)
+            raise
 
     def __enter__(self) -> Self:
         return self

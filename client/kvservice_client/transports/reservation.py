@@ -58,7 +58,7 @@ class Reservation:
             for layer in range(saved.shard.layers)
         ]
         self.sums: NDArray[np.uint64] = np.zeros((len(places), saved.shard.layers), "<u8")
-        self._sealed: set[int] = set()
+        self._is_sealed = np.zeros(self.sums.shape, bool)
         self._abandon = weakref.finalize(self, end, True)
         self.on_commit: Callable[[float], None] | None = None  # Called with the seconds of the commit.
         self._abandon.atexit = False  # The daemon then sees the end of the process.
@@ -88,15 +88,20 @@ class Reservation:
         held = np.asarray(_Held(self._arena, self))
         return [held[begin:end] for begin, end in ranges]
 
-    def seal(self, layer: int) -> None:
-        """Compute the checksums of a layer that is written. Right after its last byte it is still in the CPU's caches.
+    def seal(self, layer: int, number: int | None = None) -> None:
+        """Compute the checksums of a layer that is written, or only of its slice at this position in `blocks`.
 
-        Raises as `slices`.
+        It is fastest right after a slice's last byte, while the slice is in the processor's cache. Raises as `slices`;
+        InvalidRequest for another number.
         """
         self._check_open()
         ranges = self._ranges[self._checked(layer)]
-        self.sums[:, layer] = [checksum(self._arena[begin:end].data) for begin, end in ranges]
-        self._sealed.add(layer)
+        last = len(ranges) - 1
+        numbers = range(last + 1) if number is None else (arguments.whole(number, "number", 0, last),)
+        for each in numbers:
+            begin, end = ranges[each]
+            self.sums[each, layer] = checksum(self._arena[begin:end].data)
+            self._is_sealed[each, layer] = True
 
     def commit(self, timeout_s: float | None = None) -> list[SaveResult]:
         """Store the blocks, and end the reservation. Returns the result of each chain, as `BlockCache.save_many`.
@@ -107,8 +112,8 @@ class Reservation:
         DeadlineExceeded: whether the blocks are stored is then unknown.
         """
         self._check_open()
-        missing = [layer for layer in range(self.sums.shape[1]) if layer not in self._sealed]
-        if missing and self.positions:
+        missing = np.flatnonzero(~self._is_sealed.all(axis=0))
+        if missing.size:
             raise InvalidRequest(f"layer {missing[0]} is not sealed: its bytes may not be written", field="layer")
         deadline = self._deadline(timeout_s)
         begin_s = deadline.clock.now_s()

@@ -14,6 +14,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -91,61 +92,78 @@ class Pages:
 
         Without `join_blocks` each piece is of one block. Raises ValueError if they do not fit.
         """
-        if self.copied is None and join_blocks:
-            yield from self._pieces(token_counts)
-            return
-        starts = [0, *accumulate(token_counts)]
-        begin, end = self.copied or (0, starts[-1])
-        for piece in self._pieces(token_counts):
-            for number in range(piece.blocks):
-                first = starts[piece.block + number] + piece.token_of_block
-                clipped_first, clipped_end = max(first, begin), min(first + piece.tokens, end)
-                if clipped_first < clipped_end:
-                    yield Piece(
-                        piece.block + number,
-                        1,
-                        piece.token_of_block + clipped_first - first,
-                        clipped_end - clipped_first,
-                        piece.page_id,
-                        piece.token_of_page + number * piece.tokens + clipped_first - first,
-                    )
-            if first + piece.tokens >= end:  # The pages need not have what is after it.
-                return
-
-    def _pieces(self, token_counts: Sequence[int]) -> Iterator[Piece]:
         keys, values = self.key_view, self.value_view
         if keys.shape[:3] != values.shape[:3] or keys.dtype != values.dtype:
             shapes = f"{keys.shape} and {values.shape}"
             raise ValueError(f"keys and values do not belong together: {shapes}")
-        position = self.first_token
-        tokens = sum(token_counts)
-        end = position + (tokens if self.copied is None else min(tokens, self.copied[1]))
-        if position < 0 or end > len(self.page_ids) * self.page_tokens:
-            raise ValueError(
-                f"tokens {position}..{end} are not within {len(self.page_ids)} pages of {self.page_tokens} tokens"
-            )
-        block = 0
-        while block < len(token_counts):
-            tokens = token_counts[block]
-            page, at = divmod(position, self.page_tokens)
-            whole = 0
-            while (
-                block + whole < len(token_counts)
-                and token_counts[block + whole] == tokens
-                and at + (whole + 1) * tokens <= self.page_tokens
-            ):
-                whole += 1
-            if whole:
-                yield Piece(block, whole, 0, tokens, self.page_ids[page], at)
-                position, block = position + whole * tokens, block + whole
-                continue
-            done = 0
-            while done < tokens:
-                page, at = divmod(position, self.page_tokens)
-                some = min(tokens - done, self.page_tokens - at)
-                yield Piece(block, 1, done, some, self.page_ids[page], at)
-                position, done = position + some, done + some
-            block += 1
+        page_ids, counts = tuple(self.page_ids), tuple(token_counts)
+        return iter(_pieces(page_ids, self.page_tokens, self.first_token, counts, self.copied, join_blocks))
+
+
+@lru_cache(maxsize=4)
+def _pieces(
+    page_ids: tuple[int, ...],
+    page_tokens: int,
+    first_token: int,
+    token_counts: tuple[int, ...],
+    copied: tuple[int, int] | None,
+    join_blocks: bool,
+) -> tuple[Piece, ...]:
+    """`Pages.pieces`. Remembered, because they are the same for all layers of a copy."""
+    tokens = sum(token_counts)
+    end = first_token + (tokens if copied is None else min(tokens, copied[1]))
+    if first_token < 0 or end > len(page_ids) * page_tokens:
+        raise ValueError(f"tokens {first_token}..{end} are not within {len(page_ids)} pages of {page_tokens} tokens")
+    pieces = _cut(page_ids, page_tokens, first_token, token_counts)
+    if copied is None and join_blocks:
+        return tuple(pieces)
+    return tuple(_clipped(pieces, token_counts, copied or (0, tokens)))
+
+
+def _cut(page_ids: Sequence[int], page_tokens: int, first_token: int, token_counts: Sequence[int]) -> Iterator[Piece]:
+    position, block = first_token, 0
+    while block < len(token_counts):
+        tokens = token_counts[block]
+        page, at = divmod(position, page_tokens)
+        whole = 0
+        while (
+            block + whole < len(token_counts)
+            and token_counts[block + whole] == tokens
+            and at + (whole + 1) * tokens <= page_tokens
+        ):
+            whole += 1
+        if whole:
+            yield Piece(block, whole, 0, tokens, page_ids[page], at)
+            position, block = position + whole * tokens, block + whole
+            continue
+        done = 0
+        while done < tokens:
+            page, at = divmod(position, page_tokens)
+            some = min(tokens - done, page_tokens - at)
+            yield Piece(block, 1, done, some, page_ids[page], at)
+            position, done = position + some, done + some
+        block += 1
+
+
+def _clipped(pieces: Iterator[Piece], token_counts: Sequence[int], copied: tuple[int, int]) -> Iterator[Piece]:
+    """The parts of pieces that are within `copied`, each of one block."""
+    starts = [0, *accumulate(token_counts)]
+    begin, end = copied
+    for piece in pieces:
+        for number in range(piece.blocks):
+            first = starts[piece.block + number] + piece.token_of_block
+            clipped_first, clipped_end = max(first, begin), min(first + piece.tokens, end)
+            if clipped_first < clipped_end:
+                yield Piece(
+                    piece.block + number,
+                    1,
+                    piece.token_of_block + clipped_first - first,
+                    clipped_end - clipped_first,
+                    piece.page_id,
+                    piece.token_of_page + number * piece.tokens + clipped_first - first,
+                )
+        if first + piece.tokens >= end:  # The pages need not have what is after it.
+            return
 
 
 class Event(ABC):
@@ -195,9 +213,17 @@ class Stream(ABC):
         """
 
     @abstractmethod
-    def gather(self, pages: Pages, token_counts: Sequence[int], into: Slices) -> Event:
+    def gather(
+        self,
+        pages: Pages,
+        token_counts: Sequence[int],
+        into: Slices,
+        on_block: Callable[[int], None] | None = None,
+    ) -> Event:
         """Copy an engine's pages into the blocks of one layer.
 
+        `on_block` is called once per block, with its number, in order: on a thread of the stream, after the block's
+        last byte is copied, which may still be in the processor's cache. What it raises is the event's error.
         It begins once what the engine's computing was given before is computed. The pages must not change until the
         event is done. Errors as those of `scatter`.
         """

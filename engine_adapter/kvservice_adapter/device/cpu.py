@@ -163,9 +163,10 @@ class CpuStream(Stream):
         def work() -> None:
             keys, values = self._device.bits(pages.key_view), self._device.bits(pages.value_view)
             stored = _Stored(slices, token_counts, pages)
-            for piece in stored.pieces():
-                for source, target in zip(stored.of(piece), _paged(keys, values, piece), strict=True):
-                    self._device.copy(source, target)
+            for piece, source_keys, source_values in stored.pieces():
+                target_keys, target_values = _paged(keys, piece), _paged(values, piece)
+                self._device.copy(source_keys, target_keys)
+                self._device.copy(source_values, target_values)
                 if rotation is not None:
                     tokens = piece.blocks * piece.tokens
                     turned = keys[piece.page_id, :, piece.token_of_page : piece.token_of_page + tokens]
@@ -173,13 +174,25 @@ class CpuStream(Stream):
 
         return self.submit(work)
 
-    def gather(self, pages: Pages, token_counts: Sequence[int], into: Slices) -> CpuEvent:
+    def gather(
+        self,
+        pages: Pages,
+        token_counts: Sequence[int],
+        into: Slices,
+        on_block: Callable[[int], None] | None = None,
+    ) -> CpuEvent:
         def work() -> None:
             keys, values = self._device.bits(pages.key_view), self._device.bits(pages.value_view)
-            stored = _Stored(into, token_counts, pages)
-            for piece in stored.pieces():
-                for source, target in zip(_paged(keys, values, piece), stored.of(piece), strict=True):
-                    self._device.copy(source, target)
+            done = 0  # Blocks.
+            for piece, target_keys, target_values in _Stored(into, token_counts, pages).pieces():
+                while on_block is not None and done < piece.block:
+                    on_block(done)
+                    done += 1
+                self._device.copy(_paged(keys, piece), target_keys)
+                self._device.copy(_paged(values, piece), target_values)
+            if on_block is not None:
+                for block in range(done, len(token_counts)):
+                    on_block(block)
 
         return self.submit(work)
 
@@ -216,12 +229,11 @@ def _end_all() -> None:
         worker.join(max(0.0, end_s - time.monotonic()))
 
 
-def _paged(keys: _Bits, values: _Bits, piece: Piece) -> Iterator[_Bits]:
-    """A piece's keys, then its values, where the engine has them: ``[head, block, token, dim]``."""
-    for states in (keys, values):
-        heads, _, dim = states.shape[1:]
-        tokens = slice(piece.token_of_page, piece.token_of_page + piece.blocks * piece.tokens)
-        yield states[piece.page_id, :, tokens].reshape(heads, piece.blocks, piece.tokens, dim)
+def _paged(states: _Bits, piece: Piece) -> _Bits:
+    """A piece's keys or values where the engine has them: ``[head, token, dim]``, or ``[head, block, token, dim]``."""
+    _, blocks, _, tokens, page_id, first = piece
+    part: _Bits = states[page_id, :, first : first + blocks * tokens]
+    return part if blocks == 1 else part.reshape(len(part), blocks, tokens, -1)
 
 
 class _Stored:
@@ -245,36 +257,39 @@ class _Stored:
         if size_bytes != tokens * pages.token_bytes:
             raise ValueError(f"{size_bytes} bytes are given; these {tokens} tokens have {tokens * pages.token_bytes}")
 
-    def pieces(self) -> Iterator[Piece]:
-        return self._pages.pieces(self._token_counts, join_blocks=self._joined is not None)
+    def pieces(self) -> Iterator[tuple[Piece, _Bits, _Bits]]:
+        """Each piece, its keys and its values, in the shapes of `_paged`."""
+        block = -1
+        for piece in self._pages.pieces(self._token_counts, join_blocks=self._joined is not None):
+            number, blocks, first, tokens, _, _ = piece
+            if blocks > 1:
+                keys, values = self._states(number, blocks)
+                yield piece, keys.swapaxes(0, 1), values.swapaxes(0, 1)
+                continue
+            if number != block:
+                (keys, values), block = self._states(number, 1), number
+            yield piece, keys[0, :, first : first + tokens], values[0, :, first : first + tokens]
 
     def first_token(self, piece: Piece) -> int:
         """The piece's first token, counted from the first block's."""
         return self._starts[piece.block] + piece.token_of_block
 
-    def of(self, piece: Piece) -> Iterator[_Bits]:
-        """A piece's keys, then its values: ``[head, block, token, dim]``."""
-        count, heads = self._token_counts[piece.block], self._heads
-        tokens = slice(piece.token_of_block, piece.token_of_block + piece.tokens)
-        for dim, part in zip(self._dims, self._keys_and_values(piece), strict=True):
-            yield part.reshape(piece.blocks, heads, count, dim)[:, :, tokens].transpose(1, 0, 2, 3)
-
-    def _keys_and_values(self, piece: Piece) -> Iterator[_Bits]:
-        """Elements of whole blocks, ``[block, element]``."""
-        tokens = self._token_counts[piece.block]
+    def _states(self, first: int, count: int) -> tuple[_Bits, _Bits]:
+        """Keys and values of whole, equally long blocks: ``[block, head, token, dim]``."""
+        tokens, (k_dim, v_dim) = self._token_counts[first], self._dims
         arrays: tuple[Bytes, ...]
         if self._joined is None:
-            arrays = self._per_block[piece.block]
+            arrays = self._per_block[first]
         else:
-            start, size = self._starts[piece.block], piece.blocks * tokens
-            arrays = (self._joined[start * self._pages.token_bytes : (start + size) * self._pages.token_bytes],)
+            begin, size = self._starts[first], count * tokens
+            arrays = (self._joined[begin * self._pages.token_bytes : (begin + size) * self._pages.token_bytes],)
         if len(arrays) == 2:
-            yield from (array.view(self._element)[None] for array in arrays)
-            return
-        blocks = arrays[0].view(self._element).reshape(piece.blocks, -1)
-        edge = self._heads * tokens * self._dims[0]
-        yield blocks[:, :edge]
-        yield blocks[:, edge:]
+            keys, values = (array.view(self._element) for array in arrays)
+        else:
+            blocks, edge = arrays[0].view(self._element).reshape(count, -1), self._heads * tokens * k_dim
+            keys, values = blocks[:, :edge], blocks[:, edge:]
+        heads = self._heads
+        return keys.reshape(count, heads, tokens, k_dim), values.reshape(count, heads, tokens, v_dim)
 
 
 def _arrays(slices: Bytes | Sequence[Bytes]) -> tuple[Bytes, ...]:

@@ -21,10 +21,11 @@ from kvservice_api.errors import (
     Cancelled,
     ChecksumMismatch,
     DeadlineExceeded,
+    LeaseExpired,
     NotShared,
     StorageFailed,
 )
-from kvservice_client import BlockCache, Lease
+from kvservice_client import BlockCache, Clock, Lease
 
 _COPIED_S = 30.0  # For the copies of one load, from memory to memory.
 
@@ -44,11 +45,33 @@ class PagedLayers:
         return Pages(self.keys[layer], self.values[layer], page_ids, first_token, self.dtypes[layer], copied)
 
 
+class AnswerWait:
+    """How long a step waits for a daemon that does not answer: from the step's begin, and again after each answer.
+
+    The loads of one step share it. Any thread may call it.
+    """
+
+    def __init__(self, allowed_s: float, clock: Clock, *, used_s: float = 0.0) -> None:
+        """Of the first wait, `used_s` have passed."""
+        self.allowed_s = allowed_s
+        self._clock = clock
+        self._end_s = clock.now_s() + allowed_s - used_s
+
+    @property
+    def remaining_s(self) -> float:
+        return max(0.0, self._end_s - self._clock.now_s())
+
+    def restart(self) -> None:
+        """The daemon has answered, or was not asked until now."""
+        self._end_s = self._clock.now_s() + self.allowed_s
+
+
 class Waits(NamedTuple):
     """How long a load waits for the daemon, in seconds."""
 
-    first_s: float  # For the lease, and for the place of its blocks.
+    answer: AnswerWait  # For the lease, and for the place of its blocks.
     layer_s: float  # For each layer.
+    idle_s: float  # For each layer while the daemon sends nothing.
 
 
 class PrefixLoad:
@@ -71,7 +94,7 @@ class PrefixLoad:
         self._blocks = blocks
         self._ticket = ticket
         self._tokens = tokens
-        self._waits = waits
+        self.waits = waits
         self._release = release
         self._events: list[Event] = []
         self._lease: Lease | None = None
@@ -108,10 +131,12 @@ class PrefixLoad:
         """As `LayerSource.begin`, on any thread. `next` may also be called before the event before it is done.
 
         The last layer is there once all copies are done and can be trusted; before that the iterator raises a KVError.
-        If one block is damaged, or cannot be read, those before it are loaded to the end: `valid_tokens`. Raises
-        ValueError for pages of another geometry.
+        If one block is damaged, was removed, or cannot be read, those before it are loaded to the end: `valid_tokens`.
+        Raises ValueError for pages of another geometry.
         """
-        lease = self._lease = self._blocks.adopt(self._ticket, timeout_s=self._waits.first_s)
+        answer = self.waits.answer
+        lease = self._lease = self._blocks.adopt(self._ticket, timeout_s=answer.remaining_s)
+        answer.restart()
         if self._is_cancelled:
             lease.cancel()
         try:
@@ -124,10 +149,11 @@ class PrefixLoad:
                 for begun in self._all_layers(lease, end_block, pages_of_layer):
                     yield begun
                     given += 1
-            except (ChecksumMismatch, StorageFailed) as error:
+            except (ChecksumMismatch, StorageFailed, LeaseExpired) as error:
                 bad_block = int(error.details.get("block", 0))
                 if bad_block <= self._first_block:
                     raise
+                answer.restart()
                 for layer, begun in enumerate(self._all_layers(lease, bad_block, pages_of_layer)):
                     if given <= layer < self._blocks.shard.layers - 1:
                         yield begun
@@ -143,13 +169,16 @@ class PrefixLoad:
         first, layers = self._first_block, self._blocks.shard.layers
         count = end_block - first
         token_counts = lease.token_counts[first:end_block]
-        first_s, layer_s = self._waits
+        answer, layer_s, idle_s = self.waits
         try:
-            view = lease.view(first, count, first_s, verify="always", layer_timeout_s=layer_s)
+            view = lease.view(
+                first, count, answer.remaining_s, verify="always", layer_timeout_s=layer_s, idle_timeout_s=idle_s
+            )
         except NotShared:
-            loaded = lease.load(first_block=first, block_count=count, layer_timeout_s=layer_s)
+            loaded = lease.load(first_block=first, block_count=count, layer_timeout_s=layer_s, idle_timeout_s=idle_s)
             with closing(loaded):
                 for each in loaded:
+                    answer.restart()
                     begun = self._copy(each.index, each.data, token_counts, pages_of_layer)
                     if each.index == layers - 1:
                         self._finish()
@@ -157,7 +186,9 @@ class PrefixLoad:
             return
         with view:
             for layer in range(layers):
-                begun = self._copy(layer, view.slices(layer), token_counts, pages_of_layer)
+                slices = view.slices(layer)
+                answer.restart()
+                begun = self._copy(layer, slices, token_counts, pages_of_layer)
                 if layer == layers - 1:
                     self._finish()
                     view.check()

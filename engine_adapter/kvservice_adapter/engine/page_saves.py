@@ -46,6 +46,7 @@ class Gathering:
     def __init__(self) -> None:
         self._done = threading.Event()
         self.is_abandoned = False
+        self.unanswered_s = 0.0  # How long it has waited for a reservation that the daemon did not answer in time.
         self.dropped: list[PageSave] = []  # What there was no room for. Complete once `wait` has returned True.
 
     def wait(self, timeout_s: float) -> bool:
@@ -73,12 +74,11 @@ class PageSaver:
         clock: Clock,
         *,
         staging_bytes: int,
-        reserve_s: float,
         on_saved: Callable[[SaveResult], None] = lambda result: None,
     ) -> None:
-        """`reserve_s` bounds the wait for reserved space. `on_saved` is called on a thread of the saver's."""
+        """`on_saved` is called on a thread of the saver's."""
         self._blocks, self._layers, self._breaker, self._clock = blocks, layers, breaker, clock
-        self._reserve_s, self._on_saved = reserve_s, on_saved
+        self._on_saved = on_saved
         self._staged = LayerSaver(device, blocks, staging_bytes=staging_bytes)
         self._working = device.stream("kvservice-save-pages")
         self._gathering = device.stream("kvservice-gather-pages")
@@ -94,17 +94,18 @@ class PageSaver:
         """Whether a reservation was not answered in time just now. Until later none is made, and saves are staged."""
         return self._clock.now_s() < self._silent_until_s
 
-    def gather(self, saves: Sequence[PageSave]) -> Gathering:
+    def gather(self, saves: Sequence[PageSave], reserve_s: float) -> Gathering:
         """Begin to copy blocks out of the pages, and then to store them.
 
-        The pages must not change until the result's `wait` has returned.
+        `reserve_s` bounds the wait for a reservation; without an answer there is no second one. The pages must not
+        change until the result's `wait` has returned.
         """
         gathering = Gathering()
         if not saves or not self._breaker.allow():
             gathering.end()
             return gathering
         try:
-            self._working.submit(partial(self._work, saves, gathering))
+            self._working.submit(partial(self._work, saves, gathering, reserve_s))
         except StreamClosed:
             gathering.end()
         return gathering
@@ -123,12 +124,12 @@ class PageSaver:
 
     # On the working stream's thread
 
-    def _work(self, saves: Sequence[PageSave], gathering: Gathering) -> None:
+    def _work(self, saves: Sequence[PageSave], gathering: Gathering, reserve_s: float) -> None:
         try:
             for part in _parts(saves):
                 if gathering.is_abandoned:
                     return
-                reservation = self._reserved(part) if self._may_reserve else None
+                reservation = self._reserved(part, gathering, reserve_s) if self._may_reserve else None
                 if reservation is not None:
                     self._write(part, reservation, gathering)
                 elif self._breaker.allow():
@@ -139,15 +140,17 @@ class PageSaver:
         finally:
             gathering.end()
 
-    def _reserved(self, saves: Sequence[PageSave]) -> Reservation | None:
+    def _reserved(self, saves: Sequence[PageSave], gathering: Gathering, reserve_s: float) -> Reservation | None:
+        began_s = self._clock.now_s()
         try:
-            return self._blocks.reserve([save.chain for save in saves], timeout_s=self._reserve_s)
+            return self._blocks.reserve([save.chain for save in saves], timeout_s=reserve_s)
         except NotShared as error:
             log.info("blocks are saved by a copy, not in place: %s", error.message)
             self._is_shared = False
         except KVError as error:
             if isinstance(error, DeadlineExceeded):  # Or another engine is saving the same blocks: no failure then.
-                self._silent_until_s = self._clock.now_s() + _SILENT_S
+                now_s = self._clock.now_s()
+                gathering.unanswered_s, self._silent_until_s = now_s - began_s, now_s + _SILENT_S
             else:
                 self._breaker.record(answered(error))
             self._lines.info("blocks are saved by a copy, not in place: %s", error.message, kind=str(error.reason))
@@ -158,24 +161,17 @@ class PageSaver:
         return self._is_shared and self._breaker.allow() and not self.is_silent
 
     def _write(self, saves: Sequence[PageSave], reservation: Reservation, gathering: Gathering) -> None:
-        """Copy the reserved blocks to their places: each layer is sealed while the next one is copied."""
+        """Copy the reserved blocks to their places. Each slice is sealed while the processor's cache has it."""
         runs = list(_runs(saves, reservation.blocks))
-        written: list[list[Event]] = []
+        written = []
         for layer in range(self._blocks.shard.layers):
             slices = reservation.slices(layer)
-            written.append(
-                [
-                    self._gathering.gather(
-                        self._layers.pages(layer, run.page_ids, run.first_token),
-                        run.token_counts,
-                        slices[run.begin : run.begin + len(run.token_counts)],
-                    )
-                    for run in runs
-                ]
-            )
-        for layer, events in enumerate(written):
-            _finish(events)
-            reservation.seal(layer)
+            for run in runs:
+                pages = self._layers.pages(layer, run.page_ids, run.first_token)
+                into = slices[run.begin : run.begin + len(run.token_counts)]
+                seal = partial(_seal, reservation, layer, run.begin)
+                written.append(self._gathering.gather(pages, run.token_counts, into, seal))
+        _finish(written)
         if not gathering.is_abandoned:
             self._committing.submit(partial(self._commit, reservation))
 
@@ -216,6 +212,11 @@ class PageSaver:
         else:
             kind = type(outcome).__name__
             self._lines.warning("blocks were not saved: %s: %s", kind, outcome, kind=kind)
+
+
+def _seal(reservation: Reservation, layer: int, begin: int, block: int) -> None:
+    """Seal a block of a run, whose slices begin at `begin`."""
+    reservation.seal(layer, begin + block)
 
 
 class _Run(NamedTuple):

@@ -5,42 +5,40 @@ The format has no sessions, so each request is a session of its own.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Sequence
 
-from kvservice.simulate.traces.columns import count, find_column, plain, time_s
+from kvservice.simulate.traces.columns import count, csv_rows, find_column, plain, time_s, unit_s
 from kvservice.simulate.traces.lines import TOKENS_MAX, BadLine, Lines
-from kvservice.simulate.traces.turn_columns import TurnColumns
+from kvservice.simulate.traces.turn_columns import NO_SESSIONS, TurnColumns
 from kvservice.simulate.workload import Workload
 
 _COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 
 def is_header(line: str) -> bool:
-    """Whether the line names a column of this format and is a line of CSV."""
+    """Whether the line names a column of tokens of this format and is a line of CSV."""
     names = {plain(name) for name in line.split(",")}
-    return "," in line and not names.isdisjoint(map(plain, _COLUMNS))
+    return "," in line and not names.isdisjoint(map(plain, _COLUMNS[1:]))
 
 
 def read_requests(lines: Lines, text: Iterable[str]) -> Workload:
     """Raises TraceError."""
     turns = TurnColumns()
-    rows = csv.reader(text, strict=True)
+    rows = csv_rows(text)
     now_s = float("-inf")
     try:
         header = next(rows)
         columns = _columns(header)
+        per_unit_s = unit_s(header[columns[0]]) or 1.0
         for row in rows:
-            if len(row) != len(header):
-                raise BadLine(f"has {len(row)} fields and the header {len(header)}: is the line cut off?")
             when, context, generated = (row[column].strip() for column in columns)
-            now_s = time_s("TIMESTAMP", when, now_s)
+            now_s = time_s("TIMESTAMP", when, now_s, per_unit_s)
             context_tokens = count("ContextTokens", context, TOKENS_MAX)
             generated_tokens = count("GeneratedTokens", generated, TOKENS_MAX)
             turns.add(len(turns.session), now_s, context_tokens, generated_tokens)
-    except (BadLine, csv.Error) as error:
+    except BadLine as error:
         raise lines.refusal(error) from None
-    return turns.workload(lines.path)
+    return turns.workload(lines.path, notes=(NO_SESSIONS,))
 
 
 def _columns(header: Sequence[str]) -> list[int]:

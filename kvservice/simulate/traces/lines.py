@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import stat
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +13,7 @@ from pathlib import Path
 TOKENS_MAX = 2**24
 #: In seconds since 1970 this is the year 2286. Today's time in milliseconds exceeds it, so a wrong unit is noticed.
 TIME_MAX_S = 1e10
+_GZIP = b"\x1f\x8b"
 
 
 class TraceError(ValueError):
@@ -33,7 +37,10 @@ class BadLine(ValueError):
 
 
 class Lines:
-    """The lines of a text file that are not blank, without line ends. `number` is the current line's, from 1."""
+    """The lines of a text file that are not blank, without line ends. `number` is the current line's, from 1.
+
+    A file that begins as gzip is unpacked while it is read, independent of its name.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open the file. Raises TraceError if it is not a readable regular file."""
@@ -42,7 +49,7 @@ class Lines:
         try:
             if not stat.S_ISREG(path.stat().st_mode):
                 raise TraceError(path, None, "is a folder" if path.is_dir() else "is no regular file")
-            self._file = path.open(encoding="utf-8-sig")
+            self._file = io.TextIOWrapper(_unpacked(path), encoding="utf-8-sig")
         except OSError as error:
             raise TraceError(path, None, f"cannot be read: {error.strerror}") from error
 
@@ -62,7 +69,9 @@ class Lines:
                     self.number = number
                     yield line.rstrip("\r\n")
         except UnicodeDecodeError as error:
-            raise TraceError(self.path, self._undecodable(), "is not UTF-8 text") from error
+            raise self._undecodable() from error
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise TraceError(self.path, number or None, f"is no whole gzip file after this: {error}") from error
         except OSError as error:
             raise TraceError(self.path, number, f"cannot be read: {error.strerror}") from error
 
@@ -70,15 +79,25 @@ class Lines:
         """The error for the current line."""
         return TraceError(self.path, self.number, str(reason))
 
-    def _undecodable(self) -> int | None:
+    def _undecodable(self) -> TraceError:
         # The decoder works on chunks and does not know the line: read the file again to find it.
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
+        number = 0
+        try:
+            with _unpacked(self.path) as file:
+                for line in file:
+                    number += 1
                     line.decode()
-                except UnicodeDecodeError:
-                    return number
-        return None
+        except UnicodeDecodeError:
+            return TraceError(self.path, number, "is not UTF-8 text")
+        except (OSError, EOFError, zlib.error):
+            return TraceError(self.path, None, "is no whole gzip file, and not UTF-8 text")
+        return TraceError(self.path, None, "is not UTF-8 text")
+
+
+def _unpacked(path: Path) -> gzip.GzipFile | io.BufferedReader:
+    with path.open("rb") as file:
+        packed = file.read(len(_GZIP)) == _GZIP
+    return gzip.open(path) if packed else path.open("rb")
 
 
 def whole_number(name: str, value: object, most: int) -> int:

@@ -2,7 +2,8 @@
 
 ``{"timestamp": milliseconds, "input_length": tokens, "output_length": tokens, "hash_ids": [int, ...]}``
 
-A block has 512 tokens. An id identifies a block and all blocks before it. A prompt's last block may be partial.
+A block has 512 tokens; other tools write the format with blocks of another size. An id identifies a block and all
+blocks before it. A prompt's last block may be partial.
 """
 
 from __future__ import annotations
@@ -25,9 +26,13 @@ _MS = 1e-3
 _BLOCKS_THAT_PROVE = 2
 
 
-def read_prefixes(lines: Lines, text: Iterable[str]) -> Workload:
+def read_prefixes(lines: Lines, text: Iterable[str], *, block_tokens: int = BLOCK_TOKENS) -> Workload:
     """A workload of shared prefixes. Raises TraceError."""
-    requests = _read(lines, text)
+    return shared_prefixes(lines, read_requests(lines, text, block_tokens, _MS), block_tokens)
+
+
+def shared_prefixes(lines: Lines, requests: HashedRequests, block_tokens: int) -> Workload:
+    """A workload of the prefixes that requests share. Raises TraceError if an id names two prefixes."""
     begins = view(requests.begins, np.int64)
     try:
         path_begins, path_items, item_blocks = segments(begins, view(requests.hash_ids, np.int64))
@@ -44,21 +49,21 @@ def read_prefixes(lines: Lines, text: Iterable[str]) -> Workload:
         think_s=np.zeros(len(arrives)),
         new_tokens=view(requests.input_tokens, np.int32),
         output_tokens=view(requests.output_tokens, np.int32),
-        block_tokens=BLOCK_TOKENS,
+        block_tokens=block_tokens,
         path_begins=path_begins,
         path_items=path_items,
         item_blocks=item_blocks,
     )
 
 
-def read_conversations(lines: Lines, text: Iterable[str]) -> Workload:
+def read_conversations(lines: Lines, text: Iterable[str], *, block_tokens: int = BLOCK_TOKENS) -> Workload:
     """A workload of sessions. The file has none, so they are derived from shared blocks.
 
     A request continues an earlier request if it contains the full blocks of that request's prompt, is long enough for
     its answer, and no other request continues it already. Of several candidates the one with the longest chain is
     taken, then the latest. The new tokens are those after the earlier answer. Raises TraceError.
     """
-    requests = _read(lines, text)
+    requests = read_requests(lines, text, block_tokens, _MS)
     turns = TurnColumns()
     sessions = 0
     open_at: dict[int, list[int]] = {}  # A prompt's last full block -> the requests without a continuation.
@@ -78,13 +83,15 @@ def read_conversations(lines: Lines, text: Iterable[str]) -> Workload:
                 break
         sessions += session == sessions
         turns.add(session, arrives_s, tokens - history, requests.output_tokens[number])
-        full = tokens // BLOCK_TOKENS
+        full = tokens // block_tokens
         if full >= _BLOCKS_THAT_PROVE:
             open_at.setdefault(requests.hash_ids[begin + full - 1], []).append(number)
-    return turns.workload(lines.path)
+    return turns.workload(lines.path, notes=("The trace has no sessions: they were derived from shared blocks.",))
 
 
-class _Requests:
+class HashedRequests:
+    """Requests with the ids of their prompts' blocks, as columns: request `n` has the ids `begins[n]:begins[n + 1]`."""
+
     def __init__(self) -> None:
         self.numbers = array("i")  # Of lines.
         self.arrives_s = array("d")
@@ -94,16 +101,17 @@ class _Requests:
         self.hash_ids = array("q")
 
 
-def _read(lines: Lines, text: Iterable[str]) -> _Requests:
-    requests = _Requests()
+def read_requests(lines: Lines, text: Iterable[str], block_tokens: int, per_unit_s: float) -> HashedRequests:
+    """The requests of a file, with times in units of `per_unit_s` seconds. Raises TraceError."""
+    requests = HashedRequests()
     now_s = 0.0
     for line in text:
         try:
             row = parse(line)
-            now_s = seconds("timestamp", row.get("timestamp"), now_s, _MS)
+            now_s = seconds("timestamp", row.get("timestamp"), now_s, per_unit_s)
             input_tokens = whole_number("input_length", row.get("input_length"), TOKENS_MAX)
             output_tokens = whole_number("output_length", row.get("output_length"), TOKENS_MAX)
-            hash_ids = _hash_ids(row.get("hash_ids"), input_tokens)
+            hash_ids = _hash_ids(row.get("hash_ids"), input_tokens, block_tokens)
         except BadLine as error:
             raise lines.refusal(error) from None
         requests.numbers.append(lines.number)
@@ -115,13 +123,14 @@ def _read(lines: Lines, text: Iterable[str]) -> _Requests:
     return requests
 
 
-def _hash_ids(value: object, input_tokens: int) -> array[int]:
+def _hash_ids(value: object, input_tokens: int, block_tokens: int) -> array[int]:
     if type(value) is not list or not {int}.issuperset(map(type, value)):
         raise BadLine(f"hash_ids must be a list of whole numbers, not {shown(value)}")
-    blocks = -(-input_tokens // BLOCK_TOKENS)
+    blocks = -(-input_tokens // block_tokens)
     if len(value) != blocks:
         raise BadLine(
-            f"hash_ids has {len(value)} blocks; input_length {input_tokens} is {blocks} of {BLOCK_TOKENS} tokens"
+            f"hash_ids has {len(value)} blocks; input_length {input_tokens} is {blocks} of {block_tokens} tokens:"
+            f" blocks of another size need --block-tokens"
         )
     if not blocks:
         raise BadLine("input_length is 0: a request has a prompt")

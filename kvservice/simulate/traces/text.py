@@ -1,18 +1,21 @@
-"""Text columns separated by spaces: a header that names the columns, then one request per line.
+"""Text columns separated by spaces, or by commas as in CSV: a header that names the columns, then one request per line.
 
 Columns are user, time (seconds), query length, response length (tokens) and an optional round. They may be in any
-order, in any of the common spellings, with other columns among them.
+order, in any of the common spellings, with other columns among them. A time may have its unit in brackets:
+`time_stamp(seconds)`, `(ms)`, `(us)`.
 """
 
 from __future__ import annotations
 
+import re
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice.simulate.traces.columns import count, find_column, plain, time_s
+from kvservice.simulate.traces.columns import count, csv_rows, find_column, plain, time_s, unit_s
 from kvservice.simulate.traces.jsonl import TURNS_MAX, wrong_turn
 from kvservice.simulate.traces.lines import TOKENS_MAX, BadLine, Lines, TraceError
 from kvservice.simulate.traces.turn_columns import TurnColumns, view
@@ -54,16 +57,15 @@ def read_users(lines: Lines, text: Iterable[str]) -> Workload:
     turns, rounds, numbers = TurnColumns(), array("i"), array("i")
     users: dict[str, int] = {}
     now_s = float("-inf")
-    rows = iter(text)
+    rows = _rows(text)
     try:
-        header = _words(next(rows))
+        header = next(rows)
         user_at, time_at, query_at, response_at, round_at = _columns(header)
-        unit_s = _MS if plain(header[time_at]).endswith("ms") else 1.0
-        for line in rows:
-            row = line.split()
-            if len(row) != len(header):
-                raise BadLine(f"has {len(row)} words and the header {len(header)}: is the line cut off?")
-            now_s = time_s(header[time_at], row[time_at], now_s, unit_s)
+        per_unit_s = unit_s(header[time_at])
+        if per_unit_s is None:
+            per_unit_s = _MS if plain(header[time_at]).endswith("ms") else 1.0
+        for row in rows:
+            now_s = time_s(header[time_at], row[time_at], now_s, per_unit_s)
             query_tokens = count(header[query_at], row[query_at], TOKENS_MAX)
             response_tokens = count(header[response_at], row[response_at], TOKENS_MAX)
             if round_at is not None:
@@ -112,8 +114,26 @@ def _sessions(user: NDArray[np.int32], rounds: NDArray[np.int32]) -> array[int]:
     return array("i", session.tobytes())
 
 
-def _words(line: str) -> list[str]:
-    return line.lstrip("#").split()
+def _rows(text: Iterable[str]) -> Iterator[list[str]]:
+    lines = iter(text)
+    first = next(lines)
+    if "," in first:
+        yield from csv_rows(chain([first], lines))
+        return
+    header = _words(first)
+    yield header
+    for line in lines:
+        row = line.split()
+        if len(row) != len(header):
+            raise BadLine(f"has {len(row)} words and the header {len(header)}: is the line cut off?")
+        yield row
+
+
+def _words(header: str) -> list[str]:
+    if "," in header:
+        return header.split(",")
+    # A unit belongs to the name before it: `time (ms)` is one column.
+    return re.sub(r"\s+([(\[])", r"\1", header.lstrip("#")).split()
 
 
 def _find(header: Sequence[str]) -> list[int | None]:

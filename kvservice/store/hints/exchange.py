@@ -23,7 +23,7 @@ from kvservice.blocks import NO_ROW, BlockTable, Rows
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.store.caller import Caller
-from kvservice.store.hints.placement import HintPlacement, WantedRead
+from kvservice.store.hints.placement import ExpectedRead, HintPlacement
 from kvservice.store.hints.queue_mirror import HintSubject, QueueEntry, QueueLimits, QueueMirror
 from kvservice.store.leases import Client, Leases
 from kvservice.store.sessions.sessions import Sessions
@@ -221,6 +221,8 @@ class HintExchange:
         self._settings = settings
         self._streams: dict[bytes, HintStream] = {}  # By client id.
         self._changes = 0  # Of queues and expectations.
+        self._block_changes = 0
+        blocks.listeners.append(self._block_changed)
         self._evaluated = (-1, -1, -1)  # The state of changes at the last tick.
         self._next_s = 0.0  # When an expectation begins or ends to count.
         self._work = asyncio.Event()
@@ -268,6 +270,9 @@ class HintExchange:
                 del self._streams[client.client_id]
             self.note()
 
+    def _block_changed(self, row: int) -> None:
+        self._block_changes += 1
+
     # What streams note
 
     def note(self) -> None:
@@ -308,7 +313,7 @@ class HintExchange:
 
     async def tick(self) -> None:
         """Evaluate what changed: the windows first, then a part of the other queued requests."""
-        state = (self._blocks.changes, self._sessions.changes, self._changes)
+        state = (self._block_changes, self._sessions.changes, self._changes)
         now_s = self.now_s()
         streams = list(self._streams.values())
         if state != self._evaluated or self._placement.pause_over() or now_s >= self._next_s:
@@ -330,7 +335,7 @@ class HintExchange:
             share_bytes = int(self._settings.dram_share * self._dram.capacity_bytes / len(busy))
             found += self._window(stream, share_bytes, max(8, _WINDOW_ENTRIES // len(busy)), now_s)
         found.sort(key=lambda each: each[:2])
-        self._placement.want([WantedRead(rows, due_s) for _, due_s, _, _, rows in found if len(rows)])
+        self._placement.want([ExpectedRead(rows, due_s) for _, due_s, _, _, rows in found if len(rows)])
         for _, _, stream, request_id, _ in found:
             if (entry := stream.queue.get(request_id)) is not None:
                 self._evaluate(stream, entry, now_s)

@@ -26,7 +26,7 @@ _BURST_S = 1.0  # By how much the allowed rate may be exceeded, in bytes of so m
 _PAUSE_S = 1.0  # After a promotion that DRAM had no space for.
 
 
-class WantedRead(NamedTuple):
+class ExpectedRead(NamedTuple):
     """Rows that a request will read, the first block first, and when, by the daemon's monotonic clock."""
 
     rows: Rows
@@ -39,7 +39,7 @@ class HintPlacement(Protocol):
     Call them on the event loop's thread. None of them waits.
     """
 
-    def want(self, wanted: Sequence[WantedRead]) -> None:
+    def want(self, wanted: Sequence[ExpectedRead]) -> None:
         """The reads that are expected next, the most urgent first. Replaces those of the last call. All of them
         together fit into the share of DRAM that hints may use.
         """
@@ -86,7 +86,7 @@ class WindowPromotion:
         self._resumes_at_s = 0.0
         self._was_paused = False
 
-    def want(self, wanted: Sequence[WantedRead]) -> None:
+    def want(self, wanted: Sequence[ExpectedRead]) -> None:
         blocks = self._blocks
         self._plan.clear()
         self._ahead_bytes.clear()

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvservice.blocks import BlockTable, Extent, Rows, TierName
 from kvservice.clock import Clock
@@ -67,6 +70,7 @@ class Evictor:
         self._wait_s = wait_s
         self._cleaner: Cleaner | None = None
         self._victims: dict[TierName, deque[tuple[int, int, int]]] = {tier: deque() for tier in lifecycle.tiers}
+        self._ranked_at_s = dict.fromkeys(lifecycle.tiers, -math.inf)
         self._locks = {tier: asyncio.Lock() for tier in lifecycle.tiers}
         self._waiting = dict.fromkeys(lifecycle.tiers, 0)
         self._trimming = dict.fromkeys(lifecycle.tiers, False)
@@ -170,6 +174,8 @@ class Evictor:
         loop.
         """
         blocks, queue = self._blocks, self._victims[tier]
+        if self._clock.monotonic_s() - self._ranked_at_s[tier] > self._policy.ranking_lasts_s:
+            queue.clear()
         chosen: dict[int, None] = {}
         chosen_bytes = 0
         ranked = False
@@ -207,7 +213,8 @@ class Evictor:
                 rows = np.flatnonzero(free)
         if not len(rows):
             return False
-        args = (self._policy, blocks, rows, tier, self._clock.monotonic_s())
+        self._ranked_at_s[tier] = now_s = self._clock.monotonic_s()
+        args = self._policy.scores(blocks, tier, now_s), rows
         in_thread = len(rows) > _RANK_IN_THREAD_ROWS
         lowest = await asyncio.to_thread(_lowest, *args) if in_thread else _lowest(*args)
         marks = (lowest.tolist(), blocks.generation[lowest].tolist(), blocks.access_seq[lowest].tolist())
@@ -241,9 +248,9 @@ class Evictor:
                 until = marks.high
 
 
-def _lowest(policy: Policy[BlockTable], blocks: BlockTable, rows: Rows, tier: TierName, now_s: float) -> Rows:
+def _lowest(scores: Callable[[Rows], NDArray[np.float64]], rows: Rows) -> Rows:
     """The rows with the lowest scores, the lowest first; if there are many, not all of them."""
-    worth = policy.retention(blocks, rows, tier, now_s)
+    worth = scores(rows)
     if len(rows) > _VICTIMS_AHEAD:
         part = np.argpartition(worth, _VICTIMS_AHEAD)[:_VICTIMS_AHEAD]
         rows, worth = rows[part], worth[part]

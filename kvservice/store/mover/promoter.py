@@ -133,6 +133,12 @@ class Promoter:
         self._reads_in_flight = reads_in_flight
         self._pending: dict[int, PendingPromotion] = {}
         self._reserving: dict[int, asyncio.Future[None]] = {}
+        self.read_rate = 0.0  # Bytes per second of the last batch; 0 before the first.
+
+    @property
+    def pending_bytes(self) -> int:
+        """Of all promotions that have not ended."""
+        return sum(pending.geometry.image_bytes for pending in self._pending.values())
 
     def is_promoting(self, row: int) -> bool:
         """Whether the row is being copied to DRAM, or waits for space there."""
@@ -155,12 +161,15 @@ class Promoter:
 
     async def promote(self, rows: Sequence[int], *, within_s: float, wait: bool) -> None:
         """Promote the rows that are only in slower tiers. With `wait`, return once each has succeeded or failed."""
-        begin = self._begin(rows, within_s=within_s)
         if not wait:
-            self._tasks.start(begin, "prefetch")
+            self.prefetch(rows, within_s=within_s)
             return
-        for each in (await begin).values():
+        for each in (await self._begin(rows, within_s=within_s)).values():
             await each.done.wait()
+
+    def prefetch(self, rows: Sequence[int], *, within_s: float) -> None:
+        """As `promote` without `wait`. Called on the event loop."""
+        self._tasks.start(self._begin(rows, within_s=within_s), "prefetch")
 
     async def _begin(self, rows: Sequence[int], *, within_s: float) -> dict[int, PendingPromotion]:
         """Start to read the rows that are only in slower tiers. A row that is being promoted is not read twice.
@@ -215,6 +224,7 @@ class Promoter:
 
     async def _read_all(self, promotions: list[PendingPromotion], due_s: float) -> None:
         """Read all pieces, several at a time, and end each promotion after its last piece."""
+        began_s = self._clock.monotonic_s()
         await self._each(promotions, lambda pending: self._read_trailer(pending, due_s))
         missing = {pending.row: len(pending.pieces) for pending in promotions}
 
@@ -227,6 +237,9 @@ class Promoter:
                 self._tasks.start(self._end(pending), "end of a promotion")
 
         await self._each(_layer_major(promotions), read)
+        took_s = self._clock.monotonic_s() - began_s
+        if took_s > 0:
+            self.read_rate = sum(pending.geometry.image_bytes for pending in promotions) / took_s
 
     async def _each(self, jobs: Iterable[T], work: Callable[[T], Awaitable[None]]) -> None:
         """Run `work` on all jobs, in order, `reads_in_flight` at a time."""

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvservice.blocks import Extent, Rows
+from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.store import image_check
 from kvservice.store.block_lifecycle import BlockLifecycle
@@ -29,6 +30,7 @@ from kvservice.tiers.files import on_thread
 from kvservice_api.errors import ChecksumMismatch, KVError, LeaseExpired, NotShared
 
 _ROWS_A_TURN = 256
+_REPORT_S = 0.02  # While bytes arrive, clients get an answer this often: one without an answer assumes a hang.
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,7 @@ class InPlaceReads:
         lifecycle: BlockLifecycle,
         dram: DramTier,
         promoter: Promoter | None,
+        clock: Clock,
         counters: Counters,
         executor: Executor,
     ) -> None:
@@ -68,14 +71,16 @@ class InPlaceReads:
         self._blocks = lifecycle.blocks
         self._dram = dram
         self._promoter = promoter
+        self._clock = clock
         self._counters = counters
         self._executor = executor
 
     async def run(
         self, caller: Caller, lease: Lease, blocks: range, *, verify: bool
     ) -> AsyncGenerator[Located | NotInPlace | int, None]:
-        """First the places, then the number of layers that are ready: 0 if none is yet, until all are. After that it
-        yields nothing; the rows stay in their place until this is closed, or the client disconnects.
+        """First the places, then the number of layers that are ready: 0 if none is yet, until all are; also the same
+        number again while bytes arrive. After that it yields nothing; the rows stay in their place until this is
+        closed, or the client disconnects.
 
         Raises NotShared, LeaseExpired; ChecksumMismatch or StorageFailed, with the block's position in the lease as the
         detail `block`.
@@ -133,7 +138,8 @@ class InPlaceReads:
             extent = self._blocks.extent(row, self._blocks.first_tier) if pending is None else pending.extent
             if extent is None:
                 if self._blocks.fastest(row) is None:
-                    raise LeaseExpired("a block was removed before its load began: look the prefix up again")
+                    key = self._blocks.key_of(row).hex()
+                    raise LeaseExpired("a block was removed before its load began: look the prefix up again", key=key)
                 return NotInPlace("DRAM has no space for a block")
             extents.append(extent)
         return extents
@@ -142,9 +148,13 @@ class InPlaceReads:
         wanted = lease.shard
         if promotions:
             yield 0
+        reported_s = self._clock.monotonic_s()
         for layer in range(wanted.layer_begin, wanted.layer_end) if promotions else ():
             for row, pending in promotions.items():
                 await pending.layer_ready(layer - int(self._blocks.layer_begin[row]))
+                if (now_s := self._clock.monotonic_s()) - reported_s >= _REPORT_S:
+                    reported_s = now_s
+                    yield layer - wanted.layer_begin
             yield layer - wanted.layer_begin + 1
         if not promotions:
             yield wanted.layers

@@ -231,7 +231,8 @@ class _Read:
         table, source = self._blocks_table, self._new_source(row)
         tier = table.fastest(row)
         if tier is None:
-            raise LeaseExpired("a block was removed before its load began: look the prefix up again")
+            key = table.key_of(row).hex()
+            raise LeaseExpired("a block was removed before its load began: look the prefix up again", key=key)
         extent = table.extent(row, tier)
         assert extent is not None
         if tier == table.first_tier:

@@ -93,6 +93,26 @@ def test_time_between_two_layers_does_not_count_and_the_time_of_each_layer_does(
     assert (whole.remaining_s, whole.of_stream_s) == (0, 0)
 
 
+def test_a_transfer_ends_when_the_daemon_sends_nothing_for_a_while_and_each_answer_gives_it_that_time_again() -> None:
+    clock = ClientClock()
+    deadline = TransferDeadline(5, clock, Watchdog(clock), idle_s=1)
+    with deadline.layer():
+        for _ in range(4):
+            deadline.begin_answer()
+            assert deadline.remaining_s == 1
+            clock.advance(seconds=0.75)
+            deadline.end_answer()
+        assert deadline.remaining_s == 2, "the caller's own work is no wait for the daemon"
+        clock.advance(seconds=1.5)
+        deadline.begin_answer()
+        assert deadline.remaining_s == 0.5, "of the layer"
+    with deadline.layer():
+        deadline.begin_answer()
+        clock.advance(seconds=1)
+        with pytest.raises(DeadlineExceeded, match="sent nothing of the layer for 1 s"):
+            deadline.check()
+
+
 def test_a_cancelled_transfer_runs_no_call_and_its_first_error_counts() -> None:
     before, after = threading.Event(), threading.Event()
     deadline = TransferDeadline(5, ClientClock())

@@ -24,14 +24,14 @@ class TestLru(PolicyContract):
         rows = blocks.live_rows()
         blocks.touch(rows[7:8], 5000)
         blocks.touch(rows[3:4], 5001)
-        order = rows[np.argsort(policy.retention(blocks, rows, TierName.DRAM, NOW_S))]
+        order = rows[np.argsort(policy.scores(blocks, TierName.DRAM, NOW_S)(rows))]
         assert order[-2:].tolist() == [rows[7], rows[3]]
 
     def test_how_often_a_block_was_used_changes_nothing(self, policy: Policy[BlockTable], blocks: BlockTable) -> None:
         rows = blocks.live_rows()
-        before = policy.retention(blocks, rows, TierName.SSD, NOW_S)
+        before = policy.scores(blocks, TierName.SSD, NOW_S)(rows)
         blocks.hits[rows[0]] = 1_000_000
-        assert (policy.retention(blocks, rows, TierName.SSD, NOW_S) == before).all()
+        assert (policy.scores(blocks, TierName.SSD, NOW_S)(rows) == before).all()
 
     async def test_what_was_evicted_from_ssd_is_written_there_again_once_it_was_used(self, opened: OpenStore) -> None:
         client, chain = opened.store.attach(CALLER, "test"), some_chain(1)

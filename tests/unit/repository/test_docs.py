@@ -21,6 +21,7 @@ from kvservice.simulate.command import simulate
 from kvservice.simulate.command_plan import plan
 from kvservice.simulate.engine import CONTENDERS
 from kvservice.simulate.result import Result
+from kvservice.simulate.traces import FORMATS
 
 ROOT = Path(__file__).parents[3]
 VERBS: tuple[Callable[..., None], ...] = (simulate, plan)
@@ -107,6 +108,14 @@ def test_every_option_that_the_page_on_policies_names_is_one_of_its_verbs() -> N
     ours = named_in("docs/policies.md", r"(--[a-z][a-z-]*)") - of_experiments
 
     assert ours <= set(re.findall(r"--[a-z][a-z-]*", help_text))
+
+
+def test_every_format_of_traces_is_in_the_table_of_its_page_and_none_else() -> None:
+    page = (ROOT / "docs/traces.md").read_text()
+    help_text = CliRunner(env={"COLUMNS": "200"}).invoke(program(simulate), ["--help"]).stdout
+
+    assert re.findall(r"(?m)^\| `([a-z-]+)` \|", page) == list(FORMATS[1:])
+    assert named_in("docs/traces.md", r"(--[a-z][a-z-]*)") <= set(re.findall(r"--[a-z][a-z-]*", help_text))
 
 
 def test_every_figure_that_the_page_on_policies_explains_is_one_of_the_results() -> None:

@@ -183,6 +183,62 @@ def test_what_is_for_generated_load_is_refused_with_a_file(tmp_path: Path, optio
     assert f"Invalid value for {option[0]}: is for generated load; {trace} is a file" in said
 
 
+@pytest.mark.parametrize("option", [("--block-tokens", "64"), ("--spread-ticks",), ("--keep-ticks",)])
+def test_what_is_for_files_is_refused_with_generated_load(option: tuple[str, ...]) -> None:
+    said = refused("--trace", "people", "--policy", "lru", *option)
+
+    assert "is for files; people is generated" in said
+
+
+def test_a_size_of_blocks_is_refused_with_a_file_without_blocks(tmp_path: Path) -> None:
+    trace = trace_of(tmp_path, [turn(0, "a", 0)])
+
+    said = refused("--trace", trace, "--policy", "lru", "--block-tokens", "64")
+
+    assert "--block-tokens: is for mooncake, mooncake-sessions, bailian-prefixes; the file is jsonl" in said
+
+
+def test_a_size_of_blocks_makes_a_file_of_such_blocks_readable(tmp_path: Path) -> None:
+    trace = trace_of(tmp_path, [{"timestamp": 0, "input_length": 100, "output_length": 5, "hash_ids": [0, 1]}])
+
+    assert "--block-tokens" in run("--trace", trace, "--policy", "lru").stderr
+    assert simulated("--trace", trace, "--policy", "lru", "--block-tokens", "64")[0]["turns"] == 1
+
+
+def test_the_requests_of_a_coarse_clock_are_spread_unless_they_are_to_be_kept_and_a_note_says_so(
+    tmp_path: Path,
+) -> None:
+    trace = trace_of(tmp_path, [turn(3.0 * (n // 4), f"s{n}", 0) for n in range(80)])
+    arguments = ("--trace", trace, "--policy", "lru", "--service-turns-per-s", "2")
+
+    (spread,), (kept,) = simulated(*arguments), simulated(*arguments, "--keep-ticks")
+
+    assert (spread["queue_p99"], kept["queue_p99"]) == (0, 3)
+    clock = "The file's clock ticks in 3 s, and up to 4 requests share a tick: they "
+    assert spread["notes"] == f"{clock}are spread over it (--keep-ticks keeps them)."
+    assert kept["notes"] == f"{clock}arrive together (--keep-ticks)."
+    assert f"Note: {spread['notes']}" in run(*arguments).stdout
+
+
+def test_a_load_without_notes_has_none_in_its_output(tmp_path: Path) -> None:
+    trace = trace_of(tmp_path, [turn(0, "a", 0), turn(1, "a", 1)])
+
+    assert simulated("--trace", trace, "--policy", "lru")[0]["notes"] == ""
+    assert "Note" not in run("--trace", trace, "--policy", "lru").stdout
+
+
+def test_the_sessions_of_agents_begin_at_the_given_rate(tmp_path: Path) -> None:
+    request = {"t": 0, "type": "s", "model": "m", "in": 64, "out": 9, "hash_ids": [1]}
+    trace = trace_of(tmp_path, [{"id": f"a{n}", "block_size": 64, "requests": [request]} for n in range(50)])
+
+    (slow,), (fast,) = (
+        simulated("--trace", trace, "--policy", "lru", "--session-rate", rate) for rate in ("0.1", "10")
+    )
+
+    assert slow["simulated_s"] > 10 * fast["simulated_s"]
+    assert slow["notes"] == "The 50 sessions share no clock: 0.1 begin per second (--session-rate)."
+
+
 def test_an_unknown_format_is_refused_with_those_there_are(tmp_path: Path) -> None:
     trace = trace_of(tmp_path, [turn(0, "a", 0)])
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from kvservice.policy.items import HINTS
 from kvservice.simulate.traces import read
+from kvservice.simulate.traces.turn_columns import NO_SESSIONS
 from kvservice.simulate.workload import Workload
 
 SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "traces"
@@ -190,6 +192,116 @@ def test_a_column_of_milliseconds_says_so(tmp_path: Path) -> None:
     path = written(tmp_path, "user timestamp_ms query response", "x 500 1 1", "x 2000 1 1")
 
     assert read(path).arrives_s.tolist() == [0, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "second"),
+    [
+        ("time_stamp(seconds)", 1.0),
+        ("time_stamp (s)", 1.0),
+        ("timestamp[sec]", 1.0),
+        ("Time(MS)", 1e-3),
+        ("arrival_time (milliseconds)", 1e-3),
+        ("ts(us)", 1e-6),
+        ("timestamp(\u00b5s)", 1e-6),
+        ("t(ns)", 1e-9),
+    ],
+)
+def test_a_unit_in_brackets_is_obeyed(tmp_path: Path, name: str, second: float) -> None:
+    words = written(tmp_path, f"user {name} query_length(tokens) response_length", "x 2000 1 1", "x 5000 1 1")
+    of_words = read(words)
+    commas = written(tmp_path, f"user,{name},query_length (tokens),response_length", "x,2000,1,1", "x,5000,1,1")
+    of_commas = read(commas)
+
+    assert of_words.arrives_s.tolist() == of_commas.arrives_s.tolist() == pytest.approx([0, 3000 * second])
+
+
+def test_the_service_trace_is_read_as_it_is_published(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        "user_id time_stamp(seconds) query_length response_length round_index",
+        "7 0 35 44 1",
+        "8 0 12 90 1",
+        "7 41 20 31 2",
+    )
+
+    assert turns_of(read(path)) == [(0, 0, 35, 44), (0, 41, 20, 31), (1, 0, 12, 90)]
+
+
+BURSTGPT = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type"
+BURSTGPT_SESSIONS = "Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens,Log Type"
+
+
+def test_burstgpts_requests_are_sessions_of_one_turn_where_it_has_no_session_ids(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        BURSTGPT,
+        "5,ChatGPT,472,18,490,Conversation log",
+        "45,ChatGPT,1087,0,1087,API log",
+        "118,GPT-4,417,276,693,Conversation log",
+    )
+
+    workload = read(path)
+
+    assert turns_of(workload) == [(0, 0, 472, 18), (1, 113, 417, 276)]
+    assert workload.notes == (NO_SESSIONS, "Left out: requests without a response, which failed (1).")
+
+
+def test_burstgpts_sessions_are_read_with_the_history_that_their_prompts_contain(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        BURSTGPT_SESSIONS,
+        "100.0,s-a,4,ChatGPT,15,118,133,Conversation log",
+        "110.0,,2,GPT-4,900,10,910,API log",
+        "120.0,s-a,3,ChatGPT,147,125,272,Conversation log",
+        "130.0,s-b,3,ChatGPT,20,5,25,Conversation log",
+        "140.0,s-a,3,ChatGPT,291,163,454,Conversation log",
+        "150.0,,2,GPT-4,900,10,910,API log",
+        "160.0,s-a,3,ChatGPT,300,9,309,Conversation log",  # Too short for 291 + 163 tokens: its history was cut.
+        "170.0,s-a,3,ChatGPT,320,9,329,Conversation log",
+    )
+
+    workload = read(path)
+
+    assert turns_of(workload) == [
+        (0, 0, 15, 118),
+        (0, 20, 14, 125),
+        (0, 40, 19, 163),
+        (1, 10, 900, 10),
+        (2, 30, 20, 5),
+        (3, 50, 900, 10),
+        (4, 60, 300, 9),
+        (4, 70, 11, 9),
+    ]
+    assert workload.notes == ()
+
+
+def test_burstgpts_header_may_be_quoted_with_a_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
+    header = ",".join(f'"{name}"' for name in BURSTGPT_SESSIONS.split(","))
+    row = '"1.5","s","1","GPT-4","10","5","15","Conversation log"'
+    path = written(tmp_path, "\ufeff" + header, row, end="\r\n")
+
+    assert turns_of(read(path)) == [(0, 0, 10, 5)]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [turn(0, "a", 0), turn(1, "a", 1)],
+        [request(0, 600, [0, 1]), request(1000, 600, [0, 1])],
+        ["TIMESTAMP,ContextTokens,GeneratedTokens", "2023-11-16 18:15:46.68,374,44", "2023-11-16 18:15:47.68,1,2"],
+        [BURSTGPT, "5,ChatGPT,472,18,490,API log", "6,ChatGPT,1087,30,1117,API log"],
+        ["user time query response", "x 0 1 2", "y 1 3 4"],
+    ],
+)
+def test_a_file_that_is_packed_with_gzip_is_read_like_the_plain_one_under_any_name(
+    tmp_path: Path, lines: list[str | dict[str, object]]
+) -> None:
+    path = written(tmp_path, *lines)
+    plain = read(path)
+    path.write_bytes(gzip.compress(path.read_bytes()))
+
+    assert turns_of(read(path)) == turns_of(plain)
 
 
 def test_requests_with_hash_ids_share_the_runs_of_blocks_that_are_used_alike(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,8 +18,23 @@ from kvservice.simulate.workload import Workload
 TURN = '{"t": 1, "session": "a", "turn": 0, "new_tokens": 3, "output_tokens": 4}'
 NEXT = '{"t": 2, "session": "a", "turn": 1, "new_tokens": 3, "output_tokens": 4}'
 REQUEST = '{"timestamp": 1000, "input_length": 600, "output_length": 4, "hash_ids": [0, 1]}'
+CHAT = (
+    '{"chat_id": 1, "parent_chat_id": -1, "timestamp": 61.1, "input_length": 33, "output_length": 7, "type": "text",'
+    ' "turn": 1, "hash_ids": [5, 6, 7]}'
+)
+NEXT_CHAT = (
+    '{"chat_id": 2, "parent_chat_id": 1, "timestamp": 62, "input_length": 43, "output_length": 7, "type": "text",'
+    ' "turn": 2, "hash_ids": [5, 6, 8]}'
+)
+ROUND = (
+    '{"provider": "claude", "session_id": "claude:1", "round_index": 0, "input_tokens_total": 35, "output_tokens": 4,'
+    ' "timing_events": [{"event_type": "user_message", "timestamp": "2026-06-01T05:40:20.151Z"}], "tools": []}'
+)
+AGENT = '{"id": "a", "models": ["m"], "block_size": 64, "requests": [%s]}'
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens"
 AZURE_ROW = "2023-11-16 18:15:46.6805900,374,44"
+BURSTGPT = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type"
+BURSTGPT_ROWS = ("5,ChatGPT,472,18,490,API log", "4,ChatGPT,472,18,490,API log")
 TEXT = "user time query_length response_length round"
 
 
@@ -102,6 +120,53 @@ CASES = {
     "a cut Mooncake line": (2, "is no whole JSON object", [REQUEST, REQUEST[:-4]]),
     "a negative prompt": (1, "input_length is negative", [changed(REQUEST, "600", "-600")]),
     "our line in Mooncake's": (2, "timestamp is missing", [REQUEST, TURN]),
+    # Bailian's.
+    "seconds that go back": (2, "timestamp goes back: 0.5 after 61.1", [CHAT, changed(NEXT_CHAT, "62", "0.5")]),
+    "a chat twice": (2, "chat_id 1 comes twice", [CHAT, changed(NEXT_CHAT, '"chat_id": 2', '"chat_id": 1')]),
+    "a parent as words": (1, "parent_chat_id must be a whole number, not '0'", [changed(CHAT, "-1", '"0"')]),
+    "a chat without tokens": (2, "input_length is missing", [CHAT, changed(NEXT_CHAT, "input_length", "inputs")]),
+    # Agents'.
+    "a round without a session": (1, "session_id must be a string, not None", [changed(ROUND, '"claude:1"', "null")]),
+    "a round's event that is a number": (1, "timing_events must be a list of objects", [changed(ROUND, "[{", "[7, {")]),
+    "a round's time that is a word": (
+        1, "timing_events: timestamp is neither a number nor a date and time: 'noon'",
+        [changed(ROUND, "2026-06-01T05:40:20.151Z", "noon")],
+    ),
+    "a round's tools that are a number": (1, "tools must be a list of objects, not 7", [changed(ROUND, "[]", "7")]),
+    "a round with absurd tokens": (1, "input_tokens_total is impossibly large", [changed(ROUND, "35", "9" * 9)]),
+    "rounds without a time alone": (None, "has no turn", [changed(ROUND, "user_message", "usage_report")]),
+    "an agent without requests": (1, "requests must be a list, not 7", ['{"requests": 7, "block_size": 64}']),
+    "an agent's request that is a number": (1, "requests[0] must be an object, not 7", [AGENT % "7"]),
+    "an agent's request without a time": (1, "requests[0].t is missing", [AGENT % '{"type": "s"}']),
+    "an agent's request of an unknown type": (
+        1, "requests[0].type must be one of s, n, subagent, not 'x'",
+        [AGENT % '{"t": 0, "type": "x"}'],
+    ),
+    "an agent's request without an answer": (
+        1, "requests[0].out is missing",
+        [AGENT % '{"t": 0, "type": "s", "in": 1}'],
+    ),
+    "a subagent's bad request": (
+        1, "requests[0].requests[1].in must be a whole number, not 1.5",
+        [
+            AGENT
+            % (
+                '{"t": 0, "type": "subagent", "requests": [{"t": 0, "type": "s", "in": 1, "out": 1},'
+                ' {"t": 0, "type": "s", "in": 1.5, "out": 1}]}'
+            )
+        ],
+    ),
+    "an agent's blocks that are a number": (
+        1, "requests[0].hash_ids must be a list, not 7",
+        [AGENT % '{"t": 0, "type": "s", "in": 1, "out": 1, "hash_ids": 7}'],
+    ),
+    "an agent with a chain of 480 subagents": (
+        1, "is nested too deep",
+        [AGENT % ('{"t": 0, "type": "subagent", "requests": [' * 480 + "]}" * 480)],
+    ),
+    "an agent over several lines that is cut": (3, "is no whole JSON object", ["{", '"requests": [', "{"]),
+    "an object over several lines of no known format": (1, "requests must be a list, not None", ["{", '"x": 1', "}"]),
+    "no agents' requests": (None, "has no turn", [AGENT % ""]),
     # Azure's.
     "a CSV column too few": (1, "the header lacks GeneratedTokens", ["TIMESTAMP,ContextTokens"]),
     "a CSV column twice": (1, "the header names 'TIMESTAMP' twice", [AZURE + ",timestamp"]),
@@ -121,7 +186,20 @@ CASES = {
     "an open quote": (2, "unexpected end of data", [AZURE, '"2023-11-16 18:15:46,374,44']),
     "a header alone": (None, "has no turn", [AZURE]),
     "JSON in CSV": (2, "has 5 fields and the header 3", [AZURE, TURN]),
+    # BurstGPT's.
+    "a BurstGPT column too few": (1, "the header lacks Timestamp", ["Model,Request tokens,Response tokens"]),
+    "a cut BurstGPT line": (2, "has 3 fields and the header 6", [BURSTGPT, "5,ChatGPT,472"]),
+    "BurstGPT times that go back": (3, "Timestamp goes back: 4.0 after 5", [BURSTGPT, *BURSTGPT_ROWS]),
+    "BurstGPT tokens in parts": (
+        2, "Request tokens must be a whole number, not '1.5'",
+        [BURSTGPT, "5,ChatGPT,1.5,18,490,API log"],
+    ),
     # Words.
+    "a unit that is not known": (
+        1, "the header gives 'time(fortnights)' in a unit that is not known: it must be s, ms, us or ns",
+        ["user time(fortnights) query response", "x 0 35 44"],
+    ),
+    "words among commas": (2, "has 1 fields and the header 4", ["user,time,query,response", "x 0 35 44"]),
     "a text column too few": (1, "the header names no time and no response length", ["user query_length round"]),
     "a word too few": (2, "has 4 words and the header 5", [TEXT, "x 0 35 44"]),
     "text times that go back": (3, "time goes back: 0.0 after 1", [TEXT, "x 1 35 44 1", "x 0 35 44 2"]),
@@ -181,15 +259,46 @@ def test_what_is_not_utf_8_is_named_by_its_line(tmp_path: Path) -> None:
     assert (refused(path).line, refused(path).reason) == (2, "is not UTF-8 text")
 
 
-def test_a_packed_file_is_not_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda packed: packed[:8],
+        lambda packed: packed[:-9],
+        lambda packed: packed[:-1],
+        lambda packed: packed[:20] + bytes(8) + packed[28:],
+        lambda packed: packed[:-8] + bytes(4) + packed[-4:],
+        lambda packed: packed + b"more",
+    ],
+)
+def test_a_damaged_gzip_file_is_refused(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     path = tmp_path / "trace"
-    path.write_bytes(b"\x1f\x8b\x08\x00\x00\x00\x00\x00")
+    path.write_bytes(damage(gzip.compress(f"{TURN}\n{NEXT}\n".encode())))
 
-    assert refused(path).reason == "is not UTF-8 text"
+    assert refused(path).reason.startswith("is no whole gzip file")
 
 
-def test_a_folder_is_no_trace(tmp_path: Path) -> None:
-    assert refused(tmp_path).reason == "is a folder"
+def test_a_gzip_file_whose_text_is_damaged_too_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    packed = gzip.compress(b"\xff" + TURN.encode(), compresslevel=0)
+    path.write_bytes(packed[:-8] + bytes(4) + packed[-4:])
+
+    assert refused(path).reason == "is no whole gzip file, and not UTF-8 text"
+
+
+def test_what_is_not_utf_8_in_a_gzip_file_is_named_by_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    path.write_bytes(gzip.compress(f"{TURN}\n".encode() + b"\xff\n"))
+
+    assert (refused(path).line, refused(path).reason) == (2, "is not UTF-8 text")
+
+
+def test_a_folder_is_no_trace_unless_it_has_sessions_of_agents(tmp_path: Path) -> None:
+    assert refused(tmp_path).reason == "is a folder without .json files"
+    assert refused(tmp_path, "jsonl").reason == "is a folder"
+
+    (tmp_path / "turns.jsonl").write_text(TURN)
+
+    assert refused(tmp_path).reason == "is a folder, and turns.jsonl in it is no session of an agent"
 
 
 def test_a_pipe_is_no_trace(tmp_path: Path) -> None:
@@ -246,3 +355,45 @@ def test_a_damaged_file_is_read_or_refused_and_nothing_else(
         return
     assert isinstance(read_back, Workload)
     assert read_back.turns >= 1
+
+
+SUBAGENT = '{"t": 1, "type": "subagent", "status": "completed", "requests": [{"t": 0, "type": "n", "in": 9, "out": 1}]}'
+REQUEST_OF_AGENT = '{"t": 0, "type": "s", "in": 99, "out": 4, "hash_ids": [1], "stop": "tool_use", "api_time": 1.5}'
+WHOLE = [
+    f"{REQUEST}\n",
+    f"{CHAT}\n{NEXT_CHAT}\n",
+    f"{ROUND}\n" + ROUND.replace("[]", '[{"tool_name": "Bash", "emitted_at": "2026-06-01T05:40:30Z"}]'),
+    AGENT % f"{REQUEST_OF_AGENT}, {SUBAGENT}",
+    json.dumps(json.loads(AGENT % f"{REQUEST_OF_AGENT}, {SUBAGENT}"), indent=2),
+    f"{AZURE}\n{AZURE_ROW}\n",
+    f"{BURSTGPT.replace('Model', 'Session ID')}\n{BURSTGPT_ROWS[0]}\n",
+    f"{TEXT}\nx 0 35 44 1\n",
+    "user,time_stamp(ms),query,response\nx,0,35,44\n",
+]
+
+
+@pytest.mark.parametrize("whole", WHOLE, ids=lambda whole: whole[:30])
+@given(
+    at=st.integers(0, 1000),
+    length=st.integers(0, 20),
+    damage=st.sampled_from(
+        [b"null", b"-1", b"1e400", b"NaN", b"[]", b"{}", b'"', b",", b"\n", b"(h)", b"\xff", b"9" * 30]
+    ),
+    packed=st.booleans(),
+)
+def test_a_damaged_file_of_any_format_is_read_or_refused_and_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, whole: str, at: int, length: int, damage: bytes, packed: bool
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "damaged"
+    content = whole.encode()
+    content = gzip.compress(content, mtime=0) if packed else content
+    at %= len(content)
+    path.write_bytes(content[:at] + damage + content[at + length :])
+
+    try:
+        workload = read(path)
+    except TraceError:
+        return
+    assert workload.turns >= 1
+    assert (workload.arrives_s >= 0).all()
+    assert (workload.hints.lead_s >= 0).all()

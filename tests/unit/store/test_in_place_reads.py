@@ -16,6 +16,7 @@ from kvservice_api.errors import ChecksumMismatch, LeaseExpired, NotShared, Over
 from kvservice_api.image import block_geometry
 from kvservice_api.keys import BlockChain
 from kvservice_api.layout import Shard
+from tests.clock import FakeClock
 from tests.stores import (
     CALLER,
     KIB,
@@ -93,6 +94,30 @@ async def test_blocks_on_ssd_are_promoted_layer_by_layer(opened: OpenStore, clie
     await until(lambda: all(opened.blocks.is_resident(int(row), DRAM) for row in leased.rows))
     assert [opened.blocks.extent(int(row), DRAM) for row in leased.rows] == located.extents
     assert opened.blocks.verified[leased.rows].all(), "the first by its upload, the others during their promotion"
+
+
+async def test_while_bytes_arrive_the_number_of_layers_is_repeated(open_store: Callable[..., Any]) -> None:
+    """So that a client does not take a slow disk for a daemon that hangs."""
+    opened = await open_store(share=True, clock=SlowClock())
+    client = opened.store.attach(CALLER, "test")
+    chain, _, lease = await saved(opened, client)
+    opened.leases.release(caller_of(client), lease.lease_id)
+    await opened.store.evict(CALLER, chain.keys, DRAM)
+    leased = opened.lookup(client, chain.keys)
+    assert leased is not None
+    steps = run(opened, leased)
+    assert isinstance(await anext(steps), Located)
+    for layer in range(LAYOUT.layers):
+        assert [await anext(steps) for _ in range(4)] == [layer] * 4, "first for its blocks, then for the layer"
+    await steps.aclose()
+
+
+class SlowClock(FakeClock):
+    """A quarter of a second passes before each look at it."""
+
+    def monotonic_s(self) -> float:
+        self.advance(seconds=0.25)
+        return super().monotonic_s()
 
 
 async def test_a_promoted_block_without_a_record_stays_while_it_is_read(

@@ -95,6 +95,18 @@ async def test_an_adopted_lease_is_the_ranks_own_on_the_same_blocks(
     assert await evictable(opened, chain) == 3
 
 
+async def test_blocks_of_a_ticket_that_dram_lacks_are_promoted_before_it_is_adopted(
+    opened: OpenStore, client: Client
+) -> None:
+    chain = some_chain(3)
+    await opened.save(client, chain, some_images(chain), on_ssd=True)
+    assert await evictable(opened, chain) == 3
+    lease = opened.lookup(client, chain.keys)
+    assert lease is not None
+    export(opened, client, lease)
+    await until(lambda: all(opened.blocks.is_resident(int(row), TierName.DRAM) for row in lease.rows))
+
+
 async def test_a_ticket_holds_the_blocks_though_its_exporter_is_gone(
     opened: OpenStore, client: Client, rank: Client
 ) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from shutil import rmtree
 from tempfile import mkdtemp
 from typing import Any
 
@@ -114,6 +116,7 @@ def pages_of(config: KVCacheConfig) -> dict[str, torch.Tensor]:
 @lru_cache(maxsize=1)  # vLLM looks at the model's class in a process of its own, for some seconds.
 def _model_config(model: NumberedModel) -> ModelConfig:
     folder = Path(mkdtemp(prefix="kvservice-numbers-"))
+    atexit.register(rmtree, folder)
     settings = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -466,3 +466,29 @@ def test_a_step_that_is_scheduled_before_the_last_ones_tokens_are_known_stores_o
             assert steps.hits[again.request_id] > len(tokens) + BLOCK
         assert not steps.bad_pages
         expect_nothing_is_held(client, steps)
+
+
+@pytest.mark.parametrize("runner", Runner)
+def test_layers_that_no_forward_waited_for_are_reported_in_their_step(
+    daemon: DaemonProcess, client: Client, runner: Runner, tokens: list[int]
+) -> None:
+    """vLLM gives the pages to others after the step: a copy that ends later would write into them."""
+    with Steps(ours(daemon, "layers", step_tokens=2000), runner) as steps:
+        store(client, steps, tokens)
+        for pages in steps.worker.pages.values():
+            pages.fill_(0.5)  # Freed pages still had the right numbers.
+        attend = steps.worker._attention
+        waited: list[str] = []
+
+        def first_layer_alone(layer_name: str) -> None:
+            waited.append(layer_name)
+            (attend if len(waited) == 1 else steps.worker._attend)(layer_name)
+
+        steps.worker._attention = first_layer_alone
+        request = steps.requests[steps.add(tokens, 10)]
+        steps.until(lambda: bool(waited))
+        assert steps.bad_pages, "vLLM must compute them in the same step's end"
+        steps.worker._attention = attend
+        steps.run(request.request_id)
+        steps.expect(request.request_id)
+        expect_nothing_is_held(client, steps)

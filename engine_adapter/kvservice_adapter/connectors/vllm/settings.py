@@ -38,8 +38,8 @@ class ConnectorSettings:
     load: LoadMode = LoadMode.AUTO
     save: bool = True
     lookup_wait_s: float = 0.02  # How long a request may wait for the answer of a lookup.
-    wait_s: float = 0.1  # How long a step may wait for the daemon's first answer to a load.
-    layer_wait_s: float = 1.0  # How long a load may wait for each further layer, such as from SSD.
+    wait_s: float = 0.1  # How long a step may wait for a daemon that sends nothing.
+    layer_wait_s: float = 1.0  # How long a load may wait for each layer while the daemon sends, such as from SSD.
     ticket_s: float = 30.0  # How long a hit stays leased until the workers load it.
     staging_bytes: int = 256 * 2**20  # Memory per worker for blocks that wait to be sent.
 

@@ -19,7 +19,7 @@ from kvservice_adapter.connectors.vllm.page_layouts import UnsupportedPages, che
 from kvservice_adapter.connectors.vllm.settings import ConnectorSettings, LoadMode
 from kvservice_adapter.connectors.vllm.stats import TransferStats
 from kvservice_adapter.device.arrays import view_of
-from kvservice_adapter.engine.page_loads import PagedLayers, PrefixLoad, Waits, release_on
+from kvservice_adapter.engine.page_loads import AnswerWait, PagedLayers, PrefixLoad, Waits, release_on
 from kvservice_adapter.engine.page_saves import Gathering, PageSave, PageSaver
 from kvservice_adapter.load import LayerLoader, LoadFailed
 from kvservice_adapter.torch_device import device_for
@@ -52,7 +52,7 @@ class WorkerRole:
         self._clock = self._client.clock
         self._blocks = self._client.open_layout(self.layout, self._shard)
         self._breaker = Breaker(probe_of(self._blocks), clock=self._clock)
-        self._waits = Waits(settings.wait_s, settings.layer_wait_s)
+        self._answer_wait = self._new_wait()
         self._lines = RateLimitedLog(log)
         self._layers: PagedLayers | None = None
         self._lock = threading.Lock()  # Of what loads between steps report.
@@ -93,6 +93,7 @@ class WorkerRole:
         device = device_for(next(iter(kv_caches.values())).device)
         self._device = device
         self._copying, self._loading = device.stream("kvservice-copy"), device.stream("kvservice-load")
+        self._loading_between_steps = device.stream("kvservice-load-between")  # They may wait longer than a step.
         self._release = release_on(device.stream("kvservice-release"))
         self._layer_of_name = {name: index for index, name in enumerate(place.names)}
         if self._settings.save and self._is_writer:
@@ -103,7 +104,6 @@ class WorkerRole:
                 self._breaker,
                 self._clock,
                 staging_bytes=self._settings.staging_bytes,
-                reserve_s=self._settings.wait_s / 2,
                 on_saved=self._saved,
             )
         threading.Thread(target=self._attach, name="kvservice-start", daemon=True).start()
@@ -134,13 +134,14 @@ class WorkerRole:
         freed = self._gather([save for save in orders.saves if save.is_freed])
         self._gathering = self._gather([save for save in orders.saves if not save.is_freed])
         self._wait(freed)
-        self._is_silent = self._saver is not None and self._saver.is_silent
+        self._answer_wait = self._new_wait(0.0 if freed is None else freed.gathering.unanswered_s)
 
     def _gather(self, orders: list[PageSaveOrder]) -> _Gathered | None:
         if self._saver is None or not orders:
             return None
         saves = [PageSave(order.chain, order.first_token, order.page_ids) for order in orders]
-        return _Gathered(self._saver.gather(saves), {order.chain.keys[-1]: order.request_id for order in orders})
+        gathering = self._saver.gather(saves, self._settings.wait_s / 2)  # The loads of the step have the other half.
+        return _Gathered(gathering, {order.chain.keys[-1]: order.request_id for order in orders})
 
     def _wait(self, gathered: _Gathered | None) -> None:
         """Until vLLM may write into the pages."""
@@ -160,7 +161,7 @@ class WorkerRole:
         """False if the step of these orders has begun already."""
         if orders is self._orders:
             return False
-        self._orders, self._is_silent = orders, False
+        self._orders, self._is_silent, self._answer_wait = orders, False, self._new_wait()
         self._open = {order.request_id: order for order in orders.loads}
         return True
 
@@ -173,13 +174,16 @@ class WorkerRole:
             elif not self._may_ask:
                 self._failed(order, "the daemon did not answer lately: it is not asked", is_unanswered=True)
             elif order.mode is LoadMode.BETWEEN_STEPS:
-                load = self._between_steps[order.request_id] = self._load(order)
-                self._loading.submit(partial(self._load_between_steps, order, load))
+                waits = Waits(self._new_wait(), self._settings.layer_wait_s, self._settings.layer_wait_s)
+                load = self._between_steps[order.request_id] = self._load(order, waits)
+                self._loading_between_steps.submit(partial(self._load_between_steps, order, load))
                 self._open.pop(order.request_id)  # From now on it is reported by the loading thread.
             elif order.mode is LoadMode.LAYERS:
                 self._loaders.append((order, *self._begin_layers(order)))
             else:
-                self._load_whole(order, self._load(order))
+                self._load_whole(order, self._load(order, self._waits_of_step))
+                if not self._is_silent:
+                    self._answer_wait.restart()  # Its copies were no wait for the daemon.
         for request_id in orders.cancelled:
             if (running := self._between_steps.get(request_id)) is not None:
                 running.cancel()
@@ -188,9 +192,16 @@ class WorkerRole:
     def _may_ask(self) -> bool:
         return self._breaker.allow() and not self._is_silent
 
-    def _load(self, order: PageLoadOrder) -> PrefixLoad:
+    def _new_wait(self, used_s: float = 0.0) -> AnswerWait:
+        return AnswerWait(self._settings.wait_s, self._clock, used_s=used_s)
+
+    @property
+    def _waits_of_step(self) -> Waits:
+        return Waits(self._answer_wait, self._settings.layer_wait_s, self._settings.wait_s)
+
+    def _load(self, order: PageLoadOrder, waits: Waits) -> PrefixLoad:
         tokens = (order.first_token, order.end_token)
-        return PrefixLoad(self._copying, self._blocks, order.ticket, tokens, self._waits, self._release)
+        return PrefixLoad(self._copying, self._blocks, order.ticket, tokens, waits, self._release)
 
     def _load_whole(self, order: PageLoadOrder, load: PrefixLoad) -> None:
         assert self._layers is not None
@@ -207,6 +218,7 @@ class WorkerRole:
         """On the loading stream's thread. Every end is reported: else the request never runs."""
         try:
             if self._breaker.allow():
+                load.waits.answer.restart()  # Loads before it used this thread.
                 self._load_whole(order, load)
             else:
                 self._failed(order, "the daemon did not answer lately: it is not asked", is_unanswered=True)
@@ -218,7 +230,7 @@ class WorkerRole:
 
     def _begin_layers(self, order: PageLoadOrder) -> tuple[PrefixLoad, LayerLoader]:
         assert self._layers is not None
-        load = self._load(order)
+        load = self._load(order, self._waits_of_step)
         loader = LayerLoader(
             self._device,
             self._loading,
@@ -226,7 +238,7 @@ class WorkerRole:
             load.pages_of_layer(self._layers, order.page_ids),
             layer_count=self._shard.layers,
             buffer_layers=self._shard.layers,  # They go straight into the pages: nothing is buffered.
-            wait_s=self._waits.first_s + self._waits.layer_s,
+            wait_s=self._settings.wait_s + self._settings.layer_wait_s,
             clock=self._clock,
         )
         loader.start()

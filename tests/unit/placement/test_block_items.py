@@ -1,0 +1,227 @@
+"""Items are the edges of the tree of stored prefixes, in any order in which blocks come and leave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kvservice.blocks import NO_ROW, BlockTable, Extent, TierName
+from kvservice.placement.block_items import NO_ITEM, BlockItems
+from kvservice.policy import PLACEMENTS
+from kvservice.policy.items import Conditions
+from kvservice_api.keys import block_chain
+from kvservice_api.layout import Layout, Shard
+
+LAYOUT = Layout("items", "float32", layers=1, kv_heads=2, k_head_dim=8, v_head_dim=8, block_tokens=4)
+WHOLE = Shard.whole(LAYOUT)
+SIZE = 512
+TIERS = (TierName.DRAM, TierName.SSD)
+GIB = 2**30
+
+
+class Store:
+    """A block table and its items. Time is a number that a test sets."""
+
+    def __init__(self, policy: str = "lru") -> None:
+        self.now_s = 1000.0
+        self.blocks = BlockTable(8)
+        self.items = BlockItems(
+            self.blocks, lambda layout_id: 4, PLACEMENTS[policy](), Conditions(GIB, GIB, 1e9), lambda: self.now_s
+        )
+        self.blocks.listeners.append(self.items.changed)
+
+    def save(self, tokens: Sequence[int], shard: Shard = WHOLE) -> list[int]:
+        """Store a prefix, with its partial block. Returns its rows."""
+        blocks = self.blocks
+        chain = block_chain(LAYOUT, tokens, with_partial=True)
+        parents = [chain.parent, *chain.keys[:-1]]
+        for key, parent, count in zip(chain.keys, parents, chain.token_counts, strict=True):
+            if blocks.row_of(key, shard) != NO_ROW:
+                continue
+            row = blocks.add(
+                key, shard, parent_key=parent, layout_id=1, tenant=0, token_count=count, size_bytes=SIZE,
+                trailer_checksum=0, now_ms=0,
+            )  # fmt: skip
+            blocks.set_extent(row, TierName.DRAM, Extent(0, row * SIZE, SIZE))
+            blocks.link(row)
+        return [blocks.row_of(key, shard) for key in chain.keys]
+
+    def discard(self, row: int) -> None:
+        self.blocks.unlink(row)
+        for tier in TIERS:
+            self.blocks.set_extent(row, tier, None)
+        self.blocks.free(row)
+
+    def runs(self) -> set[tuple[int, ...]]:
+        """The rows of each item."""
+        return {tuple(self.items.rows_of(item).tolist()) for item in self.items.live_items().tolist()}
+
+
+def test_a_conversation_is_one_item_and_grows() -> None:
+    store = Store()
+    store.save(range(10))
+    rows = store.save(range(30))
+    (item,) = store.items.live_items()
+    assert set(rows) <= set(store.items.rows_of(item).tolist())  # And the partial block of the first turn.
+    assert store.items.items.dram_bytes[item] == store.items.items.size_bytes[item] == 9 * SIZE
+
+
+def test_conversations_share_the_item_of_their_prompt() -> None:
+    store = Store()
+    prompt = list(range(8))
+    one, two = store.save([*prompt, *range(100, 108)]), store.save([*prompt, *range(200, 204)])
+    three = store.save([*prompt, *range(300, 308)])
+    assert store.runs() == {tuple(one[:2]), tuple(one[2:]), tuple(two[2:]), tuple(three[2:])}
+    assert store.items.item_of(one[0]) not in {store.items.item_of(each[2]) for each in (one, two, three)}
+
+
+def test_the_shards_of_a_block_are_in_its_item() -> None:
+    store = Store()
+    first, second = Shard(0, 1, 0, 1), Shard(0, 1, 1, 2)
+    one, two = store.save(range(16), first), store.save(range(16), second)
+    assert store.runs() == {tuple(row for pair in zip(one, two, strict=True) for row in pair)}
+
+
+def test_blocks_of_an_earlier_daemon_are_grouped_in_any_order() -> None:
+    known = Store()
+    prompt = list(range(12))
+    for number in range(5):
+        known.save([*prompt, *range(100 * number, 100 * number + 4 * number + 4)])
+    listed = known.runs()
+    for seed in range(5):
+        items = BlockItems(
+            known.blocks, lambda layout_id: 4, PLACEMENTS["lru"](), Conditions(GIB, GIB, 1e9), lambda: 0.0
+        )
+        rows = known.blocks.live_rows()
+        items.add(np.random.default_rng(seed).permutation(rows).tolist())
+        assert {frozenset(items.rows_of(item).tolist()) for item in items.live_items()} == set(map(frozenset, listed))
+
+
+@pytest.mark.parametrize("name", ["lru", "fifo", "s3fifo", "lookahead", "foresight"])
+def test_the_end_of_an_item_scores_below_its_front(name: str) -> None:
+    store = Store(name)
+    rows = [store.save(range(100 * number, 100 * number + 20)) for number in range(20)]
+    for each in rows[::3]:
+        store.items.looked_up(np.array(each), store.now_s)
+        store.items.released(np.array(each))
+    store.now_s += 30
+    store.items.settle(store.now_s)
+    for tier in TIERS:
+        score = store.items.places(tier, store.now_s)
+        for each in rows:
+            assert (np.diff(score(np.array(each))) < 0).all()
+        assert np.isfinite(score(store.blocks.live_rows())).all()
+
+
+def test_what_was_used_longest_ago_scores_least_by_lru() -> None:
+    store = Store("lru")
+    rows = [np.array(store.save(range(100 * number, 100 * number + 8))) for number in range(4)]
+    for number in (2, 0, 3, 1):
+        store.items.looked_up(rows[number], store.now_s)
+    score = store.items.places(TierName.DRAM, store.now_s)
+    assert sorted(range(4), key=lambda number: score(rows[number])[0]) == [2, 0, 3, 1]
+
+
+class Anything(RuleBasedStateMachine):
+    """Prefixes of a small tree come, are looked up, change their tier and leave, in any order."""
+
+    policy: ClassVar[str] = "foresight"
+
+    @initialize()
+    def begin(self) -> None:
+        self.store = Store(self.policy)
+        self.only_saved = True
+
+    @rule(path=st.lists(st.integers(0, 1), min_size=1, max_size=5), partial=st.integers(0, 3))
+    def save(self, path: list[int], partial: int) -> None:
+        self.store.save([token for branch in path for token in (branch, 0, 0, 0)] + [9] * partial)
+
+    @rule(seconds=st.floats(0, 500))
+    def wait(self, seconds: float) -> None:
+        self.store.now_s += seconds
+        self.store.items.settle(self.store.now_s)
+        policy, items = self.store.items.policy, self.store.items
+        if policy.look_at_s <= self.store.now_s:
+            items.note_use()
+            for wanted in policy.promotions(items.items, (), self.store.now_s):
+                assert items.items.live[wanted.row]
+
+    @precondition(lambda self: self.store.blocks.live_count)
+    @rule(data=st.data())
+    def look_up(self, data: st.DataObject) -> None:
+        blocks = self.store.blocks
+        row = data.draw(st.sampled_from(blocks.live_rows().tolist()))
+        chain = np.array([*reversed(blocks.ancestors(row)), row])
+        self.store.items.looked_up(chain, self.store.now_s)
+        self.store.items.released(chain)
+
+    @precondition(lambda self: self.store.blocks.live_count)
+    @rule(data=st.data(), tier=st.sampled_from(TIERS), is_there=st.booleans())
+    def change_tier(self, data: st.DataObject, tier: TierName, is_there: bool) -> None:
+        row = data.draw(st.sampled_from(self.store.blocks.live_rows().tolist()))
+        self.store.blocks.set_extent(row, tier, Extent(0, row * SIZE, SIZE) if is_there else None)
+
+    @precondition(lambda self: self.store.blocks.live_count)
+    @rule(data=st.data())
+    def discard(self, data: st.DataObject) -> None:
+        self.only_saved = False
+        self.store.discard(data.draw(st.sampled_from(self.store.blocks.live_rows().tolist())))
+
+    @invariant()
+    def every_block_is_in_one_item(self) -> None:
+        blocks = self.store.blocks
+        listed = [row for run in self.store.runs() for row in run]
+        assert sorted(listed) == blocks.live_rows().tolist()
+        assert all(self.store.runs())
+
+    @invariant()
+    def bytes_are_those_of_the_blocks(self) -> None:
+        blocks, items = self.store.blocks, self.store.items
+        for item in items.live_items().tolist():
+            rows = items.rows_of(item)
+            assert items.items.size_bytes[item] == SIZE * len(rows)
+            assert items.items.dram_bytes[item] == SIZE * int(blocks.lie_in(rows, TierName.DRAM).sum())
+            assert items.items.ssd_bytes[item] == SIZE * int(blocks.lie_in(rows, TierName.SSD).sum())
+
+    @invariant()
+    def items_are_the_edges_of_the_tree(self) -> None:
+        """A whole block is in its parent's item exactly if the parent has no other continuation."""
+        if not self.only_saved:
+            return
+        blocks, items = self.store.blocks, self.store.items
+        whole = [row for row in blocks.live_rows().tolist() if blocks.token_count[row] == 4]
+        parents = [blocks.parent_row(row) for row in whole]
+        for row, parent in zip(whole, parents, strict=True):
+            if parent != NO_ROW:
+                joined = items.item_of(row) == items.item_of(parent)
+                assert joined == (parents.count(parent) == 1)
+
+    @invariant()
+    def no_block_is_without_a_score(self) -> None:
+        score = self.store.items.places(TierName.DRAM, self.store.now_s)
+        rows = self.store.blocks.live_rows()
+        assert np.isfinite(score(rows)).all()
+        assert (score(rows) > -1).all()
+        assert NO_ITEM == -1
+
+
+TestForesight = Anything.TestCase
+
+
+class AnythingForS3Fifo(Anything):
+    policy: ClassVar[str] = "s3fifo"
+
+
+TestS3Fifo = AnythingForS3Fifo.TestCase
+
+
+class AnythingForLookahead(Anything):
+    policy: ClassVar[str] = "lookahead"
+
+
+TestLookahead = AnythingForLookahead.TestCase

@@ -1,0 +1,96 @@
+"""A real store under a policy over items: what leaves DRAM, and what is read ahead of its request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvservice.blocks import TierName
+from kvservice.policy import PLACEMENTS
+from kvservice.store.mover.evictor import Watermarks
+from kvservice_api.keys import BlockChain, block_chain
+from tests.clock import HandClock
+from tests.stores import CALLER, KIB, LAYOUT, MIB, PATIENT, OpenStore, at_once, caller_of, until
+
+_IMAGE = bytes(8 * KIB)
+_BLOCKS = 6
+_BLOCK_BYTES = 12 * KIB
+_SESSIONS = 20
+_AWAY_S = 60.0  # Each user returns after exactly that time.
+
+
+def history_of(session: int) -> BlockChain:
+    return block_chain(LAYOUT, range(1000 * session, 1000 * session + _BLOCKS * LAYOUT.block_tokens))
+
+
+class Service:
+    """Users who take turns: each has one conversation, and a fifth of all fit into DRAM."""
+
+    def __init__(self, opened: OpenStore, clock: HandClock) -> None:
+        self.opened, self.clock = opened, clock
+        self.client = opened.store.attach(CALLER, "engine")
+
+    async def turn(self, session: int) -> float:
+        """A request with the session's history. Returns the share of it that is in DRAM when it comes."""
+        store, blocks, chain = self.opened.store, self.opened.blocks, history_of(session)
+        lease = self.opened.lookup(self.client, chain.keys, ttl_s=300)
+        in_dram = 0.0 if lease is None else float(blocks.lie_in(lease.rows, TierName.DRAM).mean())
+        if lease is None:
+            await self.opened.save(self.client, chain, [_IMAGE] * _BLOCKS)
+            assert self.opened.write_behind is not None
+            await self.opened.write_behind.idle()
+        else:
+            await store.prefetch(CALLER, chain.keys, within_s=0.0, wait=True)
+            await store.release(caller_of(self.client), lease.lease_id)
+        return in_dram
+
+    async def second(self) -> None:
+        self.clock.advance(seconds=1.0)
+        promoter = self.opened.promoter
+        assert promoter is not None
+        for _ in range(4):
+            await until(lambda: not promoter.pending_bytes)
+
+    async def hits(self, rounds: int) -> list[float]:
+        """For each round the mean share of a history that is in DRAM when its request comes."""
+        shares = []
+        for _ in range(rounds):
+            found = []
+            for session in range(_SESSIONS):
+                found.append(await self.turn(session))
+                for _ in range(round(_AWAY_S / _SESSIONS)):
+                    await self.second()
+            shares.append(sum(found) / len(found))
+        return shares
+
+
+@pytest.fixture
+async def service(open_store: Callable[..., Any], request: pytest.FixtureRequest) -> Service:
+    clock = HandClock()
+    dram_bytes = _SESSIONS * _BLOCKS * _BLOCK_BYTES // 5
+    opened: OpenStore = await open_store(
+        policy=PLACEMENTS[request.param](), clock=clock, dram_bytes=dram_bytes, ssd_bytes=16 * MIB, limits=PATIENT,
+        watermarks=Watermarks(0.0, 0.0),
+    )  # fmt: skip
+    return Service(opened, clock)
+
+
+@pytest.mark.parametrize("service", ["foresight"], indirect=True)
+async def test_what_returns_at_regular_times_is_in_dram_when_it_does(service: Service) -> None:
+    """By recency nothing would be: a user returns after all the others."""
+    shares = await service.hits(6)
+    assert shares[0] == 0
+    assert shares[-1] > 0.5, shares
+    assert at_once(service.opened.store.lookup(CALLER, LAYOUT.fingerprint, None, history_of(0).keys, 0)).blocks == 6
+
+
+@pytest.mark.parametrize("service", ["lru", "fifo", "s3fifo", "lookahead"], indirect=True)
+async def test_every_policy_serves_and_loses_nothing(service: Service) -> None:
+    shares = await service.hits(3)
+    assert np.isfinite(shares).all()
+    for session in range(_SESSIONS):
+        assert service.opened.hits(history_of(session).keys) == _BLOCKS
+    await service.opened.settle()
