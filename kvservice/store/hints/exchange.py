@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 _TICK_S = 0.05
 _SHARE_OF_TIME = 5  # A tick that took this long is followed by a pause of four times that.
+_TOOK_MAX_S = 0.25  # What a tick may count as: the process may have been stopped meanwhile.
 _WINDOW_ENTRIES = 1024  # Of all queues, per tick: the windows. Each entry takes 10 microseconds, and 0.1 per block.
 _OTHER_ENTRIES = 512  # Of all queues, per tick: readiness of entries behind the windows.
 _KEYS_PER_PART = 4096  # A part of a tick takes about a millisecond of the event loop.
@@ -308,7 +309,7 @@ class HintExchange:
                 log.warning("hints could not be evaluated: %s", error.message)
             if not any(stream.queue or stream.expected for stream in self._streams.values()):
                 self._work.clear()
-            took_s = self.now_s() - began_s
+            took_s = min(self.now_s() - began_s, _TOOK_MAX_S)
             await self._clock.sleep(max(_TICK_S, (_SHARE_OF_TIME - 1) * took_s))
 
     async def tick(self) -> None:

@@ -16,8 +16,10 @@ from kvservice.store.hints.exchange import HintExchange, HintLimits
 from kvservice.store.hints.queue_mirror import HintSubject, QueueEntry, QueueLimits, QueueMirror
 from kvservice.store.leases import Client
 from kvservice.store.types import HintStream, Nearness, SessionAppend
+from kvservice_api.errors import UnknownClient
 from kvservice_api.keys import BlockChain
-from tests.stores import CALLER, KIB, LAYOUT, PATIENT, OpenStore, caller_of, some_chain, some_images
+from tests.file_faults import FaultyCalls
+from tests.stores import CALLER, KIB, LAYOUT, PATIENT, OpenStore, caller_of, some_chain, some_images, until
 
 BLOCK = 12 * KIB
 BLOCKS = 4  # Of each session.
@@ -212,3 +214,171 @@ async def test_another_tenants_blocks_and_sessions_look_as_if_they_did_not_exist
             assert await seen.until(name, Nearness.ABSENT) == [Nearness.ABSENT]
     assert in_dram(opened, chains) == []
     assert opened.counters.hint_promoted_blocks == 0
+
+
+async def test_the_history_of_a_typing_person_is_promoted(
+    opened: OpenStore, client: Client, stream: HintStream
+) -> None:
+    chains = await stored_sessions(opened, client, 2)
+
+    stream.expect(session("chat-1"), None)
+
+    await until(lambda: whole_in_dram(opened, chains[1]))
+    assert in_dram(opened, chains) == [1]
+
+
+async def test_the_history_of_a_tool_call_is_promoted_shortly_before_its_answer(
+    opened: OpenStore, client: Client, stream: HintStream
+) -> None:
+    chains, exchange = await stored_sessions(opened, client, 1), exchange_of(opened)
+    stream.expect(session("chat-0"), 300.0)
+    await exchange.tick()
+    assert in_dram(opened, chains) == []
+
+    opened.files.clock.advance(seconds=289.0)
+    await exchange.tick()
+    assert in_dram(opened, chains) == []
+
+    opened.files.clock.advance(seconds=2.0)
+    await until(lambda: whole_in_dram(opened, chains[0]))
+    opened.files.clock.advance(seconds=80.0)
+    await until(lambda: not stream.expected)
+
+
+async def test_hints_promote_no_more_than_their_share_and_no_faster_than_their_rate(
+    open_store: Callable[..., Any],
+) -> None:
+    limits = HintLimits(QueueLimits(16, 256), 0.5, 10 * BLOCK)
+    opened: OpenStore = await open_store(dram_bytes=40 * BLOCK + 4 * KIB, limits=replace(PATIENT, hints=limits))
+    client, clock = opened.store.attach(CALLER, "test"), opened.files.clock
+    chains = await stored_sessions(opened, client, 6)
+    with opened.store.hints(caller_of(client)) as stream:
+        queue_sessions(stream, range(6))
+        exchange = exchange_of(opened)
+
+        async def promoted() -> int:
+            for _ in range(20):
+                await exchange.tick()
+            await opened.settle()
+            return len(in_dram(opened, chains))
+
+        await until(lambda: len(in_dram(opened, chains)) == 3)
+        assert await promoted() == 3, "the rate, with one second in advance"
+        clock.advance(seconds=1.5)
+        await until(lambda: len(in_dram(opened, chains)) == 5)
+        clock.advance(seconds=60.0)
+        assert await promoted() == 5, "the share: 20 blocks"
+
+
+async def test_the_queue_of_a_client_that_leaves_promotes_nothing_more(opened: OpenStore, client: Client) -> None:
+    await stored_sessions(opened, client, 4)
+    exchange = exchange_of(opened)
+    with opened.store.hints(caller_of(client)) as stream:
+        queue_sessions(stream, range(4))
+        assert (exchange.stream_count, exchange.queued_count) == (1, 4)
+        opened.store.detach(CALLER, client)
+        assert await stream.changed(10) is None
+    assert (exchange.stream_count, exchange.queued_count) == (0, 0)
+    await exchange.tick()
+    with pytest.raises(UnknownClient), opened.store.hints(caller_of(client)):
+        pass
+
+
+async def fill(opened: OpenStore, client: Client, blocks: int, seed: int) -> BlockChain:
+    """Save blocks that need an eviction for each."""
+    chain = some_chain(blocks, seed=seed)
+    assert not (await opened.save(client, chain, some_images(chain), on_ssd=True)).refused
+    return chain
+
+
+async def test_blocks_of_an_ended_session_are_evicted_first(
+    opened: OpenStore, client: Client, stream: HintStream
+) -> None:
+    chains = await stored_sessions(opened, client, 1)
+    old = await fill(opened, client, 16, seed=100)
+    await opened.store.prefetch(CALLER, chains[0].keys, within_s=0, wait=True)
+    opened.hits(chains[0].keys)  # The session is the newest of all.
+    await fill(opened, client, 4, seed=101)
+    assert whole_in_dram(opened, chains[0])
+
+    stream.not_needed(session("chat-0"), write=True)
+    await until(lambda: not exchange_of(opened)._is_dropping)
+    await fill(opened, client, 4, seed=102)
+
+    assert in_dram(opened, chains) == []
+    assert all(TierName.DRAM in opened.residency(key) for key in old.keys)
+
+
+async def test_blocks_that_another_session_names_or_another_client_has_used_are_not_evicted_first(
+    opened: OpenStore, client: Client, stream: HintStream
+) -> None:
+    chains, other = await stored_sessions(opened, client, 3), opened.store.attach(CALLER, "other")
+    blocks = opened.blocks
+    shared = SessionAppend(chains[0].parent, chains[0].keys[:3])
+    await opened.store.append_turn(CALLER, LAYOUT.fingerprint, "shared", 0, shared)
+    lease = opened.lookup(other, chains[1].keys[:2])
+    assert lease is not None
+    opened.leases.release(caller_of(other), lease.lease_id)
+
+    for number in range(3):
+        stream.not_needed(session(f"chat-{number}"), write=True)
+    await until(lambda: not exchange_of(opened)._is_dropping)
+
+    def is_first(key: bytes) -> bool:
+        return not blocks.access_seq[blocks.rows_of_keys([key])[0]]
+
+    assert [is_first(key) for key in chains[0].keys] == [False, False, False, True]
+    assert [is_first(key) for key in chains[1].keys] == [False, False, True, True]
+    assert all(map(is_first, chains[2].keys))
+
+
+async def test_a_block_that_is_not_to_be_kept_is_not_written_to_ssd_until_it_is_used(
+    open_store: Callable[..., Any],
+) -> None:
+    calls = FaultyCalls()
+    opened: OpenStore = await open_store(calls=calls)
+    client, chain = opened.store.attach(CALLER, "test"), some_chain(40)
+    with calls.held("pwritev"), opened.store.hints(caller_of(client)) as stream:
+        await opened.save(client, chain, some_images(chain))
+        stream.not_needed(keys_of(chain), write=False)
+        await until(lambda: not exchange_of(opened)._is_dropping)
+        opened.hits(chain.keys[-1:])
+    await opened.settle()
+
+    written = [TierName.SSD in opened.residency(key) for key in chain.keys]
+    assert written[-1], "a request has found it meanwhile"
+    assert sum(written[:-1]) <= opened.store.limits.writes_in_flight, "those that were being written"
+
+
+async def test_hints_that_repeat_are_bounded(opened: OpenStore, client: Client, stream: HintStream) -> None:
+    chains = await stored_sessions(opened, client, 1)
+    await opened.store.prefetch(CALLER, chains[0].keys, within_s=0, wait=True)
+    for number in range(3000):
+        stream.not_needed(session("chat-0"), write=True)
+        stream.expect(keys_of(some_chain(1, seed=number)), 5.0)
+    await until(lambda: not exchange_of(opened)._is_dropping)
+    assert len(stream.expected) == 1024
+    assert opened.counters.hints_over_limit == 2 * (3000 - 1024)
+    assert all(len(queue) <= BLOCKS for queue in opened.evictor._victims.values())
+
+
+async def test_the_readiness_of_a_long_queue_is_evaluated_in_parts_and_completely(
+    open_store: Callable[..., Any],
+) -> None:
+    limits = HintLimits(QueueLimits(5000, 5000), 0.5, 1 << 40)
+    opened: OpenStore = await open_store(limits=replace(PATIENT, hints=limits))
+    client = opened.store.attach(CALLER, "test")
+    with opened.store.hints(caller_of(client)) as stream:
+        for number in range(5000):
+            stream.put(str(number), session("no-such-session"), None, 0, "")
+        found: dict[str, Nearness] = {}
+        while len(found) < 5000:
+            changed = await stream.changed(1000)
+            assert changed is not None
+            assert len(changed) <= 1000
+            found |= {each.request_id: each.nearness for each in changed}
+        await stored_session(opened, client, "no-such-session", some_chain(2))
+        while set(found.values()) != {Nearness.IN_DRAM}:
+            changed = await stream.changed(1000)
+            assert changed is not None
+            found |= {each.request_id: each.nearness for each in changed}
