@@ -1,6 +1,4 @@
-"""``python -m tests.older_daemon serve ...``: the real daemon, but it says that it keeps no key generations and takes no
-hints.
-"""
+"""``python -m tests.older_daemon serve ...``: the real daemon, but it says that it has no key generations and hints."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ def test_hints_never_wait_and_never_raise_while_the_daemon_is_away(small: Daemon
         (lambda hints, session: hints.set_queue([QueuedRequest("a", session)] * 2), "request_id"),
         (lambda hints, session: hints.put(QueuedRequest("", session)), "request_id"),
         (lambda hints, session: hints.put(QueuedRequest("x" * 201, session)), "request_id"),
-        (lambda hints, session: hints.put(QueuedRequest("a", "session-1")), "keys"),
+        (lambda hints, session: hints.put(QueuedRequest("a", "session-1")), "keys"),  # type: ignore[arg-type]
         (lambda hints, session: hints.put(QueuedRequest("a", [])), "reads"),
         (lambda hints, session: hints.put(QueuedRequest("a", [b"short"])), "keys"),
         (lambda hints, session: hints.put(QueuedRequest("a", session, starts_in_s=-1.0)), "starts_in_s"),

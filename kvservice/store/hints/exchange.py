@@ -37,9 +37,10 @@ log = logging.getLogger(__name__)
 _TICK_S = 0.05
 _SHARE_OF_TIME = 5  # A tick that took this long is followed by a pause of four times that.
 _TOOK_MAX_S = 0.25  # What a tick may count as: the process may have been stopped meanwhile.
-_WINDOW_ENTRIES = 1024  # Of all queues, per tick: the windows. Each entry takes 10 microseconds, and 0.1 per block.
+_WINDOW_ENTRIES = 1024  # Of all queues, per tick: the windows.
 _OTHER_ENTRIES = 512  # Of all queues, per tick: readiness of entries behind the windows.
-_KEYS_PER_PART = 4096  # A part of a tick takes about a millisecond of the event loop.
+_KEYS_PER_TICK = 4096  # Of each queue: the window, and the entries behind it.
+_ENTRIES_A_TURN = 32  # They take half a millisecond of the event loop, and more if they have hundreds of blocks.
 _EXPECTED_MAX = 1024  # Typing persons and running tools, per client.
 _NOT_NEEDED_MAX = 1024  # Subjects that wait to be evicted first, of all clients.
 _BATCH = 256
@@ -323,8 +324,7 @@ class HintExchange:
             for stream in streams:
                 stream.unevaluated = len(stream.queue)
         for stream in streams:
-            await self.loop_budget.slot()
-            self._evaluate_others(stream, max(16, _OTHER_ENTRIES // len(streams)))
+            await self._evaluate_others(stream, max(16, _OTHER_ENTRIES // len(streams)))
 
     async def _evaluate_windows(self, streams: Sequence[HintStream], now_s: float) -> None:
         """Give placement the reads of all windows, then set the readiness of these requests."""
@@ -332,38 +332,45 @@ class HintExchange:
         found: list[tuple[int, float, HintStream, str, Rows]] = []
         self._next_s = float("inf")
         for stream in busy:
-            await self.loop_budget.slot()
             share_bytes = int(self._settings.dram_share * self._dram.capacity_bytes / len(busy))
-            found += self._window(stream, share_bytes, max(8, _WINDOW_ENTRIES // len(busy)), now_s)
+            entries = list(self._awaited(stream, max(8, _WINDOW_ENTRIES // len(busy)), now_s))
+            found += await self._window(stream, entries, share_bytes, now_s)
         found.sort(key=lambda each: each[:2])
         self._placement.want([ExpectedRead(rows, due_s) for _, due_s, _, _, rows in found if len(rows)])
-        for _, _, stream, request_id, _ in found:
+        for count, (_, _, stream, request_id, _) in enumerate(found):
+            if count % _ENTRIES_A_TURN == 0:
+                await self.loop_budget.slot()
             if (entry := stream.queue.get(request_id)) is not None:
                 self._evaluate(stream, entry, now_s)
 
-    def _window(
-        self, stream: HintStream, share_bytes: int, entries: int, now_s: float
-    ) -> Iterator[tuple[int, float, HintStream, str, Rows]]:
+    async def _window(
+        self, stream: HintStream, entries: Sequence[QueueEntry], share_bytes: int, now_s: float
+    ) -> list[tuple[int, float, HintStream, str, Rows]]:
         """The leading requests whose blocks fit into the stream's share of DRAM, each block counted once.
 
-        Yields the negative priority, the time when it is due, the stream, the request, and rows that no earlier
+        Of each: the negative priority, the time when it is due, the stream, the request, and rows that no earlier
         request of the window reads. The last request may be cut to what fits.
         """
+        window: list[tuple[int, float, HintStream, str, Rows]] = []
         blocks = self._blocks
         seen = np.zeros(blocks.row_end, np.bool_)
-        due_s, keys_left = now_s, _KEYS_PER_PART
-        for entry in self._awaited(stream, entries, now_s):
+        due_s, keys_left = now_s, _KEYS_PER_TICK
+        for count, entry in enumerate(entries):
+            if count % _ENTRIES_A_TURN == 0:
+                await self.loop_budget.slot()
+                seen = np.pad(seen, (0, blocks.row_end - len(seen)))  # Blocks were stored meanwhile.
             rows = self._rows(stream, entry.subject)
             rows = rows[~seen[rows]]
             seen[rows] = True
             ends = np.cumsum(blocks.size_bytes[rows].astype(np.int64))
             fitting = int(np.searchsorted(ends, share_bytes, "right"))
             due_s = due_s + _NEXT_S if entry.due_s is None else entry.due_s
-            yield -entry.priority, due_s, stream, entry.request_id, rows[:fitting]
+            window.append((-entry.priority, due_s, stream, entry.request_id, rows[:fitting]))
             share_bytes -= int(ends[fitting - 1]) if fitting else 0
             keys_left -= len(rows)
             if fitting < len(rows) or keys_left < 0:
-                return
+                break
+        return window
 
     def _awaited(self, stream: HintStream, entries: int, now_s: float) -> Iterator[QueueEntry]:
         """The head of the queue, then the requests that typing persons and tools will cause, without an id."""
@@ -377,12 +384,15 @@ class HintExchange:
             if now_s >= begins_s:
                 yield QueueEntry("", subject, due_s, 0)
 
-    def _evaluate_others(self, stream: HintStream, entries: int) -> None:
+    async def _evaluate_others(self, stream: HintStream, entries: int) -> None:
         """Set the readiness of a part of the requests behind the last part, and of the first ones after the last."""
-        keys_left, now_s = _KEYS_PER_PART, self.now_s()
-        count = min(entries, stream.unevaluated, len(stream.queue))
-        for _ in range(count):
-            entry = next(stream.queue.after(stream.cursor), None) or next(iter(stream.queue))
+        keys_left, now_s = _KEYS_PER_TICK, self.now_s()
+        for count in range(min(entries, stream.unevaluated)):
+            if count % _ENTRIES_A_TURN == 0:
+                await self.loop_budget.slot()
+            entry = next(stream.queue.after(stream.cursor), None) or next(iter(stream.queue), None)
+            if entry is None:
+                return
             stream.cursor = entry.request_id
             keys_left -= self._evaluate(stream, entry, now_s)
             stream.unevaluated -= 1
