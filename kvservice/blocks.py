@@ -166,6 +166,7 @@ class BlockTable:
         self.live_count = 0
         self.live_of_layout: Counter[int] = Counter()  # Layout id -> live rows.
         self.next_access_seq = 1
+        self.changes = 0  # How often a row's visibility or residency changed.
         self.listeners: list[Callable[[int], None]] = []  # Called with each changed row, by `_tell`.
         for name, dtype in _COLUMNS.items():
             setattr(self, name, np.zeros(row_capacity, dtype))
@@ -512,6 +513,7 @@ class BlockTable:
 
     def _tell(self, row: int) -> None:
         """Lookups find the row from now on, or no longer, or find another residency."""
+        self.changes += 1
         for listener in self.listeners:
             listener(row)
 

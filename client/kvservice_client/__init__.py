@@ -22,7 +22,7 @@ from kvservice_api.layout import LayerGroup, Layout, Rotary, Shard
 from kvservice_client.admin import Admin, Tier
 from kvservice_client.block_cache import BlockCache
 from kvservice_client.client import DEFAULT_ADDRESS, Client, EvictResult, PrefetchResult
-from kvservice_client.hints import Hints, QueuedRequest, Readiness, ReadyState
+from kvservice_client.hints import EngineHints, QueuedRequest, Readiness, ReadyState
 from kvservice_client.lease import Lease, LoadedLayer, ResidencyRun
 from kvservice_client.local_directory import LocalHit
 from kvservice_client.pending_lookup import FoundPrefix, PendingLookup
@@ -44,9 +44,9 @@ __all__ = [
     "Client",
     "Clock",
     "Durability",
+    "EngineHints",
     "EvictResult",
     "FoundPrefix",
-    "Hints",
     "KVError",
     "LayerGroup",
     "Layout",

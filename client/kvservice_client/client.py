@@ -17,7 +17,7 @@ from kvservice_client.admin import Admin, Tier
 from kvservice_client.block_cache import BlockCache
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection
-from kvservice_client.hints import Hints
+from kvservice_client.hints import EngineHints
 from kvservice_client.reports import RequestReport
 from kvservice_client.retry import SYSTEM_CLOCK, Clock, Deadline
 from kvservice_client.session import Session
@@ -85,7 +85,7 @@ class Client:
         arguments.rate(throttle_bytes_per_s, "throttle_bytes_per_s")
         self._connection = Connection(address, name, timeout_s, reconnect_wait_s, tls, clock)
         self._transports = OrderedTransports(self._connection, transport, throttle_bytes_per_s)
-        self._hints = Hints(self._connection.channel, self._connection.attach_stream, clock)
+        self._hints = EngineHints(self._connection.channel, self._connection.attach_stream, clock)
         self.admin = Admin(self._connection)
 
     @property
@@ -138,7 +138,7 @@ class Client:
         """
         return Session(self._connection, self.open_layout(layout, shard), checked_session_id(session_id))
 
-    def hints(self) -> Hints:
+    def hints(self) -> EngineHints:
         """The hints of this client: its engine's queue, and what it knows of the next requests. One object per client.
 
         Does not wait. The first hint opens a stream to the daemon, on a thread of its own.

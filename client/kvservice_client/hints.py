@@ -81,7 +81,7 @@ class QueuedRequest:
 
     `request_id` is the engine's, 1 to 200 bytes. `reads` is the history that it will read: a session, a chain, or
     block keys, of which the first 16,384 count. `starts_in_s`: seconds until the engine expects to begin it, None if
-    it cannot tell. Requests with a higher `priority` are promoted first, whatever their place in the queue.
+    it cannot tell. Requests with a higher `priority` are promoted first, regardless of the order of the queue.
     """
 
     request_id: str
@@ -116,7 +116,7 @@ class _Put(NamedTuple):
     before: str
 
 
-class Hints:
+class EngineHints:
     """The hints of one client. Get it from `Client.hints`.
 
     Every method may be called from any thread, returns at once, and makes no call to the daemon. None raises for a

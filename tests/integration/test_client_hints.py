@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -259,3 +263,14 @@ def test_a_daemon_that_is_too_old_is_sent_no_hints(new_daemon: NewDaemon) -> Non
             client.prefetch(sessions=[session])
         with pytest.raises(DaemonTooOld):
             client.evict(sessions=[session], tier="dram")
+
+
+def test_the_example_of_the_page_on_hints_runs(daemon: DaemonProcess, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "hints.md").read_text()
+    (example,) = re.findall(r"```python\n((?s:.*?))```", page)
+    program = tmp_path / "example.py"
+    program.write_text(example.replace("127.0.0.1:7070", daemon.address))
+    ran = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr
+    expected = [f"turn of {name} loads 512 tokens from DRAM" for name in ("alice", "bob")]
+    assert sorted(ran.stdout.splitlines()) == expected

@@ -223,8 +223,6 @@ class HintExchange:
         self._settings = settings
         self._streams: dict[bytes, HintStream] = {}  # By client id.
         self._changes = 0  # Of queues and expectations.
-        self._block_changes = 0
-        blocks.listeners.append(self._block_changed)
         self._evaluated = (-1, -1, -1)  # The state of changes at the last tick.
         self._next_s = 0.0  # When an expectation begins or ends to count.
         self._work = asyncio.Event()
@@ -272,9 +270,6 @@ class HintExchange:
                 del self._streams[client.client_id]
             self.note()
 
-    def _block_changed(self, row: int) -> None:
-        self._block_changes += 1
-
     # What streams note
 
     def note(self) -> None:
@@ -315,7 +310,7 @@ class HintExchange:
 
     async def tick(self) -> None:
         """Evaluate what changed: the windows first, then a part of the other queued requests."""
-        state = (self._block_changes, self._sessions.changes, self._changes)
+        state = (self._blocks.changes, self._sessions.changes, self._changes)
         now_s = self.now_s()
         streams = list(self._streams.values())
         if state != self._evaluated or self._placement.pause_over() or now_s >= self._next_s:
