@@ -90,6 +90,7 @@ _COLUMNS: dict[str, str] = {
     "generation": "u4",  # Incremented when the row is freed, so that a stale row number is detected.
     "used_since_flush": "?",
     "verified": "?",  # This daemon verified the checksums of the copy in the first tier.
+    "hinted": "?",  # The copy in the first tier was promoted because of a hint.
     "live": "?",  # Linked: lookups find it.
 }
 
@@ -138,6 +139,7 @@ class BlockTable:
     generation: NDArray[np.uint32]
     used_since_flush: NDArray[np.bool_]
     verified: NDArray[np.bool_]
+    hinted: NDArray[np.bool_]
     live: NDArray[np.bool_]
     segment: NDArray[np.uint16]
     offset: NDArray[np.int64]
@@ -251,6 +253,7 @@ class BlockTable:
         self.segment[position, row], self.offset[position, row], self.extent_size[position, row] = place
         if position == 0:
             self.verified[row] = False  # The caller sets it after it verified the copy.
+            self.hinted[row] = False
         self._tell(row)
 
     def set_extents(
@@ -404,7 +407,7 @@ class BlockTable:
         assert (self.offset[:, row] == _NOWHERE).all()
         self.access_seq[row] = self.hits[row] = self.pinned_until_ms[row] = 0
         self.arrived_ms[:, row] = 0
-        self.used_since_flush[row] = self.verified[row] = False
+        self.used_since_flush[row] = self.verified[row] = self.hinted[row] = False
         self.unwanted[:, row] = False
         self.generation[row] += 1
         self._free.append(row)

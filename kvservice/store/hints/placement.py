@@ -150,6 +150,7 @@ class WindowPromotion:
         sizes = blocks.size_bytes[rows].copy()
         await promoter.promote(rows.tolist(), within_s=max(0.0, due_s - began_s), wait=True)
         arrived = blocks.lie_in(rows, blocks.first_tier)
+        blocks.hinted[rows[arrived]] = True
         promoted_bytes, now_s = int(sizes[arrived].sum()), self._clock.monotonic_s()
         self._counters.hint_promoted_blocks += int(arrived.sum())
         self._counters.hint_promoted_bytes += promoted_bytes

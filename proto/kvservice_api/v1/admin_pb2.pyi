@@ -20,6 +20,7 @@ class Arrival(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ARRIVAL_PROMOTED: _ClassVar[Arrival]
     ARRIVAL_WRITTEN_BEHIND: _ClassVar[Arrival]
     ARRIVAL_KEPT: _ClassVar[Arrival]
+    ARRIVAL_HINTED: _ClassVar[Arrival]
 
 class EventKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -58,6 +59,7 @@ ARRIVAL_SAVED: Arrival
 ARRIVAL_PROMOTED: Arrival
 ARRIVAL_WRITTEN_BEHIND: Arrival
 ARRIVAL_KEPT: Arrival
+ARRIVAL_HINTED: Arrival
 EVENT_KIND_UNSPECIFIED: EventKind
 EVENT_KIND_REFUSED: EventKind
 EVENT_KIND_ABANDONED: EventKind

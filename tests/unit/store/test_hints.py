@@ -15,6 +15,7 @@ from kvservice.store.caller import Tenant
 from kvservice.store.hints.exchange import HintExchange, HintLimits
 from kvservice.store.hints.queue_mirror import HintSubject, QueueEntry, QueueLimits, QueueMirror
 from kvservice.store.leases import Client
+from kvservice.store.operations.explain import Arrival
 from kvservice.store.types import HintStream, Nearness, SessionAppend
 from kvservice_api.errors import UnknownClient
 from kvservice_api.keys import BlockChain
@@ -154,6 +155,9 @@ async def test_the_heads_of_a_queue_are_promoted_and_the_rest_waits(
     await seen.until("request-5", Nearness.ON_SSD)
     assert in_dram(opened, chains) == [0, 1, 2]
     assert opened.counters.hint_promoted_blocks == 3 * BLOCKS
+    explained = opened.store.operators.explain_block(CALLER, chains[0].keys[0])
+    [(_, places)] = explained.shards
+    assert [place.arrival for place in places] == [Arrival.HINTED, Arrival.WRITTEN_BEHIND]
 
 
 async def test_the_window_moves_with_the_queue_and_what_left_the_queue_is_evicted_first(
