@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from types import TracebackType
@@ -86,6 +87,7 @@ class Client:
         self._connection = Connection(address, name, timeout_s, reconnect_wait_s, tls, clock)
         self._transports = OrderedTransports(self._connection, transport, throttle_bytes_per_s)
         self._hints = EngineHints(self._connection.channel, self._connection.attach_stream, clock)
+        weakref.finalize(self._connection, self._hints.close)
         self.admin = Admin(self._connection)
 
     @property
@@ -99,6 +101,7 @@ class Client:
 
     def close(self) -> None:
         """End all leases and the connection. Objects that this client returned cannot be used after this."""
+        self._hints.close()
         self._connection.close()
         self._transports.close()
 

@@ -129,6 +129,7 @@ class EngineHints:
         self._attach_stream = attach_stream
         self._clock = clock
         self._log = RateLimitedLog(log)
+        self._is_closed = False
         self._callbacks: list[Callable[[str, Readiness], object]] = []
         self.reset_in_child()
         forks.register(self)
@@ -239,6 +240,12 @@ class EngineHints:
 
     # Inside
 
+    def close(self) -> None:
+        """Send nothing more. The thread ends once the channel is closed. Called with the client's end."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
     def _entry(self, request: QueuedRequest) -> _Entry:
         arguments.instance(request, QueuedRequest, "request")
         if not arguments.request_id(request.request_id):
@@ -269,14 +276,14 @@ class EngineHints:
             self._wake()
 
     def _wake(self) -> None:
-        if self._thread is None:
+        if self._thread is None and not self._is_closed:
             self._thread = threading.Thread(target=self._run, name="kvservice-hints", daemon=True)
             self._thread.start()
         self._changed.notify_all()
 
     def _run(self) -> None:
         pause_s = _PAUSE_FIRST_S
-        while not self._channel.is_closed:
+        while not self._is_closed:
             over = self._stream_over = threading.Event()
             was_open = is_too_old = False
             try:
@@ -293,8 +300,9 @@ class EngineHints:
             finally:
                 self._end_stream(over)
             pause_s = _PAUSE_FIRST_S if was_open else min(2 * pause_s, _PAUSE_MAX_S)
-            if not self._channel.is_closed:
-                self._clock.wait(threading.Event(), _TOO_OLD_PAUSE_S if is_too_old else pause_s)
+            with self._changed:
+                pause_s = _TOO_OLD_PAUSE_S if is_too_old else pause_s
+                self._clock.wait_for(self._changed, lambda: self._is_closed, pause_s)
 
     def _takes_hints(self) -> bool:
         request, deadline = blocks_pb2.GetCapabilitiesRequest(), Deadline(_ATTACH_S, self._clock)

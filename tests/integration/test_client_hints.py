@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -274,3 +275,15 @@ def test_the_example_of_the_page_on_hints_runs(daemon: DaemonProcess, tmp_path: 
     assert ran.returncode == 0, ran.stderr
     expected = [f"turn of {name} loads 512 tokens from DRAM" for name in ("alice", "bob")]
     assert sorted(ran.stdout.splitlines()) == expected
+
+
+def test_the_thread_of_the_hints_ends_with_its_client(daemon: DaemonProcess) -> None:
+    def threads() -> int:
+        return sum(thread.name == "kvservice-hints" for thread in threading.enumerate())
+
+    until(lambda: not threads())
+    with daemon.client() as client:
+        client.hints().put(QueuedRequest("one", new_chain(LARGE)))
+        until(lambda: client.hints().readiness("one").state is ReadyState.ABSENT)
+        assert threads() == 1
+    until(lambda: not threads())
