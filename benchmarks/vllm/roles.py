@@ -72,8 +72,10 @@ class Roles:
         manager = SimpleNamespace(get_block_ids=lambda request_id: (self._page_ids[request_id],))
         self.scheduler.bind_manager(manager)
 
-    def request(self, request_id: str, token_ids: Sequence[int]) -> Request:
-        return Request(request_id, list(token_ids), SamplingParams(max_tokens=8), None)
+    def request(self, request_id: str, token_ids: Sequence[int], kept: Any = None, **given: Any) -> Request:
+        """`kept` are the connector's parameters of the request; `given` are of vLLM's Request."""
+        extra = {"kv_transfer_params": {"kvservice": kept}} if kept is not None else None
+        return Request(request_id, list(token_ids), SamplingParams(max_tokens=8, extra_args=extra), None, **given)
 
     def give_pages(self, request: Request) -> list[int]:
         """Pages 1, 2, ...: one request at a time."""

@@ -19,7 +19,7 @@ SCHEDULER = (
 ).split()
 WORKER = (
     "handle_preemptions bind_connector_metadata start_load_kv wait_for_layer_load save_kv_layer wait_for_save "
-    "get_finished get_block_ids_with_load_errors build_connector_worker_meta"
+    "get_transfer_results get_block_ids_with_load_errors build_connector_worker_meta"
 ).split()
 
 

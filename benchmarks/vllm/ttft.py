@@ -1,6 +1,6 @@
 """The time to the first token of a real vLLM on the CPU, for histories that are stored.
 
-    .venv-vllm/bin/python -m benchmarks.vllm.ttft [--repetitions 5] [--histories 500 1500 3000] [--from-ssd]
+    .venv-vllm/bin/python -m benchmarks.vllm.ttft [--histories 500 1500 3000] [--from-ssd] [--ways TEXT]
 
 Each turn asks every way once, in rotated order: a request that is neither looked up nor saved, and the ways to load.
 Prints a Markdown table of medians of the ratios to the first. The time is vLLM's own (`first_token_latency`); every
@@ -29,6 +29,7 @@ from tests.vllm.engine import NOT_KEPT, Engine, engine, model_folder, model_layo
 HISTORIES = (500, 1500, 3000)
 NEW_TOKENS = 24
 TOKENS = 2  # Of an answer.
+SESSION = "benchmark"  # Of what is stored. One way names it.
 LAYOUT = model_layout(revision="benchmark")
 
 
@@ -56,7 +57,7 @@ def measure(
         history = list(text[:history_tokens])
         chain = block_chain(LAYOUT, history, with_partial=True)
         if stored.contains(chain) < len(chain):
-            vllm.answer(history, 1, may_load=False)
+            vllm.answer(history, 1, may_load=False, session_id=SESSION)
             wait_until_stored(stored, history)
         prompt = [*history, *text[-NEW_TOKENS:]]
         all_ways = [Way("computed", NOT_KEPT), *ways]
@@ -110,6 +111,9 @@ def run(given: Namespace, folder: Path) -> list[Row]:
             until(lambda: client.evict(keys, "dram").held == 0 and not any(block.in_dram for block in blocks()))
 
         def engine_of(page_tokens: int, transport: str, ways: Sequence[Way]) -> None:
+            ways = [way for way in ways if given.ways in way.name]
+            if not ways:
+                return
             transfer = transfer_config(address=daemon.address, transport=transport, **settings)
             with engine(model_folder(), transfer, block_size=page_tokens) as vllm:
                 rows.extend(measure(vllm, stored, ways, text, page_tokens, given))
@@ -122,7 +126,9 @@ def run(given: Namespace, folder: Path) -> list[Row]:
             engine_of(128, "shm", [whole, from_ssd])
             return rows
         layers, between_steps = by("layers, shm", "layers"), by("between_steps, shm", "between_steps")
-        engine_of(128, "shm", [whole, layers, between_steps, from_ssd])
+        kept = {"load": "whole", "may_save": False, "session_id": SESSION}
+        named = Way("whole, shm, with session id", kept)
+        engine_of(128, "shm", [whole, named, layers, between_steps, from_ssd])
         engine_of(128, "grpc", [by("whole, gRPC", "whole")])
         for page_tokens in (32, 64):
             engine_of(page_tokens, "shm", [whole])
@@ -147,6 +153,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--histories", type=int, nargs="+", default=HISTORIES)
     parser.add_argument("--from-ssd", action="store_true", help="only hits on SSD, and in DRAM beside them")
+    parser.add_argument("--ways", default="", help="only ways with this in their names; by default all")
     given = parser.parse_args()
     if given.repetitions < 1:
         parser.error("--repetitions must be at least 1")

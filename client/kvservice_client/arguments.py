@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.keys import KEY_BYTES, BlockChain
+from kvservice_api.session_ids import checked_session_id
 from kvservice_api.v1 import types_pb2
 
 M = TypeVar("M", bound=Message)
@@ -59,6 +60,11 @@ def request_id(value: object) -> str:
     if not isinstance(value, str) or len(value.encode(errors="surrogatepass")) > _REQUEST_ID_BYTES_MAX:
         raise InvalidRequest(f"request_id must be text of at most {_REQUEST_ID_BYTES_MAX} bytes", field="request_id")
     return value
+
+
+def optional_session_id(value: object) -> str:
+    """The value, if it is a session id, or empty."""
+    return "" if value == "" else checked_session_id(value)
 
 
 def seconds(value: object, field: str) -> float:

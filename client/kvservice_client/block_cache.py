@@ -15,10 +15,11 @@ from kvservice_api.errors import DaemonTooOld, IndexFull, InvalidRequest, KVErro
 from kvservice_api.keys import KEY_BYTES, BlockChain, ChainBuilder
 from kvservice_api.layout import Layout, Shard
 from kvservice_api.v1 import blocks_pb2 as pb
+from kvservice_api.v1 import sessions_pb2
 from kvservice_client import arguments
 from kvservice_client.attach_stream import Attachment
 from kvservice_client.buffers import Bytes, Slices, Source, readable
-from kvservice_client.channel import BLOCKS
+from kvservice_client.channel import BLOCKS, SESSIONS
 from kvservice_client.connection import Connection, RequestContext
 from kvservice_client.lease import TRANSFER_BYTES_PER_S_MIN, Lease
 from kvservice_client.local_directory import LocalHit
@@ -121,6 +122,7 @@ class BlockCache:
         timeout_s: float | None = None,
         *,
         request_id: str = "",
+        session_id: str = "",
     ) -> Lease:
         """Lease the stored part of a prefix. A chain longer than the daemon's limit is looked up as far as the limit.
 
@@ -130,6 +132,7 @@ class BlockCache:
         compute at least one token uses one token less of a lease of all its tokens. A block that goes beyond the
         builder's tokens is no hit, though it begins with them: its key depends on all of its tokens.
 
+        With a builder and a `session_id`, the last block of that session is found too if it is not one of the newest.
         `request_id` is the engine's name of the request, at most 200 bytes: `kvctl explain` then shows how much of it
         was reused, and why the rest was not. A chain without blocks, or a builder without tokens, gives an empty lease
         without a call.
@@ -139,6 +142,7 @@ class BlockCache:
         deadline = self._connection.deadline(timeout_s)
         ttl_ms = _ttl_ms(lease_ttl_s)
         arguments.request_id(request_id)
+        arguments.optional_session_id(session_id)
         if not len(whole) and (builder is None or not builder.token_count):
             return self._lease(whole, Attachment(b"", 0), pb.LookupPrefixResponse(), 0.0)
 
@@ -150,6 +154,8 @@ class BlockCache:
         def attempt() -> Lease:
             lease, answer = leased(whole, with_tails=builder is not None)
             longer = _with_tail(builder, lease.hit_tokens, answer.tails) if builder is not None else None
+            if longer is None and builder is not None and session_id:
+                longer = _with_tail(builder, lease.hit_tokens, self._tail_of_session(session_id, deadline))
             if longer is None:
                 return lease
             try:
@@ -169,6 +175,7 @@ class BlockCache:
         timeout_s: float | None = None,
         *,
         request_id: str = "",
+        session_id: str = "",
         adoptions: int = 0,
         ticket_ttl_s: float = 30.0,
     ) -> PendingLookup:
@@ -183,10 +190,11 @@ class BlockCache:
             arguments.chain(chain)
         _ttl_ms(lease_ttl_s)
         arguments.request_id(request_id)
+        arguments.optional_session_id(session_id)
         adoptions = arguments.whole(adoptions, "adoptions")
         if not arguments.seconds(ticket_ttl_s, "ticket_ttl_s"):
             raise InvalidRequest("ticket_ttl_s is 0; a ticket must last for some time", field="ticket_ttl_s")
-        order = LookupOrder(chain, lease_ttl_s, request_id, adoptions, ticket_ttl_s)
+        order = LookupOrder(chain, lease_ttl_s, request_id, session_id, adoptions, ticket_ttl_s)
         connection = self._connection
         pending = PendingLookup(self, connection.background, order, connection.deadline(timeout_s))
         pending.begin()
@@ -451,6 +459,20 @@ class BlockCache:
         )
         call = self._connection.channel.call
         return session, call(BLOCKS + "LookupPrefix", request, pb.LookupPrefixResponse, deadline)
+
+    def _tail_of_session(self, session_id: str, deadline: Deadline) -> list[pb.Tail]:
+        """The last block of a session, if it is partial. Nothing if the session cannot be read."""
+        request = sessions_pb2.GetSessionRequest(session_id=session_id, layout_fingerprint=self.layout.fingerprint)
+        try:
+            answer = self._connection.channel.call(
+                SESSIONS + "GetSession", request, sessions_pb2.GetSessionResponse, deadline
+            )
+        except KVError:
+            return []
+        session = answer.session
+        if not session.tail_tokens:
+            return []
+        return [pb.Tail(key=session.slices.keys[-KEY_BYTES:], token_count=session.tail_tokens)]
 
     def _checked(self, chain: BlockChain) -> BlockChain:
         """Raises InvalidRequest for a chain that cannot be saved."""

@@ -25,6 +25,7 @@ class LookupOrder(NamedTuple):
     chain: BlockChain | ChainBuilder
     lease_ttl_s: float
     request_id: str
+    session_id: str
     adoptions: int
     ticket_ttl_s: float
 
@@ -124,7 +125,8 @@ class PendingLookup:
 
     def _look_up(self) -> FoundPrefix:
         order, deadline = self._order, self._deadline
-        lease = self._blocks.lookup(order.chain, order.lease_ttl_s, deadline.remaining_s, request_id=order.request_id)
+        names = {"request_id": order.request_id, "session_id": order.session_id}
+        lease = self._blocks.lookup(order.chain, order.lease_ttl_s, deadline.remaining_s, **names)
         if not order.adoptions or not lease.hit_blocks or self._has_ended.is_set():
             return FoundPrefix(lease, b"")
         try:

@@ -54,7 +54,10 @@ class Engine:
         self.page_ids = page_ids
         self.device = CpuDevice()
         self.layers = PagedLayers(
-            [view_of(each) for each in self.keys], [view_of(each) for each in self.values], ["float32"] * LAYOUT.layers
+            [view_of(each) for each in self.keys],
+            [view_of(each) for each in self.values],
+            ["float32"] * LAYOUT.layers,
+            [0] * LAYOUT.layers,
         )
         self.blocks = blocks
         self.breaker = Breaker(probe_of(blocks))
@@ -69,7 +72,7 @@ class Engine:
 
     def load(self, ticket: bytes, begin: int, end: int, waits: Waits | None = None) -> None:
         load = self.prefix_load(ticket, begin, end, waits)
-        for _ in load.begin(load.pages_of_layer(self.layers, self.page_ids)):
+        for _ in load.begin(load.pages_of_layer(self.layers, [self.page_ids])):
             pass
 
     def tokens(self, begin: int, end: int) -> np.ndarray[Any, Any]:
@@ -82,7 +85,7 @@ class Engine:
 
 def save(engine: Engine, chain: BlockChain) -> None:
     saver = engine.saver()
-    assert saver.gather([PageSave(chain, 0, engine.page_ids)], SOON_S).wait(SOON_S)
+    assert saver.gather([PageSave(chain, 0, [engine.page_ids])], SOON_S).wait(SOON_S)
     until(lambda: engine.blocks.contains(chain) == len(chain))
     saver.close(SOON_S)
 
@@ -105,7 +108,7 @@ def test_more_blocks_than_one_reservation_has_are_saved_with_those_of_other_sequ
     engine = Engine(blocks, list(range(199, 0, -1)))
     long, short = block_chain(LAYOUT, range(40 * 32)), block_chain(LAYOUT, range(5000, 5064))
     saver = engine.saver()
-    gathering = saver.gather([PageSave(long, 0, engine.page_ids), PageSave(short, 32, engine.page_ids)], SOON_S)
+    gathering = saver.gather([PageSave(long, 0, [engine.page_ids]), PageSave(short, 32, [engine.page_ids])], SOON_S)
     assert gathering.wait(SOON_S)
     assert gathering.dropped == []
     until(lambda: blocks.contains(long) == len(long) and blocks.contains(short) == len(short))
@@ -134,7 +137,7 @@ def test_a_reservation_without_an_answer_in_time_is_followed_by_no_other_one(dae
         saver = engine.saver()
         chain = block_chain(LAYOUT, range(64 * 32))
         with daemon.stopped():
-            gathering = saver.gather([PageSave(chain, 0, engine.page_ids)], 0.05)
+            gathering = saver.gather([PageSave(chain, 0, [engine.page_ids])], 0.05)
             assert gathering.wait(SOON_S)
             assert saver.is_silent
         assert asked == [1]
@@ -221,7 +224,7 @@ def test_what_is_before_a_damaged_block_is_loaded(
     engine = Engine(blocks, [4, 9, 1, 8, 30, 12, 14, 6, 20], seed=1)
     expected = engine.tokens(0, 101)
     load = engine.prefix_load(blocks.lookup(chain).export(), first, 101)
-    layers = load.begin(load.pages_of_layer(engine.layers, engine.page_ids))
+    layers = load.begin(load.pages_of_layer(engine.layers, [engine.page_ids]))
     # Before the last layer: the engine would take the load as whole. A promotion that began with the ticket may have
     # found the damage, and removed the block, before the load.
     with pytest.raises((ChecksumMismatch, LeaseExpired)):

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from kvservice_api.errors import InvalidRequest
 from kvservice_client import BlockChain, ChainBuilder, Client, Durability, Shard, block_chain
-from tests.daemon import DaemonProcess, until
+from tests.daemon import SOON_S, DaemonProcess, until
 from tests.integration.known_blocks import SMALL, compare, layers_of, save
 from tests.integration.test_rebuilt_index import lose_index, rebuild
 
@@ -98,6 +99,33 @@ def test_the_newest_four_tails_are_found(client: Client) -> None:
         save(client, SMALL, history(said))
 
     assert [found(client, [*said, 1]) - BLOCK for said in branches] == [0, 0, 5, 6, 7, 8]
+
+
+def test_the_tail_of_a_named_session_is_found_also_if_it_is_not_one_of_the_newest(client: Client) -> None:
+    common = some_tokens(BLOCK)
+    branches = {f"branch-{next(_seeds)}": common + some_tokens(number) for number in range(3, 9)}
+    for session_id, said in branches.items():
+        save(client, SMALL, history(said))
+        client.session(SMALL, session_id).append(history(said))
+    cache = client.open_layout(SMALL)
+
+    def leased(said: Sequence[int], session_id: str) -> int:
+        pending = cache.begin_lookup(builder(said), session_id=session_id)
+        assert pending.wait(SOON_S)
+        lookup = pending.poll()
+        assert lookup is not None
+        compare(lookup.lease, SMALL, history(said[: lookup.lease.hit_tokens]))
+        lookup.lease.release()
+        with cache.lookup(builder(said), session_id=session_id) as lease:
+            assert lease.hit_tokens == lookup.lease.hit_tokens
+        return lease.hit_tokens
+
+    assert [leased([*said, 1], each) - BLOCK for each, said in branches.items()] == [3, 4, 5, 6, 7, 8]
+    oldest, another, *_ = branches
+    assert leased([*branches[oldest], 1], "there-is-none") == BLOCK
+    assert leased([*branches[oldest], 1], another) == BLOCK, "its tokens are others"
+    with pytest.raises(InvalidRequest):
+        cache.lookup(builder(common), session_id="no session id")
 
 
 def test_a_tail_is_found_after_the_blocks_behind_it_are_gone(client: Client) -> None:

@@ -26,7 +26,10 @@ from tests.daemon import until
 
 # Settings for tests that are not about waits: on a busy machine an answer may take longer than users would wait.
 PATIENT = {"lookup_wait_s": 30.0, "wait_s": 30.0, "layer_wait_s": 30.0}
-NOT_KEPT = {"may_load": False, "may_save": False}  # A request that vLLM computes as if there were no connector.
+NOT_KEPT: dict[str, Any] = {
+    "may_load": False,
+    "may_save": False,
+}  # A request that vLLM computes as if there were no connector.
 
 
 def model_layout(*, dtype: str = "float32", revision: str = "test", block_tokens: int = 256) -> Layout:

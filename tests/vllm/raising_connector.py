@@ -33,7 +33,7 @@ WORKER_HOOKS = {
     "start_loads": "start_load_kv",
     "wait_for_layer": "wait_for_layer_load",
     "end_step": "wait_for_save",
-    "take_finished": "get_finished",
+    "take_finished": "get_transfer_results",
     "take_bad_pages": "get_block_ids_with_load_errors",
     "take_report": "build_connector_worker_meta",
 }

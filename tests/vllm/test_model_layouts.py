@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
@@ -20,7 +21,13 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from kvservice_adapter.connectors.transformers import model_layout as transformers_layouts
-from kvservice_adapter.connectors.vllm.model_layout import ModelRefused, check_window, layout_of, shard_of
+from kvservice_adapter.connectors.vllm.model_layout import (
+    ModelRefused,
+    PageGroup,
+    check_window,
+    layout_of,
+    shard_of,
+)
 from kvservice_adapter.connectors.vllm.settings import ConnectorSettings
 from kvservice_client import Layout
 from tests.vllm.ranks import PAGES, model_folder, settings_of, vllm_config
@@ -102,8 +109,11 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return vllm_config(model_folder(tmp_path_factory.mktemp("model")))
 
 
+SPEC: dict[str, Any] = {"block_size": 32, "num_kv_heads": 4, "head_size": 32, "dtype": torch.float32}
+
+
 def spec(**more: Any) -> Any:
-    return FullAttentionSpec(**{"block_size": 32, "num_kv_heads": 4, "head_size": 32, "dtype": torch.float32, **more})
+    return FullAttentionSpec(**{**SPEC, **more})
 
 
 def one_group(given: Any) -> KVCacheConfig:
@@ -112,10 +122,7 @@ def one_group(given: Any) -> KVCacheConfig:
 
 REFUSED: list[tuple[Any, str]] = [
     (MambaSpec(block_size=32, shapes=((4, 4),), dtypes=(torch.float32,)), "Mamba"),
-    (
-        SlidingWindowSpec(block_size=32, num_kv_heads=4, head_size=32, dtype=torch.float32, sliding_window=128),
-        "outside of the sliding window",
-    ),
+    (ChunkedLocalAttentionSpec(**SPEC, attention_chunk_size=64), "ChunkedLocalAttentionSpec"),
     (spec(kv_quant_mode=KVQuantMode.FP8_PER_TENSOR), "quantized"),
     (spec(attention_chunk_size=64), "chunked attention"),
     (spec(non_causal=True), "not causal"),
@@ -132,9 +139,36 @@ def test_a_cache_that_is_not_each_tokens_kv_is_refused(vllm: Any, given: Any, wh
 
 
 @fast
-def test_several_groups_are_refused(vllm: Any) -> None:
-    groups = [KVCacheGroupSpec([f"model.layers.{layer}.attn"], spec()) for layer in range(3)]
-    with pytest.raises(ModelRefused, match="3 KV cache groups"):
+def test_several_groups_have_windows_and_page_sizes_of_their_own(vllm: Any) -> None:
+    specs = [
+        SlidingWindowSpec(**{**SPEC, "block_size": 64}, sliding_window=128),
+        SlidingWindowSpec(**SPEC, sliding_window=256),
+        spec(),
+    ]
+    groups = [KVCacheGroupSpec([f"model.layers.{2 - number}.attn"], each) for number, each in enumerate(specs)]
+    layout, place = layout_of(vllm, KVCacheConfig(PAGES, [], groups), settings_of("127.0.0.1:1"))
+    assert place.groups == [PageGroup(64, 128), PageGroup(32, 256), PageGroup(32, 0)]
+    assert place.group_of_layer == [2, 1, 0]
+    assert [type(each).__name__ for each in place.specs] == ["FullAttentionSpec", *["SlidingWindowSpec"] * 2]
+    assert not place.is_plain
+    assert layout == layout_of(vllm, one_group(spec()), settings_of("127.0.0.1:1"))[0]
+
+
+@fast
+def test_one_group_with_a_window_is_not_plain(vllm: Any) -> None:
+    """vLLM frees its pages while a request runs."""
+    windowed = SlidingWindowSpec(**SPEC, sliding_window=128)
+    _, place = layout_of(vllm, one_group(windowed), settings_of("127.0.0.1:1"))
+    assert (place.groups, place.is_plain) == ([PageGroup(32, 128)], False)
+    _, place = layout_of(vllm, one_group(spec(sliding_window=128)), settings_of("127.0.0.1:1"))
+    assert place.is_plain, "vLLM has merged the windows, and keeps all pages"
+
+
+@fast
+def test_a_group_that_cannot_be_stored_is_refused_also_beside_others(vllm: Any) -> None:
+    mamba = MambaSpec(block_size=32, shapes=((4, 4),), dtypes=(torch.float32,))
+    groups = [KVCacheGroupSpec([f"model.layers.{layer}.attn"], each) for layer, each in enumerate([spec(), mamba])]
+    with pytest.raises(ModelRefused, match="attn keeps a state"):
         layout_of(vllm, KVCacheConfig(PAGES, [], groups), settings_of("127.0.0.1:1"))
 
 

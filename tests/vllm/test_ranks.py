@@ -13,7 +13,8 @@ import pytest
 import torch
 from vllm.lora.request import LoRARequest
 
-from kvservice_client import BlockCache, Client, Shard
+from kvservice_api.errors import SessionNotFound
+from kvservice_client import BlockCache, Client, Session, Shard
 from tests.daemon import MIB, DaemonProcess, until
 from tests.vllm.ranks import KV, KV_HEADS, LAYERS, Ranks, chain_of, found_tokens, model_folder, request_of
 
@@ -109,6 +110,36 @@ def counted(engine: Ranks, saved: list[float]) -> list[float]:
         if (stats := rank.worker.take_stats()) is not None:
             saved[number] += stats.data.get("saved_blocks", 0) + stats.data.get("already_stored_blocks", 0)
     return saved
+
+
+# Sessions
+
+
+def test_a_session_names_a_turn_once_all_ranks_have_stored_their_shards(fp32: Any, client: Client) -> None:
+    engine, prompt = fp32(2), new_prompt()
+    session = client.session(engine.scheduler.layout, "chat")
+    chain = chain_of(engine.scheduler, prompt)
+    orders = engine.save(prompt, KV(len(prompt), torch.float32), session_id="chat")
+    first, second = engine.all
+    first.step(orders)
+    other = new_prompt()
+    both = engine.save(other, KV(len(other), torch.float32), session_id="another")
+    for rank in engine.all:
+        rank.step(both)
+    another = client.session(engine.scheduler.layout, "another")
+    until(lambda: exists(another))
+    assert not exists(session), "its turn ended earlier, and half of its shards are missing"
+    second.step(orders)
+    until(lambda: exists(session))
+    assert tuple(each.key for each in session.get().slices) == chain.keys
+
+
+def exists(session: Session) -> bool:
+    try:
+        session.get()
+    except SessionNotFound:
+        return False
+    return True
 
 
 # Ranks of all sizes

@@ -30,6 +30,9 @@ from kvservice_client import BlockCache, Clock, Lease
 _COPIED_S = 30.0  # For the copies of one load, from memory to memory.
 
 
+PageIds = Sequence[Sequence[int]]  # Of one sequence, from its first token on: per group of layers.
+
+
 @dataclass(frozen=True, slots=True)
 class PagedLayers:
     """An engine's paged KV cache: for each layer of the shard its keys and values, ``[page, kv head, token, dim]``."""
@@ -37,12 +40,20 @@ class PagedLayers:
     keys: Sequence[ArrayView]
     values: Sequence[ArrayView]
     dtypes: Sequence[str]  # The names of the layers' element types in their layout.
+    groups: Sequence[int]  # Of each layer: layers of one group have the same tokens in pages of the same numbers.
 
     def pages(
-        self, layer: int, page_ids: Sequence[int], first_token: int = 0, copied: tuple[int, int] | None = None
+        self, layer: int, page_ids: PageIds, first_token: int = 0, copied: tuple[int, int] | None = None
     ) -> Pages:
         """Tokens of one sequence: `Pages`."""
-        return Pages(self.keys[layer], self.values[layer], page_ids, first_token, self.dtypes[layer], copied)
+        of_group = page_ids[self.groups[layer]]
+        return Pages(self.keys[layer], self.values[layer], of_group, first_token, self.dtypes[layer], copied)
+
+    @property
+    def token_bytes(self) -> int:
+        """Of one token in all layers, as it is stored."""
+        no_pages: PageIds = [()] * (max(self.groups) + 1)
+        return sum(self.pages(layer, no_pages).token_bytes for layer in range(len(self.keys)))
 
 
 class AnswerWait:
@@ -101,13 +112,21 @@ class PrefixLoad:
         self._is_cancelled = False
         self._copies = threading.Lock()  # Of the events: no copy begins after `stop`.
         self.size_bytes = 0  # Of the layers begun so far.
+        self.transport = ""  # By which they come: "shm" or "grpc".
         self.valid_tokens = 0  # After an error: how many tokens of the prefix, from its first on, are in the pages.
 
-    def pages_of_layer(self, layers: PagedLayers, page_ids: Sequence[int]) -> PagesOfLayer:
-        """Where the tokens go. `page_ids` are the sequence's pages, from its first token on."""
+    def pages_of_layer(
+        self, layers: PagedLayers, page_ids: PageIds, begins: Sequence[int] | None = None
+    ) -> PagesOfLayer:
+        """Where the tokens go. With `begins` only those from a token on are written, per group of layers."""
         begin, end = self._tokens
         first = self._first_block * self._blocks.layout.block_tokens
-        return lambda layer: layers.pages(layer, page_ids, first, (begin - first, end - first))
+
+        def pages(layer: int) -> Pages:
+            from_token = begin if begins is None else begins[layers.groups[layer]]
+            return layers.pages(layer, page_ids, first, (from_token - first, end - first))
+
+        return pages
 
     def cancel(self) -> None:
         """End the load soon: the iterator raises Cancelled. From any thread; does not wait."""
@@ -174,7 +193,9 @@ class PrefixLoad:
             view = lease.view(
                 first, count, answer.remaining_s, verify="always", layer_timeout_s=layer_s, idle_timeout_s=idle_s
             )
+            self.transport = "shm"
         except NotShared:
+            self.transport = "grpc"
             loaded = lease.load(first_block=first, block_count=count, layer_timeout_s=layer_s, idle_timeout_s=idle_s)
             with closing(loaded):
                 for each in loaded:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from kvservice_adapter.breaker import Breaker, answered
 from kvservice_adapter.device.base import Device, Event, StreamClosed
-from kvservice_adapter.engine.page_loads import PagedLayers
+from kvservice_adapter.engine.page_loads import PagedLayers, PageIds
 from kvservice_adapter.save import LayerSaver, SaveJob
 from kvservice_api.errors import DeadlineExceeded, KVError, NotShared
 from kvservice_api.keys import BlockChain
@@ -37,7 +37,7 @@ class PageSave(NamedTuple):
 
     chain: BlockChain
     first_token: int
-    page_ids: Sequence[int]
+    page_ids: PageIds
 
 
 class Gathering:
@@ -86,8 +86,7 @@ class PageSaver:
         self._lines = RateLimitedLog(log)
         self._is_shared = True
         self._silent_until_s = 0.0
-        token_bytes = sum(layers.pages(layer, (0,)).token_bytes for layer in range(blocks.shard.layers))
-        self._job_blocks = max(1, staging_bytes // _JOB_SHARE // (token_bytes * blocks.layout.block_tokens))
+        self._job_blocks = max(1, staging_bytes // _JOB_SHARE // (layers.token_bytes * blocks.layout.block_tokens))
 
     @property
     def is_silent(self) -> bool:
@@ -190,7 +189,7 @@ class PageSaver:
             job.commit(on_done=self._done)
             first_token += part.token_count
 
-    def _gather_job(self, job: SaveJob, page_ids: Sequence[int], first_token: int) -> None:
+    def _gather_job(self, job: SaveJob, page_ids: PageIds, first_token: int) -> None:
         layers = range(self._blocks.shard.layers)
         _finish([job.layer(layer, self._layers.pages(layer, page_ids, first_token)) for layer in layers])
 
@@ -222,7 +221,7 @@ def _seal(reservation: Reservation, layer: int, begin: int, block: int) -> None:
 class _Run(NamedTuple):
     """Consecutive blocks of one sequence, which are consecutive in the reservation too."""
 
-    page_ids: Sequence[int]
+    page_ids: PageIds
     first_token: int
     token_counts: Sequence[int]
     begin: int  # Of its slices, among those of all reserved blocks.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from kvservice_adapter.cost import Plan, Rates
 from kvservice_adapter.load import LoadReport
@@ -73,9 +73,6 @@ class Request:
             request_id=self._request_id,
             outcome=outcome,
             outcome_reason=why,
-            plan=chosen.kind.value if chosen is not None else "",
-            plan_reason=chosen.reason if chosen is not None else "",
-            estimate_s={kind.value: seconds for kind, seconds in chosen.estimate_s.items()} if chosen else {},
             history_tokens=self.tokens,
             new_tokens=new_tokens,
             loaded_tokens=chosen.load_tokens if chosen is not None and not again_s else 0,
@@ -90,6 +87,7 @@ class Request:
             waited_s=sum(sum(load.waited_s) for load in loads) if loads else None,
             head_s=again_s or self.head_s,
             first_token_s=self._clock.now_s() - self._began_s,
+            **fields_of_plan(chosen),
         )
 
     def _outcome(self, history: ReportedHistory) -> tuple[Outcome, str]:
@@ -100,6 +98,14 @@ class Request:
         if self.not_found is not None:
             return Outcome.FAILED_OVER, self.not_found.reason
         return (Outcome.DONE, "") if self.plan is not None else (Outcome.MISS, "")
+
+
+def fields_of_plan(plan: Plan | None) -> dict[str, Any]:
+    """A report's fields on what was planned; None if nothing was."""
+    if plan is None:
+        return {}
+    estimate_s = {kind.value: seconds for kind, seconds in plan.estimate_s.items()}
+    return {"plan": plan.kind.value, "plan_reason": plan.reason, "estimate_s": estimate_s}
 
 
 def transport_of(before: Mapping[str, int], now: Mapping[str, int]) -> str:

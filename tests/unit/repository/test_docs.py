@@ -71,7 +71,9 @@ def test_every_source_file_that_the_architecture_names_exists() -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("page", ["docs/container.md", "docs/hints.md", "docs/security.md", "docs/tickets.md"])
+@pytest.mark.parametrize(
+    "page", ["docs/container.md", "docs/hints.md", "docs/security.md", "docs/tickets.md", "docs/vllm.md"]
+)
 def test_every_setting_and_metric_that_a_page_names_exists(page: str) -> None:
     sections = "|".join({name.partition(".")[0] for name in SETTINGS})
     settings = named_in(page, rf"`((?:{sections})\.[a-z_]+)`")

@@ -35,24 +35,40 @@ class NumberedModel:
     layers: int = 3
     kv_heads: int = 2
     head_dim: int = 32
+    windows: tuple[int, ...] = ()  # The sliding window of each layer, 0 for none; empty if no layer has one.
+    wide_dim: int = 0  # Of the heads in layers without a window, if it is another one.
+
+    def window(self, layer: int) -> int:
+        return self.windows[layer] if self.windows else 0
+
+    def dim(self, layer: int) -> int:
+        return self.head_dim if self.window(layer) or not self.wide_dim else self.wide_dim
+
+    def seen(self, token: int, layer: int) -> int:
+        """The first token that a token attends to."""
+        window = self.window(layer)
+        return max(0, token - window + 1) if window else 0
 
     def keys_and_values(self, states: npt.NDArray[np.int64], layer: int) -> tuple[Numbers, Numbers]:
         """Of the tokens after which these states are known, each ``[token, head, dim]``."""
-        place = np.arange(self.kv_heads * self.head_dim, dtype=np.int64).reshape(self.kv_heads, self.head_dim)
+        dim = self.dim(layer)
+        place = np.arange(self.kv_heads * dim, dtype=np.int64).reshape(self.kv_heads, dim)
         mixed = states[:, None, None] * 7919 + (layer * 512 + place) * 104_729
         return (mixed & _NUMBER_BITS).astype(np.float32), (mixed * 31 + 1 & _NUMBER_BITS).astype(np.float32)
 
     def next_token(self, keys: Iterable[Numbers]) -> int:
-        """The token that follows, from the last layer's keys of all tokens so far: ``[token, head, dim]`` arrays."""
+        """The token that follows, from the last layer's keys of all tokens that it attends to: ``[token, head, dim]``
+        arrays.
+        """
         return int(sum(each.sum(dtype=np.float64) for each in keys)) % VOCABULARY
 
     def generate(self, prompt: Sequence[int], count: int) -> list[int]:
         """The tokens that follow the prompt where all numbers are right."""
-        states = states_of(prompt).tolist()
-        keys = [self.keys_and_values(np.array(states), self.layers - 1)[0]]
+        states, last = states_of(prompt).tolist(), self.layers - 1
+        keys = list(self.keys_and_values(np.array(states), last)[0][:, None])
         tokens: list[int] = []
         for _ in range(count):
-            tokens.append(self.next_token(keys))
+            tokens.append(self.next_token(keys[self.seen(len(keys) - 1, last) :]))
             states.append(int(states_of(tokens[-1:], states[-1])[0]))
             keys.append(self.keys_and_values(np.array(states[-1:]), self.layers - 1)[0])
         return tokens

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Any, Self
 
 from vllm import SamplingParams
 from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash, resolve_kv_cache_block_sizes
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import KVConnectorOutput
@@ -37,12 +37,14 @@ class Steps:
         self.setup = setup
         self._config = setup.vllm_config()
         caches = kv_cache_config(self._config, attention_layers(setup.vllm_config(), setup.model))
+        step_tokens, hashed_tokens = resolve_kv_cache_block_sizes(caches, self._config)
         self.scheduler = (AsyncScheduler if setup.is_asynchronous else Scheduler)(
             vllm_config=self._config,
             kv_cache_config=caches,
             log_stats=True,
             structured_output_manager=StructuredOutputManager(self._config),
-            block_size=setup.page_tokens,
+            block_size=step_tokens,
+            hash_block_size=hashed_tokens,
         )
         self.scheduler.use_v2_model_runner = runner is Runner.V2
         self.worker = Worker(self._config, caches, setup.model, runner)
@@ -52,7 +54,7 @@ class Steps:
         self.orders: Any = None  # What the scheduler's connector gave the worker's in the last step.
         self._in_flight: tuple[Any, Any] = None, None  # The last step and its output, until the next is scheduled.
         self.bad_pages: list[int] = []  # That the connector reported so far.
-        self._hasher = get_request_block_hasher(setup.page_tokens, sha256)
+        self._hasher = get_request_block_hasher(hashed_tokens, sha256)
         self._ids = (f"request-{number}" for number in count())
 
     def __enter__(self) -> Self:
@@ -65,9 +67,14 @@ class Steps:
         self.worker.close()
         self.scheduler.shutdown()
 
-    def add(self, prompt: Sequence[int], generate: int = 1, **options: Any) -> str:
-        """A request that ends after so many tokens. Returns its id. `options` are of vLLM's Request."""
-        parameters = SamplingParams(max_tokens=generate, ignore_eos=True)
+    def add(
+        self, prompt: Sequence[int], generate: int = 1, *, given: Mapping[str, Any] | None = None, **options: Any
+    ) -> str:
+        """A request that ends after so many tokens. Returns its id. `given` are the connector's parameters of the
+        request, and `options` are of vLLM's Request.
+        """
+        extra = {"kv_transfer_params": {"kvservice": dict(given)}} if given else None
+        parameters = SamplingParams(max_tokens=generate, ignore_eos=True, extra_args=extra)
         request = Request(
             request_id=next(self._ids),
             prompt_token_ids=list(prompt),

@@ -77,11 +77,13 @@ def blocks_of(client: Client, steps: Steps) -> BlockCache:
     return client.open_layout(steps.scheduler.connector._scheduler.layout)
 
 
-def chain_of(steps: Steps, tokens: list[int]) -> BlockChain:
+def chain_of(steps: Steps, tokens: list[int], *, with_partial: bool = False) -> BlockChain:
     """The keys of a request without a salt, in the generation of keys that the last reset began."""
     scheduler = steps.scheduler.connector._scheduler
     request = next(iter(steps.requests.values()))
-    return block_chain(scheduler.layout, tokens, salt=salt_of(request, scheduler._generation.number))
+    return block_chain(
+        scheduler.layout, tokens, salt=salt_of(request, scheduler._generation.number), with_partial=with_partial
+    )
 
 
 def store(client: Client, steps: Steps, tokens: list[int]) -> None:
@@ -114,14 +116,14 @@ def test_a_hit_has_the_numbers_of_a_computation(
         expect_nothing_is_held(client, steps)
 
 
-def expect_right_numbers(client: Client, steps: Steps, tokens: list[int]) -> int:
+def expect_right_numbers(client: Client, steps: Steps, tokens: list[int], *, with_partial: bool = False) -> int:
     """What is stored of the tokens are the numbers of the model. Returns how many tokens are stored."""
     blocks = blocks_of(client, steps)
-    with blocks.lookup(chain_of(steps, tokens)) as lease:
+    with blocks.lookup(chain_of(steps, tokens, with_partial=with_partial)) as lease:
         for layer in lease.load() if lease.hit_blocks else ():
-            arrays = blocks.layer_arrays(layer.data, lease.token_counts)
+            arrays = blocks.layer_arrays(layer.data, lease.token_counts, layer=layer.index)
             for (keys, values), first in zip(arrays, range(0, lease.hit_tokens, BLOCK), strict=True):
-                known = _MODEL.keys_and_values(states_of(tokens)[first : first + BLOCK], layer.index)
+                known = steps.setup.model.keys_and_values(states_of(tokens)[first : first + BLOCK], layer.index)
                 assert (keys == known[0].transpose(1, 0, 2)).all()
                 assert (values == known[1].transpose(1, 0, 2)).all()
         return lease.hit_tokens
@@ -380,10 +382,10 @@ def test_after_a_reset_of_the_connectors_cache_nothing_older_is_found(
         expect_nothing_is_held(client, steps)
 
 
-def damage(daemon: DaemonProcess, tokens: list[int], block: int) -> None:
+def damage(daemon: DaemonProcess, tokens: list[int], block: int, model: NumberedModel = _MODEL) -> None:
     """Flip a bit of a stored block, in its last layer."""
     states = states_of(tokens)[block * BLOCK : (block + 1) * BLOCK]
-    keys, _ = _MODEL.keys_and_values(states, _MODEL.layers - 1)
+    keys, _ = model.keys_and_values(states, model.layers - 1)
     medium = arena(daemon)
     medium.flip(medium.find(keys.transpose(1, 0, 2).tobytes()) + 5, 0)
 

@@ -40,7 +40,7 @@ class _Row:
 
     tokens: list[int]
     prompt_count: int
-    page_ids: list[int]
+    page_ids: list[list[int]]  # Per KV cache group.
     computed: int
     _states: list[int] = field(default_factory=list)
 
@@ -70,6 +70,9 @@ class Worker:
         define_kernel()
         self.layers = attention_layers(config, model)
         self.pages = pages_of(caches)
+        self._groups = {
+            name: number for number, group in enumerate(caches.kv_cache_groups) for name in group.layer_names
+        }
         for name, layer in self.layers.items():
             layer.kv_cache = self.pages[name]
         self.connector = KVConnectorFactory.create_connector(config, KVConnectorRole.WORKER, caches)
@@ -141,9 +144,9 @@ class Worker:
         for request_id in step.finished_req_ids:
             self._rows.pop(request_id, None)
         for new in step.scheduled_new_reqs:
-            (page_ids,) = new.block_ids
+            page_ids = [list(ids) for ids in new.block_ids]
             tokens = list(new.prefill_token_ids or new.prompt_token_ids)
-            self._rows[new.req_id] = _Row(tokens, len(new.prompt_token_ids), list(page_ids), new.num_computed_tokens)
+            self._rows[new.req_id] = _Row(tokens, len(new.prompt_token_ids), page_ids, new.num_computed_tokens)
         cached = step.scheduled_cached_reqs
         for index, request_id in enumerate(cached.req_ids):
             row = self._rows[request_id]
@@ -153,9 +156,9 @@ class Worker:
                 row.tokens = list(cached.all_token_ids[request_id])
             del row.tokens[row.prompt_count + cached.num_output_tokens[index] :]  # Sampled after a load that failed.
             if request_id in cached.resumed_req_ids:
-                row.page_ids = []
-            if new_pages is not None:
-                row.page_ids += new_pages[0]
+                row.page_ids = [[] for _ in row.page_ids]
+            for ids, more in zip(row.page_ids, new_pages or (), strict=False):
+                ids += more
         self._forward_of_step = [
             (request_id, range(self._rows[request_id].computed, self._rows[request_id].computed + count))
             for request_id, count in step.num_scheduled_tokens.items()
@@ -172,7 +175,8 @@ class Worker:
             if positions.stop < len(row.tokens):
                 sampled.append([])
                 continue
-            keys, _ = self._read(name, row, len(row.tokens))
+            first = self._model.seen(len(row.tokens) - 1, list(self.layers).index(name))
+            keys, _ = self._read(name, row, first, len(row.tokens))
             row.tokens.append(self._model.next_token([keys]))
             sampled.append(row.tokens[-1:])
         return sampled
@@ -188,7 +192,8 @@ class Worker:
             states = row.states()[positions.start : positions.stop]
             for into, numbers in zip((keys, values), self._model.keys_and_values(states, index), strict=True):
                 into.append(numbers)
-            slots += [row.page_ids[place // page_tokens] * page_tokens + place % page_tokens for place in positions]
+            page_ids = row.page_ids[self._groups[name]]
+            slots += [page_ids[place // page_tokens] * page_tokens + place % page_tokens for place in positions]
         layer = self.layers[name]
         arrays = (torch.from_numpy(np.concatenate(each)) for each in (keys, values))
         layer.impl.do_kv_cache_update(layer, *arrays, self.pages[name], torch.tensor(slots))
@@ -199,25 +204,27 @@ class Worker:
         page_tokens = self.pages[layer_name].shape[2]
         for request_id, positions in self._forward_of_step:
             row = self._rows[request_id]
-            found = self._read(layer_name, row, positions.stop)
-            right = self._model.keys_and_values(row.states()[: positions.stop], index)
+            first = self._model.seen(positions.start, index)
+            found = self._read(layer_name, row, first, positions.stop)
+            right = self._model.keys_and_values(row.states()[first : positions.stop], index)
             wrong = [(each != known).any(axis=(1, 2)) for each, known in zip(found, right, strict=True)]
             for token in np.flatnonzero(wrong[0] | wrong[1]).tolist():
-                page_id = row.page_ids[token // page_tokens]
+                page_id = row.page_ids[self._groups[layer_name]][(first + token) // page_tokens]
                 if self.checks_pages and page_id not in self.unchecked_pages:
-                    self.wrong_pages.append(WrongPage(request_id, layer_name, token, page_id))
+                    self.wrong_pages.append(WrongPage(request_id, layer_name, first + token, page_id))
 
-    def _read(self, name: str, row: _Row, count: int) -> tuple[Numbers, Numbers]:
-        """The first tokens' keys and values, ``[token, head, dim]``: per page and head, keys ``[dim][token]``, then
-        values ``[token][dim]``. The shape of vLLM's tensor does not show it.
+    def _read(self, name: str, row: _Row, first: int, end: int) -> tuple[Numbers, Numbers]:
+        """Keys and values of tokens ``[first, end)``, each ``[token, head, dim]``: per page and head, keys
+        ``[dim][token]``, then values ``[token][dim]``. The shape of vLLM's tensor does not show it.
         """
         _, heads, page_tokens, both = self.pages[name].shape
         dim = both // 2
-        used = row.page_ids[: -(-count // page_tokens)]
+        used = row.page_ids[self._groups[name]][first // page_tokens : -(-end // page_tokens)]
         halves = self.pages[name].numpy()[used].reshape(len(used), heads, 2, page_tokens * dim)
         keys = halves[:, :, 0].reshape(-1, heads, dim, page_tokens).transpose(0, 3, 1, 2)
         values = halves[:, :, 1].reshape(-1, heads, page_tokens, dim).transpose(0, 2, 1, 3)
-        return keys.reshape(-1, heads, dim)[:count], values.reshape(-1, heads, dim)[:count]
+        of_pages = slice(first % page_tokens, first % page_tokens + end - first)
+        return keys.reshape(-1, heads, dim)[of_pages], values.reshape(-1, heads, dim)[of_pages]
 
     def _sampled(self, tokens: list[list[int]]) -> ModelRunnerOutput:
         ids = [request_id for request_id, _ in self._forward_of_step]

@@ -7,7 +7,12 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    SupportsHMA,
+)
 
 from kvservice_adapter.connectors.vllm.metadata import StepOrders, StepReport
 from kvservice_adapter.connectors.vllm.scheduler_role import SchedulerRole
@@ -43,11 +48,15 @@ def guarded(otherwise: Callable[[KVServiceConnector], Any]) -> Callable[[F], F]:
     return decorate
 
 
+def _transfers(finished: set[str], failed: set[str]) -> KVConnectorTransferResults:
+    return KVConnectorTransferResults(finished_recving=finished, failed_recving=failed)
+
+
 def _none(connector: KVServiceConnector) -> None:
     return None
 
 
-class KVServiceConnector(KVConnectorBase_V1):
+class KVServiceConnector(KVConnectorBase_V1, SupportsHMA):
     """vLLM's KV cache in a KVService daemon. A failure of the daemon costs a computation, never a request.
 
     Its constructor, and `register_kv_caches`, raise for a configuration, a model or an attention backend that is not
@@ -118,8 +127,10 @@ class KVServiceConnector(KVConnectorBase_V1):
         self._of_scheduler.on_output(report, set(connector_output.finished_recving or ()))
 
     @guarded(lambda self: (False, None))
-    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        self._of_scheduler.finished(request, (block_ids,))
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        self._of_scheduler.finished(request, block_ids)
         return False, None
 
     @guarded(lambda self: False)
@@ -156,9 +167,9 @@ class KVServiceConnector(KVConnectorBase_V1):
     def wait_for_save(self) -> None:
         self._of_worker.end_step()
 
-    @guarded(lambda self: (None, self._of_worker.finished_anyway()))
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        return None, self._of_worker.take_finished() or None
+    @guarded(lambda self: _transfers(*self._of_worker.finished_anyway()))
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        return _transfers(*self._of_worker.take_finished())
 
     @guarded(lambda self: self._of_worker.pages_in_doubt())
     def get_block_ids_with_load_errors(self) -> set[int]:

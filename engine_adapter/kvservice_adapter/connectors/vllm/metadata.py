@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
+from kvservice_adapter.connectors.vllm.request_progress import EndedLoad
 from kvservice_adapter.connectors.vllm.settings import LoadMode
 from kvservice_api.keys import BlockChain
 
-PageIds = tuple[int, ...]
+PageIds = tuple[tuple[int, ...], ...]  # Of a request, from its first token on: per KV cache group of vLLM's.
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,8 @@ class PageLoadOrder:
     ticket: bytes  # Of the lease: each worker adopts it.
     first_token: int
     end_token: int
-    page_ids: PageIds  # Of the request, from its first token on.
+    page_ids: PageIds
+    begins: tuple[int, ...]  # Per group: tokens before it are not copied, because a sliding window has no pages there.
     mode: LoadMode
 
 
@@ -35,7 +37,7 @@ class PageSaveOrder:
     request_id: str
     chain: BlockChain  # The blocks to save; its parent is the key before them.
     first_token: int
-    page_ids: PageIds  # Of the request, from its first token on, as far as the chain goes.
+    page_ids: PageIds  # As far as the chain goes. Those before it may be missing (0).
     is_freed: bool
 
 
@@ -64,7 +66,7 @@ class StepReport(KVConnectorWorkerMetadata):
     """Workers to scheduler."""
 
     failed: list[FailedLoad] = field(default_factory=list)
-    loaded: list[tuple[str, int, float]] = field(default_factory=list)  # (request, bytes, seconds) of ended loads.
+    loaded: list[EndedLoad] = field(default_factory=list)
     dropped_saves: list[tuple[str, int]] = field(default_factory=list)  # (request, first token): staging was full.
     is_daemon_away: bool = False  # A worker's circuit breaker is open.
 

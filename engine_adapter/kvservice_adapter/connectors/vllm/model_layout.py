@@ -11,7 +11,7 @@ import hashlib
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 from transformers import DynamicCache
@@ -32,29 +32,41 @@ class ModelRefused(ValueError):
     """The model, or the way it is run, is one whose KV this connector cannot store and restore exactly."""
 
 
+class PageGroup(NamedTuple):
+    """One of vLLM's KV cache groups: layers whose pages of the same tokens have the same numbers."""
+
+    page_tokens: int
+    window: int  # vLLM frees pages all of whose tokens are before the sliding window of so many tokens; 0: it does not.
+
+
 class LayerPlace:
-    """The layers of a model in vLLM's terms: their names in order, and each one's spec."""
+    """The layers of a model in vLLM's terms: their names in order, each one's spec, and its group."""
 
     def __init__(self, kv_cache_config: Any, layer_count: int) -> None:
         """Raises ModelRefused where vLLM caches something else than each token's KV in each layer."""
-        groups = kv_cache_config.kv_cache_groups
-        if len(groups) != 1:
-            raise ModelRefused(
-                f"vLLM has {len(groups)} KV cache groups for this model; run it with --disable-hybrid-kv-cache-manager"
-            )
-        spec = groups[0].kv_cache_spec
-        specs = getattr(spec, "kv_cache_specs", None) or dict.fromkeys(groups[0].layer_names, spec)
-        by_index: dict[int, str] = {}
-        for name in groups[0].layer_names:
-            index = _layer_index(name)
-            if index in by_index:
-                raise ModelRefused(f"layers {by_index[index]} and {name} have one number: models of several parts")
-            by_index[index] = name
-        if sorted(by_index) != list(range(layer_count)):
-            raise ModelRefused(f"vLLM caches the layers {sorted(by_index)}; the model has {layer_count}")
-        self.names = [by_index[index] for index in range(layer_count)]
-        self.specs = [_supported(by_index[index], specs[by_index[index]]) for index in range(layer_count)]
-        self.page_tokens: int = spec.block_size
+        found: dict[int, tuple[str, Any, int]] = {}
+        self.groups: list[PageGroup] = []
+        for number, group in enumerate(kv_cache_config.kv_cache_groups):
+            spec = group.kv_cache_spec
+            specs = getattr(spec, "kv_cache_specs", None) or dict.fromkeys(group.layer_names, spec)
+            for name in group.layer_names:
+                index = _layer_index(name)
+                if index in found:
+                    raise ModelRefused(f"layers {found[index][0]} and {name} have one number: models of several parts")
+                found[index] = name, _supported(name, specs[name]), number
+            windows = [getattr(each, "sliding_window", 0) for each in specs.values() if _is_freed(each)]
+            self.groups.append(PageGroup(spec.block_size, min(windows, default=0)))
+        if sorted(found) != list(range(layer_count)):
+            raise ModelRefused(f"vLLM caches the layers {sorted(found)}; the model has {layer_count}")
+        of_layers = [found[index] for index in range(layer_count)]
+        self.names = [name for name, _, _ in of_layers]
+        self.specs = [spec for _, spec, _ in of_layers]
+        self.group_of_layer = [number for _, _, number in of_layers]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is one group, whose pages stay until the request's end."""
+        return len(self.groups) == 1 and not self.groups[0].window
 
 
 def _layer_index(name: str) -> int:
@@ -64,14 +76,13 @@ def _layer_index(name: str) -> int:
     return int(numbers[0])
 
 
+def _is_freed(spec: Any) -> bool:
+    return type(spec).__name__ == "SlidingWindowSpec"
+
+
 def _supported(name: str, spec: Any) -> Any:
     kind = type(spec).__name__
-    if kind == "SlidingWindowSpec":
-        raise ModelRefused(
-            f"layer {name}: vLLM frees this model's pages once they are outside of the sliding window of "
-            f"{spec.sliding_window} tokens, before they can be saved"
-        )
-    if kind not in ("FullAttentionSpec", "MLAAttentionSpec"):
+    if kind not in ("FullAttentionSpec", "MLAAttentionSpec", "SlidingWindowSpec"):
         what = "keeps a state, not the KV of tokens (Mamba)" if "Mamba" in kind else f"is of kind {kind}"
         raise ModelRefused(f"layer {name} {what}: its cache cannot be stored")
     if getattr(spec, "attention_chunk_size", None):

@@ -10,25 +10,31 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from vllm import envs
+
 from kvservice_adapter.breaker import Breaker, answered, probe_of
-from kvservice_adapter.connectors.vllm.metadata import FailedLoad, PageLoadOrder, PageSaveOrder, StepOrders, StepReport
+from kvservice_adapter.connectors.vllm.metadata import FailedLoad, PageLoadOrder, StepOrders, StepReport
 from kvservice_adapter.connectors.vllm.model_layout import layout_of
 from kvservice_adapter.connectors.vllm.request_keys import extra_of_block, refusal_of, salt_of
+from kvservice_adapter.connectors.vllm.request_pages import RequestPages
+from kvservice_adapter.connectors.vllm.request_parameters import RequestParameters, parameters_of
+from kvservice_adapter.connectors.vllm.request_progress import RequestProgress, response_id
+from kvservice_adapter.connectors.vllm.request_saves import RequestSaves
+from kvservice_adapter.connectors.vllm.session_updates import SessionUpdates
 from kvservice_adapter.connectors.vllm.settings import ConnectorSettings, LoadMode
 from kvservice_adapter.connectors.vllm.stats import TransferStats
-from kvservice_adapter.cost import Kind, Rates, plan
+from kvservice_adapter.cost import Kind, Plan, Rates, plan
 from kvservice_adapter.engine.key_generation import KeyGeneration
 from kvservice_adapter.engine.prefix_lookup import tier_of
-from kvservice_api.errors import KVError
+from kvservice_api.errors import DeadlineExceeded, KVError
 from kvservice_api.keys import ChainBuilder
-from kvservice_client import Client, FoundPrefix, PendingLookup
+from kvservice_client import Client, FoundPrefix, Outcome, PendingLookup
 from kvservice_client.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
 _RESET_WAIT_S = 1.0  # How long `reset` may wait. The daemon answers once its disk has written a file.
 _MEASURED_MIN = 32  # Tokens of a step. The time of fewer says little about a prefill.
-PARAMETERS = "kvservice"  # The connector's entry in a request's `kv_transfer_params`.
 
 
 @dataclass(slots=True)
@@ -38,6 +44,8 @@ class _Request:
     request: Any
     builder: ChainBuilder
     mode: LoadMode
+    session_id: str  # Empty for none.
+    progress: RequestProgress
     may_load: bool
     may_save: bool
     lookup: PendingLookup | None = None  # It holds the lease of what it found.
@@ -51,6 +59,7 @@ class _Request:
     is_loading: bool = False  # Between steps: vLLM counts tokens as computed that are not there yet.
     began: tuple[int, int] | None = None  # (preemptions, computed tokens) at the first step of this attempt.
     saved_tokens: int = 0  # Tokens whose blocks are stored, or being saved.
+    is_reported: bool = False
 
 
 class SchedulerRole:
@@ -60,7 +69,18 @@ class SchedulerRole:
         """Makes no call to the daemon. Raises ModelRefused."""
         self._settings = settings
         self.layout, place = layout_of(vllm_config, kv_cache_config, settings)
-        self._page_tokens = place.page_tokens
+        self._pages = RequestPages(place.groups)
+        self._saves = RequestSaves(self._pages, self.layout.block_tokens, self._extend)
+        self._page_tokens = place.groups[0].page_tokens
+        self._loads_between_steps = not place.is_plain
+        windows = [group.window for group in place.groups if group.window]
+        if windows and min(windows) < self.layout.block_tokens:
+            log.warning(
+                "blocks have %d tokens, and a sliding window %d: a block that fills while vLLM generates is not saved. "
+                "Set block_tokens to at most the window, in all engines that share blocks",
+                self.layout.block_tokens,
+                min(windows),
+            )
         self._workers: int = vllm_config.parallel_config.world_size
         name = f"vllm/{str(vllm_config.kv_transfer_config.engine_id or '')[:32]}/scheduler"
         self._client = Client(settings.address, name=name, transport="grpc")  # It moves no blocks.
@@ -70,18 +90,18 @@ class SchedulerRole:
         self._is_async: bool = bool(vllm_config.scheduler_config.async_scheduling)
         self._rates = Rates(self._clock.now_s)
         self._step: tuple[float, list[tuple[int, int]]] | None = None  # When it began, and what it computes.
-        self._manager: Any = None
         self._requests: dict[str, _Request] = {}
         self._late: list[PendingLookup] = []  # Lookups that still run, and that no request waits for.
         self._orders = StepOrders()
         self._lines = RateLimitedLog(log)
+        self._sessions = SessionUpdates(self._client, self._blocks, self._breaker)
         self._generation = KeyGeneration(self._blocks, self._clock)  # Begins to attach.
         self._are_workers_away = False
         self._stats = TransferStats()
 
     def bind_manager(self, manager: Any) -> None:
         """vLLM's KV cache manager, which knows the pages of each request."""
-        self._manager = manager
+        self._pages.bind(manager)
 
     @property
     def is_ready(self) -> bool:
@@ -93,25 +113,39 @@ class SchedulerRole:
     def on_new(self, request: Any) -> None:
         generation = self._generation.number
         why = refusal_of(request) if generation is not None else "the key generation is not known yet"
-        given = (request.kv_transfer_params or {}).get(PARAMETERS) or {}
+        given = self._parameters_of(request)
         builder = ChainBuilder(
             self.layout,
             salt=salt_of(request, generation or 0),
             extra_of_block=extra_of_block(request, self.layout.block_tokens),
         )
+        name = response_id(request.request_id, is_randomized=not envs.VLLM_DISABLE_REQUEST_ID_RANDOMIZATION)
         state = self._requests[request.request_id] = _Request(
             request,
             builder,
-            LoadMode(given.get("load", self._settings.load)),
-            may_load=not why and given.get("may_load", True) and not request.skip_reading_prefix_cache,
-            may_save=not why and given.get("may_save", True) and self._settings.save,
+            given.load,
+            given.session_id,
+            RequestProgress(name, self._clock.now_s()),
+            may_load=not why and given.may_load and not request.skip_reading_prefix_cache,
+            may_save=not why and given.may_save and self._settings.save,
         )
+        if generation is None:
+            state.progress.ends_as(Outcome.BREAKER_OPEN, why)
+        elif not state.may_load:
+            asked = "the request's own parameters say so" if given.may_load else "its `may_load` is false"
+            state.progress.ends_as(Outcome.MISS, f"it was not looked up: {why or asked}")
         if why:
             log.debug("request %s is neither looked up nor saved: %s", request.request_id, why)
             return
         self._extend(state)
         if state.may_load:
             self._look_up(state)
+
+    def _parameters_of(self, request: Any) -> RequestParameters:
+        given, ignored = parameters_of(request, self._settings.load)
+        for each in ignored:
+            self._lines.warning("a request's parameter is ignored: %s", each.why, kind=each.name)
+        return given
 
     def _extend(self, state: _Request) -> None:
         """Hash the tokens that are new since the last call."""
@@ -125,17 +159,20 @@ class SchedulerRole:
         state.asked_at_s, state.is_answered, state.has_loaded = 0.0, False, False
         if not self._breaker.allow() or self._are_workers_away:
             state.is_answered = True
+            state.progress.ends_as(Outcome.BREAKER_OPEN)
             return
         self._stats.count(lookups=1)
         local = self._blocks.peek(state.builder)
         if local is not None and not local.blocks and local.may_have_tail is False:
             state.is_answered = True
+            state.progress.looked_up(self._clock.now_s())
             return
         state.lookup = self._blocks.begin_lookup(
             state.builder,
             self._settings.ticket_s,
             self._settings.lookup_wait_s * 5,
-            request_id=state.request.request_id,
+            request_id=state.progress.request_id,
+            session_id=state.session_id,
             adoptions=self._workers,
             ticket_ttl_s=self._settings.ticket_s,
         )
@@ -162,18 +199,22 @@ class SchedulerRole:
             self._look_up(state)
             return (0, False) if state.is_answered else (None, False)
         tokens = min(state.found.lease.hit_tokens, request.num_tokens - 1) - computed_tokens
-        if tokens <= 0:
+        chosen = self._plan(state, tokens, computed_tokens) if tokens > 0 else None
+        state.progress.planned(chosen, computed_tokens)
+        if chosen is None:
             return 0, False
-        if state.mode is LoadMode.AUTO and not self._is_worth_loading(state, tokens, computed_tokens):
+        if chosen.kind is Kind.RECOMPUTE:
             self._stats.count(computed_hits=1)
             self._drop_found(state)
             return 0, False
         return tokens, self._mode(state) is LoadMode.BETWEEN_STEPS
 
-    def _is_worth_loading(self, state: _Request, tokens: int, computed_tokens: int) -> bool:
-        """Whether these stored tokens are there sooner if they are loaded, by what was measured."""
+    def _plan(self, state: _Request, tokens: int, computed_tokens: int) -> Plan:
+        """Whether to load these stored tokens. With `auto`: if they are there sooner, by what was measured."""
         assert state.found is not None
-        chosen = plan(
+        if state.mode is not LoadMode.AUTO:
+            return Plan(Kind.LOAD, 0, tokens, {}, f"`load` is {state.mode}: what is stored is loaded")
+        return plan(
             self._rates,
             tokens,
             state.request.num_tokens - computed_tokens - tokens,
@@ -182,9 +223,16 @@ class SchedulerRole:
             self.layout.block_tokens,
             may_mix=False,
         )
-        return chosen.kind is Kind.LOAD
 
     def _mode(self, state: _Request) -> LoadMode:
+        if self._loads_between_steps and state.mode not in (LoadMode.AUTO, LoadMode.BETWEEN_STEPS):
+            self._lines.info(
+                'with sliding windows, or several KV cache groups, "load": "%s" is "between_steps": within a step vLLM '
+                "takes no report of a failed load",
+                state.mode.value,
+                kind="mode",
+            )
+            state.mode = LoadMode.BETWEEN_STEPS
         return LoadMode.BETWEEN_STEPS if state.mode is LoadMode.AUTO else state.mode
 
     def _poll(self, state: _Request) -> bool:
@@ -192,41 +240,45 @@ class SchedulerRole:
         now_s, lookup = self._clock.now_s(), state.lookup
         assert lookup is not None
         state.asked_at_s = state.asked_at_s or now_s
-        is_running, found = self._answer_of(lookup)
-        if is_running:
+        answer = self._answer_of(lookup)
+        if answer is None:
             if now_s - state.asked_at_s < self._settings.lookup_wait_s:
                 time.sleep(0)  # vLLM asks again at once. Without this its thread would keep the interpreter's lock.
                 return False
             self._stats.count(late_lookups=1)
             self._late.append(lookup)
             state.lookup = None
+            answer = DeadlineExceeded(f"the lookup had no answer in {self._settings.lookup_wait_s:g} s")
         state.is_answered = True
-        if found is not None and found.ticket:
-            state.found, state.found_at_s = found, now_s
-            state.tier = tier_of(found.lease.residency)
-            state.saved_tokens = max(state.saved_tokens, found.lease.hit_tokens)
-        else:
-            self._drop_found(state)
+        state.progress.looked_up(now_s)
+        if isinstance(answer, KVError):
+            state.progress.ends_as(Outcome.FAILED_OVER, f"{answer.reason}: {answer.message}")
+        elif answer.ticket:
+            state.found, state.found_at_s = answer, now_s
+            state.tier = tier_of(answer.lease.residency)
+            state.saved_tokens = max(state.saved_tokens, answer.lease.hit_tokens)
+            state.progress.found(answer.lease.hit_tokens, state.tier)
+            return True
+        self._drop_found(state)
         return True
 
-    def _answer_of(self, lookup: PendingLookup) -> tuple[bool, FoundPrefix | None]:
-        """Whether a lookup still runs, and what it has found."""
+    def _answer_of(self, lookup: PendingLookup) -> FoundPrefix | KVError | None:
+        """What a lookup has found, or how it failed. None while it runs."""
         try:
             found = lookup.poll()
         except KVError as error:
             self._breaker.record(answered(error))
             self._lines.warning("a request is computed: %s: %s", error.reason, error.message, kind=str(error.reason))
-            return False, None
+            return error
         if found is not None:
             self._breaker.record(True)
-        return found is None, found
+        return found
 
     def _end_late_lookups(self) -> None:
         """No request waits for them any more. How they end says whether the daemon answers."""
         late, self._late = self._late, []
         for lookup in late:
-            is_running, _ = self._answer_of(lookup)
-            if is_running:
+            if self._answer_of(lookup) is None:
                 self._late.append(lookup)
             else:
                 lookup.cancel(with_ticket=True)
@@ -250,19 +302,14 @@ class SchedulerRole:
         if state.found is None:  # Not to be expected. A ticket that no daemon takes fails the load.
             raise RuntimeError(f"{external_tokens} tokens are to be loaded, and none were found")
         total = min(state.found.lease.hit_tokens, request.num_tokens - 1)
-        order = PageLoadOrder(
-            request.request_id,
-            state.attempt,
-            state.found.ticket,
-            total - external_tokens,
-            total,
-            tuple(page_ids[0][: -(-total // self._page_tokens)]),
-            mode,
-        )
+        first = total - external_tokens
+        pages, begins = self._pages.to_load(page_ids, first, total)
+        order = PageLoadOrder(request.request_id, state.attempt, state.found.ticket, first, total, pages, begins, mode)
         self._orders.loads.append(order)
         state.is_loading = mode is LoadMode.BETWEEN_STEPS
         self._stats.count(hits=1, hit_tokens=external_tokens)
         state.has_loaded = True
+        state.progress.load_tokens = external_tokens
         self._drop_found(state, is_ticket_used=True)  # The ticket holds the blocks until the workers have them.
 
     def finished(self, request: Any, page_ids: tuple[list[int], ...]) -> None:
@@ -271,10 +318,26 @@ class SchedulerRole:
         if state is None:
             return
         self._drop_found(state)
+        if not state.is_reported:
+            self._report(state)
         if state.is_loading:
             self._orders.cancelled.append(request.request_id)
         elif state.may_save:
-            self._save(state, request.num_computed_tokens - request.num_in_flight_tokens, page_ids[0], is_freed=True)
+            computed = request.num_computed_tokens - request.num_in_flight_tokens
+            self._orders.saves += self._saves.at_end(state, page_ids)
+            if state.session_id and computed >= request.num_prompt_tokens:  # Else a part of it, which would shorten it.
+                self._extend(state)
+                self._sessions.turn_ended(state.session_id, state.builder.prefix(min(computed, request.num_tokens)))
+        self._pages.forget(request.request_id)
+
+    def _report(self, state: _Request) -> None:
+        """Report how a request went up to its first token. Does not wait."""
+        state.is_reported = True
+        request = state.request
+        report = state.progress.report(
+            request.num_prompt_tokens, self._clock.now_s(), has_token=bool(request.num_output_tokens)
+        )
+        self._client.report_request(report)
 
     # Steps
 
@@ -282,43 +345,28 @@ class SchedulerRole:
         """What the workers do in this step. The next call has other orders."""
         if self._late:
             self._end_late_lookups()
+        size, kept = self.layout.block_tokens, self._pages.begin_step()
         computing: list[tuple[int, int]] = []
         for request_id, new_tokens in scheduled.num_scheduled_tokens.items():
             state = self._requests.get(request_id)
             if state is None:
                 continue
             request = state.request
+            if not state.is_reported and request.num_output_tokens:
+                self._report(state)
             computing.append((new_tokens, request.num_computed_tokens))
             if state.began is None or state.began[0] != request.num_preemptions:
                 state.began = request.num_preemptions, request.num_computed_tokens - request.num_in_flight_tokens
-            if not state.may_save:
-                continue
-            computed = request.num_computed_tokens - request.num_in_flight_tokens
-            if computed // self.layout.block_tokens * self.layout.block_tokens > state.saved_tokens:
-                self._save(state, computed, self._manager.get_block_ids(request_id)[0], is_freed=False)
+            if state.may_save and (request.num_computed_tokens + new_tokens) // size * size > state.saved_tokens:
+                self._orders.saves += self._saves.of_step(state)
+        for request_id in kept:
+            if request_id not in scheduled.num_scheduled_tokens and (state := self._requests.get(request_id)):
+                self._orders.saves += self._saves.of_step(state)
         is_measured = (
             not self._is_async and not self._orders.loads and sum(new for new, _ in computing) >= _MEASURED_MIN
         )
         self._step = (self._clock.now_s(), computing) if is_measured else None
         return self.take_orders()
-
-    def _save(self, state: _Request, computed_tokens: int, page_ids: list[int], *, is_freed: bool) -> None:
-        """Order the save of blocks whose tokens the scheduler knows, and whose KV earlier steps have computed."""
-        # vLLM shares pages between requests of one step before their KV is computed or loaded. So nothing of a request
-        # is saved before a step of its own has ended: then its earlier tokens are there too.
-        if state.began is None or state.began[0] != state.request.num_preemptions or computed_tokens <= state.began[1]:
-            return
-        computed_tokens = min(computed_tokens, state.request.num_tokens)
-        size = self.layout.block_tokens
-        first = state.saved_tokens // size
-        end_token = computed_tokens if is_freed else computed_tokens // size * size  # At the end, a partial block too.
-        if end_token <= state.saved_tokens:
-            return
-        self._extend(state)
-        chain = state.builder.prefix(end_token)[first:]
-        pages = tuple(page_ids[: -(-end_token // self._page_tokens)])
-        self._orders.saves.append(PageSaveOrder(state.request.request_id, chain, first * size, pages, is_freed))
-        state.saved_tokens = end_token
 
     def on_output(self, report: StepReport | None, finished_loads: set[str]) -> None:
         """The workers' answer to a step."""
@@ -332,9 +380,10 @@ class SchedulerRole:
             self._are_workers_away = False
             return
         self._are_workers_away = report.is_daemon_away
-        for request_id, size_bytes, seconds in report.loaded:
-            if (state := self._requests.get(request_id)) is not None:
-                self._rates.observe_load(size_bytes, seconds, state.tier)
+        for load in report.loaded:
+            if (state := self._requests.get(load.request_id)) is not None:
+                self._rates.observe_load(load.size_bytes, load.seconds, state.tier)
+                state.progress.loads.append(load)
         for failed in report.failed:
             self._on_failed(failed)
         for request_id, first_token in report.dropped_saves:
@@ -349,7 +398,7 @@ class SchedulerRole:
         """
         valid = {failed.request_id: failed.valid_tokens for failed in report.failed} if report is not None else {}
         for request_id, state in self._requests.items():
-            shared: list[int] = self._manager.get_block_ids(request_id)[0]
+            shared = self._pages.of(request_id)[0]
             if request_id in valid:
                 shared = shared[: valid[request_id] // self._page_tokens]
             if not bad_pages.isdisjoint(shared):
@@ -360,6 +409,7 @@ class SchedulerRole:
             self._breaker.record(False)
         state = self._requests.get(failed.request_id)
         if state is not None:
+            state.progress.load_failed(failed.valid_tokens, failed.reason)
             state.may_load = False  # The daemon has the blocks, or not: a second try would cost as much again.
             state.saved_tokens = min(state.saved_tokens, failed.valid_tokens)
 
@@ -371,6 +421,8 @@ class SchedulerRole:
         for state in self._requests.values():  # vLLM may compute them again, with other weights.
             self._drop_found(state)
             state.may_load = state.may_save = False
+            if not state.has_loaded:
+                state.progress.ends_as(Outcome.MISS, "the prefix cache was reset")
         return self._generation.begin(_RESET_WAIT_S)
 
     def take_stats(self) -> TransferStats | None:
@@ -384,13 +436,13 @@ class SchedulerRole:
     def fail_load(self, request: Any, page_ids: tuple[list[int], ...], external_tokens: int) -> None:
         """vLLM expects tokens that are not ordered: have the workers mark their pages as bad."""
         state = self._requests.get(request.request_id)
-        pages = tuple(page_ids[0])
-        total = min(len(pages) * self._page_tokens, request.num_tokens)
-        is_async = state is not None and self._mode(state) is LoadMode.BETWEEN_STEPS
+        total = min(len(page_ids[0]) * self._page_tokens, request.num_tokens)
+        pages, begins = self._pages.to_load(page_ids, 0, total)
+        is_async = self._loads_between_steps or (state is not None and self._mode(state) is LoadMode.BETWEEN_STEPS)
         mode = LoadMode.BETWEEN_STEPS if is_async else LoadMode.WHOLE
         self._orders.loads = [order for order in self._orders.loads if order.request_id != request.request_id]
         self._orders.loads.append(
-            PageLoadOrder(request.request_id, request.num_preemptions, b"", 0, total, pages, mode)
+            PageLoadOrder(request.request_id, request.num_preemptions, b"", 0, total, pages, begins, mode)
         )
         if state is not None:
             state.has_loaded, state.may_load = True, False
@@ -402,5 +454,6 @@ class SchedulerRole:
 
     def close(self) -> None:
         self._generation.close()
+        self._sessions.close()
         self._breaker.close(0.0)
         self._client.close()

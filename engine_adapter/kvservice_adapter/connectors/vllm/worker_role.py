@@ -16,6 +16,7 @@ from kvservice_adapter.breaker import Breaker, answered, probe_of
 from kvservice_adapter.connectors.vllm.metadata import FailedLoad, PageLoadOrder, PageSaveOrder, StepOrders, StepReport
 from kvservice_adapter.connectors.vllm.model_layout import ModelRefused, check_window, layout_of, shard_of
 from kvservice_adapter.connectors.vllm.page_layouts import UnsupportedPages, check_backend, proven_views
+from kvservice_adapter.connectors.vllm.request_progress import EndedLoad
 from kvservice_adapter.connectors.vllm.settings import ConnectorSettings, LoadMode
 from kvservice_adapter.connectors.vllm.stats import TransferStats
 from kvservice_adapter.device.arrays import view_of
@@ -58,6 +59,7 @@ class WorkerRole:
         self._lock = threading.Lock()  # Of what loads between steps report.
         self._finished: set[str] = set()
         self._bad_pages: set[int] = set()
+        self._failed_requests: set[str] = set()
         self._report = StepReport()
         self._stats = TransferStats()
         self._loaders: list[tuple[PageLoadOrder, PrefixLoad, LayerLoader]] = []
@@ -84,12 +86,13 @@ class WorkerRole:
             check_window(name, window, self.layout.group_of(layer).window, model_tokens)
             check_backend(name, modules[name])
             views = proven_views(name, modules[name], kv_caches[name], spec.head_size, spec.head_size_v)
-            if views.keys.shape[2] != place.page_tokens:
-                raise UnsupportedPages(f"{name} has pages of {views.keys.shape[2]} tokens, not {place.page_tokens}")
+            page_tokens = place.groups[place.group_of_layer[layer]].page_tokens
+            if views.keys.shape[2] != page_tokens:
+                raise UnsupportedPages(f"{name} has pages of {views.keys.shape[2]} tokens, not {page_tokens}")
             keys.append(view_of(views.keys))
             values.append(view_of(views.values))
             dtypes.append(str(spec.dtype).removeprefix("torch."))
-        self._layers = PagedLayers(keys, values, dtypes)
+        self._layers = PagedLayers(keys, values, dtypes, place.group_of_layer)
         device = device_for(next(iter(kv_caches.values())).device)
         self._device = device
         self._copying, self._loading = device.stream("kvservice-copy"), device.stream("kvservice-load")
@@ -200,19 +203,21 @@ class WorkerRole:
         return Waits(self._answer_wait, self._settings.layer_wait_s, self._settings.wait_s)
 
     def _load(self, order: PageLoadOrder, waits: Waits) -> PrefixLoad:
-        tokens = (order.first_token, order.end_token)
+        tokens = (min(order.begins), order.end_token)
         return PrefixLoad(self._copying, self._blocks, order.ticket, tokens, waits, self._release)
 
     def _load_whole(self, order: PageLoadOrder, load: PrefixLoad) -> None:
         assert self._layers is not None
         began_s = self._clock.now_s()
         try:
-            for _ in load.begin(load.pages_of_layer(self._layers, order.page_ids)):
+            for _ in load.begin(load.pages_of_layer(self._layers, order.page_ids, order.begins)):
                 pass
         except Exception as error:
-            self._load_ended(order, 0, 0.0, error, load.valid_tokens)
+            self._load_failed(order, error, load.valid_tokens)
         else:
-            self._load_ended(order, load.size_bytes, self._clock.now_s() - began_s, None)
+            seconds = self._clock.now_s() - began_s
+            waited_s = 0.0 if order.mode is LoadMode.BETWEEN_STEPS else seconds
+            self._load_ended(order, EndedLoad(order.request_id, load.size_bytes, seconds, waited_s, load.transport))
 
     def _load_between_steps(self, order: PageLoadOrder, load: PrefixLoad) -> None:
         """On the loading stream's thread. Every end is reported: else the request never runs."""
@@ -235,7 +240,7 @@ class WorkerRole:
             self._device,
             self._loading,
             load,
-            load.pages_of_layer(self._layers, order.page_ids),
+            load.pages_of_layer(self._layers, order.page_ids, order.begins),
             layer_count=self._shard.layers,
             buffer_layers=self._shard.layers,  # They go straight into the pages: nothing is buffered.
             wait_s=self._settings.wait_s + self._settings.layer_wait_s,
@@ -255,12 +260,13 @@ class WorkerRole:
             except LoadFailed as error:
                 loader.cancel()
                 load.stop()  # vLLM computes into the pages after this.
-                self._load_ended(order, 0, 0.0, error, load.valid_tokens)
+                self._load_failed(order, error, load.valid_tokens)
                 continue
             running.append((order, load, loader))
             if layer + 1 == self._shard.layers:
                 report = loader.report
-                self._load_ended(order, report.size_bytes, report.busy_s, None)
+                times = report.busy_s, sum(report.waited_s)
+                self._load_ended(order, EndedLoad(order.request_id, report.size_bytes, *times, load.transport))
         self._loaders = running if layer + 1 < self._shard.layers else []
 
     def end_step(self) -> None:
@@ -274,23 +280,27 @@ class WorkerRole:
         for order, load, loader in loaders:
             loader.cancel()
             load.stop()
-            self._load_ended(order, 0, 0.0, error)
+            self._load_failed(order, error)
 
     # What is reported after a step
 
-    def take_finished(self) -> set[str]:
+    def take_finished(self) -> tuple[set[str], set[str]]:
         """Requests whose loads between steps have ended, with or without success. vLLM ends if it gets one twice.
+
+        And those of them that vLLM has to compute from their first token, because bad pages cannot say which of their
+        tokens are missing.
 
         The forward has ended, also where vLLM calls `wait_for_save` after this: with speculative decoding.
         """
         self._end_layers(LoadFailed("the forward ended before all layers were loaded"))
         return self.finished_anyway()
 
-    def finished_anyway(self) -> set[str]:
+    def finished_anyway(self) -> tuple[set[str], set[str]]:
         """What `take_finished` returns, if that has raised."""
         with self._lock:
             finished, self._finished = self._finished, set()
-        return finished
+            failed, self._failed_requests = self._failed_requests, set()
+        return finished, failed
 
     def take_bad_pages(self) -> set[int]:
         return self._taken_bad_pages()
@@ -321,7 +331,7 @@ class WorkerRole:
 
     def pages_in_doubt(self) -> set[int]:
         """What `take_bad_pages` returns, if that has raised: with all pages that this step's loads were to fill."""
-        orders = self._orders.loads if self._orders is not None else []
+        orders = self._orders.loads if self._orders is not None and self._place.is_plain else []
         return {page for order in orders for page in self._pages_of(order, order.first_token)} | self._taken_bad_pages()
 
     def count_error(self) -> None:
@@ -338,17 +348,16 @@ class WorkerRole:
         self._breaker.close(0.0)
         self._client.close()
 
-    def _load_ended(
-        self, order: PageLoadOrder, size_bytes: int, seconds: float, error: Exception | None, valid_tokens: int = 0
-    ) -> None:
+    def _load_ended(self, order: PageLoadOrder, load: EndedLoad) -> None:
         """On any thread."""
-        if error is None:
-            self._breaker.record(True)
-            with self._lock:
-                self._end(order)
-                self._report.loaded.append((order.request_id, size_bytes, seconds))
-                self._stats.count(loads=1, loaded_bytes=size_bytes, load_seconds=seconds)
-            return
+        self._breaker.record(True)
+        with self._lock:
+            self._end(order)
+            self._report.loaded.append(load)
+            self._stats.count(loads=1, loaded_bytes=load.size_bytes, load_seconds=load.seconds)
+
+    def _load_failed(self, order: PageLoadOrder, error: Exception, valid_tokens: int = 0) -> None:
+        """On any thread."""
         cause = error.__cause__ if isinstance(error, LoadFailed) and error.__cause__ is not None else error
         is_unanswered = isinstance(cause, LoadFailed) or (isinstance(cause, KVError) and not answered(cause))
         if not isinstance(cause, Cancelled):  # That says nothing of the daemon.
@@ -360,11 +369,16 @@ class WorkerRole:
 
     def _failed(self, order: PageLoadOrder, reason: str, *, is_unanswered: bool, valid_tokens: int = 0) -> None:
         """`valid_tokens` of the request, from its first token on, were loaded all the same."""
-        begin, end = max(order.first_token, valid_tokens), order.end_token
+        # With several groups, or pages that were freed, vLLM computes the request from its first token.
+        begin = max(order.first_token, valid_tokens) if self._place.is_plain else 0
+        end = order.end_token
         self._lines.warning("%d tokens of a prefix of %d are computed, not loaded: %s", end - begin, end, reason)
         with self._lock:
             self._is_silent |= is_unanswered
-            self._bad_pages.update(self._pages_of(order, begin))
+            if self._place.is_plain:
+                self._bad_pages.update(self._pages_of(order, begin))
+            else:
+                self._failed_requests.add(order.request_id)
             self._end(order)
             self._report.failed.append(FailedLoad(order.request_id, order.attempt, begin, reason, is_unanswered))
             self._stats.count(failed_loads=1)
@@ -376,9 +390,9 @@ class WorkerRole:
             self._finished.add(order.request_id)
 
     def _pages_of(self, order: PageLoadOrder, first_token: int) -> tuple[int, ...]:
-        """The pages into which it loads, from the one with this token on."""
-        size = self._place.page_tokens
-        return order.page_ids[first_token // size : -(-order.end_token // size)]
+        """The pages into which it loads, from the one with this token on; where one group keeps its pages."""
+        (group,) = self._place.groups
+        return order.page_ids[0][first_token // group.page_tokens : -(-order.end_token // group.page_tokens)]
 
 
 def _client_name(vllm_config: Any) -> str:
