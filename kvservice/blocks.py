@@ -91,6 +91,7 @@ _COLUMNS: dict[str, str] = {
     "used_since_flush": "?",
     "verified": "?",  # This daemon verified the checksums of the copy in the first tier.
     "hinted": "?",  # The copy in the first tier was promoted because of a hint.
+    "awaited": "?",  # A queued request will read it, as hints say: other blocks are evicted before it.
     "live": "?",  # Linked: lookups find it.
 }
 
@@ -140,6 +141,7 @@ class BlockTable:
     used_since_flush: NDArray[np.bool_]
     verified: NDArray[np.bool_]
     hinted: NDArray[np.bool_]
+    awaited: NDArray[np.bool_]
     live: NDArray[np.bool_]
     segment: NDArray[np.uint16]
     offset: NDArray[np.int64]
@@ -407,7 +409,7 @@ class BlockTable:
         assert (self.offset[:, row] == _NOWHERE).all()
         self.access_seq[row] = self.hits[row] = self.pinned_until_ms[row] = 0
         self.arrived_ms[:, row] = 0
-        self.used_since_flush[row] = self.verified[row] = self.hinted[row] = False
+        self.used_since_flush[row] = self.verified[row] = self.hinted[row] = self.awaited[row] = False
         self.unwanted[:, row] = False
         self.generation[row] += 1
         self._free.append(row)

@@ -23,14 +23,15 @@ from tests.forking import in_child
 from tests.integration.known_blocks import LARGE, new_chain, save, verify
 
 NewDaemon = Callable[..., DaemonProcess]
-BLOCKS = 20  # Of 98,304 bytes each, and of a session.
+BLOCKS = 20  # Of a session: 4 MiB.
 
 
-@pytest.fixture
-def small(new_daemon: NewDaemon) -> DaemonProcess:
-    """DRAM for about a third of eight sessions, all of which hints may use."""
+@pytest.fixture(params=["lru"])
+def small(new_daemon: NewDaemon, request: pytest.FixtureRequest) -> DaemonProcess:
+    """DRAM for about a third of eight sessions, most of which hints may use."""
     return new_daemon(
-        dram__capacity_bytes=9 * MIB,
+        mover__policy=request.param,
+        dram__capacity_bytes=14 * MIB,
         index__volatile_map_bytes=1 * MIB,
         ssd__capacity_bytes=64 * MIB,
         hints__dram_share=0.7,
@@ -68,6 +69,7 @@ class Seen:
         self.states.setdefault(request_id, []).append(ready.state)
 
 
+@pytest.mark.parametrize("small", ["lru", "lookahead", "foresight"], indirect=True)
 def test_the_heads_of_a_queue_are_in_dram_before_they_are_looked_up(small: DaemonProcess) -> None:
     with small.client() as client:
         sessions, seen, hints = stored_sessions(client, 8), Seen(client), client.hints()
@@ -75,8 +77,9 @@ def test_the_heads_of_a_queue_are_in_dram_before_they_are_looked_up(small: Daemo
         hints.set_queue(queue)
         for number in range(8):  # The engine takes one request after another.
             name = f"request-{number}"
+            session = sessions[number][0]
             until(lambda name=name: hints.readiness(name).state is ReadyState.IN_DRAM)  # type: ignore[misc]
-            assert in_dram(client, sessions[number][0])
+            until(lambda session=session: in_dram(client, session))  # type: ignore[misc]
             verify(client, LARGE, sessions[number][1])
             queue.pop(0)
             hints.set_queue(queue)
@@ -87,7 +90,8 @@ def test_the_heads_of_a_queue_are_in_dram_before_they_are_looked_up(small: Daemo
         assert [state for state in order if state in last] == sorted(set(last), key=order.index)
         assert hints.readiness("request-0").state is ReadyState.UNKNOWN, "it left the queue"
         counters = client.admin.status().counters
-        assert counters["hint_promoted_blocks"] >= 8 * BLOCKS
+        assert counters["promoted_blocks"] >= 8 * BLOCKS
+        assert counters["hint_promoted_blocks"] > 0, "a policy may have read some of them ahead"
         assert counters["hints_unknown"] == counters["hints_invalid"] == counters["hints_over_limit"] == 0
 
 

@@ -1,7 +1,7 @@
 """What the daemon does because of hints: the paper's look-ahead window, in its simplest form.
 
-Blocks that the requests at the heads of the queues will read are promoted in the order of these requests, and
-ranked as the newest, so that they are not evicted before they are used.
+Blocks that the requests at the heads of the queues will read are promoted in the order of these requests. With any
+policy the evictor takes other blocks before them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from kvservice.store.tasks import Tasks
 _RATE_AT_START = float(1 << 30)  # Bytes per second, until a promotion was measured.
 _RATE_WEIGHT = 0.3  # Of the newest measurement.
 _BURST_S = 1.0  # By how much the allowed rate may be exceeded, in bytes of so much time.
+_NOTHING = np.empty(0, np.int64)
 _PAUSE_S = 1.0  # After a promotion that DRAM had no space for.
 
 
@@ -57,7 +58,7 @@ class HintPlacement(Protocol):
 
 
 class WindowPromotion:
-    """A HintPlacement over the promoter and a policy by recency."""
+    """A HintPlacement over the promoter and any policy."""
 
     def __init__(
         self,
@@ -78,6 +79,7 @@ class WindowPromotion:
         self._counters = counters
         self._tasks = tasks
         self._bytes_per_s_max = bytes_per_s_max
+        self._awaited: Rows = _NOTHING
         self._plan: deque[tuple[Rows, NDArray[np.uint32], float]] = deque()  # Rows, their generations, when due.
         self._ahead_bytes: dict[int, int] = {}  # Row -> bytes of the plan up to its end.
         self._rate = min(_RATE_AT_START, float(bytes_per_s_max))
@@ -90,9 +92,13 @@ class WindowPromotion:
         blocks = self._blocks
         self._plan.clear()
         self._ahead_bytes.clear()
+        blocks.awaited[self._awaited] = False
+        self._awaited = np.concatenate([_NOTHING, *(each.rows for each in wanted)])
+        self._awaited = self._awaited[blocks.live[self._awaited]]
+        blocks.awaited[self._awaited] = True
+        blocks.rank_newest(self._awaited)  # The evictor drops them from its present list of victims.
         if not wanted:
             return
-        blocks.rank_newest(_unique(np.concatenate([each.rows for each in wanted])))
         self._was_paused = self._clock.monotonic_s() < self._resumes_at_s
         if self._promoter is None or not self._bytes_per_s_max or self._was_paused:
             return
@@ -168,9 +174,3 @@ class WindowPromotion:
         self._resumes_at_s, self._was_paused = until_s, True
         self._plan.clear()
         self._ahead_bytes.clear()
-
-
-def _unique(rows: Rows) -> Rows:
-    """Each row once, at its first place."""
-    _, first = np.unique(rows, return_index=True)
-    return rows[np.sort(first)]

@@ -213,6 +213,9 @@ class Evictor:
                 rows = np.flatnonzero(free)
         if not len(rows):
             return False
+        awaited = blocks.awaited[rows]
+        if not awaited.all():
+            rows = rows[~awaited]
         self._ranked_at_s[tier] = now_s = self._clock.monotonic_s()
         args = self._policy.scores(blocks, tier, now_s), rows
         in_thread = len(rows) > _RANK_IN_THREAD_ROWS

@@ -202,7 +202,9 @@ class Promoter:
     def _should_promote(self, row: int) -> bool:
         blocks = self._blocks
         below = blocks.fastest(row) not in (None, blocks.first_tier)
-        return below and bool(blocks.live[row]) and self._policy.wants_in_dram(blocks, row, self._clock.monotonic_s())
+        if not below or not blocks.live[row]:
+            return False
+        return bool(blocks.awaited[row]) or self._policy.wants_in_dram(blocks, row, self._clock.monotonic_s())
 
     async def _reserve(self, row: int) -> PendingPromotion:
         geometry = self._lifecycle.geometry(row)

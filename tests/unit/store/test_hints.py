@@ -6,11 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from kvservice.blocks import TierName
+from kvservice.blocks import Rows, TierName
+from kvservice.policy import LruPolicy
+from kvservice.policy.base import Recency
 from kvservice.store.caller import Tenant
 from kvservice.store.hints.exchange import HintExchange, HintLimits
 from kvservice.store.hints.queue_mirror import HintSubject, QueueEntry, QueueLimits, QueueMirror
@@ -386,3 +390,60 @@ async def test_the_readiness_of_a_long_queue_is_evaluated_in_parts_and_completel
             changed = await stream.changed(1000)
             assert changed is not None
             found |= {each.request_id: each.nearness for each in changed}
+
+
+class NewestLeave(LruPolicy):
+    """A policy that is against the hints: it reads nothing to DRAM, and evicts the newest blocks first."""
+
+    def scores(self, items: Recency, tier: TierName, now_s: float) -> Callable[[Rows], NDArray[np.float64]]:
+        scores = super().scores(items, tier, now_s)
+        return lambda rows: -scores(rows)
+
+    def wants_in_dram(self, items: Recency, row: int, now_s: float) -> bool:
+        return False
+
+
+async def test_with_any_policy_the_window_is_promoted_and_other_blocks_are_evicted_before_it(
+    open_store: Callable[..., Any],
+) -> None:
+    limits = HintLimits(QueueLimits(16, 256), 0.5, 1 << 40)
+    opened: OpenStore = await open_store(
+        dram_bytes=24 * BLOCK + 4 * KIB, limits=replace(PATIENT, hints=limits), policy=NewestLeave()
+    )
+    client = opened.store.attach(CALLER, "test")
+    chains = await stored_sessions(opened, client, 6)
+    await fill(opened, client, 20, seed=100)
+    with opened.store.hints(caller_of(client)) as stream:
+        seen = Seen(stream)
+        queue_sessions(stream, range(6))
+        for number in range(3):
+            await seen.until(f"request-{number}", Nearness.IN_DRAM)
+        for seed in range(101, 106):
+            await fill(opened, client, 10, seed=seed)
+        assert in_dram(opened, chains) == [0, 1, 2]
+    await exchange_of(opened).tick()
+    for seed in range(106, 110):
+        await fill(opened, client, 20, seed=seed)
+    assert in_dram(opened, chains) == [], "no request awaits them any more"
+
+
+async def test_readiness_goes_from_on_ssd_over_coming_to_in_dram(open_store: Callable[..., Any]) -> None:
+    calls = FaultyCalls()
+    limits = HintLimits(QueueLimits(16, 256), 0.5, 1 << 40)
+    opened: OpenStore = await open_store(
+        dram_bytes=24 * BLOCK + 4 * KIB, limits=replace(PATIENT, hints=limits), calls=calls
+    )
+    client = opened.store.attach(CALLER, "test")
+    await stored_sessions(opened, client, 4)
+    with opened.store.hints(caller_of(client)) as stream:
+        seen = Seen(stream)
+        with calls.held("preadv"):
+            queue_sessions(stream, range(4))
+            await seen.until("request-2", Nearness.COMING)
+            await seen.until("request-3", Nearness.ON_SSD)
+        await seen.until("request-2", Nearness.IN_DRAM)
+        stream.remove("request-0")
+        with calls.held("preadv"):
+            await seen.until("request-3", Nearness.COMING)
+        states = await seen.until("request-3", Nearness.IN_DRAM)
+    assert list(dict.fromkeys(states)) == [Nearness.ON_SSD, Nearness.COMING, Nearness.IN_DRAM]
