@@ -24,7 +24,7 @@ from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.store.caller import Caller
 from kvservice.store.hints.placement import ExpectedRead, HintPlacement
-from kvservice.store.hints.queue_mirror import HintSubject, QueueEntry, QueueLimits, QueueMirror
+from kvservice.store.hints.queue_mirror import HintSubject, HintTotals, QueueEntry, QueueLimits, QueueMirror
 from kvservice.store.leases import Client, Leases
 from kvservice.store.sessions.sessions import Sessions
 from kvservice.store.tasks import LoopBudget, Tasks
@@ -42,6 +42,7 @@ _OTHER_ENTRIES = 512  # Of all queues, per tick: readiness of entries behind the
 _KEYS_PER_TICK = 4096  # Of each queue: the window, and the entries behind it.
 _ENTRIES_A_TURN = 32  # They take half a millisecond of the event loop, and more if they have hundreds of blocks.
 _EXPECTED_MAX = 1024  # Typing persons and running tools, per client.
+_CLIENTS_WORTH = 16  # All hints together have at most so many entries and keys as the queues of so many clients.
 _NOT_NEEDED_MAX = 1024  # Subjects that wait to be evicted first, of all clients.
 _BATCH = 256
 _LEAD_S = 10.0  # An expected request counts as queued this long before it is due,
@@ -97,7 +98,7 @@ class HintStream:
         self._exchange = exchange
         self.caller = caller
         self.client = client
-        self.queue = QueueMirror(limits)
+        self.queue = QueueMirror(limits, exchange.totals)
         self.limits = limits
         self.expected: dict[HintSubject, float] = {}  # When the next request is due; the oldest hint first.
         self.cursor = ""  # The last request whose readiness was evaluated.
@@ -134,21 +135,28 @@ class HintStream:
         """The next request of this subject comes so soon; None if that is not known."""
         if not self._exchange.is_known(self.caller, subject):
             return
-        self.expected.pop(subject, None)
-        self.expected[subject] = self._exchange.now_s() + (_TYPING_S if within_s is None else within_s)
-        if len(self.expected) > _EXPECTED_MAX:
-            self.expected.pop(next(iter(self.expected)))
+        self.expect_no_more(subject)
+        if len(self.expected) == _EXPECTED_MAX:
+            self.expect_no_more(next(iter(self.expected)))
             self._exchange.counters.hints_over_limit += 1
+        if not self._exchange.totals.add(subject):
+            self._exchange.counters.hints_over_limit += 1
+            return
+        self.expected[subject] = self._exchange.now_s() + (_TYPING_S if within_s is None else within_s)
         self._exchange.note()
+
+    def expect_no_more(self, subject: HintSubject) -> None:
+        if self.expected.pop(subject, None) is not None:
+            self._exchange.totals.remove(subject)
 
     def turn_finished(self, subject: HintSubject) -> None:
         if self._exchange.is_known(self.caller, subject):
-            self.expected.pop(subject, None)
+            self.expect_no_more(subject)
 
     def not_needed(self, subject: HintSubject, *, write: bool) -> None:
         """No further request reads these blocks; without `write`, they need not be written to SSD."""
         if self._exchange.is_known(self.caller, subject):
-            self.expected.pop(subject, None)
+            self.expect_no_more(subject)
             self._exchange.queue_not_needed(self, subject, write=write)
 
     def note_invalid(self) -> None:
@@ -186,8 +194,11 @@ class HintStream:
         return [QueuedReadiness(name, ready.nearness, max(0.0, ready.ready_at_s - now_s)) for name, ready in known]
 
     def end(self) -> None:
-        """End the stream, as if the client had ended it."""
+        """End the stream, as if the client had ended it, and forget what it reported."""
         self.is_over = True
+        self.queue.clear()
+        for subject in list(self.expected):
+            self.expect_no_more(subject)
         self._wake.set()
 
     def _forget(self, request_id: str) -> None:
@@ -221,6 +232,8 @@ class HintExchange:
         self._tasks = tasks
         self.loop_budget = loop_budget
         self._settings = settings
+        queue = settings.queue
+        self.totals = HintTotals(QueueLimits(_CLIENTS_WORTH * queue.entries_max, _CLIENTS_WORTH * queue.keys_max))
         self._streams: dict[bytes, HintStream] = {}  # By client id.
         self._changes = 0  # Of queues and expectations.
         self._evaluated = (-1, -1, -1)  # The state of changes at the last tick.
@@ -285,7 +298,7 @@ class HintExchange:
         return known
 
     def queue_not_needed(self, stream: HintStream, subject: HintSubject, *, write: bool) -> None:
-        if len(self._not_needed) == _NOT_NEEDED_MAX:
+        if len(self._not_needed) == _NOT_NEEDED_MAX or not self.totals.add(subject):
             self.counters.hints_over_limit += 1
             return
         self._not_needed.append((stream, subject, write))
@@ -373,7 +386,7 @@ class HintExchange:
         for subject, due_s in list(stream.expected.items()):
             begins_s, ends_s = due_s - _LEAD_S, due_s + _LATE_S
             if now_s >= ends_s:
-                del stream.expected[subject]
+                stream.expect_no_more(subject)
                 continue
             self._next_s = min(self._next_s, begins_s if now_s < begins_s else ends_s)
             if now_s >= begins_s:
@@ -427,7 +440,10 @@ class HintExchange:
         try:
             while self._not_needed:
                 began_s = self.now_s()
-                await self._drop_batch([self._not_needed.popleft() for _ in range(min(_BATCH, len(self._not_needed)))])
+                batch = [self._not_needed.popleft() for _ in range(min(_BATCH, len(self._not_needed)))]
+                for _, subject, _ in batch:
+                    self.totals.remove(subject)
+                await self._drop_batch(batch)
                 await self._clock.sleep((_SHARE_OF_TIME - 1) * (self.now_s() - began_s))
         finally:
             self._is_dropping = False

@@ -17,7 +17,7 @@ from kvservice.policy import LruPolicy
 from kvservice.policy.base import Recency
 from kvservice.store.caller import Tenant
 from kvservice.store.hints.exchange import HintExchange, HintLimits
-from kvservice.store.hints.queue_mirror import HintSubject, QueueEntry, QueueLimits, QueueMirror
+from kvservice.store.hints.queue_mirror import HintSubject, HintTotals, QueueEntry, QueueLimits, QueueMirror
 from kvservice.store.leases import Client
 from kvservice.store.operations.explain import Arrival
 from kvservice.store.types import HintStream, Nearness, SessionAppend
@@ -35,13 +35,17 @@ def entry(name: str, keys: int = 1) -> QueueEntry:
     return QueueEntry(name, HintSubject(b"", "", bytes(32 * keys)), None, 0)
 
 
+def unlimited() -> HintTotals:
+    return HintTotals(QueueLimits(1000, 1000))
+
+
 def names(queue: QueueMirror) -> list[str]:
     return [each.request_id for each in queue]
 
 
 @given(st.lists(st.tuples(st.sampled_from(["put", "remove"]), st.integers(0, 9), st.integers(-1, 9)), max_size=60))
 def test_the_mirror_has_the_order_of_a_list_with_the_same_changes(changes: list[tuple[str, int, int]]) -> None:
-    queue, model = QueueMirror(QueueLimits(8, 8)), list[str]()
+    queue, model = QueueMirror(QueueLimits(8, 8), unlimited()), list[str]()
     for kind, which, before in changes:
         name, place = str(which), str(before)
         if name in model:
@@ -59,13 +63,29 @@ def test_the_mirror_has_the_order_of_a_list_with_the_same_changes(changes: list[
 
 
 def test_a_queue_has_no_more_keys_than_its_limit() -> None:
-    queue = QueueMirror(QueueLimits(8, 10))
+    queue = QueueMirror(QueueLimits(8, 10), unlimited())
 
     assert queue.put(entry("a", 6))
     assert not queue.put(entry("b", 5))
     assert queue.put(entry("a", 10)), "it replaces its own keys"
     queue.remove("a")
     assert queue.put(entry("b", 5))
+
+
+def test_queues_together_have_no_more_than_the_totals() -> None:
+    totals = HintTotals(QueueLimits(3, 10))
+    one, two = QueueMirror(QueueLimits(8, 8), totals), QueueMirror(QueueLimits(8, 8), totals)
+
+    assert one.put(entry("a", 6))
+    assert not two.put(entry("b", 5))
+    assert two.key_count == 0
+    assert two.put(entry("b", 2))
+    assert two.put(entry("c", 0))
+    assert not two.put(entry("d", 0))
+    one.clear()
+    assert two.put(entry("d", 6))
+    two.clear()
+    assert (totals.entries, totals.keys) == (0, 0)
 
 
 @pytest.fixture
@@ -358,7 +378,14 @@ async def test_a_block_that_is_not_to_be_kept_is_not_written_to_ssd_until_it_is_
     assert sum(written[:-1]) <= opened.store.limits.writes_in_flight, "those that were being written"
 
 
-async def test_hints_that_repeat_are_bounded(opened: OpenStore, client: Client, stream: HintStream) -> None:
+async def test_hints_that_repeat_are_bounded(open_store: Callable[..., Any]) -> None:
+    opened: OpenStore = await open_store(dram_bytes=24 * BLOCK + 4 * KIB, limits=PATIENT)
+    client = opened.store.attach(CALLER, "test")
+    with opened.store.hints(caller_of(client)) as stream:
+        await repeat_hints(opened, client, stream)
+
+
+async def repeat_hints(opened: OpenStore, client: Client, stream: HintStream) -> None:
     chains = await stored_sessions(opened, client, 1)
     await opened.store.prefetch(CALLER, chains[0].keys, within_s=0, wait=True)
     for number in range(3000):
@@ -368,6 +395,9 @@ async def test_hints_that_repeat_are_bounded(opened: OpenStore, client: Client, 
     assert len(stream.expected) == 1024
     assert opened.counters.hints_over_limit == 2 * (3000 - 1024)
     assert all(len(queue) <= BLOCKS for queue in opened.evictor._victims.values())
+    assert exchange_of(opened).totals.entries == 1024
+    stream.end()
+    assert exchange_of(opened).totals.entries == exchange_of(opened).totals.keys == 0
 
 
 async def test_the_readiness_of_a_long_queue_is_evaluated_in_parts_and_completely(
