@@ -21,7 +21,9 @@ from vllm.config import (
     DeviceConfig,
     KVTransferConfig,
     ModelConfig,
+    ParallelConfig,
     SchedulerConfig,
+    SpeculativeConfig,
     VllmConfig,
     set_current_vllm_config,
 )
@@ -51,10 +53,22 @@ class Setup:
     step_tokens: int = 512  # At most so many in one step: a longer prompt is computed in chunks.
     failure_policy: str = "recompute"
     is_asynchronous: bool = False  # A step is scheduled before the tokens of the last one are known, as on a GPU.
+    drafted: int = 0  # Speculative decoding: so many tokens are drafted after each one, and verified in the next step.
 
     def vllm_config(self) -> VllmConfig:
+        model_config = _model_config(self.model)
         config = VllmConfig(
-            model_config=_model_config(self.model),
+            model_config=model_config,
+            speculative_config=SpeculativeConfig(
+                method="ngram",
+                num_speculative_tokens=self.drafted,
+                prompt_lookup_max=2,
+                prompt_lookup_min=1,
+                target_model_config=model_config,
+                target_parallel_config=ParallelConfig(),
+            )
+            if self.drafted
+            else None,
             scheduler_config=SchedulerConfig(
                 max_num_seqs=16,
                 max_num_batched_tokens=self.step_tokens,

@@ -12,11 +12,12 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash, resolve_kv_cache_block_sizes
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.outputs import KVConnectorOutput
+from vllm.v1.outputs import DraftTokenIds, KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from tests.daemon import until
+from tests.vllm.contract.numbers import VOCABULARY
 from tests.vllm.contract.setup import Setup, attention_layers, kv_cache_config
 from tests.vllm.contract.worker import Runner, Worker
 
@@ -111,7 +112,19 @@ class Steps:
                 if each.prefill_stats is not None:
                     self.hits[each.request_id] = each.prefill_stats.num_external_cached_tokens
                     self.own_hits[each.request_id] = each.prefill_stats.num_local_cached_tokens
+        if self.setup.drafted:
+            ids = [each for each in scheduled.num_scheduled_tokens if not self.requests[each].is_finished()]
+            self.scheduler.update_draft_token_ids(
+                DraftTokenIds(ids, [self._draft(self.requests[each]) for each in ids])
+            )
         return reported
+
+    def _draft(self, request: Request) -> list[int]:
+        """The next tokens as a draft model would guess them: from right at first to all wrong, in turns."""
+        known = len(request.output_token_ids)
+        right = self.setup.model.generate(request.prompt_token_ids or (), known + self.setup.drafted)[known:]
+        right_count = known % (self.setup.drafted + 1)
+        return [*right[:right_count], *((token + 1) % VOCABULARY for token in right[right_count:])]
 
     def run(self, *request_ids: str) -> None:
         """Take steps until these requests have ended; all that are known if none is named."""

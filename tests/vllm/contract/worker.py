@@ -42,13 +42,14 @@ class _Row:
     prompt_count: int
     page_ids: list[list[int]]  # Per KV cache group.
     computed: int
+    drafted: list[int] = field(default_factory=list)  # After `tokens`, to be verified in this step.
     _states: list[int] = field(default_factory=list)
 
     def states(self) -> npt.NDArray[np.int64]:
         """`states_of` the tokens. Those that are computed do not change."""
         del self._states[self.computed :]
         last = self._states[-1] if self._states else 0
-        self._states += states_of(self.tokens[len(self._states) :], last).tolist()
+        self._states += states_of([*self.tokens, *self.drafted][len(self._states) :], last).tolist()
         return np.array(self._states, np.int64)
 
 
@@ -108,11 +109,14 @@ class Worker:
         if not step.total_num_scheduled_tokens:
             output = KVConnectorModelRunnerMixin.kv_connector_no_forward(step, self._config)
             return output, output.kv_connector_output
+        drafts = self._config.speculative_config is not None
         with (
             self._forward_context(step),
-            KVConnectorModelRunnerMixin.maybe_get_kv_connector_output(step) as kv_output,
+            KVConnectorModelRunnerMixin.maybe_get_kv_connector_output(step, defer_finalize=drafts) as kv_output,
         ):
             tokens = self._forward()
+        if drafts:  # After the draft model's forward.
+            KVConnectorModelRunnerMixin.finalize_kv_connector()
         return self._sampled(tokens), kv_output
 
     def _execute_v2(self, step: Any) -> tuple[ModelRunnerOutput, KVConnectorOutput | None]:
@@ -159,6 +163,8 @@ class Worker:
                 row.page_ids = [[] for _ in row.page_ids]
             for ids, more in zip(row.page_ids, new_pages or (), strict=False):
                 ids += more
+        for request_id, tokens in step.scheduled_spec_decode_tokens.items():
+            self._rows[request_id].drafted = list(tokens)
         self._forward_of_step = [
             (request_id, range(self._rows[request_id].computed, self._rows[request_id].computed + count))
             for request_id, count in step.num_scheduled_tokens.items()
@@ -172,13 +178,18 @@ class Worker:
         sampled: list[list[int]] = []
         for request_id, positions in self._forward_of_step:
             row = self._rows[request_id]
-            if positions.stop < len(row.tokens):
+            drafted, row.drafted = row.drafted, []
+            if positions.stop < len(row.tokens) + len(drafted):
                 sampled.append([])
                 continue
-            first = self._model.seen(len(row.tokens) - 1, list(self.layers).index(name))
-            keys, _ = self._read(name, row, first, len(row.tokens))
-            row.tokens.append(self._model.next_token([keys]))
-            sampled.append(row.tokens[-1:])
+            begin = len(row.tokens)
+            for draft in [*drafted, None]:  # The KV of drafts that are not accepted stays in the pages.
+                first = self._model.seen(len(row.tokens) - 1, list(self.layers).index(name))
+                keys, _ = self._read(name, row, first, len(row.tokens))
+                row.tokens.append(self._model.next_token([keys]))
+                if row.tokens[-1] != draft:
+                    break
+            sampled.append(row.tokens[begin:])
         return sampled
 
     def _update_pages(self, name: str) -> None:
