@@ -291,3 +291,13 @@ def test_the_thread_of_the_hints_ends_with_its_client(daemon: DaemonProcess) -> 
         until(lambda: client.hints().readiness("one").state is ReadyState.ABSENT)
         assert threads() == 1
     until(lambda: not threads())
+
+
+def test_kvctl_status_shows_the_queues(
+    daemon: DaemonProcess, kvctl_here: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    with daemon.client() as client:
+        client.hints().put(QueuedRequest("one", new_chain(LARGE)))
+        until(lambda: client.hints().readiness("one").state is ReadyState.ABSENT)
+        until(lambda: "1 queued requests of 1 clients that send hints" in kvctl_here("status").stdout)
+        assert "hints_received" in kvctl_here("status").stdout
