@@ -22,6 +22,7 @@ from kvservice.store.tasks import Tasks
 
 _RATE_AT_START = float(1 << 30)  # Bytes per second, until a promotion was measured.
 _RATE_WEIGHT = 0.3  # Of the newest measurement.
+_AFTER_LOADS_S = 0.1  # Reads of loads that begin within this time are done before, also if a request is overdue.
 _BURST_S = 1.0  # By how much the allowed rate may be exceeded, in bytes of so much time.
 _NOTHING = np.empty(0, np.int64)
 _PAUSE_S = 1.0  # After a promotion that DRAM had no space for.
@@ -154,7 +155,7 @@ class WindowPromotion:
         """Whether all of them are in DRAM now. If not, and if the rate is exceeded, the plan ends with a pause."""
         blocks, began_s = self._blocks, self._clock.monotonic_s()
         sizes = blocks.size_bytes[rows].copy()
-        await promoter.promote(rows.tolist(), within_s=max(0.0, due_s - began_s), wait=True)
+        await promoter.promote(rows.tolist(), within_s=max(_AFTER_LOADS_S, due_s - began_s), wait=True)
         arrived = blocks.lie_in(rows, blocks.first_tier)
         blocks.hinted[rows[arrived]] = True
         promoted_bytes, now_s = int(sizes[arrived].sum()), self._clock.monotonic_s()

@@ -477,3 +477,24 @@ async def test_readiness_goes_from_on_ssd_over_coming_to_in_dram(open_store: Cal
             await seen.until("request-3", Nearness.COMING)
         states = await seen.until("request-3", Nearness.IN_DRAM)
     assert list(dict.fromkeys(states)) == [Nearness.ON_SSD, Nearness.COMING, Nearness.IN_DRAM]
+
+
+async def test_the_reads_of_an_overdue_request_are_due_after_those_of_loads(
+    opened: OpenStore, client: Client, stream: HintStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await stored_sessions(opened, client, 2)
+    promoter, due = opened.promoter, list[float]()
+    assert promoter is not None
+    promote = promoter.promote
+
+    async def noted(rows: Sequence[int], *, within_s: float, wait: bool) -> None:
+        due.append(within_s)
+        await promote(rows, within_s=within_s, wait=wait)
+
+    monkeypatch.setattr(promoter, "promote", noted)
+    stream.put("late", session("chat-0"), 0.0, 0, "")
+    stream.put("early", session("chat-1"), 30.0, 0, "")
+    seen = Seen(stream)
+    await seen.until("late", Nearness.IN_DRAM)
+    await seen.until("early", Nearness.IN_DRAM)
+    assert due == [pytest.approx(0.1), pytest.approx(30.0)]
