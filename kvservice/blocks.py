@@ -23,6 +23,7 @@ OBJECT_KEY_BYTES = KEY_BYTES + 8
 Rows = NDArray[np.int64]
 NO_ROW = -1
 _NOWHERE = -1
+_NO_USER, _USERS_UNKNOWN = 2**32 - 1, 0  # Values of the column `used_by`.
 
 
 class TierName(str):
@@ -81,6 +82,7 @@ _COLUMNS: dict[str, str] = {
     "used_at_ms": "u8",
     "access_seq": "i8",
     "hits": "u4",
+    "used_by": "u4",  # The only client, by number, that stored or looked it up; 0 if others did, or if it is not known.
     "pinned_until_ms": "u8",  # Wall clock, ms; 0 if the block is not pinned.
     "leases": "i4",  # Number of leases that hold the row.
     "holds": "i4",  # Number of running I/O operations that hold the row.
@@ -88,6 +90,8 @@ _COLUMNS: dict[str, str] = {
     "generation": "u4",  # Incremented when the row is freed, so that a stale row number is detected.
     "used_since_flush": "?",
     "verified": "?",  # This daemon verified the checksums of the copy in the first tier.
+    "hinted": "?",  # The copy in the first tier was promoted because of a hint.
+    "awaited": "?",  # A queued request will read it, as hints say: other blocks are evicted before it.
     "live": "?",  # Linked: lookups find it.
 }
 
@@ -128,6 +132,7 @@ class BlockTable:
     used_at_ms: NDArray[np.uint64]
     access_seq: NDArray[np.int64]
     hits: NDArray[np.uint32]
+    used_by: NDArray[np.uint32]
     pinned_until_ms: NDArray[np.uint64]
     leases: NDArray[np.int32]
     holds: NDArray[np.int32]
@@ -135,6 +140,8 @@ class BlockTable:
     generation: NDArray[np.uint32]
     used_since_flush: NDArray[np.bool_]
     verified: NDArray[np.bool_]
+    hinted: NDArray[np.bool_]
+    awaited: NDArray[np.bool_]
     live: NDArray[np.bool_]
     segment: NDArray[np.uint16]
     offset: NDArray[np.int64]
@@ -163,6 +170,7 @@ class BlockTable:
         self.live_count = 0
         self.live_of_layout: Counter[int] = Counter()  # Layout id -> live rows.
         self.next_access_seq = 1
+        self.changes = 0  # How often a row's visibility or residency changed.
         self.listeners: list[Callable[[int], None]] = []  # Called with each changed row, by `_tell`.
         for name, dtype in _COLUMNS.items():
             setattr(self, name, np.zeros(row_capacity, dtype))
@@ -247,6 +255,7 @@ class BlockTable:
         self.segment[position, row], self.offset[position, row], self.extent_size[position, row] = place
         if position == 0:
             self.verified[row] = False  # The caller sets it after it verified the copy.
+            self.hinted[row] = False
         self._tell(row)
 
     def set_extents(
@@ -362,6 +371,7 @@ class BlockTable:
         self.size_bytes[row] = size_bytes
         self.trailer_checksum[row] = trailer_checksum
         self.stored_at_ms[row] = self.used_at_ms[row] = now_ms
+        self.used_by[row] = _NO_USER
         self._set_shard(row, shard)
         return row
 
@@ -399,7 +409,7 @@ class BlockTable:
         assert (self.offset[:, row] == _NOWHERE).all()
         self.access_seq[row] = self.hits[row] = self.pinned_until_ms[row] = 0
         self.arrived_ms[:, row] = 0
-        self.used_since_flush[row] = self.verified[row] = False
+        self.used_since_flush[row] = self.verified[row] = self.hinted[row] = self.awaited[row] = False
         self.unwanted[:, row] = False
         self.generation[row] += 1
         self._free.append(row)
@@ -414,6 +424,27 @@ class BlockTable:
         self.used_at_ms[rows] = now_ms
         self.used_since_flush[rows] = True
         self.unwanted[:, rows] = False
+
+    def note_user(self, rows: Rows, client: int) -> None:
+        """Note that the client with this number, 1 or more, stores or reads the rows."""
+        used_by = self.used_by[rows]
+        self.used_by[rows] = np.where((used_by == _NO_USER) | (used_by == client), client, _USERS_UNKNOWN)
+
+    def used_only_by(self, rows: Rows, client: int) -> NDArray[np.bool_]:
+        """Which of these rows no other client than this one has stored or read, as far as is known."""
+        used_by = self.used_by[rows]
+        mask: NDArray[np.bool_] = (used_by == _NO_USER) | (used_by == client)
+        return mask
+
+    def rank_newest(self, rows: Rows) -> None:
+        """Rank the rows as used now, the first as the last used one. It is no use: their times of use stay."""
+        count = len(rows)
+        self.access_seq[rows] = np.arange(self.next_access_seq + count - 1, self.next_access_seq - 1, -1)
+        self.next_access_seq += count
+
+    def rank_oldest(self, rows: Rows) -> None:
+        """Rank the rows as used before all others, until they are used again."""
+        self.access_seq[rows] = 0
 
     def ancestors(self, row: int, limit: int = 1024) -> list[int]:
         """Rows of the stored blocks that this one continues, from its parent on; at most `limit`.
@@ -487,6 +518,7 @@ class BlockTable:
 
     def _tell(self, row: int) -> None:
         """Lookups find the row from now on, or no longer, or find another residency."""
+        self.changes += 1
         for listener in self.listeners:
             listener(row)
 

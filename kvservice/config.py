@@ -336,6 +336,39 @@ class SessionSettings(_Section):
     )
 
 
+class HintSettings(_Section):
+    """Hints of engines: their queues, and what the daemon does because of them."""
+
+    queued_requests_max: int = _setting(
+        8192,
+        "Requests in the queue of one client. Further ones are ignored and counted.",
+        unit="requests",
+        ge=1,
+        le=1_000_000,
+    )
+    queued_keys_max: int = _setting(
+        262_144,
+        "Block keys in the queue of one client, of 32 bytes each. A request that would exceed them is ignored and "
+        "counted.",
+        unit="keys",
+        ge=1,
+        le=16_777_216,
+    )
+    dram_share: float = _setting(
+        0.5,
+        "Share of DRAM that blocks may take because of hints. Clients with a queue have equal parts of it. 0: hints "
+        "promote nothing.",
+        unit="share",
+        ge=0,
+        le=0.9,
+    )
+    bytes_per_second: Size = _setting(
+        ByteSize(2 * GIB),
+        "How much is promoted because of hints, of all clients together. 0 means nothing.",
+        unit="bytes per second",
+    )
+
+
 class ScrubSettings(_Section):
     """The scrub reads all blocks again to find damage."""
 
@@ -368,6 +401,7 @@ class Settings(BaseSettings):
     pins: PinSettings = PinSettings()
     history: HistorySettings = HistorySettings()
     session: SessionSettings = SessionSettings()
+    hints: HintSettings = HintSettings()
     scrub: ScrubSettings = ScrubSettings()
     log: LogSettings = LogSettings()
 

@@ -42,6 +42,13 @@ class Counters:
     sessions_begun: int = 0
     sessions_expired: int = 0
     session_changes_refused: int = 0
+    hints_received: int = 0
+    hints_unknown: int = 0
+    hints_invalid: int = 0
+    hints_over_limit: int = 0
+    hint_promoted_blocks: int = 0
+    hint_promoted_bytes: int = 0
+    hint_readiness_sent: int = 0
 
     def as_dict(self) -> dict[str, int]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -78,5 +85,12 @@ HELP: dict[str, str] = {
     "sessions_begun": "Sessions created or forked.",
     "sessions_expired": "Sessions deleted because no client used them.",
     "session_changes_refused": "Changes of sessions refused because they started from another revision.",
+    "hints_received": "Queued requests and other hints that clients sent.",
+    "hints_unknown": "Hints about a session that does not exist for the client that sent them.",
+    "hints_invalid": "Hints that were ignored because a field of them is not valid.",
+    "hints_over_limit": "Hints that were ignored because a limit of the hints settings was reached.",
+    "hint_promoted_blocks": "Blocks copied from a slower tier to DRAM because of hints.",
+    "hint_promoted_bytes": "Bytes copied from a slower tier to DRAM because of hints.",
+    "hint_readiness_sent": "Changes of a queued request's readiness that were sent to clients.",
 }
 assert set(HELP) == {field.name for field in fields(Counters)}

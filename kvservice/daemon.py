@@ -40,10 +40,13 @@ from kvservice.policy import PLACEMENTS
 from kvservice.rpc.addresses import SocketLock
 from kvservice.rpc.admin import AdminService
 from kvservice.rpc.blocks import BlockService
+from kvservice.rpc.hints import HintService
 from kvservice.rpc.server import Server, UnixSocket
 from kvservice.rpc.sessions import SessionService
 from kvservice.rpc.tls import Certificates
 from kvservice.store.directory import ResidencyDirectory
+from kvservice.store.hints.exchange import HintLimits
+from kvservice.store.hints.queue_mirror import QueueLimits
 from kvservice.store.miss_reasons import MissReasons
 from kvservice.store.mover.evictor import Watermarks
 from kvservice.store.recovery import recover
@@ -96,6 +99,7 @@ class Daemon:
         self._server = Server(
             BlockService(self.store, version=__version__, residency_directory=lambda: self.directory.path),
             SessionService(self.store),
+            HintService(self.store),
             AdminService(self.store, version=__version__, counters=self._counters),
             [server.address],
             frame_bytes=int(server.frame_bytes),
@@ -406,6 +410,11 @@ def _limits(settings: Settings) -> StoreLimits:
             sessions_max=settings.session.sessions_max,
             slices_max=settings.session.slices_max,
             flush_s=settings.index.recency_flush_s,
+        ),
+        hints=HintLimits(
+            QueueLimits(settings.hints.queued_requests_max, settings.hints.queued_keys_max),
+            dram_share=settings.hints.dram_share,
+            bytes_per_s_max=int(settings.hints.bytes_per_second),
         ),
         writes_in_place=settings.dram.share == "writable",
         keys_max=settings.server.keys_max,

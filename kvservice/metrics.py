@@ -154,6 +154,10 @@ class StoreCollector(Collector):
         yield GaugeMetricFamily(_PREFIX + "blocks", "Stored objects.", value=facts.blocks)
         yield GaugeMetricFamily(_PREFIX + "clients", "Attached clients.", value=facts.clients)
         yield GaugeMetricFamily(_PREFIX + "leases", "Leases that run.", value=facts.leases)
+        yield GaugeMetricFamily(_PREFIX + "hint_streams", "Clients that send hints.", value=facts.hint_streams)
+        yield GaugeMetricFamily(
+            _PREFIX + "queued_requests", "Requests in the queues that clients sent.", value=facts.queued_requests
+        )
         yield GaugeMetricFamily(_PREFIX + "uploads", "Blocks being uploaded.", value=facts.uploads)
 
 

@@ -1,4 +1,4 @@
-"""``python -m tests.older_daemon serve ...``: the real daemon, but it says that it keeps no key generations."""
+"""``python -m tests.older_daemon serve ...``: the real daemon, but it says that it has no key generations and hints."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ async def without_generations(
 ) -> pb.GetCapabilitiesResponse:
     answer = await get_capabilities(service, request, context)
     answer.ClearField("keeps_generations")
+    answer.ClearField("takes_hints")
     return answer
 
 

@@ -22,6 +22,7 @@ from kvservice_api.layout import LayerGroup, Layout, Rotary, Shard
 from kvservice_client.admin import Admin, Tier
 from kvservice_client.block_cache import BlockCache
 from kvservice_client.client import DEFAULT_ADDRESS, Client, EvictResult, PrefetchResult
+from kvservice_client.hints import EngineHints, QueuedRequest, Readiness, ReadyState
 from kvservice_client.lease import Lease, LoadedLayer, ResidencyRun
 from kvservice_client.local_directory import LocalHit
 from kvservice_client.pending_lookup import FoundPrefix, PendingLookup
@@ -43,6 +44,7 @@ __all__ = [
     "Client",
     "Clock",
     "Durability",
+    "EngineHints",
     "EvictResult",
     "FoundPrefix",
     "KVError",
@@ -54,6 +56,9 @@ __all__ = [
     "Outcome",
     "PendingLookup",
     "PrefetchResult",
+    "QueuedRequest",
+    "Readiness",
+    "ReadyState",
     "RequestReport",
     "Reservation",
     "ResidencyRun",

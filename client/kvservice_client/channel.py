@@ -22,6 +22,7 @@ from kvservice_client.tls import TlsFiles, TlsWatch
 BLOCKS = "/kvservice_api.v1.BlockService/"
 ADMIN = "/kvservice_api.v1.AdminService/"
 SESSIONS = "/kvservice_api.v1.SessionService/"
+HINTS = "/kvservice_api.v1.HintService/"
 
 if TYPE_CHECKING:
     import grpc  # For type checks; at run time `own_grpc()` is used.

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from types import TracebackType
 from typing import Literal, NamedTuple, Self
 
-from kvservice_api.errors import InvalidRequest
+from kvservice_api.errors import DaemonTooOld, InvalidRequest
 from kvservice_api.layout import Layout, Shard
 from kvservice_api.session_ids import checked_session_id
 from kvservice_api.v1 import blocks_pb2 as pb
+from kvservice_api.v1 import types_pb2
 from kvservice_client import arguments
 from kvservice_client.admin import Admin, Tier
 from kvservice_client.block_cache import BlockCache
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection
+from kvservice_client.hints import EngineHints
 from kvservice_client.reports import RequestReport
 from kvservice_client.retry import SYSTEM_CLOCK, Clock, Deadline
 from kvservice_client.session import Session
@@ -23,9 +27,13 @@ from kvservice_client.transports.ordered import OrderedTransports, Stats
 
 DEFAULT_ADDRESS = "127.0.0.1:7070"
 
+_SESSIONS_MAX = 64  # Of one request.
+
 
 class PrefetchResult(NamedTuple):
-    """Counts of blocks. `failed` is known only if the client waited."""
+    """Counts of blocks; a session that does not exist counts as one missing block. `failed` is known only if the client
+    waited.
+    """
 
     missing: int
     in_dram: int
@@ -34,7 +42,7 @@ class PrefetchResult(NamedTuple):
 
 
 class EvictResult(NamedTuple):
-    """Counts of copies (`evicted`, `held`) and of keys (`missing`)."""
+    """Counts of copies (`evicted`, `held`) and of keys (`missing`); a session that does not exist counts as one key."""
 
     evicted: int
     held: int
@@ -78,6 +86,8 @@ class Client:
         arguments.rate(throttle_bytes_per_s, "throttle_bytes_per_s")
         self._connection = Connection(address, name, timeout_s, reconnect_wait_s, tls, clock)
         self._transports = OrderedTransports(self._connection, transport, throttle_bytes_per_s)
+        self._hints = EngineHints(self._connection.channel, self._connection.attach_stream, clock)
+        weakref.finalize(self._connection, self._hints.close)
         self.admin = Admin(self._connection)
 
     @property
@@ -91,6 +101,7 @@ class Client:
 
     def close(self) -> None:
         """End all leases and the connection. Objects that this client returned cannot be used after this."""
+        self._hints.close()
         self._connection.close()
         self._transports.close()
 
@@ -130,6 +141,13 @@ class Client:
         """
         return Session(self._connection, self.open_layout(layout, shard), checked_session_id(session_id))
 
+    def hints(self) -> EngineHints:
+        """The hints of this client: its engine's queue, and what it knows of the next requests. One object per client.
+
+        Does not wait. The first hint opens a stream to the daemon, on a thread of its own.
+        """
+        return self._hints
+
     def report_request(self, report: RequestReport) -> None:
         """Report to the daemon, in the background, how a request went: `kvctl explain` shows it.
 
@@ -139,34 +157,74 @@ class Client:
         self._connection.reporter.report(arguments.instance(report, RequestReport, "report"))
 
     def prefetch(
-        self, keys: Iterable[bytes], *, wait: bool = False, deadline_s: float = 0.0, timeout_s: float | None = None
+        self,
+        keys: Iterable[bytes] = (),
+        *,
+        sessions: Iterable[Session] = (),
+        wait: bool = False,
+        deadline_s: float = 0.0,
+        timeout_s: float | None = None,
     ) -> PrefetchResult:
-        """Request the promotion of blocks to DRAM, those with the earliest `deadline_s` first."""
+        """Request the promotion of blocks and of whole sessions to DRAM, those with the earliest `deadline_s` first.
+
+        Does not count as a use of the sessions. Raises DaemonTooOld for sessions, if the daemon takes only keys.
+        """
         deadline = self._connection.deadline(timeout_s)
         deadline_ms = round(arguments.seconds(deadline_s, "deadline_s") * 1e3)
         total = PrefetchResult(0, 0, 0, 0)
-        for packed in self._packed(keys, deadline):
-            request = arguments.message(pb.PrefetchRequest, keys=packed, deadline_ms=deadline_ms, wait=wait)
+        for named in self._named(keys, sessions, deadline):
+            request = arguments.message(pb.PrefetchRequest, **named, deadline_ms=deadline_ms, wait=wait)
             answer = self._connection.ask(BLOCKS + "Prefetch", request, pb.PrefetchResponse, deadline)
             total = PrefetchResult(
-                total.missing + answer.missing,
+                total.missing + answer.missing + answer.missing_sessions,
                 total.in_dram + answer.in_dram,
                 total.promoted + answer.promoted,
                 total.failed + answer.failed,
             )
         return total
 
-    def evict(self, keys: Iterable[bytes], tier: Tier | str, timeout_s: float | None = None) -> EvictResult:
-        """Drop blocks from one tier. Those that are leased or busy stay."""
+    def evict(
+        self,
+        keys: Iterable[bytes] = (),
+        tier: Tier | str | None = None,
+        timeout_s: float | None = None,
+        *,
+        sessions: Iterable[Session] = (),
+    ) -> EvictResult:
+        """Drop blocks, and all blocks of sessions, from one tier. Those that are leased or busy stay.
+
+        Blocks that other sessions name too are dropped. Raises DaemonTooOld for sessions, if the daemon takes only
+        keys.
+        """
         deadline, fields = self._connection.deadline(timeout_s), arguments.tier_fields(tier)
         total = EvictResult(0, 0, 0)
-        for packed in self._packed(keys, deadline):
-            request = pb.EvictRequest(keys=packed, **fields)
+        for named in self._named(keys, sessions, deadline):
+            request = arguments.message(pb.EvictRequest, **named, **fields)
             answer = self._connection.ask(BLOCKS + "Evict", request, pb.EvictResponse, deadline)
             total = EvictResult(
-                total.evicted + answer.evicted, total.held + answer.held, total.missing + answer.missing
+                total.evicted + answer.evicted,
+                total.held + answer.held,
+                total.missing + answer.missing + answer.missing_sessions,
             )
         return total
+
+    def _named(
+        self, keys: Iterable[bytes], sessions: Iterable[Session], deadline: Deadline
+    ) -> Iterator[dict[str, object]]:
+        """The fields of requests that name the keys and the sessions, in requests that the daemon accepts."""
+        for packed in self._packed(keys, deadline):
+            yield {"keys": packed}
+        remaining = iter(sessions)
+        while some := [arguments.instance(each, Session, "sessions") for each in islice(remaining, _SESSIONS_MAX)]:
+            limits = self._connection.retried(lambda: self._connection.limits(deadline), deadline)
+            if not limits.takes_hints:
+                raise DaemonTooOld("this daemon takes keys here, and no sessions")
+            yield {
+                "sessions": [
+                    types_pb2.SessionName(session_id=each.session_id, layout_fingerprint=each.layout.fingerprint)
+                    for each in some
+                ]
+            }
 
     def _packed(self, keys: Iterable[bytes], deadline: Deadline) -> Iterator[bytes]:
         """The keys, in requests that the daemon accepts."""

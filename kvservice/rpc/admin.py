@@ -63,6 +63,8 @@ class AdminService:
             uploads=facts.uploads,
             counters=self._counters(),
             sessions=facts.sessions,
+            hint_streams=facts.hint_streams,
+            queued_requests=facts.queued_requests,
             set_aside_bytes=facts.set_aside_bytes,
             set_aside_extents=facts.set_aside_extents,
         )

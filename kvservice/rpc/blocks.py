@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from kvservice.rpc.calls import Callers, Context
 from kvservice.rpc.messages import residency_runs, tier_of
 from kvservice.rpc.reports import report_record
+from kvservice.store.caller import Caller
 from kvservice.store.store import BlockStore
 from kvservice.store.types import (
     SAVE_BLOCKS_MAX,
@@ -28,9 +29,12 @@ from kvservice_api.errors import InvalidRequest, KVError
 from kvservice_api.frames import HEAD_BYTES_MAX, Frame, decode_save, encode_frame
 from kvservice_api.keys import split_keys
 from kvservice_api.layout import Layout, Shard
+from kvservice_api.session_ids import checked_session_id
 from kvservice_api.status import to_status
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_api.v1 import types_pb2
+
+_SESSIONS_MAX = 64  # Of one request: they may name half a million blocks.
 
 _WithShard = (
     pb.LookupPrefixRequest | pb.SaveHeader | pb.LoadBlocksRequest | pb.LocateBlocksRequest | pb.AdoptLeaseRequest
@@ -70,6 +74,7 @@ class BlockService:
                 max_save_slices=SAVE_SLICES_MAX,
                 max_tails=TAILS_MAX,
                 keeps_generations=True,
+                takes_hints=True,
                 max_save_chains=SAVE_BLOCKS_MAX,
                 max_lease_ttl_ms=int(limits.lease_ttl_max_s * 1000),
                 transports=["grpc"] if arena.not_shared_because else ["shm", "grpc"],
@@ -219,19 +224,27 @@ class BlockService:
         return pb.ReleaseLeaseResponse()
 
     async def Prefetch(self, request: pb.PrefetchRequest, context: Context) -> pb.PrefetchResponse:
-        outcome = await self._store.prefetch(
-            self._callers.of(context),
-            split_keys(request.keys, field="keys", count_max=self._store.limits.keys_max),
-            within_s=request.deadline_ms / 1000,
-            wait=request.wait,
-        )
-        return pb.PrefetchResponse(**outcome._asdict())
+        caller = self._callers.of(context)
+        keys, missing_sessions = await self._keys(caller, request)
+        outcome = await self._store.prefetch(caller, keys, within_s=request.deadline_ms / 1000, wait=request.wait)
+        return pb.PrefetchResponse(**outcome._asdict(), missing_sessions=missing_sessions)
 
     async def Evict(self, request: pb.EvictRequest, context: Context) -> pb.EvictResponse:
-        keys = split_keys(request.keys, field="keys", count_max=self._store.limits.keys_max)
+        caller = self._callers.of(context)
+        keys, missing_sessions = await self._keys(caller, request)
         tier = tier_of(request.tier, request.tier_name, self._store.tier_names)
-        outcome = await self._store.evict(self._callers.of(context), keys, tier)
-        return pb.EvictResponse(**outcome._asdict())
+        outcome = await self._store.evict(caller, keys, tier)
+        return pb.EvictResponse(**outcome._asdict(), missing_sessions=missing_sessions)
+
+    async def _keys(self, caller: Caller, request: pb.PrefetchRequest | pb.EvictRequest) -> tuple[list[bytes], int]:
+        """The keys that a request names, with those of its sessions, and how many sessions do not exist."""
+        if (count := len(request.sessions)) > _SESSIONS_MAX:
+            raise InvalidRequest(f"{count} sessions are named; at most {_SESSIONS_MAX} are allowed", field="sessions")
+        names = [(each.layout_fingerprint, checked_session_id(each.session_id)) for each in request.sessions]
+        keys, missing = await self._store.keys_of_sessions(caller, names)
+        if request.keys or not names:
+            keys += split_keys(request.keys, field="keys", count_max=self._store.limits.keys_max)
+        return keys, missing
 
     async def ReportRequest(self, request: pb.ReportRequestRequest, context: Context) -> pb.ReportRequestResponse:
         caller, report = self._callers.of(context), request.report

@@ -21,11 +21,12 @@ from kvservice.rpc.addresses import AddressUnusable, why_unusable
 from kvservice.rpc.admin import AdminService
 from kvservice.rpc.blocks import BlockService
 from kvservice.rpc.calls import guarded
+from kvservice.rpc.hints import HintService
 from kvservice.rpc.sessions import SessionService
 from kvservice_api.address import UnixAddress
-from kvservice_api.v1 import admin_pb2, blocks_pb2, sessions_pb2
+from kvservice_api.v1 import admin_pb2, blocks_pb2, hints_pb2, sessions_pb2
 
-_RAW_REQUESTS = {"SaveBlocks"}
+_RAW_REQUESTS = {"SaveBlocks", "Exchange"}  # Exchange: a parse error inside grpc gives the client no reason.
 _RAW_RESPONSES = {"LoadBlocks"}
 _CONTROL_BYTES_MAX = 4 << 20  # Keys of a request, mostly.
 
@@ -56,6 +57,7 @@ class Server:
         self,
         blocks: BlockService,
         sessions: SessionService,
+        hints: HintService,
         admin: AdminService,
         addresses: Sequence[str],
         *,
@@ -67,6 +69,7 @@ class Server:
         services = {
             blocks_pb2.DESCRIPTOR.services_by_name["BlockService"]: blocks,
             sessions_pb2.DESCRIPTOR.services_by_name["SessionService"]: sessions,
+            hints_pb2.DESCRIPTOR.services_by_name["HintService"]: hints,
             admin_pb2.DESCRIPTOR.services_by_name["AdminService"]: admin,
         }
         for descriptor, servicer in services.items():

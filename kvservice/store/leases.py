@@ -35,6 +35,7 @@ class Client:
 
     client_id: bytes
     name: str
+    number: int  # 1 or more; no two clients of this daemon's run have the same.
     leases: set[int] = field(default_factory=set)
     leased_rows: int = 0  # A row counts once per lease and mention.
     on_detach: set[Callable[[], None]] = field(default_factory=set)  # Ends the client's other resources.
@@ -84,6 +85,7 @@ class Leases:
         self._per_client_max = per_client_max
         self._blocks_per_client_max = blocks_per_client_max
         self._clients: dict[bytes, Client] = {}
+        self._next_client_number = 0
         self._leases: dict[int, Lease] = {}
         self._ends_at_s: dict[int, float] = {}
         self._by_end: list[tuple[float, int]] = []  # Old entries of renewed leases stay until their time.
@@ -107,7 +109,8 @@ class Leases:
             raise InvalidRequest("client_name is longer than 200 characters", field="client_name")
         if len(self._clients) >= self._clients_max:
             raise Overloaded(f"{self._clients_max} clients are attached, the most that this daemon takes")
-        client = Client(secrets.token_bytes(16), name)
+        self._next_client_number += 1
+        client = Client(secrets.token_bytes(16), name, self._next_client_number)
         self._clients[client.client_id] = client
         return client
 

@@ -11,7 +11,7 @@ import logging
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence, Sized
 from concurrent.futures import Executor
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -28,6 +28,8 @@ from kvservice.policy import Placement, Policy
 from kvservice.policy.items import Conditions
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
+from kvservice.store.hints.exchange import HintExchange, HintLimits, HintStream
+from kvservice.store.hints.placement import WindowPromotion
 from kvservice.store.leases import Client, Lease, Leases
 from kvservice.store.miss_reasons import MissReasons, Reason
 from kvservice.store.mover.evictor import Evictor, Watermarks
@@ -108,6 +110,7 @@ class StoreLimits:
     pin_fraction_max: float = 0.5
     requests_remembered: int = 4096
     session: SessionLimits = field(default_factory=SessionLimits)
+    hints: HintLimits = field(default_factory=HintLimits)
     writes_in_place: bool = True
     keys_max: int = 16_384
     loads_max: int = 256
@@ -243,6 +246,26 @@ class BlockStore:
         self._explain = Explain(blocks, index, self._history, self._uploads.claims, clock)
         self._drain = Drain(blocks, self._uploads.claims, self._admission, self._write_behind, self._tasks, clock)
         self._sessions = Sessions(index, self._lifecycle, clock, counters, self._tasks, self._layout, limits.session)
+        self._hints = HintExchange(
+            blocks,
+            dram,
+            self._sessions,
+            self._leases,
+            WindowPromotion(
+                blocks,
+                self._promoter,
+                self._evictor,
+                clock,
+                counters,
+                self._tasks,
+                bytes_per_s_max=limits.hints.bytes_per_s_max,
+            ),
+            clock,
+            counters,
+            self._tasks,
+            self._loop_budget,
+            limits.hints,
+        )
         self.operators = Operators(
             blocks,
             index,
@@ -271,6 +294,7 @@ class BlockStore:
         self._tasks.start(self._expire_forever(), "lease expiry")
         self._tasks.start(self._flush_forever(), "recency flush")
         self._sessions.start()
+        self._hints.start()
 
     async def stop(self) -> None:
         """Finish short work, write recency, stop the rest. No upload or load may run any more."""
@@ -330,6 +354,8 @@ class BlockStore:
             leases=self._leases.count,
             uploads=self._uploads.claims.object_count,
             sessions=self._sessions.count,
+            hint_streams=self._hints.stream_count,
+            queued_requests=self._hints.queued_count,
             set_aside_bytes=sum(extent.size_bytes for extent in set_aside),
             set_aside_extents=len(set_aside),
             reported=dict(self._requests.reported),
@@ -454,6 +480,7 @@ class BlockStore:
             self._blocks.touch(found.held, self._clock.wall_ms())
             self._blocks.hits[found.held] += 1
             if client is not None:
+                self._blocks.note_user(found.held, client.number)
                 if self._items is not None:
                     self._items.looked_up(found.rows, self._clock.monotonic_s())
                 ttl_s = min(lease_ttl_s, self.limits.lease_ttl_max_s)
@@ -643,7 +670,22 @@ class BlockStore:
         """Note an engine's report of a request. Raises InvalidRequest."""
         self._requests.note_report(caller, request_id, report)
 
-    # Moving and dropping
+    # Hints, moving and dropping
+
+    def hints(self, caller: Caller) -> AbstractContextManager[HintStream]:
+        """A stream of the client's hints. Replaces the client's earlier one. Raises UnknownClient."""
+        return self._hints.open(caller)
+
+    async def keys_of_sessions(self, caller: Caller, names: Sequence[tuple[bytes, str]]) -> tuple[list[bytes], int]:
+        """All keys of these sessions, pairs of a fingerprint and an id, and how many sessions do not exist."""
+        keys: list[bytes] = []
+        missing = 0
+        for name in names:
+            await self._loop_budget.slot()
+            manifest = self._sessions.peek(caller, *name)
+            missing += manifest is None
+            keys += [] if manifest is None else manifest.slices["key"].tolist()
+        return keys, missing
 
     async def prefetch(self, caller: Caller, keys: Sequence[bytes], *, within_s: float, wait: bool) -> PrefetchOutcome:
         """Promote blocks to DRAM ahead of their load."""

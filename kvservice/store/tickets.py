@@ -94,7 +94,7 @@ class Tickets:
             raise InvalidRequest(f"adoptions is {adoptions}; it must be in 1..{ADOPTIONS_MAX}", field="adoptions")
         lease = self._leases.get(caller, lease_id)
         self._forget_expired()
-        holder = self._holders.setdefault(caller.client, Client(b"", "lease tickets"))
+        holder = self._holders.setdefault(caller.client, Client(b"", "lease tickets", 0))
         expires_at_ms = int((self._clock.monotonic_s() + ttl_s) * 1000)  # Rounded down: not after the hold's end.
         try:
             held = self._leases.grant(

@@ -11,6 +11,10 @@ from typing import NamedTuple
 
 from kvservice.blocks import TierName
 from kvservice.index.session_records import Manifest as Manifest
+from kvservice.store.hints.exchange import HintStream as HintStream
+from kvservice.store.hints.exchange import Nearness as Nearness
+from kvservice.store.hints.exchange import QueuedReadiness as QueuedReadiness
+from kvservice.store.hints.queue_mirror import HintSubject as HintSubject
 from kvservice.store.leases import Client as Client
 from kvservice.store.leases import Lease as Lease
 from kvservice.store.miss_reasons import MissEvent as MissEvent
@@ -128,6 +132,8 @@ class StoreFacts:
     leases: int
     uploads: int
     sessions: int
+    hint_streams: int
+    queued_requests: int  # In the queues that hints describe.
     set_aside_bytes: int
     set_aside_extents: int
     reported: dict[tuple[str, str], int]  # (plan, outcome) -> number of reported requests.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -424,6 +425,32 @@ def test_Evict_drops_copies_from_one_tier_only(wire: Wire) -> None:
     assert wire.lookup(SMALL, chain).hit_blocks == 2
     with refused(BlockNotFound, "nothing is stored under"):
         wire.admin.Inspect(admin_pb2.InspectRequest(key=chain.keys[2]))
+
+
+def test_Prefetch_and_Evict_take_sessions_beside_keys(wire: Wire) -> None:
+    chain, more = saved(wire), saved(wire)
+    wire.append("moved", SMALL, chain)
+
+    def named(*session_ids: str) -> list[types_pb2.SessionName]:
+        return [types_pb2.SessionName(session_id=each, layout_fingerprint=SMALL.fingerprint) for each in session_ids]
+
+    request = pb.EvictRequest(sessions=named("moved", "unknown"), keys=more.packed_keys, tier=DRAM)
+    assert wire.blocks.Evict(request) == pb.EvictResponse(evicted=6, missing_sessions=1)
+    wanted = pb.PrefetchRequest(sessions=named("moved"), wait=True)
+    assert wire.blocks.Prefetch(wanted) == pb.PrefetchResponse(promoted=3)
+    assert residency(wire, chain) == [(3, True, True)]
+    assert residency(wire, more) == [(3, False, True)]
+
+    other_layout = [types_pb2.SessionName(session_id="moved", layout_fingerprint=bytes(32))]
+    assert wire.blocks.Prefetch(pb.PrefetchRequest(sessions=other_layout)) == pb.PrefetchResponse(missing_sessions=1)
+    for request_of in (pb.PrefetchRequest, partial(pb.EvictRequest, tier=DRAM)):
+        call = wire.blocks.Prefetch if request_of is pb.PrefetchRequest else wire.blocks.Evict
+        with refused(InvalidRequest, "65 sessions are named; at most 64", field="sessions"):
+            call(request_of(sessions=named("moved") * 65))
+        with refused(InvalidRequest, "is not a session id", field="session_id"):
+            call(request_of(sessions=named("not valid")))
+        with refused(InvalidRequest, "keys has 0 bytes", field="keys"):
+            call(request_of())
 
 
 def test_SaveBlocks_takes_frames_in_any_order_and_of_any_size(wire: Wire) -> None:

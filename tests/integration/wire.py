@@ -26,6 +26,7 @@ from kvservice_api.v1 import (
     admin_pb2_grpc,
     blocks_pb2,
     blocks_pb2_grpc,
+    hints_pb2_grpc,
     sessions_pb2,
     sessions_pb2_grpc,
     types_pb2,
@@ -84,6 +85,7 @@ class Wire:
         self.blocks = blocks_pb2_grpc.BlockServiceStub(self.channel)
         self.admin = admin_pb2_grpc.AdminServiceStub(self.channel)
         self.sessions = sessions_pb2_grpc.SessionServiceStub(self.channel)
+        self.hints = hints_pb2_grpc.HintServiceStub(self.channel)
         self._save = self.channel.stream_unary(_SAVE, None, blocks_pb2.SaveBlocksResponse.FromString)
         self._leaving = threading.Event()
         self._life_lines: list[Any] = []

@@ -21,6 +21,7 @@ def arrival(place: pb.Place) -> str:
     how = {
         pb.ARRIVAL_SAVED: "by its save",
         pb.ARRIVAL_PROMOTED: "promoted for a load or a prefetch",
+        pb.ARRIVAL_HINTED: "promoted because of a hint",
         pb.ARRIVAL_WRITTEN_BEHIND: "written behind",
     }.get(place.arrival, "it was stored when the daemon started")
     return f"{where} since {output.when(place.since)}, {how}" if place.HasField("since") else f"{where}: {how}"

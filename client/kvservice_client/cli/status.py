@@ -28,6 +28,8 @@ def status(address: Address = DEFAULT_ADDRESS, timeout: Timeout = 5.0, as_json: 
         f"{answer.blocks} blocks of {answer.layouts} layouts, {answer.clients} clients, "
         f"{answer.leases} leases, {answer.uploads} uploads\n"
     )
+    if answer.hint_streams:
+        console.print(f"{answer.queued_requests} queued requests of {answer.hint_streams} clients that send hints\n")
     console.print(_spaces(answer))
     for name, tier in output.tier_statuses(answer).items():
         if tier.short_because:

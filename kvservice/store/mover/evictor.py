@@ -107,6 +107,18 @@ class Evictor:
         finally:
             self._waiting[tier] -= 1
 
+    def evict_first(self, rows: Rows) -> None:
+        """Evict these rows before all others, from each tier that needs space, unless they are used before that.
+
+        Nothing happens to rows that are evicted first already.
+        """
+        blocks = self._blocks
+        rows = rows[blocks.access_seq[rows] > 0]
+        blocks.rank_oldest(rows)
+        marks = list(zip(rows.tolist(), blocks.generation[rows].tolist(), [0] * len(rows), strict=True))
+        for queue in self._victims.values():
+            queue.extendleft(marks)
+
     def trim_index(self, tier: TierName) -> None:
         """Begin to evict a small part of a tier whose index is full: there the number of blocks counts, not their
         size.
@@ -201,6 +213,9 @@ class Evictor:
                 rows = np.flatnonzero(free)
         if not len(rows):
             return False
+        awaited = blocks.awaited[rows]
+        if not awaited.all():
+            rows = rows[~awaited]
         self._ranked_at_s[tier] = now_s = self._clock.monotonic_s()
         args = self._policy.scores(blocks, tier, now_s), rows
         in_thread = len(rows) > _RANK_IN_THREAD_ROWS

@@ -149,6 +149,10 @@ class Promoter:
         """Wait for the end of the next read of any promotion, with or without success."""
         await self._read_ended.wait()
 
+    def is_promoting(self, row: int) -> bool:
+        """Whether the row is being copied to DRAM, or waits for space there."""
+        return row in self._pending or row in self._reserving
+
     @asynccontextmanager
     async def promoting(self, rows: Sequence[int]) -> AsyncIterator[dict[int, PendingPromotion]]:
         """Promote the rows that are only in slower tiers, and keep their images in place until the context is left.
@@ -207,7 +211,9 @@ class Promoter:
     def _should_promote(self, row: int) -> bool:
         blocks = self._blocks
         below = blocks.fastest(row) not in (None, blocks.first_tier)
-        return below and bool(blocks.live[row]) and self._policy.wants_in_dram(blocks, row, self._clock.monotonic_s())
+        if not below or not blocks.live[row]:
+            return False
+        return bool(blocks.awaited[row]) or self._policy.wants_in_dram(blocks, row, self._clock.monotonic_s())
 
     async def _reserve(self, row: int) -> PendingPromotion:
         geometry = self._lifecycle.geometry(row)

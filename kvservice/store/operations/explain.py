@@ -24,6 +24,7 @@ class Arrival(Enum):
 
     SAVED = auto()
     PROMOTED = auto()
+    HINTED = auto()  # Promoted because of a hint.
     WRITTEN_BEHIND = auto()
     KEPT = auto()  # It was stored when the daemon started.
 
@@ -168,8 +169,10 @@ class Explain:
                 arrival = Arrival.KEPT
             elif tier != blocks.first_tier:
                 arrival = Arrival.WRITTEN_BEHIND
+            elif since_ms == blocks.stored_at_ms[row]:
+                arrival = Arrival.SAVED
             else:
-                arrival = Arrival.SAVED if since_ms == blocks.stored_at_ms[row] else Arrival.PROMOTED
+                arrival = Arrival.HINTED if blocks.hinted[row] else Arrival.PROMOTED
             found.append(TierPlace(tier, arrival, since_ms))
         return found
 

@@ -11,7 +11,7 @@ import bisect
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
@@ -42,6 +42,7 @@ _FLUSHED_AT_A_TIME = 64
 _DROPPED_A_TURN = 32  # They take a millisecond of the event loop.
 POSITIONS_MAX = 65536  # Explicit positions in one session.
 _NAMES_A_TURN = 4096
+_KEYS_A_TURN = 8192  # They take a millisecond of the event loop.
 _TICK_S = 1.0
 _GONE_MAX = 4096  # Ended sessions in the history.
 _LET_GO = "no session names it any more"  # The reason of a dropped partial block, for `explain`.
@@ -93,6 +94,7 @@ class Sessions:
         self._manifests: dict[Name, Manifest] = {}  # Ordered by time of use, the oldest first.
         self._serials: dict[Name, int] = {}  # In the order of creation, for the pages of a list.
         self._next_serial = 1
+        self.changes = 0  # How often a session was begun, changed, used or deleted.
         self._arriving = 0  # New sessions that are not on disk yet.
         self._named: Counter[bytes] = Counter()  # Partial block -> how many manifests name it.
         self._touched: dict[Name, None] = {}  # Sessions that were used since their times were written.
@@ -121,6 +123,31 @@ class Sessions:
         """The session's manifest; counts as a use. Raises SessionNotFound."""
         name = self._name(fingerprint, session_id)
         return self._use(name, self._found(name))
+
+    def peek(self, caller: Caller, fingerprint: bytes, session_id: str) -> Manifest | None:
+        """The session's manifest, if there is one. Does not count as a use."""
+        layout_id = self._index.layout_id(fingerprint)
+        return None if layout_id is None else self._current((layout_id, session_id))
+
+    async def named_elsewhere(
+        self, keys: Sequence[Sequence[bytes]], own: Set[tuple[bytes, str]], pause: Callable[[], Awaitable[None]]
+    ) -> set[bytes]:
+        """The keys that occur in several of these lists, or that sessions name which are not among `own`: pairs of a
+        layout's fingerprint and a session id. Awaits `pause` after every few thousand keys.
+        """
+        counts = Counter(key for some in keys for key in set(some))
+        found = {key for key, count in counts.items() if count > 1}
+        wanted, examined = counts.keys() - found, 0
+        own_names = {(self._index.layout_id(fingerprint), session_id) for fingerprint, session_id in own}
+        for name in list(self._manifests):
+            manifest = self._manifests.get(name)
+            if manifest is not None and name not in own_names:
+                found |= wanted.intersection(manifest.slices["key"].tolist())
+                examined += len(manifest.slices)
+            if examined > _KEYS_A_TURN:
+                examined = 0
+                await pause()
+        return found
 
     def find_by_id(self, caller: Caller, session_id: str) -> list[Manifest]:
         """The sessions of this id in all layouts. Does not count as a use. Raises SessionNotFound, which says why."""
@@ -291,6 +318,7 @@ class Sessions:
         return manifests.partial_keys(manifest, self._index.layouts[manifest.layout_id])
 
     def _install(self, name: Name, manifest: Manifest) -> None:
+        self.changes += 1
         self._manifests.pop(name, None)  # It moves to the end: it expires last.
         self._manifests[name] = manifest
         if name not in self._serials:
@@ -299,6 +327,7 @@ class Sessions:
 
     def _forget(self, names: Sequence[Name], why: Reason) -> None:
         """Delete sessions whose records are deleted."""
+        self.changes += 1
         named: list[bytes] = []
         for name in names:
             manifest = self._manifests.pop(name)

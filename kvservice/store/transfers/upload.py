@@ -503,6 +503,7 @@ class Upload:
         if not rows:
             return []
         blocks.touch(np.array(rows, np.int64), now_ms)
+        blocks.note_user(np.array(rows, np.int64), self._client.number)
         for destination, extent in zip(written, extents, strict=True):
             self._space.recorded(extent)
             destination.extent = destination.image = None  # From here on `admit` owns the space.
@@ -524,7 +525,9 @@ class Upload:
                 await self._all.loop_budget.slot()
             row = blocks.row_of(request.keys[position], request.shard)
             if row != NO_ROW:
-                blocks.touch(np.array(blocks.ancestors(row)[::-1], np.int64), self._all.clock.wall_ms())
+                ancestors = np.array(blocks.ancestors(row)[::-1], np.int64)
+                blocks.touch(ancestors, self._all.clock.wall_ms())
+                blocks.note_user(ancestors, self._client.number)
 
     async def _until_on_ssd(self, written: list[_Destination], rows: list[int]) -> None:
         """Wait for the SSD copies of the blocks that were stored now, and of those that other saves had stored."""
@@ -555,6 +558,8 @@ class Upload:
 
     def _count(self, good: list[_Destination]) -> None:
         counters, outcome = self._all.counters, self.outcome
+        stored = np.array([self._stored_row(position) for position in outcome.already_stored], np.int64)
+        self._all.blocks.note_user(stored[stored != NO_ROW], self._client.number)
         counters.save_blocks_stored += len(outcome.stored)
         counters.save_blocks_already_stored += len(outcome.already_stored)
         counters.save_blocks_refused += len(outcome.refused)

@@ -38,7 +38,7 @@ class GetCapabilitiesRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetCapabilitiesResponse(_message.Message):
-    __slots__ = ("version", "boot_epoch", "store_id", "max_frame_bytes", "max_keys", "max_lease_ttl_ms", "transports", "max_save_blocks", "max_save_slices", "max_tails", "keeps_generations", "max_save_chains", "arena_directory", "arena_id", "arena_capacity_bytes", "arena_writable", "arena_not_shared_because", "residency_directory", "max_session_slices", "session_ttl_ms")
+    __slots__ = ("version", "boot_epoch", "store_id", "max_frame_bytes", "max_keys", "max_lease_ttl_ms", "transports", "max_save_blocks", "max_save_slices", "max_tails", "keeps_generations", "takes_hints", "max_save_chains", "arena_directory", "arena_id", "arena_capacity_bytes", "arena_writable", "arena_not_shared_because", "residency_directory", "max_session_slices", "session_ttl_ms")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BOOT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     STORE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +50,7 @@ class GetCapabilitiesResponse(_message.Message):
     MAX_SAVE_SLICES_FIELD_NUMBER: _ClassVar[int]
     MAX_TAILS_FIELD_NUMBER: _ClassVar[int]
     KEEPS_GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    TAKES_HINTS_FIELD_NUMBER: _ClassVar[int]
     MAX_SAVE_CHAINS_FIELD_NUMBER: _ClassVar[int]
     ARENA_DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     ARENA_ID_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +71,7 @@ class GetCapabilitiesResponse(_message.Message):
     max_save_slices: int
     max_tails: int
     keeps_generations: bool
+    takes_hints: bool
     max_save_chains: int
     arena_directory: str
     arena_id: bytes
@@ -79,7 +81,7 @@ class GetCapabilitiesResponse(_message.Message):
     residency_directory: str
     max_session_slices: int
     session_ttl_ms: int
-    def __init__(self, version: _Optional[str] = ..., boot_epoch: _Optional[int] = ..., store_id: _Optional[bytes] = ..., max_frame_bytes: _Optional[int] = ..., max_keys: _Optional[int] = ..., max_lease_ttl_ms: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., max_save_blocks: _Optional[int] = ..., max_save_slices: _Optional[int] = ..., max_tails: _Optional[int] = ..., keeps_generations: bool = ..., max_save_chains: _Optional[int] = ..., arena_directory: _Optional[str] = ..., arena_id: _Optional[bytes] = ..., arena_capacity_bytes: _Optional[int] = ..., arena_writable: bool = ..., arena_not_shared_because: _Optional[str] = ..., residency_directory: _Optional[str] = ..., max_session_slices: _Optional[int] = ..., session_ttl_ms: _Optional[int] = ...) -> None: ...
+    def __init__(self, version: _Optional[str] = ..., boot_epoch: _Optional[int] = ..., store_id: _Optional[bytes] = ..., max_frame_bytes: _Optional[int] = ..., max_keys: _Optional[int] = ..., max_lease_ttl_ms: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., max_save_blocks: _Optional[int] = ..., max_save_slices: _Optional[int] = ..., max_tails: _Optional[int] = ..., keeps_generations: bool = ..., takes_hints: bool = ..., max_save_chains: _Optional[int] = ..., arena_directory: _Optional[str] = ..., arena_id: _Optional[bytes] = ..., arena_capacity_bytes: _Optional[int] = ..., arena_writable: bool = ..., arena_not_shared_because: _Optional[str] = ..., residency_directory: _Optional[str] = ..., max_session_slices: _Optional[int] = ..., session_ttl_ms: _Optional[int] = ...) -> None: ...
 
 class OpenLayoutRequest(_message.Message):
     __slots__ = ("layout", "fingerprint")
@@ -414,46 +416,54 @@ class ReleaseLeaseResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class PrefetchRequest(_message.Message):
-    __slots__ = ("keys", "deadline_ms", "wait")
+    __slots__ = ("keys", "deadline_ms", "wait", "sessions")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     WAIT_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
     keys: bytes
     deadline_ms: int
     wait: bool
-    def __init__(self, keys: _Optional[bytes] = ..., deadline_ms: _Optional[int] = ..., wait: bool = ...) -> None: ...
+    sessions: _containers.RepeatedCompositeFieldContainer[_types_pb2.SessionName]
+    def __init__(self, keys: _Optional[bytes] = ..., deadline_ms: _Optional[int] = ..., wait: bool = ..., sessions: _Optional[_Iterable[_Union[_types_pb2.SessionName, _Mapping]]] = ...) -> None: ...
 
 class PrefetchResponse(_message.Message):
-    __slots__ = ("missing", "in_dram", "promoted", "failed")
+    __slots__ = ("missing", "in_dram", "promoted", "failed", "missing_sessions")
     MISSING_FIELD_NUMBER: _ClassVar[int]
     IN_DRAM_FIELD_NUMBER: _ClassVar[int]
     PROMOTED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    MISSING_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     missing: int
     in_dram: int
     promoted: int
     failed: int
-    def __init__(self, missing: _Optional[int] = ..., in_dram: _Optional[int] = ..., promoted: _Optional[int] = ..., failed: _Optional[int] = ...) -> None: ...
+    missing_sessions: int
+    def __init__(self, missing: _Optional[int] = ..., in_dram: _Optional[int] = ..., promoted: _Optional[int] = ..., failed: _Optional[int] = ..., missing_sessions: _Optional[int] = ...) -> None: ...
 
 class EvictRequest(_message.Message):
-    __slots__ = ("keys", "tier", "tier_name")
+    __slots__ = ("keys", "tier", "tier_name", "sessions")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
     TIER_NAME_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
     keys: bytes
     tier: _types_pb2.Tier
     tier_name: str
-    def __init__(self, keys: _Optional[bytes] = ..., tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., tier_name: _Optional[str] = ...) -> None: ...
+    sessions: _containers.RepeatedCompositeFieldContainer[_types_pb2.SessionName]
+    def __init__(self, keys: _Optional[bytes] = ..., tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., tier_name: _Optional[str] = ..., sessions: _Optional[_Iterable[_Union[_types_pb2.SessionName, _Mapping]]] = ...) -> None: ...
 
 class EvictResponse(_message.Message):
-    __slots__ = ("evicted", "held", "missing")
+    __slots__ = ("evicted", "held", "missing", "missing_sessions")
     EVICTED_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
     MISSING_FIELD_NUMBER: _ClassVar[int]
+    MISSING_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     evicted: int
     held: int
     missing: int
-    def __init__(self, evicted: _Optional[int] = ..., held: _Optional[int] = ..., missing: _Optional[int] = ...) -> None: ...
+    missing_sessions: int
+    def __init__(self, evicted: _Optional[int] = ..., held: _Optional[int] = ..., missing: _Optional[int] = ..., missing_sessions: _Optional[int] = ...) -> None: ...
 
 class ReportRequestRequest(_message.Message):
     __slots__ = ("report",)

@@ -333,8 +333,10 @@ class BlockServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Prefetch(self, request, context):
-        """Promotes blocks to DRAM ahead of a load. Blocks that do not fit stay on SSD. Errors:
-        * INVALID_ARGUMENT INVALID_REQUEST: keys empty, too many or not a multiple of 32 bytes.
+        """Promotes blocks to DRAM ahead of a load. Blocks that do not fit stay on SSD. Does not count as a use of the
+        sessions. Errors:
+        * INVALID_ARGUMENT INVALID_REQUEST: neither keys nor sessions, too many of them, keys that are not a multiple of 32
+        bytes, or a session id that is not valid; fix the caller.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckvservice_api/v1/types.proto\x12\x10kvservice_api.v1\"\xb4\x01\n\x06Rotary\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07pairing\x18\x02 \x01(\t\x12\x0c\n\x04\x64ims\x18\x03 \x01(\r\x12\x0c\n\x04\x62\x61se\x18\x04 \x01(\x01\x12<\n\nparameters\x18\x05 \x03(\x0b\x32(.kvservice_api.v1.Rotary.ParametersEntry\x1a\x31\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x9f\x01\n\nLayerGroup\x12\x0e\n\x06layers\x18\x01 \x01(\r\x12\x10\n\x08kv_heads\x18\x02 \x01(\r\x12\x12\n\nk_head_dim\x18\x03 \x01(\r\x12\x12\n\nv_head_dim\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06window\x18\x06 \x01(\r\x12(\n\x06rotary\x18\x07 \x01(\x0b\x32\x18.kvservice_api.v1.Rotary\"\x8a\x02\n\x06Layout\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x16\n\x0emodel_revision\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0e\n\x06layers\x18\x04 \x01(\r\x12\x10\n\x08kv_heads\x18\x05 \x01(\r\x12\x12\n\nk_head_dim\x18\x06 \x01(\r\x12\x12\n\nv_head_dim\x18\x07 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x08 \x01(\r\x12(\n\x06rotary\x18\t \x01(\x0b\x32\x18.kvservice_api.v1.Rotary\x12\x0f\n\x07rotated\x18\n \x01(\x08\x12,\n\x06groups\x18\x0b \x03(\x0b\x32\x1c.kvservice_api.v1.LayerGroup\"U\n\x05Shard\x12\x13\n\x0blayer_begin\x18\x01 \x01(\r\x12\x11\n\tlayer_end\x18\x02 \x01(\r\x12\x12\n\nhead_begin\x18\x03 \x01(\r\x12\x10\n\x08head_end\x18\x04 \x01(\r*I\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\r\n\tTIER_DRAM\x10\x01\x12\x0c\n\x08TIER_SSD\x10\x02\x12\x0e\n\nTIER_NAMED\x10\x03*Q\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44URABILITY_DRAM\x10\x01\x12\x12\n\x0e\x44URABILITY_SSD\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckvservice_api/v1/types.proto\x12\x10kvservice_api.v1\"\xb4\x01\n\x06Rotary\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07pairing\x18\x02 \x01(\t\x12\x0c\n\x04\x64ims\x18\x03 \x01(\r\x12\x0c\n\x04\x62\x61se\x18\x04 \x01(\x01\x12<\n\nparameters\x18\x05 \x03(\x0b\x32(.kvservice_api.v1.Rotary.ParametersEntry\x1a\x31\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x9f\x01\n\nLayerGroup\x12\x0e\n\x06layers\x18\x01 \x01(\r\x12\x10\n\x08kv_heads\x18\x02 \x01(\r\x12\x12\n\nk_head_dim\x18\x03 \x01(\r\x12\x12\n\nv_head_dim\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06window\x18\x06 \x01(\r\x12(\n\x06rotary\x18\x07 \x01(\x0b\x32\x18.kvservice_api.v1.Rotary\"\x8a\x02\n\x06Layout\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x16\n\x0emodel_revision\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0e\n\x06layers\x18\x04 \x01(\r\x12\x10\n\x08kv_heads\x18\x05 \x01(\r\x12\x12\n\nk_head_dim\x18\x06 \x01(\r\x12\x12\n\nv_head_dim\x18\x07 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x08 \x01(\r\x12(\n\x06rotary\x18\t \x01(\x0b\x32\x18.kvservice_api.v1.Rotary\x12\x0f\n\x07rotated\x18\n \x01(\x08\x12,\n\x06groups\x18\x0b \x03(\x0b\x32\x1c.kvservice_api.v1.LayerGroup\"U\n\x05Shard\x12\x13\n\x0blayer_begin\x18\x01 \x01(\r\x12\x11\n\tlayer_end\x18\x02 \x01(\r\x12\x12\n\nhead_begin\x18\x03 \x01(\r\x12\x10\n\x08head_end\x18\x04 \x01(\r\"=\n\x0bSessionName\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x1a\n\x12layout_fingerprint\x18\x02 \x01(\x0c*I\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\r\n\tTIER_DRAM\x10\x01\x12\x0c\n\x08TIER_SSD\x10\x02\x12\x0e\n\nTIER_NAMED\x10\x03*Q\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44URABILITY_DRAM\x10\x01\x12\x12\n\x0e\x44URABILITY_SSD\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,10 +33,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ROTARY_PARAMETERSENTRY']._loaded_options = None
   _globals['_ROTARY_PARAMETERSENTRY']._serialized_options = b'8\001'
-  _globals['_TIER']._serialized_start=751
-  _globals['_TIER']._serialized_end=824
-  _globals['_DURABILITY']._serialized_start=826
-  _globals['_DURABILITY']._serialized_end=907
+  _globals['_TIER']._serialized_start=814
+  _globals['_TIER']._serialized_end=887
+  _globals['_DURABILITY']._serialized_start=889
+  _globals['_DURABILITY']._serialized_end=970
   _globals['_ROTARY']._serialized_start=51
   _globals['_ROTARY']._serialized_end=231
   _globals['_ROTARY_PARAMETERSENTRY']._serialized_start=182
@@ -47,4 +47,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LAYOUT']._serialized_end=662
   _globals['_SHARD']._serialized_start=664
   _globals['_SHARD']._serialized_end=749
+  _globals['_SESSIONNAME']._serialized_start=751
+  _globals['_SESSIONNAME']._serialized_end=812
 # @@protoc_insertion_point(module_scope)

@@ -103,3 +103,11 @@ class Shard(_message.Message):
     head_begin: int
     head_end: int
     def __init__(self, layer_begin: _Optional[int] = ..., layer_end: _Optional[int] = ..., head_begin: _Optional[int] = ..., head_end: _Optional[int] = ...) -> None: ...
+
+class SessionName(_message.Message):
+    __slots__ = ("session_id", "layout_fingerprint")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    layout_fingerprint: bytes
+    def __init__(self, session_id: _Optional[str] = ..., layout_fingerprint: _Optional[bytes] = ...) -> None: ...

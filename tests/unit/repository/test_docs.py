@@ -71,7 +71,9 @@ def test_every_source_file_that_the_architecture_names_exists() -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("page", ["docs/container.md", "docs/security.md", "docs/tickets.md", "docs/vllm.md"])
+@pytest.mark.parametrize(
+    "page", ["docs/container.md", "docs/hints.md", "docs/security.md", "docs/tickets.md", "docs/vllm.md"]
+)
 def test_every_setting_and_metric_that_a_page_names_exists(page: str) -> None:
     sections = "|".join({name.partition(".")[0] for name in SETTINGS})
     settings = named_in(page, rf"`((?:{sections})\.[a-z_]+)`")
@@ -83,7 +85,9 @@ def test_every_setting_and_metric_that_a_page_names_exists(page: str) -> None:
     assert counters <= set(HELP)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/positions.md", "docs/tickets.md", "docs/transformers.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/hints.md", "docs/positions.md", "docs/tickets.md", "docs/transformers.md"]
+)
 def test_the_examples_of_a_page_are_python_and_import_what_there_is(page: str) -> None:
     examples = named_in(page, r"```python\n((?s:.*?))```")
     assert examples

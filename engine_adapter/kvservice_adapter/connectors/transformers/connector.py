@@ -35,6 +35,7 @@ from kvservice_adapter.connectors.transformers.model_layout import (
     layout_of,
     torch_dtype,
 )
+from kvservice_adapter.connectors.transformers.prompt_queue import PromptQueue
 from kvservice_adapter.connectors.transformers.recompute import replayed
 from kvservice_adapter.connectors.transformers.rows import Sequences, TokenIds, sequences
 from kvservice_adapter.connectors.transformers.turns import Turns, forward_saver_of
@@ -52,7 +53,7 @@ from kvservice_adapter.torch_device import device_for
 from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, InvalidRequest, KVError
 from kvservice_api.keys import extra_identity
 from kvservice_api.session_ids import checked_session_id
-from kvservice_client import Client, Durability, forks
+from kvservice_client import BlockChain, Client, Durability, Session, forks
 from kvservice_client.rate_limited_log import RateLimitedLog
 from kvservice_client.retry import Deadline
 
@@ -289,6 +290,21 @@ class TransformersConnector:
                 )
 
         return self._breaker.allow() and self._in_background(work, self._save_wait_s) and bool(outcome)
+
+    def queue(self, *, patience_s: float = 2.0) -> PromptQueue:
+        """A queue of prompts that wait for a batch of this model. Those whose history needs no read from SSD come
+        first, and those that waited for `patience_s` before them. Queues of one client must not share request ids.
+        """
+        return PromptQueue(self._client, self._reads_of, patience_s)
+
+    def _reads_of(self, token_ids: TokenIds, session_id: str) -> tuple[NDArray[Any], Session | BlockChain]:
+        """The tokens of one prompt, and what `restore` will look up. Raises InvalidRequest, UnsupportedModel."""
+        given = sequences(token_ids)
+        if self.layout.rotated:
+            given = given.hiding(self._hidden_token)
+        if session_id:
+            return given.tokens(0), self._client.session(self.layout, session_id)
+        return given.tokens(0), self._keys().chain(given.tokens(0), hidden=given.hidden_tokens(0))
 
     def flush(self, timeout_s: float = 5.0) -> bool:
         """Wait for all running saves. Returns whether they are done."""

@@ -1,0 +1,469 @@
+"""The hints of all attached engines: their queues, and the readiness of each queued request.
+
+Hints arrive at any time and in any number. They are only noted when they arrive; `HintExchange.tick` evaluates them,
+at most 20 times per second, in parts that fit into an iteration of the event loop, and for at most a fifth of the
+time. What does not fit waits for a later tick.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+
+from kvservice.blocks import NO_ROW, BlockTable, Rows
+from kvservice.clock import Clock
+from kvservice.counters import Counters
+from kvservice.store.caller import Caller
+from kvservice.store.hints.placement import ExpectedRead, HintPlacement
+from kvservice.store.hints.queue_mirror import HintSubject, HintTotals, QueueEntry, QueueLimits, QueueMirror
+from kvservice.store.leases import Client, Leases
+from kvservice.store.sessions.sessions import Sessions
+from kvservice.store.tasks import LoopBudget, Tasks
+from kvservice.tiers.base import Tier
+from kvservice_api.errors import KVError, UnknownClient
+from kvservice_api.keys import KEY_BYTES
+
+log = logging.getLogger(__name__)
+
+_TICK_S = 0.05
+_SHARE_OF_TIME = 5  # A tick that took this long is followed by a pause of four times that.
+_TOOK_MAX_S = 0.25  # What a tick may count as: the process may have been stopped meanwhile.
+_WINDOW_ENTRIES = 1024  # Of all queues, per tick: the windows.
+_OTHER_ENTRIES = 512  # Of all queues, per tick: readiness of entries behind the windows.
+_KEYS_PER_TICK = 4096  # Of each queue: the window, and the entries behind it.
+_ENTRIES_A_TURN = 32  # They take half a millisecond of the event loop, and more if they have hundreds of blocks.
+_EXPECTED_MAX = 1024  # Typing persons and running tools, per client.
+_CLIENTS_WORTH = 16  # All hints together have at most so many entries and keys as the queues of so many clients.
+_NOT_NEEDED_MAX = 1024  # Subjects that wait to be evicted first, of all clients.
+_BATCH = 256
+_LEAD_S = 10.0  # An expected request counts as queued this long before it is due,
+_LATE_S = 60.0  # and until this long after.
+_TYPING_S = 3.0
+_NEXT_S = 0.1  # A queued request without a time is expected this long after the one in front of it.
+
+
+class Nearness(Enum):
+    """How near the blocks of a queued request are."""
+
+    IN_DRAM = auto()
+    COMING = auto()
+    ON_SSD = auto()
+    ABSENT = auto()
+
+
+class Ready(NamedTuple):
+    """`ready_at_s` is a time of the monotonic clock for COMING, else 0."""
+
+    nearness: Nearness
+    ready_at_s: float = 0.0
+
+    def differs(self, sent: Ready | None, now_s: float) -> bool:
+        """Whether a client that knows `sent` needs this: an estimate that is a quarter off is sent again."""
+        if sent is None or sent.nearness is not self.nearness:
+            return True
+        return abs(sent.ready_at_s - self.ready_at_s) > max(_TICK_S, 0.25 * (self.ready_at_s - now_s))
+
+
+class QueuedReadiness(NamedTuple):
+    """What the engine learns of one queued request. `ready_in_s` is an estimate for COMING, else 0."""
+
+    request_id: str
+    nearness: Nearness
+    ready_in_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class HintLimits:
+    """`dram_share` is for the hints of all clients together; clients with a queue get equal parts of it."""
+
+    queue: QueueLimits = field(default_factory=lambda: QueueLimits(8192, 262_144))
+    dram_share: float = 0.5
+    bytes_per_s_max: int = 2 << 30
+
+
+class HintStream:
+    """One engine's hints, until its stream ends. Its methods only take notes, and never wait or raise."""
+
+    def __init__(self, exchange: HintExchange, caller: Caller, client: Client, limits: QueueLimits) -> None:
+        """Use `HintExchange.open`."""
+        self._exchange = exchange
+        self.caller = caller
+        self.client = client
+        self.queue = QueueMirror(limits, exchange.totals)
+        self.limits = limits
+        self.expected: dict[HintSubject, float] = {}  # When the next request is due; the oldest hint first.
+        self.cursor = ""  # The last request whose readiness was evaluated.
+        self.unevaluated = 0  # Entries after it that may have another readiness than the known one.
+        self.is_over = False
+        self._known: dict[str, Ready] = {}
+        self._unsent: dict[str, None] = {}
+        self._sends_at_s = 0.0
+        self._wake = asyncio.Event()
+
+    # What the engine reports
+
+    def clear_queue(self) -> None:
+        self.queue.clear()
+        self._known.clear()
+        self._unsent.clear()
+        self._exchange.note()
+
+    def put(self, request_id: str, subject: HintSubject, starts_in_s: float | None, priority: int, before: str) -> None:
+        """Put a request into the queue. What exceeds the limits is counted and ignored."""
+        self._exchange.is_known(self.caller, subject)
+        due_s = None if starts_in_s is None else self._exchange.now_s() + starts_in_s
+        if not self.queue.put(QueueEntry(request_id, subject, due_s, priority), before):
+            self._exchange.counters.hints_over_limit += 1
+            self._forget(request_id)
+        self._exchange.note()
+
+    def remove(self, request_id: str) -> None:
+        if self.queue.remove(request_id):
+            self._forget(request_id)
+            self._exchange.note()
+
+    def expect(self, subject: HintSubject, within_s: float | None) -> None:
+        """The next request of this subject comes so soon; None if that is not known."""
+        if not self._exchange.is_known(self.caller, subject):
+            return
+        self.expect_no_more(subject)
+        if len(self.expected) == _EXPECTED_MAX:
+            self.expect_no_more(next(iter(self.expected)))
+            self._exchange.counters.hints_over_limit += 1
+        if not self._exchange.totals.add(subject):
+            self._exchange.counters.hints_over_limit += 1
+            return
+        self.expected[subject] = self._exchange.now_s() + (_TYPING_S if within_s is None else within_s)
+        self._exchange.note()
+
+    def expect_no_more(self, subject: HintSubject) -> None:
+        if self.expected.pop(subject, None) is not None:
+            self._exchange.totals.remove(subject)
+
+    def turn_finished(self, subject: HintSubject) -> None:
+        if self._exchange.is_known(self.caller, subject):
+            self.expect_no_more(subject)
+
+    def not_needed(self, subject: HintSubject, *, write: bool) -> None:
+        """No further request reads these blocks; without `write`, they need not be written to SSD."""
+        if self._exchange.is_known(self.caller, subject):
+            self.expect_no_more(subject)
+            self._exchange.queue_not_needed(self, subject, write=write)
+
+    def note_invalid(self) -> None:
+        """Count a hint that cannot be read."""
+        self._exchange.counters.hints_received += 1
+        self._exchange.counters.hints_invalid += 1
+
+    # What the engine learns
+
+    def set_ready(self, request_id: str, ready: Ready, now_s: float) -> None:
+        if ready.differs(self._known.get(request_id), now_s):
+            self._known[request_id] = ready
+            self._unsent[request_id] = None
+            self._wake.set()
+
+    async def slot(self) -> None:
+        """Await it before each part of many hints: a part may take a millisecond of the event loop."""
+        await self._exchange.loop_budget.slot()
+
+    async def changed(self, count_max: int) -> list[QueuedReadiness] | None:
+        """The requests whose readiness changed since the last call, at least one; None at the end of the stream."""
+        await self._exchange.pause_until(self._sends_at_s)
+        while not self._unsent and not self.is_over:
+            self._wake.clear()
+            await self._wake.wait()
+        if self.is_over:
+            return None
+        self._sends_at_s = self._exchange.now_s() + _TICK_S
+        names = list(islice(self._unsent, count_max))
+        for name in names:
+            del self._unsent[name]
+        self._exchange.counters.hint_readiness_sent += len(names)
+        now_s = self._exchange.now_s()
+        known = ((name, self._known[name]) for name in names)
+        return [QueuedReadiness(name, ready.nearness, max(0.0, ready.ready_at_s - now_s)) for name, ready in known]
+
+    def end(self) -> None:
+        """End the stream, as if the client had ended it, and forget what it reported."""
+        self.is_over = True
+        self.queue.clear()
+        for subject in list(self.expected):
+            self.expect_no_more(subject)
+        self._wake.set()
+
+    def _forget(self, request_id: str) -> None:
+        self._known.pop(request_id, None)
+        self._unsent.pop(request_id, None)
+
+
+class HintExchange:
+    """All streams. Call it on the event loop's thread."""
+
+    def __init__(
+        self,
+        blocks: BlockTable,
+        dram: Tier,
+        sessions: Sessions,
+        leases: Leases,
+        placement: HintPlacement,
+        clock: Clock,
+        counters: Counters,
+        tasks: Tasks,
+        loop_budget: LoopBudget,
+        settings: HintLimits,
+    ) -> None:
+        self._blocks = blocks
+        self._dram = dram
+        self._sessions = sessions
+        self._leases = leases
+        self._placement = placement
+        self._clock = clock
+        self.counters = counters
+        self._tasks = tasks
+        self.loop_budget = loop_budget
+        self._settings = settings
+        queue = settings.queue
+        self.totals = HintTotals(QueueLimits(_CLIENTS_WORTH * queue.entries_max, _CLIENTS_WORTH * queue.keys_max))
+        self._streams: dict[bytes, HintStream] = {}  # By client id.
+        self._changes = 0  # Of queues and expectations.
+        self._evaluated = (-1, -1, -1)  # The state of changes at the last tick.
+        self._next_s = 0.0  # When an expectation begins or ends to count.
+        self._work = asyncio.Event()
+        self._not_needed: deque[tuple[HintStream, HintSubject, bool]] = deque()
+        self._is_dropping = False
+
+    def start(self) -> None:
+        self._tasks.start(self._tick_forever(), "hints")
+
+    @property
+    def stream_count(self) -> int:
+        return len(self._streams)
+
+    @property
+    def queued_count(self) -> int:
+        """Requests in the queues of all clients."""
+        return sum(len(stream.queue) for stream in self._streams.values())
+
+    def now_s(self) -> float:
+        return self._clock.monotonic_s()
+
+    async def pause_until(self, time_s: float) -> None:
+        if (pause_s := time_s - self.now_s()) > 0:
+            await self._clock.sleep(pause_s)
+
+    @contextmanager
+    def open(self, caller: Caller) -> Iterator[HintStream]:
+        """A stream for the caller's client, which replaces its earlier one. It also ends with the client's attachment.
+        Raises UnknownClient.
+        """
+        if not caller.client:
+            raise UnknownClient("the first message must name an attached client: attach, then ask again",
+                                field="client_id")  # fmt: skip
+        client = self._leases.client(caller)
+        if (former := self._streams.get(client.client_id)) is not None:
+            former.end()
+        stream = self._streams[client.client_id] = HintStream(self, caller, client, self._settings.queue)
+        client.on_detach.add(stream.end)
+        try:
+            yield stream
+        finally:
+            stream.end()
+            client.on_detach.discard(stream.end)
+            if self._streams.get(client.client_id) is stream:
+                del self._streams[client.client_id]
+            self.note()
+
+    # What streams note
+
+    def note(self) -> None:
+        """A queue or an expectation changed, or a stream ended."""
+        self._changes += 1
+        self._work.set()
+
+    def is_known(self, caller: Caller, subject: HintSubject) -> bool:
+        """Count a hint. Whether it is about keys, or about a session of the caller's tenant."""
+        self.counters.hints_received += 1
+        known = bool(subject.packed_keys) or self._sessions.peek(caller, *subject[:2]) is not None
+        self.counters.hints_unknown += not known
+        return known
+
+    def queue_not_needed(self, stream: HintStream, subject: HintSubject, *, write: bool) -> None:
+        if len(self._not_needed) == _NOT_NEEDED_MAX or not self.totals.add(subject):
+            self.counters.hints_over_limit += 1
+            return
+        self._not_needed.append((stream, subject, write))
+        if not self._is_dropping:
+            self._is_dropping = True
+            self._tasks.start(self._drop_not_needed(), "blocks that are not needed")
+
+    # Ticks
+
+    async def _tick_forever(self) -> None:
+        while True:
+            await self._work.wait()
+            began_s = self.now_s()
+            try:
+                await self.tick()
+            except KVError as error:
+                log.warning("hints could not be evaluated: %s", error.message)
+            if not any(stream.queue or stream.expected for stream in self._streams.values()):
+                self._work.clear()
+            took_s = min(self.now_s() - began_s, _TOOK_MAX_S)
+            await self._clock.sleep(max(_TICK_S, (_SHARE_OF_TIME - 1) * took_s))
+
+    async def tick(self) -> None:
+        """Evaluate what changed: the windows first, then a part of the other queued requests."""
+        state = (self._blocks.changes, self._sessions.changes, self._changes)
+        now_s = self.now_s()
+        streams = list(self._streams.values())
+        if state != self._evaluated or self._placement.pause_over() or now_s >= self._next_s:
+            self._evaluated = state
+            await self._evaluate_windows(streams, now_s)
+            for stream in streams:
+                stream.unevaluated = len(stream.queue)
+        for stream in streams:
+            await self._evaluate_others(stream, max(16, _OTHER_ENTRIES // len(streams)))
+
+    async def _evaluate_windows(self, streams: Sequence[HintStream], now_s: float) -> None:
+        """Give placement the reads of all windows, then set the readiness of these requests."""
+        busy = [stream for stream in streams if stream.queue or stream.expected]
+        found: list[tuple[int, float, HintStream, str, Rows]] = []
+        self._next_s = float("inf")
+        for stream in busy:
+            share_bytes = int(self._settings.dram_share * self._dram.capacity_bytes / len(busy))
+            entries = list(self._awaited(stream, max(8, _WINDOW_ENTRIES // len(busy)), now_s))
+            found += await self._window(stream, entries, share_bytes, now_s)
+        found.sort(key=lambda each: each[:2])
+        self._placement.want([ExpectedRead(rows, due_s) for _, due_s, _, _, rows in found if len(rows)])
+        for count, (_, _, stream, request_id, _) in enumerate(found):
+            if count % _ENTRIES_A_TURN == 0:
+                await self.loop_budget.slot()
+            if (entry := stream.queue.get(request_id)) is not None:
+                self._evaluate(stream, entry, now_s)
+
+    async def _window(
+        self, stream: HintStream, entries: Sequence[QueueEntry], share_bytes: int, now_s: float
+    ) -> list[tuple[int, float, HintStream, str, Rows]]:
+        """The leading requests whose blocks fit into the stream's share of DRAM, each block counted once.
+
+        Of each: the negative priority, the time when it is due, the stream, the request, and rows that no earlier
+        request of the window reads. The last request may be cut to what fits.
+        """
+        window: list[tuple[int, float, HintStream, str, Rows]] = []
+        blocks = self._blocks
+        seen = np.zeros(blocks.row_end, np.bool_)
+        due_s, keys_left = now_s, _KEYS_PER_TICK
+        for count, entry in enumerate(entries):
+            if count % _ENTRIES_A_TURN == 0:
+                await self.loop_budget.slot()
+                seen = np.pad(seen, (0, blocks.row_end - len(seen)))  # Blocks were stored meanwhile.
+            rows = self._rows(stream, entry.subject)
+            rows = rows[~seen[rows]]
+            seen[rows] = True
+            ends = np.cumsum(blocks.size_bytes[rows].astype(np.int64))
+            fitting = int(np.searchsorted(ends, share_bytes, "right"))
+            due_s = due_s + _NEXT_S if entry.due_s is None else entry.due_s
+            window.append((-entry.priority, due_s, stream, entry.request_id, rows[:fitting]))
+            share_bytes -= int(ends[fitting - 1]) if fitting else 0
+            keys_left -= len(rows)
+            if fitting < len(rows) or keys_left < 0:
+                break
+        return window
+
+    def _awaited(self, stream: HintStream, entries: int, now_s: float) -> Iterator[QueueEntry]:
+        """The head of the queue, then the requests that typing persons and tools will cause, without an id."""
+        yield from islice(stream.queue, entries)
+        for subject, due_s in list(stream.expected.items()):
+            begins_s, ends_s = due_s - _LEAD_S, due_s + _LATE_S
+            if now_s >= ends_s:
+                stream.expect_no_more(subject)
+                continue
+            self._next_s = min(self._next_s, begins_s if now_s < begins_s else ends_s)
+            if now_s >= begins_s:
+                yield QueueEntry("", subject, due_s, 0)
+
+    async def _evaluate_others(self, stream: HintStream, entries: int) -> None:
+        """Set the readiness of a part of the requests behind the last part, and of the first ones after the last."""
+        keys_left, now_s = _KEYS_PER_TICK, self.now_s()
+        for count in range(min(entries, stream.unevaluated)):
+            if count % _ENTRIES_A_TURN == 0:
+                await self.loop_budget.slot()
+            entry = next(stream.queue.after(stream.cursor), None) or next(iter(stream.queue), None)
+            if entry is None:
+                return
+            stream.cursor = entry.request_id
+            keys_left -= self._evaluate(stream, entry, now_s)
+            stream.unevaluated -= 1
+            if keys_left < 0:
+                return
+
+    def _evaluate(self, stream: HintStream, entry: QueueEntry, now_s: float) -> int:
+        """Set the readiness of a request. Returns how many rows it has."""
+        rows = self._rows(stream, entry.subject)
+        missing = rows[~self._blocks.lie_in(rows, self._blocks.first_tier)]
+        coming_s = self._placement.coming_s(missing) if len(missing) else None
+        if not len(rows):
+            ready = Ready(Nearness.ABSENT)
+        elif not len(missing):
+            ready = Ready(Nearness.IN_DRAM)
+        elif coming_s is None:
+            ready = Ready(Nearness.ON_SSD)
+        else:
+            ready = Ready(Nearness.COMING, now_s + coming_s)
+        stream.set_ready(entry.request_id, ready, now_s)
+        return len(rows)
+
+    def _rows(self, stream: HintStream, subject: HintSubject) -> Rows:
+        """The rows of the leading stored blocks that belong to the caller's tenant."""
+        return stored_rows(self._blocks, stream.caller, self._keys(stream.caller, subject))
+
+    def _keys(self, caller: Caller, subject: HintSubject) -> list[bytes]:
+        if subject.packed_keys:
+            keys: list[bytes] = np.frombuffer(subject.packed_keys, f"V{KEY_BYTES}").tolist()
+            return keys
+        manifest = self._sessions.peek(caller, *subject[:2])
+        return [] if manifest is None else list(dict.fromkeys(manifest.slices["key"].tolist()))
+
+    # Blocks that are not needed
+
+    async def _drop_not_needed(self) -> None:
+        try:
+            while self._not_needed:
+                began_s = self.now_s()
+                batch = [self._not_needed.popleft() for _ in range(min(_BATCH, len(self._not_needed)))]
+                for _, subject, _ in batch:
+                    self.totals.remove(subject)
+                await self._drop_batch(batch)
+                await self._clock.sleep((_SHARE_OF_TIME - 1) * (self.now_s() - began_s))
+        finally:
+            self._is_dropping = False
+
+    async def _drop_batch(self, batch: Sequence[tuple[HintStream, HintSubject, bool]]) -> None:
+        """Rank blocks as the first to be evicted, except those that other sessions name or other clients use."""
+        keys = [self._keys(stream.caller, subject) for stream, subject, _ in batch]
+        own = {subject[:2] for _, subject, _ in batch if not subject.packed_keys}
+        elsewhere = await self._sessions.named_elsewhere(keys, own, self.loop_budget.slot)
+        for (stream, _, write), names in zip(batch, keys, strict=True):
+            await self.loop_budget.slot()
+            rows = stored_rows(self._blocks, stream.caller, [key for key in names if key not in elsewhere])
+            self._placement.not_needed(rows[self._blocks.used_only_by(rows, stream.client.number)], write=write)
+
+
+def stored_rows(blocks: BlockTable, caller: Caller, keys: Sequence[bytes]) -> Rows:
+    """All rows of the leading keys that are stored for the caller's tenant."""
+    first = blocks.rows_of_keys(keys)
+    missing = np.flatnonzero((first == NO_ROW) | (blocks.tenant[first] != caller.tenant.number))
+    first = first[: missing[0]] if len(missing) else first
+    if (blocks.next_shard[first] == NO_ROW).all():
+        return first
+    return np.array([row for start in first.tolist() for row in blocks.shards_of(start)], np.int64)
