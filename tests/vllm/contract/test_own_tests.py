@@ -64,7 +64,9 @@ LEFT_OUT_FILES = {
 
 # Tests that are not run, of the files that are.
 _FROM_ANOTHER_ENGINE = "its hits come from the parameters of another engine (NIXL), which ours ignores"
-_GROUPS = "it has several KV cache groups, which ours does not take"
+_MAMBA = "its model has Mamba layers, which ours refuses"
+_NO_MODEL = "its groups have layers of no model; the rig's tests have several groups"
+_NO_GROUPS = "it checks a connector that does not take several KV cache groups, as ours does"
 _ITS_OWN = "it checks what a connector of its own, or a named one, does"
 LEFT_OUT = {
     "test_remote_prefill_lifecycle.py::test_basic_lifecycle": _FROM_ANOTHER_ENGINE,
@@ -74,12 +76,13 @@ LEFT_OUT = {
     "test_remote_prefill_lifecycle.py::test_cannot_schedule_after_recv": _FROM_ANOTHER_ENGINE,
     "test_remote_prefill_lifecycle.py::test_cannot_recv": _FROM_ANOTHER_ENGINE,
     "test_remote_prefill_lifecycle.py::test_kv_fetch_stages_cleared_on_abort": _FROM_ANOTHER_ENGINE,
-    "test_remote_prefill_lifecycle.py::test_p_side_chunked_prefill_mamba": _GROUPS,
-    "test_remote_prefill_lifecycle.py::test_async_load_reserves_blocks_for_promotion_margin": _GROUPS,
-    "test_remote_prefill_lifecycle.py::test_async_load_does_not_double_reserve_mamba_spec_blocks": _GROUPS,
-    "test_kv_load_failure_recovery.py::test_block_level_load_failure_fails_closed_with_multiple_groups": _GROUPS,
-    "test_hma_auto_config.py::test_hma_auto_config[hma_connector]": _ITS_OWN,
-    "test_hma_auto_config.py::test_hma_auto_config[multi_all_hma]": _ITS_OWN,
+    "test_remote_prefill_lifecycle.py::test_p_side_chunked_prefill_mamba": _MAMBA,
+    "test_remote_prefill_lifecycle.py::test_async_load_does_not_double_reserve_mamba_spec_blocks": _MAMBA,
+    "test_remote_prefill_lifecycle.py::test_async_load_reserves_blocks_for_promotion_margin": _NO_MODEL,
+    "test_kv_load_failure_recovery.py::test_block_level_load_failure_fails_closed_with_multiple_groups": _NO_MODEL,
+    "test_hma_auto_config.py::test_hma_auto_config[non_hma_connector]": _NO_GROUPS,
+    "test_hma_auto_config.py::test_hma_auto_config[multi_mixed]": _NO_GROUPS,
+    "test_hma_auto_config.py::test_explicit_hma_with_non_hma_connector_errors_at_factory": _NO_GROUPS,
     "test_config.py::test_sleep_mode_refuses_unsupported_kv_connector": _ITS_OWN,
     "test_scheduler_kv_connector_override.py::test_connector_receives_block_hashes": _ITS_OWN,
     "test_scheduler_kv_connector_override.py::test_connector_block_state_covers_steps_without_new_blocks": _ITS_OWN,
