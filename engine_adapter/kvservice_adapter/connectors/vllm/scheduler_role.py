@@ -398,7 +398,9 @@ class SchedulerRole:
         vLLM computes them again for the request of the load, which may take several steps. Another request that shares
         them continues meanwhile.
         """
-        valid = {failed.request_id: failed.valid_tokens for failed in report.failed} if report is not None else {}
+        valid: dict[str, int] = {}  # Several ranks may have failed: what all of them have counts.
+        for failed in report.failed if report is not None else ():
+            valid[failed.request_id] = min(failed.valid_tokens, valid.get(failed.request_id, failed.valid_tokens))
         for request_id, state in self._requests.items():
             shared = self._pages.of(request_id)[0]
             if request_id in valid:
