@@ -223,10 +223,9 @@ class Overloaded(KVError, code=Code.RESOURCE_EXHAUSTED):
 
 
 class ChecksumMismatch(KVError, code=Code.DATA_LOSS):
-    """Stored bytes are not those that were saved. The block has been dropped.
+    """Stored bytes are not those that were saved. The block has been dropped."""
 
-    The detail `block` of a load or view is its position in the lease.
-    """
+    # In a load or a view the detail `block` is the block's position in the lease. So it is with StorageFailed.
 
 
 class UploadCorrupted(KVError, code=Code.DATA_LOSS):

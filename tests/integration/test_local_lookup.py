@@ -221,6 +221,7 @@ class TestAPeek:
             blocks = client.open_layout(LAYOUT)
             filled(blocks)
             chain = saved(blocks)
+            until(lambda: (found := blocks.peek(chain)) is not None and found.on_ssd == BLOCKS)  # None is copied later.
             asked = lookups_asked(daemon)
             assert blocks.peek(new_chain(LAYOUT, 8)) == LocalHit(0, 0, 0)
             client.admin.discard(chain.keys[11:12])

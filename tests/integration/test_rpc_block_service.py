@@ -340,6 +340,7 @@ def adopt(wire: Wire, ticket: bytes, **fields: Any) -> pb.AdoptLeaseResponse:
 def test_AdoptLease_gives_another_client_a_lease_on_the_same_blocks(wire: Wire, daemon: DaemonProcess) -> None:
     chain = saved(wire, 3)
     evict(wire, chain[1:2], DRAM)
+    promoted = wire.status().counters["promoted_blocks"]
     with Wire(daemon.address) as scheduler:
         scheduler.attach("scheduler")
         lease_id = scheduler.lookup(SMALL, chain).lease_id
@@ -361,9 +362,9 @@ def test_AdoptLease_gives_another_client_a_lease_on_the_same_blocks(wire: Wire, 
     part = adopt(wire, ticket, shard=Shard(2, 4, 1, 2).to_proto(), lease_ttl_ms=2**32 - 1)
     assert (list(whole.token_counts), whole.lease_ttl_ms) == ([SMALL.block_tokens] * 3, 20_000)
     assert part.lease_ttl_ms == wire.capabilities().max_lease_ttl_ms
-    assert [(run.count, run.dram, run.ssd) for run in whole.runs] == [
-        (1, True, True), (1, False, True), (1, True, True)
-    ]  # fmt: skip
+    assert sum(run.count for run in whole.runs) == 3
+    assert all(run.ssd for run in whole.runs)
+    until(lambda: wire.status().counters["promoted_blocks"] > promoted)  # Since the export, before any load.
     assert [frame.payload for frame in wire.load(part.lease_id)] == [
         b"".join(heads_of(key, layer, 1, 2) for key in chain) for layer in (2, 3)
     ]
