@@ -29,8 +29,6 @@ from tests.vllm.contract.test_scheduler import (
 )
 from tests.vllm.contract.worker import Runner
 
-pytestmark = pytest.mark.fast
-
 WINDOW = 2 * BLOCK
 MODELS = {
     "mixed": NumberedModel(layers=4, windows=(WINDOW, WINDOW, WINDOW, 0)),
@@ -145,6 +143,7 @@ def test_only_tokens_that_the_window_has_pages_for_are_copied(
         expect_nothing_is_held(client, steps)
 
 
+@pytest.mark.fast
 def test_null_pages_are_not_saved(
     daemon: DaemonProcess, client: Client, model: NumberedModel, tokens: list[int]
 ) -> None:
@@ -350,6 +349,7 @@ def test_an_abort_leaves_nothing_behind(
         expect_right_numbers(client, steps, list(request.all_token_ids))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("damaged", [0, 4], ids=["the first block", "a block of the window"])
 @pytest.mark.parametrize("runner", Runner)
 def test_a_load_that_fails_is_computed_from_the_first_token_and_is_not_tried_again(
@@ -440,6 +440,7 @@ def test_requests_that_share_a_history_store_right_numbers(
         expect_nothing_is_held(client, steps)
 
 
+@pytest.mark.fast
 def test_pages_of_a_step_before_one_whose_orders_failed_are_not_saved(
     daemon: DaemonProcess, client: Client, model: NumberedModel, tokens: list[int]
 ) -> None:
