@@ -143,6 +143,11 @@ class PrefixLoad:
             event.wait(_COPIED_S)
 
     @property
+    def is_leased(self) -> bool:
+        """Whether the daemon has answered."""
+        return self._lease is not None
+
+    @property
     def _first_block(self) -> int:
         return self._tokens[0] // self._blocks.layout.block_tokens
 

@@ -30,6 +30,7 @@ from kvservice_client.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
 
+_LATE_S = 0.01  # How much later than its deadline a call may return.
 _CLOSED_S = 2.0  # At vLLM's end: for the last saves.
 _GATHERED_S = 30.0  # For copies out of the pages, from memory to memory.
 
@@ -259,7 +260,7 @@ class WorkerRole:
         layer, running = self._layer_of_name[name], []
         for order, load, loader in self._loaders:
             try:
-                loader.wait(layer, None if self._may_ask else 0.0)
+                self._wait_for_layer(layer, load, loader)
             except LoadFailed as error:
                 loader.cancel()
                 load.stop()  # vLLM computes into the pages after this.
@@ -271,6 +272,20 @@ class WorkerRole:
                 times = report.busy_s, sum(report.waited_s)
                 self._load_ended(order, EndedLoad(order.request_id, report.size_bytes, *times, load.transport))
         self._loaders = running if layer + 1 < self._shard.layers else []
+
+    def _wait_for_layer(self, layer: int, load: PrefixLoad, loader: LayerLoader) -> None:
+        """Raises LoadFailed."""
+        if not self._may_ask:
+            loader.wait(layer, 0.0)
+            return
+        if not load.is_leased:  # A call that waits for the connection itself may return later than its deadline.
+            try:
+                loader.wait(layer, self._waits_of_step.answer.remaining_s + _LATE_S)
+                return
+            except LoadFailed:
+                if not load.is_leased:
+                    raise
+        loader.wait(layer)
 
     def end_step(self) -> None:
         """After the forward: from now on vLLM may give the pages to others."""
