@@ -93,7 +93,7 @@ def _steps(times: Sequence[float]) -> list[float]:
 def _wait_for_arena(client: Client) -> None:
     """The daemon allocates its memory in the background."""
     while (dram := client.admin.status().dram).capacity_bytes < dram.configured_bytes:
-        time.sleep(0.1)  # No event marks it.
+        time.sleep(0.1)  # The daemon does not report the end of the allocation.
 
 
 def measure(client: Client, page_tokens: int, rounds: int) -> str:

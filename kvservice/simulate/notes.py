@@ -20,7 +20,7 @@ def notes_of(results: Sequence[Result], machine: Machine) -> tuple[str, ...]:
         same = len(set(slow.values())) == 1 and len(slow) == len(results)
         taken = next(iter(slow.values())) if same else ", ".join(f"{share} ({name})" for name, share in slow.items())
         notes.append(
-            f"The server takes {taken} of what comes: times to first token are those of a queue that grows. "
+            f"The server processes {taken} of the arriving load. So its queue grows, and times to first token with it. "
             "Give fewer requests, or a faster server."
         )
     if machine.service_turns_per_s is not None:

@@ -44,7 +44,7 @@ class Result:
     writes_dropped_gb: float  # Left DRAM before write-behind had written it: reads had the SSD. It is lost.
     queue_p50: float
     queue_p99: float
-    server_share: float  # What the server takes of what comes, 0 to 1; 1 if it keeps up. Over the whole run.
+    server_share: float  # The share of the arriving load that the server processes, 0 to 1, over the whole run.
     live_gb_mean: float  # KV of sessions between their first and their last turn, if all of it were stored.
     read_busy: float  # Share of the simulated time in which the SSD read.
     simulated_s: float

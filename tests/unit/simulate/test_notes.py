@@ -48,10 +48,10 @@ def test_an_overloaded_gpu_is_noted_with_its_share(tmp_path: Path) -> None:
 
     done = run(*arguments)
 
-    assert "Note: The server takes 0.11 of what comes: times to first token are those of a queue" in done.stdout
+    assert "Note: The server processes 0.11 of the arriving load. So its queue grows, and times to" in done.stdout
     found = simulated(*arguments)
     assert found[0]["server_share"] == pytest.approx(10.94 / 100, rel=0.01)
-    assert "The server takes 0.11" in found[1]["notes"]
+    assert "The server processes 0.11" in found[1]["notes"]
 
 
 def test_only_policies_with_which_the_server_does_not_keep_up_are_named(tmp_path: Path) -> None:
@@ -61,8 +61,8 @@ def test_only_policies_with_which_the_server_does_not_keep_up_are_named(tmp_path
 
     (note,) = {each["notes"] for each in simulated(*load, "--policy", "none,infinite")}
 
-    assert note.startswith("The server takes 0.")
-    assert "(none) of what comes" in note and "infinite" not in note
+    assert note.startswith("The server processes 0.")
+    assert "(none) of the arriving load" in note and "infinite" not in note
 
 
 def test_a_server_of_fixed_rate_is_noted_as_one_that_hits_do_not_speed_up() -> None:

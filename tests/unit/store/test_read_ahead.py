@@ -1,4 +1,4 @@
-"""A real store under a policy over items: what leaves DRAM, and what is read ahead of its request."""
+"""A real store with a policy over items: it promotes blocks before the request that needs them."""
 
 from __future__ import annotations
 
