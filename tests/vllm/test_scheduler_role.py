@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -13,11 +12,12 @@ from vllm.v1.request import Request
 
 from benchmarks.vllm.roles import Roles
 from kvservice_adapter.connectors.vllm.metadata import FailedLoad, StepReport
-from kvservice_api.errors import RequestNotFound, SessionNotFound
+from kvservice_api.errors import SessionNotFound
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client import Client, SessionState, block_chain
 from tests.daemon import MIB, DaemonProcess, until
 from tests.vllm.engine import model_folder
+from tests.vllm.request_reports import report_of
 
 pytestmark = pytest.mark.fast
 
@@ -261,20 +261,6 @@ def test_a_session_is_updated_once_a_daemon_that_was_away_has_the_blocks(daemon:
 
 
 # Reports
-
-
-def report_of(client: Client, request_id: str) -> pb.RequestReport:
-    """The report of a request, once it has arrived."""
-    reports: list[pb.RequestReport] = []
-
-    def has_arrived() -> bool:
-        with suppress(RequestNotFound):
-            reports.extend(each.report for each in client.admin.explain_request(request_id).reports)
-        return bool(reports)
-
-    until(has_arrived)
-    (report,) = reports
-    return report
 
 
 def answer(roles: Roles, request: Request, own_tokens: int = 0) -> int:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import suppress
 
 import pytest
 
-from kvservice_api.errors import RequestNotFound, SessionNotFound
+from kvservice_api.errors import SessionNotFound
 from kvservice_api.v1 import blocks_pb2 as pb
-from kvservice_client import Client, Session, block_chain
+from kvservice_client import Session, block_chain
 from tests.daemon import MIB, DaemonProcess, until
 from tests.vllm.contract.setup import Setup
 from tests.vllm.contract.steps import Steps
+from tests.vllm.request_reports import report_of
 
 pytestmark = pytest.mark.fast
 
@@ -37,19 +37,6 @@ def engine(daemon: DaemonProcess, load: str, *, is_asynchronous: bool) -> Steps:
     }
     package = "kvservice_adapter.connectors.vllm"
     return Steps(Setup("KVServiceConnector", package, options, step_tokens=64, is_asynchronous=is_asynchronous))
-
-
-def report_of(client: Client, request_id: str) -> pb.RequestReport:
-    reports: list[pb.RequestReport] = []
-
-    def has_arrived() -> bool:
-        with suppress(RequestNotFound):
-            reports.extend(each.report for each in client.admin.explain_request(request_id).reports)
-        return bool(reports)
-
-    until(has_arrived)
-    (report,) = reports
-    return report
 
 
 def token_count(session: Session) -> int:
