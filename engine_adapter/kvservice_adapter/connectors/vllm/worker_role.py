@@ -137,8 +137,10 @@ class WorkerRole:
         former, self._gathering = self._gathering, None
         self._wait(former)  # If `end_step` was not called, or has failed.
         freed = self._gather([save for save in orders.saves if save.is_freed])
-        self._gathering = self._gather([save for save in orders.saves if not save.is_freed])
-        self._wait(freed)
+        try:
+            self._gathering = self._gather([save for save in orders.saves if not save.is_freed])
+        finally:  # After an error too, vLLM writes into the freed pages.
+            self._wait(freed)
         self._unanswered_s = 0.0 if freed is None else freed.gathering.unanswered_s
 
     def _gather(self, orders: list[PageSaveOrder]) -> _Gathered | None:
