@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from tests.integration.media import arena, flip_trailer, ssd_file
 LAYOUT = Layout("pages", "float32", layers=3, kv_heads=2, k_head_dim=8, v_head_dim=4, block_tokens=32)
 PAGE_TOKENS = 12  # No divisor of a block's: blocks begin and end inside pages.
 PAGES = 200
+
+_numbers = count(1)
 
 
 @pytest.fixture(params=["shm", "grpc"])
@@ -222,15 +224,34 @@ def test_a_load_by_a_ticket_that_no_daemon_made_fails_and_writes_nothing(client:
     assert np.array_equal(engine.tokens(0, 101), before)
 
 
+@pytest.fixture(scope="module")
+def lasting_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    with DaemonProcess(tmp_path_factory.mktemp("lasting")) as daemon:
+        yield daemon
+
+
+@pytest.fixture(params=["shm", "grpc"])
+def lasting_client(lasting_daemon: DaemonProcess, request: pytest.FixtureRequest) -> Iterator[Client]:
+    with lasting_daemon.client(transport=request.param) as client:
+        yield client
+
+
 @pytest.mark.parametrize("layer", [0, 1, LAYOUT.layers - 1, "trailer"])
 @pytest.mark.parametrize("tier", [Tier.DRAM, Tier.SSD])
 @pytest.mark.parametrize(("damaged", "first", "valid"), [(2, 0, 64), (2, 37, 64), (1, 37, 0), (0, 0, 0)])
 def test_what_is_before_a_damaged_block_is_loaded(
-    daemon: DaemonProcess, client: Client, tier: Tier, layer: int | str, damaged: int, first: int, valid: int
+    lasting_daemon: DaemonProcess,
+    lasting_client: Client,
+    tier: Tier,
+    layer: int | str,
+    damaged: int,
+    first: int,
+    valid: int,
 ) -> None:
+    daemon, client, number = lasting_daemon, lasting_client, next(_numbers)
     blocks = client.open_layout(LAYOUT)
-    chain = block_chain(LAYOUT, range(101), with_partial=True)
-    saved = Engine(blocks, [7, 3, 11, 2, 19, 5, 23, 29, 31])
+    chain = block_chain(LAYOUT, range(1000 * number, 1000 * number + 101), with_partial=True)
+    saved = Engine(blocks, [7, 3, 11, 2, 19, 5, 23, 29, 31], seed=1000 + number)  # Bytes that the store has once.
     save(saved, chain)
     if tier is Tier.SSD:
         until(lambda: tiers_of(client, LAYOUT, chain) == ["dram+ssd"] * len(chain))
