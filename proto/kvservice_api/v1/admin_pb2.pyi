@@ -563,3 +563,45 @@ class ListSessionsResponse(_message.Message):
     sessions: _containers.RepeatedCompositeFieldContainer[_sessions_pb2.Session]
     next_page_token: str
     def __init__(self, sessions: _Optional[_Iterable[_Union[_sessions_pb2.Session, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class RecordTraceRequest(_message.Message):
+    __slots__ = ("layout_fingerprint", "duration_ms")
+    LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    DURATION_MS_FIELD_NUMBER: _ClassVar[int]
+    layout_fingerprint: bytes
+    duration_ms: int
+    def __init__(self, layout_fingerprint: _Optional[bytes] = ..., duration_ms: _Optional[int] = ...) -> None: ...
+
+class RecordTraceResponse(_message.Message):
+    __slots__ = ("layout", "turns", "dropped", "done")
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    TURNS_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    layout: RecordedLayout
+    turns: _containers.RepeatedCompositeFieldContainer[RecordedTurn]
+    dropped: int
+    done: bool
+    def __init__(self, layout: _Optional[_Union[RecordedLayout, _Mapping]] = ..., turns: _Optional[_Iterable[_Union[RecordedTurn, _Mapping]]] = ..., dropped: _Optional[int] = ..., done: bool = ...) -> None: ...
+
+class RecordedLayout(_message.Message):
+    __slots__ = ("layout_fingerprint", "block_tokens", "kv_bytes_per_token")
+    LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    layout_fingerprint: bytes
+    block_tokens: int
+    kv_bytes_per_token: int
+    def __init__(self, layout_fingerprint: _Optional[bytes] = ..., block_tokens: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ...) -> None: ...
+
+class RecordedTurn(_message.Message):
+    __slots__ = ("arrived_s", "prompt_tokens", "answer_tokens", "hash_ids")
+    ARRIVED_S_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HASH_IDS_FIELD_NUMBER: _ClassVar[int]
+    arrived_s: float
+    prompt_tokens: int
+    answer_tokens: int
+    hash_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, arrived_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., answer_tokens: _Optional[int] = ..., hash_ids: _Optional[_Iterable[int]] = ...) -> None: ...
