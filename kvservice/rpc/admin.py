@@ -67,6 +67,7 @@ class AdminService:
             queued_requests=facts.queued_requests,
             set_aside_bytes=facts.set_aside_bytes,
             set_aside_extents=facts.set_aside_extents,
+            recordings=facts.recordings,
         )
 
     async def ListBlocks(self, request: pb.ListBlocksRequest, context: Context) -> pb.ListBlocksResponse:

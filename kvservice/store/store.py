@@ -361,6 +361,7 @@ class BlockStore:
             queued_requests=self._hints.queued_count,
             set_aside_bytes=sum(extent.size_bytes for extent in set_aside),
             set_aside_extents=len(set_aside),
+            recordings=self._trace.stream_count,
             reported=dict(self._requests.reported),
         )
 

@@ -137,6 +137,7 @@ class StoreFacts:
     queued_requests: int  # In the queues that hints describe.
     set_aside_bytes: int
     set_aside_extents: int
+    recordings: int
     reported: dict[tuple[str, str], int]  # (plan, outcome) -> number of reported requests.
 
 

@@ -104,6 +104,10 @@ class TraceRecorder:
         self._dropped = 0  # Turns that were not noted, of any tenant.
         self._stopping = asyncio.Event()
 
+    @property
+    def stream_count(self) -> int:
+        return len(self._streams)
+
     def stop(self) -> None:
         """The daemon ends: the streams send what they have, and end."""
         self._stopping.set()

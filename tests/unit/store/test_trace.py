@@ -194,7 +194,7 @@ async def test_an_appended_turn_has_the_blocks_of_its_session(recording: Recordi
     await recording.save(chain)
     recording.ask(chain[:2])
     store, caller = recording.opened.store, caller_of(recording.client)
-    turn = SessionAppend(chain.parent_key, chain.keys)
+    turn = SessionAppend(chain.parent, chain.keys)
     await store.append_turn(caller, LAYOUT.fingerprint, "chat", 0, turn)
     await recording.opened.store.release(caller, next(iter(recording.client.leases)))
     turns = await recording.turns()
