@@ -42,6 +42,7 @@ from kvservice.store.operations.operators import Operators
 from kvservice.store.operations.pins import Pins
 from kvservice.store.operations.requests import Requests
 from kvservice.store.operations.scrub import Scrub
+from kvservice.store.operations.trace import TraceRecorder
 from kvservice.store.prefix_match import PrefixMatch, match_prefix, match_tails, narrowed, runs_of
 from kvservice.store.sessions.sessions import SessionLimits, Sessions
 from kvservice.store.tasks import LoopBudget, Tasks, parts_of
@@ -260,6 +261,7 @@ class BlockStore:
             self._loop_budget,
             limits.hints,
         )
+        self._trace = TraceRecorder(blocks, lambda: index.layouts, self._leases, clock, self._loop_budget)
         self.operators = Operators(
             blocks,
             index,
@@ -273,6 +275,7 @@ class BlockStore:
             self._pins,
             self._scrub,
             self._drain,
+            self._trace,
         )
         self._started_at_ms = clock.wall_ms()
 
@@ -372,6 +375,7 @@ class BlockStore:
             queued_requests=self._hints.queued_count,
             set_aside_bytes=sum(extent.size_bytes for extent in set_aside),
             set_aside_extents=len(set_aside),
+            recordings=self._trace.stream_count,
             reported=dict(self._requests.reported),
         )
 
@@ -503,6 +507,7 @@ class BlockStore:
     def _note_lookup(
         self, request_id: str, caller: Caller, layout_id: int, wanted: Shard, keys: Sequence[bytes], hit: Hit
     ) -> None:
+        self._trace.looked_up(caller, layout_id, keys, hit.lease, request_id)
         if request_id and keys:
             who = self._leases.name_of(caller.client)
             self._requests.note_lookup(
@@ -669,6 +674,7 @@ class BlockStore:
                 raise InvalidRequest(f"parent_key has {size} bytes, not {KEY_BYTES}", field="parent_key")
             if len(set(chain.keys)) != len(chain.keys):
                 raise InvalidRequest("a key appears twice in one save", field="keys")
+            self._trace.saved(caller, layout_id, *chain)
             parents += [chain.parent_key, *chain.keys[:-1]]
             full = len(chain.keys) - 1
             counts += [*[layout.block_tokens] * full, chain.last_block_tokens or layout.block_tokens]
@@ -682,6 +688,7 @@ class BlockStore:
     def report(self, caller: Caller, request_id: str, report: ReportRecord) -> None:
         """Note an engine's report of a request. Raises InvalidRequest."""
         self._requests.note_report(caller, request_id, report)
+        self._trace.reported(request_id, report)
 
     # Hints, moving and dropping
 
@@ -749,9 +756,9 @@ class BlockStore:
 
         Raises InvalidRequest, UnknownLayout, SessionNotFound, SessionChanged, SessionsFull, StorageFailed, IndexFull.
         """
-        return self._sessions.stored(
-            await self._sessions.append(caller, fingerprint, session_id, expected_revision, turn)
-        )
+        stored = await self._sessions.append(caller, fingerprint, session_id, expected_revision, turn)
+        self._trace.appended(turn)
+        return self._sessions.stored(stored)
 
     async def truncate_session(
         self,
@@ -789,6 +796,7 @@ class BlockStore:
     def begin_stop(self) -> None:
         """Refuse saves permanently. Blocks that are only in DRAM stay there, and the next start finds them."""
         self._drain.begin_stop()
+        self._trace.stop()
 
     async def quiet(self) -> None:
         """Wait until no load and no save runs."""
