@@ -24,10 +24,12 @@ from kvservice.policy.placement import Placement
 from kvservice.policy.queue_waits import QueueWaits
 from kvservice.policy.read_price import ReadPrice
 from kvservice.policy.return_times import ReturnTimes
+from kvservice.policy.saved_time import SavedTime
 from kvservice.policy.scores import FETCH, HOLD, KEEP, LATER, Scores
 from kvservice.policy.survival import Floats, Ints
 
 _LEAST_RATE = 1e-30  # Returns per second that count as never.
+_LEAST_DENSE = 1e-300  # What a use saves per byte.
 _LEAST_S = 1e-6  # The time until a request that is about to run.
 _UNLIKELY = 0.02  # Expected returns within the typical time below which an item is not read ahead.
 _FULL_SCAN_PART = 4  # All items, not only candidates, are scored once per (live items / 4) events.
@@ -63,6 +65,7 @@ class ForesightPolicy(Placement):
         self._since_all = 0  # Events since the last full scan.
         self._waits = QueueWaits(items.row_count)
         self._price = ReadPrice(now_s)
+        self._saved = SavedTime.of(items.conditions)
         self._looks = LookTimes(now_s)
         self._all_due = 0
         self._level = 0.0  # DRAM's eviction threshold.
@@ -187,32 +190,39 @@ class ForesightPolicy(Placement):
     def wants_on_ssd(self, items: ItemTable, row: int, now_s: float) -> bool:
         if not self._started:
             return True
-        return self._on_ssd.item(row) >= _SSD_ADMIT_SHARE * self._ssd_level and not self._hints.has_ended(row)
+        return self._on_ssd.item(row) > 0.0 and self._on_ssd.item(row) >= _SSD_ADMIT_SHARE * self._ssd_level and not self._hints.has_ended(row)
 
     def _worth_queued(self, items: ItemTable, rows: Rows, queue_seq: Ints, lost: bool) -> Floats:
         """A queued request is a hit at a known time. An item that can still be read in time scores the read's price."""
         conditions = items.conditions
         ahead = queue_seq - conditions.served
         coming_s = np.maximum(ahead * (1 / conditions.turns_per_s), _LEAST_S)
-        sizes = np.maximum(items.size_bytes[rows], 1)
-        worth: Floats = items.value[rows] / (sizes * coming_s)
+        dense = self._dense(items, rows, lost)
+        worth = dense / coming_s
         if not lost:
             far = (ahead >= self._window).nonzero()[0]
             if len(far):
-                worth[far] *= np.minimum(self._price.per_byte * sizes[far], 1.0)
+                worth[far] *= np.minimum(self._price.per_density / np.maximum(dense[far], _LEAST_DENSE), 1.0)
         return worth
+
+    def _dense(self, items: ItemTable, rows: Rows, lost: bool) -> Floats:
+        """What a use saves per byte."""
+        sizes = np.maximum(items.size_bytes[rows], 1)
+        return self._saved.per_bytes(sizes, items.value[rows], lost, items.conditions.ssd_capacity_bytes > 0)
 
     def _score_stored(self, items: ItemTable, row: int) -> None:
         """The scores of an item that was just used: what `_score` gives at age 0."""
         returns, conditions = self._returns, items.conditions
-        size = max(items.size_bytes.item(row), 1)
+        size, value = max(items.size_bytes.item(row), 1), items.value.item(row)
+        has_ssd = conditions.ssd_capacity_bytes > 0
+        dense = self._saved.per_byte(size, value, False, has_ssd)
         factor = returns.factor.item(row)
         unannounced = self._hints.unannounced_share * self._late.item(row)
-        hold, keep = self._scores.at_once(returns.in_class.item(row), size * self._price.per_byte / unannounced)
+        price = self._price.per_density / max(dense, _LEAST_DENSE) / unannounced
+        hold, keep = self._scores.at_once(returns.in_class.item(row), price)
         wait_s = conditions.queued / conditions.turns_per_s
-        dense = items.value.item(row) / size
         self._in_dram[row] = dense / (factor / (hold * unannounced) + wait_s)
-        self._on_ssd[row] = dense / (factor / keep + wait_s)
+        self._on_ssd[row] = self._saved.per_byte(size, value, True, has_ssd) / (factor / keep + wait_s)
 
     def _score(self, items: ItemTable, rows: Rows, now_s: float) -> tuple[Floats, Floats]:
         """Score `rows`. Returns the scores of reading each ahead now, and at the best later time."""
@@ -223,7 +233,8 @@ class ForesightPolicy(Placement):
         unannounced = hints.unannounced_share
         late = self._waits.shorter(sizes * (1 / conditions.ssd_bytes_per_s))
         self._late[rows] = late
-        price = sizes * self._price.per_byte / late
+        dense = self._dense(items, rows, False)
+        price = self._price.per_density / np.maximum(dense, _LEAST_DENSE) / late
 
         factor = returns.factor[rows]
         age_s = now_s - returns.since_s[rows]
@@ -247,8 +258,10 @@ class ForesightPolicy(Placement):
         for kind in (HOLD, FETCH, LATER):
             rates[kind] *= late
         wait_s = conditions.queued / conditions.turns_per_s
-        worth = items.value[rows] / sizes / (1 / np.maximum(rates, _LEAST_RATE) + wait_s)
-        self._in_dram[rows], self._on_ssd[rows] = worth[HOLD], worth[KEEP]
+        worth = 1 / (1 / np.maximum(rates, _LEAST_RATE) + wait_s)
+        self._on_ssd[rows] = worth[KEEP] * self._dense(items, rows, True)
+        worth *= dense
+        self._in_dram[rows] = worth[HOLD]
         worth[FETCH:] *= rates[FETCH:] >= _UNLIKELY / returns.typical_s
         return worth[FETCH], worth[LATER]
 
@@ -266,7 +279,7 @@ class ForesightPolicy(Placement):
     def _promotions_of(self, items: ItemTable, rows: Rows, worths: Floats, now_s: float) -> list[Promotion]:
         """Deadlines: for hinted items the soonest arrivals after such hints; for others the mean time to the return."""
         hints = self._hints
-        deadlines = now_s + items.value[rows] / (worths * np.maximum(items.size_bytes[rows], 1))
+        deadlines = now_s + self._dense(items, rows, False) / worths
         hinted = np.flatnonzero(hints.in_class[rows] != hint_times.NONE)
         if len(hinted):
             soonest = hints.since_s[rows[hinted]] + hints.soonest_s[hints.in_class[rows[hinted]]]
@@ -291,7 +304,8 @@ class ForesightPolicy(Placement):
                 break
             if on_ssd.item(row) > in_dram.item(row) + coming.item(row):
                 coming_s = max(ahead / conditions.turns_per_s, _LEAST_S)  # One request may read several rows.
-                wanted.append(Promotion(row, now_s + coming_s, items.value.item(row) / (size * coming_s)))
+                dense = self._saved.per_byte(max(size, 1), items.value.item(row), False, True)
+                wanted.append(Promotion(row, now_s + coming_s, dense / coming_s))
         self._window = max(ahead, 1)
         return wanted
 
@@ -314,8 +328,10 @@ class ForesightPolicy(Placement):
         if not len(thinking):
             self._looks.plan(False, False, now_s)
             return []
+        self._saved = SavedTime.of(conditions)
         sizes = items.size_bytes[thinking]
-        self._price.learn(conditions, float(sizes.sum()) / len(sizes), now_s)
+        mean_dense = float((self._dense(items, thinking, False) * sizes).sum()) / max(float(sizes.sum()), 1.0)
+        self._price.learn(conditions, mean_dense, now_s)
         fetch, later = self._score(items, thinking, now_s)
 
         in_dram = rows[(items.dram_bytes[rows] > 0) & (items.in_use[rows] == 0)]
