@@ -22,7 +22,7 @@ from kvservice.policy.items import NOT_QUEUED, ItemTable, grown
 from kvservice.policy.look_times import LookTimes
 from kvservice.policy.placement import Placement
 from kvservice.policy.queue_waits import QueueWaits
-from kvservice.policy.read_price import ReadPrice
+from kvservice.policy.read_budget import ReadBudget
 from kvservice.policy.return_times import ReturnTimes
 from kvservice.policy.saved_time import SavedTime
 from kvservice.policy.scores import FETCH, HOLD, KEEP, LATER, Scores
@@ -64,7 +64,7 @@ class ForesightPolicy(Placement):
         self._candidate = np.zeros(items.row_count, np.bool_)  # In DRAM, or may score above the threshold soon.
         self._since_all = 0  # Events since the last full scan.
         self._waits = QueueWaits(items.row_count)
-        self._price = ReadPrice(now_s)
+        self._reads = ReadBudget(now_s)
         self._saved = SavedTime.of(items.conditions)
         self._looks = LookTimes(now_s)
         self._all_due = 0
@@ -122,6 +122,7 @@ class ForesightPolicy(Placement):
         if not self._started:
             self._start(items, now_s)
         self._waits.served(row, now_s)
+        self._reads.used(items.dram_bytes.item(row), items.ssd_bytes.item(row))
         self._passed += 1
         if items.conditions.queued and self._passed * 8 >= self._window:
             self.look_at_s = now_s
@@ -190,7 +191,8 @@ class ForesightPolicy(Placement):
     def wants_on_ssd(self, items: ItemTable, row: int, now_s: float) -> bool:
         if not self._started:
             return True
-        return self._on_ssd.item(row) > 0.0 and self._on_ssd.item(row) >= _SSD_ADMIT_SHARE * self._ssd_level and not self._hints.has_ended(row)
+        score = self._on_ssd.item(row)
+        return score > 0.0 and score >= _SSD_ADMIT_SHARE * self._ssd_level and not self._hints.has_ended(row)
 
     def _worth_queued(self, items: ItemTable, rows: Rows, queue_seq: Ints, lost: bool) -> Floats:
         """A queued request is a hit at a known time. An item that can still be read in time scores the read's price."""
@@ -202,7 +204,7 @@ class ForesightPolicy(Placement):
         if not lost:
             far = (ahead >= self._window).nonzero()[0]
             if len(far):
-                worth[far] *= np.minimum(self._price.per_density / np.maximum(dense[far], _LEAST_DENSE), 1.0)
+                worth[far] *= np.minimum(self._reads.per_density / np.maximum(dense[far], _LEAST_DENSE), 1.0)
         return worth
 
     def _dense(self, items: ItemTable, rows: Rows, lost: bool) -> Floats:
@@ -218,7 +220,7 @@ class ForesightPolicy(Placement):
         dense = self._saved.per_byte(size, value, False, has_ssd)
         factor = returns.factor.item(row)
         unannounced = self._hints.unannounced_share * self._late.item(row)
-        price = self._price.per_density / max(dense, _LEAST_DENSE) / unannounced
+        price = self._reads.per_density / max(dense, _LEAST_DENSE) / unannounced
         hold, keep = self._scores.at_once(returns.in_class.item(row), price)
         wait_s = conditions.queued / conditions.turns_per_s
         self._in_dram[row] = dense / (factor / (hold * unannounced) + wait_s)
@@ -234,7 +236,7 @@ class ForesightPolicy(Placement):
         late = self._waits.shorter(sizes * (1 / conditions.ssd_bytes_per_s))
         self._late[rows] = late
         dense = self._dense(items, rows, False)
-        price = self._price.per_density / np.maximum(dense, _LEAST_DENSE) / late
+        price = self._reads.per_density / np.maximum(dense, _LEAST_DENSE) / late
 
         factor = returns.factor[rows]
         age_s = now_s - returns.since_s[rows]
@@ -331,7 +333,7 @@ class ForesightPolicy(Placement):
         self._saved = SavedTime.of(conditions)
         sizes = items.size_bytes[thinking]
         mean_dense = float((self._dense(items, thinking, False) * sizes).sum()) / max(float(sizes.sum()), 1.0)
-        self._price.learn(conditions, mean_dense, now_s)
+        self._reads.learn(conditions, 0.0, mean_dense, now_s)
         fetch, later = self._score(items, thinking, now_s)
 
         in_dram = rows[(items.dram_bytes[rows] > 0) & (items.in_use[rows] == 0)]
@@ -356,7 +358,7 @@ class ForesightPolicy(Placement):
         leaving = np.searchsorted(room, after)  # Per read, the last item that must leave for it and those before.
         costs = np.concatenate([leaves, [math.inf]])[leaving]
         costs = np.where(after <= free, 0.0, costs)
-        readable = conditions.ssd_bytes_per_s * (2 * self._looks.every_s - conditions.read_backlog_s)
+        readable = self._reads.readable_bytes(conditions, 2 * self._looks.every_s)
         wanted = wanted[(fetch[wanted] > costs) & (after - lacks[wanted] < readable)]
         return self._promotions_of(items, thinking[wanted], fetch[wanted], now_s)
 

@@ -35,7 +35,9 @@ class SavedTime(NamedTuple):
         if not computed_per_s:
             return cls(0.0, 0.0, 0.0, 0.0)
         both = 1 / (1 + computed_per_s / read_per_s)
-        return cls(1 / computed_per_s, conditions.demand_wait_s * both, both / read_per_s, 1 / conditions.link_bytes_per_s)
+        return cls(
+            1 / computed_per_s, conditions.demand_wait_s * both, both / read_per_s, 1 / conditions.link_bytes_per_s
+        )
 
     def per_byte(self, size: int, value: float, lost: bool, has_ssd: bool) -> float:
         """What a use saves per byte of an item, in seconds, or in `value` if the rates are not known.

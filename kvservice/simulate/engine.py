@@ -316,7 +316,7 @@ class Engine:
         """Update what a policy may know of the channel."""
         channel, conditions = self.store.channel, self.conditions
         conditions.read_backlog_s = channel.read_backlog_s()
-        conditions.written_bytes = channel.written_bytes
+        conditions.written_bytes, conditions.read_bytes = channel.written_bytes, channel.read_bytes
         passed_s = now_s - self._measured_s
         if passed_s >= _MEASURE_S / 64:
             share = min(1.0, (channel.read_s - self._measured_read_s) / passed_s)
