@@ -26,6 +26,7 @@ from kvservice.policy.read_budget import ReadBudget
 from kvservice.policy.return_times import ReturnTimes
 from kvservice.policy.saved_time import SavedTime
 from kvservice.policy.scores import FETCH, HOLD, KEEP, LATER, Scores
+from kvservice.policy.shadow_lru import ShadowLru
 from kvservice.policy.survival import Floats, Ints
 
 _LEAST_RATE = 1e-30  # Returns per second that count as never.
@@ -42,6 +43,10 @@ _DIRTY = 4.0
 #: An item is written to SSD if it scores at least this share of what SSD evicted last: scores are estimates, and a
 #: miss costs more than a write.
 _SSD_ADMIT_SHARE = 0.9
+#: Recency decides until `lru` would have replaced DRAM so often: before that, absences of the length that matters have
+#: hardly been seen. It decides again where `lru` is ahead: each time for twice as long, but at most so long.
+_UNKNOWN_TURNOVERS, _LRU_TURNOVERS_MAX = 4.0, 64.0
+_RECENCY = 1e-60  # A score per use, below that of any queued request.
 _LATER_USE = 1e-13  # Breaks ties: by recency, so that a prefix scores above its suffix.
 
 
@@ -53,6 +58,7 @@ class ForesightPolicy(Placement):
     def __init__(self, learning: bool = True) -> None:
         self._learning = learning
         self._started = False
+        self._follows_lru = False
 
     def _start(self, items: ItemTable, now_s: float) -> None:
         self._started = True
@@ -65,6 +71,10 @@ class ForesightPolicy(Placement):
         self._since_all = 0  # Events since the last full scan.
         self._waits = QueueWaits(items.row_count)
         self._reads = ReadBudget(now_s)
+        self._shadow = ShadowLru(items.conditions.dram_capacity_bytes)
+        self._lru_turnovers = _UNKNOWN_TURNOVERS if self._learning else 0.0
+        self._lru_until = self._lru_turnovers
+        self._follows_lru = self._learning
         self._saved = SavedTime.of(items.conditions)
         self._looks = LookTimes(now_s)
         self._all_due = 0
@@ -122,7 +132,9 @@ class ForesightPolicy(Placement):
         if not self._started:
             self._start(items, now_s)
         self._waits.served(row, now_s)
-        self._reads.used(items.dram_bytes.item(row), items.ssd_bytes.item(row))
+        in_dram = items.dram_bytes.item(row)
+        self._reads.used(in_dram, items.ssd_bytes.item(row))
+        self._shadow.used(row, items.size_bytes.item(row), in_dram)
         self._passed += 1
         if items.conditions.queued and self._passed * 8 >= self._window:
             self.look_at_s = now_s
@@ -134,6 +146,9 @@ class ForesightPolicy(Placement):
             row, items.uses.item(row), items.answer_tokens.item(row), now_s, items.value.item(row)
         )
         self._score_stored(items, row)
+        self._shadow.stored(row, items.size_bytes.item(row))
+        if self._learning:
+            self._choose_order()
         self._candidate[row] = True
         self._happened(now_s)
 
@@ -160,6 +175,18 @@ class ForesightPolicy(Placement):
             self._late[row] = 1.0
             self._candidate[row] = False
 
+    def _choose_order(self) -> None:
+        """Follow recency while nothing better is known, and where `lru` would have had more."""
+        shadow = self._shadow
+        if self._follows_lru:
+            if shadow.turnovers >= self._lru_until:
+                self._follows_lru = False
+                shadow.restart()
+        elif shadow.is_ahead:
+            self._follows_lru = True
+            self._lru_until = shadow.turnovers + self._lru_turnovers
+            self._lru_turnovers = min(2 * self._lru_turnovers, _LRU_TURNOVERS_MAX)
+
     def _happened(self, now_s: float) -> None:
         self._looks.happened(now_s)
         self.look_at_s = min(self.look_at_s, self._looks.soonest_s)
@@ -175,7 +202,10 @@ class ForesightPolicy(Placement):
         if len(waiting) == len(rows):
             worth = self._worth_queued(items, rows, queue_seq, lost)
         else:
-            worth = (self._on_ssd if lost else self._in_dram)[rows]
+            if self._follows_lru:
+                worth = _RECENCY * items.access_seq[rows]
+            else:
+                worth = (self._on_ssd if lost else self._in_dram)[rows]
             if len(waiting):
                 worth[waiting] = self._worth_queued(items, rows[waiting], queue_seq[waiting], lost)
         if not lost and items.conditions.queued:  # Copying it now would delay reads of the SSD.
@@ -186,12 +216,14 @@ class ForesightPolicy(Placement):
         return worth
 
     def wants_in_dram(self, items: ItemTable, row: int, now_s: float) -> bool:
-        return self._started and self._in_dram.item(row) >= self._level
+        return self._follows_lru or (self._started and self._in_dram.item(row) >= self._level)
 
     def wants_on_ssd(self, items: ItemTable, row: int, now_s: float) -> bool:
         if not self._started:
             return True
         score = self._on_ssd.item(row)
+        if self._follows_lru:
+            return score > 0.0 and not items.unwanted_on_ssd.item(row) and not self._hints.has_ended(row)
         return score > 0.0 and score >= _SSD_ADMIT_SHARE * self._ssd_level and not self._hints.has_ended(row)
 
     def _worth_queued(self, items: ItemTable, rows: Rows, queue_seq: Ints, lost: bool) -> Floats:
@@ -200,7 +232,7 @@ class ForesightPolicy(Placement):
         ahead = queue_seq - conditions.served
         coming_s = np.maximum(ahead * (1 / conditions.turns_per_s), _LEAST_S)
         dense = self._dense(items, rows, lost)
-        worth = dense / coming_s
+        worth: Floats = dense / coming_s
         if not lost:
             far = (ahead >= self._window).nonzero()[0]
             if len(far):
@@ -333,7 +365,7 @@ class ForesightPolicy(Placement):
         self._saved = SavedTime.of(conditions)
         sizes = items.size_bytes[thinking]
         mean_dense = float((self._dense(items, thinking, False) * sizes).sum()) / max(float(sizes.sum()), 1.0)
-        self._reads.learn(conditions, 0.0, mean_dense, now_s)
+        self._reads.learn(conditions, self._shadow.hit_share, mean_dense, now_s)
         fetch, later = self._score(items, thinking, now_s)
 
         in_dram = rows[(items.dram_bytes[rows] > 0) & (items.in_use[rows] == 0)]
@@ -357,7 +389,7 @@ class ForesightPolicy(Placement):
         after = np.cumsum(lacks[wanted])
         leaving = np.searchsorted(room, after)  # Per read, the last item that must leave for it and those before.
         costs = np.concatenate([leaves, [math.inf]])[leaving]
-        costs = np.where(after <= free, 0.0, costs)
+        costs = np.where(after <= free, 0.0, math.inf if self._follows_lru else costs)
         readable = self._reads.readable_bytes(conditions, 2 * self._looks.every_s)
         wanted = wanted[(fetch[wanted] > costs) & (after - lacks[wanted] < readable)]
         return self._promotions_of(items, thinking[wanted], fetch[wanted], now_s)
