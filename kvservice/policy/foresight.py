@@ -15,7 +15,7 @@ from typing import ClassVar
 import numpy as np
 
 from kvservice.blocks import Rows, TierName
-from kvservice.policy import hint_times, return_times
+from kvservice.policy import hint_times, learned, return_times
 from kvservice.policy.base import Hint, Promotion
 from kvservice.policy.hint_times import HintTimes
 from kvservice.policy.items import NOT_QUEUED, ItemTable, grown
@@ -30,13 +30,14 @@ from kvservice.policy.shadow_lru import ShadowLru
 from kvservice.policy.survival import Floats, Ints
 
 _LEAST_RATE = 1e-30  # Returns per second that count as never.
+_SOON_SHARE = 0.5  # Tools that most often end within this share of a typical return time end soon.
 _LEAST_DENSE = 1e-300  # What a use saves per byte.
 _LEAST_S = 1e-6  # The time until a request that is about to run.
 _UNLIKELY = 0.02  # Expected returns within the typical time below which an item is not read ahead.
 _FULL_SCAN_PART = 4  # All items, not only candidates, are scored once per (live items / 4) events.
 _MARGIN_PART = 48  # The eviction threshold is the score at 1/48 of DRAM from the bottom.
 _CANDIDATE_SHARE = 0.5  # Partial scans skip items whose best future score is below this share of the threshold.
-_RELEARN_GROWTH = 5  # The model is fitted again when there are 1/5 more returns...
+_RELEARN_GROWTH = 3  # The model is fitted again when there are 1/3 more returns...
 _LEARN_RETURNS = (16, 1024)  # ... but at least and at most after so many returns.
 #: While requests are queued that may read from SSD, an item without an SSD copy scores this factor higher.
 _DIRTY = 4.0
@@ -50,6 +51,13 @@ _RECENCY = 1e-60  # A score per use, below that of any queued request.
 _LATER_USE = 1e-13  # Breaks ties: by recency, so that a prefix scores above its suffix.
 
 
+_STATE_VERSION = 1
+
+
+def _counts_of(returns: ReturnTimes, hints: HintTimes) -> list[Floats]:
+    return [*returns.counts(), *hints.counts()]
+
+
 class ForesightPolicy(Placement):
     """Learns online, starting from LRU's order. `learning=False`: recency and the queue only."""
 
@@ -59,6 +67,7 @@ class ForesightPolicy(Placement):
         self._learning = learning
         self._started = False
         self._follows_lru = False
+        self._restored = b""
 
     def _start(self, items: ItemTable, now_s: float) -> None:
         self._started = True
@@ -85,8 +94,41 @@ class ForesightPolicy(Placement):
         self._window = 1  # How many requests from the queue's head fitted into DRAM then.
         self._all_fit = True  # All of them.
 
+        if self._restored:
+            self._begin_with_restored(now_s)
+
     def _start_learning(self, row_count: int) -> tuple[ReturnTimes, HintTimes]:
         return ReturnTimes(row_count, self._learning), HintTimes(row_count)
+
+    # Over restarts
+
+    def state(self) -> bytes:
+        if not self._started or not self._learning:
+            return b""
+        numbers = np.array((self._returns.survival.event_count, self._shadow.turnovers, float(self._follows_lru)))
+        return learned.packed(_STATE_VERSION, [numbers, *self._counts()])
+
+    def restore(self, state: bytes) -> bool:
+        """See `Placement.restore`. The counts are used from the first event on."""
+        if self._started or not self._learning:
+            return False
+        numbers, parts = np.zeros(3), self._start_learning(0)
+        if not learned.unpack_into([numbers, *_counts_of(*parts)], _STATE_VERSION, state):
+            return False
+        self._restored = state
+        return True
+
+    def _counts(self) -> list[Floats]:
+        return _counts_of(self._returns, self._hints)
+
+    def _begin_with_restored(self, now_s: float) -> None:
+        numbers = np.zeros(3)
+        learned.unpack_into([numbers, *self._counts()], _STATE_VERSION, self._restored)
+        self._restored = b""
+        self._returns.survival.restored(int(numbers[0]))
+        self._learn_at = 0
+        self._learn_if_due(np.empty(0, np.int64), now_s)
+        self._follows_lru = bool(numbers[2]) or numbers[1] < _UNKNOWN_TURNOVERS
 
     # The table
 
@@ -114,10 +156,11 @@ class ForesightPolicy(Placement):
             self._start(items, now_s)
         returns = self._returns
         since_s = returns.since_s.item(row)
+        called_at_s = self._hints.called_at_s(row)
         if self._learning and since_s == since_s:
             hazard = returns.hazard(row, now_s)
             self._hints.record_return(row, hazard, items.size_bytes.item(row) / items.conditions.ssd_bytes_per_s, now_s)
-        returns.record_return(row, now_s)
+        returns.record_return(row, now_s, called_at_s)
         self._waits.queued(row, now_s)
         self._candidate[row] = True
         self._happened(now_s)
@@ -136,7 +179,8 @@ class ForesightPolicy(Placement):
         self._reads.used(in_dram, items.ssd_bytes.item(row))
         self._shadow.used(row, items.size_bytes.item(row), in_dram)
         self._passed += 1
-        if items.conditions.queued and self._passed * 8 >= self._window:
+        conditions = items.conditions
+        if conditions.queued and conditions.ssd_capacity_bytes and self._passed * 8 >= self._window:
             self.look_at_s = now_s
 
     def stored(self, items: ItemTable, row: int, now_s: float) -> None:
@@ -152,10 +196,10 @@ class ForesightPolicy(Placement):
         self._candidate[row] = True
         self._happened(now_s)
 
-    def hinted(self, items: ItemTable, row: int, hint: Hint, now_s: float) -> None:
+    def hinted(self, items: ItemTable, row: int, hint: Hint, now_s: float, kind: int = 0) -> None:
         if not self._started or not self._learning:
             return
-        self._hints.hinted(row, hint, self._returns.hazard(row, now_s) * self._returns.typical_s, now_s)
+        self._hints.hinted(row, hint, self._returns.hazard(row, now_s) * self._returns.typical_s, now_s, kind)
         if hint is Hint.ENDED:
             self._score(items, np.array((row,)), now_s)
         self._candidate[row] = True
@@ -202,10 +246,9 @@ class ForesightPolicy(Placement):
         if len(waiting) == len(rows):
             worth = self._worth_queued(items, rows, queue_seq, lost)
         else:
+            worth = (self._on_ssd if lost else self._in_dram)[rows]
             if self._follows_lru:
-                worth = _RECENCY * items.access_seq[rows]
-            else:
-                worth = (self._on_ssd if lost else self._in_dram)[rows]
+                np.multiply(items.access_seq[rows], _RECENCY, out=worth)
             if len(waiting):
                 worth[waiting] = self._worth_queued(items, rows[waiting], queue_seq[waiting], lost)
         if not lost and items.conditions.queued:  # Copying it now would delay reads of the SSD.
@@ -280,13 +323,17 @@ class ForesightPolicy(Placement):
 
         hinted = np.flatnonzero(hints.in_class[rows] != hint_times.NONE)
         if len(hinted):
-            in_class = hints.in_class[rows[hinted]]
+            in_class = hints.in_class[rows[hinted]].astype(np.int64)
             age_s = now_s - hints.since_s[rows[hinted]]
             ready_s = age_s + reading_s[hinted] + self._looks.hinted_every_s
             by_hint = scores.rates(return_times.CLASSES + in_class, age_s, ready_s, price[hinted])
             doubtful = (by_hint[LATER] < rates[LATER, hinted]) & (in_class < hint_times.ENDED)
             for row in rows[hinted[doubtful]].tolist():
                 hints.expected.pop(row, None)
+            # What a tool's end will bring back within seconds is not let go, to be read again before that.
+            soon = (age_s <= hints.most_s[in_class]) & (hints.most_s[in_class] < _SOON_SHARE * returns.typical_s)
+            called = np.flatnonzero(soon & (in_class >= hint_times.TOOL_CALL) & (in_class < hint_times.ENDED))
+            by_hint[HOLD, called] = np.maximum(by_hint[HOLD, called], by_hint[LATER, called])
             rates[:, hinted] = np.where(in_class >= hint_times.ENDED, by_hint, np.maximum(by_hint, rates[:, hinted]))
 
         for kind in (HOLD, FETCH, LATER):
@@ -304,7 +351,7 @@ class ForesightPolicy(Placement):
     def promotions(self, items: ItemTable, queue: Sequence[int], now_s: float) -> Sequence[Promotion]:
         if not self._started:
             self._start(items, now_s)
-        wanted = self._queued_soon(items, queue, now_s) if queue else []
+        wanted = self._queued_soon(items, queue, now_s) if queue and items.conditions.ssd_capacity_bytes else []
         if now_s >= self._looks.soonest_s:
             wanted += self._rescan(items, now_s)
         self.look_at_s = self._looks.soonest_s
@@ -348,7 +395,7 @@ class ForesightPolicy(Placement):
         conditions = items.conditions
         returns = self._returns
         self._since_all += self._looks.events
-        if self._since_all >= self._all_due or self._returns.survival.event_count >= self._learn_at:
+        if self._since_all >= self._all_due or self._returns_seen >= self._learn_at:
             rows = np.flatnonzero(items.live)
             self._candidate[rows] = True
             self._since_all = 0
@@ -401,8 +448,12 @@ class ForesightPolicy(Placement):
             return 0.0
         return leaves.item(min(int(np.searchsorted(room, wanted_bytes)), len(leaves) - 1))
 
+    @property
+    def _returns_seen(self) -> int:
+        return self._returns.survival.event_count + self._hints.calls_ended
+
     def _learn_if_due(self, thinking: Rows, now_s: float) -> None:
-        seen = self._returns.survival.event_count
+        seen = self._returns_seen
         if seen < self._learn_at:
             return
         least, most = _LEARN_RETURNS

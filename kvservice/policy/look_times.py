@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-_LOOKS = 48  # A scan follows after one event per this many scanned items...
-_EVENTS = 16  # ... but not after fewer events than this.
-#: The period between scans, as parts of a typical return time: at least 1/1024, at most 1/32.
-_OFTEN, _SELDOM = 1024, 32
+_LOOKS = 24  # A scan follows after one event per this many scanned items...
+_EVENTS = 32  # ... but not after fewer events than this.
+#: The period between scans, as parts of a typical return time: at least 1/1024, at most 1/16.
+_OFTEN, _SELDOM = 1024, 16
 _LEADS = 8  # The period between scans of hinted items is this part of the time between a hint and its request.
 
 

@@ -17,7 +17,7 @@ _BUSY = 0.5  # The SSD is busy if requests and writes take more than this share 
 _BUSY_SHARE = 0.2  # Of the bandwidth, for reads ahead of time while the SSD is busy.
 _MEMORY_S = 60.0
 #: All reads, of those of a store that reads nothing ahead.
-_READS = 1.1
+_READS = 1.18
 _SAVED_SHARE = 0.25  # Unused allowance is kept up to this share of DRAM.
 _FOUND_MEMORY = 4.0  # How many times DRAM's bytes must be found on SSD until an observation of that counts 1/e.
 

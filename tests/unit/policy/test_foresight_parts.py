@@ -24,19 +24,19 @@ def looked(looks: LookTimes, *, events: int, over_s: float, rows: int = 100, now
 
 
 def test_it_looks_at_many_items_after_more_events_than_at_few() -> None:
-    for rows, events in ((100, 16), (48_000, 1000)):
-        looks = looked(LookTimes(0.0), events=16, over_s=16.0, rows=rows)
+    for rows, events in ((100, 32), (48_000, 2000)):
+        looks = looked(LookTimes(0.0), events=32, over_s=32.0, rows=rows)
         for _ in range(events - 1):
-            looks.happened(16.5)
-        assert looks.next_s > 16.5
-        looks.happened(16.5)
-        assert looks.next_s == 16.5
+            looks.happened(32.5)
+        assert looks.next_s > 32.5
+        looks.happened(32.5)
+        assert looks.next_s == 32.5
 
 
 def test_it_looks_by_time_only_while_there_may_be_something_to_fetch() -> None:
-    looks = looked(LookTimes(0.0), events=16, over_s=1.6)
-    assert looks.next_s == pytest.approx(1.6 + 40 / 32), "often enough to see who comes back soon"
-    looks.plan(False, False, 1.6)
+    looks = looked(LookTimes(0.0), events=32, over_s=3.2)
+    assert looks.next_s == pytest.approx(3.2 + 40 / 16), "often enough to see who comes back soon"
+    looks.plan(False, False, 3.2)
     assert looks.soonest_s == math.inf
 
 
@@ -44,7 +44,7 @@ def test_it_looks_by_time_only_while_there_may_be_something_to_fetch() -> None:
 def test_however_events_come_it_looks_neither_without_end_nor_too_seldom(over_s: float) -> None:
     looks = looked(LookTimes(5.0), events=64, over_s=over_s, now_s=5.0)
     for every_s in (looks.every_s, looks.hinted_every_s):
-        assert 40 / 1024 <= every_s <= 40 / 32
+        assert 40 / 1024 <= every_s <= 40 / 16
 
 
 def test_hints_are_looked_at_several_times_before_their_requests_come() -> None:
