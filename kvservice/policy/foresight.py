@@ -19,7 +19,7 @@ from kvservice.policy import hint_times, learned, return_times
 from kvservice.policy.base import Hint, Promotion
 from kvservice.policy.hint_times import HintTimes
 from kvservice.policy.items import NOT_QUEUED, ItemTable, grown
-from kvservice.policy.look_times import LookTimes
+from kvservice.policy.look_times import LOOKS, LOOKS_ALONE, LookTimes
 from kvservice.policy.placement import Placement
 from kvservice.policy.queue_waits import QueueWaits
 from kvservice.policy.read_budget import ReadBudget
@@ -405,7 +405,8 @@ class ForesightPolicy(Placement):
         else:
             rows = np.flatnonzero(self._candidate)
             thinking = rows[returns.since_s[rows] <= now_s]
-        self._looks.looked(len(rows), returns.typical_s, self._hints.soonest_s.item(0), now_s)
+        looks = LOOKS if conditions.ssd_capacity_bytes else LOOKS_ALONE
+        self._looks.looked(len(rows), returns.typical_s, self._hints.soonest_s.item(0), now_s, looks)
         if not len(thinking):
             self._looks.plan(False, False, now_s)
             return []
