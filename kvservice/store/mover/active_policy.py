@@ -110,7 +110,7 @@ class ActivePolicy:
             if read.hint is not None and len(read.rows):
                 hinted[int(read.rows[-1]), read.due_s] = None
                 if (int(read.rows[-1]), read.due_s) not in self._hinted:
-                    items.events.hinted(read.rows, read.hint)
+                    items.events.hinted(read.rows, read.hint, read.kind)
         self._hinted = hinted
         items.events.queued([read.rows for read in wanted if read.hint is None], waiting)
         self._evictor.rank_again()
