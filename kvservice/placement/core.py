@@ -163,13 +163,15 @@ class PlacementCore(ItemState):
 
         Unless it is 0, SSD keeps what it has of the item until `write_ended`: a write must not evict its own item.
         """
-        lacks = end_bytes - self._ssd[item]
+        have = self._ssd[item]
+        lacks = end_bytes - have
         if lacks <= 0 or not self.ssd.capacity_bytes:
             return 0
         if self._asks_ssd and not self.policy.wants_on_ssd(self.items, item, now_s):
             return 0
         self._writes[item] += 1
-        self.ssd.discard(item)
+        if have:
+            self.ssd.discard(item)
         return lacks
 
     def write_ended(self, item: int, unwritten_bytes: int = 0) -> None:

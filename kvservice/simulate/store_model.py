@@ -47,7 +47,8 @@ class StoreModel:
 
         An item that was just stored may be evicted too.
         """
-        while not self._free_dram(0, math.inf, now_s):
+        dram = self.core.dram
+        while dram.used_bytes > dram.capacity_bytes and not self._free_dram(0, math.inf, now_s):
             self.stop_read(self.core.read_to_stop())
 
     def write_behind(self, row: int) -> None:
@@ -85,10 +86,11 @@ class StoreModel:
             return True
         for row, keep_bytes, _ in core.victims(_DRAM, wanted_bytes, worth, now_s):
             have = self._dram[row]
-            if self.channel.write_row == row:
-                self._end_write_early()
-            if self._has_ssd and self._ssd[row] < have:
-                self._write_now(row, have, now_s)
+            if self._has_ssd:
+                if self.channel.write_row == row:
+                    self._end_write_early()
+                if self._ssd[row] < have:
+                    self._write_now(row, have, now_s)
             core.left(row, _DRAM, have - keep_bytes, now_s)
         return dram.used_bytes + wanted_bytes <= dram.capacity_bytes
 
