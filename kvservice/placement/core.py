@@ -25,7 +25,6 @@ _DRAM = TierName.DRAM
 #: An item without blocks of one size is evicted in steps of one of this many parts.
 _CUTS = 64
 
-
 #: A command to evict: (item, the bytes of its front that stay, its score). A plain tuple, because there are many.
 Evict = tuple[int, int, float]
 
@@ -167,7 +166,7 @@ class PlacementCore(ItemState):
         lacks = end_bytes - have
         if lacks <= 0 or not self.ssd.capacity_bytes:
             return 0
-        if self._asks_ssd and not self.policy.wants_on_ssd(self.items, item, now_s):
+        if not self.wants_on_ssd(item, now_s):
             return 0
         self._writes[item] += 1
         if have:
