@@ -315,7 +315,9 @@ class ForesightPolicy(Placement):
 
         factor = returns.factor[rows]
         age_s = now_s - returns.since_s[rows]
-        rates = scores.rates(returns.in_class[rows], age_s / factor, (age_s + reading_s) / factor, price / unannounced)
+        rates = scores.rates(
+            returns.in_class[rows].astype(np.int64), age_s / factor, (age_s + reading_s) / factor, price / unannounced
+        )
         rates[HOLD] *= unannounced
         rates[FETCH] *= unannounced
         rates[LATER] *= unannounced
