@@ -59,7 +59,7 @@ Found = dict[Case, dict[str, list[Result]]]
 
 
 def measure(options: Options) -> Section:
-    users, seeds = (150, (0,)) if options.quick else (500, (0, 1))
+    users, seeds = (150, (0,)) if options.quick else (400, (0, 1))
     shares = (0.2,) if options.quick else SHARES
     cases = [Case(*each) for each in itertools.product(KV_MIB, BATCH, shares, (True, False))]
     cases += [Case(size, load, 0.2, True, hints=True) for size in KV_MIB for load in ("0.5", "0.9")]
