@@ -107,7 +107,7 @@ class Stage:
         items.live[row] = False
         items.dram_bytes[row] = 0
         self.now_s = at_s
-        self.policy._follows_lru = False  # As after a few times as many uses as DRAM has items.
+        self.policy._lru.follows = False  # As after a few times as many uses as DRAM has items.
 
 
 def people(seed: int = 0) -> Callable[[], float]:
@@ -374,7 +374,7 @@ def test_until_lru_would_have_replaced_dram_some_times_recency_decides() -> None
 
 def test_where_lru_would_have_more_recency_decides_again() -> None:
     stage = taught_by_lru(8, kept=True)
-    stage.conditions.dram_capacity_bytes = stage.policy._shadow._capacity_bytes = 12 * SIZE
+    stage.conditions.dram_capacity_bytes = stage.policy._lru.shadow._capacity_bytes = 12 * SIZE
     for number in range(3000, 6000):
         row, at_s = number % 11, float(number)
         stage.come(row, at_s)
@@ -399,7 +399,7 @@ def test_a_tool_that_most_often_ends_within_seconds_keeps_its_session_where_it_i
         at_s += float(random.uniform(6, 9) if is_quick else random.uniform(200, 300))
         if stage.policy.look_at_s <= at_s:
             stage.policy.promotions(stage.items, [], at_s)
-    stage.policy._follows_lru = False
+    stage.policy._lru.follows = False
     for row, kind in enumerate((quick, slow)):
         stage.come(row, at_s)
         stage.answer(row, at_s)
@@ -426,7 +426,7 @@ def test_what_was_learned_is_used_after_a_restart() -> None:
     for row, age_s in enumerate((300.0, 32.0, 1.0)):
         after.come(row, 400 - age_s)
         after.answer(row, 400 - age_s)
-    after.policy._follows_lru = False
+    after.policy._lru.follows = False
     after.now_s = 400.0
     gone, soon, fresh = after.worth(0, 1, 2)
     assert soon > 5 * fresh and soon > 5 * gone
