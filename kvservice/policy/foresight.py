@@ -148,7 +148,7 @@ class ForesightPolicy(Placement):
         self._waits.served(row, now_s)
         in_dram = items.dram_bytes.item(row)
         self._reads.used(in_dram, items.ssd_bytes.item(row))
-        self._lru.used(row, items.size_bytes.item(row), in_dram)
+        self._lru.used(items.key.item(row) or row, items.size_bytes.item(row), in_dram)
         self._passed += 1
         conditions = items.conditions
         if conditions.queued and conditions.ssd_capacity_bytes and self._passed * 8 >= self._window:
@@ -157,11 +157,14 @@ class ForesightPolicy(Placement):
     def stored(self, items: ItemTable, row: int, now_s: float) -> None:
         if not self._started:
             self._start(items, now_s)
+        size, key = items.size_bytes.item(row), items.key.item(row)
+        if key and items.uses.item(row) == 1 and math.isnan(self._returns.since_s.item(row)):
+            self._lru.used(key, self._lru.shadow.size_of(key), 0)  # `lru` may have it, where this store forgot it.
         self._returns.start_waiting(
             row, items.uses.item(row), items.answer_tokens.item(row), now_s, items.value.item(row)
         )
         self._score_stored(items, row)
-        self._lru.stored(row, items.size_bytes.item(row))
+        self._lru.stored(key or row, size)
         self._candidate[row] = True
         self._happened(now_s)
 

@@ -36,6 +36,10 @@ class ShadowLru:
         self._uses = 0
         self._ahead = self._square = 0.0
 
+    def size_of(self, key: int) -> int:
+        """The bytes of an item that `lru` would have; 0 if none, or if it is not sampled."""
+        return self._sizes.get(key, 0)
+
     def used(self, key: int, size_bytes: int, dram_bytes: int) -> None:
         """A request uses an item that was saved with this size, and that has so many bytes in the real DRAM."""
         if key * _SCATTER % _WORD >= self._below or not size_bytes:

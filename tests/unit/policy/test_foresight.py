@@ -382,6 +382,21 @@ def test_where_lru_would_have_more_recency_decides_again() -> None:
     assert by_recency(stage)
 
 
+def test_a_store_that_forgets_what_lru_would_have_kept_is_behind_it() -> None:
+    """The item comes back in another row, with the same key."""
+    stage = Stage(64, dram_items=12, ssd_items=0)
+    stage.items.key[:] = np.arange(64) % 11 + 100
+    for number in range(3000):
+        row, at_s = number % 64, float(number)
+        stage.items.key[row] = 100 + number % 11
+        stage.items.uses[row] = 1
+        stage.items.live[row] = True
+        stage.answer(row, at_s)
+        stage.policy._lru.follows = stage.policy._lru.shadow.is_ahead
+        stage.policy.forgotten(stage.items, row, at_s + 5)
+    assert stage.policy._lru.follows
+
+
 # Tool calls
 
 
