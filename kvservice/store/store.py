@@ -22,9 +22,7 @@ from kvservice.blocks import NO_ROW, BlockTable, TierName
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
-from kvservice.placement.block_items import BlockItems
-from kvservice.placement.item_policy import ItemPolicy
-from kvservice.policy import Placement, Policy
+from kvservice.policy import Placement
 from kvservice.policy.items import Conditions
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
@@ -32,6 +30,7 @@ from kvservice.store.hints.exchange import HintExchange, HintLimits, HintStream
 from kvservice.store.hints.placement import WindowPromotion
 from kvservice.store.leases import Client, Lease, Leases
 from kvservice.store.miss_reasons import MissReasons, Reason
+from kvservice.store.mover.active_policy import ActivePolicy
 from kvservice.store.mover.evictor import Evictor, Watermarks
 from kvservice.store.mover.promoter import Promoter
 from kvservice.store.mover.read_ahead import ReadAhead
@@ -126,7 +125,7 @@ class BlockStore:
         dram: DramTier,
         slower: Mapping[TierName, DurableTier],
         index: BlockIndex,
-        policy: Policy[BlockTable] | Placement,
+        policy: Placement | None,
         clock: Clock,
         counters: Counters,
         executor: Executor,
@@ -137,7 +136,7 @@ class BlockStore:
     ) -> None:
         """`slower` are the tiers below DRAM, from the fastest to the slowest; `blocks` has the same tiers.
 
-        A policy that ranks single blocks is used as it is; one over items ranks the items that blocks are grouped into.
+        Without a policy, single blocks are ranked by recency.
         """
         self._blocks = blocks
         self._dram = dram
@@ -159,37 +158,41 @@ class BlockStore:
         self._loop_budget = LoopBudget()
         tiers: dict[TierName, Tier] = dict(zip(blocks.tiers, (dram, *slower.values()), strict=True))
         self._lifecycle = BlockLifecycle(blocks, tiers, index, counters, self._tasks, self._history, clock)
-        self._items: BlockItems | None = None
-        if not isinstance(policy, Policy):
-            ssd_bytes = tiers[blocks.tiers[1]].capacity_bytes if slower else 0
-            used_share = 1 - watermarks[blocks.first_tier].high  # Else a policy always fills what is to be kept free.
-            conditions = Conditions(int(dram.capacity_bytes * used_share), ssd_bytes, _SSD_BYTES_PER_S)
-            self._items = BlockItems(blocks, self._block_tokens_of, policy, conditions, clock.monotonic_s)
-            blocks.listeners.append(self._items.changed)
-            policy = ItemPolicy(self._items)
+        used_share = 1 - watermarks[blocks.first_tier].high  # Else a policy always fills what is to be kept free.
+        ssd_bytes = tiers[blocks.tiers[1]].capacity_bytes if slower else 0
+        self._first_policy = policy
+        self._policy = ActivePolicy(
+            blocks,
+            lambda: Conditions(int(dram.capacity_bytes * used_share), ssd_bytes, _SSD_BYTES_PER_S),
+            self._block_tokens_of,
+            clock,
+            self._tasks,
+        )
         self._evictor = Evictor(
             self._lifecycle,
-            policy,
+            self._policy,
             clock,
             self._tasks,
             watermarks={tier: watermarks[tier] for tier in tiers},
             wait_s=limits.reserve_wait_s,
         )
-        shared = (self._lifecycle, self._evictor, dram, policy, clock, counters, self._tasks, self._loop_budget)
+        shared = (self._lifecycle, self._evictor, dram, clock, counters, self._tasks, self._loop_budget)
         self._writers: dict[TierName, WriteBehind] = {}  # By the tier that each copies from.
         following: WriteBehind | None = None
         for name, target in reversed(list(slower.items())):
             above = blocks.tiers[blocks.position(name) - 1]
             self._writers[above] = following = WriteBehind(
-                *shared, above=above, target=target, following=following, writes_in_flight=limits.writes_in_flight
+                *shared,
+                ranking=self._policy,
+                above=above,
+                target=target,
+                following=following,
+                writes_in_flight=limits.writes_in_flight,
             )
         self._write_behind = following  # From the first tier.
         self._promoter: Promoter | None = None
         if following is not None:
             self._promoter = Promoter(*shared, write_behind=following, reads_in_flight=limits.reads_in_flight)
-        self._read_ahead: ReadAhead | None = None
-        if isinstance(policy, ItemPolicy):
-            self._read_ahead = ReadAhead(policy, blocks, self._promoter, clock, counters, self._loop_budget)
         self._leases = Leases(
             self._lifecycle,
             clock,
@@ -200,8 +203,7 @@ class BlockStore:
             per_client_max=limits.leases_per_client_max,
             blocks_per_client_max=limits.leased_blocks_per_client_max,
         )
-        if self._items is not None:
-            self._leases.on_end = self._items.released
+        self._leases.on_begin, self._leases.on_end = self._policy.leased, self._policy.released
         assert index.secret is not None and index.key_generations is not None, "a daemon opened it"
         self._key_generations = index.key_generations
         self._uploads = Uploads(
@@ -252,15 +254,7 @@ class BlockStore:
             dram,
             self._sessions,
             self._leases,
-            WindowPromotion(
-                blocks,
-                self._promoter,
-                self._evictor,
-                clock,
-                counters,
-                self._tasks,
-                bytes_per_s_max=limits.hints.bytes_per_s_max,
-            ),
+            self._policy,
             clock,
             counters,
             self._tasks,
@@ -292,12 +286,32 @@ class BlockStore:
         self._in_place_uploads.start()
         for writer in self._writers.values():
             writer.start()
-        if self._read_ahead is not None:
-            self._tasks.start(self._read_ahead.run(), "read ahead")
+        self._start_policy()
         self._tasks.start(self._expire_forever(), "lease expiry")
         self._tasks.start(self._flush_forever(), "recency flush")
         self._sessions.start()
         self._hints.start()
+
+    def _start_policy(self) -> None:
+        blocks, clock, counters, writer = self._blocks, self._clock, self._counters, self._write_behind
+        bytes_per_s_max = self.limits.hints.bytes_per_s_max
+        promoting = (blocks, self._promoter)
+        self._policy.start(
+            self._evictor,
+            WindowPromotion(*promoting, self._evictor, clock, counters, self._tasks, bytes_per_s_max=bytes_per_s_max),
+            lambda items: ReadAhead(
+                items,
+                *promoting,
+                lambda: writer is not None and writer.pending > 0,
+                clock,
+                counters,
+                self._tasks,
+                self._loop_budget,
+                bytes_per_s_max=bytes_per_s_max,
+            ),
+        )
+        if self._first_policy is not None:
+            self._policy.use(self._first_policy)
 
     async def stop(self) -> None:
         """Finish short work, write recency, stop the rest. No upload or load may run any more."""
@@ -485,8 +499,7 @@ class BlockStore:
             self._blocks.hits[found.held] += 1
             if client is not None:
                 self._blocks.note_user(found.held, client.number)
-                if self._items is not None:
-                    self._items.looked_up(found.rows, self._clock.monotonic_s())
+                self._policy.looked_up(found.rows)
                 ttl_s = min(lease_ttl_s, self.limits.lease_ttl_max_s)
                 lease = self._leases.grant(client, layout, wanted, found.rows, found.parts, found.held, ttl_s)
         return Hit(len(found.rows), runs_of(self._blocks, found.rows), lease, ttl_s)

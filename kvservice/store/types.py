@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from kvservice.blocks import TierName
 from kvservice.index.session_records import Manifest as Manifest
+from kvservice.policy.base import Hint as Hint
 from kvservice.store.hints.exchange import HintStream as HintStream
 from kvservice.store.hints.exchange import Nearness as Nearness
 from kvservice.store.hints.exchange import QueuedReadiness as QueuedReadiness

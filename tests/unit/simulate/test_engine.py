@@ -256,7 +256,7 @@ class KeepsEnds(Cuts):
 
     name: ClassVar[str] = "keeps-ends"
 
-    def retention(self, items: ItemTable, rows: Rows, tier: TierName, now_s: float) -> NDArray[np.float64]:  # type: ignore[override]
+    def retention(self, items: ItemTable, rows: Rows, tier: TierName, now_s: float) -> NDArray[np.float64]:
         return rows.astype(np.float64)
 
 
@@ -362,7 +362,7 @@ class KeepsOut(LruPolicy):
 
     name: ClassVar[str] = "keeps-out"
 
-    def wants_in_dram(self, items: ItemTable, row: int, now_s: float) -> bool:  # type: ignore[override]
+    def wants_in_dram(self, items: ItemTable, row: int, now_s: float) -> bool:
         return False
 
 
