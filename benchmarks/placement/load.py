@@ -17,7 +17,8 @@ LAYOUT = Layout(
     "benchmarks/placement", "float16", layers=4, kv_heads=4, k_head_dim=60, v_head_dim=60, block_tokens=BLOCK_TOKENS
 )
 BLOCK_BYTES = 64 * 1024
-_TOKENS_PER_BLOCK = 40.0  # Of the answers that `people` gives: an answer has 1 to 5 blocks, as a rule.
+_TOKENS_PER_BLOCK = 40.0  # Of the answers that `people` gives: a query and its answer have 1 to 5 blocks, as a rule.
+_QUERY_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +75,11 @@ def workload_of(scenario: Scenario, seed: int) -> Workload:
             session.append(number)
             arrives.append(begins_s if is_first else AFTER_ANSWER)
             think.append(0.0 if is_first else float(drawn.think_s[turn]))
-            blocks = max(1, round(int(drawn.new_tokens[turn]) / BLOCK_TOKENS)) if is_first else 1
-            new.append(blocks * BLOCK_TOKENS)
+            blocks = max(1, round(int(drawn.new_tokens[turn]) / BLOCK_TOKENS)) if is_first else 0
+            new.append(blocks * BLOCK_TOKENS + _QUERY_TOKENS)
             following = int(rng.choice(later))  # Its think time follows the answer before it, which is this turn's.
             answer = int(drawn.output_tokens[following - 1])
-            output.append(max(1, round(answer / _TOKENS_PER_BLOCK)) * BLOCK_TOKENS)
+            output.append(max(1, round(answer / _TOKENS_PER_BLOCK)) * BLOCK_TOKENS - _QUERY_TOKENS)
             at_s += float(drawn.think_s[following]) + 1 / scenario.service_turns_per_s
             turn = following
     return replace(
