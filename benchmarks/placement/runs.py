@@ -22,6 +22,7 @@ from kvservice_client import Client, Durability
 from tests.daemon import MIB, DaemonProcess
 
 _INDEX_BYTES = MIB  # Of DRAM's blocks: a part of the capacity of DRAM.
+_FREE_LOW, _FREE_HIGH = 0.2, 0.3  # Of DRAM: space for two to four loads, as 5 % of a large tier have.
 _LOADS, _LOAD_BLOCKS = 9, 15
 
 
@@ -123,6 +124,8 @@ def _daemon(scenario: Scenario, policy: str) -> Iterator[Client]:
             dram__capacity_bytes=scenario.dram_bytes + _INDEX_BYTES,
             index__volatile_map_bytes=_INDEX_BYTES,
             ssd__capacity_bytes=scenario.ssd_bytes,
+            mover__dram_free_low=_FREE_LOW,
+            mover__dram_free_high=_FREE_HIGH,
         )
         try:
             daemon.start(environment={"BENCH_SSD_BYTES_PER_S": str(scenario.ssd_bytes_per_s)})
