@@ -19,7 +19,7 @@ QUEUED = Scenario(
     think_s=8.0,
     start_blocks=3.0,
     service_turns_per_s=5.0,
-    dram_bytes=10 * MIB,
+    dram_bytes=20 * MIB,
     ssd_bytes=256 * MIB,
     ssd_bytes_per_s=16e6,
     prefill_tokens_per_s=2000.0,
@@ -29,14 +29,14 @@ QUEUED = Scenario(
 #: No queue, and no hints: only return times help.
 UNQUEUED = replace(QUEUED, service_turns_per_s=40.0, turns_for_s=70.0, warmup_turns=200, sends_queue=False)
 #: A short queue, and an SSD that is too small for all.
-SHORT = replace(QUEUED, service_turns_per_s=9.0, ssd_bytes=32 * MIB)
+SHORT = replace(QUEUED, service_turns_per_s=9.0, ssd_bytes=34 * MIB)
 
 _COLUMNS = (
     "Policy", "Seed", "On time", "simulated", "Hits", "simulated", "TTFT mean (s)", "simulated", "Turns",
     "Waited long enough", "of them on time",
 )  # fmt: skip
 _ABOUT = (
-    "64 conversations on a daemon of its own per run (gRPC and shared memory, 10 MiB of DRAM for blocks of 64 KiB, an "
+    "64 conversations on a daemon of its own per run (gRPC and shared memory, 20 MiB of DRAM for blocks of 64 KiB, an "
     "SSD file behind a limit of 16 MB/s), think times of 8 s on average that follow the answers, a first-come "
     "first-served queue and a server that begins a turn at a fixed rate. The simulator gets the same turns, the DRAM "
     "that the daemon used on average, and the rate of a load alone on the daemon. Shares are in percent of turns with "

@@ -22,7 +22,7 @@ from kvservice_client import Client, Durability
 from tests.daemon import MIB, DaemonProcess
 
 _INDEX_BYTES = MIB  # Of DRAM's blocks: a part of the capacity of DRAM.
-_FREE_LOW, _FREE_HIGH = 0.2, 0.3  # Of DRAM: space for two to four loads, as 5 % of a large tier have.
+_FREE_LOW, _FREE_HIGH = 0.1, 0.15  # Of DRAM: space for two to four loads, as 5 % of a large tier have.
 _LOADS, _LOAD_BLOCKS = 9, 15
 
 
