@@ -37,6 +37,17 @@ class Scenario:
     warmup_turns: int
     sends_queue: bool
 
+    def slower(self, factor: float) -> Scenario:
+        """The same turns in `factor` times the time, with rates that are lower by the same factor."""
+        return replace(
+            self,
+            turns_for_s=self.turns_for_s * factor,
+            think_s=self.think_s * factor,
+            service_turns_per_s=self.service_turns_per_s / factor,
+            ssd_bytes_per_s=self.ssd_bytes_per_s / factor,
+            prefill_tokens_per_s=self.prefill_tokens_per_s / factor,
+        )
+
     def machine(self, dram_bytes: int, ssd_bytes: int) -> Machine:
         """What the simulator simulates: tiers of so many usable bytes, and a server of the same fixed rate."""
         return Machine(
