@@ -104,7 +104,7 @@ EXPERIMENTS: dict[str, Callable[[Options], Section]] = {
     "queued": queued,
     "unqueued": unqueued,
     "agreement": agreement,
-    "event-loop": event_loop,
+    "event-loop": lambda options: event_loop(options.quick),
 }
 
 
