@@ -22,12 +22,13 @@ log = logging.getLogger(__name__)
 _WAITING_MAX = 1024
 _PATIENCE_S = 30.0  # For the blocks of a turn, which workers store in the background, and for the daemon.
 _PAUSE_MIN_S, _PAUSE_MAX_S = 0.02, 1.0
+_END_DELAY_S = 1.0  # Until a session is ended: hints about its blocks, which it names, are sent before.
 _TRY_AGAIN = (DaemonUnavailable, DeadlineExceeded, SessionChanged)
 
 
 @dataclass(slots=True)
 class _Turn:
-    chain: BlockChain  # The conversation, from its first token on.
+    chain: BlockChain | None  # The conversation, from its first token on; None if it is over.
     ended_s: float
     pause_s: float = _PAUSE_MIN_S
     next_s: float = 0.0
@@ -48,11 +49,19 @@ class SessionUpdates:
 
     def turn_ended(self, session_id: str, chain: BlockChain) -> None:
         """Let the session name these blocks, once all of them are stored. Until then it stays as it is."""
+        self._add(session_id, _Turn(chain, self._clock.now_s()))
+
+    def ended(self, session_id: str) -> None:
+        """Delete the session."""
+        now_s = self._clock.now_s()
+        self._add(session_id, _Turn(None, now_s, next_s=now_s + _END_DELAY_S))
+
+    def _add(self, session_id: str, turn: _Turn) -> None:
         with self._changed:
             self._turns.pop(session_id, None)
             if len(self._turns) == _WAITING_MAX:
                 self._end(next(iter(self._turns)), "too many sessions wait for their blocks")
-            self._turns[session_id] = _Turn(chain, self._clock.now_s())
+            self._turns[session_id] = turn
             self._has_news = True
             self._changed.notify_all()
             if self._thread is None:
@@ -106,10 +115,13 @@ class SessionUpdates:
             if self._turns.get(session_id) is turn:  # Else a later turn has taken its place.
                 self._end(session_id, why)
 
-    def _update(self, session_id: str, chain: BlockChain) -> str:
+    def _update(self, session_id: str, chain: BlockChain | None) -> str:
         """Why the session cannot name these blocks yet; empty once it does. Raises KVError."""
         if not self._breaker.allow():
             return "the daemon does not answer"
+        if chain is None:
+            self._client.session(self._blocks.layout, session_id).end()
+            return ""
         stored = self._blocks.contains(chain)
         if stored < len(chain):
             return f"only {stored} of its {len(chain)} blocks are stored"
