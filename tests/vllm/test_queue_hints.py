@@ -1,4 +1,4 @@
-"""What the connector tells a daemon of vLLM's queue in each step, with a record in the place of the client."""
+"""What the connector reports of vLLM's queue in each step. A record stands for the client."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ALL = RequestHints(typing=True, tool_call=ToolCall("search", 2.0), session_ended
 
 
 class Record:
-    """An `EngineHints` that keeps what it is told. `calls` of one message are in one list."""
+    """An `EngineHints` that keeps what is reported to it. `calls` of one message are in one list."""
 
     def __init__(self) -> None:
         self.messages: list[list[tuple[Any, ...]]] = []
@@ -99,15 +99,15 @@ def test_a_request_without_an_answer_is_no_turn(hints: QueueHints, record: Recor
     assert record.messages == [[("session_ended", CHAIN)]]
 
 
-def test_a_long_queue_is_told_from_its_head_in_parts_and_the_others_follow(hints: QueueHints, record: Record) -> None:
+def test_a_long_queue_is_sent_from_its_head_in_parts_and_the_others_follow(hints: QueueHints, record: Record) -> None:
     for number in range(1000):
         hints.arrived(str(number), CHAIN, 0)
     hints.send()
-    assert len(record.queue) == 32
+    assert len(record.queue) == 16
     for _ in range(20):
         hints.send()
     assert record.names == [str(number) for number in range(256)]
-    assert len(record.messages) == 8
+    assert len(record.messages) == 16
     for number in range(100, 300):
         hints.left(str(number))
     hints.send()
@@ -116,18 +116,18 @@ def test_a_long_queue_is_told_from_its_head_in_parts_and_the_others_follow(hints
     assert record.names == [str(number) for number in (*range(100), *range(300, 456))]
 
 
-def test_the_most_urgent_requests_are_told_first(hints: QueueHints, record: Record) -> None:
+def test_the_most_urgent_requests_are_sent_first(hints: QueueHints, record: Record) -> None:
     for number in range(100):
         hints.arrived(str(number), CHAIN, number % 2)
     hints.send()
-    assert record.names == [str(number) for number in range(1, 65, 2)]
+    assert record.names == [str(number) for number in range(1, 32, 2)]
     assert {each.priority for each in record.queue} == {1}
 
 
 def test_a_request_that_waits_again_is_in_front_also_of_a_full_queue(hints: QueueHints, record: Record) -> None:
     for number in range(300):
         hints.arrived(str(number), CHAIN, 0)
-    for _ in range(10):
+    for _ in range(20):
         hints.send()
     hints.arrived("again", CHAIN, 0, is_first=True)
     hints.send()
@@ -140,7 +140,7 @@ def test_what_is_noted_without_being_sent_is_bounded(hints: QueueHints, record: 
         hints.ended(CHAIN, None, 10, 5, "stop", RequestHints())
     assert len(hints._waiting) == 8192
     hints.send()
-    assert len(record.messages[0]) == 32 + 256
+    assert len(record.messages[0]) == 16 + 256
     for number in range(20_000):
         hints.left(str(number))
     hints.arrived("new", CHAIN, 0)

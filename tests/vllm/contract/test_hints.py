@@ -1,4 +1,4 @@
-"""vLLM's real scheduler tells a real daemon of its queue, and of turns that have ended."""
+"""vLLM's real scheduler reports its queue, and turns that have ended, to a real daemon."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_daemon_has_the_queue_until_its_requests_run_and_knows_each_turn(
     counted = Counted(client)
     with engine(daemon) as steps:
         ids = [steps.add(prompt(f"queue {number}"), 3) for number in range(5)]
-        steps.step()  # The first one runs, and is not told of.
+        steps.step()  # The first one runs, and is not reported.
         until(lambda: queued(client) == 4)
         steps.abort(ids.pop())
         steps.step()

@@ -1,4 +1,4 @@
-"""What the daemon is told of vLLM's queue, and of turns that have ended, so that it has their KV in DRAM in time.
+"""Reports vLLM's queue and ended turns to the daemon, so that it has their KV in DRAM in time.
 
 The hooks of a step take notes, which are sent at once at the step's end, by a thread of the client: a request that runs
 in the step in which it came is never sent. Without a daemon the notes stay within their bounds, and the client sends
@@ -20,10 +20,10 @@ from kvservice_client import BlockChain, EngineHints, QueuedRequest, ReadyState,
 log = logging.getLogger(__name__)
 
 # The daemon's queue has the next requests only. Their keys are by default as many as it takes of one client.
-_TOLD_MAX = 256
+_SENT_MAX = 256
 _KEYS_MAX = 1024  # Of one request: its first blocks.
-_WAITING_MAX = 8192  # Requests behind them. Those that come while there are so many are never told.
-_PUTS_PER_STEP = 32  # They take a fifth of a millisecond.
+_WAITING_MAX = 8192  # Requests behind them. Those that come while there are so many are never sent.
+_PUTS_PER_STEP = 16  # Each takes some microseconds of the step.
 _REPORTS_PER_STEP = 256
 _ID_LENGTH_MAX = 200
 
@@ -66,7 +66,7 @@ class QueueHints:
         self._numbers = count(1)
         self._waiting: list[_Waiting] = []  # A heap; also of requests that have left since.
         self._live: dict[str, int] = {}  # Those of it that have not left: request id -> number.
-        self._told: dict[str, str] = {}  # The daemon's queue: request id -> the id that the daemon knows.
+        self._sent: dict[str, str] = {}  # The daemon's queue: request id -> the id that the daemon knows.
         self._gone: list[str] = []  # Ids that the daemon knows, to be removed.
         self._reports: list[Callable[[], None]] = []
 
@@ -82,7 +82,7 @@ class QueueHints:
     def left(self, request_id: str) -> None:
         """A request does not wait any more: it runs, its load begins, or it has ended. Unknown ids are ignored."""
         self._live.pop(request_id, None)
-        if (known := self._told.pop(request_id, None)) is not None:
+        if (known := self._sent.pop(request_id, None)) is not None:
             self._gone.append(known)
 
     @_advice
@@ -138,20 +138,20 @@ class QueueHints:
 
     def is_in_dram(self, request_id: str) -> bool:
         """Whether the daemon has answered that all stored blocks of a request in its queue are in DRAM."""
-        known = self._told.get(request_id)
+        known = self._sent.get(request_id)
         return known is not None and self.hints is not None and self.hints.readiness(known).state is ReadyState.IN_DRAM
 
     def _has_next(self) -> bool:
         """Whether the first of those that wait is to be sent. Drops those that have left."""
         while self._waiting and self._live.get(self._waiting[0].request_id) != self._waiting[0].number:
             heapq.heappop(self._waiting)
-        return bool(self._waiting) and (len(self._told) < _TOLD_MAX or self._waiting[0].number < 0)
+        return bool(self._waiting) and (len(self._sent) < _SENT_MAX or self._waiting[0].number < 0)
 
     def _put(self, waiting: _Waiting) -> None:
         assert self.hints is not None
-        first = next(iter(self._told.values()), "") if waiting.number < 0 else ""
+        first = next(iter(self._sent.values()), "") if waiting.number < 0 else ""
         del self._live[waiting.request_id]
-        known = self._told[waiting.request_id] = _known_id(waiting.request_id, waiting.number)
+        known = self._sent[waiting.request_id] = _known_id(waiting.request_id, waiting.number)
         self.hints.put(QueuedRequest(known, _beginning(waiting.reads), priority=-waiting.urgency), before=first)
 
 

@@ -51,7 +51,7 @@ class _Request:
     progress: RequestProgress
     may_load: bool
     may_save: bool
-    is_hinted: bool  # The daemon is told of it: that it waits, and of its answer.
+    is_hinted: bool  # Its wait and its answer are reported to the daemon.
     is_waiting: bool = False
     lookup: PendingLookup | None = None  # It holds the lease of what it found.
     found: FoundPrefix | None = None
@@ -368,7 +368,7 @@ class SchedulerRole:
             self._report_turn(state)
 
     def _report_turn(self, state: _Request) -> None:
-        """Tell the daemon of the answer, and of what the application knows."""
+        """Report the answer, and what the application knows."""
         self._extend(state)
         request, session = state.request, self._session_of(state)
         if (reads := state.builder.chain or session) is None:
