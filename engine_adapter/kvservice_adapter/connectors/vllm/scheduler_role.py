@@ -154,7 +154,9 @@ class SchedulerRole:
 
     def _wait_in_queue(self, state: _Request, *, is_first: bool = False) -> None:
         """Let the daemon know that a request waits which will read blocks."""
-        reads = state.builder.chain or self._session_of(state)
+        session = self._session_of(state)
+        # A session names the partial block behind the last whole one too. Only one that exists, in an earlier turn.
+        reads = session if self._sessions.is_named(state.session_id) else state.builder.chain or session
         if reads is None or not state.is_hinted:
             return
         state.is_waiting = True

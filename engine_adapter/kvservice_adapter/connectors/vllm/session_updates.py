@@ -20,6 +20,7 @@ from kvservice_client.rate_limited_log import RateLimitedLog
 log = logging.getLogger(__name__)
 
 _WAITING_MAX = 1024
+_NAMED_MAX = 16_384  # As many sessions as a daemon has by default.
 _PATIENCE_S = 30.0  # For the blocks of a turn, which workers store in the background, and for the daemon.
 _PAUSE_MIN_S, _PAUSE_MAX_S = 0.02, 1.0
 _END_DELAY_S = 1.0  # Until a session is ended: hints about its blocks, which it names, are sent before.
@@ -43,6 +44,7 @@ class SessionUpdates:
         self._lines = RateLimitedLog(log)
         self._changed = threading.Condition()
         self._turns: dict[str, _Turn] = {}  # By session: its last turn, until the session names it.
+        self._named: dict[str, None] = {}  # The sessions that name a conversation, the last one last.
         self._has_news = False
         self._is_closed = False
         self._thread: threading.Thread | None = None
@@ -67,6 +69,10 @@ class SessionUpdates:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="kvservice-sessions", daemon=True)
                 self._thread.start()
+
+    def is_named(self, session_id: str) -> bool:
+        """Whether this engine has let the session name blocks, and has not ended it."""
+        return session_id in self._named
 
     def close(self) -> None:
         """End the thread, once its call has ended. Turns that wait are not kept."""
@@ -120,10 +126,15 @@ class SessionUpdates:
         if not self._breaker.allow():
             return "the daemon does not answer"
         if chain is None:
+            self._named.pop(session_id, None)
             self._client.session(self._blocks.layout, session_id).end()
             return ""
         stored = self._blocks.contains(chain)
         if stored < len(chain):
             return f"only {stored} of its {len(chain)} blocks are stored"
         sync_session(self._client, self._blocks.layout, session_id, chain)
+        self._named.pop(session_id, None)
+        self._named[session_id] = None
+        if len(self._named) > _NAMED_MAX:
+            del self._named[next(iter(self._named))]
         return ""
