@@ -273,7 +273,7 @@ def _open_store(settings: Settings, clock: Clock, files: FileCalls, opening: Exi
         dram,
         slower,
         index,
-        PLACEMENTS[settings.mover.policy](),
+        None if settings.mover.policy == "lru" else PLACEMENTS[settings.mover.policy](),
         clock,
         counters,
         executor,

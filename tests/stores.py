@@ -21,10 +21,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from kvservice.blocks import BlockTable, Extent, TierName
+from kvservice.blocks import Extent, TierName
 from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
-from kvservice.policy import LruPolicy, Policy
+from kvservice.policy import Placement
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import DEFAULT_TENANT, Caller
 from kvservice.store.directory import ResidencyDirectory
@@ -94,7 +94,7 @@ class StoreFiles:
     watermarks: Watermarks = NO_WATERMARKS
     limits: StoreLimits = LIMITS
     clock: FakeClock = field(default_factory=FakeClock)
-    policy: Policy[BlockTable] = field(default_factory=LruPolicy)
+    policy: Placement | None = None
     calls: FileCalls = field(default_factory=FileCalls)
     history_events: int = 1000
     share: bool = False  # Whether clients may map the arena.
@@ -286,6 +286,17 @@ class OpenStore:
         return self.store._drain
 
     # Operations that many tests use
+
+    async def decided(self) -> None:
+        """Wait until the policy has decided about all that has happened, and what it wants is read."""
+        policy, promoter = self.store._policy, self.promoter
+        assert policy._items is not None and policy._read_ahead is not None and promoter is not None
+        read_ahead = policy._read_ahead
+        for _ in range(2):  # A look that has begun may lack the last events.
+            before = read_ahead.looks
+            read_ahead.look_soon()
+            await until(lambda before=before: read_ahead.looks > before)  # type: ignore[misc]
+            await until(lambda: read_ahead._reading is None and not promoter.pending_bytes)
 
     def published(self) -> dict[tuple[bytes, Shard], set[TierName]] | None:
         """The contents of the residency directory; None while it is being filled."""

@@ -15,6 +15,8 @@ from kvservice_client.connection import Connection
 _PAGE_BLOCKS = 1000
 _PIN_KEYS = 4096
 _DRAIN_TIMEOUT_S = 3600.0
+TRACE_MAX_S = 30 * 86400.0  # The longest recording.
+_STREAM_OPENS_S = 30.0
 _SCRUB_TIMEOUT_S = 7 * 86400.0  # A scrub at a low rate takes days; the end of the connection ends it at once.
 
 
@@ -189,6 +191,21 @@ class Admin:
         request, deadline = pb.DrainRequest(action=pb.DRAIN_ACTION_UNDO), self._connection.deadline(timeout_s)
         (answer,) = self._connection.channel.stream(ADMIN + "Drain", request, pb.DrainResponse, deadline)
         return answer
+
+    def record_trace(
+        self, layout_fingerprint: bytes = b"", duration_s: float = TRACE_MAX_S
+    ) -> Iterator[pb.RecordTraceResponse]:
+        """The turns that end from now on, of one layout: that of the first turn, unless it is named.
+
+        Yields at most twice per second; the last message has `done`, after `duration_s` or when the daemon stops.
+        Leaving the iterator ends the recording. Raises InvalidRequest, UnknownLayout, Overloaded.
+        """
+        duration_ms = round(arguments.seconds(duration_s, "duration_s") * 1e3)
+        request = arguments.message(
+            pb.RecordTraceRequest, layout_fingerprint=layout_fingerprint, duration_ms=duration_ms
+        )
+        deadline = self._connection.deadline(duration_s + _STREAM_OPENS_S)
+        return self._connection.channel.stream(ADMIN + "RecordTrace", request, pb.RecordTraceResponse, deadline)
 
     def _discard(self, request: pb.DiscardRequest, timeout_s: float | None) -> pb.DiscardResponse:
         deadline = self._connection.deadline(timeout_s)

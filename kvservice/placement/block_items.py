@@ -9,44 +9,62 @@ An item is a row of the `ItemTable`, and keeps its number where it is split: the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice.blocks import NO_ROW, BlockTable, Rows, TierName
-from kvservice.policy.items import NOT_QUEUED, Conditions, ItemTable, grown
+from kvservice.blocks import NO_ROW, Rows, TierName
+from kvservice.policy.base import Hint, Promotion
+from kvservice.policy.items import HINTS, NOT_QUEUED, Conditions, ItemTable, grown
 from kvservice.policy.placement import Placement
 
 NO_ITEM = -1
+IN_DRAM, ON_SSD = 1, 2  # Bits of `BlockChanges.tiers`.
 _ITEMS_AT_FIRST = 1024
-_SETTLED = 200  # They take about five milliseconds.
-_IN_DRAM, _ON_SSD = 1, 2
-_TIERS = ((TierName.DRAM, _IN_DRAM, "dram_bytes", "dram_seq"), (TierName.SSD, _ON_SSD, "ssd_bytes", "ssd_seq"))
+_SETTLED = 2048
+_TIERS = ((TierName.DRAM, IN_DRAM, "dram_bytes", "dram_seq"), (TierName.SSD, ON_SSD, "ssd_bytes", "ssd_seq"))
+
+
+class BlockChanges(NamedTuple):
+    """Blocks that are stored now, or no longer, or in other tiers. Arrays of the shape [blocks], by row in the table.
+
+    Parents come before the blocks that continue them, as far as they are stored.
+    """
+
+    rows: Rows
+    generations: NDArray[np.int64]  # Of the row: it differs for the next block that uses the row.
+    live: NDArray[np.bool_]  # Lookups find it.
+    tiers: NDArray[np.int64]  # IN_DRAM and ON_SSD, as bits.
+    size_bytes: NDArray[np.int64]
+    token_count: NDArray[np.int64]
+    is_whole: NDArray[np.bool_]
+    parents: Rows  # The row of the block that it continues; NO_ROW if that is not stored.
+    shards: Rows  # The first row of the same key.
 
 
 class BlockItems:
-    """The items of a block table, for one policy, which it calls. All methods are called on the event loop's thread."""
+    """The items of a block table, for one policy, which it calls.
 
-    def __init__(
-        self,
-        blocks: BlockTable,
-        block_tokens_of: Callable[[int], int],
-        policy: Placement,
-        conditions: Conditions,
-        now_s: Callable[[], float],
-    ) -> None:
-        """`block_tokens_of` gives the tokens of a whole block, by layout id."""
+    It knows the table by the events alone, so that it may be on another thread than the table. All calls must be on
+    one thread at a time, in the order of the events. Times are seconds of any one clock.
+    """
+
+    def __init__(self, policy: Placement, conditions: Conditions, row_capacity: int = 1024) -> None:
         self.items = ItemTable(_ITEMS_AT_FIRST, conditions)
         self.policy = policy
-        self._blocks = blocks
-        self._block_tokens_of = block_tokens_of
-        self._now_s = now_s
-        self._item_of = np.full(blocks.row_capacity, NO_ITEM, np.int32)  # By block row, as the next two.
-        self._depth = np.zeros(blocks.row_capacity, np.int32)  # How many blocks are before it in its chain.
-        self._counted = np.zeros(blocks.row_capacity, np.int8)  # In which tiers its bytes count.
+        self._row_end = 0  # Rows at and above it were never used. By row, as the next ones:
+        self._item_of = np.full(row_capacity, NO_ITEM, np.int32)
+        self._depth = np.zeros(row_capacity, np.int32)  # How many blocks are before it in its chain.
+        self._counted = np.zeros(row_capacity, np.int8)  # In which tiers its bytes count.
+        self._leases = np.zeros(row_capacity, np.int32)
+        self._generation = np.full(row_capacity, -1, np.int64)
+        self._size_bytes = np.zeros(row_capacity, np.int64)
+        self._is_whole = np.zeros(row_capacity, np.bool_)
+        self._is_coming = np.zeros(row_capacity, np.bool_)  # It is being read to DRAM.
         self._parent = np.full(_ITEMS_AT_FIRST, NO_ITEM, np.int32)  # By item, as all that follow.
         self._children = np.zeros(_ITEMS_AT_FIRST, np.int32)
         self._block_count = np.zeros(_ITEMS_AT_FIRST, np.int32)
@@ -55,13 +73,15 @@ class BlockItems:
         self._free: list[int] = []
         self._end = 0  # Items at and above it were never used.
         self._stored: dict[int, None] = {}  # Items that have got blocks since `settle`.
+        self._queue: list[int] = []  # Items that queued requests will read, in the order of the queue.
         self._accesses = self._arrivals = 0
+        self._now_s = -math.inf  # The time of the event that is being handled.
 
     # What is known
 
     def item_of(self, row: int) -> int:
         """The item of a block; NO_ITEM if it has none yet."""
-        return int(self._item_of[row]) if row < len(self._item_of) else NO_ITEM
+        return int(self._item_of[row]) if row < self._row_end else NO_ITEM
 
     def rows_of(self, item: int) -> Rows:
         """The item's blocks, the first one of the chain first."""
@@ -71,86 +91,124 @@ class BlockItems:
         """`rows_of` of several items, in one pass over the table."""
         place_of = np.full(self._end + 1, -1, np.int64)  # The last one is for blocks without an item: NO_ITEM is -1.
         place_of[items] = np.arange(len(items))
-        places = place_of[self._item_of[: self._blocks.row_end]]
+        places = place_of[self._item_of[: self._row_end]]
         rows = np.flatnonzero(places >= 0)
         rows = rows[np.lexsort((self._depth[rows], places[rows]))]
         return np.split(rows, np.searchsorted(places[rows], np.arange(1, len(items)))) if len(items) else []
 
+    def generations(self, rows: Rows) -> NDArray[np.int64]:
+        """The generation of each row when this object last heard of it."""
+        return self._generation[rows]
+
+    def outside_dram(self, rows: Rows) -> Rows:
+        """Those of the rows that DRAM has no copy of."""
+        missing: Rows = rows[self._counted[rows] & IN_DRAM == 0]
+        return missing
+
     def live_items(self) -> Rows:
         return np.flatnonzero(self.items.live[: self._end])
 
-    def places(self, tier: TierName, now_s: float) -> Callable[[Rows], NDArray[np.float64]]:
-        """Scores blocks by the present scores of their items, and the end of an item below its front.
+    def lowest(self, rows: Rows, tier: TierName, count_max: int, now_s: float) -> tuple[Rows, NDArray[np.float64]]:
+        """Those of the rows that should leave `tier` first, the first one first, and the score of each one's item.
 
-        The result may be called from any thread.
+        The order is that of their items' scores; of one item, the end leaves before its front.
         """
         self.note_use()
-        live = self.live_items()
-        scores = self.policy.retention(self.items, live, tier, now_s)
-        order = live[np.lexsort((-self._depth[self._first_row[live]], scores))]
-        place_of = np.zeros(self._end + 1)  # The last one is for blocks without an item: NO_ITEM is -1.
-        place_of[order] = np.arange(1, len(order) + 1)
-        # Copies: while a thread ranks, the event loop may split items, which gives blocks to items unknown here.
-        item_of, depth = self._item_of[: self._blocks.row_end].copy(), self._depth[: self._blocks.row_end].copy()
-        deepest = float(depth.max(initial=0)) + 1
-
-        def score(rows: Rows) -> NDArray[np.float64]:
-            return place_of[item_of[rows]] - depth[rows] / deepest
-
-        return score
+        rows = rows[rows < self._row_end]
+        items = self._item_of[rows]
+        rows, items = rows[items != NO_ITEM], items[items != NO_ITEM]
+        is_asked = np.zeros(self._end, np.bool_)
+        is_asked[items] = True
+        asked = np.flatnonzero(is_asked)
+        score_of = np.zeros(self._end)
+        score_of[asked] = self.policy.retention(self.items, asked, tier, now_s)
+        scores = score_of[items]
+        if len(rows) > count_max:
+            few = scores <= np.partition(scores, count_max - 1)[count_max - 1]  # Of the last item, all: its end leaves.
+            rows, scores, items = rows[few], scores[few], items[few]
+        # Of items with equal scores, one that lies deeper in the tree leaves first.
+        order = np.lexsort((-self._depth[rows], items, -self._depth[self._first_row[items]], scores))
+        order = order[:count_max]
+        return rows[order], scores[order]
 
     def note_use(self) -> None:
         """Which items requests use: a lease of a prefix holds the first block of each of its items."""
         live = self.live_items()
-        self.items.in_use[live] = self._blocks.leases[self._first_row[live]] > 0
+        self.items.in_use[live] = self._leases[self._first_row[live]] > 0
+
+    # Questions to the policy
+
+    def promotions(self, now_s: float) -> Sequence[Promotion] | None:
+        """The reads that the policy wants now; None if it is not time yet to ask it."""
+        if now_s < self.policy.look_at_s:
+            return None
+        self.note_use()
+        return self.policy.promotions(self.items, self._queue, now_s)
+
+    def wants_on_ssd(self, row: int, now_s: float) -> bool:
+        """Whether a block in DRAM is copied to SSD, for which other blocks are evicted there."""
+        item = self.item_of(row)
+        return item == NO_ITEM or self.policy.wants_on_ssd(self.items, item, now_s)
 
     # Events
 
-    def changed(self, row: int) -> None:
-        """A block is stored now, or no longer, or in other tiers. For `BlockTable.listeners`."""
-        if len(self._item_of) < self._blocks.row_capacity:
-            self._grow_rows()
-        item = self._item_of.item(row)
-        if not self._blocks.live[row]:
-            if item != NO_ITEM:
+    def changed(self, changes: BlockChanges, now_s: float) -> None:
+        """Blocks are stored now, or no longer, or in other tiers."""
+        self._now_s = now_s
+        self._need_rows(int(changes.rows.max(initial=-1)) + 1)
+        columns = (column.tolist() for column in changes)
+        for row, generation, live, tiers, size, tokens, whole, parent, shard in zip(*columns, strict=True):
+            item = self._item_of.item(row)
+            if item != NO_ITEM and (not live or generation != self._generation.item(row)):
                 self._leave(row, item)
-            return
-        if item == NO_ITEM:
-            item = self._join(row)
-        self._count(row, item)
-
-    def add(self, rows: Iterable[int]) -> None:
-        """Blocks that were in the table before this object listened."""
-        for row in rows:
-            if self._blocks.live[row]:
-                self.changed(row)
+                item = NO_ITEM
+            if not live:
+                continue
+            if item == NO_ITEM:
+                self._generation[row], self._size_bytes[row], self._is_whole[row] = generation, size, whole
+                item = self._join(row, parent, shard)
+                self.items.answer_tokens[item] += tokens
+            self._count(row, item, tiers)
 
     def looked_up(self, rows: Rows, now_s: float) -> None:
         """A request has found these blocks of a prefix, and is about to lease them."""
+        self._now_s = now_s
         items, conditions = self.items, self.items.conditions
         on_path = self._item_of[rows]
         firsts = np.flatnonzero(np.diff(on_path, prepend=NO_ITEM - 1))
         path = on_path[firsts].tolist()
         self._accesses += len(path)
         # A request that looks up twice, or in several processes, is one use.
-        idle = (self._blocks.leases[rows[firsts]] == 0).tolist()
+        idle = (self._leases[rows[firsts]] == 0).tolist()
         for place, (item, is_idle) in enumerate(zip(path, idle, strict=True)):
             if item == NO_ITEM:
                 continue
             items.access_seq[item] = self._accesses - place
             if not is_idle:
                 continue
-            items.queue_seq[item] = conditions.served
-            self.policy.queued(items, item, now_s)
+            if items.queue_seq[item] == NOT_QUEUED:
+                items.queue_seq[item] = conditions.served
+                self.policy.queued(items, item, now_s)
             items.queue_seq[item] = NOT_QUEUED
             items.uses[item] += 1
             items.unwanted_on_ssd[item] = False
             items.hint[item] = items.answer_tokens[item] = 0
+            items.ended[item] = False
             self.policy.used(items, item, now_s)
         conditions.served += 1
 
+    def leases_are(self, leases: NDArray[np.int32]) -> None:
+        """The number of leases of each row at the beginning. Before all other events."""
+        self._need_rows(len(leases))
+        self._leases[: len(leases)] = leases
+
+    def leased(self, rows: Rows) -> None:
+        """A lease holds these blocks."""
+        self._leases[rows] += 1
+
     def released(self, rows: Rows) -> None:
         """A lease of these blocks has ended."""
+        self._leases[rows] -= 1
         for item in np.unique(self._item_of[rows]).tolist():
             if item != NO_ITEM:
                 self._stored[item] = None
@@ -160,63 +218,89 @@ class BlockItems:
 
         An item that is still leased is reported once it is not.
         """
+        self._now_s = now_s
         for item in list(islice(self._stored, _SETTLED)):
             del self._stored[item]
-            if self._blocks.leases[self._first_row[item]]:
+            if self._leases[self._first_row[item]]:
                 continue  # `released` adds it again.
             self.items.in_use[item] = 0
             self.items.used_at_s[item] = now_s
             self.policy.stored(self.items, item, now_s)
 
+    def queued(self, requests: Sequence[Rows], waiting: int, now_s: float) -> None:
+        """The blocks that the requests at the heads of the engines' queues will read, the next request first.
+
+        It replaces those of the last call. `waiting` requests are queued in all.
+        """
+        self._now_s = now_s
+        items, conditions = self.items, self.items.conditions
+        before, queue = dict.fromkeys(self._queue), dict[int, int]()
+        for number, rows in enumerate(requests):
+            for item in dict.fromkeys(self._item_of[rows].tolist()):
+                if item != NO_ITEM:
+                    queue.setdefault(item, number)
+        for item in before:
+            if item not in queue:
+                items.queue_seq[item] = NOT_QUEUED
+        self._queue = list(queue)
+        conditions.queued = waiting
+        for item, number in queue.items():
+            items.queue_seq[item] = conditions.served + number
+        for item in queue:
+            if item not in before:
+                self.policy.queued(items, item, now_s)
+
+    def hinted(self, rows: Rows, hint: Hint, now_s: float) -> None:
+        """An application sent a hint about the session whose history ends with these blocks."""
+        self._now_s = now_s
+        item = self.item_of(int(rows[-1])) if len(rows) else NO_ITEM
+        if item == NO_ITEM or self.items.queue_seq[item] != NOT_QUEUED or self._leases[self._first_row[item]]:
+            return
+        self.items.hint[item], self.items.hinted_at_s[item] = HINTS.index(hint), now_s
+        self.items.ended[item] = hint is Hint.ENDED
+        self.policy.hinted(self.items, item, hint, now_s)
+
+    def coming(self, rows: Rows, is_coming: bool) -> None:
+        """The blocks are being read to DRAM, or no longer."""
+        rows = rows[self._item_of[rows] != NO_ITEM]
+        rows = rows[self._is_coming[rows] != is_coming]
+        self._is_coming[rows] = is_coming
+        sizes = self._size_bytes[rows] if is_coming else -self._size_bytes[rows]
+        np.add.at(self.items.coming_bytes, self._item_of[rows], sizes)
+
     # Items
 
-    def _join(self, row: int) -> int:
+    def _join(self, row: int, parent: int, shard: int) -> int:
         """Put a block into the item that it belongs to."""
-        blocks = self._blocks
-        for other in blocks.shards_of(int(blocks.rows_of_keys([blocks.key_of(row)])[0])):
-            if other != row and self._item_of[other] != NO_ITEM:
-                return self._enter(row, self._item_of.item(other), self._depth.item(other))
-        parent = blocks.parent_row(row)
-        if parent == NO_ROW:
+        if shard != row and self.item_of(shard) != NO_ITEM:
+            return self._enter(row, self._item_of.item(shard), self._depth.item(shard))
+        item = NO_ITEM if parent == NO_ROW else self.item_of(parent)
+        if item == NO_ITEM:
             return self._enter(row, self._new_item(NO_ITEM), 0)
-        if self._item_of[parent] == NO_ITEM:
-            for ancestor in reversed(blocks.ancestors(row, limit=blocks.row_end)):
-                if self._item_of[ancestor] == NO_ITEM and ancestor != row:
-                    self._count(ancestor, self._join(ancestor))
-        item, depth = self._item_of.item(parent), self._depth.item(parent)
-        if item == NO_ITEM:  # Clients name the parents, so parents may form a cycle.
-            return self._enter(row, self._new_item(NO_ITEM), 0)
-        if not self._is_whole(row):
+        depth = self._depth.item(parent)
+        if not self._is_whole[row]:
             return self._enter(row, item, depth + 1)
         if depth < self._end_depth[item]:
             # Its last blocks may have left.
-            self._end_depth[item] = self._depth[self._whole_rows(item)].max(initial=-1)
+            mine = self._item_of[: self._row_end] == item
+            whole = np.flatnonzero(mine & self._is_whole[: self._row_end])
+            self._end_depth[item] = self._depth[whole].max(initial=-1)
         if depth < self._end_depth[item]:
             item = self._split(item, depth)
         if self._children[item]:
             return self._enter(row, self._new_item(item), depth + 1)
         return self._enter(row, item, depth + 1)
 
-    def _is_whole(self, row: int) -> bool:
-        blocks = self._blocks
-        return int(blocks.token_count[row]) >= self._block_tokens_of(int(blocks.layout_id[row]))
-
-    def _whole_rows(self, item: int) -> Rows:
-        rows = np.flatnonzero(self._item_of[: self._blocks.row_end] == item)
-        return rows[[self._is_whole(row) for row in rows.tolist()]]
-
     def _enter(self, row: int, item: int, depth: int) -> int:
         self._item_of[row], self._depth[row] = item, depth
         self._block_count[item] += 1
-        if self._is_whole(row):
+        if self._is_whole[row]:
             self._end_depth[item] = max(self._end_depth.item(item), depth)
         first = self._first_row.item(item)
         if first == NO_ROW or depth < self._depth[first]:
             self._first_row[item] = row
-        items, blocks = self.items, self._blocks
-        items.size_bytes[item] += int(blocks.size_bytes[row])
-        items.value[item] = self._block_count[item]
-        items.answer_tokens[item] += int(blocks.token_count[row])
+        self.items.size_bytes[item] += self._size_bytes[row]
+        self.items.value[item] = self._block_count[item]
         self._stored[item] = None
         return item
 
@@ -242,32 +326,36 @@ class BlockItems:
 
     def _split(self, item: int, depth: int) -> int:
         """Give the item's blocks up to this depth to a new item, its front. Returns the front."""
-        items, blocks = self.items, self._blocks
+        items = self.items
         front = self._new_item(int(self._parent[item]))
         if self._parent[item] != NO_ITEM:
             self._children[self._parent[item]] -= 1
-        rows = np.flatnonzero(self._item_of[: blocks.row_end] == item)
+        rows = np.flatnonzero(self._item_of[: self._row_end] == item)
         at_front = self._depth[rows] <= depth
         items.copy(item, front)
         for each, moved in ((front, rows[at_front]), (item, rows[~at_front])):
-            sizes, counted = blocks.size_bytes[moved].astype(np.int64), self._counted[moved]
+            sizes, counted = self._size_bytes[moved], self._counted[moved]
             self._item_of[moved] = each
             self._block_count[each] = items.value[each] = len(moved)
             self._first_row[each] = moved[np.argmin(self._depth[moved])]
             items.size_bytes[each] = sizes.sum()
             for _, bit, column, _ in _TIERS:
                 getattr(items, column)[each] = sizes[(counted & bit) > 0].sum()
+            items.coming_bytes[each] = sizes[self._is_coming[moved]].sum()
         self._parent[item], self._children[front] = front, 1
         self._end_depth[front] = depth
-        self.policy.split(items, item, front, self._now_s())
+        if items.queue_seq[item] != NOT_QUEUED:
+            self._queue.insert(self._queue.index(item), front)
+        self.policy.split(items, item, front, self._now_s)
         return front
 
     def _leave(self, row: int, item: int) -> None:
         """The block is not stored any more."""
-        self._count(row, item)
+        self._count(row, item, 0)
+        self.coming(np.array([row]), False)
         self._item_of[row] = NO_ITEM
         self._block_count[item] -= 1
-        self.items.size_bytes[item] -= int(self._blocks.size_bytes[row])
+        self.items.size_bytes[item] -= self._size_bytes[row]
         self.items.value[item] = self._block_count[item]
         if not self._block_count[item]:
             self._forget(item)
@@ -277,29 +365,29 @@ class BlockItems:
     def _forget(self, item: int) -> None:
         self.items.live[item] = False
         self._stored.pop(item, None)
+        if self.items.queue_seq[item] != NOT_QUEUED:
+            self._queue.remove(item)
         if self._children[item]:
             self._parent[np.flatnonzero(self._parent[: self._end] == item)] = NO_ITEM
         if self._parent[item] != NO_ITEM:
             self._children[self._parent[item]] -= 1
         self._first_row[item] = NO_ROW
         self._free.append(item)
-        self.policy.forgotten(self.items, item, self._now_s())
+        self.policy.forgotten(self.items, item, self._now_s)
 
     # Bytes
 
-    def _count(self, row: int, item: int) -> None:
+    def _count(self, row: int, item: int, tiers: int) -> None:
         """Count the block's bytes in the tiers that it is in now."""
-        blocks, items = self._blocks, self.items
-        before, now = self._counted.item(row), 0
-        if blocks.live[row]:
-            now = _IN_DRAM * blocks.is_resident(row, TierName.DRAM) | _ON_SSD * blocks.is_resident(row, TierName.SSD)
-        if now == before:
+        before = self._counted.item(row)
+        if tiers == before:
             return
-        self._counted[row] = now
-        size = int(blocks.size_bytes[row])
+        self._counted[row] = tiers
+        size = self._size_bytes.item(row)
         for tier, bit, bytes_column, seq_column in _TIERS:
-            if (now ^ before) & bit:
-                self._count_in(item, tier, size if now & bit else -size, getattr(items, bytes_column), seq_column)
+            if (tiers ^ before) & bit:
+                column = getattr(self.items, bytes_column)
+                self._count_in(item, tier, size if tiers & bit else -size, column, seq_column)
 
     def _count_in(self, item: int, tier: TierName, more: int, column: NDArray[Any], seq_column: str) -> None:
         had = int(column[item])
@@ -307,19 +395,25 @@ class BlockItems:
         if more < 0:
             if tier == TierName.SSD:
                 self.items.unwanted_on_ssd[item] = True
-            self.policy.left(self.items, item, tier, self._now_s())
+            self.policy.left(self.items, item, tier, self._now_s)
         elif not had:
             self._arrivals += 1
             getattr(self.items, seq_column)[item] = self._arrivals
-            self.policy.arrived(self.items, item, tier, self._now_s())
+            self.policy.arrived(self.items, item, tier, self._now_s)
 
     # Space
 
-    def _grow_rows(self) -> None:
-        count = self._blocks.row_capacity
+    def _need_rows(self, row_end: int) -> None:
+        self._row_end = max(self._row_end, row_end)
+        if row_end > len(self._item_of):
+            self._grow_rows(max(row_end, 2 * len(self._item_of)))
+
+    def _grow_rows(self, count: int) -> None:
         self._item_of = grown(self._item_of, count, NO_ITEM)
-        self._depth = grown(self._depth, count, 0)
-        self._counted = grown(self._counted, count, 0)
+        self._depth, self._counted = grown(self._depth, count, 0), grown(self._counted, count, 0)
+        self._leases, self._generation = grown(self._leases, count, 0), grown(self._generation, count, -1)
+        self._size_bytes, self._is_whole = grown(self._size_bytes, count, 0), grown(self._is_whole, count, 0)
+        self._is_coming = grown(self._is_coming, count, 0)
 
     def _grow_items(self) -> None:
         count = 2 * self.items.row_count

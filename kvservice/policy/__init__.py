@@ -1,14 +1,12 @@
 """Placement policies: pure functions of (state, now). No I/O, no clock, no lock, no tier.
 
-A policy decides, and a store carries the decision out. ``base`` is the interface of all policies, ``placement`` extends
-it for policies over ``items`` (sessions, shared prefixes). Each policy has one file.
+A policy decides, and a store carries the decision out. ``placement`` is the interface of all policies, over ``items``
+(sessions, shared prefixes). Each policy has one file.
 """
 
 from collections.abc import Callable
 from functools import partial
 
-from kvservice.blocks import BlockTable
-from kvservice.policy.base import Policy
 from kvservice.policy.fifo import FifoPolicy
 from kvservice.policy.foresight import ForesightPolicy
 from kvservice.policy.lookahead import LookaheadPolicy
@@ -26,17 +24,12 @@ PLACEMENTS: dict[str, Callable[[], Placement]] = {
     "foresight-unlearned": partial(ForesightPolicy, learning=False),
 }
 
-#: The policies that can also rank single blocks, as the daemon needs.
-POLICIES: dict[str, type[Policy[BlockTable]]] = {"lru": LruPolicy}
-
 __all__ = [
     "PLACEMENTS",
-    "POLICIES",
     "FifoPolicy",
     "ForesightPolicy",
     "LookaheadPolicy",
     "LruPolicy",
     "Placement",
-    "Policy",
     "S3FifoPolicy",
 ]

@@ -46,8 +46,8 @@ class Placement:
     def stored(self, items: ItemTable, row: int, now_s: float) -> None:
         """The request has ended. The item is in DRAM as far as it fits, and the user's think time starts."""
 
-    def hinted(self, items: ItemTable, row: int, hint: Hint, now_s: float) -> None:
-        """The application sent a hint about the item's session."""
+    def hinted(self, items: ItemTable, row: int, hint: Hint, now_s: float, kind: int = 0) -> None:
+        """The application sent a hint about the item's session. `kind`: see `hint_kind`."""
 
     def arrived(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
         """The first bytes of the item entered `tier`. For the items of one request, the suffix is reported first.
@@ -70,6 +70,18 @@ class Placement:
 
     def wants_on_ssd(self, items: ItemTable, row: int, now_s: float) -> bool:
         return True
+
+    def state(self) -> bytes:
+        """What the policy has learned of all items together, for `restore` after a restart. Empty if nothing."""
+        return b""
+
+    def restore(self, state: bytes) -> bool:
+        """Begin with what an earlier run had learned. Call it before the first event.
+
+        False, and nothing changes, if the bytes are not from `state` of this policy and version. The caller checks that
+        they are complete.
+        """
+        return False
 
     def promotions(self, items: ItemTable, queue: Sequence[int], now_s: float) -> Sequence[Promotion]:
         """The promotions from SSD to DRAM that the policy wants. Called at `look_at_s`; must set the next one.

@@ -67,6 +67,7 @@ class AdminService:
             queued_requests=facts.queued_requests,
             set_aside_bytes=facts.set_aside_bytes,
             set_aside_extents=facts.set_aside_extents,
+            recordings=facts.recordings,
         )
 
     async def ListBlocks(self, request: pb.ListBlocksRequest, context: Context) -> pb.ListBlocksResponse:
@@ -158,6 +159,13 @@ class AdminService:
         return pb.ListSessionsResponse(
             sessions=[session_message(each, bytes_max=0) for each in sessions], next_page_token=token
         )
+
+    async def RecordTrace(self, request: pb.RecordTraceRequest, context: Context) -> None:
+        caller = self._callers.of(context)
+        steps = self._operators.record_trace(caller, request.layout_fingerprint, request.duration_ms / 1e3)
+        async with aclosing(steps):
+            async for step in steps:
+                await context.write(explained.trace(step))
 
     def _tiers(
         self, request: pb.ListBlocksRequest | pb.ScrubRequest, where_unspecified: Sequence[TierName]

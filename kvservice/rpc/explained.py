@@ -1,4 +1,4 @@
-"""Domain to wire for operators' queries: blocks, events, misses, requests, drains."""
+"""Domain to wire for operators' queries: blocks, events, misses, requests, drains, recorded turns."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from kvservice.store.types import (
     Missing,
     OtherLayout,
     TierPlace,
+    TraceStep,
 )
 from kvservice_api.v1 import admin_pb2 as pb
 
@@ -167,3 +168,21 @@ def drain(progress: DrainProgress) -> pb.DrainResponse:
         waiting_because=progress.waiting_because,
         done=progress.done,
     )
+
+
+def trace(step: TraceStep) -> pb.RecordTraceResponse:
+    turns = [
+        pb.RecordedTurn(
+            arrived_s=turn.at_s,
+            prompt_tokens=turn.prompt_tokens,
+            answer_tokens=turn.answer_tokens,
+            hash_ids=turn.hash_ids,
+        )
+        for turn in step.turns
+    ]
+    answer = pb.RecordTraceResponse(turns=turns, dropped=step.dropped, done=step.done)
+    if (layout := step.layout) is not None:
+        answer.layout.layout_fingerprint = layout.fingerprint
+        answer.layout.block_tokens = layout.block_tokens
+        answer.layout.kv_bytes_per_token = step.kv_bytes_per_token
+    return answer

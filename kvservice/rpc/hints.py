@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 
 from kvservice.rpc.calls import Callers, Context
 from kvservice.store.store import BlockStore
-from kvservice.store.types import HintStream, HintSubject, Nearness, QueuedReadiness
+from kvservice.store.types import Hint, HintStream, HintSubject, Nearness, QueuedReadiness
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.keys import split_keys
 from kvservice_api.session_ids import checked_session_id
@@ -91,11 +91,12 @@ class HintService:
             _check_text(hint.turn_finished.stop_reason, "stop_reason")
             stream.turn_finished(subject)
         elif kind == "typing":
-            stream.expect(subject, None)
+            stream.expect(subject, None, Hint.TYPING)
         elif kind == "tool_call":
             call = hint.tool_call
             _check_text(call.name, "name")
-            stream.expect(subject, call.expected_ms / 1000 if call.HasField("expected_ms") else None)
+            within_s = call.expected_ms / 1000 if call.HasField("expected_ms") else None
+            stream.expect(subject, within_s, Hint.TOOL_CALL)
         elif kind in ("session_ended", "do_not_keep"):
             stream.not_needed(subject, write=kind == "session_ended")
         else:

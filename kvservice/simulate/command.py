@@ -61,8 +61,9 @@ def simulate(
     swept: Sweep = sweep or "dram"
     if plot_file is not None:
         _check_plot(plot_file, swept, sizes)
-    machine = rates.machine(sizes.dram_gb, sizes.ssd_gb)
+    rates.machine(sizes.dram_gb, sizes.ssd_gb)  # Refuses contradictory options before a long trace is read.
     workload = load.workload()
+    machine = rates.machine(sizes.dram_gb, sizes.ssd_gb, workload.kv_bytes_per_token)
     factors = SWEEP if plot_file is not None else (1.0,)
     found = _play(workload, machine, names, load.warmup_turns, swept, factors)
     if plot_file is not None:

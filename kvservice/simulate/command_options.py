@@ -128,6 +128,7 @@ def _options_of(group: Any) -> list[inspect.Parameter]:
 GENERATORS = ("sharegpt", "people")
 
 _SIZE_MAX_GB = 1e9  # One exabyte: sums of bytes fit into 64 bits.
+_KV_BYTES_PER_TOKEN = round(0.78125 * MIB)
 _LOAD, _MACHINE, _GPU = "The load", "The machine", "The GPU's model, in place of --service-turns-per-s"
 
 
@@ -326,9 +327,15 @@ class RateOptions:
         float, number("--ssd-gbps", "SSD bandwidth in GiB/s, reads and writes together.", _MACHINE, above=True)
     ] = 5.0
     kv_mb_per_token: Annotated[
-        float,
-        number("--kv-mb-per-token", "MiB of KV per token: 0.78125 for 13B, 2.5 for 65B.", _MACHINE, most=1e5),
-    ] = 0.78125
+        float | None,
+        number(
+            "--kv-mb-per-token",
+            "MiB of KV per token: 0.78125 for 13B, 2.5 for 65B.",
+            _MACHINE,
+            most=1e5,
+            show_default="0.78125; recorded: as it was",
+        ),
+    ] = None
     link_gbps: Annotated[
         float, number("--link-gbps", "Bandwidth from DRAM to the GPU in GiB/s.", _MACHINE, above=True)
     ] = 24.2
@@ -384,9 +391,15 @@ class RateOptions:
         int | None, number("--batch", "Sequences that decode together.", _GPU, least=1, most=1e6, show_default="24")
     ] = None
 
-    def machine(self, dram_gb: float, ssd_gb: float) -> Machine:
-        """The machine with tiers of these sizes in GiB. Refuses contradictory options."""
-        kv_bytes_per_token = round(self.kv_mb_per_token * MIB)
+    def machine(self, dram_gb: float, ssd_gb: float, kv_bytes_per_token: int = 0) -> Machine:
+        """The machine with tiers of these sizes in GiB. Refuses contradictory options.
+
+        `kv_bytes_per_token` is the load's own, 0 if it has none; the option replaces it.
+        """
+        if self.kv_mb_per_token is not None:
+            kv_bytes_per_token = round(self.kv_mb_per_token * MIB)
+        elif not kv_bytes_per_token:
+            kv_bytes_per_token = _KV_BYTES_PER_TOKEN
         if kv_bytes_per_token < 1:
             raise typer.BadParameter(
                 f"{self.kv_mb_per_token:g} MiB is less than a byte", param_hint="--kv-mb-per-token"

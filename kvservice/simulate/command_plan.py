@@ -55,7 +55,8 @@ def plan(
     prices = Prices(dram_price, ssd_price, gpu_price)
     rates.machine(0, 0)  # Refuses contradictory options before a long trace is read.
     workload = load.workload()
-    footprint_gb = max(footprint_tokens(workload) * rates.machine(0, 0).kv_bytes_per_token / GIB, 1.0)
+    machine_of = functools.partial(rates.machine, kv_bytes_per_token=workload.kv_bytes_per_token)
+    footprint_gb = max(footprint_tokens(workload) * machine_of(0, 0).kv_bytes_per_token / GIB, 1.0)
 
     def share(result: Result) -> float:
         return float(getattr(result, _FIELDS[of]))
@@ -66,7 +67,7 @@ def plan(
         @functools.cache
         def simulated(name: str, dram_gb: float, ssd_gb: float) -> Result:
             try:
-                result = simulate(workload, rates.machine(dram_gb, ssd_gb), name, warmup_turns=load.warmup_turns)
+                result = simulate(workload, machine_of(dram_gb, ssd_gb), name, warmup_turns=load.warmup_turns)
             except ValueError as error:
                 fail(f"{error}.")
             progress.advance(task)
@@ -81,7 +82,7 @@ def plan(
             most = share(measure(footprint_gb, footprint_gb))
             fail(_beyond(target_hit, of, most, f"{policy} with space for everything that is stored"))
         without = simulated("none", 0.0, 0.0)
-    notes = (*workload.notes, *notes_of([found[0].result], rates.machine(0, 0)))
+    notes = (*workload.notes, *notes_of([found[0].result], machine_of(0, 0)))
     cheapest, *others = (_mix(each) for each in found)
     document = {
         "policy": policy,

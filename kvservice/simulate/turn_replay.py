@@ -81,17 +81,18 @@ class TurnReplay(ABC):
     def hint(self, turn: int, kind: int, now_s: float) -> None:
         """The session whose last request was `turn` sends a hint about its last item, which no other session has.
 
-        A hint after the session's next request is ignored.
+        `kind` is as in `Hints`. A hint after the session's next request is ignored.
         """
         row = self.rows(turn)[-1]
         if self._queue_seq[row] != NOT_QUEUED or self._in_use[row]:
             return
+        kind, detail = kind % len(HINTS), kind // len(HINTS)
         self._hint[row] = kind
         self._hinted_at[row] = now_s
         self._ended[row] = HINTS[kind] == Hint.ENDED
         self._store.changed_epoch[row] = self._store.row_epochs.epoch
         if self._tells_hinted:
-            self._policy.hinted(self._items, row, Hint(HINTS[kind]), now_s)
+            self._policy.hinted(self._items, row, Hint(HINTS[kind]), now_s, detail)
 
     def expire(self, turn: int, used_at_s: float, now_s: float) -> None:
         """Drop the items of `turn` that were not used after `used_at_s`, when its answer ended."""

@@ -22,7 +22,8 @@ class Hints:
     """
 
     turn: NDArray[np.int64]
-    kind: NDArray[np.int8]  # See `kvservice.policy.items.HINTS`.
+    #: An index into `kvservice.policy.items.HINTS`, plus `len(HINTS)` times `kvservice.policy.base.hint_kind`.
+    kind: NDArray[np.int8]
     lead_s: NDArray[np.float64]  # 0 or more.
 
     @staticmethod
@@ -53,6 +54,7 @@ class Workload:
     path_begins: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     path_items: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     item_blocks: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    kv_bytes_per_token: int = 0  # As recorded; 0: unknown.
     context_tokens: int = 0  # The model's window: what is over it is cut by half from the front. 0: no limit.
     notes: tuple[str, ...] = ()  # Sentences for the user: what was left out or derived when the load was read.
 

@@ -91,7 +91,8 @@ class Leases:
         self._by_end: list[tuple[float, int]] = []  # Old entries of renewed leases stay until their time.
         self._ended_rows: deque[Rows] = deque()  # Row batches of ended leases whose counts are not decremented yet.
         self._drain: asyncio.Task[None] | None = None
-        self.on_end: Callable[[Rows], None] | None = None  # Called with the rows of each lease that has ended.
+        self.on_begin: Callable[[Rows], None] = _nothing  # Called with the rows of each lease that begins,
+        self.on_end: Callable[[Rows], None] = _nothing  # and, in any number of parts, once it has ended.
         self._next_lease_id = secrets.randbits(48) << 8  # So that numbers of an earlier daemon are not valid here.
 
     @property
@@ -152,6 +153,7 @@ class Leases:
         self._next_lease_id += 1
         lease = Lease(self._next_lease_id, client, layout, shard, rows, parts, held)
         self._lifecycle.lease(held)
+        self.on_begin(held)
         self._leases[lease.lease_id] = lease
         client.leases.add(lease.lease_id)
         client.leased_rows += len(held)
@@ -244,6 +246,9 @@ class Leases:
             if len(rows) > room:
                 self._ended_rows.appendleft(rows[room:])
             self._lifecycle.unlease(rows[:room])
-            if self.on_end is not None:
-                self.on_end(rows[:room])
+            self.on_end(rows[:room])
             room -= min(room, max(len(rows), 16))  # A bound on the number of small leases.
+
+
+def _nothing(rows: Rows) -> None:
+    """What a lease's begin and end cause as long as nothing else is set."""

@@ -22,9 +22,7 @@ from kvservice.blocks import NO_ROW, BlockTable, TierName
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
-from kvservice.placement.block_items import BlockItems
-from kvservice.placement.item_policy import ItemPolicy
-from kvservice.policy import Placement, Policy
+from kvservice.policy import Placement
 from kvservice.policy.items import Conditions
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
@@ -32,6 +30,7 @@ from kvservice.store.hints.exchange import HintExchange, HintLimits, HintStream
 from kvservice.store.hints.placement import WindowPromotion
 from kvservice.store.leases import Client, Lease, Leases
 from kvservice.store.miss_reasons import MissReasons, Reason
+from kvservice.store.mover.active_policy import ActivePolicy
 from kvservice.store.mover.evictor import Evictor, Watermarks
 from kvservice.store.mover.promoter import Promoter
 from kvservice.store.mover.read_ahead import ReadAhead
@@ -43,6 +42,7 @@ from kvservice.store.operations.operators import Operators
 from kvservice.store.operations.pins import Pins
 from kvservice.store.operations.requests import Requests
 from kvservice.store.operations.scrub import Scrub
+from kvservice.store.operations.trace import TraceRecorder
 from kvservice.store.prefix_match import PrefixMatch, match_prefix, match_tails, narrowed, runs_of
 from kvservice.store.sessions.sessions import SessionLimits, Sessions
 from kvservice.store.tasks import LoopBudget, Tasks, parts_of
@@ -125,7 +125,7 @@ class BlockStore:
         dram: DramTier,
         slower: Mapping[TierName, DurableTier],
         index: BlockIndex,
-        policy: Policy[BlockTable] | Placement,
+        policy: Placement | None,
         clock: Clock,
         counters: Counters,
         executor: Executor,
@@ -136,7 +136,7 @@ class BlockStore:
     ) -> None:
         """`slower` are the tiers below DRAM, from the fastest to the slowest; `blocks` has the same tiers.
 
-        A policy that ranks single blocks is used as it is; one over items ranks the items that blocks are grouped into.
+        Without a policy, single blocks are ranked by recency.
         """
         self._blocks = blocks
         self._dram = dram
@@ -158,37 +158,41 @@ class BlockStore:
         self._loop_budget = LoopBudget()
         tiers: dict[TierName, Tier] = dict(zip(blocks.tiers, (dram, *slower.values()), strict=True))
         self._lifecycle = BlockLifecycle(blocks, tiers, index, counters, self._tasks, self._history, clock)
-        self._items: BlockItems | None = None
-        if not isinstance(policy, Policy):
-            ssd_bytes = tiers[blocks.tiers[1]].capacity_bytes if slower else 0
-            used_share = 1 - watermarks[blocks.first_tier].high  # Else a policy always fills what is to be kept free.
-            conditions = Conditions(int(dram.capacity_bytes * used_share), ssd_bytes, _SSD_BYTES_PER_S)
-            self._items = BlockItems(blocks, self._block_tokens_of, policy, conditions, clock.monotonic_s)
-            blocks.listeners.append(self._items.changed)
-            policy = ItemPolicy(self._items)
+        used_share = 1 - watermarks[blocks.first_tier].high  # Else a policy always fills what is to be kept free.
+        ssd_bytes = tiers[blocks.tiers[1]].capacity_bytes if slower else 0
+        self._first_policy = policy
+        self._policy = ActivePolicy(
+            blocks,
+            lambda: Conditions(int(dram.capacity_bytes * used_share), ssd_bytes, _SSD_BYTES_PER_S),
+            self._block_tokens_of,
+            clock,
+            self._tasks,
+        )
         self._evictor = Evictor(
             self._lifecycle,
-            policy,
+            self._policy,
             clock,
             self._tasks,
             watermarks={tier: watermarks[tier] for tier in tiers},
             wait_s=limits.reserve_wait_s,
         )
-        shared = (self._lifecycle, self._evictor, dram, policy, clock, counters, self._tasks, self._loop_budget)
+        shared = (self._lifecycle, self._evictor, dram, clock, counters, self._tasks, self._loop_budget)
         self._writers: dict[TierName, WriteBehind] = {}  # By the tier that each copies from.
         following: WriteBehind | None = None
         for name, target in reversed(list(slower.items())):
             above = blocks.tiers[blocks.position(name) - 1]
             self._writers[above] = following = WriteBehind(
-                *shared, above=above, target=target, following=following, writes_in_flight=limits.writes_in_flight
+                *shared,
+                ranking=self._policy,
+                above=above,
+                target=target,
+                following=following,
+                writes_in_flight=limits.writes_in_flight,
             )
         self._write_behind = following  # From the first tier.
         self._promoter: Promoter | None = None
         if following is not None:
             self._promoter = Promoter(*shared, write_behind=following, reads_in_flight=limits.reads_in_flight)
-        self._read_ahead: ReadAhead | None = None
-        if isinstance(policy, ItemPolicy):
-            self._read_ahead = ReadAhead(policy, blocks, self._promoter, clock, counters, self._loop_budget)
         self._leases = Leases(
             self._lifecycle,
             clock,
@@ -199,8 +203,7 @@ class BlockStore:
             per_client_max=limits.leases_per_client_max,
             blocks_per_client_max=limits.leased_blocks_per_client_max,
         )
-        if self._items is not None:
-            self._leases.on_end = self._items.released
+        self._leases.on_begin, self._leases.on_end = self._policy.leased, self._policy.released
         assert index.secret is not None and index.key_generations is not None, "a daemon opened it"
         self._key_generations = index.key_generations
         self._uploads = Uploads(
@@ -251,21 +254,14 @@ class BlockStore:
             dram,
             self._sessions,
             self._leases,
-            WindowPromotion(
-                blocks,
-                self._promoter,
-                self._evictor,
-                clock,
-                counters,
-                self._tasks,
-                bytes_per_s_max=limits.hints.bytes_per_s_max,
-            ),
+            self._policy,
             clock,
             counters,
             self._tasks,
             self._loop_budget,
             limits.hints,
         )
+        self._trace = TraceRecorder(blocks, lambda: index.layouts, self._leases, clock, self._loop_budget)
         self.operators = Operators(
             blocks,
             index,
@@ -279,6 +275,7 @@ class BlockStore:
             self._pins,
             self._scrub,
             self._drain,
+            self._trace,
         )
         self._started_at_ms = clock.wall_ms()
 
@@ -289,12 +286,32 @@ class BlockStore:
         self._in_place_uploads.start()
         for writer in self._writers.values():
             writer.start()
-        if self._read_ahead is not None:
-            self._tasks.start(self._read_ahead.run(), "read ahead")
+        self._start_policy()
         self._tasks.start(self._expire_forever(), "lease expiry")
         self._tasks.start(self._flush_forever(), "recency flush")
         self._sessions.start()
         self._hints.start()
+
+    def _start_policy(self) -> None:
+        blocks, clock, counters, writer = self._blocks, self._clock, self._counters, self._write_behind
+        bytes_per_s_max = self.limits.hints.bytes_per_s_max
+        promoting = (blocks, self._promoter)
+        self._policy.start(
+            self._evictor,
+            WindowPromotion(*promoting, self._evictor, clock, counters, self._tasks, bytes_per_s_max=bytes_per_s_max),
+            lambda items: ReadAhead(
+                items,
+                *promoting,
+                lambda: writer is not None and writer.pending > 0,
+                clock,
+                counters,
+                self._tasks,
+                self._loop_budget,
+                bytes_per_s_max=bytes_per_s_max,
+            ),
+        )
+        if self._first_policy is not None:
+            self._policy.use(self._first_policy)
 
     async def stop(self) -> None:
         """Finish short work, write recency, stop the rest. No upload or load may run any more."""
@@ -358,6 +375,7 @@ class BlockStore:
             queued_requests=self._hints.queued_count,
             set_aside_bytes=sum(extent.size_bytes for extent in set_aside),
             set_aside_extents=len(set_aside),
+            recordings=self._trace.stream_count,
             reported=dict(self._requests.reported),
         )
 
@@ -481,8 +499,7 @@ class BlockStore:
             self._blocks.hits[found.held] += 1
             if client is not None:
                 self._blocks.note_user(found.held, client.number)
-                if self._items is not None:
-                    self._items.looked_up(found.rows, self._clock.monotonic_s())
+                self._policy.looked_up(found.rows)
                 ttl_s = min(lease_ttl_s, self.limits.lease_ttl_max_s)
                 lease = self._leases.grant(client, layout, wanted, found.rows, found.parts, found.held, ttl_s)
         return Hit(len(found.rows), runs_of(self._blocks, found.rows), lease, ttl_s)
@@ -490,6 +507,7 @@ class BlockStore:
     def _note_lookup(
         self, request_id: str, caller: Caller, layout_id: int, wanted: Shard, keys: Sequence[bytes], hit: Hit
     ) -> None:
+        self._trace.looked_up(caller, layout_id, keys, hit.lease, request_id)
         if request_id and keys:
             who = self._leases.name_of(caller.client)
             self._requests.note_lookup(
@@ -656,6 +674,7 @@ class BlockStore:
                 raise InvalidRequest(f"parent_key has {size} bytes, not {KEY_BYTES}", field="parent_key")
             if len(set(chain.keys)) != len(chain.keys):
                 raise InvalidRequest("a key appears twice in one save", field="keys")
+            self._trace.saved(caller, layout_id, *chain)
             parents += [chain.parent_key, *chain.keys[:-1]]
             full = len(chain.keys) - 1
             counts += [*[layout.block_tokens] * full, chain.last_block_tokens or layout.block_tokens]
@@ -669,6 +688,7 @@ class BlockStore:
     def report(self, caller: Caller, request_id: str, report: ReportRecord) -> None:
         """Note an engine's report of a request. Raises InvalidRequest."""
         self._requests.note_report(caller, request_id, report)
+        self._trace.reported(request_id, report)
 
     # Hints, moving and dropping
 
@@ -736,9 +756,9 @@ class BlockStore:
 
         Raises InvalidRequest, UnknownLayout, SessionNotFound, SessionChanged, SessionsFull, StorageFailed, IndexFull.
         """
-        return self._sessions.stored(
-            await self._sessions.append(caller, fingerprint, session_id, expected_revision, turn)
-        )
+        stored = await self._sessions.append(caller, fingerprint, session_id, expected_revision, turn)
+        self._trace.appended(turn)
+        return self._sessions.stored(stored)
 
     async def truncate_session(
         self,
@@ -776,6 +796,7 @@ class BlockStore:
     def begin_stop(self) -> None:
         """Refuse saves permanently. Blocks that are only in DRAM stay there, and the next start finds them."""
         self._drain.begin_stop()
+        self._trace.stop()
 
     async def quiet(self) -> None:
         """Wait until no load and no save runs."""

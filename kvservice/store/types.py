@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from kvservice.blocks import TierName
 from kvservice.index.session_records import Manifest as Manifest
+from kvservice.policy.base import Hint as Hint
 from kvservice.store.hints.exchange import HintStream as HintStream
 from kvservice.store.hints.exchange import Nearness as Nearness
 from kvservice.store.hints.exchange import QueuedReadiness as QueuedReadiness
@@ -34,6 +35,7 @@ from kvservice.store.operations.pins import UnpinOutcome as UnpinOutcome
 from kvservice.store.operations.requests import LoadRecord as LoadRecord
 from kvservice.store.operations.requests import ReportRecord as ReportRecord
 from kvservice.store.operations.scrub import ScrubProgress as ScrubProgress
+from kvservice.store.operations.trace import TraceStep as TraceStep
 from kvservice.store.prefix_match import TAILS_MAX as TAILS_MAX
 from kvservice.store.prefix_match import Run as Run
 from kvservice.store.prefix_match import Tail as Tail
@@ -136,6 +138,7 @@ class StoreFacts:
     queued_requests: int  # In the queues that hints describe.
     set_aside_bytes: int
     set_aside_extents: int
+    recordings: int
     reported: dict[tuple[str, str], int]  # (plan, outcome) -> number of reported requests.
 
 

@@ -174,6 +174,23 @@ def test_Scrub_reads_every_copy_of_the_tiers_in_the_request(wire: Wire) -> None:
     assert wire.status().counters["scrubbed_bytes"] == before + 2 * both.bytes_checked
 
 
+def test_RecordTrace_tells_the_turns_that_end(wire: Wire) -> None:
+    steps = iter(wire.admin.RecordTrace(pb.RecordTraceRequest(duration_ms=30_000)))
+    assert not next(steps).turns
+    assert wire.status().recordings == 1
+    chain = saved(wire)
+
+    step = next(each for each in steps if each.turns)
+    assert step.layout.layout_fingerprint == SMALL.fingerprint
+    assert (step.layout.block_tokens, step.layout.kv_bytes_per_token) == (SMALL.block_tokens, 1024)
+    (turn,) = step.turns
+    assert (turn.prompt_tokens, turn.answer_tokens) == (len(chain) * SMALL.block_tokens, 0)
+    assert len(turn.hash_ids) == len(chain)
+    steps.cancel()
+    with refused(InvalidRequest, "duration_ms"):
+        next(wire.admin.RecordTrace(pb.RecordTraceRequest()))
+
+
 def test_Pin_keeps_blocks_from_leaving_and_says_until_when(wire: Wire) -> None:
     chain = saved(wire)
     keys = chain[:2].packed_keys + new_chain(SMALL).packed_keys

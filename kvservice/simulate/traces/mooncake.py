@@ -124,16 +124,22 @@ def read_requests(lines: Lines, text: Iterable[str], block_tokens: int, per_unit
 
 
 def _hash_ids(value: object, input_tokens: int, block_tokens: int) -> array[int]:
-    if type(value) is not list or not {int}.issuperset(map(type, value)):
-        raise BadLine(f"hash_ids must be a list of whole numbers, not {shown(value)}")
+    ids = hash_ids_of(value)
     blocks = -(-input_tokens // block_tokens)
-    if len(value) != blocks:
+    if len(ids) != blocks:
         raise BadLine(
-            f"hash_ids has {len(value)} blocks; input_length {input_tokens} is {blocks} of {block_tokens} tokens:"
+            f"hash_ids has {len(ids)} blocks; input_length {input_tokens} is {blocks} of {block_tokens} tokens:"
             f" blocks of another size need --block-tokens"
         )
     if not blocks:
         raise BadLine("input_length is 0: a request has a prompt")
-    if min(value) < 0 or max(value) >= 2**63:
+    return ids
+
+
+def hash_ids_of(value: object) -> array[int]:
+    """The ids of a prompt's blocks. Raises BadLine."""
+    if type(value) is not list or not {int}.issuperset(map(type, value)):
+        raise BadLine(f"hash_ids must be a list of whole numbers, not {shown(value)}")
+    if value and (min(value) < 0 or max(value) >= 2**63):
         raise BadLine("hash_ids must be from 0 to 2^63 - 1")
     return array("q", value)

@@ -7,12 +7,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from kvservice.simulate.traces import azure, bailian, burstgpt, jsonl, mooncake, text, tracelab, weka
+from kvservice.simulate.traces import azure, bailian, burstgpt, jsonl, mooncake, recorded, text, tracelab, weka
 from kvservice.simulate.traces.lines import BadLine, Lines, TraceError
 from kvservice.simulate.workload import Workload
 
 _READERS: dict[str, Callable[..., Workload]] = {
     "jsonl": jsonl.read_sessions,
+    "recorded": recorded.read_turns,
     "mooncake": mooncake.read_prefixes,
     "mooncake-sessions": mooncake.read_conversations,
     "bailian": bailian.read_chats,
@@ -31,6 +32,7 @@ WITHOUT_CLOCK = ("weka",)
 
 # A format is recognised by two of its fields. An earlier one may have the fields of a later one too.
 _FIELDS = (
+    ("recorded", recorded.FIELDS),
     ("bailian", bailian.FIELDS),
     ("mooncake", mooncake.FIELDS),
     ("weka", weka.FIELDS),

@@ -22,6 +22,7 @@ import numpy as np
 from kvservice.blocks import NO_ROW, BlockTable, Rows
 from kvservice.clock import Clock
 from kvservice.counters import Counters
+from kvservice.policy.base import Hint
 from kvservice.store.caller import Caller
 from kvservice.store.hints.placement import ExpectedRead, HintPlacement
 from kvservice.store.hints.queue_mirror import HintSubject, HintTotals, QueueEntry, QueueLimits, QueueMirror
@@ -100,7 +101,7 @@ class HintStream:
         self.client = client
         self.queue = QueueMirror(limits, exchange.totals)
         self.limits = limits
-        self.expected: dict[HintSubject, float] = {}  # When the next request is due; the oldest hint first.
+        self.expected: dict[HintSubject, tuple[float, Hint]] = {}  # When the next request is due; oldest hint first.
         self.cursor = ""  # The last request whose readiness was evaluated.
         self.unevaluated = 0  # Entries after it that may have another readiness than the known one.
         self.is_over = False
@@ -131,8 +132,8 @@ class HintStream:
             self._forget(request_id)
             self._exchange.note()
 
-    def expect(self, subject: HintSubject, within_s: float | None) -> None:
-        """The next request of this subject comes so soon; None if that is not known."""
+    def expect(self, subject: HintSubject, within_s: float | None, hint: Hint) -> None:
+        """The next request of this subject comes so soon; None if that is not known. `hint` is the reason."""
         if not self._exchange.is_known(self.caller, subject):
             return
         self.expect_no_more(subject)
@@ -142,7 +143,7 @@ class HintStream:
         if not self._exchange.totals.add(subject):
             self._exchange.counters.hints_over_limit += 1
             return
-        self.expected[subject] = self._exchange.now_s() + (_TYPING_S if within_s is None else within_s)
+        self.expected[subject] = (self._exchange.now_s() + (_TYPING_S if within_s is None else within_s), hint)
         self._exchange.note()
 
     def expect_no_more(self, subject: HintSubject) -> None:
@@ -204,6 +205,15 @@ class HintStream:
     def _forget(self, request_id: str) -> None:
         self._known.pop(request_id, None)
         self._unsent.pop(request_id, None)
+
+
+class _Window(NamedTuple):
+    """A request of a stream's window, and its rows that no earlier request of the window reads."""
+
+    stream: HintStream
+    entry: QueueEntry
+    due_s: float
+    rows: Rows
 
 
 class HintExchange:
@@ -337,29 +347,29 @@ class HintExchange:
     async def _evaluate_windows(self, streams: Sequence[HintStream], now_s: float) -> None:
         """Give placement the reads of all windows, then set the readiness of these requests."""
         busy = [stream for stream in streams if stream.queue or stream.expected]
-        found: list[tuple[int, float, HintStream, str, Rows]] = []
+        found: list[_Window] = []
         self._next_s = float("inf")
         for stream in busy:
             share_bytes = int(self._settings.dram_share * self._dram.capacity_bytes / len(busy))
             entries = list(self._awaited(stream, max(8, _WINDOW_ENTRIES // len(busy)), now_s))
             found += await self._window(stream, entries, share_bytes, now_s)
-        found.sort(key=lambda each: each[:2])
-        self._placement.want([ExpectedRead(rows, due_s) for _, due_s, _, _, rows in found if len(rows)])
-        for count, (_, _, stream, request_id, _) in enumerate(found):
+        found.sort(key=lambda each: (-each.entry.priority, each.due_s))
+        wanted = [ExpectedRead(each.rows, each.due_s, each.entry.hint) for each in found if len(each.rows)]
+        self._placement.want(wanted, self.queued_count)
+        for count, each in enumerate(found):
             if count % _ENTRIES_A_TURN == 0:
                 await self.loop_budget.slot()
-            if (entry := stream.queue.get(request_id)) is not None:
-                self._evaluate(stream, entry, now_s)
+            if (entry := each.stream.queue.get(each.entry.request_id)) is not None:
+                self._evaluate(each.stream, entry, now_s)
 
     async def _window(
         self, stream: HintStream, entries: Sequence[QueueEntry], share_bytes: int, now_s: float
-    ) -> list[tuple[int, float, HintStream, str, Rows]]:
+    ) -> list[_Window]:
         """The leading requests whose blocks fit into the stream's share of DRAM, each block counted once.
 
-        Of each: the negative priority, the time when it is due, the stream, the request, and rows that no earlier
-        request of the window reads. The last request may be cut to what fits.
+        The last request may be cut to what fits.
         """
-        window: list[tuple[int, float, HintStream, str, Rows]] = []
+        window: list[_Window] = []
         blocks = self._blocks
         seen = np.zeros(blocks.row_end, np.bool_)
         due_s, keys_left = now_s, _KEYS_PER_TICK
@@ -373,7 +383,7 @@ class HintExchange:
             ends = np.cumsum(blocks.size_bytes[rows].astype(np.int64))
             fitting = int(np.searchsorted(ends, share_bytes, "right"))
             due_s = due_s + _NEXT_S if entry.due_s is None else entry.due_s
-            window.append((-entry.priority, due_s, stream, entry.request_id, rows[:fitting]))
+            window.append(_Window(stream, entry, due_s, rows[:fitting]))
             share_bytes -= int(ends[fitting - 1]) if fitting else 0
             keys_left -= len(rows)
             if fitting < len(rows) or keys_left < 0:
@@ -383,14 +393,14 @@ class HintExchange:
     def _awaited(self, stream: HintStream, entries: int, now_s: float) -> Iterator[QueueEntry]:
         """The head of the queue, then the requests that typing persons and tools will cause, without an id."""
         yield from islice(stream.queue, entries)
-        for subject, due_s in list(stream.expected.items()):
+        for subject, (due_s, hint) in list(stream.expected.items()):
             begins_s, ends_s = due_s - _LEAD_S, due_s + _LATE_S
             if now_s >= ends_s:
                 stream.expect_no_more(subject)
                 continue
             self._next_s = min(self._next_s, begins_s if now_s < begins_s else ends_s)
             if now_s >= begins_s:
-                yield QueueEntry("", subject, due_s, 0)
+                yield QueueEntry("", subject, due_s, 0, hint)
 
     async def _evaluate_others(self, stream: HintStream, entries: int) -> None:
         """Set the readiness of a part of the requests behind the last part, and of the first ones after the last."""

@@ -1,7 +1,7 @@
 """What the daemon does because of hints: the paper's look-ahead window, in its simplest form.
 
-Blocks that the requests at the heads of the queues will read are promoted in the order of these requests. With any
-policy the evictor takes other blocks before them.
+Blocks that the requests at the heads of the queues will read are promoted in the order of these requests, and the
+evictor takes other blocks before them. A policy over items decides itself: see `mover/active_policy.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from kvservice.blocks import BlockTable, Rows
 from kvservice.clock import Clock
 from kvservice.counters import Counters
+from kvservice.policy.base import Hint
 from kvservice.store.mover.evictor import Evictor
 from kvservice.store.mover.promoter import Promoter
 from kvservice.store.tasks import Tasks
@@ -33,6 +34,7 @@ class ExpectedRead(NamedTuple):
 
     rows: Rows
     due_s: float
+    hint: Hint | None = None  # Why the request is expected, if it is in no queue yet.
 
 
 class HintPlacement(Protocol):
@@ -41,9 +43,9 @@ class HintPlacement(Protocol):
     Call them on the event loop's thread. None of them waits.
     """
 
-    def want(self, wanted: Sequence[ExpectedRead]) -> None:
+    def want(self, wanted: Sequence[ExpectedRead], waiting: int) -> None:
         """The reads that are expected next, the most urgent first. Replaces those of the last call. All of them
-        together fit into the share of DRAM that hints may use.
+        together fit into the share of DRAM that hints may use. In all, `waiting` requests are queued.
         """
 
     def coming_s(self, rows: Rows) -> float | None:
@@ -59,7 +61,7 @@ class HintPlacement(Protocol):
 
 
 class WindowPromotion:
-    """A HintPlacement over the promoter and any policy."""
+    """A HintPlacement over the promoter, for a policy that knows no queue."""
 
     def __init__(
         self,
@@ -89,7 +91,7 @@ class WindowPromotion:
         self._resumes_at_s = 0.0
         self._was_paused = False
 
-    def want(self, wanted: Sequence[ExpectedRead]) -> None:
+    def want(self, wanted: Sequence[ExpectedRead], waiting: int) -> None:
         blocks = self._blocks
         self._plan.clear()
         self._ahead_bytes.clear()
@@ -104,7 +106,7 @@ class WindowPromotion:
         if self._promoter is None or not self._bytes_per_s_max or self._was_paused:
             return
         total = 0
-        for rows, due_s in wanted:
+        for rows, due_s, _ in wanted:
             missing = rows[~blocks.lie_in(rows, blocks.first_tier)]
             if not len(missing):
                 continue

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from kvservice.policy.base import Hint
 from kvservice_api.keys import KEY_BYTES
 
 _END = ""  # No request has this id: it is before the first and after the last one.
@@ -27,12 +28,13 @@ class HintSubject(NamedTuple):
 
 
 class QueueEntry(NamedTuple):
-    """A request that waits for its engine. `due_s` is a time of the daemon's monotonic clock."""
+    """A request that waits for its engine, or that a hint announces. `due_s` is a time of the monotonic clock."""
 
     request_id: str
     subject: HintSubject
     due_s: float | None
     priority: int
+    hint: Hint | None = None
 
 
 @dataclass(frozen=True, slots=True)

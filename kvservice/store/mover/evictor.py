@@ -7,23 +7,20 @@ import contextlib
 import logging
 import math
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvservice.blocks import BlockTable, Extent, Rows, TierName
 from kvservice.clock import Clock
-from kvservice.policy.base import Policy
 from kvservice.store.block_lifecycle import BlockLifecycle
+from kvservice.store.mover.ranking import Ranking
 from kvservice.store.tasks import Tasks
 from kvservice_api.errors import StorageFailed, TierFull
 
 log = logging.getLogger(__name__)
 
-_RANK_IN_THREAD_ROWS = 50_000  # Ranking more rows than this would block the event loop for too long.
 _VICTIMS_AHEAD = 1024
 _VICTIMS_AT_A_TIME = 128
 _TRIM_BLOCKS_MIN, _TRIM_PART = 256, 64
@@ -35,6 +32,15 @@ class Watermarks:
 
     low: float
     high: float
+
+
+class _Victim(NamedTuple):
+    """A block to evict, if it is still the same one and was not used since."""
+
+    row: int
+    generation: int
+    access_seq: int
+    score: float
 
 
 class Cleaner(Protocol):
@@ -54,7 +60,7 @@ class Evictor:
     def __init__(
         self,
         lifecycle: BlockLifecycle,
-        policy: Policy[BlockTable],
+        ranking: Ranking,
         clock: Clock,
         tasks: Tasks,
         *,
@@ -63,13 +69,13 @@ class Evictor:
     ) -> None:
         self._lifecycle = lifecycle
         self._blocks: BlockTable = lifecycle.blocks
-        self._policy = policy
+        self._ranking = ranking
         self._clock = clock
         self._tasks = tasks
         self._watermarks = watermarks
         self._wait_s = wait_s
         self._cleaner: Cleaner | None = None
-        self._victims: dict[TierName, deque[tuple[int, int, int]]] = {tier: deque() for tier in lifecycle.tiers}
+        self._victims: dict[TierName, deque[_Victim]] = {tier: deque() for tier in lifecycle.tiers}
         self._ranked_at_s = dict.fromkeys(lifecycle.tiers, -math.inf)
         self._locks = {tier: asyncio.Lock() for tier in lifecycle.tiers}
         self._waiting = dict.fromkeys(lifecycle.tiers, 0)
@@ -85,10 +91,13 @@ class Evictor:
         for tier, marks in self._watermarks.items():  # Each on its own: a tier below SSD may hang.
             self._tasks.start(self._keep_free(tier, marks), f"keep space free in {tier}")
 
-    async def reserve(self, tier: TierName, size_bytes: int, *, wait_s: float | None = None) -> Extent:
+    async def reserve(
+        self, tier: TierName, size_bytes: int, *, wait_s: float | None = None, worth: float = math.inf
+    ) -> Extent:
         """Reserve space in `tier`, with evictions if needed. Raises TierFull if nothing may be evicted in time.
 
-        Waiting callers are served in order; otherwise smaller blocks would starve a large one.
+        Waiting callers are served in order; otherwise smaller blocks would starve a large one. With a finite `worth`,
+        only blocks with a lower score are evicted, and no I/O is waited for.
         """
         space = self._lifecycle.tiers[tier]
         self._taken[tier].set()
@@ -101,7 +110,7 @@ class Evictor:
         self._waiting[tier] += 1
         try:
             async with self._clock.timeout(wait_s), self._locks[tier]:
-                return await self._reserve_in_turn(tier, size_bytes)
+                return await self._reserve_in_turn(tier, size_bytes, worth)
         except TimeoutError as error:
             raise TierFull(f"no space became free in the {tier} tier in {wait_s:g} s", tier=tier) from error
         finally:
@@ -115,9 +124,16 @@ class Evictor:
         blocks = self._blocks
         rows = rows[blocks.access_seq[rows] > 0]
         blocks.rank_oldest(rows)
-        marks = list(zip(rows.tolist(), blocks.generation[rows].tolist(), [0] * len(rows), strict=True))
+        generations = blocks.generation[rows].tolist()
+        marks = [_Victim(*each, 0, -math.inf) for each in zip(rows.tolist(), generations, strict=True)]
         for queue in self._victims.values():
             queue.extendleft(marks)
+
+    def rank_again(self) -> None:
+        """The present order of victims is out of date."""
+        self._ranked_at_s = dict.fromkeys(self._ranked_at_s, -math.inf)
+        for queue in self._victims.values():
+            queue.clear()
 
     def trim_index(self, tier: TierName) -> None:
         """Begin to evict a small part of a tier whose index is full: there the number of blocks counts, not their
@@ -133,7 +149,7 @@ class Evictor:
             while missing > 0:
                 async with self._locks[tier]:
                     rows = await self._choose(tier, self._lifecycle.tiers[tier].capacity_bytes)
-                    await self._lifecycle.evict(rows, tier, self._policy.name)
+                    await self._lifecycle.evict(rows, tier, self._ranking.name)
                 if not rows:
                     return
                 missing -= len(rows)
@@ -142,21 +158,23 @@ class Evictor:
         finally:
             self._trimming[tier] = False
 
-    async def _reserve_in_turn(self, tier: TierName, size_bytes: int) -> Extent:
+    async def _reserve_in_turn(self, tier: TierName, size_bytes: int, worth: float) -> Extent:
         while True:
             try:
                 return self._lifecycle.tiers[tier].reserve(size_bytes)
             except TierFull:
-                if not await self._evict_for(tier, size_bytes):
+                if not await self._evict_for(tier, size_bytes, worth):
                     raise
 
-    async def _evict_for(self, tier: TierName, size_bytes: int) -> bool:
+    async def _evict_for(self, tier: TierName, size_bytes: int, worth: float) -> bool:
         """Evict at least `size_bytes`, or wait for space. Returns False if neither is possible."""
         if await self._lifecycle.tiers[tier].grown():
             return True
-        if rows := await self._choose(tier, size_bytes):
-            await self._lifecycle.evict(rows, tier, self._policy.name)
+        if rows := await self._choose(tier, size_bytes, worth):
+            await self._lifecycle.evict(rows, tier, self._ranking.name)
             return True
+        if worth < math.inf:
+            return False
         cleaner = self._cleaner if tier == self._blocks.first_tier else None
         if cleaner is not None and (cleaner.is_progressing() or (cleaner.is_writing() and self._has_held(tier))):
             await cleaner.wait_for_one()
@@ -169,12 +187,12 @@ class Evictor:
         end = blocks.row_end
         return bool((blocks.resident(tier) & (blocks.leases[:end] == 0) & (blocks.holds[:end] > 0)).any())
 
-    async def _choose(self, tier: TierName, size_bytes: int) -> list[int]:
+    async def _choose(self, tier: TierName, size_bytes: int, worth: float = math.inf) -> list[int]:
         """Rows to evict, of `size_bytes` in total, or fewer: at most as many as fit into one iteration of the event
-        loop.
+        loop, and only such with a score below `worth`.
         """
         blocks, queue = self._blocks, self._victims[tier]
-        if self._clock.monotonic_s() - self._ranked_at_s[tier] > self._policy.ranking_lasts_s:
+        if self._clock.monotonic_s() - self._ranked_at_s[tier] > self._ranking.lasts_s:
             queue.clear()
         chosen: dict[int, None] = {}
         chosen_bytes = 0
@@ -185,7 +203,9 @@ class Evictor:
                     break
                 ranked = True
                 continue
-            row, generation, access_seq = queue.popleft()
+            if queue[0].score >= worth:
+                break
+            row, generation, access_seq, _ = queue.popleft()
             if blocks.generation[row] == generation and blocks.access_seq[row] == access_seq:
                 extent = blocks.extent(row, tier)
                 if extent is not None and row not in chosen and self._may_leave(row, tier):
@@ -216,12 +236,12 @@ class Evictor:
         awaited = blocks.awaited[rows]
         if not awaited.all():
             rows = rows[~awaited]
-        self._ranked_at_s[tier] = now_s = self._clock.monotonic_s()
-        args = self._policy.scores(blocks, tier, now_s), rows
-        in_thread = len(rows) > _RANK_IN_THREAD_ROWS
-        lowest = await asyncio.to_thread(_lowest, *args) if in_thread else _lowest(*args)
-        marks = (lowest.tolist(), blocks.generation[lowest].tolist(), blocks.access_seq[lowest].tolist())
-        self._victims[tier].extend(zip(*marks, strict=True))
+        self._ranked_at_s[tier] = self._clock.monotonic_s()
+        used, generations = blocks.access_seq[rows], blocks.generation[rows]  # The ranking may await.
+        lowest, scores = await self._ranking.lowest(tier, rows, _VICTIMS_AHEAD)
+        places = np.searchsorted(rows, lowest)  # `rows` is ascending.
+        columns = (lowest.tolist(), generations[places].tolist(), used[places].tolist(), scores.tolist())
+        self._victims[tier].extend(map(_Victim, *columns))
         return True
 
     async def _keep_free(self, tier: TierName, marks: Watermarks) -> None:
@@ -247,14 +267,5 @@ class Evictor:
                     rows = [row for row in rows if self._blocks.has_slower_copy(row, tier)]
                 if not rows:
                     return
-                await self._lifecycle.evict(rows, tier, self._policy.name)
+                await self._lifecycle.evict(rows, tier, self._ranking.name)
                 until = marks.high
-
-
-def _lowest(scores: Callable[[Rows], NDArray[np.float64]], rows: Rows) -> Rows:
-    """The rows with the lowest scores, the lowest first; if there are many, not all of them."""
-    worth = scores(rows)
-    if len(rows) > _VICTIMS_AHEAD:
-        part = np.argpartition(worth, _VICTIMS_AHEAD)[:_VICTIMS_AHEAD]
-        rows, worth = rows[part], worth[part]
-    return rows[np.argsort(worth, kind="stable")]

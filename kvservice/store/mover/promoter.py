@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice.blocks import BlockTable, Extent, TierName
+from kvservice.blocks import Extent, TierName
 from kvservice.clock import Clock
 from kvservice.counters import Counters
-from kvservice.policy.base import Policy
 from kvservice.store import image_check
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.mover.evictor import Evictor
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 _PIECE_BYTES = 1 << 20
 _ROWS_A_TURN = 64  # They take a millisecond of the event loop.
+_MEASURED_BYTES = 4 << 20  # The bandwidth is measured over this much,
+_RATE_WEIGHT = 0.2  # and the last measurement has this weight.
 _SPACE_WAIT_S = 0.2  # After this time, a load reads from the slower tier instead of waiting for space in DRAM.
 
 
@@ -115,7 +117,6 @@ class Promoter:
         lifecycle: BlockLifecycle,
         evictor: Evictor,
         dram: DramTier,
-        policy: Policy[BlockTable],
         clock: Clock,
         counters: Counters,
         tasks: Tasks,
@@ -128,7 +129,6 @@ class Promoter:
         self._blocks = lifecycle.blocks
         self._evictor = evictor
         self._dram = dram
-        self._policy = policy
         self._clock = clock
         self._counters = counters
         self._tasks = tasks
@@ -138,7 +138,10 @@ class Promoter:
         self._pending: dict[int, PendingPromotion] = {}
         self._reserving: dict[int, asyncio.Future[None]] = {}
         self._read_ended = asyncio.Event()  # Set, and replaced, at the end of each read of any promotion.
-        self.read_rate = 0.0  # Bytes per second of the last batch; 0 before the first.
+        self.bytes_per_s = 0.0  # Of all reads together while there are some; 0 until it is known.
+        self._batches = 0  # Reads that run.
+        self._busy_s = self._busy_bytes = 0.0  # Since the last measurement: the time with reads, and their bytes.
+        self._busy_from_s = 0.0
 
     @property
     def pending_bytes(self) -> int:
@@ -168,19 +171,24 @@ class Promoter:
             for each in pending.values():
                 each.end_reading()
 
-    async def promote(self, rows: Sequence[int], *, within_s: float, wait: bool) -> None:
-        """Promote the rows that are only in slower tiers. With `wait`, return once each has succeeded or failed."""
+    async def promote(self, rows: Sequence[int], *, within_s: float, wait: bool, worth: float = math.inf) -> None:
+        """Promote the rows that are only in slower tiers. With `wait`, return once each has succeeded or failed.
+
+        With a finite `worth`, only blocks with a lower score leave DRAM for them.
+        """
         if not wait:
             self.prefetch(rows, within_s=within_s)
             return
-        for each in (await self._begin(rows, within_s=within_s)).values():
+        for each in (await self._begin(rows, within_s=within_s, worth=worth)).values():
             await each.done.wait()
 
     def prefetch(self, rows: Sequence[int], *, within_s: float) -> None:
         """As `promote` without `wait`. Called on the event loop."""
         self._tasks.start(self._begin(rows, within_s=within_s), "prefetch")
 
-    async def _begin(self, rows: Sequence[int], *, within_s: float) -> dict[int, PendingPromotion]:
+    async def _begin(
+        self, rows: Sequence[int], *, within_s: float, worth: float = math.inf
+    ) -> dict[int, PendingPromotion]:
         """Start to read the rows that are only in slower tiers. A row that is being promoted is not read twice.
 
         Reads are ordered by their deadline, `within_s` from now.
@@ -195,7 +203,7 @@ class Promoter:
                     await asyncio.wait({self._reserving[row]})
                 if row not in self._pending and self._should_promote(row):
                     try:
-                        begun.append(await self._reserve(row))
+                        begun.append(await self._reserve(row, worth))
                     except (TierFull, StorageFailed) as error:
                         log.debug("no space to promote: %s", error.message)
                         break  # The later rows will not fit either: loads read them from the slower tier.
@@ -211,16 +219,16 @@ class Promoter:
     def _should_promote(self, row: int) -> bool:
         blocks = self._blocks
         below = blocks.fastest(row) not in (None, blocks.first_tier)
-        if not below or not blocks.live[row]:
-            return False
-        return bool(blocks.awaited[row]) or self._policy.wants_in_dram(blocks, row, self._clock.monotonic_s())
+        return below and bool(blocks.live[row])
 
-    async def _reserve(self, row: int) -> PendingPromotion:
+    async def _reserve(self, row: int, worth: float) -> PendingPromotion:
         geometry = self._lifecycle.geometry(row)
         reserving = self._reserving[row] = asyncio.get_running_loop().create_future()
         self._lifecycle.hold([row])
         try:
-            extent = await self._evictor.reserve(self._blocks.first_tier, geometry.image_bytes, wait_s=_SPACE_WAIT_S)
+            extent = await self._evictor.reserve(
+                self._blocks.first_tier, geometry.image_bytes, wait_s=_SPACE_WAIT_S, worth=worth
+            )
         except BaseException:
             self._lifecycle.unhold([row])
             raise
@@ -235,7 +243,29 @@ class Promoter:
 
     async def _read_all(self, promotions: list[PendingPromotion], due_s: float) -> None:
         """Read all pieces, several at a time, and end each promotion after its last piece."""
-        began_s = self._clock.monotonic_s()
+        with self._measured(promotions):
+            await self._read_pieces(promotions, due_s)
+
+    @contextmanager
+    def _measured(self, promotions: Sequence[PendingPromotion]) -> Iterator[None]:
+        """Measure the tier's bandwidth: batches that run at the same time share it."""
+        if not self._batches:
+            self._busy_from_s = self._clock.monotonic_s()
+        self._batches += 1
+        try:
+            yield
+        finally:
+            self._batches -= 1
+            now_s = self._clock.monotonic_s()
+            self._busy_s += now_s - self._busy_from_s
+            self._busy_from_s = now_s
+            self._busy_bytes += sum(each.geometry.image_bytes for each in promotions if each.error is None)
+            if self._busy_s > 0 and self._busy_bytes >= _MEASURED_BYTES:
+                rate = self._busy_bytes / self._busy_s
+                self.bytes_per_s += (_RATE_WEIGHT if self.bytes_per_s else 1.0) * (rate - self.bytes_per_s)
+                self._busy_s = self._busy_bytes = 0.0
+
+    async def _read_pieces(self, promotions: list[PendingPromotion], due_s: float) -> None:
         await self._each(promotions, lambda pending: self._read_trailer(pending, due_s))
         missing = {pending.row: len(pending.pieces) for pending in promotions}
 
@@ -248,9 +278,6 @@ class Promoter:
                 self._tasks.start(self._end(pending), "end of a promotion")
 
         await self._each(_layer_major(promotions), read)
-        took_s = self._clock.monotonic_s() - began_s
-        if took_s > 0:
-            self.read_rate = sum(pending.geometry.image_bytes for pending in promotions) / took_s
 
     async def _each(self, jobs: Iterable[T], work: Callable[[T], Awaitable[None]]) -> None:
         """Run `work` on all jobs, in order, `reads_in_flight` at a time."""

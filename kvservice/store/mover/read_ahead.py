@@ -2,63 +2,195 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import math
+from collections.abc import Callable
 
-from kvservice.blocks import BlockTable
+import numpy as np
+
+from kvservice.blocks import BlockTable, Rows
 from kvservice.clock import Clock
 from kvservice.counters import Counters
-from kvservice.placement.item_policy import ItemPolicy
+from kvservice.store.mover.item_ranking import ItemRanking, WantedRead
 from kvservice.store.mover.promoter import Promoter
-from kvservice.store.tasks import LoopBudget
+from kvservice.store.tasks import LoopBudget, Tasks
 
-_EVERY_S = 0.1
-_FILL_ROWS = 64  # They take about half a millisecond of the event loop.
+log = logging.getLogger(__name__)
+
+_EVERY_S, _LEAST_S = 0.1, 0.01  # Between two looks, unless the policy wants to be asked sooner.
+_PAUSE_AFTER_ERROR_S = 10.0
+_AFTER_LOADS_S = 0.1  # Reads of loads that begin within this time are done before,
+_AFTER_ALL_S = 600.0  # and before a guess all that is needed for certain.
 _MEMORY_S = 60.0  # Of the share of time in which blocks are read.
-_RATE_MEMORY = 0.2  # The weight of the last measurement.
+_BUSY_SHARE = 0.2  # Of the SSD's bandwidth: what is read on a guess while requests or writes need it.
+_BURST_S = 1.0  # By how much that may be exceeded at first, in bytes of so much time.
 
 
 class ReadAhead:
+    """Carries out what the policy wants to be read. A later wish replaces the reads that have not begun."""
+
     def __init__(
         self,
-        policy: ItemPolicy,
+        ranking: ItemRanking,
         blocks: BlockTable,
         promoter: Promoter | None,
+        is_writing: Callable[[], bool],
         clock: Clock,
         counters: Counters,
+        tasks: Tasks,
         loop_budget: LoopBudget,
+        *,
+        bytes_per_s_max: int,
     ) -> None:
-        self._policy = policy
+        """`promoter` is None in a store with one tier: nothing is read. `is_writing`: blocks wait for the SSD.
+        `bytes_per_s_max` limits what is read for queued requests.
+        """
+        self._ranking = ranking
         self._blocks = blocks
         self._promoter = promoter
+        self._is_writing = is_writing
         self._clock = clock
         self._counters = counters
+        self._tasks = tasks
         self._loop_budget = loop_budget
+        self._plan: list[WantedRead] = []  # The most urgent read last.
+        self._reading: asyncio.Task[None] | None = None
+        self._look_soon = asyncio.Event()
+        self.looks = 0  # Decisions of the policy so far.
+        self._bytes_per_s_max = bytes_per_s_max
+        self._spent_until_s = -math.inf  # What was read for queued requests so far is allowed at this time.
+        self._own_bytes = 0  # Of the read that runs.
+        self._allowed_bytes = math.inf  # To be read on a guess.
+        self._measured_s = clock.monotonic_s()
+        # Blocks that were read on a guess, and that no request has used yet, as columns: row, generation, access_seq.
+        self._unused = np.zeros((3, 0), np.int64)
+
+    def look_soon(self) -> None:
+        """Something happened that the policy should decide about at once."""
+        self._look_soon.set()
+
+    def coming_s(self, rows: Rows) -> float | None:
+        """Seconds until rows that are not in DRAM will be there; None if some of them are not about to be read."""
+        if self._promoter is None:
+            return None
+        ahead_bytes, missing = 0, {row for row in rows.tolist() if not self._promoter.is_promoting(row)}
+        for read in reversed(self._plan):
+            if not missing:
+                break
+            ahead_bytes += int(self._blocks.size_bytes[read.rows].sum())
+            missing.difference_update(read.rows.tolist())
+        if missing:
+            return None
+        return (self._promoter.pending_bytes + ahead_bytes) / self._ranking.conditions.ssd_bytes_per_s
 
     async def run(self) -> None:
         """Forever: first group the blocks that an earlier daemon has stored, then read ahead."""
-        rows = self._blocks.live_rows().tolist()
-        for start in range(0, len(rows), _FILL_ROWS):
+        for _ in self._ranking.events.fill():
             await self._loop_budget.slot()
-            self._policy.items.add(rows[start : start + _FILL_ROWS])
         while True:
-            await self._clock.sleep(_EVERY_S)
-            await self._read()
+            self._measure()
+            self._look_soon.clear()
+            try:
+                look = await self._ranking.look()
+                pause_s = min(max(look.next_s - self._clock.monotonic_s(), _LEAST_S), _EVERY_S)
+                if look.reads is not None:
+                    self._follow(look.reads)
+            except Exception:
+                log.exception("the policy %s failed", self._ranking.name)
+                pause_s = _PAUSE_AFTER_ERROR_S
+            self.looks += 1
+            self._count_unused()
+            await self._sleep(pause_s)
 
-    async def _read(self) -> None:
-        now_s = self._clock.monotonic_s()
-        self._measure()
-        for read in self._policy.wanted_reads(self._blocks, now_s):
-            if self._promoter is not None:
-                await self._promoter.promote(read.rows, within_s=max(0.0, read.deadline_s - now_s), wait=False)
+    async def _sleep(self, pause_s: float) -> None:
+        """Pause so long, or until there is a reason to look."""
+        try:
+            async with self._clock.timeout(pause_s):
+                await self._look_soon.wait()
+        except TimeoutError:
+            pass
+
+    def _follow(self, reads: list[WantedRead]) -> None:
+        self._plan = sorted(reads, key=lambda read: -read.deadline_s)
+        if self._plan and self._promoter is not None and self._reading is None:
+            self._reading = self._tasks.start(self._read(self._promoter), "read ahead")
+
+    async def _read(self, promoter: Promoter) -> None:
+        """Read the plan, as it is when each read begins."""
+        try:
+            while self._plan:
+                read = self._plan.pop()
+                blocks = self._blocks
+                same = blocks.live[read.rows] & (blocks.generation[read.rows] == read.generations)
+                rows = read.rows[same & ~blocks.lie_in(read.rows, blocks.first_tier)]
+                size_bytes = int(blocks.size_bytes[rows].sum())
+                if not len(rows) or (not read.is_queued and self._allowed_bytes <= 0):
+                    continue
+                if read.is_queued and (pause_s := self._pause_s()) > 0:
+                    self._plan.append(read)
+                    await self._clock.sleep(pause_s)
+                    continue
+                self._spend(size_bytes, read.is_queued)
+                self._own_bytes = size_bytes
+                self._ranking.events.coming(rows, True)
+                after_s = _AFTER_LOADS_S if read.is_queued else _AFTER_ALL_S
+                within_s = max(0.0, read.deadline_s - self._clock.monotonic_s()) + after_s
+                await promoter.promote(rows.tolist(), within_s=within_s, wait=True, worth=read.worth)
+                self._ranking.events.coming(rows, False)
+                if not read.is_queued:
+                    self._note_guess(rows[blocks.lie_in(rows, blocks.first_tier)])
+        finally:
+            self._own_bytes = 0
+            self._reading = None
+
+    def _pause_s(self) -> float:
+        """How long to wait before the next read for a queued request."""
+        if not self._bytes_per_s_max:
+            return _PAUSE_AFTER_ERROR_S
+        return min(self._spent_until_s - self._clock.monotonic_s() - _BURST_S, _PAUSE_AFTER_ERROR_S)
+
+    def _spend(self, size_bytes: int, is_queued: bool) -> None:
+        if is_queued:
+            begin_s = max(self._spent_until_s, self._clock.monotonic_s())
+            self._spent_until_s = begin_s + size_bytes / self._bytes_per_s_max
+        else:
+            self._allowed_bytes -= size_bytes
+
+    # Guesses
+
+    def _note_guess(self, rows: Rows) -> None:
+        blocks = self._blocks
+        guess = np.array([rows, blocks.generation[rows], blocks.access_seq[rows]], np.int64)
+        self._unused = np.concatenate([self._unused, guess], axis=1)
+        self._counters.read_ahead_blocks += len(rows)
+        self._counters.read_ahead_bytes += int(blocks.size_bytes[rows].sum())
+
+    def _count_unused(self) -> None:
+        """Count the guesses that left DRAM before a request used them."""
+        blocks, (rows, generations, used) = self._blocks, self._unused
+        is_same = (blocks.generation[rows] == generations) & blocks.live[rows]
+        is_unused = ~is_same | (blocks.access_seq[rows] == used)
+        has_left = is_unused & ~(is_same & blocks.lie_in(rows, blocks.first_tier))
+        self._counters.read_ahead_unused_blocks += int(has_left.sum())
+        self._unused = self._unused[:, is_unused & ~has_left]
+
+    # What is known of the SSD
 
     def _measure(self) -> None:
         """What the policy may know of the SSD."""
         if self._promoter is None:
             return
-        conditions = self._policy.items.items.conditions
-        rate, pending_bytes = self._promoter.read_rate, self._promoter.pending_bytes
-        if rate:
-            conditions.ssd_bytes_per_s += _RATE_MEMORY * (rate - conditions.ssd_bytes_per_s)
+        conditions, now_s = self._ranking.conditions, self._clock.monotonic_s()
+        pending_bytes = self._promoter.pending_bytes
+        if pending_bytes > self._own_bytes or self._is_writing():
+            share = _BUSY_SHARE * conditions.ssd_bytes_per_s
+            self._allowed_bytes = min(self._allowed_bytes, share * _BURST_S) + share * (now_s - self._measured_s)
+        else:
+            self._allowed_bytes = math.inf
+        self._measured_s = now_s
+        if self._promoter.bytes_per_s:
+            conditions.ssd_bytes_per_s = self._promoter.bytes_per_s
         conditions.read_backlog_s = pending_bytes / conditions.ssd_bytes_per_s
         conditions.read_busy += ((pending_bytes > 0) - conditions.read_busy) * -math.expm1(-_EVERY_S / _MEMORY_S)
         conditions.written_bytes = self._counters.written_behind_bytes

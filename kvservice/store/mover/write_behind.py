@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvservice.blocks import BlockTable, Extent, TierName
+from kvservice.blocks import Extent, TierName
 from kvservice.clock import Clock
 from kvservice.counters import Counters
-from kvservice.policy.base import Policy
 from kvservice.store import image_check
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.mover.evictor import Evictor
+from kvservice.store.mover.ranking import Ranking
 from kvservice.store.tasks import LoopBudget, Tasks
 from kvservice.tiers.base import DurableTier, as_kv_error
 from kvservice.tiers.dram import DramTier
@@ -51,12 +51,12 @@ class WriteBehind:
         lifecycle: BlockLifecycle,
         evictor: Evictor,
         dram: DramTier,
-        policy: Policy[BlockTable],
         clock: Clock,
         counters: Counters,
         tasks: Tasks,
         loop_budget: LoopBudget,
         *,
+        ranking: Ranking,
         above: TierName,
         target: DurableTier,
         following: WriteBehind | None,
@@ -71,7 +71,7 @@ class WriteBehind:
         self._above = above
         self._below = lifecycle.blocks.tiers[lifecycle.blocks.position(above) + 1]
         self._following = following
-        self._policy = policy
+        self._ranking = ranking
         self._clock = clock
         self._counters = counters
         self._tasks = tasks
@@ -164,10 +164,11 @@ class WriteBehind:
                 await self._queued.wait()
             row, generation = self._queue.popleft()
             self._marks.discard((row, generation))
-            if self._failing_because and self._is_wanted(row, generation):
+            if self._failing_because and await self._is_wanted(row, generation):
                 await self._clock.sleep(_PAUSE_AFTER_FAILURE_S)
-            if not self._is_wanted(row, generation):
+            if not await self._is_wanted(row, generation):
                 await self._one_less()
+                self._commit_if_due()
                 continue
             await self._unrecorded.acquire()
             copied = asyncio.Event()
@@ -175,16 +176,19 @@ class WriteBehind:
             self._tasks.start(self._finish_queued(writing, row, generation), "end of a write-behind")
             await copied.wait()  # Not the commit of its record: many blocks share one commit.
 
-    def _is_wanted(self, row: int, generation: int) -> bool:
+    async def _is_wanted(self, row: int, generation: int) -> bool:
         """Whether the queued block is still in the upper tier, and needs a copy below."""
-        same = self._blocks.generation[row] == generation and bool(self._blocks.live[row])
-        if not same or not self._blocks.is_resident(row, self._above):
+        if not self._is_there(row, generation):
             return False
         if not self._target.could_hold(int(self._blocks.size_bytes[row])):
             return False
         if self._above != self._blocks.first_tier:  # The policy decides about the first two tiers.
             return not self._blocks.unwanted[self._blocks.position(self._below), row]
-        return self._policy.wants_on_ssd(self._blocks, row, self._clock.monotonic_s())
+        return await self._ranking.wants_on_ssd(row) and self._is_there(row, generation)
+
+    def _is_there(self, row: int, generation: int) -> bool:
+        same = self._blocks.generation[row] == generation and bool(self._blocks.live[row])
+        return same and self._blocks.is_resident(row, self._above)
 
     async def _finish_queued(self, writing: asyncio.Task[None], row: int, generation: int) -> None:
         """Wait for a queued write. If it failed and may succeed later, queue it again."""
@@ -233,10 +237,14 @@ class WriteBehind:
         writing = self._writing.get(mark)
         if writing is None:
             writing = self._writing[mark] = self._tasks.start_quietly(self._write(row, copied), "write one block")
-            writing.add_done_callback(lambda _: self._writing.pop(mark))
+            writing.add_done_callback(lambda _: self._ended(mark))
         if copied is not None:
             writing.add_done_callback(lambda _: copied.set())
         return writing
+
+    def _ended(self, mark: tuple[int, int]) -> None:
+        del self._writing[mark]
+        self._commit_if_due()  # It may have failed, and the others are the last ones now.
 
     async def _write(self, row: int, copied: asyncio.Event | None) -> None:
         blocks = self._blocks
@@ -304,11 +312,16 @@ class WriteBehind:
         self._copied.append(copied)
         self._some_copied.set()
         self._copied_bytes += extent.size_bytes
-        # Commit now if these are the last blocks, or a save waits, or they are many.
+        self._commit_if_due()
+        await copied.recorded
+
+    def _commit_if_due(self) -> None:
+        """Commit now if these are the last blocks, or a save waits, or they are many."""
+        if not self._copied:
+            return
         last = not self._queue and len(self._writing) <= len(self._copied)
         if self._awaited or last or self._copied_bytes >= _COMMIT_AFTER_BYTES:
             self._enough_copied.set()
-        await copied.recorded
 
     async def _record_forever(self) -> None:
         while True:

@@ -18,6 +18,7 @@ from kvservice.store.operations.listings import BlockFacts, Listings
 from kvservice.store.operations.pins import PinOutcome, Pins, UnpinOutcome
 from kvservice.store.operations.requests import Requests
 from kvservice.store.operations.scrub import Scrub, ScrubProgress
+from kvservice.store.operations.trace import TRACE_MAX_S, TraceRecorder, TraceStep
 from kvservice.store.sessions.manifests import StoredSession
 from kvservice.store.sessions.sessions import Sessions
 from kvservice.store.tasks import parts_of
@@ -44,6 +45,7 @@ class Operators:
         pins: Pins,
         scrub: Scrub,
         drain: Drain,
+        trace: TraceRecorder,
     ) -> None:
         self._blocks = blocks
         self._index = index
@@ -57,6 +59,7 @@ class Operators:
         self._pins = pins
         self._scrub = scrub
         self._drain = drain
+        self._trace = trace
 
     async def list_blocks(
         self, caller: Caller, page_token: str, page_size: int, fingerprint: bytes, tiers: Sequence[TierName]
@@ -168,3 +171,15 @@ class Operators:
     async def _discard(self, rows: list[int]) -> None:
         await self._lifecycle.discard(rows)
         self._counters.discarded_blocks += len(rows)
+
+    def record_trace(self, caller: Caller, fingerprint: bytes, duration_s: float) -> AsyncGenerator[TraceStep, None]:
+        """The turns that end from now on, of one layout: the first turn's if `fingerprint` is empty.
+
+        Raises InvalidRequest, UnknownLayout; the generator raises Overloaded.
+        """
+        if not 0 < duration_s <= TRACE_MAX_S:
+            raise InvalidRequest(
+                f"duration_ms must be from 1 ms to {TRACE_MAX_S / 86400:.0f} days", field="duration_ms"
+            )
+        layout_id = self._find_layout(fingerprint)[0] if fingerprint else None
+        return self._trace.record(caller, layout_id, duration_s)

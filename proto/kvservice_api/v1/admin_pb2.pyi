@@ -90,7 +90,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("version", "store_id", "boot_epoch", "started_at", "state", "dram", "ssd", "index", "blocks", "layouts", "clients", "leases", "uploads", "counters", "sessions", "set_aside_bytes", "set_aside_extents", "tiers", "hint_streams", "queued_requests")
+    __slots__ = ("version", "store_id", "boot_epoch", "started_at", "state", "dram", "ssd", "index", "blocks", "layouts", "clients", "leases", "uploads", "counters", "sessions", "set_aside_bytes", "set_aside_extents", "tiers", "hint_streams", "queued_requests", "recordings")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -118,6 +118,7 @@ class StatusResponse(_message.Message):
     TIERS_FIELD_NUMBER: _ClassVar[int]
     HINT_STREAMS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    RECORDINGS_FIELD_NUMBER: _ClassVar[int]
     version: str
     store_id: bytes
     boot_epoch: int
@@ -138,7 +139,8 @@ class StatusResponse(_message.Message):
     tiers: _containers.RepeatedCompositeFieldContainer[TierStatus]
     hint_streams: int
     queued_requests: int
-    def __init__(self, version: _Optional[str] = ..., store_id: _Optional[bytes] = ..., boot_epoch: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., state: _Optional[str] = ..., dram: _Optional[_Union[TierStatus, _Mapping]] = ..., ssd: _Optional[_Union[TierStatus, _Mapping]] = ..., index: _Optional[_Union[IndexStatus, _Mapping]] = ..., blocks: _Optional[int] = ..., layouts: _Optional[int] = ..., clients: _Optional[int] = ..., leases: _Optional[int] = ..., uploads: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ..., sessions: _Optional[int] = ..., set_aside_bytes: _Optional[int] = ..., set_aside_extents: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., hint_streams: _Optional[int] = ..., queued_requests: _Optional[int] = ...) -> None: ...
+    recordings: int
+    def __init__(self, version: _Optional[str] = ..., store_id: _Optional[bytes] = ..., boot_epoch: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., state: _Optional[str] = ..., dram: _Optional[_Union[TierStatus, _Mapping]] = ..., ssd: _Optional[_Union[TierStatus, _Mapping]] = ..., index: _Optional[_Union[IndexStatus, _Mapping]] = ..., blocks: _Optional[int] = ..., layouts: _Optional[int] = ..., clients: _Optional[int] = ..., leases: _Optional[int] = ..., uploads: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ..., sessions: _Optional[int] = ..., set_aside_bytes: _Optional[int] = ..., set_aside_extents: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., hint_streams: _Optional[int] = ..., queued_requests: _Optional[int] = ..., recordings: _Optional[int] = ...) -> None: ...
 
 class TierStatus(_message.Message):
     __slots__ = ("capacity_bytes", "used_bytes", "blocks", "refusing_because", "configured_bytes", "short_because", "name")
@@ -563,3 +565,45 @@ class ListSessionsResponse(_message.Message):
     sessions: _containers.RepeatedCompositeFieldContainer[_sessions_pb2.Session]
     next_page_token: str
     def __init__(self, sessions: _Optional[_Iterable[_Union[_sessions_pb2.Session, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class RecordTraceRequest(_message.Message):
+    __slots__ = ("layout_fingerprint", "duration_ms")
+    LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    DURATION_MS_FIELD_NUMBER: _ClassVar[int]
+    layout_fingerprint: bytes
+    duration_ms: int
+    def __init__(self, layout_fingerprint: _Optional[bytes] = ..., duration_ms: _Optional[int] = ...) -> None: ...
+
+class RecordTraceResponse(_message.Message):
+    __slots__ = ("layout", "turns", "dropped", "done")
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    TURNS_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    layout: RecordedLayout
+    turns: _containers.RepeatedCompositeFieldContainer[RecordedTurn]
+    dropped: int
+    done: bool
+    def __init__(self, layout: _Optional[_Union[RecordedLayout, _Mapping]] = ..., turns: _Optional[_Iterable[_Union[RecordedTurn, _Mapping]]] = ..., dropped: _Optional[int] = ..., done: bool = ...) -> None: ...
+
+class RecordedLayout(_message.Message):
+    __slots__ = ("layout_fingerprint", "block_tokens", "kv_bytes_per_token")
+    LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    layout_fingerprint: bytes
+    block_tokens: int
+    kv_bytes_per_token: int
+    def __init__(self, layout_fingerprint: _Optional[bytes] = ..., block_tokens: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ...) -> None: ...
+
+class RecordedTurn(_message.Message):
+    __slots__ = ("arrived_s", "prompt_tokens", "answer_tokens", "hash_ids")
+    ARRIVED_S_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HASH_IDS_FIELD_NUMBER: _ClassVar[int]
+    arrived_s: float
+    prompt_tokens: int
+    answer_tokens: int
+    hash_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, arrived_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., answer_tokens: _Optional[int] = ..., hash_ids: _Optional[_Iterable[int]] = ...) -> None: ...

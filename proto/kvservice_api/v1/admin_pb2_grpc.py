@@ -85,6 +85,11 @@ class AdminServiceStub(object):
                 request_serializer=kvservice__api_dot_v1_dot_admin__pb2.ListSessionsRequest.SerializeToString,
                 response_deserializer=kvservice__api_dot_v1_dot_admin__pb2.ListSessionsResponse.FromString,
                 _registered_method=True)
+        self.RecordTrace = channel.unary_stream(
+                '/kvservice_api.v1.AdminService/RecordTrace',
+                request_serializer=kvservice__api_dot_v1_dot_admin__pb2.RecordTraceRequest.SerializeToString,
+                response_deserializer=kvservice__api_dot_v1_dot_admin__pb2.RecordTraceResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -198,6 +203,19 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RecordTrace(self, request, context):
+        """Sends a record of each turn that a client's lookups and saves make, from now on, after the turn has ended: the
+        time of its arrival, its tokens, and the chain of its blocks as numbers that are new in every recording. Sends at
+        most two messages per second. The last one has `done`: after the asked time, or when the daemon stops.
+        If turns are more than the daemon keeps for a slow reader, the rest is dropped, and counted. Errors:
+        * INVALID_ARGUMENT INVALID_REQUEST: no time is given, or one over 30 days.
+        * FAILED_PRECONDITION UNKNOWN_LAYOUT: the store does not know this layout.
+        * RESOURCE_EXHAUSTED OVERLOADED: four recordings run; end one of them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -250,6 +268,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ListSessions,
                     request_deserializer=kvservice__api_dot_v1_dot_admin__pb2.ListSessionsRequest.FromString,
                     response_serializer=kvservice__api_dot_v1_dot_admin__pb2.ListSessionsResponse.SerializeToString,
+            ),
+            'RecordTrace': grpc.unary_stream_rpc_method_handler(
+                    servicer.RecordTrace,
+                    request_deserializer=kvservice__api_dot_v1_dot_admin__pb2.RecordTraceRequest.FromString,
+                    response_serializer=kvservice__api_dot_v1_dot_admin__pb2.RecordTraceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -523,6 +546,33 @@ class AdminService(object):
             '/kvservice_api.v1.AdminService/ListSessions',
             kvservice__api_dot_v1_dot_admin__pb2.ListSessionsRequest.SerializeToString,
             kvservice__api_dot_v1_dot_admin__pb2.ListSessionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecordTrace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvservice_api.v1.AdminService/RecordTrace',
+            kvservice__api_dot_v1_dot_admin__pb2.RecordTraceRequest.SerializeToString,
+            kvservice__api_dot_v1_dot_admin__pb2.RecordTraceResponse.FromString,
             options,
             channel_credentials,
             insecure,

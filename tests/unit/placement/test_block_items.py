@@ -7,11 +7,13 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvservice.blocks import NO_ROW, BlockTable, Extent, TierName
-from kvservice.placement.block_items import NO_ITEM, BlockItems
+from kvservice.placement.block_events import BlockEvents
+from kvservice.placement.block_items import BlockItems
 from kvservice.policy import PLACEMENTS
 from kvservice.policy.items import Conditions
 from kvservice_api.keys import block_chain
@@ -30,10 +32,22 @@ class Store:
     def __init__(self, policy: str = "lru") -> None:
         self.now_s = 1000.0
         self.blocks = BlockTable(8)
-        self.items = BlockItems(
-            self.blocks, lambda layout_id: 4, PLACEMENTS[policy](), Conditions(GIB, GIB, 1e9), lambda: self.now_s
-        )
-        self.blocks.listeners.append(self.items.changed)
+        self.events = BlockEvents(self.blocks, lambda layout_id: 4, lambda: self.now_s)
+        self._items = BlockItems(PLACEMENTS[policy](), Conditions(GIB, GIB, 1e9))
+
+    @property
+    def items(self) -> BlockItems:
+        """The items, after all events so far."""
+        for note in self.events.take():
+            note(self._items)
+        return self._items
+
+    def use(self, rows: Sequence[int]) -> None:
+        """A request looks the blocks up, and ends."""
+        held = np.array(rows)
+        self.events.looked_up(held)
+        self.events.leased(held)
+        self.events.released(held)
 
     def save(self, tokens: Sequence[int], shard: Shard = WHOLE) -> list[int]:
         """Store a prefix, with its partial block. Returns its rows."""
@@ -80,16 +94,6 @@ def test_conversations_share_the_item_of_their_prompt() -> None:
     assert store.items.item_of(one[0]) not in {store.items.item_of(each[2]) for each in (one, two, three)}
 
 
-def test_a_ranking_scores_blocks_as_they_were_also_after_their_items_were_split() -> None:
-    store = Store()
-    rows = np.array(store.save(range(40)))
-    score = store.items.places(TierName.DRAM, store.now_s)
-    before = score(rows)
-    for shared in (20, 12, 4):  # The event loop does so while a thread ranks.
-        store.save([*range(shared), *range(900, 908)])
-    assert np.array_equal(score(rows), before)
-
-
 def test_the_shards_of_a_block_are_in_its_item() -> None:
     store = Store()
     first, second = Shard(0, 1, 0, 1), Shard(0, 1, 1, 2)
@@ -97,44 +101,45 @@ def test_the_shards_of_a_block_are_in_its_item() -> None:
     assert store.runs() == {tuple(row for pair in zip(one, two, strict=True) for row in pair)}
 
 
-def test_blocks_of_an_earlier_daemon_are_grouped_in_any_order() -> None:
+def test_blocks_of_an_earlier_daemon_are_grouped() -> None:
     known = Store()
     prompt = list(range(12))
     for number in range(5):
         known.save([*prompt, *range(100 * number, 100 * number + 4 * number + 4)])
     listed = known.runs()
-    for seed in range(5):
-        items = BlockItems(
-            known.blocks, lambda layout_id: 4, PLACEMENTS["lru"](), Conditions(GIB, GIB, 1e9), lambda: 0.0
-        )
-        rows = known.blocks.live_rows()
-        items.add(np.random.default_rng(seed).permutation(rows).tolist())
-        assert {frozenset(items.rows_of(item).tolist()) for item in items.live_items()} == set(map(frozenset, listed))
+    events = BlockEvents(known.blocks, lambda layout_id: 4, lambda: 0.0)
+    for _ in events.fill():
+        pass
+    items = BlockItems(PLACEMENTS["lru"](), Conditions(GIB, GIB, 1e9))
+    for note in events.take():
+        note(items)
+    assert {tuple(items.rows_of(item).tolist()) for item in items.live_items()} == listed
 
 
 @pytest.mark.parametrize("name", ["lru", "fifo", "s3fifo", "lookahead", "foresight"])
-def test_the_end_of_an_item_scores_below_its_front(name: str) -> None:
+def test_the_end_of_an_item_leaves_before_its_front(name: str) -> None:
     store = Store(name)
     rows = [store.save(range(100 * number, 100 * number + 20)) for number in range(20)]
     for each in rows[::3]:
-        store.items.looked_up(np.array(each), store.now_s)
-        store.items.released(np.array(each))
+        store.use(each)
     store.now_s += 30
     store.items.settle(store.now_s)
     for tier in TIERS:
-        score = store.items.places(tier, store.now_s)
+        ranked, scores = store.items.lowest(store.blocks.live_rows(), tier, 1000, store.now_s)
+        assert sorted(ranked.tolist()) == store.blocks.live_rows().tolist()
+        assert np.isfinite(scores).all() and (np.diff(scores) >= 0).all()
+        place_of = {row: place for place, row in enumerate(ranked.tolist())}
         for each in rows:
-            assert (np.diff(score(np.array(each))) < 0).all()
-        assert np.isfinite(score(store.blocks.live_rows())).all()
+            assert [place_of[row] for row in each] == sorted((place_of[row] for row in each), reverse=True)
 
 
-def test_what_was_used_longest_ago_scores_least_by_lru() -> None:
+def test_what_was_used_longest_ago_leaves_first_by_lru() -> None:
     store = Store("lru")
-    rows = [np.array(store.save(range(100 * number, 100 * number + 8))) for number in range(4)]
+    rows = [store.save(range(100 * number, 100 * number + 8)) for number in range(4)]
     for number in (2, 0, 3, 1):
-        store.items.looked_up(rows[number], store.now_s)
-    score = store.items.places(TierName.DRAM, store.now_s)
-    assert sorted(range(4), key=lambda number: score(rows[number])[0]) == [2, 0, 3, 1]
+        store.use(rows[number])
+    ranked, _ = store.items.lowest(store.blocks.live_rows(), TierName.DRAM, 5, store.now_s)
+    assert ranked.tolist() == [*reversed(rows[2]), *reversed(rows[0]), rows[3][-1]]
 
 
 class Anything(RuleBasedStateMachine):
@@ -155,11 +160,9 @@ class Anything(RuleBasedStateMachine):
     def wait(self, seconds: float) -> None:
         self.store.now_s += seconds
         self.store.items.settle(self.store.now_s)
-        policy, items = self.store.items.policy, self.store.items
-        if policy.look_at_s <= self.store.now_s:
-            items.note_use()
-            for wanted in policy.promotions(items.items, (), self.store.now_s):
-                assert items.items.live[wanted.row]
+        items = self.store.items
+        for wanted in items.promotions(self.store.now_s) or ():
+            assert items.items.live[wanted.row]
 
     @precondition(lambda self: self.store.blocks.live_count)
     @rule(data=st.data())
@@ -167,8 +170,7 @@ class Anything(RuleBasedStateMachine):
         blocks = self.store.blocks
         row = data.draw(st.sampled_from(blocks.live_rows().tolist()))
         chain = np.array([*reversed(blocks.ancestors(row)), row])
-        self.store.items.looked_up(chain, self.store.now_s)
-        self.store.items.released(chain)
+        self.store.use(chain.tolist())
 
     @precondition(lambda self: self.store.blocks.live_count)
     @rule(data=st.data(), tier=st.sampled_from(TIERS), is_there=st.booleans())
@@ -212,15 +214,16 @@ class Anything(RuleBasedStateMachine):
                 assert joined == (parents.count(parent) == 1)
 
     @invariant()
-    def no_block_is_without_a_score(self) -> None:
-        score = self.store.items.places(TierName.DRAM, self.store.now_s)
+    def every_block_is_ranked(self) -> None:
         rows = self.store.blocks.live_rows()
-        assert np.isfinite(score(rows)).all()
-        assert (score(rows) > -1).all()
-        assert NO_ITEM == -1
+        ranked, scores = self.store.items.lowest(rows, TierName.DRAM, 1000, self.store.now_s)
+        assert sorted(ranked.tolist()) == rows.tolist() and np.isfinite(scores).all()
 
+
+_SOME = settings(max_examples=20, stateful_step_count=30)
 
 TestForesight = Anything.TestCase
+TestForesight.settings = _SOME
 
 
 class AnythingForS3Fifo(Anything):
@@ -228,6 +231,7 @@ class AnythingForS3Fifo(Anything):
 
 
 TestS3Fifo = AnythingForS3Fifo.TestCase
+TestS3Fifo.settings = _SOME
 
 
 class AnythingForLookahead(Anything):
@@ -235,3 +239,4 @@ class AnythingForLookahead(Anything):
 
 
 TestLookahead = AnythingForLookahead.TestCase
+TestLookahead.settings = _SOME

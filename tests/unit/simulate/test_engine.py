@@ -207,7 +207,7 @@ class RecordingPolicy(LruPolicy):
     def stored(self, items: ItemTable, row: int, now_s: float) -> None:
         self.calls.append((now_s, "stored", row))
 
-    def hinted(self, items: ItemTable, row: int, hint: Hint, now_s: float) -> None:
+    def hinted(self, items: ItemTable, row: int, hint: Hint, now_s: float, kind: int = 0) -> None:
         assert (items.hinted_at_s[row], items.ended[row]) == (now_s, hint is Hint.ENDED)
         self.calls.append((now_s, hint, row))
 
@@ -256,7 +256,7 @@ class KeepsEnds(Cuts):
 
     name: ClassVar[str] = "keeps-ends"
 
-    def retention(self, items: ItemTable, rows: Rows, tier: TierName, now_s: float) -> NDArray[np.float64]:  # type: ignore[override]
+    def retention(self, items: ItemTable, rows: Rows, tier: TierName, now_s: float) -> NDArray[np.float64]:
         return rows.astype(np.float64)
 
 
@@ -362,7 +362,7 @@ class KeepsOut(LruPolicy):
 
     name: ClassVar[str] = "keeps-out"
 
-    def wants_in_dram(self, items: ItemTable, row: int, now_s: float) -> bool:  # type: ignore[override]
+    def wants_in_dram(self, items: ItemTable, row: int, now_s: float) -> bool:
         return False
 
 

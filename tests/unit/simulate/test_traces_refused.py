@@ -322,7 +322,7 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_error_for_an_unknown_format_lists_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unknown format 'parquet': one of auto, jsonl, mooncake, "):
+    with pytest.raises(ValueError, match="unknown format 'parquet': one of auto, jsonl, recorded, mooncake, "):
         read(tmp_path / "trace", "parquet")
 
 

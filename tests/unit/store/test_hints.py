@@ -6,15 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
-from kvservice.blocks import Rows, TierName
-from kvservice.policy import LruPolicy
-from kvservice.policy.base import Recency
+from kvservice.blocks import TierName
+from kvservice.policy.base import Hint
 from kvservice.store.caller import Tenant
 from kvservice.store.hints.exchange import HintExchange, HintLimits
 from kvservice.store.hints.queue_mirror import HintSubject, HintTotals, QueueEntry, QueueLimits, QueueMirror
@@ -236,7 +233,7 @@ async def test_another_tenants_blocks_and_sessions_look_as_if_they_did_not_exist
         stream.put("keys", keys_of(*chains), None, 0, "")
         stream.put("session", session("chat-0"), None, 0, "")
         stream.put("nothing", session("no-such-session"), None, 0, "")
-        stream.expect(session("chat-0"), 0.0)
+        stream.expect(session("chat-0"), 0.0, Hint.TOOL_CALL)
         stream.not_needed(keys_of(*chains), write=False)
         for name in ("keys", "session", "nothing"):
             assert await seen.until(name, Nearness.ABSENT) == [Nearness.ABSENT]
@@ -249,7 +246,7 @@ async def test_the_history_of_a_typing_person_is_promoted(
 ) -> None:
     chains = await stored_sessions(opened, client, 2)
 
-    stream.expect(session("chat-1"), None)
+    stream.expect(session("chat-1"), None, Hint.TYPING)
 
     await until(lambda: whole_in_dram(opened, chains[1]))
     assert in_dram(opened, chains) == [1]
@@ -259,7 +256,7 @@ async def test_the_history_of_a_tool_call_is_promoted_shortly_before_its_answer(
     opened: OpenStore, client: Client, stream: HintStream
 ) -> None:
     chains, exchange = await stored_sessions(opened, client, 1), exchange_of(opened)
-    stream.expect(session("chat-0"), 300.0)
+    stream.expect(session("chat-0"), 300.0, Hint.TOOL_CALL)
     await exchange.tick()
     assert in_dram(opened, chains) == []
 
@@ -390,7 +387,7 @@ async def repeat_hints(opened: OpenStore, client: Client, stream: HintStream) ->
     await opened.store.prefetch(CALLER, chains[0].keys, within_s=0, wait=True)
     for number in range(3000):
         stream.not_needed(session("chat-0"), write=True)
-        stream.expect(keys_of(some_chain(1, seed=number)), 5.0)
+        stream.expect(keys_of(some_chain(1, seed=number)), 5.0, Hint.TYPING)
     await until(lambda: not exchange_of(opened)._is_dropping)
     assert len(stream.expected) == 1024
     assert opened.counters.hints_over_limit == 2 * (3000 - 1024)
@@ -422,24 +419,11 @@ async def test_the_readiness_of_a_long_queue_is_evaluated_in_parts_and_completel
             found |= {each.request_id: each.nearness for each in changed}
 
 
-class NewestLeave(LruPolicy):
-    """A policy that is against the hints: it reads nothing to DRAM, and evicts the newest blocks first."""
-
-    def scores(self, items: Recency, tier: TierName, now_s: float) -> Callable[[Rows], NDArray[np.float64]]:
-        scores = super().scores(items, tier, now_s)
-        return lambda rows: -scores(rows)
-
-    def wants_in_dram(self, items: Recency, row: int, now_s: float) -> bool:
-        return False
-
-
-async def test_with_any_policy_the_window_is_promoted_and_other_blocks_are_evicted_before_it(
+async def test_the_window_is_promoted_and_other_blocks_are_evicted_before_it(
     open_store: Callable[..., Any],
 ) -> None:
     limits = HintLimits(QueueLimits(16, 256), 0.5, 1 << 40)
-    opened: OpenStore = await open_store(
-        dram_bytes=24 * BLOCK + 4 * KIB, limits=replace(PATIENT, hints=limits), policy=NewestLeave()
-    )
+    opened: OpenStore = await open_store(dram_bytes=24 * BLOCK + 4 * KIB, limits=replace(PATIENT, hints=limits))
     client = opened.store.attach(CALLER, "test")
     chains = await stored_sessions(opened, client, 6)
     await fill(opened, client, 20, seed=100)

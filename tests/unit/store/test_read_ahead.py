@@ -13,7 +13,7 @@ from kvservice.policy import PLACEMENTS
 from kvservice.store.mover.evictor import Watermarks
 from kvservice_api.keys import BlockChain, block_chain
 from tests.clock import HandClock
-from tests.stores import CALLER, KIB, LAYOUT, MIB, PATIENT, OpenStore, at_once, caller_of, until
+from tests.stores import CALLER, KIB, LAYOUT, MIB, PATIENT, OpenStore, at_once, caller_of
 
 _IMAGE = bytes(8 * KIB)
 _BLOCKS = 6
@@ -49,10 +49,7 @@ class Service:
 
     async def second(self) -> None:
         self.clock.advance(seconds=1.0)
-        promoter = self.opened.promoter
-        assert promoter is not None
-        for _ in range(4):
-            await until(lambda: not promoter.pending_bytes)
+        await self.opened.decided()
 
     async def hits(self, rounds: int) -> list[float]:
         """For each round the mean share of a history that is in DRAM when its request comes."""

@@ -12,7 +12,6 @@ import pytest
 
 from kvservice.blocks import TierName
 from kvservice.index.records import Records
-from kvservice.policy import LruPolicy
 from kvservice.store import image_check
 from kvservice.store.leases import Client, Lease
 from kvservice.tiers.files import FileCalls
@@ -25,13 +24,6 @@ from tests.stores import CALLER, KIB, LIMITS, MIB, OpenStore, caller_of, layers_
 
 BLOCK = 12 * KIB
 HEADER = 4 * KIB
-
-
-class ReadPastDram(LruPolicy):
-    """Promotes nothing: loads read from SSD."""
-
-    def wants_in_dram(self, *_: object) -> bool:
-        return False
 
 
 class HeldRead(FileCalls):
@@ -61,7 +53,9 @@ async def calls() -> AsyncIterator[HeldRead]:
 
 @pytest.fixture
 async def opened(open_store: Callable[..., Any], calls: HeldRead) -> OpenStore:
-    store: OpenStore = await open_store(calls=calls, policy=ReadPastDram())
+    """A store whose loads read from SSD past DRAM, as if DRAM had no space."""
+    store: OpenStore = await open_store(calls=calls)
+    store.reads.promoter = None
     return store
 
 

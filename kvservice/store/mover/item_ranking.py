@@ -1,0 +1,150 @@
+"""A policy over items, beside the event loop: events go to a thread of its own, and decisions come back.
+
+The event loop's thread only takes notes of events. The thread groups the blocks into items and asks the policy, so that
+a scan of all items delays no request. Nothing but the thread touches the items.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvservice.blocks import BlockTable, Rows, TierName
+from kvservice.clock import Clock
+from kvservice.placement.block_events import BlockEvents, Note
+from kvservice.placement.block_items import BlockItems
+from kvservice.policy.items import NOT_QUEUED, Conditions
+from kvservice.policy.placement import Placement
+from kvservice.store.mover.ranking import Ranked, RecencyRanking
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Scores change with time, and the last conversation that ended is often the one to evict. So an order of victims lasts
+# only a multiple of the time that ranking takes, at most _RANKING_LASTS_S.
+_RANKING_SHARE, _RANKING_LASTS_S = 20, 0.25
+_DECIDED_TIERS = 2  # Policies know the first two tiers.
+_LATE_S = 0.1  # After this time the evictor takes blocks by recency.
+
+
+class WantedRead(NamedTuple):
+    """Blocks to copy up to DRAM, in the order of their chain, until `deadline_s` of the store's monotonic clock."""
+
+    rows: Rows
+    generations: NDArray[np.int64]
+    deadline_s: float
+    worth: float  # Only blocks with a lower score are evicted for it.
+    is_queued: bool  # A queued request will read them, as an engine's hint says.
+
+
+class Look(NamedTuple):
+    """What the policy wants now."""
+
+    reads: list[WantedRead] | None  # The most urgent first; None if it was not time to ask.
+    next_s: float  # When to look again.
+
+
+class ItemRanking:
+    """A `Ranking` by the items that the blocks belong to. Call it on the event loop's thread."""
+
+    def __init__(
+        self,
+        blocks: BlockTable,
+        policy: Placement,
+        conditions: Conditions,
+        block_tokens_of: Callable[[int], int],
+        clock: Clock,
+    ) -> None:
+        """`block_tokens_of` gives the tokens of a whole block, by layout id."""
+        self.conditions = conditions
+        self._policy_name = policy.name
+        self._blocks = blocks
+        self._clock = clock
+        self._items = BlockItems(policy, conditions, blocks.row_capacity)
+        self._notes: deque[Note] = deque()  # For the thread: a call that is cancelled leaves them to the next one.
+        self._by_recency = RecencyRanking(blocks)
+        self._thread = ThreadPoolExecutor(1, "placement")
+        self._took_s = 0.0  # How long the last ranking took.
+        self._asks_ssd = type(policy).wants_on_ssd is not Placement.wants_on_ssd
+        self.events = BlockEvents(blocks, block_tokens_of, clock.monotonic_s)
+
+    def close(self) -> None:
+        """Take no more notes. The thread ends after what it does now."""
+        self.events.close()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def name(self) -> str:
+        return self._policy_name
+
+    @property
+    def lasts_s(self) -> float:
+        return min(_RANKING_SHARE * self._took_s, _RANKING_LASTS_S)
+
+    # Decisions
+
+    async def on_thread(self, ask: Callable[[BlockItems, float], T]) -> T:
+        """Give the thread all events, then let it answer, with the present time."""
+        self._notes.extend(self.events.take())
+        now_s = self._clock.monotonic_s()
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._answer, ask, now_s)
+
+    def _answer(self, ask: Callable[[BlockItems, float], T], now_s: float) -> T:
+        while self._notes:
+            self._notes.popleft()(self._items)
+        self._items.settle(now_s)
+        return ask(self._items, now_s)
+
+    async def lowest(self, tier: TierName, rows: Rows, count_max: int) -> Ranked:
+        """As `Ranking.lowest`. By recency if the policy is late or fails, and in tiers that it does not know."""
+        if self._blocks.position(tier) < _DECIDED_TIERS:
+            try:
+                began_s = self._clock.monotonic_s()
+                async with self._clock.timeout(_LATE_S):
+                    ranked = await self.on_thread(lambda items, now_s: items.lowest(rows, tier, count_max, now_s))
+                self._took_s = self._clock.monotonic_s() - began_s
+                if len(ranked[0]):
+                    return Ranked(*ranked)
+            except TimeoutError:
+                log.warning("the policy %s is late: blocks leave %s by recency", self.name, tier)
+            except Exception:
+                log.exception("the policy %s failed: blocks leave %s by recency", self.name, tier)
+        by_recency = await self._by_recency.lowest(tier, rows, count_max)
+        return by_recency._replace(scores=np.full(len(by_recency.rows), np.finfo(np.float64).max))
+
+    async def look(self) -> Look:
+        """What the policy wants to be read ahead now, if it is time to ask it."""
+        return await self.on_thread(_look)
+
+    async def wants_on_ssd(self, row: int) -> bool:
+        if self._blocks.unwanted_on_ssd[row]:  # SSD evicted it, and no request has used it since.
+            return False
+        if not self._asks_ssd:
+            return True
+        try:
+            return await self.on_thread(lambda items, now_s: items.wants_on_ssd(row, now_s))
+        except Exception:
+            log.exception("the policy %s failed: blocks are written to SSD", self.name)
+            return True
+
+
+def _look(items: BlockItems, now_s: float) -> Look:
+    promotions, policy = items.promotions(now_s), items.policy
+    if promotions is None:
+        return Look(None, policy.look_at_s)
+    reads = []
+    each = items.rows_of_each([promotion.row for promotion in promotions])
+    for (item, deadline_s, worth), of_item in zip(promotions, each, strict=True):
+        rows = items.outside_dram(of_item)
+        if len(rows):
+            is_queued = bool(items.items.queue_seq[item] != NOT_QUEUED)
+            reads.append(WantedRead(rows, items.generations(rows), deadline_s, worth, is_queued))
+    return Look(reads, policy.look_at_s)

@@ -1,0 +1,67 @@
+"""What the mover asks a policy: which blocks leave a tier first, and which are copied up or down at all."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvservice.blocks import BlockTable, Rows, TierName
+
+_IN_THREAD_ROWS = 50_000  # Ranking more rows than this would block the event loop for too long.
+
+
+class Ranked(NamedTuple):
+    """Blocks in the order in which they should leave a tier, and the score of each. Arrays of the shape [blocks]."""
+
+    rows: Rows
+    scores: NDArray[np.float64]
+
+
+class Ranking(Protocol):
+    """All methods are called on the event loop's thread."""
+
+    @property
+    def name(self) -> str:
+        """The name of the policy."""
+
+    @property
+    def lasts_s(self) -> float:
+        """For how long the order of blocks stays right that were not used since."""
+
+    async def lowest(self, tier: TierName, rows: Rows, count_max: int) -> Ranked:
+        """Those of the rows that should leave `tier` first, at most `count_max`."""
+
+    async def wants_on_ssd(self, row: int) -> bool:
+        """Whether a block in DRAM is copied to SSD, for which other blocks are evicted there."""
+
+
+class RecencyRanking:
+    """Single blocks, the least recently used one first: the policy `lru` of the daemon."""
+
+    name = "lru"
+    lasts_s = math.inf
+
+    def __init__(self, blocks: BlockTable) -> None:
+        self._blocks = blocks
+
+    async def lowest(self, tier: TierName, rows: Rows, count_max: int) -> Ranked:
+        used = self._blocks.access_seq[rows]
+        if len(rows) > _IN_THREAD_ROWS:
+            return await asyncio.to_thread(_lowest, rows, used, count_max)
+        return _lowest(rows, used, count_max)
+
+    async def wants_on_ssd(self, row: int) -> bool:
+        # It was the oldest block on SSD when it was evicted: a new copy would only evict a newer block.
+        return not self._blocks.unwanted_on_ssd[row]
+
+
+def _lowest(rows: Rows, used: NDArray[np.int64], count_max: int) -> Ranked:
+    if len(rows) > count_max:
+        few = np.argpartition(used, count_max - 1)[:count_max]
+        rows, used = rows[few], used[few]
+    order = np.argsort(used, kind="stable")
+    return Ranked(rows[order], used[order].astype(np.float64))
