@@ -9,6 +9,7 @@ again, and with the daemon's policies. Times are from the arrival in the queue. 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -83,6 +84,7 @@ def main() -> int:
         parser.error(f"--policies: the daemon has no {', '.join(sorted(unknown))}")
     if "vllm" in given.names and find_spec("vllm") is None:
         parser.error("vLLM is not installed here: use .venv-vllm/bin/python (make vllm-env), or name transformers")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # Unwind, so that the daemon stops.
     for engine in given.names:
         began_s = time.monotonic()
         try:
