@@ -18,7 +18,8 @@ _COLUMNS = (
     "p99 (s)",
     "mean, of computing again",
     "p99, of computing again",
-    "in DRAM at the lookup",
+    "in DRAM",
+    "load (ms)",
 )
 _BAR, _GAP, _LEFT, _WIDTH = 14, 10, 190, 420  # In pixels.
 _COLOURS = {"mean": "#4477aa", "p99": "#bbbbbb"}

@@ -28,7 +28,9 @@ def test_a_row_has_medians_of_rounds_and_ratios_to_the_same_round_of_the_first_w
     assert (second.mean_s, second.mean_ratio) == (1.5, 0.5)
     assert second.in_dram == pytest.approx(1 / 3)
     assert second.load_s == pytest.approx(0.2)
-    assert len(table([first, second])) == 4
+    lines = table([first, second])
+    assert len(lines) == 4
+    assert {line.count("|") for line in lines} == {8}
 
 
 def test_the_picture_has_two_bars_per_way() -> None:
