@@ -106,10 +106,10 @@ def main() -> int:
             f"### The time to the first token in a queue: {engine}\n\n{where_and_when()} Reproduce with "
             f"`.venv-vllm/bin/python -m benchmarks.queue {engine} {options}` ({minutes:.0f} minutes).\n\n"
             f"SmolLM2-135M in fp32, one thread. {size.conversations} conversations of {size.history_tokens} tokens ask "
-            f"at once, with {NEW_TOKENS} new tokens, and get {ANSWER_TOKENS}; turns: {size.turns}. All histories are on "
-            f"SSD, and DRAM has space for a third. Times are from the arrival in the queue; medians, rounds: "
-            f"{size.rounds}. `in DRAM`: requests whose whole stored history was in DRAM when the engine decided to load "
-            f"it; `load`: the median load. Answers that differ from those of the first run: {runs.differing}.\n\n"
+            f"at once, with {NEW_TOKENS} new tokens, and get {ANSWER_TOKENS}; turns: {size.turns}. All histories are "
+            f"on SSD, and DRAM has space for a third. Times are from the arrival in the queue; medians, rounds: "
+            f"{size.rounds}. `in DRAM`: requests whose whole stored history was in DRAM when the engine decided to "
+            f"load it; `load`: the median load. Answers that differ from those of the first run: {runs.differing}.\n\n"
         )
         markdown = about + "\n".join(table(rows))
         print(markdown, end="\n\n", flush=True)
