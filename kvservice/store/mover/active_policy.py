@@ -16,6 +16,8 @@ from kvservice.store.mover.ranking import Ranked, Ranking, RecencyRanking
 from kvservice.store.mover.read_ahead import ReadAhead
 from kvservice.store.tasks import Tasks
 
+_RATE_WEIGHT = 0.1  # Of the newest report.
+
 
 class ActivePolicy:
     """A `Ranking` and a `HintPlacement`: by recency of single blocks, or by a policy over items.
@@ -40,6 +42,7 @@ class ActivePolicy:
         self._items: ItemRanking | None = None
         self._ranking: Ranking = RecencyRanking(blocks)
         self._running: asyncio.Task[None] | None = None
+        self._computed_bytes_per_s = 0.0
 
     def start(self, evictor: Evictor, window: HintPlacement, read_ahead: Callable[[ItemRanking], ReadAhead]) -> None:
         """`window` acts on the engines' queues for policies that do not. `read_ahead` makes what reads for a policy."""
@@ -66,6 +69,11 @@ class ActivePolicy:
         )
         self._read_ahead = self._make_read_ahead(self._items)
         self._running = self._tasks.start(self._read_ahead.run(), "read ahead")
+
+    def close(self) -> None:
+        """The store has stopped."""
+        if self._items is not None:
+            self._items.close()
 
     # What the mover asks
 
@@ -98,6 +106,14 @@ class ActivePolicy:
         if self._items is not None:
             self._items.events.released(rows)
 
+    def computed(self, bytes_per_s: float) -> None:
+        """An engine has reported how much KV it computes per second; 0 if it does not know."""
+        if bytes_per_s:
+            before = self._computed_bytes_per_s or bytes_per_s
+            self._computed_bytes_per_s = before + _RATE_WEIGHT * (bytes_per_s - before)
+            if self._items is not None:
+                self._items.conditions.recompute_bytes_per_s = self._computed_bytes_per_s
+
     # Hints
 
     def want(self, wanted: Sequence[ExpectedRead], waiting: int) -> None:
@@ -110,7 +126,7 @@ class ActivePolicy:
             if read.hint is not None and len(read.rows):
                 hinted[int(read.rows[-1]), read.due_s] = None
                 if (int(read.rows[-1]), read.due_s) not in self._hinted:
-                    items.events.hinted(read.rows, read.hint)
+                    items.events.hinted(read.rows, read.hint, read.kind)
         self._hinted = hinted
         items.events.queued([read.rows for read in wanted if read.hint is None], waiting)
         self._evictor.rank_again()

@@ -92,12 +92,19 @@ class Evictor:
             self._tasks.start(self._keep_free(tier, marks), f"keep space free in {tier}")
 
     async def reserve(
-        self, tier: TierName, size_bytes: int, *, wait_s: float | None = None, worth: float = math.inf
+        self,
+        tier: TierName,
+        size_bytes: int,
+        *,
+        wait_s: float | None = None,
+        worth: float = math.inf,
+        more_bytes: int = 0,
     ) -> Extent:
         """Reserve space in `tier`, with evictions if needed. Raises TierFull if nothing may be evicted in time.
 
         Waiting callers are served in order; otherwise smaller blocks would starve a large one. With a finite `worth`,
-        only blocks with a lower score are evicted, and no I/O is waited for.
+        only blocks with a lower score are evicted, no I/O is waited for, and no other caller. `more_bytes`: what the
+        caller reserves next. An eviction frees it too, because each takes a commit of the index.
         """
         space = self._lifecycle.tiers[tier]
         self._taken[tier].set()
@@ -106,11 +113,13 @@ class Evictor:
         if not self._waiting[tier]:
             with contextlib.suppress(TierFull):
                 return space.reserve(size_bytes)
+        elif worth < math.inf:
+            raise TierFull(f"others wait for space in the {tier} tier", tier=tier)
         wait_s = self._wait_s if wait_s is None else min(wait_s, self._wait_s)
         self._waiting[tier] += 1
         try:
             async with self._clock.timeout(wait_s), self._locks[tier]:
-                return await self._reserve_in_turn(tier, size_bytes, worth)
+                return await self._reserve_in_turn(tier, size_bytes, worth, size_bytes + more_bytes)
         except TimeoutError as error:
             raise TierFull(f"no space became free in the {tier} tier in {wait_s:g} s", tier=tier) from error
         finally:
@@ -158,12 +167,12 @@ class Evictor:
         finally:
             self._trimming[tier] = False
 
-    async def _reserve_in_turn(self, tier: TierName, size_bytes: int, worth: float) -> Extent:
+    async def _reserve_in_turn(self, tier: TierName, size_bytes: int, worth: float, evict_bytes: int) -> Extent:
         while True:
             try:
                 return self._lifecycle.tiers[tier].reserve(size_bytes)
             except TierFull:
-                if not await self._evict_for(tier, size_bytes, worth):
+                if not await self._evict_for(tier, evict_bytes, worth):
                     raise
 
     async def _evict_for(self, tier: TierName, size_bytes: int, worth: float) -> bool:
