@@ -1,1 +1,1 @@
-"""Which blocks leave a tier first, and which are read ahead: policies over items, for the daemon's blocks."""
+"""Which items leave a tier first, and which are read ahead: the placement core, and the daemon's blocks as items."""

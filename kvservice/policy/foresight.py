@@ -137,7 +137,7 @@ class ForesightPolicy(Placement):
         if not self._started or not self._learning:
             return
         self._hints.hinted(row, hint, self._returns.hazard(row, now_s) * self._returns.typical_s, now_s)
-        if hint is Hint.ENDED:
+        if hint is Hint.ENDED and items.live.item(row):  # Else it is forgotten, and has no age.
             self._score(items, np.array((row,)), now_s)
         self._candidate[row] = True
         self._looks.hinted(now_s)

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvservice.placement.views import floats, ints
 from kvservice.simulate import cost
 from kvservice.simulate.offered_load import unhindered_s
 from kvservice.simulate.result import Result
 from kvservice.simulate.settings import GIB, Machine
 from kvservice.simulate.store_model import StoreModel
-from kvservice.simulate.views import floats, ints
 from kvservice.simulate.workload import Workload
 
 #: One row per dispatch. Small dtypes, so that five million turns fit into memory beside their trace.
@@ -173,7 +173,7 @@ class Account:
 def _bytes_of(store: StoreModel) -> tuple[int, int, int, int]:
     """Bytes since the start: read, written, promoted and not used, not written in time."""
     channel = store.channel
-    return channel.read_bytes, channel.written_bytes, store.promoted_unused_bytes, store.writes_dropped_bytes
+    return channel.read_bytes, channel.written_bytes, store.core.read_unused_bytes, store.writes_dropped_bytes
 
 
 def _mean(values: NDArray[Any]) -> float:

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvservice.blocks import Rows, TierName
+from kvservice.placement.views import ints
 from kvservice.policy.base import Promotion
 from kvservice.policy.items import NOT_QUEUED, ItemTable
 from kvservice.simulate.bounds import Bound
 from kvservice.simulate.settings import Machine
-from kvservice.simulate.views import ints
 from kvservice.simulate.workload import Workload
 
 _NEVER = math.inf

@@ -11,6 +11,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from kvservice.placement.core import PlacementCore
+from kvservice.placement.item_state import overrides
+from kvservice.placement.views import floats, ints
 from kvservice.policy.items import Conditions, ItemTable
 from kvservice.policy.placement import Placement
 from kvservice.simulate.account import Account
@@ -24,8 +27,6 @@ from kvservice.simulate.result import Result, best_of
 from kvservice.simulate.session_replay import SessionReplay
 from kvservice.simulate.settings import Machine
 from kvservice.simulate.store_model import StoreModel
-from kvservice.simulate.tier_contents import overrides
-from kvservice.simulate.views import floats, ints
 from kvservice.simulate.workload import Workload
 
 
@@ -111,11 +112,12 @@ class Engine:
         row_count = len(workload.item_blocks) if workload.shares_prefixes else workload.sessions
         self.items = ItemTable(row_count, self.conditions)
         block_bytes = workload.block_tokens * machine.kv_bytes_per_token
-        self.store = StoreModel(self.items, machine, policy, block_bytes, self.now_s)
+        self.core = PlacementCore(self.items, policy, block_bytes)
+        self.store = StoreModel(self.core, machine, self.now_s)
         self._decision = LoadOrRecompute(machine, self.store.channel, workload.block_tokens)
         self.account = Account(workload, paid or machine, warmup_turns)
         kind = PrefixReplay if workload.shares_prefixes else SessionReplay
-        self.replay = kind(workload, machine, policy, self.items, self.store, self.account)
+        self.replay = kind(workload, machine, self.store, self.account)
         self._queue: deque[int] = deque()
         self._rows: deque[int] = deque()  # The rows of the queued requests, for a policy that reads ahead.
         self._called: list[_CalledTurn] = []
@@ -289,10 +291,10 @@ class Engine:
         return ends_s, turn
 
     def _ask_policy(self, now_s: float) -> None:
-        policy, store = self.policy, self.store
+        policy, read = self.policy, self.store.read
         self._measure(now_s)
-        for row, deadline_s, worth in policy.promotions(self.items, self._rows, now_s):
-            store.promote(row, deadline_s, worth)
+        for command in self.core.reads(self._rows, now_s):
+            read(command)
         if policy.look_at_s <= now_s:
             if now_s > _CLOCK_MAX_S:
                 raise ValueError(f"the load takes more than {now_s:.3g} s: give shorter times or higher rates")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
 
-from kvservice.policy.items import NOT_QUEUED
+from kvservice.placement.views import ints
 from kvservice.simulate.settings import Machine
 from kvservice.simulate.turn_replay import TurnReplay
-from kvservice.simulate.views import ints
 from kvservice.simulate.workload import Workload
 
 
@@ -27,7 +25,6 @@ class PrefixReplay(TurnReplay):
         last = np.zeros(self._items.row_count, np.int32)
         np.maximum.at(last, workload.path_items, turns)
         self._last_turn = ints(last)
-        self._later: dict[int, deque[int]] = {}  # By row: the queued requests for it after the first.
         self._numbers: dict[int, int] = {}  # By queued turn: its number.
         self._items.value[:] = workload.item_blocks
 
@@ -37,38 +34,23 @@ class PrefixReplay(TurnReplay):
 
     def enqueue(self, turn: int, number: int, now_s: float) -> None:
         """The request joins the queue as the `number`th of all requests."""
-        epoch, changed_epoch = self._store.row_epochs.epoch, self._store.changed_epoch
         self._numbers[turn] = number
-        for row in self.rows(turn):
-            if self._queue_seq[row] == NOT_QUEUED:
-                self._queue_seq[row] = number
-            else:
-                self._later.setdefault(row, deque()).append(number)
-            self._live[row] = True
-            changed_epoch[row] = epoch
-            if self._tells_queued:
-                self._policy.queued(self._items, row, now_s)
+        self._core.queued(self.rows(turn), number, now_s)
 
     def dispatch(self, turn: int, now_s: float) -> int:
         """The request leaves the queue: count its hits per tier. Returns the bytes to read from SSD."""
-        store, account, items = self._store, self._account, self._items
+        core, account = self._core, self._account
         path = self.rows(turn)
-        queue_number = self._numbers.pop(turn)
         total = known = on_time = late = ssd = 0
         hits = True
-        access = self._accesses + len(path)
-        self._accesses = access
-        epoch, changed_epoch = store.row_epochs.epoch, store.changed_epoch
         for row in path:
-            asked_for = store.is_promoting(row)
+            asked_for = row in core.reading
             if asked_for:
-                store.stop_promotion(row)
-            changed_epoch[row] = epoch
-            store.hold(row)
+                self._store.stop_read(row)
+            core.hold(row)
             blocks = self._blocks[row]
-            uses = self._uses[row]
             total += blocks
-            if uses:
+            if self._uses[row]:
                 known += blocks
                 if hits:
                     in_dram = self._dram[row] // self._block_bytes
@@ -79,22 +61,11 @@ class PrefixReplay(TurnReplay):
                             late += on_ssd
                         else:
                             ssd += on_ssd
-                        if self._asks_dram:
-                            self._bypass[row] = not self._policy.wants_in_dram(items, row, now_s)
+                        self._bypass[row] = not core.wants_in_dram(row, now_s)
                     hits = in_dram + on_ssd == blocks
             else:
                 hits = False
-            self._in_use[row] += 1
-            self._uses[row] = uses + 1
-            self._access_seq[row] = access
-            access -= 1
-            self._unwanted[row] = False
-            store.mark_used(row)
-            if self._tells_used:
-                self._policy.used(items, row, now_s)
-            self._unqueue(row, queue_number)
-            self._hint[row] = 0
-            self._ended[row] = False
+        core.used(path, self._numbers.pop(turn), now_s)
         read = late + ssd
         number = account.dispatched
         account.history_tokens[number] = known * self._block_tokens
@@ -111,9 +82,9 @@ class PrefixReplay(TurnReplay):
 
     def finish(self, turn: int, is_last: bool, now_s: float) -> None:
         """The answer has ended: store the path in DRAM, and evict to capacity."""
-        store, items = self._store, self._items
+        core, store = self._core, self._store
         path = self.rows(turn)
-        epoch, changed_epoch = store.row_epochs.epoch, store.changed_epoch
+        answer = self._output[turn]
         for row in reversed(path):
             size = self._blocks[row] * self._block_bytes
             was = self._size[row]
@@ -123,31 +94,15 @@ class PrefixReplay(TurnReplay):
                     self._account.live(-was, now_s)
             elif not was:
                 self._account.live(size, now_s)
-            others = self._in_use[row] = self._in_use[row] - 1
-            changed_epoch[row] = epoch
-            self._answer[row] = self._output[turn]
-            self._used_at[row] = now_s
+            core.answered(row, answer, now_s)
             if self._bypass[row]:
                 self._bypass[row] = False
                 store.store_on_ssd(row, size, now_s)
-            elif not others or store.make_room(size - self._dram[row], now_s):
-                store.grow(row, size, now_s)
+            elif not self._in_use[row] or store.make_room(size - self._dram[row], now_s):
+                core.saved(row, size, now_s)
         for row in path:
-            store.release(row)
-            if self._tells_stored:
-                self._policy.stored(items, row, now_s)
+            core.release(row)
+        core.stored(path, now_s)
         store.evict_to_capacity(now_s)
         for row in path:
             store.write_behind(row)
-
-    def _unqueue(self, row: int, number: int) -> None:
-        later = self._later.get(row)
-        if later is None:
-            self._queue_seq[row] = NOT_QUEUED
-            return
-        if number == self._queue_seq[row]:
-            self._queue_seq[row] = later.popleft()
-        else:
-            later.remove(number)
-        if not later:
-            del self._later[row]

@@ -185,10 +185,6 @@ class SsdChannel:
         self.read_bytes += done
         return done, size
 
-    def latest_reading(self) -> int:
-        """The row with the latest deadline among the promotions that have started, or NO_ROW."""
-        return max(self._left, key=lambda row: (self.deadlines[row], row), default=NO_ROW)
-
     def read_backlog_s(self) -> float:
         """Seconds that the channel needs for all reads that are queued or running."""
         done = sum(self._sizes[row] - left for row, left in self._left.items())

@@ -1,5 +1,7 @@
-"""A model of the daemon's store with two tiers: it carries out what a policy decides.
+"""A model of the daemon's store with two tiers: it carries out the commands of the placement core.
 
+Bytes that are evicted from DRAM before they were copied to SSD become a deferred write if SSD should have them: the
+space is free at once, and the channel writes later. If the buffer of deferred writes is full, the bytes are lost.
 Write-behind is the same for every policy: bytes that are in DRAM and not on SSD are copied while the channel has no
 transfer of higher priority, unless the policy does not want the item on SSD.
 """
@@ -10,159 +12,170 @@ import math
 
 import numpy as np
 
-from kvservice.policy.items import ItemTable
-from kvservice.policy.placement import Placement
+from kvservice.blocks import TierName
+from kvservice.placement.core import PlacementCore, Read
+from kvservice.placement.views import bools, ints
 from kvservice.simulate.settings import Machine
 from kvservice.simulate.ssd_channel import SsdChannel
-from kvservice.simulate.tier_contents import TierContents
-from kvservice.simulate.views import bools
+
+_DRAM, _SSD = TierName.DRAM, TierName.SSD
 
 
-class StoreModel(TierContents):
-    """Both tiers, and the transfers between them. The replay calls it for requests, the channel for transfers."""
+class StoreModel:
+    """The transfers between both tiers. The replay calls it for requests, the channel for transfers."""
 
-    def __init__(
-        self, items: ItemTable, machine: Machine, policy: Placement, block_bytes: int, start_s: float = 0.0
-    ) -> None:
-        super().__init__(items, machine, policy, block_bytes)
+    def __init__(self, core: PlacementCore, machine: Machine, start_s: float = 0.0) -> None:
+        items = core.items
+        self.core = core
         self.channel = SsdChannel(machine.ssd_bytes_per_s, self, start_s)
-        self._kept_free = int(policy.dram_kept_free * machine.dram_bytes)
+        self.writes_dropped_bytes = 0
+        self._has_ssd = machine.ssd_bytes > 0
         self._to_write = bools(np.zeros(items.row_count, np.bool_))
-        self._worth: dict[int, float] = {}  # By row: what each promotion is worth in DRAM.
+        self._size = ints(items.size_bytes)
+        self._dram = ints(items.dram_bytes)
+        self._ssd = ints(items.ssd_bytes)
 
     # Requests.
-
-    def stop_promotion(self, row: int) -> None:
-        """Stop a promotion. The bytes that were read stay in DRAM."""
-        del self._worth[row]
-        done, size = self.channel.cancel(row)
-        if size:
-            self._arrive(row, self._aligned(done), size)
-            self.release(row)
-
-    def mark_used(self, row: int) -> None:
-        """A request uses the item: its promoted bytes no longer count as unused."""
-        self._promoted[row] = 0
-
-    def grow(self, row: int, size_bytes: int, now_s: float) -> None:
-        """Set the item's size, with all of it in DRAM. May exceed the capacity: call `evict_to_capacity` next."""
-        have = self._dram[row]
-        self._dram[row] = size_bytes
-        self._size[row] = size_bytes
-        self.dram.used_bytes += size_bytes - have
-        if not have and size_bytes:
-            self._entered_dram(row, now_s)
 
     def make_room(self, size_bytes: int, now_s: float) -> bool:
         """Evict items that are not held until `size_bytes` are free in DRAM. False if that is not enough."""
         return self._free_dram(size_bytes, math.inf, now_s)
 
     def evict_to_capacity(self, now_s: float) -> None:
-        """Evict the items with the lowest scores until DRAM is within its capacity, and stop promotions if need be.
+        """Evict the items with the lowest scores until DRAM is within its capacity, and stop reads if need be.
 
         An item that was just stored may be evicted too.
         """
-        dram = self.dram
-        if dram.used_bytes <= dram.capacity_bytes:
-            return
         while not self._free_dram(0, math.inf, now_s):
-            self.stop_promotion(self.channel.latest_reading())
+            self.stop_read(self.core.read_to_stop())
 
     def write_behind(self, row: int) -> None:
         """Queue a copy of the bytes that SSD does not have."""
-        if self.ssd.capacity_bytes and not self._to_write[row] and self._dram[row] > self._ssd[row]:
+        if self._has_ssd and not self._to_write[row] and self._dram[row] > self._ssd[row]:
             self._to_write[row] = True
             self.channel.write(row)
 
     def store_on_ssd(self, row: int, size_bytes: int, now_s: float) -> None:
         """Set the item's size without space in DRAM. Bytes that SSD does not have are written to SSD, or lost."""
-        self._size[row] = size_bytes
+        self.core.resized(row, size_bytes)
         self._write_now(row, size_bytes, now_s)
-        self._forget_if_gone(row, now_s)
+        self.core.forget_if_gone(row, now_s)
 
-    def cut_front(self, row: int, cut_bytes: int, now_s: float) -> None:
+    def cut_front(self, row: int, cut_bytes: int) -> None:
         """Remove the first `cut_bytes` of the item from both tiers. The rest becomes the item's new prefix."""
         if self.channel.write_row == row:
             self._end_write_early()
-        size, dram, ssd = self._size[row], self._dram[row], self._ssd[row]
-        self._size[row] = max(0, size - cut_bytes)
-        self.dram.used_bytes -= dram - max(0, dram - cut_bytes)
-        self.ssd.used_bytes -= ssd - max(0, ssd - cut_bytes)
-        self._dram[row] = max(0, dram - cut_bytes)
-        self._ssd[row] = max(0, ssd - cut_bytes)
-        if not self._dram[row]:
-            self.dram.discard(row)
-        if not self._ssd[row]:
-            self.ssd.discard(row)
+        self.core.cut_front(row, cut_bytes)
 
     def drop(self, row: int, now_s: float) -> None:
         """Remove the item from both tiers, because its session has ended."""
-        if row in self._worth:
-            self.stop_promotion(row)
-        self.cut_front(row, self._size[row], now_s)
-        self._size[row] = 0
-        self._forget_if_gone(row, now_s)
+        if row in self.core.reading:
+            self.stop_read(row)
+        if self.channel.write_row == row:
+            self._end_write_early()
+        self.core.dropped(row, now_s)
 
-    # Promotions.
+    # Eviction.
 
-    def promote(self, row: int, deadline_s: float, worth: float) -> None:
-        """Queue a read of the bytes that only SSD has, or change the deadline and the worth of a queued one."""
-        lacks = self._ssd[row] - self._dram[row]
-        if row in self._worth or (lacks > 0 and not self._in_use[row]):
-            self._worth[row] = worth
-            self.channel.promote(row, deadline_s, lacks)
+    def _free_dram(self, wanted_bytes: int, worth: float, now_s: float) -> bool:
+        """Evict items with a score below `worth` until `wanted_bytes` are free. False if that is not enough."""
+        core, dram = self.core, self.core.dram
+        if dram.used_bytes + wanted_bytes <= dram.capacity_bytes:
+            return True
+        for row, _, keep_bytes, _ in core.victims(_DRAM, wanted_bytes, worth, now_s):
+            have = self._dram[row]
+            if self.channel.write_row == row:
+                self._end_write_early()
+            if self._has_ssd and self._ssd[row] < have:
+                self._write_now(row, have, now_s)
+            core.left(row, _DRAM, have - keep_bytes, now_s)
+        return dram.used_bytes + wanted_bytes <= dram.capacity_bytes
 
-    def is_promoting(self, row: int) -> bool:
-        """Whether a promotion of the item is queued or running."""
-        return row in self._worth
+    def _free_ssd(self, wanted_bytes: int, now_s: float) -> None:
+        """Evict until `wanted_bytes` are free, or the rest of SSD is held."""
+        core, ssd = self.core, self.core.ssd
+        if ssd.used_bytes + wanted_bytes <= ssd.capacity_bytes:
+            return
+        if core.evicts_whole_items and wanted_bytes > ssd.capacity_bytes:
+            return
+        for row, _, keep_bytes, _ in core.victims(_SSD, wanted_bytes, math.inf, now_s):
+            core.left(row, _SSD, self._ssd[row] - keep_bytes, now_s)
+
+    # Reads.
+
+    def read(self, command: Read) -> None:
+        """Queue a read of the bytes that only SSD has, or change the deadline of a queued one."""
+        self.channel.promote(command.item, command.deadline_s, command.size_bytes)
+
+    def stop_read(self, row: int) -> None:
+        """Stop a read. The bytes that were read stay in DRAM."""
+        core = self.core
+        done, size = self.channel.cancel(row)
+        if not size:
+            core.read_cancelled(row)
+            return
+        come = core.aligned(done)
+        core.entered(row, _DRAM, come, self.channel.now_s)
+        core.read_ended(row, size - come)
 
     def begin_read(self, row: int, now_s: float) -> int:
-        lacks = self._ssd[row] - self._dram[row]
-        worth = self._worth[row]
-        if lacks <= 0:
-            del self._worth[row]
+        core = self.core
+        read = core.read_began(row)
+        if read is None:
             return 0
-        self.hold(row)
-        if not self._free_dram(lacks, worth, now_s):
-            room = self.dram.capacity_bytes - self.dram.used_bytes
-            lacks = 0 if self._whole else self._aligned(max(0, room))
-            if not lacks:
-                del self._worth[row]
-                self.release(row)
-                return 0
-        self.dram.used_bytes += lacks
-        self._arriving[row] = lacks
-        if self._kept_free:
-            self._free_dram(self._kept_free, worth, now_s)
-        return lacks
+        self._free_dram(read.size_bytes, read.worth, now_s)
+        size = core.reserve(row, _DRAM, read.size_bytes)
+        if not size:
+            core.read_ended(row)
+        elif core.kept_free_bytes:
+            self._free_dram(core.kept_free_bytes, read.worth, now_s)
+        return size
 
     def end_read(self, row: int, size_bytes: int, now_s: float) -> None:
-        del self._worth[row]
-        self._arrive(row, size_bytes, size_bytes)
-        self.release(row)
+        self.core.entered(row, _DRAM, size_bytes, now_s)
+        self.core.read_ended(row)
 
-    def _arrive(self, row: int, come_bytes: int, reserved_bytes: int) -> None:
-        self._arriving[row] = 0
-        self.dram.used_bytes -= reserved_bytes - come_bytes
-        have = self._dram[row]
-        self._dram[row] = have + come_bytes
-        self._promoted[row] += come_bytes
-        if come_bytes and not have:
-            self._entered_dram(row, self.channel.now_s)
-
-    # Write-behind.
+    # Writes.
 
     def begin_write(self, row: int, now_s: float) -> int:
+        core = self.core
         self._to_write[row] = False
-        lacks = self._dram[row] - self._ssd[row]
-        if lacks <= 0 or (self._asks_ssd and not self.policy.wants_on_ssd(self.items, row, now_s)):
-            return 0
-        self.ssd.discard(row)  # The write must not evict the item's own bytes.
-        lacks = self._free_ssd(lacks, now_s)
-        self.ssd.used_bytes += lacks
+        lacks = core.write_began(row, self._dram[row], now_s)
         if not lacks:
-            self._ssd_may_leave(row)
-        return lacks
+            return 0
+        self._free_ssd(lacks, now_s)
+        size = core.reserve(row, _SSD, lacks)
+        if not size:
+            core.write_ended(row)
+        return size
 
     def end_write(self, row: int, size_bytes: int, now_s: float) -> None:
-        self._entered_ssd(row, size_bytes, now_s)
+        self.core.entered(row, _SSD, size_bytes, now_s)
+        self.core.write_ended(row)
+
+    def _end_write_early(self) -> None:
+        """Free the DRAM space of the running copy: defer its remaining bytes, or lose the whole copy."""
+        channel = self.channel
+        if channel.can_defer_running_write():
+            channel.finish_write()
+        else:
+            row = channel.write_row
+            self.core.write_ended(row, channel.abort_write())
+
+    def _write_now(self, row: int, end_bytes: int, now_s: float) -> None:
+        """Count the item's first `end_bytes` as on SSD, if SSD has space and the write can be deferred.
+
+        Bytes that cannot be deferred are lost: write-behind was too late, because reads had the channel.
+        """
+        core = self.core
+        lacks = core.write_began(row, end_bytes, now_s)
+        if not lacks:
+            return
+        if self.channel.can_defer_write(lacks):
+            self._free_ssd(lacks, now_s)
+            size = core.reserve(row, _SSD, lacks)
+            self.channel.defer_write(size)
+            core.entered(row, _SSD, size, now_s)
+        else:
+            self.writes_dropped_bytes += lacks
+        core.write_ended(row)

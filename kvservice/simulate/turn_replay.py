@@ -7,31 +7,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from kvservice.placement.views import bools, ints
 from kvservice.policy.base import Hint
-from kvservice.policy.items import HINTS, NOT_QUEUED, ItemTable
-from kvservice.policy.placement import Placement
+from kvservice.policy.items import HINTS
 from kvservice.simulate.account import Account
 from kvservice.simulate.settings import Machine
 from kvservice.simulate.store_model import StoreModel
-from kvservice.simulate.tier_contents import overrides
-from kvservice.simulate.views import bools, floats, ints
 from kvservice.simulate.workload import Workload
 
 
 class TurnReplay(ABC):
-    """Updates the item table when a request is queued, dispatched or finished, and calls the policy."""
+    """Tells the placement core when a request is queued, dispatched or finished, and counts the hits."""
 
-    def __init__(
-        self,
-        workload: Workload,
-        machine: Machine,
-        policy: Placement,
-        items: ItemTable,
-        store: StoreModel,
-        account: Account,
-    ) -> None:
-        self._items = items
-        self._policy = policy
+    def __init__(self, workload: Workload, machine: Machine, store: StoreModel, account: Account) -> None:
+        self._core = store.core
+        self._items = items = store.core.items
         self._store = store
         self._account = account
         self._output = ints(workload.output_tokens)
@@ -40,22 +30,7 @@ class TurnReplay(ABC):
         self._dram = ints(items.dram_bytes)
         self._ssd = ints(items.ssd_bytes)
         self._in_use = ints(items.in_use)
-        self._access_seq = ints(items.access_seq)
-        self._unwanted = bools(items.unwanted_on_ssd)
-        self._used_at = floats(items.used_at_s)
         self._uses = ints(items.uses)
-        self._answer = ints(items.answer_tokens)
-        self._queue_seq = ints(items.queue_seq)
-        self._hint = ints(items.hint)
-        self._hinted_at = floats(items.hinted_at_s)
-        self._ended = bools(items.ended)
-        self._live = bools(items.live)
-        self._accesses = 0
-        self._asks_dram = overrides(policy, "wants_in_dram")
-        self._tells_queued = overrides(policy, "queued")
-        self._tells_used = overrides(policy, "used")
-        self._tells_stored = overrides(policy, "stored")
-        self._tells_hinted = overrides(policy, "hinted")
         self._prepare(workload, machine)
 
     @abstractmethod
@@ -83,18 +58,10 @@ class TurnReplay(ABC):
 
         A hint after the session's next request is ignored.
         """
-        row = self.rows(turn)[-1]
-        if self._queue_seq[row] != NOT_QUEUED or self._in_use[row]:
-            return
-        self._hint[row] = kind
-        self._hinted_at[row] = now_s
-        self._ended[row] = HINTS[kind] == Hint.ENDED
-        self._store.changed_epoch[row] = self._store.row_epochs.epoch
-        if self._tells_hinted:
-            self._policy.hinted(self._items, row, Hint(HINTS[kind]), now_s)
+        self._core.hinted(self.rows(turn)[-1], Hint(HINTS[kind]), now_s)
 
     def expire(self, turn: int, used_at_s: float, now_s: float) -> None:
         """Drop the items of `turn` that were not used after `used_at_s`, when its answer ended."""
         for row in reversed(self.rows(turn)):
-            if self._used_at[row] <= used_at_s and self._queue_seq[row] == NOT_QUEUED and not self._in_use[row]:
+            if self._core.is_idle_since(row, used_at_s):
                 self._store.drop(row, now_s)

@@ -191,6 +191,17 @@ def test_whose_session_has_ended_goes_first_and_is_not_written() -> None:
     assert not stage.policy.wants_on_ssd(stage.items, 1, stage.now_s)
 
 
+def test_the_end_of_a_session_that_no_tier_has_any_more_changes_no_score() -> None:
+    stage = Stage(2)
+    stage.come(0, 0.0)
+    stage.answer(0, 1.0)
+    stage.items.dram_bytes[0] = stage.items.ssd_bytes[0] = 0
+    stage.items.live[0] = False
+    stage.policy.forgotten(stage.items, 0, 2.0)
+    stage.hint(0, Hint.ENDED, 3.0)
+    assert stage.worth(0)[0] < 1e-12
+
+
 def test_what_a_hint_announces_is_fetched_when_it_is_time_and_worth_most() -> None:
     random = np.random.default_rng(1)
     stage = Stage(4, dram_items=1)

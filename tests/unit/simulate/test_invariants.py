@@ -68,10 +68,10 @@ def watched(policy: Placement) -> Placement:
         last_s = -math.inf
 
         def _see(self, items: ItemTable, now_s: float, is_settled: bool = True) -> None:
-            store = self.engine.store
+            core, channel = self.engine.core, self.engine.store.channel
             assert now_s >= self.last_s
             self.last_s = now_s
-            dram, ssd, channel = store.dram, store.ssd, store.channel
+            dram, ssd = core.dram, core.ssd
             writing = channel._write_size if channel.write_row >= 0 else 0
             if is_settled:
                 assert dram.used_bytes == items.dram_bytes.sum() + items.coming_bytes.sum() <= dram.capacity_bytes
@@ -160,8 +160,8 @@ def test_tiers_channel_and_requests_keep_their_bounds_at_every_moment(
         assert sum(getattr(result, share) for share in SHARES) == pytest.approx(1)
     assert not engine.items.in_use.any()
     assert (engine.items.queue_seq == -1).all()
-    for space, column in ((engine.store.dram, engine.items.dram_bytes), (engine.store.ssd, engine.items.ssd_bytes)):
-        free = [row for row in np.flatnonzero(column).tolist() if row not in engine.store._worth]
+    for space, column in ((engine.core.dram, engine.items.dram_bytes), (engine.core.ssd, engine.items.ssd_bytes)):
+        free = [row for row in np.flatnonzero(column).tolist() if row not in engine.core.reading]
         if engine.store.channel.write_row in free:
             free.remove(engine.store.channel.write_row)
         assert set(free) <= set(space.rows.tolist())

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from kvservice.blocks import Rows, TierName
-from kvservice.policy.items import ItemTable
+from kvservice.placement.views import ints
+from kvservice.policy.items import ItemTable, grown
 from kvservice.policy.placement import Placement
-from kvservice.simulate.views import ints
 
 NO_ROW = -1
 #: With more rows than this, one ranking serves several evictions: it holds 1/64 of the rows.
@@ -20,7 +20,13 @@ class RowEpochs:
 
     def __init__(self, row_count: int) -> None:
         self.epoch = 0
-        self.last = ints(np.zeros(row_count, np.int64))
+        self._last = np.zeros(row_count, np.int64)
+        self.last = ints(self._last)
+
+    def grow(self, row_count: int) -> None:
+        """Make space for so many rows."""
+        self._last = grown(self._last, row_count, 0)
+        self.last = ints(self._last)
 
 
 class TierSpace:
@@ -40,9 +46,15 @@ class TierSpace:
         self.count = 0
         self._rows = np.empty(1024, np.int64)
         self._view = ints(self._rows)
-        self._place = ints(np.full(items.row_count, NO_ROW, np.int32))
+        self._places = np.full(items.row_count, NO_ROW, np.int32)
+        self._place = ints(self._places)
         self._order: list[int] = []  # The next victim is the last element.
         self._scores: list[float] = []
+
+    def grow(self, row_count: int) -> None:
+        """Make space for so many rows."""
+        self._places = grown(self._places, row_count, NO_ROW)
+        self._place = ints(self._places)
 
     def add(self, row: int) -> None:
         """The row may be evicted from now on."""
@@ -75,38 +87,37 @@ class TierSpace:
     def begin_eviction(self) -> None:
         """Start an eviction. Drops the ranking if rows are few, or if the policy may score new rows lowest."""
         if self.count <= _MANY or self._policy.newcomers_may_leave:
-            self._order.clear()
-            self._scores.clear()
+            self._order, self._scores = [], []
 
     def next_victim(self, now_s: float) -> int:
         """The row with the lowest score, or NO_ROW. Sets `retention` to its score. The row stays until `discard`."""
-        order, place, last = self._order, self._place, self._row_epochs.last
-        while order:
-            row = order.pop()
-            retention = self._scores.pop()
-            if place[row] >= 0 and last[row] < self._epoch:
-                self.retention = retention
-                return row
+        order = self._order
+        if order:
+            place, last = self._place, self._row_epochs.last
+            while order:
+                row = order.pop()
+                self.retention = self._scores.pop()
+                if place[row] >= 0 and last[row] < self._epoch:
+                    return row
         if not self.count:
             return NO_ROW
         self._rank(now_s)
-        row = order.pop()
         self.retention = self._scores.pop()
-        return row
+        return self._order.pop()
 
-    def put_back(self, row: int) -> None:
+    def put_back(self, row: int, score: float) -> None:
         """The last victim was evicted in part, or not at all: it stays the next victim."""
         self._order.append(row)
-        self._scores.append(self.retention)
+        self._scores.append(score)
 
     def _rank(self, now_s: float) -> None:
-        rows = self.rows
+        rows = self._rows[: self.count]
         scores = self._policy.retention(self._items, rows, self.tier, now_s)
         if len(rows) > _MANY:
-            few = np.argpartition(scores, len(rows) // _SHARE)[: len(rows) // _SHARE]
+            few = scores.argpartition(len(rows) // _SHARE)[: len(rows) // _SHARE]
             rows, scores = rows[few], scores[few]
-        ranked = np.argsort(scores, kind="stable")[::-1]
-        self._order[:] = rows[ranked].tolist()
-        self._scores[:] = scores[ranked].tolist()
+        ranked = scores.argsort(kind="stable")[::-1]
+        self._order = rows[ranked].tolist()
+        self._scores = scores[ranked].tolist()
         self._row_epochs.epoch += 1
         self._epoch = self._row_epochs.epoch

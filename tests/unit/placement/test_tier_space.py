@@ -9,9 +9,9 @@ import pytest
 from numpy.typing import NDArray
 
 from kvservice.blocks import Rows, TierName
+from kvservice.placement.tier_space import NO_ROW, RowEpochs, TierSpace
 from kvservice.policy.items import Conditions, ItemTable
 from kvservice.policy.placement import Placement
-from kvservice.simulate.tier_space import NO_ROW, RowEpochs, TierSpace
 
 
 class ByNumber(Placement):
@@ -81,7 +81,7 @@ def test_what_something_happened_to_does_not_leave_by_the_order_before() -> None
 def test_a_victim_that_is_put_back_is_still_the_next() -> None:
     space, _, _ = space_of(6400)
     row = space.next_victim(0.0)
-    space.put_back(row)
+    space.put_back(row, space.retention)
     assert space.next_victim(0.0) == row
 
 
