@@ -105,6 +105,11 @@ class BlockItems:
         missing: Rows = rows[self._counted[rows] & IN_DRAM == 0]
         return missing
 
+    def known(self) -> tuple[int, int, int]:
+        """How many items there are, and blocks in them, and items that queued requests will read."""
+        items = len(self.live_items())
+        return items, int(np.count_nonzero(self._item_of[: self._row_end] != NO_ITEM)), len(self._queue)
+
     def live_items(self) -> Rows:
         return np.flatnonzero(self.items.live[: self._end])
 

@@ -70,6 +70,10 @@ class ReadAhead:
         """Something happened that the policy should decide about at once."""
         self._look_soon.set()
 
+    def stop(self) -> None:
+        """Begin no more reads: another policy decides now. One that runs goes on. Cancel `run` as well."""
+        self._plan.clear()
+
     def coming_s(self, rows: Rows) -> float | None:
         """Seconds until rows that are not in DRAM will be there; None if some of them are not about to be read."""
         if self._promoter is None:

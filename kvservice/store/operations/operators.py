@@ -16,6 +16,7 @@ from kvservice.store.operations.drain import Drain, DrainProgress
 from kvservice.store.operations.explain import Explain, ExplainedBlock, ExplainedRequest, ExplainedSession
 from kvservice.store.operations.listings import BlockFacts, Listings
 from kvservice.store.operations.pins import PinOutcome, Pins, UnpinOutcome
+from kvservice.store.operations.policies import Policies, PolicyFacts
 from kvservice.store.operations.requests import Requests
 from kvservice.store.operations.scrub import Scrub, ScrubProgress
 from kvservice.store.operations.trace import TRACE_MAX_S, TraceRecorder, TraceStep
@@ -46,6 +47,7 @@ class Operators:
         scrub: Scrub,
         drain: Drain,
         trace: TraceRecorder,
+        policies: Policies,
     ) -> None:
         self._blocks = blocks
         self._index = index
@@ -60,6 +62,7 @@ class Operators:
         self._scrub = scrub
         self._drain = drain
         self._trace = trace
+        self._policies = policies
 
     async def list_blocks(
         self, caller: Caller, page_token: str, page_size: int, fingerprint: bytes, tiers: Sequence[TierName]
@@ -122,6 +125,16 @@ class Operators:
     async def unpin(self, caller: Caller, keys: Sequence[bytes]) -> UnpinOutcome:
         """End pins before their time. Raises StorageFailed, IndexFull."""
         return await self._pins.unpin(caller, keys)
+
+    async def policy(self, caller: Caller) -> PolicyFacts:
+        """The policy that decides about places now, and what its shadow would have done."""
+        return await self._policies.show(caller)
+
+    async def set_policy(self, caller: Caller, name: str, shadow: str) -> PolicyFacts:
+        """Use another policy, or run one beside it, until the restart. Empty names change nothing. Raises
+        InvalidRequest.
+        """
+        return await self._policies.set(caller, name, shadow)
 
     def scrub(
         self, caller: Caller, tiers: Sequence[TierName], bytes_per_second: int
