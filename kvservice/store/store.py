@@ -165,7 +165,9 @@ class BlockStore:
         used_share = 1 - watermarks[blocks.first_tier].high  # Else a policy always fills what is to be kept free.
         ssd_bytes = tiers[blocks.tiers[1]].capacity_bytes if slower else 0
         self._first_policy = policy
-        self._conditions: Callable[[], Conditions] = lambda: Conditions(int(dram.capacity_bytes * used_share), ssd_bytes, _SSD_BYTES_PER_S)
+        self._conditions: Callable[[], Conditions] = lambda: Conditions(
+            int(dram.capacity_bytes * used_share), ssd_bytes, _SSD_BYTES_PER_S
+        )
         self._policy = ActivePolicy(
             blocks,
             self._conditions,
@@ -252,7 +254,7 @@ class BlockStore:
         self._tickets = Tickets(
             self._leases, blocks, self._requests, clock, self._loop_budget, boot_epoch=self.boot_epoch
         )
-        self._explain = Explain(blocks, index, self._history, self._uploads.claims, clock)
+        self._explain = Explain(blocks, index, self._history, self._uploads.claims, clock, self._policy)
         self._drain = Drain(blocks, self._uploads.claims, self._admission, self._write_behind, self._tasks, clock)
         self._sessions = Sessions(index, self._lifecycle, clock, counters, self._tasks, self._layout, limits.session)
         self._hints = HintExchange(

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 from kvservice.blocks import BlockTable, Rows, TierName
 from kvservice.clock import Clock
-from kvservice.policy.items import Conditions
 from kvservice.placement.block_events import BlockEvents
+from kvservice.policy.items import Conditions
 from kvservice.policy.placement import Placement
 from kvservice.store.hints.placement import ExpectedRead, HintPlacement
 from kvservice.store.mover.evictor import Evictor

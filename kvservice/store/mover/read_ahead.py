@@ -12,6 +12,7 @@ import numpy as np
 from kvservice.blocks import BlockTable, Rows
 from kvservice.clock import Clock
 from kvservice.counters import Counters
+from kvservice.store.miss_reasons import SpaceFor
 from kvservice.store.mover.item_ranking import ItemRanking, WantedRead
 from kvservice.store.mover.promoter import Promoter
 from kvservice.store.tasks import LoopBudget, Tasks
@@ -140,7 +141,9 @@ class ReadAhead:
                 self._ranking.events.coming(rows, True)
                 after_s = _AFTER_LOADS_S if read.is_queued else _AFTER_ALL_S
                 within_s = max(0.0, read.deadline_s - self._clock.monotonic_s()) + after_s
-                await promoter.promote(rows.tolist(), within_s=within_s, wait=True, worth=read.worth)
+                await promoter.promote(
+                    rows.tolist(), within_s=within_s, wait=True, worth=read.worth, space_for=SpaceFor.READ_AHEAD
+                )
                 self._ranking.events.coming(rows, False)
                 if not read.is_queued:
                     self._note_guess(rows[blocks.lie_in(rows, blocks.first_tier)])

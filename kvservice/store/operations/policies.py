@@ -35,6 +35,7 @@ class PolicyFacts:
     read_ahead_bytes: int
     read_ahead_unused: float  # The share of their blocks that left DRAM unused, 0 to 1.
     shadow: ShadowFacts | None
+    shadow_real_read_bytes: int  # What was really read ahead since the shadow began.
 
 
 class Policies:
@@ -43,6 +44,7 @@ class Policies:
         self._blocks = blocks
         self._counters = counters
         self._configured = configured
+        self._shadow_read_bytes = 0
         self._note_reads()
 
     def _note_reads(self) -> None:
@@ -78,6 +80,7 @@ class Policies:
             read_ahead_bytes=counters.read_ahead_bytes - read_bytes,
             read_ahead_unused=unused_blocks / read_blocks if read_blocks else 0.0,
             shadow=await policy.shadow.facts() if policy.shadow is not None else None,
+            shadow_real_read_bytes=counters.read_ahead_bytes - self._shadow_read_bytes,
         )
 
     async def set(self, caller: Caller, name: str, shadow: str) -> PolicyFacts:
@@ -92,6 +95,7 @@ class Policies:
             self._note_reads()
         if shadow:
             self._policy.run_shadow(None if shadow == NO_SHADOW else _over_items(shadow))
+            self._shadow_read_bytes = self._counters.read_ahead_bytes
         return await self.show(caller)
 
 

@@ -58,7 +58,7 @@ async def test_an_answer_tells_one_time_since_when_all_is_remembered(
     """Without a history that is the time of the call, which must be read once."""
     opened = await open_store(clock=TickingClock(), history_events=history_events)
     key = some_chain(1).keys[0]
-    answer = explained.block(key, opened.store.operators.explain_block(CALLER, key))
+    answer = explained.block(key, await opened.store.operators.explain_block(CALLER, key))
     assert answer.remembers_since == answer.miss.remembers_since
     assert answer.remembers_since.ToMilliseconds() > 0
 
