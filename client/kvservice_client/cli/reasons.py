@@ -60,8 +60,8 @@ _SPACE_FOR = {
 def _space_for(event: pb.BlockEvent) -> str:
     if event.space_for not in _SPACE_FOR:
         return ""
-    score = f", with the lowest score, {event.score:.6g}" if event.HasField("score") else ""
-    return f" to make space for {_SPACE_FOR[event.space_for]}{score}"
+    score = f" (its score was {event.score:.6g}, the lowest)" if event.HasField("score") else ""
+    return f" for {_SPACE_FOR[event.space_for]}{score}"
 
 
 def worth(worth: pb.PolicyWorth) -> Iterator[str]:

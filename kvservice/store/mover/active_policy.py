@@ -176,7 +176,11 @@ class ActivePolicy:
 
     async def explain(self, row: int) -> list[Valuation]:
         """What a block is worth in each tier that the policy knows. Empty if the policy does not know the block."""
-        return await self._ranking.explain(row)
+        try:
+            return await self._ranking.explain(row)
+        except Exception:
+            log.exception("the policy %s failed to explain a block", self.name)
+            return []
 
     # Events
 

@@ -77,8 +77,8 @@ async def test_policies_are_switched_under_load_and_nothing_is_lost(small: OpenS
         facts = await operators.set_policy(CALLER, name, shadow)
         switches += 1
         assert (facts.name, facts.configured, facts.shadow is None) == (name, "lru", shadow == "none")
-        known = [small.store._policy.items, small.store._policy.shadow]
-        assert len(small.blocks.listeners) == listeners + sum(each is not None for each in known)
+        running = [small.store._policy.items, small.store._policy.shadow]
+        assert len(small.blocks.listeners) == listeners + sum(each is not None for each in running)
     assert switches >= 10
     assert sum([await task for task in load]) > 0
     assert small.leases.count == 1, "no lease was lost, and none is left"
