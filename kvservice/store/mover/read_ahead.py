@@ -72,7 +72,7 @@ class ReadAhead:
         self._look_soon.set()
 
     def stop(self) -> None:
-        """Begin no more reads: another policy decides now. One that runs goes on. Cancel `run` as well."""
+        """Begin no more reads: another policy decides now. One that runs is not stopped. Cancel `run` as well."""
         self._plan.clear()
 
     def coming_s(self, rows: Rows) -> float | None:

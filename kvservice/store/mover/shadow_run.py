@@ -1,4 +1,4 @@
-"""Runs a policy beside the one that decides, on a thread of its own: it hears the same events, and changes nothing."""
+"""Runs a policy beside the one that decides, on a thread of its own: it gets the same events, and changes nothing."""
 
 from __future__ import annotations
 

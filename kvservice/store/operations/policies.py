@@ -86,7 +86,7 @@ class Policies:
     async def set(self, caller: Caller, name: str, shadow: str) -> PolicyFacts:
         """Use the policy `name`, and run `shadow` beside it, until the restart. Empty names change nothing.
 
-        A policy that decides already goes on. Raises InvalidRequest; then nothing has changed.
+        A policy that decides already is not restarted. Raises InvalidRequest; then nothing has changed.
         """
         _check(name, DAEMON_POLICIES, "policy")
         _check(shadow, (*DAEMON_POLICIES, NO_SHADOW), "shadow")

@@ -93,7 +93,7 @@ async def test_policies_are_switched_under_load_and_nothing_is_lost(small: OpenS
     known, real = await leases_known(small)
     assert known == real
     assert not any(real), "a lease that began before the switch ends under the new policy"
-    assert await turns(small, client, 9, 20) >= 0, "decisions go on"
+    assert await turns(small, client, 9, 20) >= 0, "decisions continue"
 
     await operators.set_policy(CALLER, "lru", "")
     await until(lambda: placement_threads() == before)
@@ -142,4 +142,4 @@ async def test_an_empty_request_shows_what_the_policy_knows(small: OpenStore) ->
     assert facts.since_ms == since_ms + 60_000
     assert (facts.queued, facts.read_ahead_bytes, facts.shadow) == (0, 0, None)
     again = await small.store.operators.set_policy(CALLER, "lookahead", "")
-    assert again.since_ms == facts.since_ms, "it decides already, and goes on"
+    assert again.since_ms == facts.since_ms, "it decides already, and stays"
