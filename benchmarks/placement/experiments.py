@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
+from benchmarks.placement.event_loop import event_loop
 from benchmarks.placement.load import Scenario
 from benchmarks.placement.runs import Run, run
 from benchmarks.policies.report import Section, percent
@@ -82,7 +83,7 @@ def agreement(quick: bool) -> Section:
     return section
 
 
-EXPERIMENTS = {"queued": queued, "unqueued": unqueued, "agreement": agreement}
+EXPERIMENTS = {"queued": queued, "unqueued": unqueued, "agreement": agreement, "event-loop": event_loop}
 
 
 def _sized(scenario: Scenario, quick: bool) -> Scenario:

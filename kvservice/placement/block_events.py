@@ -67,9 +67,9 @@ class BlockEvents:
         """The blocks of the next requests of all queues, the next one first; in all, so many requests wait."""
         self._note(partial(BlockItems.queued, requests=list(requests), waiting=waiting, now_s=self._now_s()))
 
-    def hinted(self, rows: Rows, hint: Hint) -> None:
-        """An application sent a hint about the session whose history ends with these blocks."""
-        self._note(partial(BlockItems.hinted, rows=rows.copy(), hint=hint, now_s=self._now_s()))
+    def hinted(self, rows: Rows, hint: Hint, kind: int) -> None:
+        """An application sent a hint about the session whose history ends with these blocks; see `hint_kind`."""
+        self._note(partial(BlockItems.hinted, rows=rows.copy(), hint=hint, kind=kind, now_s=self._now_s()))
 
     def coming(self, rows: Rows, is_coming: bool) -> None:
         """The blocks are being read to DRAM, or no longer."""

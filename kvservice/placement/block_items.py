@@ -12,21 +12,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvservice.blocks import NO_ROW, Rows, TierName
+from kvservice.placement.core import PlacementCore
+from kvservice.placement.item_state import ItemPart
 from kvservice.policy.base import Hint, Promotion
-from kvservice.policy.items import HINTS, NOT_QUEUED, Conditions, ItemTable, grown
+from kvservice.policy.items import NOT_QUEUED, Conditions, ItemTable, grown
 from kvservice.policy.placement import Placement
 
 NO_ITEM = -1
 IN_DRAM, ON_SSD = 1, 2  # Bits of `BlockChanges.tiers`.
 _ITEMS_AT_FIRST = 1024
 _SETTLED = 2048
-_TIERS = ((TierName.DRAM, IN_DRAM, "dram_bytes", "dram_seq"), (TierName.SSD, ON_SSD, "ssd_bytes", "ssd_seq"))
+_TIERS = ((TierName.DRAM, IN_DRAM), (TierName.SSD, ON_SSD))
 
 
 class BlockChanges(NamedTuple):
@@ -56,6 +58,7 @@ class BlockItems:
     def __init__(self, policy: Placement, conditions: Conditions, row_capacity: int = 1024) -> None:
         self.items = ItemTable(_ITEMS_AT_FIRST, conditions)
         self.policy = policy
+        self._core = PlacementCore(self.items, policy)
         self._row_end = 0  # Rows at and above it were never used. By row, as the next ones:
         self._item_of = np.full(row_capacity, NO_ITEM, np.int32)
         self._depth = np.zeros(row_capacity, np.int32)  # How many blocks are before it in its chain.
@@ -74,7 +77,6 @@ class BlockItems:
         self._end = 0  # Items at and above it were never used.
         self._stored: dict[int, None] = {}  # Items that have got blocks since `settle`.
         self._queue: list[int] = []  # Items that queued requests will read, in the order of the queue.
-        self._accesses = self._arrivals = 0
         self._now_s = -math.inf  # The time of the event that is being handled.
 
     # What is known
@@ -111,14 +113,14 @@ class BlockItems:
         return items, int(np.count_nonzero(self._item_of[: self._row_end] != NO_ITEM)), len(self._queue)
 
     def live_items(self) -> Rows:
-        return np.flatnonzero(self.items.live[: self._end])
+        """Those that have blocks. An item that only slower tiers have is not `live` in the table."""
+        return np.flatnonzero(self._block_count[: self._end])
 
     def lowest(self, rows: Rows, tier: TierName, count_max: int, now_s: float) -> tuple[Rows, NDArray[np.float64]]:
         """Those of the rows that should leave `tier` first, the first one first, and the score of each one's item.
 
         The order is that of their items' scores; of one item, the end leaves before its front.
         """
-        self.note_use()
         rows = rows[rows < self._row_end]
         items = self._item_of[rows]
         rows, items = rows[items != NO_ITEM], items[items != NO_ITEM]
@@ -136,18 +138,12 @@ class BlockItems:
         order = order[:count_max]
         return rows[order], scores[order]
 
-    def note_use(self) -> None:
-        """Which items requests use: a lease of a prefix holds the first block of each of its items."""
-        live = self.live_items()
-        self.items.in_use[live] = self._leases[self._first_row[live]] > 0
-
     # Questions to the policy
 
     def promotions(self, now_s: float) -> Sequence[Promotion] | None:
         """The reads that the policy wants now; None if it is not time yet to ask it."""
         if now_s < self.policy.look_at_s:
             return None
-        self.note_use()
         return self.policy.promotions(self.items, self._queue, now_s)
 
     def wants_on_ssd(self, row: int, now_s: float) -> bool:
@@ -181,25 +177,16 @@ class BlockItems:
         items, conditions = self.items, self.items.conditions
         on_path = self._item_of[rows]
         firsts = np.flatnonzero(np.diff(on_path, prepend=NO_ITEM - 1))
-        path = on_path[firsts].tolist()
-        self._accesses += len(path)
-        # A request that looks up twice, or in several processes, is one use.
-        idle = (self._leases[rows[firsts]] == 0).tolist()
-        for place, (item, is_idle) in enumerate(zip(path, idle, strict=True)):
-            if item == NO_ITEM:
-                continue
-            items.access_seq[item] = self._accesses - place
-            if not is_idle:
-                continue
+        for item in reversed(on_path[firsts].tolist()):  # The front of a path counts as used last.
+            if item == NO_ITEM or items.in_use[item]:
+                continue  # A request that looks up twice, or in several processes, is one use.
             if items.queue_seq[item] == NOT_QUEUED:
-                items.queue_seq[item] = conditions.served
-                self.policy.queued(items, item, now_s)
-            items.queue_seq[item] = NOT_QUEUED
-            items.uses[item] += 1
-            items.unwanted_on_ssd[item] = False
-            items.hint[item] = items.answer_tokens[item] = 0
-            items.ended[item] = False
-            self.policy.used(items, item, now_s)
+                self._core.queued((item,), conditions.served, now_s)
+            else:
+                self._queue.remove(item)
+            self._core.used((item,), items.queue_seq.item(item), now_s)
+            items.answer_tokens[item] = 0
+            self._stored[item] = None  # It may get no lease.
         conditions.served += 1
 
     def leases_are(self, leases: NDArray[np.int32]) -> None:
@@ -228,9 +215,10 @@ class BlockItems:
             del self._stored[item]
             if self._leases[self._first_row[item]]:
                 continue  # `released` adds it again.
-            self.items.in_use[item] = 0
+            if self.items.in_use[item]:
+                self._core.answered(item, self.items.answer_tokens.item(item), now_s)
             self.items.used_at_s[item] = now_s
-            self.policy.stored(self.items, item, now_s)
+            self._core.stored((item,), now_s)
 
     def queued(self, requests: Sequence[Rows], waiting: int, now_s: float) -> None:
         """The blocks that the requests at the heads of the engines' queues will read, the next request first.
@@ -246,24 +234,22 @@ class BlockItems:
                     queue.setdefault(item, number)
         for item in before:
             if item not in queue:
-                items.queue_seq[item] = NOT_QUEUED
+                self._core.unqueued((item,), items.queue_seq.item(item), now_s)
+                self._stored[item] = None  # It waits for its next request again.
         self._queue = list(queue)
         conditions.queued = waiting
         for item, number in queue.items():
-            items.queue_seq[item] = conditions.served + number
-        for item in queue:
-            if item not in before:
-                self.policy.queued(items, item, now_s)
+            if item in before:
+                items.queue_seq[item] = conditions.served + number
+            else:
+                self._core.queued((item,), conditions.served + number, now_s)
 
-    def hinted(self, rows: Rows, hint: Hint, now_s: float) -> None:
-        """An application sent a hint about the session whose history ends with these blocks."""
+    def hinted(self, rows: Rows, hint: Hint, kind: int, now_s: float) -> None:
+        """An application sent a hint about the session whose history ends with these blocks; see `hint_kind`."""
         self._now_s = now_s
         item = self.item_of(int(rows[-1])) if len(rows) else NO_ITEM
-        if item == NO_ITEM or self.items.queue_seq[item] != NOT_QUEUED or self._leases[self._first_row[item]]:
-            return
-        self.items.hint[item], self.items.hinted_at_s[item] = HINTS.index(hint), now_s
-        self.items.ended[item] = hint is Hint.ENDED
-        self.policy.hinted(self.items, item, hint, now_s)
+        if item != NO_ITEM:
+            self._core.hinted(item, hint, now_s, kind)
 
     def coming(self, rows: Rows, is_coming: bool) -> None:
         """The blocks are being read to DRAM, or no longer."""
@@ -304,7 +290,7 @@ class BlockItems:
         first = self._first_row.item(item)
         if first == NO_ROW or depth < self._depth[first]:
             self._first_row[item] = row
-        self.items.size_bytes[item] += self._size_bytes[row]
+        self._core.resized(item, self.items.size_bytes.item(item) + self._size_bytes.item(row))
         self.items.value[item] = self._block_count[item]
         self._stored[item] = None
         return item
@@ -317,12 +303,7 @@ class BlockItems:
             if item == self.items.row_count:
                 self._grow_items()
             self._end += 1
-        items = self.items
-        items.reset(item)
-        items.live[item] = True
-        items.uses[item] = 1  # The request that stores it.
-        self._accesses += 1
-        items.access_seq[item] = self._accesses
+        self._core.created(item)
         self._parent[item], self._children[item], self._block_count[item] = parent, 0, 0
         self._end_depth[item], self._first_row[item] = -1, NO_ROW
         if parent != NO_ITEM:
@@ -331,27 +312,27 @@ class BlockItems:
 
     def _split(self, item: int, depth: int) -> int:
         """Give the item's blocks up to this depth to a new item, its front. Returns the front."""
-        items = self.items
         front = self._new_item(int(self._parent[item]))
         if self._parent[item] != NO_ITEM:
             self._children[self._parent[item]] -= 1
         rows = np.flatnonzero(self._item_of[: self._row_end] == item)
         at_front = self._depth[rows] <= depth
-        items.copy(item, front)
         for each, moved in ((front, rows[at_front]), (item, rows[~at_front])):
-            sizes, counted = self._size_bytes[moved], self._counted[moved]
             self._item_of[moved] = each
-            self._block_count[each] = items.value[each] = len(moved)
+            self._block_count[each] = len(moved)
             self._first_row[each] = moved[np.argmin(self._depth[moved])]
-            items.size_bytes[each] = sizes.sum()
-            for _, bit, column, _ in _TIERS:
-                getattr(items, column)[each] = sizes[(counted & bit) > 0].sum()
-            items.coming_bytes[each] = sizes[self._is_coming[moved]].sum()
         self._parent[item], self._children[front] = front, 1
         self._end_depth[front] = depth
-        if items.queue_seq[item] != NOT_QUEUED:
+        moved = rows[at_front]
+        sizes, counted = self._size_bytes[moved], self._counted[moved]
+        in_dram, on_ssd = (int(sizes[(counted & bit) > 0].sum()) for bit in (IN_DRAM, ON_SSD))
+        coming = int(sizes[self._is_coming[moved]].sum())
+        part = ItemPart(int(sizes.sum()), in_dram, on_ssd, coming, float(len(moved)))
+        self._core.split(item, front, part, self._now_s)
+        if self.items.queue_seq[item] != NOT_QUEUED:
             self._queue.insert(self._queue.index(item), front)
-        self.policy.split(items, item, front, self._now_s)
+        if self.items.in_use[item]:
+            self._stored[front] = None
         return front
 
     def _leave(self, row: int, item: int) -> None:
@@ -360,7 +341,7 @@ class BlockItems:
         self.coming(np.array([row]), False)
         self._item_of[row] = NO_ITEM
         self._block_count[item] -= 1
-        self.items.size_bytes[item] -= self._size_bytes[row]
+        self._core.resized(item, self.items.size_bytes.item(item) - self._size_bytes.item(row))
         self.items.value[item] = self._block_count[item]
         if not self._block_count[item]:
             self._forget(item)
@@ -368,17 +349,18 @@ class BlockItems:
             self._first_row[item] = self.rows_of(item)[0]
 
     def _forget(self, item: int) -> None:
-        self.items.live[item] = False
         self._stored.pop(item, None)
         if self.items.queue_seq[item] != NOT_QUEUED:
             self._queue.remove(item)
+            self.items.queue_seq[item] = NOT_QUEUED
+        self.items.in_use[item] = 0
+        self._core.forget_if_gone(item, self._now_s)
         if self._children[item]:
             self._parent[np.flatnonzero(self._parent[: self._end] == item)] = NO_ITEM
         if self._parent[item] != NO_ITEM:
             self._children[self._parent[item]] -= 1
         self._first_row[item] = NO_ROW
         self._free.append(item)
-        self.policy.forgotten(self.items, item, self._now_s)
 
     # Bytes
 
@@ -388,23 +370,19 @@ class BlockItems:
         if tiers == before:
             return
         self._counted[row] = tiers
-        size = self._size_bytes.item(row)
-        for tier, bit, bytes_column, seq_column in _TIERS:
-            if (tiers ^ before) & bit:
-                column = getattr(self.items, bytes_column)
-                self._count_in(item, tier, size if tiers & bit else -size, column, seq_column)
-
-    def _count_in(self, item: int, tier: TierName, more: int, column: NDArray[Any], seq_column: str) -> None:
-        had = int(column[item])
-        column[item] = had + more
-        if more < 0:
-            if tier == TierName.SSD:
-                self.items.unwanted_on_ssd[item] = True
-            self.policy.left(self.items, item, tier, self._now_s)
-        elif not had:
-            self._arrivals += 1
-            getattr(self.items, seq_column)[item] = self._arrivals
-            self.policy.arrived(self.items, item, tier, self._now_s)
+        size, items = self._size_bytes.item(row), self.items
+        for tier, bit in _TIERS:
+            if not (tiers ^ before) & bit:
+                continue
+            if not tiers & bit:
+                self._core.left(item, tier, size, self._now_s)
+                continue
+            items.live[item] = True  # It was forgotten if only slower tiers had it.
+            coming = items.coming_bytes.item(item)
+            self._core.entered(item, tier, size, self._now_s)
+            items.coming_bytes[item] = coming
+        if tiers & IN_DRAM:
+            self.coming(np.array([row]), False)
 
     # Space
 
@@ -422,8 +400,7 @@ class BlockItems:
 
     def _grow_items(self) -> None:
         count = 2 * self.items.row_count
-        self.items.grow(count)
-        self.policy.grow(count)
+        self._core.grow(count)
         self._parent, self._children = grown(self._parent, count, NO_ITEM), grown(self._children, count, 0)
         self._block_count, self._end_depth = grown(self._block_count, count, 0), grown(self._end_depth, count, 0)
         self._first_row = grown(self._first_row, count, NO_ROW)

@@ -199,8 +199,10 @@ class ItemState:
             for item in path:
                 self.policy.stored(self.items, item, now_s)
 
-    def hinted(self, item: int, hint: Hint, now_s: float) -> None:
-        """The application sent a hint about the item's session. After its next request it is too late."""
+    def hinted(self, item: int, hint: Hint, now_s: float, kind: int = 0) -> None:
+        """The application sent a hint about the item's session; `kind` as in `hint_kind`. After its next request it is
+        too late.
+        """
         if self._queue_seq[item] != NOT_QUEUED or self._in_use[item]:
             return
         self._hint[item] = _HINT_NUMBERS[hint]
@@ -208,7 +210,7 @@ class ItemState:
         self._ended[item] = hint is Hint.ENDED
         self._changed[item] = self._epochs.epoch
         if self._tells_hinted:
-            self.policy.hinted(self.items, item, hint, now_s)
+            self.policy.hinted(self.items, item, hint, now_s, kind)
 
     def is_idle_since(self, item: int, at_s: float) -> bool:
         """Whether no request waits for the item or uses it, and none has used it after `at_s`."""

@@ -122,6 +122,8 @@ class ShadowStore(Placement):
         self._shadow_has_all &= _count(self.shadow, size, in_dram, on_ssd)
         if on_ssd > in_dram:
             self._occupy_ssd(on_ssd - in_dram, now_s)
+            self._conditions.read_bytes += on_ssd - in_dram
+            self._conditions.demand_read_bytes += on_ssd - in_dram
         mine.queue_seq[row] = NOT_QUEUED
         core.used([row], NOT_QUEUED, now_s)
         self._mirror(items, row)
@@ -130,18 +132,22 @@ class ShadowStore(Placement):
         if not self._knows(items, row):
             return
         core, mine = self._core, self._core.items
-        self._stop_read(row)
-        mine.in_use[row] = 1
-        core.answered(row, int(items.answer_tokens[row]), now_s)
-        self._mirror(items, row)
-        core.saved(row, max(int(items.size_bytes[row]), int(mine.size_bytes[row])), now_s)
+        size = int(items.size_bytes[row])
+        enters = mine.in_use[row] or size > mine.size_bytes[row]  # Else its request has left the queue.
+        if mine.in_use[row]:
+            core.answered(row, int(items.answer_tokens[row]), now_s)
+        mine.used_at_s[row] = now_s
+        if enters:
+            self._stop_read(row)
+            core.saved(row, max(size, int(mine.size_bytes[row])), now_s)
         core.stored([row], now_s)
-        self._write(row, now_s)
-        self._free(_DRAM, 0, math.inf, now_s)
+        if enters:
+            self._write(row, now_s)
+            self._free(_DRAM, 0, math.inf, now_s)
 
-    def hinted(self, items: ItemTable, row: int, hint: Hint, now_s: float) -> None:
+    def hinted(self, items: ItemTable, row: int, hint: Hint, now_s: float, kind: int = 0) -> None:
         if self._knows(items, row):
-            self._core.hinted(row, hint, now_s)
+            self._core.hinted(row, hint, now_s, kind)
 
     def forgotten(self, items: ItemTable, row: int, now_s: float) -> None:
         if self._has_begun and row < self._core.items.row_count and self._core.items.live[row]:
@@ -208,6 +214,7 @@ class ShadowStore(Placement):
         size = core.reserve(row, _SSD, lacks)
         if size:
             self._occupy_ssd(size, now_s)
+            self._conditions.written_bytes += size
             core.entered(row, _SSD, size, now_s)
         core.write_ended(row)
 
@@ -240,6 +247,7 @@ class ShadowStore(Placement):
             size = core.reserve(item, _DRAM, read.size_bytes)
             if size:
                 self._reading = _Reading(item, size, self._occupy_ssd(size, begins_s))
+                self._conditions.read_bytes += size
             else:
                 core.read_ended(item)
 

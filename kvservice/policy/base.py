@@ -9,6 +9,7 @@ each call passes.
 from __future__ import annotations
 
 import math
+import zlib
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -19,6 +20,15 @@ class Hint(StrEnum):
     TYPING = "typing"
     TOOL_CALL = "tool_call"  # A tool call started: the next request follows its end.
     ENDED = "ended"
+
+
+#: Kinds of a hint: 0 is of no known kind.
+HINT_KINDS = 8
+
+
+def hint_kind(name: str) -> int:
+    """A small number for a tool's name or a stop reason, the same in every process; 0 for an empty name."""
+    return 1 + zlib.crc32(name.encode()) % (HINT_KINDS - 1) if name else 0
 
 
 class Promotion(NamedTuple):

@@ -15,32 +15,47 @@ from typing import ClassVar
 import numpy as np
 
 from kvservice.blocks import Rows, TierName
-from kvservice.policy import hint_times, return_times
+from kvservice.policy import hint_times, learned, return_times
 from kvservice.policy.base import Hint, Promotion
 from kvservice.policy.hint_times import HintTimes
 from kvservice.policy.items import NOT_QUEUED, ItemTable, grown
-from kvservice.policy.look_times import LookTimes
+from kvservice.policy.look_times import LOOKS, LOOKS_ALONE, LookTimes
 from kvservice.policy.placement import Placement, inputs_of
 from kvservice.policy.queue_waits import QueueWaits
-from kvservice.policy.read_price import ReadPrice
+from kvservice.policy.read_budget import ReadBudget
 from kvservice.policy.return_times import ReturnTimes
+from kvservice.policy.saved_time import SavedTime
 from kvservice.policy.scores import FETCH, HOLD, KEEP, LATER, Scores
+from kvservice.policy.shadow_lru import ShadowLru
 from kvservice.policy.survival import Floats, Ints
 
 _LEAST_RATE = 1e-30  # Returns per second that count as never.
+_SOON_SHARE = 0.5  # Tools that most often end within this share of a typical return time end soon.
+_LEAST_DENSE = 1e-300  # What a use saves per byte.
 _LEAST_S = 1e-6  # The time until a request that is about to run.
 _UNLIKELY = 0.02  # Expected returns within the typical time below which an item is not read ahead.
 _FULL_SCAN_PART = 4  # All items, not only candidates, are scored once per (live items / 4) events.
 _MARGIN_PART = 48  # The eviction threshold is the score at 1/48 of DRAM from the bottom.
 _CANDIDATE_SHARE = 0.5  # Partial scans skip items whose best future score is below this share of the threshold.
-_RELEARN_GROWTH = 5  # The model is fitted again when there are 1/5 more returns...
+_RELEARN_GROWTH = 3  # The model is fitted again when there are 1/3 more returns...
 _LEARN_RETURNS = (16, 1024)  # ... but at least and at most after so many returns.
 #: While requests are queued that may read from SSD, an item without an SSD copy scores this factor higher.
 _DIRTY = 4.0
 #: An item is written to SSD if it scores at least this share of what SSD evicted last: scores are estimates, and a
 #: miss costs more than a write.
 _SSD_ADMIT_SHARE = 0.9
+#: Recency decides until `lru` would have replaced DRAM so often: before that, absences of the length that matters have
+#: hardly been seen. It decides again where `lru` is ahead: each time for twice as long, but at most so long.
+_UNKNOWN_TURNOVERS, _LRU_TURNOVERS_MAX = 4.0, 64.0
+_RECENCY = 1e-60  # A score per use, below that of any queued request.
 _LATER_USE = 1e-13  # Breaks ties: by recency, so that a prefix scores above its suffix.
+
+
+_STATE_VERSION = 1
+
+
+def _counts_of(returns: ReturnTimes, hints: HintTimes) -> list[Floats]:
+    return [*returns.counts(), *hints.counts()]
 
 
 class ForesightPolicy(Placement):
@@ -51,6 +66,8 @@ class ForesightPolicy(Placement):
     def __init__(self, learning: bool = True) -> None:
         self._learning = learning
         self._started = False
+        self._follows_lru = False
+        self._restored = b""
 
     def _start(self, items: ItemTable, now_s: float) -> None:
         self._started = True
@@ -62,7 +79,12 @@ class ForesightPolicy(Placement):
         self._candidate = np.zeros(items.row_count, np.bool_)  # In DRAM, or may score above the threshold soon.
         self._since_all = 0  # Events since the last full scan.
         self._waits = QueueWaits(items.row_count)
-        self._price = ReadPrice(now_s)
+        self._reads = ReadBudget(now_s)
+        self._shadow = ShadowLru(items.conditions.dram_capacity_bytes)
+        self._lru_turnovers = _UNKNOWN_TURNOVERS if self._learning else 0.0
+        self._lru_until = self._lru_turnovers
+        self._follows_lru = self._learning
+        self._saved = SavedTime.of(items.conditions)
         self._looks = LookTimes(now_s)
         self._all_due = 0
         self._level = 0.0  # DRAM's eviction threshold.
@@ -72,8 +94,41 @@ class ForesightPolicy(Placement):
         self._window = 1  # How many requests from the queue's head fitted into DRAM then.
         self._all_fit = True  # All of them.
 
+        if self._restored:
+            self._begin_with_restored(now_s)
+
     def _start_learning(self, row_count: int) -> tuple[ReturnTimes, HintTimes]:
         return ReturnTimes(row_count, self._learning), HintTimes(row_count)
+
+    # Over restarts
+
+    def state(self) -> bytes:
+        if not self._started or not self._learning:
+            return b""
+        numbers = np.array((self._returns.survival.event_count, self._shadow.turnovers, float(self._follows_lru)))
+        return learned.packed(_STATE_VERSION, [numbers, *self._counts()])
+
+    def restore(self, state: bytes) -> bool:
+        """See `Placement.restore`. The counts are used from the first event on."""
+        if self._started or not self._learning:
+            return False
+        numbers, parts = np.zeros(3), self._start_learning(0)
+        if not learned.unpack_into([numbers, *_counts_of(*parts)], _STATE_VERSION, state):
+            return False
+        self._restored = state
+        return True
+
+    def _counts(self) -> list[Floats]:
+        return _counts_of(self._returns, self._hints)
+
+    def _begin_with_restored(self, now_s: float) -> None:
+        numbers = np.zeros(3)
+        learned.unpack_into([numbers, *self._counts()], _STATE_VERSION, self._restored)
+        self._restored = b""
+        self._returns.survival.restored(int(numbers[0]))
+        self._learn_at = 0
+        self._learn_if_due(np.empty(0, np.int64), now_s)
+        self._follows_lru = bool(numbers[2]) or numbers[1] < _UNKNOWN_TURNOVERS
 
     # The table
 
@@ -101,10 +156,11 @@ class ForesightPolicy(Placement):
             self._start(items, now_s)
         returns = self._returns
         since_s = returns.since_s.item(row)
+        called_at_s = self._hints.called_at_s(row)
         if self._learning and since_s == since_s:
             hazard = returns.hazard(row, now_s)
             self._hints.record_return(row, hazard, items.size_bytes.item(row) / items.conditions.ssd_bytes_per_s, now_s)
-        returns.record_return(row, now_s)
+        returns.record_return(row, now_s, called_at_s)
         self._waits.queued(row, now_s)
         self._candidate[row] = True
         self._happened(now_s)
@@ -119,8 +175,12 @@ class ForesightPolicy(Placement):
         if not self._started:
             self._start(items, now_s)
         self._waits.served(row, now_s)
+        in_dram = items.dram_bytes.item(row)
+        self._reads.used(in_dram, items.ssd_bytes.item(row))
+        self._shadow.used(row, items.size_bytes.item(row), in_dram)
         self._passed += 1
-        if items.conditions.queued and self._passed * 8 >= self._window:
+        conditions = items.conditions
+        if conditions.queued and conditions.ssd_capacity_bytes and self._passed * 8 >= self._window:
             self.look_at_s = now_s
 
     def stored(self, items: ItemTable, row: int, now_s: float) -> None:
@@ -130,13 +190,16 @@ class ForesightPolicy(Placement):
             row, items.uses.item(row), items.answer_tokens.item(row), now_s, items.value.item(row)
         )
         self._score_stored(items, row)
+        self._shadow.stored(row, items.size_bytes.item(row))
+        if self._learning:
+            self._choose_order()
         self._candidate[row] = True
         self._happened(now_s)
 
-    def hinted(self, items: ItemTable, row: int, hint: Hint, now_s: float) -> None:
+    def hinted(self, items: ItemTable, row: int, hint: Hint, now_s: float, kind: int = 0) -> None:
         if not self._started or not self._learning:
             return
-        self._hints.hinted(row, hint, self._returns.hazard(row, now_s) * self._returns.typical_s, now_s)
+        self._hints.hinted(row, hint, self._returns.hazard(row, now_s) * self._returns.typical_s, now_s, kind)
         if hint is Hint.ENDED and items.live.item(row):  # Else it is forgotten, and has no age.
             self._score(items, np.array((row,)), now_s)
         self._candidate[row] = True
@@ -156,6 +219,18 @@ class ForesightPolicy(Placement):
             self._late[row] = 1.0
             self._candidate[row] = False
 
+    def _choose_order(self) -> None:
+        """Follow recency while nothing better is known, and where `lru` would have had more."""
+        shadow = self._shadow
+        if self._follows_lru:
+            if shadow.turnovers >= self._lru_until:
+                self._follows_lru = False
+                shadow.restart()
+        elif shadow.is_ahead:
+            self._follows_lru = True
+            self._lru_until = shadow.turnovers + self._lru_turnovers
+            self._lru_turnovers = min(2 * self._lru_turnovers, _LRU_TURNOVERS_MAX)
+
     def _happened(self, now_s: float) -> None:
         self._looks.happened(now_s)
         self.look_at_s = min(self.look_at_s, self._looks.soonest_s)
@@ -172,6 +247,8 @@ class ForesightPolicy(Placement):
             worth = self._worth_queued(items, rows, queue_seq, lost)
         else:
             worth = (self._on_ssd if lost else self._in_dram)[rows]
+            if self._follows_lru:
+                np.multiply(items.access_seq[rows], _RECENCY, out=worth)
             if len(waiting):
                 worth[waiting] = self._worth_queued(items, rows[waiting], queue_seq[waiting], lost)
         if not lost and items.conditions.queued:  # Copying it now would delay reads of the SSD.
@@ -182,37 +259,47 @@ class ForesightPolicy(Placement):
         return worth
 
     def wants_in_dram(self, items: ItemTable, row: int, now_s: float) -> bool:
-        return self._started and self._in_dram.item(row) >= self._level
+        return self._follows_lru or (self._started and self._in_dram.item(row) >= self._level)
 
     def wants_on_ssd(self, items: ItemTable, row: int, now_s: float) -> bool:
         if not self._started:
             return True
-        return self._on_ssd.item(row) >= _SSD_ADMIT_SHARE * self._ssd_level and not self._hints.has_ended(row)
+        score = self._on_ssd.item(row)
+        if self._follows_lru:
+            return score > 0.0 and not items.unwanted_on_ssd.item(row) and not self._hints.has_ended(row)
+        return score > 0.0 and score >= _SSD_ADMIT_SHARE * self._ssd_level and not self._hints.has_ended(row)
 
     def _worth_queued(self, items: ItemTable, rows: Rows, queue_seq: Ints, lost: bool) -> Floats:
         """A queued request is a hit at a known time. An item that can still be read in time scores the read's price."""
         conditions = items.conditions
         ahead = queue_seq - conditions.served
         coming_s = np.maximum(ahead * (1 / conditions.turns_per_s), _LEAST_S)
-        sizes = np.maximum(items.size_bytes[rows], 1)
-        worth: Floats = items.value[rows] / (sizes * coming_s)
+        dense = self._dense(items, rows, lost)
+        worth: Floats = dense / coming_s
         if not lost:
             far = (ahead >= self._window).nonzero()[0]
             if len(far):
-                worth[far] *= np.minimum(self._price.per_byte * sizes[far], 1.0)
+                worth[far] *= np.minimum(self._reads.per_density / np.maximum(dense[far], _LEAST_DENSE), 1.0)
         return worth
+
+    def _dense(self, items: ItemTable, rows: Rows, lost: bool) -> Floats:
+        """What a use saves per byte."""
+        sizes = np.maximum(items.size_bytes[rows], 1)
+        return self._saved.per_bytes(sizes, items.value[rows], lost, items.conditions.ssd_capacity_bytes > 0)
 
     def _score_stored(self, items: ItemTable, row: int) -> None:
         """The scores of an item that was just used: what `_score` gives at age 0."""
         returns, conditions = self._returns, items.conditions
-        size = max(items.size_bytes.item(row), 1)
+        size, value = max(items.size_bytes.item(row), 1), items.value.item(row)
+        has_ssd = conditions.ssd_capacity_bytes > 0
+        dense = self._saved.per_byte(size, value, False, has_ssd)
         factor = returns.factor.item(row)
         unannounced = self._hints.unannounced_share * self._late.item(row)
-        hold, keep = self._scores.at_once(returns.in_class.item(row), size * self._price.per_byte / unannounced)
+        price = self._reads.per_density / max(dense, _LEAST_DENSE) / unannounced
+        hold, keep = self._scores.at_once(returns.in_class.item(row), price)
         wait_s = conditions.queued / conditions.turns_per_s
-        dense = items.value.item(row) / size
         self._in_dram[row] = dense / (factor / (hold * unannounced) + wait_s)
-        self._on_ssd[row] = dense / (factor / keep + wait_s)
+        self._on_ssd[row] = self._saved.per_byte(size, value, True, has_ssd) / (factor / keep + wait_s)
 
     def _score(self, items: ItemTable, rows: Rows, now_s: float) -> tuple[Floats, Floats]:
         """Score `rows`. Returns the scores of reading each ahead now, and at the best later time."""
@@ -223,7 +310,8 @@ class ForesightPolicy(Placement):
         unannounced = hints.unannounced_share
         late = self._waits.shorter(sizes * (1 / conditions.ssd_bytes_per_s))
         self._late[rows] = late
-        price = sizes * self._price.per_byte / late
+        dense = self._dense(items, rows, False)
+        price = self._reads.per_density / np.maximum(dense, _LEAST_DENSE) / late
 
         factor = returns.factor[rows]
         age_s = now_s - returns.since_s[rows]
@@ -235,20 +323,26 @@ class ForesightPolicy(Placement):
 
         hinted = np.flatnonzero(hints.in_class[rows] != hint_times.NONE)
         if len(hinted):
-            in_class = hints.in_class[rows[hinted]]
+            in_class = hints.in_class[rows[hinted]].astype(np.int64)
             age_s = now_s - hints.since_s[rows[hinted]]
             ready_s = age_s + reading_s[hinted] + self._looks.hinted_every_s
             by_hint = scores.rates(return_times.CLASSES + in_class, age_s, ready_s, price[hinted])
             doubtful = (by_hint[LATER] < rates[LATER, hinted]) & (in_class < hint_times.ENDED)
             for row in rows[hinted[doubtful]].tolist():
                 hints.expected.pop(row, None)
+            # What a tool's end will bring back within seconds is not let go, to be read again before that.
+            soon = (age_s <= hints.most_s[in_class]) & (hints.most_s[in_class] < _SOON_SHARE * returns.typical_s)
+            called = np.flatnonzero(soon & (in_class >= hint_times.TOOL_CALL) & (in_class < hint_times.ENDED))
+            by_hint[HOLD, called] = np.maximum(by_hint[HOLD, called], by_hint[LATER, called])
             rates[:, hinted] = np.where(in_class >= hint_times.ENDED, by_hint, np.maximum(by_hint, rates[:, hinted]))
 
         for kind in (HOLD, FETCH, LATER):
             rates[kind] *= late
         wait_s = conditions.queued / conditions.turns_per_s
-        worth = items.value[rows] / sizes / (1 / np.maximum(rates, _LEAST_RATE) + wait_s)
-        self._in_dram[rows], self._on_ssd[rows] = worth[HOLD], worth[KEEP]
+        worth = 1 / (1 / np.maximum(rates, _LEAST_RATE) + wait_s)
+        self._on_ssd[rows] = worth[KEEP] * self._dense(items, rows, True)
+        worth *= dense
+        self._in_dram[rows] = worth[HOLD]
         worth[FETCH:] *= rates[FETCH:] >= _UNLIKELY / returns.typical_s
         return worth[FETCH], worth[LATER]
 
@@ -266,7 +360,7 @@ class ForesightPolicy(Placement):
     def promotions(self, items: ItemTable, queue: Sequence[int], now_s: float) -> Sequence[Promotion]:
         if not self._started:
             self._start(items, now_s)
-        wanted = self._queued_soon(items, queue, now_s) if queue else []
+        wanted = self._queued_soon(items, queue, now_s) if queue and items.conditions.ssd_capacity_bytes else []
         if now_s >= self._looks.soonest_s:
             wanted += self._rescan(items, now_s)
         self.look_at_s = self._looks.soonest_s
@@ -275,7 +369,7 @@ class ForesightPolicy(Placement):
     def _promotions_of(self, items: ItemTable, rows: Rows, worths: Floats, now_s: float) -> list[Promotion]:
         """Deadlines: for hinted items the soonest arrivals after such hints; for others the mean time to the return."""
         hints = self._hints
-        deadlines = now_s + items.value[rows] / (worths * np.maximum(items.size_bytes[rows], 1))
+        deadlines = now_s + self._dense(items, rows, False) / worths
         hinted = np.flatnonzero(hints.in_class[rows] != hint_times.NONE)
         if len(hinted):
             soonest = hints.since_s[rows[hinted]] + hints.soonest_s[hints.in_class[rows[hinted]]]
@@ -300,7 +394,8 @@ class ForesightPolicy(Placement):
                 break
             if on_ssd.item(row) > in_dram.item(row) + coming.item(row):
                 coming_s = max(ahead / conditions.turns_per_s, _LEAST_S)  # One request may read several rows.
-                wanted.append(Promotion(row, now_s + coming_s, items.value.item(row) / (size * coming_s)))
+                dense = self._saved.per_byte(max(size, 1), items.value.item(row), False, True)
+                wanted.append(Promotion(row, now_s + coming_s, dense / coming_s))
         self._window = max(ahead, 1)
         return wanted
 
@@ -309,7 +404,7 @@ class ForesightPolicy(Placement):
         conditions = items.conditions
         returns = self._returns
         self._since_all += self._looks.events
-        if self._since_all >= self._all_due or self._returns.survival.event_count >= self._learn_at:
+        if self._since_all >= self._all_due or self._returns_seen >= self._learn_at:
             rows = np.flatnonzero(items.live)
             self._candidate[rows] = True
             self._since_all = 0
@@ -319,12 +414,15 @@ class ForesightPolicy(Placement):
         else:
             rows = np.flatnonzero(self._candidate)
             thinking = rows[returns.since_s[rows] <= now_s]
-        self._looks.looked(len(rows), returns.typical_s, self._hints.soonest_s.item(0), now_s)
+        looks = LOOKS if conditions.ssd_capacity_bytes else LOOKS_ALONE
+        self._looks.looked(len(rows), returns.typical_s, self._hints.soonest_s.item(0), now_s, looks)
         if not len(thinking):
             self._looks.plan(False, False, now_s)
             return []
+        self._saved = SavedTime.of(conditions)
         sizes = items.size_bytes[thinking]
-        self._price.learn(conditions, float(sizes.sum()) / len(sizes), now_s)
+        mean_dense = float((self._dense(items, thinking, False) * sizes).sum()) / max(float(sizes.sum()), 1.0)
+        self._reads.learn(conditions, self._shadow.hit_share, mean_dense, now_s)
         fetch, later = self._score(items, thinking, now_s)
 
         in_dram = rows[(items.dram_bytes[rows] > 0) & (items.in_use[rows] == 0)]
@@ -348,8 +446,8 @@ class ForesightPolicy(Placement):
         after = np.cumsum(lacks[wanted])
         leaving = np.searchsorted(room, after)  # Per read, the last item that must leave for it and those before.
         costs = np.concatenate([leaves, [math.inf]])[leaving]
-        costs = np.where(after <= free, 0.0, costs)
-        readable = conditions.ssd_bytes_per_s * (2 * self._looks.every_s - conditions.read_backlog_s)
+        costs = np.where(after <= free, 0.0, math.inf if self._follows_lru else costs)
+        readable = self._reads.readable_bytes(conditions, 2 * self._looks.every_s)
         wanted = wanted[(fetch[wanted] > costs) & (after - lacks[wanted] < readable)]
         return self._promotions_of(items, thinking[wanted], fetch[wanted], now_s)
 
@@ -360,8 +458,12 @@ class ForesightPolicy(Placement):
             return 0.0
         return leaves.item(min(int(np.searchsorted(room, wanted_bytes)), len(leaves) - 1))
 
+    @property
+    def _returns_seen(self) -> int:
+        return self._returns.survival.event_count + self._hints.calls_ended
+
     def _learn_if_due(self, thinking: Rows, now_s: float) -> None:
-        seen = self._returns.survival.event_count
+        seen = self._returns_seen
         if seen < self._learn_at:
             return
         least, most = _LEARN_RETURNS

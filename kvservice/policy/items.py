@@ -28,7 +28,7 @@ _COLUMNS = {
     "hint": np.int8,  # The last hint since its last use: 0 for none, else an index into HINTS.
     "hinted_at_s": np.float64,  # When the hint was sent.
     "ended": np.bool_,  # The application reported the end of the session.
-    "value": np.float64,  # What one use of the whole item saves. The table's owner chooses the unit (turns, seconds).
+    "value": np.float64,  # What a use counts where no rates are known (`saved_time`): turns, blocks.
     "live": np.bool_,  # Has bytes in a tier, or a request that waits or runs.
 }
 _BEGIN = {"queue_seq": NOT_QUEUED, "used_at_s": math.nan, "hinted_at_s": math.nan, "value": 1.0}  # Others: 0.
@@ -100,3 +100,9 @@ class Conditions:
     read_backlog_s: float = 0.0  # Seconds that the SSD needs for the reads that are queued or running.
     read_busy: float = 0.0  # The share of recent time in which the SSD read, 0 to 1.
     written_bytes: int = 0  # Bytes written to SSD since the start.
+    read_bytes: int = 0  # Bytes read from SSD since the start.
+    demand_read_bytes: int = 0  # Of those: for requests that waited for them.
+    demand_wait_s: float = 0.0  # How long such reads waited for the SSD before they began: recent mean, seconds.
+    #: KV that the engine computes per second, in bytes. 0: not known, and then every use is worth the item's `value`.
+    recompute_bytes_per_s: float = 0.0
+    link_bytes_per_s: float = math.inf  # From DRAM to the engine.

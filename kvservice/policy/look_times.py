@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
-_LOOKS = 48  # A scan follows after one event per this many scanned items...
-_EVENTS = 16  # ... but not after fewer events than this.
-#: The period between scans, as parts of a typical return time: at least 1/1024, at most 1/32.
-_OFTEN, _SELDOM = 1024, 32
+#: A scan follows after one event per this many scanned items: without an SSD, nothing is read ahead...
+LOOKS, LOOKS_ALONE = 24, 4
+_EVENTS = 32  # ... but not after fewer events than this.
+#: The period between scans, as parts of a typical return time: at least 1/1024, at most 1/16.
+_OFTEN, _SELDOM = 1024, 16
 _LEADS = 8  # The period between scans of hinted items is this part of the time between a hint and its request.
 
 
@@ -37,9 +38,12 @@ class LookTimes:
     def soonest_s(self) -> float:
         return min(self.next_s, self.hinted_s)
 
-    def looked(self, rows: int, typical_s: float, lead_s: float, now_s: float) -> None:
-        """A scan of `rows` items ended. `typical_s` is a typical return time, `lead_s` the shortest hint lead."""
-        self._events_due = max(rows // _LOOKS, _EVENTS)
+    def looked(self, rows: int, typical_s: float, lead_s: float, now_s: float, looks: int = LOOKS) -> None:
+        """A scan of `rows` items ended. `typical_s` is a typical return time, `lead_s` the shortest hint lead.
+
+        The next one follows after one event per `looks` of the items.
+        """
+        self._events_due = max(rows // looks, _EVENTS)
         self._counted += self.events
         if self._counted >= _EVENTS and now_s > self._counted_from_s:
             self._event_s = (now_s - self._counted_from_s) / self._counted

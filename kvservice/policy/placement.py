@@ -46,8 +46,8 @@ class Placement:
     def stored(self, items: ItemTable, row: int, now_s: float) -> None:
         """The request has ended. The item is in DRAM as far as it fits, and the user's think time starts."""
 
-    def hinted(self, items: ItemTable, row: int, hint: Hint, now_s: float) -> None:
-        """The application sent a hint about the item's session."""
+    def hinted(self, items: ItemTable, row: int, hint: Hint, now_s: float, kind: int = 0) -> None:
+        """The application sent a hint about the item's session. `kind`: see `hint_kind`."""
 
     def arrived(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
         """The first bytes of the item entered `tier`. For the items of one request, the suffix is reported first.

@@ -90,11 +90,15 @@ class ReturnTimes:
             log_factor += effect * (feature - mean)
         self.factor[row] = math.exp(min(max(log_factor, -_LOG_RANGE), _LOG_RANGE))
 
-    def record_return(self, row: int, now_s: float) -> None:
-        """A request for the item arrived at `now_s`."""
+    def record_return(self, row: int, now_s: float, called_at_s: float = math.nan) -> None:
+        """A request for the item arrived at `now_s`. After a tool call, the time until then says nothing of users."""
         since_s = self.since_s.item(row)
         self.since_s[row] = math.nan
         if math.isnan(since_s) or not self._learning:
+            return
+        if called_at_s == called_at_s:
+            age = (called_at_s - since_s) / self.factor.item(row)
+            self.survival.record_censored(self.in_class.item(row), age, self._weight(row))
             return
         age_s = now_s - since_s
         self.survival.record_event(self.in_class.item(row), age_s / self.factor.item(row), self._weight(row))
@@ -140,14 +144,19 @@ class ReturnTimes:
         self.hazards = self.survival.hazards(self.in_class[waiting], self.ages(waiting, now_s), weights)
         self._regress()
 
+    def counts(self) -> list[Floats]:
+        """What was counted, as arrays to copy from and to."""
+        return [*self.survival.counts(), self._moments]
+
     def _regress(self) -> None:
-        if not self._seen:
-            return
-        seen = np.array(self._seen)
-        self._seen.clear()
-        self._moments *= math.exp(-len(seen) / _MEMORY)
-        self._moments += seen.T @ seen
+        if self._seen:
+            seen = np.array(self._seen)
+            self._seen.clear()
+            self._moments *= math.exp(-len(seen) / _MEMORY)
+            self._moments += seen.T @ seen
         count = self._moments[0, 0]
+        if not count:
+            return
         means = self._moments[0] / count
         spread = self._moments / count - np.outer(means, means)
         features = spread[1:-1, 1:-1]

@@ -11,6 +11,7 @@ from kvservice.policy.worth import gittins_index, whittle_index
 
 _LEAST_PRICE = 0.01
 _PRICE_COUNT = 7  # Prices of one read in hits, half an order of magnitude apart.
+_SAME = 1e-3  # Hazards that change by less keep their indices.
 _LEVELS_PER_E = 2 / math.log(10)
 _PRICES = _LEAST_PRICE * np.exp(np.arange(_PRICE_COUNT) / _LEVELS_PER_E)
 
@@ -25,16 +26,27 @@ class Scores:
     """
 
     def __init__(self, *hazards: Floats) -> None:
+        self._hazards: Floats = np.empty((0, BIN_COUNT))
         self.learn(*hazards)
 
     def learn(self, *hazards: Floats) -> None:
         """Compute the tables. `hazards` are arrays of shape [classes, bins], which are concatenated by class."""
         every = np.concatenate(hazards)
-        hold, fetch = whittle_index(every, _PRICES)
-        later = np.maximum.accumulate(fetch[..., ::-1], axis=-1)[..., ::-1]
-        keep = np.broadcast_to(gittins_index(every)[:, None, :], hold.shape)
-        self._table = np.stack([hold, keep, fetch, later]).reshape(-1)
-        self._kind = hold.size
+        if len(every) != len(self._hazards):
+            changed = np.arange(len(every))
+            self._hazards = every
+            self._tables = np.empty((4, len(every), _PRICE_COUNT, BIN_COUNT))
+        else:
+            changed = np.flatnonzero((np.abs(every - self._hazards) > _SAME * self._hazards).any(axis=1))
+            if not len(changed):
+                return
+            self._hazards[changed] = every[changed]
+        hold, fetch = whittle_index(every[changed], _PRICES)
+        self._tables[HOLD, changed], self._tables[FETCH, changed] = hold, fetch
+        self._tables[LATER, changed] = np.maximum.accumulate(fetch[..., ::-1], axis=-1)[..., ::-1]
+        self._tables[KEEP, changed] = gittins_index(every[changed])[:, None, :]
+        self._table = self._tables.reshape(-1)
+        self._kind = self._tables[0].size
 
     def rates(self, classes: Ints, ages_s: Floats, ready_s: Floats, prices: Floats) -> Floats:
         """The four indices, shape [4, items]. An item that is fetched now is in DRAM at age `ready_s`."""

@@ -86,6 +86,20 @@ class Survival:
         events = np.cumsum(self._events.sum(axis=0))
         return BEGINS.item(int(np.searchsorted(events, share * events[-1], side="right"))) if events[-1] else 0.0
 
+    def quantiles(self, share: float) -> Floats:
+        """By class, the age in seconds below which `share` of its events are; 0 for a class without events."""
+        events = np.cumsum(self._events, axis=1)
+        found: Floats = BEGINS[np.argmax(events >= share * events[:, -1:], axis=1)]
+        return found * (events[:, -1] > 0)
+
+    def counts(self) -> list[Floats]:
+        """What was counted, as arrays to copy from and to."""
+        return [self._events, self._censored, self._within_s]
+
+    def restored(self, event_count: int) -> None:
+        """The arrays of `counts` were filled with those of an earlier run, that had seen so many events."""
+        self.event_count = self._faded_at = event_count
+
     def weight(self, since_events: Ints) -> Floats:
         """Weights of subjects that have waited since `since_events` events. They fade as the events do."""
         return np.exp((since_events - self.event_count) / self._memory)

@@ -96,7 +96,7 @@ class HintService:
             call = hint.tool_call
             _check_text(call.name, "name")
             within_s = call.expected_ms / 1000 if call.HasField("expected_ms") else None
-            stream.expect(subject, within_s, Hint.TOOL_CALL)
+            stream.expect(subject, within_s, Hint.TOOL_CALL, call.name)
         elif kind in ("session_ended", "do_not_keep"):
             stream.not_needed(subject, write=kind == "session_ended")
         else:

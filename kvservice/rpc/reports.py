@@ -46,4 +46,14 @@ def report_record(report: pb.RequestReport, now_ms: int) -> ReportRecord:
     began_ms = max(0, now_ms - min(report.ago_ms, _AGO_MS_MAX))
     report.ClearField("ago_ms")  # It was relative to the time of sending.
     report.DiscardUnknownFields()  # They may have any size.
-    return ReportRecord(report.report_id, began_ms, _PLANS[report.plan], _OUTCOMES[report.outcome], report)
+    plan, outcome = _PLANS[report.plan], _OUTCOMES[report.outcome]
+    return ReportRecord(report.report_id, began_ms, plan, outcome, report, _computed_bytes_per_s(report))
+
+
+def _computed_bytes_per_s(report: pb.RequestReport) -> float:
+    """How much KV the engine would compute per second: by its estimate of the time without a load. 0 if unknown."""
+    compute_s = report.estimates.recompute_ms / 1000
+    if not compute_s or not report.loaded_tokens:
+        return 0.0
+    tokens = report.history_tokens + report.new_tokens
+    return tokens / compute_s * report.loaded_bytes / report.loaded_tokens

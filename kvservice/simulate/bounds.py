@@ -79,7 +79,7 @@ class AgesOnly(ForesightPolicy):
     def _start_learning(self, row_count: int) -> tuple[ReturnTimes, HintTimes]:
         return _KnownReturnTimes(row_count, self._known), HintTimes(row_count)
 
-    def hinted(self, items: ItemTable, row: int, hint: Hint, now_s: float) -> None:
+    def hinted(self, items: ItemTable, row: int, hint: Hint, now_s: float, kind: int = 0) -> None:
         """Ignore the hint: the bound knows only the distribution."""
 
     def _queued_soon(self, items: ItemTable, queue: Sequence[int], now_s: float) -> list[Promotion]:

@@ -54,6 +54,8 @@ def _play(workload: Workload, machine: Machine, policy: Placement, warmup_turns:
 
 #: Time constant of the moving average of the channel's busy share.
 _MEASURE_S = 60.0
+#: The weight of the last read in the moving average of the reads' waits.
+_LAST_READ = 0.02
 #: Beyond this time the resolution of a float is too coarse for policies.
 _CLOCK_MAX_S = 1e9
 #: Limit on the bytes that a workload stores in total, so that sums fit into 64 bits.
@@ -107,7 +109,14 @@ class Engine:
         self._hint_turn, self._hint_lead_s = ints(workload.hints.turn), floats(workload.hints.lead_s)
         self._hint_kind = ints(workload.hints.kind)
         self.now_s = float(self._first_at[0]) if len(order) else 0.0
-        self.conditions = Conditions(machine.dram_bytes, machine.ssd_bytes, machine.ssd_bytes_per_s)
+        computed_per_s = machine.prefill_tokens_per_s * machine.kv_bytes_per_token
+        self.conditions = Conditions(
+            machine.dram_bytes,
+            machine.ssd_bytes,
+            machine.ssd_bytes_per_s,
+            recompute_bytes_per_s=0.0 if machine.always_load else computed_per_s,
+            link_bytes_per_s=machine.link_bytes_per_s,
+        )
         self.server = server_of(machine)
         row_count = len(workload.item_blocks) if workload.shares_prefixes else workload.sessions
         self.items = ItemTable(row_count, self.conditions)
@@ -274,7 +283,12 @@ class Engine:
         """
         account = self.account
         read = self._decision.read(on_ssd_bytes, account.to_compute(turn, number))
-        loaded_s = self.store.channel.read_now(read.size_bytes) if read.size_bytes else now_s
+        loaded_s = now_s
+        if read.size_bytes:
+            channel, conditions = self.store.channel, self.conditions
+            conditions.demand_wait_s += _LAST_READ * (channel.read_now_backlog_s() - conditions.demand_wait_s)
+            conditions.demand_read_bytes += read.size_bytes
+            loaded_s = channel.read_now(read.size_bytes)
         if not read.computed_tokens:
             return loaded_s
         account.recompute(number, read.computed_tokens)
@@ -304,7 +318,7 @@ class Engine:
         """Update what a policy may know of the channel."""
         channel, conditions = self.store.channel, self.conditions
         conditions.read_backlog_s = channel.read_backlog_s()
-        conditions.written_bytes = channel.written_bytes
+        conditions.written_bytes, conditions.read_bytes = channel.written_bytes, channel.read_bytes
         passed_s = now_s - self._measured_s
         if passed_s >= _MEASURE_S / 64:
             share = min(1.0, (channel.read_s - self._measured_read_s) / passed_s)

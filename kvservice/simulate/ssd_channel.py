@@ -10,6 +10,9 @@ from typing import Protocol
 NO_ROW = -1
 #: Limit on deferred writes, in seconds of the channel's time. A write beyond it is refused, and its bytes are lost.
 DEFERRED_LIMIT_S = 10.0
+#: While more of them wait, they have this share of the channel beside reads.
+PRESSING_S = DEFERRED_LIMIT_S / 2
+_WRITES_SHARE = 0.2
 
 
 class Transfers(Protocol):
@@ -40,7 +43,8 @@ class SsdChannel:
     3. deferred writes, whose space in DRAM is free already (`defer_write`; limited by `DEFERRED_LIMIT_S`);
     4. write-behind, in the order of the calls (`write`).
 
-    A higher class preempts a lower one. A preempted transfer keeps its progress.
+    A higher class preempts a lower one. A preempted transfer keeps its progress. But reads do not starve writes: while
+    the buffer of deferred writes is half full, it has a fifth of the channel.
     """
 
     def __init__(self, bytes_per_s: float, transfers: Transfers, start_s: float = 0.0) -> None:
@@ -83,12 +87,24 @@ class SsdChannel:
                     self._asked_bytes += size - self._sizes[row]
                     self._sizes[row] = size
                 left = self._left[row]
-                end = at + left / rate
-                if end > now_s:
-                    self._left[row] = left - (now_s - at) * rate
-                    self.read_s += now_s - at
-                    break
-                self.read_s += end - at
+                if self._deferred_s > PRESSING_S:
+                    read_rate = rate * (1 - _WRITES_SHARE)
+                    shared_s = (self._deferred_s - PRESSING_S) / _WRITES_SHARE
+                    step = min(shared_s, left / read_rate, now_s - at)
+                    self._deferred_s = PRESSING_S if step == shared_s else self._deferred_s - step * _WRITES_SHARE
+                    self.read_s += step * (1 - _WRITES_SHARE)
+                    if step < left / read_rate:
+                        self._left[row] = left - step * read_rate
+                        at += step
+                        continue
+                    end = at + step
+                else:
+                    end = at + left / rate
+                    if end > now_s:
+                        self._left[row] = left - (now_s - at) * rate
+                        self.read_s += now_s - at
+                        break
+                    self.read_s += end - at
                 at = self.now_s = end
                 size = self._sizes[row]
                 self._forget(row)
@@ -119,6 +135,10 @@ class SsdChannel:
     def read_now(self, size_bytes: int) -> float:
         """Read bytes that a running request waits for, ahead of all else. Returns when the read ends, in seconds."""
         start = max(self.now_s, self._read_now_until_s)
+        if self._deferred_s > PRESSING_S:
+            write_s = min(size_bytes / self._rate * (_WRITES_SHARE / (1 - _WRITES_SHARE)), self._deferred_s)
+            self._deferred_s -= write_s
+            start += write_s
         self._read_now_until_s = start + size_bytes / self._rate
         self.read_bytes += size_bytes
         self.read_s += size_bytes / self._rate

@@ -56,9 +56,10 @@ class TurnReplay(ABC):
     def hint(self, turn: int, kind: int, now_s: float) -> None:
         """The session whose last request was `turn` sends a hint about its last item, which no other session has.
 
-        A hint after the session's next request is ignored.
+        `kind` is as in `Hints`. A hint after the session's next request is ignored.
         """
-        self._core.hinted(self.rows(turn)[-1], Hint(HINTS[kind]), now_s)
+        kind, detail = kind % len(HINTS), kind // len(HINTS)
+        self._core.hinted(self.rows(turn)[-1], Hint(HINTS[kind]), now_s, detail)
 
     def expire(self, turn: int, used_at_s: float, now_s: float) -> None:
         """Drop the items of `turn` that were not used after `used_at_s`, when its answer ended."""

@@ -22,7 +22,8 @@ class Hints:
     """
 
     turn: NDArray[np.int64]
-    kind: NDArray[np.int8]  # See `kvservice.policy.items.HINTS`.
+    #: An index into `kvservice.policy.items.HINTS`, plus `len(HINTS)` times `kvservice.policy.base.hint_kind`.
+    kind: NDArray[np.int8]
     lead_s: NDArray[np.float64]  # 0 or more.
 
     @staticmethod

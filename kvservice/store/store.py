@@ -304,13 +304,17 @@ class BlockStore:
     def _start_policy(self) -> None:
         blocks, clock, counters, writer = self._blocks, self._clock, self._counters, self._write_behind
         bytes_per_s_max = self.limits.hints.bytes_per_s_max
-        promoting = (blocks, self._promoter)
+        window = WindowPromotion(
+            blocks, self._promoter, self._evictor, clock, counters, self._tasks, bytes_per_s_max=bytes_per_s_max
+        )
         self._policy.start(
             self._evictor,
-            WindowPromotion(*promoting, self._evictor, clock, counters, self._tasks, bytes_per_s_max=bytes_per_s_max),
+            window,
             lambda items: ReadAhead(
                 items,
-                *promoting,
+                blocks,
+                self._dram,
+                self._promoter,
                 lambda: writer is not None and writer.pending > 0,
                 clock,
                 counters,
@@ -708,6 +712,7 @@ class BlockStore:
     def report(self, caller: Caller, request_id: str, report: ReportRecord) -> None:
         """Note an engine's report of a request. Raises InvalidRequest."""
         self._requests.note_report(caller, request_id, report)
+        self._policy.computed(report.computed_bytes_per_s)
         self._trace.reported(request_id, report)
 
     # Hints, moving and dropping

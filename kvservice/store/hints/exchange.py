@@ -22,7 +22,7 @@ import numpy as np
 from kvservice.blocks import NO_ROW, BlockTable, Rows
 from kvservice.clock import Clock
 from kvservice.counters import Counters
-from kvservice.policy.base import Hint
+from kvservice.policy.base import Hint, hint_kind
 from kvservice.store.caller import Caller
 from kvservice.store.hints.placement import ExpectedRead, HintPlacement
 from kvservice.store.hints.queue_mirror import HintSubject, HintTotals, QueueEntry, QueueLimits, QueueMirror
@@ -101,7 +101,8 @@ class HintStream:
         self.client = client
         self.queue = QueueMirror(limits, exchange.totals)
         self.limits = limits
-        self.expected: dict[HintSubject, tuple[float, Hint]] = {}  # When the next request is due; oldest hint first.
+        #: When the next request is due, the reason, and the tool's kind (see `hint_kind`); the oldest hint first.
+        self.expected: dict[HintSubject, tuple[float, Hint, int]] = {}
         self.cursor = ""  # The last request whose readiness was evaluated.
         self.unevaluated = 0  # Entries after it that may have another readiness than the known one.
         self.is_over = False
@@ -132,7 +133,7 @@ class HintStream:
             self._forget(request_id)
             self._exchange.note()
 
-    def expect(self, subject: HintSubject, within_s: float | None, hint: Hint) -> None:
+    def expect(self, subject: HintSubject, within_s: float | None, hint: Hint, tool: str = "") -> None:
         """The next request of this subject comes so soon; None if that is not known. `hint` is the reason."""
         if not self._exchange.is_known(self.caller, subject):
             return
@@ -143,7 +144,11 @@ class HintStream:
         if not self._exchange.totals.add(subject):
             self._exchange.counters.hints_over_limit += 1
             return
-        self.expected[subject] = (self._exchange.now_s() + (_TYPING_S if within_s is None else within_s), hint)
+        self.expected[subject] = (
+            self._exchange.now_s() + (_TYPING_S if within_s is None else within_s),
+            hint,
+            hint_kind(tool),
+        )
         self._exchange.note()
 
     def expect_no_more(self, subject: HintSubject) -> None:
@@ -354,7 +359,9 @@ class HintExchange:
             entries = list(self._awaited(stream, max(8, _WINDOW_ENTRIES // len(busy)), now_s))
             found += await self._window(stream, entries, share_bytes, now_s)
         found.sort(key=lambda each: (-each.entry.priority, each.due_s))
-        wanted = [ExpectedRead(each.rows, each.due_s, each.entry.hint) for each in found if len(each.rows)]
+        wanted = [
+            ExpectedRead(each.rows, each.due_s, each.entry.hint, each.entry.kind) for each in found if len(each.rows)
+        ]
         self._placement.want(wanted, self.queued_count)
         for count, each in enumerate(found):
             if count % _ENTRIES_A_TURN == 0:
@@ -393,14 +400,14 @@ class HintExchange:
     def _awaited(self, stream: HintStream, entries: int, now_s: float) -> Iterator[QueueEntry]:
         """The head of the queue, then the requests that typing persons and tools will cause, without an id."""
         yield from islice(stream.queue, entries)
-        for subject, (due_s, hint) in list(stream.expected.items()):
+        for subject, (due_s, hint, kind) in list(stream.expected.items()):
             begins_s, ends_s = due_s - _LEAD_S, due_s + _LATE_S
             if now_s >= ends_s:
                 stream.expect_no_more(subject)
                 continue
             self._next_s = min(self._next_s, begins_s if now_s < begins_s else ends_s)
             if now_s >= begins_s:
-                yield QueueEntry("", subject, due_s, 0, hint)
+                yield QueueEntry("", subject, due_s, 0, hint, kind)
 
     async def _evaluate_others(self, stream: HintStream, entries: int) -> None:
         """Set the readiness of a part of the requests behind the last part, and of the first ones after the last."""

@@ -34,7 +34,8 @@ class ExpectedRead(NamedTuple):
 
     rows: Rows
     due_s: float
-    hint: Hint | None = None  # Why the request is expected, if it is in no queue yet.
+    hint: Hint | None = None  # Why the request is expected, if it is in no queue yet,
+    kind: int = 0  # and the tool's kind, see `hint_kind`.
 
 
 class HintPlacement(Protocol):
@@ -106,7 +107,7 @@ class WindowPromotion:
         if self._promoter is None or not self._bytes_per_s_max or self._was_paused:
             return
         total = 0
-        for rows, due_s, _ in wanted:
+        for rows, due_s, *_ in wanted:
             missing = rows[~blocks.lie_in(rows, blocks.first_tier)]
             if not len(missing):
                 continue

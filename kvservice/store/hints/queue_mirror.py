@@ -35,6 +35,7 @@ class QueueEntry(NamedTuple):
     due_s: float | None
     priority: int
     hint: Hint | None = None
+    kind: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from kvservice.store.tasks import Tasks
 log = logging.getLogger(__name__)
 
 _KEEP_EVERY_S = 300.0  # What policies have learned is written that often, and at the end.
+_RATE_WEIGHT = 0.1  # Of the newest report.
 
 
 class ActivePolicy:
@@ -55,6 +56,7 @@ class ActivePolicy:
         self.since_ms = clock.wall_ms()
         self._ranking: Ranking = RecencyRanking(blocks)
         self._running: asyncio.Task[None] | None = None
+        self._computed_bytes_per_s = 0.0
 
     def start(
         self,
@@ -95,8 +97,10 @@ class ActivePolicy:
             known = self._learned.of(policy.name)
             if known and not policy.restore(known):
                 log.warning("what the policy %s had learned is of another version: it learns again", policy.name)
+            conditions = self._conditions()
+            conditions.recompute_bytes_per_s = self._computed_bytes_per_s
             self._ranking = self._items = ItemRanking(
-                self._blocks, policy, self._conditions(), self._block_tokens_of, self._clock
+                self._blocks, policy, conditions, self._block_tokens_of, self._clock
             )
             self._read_ahead = self._make_read_ahead(self._items)
             self._running = self._tasks.start(self._read_ahead.run(), "read ahead")
@@ -115,6 +119,7 @@ class ActivePolicy:
         self.shadow = self._shadowing = None
         if policy is not None:
             self.shadow = self._make_shadow(policy)
+            self.shadow.conditions.recompute_bytes_per_s = self._computed_bytes_per_s
             self._shadowing = self._tasks.start(self.shadow.run(), "shadow policy")
         self._listen()
 
@@ -123,7 +128,7 @@ class ActivePolicy:
         self._listening = tuple(events)
 
     def close(self) -> None:
-        """End the threads. The mover asks nothing any more."""
+        """The store has stopped: end the threads."""
         for each in (self._items, self.shadow):
             if each is not None:
                 each.close()
@@ -197,6 +202,15 @@ class ActivePolicy:
         for events in self._listening:
             events.released(rows)
 
+    def computed(self, bytes_per_s: float) -> None:
+        """An engine has reported how much KV it computes per second; 0 if it does not know."""
+        if bytes_per_s:
+            before = self._computed_bytes_per_s or bytes_per_s
+            self._computed_bytes_per_s = before + _RATE_WEIGHT * (bytes_per_s - before)
+            for each in (self._items, self.shadow):
+                if each is not None:
+                    each.conditions.recompute_bytes_per_s = self._computed_bytes_per_s
+
     # Hints
 
     def want(self, wanted: Sequence[ExpectedRead], waiting: int) -> None:
@@ -207,7 +221,7 @@ class ActivePolicy:
                 hinted[int(read.rows[-1]), read.due_s] = None
                 if (int(read.rows[-1]), read.due_s) not in self._hinted:
                     for events in self._listening:
-                        events.hinted(read.rows, read.hint)
+                        events.hinted(read.rows, read.hint, read.kind)
         self._hinted = hinted
         for events in self._listening:
             events.queued([read.rows for read in wanted if read.hint is None], waiting)

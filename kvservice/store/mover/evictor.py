@@ -100,11 +100,13 @@ class Evictor:
         *,
         wait_s: float | None = None,
         worth: float = math.inf,
+        more_bytes: int = 0,
     ) -> Extent:
         """Reserve space in `tier`, with evictions if needed. Raises TierFull if nothing may be evicted in time.
 
         Waiting callers are served in order; otherwise smaller blocks would starve a large one. With a finite `worth`,
-        only blocks with a lower score are evicted, and no I/O is waited for.
+        only blocks with a lower score are evicted, no I/O is waited for, and no other caller. `more_bytes`: what the
+        caller reserves next. An eviction frees it too, because each takes a commit of the index.
         """
         space = self._lifecycle.tiers[tier]
         self._taken[tier].set()
@@ -113,11 +115,13 @@ class Evictor:
         if not self._waiting[tier]:
             with contextlib.suppress(TierFull):
                 return space.reserve(size_bytes)
+        elif worth < math.inf:
+            raise TierFull(f"others wait for space in the {tier} tier", tier=tier)
         wait_s = self._wait_s if wait_s is None else min(wait_s, self._wait_s)
         self._waiting[tier] += 1
         try:
             async with self._clock.timeout(wait_s), self._locks[tier]:
-                return await self._reserve_in_turn(tier, size_bytes, space_for, worth)
+                return await self._reserve_in_turn(tier, size_bytes, space_for, worth, size_bytes + more_bytes)
         except TimeoutError as error:
             raise TierFull(f"no space became free in the {tier} tier in {wait_s:g} s", tier=tier) from error
         finally:
@@ -168,12 +172,14 @@ class Evictor:
     async def _evict(self, scores: dict[int, float], tier: TierName, space_for: SpaceFor) -> None:
         await self._lifecycle.evict(list(scores), tier, Eviction(self._ranking.name, space_for, scores))
 
-    async def _reserve_in_turn(self, tier: TierName, size_bytes: int, space_for: SpaceFor, worth: float) -> Extent:
+    async def _reserve_in_turn(
+        self, tier: TierName, size_bytes: int, space_for: SpaceFor, worth: float, evict_bytes: int
+    ) -> Extent:
         while True:
             try:
                 return self._lifecycle.tiers[tier].reserve(size_bytes)
             except TierFull:
-                if not await self._evict_for(tier, size_bytes, space_for, worth):
+                if not await self._evict_for(tier, evict_bytes, space_for, worth):
                     raise
 
     async def _evict_for(self, tier: TierName, size_bytes: int, space_for: SpaceFor, worth: float) -> bool:

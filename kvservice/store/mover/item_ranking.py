@@ -31,6 +31,7 @@ T = TypeVar("T")
 # Scores change with time, and the last conversation that ended is often the one to evict. So an order of victims lasts
 # only a multiple of the time that ranking takes, at most _RANKING_LASTS_S.
 _RANKING_SHARE, _RANKING_LASTS_S = 20, 0.25
+_RESERVED_WEIGHT = 0.05  # Of the newest measurement of what loads and saves reserve.
 _DECIDED_TIERS = 2  # Policies know the first two tiers.
 _LATE_S = 0.1  # After this time the evictor takes blocks by recency.
 
@@ -72,6 +73,8 @@ class ItemRanking:
         self._notes: deque[Note] = deque()  # For the thread: a call that is cancelled leaves them to the next one.
         self._by_recency = RecencyRanking(blocks)
         self._thread = ThreadPoolExecutor(1, "placement")
+        self._dram_bytes = conditions.dram_capacity_bytes
+        self._reserved_bytes = 0.0  # Of DRAM, for loads and saves that run: recent mean.
         self._took_s = 0.0  # How long the last ranking took,
         self._look_s = 0.0  # and the last look.
         self._asks_ssd = type(policy).wants_on_ssd is not Placement.wants_on_ssd
@@ -131,12 +134,19 @@ class ItemRanking:
         by_recency = await self._by_recency.lowest(tier, rows, count_max)
         return by_recency._replace(scores=np.full(len(by_recency.rows), np.finfo(np.float64).max))
 
-    async def look(self) -> Look:
-        """What the policy wants to be read ahead now, if it is time to ask it."""
+    async def look(self, used_bytes: int) -> Look:
+        """What the policy wants to be read ahead now, if it is time to ask it. DRAM has `used_bytes` in use.
+
+        What is in use and belongs to no block is reserved for loads and saves: the policy has so much less DRAM.
+        """
+        conditions = self.conditions
         began_s = self._clock.monotonic_s()
-        found = await self.on_thread(_look)
+        look, known_bytes = await self.on_thread(_look)
         self._look_s = self._clock.monotonic_s() - began_s
-        return found
+        reserved = max(0, used_bytes - known_bytes)
+        self._reserved_bytes += _RESERVED_WEIGHT * (reserved - self._reserved_bytes)
+        conditions.dram_capacity_bytes = max(0, self._dram_bytes - int(self._reserved_bytes))
+        return look
 
     async def wants_on_ssd(self, row: int) -> bool:
         if self._blocks.unwanted_on_ssd[row]:  # SSD evicted it, and no request has used it since.
@@ -158,7 +168,6 @@ def _explain(items: BlockItems, row: int, tiers: Sequence[TierName], now_s: floa
     item = items.item_of(row)
     if item == NO_ITEM:
         return []
-    items.note_use()
     table, policy = items.items, items.policy
     return [
         Valuation(
@@ -170,15 +179,17 @@ def _explain(items: BlockItems, row: int, tiers: Sequence[TierName], now_s: floa
     ]
 
 
-def _look(items: BlockItems, now_s: float) -> Look:
-    promotions, policy = items.promotions(now_s), items.policy
+def _look(items: BlockItems, now_s: float) -> tuple[Look, int]:
+    """What the policy wants, and the bytes of DRAM that its items have, or will have after its reads."""
+    promotions, policy, table = items.promotions(now_s), items.policy, items.items
+    known_bytes = int(table.dram_bytes.sum() + table.coming_bytes.sum())
     if promotions is None:
-        return Look(None, policy.look_at_s)
+        return Look(None, policy.look_at_s), known_bytes
     reads = []
     each = items.rows_of_each([promotion.row for promotion in promotions])
     for (item, deadline_s, worth), of_item in zip(promotions, each, strict=True):
         rows = items.outside_dram(of_item)
         if len(rows):
-            is_queued = bool(items.items.queue_seq[item] != NOT_QUEUED)
+            is_queued = bool(table.queue_seq[item] != NOT_QUEUED)
             reads.append(WantedRead(rows, items.generations(rows), deadline_s, worth, is_queued))
-    return Look(reads, policy.look_at_s)
+    return Look(reads, policy.look_at_s), known_bytes

@@ -207,6 +207,7 @@ class Promoter:
 
         Reads are ordered by their deadline, `within_s` from now.
         """
+        later_bytes = int(self._blocks.size_bytes[[row for row in rows if self._should_promote(row)]].sum())
         begun: list[PendingPromotion] = []
         found: dict[int, PendingPromotion] = {}
         try:
@@ -217,7 +218,8 @@ class Promoter:
                     await asyncio.wait({self._reserving[row]})
                 if row not in self._pending and self._should_promote(row):
                     try:
-                        begun.append(await self._reserve(row, worth, space_for))
+                        later_bytes -= int(self._blocks.size_bytes[row])
+                        begun.append(await self._reserve(row, worth, space_for, later_bytes))
                     except (TierFull, StorageFailed) as error:
                         log.debug("no space to promote: %s", error.message)
                         break  # The later rows will not fit either: loads read them from the slower tier.
@@ -235,13 +237,18 @@ class Promoter:
         below = blocks.fastest(row) not in (None, blocks.first_tier)
         return below and bool(blocks.live[row])
 
-    async def _reserve(self, row: int, worth: float, space_for: SpaceFor) -> PendingPromotion:
+    async def _reserve(self, row: int, worth: float, space_for: SpaceFor, more_bytes: int) -> PendingPromotion:
         geometry = self._lifecycle.geometry(row)
         reserving = self._reserving[row] = asyncio.get_running_loop().create_future()
         self._lifecycle.hold([row])
         try:
             extent = await self._evictor.reserve(
-                self._blocks.first_tier, geometry.image_bytes, space_for, wait_s=_SPACE_WAIT_S, worth=worth
+                self._blocks.first_tier,
+                geometry.image_bytes,
+                space_for,
+                wait_s=_SPACE_WAIT_S,
+                worth=worth,
+                more_bytes=max(0, more_bytes),
             )
         except BaseException:
             self._lifecycle.unhold([row])

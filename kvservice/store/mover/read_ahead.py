@@ -16,6 +16,7 @@ from kvservice.store.miss_reasons import SpaceFor
 from kvservice.store.mover.item_ranking import ItemRanking, WantedRead
 from kvservice.store.mover.promoter import Promoter
 from kvservice.store.tasks import LoopBudget, Tasks
+from kvservice.tiers.base import Tier
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class ReadAhead:
         self,
         ranking: ItemRanking,
         blocks: BlockTable,
+        dram: Tier,
         promoter: Promoter | None,
         is_writing: Callable[[], bool],
         clock: Clock,
@@ -49,6 +51,7 @@ class ReadAhead:
         """
         self._ranking = ranking
         self._blocks = blocks
+        self._dram = dram
         self._promoter = promoter
         self._is_writing = is_writing
         self._clock = clock
@@ -97,7 +100,7 @@ class ReadAhead:
             self._measure()
             self._look_soon.clear()
             try:
-                look = await self._ranking.look()
+                look = await self._ranking.look(self._dram.used_bytes)
                 pause_s = min(max(look.next_s - self._clock.monotonic_s(), _LEAST_S), _EVERY_S)
                 if look.reads is not None:
                     self._follow(look.reads)
@@ -200,4 +203,6 @@ class ReadAhead:
             conditions.ssd_bytes_per_s = self._promoter.bytes_per_s
         conditions.read_backlog_s = pending_bytes / conditions.ssd_bytes_per_s
         conditions.read_busy += ((pending_bytes > 0) - conditions.read_busy) * -math.expm1(-_EVERY_S / _MEMORY_S)
-        conditions.written_bytes = self._counters.written_behind_bytes
+        counters = self._counters
+        conditions.written_bytes, conditions.read_bytes = counters.written_behind_bytes, counters.promoted_bytes
+        conditions.demand_read_bytes = counters.promoted_bytes - counters.read_ahead_bytes

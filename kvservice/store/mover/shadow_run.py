@@ -46,7 +46,7 @@ class ShadowRun:
         """`measured_bytes_per_s`: of the SSD, 0 until it is known. The others: see `ItemRanking`."""
         self._name = policy.name
         self._store = ShadowStore(policy, conditions)
-        self._conditions = conditions
+        self.conditions = conditions
         self._ranking = ItemRanking(blocks, self._store, conditions, block_tokens_of, clock)
         self._measured_bytes_per_s = measured_bytes_per_s
         self._clock = clock
@@ -71,9 +71,9 @@ class ShadowRun:
         while True:
             pause_s = _EVERY_S
             if measured := self._measured_bytes_per_s():
-                self._conditions.ssd_bytes_per_s = measured
+                self.conditions.ssd_bytes_per_s = measured
             try:
-                await self._ranking.look()
+                await self._ranking.on_thread(lambda items, now_s: items.promotions(now_s))
             except Exception:
                 log.exception("the shadow policy %s failed", self._name)
                 pause_s = _PAUSE_AFTER_ERROR_S

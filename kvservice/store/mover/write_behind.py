@@ -238,10 +238,14 @@ class WriteBehind:
         writing = self._writing.get(mark)
         if writing is None:
             writing = self._writing[mark] = self._tasks.start_quietly(self._write(row, copied), "write one block")
-            writing.add_done_callback(lambda _: self._writing.pop(mark))
+            writing.add_done_callback(lambda _: self._ended(mark))
         if copied is not None:
             writing.add_done_callback(lambda _: copied.set())
         return writing
+
+    def _ended(self, mark: tuple[int, int]) -> None:
+        del self._writing[mark]
+        self._commit_if_due()  # It may have failed, and the others are the last ones now.
 
     async def _write(self, row: int, copied: asyncio.Event | None) -> None:
         blocks = self._blocks
@@ -314,6 +318,8 @@ class WriteBehind:
 
     def _commit_if_due(self) -> None:
         """Commit now if these are the last blocks, or a save waits, or they are many."""
+        if not self._copied:
+            return
         last = not self._queue and len(self._writing) <= len(self._copied)
         if self._awaited or last or self._copied_bytes >= _COMMIT_AFTER_BYTES:
             self._enough_copied.set()

@@ -62,13 +62,14 @@ class LookupRecord:
 
 @dataclass(frozen=True, slots=True)
 class ReportRecord:
-    """An engine's report of a request. The store reads four fields, and keeps the message for `explain`."""
+    """An engine's report of a request. The store reads five fields, and keeps the message for `explain`."""
 
     report_id: int  # A repeated id is the same report; 0 means no id.
     began_ms: int
     plan: str  # "load", "recompute", "mixed", or "none".
     outcome: str  # "done", "miss", "failed_over" or "breaker_open".
     message: Any  # `RequestReport`, as the listener received and checked it. The store does not read it.
+    computed_bytes_per_s: float = 0.0  # KV that the engine computes, as it estimated; 0 if that is not known.
 
 
 @dataclass(slots=True)

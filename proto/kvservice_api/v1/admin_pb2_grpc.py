@@ -223,7 +223,7 @@ class AdminServiceServicer(object):
 
     def SetPolicy(self, request, context):
         """Shows the policy that decides which blocks are in which tier. With a `policy` it decides from now on, until the
-        daemon's restart; one that decides already goes on. With a `shadow` that policy runs beside it, without any
+        daemon's restart; one that decides already stays as it is. With a `shadow` that policy runs beside it, without any
         effect, and the answers tell what it would have done since; one that runs already begins again. An empty request
         only shows. No lease ends, and no request is refused. Errors:
         * INVALID_ARGUMENT INVALID_REQUEST: no policy has this name, and nothing has changed; the message has all names.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -10,7 +11,7 @@ import pytest
 
 from kvservice.blocks import TierName
 from kvservice.policy import ForesightPolicy, Placement
-from kvservice.policy.base import Hint, Promotion
+from kvservice.policy.base import Hint, Promotion, hint_kind
 from kvservice.policy.items import NOT_QUEUED, Conditions, ItemTable
 from tests.contracts.placement import PlacementContract
 
@@ -64,8 +65,8 @@ class Stage:
         self.now_s = at_s
         items = self.items
         items.used_at_s[row] = at_s
-        items.ssd_bytes[row] = SIZE if self.conditions.ssd_capacity_bytes else 0
-        items.dram_bytes[row] = SIZE if in_dram else 0
+        items.ssd_bytes[row] = items.size_bytes[row] if self.conditions.ssd_capacity_bytes else 0
+        items.dram_bytes[row] = items.size_bytes[row] if in_dram else 0
         self.policy.stored(items, row, at_s)
 
     def hint(self, row: int, hint: Hint, at_s: float) -> None:
@@ -106,6 +107,7 @@ class Stage:
         items.live[row] = False
         items.dram_bytes[row] = 0
         self.now_s = at_s
+        self.policy._follows_lru = False  # As after a few times as many uses as DRAM has items.
 
 
 def people(seed: int = 0) -> Callable[[], float]:
@@ -316,3 +318,141 @@ def test_with_no_ssd_what_leaves_is_lost_and_what_may_come_back_some_day_is_wort
     stage.now_s = now_s + 100
     gone, waits = stage.worth(0, 1)
     assert waits > 2 * gone
+
+
+# Seconds
+
+
+def test_without_the_engines_rates_a_use_counts_as_the_table_says_and_with_them_by_its_seconds() -> None:
+    """A large session saves more, by as much as it takes more space."""
+    shares = {}
+    for computed_per_s in (0.0, RATE):
+        stage = Stage(4)
+        stage.conditions.recompute_bytes_per_s = computed_per_s
+        stage.teach(people())
+        for row in range(2):
+            stage.come(row, stage.now_s)
+            stage.answer(row, stage.now_s)
+        stage.items.size_bytes[1] = stage.items.dram_bytes[1] = stage.items.ssd_bytes[1] = 10 * SIZE
+        small, large = stage.worth(0, 1)
+        shares[computed_per_s] = small / large
+    assert shares == pytest.approx({0.0: 10.0, RATE: 1.0}, rel=0.2)
+
+
+def test_what_is_computed_sooner_than_read_is_neither_written_nor_read_ahead() -> None:
+    written, read = {}, {}
+    for wait_s in (0.0, 10.0):
+        stage = Stage(4)
+        stage.conditions.recompute_bytes_per_s, stage.conditions.demand_wait_s = RATE, wait_s
+        stage.teach(people())
+        now_s = stage.now_s
+        stage.come(0, now_s)
+        stage.answer(0, now_s, in_dram=False)
+        stage.asked(now_s + 1)
+        written[wait_s] = stage.policy.wants_on_ssd(stage.items, 0, now_s + 1)
+        stage.conditions.link_bytes_per_s = math.inf if not wait_s else RATE
+        read[wait_s] = len(stage.asked(now_s + 33))
+    assert written == {0.0: True, 10.0: False}
+    assert read == {0.0: 1, 10.0: 0}
+
+
+# Following `lru`
+
+
+def taught_by_lru(dram_items: int, *, kept: bool) -> Stage:
+    """Items return after ten others, in turn. The store has them in DRAM then, or not."""
+    stage = Stage(64, dram_items=dram_items)
+    for number in range(3000):
+        row, at_s = number % 11, float(number)
+        stage.come(row, at_s)
+        stage.answer(row, at_s + 0.5)
+        stage.items.dram_bytes[row] = SIZE if kept else 0
+        if stage.policy.look_at_s <= at_s:
+            stage.policy.promotions(stage.items, [], at_s)
+    stage.items.access_seq[:11] = (5, 4, 3, 2, 1, 11, 10, 9, 8, 7, 6)
+    stage.items.dram_bytes[:11] = SIZE
+    return stage
+
+
+def by_recency(stage: Stage) -> bool:
+    return bool((np.argsort(stage.worth(*range(11))) == np.argsort(stage.items.access_seq[:11])).all())
+
+
+def test_until_lru_would_have_replaced_dram_some_times_recency_decides() -> None:
+    assert by_recency(taught_by_lru(12, kept=True)), "DRAM never was full"
+    assert not by_recency(taught_by_lru(8, kept=True))
+
+
+def test_where_lru_would_have_more_recency_decides_again() -> None:
+    stage = taught_by_lru(8, kept=True)
+    stage.conditions.dram_capacity_bytes = stage.policy._shadow._capacity_bytes = 12 * SIZE
+    for number in range(3000, 6000):
+        row, at_s = number % 11, float(number)
+        stage.come(row, at_s)
+        stage.answer(row, at_s + 0.5, in_dram=False)
+    assert by_recency(stage)
+
+
+# Tool calls
+
+
+def test_a_tool_that_most_often_ends_within_seconds_keeps_its_session_where_it_is() -> None:
+    """Another tool takes minutes. Both were called three seconds ago."""
+    random = np.random.default_rng(3)
+    stage = Stage(6)
+    quick, slow = hint_kind("grep"), hint_kind("build")
+    at_s = 0.0
+    for number in range(1500):
+        stage.come(5, at_s)
+        stage.answer(5, at_s)
+        is_quick = number % 2 == 0
+        stage.policy.hinted(stage.items, 5, Hint.TOOL_CALL, at_s, quick if is_quick else slow)
+        at_s += float(random.uniform(6, 9) if is_quick else random.uniform(200, 300))
+        if stage.policy.look_at_s <= at_s:
+            stage.policy.promotions(stage.items, [], at_s)
+    stage.policy._follows_lru = False
+    for row, kind in enumerate((quick, slow)):
+        stage.come(row, at_s)
+        stage.answer(row, at_s)
+        stage.policy.hinted(stage.items, row, Hint.TOOL_CALL, at_s, kind)
+    stage.now_s = at_s + 3
+    soon, late = stage.worth(0, 1)
+    assert quick != slow and soon > 20 * late
+
+
+def test_names_have_the_same_kind_in_every_process() -> None:
+    assert [hint_kind(name) for name in ("", "grep", "build")] == [0, 1, 3]
+
+
+# Over restarts
+
+
+def test_what_was_learned_is_used_after_a_restart() -> None:
+    before = Stage(4)
+    before.teach(people())
+    state = before.policy.state()
+    assert len(state) < 45_000
+    after = Stage(4)
+    assert after.policy.restore(state)
+    for row, age_s in enumerate((300.0, 32.0, 1.0)):
+        after.come(row, 400 - age_s)
+        after.answer(row, 400 - age_s)
+    after.policy._follows_lru = False
+    after.now_s = 400.0
+    gone, soon, fresh = after.worth(0, 1, 2)
+    assert soon > 5 * fresh and soon > 5 * gone
+
+
+@pytest.mark.parametrize("change", [lambda state: state[:-8], lambda state: b"KVPL\x09" + state[5:], lambda _: b""])
+def test_a_state_of_another_length_or_version_is_refused(change: Callable[[bytes], bytes]) -> None:
+    stage = Stage(4)
+    stage.teach(people(), returns=50)
+    fresh = ForesightPolicy()
+    assert not fresh.restore(change(stage.policy.state()))
+    assert fresh.state() == b""
+
+
+def test_a_policy_that_has_begun_is_not_restored() -> None:
+    stage = Stage(4)
+    stage.teach(people(), returns=50)
+    assert not stage.policy.restore(stage.policy.state())

@@ -10,7 +10,7 @@ import pytest
 from kvservice.policy.items import Conditions
 from kvservice.policy.look_times import LookTimes
 from kvservice.policy.queue_waits import QueueWaits
-from kvservice.policy.read_price import ReadPrice
+from kvservice.policy.read_budget import ReadBudget
 
 # Times of scans
 
@@ -24,19 +24,19 @@ def looked(looks: LookTimes, *, events: int, over_s: float, rows: int = 100, now
 
 
 def test_it_looks_at_many_items_after_more_events_than_at_few() -> None:
-    for rows, events in ((100, 16), (48_000, 1000)):
-        looks = looked(LookTimes(0.0), events=16, over_s=16.0, rows=rows)
+    for rows, events in ((100, 32), (48_000, 2000)):
+        looks = looked(LookTimes(0.0), events=32, over_s=32.0, rows=rows)
         for _ in range(events - 1):
-            looks.happened(16.5)
-        assert looks.next_s > 16.5
-        looks.happened(16.5)
-        assert looks.next_s == 16.5
+            looks.happened(32.5)
+        assert looks.next_s > 32.5
+        looks.happened(32.5)
+        assert looks.next_s == 32.5
 
 
 def test_it_looks_by_time_only_while_there_may_be_something_to_fetch() -> None:
-    looks = looked(LookTimes(0.0), events=16, over_s=1.6)
-    assert looks.next_s == pytest.approx(1.6 + 40 / 32), "often enough to see who comes back soon"
-    looks.plan(False, False, 1.6)
+    looks = looked(LookTimes(0.0), events=32, over_s=3.2)
+    assert looks.next_s == pytest.approx(3.2 + 40 / 16), "often enough to see who comes back soon"
+    looks.plan(False, False, 3.2)
     assert looks.soonest_s == math.inf
 
 
@@ -44,7 +44,7 @@ def test_it_looks_by_time_only_while_there_may_be_something_to_fetch() -> None:
 def test_however_events_come_it_looks_neither_without_end_nor_too_seldom(over_s: float) -> None:
     looks = looked(LookTimes(5.0), events=64, over_s=over_s, now_s=5.0)
     for every_s in (looks.every_s, looks.hinted_every_s):
-        assert 40 / 1024 <= every_s <= 40 / 32
+        assert 40 / 1024 <= every_s <= 40 / 16
 
 
 def test_hints_are_looked_at_several_times_before_their_requests_come() -> None:
@@ -55,29 +55,64 @@ def test_hints_are_looked_at_several_times_before_their_requests_come() -> None:
     assert looks.hinted_s == pytest.approx(1.25)
 
 
-# The price of a read
+# What may be read ahead
+
+MIB = 2**20
+BANDWIDTH = 100 * MIB
 
 
-def priced(busy: float, *, mean_bytes: float = 1000.0, written_bytes: int = 0) -> float:
-    conditions = Conditions(10**6, 10**9, 1e6, read_busy=busy, written_bytes=written_bytes)
-    price = ReadPrice(0.0)
-    price.learn(conditions, mean_bytes, 1000.0)
-    return price.per_byte * mean_bytes
+def watched(
+    *, seconds: int = 300, found: int = 0, in_dram: int = 0, read: int | None = None, ahead: int = 0, written: int = 0
+) -> tuple[ReadBudget, Conditions]:
+    """Each second, requests find so many MiB on SSD and in DRAM, of which `read` are read for them; None: all."""
+    conditions = Conditions(1000 * MIB, 10**12, BANDWIDTH)
+    budget = ReadBudget(0.0)
+    for second in range(seconds):
+        budget.used(in_dram * MIB, (in_dram + found) * MIB)
+        conditions.demand_read_bytes += (found if read is None else read) * MIB
+        conditions.read_bytes += ((found if read is None else read) + ahead) * MIB
+        conditions.written_bytes += written * MIB
+        budget.learn(conditions, 0.0, 1.0, second + 1.0)
+    return budget, conditions
 
 
-def test_a_read_costs_next_to_nothing_until_the_ssd_is_busy_and_then_a_hit() -> None:
-    assert priced(0.0) == priced(0.8) == pytest.approx(0.01)
-    assert 0.01 < priced(0.9) < priced(0.95) < priced(1.0) == pytest.approx(1.0)
+def test_a_read_costs_next_to_nothing_until_requests_keep_the_ssd_busy_and_then_a_hit() -> None:
+    idle, some, much, all_of_it = (watched(found=found)[0].per_density for found in (10, 40, 80, 100))
+    assert idle == some == pytest.approx(0.01)
+    assert 0.01 < much < all_of_it == pytest.approx(1.0, rel=0.1)
 
 
 def test_writing_keeps_the_ssd_as_busy_as_reading() -> None:
-    half_of_the_time = int(500 * 1e6)
-    assert priced(0.45, written_bytes=half_of_the_time) == pytest.approx(priced(0.95), rel=1e-3)
+    assert watched(found=40, written=40)[0].per_density == pytest.approx(watched(found=80)[0].per_density)
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1e6])
-def test_the_price_is_that_of_an_item_of_mean_size_in_any_unit(scale: float) -> None:
-    assert priced(0.9, mean_bytes=1000 * scale) == pytest.approx(priced(0.9))
+def test_reads_ahead_have_what_requests_leave_and_a_fifth_while_the_ssd_is_busy() -> None:
+    shares = {}
+    for found in (10, 60, 90):
+        budget, conditions = watched(found=found)
+        shares[found] = budget.readable_bytes(conditions, 1.0) / BANDWIDTH
+    assert shares == pytest.approx({10: 0.9, 60: 0.2, 90: 0.1}, rel=0.1)
+
+
+def test_what_is_on_its_way_is_read_before_more_is_asked_for() -> None:
+    budget, conditions = watched(found=10)
+    conditions.read_backlog_s = 1.0
+    assert budget.readable_bytes(conditions, 1.0) < 0
+
+
+def test_all_reads_stay_near_those_of_a_store_that_reads_nothing_ahead() -> None:
+    """Half of what requests find is read ahead of them, and requests compute half of the rest again."""
+    least = watched(found=20, in_dram=20, read=10, ahead=5)[0]
+    much = watched(found=20, in_dram=20, read=10, ahead=20)[0]
+    assert least.allowance_bytes > 0 and least.per_density == pytest.approx(0.01)
+    assert much.allowance_bytes < 0 and much.per_density == pytest.approx(1.0)
+
+
+def test_a_store_that_does_not_count_its_reads_has_no_allowance_to_keep() -> None:
+    budget, conditions = ReadBudget(0.0), Conditions(1000 * MIB, 10**12, BANDWIDTH)
+    budget.learn(conditions, 0.0, 1.0, 1.0)
+    assert budget.allowance_bytes == math.inf
+    assert budget.readable_bytes(conditions, 2.0) == 2.0 * BANDWIDTH
 
 
 # Waits in the queue

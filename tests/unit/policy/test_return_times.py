@@ -189,7 +189,7 @@ def test_a_second_hint_counts_from_its_own_time() -> None:
     hints = HintTimes(1)
     hints.hinted(0, Hint.TYPING, 1.0, 0.0)
     hints.hinted(0, Hint.TOOL_CALL, 1.0, 7.0)
-    assert hints.since_s[0] == 7.0 and hints.in_class[0] == 5
+    assert hints.since_s[0] == 7.0 and hints.in_class[0] == hint_times.TOOL_CALL
     hints.cancel(0, 9.0)
     assert hints.in_class[0] == hint_times.NONE and not hints.expected
 

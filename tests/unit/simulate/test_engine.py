@@ -207,7 +207,7 @@ class RecordingPolicy(LruPolicy):
     def stored(self, items: ItemTable, row: int, now_s: float) -> None:
         self.calls.append((now_s, "stored", row))
 
-    def hinted(self, items: ItemTable, row: int, hint: Hint, now_s: float) -> None:
+    def hinted(self, items: ItemTable, row: int, hint: Hint, now_s: float, kind: int = 0) -> None:
         assert (items.hinted_at_s[row], items.ended[row]) == (now_s, hint is Hint.ENDED)
         self.calls.append((now_s, hint, row))
 

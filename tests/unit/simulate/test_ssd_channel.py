@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvservice.simulate.ssd_channel import DEFERRED_LIMIT_S, SsdChannel
+from kvservice.simulate.ssd_channel import DEFERRED_LIMIT_S, PRESSING_S, SsdChannel
 
 SIZES = {row: 1 + 3 * row for row in range(6)}
 
@@ -44,7 +44,8 @@ def channel_of(log: Log, bytes_per_s: float = 1.0) -> SsdChannel:
 
 
 class Plain:
-    """The same channel, event by event and with one byte per second: the first waiting transfer gets it."""
+    """The same channel, event by event and with one byte per second: the first waiting transfer gets it,
+    and deferred writes a fifth beside reads while many wait."""
 
     def __init__(self, log: Log) -> None:
         self.log = log
@@ -74,10 +75,16 @@ class Plain:
             if row not in self.left:
                 self.left[row] = self.log.begin_read(row, self.now_s)
                 return True
-            step = min(most, self.left[row])
-            self.left[row] -= step
+            read_share = 1 - 0.2 if self.owed > PRESSING_S else 1.0
+            step = min(most, self.left[row] / read_share)
+            if read_share < 1:
+                shared_s = (self.owed - PRESSING_S) / 0.2
+                step = min(step, shared_s)
+                self.owed = PRESSING_S if step == shared_s else self.owed - step * 0.2
+            ends = step == self.left[row] / read_share
+            self.left[row] -= step * read_share
             self.now_s += step
-            if not self.left[row]:
+            if ends:
                 del self.left[row], self.reads[row]
                 self.log.end_read(row, SIZES[row], self.now_s)
         elif self.owed:
@@ -101,6 +108,11 @@ class Plain:
 
     def defer_write(self, size_bytes: int) -> None:
         self.owed += size_bytes
+
+    def read_now(self, size_bytes: int) -> None:
+        write_s = min(size_bytes * (0.2 / (1 - 0.2)), self.owed) if self.owed > PRESSING_S else 0.0
+        self.owed -= write_s
+        self.demands.append(size_bytes + write_s)
 
 
 class Act(NamedTuple):
@@ -133,7 +145,7 @@ def test_what_is_worked_out_late_is_what_happens_event_by_event(acts: list[Act])
         plain.advance(now_s)
         if act.what == "read_now":
             lazy.advance(now_s)
-            plain.demands.append(SIZES[act.row])
+            plain.read_now(SIZES[act.row])
             assert lazy.read_now(SIZES[act.row]) == now_s + sum(plain.demands)
         elif act.what == "defer_write":
             lazy.advance(now_s)
@@ -161,6 +173,29 @@ def test_what_is_worked_out_late_is_what_happens_event_by_event(acts: list[Act])
     lazy.advance(now_s + 1000)
     plain.advance(now_s + 1000)
     assert lazy_log.noted == plain_log.noted
+
+
+@pytest.mark.parametrize("slices", [1, 7, 1000])
+def test_while_many_bytes_wait_to_be_written_reads_leave_them_a_fifth(slices: int) -> None:
+    log = Log()
+    channel = channel_of(log)
+    channel.defer_write(8)
+    channel.promote(3, 0.0, SIZES[3])
+    for number in range(slices):
+        channel.advance(100.0 * (number + 1) / slices)
+        if number == slices // 2:
+            assert channel.can_defer_write(10)
+    begins, ends = log.noted
+    assert begins[-1] == 0.0
+    assert ends[-1] == pytest.approx(SIZES[3] + min(8 - PRESSING_S, SIZES[3] / 4))
+
+
+def test_a_read_that_a_request_waits_for_takes_a_quarter_longer_while_many_bytes_wait_to_be_written() -> None:
+    channel = channel_of(Log())
+    channel.defer_write(8)
+    assert channel.read_now(4) == 5.0
+    channel.advance(5.0)
+    assert channel.can_defer_write(3) and not channel.can_defer_write(4), "one second of writes was between"
 
 
 @given(acts, st.sampled_from([0.5, 3.0, 7.0]))

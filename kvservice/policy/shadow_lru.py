@@ -1,0 +1,89 @@
+"""What `lru` would have in DRAM, followed on a sample of the items: whether a policy does better than it.
+
+The shadow holds no bytes: only the keys and sizes of sampled items, in the order of their last uses, up to the share of
+DRAM that the sample has. If many items are in it, fewer are sampled, so its memory is bounded.
+"""
+
+from __future__ import annotations
+
+import math
+
+_ITEMS_MAX = 2048
+_MEMORY = 1024.0  # Sampled uses after which a difference counts 1/e.
+_LEAST_USES = 64
+_SIGNIFICANT = 2.0  # In standard deviations of the sum of differences.
+_SCATTER = 0x9E3779B97F4A7C15  # Odd, so that the products of different keys differ.
+_WORD = 1 << 64
+
+
+class ShadowLru:
+    """An LRU cache of sampled keys, and the bytes that it and the real DRAM had for the requests that used them."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self._capacity_bytes = capacity_bytes
+        self._below = _WORD  # Keys that scatter below it are sampled.
+        self._sizes: dict[int, int] = {}  # The oldest use first.
+        self._held_bytes = 0
+        self._left_bytes = 0
+        self._had = self._would_have = self._returned = 0.0  # Bytes, over recent uses.
+        self.restart()
+
+    def restart(self) -> None:
+        """Compare from now on."""
+        self._uses = 0
+        self._ahead = self._square = 0.0
+
+    def used(self, key: int, size_bytes: int, dram_bytes: int) -> None:
+        """A request uses an item that was saved with this size, and that has so many bytes in the real DRAM."""
+        if key * _SCATTER % _WORD >= self._below or not size_bytes:
+            return
+        shadowed = min(self._sizes.get(key, 0), size_bytes)
+        ahead = shadowed - dram_bytes
+        self._uses += 1
+        kept = 1 - 1 / _MEMORY
+        self._ahead = self._ahead * kept + ahead
+        self._square = self._square * kept + ahead * ahead
+        self._had = self._had * kept + dram_bytes
+        self._would_have = self._would_have * kept + shadowed
+        self._returned = self._returned * kept + size_bytes
+
+    def stored(self, key: int, size_bytes: int) -> None:
+        """The item was saved, and is what was used last."""
+        if key * _SCATTER % _WORD >= self._below:
+            return
+        sizes = self._sizes
+        self._held_bytes += size_bytes - sizes.pop(key, 0)
+        sizes[key] = size_bytes
+        capacity_bytes = self._capacity_bytes * self._below // _WORD
+        while self._held_bytes > capacity_bytes:
+            oldest = next(iter(sizes))
+            size = sizes[oldest]
+            leaves = min(self._held_bytes - capacity_bytes, size)
+            if leaves < size:  # The end of an item leaves first.
+                sizes[oldest] = size - leaves
+            else:
+                del sizes[oldest]
+            self._held_bytes -= leaves
+            self._left_bytes += leaves * _WORD // self._below
+        if len(sizes) > _ITEMS_MAX:
+            self._sample_less()
+
+    def _sample_less(self) -> None:
+        self._below //= 2
+        self._sizes = {key: size for key, size in self._sizes.items() if key * _SCATTER % _WORD < self._below}
+        self._held_bytes = sum(self._sizes.values())
+
+    @property
+    def turnovers(self) -> float:
+        """How often `lru` would have replaced all that is in DRAM."""
+        return self._left_bytes / self._capacity_bytes if self._capacity_bytes else 0.0
+
+    @property
+    def hit_share(self) -> float:
+        """Of the bytes that requests used, those that `lru` would have had in DRAM."""
+        return self._would_have / self._returned if self._returned else 0.0
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether `lru` would have had more, beyond chance."""
+        return self._uses >= _LEAST_USES and self._ahead > _SIGNIFICANT * math.sqrt(self._square)
