@@ -18,6 +18,7 @@ from kvservice.clock import Clock
 from kvservice_api.keys import KEY_BYTES
 
 _DETAILS_MAX = 256
+_UNKNOWN_SCORE = np.finfo(np.float64).max
 _FOUND_MAX = 16  # The answer has at most so many events of one key, the newest ones.
 
 _EVENT = np.dtype(
@@ -66,7 +67,8 @@ class Eviction(NamedTuple):
 
     policy: str
     space_for: SpaceFor
-    scores: Mapping[int, float]  # By row. Minus infinity for a block that is not needed any more.
+    scores: Mapping[int, float]  # By row. Minus infinity for a block that is not needed any more, the largest float
+    # for one that left by recency, because the policy was late.
 
 
 class MissEvent(NamedTuple):
@@ -203,7 +205,7 @@ class MissReasons:
                     bool(event["last_copy"]),
                     int(event["pin_ended_ms"]),
                     SpaceFor(int(event["space_for"])),
-                    float(event["score"]) if math.isfinite(event["score"]) else None,
+                    float(event["score"]) if abs(event["score"]) < _UNKNOWN_SCORE else None,
                 )
             )
             if len(found) == _FOUND_MAX:

@@ -50,6 +50,7 @@ class ActivePolicy:
         self._clock = clock
         self._tasks = tasks
         self._learned = learned
+        self._keeping = asyncio.Lock()
         self._items: ItemRanking | None = None
         self._listening: tuple[BlockEvents, ...] = ()  # Those of the policy, if it is over items, and of the shadow.
         self.shadow: ShadowRun | None = None
@@ -141,9 +142,10 @@ class ActivePolicy:
         if items is None:
             return
         try:
-            state = await items.on_thread(lambda known, now_s: known.policy.state())
-            if (data := self._learned.keep(items.name, state)) is not None:
-                await asyncio.to_thread(self._learned.write, data)
+            async with self._keeping:
+                state = await items.on_thread(lambda known, now_s: known.policy.state())
+                if (data := self._learned.keep(items.name, state)) is not None:
+                    await asyncio.to_thread(self._learned.write, data)
         except Exception as error:
             log.warning("what the policy %s has learned was not written: %s", items.name, error)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvservice.blocks import TierName
@@ -101,3 +102,27 @@ async def test_a_shadow_begins_with_what_the_tiers_have(opened: OpenStore, clock
         assert (found.requests_in_dram, found.dram_bytes, found.ssd_bytes) == (1, _SIZE, _SIZE)
     facts = await opened.store.operators.set_policy(CALLER, "", "none")
     assert facts.shadow is None
+
+
+async def test_a_shadow_of_lru_agrees_with_lru(open_store: Callable[..., Any], clock: HandClock) -> None:
+    """For sessions of which some return much more often than others."""
+    opened: OpenStore = await open_store(
+        clock=clock, dram_bytes=_SESSIONS * _SIZE // 2, ssd_bytes=16 * MIB, limits=PATIENT
+    )
+    await opened.store.operators.set_policy(CALLER, "", "lru")
+    client, random = opened.store.attach(CALLER, "engine"), np.random.default_rng(7)
+    popularity = 1 / np.arange(1, _SESSIONS + 1)
+    for number in random.choice(_SESSIONS, 300, p=popularity / popularity.sum()).tolist():
+        clock.advance(seconds=1)
+        lease = opened.lookup(client, _CHAINS[number].keys, ttl_s=300)
+        if lease is None:
+            await opened.save(client, _CHAINS[number], _IMAGES, on_ssd=True)
+        else:
+            await opened.store.prefetch(CALLER, _CHAINS[number].keys, within_s=0.0, wait=True)
+            await opened.store.release(caller_of(client), lease.lease_id)
+    facts = await opened.store.operators.policy(CALLER)
+    assert facts.shadow is not None
+    real, shadow = facts.shadow.real, facts.shadow.shadow
+    used_bytes = facts.shadow.requests * _SIZE
+    assert 0.2 < real.dram_bytes / used_bytes < 0.8, "the comparison is of something"
+    assert abs(real.dram_bytes - shadow.dram_bytes) < 0.08 * used_bytes, "DRAM has space for ten of them"
