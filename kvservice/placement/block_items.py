@@ -219,6 +219,8 @@ class BlockItems:
                 self._core.answered(item, self.items.answer_tokens.item(item), now_s)
             self.items.used_at_s[item] = now_s
             self._core.stored((item,), now_s)
+            if self._queue:
+                self.ask_again(now_s)  # Its space may be for the next ones: an engine may wait for them to be read.
 
     def queued(self, requests: Sequence[Rows], waiting: int, now_s: float) -> None:
         """The blocks that the requests at the heads of the engines' queues will read, the next request first.
@@ -258,6 +260,10 @@ class BlockItems:
         self._is_coming[rows] = is_coming
         sizes = self._size_bytes[rows] if is_coming else -self._size_bytes[rows]
         np.add.at(self.items.coming_bytes, self._item_of[rows], sizes)
+
+    def ask_again(self, now_s: float) -> None:
+        """The policy is asked for reads next time, whether it wants that or not."""
+        self.policy.look_at_s = min(self.policy.look_at_s, now_s)
 
     # Items
 

@@ -13,10 +13,10 @@ bytes: the caller does, and reports what it did (`reserve`, `entered`, `left`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 from kvservice.blocks import TierName
 from kvservice.placement.item_state import ItemState, overrides
+from kvservice.policy.base import Promotion
 from kvservice.policy.items import ItemTable
 from kvservice.policy.placement import Placement
 
@@ -25,23 +25,8 @@ _DRAM = TierName.DRAM
 #: An item without blocks of one size is evicted in steps of one of this many parts.
 _CUTS = 64
 
-
-class Evict(NamedTuple):
-    """A command: `tier` keeps the item's first `keep_bytes`, and gives up the rest."""
-
-    item: int
-    tier: TierName
-    keep_bytes: int
-    score: float
-
-
-class Read(NamedTuple):
-    """A command: copy the bytes that only SSD has to DRAM. A later command for the item has another deadline."""
-
-    item: int
-    size_bytes: int  # What is missing now. `PlacementCore.read_began` says it again.
-    deadline_s: float  # When the bytes are needed. The read with the earliest deadline is first.
-    worth: float  # Only items with a lower score are evicted for it.
+#: A command to evict: (item, the bytes of its front that stay, its score). A plain tuple, because there are many.
+Evict = tuple[int, int, float]
 
 
 class PlacementCore(ItemState):
@@ -54,7 +39,7 @@ class PlacementCore(ItemState):
         self.evicts_whole_items = policy.whole_items and not block_bytes
         #: How much of DRAM to free beyond the space of a read that has begun.
         self.kept_free_bytes = int(policy.dram_kept_free * items.conditions.dram_capacity_bytes)
-        self.reading: dict[int, Read] = {}  # By item: the reads that are asked for or running.
+        self.reading: dict[int, Promotion] = {}  # By item: the reads that are asked for or running.
         self._asks_dram = overrides(policy, "wants_in_dram")
         self._asks_ssd = overrides(policy, "wants_on_ssd")
 
@@ -87,7 +72,7 @@ class PlacementCore(ItemState):
                     return
                 have = bytes_of[item]
                 keep = 0 if self.evicts_whole_items or excess >= have else self._keep(item, have - excess)
-                yield Evict(item, tier, keep, score)
+                yield item, keep, score
                 if bytes_of[item] == have:
                     passed_over.append(item)
                     space.discard(item)
@@ -117,35 +102,34 @@ class PlacementCore(ItemState):
 
     # Reads
 
-    def reads(self, queue: Sequence[int], now_s: float) -> list[Read]:
+    def reads(self, queue: Sequence[int], now_s: float) -> list[Promotion]:
         """The reads that the policy wants now and has not asked for, and those with another deadline than before.
 
-        `queue` has the items of the waiting requests, in the order in which they will run.
+        `queue` has the items of the waiting requests, in the order in which they will run. What SSD has more of than
+        DRAM is to be read, the earliest deadline first.
         """
         commands = []
-        for item, deadline_s, worth in self.policy.promotions(self.items, queue, now_s):
+        for promotion in self.policy.promotions(self.items, queue, now_s):
+            item = promotion.row
             asked = self.reading.get(item)
-            if asked is None:
-                lacks = self._ssd[item] - self._dram[item]
-                if lacks <= 0 or self._in_use[item]:
-                    continue
-                self.reading[item] = read = Read(item, lacks, deadline_s, worth)
-                commands.append(read)
-            else:
-                self.reading[item] = read = Read(item, asked.size_bytes, deadline_s, worth)
-                if deadline_s != asked.deadline_s:
-                    commands.append(read)
+            if asked is None and (self._ssd[item] <= self._dram[item] or self._in_use[item]):
+                continue
+            self.reading[item] = promotion
+            if asked is None or asked.deadline_s != promotion.deadline_s:
+                commands.append(promotion)
         return commands
 
-    def read_began(self, item: int) -> Read | None:
-        """The read's turn has come: the item is held until `read_ended`. None if nothing is left to read."""
-        asked = self.reading[item]
+    def read_began(self, item: int) -> int:
+        """The read's turn has come. Returns the bytes to read; 0 if none are left, and the read is over.
+
+        Else the item is held until `read_ended`. Make space next: evict what scores below the worth in `reading`.
+        """
         lacks = self._ssd[item] - self._dram[item]
         if lacks <= 0:
             del self.reading[item]
-            return None
+            return 0
         self.hold(item)
-        return asked._replace(size_bytes=lacks)
+        return lacks
 
     def read_ended(self, item: int, unread_bytes: int = 0) -> None:
         """The read is over. `unread_bytes` of its space were not used; what has come stays."""
@@ -178,13 +162,15 @@ class PlacementCore(ItemState):
 
         Unless it is 0, SSD keeps what it has of the item until `write_ended`: a write must not evict its own item.
         """
-        lacks = end_bytes - self._ssd[item]
+        have = self._ssd[item]
+        lacks = end_bytes - have
         if lacks <= 0 or not self.ssd.capacity_bytes:
             return 0
-        if self._asks_ssd and not self.policy.wants_on_ssd(self.items, item, now_s):
+        if not self.wants_on_ssd(item, now_s):
             return 0
         self._writes[item] += 1
-        self.ssd.discard(item)
+        if have:
+            self.ssd.discard(item)
         return lacks
 
     def write_ended(self, item: int, unwritten_bytes: int = 0) -> None:

@@ -231,15 +231,20 @@ class ItemState:
         """Keep the item's bytes in both tiers until `release`. Holds are counted."""
         holds = self._holds[item]
         self._holds[item] = holds + 1
-        if not holds:
-            self.dram.discard(item)
-            self.ssd.discard(item)
+        if not holds:  # As `_may_leave`, without a call.
+            if self._dram[item]:
+                self.dram.discard(item)
+            if self._ssd[item]:
+                self.ssd.discard(item)
 
     def release(self, item: int) -> None:
         """Undo one `hold`."""
         self._holds[item] = holds = self._holds[item] - 1
-        if not holds:
-            self._may_leave(item)
+        if not holds:  # As `_may_leave`, without a call.
+            if self._dram[item]:
+                self.dram.add(item)
+            if self._ssd[item] and not self._writes[item]:
+                self.ssd.add(item)
 
     def _may_leave(self, item: int) -> None:
         """Let the tiers evict what they have of the item, unless it is held."""

@@ -12,7 +12,7 @@ from kvservice_api.cost import plan
 _BLOCK_TOKENS = 256
 
 
-class PlannedRead(NamedTuple):
+class Read(NamedTuple):
     """What of a request's history on SSD is read, and what is computed meanwhile."""
 
     size_bytes: int
@@ -35,16 +35,16 @@ class LoadOrRecompute:
         self._always_loads = machine.always_load
         self._backlog_s = 0.0
 
-    def read(self, on_ssd_bytes: int, new_tokens: int) -> PlannedRead:
+    def read(self, on_ssd_bytes: int, new_tokens: int) -> Read:
         """What a request reads of `on_ssd_bytes`, with `new_tokens` that it computes in any case."""
         history_tokens = on_ssd_bytes // self._kv_bytes
         if self._always_loads or not history_tokens:
-            return PlannedRead(on_ssd_bytes, 0)
+            return Read(on_ssd_bytes, 0)
         self._backlog_s = self._channel.read_now_backlog_s()
         chosen = plan(self, history_tokens, new_tokens, self._kv_bytes, "ssd", self._block_tokens)
         if not chosen.load_tokens:
-            return PlannedRead(0, history_tokens)
-        return PlannedRead(on_ssd_bytes - chosen.compute_tokens * self._kv_bytes, chosen.compute_tokens)
+            return Read(0, history_tokens)
+        return Read(on_ssd_bytes - chosen.compute_tokens * self._kv_bytes, chosen.compute_tokens)
 
     def overhead_s(self) -> float:
         return 0.0

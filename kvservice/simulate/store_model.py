@@ -13,8 +13,9 @@ import math
 import numpy as np
 
 from kvservice.blocks import TierName
-from kvservice.placement.core import PlacementCore, Read
+from kvservice.placement.core import PlacementCore
 from kvservice.placement.views import bools, ints
+from kvservice.policy.base import Promotion
 from kvservice.simulate.settings import Machine
 from kvservice.simulate.ssd_channel import SsdChannel
 
@@ -46,7 +47,8 @@ class StoreModel:
 
         An item that was just stored may be evicted too.
         """
-        while not self._free_dram(0, math.inf, now_s):
+        dram = self.core.dram
+        while dram.used_bytes > dram.capacity_bytes and not self._free_dram(0, math.inf, now_s):
             self.stop_read(self.core.read_to_stop())
 
     def write_behind(self, row: int) -> None:
@@ -82,12 +84,13 @@ class StoreModel:
         core, dram = self.core, self.core.dram
         if dram.used_bytes + wanted_bytes <= dram.capacity_bytes:
             return True
-        for row, _, keep_bytes, _ in core.victims(_DRAM, wanted_bytes, worth, now_s):
+        for row, keep_bytes, _ in core.victims(_DRAM, wanted_bytes, worth, now_s):
             have = self._dram[row]
-            if self.channel.write_row == row:
-                self._end_write_early()
-            if self._has_ssd and self._ssd[row] < have:
-                self._write_now(row, have, now_s)
+            if self._has_ssd:
+                if self.channel.write_row == row:
+                    self._end_write_early()
+                if self._ssd[row] < have:
+                    self._write_now(row, have, now_s)
             core.left(row, _DRAM, have - keep_bytes, now_s)
         return dram.used_bytes + wanted_bytes <= dram.capacity_bytes
 
@@ -98,14 +101,15 @@ class StoreModel:
             return
         if core.evicts_whole_items and wanted_bytes > ssd.capacity_bytes:
             return
-        for row, _, keep_bytes, _ in core.victims(_SSD, wanted_bytes, math.inf, now_s):
+        for row, keep_bytes, _ in core.victims(_SSD, wanted_bytes, math.inf, now_s):
             core.left(row, _SSD, self._ssd[row] - keep_bytes, now_s)
 
     # Reads.
 
-    def read(self, command: Read) -> None:
+    def read(self, promotion: Promotion) -> None:
         """Queue a read of the bytes that only SSD has, or change the deadline of a queued one."""
-        self.channel.promote(command.item, command.deadline_s, command.size_bytes)
+        row = promotion.row
+        self.channel.promote(row, promotion.deadline_s, self._ssd[row] - self._dram[row])
 
     def stop_read(self, row: int) -> None:
         """Stop a read. The bytes that were read stay in DRAM."""
@@ -120,15 +124,16 @@ class StoreModel:
 
     def begin_read(self, row: int, now_s: float) -> int:
         core = self.core
-        read = core.read_began(row)
-        if read is None:
+        lacks = core.read_began(row)
+        if not lacks:
             return 0
-        self._free_dram(read.size_bytes, read.worth, now_s)
-        size = core.reserve(row, _DRAM, read.size_bytes)
+        worth = core.reading[row].worth
+        self._free_dram(lacks, worth, now_s)
+        size = core.reserve(row, _DRAM, lacks)
         if not size:
             core.read_ended(row)
         elif core.kept_free_bytes:
-            self._free_dram(core.kept_free_bytes, read.worth, now_s)
+            self._free_dram(core.kept_free_bytes, worth, now_s)
         return size
 
     def end_read(self, row: int, size_bytes: int, now_s: float) -> None:

@@ -148,8 +148,13 @@ class ReadAhead:
                     rows.tolist(), within_s=within_s, wait=True, worth=read.worth, space_for=SpaceFor.READ_AHEAD
                 )
                 self._ranking.events.coming(rows, False)
-                if not read.is_queued:
-                    self._note_guess(rows[blocks.lie_in(rows, blocks.first_tier)])
+                arrived = rows[blocks.lie_in(rows, blocks.first_tier)]
+                if read.is_queued:
+                    self._note_hinted(arrived)
+                    if len(arrived) < len(rows):
+                        self._ranking.events.ask_again()
+                else:
+                    self._note_guess(arrived)
         finally:
             self._own_bytes = 0
             self._reading = None
@@ -166,6 +171,11 @@ class ReadAhead:
             self._spent_until_s = begin_s + size_bytes / self._bytes_per_s_max
         else:
             self._allowed_bytes -= size_bytes
+
+    def _note_hinted(self, rows: Rows) -> None:
+        self._blocks.hinted[rows] = True
+        self._counters.hint_promoted_blocks += len(rows)
+        self._counters.hint_promoted_bytes += int(self._blocks.size_bytes[rows].sum())
 
     # Guesses
 

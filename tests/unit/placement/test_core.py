@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from kvservice.blocks import Rows, TierName
-from kvservice.placement.core import NO_ITEM, Evict, PlacementCore, Read
+from kvservice.placement.core import NO_ITEM, Evict, PlacementCore
 from kvservice.placement.item_state import ItemPart
 from kvservice.policy.base import Hint, Promotion
 from kvservice.policy.items import NOT_QUEUED, Conditions, ItemTable
@@ -93,7 +93,8 @@ def carried_out(core: PlacementCore, tier: TierName, wanted_bytes: int, worth: f
     column = core.items.dram_bytes if tier is DRAM else core.items.ssd_bytes
     commands = []
     for command in core.victims(tier, wanted_bytes, worth, 0.0):
-        core.left(command.item, tier, int(column[command.item]) - command.keep_bytes, 0.0)
+        item, keep_bytes, _ = command
+        core.left(item, tier, int(column[item]) - keep_bytes, 0.0)
         commands.append(command)
     return commands
 
@@ -109,9 +110,9 @@ def only_on_ssd(core: PlacementCore, *items: int) -> None:
 
 def test_the_lowest_scores_leave_first_and_of_the_last_one_only_what_is_needed() -> None:
     core = core_of()
-    assert carried_out(core, DRAM, 130) == [Evict(0, DRAM, 0, 0.0), Evict(1, DRAM, 70, 1.0)]
+    assert carried_out(core, DRAM, 130) == [(0, 0, 0.0), (1, 70, 1.0)]
     assert core.items.dram_bytes.tolist() == [0, 70, 100]
-    assert carried_out(core, DRAM, 140) == [Evict(1, DRAM, 60, 1.0)]
+    assert carried_out(core, DRAM, 140) == [(1, 60, 1.0)]
     assert core.dram.used_bytes == 160
 
 
@@ -121,14 +122,14 @@ def test_nothing_leaves_while_there_is_space() -> None:
 
 def test_only_what_scores_below_a_reads_worth_leaves_for_it() -> None:
     core = core_of()
-    assert [command.item for command in carried_out(core, DRAM, 300, worth=2.0)] == [0, 1]
+    assert [item for item, _, _ in carried_out(core, DRAM, 300, worth=2.0)] == [0, 1]
     assert core.items.dram_bytes.tolist() == [0, 0, 100]
 
 
 def test_blocks_are_evicted_whole_and_so_are_the_items_of_a_policy_that_does_not_cut() -> None:
-    assert carried_out(core_of(block_bytes=25), DRAM, 30) == [Evict(0, DRAM, 50, 0.0)]
-    assert carried_out(core_of(policy=WholeByNumber()), DRAM, 30) == [Evict(0, DRAM, 0, 0.0)]
-    assert carried_out(core_of(policy=WholeByNumber(), block_bytes=25), DRAM, 30) == [Evict(0, DRAM, 50, 0.0)]
+    assert carried_out(core_of(block_bytes=25), DRAM, 30) == [(0, 50, 0.0)]
+    assert carried_out(core_of(policy=WholeByNumber()), DRAM, 30) == [(0, 0, 0.0)]
+    assert carried_out(core_of(policy=WholeByNumber(), block_bytes=25), DRAM, 30) == [(0, 50, 0.0)]
 
 
 def test_a_held_item_stays_until_its_last_hold_ends() -> None:
@@ -136,20 +137,21 @@ def test_a_held_item_stays_until_its_last_hold_ends() -> None:
     core.hold(0)
     core.hold(0)
     core.release(0)
-    assert [command.item for command in core.victims(DRAM, 10, FOR_ALL, 0.0)] == [1, 2]
+    assert [item for item, _, _ in core.victims(DRAM, 10, FOR_ALL, 0.0)] == [1, 2]
     core.release(0)
-    assert next(core.victims(DRAM, 10, FOR_ALL, 0.0)).item == 0
+    assert next(core.victims(DRAM, 10, FOR_ALL, 0.0))[0] == 0
 
 
 def test_a_victim_that_cannot_leave_now_is_passed_over_and_is_a_victim_again_later() -> None:
     core = core_of()
     left = []
     for command in core.victims(DRAM, 150, FOR_ALL, 0.0):
-        if command.item != 0:
+        item, keep_bytes, _ = command
+        if item != 0:
             left.append(command)
-            core.left(command.item, DRAM, 100 - command.keep_bytes, 0.0)
-    assert left == [Evict(1, DRAM, 0, 1.0), Evict(2, DRAM, 50, 2.0)]
-    assert next(core.victims(DRAM, 300, FOR_ALL, 0.0)).item == 0
+            core.left(item, DRAM, 100 - keep_bytes, 0.0)
+    assert left == [(1, 0, 1.0), (2, 50, 2.0)]
+    assert next(core.victims(DRAM, 300, FOR_ALL, 0.0))[0] == 0
 
 
 def test_an_item_that_no_tier_has_is_forgotten_unless_a_request_waits_for_it() -> None:
@@ -171,12 +173,10 @@ def test_a_read_is_commanded_once_and_again_with_another_deadline() -> None:
     core = core_of(policy=policy)
     only_on_ssd(core, 0, 1)
     policy.wanted = [Promotion(0, 5.0, 3.0), Promotion(1, 6.0), Promotion(2, 7.0)]
-    assert core.reads((), 0.0) == [Read(0, 100, 5.0, 3.0), Read(1, 100, 6.0, math.inf)]  # DRAM has item 2.
+    assert core.reads((), 0.0) == policy.wanted[:2]  # DRAM has item 2.
     policy.wanted = [Promotion(0, 5.0, 4.0), Promotion(1, 2.0)]
-    assert core.reads((), 1.0) == [Read(1, 100, 2.0, math.inf)]
-    began = core.read_began(0)
-    assert began is not None
-    assert began.worth == 4.0
+    assert core.reads((), 1.0) == [Promotion(1, 2.0)]
+    assert core.reading[0].worth == 4.0
 
 
 def test_what_a_request_uses_is_not_read_ahead() -> None:
@@ -195,15 +195,16 @@ def test_a_read_reserves_space_holds_its_item_and_leaves_what_has_come() -> None
     only_on_ssd(core, 0)
     policy.wanted = [Promotion(0, 5.0)]
     core.reads((), 0.0)
-    assert core.read_began(0) == Read(0, 100, 5.0, math.inf)
+    assert core.read_began(0) == 100
     assert core.reserve(0, DRAM, 100) == 100
     assert (core.dram.used_bytes, int(core.items.coming_bytes[0])) == (300, 100)
-    assert [command.item for command in core.victims(SSD, 1000, FOR_ALL, 0.0)] == []
+    assert [item for item, _, _ in core.victims(SSD, 1000, FOR_ALL, 0.0)] == []
     core.entered(0, DRAM, 60, 1.0)
     core.read_ended(0, unread_bytes=40)
     assert (core.dram.used_bytes, int(core.items.coming_bytes[0]), int(core.items.dram_bytes[0])) == (260, 0, 60)
-    assert next(core.victims(DRAM, 300, FOR_ALL, 0.0)).item == 0
-    assert [read.size_bytes for read in core.reads((), 2.0)] == [40]
+    assert next(core.victims(DRAM, 300, FOR_ALL, 0.0))[0] == 0
+    core.reads((), 2.0)
+    assert core.read_began(0) == 40
 
 
 def test_a_read_gets_whole_blocks_of_the_space_there_is_and_an_item_that_leaves_whole_gets_all_or_nothing() -> None:
@@ -220,9 +221,9 @@ def test_a_read_that_is_not_needed_any_more_does_not_begin_and_a_cancelled_one_m
     policy.wanted = [Promotion(0, 5.0), Promotion(1, 5.0)]
     assert len(core.reads((), 0.0)) == 2
     core.left(0, SSD, 100, 0.0)
-    assert core.read_began(0) is None
+    assert core.read_began(0) == 0
     core.read_cancelled(1)
-    assert [read.item for read in core.reads((), 0.0)] == [1]
+    assert [read.row for read in core.reads((), 0.0)] == [1]
 
 
 def test_the_read_to_stop_is_the_one_needed_last_of_those_that_take_space() -> None:
@@ -264,11 +265,11 @@ def test_ssd_keeps_what_it_has_of_an_item_that_is_being_written() -> None:
     run(core, 0, 150)
     written(core, 1)
     assert core.write_began(0, 150, 0.0) == 50
-    assert [command.item for command in carried_out(core, SSD, 50)] == [1]
+    assert [item for item, _, _ in carried_out(core, SSD, 50)] == [1]
     assert core.reserve(0, SSD, 50) == 50
     core.write_ended(0, unwritten_bytes=50)
     assert core.ssd.used_bytes == core.items.ssd_bytes.sum() == 170
-    assert [command.item for command in carried_out(core, SSD, 220)] == [0, 1]
+    assert [item for item, _, _ in carried_out(core, SSD, 220)] == [0, 1]
 
 
 def test_nothing_is_written_that_ssd_has_or_that_the_policy_does_not_want_there() -> None:
@@ -369,7 +370,7 @@ def test_a_split_item_keeps_its_bytes_holds_and_queue_in_two_parts() -> None:
     assert (items.ssd_bytes[[3, 1]].tolist(), items.coming_bytes[[3, 1]].tolist()) == ([60, 40], [0, 20])
     assert items.value[[3, 1]].tolist() == pytest.approx([0.6, 0.4])
     assert policy.told == [("split", 1)]
-    assert [command.item for command in core.victims(DRAM, 200, FOR_ALL, 0.0)] == [0, 2]
+    assert [item for item, _, _ in core.victims(DRAM, 200, FOR_ALL, 0.0)] == [0, 2]
     core.release(3)
     core.read_ended(1, unread_bytes=20)
     assert core.dram.used_bytes == items.dram_bytes.sum() == 280
@@ -388,6 +389,6 @@ def test_a_table_that_grows_keeps_what_it_knows_and_has_space_for_new_items() ->
         core.resized(item, 10)
         core.entered(item, DRAM, 10, 0.0)
     assert core.dram.used_bytes == 300 + 1997 * 10 == 20_270
-    assert [command.item for command in carried_out(core, DRAM, 100)] == [0]
-    assert [command.item for command in carried_out(core, DRAM, 205)] == [2, 3]
+    assert [item for item, _, _ in carried_out(core, DRAM, 100)] == [0]
+    assert [item for item, _, _ in carried_out(core, DRAM, 205)] == [2, 3]
     assert core.items.access_seq[3] < core.items.access_seq[4]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvservice.policy import LruPolicy
 from kvservice.simulate.engine import Engine, simulate
-from kvservice.simulate.load_or_recompute import LoadOrRecompute, PlannedRead
+from kvservice.simulate.load_or_recompute import LoadOrRecompute, Read
 from kvservice.simulate.settings import GIB, MIB, Machine
 from kvservice.simulate.workload import Workload
 from tests.workloads import Request, machine, path_workloads, paths, session_workloads, sessions
@@ -82,8 +82,8 @@ def test_the_decision_counts_the_tokens_that_are_computed_in_any_case() -> None:
     on = machine(ssd_bytes_per_s=100.0, prefill_tokens_per_s=30.0, always_load=False)
     decision = LoadOrRecompute(on, Engine(sessions(), on, LruPolicy()).store.channel, block_tokens=10)
 
-    assert decision.read(1000, new_tokens=1) == PlannedRead(770, 230)
-    assert decision.read(1000, new_tokens=10_000) == PlannedRead(1000, 0)
+    assert decision.read(1000, new_tokens=1) == Read(770, 230)
+    assert decision.read(1000, new_tokens=10_000) == Read(1000, 0)
 
 
 def test_the_plan_of_the_page_on_policies_is_the_simulators() -> None:
@@ -93,7 +93,7 @@ def test_the_plan_of_the_page_on_policies_is_the_simulators() -> None:
     channel = Engine(sessions(), on, LruPolicy()).store.channel
     channel.read_now(GIB // 2)
 
-    assert LoadOrRecompute(on, channel).read(2048 * kv_bytes, new_tokens=40) == PlannedRead(512 * kv_bytes, 1536)
+    assert LoadOrRecompute(on, channel).read(2048 * kv_bytes, new_tokens=40) == Read(512 * kv_bytes, 1536)
 
 
 @settings(max_examples=100, deadline=None)
