@@ -165,7 +165,7 @@ class ShadowStore(Placement):
         mine.in_use[known], mine.queue_seq[known] = items.in_use[known], items.queue_seq[known]
         self._read(now_s)
         backlog_s = max(0.0, self._ssd_free_s - now_s)
-        waiting_bytes = sum(read.size_bytes for read in core.reading.values())
+        waiting_bytes = sum(int(mine.ssd_bytes[item] - mine.dram_bytes[item]) for item in core.reading)
         self._conditions.read_backlog_s = backlog_s + waiting_bytes / self._conditions.ssd_bytes_per_s
         if now_s >= self.policy.look_at_s:
             core.reads([item for item in queue if mine.live[item]], now_s)
@@ -221,9 +221,9 @@ class ShadowStore(Placement):
     def _free(self, tier: TierName, wanted_bytes: int, worth: float, now_s: float) -> None:
         core, mine = self._core, self._core.items
         column = mine.dram_bytes if tier is _DRAM else mine.ssd_bytes
-        for victim in core.victims(tier, wanted_bytes, worth, now_s):
-            if not mine.in_use[victim.item]:
-                core.left(victim.item, tier, int(column[victim.item]) - victim.keep_bytes, now_s)
+        for item, keep_bytes, _ in core.victims(tier, wanted_bytes, worth, now_s):
+            if not mine.in_use[item]:
+                core.left(item, tier, int(column[item]) - keep_bytes, now_s)
 
     def _read(self, now_s: float) -> None:
         """Carry out reads until now: one at a time, the most urgent first, when nothing else uses the SSD."""
@@ -241,10 +241,11 @@ class ShadowStore(Placement):
             if begins_s > now_s or not core.reading:
                 return
             item = min(core.reading, key=lambda each: core.reading[each].deadline_s)
-            if (read := core.read_began(item)) is None:
+            worth, wanted_bytes = core.reading[item].worth, core.read_began(item)
+            if not wanted_bytes:
                 continue
-            self._free(_DRAM, read.size_bytes + core.kept_free_bytes, read.worth, now_s)
-            size = core.reserve(item, _DRAM, read.size_bytes)
+            self._free(_DRAM, wanted_bytes + core.kept_free_bytes, worth, now_s)
+            size = core.reserve(item, _DRAM, wanted_bytes)
             if size:
                 self._reading = _Reading(item, size, self._occupy_ssd(size, begins_s))
                 self._conditions.read_bytes += size
