@@ -9,7 +9,7 @@ answer, since users do not reply at once, and is read again shortly before they 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -20,7 +20,7 @@ from kvservice.policy.base import Hint, Promotion
 from kvservice.policy.hint_times import HintTimes
 from kvservice.policy.items import NOT_QUEUED, ItemTable, grown
 from kvservice.policy.look_times import LOOKS, LOOKS_ALONE, LookTimes
-from kvservice.policy.placement import Placement
+from kvservice.policy.placement import Placement, inputs_of
 from kvservice.policy.queue_waits import QueueWaits
 from kvservice.policy.read_budget import ReadBudget
 from kvservice.policy.return_times import ReturnTimes
@@ -308,6 +308,15 @@ class ForesightPolicy(Placement):
         self._in_dram[rows] = worth[HOLD]
         worth[FETCH:] *= rates[FETCH:] >= _UNLIKELY / returns.typical_s
         return worth[FETCH], worth[LATER]
+
+    def explain(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> Mapping[str, float]:
+        """`returns_per_s` is the expected rate of the item's next use now; `value` is in units of the table."""
+        found = inputs_of(items, row, now_s)
+        if self._started:
+            found["returns_per_s"] = self._returns.hazard(row, now_s)
+            found["value"] = float(items.value[row])
+            found["least_score_kept"] = float(self._level if tier == TierName.DRAM else self._ssd_level)
+        return found
 
     # Promotions
 

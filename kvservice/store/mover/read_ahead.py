@@ -12,6 +12,7 @@ import numpy as np
 from kvservice.blocks import BlockTable, Rows
 from kvservice.clock import Clock
 from kvservice.counters import Counters
+from kvservice.store.miss_reasons import SpaceFor
 from kvservice.store.mover.item_ranking import ItemRanking, WantedRead
 from kvservice.store.mover.promoter import Promoter
 from kvservice.store.tasks import LoopBudget, Tasks
@@ -72,6 +73,10 @@ class ReadAhead:
     def look_soon(self) -> None:
         """Something happened that the policy should decide about at once."""
         self._look_soon.set()
+
+    def stop(self) -> None:
+        """Begin no more reads: another policy decides now. One that runs is not stopped. Cancel `run` as well."""
+        self._plan.clear()
 
     def coming_s(self, rows: Rows) -> float | None:
         """Seconds until rows that are not in DRAM will be there; None if some of them are not about to be read."""
@@ -139,7 +144,9 @@ class ReadAhead:
                 self._ranking.events.coming(rows, True)
                 after_s = _AFTER_LOADS_S if read.is_queued else _AFTER_ALL_S
                 within_s = max(0.0, read.deadline_s - self._clock.monotonic_s()) + after_s
-                await promoter.promote(rows.tolist(), within_s=within_s, wait=True, worth=read.worth)
+                await promoter.promote(
+                    rows.tolist(), within_s=within_s, wait=True, worth=read.worth, space_for=SpaceFor.READ_AHEAD
+                )
                 self._ranking.events.coming(rows, False)
                 arrived = rows[blocks.lie_in(rows, blocks.first_tier)]
                 if read.is_queued:
