@@ -197,12 +197,12 @@ class BlockItems:
         self._leases[: len(leases)] = leases
 
     def leased(self, rows: Rows) -> None:
-        """A lease holds these blocks."""
-        self._leases[rows] += 1
+        """A lease holds these blocks, once for each time that a row is named."""
+        np.add.at(self._leases, rows, 1)
 
     def released(self, rows: Rows) -> None:
-        """A lease of these blocks has ended."""
-        self._leases[rows] -= 1
+        """A lease of these blocks has ended, once for each time that a row is named."""
+        np.subtract.at(self._leases, rows, 1)
         for item in np.unique(self._item_of[rows]).tolist():
             if item != NO_ITEM:
                 self._stored[item] = None

@@ -120,7 +120,7 @@ class ReadAhead:
             pass
 
     def _follow(self, reads: list[WantedRead]) -> None:
-        self._plan = sorted(reads, key=lambda read: -read.deadline_s)
+        self._plan = sorted(reads, key=lambda read: read.deadline_s)[::-1]  # As in `reads` where they are equal.
         if self._plan and self._promoter is not None and self._reading is None:
             self._reading = self._tasks.start(self._read(self._promoter), "read ahead")
 
@@ -141,13 +141,15 @@ class ReadAhead:
                     continue
                 self._spend(size_bytes, read.is_queued)
                 self._own_bytes = size_bytes
-                self._ranking.events.coming(rows, True)
                 after_s = _AFTER_LOADS_S if read.is_queued else _AFTER_ALL_S
                 within_s = max(0.0, read.deadline_s - self._clock.monotonic_s()) + after_s
-                await promoter.promote(
-                    rows.tolist(), within_s=within_s, wait=True, worth=read.worth, space_for=SpaceFor.READ_AHEAD
-                )
-                self._ranking.events.coming(rows, False)
+                self._ranking.events.coming(rows, True)
+                try:
+                    await promoter.promote(
+                        rows.tolist(), within_s=within_s, wait=True, worth=read.worth, space_for=SpaceFor.READ_AHEAD
+                    )
+                finally:
+                    self._ranking.events.coming(rows, False)
                 arrived = rows[blocks.lie_in(rows, blocks.first_tier)]
                 if read.is_queued:
                     self._note_hinted(arrived)
