@@ -41,7 +41,7 @@ def trace(
     fingerprint = digest(layout, "--layout") if layout else b""
     turns, last = 0, pb.RecordTraceResponse()
     try:
-        opened = file.open("w")
+        opened = file.open("a")  # It is emptied once the daemon records.
     except OSError as error:
         print(f"kvctl: {file} cannot be written: {error.strerror}. Name another file.", file=sys.stderr)
         raise typer.Exit(1) from None
@@ -49,7 +49,10 @@ def trace(
         try:
             with output.progress() as progress:
                 task = progress.add_task("recording", total=None)
-                for last in client.admin.record_trace(fingerprint, duration_s):
+                steps = client.admin.record_trace(fingerprint, duration_s)
+                for count, last in enumerate(steps):
+                    if not count and file.is_file():
+                        opened.truncate(0)
                     if last.turns and not turns:
                         _write(opened, _header(last.layout))
                     for turn in last.turns:

@@ -24,7 +24,7 @@ from kvservice.store.tasks import Tasks
 log = logging.getLogger(__name__)
 
 _KEEP_EVERY_S = 300.0  # What policies have learned is written that often, and at the end.
-_KEEP_WITHIN_S = 10.0  # A switch and a stop wait for it.
+_KEEP_WITHIN_S = 3.0  # A switch and a stop wait for it.
 _RATE_WEIGHT = 0.1  # Of the newest report,
 _RATE_FACTOR = 2.0  # which counts as at most so many times the mean before it, and at least this part of it.
 _RATE_MAX = 1e13  # Bytes of KV per second: more is an error.

@@ -147,7 +147,7 @@ async def test_an_empty_request_shows_what_the_policy_knows(small: OpenStore) ->
     assert again.since_ms == facts.since_ms, "it decides already, and stays"
 
 
-async def test_a_policy_that_fails_is_logged_once_and_the_store_goes_on(
+async def test_a_policy_that_fails_is_logged_once_and_the_store_works(
     small: OpenStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     policy = daemon_policy("foresight")
