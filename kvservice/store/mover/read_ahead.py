@@ -43,7 +43,7 @@ class ReadAhead:
         *,
         bytes_per_s_max: int,
     ) -> None:
-        """`promoter` is None in a store with one tier: nothing is read. `bytes_per_s_max`: of reads for queued requests.
+        """`promoter` is None in a store with one tier. `bytes_per_s_max`: of reads for queued requests, 0 for none.
         The policy limits what is read on a guess.
         """
         self._ranking = ranking
