@@ -36,7 +36,7 @@ from kvservice.index import replacement
 from kvservice.index.block_index import BlockIndex
 from kvservice.index.store_lock import StoreLock
 from kvservice.metrics import Heartbeat, MetricsServer
-from kvservice.policy import PLACEMENTS
+from kvservice.policy import daemon_policy
 from kvservice.rpc.addresses import SocketLock
 from kvservice.rpc.admin import AdminService
 from kvservice.rpc.blocks import BlockService
@@ -49,6 +49,7 @@ from kvservice.store.hints.exchange import HintLimits
 from kvservice.store.hints.queue_mirror import QueueLimits
 from kvservice.store.miss_reasons import MissReasons
 from kvservice.store.mover.evictor import Watermarks
+from kvservice.store.mover.learned_counts import LearnedCounts
 from kvservice.store.recovery import recover
 from kvservice.store.sessions.sessions import SessionLimits
 from kvservice.store.store import BlockStore, StoreLimits
@@ -273,7 +274,7 @@ def _open_store(settings: Settings, clock: Clock, files: FileCalls, opening: Exi
         dram,
         slower,
         index,
-        None if settings.mover.policy == "lru" else PLACEMENTS[settings.mover.policy](),
+        daemon_policy(settings.mover.policy),
         clock,
         counters,
         executor,
@@ -284,6 +285,7 @@ def _open_store(settings: Settings, clock: Clock, files: FileCalls, opening: Exi
             **{TierName(tier.name): Watermarks(tier.free_low, tier.free_high) for tier in settings.tiers.below_ssd},
         },
         history=history,
+        learned=LearnedCounts(path / "learned"),
     )
     directory = ResidencyDirectory(
         blocks,

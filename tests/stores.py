@@ -31,6 +31,7 @@ from kvservice.store.directory import ResidencyDirectory
 from kvservice.store.leases import Client, Lease, Leases
 from kvservice.store.miss_reasons import MissReasons
 from kvservice.store.mover.evictor import Evictor, Watermarks
+from kvservice.store.mover.learned_counts import LearnedCounts
 from kvservice.store.mover.promoter import Promoter
 from kvservice.store.mover.write_behind import WriteBehind
 from kvservice.store.operations.drain import Drain
@@ -95,6 +96,7 @@ class StoreFiles:
     limits: StoreLimits = LIMITS
     clock: FakeClock = field(default_factory=FakeClock)
     policy: Placement | None = None
+    learned: Path | None = None  # The file of what policies have learned.
     calls: FileCalls = field(default_factory=FileCalls)
     history_events: int = 1000
     share: bool = False  # Whether clients may map the arena.
@@ -176,6 +178,7 @@ class OpenStore:
             limits=files.limits,
             watermarks=dict.fromkeys(tiers, files.watermarks),
             history=history,
+            learned=LearnedCounts(files.learned),
         )
 
         self.directory = ResidencyDirectory(
@@ -205,6 +208,7 @@ class OpenStore:
         logging.disable()  # Interrupted tasks log errors of the index.
         await self.tasks.stop()
         logging.disable(logging.NOTSET)
+        self.store._policy.close()
         self._close_files()
 
     def _close_files(self) -> None:

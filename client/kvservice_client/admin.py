@@ -192,6 +192,18 @@ class Admin:
         (answer,) = self._connection.channel.stream(ADMIN + "Drain", request, pb.DrainResponse, deadline)
         return answer
 
+    def policy(self, timeout_s: float | None = None) -> pb.SetPolicyResponse:
+        """The policy that decides which blocks are in which tier, and what its shadow would have done."""
+        return self.set_policy(timeout_s=timeout_s)
+
+    def set_policy(self, policy: str = "", shadow: str = "", timeout_s: float | None = None) -> pb.SetPolicyResponse:
+        """Use another policy until the daemon's restart, or run one beside it without effect; `shadow` "none" ends
+        that. Empty names change nothing. Raises InvalidRequest for an unknown name.
+        """
+        request = arguments.message(pb.SetPolicyRequest, policy=policy, shadow=shadow)
+        deadline = self._connection.deadline(timeout_s)
+        return self._connection.ask(ADMIN + "SetPolicy", request, pb.SetPolicyResponse, deadline)
+
     def record_trace(
         self, layout_fingerprint: bytes = b"", duration_s: float = TRACE_MAX_S
     ) -> Iterator[pb.RecordTraceResponse]:

@@ -75,6 +75,10 @@ class BlockEvents:
         """The blocks are being read to DRAM, or no longer."""
         self._note(partial(BlockItems.coming, rows=rows.copy(), is_coming=is_coming))
 
+    def ask_again(self) -> None:
+        """A read for a queued request had no space: ask the policy again, though nothing else happened."""
+        self._note(partial(BlockItems.ask_again, now_s=self._now_s()))
+
     def _note(self, event: Callable[[BlockItems], None]) -> None:
         self._note_changes()
         self._notes.append(event)

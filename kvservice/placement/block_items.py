@@ -76,6 +76,7 @@ class BlockItems:
         self._free: list[int] = []
         self._end = 0  # Items at and above it were never used.
         self._stored: dict[int, None] = {}  # Items that have got blocks since `settle`.
+        self._unscored: dict[int, None] = {}  # Items that were forgotten, and are back since `settle`.
         self._queue: list[int] = []  # Items that queued requests will read, in the order of the queue.
         self._now_s = -math.inf  # The time of the event that is being handled.
 
@@ -106,6 +107,11 @@ class BlockItems:
         """Those of the rows that DRAM has no copy of."""
         missing: Rows = rows[self._counted[rows] & IN_DRAM == 0]
         return missing
+
+    def known(self) -> tuple[int, int, int]:
+        """How many items there are, and blocks in them, and items that queued requests will read."""
+        items = len(self.live_items())
+        return items, int(np.count_nonzero(self._item_of[: self._row_end] != NO_ITEM)), len(self._queue)
 
     def live_items(self) -> Rows:
         """Those that have blocks. An item that only slower tiers have is not `live` in the table."""
@@ -144,7 +150,7 @@ class BlockItems:
     def wants_on_ssd(self, row: int, now_s: float) -> bool:
         """Whether a block in DRAM is copied to SSD, for which other blocks are evicted there."""
         item = self.item_of(row)
-        return item == NO_ITEM or self.policy.wants_on_ssd(self.items, item, now_s)
+        return item == NO_ITEM or item in self._unscored or self.policy.wants_on_ssd(self.items, item, now_s)
 
     # Events
 
@@ -175,6 +181,7 @@ class BlockItems:
         for item in reversed(on_path[firsts].tolist()):  # The front of a path counts as used last.
             if item == NO_ITEM or items.in_use[item]:
                 continue  # A request that looks up twice, or in several processes, is one use.
+            self._wake(item)
             if items.queue_seq[item] == NOT_QUEUED:
                 self._core.queued((item,), conditions.served, now_s)
             else:
@@ -213,7 +220,10 @@ class BlockItems:
             if self.items.in_use[item]:
                 self._core.answered(item, self.items.answer_tokens.item(item), now_s)
             self.items.used_at_s[item] = now_s
+            self._unscored.pop(item, None)
             self._core.stored((item,), now_s)
+            if self._queue:
+                self.ask_again(now_s)  # Its space may be for the next ones: an engine may wait for them to be read.
 
     def queued(self, requests: Sequence[Rows], waiting: int, now_s: float) -> None:
         """The blocks that the requests at the heads of the engines' queues will read, the next request first.
@@ -253,6 +263,10 @@ class BlockItems:
         self._is_coming[rows] = is_coming
         sizes = self._size_bytes[rows] if is_coming else -self._size_bytes[rows]
         np.add.at(self.items.coming_bytes, self._item_of[rows], sizes)
+
+    def ask_again(self, now_s: float) -> None:
+        """The policy is asked for reads next time, whether it wants that or not."""
+        self.policy.look_at_s = min(self.policy.look_at_s, now_s)
 
     # Items
 
@@ -345,6 +359,7 @@ class BlockItems:
 
     def _forget(self, item: int) -> None:
         self._stored.pop(item, None)
+        self._unscored.pop(item, None)
         if self.items.queue_seq[item] != NOT_QUEUED:
             self._queue.remove(item)
             self.items.queue_seq[item] = NOT_QUEUED
@@ -372,12 +387,18 @@ class BlockItems:
             if not tiers & bit:
                 self._core.left(item, tier, size, self._now_s)
                 continue
-            items.live[item] = True  # It was forgotten if only slower tiers had it.
+            self._wake(item)
             coming = items.coming_bytes.item(item)
             self._core.entered(item, tier, size, self._now_s)
             items.coming_bytes[item] = coming
         if tiers & IN_DRAM:
             self.coming(np.array([row]), False)
+
+    def _wake(self, item: int) -> None:
+        """It counts again, if it was forgotten because only slower tiers had it."""
+        if not self.items.live[item]:
+            self.items.live[item] = True
+            self._unscored[item] = None
 
     # Space
 

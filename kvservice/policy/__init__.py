@@ -24,7 +24,17 @@ PLACEMENTS: dict[str, Callable[[], Placement]] = {
     "foresight-unlearned": partial(ForesightPolicy, learning=False),
 }
 
+#: The policies that a daemon can use. In a daemon, `lru` ranks single blocks, without items.
+DAEMON_POLICIES = ("lru", "fifo", "s3fifo", "lookahead", "foresight")
+
+
+def daemon_policy(name: str) -> Placement | None:
+    """A new policy for a daemon; None for `lru`."""
+    return None if name == "lru" else PLACEMENTS[name]()
+
+
 __all__ = [
+    "DAEMON_POLICIES",
     "PLACEMENTS",
     "FifoPolicy",
     "ForesightPolicy",
@@ -32,4 +42,5 @@ __all__ = [
     "LruPolicy",
     "Placement",
     "S3FifoPolicy",
+    "daemon_policy",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import ClassVar
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from kvservice.blocks import Rows, TierName
 from kvservice.policy.base import Promotion
 from kvservice.policy.items import NOT_QUEUED, ItemTable
-from kvservice.policy.placement import Placement
+from kvservice.policy.placement import Placement, inputs_of
 
 _NO_LIMIT = sys.maxsize
 _CLASS = 2.0**50  # Distance between two classes of scores: above any number of requests, and exact in a float64.
@@ -144,6 +144,11 @@ class LookaheadPolicy(Placement):
         if np.any(idle_in_dram & ~inside):
             return False
         return seq < int(items.queue_seq[kept].max())
+
+    def explain(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> Mapping[str, float]:
+        """With the window, in requests from the queue's head, that protects items in this tier."""
+        window = self.prefetch_window(items) if tier == TierName.DRAM else self.eviction_window(items)
+        return inputs_of(items, row, now_s) | ({"window_requests": float(window)} if window < _NO_LIMIT else {})
 
     # Promotions
 

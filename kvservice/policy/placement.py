@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kvservice.blocks import Rows, TierName
 from kvservice.policy.base import Hint, Promotion
-from kvservice.policy.items import ItemTable
+from kvservice.policy.items import NOT_QUEUED, ItemTable
 
 
 class Placement:
@@ -92,3 +92,25 @@ class Placement:
         """
         self.look_at_s = math.inf
         return ()
+
+    def explain(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> Mapping[str, float]:
+        """What the item's score in `tier` depends on, by name, for people. Units are in the names."""
+        return inputs_of(items, row, now_s)
+
+
+def inputs_of(items: ItemTable, row: int, now_s: float) -> dict[str, float]:
+    """What is known of an item under every policy. What is not known of it is absent."""
+    found = {
+        "size_bytes": float(items.size_bytes[row]),
+        "dram_bytes": float(items.dram_bytes[row]),
+        "ssd_bytes": float(items.ssd_bytes[row]),
+        "uses": float(items.uses[row]),
+        "in_use": float(items.in_use[row] > 0),
+    }
+    if not math.isnan(items.used_at_s[row]):
+        found["idle_s"] = now_s - float(items.used_at_s[row])
+    if items.queue_seq[row] != NOT_QUEUED:
+        found["requests_before_it"] = float(max(0, items.queue_seq[row] - items.conditions.served))
+    if items.hint[row]:
+        found["hinted_s_ago"] = now_s - float(items.hinted_at_s[row])
+    return found

@@ -78,7 +78,7 @@ class AdminService:
         return pb.ListBlocksResponse(blocks=map(stored_block, blocks), next_page_token=token)
 
     async def Inspect(self, request: pb.InspectRequest, context: Context) -> pb.InspectResponse:
-        found = self._operators.explain_block(self._callers.of(context), request.key)
+        found = await self._operators.explain_block(self._callers.of(context), request.key)
         if not found.shards:
             raise BlockNotFound(f"nothing is stored under {request.key.hex()}", key=request.key.hex())
         blocks = [facts for facts, _ in found.shards]
@@ -132,12 +132,12 @@ class AdminService:
             raise InvalidRequest("give exactly one of key, request_id and session_id", field="key")
         caller = self._callers.of(context)
         if request.session_id:
-            sessions = self._operators.explain_session(caller, request.session_id)
+            sessions = await self._operators.explain_session(caller, request.session_id)
             return pb.ExplainResponse(sessions=map(explained.session, sessions))
         if request.request_id:
             found = self._operators.explain_request(caller, request.request_id)
             return pb.ExplainResponse(request=explained.request(request.request_id, found))
-        block = self._operators.explain_block(caller, request.key)
+        block = await self._operators.explain_block(caller, request.key)
         return pb.ExplainResponse(block=explained.block(request.key, block))
 
     async def Drain(self, request: pb.DrainRequest, context: Context) -> None:
@@ -166,6 +166,10 @@ class AdminService:
         async with aclosing(steps):
             async for step in steps:
                 await context.write(explained.trace(step))
+
+    async def SetPolicy(self, request: pb.SetPolicyRequest, context: Context) -> pb.SetPolicyResponse:
+        caller = self._callers.of(context)
+        return explained.policy(await self._operators.set_policy(caller, request.policy, request.shadow))
 
     def _tiers(
         self, request: pb.ListBlocksRequest | pb.ScrubRequest, where_unspecified: Sequence[TierName]

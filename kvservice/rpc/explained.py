@@ -14,12 +14,16 @@ from kvservice.store.types import (
     ExplainedLookup,
     ExplainedRequest,
     ExplainedSession,
+    Found,
     LoadRecord,
     MissEvent,
     Missing,
     OtherLayout,
+    PolicyFacts,
+    ShadowFacts,
     TierPlace,
     TraceStep,
+    Worth,
 )
 from kvservice_api.v1 import admin_pb2 as pb
 
@@ -51,6 +55,7 @@ def block(key: bytes, found: ExplainedBlock) -> pb.ExplainedBlock:
         remembers_since=timestamp(found.remembers_since_ms),
         layout=found.shards[0][0].layout.to_proto() if found.shards else None,
         miss=_miss(found.missing) if found.missing is not None else None,
+        worth=_worth(found.worth) if found.shards else None,
     )
 
 
@@ -79,6 +84,51 @@ def _event(event: MissEvent) -> pb.BlockEvent:
         detail=event.detail,
         last_copy=event.last_copy,
         pin_ended_at=known_timestamp(event.pin_ended_ms),
+        space_for=f"SPACE_FOR_{event.space_for.name}" if event.space_for else None,
+        score=event.score,
+    )
+
+
+def _worth(worth: Worth) -> pb.PolicyWorth:
+    return pb.PolicyWorth(
+        policy=worth.policy,
+        values=[pb.TierWorth(tier_name=each.tier, score=each.score, inputs=dict(each.inputs)) for each in worth.values],
+    )
+
+
+def policy(facts: PolicyFacts) -> pb.SetPolicyResponse:
+    return pb.SetPolicyResponse(
+        policy=facts.name,
+        since=timestamp(facts.since_ms),
+        configured=facts.configured,
+        items=facts.items,
+        blocks=facts.blocks,
+        queued_items=facts.queued,
+        ranking_ms=facts.ranking_ms,
+        look_ms=facts.look_ms,
+        read_ahead_bytes=facts.read_ahead_bytes,
+        read_ahead_unused=facts.read_ahead_unused,
+        shadow=_shadow(facts.shadow, facts.shadow_real_read_bytes) if facts.shadow is not None else None,
+    )
+
+
+def _shadow(facts: ShadowFacts, real_read_bytes: int) -> pb.ShadowPolicy:
+    return pb.ShadowPolicy(
+        policy=facts.name,
+        since=timestamp(facts.since_ms),
+        requests=facts.requests,
+        real=_found(facts.real, real_read_bytes),
+        shadow=_found(facts.shadow, facts.shadow.read_ahead_bytes),
+    )
+
+
+def _found(found: Found, read_ahead_bytes: int) -> pb.RequestsFound:
+    return pb.RequestsFound(
+        requests_in_dram=found.requests_in_dram,
+        dram_bytes=found.dram_bytes,
+        ssd_bytes=found.ssd_bytes,
+        missing_bytes=found.missing_bytes,
+        read_ahead_bytes=read_ahead_bytes,
     )
 
 
@@ -107,6 +157,7 @@ def request(request_id: str, found: ExplainedRequest) -> pb.ExplainedRequest:
 
 def session(found: ExplainedSession) -> pb.ExplainedSession:
     stored, usable, runs = found.history
+    left_key, left = found.left_dram or (b"", None)
     return pb.ExplainedSession(
         session=session_message(stored, bytes_max=0),
         layout=stored.layout.to_proto(),
@@ -114,6 +165,9 @@ def session(found: ExplainedSession) -> pb.ExplainedSession:
         usable_tokens=int(stored.manifest.slices["token_count"][:usable].sum()),
         runs=residency_runs(runs),
         miss=_miss(found.missing) if found.missing is not None else None,
+        worth=_worth(found.worth) if usable else None,
+        outside_dram_key=left_key,
+        left_dram=_event(left) if left is not None else None,
     )
 
 

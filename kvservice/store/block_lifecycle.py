@@ -21,7 +21,7 @@ from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.index.records import Records, new_records
-from kvservice.store.miss_reasons import MissReasons, Reason
+from kvservice.store.miss_reasons import Eviction, MissReasons, Reason
 from kvservice.store.tasks import Tasks
 from kvservice.tiers.base import Tier
 from kvservice_api.errors import KVError, StorageFailed
@@ -224,10 +224,10 @@ class BlockLifecycle:
 
     # Dropping
 
-    async def evict(self, rows: Sequence[int], tier: TierName, policy: str = "") -> None:
+    async def evict(self, rows: Sequence[int], tier: TierName, eviction: Eviction | None = None) -> None:
         """Drop copies that nothing holds from one tier. A block without another copy is forgotten.
 
-        `policy` names the policy that chose them; empty for a request. Raises StorageFailed if the records could
+        `eviction` says which policy chose them, and why; None for a request. Raises StorageFailed if the records could
         not be removed; the copies then leave later.
         """
         blocks = self.blocks
@@ -247,9 +247,9 @@ class BlockLifecycle:
             self._counters.lost_unwritten_blocks += len(last_copies)
         else:
             self._counters.evicted_ssd_blocks += len(rows)
-        why = Reason.EVICTED if policy else Reason.EVICTED_ON_REQUEST
+        why = Reason.EVICTED if eviction is not None else Reason.EVICTED_ON_REQUEST
         for part, last_copy in ((demoted, False), (last_copies, True)):
-            self.history.note_rows(blocks, part, why, tier=tier, detail=policy, last_copy=last_copy)
+            self.history.note_rows(blocks, part, why, tier=tier, last_copy=last_copy, eviction=eviction)
         # Both begin before the first await, so that no task sees or cancels half of the change.
         removals = [
             self._begin_removal({tier: freed}, demoted, hold=tier not in self._may_hang),

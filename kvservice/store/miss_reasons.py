@@ -6,7 +6,8 @@ key compares the first eight bytes of all keys in one step, which takes a third 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from kvservice.clock import Clock
 from kvservice_api.keys import KEY_BYTES
 
 _DETAILS_MAX = 256
+_UNKNOWN_SCORE = np.finfo(np.float64).max
 _FOUND_MAX = 16  # The answer has at most so many events of one key, the newest ones.
 
 _EVENT = np.dtype(
@@ -28,6 +30,8 @@ _EVENT = np.dtype(
         ("tier", "u1"),  # A position in `MissReasons._tiers`.
         ("detail", "u1"),
         ("last_copy", "?"),
+        ("space_for", "u1"),
+        ("score", "<f8"),
     ]
 )
 
@@ -45,6 +49,28 @@ class Reason(IntEnum):
     EXPIRED = 8  # A session's partial block: the session expired.
 
 
+class SpaceFor(IntEnum):
+    """What got the space of an evicted copy. The numbers are used in this process only."""
+
+    UNKNOWN = 0
+    SAVE = 1
+    LOAD = 2
+    PREFETCH = 3  # A client's call or hint.
+    READ_AHEAD = 4  # What the policy reads before its next use.
+    COPY = 5  # From the tier above.
+    FREE_SHARE = 6  # The part of the tier that is kept free.
+    INDEX = 7  # Records of other blocks.
+
+
+class Eviction(NamedTuple):
+    """A policy's choice of copies to evict."""
+
+    policy: str
+    space_for: SpaceFor
+    scores: Mapping[int, float]  # By row. Minus infinity for a block that is not needed any more, the largest float
+    # for one that left by recency, because the policy was late.
+
+
 class MissEvent(NamedTuple):
     at_ms: int
     reason: Reason
@@ -52,6 +78,8 @@ class MissEvent(NamedTuple):
     detail: str
     last_copy: bool  # It was the block's last copy.
     pin_ended_ms: int  # For an eviction: the end of the block's pin; 0 without one.
+    space_for: SpaceFor = SpaceFor.UNKNOWN  # For a policy's eviction.
+    score: float | None = None  # For a policy's eviction: the block's score, the lowest in the tier.
 
 
 class MissReasons:
@@ -89,13 +117,19 @@ class MissReasons:
         tier: TierName | None = None,
         detail: str = "",
         last_copy: bool = True,
+        eviction: Eviction | None = None,
     ) -> None:
         if not len(rows):
             return
         now_ms = self.now_ms
         pinned = blocks.pinned_until_ms[list(rows)]
         ended = np.where(pinned <= now_ms, pinned, np.uint64(0))
-        self._note(blocks.key[list(rows)], reason, tier, detail, last_copy, ended)
+        if eviction is None:
+            self._note(blocks.key[list(rows)], reason, tier, detail, last_copy, ended)
+            return
+        scores = np.array([eviction.scores.get(row, math.nan) for row in rows])
+        keys = blocks.key[list(rows)]
+        self._note(keys, reason, tier, eviction.policy, last_copy, ended, eviction.space_for, scores)
 
     def note_keys(self, keys: Sequence[bytes], reason: Reason, detail: str = "") -> None:
         """Note blocks that never had a row."""
@@ -118,6 +152,8 @@ class MissReasons:
         detail: str,
         last_copy: bool,
         pin_ended_ms: np.ndarray[tuple[int], np.dtype[np.uint64]],
+        space_for: SpaceFor = SpaceFor.UNKNOWN,
+        scores: np.ndarray[tuple[int], np.dtype[np.float64]] | None = None,
     ) -> None:
         size, count = len(self._events), len(keys)
         if not size:
@@ -128,7 +164,8 @@ class MissReasons:
         events["key"] = keys[skipped:]
         events["at_ms"], events["reason"], events["tier"] = self.now_ms, reason, self._tier(tier)
         events["detail"], events["last_copy"] = self._detail_number(detail), last_copy
-        events["pin_ended_ms"] = pin_ended_ms[skipped:]
+        events["pin_ended_ms"], events["space_for"] = pin_ended_ms[skipped:], space_for
+        events["score"] = math.nan if scores is None else scores[skipped:]
         self._events[places] = events
         self._starts[places] = np.ascontiguousarray(keys[skipped:]).view(np.uint64)[:: KEY_BYTES // 8]
         self._count += count
@@ -167,6 +204,8 @@ class MissReasons:
                     self._details[int(event["detail"])],
                     bool(event["last_copy"]),
                     int(event["pin_ended_ms"]),
+                    SpaceFor(int(event["space_for"])),
+                    float(event["score"]) if abs(event["score"]) < _UNKNOWN_SCORE else None,
                 )
             )
             if len(found) == _FOUND_MAX:

@@ -32,14 +32,17 @@ from kvservice.store.leases import Client, Lease, Leases
 from kvservice.store.miss_reasons import MissReasons, Reason
 from kvservice.store.mover.active_policy import ActivePolicy
 from kvservice.store.mover.evictor import Evictor, Watermarks
+from kvservice.store.mover.learned_counts import LearnedCounts
 from kvservice.store.mover.promoter import Promoter
 from kvservice.store.mover.read_ahead import ReadAhead
+from kvservice.store.mover.shadow_run import ShadowRun
 from kvservice.store.mover.write_behind import WriteBehind
 from kvservice.store.operations.drain import Drain
 from kvservice.store.operations.explain import Explain
 from kvservice.store.operations.listings import Listings
 from kvservice.store.operations.operators import Operators
 from kvservice.store.operations.pins import Pins
+from kvservice.store.operations.policies import Policies
 from kvservice.store.operations.requests import Requests
 from kvservice.store.operations.scrub import Scrub
 from kvservice.store.operations.trace import TraceRecorder
@@ -133,6 +136,7 @@ class BlockStore:
         limits: StoreLimits,
         watermarks: dict[TierName, Watermarks],
         history: MissReasons | None = None,
+        learned: LearnedCounts | None = None,
     ) -> None:
         """`slower` are the tiers below DRAM, from the fastest to the slowest; `blocks` has the same tiers.
 
@@ -161,12 +165,16 @@ class BlockStore:
         used_share = 1 - watermarks[blocks.first_tier].high  # Else a policy always fills what is to be kept free.
         ssd_bytes = tiers[blocks.tiers[1]].capacity_bytes if slower else 0
         self._first_policy = policy
+        self._conditions: Callable[[], Conditions] = lambda: Conditions(
+            int(dram.capacity_bytes * used_share), ssd_bytes, _SSD_BYTES_PER_S
+        )
         self._policy = ActivePolicy(
             blocks,
-            lambda: Conditions(int(dram.capacity_bytes * used_share), ssd_bytes, _SSD_BYTES_PER_S),
+            self._conditions,
             self._block_tokens_of,
             clock,
             self._tasks,
+            LearnedCounts(None) if learned is None else learned,
         )
         self._evictor = Evictor(
             self._lifecycle,
@@ -246,7 +254,7 @@ class BlockStore:
         self._tickets = Tickets(
             self._leases, blocks, self._requests, clock, self._loop_budget, boot_epoch=self.boot_epoch
         )
-        self._explain = Explain(blocks, index, self._history, self._uploads.claims, clock)
+        self._explain = Explain(blocks, index, self._history, self._uploads.claims, clock, self._policy)
         self._drain = Drain(blocks, self._uploads.claims, self._admission, self._write_behind, self._tasks, clock)
         self._sessions = Sessions(index, self._lifecycle, clock, counters, self._tasks, self._layout, limits.session)
         self._hints = HintExchange(
@@ -276,6 +284,7 @@ class BlockStore:
             self._scrub,
             self._drain,
             self._trace,
+            Policies(self._policy, blocks, counters, "lru" if policy is None else policy.name),
         )
         self._started_at_ms = clock.wall_ms()
 
@@ -293,7 +302,7 @@ class BlockStore:
         self._hints.start()
 
     def _start_policy(self) -> None:
-        blocks, clock, counters, writer = self._blocks, self._clock, self._counters, self._write_behind
+        blocks, clock, counters = self._blocks, self._clock, self._counters
         bytes_per_s_max = self.limits.hints.bytes_per_s_max
         window = WindowPromotion(
             blocks, self._promoter, self._evictor, clock, counters, self._tasks, bytes_per_s_max=bytes_per_s_max
@@ -306,12 +315,20 @@ class BlockStore:
                 blocks,
                 self._dram,
                 self._promoter,
-                lambda: writer is not None and writer.pending > 0,
                 clock,
                 counters,
                 self._tasks,
                 self._loop_budget,
                 bytes_per_s_max=bytes_per_s_max,
+            ),
+            lambda policy: ShadowRun(
+                blocks,
+                policy,
+                self._conditions(),
+                self._block_tokens_of,
+                lambda: self._promoter.bytes_per_s if self._promoter is not None else 0.0,
+                clock,
+                self._loop_budget,
             ),
         )
         if self._first_policy is not None:
@@ -324,6 +341,7 @@ class BlockStore:
         except KVError as error:
             log.warning("use times were not written: %s", error.message)
         await self._sessions.stop()
+        await self._policy.keep_learned()
         await self._tasks.stop()
         self._policy.close()
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from kvservice.blocks import TierName
 from kvservice.index.session_records import Manifest as Manifest
+from kvservice.placement.shadow import Found as Found
 from kvservice.policy.base import Hint as Hint
 from kvservice.store.hints.exchange import HintStream as HintStream
 from kvservice.store.hints.exchange import Nearness as Nearness
@@ -19,6 +20,7 @@ from kvservice.store.hints.queue_mirror import HintSubject as HintSubject
 from kvservice.store.leases import Client as Client
 from kvservice.store.leases import Lease as Lease
 from kvservice.store.miss_reasons import MissEvent as MissEvent
+from kvservice.store.mover.shadow_run import ShadowFacts as ShadowFacts
 from kvservice.store.operations.drain import DrainProgress as DrainProgress
 from kvservice.store.operations.explain import ExplainedBlock as ExplainedBlock
 from kvservice.store.operations.explain import ExplainedLookup as ExplainedLookup
@@ -27,11 +29,13 @@ from kvservice.store.operations.explain import ExplainedSession as ExplainedSess
 from kvservice.store.operations.explain import Missing as Missing
 from kvservice.store.operations.explain import OtherLayout as OtherLayout
 from kvservice.store.operations.explain import TierPlace as TierPlace
+from kvservice.store.operations.explain import Worth as Worth
 from kvservice.store.operations.listings import BlockFacts as BlockFacts
 from kvservice.store.operations.operators import DISCARD_KEYS_MAX as DISCARD_KEYS_MAX
 from kvservice.store.operations.pins import PIN_KEYS_MAX as PIN_KEYS_MAX
 from kvservice.store.operations.pins import PinOutcome as PinOutcome
 from kvservice.store.operations.pins import UnpinOutcome as UnpinOutcome
+from kvservice.store.operations.policies import PolicyFacts as PolicyFacts
 from kvservice.store.operations.requests import LoadRecord as LoadRecord
 from kvservice.store.operations.requests import ReportRecord as ReportRecord
 from kvservice.store.operations.scrub import ScrubProgress as ScrubProgress

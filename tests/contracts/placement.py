@@ -72,6 +72,15 @@ class PlacementContract:
     def test_it_is_known_by_its_name(self, make: Callable[[], Placement]) -> None:
         assert make().name in PLACEMENTS and make() is not make()
 
+    def test_it_explains_every_item(self, mover: SmallMover) -> None:
+        table = mover.table
+        for row in np.flatnonzero(table.live).tolist():
+            for tier in (TierName.DRAM, TierName.SSD):
+                inputs = mover.policy.explain(table, row, tier, mover.now_s)
+                assert inputs["size_bytes"] == table.size_bytes[row]
+                assert all(math.isfinite(value) for value in inputs.values())
+                assert ("requests_before_it" in inputs) == (table.queue_seq[row] != NOT_QUEUED)
+
     @pytest.mark.parametrize("tier", [TierName.DRAM, TierName.SSD])
     def test_every_item_has_one_worth(self, mover: SmallMover, tier: TierName) -> None:
         residents = mover.idle_in(tier)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from kvservice_api.v1 import admin_pb2
 from kvservice_client import BlockChain, Client, Durability, Outcome, RequestReport, Tier
 from tests.daemon import DaemonProcess, until
 from tests.integration.known_blocks import SMALL, compare, new_chain, save
@@ -135,6 +136,57 @@ def test_explain_tells_of_a_block(
     assert re.search(r"not stored: discarded at .* on request", done.stdout)
     done = kvctl("explain", ABSENT, address=daemon.address)
     assert "not stored: never stored here since" in done.stdout
+
+
+def test_explain_tells_what_a_block_is_worth_and_what_got_its_space(new_daemon: Callable[..., DaemonProcess]) -> None:
+    daemon = new_daemon(mover__policy="fifo", dram__capacity_bytes=8 * 2**20, index__volatile_map_bytes=2**20)
+    with daemon.client() as client:
+        first = new_chain(SMALL, 3)
+        save(client, SMALL, first, Durability.SSD)
+        while not client.admin.explain_block(first.keys[2]).events:
+            save(client, SMALL, new_chain(SMALL, 16), Durability.SSD)
+        block = client.admin.explain_block(first.keys[2])
+        assert {each.tier_name: each.inputs["size_bytes"] > 0 for each in block.worth.values} == {
+            "dram": True,
+            "ssd": True,
+        }
+        event = block.events[0]
+        assert (event.tier_name, event.detail, event.last_copy) == ("dram", "fifo", False)
+        assert event.space_for in (admin_pb2.SPACE_FOR_SAVE, admin_pb2.SPACE_FOR_FREE_SHARE)
+        assert event.HasField("score")
+    done = kvctl("explain", first.keys[2].hex(), address=daemon.address)
+    assert (done.returncode, done.stderr) == (0, "")
+    text = " ".join(done.stdout.split())
+    assert re.search(
+        r"the policy fifo gives it the score \S+ in dram: dram_bytes \d+, .*size_bytes \d+, .*uses 1", text
+    )
+    assert re.search(r"before: evicted from dram at .* by the policy fifo for .* \(its score was 1, the lowest\)", text)
+
+
+def test_policy_shows_and_switches(ask: Callable[..., Any], daemon: DaemonProcess, chain: BlockChain) -> None:
+    shown = ask("policy")
+    assert (shown["policy"], shown["configured"], shown["shadow"]) == ("lru", "lru", None)
+    assert shown["blocks"] >= 3
+    shown = ask("policy", "foresight", "--shadow", "lookahead")
+    assert (shown["policy"], shown["configured"], shown["shadow"]["policy"]) == ("foresight", "lru", "lookahead")
+    done = kvctl("policy", address=daemon.address)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.match(
+        r"policy foresight, since .*\n  the configuration says lru \(mover\.policy\): a restart begins with that\n",
+        done.stdout,
+    )
+    assert re.search(
+        r"shadow lookahead, since .*: \d+ requests\n.*all in dram .*\n  foresight .*\n  lookahead, modelled ",
+        done.stdout,
+    )
+    done = kvctl("policy", "belady", address=daemon.address)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(
+        r"kvctl: no policy is called 'belady': choose among lru, fifo, s3fifo, lookahead, foresight\. .*\n", done.stderr
+    )
+    done = kvctl("policy", "--shadow", "belady", address=daemon.address)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert ask("policy", "lru", "--shadow", "none")["shadow"] is None
 
 
 def test_explain_tells_of_a_request(

@@ -100,6 +100,9 @@ def _print_block(block: pb.ExplainedBlock, console: Console) -> None:
         if stored.leases or shard.holds:
             say(f"  kept in place by {stored.leases} leases and {shard.holds} running transfers")
         say(f"  used last at {output.when(stored.used_at)}, {stored.hits} hits")
+    if block.HasField("worth"):
+        for line in reasons.worth(block.worth):
+            say(line)
     past = block.events if block.shards else block.events[1:]
     for event in past:
         say(f"before: {reasons.event(event)}")
@@ -121,6 +124,13 @@ def _print_session(session: pb.ExplainedSession, console: Console) -> None:
         f"  {session.usable_tokens} tokens of it can be used: {session.usable_slices} slices, {in_dram} in dram, "
         f"{session.usable_slices - in_dram} on ssd only"
     )
+    if session.HasField("worth"):
+        say("  its last usable slice:")
+        for line in reasons.worth(session.worth):
+            say(f"  {line}")
+    if session.HasField("left_dram"):
+        say(f"  the first slice that is not in dram, block {session.outside_dram_key.hex()}:")
+        say(f"  {reasons.event(session.left_dram)}")
     if session.HasField("miss"):
         say(f"  the next slice is missing, block {session.miss.key.hex()}:")
         say(f"  {reasons.miss(session.miss)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from kvservice_api.v1 import admin_pb2 as pb
 from kvservice_api.v1 import types_pb2
@@ -36,7 +36,7 @@ def event(event: pb.BlockEvent) -> str:
     sentences = {
         pb.EVENT_KIND_REFUSED: f"a save of it at {at} was refused: {event.detail}",
         pb.EVENT_KIND_ABANDONED: f"a save of it ended at {at} without a commit",
-        pb.EVENT_KIND_EVICTED: f"evicted from {tier} at {at} by the policy {event.detail}{ended}",
+        pb.EVENT_KIND_EVICTED: f"evicted from {tier} at {at} by the policy {event.detail}{ended}{_space_for(event)}",
         pb.EVENT_KIND_EVICTED_ON_REQUEST: f"evicted from {tier} at {at} on request{ended}",
         pb.EVENT_KIND_DISCARDED: f"discarded at {at}{because}",
         pb.EVENT_KIND_QUARANTINED: f"quarantined at {at}: its bytes in {tier} were damaged",
@@ -44,6 +44,33 @@ def event(event: pb.BlockEvent) -> str:
         pb.EVENT_KIND_EXPIRED: f"the last session that named it expired at {at}",
     }
     return sentences.get(event.kind, f"something that this kvctl does not know happened at {at}")
+
+
+_SPACE_FOR = {
+    pb.SPACE_FOR_SAVE: "a save",
+    pb.SPACE_FOR_LOAD: "a load",
+    pb.SPACE_FOR_PREFETCH: "a prefetch or hint of a client",
+    pb.SPACE_FOR_READ_AHEAD: "blocks that the policy read ahead",
+    pb.SPACE_FOR_COPY: "a copy from the tier above",
+    pb.SPACE_FOR_FREE_SHARE: "the share that is kept free",
+    pb.SPACE_FOR_INDEX: "other records in the index",
+}
+
+
+def _space_for(event: pb.BlockEvent) -> str:
+    if event.space_for not in _SPACE_FOR:
+        return ""
+    score = f" (its score was {event.score:.6g}, the lowest)" if event.HasField("score") else ""
+    return f" for {_SPACE_FOR[event.space_for]}{score}"
+
+
+def worth(worth: pb.PolicyWorth) -> Iterator[str]:
+    """What a block is worth to the policy, a line per tier."""
+    if not worth.values:
+        yield f"the policy {worth.policy} does not know it yet"
+    for each in worth.values:
+        inputs = ", ".join(f"{name} {value:.6g}" for name, value in sorted(each.inputs.items()))
+        yield f"the policy {worth.policy} gives it the score {each.score:.6g} in {each.tier_name}: {inputs}"
 
 
 def miss(miss: pb.Miss, others: Sequence[pb.OtherLayout] = ()) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from kvservice.blocks import BlockTable, Extent, Rows, TierName
 from kvservice.clock import Clock
 from kvservice.store.block_lifecycle import BlockLifecycle
+from kvservice.store.miss_reasons import Eviction, SpaceFor
 from kvservice.store.mover.ranking import Ranking
 from kvservice.store.tasks import Tasks
 from kvservice_api.errors import StorageFailed, TierFull
@@ -95,6 +96,7 @@ class Evictor:
         self,
         tier: TierName,
         size_bytes: int,
+        space_for: SpaceFor,
         *,
         wait_s: float | None = None,
         worth: float = math.inf,
@@ -119,7 +121,7 @@ class Evictor:
         self._waiting[tier] += 1
         try:
             async with self._clock.timeout(wait_s), self._locks[tier]:
-                return await self._reserve_in_turn(tier, size_bytes, worth, size_bytes + more_bytes)
+                return await self._reserve_in_turn(tier, size_bytes, space_for, worth, size_bytes + more_bytes)
         except TimeoutError as error:
             raise TierFull(f"no space became free in the {tier} tier in {wait_s:g} s", tier=tier) from error
         finally:
@@ -157,30 +159,35 @@ class Evictor:
         try:
             while missing > 0:
                 async with self._locks[tier]:
-                    rows = await self._choose(tier, self._lifecycle.tiers[tier].capacity_bytes)
-                    await self._lifecycle.evict(rows, tier, self._ranking.name)
-                if not rows:
+                    chosen = await self._choose(tier, self._lifecycle.tiers[tier].capacity_bytes)
+                    await self._evict(chosen, tier, SpaceFor.INDEX)
+                if not chosen:
                     return
-                missing -= len(rows)
+                missing -= len(chosen)
         except StorageFailed as error:
             log.warning("no space could be freed in the index of %s: %s", tier, error.message)
         finally:
             self._trimming[tier] = False
 
-    async def _reserve_in_turn(self, tier: TierName, size_bytes: int, worth: float, evict_bytes: int) -> Extent:
+    async def _evict(self, scores: dict[int, float], tier: TierName, space_for: SpaceFor) -> None:
+        await self._lifecycle.evict(list(scores), tier, Eviction(self._ranking.name, space_for, scores))
+
+    async def _reserve_in_turn(
+        self, tier: TierName, size_bytes: int, space_for: SpaceFor, worth: float, evict_bytes: int
+    ) -> Extent:
         while True:
             try:
                 return self._lifecycle.tiers[tier].reserve(size_bytes)
             except TierFull:
-                if not await self._evict_for(tier, evict_bytes, worth):
+                if not await self._evict_for(tier, evict_bytes, space_for, worth):
                     raise
 
-    async def _evict_for(self, tier: TierName, size_bytes: int, worth: float) -> bool:
+    async def _evict_for(self, tier: TierName, size_bytes: int, space_for: SpaceFor, worth: float) -> bool:
         """Evict at least `size_bytes`, or wait for space. Returns False if neither is possible."""
         if await self._lifecycle.tiers[tier].grown():
             return True
-        if rows := await self._choose(tier, size_bytes, worth):
-            await self._lifecycle.evict(rows, tier, self._ranking.name)
+        if chosen := await self._choose(tier, size_bytes, worth):
+            await self._evict(chosen, tier, space_for)
             return True
         if worth < math.inf:
             return False
@@ -196,14 +203,14 @@ class Evictor:
         end = blocks.row_end
         return bool((blocks.resident(tier) & (blocks.leases[:end] == 0) & (blocks.holds[:end] > 0)).any())
 
-    async def _choose(self, tier: TierName, size_bytes: int, worth: float = math.inf) -> list[int]:
-        """Rows to evict, of `size_bytes` in total, or fewer: at most as many as fit into one iteration of the event
-        loop, and only such with a score below `worth`.
+    async def _choose(self, tier: TierName, size_bytes: int, worth: float = math.inf) -> dict[int, float]:
+        """Rows to evict with their scores, of `size_bytes` in total, or fewer: at most as many as fit into one
+        iteration of the event loop, and only such with a score below `worth`.
         """
         blocks, queue = self._blocks, self._victims[tier]
         if self._clock.monotonic_s() - self._ranked_at_s[tier] > self._ranking.lasts_s:
             queue.clear()
-        chosen: dict[int, None] = {}
+        chosen: dict[int, float] = {}
         chosen_bytes = 0
         ranked = False
         while chosen_bytes < size_bytes and len(chosen) < _VICTIMS_AT_A_TIME:
@@ -214,13 +221,14 @@ class Evictor:
                 continue
             if queue[0].score >= worth:
                 break
-            row, generation, access_seq, _ = queue.popleft()
+            row, generation, access_seq, score = queue.popleft()
             if blocks.generation[row] == generation and blocks.access_seq[row] == access_seq:
                 extent = blocks.extent(row, tier)
                 if extent is not None and row not in chosen and self._may_leave(row, tier):
-                    chosen[row] = None
+                    chosen[row] = score
                     chosen_bytes += extent.size_bytes
-        return [row for row in chosen if self._may_leave(row, tier)]  # The ranking may have awaited.
+        # The ranking may have awaited.
+        return {row: score for row, score in chosen.items() if self._may_leave(row, tier)}
 
     def _may_leave(self, row: int, tier: TierName) -> bool:
         blocks = self._blocks
@@ -271,10 +279,10 @@ class Evictor:
                 missing_bytes = int(until * space.capacity_bytes) - (space.capacity_bytes - space.used_bytes)
                 if missing_bytes <= 0:
                     return
-                rows = await self._choose(tier, missing_bytes)
+                chosen = await self._choose(tier, missing_bytes)
                 if tier in (self._blocks.first_tier, *self._blocks.tiers[:-1]):
-                    rows = [row for row in rows if self._blocks.has_slower_copy(row, tier)]
-                if not rows:
+                    chosen = {row: chosen[row] for row in chosen if self._blocks.has_slower_copy(row, tier)}
+                if not chosen:
                     return
-                await self._lifecycle.evict(rows, tier, self._ranking.name)
+                await self._evict(chosen, tier, SpaceFor.FREE_SHARE)
                 until = marks.high

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from kvservice.blocks import BlockTable, Rows, TierName
 from kvservice.clock import Clock
 from kvservice.placement.block_events import BlockEvents, Note
-from kvservice.placement.block_items import BlockItems
+from kvservice.placement.block_items import NO_ITEM, BlockItems
 from kvservice.policy.items import NOT_QUEUED, Conditions
 from kvservice.policy.placement import Placement
-from kvservice.store.mover.ranking import Ranked, RecencyRanking
+from kvservice.store.mover.ranking import Ranked, RecencyRanking, Valuation
 
 log = logging.getLogger(__name__)
 
@@ -75,14 +75,15 @@ class ItemRanking:
         self._thread = ThreadPoolExecutor(1, "placement")
         self._dram_bytes = conditions.dram_capacity_bytes
         self._reserved_bytes = 0.0  # Of DRAM, for loads and saves that run: recent mean.
-        self._took_s = 0.0  # How long the last ranking took.
+        self._took_s = 0.0  # How long the last ranking took,
+        self._look_s = 0.0  # and the last look.
         self._asks_ssd = type(policy).wants_on_ssd is not Placement.wants_on_ssd
         self.events = BlockEvents(blocks, block_tokens_of, clock.monotonic_s)
 
     def close(self) -> None:
-        """Take no more notes. The thread ends after what it does now."""
+        """Take no more notes. The thread ends after what it was asked: those who wait for it get their answers."""
         self.events.close()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._thread.shutdown(wait=False)
 
     @property
     def name(self) -> str:
@@ -91,6 +92,16 @@ class ItemRanking:
     @property
     def lasts_s(self) -> float:
         return min(_RANKING_SHARE * self._took_s, _RANKING_LASTS_S)
+
+    @property
+    def ranking_s(self) -> float:
+        """How long the last ranking took, with the wait for the thread."""
+        return self._took_s
+
+    @property
+    def look_s(self) -> float:
+        """How long the last look took, with the wait for the thread."""
+        return self._look_s
 
     # Decisions
 
@@ -129,7 +140,9 @@ class ItemRanking:
         What is in use and belongs to no block is reserved for loads and saves: the policy has so much less DRAM.
         """
         conditions = self.conditions
+        began_s = self._clock.monotonic_s()
         look, known_bytes = await self.on_thread(_look)
+        self._look_s = self._clock.monotonic_s() - began_s
         reserved = max(0, used_bytes - known_bytes)
         self._reserved_bytes += _RESERVED_WEIGHT * (reserved - self._reserved_bytes)
         conditions.dram_capacity_bytes = max(0, self._dram_bytes - int(self._reserved_bytes))
@@ -145,6 +158,25 @@ class ItemRanking:
         except Exception:
             log.exception("the policy %s failed: blocks are written to SSD", self.name)
             return True
+
+    async def explain(self, row: int) -> list[Valuation]:
+        tiers = self._blocks.tiers[:_DECIDED_TIERS]
+        return await self.on_thread(lambda items, now_s: _explain(items, row, tiers, now_s))
+
+
+def _explain(items: BlockItems, row: int, tiers: Sequence[TierName], now_s: float) -> list[Valuation]:
+    item = items.item_of(row)
+    if item == NO_ITEM:
+        return []
+    table, policy = items.items, items.policy
+    return [
+        Valuation(
+            tier,
+            float(policy.retention(table, np.array([item]), tier, now_s)[0]),
+            policy.explain(table, item, tier, now_s),
+        )
+        for tier in tiers
+    ]
 
 
 def _look(items: BlockItems, now_s: float) -> tuple[Look, int]:

@@ -21,6 +21,7 @@ from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.store import image_check
 from kvservice.store.block_lifecycle import BlockLifecycle
+from kvservice.store.miss_reasons import SpaceFor
 from kvservice.store.mover.evictor import Evictor
 from kvservice.store.mover.write_behind import WriteBehind
 from kvservice.store.tasks import LoopBudget, Tasks, all_of
@@ -162,7 +163,7 @@ class Promoter:
 
         Yields a promotion per row, but none for rows in DRAM and for rows that DRAM has no space for.
         """
-        pending = await self._begin(rows, within_s=0.0)
+        pending = await self._begin(rows, within_s=0.0, space_for=SpaceFor.LOAD)
         for each in pending.values():  # Before any await: a promotion without readers may end and free its image.
             each.begin_reading()
         try:
@@ -171,7 +172,15 @@ class Promoter:
             for each in pending.values():
                 each.end_reading()
 
-    async def promote(self, rows: Sequence[int], *, within_s: float, wait: bool, worth: float = math.inf) -> None:
+    async def promote(
+        self,
+        rows: Sequence[int],
+        *,
+        within_s: float,
+        wait: bool,
+        worth: float = math.inf,
+        space_for: SpaceFor = SpaceFor.PREFETCH,
+    ) -> None:
         """Promote the rows that are only in slower tiers. With `wait`, return once each has succeeded or failed.
 
         With a finite `worth`, only blocks with a lower score leave DRAM for them.
@@ -179,7 +188,7 @@ class Promoter:
         if not wait:
             self.prefetch(rows, within_s=within_s)
             return
-        for each in (await self._begin(rows, within_s=within_s, worth=worth)).values():
+        for each in (await self._begin(rows, within_s=within_s, worth=worth, space_for=space_for)).values():
             await each.done.wait()
 
     def prefetch(self, rows: Sequence[int], *, within_s: float) -> None:
@@ -187,7 +196,12 @@ class Promoter:
         self._tasks.start(self._begin(rows, within_s=within_s), "prefetch")
 
     async def _begin(
-        self, rows: Sequence[int], *, within_s: float, worth: float = math.inf
+        self,
+        rows: Sequence[int],
+        *,
+        within_s: float,
+        worth: float = math.inf,
+        space_for: SpaceFor = SpaceFor.PREFETCH,
     ) -> dict[int, PendingPromotion]:
         """Start to read the rows that are only in slower tiers. A row that is being promoted is not read twice.
 
@@ -205,7 +219,7 @@ class Promoter:
                 if row not in self._pending and self._should_promote(row):
                     try:
                         later_bytes -= int(self._blocks.size_bytes[row])
-                        begun.append(await self._reserve(row, worth, later_bytes))
+                        begun.append(await self._reserve(row, worth, space_for, later_bytes))
                     except (TierFull, StorageFailed) as error:
                         log.debug("no space to promote: %s", error.message)
                         break  # The later rows will not fit either: loads read them from the slower tier.
@@ -223,7 +237,7 @@ class Promoter:
         below = blocks.fastest(row) not in (None, blocks.first_tier)
         return below and bool(blocks.live[row])
 
-    async def _reserve(self, row: int, worth: float, more_bytes: int) -> PendingPromotion:
+    async def _reserve(self, row: int, worth: float, space_for: SpaceFor, more_bytes: int) -> PendingPromotion:
         geometry = self._lifecycle.geometry(row)
         reserving = self._reserving[row] = asyncio.get_running_loop().create_future()
         self._lifecycle.hold([row])
@@ -231,6 +245,7 @@ class Promoter:
             extent = await self._evictor.reserve(
                 self._blocks.first_tier,
                 geometry.image_bytes,
+                space_for,
                 wait_s=_SPACE_WAIT_S,
                 worth=worth,
                 more_bytes=max(0, more_bytes),

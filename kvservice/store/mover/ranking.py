@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -19,6 +20,14 @@ class Ranked(NamedTuple):
 
     rows: Rows
     scores: NDArray[np.float64]
+
+
+class Valuation(NamedTuple):
+    """What a block is worth in a tier: copies with the lowest scores leave it first."""
+
+    tier: TierName
+    score: float
+    inputs: Mapping[str, float]  # What the score depends on, by name.
 
 
 class Ranking(Protocol):
@@ -37,6 +46,9 @@ class Ranking(Protocol):
 
     async def wants_on_ssd(self, row: int) -> bool:
         """Whether a block in DRAM is copied to SSD, for which other blocks are evicted there."""
+
+    async def explain(self, row: int) -> list[Valuation]:
+        """What the block is worth in each tier that the policy knows; empty if it does not know the block."""
 
 
 class RecencyRanking:
@@ -57,6 +69,15 @@ class RecencyRanking:
     async def wants_on_ssd(self, row: int) -> bool:
         # It was the oldest block on SSD when it was evicted: a new copy would only evict a newer block.
         return not self._blocks.unwanted_on_ssd[row]
+
+    async def explain(self, row: int) -> list[Valuation]:
+        blocks, used = self._blocks, int(self._blocks.access_seq[row])
+        found = []
+        for tier in blocks.tiers_of(row):
+            older = blocks.resident(tier) & (blocks.access_seq[: blocks.row_end] < used)
+            inputs = {"size_bytes": float(blocks.size_bytes[row]), "blocks_before_it": float(np.count_nonzero(older))}
+            found.append(Valuation(tier, float(used), inputs))
+        return found
 
 
 def _lowest(rows: Rows, used: NDArray[np.int64], count_max: int) -> Ranked:

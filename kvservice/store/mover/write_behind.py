@@ -20,6 +20,7 @@ from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.store import image_check
 from kvservice.store.block_lifecycle import BlockLifecycle
+from kvservice.store.miss_reasons import SpaceFor
 from kvservice.store.mover.evictor import Evictor
 from kvservice.store.mover.ranking import Ranking
 from kvservice.store.tasks import LoopBudget, Tasks
@@ -281,7 +282,7 @@ class WriteBehind:
 
     async def _copy(self, row: int, source: Extent, geometry: BlockGeometry) -> tuple[Extent, int]:
         """The copy's place, and how many flushes of its file had failed before."""
-        extent = await self._evictor.reserve(self._below, geometry.image_bytes)
+        extent = await self._evictor.reserve(self._below, geometry.image_bytes, SpaceFor.COPY)
         flush_failures = self._target.flush_failures(extent)
         with _released_on_error(self._target, extent):
             image = await self._image(source, geometry)

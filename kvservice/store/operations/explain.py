@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum, auto
 from typing import NamedTuple
+
+import numpy as np
 
 from kvservice.blocks import NO_ROW, BlockTable, TierName
 from kvservice.clock import Clock
 from kvservice.index.block_index import BlockIndex, Emptied
 from kvservice.store.caller import Caller
 from kvservice.store.miss_reasons import MissEvent, MissReasons, Reason
+from kvservice.store.mover.active_policy import ActivePolicy
+from kvservice.store.mover.ranking import Valuation
 from kvservice.store.operations.listings import BlockFacts, block_facts
 from kvservice.store.operations.requests import LookupRecord, ReportRecord, RequestRecord
 from kvservice.store.sessions.sessions import SessionHistory
@@ -35,6 +39,13 @@ class TierPlace(NamedTuple):
     tier: TierName
     arrival: Arrival
     since_ms: int
+
+
+class Worth(NamedTuple):
+    """What a block is worth in each tier to the policy of that name; no values if the policy does not know it."""
+
+    policy: str
+    values: Sequence[Valuation]
 
 
 class Miss(Enum):
@@ -64,6 +75,7 @@ _MISS_OF = {
     Reason.EXPIRED: Miss.EXPIRED,
 }
 assert set(_MISS_OF) == set(Reason)
+_EVICTIONS = (Reason.EVICTED, Reason.EVICTED_ON_REQUEST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +106,7 @@ class ExplainedBlock:
     events: Sequence[MissEvent]
     missing: Missing | None
     remembers_since_ms: int
+    worth: Worth = field(default_factory=lambda: Worth("", ()))  # To the policy: of the first shard.
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +119,15 @@ class ExplainedLookup:
 
 @dataclass(frozen=True, slots=True)
 class ExplainedSession:
-    """`missing` is why the first unusable slice is a miss; None if all are usable."""
+    """`missing` is why the first unusable slice is a miss; None if all are usable.
+
+    `left_dram` is the first usable slice that DRAM has no copy of, with the eviction from there, if that is known.
+    """
 
     history: SessionHistory
     missing: Missing | None
+    worth: Worth  # Of the last usable slice, which stands for the end of the history.
+    left_dram: tuple[bytes, MissEvent | None] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,13 +142,20 @@ class ExplainedRequest:
 
 class Explain:
     def __init__(
-        self, blocks: BlockTable, index: BlockIndex, history: MissReasons, claims: Claims, clock: Clock
+        self,
+        blocks: BlockTable,
+        index: BlockIndex,
+        history: MissReasons,
+        claims: Claims,
+        clock: Clock,
+        policy: ActivePolicy,
     ) -> None:
         self._blocks = blocks
         self._index = index
         self._history = history
         self._claims = claims
         self._clock = clock
+        self._policy = policy
 
     @property
     def remembers_since_ms(self) -> int:
@@ -150,6 +175,37 @@ class Explain:
         # Without a history it is the time of this call; the same value for both uses.
         since_ms = self.remembers_since_ms if missing is None else missing.remembers_since_ms
         return ExplainedBlock(shards, events, missing, since_ms)
+
+    async def valued_block(self, caller: Caller, key: bytes) -> ExplainedBlock:
+        """The same, with the block's worth to the policy."""
+        found = self.block(caller, key)
+        return replace(found, worth=await self.worth(caller, key)) if found.shards else found
+
+    async def worth(self, caller: Caller, key: bytes) -> Worth:
+        """What a block is worth to the present policy."""
+        rows = self.rows(caller, key)
+        return Worth(self._policy.name, await self._policy.explain(rows[0]) if rows else ())
+
+    async def session(self, caller: Caller, history: SessionHistory) -> ExplainedSession:
+        """How much of a session is stored where, and why not more."""
+        keys = history.session.manifest.slices["key"]
+        missing = left_dram = None
+        worth = Worth(self._policy.name, ())
+        if history.usable < len(keys):
+            missing = self.missing(caller, keys[history.usable].tobytes())
+        if history.usable:
+            usable = keys[: history.usable].tolist()
+            rows = self._blocks.rows_of_keys(usable)
+            outside = np.flatnonzero(~self._blocks.lie_in(rows, self._blocks.first_tier))
+            if len(outside):
+                left_dram = usable[outside[0]], self._eviction(usable[outside[0]])
+            worth = await self.worth(caller, usable[-1])
+        return ExplainedSession(history, missing, worth, left_dram)
+
+    def _eviction(self, key: bytes) -> MissEvent | None:
+        """When and why the block left DRAM last."""
+        events = (event for event in self._history.of(key) if event.tier == self._blocks.first_tier)
+        return next((event for event in events if event.reason in _EVICTIONS), None)
 
     def rows(self, caller: Caller, key: bytes) -> list[int]:
         """The rows of a block's shards; empty if it is not stored."""

@@ -16,6 +16,7 @@ from kvservice.store.operations.drain import Drain, DrainProgress
 from kvservice.store.operations.explain import Explain, ExplainedBlock, ExplainedRequest, ExplainedSession
 from kvservice.store.operations.listings import BlockFacts, Listings
 from kvservice.store.operations.pins import PinOutcome, Pins, UnpinOutcome
+from kvservice.store.operations.policies import Policies, PolicyFacts
 from kvservice.store.operations.requests import Requests
 from kvservice.store.operations.scrub import Scrub, ScrubProgress
 from kvservice.store.operations.trace import TRACE_MAX_S, TraceRecorder, TraceStep
@@ -46,6 +47,7 @@ class Operators:
         scrub: Scrub,
         drain: Drain,
         trace: TraceRecorder,
+        policies: Policies,
     ) -> None:
         self._blocks = blocks
         self._index = index
@@ -60,6 +62,7 @@ class Operators:
         self._scrub = scrub
         self._drain = drain
         self._trace = trace
+        self._policies = policies
 
     async def list_blocks(
         self, caller: Caller, page_token: str, page_size: int, fingerprint: bytes, tiers: Sequence[TierName]
@@ -90,11 +93,11 @@ class Operators:
         layout_id = self._index.layout_id(fingerprint)
         return -1 if layout_id is None else layout_id
 
-    def explain_block(self, caller: Caller, key: bytes) -> ExplainedBlock:
-        """The places of a block, or why it is a miss. Raises InvalidRequest."""
+    async def explain_block(self, caller: Caller, key: bytes) -> ExplainedBlock:
+        """The places of a block and its worth to the policy, or why it is a miss. Raises InvalidRequest."""
         if len(key) != KEY_BYTES:
             raise InvalidRequest(f"a key has {KEY_BYTES} bytes, not {len(key)}", field="key")
-        return self._explain.block(caller, key)
+        return await self._explain.valued_block(caller, key)
 
     def explain_request(self, caller: Caller, request_id: str) -> ExplainedRequest:
         """A request's lookups and their results. Raises RequestNotFound."""
@@ -102,7 +105,7 @@ class Operators:
         lookups = self._explain.lookups(caller, found)
         return ExplainedRequest(lookups, found.lookups_more, found.reports, found.reports_more)
 
-    def explain_session(self, caller: Caller, session_id: str) -> list[ExplainedSession]:
+    async def explain_session(self, caller: Caller, session_id: str) -> list[ExplainedSession]:
         """The sessions of this id, one per layout, and why the first missing slice of each is a miss.
 
         Does not count as a use. Raises SessionNotFound.
@@ -110,9 +113,7 @@ class Operators:
         found = []
         for manifest in self._sessions.find_by_id(caller, session_id):
             history = self._sessions.history(manifest, Shard.whole(self._index.layouts[manifest.layout_id]))
-            first_missing = manifest.slices["key"][history.usable : history.usable + 1]
-            missing = self._explain.missing(caller, first_missing[0].tobytes()) if len(first_missing) else None
-            found.append(ExplainedSession(history, missing))
+            found.append(await self._explain.session(caller, history))
         return found
 
     async def pin(self, caller: Caller, keys: Sequence[bytes], ttl_ms: int) -> PinOutcome:
@@ -122,6 +123,16 @@ class Operators:
     async def unpin(self, caller: Caller, keys: Sequence[bytes]) -> UnpinOutcome:
         """End pins before their time. Raises StorageFailed, IndexFull."""
         return await self._pins.unpin(caller, keys)
+
+    async def policy(self, caller: Caller) -> PolicyFacts:
+        """The policy that decides about places now, and what its shadow would have done."""
+        return await self._policies.show(caller)
+
+    async def set_policy(self, caller: Caller, name: str, shadow: str) -> PolicyFacts:
+        """Use another policy, or run one beside it, until the restart. Empty names change nothing. Raises
+        InvalidRequest.
+        """
+        return await self._policies.set(caller, name, shadow)
 
     def scrub(
         self, caller: Caller, tiers: Sequence[TierName], bytes_per_second: int

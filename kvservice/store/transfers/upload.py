@@ -23,7 +23,7 @@ from kvservice.counters import Counters
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.store.leases import Client
-from kvservice.store.miss_reasons import Reason
+from kvservice.store.miss_reasons import Reason, SpaceFor
 from kvservice.store.mover.evictor import Evictor
 from kvservice.store.mover.write_behind import WriteBehind
 from kvservice.store.tasks import LoopBudget, all_of
@@ -307,7 +307,9 @@ class Upload:
                 raise self._no_room  # Later blocks are useless without this one: do not wait for them.
             if not self._is_ended:
                 await self._all.lifecycle.wait_record_deletes([destination.claim.name])
-                extent = await self._all.evictor.reserve(self._all.blocks.first_tier, destination.geometry.image_bytes)
+                extent = await self._all.evictor.reserve(
+                    self._all.blocks.first_tier, destination.geometry.image_bytes, SpaceFor.SAVE
+                )
         except KVError as error:
             if not self._is_ended:
                 self._no_room = error

@@ -34,6 +34,17 @@ class EventKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     EVENT_KIND_LOST: _ClassVar[EventKind]
     EVENT_KIND_EXPIRED: _ClassVar[EventKind]
 
+class SpaceFor(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SPACE_FOR_UNSPECIFIED: _ClassVar[SpaceFor]
+    SPACE_FOR_SAVE: _ClassVar[SpaceFor]
+    SPACE_FOR_LOAD: _ClassVar[SpaceFor]
+    SPACE_FOR_PREFETCH: _ClassVar[SpaceFor]
+    SPACE_FOR_READ_AHEAD: _ClassVar[SpaceFor]
+    SPACE_FOR_COPY: _ClassVar[SpaceFor]
+    SPACE_FOR_FREE_SHARE: _ClassVar[SpaceFor]
+    SPACE_FOR_INDEX: _ClassVar[SpaceFor]
+
 class MissReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     MISS_REASON_UNSPECIFIED: _ClassVar[MissReason]
@@ -69,6 +80,14 @@ EVENT_KIND_DISCARDED: EventKind
 EVENT_KIND_QUARANTINED: EventKind
 EVENT_KIND_LOST: EventKind
 EVENT_KIND_EXPIRED: EventKind
+SPACE_FOR_UNSPECIFIED: SpaceFor
+SPACE_FOR_SAVE: SpaceFor
+SPACE_FOR_LOAD: SpaceFor
+SPACE_FOR_PREFETCH: SpaceFor
+SPACE_FOR_READ_AHEAD: SpaceFor
+SPACE_FOR_COPY: SpaceFor
+SPACE_FOR_FREE_SHARE: SpaceFor
+SPACE_FOR_INDEX: SpaceFor
 MISS_REASON_UNSPECIFIED: MissReason
 MISS_REASON_NEVER_STORED: MissReason
 MISS_REASON_DROPPED_AT_SAVE: MissReason
@@ -84,6 +103,68 @@ MISS_REASON_BEING_SAVED: MissReason
 DRAIN_ACTION_UNSPECIFIED: DrainAction
 DRAIN_ACTION_BEGIN: DrainAction
 DRAIN_ACTION_UNDO: DrainAction
+
+class SetPolicyRequest(_message.Message):
+    __slots__ = ("policy", "shadow")
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_FIELD_NUMBER: _ClassVar[int]
+    policy: str
+    shadow: str
+    def __init__(self, policy: _Optional[str] = ..., shadow: _Optional[str] = ...) -> None: ...
+
+class SetPolicyResponse(_message.Message):
+    __slots__ = ("policy", "since", "configured", "items", "blocks", "queued_items", "ranking_ms", "look_ms", "read_ahead_bytes", "read_ahead_unused", "shadow")
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    CONFIGURED_FIELD_NUMBER: _ClassVar[int]
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_ITEMS_FIELD_NUMBER: _ClassVar[int]
+    RANKING_MS_FIELD_NUMBER: _ClassVar[int]
+    LOOK_MS_FIELD_NUMBER: _ClassVar[int]
+    READ_AHEAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    READ_AHEAD_UNUSED_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_FIELD_NUMBER: _ClassVar[int]
+    policy: str
+    since: _timestamp_pb2.Timestamp
+    configured: str
+    items: int
+    blocks: int
+    queued_items: int
+    ranking_ms: float
+    look_ms: float
+    read_ahead_bytes: int
+    read_ahead_unused: float
+    shadow: ShadowPolicy
+    def __init__(self, policy: _Optional[str] = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., configured: _Optional[str] = ..., items: _Optional[int] = ..., blocks: _Optional[int] = ..., queued_items: _Optional[int] = ..., ranking_ms: _Optional[float] = ..., look_ms: _Optional[float] = ..., read_ahead_bytes: _Optional[int] = ..., read_ahead_unused: _Optional[float] = ..., shadow: _Optional[_Union[ShadowPolicy, _Mapping]] = ...) -> None: ...
+
+class ShadowPolicy(_message.Message):
+    __slots__ = ("policy", "since", "requests", "real", "shadow")
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    REAL_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_FIELD_NUMBER: _ClassVar[int]
+    policy: str
+    since: _timestamp_pb2.Timestamp
+    requests: int
+    real: RequestsFound
+    shadow: RequestsFound
+    def __init__(self, policy: _Optional[str] = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., requests: _Optional[int] = ..., real: _Optional[_Union[RequestsFound, _Mapping]] = ..., shadow: _Optional[_Union[RequestsFound, _Mapping]] = ...) -> None: ...
+
+class RequestsFound(_message.Message):
+    __slots__ = ("requests_in_dram", "dram_bytes", "ssd_bytes", "missing_bytes", "read_ahead_bytes")
+    REQUESTS_IN_DRAM_FIELD_NUMBER: _ClassVar[int]
+    DRAM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SSD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MISSING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    READ_AHEAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    requests_in_dram: int
+    dram_bytes: int
+    ssd_bytes: int
+    missing_bytes: int
+    read_ahead_bytes: int
+    def __init__(self, requests_in_dram: _Optional[int] = ..., dram_bytes: _Optional[int] = ..., ssd_bytes: _Optional[int] = ..., missing_bytes: _Optional[int] = ..., read_ahead_bytes: _Optional[int] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ()
@@ -341,36 +422,69 @@ class ExplainResponse(_message.Message):
     def __init__(self, block: _Optional[_Union[ExplainedBlock, _Mapping]] = ..., request: _Optional[_Union[ExplainedRequest, _Mapping]] = ..., sessions: _Optional[_Iterable[_Union[ExplainedSession, _Mapping]]] = ...) -> None: ...
 
 class ExplainedSession(_message.Message):
-    __slots__ = ("session", "layout", "usable_slices", "usable_tokens", "runs", "miss")
+    __slots__ = ("session", "layout", "usable_slices", "usable_tokens", "runs", "miss", "worth", "outside_dram_key", "left_dram")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     USABLE_SLICES_FIELD_NUMBER: _ClassVar[int]
     USABLE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
     MISS_FIELD_NUMBER: _ClassVar[int]
+    WORTH_FIELD_NUMBER: _ClassVar[int]
+    OUTSIDE_DRAM_KEY_FIELD_NUMBER: _ClassVar[int]
+    LEFT_DRAM_FIELD_NUMBER: _ClassVar[int]
     session: _sessions_pb2.Session
     layout: _types_pb2.Layout
     usable_slices: int
     usable_tokens: int
     runs: _containers.RepeatedCompositeFieldContainer[_blocks_pb2.ResidencyRun]
     miss: Miss
-    def __init__(self, session: _Optional[_Union[_sessions_pb2.Session, _Mapping]] = ..., layout: _Optional[_Union[_types_pb2.Layout, _Mapping]] = ..., usable_slices: _Optional[int] = ..., usable_tokens: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[_blocks_pb2.ResidencyRun, _Mapping]]] = ..., miss: _Optional[_Union[Miss, _Mapping]] = ...) -> None: ...
+    worth: PolicyWorth
+    outside_dram_key: bytes
+    left_dram: BlockEvent
+    def __init__(self, session: _Optional[_Union[_sessions_pb2.Session, _Mapping]] = ..., layout: _Optional[_Union[_types_pb2.Layout, _Mapping]] = ..., usable_slices: _Optional[int] = ..., usable_tokens: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[_blocks_pb2.ResidencyRun, _Mapping]]] = ..., miss: _Optional[_Union[Miss, _Mapping]] = ..., worth: _Optional[_Union[PolicyWorth, _Mapping]] = ..., outside_dram_key: _Optional[bytes] = ..., left_dram: _Optional[_Union[BlockEvent, _Mapping]] = ...) -> None: ...
+
+class PolicyWorth(_message.Message):
+    __slots__ = ("policy", "values")
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    policy: str
+    values: _containers.RepeatedCompositeFieldContainer[TierWorth]
+    def __init__(self, policy: _Optional[str] = ..., values: _Optional[_Iterable[_Union[TierWorth, _Mapping]]] = ...) -> None: ...
+
+class TierWorth(_message.Message):
+    __slots__ = ("tier_name", "score", "inputs")
+    class InputsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    TIER_NAME_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    tier_name: str
+    score: float
+    inputs: _containers.ScalarMap[str, float]
+    def __init__(self, tier_name: _Optional[str] = ..., score: _Optional[float] = ..., inputs: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class ExplainedBlock(_message.Message):
-    __slots__ = ("key", "layout", "shards", "miss", "events", "remembers_since")
+    __slots__ = ("key", "layout", "shards", "miss", "events", "remembers_since", "worth")
     KEY_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     MISS_FIELD_NUMBER: _ClassVar[int]
     EVENTS_FIELD_NUMBER: _ClassVar[int]
     REMEMBERS_SINCE_FIELD_NUMBER: _ClassVar[int]
+    WORTH_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     layout: _types_pb2.Layout
     shards: _containers.RepeatedCompositeFieldContainer[ExplainedShard]
     miss: Miss
     events: _containers.RepeatedCompositeFieldContainer[BlockEvent]
     remembers_since: _timestamp_pb2.Timestamp
-    def __init__(self, key: _Optional[bytes] = ..., layout: _Optional[_Union[_types_pb2.Layout, _Mapping]] = ..., shards: _Optional[_Iterable[_Union[ExplainedShard, _Mapping]]] = ..., miss: _Optional[_Union[Miss, _Mapping]] = ..., events: _Optional[_Iterable[_Union[BlockEvent, _Mapping]]] = ..., remembers_since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    worth: PolicyWorth
+    def __init__(self, key: _Optional[bytes] = ..., layout: _Optional[_Union[_types_pb2.Layout, _Mapping]] = ..., shards: _Optional[_Iterable[_Union[ExplainedShard, _Mapping]]] = ..., miss: _Optional[_Union[Miss, _Mapping]] = ..., events: _Optional[_Iterable[_Union[BlockEvent, _Mapping]]] = ..., remembers_since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., worth: _Optional[_Union[PolicyWorth, _Mapping]] = ...) -> None: ...
 
 class ExplainedShard(_message.Message):
     __slots__ = ("block", "places", "holds")
@@ -395,7 +509,7 @@ class Place(_message.Message):
     def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., tier_name: _Optional[str] = ..., arrival: _Optional[_Union[Arrival, str]] = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class BlockEvent(_message.Message):
-    __slots__ = ("kind", "at", "tier", "tier_name", "detail", "last_copy", "pin_ended_at")
+    __slots__ = ("kind", "at", "tier", "tier_name", "detail", "last_copy", "pin_ended_at", "space_for", "score")
     KIND_FIELD_NUMBER: _ClassVar[int]
     AT_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
@@ -403,6 +517,8 @@ class BlockEvent(_message.Message):
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     LAST_COPY_FIELD_NUMBER: _ClassVar[int]
     PIN_ENDED_AT_FIELD_NUMBER: _ClassVar[int]
+    SPACE_FOR_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
     kind: EventKind
     at: _timestamp_pb2.Timestamp
     tier: _types_pb2.Tier
@@ -410,7 +526,9 @@ class BlockEvent(_message.Message):
     detail: str
     last_copy: bool
     pin_ended_at: _timestamp_pb2.Timestamp
-    def __init__(self, kind: _Optional[_Union[EventKind, str]] = ..., at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., tier_name: _Optional[str] = ..., detail: _Optional[str] = ..., last_copy: bool = ..., pin_ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    space_for: SpaceFor
+    score: float
+    def __init__(self, kind: _Optional[_Union[EventKind, str]] = ..., at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., tier_name: _Optional[str] = ..., detail: _Optional[str] = ..., last_copy: bool = ..., pin_ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., space_for: _Optional[_Union[SpaceFor, str]] = ..., score: _Optional[float] = ...) -> None: ...
 
 class Miss(_message.Message):
     __slots__ = ("key", "reason", "event", "remembers_since", "dram_emptied_at", "dram_emptied_because", "stored_since")

@@ -90,6 +90,11 @@ class AdminServiceStub(object):
                 request_serializer=kvservice__api_dot_v1_dot_admin__pb2.RecordTraceRequest.SerializeToString,
                 response_deserializer=kvservice__api_dot_v1_dot_admin__pb2.RecordTraceResponse.FromString,
                 _registered_method=True)
+        self.SetPolicy = channel.unary_unary(
+                '/kvservice_api.v1.AdminService/SetPolicy',
+                request_serializer=kvservice__api_dot_v1_dot_admin__pb2.SetPolicyRequest.SerializeToString,
+                response_deserializer=kvservice__api_dot_v1_dot_admin__pb2.SetPolicyResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -216,6 +221,17 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetPolicy(self, request, context):
+        """Shows the policy that decides which blocks are in which tier. With a `policy` it decides from now on, until the
+        daemon's restart; one that decides already stays as it is. With a `shadow` that policy runs beside it, without any
+        effect, and the answers tell what it would have done since; one that runs already begins again. An empty request
+        only shows. No lease ends, and no request is refused. Errors:
+        * INVALID_ARGUMENT INVALID_REQUEST: no policy has this name, and nothing has changed; the message has all names.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -273,6 +289,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.RecordTrace,
                     request_deserializer=kvservice__api_dot_v1_dot_admin__pb2.RecordTraceRequest.FromString,
                     response_serializer=kvservice__api_dot_v1_dot_admin__pb2.RecordTraceResponse.SerializeToString,
+            ),
+            'SetPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetPolicy,
+                    request_deserializer=kvservice__api_dot_v1_dot_admin__pb2.SetPolicyRequest.FromString,
+                    response_serializer=kvservice__api_dot_v1_dot_admin__pb2.SetPolicyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -573,6 +594,33 @@ class AdminService(object):
             '/kvservice_api.v1.AdminService/RecordTrace',
             kvservice__api_dot_v1_dot_admin__pb2.RecordTraceRequest.SerializeToString,
             kvservice__api_dot_v1_dot_admin__pb2.RecordTraceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvservice_api.v1.AdminService/SetPolicy',
+            kvservice__api_dot_v1_dot_admin__pb2.SetPolicyRequest.SerializeToString,
+            kvservice__api_dot_v1_dot_admin__pb2.SetPolicyResponse.FromString,
             options,
             channel_credentials,
             insecure,

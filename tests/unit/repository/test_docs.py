@@ -22,10 +22,11 @@ from kvservice.simulate.command_plan import plan
 from kvservice.simulate.engine import CONTENDERS
 from kvservice.simulate.result import Result
 from kvservice.simulate.traces import FORMATS
+from kvservice_client.cli.policy import policy
 from kvservice_client.cli.trace import trace
 
 ROOT = Path(__file__).parents[3]
-VERBS: tuple[Callable[..., None], ...] = (simulate, plan)
+VERBS: tuple[Callable[..., None], ...] = (simulate, plan, policy)
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 

@@ -10,6 +10,7 @@ import pytest
 
 from kvservice.blocks import TierName
 from kvservice.store.leases import Client
+from kvservice.store.miss_reasons import SpaceFor
 from kvservice.store.mover.evictor import Watermarks
 from kvservice.store.store import StoreLimits
 from kvservice_api.errors import TierFull
@@ -92,7 +93,7 @@ async def test_a_block_larger_than_the_tier_evicts_nothing(open_store: Callable[
     capacity = opened.block_lifecycle.tiers[tier].capacity_bytes
     largest = capacity if tier == TierName.DRAM else capacity // 2  # An extent is never in two files.
     with pytest.raises(TierFull):
-        await opened.evictor.reserve(tier, largest + 1)
+        await opened.evictor.reserve(tier, largest + 1, SpaceFor.SAVE)
     assert in_dram(opened, keys) == opened.hits(keys) == 4
     assert opened.counters.evicted_ssd_blocks == opened.counters.evicted_dram_blocks == 0
 
@@ -125,9 +126,9 @@ async def test_who_waits_is_served_before_who_comes_later(open_store: Callable[.
     room._cleaner = cleaner
     taken = [opened.dram.reserve(16 * KIB) for _ in range(4)]
 
-    large = asyncio.create_task(room.reserve(TierName.DRAM, 32 * KIB))
+    large = asyncio.create_task(room.reserve(TierName.DRAM, 32 * KIB, SpaceFor.SAVE))
     await asyncio.sleep(0)
-    small = asyncio.create_task(room.reserve(TierName.DRAM, 16 * KIB))
+    small = asyncio.create_task(room.reserve(TierName.DRAM, 16 * KIB, SpaceFor.SAVE))
     await asyncio.sleep(0)
     opened.dram.release(taken[0])
     await cleaner.step()
@@ -151,7 +152,7 @@ async def test_while_writes_fail_a_block_leaves_once_its_write_has_ended(open_st
     rows = opened.blocks.rows_of_keys(keys)
     opened.block_lifecycle.hold(rows)
 
-    waiting = asyncio.create_task(evictor.reserve(TierName.DRAM, BLOCK))
+    waiting = asyncio.create_task(evictor.reserve(TierName.DRAM, BLOCK, SpaceFor.SAVE))
     for _ in range(5):
         await asyncio.sleep(0)
     assert not waiting.done(), "each block is being written: none may leave yet"
@@ -171,7 +172,7 @@ async def test_while_writes_fail_and_no_block_is_held_space_is_refused_at_once(
     opened.evictor._cleaner = StalledCleaner(is_failing=True)
 
     with pytest.raises(TierFull):
-        await asyncio.wait_for(opened.evictor.reserve(TierName.DRAM, BLOCK), 1)
+        await asyncio.wait_for(opened.evictor.reserve(TierName.DRAM, BLOCK, SpaceFor.SAVE), 1)
     assert lease is not None
 
 
@@ -183,7 +184,7 @@ async def test_waiting_for_room_ends_in_time(open_store: Callable[..., Any]) -> 
     room = opened.evictor
     room._cleaner = StalledCleaner()
     opened.dram.reserve(64 * KIB)
-    waiting = [asyncio.create_task(room.reserve(TierName.DRAM, 4 * KIB)) for _ in range(3)]
+    waiting = [asyncio.create_task(room.reserve(TierName.DRAM, 4 * KIB, SpaceFor.SAVE)) for _ in range(3)]
     await asyncio.sleep(0)
     clock.advance(seconds=9.9)
     for _ in range(10):
@@ -200,7 +201,7 @@ async def test_a_cancelled_wait_for_room_takes_nothing(open_store: Callable[...,
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER)
     client = opened.store.attach(CALLER, "test")
     await saved(opened, client, 4)
-    waiting = asyncio.create_task(opened.evictor.reserve(TierName.DRAM, BLOCK))
+    waiting = asyncio.create_task(opened.evictor.reserve(TierName.DRAM, BLOCK, SpaceFor.SAVE))
     for _ in range(turns):
         await asyncio.sleep(0)
     waiting.cancel()

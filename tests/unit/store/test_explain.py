@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 
 from kvservice.blocks import TierName
+from kvservice.policy import PLACEMENTS
+from kvservice.policy.lru import LruPolicy
 from kvservice.rpc import explained
 from kvservice.store.leases import Client
-from kvservice.store.miss_reasons import Reason
+from kvservice.store.miss_reasons import Reason, SpaceFor
 from kvservice.store.operations.explain import Arrival, Miss, OtherLayout, TierPlace, differences
 from kvservice.store.operations.requests import ReportRecord, Requests
+from kvservice.store.types import SessionAppend
 from kvservice_api.errors import InvalidRequest, RequestNotFound
 from kvservice_api.layout import Layout, Rotary, Shard
 from tests.clock import TickingClock
@@ -58,7 +61,7 @@ async def test_an_answer_tells_one_time_since_when_all_is_remembered(
     """Without a history that is the time of the call, which must be read once."""
     opened = await open_store(clock=TickingClock(), history_events=history_events)
     key = some_chain(1).keys[0]
-    answer = explained.block(key, opened.store.operators.explain_block(CALLER, key))
+    answer = explained.block(key, await opened.store.operators.explain_block(CALLER, key))
     assert answer.remembers_since == answer.miss.remembers_since
     assert answer.remembers_since.ToMilliseconds() > 0
 
@@ -383,3 +386,50 @@ async def test_how_loads_ended_is_remembered_with_their_lookup(opened: OpenStore
     outcomes = [(load.outcome, load.from_dram, load.from_ssd, load.sent_bytes) for load in lookup.loads]
     assert outcomes == [("done", 1, 1, 7), ("invalid_request", 1, 0, 0), ("cancelled", 0, 1, 0)]
     assert lookup.loads[0].took_ms == pytest.approx(2000)
+
+
+async def test_a_session_tells_its_worth_and_what_got_its_space_in_dram(open_store: Callable[..., Any]) -> None:
+    opened = await open_store(dram_bytes=8 * BLOCK, policy=PLACEMENTS["fifo"]())
+    client = opened.store.attach(CALLER, "engine")
+    chain = some_chain(4, seed=1)
+    await opened.save(client, chain, some_images(chain, seed=1), on_ssd=True)
+    turn = SessionAppend(chain.parent, chain.keys)
+    await opened.store.append_turn(CALLER, LAYOUT.fingerprint, "talk", 0, turn)
+    (found,) = await opened.store.operators.explain_session(CALLER, "talk")
+    assert (found.left_dram, found.missing, found.worth.policy) == (None, None, "fifo")
+    assert [value.tier for value in found.worth.values] == [TierName.DRAM, TierName.SSD]
+    assert found.worth.values[0].inputs["size_bytes"] == 4 * BLOCK
+
+    at_ms = opened.files.clock.wall_ms()
+    opened.files.clock.advance(seconds=5)
+    await saved(opened, client, 6, seed=2)
+    (found,) = await opened.store.operators.explain_session(CALLER, "talk")
+    assert found.left_dram is not None
+    key, event = found.left_dram
+    assert key in chain.keys
+    assert event is not None
+    assert (event.reason, event.space_for, event.at_ms) == (Reason.EVICTED, SpaceFor.SAVE, at_ms + 5000)
+    assert event.score == 1.0, "of the item that came first"
+
+
+async def test_without_items_a_block_is_worth_its_place_by_recency(opened: OpenStore, client: Client) -> None:
+    first, second = await saved(opened, client, 2)
+    found = [await opened.store.operators.explain_block(CALLER, key) for key in (first, second)]
+    assert [each.worth.policy for each in found] == ["lru", "lru"]
+    before = [each.worth.values[0].inputs["blocks_before_it"] for each in found]
+    assert sorted(before) == [0.0, 1.0]
+
+
+async def test_a_policy_that_fails_to_explain_leaves_the_rest_of_the_answer(
+    open_store: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Silent(LruPolicy):
+        def explain(self, *of: Any) -> dict[str, float]:
+            raise ArithmeticError
+
+    opened = await open_store(policy=Silent())
+    (key,) = await saved(opened, opened.store.attach(CALLER, "engine"), 1)
+    found = await opened.store.operators.explain_block(CALLER, key)
+    assert len(found.shards) == 1
+    assert found.worth.values == []
+    assert any("failed to explain" in record.getMessage() for record in caplog.records)

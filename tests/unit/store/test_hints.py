@@ -176,7 +176,7 @@ async def test_the_heads_of_a_queue_are_promoted_and_the_rest_waits(
     await seen.until("request-5", Nearness.ON_SSD)
     assert in_dram(opened, chains) == [0, 1, 2]
     assert opened.counters.hint_promoted_blocks == 3 * BLOCKS
-    explained = opened.store.operators.explain_block(CALLER, chains[0].keys[0])
+    explained = await opened.store.operators.explain_block(CALLER, chains[0].keys[0])
     [(_, places)] = explained.shards
     assert [place.arrival for place in places] == [Arrival.HINTED, Arrival.WRITTEN_BEHIND]
 

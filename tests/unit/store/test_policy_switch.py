@@ -1,0 +1,144 @@
+"""A policy is replaced while a store works."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvservice.policy import DAEMON_POLICIES
+from kvservice.store.leases import Client
+from kvservice.store.mover.evictor import Watermarks
+from kvservice_api.errors import InvalidRequest
+from tests.stores import CALLER, KIB, MIB, OpenStore, caller_of, some_chain, some_images, until
+
+_SESSIONS, _BLOCKS = 24, 4
+_CHAINS = [some_chain(_BLOCKS, seed=seed) for seed in range(_SESSIONS)]
+_IMAGES = some_images(_CHAINS[0])
+
+
+@pytest.fixture
+async def small(open_store: Callable[..., Any]) -> OpenStore:
+    """DRAM for a third of the sessions."""
+    opened: OpenStore = await open_store(
+        dram_bytes=_SESSIONS * _BLOCKS * 12 * KIB // 3, ssd_bytes=4 * MIB, watermarks=Watermarks(0.05, 0.1)
+    )
+    return opened
+
+
+async def turns(opened: OpenStore, client: Client, seed: int, count: int) -> int:
+    """Lookups, loads, prefetches and saves. Returns how many turns found their whole history."""
+    random, found = np.random.default_rng(seed), 0
+    for _ in range(count):
+        chain = _CHAINS[int(random.integers(_SESSIONS))]
+        lease = opened.lookup(client, chain.keys)
+        if lease is None:
+            await opened.save(client, chain, _IMAGES)
+        else:
+            if random.random() < 0.3:
+                await opened.store.prefetch(CALLER, chain.keys, within_s=0.0, wait=False)
+            layers = await opened.load(lease)
+            assert sum(map(len, layers)) == sum(map(len, _IMAGES[: len(lease.rows)]))
+            found += len(lease.rows) == _BLOCKS
+            await opened.store.release(caller_of(client), lease.lease_id)
+        await asyncio.sleep(0)
+    return found
+
+
+def placement_threads() -> int:
+    return sum(thread.name.startswith("placement") for thread in threading.enumerate())
+
+
+async def leases_known(opened: OpenStore) -> tuple[list[int], list[int]]:
+    """Leases per row as the policy knows them, and as they are."""
+    ranking = opened.store._policy.items
+    assert ranking is not None
+    known = await ranking.on_thread(lambda items, now_s: items._leases.copy())
+    end = opened.blocks.row_end
+    return known[:end].tolist(), opened.blocks.leases[:end].tolist()
+
+
+async def test_policies_are_switched_under_load_and_nothing_is_lost(small: OpenStore) -> None:
+    operators, client = small.store.operators, small.store.attach(CALLER, "engine")
+    held = _CHAINS[0]
+    await small.save(client, held, _IMAGES, on_ssd=True)
+    lease = small.lookup(client, held.keys, ttl_s=300)
+    assert lease is not None
+    before, listeners = placement_threads(), len(small.blocks.listeners)
+    load = [asyncio.create_task(turns(small, client, seed, 20)) for seed in range(3)]
+    switches = 0
+    while not all(task.done() for task in load):
+        name = DAEMON_POLICIES[switches % len(DAEMON_POLICIES)]
+        shadow = ("none", *DAEMON_POLICIES)[switches // 2 % 6]
+        facts = await operators.set_policy(CALLER, name, shadow)
+        switches += 1
+        assert (facts.name, facts.configured, facts.shadow is None) == (name, "lru", shadow == "none")
+        running = [small.store._policy.items, small.store._policy.shadow]
+        assert len(small.blocks.listeners) == listeners + sum(each is not None for each in running)
+    assert switches >= 10
+    assert sum([await task for task in load]) > 0
+    assert small.leases.count == 1, "no lease was lost, and none is left"
+    assert len(await small.load(lease)) == 2
+    await small.settle()
+
+    await operators.set_policy(CALLER, "foresight", "none")
+    known, real = await leases_known(small)
+    assert known == real
+    assert sum(real) == _BLOCKS
+    await small.store.release(caller_of(client), lease.lease_id)
+    known, real = await leases_known(small)
+    assert known == real
+    assert not any(real), "a lease that began before the switch ends under the new policy"
+    assert await turns(small, client, 9, 20) >= 0, "decisions continue"
+
+    await operators.set_policy(CALLER, "lru", "")
+    await until(lambda: placement_threads() == before)
+    assert len(small.blocks.listeners) == listeners
+
+
+async def test_a_ranking_of_the_policy_before_is_not_used(small: OpenStore) -> None:
+    """It was asked for before the switch, and answers after it."""
+    client, policy = small.store.attach(CALLER, "engine"), small.store._policy
+    for chain in _CHAINS[:5]:
+        await small.save(client, chain, _IMAGES, on_ssd=True)
+    await small.store.operators.set_policy(CALLER, "fifo", "")
+    assert policy.items is not None
+    may_go_on = threading.Event()
+    busy = asyncio.create_task(policy.items.on_thread(lambda items, now_s: may_go_on.wait()))
+    await asyncio.sleep(0)
+    rows = small.blocks.live_rows()
+    asked = asyncio.create_task(policy.lowest(small.blocks.first_tier, rows, 4))
+    await asyncio.sleep(0)
+    policy.use(None)
+    may_go_on.set()
+    await busy
+    ranked = await asked
+    assert len(set(ranked.scores.tolist())) == 4, "by recency every block has its own score; by item they share one"
+
+
+async def test_an_unknown_policy_is_refused_and_changes_nothing(small: OpenStore) -> None:
+    operators = small.store.operators
+    await operators.set_policy(CALLER, "s3fifo", "")
+    for name, shadow in (("belady", ""), ("lru", "belady"), ("none", ""), ("LRU", "")):
+        with pytest.raises(InvalidRequest, match="choose among lru, fifo, s3fifo, lookahead, foresight"):
+            await operators.set_policy(CALLER, name, shadow)
+    assert (await operators.policy(CALLER)).name == "s3fifo"
+
+
+async def test_an_empty_request_shows_what_the_policy_knows(small: OpenStore) -> None:
+    client = small.store.attach(CALLER, "engine")
+    since_ms = (await small.store.operators.policy(CALLER)).since_ms
+    small.files.clock.advance(seconds=60)
+    await small.store.operators.set_policy(CALLER, "lookahead", "")
+    for chain in _CHAINS[:3]:
+        await small.save(client, chain, _IMAGES)
+    facts = await small.store.operators.policy(CALLER)
+    assert (facts.name, facts.configured, facts.items, facts.blocks) == ("lookahead", "lru", 3, 3 * _BLOCKS)
+    assert facts.since_ms == since_ms + 60_000
+    assert (facts.queued, facts.read_ahead_bytes, facts.shadow) == (0, 0, None)
+    again = await small.store.operators.set_policy(CALLER, "lookahead", "")
+    assert again.since_ms == facts.since_ms, "it decides already, and stays"
