@@ -5,20 +5,27 @@ from __future__ import annotations
 import sys
 import time
 
-from benchmarks.placement.experiments import EXPERIMENTS
+from benchmarks.placement.experiments import EXPERIMENTS, Options
 from benchmarks.report import checked, commit, parser_of
 
 
 def main() -> int:
     """Run, print and write the named experiments. Exit code 0 if all ran, even if a goal is missed."""
-    parser = parser_of("python -m benchmarks.placement", __doc__, EXPERIMENTS, "shorter runs, and one seed")
+    parser = parser_of("python -m benchmarks.placement", __doc__, EXPERIMENTS, "shorter runs")
+    scale = "all times are longer and all rates lower by this factor: for a slow or busy machine"
+    parser.add_argument("--time-scale", type=float, default=1.0, metavar="FACTOR", help=scale)
+    parser.add_argument("--seeds", type=int, default=3, metavar="NUMBER", help="of `agreement`")
     arguments = checked(parser, "experiment", list(EXPERIMENTS))
+    options = Options(arguments.quick, arguments.time_scale, arguments.seeds)
     commit()
     for name in arguments.names:
         print(f"measuring {name}", file=sys.stderr, flush=True)
         began = time.monotonic()
-        section = EXPERIMENTS[name](arguments.quick)
-        command = f"python -m benchmarks.placement {name}{' --quick' if arguments.quick else ''}"
+        section = EXPERIMENTS[name](options)
+        command = f"python -m benchmarks.placement {name}"
+        command += " --quick" if options.quick else ""
+        command += f" --time-scale {options.time_scale:g}" if options.time_scale != 1 else ""
+        command += f" --seeds {options.seeds}" if name == "agreement" and options.seeds != 3 else ""
         markdown = section.markdown(command, time.monotonic() - began)
         print(markdown, end="\n\n", flush=True)
         if arguments.write is not None:

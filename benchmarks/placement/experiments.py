@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from benchmarks.placement.event_loop import event_loop
 from benchmarks.placement.load import Scenario
@@ -19,7 +19,7 @@ QUEUED = Scenario(
     think_s=8.0,
     start_blocks=3.0,
     service_turns_per_s=5.0,
-    dram_bytes=12 * MIB,
+    dram_bytes=20 * MIB,
     ssd_bytes=256 * MIB,
     ssd_bytes_per_s=16e6,
     prefill_tokens_per_s=2000.0,
@@ -29,14 +29,14 @@ QUEUED = Scenario(
 #: No queue, and no hints: only return times help.
 UNQUEUED = replace(QUEUED, service_turns_per_s=40.0, turns_for_s=70.0, warmup_turns=200, sends_queue=False)
 #: A short queue, and an SSD that is too small for all.
-SHORT = replace(QUEUED, service_turns_per_s=9.0, ssd_bytes=36 * MIB)
+SHORT = replace(QUEUED, service_turns_per_s=9.0, ssd_bytes=34 * MIB)
 
 _COLUMNS = (
     "Policy", "Seed", "On time", "simulated", "Hits", "simulated", "TTFT mean (s)", "simulated", "Turns",
     "Waited long enough", "of them on time",
 )  # fmt: skip
 _ABOUT = (
-    "64 conversations on a daemon of its own per run (gRPC and shared memory, 12 MiB of DRAM for blocks of 64 KiB, an "
+    "64 conversations on a daemon of its own per run (gRPC and shared memory, 20 MiB of DRAM for blocks of 64 KiB, an "
     "SSD file behind a limit of 16 MB/s), think times of 8 s on average that follow the answers, a first-come "
     "first-served queue and a server that begins a turn at a fixed rate. The simulator gets the same turns, the DRAM "
     "that the daemon used on average, and the rate of a load alone on the daemon. Shares are in percent of turns with "
@@ -44,10 +44,23 @@ _ABOUT = (
 )
 
 
-def queued(quick: bool) -> Section:
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How long and how often. `time_scale` makes all times longer and all rates lower: for a slow or busy machine."""
+
+    quick: bool = False
+    time_scale: float = 1.0
+    seeds: int = 3
+
+    def of(self, scenario: Scenario) -> Scenario:
+        shorter = replace(scenario, turns_for_s=24.0, warmup_turns=80) if self.quick else scenario
+        return shorter.slower(self.time_scale)
+
+
+def queued(options: Options) -> Section:
     """The engine sends its queue: what has waited long enough is in DRAM."""
     section = Section("placement-queue", "A real daemon with the engine's queue", _ABOUT)
-    runs = [run(_sized(QUEUED, quick), policy, 0) for policy in ("lookahead", "foresight")]
+    runs = [run(options.of(QUEUED), policy, 0) for policy in ("lookahead", "foresight")]
     for each in runs:
         section.at_least(f"`{each.policy}`: waited long enough, and in DRAM", 100 * each.waited_on_time, 95, " %")
     section.table("", _COLUMNS, list(map(_row, runs)))
@@ -57,10 +70,10 @@ def queued(quick: bool) -> Section:
     return section
 
 
-def unqueued(quick: bool) -> Section:
+def unqueued(options: Options) -> Section:
     """No hints: what foresight gains over lru, in the daemon and simulated."""
     section = Section("placement-ages", "A real daemon without hints", _ABOUT)
-    lru, foresight = (run(_sized(UNQUEUED, quick), policy, 0) for policy in ("lru", "foresight"))
+    lru, foresight = (run(options.of(UNQUEUED), policy, 0) for policy in ("lru", "foresight"))
     gain = foresight.on_time - lru.on_time
     simulated = foresight.simulated.dram_on_time - lru.simulated.dram_on_time
     section.at_most("points of `foresight` over `lru`, off the simulated gain", 100 * abs(gain - simulated), 3)
@@ -68,11 +81,15 @@ def unqueued(quick: bool) -> Section:
     return section
 
 
-def agreement(quick: bool) -> Section:
+def agreement(options: Options) -> Section:
     """The same turns in both worlds."""
     section = Section("placement-agreement", "The daemon and the simulator on the same load", _ABOUT)
-    seeds = range(1 if quick else 3)
-    runs = [run(_sized(SHORT, quick), policy, seed) for seed in seeds for policy in ("lru", "lookahead", "foresight")]
+    runs = []
+    for seed in range(options.seeds):
+        for policy in ("lru", "lookahead", "foresight"):
+            # The daemon promotes what a queue needs under every policy: lru is compared without it.
+            scenario = replace(SHORT, sends_queue=policy != "lru")
+            runs.append(run(options.of(scenario), policy, seed))
     hits = max(abs(each.hits - each.simulated.hit_rate_history) for each in runs)
     section.at_most("points of hits, the largest difference", 100 * hits, 2)
     ttft = max(abs(each.ttft_mean_s / each.simulated.ttft_mean_s - 1) for each in runs)
@@ -83,11 +100,12 @@ def agreement(quick: bool) -> Section:
     return section
 
 
-EXPERIMENTS = {"queued": queued, "unqueued": unqueued, "agreement": agreement, "event-loop": event_loop}
-
-
-def _sized(scenario: Scenario, quick: bool) -> Scenario:
-    return replace(scenario, turns_for_s=24.0, warmup_turns=80) if quick else scenario
+EXPERIMENTS: dict[str, Callable[[Options], Section]] = {
+    "queued": queued,
+    "unqueued": unqueued,
+    "agreement": agreement,
+    "event-loop": lambda options: event_loop(options.quick),
+}
 
 
 def _row(each: Run) -> Sequence[str]:

@@ -17,7 +17,8 @@ LAYOUT = Layout(
     "benchmarks/placement", "float16", layers=4, kv_heads=4, k_head_dim=60, v_head_dim=60, block_tokens=BLOCK_TOKENS
 )
 BLOCK_BYTES = 64 * 1024
-_TOKENS_PER_BLOCK = 40.0  # Of the answers that `people` gives: an answer has 1 to 5 blocks, as a rule.
+_TOKENS_PER_BLOCK = 40.0  # Of the answers that `people` gives: a query and its answer have 1 to 5 blocks, as a rule.
+_QUERY_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,17 @@ class Scenario:
     prefill_tokens_per_s: float
     warmup_turns: int
     sends_queue: bool
+
+    def slower(self, factor: float) -> Scenario:
+        """The same turns in `factor` times the time, with rates that are lower by the same factor."""
+        return replace(
+            self,
+            turns_for_s=self.turns_for_s * factor,
+            think_s=self.think_s * factor,
+            service_turns_per_s=self.service_turns_per_s / factor,
+            ssd_bytes_per_s=self.ssd_bytes_per_s / factor,
+            prefill_tokens_per_s=self.prefill_tokens_per_s / factor,
+        )
 
     def machine(self, dram_bytes: int, ssd_bytes: int) -> Machine:
         """What the simulator simulates: tiers of so many usable bytes, and a server of the same fixed rate."""
@@ -74,11 +86,11 @@ def workload_of(scenario: Scenario, seed: int) -> Workload:
             session.append(number)
             arrives.append(begins_s if is_first else AFTER_ANSWER)
             think.append(0.0 if is_first else float(drawn.think_s[turn]))
-            blocks = max(1, round(int(drawn.new_tokens[turn]) / BLOCK_TOKENS)) if is_first else 1
-            new.append(blocks * BLOCK_TOKENS)
+            blocks = max(1, round(int(drawn.new_tokens[turn]) / BLOCK_TOKENS)) if is_first else 0
+            new.append(blocks * BLOCK_TOKENS + _QUERY_TOKENS)
             following = int(rng.choice(later))  # Its think time follows the answer before it, which is this turn's.
             answer = int(drawn.output_tokens[following - 1])
-            output.append(max(1, round(answer / _TOKENS_PER_BLOCK)) * BLOCK_TOKENS)
+            output.append(max(1, round(answer / _TOKENS_PER_BLOCK)) * BLOCK_TOKENS - _QUERY_TOKENS)
             at_s += float(drawn.think_s[following]) + 1 / scenario.service_turns_per_s
             turn = following
     return replace(

@@ -22,8 +22,8 @@ from kvservice_client import Client, Durability
 from tests.daemon import MIB, DaemonProcess
 
 _INDEX_BYTES = MIB  # Of DRAM's blocks: a part of the capacity of DRAM.
+_FREE_LOW, _FREE_HIGH = 0.1, 0.15  # Of DRAM: space for two to four loads, as 5 % of a large tier have.
 _LOADS, _LOAD_BLOCKS = 9, 15
-_FULL = 0.9  # A tier with a greater share in use is one that evicts.
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +69,8 @@ def run(scenario: Scenario, policy: str, seed: int) -> Run:
     began = time.monotonic()
     with _daemon(scenario, policy) as client:
         played = Player(client, workload, scenario).play()
-    rate = measured_ssd_bytes_per_s(scenario)
-    ssd_is_full = played.ssd_used_bytes > _FULL * scenario.ssd_bytes
+    rate = measured_ssd_bytes_per_s(replace(scenario, sends_queue=False))  # One measurement for both.
+    ssd_is_full = played.counters.get("evicted_ssd_blocks", 0) > 0
     machine = replace(
         scenario.machine(
             round(played.dram_used_bytes), round(played.ssd_used_bytes) if ssd_is_full else scenario.ssd_bytes
@@ -85,7 +85,8 @@ def run(scenario: Scenario, policy: str, seed: int) -> Run:
         f"  {policy}, seed {seed}: on time {found.on_time:.3f} (simulated {simulated.dram_on_time:.3f}), hits "
         f"{found.hits:.3f} ({simulated.hit_rate_history:.3f}), TTFT {ttft_s:.3f} s ({simulated.ttft_mean_s:.3f} s), "
         f"{len(found.waited)} waited, {found.waited_on_time:.3f} of them on time, events up to "
-        f"{1e3 * played.late_s:.0f} ms late, {played.refused} blocks refused, {time.monotonic() - began:.0f} s",
+        f"{1e3 * played.late_s:.0f} ms late, {played.refused} blocks refused, "
+        f"SSD {rate / 1e6:.1f} MB/s, {time.monotonic() - began:.0f} s",
         file=sys.stderr,
         flush=True,
     )
@@ -94,7 +95,9 @@ def run(scenario: Scenario, policy: str, seed: int) -> Run:
 
 @cache
 def measured_ssd_bytes_per_s(scenario: Scenario) -> float:
-    """Bytes per second of a load that is alone on the daemon, from SSD: the median of some."""
+    """Bytes per second of a load that is alone on the daemon, from SSD: the median of some. The limit is above it, by
+    the time between the calls of a read.
+    """
     rates = []
     with _daemon(scenario, "lru") as client:
         blocks = client.open_layout(LAYOUT)
@@ -121,6 +124,8 @@ def _daemon(scenario: Scenario, policy: str) -> Iterator[Client]:
             dram__capacity_bytes=scenario.dram_bytes + _INDEX_BYTES,
             index__volatile_map_bytes=_INDEX_BYTES,
             ssd__capacity_bytes=scenario.ssd_bytes,
+            mover__dram_free_low=_FREE_LOW,
+            mover__dram_free_high=_FREE_HIGH,
         )
         try:
             daemon.start(environment={"BENCH_SSD_BYTES_PER_S": str(scenario.ssd_bytes_per_s)})

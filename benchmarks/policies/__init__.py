@@ -18,6 +18,7 @@ class Options:
 
 #: In the order of the page.
 EXPERIMENTS = (
+    "goals",
     "seconds",
     "overload",
     "optimum_gap",

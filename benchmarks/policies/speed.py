@@ -67,10 +67,10 @@ def measure(options: Options) -> Section:
 
 
 def _turns_per_s(load: Workload, on: Machine, name: str, rounds: int) -> float:
-    return load.turns / statistics.median(_cpu_s(load, on, name) for _ in range(rounds))
+    return load.turns / statistics.median(cpu_s(load, on, name) for _ in range(rounds))
 
 
-def _cpu_s(load: Workload, on: Machine, name: str) -> float:
+def cpu_s(load: Workload, on: Machine, name: str) -> float:
     """The CPU time of one run, without that of other processes."""
     began_s = time.process_time()
     simulate(load, on, name)
@@ -90,7 +90,7 @@ def _blocks(section: Section, options: Options) -> None:
     section.needs_traces = True
     table = []
     for name in ("lru", "fifo", "s3fifo", "lookahead", "foresight"):
-        speed = blocks / _cpu_s(load, on, name)
+        speed = blocks / cpu_s(load, on, name)
         table.append((f"`{name}`", f"{speed:,.0f}"))
         section.at_least(f"Mooncake: `{name}`", speed, 300_000, " blocks/s")
     section.table("Mooncake's trace, DRAM for 5 % of it: blocks requested per second:", ("Policy", "Blocks/s"), table)

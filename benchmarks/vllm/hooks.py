@@ -71,6 +71,19 @@ class Hooks:
             self._roles.scheduler.finished(each, ([],))
         return statistics.median(times)
 
+    def orders_with_a_queue(self) -> float:
+        """`build_connector_meta` of a step before which 16 requests came, which do not run."""
+        times, tokens = [], self.tokens(3000)
+        for _ in range(self._repetitions):
+            requests = [self._roles.request(self.name(), tokens) for _ in range(16)]
+            for each in requests:
+                self._roles.scheduler.on_new(each)
+            times.append(timed_ms(self._roles.orders))
+            for each in requests:
+                self._roles.scheduler.finished(each, ([],))
+            self._roles.orders()
+        return statistics.median(times)
+
     def step_without_work(self) -> float:
         """A worker's hooks in a decode step that neither loads nor saves."""
         orders = [self._roles.orders() for _ in range(1000)]
@@ -162,6 +175,7 @@ def main() -> None:
             if transport == "shm":
                 rows += [(f"miss, {tokens:,} tokens", hooks.miss(tokens)) for tokens in (500, 3000, 131_000)]
                 rows.append(("`build_connector_meta`, 64 requests, no block full", hooks.orders_without_work()))
+                rows.append(("`build_connector_meta`, 16 new requests in the queue", hooks.orders_with_a_queue()))
                 rows.append(("worker's hooks, step without work", hooks.step_without_work()))
             lookup, load, save = hooks.transfers(LoadMode.WHOLE)
             rows.append((f"lookup and ticket, {_LOADED_TOKENS:,} tokens, {transport}", lookup))

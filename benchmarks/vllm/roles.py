@@ -92,7 +92,9 @@ class Roles:
 
     def orders(self, scheduled: Sequence[Request] = ()) -> StepOrders:
         return self.scheduler.orders_of_step(
-            SimpleNamespace(num_scheduled_tokens={each.request_id: 1 for each in scheduled})
+            SimpleNamespace(
+                num_scheduled_tokens={each.request_id: 1 for each in scheduled}, preempted_req_ids=set[str]()
+            )
         )
 
     def step(self, orders: StepOrders) -> None:

@@ -16,6 +16,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -190,6 +191,14 @@ class EngineHints:
             if self._queue.pop(request_id, None) is not None:
                 self._ready.pop(request_id, None)
                 self._note([request_id])
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What this thread reports within is sent together, after the end, such as all that a step has changed. Other
+        threads that report meanwhile wait.
+        """
+        with self._changed:
+            yield
 
     # Other hints
 

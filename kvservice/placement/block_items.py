@@ -76,6 +76,7 @@ class BlockItems:
         self._free: list[int] = []
         self._end = 0  # Items at and above it were never used.
         self._stored: dict[int, None] = {}  # Items that have got blocks since `settle`.
+        self._unscored: dict[int, None] = {}  # Items that were forgotten, and are back since `settle`.
         self._queue: list[int] = []  # Items that queued requests will read, in the order of the queue.
         self._now_s = -math.inf  # The time of the event that is being handled.
 
@@ -149,7 +150,7 @@ class BlockItems:
     def wants_on_ssd(self, row: int, now_s: float) -> bool:
         """Whether a block in DRAM is copied to SSD, for which other blocks are evicted there."""
         item = self.item_of(row)
-        return item == NO_ITEM or self.policy.wants_on_ssd(self.items, item, now_s)
+        return item == NO_ITEM or item in self._unscored or self.policy.wants_on_ssd(self.items, item, now_s)
 
     # Events
 
@@ -218,6 +219,7 @@ class BlockItems:
             if self.items.in_use[item]:
                 self._core.answered(item, self.items.answer_tokens.item(item), now_s)
             self.items.used_at_s[item] = now_s
+            self._unscored.pop(item, None)
             self._core.stored((item,), now_s)
             if self._queue:
                 self.ask_again(now_s)  # Its space may be for the next ones: an engine may wait for them to be read.
@@ -356,6 +358,7 @@ class BlockItems:
 
     def _forget(self, item: int) -> None:
         self._stored.pop(item, None)
+        self._unscored.pop(item, None)
         if self.items.queue_seq[item] != NOT_QUEUED:
             self._queue.remove(item)
             self.items.queue_seq[item] = NOT_QUEUED
@@ -383,7 +386,9 @@ class BlockItems:
             if not tiers & bit:
                 self._core.left(item, tier, size, self._now_s)
                 continue
-            items.live[item] = True  # It was forgotten if only slower tiers had it.
+            if not items.live[item]:  # It was forgotten, because only slower tiers had it.
+                items.live[item] = True
+                self._unscored[item] = None
             coming = items.coming_bytes.item(item)
             self._core.entered(item, tier, size, self._now_s)
             items.coming_bytes[item] = coming

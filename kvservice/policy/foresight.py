@@ -26,7 +26,7 @@ from kvservice.policy.read_budget import ReadBudget
 from kvservice.policy.return_times import ReturnTimes
 from kvservice.policy.saved_time import SavedTime
 from kvservice.policy.scores import FETCH, HOLD, KEEP, LATER, Scores
-from kvservice.policy.shadow_lru import ShadowLru
+from kvservice.policy.shadow_lru import LruChoice
 from kvservice.policy.survival import Floats, Ints
 
 _LEAST_RATE = 1e-30  # Returns per second that count as never.
@@ -44,18 +44,8 @@ _DIRTY = 4.0
 #: An item is written to SSD if it scores at least this share of what SSD evicted last: scores are estimates, and a
 #: miss costs more than a write.
 _SSD_ADMIT_SHARE = 0.9
-#: Recency decides until `lru` would have replaced DRAM so often: before that, absences of the length that matters have
-#: hardly been seen. It decides again where `lru` is ahead: each time for twice as long, but at most so long.
-_UNKNOWN_TURNOVERS, _LRU_TURNOVERS_MAX = 4.0, 64.0
 _RECENCY = 1e-60  # A score per use, below that of any queued request.
 _LATER_USE = 1e-13  # Breaks ties: by recency, so that a prefix scores above its suffix.
-
-
-_STATE_VERSION = 1
-
-
-def _counts_of(returns: ReturnTimes, hints: HintTimes) -> list[Floats]:
-    return [*returns.counts(), *hints.counts()]
 
 
 class ForesightPolicy(Placement):
@@ -66,7 +56,6 @@ class ForesightPolicy(Placement):
     def __init__(self, learning: bool = True) -> None:
         self._learning = learning
         self._started = False
-        self._follows_lru = False
         self._restored = b""
 
     def _start(self, items: ItemTable, now_s: float) -> None:
@@ -80,10 +69,7 @@ class ForesightPolicy(Placement):
         self._since_all = 0  # Events since the last full scan.
         self._waits = QueueWaits(items.row_count)
         self._reads = ReadBudget(now_s)
-        self._shadow = ShadowLru(items.conditions.dram_capacity_bytes)
-        self._lru_turnovers = _UNKNOWN_TURNOVERS if self._learning else 0.0
-        self._lru_until = self._lru_turnovers
-        self._follows_lru = self._learning
+        self._lru = LruChoice(items.conditions.dram_capacity_bytes, may_differ=self._learning)
         self._saved = SavedTime.of(items.conditions)
         self._looks = LookTimes(now_s)
         self._all_due = 0
@@ -93,9 +79,11 @@ class ForesightPolicy(Placement):
         self._passed = 0  # Requests that left the queue since it was scanned.
         self._window = 1  # How many requests from the queue's head fitted into DRAM then.
         self._all_fit = True  # All of them.
-
         if self._restored:
-            self._begin_with_restored(now_s)
+            self._lru.restored(learned.unpack(self._restored, self._returns, self._hints))
+            self._restored = b""
+            self._learn_at = 0
+            self._learn_if_due(np.empty(0, np.int64), now_s)
 
     def _start_learning(self, row_count: int) -> tuple[ReturnTimes, HintTimes]:
         return ReturnTimes(row_count, self._learning), HintTimes(row_count)
@@ -105,30 +93,13 @@ class ForesightPolicy(Placement):
     def state(self) -> bytes:
         if not self._started or not self._learning:
             return b""
-        numbers = np.array((self._returns.survival.event_count, self._shadow.turnovers, float(self._follows_lru)))
-        return learned.packed(_STATE_VERSION, [numbers, *self._counts()])
+        return learned.packed(self._returns, self._hints, self._lru.knows_enough)
 
     def restore(self, state: bytes) -> bool:
-        """See `Placement.restore`. The counts are used from the first event on."""
-        if self._started or not self._learning:
-            return False
-        numbers, parts = np.zeros(3), self._start_learning(0)
-        if not learned.unpack_into([numbers, *_counts_of(*parts)], _STATE_VERSION, state):
+        if self._started or not self._learning or not learned.fits(state, *self._start_learning(0)):
             return False
         self._restored = state
         return True
-
-    def _counts(self) -> list[Floats]:
-        return _counts_of(self._returns, self._hints)
-
-    def _begin_with_restored(self, now_s: float) -> None:
-        numbers = np.zeros(3)
-        learned.unpack_into([numbers, *self._counts()], _STATE_VERSION, self._restored)
-        self._restored = b""
-        self._returns.survival.restored(int(numbers[0]))
-        self._learn_at = 0
-        self._learn_if_due(np.empty(0, np.int64), now_s)
-        self._follows_lru = bool(numbers[2]) or numbers[1] < _UNKNOWN_TURNOVERS
 
     # The table
 
@@ -177,7 +148,7 @@ class ForesightPolicy(Placement):
         self._waits.served(row, now_s)
         in_dram = items.dram_bytes.item(row)
         self._reads.used(in_dram, items.ssd_bytes.item(row))
-        self._shadow.used(row, items.size_bytes.item(row), in_dram)
+        self._lru.used(items.key.item(row) or row, items.size_bytes.item(row), in_dram)
         self._passed += 1
         conditions = items.conditions
         if conditions.queued and conditions.ssd_capacity_bytes and self._passed * 8 >= self._window:
@@ -186,13 +157,14 @@ class ForesightPolicy(Placement):
     def stored(self, items: ItemTable, row: int, now_s: float) -> None:
         if not self._started:
             self._start(items, now_s)
+        size, key = items.size_bytes.item(row), items.key.item(row)
+        if key and items.uses.item(row) == 1 and math.isnan(self._returns.since_s.item(row)):
+            self._lru.used(key, self._lru.shadow.size_of(key), 0)  # `lru` may have it, where this store forgot it.
         self._returns.start_waiting(
             row, items.uses.item(row), items.answer_tokens.item(row), now_s, items.value.item(row)
         )
         self._score_stored(items, row)
-        self._shadow.stored(row, items.size_bytes.item(row))
-        if self._learning:
-            self._choose_order()
+        self._lru.stored(key or row, size)
         self._candidate[row] = True
         self._happened(now_s)
 
@@ -219,18 +191,6 @@ class ForesightPolicy(Placement):
             self._late[row] = 1.0
             self._candidate[row] = False
 
-    def _choose_order(self) -> None:
-        """Follow recency while nothing better is known, and where `lru` would have had more."""
-        shadow = self._shadow
-        if self._follows_lru:
-            if shadow.turnovers >= self._lru_until:
-                self._follows_lru = False
-                shadow.restart()
-        elif shadow.is_ahead:
-            self._follows_lru = True
-            self._lru_until = shadow.turnovers + self._lru_turnovers
-            self._lru_turnovers = min(2 * self._lru_turnovers, _LRU_TURNOVERS_MAX)
-
     def _happened(self, now_s: float) -> None:
         self._looks.happened(now_s)
         self.look_at_s = min(self.look_at_s, self._looks.soonest_s)
@@ -247,8 +207,9 @@ class ForesightPolicy(Placement):
             worth = self._worth_queued(items, rows, queue_seq, lost)
         else:
             worth = (self._on_ssd if lost else self._in_dram)[rows]
-            if self._follows_lru:
+            if self._lru.follows:
                 np.multiply(items.access_seq[rows], _RECENCY, out=worth)
+                worth[items.ended[rows]] = 0.0
             if len(waiting):
                 worth[waiting] = self._worth_queued(items, rows[waiting], queue_seq[waiting], lost)
         if not lost and items.conditions.queued:  # Copying it now would delay reads of the SSD.
@@ -259,13 +220,13 @@ class ForesightPolicy(Placement):
         return worth
 
     def wants_in_dram(self, items: ItemTable, row: int, now_s: float) -> bool:
-        return self._follows_lru or (self._started and self._in_dram.item(row) >= self._level)
+        return not self._started or self._lru.follows or (self._in_dram.item(row) >= self._level)
 
     def wants_on_ssd(self, items: ItemTable, row: int, now_s: float) -> bool:
         if not self._started:
             return True
         score = self._on_ssd.item(row)
-        if self._follows_lru:
+        if self._lru.follows:
             return score > 0.0 and not items.unwanted_on_ssd.item(row) and not self._hints.has_ended(row)
         return score > 0.0 and score >= _SSD_ADMIT_SHARE * self._ssd_level and not self._hints.has_ended(row)
 
@@ -315,7 +276,9 @@ class ForesightPolicy(Placement):
 
         factor = returns.factor[rows]
         age_s = now_s - returns.since_s[rows]
-        rates = scores.rates(returns.in_class[rows], age_s / factor, (age_s + reading_s) / factor, price / unannounced)
+        rates = scores.rates(
+            returns.in_class[rows].astype(np.int64), age_s / factor, (age_s + reading_s) / factor, price / unannounced
+        )
         rates[HOLD] *= unannounced
         rates[FETCH] *= unannounced
         rates[LATER] *= unannounced
@@ -422,7 +385,7 @@ class ForesightPolicy(Placement):
         self._saved = SavedTime.of(conditions)
         sizes = items.size_bytes[thinking]
         mean_dense = float((self._dense(items, thinking, False) * sizes).sum()) / max(float(sizes.sum()), 1.0)
-        self._reads.learn(conditions, self._shadow.hit_share, mean_dense, now_s)
+        self._reads.learn(conditions, self._lru.shadow.hit_share, mean_dense, now_s)
         fetch, later = self._score(items, thinking, now_s)
 
         in_dram = rows[(items.dram_bytes[rows] > 0) & (items.in_use[rows] == 0)]
@@ -446,7 +409,7 @@ class ForesightPolicy(Placement):
         after = np.cumsum(lacks[wanted])
         leaving = np.searchsorted(room, after)  # Per read, the last item that must leave for it and those before.
         costs = np.concatenate([leaves, [math.inf]])[leaving]
-        costs = np.where(after <= free, 0.0, math.inf if self._follows_lru else costs)
+        costs = np.where(after <= free, 0.0, math.inf if self._lru.follows else costs)
         readable = self._reads.readable_bytes(conditions, 2 * self._looks.every_s)
         wanted = wanted[(fetch[wanted] > costs) & (after - lacks[wanted] < readable)]
         return self._promotions_of(items, thinking[wanted], fetch[wanted], now_s)

@@ -29,6 +29,8 @@ _COLUMNS = {
     "hinted_at_s": np.float64,  # When the hint was sent.
     "ended": np.bool_,  # The application reported the end of the session.
     "value": np.float64,  # What a use counts where no rates are known (`saved_time`): turns, blocks.
+    #: The same when the item comes back in another row, after it was forgotten; 0: it comes back in its row.
+    "key": np.int64,
     "live": np.bool_,  # Has bytes in a tier, or a request that waits or runs.
 }
 _BEGIN = {"queue_seq": NOT_QUEUED, "used_at_s": math.nan, "hinted_at_s": math.nan, "value": 1.0}  # Others: 0.
@@ -55,6 +57,7 @@ class ItemTable:
     hinted_at_s: NDArray[np.float64]
     ended: NDArray[np.bool_]
     value: NDArray[np.float64]
+    key: NDArray[np.int64]
     live: NDArray[np.bool_]
 
     def __init__(self, row_count: int, conditions: Conditions) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 
-#: A scan follows after one event per this many scanned items: without an SSD, nothing is read ahead...
-LOOKS, LOOKS_ALONE = 24, 4
-_EVENTS = 32  # ... but not after fewer events than this.
+#: A scan follows after one event per so many scanned items, but not after fewer events than this.
+LOOKS, LOOKS_ALONE = (24, 32), (8, 16)
 #: The period between scans, as parts of a typical return time: at least 1/1024, at most 1/16.
 _OFTEN, _SELDOM = 1024, 16
 _LEADS = 8  # The period between scans of hinted items is this part of the time between a hint and its request.
@@ -21,7 +20,7 @@ class LookTimes:
         self.every_s = 0.0
         self.hinted_every_s = 0.0
         self.events = 0  # Events since the last scan.
-        self._events_due = _EVENTS
+        self._events_due = LOOKS[1]
         self._event_s = math.inf  # Mean time between recent events.
         self._counted = 0
         self._counted_from_s = now_s
@@ -38,14 +37,15 @@ class LookTimes:
     def soonest_s(self) -> float:
         return min(self.next_s, self.hinted_s)
 
-    def looked(self, rows: int, typical_s: float, lead_s: float, now_s: float, looks: int = LOOKS) -> None:
+    def looked(self, rows: int, typical_s: float, lead_s: float, now_s: float, looks: tuple[int, int] = LOOKS) -> None:
         """A scan of `rows` items ended. `typical_s` is a typical return time, `lead_s` the shortest hint lead.
 
-        The next one follows after one event per `looks` of the items.
+        `looks`: when the next one follows, `LOOKS`, or `LOOKS_ALONE` where nothing is read ahead.
         """
-        self._events_due = max(rows // looks, _EVENTS)
+        per_event, least = looks
+        self._events_due = max(rows // per_event, least)
         self._counted += self.events
-        if self._counted >= _EVENTS and now_s > self._counted_from_s:
+        if self._counted >= LOOKS[1] and now_s > self._counted_from_s:
             self._event_s = (now_s - self._counted_from_s) / self._counted
             self._counted, self._counted_from_s = 0, now_s
         often_s, seldom_s = typical_s / _OFTEN, typical_s / _SELDOM

@@ -9,6 +9,7 @@ kept in classes by the number of uses; it also covers the share of items that ne
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +24,21 @@ RECENCY: Floats = 0.05 / WIDTHS
 _MEMORY = 4096.0  # Returns.
 _FEATURES = 3
 _PRIOR_STRENGTH = 16.0  # Strength of the ridge prior "no effect", in returns.
+_LEAST_GAP_S = BEGINS.item(1)
 _LOG_RANGE = 3.0  # Gaps further than this from the mean, in log units, are clipped.
+
+
+class _Columns(NamedTuple):
+    since_s: memoryview[float]
+    factor: memoryview[float]
+    in_class: memoryview[int]
+    since_events: memoryview[int]
+    value: memoryview[float]
+    gaps: memoryview[float]
+    log_gaps: memoryview[float]
+    pace: memoryview[float]
+    answer: memoryview[float]
+    uses: memoryview[float]
 
 
 class ReturnTimes:
@@ -36,13 +51,14 @@ class ReturnTimes:
         self.typical_s = 60.0  # The geometric mean of the times until items came back.
         self.since_s = np.full(row_count, math.nan)  # Start of the item's age; NaN while the item is not waiting.
         self.factor = np.ones(row_count)
-        self.in_class = np.zeros(row_count, np.int64)
+        self.in_class = np.zeros(row_count, np.int8)
         self._since_events = np.zeros(row_count, np.int64)
-        self._value = np.ones(row_count)
+        self._value = np.ones(row_count, np.float32)
         self._mean_value = 0.0
-        self._gaps = np.zeros(row_count)
-        self._log_gaps = np.zeros(row_count)  # Their sum.
-        self._features = np.zeros((row_count, _FEATURES))
+        self._gaps = np.zeros(row_count, np.float32)
+        self._log_gaps = np.zeros(row_count, np.float32)  # Their sum.
+        self._pace, self._answer, self._uses = (np.zeros(row_count, np.float32) for _ in range(_FEATURES))
+        self._view()
         self._moments = np.zeros((_FEATURES + 2, _FEATURES + 2))  # Of 1, the features, and the logarithm of the gap.
         self._seen: list[tuple[float, ...]] = []  # Observations that `_moments` lacks.
         self._means = [0.0] * (_FEATURES + 1)
@@ -56,72 +72,85 @@ class ReturnTimes:
         self._value = grown(self._value, row_count, 1.0)
         self._gaps = grown(self._gaps, row_count, 0.0)
         self._log_gaps = grown(self._log_gaps, row_count, 0.0)
-        self._features = grown(self._features, row_count, 0.0)
+        self._pace, self._answer = grown(self._pace, row_count, 0.0), grown(self._answer, row_count, 0.0)
+        self._uses = grown(self._uses, row_count, 0.0)
+        self._view()
+
+    def _view(self) -> None:
+        """Views of the arrays: access to single elements is about three times as fast as through NumPy."""
+        self._at = _Columns._make(
+            array.data
+            for array in (
+                self.since_s,
+                self.factor,
+                self.in_class,
+                self._since_events,
+                self._value,
+                self._gaps,
+                self._log_gaps,
+                self._pace,
+                self._answer,
+                self._uses,
+            )
+        )
 
     def split(self, row: int, front_row: int) -> None:
         """`front_row` has returned as often as `row`, and waits as long."""
-        for array in (
-            self.since_s,
-            self.factor,
-            self.in_class,
-            self._since_events,
-            self._value,
-            self._gaps,
-            self._log_gaps,
-            self._features,
-        ):
-            array[front_row] = array[row]
+        column: Any
+        for column in self._at:
+            column[front_row] = column[row]
 
     def start_waiting(self, row: int, uses: int, answer_tokens: int, now_s: float, value: float = 1.0) -> None:
         """The item's use has ended, so its age is 0 now. `value` is its weight in the estimate."""
-        self.since_s[row] = now_s
-        self.in_class[row] = min(max(uses, 1).bit_length() - 1, CLASSES - 1)
+        at = self._at
+        at.since_s[row] = now_s
+        at.in_class[row] = min(max(uses, 1).bit_length() - 1, CLASSES - 1)
         if not self._learning:
             return
-        self._since_events[row] = self.survival.event_count
-        self._value[row] = value
-        self._mean_value += (value - self._mean_value) / min(self.survival.event_count + 1.0, _MEMORY)
-        gaps = self._gaps.item(row)
-        pace = (self._log_gaps.item(row) - gaps * self._means[_FEATURES]) / (gaps + 1.0)
-        features = (pace, math.log1p(answer_tokens), math.log(max(uses, 1)))
-        self._features[row] = features
-        log_factor = 0.0
-        for feature, mean, effect in zip(features, self._means, self._effects, strict=False):
-            log_factor += effect * (feature - mean)
-        self.factor[row] = math.exp(min(max(log_factor, -_LOG_RANGE), _LOG_RANGE))
+        events = self.survival.event_count
+        at.since_events[row] = events
+        at.value[row] = value
+        self._mean_value += (value - self._mean_value) / min(events + 1.0, _MEMORY)
+        gaps = at.gaps[row]
+        pace = (at.log_gaps[row] - gaps * self._means[_FEATURES]) / (gaps + 1.0)
+        answer, used = math.log1p(answer_tokens), math.log(max(uses, 1))
+        at.pace[row], at.answer[row], at.uses[row] = pace, answer, used
+        means, effects = self._means, self._effects
+        log_factor = effects[0] * (pace - means[0]) + effects[1] * (answer - means[1]) + effects[2] * (used - means[2])
+        at.factor[row] = math.exp(min(max(log_factor, -_LOG_RANGE), _LOG_RANGE))
 
     def record_return(self, row: int, now_s: float, called_at_s: float = math.nan) -> None:
         """A request for the item arrived at `now_s`. After a tool call, the time until then says nothing of users."""
-        since_s = self.since_s.item(row)
-        self.since_s[row] = math.nan
-        if math.isnan(since_s) or not self._learning:
+        at = self._at
+        since_s = at.since_s[row]
+        at.since_s[row] = math.nan
+        if since_s != since_s or not self._learning:
             return
         if called_at_s == called_at_s:
-            age = (called_at_s - since_s) / self.factor.item(row)
-            self.survival.record_censored(self.in_class.item(row), age, self._weight(row))
+            self.survival.record_censored(at.in_class[row], (called_at_s - since_s) / at.factor[row], self._weight(row))
             return
         age_s = now_s - since_s
-        self.survival.record_event(self.in_class.item(row), age_s / self.factor.item(row), self._weight(row))
-        log_gap = math.log(max(age_s, BEGINS[1]))
+        self.survival.record_event(at.in_class[row], age_s / at.factor[row], self._weight(row))
+        log_gap = math.log(max(age_s, _LEAST_GAP_S))
         if self.survival.event_count > _PRIOR_STRENGTH:
             typical = self._means[_FEATURES]
             log_gap = min(max(log_gap, typical - _LOG_RANGE), typical + _LOG_RANGE)
-        self._seen.append((1.0, *self._features[row].tolist(), log_gap))
-        self._gaps[row] += 1.0
-        self._log_gaps[row] += log_gap
+        self._seen.append((1.0, at.pace[row], at.answer[row], at.uses[row], log_gap))
+        at.gaps[row] += 1.0
+        at.log_gaps[row] += log_gap
 
     def forgotten(self, row: int, now_s: float) -> None:
         """The row will be reused for another item."""
-        since_s = self.since_s.item(row)
-        if self._learning and not math.isnan(since_s):
-            age = (now_s - since_s) / self.factor.item(row)
-            self.survival.record_censored(self.in_class.item(row), age, self._weight(row))
-        self.since_s[row] = math.nan
-        self.factor[row] = 1.0
-        self._gaps[row] = self._log_gaps[row] = 0.0
+        at = self._at
+        since_s = at.since_s[row]
+        if self._learning and since_s == since_s:
+            self.survival.record_censored(at.in_class[row], (now_s - since_s) / at.factor[row], self._weight(row))
+        at.since_s[row] = math.nan
+        at.factor[row] = 1.0
+        at.gaps[row] = at.log_gaps[row] = 0.0
 
     def _weight(self, row: int) -> float:
-        return self._value.item(row) / (self._mean_value or 1.0)
+        return self._at.value[row] / (self._mean_value or 1.0)
 
     def hazard(self, row: int, now_s: float) -> float:
         """The item's hazard at its age, in returns per second; 0 if it is not waiting."""
@@ -141,7 +170,9 @@ class ReturnTimes:
         if not self._learning:
             return
         weights = self.survival.weight(self._since_events[waiting]) * self._value[waiting] / (self._mean_value or 1.0)
-        self.hazards = self.survival.hazards(self.in_class[waiting], self.ages(waiting, now_s), weights)
+        self.hazards = self.survival.hazards(
+            self.in_class[waiting].astype(np.int64), self.ages(waiting, now_s), weights
+        )
         self._regress()
 
     def counts(self) -> list[Floats]:

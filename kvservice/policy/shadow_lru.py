@@ -1,4 +1,4 @@
-"""What `lru` would have in DRAM, followed on a sample of the items: whether a policy does better than it.
+"""What `lru` would have in DRAM, followed on a sample of the items, and whether a policy should follow it.
 
 The shadow holds no bytes: only the keys and sizes of sampled items, in the order of their last uses, up to the share of
 DRAM that the sample has. If many items are in it, fewer are sampled, so its memory is bounded.
@@ -12,6 +12,9 @@ _ITEMS_MAX = 2048
 _MEMORY = 1024.0  # Sampled uses after which a difference counts 1/e.
 _LEAST_USES = 64
 _SIGNIFICANT = 2.0  # In standard deviations of the sum of differences.
+#: Recency decides until `lru` would have replaced DRAM so often: before that, absences of the length that matters have
+#: hardly been seen. It decides again where `lru` is ahead: each time for twice as long, but at most so long.
+_UNKNOWN_TURNOVERS, _TURNOVERS_MAX = 4.0, 64.0
 _SCATTER = 0x9E3779B97F4A7C15  # Odd, so that the products of different keys differ.
 _WORD = 1 << 64
 
@@ -32,6 +35,10 @@ class ShadowLru:
         """Compare from now on."""
         self._uses = 0
         self._ahead = self._square = 0.0
+
+    def size_of(self, key: int) -> int:
+        """The bytes of an item that `lru` would have; 0 if none, or if it is not sampled."""
+        return self._sizes.get(key, 0)
 
     def used(self, key: int, size_bytes: int, dram_bytes: int) -> None:
         """A request uses an item that was saved with this size, and that has so many bytes in the real DRAM."""
@@ -87,3 +94,38 @@ class ShadowLru:
     def is_ahead(self) -> bool:
         """Whether `lru` would have had more, beyond chance."""
         return self._uses >= _LEAST_USES and self._ahead > _SIGNIFICANT * math.sqrt(self._square)
+
+
+class LruChoice:
+    """Whether to follow recency: while nothing better is known, and where `lru` would have had more."""
+
+    def __init__(self, capacity_bytes: int, may_differ: bool) -> None:
+        """`may_differ`: whether the policy has another order. If not, it never needs to follow."""
+        self.shadow = ShadowLru(capacity_bytes)
+        self.follows = may_differ
+        self._may_differ = may_differ
+        self._length = self._until = _UNKNOWN_TURNOVERS
+
+    def used(self, key: int, size_bytes: int, dram_bytes: int) -> None:
+        self.shadow.used(key, size_bytes, dram_bytes)
+
+    def stored(self, key: int, size_bytes: int) -> None:
+        shadow = self.shadow
+        shadow.stored(key, size_bytes)
+        if self.follows:
+            if shadow.turnovers >= self._until:
+                self.follows = False
+                shadow.restart()
+        elif self._may_differ and shadow.is_ahead:
+            self.follows = True
+            self._until = shadow.turnovers + self._length
+            self._length = min(2 * self._length, _TURNOVERS_MAX)
+
+    @property
+    def knows_enough(self) -> bool:
+        """Whether recency does not decide for lack of anything better."""
+        return not self.follows or self._length > _UNKNOWN_TURNOVERS
+
+    def restored(self, knew_enough: bool) -> None:
+        """What an earlier run has learned is known."""
+        self.follows = self._may_differ and not knew_enough

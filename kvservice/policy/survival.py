@@ -24,11 +24,12 @@ BIN_COUNT = _OCTAVES * BINS_PER_OCTAVE + 2
 BEGINS: Floats = np.concatenate(
     [[0.0], 2.0 ** (_FIRST_OCTAVE + np.arange(_OCTAVES * BINS_PER_OCTAVE + 1) / BINS_PER_OCTAVE)]
 )
+_FIRST_END_S = BEGINS.item(1)
 WIDTHS: Floats = np.diff(BEGINS, append=BEGINS[-1] * 1024)
 
 
 def bin_of(age_s: float) -> int:
-    if age_s <= BEGINS[1]:
+    if age_s <= _FIRST_END_S:
         return 0
     return min(int((math.log2(age_s) - _FIRST_OCTAVE) * BINS_PER_OCTAVE) + 1, BIN_COUNT - 1)
 

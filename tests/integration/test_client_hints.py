@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,27 @@ def test_a_queue_is_sent_as_its_changes_and_has_the_same_order_in_the_daemon(dae
         status = client.admin.status()
         assert status.queued_requests == 500
         assert status.counters["hints_received"] == received + 600
+
+
+def test_what_is_reported_together_is_one_message(daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    with daemon.client() as client:
+        hints, chain, messages = client.hints(), new_chain(LARGE), list[pb.ExchangeRequest]()
+        converse = hints._channel.converse
+
+        def recorded(method: str, requests: Iterator[pb.ExchangeRequest], answer: Any) -> Any:
+            return converse(method, (messages.append(each) or each for each in requests), answer)  # type: ignore[func-returns-value]
+
+        monkeypatch.setattr(hints._channel, "converse", recorded)
+        hints.put(QueuedRequest("first", chain))
+        until(lambda: hints.readiness("first").state is ReadyState.ABSENT)
+        messages.clear()
+        with hints.together():
+            hints.remove("first")
+            for number in range(5):
+                hints.put(QueuedRequest(f"request-{number}", chain))
+            hints.turn_finished(chain, prompt_tokens=10, answer_tokens=5)
+        until(lambda: hints.readiness("request-4").state is ReadyState.ABSENT)
+        assert [(len(each.changes), len(each.hints)) for each in messages] == [(6, 1)]
 
 
 QUEUES = st.lists(st.permutations(range(12)).flatmap(lambda order: st.integers(0, 12).map(lambda n: order[:n])))

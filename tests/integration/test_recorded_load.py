@@ -57,29 +57,26 @@ def ended(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 def test_the_simulator_has_the_turns_and_the_hits_of_the_daemon(new_daemon: NewDaemon, tmp_path: Path) -> None:
     daemon, file = new_daemon(), tmp_path / "load.jsonl"
-    chains = [new_chain(SMALL, 12) for _ in range(3)]
+    chains = [new_chain(SMALL, 9) for _ in range(2)]
     with recording(daemon, file) as process, daemon.client() as client:
         hits = []
-        for number in range(4):
-            for chain in chains:
-                hits.append(a_turn(client, chain, 3 * number, 3) if number else 0)
-                if not number:
-                    save(client, SMALL, chain[:3])
+        for number in range(3):
+            hits += [a_turn(client, chain, 3 * number, 3) for chain in chains]
         daemon.terminate()
         answer = ended(process)
 
-    assert answer == {"file": str(file), "turns": 12, "dropped": 0, "done": True}
+    assert answer == {"file": str(file), "turns": 6, "dropped": 0, "done": True}
     workload = read(file)
-    assert (workload.turns, workload.block_tokens) == (12, SMALL.block_tokens)
+    assert (workload.turns, workload.block_tokens) == (6, SMALL.block_tokens)
     machine = Machine(GIB, GIB, 1e9, workload.kv_bytes_per_token, service_turns_per_s=1e4)
     result = simulate(workload, machine, "lru")
-    assert result.turns_with_history == sum(each > 0 for each in hits) == 9
-    assert result.hit_rate == pytest.approx(sum(hits) / (sum(hits) + 36))
+    assert result.turns_with_history == sum(each > 0 for each in hits) == 4
+    assert result.hit_rate == pytest.approx(sum(hits) / (sum(hits) + 6 * 3))
     assert workload.kv_bytes_per_token == 16 * 1024 // SMALL.block_tokens
 
 
-def test_ctrl_c_leaves_a_file_of_whole_lines(new_daemon: NewDaemon, tmp_path: Path) -> None:
-    daemon, file = new_daemon(), tmp_path / "load.jsonl"
+def test_ctrl_c_leaves_a_file_of_whole_lines(daemon: DaemonProcess, tmp_path: Path) -> None:
+    file = tmp_path / "load.jsonl"
     with recording(daemon, file) as process, daemon.client() as client:
         save(client, SMALL, new_chain(SMALL, 2))
         until(lambda: file.read_text().count("\n") == 2)
@@ -89,8 +86,8 @@ def test_ctrl_c_leaves_a_file_of_whole_lines(new_daemon: NewDaemon, tmp_path: Pa
     assert read(file).turns == 1
 
 
-def test_a_recording_ends_after_its_time(new_daemon: NewDaemon, tmp_path: Path) -> None:
-    daemon, file = new_daemon(), tmp_path / "load.jsonl"
+def test_a_recording_ends_after_its_time(daemon: DaemonProcess, tmp_path: Path) -> None:
+    file = tmp_path / "load.jsonl"
     with recording(daemon, file, "--for", "1s") as process, daemon.client() as client:
         save(client, SMALL, new_chain(SMALL, 2))
         assert ended(process) == {"file": str(file), "turns": 1, "dropped": 0, "done": True}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,6 +68,7 @@ class Answer(NamedTuple):
     token_ids: list[int]
     cached_tokens: int  # As vLLM reports them: its own and the connector's.
     first_token_s: float
+    request_id: str
 
 
 class Engine:
@@ -78,20 +79,28 @@ class Engine:
 
     def answer(self, prompt: Sequence[int], tokens: int = 8, *, keep_own: bool = False, **kept: Any) -> Answer:
         """The answer to one prompt. `kept` are the connector's parameters of the request."""
-        return self.answers([prompt], tokens, keep_own=keep_own, **kept)[0]
+        return self.answers([prompt], tokens, [kept], keep_own=keep_own)[0]
 
     def answers(
-        self, prompts: Sequence[Sequence[int]], tokens: int = 8, *, keep_own: bool = False, **kept: Any
+        self,
+        prompts: Sequence[Sequence[int]],
+        tokens: int = 8,
+        kept: Sequence[Mapping[str, Any]] = (),
+        *,
+        keep_own: bool = False,
     ) -> list[Answer]:
-        """The answers to prompts that vLLM computes together."""
+        """The answers to prompts that vLLM computes together. `kept` are the connector's parameters of each."""
         if not keep_own:
             assert self.llm.reset_prefix_cache()  # False if the connector held pages of a finished request.
-        parameters = SamplingParams(
-            temperature=0,
-            max_tokens=tokens,
-            ignore_eos=True,
-            extra_args={"kv_transfer_params": {"kvservice": kept}} if kept else None,
-        )
+        parameters = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=tokens,
+                ignore_eos=True,
+                extra_args={"kv_transfer_params": {"kvservice": dict(each)}} if each else None,
+            )
+            for each in kept or [{}] * len(prompts)
+        ]
         given: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         outputs = self.llm.generate(given, parameters, use_tqdm=False)
         return [
@@ -99,6 +108,7 @@ class Engine:
                 list(output.outputs[0].token_ids),
                 output.num_cached_tokens or 0,
                 output.metrics.first_token_latency if output.metrics is not None else 0.0,
+                output.request_id,
             )
             for output in outputs
         ]
@@ -109,12 +119,11 @@ def engine(model: Path, transfer: KVTransferConfig | None, **options: Any) -> It
     """A vLLM that serves the model. It takes half a minute to start: share one among tests."""
     llm = LLM(
         str(model),
-        max_model_len=4096,
         enforce_eager=True,
         enable_prefix_caching=True,
         disable_log_stats=False,
         kv_transfer_config=transfer,
-        **{"dtype": "float32", **options},
+        **{"dtype": "float32", "max_model_len": 4096, **options},
     )
     try:
         yield Engine(llm)

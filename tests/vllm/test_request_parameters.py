@@ -11,7 +11,12 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
-from kvservice_adapter.connectors.vllm.request_parameters import RequestParameters, parameters_of
+from kvservice_adapter.connectors.vllm.request_parameters import (
+    RequestHints,
+    RequestParameters,
+    ToolCall,
+    parameters_of,
+)
 from kvservice_adapter.connectors.vllm.request_progress import response_id
 from kvservice_adapter.connectors.vllm.settings import LoadMode
 
@@ -90,6 +95,47 @@ def test_the_session_id_of_the_entry_precedes_vllms_own() -> None:
 
 def test_a_session_id_of_vllms_own_that_the_daemon_refuses_is_ignored() -> None:
     assert read(None, "a session id with spaces") == (DEFAULTS, ["session_id"])
+
+
+def hinted(**hints: Any) -> dict[str, Any]:
+    return {"kvservice": {}, "kv_hints": hints}
+
+
+@pytest.mark.parametrize(
+    ("transfer", "hints"),
+    [
+        (hinted(), RequestHints()),
+        (hinted(priority=-3, typing=True), RequestHints(priority=-3, typing=True)),
+        (hinted(session_ended=True, do_not_keep=False), RequestHints(session_ended=True)),
+        (hinted(do_not_keep=True), RequestHints(do_not_keep=True)),
+        (hinted(tool_call={"name": "search"}), RequestHints(tool_call=ToolCall("search", None))),
+        (hinted(tool_call={"name": "run", "expected_s": 2.5}), RequestHints(tool_call=ToolCall("run", 2.5))),
+        (hinted(tool_call=None), RequestHints()),
+    ],
+)
+def test_hints_are_what_the_application_knows(transfer: Any, hints: RequestHints) -> None:
+    assert read(transfer) == (DEFAULTS._replace(hints=hints), [])
+
+
+@pytest.mark.parametrize(
+    ("transfer", "name"),
+    [
+        ({"kv_hints": ["typing"]}, "kv_hints"),
+        (hinted(typing=1), "typing"),
+        (hinted(type=True), ""),
+        (hinted(priority=True), "priority"),
+        (hinted(priority=2**40), "priority"),
+        (hinted(priority="high"), "priority"),
+        (hinted(tool_call="search"), "tool_call"),
+        (hinted(tool_call={}), "tool_call"),
+        (hinted(tool_call={"name": "n" * 201}), "tool_call"),
+        (hinted(tool_call={"name": "search", "expected_s": -1}), "tool_call"),
+        (hinted(tool_call={"name": "search", "expected_s": float("nan")}), "tool_call"),
+        (hinted(tool_call={"name": "search", "seconds": 1}), "tool_call"),
+    ],
+)
+def test_a_wrong_hint_is_ignored_and_named(transfer: Any, name: str) -> None:
+    assert read(transfer) == (DEFAULTS, [name])
 
 
 # The id that users know

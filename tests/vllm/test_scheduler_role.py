@@ -442,3 +442,31 @@ def test_a_request_whose_id_is_longer_than_the_daemon_allows_is_looked_up(daemon
     request = roles.request("chatcmpl-" + "x" * 300, [*PROMPT, 7], {"load": "whole"})
     assert answer(roles, request) == len(PROMPT)
     roles.close()
+
+
+# Hints
+
+
+def test_a_request_of_a_known_session_waits_by_its_session_and_loads_from_dram_what_was_promoted_meanwhile(
+    daemon: DaemonProcess,
+) -> None:
+    roles = started(daemon)
+    with daemon.client() as client:
+        turn(roles, PROMPT, session_id="chat")
+        until_named(client, roles, "chat", PROMPT)
+        until(lambda: all(block.on_ssd for block in client.admin.list_blocks()))
+        client.evict(sessions=[client.session(roles.scheduler.layout, "chat")], tier="dram")
+        for kept, by_session in ({"session_id": "chat"}, True), ({}, False):
+            request = roles.request(next(_names), [*PROMPT, 1], kept=kept)
+            roles.scheduler.on_new(request)
+            roles.orders()
+            waiting = roles.scheduler._client.hints()._queue[request.request_id]
+            assert bool(waiting.subject.session.session_id) == by_session
+            until(lambda request=request: roles.scheduler._queue.is_in_dram(request.request_id))  # type: ignore[misc]
+            until(lambda request=request: roles.scheduler.matched_tokens(request, 0)[0] is not None)  # type: ignore[misc]
+            roles.scheduler.finished(request, ([],))
+            roles.orders()
+            report = report_of(client, request.request_id)
+            assert (report.tier, report.history_tokens) == ("dram", len(PROMPT))
+            client.evict(sessions=[client.session(roles.scheduler.layout, "chat")], tier="dram")
+    roles.close()

@@ -168,7 +168,7 @@ def test_requests_that_run_together_have_the_tokens_of_requests_alone(served: Se
     expected = [served.vllm.answer(history, 60, may_load=False).token_ids for history in histories]
     for history, answer in zip(histories, expected, strict=True):
         wait_until_stored(stored, [*history, *answer[:-1]])
-    answers = served.vllm.answers(histories, 60, load="between_steps")
+    answers = served.vllm.answers(histories, 60, [{"load": "between_steps"}] * len(histories))
     assert [answer.token_ids for answer in answers] == expected
     assert all(
         answer.cached_tokens >= len(each) // BLOCK * BLOCK for answer, each in zip(answers, histories, strict=True)

@@ -107,7 +107,7 @@ class Stage:
         items.live[row] = False
         items.dram_bytes[row] = 0
         self.now_s = at_s
-        self.policy._follows_lru = False  # As after a few times as many uses as DRAM has items.
+        self.policy._lru.follows = False  # As after a few times as many uses as DRAM has items.
 
 
 def people(seed: int = 0) -> Callable[[], float]:
@@ -385,12 +385,27 @@ def test_until_lru_would_have_replaced_dram_some_times_recency_decides() -> None
 
 def test_where_lru_would_have_more_recency_decides_again() -> None:
     stage = taught_by_lru(8, kept=True)
-    stage.conditions.dram_capacity_bytes = stage.policy._shadow._capacity_bytes = 12 * SIZE
+    stage.conditions.dram_capacity_bytes = stage.policy._lru.shadow._capacity_bytes = 12 * SIZE
     for number in range(3000, 6000):
         row, at_s = number % 11, float(number)
         stage.come(row, at_s)
         stage.answer(row, at_s + 0.5, in_dram=False)
     assert by_recency(stage)
+
+
+def test_a_store_that_forgets_what_lru_would_have_kept_is_behind_it() -> None:
+    """The item comes back in another row, with the same key."""
+    stage = Stage(64, dram_items=12, ssd_items=0)
+    stage.items.key[:] = np.arange(64) % 11 + 100
+    for number in range(3000):
+        row, at_s = number % 64, float(number)
+        stage.items.key[row] = 100 + number % 11
+        stage.items.uses[row] = 1
+        stage.items.live[row] = True
+        stage.answer(row, at_s)
+        stage.policy._lru.follows = stage.policy._lru.shadow.is_ahead
+        stage.policy.forgotten(stage.items, row, at_s + 5)
+    assert stage.policy._lru.follows
 
 
 # Tool calls
@@ -410,7 +425,7 @@ def test_a_tool_that_most_often_ends_within_seconds_keeps_its_session_where_it_i
         at_s += float(random.uniform(6, 9) if is_quick else random.uniform(200, 300))
         if stage.policy.look_at_s <= at_s:
             stage.policy.promotions(stage.items, [], at_s)
-    stage.policy._follows_lru = False
+    stage.policy._lru.follows = False
     for row, kind in enumerate((quick, slow)):
         stage.come(row, at_s)
         stage.answer(row, at_s)
@@ -437,7 +452,7 @@ def test_what_was_learned_is_used_after_a_restart() -> None:
     for row, age_s in enumerate((300.0, 32.0, 1.0)):
         after.come(row, 400 - age_s)
         after.answer(row, 400 - age_s)
-    after.policy._follows_lru = False
+    after.policy._lru.follows = False
     after.now_s = 400.0
     gone, soon, fresh = after.worth(0, 1, 2)
     assert soon > 5 * fresh and soon > 5 * gone

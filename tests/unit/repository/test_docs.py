@@ -23,6 +23,7 @@ from kvservice.simulate.engine import CONTENDERS
 from kvservice.simulate.result import Result
 from kvservice.simulate.traces import FORMATS
 from kvservice_client.cli.policy import policy
+from kvservice_client.cli.trace import trace
 
 ROOT = Path(__file__).parents[3]
 VERBS: tuple[Callable[..., None], ...] = (simulate, plan, policy)
@@ -116,7 +117,8 @@ def test_every_option_that_the_page_on_policies_names_is_one_of_its_verbs() -> N
 
 def test_every_format_of_traces_is_in_the_table_of_its_page_and_none_else() -> None:
     page = (ROOT / "docs/traces.md").read_text()
-    help_text = CliRunner(env={"COLUMNS": "200"}).invoke(program(simulate), ["--help"]).stdout
+    run = CliRunner(env={"COLUMNS": "200"})
+    help_text = " ".join(run.invoke(program(verb), ["--help"]).stdout for verb in (simulate, trace))
 
     assert re.findall(r"(?m)^\| `([a-z-]+)` \|", page) == list(FORMATS[1:])
     assert named_in("docs/traces.md", r"(--[a-z][a-z-]*)") <= set(re.findall(r"--[a-z][a-z-]*", help_text))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.policies import EXPERIMENTS, Options, cost, shared_prefixes
+from benchmarks.policies import EXPERIMENTS, Options, cost, goals, shared_prefixes
 from benchmarks.policies.capacity_rule import distinct_sessions
 from benchmarks.policies.report import Section
 from kvservice.simulate import traces
@@ -63,6 +63,17 @@ def test_each_experiment_that_is_named_is_there(name: str) -> None:
     module = importlib.import_module(f"benchmarks.policies.{name}")
 
     assert list(inspect.signature(module.measure).parameters) == ["options"]
+
+
+def test_the_load_of_the_goals_ends_when_the_last_user_has_arrived() -> None:
+    load = goals.workload(60, 1, hints=True)
+
+    firsts = np.flatnonzero(np.diff(load.session, prepend=-1))
+    assert np.nanmax(load.arrives_s) < 300
+    assert np.isnan(np.delete(load.arrives_s, firsts)).all(), "only the first request of a session has its own time"
+    follows = np.where(load.hints.turn >= 0, load.hints.turn - 1, -load.hints.turn - 1)
+    assert len(follows) and (np.diff(follows) >= 0).all() and follows.min() >= 0 and follows.max() < load.turns
+    assert not np.isin(load.hints.turn[load.hints.turn >= 0], firsts).any()
 
 
 def test_the_papers_prices_give_the_papers_savings_and_shares() -> None:

@@ -212,7 +212,7 @@ async def test_what_no_engine_asked_for_is_no_turn(recording: Recording) -> None
     assert len(turn.hash_ids) == 1
 
 
-async def test_nothing_is_kept_while_nobody_records(open_store: Callable[..., Any]) -> None:
+async def test_nothing_is_kept_without_a_recording(open_store: Callable[..., Any]) -> None:
     async with recorded(open_store) as recording:
         await recording.save(some_chain(2))
         opened = recording.opened

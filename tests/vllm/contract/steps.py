@@ -69,12 +69,18 @@ class Steps:
         self.scheduler.shutdown()
 
     def add(
-        self, prompt: Sequence[int], generate: int = 1, *, given: Mapping[str, Any] | None = None, **options: Any
+        self,
+        prompt: Sequence[int],
+        generate: int = 1,
+        *,
+        given: Mapping[str, Any] | None = None,
+        hints: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> str:
         """A request that ends after so many tokens. Returns its id. `given` are the connector's parameters of the
-        request, and `options` are of vLLM's Request.
+        request, `hints` what its application knows, and `options` are of vLLM's Request.
         """
-        extra = {"kv_transfer_params": {"kvservice": dict(given)}} if given else None
+        extra = {"kv_transfer_params": {"kvservice": given, "kv_hints": hints}} if given or hints else None
         parameters = SamplingParams(max_tokens=generate, ignore_eos=True, extra_args=extra)
         request = Request(
             request_id=next(self._ids),

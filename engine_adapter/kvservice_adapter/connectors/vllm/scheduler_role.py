@@ -15,9 +15,10 @@ from vllm import envs
 from kvservice_adapter.breaker import Breaker, answered, probe_of
 from kvservice_adapter.connectors.vllm.metadata import FailedLoad, PageLoadOrder, StepOrders, StepReport
 from kvservice_adapter.connectors.vllm.model_layout import layout_of
+from kvservice_adapter.connectors.vllm.queue_hints import QueueHints
 from kvservice_adapter.connectors.vllm.request_keys import extra_of_block, refusal_of, salt_of
 from kvservice_adapter.connectors.vllm.request_pages import RequestPages
-from kvservice_adapter.connectors.vllm.request_parameters import RequestParameters, parameters_of
+from kvservice_adapter.connectors.vllm.request_parameters import RequestHints, RequestParameters, parameters_of
 from kvservice_adapter.connectors.vllm.request_progress import RequestProgress, response_id
 from kvservice_adapter.connectors.vllm.request_saves import RequestSaves
 from kvservice_adapter.connectors.vllm.session_updates import SessionUpdates
@@ -29,7 +30,7 @@ from kvservice_adapter.rates import Rates
 from kvservice_api.cost import Kind, Plan, plan
 from kvservice_api.errors import DeadlineExceeded, KVError
 from kvservice_api.keys import ChainBuilder
-from kvservice_client import Client, FoundPrefix, Outcome, PendingLookup
+from kvservice_client import Client, FoundPrefix, Outcome, PendingLookup, Session
 from kvservice_client.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
@@ -46,9 +47,12 @@ class _Request:
     builder: ChainBuilder
     mode: LoadMode
     session_id: str  # Empty for none.
+    hints: RequestHints
     progress: RequestProgress
     may_load: bool
     may_save: bool
+    is_hinted: bool  # Its wait and its answer are reported to the daemon.
+    is_waiting: bool = False
     lookup: PendingLookup | None = None  # It holds the lease of what it found.
     found: FoundPrefix | None = None
     asked_at_s: float = 0.0  # When vLLM first asked for the answer of `lookup`; 0 if it has not.
@@ -99,6 +103,9 @@ class SchedulerRole:
         self._generation = KeyGeneration(self._blocks, self._clock)  # Begins to attach.
         self._are_workers_away = False
         self._stats = TransferStats()
+        hints = self._client.hints() if settings.hints else None
+        self._queue = QueueHints(hints, lambda error: self.count_error())
+        self._has_priorities: bool = vllm_config.scheduler_config.policy == "priority"
 
     def bind_manager(self, manager: Any) -> None:
         """vLLM's KV cache manager, which knows the pages of each request."""
@@ -126,9 +133,11 @@ class SchedulerRole:
             builder,
             given.load,
             given.session_id,
+            given.hints,
             RequestProgress(name, self._clock.now_s()),
             may_load=not why and given.may_load and not request.skip_reading_prefix_cache,
-            may_save=not why and given.may_save and self._settings.save,
+            may_save=not why and given.may_save and self._settings.save and not given.hints.do_not_keep,
+            is_hinted=not why and self._settings.hints,
         )
         if generation is None:
             state.progress.ends_as(Outcome.BREAKER_OPEN, why)
@@ -141,6 +150,26 @@ class SchedulerRole:
         self._extend(state)
         if state.may_load:
             self._look_up(state)
+            self._wait_in_queue(state)
+
+    def _wait_in_queue(self, state: _Request, *, is_first: bool = False) -> None:
+        """Let the daemon know that a request waits which will read blocks."""
+        session = self._session_of(state)
+        # A session names the partial block behind the last whole one too. Only one that exists, in an earlier turn.
+        reads = session if self._sessions.is_named(state.session_id) else state.builder.chain or session
+        if reads is None or not state.is_hinted:
+            return
+        state.is_waiting = True
+        priority = state.hints.priority or (-state.request.priority if self._has_priorities else 0)
+        self._queue.arrived(state.request.request_id, reads, priority, is_first=is_first)
+
+    def _leave_queue(self, state: _Request) -> None:
+        if state.is_waiting:
+            state.is_waiting = False
+            self._queue.left(state.request.request_id)
+
+    def _session_of(self, state: _Request) -> Session | None:
+        return self._client.session(self.layout, state.session_id) if state.session_id else None
 
     def _parameters_of(self, request: Any) -> RequestParameters:
         given, ignored = parameters_of(request, self._settings.load)
@@ -214,6 +243,8 @@ class SchedulerRole:
     def _plan(self, state: _Request, tokens: int, computed_tokens: int) -> Plan:
         """Whether to load these stored tokens. With `auto`: if they are there sooner, by what was measured."""
         assert state.found is not None
+        if self._queue.is_in_dram(state.request.request_id):  # Since the lookup they may have been promoted.
+            state.tier = state.progress.tier = "dram"
         if state.mode is not LoadMode.AUTO:
             return Plan(Kind.LOAD, 0, tokens, {}, f"`load` is {state.mode}: what is stored is loaded")
         return plan(
@@ -300,6 +331,7 @@ class SchedulerRole:
             if state.is_answered:
                 self._drop_found(state)
             return
+        self._leave_queue(state)
         mode = self._mode(state)
         if state.found is None:  # Not to be expected. A ticket that no daemon takes fails the load.
             raise RuntimeError(f"{external_tokens} tokens are to be loaded, and none were found")
@@ -330,7 +362,21 @@ class SchedulerRole:
             if state.session_id and computed >= request.num_prompt_tokens:  # Else a part of it, which would shorten it.
                 self._extend(state)
                 self._sessions.turn_ended(state.session_id, state.builder.prefix(min(computed, request.num_tokens)))
+        if state.session_id and (state.hints.session_ended or state.hints.do_not_keep):
+            self._sessions.ended(state.session_id)
         self._pages.forget(request.request_id)
+        self._leave_queue(state)
+        if state.is_hinted:
+            self._report_turn(state)
+
+    def _report_turn(self, state: _Request) -> None:
+        """Report the answer, and what the application knows."""
+        self._extend(state)
+        request, session = state.request, self._session_of(state)
+        if (reads := state.builder.chain or session) is None:
+            return
+        why = str(request.get_finished_reason())
+        self._queue.ended(reads, session, request.num_prompt_tokens, request.num_output_tokens, why, state.hints)
 
     def _report(self, state: _Request) -> None:
         """Report how a request went up to its first token. Does not wait."""
@@ -354,6 +400,8 @@ class SchedulerRole:
             if state is None:
                 continue
             request = state.request
+            if state.is_waiting:
+                self._leave_queue(state)
             if not state.is_reported and request.num_output_tokens:
                 self._report(state)
             computing.append((new_tokens, request.num_computed_tokens))
@@ -364,6 +412,10 @@ class SchedulerRole:
         for request_id in kept:
             if request_id not in scheduled.num_scheduled_tokens and (state := self._requests.get(request_id)):
                 self._orders.saves += self._saves.of_step(state)
+        for request_id in scheduled.preempted_req_ids or ():
+            if (state := self._requests.get(request_id)) is not None and state.may_load:
+                self._wait_in_queue(state, is_first=True)
+        self._queue.send()
         is_measured = (
             not self._is_async and not self._orders.loads and sum(new for new, _ in computing) >= _MEASURED_MIN
         )

@@ -20,14 +20,16 @@ from kvservice_client.rate_limited_log import RateLimitedLog
 log = logging.getLogger(__name__)
 
 _WAITING_MAX = 1024
+_NAMED_MAX = 16_384  # As many sessions as a daemon has by default.
 _PATIENCE_S = 30.0  # For the blocks of a turn, which workers store in the background, and for the daemon.
 _PAUSE_MIN_S, _PAUSE_MAX_S = 0.02, 1.0
+_END_DELAY_S = 1.0  # Until a session is ended: hints about its blocks, which it names, are sent before.
 _TRY_AGAIN = (DaemonUnavailable, DeadlineExceeded, SessionChanged)
 
 
 @dataclass(slots=True)
 class _Turn:
-    chain: BlockChain  # The conversation, from its first token on.
+    chain: BlockChain | None  # The conversation, from its first token on; None if it is over.
     ended_s: float
     pause_s: float = _PAUSE_MIN_S
     next_s: float = 0.0
@@ -42,22 +44,35 @@ class SessionUpdates:
         self._lines = RateLimitedLog(log)
         self._changed = threading.Condition()
         self._turns: dict[str, _Turn] = {}  # By session: its last turn, until the session names it.
+        self._named: dict[str, None] = {}  # The sessions that name a conversation, the last one last.
         self._has_news = False
         self._is_closed = False
         self._thread: threading.Thread | None = None
 
     def turn_ended(self, session_id: str, chain: BlockChain) -> None:
         """Let the session name these blocks, once all of them are stored. Until then it stays as it is."""
+        self._add(session_id, _Turn(chain, self._clock.now_s()))
+
+    def ended(self, session_id: str) -> None:
+        """Delete the session."""
+        now_s = self._clock.now_s()
+        self._add(session_id, _Turn(None, now_s, next_s=now_s + _END_DELAY_S))
+
+    def _add(self, session_id: str, turn: _Turn) -> None:
         with self._changed:
             self._turns.pop(session_id, None)
             if len(self._turns) == _WAITING_MAX:
                 self._end(next(iter(self._turns)), "too many sessions wait for their blocks")
-            self._turns[session_id] = _Turn(chain, self._clock.now_s())
+            self._turns[session_id] = turn
             self._has_news = True
             self._changed.notify_all()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="kvservice-sessions", daemon=True)
                 self._thread.start()
+
+    def is_named(self, session_id: str) -> bool:
+        """Whether this engine has let the session name blocks, and has not ended it."""
+        return session_id in self._named
 
     def close(self) -> None:
         """End the thread, once its call has ended. Turns that wait are not kept."""
@@ -106,12 +121,20 @@ class SessionUpdates:
             if self._turns.get(session_id) is turn:  # Else a later turn has taken its place.
                 self._end(session_id, why)
 
-    def _update(self, session_id: str, chain: BlockChain) -> str:
+    def _update(self, session_id: str, chain: BlockChain | None) -> str:
         """Why the session cannot name these blocks yet; empty once it does. Raises KVError."""
         if not self._breaker.allow():
             return "the daemon does not answer"
+        if chain is None:
+            self._named.pop(session_id, None)
+            self._client.session(self._blocks.layout, session_id).end()
+            return ""
         stored = self._blocks.contains(chain)
         if stored < len(chain):
             return f"only {stored} of its {len(chain)} blocks are stored"
         sync_session(self._client, self._blocks.layout, session_id, chain)
+        self._named.pop(session_id, None)
+        self._named[session_id] = None
+        if len(self._named) > _NAMED_MAX:
+            del self._named[next(iter(self._named))]
         return ""

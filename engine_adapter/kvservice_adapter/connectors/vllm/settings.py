@@ -37,6 +37,7 @@ class ConnectorSettings:
     block_tokens: int = 256
     load: LoadMode = LoadMode.AUTO
     save: bool = True
+    hints: bool = True  # Whether to report vLLM's queue, and turns that have ended, to the daemon.
     lookup_wait_s: float = 0.02  # How long a request may wait for the answer of a lookup.
     wait_s: float = 0.1  # How long a step may wait for a daemon that sends nothing.
     layer_wait_s: float = 1.0  # How long a load may wait for each layer while the daemon sends, such as from SSD.
