@@ -181,6 +181,7 @@ class BlockItems:
         for item in reversed(on_path[firsts].tolist()):  # The front of a path counts as used last.
             if item == NO_ITEM or items.in_use[item]:
                 continue  # A request that looks up twice, or in several processes, is one use.
+            self._wake(item)
             if items.queue_seq[item] == NOT_QUEUED:
                 self._core.queued((item,), conditions.served, now_s)
             else:
@@ -386,14 +387,18 @@ class BlockItems:
             if not tiers & bit:
                 self._core.left(item, tier, size, self._now_s)
                 continue
-            if not items.live[item]:  # It was forgotten, because only slower tiers had it.
-                items.live[item] = True
-                self._unscored[item] = None
+            self._wake(item)
             coming = items.coming_bytes.item(item)
             self._core.entered(item, tier, size, self._now_s)
             items.coming_bytes[item] = coming
         if tiers & IN_DRAM:
             self.coming(np.array([row]), False)
+
+    def _wake(self, item: int) -> None:
+        """It counts again, if it was forgotten because only slower tiers had it."""
+        if not self.items.live[item]:
+            self.items.live[item] = True
+            self._unscored[item] = None
 
     # Space
 
