@@ -46,6 +46,7 @@ class BlockChanges(NamedTuple):
     is_whole: NDArray[np.bool_]
     parents: Rows  # The row of the block that it continues; NO_ROW if that is not stored.
     shards: Rows  # The first row of the same key.
+    keys: NDArray[np.int64]  # A part of the key.
 
 
 class BlockItems:
@@ -159,7 +160,7 @@ class BlockItems:
         self._now_s = now_s
         self._need_rows(int(changes.rows.max(initial=-1)) + 1)
         columns = (column.tolist() for column in changes)
-        for row, generation, live, tiers, size, tokens, whole, parent, shard in zip(*columns, strict=True):
+        for row, generation, live, tiers, size, tokens, whole, parent, shard, key in zip(*columns, strict=True):
             item = self._item_of.item(row)
             if item != NO_ITEM and (not live or generation != self._generation.item(row)):
                 self._leave(row, item)
@@ -169,6 +170,8 @@ class BlockItems:
             if item == NO_ITEM:
                 self._generation[row], self._size_bytes[row], self._is_whole[row] = generation, size, whole
                 item = self._join(row, parent, shard)
+                if self._first_row[item] == row:
+                    self.items.key[item] = key
                 self.items.answer_tokens[item] += tokens
             self._count(row, item, tiers)
 
@@ -338,6 +341,7 @@ class BlockItems:
         coming = int(sizes[self._is_coming[moved]].sum())
         part = ItemPart(int(sizes.sum()), in_dram, on_ssd, coming, float(len(moved)))
         self._core.split(item, front, part, self._now_s)
+        self.items.key[item] = hash((self.items.key.item(front), depth))  # The front keeps the key of its first block.
         if self.items.queue_seq[item] != NOT_QUEUED:
             self._queue.insert(self._queue.index(item), front)
         if self.items.in_use[item]:

@@ -50,7 +50,7 @@ class ReadBudget:
         return self._per_item * self._mean_density
 
     def readable_bytes(self, conditions: Conditions, within_s: float) -> float:
-        """What may be read ahead within so many seconds, with what is on its way."""
+        """What may be read ahead within so many seconds, with what is coming."""
         free = max(1.0 - self._demand - self._writing, 0.0)
         share = free if free >= 1 - _BUSY else min(free, _BUSY_SHARE)
         coming_bytes = conditions.read_backlog_s * conditions.ssd_bytes_per_s
